@@ -1,0 +1,1 @@
+"""Is it fast, how much memory, is it still right."""

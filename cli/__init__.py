@@ -1,0 +1,43 @@
+"""The command `latentrt`: one thin module per verb, nothing heavy imported before a verb runs.
+
+Exit codes: 0 done, 2 usage, 3 bad model, 4 no backend or device, 5 out of memory, 6 cancelled,
+7 disk, 8 NaN or a constant picture, 1 anything else (engines/errors.py).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import typer
+
+from ..engines.errors import LatentrtError
+from .export import export
+from .generate import generate
+from .inspect import inspect
+from .metadata import metadata
+
+app = typer.Typer(
+    name="latentrt",
+    help="Stable Diffusion checkpoints as exported graphs, driven by a small runtime without torch.",
+    epilog=__doc__.partition("\n\n")[2],
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for verb in (generate, export, inspect, metadata):
+    app.command()(verb)
+
+
+def main() -> None:
+    """Run the command line; an error latentrt raises on purpose becomes a message and an exit code."""
+    try:
+        app()
+    except LatentrtError as error:
+        if "--json" in sys.argv:
+            parts = {"type": type(error).__name__, "found": error.found, "expected": error.expected}
+            print(json.dumps({"error": {**parts, "fix": error.fix, "exit_code": error.exit_code}}))
+        else:
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None

@@ -1,0 +1,5 @@
+"""`python -m latentrt.cli`."""
+
+from . import main
+
+main()

@@ -1,0 +1,1 @@
+"""package -> callable nets. The only folder that imports onnxruntime, tensorrt or cuda."""

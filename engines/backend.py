@@ -1,0 +1,107 @@
+"""The seam between nets and what executes them: open, call with named arrays, close.
+
+A backend is a module of this folder with two functions, `available()` and `open_net()`. Nothing is
+imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from types import TracebackType
+from typing import Protocol
+
+from .errors import BackendError
+from .package import Package
+from .spec import Array, NetSpec
+
+# Best first; the module that implements each, and the command that installs it.
+BACKENDS: Mapping[str, tuple[str, str]] = {
+    "onnxruntime": ("onnxruntime", 'pip install "latentrt[cpu]"'),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryLedger:
+    """What one net holds, in bytes. Activations are None where the backend does not tell."""
+
+    weights: int
+    activations: int | None
+    io: int
+
+
+class Net(Protocol):
+    """A callable net. Nothing is allocated before `__enter__`; a closed net cannot be called."""
+
+    @property
+    def spec(self) -> NetSpec:
+        """Inputs and outputs."""
+        ...
+
+    @property
+    def memory(self) -> MemoryLedger:
+        """What it holds now."""
+        ...
+
+    def __call__(self, **arrays: Array) -> dict[str, Array]:
+        """Run once. Inputs and outputs are named as in `spec`. Safe to call from several threads."""
+        ...
+
+    def close(self) -> None:
+        """Free everything. May be called twice."""
+        ...
+
+    def __enter__(self) -> Net:
+        """The net itself."""
+        ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        ...
+
+
+class Backend(Protocol):
+    """What a backend's module offers."""
+
+    def available(self) -> str | None:
+        """None if nets can be opened here, else the reason why not."""
+        ...
+
+    def describe(self) -> str:
+        """Name, version and device, for people."""
+        ...
+
+    def open_net(self, package: Package, name: str, *, threads: int | None) -> Net:
+        """Load one net of a package."""
+        ...
+
+
+def choose_backend(name: str = "auto") -> tuple[str, Backend]:
+    """The backend of that name, or with "auto" the best one that is present.
+
+    Raises:
+        BackendError: an unknown name, or nothing of that name can run here.
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise BackendError(
+            f"unknown backend {name!r}",
+            expected=f"auto, {', '.join(BACKENDS)}",
+            fix="Choose one of these: --backend auto.",
+        )
+    reasons: list[str] = []
+    for candidate, (module, install) in BACKENDS.items():
+        if name not in ("auto", candidate):
+            continue
+        backend: Backend = import_module(f".{module}_backend", __package__)  # pyright: ignore[reportAssignmentType]
+        reason = backend.available()
+        if reason is None:
+            return candidate, backend
+        reasons.append(f"{candidate}: {reason} ({install})")
+    raise BackendError(
+        f"no backend can run here: {'; '.join(reasons)}",
+        expected="an installed backend",
+        fix=f"Install one: {BACKENDS['onnxruntime'][1]}.",
+    )

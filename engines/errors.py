@@ -1,0 +1,90 @@
+"""Every error latentrt raises on purpose.
+
+::
+
+    LatentrtError                 exit code 1
+    ├── UsageError                2   a parameter of the request, or an option
+    │   └── SamplerError          2   an unknown sampler, or one outside the table form
+    ├── ModelError                3   a file that should hold a model does not
+    │   ├── CheckpointError       3   what the user downloaded
+    │   └── PackageError          3   what `latentrt export` wrote
+    ├── BackendError              4   no runtime, driver or device to execute a net
+    ├── MemoryLimitError          5   not enough memory, with the numbers
+    ├── CancelledError            6   the caller asked to stop
+    ├── StorageError              7   disk full, or a file that cannot be written
+    └── NumericError              8   NaN, infinity or a constant picture
+"""
+
+from __future__ import annotations
+
+
+class LatentrtError(Exception):
+    """A message in three parts, each also an attribute.
+
+    Args:
+        found: what is wrong, naming the file or the field.
+        expected: what would have been accepted.
+        fix: the command or the change that mends it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, found: str, *, expected: str, fix: str) -> None:
+        super().__init__(f"{found}; expected {expected}. {fix}")
+        self.found = found
+        self.expected = expected
+        self.fix = fix
+
+
+class UsageError(LatentrtError):
+    """A parameter of the request, or an option of a command."""
+
+    exit_code = 2
+
+
+class SamplerError(UsageError):
+    """An unknown sampler, or one that no coefficient table can express."""
+
+
+class ModelError(LatentrtError):
+    """A file that should hold a model does not."""
+
+    exit_code = 3
+
+
+class CheckpointError(ModelError):
+    """A checkpoint that is missing, damaged, or of a family not yet supported."""
+
+
+class PackageError(ModelError):
+    """A package that is missing, damaged, newer than this release, or unsafe to open."""
+
+
+class BackendError(LatentrtError):
+    """No runtime library, driver or device to execute a net."""
+
+    exit_code = 4
+
+
+class MemoryLimitError(LatentrtError):
+    """Not enough memory; the message has the numbers."""
+
+    exit_code = 5
+
+
+class CancelledError(LatentrtError):
+    """The caller asked to stop."""
+
+    exit_code = 6
+
+
+class StorageError(LatentrtError):
+    """A full disk, or a file that cannot be written."""
+
+    exit_code = 7
+
+
+class NumericError(LatentrtError):
+    """NaN, infinity or a constant picture."""
+
+    exit_code = 8

@@ -1,0 +1,275 @@
+"""The package: the folder that `latentrt export` writes and everything else reads.
+
+::
+
+    manifest.json                 this module's dataclasses as JSON, and the size and sha256 of every file
+    tokenizer/                    the checkpoint's own
+    <component>/*.onnx            graphs without weights
+    <component>/weights.safetensors   under the checkpoint's tensor names; the graphs' external data
+
+A package may come from a stranger: every path in it is checked before any parser opens the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+
+from .errors import PackageError
+from .external_data import check_external_data
+from .spec import NetSpec
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+_EXPORT_AGAIN = "Export the checkpoint again: latentrt export CHECKPOINT -o PACKAGE."
+_MANIFEST_LIMIT = 16 * 2**20  # bytes; SD 1.5's manifest has 60 kB
+
+
+def _require(ok: bool, what: str) -> None:
+    if not ok:
+        raise ValueError(f"{what} is out of range or of the wrong type")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetFile:
+    """Where one net lies in the package, and its boundary.
+
+    `fp32_islands` names the nodes of an fp16 graph that compute in float32.
+    """
+
+    graph: str
+    weights: str | None
+    spec: NetSpec
+    fp32_islands: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest stores it."""
+        data = {"graph": self.graph, "weights": self.weights, "fp32_islands": list(self.fp32_islands)}
+        return {**data, **self.spec.to_json()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> NetFile:
+        """The reverse of `to_json`."""
+        return cls(
+            graph=data["graph"],
+            weights=data["weights"],
+            spec=NetSpec.from_json(data),
+            fp32_islands=tuple(data["fp32_islands"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a request gets when it does not say. `sampler=None` is the checkpoint's own scheduler."""
+
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    sampler: str | None = None
+    height: int = 512
+    width: int = 512
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for values no request could have."""
+        for name in ("num_inference_steps", "height", "width"):
+            _require(_is_count(getattr(self, name)), f"defaults.{name}")
+        _require(isinstance(self.guidance_scale, (int, float)), "defaults.guidance_scale")
+        _require(isinstance(self.sampler, (str, type(None))), "defaults.sampler")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """Size in bytes and sha256 (hex) of one file of the package."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a package says of itself.
+
+    `family` is `sd1` or `sd2`; `dtype` (`fp16` or `fp32`) is the arithmetic of the graphs;
+    `scheduler` is the checkpoint's `scheduler_config.json`; `latent_scale` is pixels per latent cell;
+    heights and widths must be multiples of `size_multiple`.
+    """
+
+    name: str
+    family: str
+    dtype: str
+    latent_channels: int
+    context_width: int
+    scheduler: Mapping[str, Any]
+    nets: Mapping[str, NetFile]
+    defaults: Defaults = field(default_factory=Defaults)
+    latent_scale: int = 8
+    max_tokens: int = 77
+    size_multiple: int = 8
+    producer: str = ""
+    files: Mapping[str, FileRecord] = field(default_factory=dict[str, FileRecord])
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for values no package could have."""
+        for name in ("latent_channels", "context_width", "latent_scale", "max_tokens", "size_multiple"):
+            _require(_is_count(getattr(self, name)), name)
+        _require(isinstance(self.scheduler, Mapping), "scheduler")
+        _require(self.dtype in ("fp16", "fp32"), "dtype")
+        for name in ("name", "family", "producer"):
+            _require(isinstance(getattr(self, name), str), name)
+
+    def to_json(self) -> dict[str, Any]:
+        """As `manifest.json` stores it."""
+        plain = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {
+            **plain,
+            "scheduler": dict(self.scheduler),
+            "defaults": vars(self.defaults),
+            "nets": {name: net.to_json() for name, net in self.nets.items()},
+            "files": {name: vars(record) for name, record in self.files.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Manifest:
+        """The reverse of `to_json`. Raises KeyError, TypeError or ValueError for other data."""
+        values: dict[str, Any] = {item.name: data[item.name] for item in fields(cls)}
+        values["defaults"] = Defaults(**data["defaults"])
+        values["nets"] = {name: NetFile.from_json(net) for name, net in data["nets"].items()}
+        values["files"] = {name: FileRecord(**record) for name, record in data["files"].items()}
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """An opened package: a folder whose manifest, sizes and paths have been checked."""
+
+    root: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, root: str | Path) -> Package:
+        """Read and check a package; the weights themselves are not read.
+
+        Raises:
+            PackageError: no package there; a damaged or newer manifest; a file that is missing,
+                truncated or outside the package; a graph whose external data leaves the package.
+        """
+        root = Path(root)
+        manifest = _read_manifest(root)
+        package = cls(root=root, manifest=manifest)
+        for name, record in manifest.files.items():
+            package._check_file(name, record)
+        for net in manifest.nets.values():
+            for name in filter(None, (net.graph, net.weights)):
+                if name not in manifest.files:
+                    raise PackageError(
+                        f"{root / MANIFEST} uses {name!r} without listing its size and sha256",
+                        expected="every file of a net under `files`",
+                        fix=_EXPORT_AGAIN,
+                    )
+            check_external_data(root, net.graph, allowed=net.weights)
+        return package
+
+    def path(self, name: str) -> Path:
+        """The absolute path of a file of the package, by its name in the manifest."""
+        return (self.root / name).resolve()
+
+    def verify(self) -> None:
+        """Hash every file. Raises PackageError for the first one whose content has changed."""
+        for name, record in self.manifest.files.items():
+            found = file_record(self.path(name))
+            if found != record:
+                raise PackageError(
+                    f"{self.root / name} has sha256 {found.sha256[:12]}…",
+                    expected=f"{record.sha256[:12]}… as the manifest says",
+                    fix=_EXPORT_AGAIN,
+                )
+
+    def _check_file(self, name: str, record: FileRecord) -> None:
+        check_inside(name)
+        path = self.root / name
+        if not path.is_file() or self.root.resolve() not in path.resolve().parents:
+            raise PackageError(
+                f"{path} is missing or lies outside the package",
+                expected=f"a file of {record.size} bytes",
+                fix=_EXPORT_AGAIN,
+            )
+        if path.stat().st_size != record.size:
+            raise PackageError(
+                f"{path} has {path.stat().st_size} bytes",
+                expected=f"{record.size} bytes (an interrupted copy?)",
+                fix="Copy the package again, or " + _EXPORT_AGAIN.lower(),
+            )
+
+
+def check_inside(name: str) -> None:
+    """Raise PackageError unless `name` is a plain relative path that stays where it is."""
+    path = PurePosixPath(name)
+    if (
+        path.is_absolute()
+        or ".." in path.parts
+        or "\\" in name
+        or ":" in name
+        or "\0" in name
+        or not path.parts
+    ):
+        raise PackageError(
+            f"the package names the path {name!r}",
+            expected="a relative path inside the package",
+            fix="Do not use this package: it was not written by latentrt.",
+        )
+
+
+def file_record(path: Path) -> FileRecord:
+    """Size and sha256 of a file, read once."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return FileRecord(size=path.stat().st_size, sha256=digest.hexdigest())
+
+
+def write_manifest(root: Path, manifest: Manifest) -> Package:
+    """Record every file under `root` in the manifest, write it last, and open the result."""
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    files = {name: file_record(root / name) for name in names if name != MANIFEST}
+    complete = replace(manifest, files=files)
+    text = json.dumps(complete.to_json(), indent=1, ensure_ascii=False)
+    (root / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return Package.open(root)
+
+
+def _read_manifest(root: Path) -> Manifest:
+    path = root / MANIFEST
+    if not path.is_file():
+        looks = "a diffusers checkpoint" if (root / "model_index.json").is_file() else "no package"
+        raise PackageError(
+            f"{root} holds {looks}: there is no {MANIFEST}" if root.exists() else f"{root} does not exist",
+            expected="a folder that `latentrt export` wrote, or the name of the shipped model, `demo`",
+            fix=f"Make one: latentrt export {root} -o PACKAGE." if looks[0] == "a" else _EXPORT_AGAIN,
+        )
+    try:
+        if path.stat().st_size > _MANIFEST_LIMIT:
+            raise ValueError(f"it has {path.stat().st_size} bytes")
+        data = json.loads(path.read_text(encoding="utf-8"))
+        schema = int(data["schema"])
+        if schema <= SCHEMA:
+            return Manifest.from_json(cast(dict[str, Any], data))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise PackageError(
+            f"{path} is damaged ({type(error).__name__}: {error})",
+            expected=f"a package manifest of schema {SCHEMA}",
+            fix=_EXPORT_AGAIN,
+        ) from error
+    raise PackageError(
+        f"{path} has schema {schema}",
+        expected=f"at most {SCHEMA}, the newest this release reads",
+        fix="Upgrade: pip install --upgrade latentrt.",
+    )

@@ -1,0 +1,1 @@
+"""prompt -> picture. NumPy; knows the nets by their contract alone."""

@@ -1,0 +1,59 @@
+"""The denoising loop. Every sampler is a table (docs/samplers.md); this runs any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..engines.errors import NumericError
+from ..engines.spec import Array
+from .table import Table
+
+Predict = Callable[[Array, int], Array]  # (state (N, C, h, w), row) -> model output (N, C, h, w), guided
+
+
+@dataclass(kw_only=True)
+class State:
+    """After one row: what the UNet was given, what it answered (guided), and the latent made of both.
+
+    All (N, C, H/8, W/8) float32, variance-preserving. Assigning `latent` changes what the loop goes on with.
+    """
+
+    index: int
+    given: Array
+    prediction: Array
+    latent: Array
+
+
+def denoise(table: Table, noise: Callable[[], Array], predict: Predict, start: Array) -> Iterator[State]:
+    """Run the table; yields once per row, the final latent last.
+
+    Args:
+        table: one row per UNet call.
+        noise: draws unit noise (N, C, h, w) float32, continuing each picture's own stream.
+        predict: the guided UNet.
+        start: (N, C, h, w) float32 unit noise.
+
+    Raises:
+        NumericError: the state is no longer finite.
+    """
+    p, q, a, b, c = (column.astype(np.float32) for column in (table.p, table.q, table.a, table.b, table.c))
+    y = np.float32(table.init) * start
+    h: list[Array] = []
+    for i in range(len(table)):
+        given, m = y, predict(y, i)
+        h = [p[i] * y + q[i] * m, *h[: b.shape[1] - 1]]
+        y = a[i] * y + sum(b[i, j] * h[j] for j in range(len(h)) if b[i, j])
+        if table.draws[i]:
+            y = y + c[i] * noise()
+        if not np.isfinite(y).all():
+            raise NumericError(
+                f"the latent is not finite after step {i + 1} of {len(table)}",
+                expected="finite numbers",
+                fix="An fp16 package may overflow: export it again with --dtype fp32.",
+            )
+        state = State(index=i, given=given, prediction=m, latent=y)
+        yield state
+        y = state.latent

@@ -1,0 +1,82 @@
+"""What a generation returns: pictures, and the record of how they were made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..engines.spec import Array
+from .infotext import format_infotext
+from .picture import save_picture
+from .request import Request
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+RECORD_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Pictures of one call.
+
+    Attributes:
+        images: N PIL images (`output_type="pil"`), or an array: (N, H, W, 3) uint8 for "np",
+            (N, C, H/8, W/8) float32 for "latent".
+        request: what was asked, with every default filled in.
+        seconds: wall time per stage.
+        producer: package, backend and release, for the record.
+    """
+
+    images: list[Image] | Array
+    request: Request
+    seconds: Mapping[str, float]
+    producer: Mapping[str, str]
+
+    def record(self, index: int = 0) -> dict[str, Any]:
+        """Everything needed to make picture `index` again, as JSON."""
+        request = self.request
+        return {
+            "version": RECORD_VERSION,
+            "prompt": request.prompts[index],
+            "negative_prompt": request.negative_prompts[index],
+            "seed": request.seeds[index],
+            "rng": request.rng,
+            "sampler": request.sampler.to_json(),
+            "num_inference_steps": request.num_inference_steps,
+            "guidance_scale": request.guidance_scale,
+            "guidance_rescale": request.guidance_rescale,
+            "height": request.height,
+            "width": request.width,
+            **self.producer,
+        }
+
+    def infotext(self, index: int = 0) -> str:
+        """The `parameters` text of AUTOMATIC1111 for picture `index`."""
+        request = self.request
+        return format_infotext(
+            {
+                "prompt": request.prompts[index],
+                "negative_prompt": request.negative_prompts[index],
+                "Steps": request.num_inference_steps,
+                "Sampler": request.sampler.display_name,
+                "CFG scale": request.guidance_scale,
+                "Seed": request.seeds[index],
+                "Size": f"{request.width}x{request.height}",
+                "Model": self.producer["model"],
+                "RNG": "CPU" if request.rng == "torch-cpu" else "GPU",
+                "Version": f"latentrt {self.producer['latentrt']}",
+            }
+        )
+
+    def save(self, path: str | Path, index: int = 0, *, metadata: bool = True) -> None:
+        """Write picture `index` with its record; the format follows the suffix (.png, .jpg, .webp).
+
+        Raises:
+            StorageError: the file cannot be written; an existing one stays as it was.
+            UsageError: the suffix is unknown, or the result holds latents.
+        """
+        text, record = (self.infotext(index), self.record(index)) if metadata else (None, None)
+        save_picture(Path(path), self.images[index], infotext=text, record=record)

@@ -1,0 +1,70 @@
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import onnx
+import pytest
+
+from latentrt.engines import onnxruntime_backend
+from latentrt.engines.backend import choose_backend
+from latentrt.engines.errors import BackendError, PackageError
+from latentrt.engines.package import Package, write_manifest
+from tests.tiny_package import BIAS, add_graph
+
+
+def test_auto_chooses_what_is_there_and_says_so() -> None:
+    name, backend = choose_backend("auto")
+    assert name == "onnxruntime"
+    assert backend.describe().startswith("onnxruntime 1.")
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(BackendError, match="unknown backend 'cudnn'"):
+        choose_backend("cudnn")
+
+
+def test_nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime_backend, "find_spec", lambda name: None)
+    with pytest.raises(BackendError, match=r"not installed.*pip install") as caught:
+        choose_backend()
+    assert caught.value.exit_code == 4
+    assert "onnxruntime" in sys.modules or caught.value.fix
+
+
+def test_open_call_close(package: Package) -> None:
+    x = np.ones((3, 4), np.float32)
+    with onnxruntime_backend.open_net(package, "unet", threads=1) as net:
+        assert net.spec == package.manifest.nets["unet"].spec
+        np.testing.assert_array_equal(net(x=x)["y"], x + BIAS)
+        assert net.memory.weights == (package.root / "unet/weights.safetensors").stat().st_size
+        assert net.memory.io == 2 * x.nbytes
+    net.close()
+    with pytest.raises(BackendError, match="closed"):
+        net(x=x)
+
+
+def test_threads_share_a_net(package: Package) -> None:
+    with onnxruntime_backend.open_net(package, "unet", threads=1) as net, ThreadPoolExecutor(4) as pool:
+        inputs = [np.full((2, 4), i, np.float32) for i in range(50)]
+        for x, outputs in zip(inputs, pool.map(lambda x: net(x=x), inputs), strict=True):
+            np.testing.assert_array_equal(outputs["y"], x + BIAS)
+
+
+def test_a_graph_onnxruntime_refuses(package: Package) -> None:
+    model = add_graph(onnx.numpy_helper.from_array(BIAS, "bias"))
+    model.graph.node[0].op_type = "NoSuchOperator"
+    (package.root / "unet/loop.onnx").write_bytes(model.SerializeToString())
+    package = write_manifest(package.root, package.manifest)
+    with pytest.raises(PackageError, match=r"refuses .*loop\.onnx"):
+        onnxruntime_backend.open_net(package, "unet")
+
+
+def test_a_graph_with_another_boundary(package: Package) -> None:
+    model = add_graph(onnx.numpy_helper.from_array(BIAS, "bias"))
+    model.graph.input[0].name = model.graph.node[0].input[0] = "z"
+    shutil.copy(package.root / "unet/loop.onnx", package.root / "unet/old.onnx")
+    (package.root / "unet/loop.onnx").write_bytes(model.SerializeToString())
+    package = write_manifest(package.root, package.manifest)
+    with pytest.raises(PackageError, match="inputs differ from the manifest"):
+        onnxruntime_backend.open_net(package, "unet")

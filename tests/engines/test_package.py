@@ -1,0 +1,123 @@
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from latentrt.engines.errors import PackageError
+from latentrt.engines.package import MANIFEST, Manifest, Package, check_inside
+
+
+def edit(package: Package, change: Callable[[dict], object]) -> None:
+    """Change the manifest on disk."""
+    path = package.root / MANIFEST
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def refused(package: Package, match: str) -> None:
+    with pytest.raises(PackageError, match=match) as caught:
+        Package.open(package.root)
+    assert caught.value.exit_code == 3
+    assert caught.value.expected
+    assert caught.value.fix
+
+
+def test_round_trip(package: Package) -> None:
+    opened = Package.open(package.root)
+    assert opened == package
+    assert Manifest.from_json(json.loads(json.dumps(opened.manifest.to_json()))) == opened.manifest
+    assert set(opened.manifest.files) == {"unet/loop.onnx", "unet/weights.safetensors"}
+    opened.verify()
+
+
+def test_missing_folder_missing_manifest_and_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(PackageError, match="does not exist"):
+        Package.open(tmp_path / "nothing")
+    with pytest.raises(PackageError, match="holds no package"):
+        Package.open(tmp_path)
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(PackageError, match=re.escape(f"latentrt export {tmp_path} -o")):
+        Package.open(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema": "x"}', '{"schema": 1}', "[" * 200_000])
+def test_damaged_manifest(package: Package, text: str) -> None:
+    (package.root / MANIFEST).write_text(text)
+    refused(package, "damaged")
+
+
+def test_giant_manifest_is_not_read(package: Package) -> None:
+    with (package.root / MANIFEST).open("r+b") as stream:
+        stream.truncate(17 * 2**20)
+    refused(package, "it has 17825792 bytes")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data["nets"].update(unet=None),
+        lambda data: data["nets"]["unet"]["inputs"][0].pop("name"),
+        lambda data: data["defaults"].update(height="tall"),
+        lambda data: data["defaults"].update(num_inference_steps=0),
+        lambda data: data["defaults"].update(guidance_scale=None),
+        lambda data: data["defaults"].update(sampler=3),
+        lambda data: data["files"].update({"unet/loop.onnx": 3}),
+        lambda data: data.update(scheduler=3),
+        lambda data: data.update(dtype="int4"),
+        lambda data: data.update(latent_channels="four"),
+        lambda data: data.update(size_multiple=0),
+    ],
+)
+def test_manifest_with_wrong_fields(package: Package, change: Callable[[dict], object]) -> None:
+    edit(package, change)
+    refused(package, "damaged")
+
+
+def test_unknown_tensor_dtype(package: Package) -> None:
+    edit(package, lambda data: data["nets"]["unet"]["inputs"][0].update(dtype="float8"))
+    refused(package, "'float8'")
+
+
+def test_newer_schema(package: Package) -> None:
+    edit(package, lambda data: data.update(schema=2, nets={"future": {}}))
+    refused(package, "schema 2.*at most 1.*Upgrade")
+
+
+def test_missing_and_truncated_file(package: Package) -> None:
+    weights = package.root / "unet" / "weights.safetensors"
+    os.truncate(weights, weights.stat().st_size - 1)
+    refused(package, "bytes; expected .* bytes")
+    weights.unlink()
+    refused(package, "missing")
+
+
+def test_changed_content_is_found_by_verify(package: Package) -> None:
+    weights = package.root / "unet" / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(PackageError, match="sha256"):
+        Package.open(package.root).verify()
+
+
+def test_unlisted_file(package: Package) -> None:
+    edit(package, lambda data: data["files"].pop("unet/weights.safetensors"))
+    refused(package, "without listing")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "..", "", "a\\..\\x", "C:x", "a\0b"])
+def test_paths_that_leave(name: str) -> None:
+    with pytest.raises(PackageError, match="names the path"):
+        check_inside(name)
+
+
+def test_link_that_leaves(package: Package, tmp_path: Path) -> None:
+    weights = package.root / "unet" / "weights.safetensors"
+    outside = tmp_path / "outside"
+    weights.rename(outside)
+    weights.symlink_to(outside)
+    refused(package, "outside the package")

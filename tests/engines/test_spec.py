@@ -1,0 +1,50 @@
+import numpy as np
+import pytest
+
+from latentrt.engines import spec
+from latentrt.engines.errors import PackageError, UsageError
+from latentrt.engines.spec import NetSpec, TensorSpec
+from tests.tiny_package import SPEC
+
+
+def test_check_accepts_the_contract_and_names_what_differs() -> None:
+    SPEC.check({"x": np.zeros((2, 4), np.float32)})
+    for bad in (np.zeros((2, 5), np.float32), np.zeros((2, 4), np.float16), np.zeros(4, np.float32)):
+        with pytest.raises(UsageError, match=r"x is float.*expected float32 \(B, 4\)"):
+            SPEC.check({"x": bad})
+    with pytest.raises(UsageError, match=r"\['y'\]; expected exactly \['x'\]"):
+        SPEC.check({"y": np.zeros((2, 4), np.float32)})
+
+
+def test_a_symbol_has_one_size_per_call() -> None:
+    net = NetSpec(
+        inputs=(
+            TensorSpec(name="a", dtype="float32", shape=("B", "H/8")),
+            TensorSpec(name="b", dtype="float32", shape=("B",)),
+        ),
+        outputs=(),
+    )
+    net.check({"a": np.zeros((2, 3), np.float32), "b": np.zeros(2, np.float32)})
+    with pytest.raises(UsageError, match="b is float32"):
+        net.check({"a": np.zeros((2, 3), np.float32), "b": np.zeros(3, np.float32)})
+
+
+def test_unknown_dtype() -> None:
+    with pytest.raises(PackageError, match="bfloat16"):
+        TensorSpec(name="x", dtype="bfloat16", shape=())
+
+
+def test_every_net_has_a_contract_and_round_trips() -> None:
+    time = TensorSpec(name="time.a", dtype="float16", shape=("S", 8))
+    keys = TensorSpec(name="context.a", dtype="float16", shape=("B", 2, "T", 16))
+    nets = {
+        "text_encoder": spec.text_encoder(tokens="T", width=8, float_dtype="float16"),
+        "unet_context": spec.unet_context(width=8, float_dtype="float16", invariants=[keys]),
+        "unet_time": spec.unet_time(invariants=[time]),
+        "unet": spec.unet(channels=4, float_dtype="float16", invariants=[keys, time]),
+        "vae_decoder": spec.vae_decoder(channels=4, float_dtype="float16"),
+        "unet_whole": spec.unet_whole(channels=4, width=8, float_dtype="float16"),
+    }
+    assert list(nets) == list(spec.NETS)
+    for net in nets.values():
+        assert NetSpec.from_json(net.to_json()) == net
