@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from .backend import MemoryLedger
-from .errors import BackendError, PackageError
+from .errors import BackendError, PackageError, UsageError
 from .package import Package
 from .spec import Array, NetSpec
 
@@ -42,6 +42,7 @@ def open_net(package: Package, name: str, *, threads: int | None = None) -> Onnx
 
     Raises:
         PackageError: ONNX Runtime refuses the graph, or its boundary is not the manifest's.
+        UsageError: `threads` is less than 1.
     """
     return OnnxRuntimeNet(package, name, threads=threads)
 
@@ -117,6 +118,10 @@ class OnnxRuntimeNet:
 
 def _open_session(package: Package, graph: str, threads: int | None) -> Any:
     ort = _onnxruntime()
+    if threads is not None and threads < 1:
+        raise UsageError(
+            f"threads is {threads}", expected="at least 1", fix="Leave it out to use every core."
+        )
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or _physical_threads()

@@ -156,7 +156,10 @@ class Pipeline:
 
     def warmup(self, **parameters: Unpack[Parameters]) -> None:
         """Run every net once at the size and batch of these parameters, so that the next call is warm."""
-        self("", **{"num_inference_steps": 1, "seed": 0, "output_type": "latent", **parameters})
+        latent = self(
+            "", **{"num_inference_steps": 1, "seed": 0, **parameters, "output_type": "latent"}
+        ).images
+        self._decode(np.asarray(latent))
 
     def close(self) -> None:
         """Free every net. May be called twice."""

@@ -1,0 +1,169 @@
+"""The command line, as a person or a script calls it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from latentrt import cli
+
+PROMPT = "a red circle on a blue background"
+QUICK = ["--steps", "2", "--seed", "7", "--threads", "1"]
+
+
+@pytest.fixture
+def latentrt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+    """Call the command in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["latentrt", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return call
+
+
+def test_generate_writes_a_picture_and_says_where_and_how_long(latentrt: Any, tmp_path: Path) -> None:
+    code, out, err = latentrt("generate", PROMPT, *QUICK)
+    assert code == 0
+    assert out == "a-red-circle-on-a-blue-background-7.png  (128x128, seed 7)\n"
+    for stage in ("open", "text encoder", "unet", "vae decoder", "save", "total"):
+        assert f"{stage} " in err
+    assert Image.open(tmp_path / "a-red-circle-on-a-blue-background-7.png").size == (128, 128)
+
+
+def test_generate_json_is_the_record(latentrt: Any) -> None:
+    code, out, err = latentrt(
+        "generate",
+        PROMPT,
+        *QUICK,
+        "-o",
+        "x.png",
+        "--sampler",
+        "Euler a",
+        "-n",
+        "star",
+        "--cfg-scale",
+        "3",
+        "--json",
+    )
+    assert (code, err) == (0, "")
+    picture = json.loads(out)["pictures"][0]
+    assert picture["path"] == "x.png"
+    assert (picture["seed"], picture["guidance_scale"], picture["negative_prompt"]) == (7, 3.0, "star")
+    assert picture["sampler"]["name"] == "euler_a"
+
+
+def test_generate_count_numbers_the_files(latentrt: Any, tmp_path: Path) -> None:
+    assert latentrt("generate", PROMPT, *QUICK, "-b", "2", "-W", "64", "-H", "64", "-o", "x.png")[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-7.png", "x-8.png"]
+
+
+def test_every_option_reaches_the_request(latentrt: Any) -> None:
+    options = ["--rng", "torch-cuda", "--eta", "0.5", "--guidance-rescale", "0.7", "--backend", "onnxruntime"]
+    code, out, _ = latentrt("generate", PROMPT, *QUICK, *options, "--sampler", "ddim", "-m", "demo", "--json")
+    assert code == 0
+    picture = json.loads(out)["pictures"][0]
+    assert (picture["rng"], picture["guidance_rescale"]) == ("torch-cuda", 0.7)
+    assert picture["sampler"]["eta"] == 0.5
+
+
+def test_metadata_reads_what_generate_wrote(latentrt: Any) -> None:
+    latentrt("generate", PROMPT, *QUICK, "-o", "x.png")
+    code, out, _ = latentrt("metadata", "x.png")
+    assert code == 0
+    assert out.startswith(PROMPT)
+    assert "Seed: 7" in out
+    found = json.loads(latentrt("metadata", "x.png", "--json")[1])
+    assert found["record"]["seed"] == 7
+    assert found["parameters"]["Steps"] == "2"
+
+
+def test_no_metadata(latentrt: Any) -> None:
+    latentrt("generate", PROMPT, *QUICK, "-o", "x.png", "--no-metadata")
+    assert json.loads(latentrt("metadata", "x.png", "--json")[1]) == {"parameters": None, "record": None}
+    assert latentrt("metadata", "x.png")[1] == "no parameters\n"
+
+
+def test_inspect_package(latentrt: Any) -> None:
+    code, out, _ = latentrt("inspect", "--verify")
+    assert code == 0
+    for net in ("text_encoder", "unet_context", "unet_time", "unet", "vae_decoder", "unet_whole"):
+        assert f"\n{net}  " in out
+    assert json.loads(latentrt("inspect", "demo", "--json")[1])["latent_channels"] == 4
+
+
+def test_inspect_sampler_prints_its_table(latentrt: Any) -> None:
+    code, out, _ = latentrt("inspect", "--sampler", "dpmpp_2m", "--steps", "20")
+    assert code == 0
+    assert len(out.splitlines()) >= 21
+    table = json.loads(latentrt("inspect", "--sampler", "dpmpp_2m", "--steps", "8", "--json")[1])
+    assert len(table["t"]) == 8
+
+
+def test_inspect_samplers(latentrt: Any) -> None:
+    names = json.loads(latentrt("inspect", "--samplers", "--json")[1])
+    assert {"ddim", "euler_a", "dpmpp_2m", "unipc", "lcm"} <= set(names)
+    assert all(name in latentrt("inspect", "--samplers")[1] for name in names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["generate", "x", "--sampler", "eulr"], 2, "eulr"),
+        (["generate", "x", "--width", "33"], 2, "width is 33; expected a multiple of 8"),
+        (["generate", "x", "--backend", "none"], 4, "unknown backend 'none'"),
+        (["generate", "x", "--model", "nowhere"], 3, "nowhere does not exist"),
+        (["generate", "x", "--steps", "1", "-o", "no/such/folder/x.png"], 7, "no/such/folder"),
+        (["generate", "x", "--steps", "1", "-o", "x.tiff"], 2, "tiff"),
+        (["generate", "x", "--no-such-option"], 2, "No such option"),
+        (["generate"], 2, "Missing argument"),
+        (["inspect", "nowhere"], 3, "nowhere does not exist"),
+        (["metadata", "nowhere.png"], 2, "nowhere.png"),
+        (["export", "nowhere", "-o", "p"], 3, "nowhere"),
+        (["export", "nowhere", "-o", "p", "--dtype", "fp8"], 2, "fp8"),
+    ],
+)
+def test_errors_have_a_message_and_an_exit_code(
+    latentrt: Any, tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    found, out, err = latentrt(*arguments)
+    assert (found, out) == (code, "")
+    assert message in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_as_json(latentrt: Any) -> None:
+    code, out, _ = latentrt("generate", "x", "--sampler", "eulr", "--json")
+    error = json.loads(out)["error"]
+    assert code == error["exit_code"] == 2
+    assert error["type"] == "SamplerError"
+    assert all(error[part] for part in ("found", "expected", "fix"))
+
+
+def test_export_without_torch_names_the_extra(latentrt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    code, _, err = latentrt("export", "checkpoint", "-o", "package")
+    assert code == 4
+    assert 'pip install "latentrt[cpu,export]"' in err
+
+
+@pytest.mark.parametrize("verb", [[], ["generate"], ["export"], ["inspect"], ["metadata"]])
+def test_help_imports_nothing_heavy(verb: list[str]) -> None:
+    code = (
+        "import sys; sys.argv = ['latentrt', *sys.argv[1:], '--help']\n"
+        "from latentrt import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'numpy', 'torch', 'PIL', 'onnxruntime', 'tokenizers', 'rich'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code, *verb], check=True, stdout=subprocess.DEVNULL, timeout=60)

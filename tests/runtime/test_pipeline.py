@@ -1,0 +1,211 @@
+"""The pipeline on the shipped model: batching, streaming, cancelling, sharing, failing."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+
+from latentrt.engines.errors import BackendError, CancelledError, NumericError, PackageError, UsageError
+from latentrt.runtime import Pipeline
+
+PROMPT = "a red circle on a blue background"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Iterator[Pipeline]:
+    with Pipeline.open("demo", threads=1) as pipe:
+        yield pipe
+
+
+def draw(pipe: Pipeline, **parameters: Any) -> np.ndarray:
+    """(N, H, W, 3) uint8, four steps."""
+    images = pipe(PROMPT, **{"num_inference_steps": 4, "seed": 3, "output_type": "np", **parameters}).images
+    assert isinstance(images, np.ndarray)
+    return images
+
+
+class FakeNet:
+    """A net of the pipeline with its answer changed; everything else is the real one's."""
+
+    def __init__(self, net: Any, change: Any) -> None:
+        self.net, self.change, self.calls = net, change, []
+
+    def __call__(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+        self.calls.append({name: array.shape for name, array in arrays.items()})
+        return self.change(len(self.calls), self.net(**arrays))
+
+
+def replace_net(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, name: str, change: Any) -> FakeNet:
+    fake = FakeNet(pipe._nets[name], change)
+    monkeypatch.setattr(pipe, "_nets", {**pipe._nets, name: fake})
+    return fake
+
+
+def test_output_types(pipe: Pipeline) -> None:
+    result = pipe(PROMPT, num_inference_steps=2, seed=1, height=64, width=96)
+    assert result.images[0].size == (96, 64)
+    assert result.request.seeds == (1,)
+    assert {"text_encoder", "invariants", "unet", "update", "vae_decoder"} <= set(result.seconds)
+    assert draw(pipe, num_images_per_prompt=2).shape == (2, 128, 128, 3)
+    assert draw(pipe, output_type="latent").shape == (1, 4, 16, 16)
+
+
+def test_rows_of_a_unet_call(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = replace_net(pipe, monkeypatch, "unet", lambda call, answer: answer)
+    draw(pipe, num_images_per_prompt=3, guidance_scale=4.0)
+    draw(pipe, num_images_per_prompt=3, guidance_scale=1.0)
+    assert [call["latent"][0] for call in unet.calls] == [6] * 4 + [3] * 4
+    time_rows = {shape[0] for call in unet.calls for name, shape in call.items() if name.startswith("time.")}
+    assert time_rows == {1}
+
+
+def test_invariants_are_computed_once(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    nets = [replace_net(pipe, monkeypatch, name, lambda call, answer: answer) for name in pipe._nets]
+    draw(pipe)
+    calls = dict(zip(pipe._nets, (len(net.calls) for net in nets), strict=True))
+    assert calls == {"text_encoder": 1, "unet_context": 1, "unet_time": 1, "unet": 4, "vae_decoder": 1}
+
+
+def test_a_picture_does_not_depend_on_its_batch(pipe: Pipeline) -> None:
+    together = draw(pipe, num_images_per_prompt=3, sampler="euler_a")
+    for i, seed in enumerate((3, 4, 5)):
+        alone = draw(pipe, seed=seed, sampler="euler_a")[0]
+        assert np.abs(together[i].astype(int) - alone).max() <= 1
+
+
+def test_prompts_and_negative_prompts_matter(pipe: Pipeline) -> None:
+    plain = draw(pipe)
+    assert np.abs(draw(pipe, negative_prompt="a blue square").astype(int) - plain).max() > 10
+    np.testing.assert_array_equal(draw(pipe, negative_prompt=""), plain)
+
+
+def test_latents_replace_the_seeds_noise(pipe: Pipeline) -> None:
+    noise = np.random.default_rng(0).standard_normal((1, 4, 16, 16)).astype(np.float32)
+    np.testing.assert_array_equal(draw(pipe, latents=noise), draw(pipe, latents=noise, seed=99))
+
+
+def test_stream_yields_every_step_and_ends_with_the_picture(pipe: Pipeline) -> None:
+    steps = list(pipe.stream(PROMPT, num_inference_steps=4, seed=3))
+    assert [(step.index, step.total) for step in steps] == [(i, 4) for i in range(4)]
+    assert all(a.timestep > b.timestep for a, b in pairwise(steps))
+    np.testing.assert_array_equal(np.asarray(steps[-1].preview()[0]), draw(pipe)[0])
+    assert steps[0].preview()[0].size == (128, 128)
+
+
+def test_the_denoised_estimate_comes_closer_to_the_end(pipe: Pipeline) -> None:
+    steps = list(pipe.stream(PROMPT, num_inference_steps=20, seed=3))
+    errors = [float(np.abs(step.denoised - steps[-1].latent).mean()) for step in steps]
+    assert errors[0] > errors[10] > errors[-1]
+    assert errors[-1] < 0.05 * errors[0]
+
+
+def test_a_stream_can_be_left(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = replace_net(pipe, monkeypatch, "unet", lambda call, answer: answer)
+    for step in pipe.stream(PROMPT, num_inference_steps=10, seed=3):
+        if step.index == 1:
+            break
+    assert len(unet.calls) == 2
+
+
+def test_cancel_stops_within_a_step_and_leaves_nothing_behind(pipe: Pipeline) -> None:
+    clean = draw(pipe)
+    cancel, seen = threading.Event(), []
+
+    def stop(pipe: Pipeline, index: int, timestep: float, values: dict[str, Any]) -> dict[str, Any]:
+        seen.append(index)
+        if index == 1:
+            cancel.set()
+        return values
+
+    with pytest.raises(CancelledError, match="before step 3 of 4") as caught:
+        draw(pipe, callback_on_step_end=stop, cancel=cancel)
+    assert seen == [0, 1]
+    assert caught.value.exit_code == 6
+    np.testing.assert_array_equal(draw(pipe), clean)
+
+
+def test_a_callback_may_change_the_latents(pipe: Pipeline) -> None:
+    def scale(pipe: Pipeline, index: int, timestep: float, values: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": values["latents"] * 0.5} if index == 0 else {}
+
+    assert np.abs(draw(pipe, callback_on_step_end=scale).astype(int) - draw(pipe)).max() > 5
+
+
+def test_two_threads_draw_the_same_bytes_as_one(pipe: Pipeline) -> None:
+    jobs = [{"seed": seed, "sampler": sampler} for seed in range(4) for sampler in ("euler_a", "dpmpp_2m")]
+    serial = [draw(pipe, **job) for job in jobs]
+    with ThreadPoolExecutor(2) as pool:
+        parallel = list(pool.map(lambda job: draw(pipe, **job), jobs))
+    for one, other in zip(serial, parallel, strict=True):
+        assert one.tobytes() == other.tobytes()
+
+
+def test_non_finite_latent_is_found_in_its_step(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def poison(call: int, answer: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if call == 3:
+            answer["prediction"][0, 0, 0, 0] = np.nan
+        return answer
+
+    replace_net(pipe, monkeypatch, "unet", poison)
+    with pytest.raises(NumericError, match="after step 3 of 4") as caught:
+        draw(pipe)
+    assert caught.value.exit_code == 8
+
+
+def test_non_finite_picture(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_net(
+        pipe, monkeypatch, "vae_decoder", lambda call, answer: {**answer, "mean": np.float32([np.inf])}
+    )
+    with pytest.raises(NumericError, match="picture is not finite"):
+        draw(pipe)
+
+
+def test_picture_of_one_colour(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    blank = np.zeros((1, 128, 128, 3), np.uint8)
+    replace_net(pipe, monkeypatch, "vae_decoder", lambda call, answer: {**answer, "image": blank})
+    with pytest.raises(NumericError, match=r"constant|one colour"):
+        draw(pipe)
+
+
+def test_the_real_decoder_reports_nan(pipe: Pipeline) -> None:
+    latent = np.zeros((1, 4, 16, 16), np.float32)
+    latent[0, 0, 5, 5] = np.nan
+    with pytest.raises(NumericError, match="picture is not finite"):
+        pipe._decode(latent)
+
+
+def test_a_prompt_that_is_too_long_warns_and_names_what_was_dropped(pipe: Pipeline) -> None:
+    with pytest.warns(UserWarning, match="dropped: .*star"):
+        pipe("red " * 80 + "star", num_inference_steps=1, seed=1, output_type="latent")
+
+
+def test_sampler_may_be_a_scheduler_config(pipe: Pipeline) -> None:
+    config = {**pipe.package.manifest.scheduler, "_class_name": "EulerDiscreteScheduler"}
+    np.testing.assert_array_equal(draw(pipe, sampler=config), draw(pipe, sampler="euler"))
+
+
+def test_warmup_runs_every_net(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = replace_net(pipe, monkeypatch, "vae_decoder", lambda call, answer: answer)
+    pipe.warmup()
+    assert len(decoder.calls) == 1
+
+
+def test_open_errors(tmp_path: Any) -> None:
+    with pytest.raises(PackageError):
+        Pipeline.open(tmp_path)
+    with pytest.raises(BackendError, match="unknown backend"):
+        Pipeline.open("demo", backend="nothing")
+    with pytest.raises(UsageError, match="threads"):
+        Pipeline.open("demo", threads=-1)
+
+
+def test_a_closed_pipeline_says_so() -> None:
+    pipe = Pipeline.open("demo", threads=1)
+    pipe.close()
+    pipe.close()
+    with pytest.raises(BackendError, match="closed"):
+        pipe(PROMPT)

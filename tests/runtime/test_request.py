@@ -1,0 +1,97 @@
+import typing
+from typing import Any
+
+import numpy as np
+import pytest
+
+from latentrt.engines.errors import SamplerError, UsageError
+from latentrt.engines.package import Defaults, Manifest
+from latentrt.runtime.request import Parameters, latent_shape, make_request
+
+MANIFEST = Manifest(
+    name="m",
+    family="sd1",
+    dtype="fp32",
+    latent_channels=4,
+    context_width=8,
+    scheduler={"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "clip_sample": False},
+    nets={},
+    defaults=Defaults(num_inference_steps=7, guidance_scale=3.0, sampler="euler", height=64, width=96),
+    size_multiple=16,
+)
+
+
+def test_defaults_are_the_packages() -> None:
+    request = make_request(MANIFEST, "a")
+    assert (request.height, request.width, request.num_inference_steps) == (64, 96, 7)
+    assert request.guidance_scale == 3.0
+    assert request.guided
+    assert request.sampler.name == "euler"
+    assert request.negative_prompts == ("",)
+    assert latent_shape(MANIFEST, 64, 96) == (4, 8, 12)
+
+
+def test_pictures_are_prompts_times_count_each_with_its_seed() -> None:
+    request = make_request(MANIFEST, ["a", "b"], num_images_per_prompt=2, seed=5, negative_prompt=["x", "y"])
+    assert request.prompts == ("a", "a", "b", "b")
+    assert request.negative_prompts == ("x", "x", "y", "y")
+    assert request.seeds == (5, 6, 7, 8)
+    assert make_request(MANIFEST, ["a", "b"], seed=[9, 3]).seeds == (9, 3)
+    assert make_request(MANIFEST, "a", seed=np.int64(3)).seeds == (3,)
+
+
+def test_a_missing_seed_is_random_and_recorded() -> None:
+    assert len({make_request(MANIFEST, "a").seeds for _ in range(8)}) > 1
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0.0])
+def test_guidance_off(scale: float) -> None:
+    assert not make_request(MANIFEST, "a", guidance_scale=scale).guided
+
+
+def test_typed_parameters_are_the_functions_parameters() -> None:
+    hints = typing.get_type_hints(make_request)
+    assert set(typing.get_type_hints(Parameters)) == set(hints) - {"manifest", "prompt", "return"}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "match"),
+    [
+        ({"prompt": []}, "prompt is"),
+        ({"prompt": 3}, "prompt is"),
+        ({"prompt": ["a", 3]}, "prompt is"),
+        ({"negative_prompt": ["a", "b"]}, "2 texts for 1 prompts"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
+        ({"height": 40}, "height is 40; expected a multiple of 16. Use 32 or 48"),
+        ({"height": 0}, "height is 0"),
+        ({"width": -8}, "width is -8"),
+        ({"width": 64.0}, "width is 64.0"),
+        ({"height": 16384, "width": 16384}, "megapixels"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5"),
+        ({"num_inference_steps": True}, "num_inference_steps is True"),
+        ({"guidance_scale": -1}, "guidance_scale is -1"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"guidance_scale": "7"}, "guidance_scale is '7'"),
+        ({"guidance_rescale": 2}, "guidance_rescale is 2"),
+        ({"eta": 2}, "eta is 2"),
+        ({"rng": "numpy"}, "rng is 'numpy'; expected one of torch-cpu, torch-cuda"),
+        ({"output_type": "pt"}, "output_type is 'pt'"),
+        ({"seed": [1, 2]}, r"seed is \[1, 2\] for 1 pictures"),
+        ({"seed": "7"}, "seed is '7'"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"seed": True}, "seed is True"),
+        ({"seed": [2**70]}, "seed is"),
+        ({"latents": np.zeros((1, 4, 8, 8), np.float32)}, r"shape \(1, 4, 8, 8\)"),
+        ({"latents": np.full((1, 4, 8, 12), np.nan, np.float32)}, "not all finite"),
+    ],
+)
+def test_bad_parameters_are_named(parameters: dict[str, Any], match: str) -> None:
+    with pytest.raises(UsageError, match=match) as caught:
+        make_request(MANIFEST, **{"prompt": "a", **parameters})
+    assert caught.value.exit_code == 2
+
+
+def test_unknown_sampler() -> None:
+    with pytest.raises(SamplerError, match="eulr"):
+        make_request(MANIFEST, "a", sampler="eulr")
