@@ -6,12 +6,16 @@ import json
 from enum import Enum
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
 from ..engines.errors import BackendError
 from .progress import progress_bar
+
+if TYPE_CHECKING:
+    from ..export.progress import Progress
+    from ..export.verify import Comparison
 
 
 class Dtype(str, Enum):
@@ -42,23 +46,33 @@ def export(
             expected="the extra [export]",
             fix='Install it: pip install "latentrt[cpu,export]".',
         ) from error
-    from ..export.exporter import Progress, export_package
+    from ..export.package_writer import export_package
 
     began = perf_counter()
+    comparisons: list[Comparison] = []
     with progress_bar(enabled=not as_json) as advance:
 
         def on_progress(progress: Progress) -> None:
             advance(progress.stage, progress.index, progress.total)
 
-        report = export_package(
-            checkpoint, output, dtype=dtype.value, verify=verify, overwrite=overwrite, progress=on_progress
+        package = export_package(
+            checkpoint,
+            output,
+            dtype=dtype.value,
+            verify=verify,
+            overwrite=overwrite,
+            progress=on_progress,
+            report=comparisons.append,
         )
     seconds = perf_counter() - began
-    checks = [vars(check) for check in report.checks]
     if as_json:
-        print(json.dumps({"package": str(output), "seconds": seconds, "checks": checks}))
+        checks = [vars(found) for found in comparisons]
+        print(json.dumps({"package": str(output), "seconds": seconds, "verify": checks}))
         return
-    for check in report.checks:
-        print(check.format())
-    size = sum(record.size for record in report.package.manifest.files.values())
+    for found in comparisons:
+        print(
+            f"{found.net}.{found.output}: relative L2 {found.relative_l2:.1e},"
+            f" max error {found.max_error:.1e}, PSNR {found.psnr:.1f} dB"
+        )
+    size = sum(record.size for record in package.manifest.files.values())
     print(f"{output}  ({size / 1e6:.1f} MB in {seconds:.0f} s)")

@@ -36,7 +36,7 @@ def inspect(
 def _print_samplers(*, as_json: bool) -> None:
     from ..runtime.samplers import SAMPLERS
 
-    names = {name: sampler.description for name, sampler in SAMPLERS.items()}
+    names = {name: sampler.about for name, sampler in SAMPLERS.items()}
     width = max(map(len, names))
     print(json.dumps(names) if as_json else "\n".join(f"{name:<{width}}  {names[name]}" for name in names))
 

@@ -26,6 +26,15 @@ class State:
     prediction: Array
     latent: Array
 
+    def denoised(self, table: Table) -> Array:
+        """What the model takes the clean latent to be, solved from y = alpha * x0 + sigma * eps."""
+        alpha_bar = float(table.alpha_bar[self.index])
+        alpha, sigma = np.float32(alpha_bar**0.5), np.float32((1 - alpha_bar) ** 0.5)
+        y, m = self.given, self.prediction
+        if table.prediction_type == "epsilon":
+            return (y - sigma * m) / alpha
+        return alpha * y - sigma * m if table.prediction_type == "v_prediction" else m
+
 
 def denoise(table: Table, noise: Callable[[], Array], predict: Predict, start: Array) -> Iterator[State]:
     """Run the table; yields once per row, the final latent last.

@@ -70,7 +70,7 @@ class Step:
     @property
     def denoised(self) -> Array:
         """(N, C, H/8, W/8) float32, what the model takes the clean latent to be."""
-        return self.table.denoised(self.index, self.state.given, self.state.prediction)
+        return self.state.denoised(self.table)
 
     def preview(self) -> list[Image]:
         """`denoised` as pictures, through the full decoder; after the last step, the finished pictures."""

@@ -146,7 +146,7 @@ def latent_shape(manifest: Manifest, height: int, width: int) -> tuple[int, int,
 
 
 def _texts(name: str, value: str | Sequence[str]) -> list[str]:
-    texts = [value] if isinstance(value, str) else list(value)
+    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
     if not texts or not all(isinstance(text, str) for text in texts):
         raise UsageError(f"{name} is {value!r}", expected="a text or a list of texts", fix="Pass a str.")
     return texts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +11,35 @@ from ..engines.spec import Array
 from .infotext import format_infotext
 from .picture import save_picture
 from .request import Request
+from .samplers import SamplerConfig
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-RECORD_VERSION = 1
+# What AUTOMATIC1111 calls them; other samplers keep our short name.
+_A1111_SAMPLERS = {
+    "ddim": "DDIM",
+    "plms": "PLMS",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "lms": "LMS",
+    "dpm2": "DPM2",
+    "dpm2_a": "DPM2 a",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_3m_sde": "DPM++ 3M SDE",
+    "unipc": "UniPC",
+    "lcm": "LCM",
+}
+_A1111_SCHEDULES = {"karras": "Karras", "exponential": "Exponential", "beta": "Beta"}
+
+
+def _sampler_record(config: SamplerConfig) -> dict[str, Any]:
+    """Name, diffusers class, and every option that differs from our default; the betas are the model's."""
+    options = {item.name: getattr(config, item.name) for item in fields(config) if item.name != "noise"}
+    defaults = {item.name: item.default for item in fields(config)}
+    return {name: value for name, value in options.items() if name == "eta" or value != defaults[name]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +63,11 @@ class Result:
         """Everything needed to make picture `index` again, as JSON."""
         request = self.request
         return {
-            "version": RECORD_VERSION,
             "prompt": request.prompts[index],
             "negative_prompt": request.negative_prompts[index],
             "seed": request.seeds[index],
             "rng": request.rng,
-            "sampler": request.sampler.to_json(),
+            "sampler": _sampler_record(request.sampler),
             "num_inference_steps": request.num_inference_steps,
             "guidance_scale": request.guidance_scale,
             "guidance_rescale": request.guidance_rescale,
@@ -61,7 +84,8 @@ class Result:
                 "prompt": request.prompts[index],
                 "negative_prompt": request.negative_prompts[index],
                 "Steps": request.num_inference_steps,
-                "Sampler": request.sampler.display_name,
+                "Sampler": _A1111_SAMPLERS.get(request.sampler.name, request.sampler.name),
+                "Schedule type": _A1111_SCHEDULES.get(request.sampler.sigma_schedule),
                 "CFG scale": request.guidance_scale,
                 "Seed": request.seeds[index],
                 "Size": f"{request.width}x{request.height}",
@@ -78,5 +102,5 @@ class Result:
             StorageError: the file cannot be written; an existing one stays as it was.
             UsageError: the suffix is unknown, or the result holds latents.
         """
-        text, record = (self.infotext(index), self.record(index)) if metadata else (None, None)
-        save_picture(Path(path), self.images[index], infotext=text, record=record)
+        infotext, record = (self.infotext(index), self.record(index)) if metadata else (None, None)
+        save_picture(path, self.images[index], infotext=infotext, record=record)

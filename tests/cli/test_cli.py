@@ -36,7 +36,8 @@ def test_generate_writes_a_picture_and_says_where_and_how_long(latentrt: Any, tm
     assert out == "a-red-circle-on-a-blue-background-7.png  (128x128, seed 7)\n"
     for stage in ("open", "text encoder", "unet", "vae decoder", "save", "total"):
         assert f"{stage} " in err
-    assert Image.open(tmp_path / "a-red-circle-on-a-blue-background-7.png").size == (128, 128)
+    with Image.open(tmp_path / "a-red-circle-on-a-blue-background-7.png") as picture:
+        assert picture.size == (128, 128)
 
 
 def test_generate_json_is_the_record(latentrt: Any) -> None:
