@@ -1,11 +1,12 @@
 """Samplers with a memory, and the exponential integrators: PLMS, LMS, DPM-Solver(++), DEIS, UniPC.
 
-Exponential integrators solve the linear part of the diffusion ODE exactly and expand the prediction in the half
-log-SNR lambda. All of them make the same step,
+Exponential integrators solve the linear part of the diffusion ODE exactly and expand the prediction in the
+half log-SNR lambda. All of them make the same step,
 
     x_t = keep * x_s - weight * (phi1(z)*D0 + phi2(z)*D1 + phi3(z)*D2) [+ noise]
 
-where D0, D1, D2 are the prediction and its divided differences, and (keep, weight, z) depends on what is predicted.
+where D0, D1, D2 are the prediction and its divided differences, and (keep, weight, z) depends on what is
+predicted.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ Past: TypeAlias = list[tuple[Level, Vector]]  # (where, prediction), newest firs
 
 
 def plms(x: Vector, predict: Predict, noise: Noise, plan: Plan) -> Vector:
-    """Pseudo linear multistep (Liu et al. 2022, eq. 9 and 12) with the first step made twice instead of Runge-Kutta.
+    """Pseudo linear multistep (Liu et al. 2022, eq. 9 and 12) with the first step made twice instead of
+    Runge-Kutta.
 
-    Departure, diffusers': the model's raw outputs are mixed, and a v-prediction mix is turned into noise afterwards.
+    Departure, diffusers': the model's raw outputs are mixed, and a v-prediction mix is turned into noise
+    afterwards.
     """
     del noise
     outputs: list[Vector] = []
@@ -65,8 +68,12 @@ def lms(x: Vector, predict: Predict, noise: Noise, plan: Plan) -> Vector:
 
 
 def interpolatory_weights(nodes: Sequence[float], moments: Sequence[float]) -> Vector:
-    """Weights w with sum_j w_j * nodes_j^k = moments_k: the quadrature that is exact for polynomials through the nodes."""
-    return np.linalg.solve(np.vander(nodes, increasing=True).T, np.array(moments, dtype=np.float64))
+    """Weights w with sum_j w_j * nodes_j^k = moments_k, so exact for the polynomial through the nodes."""
+    powers = np.arange(len(nodes))[:, None]
+    try:
+        return np.linalg.solve(np.power(np.array(nodes), powers), np.array(moments))
+    except np.linalg.LinAlgError:  # two levels coincide; `trace` refuses what is not finite
+        return np.full(len(nodes), np.nan)
 
 
 class _Jump(NamedTuple):
@@ -79,7 +86,7 @@ class _Jump(NamedTuple):
 
 
 def _jump(s: Level, t: Level, algorithm: str) -> _Jump:
-    """Lu et al. 2022a, eq. 3.4 (noise) and Lu et al. 2022b, eq. 9 (data, "++") and eq. 12-13 (SDE variants)."""
+    """Lu et al. 2022a, eq. 3.4 (noise); Lu et al. 2022b, eq. 9 (data, "++") and eq. 12-13 (SDE variants)."""
     h = t.lam - s.lam
     if algorithm == "dpmsolver++":
         return _Jump(t.sigma / s.sigma, t.alpha, -h, 0.0)
@@ -98,17 +105,20 @@ def _phi(z: float) -> tuple[float, float, float]:
 
 
 def dpm_multistep(x: Vector, predict: Predict, noise: Noise, plan: Plan) -> Vector:
-    """DPM-Solver(++) multistep, orders 1 to 3 (Lu et al. 2022b, Algorithm 2; the SDE variants in their Appendix).
+    """DPM-Solver(++) multistep, orders 1 to 3 (Lu et al. 2022b, Algorithm 2; the SDE variants in their
+    Appendix).
 
-    Departure from diffusers: its third-order SDE update has the wrong sign on the constant of phi3, so that the
-    second difference does not vanish with the step. This follows k-diffusion's `sample_dpmpp_3m_sde`.
+    Departure from diffusers: its third-order SDE update has the wrong sign on the constant of phi3, so that
+    the second difference does not vanish with the step. This follows k-diffusion's `sample_dpmpp_3m_sde`.
     """
     config = plan.config
     past: Past = []
     for i, (s, t) in enumerate(plan.steps):
         past = [(s, predict(x, s)), *past[:2]]
         jump = _jump(s, t, config.algorithm_type)
-        x = jump.keep * x - jump.weight * _differences(past[: _multistep_order(plan, i)], t, jump.z, config.solver_type)
+        x = jump.keep * x - jump.weight * _differences(
+            past[: _multistep_order(plan, i)], t, jump.z, config.solver_type
+        )
         if config.algorithm_type.startswith("sde"):
             x = x + jump.noise * noise()
     return x
@@ -144,7 +154,8 @@ def _differences(past: Past, t: Level, z: float, solver_type: str) -> Vector:
 def dpm_singlestep(x: Vector, predict: Predict, noise: Noise, plan: Plan) -> Vector:
     """DPM-Solver(++) singlestep: groups of 1 to 3 steps start again from the group's first state.
 
-    Lu et al. 2022a, Algorithms 1 and 2, with the grid's own levels as intermediate points, as diffusers has it.
+    Lu et al. 2022a, Algorithms 1 and 2, with the grid's own levels as intermediate points, as diffusers has
+    it.
     """
     config = plan.config
     orders = _singlestep_orders(plan)
@@ -163,7 +174,7 @@ def dpm_singlestep(x: Vector, predict: Predict, noise: Noise, plan: Plan) -> Vec
 
 
 def _singlestep_orders(plan: Plan) -> list[int]:
-    """Orders 1, 2, .., p over and over; lowered at the end when the groups do not fit or the final sigma is 0."""
+    """Orders 1, 2, .., p over and over; lower at the end where groups do not fit or the final sigma is 0."""
     order, total = plan.config.solver_order, plan.total
     cycle = list(range(1, order + 1))
     to_zero = plan.steps[-1][1].sigma == 0
@@ -174,7 +185,7 @@ def _singlestep_orders(plan: Plan) -> list[int]:
 
 
 def _group_differences(group: Past, t: Level, z: float, solver_type: str) -> Vector:
-    """phi1*D0 + phi2*D1 + phi3*D2 around the oldest prediction of a group (Lu et al. 2022a, eq. 3.7 and 4.5)."""
+    """phi1*D0 + phi2*D1 + phi3*D2 around the oldest prediction of a group (Lu et al. 2022a, Algs. 1, 2)."""
     phi1, phi2, phi3 = _phi(z)
     s, m0 = group[0]
     h = t.lam - s.lam
@@ -192,7 +203,7 @@ def _group_differences(group: Past, t: Level, z: float, solver_type: str) -> Vec
 
 
 def deis(x: Vector, predict: Predict, noise: Noise, plan: Plan) -> Vector:
-    """DEIS-log-rho-AB (Zhang & Chen 2023, eq. 15): eps as a polynomial in log rho, integrated exactly over rho."""
+    """DEIS (Zhang & Chen 2023, eq. 15): eps as a polynomial in log rho, integrated exactly over rho."""
     del noise
     past: Past = []
     for i, (s, t) in enumerate(plan.steps):
@@ -224,7 +235,7 @@ def unipc(x: Vector, predict: Predict, noise: Noise, plan: Plan) -> Vector:
 
 
 def _unipc_step(x: Vector, past: Past, t: Level, plan: Plan, corrector: Vector | None = None) -> Vector:
-    """One UniP step from past[0]'s level to t, or UniC when the output at t is at hand (Zhao et al. 2023, eq. 3 and 9)."""
+    """A UniP step from past[0]'s level to t; UniC once t's output is known (Zhao et al. 2023, Alg. 1, 2)."""
     config = plan.config
     s, m0 = past[0]
     jump = _jump(s, t, "dpmsolver++" if config.predict_x0 else "dpmsolver")
@@ -241,10 +252,10 @@ def _unipc_step(x: Vector, past: Past, t: Level, plan: Plan, corrector: Vector |
 
 
 def _unipc_weights(ratios: list[float], z: float, scale: float) -> Vector:
-    """Solve R(h) a = phi(h)/B(h) (Zhao et al. 2023, eq. 5); a single weight is 1/2 for any h (their Appendix B)."""
+    """Solve R(h) a = phi(h) / B(h) (Zhao et al. 2023, eq. 5); a single weight is 1/2 for any h."""
     if len(ratios) == 1:
         return np.array([0.5])
-    phi, right = np.expm1(z), []
+    phi, right = np.expm1(z), list[float]()
     for k in range(1, len(ratios) + 1):
         phi = phi / z - 1 / math.factorial(k)
         right.append(phi * math.factorial(k) / scale)

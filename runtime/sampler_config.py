@@ -1,7 +1,8 @@
 """What a sampler is asked to do, and how a diffusers `scheduler_config.json` says it.
 
-diffusers' `XScheduler.from_config(config)` keeps the keys that class X knows, gives the others X's defaults and drops
-the rest. The defaults are facts of diffusers 0.42 and are listed here as data, so that the runtime needs no diffusers.
+diffusers' `XScheduler.from_config(config)` keeps the keys that class X knows, gives the others X's defaults
+and drops the rest. The defaults are facts of diffusers 0.42 and are listed here as data, so that the runtime
+needs no diffusers.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ class SchedulerClass:
     Args:
         short_name: the sampler it stands for when the options do not say more.
         defaults: its constructor's keys and defaults, as far as they bear on the table.
-        sigma_space: whether it divides by alpha_bar, and so lifts a terminal alpha_bar of 0 to ZERO_SNR_FLOOR.
+        sigma_space: whether it divides by alpha_bar, and so lifts a terminal alpha_bar of 0 to
+            ZERO_SNR_FLOOR.
         no_sample_prediction: it has no prediction_type "sample".
     """
 
@@ -236,7 +238,8 @@ SCHEDULER_CLASSES: dict[str, SchedulerClass] = {
     ),
 }
 
-# Keys that must hold the given value; anything else makes the sampler non-linear, or is another kind of model.
+# Keys that must hold the given value; anything else makes the sampler non-linear, or is another kind of
+# model.
 _REQUIRED: dict[str, Any] = {
     "clip_sample": False,
     "thresholding": False,

@@ -1,8 +1,9 @@
 """How people spell samplers, and what each spelling means.
 
 Accepted: the short names of this package, AUTOMATIC1111's ("DPM++ 2M Karras"), diffusers' classes
-("EulerDiscreteScheduler"), ComfyUI's and stable-diffusion.cpp's ("dpm++2m", "euler_a", "ddim_trailing"), in any case,
-with or without spaces, and a sigma schedule behind the name ("karras", "exponential", "beta", "sgm uniform").
+("EulerDiscreteScheduler"), ComfyUI's and stable-diffusion.cpp's ("dpm++2m", "euler_a", "ddim_trailing"), in
+any case, with or without spaces, and a sigma schedule behind the name ("karras", "exponential", "beta", "sgm
+uniform").
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from ..engines.errors import SamplerError
@@ -82,15 +84,19 @@ _ALIASES: dict[str, Preset] = {
     "unipcbh2": ("unipc", {"solver_type": "bh2"}),
 }
 
-_RAMPS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
-# What may stand behind a name; the empty suffix leaves the model's own sigma schedule.
-_SUFFIXES: dict[str, dict[str, Any]] = {
+# What may stand behind a name -> the field it sets; the empty suffix leaves the model's own.
+_SUFFIXES: dict[str, dict[str, str]] = {
     "": {},
-    "karras": {**dict.fromkeys(_RAMPS, False), "use_karras_sigmas": True},
-    "exponential": {**dict.fromkeys(_RAMPS, False), "use_exponential_sigmas": True},
-    "beta": {**dict.fromkeys(_RAMPS, False), "use_beta_sigmas": True},
+    "karras": {"sigma_schedule": "karras"},
+    "exponential": {"sigma_schedule": "exponential"},
+    "beta": {"sigma_schedule": "beta"},
     "sgmuniform": {"timestep_spacing": "trailing"},
     "trailing": {"timestep_spacing": "trailing"},
+}
+# field -> classes on which it has no meaning
+_WITHOUT = {
+    "sigma_schedule": ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "LCMScheduler", "TCDScheduler"),
+    "timestep_spacing": (_SINGLE, "LCMScheduler", "TCDScheduler"),
 }
 
 _TWO_NOISES = "draws more than one noise per UNet call"
@@ -130,8 +136,8 @@ def resolve(sampler: str | Mapping[str, Any] | None, model_config: Mapping[str, 
 
     Args:
         sampler: None for the model's own scheduler; a name, which behaves like diffusers'
-            `XScheduler.from_config(model_config)`; or a diffusers scheduler config. Of the latter, what the model
-            was trained with (betas, prediction type) may be left out.
+            `XScheduler.from_config(model_config)`; or a diffusers scheduler config. Of the latter, what the
+            model was trained with (betas, prediction type) may be left out.
         model_config: the checkpoint's scheduler_config.json.
 
     Raises:
@@ -145,12 +151,24 @@ def resolve(sampler: str | Mapping[str, Any] | None, model_config: Mapping[str, 
     elif sampler in SCHEDULER_CLASSES:
         config = config_for_class(sampler, model_config)
     else:
-        name, options = _lookup(sampler)
-        scheduler, own = PRESETS[name]
-        # Latent models never clip: the class default of DDPM and DDIM is meant for pixels.
-        config = config_for_class(scheduler, {"clip_sample": False, **model_config, **own, **options}, name)
+        config = _from_name(sampler, model_config)
     _refuse_outside(config.name)
     return config
+
+
+def _from_name(spelled: str, model_config: Mapping[str, Any]) -> SamplerConfig:
+    name, options, suffix = _lookup(spelled)
+    scheduler, own = PRESETS[name]
+    for field in suffix:
+        if scheduler in _WITHOUT[field]:
+            raise SamplerError(
+                f"sampler {spelled!r}: {name} has no {field}",
+                expected=f"{name} alone, or that {field} with another sampler",
+                fix=f"Use sampler={name!r}.",
+            )
+    # Latent models never clip: the class default of DDPM and DDIM is meant for pixels.
+    config = config_for_class(scheduler, {"clip_sample": False, **model_config, **own, **options}, name)
+    return replace(config, **suffix)
 
 
 def _from_config(config: Mapping[str, Any]) -> SamplerConfig:
@@ -179,18 +197,17 @@ def _squeeze(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower().replace("++", "pp"))
 
 
-_KNOWN: dict[str, Preset] = {_squeeze(name): (name, {}) for name in PRESETS} | _ALIASES
+_KNOWN: dict[str, Preset] = {_squeeze(name): (name, dict[str, Any]()) for name in PRESETS} | _ALIASES
 
 
-def _lookup(spelled: str) -> Preset:
-    """Short name and options of a spelling; a sigma schedule may follow the name, and a "k_" precede it."""
+def _lookup(spelled: str) -> tuple[str, dict[str, Any], dict[str, str]]:
+    """Short name, options and suffix of a spelling; a schedule may follow the name, and a "k_" precede it."""
     squeezed = _squeeze(spelled)
-    for suffix, options in _SUFFIXES.items():
+    for suffix, fields in _SUFFIXES.items():
         base = squeezed.removesuffix(suffix)
         for candidate in (base, base.removeprefix("k")):
             if candidate in _KNOWN:
-                name, own = _KNOWN[candidate]
-                return name, own | options
+                return *_KNOWN[candidate], fields
         _refuse_outside(base)
     close = difflib.get_close_matches(squeezed, _KNOWN, n=3)
     names = dict.fromkeys(_KNOWN[match][0] for match in close)

@@ -1,8 +1,8 @@
 """Which noise levels a sampler visits: from a configuration and a step count to a `Plan`.
 
-The conventions differ between diffusers' classes and decide the picture, so each is followed: where the timesteps
-lie, whether they are rounded, what the last target is. "k" below is the k-diffusion family (Euler, Heun, LMS, DPM2),
-which lives in the variance-exploding form (alpha = 1); "DPM" is DPM-Solver, DEIS and UniPC.
+The conventions differ between diffusers' classes and decide the picture, so each is followed: where the
+timesteps lie, whether they are rounded, what the last target is. "k" below is the k-diffusion family (Euler,
+Heun, LMS, DPM2), which lives in the variance-exploding form (alpha = 1); "DPM" is DPM-Solver, DEIS and UniPC.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..engines.errors import SamplerError
 from .sampler_config import SamplerConfig
@@ -22,6 +23,7 @@ from .schedule import Array, Level, sigma_ramp, timesteps
 Step: TypeAlias = tuple[Level, Level]
 Custom: TypeAlias = Sequence[float] | None
 
+_LOG_ROUNDING = 1e-9  # of a timestep that went through log and exp in float64
 _NOWHERE = math.nan  # timestep of a level at which no model is asked
 
 
@@ -30,8 +32,8 @@ class Plan:
     """What a formula walks along.
 
     Args:
-        steps: (from, to) pairs of levels, high noise first. `to` is the next `from` in most samplers; DDIM and PNDM
-            aim at t - T//N instead.
+        steps: (from, to) pairs of levels, high noise first. `to` is the next `from` in most samplers; DDIM
+            and PNDM aim at t - T//N instead.
         start: how many steps of the schedule are left out before the first (image-to-image); 0 otherwise.
         total: steps of the whole schedule; rules such as "below 15 steps" count these.
         x_scale: standard deviation of the first state.
@@ -50,7 +52,9 @@ class Plan:
         return len(self.steps)
 
 
-def plan(config: SamplerConfig, count: int, *, custom: Custom = None, sigmas: Custom = None, start: int = 0) -> Plan:
+def plan(
+    config: SamplerConfig, count: int, *, custom: Custom = None, sigmas: Custom = None, start: int = 0
+) -> Plan:
     """Lay the levels of a run.
 
     Args:
@@ -61,7 +65,8 @@ def plan(config: SamplerConfig, count: int, *, custom: Custom = None, sigmas: Cu
         start: steps to leave out at the noisy end.
 
     Raises:
-        SamplerError: the sampler takes no custom timesteps or sigmas, or the schedule leaves the training range.
+        SamplerError: the sampler takes no custom timesteps or sigmas, or the schedule leaves the training
+            range.
     """
     _check_custom(config, custom, sigmas)
     if config.scheduler in _K_CLASSES:
@@ -69,10 +74,8 @@ def plan(config: SamplerConfig, count: int, *, custom: Custom = None, sigmas: Cu
         steps = list(itertools.pairwise(levels))
     else:
         steps, x_scale = _VP_STEPS[config.scheduler](config, count, custom), 1.0
-    if config.scheduler == "PNDMScheduler":
-        run = _plms_steps(config, steps, start)
-    else:
-        run = tuple(steps[start:])
+    cut = _plms_steps if config.scheduler == "PNDMScheduler" else _cut
+    run = cut(config, steps, start)
     if start and run:  # image-to-image starts from an image with this much noise added
         x_scale = run[0][0].sigma
     return Plan(steps=run, start=start, total=len(steps), x_scale=float(x_scale), config=config)
@@ -81,19 +84,23 @@ def plan(config: SamplerConfig, count: int, *, custom: Custom = None, sigmas: Cu
 def _check_custom(config: SamplerConfig, custom: Custom, sigmas: Custom) -> None:
     if sigmas is not None and (custom is not None or config.scheduler != "EulerDiscreteScheduler"):
         raise SamplerError(
-            f"custom sigmas for sampler {config.name}", expected="sampler 'euler', without timesteps", fix="Drop sigmas."
+            f"custom sigmas for sampler {config.name}",
+            expected="sampler 'euler', without timesteps",
+            fix="Drop sigmas.",
         )
     if custom is None:
         return
     if config.scheduler not in _CUSTOM_CLASSES or config.sigma_schedule != "default":
         raise SamplerError(
             f"custom timesteps for sampler {config.name} with {config.sigma_schedule} sigmas",
-            expected="a sampler that takes them, with default sigmas: ddpm, euler, heun, lcm, tcd, dpm_solver or dpmpp",
+            expected="default sigmas and one of ddpm, euler, heun, lcm, tcd, dpm_solver, dpmpp",
             fix="Drop timesteps, or choose one of these samplers.",
         )
     if not len(custom) or any(later >= earlier for earlier, later in itertools.pairwise(custom)):
         raise SamplerError(
-            f"custom timesteps {list(custom)}", expected="at least one, descending", fix="Sort them, largest first."
+            f"custom timesteps {list(custom)}",
+            expected="at least one, descending",
+            fix="Sort them, largest first.",
         )
 
 
@@ -102,7 +109,8 @@ def _spaced(config: SamplerConfig, count: int, *, last: int | None = None, drop:
     return timesteps(config.timestep_spacing, count, train, offset=config.steps_offset, last=last, drop=drop)
 
 
-# --- the k-diffusion family -------------------------------------------------------------------------------------
+# --- the k-diffusion family
+# -------------------------------------------------------------------------------------
 
 
 def _k_levels(config: SamplerConfig, count: int, custom: Custom, given: Custom) -> tuple[list[Level], float]:
@@ -116,8 +124,9 @@ def _k_levels(config: SamplerConfig, count: int, custom: Custom, given: Custom) 
         t = t.astype(np.float32).astype(np.float64)
         sigmas = noise.sigma_at(t)
         if config.interpolation_type == "log_linear":
-            # N+1 sigmas for N timesteps: the run ends on the lowest of them, and the final sigma is never reached.
-            sigmas = np.exp(np.linspace(np.log(noise.sigmas[-1]), np.log(noise.sigmas[0]), count + 1))
+            # N+1 sigmas for N timesteps: the run ends on the lowest of them, and the final sigma is never
+            # reached.
+            sigmas = sigma_ramp("exponential", float(noise.sigmas[-1]), float(noise.sigmas[0]), count + 1)
         if config.sigma_schedule != "default":
             sigmas = _ramp(config, sigmas, count)
             t = noise.t_at(sigmas)
@@ -127,12 +136,12 @@ def _k_levels(config: SamplerConfig, count: int, custom: Custom, given: Custom) 
         sigmas = np.append(sigmas, last)
     sigmas = sigmas.astype(np.float32).astype(np.float64)
     if config.timestep_type == "continuous" and config.prediction_type == "v_prediction":
-        t = 0.25 * np.log(sigmas[: len(t)])
+        t = 0.25 * np.log(sigmas[:-1])
     levels = [Level(float(time), np.float64(1), sigma) for time, sigma in zip(t, sigmas, strict=False)]
     levels.append(Level(_NOWHERE, np.float64(1), sigmas[len(t)]))
     top = float(np.max(sigmas))
-    # "leading" leaves signal in the first state, so its noise is scaled to full variance; the others start from pure
-    # noise of standard deviation sigma_max.
+    # "leading" leaves signal in the first state, so its noise is scaled to full variance; the others start
+    # from pure noise of standard deviation sigma_max.
     return levels, top if config.timestep_spacing in ("linspace", "trailing") else math.hypot(top, 1)
 
 
@@ -143,7 +152,8 @@ def _ramp(config: SamplerConfig, ends: Array, count: int) -> Array:
     return sigma_ramp(config.sigma_schedule, high, low, count)
 
 
-# --- DPM-Solver, DEIS, UniPC ------------------------------------------------------------------------------------
+# --- DPM-Solver, DEIS, UniPC
+# ------------------------------------------------------------------------------------
 
 
 def _dpm_steps(config: SamplerConfig, count: int, custom: Custom) -> list[Step]:
@@ -152,11 +162,13 @@ def _dpm_steps(config: SamplerConfig, count: int, custom: Custom) -> list[Step]:
     t = np.trunc(t)
     sigmas = noise.sigma_at(t)
     if config.sigma_schedule != "default":
-        sigmas = _ramp(config, noise.sigmas[::-1], count)
-        # diffusers converts these timesteps to integers by truncation, except where it rounded them first.
+        # "lu" starts from the logarithms, as they are kept
+        ends = np.exp(noise.log_sigmas) if config.sigma_schedule == "lu" else noise.sigmas
+        sigmas = _ramp(config, ends[::-1], count)
         t = noise.t_at(sigmas)
+        # diffusers converts these timesteps to integers by truncation, except where it rounded them first
         rounded = config.sigma_schedule in ("karras", "lu") and not _keeps_cosine_fractions(config)
-        t = np.round(t) if rounded else np.trunc(t)
+        t = np.round(t) if rounded else np.trunc(t + _LOG_ROUNDING)
     sigmas = np.append(sigmas, _dpm_final_sigma(config, sigmas)).astype(np.float32).astype(np.float64)
     alphas = 1 / np.sqrt(sigmas**2 + 1)
     times = np.append(t, _NOWHERE)
@@ -174,7 +186,10 @@ def _dpm_timesteps(config: SamplerConfig, count: int) -> Array:
 
 
 def _keeps_cosine_fractions(config: SamplerConfig) -> bool:
-    return config.scheduler == "DPMSolverMultistepScheduler" and config.noise.beta_schedule == "squaredcos_cap_v2"
+    return (
+        config.scheduler == "DPMSolverMultistepScheduler"
+        and config.noise.beta_schedule == "squaredcos_cap_v2"
+    )
 
 
 def _dpm_final_sigma(config: SamplerConfig, sigmas: Array) -> float:
@@ -186,7 +201,8 @@ def _dpm_final_sigma(config: SamplerConfig, sigmas: Array) -> float:
     return sigmas[-1] if ramped and config.scheduler == "UniPCMultistepScheduler" else config.noise.sigmas[0]
 
 
-# --- DDPM, DDIM, PNDM, LCM, TCD ---------------------------------------------------------------------------------
+# --- DDPM, DDIM, PNDM, LCM, TCD
+# ---------------------------------------------------------------------------------
 
 
 def _final_level(config: SamplerConfig) -> Level:
@@ -195,7 +211,7 @@ def _final_level(config: SamplerConfig) -> Level:
     return config.noise.level(0)
 
 
-def _whole(values: Array) -> list[int]:
+def _whole(values: NDArray[Any]) -> list[int]:
     return [int(value) for value in values]
 
 
@@ -220,19 +236,26 @@ def _ddim_steps(config: SamplerConfig, count: int, custom: Custom) -> list[Step]
     ]
 
 
-def _plms_steps(config: SamplerConfig, steps: list[Step], start: int) -> tuple[Step, ...]:
-    """PLMS asks the model twice for its first step: again at the second timestep, to repeat the step with an average.
+def _cut(config: SamplerConfig, steps: list[Step], start: int) -> tuple[Step, ...]:
+    del config
+    return tuple(steps[start:])
 
-    So the second step becomes two, and a schedule has one UNet call more than steps. diffusers cuts its list of
-    N+1 calls by `start` for image-to-image, which is one step earlier than its other samplers cut; so do we.
-    (Departure: for start = 1 diffusers repeats a step that it never made.)
+
+def _plms_steps(config: SamplerConfig, steps: list[Step], start: int) -> tuple[Step, ...]:
+    """PLMS asks the model twice for its first step: again at the second timestep, to repeat the step with an
+    average.
+
+    So the second timestep is listed twice, and a schedule has one UNet call more than steps. After a late
+    start (image-to-image) the list is cut but the second call still repeats the first step, so that one step
+    is skipped: a quirk of diffusers, kept because PNDM is the scheduler of SD 1.x and its pictures are what
+    users compare with.
     """
-    run = steps[start - 1 if start > 1 else start :]
-    if len(run) < 2:
-        return tuple(run)
-    stride = config.noise.num_train_timesteps // len(steps)
-    second = run[1][0]
-    return (run[0], (config.noise.level(int(second.t) + stride), second), *run[1:])
+    run = [*steps[:2], *steps[1:]][start:]
+    if len(run) > 1:
+        stride = config.noise.num_train_timesteps // len(steps)
+        second = run[1][0]
+        run[1] = (config.noise.level(int(second.t) + stride), second)
+    return tuple(run)
 
 
 def _lcm_steps(config: SamplerConfig, count: int, custom: Custom) -> list[Step]:

@@ -1,9 +1,9 @@
 """The samplers, each as the formula of its paper, and the tables they trace to.
 
-A formula walks along `plan.steps`, pairs of noise levels (s, t) with x = alpha*x0 + sigma*eps at each, and calls
-`predict(x, s)` once per UNet evaluation. What comes back is the clean picture x0 or the noise eps, as the sampler's
-`history` says. `noise()` is a fresh unit normal tensor. Every formula must be linear in x, predictions and noise.
-In the k-diffusion family alpha = 1, so that x = x0 + sigma*eps.
+A formula walks along `plan.steps`, pairs of noise levels (s, t) with x = alpha*x0 + sigma*eps at each, and
+calls `predict(x, s)` once per UNet evaluation. What comes back is the clean picture x0 or the noise eps, as
+the sampler's `history` says. `noise()` is a fresh unit normal tensor. Every formula must be linear in x,
+predictions and noise. In the k-diffusion family alpha = 1, so that x = x0 + sigma*eps.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def euler(x: Vector, predict: Predict, noise: Noise, plan: Plan) -> Vector:
 
 
 def euler_ancestral(x: Vector, predict: Predict, noise: Noise, plan: Plan) -> Vector:
-    """Euler down to sigma_down, then noise back up to the next sigma (k-diffusion `sample_euler_ancestral`)."""
+    """Euler to sigma_down, then noise up to the next sigma (k-diffusion `sample_euler_ancestral`)."""
     for s, t in plan.steps:
         down, up = _ancestral(s, t)
         d = (x - predict(x, s)) / s.sigma
@@ -82,7 +82,7 @@ def euler_ancestral(x: Vector, predict: Predict, noise: Noise, plan: Plan) -> Ve
 
 
 def _ancestral(s: Level, t: Level) -> tuple[float, float]:
-    """(sigma_down, sigma_up) whose squares sum to t.sigma^2: the posterior's mean and noise in sigma space."""
+    """(sigma_down, sigma_up), whose squares sum to t.sigma^2: mean and noise of the posterior."""
     up = t.sigma * math.sqrt(max(1 - (t.sigma / s.sigma) ** 2, 0))
     return t.sigma**2 / s.sigma, up
 
@@ -99,7 +99,7 @@ def heun(x: Vector, predict: Predict, noise: Noise, plan: Plan) -> Vector:
 
 
 def dpm2(x: Vector, predict: Predict, noise: Noise, plan: Plan) -> Vector:
-    """Midpoint rule, the midpoint being that of log sigma (k-diffusion `sample_dpm_2`; Lu et al. 2022, Alg. 1)."""
+    """Midpoint rule, the middle taken in log sigma (k-diffusion `sample_dpm_2`; Lu et al. 2022, Alg. 1)."""
     del noise
     for s, t in plan.steps:
         d = predict(x, s)
@@ -129,10 +129,11 @@ def _log_middle(plan: Plan, s: Level, sigma: float) -> Level:
 
 
 def lcm(x: Vector, predict: Predict, noise: Noise, plan: Plan) -> Vector:
-    """Latent consistency sampling (Luo et al. 2023, Algorithm 3): predict, then noise again; no noise at the end.
+    """Latent consistency sampling (Luo et al. 2023, Algorithm 3): predict, then noise again; no noise at the
+    end.
 
-    c_skip and c_out are the boundary conditions of Song et al. 2023, eq. 25, with sigma_data = 0.5. Departure,
-    diffusers': the timestep in them is scaled by 10, which makes c_skip vanish.
+    c_skip and c_out are the boundary conditions of Song et al. 2023, eq. 25, with sigma_data = 0.5.
+    Departure, diffusers': the timestep in them is scaled by 10, which makes c_skip vanish.
     """
     for i, (s, t) in enumerate(plan.steps):
         scaled = s.t * plan.config.timestep_scaling
@@ -144,7 +145,7 @@ def lcm(x: Vector, predict: Predict, noise: Noise, plan: Plan) -> Vector:
 
 
 def tcd(x: Vector, predict: Predict, noise: Noise, plan: Plan) -> Vector:
-    """Trajectory consistency sampling (Zheng et al. 2024, Algorithm 2): jump below the target, then noise up to it."""
+    """Trajectory consistency (Zheng et al. 2024, Algorithm 2): jump below the target, then noise up to it."""
     for i, (s, t) in enumerate(plan.steps):
         x0 = predict(x, s)
         below = plan.config.noise.level(math.floor((1 - plan.config.eta) * t.t))
@@ -196,19 +197,29 @@ SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
     {
         "ddpm": Sampler(formula=ddpm, history="x0", about="ancestral sampling, Ho et al. 2020"),
         "ddim": Sampler(formula=ddim, history="x0", about="DDIM with eta, Song et al. 2021"),
-        "pndm": Sampler(formula=plms, history="output", about="PNDM without Runge-Kutta steps, which is PLMS"),
+        "pndm": Sampler(
+            formula=plms, history="output", about="PNDM without Runge-Kutta steps, which is PLMS"
+        ),
         "plms": Sampler(formula=plms, history="output", about="pseudo linear multistep, Liu et al. 2022"),
         "euler": Sampler(formula=euler, history="x0", about="Euler in sigma, Karras et al. 2022"),
-        "euler_a": Sampler(formula=euler_ancestral, history="x0", about="Euler with ancestral noise, k-diffusion"),
+        "euler_a": Sampler(
+            formula=euler_ancestral, history="x0", about="Euler with ancestral noise, k-diffusion"
+        ),
         "heun": Sampler(formula=heun, history="eps", about="Heun, two calls per step, Karras et al. 2022"),
         "lms": Sampler(formula=lms, history="eps", about="linear multistep of order 4, k-diffusion"),
-        "dpm2": Sampler(formula=dpm2, history="eps", about="midpoint in log sigma, two calls per step, k-diffusion"),
-        "dpm2_a": Sampler(formula=dpm2_ancestral, history="eps", about="dpm2 with ancestral noise, k-diffusion"),
+        "dpm2": Sampler(
+            formula=dpm2, history="eps", about="midpoint in log sigma, two calls per step, k-diffusion"
+        ),
+        "dpm2_a": Sampler(
+            formula=dpm2_ancestral, history="eps", about="dpm2 with ancestral noise, k-diffusion"
+        ),
         **_DPM_FAMILY,
         "deis": Sampler(formula=deis, history="eps", about="DEIS in log rho, Zhang & Chen 2023"),
         "unipc": Sampler(formula=unipc, history="x0", about="UniPC predictor-corrector, Zhao et al. 2023"),
         "lcm": Sampler(formula=lcm, history="x0", about="latent consistency models, Luo et al. 2023"),
-        "tcd": Sampler(formula=tcd, history="x0", about="trajectory consistency distillation, Zheng et al. 2024"),
+        "tcd": Sampler(
+            formula=tcd, history="x0", about="trajectory consistency distillation, Zheng et al. 2024"
+        ),
     }
 )
 
@@ -225,15 +236,16 @@ def make_table(
 
     Args:
         config: from `resolve`.
-        num_inference_steps: steps as diffusers counts them; Heun and DPM2 make almost two UNet calls for each.
+        num_inference_steps: steps as diffusers counts them; Heun and DPM2 make almost two UNet calls for
+            each.
         timesteps: descending timesteps in place of the configured spacing; they set the number of steps.
         sigmas: for `euler`, sigmas in place of the spacing, the final one (0) included.
         start: steps to leave out at the noisy end, for image-to-image. The first state is then
             sqrt(alpha_bar[0])*x0 + init*noise with the table's `alpha_bar` and `init`.
 
     Raises:
-        SamplerError: a bad step count or start, custom timesteps the sampler does not take, or a combination of
-            options that has no table.
+        SamplerError: a bad step count or start, custom timesteps the sampler does not take, or a combination
+            of options that has no table.
     """
     custom = None if timesteps is None else tuple(float(t) for t in timesteps)
     given = None if sigmas is None else tuple(float(sigma) for sigma in sigmas)
@@ -249,7 +261,9 @@ def make_table(
         )
     if not 0 <= start < steps:
         raise SamplerError(
-            f"a start at step {start} of {steps}", expected=f"0 to {steps - 1}", fix="Raise strength, or the step count."
+            f"a start at step {start} of {steps}",
+            expected=f"0 to {steps - 1}",
+            fix="Raise strength, or the step count.",
         )
     return _trace(config, int(steps), custom, given, start)
 

@@ -1,11 +1,13 @@
 """Noise schedules: alpha_bar and sigma at a timestep, and the noise levels that a run visits.
 
 Notation: the state is x = alpha*x0 + sigma*eps. In the variance-preserving form alpha^2 + sigma^2 = 1 and
-alpha^2 = alpha_bar (Ho et al. 2020); in the variance-exploding form of Karras et al. 2022 alpha = 1. `sigma` without
-a level always means the latter, sqrt((1 - alpha_bar) / alpha_bar); lambda = log(alpha / sigma) is the same in both.
+alpha^2 = alpha_bar (Ho et al. 2020); in the variance-exploding form of Karras et al. 2022 alpha = 1. `sigma`
+without a level always means the latter, sqrt((1 - alpha_bar) / alpha_bar); lambda = log(alpha / sigma) is the
+same in both.
 
-The training schedule is kept to float32 and computed in the order in which diffusers (and so most checkpoints'
-training code) computes it. That costs nothing and makes rounded timesteps, and with them pictures, come out equal.
+The training schedule is kept to float32 and computed in the order in which diffusers (and so most
+checkpoints' training code) computes it. That costs nothing and makes rounded timesteps, and with them
+pictures, come out equal.
 """
 
 from __future__ import annotations
@@ -96,7 +98,7 @@ class NoiseSchedule:
         if self.beta_schedule == "linear":
             return _linspace32(self.beta_start, self.beta_end, steps)
         if self.beta_schedule == "scaled_linear":
-            return _linspace32(self.beta_start**0.5, self.beta_end**0.5, steps) ** 2
+            return np.square(_linspace32(self.beta_start**0.5, self.beta_end**0.5, steps))
         return np.array(_cosine_betas(steps), dtype=np.float32)
 
     @cached_property
@@ -105,20 +107,22 @@ class NoiseSchedule:
         betas = self._betas
         if self.rescale_betas_zero_snr:
             betas = _zero_terminal_snr(betas)
-        alpha_bar = _cumprod32(np.float32(1) - betas).astype(np.float64)
+        alpha_bar = _cumprod32(np.subtract(1, betas)).astype(np.float64)
         if self.rescale_betas_zero_snr and self.zero_snr_floor > 0:
             alpha_bar[-1] = self.zero_snr_floor
         return _frozen(alpha_bar)
 
     @cached_property
     def sigmas(self) -> Array:
-        """(T,) sqrt((1 - alpha_bar) / alpha_bar), ascending; float32 values. Infinite where alpha_bar is 0."""
+        """(T,) sqrt((1 - alpha_bar) / alpha_bar), ascending float32 values; infinite where alpha_bar is 0."""
         alpha_bar = self.alpha_bar.astype(np.float32)
         with np.errstate(divide="ignore"):
-            return _frozen(np.sqrt((np.float32(1) - alpha_bar) / alpha_bar).astype(np.float64))
+            odds = np.divide(np.subtract(1, alpha_bar), alpha_bar)
+        return _frozen(np.sqrt(odds).astype(np.float64))
 
     @cached_property
-    def _log_sigmas(self) -> Array:
+    def log_sigmas(self) -> Array:
+        """(T,) log(sigmas), which is -lambda; float32 values."""
         with np.errstate(divide="ignore"):
             return np.log(self.sigmas.astype(np.float32)).astype(np.float64)
 
@@ -128,11 +132,11 @@ class NoiseSchedule:
 
     def t_at(self, sigma: Array) -> Array:
         """Timestep of a sigma, linear in log sigma, between 0 and T-1: the inverse k-diffusion uses."""
-        logs = self._log_sigmas
+        logs = self.log_sigmas
         wanted = np.log(np.maximum(sigma, 1e-10))
-        low = np.clip(np.searchsorted(logs, wanted, side="right") - 1, 0, len(logs) - 2)
-        weight = np.clip((logs[low] - wanted) / (logs[low] - logs[low + 1]), 0, 1)
-        return (1 - weight) * low + weight * (low + 1)
+        low = np.searchsorted(logs[1:-1], wanted, side="right")  # of the interval that holds it
+        weight = np.minimum(np.maximum((logs[low] - wanted) / (logs[low] - logs[low + 1]), 0), 1)
+        return low + np.asarray(weight, dtype=np.float64)
 
     def level(self, t: int) -> Level:
         """The variance-preserving level of an integer timestep.
@@ -156,14 +160,15 @@ def timesteps(
     """The timesteps of a run, descending, not yet rounded where they are fractional.
 
     Args:
-        spacing: "leading" (multiples of T//n, plus `offset`), "linspace" (both ends), "trailing" (from T-1 down in
-            steps of T/n; Lin et al. 2024, Table 2) or "quadratic" (dense at low noise; DDIM's and DPM-Solver's
-            time_quadratic).
+        spacing: "leading" (multiples of T//n, plus `offset`), "linspace" (both ends), "trailing" (from T-1
+            down in steps of T/n; Lin et al. 2024, Table 2) or "quadratic" (dense at low noise; DDIM's and
+            DPM-Solver's time_quadratic).
         count: n, the number of timesteps wanted.
         train: T.
         offset: added in "leading".
         last: one past the highest usable timestep; T unless the low-SNR end is clipped.
-        drop: 1 where the sampler lays n+1 points and leaves the lowest to its final sigma (DPM-Solver's family).
+        drop: 1 where the sampler lays n+1 points and leaves the lowest to its final sigma (DPM-Solver's
+            family).
 
     Raises:
         SamplerError: an unknown spacing.
@@ -173,11 +178,12 @@ def timesteps(
     if spacing == "linspace":
         return np.linspace(0, top - 1, points)[::-1][:count]
     if spacing == "quadratic":
-        return (np.linspace(0, math.sqrt(top - 1), points) ** 2)[::-1][:count]
+        return np.square(np.linspace(0, math.sqrt(top - 1), points))[::-1][:count]
     if spacing == "leading":
-        return (np.arange(points) * float(top // points))[::-1][:count] + offset
+        return np.linspace(0, (points - 1) * (top // points), points)[::-1][:count] + offset
     if spacing == "trailing":
-        return np.round(np.arange(top, 0, -train / count)) - 1
+        # The cut is a departure: at 61 steps and others, rounding gives diffusers one timestep more, -1.
+        return np.round(np.arange(top, 0, -train / count))[:count] - 1
     raise _unknown("timestep_spacing", spacing, SPACINGS)
 
 
@@ -185,8 +191,9 @@ def sigma_ramp(schedule: str, high: float, low: float, count: int) -> Array:
     """(count,) sigmas from `high` down to `low`.
 
     Args:
-        schedule: "karras" (Karras et al. 2022, eq. 5, rho = 7), "exponential" (uniform in log sigma), "lu" (the same
-            numbers: uniform log-SNR, Lu et al. 2022) or "beta" (quantiles of Beta(0.6, 0.6); Lee et al. 2024).
+        schedule: "karras" (Karras et al. 2022, eq. 5, rho = 7), "exponential" (uniform in log sigma), "lu"
+            (the same numbers: uniform log-SNR, Lu et al. 2022) or "beta" (quantiles of Beta(0.6, 0.6); Lee et
+            al. 2024).
         high: first sigma.
         low: last sigma.
         count: number of sigmas.
@@ -196,7 +203,7 @@ def sigma_ramp(schedule: str, high: float, low: float, count: int) -> Array:
     """
     if schedule == "karras":
         ramp = np.linspace(0, 1, count)
-        return (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+        return np.power(high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7)), 7.0)
     if schedule in ("exponential", "lu"):
         return np.exp(np.linspace(math.log(high), math.log(low), count))
     if schedule == "beta":
@@ -222,14 +229,14 @@ def _beta_quantile(p: Array, shape: float) -> Array:
 
 
 def _linspace32(start: float, stop: float, count: int) -> NDArray[np.float32]:
-    """torch.linspace in float32, bit for bit: it counts from both ends, with one rounding (fused multiply-add)."""
+    """torch.linspace in float32, bit for bit: it counts from both ends and rounds once per element."""
     if count < 2:
         return np.full(count, start, dtype=np.float32)
-    first, last = np.float32(start), np.float32(stop)
-    step = float(np.float32((last - first) / np.float32(count - 1)))
+    ends = np.array([start, stop], dtype=np.float32)
+    step = float((ends[1] - ends[0]) / np.float32(count - 1))
     index = np.arange(count)
-    ramp = np.where(index < count // 2, float(first) + step * index, float(last) - step * (count - 1 - index))
-    return ramp.astype(np.float32)
+    up, down = float(ends[0]) + step * index, float(ends[1]) - step * (count - 1 - index)
+    return np.where(index < count // 2, up, down).astype(np.float32)
 
 
 def _cumprod32(factors: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -248,11 +255,10 @@ def _cosine_betas(steps: int) -> list[float]:
 
 def _zero_terminal_snr(betas: NDArray[np.float32]) -> NDArray[np.float32]:
     """Betas whose last alpha_bar is 0 and whose first is unchanged (Lin et al. 2024, Algorithm 1)."""
-    root = np.sqrt(_cumprod32(np.float32(1) - betas))
-    scaled = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
-    alpha_bar = scaled**2
+    root = np.sqrt(_cumprod32(np.subtract(1, betas)))
+    alpha_bar = np.square((root - root[-1]) * (root[0] / (root[0] - root[-1])))
     alphas = np.concatenate([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
-    return np.float32(1) - alphas
+    return np.subtract(1, alphas)
 
 
 def _frozen(values: Array) -> Array:

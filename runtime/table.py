@@ -8,9 +8,9 @@
         h = [p*y + q*m, *h[:K-1]]
         y = a*y + sum(b_j * h_j) + c*noise
 
-`y` is the variance-preserving state, so it is also the UNet's input; the `y` of the last row is the final latent.
-A sampler without clipping is linear in its start, in the model's outputs and in its noise. So one run of its formula
-on unit vectors (`trace`) reads all of its coefficients out. docs/samplers.md derives the form.
+`y` is the variance-preserving state, so it is also the UNet's input; the `y` of the last row is the final
+latent. A sampler without clipping is linear in its start, in the model's outputs and in its noise. So one run
+of its formula on unit vectors (`trace`) reads all of its coefficients out. docs/samplers.md derives the form.
 """
 
 from __future__ import annotations
@@ -45,21 +45,23 @@ class Table:
 
     Args:
         name: short name of the sampler.
-        prediction_type: what the model's output `m` is: "epsilon", "v_prediction" or "sample". Already folded into
-            `p` and `q`; kept for previews.
+        prediction_type: what the model's output `m` is: "epsilon", "v_prediction" or "sample". Already folded
+            into `p` and `q`; kept for previews.
         t: (N,) model timesteps, fractional where the schedule is (Karras).
         p: (N,) and
         q: (N,) turn the state and the model's output into what the history holds.
         a: (N,) factor of the state.
         b: (N, K) factors of the history, newest first.
         c: (N,) factor of the noise drawn in this row.
-        draws: (N,) bool, whether a noise tensor is drawn in this row. A draw with c = 0 still moves the generator,
-            so it belongs to the meaning of a seed.
-        alpha_bar: (N,) signal share of the state that enters the UNet: y = sqrt(alpha_bar)*x0 + sqrt(1-alpha_bar)*eps.
+        draws: (N,) bool, whether a noise tensor is drawn in this row. A draw with c = 0 still moves the
+            generator, so it belongs to the meaning of a seed.
+        alpha_bar: (N,) signal share of the state that enters the UNet: y = sqrt(alpha_bar)*x0 +
+            sqrt(1-alpha_bar)*eps.
         init: factor from unit noise to the first state.
 
     Raises:
-        SamplerError: a shape, a non-finite number, more than MAX_HISTORY columns in `b`, noise that is not drawn.
+        SamplerError: a shape, a non-finite number, more than MAX_HISTORY columns in `b`, noise that is not
+            drawn.
     """
 
     name: str
@@ -112,7 +114,7 @@ class Table:
         return self.b.shape[1]
 
     def format(self) -> str:
-        """The table as aligned text, one line per UNet call, the order of the columns being that of the loop."""
+        """The table as aligned text: one line per UNet call, columns in the order of the loop."""
         names = [
             "row",
             "t",
@@ -132,7 +134,8 @@ class Table:
                 [str(i), f"{self.t[i]:.3f}".rstrip("0").rstrip("."), *cells, "yes" if self.draws[i] else "-"]
             )
         widths = [max(len(line[k]) for line in lines) for k in range(len(names))]
-        head = f"{self.name}: {len(self)} UNet calls, history {self.history}, {self.prediction_type}, init {self.init:.6f}"
+        calls = f"{len(self)} UNet calls, history {self.history}"
+        head = f"{self.name}: {calls}, {self.prediction_type}, init {self.init:.6f}"
         body = [
             "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
         ]
@@ -190,19 +193,20 @@ def trace(formula: Formula, *, name: str, history: str, prediction_type: str, x_
     """Run `formula` once on basis vectors and read its table off.
 
     Args:
-        formula: `formula(x, predict, noise) -> x`, written for any state x = alpha*x0 + sigma*eps; `predict(x, level)`
-            asks for what the history holds, `noise()` for a unit normal tensor.
+        formula: `formula(x, predict, noise) -> x`, written for any state x = alpha*x0 + sigma*eps;
+            `predict(x, level)` asks for what the history holds, `noise()` for a unit normal tensor.
         name: goes into the table and into messages.
         history: what `predict` returns: "x0" (data), "eps" (noise) or "output" (the model's raw output).
         prediction_type: what the model returns, see `Table`.
         x_scale: the standard deviation of the first x.
 
     Returns:
-        The table, its state rescaled to be variance preserving. K is the smallest history that reproduces the run.
+        The table, its state rescaled to be variance preserving. K is the smallest history that reproduces the
+        run.
 
     Raises:
-        SamplerError: the sampler is outside the row form, its coefficients are not finite, or it asks for epsilon
-            at a level without signal.
+        SamplerError: the sampler is outside the row form, its coefficients are not finite, or it asks for
+            epsilon at a level without signal.
     """
     with np.errstate(
         all="ignore"
@@ -220,7 +224,7 @@ def trace(formula: Formula, *, name: str, history: str, prediction_type: str, x_
     return Table(
         name=name,
         prediction_type=prediction_type,
-        t=np.array([level.t for level in levels]),
+        t=np.array([float(np.float32(level.t)) for level in levels]),  # as the UNet's embedding rounds it
         p=np.array([p for p, _ in conversions]),
         q=np.array([q for _, q in conversions]),
         a=a,
@@ -247,9 +251,10 @@ def _read_rows(
     """Solve every row for (a, b, c) with the shortest history that leaves no remainder."""
     for k in range(1, MAX_HISTORY + 1):
         rows = [_read_row(states, outputs, noises[i], i, k) for i in range(len(outputs))]
-        if all(row is not None for row in rows):
-            solved = [row for row in rows if row is not None]
-            return tuple(np.array([row[part] for row in solved]) for part in range(3))  # pyright: ignore[reportReturnType]
+        solved = [row for row in rows if row is not None]
+        if len(solved) == len(rows):
+            a, b, c = zip(*solved, strict=True)
+            return np.array(a), np.array(b), np.array(c)
     raise SamplerError(
         f"sampler {name} is outside the row form (older outputs or more than one noise per UNet call)",
         expected=f"updates linear in the state, the last {MAX_HISTORY} outputs and one noise",
@@ -266,8 +271,8 @@ def _read_row(
     inner = [*window, *drawn]
     outside = np.ones(len(before), dtype=np.bool_)
     outside[inner] = False
-    # `a` comes from the largest coordinate outside the window, not always from the initial noise: LCM nearly erases
-    # that one, and a ratio of two tiny numbers is noise.
+    # `a` comes from the largest coordinate outside the window, not always from the initial noise: LCM nearly
+    # erases that one, and a ratio of two tiny numbers is noise.
     anchor = int(np.argmax(np.where(outside, np.abs(before), -1.0)))
     a = float(after[anchor] / before[anchor]) if abs(before[anchor]) > _NEGLIGIBLE else 0.0
     rest = after - a * before

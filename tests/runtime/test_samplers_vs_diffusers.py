@@ -1,214 +1,213 @@
-"""Our tables against diffusers' schedulers.
+"""Our tables and our loop against diffusers' schedulers and loops; the method is in diffusers_oracle.py."""
 
-A scheduler without clipping is linear in its start, the model's outputs and the noise. Feeding its `step()` with unit
-vectors therefore reads out, for every UNet call, the model input as a row of coefficients over (start, outputs,
-noises), and last the final latent. Our table, unrolled, gives the same rows. Equal rows mean equal pictures for every
-model and every seed.
+import dataclasses
+import math
+from collections.abc import Callable
 
-Relative error of a row: largest absolute difference / largest absolute coefficient; of a table: the worst row.
-
-diffusers computes parts in float32. Where its rounding exceeds 1e-5, the comparison casts the scheduler's finished
-float32 grid (sigmas, alpha_bar) to float64 before stepping (`wide=True`), so that only its formulas are compared.
-"""
-
-import contextlib
-import importlib
-import logging
-import sys
-import types
-import warnings
-from collections.abc import Iterator
-
-import diffusers
 import numpy as np
 import pytest
 import torch
 
-from latentrt.runtime.samplers import SAMPLERS, Table, make_table, resolve
-
-SD = {
-    "_class_name": "PNDMScheduler",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "steps_offset": 1,
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "trained_betas": None,
-}
-TOLERANCE = 1e-5
-# torch tensors lack keywords that NumPy 2 asks for when diffusers calls np.array(tensor) and np.log(tensor)
-NUMPY2 = ".*__array.*"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quiet() -> Iterator[None]:
-    """The schedulers log advice about ignored keys and odd step counts; none of it bears on the numbers."""
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
-
-
-def _quad(function, low, high, **_):
-    """Gauss-Legendre with 8 nodes: exact for the cubics that LMS integrates."""
-    nodes, weights = np.polynomial.legendre.leggauss(8)
-    low, high = float(low), float(high)
-    middle, half = (low + high) / 2, (high - low) / 2
-    return (half * sum(w * float(function(middle + half * x)) for x, w in zip(nodes, weights, strict=True)), 0.0)
-
-
-def scheduler_class(name: str) -> type:
-    if name != "LMSDiscreteScheduler":
-        return getattr(diffusers, name)
-    module = "diffusers.schedulers.scheduling_lms_discrete"
-    if module not in sys.modules:  # diffusers hides LMS unless scipy is there; all it needs is `integrate.quad`
-        scipy = types.ModuleType("scipy")
-        scipy.integrate = types.SimpleNamespace(quad=_quad)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(sys.modules, "scipy", scipy)
-            importlib.import_module(module)
-    return getattr(sys.modules[module], name)
-
-
-def make_scheduler(name: str, config: dict, **options):
-    with warnings.catch_warnings():
-        # DPM-Solver without "++" is announced as deprecated, each time one is made
-        warnings.filterwarnings("ignore", message=".*algorithm_type.*is deprecated", category=FutureWarning)
-        warnings.filterwarnings("ignore", message=NUMPY2, category=DeprecationWarning)
-        return scheduler_class(name).from_config(config, **options)
-
-
-def set_steps(scheduler, steps, *, wide, **kwargs) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=NUMPY2, category=DeprecationWarning)
-        scheduler.set_timesteps(steps, **kwargs)
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)
-    if wide:
-        for name in ("sigmas", "sigmas_interpol", "sigmas_up", "sigmas_down", "alphas_cumprod"):
-            if hasattr(scheduler, name):
-                setattr(scheduler, name, getattr(scheduler, name).double())
-        for name in ("final_alpha_cumprod", "one"):
-            if hasattr(scheduler, name):
-                setattr(scheduler, name, getattr(scheduler, name).double())
-
-
-@contextlib.contextmanager
-def noise_from(scheduler, source) -> Iterator[None]:
-    """Replace the scheduler's noise by `source(shape)`."""
-    module = sys.modules[type(scheduler).__module__]
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=NUMPY2, category=DeprecationWarning)
-        if hasattr(module, "randn_tensor"):
-            patch.setattr(module, "randn_tensor", lambda shape, **_: source(shape))
-        yield
-
-
-def run(scheduler, x, model, **step_options):
-    """diffusers' own loop; yields nothing, returns (timesteps, model inputs, final)."""
-    inputs, times = [], []
-    for t in scheduler.timesteps:
-        y = scheduler.scale_model_input(x, t)
-        inputs.append(y)
-        times.append(float(t))
-        x = scheduler.step(model(y, t), t, x, return_dict=False, **step_options)[0]
-    return np.array(times), inputs, x
-
-
-def probe(scheduler, **step_options) -> tuple[np.ndarray, np.ndarray]:
-    """(timesteps, rows) of a scheduler whose timesteps are set."""
-    size = 1 + 2 * len(scheduler.timesteps)
-    used = 0
-
-    def unit(*_):
-        nonlocal used
-        vector = torch.zeros((1, size, 1, 1), dtype=torch.float64)
-        vector[0, used] = 1
-        used += 1
-        return vector
-
-    with noise_from(scheduler, unit):
-        times, inputs, final = run(scheduler, unit() * scheduler.init_noise_sigma, unit, **step_options)
-    return times, np.stack([row.numpy().ravel() for row in [*inputs, final]]).astype(np.float64)
-
-
-def unroll(table: Table) -> np.ndarray:
-    """The rows a table gives for unit vectors."""
-    size = 1 + 2 * len(table)
-    used = 0
-
-    def unit():
-        nonlocal used
-        vector = np.zeros(size)
-        vector[used] = 1
-        used += 1
-        return vector
-
-    y = table.init * unit()
-    rows, h = [y], []
-    for i in range(len(table)):
-        h = [table.p[i] * y + table.q[i] * unit(), *h][: table.history]
-        y = table.a[i] * y + sum(b * past for b, past in zip(table.b[i], h, strict=False))
-        if table.draws[i]:
-            y = y + table.c[i] * unit()
-        rows.append(y)
-    return np.stack(rows)
-
-
-def row_error(ours: np.ndarray, theirs: np.ndarray) -> float:
-    return float(np.max(np.abs(ours - theirs).max(axis=1) / np.abs(theirs).max(axis=1)))
-
-
-WORST: dict[str, float] = {}
-
-
-def check(table: Table, scheduler, **step_options) -> None:
-    times, rows = probe(scheduler, **step_options)
-    assert len(times) == len(table)
-    np.testing.assert_allclose(table.t, times, rtol=1e-6, atol=2e-4)
-    whole = times == np.round(times)
-    np.testing.assert_array_equal(table.t[whole], times[whole])
-    error = row_error(unroll(table), rows)
-    WORST[table.name] = max(WORST.get(table.name, 0.0), error)
-    assert error <= TOLERANCE
-
-
-# sampler -> (diffusers class, options on top of the model's config)
-CLASSES: dict[str, tuple[str, dict]] = {
-    "ddpm": ("DDPMScheduler", {}),
-    "ddim": ("DDIMScheduler", {}),
-    "pndm": ("PNDMScheduler", {}),
-    "plms": ("PNDMScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "dpm2": ("KDPM2DiscreteScheduler", {}),
-    "dpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
-    "tcd": ("TCDScheduler", {}),
-}
-for order in (1, 2, 3):
-    for kind, cls in (("m", "DPMSolverMultistepScheduler"), ("s", "DPMSolverSinglestepScheduler")):
-        CLASSES[f"dpmpp_{order}{kind}"] = (cls, {"solver_order": order, "algorithm_type": "dpmsolver++"})
-        noise_prediction = {"solver_order": order, "algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
-        CLASSES[f"dpm_solver_{order}{kind}"] = (cls, noise_prediction)
-for order in (1, 2):
-    cls = "DPMSolverMultistepScheduler"
-    CLASSES[f"dpmpp_{order}m_sde"] = (cls, {"solver_order": order, "algorithm_type": "sde-dpmsolver++"})
-    noise_prediction = {"solver_order": order, "algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min"}
-    CLASSES[f"dpm_solver_{order}m_sde"] = (cls, noise_prediction)
+from latentrt.runtime.samplers import SAMPLERS, make_table, resolve
+from tests.runtime.diffusers_oracle import (
+    CLASSES,
+    SD,
+    TOLERANCE,
+    check,
+    loop,
+    make_scheduler,
+    noise_from,
+    probe,
+    row_error,
+    run,
+    set_steps,
+    step_options,
+    unroll,
+)
 
 
 @pytest.mark.parametrize("steps", [8, 20, 50])
 @pytest.mark.parametrize("name", CLASSES)
-def test_named_sampler_equals_from_config(name: str, steps: int) -> None:
+def test_table_of_a_named_sampler(name: str, steps: int) -> None:
     cls, options = CLASSES[name]
     scheduler = make_scheduler(cls, SD, **options)
     set_steps(scheduler, steps, wide=True)
-    step_options = {"eta": 0.0} if name == "tcd" else {}
-    check(make_table(resolve(name, SD), steps), scheduler, **step_options)
+    check(make_table(resolve(name, SD), steps), scheduler, **step_options(name))
+
+
+# third-order SDE: diffusers has a sign error there, see test_sde_of_order_three
+NAMED = sorted(set(SAMPLERS) - {"dpmpp_3m_sde"})
+
+
+def test_every_sampler_is_compared() -> None:
+    assert sorted(CLASSES) == NAMED
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_float32_loop_on_a_nonlinear_model(name: str) -> None:
+    """Our loop in float32 against diffusers' own, schedule and arithmetic untouched, same noise."""
+    cls, options = CLASSES[name]
+    rng = np.random.default_rng(0)
+    mix = (rng.standard_normal((64, 64)) / 8).astype(np.float32)
+    draws = rng.standard_normal((60, 64)).astype(np.float32)
+
+    def model(x, t):
+        return np.tanh(mix @ x + np.float32(t) / np.float32(1000))
+
+    scheduler = make_scheduler(cls, SD, **options)
+    set_steps(scheduler, 20, wide=False)
+    theirs = iter(torch.from_numpy(draws).reshape(60, 1, 64, 1, 1))
+    with noise_from(scheduler, lambda _: next(theirs)):
+        _, _, final = run(
+            scheduler,
+            next(theirs) * scheduler.init_noise_sigma,
+            lambda y, t: torch.from_numpy(model(y.numpy().ravel(), t)).reshape(1, 64, 1, 1),
+            **step_options(name),
+        )
+    table = make_table(resolve(name, SD), 20)
+    ours = iter(draws)
+    states = loop(table, next(ours), model, lambda: next(ours), np.float32)
+    assert states[-1].dtype == np.float32
+    expected = final.numpy().ravel()
+    assert np.abs(states[-1] - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("name", ["ddim", "tcd"])
+def test_eta(name: str, spacing: str, eta: float) -> None:
+    config = {**SD, "timestep_spacing": spacing}
+    scheduler = make_scheduler(CLASSES[name][0], config)
+    set_steps(scheduler, 20, wide=True)
+    check(make_table(dataclasses.replace(resolve(name, config), eta=eta), 20), scheduler, eta=eta)
+
+
+# diffusers' LMS gives the outputs it lacks after a late start a weight all the same
+@pytest.mark.parametrize("name", sorted(set(CLASSES) - {"lms"}))
+def test_late_start_for_image_to_image(name: str) -> None:
+    cls, options = CLASSES[name]
+    for start in (2, 7, 19):
+        scheduler = make_scheduler(cls, SD, **options)
+        set_steps(scheduler, 20, wide=True)
+        check(make_table(resolve(name, SD), 20, start=start), scheduler, start=start, **step_options(name))
+
+
+AYS = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]  # Align Your Steps, Sabour et al. 2024
+
+
+@pytest.mark.parametrize(
+    "name", ["ddpm", "euler", "heun", "dpmpp_2m", "dpmpp_2s", "dpm_solver_3m", "lcm", "tcd"]
+)
+def test_custom_timesteps(name: str) -> None:
+    cls, options = CLASSES[name]
+    scheduler = make_scheduler(cls, SD, **options)
+    set_steps(scheduler, None, wide=True, timesteps=AYS)
+    check(make_table(resolve(name, SD), 10, timesteps=AYS), scheduler, **step_options(name))
+
+
+def test_custom_sigmas() -> None:
+    sigmas = [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.0]
+    scheduler = make_scheduler("EulerDiscreteScheduler", SD)
+    set_steps(scheduler, None, wide=True, sigmas=sigmas)
+    check(make_table(resolve("euler", SD), 10, sigmas=sigmas), scheduler)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_unipc_bh1_reaches_sigma_zero(order: int) -> None:
+    """diffusers multiplies B(h) = -infinity by 0 in the last step and returns NaN.
+
+    All before must agree. A first-order step into sigma = 0 returns the predicted x0 (Zhao et al. 2023, eq.
+    3).
+    """
+    config = {**SD, "solver_order": order, "solver_type": "bh1"}
+    scheduler = make_scheduler("UniPCMultistepScheduler", config)
+    set_steps(scheduler, 20, wide=True)
+    _, theirs = probe(scheduler)
+    table = make_table(resolve("UniPCMultistepScheduler", config), 20)
+    ours = unroll(table)
+    assert np.isnan(theirs[-1]).any()
+    assert row_error(ours[:-1], theirs[:-1]) <= TOLERANCE
+    x0 = ours[-2].copy()
+    x0[20] -= math.sqrt(1 - table.alpha_bar[-1])  # coordinate of the last output
+    assert row_error(ours[-1:], x0[None] / math.sqrt(table.alpha_bar[-1])) <= TOLERANCE
+
+
+def karras_levels(steps: int) -> tuple[np.ndarray, Callable[[np.ndarray, float], np.ndarray], np.ndarray]:
+    """Sigmas of SD's schedule after Karras et al. 2022, eq. 5, a model x0(x, sigma) and unit noises."""
+    rng = np.random.default_rng(0)
+    mix = rng.standard_normal((16, 16)) / 4
+    betas = np.linspace(SD["beta_start"] ** 0.5, SD["beta_end"] ** 0.5, 1000) ** 2
+    alpha_bar = np.cumprod(1 - betas)
+    low, high = np.sqrt(1 / alpha_bar[[0, -1]] - 1) ** (1 / 7)
+    sigmas = np.append((high + np.linspace(0, 1, steps) * (low - high)) ** 7, 0.0)
+    return (
+        sigmas,
+        lambda x, sigma: np.tanh(mix @ x / np.hypot(sigma, 1)),
+        rng.standard_normal((steps + 1, 16)),
+    )
+
+
+def table_result(name: str, steps: int) -> np.ndarray:
+    """What our loop makes of the model and the noises of `karras_levels`."""
+    _, denoise, noises = karras_levels(steps)
+    config = dataclasses.replace(resolve(name, SD), prediction_type="sample")
+    table = make_table(config, steps)
+    sigmas = iter(np.sqrt(1 / table.alpha_bar - 1))
+    draws = iter(noises)
+
+    def model(y: np.ndarray, _: float) -> np.ndarray:
+        sigma = next(sigmas)
+        return denoise(y * np.hypot(sigma, 1), sigma)
+
+    return loop(table, next(draws), model, lambda: next(draws))[-1]
+
+
+def test_sde_of_order_three() -> None:
+    """k-diffusion's `sample_dpmpp_3m_sde`, eta = 1, in its own variables.
+
+    diffusers' third-order SDE update weighs the second difference with phi3 - 1 in place of phi3, which does
+    not vanish with the step.
+    """
+    sigmas, denoise, noises = karras_levels(20)
+    x = noises[0] * np.hypot(sigmas[0], 1)
+    old: list[tuple[np.ndarray, float]] = []
+    for i in range(20):
+        denoised = denoise(x, sigmas[i])
+        if sigmas[i + 1] == 0:
+            x = denoised
+            break
+        h = math.log(sigmas[i] / sigmas[i + 1])
+        x = math.exp(-2 * h) * x - math.expm1(-2 * h) * denoised
+        phi2 = math.expm1(-2 * h) / (2 * h) + 1
+        if len(old) == 1:  # the second-order start uses the midpoint weight, as in the multistep family
+            x = x - 0.5 * math.expm1(-2 * h) * (denoised - old[0][0]) / (old[0][1] / h)
+        elif len(old) > 1:
+            r0, r1 = old[0][1] / h, old[1][1] / h
+            d1_0, d1_1 = (denoised - old[0][0]) / r0, (old[0][0] - old[1][0]) / r1
+            d2 = (d1_0 - d1_1) / (r0 + r1)
+            x = x + phi2 * (d1_0 + d2 * r0) - (phi2 / (2 * h) - 0.5) * d2
+        x = x + noises[i + 1] * sigmas[i + 1] * math.sqrt(-math.expm1(-2 * h))
+        old = [(denoised, h), *old[:1]]
+    np.testing.assert_allclose(
+        table_result("dpmpp_3m_sde karras", 20), x, rtol=0, atol=1e-5 * np.abs(x).max()
+    )
+
+
+def test_euler_ancestral_with_karras_sigmas() -> None:
+    """diffusers' class has no such option; AUTOMATIC1111's "Euler a Karras" is this loop of k-diffusion's."""
+    sigmas, denoise, noises = karras_levels(20)
+    x = noises[0] * sigmas[0]
+    for i in range(20):
+        up = sigmas[i + 1] * math.sqrt(1 - (sigmas[i + 1] / sigmas[i]) ** 2)
+        down = math.sqrt(sigmas[i + 1] ** 2 - up**2)
+        slope = (x - denoise(x, sigmas[i])) / sigmas[i]
+        x = x + slope * (down - sigmas[i]) + noises[i + 1] * up
+    np.testing.assert_allclose(table_result("Euler a Karras", 20), x, rtol=0, atol=1e-5 * np.abs(x).max())
+
+
+def test_trailing_spacing_makes_the_steps_asked_for() -> None:
+    """For 61 steps and some others, diffusers' rounding appends a timestep of -1."""
+    t = make_table(resolve("ddim_trailing", SD), 61).t
+    assert len(t) == 61
+    assert t[0] == 999
+    assert t[-1] > 0

@@ -1,0 +1,148 @@
+"""Reads a picture back: which background, which colour, which size, which shape, and how well it is drawn.
+
+Knows nothing about the model. The shape is the template (any place, any radius) that overlaps the picture's
+own mask best, by intersection over union. NumPy and Pillow only.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .shapes import RADII, RGB, SHAPES, SIZES, Placement, Scene, mask, outline
+
+SEMANTIC_IOU = 0.6
+STRICT_IOU = 0.8
+
+_BORDER = 4
+# Colour distance (0..441) below which a picture counts as empty.
+_VISIBLE = 30.0
+_NOTHING = "nothing"
+# Half of what pictures are drawn with: four times faster, and an edge is placed to a quarter of a pixel.
+_OVERSAMPLING = 2
+# Refining never gains this much IoU: a template that starts further behind the best one need not be tried.
+_GUESS_ERROR = 0.2
+
+Mask = npt.NDArray[np.bool_]
+Colour = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the checker sees. An empty picture has shape, colour and size "nothing" and iou 0."""
+
+    background: str
+    colour: str
+    size: str
+    shape: str
+    iou: float
+
+    def obeys(self, scene: Scene, min_iou: float = STRICT_IOU) -> bool:
+        """Whether all four attributes are the scene's and the shape is drawn at least this well."""
+        seen = (self.background, self.colour, self.size, self.shape)
+        return seen == (scene.background, scene.colour, scene.size, scene.shape) and self.iou > min_iou
+
+
+def check(picture: npt.NDArray[np.uint8]) -> Verdict:
+    """Judge one picture, (H, W, 3) uint8 with H == W."""
+    if picture.ndim != 3 or picture.shape[2] != 3 or picture.shape[0] != picture.shape[1]:
+        raise ValueError(f"found a picture of shape {picture.shape}, expected (N, N, 3)")
+    pixels = picture.astype(np.float32)
+    ground = _border_colour(pixels)
+    distance = np.sqrt(np.square(pixels - ground).sum(axis=2))
+    # The most distant percent of the pixels, without the last few, lies inside even the smallest shape.
+    contrast = float(np.percentile(distance, 99))
+    background = name_of(ground)
+    if contrast < _VISIBLE:
+        return Verdict(background, _NOTHING, _NOTHING, _NOTHING, 0.0)
+    inside: Colour = np.median(pixels[distance > 0.7 * contrast], axis=0)
+    axis = inside - ground
+    coverage = (pixels - ground) @ axis / float(axis @ axis)
+    seen: Mask = coverage > 0.5
+    shape, radius, iou = best_fit(seen)
+    return Verdict(background, name_of(inside), size_of(radius), shape, iou)
+
+
+def name_of(colour: Colour) -> str:
+    """The palette's nearest name, by Euclidean distance in RGB."""
+    return min(RGB, key=lambda name: float(np.square(colour - np.asarray(RGB[name], dtype=np.float32)).sum()))
+
+
+def size_of(radius: float) -> str:
+    """The size whose range of radii is nearest (borders at 28 and 40 px)."""
+    return min(SIZES, key=lambda size: max(RADII[size][0] - radius, radius - RADII[size][1]))
+
+
+def _border_colour(pixels: npt.NDArray[np.float32]) -> Colour:
+    frame = np.ones(pixels.shape[:2], dtype=np.bool_)
+    frame[_BORDER:-_BORDER, _BORDER:-_BORDER] = False
+    return np.median(pixels[frame], axis=0)
+
+
+def best_fit(seen: Mask) -> tuple[str, float, float]:
+    """The best template for a mask (N, N): its name, radius in pixels, and intersection over union."""
+    guesses = {shape: _first_guess(shape, seen) for shape in SHAPES}
+    hopeful = max(iou for _, iou in guesses.values()) - _GUESS_ERROR
+    fits = {shape: _refine(shape, *guess, seen) for shape, guess in guesses.items() if guess[1] >= hopeful}
+    shape = max(fits, key=lambda name: fits[name][1])
+    placement, iou = fits[shape]
+    return shape, placement.radius, iou
+
+
+def _refine(shape: str, best: Placement, iou: float, seen: Mask) -> tuple[Placement, float]:
+    """Pattern search over centre and radius, down to a third of a pixel."""
+    step = 2.0
+    while step > 0.3:
+        neighbours = (
+            Placement(best.x + dx * step, best.y + dy * step, best.radius + dr * step)
+            for dx, dy, dr in ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1))
+        )
+        candidate, value = max(((n, _iou(shape, n, seen)) for n in neighbours), key=lambda fit: fit[1])
+        if value > iou:
+            best, iou = candidate, value
+        else:
+            step /= 2
+    return best, iou
+
+
+def _first_guess(shape: str, seen: Mask) -> tuple[Placement, float]:
+    """The better of two placements: one from the mask's centroid and area, one from its bounding box."""
+    rows, columns = np.nonzero(seen)
+    template_rows, template_columns = _template(shape)
+    by_area = float(np.sqrt(rows.size / template_rows.size)) * 40.0
+    offset_x = (float(template_columns.mean()) + 0.5 - 64.0) / 40.0
+    offset_y = (float(template_rows.mean()) + 0.5 - 64.0) / 40.0
+    area_guess = Placement(
+        float(columns.mean()) + 0.5 - offset_x * by_area,
+        float(rows.mean()) + 0.5 - offset_y * by_area,
+        by_area,
+    )
+    xs, ys = zip(*outline(shape), strict=True)
+    left, right = float(columns.min()), float(columns.max()) + 1
+    top, bottom = float(rows.min()), float(rows.max()) + 1
+    by_box = (right - left + bottom - top) / (max(xs) - min(xs) + max(ys) - min(ys))
+    box_guess = Placement(
+        (left + right) / 2 - (max(xs) + min(xs)) / 2 * by_box,
+        (top + bottom) / 2 - (max(ys) + min(ys)) / 2 * by_box,
+        by_box,
+    )
+    tried = [(guess, _iou(shape, guess, seen)) for guess in (area_guess, box_guess)]
+    return max(tried, key=lambda fit: fit[1])
+
+
+@functools.cache
+def _template(shape: str) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Rows and columns of the pixels of a shape of radius 40 at (64, 64)."""
+    rows, columns = np.nonzero(mask(shape, Placement(64.0, 64.0, 40.0)) > 0.5)
+    return rows, columns
+
+
+def _iou(shape: str, placement: Placement, seen: Mask) -> float:
+    if placement.radius < 2:
+        return 0.0
+    drawn = mask(shape, placement, side=seen.shape[0], oversampling=_OVERSAMPLING) > 0.5
+    union = np.count_nonzero(drawn | seen)
+    return float(np.count_nonzero(drawn & seen) / union) if union else 0.0

@@ -1,0 +1,100 @@
+"""Second half of the training: denoiser and text encoder together, on the cached latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+from . import model, shapes, tokenizer
+from .parallel import WORKERS, Stage, cosine, log, total
+from .sampling import Parts, encode, generate
+from .score import score
+from .train_vae import CACHED_PICTURES, cached_scene
+
+STEPS = 7200
+BATCH = 12
+PEAK_RATE = 1.5e-3
+PROBE_EVERY = 400
+
+_EMPTY_PROMPTS = 0.1
+# Signal-to-noise ratios between which the loss weighs the error of the predicted latent itself; the floor changes at
+# these steps. Without one the noisiest steps, where the text decides on colour and size, would hardly count. A low
+# floor is enough to learn what pictures look like, a high one teaches colour (6 of 40 right at step 800, 33 at
+# 2400), the last one leaves room for shape, which is decided a little later on the way from noise to picture.
+_SNR_FLOORS = ((0, 0.05), (1200, 0.3), (2600, 0.1))
+_SNR_CEILING = 5.0
+_PROBE_SCENES = 40
+_PROBE_STEPS = 12
+_PROBE_GUIDANCE = 3.5
+
+
+def train(
+    vae: AutoencoderKL, latents: torch.Tensor, folder: Path, rank: int, checkpoint: Callable[[Parts], None]
+) -> Parts:
+    """The finished model. `latents` are scaled, (N, 4, 16, 16); `checkpoint` gets the averaged model."""
+    torch.manual_seed(1)
+    words = tokenizer.build(shapes.vocabulary())
+    parts = Parts(vae, model.unet(), model.text_encoder(words.get_vocab_size()), words)
+    modules: dict[str, nn.Module] = {"unet": parts.unet, "text_encoder": parts.text_encoder}
+    parameters = [p for module in modules.values() for p in module.parameters()]
+    stage = Stage(modules, parameters, folder / "unet.pt", rank, decay=0.997)
+    log(rank, f"unet: {sum(p.numel() for p in parameters)} parameters with the text encoder")
+    scenes = [cached_scene(i)[0] for i in range(CACHED_PICTURES)]
+    signal = model.scheduler().alphas_cumprod.float()
+    while stage.step < STEPS:
+        stage.advance(_loss(parts, latents, scenes, signal, stage.step, rank), _rate(stage.step))
+        if stage.step % PROBE_EVERY == 0 and stage.step < STEPS:
+            stage.average.swap()
+            _probe(parts, stage.step, rank)
+            checkpoint(parts)
+            stage.average.swap()
+    stage.finish()
+    _probe(parts, stage.step, rank)
+    return parts
+
+
+def _rate(step: int) -> float:
+    return cosine(step / STEPS, PEAK_RATE, step)
+
+
+def _loss(
+    parts: Parts,
+    latents: torch.Tensor,
+    scenes: list[shapes.Scene],
+    signal: torch.Tensor,
+    step: int,
+    rank: int,
+) -> torch.Tensor:
+    """Weighted squared error of the predicted noise, over this process's share of the step's batch."""
+    rng = shapes.generator(f"unet {rank} {step}")
+    generator = torch.Generator().manual_seed(step * WORKERS + rank)
+    chosen = [rng.randrange(len(scenes)) for _ in range(BATCH)]
+    prompts = ["" if rng.random() < _EMPTY_PROMPTS else shapes.describe(scenes[i], rng) for i in chosen]
+    # One timestep from each of BATCH * WORKERS equal strata, dealt to the processes in turn.
+    strata = torch.arange(BATCH) * WORKERS + rank + torch.rand((BATCH,), generator=generator)
+    timesteps = (strata * len(signal) / (BATCH * WORKERS)).long()
+    clean = latents[chosen]
+    noise = torch.randn(clean.shape, generator=generator)
+    kept = signal[timesteps].view(-1, 1, 1, 1)
+    noisy = kept.sqrt() * clean + (1 - kept).sqrt() * noise
+    predicted = parts.unet(noisy, timesteps, encode(parts, prompts)).sample
+    ratio = kept / (1 - kept) * model.LATENT_STD**2
+    floor = next(value for start, value in reversed(_SNR_FLOORS) if step >= start)
+    weight = ratio.clamp(floor, _SNR_CEILING) / ratio
+    return (weight * (predicted - noise).square()).mean()
+
+
+def _probe(parts: Parts, step: int, rank: int) -> None:
+    """Log how many prompts of training combinations are obeyed: the loss says little about it."""
+    rng = shapes.generator("probe")
+    scenes = [shapes.sample(rng, shapes.training_combos()) for _ in range(_PROBE_SCENES)]
+    mine = list(range(rank, _PROBE_SCENES, WORKERS))
+    pictures = generate(parts, [scenes[i].prompt() for i in mine], mine, _PROBE_STEPS, _PROBE_GUIDANCE)
+    found = score(pictures, [scenes[i] for i in mine])
+    sums = total(vars(found).values())
+    table = ", ".join(f"{name} {value:.0f}" for name, value in zip(vars(found), sums, strict=True))
+    log(rank, f"probe at {step}: {table}")

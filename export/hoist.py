@@ -1,0 +1,204 @@
+"""Split the UNet's graph by what each node depends on: the latent, the context, or the timestep.
+
+The loop keeps what depends on the latent. The rest runs once: on the context per prompt, on all timesteps of
+a schedule at once. The values that cross are the invariants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from ..engines import spec
+from ..engines.errors import CheckpointError
+from .weights import is_weight
+
+LATENT, TIMESTEP, CONTEXT = "sample", "timestep", "encoder_hidden_states"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """The three graphs of a hoisted UNet with their contracts."""
+
+    loop: ir.Model
+    context: ir.Model
+    time: ir.Model
+    loop_spec: spec.NetSpec
+    context_spec: spec.NetSpec
+    time_spec: spec.NetSpec
+
+
+def hoist(whole: ir.Model) -> Split:
+    """Split `whole` (surgery.clean has run on it).
+
+    Raises:
+        CheckpointError: a value depends on the context and on the timestep but not on the latent.
+    """
+    crossing = _crossing(whole.graph)
+    names = _names(crossing)
+    context = {v: n for v, n in names.items() if n.startswith(spec.CONTEXT_INVARIANT)}
+    time = {v: n for v, n in names.items() if n.startswith(spec.TIME_INVARIANT)}
+    by_name = {value.name or "": value for value in crossing}
+    specs = {name: _invariant(by_name[value], name) for value, name in names.items()}
+    sample, _, encoder = whole.graph.inputs
+    float_dtype = specs_dtype(sample)
+    assert encoder.shape is not None
+    width, channels = encoder.shape[2], sample.shape[1] if sample.shape else 4
+    assert isinstance(width, int)
+    assert isinstance(channels, int)
+    context_specs = [specs[name] for name in context.values()]
+    time_specs = [specs[name] for name in time.values()]
+    one_row = [spec.TensorSpec(name=s.name, dtype=s.dtype, shape=(1, *s.shape[1:])) for s in time_specs]
+    return Split(
+        loop=_loop(whole, names, [*context_specs, *one_row]),
+        context=_part(whole, context, CONTEXT, "context"),
+        time=_part(whole, time, TIMESTEP, "timestep"),
+        loop_spec=spec.unet(
+            channels=channels, float_dtype=float_dtype, invariants=[*context_specs, *one_row]
+        ),
+        context_spec=spec.unet_context(width=width, float_dtype=float_dtype, invariants=context_specs),
+        time_spec=spec.unet_time(invariants=time_specs),
+    )
+
+
+def specs_dtype(value: ir.Value) -> str:
+    """The contract's spelling of a value's type."""
+    names = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16"}
+    assert value.dtype is not None
+    return names[value.dtype]
+
+
+def _dependencies(graph: ir.Graph) -> dict[ir.Value, frozenset[str]]:
+    """Which of the graph's inputs each value depends on."""
+    found: dict[ir.Value, frozenset[str]] = {value: frozenset([value.name or ""]) for value in graph.inputs}
+    for node in graph:
+        union: frozenset[str] = frozenset()
+        for value in node.inputs:
+            union |= found.get(value, frozenset()) if value is not None else frozenset()
+        for value in node.outputs:
+            found[value] = union
+    return found
+
+
+def _crossing(graph: ir.Graph) -> dict[ir.Value, str]:
+    """The values to hoist -> the prefix of the net that computes them, in the loop's order of use."""
+    depends = _dependencies(graph)
+    crossing: dict[ir.Value, str] = {}
+    for node in graph:
+        if LATENT not in depends[node.outputs[0]] and not _is_view(node, depends):
+            continue
+        for value in node.inputs:
+            inputs = depends.get(value, frozenset()) if value is not None else frozenset()
+            if value is None or not inputs or LATENT in inputs or _is_view(value.producer(), depends):
+                continue
+            if len(inputs) > 1:
+                raise CheckpointError(
+                    f"the UNet computes {value.name!r} from the context and the timestep together",
+                    expected="Stable Diffusion 1.x or 2.x, where the two meet only in the latent",
+                    fix="Report the checkpoint; its graph needs a third part.",
+                )
+            crossing[value] = spec.CONTEXT_INVARIANT if CONTEXT in inputs else spec.TIME_INVARIANT
+    return crossing
+
+
+def _is_view(node: ir.Node | None, depends: Mapping[ir.Value, frozenset[str]]) -> bool:
+    """Whether a hoistable node only adds axes of size 1 for the loop to broadcast.
+
+    It stays in the loop, where it costs nothing, so that a time invariant is a plain (S, C) table.
+    """
+    if node is None or node.op_type != "Unsqueeze" or depends[node.outputs[0]] != {TIMESTEP}:
+        return False
+    return all(_uses_latent(use.node, depends) for use in node.outputs[0].uses())
+
+
+def _uses_latent(node: ir.Node, depends: Mapping[ir.Value, frozenset[str]]) -> bool:
+    return LATENT in depends[node.outputs[0]] or _is_view(node, depends)
+
+
+def _names(crossing: Mapping[ir.Value, str]) -> dict[str, str]:
+    """Value name in the whole graph -> name of the invariant: the module whose weights made it."""
+    names: dict[str, str] = {}
+    for value, prefix in crossing.items():
+        name = base = prefix + _module(value)
+        serial = 1
+        while name in names.values():
+            serial += 1
+            name = f"{base}.{serial}"
+        names[value.name or ""] = name
+    return names
+
+
+def _module(value: ir.Value) -> str:
+    """Path of the module whose weight is nearest upstream of `value`."""
+    queue = [value]
+    while queue:
+        current = queue.pop(0)
+        if is_weight(current):
+            return (current.name or "").rsplit(".", 1)[0]
+        producer = current.producer()
+        # Last input first: a product's weight is its second factor, its first leads further upstream.
+        queue.extend(item for item in reversed(producer.inputs if producer else ()) if item is not None)
+    return value.name or "value"
+
+
+def _invariant(value: ir.Value, name: str) -> spec.TensorSpec:
+    rows = "S" if name.startswith(spec.TIME_INVARIANT) else "B"
+    assert value.shape is not None
+    dims = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape[1:]]
+    return spec.TensorSpec(name=name, dtype=specs_dtype(value), shape=(rows, *dims))
+
+
+def _part(whole: ir.Model, names: Mapping[str, str], source: str, renamed: str) -> ir.Model:
+    """The graph that computes the invariants `names` from the input `source`."""
+    model = _copy(whole)
+    graph = model.graph
+    values = {value.name: value for node in graph for value in node.outputs}
+    graph.outputs.clear()
+    for old, new in names.items():
+        values[old].name = new
+        graph.outputs.append(values[old])
+    _keep_inputs(graph, lambda name: name == source)
+    graph.inputs[0].name = renamed
+    if source == TIMESTEP:
+        graph.inputs[0].shape = ir.Shape(["S"])
+        for value in graph.outputs:
+            value.shape = ir.Shape(["S", *list(value.shape or ())[1:]])
+    return _pruned(model, renamed)
+
+
+def _loop(whole: ir.Model, names: Mapping[str, str], invariants: list[spec.TensorSpec]) -> ir.Model:
+    """The graph that takes the invariants as inputs."""
+    model = _copy(whole)
+    graph = model.graph
+    values = {value.name: value for node in graph for value in node.outputs}
+    boundary = {item.name: item for item in invariants}
+    for old, new in sorted(names.items(), key=lambda item: list(boundary).index(item[1])):
+        value = ir.Value(name=new, shape=ir.Shape(boundary[new].shape), type=values[old].type)
+        graph.inputs.append(value)
+        ir.convenience.replace_all_uses_with(values[old], value)
+    common.RemoveUnusedNodesPass()(model)
+    _keep_inputs(graph, lambda name: name not in (TIMESTEP, CONTEXT))
+    graph.inputs[0].name = "latent"
+    graph.outputs[0].name = "prediction"
+    return _pruned(model, "unet")
+
+
+def _copy(model: ir.Model) -> ir.Model:
+    return model.clone()
+
+
+def _keep_inputs(graph: ir.Graph, keep: Callable[[str], bool]) -> None:
+    common.RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
+    kept = [value for value in graph.inputs if keep(value.name or "")]
+    graph.inputs.clear()
+    graph.inputs.extend(kept)
+
+
+def _pruned(model: ir.Model, name: str) -> ir.Model:
+    common.RemoveUnusedNodesPass()(model)
+    common.TopologicalSortPass()(model)
+    model.graph.name = name
+    return model

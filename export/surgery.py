@@ -1,0 +1,290 @@
+"""Passes graph -> graph, each with its reason. None of them touches a weight."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+from onnxscript.optimizer import _constant_folding as folding
+
+from .weights import is_weight
+
+Pass = Callable[[ir.Model], None]
+_SCOPE = "latentrt.scope"
+_SMALL = 1024  # bytes of a constant that may stay in a graph
+
+
+def clean(model: ir.Model) -> None:
+    """All passes, in order, twice where one feeds another."""
+    passes: tuple[Pass, ...] = (
+        infer_types,
+        fold,
+        constant_reshapes,
+        drop_identities,
+        fold,
+        drop_identities,
+        causal_masks,
+        merge_unsqueezes,
+        share,
+        lift,
+        tidy,
+        name_nodes,
+    )
+    for run in passes:
+        run(model)
+
+
+def infer_types(model: ir.Model) -> None:
+    """Give every value its type: torch leaves it open within the operators it takes apart."""
+    fixed = {"Shape": ir.DataType.INT64, "LessOrEqual": ir.DataType.BOOL}
+    for node in model.graph:
+        for value in node.outputs:
+            if value.dtype is not None:
+                continue
+            if node.op_type == "Constant":
+                value.dtype = (
+                    node.attributes["value"].as_tensor().dtype if "value" in node.attributes else None
+                )
+            elif node.op_type == "Cast":
+                value.dtype = ir.DataType(node.attributes["to"].as_int())
+            elif node.op_type == "CastLike":
+                value.dtype = node.inputs[1].dtype if node.inputs[1] is not None else None
+            else:
+                first = node.inputs[0].dtype if node.inputs and node.inputs[0] is not None else None
+                value.dtype = fixed.get(node.op_type, first)
+
+
+def fold(model: ir.Model) -> None:
+    """Compute what depends on constants alone, and replace sequences by Split.
+
+    Weights are left alone: a folded transpose would be a second copy without a name.
+    """
+    run = folding.FoldConstantsPass(
+        shape_inference=False,
+        input_size_limit=_SMALL,
+        output_size_limit=_SMALL,
+        should_fold=lambda node: False if any(map(is_weight, node.inputs)) else None,
+    )
+    run(model)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def constant_reshapes(model: ir.Model) -> None:
+    """Give Reshape a constant shape wherever 0 (as the input) and one -1 (the rest) can say it.
+
+    torch computes every shape from the sizes of the first input, which makes the keys and values of
+    cross-attention depend on the latent. It also halves the nodes.
+    """
+    for node in model.graph:
+        if node.op_type == "Reshape" and node.inputs[0] is not None and node.inputs[0].shape is not None:
+            _constant_reshape(model.graph, node, node.inputs[0].shape)
+
+
+def _constant_reshape(graph: ir.Graph, node: ir.Node, source: ir.Shape) -> None:
+    target = node.outputs[0].shape
+    if target is None:
+        return
+    dims = [_known(dim, source, axis) for axis, dim in enumerate(target)]
+    unknown = [axis for axis, dim in enumerate(dims) if dim is None]
+    if unknown:
+        dims[unknown[-1]] = -1
+    if len(unknown) <= 1:
+        shape = _constant(graph, node, np.array(dims, dtype=np.int64))
+    else:
+        shape = _partial_shape(graph, node, dims)
+    if shape is None:
+        return
+    node.replace_input_with(1, shape)
+    node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
+
+
+def _known(dim: int | ir.SymbolicDim, source: ir.Shape, axis: int) -> int | None:
+    if isinstance(dim, int):
+        return dim
+    return 0 if axis < len(source) and dim.value is not None and source[axis] == dim else None
+
+
+def _partial_shape(graph: ir.Graph, node: ir.Node, dims: Sequence[int | None]) -> ir.Value | None:
+    """The shape as a Concat of which only the dimensions that must be computed are."""
+    shape = node.inputs[1]
+    concat = shape.producer() if shape is not None else None
+    if concat is None or concat.op_type != "Concat" or len(concat.inputs) != len(dims):
+        return None
+    parts = [
+        _constant(graph, node, np.array([dim], dtype=np.int64)) if dim is not None else part
+        for dim, part in zip(dims, concat.inputs, strict=True)
+    ]
+    joined = ir.node("Concat", parts, {"axis": 0}, name=f"{node.name}/shape")
+    joined.outputs[0].name = f"{node.name}/shape"
+    joined.outputs[0].dtype = ir.DataType.INT64
+    graph.insert_before(node, joined)
+    return joined.outputs[0]
+
+
+def _constant(graph: ir.Graph, before: ir.Node, array: npt.NDArray[np.int64]) -> ir.Value:
+    node = ir.node("Constant", [], {"value": ir.tensor(array)}, name=None)
+    value = node.outputs[0]
+    value.dtype, value.shape = ir.DataType(ir.tensor(array).dtype), ir.Shape(array.shape)
+    value.const_value = ir.tensor(array)
+    graph.insert_before(before, node)
+    return value
+
+
+def drop_identities(model: ir.Model) -> None:
+    """Remove what returns its input: Expand, Slice and Cast between equals, division by one, Identity.
+
+    diffusers expands timesteps to the rows of the latent; between inputs of the same size that is nothing,
+    and would tie the time embedding to the latent. Residuals and attention divide by factors that are one.
+    """
+    for node in list(model.graph):
+        keeps = node.op_type in ("Expand", "Cast", "Slice") or (
+            node.op_type == "Div" and _is_one(node.inputs[1])
+        )
+        if keeps and _same(node.inputs[0], node.outputs[0]):
+            _bypass(model, node)
+    common.IdentityEliminationPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def _is_one(value: ir.Value | None) -> bool:
+    array = _array(value)
+    return array is not None and array.size == 1 and float(array.reshape(-1)[0]) == 1.0
+
+
+def _array(value: ir.Value | None) -> npt.NDArray[np.generic] | None:
+    """The numbers of a constant; None for weights and for what is computed."""
+    tensor = ir.convenience.get_const_tensor(value) if value is not None and not is_weight(value) else None
+    return None if tensor is None else tensor.numpy()
+
+
+def _same(source: ir.Value | None, target: ir.Value) -> bool:
+    if source is None or source.shape is None or target.shape is None or source.dtype != target.dtype:
+        return False
+    known = all(isinstance(dim, int) or dim.value is not None for dim in source.shape)
+    return known and source.shape == target.shape
+
+
+def _bypass(model: ir.Model, node: ir.Node) -> None:
+    source = node.inputs[0]
+    assert source is not None
+    if node.outputs[0].is_graph_output():
+        return
+    ir.convenience.replace_all_uses_with(node.outputs[0], source)
+    model.graph.remove(node, safe=True)
+
+
+def causal_masks(model: ir.Model) -> None:
+    """Say `is_causal` instead of a mask that is just that: fused kernels know the attribute, not the mask."""
+    for node in model.graph:
+        if node.op_type != "Attention" or len(node.inputs) < 4 or node.inputs[3] is None:
+            continue
+        mask = _mask(node.inputs[3])
+        if mask is not None and np.array_equal(mask, np.tril(np.ones_like(mask))):
+            node.replace_input_with(3, None)
+            node.attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def _mask(value: ir.Value) -> npt.NDArray[np.bool_] | None:
+    """A constant boolean mask as (rows, columns), before it is expanded to the rows of the batch."""
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Expand":
+        producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None
+    if producer is None or producer.op_type != "LessOrEqual":
+        return None
+    left, right = map(_array, producer.inputs)
+    if left is None or right is None:
+        return None
+    mask = np.less_equal(left, right)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    return mask.reshape(mask.shape[-2:]) if mask.size == mask.shape[-1] * mask.shape[-2] else None
+
+
+def merge_unsqueezes(model: ir.Model) -> None:
+    """One Unsqueeze for a chain of them, as behind each projection of the time embedding."""
+    for node in model.graph:
+        before = (
+            node.inputs[0].producer() if node.op_type == "Unsqueeze" and node.inputs[0] is not None else None
+        )
+        if before is None or before.op_type != "Unsqueeze" or node.outputs[0].shape is None:
+            continue
+        inner, outer = _array(before.inputs[1]), _array(node.inputs[1])
+        if inner is None or outer is None or before.outputs[0].shape is None:
+            continue
+        rank = len(node.outputs[0].shape)
+        second = [int(axis) % rank for axis in np.atleast_1d(outer)]  # type: ignore[call-overload]
+        kept = [axis for axis in range(rank) if axis not in second]
+        first = [kept[int(axis) % (rank - len(second))] for axis in np.atleast_1d(inner)]  # type: ignore[call-overload]
+        node.replace_input_with(0, before.inputs[0])
+        node.replace_input_with(
+            1, _constant(model.graph, node, np.array(sorted(first + second), dtype=np.int64))
+        )
+    common.RemoveUnusedNodesPass()(model)
+
+
+def share(model: ir.Model) -> None:
+    """Compute equal things once: the activation of the time embedding is asked for by every block."""
+    common.CommonSubexpressionEliminationPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def lift(model: ir.Model) -> None:
+    """Small constants become initializers, one for equal values: engines expect them there."""
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    # Not onnx-ir's own pass: it would also merge weights that happen to be equal, and a name would be lost.
+    first: dict[tuple[object, ...], ir.Value] = {}
+    for value in model.graph.initializers.values():
+        array = _array(value)
+        if array is None or array.nbytes > _SMALL:
+            continue
+        same = first.setdefault((value.dtype, array.shape, array.tobytes()), value)
+        if same is not value:
+            ir.convenience.replace_all_uses_with(value, same)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def name_nodes(model: ir.Model) -> None:
+    """Name nodes after the module they compute and what they do, as `mid_block.resnets.0.conv1/Conv`.
+
+    fp32 islands are lists of node names, so these must mean the same in every release of torch.
+    """
+    taken: Counter[str] = Counter()
+    for node in model.graph:
+        scope = str(node.meta.get(_SCOPE, ""))
+        name = f"{scope}/{node.op_type}" if scope else node.op_type
+        taken[name] += 1
+        node.name = name if taken[name] == 1 else f"{name}.{taken[name]}"
+
+
+def tidy(model: ir.Model) -> None:
+    """Forget where in torch a node came from (most of the file), and what torch wrote about itself."""
+    for node in model.graph:
+        node.meta[_SCOPE] = _scope(node)
+    common.ClearMetadataAndDocStringPass()(model)
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.producer_name, model.producer_version = "latentrt", ""
+    common.NameFixPass()(model)
+    common.TopologicalSortPass()(model)
+
+
+def _scope(node: ir.Node) -> str:
+    """The module's path, from torch's list of nested ones; the wrapper's own name does not count."""
+    written = node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]")
+    scopes = [str(scope) for scope in ast.literal_eval(written)][:-1]
+    path = re.sub(r"__dict__\['_modules'\]\['(\w+)'\]", r"\1", scopes[-1] if scopes else "")
+    return re.sub(r"^(net$|net\.|_empty_nn.*)", "", path)
+
+
+def forget_shapes(model: ir.Model) -> None:
+    """Drop the shapes of intermediate values: torch's expressions for them mean nothing to an engine."""
+    outputs = set(model.graph.outputs)
+    for node in model.graph:
+        for value in node.outputs:
+            if value not in outputs:
+                value.shape = None

@@ -1,0 +1,88 @@
+"""Two tiny checkpoints and their packages, made once: exporting is the slow part of these tests."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+
+from latentrt.engines.package import Package
+from latentrt.export import Progress, export_package
+from latentrt.export.checkpoint import Checkpoint
+from latentrt.export.verify import Comparison
+from tests.export.make_checkpoint import RECIPES, make_checkpoint
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A checkpoint, its package, and what the export told on the way."""
+
+    source: Path
+    package: Package
+    progress: list[Progress]
+    comparisons: list[Comparison]
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint.open(self.source)
+
+    def run(self, net: str, **arrays: Any) -> dict[str, Any]:
+        """Call a net on ONNX Runtime, checked against its contract."""
+        file = self.package.manifest.nets[net]
+        file.spec.check(arrays)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        path = str(self.package.path(file.graph))
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        names = [item.name for item in file.spec.outputs]
+        return dict(zip(names, session.run(names, arrays), strict=True))
+
+
+def _export(name: str, stored: torch.dtype, dtype: Any, folder: Path) -> Exported:
+    source = make_checkpoint(RECIPES[name], folder / name, dtype=stored, old_names=name == "tiny1")
+    progress: list[Progress] = []
+    comparisons: list[Comparison] = []
+    package = export_package(
+        source,
+        folder / "package",
+        dtype=dtype,
+        verify=True,
+        progress=progress.append,
+        report=comparisons.append,
+    )
+    return Exported(source, package, progress, comparisons)
+
+
+@pytest.fixture(scope="session")
+def sd1(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Like 1.x: stored in fp16, computing in fp32."""
+    return _export("tiny1", torch.float16, "fp32", tmp_path_factory.mktemp("sd1"))
+
+
+@pytest.fixture(scope="session")
+def sd2(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Like 2.1: stored in fp32, computing in fp16."""
+    return _export("tiny2", torch.float32, "fp16", tmp_path_factory.mktemp("sd2"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint to look at; tests that change one use `copy`."""
+    return make_checkpoint(RECIPES["tiny1"], tmp_path_factory.mktemp("plain") / "tiny1")
+
+
+@pytest.fixture
+def copy(checkpoint: Path, tmp_path: Path) -> Path:
+    """A checkpoint to damage."""
+    import shutil
+
+    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+
+
+def relative_l2(found: Any, wanted: Any) -> float:
+    """|found - wanted| / |wanted| in float64."""
+    a, b = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))

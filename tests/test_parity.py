@@ -1,0 +1,131 @@
+"""Whole pictures against diffusers: same random weights, seeds, scheduler and text, in fp32.
+
+Random weights draw noise-like pictures, so a wrong coefficient, layout or draw of noise shows everywhere in
+them. `test_another_seed_is_another_picture` is the negative control of the measure.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from latentrt.export.package_writer import export_package
+from latentrt.runtime import Pipeline
+from tests.export.make_checkpoint import RECIPES, make_checkpoint
+
+# torch tensors lack keywords that NumPy 2 asks for when diffusers' schedulers call np.array(tensor); and
+# diffusers announces that DPM-Solver's algorithms will move
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*__array.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),
+]
+
+MODELS = [name for name in RECIPES if name.startswith("tiny")]
+BAR = 45.0  # dB
+PROMPTS = ["a red circle on a blue background", "large green star", "ring"]
+NEGATIVE = ["square", "", "a yellow background, small"]
+SIZE = {"height": 72, "width": 128}  # 9 x 16 latents: odd at the first downsampling
+
+# our name -> diffusers' class and the options that make the same sampler
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "Euler a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "dpm2": ("KDPM2DiscreteScheduler", {}),
+    "dpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpmpp_3m": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+    "dpmpp_2s": ("DPMSolverSinglestepScheduler", {}),
+    "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+}
+
+
+class Pair:
+    """The same weights twice: diffusers' pipeline, and ours on the exported package."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        checkpoint = make_checkpoint(RECIPES[name], folder / "checkpoint", dtype=torch.float32)
+        export_package(checkpoint, folder / "package", dtype="fp32", verify=True)
+        self.reference = StableDiffusionPipeline.from_pretrained(
+            checkpoint, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
+        )
+        self.reference.set_progress_bar_config(disable=True)
+        self.own_scheduler = self.reference.scheduler
+        self.ours = Pipeline.open(folder / "package")
+
+    def draw(self, sampler: str | None, seeds: list[int], **parameters: Any) -> tuple[np.ndarray, np.ndarray]:
+        """(diffusers' pictures, ours), both (N, H, W, 3) uint8."""
+        self.reference.scheduler = self.own_scheduler
+        if sampler is not None:
+            kind, options = SAMPLERS[sampler]
+            self.reference.scheduler = getattr(diffusers, kind).from_config(
+                self.own_scheduler.config, **options
+            )
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        pictures = self.reference(generator=generators, output_type="pil", **parameters).images
+        ours = self.ours(seed=seeds, sampler=sampler, output_type="np", **parameters).images
+        return np.stack([np.asarray(picture) for picture in pictures]), np.asarray(ours)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return Pair(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    """dB over uint8; refuses pictures without contrast, which everything would resemble."""
+    assert one.std() > 10, "the reference picture is too flat to compare"
+    error = float(((one.astype(float) - other) ** 2).mean())
+    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler(pair: Pair, sampler: str) -> None:
+    wanted, found = pair.draw(
+        sampler,
+        [1, 2, 3],
+        prompt=PROMPTS,
+        negative_prompt=NEGATIVE,
+        num_inference_steps=6,
+        guidance_scale=5.0,
+        **SIZE,
+    )
+    assert psnr(wanted, found) >= BAR
+
+
+@pytest.mark.parametrize("sampler", [None, "ddim", "Euler a", "dpmpp_2m"])
+def test_guidance_off(pair: Pair, sampler: str | None) -> None:
+    wanted, found = pair.draw(
+        sampler, [7], prompt=PROMPTS[0], num_inference_steps=8, guidance_scale=1.0, height=128, width=64
+    )
+    assert psnr(wanted, found) >= BAR
+
+
+def test_the_checkpoints_own_scheduler_rescale_and_a_long_prompt(pair: Pair) -> None:
+    parameters = {"num_inference_steps": 10, "guidance_scale": 7.5, "guidance_rescale": 0.7, **SIZE}
+    with pytest.warns(UserWarning, match="too long"):
+        wanted, found = pair.draw(None, [2**33], prompt="a star and " * 60, **parameters)
+    assert psnr(wanted, found) >= BAR
+
+
+def test_eta(pair: Pair) -> None:
+    wanted, found = pair.draw("ddim", [5], prompt=PROMPTS[0], num_inference_steps=8, eta=0.6, **SIZE)
+    assert psnr(wanted, found) >= BAR
+
+
+def test_another_seed_is_another_picture(pair: Pair) -> None:
+    wanted, _ = pair.draw("ddim", [1], prompt=PROMPTS[0], num_inference_steps=4, **SIZE)
+    _, found = pair.draw("ddim", [2], prompt=PROMPTS[0], num_inference_steps=4, **SIZE)
+    assert psnr(wanted, found) < 30

@@ -1,0 +1,45 @@
+"""The README's code runs, and its commands are the ones CI runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_python_examples_run(tmp_path: Path) -> None:
+    for code in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
+        subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, check=True, timeout=120)
+    assert (tmp_path / "star.png").stat().st_size > 1000
+
+
+def test_set_up_is_two_commands_of_one_line() -> None:
+    install, test = COMMANDS[0].strip(), COMMANDS[1].strip()
+    assert "\n" not in install + test
+    assert install.endswith('latentrt generate "a red circle on a blue background"')
+    assert 'pip install ".[cpu]"' in install
+    assert test.endswith("python tests/check.py")
+
+
+def test_commands_of_the_shipped_model_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every `latentrt` line of the README that needs no checkpoint of the reader's own."""
+    lines = [line.partition("#")[0].strip() for block in COMMANDS[2:] for line in block.splitlines()]
+    ours = [
+        line
+        for line in lines
+        if line.startswith("latentrt") and "CHECKPOINT" not in line and "PACKAGE" not in line
+    ]
+    assert len(ours) >= 3
+    for line in ours:
+        command = line.replace("latentrt", f"{sys.executable} -W error -m latentrt.cli", 1)
+        subprocess.run(command, shell=True, cwd=tmp_path, check=True, timeout=120, stdout=subprocess.DEVNULL)
+
+
+def test_every_file_it_links_to_exists() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", TEXT):
+        assert (ROOT / target).exists(), target
