@@ -160,6 +160,12 @@ def _refuse_unet(unet: Component) -> None:
         raise CheckpointError(
             f"{unet.folder} is the UNet of {kind} (in_channels {channels})", expected=_SUPPORTED, fix=_OTHER
         )
+    if not isinstance(unet.config.get("cross_attention_dim", 1280), int):
+        raise CheckpointError(
+            f"{unet.folder} has a cross_attention_dim of its own for each block",
+            expected=_SUPPORTED,
+            fix=_OTHER,
+        )
     for option, (family, accepted) in _UNET_OPTIONS.items():
         value = unet.config.get(option, accepted[0])
         if value not in accepted:
@@ -223,7 +229,7 @@ def _headers(file: Path) -> dict[str, TensorHeader]:
 
     headers: dict[str, TensorHeader] = {}
     try:
-        with safe_open(file, framework="np") as stream:  # type: ignore[no-untyped-call]
+        with cast(Any, safe_open)(file, framework="np") as stream:
             for name in stream.keys():  # noqa: SIM118 (not a mapping)
                 part = stream.get_slice(name)
                 headers[name] = TensorHeader(file=file, dtype=part.get_dtype(), shape=tuple(part.get_shape()))

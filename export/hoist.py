@@ -91,7 +91,7 @@ def _crossing(graph: ir.Graph) -> dict[ir.Value, str]:
         if LATENT not in depends[node.outputs[0]] and not _is_view(node, depends):
             continue
         for value in node.inputs:
-            inputs = depends.get(value, frozenset()) if value is not None else frozenset()
+            inputs = depends.get(value, frozenset[str]()) if value is not None else frozenset[str]()
             if value is None or not inputs or LATENT in inputs or _is_view(value.producer(), depends):
                 continue
             if len(inputs) > 1:
@@ -109,7 +109,7 @@ def _is_view(node: ir.Node | None, depends: Mapping[ir.Value, frozenset[str]]) -
 
     It stays in the loop, where it costs nothing, so that a time invariant is a plain (S, C) table.
     """
-    if node is None or node.op_type != "Unsqueeze" or depends[node.outputs[0]] != {TIMESTEP}:
+    if node is None or node.op_type != "Unsqueeze" or depends[node.outputs[0]] != frozenset([TIMESTEP]):
         return False
     return all(_uses_latent(use.node, depends) for use in node.outputs[0].uses())
 

@@ -97,6 +97,7 @@ def write_out_attention(graph: ir.Graph, node: ir.Node) -> list[str]:
     assert key is not None
     assert value is not None
     assert key.shape is not None
+    assert query.dtype is not None
     assert len(node.inputs) == 3
     assert not node.attributes.get_int("is_causal", 0)
     width = key.shape[3]

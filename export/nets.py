@@ -96,10 +96,11 @@ def text_encoder(checkpoint: Checkpoint, dtype: torch.dtype) -> Net:
 
     part = checkpoint.text_encoder
     # sdpa becomes the ONNX operator Attention; the eager form would not.
-    config = CLIPTextConfig(**{**part.config, "attn_implementation": "sdpa"})
+    settings: dict[str, Any] = {**part.config, "attn_implementation": "sdpa"}
+    config = CLIPTextConfig(**settings)
     with torch.device("meta"):
         net = CLIPTextModel(config)
-    for _, module in net.named_modules():
+    for module in cast(nn.Module, net).modules():
         positions = getattr(module, "position_ids", None)
         if isinstance(positions, torch.Tensor):  # the one buffer that no checkpoint stores
             cast(Any, module).position_ids = torch.arange(positions.shape[-1])[None]
@@ -115,11 +116,11 @@ def text_encoder(checkpoint: Checkpoint, dtype: torch.dtype) -> Net:
 
 def unet(checkpoint: Checkpoint, dtype: torch.dtype) -> Net:
     """The UNet with the checkpoint's weights, before hoisting."""
-    from diffusers import UNet2DConditionModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     part = checkpoint.unet
     with torch.device("meta"):
-        net = cast(nn.Module, UNet2DConditionModel.from_config(dict(part.config)))
+        net: nn.Module = cast(Any, UNet2DConditionModel).from_config(dict(part.config))
     tensors = _load(part, net, {name: name for name in net.state_dict()})
     width = cast(Any, net).config.cross_attention_dim
     contract = spec.unet_whole(channels=4, width=width, float_dtype=_spelled(dtype))
@@ -128,14 +129,14 @@ def unet(checkpoint: Checkpoint, dtype: torch.dtype) -> Net:
 
 def vae_decoder(checkpoint: Checkpoint, dtype: torch.dtype) -> Net:
     """The VAE's decoder with the checkpoint's weights; its encoder is not even read."""
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     part = checkpoint.vae
     with torch.device("meta"):
-        net: Any = AutoencoderKL.from_config(dict(part.config))
+        net: Any = cast(Any, AutoencoderKL).from_config(dict(part.config))
     del net.encoder
     net.quant_conv = None
-    names = {name: name for name in net.state_dict()}
+    names: dict[str, str] = {name: name for name in net.state_dict()}
     if any(".query." in name for name in part.tensors):
         new = {_modern(name): name for name in part.tensors}
         names = {name: new.get(name, name) for name in names}
@@ -194,7 +195,7 @@ def _load(
         )
     state: dict[str, torch.Tensor] = {}
     for file in sorted({header.file for header in part.tensors.values()}):
-        with safe_open(file, framework="pt") as stream:  # type: ignore[no-untyped-call]
+        with cast(Any, safe_open)(file, framework="pt") as stream:
             state |= {n: stream.get_tensor(f) for n, f in names.items() if part.tensors[f].file == file}
     net.load_state_dict(state, assign=True)
     return {name: (file_name, part.tensors[file_name].dtype) for name, file_name in names.items()}

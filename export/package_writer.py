@@ -10,10 +10,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ..engines.errors import CheckpointError, StorageError, UsageError
 from ..engines.package import MANIFEST, Defaults, Manifest, NetFile, Package, write_manifest
@@ -111,7 +111,7 @@ def _component(
     files: dict[str, NetFile] = {}
     for name, (graph, contract, file) in _graphs(net, model).items():
         surgery.forget_shapes(graph)
-        ir.save(graph, target / file)
+        cast(Any, ir).save(graph, target / file)
         files[name] = NetFile(
             graph=f"{component}/{file}",
             weights=f"{component}/{weights.WEIGHTS}",
@@ -186,7 +186,7 @@ def _producer() -> str:
 def _defaults(source: Checkpoint, scale: int) -> Defaults:
     """`recommended.json` beside or in the checkpoint, over what the family uses."""
     size = source.unet.config.get("sample_size") or 64
-    height, width = size if isinstance(size, list) else (size, size)
+    height, width = cast(list[int], size) if isinstance(size, list) else (size, size)
     values: dict[str, Any] = {"height": height * scale, "width": width * scale}
     for folder in (source.root.parent, source.root):
         path = folder / "recommended.json"
@@ -242,7 +242,7 @@ def _check_target(package: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _beside(package: Path, overwrite: bool) -> Iterator[Path]:
+def _beside(package: Path, overwrite: bool) -> Generator[Path]:
     """A temporary folder next to `package` that takes its place if the block succeeds."""
     try:
         package.parent.mkdir(parents=True, exist_ok=True)

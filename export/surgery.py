@@ -6,12 +6,13 @@ import ast
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import onnx_ir.passes.common as common
-from onnxscript.optimizer import _constant_folding as folding
+from onnxscript.optimizer import fold_constants
 
 from .weights import is_weight
 
@@ -42,22 +43,21 @@ def clean(model: ir.Model) -> None:
 
 def infer_types(model: ir.Model) -> None:
     """Give every value its type: torch leaves it open within the operators it takes apart."""
-    fixed = {"Shape": ir.DataType.INT64, "LessOrEqual": ir.DataType.BOOL}
     for node in model.graph:
         for value in node.outputs:
-            if value.dtype is not None:
-                continue
-            if node.op_type == "Constant":
-                value.dtype = (
-                    node.attributes["value"].as_tensor().dtype if "value" in node.attributes else None
-                )
-            elif node.op_type == "Cast":
-                value.dtype = ir.DataType(node.attributes["to"].as_int())
-            elif node.op_type == "CastLike":
-                value.dtype = node.inputs[1].dtype if node.inputs[1] is not None else None
-            else:
-                first = node.inputs[0].dtype if node.inputs and node.inputs[0] is not None else None
-                value.dtype = fixed.get(node.op_type, first)
+            found = _type(node) if value.dtype is None else None
+            if found is not None:
+                value.dtype = found
+
+
+def _type(node: ir.Node) -> ir.DataType | None:
+    if node.op_type == "Constant":
+        return node.attributes["value"].as_tensor().dtype if "value" in node.attributes else None
+    if node.op_type == "Cast":
+        return ir.DataType(node.attributes["to"].as_int())
+    fixed = {"Shape": ir.DataType.INT64, "LessOrEqual": ir.DataType.BOOL}
+    like = node.inputs[1 if node.op_type == "CastLike" else 0] if node.inputs else None
+    return fixed.get(node.op_type, like.dtype if like is not None else None)
 
 
 def fold(model: ir.Model) -> None:
@@ -65,13 +65,13 @@ def fold(model: ir.Model) -> None:
 
     Weights are left alone: a folded transpose would be a second copy without a name.
     """
-    run = folding.FoldConstantsPass(
-        shape_inference=False,
+    fold_constants(
+        model,
+        onnx_shape_inference=False,
         input_size_limit=_SMALL,
         output_size_limit=_SMALL,
         should_fold=lambda node: False if any(map(is_weight, node.inputs)) else None,
     )
-    run(model)
     common.RemoveUnusedNodesPass()(model)
 
 
@@ -154,10 +154,10 @@ def drop_identities(model: ir.Model) -> None:
 
 def _is_one(value: ir.Value | None) -> bool:
     array = _array(value)
-    return array is not None and array.size == 1 and float(array.reshape(-1)[0]) == 1.0
+    return array is not None and array.size == 1 and float(array.item()) == 1.0
 
 
-def _array(value: ir.Value | None) -> npt.NDArray[np.generic] | None:
+def _array(value: ir.Value | None) -> npt.NDArray[Any] | None:
     """The numbers of a constant; None for weights and for what is computed."""
     tensor = ir.convenience.get_const_tensor(value) if value is not None and not is_weight(value) else None
     return None if tensor is None else tensor.numpy()
@@ -201,8 +201,8 @@ def _mask(value: ir.Value) -> npt.NDArray[np.bool_] | None:
     left, right = map(_array, producer.inputs)
     if left is None or right is None:
         return None
-    mask = np.less_equal(left, right)  # pyright: ignore[reportCallIssue, reportArgumentType]
-    return mask.reshape(mask.shape[-2:]) if mask.size == mask.shape[-1] * mask.shape[-2] else None
+    mask: npt.NDArray[np.bool_] = np.less_equal(left, right)
+    return np.reshape(mask, mask.shape[-2:]) if mask.size == mask.shape[-1] * mask.shape[-2] else None
 
 
 def merge_unsqueezes(model: ir.Model) -> None:
@@ -217,9 +217,9 @@ def merge_unsqueezes(model: ir.Model) -> None:
         if inner is None or outer is None or before.outputs[0].shape is None:
             continue
         rank = len(node.outputs[0].shape)
-        second = [int(axis) % rank for axis in np.atleast_1d(outer)]  # type: ignore[call-overload]
+        second = [int(axis) % rank for axis in np.atleast_1d(outer)]
         kept = [axis for axis in range(rank) if axis not in second]
-        first = [kept[int(axis) % (rank - len(second))] for axis in np.atleast_1d(inner)]  # type: ignore[call-overload]
+        first = [kept[int(axis) % (rank - len(second))] for axis in np.atleast_1d(inner)]
         node.replace_input_with(0, before.inputs[0])
         node.replace_input_with(
             1, _constant(model.graph, node, np.array(sorted(first + second), dtype=np.int64))
@@ -255,7 +255,7 @@ def name_nodes(model: ir.Model) -> None:
     """
     taken: Counter[str] = Counter()
     for node in model.graph:
-        scope = str(node.meta.get(_SCOPE, ""))
+        scope = str(cast(dict[str, str], node.meta).get(_SCOPE, ""))
         name = f"{scope}/{node.op_type}" if scope else node.op_type
         taken[name] += 1
         node.name = name if taken[name] == 1 else f"{name}.{taken[name]}"

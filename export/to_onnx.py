@@ -6,7 +6,7 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import onnx_ir as ir
@@ -49,7 +49,7 @@ def to_onnx(net: Net) -> ir.Model:
         for item in net.spec.inputs
     ]
     with torch.no_grad(), _quiet():
-        program = torch.onnx.export(
+        program = cast(Any, torch.onnx).export(
             net.module,
             tuple(inputs),
             dynamic_shapes=tuple(dynamic),
@@ -60,7 +60,7 @@ def to_onnx(net: Net) -> ir.Model:
             optimize=False,
             verbose=False,
         )
-    model = cast(Any, program).model
+    model = program.model
     assert isinstance(model, ir.Model)
     for name, value in list(model.graph.initializers.items()):
         if name in net.tensors:
@@ -96,7 +96,7 @@ def _renamed(dim: int | ir.SymbolicDim, symbols: Mapping[str, str]) -> int | str
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Silence what torch says of itself: operators of torchvision, and its own deprecations."""
     loggers: Sequence[logging.Logger] = [
         logging.getLogger("torch.onnx._internal.exporter._registration"),

@@ -126,8 +126,9 @@ def _torch(net: Net, inputs: list[Any]) -> list[Array]:
     import torch
 
     with torch.no_grad():
-        outputs = net.module(*[item.float() if item.is_floating_point() else item for item in inputs])
-    return [item.numpy() for item in (outputs if isinstance(outputs, tuple) else (outputs,))]
+        outputs: Any = net.module(*[item.float() if item.is_floating_point() else item for item in inputs])
+    several = cast(tuple[Any, ...], outputs) if isinstance(outputs, tuple) else (outputs,)
+    return [item.numpy() for item in several]
 
 
 def _hoisted(root: Path, files: Mapping[str, NetFile], arrays: Mapping[str, Array]) -> Array:
@@ -155,8 +156,9 @@ def _ort(root: Path, file: NetFile, arrays: Mapping[str, Array]) -> dict[str, Ar
 
 def _session(root: Path, file: NetFile) -> Any:
     """ONNX Runtime on CPU. Arena and prepacking would each keep another copy of the weights."""
-    import onnxruntime as ort
+    import onnxruntime
 
+    ort = cast(Any, onnxruntime)  # its own stubs are incomplete
     options = ort.SessionOptions()
     options.enable_cpu_mem_arena = False
     options.add_session_config_entry("session.disable_prepacking", "1")

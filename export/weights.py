@@ -12,7 +12,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import onnx_ir as ir
 
@@ -101,7 +101,7 @@ def _bytes(name: str, tensor: torch.Tensor, dtype: ir.DataType) -> memoryview:
             expected=f"values that {_NAMES[dtype]} can hold",
             fix="Export with --dtype fp32.",
         )
-    return memoryview(stored.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(cast(Any, stored.reshape(-1).view(torch.uint8).numpy()))
 
 
 def attach(model: ir.Model, folder: Path, slots: Mapping[str, Slot]) -> None:
@@ -128,14 +128,14 @@ def attach(model: ir.Model, folder: Path, slots: Mapping[str, Slot]) -> None:
         if compute is None or compute == slot.dtype:
             value.dtype = slot.dtype
             continue
-        cast = ir.node("Cast", [value], {"to": compute}, name=f"{name}/cast")
-        cast.outputs[0].name = f"{name}/{_NAMES[compute]}"
-        cast.outputs[0].shape = value.shape
-        cast.outputs[0].dtype = compute
-        ir.convenience.replace_all_uses_with(value, cast.outputs[0])
-        cast.replace_input_with(0, value)
+        widen = ir.node("Cast", [value], {"to": compute}, name=f"{name}/cast")
+        widen.outputs[0].name = f"{name}/{_NAMES[compute]}"
+        widen.outputs[0].shape = value.shape
+        widen.outputs[0].dtype = compute
+        ir.convenience.replace_all_uses_with(value, widen.outputs[0])
+        widen.replace_input_with(0, value)
         value.dtype = slot.dtype
-        model.graph.insert_before(model.graph[0], cast)
+        model.graph.insert_before(model.graph[0], widen)
 
 
 def is_weight(value: ir.Value | None) -> bool:

@@ -99,6 +99,8 @@ def _jump(s: Level, t: Level, algorithm: str) -> _Jump:
 
 def _phi(z: float) -> tuple[float, float, float]:
     """phi1 = e^z - 1, and the weights of the first and second divided difference."""
+    if z == 0:  # a last step that stands still: a sigma ramp with final_sigmas_type "sigma_min"
+        return 0.0, 0.0, 0.0
     phi1 = np.expm1(z)
     phi2 = phi1 / z - 1
     return phi1, phi2, phi2 / z - 0.5
@@ -141,14 +143,13 @@ def _differences(past: Past, t: Level, z: float, solver_type: str) -> Vector:
     h = t.lam - s.lam
     if len(past) == 1:
         return phi1 * m0
-    r0 = (s.lam - past[1][0].lam) / h
-    d1 = (m0 - past[1][1]) / r0
+    h0 = s.lam - past[1][0].lam
+    d1 = (m0 - past[1][1]) * (h / h0)
     if len(past) == 2:
         return phi1 * m0 + (phi1 / 2 if solver_type == "midpoint" else phi2) * d1
-    r1 = (past[1][0].lam - past[2][0].lam) / h
-    d1_older = (past[1][1] - past[2][1]) / r1
-    d2 = (d1 - d1_older) / (r0 + r1)
-    return phi1 * m0 + phi2 * (d1 + r0 * d2) + phi3 * d2
+    h1 = past[1][0].lam - past[2][0].lam
+    bend = (d1 - (past[1][1] - past[2][1]) * (h / h1)) / (h0 + h1)
+    return phi1 * m0 + phi2 * (d1 + h0 * bend) + phi3 * h * bend
 
 
 def dpm_singlestep(x: Vector, predict: Predict, noise: Noise, plan: Plan) -> Vector:

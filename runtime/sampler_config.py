@@ -334,7 +334,7 @@ def _sigma_schedule(options: Mapping[str, Any]) -> str:
             expected="at most one",
             fix="Set the others to false.",
         )
-    if not chosen and options.get("use_lu_lambdas"):
+    if options.get("use_lu_lambdas") and "karras" not in chosen:  # diffusers' precedence
         return "lu"
     return chosen[0] if chosen else "default"
 

@@ -58,6 +58,8 @@ PRESETS: dict[str, Preset] = {
     "dpmpp_1m_sde": _dpm(_MULTI, 1, "sde-dpmsolver++"),
     "dpmpp_2m_sde": _dpm(_MULTI, 2, "sde-dpmsolver++"),
     "dpmpp_3m_sde": _dpm(_MULTI, 3, "sde-dpmsolver++"),
+    # not in diffusers; it visits the levels of the other ancestral sampler of k-diffusion
+    "dpmpp_2s_a": ("EulerAncestralDiscreteScheduler", {}),
     "deis": ("DEISMultistepScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
     "lcm": ("LCMScheduler", {}),
@@ -68,6 +70,7 @@ PRESETS: dict[str, Preset] = {
 _ALIASES: dict[str, Preset] = {
     "eulerancestral": ("euler_a", {}),
     "dpm2ancestral": ("dpm2_a", {}),
+    "dpmpp2sancestral": ("dpmpp_2s_a", {}),
     "dpmsolver1": ("dpm_solver_1m", {}),
     "dpmsolver2": ("dpm_solver_2m", {}),
     "dpmsolver3": ("dpm_solver_3m", {}),

@@ -123,6 +123,21 @@ def dpm2_ancestral(x: Vector, predict: Predict, noise: Noise, plan: Plan) -> Vec
     return x
 
 
+def dpmpp_2s_ancestral(x: Vector, predict: Predict, noise: Noise, plan: Plan) -> Vector:
+    """DPM-Solver++(2S) down to sigma_down, then noise back up (k-diffusion `sample_dpmpp_2s_ancestral`)."""
+    for s, t in plan.steps:
+        x0 = predict(x, s)
+        if t.sigma == 0:
+            return x0
+        down, up = _ancestral(s, t)
+        middle = _log_middle(plan, s, down)
+        r = middle.sigma / s.sigma
+        x0 = predict(r * x + (1 - r) * x0, middle)
+        r = down / s.sigma
+        x = r * x + (1 - r) * x0 + up * noise()
+    return x
+
+
 def _log_middle(plan: Plan, s: Level, sigma: float) -> Level:
     middle = math.sqrt(s.sigma * sigma)
     return Level(float(plan.config.noise.t_at(np.array(middle))), s.alpha, np.float64(middle))
@@ -214,6 +229,9 @@ SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
             formula=dpm2_ancestral, history="eps", about="dpm2 with ancestral noise, k-diffusion"
         ),
         **_DPM_FAMILY,
+        "dpmpp_2s_a": Sampler(
+            formula=dpmpp_2s_ancestral, history="x0", about="dpmpp_2s with ancestral noise, k-diffusion"
+        ),
         "deis": Sampler(formula=deis, history="eps", about="DEIS in log rho, Zhang & Chen 2023"),
         "unipc": Sampler(formula=unipc, history="x0", about="UniPC predictor-corrector, Zhao et al. 2023"),
         "lcm": Sampler(formula=lcm, history="x0", about="latent consistency models, Luo et al. 2023"),

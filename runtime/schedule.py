@@ -83,10 +83,11 @@ class NoiseSchedule:
         if self.beta_schedule not in BETA_SCHEDULES and self.trained_betas is None:
             raise _unknown("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
         betas = self._betas
-        if len(betas) != self.num_train_timesteps or not ((betas > 0) & (betas <= 1)).all():
+        right_length = len(betas) == self.num_train_timesteps > 0
+        if not right_length or not ((betas > 0) & (betas <= 1)).all():
             raise SamplerError(
                 f"{len(betas)} betas between {betas.min(initial=1):g} and {betas.max(initial=0):g}",
-                expected=f"num_train_timesteps = {self.num_train_timesteps} betas above 0 and at most 1",
+                expected=f"num_train_timesteps = {self.num_train_timesteps} > 0 betas in (0, 1]",
                 fix="Correct the model's scheduler_config.json.",
             )
 
@@ -124,7 +125,7 @@ class NoiseSchedule:
     def log_sigmas(self) -> Array:
         """(T,) log(sigmas), which is -lambda; float32 values."""
         with np.errstate(divide="ignore"):
-            return np.log(self.sigmas.astype(np.float32)).astype(np.float64)
+            return _frozen(np.log(self.sigmas.astype(np.float32)).astype(np.float64))
 
     def sigma_at(self, t: Array) -> Array:
         """Sigma at timesteps between 0 and T-1, linear in between, constant beyond; same shape as `t`."""

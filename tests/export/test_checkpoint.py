@@ -75,6 +75,12 @@ def test_unets_of_other_families_are_named(copy: Path, option: str, value: objec
     assert f"{option} " in error.value.found
 
 
+def test_a_context_width_for_each_block(copy: Path) -> None:
+    change(copy / "unet" / "config.json", cross_attention_dim=[64, 80])
+    with pytest.raises(CheckpointError, match="cross_attention_dim of its own"):
+        Checkpoint.open(copy)
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         Checkpoint.open(tmp_path / "nothing")

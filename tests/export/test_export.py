@@ -123,9 +123,9 @@ def test_upcast_attention_is_written_out(sd2: Exported) -> None:
     for name in ("unet", "unet_whole"):
         counts = Counter(node.op_type for node in graphs(sd2)[name].graph.node)
         assert counts["Attention"] == 0
-        assert counts["Softmax"] == 2 * 6
+        assert counts["Softmax"] == 2 * 7
     scores = [name for name in sd2.package.manifest.nets["unet"].fp32_islands if name.endswith("/scores")]
-    assert len(scores) == 12
+    assert len(scores) == 2 * 7
     assert scores[0] == "down_blocks.0.attentions.0.transformer_blocks.0.attn1/Attention/scores"
 
 

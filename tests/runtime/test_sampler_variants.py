@@ -139,7 +139,7 @@ def test_variants_at_twenty_steps(cls: str) -> None:
     for _, options in (variant for variant in variants() if variant[0] == cls):
         config = {**SD, **options, "_class_name": cls}
         scheduler = make_scheduler(cls, config)
-        set_steps(scheduler, 20, wide=True)
+        set_steps(scheduler, 20)
         try:
             check(make_table(resolve(None, config), 20), scheduler, **step_options(cls))
         except (AssertionError, SamplerError) as error:
