@@ -168,7 +168,7 @@ def _dpm_steps(config: SamplerConfig, count: int, custom: Custom) -> list[Step]:
         t = noise.t_at(sigmas)
         # diffusers converts these timesteps to integers by truncation, except where it rounded them first
         rounded = config.sigma_schedule in ("karras", "lu") and not _keeps_cosine_fractions(config)
-        t = np.trunc(t) if rounded else np.trunc(t + _LOG_ROUNDING)
+        t = np.round(t) if rounded else np.trunc(t + _LOG_ROUNDING)
     sigmas = np.append(sigmas, _dpm_final_sigma(config, sigmas)).astype(np.float32).astype(np.float64)
     alphas = 1 / np.sqrt(sigmas**2 + 1)
     times = np.append(t, _NOWHERE)

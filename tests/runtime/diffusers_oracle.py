@@ -93,17 +93,26 @@ def run(scheduler, x, model, start=0, **step_options):
     return np.array(times), inputs, x
 
 
-def probe(scheduler, start=0, **step_options) -> tuple[np.ndarray, np.ndarray]:
-    """(timesteps, rows) of a scheduler whose timesteps are set."""
+def probe(scheduler, start=0, **step_options) -> tuple[np.ndarray, np.ndarray, list[bool]]:
+    """(timesteps, rows, whether noise was drawn) of a scheduler whose timesteps are set."""
     size = 1 + 2 * len(scheduler.timesteps[start * scheduler.order :])
     used = 0
+    drawn: list[bool] = []
 
-    def unit(*_):
+    def unit():
         nonlocal used
         vector = torch.zeros((1, size, 1, 1), dtype=torch.float64)
         vector[0, used] = 1
         used += 1
         return vector
+
+    def model(*_):
+        drawn.append(False)
+        return unit()
+
+    def noise(_):
+        drawn[-1] = True
+        return unit()
 
     x = unit()
     if start:  # image-to-image: what noise adds to a black image
@@ -113,9 +122,10 @@ def probe(scheduler, start=0, **step_options) -> tuple[np.ndarray, np.ndarray]:
         x = scheduler.add_noise(torch.zeros_like(x), x, scheduler.timesteps[first : first + 1])
     else:
         x = x * scheduler.init_noise_sigma
-    with noise_from(scheduler, unit):
-        times, inputs, final = run(scheduler, x, unit, start, **step_options)
-    return times, np.stack([row.numpy().ravel() for row in [*inputs, final]]).astype(np.float64)
+    with noise_from(scheduler, noise):
+        times, inputs, final = run(scheduler, x, model, start, **step_options)
+    rows = np.stack([row.numpy().ravel() for row in [*inputs, final]]).astype(np.float64)
+    return times, rows, drawn
 
 
 def loop(table: Table, x, model, noise, dtype=np.float64) -> list:
@@ -143,8 +153,9 @@ def row_error(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def check(table: Table, scheduler, **options) -> None:
-    times, rows = probe(scheduler, **options)
+    times, rows, drawn = probe(scheduler, **options)
     assert len(times) == len(table)
+    assert table.draws.tolist() == drawn
     # fractional timesteps come out of float32 logarithms in diffusers; whole ones must be equal
     np.testing.assert_allclose(
         table.t, times, rtol=0, atol=5e-4 if scheduler.timesteps.is_floating_point() else 0

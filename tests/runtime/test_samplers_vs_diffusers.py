@@ -119,7 +119,7 @@ def test_unipc_bh1_reaches_sigma_zero(order: int) -> None:
     config = {**SD, "solver_order": order, "solver_type": "bh1"}
     scheduler = make_scheduler("UniPCMultistepScheduler", config)
     set_steps(scheduler, 20)
-    _, theirs = probe(scheduler)
+    _, theirs, _ = probe(scheduler)
     table = make_table(resolve("UniPCMultistepScheduler", config), 20)
     ours = unroll(table)
     assert np.isnan(theirs[-1]).any()
