@@ -47,17 +47,19 @@ def run_stage(name: str, arguments: list[str]) -> dict[str, Any]:
     child = (
         "import json, resource, subprocess, sys\n"
         "done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, text=True)\n"
-        "peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss\n"
-        "print(json.dumps([done.returncode, peak, done.stdout]))"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+        "cpu = used.ru_utime + used.ru_stime\n"
+        "print(json.dumps([done.returncode, used.ru_maxrss, cpu, done.stdout]))"
     )
     found = subprocess.run(  # noqa: S603
         [sys.executable, "-c", child, *command], stdout=subprocess.PIPE, text=True, check=True
     )
-    code, peak_kib, output = json.loads(found.stdout)
+    code, peak_kib, cpu, output = json.loads(found.stdout)
     if code:
         raise SystemExit(f"{name} failed with exit code {code}")
-    row = {"stage": name, "seconds": perf_counter() - began, "peak_rss_gb": peak_kib * 1024 / 1e9}
-    print(f"{name:<24} {row['seconds']:7.1f} s  peak {row['peak_rss_gb']:.2f} GB", flush=True)
+    seconds = perf_counter() - began
+    row = {"stage": name, "seconds": seconds, "cpu_seconds": cpu, "peak_rss_gb": peak_kib * 1024 / 1e9}
+    print(f"{name:<24} {seconds:7.1f} s  (CPU {cpu:.1f} s)  peak {row['peak_rss_gb']:.2f} GB", flush=True)
     lines = str(output).strip().splitlines()
     return {**row, "output": json.loads(lines[-1])} if lines and lines[-1].startswith("{") else row
 

@@ -20,7 +20,7 @@ from .metadata import metadata
 app = typer.Typer(
     name="latentrt",
     help="Stable Diffusion checkpoints as exported graphs, driven by a small runtime without torch.",
-    epilog=__doc__.partition("\n\n")[2],
+    epilog=(__doc__ or "").partition("\n\n")[2],
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

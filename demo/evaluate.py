@@ -98,9 +98,11 @@ def save_grid(pictures: Pictures, file: Path) -> None:
 
 def evaluate(pipe: Pipeline, scenes: list[Scene], out: Path, samplers: list[str]) -> None:
     """Print the table and write accuracy.json and grid.png."""
-    defaults = json.loads((FOLDER / "recommended.json").read_text(encoding="utf-8"))
+    defaults = pipe.package.manifest.defaults
     steps, guidance, sampler = (
-        defaults[name] for name in ("num_inference_steps", "guidance_scale", "sampler")
+        defaults.num_inference_steps,
+        defaults.guidance_scale,
+        defaults.sampler or "ddim",
     )
     print("| sampler | guidance | steps | background | colour | size | shape | semantic | strict |")
     print("|" + "---|" * 9)

@@ -11,6 +11,15 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 SCALING = 0.18215
+# What a request gets that does not say; `latentrt export` copies it into the package.
+RECOMMENDED: dict[str, object] = {
+    "num_inference_steps": 20,
+    "guidance_scale": 3.0,
+    "sampler": "dpmpp_2m",
+    "height": 128,
+    "width": 128,
+}
+
 # Scaled latents have this standard deviation. With 1, a flat background of 256 cells shows through even the
 # last noise level, so the net reads the colour off the noise and never learns it from the text.
 LATENT_STD = 0.5

@@ -85,6 +85,9 @@ def save(parts: Parts, out: Path) -> None:
         "vae": ["diffusers", "AutoencoderKL"],
     }
     (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (temporary / "recommended.json").write_text(
+        json.dumps(model.RECOMMENDED, indent=2) + "\n", encoding="utf-8"
+    )
     shutil.rmtree(out, ignore_errors=True)
     temporary.replace(out)
 

@@ -184,14 +184,13 @@ def _producer() -> str:
 
 
 def _defaults(source: Checkpoint, scale: int) -> Defaults:
-    """`recommended.json` beside or in the checkpoint, over what the family uses."""
+    """The checkpoint's `recommended.json`, if there is one, over what the family uses."""
     size = source.unet.config.get("sample_size") or 64
     height, width = cast(list[int], size) if isinstance(size, list) else (size, size)
     values: dict[str, Any] = {"height": height * scale, "width": width * scale}
-    for folder in (source.root.parent, source.root):
-        path = folder / "recommended.json"
-        if path.is_file():
-            values |= _recommended(path)
+    path = source.root / "recommended.json"
+    if path.is_file():
+        values |= _recommended(path)
     return Defaults(**values)
 
 

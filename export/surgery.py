@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import onnx_ir.passes.common as common
-from onnxscript.optimizer import fold_constants
+from onnxscript import optimizer
 
 from .weights import is_weight
 
@@ -65,14 +65,20 @@ def fold(model: ir.Model) -> None:
 
     Weights are left alone: a folded transpose would be a second copy without a name.
     """
+    fold_constants = cast(Any, optimizer).fold_constants  # onnxscript's own types are incomplete
     fold_constants(
         model,
         onnx_shape_inference=False,
         input_size_limit=_SMALL,
         output_size_limit=_SMALL,
-        should_fold=lambda node: False if any(map(is_weight, node.inputs)) else None,
+        should_fold=_unless_weight,
     )
     common.RemoveUnusedNodesPass()(model)
+
+
+def _unless_weight(node: ir.Node) -> bool | None:
+    """False forbids folding, None leaves it to onnxscript."""
+    return False if any(map(is_weight, node.inputs)) else None
 
 
 def constant_reshapes(model: ir.Model) -> None:

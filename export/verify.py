@@ -155,14 +155,19 @@ def _ort(root: Path, file: NetFile, arrays: Mapping[str, Array]) -> dict[str, Ar
 
 
 def _session(root: Path, file: NetFile) -> Any:
-    """ONNX Runtime on CPU. Arena and prepacking would each keep another copy of the weights."""
+    """ONNX Runtime on CPU. Arena, prepacking and folding would each keep another copy of the weights."""
     import onnxruntime
 
     ort = cast(Any, onnxruntime)  # its own stubs are incomplete
     options = ort.SessionOptions()
     options.enable_cpu_mem_arena = False
     options.add_session_config_entry("session.disable_prepacking", "1")
-    return ort.InferenceSession(str(root / file.graph), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(
+        str(root / file.graph),
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=["ConstantFolding"],
+    )
 
 
 def _below(check: Comparison, dtype: str) -> NumericError:

@@ -29,7 +29,7 @@ class State:
     def denoised(self, table: Table) -> Array:
         """What the model takes the clean latent to be, solved from y = alpha * x0 + sigma * eps."""
         alpha_bar = float(table.alpha_bar[self.index])
-        alpha, sigma = np.float32(alpha_bar**0.5), np.float32((1 - alpha_bar) ** 0.5)
+        alpha, sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
         y, m = self.given, self.prediction
         if table.prediction_type == "epsilon":
             return (y - sigma * m) / alpha
@@ -48,15 +48,16 @@ def denoise(table: Table, noise: Callable[[], Array], predict: Predict, start: A
     Raises:
         NumericError: the state is no longer finite.
     """
-    p, q, a, b, c = (column.astype(np.float32) for column in (table.p, table.q, table.a, table.b, table.c))
-    y = np.float32(table.init) * start
+    y: Array = table.init * start
     h: list[Array] = []
-    for i in range(len(table)):
+    # Plain floats: they take the state's float32, where NumPy's own float64 scalars would widen it.
+    rows = zip(*(column.tolist() for column in (table.p, table.q, table.a, table.b, table.c)), strict=True)
+    for i, (p, q, a, b, c) in enumerate(rows):
         given, m = y, predict(y, i)
-        h = [p[i] * y + q[i] * m, *h[: b.shape[1] - 1]]
-        y = a[i] * y + sum(b[i, j] * h[j] for j in range(len(h)) if b[i, j])
+        h = [p * y + q * m, *h[: table.history - 1]]
+        y = a * y + sum(b_j * h_j for b_j, h_j in zip(b, h, strict=False) if b_j)
         if table.draws[i]:
-            y = y + c[i] * noise()
+            y = y + c * noise()
         if not np.isfinite(y).all():
             raise NumericError(
                 f"the latent is not finite after step {i + 1} of {len(table)}",

@@ -33,12 +33,11 @@ def combine(prediction: Array, scale: float, rescale: float, guided: bool) -> Ar
         return rows
     half = len(rows) // 2
     unconditional, conditional = rows[:half], rows[half:]
-    guided_rows: Array = unconditional + np.float32(scale) * (conditional - unconditional)
+    guided_rows: Array = unconditional + scale * (conditional - unconditional)
     if rescale:
         axes = tuple(range(1, rows.ndim))
         # ddof=1 as torch.std, which diffusers uses
-        ratio: Array = conditional.std(axes, ddof=1, keepdims=True) / guided_rows.std(
-            axes, ddof=1, keepdims=True
-        )
-        guided_rows = guided_rows * (np.float32(rescale) * ratio + np.float32(1 - rescale))
-    return guided_rows.astype(np.float32, copy=False)
+        wanted: Array = np.std(conditional, axes, ddof=1, keepdims=True)
+        found: Array = np.std(guided_rows, axes, ddof=1, keepdims=True)
+        guided_rows = guided_rows * (rescale * (wanted / found) + (1 - rescale))
+    return guided_rows

@@ -14,9 +14,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from latentrt.benchmarks.checkpoints import RECIPES, make_checkpoint
 from latentrt.export.package_writer import export_package
 from latentrt.runtime import Pipeline
-from tests.export.make_checkpoint import RECIPES, make_checkpoint
 
 # torch tensors lack keywords that NumPy 2 asks for when diffusers' schedulers call np.array(tensor); and
 # diffusers announces that DPM-Solver's algorithms will move

@@ -9,11 +9,11 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from latentrt.benchmarks.checkpoints import RECIPES, make_checkpoint
 from latentrt.engines.package import Package
 from latentrt.export import Progress, export_package
 from latentrt.export.checkpoint import Checkpoint
 from latentrt.export.verify import Comparison
-from tests.export.make_checkpoint import RECIPES, make_checkpoint
 
 
 @dataclass(frozen=True)

@@ -255,8 +255,8 @@ def write(checkpoint: Path, package: Path, **options: Any) -> Package:
 
 @pytest.mark.usefixtures("instant")
 def test_recommended_values_become_defaults(copy: Path, tmp_path: Path) -> None:
-    (tmp_path / "recommended.json").write_text(json.dumps({"num_inference_steps": 20, "height": 128}))
-    (copy / "recommended.json").write_text(json.dumps({"sampler": "ddim", "guidance_scale": 3.5}))
+    recommended = {"num_inference_steps": 20, "height": 128, "sampler": "ddim", "guidance_scale": 3.5}
+    (copy / "recommended.json").write_text(json.dumps(recommended))
     found = write(copy, tmp_path / "package").manifest.defaults
     assert found == Defaults(num_inference_steps=20, height=128, width=16, sampler="ddim", guidance_scale=3.5)
 

@@ -1,7 +1,7 @@
 """Random-weight checkpoints in diffusers' layout: tiny ones of odd shapes for tests, and full-size ones.
 
-    python tests/export/make_checkpoint.py sd15 /somewhere/sd15        # 2.1 GB, fp16
-    python tests/export/make_checkpoint.py sd21 /somewhere/sd21        # 2.6 GB, fp16
+    python -m latentrt.benchmarks.checkpoints sd15 /somewhere/sd15        # 2.1 GB, fp16
+    python -m latentrt.benchmarks.checkpoints sd21 /somewhere/sd21        # 2.6 GB, fp16
 
 Weights have the scale of torch's default initialisation, so activations stay finite.
 """
@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -168,7 +169,7 @@ def _save(path: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype, seed
         stream.write(struct.pack("<Q", len(text)) + text)
         for name, shape in shapes.items():
             tensor = _init(name, tuple(shape), generator).to(dtype)
-            stream.write(np.ascontiguousarray(tensor.reshape(-1).view(torch.uint8).numpy()))
+            stream.write(memoryview(np.ascontiguousarray(tensor.reshape(-1).view(torch.uint8).numpy())))
 
 
 def _parts(recipe: Recipe) -> Iterator[tuple[str, str, nn.Module, dict[str, Any]]]:
@@ -235,7 +236,8 @@ def _tokenizer(folder: Path, size: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Write one recipe's checkpoint into a folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", choices=sorted(RECIPES))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
