@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
@@ -38,14 +39,14 @@ def export(
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Turn a checkpoint into a package of graphs and weights. Needs the extra [export]."""
-    try:
-        import torch  # noqa: F401  # pyright: ignore[reportUnusedImport]
-    except ImportError as error:
+    needed = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir")
+    missing = [name for name in (*needed, *(["onnxruntime"] if verify else [])) if find_spec(name) is None]
+    if missing:
         raise BackendError(
-            f"export needs torch ({error})",
-            expected="the extra [export]",
-            fix='Install it: pip install "latentrt[cpu,export]".',
-        ) from error
+            f"export needs {', '.join(missing)}",
+            expected="the extras [cpu,export]",
+            fix='Install them: pip install "latentrt[cpu,export]", or ".[cpu,export]" in a checkout.',
+        )
     from ..export.package_writer import export_package
 
     began = perf_counter()

@@ -56,8 +56,11 @@ def generate(
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Draw a prompt and write the picture."""
+    from ..runtime.picture import check_target
     from ..runtime.pipeline import Pipeline
 
+    if output is not None:
+        check_target(output)  # before minutes of drawing
     began = perf_counter()
     with (
         progress_bar(enabled=not as_json) as advance,
@@ -65,11 +68,9 @@ def generate(
     ):
         opened = perf_counter() - began
 
-        def on_step(pipe: Pipeline, index: int, timestep: float, values: dict[str, Any]) -> dict[str, Any]:
-            advance("denoising", index + 1, total)
-            return values
+        def on_step(pipe: Pipeline, index: int, timestep: float, values: dict[str, Any]) -> None:
+            advance("denoising", index + 1, values["total"])
 
-        total = steps or pipe.package.manifest.defaults.num_inference_steps
         result = pipe(
             prompt,
             negative_prompt=negative_prompt,

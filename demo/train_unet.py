@@ -16,8 +16,8 @@ from .sampling import Parts, encode, generate
 from .score import score
 from .train_vae import CACHED_PICTURES, cached_scene
 
-# (steps, peak learning rate) of each cosine cycle. In the second, half of the scenes or more are small: of the
-# pictures that still failed after the first, most were.
+# (steps, peak learning rate) of each cosine cycle. In the second, more than half of the scenes are small, as
+# most of the pictures were that still failed after the first.
 _CYCLES = ((7200, 1.5e-3), (1800, 4e-4))
 STEPS = sum(steps for steps, _ in _CYCLES)
 BATCH = 12

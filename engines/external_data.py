@@ -43,6 +43,8 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
+        if key >> 32 or not key >> 3:  # C++ parsers drop the bits above 32 and would see another field
+            raise ValueError(f"the field key {key}")
         kind = key & 7
         if kind == _VARINT:
             _, at = _varint(data, at)

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from .backend import MemoryLedger
-from .errors import BackendError, PackageError, UsageError
+from .errors import BackendError, MemoryLimitError, PackageError, UsageError
 from .package import Package
 from .spec import Array, NetSpec
 
@@ -74,7 +74,7 @@ class OnnxRuntimeNet:
         return MemoryLedger(weights=self._weights, activations=None, io=self._io)
 
     def __call__(self, **arrays: Array) -> dict[str, Array]:
-        """Run once. Raises BackendError after `close`."""
+        """Run once. Raises BackendError after `close` or for wrong inputs, MemoryLimitError."""
         session = self._session
         if session is None:
             raise BackendError(
@@ -82,9 +82,28 @@ class OnnxRuntimeNet:
                 expected="an open net",
                 fix="Call it inside its `with` block.",
             )
-        results: list[Any] = session.run(self._outputs, arrays)
+        results = self._run(session, arrays)
         self._io = sum(array.nbytes for array in (*arrays.values(), *results))
         return dict(zip(self._outputs, results, strict=True))
+
+    def _run(self, session: Any, arrays: dict[str, Array]) -> list[Any]:
+        try:
+            return session.run(self._outputs, arrays)
+        except (
+            Exception
+        ) as error:  # onnxruntime raises a dozen classes of its own, all derived from Exception
+            shapes = {name: array.shape for name, array in arrays.items()}
+            if "alloc" in str(error).lower():
+                raise MemoryLimitError(
+                    f"the net {self.name!r} ran out of memory: {error}",
+                    expected="a size and batch that fit",
+                    fix="Draw fewer or smaller pictures at once.",
+                ) from error
+            raise BackendError(
+                f"the net {self.name!r} failed on {shapes}: {error}",
+                expected="inputs as in the net's spec (`latentrt inspect PACKAGE --json`)",
+                fix="Check the inputs; if they are right, report this with the package's manifest.",
+            ) from error
 
     def close(self) -> None:
         """Free the session. May be called twice."""
@@ -124,7 +143,7 @@ def _open_session(package: Package, graph: str, threads: int | None) -> Any:
         )
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads or _physical_threads()
+    options.intra_op_num_threads = threads or _usable_processors()
     path = package.path(graph)
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -136,8 +155,8 @@ def _open_session(package: Package, graph: str, threads: int | None) -> Any:
         ) from error
 
 
-def _physical_threads() -> int:
-    """The processors this process may use: inside a container fewer than the machine has."""
+def _usable_processors() -> int:
+    """The processors this process may run on, which may be fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

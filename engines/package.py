@@ -50,6 +50,11 @@ class NetFile:
     spec: NetSpec
     fp32_islands: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for names no net could have; another suffix would choose another parser."""
+        _require(isinstance(self.graph, str) and self.graph.endswith(".onnx"), "graph")
+        _require(self.weights is None or (isinstance(self.weights, str) and bool(self.weights)), "weights")
+
     def to_json(self) -> dict[str, Any]:
         """As the manifest stores it."""
         data = {"graph": self.graph, "weights": self.weights, "fp32_islands": list(self.fp32_islands)}
@@ -166,14 +171,17 @@ class Package:
         package = cls(root=root, manifest=manifest)
         for name, record in manifest.files.items():
             package._check_file(name, record)
+        used = {name for net in manifest.nets.values() for name in (net.graph, net.weights) if name}
+        used |= {
+            path.relative_to(root).as_posix() for path in root.glob("tokenizer/**/*") if not path.is_dir()
+        }
+        if unlisted := sorted(used - set(manifest.files)):
+            raise PackageError(
+                f"{root / MANIFEST} uses {unlisted[0]!r} without listing its size and sha256",
+                expected="every file of a net and of the tokenizer under `files`",
+                fix=_EXPORT_AGAIN,
+            )
         for net in manifest.nets.values():
-            for name in filter(None, (net.graph, net.weights)):
-                if name not in manifest.files:
-                    raise PackageError(
-                        f"{root / MANIFEST} uses {name!r} without listing its size and sha256",
-                        expected="every file of a net under `files`",
-                        fix=_EXPORT_AGAIN,
-                    )
             check_external_data(root, net.graph, allowed=net.weights)
         return package
 
@@ -195,9 +203,10 @@ class Package:
     def _check_file(self, name: str, record: FileRecord) -> None:
         check_inside(name)
         path = self.root / name
-        if not path.is_file() or self.root.resolve() not in path.resolve().parents:
+        # A link, even within the package, would change what a graph's relative paths mean.
+        if not path.is_file() or path.resolve() != self.root.resolve() / name:
             raise PackageError(
-                f"{path} is missing or lies outside the package",
+                f"{path} is missing, or a link, or lies outside the package",
                 expected=f"a file of {record.size} bytes",
                 fix=_EXPORT_AGAIN,
             )
@@ -205,7 +214,7 @@ class Package:
             raise PackageError(
                 f"{path} has {path.stat().st_size} bytes",
                 expected=f"{record.size} bytes (an interrupted copy?)",
-                fix="Copy the package again, or " + _EXPORT_AGAIN.lower(),
+                fix="Copy the package again, or export it again: latentrt export CHECKPOINT -o PACKAGE.",
             )
 
 
@@ -241,7 +250,7 @@ def write_manifest(root: Path, manifest: Manifest) -> Package:
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
     files = {name: file_record(root / name) for name in names if name != MANIFEST}
     complete = replace(manifest, files=files)
-    text = json.dumps(complete.to_json(), indent=1, ensure_ascii=False)
+    text = json.dumps(complete.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
     (root / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return Package.open(root)
 
@@ -262,7 +271,7 @@ def _read_manifest(root: Path) -> Manifest:
         schema = int(data["schema"])
         if schema <= SCHEMA:
             return Manifest.from_json(cast(dict[str, Any], data))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise PackageError(
             f"{path} is damaged ({type(error).__name__}: {error})",
             expected=f"a package manifest of schema {SCHEMA}",

@@ -92,7 +92,6 @@ class NetSpec:
             )
         sizes: dict[str, int] = {}
         for spec in self.inputs:
-            # The unconditional and conditional rows share one schedule: a leading 1 broadcasts.
             spec.bind(arrays[spec.name], sizes)
 
     def to_json(self) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def _refuse_unet(unet: Component) -> None:
             5: "a depth-to-image model",
             7: "an upscaler",
         }
-        kind = kinds.get(cast(int, channels), "another family")
+        kind = kinds.get(channels, "another family") if isinstance(channels, int) else "another family"
         raise CheckpointError(
             f"{unet.folder} is the UNet of {kind} (in_channels {channels})", expected=_SUPPORTED, fix=_OTHER
         )

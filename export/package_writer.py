@@ -7,6 +7,7 @@ failed export leaves nothing behind and what was there before stays.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -167,10 +168,12 @@ def _manifest(source: Checkpoint, dtype: Dtype, nets: Mapping[str, NetFile]) -> 
         dtype=dtype,
         latent_channels=channels,
         context_width=width,
-        scheduler=source.scheduler,
+        # "-Infinity", diffusers' default of lambda_min_clipped, is no JSON; a missing key means the same
+        scheduler={key: value for key, value in source.scheduler.items() if value != -math.inf},
         nets=nets,
         defaults=_defaults(source, scale),
         latent_scale=scale,
+        size_multiple=max(8, scale),
         max_tokens=tokens,
         producer=_producer(),
     )
@@ -195,15 +198,13 @@ def _defaults(source: Checkpoint, scale: int) -> Defaults:
 
 
 def _recommended(path: Path) -> dict[str, Any]:
-    known = set(vars(Defaults()))
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if not set(data) <= known:
-            raise ValueError(f"unknown keys {sorted(set(data) - known)}")
+        data = dict(json.loads(path.read_text(encoding="utf-8")))
+        Defaults(**data)
     except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is damaged ({error})",
-            expected=f"a JSON object with some of {', '.join(sorted(known))}",
+            expected=f"a JSON object with some of {', '.join(sorted(vars(Defaults())))}",
             fix="Mend or remove it.",
         ) from error
     return data
@@ -265,7 +266,12 @@ def _replace(folder: Path, package: Path, overwrite: bool) -> None:
     if package.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{package.name}-old-", dir=package.parent))
         os.replace(package, old)
-    os.replace(folder, package)
+    try:
+        os.replace(folder, package)
+    except OSError:
+        if old is not None:
+            os.replace(old, package)
+        raise
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
 

@@ -49,6 +49,6 @@ def _family(path: Path) -> str:
         with path.open("rb") as stream:
             (size,) = struct.unpack("<Q", stream.read(8))
             names = cast(dict[str, object], json.loads(stream.read(min(size, _HEADER_LIMIT))))
-    except (struct.error, ValueError, RecursionError):
+        return next((family for key, family in _KEYS.items() if key in names), "an unknown family")
+    except (struct.error, ValueError, TypeError, RecursionError):
         return "no known format (the safetensors header is damaged)"
-    return next((family for key, family in _KEYS.items() if key in names), "an unknown family")

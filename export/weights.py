@@ -34,7 +34,17 @@ _NAMES = {dtype: name for name, dtype in STORED.items()}
 
 
 def stored_type(source: str, compute: ir.DataType) -> ir.DataType:
-    """The type a package stores a tensor in: the graph's, unless the checkpoint's is narrower."""
+    """The type a package stores a tensor in: the graph's, unless the checkpoint's is narrower.
+
+    Raises:
+        CheckpointError: a quantised or integer type.
+    """
+    if source not in STORED:
+        raise CheckpointError(
+            f"a weight is stored as {source}",
+            expected=f"one of {', '.join(STORED)}",
+            fix="Use the checkpoint's fp16 or fp32 weights.",
+        )
     found = STORED[source]
     return found if found.itemsize < compute.itemsize else compute
 

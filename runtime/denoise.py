@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from ..engines.errors import NumericError
+from ..engines.errors import NumericError, UsageError
 from ..engines.spec import Array
 from .table import Table
 
+# NumPy would warn first; the loop looks at the result and says in which step it happened.
+_overflow_is_found_below = partial(np.errstate, over="ignore", invalid="ignore")
 Predict = Callable[[Array, int], Array]  # (state (N, C, h, w), row) -> model output (N, C, h, w), guided
 
 
@@ -18,13 +21,24 @@ Predict = Callable[[Array, int], Array]  # (state (N, C, h, w), row) -> model ou
 class State:
     """After one row: what the UNet was given, what it answered (guided), and the latent made of both.
 
-    All (N, C, H/8, W/8) float32, variance-preserving. Assigning `latent` changes what the loop goes on with.
+    All (N, C, H/8, W/8) float32, variance-preserving.
     """
 
     index: int
     given: Array
     prediction: Array
     latent: Array
+
+    def replace(self, latent: Array) -> None:
+        """Let the loop go on with another latent. Raises UsageError for another shape."""
+        given = np.asarray(latent, np.float32)
+        if given.shape != self.latent.shape:
+            raise UsageError(
+                f"latents of shape {given.shape} from a callback",
+                expected=f"{self.latent.shape}",
+                fix="Return the latents with the shape they came in.",
+            )
+        self.latent = given
 
     def denoised(self, table: Table) -> Array:
         """What the model takes the clean latent to be, solved from y = alpha * x0 + sigma * eps."""
@@ -54,10 +68,11 @@ def denoise(table: Table, noise: Callable[[], Array], predict: Predict, start: A
     rows = zip(*(column.tolist() for column in (table.p, table.q, table.a, table.b, table.c)), strict=True)
     for i, (p, q, a, b, c) in enumerate(rows):
         given, m = y, predict(y, i)
-        h = [p * y + q * m, *h[: table.history - 1]]
-        y = a * y + sum(b_j * h_j for b_j, h_j in zip(b, h, strict=False) if b_j)
-        if table.draws[i]:
-            y = y + c * noise()
+        with _overflow_is_found_below():
+            h = [p * y + q * m, *h[: table.history - 1]]
+            y = a * y + sum(b_j * h_j for b_j, h_j in zip(b, h, strict=False) if b_j)
+            if table.draws[i]:
+                y = y + c * noise()
         if not np.isfinite(y).all():
             raise NumericError(
                 f"the latent is not finite after step {i + 1} of {len(table)}",
@@ -67,3 +82,9 @@ def denoise(table: Table, noise: Callable[[], Array], predict: Predict, start: A
         state = State(index=i, given=given, prediction=m, latent=y)
         yield state
         y = state.latent
+
+
+def narrow(latent: Array, dtype: type[np.generic]) -> Array:
+    """The latent as a net wants it; what fp16 cannot hold becomes infinity, which the net's answer shows."""
+    with np.errstate(over="ignore"):
+        return latent.astype(dtype, copy=False)

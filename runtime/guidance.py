@@ -31,6 +31,11 @@ def combine(prediction: Array, scale: float, rescale: float, guided: bool) -> Ar
     rows = prediction.astype(np.float32, copy=False)
     if not guided:
         return rows
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # the loop looks at the result
+        return _combine(rows, scale, rescale)
+
+
+def _combine(rows: Array, scale: float, rescale: float) -> Array:
     half = len(rows) // 2
     unconditional, conditional = rows[:half], rows[half:]
     guided_rows: Array = unconditional + scale * (conditional - unconditional)

@@ -25,7 +25,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from ..engines.errors import NumericError, StorageError, UsageError
 
-MAX_PIXELS = 64_000_000
+MAX_PIXELS = 8192 * 8192
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
@@ -130,7 +130,7 @@ def check_pictures(images: Pixels) -> None:
         raise NumericError(
             f"picture {numbers} of a batch of {len(batch)} (counted from 0) is a single colour, {colour}",
             expected="pixels that differ",
-            fix="Export with --dtype fp32, or run `latentrt doctor`: some net overflowed.",
+            fix="An fp16 package may overflow: export it again with --dtype fp32.",
         )
 
 
@@ -154,11 +154,7 @@ def save_picture(
         StorageError: a full disk, or a folder that cannot be written.
     """
     path = Path(path)
-    kind = _FORMATS.get(path.suffix.lower())
-    if kind is None:
-        raise UsageError(
-            f"file name {path.name!r}", expected="one that ends in " + ", ".join(_FORMATS), fix="Use .png."
-        )
+    kind = check_target(path)
     picture = image if isinstance(image, Image.Image) else to_pil(image)
     data = io.BytesIO()
     try:
@@ -171,6 +167,27 @@ def save_picture(
             fix="Save as .png, or without metadata.",
         ) from error
     _replace_file(path, data.getbuffer())
+
+
+def check_target(path: Path) -> str:
+    """Pillow's name of the format that `path` asks for; to be called before a picture is drawn for it.
+
+    Raises:
+        UsageError: another file name.
+        StorageError: its folder does not exist.
+    """
+    kind = _FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise UsageError(
+            f"file name {path.name!r}", expected="one that ends in " + ", ".join(_FORMATS), fix="Use .png."
+        )
+    if not path.parent.is_dir():
+        raise StorageError(
+            f"the folder {path.parent} does not exist",
+            expected="an existing folder",
+            fix=f"Make it: mkdir -p {path.parent}.",
+        )
+    return kind
 
 
 def _metadata_options(kind: str, infotext: str | None, record: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..engines.backend import Net, choose_backend
-from ..engines.errors import CancelledError, NumericError
+from ..engines.errors import CancelledError, NumericError, PackageError
 from ..engines.package import Package
 from ..engines.spec import DTYPES, Array
 from . import guidance
 from .clock import Clock
-from .denoise import State, denoise
+from .denoise import State, denoise, narrow
 from .noise import NoiseSource
 from .picture import check_pictures, to_pil
 from .request import Parameters, Request, latent_shape, make_request
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 SHIPPED = {"demo": Path(__file__).resolve().parent.parent / "demo" / "package"}
 _LOOP_NETS = ("text_encoder", "unet_context", "unet_time", "unet", "vae_decoder")
 
-StepCallback = Callable[["Pipeline", int, float, dict[str, Any]], dict[str, Any]]
+StepCallback = Callable[["Pipeline", int, float, dict[str, Any]], "dict[str, Any] | None"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +81,19 @@ class Step:
 class Pipeline:
     """An opened package. Safe to share between threads: requests and tables are immutable, nets stateless."""
 
-    def __init__(self, package: Package, nets: Mapping[str, Net], resources: ExitStack, backend: str) -> None:
+    def __init__(
+        self,
+        package: Package,
+        tokenizer: ClipTokenizer,
+        nets: Mapping[str, Net],
+        resources: ExitStack,
+        backend: str,
+    ) -> None:
         self.package = package
         self.backend = backend
         self._nets = nets
         self._resources = resources
-        self._tokenizer = ClipTokenizer.open(package.root / "tokenizer")
+        self._tokenizer = tokenizer
         self._dtype = DTYPES[nets["unet"].spec.inputs[0].dtype]
 
     @classmethod
@@ -105,13 +112,20 @@ class Pipeline:
             BackendError: nothing installed can execute it.
         """
         package = Package.open(SHIPPED.get(str(model), Path(model)))
+        if missing := set(_LOOP_NETS) - set(package.manifest.nets):
+            raise PackageError(
+                f"{package.root} has no {', '.join(sorted(missing))}",
+                expected=f"the nets {', '.join(_LOOP_NETS)}",
+                fix="Export the checkpoint again: latentrt export CHECKPOINT -o PACKAGE.",
+            )
+        tokenizer = ClipTokenizer.open(package.root / "tokenizer")
         _, engine = choose_backend(backend)
         with ExitStack() as stack:
             nets = {
                 name: stack.enter_context(engine.open_net(package, name, threads=threads))
                 for name in _LOOP_NETS
             }
-            return cls(package, nets, stack.pop_all(), engine.describe())
+            return cls(package, tokenizer, nets, stack.pop_all(), engine.describe())
 
     def __call__(
         self,
@@ -123,7 +137,8 @@ class Pipeline:
     ) -> Result:
         """Draw pictures; the keyword arguments are those of `request.Parameters`.
 
-        `callback_on_step_end(pipe, index, timestep, {"latents": …})` may return other latents.
+        `callback_on_step_end(pipe, index, timestep, {"latents": …, "total": …})` may return other latents
+        under the same name; `total` is the number of steps.
         `cancel` is looked at before every step.
 
         Raises:
@@ -136,8 +151,9 @@ class Pipeline:
         latent: Array | None = None
         for step in self._steps(request, clock, cancel):
             if callback_on_step_end is not None:
-                answer = callback_on_step_end(self, step.index, step.timestep, {"latents": step.latent})
-                step.state.latent = answer.get("latents", step.latent)
+                values = {"latents": step.latent, "total": step.total}
+                answer = callback_on_step_end(self, step.index, step.timestep, values)
+                step.state.replace((answer or {}).get("latents", step.latent))
             latent = step.latent
         assert latent is not None  # a table has at least one row
         with clock.stage("vae_decoder"):
@@ -180,9 +196,10 @@ class Pipeline:
     def _steps(self, request: Request, clock: Clock, cancel: Event | None) -> Iterator[Step]:
         table = make_table(request.sampler, request.num_inference_steps)
         with clock.stage("text_encoder"):
-            context = self._encode(request)
+            context, row_of = self._encode(request)
         with clock.stage("invariants"):
-            invariants = self._nets["unet_context"](context=context)
+            prompts = self._nets["unet_context"](context=context)
+            invariants = {name: keys_or_values[row_of] for name, keys_or_values in prompts.items()}
             schedule = self._nets["unet_time"](timestep=table.t.astype(np.float32))
         source = NoiseSource(request.seeds, request.rng)
         shape = latent_shape(self.package.manifest, request.height, request.width)
@@ -195,7 +212,7 @@ class Pipeline:
                     expected="an unset cancel event",
                     fix="Call again to start over.",
                 )
-            rows = guidance.batch(latent, request.guided).astype(self._dtype)  # (B, C, H/8, W/8)
+            rows = narrow(guidance.batch(latent, request.guided), self._dtype)  # (B, C, H/8, W/8)
             now = {name: rows_of_all[row : row + 1] for name, rows_of_all in schedule.items()}
             with clock.stage("unet"):
                 prediction = self._nets["unet"](latent=rows, **invariants, **now)["prediction"]
@@ -207,8 +224,8 @@ class Pipeline:
         for state in clock.timed("update", loop):
             yield Step(table=table, state=state, _decode=self._decode)
 
-    def _encode(self, request: Request) -> Array:
-        """The context of every UNet row (B, T, D); equal texts are encoded once."""
+    def _encode(self, request: Request) -> tuple[Array, list[int]]:
+        """The context of every different text (P, T, D), and which of them each UNet row (B) has."""
         texts = (*(request.negative_prompts if request.guided else ()), *request.prompts)
         unique = list(dict.fromkeys(texts))
         tokens = self._tokenizer.encode(unique, length=self.package.manifest.max_tokens)
@@ -216,11 +233,11 @@ class Pipeline:
             if dropped:
                 warnings.warn(f"the prompt {text[:40]!r}… is too long; dropped: {dropped!r}", stacklevel=4)
         context = self._nets["text_encoder"](input_ids=tokens.ids)["context"]
-        return context[[unique.index(text) for text in texts]]
+        return context, [unique.index(text) for text in texts]
 
     def _decode(self, latent: Array) -> Array:
         """(N, C, H/8, W/8) -> (N, H, W, 3) uint8."""
-        decoded = self._nets["vae_decoder"](latent=latent.astype(self._dtype))
+        decoded = self._nets["vae_decoder"](latent=narrow(latent, self._dtype))
         if not np.isfinite(decoded["mean"]).all():
             raise NumericError(
                 "the decoded picture is not finite",

@@ -14,11 +14,11 @@ from ..engines.errors import UsageError
 from ..engines.package import Manifest
 from ..engines.spec import Array
 from .noise import RNGS
+from .picture import MAX_PIXELS
 from .samplers import SamplerConfig, resolve
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 MAX_STEPS = 1000
-MAX_PIXELS = 64 * 2**20  # of one picture: 8192 x 8192
 
 
 class Parameters(TypedDict, total=False):
@@ -74,7 +74,7 @@ class Request:
 
     @property
     def guided(self) -> bool:
-        """Whether the UNet sees unconditional rows too. At 1 and below they cancel out of the formula."""
+        """Whether the UNet sees unconditional rows too: at 1 they cancel, below it is off as in diffusers."""
         return self.guidance_scale > 1
 
 
@@ -117,8 +117,8 @@ def make_request(
     width = _size("width", defaults.width if width is None else width, manifest)
     if height * width > MAX_PIXELS:
         raise UsageError(
-            f"{width}x{height} is {height * width / 2**20:.0f} megapixels",
-            expected=f"at most {MAX_PIXELS // 2**20}",
+            f"{width}x{height} is {height * width / 1e6:.0f} megapixels",
+            expected=f"at most {MAX_PIXELS / 1e6:.0f}",
             fix="Choose a smaller size.",
         )
     steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
@@ -211,7 +211,10 @@ def _seeds(seed: int | Sequence[int] | None, pictures: int) -> tuple[int, ...]:
 def _latents(latents: Array | None, shape: tuple[int, ...]) -> Array | None:
     if latents is None:
         return None
-    array = np.asarray(latents, np.float32)
+    try:
+        array = np.asarray(latents, np.float32)
+    except (TypeError, ValueError):
+        array = np.empty(0, np.float32)
     if array.shape != shape or not np.isfinite(array).all():
         raise UsageError(
             f"latents have shape {array.shape}" + ("" if array.shape != shape else " and are not all finite"),

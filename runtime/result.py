@@ -60,7 +60,10 @@ class Result:
     producer: Mapping[str, str]
 
     def record(self, index: int = 0) -> dict[str, Any]:
-        """Everything needed to make picture `index` again, as JSON."""
+        """How picture `index` was made, as JSON: every parameter that was given as a value.
+
+        Latents and callbacks are not in it, nor the betas of a scheduler config that brought its own.
+        """
         request = self.request
         return {
             "prompt": request.prompts[index],

@@ -144,19 +144,32 @@ def resolve(sampler: str | Mapping[str, Any] | None, model_config: Mapping[str, 
         model_config: the checkpoint's scheduler_config.json.
 
     Raises:
-        SamplerError: an unknown name (with the closest known ones), or an option no table can express.
+        SamplerError: an unknown name (with the closest known ones), an option no table can express, or a
+            config whose values are of the wrong type.
     """
-    if sampler is None:
-        config = _from_config(model_config)
-    elif isinstance(sampler, Mapping):
-        model = {key: model_config[key] for key in _MODEL_KEYS if key in model_config}
-        config = _from_config({**model, **sampler})
-    elif sampler in SCHEDULER_CLASSES:
-        config = config_for_class(sampler, model_config)
-    else:
-        config = _from_name(sampler, model_config)
+    try:
+        config = _resolve(sampler, model_config)
+        hash(config)
+        _ = config.noise.alpha_bar  # the betas are read here, not in the middle of a request
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise SamplerError(
+            f"sampler {sampler!r:.80} with the model's scheduler config: {error}",
+            expected="a sampler's name, or a scheduler_config.json of diffusers",
+            fix="Pass a sampler by name, for example sampler='dpmpp_2m'.",
+        ) from error
     _refuse_outside(config.name)
     return config
+
+
+def _resolve(sampler: str | Mapping[str, Any] | None, model_config: Mapping[str, Any]) -> SamplerConfig:
+    if sampler is None:
+        return _from_config(model_config)
+    if isinstance(sampler, Mapping):
+        model = {key: model_config[key] for key in _MODEL_KEYS if key in model_config}
+        return _from_config({**model, **sampler})
+    if sampler in SCHEDULER_CLASSES:
+        return config_for_class(sampler, model_config)
+    return _from_name(sampler, model_config)
 
 
 def _from_name(spelled: str, model_config: Mapping[str, Any]) -> SamplerConfig:

@@ -96,7 +96,7 @@ def _check_custom(config: SamplerConfig, custom: Custom, sigmas: Custom) -> None
             expected="default sigmas and one of ddpm, euler, heun, lcm, tcd, dpm_solver, dpmpp",
             fix="Drop timesteps, or choose one of these samplers.",
         )
-    if not len(custom) or any(later >= earlier for earlier, later in itertools.pairwise(custom)):
+    if any(later >= earlier for earlier, later in itertools.pairwise(custom)):
         raise SamplerError(
             f"custom timesteps {list(custom)}",
             expected="at least one, descending",

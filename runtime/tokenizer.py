@@ -238,6 +238,6 @@ def _is_added(tokenizer: Tokenizer, content: str) -> bool:
 
 def _length(config: Json, folder: Path) -> int:
     length = config.get("model_max_length", CLIP_LENGTH)
-    if not isinstance(length, (int, float)) or isinstance(length, bool) or length < 2:
+    if not isinstance(length, (int, float)) or isinstance(length, bool) or not length >= 2:
         raise _broken(folder / "tokenizer_config.json", f"model_max_length is {length!r}")
     return CLIP_LENGTH if length > _NO_LIMIT else int(length)

@@ -8,7 +8,7 @@ import pytest
 
 from latentrt.engines import onnxruntime_backend
 from latentrt.engines.backend import choose_backend
-from latentrt.engines.errors import BackendError, PackageError
+from latentrt.engines.errors import BackendError, MemoryLimitError, PackageError, UsageError
 from latentrt.engines.package import Package, write_manifest
 from tests.tiny_package import BIAS, add_graph
 
@@ -44,6 +44,12 @@ def test_open_call_close(package: Package) -> None:
         net(x=x)
 
 
+@pytest.mark.parametrize("threads", [0, -1])
+def test_too_few_threads(package: Package, threads: int) -> None:
+    with pytest.raises(UsageError, match=f"threads is {threads}; expected at least 1"):
+        onnxruntime_backend.open_net(package, "unet", threads=threads)
+
+
 def test_threads_share_a_net(package: Package) -> None:
     with onnxruntime_backend.open_net(package, "unet", threads=1) as net, ThreadPoolExecutor(4) as pool:
         inputs = [np.full((2, 4), i, np.float32) for i in range(50)]
@@ -68,3 +74,18 @@ def test_a_graph_with_another_boundary(package: Package) -> None:
     package = write_manifest(package.root, package.manifest)
     with pytest.raises(PackageError, match="inputs differ from the manifest"):
         onnxruntime_backend.open_net(package, "unet")
+
+
+def test_wrong_inputs_and_exhausted_memory(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    with onnxruntime_backend.open_net(package, "unet", threads=1) as net:
+        with pytest.raises(BackendError, match="'unet' failed on"):
+            net(x=np.ones((3, 5), np.float32))
+
+        class Full:
+            def run(self, *_: object) -> None:
+                raise RuntimeError("bad allocation")
+
+        monkeypatch.setattr(net, "_session", Full())
+        with pytest.raises(MemoryLimitError, match="ran out of memory") as caught:
+            net(x=np.ones((3, 4), np.float32))
+        assert caught.value.exit_code == 5

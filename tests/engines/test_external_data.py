@@ -108,6 +108,22 @@ def test_refuses_nesting_without_end(tmp_path: Path) -> None:
         check(tmp_path, helper.make_model(graph))
 
 
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"\x08" + b"\x80" * 10, "a varint of more than ten bytes"),
+        (b"\x3a\x05\x00", "a field longer than its message"),
+        (b"\x0b", "wire type 3"),
+        (b"\x08\x80", "index out of bounds"),
+    ],
+)
+def test_refuses_bytes_that_are_no_protobuf(tmp_path: Path, data: bytes, why: str) -> None:
+    (tmp_path / "g.onnx").write_bytes(data)
+    with pytest.raises(PackageError, match=rf"g\.onnx is not a readable ONNX graph \({why}") as caught:
+        check_external_data(tmp_path, "g.onnx", allowed=None)
+    assert caught.value.exit_code == 3
+
+
 @settings(max_examples=300, deadline=None)
 @given(data=st.binary(max_size=200))
 def test_random_bytes_never_crash(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -133,3 +149,13 @@ def test_mutated_graphs_never_crash(
         check_external_data(folder, "g.onnx", allowed="weights.safetensors")
     except PackageError:
         pass
+
+
+def test_refuses_a_field_key_that_parsers_read_differently(tmp_path: Path) -> None:
+    """C++ drops the bits above 32 of a key, so this is field 7, the graph, to ONNX Runtime."""
+    model = add_graph(external("../secret", 0, 16))
+    graph = model.graph.SerializeToString()
+    length = bytes([0x80 | len(graph) % 128, len(graph) // 128])
+    (tmp_path / "g.onnx").write_bytes(b"\xba\x80\x80\x80\x10" + length + graph)
+    with pytest.raises(PackageError, match="the field key"):
+        check_external_data(tmp_path, "g.onnx", allowed=None)

@@ -68,8 +68,14 @@ def test_giant_manifest_is_not_read(package: Package) -> None:
         lambda data: data["files"].update({"unet/loop.onnx": 3}),
         lambda data: data.update(scheduler=3),
         lambda data: data.update(dtype="int4"),
+        lambda data: data.update(family=3),
         lambda data: data.update(latent_channels="four"),
         lambda data: data.update(size_multiple=0),
+        lambda data: data.update(schema=float("inf")),
+        lambda data: data["nets"]["unet"].update(graph=""),
+        lambda data: data["nets"]["unet"].update(graph=["a"]),
+        lambda data: data["nets"]["unet"].update(graph="unet/loop.ort"),
+        lambda data: data["nets"]["unet"].update(weights=""),
     ],
 )
 def test_manifest_with_wrong_fields(package: Package, change: Callable[[dict], object]) -> None:
@@ -115,9 +121,29 @@ def test_paths_that_leave(name: str) -> None:
         check_inside(name)
 
 
+def test_a_manifest_whose_paths_leave(package: Package) -> None:
+    edit(package, lambda data: data["files"].update({"../outside": data["files"]["unet/loop.onnx"]}))
+    refused(package, r"names the path '\.\./outside'")
+
+
 def test_link_that_leaves(package: Package, tmp_path: Path) -> None:
     weights = package.root / "unet" / "weights.safetensors"
     outside = tmp_path / "outside"
     weights.rename(outside)
     weights.symlink_to(outside)
     refused(package, "outside the package")
+
+
+def test_a_link_within_the_package_is_refused_too(package: Package) -> None:
+    """It would change which weights the graph's relative path names."""
+    graph = package.root / "unet" / "loop.onnx"
+    (package.root / "other").mkdir()
+    graph.rename(package.root / "other" / "loop.onnx")
+    graph.symlink_to(package.root / "other" / "loop.onnx")
+    refused(package, "a link")
+
+
+def test_unlisted_tokenizer_file(package: Package) -> None:
+    (package.root / "tokenizer").mkdir()
+    (package.root / "tokenizer" / "vocab.json").write_text("{}")
+    refused(package, "'tokenizer/vocab.json' without listing")

@@ -309,6 +309,21 @@ def test_a_folder_that_is_no_package_is_left_alone(checkpoint: Path, tmp_path: P
     assert (tmp_path / "package" / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_during_an_export_is_left_alone(tmp_path: Path, overwrite: bool) -> None:
+    target = tmp_path / "package"
+
+    def export() -> None:
+        with package_writer._beside(target, overwrite=overwrite):
+            target.mkdir()
+            (target / "thesis.txt").write_text("years of work")
+
+    with pytest.raises(UsageError, match="exists and is no package"):
+        export()
+    assert os.listdir(tmp_path) == ["package"]
+    assert (target / "thesis.txt").read_text() == "years of work"
+
+
 @pytest.mark.usefixtures("instant")
 def test_a_package_is_replaced_only_when_asked(checkpoint: Path, tmp_path: Path) -> None:
     target = tmp_path / "package"

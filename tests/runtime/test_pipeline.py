@@ -1,15 +1,19 @@
 """The pipeline on the shipped model: batching, streaming, cancelling, sharing, failing."""
 
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from latentrt.engines.errors import BackendError, CancelledError, NumericError, PackageError, UsageError
+from latentrt.engines.package import write_manifest
 from latentrt.runtime import Pipeline
 
 PROMPT = "a red circle on a blue background"
@@ -135,6 +139,13 @@ def test_a_callback_may_change_the_latents(pipe: Pipeline) -> None:
     assert np.abs(draw(pipe, callback_on_step_end=scale).astype(int) - draw(pipe)).max() > 5
 
 
+def test_a_callback_may_return_nothing_but_not_another_shape(pipe: Pipeline) -> None:
+    np.testing.assert_array_equal(draw(pipe, callback_on_step_end=lambda *_: None), draw(pipe))
+    small = np.zeros((1, 4, 3, 3), np.float32)
+    with pytest.raises(UsageError, match=r"shape \(1, 4, 3, 3\) from a callback"):
+        draw(pipe, callback_on_step_end=lambda *_: {"latents": small})
+
+
 def test_two_threads_draw_the_same_bytes_as_one(pipe: Pipeline) -> None:
     jobs = [{"seed": seed, "sampler": sampler} for seed in range(4) for sampler in ("euler_a", "dpmpp_2m")]
     serial = [draw(pipe, **job) for job in jobs]
@@ -192,6 +203,25 @@ def test_warmup_runs_every_net(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) 
     decoder = replace_net(pipe, monkeypatch, "vae_decoder", lambda call, answer: answer)
     pipe.warmup()
     assert len(decoder.calls) == 1
+
+
+def test_a_package_without_a_net_of_the_loop(pipe: Pipeline, tmp_path: Path) -> None:
+    shutil.copytree(pipe.package.root, tmp_path / "package")
+    nets = {name: net for name, net in pipe.package.manifest.nets.items() if name != "unet_time"}
+    write_manifest(tmp_path / "package", replace(pipe.package.manifest, nets=nets))
+    with pytest.raises(PackageError, match="has no unet_time"):
+        Pipeline.open(tmp_path / "package")
+
+
+def test_infinite_predictions_end_in_one_error_without_warnings(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(call: int, answer: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"prediction": answer["prediction"] * np.float32(1e38)}
+
+    replace_net(pipe, monkeypatch, "unet", explode)
+    with np.errstate(all="ignore"), pytest.raises(NumericError):
+        draw(pipe)
 
 
 def test_open_errors(tmp_path: Any) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import typing
 from typing import Any
 
@@ -60,6 +61,7 @@ def test_typed_parameters_are_the_functions_parameters() -> None:
         ({"prompt": []}, "prompt is"),
         ({"prompt": 3}, "prompt is"),
         ({"prompt": ["a", 3]}, "prompt is"),
+        ({"negative_prompt": 3}, "negative_prompt is 3"),
         ({"negative_prompt": ["a", "b"]}, "2 texts for 1 prompts"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
         ({"height": 40}, "height is 40; expected a multiple of 16. Use 32 or 48"),
@@ -81,8 +83,10 @@ def test_typed_parameters_are_the_functions_parameters() -> None:
         ({"seed": "7"}, "seed is '7'"),
         ({"seed": 1.5}, "seed is 1.5"),
         ({"seed": True}, "seed is True"),
+        ({"seed": 2**64}, "seed is 18446744073709551616; expected an integer from"),
         ({"seed": [2**70]}, "seed is"),
         ({"latents": np.zeros((1, 4, 8, 8), np.float32)}, r"shape \(1, 4, 8, 8\)"),
+        ({"latents": "x"}, "latents have shape"),
         ({"latents": np.full((1, 4, 8, 12), np.nan, np.float32)}, "not all finite"),
     ],
 )
@@ -90,6 +94,21 @@ def test_bad_parameters_are_named(parameters: dict[str, Any], match: str) -> Non
     with pytest.raises(UsageError, match=match) as caught:
         make_request(MANIFEST, **{"prompt": "a", **parameters})
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "sampler", [5, [1], {"_class_name": "EulerDiscreteScheduler", "num_train_timesteps": "x"}]
+)
+def test_sampler_of_a_wrong_type(sampler: Any) -> None:
+    with pytest.raises(SamplerError, match="expected a sampler's name"):
+        make_request(MANIFEST, "a", sampler=sampler)
+
+
+@pytest.mark.parametrize("change", [{"beta_start": "x"}, {"trained_betas": 5}, {"steps_offset": []}])
+def test_a_models_damaged_scheduler_config(change: dict[str, Any]) -> None:
+    damaged = dataclasses.replace(MANIFEST, scheduler={**MANIFEST.scheduler, **change})
+    with pytest.raises(SamplerError, match="scheduler"):
+        make_request(damaged, "a", sampler="ddim")
 
 
 def test_unknown_sampler() -> None:
