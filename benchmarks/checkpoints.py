@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -169,7 +168,7 @@ def _save(path: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype, seed
         stream.write(struct.pack("<Q", len(text)) + text)
         for name, shape in shapes.items():
             tensor = _init(name, tuple(shape), generator).to(dtype)
-            stream.write(memoryview(np.ascontiguousarray(tensor.reshape(-1).view(torch.uint8).numpy())))
+            stream.write(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def _parts(recipe: Recipe) -> Iterator[tuple[str, str, nn.Module, dict[str, Any]]]:
