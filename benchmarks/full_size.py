@@ -61,7 +61,11 @@ def run_stage(name: str, arguments: list[str]) -> dict[str, Any]:
     row = {"stage": name, "seconds": seconds, "cpu_seconds": cpu, "peak_rss_gb": peak_kib * 1024 / 1e9}
     print(f"{name:<24} {seconds:7.1f} s  (CPU {cpu:.1f} s)  peak {row['peak_rss_gb']:.2f} GB", flush=True)
     lines = str(output).strip().splitlines()
-    return {**row, "output": json.loads(lines[-1])} if lines and lines[-1].startswith("{") else row
+    if not lines or not lines[-1].startswith("{"):
+        return row
+    told = json.loads(lines[-1])
+    told.pop("package", None)  # a path of this machine
+    return {**row, "output": told}
 
 
 def main() -> None:
