@@ -6,15 +6,18 @@ imported before it is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from .errors import BackendError
 from .package import Package
 from .spec import Array, NetSpec
+
+if TYPE_CHECKING:
+    from .device import Device, DeviceNet
 
 # Best first; the module that implements each, and the command that installs it.
 BACKENDS: Mapping[str, tuple[str, str]] = {
@@ -64,7 +67,7 @@ class Net(Protocol):
 
 
 class Backend(Protocol):
-    """What a backend's module offers."""
+    """What every backend's module offers."""
 
     def available(self) -> str | None:
         """None if nets can be opened here, else the reason why not."""
@@ -73,6 +76,20 @@ class Backend(Protocol):
     def describe(self) -> str:
         """Name, version and device, for people."""
         ...
+
+
+@runtime_checkable
+class DeviceBackend(Backend, Protocol):
+    """A backend whose nets run on a device, driven by the device loop."""
+
+    def open_device(self, package: Package, names: Sequence[str]) -> tuple[Device, Mapping[str, DeviceNet]]:
+        """A device of its own for the caller, and nets of the package on it."""
+        ...
+
+
+@runtime_checkable
+class HostBackend(Backend, Protocol):
+    """A backend whose nets are called with arrays."""
 
     def open_net(self, package: Package, name: str, *, threads: int | None) -> Net:
         """Load one net of a package."""

@@ -7,7 +7,8 @@
     │   └── SamplerError          2   an unknown sampler, or one outside the table form
     ├── ModelError                3   a file that should hold a model does not
     │   ├── CheckpointError       3   what the user downloaded
-    │   └── PackageError          3   what `latentrt export` wrote
+    │   ├── PackageError          3   what `latentrt export` wrote
+    │   └── EngineError           3   what `latentrt build` wrote
     ├── BackendError              4   no runtime, driver or device to execute a net
     ├── MemoryLimitError          5   not enough memory, with the numbers
     ├── CancelledError            6   the caller asked to stop
@@ -60,6 +61,10 @@ class PackageError(ModelError):
     """A package that is missing, damaged, newer than this release, or unsafe to open."""
 
 
+class EngineError(ModelError):
+    """An engine in the store that is damaged, or whose folder others could have changed."""
+
+
 class BackendError(LatentrtError):
     """No runtime library, driver or device to execute a net."""
 
@@ -67,9 +72,13 @@ class BackendError(LatentrtError):
 
 
 class MemoryLimitError(LatentrtError):
-    """Not enough memory; the message has the numbers."""
+    """Not enough memory; the message has the numbers. `culprit` is the net that wanted it, where known."""
 
     exit_code = 5
+
+    def __init__(self, found: str, *, expected: str, fix: str, culprit: str | None = None) -> None:
+        super().__init__(found, expected=expected, fix=fix)
+        self.culprit = culprit
 
 
 class CancelledError(LatentrtError):

@@ -1,15 +1,21 @@
-"""ONNX Runtime. The CPU provider is the default that always works."""
+"""ONNX Runtime. The CPU provider is the default that always works.
+
+Opening a session and telling its errors apart are shared with `onnxruntime_nets.py`, which binds nets to a
+device.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from .backend import MemoryLedger
-from .errors import BackendError, MemoryLimitError, PackageError, UsageError
+from .errors import BackendError, LatentrtError, MemoryLimitError, PackageError, UsageError
 from .package import Package
 from .spec import Array, NetSpec
 
@@ -20,6 +26,8 @@ _ORT_TYPES = {
     "tensor(int64)": "int64",
     "tensor(uint8)": "uint8",
 }
+# How an exhausted memory reads: the CPU's and CUDA's arena (BFCArena), cuBLAS and cuDNN (…_ALLOC_FAILED).
+_OUT_OF_MEMORY = ("alloc", "out of memory", "bfcarena")
 
 
 def available() -> str | None:
@@ -27,14 +35,14 @@ def available() -> str | None:
     return None if find_spec("onnxruntime") else "onnxruntime is not installed"
 
 
-def _onnxruntime() -> Any:
+def library() -> Any:
     """The library, imported on first use (0.1 s); it has no type stubs, hence Any."""
     return import_module("onnxruntime")
 
 
 def describe() -> str:
     """Version and device."""
-    return f"onnxruntime {_onnxruntime().__version__} (CPU)"
+    return f"onnxruntime {library().__version__} (CPU)"
 
 
 def open_net(package: Package, name: str, *, threads: int | None = None) -> OnnxRuntimeNet:
@@ -53,12 +61,13 @@ class OnnxRuntimeNet:
     def __init__(self, package: Package, name: str, *, threads: int | None = None) -> None:
         self.name = name
         self._file = package.manifest.nets[name]
-        self._session: Any = _open_session(package, self._file.graph, threads)
+        graph = package.path(self._file.graph)
+        self._session: Any = open_session(graph, session_options(threads), ["CPUExecutionProvider"])
         self._outputs = [output.name for output in self._file.spec.outputs]
         self._weights = package.path(self._file.weights).stat().st_size if self._file.weights else 0
         self._io = 0
         try:
-            self._check_boundary(package)
+            check_boundary(self._session, self._file.spec, graph)
         except PackageError:
             self.close()
             raise
@@ -89,21 +98,9 @@ class OnnxRuntimeNet:
     def _run(self, session: Any, arrays: dict[str, Array]) -> list[Any]:
         try:
             return session.run(self._outputs, arrays)
-        except (
-            Exception
-        ) as error:  # onnxruntime raises a dozen classes of its own, all derived from Exception
+        except Exception as error:  # onnxruntime raises a dozen classes of its own, all derived from it
             shapes = {name: array.shape for name, array in arrays.items()}
-            if "alloc" in str(error).lower():
-                raise MemoryLimitError(
-                    f"the net {self.name!r} ran out of memory: {error}",
-                    expected="a size and batch that fit",
-                    fix="Draw fewer or smaller pictures at once.",
-                ) from error
-            raise BackendError(
-                f"the net {self.name!r} failed on {shapes}: {error}",
-                expected="inputs as in the net's spec (`latentrt inspect PACKAGE --json`)",
-                fix="Check the inputs; if they are right, report this with the package's manifest.",
-            ) from error
+            raise run_error(self.name, error, shapes) from error
 
     def close(self) -> None:
         """Free the session. May be called twice."""
@@ -119,35 +116,75 @@ class OnnxRuntimeNet:
         """Close."""
         self.close()
 
-    def _check_boundary(self, package: Package) -> None:
-        for kind, found, expected in (
-            ("input", self._session.get_inputs(), self.spec.inputs),
-            ("output", self._session.get_outputs(), self.spec.outputs),
-        ):
-            graph = {item.name: (_ORT_TYPES.get(item.type, item.type), len(item.shape)) for item in found}
-            manifest = {item.name: (item.dtype, len(item.shape)) for item in expected}
-            if graph != manifest:
-                differing = sorted(set(graph.items()) ^ set(manifest.items()))
-                raise PackageError(
-                    f"{package.path(self._file.graph)}: {kind}s differ from the manifest's: {differing[:4]}",
-                    expected="the boundary that the manifest records",
-                    fix="Export the package again: latentrt export CHECKPOINT -o PACKAGE.",
-                )
+
+def run_error(name: str, error: Exception, shapes: Mapping[str, tuple[int, ...]]) -> LatentrtError:
+    """What a failed run of the net `name` means: MemoryLimitError or BackendError."""
+    if _is_out_of_memory(error):
+        return MemoryLimitError(
+            f"the net {name!r} ran out of memory: {error}",
+            expected="a size and batch that fit",
+            fix="Draw fewer or smaller pictures at once.",
+        )
+    return BackendError(
+        f"the net {name!r} failed on {dict(shapes)}: {error}",
+        expected="inputs as in the net's spec (`latentrt inspect PACKAGE --json`)",
+        fix="Check the inputs; if they are right, report this with the package's manifest.",
+    )
 
 
-def _open_session(package: Package, graph: str, threads: int | None) -> Any:
-    ort = _onnxruntime()
+def _is_out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    # cudaMalloc is refused while a stream is captured, however much memory there is
+    return "captur" not in text and any(sign in text for sign in _OUT_OF_MEMORY)
+
+
+def check_boundary(session: Any, spec: NetSpec, path: Path) -> None:
+    """Raise PackageError unless the inputs and outputs of the graph at `path` are those of `spec`."""
+    for kind, found, expected in (
+        ("input", session.get_inputs(), spec.inputs),
+        ("output", session.get_outputs(), spec.outputs),
+    ):
+        graph = {item.name: (_ORT_TYPES.get(item.type, item.type), len(item.shape)) for item in found}
+        manifest = {item.name: (item.dtype, len(item.shape)) for item in expected}
+        if graph != manifest:
+            differing = sorted(set(graph.items()) ^ set(manifest.items()))
+            raise PackageError(
+                f"{path}: {kind}s differ from the manifest's: {differing[:4]}",
+                expected="the boundary that the manifest records",
+                fix="Export the package again: latentrt export CHECKPOINT -o PACKAGE.",
+            )
+
+
+def session_options(threads: int | None) -> Any:
+    """Quiet, with `threads` for one run (None: every processor). Raises UsageError for less than 1."""
     if threads is not None and threads < 1:
         raise UsageError(
             f"threads is {threads}", expected="at least 1", fix="Leave it out to use every core."
         )
-    options = ort.SessionOptions()
+    options = library().SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or _usable_processors()
-    path = package.path(graph)
+    return options
+
+
+def open_session(path: Path, options: Any, providers: Sequence[Any]) -> Any:
+    """A session of the graph at `path`, on `providers` and no others.
+
+    Raises:
+        PackageError: ONNX Runtime refuses the graph.
+        MemoryLimitError: its weights do not fit.
+    """
+    ort = library()
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises a dozen classes of its own, all derived from Exception
+        # without fallback: it would print, and run on the CPU what was asked of another
+        return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+    except Exception as error:  # onnxruntime raises a dozen classes of its own, all derived from it
+        if _is_out_of_memory(error):
+            raise MemoryLimitError(
+                f"the weights of {path} do not fit the memory: {error}",
+                expected="enough free memory",
+                fix="Close other programs, or use a package of less weights: latentrt export --dtype fp16.",
+            ) from error
         raise PackageError(
             f"onnxruntime {ort.__version__} refuses {path}: {error}",
             expected="a graph of opset 23 with its weights beside it",

@@ -14,7 +14,7 @@ Symbols in shapes:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from .errors import PackageError, UsageError
 
 Array = npt.NDArray[Any]
 Dim = int | str
+_CHECK_CALL = "Check the call against the net's spec (`latentrt inspect PACKAGE`)."
 
 DTYPES: Mapping[str, type[np.generic]] = {
     "float32": np.float32,
@@ -54,15 +55,19 @@ class TensorSpec:
 
     def bind(self, array: Array, sizes: dict[str, int]) -> None:
         """Check `array` against this spec; symbols are looked up in, or added to, `sizes`."""
-        fits = array.dtype == DTYPES[self.dtype] and array.ndim == len(self.shape)
-        for dim, size in zip(self.shape, array.shape, strict=False):
-            fits = fits and size == (dim if isinstance(dim, int) else sizes.setdefault(dim, size))
-        if not fits:
+        if array.dtype != DTYPES[self.dtype] or not self.fits(array.shape, sizes):
             raise UsageError(
                 f"{self.name} is {array.dtype} {array.shape} where {sizes}",
                 expected=f"{self.dtype} ({', '.join(map(str, self.shape))})",
-                fix="Check the call against the net's spec (`latentrt inspect PACKAGE`).",
+                fix=_CHECK_CALL,
             )
+
+    def fits(self, shape: Sequence[int], sizes: dict[str, int]) -> bool:
+        """Whether `shape` is one of this tensor's; symbols are looked up in, or added to, `sizes`."""
+        return len(shape) == len(self.shape) and all(
+            size == (dim if isinstance(dim, int) else sizes.setdefault(dim, size))
+            for dim, size in zip(self.shape, shape, strict=True)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """As the manifest stores it."""
@@ -83,16 +88,20 @@ class NetSpec:
 
     def check(self, arrays: Mapping[str, Array]) -> None:
         """Raise UsageError unless `arrays` are exactly the inputs, by name, dtype and shape."""
-        names = [spec.name for spec in self.inputs]
-        if sorted(arrays) != sorted(names):
-            raise UsageError(
-                f"the net was called with {sorted(arrays)}",
-                expected=f"exactly {names}",
-                fix="Check the call against the net's spec (`latentrt inspect PACKAGE`).",
-            )
+        self.check_names(arrays)
         sizes: dict[str, int] = {}
         for spec in self.inputs:
             spec.bind(arrays[spec.name], sizes)
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raise UsageError unless `names` are exactly the inputs', in any order."""
+        expected = [spec.name for spec in self.inputs]
+        if (found := sorted(names)) != sorted(expected):
+            raise UsageError(
+                f"the net was called with {found}",
+                expected=f"exactly {expected}",
+                fix=_CHECK_CALL,
+            )
 
     def to_json(self) -> dict[str, Any]:
         """As the manifest stores it."""
@@ -110,15 +119,55 @@ class NetSpec:
         )
 
 
+def output_shapes(spec: NetSpec, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shape of every output when the inputs have these shapes; "H" follows from "H/8" exactly.
+
+    Raises:
+        UsageError: `shapes` are not exactly the inputs, or one of them does not fit.
+        PackageError: an output has a symbol that no input decides.
+    """
+    spec.check_names(shapes)
+    sizes: dict[str, int] = {}
+    for tensor in spec.inputs:
+        if not tensor.fits(shapes[tensor.name], sizes):
+            raise UsageError(
+                f"{tensor.name} has the shape {tuple(shapes[tensor.name])} where {sizes}",
+                expected=f"({', '.join(map(str, tensor.shape))})",
+                fix=_CHECK_CALL,
+            )
+    for symbol, size in tuple(sizes.items()):
+        stem, _, divisor = symbol.partition("/")
+        if divisor:
+            sizes.setdefault(stem, size * int(divisor))
+    return {tensor.name: _numbers(tensor, sizes) for tensor in spec.outputs}
+
+
+def _numbers(tensor: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    unknown = [dim for dim in tensor.shape if isinstance(dim, str) and dim not in sizes]
+    if unknown:
+        raise PackageError(
+            f"no input decides the size {unknown[0]!r} of the output {tensor.name!r}",
+            expected=f"one of {', '.join(sorted(sizes))}",
+            fix="Export the package again with this release.",
+        )
+    return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in tensor.shape)
+
+
 # The nets of a package, in the order of the data flow, with what each is for.
 NETS: Mapping[str, str] = {
     "text_encoder": "token ids -> context, once per prompt",
     "unet_context": "context -> cross-attention keys and values, once per prompt",
     "unet_time": "timesteps -> time-embedding projections of the whole schedule, once per schedule",
     "unet": "latent and invariants -> prediction, once per step",
+    "step": "guidance and the sampler's row update, once per step where the loop stays on a device",
     "vae_decoder": "latent -> uint8 picture, once",
     "unet_whole": "the UNet before hoisting, under diffusers' names, for other tools",
 }
+
+# What a row of the sampler's table is to `step`, in this order: the columns p, q, a, b, c of the table
+# (docs/samplers.md), then the guidance scale and the guidance rescale of the request.
+HISTORY = 5
+ROW = ("p", "q", "a", *(f"b{j}" for j in range(HISTORY)), "c", "guidance_scale", "guidance_rescale")
 
 # Prefixes of the invariants that cross from `unet_context` and `unet_time` into `unet`.
 CONTEXT_INVARIANT = "context."
@@ -154,6 +203,27 @@ def unet(*, channels: int, float_dtype: str, invariants: Sequence[TensorSpec]) -
             *invariants,
         ),
         outputs=(TensorSpec(name="prediction", dtype=float_dtype, shape=("B", 4, "H/8", "W/8")),),
+    )
+
+
+def step(*, channels: int, float_dtype: str) -> NetSpec:
+    """Guidance and row update. `prediction` has B = 2N rows with guidance (unconditional first), else N.
+
+    `state` is the latent followed by the last HISTORY - 1 remembered predictions, newest first. `latent` is
+    the new latent as the next UNet call wants it: once, or twice with guidance.
+    """
+    picture: tuple[Dim, ...] = (channels, "H/8", "W/8")
+    return NetSpec(
+        inputs=(
+            TensorSpec(name="prediction", dtype=float_dtype, shape=("B", *picture)),
+            TensorSpec(name="state", dtype="float32", shape=(HISTORY, "N", *picture)),
+            TensorSpec(name="noise", dtype="float32", shape=("N", *picture)),
+            TensorSpec(name="row", dtype="float32", shape=(len(ROW),)),
+        ),
+        outputs=(
+            TensorSpec(name="next_state", dtype="float32", shape=(HISTORY, "N", *picture)),
+            TensorSpec(name="latent", dtype=float_dtype, shape=("B", *picture)),
+        ),
     )
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..engines.backend import Net, choose_backend
-from ..engines.errors import CancelledError, NumericError, PackageError
+from ..engines.errors import NumericError
 from ..engines.package import Package
-from ..engines.spec import DTYPES, Array
-from . import guidance
+from ..engines.spec import Array
 from .clock import Clock
-from .denoise import State, denoise, narrow
-from .noise import NoiseSource
+from .denoise import State
+from .job import Drawn, Job, Loop
+from .loops import open_loop
 from .picture import check_pictures, to_pil
 from .request import Parameters, Request, latent_shape, make_request
 from .result import Result
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 SHIPPED = {"demo": Path(__file__).resolve().parent.parent / "demo" / "package"}
-_LOOP_NETS = ("text_encoder", "unet_context", "unet_time", "unet", "vae_decoder")
 
 StepCallback = Callable[["Pipeline", int, float, dict[str, Any]], "dict[str, Any] | None"]
 
@@ -79,22 +76,13 @@ class Step:
 
 
 class Pipeline:
-    """An opened package. Safe to share between threads: requests and tables are immutable, nets stateless."""
+    """An opened package. Safe to share between threads: nothing of it changes, and loops are."""
 
-    def __init__(
-        self,
-        package: Package,
-        tokenizer: ClipTokenizer,
-        nets: Mapping[str, Net],
-        resources: ExitStack,
-        backend: str,
-    ) -> None:
+    def __init__(self, package: Package, tokenizer: ClipTokenizer, loop: Loop, backend: str) -> None:
         self.package = package
         self.backend = backend
-        self._nets = nets
-        self._resources = resources
+        self._loop = loop
         self._tokenizer = tokenizer
-        self._dtype = DTYPES[nets["unet"].spec.inputs[0].dtype]
 
     @classmethod
     def open(
@@ -112,20 +100,9 @@ class Pipeline:
             BackendError: nothing installed can execute it.
         """
         package = Package.open(SHIPPED.get(str(model), Path(model)))
-        if missing := set(_LOOP_NETS) - set(package.manifest.nets):
-            raise PackageError(
-                f"{package.root} has no {', '.join(sorted(missing))}",
-                expected=f"the nets {', '.join(_LOOP_NETS)}",
-                fix="Export the checkpoint again: latentrt export CHECKPOINT -o PACKAGE.",
-            )
         tokenizer = ClipTokenizer.open(package.root / "tokenizer")
-        _, engine = choose_backend(backend)
-        with ExitStack() as stack:
-            nets = {
-                name: stack.enter_context(engine.open_net(package, name, threads=threads))
-                for name in _LOOP_NETS
-            }
-            return cls(package, tokenizer, nets, stack.pop_all(), engine.describe())
+        loop, description = open_loop(package, backend, threads)
+        return cls(package, tokenizer, loop, description)
 
     def __call__(
         self,
@@ -148,16 +125,11 @@ class Pipeline:
         """
         request = make_request(self.package.manifest, prompt, **parameters)
         clock = Clock()
-        latent: Array | None = None
-        for step in self._steps(request, clock, cancel):
-            if callback_on_step_end is not None:
-                values = {"latents": step.latent, "total": step.total}
-                answer = callback_on_step_end(self, step.index, step.timestep, values)
-                step.state.replace((answer or {}).get("latents", step.latent))
-            latent = step.latent
-        assert latent is not None  # a table has at least one row
-        with clock.stage("vae_decoder"):
-            images = self._finish(request, latent)
+        if callback_on_step_end is None and cancel is None:
+            drawn = self._loop.draw(self._job(request), clock, decode=request.output_type != "latent")
+        else:
+            drawn = self._watched(request, clock, cancel, callback_on_step_end)
+        images = self._finish(request, drawn)
         return Result(images=images, request=request, seconds=clock.seconds, producer=self._producer())
 
     def stream(
@@ -179,7 +151,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Free every net. May be called twice."""
-        self._resources.close()
+        self._loop.close()
 
     def __enter__(self) -> Pipeline:
         """The pipeline itself."""
@@ -193,63 +165,59 @@ class Pipeline:
 
     # ── the stages ─────────────────────────────────────────────────────────────────────────────
 
-    def _steps(self, request: Request, clock: Clock, cancel: Event | None) -> Iterator[Step]:
-        table = make_table(request.sampler, request.num_inference_steps)
-        with clock.stage("text_encoder"):
-            context, row_of = self._encode(request)
-        with clock.stage("invariants"):
-            prompts = self._nets["unet_context"](context=context)
-            invariants = {name: keys_or_values[row_of] for name, keys_or_values in prompts.items()}
-            schedule = self._nets["unet_time"](timestep=table.t.astype(np.float32))
-        source = NoiseSource(request.seeds, request.rng)
-        shape = latent_shape(self.package.manifest, request.height, request.width)
-        start = source.draw(shape) if request.latents is None else request.latents
-
-        def predict(latent: Array, row: int) -> Array:
-            if cancel is not None and cancel.is_set():
-                raise CancelledError(
-                    f"cancelled before step {row + 1} of {len(table)}",
-                    expected="an unset cancel event",
-                    fix="Call again to start over.",
-                )
-            rows = narrow(guidance.batch(latent, request.guided), self._dtype)  # (B, C, H/8, W/8)
-            now = {name: rows_of_all[row : row + 1] for name, rows_of_all in schedule.items()}
-            with clock.stage("unet"):
-                prediction = self._nets["unet"](latent=rows, **invariants, **now)["prediction"]
-            return guidance.combine(
-                prediction, request.guidance_scale, request.guidance_rescale, request.guided
-            )
-
-        loop = denoise(table, lambda: source.draw(shape), predict, start)
-        for state in clock.timed("update", loop):
-            yield Step(table=table, state=state, _decode=self._decode)
-
-    def _encode(self, request: Request) -> tuple[Array, list[int]]:
-        """The context of every different text (P, T, D), and which of them each UNet row (B) has."""
+    def _job(self, request: Request) -> Job:
+        """The request as numbers."""
         texts = (*(request.negative_prompts if request.guided else ()), *request.prompts)
         unique = list(dict.fromkeys(texts))
         tokens = self._tokenizer.encode(unique, length=self.package.manifest.max_tokens)
         for text, dropped in zip(unique, tokens.dropped, strict=True):
             if dropped:
                 warnings.warn(f"the prompt {text[:40]!r}… is too long; dropped: {dropped!r}", stacklevel=4)
-        context = self._nets["text_encoder"](input_ids=tokens.ids)["context"]
-        return context, [unique.index(text) for text in texts]
+        return Job(
+            token_ids=tokens.ids,
+            text_of_row=tuple(unique.index(text) for text in texts),
+            table=make_table(request.sampler, request.num_inference_steps),
+            guided=request.guided,
+            guidance_scale=request.guidance_scale,
+            guidance_rescale=request.guidance_rescale,
+            seeds=tuple(request.seeds),
+            rng=request.rng,
+            latents=request.latents,
+            shape=latent_shape(self.package.manifest, request.height, request.width),
+        )
+
+    def _steps(self, request: Request, clock: Clock, cancel: Event | None) -> Iterator[Step]:
+        job = self._job(request)
+        for state in self._loop.steps(job, clock, cancel):
+            yield Step(table=job.table, state=state, _decode=self._decode)
+
+    def _watched(
+        self, request: Request, clock: Clock, cancel: Event | None, callback: StepCallback | None
+    ) -> Drawn:
+        """Step by step, with whoever looks on."""
+        latent: Array | None = None
+        for step in self._steps(request, clock, cancel):
+            if callback is not None:
+                values = {"latents": step.latent, "total": step.total}
+                answer = callback(self, step.index, step.timestep, values)
+                step.state.replace((answer or {}).get("latents", step.latent))
+            latent = step.latent
+        assert latent is not None  # a table has at least one row
+        if request.output_type == "latent":
+            return Drawn(latent=latent, image=None, mean=None)
+        with clock.stage("vae_decoder"):
+            image, mean = self._loop.decode(latent)
+        return Drawn(latent=latent, image=image, mean=mean)
 
     def _decode(self, latent: Array) -> Array:
         """(N, C, H/8, W/8) -> (N, H, W, 3) uint8."""
-        decoded = self._nets["vae_decoder"](latent=narrow(latent, self._dtype))
-        if not np.isfinite(decoded["mean"]).all():
-            raise NumericError(
-                "the decoded picture is not finite",
-                expected="finite numbers",
-                fix="An fp16 package may overflow: export it again with --dtype fp32.",
-            )
-        return decoded["image"]
+        return _finite(*self._loop.decode(latent))
 
-    def _finish(self, request: Request, latent: Array) -> list[Image] | Array:
-        if request.output_type == "latent":
-            return latent
-        images = self._decode(latent)  # (N, H, W, 3) uint8
+    @staticmethod
+    def _finish(request: Request, drawn: Drawn) -> list[Image] | Array:
+        if drawn.image is None or drawn.mean is None:
+            return drawn.latent
+        images = _finite(drawn.image, drawn.mean)
         check_pictures(images)
         return images if request.output_type == "np" else [to_pil(image) for image in images]
 
@@ -259,3 +227,14 @@ class Pipeline:
             "backend": self.backend,
             "latentrt": version("latentrt"),
         }
+
+
+def _finite(image: Array, mean: Array) -> Array:
+    """The image; its mean, taken before clamping, shows what uint8 cannot."""
+    if not np.isfinite(mean).all():
+        raise NumericError(
+            "the decoded picture is not finite",
+            expected="finite numbers",
+            fix="An fp16 package may overflow: export it again with --dtype fp32.",
+        )
+    return image

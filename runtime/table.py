@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engines.errors import SamplerError
+from ..engines.spec import HISTORY, ROW, Array
 from .schedule import Level
 
 Vector: TypeAlias = NDArray[np.float64]
@@ -30,7 +31,6 @@ Predict: TypeAlias = Callable[[Vector, Level], Vector]
 Noise: TypeAlias = Callable[[], Vector]
 Formula: TypeAlias = Callable[[Vector, Predict, Noise], Vector]
 
-MAX_HISTORY = 5
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 HISTORIES = ("x0", "eps", "output")
 
@@ -60,7 +60,7 @@ class Table:
         init: factor from unit noise to the first state.
 
     Raises:
-        SamplerError: a shape, a non-finite number, more than MAX_HISTORY columns in `b`, noise that is not
+        SamplerError: a shape, a non-finite number, more than HISTORY columns in `b`, noise that is not
             drawn.
     """
 
@@ -88,8 +88,8 @@ class Table:
                 raise self._fault(f"column {column} holds NaN or infinity", "finite coefficients")
             values.flags.writeable = False
             object.__setattr__(self, column, values)
-        if not 1 <= self.b.shape[1] <= MAX_HISTORY:
-            raise self._fault(f"a history of {self.b.shape[1]} outputs", f"1 to {MAX_HISTORY}")
+        if not 1 <= self.b.shape[1] <= HISTORY:
+            raise self._fault(f"a history of {self.b.shape[1]} outputs", f"1 to {HISTORY}")
         if bool(np.any((self.c != 0) & ~self.draws)):
             raise self._fault("noise in a row that draws none", "c = 0 where draws is false")
         if not (np.isfinite(self.init) and self.init > 0):
@@ -112,6 +112,17 @@ class Table:
     def history(self) -> int:
         """K, the number of predictions the loop remembers."""
         return self.b.shape[1]
+
+    def rows(self, guidance_scale: float, guidance_rescale: float) -> Array:
+        """(N, len(spec.ROW)) float32: what each row is to the net `step`."""
+        rows = np.zeros((len(self), len(ROW)), np.float32)
+        values = {"p": self.p, "q": self.q, "a": self.a, "c": self.c}
+        values |= {f"b{j}": self.b[:, j] for j in range(self.history)}
+        for name, column in values.items():
+            rows[:, ROW.index(name)] = column
+        rows[:, ROW.index("guidance_scale")] = guidance_scale
+        rows[:, ROW.index("guidance_rescale")] = guidance_rescale
+        return rows
 
     def format(self) -> str:
         """The table as aligned text: one line per UNet call, columns in the order of the loop."""
@@ -249,7 +260,7 @@ def _read_rows(
     states: Vector, outputs: Sequence[int], noises: Sequence[Sequence[int]], name: str
 ) -> tuple[Vector, Vector, Vector]:
     """Solve every row for (a, b, c) with the shortest history that leaves no remainder."""
-    for k in range(1, MAX_HISTORY + 1):
+    for k in range(1, HISTORY + 1):
         rows = [_read_row(states, outputs, noises[i], i, k) for i in range(len(outputs))]
         solved = [row for row in rows if row is not None]
         if len(solved) == len(rows):
@@ -257,7 +268,7 @@ def _read_rows(
             return np.array(a), np.array(b), np.array(c)
     raise SamplerError(
         f"sampler {name} is outside the row form (older outputs or more than one noise per UNet call)",
-        expected=f"updates linear in the state, the last {MAX_HISTORY} outputs and one noise",
+        expected=f"updates linear in the state, the last {HISTORY} outputs and one noise",
         fix="Choose another sampler; docs/samplers.md lists those in the form.",
     )
 

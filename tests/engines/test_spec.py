@@ -42,9 +42,35 @@ def test_every_net_has_a_contract_and_round_trips() -> None:
         "unet_context": spec.unet_context(width=8, float_dtype="float16", invariants=[keys]),
         "unet_time": spec.unet_time(invariants=[time]),
         "unet": spec.unet(channels=4, float_dtype="float16", invariants=[keys, time]),
+        "step": spec.step(channels=4, float_dtype="float16"),
         "vae_decoder": spec.vae_decoder(channels=4, float_dtype="float16"),
         "unet_whole": spec.unet_whole(channels=4, width=8, float_dtype="float16"),
     }
     assert list(nets) == list(spec.NETS)
     for net in nets.values():
         assert NetSpec.from_json(net.to_json()) == net
+
+
+def test_output_shapes_follow_from_the_inputs() -> None:
+    decoder = spec.vae_decoder(channels=4, float_dtype="float16")
+    assert spec.output_shapes(decoder, {"latent": (2, 4, 9, 13)}) == {"image": (2, 72, 104, 3), "mean": (2,)}
+    step = spec.step(channels=4, float_dtype="float16")
+    shapes = {"prediction": (4, 4, 8, 9), "state": (5, 2, 4, 8, 9), "noise": (2, 4, 8, 9), "row": (11,)}
+    assert spec.output_shapes(step, shapes) == {"next_state": (5, 2, 4, 8, 9), "latent": (4, 4, 8, 9)}
+
+
+def test_output_shapes_of_wrong_inputs() -> None:
+    decoder = spec.vae_decoder(channels=4, float_dtype="float16")
+    for bad in ((2, 5, 9, 13), (2, 4, 9), (2, 4, 9, 13, 1)):
+        with pytest.raises(UsageError, match=r"latent has the shape .*expected \(N, 4, H/8, W/8\)"):
+            spec.output_shapes(decoder, {"latent": bad})
+    with pytest.raises(UsageError, match=r"\['image'\]; expected exactly \['latent'\]"):
+        spec.output_shapes(decoder, {"image": (1, 64, 64, 3)})
+
+
+def test_an_output_that_no_input_decides() -> None:
+    net = NetSpec(inputs=SPEC.inputs, outputs=(TensorSpec(name="y", dtype="float32", shape=("B", "T")),))
+    with pytest.raises(
+        PackageError, match="no input decides the size 'T' of the output 'y'; expected one of B"
+    ):
+        spec.output_shapes(net, {"x": (2, 4)})

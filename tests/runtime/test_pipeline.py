@@ -44,8 +44,8 @@ class FakeNet:
 
 
 def replace_net(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, name: str, change: Any) -> FakeNet:
-    fake = FakeNet(pipe._nets[name], change)
-    monkeypatch.setattr(pipe, "_nets", {**pipe._nets, name: fake})
+    fake = FakeNet(pipe._loop.nets[name], change)
+    monkeypatch.setattr(pipe._loop, "nets", {**pipe._loop.nets, name: fake})
     return fake
 
 
@@ -68,9 +68,9 @@ def test_rows_of_a_unet_call(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_invariants_are_computed_once(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    nets = [replace_net(pipe, monkeypatch, name, lambda call, answer: answer) for name in pipe._nets]
+    nets = [replace_net(pipe, monkeypatch, name, lambda call, answer: answer) for name in pipe._loop.nets]
     draw(pipe)
-    calls = dict(zip(pipe._nets, (len(net.calls) for net in nets), strict=True))
+    calls = dict(zip(pipe._loop.nets, (len(net.calls) for net in nets), strict=True))
     assert calls == {"text_encoder": 1, "unet_context": 1, "unet_time": 1, "unet": 4, "vae_decoder": 1}
 
 

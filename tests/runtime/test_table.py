@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from latentrt.engines.errors import SamplerError
+from latentrt.engines.spec import HISTORY
 from latentrt.runtime.schedule import Level
-from latentrt.runtime.table import MAX_HISTORY, Table, trace
+from latentrt.runtime.table import Table, trace
 
 LEVELS = [
     Level(900.0, 0.2, 0.96**0.5),
@@ -69,7 +70,7 @@ def test_a_good_table_is_kept_in_float64_and_frozen() -> None:
         ({"t": [], **{k: [] for k in ("p", "q", "a", "b", "c", "draws", "alpha_bar")}}, "column t"),
         ({"p": [0.0, np.nan]}, "column p holds NaN"),
         ({"q": [np.inf, 0.0]}, "column q holds NaN or infinity"),
-        ({"b": np.zeros((2, MAX_HISTORY + 1))}, "a history of 6"),
+        ({"b": np.zeros((2, HISTORY + 1))}, "a history of 6"),
         ({"b": np.zeros((2, 0))}, "a history of 0"),
         ({"draws": [True, False]}, "noise in a row that draws none"),
         ({"init": 0.0}, "an initial scale of 0"),
@@ -183,7 +184,7 @@ def test_old_outputs_are_outside_the_form() -> None:
     def remembers_the_first(x, predict, noise):
         del noise
         first = predict(x, LEVELS[0])
-        for _ in range(MAX_HISTORY):
+        for _ in range(HISTORY):
             x = x + predict(x, LEVELS[1])
         return x + first
 

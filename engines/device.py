@@ -1,0 +1,146 @@
+"""The seam between the device loop and a GPU: memory by address, one ordered stream, nets bound to addresses.
+
+Everything above this module (which buffer goes where, what runs when, what to give up when memory is short) is
+arithmetic that runs on any machine. Below it are a page of driver calls (`cuda_device.py`) and the two libraries
+that enqueue nets on a stream (`tensorrt_nets.py`, `onnxruntime_nets.py`).
+
+A device never runs anything by itself: calls are enqueued in order on its stream, and nothing is certain to have
+happened before `synchronize`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from .backend import MemoryLedger
+from .spec import Array, NetSpec
+
+Shapes = Mapping[str, tuple[int, ...]]  # tensor name -> shape
+Addresses = Mapping[str, int]  # tensor name -> device address
+
+# TensorRT wants the addresses of inputs and outputs at multiples of this many bytes.
+ALIGNMENT = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceMemory:
+    """In bytes. `free` and `total` are the device's; `unified` devices share them with the host."""
+
+    free: int
+    total: int
+    unified: bool
+
+
+class Graph(Protocol):
+    """Captured work."""
+
+    def launch(self) -> None:
+        """Enqueue all of it."""
+        ...
+
+    def close(self) -> None:
+        """Free it. May be called twice."""
+        ...
+
+
+class Device(Protocol):
+    """One device and its one stream. Not safe to share between threads without a lock."""
+
+    name: str
+
+    def allocate(self, size: int) -> int:
+        """The address of `size` bytes of zeros. Raises MemoryLimitError with the numbers."""
+        ...
+
+    def free(self, address: int) -> None:
+        """Give back what `allocate` returned, once the stream is done with it."""
+        ...
+
+    def upload(self, address: int, array: Array) -> None:
+        """Host to device. The array's content is taken at once."""
+        ...
+
+    def download(self, address: int, array: Array) -> None:
+        """Device to a contiguous host array, whose content is there after `synchronize`."""
+        ...
+
+    def copy(
+        self, to: int, source: int, width: int, *, rows: int = 1, to_pitch: int = 0, pitch: int = 0
+    ) -> None:
+        """Device to device: `rows` runs of `width` bytes, whose starts lie `to_pitch` and `pitch` bytes apart."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait for the stream. Raises BackendError for what failed on the device since the last time."""
+        ...
+
+    def capture(self) -> AbstractContextManager[list[Graph]]:
+        """Within the block, work is recorded, not run; afterwards the list holds its graph.
+
+        Raises BackendError, and discards what was recorded, if any of it cannot be captured.
+        """
+        ...
+
+    def memory(self) -> DeviceMemory:
+        """Now."""
+        ...
+
+    def close(self) -> None:
+        """Free the stream. May be called twice."""
+        ...
+
+
+class BoundNet(Protocol):
+    """A net whose shapes and addresses are set, once; ready to enqueue any number of times."""
+
+    @property
+    def profile(self) -> str:
+        """What it was optimised for, for people."""
+        ...
+
+    def enqueue(self) -> None:
+        """Put one run on the device's stream."""
+        ...
+
+    def close(self) -> None:
+        """Free what binding took. May be called twice."""
+        ...
+
+
+class DeviceNet(Protocol):
+    """A net on a device."""
+
+    @property
+    def spec(self) -> NetSpec:
+        """Inputs and outputs."""
+        ...
+
+    @property
+    def memory(self) -> MemoryLedger:
+        """What it holds now."""
+        ...
+
+    def scratch(self, shapes: Shapes) -> int:
+        """Bytes of activations that a call of these input shapes needs; 0 where the library has its own.
+
+        Raises UsageError if no profile of the engine covers the shapes.
+        """
+        ...
+
+    def bind(self, shapes: Shapes, addresses: Addresses, scratch: int) -> BoundNet:
+        """Set shapes (inputs) and addresses (inputs, outputs, and the activations' block) for good.
+
+        Raises UsageError if no profile covers the shapes, MemoryLimitError.
+        """
+        ...
+
+    def stream_weights(self) -> int:
+        """Keep as little of the weights on the device as it can; the bytes that this frees, 0 if it cannot."""
+        ...
+
+    def close(self) -> None:
+        """Free everything. May be called twice."""
+        ...

@@ -1,0 +1,91 @@
+"""The two contrib operators of a lowered graph, spelled in standard ones: so ONNX Runtime's CPU can run it.
+
+Written from the operators' documentation (docs/ContribOperators.md of microsoft/onnxruntime: GroupNorm,
+NhwcConv), not from our lowering: y = gamma * (x - mean) / sqrt(variance + epsilon) + beta over NHWC, then
+SiLU if `activation` is 1; a convolution whose input is NHWC and whose weight is (M, kH, kW, C / group).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import helper, parser
+
+DOMAIN = "oracle"  # ONNX Runtime prefers its own schema in com.microsoft to a function of the model
+
+_GROUP_NORM = """
+<domain: "oracle", opset_import: ["" : 23]>
+GroupNorm <epsilon, groups, activation, channels_last> (X, gamma, beta) => (Y) {
+    keep = Constant <value = int64[3] {0, 0, 0}> ()
+    rest = Constant <value = int64[1] {-1}> ()
+    g = Constant <value_int: int = @groups> ()
+    g1 = Reshape (g, rest)
+    split = Concat <axis = 0> (keep, g1, rest)
+    x32 = Cast <to = 1> (X)
+    x5 = Reshape (x32, split)
+    axes = Constant <value = int64[3] {1, 2, 4}> ()
+    mean = ReduceMean <keepdims = 1> (x5, axes)
+    centred = Sub (x5, mean)
+    square = Mul (centred, centred)
+    variance = ReduceMean <keepdims = 1> (square, axes)
+    eps = Constant <value_float: float = @epsilon> ()
+    safe = Add (variance, eps)
+    deviation = Sqrt (safe)
+    normal5 = Div (centred, deviation)
+    shape = Shape (X)
+    normal = Reshape (normal5, shape)
+    scaled = Mul (normal, gamma)
+    plain = Add (scaled, beta)
+    gate = Sigmoid (plain)
+    silu = Mul (plain, gate)
+    active = Constant <value_int: int = @activation> ()
+    chosen = Cast <to = 9> (active)
+    result = Where (chosen, silu, plain)
+    Y = CastLike (result, X)
+}
+"""
+_NHWC_CONV = """
+<domain: "oracle", opset_import: ["" : 23]>
+NhwcConv <auto_pad, kernel_shape, dilations, strides, pads, group> (X, W, B) => (Y) {
+    x = Transpose <perm = [0, 3, 1, 2]> (X)
+    w = Transpose <perm = [0, 3, 1, 2]> (W)
+    y = Conv <auto_pad: string = @auto_pad, kernel_shape: ints = @kernel_shape, dilations: ints = @dilations,
+              strides: ints = @strides, pads: ints = @pads, group: int = @group> (x, w, B)
+    Y = Transpose <perm = [0, 2, 3, 1]> (y)
+}
+"""
+
+
+def executable(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose contrib operators are functions of the model."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for node in copy.graph.node:
+        if node.domain == "com.microsoft":
+            node.domain = DOMAIN
+    copy.functions.extend(map(parser.parse_function, (_GROUP_NORM, _NHWC_CONV)))
+    copy.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+    return copy
+
+
+def session(model: onnx.ModelProto, weights: Path | None = None) -> ort.InferenceSession:
+    """A CPU session; `weights` is the folder that external data is relative to."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    if weights is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def relative_l2(found: Any, wanted: Any) -> float:
+    """|found - wanted| / |wanted| in float64."""
+    a, b = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def attribute(node: onnx.NodeProto, name: str) -> Any:
+    """The value of a node's attribute."""
+    return next(helper.get_attribute_value(item) for item in node.attribute if item.name == name)

@@ -1,0 +1,125 @@
+"""The seam's device on host memory, as strict as CUDA: the device loop runs for real without a GPU.
+
+Work may be deferred (`lazy=True`): nothing happens before `synchronize`, so a loop that reads a result too
+early reads zeros, as it would on a GPU. `limit` is the memory it has, in bytes.
+"""
+
+import ctypes
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+
+import numpy as np
+
+from latentrt.engines.device import ALIGNMENT, DeviceMemory, Graph
+from latentrt.engines.errors import BackendError, MemoryLimitError
+
+
+class HostGraph:
+    def __init__(self, device: "HostDevice", work: list[Callable[[], None]]) -> None:
+        self.device, self.work = device, work
+
+    def launch(self) -> None:
+        self.device.launches += 1
+        for item in self.work:
+            self.device.submit(item)
+
+    def close(self) -> None:
+        self.work = []
+
+
+class HostDevice:
+    name = "host memory"
+    stream = 7
+
+    def __init__(self, limit: int = 2**40, *, lazy: bool = True, capturable: bool = True) -> None:
+        self.limit, self.lazy, self.capturable = limit, lazy, capturable
+        self.blocks: dict[int, np.ndarray] = {}
+        self.sizes: dict[int, int] = {}
+        self.queue: list[Callable[[], None]] = []
+        self.recording: list[Callable[[], None]] | None = None
+        self.peak = self.synchronisations = self.launches = self.copies = self.submitted = 0
+
+    # ── memory ─────────────────────────────────────────────────────────────────────────────────
+
+    def allocate(self, size: int) -> int:
+        assert self.recording is None, "allocation during capture"
+        assert size > 0
+        if self.used + size > self.limit:
+            raise MemoryLimitError(
+                f"{size} bytes asked, {self.limit - self.used} of {self.limit} free", expected="less", fix=""
+            )
+        block = np.zeros(size + ALIGNMENT, np.uint8)
+        address = -(-block.ctypes.data // ALIGNMENT) * ALIGNMENT
+        self.blocks[address], self.sizes[address] = block, size
+        self.peak = max(self.peak, self.used)
+        return address
+
+    def free(self, address: int) -> None:
+        self._run_queue()
+        del self.blocks[address], self.sizes[address]
+
+    @property
+    def used(self) -> int:
+        return sum(self.sizes.values())
+
+    def _check(self, address: int, size: int) -> None:
+        inside = any(a <= address and address + size <= a + n for a, n in self.sizes.items())
+        assert inside, "an access outside allocated memory"
+
+    def memory(self) -> DeviceMemory:
+        return DeviceMemory(free=self.limit - self.used, total=self.limit, unified=False)
+
+    # ── the stream ─────────────────────────────────────────────────────────────────────────────
+
+    def submit(self, work: Callable[[], None]) -> None:
+        self.submitted += 1
+        if self.recording is not None:
+            self.recording.append(work)
+        elif self.lazy:
+            self.queue.append(work)
+        else:
+            work()
+
+    def _run_queue(self) -> None:
+        queue, self.queue = self.queue, []
+        for work in queue:
+            work()
+
+    def upload(self, address: int, array: np.ndarray) -> None:
+        content = np.ascontiguousarray(array).tobytes()
+        self._check(address, len(content))
+        self.submit(lambda: ctypes.memmove(address, content, len(content)) and None)
+
+    def download(self, address: int, array: np.ndarray) -> None:
+        assert array.flags.c_contiguous
+        self._check(address, array.nbytes)
+        self.submit(lambda: ctypes.memmove(array.ctypes.data, address, array.nbytes) and None)
+
+    def copy(
+        self, to: int, source: int, width: int, *, rows: int = 1, to_pitch: int = 0, pitch: int = 0
+    ) -> None:
+        self.copies += 1
+        for row in range(rows):
+            a, b = to + row * to_pitch, source + row * pitch
+            self._check(a, width)
+            self._check(b, width)
+            self.submit(lambda a=a, b=b: ctypes.memmove(a, b, width) and None)
+
+    def synchronize(self) -> None:
+        assert self.recording is None, "synchronisation during capture"
+        self.synchronisations += 1
+        self._run_queue()
+
+    @contextmanager
+    def capture(self) -> Generator[list[Graph]]:
+        if not self.capturable:
+            raise BackendError("the stream cannot be captured", expected="one that can", fix="")
+        self.recording, graphs = [], []
+        try:
+            yield graphs
+            graphs.append(HostGraph(self, self.recording))
+        finally:
+            self.recording = None
+
+    def close(self) -> None:
+        self._run_queue()

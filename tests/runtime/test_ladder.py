@@ -1,0 +1,186 @@
+"""Out of memory: each rung for real on a device of limited memory, or with injected failures."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from latentrt.engines.backend import MemoryLedger
+from latentrt.engines.device import Addresses, BoundNet, DeviceNet, Shapes
+from latentrt.engines.errors import BackendError, MemoryLimitError
+from latentrt.engines.package import Package
+from latentrt.engines.spec import NetSpec
+from latentrt.runtime.ladder import Need, Plan, climb
+from tests.engines.host_device import HostDevice
+from tests.runtime.device_bench import device_pipeline, package  # noqa: F401
+
+PROMPT = "a red circle on a blue background"
+
+
+@dataclass
+class FakeActions:
+    idle: int = 0
+    streamable: int = 0
+    done: list[str] = field(default_factory=list)
+
+    def free_idle(self) -> bool:
+        self.done.append("free")
+        had, self.idle = self.idle, 0
+        return had > 0
+
+    def stream_weights(self) -> int:
+        self.done.append("stream")
+        had, self.streamable = self.streamable, 0
+        return had
+
+    def describe_memory(self) -> str:
+        return "1 MiB of 2 free"
+
+
+def _needing(fits: Callable[[Plan], bool], culprit: str | None) -> Callable[[Plan], Plan]:
+    def attempt(plan: Plan) -> Plan:
+        if not fits(plan):
+            raise MemoryLimitError("9 bytes asked", expected="less", fix="", culprit=culprit)
+        return plan
+
+    return attempt
+
+
+FOUR = Need(batch=8, guided=True, pictures=4, height=1024, width=768)
+
+
+def test_rungs_in_order_until_it_is_refused_with_the_numbers() -> None:
+    lines: list[str] = []
+    actions = FakeActions(idle=1, streamable=1)
+    with pytest.raises(MemoryLimitError, match=r"4 x 768x1024.*1 MiB of 2 free; tried: free idle") as caught:
+        climb(_needing(lambda plan: False, None), Plan(), FOUR, actions, lines.append)
+    rungs = [line.partition(": ")[2].partition(" -> ")[0] for line in lines]
+    assert rungs == [
+        "free idle contexts",
+        *["tile the decoder"] * 3,  # picture by picture, 512, 256
+        *["split the batch"] * 2,  # 4, 2
+        "run the CFG halves apart",
+        "stream weights",
+    ]
+    assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize(
+    ("culprit", "fits", "expected"),
+    [
+        ("unet", lambda plan: plan.rows == 1, Plan(rows=1)),
+        ("vae_decoder", lambda plan: plan.tile == 256, Plan(decoder_pictures=1, tile=256)),
+        (None, lambda plan: plan.decoder_pictures == 1, Plan(decoder_pictures=1)),
+        ("unet", lambda plan: True, Plan()),
+    ],
+)
+def test_only_what_helps_is_given_up(
+    culprit: str | None, fits: Callable[[Plan], bool], expected: Plan
+) -> None:
+    _, plan = climb(_needing(fits, culprit), Plan(), FOUR, FakeActions(), lambda line: None)
+    assert plan == expected
+
+
+def test_other_errors_pass_through() -> None:
+    def attempt(plan: Plan) -> None:
+        raise BackendError("lost", expected="a device", fix="")
+
+    with pytest.raises(BackendError, match="lost"):
+        climb(attempt, Plan(), FOUR, FakeActions(idle=1), lambda line: None)
+
+
+class Hungry:
+    """A net on host memory that claims scratch as a library does: so many bytes per input element."""
+
+    def __init__(self, net: DeviceNet, per_element: int) -> None:
+        self.net, self.per_element, self.streamed = net, per_element, 0
+
+    @property
+    def spec(self) -> NetSpec:
+        return self.net.spec
+
+    @property
+    def memory(self) -> MemoryLedger:
+        return self.net.memory
+
+    def scratch(self, shapes: Shapes) -> int:
+        return self.per_element * int(np.prod(shapes["latent"]))
+
+    def bind(self, shapes: Shapes, addresses: Addresses, scratch: int) -> BoundNet:
+        assert scratch, "no block of activations"
+        return self.net.bind(shapes, addresses, scratch)
+
+    def stream_weights(self) -> int:
+        self.streamed += 1
+        return 0
+
+    def close(self) -> None:
+        self.net.close()
+
+
+def _draw(
+    package: Package,  # noqa: F811
+    limit: int,
+    hungry: dict[str, int],
+    requests: list[dict[str, object]],
+) -> tuple[list[np.ndarray], list[str], int]:
+    device, lines = HostDevice(limit), list[str]()
+    wrap = lambda name, net: Hungry(net, hungry[name]) if name in hungry else net  # noqa: E731
+    with device_pipeline(package, device, wrap=wrap, log=lines.append) as (pipe, _):
+        images = [pipe(PROMPT, output_type="np", num_inference_steps=2, seed=1, **r).images for r in requests]
+    return images, [line.partition(": ")[2].partition(" -> ")[0] for line in lines], device.peak
+
+
+def test_the_unets_rows_are_split_and_the_picture_stays(package: Package) -> None:  # noqa: F811
+    request = {"num_images_per_prompt": 2, "height": 64, "width": 64}
+    hungry = {"unet": 16_000}  # 16 MB for 4 rows of 4x8x8
+    (wanted,), none, peak = _draw(package, 2**40, hungry, [request])
+    assert none == []
+    (images,), rungs, low = _draw(package, peak - 7_000_000, hungry, [request])
+    assert rungs == ["split the batch"]
+    assert low < peak
+    assert np.abs(images.astype(int) - wanted).max() <= 1
+    (images, again), rungs, _ = _draw(package, peak - 12_000_000, hungry, [request, request])
+    assert rungs == ["split the batch", "run the CFG halves apart"], "and the second picture climbs nothing"
+    assert np.abs(images.astype(int) - wanted).max() <= 1
+    np.testing.assert_array_equal(images, again)
+
+
+def test_the_decoder_is_tiled(package: Package) -> None:  # noqa: F811
+    request = {"height": 512, "width": 512, "guidance_scale": 1.0}
+    hungry = {"vae_decoder": 1_000}  # 16 MB for 4x64x64
+    (wanted,), none, peak = _draw(package, 2**40, hungry, [request])
+    assert none == []
+    (images,), rungs, _ = _draw(package, peak - 10_000_000, hungry, [request])
+    assert rungs == ["tile the decoder"]
+    error = np.mean((images.astype(float) - wanted) ** 2)
+    assert images.shape == wanted.shape
+    assert error < 40**2, "the same picture, up to what tiles cannot see of each other"
+
+
+def test_idle_contexts_go_first(package: Package) -> None:  # noqa: F811
+    sizes: list[dict[str, object]] = [
+        {"height": 64, "width": 64 + 8 * n, "guidance_scale": 1.0} for n in range(4)
+    ]
+    _, none, peak = _draw(package, 2**40, {}, sizes)
+    _, _, alone = _draw(package, 2**40, {}, sizes[-1:])
+    assert none == []
+    assert alone < peak
+    _, rungs, _ = _draw(package, alone + 1000, {}, sizes)
+    assert set(rungs) == {"free idle contexts"}
+
+
+def test_refused_with_the_numbers(package: Package) -> None:  # noqa: F811
+    with pytest.raises(MemoryLimitError, match=r"1 x 64x64 does not fit.*MiB of .* free on host memory"):
+        _draw(package, 300_000, {}, [{"height": 64, "width": 64}])
+
+
+def test_memory_that_runs_out_in_a_stream(package: Package) -> None:  # noqa: F811
+    lines: list[str] = []
+    wrap = lambda name, net: Hungry(net, 16_000) if name == "unet" else net  # noqa: E731
+    with device_pipeline(package, HostDevice(22_000_000), wrap=wrap, log=lines.append) as (pipe, _):
+        parameters = {"height": 64, "width": 64, "num_images_per_prompt": 4, "num_inference_steps": 2}
+        *_, last = pipe.stream(PROMPT, seed=1, **parameters)
+        assert np.isfinite(last.latent).all()
+    assert "split the batch" in lines[0]
