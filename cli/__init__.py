@@ -12,6 +12,8 @@ import sys
 import typer
 
 from ..engines.errors import LatentrtError
+from .build import build
+from .cache import cache
 from .export import export
 from .generate import generate
 from .inspect import inspect
@@ -26,8 +28,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (generate, export, inspect, metadata):
+for verb in (generate, export, build, inspect, metadata):
     app.command()(verb)
+app.add_typer(cache, name="cache")
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from .progress import progress_bar
 
 if TYPE_CHECKING:
     from ..export.progress import Progress
+    from ..export.ranges import Found
     from ..export.verify import Comparison
 
 
@@ -40,7 +41,8 @@ def export(
 ) -> None:
     """Turn a checkpoint into a package of graphs and weights. Needs the extra [export]."""
     needed = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir")
-    missing = [name for name in (*needed, *(["onnxruntime"] if verify else [])) if find_spec(name) is None]
+    runs = verify or dtype is Dtype.fp16  # fp16 measures ranges
+    missing = [name for name in (*needed, *(["onnxruntime"] if runs else [])) if find_spec(name) is None]
     if missing:
         raise BackendError(
             f"export needs {', '.join(missing)}",
@@ -51,6 +53,7 @@ def export(
 
     began = perf_counter()
     comparisons: list[Comparison] = []
+    ranges: list[Found] = []
     with progress_bar(enabled=not as_json) as advance:
 
         def on_progress(progress: Progress) -> None:
@@ -64,12 +67,17 @@ def export(
             overwrite=overwrite,
             progress=on_progress,
             report=comparisons.append,
+            report_islands=ranges.append,
         )
     seconds = perf_counter() - began
     if as_json:
         checks = [vars(found) for found in comparisons]
-        print(json.dumps({"package": str(output), "seconds": seconds, "verify": checks}))
+        measured = [{**vars(found), "islands": [vars(node) for node in found.islands]} for found in ranges]
+        print(json.dumps({"package": str(output), "seconds": seconds, "ranges": measured, "verify": checks}))
         return
+    for found in ranges:
+        islands = f"{len(found.islands) or 'no'} fp32 island{'' if len(found.islands) == 1 else 's'}"
+        print(f"{found.component}: {islands} (largest value {found.largest:.1e} in {found.where})")
     for found in comparisons:
         print(
             f"{found.net}.{found.output}: relative L2 {found.relative_l2:.1e},"

@@ -48,7 +48,9 @@ def generate(
     count: Annotated[
         int, Option("--count", "-b", help="Pictures to draw, with seeds counting up from --seed.")
     ] = 1,
-    backend: Annotated[str, Option(help="auto, onnxruntime.")] = "auto",
+    backend: Annotated[
+        str, Option(help="auto, onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx.")
+    ] = "auto",
     threads: Annotated[int | None, Option(help="CPU threads. Default: all.")] = None,
     no_metadata: Annotated[
         bool, Option("--no-metadata", help="Leave prompt and parameters out of the file.")

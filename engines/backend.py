@@ -19,10 +19,15 @@ from .spec import Array, NetSpec
 if TYPE_CHECKING:
     from .device import Device, DeviceNet
 
-# Best first; the module that implements each, and the command that installs it.
+# The module that implements each, and the command that installs it.
 BACKENDS: Mapping[str, tuple[str, str]] = {
-    "onnxruntime": ("onnxruntime", 'pip install "latentrt[cpu]"'),
+    "onnxruntime": ("onnxruntime_backend", 'pip install "latentrt[cpu]"'),
+    "tensorrt": ("tensorrt_backend", 'pip install "latentrt[tensorrt]"'),
+    "tensorrt-rtx": ("tensorrt_rtx_backend", 'pip install "latentrt[tensorrt-rtx]"'),
+    "onnxruntime-cuda": ("onnxruntime_cuda_backend", 'pip install "latentrt[cuda]"'),
 }
+# What "auto" chooses from, best first. Not TensorRT: its engines must have been built for the request.
+_AUTO = ("onnxruntime-cuda", "onnxruntime")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +114,9 @@ def choose_backend(name: str = "auto") -> tuple[str, Backend]:
             fix="Choose one of these: --backend auto.",
         )
     reasons: list[str] = []
-    for candidate, (module, install) in BACKENDS.items():
-        if name not in ("auto", candidate):
-            continue
-        backend: Backend = import_module(f".{module}_backend", __package__)  # pyright: ignore[reportAssignmentType]
+    for candidate in _AUTO if name == "auto" else (name,):
+        module, install = BACKENDS[candidate]
+        backend: Backend = import_module(f".{module}", __package__)  # pyright: ignore[reportAssignmentType]
         reason = backend.available()
         if reason is None:
             return candidate, backend

@@ -105,11 +105,14 @@ def _crossing(graph: ir.Graph) -> dict[ir.Value, str]:
 
 
 def _is_view(node: ir.Node | None, depends: Mapping[ir.Value, frozenset[str]]) -> bool:
-    """Whether a hoistable node only adds axes of size 1 for the loop to broadcast.
+    """Whether a hoistable node only adds axes of size 1 for the loop to broadcast, or casts for an island.
 
     It stays in the loop, where it costs nothing, so that a time invariant is a plain (S, C) table.
     """
-    if node is None or node.op_type != "Unsqueeze" or depends[node.outputs[0]] != frozenset([TIMESTEP]):
+    if node is None or depends[node.outputs[0]] != frozenset([TIMESTEP]):
+        return False
+    widens = node.op_type == "Cast" and node.outputs[0].dtype == ir.DataType.FLOAT
+    if node.op_type != "Unsqueeze" and not widens:
         return False
     return all(_uses_latent(use.node, depends) for use in node.outputs[0].uses())
 

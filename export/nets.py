@@ -6,6 +6,7 @@ memory-mapped: no second copy, no initialisation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -166,9 +167,29 @@ def _net(
     tensors: Mapping[str, tuple[str, str]],
     dtype: torch.dtype,
 ) -> Net:
-    module = module.eval().requires_grad_(False).to(dtype)
+    module = module.eval().requires_grad_(False)
+    if dtype == torch.float16:
+        _refuse_overflow(name, module, tensors)
+    module = module.to(dtype)
     named = {f"net.{key}": found for key, found in tensors.items()}
     return Net(name=name, module=module, spec=contract, tensors=named)
+
+
+def _refuse_overflow(net: str, module: nn.Module, tensors: Mapping[str, tuple[str, str]]) -> None:
+    """A weight is stored in fp16, islands or not: none may become infinite on the way."""
+    largest = torch.finfo(torch.float16).max
+    for key, tensor in module.state_dict().items():
+        if tensor.dtype == torch.float16 or not tensor.is_floating_point():
+            continue
+        low, high = torch.aminmax(tensor)
+        found = max(-float(low), float(high))
+        if largest < found < math.inf:
+            stored = tensors[key.removeprefix("net.")][0]
+            raise CheckpointError(
+                f"{net}: the tensor {stored!r} has values up to {found:.3g}",
+                expected=f"at most {largest:.0f}, fp16's largest number",
+                fix="Export with --dtype fp32.",
+            )
 
 
 def _load(

@@ -6,6 +6,7 @@ failed export leaves nothing behind and what was there before stays.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -16,13 +17,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from ..engines import spec
 from ..engines.errors import CheckpointError, StorageError, UsageError
 from ..engines.package import MANIFEST, Defaults, Manifest, NetFile, Package, write_manifest
 from .checkpoint import Checkpoint
 from .progress import Progress, Stages
 
 if TYPE_CHECKING:
-    from .nets import Net
+    import onnx_ir as ir
+
+    from ..engines.spec import NetSpec
+    from .calibration import Calibration
+    from .ranges import Found
     from .verify import Comparison
 
 Dtype = Literal["fp16", "fp32"]
@@ -45,6 +51,7 @@ def export_package(
     verify: bool = True,
     progress: Callable[[Progress], None] | None = None,
     report: Callable[[Comparison], None] | None = None,
+    report_islands: Callable[[Found], None] | None = None,
     overwrite: bool = False,
 ) -> Package:
     """Write the package of a checkpoint.
@@ -56,12 +63,14 @@ def export_package(
         verify: compare every net with torch, and fail below the bars of `verify.py`.
         progress: is told of each stage as it begins.
         report: is told of each comparison that verifying makes.
+        report_islands: is told what measuring each component's ranges found (fp16 only).
         overwrite: replace an existing package, once the new one is complete.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or of a family not supported.
         UsageError: `package` exists and is not to be replaced, or `dtype` is unknown.
-        NumericError: a net differs from torch by more than its bar.
+        NumericError: a net differs from torch by more than its bar, is not finite, or has an output beyond
+            fp16 where that is asked for.
         StorageError: the disk is full, or the folder cannot be written.
     """
     if dtype not in ("fp16", "fp32"):
@@ -70,33 +79,56 @@ def export_package(
         )
     source = Checkpoint.open(checkpoint, prefer_fp16=dtype == "fp16")
     _check_target(package, overwrite)
-    stages = Stages(len(_COMPONENTS) * (2 if verify else 1) + 1, progress)
+    calibration = _calibration(source) if dtype == "fp16" else None
+    each = 1 + (calibration is not None) + verify
+    stages = Stages(len(_COMPONENTS) * each + 1, progress)
     with _beside(package, overwrite) as folder:
         nets: dict[str, NetFile] = {}
         for component in _COMPONENTS:
-            files = _component(source, component, folder, dtype, stages)
+            files = _component(source, component, folder, dtype, stages, calibration, report_islands)
             if verify:
                 _verify(source, component, folder, files, dtype, stages, report)
             nets |= files
         stages.begin("package")
+        nets["step"] = _step(folder, nets["unet"].spec)
         _copy_tokenizer(source.root / "tokenizer", folder / "tokenizer")
         write_manifest(folder, _manifest(source, dtype, nets))
     return Package.open(package)
 
 
 def _component(
-    source: Checkpoint, component: str, folder: Path, dtype: Dtype, stages: Stages
+    source: Checkpoint,
+    component: str,
+    folder: Path,
+    dtype: Dtype,
+    stages: Stages,
+    calibration: Calibration | None,
+    report_islands: Callable[[Found], None] | None,
 ) -> dict[str, NetFile]:
     """Trace one torch net and write its weights and graphs."""
+    stages.begin(f"export {component}")
+    model, net, contract = _traced(source, component, folder / component, dtype)
+    if calibration is not None:
+        stages.begin(f"measure {component}")
+        _islands(source, component, folder / component, model, calibration, report_islands)
+    return _graphs(component, folder, model, net, contract, dtype)
+
+
+def _calibration(source: Checkpoint) -> Calibration:
+    from .calibration import Calibration
+
+    return Calibration(source)
+
+
+def _traced(source: Checkpoint, component: str, target: Path, dtype: Dtype) -> tuple[ir.Model, str, NetSpec]:
+    """The graph, name and contract of a net. Its weights are written; the torch module is gone."""
     import onnx_ir as ir
     import torch
 
-    from . import islands, surgery, weights
+    from . import surgery, weights
     from .nets import BUILD
     from .to_onnx import to_onnx
 
-    stages.begin(f"export {component}")
-    target = folder / component
     target.mkdir()
     net = BUILD[component](source, torch.float16 if dtype == "fp16" else torch.float32)
     compute = ir.DataType.FLOAT16 if dtype == "fp16" else ir.DataType.FLOAT
@@ -107,19 +139,61 @@ def _component(
     model = to_onnx(net)
     weights.attach(model, target, slots)
     surgery.clean(model)
-    if dtype == "fp16" and component == "unet" and source.unet.config.get("upcast_attention"):
+    return model, net.name, net.spec
+
+
+def _islands(
+    source: Checkpoint,
+    component: str,
+    folder: Path,
+    model: ir.Model,
+    calibration: Calibration,
+    report: Callable[[Found], None] | None,
+) -> None:
+    """Let what needs it compute in float32. Before the UNet is cut, so that all its graphs agree."""
+    from . import islands
+    from .ranges import find_islands
+
+    gc.collect()  # torch's weights and ONNX Runtime's need not be in memory together
+    if component == "unet" and source.unet.config.get("upcast_attention"):
         islands.upcast_attention(model)
+    found = find_islands(model, component, folder, calibration.drive)
+    if report is not None:
+        report(found)
+
+
+def _graphs(
+    component: str, folder: Path, model: ir.Model, net: str, contract: NetSpec, dtype: Dtype
+) -> dict[str, NetFile]:
+    """Write the graphs of a component."""
+    import onnx_ir as ir
+
+    from . import islands, surgery, weights
+
     files: dict[str, NetFile] = {}
-    for name, (graph, contract, file) in _graphs(net, model).items():
+    for name, (graph, boundary, file) in _cut(net, model, contract).items():
         surgery.forget_shapes(graph)
-        cast(Any, ir).save(graph, target / file)
+        cast(Any, ir).save(graph, folder / component / file)
         files[name] = NetFile(
             graph=f"{component}/{file}",
             weights=f"{component}/{weights.WEIGHTS}",
-            spec=contract,
+            spec=boundary,
             fp32_islands=islands.find(graph) if dtype == "fp16" else (),
         )
     return files
+
+
+def _step(folder: Path, unet: NetSpec) -> NetFile:
+    """The row update between two calls of that UNet."""
+    from .step_graph import write_step
+
+    prediction = unet.outputs[0]
+    channels = prediction.shape[1]
+    assert isinstance(channels, int)
+    contract = spec.step(channels=channels, float_dtype=prediction.dtype)
+    (folder / "step").mkdir()
+    write_step(folder / "step" / "model.onnx", contract)
+    return NetFile(graph="step/model.onnx", weights=None, spec=contract)
 
 
 def _verify(
@@ -139,14 +213,15 @@ def _verify(
             report(comparison)
 
 
-def _graphs(net: Net, model: Any) -> dict[str, tuple[Any, Any, str]]:
+def _cut(net: str, model: ir.Model, contract: NetSpec) -> dict[str, tuple[ir.Model, NetSpec, str]]:
+    """Net -> its graph, contract and file: four for the UNet."""
     from .hoist import hoist
 
-    if net.name != "unet_whole":
-        return {net.name: (model, net.spec, "model.onnx")}
+    if net != "unet_whole":
+        return {net: (model, contract, "model.onnx")}
     split = hoist(model)
     return {
-        "unet_whole": (model, net.spec, "model.onnx"),
+        "unet_whole": (model, contract, "model.onnx"),
         "unet": (split.loop, split.loop_spec, "loop.onnx"),
         "unet_context": (split.context, split.context_spec, "context.onnx"),
         "unet_time": (split.time, split.time_spec, "time.onnx"),
@@ -170,7 +245,7 @@ def _manifest(source: Checkpoint, dtype: Dtype, nets: Mapping[str, NetFile]) -> 
         context_width=width,
         # "-Infinity", diffusers' default of lambda_min_clipped, is no JSON; a missing key means the same
         scheduler={key: value for key, value in source.scheduler.items() if value != -math.inf},
-        nets=nets,
+        nets={name: nets[name] for name in spec.NETS},
         defaults=_defaults(source, scale),
         latent_scale=scale,
         size_multiple=max(8, scale),

@@ -166,9 +166,14 @@ class DeviceLoop:
         frame, rows = self._frame(job, plan), len(job.table)
         noise = (job.pictures, *job.shape) if job.table.draws.any() else None
         texts = len(job.token_ids)
-        step, call = frame.sizes(frame.batch), frame.sizes(max(frame.calls()))
-        calls = {"text_encoder": {"P": texts}, "unet_time": {"S": rows}, "unet_context": call, "unet": call}
-        self.pool.reserve({**calls, "step": step, **({"vae_decoder": step} if decoder else {})})
+        calls = [
+            ("text_encoder", {"P": texts}),
+            ("unet_time", {"S": rows}),
+            ("step", frame.sizes(frame.batch)),
+        ]
+        calls += [(net, frame.sizes(n)) for n in set(frame.calls()) for net in ("unet_context", "unet")]
+        calls += [("vae_decoder", frame.sizes(frame.batch))] if decoder else []
+        self.pool.reserve(calls)
         device, nets = self.device, self.nets
         with self.pool.returning_on_error() as take:
             prompts = take(texts, "text_encoder", lambda scratch: Prompts(device, nets, texts, scratch))
@@ -212,7 +217,7 @@ class DeviceLoop:
             with clock.stage("vae_decoder"):
                 decoded = self._decode(latent, plan)
         image, mean = decoded or (None, None)
-        return Drawn(latent=latent, image=image, mean=mean)
+        return Drawn(latent=latent, image=image, mean=mean, profile=canvas.profile)
 
     @staticmethod
     def _enqueue_rows(job: Job, canvas: Canvas, schedule: Schedule) -> None:
@@ -222,7 +227,7 @@ class DeviceLoop:
     def _enqueue_decoder(self, shape: tuple[int, ...], latent: Canvas | Array) -> tuple[Array, Array]:
         """Image and mean, there after `synchronize`."""
         pictures, _, height, width = shape
-        self.pool.reserve({"vae_decoder": {"N": pictures, "H/8": height, "W/8": width}})
+        self.pool.reserve([("vae_decoder", {"N": pictures, "H/8": height, "W/8": width})])
         with self.pool.returning_on_error() as take:
             decoder = take(
                 ("decoder", shape),

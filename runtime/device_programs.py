@@ -228,6 +228,11 @@ class Canvas(Program):
         before = self.bind(self._nets["unet_context"], sizes, context)
         return before, self.bind(self._nets["unet"], sizes, {**invariants, **times, **ends})
 
+    @property
+    def profile(self) -> str:
+        """What the UNet's engine was optimised for."""
+        return self._bound[0][1].profile
+
     def set_context(self, prompts: Prompts, text_of_row: tuple[int, ...]) -> None:
         """Give every row its text's context, and compute the invariants of all rows."""
         source, place = prompts.block.address("context"), prompts.block.place("context")

@@ -59,11 +59,15 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """What a job became: latent (N, C, H/8, W/8) float32; image (N, H, W, 3) uint8 and mean (N,) if asked."""
+    """What a job became: latent (N, C, H/8, W/8) float32; image (N, H, W, 3) uint8 and mean (N,) if asked.
+
+    `profile` is what the UNet's engine was optimised for, for people; "" on the host.
+    """
 
     latent: Array
     image: Array | None
     mean: Array | None
+    profile: str = ""
 
 
 class Loop(Protocol):

@@ -19,8 +19,9 @@ from ..engines.spec import Array
 from .clock import Clock
 from .denoise import State
 from .job import Drawn, Job, Loop
-from .loops import open_loop
+from .loops import LoopOptions, open_loop
 from .picture import check_pictures, to_pil
+from .replay import Graphs
 from .request import Parameters, Request, latent_shape, make_request
 from .result import Result
 from .samplers import make_table
@@ -86,7 +87,13 @@ class Pipeline:
 
     @classmethod
     def open(
-        cls, model: str | Path = "demo", *, backend: str = "auto", threads: int | None = None
+        cls,
+        model: str | Path = "demo",
+        *,
+        backend: str = "auto",
+        threads: int | None = None,
+        graphs: Graphs = "auto",
+        log: Callable[[str], None] | None = None,
     ) -> Pipeline:
         """Open the shipped model ("demo") or a package folder.
 
@@ -94,14 +101,18 @@ class Pipeline:
             model: name or path.
             backend: "auto" picks the best that is present; `pipe.backend` says which.
             threads: of the CPU backend; None is every processor this process may use.
+            graphs: on a device, whether the loop is replayed as a captured graph: "on", "off", or "auto",
+                where that is faster.
+            log: on a device, is told what was given up when memory was short; None prints to stderr.
 
         Raises:
             PackageError: no package there, or a damaged, unsafe or newer one.
-            BackendError: nothing installed can execute it.
+            BackendError: nothing installed can execute it, or there are no engines for it.
         """
         package = Package.open(SHIPPED.get(str(model), Path(model)))
         tokenizer = ClipTokenizer.open(package.root / "tokenizer")
-        loop, description = open_loop(package, backend, threads)
+        options = LoopOptions(backend=backend, threads=threads, graphs=graphs, log=log)
+        loop, description = open_loop(package, options)
         return cls(package, tokenizer, loop, description)
 
     def __call__(
@@ -130,7 +141,9 @@ class Pipeline:
         else:
             drawn = self._watched(request, clock, cancel, callback_on_step_end)
         images = self._finish(request, drawn)
-        return Result(images=images, request=request, seconds=clock.seconds, producer=self._producer())
+        return Result(
+            images=images, request=request, seconds=clock.seconds, producer=self._producer(drawn.profile)
+        )
 
     def stream(
         self, prompt: str | Sequence[str], *, cancel: Event | None = None, **parameters: Unpack[Parameters]
@@ -221,11 +234,13 @@ class Pipeline:
         check_pictures(images)
         return images if request.output_type == "np" else [to_pil(image) for image in images]
 
-    def _producer(self) -> dict[str, str]:
+    def _producer(self, profile: str) -> dict[str, str]:
+        said = {"profile": profile} if profile else {}
         return {
             "model": self.package.manifest.name,
             "backend": self.backend,
             "latentrt": version("latentrt"),
+            **said,
         }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Hashable, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterable
 from contextlib import contextmanager
 from typing import Protocol, TypeVar, cast
 
@@ -12,7 +12,7 @@ from .device_memory import Scratch, Sizes
 from .device_programs import Nets, Program, input_shapes
 
 P = TypeVar("P", bound=Program)
-Calls = Mapping[str, Sizes]  # net -> the sizes it is to be called with
+Calls = Iterable[tuple[str, Sizes]]  # nets, and the sizes they are to be called with
 
 
 class Take(Protocol):
@@ -59,16 +59,17 @@ class Pool:
 
     def reserve(self, calls: Calls) -> None:
         """Make the scratch block large enough for these calls. Raises MemoryLimitError, UsageError."""
-        needed = {
-            name: self._nets[name].scratch(input_shapes(self._nets[name].spec, sizes))
-            for name, sizes in calls.items()
-        }
-        largest = max(needed, key=lambda name: needed[name])
-        if needed[largest] <= self._scratch.size:
+        size, largest = max((self._scratch_of(name, sizes), name) for name, sizes in calls)
+        if size <= self._scratch.size:
             return
         self.free_idle()
         with blame(largest):
-            self._scratch = Scratch(self._device, needed[largest])
+            self._scratch = Scratch(self._device, size)
+
+    def _scratch_of(self, name: str, sizes: Sizes) -> int:
+        net = self._nets[name]
+        with blame(name):
+            return net.scratch(input_shapes(net.spec, sizes))
 
     @contextmanager
     def returning_on_error(self) -> Generator[Take]:

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from latentrt.engines import spec
 from latentrt.engines.device import DeviceNet
 from latentrt.engines.onnxruntime_nets import CPU, open_onnxruntime_net
@@ -59,8 +57,3 @@ def device_pipeline(
     finally:
         pipe.close()
     assert not device.blocks, "memory that was not given back"
-
-
-@pytest.fixture(scope="session")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
-    return package_with_step(tmp_path_factory.mktemp("demo") / "package")

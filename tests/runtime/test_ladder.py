@@ -13,7 +13,7 @@ from latentrt.engines.package import Package
 from latentrt.engines.spec import NetSpec
 from latentrt.runtime.ladder import Need, Plan, climb
 from tests.engines.host_device import HostDevice
-from tests.runtime.device_bench import device_pipeline, package  # noqa: F401
+from tests.runtime.device_bench import device_pipeline
 
 PROMPT = "a red circle on a blue background"
 
@@ -120,7 +120,7 @@ class Hungry:
 
 
 def _draw(
-    package: Package,  # noqa: F811
+    package: Package,
     limit: int,
     hungry: dict[str, int],
     requests: list[dict[str, object]],
@@ -132,7 +132,7 @@ def _draw(
     return images, [line.partition(": ")[2].partition(" -> ")[0] for line in lines], device.peak
 
 
-def test_the_unets_rows_are_split_and_the_picture_stays(package: Package) -> None:  # noqa: F811
+def test_the_unets_rows_are_split_and_the_picture_stays(package: Package) -> None:
     request = {"num_images_per_prompt": 2, "height": 64, "width": 64}
     hungry = {"unet": 16_000}  # 16 MB for 4 rows of 4x8x8
     (wanted,), none, peak = _draw(package, 2**40, hungry, [request])
@@ -147,7 +147,7 @@ def test_the_unets_rows_are_split_and_the_picture_stays(package: Package) -> Non
     np.testing.assert_array_equal(images, again)
 
 
-def test_the_decoder_is_tiled(package: Package) -> None:  # noqa: F811
+def test_the_decoder_is_tiled(package: Package) -> None:
     request = {"height": 512, "width": 512, "guidance_scale": 1.0}
     hungry = {"vae_decoder": 1_000}  # 16 MB for 4x64x64
     (wanted,), none, peak = _draw(package, 2**40, hungry, [request])
@@ -159,7 +159,7 @@ def test_the_decoder_is_tiled(package: Package) -> None:  # noqa: F811
     assert error < 40**2, "the same picture, up to what tiles cannot see of each other"
 
 
-def test_idle_contexts_go_first(package: Package) -> None:  # noqa: F811
+def test_idle_contexts_go_first(package: Package) -> None:
     sizes: list[dict[str, object]] = [
         {"height": 64, "width": 64 + 8 * n, "guidance_scale": 1.0} for n in range(4)
     ]
@@ -171,12 +171,12 @@ def test_idle_contexts_go_first(package: Package) -> None:  # noqa: F811
     assert set(rungs) == {"free idle contexts"}
 
 
-def test_refused_with_the_numbers(package: Package) -> None:  # noqa: F811
+def test_refused_with_the_numbers(package: Package) -> None:
     with pytest.raises(MemoryLimitError, match=r"1 x 64x64 does not fit.*MiB of .* free on host memory"):
         _draw(package, 300_000, {}, [{"height": 64, "width": 64}])
 
 
-def test_memory_that_runs_out_in_a_stream(package: Package) -> None:  # noqa: F811
+def test_memory_that_runs_out_in_a_stream(package: Package) -> None:
     lines: list[str] = []
     wrap = lambda name, net: Hungry(net, 16_000) if name == "unet" else net  # noqa: E731
     with device_pipeline(package, HostDevice(22_000_000), wrap=wrap, log=lines.append) as (pipe, _):

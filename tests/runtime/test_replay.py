@@ -6,13 +6,13 @@ import pytest
 from latentrt.engines.package import Package
 from latentrt.runtime.replay import Replay
 from tests.engines.host_device import HostDevice
-from tests.runtime.device_bench import device_pipeline, package  # noqa: F401
+from tests.runtime.device_bench import device_pipeline
 
 PROMPT = "a red circle on a blue background"
 SMALL = {"num_inference_steps": 3, "height": 64, "width": 64, "output_type": "np"}
 
 
-def test_a_replayed_loop_draws_the_same(package: Package) -> None:  # noqa: F811
+def test_a_replayed_loop_draws_the_same(package: Package) -> None:
     device = HostDevice()
     requests = [{"seed": 1}, {"seed": 2, "sampler": "ddim"}, {"seed": 3, "guidance_scale": 2.0}, {"seed": 1}]
     with device_pipeline(package, device) as (plain, _):
@@ -29,7 +29,7 @@ def test_a_replayed_loop_draws_the_same(package: Package) -> None:  # noqa: F811
         assert device.synchronisations > 0
 
 
-def test_noise_is_replayed_too(package: Package) -> None:  # noqa: F811
+def test_noise_is_replayed_too(package: Package) -> None:
     device = HostDevice()
     with device_pipeline(package, device, graphs="on") as (pipe, _):
         first = pipe(PROMPT, **SMALL, seed=1, sampler="euler_a").images
@@ -38,7 +38,7 @@ def test_noise_is_replayed_too(package: Package) -> None:  # noqa: F811
         assert device.launches == 2
 
 
-def test_what_cannot_be_captured_runs_plainly_and_says_why(package: Package) -> None:  # noqa: F811
+def test_what_cannot_be_captured_runs_plainly_and_says_why(package: Package) -> None:
     device = HostDevice(capturable=False)
     lines: list[str] = []
     with device_pipeline(package, device, graphs="on", log=lines.append) as (pipe, _):

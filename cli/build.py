@@ -1,0 +1,204 @@
+"""`latentrt build`: a package's nets become engines in the store."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument, Option
+
+from .progress import progress_bar
+
+if TYPE_CHECKING:
+    from ..engines.build import BuildProgress, BuiltEngine, Planned
+    from ..engines.cuda_facts import DeviceFacts
+    from ..engines.package import Package
+    from ..engines.profiles import Profile
+    from ..engines.store import EngineStore
+
+_TICKS = 100  # of the bar, per net
+
+
+def build(
+    package: Annotated[str, Argument(help="A package folder, or the shipped model `demo`.")] = "demo",
+    backend: Annotated[
+        str | None,
+        Option(help="tensorrt-rtx, tensorrt, onnxruntime-cuda. Default: the TensorRT that is installed."),
+    ] = None,
+    profile: Annotated[
+        list[str] | None,
+        Option(
+            help="Pictures to build for, WIDTHxHEIGHT[:bN][:tT], each LOW[-HIGH][@OPT]; may be repeated."
+            " Default: the model's size, :b1-4."
+        ),
+    ] = None,
+    weights: Annotated[str, Option(help="embedded, lora, stripped, streamed.")] = "embedded",
+    optimization_level: Annotated[int, Option(help="0 (quick build) to 5 (long search).")] = 3,
+    workspace: Annotated[int, Option(help="MiB of scratch memory a tactic may use. 0: no limit.")] = 0,
+    hardware_compatibility: Annotated[
+        str, Option(help="ampere_plus, same_compute_capability. Default: this GPU alone.")
+    ] = "",
+    nets: Annotated[str, Option(help="Only these, with commas between. Default: all.")] = "",
+    store: Annotated[
+        Path | None, Option(help="The engine store. Default: LATENTRT_CACHE, or this user's cache folder.")
+    ] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only say what would be built, and why.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Build engines for TensorRT. With the extra [tensorrt-rtx] it needs no GPU.
+
+    For onnxruntime-cuda, measure on the GPU at hand which layout of each net is the fastest; of the options,
+    --nets, --store and --json count there.
+    """
+    from ..engines.build import build_package, plan_build
+    from ..engines.build_options import BuildOptions
+    from ..engines.package import Package
+    from ..engines.profiles import Profile, default_profile
+    from ..engines.store import EngineStore
+    from ..runtime.pipeline import SHIPPED
+
+    opened = Package.open(SHIPPED.get(package, package))
+    names = [name.strip() for name in nets.split(",") if name.strip()]
+    if backend == "onnxruntime-cuda":
+        if profile or dry_run:
+            raise _not_for_layouts("--profile" if profile else "--dry-run")
+        _tune(opened, EngineStore(store), names, as_json=as_json)
+        return
+    multiple = opened.manifest.size_multiple
+    profiles = [Profile.parse(text, multiple=multiple) for text in profile or ()]
+    profiles = profiles or [default_profile(opened.manifest)]
+    options = BuildOptions(
+        weights=_policy(weights),
+        optimization_level=optimization_level,
+        workspace_limit=workspace * 2**20,
+        hardware_compatibility=hardware_compatibility,
+    )
+    chosen, gpu, target = backend or _installed(), _gpu(), EngineStore(store)
+    if dry_run:
+        planned = plan_build(opened, chosen, profiles, options, target, nets=names, gpu=gpu)
+        _print_plan(planned, chosen, profiles, as_json=as_json)
+        return
+    with progress_bar(enabled=not as_json) as advance:
+
+        def on_progress(now: BuildProgress) -> None:
+            done = int((now.index + now.fraction) * _TICKS)
+            advance(f"{now.net}: {now.phase.lower()}", done, now.total * _TICKS)
+
+        built = build_package(opened, chosen, profiles, options, target, on_progress, nets=names, gpu=gpu)
+    _print_built(built, chosen, profiles, as_json=as_json)
+
+
+def _not_for_layouts(option: str) -> Exception:
+    from ..engines.errors import UsageError
+
+    return UsageError(
+        f"{option} was given with --backend onnxruntime-cuda, which measures layouts at the default size",
+        expected="--nets, --store and --json at most",
+        fix=f"Leave {option} out.",
+    )
+
+
+def _tune(package: Package, store: EngineStore, nets: list[str], *, as_json: bool) -> None:
+    """Measure the layouts of ONNX Runtime's nets, and print the medians and the choice."""
+    from ..engines.onnxruntime_tuning import BACKEND, tune_package
+
+    with progress_bar(enabled=not as_json) as advance:
+
+        def on_progress(now: BuildProgress) -> None:
+            advance(f"{now.net}: {now.phase}", int((now.index + now.fraction) * _TICKS), now.total * _TICKS)
+
+        tuned = tune_package(package, store, on_progress, nets=nets)
+    if as_json:
+        rows = [
+            {
+                "net": item.net,
+                "path": str(item.entry.path),
+                "cached": not item.why,
+                "why": item.why,
+                "facts": dict(item.entry.facts),
+            }
+            for item in tuned
+        ]
+        print(json.dumps({"backend": BACKEND, "nets": rows}))
+        return
+    for item in tuned:
+        facts = item.entry.facts
+        times = ", ".join(f"{name} {value:.3f} ms" for name, value in facts["milliseconds"].items())
+        print(
+            f"{item.net}  {item.layout}  ({times})  {f'measured: {item.why}' if item.why else 'in the store'}"
+        )
+        for name, reason in facts["rejected"].items():
+            print(f"  {name} is out: {reason}")
+
+
+def _policy(name: str) -> Any:
+    from ..engines.build_options import Weights
+    from ..engines.errors import UsageError
+
+    try:
+        return Weights(name)
+    except ValueError:
+        raise UsageError(
+            f"the weight policy is {name!r}",
+            expected=", ".join(policy.value for policy in Weights),
+            fix="Use the default: --weights embedded.",
+        ) from None
+
+
+def _installed() -> str:
+    """The best backend that is installed; if none is, the first, whose error says how to install it."""
+    from ..engines.tensorrt_flavour import BACKENDS, installed_backends
+
+    return (*installed_backends(), *BACKENDS)[0]
+
+
+def _gpu() -> DeviceFacts | None:
+    from ..engines.cuda_facts import available, facts
+
+    return None if available() else facts()
+
+
+def _print_plan(
+    planned: tuple[Planned, ...], backend: str, profiles: list[Profile], *, as_json: bool
+) -> None:
+    rows = [
+        {
+            "net": item.net,
+            "profiles": [profile.label for profile in item.profiles],
+            "cached": not item.why,
+            "why": item.why,
+        }
+        for item in planned
+    ]
+    if as_json:
+        print(json.dumps({"backend": backend, "profiles": list(map(str, profiles)), "nets": rows}))
+        return
+    for item in planned:
+        labels = ", ".join(profile.label for profile in item.profiles)
+        print(f"{item.net}  {labels}  {f'to build: {item.why}' if item.why else 'in the store'}")
+
+
+def _print_built(
+    built: tuple[BuiltEngine, ...], backend: str, profiles: list[Profile], *, as_json: bool
+) -> None:
+    rows = [
+        {
+            "net": item.net,
+            "profiles": [profile.label for profile in item.profiles],
+            "path": str(item.entry.path),
+            "size": item.entry.size,
+            "seconds": 0.0 if item.cached else item.entry.build_seconds,
+            "cached": item.cached,
+            "why": item.why,
+            "facts": dict(item.entry.facts),
+        }
+        for item in built
+    ]
+    if as_json:
+        print(json.dumps({"backend": backend, "profiles": list(map(str, profiles)), "nets": rows}))
+        return
+    for item in built:
+        labels = ", ".join(profile.label for profile in item.profiles)
+        how = "in the store" if item.cached else f"built in {item.entry.build_seconds:.1f} s: {item.why}"
+        print(f"{item.net}  {labels}  {item.entry.size / 1e6:.1f} MB  {how}")

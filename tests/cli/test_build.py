@@ -1,0 +1,127 @@
+"""`latentrt build`, as a person or a script calls it. The demo's quickest net is built for real."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latentrt import cli
+from latentrt.cli import build as build_verb
+from latentrt.engines.tensorrt_flavour import flavour
+
+QUICK = ["--nets", "unet_time", "--profile", "64x64:b1"]
+
+
+@pytest.fixture
+def latentrt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+    """Call the command with a store of its own: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path / "default"))
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["latentrt", "build", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return call
+
+
+def test_a_build_says_what_how_large_how_long_and_why(latentrt: Any, tmp_path: Path) -> None:
+    code, out, err = latentrt("demo", *QUICK, "--store", "here")
+    assert (code, err) == (0, "")
+    assert out.startswith("unet_time  1-2000@30 steps  2.3 MB  built in ")
+    assert out.endswith("s: no engine of unet_time for tensorrt-rtx has been built yet\n")
+    assert len(list((tmp_path / "here" / "engines").iterdir())) == 1
+    assert latentrt(*QUICK, "--store", "here")[1] == "unet_time  1-2000@30 steps  2.3 MB  in the store\n"
+    code, out, _ = latentrt(*QUICK, "--store", "here", "--optimization-level", "1", "--dry-run")
+    assert code == 0
+    assert out == (
+        "unet_time  1-2000@30 steps  to build: the nearest engine, of unet_time, differs in"
+        " optimization_level (3 there, 1 here)\n"
+    )
+    code, out, _ = latentrt(*QUICK, "--store", "here", "--dry-run")
+    assert out == "unet_time  1-2000@30 steps  in the store\n"
+
+
+def test_json(latentrt: Any, tmp_path: Path) -> None:
+    options = ["--weights", "streamed", "--workspace", "16", "--backend", "tensorrt-rtx", "--json"]
+    code, out, err = latentrt(*QUICK, *options)
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert (found["backend"], found["profiles"]) == ("tensorrt-rtx", ["64x64:b1"])
+    (net,) = found["nets"]
+    assert (net["net"], net["cached"], net["profiles"]) == ("unet_time", False, ["1-2000@30 steps"])
+    assert net["size"] == (Path(net["path"]) / "engine.bin").stat().st_size == net["facts"]["size"]
+    assert Path(net["path"]).is_relative_to(tmp_path / "default")
+    assert net["seconds"] > 0
+    key = json.loads((Path(net["path"]) / "manifest.json").read_text())["key"]
+    assert (key["flags"], key["workspace_limit"]) == (["WEIGHT_STREAMING"], 16 * 2**20)
+
+
+def test_a_dry_run_builds_nothing(latentrt: Any, tmp_path: Path) -> None:
+    code, out, _ = latentrt("--dry-run", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["profiles"] == ["128x128:b1-4"]
+    nets = [row["net"] for row in found["nets"]]
+    assert nets == ["text_encoder", "unet_context", "unet_time", "unet", "step", "vae_decoder"]
+    assert all(not row["cached"] and row["why"] for row in found["nets"])
+    assert not (tmp_path / "default").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--profile", "63x64"], 2, "63 pixels are not multiples of 8"),
+        (["--profile", "big"], 2, "WIDTHxHEIGHT"),
+        (["--weights", "all"], 2, "embedded, lora, stripped, streamed"),
+        (["--optimization-level", "9"], 2, "optimization level is 9"),
+        (["--nets", "unet,vae"], 2, "no net 'vae' to build"),
+        (["--backend", "auto"], 4, "'auto' builds no engines"),
+        (["--backend", "tensorrt"], 4, 'pip install "latentrt[tensorrt]"'),
+        (["--hardware-compatibility", "ampere_plus"], 4, "ignores the hardware compatibility"),
+        (["nowhere"], 3, "nowhere does not exist"),
+    ],
+)
+def test_errors(latentrt: Any, options: list[str], code: int, message: str) -> None:
+    found, out, err = latentrt(*options, "--dry-run")
+    assert (found, out) == (code, "")
+    assert message in err
+
+
+def test_without_a_library_the_command_that_installs_it(
+    latentrt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latentrt.engines import tensorrt_flavour
+
+    monkeypatch.setattr(tensorrt_flavour, "find_spec", lambda name: None)
+    code, _, err = latentrt("--dry-run")
+    assert code == 4
+    assert flavour("tensorrt-rtx", "1.7").install in err
+
+
+def test_the_bar_moves_over_nets_and_phases(latentrt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from contextlib import contextmanager
+
+    told: list[tuple[str, int, int]] = []
+
+    @contextmanager
+    def bar(*, enabled: bool) -> Any:
+        yield lambda *now: told.append(now)
+
+    monkeypatch.setattr(sys.modules["latentrt.cli.build"], "progress_bar", bar)
+    assert build_verb is not None
+    assert latentrt(*QUICK)[0] == 0
+    assert (told[0], told[-1]) == (("unet_time: parsing", 0, 100), ("unet_time: writing", 100, 100))
+
+
+def test_the_command_starts_without_the_engines() -> None:
+    # tests/cli/test_cli.py has the seconds of --help; this is what would spoil them.
+    heavy = ("latentrt.engines.build", "latentrt.engines.store", "tensorrt_rtx", "numpy")
+    code = f"import sys, latentrt.cli; raise SystemExit(any(name in sys.modules for name in {heavy}))"
+    subprocess.run([sys.executable, "-c", code], check=True)

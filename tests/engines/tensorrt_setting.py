@@ -1,0 +1,111 @@
+"""What the tests of TensorRT's nets share: the demo package on the simulated library and host memory."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import latentrt.demo
+from latentrt.engines import onnxruntime_backend
+from latentrt.engines.package import Package
+from latentrt.engines.profiles import NetProfile, Profile, net_profiles
+from latentrt.engines.spec import DTYPES, NETS
+from latentrt.engines.tensorrt_flavour import Flavour, flavour
+from latentrt.engines.tensorrt_nets import BoundTensorRTNet, TensorRTNet, open_engine
+from tests.engines.host_device import HostDevice
+from tests.engines.simulated_tensorrt import SimulatedLibrary, simulated_engine
+from tests.engines.simulated_tensorrt_names import VARIANTS
+
+PACKAGE = Package.open(Path(latentrt.demo.__path__[0]) / "package")
+DEMO_NETS = [name for name in NETS if name in PACKAGE.manifest.nets and name != "unet_whole"]
+PROFILES = (Profile.parse("64x64:b1-2"), Profile.parse("64-128@128x64-128@128:b1-2:t77-154"))
+SMALL, LARGE = (
+    {"N": 1, "B": 2, "P": 2, "S": 3, "T": 77, "H/8": 8, "W/8": 8},
+    {"N": 2, "B": 4, "P": 3, "S": 5, "T": 154, "H/8": 12, "W/8": 16},
+)
+
+
+def row(variant: str) -> Flavour:
+    return flavour(variant.partition(" ")[0], VARIANTS[variant])
+
+
+def profiles(net: str) -> tuple[NetProfile, ...]:
+    return net_profiles(net, PACKAGE.manifest.nets[net].spec, PROFILES)
+
+
+def graph(net: str) -> Path:
+    return PACKAGE.path(PACKAGE.manifest.nets[net].graph)
+
+
+def shapes(net: str, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    inputs = PACKAGE.manifest.nets[net].spec.inputs
+    return {t.name: tuple(d if isinstance(d, int) else sizes[d] for d in t.shape) for t in inputs}
+
+
+def inputs(net: str, sizes: Mapping[str, int], seed: int = 0) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    arrays = {}
+    for tensor in PACKAGE.manifest.nets[net].spec.inputs:
+        shape = shapes(net, sizes)[tensor.name]
+        values = random.integers(0, 99, shape) if tensor.dtype == "int32" else random.standard_normal(shape)
+        arrays[tensor.name] = np.asarray(values, DTYPES[tensor.dtype])
+    return arrays
+
+
+def reference(net: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    with onnxruntime_backend.open_net(PACKAGE, net, threads=1) as plain:
+        return plain(**arrays)
+
+
+def library(variant: str, device: HostDevice) -> SimulatedLibrary:
+    return SimulatedLibrary(variant, device.submit)
+
+
+def open_simulated(
+    trt: SimulatedLibrary, variant: str, net: str, device: HostDevice, *, options: Any = None, **extra: Any
+) -> TensorRTNet:
+    """A net of the demo package. `options` go to `open_engine`, `extra` into the engine."""
+    return open_engine(
+        trt,
+        row(variant),
+        simulated_engine(variant, graph(net), profiles(net), **extra),
+        net=net,
+        **{
+            "spec": PACKAGE.manifest.nets[net].spec,
+            "profiles": profiles(net),
+            "device": device,
+            **(options or {}),
+        },
+    )
+
+
+class Buffers:
+    """Device memory for one call: inputs uploaded, outputs to be read."""
+
+    def __init__(
+        self, device: HostDevice, arrays: Mapping[str, np.ndarray], results: Mapping[str, np.ndarray]
+    ) -> None:
+        self.device = device
+        self.results = {name: np.zeros_like(array) for name, array in results.items()}
+        self.addresses = {n: device.allocate(a.nbytes) for n, a in (*arrays.items(), *results.items())}
+        for name, array in arrays.items():
+            device.upload(self.addresses[name], array)
+
+    def read(self) -> dict[str, np.ndarray]:
+        for name, array in self.results.items():
+            self.device.download(self.addresses[name], array)
+        self.device.synchronize()
+        return self.results
+
+
+def bound(
+    net: TensorRTNet, device: HostDevice, name: str, sizes: Mapping[str, int]
+) -> tuple[BoundTensorRTNet, Buffers, dict[str, np.ndarray]]:
+    """The net bound to buffers of its own, and what it should compute."""
+    arrays = inputs(name, sizes)
+    expected = reference(name, arrays)
+    buffers = Buffers(device, arrays, expected)
+    size = net.scratch(shapes(name, sizes))
+    block = device.allocate(size) if size else 0
+    return net.bind(shapes(name, sizes), buffers.addresses, block), buffers, expected

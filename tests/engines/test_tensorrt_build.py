@@ -1,0 +1,279 @@
+"""Real builds with TensorRT-RTX, which needs no GPU for them: the demo model's nets, and what goes wrong."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latentrt.engines import build as build_module
+from latentrt.engines import build_process
+from latentrt.engines.build import (
+    ANYWHERE,
+    BuildProgress,
+    Planned,
+    build_package,
+    built_nets,
+    engine_key,
+    find_engines,
+    plan_build,
+    target,
+)
+from latentrt.engines.build_options import BuildOptions, Weights
+from latentrt.engines.build_process import run_builder
+from latentrt.engines.cuda_facts import DeviceFacts
+from latentrt.engines.errors import (
+    BackendError,
+    PackageError,
+    UsageError,
+)
+from latentrt.engines.net_weights import engine_bytes, lora_targets, net_tensors
+from latentrt.engines.package import Package
+from latentrt.engines.profiles import Profile, net_profiles
+from latentrt.engines.store import EngineStore, Entry, Miss
+from latentrt.engines.tensorrt_builder import Job
+from latentrt.engines.tensorrt_flavour import flavour, installed_version, load
+from latentrt.engines.tensorrt_network import mark_refittable, parse_graph
+from tests.engines.builder_jobs import DEMO, RTX, SMALL, build_small, job_of
+
+NETS = ("text_encoder", "unet_context", "unet_time", "unet", "step", "vae_decoder")
+USUAL = [Profile.parse("128x128:b1-2")]
+GPU = DeviceFacts(
+    index=0,
+    name="NVIDIA L4",
+    compute_capability=(8, 9),
+    driver="580.82.07",
+    cuda="13.0",
+    total=24 * 2**30,
+    unified=False,
+    uuid="GPU-0",
+)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(store, engines, progress) of the demo model, with and without guidance."""
+    store, progress = EngineStore(tmp_path_factory.mktemp("store") / "engines"), list[BuildProgress]()
+    return store, build_package(DEMO, RTX, USUAL, BuildOptions(), store, progress.append), progress
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> EngineStore:
+    return EngineStore(tmp_path / "store")
+
+
+# ── builds that succeed ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_net_of_the_demo_builds(built: Any) -> None:
+    store, engines, _ = built
+    assert tuple(item.net for item in engines) == NETS
+    for item in engines:
+        facts = item.entry.facts
+        spec = DEMO.manifest.nets[item.net].spec
+        assert (facts["inputs"], facts["outputs"]) == tuple(
+            [tensor.name for tensor in tensors] for tensors in (spec.inputs, spec.outputs)
+        )
+        assert facts["size"] == item.entry.size == len(item.entry.read())
+        assert facts["size"] > engine_bytes(DEMO, item.net) > -(item.net == "step")
+        assert facts["layers"] > 10
+        assert 0 < facts["peak_rss"] < 2e9
+        assert facts["seconds"] > facts["parse_seconds"] > 0
+        assert facts["library"].startswith("tensorrt_rtx 1.")
+        assert not item.cached
+        assert "has been built yet" in item.why
+    names = sorted(path.name for path in store.root.glob("engines/*/*"))
+    assert names == ["engine.bin"] * len(NETS) + ["manifest.json"] * len(NETS)
+
+
+def test_one_engine_has_profiles_with_and_without_guidance(built: Any) -> None:
+    labels = {item.net: item.entry.facts["labels"] for item in built[1]}
+    assert labels["unet"] == ["128x128 b1-2 guided", "128x128 b1-2 unguided"]
+    assert labels["unet_time"] == ["1-2000@30 steps"]
+    assert built[1][0].entry.facts["profiles"] == ["128x128:b1-2"]
+
+
+def test_one_engine_has_two_sizes_and_only_what_they_change_is_built(built: Any) -> None:
+    profiles = [*USUAL, Profile.parse("192x128:b1")]
+    planned = plan_build(DEMO, RTX, profiles, BuildOptions(), built[0])
+    assert [item.net for item in planned if item.why] == ["unet", "step", "vae_decoder"]
+    assert "differs in profiles" in planned[3].why
+    assert isinstance(planned[0].found, Entry)
+    (decoder,) = build_package(DEMO, RTX, profiles, BuildOptions(), built[0], nets=["vae_decoder"])
+    assert decoder.entry.facts["labels"] == ["128x128 b1-2", "192x128 b1"]
+    assert decoder.entry.facts["profiles"] == ["128x128:b1-2", "192x128:b1"]
+
+
+def test_progress_never_falls_and_ends_at_one(built: Any) -> None:
+    progress: list[BuildProgress] = built[2]
+    for index, net in enumerate(NETS):
+        own = [item.fraction for item in progress if item.net == net]
+        assert own == sorted(own)
+        assert (own[0], own[-1]) == (0.0, 1.0)
+        assert {item.index for item in progress if item.net == net} == {index}
+    assert {item.total for item in progress} == {len(NETS)}
+    assert {"Parsing", "Optimizing graph", "Writing"} - {item.phase for item in progress} <= {
+        "Optimizing graph"
+    }
+
+
+def test_a_second_build_builds_nothing(built: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_process, "_COMMAND", ("false",))
+    store, first, _ = built
+    progress: list[BuildProgress] = []
+    again = build_package(DEMO, RTX, USUAL, BuildOptions(), store, progress.append)
+    assert [item.entry for item in again] == [item.entry for item in first]
+    assert all(item.cached for item in again)
+    assert progress == []
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        (BuildOptions(optimization_level=0), "optimization_level (3 there, 0 here)"),
+        (BuildOptions(workspace_limit=2**20), "workspace_limit (0 there, 1048576 here)"),
+        (BuildOptions(weights=Weights.streamed), "flags (none there, WEIGHT_STREAMING here)"),
+    ],
+)
+def test_another_option_is_another_engine_and_the_reason_says_which(
+    built: Any, options: BuildOptions, field: str
+) -> None:
+    for item in plan_build(DEMO, RTX, USUAL, options, built[0]):
+        assert isinstance(item.found, Miss)
+        assert item.why.endswith(f"of {item.net}, differs in {field}")
+
+
+def test_the_runtime_finds_engines_whatever_their_profiles_and_options(store: EngineStore) -> None:
+    row, version = flavour(RTX), installed_version(RTX) or ""
+    assert find_engines(DEMO, "unet_time", row, version, store) == ()
+    (first,) = build_small(DEMO, store)
+    (second,) = build_small(DEMO, store, options=BuildOptions(optimization_level=1))
+    found = find_engines(DEMO, "unet_time", row, version, store)
+    assert {entry.path for entry, _ in found} == {first.entry.path, second.entry.path}
+    assert all(profiles == first.profiles for _, profiles in found)
+    assert find_engines(DEMO, "unet", row, version, store) == ()
+    assert find_engines(DEMO, "unet_time", row, "1.8", store) == ()
+
+
+def test_options_reach_the_library(store: EngineStore) -> None:
+    options = BuildOptions(weights=Weights.streamed, optimization_level=0, workspace_limit=2**24)
+    (first,) = build_small(DEMO, store, options=options)
+    (second,) = build_small(DEMO, store)
+    assert first.entry.key.flags == ("WEIGHT_STREAMING",)
+    assert first.entry.path != second.entry.path
+    assert "differs in flags" in second.why
+
+
+# ── weights ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("weights", [Weights.lora, Weights.stripped])
+def test_policies_that_need_a_gpu_say_so_before_building(store: EngineStore, weights: Weights) -> None:
+    with pytest.raises(BackendError, match=f"--weights {weights.value} .*needs a GPU"):
+        build_small(DEMO, store, options=BuildOptions(weights=weights))
+    assert not store.root.exists()
+
+
+@pytest.mark.parametrize("weights", [Weights.lora, Weights.stripped])
+def test_the_library_itself_refuses_them_here(tmp_path: Path, weights: Weights) -> None:
+    """If this fails because the library builds them: take the flags out of `flags_needing_gpu`."""
+    job = job_of(
+        "unet_time", tmp_path / "e", options=BuildOptions(weights=weights), lora=weights is Weights.lora
+    )
+    with pytest.raises(BackendError, match="cannot build the net 'unet_time'"):
+        run_builder(job, lambda phase, fraction: None)
+
+
+@pytest.mark.parametrize("net", ["text_encoder", "unet", "unet_context", "unet_time"])
+def test_every_weight_a_lora_may_touch_can_be_marked(net: str) -> None:
+    row = flavour(RTX)
+    trt = load(row)
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    graph = DEMO.path(DEMO.manifest.nets[net].graph)
+    network, _parser = parse_graph(trt, row, builder, logger, graph)
+    names = lora_targets(DEMO, net)
+    assert mark_refittable(network, names) == (len(names), ())
+    assert {"text_encoder": 12, "unet": 65, "unet_context": 8, "unet_time": 10}[net] == len(names)
+    assert all(network.are_weights_marked_refittable(name) for name in names)
+
+
+def test_a_weight_that_is_not_there_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    row = flavour(RTX)
+    trt = load(row)
+    logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
+    builder = trt.Builder(logger)
+    network, _parser = parse_graph(
+        trt, row, builder, logger, DEMO.path(DEMO.manifest.nets["unet_time"].graph)
+    )
+    assert mark_refittable(network, ["nothing.weight"]) == (0, ("nothing.weight",))
+
+
+def test_what_a_lora_may_touch() -> None:
+    assert lora_targets(DEMO, "vae_decoder") == ()
+    names = lora_targets(DEMO, "text_encoder")
+    assert not [name for name in names if "embedding" in name or "bias" in name]
+    used = {tensor.name for net in ("unet", "unet_context", "unet_time") for tensor in net_tensors(DEMO, net)}
+    whole = {tensor.name for tensor in net_tensors(DEMO, "unet_whole")}
+    assert used == whole
+    assert len(whole) > 200
+
+
+def test_an_unreadable_weights_file(package: Package) -> None:
+    path = package.path("unet/weights.safetensors")
+    for content in (b"", b"\xff" * 8, b"\x02\0\0\0\0\0\0\0[]", b'\x08\0\0\0\0\0\0\0{"a": 1}'):
+        path.write_bytes(content)
+        with pytest.raises(PackageError, match="no readable safetensors file"):
+            net_tensors(package, "unet")
+
+
+# ── keys ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_portable_engine_names_no_device() -> None:
+    assert target(flavour(RTX), GPU) == target(flavour("tensorrt", "11.4"), None) == ANYWHERE
+
+
+def test_other_engines_name_the_device_and_the_driver() -> None:
+    row = flavour("tensorrt", "11.4")
+    profiles = net_profiles("unet", DEMO.manifest.nets["unet"].spec, SMALL)
+    options = BuildOptions(weights=Weights.lora)
+    key = engine_key(DEMO, "unet", row, "11.4.0", profiles, options, gpu=GPU)
+    assert (key.compute_capability, key.gpu, key.driver) == ("sm_89", "NVIDIA L4", "580")
+    assert key.refittable
+    assert key.weights == DEMO.manifest.files["unet/weights.safetensors"].sha256
+    assert not engine_key(DEMO, "unet", row, "11.4.0", profiles, BuildOptions(), gpu=GPU).refittable
+
+
+def test_a_library_with_a_timing_cache_gets_it_back_with_the_next_build(
+    store: EngineStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[bytes] = []
+
+    def builder(job: Job, report: Any, **_: Any) -> dict[str, Any]:
+        assert job.timing_cache
+        given.append(job.timing_cache.read_bytes())
+        job.timing_cache.write_bytes(b"timings")
+        job.engine.write_bytes(b"engine")
+        return {}
+
+    monkeypatch.setattr(build_module, "run_builder", builder)
+    monkeypatch.setattr(build_module, "flavour", lambda backend: flavour(backend, "11.4"))
+    monkeypatch.setattr(build_module, "installed_version", lambda backend: "11.4")
+    for net in ("unet", "vae_decoder"):
+        (item,) = build_package(DEMO, "tensorrt", SMALL, BuildOptions(), store, nets=[net], gpu=GPU)
+        assert sorted(path.name for path in item.entry.path.iterdir()) == ["engine.bin", "manifest.json"]
+    assert given == [b"", b"timings"]
+    assert [path.name for path in store.root.glob("caches/timing/*")] == ["tensorrt_11_4_sm_89_NVIDIA_L4"]
+
+
+def test_nets_can_be_picked() -> None:
+    assert built_nets(DEMO) == NETS
+    assert built_nets(DEMO, ["vae_decoder", "unet"]) == ("unet", "vae_decoder")
+    with pytest.raises(UsageError, match="no net 'unet_whole' to build"):
+        built_nets(DEMO, ["unet_whole"])
+
+
+def test_a_plan_says_why(built: Any) -> None:
+    item: Planned = plan_build(DEMO, RTX, SMALL, BuildOptions(), built[0], nets=["unet"])[0]
+    assert item.why
+    assert [profile.label for profile in item.profiles] == ["64x64 b1 guided", "64x64 b1 unguided"]
