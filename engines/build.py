@@ -321,6 +321,8 @@ class _Run:
         """Run the builder for one net, with the timing cache where the library has one."""
         check_room(item.net, engine_bytes(self.package, item.net), self.room(self.store.root))
         file = self.package.manifest.nets[item.net]
+        # The key says what the manifest says; whoever changed a file in place gets no engine of it.
+        self.package.verify(name for name in (file.graph, file.weights) if name)
         lora = self.options.weights is Weights.lora
         cache = path.with_name("timing.cache") if self.row.cache == "timing" else None
         side = self.store.side_file("timing", _cache_name(item.key))

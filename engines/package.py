@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
@@ -189,10 +189,10 @@ class Package:
         """The absolute path of a file of the package, by its name in the manifest."""
         return (self.root / name).resolve()
 
-    def verify(self) -> None:
-        """Hash every file. Raises PackageError for the first one whose content has changed."""
-        for name, record in self.manifest.files.items():
-            found = file_record(self.path(name))
+    def verify(self, names: Iterable[str] | None = None) -> None:
+        """Hash these files, or every one. Raises PackageError for the first whose content has changed."""
+        for name in self.manifest.files if names is None else names:
+            record, found = self.manifest.files[name], file_record(self.path(name))
             if found != record:
                 raise PackageError(
                     f"{self.root / name} has sha256 {found.sha256[:12]}…",

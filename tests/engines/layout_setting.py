@@ -46,7 +46,7 @@ def open_on_cpu(package: Package, name: str, device: Any, **options: Any) -> Dev
 
 
 def oracle_opener(folder: Path, opened: list[tuple[str, bytes, bool]] | None = None) -> OpenNet:
-    """As `open_on_cpu`, but lowered graphs run with the oracle's functions; `opened` gets what was asked for."""
+    """As `open_on_cpu`, but lowered graphs run as the oracle's functions. `opened` gets what was asked."""
 
     def open_net(
         package: Package, name: str, device: Any, *, graph: Path | None = None, prefer_nhwc: bool = False

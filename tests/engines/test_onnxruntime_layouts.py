@@ -98,12 +98,12 @@ def test_turns_are_taken_and_turned_round() -> None:
 
 
 def test_a_drifting_and_noisy_clock_misleads_nobody() -> None:
-    """Everything slows down to a third meanwhile, a fifth of the runs is hit by someone else's work."""
+    """Everything slows down to a third meanwhile; a tenth of the runs is hit by someone else's work."""
     rng = np.random.default_rng(3)
 
     def noisy(base: float) -> Clock:
         return lambda run: (
-            base * (1 + run / 10) * (1 + 0.01 * rng.random()) * (8 if rng.random() < 0.2 else 1)
+            base * (1 + run / 10) * (1 + 0.01 * rng.random()) * (8 if rng.random() < 0.1 else 1)
         )
 
     for seed in range(50):

@@ -1,0 +1,333 @@
+"""The backend on host memory that passes for a GPU: what is remembered, what is opened, what is drawn."""
+
+import json
+import re
+import sys
+from collections.abc import Generator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from latentrt import cli
+from latentrt.engines import onnxruntime_cuda_backend as backend
+from latentrt.engines import onnxruntime_tuning as tuning
+from latentrt.engines.backend import DeviceBackend, choose_backend
+from latentrt.engines.engine_key import EngineKey
+from latentrt.engines.errors import BackendError, PackageError
+from latentrt.engines.onnxruntime_layouts import LAYOUTS
+from latentrt.engines.onnxruntime_lowering import lower
+from latentrt.engines.onnxruntime_tuning import TUNED_NETS, layout_key, stored_layout, tune_package
+from latentrt.engines.package import Package
+from latentrt.engines.store import EngineStore, Miss
+from latentrt.runtime.loops import DEVICE_NETS
+from latentrt.runtime.pipeline import Pipeline
+from tests.engines.layout_setting import GPU, KnownHost, open_on_cpu, oracle_opener
+from tests.runtime.device_bench import package_with_step
+
+PROMPT = "a red circle on a blue background"
+REQUEST: dict[str, Any] = {
+    "num_inference_steps": 3,
+    "seed": 5,
+    "height": 64,
+    "width": 96,
+    "output_type": "np",
+}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Package:
+    return package_with_step(tmp_path_factory.mktemp("demo") / "package")
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineStore:
+    """The user's own."""
+    monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path / "cache"))
+    return EngineStore()
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Generator[KnownHost]:
+    """In place of the GPU, with nets on the CPU."""
+    device = KnownHost()
+    for module in (backend, tuning):
+        monkeypatch.setattr(module, "CudaDevice", lambda: device)
+        monkeypatch.setattr(module, "cuda_available", lambda: None)
+        monkeypatch.setattr(module, "open_onnxruntime_net", open_on_cpu)
+    monkeypatch.setattr(backend.cuda_facts, "facts", lambda: GPU)
+    yield device
+    assert not device.blocks, "memory that was not given back"
+
+
+def remember(demo: Package, net: str, layout: str, store: EngineStore, **change: Any) -> EngineKey:
+    """Put a choice into the store, as if it had been measured."""
+    key = replace(layout_key(demo, net, GPU), **change)
+
+    def build(path: Path) -> dict[str, Any]:
+        chosen = LAYOUTS.get(layout)
+        graph = demo.path(demo.manifest.nets[net].graph)
+        if chosen and chosen.lowered:
+            graph = lower(demo, net, path.parent / "lowered", convolutions=chosen.convolutions)
+        path.write_bytes(graph.read_bytes())
+        return {"layout": layout, "milliseconds": {}, "relative_l2": {}, "rejected": {}}
+
+    store.get_or_build(key, build)
+    return key
+
+
+# ── the store ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_choice_is_measured_once(demo: Package, store: EngineStore, tmp_path: Path) -> None:
+    device, opener = KnownHost(), oracle_opener(tmp_path / "graphs")
+    (tmp_path / "graphs").mkdir()
+    first = tune_package(demo, store, device=device, open_net=opener, rounds=1)
+    assert [item.why for item in first] == [
+        f"no engine of {net} for onnxruntime-cuda has been built yet" for net in TUNED_NETS
+    ]
+    submitted = device.submitted
+    again = tune_package(demo, store, device=device, open_net=opener)
+    assert device.submitted == submitted
+    assert [(item.net, item.layout, item.why) for item in again] == [
+        (item.net, item.layout, "") for item in first
+    ]
+    for item in first:
+        stored = stored_layout(demo, item.net, store, GPU)
+        assert (stored.layout.name, stored.why) == (item.layout, "")
+        assert stored.graph == (item.entry.read() if stored.layout.lowered else None)
+    assert not device.blocks
+
+
+def test_the_key(demo: Package) -> None:
+    key = layout_key(demo, "unet", GPU, "1.31.1")
+    assert (key.backend, key.backend_version, key.compute_capability) == (
+        "onnxruntime-cuda",
+        "1.31.1",
+        "sm_89",
+    )
+    assert (key.gpu, key.driver) == ("NVIDIA L4", "580")
+    assert key.profiles == ("B=2 H/8=16 T=77 W/8=16",)
+    assert key.flags == ("groupnorm", "nhwc", "plain")
+    assert key.weights == demo.manifest.files["unet/weights.safetensors"].sha256
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"backend_version": "1.25.0"}, r"backend_version \(1.25.0 there, "),
+        ({"gpu": "NVIDIA L40"}, r"gpu \(NVIDIA L40 there, NVIDIA L4 here\)"),
+        ({"compute_capability": "sm_90"}, r"compute_capability \(sm_90 there, sm_89 here\)"),
+        ({"driver": "575"}, r"driver \(575 there, 580 here\)"),
+    ],
+)
+def test_measured_elsewhere(
+    demo: Package,
+    store: EngineStore,
+    host: KnownHost,
+    change: dict[str, str],
+    reason: str,
+) -> None:
+    remember(demo, "unet", "nhwc", store, **change)
+    stored = stored_layout(demo, "unet", store, GPU)
+    assert (stored.layout.name, stored.graph) == ("plain", None)
+    told = list[str]()
+    device, nets = backend.open_device(demo, ["unet"], log=told.append)
+    (line,) = told
+    assert line.startswith("unet run in the layout `plain`: the nearest engine, of unet, differs in ")
+    assert re.search(reason, line)
+    assert f"latentrt build {demo.root} --backend onnxruntime-cuda" in line
+    nets["unet"].close()
+    device.close()
+
+
+def test_a_choice_that_is_damaged_or_from_another_release(demo: Package, store: EngineStore) -> None:
+    key = remember(demo, "unet", "nhwc", store)
+    path = store.engines / key.digest / "engine.bin"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    stored = stored_layout(demo, "unet", store, GPU)
+    assert (stored.layout.name, stored.graph) == ("plain", None)
+    assert "sha256" in stored.why
+    assert isinstance(store.find(key), Miss)
+    remember(demo, "vae_decoder", "nhcw16", store)
+    stored = stored_layout(demo, "vae_decoder", store, GPU)
+    assert (stored.layout.name, stored.why) == ("plain", "the store names an unknown layout 'nhcw16'")
+
+
+# ── opening ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_available_here() -> None:
+    if (reason := backend.available()) is None:
+        pytest.skip("there is a CUDA device")
+    assert reason
+    with pytest.raises(BackendError, match="onnxruntime-cuda: "):
+        choose_backend("onnxruntime-cuda")
+
+
+def test_it_is_a_device_backend(host: KnownHost) -> None:
+    name, found = choose_backend("onnxruntime-cuda")
+    assert name == "onnxruntime-cuda"
+    assert isinstance(found, DeviceBackend)
+    assert backend.describe().startswith("onnxruntime 1.")
+    assert backend.describe().endswith(" CUDA (NVIDIA L4, sm_89)")
+
+
+def test_each_net_opens_in_its_layout(
+    demo: Package, store: EngineStore, host: KnownHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "graphs").mkdir()
+    opened = list[tuple[str, bytes, bool]]()
+    monkeypatch.setattr(backend, "open_onnxruntime_net", oracle_opener(tmp_path / "graphs", opened))
+    keys = {
+        net: remember(demo, net, layout, store)
+        for net, layout in (("unet", "groupnorm"), ("vae_decoder", "nhwc"))
+    }
+    graphs = {net: (store.engines / key.digest / "engine.bin").read_bytes() for net, key in keys.items()}
+    told = list[str]()
+    device, nets = backend.open_device(demo, DEVICE_NETS, log=told.append)
+    assert told == []
+    assert [item[0] for item in opened] == list(nets) == list(DEVICE_NETS)
+    asked = {name: (graph, nhwc) for name, graph, nhwc in opened}
+    assert asked.pop("unet") == (graphs["unet"], True)
+    assert asked.pop("vae_decoder") == (graphs["vae_decoder"], False)
+    assert set(asked.values()) == {(b"", False)}
+    for net in nets.values():
+        net.close()
+    device.close()
+
+
+def test_the_hint_is_one_line(
+    demo: Package,
+    store: EngineStore,
+    host: KnownHost,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def hint(*names: str) -> str:
+        device, nets = backend.open_device(demo, names)
+        for net in nets.values():
+            net.close()
+        device.close()
+        return capsys.readouterr().err
+
+    command = f"latentrt build {demo.root} --backend onnxruntime-cuda"
+    assert hint("step", "unet", "vae_decoder") == (
+        "latentrt: unet and vae_decoder run in the layout `plain`: no engine of unet for onnxruntime-cuda has"
+        f" been built yet; measure which is the fastest here: {command}\n"
+    )
+    monkeypatch.setattr(tuning, "find_spec", lambda name: None)
+    assert hint("unet").endswith(
+        f'{command} (first: pip install "latentrt[cuda]", for onnx-ir is not installed)\n'
+    )
+    remember(demo, "unet", "plain", store)
+    assert hint("step", "unet") == ""
+
+
+def test_nothing_stays_open_after_an_error(
+    demo: Package, store: EngineStore, host: KnownHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = list[Any]()
+
+    def fails_later(package: Package, name: str, device: Any, **options: Any) -> Any:
+        if opened:
+            raise PackageError("no", expected="", fix="")
+        opened.append(open_on_cpu(package, name, device, **options))
+        return opened[0]
+
+    monkeypatch.setattr(backend, "open_onnxruntime_net", fails_later)
+    with pytest.raises(PackageError):
+        backend.open_device(demo, ["step", "unet"], log=lambda line: None)
+    assert host.closed
+    with pytest.raises(BackendError, match="'step' is closed"):
+        opened[0].session()
+
+
+@pytest.mark.parametrize("layout", [None, "groupnorm", "nhwc"])
+def test_it_draws_what_the_host_draws(
+    demo: Package,
+    store: EngineStore,
+    host: KnownHost,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    layout: str | None,
+) -> None:
+    """The lowered graphs, out of the store, as the oracle's functions."""
+    (tmp_path / "graphs").mkdir()
+    monkeypatch.setattr(backend, "open_onnxruntime_net", oracle_opener(tmp_path / "graphs"))
+    for net in TUNED_NETS if layout else ():
+        remember(demo, net, str(layout), store)
+    with Pipeline.open(demo.root, backend="onnxruntime") as pipe:
+        wanted = pipe(PROMPT, **REQUEST).images.astype(int)
+    with Pipeline.open(demo.root, backend="onnxruntime-cuda", graphs="off") as pipe:
+        assert pipe.backend == backend.describe()
+        found = pipe(PROMPT, **REQUEST).images.astype(int)
+    assert found.shape == wanted.shape == (1, 64, 96, 3)
+    assert np.abs(found - wanted).max() <= 1
+    assert host.closed
+    assert bool(capsys.readouterr().err) == (layout is None)
+
+
+# ── the command ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], demo: Package) -> Any:
+    """Call `latentrt build` for this backend: (exit code, stdout, stderr)."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        command = ["latentrt", "build", str(demo.root), "--backend", "onnxruntime-cuda", *arguments]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return call
+
+
+def test_the_command_without_a_gpu(build: Any, store: EngineStore) -> None:
+    if backend.available() is None:
+        pytest.skip("there is a CUDA device")
+    code, out, err = build()
+    assert (code, out) == (4, "")
+    assert "layouts are measured on the GPU that runs them" in err
+
+
+def test_the_command_prints_medians_and_choice(
+    build: Any, store: EngineStore, host: KnownHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tune(*arguments: Any, nets: Any) -> Any:
+        return tune_package(*arguments, nets=nets, open_net=open_on_cpu, rounds=1)
+
+    monkeypatch.setattr(tuning, "tune_package", tune)
+    code, out, err = build("--nets", "unet")
+    assert (code, err) == (0, "")
+    first, *others = out.splitlines()
+    assert first.startswith("unet  plain  (plain ")
+    assert first.endswith(" ms)  measured: no engine of unet for onnxruntime-cuda has been built yet")
+    assert [line.partition(":")[0] for line in others] == ["  groupnorm is out", "  nhwc is out"]
+    assert build("--nets", "unet")[1].splitlines()[0].endswith(" ms)  in the store")
+    code, out, _ = build("--json", "--nets", "unet")
+    found = json.loads(out)
+    assert (code, found["backend"], found["nets"][0]["cached"]) == (0, "onnxruntime-cuda", True)
+    assert found["nets"][0]["facts"]["layout"] == "plain"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--profile", "512x512"], "--profile was given with --backend onnxruntime-cuda"),
+        (["--dry-run"], "--dry-run was given with --backend onnxruntime-cuda"),
+        (["--nets", "step"], "the net 'step' has no layouts"),
+    ],
+)
+def test_what_the_command_refuses(
+    build: Any, store: EngineStore, host: KnownHost, arguments: list[str], text: str
+) -> None:
+    code, out, err = build(*arguments)
+    assert (code, out) == (2, "")
+    assert text in " ".join(err.split())

@@ -1,0 +1,157 @@
+"""ONNX Runtime on a real GPU: `python -m pytest -m gpu tests/engines/test_onnxruntime_cuda_gpu.py`."""
+
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from latentrt.engines import onnxruntime_backend
+from latentrt.engines.cuda_device import CudaDevice
+from latentrt.engines.device import BoundNet, Device, DeviceNet
+from latentrt.engines.onnxruntime_cuda_backend import available, open_device
+from latentrt.engines.onnxruntime_layouts import LAYOUTS, relative_l2
+from latentrt.engines.onnxruntime_lowering import lower
+from latentrt.engines.onnxruntime_nets import open_onnxruntime_net
+from latentrt.engines.onnxruntime_tuning import TUNED_NETS, tune_package
+from latentrt.engines.package import Package
+from latentrt.engines.profiles import fixed_profile, net_profiles
+from latentrt.engines.spec import DTYPES, NETS, Array, output_shapes
+from latentrt.engines.store import EngineStore
+from tests.runtime.device_bench import package_with_step
+
+REASON = available()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+FP32 = 1e-3  # relative L2 to the CPU, with TF32 off
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Package:
+    return package_with_step(tmp_path_factory.mktemp("demo") / "package")
+
+
+@pytest.fixture
+def device() -> Iterator[CudaDevice]:
+    device = CudaDevice()
+    yield device
+    device.close()
+
+
+def inputs_of(package: Package, name: str) -> dict[str, Array]:
+    """Random inputs for one guided picture of odd size."""
+    rng = np.random.default_rng(7)
+    spec = package.manifest.nets[name].spec
+    profile = net_profiles(name, spec, [fixed_profile(136, 88, batch=1)])[0]
+    arrays: dict[str, Array] = {}
+    for tensor in spec.inputs:
+        shape = profile.shapes[tensor.name][1]
+        values = rng.integers(1, 50, shape) if tensor.dtype.startswith("int") else rng.standard_normal(shape)
+        arrays[tensor.name] = values.astype(DTYPES[tensor.dtype])
+    return arrays
+
+
+class Bound:
+    """A net bound to memory of its own, with its inputs there."""
+
+    def __init__(self, device: Device, net: DeviceNet, inputs: dict[str, Array]) -> None:
+        self.device = device
+        shapes = {name: array.shape for name, array in inputs.items()}
+        self.outputs = {
+            item.name: np.zeros(shape, DTYPES[item.dtype])
+            for item in net.spec.outputs
+            for shape in [output_shapes(net.spec, shapes)[item.name]]
+        }
+        arrays = {**inputs, **self.outputs}
+        self.addresses = {name: device.allocate(array.nbytes) for name, array in arrays.items()}
+        for name, array in arrays.items():
+            device.upload(self.addresses[name], array)
+        self.net: BoundNet = net.bind(shapes, self.addresses, 0)
+
+    def clear(self) -> None:
+        for name, array in self.outputs.items():
+            self.device.upload(self.addresses[name], np.zeros_like(array))
+
+    def read(self) -> dict[str, Array]:
+        found = {name: np.empty_like(array) for name, array in self.outputs.items()}
+        for name, array in found.items():
+            self.device.download(self.addresses[name], array)
+        self.device.synchronize()
+        return found
+
+    def close(self) -> None:
+        self.net.close()
+        for address in self.addresses.values():
+            self.device.free(address)
+
+
+@contextmanager
+def opened(
+    package: Package, name: str, layout: str, device: CudaDevice, folder: Path
+) -> Generator[tuple[Bound, dict[str, Array]]]:
+    """A bound net in one of the layouts, and what the CPU makes of its inputs."""
+    how, graph = LAYOUTS[layout], None
+    if how.lowered:
+        graph = lower(package, name, folder, convolutions=how.convolutions)
+    inputs = inputs_of(package, name)
+    with onnxruntime_backend.open_net(package, name) as cpu:
+        wanted = cpu(**inputs)
+    net = open_onnxruntime_net(package, name, device, graph=graph, prefer_nhwc=how.prefer_nhwc)
+    bound = Bound(device, net, inputs)
+    try:
+        yield bound, wanted
+    finally:
+        bound.close()
+        net.close()
+
+
+CASES = [(name, layout) for name in NETS for layout in (tuple(LAYOUTS) if name in TUNED_NETS else ("plain",))]
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_parity_with_the_cpu(
+    demo: Package, device: CudaDevice, tmp_path: Path, name: str, layout: str
+) -> None:
+    with opened(demo, name, layout, device, tmp_path) as (bound, wanted):
+        for _ in range(2):  # the second run of a shape takes other paths through the arena
+            bound.clear()
+            bound.net.enqueue()
+            found = bound.read()
+            assert set(found) == set(wanted)
+            for output, array in found.items():
+                assert relative_l2(array, wanted[output]) <= FP32, output
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_a_captured_net_replays_the_same_bytes(
+    demo: Package, device: CudaDevice, tmp_path: Path, name: str, layout: str
+) -> None:
+    with opened(demo, name, layout, device, tmp_path) as (bound, _):
+        for _ in range(2):
+            bound.net.enqueue()
+        wanted = bound.read()
+        with device.capture() as graphs:
+            bound.net.enqueue()
+        (graph,) = graphs
+        for _ in range(2):
+            bound.clear()
+            graph.launch()
+            found = bound.read()
+            assert all(found[output].tobytes() == array.tobytes() for output, array in wanted.items())
+        graph.close()
+
+
+def test_measured_remembered_and_opened(demo: Package, tmp_path: Path) -> None:
+    store, told = EngineStore(tmp_path), list[str]()
+    for item in tune_package(demo, store):
+        facts = item.entry.facts
+        print(item.net, item.layout, facts)  # `pytest -s` shows the figures
+        assert facts["rejected"] == {}
+        assert set(facts["milliseconds"]) == set(LAYOUTS)
+        assert max(facts["relative_l2"].values()) <= FP32
+    assert not any(item.why for item in tune_package(demo, store))
+    device, nets = open_device(demo, TUNED_NETS, store=store, log=told.append)
+    assert (told, set(nets)) == ([], set(TUNED_NETS))
+    for net in nets.values():
+        net.close()
+    device.close()
