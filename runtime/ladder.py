@@ -9,8 +9,9 @@
     stream weights              from the host, where the engine was built for it
     refuse                      with the numbers
 
-A rung that cannot lower what ran out is passed over: a UNet that does not fit is no reason to tile the
-decoder.
+A rung that cannot lower what ran out is passed over as long as another can: a UNet that does not fit is no
+reason to tile the decoder, until nothing else is left. (Then it is one: nets share a block of activations, and
+the decoder's may be what makes it large.)
 """
 
 from __future__ import annotations
@@ -130,9 +131,11 @@ def climb(
 def _next_rung(
     short: MemoryLimitError, plan: Plan, need: Need, actions: Actions, tried: list[str]
 ) -> tuple[str, Plan]:
-    for name, (lower, helps) in RUNGS.items():
-        if helps and short.culprit is not None and short.culprit not in helps:
-            continue
+    passed_over = {
+        name for name, (_, helps) in RUNGS.items() if helps and short.culprit not in (None, *helps)
+    }
+    for name in sorted(RUNGS, key=passed_over.__contains__):  # in their order, and these last
+        lower, _ = RUNGS[name]
         if lower is _free_idle and tried:
             continue
         lowered = lower(plan, need, actions)

@@ -41,7 +41,7 @@ LIBRARIES = ("tensorrt 10", "tensorrt 11", "tensorrt-rtx")
 Declared = dict[str, dict[str, dict[str, Any]]]
 
 _SIGNATURE = re.compile(r"^(?:\d+\. )?(\w+\(.*\)(?: -> .+)?)$", re.MULTILINE)
-_PREFIX = re.compile(r"\btensorrt\w*\.(?:tensorrt\w*\.)?")
+_PREFIX = re.compile(r"\btensorrt\w*\.(?:tensorrt\w*\.)?|\b(?:\w+::)+")  # of Python and C++
 _SPECIAL = {
     "__init__",
     "__int__",

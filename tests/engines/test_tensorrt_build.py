@@ -277,3 +277,13 @@ def test_a_plan_says_why(built: Any) -> None:
     item: Planned = plan_build(DEMO, RTX, SMALL, BuildOptions(), built[0], nets=["unet"])[0]
     assert item.why
     assert [profile.label for profile in item.profiles] == ["64x64 b1 guided", "64x64 b1 unguided"]
+
+
+def test_weights_changed_in_place_get_no_engine(package: Package, store: EngineStore) -> None:
+    weights = package.path(package.manifest.nets["unet"].weights or "")
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(PackageError, match=r"weights.safetensors has sha256 .* as the manifest says"):
+        build_package(package, RTX, USUAL, BuildOptions(), store, nets=["unet"])
+    assert not store.entries()

@@ -147,6 +147,16 @@ def test_the_unets_rows_are_split_and_the_picture_stays(package: Package) -> Non
     np.testing.assert_array_equal(images, again)
 
 
+def test_a_decoder_that_holds_the_shared_block_gives_way_to_the_unet(package: Package) -> None:
+    request = {"num_images_per_prompt": 2, "height": 64, "width": 64}
+    hungry = {"unet": 8_000, "vae_decoder": 16_000}  # 8 MB for 4 rows, and for 2 pictures
+    (wanted,), _, peak = _draw(package, 2**40, hungry, [request])
+    # the block fits, and beside it the UNet's buffers do not, however few its rows
+    (images,), rungs, _ = _draw(package, peak - 100_000, hungry, [request])
+    assert rungs == ["split the batch", "run the CFG halves apart", "tile the decoder"]
+    assert np.abs(images.astype(int) - wanted).max() <= 1
+
+
 def test_the_decoder_is_tiled(package: Package) -> None:
     request = {"height": 512, "width": 512, "guidance_scale": 1.0}
     hungry = {"vae_decoder": 1_000}  # 16 MB for 4x64x64

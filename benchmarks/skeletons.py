@@ -1,0 +1,119 @@
+"""Full-size models without torch: `python -m latentrt.benchmarks.skeletons sd15 PACKAGE`.
+
+A skeleton is a package without its weights: manifest, graphs, and the header of every weights file, under
+`benchmarks/skeletons/`. Filled with random numbers it has the real model's shapes, so its engines, times and
+memory are the real model's, and its pictures mean nothing. `--from PACKAGE` makes one of an exported package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+
+from ..engines.errors import UsageError
+from ..engines.package import MANIFEST, Manifest, Package, write_manifest
+from ..runtime.pipeline import SHIPPED
+
+FOLDER = Path(__file__).resolve().parent / "skeletons"
+_HEADER = ".header.json"
+# Numbers drawn once and used over and over: no kernel's time depends on more.
+_DRAWN = 1 << 24
+
+
+def save_skeleton(package: Package, folder: Path) -> None:
+    """Write the skeleton of an exported package; the tokenizer is left out, it is 1 MB and any one serves."""
+    manifest = package.manifest
+    for name in manifest.files:
+        target = folder / name
+        if name.startswith("tokenizer/"):
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".onnx"):
+            shutil.copyfile(package.path(name), target)
+        else:
+            with package.path(name).open("rb") as file:
+                header = file.read(int.from_bytes(file.read(8), "little"))
+            target.with_name(target.name + _HEADER).write_bytes(header)
+    text = json.dumps(replace(manifest, files={}).to_json(), indent=1)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def fill_skeleton(name: str, folder: Path, *, seed: int = 0) -> Package:
+    """Write the package of a skeleton with random weights: about 1/sqrt(inputs), so that values stay finite.
+
+    Args:
+        name: of a folder in `benchmarks/skeletons`.
+        folder: the package to write; it must not exist yet.
+        seed: of the weights.
+
+    Raises:
+        UsageError: there is no such skeleton, or the folder exists.
+    """
+    skeleton = FOLDER / name
+    if not (skeleton / MANIFEST).is_file() or folder.exists():
+        known = ", ".join(sorted(path.parent.name for path in FOLDER.glob(f"*/{MANIFEST}")))
+        raise UsageError(
+            f"cannot fill the skeleton {name!r} into {folder}",
+            expected=f"one of {known}, and a folder that does not exist yet",
+            fix="Choose another name or folder.",
+        )
+    shutil.copytree(skeleton, folder, ignore=shutil.ignore_patterns(f"*{_HEADER}"))
+    shutil.copytree(SHIPPED["demo"] / "tokenizer", folder / "tokenizer")
+    drawn = np.random.default_rng(seed).standard_normal(_DRAWN, np.float32)
+    for path in sorted(skeleton.rglob(f"*{_HEADER}")):
+        target = folder / path.relative_to(skeleton)
+        _write_weights(target.with_name(target.name.removesuffix(_HEADER)), path, drawn)
+    data = json.loads((skeleton / MANIFEST).read_text(encoding="utf-8"))
+    return write_manifest(folder, Manifest.from_json(data))
+
+
+def _write_weights(path: Path, header: Path, drawn: np.ndarray[Any, Any]) -> None:
+    """A safetensors file: the header's length in eight bytes, the header, then the tensors without gaps."""
+    text = header.read_bytes()  # to the byte: the graphs' offsets count from the start of the file
+    entries: dict[str, dict[str, Any]] = json.loads(text)
+    entries.pop("__metadata__", None)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0]):
+            for part in _values(name, tuple(entry["shape"]), drawn):
+                file.write(part.astype({"F16": np.float16, "F32": np.float32}[entry["dtype"]]).tobytes())
+
+
+def _values(name: str, shape: tuple[int, ...], drawn: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
+    """The numbers of one tensor, in parts: norms near one, biases near zero, the rest by their fan-in."""
+    size = prod(shape)
+    base = 1.0 if len(shape) == 1 and name.endswith("weight") else 0.0
+    # 0.58: the deviation of torch's uniform initialisation
+    spread = 0.05 if len(shape) < 2 else 0.02 if "embedding" in name else 0.58 * (size // shape[0]) ** -0.5
+    start = crc32(name.encode()) % (_DRAWN // 2)  # all differ: TensorRT stores equal constants once
+    while size:
+        part = drawn[start : start + min(size, _DRAWN)]
+        yield base + spread * part
+        size -= len(part)
+        start = 0
+
+
+def main() -> None:
+    """Fill a skeleton, or make one."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--from", dest="source", action="store_true", help="make it of the package FOLDER")
+    options = parser.parse_args()
+    if options.source:
+        save_skeleton(Package.open(options.folder), FOLDER / options.name)
+    else:
+        fill_skeleton(options.name, options.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The device of the GPU check on host memory, and defects to plant in it.
+
+Nets are ONNX Runtime's on the CPU at the device's addresses; they claim scratch memory as a GPU library does.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from latentrt.benchmarks.gpu_opener import Opener, Scale
+from latentrt.engines.backend import MemoryLedger
+from latentrt.engines.device import Addresses, BoundNet, DeviceNet, Shapes
+from latentrt.engines.onnxruntime_nets import CPU, open_onnxruntime_net
+from latentrt.engines.package import Package
+from latentrt.engines.spec import NetSpec
+from tests.engines.host_device import HostDevice
+
+MIB = 2**20
+SCALE = Scale(
+    width=64,
+    height=64,
+    short=48,
+    large=64,
+    guidance=3.0,
+    many=4,
+    steps=2,
+    timed_steps=2,
+    runs=3,
+    shares=(0.5, 0.3, 0.1),
+    threads=1,
+)
+Wrap = Callable[[str, "Hungry"], DeviceNet]
+
+
+class WatchedDevice(HostDevice):
+    """May be asked for its memory by another thread."""
+
+    @property
+    def used(self) -> int:
+        return sum(list(self.sizes.values()))
+
+
+class Hungry:
+    """Claims scratch memory: so many bytes for each row of a call."""
+
+    def __init__(self, net: DeviceNet, per_row: int) -> None:
+        self.net, self.per_row = net, per_row
+
+    @property
+    def spec(self) -> NetSpec:
+        return self.net.spec
+
+    @property
+    def memory(self) -> MemoryLedger:
+        return self.net.memory
+
+    def scratch(self, shapes: Shapes) -> int:
+        return self.per_row * next(iter(shapes.values()))[0]
+
+    def bind(self, shapes: Shapes, addresses: Addresses, scratch: int) -> BoundNet:
+        return self.net.bind(shapes, addresses, scratch)
+
+    def stream_weights(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        self.net.close()
+
+
+def stand_in(
+    package: Package,
+    device: HostDevice | None = None,
+    *,
+    wrap: Wrap = lambda name, net: net,
+    opened: Callable[[HostDevice], None] = lambda device: None,
+    **changes: Any,
+) -> Opener:
+    """An opener on host memory. `wrap` gets each net, `opened` the device each time it is opened."""
+    on = device or WatchedDevice(2**30)
+
+    def open_device(package: Package, names: Sequence[str]) -> tuple[HostDevice, Mapping[str, DeviceNet]]:
+        opened(on)
+        nets = {}
+        for name in names:
+            net = open_onnxruntime_net(package, name, on, provider=CPU, submit=on.submit, threads=1)
+            nets[name] = wrap(name, Hungry(net, 2 * MIB if name in ("unet", "vae_decoder") else 0))
+        return on, nets
+
+    settings = {"backend": "stand-in", "package": package, "measured_by": "its own count", **changes}
+    return Opener(open_device=open_device, watch=lambda: on, **settings)  # pyright: ignore[reportArgumentType]

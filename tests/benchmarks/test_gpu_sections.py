@@ -1,0 +1,357 @@
+"""The sections of the GPU check on host memory: each passes there, and fails where a defect is planted."""
+
+import json
+import re
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latentrt.benchmarks import gpu_nets
+from latentrt.benchmarks.gpu_memory import ballast, ladder, memory
+from latentrt.benchmarks.gpu_nets import build, opens, parity
+from latentrt.benchmarks.gpu_opener import Opener, Scale
+from latentrt.benchmarks.gpu_pictures import graphs, picture, timing
+from latentrt.benchmarks.gpu_rows import Row, collect
+from latentrt.engines.backend import MemoryLedger
+from latentrt.engines.device import Addresses, DeviceMemory, Graph, Shapes
+from latentrt.engines.errors import BackendError, MemoryLimitError
+from latentrt.engines.package import Package
+from tests.benchmarks.gpu_stand_in import MIB, SCALE, Hungry, WatchedDevice, stand_in
+from tests.engines.host_device import HostDevice
+from tests.runtime.device_bench import package_with_step
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
+    return package_with_step(tmp_path_factory.mktemp("demo") / "package")
+
+
+def run(section: Callable[[Opener, Scale], Iterator[Row]], opener: Opener, scale: Scale = SCALE) -> list[Row]:
+    rows = list(collect(section(opener, scale)))
+    for row in rows:  # what is printed and written is made of every row
+        assert row.what in row.format()
+        json.loads(json.dumps(row.to_json(), allow_nan=False))
+    return rows
+
+
+def failures(rows: list[Row]) -> list[str]:
+    return [f"{row.what}: {row.reason}" for row in rows if row.status == "FAILED"]
+
+
+# ── without a defect ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_parity(package: Package) -> None:
+    device = WatchedDevice(2**30)
+    rows = run(parity, stand_in(package, device))
+    assert not failures(rows)
+    assert [row.what for row in rows[:2]] == ["text_encoder 64x64 b1", "text_encoder 64x48 b3"]
+    assert len(rows) == 12
+    assert all(row.figures["relative_l2"] < 1e-5 for row in rows)
+    assert not device.blocks
+
+
+def test_pictures(package: Package) -> None:
+    rows = run(picture, stand_in(package))
+    assert [row.what for row in rows] == [
+        f"{sampler} {kind}" for sampler in ("dpmpp_2m", "ddim", "euler_a") for kind in ("guided", "unguided")
+    ]
+    assert not failures(rows)
+
+
+def test_graphs(package: Package) -> None:
+    rows = run(graphs, stand_in(package))
+    assert not failures(rows)
+    for row in rows:
+        assert row.figures["identical"]
+        assert row.figures["launches"] >= SCALE.runs
+        assert row.figures["plain_p50_s"] > 0
+        assert row.figures["graph_p50_s"] > 0
+
+
+def test_a_loop_that_cannot_be_captured_says_why(package: Package) -> None:
+    rows = run(graphs, stand_in(package, WatchedDevice(2**30, capturable=False)))
+    assert {row.status for row in rows} == {"not available"}
+    assert rows[0].reason == "the stream cannot be captured"
+    assert rows[0].figures["launches"] == 0
+
+
+def test_memory(package: Package) -> None:
+    rows = run(memory, stand_in(package))
+    assert not failures(rows)
+    assert [row.what for row in rows] == [
+        "first cycle",
+        *[f"cycle {n}" for n in (1, 2, 3)],
+        "no growth",
+        "ledger",
+    ]
+    cycle, ledger = rows[1].figures, rows[-1].figures
+    assert cycle["peak_mib"] > 4
+    assert cycle["closed_mib"] == 0
+    assert cycle["measured_by"] == "its own count"
+    assert {row["name"] for row in ledger["nets"]} >= {"unet", "step", "vae_decoder"}
+    assert ledger["scratch"] >= 4 * MIB
+
+
+def test_the_ladder(package: Package) -> None:
+    device = WatchedDevice(2**28)
+    rows = {row.what: row for row in run(ladder, stand_in(package, device))}
+    assert not failures(list(rows.values()))
+    assert "split the batch" in rows["a rung helped"].figures["rungs"]
+    assert rows["memory to spare"].figures["need_mib"] > 8
+    assert re.search(r"0 MiB of 256 free", rows["nothing free"].figures["message"])
+    assert rows["free again"].figures["psnr_db"] >= 40
+    assert not device.blocks
+
+
+def test_a_device_that_shares_memory_with_the_host_keeps_it(package: Package) -> None:
+    class Unified(WatchedDevice):
+        def memory(self) -> DeviceMemory:
+            return replace(super().memory(), unified=True)
+
+    (row,) = run(ladder, stand_in(package, Unified(2**28)))
+    assert row.status == "not available"
+
+
+def test_timing(package: Package) -> None:
+    (row,) = run(timing, stand_in(package))
+    assert row.status == "ok"
+    assert 0 < row.figures["p50_s"] <= row.figures["p90_s"]
+    assert set(row.figures["stages_p50_s"]) == {"prepare", "enqueue", "wait"}
+
+
+def test_ballast_leaves_the_margin_and_comes_back() -> None:
+    device = HostDevice(100 * MIB)
+    with ballast(device, 7 * MIB):
+        assert 7 * MIB <= device.memory().free < 8 * MIB
+    assert device.memory().free == 100 * MIB
+
+
+def test_ballast_in_pieces_where_memory_is_in_pieces() -> None:
+    class Fragmented(HostDevice):
+        def allocate(self, size: int) -> int:
+            if size > 3 * MIB:
+                raise MemoryLimitError("in pieces", expected="", fix="")
+            return super().allocate(size)
+
+    device = Fragmented(20 * MIB)
+    with ballast(device, 0):
+        assert device.memory().free < MIB
+
+
+# ── with one ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class Wrong(Hungry):
+    """Adds to an output of the net where `when` says so, after each run."""
+
+    def __init__(
+        self, net: Hungry, output: str, add: float, when: Callable[[Shapes], bool] = lambda shapes: True
+    ) -> None:
+        super().__init__(net.net, net.per_row)
+        self.output, self.add, self.when = output, add, when
+
+    def bind(self, shapes: Shapes, addresses: Addresses, scratch: int) -> Any:
+        bound: Any = super().bind(shapes, addresses, scratch)
+        session, address = bound._net, addresses[self.output]
+        plain = bound.enqueue
+
+        def spoil() -> None:
+            import ctypes
+
+            count = next(iter(shapes.values()))[0] * 4 * 36  # a part of it
+            values = (ctypes.c_float * count).from_address(address)
+            for index in range(count):
+                values[index] += self.add
+
+        def enqueue() -> None:
+            plain()
+            session.submit(spoil)
+
+        if self.when(shapes):
+            bound.enqueue = enqueue
+        return bound
+
+
+def wrong(
+    net: str, output: str, add: float = 0.5, when: Callable[[Shapes], bool] = lambda shapes: True
+) -> Any:
+    return lambda name, hungry: Wrong(hungry, output, add, when) if name == net else hungry
+
+
+def test_parity_fails_for_a_wrong_output(package: Package) -> None:
+    for add in (0.02, float("nan")):
+        rows = run(parity, stand_in(package, wrap=wrong("unet", "prediction", add)))
+        assert [text.partition(":")[0] for text in failures(rows)] == ["unet 64x64 b1", "unet 64x48 b3"]
+
+
+def test_parity_goes_on_after_a_net_that_fails(package: Package) -> None:
+    class Refusing(Hungry):
+        def bind(self, shapes: Shapes, addresses: Addresses, scratch: int) -> Any:
+            raise BackendError("refused", expected="", fix="")
+
+    device = WatchedDevice(2**30)
+    wrap = lambda name, net: Refusing(net.net, 0) if name == "unet_time" else net  # noqa: E731
+    rows = run(parity, stand_in(package, device, wrap=wrap))
+    assert [row.status for row in rows].count("FAILED") == 2
+    assert len(rows) == 12
+    assert not device.blocks
+
+
+def test_pictures_fail_for_one_that_differs(package: Package) -> None:
+    guided = lambda shapes: shapes["prediction"][0] == 6  # noqa: E731
+    rows = run(picture, stand_in(package, wrap=wrong("step", "latent", 0.5, guided)))
+    assert [text.partition(":")[0].partition(" ")[2] for text in failures(rows)] == ["guided"] * 3
+
+
+class Graphs(WatchedDevice):
+    """Replays through `change`."""
+
+    def __init__(self, change: Callable[[Graph], Graph]) -> None:
+        super().__init__(2**30)
+        self.change = change
+
+    @contextmanager
+    def capture(self) -> Generator[list[Graph]]:
+        graphs: list[Graph] = []
+        with super().capture() as captured:
+            yield graphs
+        graphs += [self.change(graph) for graph in captured]
+
+
+class Partial:
+    """A graph that leaves out what was captured last."""
+
+    def __init__(self, graph: Any) -> None:
+        graph.work = graph.work[: len(graph.work) // 2]
+        self.launch, self.close = graph.launch, graph.close
+
+
+def test_graphs_fail_where_something_else_is_replayed(package: Package) -> None:
+    rows = run(graphs, stand_in(package, Graphs(Partial)))
+    assert [row.status for row in rows] == ["FAILED"] * 2
+    assert "dB between plain and replayed" in rows[0].reason
+
+
+def test_graphs_fail_where_nothing_is_replayed(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(self: Any, *arguments: Any) -> None:
+        self.reason = "no reason that anybody hears of"
+
+    monkeypatch.setattr("latentrt.runtime.replay.Replay._capture", silent)
+    rows = run(graphs, stand_in(package))
+    assert "launched in 0 of 3 runs, and nothing says why" in rows[0].reason
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(30, ["cycle 3", "no growth"]), (9, ["no growth"]), (80, ["cycle 1"])]
+)
+def test_memory_fails_for_a_leak(package: Package, size: int, expected: list[str]) -> None:
+    def leak(device: HostDevice) -> None:
+        device.allocate(size * MIB)
+
+    found = [text.partition(":")[0] for text in failures(run(memory, stand_in(package, opened=leak)))]
+    assert found[: len(expected)] == expected
+    assert found[-1] == "no growth"
+
+
+def test_memory_fails_for_a_ledger_without_weights(package: Package) -> None:
+    class Forgetful(Hungry):
+        @property
+        def memory(self) -> MemoryLedger:
+            return replace(self.net.memory, weights=0)
+
+    rows = run(memory, stand_in(package, wrap=lambda name, net: Forgetful(net.net, net.per_row)))
+    assert failures(rows) == [
+        "ledger: no weights of text_encoder, unet_context, unet_time, unet, vae_decoder are counted"
+    ]
+
+
+def test_the_ladder_fails_where_a_rung_draws_something_else(package: Package) -> None:
+    apart = lambda shapes: shapes["latent"][0] in (1, 4)  # noqa: E731
+    rows = run(ladder, stand_in(package, WatchedDevice(2**28), wrap=wrong("unet", "prediction", 0.5, apart)))
+    assert any("of that free" in text and "dB, below 40" in text for text in failures(rows))
+
+
+def test_the_ladder_fails_where_no_rung_helps(package: Package) -> None:
+    class Constant(Hungry):
+        def scratch(self, shapes: Shapes) -> int:
+            return 40 * MIB if shapes["latent"][-1] == 8 else 0
+
+    wrap = lambda name, net: Constant(net.net, 0) if name == "unet" else net  # noqa: E731
+    rows = run(ladder, stand_in(package, WatchedDevice(2**28), wrap=wrap))
+    assert "a rung helped: no request was drawn that needed a rung" in failures(rows)
+
+
+def test_the_ladder_fails_where_memory_never_runs_out(package: Package) -> None:
+    class Endless(WatchedDevice):
+        def memory(self) -> DeviceMemory:
+            return replace(super().memory(), free=max(0, self.limit // 2 - self.used))
+
+    rows = failures(run(ladder, stand_in(package, Endless(2**29))))
+    assert "nothing free: it was drawn, although no memory was free" in rows
+    assert "a rung helped: no request was drawn that needed a rung" in rows
+
+
+def test_the_ladder_fails_for_another_error(package: Package) -> None:
+    class Breaking(WatchedDevice):
+        def allocate(self, size: int) -> int:
+            try:
+                return super().allocate(size)
+            except MemoryLimitError as error:
+                raise BackendError("the context is spoilt", expected="", fix="") from error
+
+    rows = failures(run(ladder, stand_in(package, Breaking(2**28))))
+    assert any("BackendError: the context is spoilt" in text for text in rows)
+
+
+# ── opening and building ─────────────────────────────────────────────────────────────────────────
+
+
+def refuse(device: HostDevice) -> None:
+    raise BackendError("the engine is not for this GPU", expected="", fix="")
+
+
+def test_opening(package: Package) -> None:
+    (row,) = run(opens, stand_in(package))
+    assert row.status == "ok"
+    assert row.figures["weights_mib"] > 1
+    (row,) = run(opens, stand_in(package, opened=refuse))
+    assert row.status == "FAILED"
+    (row,) = run(opens, stand_in(package, opened=refuse, unsupported="sm_90 is none of 8.9"))
+    assert row.status == "not available"
+    assert row.reason.startswith("sm_90 is none of 8.9: BackendError: the engine is not for this GPU")
+
+
+def test_a_backend_that_builds_nothing(package: Package) -> None:
+    (row,) = run(build, stand_in(package))
+    assert row.status == "not available"
+
+
+def test_engines_are_built_into_the_store(
+    package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path / "store"))
+    monkeypatch.setattr(gpu_nets, "built_nets", lambda package: ("step",))
+    (row,) = run(build, stand_in(package, backend="tensorrt-rtx"))
+    assert row.status == "ok", row.reason
+    assert row.figures["engine_mb"] > 0
+    assert list((tmp_path / "store" / "engines").iterdir())
+
+
+def test_the_profile_covers_all_that_is_drawn(package: Package) -> None:
+    from latentrt.engines.profiles import Profile, net_profiles
+
+    scale = Scale.of(package.manifest)
+    profile = Profile.parse(scale.profile, multiple=package.manifest.size_multiple)
+    assert (scale.width, scale.short, scale.large) == (128, 96, 256)
+    for name in ("text_encoder", "unet_context", "unet_time", "unet", "step", "vae_decoder"):
+        spec = package.manifest.nets[name].spec
+        built = net_profiles(name, spec, [profile])
+        for sizes in gpu_nets.shapes(scale, package):
+            arrays = gpu_nets.random_inputs(spec, sizes, 0)
+            assert any(item.covers({key: array.shape for key, array in arrays.items()}) for item in built)
