@@ -2,12 +2,12 @@
 
     --package demo                                      the shipped model, or a package folder
     --backends onnxruntime-cuda tensorrt tensorrt-rtx   which; all of them by default
-    --out FILE                                          default: results/gpu_check-<gpu>-<date>.json beside this
+    --out FILE                                          default: results/gpu_check-<gpu>-<date>.json
 
-Prints a line per row. The exit code is 0 only if nothing FAILED, 1 if something did, and 4 where there is no
-GPU. Backends that cannot run here are "not available", with the reason: that is no failure. Every section runs
-in a process of its own with a time limit (`gpu_child.py`); other processes on the GPU disturb the sections
-`memory` and `ladder`, and the last takes all of the GPU's memory for a moment.
+Prints a line per row. The exit code is 0 only if nothing FAILED, 1 if something did, and 4 where there is
+no GPU. Backends that cannot run here are "not available", with the reason: that is no failure. Every section
+runs in a process of its own with a time limit (`gpu_child.py`); other processes on the GPU disturb the
+sections `memory` and `ladder`, and the last takes all of the GPU's memory for a moment.
 
 The document::
 
@@ -28,14 +28,16 @@ The document::
     build       seconds, engine_mb, peak_rss_gb, profiles, layers, … of each net (`build_time.py`);
                 onnxruntime-cuda: layout, milliseconds and relative_l2 of each layout, rejected ones
     open        device, weights_mib
-    parity      relative_l2 (bar 1e-3 for fp32, 5e-3 for fp16), max_error, psnr_db, of the worst output of a net
-                at one shape, against ONNX Runtime on the CPU; uint8 is judged by psnr_db (bar 40)
+    placement   nodes that ran, and on_cpu those that ran there; no floating-point node and no copy may be one
+    parity      relative_l2 (bar 1e-3 for fp32, 5e-3 for fp16), max_error, psnr_db, of the worst output of a
+                net at one shape, against ONNX Runtime on the CPU; uint8 is judged by psnr_db (bar 40)
     picture     psnr_db (bar 40) of the worst of three pictures, identical, seconds, cpu_seconds
-    graphs      psnr_db (bar 50) between plain and replayed loops, identical, plain_p50_s, graph_p50_s, launches;
-                "not available" with the reason where the loop cannot be captured
+    graphs      psnr_db (bar 50) between plain and replayed loops, identical, plain_p50_s, graph_p50_s,
+                launches; "not available" with the reason where the loop cannot be captured
     memory      opened_mib, peak_mib, closed_mib since the baseline, of all processes, as `measured_by` tells:
                 at most 64 may be missing once closed, and 16 more after the last cycle than after the first;
                 kept_by_libraries_mib after the first cycle, which is not judged; and the ledger of the nets
+    host_memory resident_mib, and by how much it has grown over so many pictures of plain loops (at most 8)
     ladder      need_mib; then, with less and less free_mib: drawn, rungs, psnr_db, or what was refused
     timing      p50_s and p90_s of a guided picture of `steps` steps, stages_p50_s; nothing is judged
 

@@ -23,6 +23,7 @@ from ..engines.backend import choose_backend
 from ..engines.errors import BackendError
 from ..engines.package import Package
 from ..runtime.pipeline import SHIPPED
+from .gpu_host import host_memory, placement
 from .gpu_memory import ladder, memory
 from .gpu_nets import build, opens, parity
 from .gpu_opener import Opener, Scale, backend_opener
@@ -52,10 +53,12 @@ SECTIONS: Mapping[str, Section] = {
     "available": Section(run=available, limit=60),
     "build": Section(run=build, limit=300),
     "open": Section(run=opens, limit=60),
+    "placement": Section(run=placement, limit=60),
     "parity": Section(run=parity, limit=90),
     "picture": Section(run=picture, limit=120),
     "graphs": Section(run=graphs, limit=90),
     "memory": Section(run=memory, limit=90),
+    "host_memory": Section(run=host_memory, limit=120),
     "ladder": Section(run=ladder, limit=120),
     "timing": Section(run=timing, limit=60),
 }

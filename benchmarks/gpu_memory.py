@@ -1,4 +1,4 @@
-"""Of the GPU check: memory comes back, and where it is scarce a request is lowered, or refused with numbers."""
+"""Of the GPU check: memory comes back; where it is scarce a request is lowered, or refused with numbers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ MIB = 2**20
 BACK = 64 * MIB  # how near to the baseline memory must come back
 GROWTH = 16 * MIB  # how much more may be missing after the last cycle than after the first
 TILED_DB = 15.0  # tiles cannot see each other: the same picture, no more
-# What is left free, of what the request takes with memory to spare.
-SHARES = (0.8, 0.65, 0.5, 0.35, 0.25, 0.15, 0.08)
 _PERIOD = 0.002  # seconds between two looks at the free memory
 _SMALLEST = MIB // 4  # pieces of the ballast
 _NUMBERS = re.compile(r"\d+ MiB of \d+ free")
@@ -167,7 +165,7 @@ def ladder(opener: Opener, scale: Scale) -> Iterator[Row]:
         wanted, need = _ample(opener, scale, watch)
         yield judged("memory to spare", [], {"need_mib": mebibytes(need), **_size(scale)})
         lowered: list[str] = []
-        for share in SHARES:
+        for share in scale.shares:
             rungs: list[str] = []
             row = attempt(
                 f"{share:.0%} of that free",
@@ -183,9 +181,9 @@ def ladder(opener: Opener, scale: Scale) -> Iterator[Row]:
 
 
 def _ample(opener: Opener, scale: Scale, watch: Device) -> tuple[Array, int]:
-    """The pictures, and how many bytes they took beyond an open pipeline that has drawn a small one."""
+    """The pictures, and how many bytes they took beyond a pipeline that is warm."""
     with opener.pipeline() as opened:
-        draw(opened.pipe, _small(scale))
+        _warm_up(opened, scale)
         lowest = Lowest(watch)
         before = lowest.free
         with lowest.watching():
@@ -198,7 +196,7 @@ def _scarce(
 ) -> Row:
     what = f"{share:.0%} of that free"
     with opener.pipeline() as opened:
-        draw(opened.pipe, _small(scale))
+        _warm_up(opened, scale)
         with ballast(watch, int(need * share)):
             figures = {"free_mib": mebibytes(watch.memory().free)}
             try:
@@ -214,7 +212,7 @@ def _scarce(
 
 def _refused_then_drawn(opener: Opener, scale: Scale, watch: Device, wanted: Array) -> Iterator[Row]:
     with opener.pipeline() as opened:
-        draw(opened.pipe, _small(scale))
+        _warm_up(opened, scale)
         with ballast(watch, 0):
             yield attempt("nothing free", lambda: _refused(opened, scale, watch))
         yield attempt("free again", lambda: _recovered(opened, scale, wanted))
@@ -250,8 +248,10 @@ def _bar(opened: Opened) -> float:
     return TILED_DB if any(re.search(r"tile=\d", line) for line in opened.log) else PICTURE_DB
 
 
-def _small(scale: Scale) -> dict[str, Any]:
-    return scale.request(width=scale.short, height=scale.short, num_inference_steps=2)
+def _warm_up(opened: Opened, scale: Scale) -> None:
+    """Let engines be opened by a small picture, and keep nothing of it that could be given up later."""
+    draw(opened.pipe, scale.request(width=scale.short, height=scale.short, num_inference_steps=2))
+    opened.loop.free_idle()
 
 
 def _size(scale: Scale) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Of the GPU check: engines are built, opened, and every net computes what ONNX Runtime computes on the CPU."""
+"""Of the GPU check: engines are built, opened, and compute what ONNX Runtime computes on the CPU."""
 
 from __future__ import annotations
 
@@ -145,10 +145,8 @@ def _parity(
     worst: dict[str, Any] = {"relative_l2": -1.0}
     for name, b in wanted.items():
         figures = difference(name, found[name], b)
-        if b.dtype == np.uint8:
-            good = figures["psnr_db"] >= PICTURE_DB
-        else:
-            good = figures["relative_l2"] <= bar
+        shades = b.dtype == np.uint8
+        good = figures["psnr_db"] >= PICTURE_DB if shades else figures["relative_l2"] <= bar
         if not good:
             problems.append(f"{name}: relative L2 {figures['relative_l2']:.2e}, {figures['psnr_db']:.1f} dB")
         if figures["relative_l2"] > worst["relative_l2"]:

@@ -1,17 +1,21 @@
-"""What the GPU check runs on: a backend's nets on a device, as a parameter, so that a test can pass another."""
+"""What the GPU check runs on: a backend's nets on a device. A parameter, so that tests can pass another."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
+from ..engines import onnxruntime_cuda_backend
 from ..engines.backend import DeviceBackend, choose_backend
 from ..engines.cuda_device import CudaDevice
 from ..engines.cuda_facts import Nvml, facts
 from ..engines.device import Device, DeviceNet, Graph
 from ..engines.errors import BackendError
+from ..engines.onnxruntime_nets import OnnxRuntimeDeviceNet
 from ..engines.package import Manifest, Package
 from ..engines.tensorrt_flavour import BACKENDS as ENGINE_BACKENDS
 from ..engines.tensorrt_flavour import flavour
@@ -24,6 +28,7 @@ from ..runtime.tokenizer import ClipTokenizer
 PROMPT = "a red circle on a blue background"
 
 OpenDevice = Callable[[Package, Sequence[str]], tuple[Device, Mapping[str, DeviceNet]]]
+OpenProfiled = Callable[[Package, Sequence[str], Path], tuple[Device, Mapping[str, OnnxRuntimeDeviceNet]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,8 @@ class Scale:
         guidance: the scale wherever guidance is on.
         steps: where the picture counts, not the time.
         timed_steps, runs: of what is timed.
+        shares: of what the large request takes with memory to spare: how much is left free, in turn.
+        pictures: that must leave the host's memory as it is.
         cycles: of opening, drawing and closing, after a first one that is not counted.
         threads: of ONNX Runtime's CPU nets, which say what is right; None is every processor.
     """
@@ -51,6 +58,8 @@ class Scale:
     timed_steps: int = 20
     runs: int = 12
     cycles: int = 3
+    pictures: int = 200
+    shares: tuple[float, ...] = (0.8, 0.65, 0.5, 0.35, 0.25, 0.15, 0.08)
     threads: int | None = None
 
     @classmethod
@@ -93,6 +102,7 @@ class CountedDevice:
         self.captures = self.launches = 0
 
     def __getattr__(self, name: str) -> Any:
+        """What is not counted."""
         return getattr(self._device, name)
 
     @contextmanager
@@ -137,6 +147,8 @@ class Opener:
         open_device: a device, and nets on it.
         watch: the same device for an onlooker: it reads the free memory, and takes memory away.
         measured_by: who says how much is free.
+        open_capturing: as `open_device`, where runs may be captured for the asking alone.
+        open_profiled: as `open_device`, with a folder for profiles; where nodes may be left to the CPU.
         unsupported: why this GPU is none of the backend's, so that being refused is no failure; "" if it is.
     """
 
@@ -145,6 +157,8 @@ class Opener:
     open_device: OpenDevice
     watch: Callable[[], Device]
     measured_by: str
+    open_capturing: OpenDevice | None = None
+    open_profiled: OpenProfiled | None = None
     unsupported: str = ""
 
     @contextmanager
@@ -160,8 +174,9 @@ class Opener:
 
     @contextmanager
     def pipeline(self, graphs: Graphs = "off") -> Generator[Opened, None, None]:
-        """A pipeline on the device."""
-        device, nets = self.open_device(self.package, DEVICE_NETS)
+        """A pipeline on the device. With graphs "on", runs may be captured, whatever the default is."""
+        opened = (graphs == "on" and self.open_capturing) or self.open_device
+        device, nets = opened(self.package, DEVICE_NETS)
         counted, log = CountedDevice(device), list[str]()
         loop = DeviceLoop(
             cast(Device, counted), nets, self.package.manifest.latent_scale, graphs=graphs, log=log.append
@@ -198,6 +213,12 @@ def backend_opener(backend: str, package: Package) -> Opener:
         )
     gpu = facts()
     sees = not gpu.unified and Nvml(gpu.uuid).memory() is not None
+    only_onnxruntime: dict[str, Any] = {}
+    if engine is onnxruntime_cuda_backend:
+        only_onnxruntime = {
+            "open_capturing": partial(onnxruntime_cuda_backend.open_device, capture=True),
+            "open_profiled": _open_profiled,
+        }
     return Opener(
         backend=name,
         package=package,
@@ -205,7 +226,15 @@ def backend_opener(backend: str, package: Package) -> Opener:
         watch=CudaDevice,
         measured_by="NVML, all processes" if sees else "cudaMemGetInfo",
         unsupported=_unsupported(name, gpu.compute_capability, gpu.sm),
+        **only_onnxruntime,
     )
+
+
+def _open_profiled(
+    package: Package, names: Sequence[str], folder: Path
+) -> tuple[Device, Mapping[str, OnnxRuntimeDeviceNet]]:
+    device, nets = onnxruntime_cuda_backend.open_device(package, names, profile=folder)
+    return device, cast("Mapping[str, OnnxRuntimeDeviceNet]", nets)
 
 
 def _unsupported(backend: str, capability: tuple[int, int], sm: str) -> str:

@@ -86,7 +86,8 @@ def generate(
             seed=seed,
             rng=rng,
             num_images_per_prompt=count,
-            callback_on_step_end=on_step,
+            # Someone who looks on costs a device one wait per step.
+            callback_on_step_end=on_step if sys.stderr.isatty() and not as_json else None,
         )
     saving = perf_counter()
     paths = [_path(output, prompt, result, index) for index in range(count)]

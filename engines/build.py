@@ -13,7 +13,7 @@ from .build_options import BuildOptions, Weights
 from .build_process import Started, run_builder
 from .cuda_facts import DeviceFacts, Nvml
 from .engine_key import EngineKey, canonical_sha256
-from .errors import UsageError
+from .errors import StorageError, UsageError
 from .net_weights import engine_bytes, lora_targets
 from .package import Package
 from .preflight import Room, check_room, read_room
@@ -30,8 +30,8 @@ _HOW = {
     "refittable",
     "optimization_level",
     "workspace_limit",
-    "hardware_compatibility",
 }
+_AMPERE = (8, 0)  # the oldest compute capability of engines for `ampere_plus`
 _NOT_BUILT = ("unet_whole",)  # for other tools
 
 
@@ -105,12 +105,26 @@ class Kind(Protocol):
         ...
 
 
-def target(row: Kind, gpu: DeviceFacts | None) -> Target:
-    """The device in an engine's key. Without a GPU only a portable engine can be built, or looked for."""
+def target(row: Kind, gpu: DeviceFacts | None, hardware_compatibility: str = "") -> Target:
+    """The device in an engine's key. Without a GPU only a portable engine can be built, or looked for.
+
+    `hardware_compatibility` is as in BuildOptions: an engine for more than this GPU does not name it.
+    """
     if row.portable or gpu is None:
         return ANYWHERE
     driver = (gpu.driver or "any").partition(".")[0]
-    return Target(compute_capability=gpu.sm, gpu=gpu.name, driver=driver)
+    if not hardware_compatibility:
+        return Target(compute_capability=gpu.sm, gpu=gpu.kind, driver=driver)
+    same = hardware_compatibility == "same_compute_capability"
+    return Target(compute_capability=gpu.sm if same else hardware_compatibility, gpu="any", driver=driver)
+
+
+def _levels(row: Kind, gpu: DeviceFacts | None) -> tuple[str, ...]:
+    """The values of `hardware_compatibility` that engines for this GPU may have, the closest fit first."""
+    if row.portable or gpu is None:
+        return ("",)
+    ampere = ("ampere_plus",) if gpu.compute_capability >= _AMPERE else ()
+    return ("", "same_compute_capability", *ampere)
 
 
 def engine_key(
@@ -137,7 +151,7 @@ def engine_key(
     manifest = package.manifest
     file = manifest.nets[net]
     names = lora_targets(package, net) if options.weights is Weights.lora else ()
-    device = target(row, gpu)
+    device = target(row, gpu, options.hardware_compatibility)
     return EngineKey(
         net=net,
         graph=manifest.files[file.graph].sha256,
@@ -168,20 +182,25 @@ def find_engines(
     *,
     gpu: DeviceFacts | None = None,
 ) -> tuple[tuple[Entry, tuple[NetProfile, ...]], ...]:
-    """Every engine of this net that runs here, however it was built, the most recently used first.
+    """Every engine of this net that runs here, however it was built.
 
-    Which profiles a user has built, and with which options, only the store knows: so the runtime asks for all
-    of them, each with its profiles in the engine's order, and chooses.
+    Those of this GPU alone come before those of its compute capability, and these before those of Ampere and
+    later; of each kind, the most recently used comes first. Which profiles a user has built, and with which
+    options, only the store knows: so the runtime asks for all of them, each with its profiles in the engine's
+    order, and chooses.
     """
     spec = package.manifest.nets[net].spec
-    like = engine_key(package, net, row, version, (), BuildOptions(), gpu=gpu)
+    entries = store.entries()
     found: list[tuple[Entry, tuple[NetProfile, ...]]] = []
-    for entry in store.entries():
-        if set(like.differences(entry.key)) <= _HOW:
-            sources = [Profile.parse(str(text), multiple=1) for text in entry.facts.get("profiles", ())]
-            profiles = net_profiles(net, spec, sources)
-            if tuple(profile.text for profile in profiles) == entry.key.profiles:
-                found.append((entry, profiles))
+    for level in _levels(row, gpu):
+        options = BuildOptions(hardware_compatibility=level)
+        like = engine_key(package, net, row, version, (), options, gpu=gpu)
+        for entry in entries:
+            if set(like.differences(entry.key)) <= _HOW:
+                sources = [Profile.parse(str(text), multiple=1) for text in entry.facts.get("profiles", ())]
+                profiles = net_profiles(net, spec, sources)
+                if tuple(profile.text for profile in profiles) == entry.key.profiles:
+                    found.append((entry, profiles))
     return tuple(found)
 
 
@@ -270,6 +289,7 @@ def build_package(
         room=room or _room_for(flavour(backend), gpu),
         started=started,
         total=len(planned),
+        gpu=gpu,
     )
     return tuple(run.ensure(index, item) for index, item in enumerate(planned))
 
@@ -297,6 +317,7 @@ class _Run:
     room: Callable[[Path], Room]
     started: Started | None
     total: int
+    gpu: DeviceFacts | None
 
     def ensure(self, index: int, item: Planned) -> BuiltEngine:
         """The engine of one net, built if it must be."""
@@ -325,7 +346,7 @@ class _Run:
         self.package.verify(name for name in (file.graph, file.weights) if name)
         lora = self.options.weights is Weights.lora
         cache = path.with_name("timing.cache") if self.row.cache == "timing" else None
-        side = self.store.side_file("timing", _cache_name(item.key))
+        side = self.store.side_file("timing", _cache_name(item.key, target(self.row, self.gpu)))
         if cache:
             cache.write_bytes(self.store.read_side_file(side))
         job = Job(
@@ -340,14 +361,24 @@ class _Run:
             timing_cache=cache,
         )
         facts = run_builder(job, report, started=self.started)
-        if cache:
-            self.store.write_side_file(side, cache.read_bytes())
-            cache.unlink()  # the folder becomes the engine's own
+        if cache and (warning := self._keep(side, cache)):
+            facts = {**facts, "warnings": [*facts.get("warnings", ()), warning]}
         sources = dict.fromkeys(str(profile.source) for profile in item.profiles)
         return {**facts, "labels": [profile.label for profile in item.profiles], "profiles": list(sources)}
 
+    def _keep(self, side: Path, cache: Path) -> str:
+        """Timings, for the next build; a warning if that fails, for the engine is built."""
+        try:
+            data = cache.read_bytes() if cache.is_file() else b""
+            cache.unlink(missing_ok=True)  # the folder becomes the engine's own
+            if data:
+                self.store.write_side_file(side, data)
+        except (OSError, StorageError) as error:
+            return f"the timing cache was not kept: {error}"
+        return ""
 
-def _cache_name(key: EngineKey) -> str:
-    """Of a timing cache: another GPU's timings would make engines slower."""
-    name = f"{key.backend}-{key.backend_version}-{key.compute_capability}-{key.gpu}"
+
+def _cache_name(key: EngineKey, device: Target) -> str:
+    """Of a timing cache: another GPU's timings would make engines slower, also engines that name no GPU."""
+    name = f"{key.backend}-{key.backend_version}-{device.compute_capability}-{device.gpu}"
     return "".join(letter if letter.isalnum() and letter.isascii() else "_" for letter in name)

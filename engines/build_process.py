@@ -83,13 +83,17 @@ def _failure(job: Job, code: int, last: Mapping[str, Any], noise: str) -> Latent
     if "error" in last:
         told = cast(dict[str, str], last["error"])
         kind = _ERRORS.get(told["type"], BackendError)
-        return kind(told["found"], expected=told["expected"], fix=told["fix"])
+        parts = {"expected": told["expected"], "fix": told["fix"]}
+        if kind is MemoryLimitError:
+            return MemoryLimitError(told["found"], **parts, culprit=job.net)
+        return kind(told["found"], **parts)
     said = f": {noise}" if noise else ""
     if code in (-getattr(signal, "SIGKILL", 9), 137):
         return MemoryLimitError(
             f"the builder of the net {job.net!r} was killed, most likely for want of memory{said}",
             expected="a builder that may finish",
             fix="Close other programs, or limit it: --workspace 2048 (MiB), or a smaller --profile.",
+            culprit=job.net,
         )
     return BackendError(
         f"the builder of the net {job.net!r} crashed with exit code {code}{said}",

@@ -87,6 +87,11 @@ class CudaDevice:
         )
         self.stream = int(self._stream)
 
+    @property
+    def capturing(self) -> bool:
+        """Whether work is recorded now, not run."""
+        return self._capturing
+
     # ── memory ─────────────────────────────────────────────────────────────────────────────────
 
     def allocate(self, size: int) -> int:

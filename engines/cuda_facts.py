@@ -25,6 +25,8 @@ _FEWER = "Draw fewer or smaller pictures at once, or close what else uses the GP
 class DeviceFacts:
     """What a device is. `total` is in bytes; `unified` devices share their memory with the host.
 
+    `multiprocessors` is their number, the first thing in which GPUs of one name differ.
+
     `driver` is the driver's version ("580.82.07"), None where NVML does not tell; `cuda` is the newest CUDA
     version that the driver speaks ("13.0"); `uuid` is as NVML and `nvidia-smi -L` print it.
     """
@@ -32,6 +34,7 @@ class DeviceFacts:
     index: int
     name: str
     compute_capability: tuple[int, int]
+    multiprocessors: int
     driver: str | None
     cuda: str
     total: int
@@ -42,6 +45,11 @@ class DeviceFacts:
     def sm(self) -> str:
         """The architecture as compilers name it: `sm_89`."""
         return "sm_{}{}".format(*self.compute_capability)
+
+    @property
+    def kind(self) -> str:
+        """What engines are timed for. A name alone covers different GPUs: modules of Orin, the RTX 3060."""
+        return f"{self.name}, {self.multiprocessors} SMs, {round(self.total / 2**30)} GiB"
 
 
 def load_runtime() -> Any:
@@ -63,8 +71,11 @@ def load_runtime() -> Any:
 def checked(runtime: Any, result: tuple[Any, ...], doing: str) -> Any:
     """The value that a call of the CUDA runtime returned.
 
-    A failed call also leaves its error behind for whoever asks `cudaGetLastError` next, and ONNX Runtime and
-    TensorRT ask after each kernel launch: so it is taken away here.
+    A failed call also leaves its error behind for whoever asks this runtime's `cudaGetLastError` next in this
+    thread, so it is taken away here. That is for others who use cuda-bindings: the runtime is linked into it
+    statically (its release notes), and ONNX Runtime and TensorRT ask copies of their own, which keep errors
+    of their own. What this runtime did cannot be seen there, nor could it be cleared from here. ONNX Runtime
+    clears its copy itself whenever a call fails (CudaCall in core/providers/cuda/cuda_call.cc).
 
     Args:
         runtime: the CUDA runtime.
@@ -162,6 +173,7 @@ def facts(index: int = 0, *, runtime: Any = None, nvml: Any = None) -> DeviceFac
         index=index,
         name=_text((0, properties.name)),
         compute_capability=(int(properties.major), int(properties.minor)),
+        multiprocessors=int(properties.multiProcessorCount),
         driver=Nvml(identity, nvml).driver(),
         cuda=_version(newest),
         total=int(properties.totalGlobalMem),

@@ -1,11 +1,11 @@
 """The seam between the device loop and a GPU: memory by address, one ordered stream, nets bound to addresses.
 
-Everything above this module (which buffer goes where, what runs when, what to give up when memory is short) is
-arithmetic that runs on any machine. Below it are a page of driver calls (`cuda_device.py`) and the two libraries
-that enqueue nets on a stream (`tensorrt_nets.py`, `onnxruntime_nets.py`).
+Everything above this module (which buffer goes where, what runs when, what to give up when memory is short)
+is arithmetic that runs on any machine. Below it are a page of driver calls (`cuda_device.py`) and the two
+libraries that enqueue nets on a stream (`tensorrt_nets.py`, `onnxruntime_nets.py`).
 
-A device never runs anything by itself: calls are enqueued in order on its stream, and nothing is certain to have
-happened before `synchronize`.
+A device never runs anything by itself: calls are enqueued in order on its stream, and nothing is certain to
+have happened before `synchronize`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Device(Protocol):
     def copy(
         self, to: int, source: int, width: int, *, rows: int = 1, to_pitch: int = 0, pitch: int = 0
     ) -> None:
-        """Device to device: `rows` runs of `width` bytes, whose starts lie `to_pitch` and `pitch` bytes apart."""
+        """Device to device: `rows` runs of `width` bytes, that start `to_pitch` and `pitch` bytes apart."""
         ...
 
     def synchronize(self) -> None:
@@ -99,6 +99,11 @@ class BoundNet(Protocol):
     @property
     def profile(self) -> str:
         """What it was optimised for, for people."""
+        ...
+
+    @property
+    def capturable(self) -> bool:
+        """Whether the library says that a run can be captured; True where it does not say."""
         ...
 
     def enqueue(self) -> None:
@@ -137,8 +142,20 @@ class DeviceNet(Protocol):
         """
         ...
 
+    def settle(self) -> None:
+        """The stream is idle: a moment for what must not be timed, such as saving compiled kernels."""
+        ...
+
+    def release(self) -> None:
+        """Give back memory that only speeds the next call up. Nothing is bound to a captured graph now."""
+        ...
+
     def stream_weights(self) -> int:
-        """Keep as little of the weights on the device as it can; the bytes that this frees, 0 if it cannot."""
+        """Keep as little of the weights on the device as possible; the bytes that this frees, or 0.
+
+        Closes all bindings of the net, also those in use: to be called between requests alone, and `scratch`
+        is to be asked again.
+        """
         ...
 
     def close(self) -> None:

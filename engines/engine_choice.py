@@ -63,6 +63,16 @@ class ChosenNet:
         """With the engine that these shapes choose. Raises UsageError, MemoryLimitError."""
         return self._net(shapes).bind(shapes, addresses, scratch)
 
+    def settle(self) -> None:
+        """Of all engines that are open."""
+        for net in self._open.values():
+            net.settle()
+
+    def release(self) -> None:
+        """Of all engines that are open."""
+        for net in self._open.values():
+            net.release()
+
     def stream_weights(self) -> int:
         """Of all engines that are open."""
         return sum(net.stream_weights() for net in self._open.values())

@@ -54,11 +54,11 @@ class EngineKey:
 
     `graph` and `weights` are the sha256 of the .onnx and of its weights file ("" for a graph without one);
     `contract` is `canonical_sha256` of the NetSpec; `backend_version` is exact; `compute_capability` is
-    `sm_89`, or `portable` for an engine built ahead of time; `gpu` is a name, or `any`; `driver` is its major
-    version, or `any`; `platform` is like `linux-x86_64`. `profiles` are canonical texts in the engine's
-    order, `flags` the builder's flags in alphabetical order. `refittable` is `canonical_sha256` of the sorted
-    names of the tensors that can be refitted ("" for none). `workspace_limit` is in bytes, 0 for the
-    library's own default; `hardware_compatibility` may be "".
+    `sm_89`, or `portable` for an engine built ahead of time, or `ampere_plus`; `gpu` is `DeviceFacts.kind`,
+    or `any`; `driver` is its major version, or `any`; `platform` is like `linux-x86_64`. `profiles` are
+    canonical texts in the engine's order, `flags` the builder's flags in alphabetical order. `refittable` is
+    `canonical_sha256` of the sorted names of the tensors that can be refitted ("" for none).
+    `workspace_limit` is in bytes, 0 for the library's own default; `hardware_compatibility` may be "".
     """
 
     net: str

@@ -62,7 +62,9 @@ class OnnxRuntimeNet:
         self.name = name
         self._file = package.manifest.nets[name]
         graph = package.path(self._file.graph)
-        self._session: Any = open_session(graph, session_options(threads), ["CPUExecutionProvider"])
+        self._session: Any = open_session(
+            graph, session_options(threads), ["CPUExecutionProvider"], culprit=name
+        )
         self._outputs = [output.name for output in self._file.spec.outputs]
         self._weights = package.path(self._file.weights).stat().st_size if self._file.weights else 0
         self._io = 0
@@ -124,6 +126,7 @@ def run_error(name: str, error: Exception, shapes: Mapping[str, tuple[int, ...]]
             f"the net {name!r} ran out of memory: {error}",
             expected="a size and batch that fit",
             fix="Draw fewer or smaller pictures at once.",
+            culprit=name,
         )
     return BackendError(
         f"the net {name!r} failed on {dict(shapes)}: {error}",
@@ -167,8 +170,8 @@ def session_options(threads: int | None) -> Any:
     return options
 
 
-def open_session(path: Path, options: Any, providers: Sequence[Any]) -> Any:
-    """A session of the graph at `path`, on `providers` and no others.
+def open_session(path: Path, options: Any, providers: Sequence[Any], *, culprit: str) -> Any:
+    """A session of the graph at `path`, on `providers` and no others. `culprit`: the net, for errors.
 
     Raises:
         PackageError: ONNX Runtime refuses the graph.
@@ -184,6 +187,7 @@ def open_session(path: Path, options: Any, providers: Sequence[Any]) -> Any:
                 f"the weights of {path} do not fit the memory: {error}",
                 expected="enough free memory",
                 fix="Close other programs, or use a package of less weights: latentrt export --dtype fp16.",
+                culprit=culprit,
             ) from error
         raise PackageError(
             f"onnxruntime {ort.__version__} refuses {path}: {error}",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -39,6 +40,8 @@ def open_device(
     *,
     store: EngineStore | None = None,
     log: Callable[[str], None] | None = None,
+    capture: bool = False,
+    profile: Path | None = None,
 ) -> tuple[Device, Mapping[str, DeviceNet]]:
     """A device of its own for the caller, and nets of the package on it.
 
@@ -48,6 +51,8 @@ def open_device(
         store: where layouts are remembered; the user's own unless given.
         log: told in one line which nets have no layout in the store, and the command that measures them;
             prints to stderr unless given.
+        capture: let runs be captured, see `open_onnxruntime_net`.
+        profile: a folder for the library's profiles.
 
     Raises:
         BackendError: no library, driver or device.
@@ -60,7 +65,8 @@ def open_device(
         stored = {name: stored_layout(package, name, place, gpu) for name in names if name in TUNED_NETS}
         nets: dict[str, DeviceNet] = {}
         for name in names:
-            nets[name] = _open_net(package, name, device, stored.get(name))
+            opened = partial(open_onnxruntime_net, package, name, device, capture=capture, profile=profile)
+            nets[name] = _open_net(opened, name, stored.get(name))
             stack.callback(nets[name].close)
         stack.pop_all()
     if hint := _hint(package, stored):
@@ -68,14 +74,14 @@ def open_device(
     return device, nets
 
 
-def _open_net(package: Package, name: str, device: CudaDevice, stored: StoredLayout | None) -> DeviceNet:
+def _open_net(opened: Callable[..., DeviceNet], name: str, stored: StoredLayout | None) -> DeviceNet:
     if stored is None or stored.graph is None:
-        return open_onnxruntime_net(package, name, device)
+        return opened()
     # The library takes a path, the store has hashed bytes: so these very bytes go to a folder of our own.
     with TemporaryDirectory() as folder:
         graph = Path(folder) / f"{name}.onnx"
         graph.write_bytes(stored.graph)
-        return open_onnxruntime_net(package, name, device, graph=graph, prefer_nhwc=stored.layout.prefer_nhwc)
+        return opened(graph=graph, prefer_nhwc=stored.layout.prefer_nhwc)
 
 
 def _hint(package: Package, stored: Mapping[str, StoredLayout]) -> str:

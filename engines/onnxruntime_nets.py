@@ -5,13 +5,14 @@ wait, and a run returns before the GPU is done. With the CPU provider the same c
 
 Activations come from the session's arena, which a run may enlarge. Whoever captures a run must have run it
 once before, plainly, with the same shapes; then the arena has what it needs. A captured graph uses the arena:
-close it before the net.
+close it before the net, and before `release`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from .errors import BackendError, LatentrtError, UsageError
 from .net_weights import engine_bytes
 from .onnxruntime_backend import check_boundary, library, open_session, run_error, session_options
 from .onnxruntime_lowering import session_entries
+from .onnxruntime_runs import Runs, run_options, shrinking_options
 from .package import Package
 from .spec import DTYPES, NetSpec, TensorSpec, output_shapes
 
@@ -56,6 +58,8 @@ def open_onnxruntime_net(
     conv_search: str = "HEURISTIC",
     threads: int | None = None,
     submit: Submit | None = None,
+    capture: bool = False,
+    profile: Path | None = None,
 ) -> OnnxRuntimeDeviceNet:
     """Load one net of a package onto a device.
 
@@ -70,7 +74,11 @@ def open_onnxruntime_net(
         conv_search: how cuDNN finds its algorithms. HEURISTIC costs nothing and is the same in every run;
             EXHAUSTIVE measures each shape in its first run.
         threads: for what runs on the CPU; None is every processor.
-        submit: takes each run in place of calling it: a device without a stream of the driver's orders it so.
+        submit: takes each run in place of calling it: how a device without a CUDA stream orders it.
+        capture: let runs on CUDA be captured. Not by default: a graph reads page-locked buffers of the
+            session (`onnxruntime_runs.py`), and no GPU run has shown yet that replaying it is right. The GPU
+            check captures, to find out.
+        profile: a folder for the library's profile of every run (`onnxruntime_placement.py` reads it).
 
     Raises:
         BackendError: the provider cannot run here, or `device` has no stream for it.
@@ -87,13 +95,16 @@ def open_onnxruntime_net(
     file = package.manifest.nets[name]
     path = graph or package.path(file.graph)
     options = session_options(threads)
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile / name)
     if graph is not None:
         for key, value in session_entries(package, name).items():
             options.add_session_config_entry(key, value)
     if provider == CPU:
-        session = open_session(path, options, [CPU])
+        session = open_session(path, options, [CPU], culprit=name)
     else:
-        session = _open_cuda_session(path, options, device, prefer_nhwc, conv_search)
+        settings = {"prefer_nhwc": str(int(prefer_nhwc)), "cudnn_conv_algo_search": conv_search}
+        session = _open_cuda_session(path, options, device, settings, name)
     try:
         check_boundary(session, file.spec, path)
         if provider == CUDA:
@@ -102,7 +113,8 @@ def open_onnxruntime_net(
     except LatentrtError:
         del session  # its memory, before anyone handles the error
         raise
-    return OnnxRuntimeDeviceNet(name, file.spec, session, provider, device, weights, submit)
+    runs = Runs(name, capture=capture) if provider == CUDA else None
+    return OnnxRuntimeDeviceNet(name, file.spec, session, device, weights, runs, submit)
 
 
 class OnnxRuntimeDeviceNet:
@@ -113,19 +125,21 @@ class OnnxRuntimeDeviceNet:
         name: str,
         spec: NetSpec,
         session: Any,
-        provider: str,
         device: Device,
         weights: int,
+        runs: Runs | None,
         submit: Submit | None,
     ) -> None:
         self.name = name
-        self.provider = provider
         self.submit: Submit = submit or _at_once
         self._spec = spec
         self._session = session
+        self._device = device
         self._weights = weights
-        self._kind = "cuda" if provider == CUDA else "cpu"
-        self._index = _index(device) if provider == CUDA else 0
+        self._runs = runs  # None on the CPU
+        self._on_host = run_options()
+        self._kind = "cuda" if runs else "cpu"
+        self._index = _index(device) if runs else 0
         self._bound: dict[OnnxRuntimeBoundNet, dict[int, int]] = {}  # with bytes by address
 
     @property
@@ -186,9 +200,55 @@ class OnnxRuntimeDeviceNet:
             )
         return self._session
 
+    @property
+    def provider(self) -> str:
+        """As people call it."""
+        return "CUDA" if self._runs else "CPU"
+
+    @property
+    def capturable(self) -> bool:
+        """Whether runs may be captured."""
+        return self._runs is None or self._runs.capture
+
+    def run_options(self) -> Any:
+        """For OnnxRuntimeBoundNet: of the next run. Raises BackendError if it is captured and may not be."""
+        if self._runs is None:
+            return self._on_host
+        return self._runs.next(capturing=bool(getattr(self._device, "capturing", False)))
+
     def forget(self, bound: OnnxRuntimeBoundNet) -> None:
         """For OnnxRuntimeBoundNet: it is closed."""
         self._bound.pop(bound, None)
+
+    def settle(self) -> None:
+        """Nothing: what a run leaves behind goes in one of the next runs (`onnxruntime_runs.py`)."""
+
+    def release(self) -> None:
+        """Give back what the arena holds beyond its blocks in use: activations of earlier calls.
+
+        No graph may be left that was captured. What cannot be given back stays: that is no error.
+        """
+        if self._session is None:
+            return
+        shapes = {
+            item.name: [1 if isinstance(n, str) else n for n in item.shape] for item in self.spec.inputs
+        }
+        feeds = {item.name: np.zeros(shapes[item.name], DTYPES[item.dtype]) for item in self.spec.inputs}
+        arena = f"{'gpu' if self._runs else 'cpu'}:{self._index}"
+        with suppress(Exception):  # it always ends with one: the run is terminated
+            self._session.run(None, feeds, shrinking_options(arena))
+        if self._runs:
+            self._runs.restart()
+
+    def end_profile(self) -> Path:
+        """The file with the profile of every run until now. Raises BackendError if nothing was profiled."""
+        if file := self.session().end_profiling():
+            return Path(file)
+        raise BackendError(
+            f"the net {self.name!r} has no profile",
+            expected="a net opened with a folder for its profile",
+            fix="Pass `profile` to open_onnxruntime_net.",
+        )
 
     def stream_weights(self) -> int:
         """0: ONNX Runtime keeps all weights on the device."""
@@ -208,16 +268,16 @@ class OnnxRuntimeBoundNet:
         self._net = net
         self._binding = binding
         self._shapes = shapes
-        self._options = library().RunOptions()
-        self._options.log_severity_level = 3
-        if net.provider == CUDA:
-            # else each run waits for the stream, which also cannot be captured
-            self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     @property
     def profile(self) -> str:
         """ONNX Runtime has one for all shapes."""
-        return f"onnxruntime {self._net.provider.removesuffix('ExecutionProvider')}, any shape"
+        return f"onnxruntime {self._net.provider}, any shape"
+
+    @property
+    def capturable(self) -> bool:
+        """Whether the net was opened so that runs may be captured."""
+        return self._net.capturable
 
     def enqueue(self) -> None:
         """Put one run on the device's stream. Raises BackendError, also once closed, MemoryLimitError."""
@@ -226,9 +286,9 @@ class OnnxRuntimeBoundNet:
 
     def _run(self) -> None:
         self._check_open()
-        session = self._net.session()
+        session, options = self._net.session(), self._net.run_options()
         try:
-            session.run_with_iobinding(self._binding, self._options)
+            session.run_with_iobinding(self._binding, options)
         except Exception as error:  # onnxruntime raises a dozen classes of its own, all derived from it
             raise run_error(self._net.name, error, self._shapes) from error
 
@@ -297,7 +357,7 @@ def _load_libraries() -> None:
         library().preload_dlls()
 
 
-def _open_cuda_session(path: Path, options: Any, device: Device, prefer_nhwc: bool, conv_search: str) -> Any:
+def _open_cuda_session(path: Path, options: Any, device: Device, settings: dict[str, str], name: str) -> Any:
     stream: object = getattr(device, "stream", None)
     reason = cuda_available()
     if reason is None and not (isinstance(stream, int) and stream):
@@ -314,15 +374,14 @@ def _open_cuda_session(path: Path, options: Any, device: Device, prefer_nhwc: bo
     options.enable_mem_pattern = False
     # Weights outside the arena, so that it holds activations alone.
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-    settings = {
+    every = {
+        **settings,
         "device_id": str(_index(device)),
         "user_compute_stream": str(stream),
         "arena_extend_strategy": "kSameAsRequested",  # not the next power of two
-        "cudnn_conv_algo_search": conv_search,
         "use_tf32": "0",  # 10 bits of mantissa: fp32 nets are what parity is measured with
-        "prefer_nhwc": str(int(prefer_nhwc)),
     }
-    session = open_session(path, options, [(CUDA, settings), CPU])
+    session = open_session(path, options, [(CUDA, every), CPU], culprit=name)
     if CUDA not in session.get_providers():
         raise BackendError(
             "onnxruntime's CUDA provider did not load, and the CPU would run the net",

@@ -72,12 +72,14 @@ def check_room(net: str, weights: int, room: Room) -> None:
             f"{_gb(room.ram)} of memory are available to build {net!r}, whose weights have {_gb(weights)}",
             expected=f"at least {_gb(least)}, and usually {_gb(usual)}",
             fix="Close other programs, raise the container's limit, or build on a larger machine.",
+            culprit=net,
         )
     if room.vram is not None and room.vram < engine:
         raise MemoryLimitError(
             f"{_gb(room.vram)} of device memory are free to build {net!r}, whose weights have {_gb(weights)}",
             expected=f"at least {_gb(engine)}: tactics are timed on the device",
             fix="Close what else uses the GPU (nvidia-smi lists it).",
+            culprit=net,
         )
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from . import cuda_facts, tensorrt_device
@@ -39,7 +39,11 @@ def describe(backend: str = BACKEND) -> str:
 
 
 def open_device(
-    package: Package, names: Sequence[str], *, backend: str = BACKEND
+    package: Package,
+    names: Sequence[str],
+    *,
+    backend: str = BACKEND,
+    log: Callable[[str], None] | None = None,
 ) -> tuple[Device, Mapping[str, DeviceNet]]:
-    """A device of its own for the caller, and nets on it. Raises as `tensorrt_device.open_device`."""
-    return tensorrt_device.open_device(backend, package, names)
+    """A device of its own for the caller, and nets on it. See `tensorrt_device.open_device`."""
+    return tensorrt_device.open_device(backend, package, names, log=log)

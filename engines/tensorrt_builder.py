@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -173,8 +174,7 @@ def build(job: Job, report: Report) -> Facts:
     del parser
     report("Writing", 1.0)
     _write(job.engine, plan)
-    if row.cache == "timing" and job.timing_cache:
-        job.timing_cache.write_bytes(memoryview(config.get_timing_cache().serialize()))
+    unsaved = _save_timings(config, job.timing_cache) if row.cache == "timing" and job.timing_cache else []
     return {
         "size": int(plan.nbytes),
         "layers": layers,
@@ -186,7 +186,7 @@ def build(job: Job, report: Report) -> Facts:
         "library": f"{row.module} {trt.__version__}",
         "refittable": marked,
         "not_refittable": list(refused)[:_SHOWN],
-        "warnings": log.since(mark)[:_SHOWN],
+        "warnings": [*unsaved, *log.since(mark)][:_SHOWN],
     }
 
 
@@ -210,22 +210,50 @@ def _configure(trt: Trt, row: Flavour, builder: Trt, job: Job, monitor: Trt) -> 
             profile.set_shape(name, trt.Dims(low), trt.Dims(opt), trt.Dims(high))
         config.add_optimization_profile(profile)
     if row.cache == "timing" and job.timing_cache:
-        known = job.timing_cache.read_bytes() if job.timing_cache.is_file() else b""
-        # A cache of another device or version does not fit: the library says so, and starts a new one.
-        config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+        _use_timings(config, job.timing_cache)
     return config
+
+
+def _use_timings(config: Trt, path: Path) -> None:
+    """Those of earlier builds; a new cache where there are none, or the library does not take them.
+
+    It makes no cache of damaged bytes, and refuses one of another device or version.
+    """
+    known = path.read_bytes() if path.is_file() else b""
+    for data in dict.fromkeys((known, b"")):
+        cache = config.create_timing_cache(data)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return
+
+
+def _save_timings(config: Trt, path: Path) -> list[str]:
+    """Warnings, never an error: minutes of building must not be lost for what saves some of the next ones."""
+    try:
+        path.unlink(missing_ok=True)
+        cache = config.get_timing_cache()
+        data = None if cache is None else cache.serialize()
+        if data is None:
+            return ["the timing cache was not kept: the library has none"]
+        path.write_bytes(memoryview(data))
+    except (OSError, RuntimeError) as error:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)  # half a cache is none
+        return [f"the timing cache was not kept: {error}"]
+    return []
 
 
 def _refused(job: Job, row: Flavour, errors: list[str]) -> LatentrtError:
     found = failure(
         errors,
         f"{row.module} cannot build the net {job.net!r}",
+        net=job.net,
         expected="a network that the library supports",
         fix="Report it with the package's manifest, or use another backend.",
     )
     if isinstance(found, MemoryLimitError):  # to draw smaller pictures is no help here
         fix = "Limit what it tries: --workspace 2048 (MiB), or a smaller --profile."
-        return MemoryLimitError(found.found, expected="enough memory for the tactics it tries", fix=fix)
+        expected = "enough memory for the tactics it tries"
+        return MemoryLimitError(found.found, expected=expected, fix=fix, culprit=job.net)
     return found
 
 

@@ -3,7 +3,7 @@
 What a library can do is read off the library itself, so this table needs no version numbers:
 
 ====================  ===============  ===============  ============
-                      tensorrt 10.13   tensorrt 11      tensorrt_rtx
+                      tensorrt 10      tensorrt 11      tensorrt_rtx
 ====================  ===============  ===============  ============
 engine validity       no               no               yes
 engine statistics     no               yes              yes
@@ -15,10 +15,12 @@ tells capturability   no               no               yes
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
+from .errors import StorageError
 from .tensorrt_flavour import Trt
 
 Engine: TypeAlias = Any  # ICudaEngine
@@ -109,6 +111,7 @@ class Contexts:
         self._config: Any = None
         self._cache: Any = None
         self._stored = b""
+        self._new = False  # kernels may have been compiled since `settle`
         self.cache_state = "none"
         if abilities(trt).compiles:
             self._config = self._configure(engine)
@@ -118,6 +121,17 @@ class Contexts:
         if self._config is not None:
             return engine.create_execution_context(self._config)
         return engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+
+    def ran(self) -> None:
+        """A context has been enqueued for the first time, which is when kernels are compiled."""
+        self._new = True
+
+    def settle(self) -> None:
+        """Save, if there may be something new. That fails in silence: it would only have saved time."""
+        new, self._new = self._new, False
+        if new:
+            with suppress(StorageError):
+                self.save()
 
     def save(self) -> bool:
         """Keep the kernels compiled so far; whether there was anything new. Raises StorageError."""

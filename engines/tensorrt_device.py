@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from .build import find_engines
@@ -26,9 +27,21 @@ def missing_engines(
 
 
 def open_device(
-    backend: str, package: Package, names: Sequence[str], *, store: EngineStore | None = None
+    backend: str,
+    package: Package,
+    names: Sequence[str],
+    *,
+    store: EngineStore | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> tuple[Device, Mapping[str, DeviceNet]]:
     """A device, and every net behind all of its engines.
+
+    Args:
+        backend: `tensorrt` or `tensorrt-rtx`.
+        package: the package.
+        names: of its nets.
+        store: where engines are; the user's own unless given.
+        log: told in one line if the library does not list this kind of device; prints to stderr unless given.
 
     Raises:
         BackendError: a net has no engine for this library and device, with the command that builds them.
@@ -47,7 +60,21 @@ def open_device(
     except BaseException:
         device.close()
         raise
+    if line := _remark(row, device.facts):
+        (log or _to_stderr)(line)
     return device, nets
+
+
+def _remark(row: Flavour, gpu: DeviceFacts) -> str:
+    """That portable engines are not meant for this GPU, though the library may run them; "" if they are."""
+    listed = [f"sm_{name.replace('.', '')}" for name in row.compute_capabilities]
+    if not row.portable or gpu.sm in listed:
+        return ""
+    return f"TensorRT-RTX lists {', '.join(listed)}; this is {gpu.sm}: trying"
+
+
+def _to_stderr(line: str) -> None:
+    print(f"latentrt: {line}", file=sys.stderr)
 
 
 def _net(

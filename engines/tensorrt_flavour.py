@@ -1,8 +1,10 @@
 """Where the TensorRT libraries differ, in one table; everything else of our code serves all of them.
 
-`tensorrt` 10.x (the line of JetPack 6), `tensorrt` 11.x and `tensorrt_rtx` share the names that the builder
+`tensorrt` 10.x, `tensorrt` 11.x and `tensorrt_rtx` share the names that the builder
 and the runtime call. The library is imported only by `load`, and handed on as a parameter called `trt`.
-Sources: the release notes of TensorRT 10.13 to 11.4 and of TensorRT-RTX 1.7; what needs a GPU was measured.
+Sources: the release notes of TensorRT 10.14 to 11.4 and of TensorRT-RTX 1.7; what needs a GPU was measured.
+
+10.14 is the oldest because its parser is the first with `Attention` (onnx-tensorrt, release_10.14-GA).
 """
 
 from __future__ import annotations
@@ -74,10 +76,10 @@ _REFIT = ("REFIT", "REFIT_IDENTICAL", "REFIT_INDIVIDUAL", "STRIP_PLAN")
 FLAVOURS: tuple[Flavour, ...] = (
     Flavour(
         backend="tensorrt",
-        line="10.13 to 10.x",
+        line="10.14 to 10.x",
         module="tensorrt",
         distributions=_TENSORRT,
-        oldest=(10, 13),
+        oldest=(10, 14),
         before=(11,),
         install='pip install "latentrt[tensorrt]"',
         builds_without_gpu=False,
@@ -206,6 +208,6 @@ def _lines(rows: Sequence[Flavour]) -> str:
 
 
 def _numbers(version: str) -> Version:
-    """The leading numbers of a version: 10.13.0.35.post1 is (10, 13, 0, 35)."""
+    """The leading numbers of a version: 10.14.1.48.post1 is (10, 14, 1, 48)."""
     found = re.match(r"[0-9]+(?:\.[0-9]+)*", version)
     return tuple(map(int, found.group().split("."))) if found else ()

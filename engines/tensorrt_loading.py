@@ -15,6 +15,7 @@ from .device import Device
 from .errors import BackendError, EngineError, LatentrtError, MemoryLimitError
 from .profiles import NetProfile
 from .spec import Dim, NetSpec, TensorSpec
+from .store_entry import Entry
 from .tensorrt_contexts import Engine, abilities
 from .tensorrt_flavour import Flavour, Trt
 from .tensorrt_log import failure, messages, reason
@@ -51,8 +52,9 @@ class StreamDevice(Device, Protocol):
 class Loaded:
     """An engine on a device, and everything that is said of it.
 
-    `size` is the engine's, in bytes; `remark` is the library's, on an engine that is not the best for this
-    device. `runtime` is the library's, and must live as long as the engine.
+    `size` is the engine's, in bytes, and `streamable` of it are weights that the library could stream, 0
+    unless it was built so; `remark` is the library's, on an engine that is not the best for this device.
+    `runtime` is the library's, and must live as long as the engine.
     """
 
     trt: Trt
@@ -63,6 +65,7 @@ class Loaded:
     device: StreamDevice
     package: str
     size: int
+    streamable: int
     runtime: Any
     engine: Engine
     remark: str
@@ -81,9 +84,27 @@ class Loaded:
         return failure(
             messages(self.trt).since(mark),
             f"the net {self.net!r} {what}",
+            net=self.net,
             expected="shapes, addresses and memory that its engine accepts",
             fix=self.rebuild,
             memory=memory,
+        )
+
+
+def check_room(entry: Entry, device: Device, *, net: str) -> None:
+    """Raise MemoryLimitError where reading an engine would take memory that the device needs to load it.
+
+    Where device and host share their memory, the bytes that are read and the engine that is made of them are
+    there at once, and what runs out kills the process before any library can say so.
+    """
+    now = device.memory()
+    if now.unified and now.free < 2 * entry.size:
+        raise MemoryLimitError(
+            f"{now.free} of {now.total} bytes that {device.name} shares with its host are free, to load the"
+            f" engine of {net!r}, which has {entry.size}",
+            expected=f"{2 * entry.size}: the engine as it is read, and as it is loaded",
+            fix="Close other programs, or use a smaller model.",
+            culprit=net,
         )
 
 
@@ -120,6 +141,7 @@ def load_engine(
         raise failure(
             log.since(mark),
             f"{flavour.module} {trt.__version__} refuses the engine of {net!r} on {device.name}",
+            net=net,
             expected="an engine that this release built for this kind of GPU",
             fix=build_command(flavour, package),
         )
@@ -133,10 +155,25 @@ def load_engine(
         device=device,
         package=package,
         size=len(data),
+        streamable=_keep_resident(engine),
         runtime=runtime,
         engine=engine,
         remark=remark,
     )
+
+
+def _keep_resident(engine: Engine) -> int:
+    """The bytes of weights that could be streamed; all of them stay on the device until memory runs short.
+
+    The documentation calls that the default, but a library that would rather choose by what is free now would
+    be slower, and `stream_weights` could not count what it frees.
+    """
+    size = int(engine.streamable_weights_size)
+    if size <= 0:
+        return 0  # not built for it: the library asks that the rest is left alone then
+    with suppress(RuntimeError):  # no room for all of them: it streams what it must
+        engine.weight_streaming_budget_v2 = size
+    return size
 
 
 def _validity(trt: Trt, flavour: Flavour, runtime: Any, data: bytes, *, net: str, package: str) -> str:
@@ -154,20 +191,25 @@ def _validity(trt: Trt, flavour: Flavour, runtime: Any, data: bytes, *, net: str
     if validity == trt.EngineValidity.SUBOPTIMAL:
         return f"the engine of {net!r} is not the best for this GPU{f' ({why})' if why else ''}"
     what = f"{flavour.module} {trt.__version__} finds the engine of {net!r} invalid"
-    raise _invalid(found, f"{what}{f' ({why})' if why else ''}", log.since(mark), flavour, package)
+    what = f"{what}{f' ({why})' if why else ''}"
+    raise _invalid(found, what, log.since(mark), flavour, net=net, package=package)
 
 
-def _invalid(found: list[str], what: str, lines: list[str], flavour: Flavour, package: str) -> LatentrtError:
+def _invalid(
+    found: list[str], what: str, lines: list[str], flavour: Flavour, *, net: str, package: str
+) -> LatentrtError:
     fixes = [_DIAGNOSTICS[name][1].format(install=flavour.install) for name in found if _DIAGNOSTICS[name][1]]
     if "INSUFFICIENT_GPU_MEMORY" in found:
         return MemoryLimitError(
             f"{what}{reason(lines)}",
             expected="an engine that fits",
             fix="Free memory of the device, or build for smaller pictures: --profile 512x512:b1.",
+            culprit=net,
         )
     return failure(
         lines,
         what,
+        net=net,
         expected="an engine that this release built for this kind of GPU",
         fix=fixes[0] if fixes else build_command(flavour, package),
     )

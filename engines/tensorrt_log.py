@@ -71,12 +71,15 @@ def reason(lines: list[str]) -> str:
     return f": {' | '.join(lines[:_SHOWN])}" if lines else ""
 
 
-def failure(lines: list[str], what: str, *, expected: str, fix: str, memory: str = "") -> LatentrtError:
+def failure(
+    lines: list[str], what: str, *, net: str, expected: str, fix: str, memory: str = ""
+) -> LatentrtError:
     """The error of a call that TensorRT refused, from what it logged meanwhile.
 
     Args:
         lines: of `Messages.since`.
         what: was refused, as a sentence without its end.
+        net: whose call it was: the culprit, where memory is to blame.
         expected: what would have been accepted.
         fix: where neither memory nor the driver is to blame.
         memory: the device's numbers, for people.
@@ -90,6 +93,7 @@ def failure(lines: list[str], what: str, *, expected: str, fix: str, memory: str
             f"{what}{said}{f' ({memory})' if memory else ''}",
             expected="a size, a batch and nets that fit",
             fix="Draw fewer or smaller pictures at once, or close what else uses the device.",
+            culprit=net,
         )
     if any(map(_DRIVER.search, lines)):
         fix = "Install or update the NVIDIA driver; `nvidia-smi` shows the one in use."

@@ -12,21 +12,22 @@ The library is the parameter `trt`; where its kinds differ is in `tensorrt_conte
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import cast
 from weakref import WeakSet
 
 from .backend import MemoryLedger
 from .device import ALIGNMENT, Addresses, Shapes
-from .errors import BackendError, StorageError, UsageError
+from .errors import BackendError, LatentrtError, StorageError, UsageError
 from .profiles import NetProfile, choose
 from .spec import Array, NetSpec
 from .store_entry import Entry
+from .tensorrt_bound import BoundTensorRTNet
 from .tensorrt_contexts import CacheFile, Context, Contexts, SideFiles, StoredCache, abilities
 from .tensorrt_flavour import Flavour, Trt
-from .tensorrt_loading import Loaded, StreamDevice, load_engine
+from .tensorrt_loading import Loaded, StreamDevice, check_room, load_engine
 from .tensorrt_log import messages
 from .tensorrt_refit import refit, refit_identical
 from .tensorrt_shapes import check_outputs, input_sizes, io_bytes
@@ -54,8 +55,9 @@ def open_entry(
     Raises:
         EngineError: the entry is damaged (it is in quarantine then), or is another net's.
         StorageError: others could have changed it.
-        BackendError, MemoryLimitError: as `open_engine`.
+        BackendError, MemoryLimitError: as `open_engine`; or its bytes would not fit beside it.
     """
+    check_room(entry, device, net=net)
     data = entry.read()
     files = cast(SideFiles, entry.store)  # whatever finds entries is an EngineStore
     cache = StoredCache(store=files, digest=entry.key.digest, device=device.name)
@@ -113,50 +115,6 @@ def open_engine(
     return TensorRTNet(loaded, Contexts(trt, loaded.engine, cache))
 
 
-class BoundTensorRTNet:
-    """An execution context with everything set. `io` is the bytes of its inputs and outputs."""
-
-    def __init__(self, loaded: Loaded, context: Context, *, profile: NetProfile, io: int) -> None:
-        self._profile, self.io = profile, io
-        self._held: tuple[Loaded, Context] | None = (loaded, context)
-        self._stream = loaded.device.stream
-
-    @property
-    def profile(self) -> str:
-        """What it was optimised for, for people."""
-        return self._profile.label
-
-    @property
-    def capturable(self) -> bool:
-        """Whether the library says that a run can be captured; True where it does not say."""
-        loaded, context = self._opened()
-        tells = abilities(loaded.trt).tells_capturable
-        return not tells or bool(context.is_stream_capturable(self._stream))
-
-    def enqueue(self) -> None:
-        """Put one run on the stream. Raises BackendError (also after `close`), MemoryLimitError."""
-        loaded, context = self._opened()
-        mark = messages(loaded.trt).mark()
-        if not context.execute_async_v3(self._stream):
-            raise loaded.failed(mark, "could not be enqueued")
-
-    def close(self) -> None:
-        """Free the context, once the stream is done with it. May be called twice."""
-        held, self._held, self.io = self._held, None, 0
-        if held is not None:
-            # `held` has the last reference: destroying a context that still runs is undefined behaviour.
-            held[0].device.synchronize()
-
-    def _opened(self) -> tuple[Loaded, Context]:
-        if self._held is None:
-            raise BackendError(
-                f"a binding of the profile {self._profile.label!r} is closed",
-                expected="one that is open",
-                fix="Bind the net again; moving weights off the device closes all bindings.",
-            )
-        return self._held
-
-
 class TensorRTNet:
     """One engine on one device. Not safe to share between threads without a lock, as its device is not."""
 
@@ -165,9 +123,8 @@ class TensorRTNet:
         self.remark = loaded.remark
         self._loaded: Loaded | None = loaded
         self._contexts = contexts
-        self._spare: Context | None = (
-            None  # was asked for the size of its scratch memory, and is not bound yet
-        )
+        # Was asked for the size of its scratch memory, and is not bound yet.
+        self._spare: Context | None = None
         self._asked: dict[_Call, int] = {}
         self._bound: WeakSet[BoundTensorRTNet] = WeakSet()
         self._weights = _weight_bytes(loaded)
@@ -205,8 +162,8 @@ class TensorRTNet:
         """
         loaded, call = self._call(shapes)
         if call not in self._asked:
-            context = self._context(loaded, call)
-            self._asked[call] = _needed(loaded, context, call[0])
+            with self._context(loaded, call) as context:
+                self._asked[call] = _needed(loaded, context, call[0])
             self._spare = context
         self._largest = max(self._largest, self._asked[call])
         return self._asked[call]
@@ -221,28 +178,21 @@ class TensorRTNet:
         """
         loaded, call = self._call(shapes)
         self._check_addresses(addresses, scratch)
-        context = self._context(loaded, call)
-        asked, needed = self._asked.get(call, 0), _needed(loaded, context, call[0])
-        if needed > asked or (needed and not scratch):
-            raise BackendError(
-                f"the net {self._name!r} needs {needed} bytes of scratch memory for {dict(shapes)}",
-                expected=f"at most the {asked if scratch else 0} bytes that it was given",
-                fix="Ask scratch(shapes) first, again after weights were moved, and allocate that much.",
-            )
-        log = messages(loaded.trt)
-        mark = log.mark()
-        if needed:
-            context.set_device_memory(scratch, needed)
-        refused = [
-            name for name, address in addresses.items() if not context.set_tensor_address(name, address)
-        ]
-        # `set_device_memory` returns nothing: a refusal shows in the log alone.
-        if refused or log.since(mark, errors_only=True):
-            raise loaded.failed(mark, f"refuses the addresses of {refused or 'its scratch memory'}")
-        profile = self._profiles[call[0]]
-        bound = BoundTensorRTNet(loaded, context, profile=profile, io=io_bytes(self._spec, shapes))
+        with self._context(loaded, call) as context:
+            self._give(loaded, context, call, addresses, scratch)
+        io = io_bytes(self._spec, shapes)
+        bound = BoundTensorRTNet(loaded, context, self._contexts, profile=self._profiles[call[0]], io=io)
         self._bound.add(bound)
         return bound
+
+    def settle(self) -> None:
+        """Keep kernels that were compiled since the last time for later processes. See DeviceNet."""
+        self._contexts.settle()
+
+    def release(self) -> None:
+        """Free the context that is not bound. See DeviceNet."""
+        if self._loaded is not None:
+            self._drop_spare(self._loaded)
 
     def stream_weights(self) -> int:
         """Keep as few of the weights on the device as the library can; the bytes freed, 0 if it cannot.
@@ -255,7 +205,7 @@ class TensorRTNet:
         """
         loaded = self._opened()
         engine = loaded.engine
-        before = min(int(engine.weight_streaming_budget_v2), int(engine.streamable_weights_size))
+        before = min(int(engine.weight_streaming_budget_v2), loaded.streamable) if loaded.streamable else 0
         if before <= 0:
             return 0
         self._close_contexts(loaded)
@@ -315,7 +265,8 @@ class TensorRTNet:
         input_sizes(self._spec, shapes)
         return loaded, (index, tuple(sorted((name, tuple(shape)) for name, shape in shapes.items())))
 
-    def _context(self, loaded: Loaded, call: _Call) -> Context:
+    @contextmanager
+    def _context(self, loaded: Loaded, call: _Call) -> Generator[Context]:
         """A context with profile and shapes set: the spare one, or a new one."""
         mark = messages(loaded.trt).mark()
         context, self._spare = self._spare, None
@@ -323,6 +274,16 @@ class TensorRTNet:
             context = self._contexts.make(loaded.engine)
         if context is None:
             raise loaded.failed(mark, "gets no execution context")
+        try:
+            self._shape(loaded, context, call, mark)
+            yield context
+        except BaseException:
+            # The change of profile may have enqueued copies, and an error drops the context they are for.
+            with suppress(LatentrtError):
+                loaded.device.synchronize()
+            raise
+
+    def _shape(self, loaded: Loaded, context: Context, call: _Call, mark: int) -> None:
         index, shapes = call
         # In this order: a change of profile forgets all shapes.
         if not context.set_optimization_profile_async(index, loaded.device.stream):
@@ -338,16 +299,40 @@ class TensorRTNet:
             raise loaded.failed(mark, f"does not know the shapes of {unknown}")
         found = {item.name: tuple(context.get_tensor_shape(item.name)) for item in self._spec.outputs}
         check_outputs(self._spec, dict(shapes), found, net=self._name, fix=loaded.rebuild)
-        return context
+
+    def _give(
+        self, loaded: Loaded, context: Context, call: _Call, addresses: Addresses, scratch: int
+    ) -> None:
+        """Scratch memory and addresses, to a context that has its shapes."""
+        asked, needed = self._asked.get(call, 0), _needed(loaded, context, call[0])
+        if needed > asked or (needed and not scratch):
+            raise BackendError(
+                f"the net {self._name!r} needs {needed} bytes of scratch memory for {dict(call[1])}",
+                expected=f"at most the {asked if scratch else 0} bytes that it was given",
+                fix="Ask scratch(shapes) first, again after weights were moved, and allocate that much.",
+            )
+        log = messages(loaded.trt)
+        mark = log.mark()
+        if needed:
+            context.set_device_memory(scratch, needed)
+        refused = [
+            name for name, address in addresses.items() if not context.set_tensor_address(name, address)
+        ]
+        # `set_device_memory` returns nothing: a refusal shows in the log alone.
+        if refused or log.since(mark, errors_only=True):
+            raise loaded.failed(mark, f"refuses the addresses of {refused or 'its scratch memory'}")
 
     def _close_contexts(self, loaded: Loaded) -> None:
         self._asked.clear()
         with ExitStack() as stack:  # every one, also when the device reports an old error at the first
             for bound in list(self._bound):
                 stack.callback(bound.close)
-            spare, self._spare = self._spare, None
-            if spare is not None:
-                loaded.device.synchronize()  # its change of profile may still be under way
+            self._drop_spare(loaded)
+
+    def _drop_spare(self, loaded: Loaded) -> None:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            loaded.device.synchronize()  # its change of profile may still be under way
 
     def _check_addresses(self, addresses: Addresses, scratch: int) -> None:
         names = {tensor.name for tensor in (*self._spec.inputs, *self._spec.outputs)}
@@ -369,13 +354,23 @@ class TensorRTNet:
 def _needed(loaded: Loaded, context: Context, profile: int) -> int:
     """Bytes of scratch memory. Asking also makes the context content with that little."""
     size = int(context.update_device_memory_size_for_shapes())
+    most = int(loaded.engine.get_device_memory_size_for_profile_v2(profile))
     # 0 is none, or an error; the upper bound of the profile is right in both cases.
-    return size or int(loaded.engine.get_device_memory_size_for_profile_v2(profile))
+    if not size or not loaded.streamable:
+        return size or most
+    # ICudaEngine's documentation: the V2 sizes (of the engine, of a profile) include the memory through which
+    # weights are streamed, and where a block has no room for it, the library allocates by itself. Of the size
+    # for shapes it only says that it is the total: so both, up to what is known to be enough.
+    staged = int(loaded.engine.weight_streaming_scratch_memory_size)
+    return max(size, min(size + staged, most))
 
 
 def _weight_bytes(loaded: Loaded) -> int:
-    if not abilities(loaded.trt).statistics:
-        return loaded.size
+    known = 0
+    if abilities(loaded.trt).statistics:
+        known = int(loaded.engine.get_engine_stat(loaded.trt.EngineStat.TOTAL_WEIGHTS_SIZE))
     # -1 is an engine that does not know.
-    known = int(loaded.engine.get_engine_stat(loaded.trt.EngineStat.TOTAL_WEIGHTS_SIZE))
-    return known if known > 0 else loaded.size
+    weights = known if known > 0 else loaded.size
+    if not loaded.streamable:
+        return weights
+    return max(0, weights - max(0, loaded.streamable - int(loaded.engine.weight_streaming_budget_v2)))

@@ -34,7 +34,8 @@ def parse_graph(trt: Trt, row: Flavour, builder: Trt, logger: Trt, path: Path) -
             expected="a graph of this release's export",
             fix=_EXPORT_AGAIN,
         )
-    if "ATTENTION_INPUT" in trt.LayerType.__members__:  # not in 10.13, which has no such layer
+    # Not among the names of 10.13, which our calls are checked against.
+    if "ATTENTION_INPUT" in trt.LayerType.__members__:
         _allow_decomposition(trt, network)
     return network, parser
 

@@ -75,6 +75,7 @@ def refit_identical(trt: Trt, engine: Engine, stream: int, graph: Path, *, net: 
         raise failure(
             said + log.since(mark),
             f"the engine of {net!r} does not take the weights of {graph.name}",
+            net=net,
             expected=f"the graph it was built from ({len(names)} weights)",
             fix=fix,
         )
@@ -96,6 +97,7 @@ def _set(trt: Trt, refitter: Any, name: str, array: Array, *, net: str, mark: in
         raise failure(
             messages(trt).since(mark),
             f"the engine of {net!r} refuses the weight {name!r}",
+            net=net,
             expected="a weight it was built to refit",
             fix=_REPORT,
         )
@@ -113,6 +115,7 @@ def _run(trt: Trt, refitter: Any, stream: int, *, mark: int, net: str) -> None:
         raise failure(
             messages(trt).since(mark),
             f"the weights of the engine of {net!r} could not be replaced",
+            net=net,
             expected="an engine that can be refitted",
             fix=_REPORT,
         )

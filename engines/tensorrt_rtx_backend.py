@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from . import tensorrt_backend
 from .device import Device, DeviceNet
@@ -21,6 +21,8 @@ def describe() -> str:
     return tensorrt_backend.describe(BACKEND)
 
 
-def open_device(package: Package, names: Sequence[str]) -> tuple[Device, Mapping[str, DeviceNet]]:
+def open_device(
+    package: Package, names: Sequence[str], *, log: Callable[[str], None] | None = None
+) -> tuple[Device, Mapping[str, DeviceNet]]:
     """See `tensorrt_backend.open_device`."""
-    return tensorrt_backend.open_device(package, names, backend=BACKEND)
+    return tensorrt_backend.open_device(package, names, backend=BACKEND, log=log)

@@ -97,5 +97,9 @@ def write_step(path: Path, contract: spec.NetSpec) -> None:
         columns=", ".join(spec.ROW),
     )
     model: Any = parser.parse_model(text)
+    for value in (*model.graph.input, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim:  # the text form has no "/" in names
+            if dim.dim_param in ("h", "w"):
+                dim.dim_param = f"{dim.dim_param.upper()}/8"
     cast(Any, checker).check_model(model, full_check=True)
     path.write_bytes(model.SerializeToString())

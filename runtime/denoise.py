@@ -21,13 +21,14 @@ Predict = Callable[[Array, int], Array]  # (state (N, C, h, w), row) -> model ou
 class State:
     """After one row: what the UNet was given, what it answered (guided), and the latent made of both.
 
-    All (N, C, H/8, W/8) float32, variance-preserving.
+    All (N, C, H/8, W/8) float32, variance-preserving. `profile` is of the UNet's engine; "" on the host.
     """
 
     index: int
     given: Array
     prediction: Array
     latent: Array
+    profile: str = ""
 
     def replace(self, latent: Array) -> None:
         """Let the loop go on with another latent. Raises UsageError for another shape."""

@@ -1,13 +1,16 @@
 """The loop on a device: uploaded once, enqueued to the end, waited for once.
 
-Latent, invariants, table and noise stay on the device; guidance and the row update are the net `step`. A loop
-that ran before can be replayed as one captured graph (`replay.py`); memory that runs out is the ladder's
+Latent, invariants, table and noise stay on the device; guidance and the row update are the net `step`. A row
+that ran before can be replayed as a captured graph (`replay.py`); memory that runs out is the ladder's
 business (`ladder.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from threading import Event, RLock
 from time import perf_counter
 from typing import TypeVar
@@ -23,12 +26,23 @@ from .denoise import State
 from .device_programs import Canvas, Decoder, Frame, Nets, Program, Prompts, Schedule
 from .job import Drawn, Job, check_cancelled
 from .ladder import Need, Plan, climb
-from .program_pool import Pool
+from .program_pool import Pool, Take
 from .replay import Graphs, Replay
 from .table import Table
 from .tiling import Tiling, decode_tiled
 
 Result = TypeVar("Result")
+
+# So many requests of a size begin where the ladder ended; then one begins at the top again.
+_REMEMBERED = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Remembered:
+    """A plan that fitted when all at once did not."""
+
+    plan: Plan
+    requests_left: int
 
 
 class DeviceLoop:
@@ -38,8 +52,8 @@ class DeviceLoop:
         device: is closed with the loop, and so are `nets`.
         nets: the loop's nets by name.
         latent_scale: pixels per latent value.
-        graphs: whether to replay the loop as a captured graph: "on", "off", or "auto", where that is faster.
-        log: is told of every rung of the ladder, and why a loop is not captured.
+        graphs: whether to replay rows as captured graphs: "on", "off", or "auto", where that is faster.
+        log: is told of every rung of the ladder, and why a row is not captured.
     """
 
     def __init__(
@@ -58,8 +72,8 @@ class DeviceLoop:
         self._graphs: Graphs = graphs
         self._log = log
         self._lock = RLock()
-        self._plans: dict[Need, Plan] = {}  # what fitted, so that the ladder is climbed once
-        self._replays: dict[tuple[Program, Program], Replay] = {}
+        self._plans: dict[Need, _Remembered] = {}
+        self._replays: dict[Program, Replay] = {}
         self._closed = False
 
     # ── job.Loop ───────────────────────────────────────────────────────────────────────────────
@@ -67,19 +81,26 @@ class DeviceLoop:
     def steps(self, job: Job, clock: Clock, cancel: Event | None) -> Iterator[State]:
         """One item per row of the table, waited for. Raises CancelledError, NumericError."""
         with self._lock, clock.stage("prepare"):
-            canvas, schedule = self._climb(_need(job, self._scale), lambda plan: self._begun(job, plan))
+            canvas, schedule, _ = self._climb(
+                _need(job, self._scale), lambda plan: self._begun(job, plan, decoder=False)
+            )
         total = len(job.table)
         try:
+            with self._lock:
+                replay = self._begin_rows(canvas)
             given = job.table.init * job.start()[0]
             for row in range(total):
                 check_cancelled(cancel, row, total)
                 with self._lock, clock.stage("unet"):
-                    canvas.enqueue_row(schedule, row, schedule.draws)
+                    canvas.feed_row(schedule, row)
+                    replay.enqueue(canvas.enqueue_row)
                     latent, remembered = canvas.read_state()
                     self.device.synchronize()
                 _check_finite(latent, f"after step {row + 1} of {total}")
                 prediction = _prediction(job.table, row, given, remembered)
-                state = State(index=row, given=given, prediction=prediction, latent=latent)
+                state = State(
+                    index=row, given=given, prediction=prediction, latent=latent, profile=canvas.profile
+                )
                 yield state
                 if state.latent is not latent:
                     with self._lock:
@@ -92,47 +113,65 @@ class DeviceLoop:
     def draw(self, job: Job, clock: Clock, *, decode: bool) -> Drawn:
         """All of it, with one synchronisation. Raises NumericError, MemoryLimitError, BackendError."""
         with self._lock:
-            return self._climb(
+            drawn = self._climb(
                 _need(job, self._scale), lambda plan: self._draw(job, plan, clock, decode=decode)
             )
+            _check_finite(drawn.latent, "after the last step")
+            if decode and drawn.image is None:
+                with clock.stage("vae_decoder"):
+                    image, mean = self.decode(drawn.latent, self.plan(job))
+                drawn = replace(drawn, image=image, mean=mean)
+            self._settle()
+            return drawn
 
-    def decode(self, latent: Array) -> tuple[Array, Array]:
-        """(N, C, H/8, W/8) float32 -> (N, H, W, 3) uint8 and (N,) float32."""
+    def decode(self, latent: Array, plan: Plan | None = None) -> tuple[Array, Array]:
+        """(N, C, H/8, W/8) float32 -> (N, H, W, 3) uint8 and (N,) float32. `plan`: what to begin with."""
         pictures, _, height, width = latent.shape
         need = Need(
             batch=0, guided=False, pictures=pictures, height=height * self._scale, width=width * self._scale
         )
         with self._lock:
-            return self._climb(need, lambda plan: self._decode(latent, plan))
+            decoded = self._climb(need, lambda plan: self._decode(latent, plan), plan)
+            self._settle()
+            return decoded
 
     def close(self) -> None:
-        """Free everything, nets and device too. May be called twice."""
+        """Free everything, nets and device too, whatever fails on the way. May be called twice."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            self.device.synchronize()
-            self.free_idle()
-            self.pool.close()
-            for net in self.nets.values():
-                net.close()
-            self.device.close()
+            with ExitStack() as everything:
+                everything.callback(self.device.close)
+                for net in self.nets.values():
+                    everything.callback(net.close)
+                everything.callback(self.pool.close)
+                everything.callback(self.free_idle)
 
     # ── the ladder ─────────────────────────────────────────────────────────────────────────────
 
     def free_idle(self) -> bool:
         """Free what no request uses now; whether there was anything."""
-        return self.pool.free_idle()
+        freed = self.pool.free_idle()
+        if not self.pool.in_use:  # a graph that is still alive may hold what a library would release
+            for net in self.nets.values():
+                net.release()
+        return freed
 
     def _forget(self, program: Program) -> None:
-        """Free the graphs that hold the addresses of a program that is about to go."""
-        for pair in [pair for pair in self._replays if program in pair]:
-            self._replays.pop(pair).close()
+        """Free the graph that holds the addresses of a program that is about to go."""
+        if program in self._replays:
+            self._replays.pop(program).close()
+
+    def _settle(self) -> None:
+        """The stream is idle and the picture on the host: a moment for what must not be timed."""
+        for net in self.nets.values():
+            net.settle()
 
     def stream_weights(self) -> int:
-        """Bytes freed by streaming the weights of every net that can."""
+        """Bytes freed by streaming the weights of every net that can; it closes all of a net's bindings."""
         self.free_idle()
-        return sum(net.stream_weights() for net in self.nets.values())
+        return 0 if self.pool.in_use else sum(net.stream_weights() for net in self.nets.values())
 
     def describe_memory(self) -> str:
         """The numbers, for a refusal."""
@@ -150,22 +189,30 @@ class DeviceLoop:
 
     def plan(self, job: Job) -> Plan:
         """How such a job is carried out, as far as is known: what the ladder found, or all at once."""
-        return self._plans.get(_need(job, self._scale), Plan())
+        remembered = self._plans.get(_need(job, self._scale))
+        return remembered.plan if remembered else Plan()
 
-    def _climb(self, need: Need, attempt: Callable[[Plan], Result]) -> Result:
-        result, self._plans[need] = climb(attempt, self._plans.get(need, Plan()), need, self, self._log)
+    def _climb(self, need: Need, attempt: Callable[[Plan], Result], start: Plan | None = None) -> Result:
+        """Try from what fitted last time; now and then from the top, as memory may have come back."""
+        remembered = self._plans.pop(need, None)
+        if remembered is None or not remembered.requests_left:
+            remembered = _Remembered(plan=start or Plan(), requests_left=_REMEMBERED)
+        result, plan = climb(attempt, remembered.plan, need, self, self._log)
+        if plan != Plan():
+            left = remembered.requests_left - 1 if plan == remembered.plan else _REMEMBERED
+            self._plans[need] = _Remembered(plan=plan, requests_left=left)
         return result
 
     # ── one attempt ────────────────────────────────────────────────────────────────────────────
 
-    def _begun(self, job: Job, plan: Plan, *, decoder: bool = False) -> tuple[Canvas, Schedule]:
+    def _begun(self, job: Job, plan: Plan, *, decoder: bool) -> tuple[Canvas, Schedule, Decoder | None]:
         """Buffers and bindings for a job, with its invariants, table, noise and first latent enqueued.
 
-        `decoder`: make sure that the activations of the decoder fit as well, before any work is done.
+        `decoder`: take the decoder as well, before any work is done that it could make worthless.
         """
         frame, rows = self._frame(job, plan), len(job.table)
         noise = (job.pictures, *job.shape) if job.table.draws.any() else None
-        texts = len(job.token_ids)
+        texts, shape = len(job.token_ids), (job.pictures, *job.shape)
         calls = [
             ("text_encoder", {"P": texts}),
             ("unet_time", {"S": rows}),
@@ -181,10 +228,15 @@ class DeviceLoop:
                 (rows, noise), "unet_time", lambda scratch: Schedule(device, nets, rows, noise, scratch)
             )
             canvas = take(frame, "unet", lambda scratch: Canvas(device, nets, frame, scratch))
+            last = self._take_decoder(take, shape) if decoder else None
             self._enqueue_inputs(job, prompts, schedule, canvas)
         # Its buffers may go to another request at once: the stream keeps the order.
         self.pool.give_back(prompts)
-        return canvas, schedule
+        return canvas, schedule, last
+
+    def _take_decoder(self, take: Take, shape: tuple[int, ...]) -> Decoder:
+        make = partial(Decoder, self.device, self.nets, shape, self._scale)
+        return take(shape, "vae_decoder", make)
 
     def _enqueue_inputs(self, job: Job, prompts: Prompts, schedule: Schedule, canvas: Canvas) -> None:
         start, source = job.start()
@@ -194,57 +246,51 @@ class DeviceLoop:
         canvas.set_latent(job.table.init * start)
         schedule.enqueue(job, job.noises(source) if schedule.draws else None)
 
+    def _begin_rows(self, canvas: Canvas) -> Replay:
+        """The canvas's replay, ready for one picture."""
+        if canvas not in self._replays:
+            graphs = self._graphs
+            if graphs != "off" and not canvas.capturable:
+                self._log("the loop is not captured: the library says that its runs cannot be")
+                graphs = "off"
+            self._replays[canvas] = Replay(graphs, self._log)
+        replay = self._replays[canvas]
+        replay.begin(self.device, canvas.enqueue_row)
+        return replay
+
     def _draw(self, job: Job, plan: Plan, clock: Clock, *, decode: bool) -> Drawn:
+        """Latent, and with a plan that decodes all at once the picture."""
         whole = decode and plan.decoder_pictures is None and plan.tile is None
         with clock.stage("prepare"):
-            canvas, schedule = self._begun(job, plan, decoder=whole)
-        decoded: tuple[Array, Array] | None = None
+            canvas, schedule, decoder = self._begun(job, plan, decoder=whole)
         try:
             began = perf_counter()
             with clock.stage("enqueue"):
-                replay = self._replays.setdefault((canvas, schedule), Replay(self._graphs))
-                replay.run(self.device, lambda: self._enqueue_rows(job, canvas, schedule), self._log)
-                if whole:
-                    decoded = self._enqueue_decoder((job.pictures, *job.shape), canvas)
+                replay = self._begin_rows(canvas)
+                for row in range(len(job.table)):
+                    canvas.feed_row(schedule, row)
+                    replay.enqueue(canvas.enqueue_row)
+                image, mean = decoder.enqueue(canvas) if decoder else (None, None)
                 latent = canvas.read_state()[0]
             with clock.stage("wait"):
                 self.device.synchronize()
-            replay.took(perf_counter() - began)
+            replay.took((perf_counter() - began) / len(job.table))
         finally:
-            self.pool.give_back(canvas, schedule)
-        _check_finite(latent, "after the last step")
-        if decode and decoded is None:
-            with clock.stage("vae_decoder"):
-                decoded = self._decode(latent, plan)
-        image, mean = decoded or (None, None)
+            self.pool.give_back(canvas, schedule, *([decoder] if decoder else []))
         return Drawn(latent=latent, image=image, mean=mean, profile=canvas.profile)
-
-    @staticmethod
-    def _enqueue_rows(job: Job, canvas: Canvas, schedule: Schedule) -> None:
-        for row in range(len(job.table)):
-            canvas.enqueue_row(schedule, row, schedule.draws)
-
-    def _enqueue_decoder(self, shape: tuple[int, ...], latent: Canvas | Array) -> tuple[Array, Array]:
-        """Image and mean, there after `synchronize`."""
-        pictures, _, height, width = shape
-        self.pool.reserve([("vae_decoder", {"N": pictures, "H/8": height, "W/8": width})])
-        with self.pool.returning_on_error() as take:
-            decoder = take(
-                ("decoder", shape),
-                "vae_decoder",
-                lambda scratch: Decoder(self.device, self.nets, shape, self._scale, scratch),
-            )
-            decoded = decoder.enqueue(latent)
-        self.pool.give_back(decoder)
-        return decoded
 
     def _decode(self, latent: Array, plan: Plan) -> tuple[Array, Array]:
         """All pictures at once, one by one, or in tiles, as the plan says."""
 
         def whole(part: Array) -> tuple[Array, Array]:
-            image, mean = self._enqueue_decoder(part.shape, part)
-            self.device.synchronize()
-            return image, mean
+            pictures, _, height, width = part.shape
+            self.pool.reserve([("vae_decoder", {"N": pictures, "H/8": height, "W/8": width})])
+            with self.pool.returning_on_error() as take:
+                decoder = self._take_decoder(take, part.shape)
+                decoded = decoder.enqueue(part)
+                self.device.synchronize()
+            self.pool.give_back(decoder)
+            return decoded
 
         def picture(part: Array) -> tuple[Array, Array]:
             if plan.tile is None:

@@ -256,12 +256,21 @@ class Canvas(Program):
         place = self.block.place("state")
         self._device.upload(self.block.address("state"), np.zeros(place.shape, np.float32))
 
-    def enqueue_row(self, schedule: Schedule, row: int, draws: bool) -> None:
-        """One row of the table."""
+    @property
+    def capturable(self) -> bool:
+        """Whether the libraries say that a row can be captured."""
+        return self._step.capturable and all(unet.capturable for _, unet in self._bound)
+
+    def feed_row(self, schedule: Schedule, row: int) -> None:
+        """Copy in what differs from row to row: the line, and the noise."""
         block, device = self.block, self._device
         device.copy(block.address("line"), schedule.line_address(row), self._line.size)
-        if draws:
+        if schedule.draws:
             device.copy(block.address("noise"), schedule.noise_address(row), block.place("noise").size)
+
+    def enqueue_row(self) -> None:
+        """UNet and row update, at the same addresses every time: what a captured graph holds."""
+        block, device = self.block, self._device
         if len(self._calls) > 1:
             self._exchange("latent", inward=True)
         for _, unet in self._bound:

@@ -10,8 +10,8 @@
     refuse                      with the numbers
 
 A rung that cannot lower what ran out is passed over as long as another can: a UNet that does not fit is no
-reason to tile the decoder, until nothing else is left. (Then it is one: nets share a block of activations, and
-the decoder's may be what makes it large.)
+reason to tile the decoder, until nothing else is left. (Then it is one: nets share a block of activations,
+and the decoder's may be what makes it large.)
 """
 
 from __future__ import annotations

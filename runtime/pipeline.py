@@ -208,19 +208,19 @@ class Pipeline:
         self, request: Request, clock: Clock, cancel: Event | None, callback: StepCallback | None
     ) -> Drawn:
         """Step by step, with whoever looks on."""
-        latent: Array | None = None
+        latent, profile = None, ""
         for step in self._steps(request, clock, cancel):
             if callback is not None:
                 values = {"latents": step.latent, "total": step.total}
                 answer = callback(self, step.index, step.timestep, values)
                 step.state.replace((answer or {}).get("latents", step.latent))
-            latent = step.latent
+            latent, profile = step.latent, step.state.profile
         assert latent is not None  # a table has at least one row
         if request.output_type == "latent":
-            return Drawn(latent=latent, image=None, mean=None)
+            return Drawn(latent=latent, image=None, mean=None, profile=profile)
         with clock.stage("vae_decoder"):
             image, mean = self._loop.decode(latent)
-        return Drawn(latent=latent, image=image, mean=mean)
+        return Drawn(latent=latent, image=image, mean=mean, profile=profile)
 
     def _decode(self, latent: Array) -> Array:
         """(N, C, H/8, W/8) -> (N, H, W, 3) uint8."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Iterable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Protocol, TypeVar, cast
 
 from ..engines.device import Device
@@ -57,6 +57,11 @@ class Pool:
         """Bytes of the block of activations."""
         return self._scratch.size
 
+    @property
+    def in_use(self) -> bool:
+        """Whether any request has programs checked out."""
+        return len(self._keys) > len(self._idle)
+
     def reserve(self, calls: Calls) -> None:
         """Make the scratch block large enough for these calls. Raises MemoryLimitError, UsageError."""
         size, largest = max((self._scratch_of(name, sizes), name) for name, sizes in calls)
@@ -93,14 +98,18 @@ class Pool:
 
     def give_back(self, *programs: Program) -> None:
         """Keep them for the next request of their shape, unless they are outdated or one too many."""
+        outdated: list[Program] = []
         for program in programs:
-            key = self._keys[program]
+            key = self._keys.get(program)
+            if key is None:
+                continue  # the pool was closed meanwhile
             if program.scratch is not self._scratch or key in self._idle:
-                self._drop(program)
+                outdated.append(program)
             else:
                 self._idle[key] = program
         while len(self._idle) > _KEPT:
-            self._drop(self._idle.pop(next(iter(self._idle))))
+            outdated.append(self._idle.pop(next(iter(self._idle))))
+        self._drop(*outdated)
 
     def free_idle(self) -> bool:
         """Free every idle program, and the scratch if nobody else uses it; whether there was anything."""
@@ -118,11 +127,20 @@ class Pool:
         self._scratch.close()
 
     def _drop(self, *programs: Program) -> None:
-        if programs:
-            self._device.synchronize()  # what they enqueued may still be running
-        for program in programs:
-            del self._keys[program]
+        """Free programs. What failed on the device is raised, after everything was freed."""
+        with ExitStack() as everything:
+            for program in programs:
+                del self._keys[program]
+                everything.callback(self._free, program)
+            if programs:
+                self._device.synchronize()  # what they enqueued may still be running
+
+    def _free(self, program: Program) -> None:
+        with ExitStack() as everything:
+            everything.callback(self._free_scratch, program.scratch)
+            everything.callback(program.close)
             self._forget(program)
-            program.close()
-            if program.scratch is not self._scratch and program.scratch.users == 0:
-                program.scratch.close()
+
+    def _free_scratch(self, scratch: Scratch) -> None:
+        if scratch is not self._scratch and scratch.users == 0:
+            scratch.close()

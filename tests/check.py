@@ -12,7 +12,7 @@ COMMANDS = {
     "format": ["ruff", "format", "--check", "."],
     "lint": ["ruff", "check", "."],
     "types": ["basedpyright", "--pythonpath", sys.executable],
-    "tests": ["pytest", *sys.argv[1:]],
+    "tests": ["pytest", *(sys.argv[1:] or ["-n", "auto", "--dist", "loadgroup"])],
 }
 
 

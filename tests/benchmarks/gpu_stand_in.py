@@ -25,6 +25,7 @@ SCALE = Scale(
     steps=2,
     timed_steps=2,
     runs=3,
+    pictures=6,
     shares=(0.5, 0.3, 0.1),
     threads=1,
 )
@@ -52,6 +53,9 @@ class Hungry:
     @property
     def memory(self) -> MemoryLedger:
         return self.net.memory
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.net, name)
 
     def scratch(self, shapes: Shapes) -> int:
         return self.per_row * next(iter(shapes.values()))[0]

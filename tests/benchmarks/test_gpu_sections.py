@@ -239,7 +239,7 @@ def test_graphs_fail_where_something_else_is_replayed(package: Package) -> None:
 
 def test_graphs_fail_where_nothing_is_replayed(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
     def silent(self: Any, *arguments: Any) -> None:
-        self.reason = "no reason that anybody hears of"
+        """Gives up, for a reason that nobody hears of."""
 
     monkeypatch.setattr("latentrt.runtime.replay.Replay._capture", silent)
     rows = run(graphs, stand_in(package))

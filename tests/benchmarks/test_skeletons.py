@@ -51,7 +51,7 @@ def test_every_net_of_full_size_sd15_builds_without_a_gpu(roomy: Path) -> None:
 
 
 def test_an_unknown_skeleton_or_a_folder_that_exists(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="expected one of .*sd15-fp16"):
+    with pytest.raises(UsageError, match=r"expected one of .*sd15-fp16"):
         fill_skeleton("sd0", tmp_path / "package")
     with pytest.raises(UsageError, match="a folder that does not exist yet"):
         fill_skeleton("sd15-fp16", tmp_path)

@@ -17,6 +17,7 @@ GPU = DeviceFacts(
     index=0,
     name="NVIDIA L4",
     compute_capability=(8, 9),
+    multiprocessors=58,
     driver="580.82.07",
     cuda="13.0",
     total=24 * 2**30,
@@ -49,7 +50,13 @@ def oracle_opener(folder: Path, opened: list[tuple[str, bytes, bool]] | None = N
     """As `open_on_cpu`, but lowered graphs run as the oracle's functions. `opened` gets what was asked."""
 
     def open_net(
-        package: Package, name: str, device: Any, *, graph: Path | None = None, prefer_nhwc: bool = False
+        package: Package,
+        name: str,
+        device: Any,
+        *,
+        graph: Path | None = None,
+        prefer_nhwc: bool = False,
+        **options: Any,
     ) -> DeviceNet:
         if opened is not None:
             opened.append((name, graph.read_bytes() if graph else b"", prefer_nhwc))

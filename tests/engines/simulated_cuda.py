@@ -58,7 +58,7 @@ class Properties:
     name = b"Simulated GPU"
     major, minor, integrated = 8, 9, 0
     uuid = Uuid()
-    totalGlobalMem = 1 << 20
+    totalGlobalMem, multiProcessorCount = 1 << 20, 58
 
 
 class SimulatedRuntime:

@@ -45,9 +45,9 @@ def simulated_engine(
 ) -> bytes:
     """What a builder would have written.
 
-    `extra`: `streamable` (bytes), `least` (the smallest budget that runs), `refittable` (names), `merged`
-    (names that must be set together), `stripped`, `resizes` (whether scratch follows the shapes), `host` and
-    `vectorised` (names), `stat` (of the weights).
+    `extra`: `streamable` (bytes), `budget` (at first), `least` and `most` (of the budget that is accepted),
+    `refittable` (names), `merged` (names that must be set together), `stripped`, `resizes` (whether scratch
+    follows the shapes), `host` and `vectorised` (names), `stat` (of the weights).
     """
     shapes = [{name: [list(s) for s in span] for name, span in p.shapes.items()} for p in profiles]
     plain = {"graph": str(graph), "profiles": shapes, "library": VARIANTS[variant], "cc": cc}
@@ -105,7 +105,7 @@ class ICudaEngine:
             for item in (*inputs, *outputs)
         }
         self._inferred: dict[Any, dict[str, tuple[int, ...]]] = {}
-        self._budget = self.streamable_weights_size
+        self._budget = facts.get("budget", self.streamable_weights_size)
 
     def _open(self) -> None:
         options = onnxruntime.SessionOptions()
@@ -166,7 +166,10 @@ class ICudaEngine:
     def _scratch(self, shapes: Mapping[str, Sequence[int]]) -> int:
         """More for larger inputs, and for weights that are streamed."""
         values = sum(map(prod, shapes.values()))
-        return 256 * (1 + values // 16) + (self.streamable_weights_size - self._budget) // 512 * 256
+        return 256 * (1 + values // 16) + self._staged()
+
+    def _staged(self) -> int:
+        return (self.streamable_weights_size - self._budget) // 512 * 256
 
     def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
         return self._scratch({n: spans[2] for n, spans in self._facts["profiles"][profile_index].items()})
@@ -178,8 +181,18 @@ class ICudaEngine:
     def streamable_weights_size(self) -> int:
         return self._facts.get("streamable", 0)
 
+    def _streams(self) -> None:
+        if not self.streamable_weights_size:
+            self._error("the engine was not built with kWEIGHT_STREAMING")
+
+    @property
+    def weight_streaming_scratch_memory_size(self) -> int:
+        self._streams()
+        return self._staged()
+
     @property
     def weight_streaming_budget_v2(self) -> int:
+        self._streams()
         return self._budget
 
     @weight_streaming_budget_v2.setter
@@ -188,6 +201,9 @@ class ICudaEngine:
             self._error("the budget cannot change while there are execution contexts")
         elif budget < self._facts.get("least", 0):
             self._error(f"a budget of {budget} bytes is too small")
+            raise RuntimeError("Failed to set the weight streaming budget")
+        elif budget > self._facts.get("most", budget):
+            self._error(f"out of memory: a budget of {budget} bytes")
             raise RuntimeError("Failed to set the weight streaming budget")
         else:
             self._budget = min(budget, self.streamable_weights_size)
@@ -278,7 +294,8 @@ class IExecutionContext:
         if self.infer_shapes() or self._engine._facts.get("resizes") is False:
             return 0
         self._resized = True
-        return self._engine._scratch(self._inputs)
+        # Activations alone: the library's documentation can be read like that.
+        return self._engine._scratch(self._inputs) - self._engine._staged()
 
     def _wanted(self) -> int:
         engine = self._engine

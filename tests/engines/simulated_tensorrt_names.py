@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-VARIANTS = {"tensorrt 10": "10.13.0.35", "tensorrt 11": "11.4.0.106", "tensorrt-rtx": "1.7.1.116"}
+VARIANTS = {"tensorrt 10": "10.14.1.48", "tensorrt 11": "11.4.0.106", "tensorrt-rtx": "1.7.1.116"}
 ONLY = {  # names that not all libraries have
     "EngineStat": ("tensorrt 11", "tensorrt-rtx"),
     "EngineValidity": ("tensorrt-rtx",),
@@ -120,6 +120,7 @@ class IRuntimeCache:
         return True
 
     def serialize(self) -> memoryview:
+        self._world.counts["serialised"] += 1
         return memoryview(self._head() + ";".join(sorted(self._kernels)).encode())
 
 

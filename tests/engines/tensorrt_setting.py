@@ -11,8 +11,9 @@ from latentrt.engines import onnxruntime_backend
 from latentrt.engines.package import Package
 from latentrt.engines.profiles import NetProfile, Profile, net_profiles
 from latentrt.engines.spec import DTYPES, NETS
+from latentrt.engines.tensorrt_bound import BoundTensorRTNet
 from latentrt.engines.tensorrt_flavour import Flavour, flavour
-from latentrt.engines.tensorrt_nets import BoundTensorRTNet, TensorRTNet, open_engine
+from latentrt.engines.tensorrt_nets import TensorRTNet, open_engine
 from tests.engines.host_device import HostDevice
 from tests.engines.simulated_tensorrt import SimulatedLibrary, simulated_engine
 from tests.engines.simulated_tensorrt_names import VARIANTS

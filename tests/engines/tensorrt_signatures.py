@@ -32,6 +32,7 @@ from typing import Any
 
 import pytest
 
+# The oldest release we support is 10.14, but there are no newer stubs of the 10.x line than these.
 STUBS = "tensorrt-stubs==10.13.0.35.1"
 BINDINGS = "tensorrt-cu13-bindings==11.4.0.106"
 LIBRARIES = ("tensorrt 10", "tensorrt 11", "tensorrt-rtx")

@@ -48,7 +48,7 @@ def test_constants_and_fields_exist_and_are_equal() -> None:
     assert int(real.cudaError_t.cudaErrorInsufficientDriver) == cuda_facts._INSUFFICIENT_DRIVER
     assert int(real.cudaError_t.cudaErrorNoDevice) == cuda_facts._NO_DEVICE
     properties = real.cudaDeviceProp()
-    for name in ("name", "major", "minor", "integrated", "totalGlobalMem"):
+    for name in ("name", "major", "minor", "integrated", "totalGlobalMem", "multiProcessorCount"):
         assert hasattr(properties, name)
     assert len(properties.uuid.bytes) == 16
 

@@ -18,6 +18,7 @@ def test_facts() -> None:
         index=0,
         name="Simulated GPU",
         compute_capability=(8, 9),
+        multiprocessors=58,
         driver="580.82.07",
         cuda="13.0",
         total=1 << 20,

@@ -108,7 +108,7 @@ def test_the_key(demo: Package) -> None:
         "1.31.1",
         "sm_89",
     )
-    assert (key.gpu, key.driver) == ("NVIDIA L4", "580")
+    assert (key.gpu, key.driver) == ("NVIDIA L4, 58 SMs, 24 GiB", "580")
     assert key.profiles == ("B=2 H/8=16 T=77 W/8=16",)
     assert key.flags == ("groupnorm", "nhwc", "plain")
     assert key.weights == demo.manifest.files["unet/weights.safetensors"].sha256
@@ -118,7 +118,7 @@ def test_the_key(demo: Package) -> None:
     ("change", "reason"),
     [
         ({"backend_version": "1.25.0"}, r"backend_version \(1.25.0 there, "),
-        ({"gpu": "NVIDIA L40"}, r"gpu \(NVIDIA L40 there, NVIDIA L4 here\)"),
+        ({"gpu": "NVIDIA L40"}, r"gpu \(NVIDIA L40 there, NVIDIA L4, 58 SMs, 24 GiB here\)"),
         ({"compute_capability": "sm_90"}, r"compute_capability \(sm_90 there, sm_89 here\)"),
         ({"driver": "575"}, r"driver \(575 there, 580 here\)"),
     ],

@@ -1,4 +1,5 @@
 import ctypes
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,29 @@ def test_submit_takes_the_runs(package: Package) -> None:
         queue[0]()
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="tells resident memory on Linux alone")
+def test_activations_go_back(demo: Package) -> None:
+    """For real: a run that is terminated before its first node shrinks the arena."""
+    host, sizes = Host(), {**SIZES, "N": 4, "H/8": 32, "W/8": 32}
+    net: Any = open_onnxruntime_net(demo, "vae_decoder", host, provider=CPU, threads=1)  # type: ignore[arg-type]
+    bound = Bound(host, net, sizes)
+    bound.upload(random_inputs(net.spec, 0, sizes))
+    bound.bound.enqueue()
+    wanted, held = bound.outputs()["image"], resident()
+    net.release()
+    assert resident() < held - 2**26
+    np.testing.assert_array_equal(bound.outputs()["image"], wanted)  # nothing ran
+    bound.bound.enqueue()
+    np.testing.assert_array_equal(bound.outputs()["image"], wanted)
+    net.settle()
+    net.close()
+    net.release()
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 # ── what is refused ────────────────────────────────────────────────────────────────────────────────
 
 
@@ -247,6 +271,7 @@ def test_closed(package: Package) -> None:
     net = open_onnxruntime_net(package, "unet", host, provider=CPU, threads=1)  # type: ignore[arg-type]
     one, two = Bound(host, net), Bound(host, net)
     assert one.bound.profile == "onnxruntime CPU, any shape"
+    assert one.bound.capturable
     one.bound.close()
     one.bound.close()
     with pytest.raises(BackendError, match="a binding of the net 'unet' is closed"):
@@ -290,8 +315,9 @@ def test_failures_of_a_run(
         raise RuntimeError(message)
 
     monkeypatch.setattr(net._session, "run_with_iobinding", fail)
-    with pytest.raises(kind, match="the net 'unet'"):
+    with pytest.raises(kind, match="the net 'unet'") as failure:
         bound.bound.enqueue()
+    assert getattr(failure.value, "culprit", "unet") == "unet"
 
 
 def test_weights_that_do_not_fit(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,8 +325,9 @@ def test_weights_that_do_not_fit(package: Package, monkeypatch: pytest.MonkeyPat
         raise RuntimeError("Failed to allocate memory for requested buffer of size 3")
 
     monkeypatch.setattr(onnxruntime_backend.library(), "InferenceSession", fail)
-    with pytest.raises(MemoryLimitError, match=r"the weights of .*loop\.onnx do not fit"):
+    with pytest.raises(MemoryLimitError, match=r"the weights of .*loop\.onnx do not fit") as failure:
         open_onnxruntime_net(package, "unet", Host(), provider=CPU)  # type: ignore[arg-type]
+    assert failure.value.culprit == "unet"
 
 
 def test_a_binding_that_is_refused(package: Package) -> None:

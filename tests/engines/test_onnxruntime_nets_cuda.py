@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.engines import onnxruntime_backend, onnxruntime_nets
+from latentrt.engines import onnxruntime_backend, onnxruntime_nets, onnxruntime_runs
 from latentrt.engines.errors import BackendError
 from latentrt.engines.onnxruntime_nets import CPU, CUDA, cuda_available, open_onnxruntime_net
+from latentrt.engines.onnxruntime_runs import WAIT_EVERY
 from latentrt.engines.package import Package
 
 HOST = SimpleNamespace(name="host memory")
@@ -62,7 +63,7 @@ class Binding:
 @pytest.fixture
 def cuda_library(monkeypatch: pytest.MonkeyPatch) -> Library:
     fake = Library(onnxruntime_backend.library(), [CUDA, CPU])
-    for module in (onnxruntime_backend, onnxruntime_nets):
+    for module in (onnxruntime_backend, onnxruntime_nets, onnxruntime_runs):
         monkeypatch.setattr(module, "library", lambda: fake)
     monkeypatch.setattr(onnxruntime_nets, "cuda_device_available", lambda: None)
     onnxruntime_nets._load_libraries.cache_clear()
@@ -91,14 +92,90 @@ def test_a_cuda_session_gets_the_devices_stream(package: Package, cuda_library: 
     open_onnxruntime_net(package, "unet", device)
     assert cuda_library.preloaded == 1
     bound = net.bind({"x": (2, 4)}, {"x": 4096, "y": 8192}, 0)
-    key = "disable_synchronize_execution_providers"
-    assert cuda_library.asked["run"].get_run_config_entry(key) == "1"
     assert bound.profile == "onnxruntime CUDA, any shape"
     assert cuda_library.binding.bound == [
         ("input", "x", "cuda", 1, np.float32, (2, 4), 4096),
         ("output", "y", "cuda", 1, np.float32, (2, 4), 8192),
     ]
     net.close()
+
+
+class Recorded:
+    """What `run_with_iobinding` was given: whether each run returned at once."""
+
+    def __init__(self, net: Any) -> None:
+        self.at_once: list[bool] = []
+        net._session.run_with_iobinding = lambda binding, options: self.at_once.append(
+            returns_at_once(options)
+        )
+
+
+def returns_at_once(options: Any) -> bool:
+    try:
+        return options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+    except RuntimeError:  # it is not set
+        return False
+
+
+def opened(package: Package, **options: Any) -> tuple[Any, Any, Any, Recorded]:
+    device: Any = SimpleNamespace(name="A GPU", stream=12345, index=0, capturing=False)
+    net: Any = open_onnxruntime_net(package, "unet", device, **options)
+    bound: Any = net.bind({"x": (2, 4)}, {"x": 4096, "y": 8192}, 0)
+    return device, net, bound, Recorded(net)
+
+
+def test_one_run_in_many_waits(package: Package, cuda_library: Library) -> None:
+    """Else ONNX Runtime never frees its page-locked buffers."""
+    _, net, bound, recorded = opened(package)
+    other = net.bind({"x": (2, 4)}, {"x": 4096, "y": 8192}, 0)  # the buffers are the session's
+    for _ in range(WAIT_EVERY):
+        bound.enqueue()
+        other.enqueue()
+    waits = [not at_once for at_once in recorded.at_once]
+    assert [index for index, wait in enumerate(waits) if wait] == [0, WAIT_EVERY]
+    net.settle()
+    net.close()
+
+
+def test_a_run_is_not_captured_unless_that_was_asked_for(package: Package, cuda_library: Library) -> None:
+    device, net, bound, recorded = opened(package)
+    assert not bound.capturable
+    device.capturing = True
+    with pytest.raises(BackendError, match=r"a run of 'unet' is being captured.* expected a net opened with"):
+        bound.enqueue()
+    assert not recorded.at_once
+    net.close()
+
+
+def test_no_run_waits_while_a_graph_may_read_the_buffers(package: Package, cuda_library: Library) -> None:
+    device, net, bound, recorded = opened(package, capture=True)
+    assert bound.capturable
+    bound.enqueue()
+    device.capturing = True
+    bound.enqueue()
+    device.capturing = False
+    for _ in range(2 * WAIT_EVERY):
+        bound.enqueue()
+    assert recorded.at_once == [False, *[True] * (1 + 2 * WAIT_EVERY)]
+    net.release()  # its caller has closed the graph
+    bound.enqueue()
+    assert not recorded.at_once[-1]
+    net.close()
+
+
+def test_the_arena_of_the_gpu_is_shrunk(package: Package, cuda_library: Library) -> None:
+    _, net, _, _ = opened(package)
+    given: list[tuple[Any, ...]] = []
+    net._session.run = lambda *arguments: given.append(arguments)
+    net.release()
+    ((outputs, feeds, options),) = given
+    assert outputs is None
+    assert {name: array.shape for name, array in feeds.items()} == {"x": (1, 4)}
+    assert options.terminate
+    assert options.get_run_config_entry("memory.enable_memory_arena_shrinkage") == "gpu:0"
+    net.close()
+    net.release()
+    assert len(given) == 1
 
 
 def test_an_input_that_the_cpu_wants(package: Package, cuda_library: Library) -> None:

@@ -44,11 +44,13 @@ def test_ram_refuses_only_what_is_certain_to_fail() -> None:
     with pytest.raises(MemoryLimitError, match=r"2\.00 GB of memory .* 1\.62 GB") as caught:
         check_room("unet", WEIGHTS, Room(disk=None, ram=2 * 10**9))
     assert "at least 3.38 GB, and usually 6.12 GB" in caught.value.expected
+    assert caught.value.culprit == "unet"
 
 
 def test_device_memory() -> None:
-    with pytest.raises(MemoryLimitError, match=r"1\.00 GB of device memory"):
+    with pytest.raises(MemoryLimitError, match=r"1\.00 GB of device memory") as caught:
         check_room("unet", WEIGHTS, Room(disk=None, ram=None, vram=10**9))
+    assert caught.value.culprit == "unet"
 
 
 def test_the_library_is_asked_for_device_memory(tmp_path: Path) -> None:

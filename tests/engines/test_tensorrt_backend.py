@@ -22,7 +22,7 @@ def test_the_reason_is_the_first_thing_that_is_missing(backend: str, monkeypatch
     assert "is not installed" in (tensorrt_backend.available(backend) or "")
     monkeypatch.setattr("latentrt.engines.tensorrt_flavour.installed_version", lambda _: "9.0")
     assert "9.0 is installed" in (tensorrt_backend.available(backend) or "")
-    version = {"tensorrt": "10.13.0", "tensorrt-rtx": "1.7.1"}[backend]
+    version = {"tensorrt": "10.14.1", "tensorrt-rtx": "1.7.1"}[backend]
     monkeypatch.setattr("latentrt.engines.tensorrt_flavour.installed_version", lambda _: version)
     assert tensorrt_backend.available(backend, runtime=NoGpu()) == "there is no NVIDIA GPU"
 

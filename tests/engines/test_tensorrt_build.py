@@ -24,6 +24,7 @@ from latentrt.engines.cuda_facts import DeviceFacts
 from latentrt.engines.errors import (
     BackendError,
     PackageError,
+    StorageError,
     UsageError,
 )
 from latentrt.engines.net_weights import engine_bytes, lora_targets, net_tensors
@@ -41,6 +42,7 @@ GPU = DeviceFacts(
     index=0,
     name="NVIDIA L4",
     compute_capability=(8, 9),
+    multiprocessors=58,
     driver="580.82.07",
     cuda="13.0",
     total=24 * 2**30,
@@ -238,7 +240,7 @@ def test_other_engines_name_the_device_and_the_driver() -> None:
     profiles = net_profiles("unet", DEMO.manifest.nets["unet"].spec, SMALL)
     options = BuildOptions(weights=Weights.lora)
     key = engine_key(DEMO, "unet", row, "11.4.0", profiles, options, gpu=GPU)
-    assert (key.compute_capability, key.gpu, key.driver) == ("sm_89", "NVIDIA L4", "580")
+    assert (key.compute_capability, key.gpu, key.driver) == ("sm_89", "NVIDIA L4, 58 SMs, 24 GiB", "580")
     assert key.refittable
     assert key.weights == DEMO.manifest.files["unet/weights.safetensors"].sha256
     assert not engine_key(DEMO, "unet", row, "11.4.0", profiles, BuildOptions(), gpu=GPU).refittable
@@ -263,7 +265,35 @@ def test_a_library_with_a_timing_cache_gets_it_back_with_the_next_build(
         (item,) = build_package(DEMO, "tensorrt", SMALL, BuildOptions(), store, nets=[net], gpu=GPU)
         assert sorted(path.name for path in item.entry.path.iterdir()) == ["engine.bin", "manifest.json"]
     assert given == [b"", b"timings"]
-    assert [path.name for path in store.root.glob("caches/timing/*")] == ["tensorrt_11_4_sm_89_NVIDIA_L4"]
+    assert [path.name for path in store.root.glob("caches/timing/*")] == [
+        "tensorrt_11_4_sm_89_NVIDIA_L4__58_SMs__24_GiB"
+    ]
+
+
+@pytest.mark.parametrize("failing", ["nothing written", "disk full"])
+def test_a_timing_cache_that_cannot_be_kept_costs_no_engine(
+    store: EngineStore, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    def builder(job: Job, report: Any, **_: Any) -> dict[str, Any]:
+        assert job.timing_cache
+        job.timing_cache.unlink()
+        if failing == "disk full":
+            job.timing_cache.write_bytes(b"timings")
+        job.engine.write_bytes(b"engine")
+        return {"warnings": ["an earlier one"]}
+
+    def full(path: Path, data: bytes) -> None:
+        raise StorageError("the disk is full", expected="room", fix="Make some.")
+
+    monkeypatch.setattr(build_module, "run_builder", builder)
+    monkeypatch.setattr(build_module, "flavour", lambda backend: flavour(backend, "11.4"))
+    monkeypatch.setattr(build_module, "installed_version", lambda backend: "11.4")
+    monkeypatch.setattr(store, "write_side_file", full)
+    (item,) = build_package(DEMO, "tensorrt", SMALL, BuildOptions(), store, nets=["unet"], gpu=GPU)
+    assert item.entry.read() == b"engine"
+    warnings = item.entry.facts["warnings"]
+    assert warnings[0] == "an earlier one"
+    assert [("disk is full" in line) for line in warnings[1:]] == ([True] if failing == "disk full" else [])
 
 
 def test_nets_can_be_picked() -> None:

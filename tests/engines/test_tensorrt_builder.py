@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from latentrt.engines import build_process
+from latentrt.engines import build_process, tensorrt_builder
 from latentrt.engines.build import (
     BuildProgress,
 )
@@ -101,8 +101,9 @@ def test_a_killed_builder(store: EngineStore) -> None:
     def kill(now: BuildProgress) -> None:
         os.kill(pids[-1], signal.SIGKILL)
 
-    with pytest.raises(MemoryLimitError, match="builder of the net 'unet_time' was killed"):
+    with pytest.raises(MemoryLimitError, match="builder of the net 'unet_time' was killed") as caught:
         build_small(DEMO, store, progress=kill, started=pids.append)
+    assert caught.value.culprit == "unet_time"
     assert_clean(store)
     (item,) = build_small(DEMO, store)
     assert "has been built yet" in item.why
@@ -158,14 +159,18 @@ def test_no_room(store: EngineStore) -> None:
 
 
 def test_out_of_memory_is_its_own_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from latentrt.engines import tensorrt_builder
-
     row = flavour(RTX)
     job = job_of("unet_time", tmp_path / "engine")
     said = ["[defaultAllocator] CUDA: out of memory: requested 9 bytes"]
     error = tensorrt_builder._refused(job, row, said)  # pyright: ignore[reportPrivateUsage]
     assert isinstance(error, MemoryLimitError)
     assert "--workspace" in error.fix
+    assert error.culprit == "unet_time"
+    told = {"error": {"type": "MemoryLimitError", "found": "f", "expected": "e", "fix": "x"}}
+    monkeypatch.setattr(build_process, "_COMMAND", (sys.executable, "-c", f"print({json.dumps(told)!r})"))
+    with pytest.raises(MemoryLimitError, match="f; expected e") as caught:
+        run_builder(job, lambda phase, fraction: None)
+    assert caught.value.culprit == "unet_time", "also across the pipe"
 
 
 def test_a_job_survives_the_pipe(tmp_path: Path) -> None:
@@ -191,6 +196,60 @@ def test_timings_are_read_and_written(monkeypatch: pytest.MonkeyPatch, tmp_path:
     for _ in range(2):
         assert build(job, lambda phase, fraction: None)["size"] > 0
         assert (tmp_path / "timings").stat().st_size > 0
+
+
+@pytest.mark.parametrize("refused_by", ["create_timing_cache", "set_timing_cache"])
+def test_timings_that_the_library_refuses_are_begun_anew(tmp_path: Path, refused_by: str) -> None:
+    created: list[bytes] = []
+    attached: list[bytes] = []
+
+    class Config:
+        def create_timing_cache(self, known: bytes) -> bytes | None:
+            created.append(known)
+            return None if known and refused_by == "create_timing_cache" else known
+
+        def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
+            assert not ignore_mismatch, "another GPU's timings"
+            if cache and refused_by == "set_timing_cache":
+                return False
+            attached.append(cache)
+            return True
+
+    path = tmp_path / "timings"
+    path.write_bytes(b"damaged")
+    tensorrt_builder._use_timings(Config(), path)  # pyright: ignore[reportPrivateUsage]
+    assert (created, attached) == ([b"damaged", b""], [b""])
+    path.unlink()
+    tensorrt_builder._use_timings(Config(), path)  # pyright: ignore[reportPrivateUsage]
+    assert (created[2:], attached[1:]) == ([b""], [b""])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("failing", ["none attached", "no bytes", "disk"])
+def test_timings_that_cannot_be_kept_cost_no_engine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str
+) -> None:
+    row = replace(flavour(RTX), cache="timing")
+    monkeypatch.setattr("latentrt.engines.tensorrt_builder.flavour", lambda backend: row)
+    save = tensorrt_builder._save_timings  # pyright: ignore[reportPrivateUsage]
+
+    class Cache:
+        def serialize(self) -> bytes | None:
+            return None if failing == "no bytes" else b"timings"
+
+    class Config:
+        def get_timing_cache(self) -> Cache | None:
+            return None if failing == "none attached" else Cache()
+
+    monkeypatch.setattr(tensorrt_builder, "_save_timings", lambda config, path: save(Config(), path))
+    timings = tmp_path / "timings"
+    if failing == "disk":
+        timings = tmp_path / "missing" / "timings"
+    job = replace(job_of("unet_time", tmp_path / "engine"), timing_cache=timings)
+    facts = build(job, lambda phase, fraction: None)
+    assert (tmp_path / "engine").stat().st_size == facts["size"] > 0
+    assert facts["warnings"][0].startswith("the timing cache was not kept: ")
+    assert not timings.exists()
 
 
 def test_nested_phases_are_one_fraction() -> None:

@@ -39,8 +39,8 @@ def test_the_installed_library_is_found_without_importing_it() -> None:
 @pytest.mark.parametrize(
     ("backend", "release", "line"),
     [
-        ("tensorrt", "10.13.0.35", "10.13 to 10.x"),
-        ("tensorrt", "10.99", "10.13 to 10.x"),
+        ("tensorrt", "10.14.1.48", "10.14 to 10.x"),
+        ("tensorrt", "10.99", "10.14 to 10.x"),
         ("tensorrt", "11.0.0.1", "11.x"),
         ("tensorrt", "11.4.0.106.post1", "11.x"),
         ("tensorrt-rtx", "1.7.1.116", "1.7 to 1.x"),
@@ -53,7 +53,7 @@ def test_the_version_picks_the_row(backend: str, release: str, line: str) -> Non
 @pytest.mark.parametrize(
     ("backend", "release"),
     [
-        ("tensorrt", "10.12.9"),
+        ("tensorrt", "10.13.3.9"),  # its parser does not know Attention
         ("tensorrt", "8.6.1"),
         ("tensorrt", "12.0"),
         ("tensorrt-rtx", "1.6"),
@@ -80,11 +80,11 @@ def test_an_unknown_backend() -> None:
 
 def test_a_library_without_distribution_tells_its_own_version(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("tensorrt")
-    module.__version__ = "10.13.3"  # pyright: ignore[reportAttributeAccessIssue]
+    module.__version__ = "10.14.1"  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     monkeypatch.setattr(tensorrt_flavour, "find_spec", lambda name: object())
-    assert installed_version("tensorrt") == "10.13.3"
-    assert flavour("tensorrt").line == "10.13 to 10.x"
+    assert installed_version("tensorrt") == "10.14.1"
+    assert flavour("tensorrt").line == "10.14 to 10.x"
 
 
 def test_a_library_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, rtx: Flavour) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from latentrt.engines.device import DeviceMemory
 from latentrt.engines.errors import BackendError, EngineError, MemoryLimitError, StorageError
 from latentrt.engines.spec import TensorSpec
 from latentrt.engines.store import EngineStore
@@ -18,7 +19,7 @@ from tests.engines.host_device import HostDevice
 from tests.engines.simulated_tensorrt import SimulatedLibrary, simulated_engine
 from tests.engines.simulated_tensorrt_names import EngineInvalidityDiagnostics as Kinds
 from tests.engines.simulated_tensorrt_names import EngineValidity
-from tests.engines.tensorrt_setting import SMALL, bound, open_simulated
+from tests.engines.tensorrt_setting import LARGE, SMALL, bound, open_simulated
 
 RTX, NET = "tensorrt-rtx", "vae_decoder"
 SPEC = setting.PACKAGE.manifest.nets[NET].spec
@@ -58,8 +59,9 @@ def test_an_invalid_engine_is_not_deserialised(kind: Kinds, said: str, fix: str,
 def test_an_engine_too_large_for_the_device(device: HostDevice) -> None:
     trt = setting.library(RTX, device)
     trt._world.verdict = (EngineValidity.INVALID, Kinds.INSUFFICIENT_GPU_MEMORY | Kinds.OLD_CUDA_DRIVER)
-    with pytest.raises(MemoryLimitError, match="driver is too old for it, it does not fit"):
+    with pytest.raises(MemoryLimitError, match="driver is too old for it, it does not fit") as caught:
         open_simulated(trt, RTX, NET, device)
+    assert caught.value.culprit == NET
 
 
 def test_a_suboptimal_engine_runs_with_a_remark(device: HostDevice) -> None:
@@ -80,8 +82,9 @@ def test_deserialising_fails_in_the_librarys_words(variant: str, device: HostDev
     with pytest.raises(BackendError, match=r"is insufficient.*update the NVIDIA driver"):
         open_simulated(trt, variant, NET, device)
     trt._world.failing["deserialize"] = "Cuda Runtime (out of memory)"
-    with pytest.raises(MemoryLimitError, match="out of memory"):
+    with pytest.raises(MemoryLimitError, match="out of memory") as caught:
         open_simulated(trt, variant, NET, device)
+    assert caught.value.culprit == NET
     other = simulated_engine(
         "tensorrt 10" if variant[-1] == "1" else "tensorrt 11", setting.graph(NET), setting.profiles(NET)
     )
@@ -192,6 +195,51 @@ def test_a_tampered_engine_never_reaches_the_library(tmp_path: Path, device: Hos
     assert trt._world.counts["validity"] == trt._world.counts["deserialised"] == 0
 
 
+def test_an_engine_is_not_read_where_the_device_would_lack_its_memory(
+    tmp_path: Path, device: HostDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt, entry = setting.library(RTX, device), _stored(tmp_path)
+    for unified, free, refused in ((True, -1, True), (True, 0, False), (False, -1, False)):
+        memory = DeviceMemory(free=2 * entry.size + free, total=2**40, unified=unified)
+        monkeypatch.setattr(device, "memory", lambda memory=memory: memory)
+        if not refused:
+            _open_entry(trt, entry, device).close()
+            continue
+        monkeypatch.setattr(Entry, "read", lambda self: pytest.fail("it was read"))
+        with pytest.raises(
+            MemoryLimitError, match=rf"^{memory.free} of {2**40} bytes .*{entry.size};"
+        ) as caught:
+            _open_entry(trt, entry, device)
+        assert (caught.value.culprit, str(2 * entry.size) in caught.value.expected) == (NET, True)
+        monkeypatch.undo()
+
+
+def test_kernels_are_kept_once_they_have_run(tmp_path: Path, device: HostDevice) -> None:
+    entry, trt = _stored(tmp_path), setting.library(RTX, device)
+    net = _open_entry(trt, entry, device)
+    cache = StoredCache(store=EngineStore(tmp_path), digest=entry.key.digest, device=device.name)
+    for sizes, kernels in ((SMALL, 1), (LARGE, 2)):
+        run, _, _ = bound(net, device, NET, sizes)
+        before = cache.read()
+        net.settle()
+        assert cache.read() == before, "nothing has run yet"
+        run.enqueue()
+        run.close()  # what it compiled is still there
+        net.settle()
+        assert cache.read().count(b";") == kernels - 1
+        assert cache.read() != before
+    serialised = trt._world.counts["serialised"]
+    run, _, _ = bound(net, device, NET, LARGE)
+    run.enqueue()
+    net.settle()
+    for _ in range(3):
+        run.enqueue()
+        net.settle()
+    assert trt._world.counts["serialised"] == serialised + 1, "once per binding, not once per request"
+    net.close()
+    net.settle()
+
+
 def test_compiled_kernels_are_kept_beside_the_engine(tmp_path: Path, device: HostDevice) -> None:
     entry = _stored(tmp_path)
     for compiled, state in ((1, "none"), (0, "used")):
@@ -234,6 +282,8 @@ def test_a_cache_that_cannot_be_written_does_not_keep_a_net_open(device: HostDev
 
     trt = setting.library(RTX, device)
     net = open_simulated(trt, RTX, NET, device, options={"cache": Full()})
+    bound(net, device, NET, SMALL)[0].enqueue()
+    net.settle()
     with pytest.raises(StorageError, match="full"):
         net.save_cache()
     net.close()

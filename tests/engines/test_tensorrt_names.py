@@ -17,7 +17,7 @@ from tests.engines.simulated_tensorrt_names import ONLY, VARIANTS
 from tests.engines.tensorrt_signatures import LIBRARIES, Declared, declared, signature
 
 FOLDER = Path(latentrt.engines.__path__[0])
-RUNNING = ("contexts", "loading", "log", "nets", "refit")  # what the simulation stands in for
+RUNNING = ("bound", "contexts", "loading", "log", "nets", "refit")  # what the simulation stands in for
 SOURCES = (*RUNNING, "builder", "network")
 # What our code calls its objects of the library -> their class; "" is the module.
 OBJECTS = {
@@ -34,7 +34,12 @@ OBJECTS = {
 LOCAL = {
     "contexts": {"config": "IRuntimeConfig", "cache": "IRuntimeCache"},
     "refit": {"parser": "OnnxParserRefitter"},
-    "builder": {"config": "IBuilderConfig", "profile": "IOptimizationProfile", "plan": "IHostMemory"},
+    "builder": {
+        "config": "IBuilderConfig",
+        "profile": "IOptimizationProfile",
+        "plan": "IHostMemory",
+        "cache": "ITimingCache",
+    },
     "network": {
         "parser": "OnnxParser",
         "error": "ParserError",
@@ -266,7 +271,7 @@ WRONG = (
     ("nets", "set_device_memory(scratch, needed)", "set_device_memory(scratch)", "set_device_memory takes"),
     ("nets", "context.infer_shapes()", "context.infer_shapes(1)", "infer_shapes takes"),
     ("builder", "ignore_mismatch=False", "ignore_mismatches=False", "set_timing_cache takes"),
-    ("builder", "get_timing_cache().serialize()", "get_timing_cache().save()", "ITimingCache.save does not"),
+    ("builder", "cache.serialize()", "cache.save()", "ITimingCache.save does not"),
     (
         "builder",
         "MemoryPoolType.WORKSPACE",

@@ -226,9 +226,57 @@ def test_refusals_in_the_librarys_words(call: str, message: str, device: HostDev
         net.bind(asked, addresses(device), block)
     failing[call] = "Error Code 2: OutOfMemory (Requested size was 4096 bytes.)"
     net._spare = None
-    with pytest.raises(MemoryLimitError, match=f"{message}.*4096 bytes.*bytes free"):
+    with pytest.raises(MemoryLimitError, match=f"{message}.*4096 bytes.*bytes free") as caught:
         net.bind(asked, addresses(device), block)
+    assert caught.value.culprit == "vae_decoder"
     net.bind(asked, addresses(device), block).enqueue()  # and nothing is broken afterwards
+
+
+@pytest.mark.parametrize(
+    ("call", "waits"),
+    [
+        ("create_execution_context", 0),
+        ("set_optimization_profile_async", 1),
+        ("set_input_shape", 1),
+        ("infer_shapes", 1),
+        ("set_device_memory", 1),
+        ("set_tensor_address", 1),
+    ],
+)
+def test_a_context_that_an_error_drops_is_idle(call: str, waits: int, device: HostDevice) -> None:
+    net, asked = opened(device), shapes("vae_decoder", SMALL)
+    block = device.allocate(net.scratch(asked))
+    net._spare = None
+    world(net).failing[call] = "the library's reason"  # type: ignore[attr-defined]
+    places, before = addresses(device), device.synchronisations
+    with pytest.raises(BackendError):
+        net.bind(asked, places, block)
+    assert device.synchronisations == before + waits, "its change of profile may have enqueued copies"
+    world(net).failing[call] = "the library's reason"  # type: ignore[attr-defined]
+    net._spare = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "synchronize", broken)
+        with pytest.raises(BackendError, match=r"the library's reason"):
+            net.bind(asked, places, block)
+    before = device.synchronisations
+    with pytest.raises(BackendError, match="expected at most the 0 bytes"):
+        net.bind(asked, places, 0)
+    assert device.synchronisations == before + 1
+
+
+def test_release_frees_the_context_that_is_not_bound(device: HostDevice) -> None:
+    net = opened(device)
+    engine = net._loaded.engine  # type: ignore[union-attr]
+    run, buffers, expected = bound(net, device, "vae_decoder", SMALL)
+    net.scratch(shapes("vae_decoder", LARGE))
+    assert len(engine._contexts) == 2
+    before = device.synchronisations
+    net.release()
+    assert (len(engine._contexts), device.synchronisations) == (1, before + 1)
+    run.enqueue()
+    np.testing.assert_array_equal(buffers.read()["image"], expected["image"])
+    net.close()
+    net.release()
 
 
 def test_refused_runs(device: HostDevice) -> None:

@@ -5,13 +5,14 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from latentrt.engines.errors import BackendError, UsageError
+from latentrt.engines.errors import BackendError, MemoryLimitError, UsageError
+from latentrt.engines.tensorrt_log import messages
 from latentrt.engines.tensorrt_nets import TensorRTNet
 from tests.engines import tensorrt_setting as setting
 from tests.engines.host_device import HostDevice
 from tests.engines.simulated_tensorrt import SimulatedLibrary
 from tests.engines.simulated_tensorrt_names import VARIANTS
-from tests.engines.tensorrt_setting import SMALL, bound, open_simulated, shapes
+from tests.engines.tensorrt_setting import LARGE, SMALL, bound, open_simulated, shapes
 
 RTX, NET = "tensorrt-rtx", "unet_time"
 MODEL = onnx.load(setting.graph(NET))
@@ -94,6 +95,10 @@ def test_refusals_of_the_library(device: HostDevice) -> None:
         trt._world.failing[call] = "the library's reason"
         with pytest.raises(BackendError, match=rf"{message}.*the library's reason"):
             net.refit({FIRST: WEIGHTS[FIRST]})
+        trt._world.failing[call] = "out of memory"
+        with pytest.raises(MemoryLimitError, match=message) as caught:
+            net.refit({FIRST: WEIGHTS[FIRST]})
+        assert caught.value.culprit == NET
     net.close()
     with pytest.raises(BackendError, match="closed"):
         net.refit({FIRST: WEIGHTS[FIRST]})
@@ -172,7 +177,41 @@ def test_the_librarys_own_budget_where_none_is_too_little(device: HostDevice) ->
 
 
 def test_engines_that_do_not_stream(device: HostDevice) -> None:
-    net, _ = opened(device)
+    net, trt = opened(device)
     run, _, _ = bound(net, device, NET, SMALL)
     assert net.stream_weights() == 0
     run.enqueue()
+    assert messages(trt).since(0) == [], "the library must not be asked for a budget"
+
+
+@every_variant
+def test_all_weights_are_on_the_device_at_first(variant: str, device: HostDevice) -> None:
+    net, trt = opened(device, variant, streamable=10**6, budget=0)
+    plain, _ = opened(device, variant, streamable=10**6)
+    assert net._loaded is not None
+    assert net._loaded.engine.weight_streaming_budget_v2 == 10**6, "whatever the library would choose"
+    assert net.scratch(shapes(NET, SMALL)) == plain.scratch(shapes(NET, SMALL))
+    assert net.stream_weights() == 10**6
+    assert messages(trt).since(0) == []
+
+
+def test_weights_that_do_not_fit_are_streamed_from_the_start(device: HostDevice) -> None:
+    net, _ = opened(device, streamable=1000, budget=400, most=500, stat=5000)
+    assert net.memory.weights == 4400
+    assert net.stream_weights() == 400
+    assert net.memory.weights == 4000
+
+
+@pytest.mark.parametrize("resizes", [True, False])
+def test_scratch_has_room_for_the_weights_that_pass_through(device: HostDevice, resizes: bool) -> None:
+    net, _ = opened(device, streamable=10**6, resizes=resizes)
+    plain = net.scratch(shapes(NET, LARGE))
+    net.stream_weights()
+    assert net._loaded is not None
+    staged = net._loaded.engine.weight_streaming_scratch_memory_size
+    assert staged > 0
+    assert net.scratch(shapes(NET, LARGE)) == plain + staged
+    run, buffers, expected = bound(net, device, NET, SMALL)
+    run.enqueue()
+    for name, array in buffers.read().items():
+        np.testing.assert_allclose(array, expected[name], rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Our calls type-check against TensorRT 10.13's stubs, and stubs made of what the newer libraries declare.
+"""Our calls type-check against stubs of TensorRT 10, and stubs made of what the newer libraries declare.
 
 In the sources the library and its objects are `Any`, since no release installs stubs. Here a copy of them for
 each library has the stubs' types in these places, and one run of the checker sees all copies and nothing
@@ -29,6 +29,7 @@ TYPED = (
     ("log", "str], None]) -> Any", "str], None]) -> lib.ILogger"),
     ("builder", "monitor: Trt) -> Trt", "monitor: lib.IProgressMonitor) -> lib.IBuilderConfig"),
     ("builder", "phases: Phases) -> Trt", "phases: Phases) -> lib.IProgressMonitor"),
+    ("builder", "(config: Trt, path", "(config: lib.IBuilderConfig, path"),
     # Without a refitter there are no names to refit, which no checker follows.
     (
         "refit",
@@ -54,8 +55,8 @@ WRONG = (
     ("builder", "ignore_mismatch=False", "ignore_mismatches=False", '"ignore_mismatches"'),
     (
         "builder",
-        "memoryview(config.get_timing_cache().serialize())",
-        "config.get_timing_cache()",
+        "None if cache is None else cache.serialize()",
+        "cache",
         '"ITimingCache"',
     ),
     ("network", "parser.parse_from_file(str(path))", "parser.parse_from_file(path, 1, 2)", "positional"),

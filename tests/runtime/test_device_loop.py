@@ -7,7 +7,7 @@ from threading import Event
 import numpy as np
 import pytest
 
-from latentrt.engines.errors import CancelledError, NumericError
+from latentrt.engines.errors import BackendError, CancelledError, NumericError
 from latentrt.engines.package import Package
 from latentrt.runtime.device_loop import DeviceLoop
 from latentrt.runtime.pipeline import Pipeline
@@ -163,3 +163,33 @@ def test_threads_take_turns(on_device: tuple[Pipeline, DeviceLoop]) -> None:
         thread.join()
     for seed, wanted in enumerate(serial):
         np.testing.assert_array_equal(found[seed], wanted)
+
+
+def test_closing_under_an_open_stream(package: Package) -> None:
+    device = HostDevice()
+    with device_pipeline(package, device) as (pipe, _):
+        steps = pipe.stream(PROMPT, **COMMON)
+        next(steps)
+        pipe.close()
+        assert not device.blocks
+        with pytest.raises((BackendError, AssertionError)):
+            next(steps)
+
+
+def test_closing_frees_everything_though_the_device_failed(
+    package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = HostDevice()
+    with device_pipeline(package, device) as (pipe, loop):
+        pipe(PROMPT, **COMMON)
+
+        def lost() -> None:
+            raise BackendError("the device is lost", expected="a device", fix="")
+
+        monkeypatch.setattr(device, "synchronize", lost)
+        with pytest.raises(BackendError, match="lost"):
+            pipe.close()
+        assert not device.blocks
+        for net in loop.nets.values():
+            with pytest.raises(BackendError, match="closed"):
+                net.bind({}, {}, 0)

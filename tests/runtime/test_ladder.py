@@ -115,6 +115,12 @@ class Hungry:
         self.streamed += 1
         return 0
 
+    def settle(self) -> None:
+        self.net.settle()
+
+    def release(self) -> None:
+        self.net.release()
+
     def close(self) -> None:
         self.net.close()
 
@@ -152,8 +158,8 @@ def test_a_decoder_that_holds_the_shared_block_gives_way_to_the_unet(package: Pa
     hungry = {"unet": 8_000, "vae_decoder": 16_000}  # 8 MB for 4 rows, and for 2 pictures
     (wanted,), _, peak = _draw(package, 2**40, hungry, [request])
     # the block fits, and beside it the UNet's buffers do not, however few its rows
-    (images,), rungs, _ = _draw(package, peak - 100_000, hungry, [request])
-    assert rungs == ["split the batch", "run the CFG halves apart", "tile the decoder"]
+    (images,), rungs, _ = _draw(package, peak - 600_000, hungry, [request])
+    assert rungs == ["free idle contexts", "split the batch", "run the CFG halves apart", "tile the decoder"]
     assert np.abs(images.astype(int) - wanted).max() <= 1
 
 
@@ -194,3 +200,46 @@ def test_memory_that_runs_out_in_a_stream(package: Package) -> None:
         *_, last = pipe.stream(PROMPT, seed=1, **parameters)
         assert np.isfinite(last.latent).all()
     assert "split the batch" in lines[0]
+
+
+def test_memory_that_comes_back_is_used_again(package: Package) -> None:
+    device, lines = HostDevice(), list[str]()
+    wrap = lambda name, net: Hungry(net, 16_000) if name == "unet" else net  # noqa: E731
+    with device_pipeline(package, device, wrap=wrap, log=lines.append) as (pipe, loop):
+        request = {"height": 64, "width": 64, "num_inference_steps": 1, "seed": 1, "output_type": "latent"}
+        pipe(PROMPT, **request)
+        loop.free_idle()
+        device.limit = device.peak - 1_000_000
+        pipe(PROMPT, **request)
+        assert [line.partition(": ")[2].partition(" -> ")[0] for line in lines] == [
+            "run the CFG halves apart"
+        ]
+        device.limit = 2**40
+        for _ in range(32):
+            assert [plan.plan for plan in loop._plans.values()] == [Plan(rows=1)]
+            pipe(PROMPT, **request)
+        pipe(PROMPT, **request)
+        assert not loop._plans, "all at once again"
+    assert len(lines) == 1
+
+
+def test_weights_are_not_streamed_under_an_open_request(package: Package) -> None:
+    nets: list[Hungry] = []
+
+    def wrap(name: str, net: DeviceNet) -> DeviceNet:
+        nets.append(Hungry(net, 16))
+        return nets[-1] if name == "unet" else net
+
+    with device_pipeline(package, HostDevice(), wrap=wrap) as (pipe, loop):
+        steps = pipe.stream(PROMPT, num_inference_steps=2, seed=1)
+        next(steps)
+        loop.stream_weights()
+        unet = next(
+            net
+            for net in nets
+            if net.net.spec.inputs[0].name == "latent" and "prediction" in {o.name for o in net.spec.outputs}
+        )
+        assert unet.streamed == 0, "it would close what the open request has bound"
+        list(steps)
+        loop.stream_weights()
+        assert unet.streamed == 1

@@ -1,0 +1,107 @@
+"""The sections `placement` and `host_memory`, on host memory, with defects planted in it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from latentrt.benchmarks import gpu_host
+from latentrt.benchmarks.gpu_host import host_memory, placement
+from latentrt.benchmarks.gpu_rows import collect
+from latentrt.engines.device import Device
+from latentrt.engines.onnxruntime_nets import CPU, OnnxRuntimeDeviceNet, open_onnxruntime_net
+from latentrt.engines.onnxruntime_placement import Placement
+from latentrt.engines.package import Package
+from latentrt.runtime.loops import DEVICE_NETS
+from tests.benchmarks.gpu_stand_in import SCALE, Hungry, WatchedDevice, stand_in
+from tests.runtime.device_bench import package_with_step
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
+    return package_with_step(tmp_path_factory.mktemp("demo") / "package")
+
+
+def open_profiled(
+    package: Package, names: Sequence[str], folder: Path
+) -> tuple[Device, Mapping[str, OnnxRuntimeDeviceNet]]:
+    device = WatchedDevice(2**30)
+    return device, {
+        name: open_onnxruntime_net(
+            package, name, device, provider=CPU, submit=device.submit, threads=1, profile=folder
+        )
+        for name in names
+    }
+
+
+def test_placement_fails_for_nets_on_the_cpu(package: Package) -> None:
+    rows = list(collect(placement(stand_in(package, open_profiled=open_profiled), SCALE)))
+    assert [row.what for row in rows] == list(DEVICE_NETS)
+    for row in rows:
+        assert row.status == "FAILED"
+        assert "floating-point nodes on the CPU: " in row.reason
+        assert row.figures["nodes"] == row.figures["on_cpu"] > 0
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        (Placement(nodes=9, on_cpu=2, copies=(), floats=()), ""),
+        (
+            Placement(nodes=9, on_cpu=2, copies=("a (MemcpyToHost)",), floats=()),
+            "1 copies between CPU and GPU: a (MemcpyToHost)",
+        ),
+    ],
+)
+def test_placement_is_judged(
+    package: Package, monkeypatch: pytest.MonkeyPatch, found: Placement, reason: str
+) -> None:
+    monkeypatch.setattr(gpu_host, "read_placement", lambda path: found)
+    for row in collect(placement(stand_in(package, open_profiled=open_profiled), SCALE)):
+        assert (row.status, row.reason) == ("FAILED" if reason else "ok", reason)
+
+
+def test_engines_have_no_placement(package: Package) -> None:
+    (row,) = collect(placement(stand_in(package), SCALE))
+    assert row.status == "not available"
+
+
+@pytest.mark.skipif(not gpu_host._STATM.exists(), reason="tells resident memory on Linux alone")
+def test_host_memory_stays_and_a_leak_shows(package: Package) -> None:
+    kept: list[np.ndarray] = []
+
+    class Leaking(Hungry):
+        def settle(self) -> None:
+            kept.append(np.ones(4 * 2**20, np.uint8))
+
+    (row,) = collect(host_memory(stand_in(package), SCALE))
+    assert (row.status, row.reason) == ("ok", "")
+    (row,) = collect(
+        host_memory(stand_in(package, wrap=lambda name, net: Leaking(net.net, net.per_row)), SCALE)
+    )
+    assert row.status == "FAILED"
+    assert "MiB more" in row.reason
+
+
+def test_without_a_system_that_tells(
+    package: Package, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gpu_host, "_STATM", tmp_path / "none")
+    (row,) = collect(host_memory(stand_in(package), SCALE))
+    assert row.status == "not available"
+
+
+def test_captured_pipelines_are_opened_for_it(package: Package) -> None:
+    asked: list[str] = []
+    opener = stand_in(package)
+
+    def capturing(package: Package, names: Sequence[str]) -> object:
+        asked.append("capturing")
+        return opener.open_device(package, names)
+
+    other = stand_in(package, open_capturing=capturing)
+    for graphs in ("off", "auto", "on"):
+        with other.pipeline(graphs):
+            pass
+    assert asked == ["capturing"]
