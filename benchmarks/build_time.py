@@ -14,11 +14,11 @@ from typing import Any
 
 from ..engines.build import BuiltEngine, build_package, built_nets
 from ..engines.build_options import BuildOptions, Weights
-from ..engines.cuda_facts import available, facts
+from ..engines.cuda.facts import available, facts
 from ..engines.net_weights import engine_bytes
 from ..engines.package import Package
 from ..engines.profiles import Profile, default_profile
-from ..engines.store import EngineStore
+from ..engines.store.engine_store import EngineStore
 from ..runtime.pipeline import SHIPPED
 from .machine import describe_machine
 

@@ -58,7 +58,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from ..engines.cuda_facts import available
+from ..engines.cuda.facts import available
 from ..engines.errors import BackendError, LatentrtError
 from ..engines.package import Package
 from ..runtime.pipeline import SHIPPED

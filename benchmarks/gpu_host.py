@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from ..engines.device import Device
-from ..engines.onnxruntime_nets import OnnxRuntimeDeviceNet
-from ..engines.onnxruntime_placement import read_placement
+from ..engines.onnxruntime.nets import OnnxRuntimeDeviceNet
+from ..engines.onnxruntime.placement import read_placement
 from ..engines.spec import DTYPES, output_shapes
 from ..runtime.device_memory import Sizes
 from ..runtime.loops import DEVICE_NETS

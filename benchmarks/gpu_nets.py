@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from ..engines import cuda_facts
 from ..engines.build import build_package, built_nets
 from ..engines.build_options import BuildOptions
+from ..engines.cuda import facts as cuda_facts
 from ..engines.device import Device, DeviceNet
 from ..engines.errors import LatentrtError
-from ..engines.onnxruntime_backend import open_net
+from ..engines.onnxruntime.backend import open_net
 from ..engines.package import Package
 from ..engines.profiles import Profile
 from ..engines.spec import DTYPES, Array, NetSpec
-from ..engines.store import EngineStore
-from ..engines.tensorrt_flavour import BACKENDS as ENGINE_BACKENDS
+from ..engines.store.engine_store import EngineStore
+from ..engines.tensorrt.flavour import BACKENDS as ENGINE_BACKENDS
 from ..runtime.device_memory import Sizes, shape_of
 from ..runtime.loops import DEVICE_NETS
 from .build_time import describe_engine
@@ -60,7 +60,7 @@ def _build(opener: Opener, scale: Scale, net: str) -> Row:
 
 def _tune(opener: Opener) -> Iterator[Row]:
     """Which layout of each net is the fastest here."""
-    from ..engines.onnxruntime_tuning import tune_package
+    from ..engines.onnxruntime.tuning import tune_package
 
     for tuned in tune_package(opener.package, EngineStore()):
         told = tuned.entry.facts

@@ -9,16 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from ..engines import onnxruntime_cuda_backend
 from ..engines.backend import DeviceBackend, choose_backend
-from ..engines.cuda_device import CudaDevice
-from ..engines.cuda_facts import Nvml, facts
+from ..engines.cuda.device import CudaDevice
+from ..engines.cuda.facts import Nvml, facts
 from ..engines.device import Device, DeviceNet, Graph
 from ..engines.errors import BackendError
-from ..engines.onnxruntime_nets import OnnxRuntimeDeviceNet
+from ..engines.onnxruntime import cuda_backend as onnxruntime_cuda_backend
+from ..engines.onnxruntime.nets import OnnxRuntimeDeviceNet
 from ..engines.package import Manifest, Package
-from ..engines.tensorrt_flavour import BACKENDS as ENGINE_BACKENDS
-from ..engines.tensorrt_flavour import flavour
+from ..engines.tensorrt.flavour import BACKENDS as ENGINE_BACKENDS
+from ..engines.tensorrt.flavour import flavour
 from ..runtime.device_loop import DeviceLoop
 from ..runtime.loops import DEVICE_NETS
 from ..runtime.pipeline import Pipeline

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..engines.cuda_facts import available, facts
+from ..engines.cuda.facts import available, facts
 
 _LIBRARIES = (
     "latentrt",

@@ -12,10 +12,10 @@ from .progress import progress_bar
 
 if TYPE_CHECKING:
     from ..engines.build import BuildProgress, BuiltEngine, Planned
-    from ..engines.cuda_facts import DeviceFacts
+    from ..engines.cuda.facts import DeviceFacts
     from ..engines.package import Package
     from ..engines.profiles import Profile
-    from ..engines.store import EngineStore
+    from ..engines.store.engine_store import EngineStore
 
 _TICKS = 100  # of the bar, per net
 
@@ -55,7 +55,7 @@ def build(
     from ..engines.build_options import BuildOptions
     from ..engines.package import Package
     from ..engines.profiles import Profile, default_profile
-    from ..engines.store import EngineStore
+    from ..engines.store.engine_store import EngineStore
     from ..runtime.pipeline import SHIPPED
 
     opened = Package.open(SHIPPED.get(package, package))
@@ -101,7 +101,7 @@ def _not_for_layouts(option: str) -> Exception:
 
 def _tune(package: Package, store: EngineStore, nets: list[str], *, as_json: bool) -> None:
     """Measure the layouts of ONNX Runtime's nets, and print the medians and the choice."""
-    from ..engines.onnxruntime_tuning import BACKEND, tune_package
+    from ..engines.onnxruntime.tuning import BACKEND, tune_package
 
     with progress_bar(enabled=not as_json) as advance:
 
@@ -148,13 +148,13 @@ def _policy(name: str) -> Any:
 
 def _installed() -> str:
     """The best backend that is installed; if none is, the first, whose error says how to install it."""
-    from ..engines.tensorrt_flavour import BACKENDS, installed_backends
+    from ..engines.tensorrt.flavour import BACKENDS, installed_backends
 
     return (*installed_backends(), *BACKENDS)[0]
 
 
 def _gpu() -> DeviceFacts | None:
-    from ..engines.cuda_facts import available, facts
+    from ..engines.cuda.facts import available, facts
 
     return None if available() else facts()
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option, Typer
 
 if TYPE_CHECKING:
-    from ..engines.store import EngineStore
+    from ..engines.store.engine_store import EngineStore
 
 cache = Typer(
     help="Show, check and remove the engines built on this machine.",
@@ -27,7 +27,7 @@ AsJson = Annotated[bool, Option("--json", help="Print one JSON object.")]
 
 
 def _open(path: Path | None) -> EngineStore:
-    from ..engines.store import EngineStore
+    from ..engines.store.engine_store import EngineStore
 
     return EngineStore(path)
 

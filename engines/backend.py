@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 # The module that implements each, and the command that installs it.
 BACKENDS: Mapping[str, tuple[str, str]] = {
-    "onnxruntime": ("onnxruntime_backend", 'pip install "latentrt[cpu]"'),
-    "tensorrt": ("tensorrt_backend", 'pip install "latentrt[tensorrt]"'),
-    "tensorrt-rtx": ("tensorrt_rtx_backend", 'pip install "latentrt[tensorrt-rtx]"'),
-    "onnxruntime-cuda": ("onnxruntime_cuda_backend", 'pip install "latentrt[cuda]"'),
+    "onnxruntime": ("onnxruntime.backend", 'pip install "latentrt[cpu]"'),
+    "tensorrt": ("tensorrt.backend", 'pip install "latentrt[tensorrt]"'),
+    "tensorrt-rtx": ("tensorrt.rtx_backend", 'pip install "latentrt[tensorrt-rtx]"'),
+    "onnxruntime-cuda": ("onnxruntime.cuda_backend", 'pip install "latentrt[cuda]"'),
 }
 # What "auto" chooses from, best first. Not TensorRT: its engines must have been built for the request.
 _AUTO = ("onnxruntime-cuda", "onnxruntime")

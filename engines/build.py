@@ -11,17 +11,17 @@ from typing import Protocol
 
 from .build_options import BuildOptions, Weights
 from .build_process import Started, run_builder
-from .cuda_facts import DeviceFacts, Nvml
-from .engine_key import EngineKey, canonical_sha256
+from .cuda.facts import DeviceFacts, Nvml
 from .errors import StorageError, UsageError
 from .net_weights import engine_bytes, lora_targets
 from .package import Package
 from .preflight import Room, check_room, read_room
 from .profiles import NetProfile, Profile, net_profiles
 from .spec import NETS
-from .store import EngineStore, Entry, Miss
-from .tensorrt_builder import Facts, Job, Report
-from .tensorrt_flavour import Flavour, flavour, installed_version
+from .store.engine_store import EngineStore, Entry, Miss
+from .store.key import EngineKey, canonical_sha256
+from .tensorrt.builder import Facts, Job, Report
+from .tensorrt.flavour import Flavour, flavour, installed_version
 
 # Fields of a key that say how an engine was built, not for what model or device.
 _HOW = {

@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any
 
 from .errors import BackendError, UsageError
-from .tensorrt_flavour import Flavour
+from .tensorrt.flavour import Flavour
 
 
 class Weights(str, Enum):

@@ -13,9 +13,9 @@ from typing import IO, Any, cast
 
 from . import errors
 from .errors import BackendError, LatentrtError, MemoryLimitError
-from .tensorrt_builder import Facts, Job, Report
+from .tensorrt.builder import Facts, Job, Report
 
-_COMMAND = (sys.executable, "-m", f"{__package__}.tensorrt_builder")
+_COMMAND = (sys.executable, "-m", f"{__package__}.tensorrt.builder")
 _TAIL = 1000  # characters of stderr in a message
 _ERRORS: Mapping[str, type[LatentrtError]] = {
     name: getattr(errors, name)

@@ -1,8 +1,8 @@
 """The seam between the device loop and a GPU: memory by address, one ordered stream, nets bound to addresses.
 
 Everything above this module (which buffer goes where, what runs when, what to give up when memory is short)
-is arithmetic that runs on any machine. Below it are a page of driver calls (`cuda_device.py`) and the two
-libraries that enqueue nets on a stream (`tensorrt_nets.py`, `onnxruntime_nets.py`).
+is arithmetic that runs on any machine. Below it are a page of driver calls (`cuda/device.py`) and the two
+libraries that enqueue nets on a stream (`tensorrt/nets.py`, `onnxruntime/nets.py`).
 
 A device never runs anything by itself: calls are enqueued in order on its stream, and nothing is certain to
 have happened before `synchronize`.

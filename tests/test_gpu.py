@@ -11,7 +11,7 @@ from latentrt.benchmarks.gpu_check import BACKENDS
 from latentrt.benchmarks.gpu_child import NEEDED, SECTIONS
 from latentrt.benchmarks.gpu_opener import Opener, Scale, backend_opener
 from latentrt.benchmarks.gpu_rows import Row, collect
-from latentrt.engines.cuda_facts import available
+from latentrt.engines.cuda.facts import available
 from latentrt.engines.errors import BackendError
 from latentrt.engines.package import Package
 from tests.runtime.device_bench import package_with_step

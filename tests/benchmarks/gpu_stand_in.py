@@ -9,7 +9,7 @@ from typing import Any
 from latentrt.benchmarks.gpu_opener import Opener, Scale
 from latentrt.engines.backend import MemoryLedger
 from latentrt.engines.device import Addresses, BoundNet, DeviceNet, Shapes
-from latentrt.engines.onnxruntime_nets import CPU, open_onnxruntime_net
+from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import Package
 from latentrt.engines.spec import NetSpec
 from tests.engines.host_device import HostDevice

@@ -14,7 +14,7 @@ from latentrt.benchmarks import gpu_check, gpu_child
 from latentrt.benchmarks.gpu_child import SECTIONS, run_child, section_command
 from latentrt.benchmarks.gpu_rows import Row, collect, psnr, short
 from latentrt.benchmarks.machine import describe_gpu, describe_machine
-from latentrt.engines.cuda_facts import available
+from latentrt.engines.cuda.facts import available
 from latentrt.engines.package import Package
 from tests.benchmarks.gpu_stand_in import SCALE, stand_in
 from tests.runtime.device_bench import package_with_step

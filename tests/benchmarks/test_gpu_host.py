@@ -10,8 +10,8 @@ from latentrt.benchmarks import gpu_host
 from latentrt.benchmarks.gpu_host import host_memory, placement
 from latentrt.benchmarks.gpu_rows import collect
 from latentrt.engines.device import Device
-from latentrt.engines.onnxruntime_nets import CPU, OnnxRuntimeDeviceNet, open_onnxruntime_net
-from latentrt.engines.onnxruntime_placement import Placement
+from latentrt.engines.onnxruntime.nets import CPU, OnnxRuntimeDeviceNet, open_onnxruntime_net
+from latentrt.engines.onnxruntime.placement import Placement
 from latentrt.engines.package import Package
 from latentrt.runtime.loops import DEVICE_NETS
 from tests.benchmarks.gpu_stand_in import SCALE, Hungry, WatchedDevice, stand_in

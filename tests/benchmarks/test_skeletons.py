@@ -14,8 +14,8 @@ from latentrt.engines.errors import UsageError
 from latentrt.engines.package import Package
 from latentrt.engines.preflight import read_room
 from latentrt.engines.profiles import default_profile
-from latentrt.engines.store import EngineStore
-from latentrt.engines.tensorrt_flavour import flavour, installed_version
+from latentrt.engines.store.engine_store import EngineStore
+from latentrt.engines.tensorrt.flavour import flavour, installed_version
 from latentrt.export import export_package
 
 BACKEND = "tensorrt-rtx"

@@ -10,7 +10,7 @@ import pytest
 
 from latentrt import cli
 from latentrt.cli import build as build_verb
-from latentrt.engines.tensorrt_flavour import flavour
+from latentrt.engines.tensorrt.flavour import flavour
 
 QUICK = ["--nets", "unet_time", "--profile", "64x64:b1"]
 
@@ -97,7 +97,7 @@ def test_errors(latentrt: Any, options: list[str], code: int, message: str) -> N
 def test_without_a_library_the_command_that_installs_it(
     latentrt: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from latentrt.engines import tensorrt_flavour
+    from latentrt.engines.tensorrt import flavour as tensorrt_flavour
 
     monkeypatch.setattr(tensorrt_flavour, "find_spec", lambda name: None)
     code, _, err = latentrt("--dry-run")
@@ -122,6 +122,6 @@ def test_the_bar_moves_over_nets_and_phases(latentrt: Any, monkeypatch: pytest.M
 
 def test_the_command_starts_without_the_engines() -> None:
     # tests/cli/test_cli.py has the seconds of --help; this is what would spoil them.
-    heavy = ("latentrt.engines.build", "latentrt.engines.store", "tensorrt_rtx", "numpy")
+    heavy = ("latentrt.engines.build", "latentrt.engines.store.engine_store", "tensorrt_rtx", "numpy")
     code = f"import sys, latentrt.cli; raise SystemExit(any(name in sys.modules for name in {heavy}))"
     subprocess.run([sys.executable, "-c", code], check=True)

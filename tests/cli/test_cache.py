@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from latentrt import cli
-from latentrt.engines.store import EngineStore
+from latentrt.engines.store.engine_store import EngineStore
 from tests.engines.engine_keys import builder, numbered
 
 
@@ -152,7 +152,8 @@ def test_help_imports_nothing_heavy(verb: list[str]) -> None:
         "from latentrt import cli\n"
         "try: cli.main()\n"
         "except SystemExit: pass\n"
-        "heavy = {'numpy', 'torch', 'filelock', 'rich', 'latentrt.engines.store'} & set(sys.modules)\n"
+        "heavy = {'numpy', 'torch', 'filelock', 'rich', 'latentrt.engines.store.engine_store'}\n"
+        "heavy &= set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", code, *verb], check=True, stdout=subprocess.DEVNULL, timeout=60)

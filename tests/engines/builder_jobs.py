@@ -10,8 +10,8 @@ from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.net_weights import lora_targets
 from latentrt.engines.package import Package
 from latentrt.engines.profiles import Profile, net_profiles
-from latentrt.engines.store import EngineStore
-from latentrt.engines.tensorrt_builder import Job
+from latentrt.engines.store.engine_store import EngineStore
+from latentrt.engines.tensorrt.builder import Job
 from latentrt.runtime.pipeline import SHIPPED
 
 RTX = "tensorrt-rtx"

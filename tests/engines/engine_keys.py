@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from latentrt.engines.engine_key import EngineKey, canonical_sha256
+from latentrt.engines.store.key import EngineKey, canonical_sha256
 
 KEY = EngineKey(
     net="unet",

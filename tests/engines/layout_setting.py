@@ -6,9 +6,9 @@ from typing import Any
 
 import onnx
 
-from latentrt.engines.cuda_facts import DeviceFacts
+from latentrt.engines.cuda.facts import DeviceFacts
 from latentrt.engines.device import DeviceNet
-from latentrt.engines.onnxruntime_nets import CPU, open_onnxruntime_net
+from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import Package
 from tests.engines.contrib_oracle import executable
 from tests.engines.host_device import HostDevice

@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from latentrt.engines.store import EngineStore
+from latentrt.engines.store.engine_store import EngineStore
 from tests.engines.engine_keys import numbered
 
 

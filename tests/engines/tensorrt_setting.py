@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 import latentrt.demo
-from latentrt.engines import onnxruntime_backend
+from latentrt.engines.onnxruntime import backend as onnxruntime_backend
 from latentrt.engines.package import Package
 from latentrt.engines.profiles import NetProfile, Profile, net_profiles
 from latentrt.engines.spec import DTYPES, NETS
-from latentrt.engines.tensorrt_bound import BoundTensorRTNet
-from latentrt.engines.tensorrt_flavour import Flavour, flavour
-from latentrt.engines.tensorrt_nets import TensorRTNet, open_engine
+from latentrt.engines.tensorrt.bound import BoundTensorRTNet
+from latentrt.engines.tensorrt.flavour import Flavour, flavour
+from latentrt.engines.tensorrt.nets import TensorRTNet, open_engine
 from tests.engines.host_device import HostDevice
 from tests.engines.simulated_tensorrt import SimulatedLibrary, simulated_engine
 from tests.engines.simulated_tensorrt_names import VARIANTS

@@ -6,9 +6,9 @@ import numpy as np
 import onnx
 import pytest
 
-from latentrt.engines import onnxruntime_backend
 from latentrt.engines.backend import choose_backend
 from latentrt.engines.errors import BackendError, MemoryLimitError, PackageError, UsageError
+from latentrt.engines.onnxruntime import backend as onnxruntime_backend
 from latentrt.engines.package import Package, write_manifest
 from tests.tiny_package import BIAS, add_graph
 

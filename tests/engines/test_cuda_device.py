@@ -4,8 +4,8 @@ import weakref
 import numpy as np
 import pytest
 
-from latentrt.engines import cuda_facts
-from latentrt.engines.cuda_device import STAGING, CudaDevice
+from latentrt.engines.cuda import facts as cuda_facts
+from latentrt.engines.cuda.device import STAGING, CudaDevice
 from latentrt.engines.device import ALIGNMENT, Device, DeviceMemory
 from latentrt.engines.errors import BackendError, MemoryLimitError, UsageError
 from tests.engines.simulated_cuda import SimulatedNvml, SimulatedRuntime, cudaError_t

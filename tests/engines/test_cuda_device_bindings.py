@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.engines import cuda_device, cuda_facts
-from latentrt.engines.cuda_device import CudaDevice
+from latentrt.engines.cuda import device as cuda_device
+from latentrt.engines.cuda import facts as cuda_facts
+from latentrt.engines.cuda.device import CudaDevice
 from latentrt.engines.errors import BackendError, MemoryLimitError
 from tests.engines.simulated_cuda import SimulatedNvml, SimulatedRuntime
 

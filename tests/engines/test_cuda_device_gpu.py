@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from latentrt.engines.cuda_device import STAGING, CudaDevice
-from latentrt.engines.cuda_facts import available
+from latentrt.engines.cuda.device import STAGING, CudaDevice
+from latentrt.engines.cuda.facts import available
 from latentrt.engines.device import ALIGNMENT
 from latentrt.engines.errors import BackendError, MemoryLimitError
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from latentrt.engines import cuda_facts
-from latentrt.engines.cuda_facts import DeviceFacts, Nvml, available, facts, load_runtime
+from latentrt.engines.cuda import facts as cuda_facts
+from latentrt.engines.cuda.facts import DeviceFacts, Nvml, available, facts, load_runtime
 from latentrt.engines.errors import BackendError
 from tests.engines.simulated_cuda import Numbers, SimulatedNvml, SimulatedRuntime, cudaError_t
 

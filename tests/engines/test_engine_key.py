@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from latentrt.engines.engine_key import EngineKey, canonical_sha256, miss_reason
+from latentrt.engines.store.key import EngineKey, canonical_sha256, miss_reason
 from tests.engines.engine_keys import KEY, OTHER
 
 FIELDS = [item.name for item in fields(EngineKey)]

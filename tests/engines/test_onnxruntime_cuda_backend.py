@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from latentrt import cli
-from latentrt.engines import onnxruntime_cuda_backend as backend
-from latentrt.engines import onnxruntime_tuning as tuning
 from latentrt.engines.backend import DeviceBackend, choose_backend
-from latentrt.engines.engine_key import EngineKey
 from latentrt.engines.errors import BackendError, PackageError
-from latentrt.engines.onnxruntime_layouts import LAYOUTS
-from latentrt.engines.onnxruntime_lowering import lower
-from latentrt.engines.onnxruntime_tuning import TUNED_NETS, layout_key, stored_layout, tune_package
+from latentrt.engines.onnxruntime import cuda_backend as backend
+from latentrt.engines.onnxruntime import tuning
+from latentrt.engines.onnxruntime.layouts import LAYOUTS
+from latentrt.engines.onnxruntime.lowering import lower
+from latentrt.engines.onnxruntime.tuning import TUNED_NETS, layout_key, stored_layout, tune_package
 from latentrt.engines.package import Package
-from latentrt.engines.store import EngineStore, Miss
+from latentrt.engines.store.engine_store import EngineStore, Miss
+from latentrt.engines.store.key import EngineKey
 from latentrt.runtime.loops import DEVICE_NETS
 from latentrt.runtime.pipeline import Pipeline
 from tests.engines.layout_setting import GPU, KnownHost, open_on_cpu, oracle_opener

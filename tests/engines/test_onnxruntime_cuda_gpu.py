@@ -7,18 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentrt.engines import onnxruntime_backend
-from latentrt.engines.cuda_device import CudaDevice
+from latentrt.engines.cuda.device import CudaDevice
 from latentrt.engines.device import BoundNet, Device, DeviceNet
-from latentrt.engines.onnxruntime_cuda_backend import available, open_device
-from latentrt.engines.onnxruntime_layouts import LAYOUTS, relative_l2
-from latentrt.engines.onnxruntime_lowering import lower
-from latentrt.engines.onnxruntime_nets import open_onnxruntime_net
-from latentrt.engines.onnxruntime_tuning import TUNED_NETS, tune_package
+from latentrt.engines.onnxruntime import backend as onnxruntime_backend
+from latentrt.engines.onnxruntime.cuda_backend import available, open_device
+from latentrt.engines.onnxruntime.layouts import LAYOUTS, relative_l2
+from latentrt.engines.onnxruntime.lowering import lower
+from latentrt.engines.onnxruntime.nets import open_onnxruntime_net
+from latentrt.engines.onnxruntime.tuning import TUNED_NETS, tune_package
 from latentrt.engines.package import Package
 from latentrt.engines.profiles import fixed_profile, net_profiles
 from latentrt.engines.spec import DTYPES, NETS, Array, output_shapes
-from latentrt.engines.store import EngineStore
+from latentrt.engines.store.engine_store import EngineStore
 from tests.runtime.device_bench import package_with_step
 
 REASON = available()

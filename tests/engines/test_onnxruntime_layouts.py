@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.engines import onnxruntime_tuning
 from latentrt.engines.build import BuildProgress
 from latentrt.engines.errors import BackendError, MemoryLimitError, UsageError
-from latentrt.engines.onnxruntime_layouts import (
+from latentrt.engines.onnxruntime import tuning as onnxruntime_tuning
+from latentrt.engines.onnxruntime.layouts import (
     LAYOUTS,
     MARGIN,
     PARITY,
@@ -22,9 +22,9 @@ from latentrt.engines.onnxruntime_layouts import (
     choose_layout,
     relative_l2,
 )
-from latentrt.engines.onnxruntime_tuning import TUNED_NETS, measured_profile, tune_package
+from latentrt.engines.onnxruntime.tuning import TUNED_NETS, measured_profile, tune_package
 from latentrt.engines.package import Package
-from latentrt.engines.store import EngineStore
+from latentrt.engines.store.engine_store import EngineStore
 from latentrt.runtime.pipeline import SHIPPED
 from tests.engines.layout_setting import KnownHost, open_on_cpu, oracle_opener
 

@@ -9,10 +9,10 @@ import onnx
 import pytest
 
 import latentrt.demo
-from latentrt.engines import onnxruntime_backend
 from latentrt.engines.device import ALIGNMENT, BoundNet, DeviceMemory, DeviceNet
 from latentrt.engines.errors import BackendError, MemoryLimitError, PackageError, UsageError
-from latentrt.engines.onnxruntime_nets import CPU, open_onnxruntime_net
+from latentrt.engines.onnxruntime import backend as onnxruntime_backend
+from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import Package
 from latentrt.engines.spec import DTYPES, NetSpec, output_shapes
 from tests.tiny_package import BIAS, add_graph

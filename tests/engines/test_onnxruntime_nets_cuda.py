@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.engines import onnxruntime_backend, onnxruntime_nets, onnxruntime_runs
 from latentrt.engines.errors import BackendError
-from latentrt.engines.onnxruntime_nets import CPU, CUDA, cuda_available, open_onnxruntime_net
-from latentrt.engines.onnxruntime_runs import WAIT_EVERY
+from latentrt.engines.onnxruntime import backend as onnxruntime_backend
+from latentrt.engines.onnxruntime import nets as onnxruntime_nets
+from latentrt.engines.onnxruntime import runs as onnxruntime_runs
+from latentrt.engines.onnxruntime.nets import CPU, CUDA, cuda_available, open_onnxruntime_net
+from latentrt.engines.onnxruntime.runs import WAIT_EVERY
 from latentrt.engines.package import Package
 
 HOST = SimpleNamespace(name="host memory")

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from latentrt.engines.errors import BackendError
-from latentrt.engines.onnxruntime_nets import CPU, open_onnxruntime_net
-from latentrt.engines.onnxruntime_placement import read_placement
+from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
+from latentrt.engines.onnxruntime.placement import read_placement
 from latentrt.engines.package import Package
 from tests.engines.test_onnxruntime_nets import DEMO, Bound, Host
 

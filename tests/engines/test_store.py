@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from latentrt.engines.engine_key import EngineKey, canonical_sha256
 from latentrt.engines.errors import EngineError, LatentrtError, UsageError
-from latentrt.engines.store import EngineStore, Entry, Miss
-from latentrt.engines.store_entry import seal
-from latentrt.engines.store_folder import default_root
+from latentrt.engines.store.engine_store import EngineStore, Entry, Miss
+from latentrt.engines.store.entry import seal
+from latentrt.engines.store.folder import default_root
+from latentrt.engines.store.key import EngineKey, canonical_sha256
 from tests.engines.engine_keys import KEY, OTHER, builder, numbered
 
 CONTENT = random.Random(1).randbytes(2000)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from latentrt.engines.errors import CancelledError
-from latentrt.engines.store import EngineStore, Entry
+from latentrt.engines.store.engine_store import EngineStore, Entry
 from tests.engines.engine_keys import builder, numbered
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the children are forked")
@@ -181,7 +181,7 @@ def test_whoever_waits_is_told_and_may_give_up(worker: Worker) -> None:
 
 def test_the_store_imports_nothing_heavy() -> None:
     code = (
-        "import sys, latentrt.engines.store\n"
+        "import sys, latentrt.engines.store.engine_store\n"
         "heavy = {'numpy', 'torch', 'onnxruntime', 'asyncio', 'typer'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )

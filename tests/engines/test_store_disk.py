@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from latentrt.engines.errors import EngineError, StorageError
-from latentrt.engines.store import EngineStore, Entry, Miss
+from latentrt.engines.store.engine_store import EngineStore, Entry, Miss
 from tests.engines.engine_keys import KEY, OTHER, builder, numbered
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="permissions and links of POSIX")
@@ -41,7 +41,7 @@ def check_intact(store: EngineStore) -> None:
 CHILD = """
 import resource, sys
 from latentrt.engines.errors import StorageError
-from latentrt.engines.store import EngineStore
+from latentrt.engines.store.engine_store import EngineStore
 from tests.engines.engine_keys import KEY, builder, numbered
 
 store = EngineStore(sys.argv[1])

@@ -1,8 +1,10 @@
 import pytest
 
-from latentrt.engines import cuda_facts, tensorrt_backend, tensorrt_rtx_backend
 from latentrt.engines.backend import DeviceBackend
+from latentrt.engines.cuda import facts as cuda_facts
 from latentrt.engines.errors import BackendError
+from latentrt.engines.tensorrt import backend as tensorrt_backend
+from latentrt.engines.tensorrt import rtx_backend as tensorrt_rtx_backend
 from tests.engines import tensorrt_setting as setting
 
 
@@ -18,12 +20,12 @@ class NoGpu:
 
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
 def test_the_reason_is_the_first_thing_that_is_missing(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentrt.engines.tensorrt_flavour.installed_version", lambda _: None)
+    monkeypatch.setattr("latentrt.engines.tensorrt.flavour.installed_version", lambda _: None)
     assert "is not installed" in (tensorrt_backend.available(backend) or "")
-    monkeypatch.setattr("latentrt.engines.tensorrt_flavour.installed_version", lambda _: "9.0")
+    monkeypatch.setattr("latentrt.engines.tensorrt.flavour.installed_version", lambda _: "9.0")
     assert "9.0 is installed" in (tensorrt_backend.available(backend) or "")
     version = {"tensorrt": "10.14.1", "tensorrt-rtx": "1.7.1"}[backend]
-    monkeypatch.setattr("latentrt.engines.tensorrt_flavour.installed_version", lambda _: version)
+    monkeypatch.setattr("latentrt.engines.tensorrt.flavour.installed_version", lambda _: version)
     assert tensorrt_backend.available(backend, runtime=NoGpu()) == "there is no NVIDIA GPU"
 
 
@@ -35,7 +37,7 @@ def test_the_second_module_is_the_first_with_another_name(monkeypatch: pytest.Mo
 
 
 def test_describe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentrt.engines.tensorrt_flavour.installed_version", lambda _: "1.7.1")
+    monkeypatch.setattr("latentrt.engines.tensorrt.flavour.installed_version", lambda _: "1.7.1")
     monkeypatch.setattr(tensorrt_backend, "installed_version", lambda _: "1.7.1")
 
     class Facts:

@@ -20,7 +20,7 @@ from latentrt.engines.build import (
 )
 from latentrt.engines.build_options import BuildOptions, Weights
 from latentrt.engines.build_process import run_builder
-from latentrt.engines.cuda_facts import DeviceFacts
+from latentrt.engines.cuda.facts import DeviceFacts
 from latentrt.engines.errors import (
     BackendError,
     PackageError,
@@ -30,10 +30,10 @@ from latentrt.engines.errors import (
 from latentrt.engines.net_weights import engine_bytes, lora_targets, net_tensors
 from latentrt.engines.package import Package
 from latentrt.engines.profiles import Profile, net_profiles
-from latentrt.engines.store import EngineStore, Entry, Miss
-from latentrt.engines.tensorrt_builder import Job
-from latentrt.engines.tensorrt_flavour import flavour, installed_version, load
-from latentrt.engines.tensorrt_network import mark_refittable, parse_graph
+from latentrt.engines.store.engine_store import EngineStore, Entry, Miss
+from latentrt.engines.tensorrt.builder import Job
+from latentrt.engines.tensorrt.flavour import flavour, installed_version, load
+from latentrt.engines.tensorrt.network import mark_refittable, parse_graph
 from tests.engines.builder_jobs import DEMO, RTX, SMALL, build_small, job_of
 
 NETS = ("text_encoder", "unet_context", "unet_time", "unet", "step", "vae_decoder")

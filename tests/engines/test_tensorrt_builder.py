@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from latentrt.engines import build_process, tensorrt_builder
+from latentrt.engines import build_process
 from latentrt.engines.build import (
     BuildProgress,
 )
@@ -26,10 +26,11 @@ from latentrt.engines.errors import (
 from latentrt.engines.package import Package, write_manifest
 from latentrt.engines.preflight import Room
 from latentrt.engines.spec import NetSpec, TensorSpec
-from latentrt.engines.store import EngineStore
-from latentrt.engines.tensorrt_builder import Job, Phases, build
-from latentrt.engines.tensorrt_flavour import flavour, load
-from latentrt.engines.tensorrt_network import check_contract, parse_graph
+from latentrt.engines.store.engine_store import EngineStore
+from latentrt.engines.tensorrt import builder as tensorrt_builder
+from latentrt.engines.tensorrt.builder import Job, Phases, build
+from latentrt.engines.tensorrt.flavour import flavour, load
+from latentrt.engines.tensorrt.network import check_contract, parse_graph
 from tests.engines.builder_jobs import DEMO, RTX, assert_clean, build_small, job_of
 
 
@@ -124,7 +125,7 @@ def test_an_interrupt_ends_the_builder(store: EngineStore) -> None:
 
 def test_the_builder_ends_when_its_parent_is_gone(tmp_path: Path) -> None:
     engine = tmp_path / "engine"
-    command = [sys.executable, "-m", "latentrt.engines.tensorrt_builder"]
+    command = [sys.executable, "-m", "latentrt.engines.tensorrt.builder"]
     job = json.dumps(job_of("unet", engine).to_json())
     done = subprocess.run(command, input=job + "\n", text=True, capture_output=True, check=False, timeout=60)
     assert done.returncode == 1  # stdin closed behind the job
@@ -191,7 +192,7 @@ def test_building_in_this_process(tmp_path: Path, package: Package) -> None:
 def test_timings_are_read_and_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # RTX has the calls, though no use for them: the nearest thing to TensorRT that runs without a GPU.
     row = replace(flavour(RTX), cache="timing")
-    monkeypatch.setattr("latentrt.engines.tensorrt_builder.flavour", lambda backend: row)
+    monkeypatch.setattr("latentrt.engines.tensorrt.builder.flavour", lambda backend: row)
     job = replace(job_of("unet_time", tmp_path / "engine"), timing_cache=tmp_path / "timings")
     for _ in range(2):
         assert build(job, lambda phase, fraction: None)["size"] > 0
@@ -230,7 +231,7 @@ def test_timings_that_cannot_be_kept_cost_no_engine(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str
 ) -> None:
     row = replace(flavour(RTX), cache="timing")
-    monkeypatch.setattr("latentrt.engines.tensorrt_builder.flavour", lambda backend: row)
+    monkeypatch.setattr("latentrt.engines.tensorrt.builder.flavour", lambda backend: row)
     save = tensorrt_builder._save_timings  # pyright: ignore[reportPrivateUsage]
 
     class Cache:

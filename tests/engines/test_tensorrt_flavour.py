@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from latentrt.engines import tensorrt_flavour
 from latentrt.engines.build_options import FLAGS, BuildOptions, Weights
 from latentrt.engines.errors import BackendError, UsageError
-from latentrt.engines.tensorrt_flavour import (
+from latentrt.engines.tensorrt import flavour as tensorrt_flavour
+from latentrt.engines.tensorrt.flavour import (
     FLAVOURS,
     Flavour,
     flavour,

@@ -7,12 +7,12 @@ import pytest
 from latentrt.engines.device import DeviceMemory
 from latentrt.engines.errors import BackendError, EngineError, MemoryLimitError, StorageError
 from latentrt.engines.spec import TensorSpec
-from latentrt.engines.store import EngineStore
-from latentrt.engines.store_entry import Entry
-from latentrt.engines.tensorrt_contexts import StoredCache
-from latentrt.engines.tensorrt_flavour import flavour
-from latentrt.engines.tensorrt_log import messages
-from latentrt.engines.tensorrt_nets import TensorRTNet, open_engine, open_entry
+from latentrt.engines.store.engine_store import EngineStore
+from latentrt.engines.store.entry import Entry
+from latentrt.engines.tensorrt.contexts import StoredCache
+from latentrt.engines.tensorrt.flavour import flavour
+from latentrt.engines.tensorrt.log import messages
+from latentrt.engines.tensorrt.nets import TensorRTNet, open_engine, open_entry
 from tests.engines import engine_keys
 from tests.engines import tensorrt_setting as setting
 from tests.engines.host_device import HostDevice
@@ -321,7 +321,7 @@ def test_the_real_library_refuses_what_is_no_engine(live: Any, device: HostDevic
 
 
 def test_the_real_library_says_that_there_is_no_driver(live: Any, device: HostDevice) -> None:
-    from latentrt.engines import cuda_facts
+    from latentrt.engines.cuda import facts as cuda_facts
 
     if cuda_facts.available() is None:
         pytest.skip("there is a GPU")

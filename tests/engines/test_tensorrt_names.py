@@ -73,7 +73,7 @@ ABSENT = {
 
 
 def source(name: str) -> str:
-    return (FOLDER / f"tensorrt_{name}.py").read_text(encoding="utf-8")
+    return (FOLDER / "tensorrt" / f"{name}.py").read_text(encoding="utf-8")
 
 
 def _used() -> set[tuple[str, ...]]:

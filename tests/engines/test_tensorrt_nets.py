@@ -8,8 +8,8 @@ import pytest
 from latentrt.engines.device import DeviceMemory, DeviceNet
 from latentrt.engines.errors import BackendError, EngineError, MemoryLimitError, UsageError
 from latentrt.engines.spec import NetSpec, TensorSpec
-from latentrt.engines.tensorrt_nets import TensorRTNet
-from latentrt.engines.tensorrt_shapes import check_outputs, input_sizes, output_shapes
+from latentrt.engines.tensorrt.nets import TensorRTNet
+from latentrt.engines.tensorrt.shapes import check_outputs, input_sizes, output_shapes
 from tests.engines import tensorrt_setting as setting
 from tests.engines.host_device import HostDevice
 from tests.engines.simulated_tensorrt_names import VARIANTS
@@ -306,7 +306,7 @@ def test_shapes_that_the_engine_finds_inconsistent(
 ) -> None:
     net = opened(device, net="unet")
     wrong = {**shapes("unet", SMALL), "latent": (4, 4, 8, 8)}
-    monkeypatch.setattr("latentrt.engines.tensorrt_nets.input_sizes", lambda *_: {})
+    monkeypatch.setattr("latentrt.engines.tensorrt.nets.input_sizes", lambda *_: {})
     with pytest.raises(BackendError, match="inconsistent"):
         net.scratch(wrong)
     world(net).failing["infer_shapes"] = "latent"  # type: ignore[attr-defined]

@@ -6,8 +6,8 @@ import pytest
 from onnx import numpy_helper
 
 from latentrt.engines.errors import BackendError, MemoryLimitError, UsageError
-from latentrt.engines.tensorrt_log import messages
-from latentrt.engines.tensorrt_nets import TensorRTNet
+from latentrt.engines.tensorrt.log import messages
+from latentrt.engines.tensorrt.nets import TensorRTNet
 from tests.engines import tensorrt_setting as setting
 from tests.engines.host_device import HostDevice
 from tests.engines.simulated_tensorrt import SimulatedLibrary

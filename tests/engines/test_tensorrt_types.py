@@ -198,9 +198,9 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str
         for name, text in texts.items():
             typed = _typed(name.split("_")[0], text).replace("from lib import", f"from {stubs} import")
             assert _FUTURE in typed
-            path = engines / f"tensorrt_{name}.py"
+            path = engines / "tensorrt" / f"{name}.py"
             path.write_text(typed.replace(_FUTURE, head, 1), encoding="utf-8")
-    files = [f"{_key(library)}/engines/tensorrt_{name}*.py" for library in available for name in SOURCES]
+    files = [f"{_key(library)}/engines/tensorrt/{name}*.py" for library in available for name in SOURCES]
     settings = {"typeCheckingMode": "basic", "stubPath": "typings", "pythonVersion": "3.10", "include": files}
     (root / "pyrightconfig.json").write_text(json.dumps(settings), encoding="utf-8")
     command = [sys.executable, "-m", "basedpyright", "--outputjson", "--project", str(root)]
@@ -215,7 +215,7 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str
         allowed = {f'"{member or kind}"' for kind, member in ABSENT[library]}
         known = any(name in item["message"] for name in (*allowed, *_MENDED))
         if item["severity"] == "error" and not known:
-            found[library].append((path.stem.removeprefix("tensorrt_"), item["message"]))
+            found[library].append((path.stem, item["message"]))
     return found
 
 

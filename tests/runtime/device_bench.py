@@ -9,7 +9,7 @@ from typing import Any
 
 from latentrt.engines import spec
 from latentrt.engines.device import DeviceNet
-from latentrt.engines.onnxruntime_nets import CPU, open_onnxruntime_net
+from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import NetFile, Package, write_manifest
 from latentrt.export.step_graph import write_step
 from latentrt.runtime.device_loop import DeviceLoop

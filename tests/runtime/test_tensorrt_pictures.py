@@ -6,15 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.engines import tensorrt_device
 from latentrt.engines.build import engine_key
 from latentrt.engines.build_options import BuildOptions
-from latentrt.engines.cuda_facts import DeviceFacts
+from latentrt.engines.cuda.facts import DeviceFacts
 from latentrt.engines.device import Device
 from latentrt.engines.errors import BackendError, EngineError, UsageError
 from latentrt.engines.package import NetFile, Package
 from latentrt.engines.profiles import Profile, net_profiles
-from latentrt.engines.store import EngineStore
+from latentrt.engines.store.engine_store import EngineStore
+from latentrt.engines.tensorrt import device as tensorrt_device
 from latentrt.runtime.device_loop import DeviceLoop
 from latentrt.runtime.loops import DEVICE_NETS
 from latentrt.runtime.pipeline import Pipeline

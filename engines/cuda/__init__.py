@@ -1,0 +1,1 @@
+"""The CUDA runtime behind the seam `engines/device.py`."""

@@ -1,0 +1,102 @@
+"""ONNX Runtime on CUDA as a backend: nets on a device, each in the layout that was measured as the fastest.
+
+Opening never measures: it takes what `latentrt build PACKAGE --backend onnxruntime-cuda` has left in the
+engine store (`onnxruntime/tuning.py`), and without that the package's own graph, which needs no choice.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ..cuda import facts as cuda_facts
+from ..cuda.device import CudaDevice
+from ..device import Device, DeviceNet
+from ..package import Package
+from ..store.engine_store import EngineStore
+from .backend import library
+from .nets import cuda_available, open_onnxruntime_net
+from .tuning import TUNED_NETS, StoredLayout, lowering_missing, stored_layout, tuning_command
+
+
+def available() -> str | None:
+    """None if ONNX Runtime can run nets on a CUDA device here, else the reason. Never raises."""
+    return cuda_available()
+
+
+def describe() -> str:
+    """Version and device, for people. Raises BackendError where `available` has a reason."""
+    facts = cuda_facts.facts()
+    return f"onnxruntime {library().__version__} CUDA ({facts.name}, {facts.sm})"
+
+
+def open_device(
+    package: Package,
+    names: Sequence[str],
+    *,
+    store: EngineStore | None = None,
+    log: Callable[[str], None] | None = None,
+    capture: bool = False,
+    profile: Path | None = None,
+) -> tuple[Device, Mapping[str, DeviceNet]]:
+    """A device of its own for the caller, and nets of the package on it.
+
+    Args:
+        package: the package.
+        names: of its nets.
+        store: where layouts are remembered; the user's own unless given.
+        log: told in one line which nets have no layout in the store, and the command that measures them;
+            prints to stderr unless given.
+        capture: let runs be captured, see `open_onnxruntime_net`.
+        profile: a folder for the library's profiles.
+
+    Raises:
+        BackendError: no library, driver or device.
+        LatentrtError: whatever `open_onnxruntime_net` raises. Nothing stays open then.
+    """
+    device = CudaDevice()
+    with ExitStack() as stack:
+        stack.callback(device.close)
+        gpu, place = device.facts, store or EngineStore()
+        stored = {name: stored_layout(package, name, place, gpu) for name in names if name in TUNED_NETS}
+        nets: dict[str, DeviceNet] = {}
+        for name in names:
+            opened = partial(open_onnxruntime_net, package, name, device, capture=capture, profile=profile)
+            nets[name] = _open_net(opened, name, stored.get(name))
+            stack.callback(nets[name].close)
+        stack.pop_all()
+    if hint := _hint(package, stored):
+        (log or _to_stderr)(hint)
+    return device, nets
+
+
+def _open_net(opened: Callable[..., DeviceNet], name: str, stored: StoredLayout | None) -> DeviceNet:
+    if stored is None or stored.graph is None:
+        return opened()
+    # The library takes a path, the store has hashed bytes: so these very bytes go to a folder of our own.
+    with TemporaryDirectory() as folder:
+        graph = Path(folder) / f"{name}.onnx"
+        graph.write_bytes(stored.graph)
+        return opened(graph=graph, prefer_nhwc=stored.layout.prefer_nhwc)
+
+
+def _hint(package: Package, stored: Mapping[str, StoredLayout]) -> str:
+    """Why nets run as they were exported, and what to do about it; "" if every layout is known."""
+    unknown = {name: item.why for name, item in stored.items() if item.why}
+    if not unknown:
+        return ""
+    why = next(iter(unknown.values()))
+    missing = lowering_missing()
+    first = f' (first: pip install "latentrt[cuda]", for {missing})' if missing else ""
+    return (
+        f"{' and '.join(unknown)} run in the layout `plain`: {why};"
+        f" measure which is the fastest here: {tuning_command(package)}{first}"
+    )
+
+
+def _to_stderr(line: str) -> None:
+    print(f"latentrt: {line}", file=sys.stderr)

@@ -1,0 +1,391 @@
+"""ONNX Runtime behind the seam: nets bound to a device's addresses once, and run on its stream.
+
+With the CUDA provider the session gets the device's own stream, so that copies and nets are ordered without a
+wait, and a run returns before the GPU is done. With the CPU provider the same code runs on host addresses.
+
+Activations come from the session's arena, which a run may enlarge. Whoever captures a run must have run it
+once before, plainly, with the same shapes; then the arena has what it needs. A captured graph uses the arena:
+close it before the net, and before `release`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..backend import MemoryLedger
+from ..cuda.facts import available as cuda_device_available
+from ..device import ALIGNMENT, Addresses, Device, Shapes
+from ..errors import BackendError, LatentrtError, UsageError
+from ..net_weights import engine_bytes
+from ..package import Package
+from ..spec import DTYPES, NetSpec, TensorSpec, output_shapes
+from . import backend as onnxruntime_backend
+from .backend import check_boundary, library, open_session, run_error, session_options
+from .lowering import session_entries
+from .runs import Runs, run_options, shrinking_options
+
+CUDA = "CUDAExecutionProvider"
+CPU = "CPUExecutionProvider"
+CONV_SEARCHES = ("HEURISTIC", "EXHAUSTIVE", "DEFAULT")
+
+Submit = Callable[[Callable[[], None]], None]
+
+
+def cuda_available() -> str | None:
+    """None if ONNX Runtime can run nets on a CUDA device here, else the reason. Never raises."""
+    if reason := onnxruntime_backend.available():
+        return reason
+    if CUDA not in library().get_available_providers():
+        return "the installed onnxruntime has no CUDA provider (onnxruntime-gpu has)"
+    return cuda_device_available()
+
+
+def open_onnxruntime_net(
+    package: Package,
+    name: str,
+    device: Device,
+    *,
+    provider: str = CUDA,
+    graph: Path | None = None,
+    prefer_nhwc: bool = False,
+    conv_search: str = "HEURISTIC",
+    threads: int | None = None,
+    submit: Submit | None = None,
+    capture: bool = False,
+    profile: Path | None = None,
+) -> OnnxRuntimeDeviceNet:
+    """Load one net of a package onto a device.
+
+    Args:
+        package: where the net is from; its manifest has the boundary.
+        name: of the net.
+        device: whose addresses it will be bound to, and with CUDA the stream (`device.stream`).
+        provider: CUDAExecutionProvider, or CPUExecutionProvider for a device on host memory.
+        graph: what to run in place of the package's, with the same boundary: `onnxruntime_lowering.lower`
+            wrote it, and its weights are still the package's.
+        prefer_nhwc: let the CUDA provider lay convolutions out as NHWC by itself.
+        conv_search: how cuDNN finds its algorithms. HEURISTIC costs nothing and is the same in every run;
+            EXHAUSTIVE measures each shape in its first run.
+        threads: for what runs on the CPU; None is every processor.
+        submit: takes each run in place of calling it: how a device without a CUDA stream orders it.
+        capture: let runs on CUDA be captured. Not by default: a graph reads page-locked buffers of the
+            session (`onnxruntime/runs.py`), and no GPU run has shown yet that replaying it is right. The GPU
+            check captures, to find out.
+        profile: a folder for the library's profile of every run (`onnxruntime/placement.py` reads it).
+
+    Raises:
+        BackendError: the provider cannot run here, or `device` has no stream for it.
+        PackageError: ONNX Runtime refuses the graph, or its boundary is not the manifest's.
+        MemoryLimitError: the weights do not fit.
+        UsageError: an unknown provider or `conv_search`, or `threads` less than 1.
+    """
+    if provider not in (CUDA, CPU) or conv_search not in CONV_SEARCHES:
+        raise UsageError(
+            f"provider is {provider!r} and conv_search {conv_search!r}",
+            expected=f"{CUDA} or {CPU}, and one of {', '.join(CONV_SEARCHES)}",
+            fix="Leave both out for the usual ones.",
+        )
+    file = package.manifest.nets[name]
+    path = graph or package.path(file.graph)
+    options = session_options(threads)
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile / name)
+    if graph is not None:
+        for key, value in session_entries(package, name).items():
+            options.add_session_config_entry(key, value)
+    if provider == CPU:
+        session = open_session(path, options, [CPU], culprit=name)
+    else:
+        settings = {"prefer_nhwc": str(int(prefer_nhwc)), "cudnn_conv_algo_search": conv_search}
+        session = _open_cuda_session(path, options, device, settings, name)
+    try:
+        check_boundary(session, file.spec, path)
+        if provider == CUDA:
+            _check_inputs_stay(session, name)
+        weights = engine_bytes(package, name)
+    except LatentrtError:
+        del session  # its memory, before anyone handles the error
+        raise
+    runs = Runs(name, capture=capture) if provider == CUDA else None
+    return OnnxRuntimeDeviceNet(name, file.spec, session, device, weights, runs, submit)
+
+
+class OnnxRuntimeDeviceNet:
+    """`DeviceNet` of ONNX Runtime; made by `open_onnxruntime_net`."""
+
+    def __init__(
+        self,
+        name: str,
+        spec: NetSpec,
+        session: Any,
+        device: Device,
+        weights: int,
+        runs: Runs | None,
+        submit: Submit | None,
+    ) -> None:
+        self.name = name
+        self.submit: Submit = submit or _at_once
+        self._spec = spec
+        self._session = session
+        self._device = device
+        self._weights = weights
+        self._runs = runs  # None on the CPU
+        self._on_host = run_options()
+        self._kind = "cuda" if runs else "cpu"
+        self._index = _index(device) if runs else 0
+        self._bound: dict[OnnxRuntimeBoundNet, dict[int, int]] = {}  # with bytes by address
+
+    @property
+    def spec(self) -> NetSpec:
+        """Inputs and outputs, as the manifest has them."""
+        return self._spec
+
+    @property
+    def memory(self) -> MemoryLedger:
+        """Weights at the width of the arithmetic, and bound inputs and outputs, each address once.
+
+        Activations are None: the arena's statistics are not in the Python API (1.31).
+        """
+        io: dict[int, int] = {}
+        for sizes in self._bound.values():
+            for address, size in sizes.items():
+                io[address] = max(size, io.get(address, 0))
+        return MemoryLedger(weights=self._weights, activations=None, io=sum(io.values()))
+
+    def scratch(self, shapes: Shapes) -> int:
+        """0: the session has an arena of its own. Raises UsageError for shapes that are not the net's."""
+        output_shapes(self.spec, shapes)
+        return 0
+
+    def bind(self, shapes: Shapes, addresses: Addresses, scratch: int) -> OnnxRuntimeBoundNet:
+        """Set shapes (inputs) and addresses (inputs and outputs) for good; `scratch` is not used.
+
+        Raises:
+            UsageError: shapes or names that are not the net's, or an address that is 0 or not aligned.
+            BackendError: the net is closed, or ONNX Runtime refuses.
+            MemoryLimitError: ONNX Runtime says so.
+        """
+        del scratch
+        session = self.session()
+        every = {**shapes, **output_shapes(self.spec, shapes)}
+        tensors = (*self.spec.inputs, *self.spec.outputs)
+        _check_addresses(tensors, addresses)
+        binding = session.io_binding()
+        try:
+            for bind, group in (
+                (binding.bind_input, self.spec.inputs),
+                (binding.bind_output, self.spec.outputs),
+            ):
+                for item in group:
+                    place = every[item.name], addresses[item.name]
+                    bind(item.name, self._kind, self._index, DTYPES[item.dtype], *place)
+        except Exception as error:  # onnxruntime raises a dozen classes of its own, all derived from it
+            raise run_error(self.name, error, shapes) from error
+        bound = OnnxRuntimeBoundNet(self, binding, dict(shapes))
+        self._bound[bound] = {addresses[item.name]: _bytes(item, every[item.name]) for item in tensors}
+        return bound
+
+    def session(self) -> Any:
+        """The session. Raises BackendError once closed."""
+        if self._session is None:
+            raise BackendError(
+                f"the net {self.name!r} is closed", expected="an open net", fix="Open it again before use."
+            )
+        return self._session
+
+    @property
+    def provider(self) -> str:
+        """As people call it."""
+        return "CUDA" if self._runs else "CPU"
+
+    @property
+    def capturable(self) -> bool:
+        """Whether runs may be captured."""
+        return self._runs is None or self._runs.capture
+
+    def run_options(self) -> Any:
+        """For OnnxRuntimeBoundNet: of the next run. Raises BackendError if it is captured and may not be."""
+        if self._runs is None:
+            return self._on_host
+        return self._runs.next(capturing=bool(getattr(self._device, "capturing", False)))
+
+    def forget(self, bound: OnnxRuntimeBoundNet) -> None:
+        """For OnnxRuntimeBoundNet: it is closed."""
+        self._bound.pop(bound, None)
+
+    def settle(self) -> None:
+        """Nothing: what a run leaves behind goes in one of the next runs (`onnxruntime/runs.py`)."""
+
+    def release(self) -> None:
+        """Give back what the arena holds beyond its blocks in use: activations of earlier calls.
+
+        No graph may be left that was captured. What cannot be given back stays: that is no error.
+        """
+        if self._session is None:
+            return
+        shapes = {
+            item.name: [1 if isinstance(n, str) else n for n in item.shape] for item in self.spec.inputs
+        }
+        feeds = {item.name: np.zeros(shapes[item.name], DTYPES[item.dtype]) for item in self.spec.inputs}
+        arena = f"{'gpu' if self._runs else 'cpu'}:{self._index}"
+        with suppress(Exception):  # it always ends with one: the run is terminated
+            self._session.run(None, feeds, shrinking_options(arena))
+        if self._runs:
+            self._runs.restart()
+
+    def end_profile(self) -> Path:
+        """The file with the profile of every run until now. Raises BackendError if nothing was profiled."""
+        if file := self.session().end_profiling():
+            return Path(file)
+        raise BackendError(
+            f"the net {self.name!r} has no profile",
+            expected="a net opened with a folder for its profile",
+            fix="Pass `profile` to open_onnxruntime_net.",
+        )
+
+    def stream_weights(self) -> int:
+        """0: ONNX Runtime keeps all weights on the device."""
+        return 0
+
+    def close(self) -> None:
+        """Free the session, and every binding. May be called twice."""
+        for bound in list(self._bound):
+            bound.close()
+        self._session = None
+
+
+class OnnxRuntimeBoundNet:
+    """`BoundNet` of ONNX Runtime."""
+
+    def __init__(self, net: OnnxRuntimeDeviceNet, binding: Any, shapes: Shapes) -> None:
+        self._net = net
+        self._binding = binding
+        self._shapes = shapes
+
+    @property
+    def profile(self) -> str:
+        """ONNX Runtime has one for all shapes."""
+        return f"onnxruntime {self._net.provider}, any shape"
+
+    @property
+    def capturable(self) -> bool:
+        """Whether the net was opened so that runs may be captured."""
+        return self._net.capturable
+
+    def enqueue(self) -> None:
+        """Put one run on the device's stream. Raises BackendError, also once closed, MemoryLimitError."""
+        self._check_open()
+        self._net.submit(self._run)
+
+    def _run(self) -> None:
+        self._check_open()
+        session, options = self._net.session(), self._net.run_options()
+        try:
+            session.run_with_iobinding(self._binding, options)
+        except Exception as error:  # onnxruntime raises a dozen classes of its own, all derived from it
+            raise run_error(self._net.name, error, self._shapes) from error
+
+    def _check_open(self) -> None:
+        if self._binding is None:
+            raise BackendError(
+                f"a binding of the net {self._net.name!r} is closed",
+                expected="an open binding",
+                fix="Bind the net again.",
+            )
+
+    def close(self) -> None:
+        """Free the binding; the memory behind it is the caller's. May be called twice."""
+        self._binding = None
+        self._net.forget(self)
+
+
+def _at_once(work: Callable[[], None]) -> None:
+    work()
+
+
+def _index(device: Device) -> int:
+    return int(getattr(device, "index", 0))
+
+
+def _bytes(tensor: TensorSpec, shape: tuple[int, ...]) -> int:
+    return np.dtype(DTYPES[tensor.dtype]).itemsize * math.prod(shape)
+
+
+def _check_addresses(tensors: tuple[TensorSpec, ...], addresses: Addresses) -> None:
+    names = [item.name for item in tensors]
+    if sorted(addresses) != sorted(names):
+        raise UsageError(
+            f"addresses of {sorted(set(addresses) ^ set(names))} are missing, or are none of the net's",
+            expected=f"exactly {names}",
+            fix="Check the call against the net's spec (`latentrt inspect PACKAGE`).",
+        )
+    wrong = [name for name, address in addresses.items() if address <= 0 or address % ALIGNMENT]
+    if wrong:
+        raise UsageError(
+            f"{wrong[0]} lies at {addresses[wrong[0]]:#x}",
+            expected=f"a multiple of {ALIGNMENT}, and not 0",
+            fix="Take addresses from Device.allocate, and round offsets up.",
+        )
+
+
+def _check_inputs_stay(session: Any, name: str) -> None:
+    """Refuse a session that wants an input on the host.
+
+    Binding copies such an input there, once (onnxruntime: core/session/IOBinding.cc, BindInput): every later
+    run would silently see what lay at the address then.
+    """
+    infos = zip(session.get_inputs(), session.get_input_memory_infos(), strict=True)
+    if moved := [item.name for item, info in infos if info.name.lower() == "cpu"]:
+        raise BackendError(
+            f"onnxruntime runs the first nodes of {name!r} behind {moved} on the CPU",
+            expected="nodes that its CUDA provider has kernels for",
+            fix="Upgrade onnxruntime-gpu, or use --backend onnxruntime.",
+        )
+
+
+@cache
+def _load_libraries() -> None:
+    """CUDA's and cuDNN's, where pip put them; once, before the first session that needs them."""
+    if hasattr(library(), "preload_dlls"):  # since 1.21
+        library().preload_dlls()
+
+
+def _open_cuda_session(path: Path, options: Any, device: Device, settings: dict[str, str], name: str) -> Any:
+    stream: object = getattr(device, "stream", None)
+    reason = cuda_available()
+    if reason is None and not (isinstance(stream, int) and stream):
+        reason = f"{device.name} has no CUDA stream"
+    if reason is not None:
+        raise BackendError(
+            f"onnxruntime cannot run on CUDA: {reason}",
+            expected="onnxruntime-gpu, an NVIDIA driver, and a CUDA device",
+            fix='Install it: pip install "latentrt[cuda]", or use --backend onnxruntime.',
+        )
+    _load_libraries()
+    # The second run of a shape would allocate one block for the pattern that the first one left
+    # (github.com/microsoft/onnxruntime/issues/14942), and a capture must not allocate.
+    options.enable_mem_pattern = False
+    # Weights outside the arena, so that it holds activations alone.
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+    every = {
+        **settings,
+        "device_id": str(_index(device)),
+        "user_compute_stream": str(stream),
+        "arena_extend_strategy": "kSameAsRequested",  # not the next power of two
+        "use_tf32": "0",  # 10 bits of mantissa: fp32 nets are what parity is measured with
+    }
+    session = open_session(path, options, [(CUDA, every), CPU], culprit=name)
+    if CUDA not in session.get_providers():
+        raise BackendError(
+            "onnxruntime's CUDA provider did not load, and the CPU would run the net",
+            expected="the CUDA and cuDNN libraries of its own version",
+            fix='Install them: pip install "onnxruntime-gpu[cuda,cudnn]".',
+        )
+    return session

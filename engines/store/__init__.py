@@ -1,0 +1,1 @@
+"""Engines on disk, found by everything that decides what they are."""

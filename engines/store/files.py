@@ -1,0 +1,168 @@
+"""What the engine store asks of the file system: safe reads, durable writes, errors with numbers.
+
+A library that deserialises an engine trusts it, so files are opened without following links, and refused
+when others could have written them. On Windows permissions are not looked at: a user's profile is private.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..errors import EngineError, StorageError
+
+POSIX = os.name == "posix"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, the user's quota, or the file size limit
+_OPEN = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_FOOTER = b"latentrt"  # then the sha256 of everything before it
+_CHUNK = 1 << 20  # bytes
+
+
+@contextmanager
+def storage_errors(root: Path, what: str, *, only_full: bool = False) -> Generator[None]:
+    """Turn an OSError into a StorageError that says `what` failed; of a full disk, with the numbers.
+
+    With `only_full`, other errors than a full disk pass: they are the builder's own.
+    """
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in _FULL
+        if only_full and not full:
+            raise
+        reason = error.strerror or str(error)
+        if not full:
+            raise StorageError(
+                f"{what}: {reason} ({error.filename or root})",
+                expected=f"a folder that this user can write at {root}",
+                fix="Mend its permissions, or set LATENTRT_CACHE to another folder.",
+            ) from error
+        written = sum(folder_bytes(path) for path in root.glob("building/*"))
+        raise StorageError(
+            f"{what}: {reason}, with {written} bytes of it written and {_free(root)} bytes free in {root}",
+            expected="room for the whole engine",
+            fix="Free disk space (latentrt cache prune --all), or set LATENTRT_CACHE to another disk.",
+        ) from error
+
+
+def _free(root: Path) -> int:
+    with suppress(OSError):
+        return shutil.disk_usage(root).free
+    return 0
+
+
+def folder_bytes(path: Path) -> int:
+    """Bytes of the files in `path`, or of a file; 0 for a link, or for what is already gone."""
+    total = 0
+    with suppress(OSError):
+        if path.is_symlink() or not path.is_dir():
+            return path.lstat().st_size if path.is_file() and not path.is_symlink() else 0
+        for item in path.iterdir():
+            total += folder_bytes(item)
+    return total
+
+
+def check_private(path: Path, status: os.stat_result, kind: int) -> None:
+    """Raise StorageError unless `status` is of the `kind` (stat.S_IFDIR, S_IFREG) and others cannot write."""
+    expected = "a folder" if kind == stat.S_IFDIR else "a file"
+    if stat.S_ISLNK(status.st_mode):
+        found = "a link"
+    elif stat.S_IFMT(status.st_mode) != kind:
+        found = f"not {expected}"
+    elif POSIX and status.st_mode & stat.S_IWOTH:
+        found = f"open to others (mode {stat.S_IMODE(status.st_mode):04o})"
+    else:
+        return
+    raise StorageError(
+        f"{path} is {found}",
+        expected=f"{expected} of the engine store that nobody else can replace",
+        fix=f"Remove it if you did not make it so (latentrt cache prune), or mend it: chmod o-w {path}.",
+    )
+
+
+def read_file(path: Path, *, size: int | None = None, limit: int = 2**62) -> bytes:
+    """The whole file, read once, from a file that is no link and that others cannot write.
+
+    Args:
+        path: the file.
+        size: its size in bytes, if known; checked before reading, and again on what was read.
+        limit: bytes; a longer file is refused before reading.
+
+    Raises:
+        EngineError: it is missing, or of another size.
+        StorageError: it is a link, or others can write it, or this user cannot read it.
+    """
+    # Only a missing file is damage: after any other error, the next attempt may find a good engine.
+    with storage_errors(path, f"{path} cannot be read"):
+        try:
+            check_private(path, path.lstat(), stat.S_IFREG)
+            with open(path, "rb", buffering=0, opener=lambda name, _: os.open(name, _OPEN)) as stream:
+                status = os.fstat(stream.fileno())
+                check_private(path, status, stat.S_IFREG)
+                fits = status.st_size <= limit and size in (None, status.st_size)
+                data = stream.readall() if fits else b""
+        except FileNotFoundError as error:
+            raise damaged(f"{path} is missing", "a file") from error
+    if not fits or size not in (None, len(data)):
+        wanted = f"at most {limit} bytes" if size is None else f"{size} bytes"
+        raise damaged(f"{path} has {len(data) if fits else status.st_size} bytes", wanted)
+    return data
+
+
+def damaged(found: str, expected: str) -> EngineError:
+    """The error of an entry that cannot be used, whatever is wrong with it."""
+    fix = "It will not be used; the next run builds it again, or: latentrt build PACKAGE --backend BACKEND."
+    return EngineError(found, expected=expected, fix=fix)
+
+
+def hash_and_sync(path: Path) -> tuple[int, str]:
+    """Size in bytes and sha256 (hex) of a file just written, after it has reached the disk."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb+") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+        os.fsync(stream.fileno())
+    return size, digest.hexdigest()
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a new file, for this user alone, and wait until it has reached the disk."""
+    with open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder have reached the disk (POSIX only)."""
+    if POSIX:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def pack_side(data: bytes) -> bytes:
+    """A side file's content: `data` and a footer that vouches for it."""
+    return data + _FOOTER + hashlib.sha256(data).digest()
+
+
+def unpack_side(content: bytes) -> bytes:
+    """The reverse of `pack_side`; b"" for anything it did not write."""
+    data, footer = content[:-40], content[-40:]
+    return data if footer == _FOOTER + hashlib.sha256(data).digest() else b""
+
+
+def read_note(path: Path) -> str:
+    """A short text in one line; "" if there is none."""
+    with suppress(OSError, ValueError):
+        return " ".join(path.read_text(encoding="utf-8").split())
+    return ""

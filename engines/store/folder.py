@@ -1,0 +1,201 @@
+"""The engine store's folder: its layout, its locks, and what happens to the rests of killed processes.
+
+::
+
+    engines/<digest>/engine.bin      what the backend built
+    engines/<digest>/manifest.json   its key, size, sha256, age, and a check sum over the manifest itself
+    building/<digest>-*/             engines in the making; renamed into place, or swept
+    quarantine/<digest>/             damaged ones, and <digest>.txt that says why
+    caches/<kind>/<name>             timing and runtime caches, each with a check sum at its end
+    locks/<digest>.lock, .owner      held while an engine is built; the system frees it when its holder dies
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, Timeout
+
+from ..errors import LatentrtError
+from . import files
+from .key import EngineKey, is_sha256
+
+SIDE = "side"  # the lock of all side files, and the prefix of their temporary folders
+
+
+def default_root() -> Path:
+    """The store's folder: LATENTRT_CACHE, or `latentrt` in the platform's cache folder of this user."""
+    if named := os.environ.get("LATENTRT_CACHE"):
+        return Path(named)
+    if sys.platform == "win32":
+        local = os.environ.get("LOCALAPPDATA")
+        return (Path(local) if local else Path.home() / "AppData" / "Local") / "latentrt" / "cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "latentrt"
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification: a relative path is to be ignored.
+    return (Path(named) if os.path.isabs(named) else Path.home() / ".cache") / "latentrt"
+
+
+class StoreFolder:
+    """The folder behind `EngineStore`. Making the object touches nothing."""
+
+    def __init__(self, root: str | Path | None = None) -> None:
+        self.root = Path(root) if root is not None else default_root()
+        self.engines = self.root / "engines"
+        self.building = self.root / "building"
+        self.quarantine = self.root / "quarantine"
+        self.caches = self.root / "caches"
+        self.locks = self.root / "locks"
+        self._parts = (self.engines, self.building, self.quarantine, self.caches, self.locks)
+
+    def check(self) -> None:
+        """Raise StorageError if the store's folder is none, or if others can write it."""
+        with (
+            files.storage_errors(self.root, "the engine store cannot be opened"),
+            suppress(FileNotFoundError),
+        ):
+            # The root may be a link, to another disk; what is in it may not.
+            files.check_private(self.root, self.root.stat(), stat.S_IFDIR)
+            files.check_private(self.engines, self.engines.lstat(), stat.S_IFDIR)
+
+    def make(self) -> None:
+        """Make the folders. Raises StorageError if that fails, or for what `check` refuses."""
+        self.check()
+        with files.storage_errors(self.root, "the engine store cannot be made"):
+            for folder in (self.root, *self._parts):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def folders(self) -> list[Path]:
+        """The folder of every entry, readable or not."""
+        self.check()
+        with suppress(OSError):
+            return sorted(path for path in self.engines.iterdir() if is_sha256(path.name))
+        return []
+
+    @contextmanager
+    def lock(self, key: EngineKey, waiting: Callable[[str], None] | None) -> Generator[None]:
+        """Hold the lock of a key, however long another process builds; `waiting` is told every second."""
+        lock, owner = self._file_lock(key.digest), self.locks / f"{key.digest}.owner"
+        started, timeout = time.monotonic(), 0.0
+        while not self._acquire(lock, timeout):
+            timeout = 1.0
+            if waiting is not None:
+                pid = files.read_note(owner)
+                who, seconds = f"process {pid}" if pid else "another process", time.monotonic() - started
+                waiting(f"waiting for {who} to build the engine of {key.net} ({seconds:.0f} s)")
+        try:
+            with suppress(OSError):  # it only serves the message above
+                owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
+            yield
+        finally:
+            with suppress(OSError):
+                owner.unlink()
+            lock.release()
+
+    @contextmanager
+    def try_lock(self, name: str) -> Generator[bool]:
+        """Hold a key's lock if it is free; False if it is not, or if this user cannot write the store."""
+        lock, held = self._file_lock(name), False
+        with suppress(LatentrtError):
+            held = self.locks.is_dir() and self._acquire(lock, 0.0)
+        try:
+            yield held
+        finally:
+            if held:
+                lock.release()
+
+    @contextmanager
+    def side_lock(self) -> Generator[None]:
+        """Hold the lock of the side files, which nobody holds for long."""
+        lock = self._file_lock(SIDE)
+        self._acquire(lock, -1.0)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _file_lock(self, name: str) -> BaseFileLock:
+        return FileLock(self.locks / f"{name}.lock", mode=0o600)
+
+    def _acquire(self, lock: BaseFileLock, timeout: float) -> bool:
+        with files.storage_errors(self.root, "the engine store cannot be locked"):
+            try:
+                lock.acquire(timeout=timeout)  # pyright: ignore[reportUnknownMemberType]
+            except Timeout:
+                return False
+        return True
+
+    @contextmanager
+    def temporary(self, name: str) -> Generator[Path]:
+        """A folder on the store's file system that goes away; `name` is the lock that is held meanwhile."""
+        with files.storage_errors(self.root, "the engine store cannot be written"):
+            folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.building))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def place(self, folder: Path, path: Path) -> None:
+        """Rename a complete folder to `path`, whose lock is held; what was there stays if that fails."""
+        with self.temporary(path.name) as aside:
+            with suppress(FileNotFoundError):
+                os.rename(path, aside / "old")
+            try:
+                os.rename(folder, path)
+            except OSError:
+                with suppress(FileNotFoundError):
+                    os.rename(aside / "old", path)
+                raise
+            files.sync_folder(path.parent)
+
+    def remove(self, path: Path) -> None:
+        """Remove an entry whose lock is held; in one rename, so that nobody sees half of it."""
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+            return
+        with self.temporary(path.name) as aside:
+            os.rename(path, aside / "removed")
+
+    def set_aside(self, path: Path, reason: str) -> None:
+        """Move a damaged entry, whose lock is held, to quarantine."""
+        target = self.quarantine / path.name
+        with suppress(OSError):
+            shutil.rmtree(target, ignore_errors=True)
+            target.with_suffix(".txt").write_text(f"{reason}\n", encoding="utf-8")
+            os.rename(path, target)
+
+    def why_aside(self, name: str) -> str:
+        """Why an entry is in quarantine, in one line; "" if it is not there."""
+        target = self.quarantine / name
+        return (files.read_note(target.with_suffix(".txt")) or "unknown") if target.exists() else ""
+
+    def sweep(self, *, held: str = "") -> None:
+        """Remove what killed processes left; whatever somebody builds at this moment stays.
+
+        Args:
+            held: the digest whose lock the caller holds itself.
+        """
+        with suppress(OSError):
+            for folder in sorted(self.building.iterdir()):
+                name = folder.name.partition("-")[0]
+                if name == held:
+                    self._sweep_one(folder, name)
+                elif name == SIDE or is_sha256(name):
+                    with self.try_lock(name) as free:
+                        if free:
+                            self._sweep_one(folder, name)
+
+    def _sweep_one(self, folder: Path, name: str) -> None:
+        if not (self.engines / name).exists():
+            with suppress(OSError):  # killed between the two renames of `place`
+                os.rename(folder / "old", self.engines / name)
+        shutil.rmtree(folder, ignore_errors=True)

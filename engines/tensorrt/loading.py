@@ -1,0 +1,289 @@
+"""From the bytes of an engine to a library's engine object, and the check that it is the net it should be.
+
+The bytes were hashed by the store before they come here: what TensorRT reports of an engine is whether it
+suits this machine, never whether somebody changed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..device import Device
+from ..errors import BackendError, EngineError, LatentrtError, MemoryLimitError
+from ..profiles import NetProfile
+from ..spec import Dim, NetSpec, TensorSpec
+from ..store.entry import Entry
+from .contexts import Engine, abilities
+from .flavour import Flavour, Trt
+from .log import failure, messages, reason
+
+_TYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64", "UINT8": "uint8"}
+
+# Names in EngineInvalidityDiagnostics: what each means, and the fix where building again is none.
+_DIAGNOSTICS = {
+    "VERSION_MISMATCH": ("another release of the library built it", ""),
+    "UNSUPPORTED_CC": ("it was not built for the compute capability of this GPU", ""),
+    "OLD_CUDA_DRIVER": ("the NVIDIA driver is too old for it", "Update the NVIDIA driver."),
+    "OLD_CUDA_RUNTIME": ("the CUDA runtime is too old for it", "Install it again: {install}."),
+    "INSUFFICIENT_GPU_MEMORY": ("it does not fit into the memory of this GPU", ""),
+    "MALFORMED_ENGINE": ("it is no engine of this library", ""),
+    "CUDA_ERROR": ("the device reported an error", "See whether `nvidia-smi` shows the GPU."),
+}
+
+
+def build_command(flavour: Flavour, package: str) -> str:
+    """The command that makes an engine anew."""
+    return f"Build it again: latentrt build {package} --backend {flavour.backend}."
+
+
+class StreamDevice(Device, Protocol):
+    """A device whose stream a library can be handed."""
+
+    @property
+    def stream(self) -> int:
+        """The handle, never the default stream's."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Loaded:
+    """An engine on a device, and everything that is said of it.
+
+    `size` is the engine's, in bytes, and `streamable` of it are weights that the library could stream, 0
+    unless it was built so; `remark` is the library's, on an engine that is not the best for this device.
+    `runtime` is the library's, and must live as long as the engine.
+    """
+
+    trt: Trt
+    flavour: Flavour
+    net: str
+    spec: NetSpec
+    profiles: tuple[NetProfile, ...]
+    device: StreamDevice
+    package: str
+    size: int
+    streamable: int
+    runtime: Any
+    engine: Engine
+    remark: str
+
+    @property
+    def rebuild(self) -> str:
+        """The command that makes the engine anew."""
+        return build_command(self.flavour, self.package)
+
+    def failed(self, mark: int, what: str) -> LatentrtError:
+        """The error of a call that the library refused after `mark` (`Messages.mark`)."""
+        memory = ""
+        with suppress(LatentrtError):  # a device that fails to answer must not hide why this was asked
+            now = self.device.memory()
+            memory = f"{now.free} of {now.total} bytes free"
+        return failure(
+            messages(self.trt).since(mark),
+            f"the net {self.net!r} {what}",
+            net=self.net,
+            expected="shapes, addresses and memory that its engine accepts",
+            fix=self.rebuild,
+            memory=memory,
+        )
+
+
+def check_room(entry: Entry, device: Device, *, net: str) -> None:
+    """Raise MemoryLimitError where reading an engine would take memory that the device needs to load it.
+
+    Where device and host share their memory, the bytes that are read and the engine that is made of them are
+    there at once, and what runs out kills the process before any library can say so.
+    """
+    now = device.memory()
+    if now.unified and now.free < 2 * entry.size:
+        raise MemoryLimitError(
+            f"{now.free} of {now.total} bytes that {device.name} shares with its host are free, to load the"
+            f" engine of {net!r}, which has {entry.size}",
+            expected=f"{2 * entry.size}: the engine as it is read, and as it is loaded",
+            fix="Close other programs, or use a smaller model.",
+            culprit=net,
+        )
+
+
+def load_engine(
+    trt: Trt,
+    flavour: Flavour,
+    data: bytes,
+    *,
+    net: str,
+    spec: NetSpec,
+    profiles: Sequence[NetProfile],
+    device: StreamDevice,
+    package: str,
+) -> Loaded:
+    """Deserialise an engine and check its boundary.
+
+    Raises:
+        BackendError: the engine does not suit this library, driver or device, in the library's own words.
+        EngineError: its boundary or profiles are not those of the net.
+        MemoryLimitError: it does not fit on the device.
+    """
+    log = messages(trt)
+    mark = log.mark()
+    runtime = trt.Runtime(log.logger)
+    if runtime.engine_host_code_allowed:
+        raise BackendError(
+            f"{flavour.module} {trt.__version__} would run host code out of engines",
+            expected="a runtime that does not (its default)",
+            fix=f"Install a release that latentrt knows: {flavour.install}.",
+        )
+    remark = _validity(trt, flavour, runtime, data, net=net, package=package)
+    engine = runtime.deserialize_cuda_engine(data)
+    if engine is None:
+        raise failure(
+            log.since(mark),
+            f"{flavour.module} {trt.__version__} refuses the engine of {net!r} on {device.name}",
+            net=net,
+            expected="an engine that this release built for this kind of GPU",
+            fix=build_command(flavour, package),
+        )
+    check_engine(trt, engine, spec, profiles, net=net, fix=build_command(flavour, package))
+    return Loaded(
+        trt=trt,
+        flavour=flavour,
+        net=net,
+        spec=spec,
+        profiles=tuple(profiles),
+        device=device,
+        package=package,
+        size=len(data),
+        streamable=_keep_resident(engine),
+        runtime=runtime,
+        engine=engine,
+        remark=remark,
+    )
+
+
+def _keep_resident(engine: Engine) -> int:
+    """The bytes of weights that could be streamed; all of them stay on the device until memory runs short.
+
+    The documentation calls that the default, but a library that would rather choose by what is free now would
+    be slower, and `stream_weights` could not count what it frees.
+    """
+    size = int(engine.streamable_weights_size)
+    if size <= 0:
+        return 0  # not built for it: the library asks that the rest is left alone then
+    with suppress(RuntimeError):  # no room for all of them: it streams what it must
+        engine.weight_streaming_budget_v2 = size
+    return size
+
+
+def _validity(trt: Trt, flavour: Flavour, runtime: Any, data: bytes, *, net: str, package: str) -> str:
+    """The library's remark on an engine that it will run, where it makes one."""
+    if not abilities(trt).validity:
+        return ""
+    log = messages(trt)
+    mark = log.mark()
+    validity, bits = runtime.get_engine_validity(data)
+    if validity == trt.EngineValidity.VALID:
+        return ""
+    kinds = trt.EngineInvalidityDiagnostics
+    found = [name for name in _DIAGNOSTICS if int(bits) & int(getattr(kinds, name))]
+    why = ", ".join(_DIAGNOSTICS[name][0] for name in found)
+    if validity == trt.EngineValidity.SUBOPTIMAL:
+        return f"the engine of {net!r} is not the best for this GPU{f' ({why})' if why else ''}"
+    what = f"{flavour.module} {trt.__version__} finds the engine of {net!r} invalid"
+    what = f"{what}{f' ({why})' if why else ''}"
+    raise _invalid(found, what, log.since(mark), flavour, net=net, package=package)
+
+
+def _invalid(
+    found: list[str], what: str, lines: list[str], flavour: Flavour, *, net: str, package: str
+) -> LatentrtError:
+    fixes = [_DIAGNOSTICS[name][1].format(install=flavour.install) for name in found if _DIAGNOSTICS[name][1]]
+    if "INSUFFICIENT_GPU_MEMORY" in found:
+        return MemoryLimitError(
+            f"{what}{reason(lines)}",
+            expected="an engine that fits",
+            fix="Free memory of the device, or build for smaller pictures: --profile 512x512:b1.",
+            culprit=net,
+        )
+    return failure(
+        lines,
+        what,
+        net=net,
+        expected="an engine that this release built for this kind of GPU",
+        fix=fixes[0] if fixes else build_command(flavour, package),
+    )
+
+
+def check_engine(
+    trt: Trt, engine: Engine, spec: NetSpec, profiles: Sequence[NetProfile], *, net: str, fix: str
+) -> None:
+    """Compare an engine's boundary and profiles with what the package and the store say they are.
+
+    Raises:
+        EngineError: names, dtypes, dimensions, places, layouts or profiles differ; `fix` is its last part.
+    """
+    differences = [
+        *_boundary_differences(trt, engine, spec),
+        *_profile_differences(trt, engine, spec, profiles),
+    ]
+    if differences:
+        raise EngineError(
+            f"the engine of {net!r} differs from the net: {'; '.join(differences[:4])}",
+            expected="the boundary that the package's manifest records",
+            fix=fix,
+        )
+
+
+def _boundary_differences(trt: Trt, engine: Engine, spec: NetSpec) -> Iterator[str]:
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    inputs = {name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
+    for kind, found, tensors in (
+        ("inputs", inputs, spec.inputs),
+        ("outputs", set(names) - inputs, spec.outputs),
+    ):
+        if found != (expected := {tensor.name for tensor in tensors}):
+            yield f"{kind} {sorted(found ^ expected)}"
+            return  # the rest asks the engine for tensors by name
+    for tensor in (*spec.inputs, *spec.outputs):
+        yield from _tensor_differences(trt, engine, tensor)
+
+
+def _tensor_differences(trt: Trt, engine: Engine, tensor: TensorSpec) -> Iterator[str]:
+    name = tensor.name
+    kind = engine.get_tensor_dtype(name).name
+    if _TYPES.get(kind) != tensor.dtype:
+        yield f"{name} is {_TYPES.get(kind, kind)}, not {tensor.dtype}"
+    shape = tuple(engine.get_tensor_shape(name))
+    if not fits(shape, tensor.shape):
+        yield f"{name} is {shape}, not ({', '.join(map(str, tensor.shape))})"
+    if engine.get_tensor_location(name) != trt.TensorLocation.DEVICE:
+        yield f"{name} has to lie in host memory"
+
+
+def _profile_differences(
+    trt: Trt, engine: Engine, spec: NetSpec, profiles: Sequence[NetProfile]
+) -> Iterator[str]:
+    if engine.num_optimization_profiles != len(profiles):
+        yield f"it has {engine.num_optimization_profiles} profiles, not {len(profiles)}"
+        return
+    names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
+    for index, profile in enumerate(profiles):
+        for tensor in (*spec.inputs, *spec.outputs):
+            if tensor.name in names and (
+                engine.get_tensor_format(tensor.name, index) != trt.TensorFormat.LINEAR
+            ):
+                yield f"{tensor.name} is not laid out in rows"
+        # An input of one fixed shape has no profile of its own.
+        moving = [t.name for t in spec.inputs if t.name in names and -1 in engine.get_tensor_shape(t.name)]
+        for name in moving:
+            found = tuple(tuple(shape) for shape in engine.get_tensor_profile_shape(name, index))
+            if found != profile.shapes[name]:
+                yield f"profile {index} ({profile.label}) takes {name} from {found[0]} to {found[-1]}"
+
+
+def fits(shape: tuple[int, ...], expected: tuple[Dim, ...]) -> bool:
+    """Whether an engine's shape, with -1 for what is not fixed, can be the contract's."""
+    return len(shape) == len(expected) and all(
+        not isinstance(dim, int) or size in (dim, -1) for size, dim in zip(shape, expected, strict=True)
+    )

@@ -1,0 +1,376 @@
+"""TensorRT's nets on a device: engines, and execution contexts bound to shapes and addresses for good.
+
+A context is made per binding, gets its profile, shapes, addresses and scratch memory once, and is only
+enqueued from then on. Contexts own no activations. All of a process's contexts may share one scratch block,
+because they run in order on one stream: whatever one leaves there is dead before the next begins. (The
+library documents that the block is in use until execution completes, and that contexts which overlap in time
+must not share it.)
+
+The library is the parameter `trt`; where its kinds differ is in `tensorrt/contexts.py` and
+`tensorrt/flavour.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import cast
+from weakref import WeakSet
+
+from ..backend import MemoryLedger
+from ..device import ALIGNMENT, Addresses, Shapes
+from ..errors import BackendError, LatentrtError, StorageError, UsageError
+from ..profiles import NetProfile, choose
+from ..spec import Array, NetSpec
+from ..store.entry import Entry
+from .bound import BoundTensorRTNet
+from .contexts import CacheFile, Context, Contexts, SideFiles, StoredCache, abilities
+from .flavour import Flavour, Trt
+from .loading import Loaded, StreamDevice, check_room, load_engine
+from .log import messages
+from .refit import refit, refit_identical
+from .shapes import check_outputs, input_sizes, io_bytes
+
+_Call = tuple[int, tuple[tuple[str, tuple[int, ...]], ...]]  # profile, and the sorted shapes
+
+
+def open_entry(
+    trt: Trt,
+    flavour: Flavour,
+    entry: Entry,
+    *,
+    net: str,
+    spec: NetSpec,
+    profiles: Sequence[NetProfile],
+    device: StreamDevice,
+    graph: Path,
+    package: str = "PACKAGE",
+) -> TensorRTNet:
+    """`open_engine` for an engine of the store: its bytes are hashed first, and kernels are cached beside it.
+
+    Args:
+        graph: the net's own, in the package; read only if the engine was built without its weights.
+
+    Raises:
+        EngineError: the entry is damaged (it is in quarantine then), or is another net's.
+        StorageError: others could have changed it.
+        BackendError, MemoryLimitError: as `open_engine`; or its bytes would not fit beside it.
+    """
+    check_room(entry, device, net=net)
+    data = entry.read()
+    files = cast(SideFiles, entry.store)  # whatever finds entries is an EngineStore
+    cache = StoredCache(store=files, digest=entry.key.digest, device=device.name)
+    return open_engine(
+        trt,
+        flavour,
+        data,
+        net=net,
+        spec=spec,
+        profiles=profiles,
+        device=device,
+        cache=cache,
+        graph=graph if "STRIP_PLAN" in entry.key.flags else None,
+        package=package,
+    )
+
+
+def open_engine(
+    trt: Trt,
+    flavour: Flavour,
+    data: bytes,
+    *,
+    net: str,
+    spec: NetSpec,
+    profiles: Sequence[NetProfile],
+    device: StreamDevice,
+    cache: CacheFile | None = None,
+    graph: Path | None = None,
+    package: str = "PACKAGE",
+) -> TensorRTNet:
+    """Put an engine on the device.
+
+    Args:
+        trt: the library, of `flavour.load`.
+        flavour: its row.
+        data: the engine, already checked against its sha256. An engine is code.
+        net: the net's name.
+        spec: its boundary.
+        profiles: the engine's own, in its order.
+        device: where it runs.
+        cache: where kernels compiled at run time are kept; libraries that compile none ignore it.
+        graph: of a stripped engine: the graph it was built from, whose weights it gets.
+        package: for messages.
+
+    Raises:
+        BackendError: the engine does not suit the library, driver or device, or refuses the graph's weights.
+        EngineError: its boundary or profiles are not those of the net.
+        MemoryLimitError: it does not fit.
+    """
+    loaded = load_engine(
+        trt, flavour, data, net=net, spec=spec, profiles=profiles, device=device, package=package
+    )
+    if graph is not None:
+        refit_identical(trt, loaded.engine, device.stream, graph, net=net, fix=loaded.rebuild)
+    return TensorRTNet(loaded, Contexts(trt, loaded.engine, cache))
+
+
+class TensorRTNet:
+    """One engine on one device. Not safe to share between threads without a lock, as its device is not."""
+
+    def __init__(self, loaded: Loaded, contexts: Contexts) -> None:
+        self._name, self._spec, self._profiles = loaded.net, loaded.spec, loaded.profiles
+        self.remark = loaded.remark
+        self._loaded: Loaded | None = loaded
+        self._contexts = contexts
+        # Was asked for the size of its scratch memory, and is not bound yet.
+        self._spare: Context | None = None
+        self._asked: dict[_Call, int] = {}
+        self._bound: WeakSet[BoundTensorRTNet] = WeakSet()
+        self._weights = _weight_bytes(loaded)
+        self._largest = 0
+
+    @property
+    def spec(self) -> NetSpec:
+        """Inputs and outputs."""
+        return self._spec
+
+    @property
+    def cache_state(self) -> str:
+        """Of kernels compiled by earlier processes: `used`, `refused` by the library, or `none`."""
+        return self._contexts.cache_state
+
+    @property
+    def memory(self) -> MemoryLedger:
+        """What it holds now, in bytes.
+
+        Weights are as the library counts them (else the engine's size), less what is streamed; activations
+        are the largest scratch memory asked for, which nets share; inputs and outputs the open bindings'.
+        """
+        if self._loaded is None:
+            return MemoryLedger(weights=0, activations=0, io=0)
+        io = sum(bound.io for bound in self._bound)
+        return MemoryLedger(weights=self._weights, activations=self._largest, io=io)
+
+    def scratch(self, shapes: Shapes) -> int:
+        """Bytes of activations that a call of these input shapes needs. See DeviceNet.
+
+        Raises:
+            UsageError: no profile covers the shapes, or they are none of this net's.
+            BackendError, EngineError: after `close`, or the library does not take the shapes as the contract.
+            MemoryLimitError: no memory for a context.
+        """
+        loaded, call = self._call(shapes)
+        if call not in self._asked:
+            with self._context(loaded, call) as context:
+                self._asked[call] = _needed(loaded, context, call[0])
+            self._spare = context
+        self._largest = max(self._largest, self._asked[call])
+        return self._asked[call]
+
+    def bind(self, shapes: Shapes, addresses: Addresses, scratch: int) -> BoundTensorRTNet:
+        """Set shapes and addresses for good. See DeviceNet; `scratch` is a block as large as `scratch` said.
+
+        Raises:
+            UsageError: as `scratch`; or addresses of other names, or not aligned.
+            BackendError, EngineError: as `scratch`; or the block is smaller than is needed now.
+            MemoryLimitError: no memory for a context.
+        """
+        loaded, call = self._call(shapes)
+        self._check_addresses(addresses, scratch)
+        with self._context(loaded, call) as context:
+            self._give(loaded, context, call, addresses, scratch)
+        io = io_bytes(self._spec, shapes)
+        bound = BoundTensorRTNet(loaded, context, self._contexts, profile=self._profiles[call[0]], io=io)
+        self._bound.add(bound)
+        return bound
+
+    def settle(self) -> None:
+        """Keep kernels that were compiled since the last time for later processes. See DeviceNet."""
+        self._contexts.settle()
+
+    def release(self) -> None:
+        """Free the context that is not bound. See DeviceNet."""
+        if self._loaded is not None:
+            self._drop_spare(self._loaded)
+
+    def stream_weights(self) -> int:
+        """Keep as few of the weights on the device as the library can; the bytes freed, 0 if it cannot.
+
+        Only engines built with WEIGHT_STREAMING can. All bindings are closed, since the library allows the
+        change only while the engine has no context. Scratch memory grows: ask `scratch` again.
+
+        Raises:
+            BackendError: after `close`, or what failed on the device before.
+        """
+        loaded = self._opened()
+        engine = loaded.engine
+        before = min(int(engine.weight_streaming_budget_v2), loaded.streamable) if loaded.streamable else 0
+        if before <= 0:
+            return 0
+        self._close_contexts(loaded)
+        # 0 streams the most; where a single layer's weights are too large for that, the library's own choice.
+        for budget in (0, int(engine.get_weight_streaming_automatic_budget())):
+            with suppress(RuntimeError):
+                engine.weight_streaming_budget_v2 = budget
+            if (freed := before - int(engine.weight_streaming_budget_v2)) > 0:
+                self._weights = max(0, self._weights - freed)
+                return freed
+        return 0
+
+    def refit(self, weights: Mapping[str, Array]) -> None:
+        """Replace weights by name, in the stream's order; bindings stay valid, captured graphs may not.
+
+        Raises:
+            UsageError: a name the engine was not built to refit, or an array of another dtype or size.
+            BackendError: after `close`, or the library refuses.
+            MemoryLimitError: no memory for the copies.
+        """
+        loaded = self._opened()
+        refit(loaded.trt, loaded.engine, loaded.device.stream, weights, net=self._name, fix=loaded.rebuild)
+
+    def save_cache(self) -> bool:
+        """Keep the kernels compiled so far for later processes; whether any were new.
+
+        Raises:
+            StorageError: they cannot be written.
+            BackendError: after `close`.
+        """
+        self._opened()
+        return self._contexts.save()
+
+    def close(self) -> None:
+        """Free contexts, then the engine. May be called twice."""
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None:
+            with ExitStack() as stack:
+                stack.callback(self._contexts.close)
+                self._close_contexts(loaded)
+                with suppress(StorageError):  # it would only have saved time
+                    self._contexts.save()
+
+    # ── contexts ─────────────────────────────────────────────────────────────────────────────────
+
+    def _opened(self) -> Loaded:
+        if self._loaded is None:
+            raise BackendError(
+                f"the net {self._name!r} is closed", expected="an open net", fix="Open it again."
+            )
+        return self._loaded
+
+    def _call(self, shapes: Shapes) -> tuple[Loaded, _Call]:
+        loaded = self._opened()
+        backend = loaded.flavour.backend
+        index = choose(self._profiles, shapes, backend=backend, package=loaded.package)
+        input_sizes(self._spec, shapes)
+        return loaded, (index, tuple(sorted((name, tuple(shape)) for name, shape in shapes.items())))
+
+    @contextmanager
+    def _context(self, loaded: Loaded, call: _Call) -> Generator[Context]:
+        """A context with profile and shapes set: the spare one, or a new one."""
+        mark = messages(loaded.trt).mark()
+        context, self._spare = self._spare, None
+        if context is None:
+            context = self._contexts.make(loaded.engine)
+        if context is None:
+            raise loaded.failed(mark, "gets no execution context")
+        try:
+            self._shape(loaded, context, call, mark)
+            yield context
+        except BaseException:
+            # The change of profile may have enqueued copies, and an error drops the context they are for.
+            with suppress(LatentrtError):
+                loaded.device.synchronize()
+            raise
+
+    def _shape(self, loaded: Loaded, context: Context, call: _Call, mark: int) -> None:
+        index, shapes = call
+        # In this order: a change of profile forgets all shapes.
+        if not context.set_optimization_profile_async(index, loaded.device.stream):
+            raise loaded.failed(mark, f"refuses its profile {index} ({self._profiles[index].label})")
+        refused = [name for name, shape in shapes if not context.set_input_shape(name, shape)]
+        if refused:
+            raise loaded.failed(mark, f"refuses the shapes {dict(shapes)}, first that of {refused[0]!r}")
+        try:
+            unknown = list(context.infer_shapes())
+        except RuntimeError as error:
+            raise loaded.failed(mark, f"finds the shapes {dict(shapes)} inconsistent ({error})") from error
+        if unknown:
+            raise loaded.failed(mark, f"does not know the shapes of {unknown}")
+        found = {item.name: tuple(context.get_tensor_shape(item.name)) for item in self._spec.outputs}
+        check_outputs(self._spec, dict(shapes), found, net=self._name, fix=loaded.rebuild)
+
+    def _give(
+        self, loaded: Loaded, context: Context, call: _Call, addresses: Addresses, scratch: int
+    ) -> None:
+        """Scratch memory and addresses, to a context that has its shapes."""
+        asked, needed = self._asked.get(call, 0), _needed(loaded, context, call[0])
+        if needed > asked or (needed and not scratch):
+            raise BackendError(
+                f"the net {self._name!r} needs {needed} bytes of scratch memory for {dict(call[1])}",
+                expected=f"at most the {asked if scratch else 0} bytes that it was given",
+                fix="Ask scratch(shapes) first, again after weights were moved, and allocate that much.",
+            )
+        log = messages(loaded.trt)
+        mark = log.mark()
+        if needed:
+            context.set_device_memory(scratch, needed)
+        refused = [
+            name for name, address in addresses.items() if not context.set_tensor_address(name, address)
+        ]
+        # `set_device_memory` returns nothing: a refusal shows in the log alone.
+        if refused or log.since(mark, errors_only=True):
+            raise loaded.failed(mark, f"refuses the addresses of {refused or 'its scratch memory'}")
+
+    def _close_contexts(self, loaded: Loaded) -> None:
+        self._asked.clear()
+        with ExitStack() as stack:  # every one, also when the device reports an old error at the first
+            for bound in list(self._bound):
+                stack.callback(bound.close)
+            self._drop_spare(loaded)
+
+    def _drop_spare(self, loaded: Loaded) -> None:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            loaded.device.synchronize()  # its change of profile may still be under way
+
+    def _check_addresses(self, addresses: Addresses, scratch: int) -> None:
+        names = {tensor.name for tensor in (*self._spec.inputs, *self._spec.outputs)}
+        if set(addresses) != names:
+            raise UsageError(
+                f"the net {self._name!r} was bound with addresses for {sorted(addresses)}",
+                expected=f"exactly {sorted(names)}",
+                fix="Check the call against the net's spec (`latentrt inspect PACKAGE`).",
+            )
+        for name, address in (*addresses.items(), ("the scratch memory", scratch)):
+            if address % ALIGNMENT or (not address and name in names):
+                raise UsageError(
+                    f"the address of {name} of the net {self._name!r} is {address:#x}",
+                    expected=f"device memory at a multiple of {ALIGNMENT} bytes",
+                    fix=f"Round the parts of a block up to {ALIGNMENT} bytes.",
+                )
+
+
+def _needed(loaded: Loaded, context: Context, profile: int) -> int:
+    """Bytes of scratch memory. Asking also makes the context content with that little."""
+    size = int(context.update_device_memory_size_for_shapes())
+    most = int(loaded.engine.get_device_memory_size_for_profile_v2(profile))
+    # 0 is none, or an error; the upper bound of the profile is right in both cases.
+    if not size or not loaded.streamable:
+        return size or most
+    # ICudaEngine's documentation: the V2 sizes (of the engine, of a profile) include the memory through which
+    # weights are streamed, and where a block has no room for it, the library allocates by itself. Of the size
+    # for shapes it only says that it is the total: so both, up to what is known to be enough.
+    staged = int(loaded.engine.weight_streaming_scratch_memory_size)
+    return max(size, min(size + staged, most))
+
+
+def _weight_bytes(loaded: Loaded) -> int:
+    known = 0
+    if abilities(loaded.trt).statistics:
+        known = int(loaded.engine.get_engine_stat(loaded.trt.EngineStat.TOTAL_WEIGHTS_SIZE))
+    # -1 is an engine that does not know.
+    weights = known if known > 0 else loaded.size
+    if not loaded.streamable:
+        return weights
+    return max(0, weights - max(0, loaded.streamable - int(loaded.engine.weight_streaming_budget_v2)))
