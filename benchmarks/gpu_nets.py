@@ -22,14 +22,15 @@ from ..engines.spec import DTYPES, Array, NetSpec
 from ..engines.store.engine_store import EngineStore
 from ..engines.tensorrt.flavour import BACKENDS as ENGINE_BACKENDS
 from ..runtime.device_memory import Sizes, shape_of
+from ..runtime.device_programs import input_shapes
 from ..runtime.loops import DEVICE_NETS
 from .build_time import describe_engine
 from .gpu_opener import Opener, Scale
+from .gpu_pictures import PICTURE_DB
 from .gpu_rows import Row, attempt, failed, judged, mebibytes, psnr
 
 # Relative L2 of a whole output. Two correct fp32 programs differ by 1e-6 to 1e-5, TF32 would by 1e-3.
 BARS: Mapping[str, float] = {"fp32": 1e-3, "fp16": 5e-3}
-PICTURE_DB = 40.0  # of a uint8 picture
 
 
 # ── building ───────────────────────────────────────────────────────────────────────────────────
@@ -78,7 +79,7 @@ def opens(opener: Opener, scale: Scale) -> Iterator[Row]:
         with opener.nets() as (device, nets):
             sizes = shapes(scale, opener.package)[0]
             for net in nets.values():
-                net.scratch(_shapes(net.spec, sizes))  # engines are opened by their first request
+                net.scratch(input_shapes(net.spec, sizes))  # engines are opened by their first request
             weights = sum(net.memory.weights for net in nets.values())
             figures = {"device": device.name, "weights_mib": mebibytes(weights)}
             yield judged("every net", [], figures)
@@ -214,7 +215,3 @@ def run_once(
             device.download(addresses[name], array)
         device.synchronize()
         return found, bound.profile
-
-
-def _shapes(spec: NetSpec, sizes: Sizes) -> dict[str, tuple[int, ...]]:
-    return {item.name: shape_of(item.shape, sizes) for item in spec.inputs}

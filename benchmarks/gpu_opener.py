@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from ..engines.backend import DeviceBackend, choose_backend
+from ..engines.backend import DeviceBackend, choose_backend, to_stderr
 from ..engines.cuda.device import CudaDevice
 from ..engines.cuda.facts import Nvml, facts
 from ..engines.device import Device, DeviceNet, Graph
@@ -95,11 +95,11 @@ class Scale:
 
 
 class CountedDevice:
-    """A device of which is known how often work was captured, and launched again."""
+    """A device of which is known how often captured work was launched."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self.captures = self.launches = 0
+        self.launches = 0
 
     def __getattr__(self, name: str) -> Any:
         """What is not counted."""
@@ -111,7 +111,6 @@ class CountedDevice:
         graphs: list[Graph] = []
         with self._device.capture() as captured:
             yield graphs
-        self.captures += 1
         graphs += [_CountedGraph(self, graph) for graph in captured]
 
 
@@ -165,12 +164,11 @@ class Opener:
     def nets(self) -> Generator[tuple[Device, Mapping[str, DeviceNet]], None, None]:
         """A device and every net of the loop."""
         device, nets = self.open_device(self.package, DEVICE_NETS)
-        try:
-            yield device, nets
-        finally:
+        with ExitStack() as stack:
+            stack.callback(device.close)
             for net in nets.values():
-                net.close()
-            device.close()
+                stack.callback(net.close)
+            yield device, nets
 
     @contextmanager
     def pipeline(self, graphs: Graphs = "off") -> Generator[Opened, None, None]:
@@ -222,7 +220,7 @@ def backend_opener(backend: str, package: Package) -> Opener:
     return Opener(
         backend=name,
         package=package,
-        open_device=engine.open_device,
+        open_device=partial(engine.open_device, log=to_stderr),
         watch=CudaDevice,
         measured_by="NVML, all processes" if sees else "cudaMemGetInfo",
         unsupported=_unsupported(name, gpu.compute_capability, gpu.sm),

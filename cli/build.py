@@ -11,6 +11,8 @@ from typer import Argument, Option
 from .progress import progress_bar
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ..engines.build import BuildProgress, BuiltEngine, Planned
     from ..engines.cuda.facts import DeviceFacts
     from ..engines.package import Package
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from ..engines.store.engine_store import EngineStore
 
 _TICKS = 100  # of the bar, per net
+_WEIGHTS, _LEVEL = "embedded", 3
 
 
 def build(
@@ -33,8 +36,8 @@ def build(
             " Default: the model's size, :b1-4."
         ),
     ] = None,
-    weights: Annotated[str, Option(help="embedded, lora, stripped, streamed.")] = "embedded",
-    optimization_level: Annotated[int, Option(help="0 (quick build) to 5 (long search).")] = 3,
+    weights: Annotated[str, Option(help="embedded, lora, stripped, streamed.")] = _WEIGHTS,
+    optimization_level: Annotated[int, Option(help="0 (quick build) to 5 (long search).")] = _LEVEL,
     workspace: Annotated[int, Option(help="MiB of scratch memory a tactic may use. 0: no limit.")] = 0,
     hardware_compatibility: Annotated[
         str, Option(help="ampere_plus, same_compute_capability. Default: this GPU alone.")
@@ -61,8 +64,16 @@ def build(
     opened = Package.open(SHIPPED.get(package, package))
     names = [name.strip() for name in nets.split(",") if name.strip()]
     if backend == "onnxruntime-cuda":
-        if profile or dry_run:
-            raise _not_for_layouts("--profile" if profile else "--dry-run")
+        _check_for_layouts(
+            {
+                "--profile": bool(profile),
+                "--dry-run": dry_run,
+                "--weights": weights != _WEIGHTS,
+                "--optimization-level": optimization_level != _LEVEL,
+                "--workspace": workspace != 0,
+                "--hardware-compatibility": hardware_compatibility != "",
+            }
+        )
         _tune(opened, EngineStore(store), names, as_json=as_json)
         return
     multiple = opened.manifest.size_multiple
@@ -89,14 +100,16 @@ def build(
     _print_built(built, chosen, profiles, as_json=as_json)
 
 
-def _not_for_layouts(option: str) -> Exception:
+def _check_for_layouts(given: Mapping[str, bool]) -> None:
+    """Raise UsageError if an option that makes no difference to layouts was given."""
     from ..engines.errors import UsageError
 
-    return UsageError(
-        f"{option} was given with --backend onnxruntime-cuda, which measures layouts at the default size",
-        expected="--nets, --store and --json at most",
-        fix=f"Leave {option} out.",
-    )
+    if option := next((name for name, there in given.items() if there), ""):
+        raise UsageError(
+            f"{option} was given with --backend onnxruntime-cuda, which measures layouts at the default size",
+            expected="--nets, --store and --json at most",
+            fix=f"Leave {option} out.",
+        )
 
 
 def _tune(package: Package, store: EngineStore, nets: list[str], *, as_json: bool) -> None:

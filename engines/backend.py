@@ -1,12 +1,13 @@
 """The seam between nets and what executes them: open, call with named arrays, close.
 
-A backend is a module of this folder with two functions, `available()` and `open_net()`. Nothing is
-imported before it is asked for.
+A backend is a module that satisfies `HostBackend` (its nets are called with arrays) or `DeviceBackend` (its
+nets run on a device, see `device.py`). Nothing is imported before it is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import TracebackType
@@ -28,6 +29,14 @@ BACKENDS: Mapping[str, tuple[str, str]] = {
 }
 # What "auto" chooses from, best first. Not TensorRT: its engines must have been built for the request.
 _AUTO = ("onnxruntime-cuda", "onnxruntime")
+
+
+Log = Callable[[str], None]
+
+
+def to_stderr(line: str) -> None:
+    """Where remarks go unless the caller has a place for them."""
+    print(f"latentrt: {line}", file=sys.stderr)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +96,13 @@ class Backend(Protocol):
 class DeviceBackend(Backend, Protocol):
     """A backend whose nets run on a device, driven by the device loop."""
 
-    def open_device(self, package: Package, names: Sequence[str]) -> tuple[Device, Mapping[str, DeviceNet]]:
-        """A device of its own for the caller, and nets of the package on it."""
+    def open_device(
+        self, package: Package, names: Sequence[str], *, log: Log
+    ) -> tuple[Device, Mapping[str, DeviceNet]]:
+        """A device of its own for the caller, and nets of the package on it.
+
+        `log` is told what a user should know of the engines that were found, in a line each.
+        """
         ...
 
 
@@ -124,5 +138,5 @@ def choose_backend(name: str = "auto") -> tuple[str, Backend]:
     raise BackendError(
         f"no backend can run here: {'; '.join(reasons)}",
         expected="an installed backend",
-        fix=f"Install one: {BACKENDS['onnxruntime'][1]}.",
+        fix=f"Install one: {BACKENDS['onnxruntime' if name == 'auto' else name][1]}.",
     )

@@ -7,6 +7,7 @@ first chooses it, and stays open.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from .backend import MemoryLedger
@@ -78,10 +79,11 @@ class ChosenNet:
         return sum(net.stream_weights() for net in self._open.values())
 
     def close(self) -> None:
-        """Free everything. May be called twice."""
+        """Free everything, also where closing one fails. May be called twice."""
         nets, self._open = self._open, {}
-        for net in nets.values():
-            net.close()
+        with ExitStack() as stack:
+            for net in nets.values():
+                stack.callback(net.close)
 
     def _net(self, shapes: Shapes) -> DeviceNet:
         owners = [index for index, item in enumerate(self._candidates) for _ in item.profiles]

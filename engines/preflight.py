@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .errors import MemoryLimitError, StorageError
 
-GIB, _MIB = 2**30, 2**20
+_MIB = 2**20
 _ENGINE_EXTRA = 64 * _MIB  # kernels and tables, beside the weights
 
 # Measured with TensorRT-RTX 1.7 on SD 1.5 in fp16 (benchmarks/build_time.py): 6.1 GB for 1.62 GB of weights.

@@ -32,7 +32,7 @@ LOOP_NETS = ("unet", "step", "unet_whole")
 _RANGE = r"([0-9]+)(?:-([0-9]+))?(?:@([0-9]+))?"
 _PROFILE = re.compile(rf"{_RANGE}x{_RANGE}(?::b{_RANGE})?(?::t{_RANGE})?", re.ASCII)
 _DIGITS = 5  # of a number; TensorRT's dimensions are 64 bits wide, its volumes are what runs out first
-_TILE = 256  # pixels: the smallest tile of a decoder that runs in pieces
+SMALLEST_TILE = 256  # pixels: the smallest tile of a decoder that runs in pieces
 _MOST_STEPS, _USUAL_STEPS, _USUAL_PROMPTS = 2000, 30, 2
 
 Shape = tuple[int, ...]
@@ -96,8 +96,8 @@ class Profile:
             width, height, batch, tokens = (_axis(*part) for part in parts)
         except ValueError as error:
             raise _refuse(text, "a range is not in the order 1 <= LOW <= OPT <= HIGH") from error
-        if width is None or height is None:  # the grammar has no profile without them
-            raise _refuse(text, "it has no size")
+        assert width is not None, "the grammar has no profile without it"
+        assert height is not None, "nor without this"
         for axis in (width, height):
             if any(pixels % multiple for pixels in (axis.low, axis.opt, axis.high)):
                 raise _refuse(text, f"{axis} pixels are not multiples of {multiple}")
@@ -222,7 +222,7 @@ def _axes(net: str, profile: Profile, *, guided: bool | None) -> dict[str, Axis]
     """Every symbol of `spec.py` as numbers. `guided` is None for nets outside the loop."""
     width, height, most = profile.width, profile.height, 2 * profile.batch.high
     if net == "vae_decoder":  # so that a decoder short of memory can run in tiles
-        width, height = (replace(axis, low=min(axis.low, _TILE)) for axis in (width, height))
+        width, height = (replace(axis, low=min(axis.low, SMALLEST_TILE)) for axis in (width, height))
     rows = Axis(low=1, opt=2 * profile.batch.opt, high=most)  # of both halves of guidance, or of one
     if guided is not None:
         rows = profile.batch * 2 if guided else profile.batch
@@ -276,7 +276,6 @@ def choose(
     *,
     backend: str = "tensorrt-rtx",
     package: str = "PACKAGE",
-    wanted: Profile | None = None,
 ) -> int:
     """Which profile of an engine serves a call: of those that cover it, the one tuned for the nearest shapes.
 
@@ -285,7 +284,6 @@ def choose(
         shapes: the shape of every input.
         backend: for the message.
         package: for the message.
-        wanted: what the user would have to build; without it, a guess from `shapes`.
 
     Raises:
         UsageError: no profile covers the shapes, with the command that builds one; or the shapes are none of
@@ -310,7 +308,7 @@ def choose(
             fix=f"Ask for at most {_MOST_STEPS}: --steps {_USUAL_STEPS}.",
         )
     sources = dict.fromkeys(str(profile.source) for profile in profiles)
-    sources[str(wanted or _profile_for(sizes, first.source))] = None
+    sources[str(_profile_for(sizes, first.source))] = None
     options = " ".join(f"--profile {source}" for source in sources)
     raise UsageError(
         f"no profile of the engine of {first.net!r} covers {_words(sizes)}",

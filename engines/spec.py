@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,11 @@ DTYPES: Mapping[str, type[np.generic]] = {
     "int64": np.int64,
     "uint8": np.uint8,
 }
+
+
+def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """What a tensor takes, its elements one after the other."""
+    return np.dtype(DTYPES[dtype]).itemsize * prod(shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,10 @@ class TensorSpec:
             size == (dim if isinstance(dim, int) else sizes.setdefault(dim, size))
             for dim, size in zip(self.shape, shape, strict=True)
         )
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        """Bytes of this tensor at a shape."""
+        return tensor_bytes(self.dtype, shape)
 
     def to_json(self) -> dict[str, Any]:
         """As the manifest stores it."""

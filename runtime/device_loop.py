@@ -111,7 +111,10 @@ class DeviceLoop:
                 self.pool.give_back(canvas, schedule)
 
     def draw(self, job: Job, clock: Clock, *, decode: bool) -> Drawn:
-        """All of it, with one synchronisation. Raises NumericError, MemoryLimitError, BackendError."""
+        """All of it, with one synchronisation (more if the decoder is tiled).
+
+        Raises NumericError, MemoryLimitError, BackendError.
+        """
         with self._lock:
             drawn = self._climb(
                 _need(job, self._scale), lambda plan: self._draw(job, plan, clock, decode=decode)

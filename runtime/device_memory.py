@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 
 from ..engines.device import ALIGNMENT, Device
-from ..engines.spec import DTYPES, Array, Dim, TensorSpec
+from ..engines.spec import DTYPES, Array, Dim, TensorSpec, tensor_bytes
 
 Sizes = Mapping[str, int]  # symbol of the net contract -> number
 
@@ -35,7 +34,7 @@ class Place:
     @property
     def size(self) -> int:
         """In bytes."""
-        return np.dtype(DTYPES[self.dtype]).itemsize * prod(self.shape)
+        return tensor_bytes(self.dtype, self.shape)
 
 
 class Layout:

@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from ..engines.errors import MemoryLimitError
+from ..engines.profiles import SMALLEST_TILE
 
 Result = TypeVar("Result")
 
-SMALLEST_TILE = 256  # pixels; what every engine of the decoder accepts
 _TILE_STEP = 64
 
 

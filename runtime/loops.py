@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from ..engines.backend import DeviceBackend, HostBackend, choose_backend
+from ..engines.backend import DeviceBackend, HostBackend, Log, choose_backend, to_stderr
 from ..engines.errors import PackageError
 from ..engines.package import Package
 from .host_loop import HostLoop
@@ -25,14 +23,14 @@ class LoopOptions:
     Attributes:
         backend: a name of `engines.backend.BACKENDS`, or "auto".
         threads: of a CPU backend; None is every processor this process may use.
-        graphs: whether the loop is replayed as a captured graph: "on", "off", or "auto", where it is faster.
+        graphs: whether rows are replayed as a captured graph: "on", "off", or "auto", where it is faster.
         log: is told, in a line each, what was given up when memory was short, and what cannot be captured.
     """
 
     backend: str = "auto"
     threads: int | None = None
     graphs: Graphs = "auto"
-    log: Callable[[str], None] | None = None
+    log: Log | None = None
 
 
 def open_loop(package: Package, options: LoopOptions) -> tuple[Loop, str]:
@@ -47,8 +45,8 @@ def open_loop(package: Package, options: LoopOptions) -> tuple[Loop, str]:
         _check_nets(package, DEVICE_NETS)
         from .device_loop import DeviceLoop
 
-        device, nets = engine.open_device(package, DEVICE_NETS)
-        log = options.log or _to_stderr
+        log = options.log or to_stderr
+        device, nets = engine.open_device(package, DEVICE_NETS, log=log)
         loop = DeviceLoop(device, nets, package.manifest.latent_scale, graphs=options.graphs, log=log)
         return loop, engine.describe()
     assert isinstance(engine, HostBackend), name
@@ -68,7 +66,3 @@ def _check_nets(package: Package, wanted: tuple[str, ...]) -> None:
             expected=f"the nets {', '.join(wanted)}",
             fix="Export the checkpoint again: latentrt export CHECKPOINT -o PACKAGE.",
         )
-
-
-def _to_stderr(line: str) -> None:
-    print(f"latentrt: {line}", file=sys.stderr)

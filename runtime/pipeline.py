@@ -101,7 +101,7 @@ class Pipeline:
             model: name or path.
             backend: "auto" picks the best that is present; `pipe.backend` says which.
             threads: of the CPU backend; None is every processor this process may use.
-            graphs: on a device, whether the loop is replayed as a captured graph: "on", "off", or "auto",
+            graphs: on a device, whether rows are replayed as a captured graph: "on", "off", or "auto",
                 where that is faster.
             log: on a device, is told what was given up when memory was short; None prints to stderr.
 

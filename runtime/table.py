@@ -32,7 +32,6 @@ Noise: TypeAlias = Callable[[], Vector]
 Formula: TypeAlias = Callable[[Vector, Predict, Noise], Vector]
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-HISTORIES = ("x0", "eps", "output")
 
 # A traced coefficient is exact to about 1e-13; a sampler that is not in the form misses by its own size.
 _TRACE_TOLERANCE = 1e-9

@@ -29,7 +29,7 @@ MAY_IMPORT = {  # folder -> heavy libraries it may import
     "cli": {"torch"},
 }
 # Lowering a graph for one provider takes a graph library: `[cuda]` brings it, imported on first use.
-LOWERING = {"engines/onnxruntime/lowering.py", "engines/onnxruntime/layout.py"}
+LOWERING = {"engines/onnxruntime/lowering.py", "engines/onnxruntime/image_layouts.py"}
 # What checks and measures graphs at export time runs them.
 RUN_GRAPHS = {("export", "verify.py"), ("export", "ranges.py")}
 ENGINE_LIBRARIES = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}

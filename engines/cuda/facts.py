@@ -64,7 +64,7 @@ def load_runtime() -> Any:
         raise BackendError(
             f"cuda-bindings cannot be loaded: {error}",
             expected="the package cuda-bindings",
-            fix='Install it: pip install "latentrt[cuda]".',
+            fix="Install it: pip install cuda-bindings.",
         ) from error
 
 

@@ -192,7 +192,7 @@ def open_session(path: Path, options: Any, providers: Sequence[Any], *, culprit:
         raise PackageError(
             f"onnxruntime {ort.__version__} refuses {path}: {error}",
             expected="a graph of opset 23 with its weights beside it",
-            fix="Upgrade onnxruntime (>= 1.25), or export the package again.",
+            fix="Upgrade it: pip install --upgrade onnxruntime; or export the package again.",
         ) from error
 
 

@@ -6,13 +6,13 @@ engine store (`onnxruntime/tuning.py`), and without that the package's own graph
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from ..backend import Log, to_stderr
 from ..cuda import facts as cuda_facts
 from ..cuda.device import CudaDevice
 from ..device import Device, DeviceNet
@@ -39,7 +39,7 @@ def open_device(
     names: Sequence[str],
     *,
     store: EngineStore | None = None,
-    log: Callable[[str], None] | None = None,
+    log: Log = to_stderr,
     capture: bool = False,
     profile: Path | None = None,
 ) -> tuple[Device, Mapping[str, DeviceNet]]:
@@ -70,7 +70,7 @@ def open_device(
             stack.callback(nets[name].close)
         stack.pop_all()
     if hint := _hint(package, stored):
-        (log or _to_stderr)(hint)
+        log(hint)
     return device, nets
 
 
@@ -96,7 +96,3 @@ def _hint(package: Package, stored: Mapping[str, StoredLayout]) -> str:
         f"{' and '.join(unknown)} run in the layout `plain`: {why};"
         f" measure which is the fastest here: {tuning_command(package)}{first}"
     )
-
-
-def _to_stderr(line: str) -> None:
-    print(f"latentrt: {line}", file=sys.stderr)

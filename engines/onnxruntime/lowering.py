@@ -8,7 +8,7 @@ images between two of them may as well stay NHWC, which is what tensor cores wan
 
 The provider's own option `prefer_nhwc` uses the same convolution, but the optimiser behind it pushes no
 transpose through a Resize in a CUDA build, and weighs each one at a Concat. Here one walk over the graph
-decides the layout of every image (`onnxruntime/layout.py`).
+decides the layout of every image (`onnxruntime/image_layouts.py`).
 
 Only engines are lowered, never packages. Needs onnx-ir, which is imported on first use.
 """
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import BackendError, PackageError
 from ..package import Package
-from .layout import FIRST, LAST, Image, Layouts, numbers_of
+from .image_layouts import FIRST, LAST, Image, Layouts, numbers_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -57,7 +57,7 @@ def lower(package: Package, net: str, folder: Path, *, convolutions: bool = True
         raise BackendError(
             "onnx-ir is not installed",
             expected="the library that lowers graphs for ONNX Runtime's CUDA provider",
-            fix="Install it: pip install 'latentrt[cuda]'.",
+            fix='Install it: pip install "latentrt[cuda]".',
         )
     import onnx_ir
 

@@ -10,7 +10,6 @@ close it before the net, and before `release`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -68,7 +67,7 @@ def open_onnxruntime_net(
         name: of the net.
         device: whose addresses it will be bound to, and with CUDA the stream (`device.stream`).
         provider: CUDAExecutionProvider, or CPUExecutionProvider for a device on host memory.
-        graph: what to run in place of the package's, with the same boundary: `onnxruntime_lowering.lower`
+        graph: what to run in place of the package's, with the same boundary: `lowering.lower`
             wrote it, and its weights are still the package's.
         prefer_nhwc: let the CUDA provider lay convolutions out as NHWC by itself.
         conv_search: how cuDNN finds its algorithms. HEURISTIC costs nothing and is the same in every run;
@@ -189,7 +188,7 @@ class OnnxRuntimeDeviceNet:
         except Exception as error:  # onnxruntime raises a dozen classes of its own, all derived from it
             raise run_error(self.name, error, shapes) from error
         bound = OnnxRuntimeBoundNet(self, binding, dict(shapes))
-        self._bound[bound] = {addresses[item.name]: _bytes(item, every[item.name]) for item in tensors}
+        self._bound[bound] = {addresses[item.name]: item.nbytes(every[item.name]) for item in tensors}
         return bound
 
     def session(self) -> Any:
@@ -312,10 +311,6 @@ def _at_once(work: Callable[[], None]) -> None:
 
 def _index(device: Device) -> int:
     return int(getattr(device, "index", 0))
-
-
-def _bytes(tensor: TensorSpec, shape: tuple[int, ...]) -> int:
-    return np.dtype(DTYPES[tensor.dtype]).itemsize * math.prod(shape)
 
 
 def _check_addresses(tensors: tuple[TensorSpec, ...], addresses: Addresses) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,8 +14,8 @@ import numpy as np
 from ..device import BoundNet, Device, DeviceNet
 from ..package import Package
 from ..profiles import NetProfile
-from ..spec import DTYPES, Array, TensorSpec, output_shapes
-from .layouts import LAYOUTS, Layout, Measured
+from ..spec import DTYPES, Array, output_shapes
+from .layout_choice import LAYOUTS, Layout, Measured
 from .lowering import lower
 
 RUNS = 4  # enqueued for one wait, as the loop enqueues them
@@ -84,7 +83,7 @@ class Trials:
         rng = np.random.default_rng(_SEED)
         with ExitStack() as stack:
             for tensor in (*self._spec.inputs, *self._spec.outputs):
-                address = self._device.allocate(_bytes(tensor, self._shapes[tensor.name]))
+                address = self._device.allocate(tensor.nbytes(self._shapes[tensor.name]))
                 stack.callback(self._device.free, address)
                 self._addresses[tensor.name] = address
             for tensor in self._spec.inputs:
@@ -150,7 +149,3 @@ class Trials:
             bound.enqueue()
         self._device.synchronize()
         return 1000 * (perf_counter() - began) / RUNS
-
-
-def _bytes(tensor: TensorSpec, shape: tuple[int, ...]) -> int:
-    return np.dtype(DTYPES[tensor.dtype]).itemsize * math.prod(shape)

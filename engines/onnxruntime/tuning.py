@@ -28,7 +28,7 @@ from ..store.engine_store import EngineStore, Miss
 from ..store.entry import Entry
 from ..store.key import EngineKey
 from .backend import library
-from .layouts import LAYOUTS, ROUNDS, WARM_UP, Layout, choose_layout
+from .layout_choice import LAYOUTS, ROUNDS, WARM_UP, Layout, choose_layout
 from .nets import cuda_available, open_onnxruntime_net
 from .trials import OpenNet, Report, Trials
 

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..backend import Log, to_stderr
 from ..cuda import facts as cuda_facts
 from ..device import Device, DeviceNet
 from ..errors import BackendError
@@ -44,7 +45,7 @@ def open_device(
     names: Sequence[str],
     *,
     backend: str = BACKEND,
-    log: Callable[[str], None] | None = None,
+    log: Log = to_stderr,
 ) -> tuple[Device, Mapping[str, DeviceNet]]:
     """A device of its own for the caller, and nets on it. See `device.open_device`."""
     return tensorrt_device.open_device(backend, package, names, log=log)

@@ -104,7 +104,7 @@ class StoredCache:
 
 
 class Contexts:
-    """Makes the execution contexts of one engine. `cache_state` says what became of the stored kernels."""
+    """Makes the execution contexts of one engine."""
 
     def __init__(self, trt: Trt, engine: Engine, file: CacheFile | None) -> None:
         self._trt, self._file = trt, file
@@ -112,7 +112,6 @@ class Contexts:
         self._cache: Any = None
         self._stored = b""
         self._new = False  # kernels may have been compiled since `settle`
-        self.cache_state = "none"
         if abilities(trt).compiles:
             self._config = self._configure(engine)
 
@@ -133,17 +132,15 @@ class Contexts:
             with suppress(StorageError):
                 self.save()
 
-    def save(self) -> bool:
-        """Keep the kernels compiled so far; whether there was anything new. Raises StorageError."""
+    def save(self) -> None:
+        """Keep the kernels compiled so far, if any are new. Raises StorageError."""
         cache, file = self._cache, self._file
         if cache is None or file is None:
-            return False
+            return
         data = bytes(cache.serialize())
-        if data == self._stored:
-            return False
-        file.write(data)
-        self._stored = data
-        return True
+        if data != self._stored:
+            file.write(data)
+            self._stored = data
 
     def close(self) -> None:
         """Let go of the engine. May be called twice."""
@@ -152,7 +149,7 @@ class Contexts:
     def _configure(self, engine: Engine) -> Any:
         trt, config = self._trt, engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        # The whole loop is captured by us; a graph of the library's own inside would be a second one.
+        # Rows are captured by us; a graph of the library's own inside would be a second one.
         config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
         # Otherwise the first pictures run on fallback kernels, several times slower (NVIDIA's demo of 1.5).
         config.dynamic_shapes_kernel_specialization_strategy = (
@@ -161,8 +158,7 @@ class Contexts:
         cache = config.create_runtime_cache()
         if self._file is not None and (stored := self._file.read()):
             # Refused after an update of the driver or the library: then everything is compiled once more.
-            self.cache_state = "used" if cache.deserialize(stored) else "refused"
-            self._stored = stored if self.cache_state == "used" else b""
+            self._stored = stored if cache.deserialize(stored) else b""
         config.set_runtime_cache(cache)
         self._cache = cache
         return config

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
+from ..backend import Log, to_stderr
 from ..build import find_engines
 from ..cuda.device import CudaDevice
 from ..cuda.facts import DeviceFacts
@@ -13,17 +12,13 @@ from ..device import Device, DeviceNet
 from ..engine_choice import Candidate, ChosenNet
 from ..errors import BackendError
 from ..package import Package
+from ..profiles import NetProfile
 from ..store.engine_store import EngineStore
+from ..store.entry import Entry
 from .flavour import Flavour, flavour, installed_version, load
 from .nets import open_entry
 
-
-def missing_engines(
-    backend: str, package: Package, names: Sequence[str], gpu: DeviceFacts, store: EngineStore
-) -> list[str]:
-    """The nets that have no engine that could run on this device."""
-    row, version = flavour(backend), installed_version(backend) or ""
-    return [name for name in names if not find_engines(package, name, row, version, store, gpu=gpu)]
+Engines = Sequence[tuple[Entry, tuple[NetProfile, ...]]]
 
 
 def open_device(
@@ -32,7 +27,7 @@ def open_device(
     names: Sequence[str],
     *,
     store: EngineStore | None = None,
-    log: Callable[[str], None] | None = None,
+    log: Log = to_stderr,
 ) -> tuple[Device, Mapping[str, DeviceNet]]:
     """A device, and every net behind all of its engines.
 
@@ -41,27 +36,28 @@ def open_device(
         package: the package.
         names: of its nets.
         store: where engines are; the user's own unless given.
-        log: told in one line if the library does not list this kind of device; prints to stderr unless given.
+        log: told if the library does not list this kind of device, or finds an engine not the best for it.
 
     Raises:
         BackendError: a net has no engine for this library and device, with the command that builds them.
     """
-    row, version, store = flavour(backend), installed_version(backend) or "", store or EngineStore()
+    row, version, place = flavour(backend), installed_version(backend) or "", store or EngineStore()
     device = CudaDevice()
     try:
-        if missing := missing_engines(backend, package, names, device.facts, store):
+        found = {name: find_engines(package, name, row, version, place, gpu=device.facts) for name in names}
+        if missing := [name for name, engines in found.items() if not engines]:
             raise BackendError(
                 f"{package.root} has no {backend} {version} engines of {', '.join(missing)} for"
                 f" {device.name} ({device.facts.sm})",
                 expected="one of every net in the engine store (`latentrt cache ls`)",
                 fix=f"Build them: latentrt build {package.root} --backend {backend}.",
             )
-        nets = {name: _net(row, version, package, name, device, store) for name in names}
+        nets = {name: _net(row, package, name, device, engines, log) for name, engines in found.items()}
     except BaseException:
         device.close()
         raise
     if line := _remark(row, device.facts):
-        (log or _to_stderr)(line)
+        log(line)
     return device, nets
 
 
@@ -73,19 +69,14 @@ def _remark(row: Flavour, gpu: DeviceFacts) -> str:
     return f"TensorRT-RTX lists {', '.join(listed)}; this is {gpu.sm}: trying"
 
 
-def _to_stderr(line: str) -> None:
-    print(f"latentrt: {line}", file=sys.stderr)
-
-
 def _net(
-    row: Flavour, version: str, package: Package, name: str, device: CudaDevice, store: EngineStore
+    row: Flavour, package: Package, name: str, device: CudaDevice, engines: Engines, log: Log
 ) -> ChosenNet:
-    file = package.manifest.nets[name]
-    candidates = [
-        Candidate(
-            profiles=profiles,
-            open=partial(
-                open_entry,
+    file, root = package.manifest.nets[name], str(package.root)
+
+    def opener(entry: Entry, profiles: tuple[NetProfile, ...]) -> Callable[[], DeviceNet]:
+        def open_engine() -> DeviceNet:
+            net = open_entry(
                 load(row),
                 row,
                 entry,
@@ -94,9 +85,13 @@ def _net(
                 profiles=profiles,
                 device=device,
                 graph=package.path(file.graph),
-                package=str(package.root),
-            ),
-        )
-        for entry, profiles in find_engines(package, name, row, version, store, gpu=device.facts)
-    ]
-    return ChosenNet(file.spec, candidates, backend=row.backend, package=str(package.root))
+                package=root,
+            )
+            if net.remark:
+                log(f"the engine of {name!r}: {net.remark}")
+            return net
+
+        return open_engine
+
+    candidates = [Candidate(profiles=profiles, open=opener(entry, profiles)) for entry, profiles in engines]
+    return ChosenNet(file.spec, candidates, backend=row.backend, package=root)

@@ -14,13 +14,12 @@ from typing import Any, Protocol
 from ..device import Device
 from ..errors import BackendError, EngineError, LatentrtError, MemoryLimitError
 from ..profiles import NetProfile
-from ..spec import Dim, NetSpec, TensorSpec
+from ..spec import NetSpec, TensorSpec
 from ..store.entry import Entry
 from .contexts import Engine, abilities
 from .flavour import Flavour, Trt
 from .log import failure, messages, reason
-
-_TYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64", "UINT8": "uint8"}
+from .shapes import TYPES, shape_fits
 
 # Names in EngineInvalidityDiagnostics: what each means, and the fix where building again is none.
 _DIAGNOSTICS = {
@@ -252,10 +251,10 @@ def _boundary_differences(trt: Trt, engine: Engine, spec: NetSpec) -> Iterator[s
 def _tensor_differences(trt: Trt, engine: Engine, tensor: TensorSpec) -> Iterator[str]:
     name = tensor.name
     kind = engine.get_tensor_dtype(name).name
-    if _TYPES.get(kind) != tensor.dtype:
-        yield f"{name} is {_TYPES.get(kind, kind)}, not {tensor.dtype}"
+    if TYPES.get(kind) != tensor.dtype:
+        yield f"{name} is {TYPES.get(kind, kind)}, not {tensor.dtype}"
     shape = tuple(engine.get_tensor_shape(name))
-    if not fits(shape, tensor.shape):
+    if not shape_fits(shape, tensor.shape, bounded=True, inferred=True):
         yield f"{name} is {shape}, not ({', '.join(map(str, tensor.shape))})"
     if engine.get_tensor_location(name) != trt.TensorLocation.DEVICE:
         yield f"{name} has to lie in host memory"
@@ -280,10 +279,3 @@ def _profile_differences(
             found = tuple(tuple(shape) for shape in engine.get_tensor_profile_shape(name, index))
             if found != profile.shapes[name]:
                 yield f"profile {index} ({profile.label}) takes {name} from {found[0]} to {found[-1]}"
-
-
-def fits(shape: tuple[int, ...], expected: tuple[Dim, ...]) -> bool:
-    """Whether an engine's shape, with -1 for what is not fixed, can be the contract's."""
-    return len(shape) == len(expected) and all(
-        not isinstance(dim, int) or size in (dim, -1) for size, dim in zip(shape, expected, strict=True)
-    )

@@ -136,11 +136,6 @@ class TensorRTNet:
         return self._spec
 
     @property
-    def cache_state(self) -> str:
-        """Of kernels compiled by earlier processes: `used`, `refused` by the library, or `none`."""
-        return self._contexts.cache_state
-
-    @property
     def memory(self) -> MemoryLedger:
         """What it holds now, in bytes.
 
@@ -228,16 +223,6 @@ class TensorRTNet:
         """
         loaded = self._opened()
         refit(loaded.trt, loaded.engine, loaded.device.stream, weights, net=self._name, fix=loaded.rebuild)
-
-    def save_cache(self) -> bool:
-        """Keep the kernels compiled so far for later processes; whether any were new.
-
-        Raises:
-            StorageError: they cannot be written.
-            BackendError: after `close`.
-        """
-        self._opened()
-        return self._contexts.save()
 
     def close(self) -> None:
         """Free contexts, then the engine. May be called twice."""

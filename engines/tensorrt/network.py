@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..errors import PackageError
-from ..spec import Dim, NetSpec, TensorSpec
+from ..spec import NetSpec, TensorSpec
 from .flavour import Flavour, Trt
+from .shapes import TYPES, shape_fits
 
 _EXPORT_AGAIN = "Export the checkpoint again: latentrt export CHECKPOINT -o PACKAGE."
 _SHOWN = 5  # of a parser's errors: later ones follow from the first
@@ -69,8 +70,8 @@ def check_contract(trt: Trt, network: Trt, spec: NetSpec, *, graph: Path) -> Non
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     wrong = [
-        *_differences(trt, "input", inputs, spec.inputs),
-        *_differences(trt, "output", outputs, spec.outputs),
+        *_differences("input", inputs, spec.inputs),
+        *_differences("output", outputs, spec.outputs),
     ]
     if wrong:
         raise PackageError(
@@ -80,7 +81,7 @@ def check_contract(trt: Trt, network: Trt, spec: NetSpec, *, graph: Path) -> Non
         )
 
 
-def _differences(trt: Trt, kind: str, tensors: Sequence[Trt], specs: Sequence[TensorSpec]) -> list[str]:
+def _differences(kind: str, tensors: Sequence[Trt], specs: Sequence[TensorSpec]) -> list[str]:
     found = {str(tensor.name): tensor for tensor in tensors}
     wanted = {spec.name: spec for spec in specs}
     wrong = [f"{kind} {name!r} is not in the contract" for name in found if name not in wanted]
@@ -90,31 +91,11 @@ def _differences(trt: Trt, kind: str, tensors: Sequence[Trt], specs: Sequence[Te
             wrong.append(f"{kind} {name!r} is missing")
             continue
         shape = tuple(int(size) for size in tensor.shape)
-        if tensor.dtype != _dtype(trt, spec.dtype):
+        if TYPES.get(tensor.dtype.name) != spec.dtype:
             wrong.append(f"{kind} {name!r} is {tensor.dtype}, not {spec.dtype}")
-        if not _shape_fits(shape, spec.shape, inferred=kind == "output"):
+        if not shape_fits(shape, spec.shape, inferred=kind == "output"):
             wrong.append(f"{kind} {name!r} has the shape {shape}, not ({', '.join(map(str, spec.shape))})")
     return wrong
-
-
-def _dtype(trt: Trt, name: str) -> Trt:
-    return {
-        "float32": trt.DataType.FLOAT,
-        "float16": trt.DataType.HALF,
-        "int32": trt.DataType.INT32,
-        "int64": trt.DataType.INT64,
-        "uint8": trt.DataType.UINT8,
-    }[name]
-
-
-def _shape_fits(shape: tuple[int, ...], dims: tuple[Dim, ...], *, inferred: bool) -> bool:
-    """Whether symbols are open (-1) and numbers are as they should be, or not inferred."""
-    if len(shape) != len(dims):
-        return False
-    return all(
-        size == -1 if isinstance(dim, str) else size == dim or (inferred and size == -1)
-        for size, dim in zip(shape, dims, strict=True)
-    )
 
 
 def mark_refittable(network: Trt, names: Iterable[str]) -> tuple[int, tuple[str, ...]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
+from ..backend import Log, to_stderr
 from ..device import Device, DeviceNet
 from ..package import Package
 from . import backend as tensorrt_backend
@@ -22,7 +23,7 @@ def describe() -> str:
 
 
 def open_device(
-    package: Package, names: Sequence[str], *, log: Callable[[str], None] | None = None
+    package: Package, names: Sequence[str], *, log: Log = to_stderr
 ) -> tuple[Device, Mapping[str, DeviceNet]]:
     """See `backend.open_device`."""
     return tensorrt_backend.open_device(package, names, backend=BACKEND, log=log)

@@ -1,16 +1,32 @@
-"""Shapes between the net contract and an execution context: sizes of symbols, expected outputs, bytes."""
+"""Dtypes and shapes between the net contract and the library: what is the same, sizes of symbols, outputs."""
 
 from __future__ import annotations
 
-from math import prod
-
-import numpy as np
-
 from ..device import Shapes
 from ..errors import EngineError, UsageError
-from ..spec import DTYPES, Dim, NetSpec
+from ..spec import Dim, NetSpec
+
+# Names in the library's DataType: the contract's.
+TYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64", "UINT8": "uint8"}
 
 _SCALE = 8  # pixels per latent cell: "H/8" and "H" in the contract
+
+
+def shape_fits(
+    shape: tuple[int, ...], dims: tuple[Dim, ...], *, bounded: bool = False, inferred: bool = False
+) -> bool:
+    """Whether the library's shape, with -1 for what is open, can be the contract's.
+
+    Args:
+        shape: the library's.
+        dims: the contract's.
+        bounded: a symbol may be a number, as in an engine whose profiles leave it no choice.
+        inferred: a number may be open, as in what the library works out.
+    """
+    return len(shape) == len(dims) and all(
+        bounded or size == -1 if isinstance(dim, str) else size == dim or (inferred and size == -1)
+        for size, dim in zip(shape, dims, strict=True)
+    )
 
 
 def input_sizes(spec: NetSpec, shapes: Shapes) -> dict[str, int]:
@@ -72,5 +88,5 @@ def io_bytes(spec: NetSpec, shapes: Shapes) -> int:
     total = 0
     for tensor in (*spec.inputs, *spec.outputs):
         shape = shapes.get(tensor.name) or [size or 0 for size in outputs[tensor.name]]
-        total += prod(shape) * np.dtype(DTYPES[tensor.dtype]).itemsize
+        total += tensor.nbytes(shape)
     return total

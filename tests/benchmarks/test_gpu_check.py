@@ -6,17 +6,22 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
 
 from latentrt.benchmarks import gpu_check, gpu_child
 from latentrt.benchmarks.gpu_child import SECTIONS, run_child, section_command
+from latentrt.benchmarks.gpu_memory import Lowest
+from latentrt.benchmarks.gpu_opener import backend_opener
 from latentrt.benchmarks.gpu_rows import Row, collect, psnr, short
 from latentrt.benchmarks.machine import describe_gpu, describe_machine
 from latentrt.engines.cuda.facts import available
+from latentrt.engines.device import DeviceMemory
+from latentrt.engines.errors import BackendError
 from latentrt.engines.package import Package
-from tests.benchmarks.gpu_stand_in import SCALE, stand_in
+from tests.benchmarks.gpu_stand_in import MIB, SCALE, Hungry, WatchedDevice, stand_in
 from tests.runtime.device_bench import package_with_step
 
 WITHOUT_GPU = pytest.mark.skipif(available() is None, reason="there is a GPU")
@@ -207,6 +212,53 @@ def test_psnr() -> None:
     assert psnr(one, other) == 0
     assert psnr(one, one) == float("inf")
     assert psnr(one, one[:1]) == -float("inf")
+
+
+def test_a_backend_without_a_device(package: Package) -> None:
+    with pytest.raises(BackendError, match="'onnxruntime' runs on no device"):
+        backend_opener("onnxruntime", package)
+
+
+def test_nets_and_device_are_closed_also_where_one_fails(package: Package) -> None:
+    class Once(WatchedDevice):
+        closed = 0
+
+        def close(self) -> None:
+            self.closed += 1
+            super().close()
+
+    class Failing(Hungry):
+        def close(self) -> None:
+            closed.append(self)
+            super().close()
+            raise BackendError("this one fails", expected="closing", fix="None.")
+
+    closed: list[Failing] = []
+    device = Once(2**30)
+    opener = stand_in(package, device, wrap=lambda name, net: Failing(net, 0))
+    with pytest.raises(BackendError, match="this one fails"), opener.nets() as (_, nets):
+        pass
+    assert len(closed) == len(nets)
+    assert device.closed == 1
+
+
+def test_what_fails_while_memory_is_watched_is_raised() -> None:
+    class Failing(WatchedDevice):
+        """Its second answer, the first of the thread's, is an error."""
+
+        asked = 0
+        failed = Event()
+
+        def memory(self) -> DeviceMemory:
+            self.asked += 1
+            if self.asked == 2:
+                self.failed.set()
+                raise BackendError("the device is lost", expected="an answer", fix="None.")
+            return super().memory()
+
+    device = Failing(MIB)
+    with pytest.raises(BackendError, match="the device is lost"), Lowest(device).watching():
+        assert device.failed.wait(30)
 
 
 @WITHOUT_GPU

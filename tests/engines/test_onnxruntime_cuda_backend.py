@@ -16,7 +16,7 @@ from latentrt.engines.backend import DeviceBackend, choose_backend
 from latentrt.engines.errors import BackendError, PackageError
 from latentrt.engines.onnxruntime import cuda_backend as backend
 from latentrt.engines.onnxruntime import tuning
-from latentrt.engines.onnxruntime.layouts import LAYOUTS
+from latentrt.engines.onnxruntime.layout_choice import LAYOUTS
 from latentrt.engines.onnxruntime.lowering import lower
 from latentrt.engines.onnxruntime.tuning import TUNED_NETS, layout_key, stored_layout, tune_package
 from latentrt.engines.package import Package
@@ -322,6 +322,13 @@ def test_the_command_prints_medians_and_choice(
     [
         (["--profile", "512x512"], "--profile was given with --backend onnxruntime-cuda"),
         (["--dry-run"], "--dry-run was given with --backend onnxruntime-cuda"),
+        (["--weights", "lora"], "--weights was given with --backend onnxruntime-cuda"),
+        (["--optimization-level", "5"], "--optimization-level was given with --backend onnxruntime-cuda"),
+        (["--workspace", "16"], "--workspace was given with --backend onnxruntime-cuda"),
+        (
+            ["--hardware-compatibility", "ampere_plus"],
+            "--hardware-compatibility was given with --backend onnxruntime-cuda",
+        ),
         (["--nets", "step"], "the net 'step' has no layouts"),
     ],
 )

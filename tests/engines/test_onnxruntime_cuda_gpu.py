@@ -11,7 +11,7 @@ from latentrt.engines.cuda.device import CudaDevice
 from latentrt.engines.device import BoundNet, Device, DeviceNet
 from latentrt.engines.onnxruntime import backend as onnxruntime_backend
 from latentrt.engines.onnxruntime.cuda_backend import available, open_device
-from latentrt.engines.onnxruntime.layouts import LAYOUTS, relative_l2
+from latentrt.engines.onnxruntime.layout_choice import LAYOUTS, relative_l2
 from latentrt.engines.onnxruntime.lowering import lower
 from latentrt.engines.onnxruntime.nets import open_onnxruntime_net
 from latentrt.engines.onnxruntime.tuning import TUNED_NETS, tune_package

@@ -11,7 +11,7 @@ import pytest
 from latentrt.engines.build import BuildProgress
 from latentrt.engines.errors import BackendError, MemoryLimitError, UsageError
 from latentrt.engines.onnxruntime import tuning as onnxruntime_tuning
-from latentrt.engines.onnxruntime.layouts import (
+from latentrt.engines.onnxruntime.layout_choice import (
     LAYOUTS,
     MARGIN,
     PARITY,

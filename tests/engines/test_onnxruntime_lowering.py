@@ -205,7 +205,7 @@ def test_a_net_without_weights_needs_no_entry(package: Package) -> None:
 
 def test_onnx_ir_missing(demo: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("latentrt.engines.onnxruntime.lowering.find_spec", lambda _: None)
-    with pytest.raises(BackendError, match=r"pip install 'latentrt\[cuda\]'"):
+    with pytest.raises(BackendError, match=r'pip install "latentrt\[cuda\]"'):
         lower(demo, "unet", tmp_path)
 
 

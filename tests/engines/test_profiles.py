@@ -228,15 +228,6 @@ def test_the_command_builds_what_was_asked(net: str, sizes: dict[str, int], opti
     assert choose(expand(net, "128x128:b1-4", option), shapes) > -1
 
 
-def test_the_caller_may_say_what_is_wanted() -> None:
-    with pytest.raises(UsageError, match=r"--profile 768x512:b3\.$"):
-        choose(
-            expand("unet", "128x128"),
-            shapes_of("unet", B=6, T=77, H8=64, W8=96),
-            wanted=Profile.parse("768x512:b3"),
-        )
-
-
 def test_a_schedule_that_no_engine_covers() -> None:
     with pytest.raises(UsageError, match="2001 steps") as caught:
         choose(expand("unet_time", "128x128"), shapes_of("unet_time", S=2001))

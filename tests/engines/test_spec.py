@@ -29,6 +29,14 @@ def test_a_symbol_has_one_size_per_call() -> None:
         net.check({"a": np.zeros((2, 3), np.float32), "b": np.zeros(3, np.float32)})
 
 
+@pytest.mark.parametrize(
+    ("dtype", "shape", "expected"),
+    [("float16", (2, 4, 8, 8), 1024), ("uint8", (3, 5), 15), ("int64", (), 8), ("float32", (0, 4), 0)],
+)
+def test_bytes_at_a_shape(dtype: str, shape: tuple[int, ...], expected: int) -> None:
+    assert spec.TensorSpec(name="x", dtype=dtype, shape=("B",)).nbytes(shape) == expected
+
+
 def test_unknown_dtype() -> None:
     with pytest.raises(PackageError, match="bfloat16"):
         TensorSpec(name="x", dtype="bfloat16", shape=())

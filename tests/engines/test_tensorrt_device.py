@@ -2,14 +2,16 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from latentrt.engines.build import engine_key, find_engines
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.cuda.facts import DeviceFacts
+from latentrt.engines.device import Shapes
 from latentrt.engines.engine_choice import Candidate, ChosenNet
+from latentrt.engines.errors import BackendError
 from latentrt.engines.profiles import Profile, net_profiles
 from latentrt.engines.store.engine_store import EngineStore
 from latentrt.engines.tensorrt import backend as tensorrt_backend
@@ -146,6 +148,36 @@ def test_a_gpu_that_the_library_does_not_list_is_tried_with_a_remark(
     assert capsys.readouterr().err == f"latentrt: {told[0]}\n"
     tensorrt_backend.open_device(PACKAGE, [NET], log=told.append)
     assert len(told) == 1, "its engines are built for this GPU, or for all since Ampere"
+
+
+def test_a_choice_closes_every_engine_also_where_one_fails(device: HostDevice) -> None:
+    class Failing:
+        """An engine whose `close` fails."""
+
+        def __init__(self) -> None:
+            self.closed = 0
+
+        def scratch(self, shapes: Shapes) -> int:
+            return 0
+
+        def close(self) -> None:
+            self.closed += 1
+            raise BackendError("this one fails", expected="closing", fix="None.")
+
+    spec, opened = PACKAGE.manifest.nets[NET].spec, [Failing(), Failing()]
+    candidates = [
+        Candidate(
+            profiles=net_profiles(NET, spec, [Profile.parse(size)]), open=lambda net=net: cast(Any, net)
+        )
+        for size, net in zip(("64x64:b1", "128x128:b1"), opened, strict=True)
+    ]
+    chosen = ChosenNet(spec, candidates, backend=RTX, package="PACKAGE")
+    for cells in (8, 16):
+        chosen.scratch({"latent": (1, 4, cells, cells)})
+    with pytest.raises(BackendError, match="this one fails"):
+        chosen.close()
+    assert [net.closed for net in opened] == [1, 1]
+    chosen.close()
 
 
 def test_a_choice_settles_and_releases_every_engine_that_is_open(device: HostDevice) -> None:

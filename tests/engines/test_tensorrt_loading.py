@@ -240,19 +240,27 @@ def test_kernels_are_kept_once_they_have_run(tmp_path: Path, device: HostDevice)
     net.settle()
 
 
-def test_compiled_kernels_are_kept_beside_the_engine(tmp_path: Path, device: HostDevice) -> None:
-    entry = _stored(tmp_path)
-    for compiled, state in ((1, "none"), (0, "used")):
+def test_compiled_kernels_are_kept_beside_the_engine(
+    tmp_path: Path, device: HostDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry, written, write = _stored(tmp_path), list[bytes](), StoredCache.write
+
+    def counted(cache: StoredCache, data: bytes) -> None:
+        written.append(data)
+        write(cache, data)
+
+    monkeypatch.setattr(StoredCache, "write", counted)
+    for compiled in (1, 0):
         trt = setting.library(RTX, device)
         net = _open_entry(trt, entry, device)
-        assert net.cache_state == state
         run, _, _ = bound(net, device, NET, SMALL)
         run.enqueue()
         run.enqueue()
         assert trt._world.counts["compiled"] == compiled
-        assert net.save_cache() is bool(compiled)
-        assert net.save_cache() is False
+        net.settle()
+        assert len(written) == 1, "by the first process"
         net.close()
+    assert len(written) == 1
     trt = setting.library(RTX, device)
     trt._world.compute_capability = "12.0"  # another GPU of the same name
     net = _open_entry(trt, _stored(tmp_path / "other", cc="12.0"), device)
@@ -265,34 +273,45 @@ def test_a_refused_cache_is_written_anew(tmp_path: Path, device: HostDevice) -> 
     entry = _stored(tmp_path)
     cache = StoredCache(store=EngineStore(tmp_path), digest=entry.key.digest, device=device.name)
     cache.write(b"of another driver")
-    net = _open_entry(setting.library(RTX, device), entry, device)
-    assert net.cache_state == "refused"
+    trt = setting.library(RTX, device)
+    net = _open_entry(trt, entry, device)
     bound(net, device, NET, SMALL)[0].enqueue()
+    assert trt._world.counts["compiled"] == 1
     net.close()
     assert cache.read().startswith(b"kernels for 8.9:")
 
 
+class Full:
+    """A cache that cannot be written."""
+
+    tried = 0
+
+    def read(self) -> bytes:
+        return b""
+
+    def write(self, data: bytes) -> None:
+        self.tried += 1
+        raise StorageError("full", expected="room", fix="Make some.")
+
+
 def test_a_cache_that_cannot_be_written_does_not_keep_a_net_open(device: HostDevice) -> None:
-    class Full:
-        def read(self) -> bytes:
-            return b""
-
-        def write(self, data: bytes) -> None:
-            raise StorageError("full", expected="room", fix="Make some.")
-
-    trt = setting.library(RTX, device)
-    net = open_simulated(trt, RTX, NET, device, options={"cache": Full()})
+    full = Full()
+    net = open_simulated(setting.library(RTX, device), RTX, NET, device, options={"cache": full})
     bound(net, device, NET, SMALL)[0].enqueue()
     net.settle()
-    with pytest.raises(StorageError, match="full"):
-        net.save_cache()
+    assert full.tried == 1
     net.close()
+    assert full.tried == 2
     assert net.memory.weights == 0
 
 
 def test_libraries_without_kernels_of_their_own_keep_no_cache(device: HostDevice) -> None:
-    net = open_simulated(setting.library("tensorrt 11", device), "tensorrt 11", NET, device)
-    assert not net.save_cache()
+    trt, full = setting.library("tensorrt 11", device), Full()
+    net = open_simulated(trt, "tensorrt 11", NET, device, options={"cache": full})
+    bound(net, device, NET, SMALL)[0].enqueue()
+    net.settle()
+    net.close()
+    assert full.tried == 0
 
 
 def test_a_stripped_engine_of_the_store_gets_its_weights(tmp_path: Path, device: HostDevice) -> None:

@@ -39,7 +39,6 @@ TYPED = (
     ("network", "logger: Trt", "logger: lib.ILogger"),
     ("network", "tuple[Trt, Trt]", "tuple[lib.INetworkDefinition, lib.OnnxParser]"),
     ("network", "Sequence[Trt]", "Sequence[lib.ITensor]"),
-    ("network", "name: str) -> Trt", "name: str) -> lib.DataType"),
 )
 # Wrong calls, and what the checker says of them. They stand in copies of the files, beside the right ones.
 WRONG = (

@@ -27,7 +27,7 @@ class Layout:
 
     Attributes:
         name: as the store remembers it.
-        lowered: whether `onnxruntime_lowering.lower` makes the graph; else it is the package's own.
+        lowered: whether `lowering.lower` makes the graph; else it is the package's own.
         convolutions: of `lower`.
         prefer_nhwc: of the CUDA provider.
     """
