@@ -7,11 +7,16 @@ Exit codes: 0 done, 2 usage, 3 bad model, 4 no backend or device, 5 out of memor
 from __future__ import annotations
 
 import json
+import signal
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
 
 import typer
 
-from ..engines.errors import LatentrtError
+from ..engines.errors import CancelledError, LatentrtError
 from .build import build
 from .cache import cache
 from .export import export
@@ -33,14 +38,44 @@ for verb in (generate, export, build, inspect, metadata):
 app.add_typer(cache, name="cache")
 
 
+class _StoppedError(BaseException):
+    """A signal asked to stop. No Exception, so that nobody who wraps a library's errors takes it for one."""
+
+
+@contextmanager
+def _stoppable() -> Generator[None]:
+    """Let SIGINT and SIGTERM unwind the block, so that what it was writing is cleaned up."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _StoppedError(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main() -> None:
     """Run the command line; an error latentrt raises on purpose becomes a message and an exit code."""
     try:
-        app()
+        with _stoppable():
+            app()
     except LatentrtError as error:
-        if "--json" in sys.argv:
-            parts = {"type": type(error).__name__, "found": error.found, "expected": error.expected}
-            print(json.dumps({"error": {**parts, "fix": error.fix, "exit_code": error.exit_code}}))
-        else:
-            print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+        _fail(error)
+    except _StoppedError as stopped:
+        _fail(
+            CancelledError(
+                f"stopped by {stopped}", expected="to be left to finish", fix="Run it again to start over."
+            )
+        )
+
+
+def _fail(error: LatentrtError) -> NoReturn:
+    if "--json" in sys.argv:
+        parts = {"type": type(error).__name__, "found": error.found, "expected": error.expected}
+        print(json.dumps({"error": {**parts, "fix": error.fix, "exit_code": error.exit_code}}))
+    else:
+        print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(error.exit_code) from None

@@ -1,8 +1,10 @@
 """The command line, as a person or a script calls it."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +172,24 @@ def test_help_imports_nothing_heavy(verb: list[str]) -> None:
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", code, *verb], check=True, stdout=subprocess.DEVNULL, timeout=60)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_with_exit_code_6_and_leaves_no_picture(name: str, tmp_path: Path) -> None:
+    code = "from latentrt import cli, runtime; print('ready', flush=True); cli.main()"
+    running = subprocess.Popen(
+        [sys.executable, "-c", code, "generate", PROMPT, "--steps", "900", "--threads", "1"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stdout is not None
+    assert running.stdout.readline() == "ready\n"
+    time.sleep(1.5)  # into the steps, of which there are minutes
+    running.send_signal(getattr(signal, name))
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 6
+    assert said == f"error: stopped by {name}; expected to be left to finish. Run it again to start over.\n"
+    assert not list(tmp_path.iterdir())
