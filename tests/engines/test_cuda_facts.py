@@ -66,7 +66,7 @@ def test_available_never_raises() -> None:
 
 def test_cuda_bindings_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
-    with pytest.raises(BackendError, match=r"cannot be loaded.*pip install .latentrt"):
+    with pytest.raises(BackendError, match=r"cannot be loaded.*pip install cuda-bindings"):
         load_runtime()
     assert "cuda-bindings cannot be loaded" in str(available())
 
