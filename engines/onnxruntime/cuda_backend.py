@@ -11,16 +11,19 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from ..backend import Log, to_stderr
 from ..cuda import facts as cuda_facts
 from ..cuda.device import CudaDevice
 from ..device import Device, DeviceNet
 from ..package import Package
-from ..store.engine_store import EngineStore
 from .backend import library
 from .nets import cuda_available, open_onnxruntime_net
-from .tuning import TUNED_NETS, StoredLayout, lowering_missing, stored_layout, tuning_command
+
+if TYPE_CHECKING:
+    from ..store.engine_store import EngineStore
+    from .tuning import StoredLayout
 
 
 def available() -> str | None:
@@ -58,6 +61,10 @@ def open_device(
         BackendError: no library, driver or device.
         LatentrtError: whatever `open_onnxruntime_net` raises. Nothing stays open then.
     """
+    # Here, not above: whoever asks only what is available, as every start on a CPU does, needs no store.
+    from ..store.engine_store import EngineStore
+    from .tuning import TUNED_NETS, stored_layout
+
     device = CudaDevice()
     with ExitStack() as stack:
         stack.callback(device.close)
@@ -86,6 +93,8 @@ def _open_net(opened: Callable[..., DeviceNet], name: str, stored: StoredLayout 
 
 def _hint(package: Package, stored: Mapping[str, StoredLayout]) -> str:
     """Why nets run as they were exported, and what to do about it; "" if every layout is known."""
+    from .tuning import lowering_missing, tuning_command
+
     unknown = {name: item.why for name, item in stored.items() if item.why}
     if not unknown:
         return ""

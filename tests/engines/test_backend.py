@@ -1,4 +1,5 @@
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -89,3 +90,12 @@ def test_wrong_inputs_and_exhausted_memory(package: Package, monkeypatch: pytest
         with pytest.raises(MemoryLimitError, match="ran out of memory") as caught:
             net(x=np.ones((3, 4), np.float32))
         assert caught.value.exit_code == 5
+
+
+def test_a_start_on_a_cpu_loads_no_store_and_no_builder() -> None:
+    code = (
+        "import sys; from latentrt.engines.backend import choose_backend; choose_backend('auto')\n"
+        "late = {'filelock', 'latentrt.engines.build', 'latentrt.engines.store.engine_store'}\n"
+        "sys.exit(f'imported {late & set(sys.modules)}' if late & set(sys.modules) else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
