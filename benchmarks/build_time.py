@@ -1,30 +1,38 @@
-"""How long engines take to build: `python -m latentrt.benchmarks.build_time PACKAGE --backend … --out FILE`.
+"""`latentrt bench build`: how long engines take to build, how much memory it takes, and how large they are.
 
-Builds every net into a store that is thrown away, each in a process of its own, so that each peak memory is
-its own. TensorRT-RTX builds without a GPU.
+Every net is built into a store that is thrown away, each in a process of its own, so that each peak memory is
+its own. TensorRT-RTX builds without a GPU. For ONNX Runtime on CUDA the choice of layouts is timed.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..engines.build import BuiltEngine, build_package, built_nets
-from ..engines.build_options import BuildOptions, Weights
-from ..engines.cuda.facts import available, facts
+from ..engines.build_options import BuildOptions
+from ..engines.cuda.facts import DeviceFacts, available, facts
+from ..engines.errors import BackendError, LatentrtError
 from ..engines.net_weights import engine_bytes
 from ..engines.package import Package
 from ..engines.profiles import Profile, default_profile
 from ..engines.store.engine_store import EngineStore
-from ..runtime.pipeline import SHIPPED
-from .machine import describe_machine
+from .latency import describe_model
+from .machine import clocks, describe_machine
+from .records import Document, Row, Status
+from .sides.contract import OURS
+
+Said = Callable[[str], None]
+
+LAYOUTS = "onnxruntime-cuda"  # builds no engines
+TOGETHER = "every net"
 
 
 def describe_engine(package: Package, built: BuiltEngine) -> dict[str, Any]:
-    """One row: seconds, peak memory of the builder, and sizes in bytes."""
+    """One engine: seconds, peak memory of the builder, and sizes in bytes."""
     told = built.entry.facts
     return {
         "net": built.net,
@@ -39,60 +47,134 @@ def describe_engine(package: Package, built: BuiltEngine) -> dict[str, Any]:
     }
 
 
-def measure(
-    package: Package, backend: str, profiles: list[Profile], options: BuildOptions, folder: Path
-) -> list[dict[str, Any]]:
-    """Build every net, one after the other; print a line for each. `folder` holds the store meanwhile."""
+@dataclass(frozen=True, kw_only=True)
+class Builds:
+    """What is built.
+
+    Attributes:
+        backend: `tensorrt`, `tensorrt-rtx`, or `onnxruntime-cuda`.
+        profiles: the pictures that engines are for; none is the package's own size.
+        options: of every build.
+        nets: only these; none is all of them.
+        folder: where the store lies meanwhile; None is the system's temporary folder.
+        repeats: rounds, each into an empty store.
+    """
+
+    backend: str = "tensorrt-rtx"
+    profiles: tuple[Profile, ...] = ()
+    options: BuildOptions = field(default_factory=BuildOptions)
+    nets: tuple[str, ...] = ()
+    folder: Path | None = None
+    repeats: int = 1
+
+    def profiles_of(self, package: Package) -> list[Profile]:
+        """Those that were given, or the default one."""
+        return list(self.profiles) or [default_profile(package.manifest)]
+
+
+@dataclass(kw_only=True)
+class _Net:
+    """What was found about one net."""
+
+    name: str
+    seconds: list[float] = field(default_factory=list[float])
+    figures: dict[str, Any] = field(default_factory=dict[str, Any])
+    status: Status = "ok"
+    reason: str = ""
+
+
+def measure_build(package: Package, builds: Builds, *, said: Said = lambda line: None) -> Document:
+    """A row for each net, with a sample for each round; and one for all nets together.
+
+    A net that cannot be built has a row that FAILED (not available: its library or device is missing).
+
+    Raises:
+        UsageError: a net that the package does not have.
+    """
     gpu = None if available() else facts()
-    rows: list[dict[str, Any]] = []
-    for net in built_nets(package):
-        (built,) = build_package(
-            package, backend, profiles, options, EngineStore(folder / "store"), nets=[net], gpu=gpu
-        )
-        row = describe_engine(package, built)
-        print(
-            f"{net:<14} {row['seconds']:7.1f} s  peak {row['peak_rss_gb']:6.2f} GB"
-            f"  engine {row['engine_mb']:8.1f} MB  ({', '.join(row['profiles'])})",
-            flush=True,
-        )
-        rows.append(row)
-    return rows
+    found = [_Net(name=name) for name in built_nets(package, builds.nets)]
+    for number in range(builds.repeats):
+        for item in found if number % 2 == 0 else reversed(found):
+            if item.status == "ok":
+                _build(item, package, builds, gpu)
+                said(f"{item.name}: {_told(item)}")
+    machine, case = {**describe_machine(), **clocks()}, _case(package, builds)
+    return Document(
+        benchmark="build",
+        model=describe_model(package),
+        settings={"backend": builds.backend, "repeats": builds.repeats, "options": builds.options.to_json()},
+        rows=tuple(_row(item, case, machine) for item in (*found, _together(found))),
+    )
 
 
-def main() -> None:
-    """Measure one package; with `--out`, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("package", nargs="?", default="demo")
-    parser.add_argument("--backend", default="tensorrt-rtx")
-    parser.add_argument("--profile", action="append", default=[])
-    parser.add_argument("--weights", default="embedded", choices=[policy.value for policy in Weights])
-    parser.add_argument("--folder", type=Path, help="where the store lies meanwhile; default: temporary")
-    parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
-    name: str = given.package
-    package = Package.open(SHIPPED.get(name, name))
-    profiles = [Profile.parse(text, multiple=package.manifest.size_multiple) for text in given.profile]
-    profiles = profiles or [default_profile(package.manifest)]
-    options = BuildOptions(weights=Weights(given.weights))
-    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        rows = measure(package, given.backend, profiles, options, Path(folder))
-    seconds = sum(row["seconds"] for row in rows)
-    peak = max(row["peak_rss_gb"] for row in rows)
-    print(f"{'together':<14} {seconds:7.1f} s  peak {peak:6.2f} GB")
-    if given.out:
-        document = {
-            "benchmark": "build_time",
-            "machine": describe_machine(),
-            "package": {"name": package.manifest.name, "dtype": package.manifest.dtype},
-            "backend": given.backend,
-            "profiles": [str(profile) for profile in profiles],
-            "options": options.to_json(),
-            "rows": rows,
-            "seconds": seconds,
-            "peak_rss_gb": peak,
-        }
-        given.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+def _build(item: _Net, package: Package, builds: Builds, gpu: DeviceFacts | None) -> None:
+    try:
+        with tempfile.TemporaryDirectory(dir=builds.folder) as folder:
+            told = _built(item.name, package, builds, EngineStore(Path(folder) / "store"), gpu)
+    except BackendError as error:
+        item.status, item.reason = "not available", error.found
+    except LatentrtError as error:
+        item.status, item.reason = "FAILED", error.found
+    else:
+        item.seconds.append(told.pop("seconds"))
+        peak = max(told.get("peak_rss_gb", 0.0), item.figures.get("peak_rss_gb", 0.0))
+        item.figures = {**told, "peak_rss_gb": peak} if peak else told
 
 
-if __name__ == "__main__":
-    main()
+def _built(
+    net: str, package: Package, builds: Builds, store: EngineStore, gpu: DeviceFacts | None
+) -> dict[str, Any]:
+    """`seconds`, and the figures of a row."""
+    if builds.backend == LAYOUTS:
+        from ..engines.onnxruntime.tuning import tune_package
+
+        (tuned,) = tune_package(package, store, nets=[net])
+        names = ("milliseconds", "relative_l2", "rejected")
+        figures = {name: tuned.entry.facts[name] for name in names}
+        return {"seconds": tuned.entry.build_seconds, "layout": tuned.layout, **figures}
+    profiles = builds.profiles_of(package)
+    (built,) = build_package(package, builds.backend, profiles, builds.options, store, nets=[net], gpu=gpu)
+    figures = describe_engine(package, built)
+    figures.pop("net")
+    return figures
+
+
+def _told(item: _Net) -> str:
+    if item.status != "ok":
+        return f"{item.status}: {item.reason}"
+    sizes = f", peak {item.figures['peak_rss_gb']:.2f} GB" if "peak_rss_gb" in item.figures else ""
+    sizes += f", engine {item.figures['engine_mb']:.1f} MB" if "engine_mb" in item.figures else ""
+    return f"{item.seconds[-1]:.1f} s{sizes}"
+
+
+def _case(package: Package, builds: Builds) -> dict[str, Any]:
+    if builds.backend == LAYOUTS:
+        return {"backend": builds.backend}
+    profiles = [str(profile) for profile in builds.profiles_of(package)]
+    return {"backend": builds.backend, "profiles": profiles, "weights": builds.options.weights.value}
+
+
+def _together(found: Sequence[_Net]) -> _Net:
+    """One after the other, as `latentrt build` does it: times add up, the largest peak counts."""
+    missing = [item for item in found if item.status != "ok"]
+    if missing:
+        reason = f"{missing[0].name}: {missing[0].reason}"
+        return _Net(name=TOGETHER, status=missing[0].status, reason=reason)
+    seconds = [sum(turn, 0.0) for turn in zip(*(item.seconds for item in found), strict=True)]
+    peaks = [item.figures["peak_rss_gb"] for item in found if "peak_rss_gb" in item.figures]
+    sizes = [item.figures["engine_mb"] for item in found if "engine_mb" in item.figures]
+    figures = {"peak_rss_gb": max(peaks), "engine_mb": round(sum(sizes), 2)} if peaks else {}
+    return _Net(name=TOGETHER, seconds=seconds, figures=figures)
+
+
+def _row(item: _Net, case: Mapping[str, Any], machine: Mapping[str, Any]) -> Row:
+    return Row(
+        side=OURS,
+        workload=item.name,
+        case=case,
+        rounds=tuple((seconds,) for seconds in item.seconds) if item.status == "ok" else (),
+        status=item.status,
+        reason=item.reason,
+        figures=item.figures,
+        stamp=machine,
+    )

@@ -28,7 +28,8 @@ from .gpu_memory import ladder, memory
 from .gpu_nets import build, opens, parity
 from .gpu_opener import Opener, Scale, backend_opener
 from .gpu_pictures import graphs, picture, timing
-from .gpu_rows import Row, collect, short
+from .gpu_rows import Row, collect
+from .records import short
 
 _TAIL = 400  # characters of what a child printed
 

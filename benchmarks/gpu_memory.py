@@ -14,8 +14,9 @@ from ..engines.errors import MemoryLimitError
 from ..engines.ledger import Ledger, take_ledger
 from ..engines.spec import Array
 from .gpu_opener import Opened, Opener, Scale
-from .gpu_pictures import PICTURE_DB, draw
-from .gpu_rows import Row, attempt, judged, mebibytes, psnr
+from .gpu_pictures import draw
+from .gpu_rows import Row, attempt, judged, mebibytes
+from .likeness import PICTURE_DB, psnr
 
 MIB = 2**20
 BACK = 64 * MIB  # how near to the baseline memory must come back

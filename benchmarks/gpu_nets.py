@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -26,12 +25,8 @@ from ..runtime.device_programs import input_shapes
 from ..runtime.loops import DEVICE_NETS
 from .build_time import describe_engine
 from .gpu_opener import Opener, Scale
-from .gpu_pictures import PICTURE_DB
-from .gpu_rows import Row, attempt, failed, judged, mebibytes, psnr
-
-# Relative L2 of a whole output. Two correct fp32 programs differ by 1e-6 to 1e-5, TF32 would by 1e-3.
-BARS: Mapping[str, float] = {"fp32": 1e-3, "fp16": 5e-3}
-
+from .gpu_rows import Row, attempt, failed, judged, mebibytes
+from .likeness import PICTURE_DB, RELATIVE_L2, difference
 
 # ── building ───────────────────────────────────────────────────────────────────────────────────
 
@@ -117,7 +112,7 @@ def shapes(scale: Scale, package: Package) -> tuple[Sizes, Sizes]:
 
 def parity(opener: Opener, scale: Scale) -> Iterator[Row]:
     """Every net at two shapes against ONNX Runtime on the CPU, the same seeded random inputs."""
-    bar = BARS[opener.package.manifest.dtype]
+    bar = RELATIVE_L2[opener.package.manifest.dtype]
     with opener.nets() as (device, nets):
         for name in DEVICE_NETS:
             with open_net(opener.package, name, threads=scale.threads) as plain:
@@ -153,22 +148,6 @@ def _parity(
         if figures["relative_l2"] > worst["relative_l2"]:
             worst = {**figures, "output": name}
     return judged(what, problems[:4], {**worst, "bar": bar, "outputs": len(wanted), "profile": profile})
-
-
-def difference(name: str, found: Array, wanted: Array) -> dict[str, float]:
-    """`relative_l2`, `max_error` and `psnr_db` over a whole output; infinite where it is not finite."""
-    a, b = found.astype(np.float64), wanted.astype(np.float64)
-    if not np.isfinite(a).all():
-        return {"relative_l2": math.inf, "max_error": math.inf, "psnr_db": -math.inf}
-    error = np.abs(a - b)
-    # The mean over a picture may be nothing at all: it is measured against the pixels' own unit.
-    size = math.sqrt(b.size) if name == "mean" else max(float(np.linalg.norm(b)), 1e-30)
-    peak = 255.0 if wanted.dtype == np.uint8 else max(float(np.abs(b).max()), 1e-30)
-    return {
-        "relative_l2": float(np.linalg.norm(error)) / size,
-        "max_error": float(error.max()),
-        "psnr_db": psnr(a[None], b[None], peak),
-    }
 
 
 def random_inputs(spec: NetSpec, sizes: Sizes, seed: int) -> dict[str, Array]:

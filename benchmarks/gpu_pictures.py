@@ -12,10 +12,10 @@ import numpy as np
 from ..engines.spec import Array
 from ..runtime.pipeline import Pipeline
 from .gpu_opener import PROMPT, Opened, Opener, Scale
-from .gpu_rows import Row, attempt, judged, psnr
+from .gpu_rows import Row, attempt, judged
+from .likeness import PICTURE_DB, psnr
 
 SAMPLERS = ("dpmpp_2m", "ddim", "euler_a")  # the last draws noise in every row
-PICTURE_DB = 40.0  # of a uint8 picture
 REPLAY_DB = 50.0  # the same kernels in the same order: a few shades by one, where a library sums atomically
 _WARM = 2  # runs: the first is plain, the second is captured
 _REFUSED = "the loop is not captured: "

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
-
-import numpy as np
+from typing import Any
 
 from ..engines.errors import LatentrtError
-from ..engines.spec import Array
-
-Status = Literal["ok", "FAILED", "not available"]
-Figures = Mapping[str, Any]
-
-_LONGEST = 600  # characters of a reason
-# A folder's path in a message: results are published, and name no path of the machine they are from.
-_FOLDERS = re.compile(r"(?<![\w.])(?:/[\w.+~-]+)+/")
+from .records import Figures, Status, plain, short
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +27,7 @@ class Row:
             "what": self.what,
             "status": self.status,
             "reason": short(self.reason),
-            "figures": _plain(self.figures),
+            "figures": plain(self.figures),
         }
 
     @classmethod
@@ -88,34 +77,9 @@ def collect(rows: Iterable[Row]) -> Iterator[Row]:
         yield failed("the section", error)
 
 
-def short(text: str) -> str:
-    """One line without folders, so that it can be published."""
-    line = _FOLDERS.sub("…/", " ".join(text.split()))
-    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} …"
-
-
-def psnr(found: Array, wanted: Array, peak: float = 255.0) -> float:
-    """In dB, of the worst picture of (N, …); infinite for equal ones, minus infinity for other shapes."""
-    if found.shape != wanted.shape or not np.isfinite(found).all():
-        return -math.inf
-    difference = found.astype(np.float64) - wanted
-    worst = max(float((one**2).mean()) for one in difference)
-    return math.inf if worst == 0 else 10 * math.log10(peak**2 / worst)
-
-
 def mebibytes(size: int) -> float:
     """Of bytes, for people."""
     return round(size / 2**20, 2)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in cast("Mapping[Any, Any]", value).items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in cast("Sequence[Any]", value)]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return short(value) if isinstance(value, str) else value
 
 
 def _fits(value: Any) -> bool:

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..engines.cuda.facts import available, facts
+from ..engines.cuda.facts import Nvml, available, facts
 
 _LIBRARIES = (
     "latentrt",
@@ -19,6 +19,8 @@ _LIBRARIES = (
     "onnx-ir",
     "torch",
     "diffusers",
+    "openvino",
+    "polygraphy",
     "tensorrt",
     "tensorrt-cu12",
     "tensorrt-cu13",
@@ -37,13 +39,31 @@ def describe_machine() -> dict[str, Any]:
     return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "load_1min": _load(),
         "gpu": describe_gpu(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "libraries": {name: found for name in _LIBRARIES if (found := _version(name))},
         "commit": _commit(),
     }
+
+
+def clocks() -> dict[str, Any]:
+    """What changes from one row to the next: the load and every clock, now."""
+    return {"load_1min": _load(), "cpu_mhz": _cpu_mhz(), "gpu_clocks": gpu_clocks()}
+
+
+def resident_bytes() -> tuple[int, int]:
+    """Of this process's memory what is resident now, and the most that ever was."""
+    import resource  # not on Windows
+
+    unit = 1 if platform.system() == "Darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    statm = Path("/proc/self/statm")
+    if not statm.is_file():
+        return peak, peak
+    now = int(statm.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return now, max(now, peak)
 
 
 def describe_gpu(*, runtime: Any = None, nvml: Any = None) -> dict[str, Any] | None:
@@ -62,6 +82,24 @@ def describe_gpu(*, runtime: Any = None, nvml: Any = None) -> dict[str, Any] | N
         "total_mib": found.total // 2**20,
         "unified_memory": found.unified,
     }
+
+
+def gpu_clocks(*, runtime: Any = None, nvml: Any = None) -> dict[str, int] | None:
+    """Clocks, temperature and power of the first CUDA device now (`Nvml.clocks`); None without one."""
+    if available(runtime):
+        return None
+    return Nvml(facts(runtime=runtime, nvml=nvml).uuid, nvml).clocks()
+
+
+def _load() -> float | None:
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def _cpu_mhz() -> list[int]:
+    """Of every processor now, as Linux tells it; empty elsewhere."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    return [round(float(line.partition(":")[2])) for line in lines if line.startswith("cpu MHz")]
 
 
 def _cpu_name() -> str:

@@ -17,6 +17,7 @@ from typing import NoReturn
 import typer
 
 from ..engines.errors import CancelledError, LatentrtError
+from .bench import bench
 from .build import build
 from .cache import cache
 from .export import export
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 for verb in (generate, export, build, inspect, metadata):
     app.command()(verb)
+app.add_typer(bench, name="bench")
 app.add_typer(cache, name="cache")
 
 

@@ -46,6 +46,26 @@ class Graph(Protocol):
         ...
 
 
+class Stopwatch(Protocol):
+    """The time between two places in the stream, by the device. Its waiting for the host is part of that."""
+
+    def start(self) -> None:
+        """Begin here: with what is enqueued next. Once more begins anew."""
+        ...
+
+    def stop(self) -> None:
+        """End here: with what was enqueued last."""
+        ...
+
+    def seconds(self) -> float:
+        """What lay between, once `synchronize` has waited for it. Raises BackendError before `stop`."""
+        ...
+
+    def close(self) -> None:
+        """Free it. May be called twice."""
+        ...
+
+
 class Device(Protocol):
     """One device and its one stream. Not safe to share between threads without a lock."""
 
@@ -82,6 +102,10 @@ class Device(Protocol):
 
         Raises BackendError, and discards what was recorded, if any of it cannot be captured.
         """
+        ...
+
+    def stopwatch(self) -> Stopwatch:
+        """A new one, on the stream. Raises BackendError, MemoryLimitError."""
         ...
 
     def memory(self) -> DeviceMemory:

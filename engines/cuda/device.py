@@ -5,7 +5,8 @@ other libraries do on theirs does not delay this one. ONNX Runtime and TensorRT 
 (`CudaDevice.stream`).
 
 The functions are those of NVIDIA's "CUDA Runtime API", chapters Memory Management, Stream Management and
-Graph Management; its chapter "API synchronization behavior" says what an asynchronous copy promises.
+Graph Management (Event Management: `stopwatch.py`); its chapter "API synchronization behavior" says what an
+asynchronous copy promises.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from ..device import ALIGNMENT, DeviceMemory, Graph
 from ..errors import BackendError, LatentrtError, MemoryLimitError, UsageError
 from ..spec import Array
 from .facts import DeviceFacts, Nvml, checked, facts, load_runtime
+from .stopwatch import CudaStopwatch
 
 # Bytes of page-locked memory that uploads pass through. A request uploads 1 to 10 MB; what is longer goes in
 # pieces, with a wait in between.
@@ -75,6 +78,7 @@ class CudaDevice:
         self._nvml = Nvml(self.facts.uuid, nvml)
         self._sizes: dict[int, int] = {}  # address -> bytes
         self._graphs: dict[CudaGraph, Any] = {}
+        self._stopwatches: list[CudaStopwatch] = []
         self._downloads: list[Array] = []
         self._staging = 0  # address of the page-locked block, once there is one
         self._staged = 0  # bytes of it that the stream may still read
@@ -302,6 +306,15 @@ class CudaDevice:
             self._runtime.cudaGraphExecDestroy(executable)
             self._runtime.cudaGetLastError()
 
+    def stopwatch(self) -> CudaStopwatch:
+        """A new one, freed with the device at the latest. Raises BackendError, also during capture, or
+        MemoryLimitError.
+        """
+        self._enter("making a stopwatch", recorded=False)
+        made = CudaStopwatch(self._runtime, self._stream, partial(self._enter, recorded=False))
+        self._stopwatches.append(made)
+        return made
+
     def close(self) -> None:
         """Free the stream, and whatever still lies on the device. May be called twice; never raises.
 
@@ -314,6 +327,8 @@ class CudaDevice:
         runtime.cudaStreamSynchronize(self._stream)
         for graph in list(self._graphs):
             graph.close()
+        for stopwatch in self._stopwatches:
+            stopwatch.close()
         for address in self._sizes:
             runtime.cudaFree(address)
         if self._staging:
@@ -321,6 +336,7 @@ class CudaDevice:
         runtime.cudaStreamDestroy(self._stream)
         runtime.cudaGetLastError()
         self._sizes.clear()
+        self._stopwatches.clear()
         self._downloads.clear()
         self._closed = True
 

@@ -18,6 +18,7 @@ from ..errors import BackendError, MemoryLimitError
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 _INSUFFICIENT_DRIVER = 35  # cudaErrorInsufficientDriver: also the answer where there is no driver at all
 _NO_DEVICE = 100  # cudaErrorNoDevice
+_NVML_CLOCK_SM, _NVML_CLOCK_MEM, _NVML_TEMPERATURE_GPU = 1, 2, 0
 _FEWER = "Draw fewer or smaller pictures at once, or close what else uses the GPU (`nvidia-smi` lists it)."
 
 
@@ -217,14 +218,37 @@ class Nvml:
         answer = None if self._handle is None else self._ask("nvmlDeviceGetMemoryInfo", self._handle)
         return None if answer is None else (int(answer.free), int(answer.total))
 
-    def process_memory(self) -> int | None:
-        """Bytes of the device that this process holds, with the context and the libraries' kernels.
+    def clocks(self) -> dict[str, int]:
+        """In MHz `sm` and `memory`, `temperature` in degrees Celsius and `power` in milliwatts, if known."""
+        if self._handle is None:
+            return {}
+        asked = {
+            "sm": ("nvmlDeviceGetClockInfo", _NVML_CLOCK_SM),
+            "memory": ("nvmlDeviceGetClockInfo", _NVML_CLOCK_MEM),
+            "temperature": ("nvmlDeviceGetTemperature", _NVML_TEMPERATURE_GPU),
+            "power": ("nvmlDeviceGetPowerUsage",),
+        }
+        answers = {name: self._ask(function, self._handle, *of) for name, (function, *of) in asked.items()}
+        return {name: int(answer) for name, answer in answers.items() if answer is not None}
+
+    def process_memory(self, pid: int | None = None) -> int | None:
+        """Bytes of the device that a process holds, with the context and the libraries' kernels.
 
         None where NVML does not tell: on Windows' own driver model, and in a container whose process numbers
-        are not the host's.
+        are not the host's. `pid`: this process unless given.
         """
-        if self._handle is None:
-            return None
-        processes = self._ask("nvmlDeviceGetComputeRunningProcesses", self._handle)
-        sizes = [item.usedGpuMemory for item in processes or () if item.pid == os.getpid()]
-        return sum(sizes) if sizes and None not in sizes else None
+        return self.processes().get(os.getpid() if pid is None else pid)
+
+    def processes(self) -> dict[int, int]:
+        """Bytes of the device that each process holds, by its number; without those NVML does not tell."""
+        listed = (
+            None if self._handle is None else self._ask("nvmlDeviceGetComputeRunningProcesses", self._handle)
+        )
+        sizes: dict[int, int] = {}
+        unknown: set[int] = set()
+        for item in listed or ():
+            if item.usedGpuMemory is None:
+                unknown.add(item.pid)
+            else:
+                sizes[item.pid] = sizes.get(item.pid, 0) + item.usedGpuMemory
+        return {pid: size for pid, size in sizes.items() if pid not in unknown}

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
 
-import numpy as np
 import pytest
 
 from latentrt.benchmarks import gpu_check, gpu_child
 from latentrt.benchmarks.gpu_child import SECTIONS, run_child, section_command
 from latentrt.benchmarks.gpu_memory import Lowest
 from latentrt.benchmarks.gpu_opener import backend_opener
-from latentrt.benchmarks.gpu_rows import Row, collect, psnr, short
+from latentrt.benchmarks.gpu_rows import Row, collect
 from latentrt.benchmarks.machine import describe_gpu, describe_machine
+from latentrt.benchmarks.records import short
 from latentrt.engines.cuda.facts import available
 from latentrt.engines.device import DeviceMemory
 from latentrt.engines.errors import BackendError
@@ -203,15 +203,6 @@ def test_a_package_that_is_none(
 def test_what_is_published_names_no_folder() -> None:
     text = short("File /home/someone/x-1/lib/python3.11/a.py, and\n  /tmp/store.lock; 3/4 of 16x16")
     assert text == "File …/a.py, and …/store.lock; 3/4 of 16x16"
-
-
-def test_psnr() -> None:
-    one = np.zeros((2, 4, 4, 3), np.uint8)
-    other = one.copy()
-    other[1] += 255
-    assert psnr(one, other) == 0
-    assert psnr(one, one) == float("inf")
-    assert psnr(one, one[:1]) == -float("inf")
 
 
 def test_a_backend_without_a_device(package: Package) -> None:

@@ -7,6 +7,7 @@ early reads zeros, as it would on a GPU. `limit` is the memory it has, in bytes.
 import ctypes
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from time import perf_counter
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from latentrt.engines.errors import BackendError, MemoryLimitError
 class HostGraph:
     def __init__(self, device: "HostDevice", work: list[Callable[[], None]]) -> None:
         self.device, self.work = device, work
+        device.graphs.add(self)
 
     def launch(self) -> None:
         self.device.launches += 1
@@ -25,6 +27,32 @@ class HostGraph:
 
     def close(self) -> None:
         self.work = []
+        self.device.graphs.discard(self)
+
+
+class HostStopwatch:
+    def __init__(self, device: "HostDevice") -> None:
+        self.device, self.times = device, dict[str, float]()
+        device.stopwatches.add(self)
+
+    def _note(self, name: str) -> None:
+        assert self in self.device.stopwatches, "the stopwatch is closed"
+        assert self.device.recording is None, "a stopwatch during capture"
+        self.times.pop(name, None)
+        self.device.submit(lambda: self.times.update({name: perf_counter()}))
+
+    def start(self) -> None:
+        self._note("start")
+
+    def stop(self) -> None:
+        self._note("stop")
+
+    def seconds(self) -> float:
+        assert self.times.keys() == {"start", "stop"}, "the stream has not passed both"
+        return self.times["stop"] - self.times["start"]
+
+    def close(self) -> None:
+        self.device.stopwatches.discard(self)
 
 
 class HostDevice:
@@ -37,7 +65,10 @@ class HostDevice:
         self.sizes: dict[int, int] = {}
         self.queue: list[Callable[[], None]] = []
         self.recording: list[Callable[[], None]] | None = None
+        self.stopwatches: set[HostStopwatch] = set()
+        self.graphs: set[HostGraph] = set()
         self.peak = self.synchronisations = self.launches = self.copies = self.submitted = 0
+        self.allocations = 0
 
     # ── memory ─────────────────────────────────────────────────────────────────────────────────
 
@@ -51,6 +82,7 @@ class HostDevice:
         block = np.zeros(size + ALIGNMENT, np.uint8)
         address = -(-block.ctypes.data // ALIGNMENT) * ALIGNMENT
         self.blocks[address], self.sizes[address] = block, size
+        self.allocations += 1
         self.peak = max(self.peak, self.used)
         return address
 
@@ -120,6 +152,9 @@ class HostDevice:
             graphs.append(HostGraph(self, self.recording))
         finally:
             self.recording = None
+
+    def stopwatch(self) -> HostStopwatch:
+        return HostStopwatch(self)
 
     def close(self) -> None:
         self._run_queue()

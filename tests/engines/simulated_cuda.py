@@ -5,7 +5,7 @@ the worst that CUDA's documentation allows. Freed memory, a second free, and wha
 errors with CUDA's own numbers. `fail` injects errors; a sticky one is the answer to every later call, as in a
 spoiled context.
 """
-# ruff: noqa: N801, N802, N803, N815 - the names are CUDA's and NVML's
+# ruff: noqa: N801, N802, N803, N815 - the names are CUDA's
 
 import ctypes
 from collections.abc import Callable
@@ -27,6 +27,7 @@ class cudaError_t(IntEnum):
     cudaErrorInvalidDevice = 101
     cudaErrorInvalidResourceHandle = 400
     cudaErrorIllegalState = 401
+    cudaErrorNotReady = 600
     cudaErrorIllegalAddress = 700
     cudaErrorLaunchFailure = 719
     cudaErrorStreamCaptureUnsupported = 900
@@ -72,6 +73,9 @@ class SimulatedRuntime:
         self.graphs: dict[int, list[Work]] = {}
         self.executables: dict[int, list[Work]] = {}
         self.streams: dict[int, list[Work]] = {}
+        self.events: dict[int, float | None] = {}  # milliseconds; None until the stream has passed it
+        self.recorded: set[int] = set()
+        self.milliseconds = 0.0  # each copy takes one
         self.recording: list[Work] | None = None
         self.severed = False
         self.last = self.sticky = OK
@@ -92,7 +96,9 @@ class SimulatedRuntime:
         return sum(size for _, size in self.blocks.values())
 
     def nothing_left(self) -> bool:
-        return not (self.blocks or self.pinned or self.graphs or self.executables or self.streams)
+        return not (
+            self.blocks or self.pinned or self.graphs or self.executables or self.streams or self.events
+        )
 
     # ── the machinery ──────────────────────────────────────────────────────────────────────────
 
@@ -139,6 +145,7 @@ class SimulatedRuntime:
         if (kind != down and not self._inside(to, size)) or (kind != up and not self._inside(source, size)):
             return ILLEGAL
         ctypes.memmove(to, source, size)
+        self.milliseconds += 1
         return OK
 
     # ── devices and errors ─────────────────────────────────────────────────────────────────────
@@ -317,44 +324,43 @@ class SimulatedRuntime:
             self._enqueue(stream, work)
         return (OK,)
 
+    # ── events ─────────────────────────────────────────────────────────────────────────────────
 
-class NvmlError(Exception):
-    pass
+    def cudaEventCreate(self) -> tuple[Any, ...]:
+        if error := self._begin("cudaEventCreate"):
+            return error, None
+        event = self._handle()
+        self.events[event] = None
+        return OK, event
 
+    def cudaEventRecord(self, event: Any, stream: Any) -> tuple[Any, ...]:
+        if error := self._begin("cudaEventRecord"):
+            return (error,)
+        if event not in self.events:
+            return (self._note(NO_HANDLE),)
+        self.events[event] = None
+        self.recorded.add(event)
 
-class Numbers:
-    def __init__(self, **values: Any) -> None:
-        vars(self).update(values)
+        def work() -> cudaError_t:
+            if event in self.events:
+                self.events[event] = self.milliseconds
+            return OK
 
+        return self._enqueue(stream, work)
 
-class SimulatedNvml:
-    """`pynvml`; `unknown` names functions that answer NotSupported, `kind` begins the device's identity."""
+    def cudaEventElapsedTime(self, start: Any, end: Any) -> tuple[Any, ...]:
+        if error := self._begin("cudaEventElapsedTime"):
+            return error, None
+        if not {start, end} <= self.recorded & self.events.keys():
+            return self._note(NO_HANDLE), None
+        began, ended = self.events[start], self.events[end]
+        if began is None or ended is None:
+            return self._note(cudaError_t.cudaErrorNotReady), None
+        return OK, ended - began
 
-    NVMLError = NvmlError
-
-    def __init__(self, *, unknown: tuple[str, ...] = (), kind: str = "GPU", processes: Any = ()) -> None:
-        self.unknown, self.kind, self.processes = unknown, kind, processes
-
-    def _answer(self, name: str, value: Any) -> Any:
-        if name in self.unknown:
-            raise NvmlError("Not Supported")
-        return value
-
-    def nvmlInit(self) -> None:
-        self._answer("nvmlInit", None)
-
-    def nvmlSystemGetDriverVersion(self) -> str:
-        return self._answer("nvmlSystemGetDriverVersion", "580.82.07")
-
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
-        if uuid != f"{self.kind}-00010203-0405-0607-0809-0a0b0c0d0e0f":
-            raise NvmlError("Not Found")
-        return "handle"
-
-    def nvmlDeviceGetMemoryInfo(self, handle: str) -> Numbers:
-        assert handle == "handle"
-        return self._answer("nvmlDeviceGetMemoryInfo", Numbers(free=600, total=1000, used=400))
-
-    def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> Any:
-        assert handle == "handle"
-        return self._answer("nvmlDeviceGetComputeRunningProcesses", self.processes)
+    def cudaEventDestroy(self, event: Any) -> tuple[Any, ...]:
+        if error := self._begin("cudaEventDestroy"):
+            return (error,)
+        known = event in self.events
+        self.events.pop(event, None)
+        return (OK if known else self._note(NO_HANDLE),)

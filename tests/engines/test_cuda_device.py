@@ -8,7 +8,8 @@ from latentrt.engines.cuda import facts as cuda_facts
 from latentrt.engines.cuda.device import STAGING, CudaDevice
 from latentrt.engines.device import ALIGNMENT, Device, DeviceMemory
 from latentrt.engines.errors import BackendError, MemoryLimitError, UsageError
-from tests.engines.simulated_cuda import SimulatedNvml, SimulatedRuntime, cudaError_t
+from tests.engines.simulated_cuda import SimulatedRuntime, cudaError_t
+from tests.engines.simulated_nvml import SimulatedNvml
 
 NO_NVML = SimulatedNvml(unknown=("nvmlInit",))
 

@@ -10,13 +10,16 @@ import pytest
 
 from latentrt.engines.cuda import device as cuda_device
 from latentrt.engines.cuda import facts as cuda_facts
+from latentrt.engines.cuda import stopwatch as cuda_stopwatch
 from latentrt.engines.cuda.device import CudaDevice
 from latentrt.engines.errors import BackendError, MemoryLimitError
-from tests.engines.simulated_cuda import SimulatedNvml, SimulatedRuntime
+from tests.engines.simulated_cuda import SimulatedRuntime
+from tests.engines.simulated_nvml import SimulatedNvml
 
 
 def sources() -> list[ast.AST]:
-    return [ast.parse(Path(module.__file__).read_text("utf-8")) for module in (cuda_device, cuda_facts)]
+    modules = cuda_device, cuda_facts, cuda_stopwatch
+    return [ast.parse(Path(module.__file__).read_text("utf-8")) for module in modules]
 
 
 def calls() -> set[tuple[str, int]]:
@@ -34,7 +37,7 @@ def calls() -> set[tuple[str, int]]:
 @pytest.mark.parametrize("real", [True, False])
 def test_every_function_that_is_called_takes_that_many_arguments(real: bool) -> None:
     runtime = pytest.importorskip("cuda.bindings.runtime") if real else SimulatedRuntime()
-    assert len(calls()) >= 24
+    assert len(calls()) >= 28
     for name, count in calls():
         inspect.signature(getattr(runtime, name)).bind(*range(count))
 
@@ -91,10 +94,14 @@ def test_the_real_library_accepts_every_argument() -> None:
     with device.capture() as graphs:
         device.copy(b, a, 4)
         device.copy(b, a, 4, rows=2, to_pitch=8, pitch=4)
+    stopwatch = device.stopwatch()
+    stopwatch.start()
     graphs[0].launch()
+    stopwatch.stop()
     array = np.empty(16, np.uint8)
     device.download(b, array)
     device.synchronize()
+    assert stopwatch.seconds() == pytest.approx(3e-3)  # the simulation's: three runs of the two copies
     assert array.tolist() == [0, 1, 2, 3, 0, 0, 0, 0, 4, 5, 6, 7, 0, 0, 0, 0]
     with pytest.raises(BackendError, match="cannot be captured: no"), device.capture():
         raise RuntimeError("no")

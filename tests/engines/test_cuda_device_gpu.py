@@ -74,6 +74,24 @@ def test_capture_and_launch(device: CudaDevice) -> None:
     graphs[0].close()
 
 
+def test_a_stopwatch_counts_what_the_stream_did(device: CudaDevice) -> None:
+    size = 64 * 2**20
+    a, b = device.allocate(size), device.allocate(size)
+    device.copy(b, a, size)  # warm
+    seconds = []
+    for copies in (1, 16):
+        stopwatch = device.stopwatch()
+        stopwatch.start()
+        for _ in range(copies):
+            device.copy(b, a, size)
+        stopwatch.stop()
+        device.synchronize()
+        seconds.append(stopwatch.seconds())
+        stopwatch.close()
+    assert 4 < seconds[1] / seconds[0] < 64
+    assert 2 * size / seconds[0] < 20e12, "bytes per second: more than any memory has"
+
+
 def test_a_library_that_allocates_during_capture(device: CudaDevice) -> None:
     from cuda.bindings import runtime
 

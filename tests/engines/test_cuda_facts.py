@@ -8,7 +8,8 @@ import pytest
 from latentrt.engines.cuda import facts as cuda_facts
 from latentrt.engines.cuda.facts import DeviceFacts, Nvml, available, facts, load_runtime
 from latentrt.engines.errors import BackendError
-from tests.engines.simulated_cuda import Numbers, SimulatedNvml, SimulatedRuntime, cudaError_t
+from tests.engines.simulated_cuda import SimulatedRuntime, cudaError_t
+from tests.engines.simulated_nvml import Numbers, SimulatedNvml
 
 IDENTITY = "00010203-0405-0607-0809-0a0b0c0d0e0f"
 
@@ -104,6 +105,23 @@ def test_process_memory(processes: list[Any], size: int | None) -> None:
     assert Nvml(IDENTITY, SimulatedNvml(processes=listed)).process_memory() == size
 
 
+def test_memory_of_other_processes() -> None:
+    numbers = [(7, 70), (1, 5), (7, 7), (3, None), (3, 9)]
+    listed = [Numbers(pid=pid, usedGpuMemory=used) for pid, used in numbers]
+    nvml = Nvml(IDENTITY, SimulatedNvml(processes=listed))
+    assert nvml.processes() == {7: 77, 1: 5}
+    assert (nvml.process_memory(7), nvml.process_memory(1), nvml.process_memory(3)) == (77, 5, None)
+
+
+def test_clocks_temperature_and_power() -> None:
+    known = {"sm": 1980, "memory": 3201, "temperature": 41, "power": 78123}
+    assert Nvml(IDENTITY, SimulatedNvml()).clocks() == known
+    no_power = SimulatedNvml(unknown=("nvmlDeviceGetPowerUsage",))  # laptops
+    assert Nvml(IDENTITY, no_power).clocks() == {n: v for n, v in known.items() if n != "power"}
+    assert Nvml("another", SimulatedNvml()).clocks() == {}
+    assert Nvml(IDENTITY, SimulatedNvml(unknown=("nvmlInit",))).clocks() == {}
+
+
 def test_nvml_without_answers() -> None:
     unsupported = SimulatedNvml(
         unknown=(
@@ -127,4 +145,7 @@ def test_the_real_nvml_has_the_functions() -> None:
     for name in (name for name in dir(SimulatedNvml) if name.startswith("nvml")):
         assert callable(getattr(pynvml, name))
     assert issubclass(pynvml.NVMLError, Exception)
+    assert pynvml.NVML_CLOCK_SM == cuda_facts._NVML_CLOCK_SM
+    assert pynvml.NVML_CLOCK_MEM == cuda_facts._NVML_CLOCK_MEM
+    assert pynvml.NVML_TEMPERATURE_GPU == cuda_facts._NVML_TEMPERATURE_GPU
     assert cuda_facts.Nvml(IDENTITY).memory() is None

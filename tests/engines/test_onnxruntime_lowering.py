@@ -204,8 +204,8 @@ def test_a_net_without_weights_needs_no_entry(package: Package) -> None:
 
 
 def test_onnx_ir_missing(demo: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentrt.engines.onnxruntime.lowering.find_spec", lambda _: None)
-    with pytest.raises(BackendError, match=r'pip install "latentrt\[cuda\]"'):
+    monkeypatch.setattr("latentrt.engines.onnxruntime.graph_files.find_spec", lambda _: None)
+    with pytest.raises(BackendError, match="pip install onnx-ir"):
         lower(demo, "unet", tmp_path)
 
 

@@ -1,0 +1,117 @@
+"""What is asked of every side, and the inputs that all of them get."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ..engines.package import Manifest
+from ..engines.spec import Array
+from ..runtime.tokenizer import ClipTokenizer
+
+PROMPT = "a red circle on a blue background"
+NEGATIVE = "a small yellow star"
+# One call each, of nets; `update` is guidance and the row update; `picture` is all of it, prompt to pixels.
+NETS = ("text_encoder", "unet", "vae_decoder")
+WORKLOADS = ("text_encoder", "invariants", "unet", "update", "vae_decoder", "picture")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One request, the same for every side. Pixels; `pictures` are drawn at once; guidance is off at 1."""
+
+    width: int
+    height: int
+    guidance_scale: float
+    pictures: int = 1
+    steps: int = 20
+    sampler: str = "dpmpp_2m"
+    seed: int = 7
+    prompt: str = PROMPT
+    negative_prompt: str = NEGATIVE
+
+    @classmethod
+    def of(cls, manifest: Manifest, **changes: Any) -> Case:
+        """The package's own size and guidance, with `changes`."""
+        defaults = manifest.defaults
+        own = {"width": defaults.width, "height": defaults.height, "guidance_scale": defaults.guidance_scale}
+        given = {name: value for name, value in changes.items() if value is not None}
+        values: dict[str, Any] = {**own, **given}
+        return cls(**values)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the UNet sees unconditional rows too."""
+        return self.guidance_scale > 1
+
+    @property
+    def batch(self) -> int:
+        """B: rows of a UNet call."""
+        return self.pictures * (2 if self.guided else 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """What tells rows apart."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Case:
+        """The reverse of `to_json`."""
+        return cls(**data)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """For `Pipeline.__call__`, whose answer is then (N, H, W, 3) uint8."""
+        return {
+            "width": self.width,
+            "height": self.height,
+            "guidance_scale": self.guidance_scale,
+            "negative_prompt": self.negative_prompt,
+            "num_images_per_prompt": self.pictures,
+            "num_inference_steps": self.steps,
+            "sampler": self.sampler,
+            "seed": self.seed,
+            "output_type": "np",
+        }
+
+
+def sizes_of(case: Case, manifest: Manifest) -> dict[str, int]:
+    """The symbols of the net contract (`engines/spec.py`) as a case has them."""
+    cell = manifest.latent_scale
+    return {
+        "N": case.pictures,
+        "B": case.batch,
+        "P": 2 if case.guided else 1,
+        "S": case.steps,
+        "T": manifest.max_tokens,
+        "H": case.height,
+        "W": case.width,
+        "H/8": case.height // cell,
+        "W/8": case.width // cell,
+    }
+
+
+def net_inputs(workload: str, case: Case, manifest: Manifest, tokenizer: ClipTokenizer) -> dict[str, Array]:
+    """The inputs of one call of a net, float32 where they are floats; never zeros, the same for every side.
+
+    Returns:
+        text_encoder: `input_ids` (P, T) int32, P = 2 with guidance, unconditional first.
+        unet: `latent` (B, C, H/8, W/8), `timestep` (1,), `context` (B, T, D).
+        vae_decoder: `latent` (N, C, H/8, W/8), in the units of the UNet (before the scaling factor).
+    """
+    random = np.random.default_rng(case.seed)
+    cell = manifest.latent_scale
+    latent = manifest.latent_channels, case.height // cell, case.width // cell
+    if workload == "text_encoder":
+        texts = [case.negative_prompt, case.prompt] if case.guided else [case.prompt]
+        return {"input_ids": tokenizer.encode(texts, length=manifest.max_tokens).ids}
+    if workload == "vae_decoder":
+        return {"latent": random.standard_normal((case.pictures, *latent), np.float32)}
+    context = case.batch, manifest.max_tokens, manifest.context_width
+    return {
+        "latent": random.standard_normal((case.batch, *latent), np.float32),
+        "timestep": random.integers(1, 1000, 1).astype(np.float32),
+        "context": random.standard_normal(context, np.float32),
+    }

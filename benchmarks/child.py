@@ -1,0 +1,156 @@
+"""One side in a process of its own: `python -m latentrt.benchmarks.child SIDE TASK`, commands on stdin.
+
+Each command is a line of JSON and gets one line back. What libraries print goes to stderr.
+
+    {"do": "prepare", "workload", "case", "slot", "save"}   first run; outputs go to the .npz file `save`;
+                                                            what was in the slot before is forgotten
+                                                            -> {"seconds", "finite", "figures"}
+    {"do": "time", "slot", "runs"}                  -> {"seconds": [...], "finite", "figures": [...]}
+                                                    seconds of a run, or of one of its repetitions
+    {"do": "memory"}                                -> {"rss", "peak_rss", "own": {...}}
+    {"do": "close"}                                 -> {}
+
+The first line it sends, without being asked, is {"opened": seconds, "versions", "rss"}.
+An error is {"error": text, "kind": "not available" or "FAILED"}; the process lives on.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from time import perf_counter
+from typing import IO, Any
+
+import numpy as np
+
+from ..engines.errors import LatentrtError
+from ..engines.spec import Array
+from .case import Case
+from .machine import resident_bytes
+from .records import short
+from .sides.contract import Held, NotAvailableError, OpenSide, Prepared, Repeated, Task, side
+
+
+class Child:
+    """An open side, and what was prepared, by slot."""
+
+    def __init__(self, opened: OpenSide) -> None:
+        self._opened = opened
+        self._slots: dict[str, Prepared] = {}
+
+    def answer(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        """Carry one command out."""
+        verbs: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+            "prepare": self._prepare,
+            "time": self._time,
+            "memory": self._memory,
+            "close": self._close,
+        }
+        return verbs[command["do"]](command)
+
+    def _prepare(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        if isinstance(before := self._slots.pop(command["slot"], None), Held):
+            before.close()
+        prepared = self._opened.prepare(command["workload"], Case.from_json(command["case"]))
+        began = perf_counter()
+        prepared.run()
+        seconds = (perf_counter() - began) / repeats(prepared)
+        outputs = prepared.outputs()
+        if command.get("save"):
+            arrays: dict[str, Any] = {name: np.asarray(array) for name, array in outputs.items()}
+            np.savez(command["save"], **arrays)
+        self._slots[command["slot"]] = prepared
+        return {"seconds": seconds, "finite": finite(outputs), "figures": dict(prepared.figures())}
+
+    def _time(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        prepared = self._slots[command["slot"]]
+        each = repeats(prepared)
+        seconds: list[float] = []
+        figures: list[dict[str, Any]] = []
+        collecting = gc.isenabled()
+        gc.disable()  # a collection would be some run's bad luck
+        try:
+            for _ in range(command["runs"]):
+                began = perf_counter()
+                prepared.run()
+                seconds.append((perf_counter() - began) / each)
+                figures.append(dict(prepared.figures()))
+        finally:
+            if collecting:
+                gc.enable()
+        return {"seconds": seconds, "finite": finite(prepared.outputs()), "figures": figures}
+
+    def _memory(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        now, peak = resident_bytes()
+        return {"rss": now, "peak_rss": peak, "own": dict(self._opened.memory())}
+
+    def _close(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        self._opened.close()
+        return {}
+
+
+def repeats(prepared: Prepared) -> int:
+    """How often one run does the workload."""
+    return prepared.repeats if isinstance(prepared, Repeated) else 1
+
+
+def finite(outputs: Mapping[str, Array]) -> bool:
+    """Whether every number is."""
+    return all(bool(np.isfinite(array).all()) for array in outputs.values())
+
+
+def serve(commands: Iterator[str], opened: OpenSide, reply: Callable[[dict[str, Any]], None]) -> None:
+    """Answer every command, until `close` or the end of them."""
+    child = Child(opened)
+    for line in commands:
+        command = json.loads(line)
+        try:
+            reply(child.answer(command))
+        except Exception as error:  # whatever a library raises is a result
+            reply(_error(error))
+        if command["do"] == "close":
+            return
+
+
+def _error(error: Exception) -> dict[str, Any]:
+    kind = "not available" if isinstance(error, NotAvailableError) else "FAILED"
+    text = error.found if isinstance(error, LatentrtError) else f"{type(error).__name__}: {error}"
+    return {"error": short(text), "kind": kind}
+
+
+def _open_replies() -> IO[str]:
+    """The real stdout; whoever prints, prints to stderr from now on."""
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return replies
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Open the side and serve."""
+    replies = _open_replies()
+
+    def reply(answer: dict[str, Any]) -> None:
+        replies.write(json.dumps(answer) + "\n")
+        replies.flush()
+
+    name, task = arguments[0], Task.from_json(json.loads(arguments[1]))
+    began = perf_counter()
+    try:
+        module = side(name)
+        if reason := module.available(task):
+            reply({"error": short(reason), "kind": "not available"})
+            return
+        opened = module.open_side(task)
+    except Exception as error:  # whatever a library raises is a result
+        reply(_error(error))
+        return
+    took = perf_counter() - began
+    reply({"opened": took, "versions": dict(opened.versions), "rss": resident_bytes()[0]})
+    serve(iter(sys.stdin), opened, reply)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,127 @@
+"""Does `compare` find a planted slowdown, and pass an A/A pair? `python -m latentrt.benchmarks.detection`.
+
+Each trial measures three documents of the demo model afresh, in an order that changes from trial to trial:
+ours, ours again, and ours made slower (`Task.slow_down`). The real `compare` is asked about the first and
+each of the others. It is right if it reports no regression of the pair, and one of the planted slowdown.
+
+Trials are added to --out FILE if it is there, so that a long run can be done in pieces: --first says where.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import permutations
+from pathlib import Path
+
+from ..engines.package import Package
+from ..runtime.pipeline import SHIPPED
+from .case import Case
+from .compare import THRESHOLD, Comparison, compare
+from .latency import Sides, describe_model, measure_latency
+from .records import Document, Row, read_document
+from .rounds import Pace
+from .sides.contract import OURS, Task
+
+PLANTED = 0.10
+PAIR, SLOWED = "A/A pair", "planted slowdown"
+WORKLOADS = ("unet", "vae_decoder")
+SECONDS = 10.0  # of timed runs, for each workload of a document
+TURN = 0.03  # seconds: short turns, many rounds
+
+Measure = Callable[[float], Document]
+
+
+def run_trials(measure: Measure, numbers: Iterable[int], threshold: float = THRESHOLD) -> Iterator[Row]:
+    """Two rows for each trial, as soon as it is done: of the pair and of the planted slowdown.
+
+    Args:
+        measure: a fresh document, of ours slowed down by this share.
+        numbers: of the trials; they decide on the order of the measurements.
+        threshold: of `compare`.
+    """
+    orders = list(permutations(("before", PAIR, SLOWED)))
+    for number in numbers:
+        found: dict[str, Document] = {}
+        for name in orders[number % len(orders)]:
+            found[name] = measure(PLANTED if name == SLOWED else 0.0)
+        for name in (PAIR, SLOWED):
+            comparison = compare(found["before"], found[name], threshold=threshold)
+            yield _row(name, number, comparison, comparison.regressed == (name == SLOWED))
+
+
+def summary(document: Document) -> str:
+    """One line: how often it was right."""
+    counts: list[str] = []
+    for done, name in (("caught", SLOWED), ("passed", PAIR)):
+        rows = list(document.select(name))
+        counts.append(f"{done} {sum(row.status == 'ok' for row in rows)} of {len(rows)}")
+    return ", ".join(counts)
+
+
+def _row(name: str, number: int, comparison: Comparison, right: bool) -> Row:
+    verdicts = {f"{row.side}, {row.workload}": row.verdict for row in comparison.rows}
+    return Row(
+        side=OURS,
+        workload=name,
+        case={"trial": number, "slow_down": PLANTED if name == SLOWED else 0.0},
+        unit="1",
+        rounds=(tuple(row.ratio.value for row in comparison.rows if row.ratio),),
+        status="ok" if right else "FAILED",
+        reason="" if right else f"the verdicts were {verdicts}",
+        figures=comparison.to_json(),
+    )
+
+
+def _measure_with(package: Package, pace: Pace) -> Measure:
+    case = Case.of(package.manifest)
+
+    def measure(slow_down: float) -> Document:
+        sides = Sides(task=Task(package=package.root, slow_down=slow_down))
+        return measure_latency(package, sides, [case], workloads=WORKLOADS, pace=pace)
+
+    return measure
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="the JSON document; trials are added to it")
+    parser.add_argument("--pairs", type=int, default=20, help="trials")
+    parser.add_argument("--first", type=int, default=0, help="number of the first")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="timed, for each workload of a document"
+    )
+    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="of `latentrt bench compare`")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None, measure: Measure | None = None) -> int:
+    """The exit code: 1 if `compare` was wrong even once. Tests measure with a function of their own."""
+    told = _arguments(arguments)
+    package = Package.open(SHIPPED["demo"])
+    pace = Pace(runs=1, rounds=1_000_000, budget=told.seconds, turn=TURN, warm_up=2)
+    rows = list(read_document(told.out).rows) if told.out.is_file() else []
+    settings = {
+        "seconds": told.seconds,
+        "threshold": told.threshold,
+        "slow_down": PLANTED,
+        "workloads": WORKLOADS,
+    }
+    numbers = range(told.first, told.first + told.pairs)
+    document = Document(
+        benchmark="detection", model=describe_model(package), settings=settings, rows=tuple(rows)
+    )
+    for row in run_trials(measure or _measure_with(package, pace), numbers, told.threshold):
+        rows.append(row)
+        document = Document(
+            benchmark="detection", model=describe_model(package), settings=settings, rows=tuple(rows)
+        )
+        document.write(told.out)
+        ratios = ", ".join(f"x {ratio:.3f}" for ratio in row.samples)
+        print(f"{row.case['trial']:3}  {row.workload}: {ratios}  {row.status} {row.reason}", flush=True)
+    print(summary(document))
+    return 1 if document.failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

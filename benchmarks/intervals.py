@@ -1,0 +1,230 @@
+"""How sure a figure is: ratios of interleaved sides, the spread of an A/A pair, straight lines.
+
+A machine drifts, so the samples of one round are alike: rounds are resampled whole (a block bootstrap;
+Efron & Tibshirani, An Introduction to the Bootstrap, 1993, section 8.6), never single samples. Intervals are
+percentile intervals (section 13.3), and the same for the same data: the generator is seeded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Rounds = Sequence[Sequence[float]]
+
+LEVEL = 0.95
+RESAMPLES = 2000
+SEED = 0
+_AT_ONCE = 4_000_000  # weights held in memory at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A figure and the interval it lies in, of the confidence level that was asked for."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        """In the unit of the value."""
+        return (self.high - self.low) / 2
+
+    def to_json(self) -> dict[str, float]:
+        """Plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """How far an A/A pair is apart: 0 is not at all, 0.05 is 5 %.
+
+    Attributes:
+        pooled: |p50(a) / p50(b) - 1| over all samples.
+        by_round: |median over rounds of p50(a_i) / p50(b_i) - 1|: drift from round to round cancels.
+    """
+
+    pooled: float
+    by_round: float
+
+    def to_json(self) -> dict[str, float]:
+        """Plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """y = intercept + slope x, by least squares.
+
+    Attributes:
+        slope: see above.
+        intercept: see above.
+        residual: the largest |y - line|, as a share of the largest |y|.
+        r_squared: coefficient of determination; 1 where y is constant and the line goes through it.
+        robust_slope: Theil-Sen, the median of the slopes of all pairs of points (Sen 1968): one bad point
+            does not move it.
+        robust_intercept: median(y) - robust_slope median(x), as scipy has it.
+    """
+
+    slope: float
+    intercept: float
+    residual: float
+    r_squared: float
+    robust_slope: float
+    robust_intercept: float
+
+    def to_json(self) -> dict[str, float]:
+        """Plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A figure, and what it would have been with other rounds of the same run, (resamples,)."""
+
+    value: float
+    resampled: Floats
+
+    def interval(self, level: float = LEVEL) -> Interval:
+        """The percentile interval."""
+        tail = (1 - level) / 2
+        low, high = np.quantile(self.resampled, [tail, 1 - tail])
+        return Interval(value=self.value, low=float(low), high=float(high))
+
+    def over(self, other: Estimate) -> Estimate:
+        """The ratio to an estimate of another run, whose rounds were drawn on their own."""
+        return Estimate(value=self.value / other.value, resampled=self.resampled / other.resampled)
+
+
+def of_rounds(rounds: Rounds, quantile: float = 0.5) -> Floats:
+    """A quantile of each round, (R,)."""
+    if len({len(turn) for turn in rounds}) == 1:
+        return np.quantile(np.asarray(rounds, np.float64), quantile, axis=1)
+    return np.array([np.quantile(turn, quantile) for turn in rounds], np.float64)
+
+
+def ratio(numerator: Rounds, denominator: Rounds, *, level: float = LEVEL, seed: int = SEED) -> Interval:
+    """p50(numerator) / p50(denominator) of two sides of one run, round i of one beside round i of the other.
+
+    The same rounds of both are drawn, so that what a slow round does to both widens the interval less. It is
+    on the safe side where rounds drift: `ratio_by_round` then has the narrower one.
+
+    Raises:
+        ValueError: other numbers of rounds, or none.
+    """
+    return ratio_of_medians(numerator, denominator, seed=seed).interval(level)
+
+
+def ratio_by_round(
+    numerator: Rounds, denominator: Rounds, *, level: float = LEVEL, seed: int = SEED
+) -> Interval:
+    """The median over rounds of p50(numerator_i) / p50(denominator_i): drift between rounds cancels.
+
+    Raises:
+        ValueError: other numbers of rounds, or none.
+    """
+    return ratio_of_rounds(numerator, denominator, seed=seed).interval(level)
+
+
+def ratio_of_medians(
+    numerator: Rounds, denominator: Rounds, *, resamples: int = RESAMPLES, seed: int = SEED
+) -> Estimate:
+    """See `ratio`."""
+    count = _same_count(numerator, denominator)
+    tops, bottoms = _Medians(numerator), _Medians(denominator)
+    size = len(tops.samples) + len(bottoms.samples)
+    found = [tops.of(drawn) / bottoms.of(drawn) for drawn in _draws(count, resamples, seed, size)]
+    once = np.ones((1, count), np.int64)
+    return Estimate(value=float((tops.of(once) / bottoms.of(once))[0]), resampled=np.concatenate(found))
+
+
+def ratio_of_rounds(
+    numerator: Rounds, denominator: Rounds, *, resamples: int = RESAMPLES, seed: int = SEED
+) -> Estimate:
+    """See `ratio_by_round`."""
+    count = _same_count(numerator, denominator)
+    values = of_rounds(numerator) / of_rounds(denominator)
+    drawn = np.random.default_rng(seed).integers(count, size=(resamples, count))
+    return Estimate(value=float(np.median(values)), resampled=np.median(values[drawn], axis=1))
+
+
+def median_of(rounds: Rounds, *, resamples: int = RESAMPLES, seed: int = SEED) -> Estimate:
+    """p50 over all samples. Raises ValueError without rounds."""
+    return ratio_of_medians(rounds, [(1.0,)] * len(rounds), resamples=resamples, seed=seed)
+
+
+def ab_spread(a: Rounds, b: Rounds) -> Spread:
+    """Of an A/A pair that took turns. Raises ValueError for other numbers of rounds, or none."""
+    _same_count(a, b)
+    pooled = np.median(np.concatenate(a)) / np.median(np.concatenate(b))
+    by_round = np.median(of_rounds(a) / of_rounds(b))
+    return Spread(pooled=abs(float(pooled) - 1), by_round=abs(float(by_round) - 1))
+
+
+def fit_line(x: Sequence[float], y: Sequence[float]) -> Line:
+    """The straight line through points.
+
+    Raises:
+        ValueError: fewer than two different x, or lengths that differ.
+    """
+    xs, ys = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if xs.shape != ys.shape or len(np.unique(xs)) < 2:
+        raise ValueError(f"a line needs two different x and a y for each, not {len(xs)} x and {len(ys)} y")
+    dx, dy = xs - xs.mean(), ys - ys.mean()
+    slope = float(dx @ dy / (dx @ dx))
+    intercept = float(ys.mean() - slope * xs.mean())
+    rest = ys - (intercept + slope * xs)
+    total = float(dy @ dy)
+    robust = _theil_sen(xs, ys)
+    return Line(
+        slope=slope,
+        intercept=intercept,
+        residual=float(np.abs(rest).max() / max(float(np.abs(ys).max()), 1e-300)),
+        r_squared=1 - float(rest @ rest) / total if total else 1.0,
+        robust_slope=robust,
+        robust_intercept=float(np.median(ys) - robust * np.median(xs)),
+    )
+
+
+def _theil_sen(xs: Floats, ys: Floats) -> float:
+    one, other = np.triu_indices(len(xs), 1)
+    across = xs[other] - xs[one]
+    apart = across != 0
+    return float(np.median((ys[other] - ys[one])[apart] / across[apart]))
+
+
+class _Medians:
+    """Medians over samples of which each counts as often as its round was drawn."""
+
+    def __init__(self, rounds: Rounds) -> None:
+        samples = np.concatenate(rounds).astype(np.float64)
+        order = np.argsort(samples, kind="stable")
+        numbers = np.repeat(np.arange(len(rounds)), [len(turn) for turn in rounds])
+        self.samples, self._round = samples[order], numbers[order]
+
+    def of(self, drawn: NDArray[np.int64]) -> Floats:
+        """`drawn` (K, R): how often each round was; -> (K,)."""
+        below = np.cumsum(drawn[:, self._round], axis=1)  # (K, samples)
+        middle = below[:, -1:] / 2
+        # the two samples in the middle; the same one where their number is odd
+        left, right = np.argmax(below >= middle, axis=1), np.argmax(below > middle, axis=1)
+        return (self.samples[left] + self.samples[right]) / 2
+
+
+def _draws(count: int, resamples: int, seed: int, size: int) -> Iterator[NDArray[np.int64]]:
+    """How often each of `count` rounds is drawn, in blocks (K, count) that fit in memory."""
+    random = np.random.default_rng(seed)
+    block = max(1, min(resamples, _AT_ONCE // size))
+    for begin in range(0, resamples, block):
+        yield random.multinomial(count, np.full(count, 1 / count), size=min(block, resamples - begin))
+
+
+def _same_count(a: Rounds, b: Rounds) -> int:
+    if not a or len(a) != len(b):
+        raise ValueError(f"sides that took turns have the same number of rounds, not {len(a)} and {len(b)}")
+    return len(a)

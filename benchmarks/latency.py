@@ -1,0 +1,237 @@
+"""`latentrt bench latency`: how long each stage and a whole picture take, ours beside its peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from ..engines.package import Package
+from ..engines.spec import Array
+from .case import WORKLOADS, Case
+from .likeness import PICTURES_DB, RELATIVE_L2, difference
+from .process import SideError, SideProcess
+from .records import Document, Row
+from .roofline import CEILING, COPY, GEMM, with_roofline, workload_parts
+from .rounds import Pace, Turns, interleave
+from .sides.contract import AGAIN, OURS, Task
+
+# What a picture spends in nets, by the stages of the host's loop; the rest is scheduler, guidance and Python.
+ENGINE_STAGES = ("text_encoder", "invariants", "unet", "vae_decoder")
+
+Said = Callable[[str], None]
+
+
+def _silent(line: str) -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sides:
+    """Who is measured: ours and ours again (the A/A pair), then peers; and what the machine can do at best.
+
+    Attributes:
+        task: what all of them open.
+        peers: names in `sides.contract.SIDES`.
+        references: of AGAIN and CEILING those that take part.
+    """
+
+    task: Task
+    peers: tuple[str, ...] = ()
+    references: tuple[str, ...] = (AGAIN, CEILING)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the rows, in the order of the first round."""
+        again = (AGAIN,) if AGAIN in self.references else ()
+        ceiling = (CEILING,) if CEILING in self.references else ()
+        return (OURS, *again, *self.peers, *ceiling)
+
+    def open(self, stack: ExitStack, said: Said = _silent) -> tuple[list[SideProcess], list[Row]]:
+        """Those that can be opened, each in a fresh process, and a row for each other one.
+
+        Raises:
+            SideError: ours cannot.
+        """
+        opened: list[SideProcess] = []
+        missing: list[Row] = []
+        for name in self.names:
+            said(f"opening {name}")
+            module = OURS if name == AGAIN else name
+            try:
+                opened.append(stack.enter_context(SideProcess(name, module, self.task)))
+            except SideError as error:
+                if name == OURS:
+                    raise
+                missing.append(Row(side=name, workload="open", status=error.status, reason=error.reason))
+        return opened, missing
+
+
+def measure_latency(
+    package: Package,
+    sides: Sides,
+    cases: Sequence[Case],
+    *,
+    workloads: Sequence[str] = WORKLOADS,
+    pace: Pace | None = None,
+    said: Said = _silent,
+) -> Document:
+    """Rows of every case, workload and side, which take turns (`rounds.py`).
+
+    A peer whose output differs from ours has a row that FAILED, and no time in it.
+
+    Raises:
+        SideError: ours cannot be opened.
+    """
+    with ExitStack() as stack:
+        opened, rows = sides.open(stack, said)
+        for case in cases:
+            for workload in workloads:
+                bench = Bench(package=package, workload=workload, case=case, said=said)
+                rows += bench.measure(opened, pace or Pace())
+    return Document(
+        benchmark="latency",
+        model=describe_model(package),
+        settings={"peers": sides.peers, "workloads": workloads, **settings_of(sides.task)},
+        rows=tuple(rows),
+    )
+
+
+def settings_of(task: Task) -> dict[str, Any]:
+    """What a document says of how sides were opened."""
+    told = {"backend": task.backend, "threads": task.threads, "device": task.device}
+    return {**told, "slow_down": task.slow_down} if task.slow_down else told
+
+
+def describe_model(package: Package) -> dict[str, Any]:
+    """What a document says of the package."""
+    manifest = package.manifest
+    files = {net.weights for net in manifest.nets.values() if net.weights}
+    weights = {name: package.path(name).stat().st_size for name in sorted(files)}
+    facts = {"name": manifest.name, "family": manifest.family, "dtype": manifest.dtype}
+    return {**facts, "weights_bytes": weights}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A side with something to time: the workload, or what the ceiling does while it is timed."""
+
+    side: SideProcess
+    workload: str
+
+    @property
+    def name(self) -> str:
+        """What tells it from the others; also the slot it is prepared in."""
+        return self.side.name if self.side.name != CEILING else f"{CEILING} {self.workload}"
+
+    def time(self, runs: int) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
+        """As `SideProcess.time`."""
+        return self.side.time(runs, slot=self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """One workload of one case: sides are prepared and compared one by one, then timed in turns."""
+
+    package: Package
+    workload: str
+    case: Case
+    said: Said
+
+    def measure(self, opened: Sequence[SideProcess], pace: Pace) -> list[Row]:
+        """A row for each side, and for each ceiling."""
+        ready: list[Entry] = []
+        first: dict[str, float] = {}
+        figures: dict[str, dict[str, Any]] = {}
+        rows: list[Row] = []
+        for entry, prepared in self._prepare(list(self._entries(opened))):
+            if isinstance(prepared, SideError):
+                failed = Turns(status=prepared.status, reason=prepared.reason)
+                rows.append(self._row(entry, failed, {}))
+                continue
+            first[entry.name] = prepared["first_s"]
+            figures[entry.name] = prepared
+            ready.append(entry)
+        told = f"{self.workload} {self.case.width}x{self.case.height} b{self.case.pictures}"
+        turns = interleave(ready, first, pace, said=lambda line: self.said(f"{told}: {line}"))
+        rows += [self._row(entry, turns[entry.name], figures[entry.name]) for entry in ready]
+        return list(with_roofline(rows, workload_parts(self.package, self.workload, self.case)))
+
+    def _entries(self, opened: Sequence[SideProcess]) -> Iterator[Entry]:
+        for side in opened:
+            if side.name != CEILING:
+                yield Entry(side=side, workload=self.workload)
+            elif self.workload in (*ENGINE_STAGES, "picture"):  # what no net takes part in has no ceiling
+                yield from (Entry(side=side, workload=workload) for workload in (GEMM, COPY))
+
+    def _prepare(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, SideError | dict[str, Any]]]:
+        """Each one's first run: its seconds, and how like ours its output is; or why not."""
+        wanted: Mapping[str, Array] = {}
+        for entry in entries:
+            self.said(f"{self.workload}: {entry.name} gets ready")
+            try:
+                answer, outputs = entry.side.prepare(entry.workload, self.case, slot=entry.name)
+                alike = {} if entry.side.name in (OURS, CEILING) else check(outputs, wanted, self.package)
+            except SideError as error:
+                yield entry, error
+                continue
+            wanted = wanted or outputs
+            yield entry, {"first_s": answer["seconds"], **alike}
+
+    def _row(self, entry: Entry, turns: Turns, figures: Mapping[str, Any]) -> Row:
+        during = {"during": self.workload} if entry.side.name == CEILING else {}
+        return Row(
+            side=entry.side.name,
+            workload=entry.workload,
+            case=self.case.to_json(),
+            rounds=turns.frozen,
+            status=turns.status,
+            reason=turns.reason,
+            figures={**during, **figures, **medians(turns, self.case.steps)},
+            stamp=entry.side.stamp,
+        )
+
+
+def check(found: Mapping[str, Array], wanted: Mapping[str, Array], package: Package) -> dict[str, float]:
+    """How like ours a peer's outputs are, the worst of them. Raises SideError beyond the bar."""
+    worst: dict[str, float] = {}
+    for name in wanted:
+        if name not in found:
+            continue
+        figures = difference(name, found[name], wanted[name])
+        dtype, shades = package.manifest.dtype, wanted[name].dtype == np.uint8
+        like = figures["psnr_db"] >= PICTURES_DB[dtype]
+        good = like if shades else figures["relative_l2"] <= RELATIVE_L2[dtype]
+        if not good:
+            raise SideError(
+                "FAILED",
+                f"{name} is not ours: relative L2 {figures['relative_l2']:.2e}, {figures['psnr_db']:.1f} dB",
+            )
+        if figures["relative_l2"] >= worst.get("relative_l2", 0.0):
+            worst = figures
+    return worst
+
+
+def medians(turns: Turns, steps: int) -> dict[str, Any]:
+    """Of what the runs told: the device's own seconds, the stages', and what no net took."""
+    samples = [seconds for turn in turns.rounds for seconds in turn]
+    found: dict[str, Any] = {}
+    device = [item["device_s"] for item in turns.figures if "device_s" in item]
+    if device:
+        found["device_p50_s"] = median(device)
+    stages = [item["stages_s"] for item in turns.figures if "stages_s" in item]
+    if stages:
+        found["stages_p50_s"] = {name: median(item.get(name, 0.0) for item in stages) for name in stages[0]}
+    if stages and set(ENGINE_STAGES) <= set(stages[0]):
+        besides = [
+            seconds - sum(item[name] for name in ENGINE_STAGES)
+            for seconds, item in zip(samples, stages, strict=True)
+        ]
+        shares = [own / seconds for own, seconds in zip(besides, samples, strict=True)]
+        found |= {"non_engine_share": median(shares), "non_engine_s_per_step": median(besides) / steps}
+    known = {name: value for item in turns.figures[:1] for name, value in item.items()}
+    return {**{name: value for name, value in known.items() if name not in ("device_s", "stages_s")}, **found}

@@ -1,0 +1,175 @@
+"""The models that are measured, by name: the demo model, a package, or a full-size one that is made.
+
+    demo                     the shipped package; its checkpoint where the repository is at hand
+    a package's folder       with the checkpoint it was exported from, if the caller has it
+    sd15-fp32, sd21-fp16, …  exact shapes with random weights, made once into a cache folder; never downloaded
+
+A full-size model is exported from a checkpoint that `checkpoints.py` makes. Without the extra [export] it is
+filled from a skeleton (`skeletons.py`) where there is one; then no peer that needs a checkpoint can run.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from filelock import FileLock
+
+from ..engines.errors import BackendError, CheckpointError, UsageError
+from ..engines.package import MANIFEST, Package
+from ..engines.store.folder import default_root
+from ..runtime.pipeline import SHIPPED
+from . import full_size, skeletons
+
+Said = Callable[[str], None]
+
+# Recipes of `checkpoints.py`, and what each takes in the cache as checkpoint, and again as package.
+RECIPES: Mapping[str, str] = {"sd15": "2.1 GB", "sd21": "2.6 GB", "tiny1": "2 MB", "tiny2": "2 MB"}
+DTYPES = ("fp32", "fp16")
+_INDEX = "model_index.json"
+_EXPORT_NEEDS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What is measured.
+
+    Attributes:
+        package: opened, its files' sizes checked.
+        checkpoint: the diffusers folder it was exported from; None where that is not at hand.
+        name: as it was asked for; of a package's folder its last part.
+    """
+
+    package: Package
+    checkpoint: Path | None
+    name: str
+
+
+def default_cache() -> Path:
+    """`benchmarks` in the folder of the engine store: LATENTRT_CACHE, or the user's cache folder."""
+    return default_root() / "benchmarks"
+
+
+def model_names() -> tuple[str, ...]:
+    """Every name that is no folder."""
+    return ("demo", *(f"{recipe}-{dtype}" for recipe in RECIPES for dtype in DTYPES))
+
+
+def find_model(
+    name: str,
+    *,
+    checkpoint: Path | None = None,
+    cache: Path | None = None,
+    said: Said = lambda line: None,
+) -> Model:
+    """The model of that name, made if it is not in the cache yet.
+
+    Args:
+        name: of `model_names`, or a package's folder.
+        checkpoint: what a package was exported from; default: what this module knows of.
+        cache: where full-size models lie; default: `default_cache()`.
+        said: is told what making one costs, before it is made.
+
+    Raises:
+        UsageError: no such model, or one that cannot be exported yet.
+        CheckpointError: `checkpoint` is none.
+        BackendError: it would have to be made, and the extra [export] is not installed.
+        ModelError: it cannot be made, or the package is damaged.
+    """
+    if checkpoint is not None and not (checkpoint / _INDEX).is_file():
+        raise CheckpointError(
+            f"{checkpoint} is no checkpoint: it has no {_INDEX}",
+            expected="the diffusers folder that the package was exported from",
+            fix="Name another one: --checkpoint FOLDER.",
+        )
+    if name == "demo":
+        model = Model(package=Package.open(SHIPPED["demo"]), checkpoint=_demo_checkpoint(), name=name)
+    elif name in model_names():
+        model = _full_size(name, cache or default_cache(), said)
+    elif Path(name).is_dir():
+        model = Model(package=Package.open(name), checkpoint=None, name=Path(name).resolve().name)
+    else:
+        raise _unknown(name)
+    return Model(package=model.package, checkpoint=checkpoint or model.checkpoint, name=model.name)
+
+
+def _demo_checkpoint() -> Path | None:
+    """In the repository beside the package; an installed wheel does not have it."""
+    folder = SHIPPED["demo"].parent / "checkpoint"
+    return folder if (folder / _INDEX).is_file() else None
+
+
+def _is_sdxl(name: str) -> bool:
+    return re.fullmatch(r"sdxl(-\w+)*", name.lower()) is not None
+
+
+def _unknown(name: str) -> UsageError:
+    known = ", ".join(name for name in model_names() if not name.startswith("tiny"))
+    if _is_sdxl(name):
+        return UsageError(
+            f"{name!r} cannot be measured: SDXL is not exported yet",
+            expected=f"{known}, or a package's folder",
+            fix="Choose one of these: --model sd15-fp32.",
+        )
+    return UsageError(
+        f"there is no model {name!r}",
+        expected=f"{known}, or a package's folder",
+        fix="Choose one of these, or export one: latentrt export CHECKPOINT -o PACKAGE.",
+    )
+
+
+def _full_size(name: str, cache: Path, said: Said) -> Model:
+    """From the cache, or made into it by one process while others wait."""
+    recipe, _, dtype = name.rpartition("-")
+    checkpoint, package, filled = cache / recipe, cache / name, cache / f"{name}-skeleton"
+    if not _exists(package):
+        missing = [library for library in _EXPORT_NEEDS if find_spec(library) is None]
+        if missing and not _exists(filled) and not _has_skeleton(name):
+            raise BackendError(
+                f"{name} must be exported first, which needs {', '.join(missing)}",
+                expected="the extras [cpu,export]",
+                fix='Install them: pip install "latentrt[cpu,export]", or ".[cpu,export]" in a checkout.',
+            )
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / ".making.lock"):
+            if missing:
+                return Model(package=_fill(name, filled, said), checkpoint=None, name=name)
+            _make(recipe, dtype, checkpoint, package, said)
+    opened = Package.open(package)
+    return Model(
+        package=opened, checkpoint=checkpoint if (checkpoint / _INDEX).is_file() else None, name=name
+    )
+
+
+def _exists(package: Path) -> bool:
+    return (package / MANIFEST).is_file()
+
+
+def _has_skeleton(name: str) -> bool:
+    return (skeletons.FOLDER / name / MANIFEST).is_file()
+
+
+def _make(recipe: str, dtype: str, checkpoint: Path, package: Path, said: Said) -> None:
+    """Checkpoint and package, each of them complete or not there."""
+    size = RECIPES[recipe]
+    if not (checkpoint / _INDEX).is_file():
+        said(f"making {checkpoint}: a checkpoint with random weights, {size} of disk, once")
+        full_size.make_checkpoint(recipe, checkpoint)
+    if not _exists(package):  # another process may have been here meanwhile
+        said(f"making {package}: exported from {checkpoint}, {size} of disk and minutes at full size, once")
+        full_size.export(checkpoint, package, dtype)
+
+
+def _fill(name: str, filled: Path, said: Said) -> Package:
+    """The package of a skeleton: under another name, for no checkpoint has its weights."""
+    if not _exists(filled):
+        size = RECIPES[name.rpartition("-")[0]]
+        said(f"making {filled}: random weights without torch, {size} of disk and less than a minute, once")
+        with tempfile.TemporaryDirectory(prefix=f".{filled.name}-", dir=filled.parent) as folder:
+            skeletons.fill_skeleton(name, Path(folder) / filled.name)
+            (Path(folder) / filled.name).rename(filled)
+    return Package.open(filled)

@@ -1,0 +1,88 @@
+"""A document as lines for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .intervals import ab_spread, ratio_by_round
+from .records import Document, Row
+from .sides.contract import AGAIN, OURS
+
+_COLUMNS = ("workload", "side", "p50", "p90", "p99", "n", "")
+_PREFIXES = ((1.0, ""), (1e-3, "m"), (1e-6, "u"), (1e-9, "n"))
+_BINARY = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+_TOLD = 4  # figures on a line
+
+
+def lines(document: Document) -> list[str]:
+    """A table of the rows, with what sides took in ratio to ours, and below it what failed."""
+    rows = [row for row in document.rows if row.rounds]
+    table = [_COLUMNS, *(_cells(document, row) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    aligned = [
+        "  ".join([*map(str.ljust, cells[:2], widths), *map(str.rjust, cells[2:6], widths[2:]), cells[6]])
+        for cells in table
+    ]
+    said = [
+        f"{row.workload}, {row.side}: {', '.join(filter(None, (row.status, row.reason, _told(row.figures))))}"
+        for row in document.rows
+        if not row.rounds
+    ]
+    return [line.rstrip() for line in (*aligned, *said)]
+
+
+def _cells(document: Document, row: Row) -> tuple[str, ...]:
+    found = row.summary
+    values = [amount(found[name], row.unit) for name in ("p50", "p90", "p99")]
+    notes = [_against(document, row), _told(row.figures)]
+    if row.status != "ok":
+        notes.insert(0, f"{row.status}: {row.reason}")
+    what = f"{row.workload}{_asked(document, row)}"
+    return (what, row.side, *values, str(found["n"]), "  ".join(filter(None, notes)))
+
+
+def _asked(document: Document, row: Row) -> str:
+    """What tells this row's case from the others'."""
+    cases = [other.case for other in document.rows if other.case]
+    names = [name for name in row.case if len({str(case.get(name)) for case in cases}) > 1]
+    return "".join(f" {name}={row.case[name]}" for name in names)
+
+
+def _against(document: Document, row: Row) -> str:
+    """The ratio to ours of the same workload and case; of our second half, how far the pair is apart."""
+    if row.unit != "s" or row.side == OURS:
+        return ""
+    ours = next((item for item in document.select(row.workload, OURS) if item.case == row.case), None)
+    if ours is None or len(ours.rounds) != len(row.rounds):
+        return ""
+    if row.side == AGAIN:
+        return f"A/A spread {ab_spread(ours.rounds, row.rounds).by_round:.1%}"
+    found = ratio_by_round(row.rounds, ours.rounds)
+    return f"{found.value:.2f}x ours ({found.low:.2f} to {found.high:.2f})"
+
+
+def _told(figures: Mapping[str, Any]) -> str:
+    short = {name: value for name, value in figures.items() if isinstance(value, (int, float, str))}
+    known = [name for name in _FIRST if name in short]
+    names = [*known, *(name for name in short if name not in (*_FIRST, *_NEVER))][:_TOLD]
+    return "  ".join(f"{name} {_figure(short[name])}" for name in names)
+
+
+_FIRST = ("of_best_gemm", "of_floor", "non_engine_share", "non_engine_s_per_step", "relative_l2", "psnr_db")
+_NEVER = ("first_s", "max_error", "during", "axis")
+
+
+def _figure(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def amount(value: float, unit: str) -> str:
+    """With a prefix that leaves one to three digits before the point."""
+    if unit == "B":
+        size, name = next((pair for pair in _BINARY if abs(value) >= pair[0]), _BINARY[-1])
+        return f"{value / size:.1f} {name}"
+    if unit != "s":
+        return f"{value:.4g} {unit}"
+    size, prefix = next((pair for pair in _PREFIXES if abs(value) >= pair[0]), _PREFIXES[-1])
+    return f"{value / size:.3g} {prefix}s" if abs(value) < 999 else f"{value:.0f} s"

@@ -1,0 +1,200 @@
+"""What a benchmark found, as data: stamped rows of samples in a versioned JSON document.
+
+Everything that is shown later (tables, figures, comparisons) is made of these documents alone;
+docs/benchmarks.md has every field.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from ..engines.errors import PackageError
+from .machine import describe_machine
+
+SCHEMA = 1
+Status = Literal["ok", "FAILED", "not available"]
+Figures = Mapping[str, Any]
+Rounds = tuple[tuple[float, ...], ...]
+
+PERCENTILES = (50, 90, 95, 99)
+_LONGEST = 600  # characters of a reason
+# A folder's path in a message: results are published, and name no path of the machine they are from.
+_FOLDERS = re.compile(r"(?<![\w.])(?:/[\w.+~-]+)+/")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One side at one workload.
+
+    Attributes:
+        side: who was measured, a name of `sides.contract.SIDES`, or that with " again" behind it (A/A).
+        workload: what was measured.
+        case: what was asked for: size, batch, steps, … (`case.Case`).
+        unit: of the samples: "s", "B" (bytes), "1" (a ratio), "dB".
+        rounds: samples, one tuple for each turn of the side; the turns of all sides are interleaved, so
+            that round i of one is to be compared with round i of another.
+        status: a row that is not "ok" has no time that counts.
+        reason: of that; "" where it is ok.
+        figures: what else is known, plain JSON.
+        stamp: what it was measured on: CPU, clocks, driver, versions, commit.
+    """
+
+    side: str
+    workload: str
+    case: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    unit: str = "s"
+    rounds: Rounds = ()
+    status: Status = "ok"
+    reason: str = ""
+    figures: Figures = field(default_factory=dict[str, Any])
+    stamp: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def samples(self) -> tuple[float, ...]:
+        """Of all rounds."""
+        return tuple(sample for turn in self.rounds for sample in turn)
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """`n`, `p50`, `p90`, `p95`, `p99`, `min`, `max`, `mean`; empty without samples."""
+        samples = self.samples
+        if not samples:
+            return {}
+        found = {f"p{p}": float(np.percentile(samples, p)) for p in PERCENTILES}
+        extremes = {"min": min(samples), "max": max(samples), "mean": float(np.mean(samples))}
+        return {"n": len(samples), **found, **extremes}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, with the summary for people who do not compute it themselves."""
+        return {
+            "side": self.side,
+            "workload": self.workload,
+            "case": plain(self.case),
+            "unit": self.unit,
+            "status": self.status,
+            "reason": short(self.reason),
+            "summary": self.summary,
+            "figures": plain(self.figures),
+            "stamp": plain(self.stamp),
+            "rounds": [[_rounded(sample) for sample in turn] for turn in self.rounds],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Row:
+        """The reverse of `to_json`. Raises KeyError, TypeError or ValueError for other data."""
+        names = ("side", "workload", "case", "unit", "status", "reason", "figures", "stamp")
+        rounds = tuple(tuple(float(sample) for sample in turn) for turn in data["rounds"])
+        return cls(**{name: data[name] for name in names}, rounds=rounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One run of one verb.
+
+    Attributes:
+        benchmark: the verb: "latency", "memory", ….
+        model: name, family, dtype and net sizes of what was drawn with.
+        settings: what the run was told, as on the command line.
+        rows: see Row.
+        date: UTC, ISO 8601 to the second.
+        machine: `machine.describe_machine()`.
+    """
+
+    benchmark: str
+    model: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    rows: tuple[Row, ...]
+    date: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    machine: Mapping[str, Any] = field(default_factory=describe_machine)
+    schema: int = SCHEMA
+
+    def select(self, workload: str | None = None, side: str | None = None) -> Iterator[Row]:
+        """The rows of a workload, of a side, or of both."""
+        for row in self.rows:
+            if workload in (None, row.workload) and side in (None, row.side):
+                yield row
+
+    @property
+    def failed(self) -> bool:
+        """Whether any row is."""
+        return any(row.status == "FAILED" for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        head = {"benchmark": self.benchmark, "schema": self.schema, "date": self.date}
+        facts = {"machine": self.machine, "model": self.model, "settings": self.settings}
+        return {**head, **plain(facts), "rows": [row.to_json() for row in self.rows]}
+
+    def write(self, path: Path) -> None:
+        """As JSON, in one piece: a reader never sees half of it."""
+        data = self.to_json()
+        rows = ",\n".join(_lines(row) for row in data.pop("rows"))
+        head = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False).removesuffix("\n}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        unfinished.write_text(f'{head},\n "rows": [\n{rows}\n ]\n}}\n', encoding="utf-8")
+        unfinished.replace(path)
+
+
+def read_document(path: Path) -> Document:
+    """The reverse of `Document.write`.
+
+    Raises:
+        PackageError: no file, no such document, or one of a newer schema.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["schema"] > SCHEMA:
+            raise ValueError(f"its schema is {data['schema']}, this release reads up to {SCHEMA}")
+        names = ("benchmark", "model", "settings", "date", "machine", "schema")
+        rows = tuple(Row.from_json(row) for row in data["rows"])
+        return Document(**{name: data[name] for name in names}, rows=rows)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PackageError(
+            f"{path} is no benchmark document ({type(error).__name__}: {error})",
+            expected=f"JSON that `latentrt bench` wrote, schema {SCHEMA}",
+            fix="Measure again: latentrt bench latency --out FILE.",
+        ) from error
+
+
+def short(text: str) -> str:
+    """One line without folders, so that it can be published."""
+    line = _FOLDERS.sub("…/", " ".join(text.split()))
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} …"
+
+
+def plain(value: Any) -> Any:
+    """As JSON has it: NumPy's numbers as Python's, numbers JSON has no word for as text, no folders."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in cast("Sequence[Any]", value)]
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return short(value) if isinstance(value, str) else value
+
+
+def _rounded(sample: float) -> float:
+    """To six digits, more than any clock is good for; bytes stay as they are."""
+    return sample if sample.is_integer() else float(f"{sample:.6g}")
+
+
+def _lines(row: Mapping[str, Any]) -> str:
+    """A row, one line for each of its fields: samples are many."""
+    fields = (
+        f"   {json.dumps(name)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}"
+        for name, value in row.items()
+    )
+    return "  {\n" + ",\n".join(fields) + "\n  }"

@@ -1,0 +1,205 @@
+"""How far a row is from what the machine can do: floors of the nets' work, by ceilings of the same run.
+
+The roofline model: no less time than FLOPs over the best rate of a matmul, nor than bytes over the rate of a
+copy (Williams, Waterman, Patterson, "Roofline", CACM 52(4), 2009). It assumes that convolutions are direct,
+and that no cache outlives a net's call. A fraction above 1 is possible, then, and says which of the two does
+not hold: Winograd's convolution, or weights that fit the last cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+from ..engines.package import Package
+from ..runtime.request import make_request
+from ..runtime.samplers import make_table
+from .case import Case
+from .records import Row
+from .work import Work, net_work
+
+CEILING = "ceiling"  # the side, and its two workloads
+GEMM, COPY = "gemm", "copy"
+_UNITS = {GEMM: "flop", COPY: "byte"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """`calls` calls of one net."""
+
+    work: Work
+    calls: int = 1
+
+
+Parts = tuple[Part, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Floor:
+    """The least seconds that some parts take one after the other.
+
+    Attributes:
+        compute_s: FLOPs over the best rate of a matmul.
+        bytes_s: least bytes over the rate of a copy.
+        floor_s: the larger of the two, net by net.
+        layers_s: the larger of the two, layer by layer: each is one kernel, and elementwise work is free.
+    """
+
+    compute_s: float
+    bytes_s: float
+    floor_s: float
+    layers_s: float
+
+
+def workload_parts(package: Package, workload: str, case: Case) -> Parts:
+    """What a run of a workload (`case.WORKLOADS`) calls; empty for one that calls no net.
+
+    It is the same for every side: a side that does more, such as the same keys and values in every step, is
+    further from the floor for it.
+
+    Raises:
+        LatentrtError: whatever `net_work` raises, or SamplerError for the case's sampler.
+    """
+    makers: dict[str, Callable[[Package, Case], Parts]] = {
+        "text_encoder": _text_encoder,
+        "invariants": lambda package, case: _invariants(package, case.batch, case.steps),
+        "unet": _unet,
+        "vae_decoder": _vae_decoder,
+        "picture": _picture,
+    }
+    return makers[workload](package, case) if workload in makers else ()
+
+
+def _prompts(case: Case) -> int:
+    return 2 if case.guided else 1
+
+
+def _text_encoder(package: Package, case: Case) -> Parts:
+    return (Part(work=net_work(package, "text_encoder", {"P": _prompts(case), **_tokens(package)})),)
+
+
+def _tokens(package: Package) -> dict[str, int]:
+    return {"T": package.manifest.max_tokens}
+
+
+def _latent(package: Package, case: Case) -> dict[str, int]:
+    cell = package.manifest.latent_scale
+    return {"H/8": case.height // cell, "W/8": case.width // cell}
+
+
+def _invariants(package: Package, texts: int, rows: int) -> Parts:
+    return (
+        Part(work=net_work(package, "unet_context", {"B": texts, **_tokens(package)})),
+        Part(work=net_work(package, "unet_time", {"S": rows})),
+    )
+
+
+def _unet(package: Package, case: Case) -> Parts:
+    sizes = {"B": case.batch, **_tokens(package), **_latent(package, case)}
+    return (Part(work=net_work(package, "unet", sizes)),)
+
+
+def _vae_decoder(package: Package, case: Case) -> Parts:
+    return (Part(work=net_work(package, "vae_decoder", {"N": case.pictures, **_latent(package, case)})),)
+
+
+def _picture(package: Package, case: Case) -> Parts:
+    """Texts are encoded once, however many pictures; Heun and DPM2 call the UNet twice in a step."""
+    request = make_request(package.manifest, case.prompt, **case.parameters)
+    rows = len(make_table(request.sampler, case.steps))
+    (unet,) = _unet(package, case)
+    return (
+        *_text_encoder(package, case),
+        *_invariants(package, _prompts(case), rows),
+        replace(unet, calls=rows),
+        *_vae_decoder(package, case),
+    )
+
+
+def floor(parts: Parts, *, flop_per_s: float, byte_per_s: float) -> Floor:
+    """The floors of some parts on a machine with these ceilings."""
+    compute = [part.calls * part.work.flops / flop_per_s for part in parts]
+    moving = [part.calls * part.work.least_bytes / byte_per_s for part in parts]
+    layers = sum(
+        part.calls
+        * sum(max(layer.flops / flop_per_s, layer.bytes / byte_per_s) for layer in part.work.layers)
+        for part in parts
+    )
+    largest = sum(max(pair) for pair in zip(compute, moving, strict=True))
+    return Floor(compute_s=sum(compute), bytes_s=sum(moving), floor_s=largest, layers_s=layers)
+
+
+def with_roofline(rows: Sequence[Row], parts: Parts) -> tuple[Row, ...]:
+    """Rows of one workload and case, and those of the ceilings that took turns with them, with more figures.
+
+    Each side's row in seconds gets
+
+        flops, bytes         of one run: `Work.flops` and `Work.least_bytes`
+        flop_per_s           at the median
+        of_best_gemm         that, over the rate of the best matmul
+        floor_compute_s, floor_bytes_s, floor_s, floor_layers_s    see Floor; ceilings at their medians
+        of_floor             floor_s over the time
+
+    and a ceiling's own row, whose figures have the `flops` or `bytes` of a run, `flop_per_s` or `byte_per_s`.
+    The two ratios are medians of those of each round,
+    where both sides have as many rounds: a slow minute then falls on both and leaves their ratio. What no
+    ceiling was measured for is left out.
+
+    Args:
+        rows: rows that are not "ok", or not in seconds, stay as they are.
+        parts: `workload_parts` of that workload and case.
+    """
+    ceilings = {row.workload: row for row in rows if row.side == CEILING and _counts(row)}
+    return tuple(_with_figures(row, parts, ceilings) if _counts(row) else row for row in rows)
+
+
+def _counts(row: Row) -> bool:
+    return row.status == "ok" and row.unit == "s" and bool(row.samples)
+
+
+def _with_figures(row: Row, parts: Parts, ceilings: Mapping[str, Row]) -> Row:
+    if row.side == CEILING:
+        found = {f"{_UNITS[row.workload]}_per_s": _amount(row) / row.summary["p50"]}
+    elif parts:
+        found = _figures(row, parts, ceilings.get(GEMM), ceilings.get(COPY))
+    else:
+        found = {}
+    return replace(row, figures={**row.figures, **found})
+
+
+def _amount(ceiling: Row) -> float:
+    """FLOPs or bytes of one run."""
+    return float(ceiling.figures[f"{_UNITS[ceiling.workload]}s"])
+
+
+def _figures(row: Row, parts: Parts, gemm: Row | None, copy: Row | None) -> dict[str, Any]:
+    flops = sum(part.calls * part.work.flops for part in parts)
+    size = sum(part.calls * part.work.least_bytes for part in parts)
+    found: dict[str, Any] = {"flops": flops, "bytes": size, "flop_per_s": flops / row.summary["p50"]}
+    if gemm is not None:
+        per_run = flops / _amount(gemm)
+        found["of_best_gemm"] = median(per_run * ceiling / own for own, ceiling in _turns(row, gemm))
+        found["floor_compute_s"] = per_run * gemm.summary["p50"]
+    if copy is not None:
+        found["floor_bytes_s"] = size / _amount(copy) * copy.summary["p50"]
+    if gemm is not None and copy is not None:
+        found |= _floors(row, parts, gemm, copy)
+    return found
+
+
+def _floors(row: Row, parts: Parts, gemm: Row, copy: Row) -> dict[str, float]:
+    def at(gemm_s: float, copy_s: float) -> Floor:
+        return floor(parts, flop_per_s=_amount(gemm) / gemm_s, byte_per_s=_amount(copy) / copy_s)
+
+    whole = at(gemm.summary["p50"], copy.summary["p50"])
+    shares = [at(gemm_s, copy_s).floor_s / own for own, gemm_s, copy_s in _turns(row, gemm, copy)]
+    return {"floor_s": whole.floor_s, "floor_layers_s": whole.layers_s, "of_floor": median(shares)}
+
+
+def _turns(*rows: Row) -> list[tuple[float, ...]]:
+    """The rows' medians, round by round; over all rounds where they do not have as many."""
+    if len({len(row.rounds) for row in rows}) == 1 and all(turn for row in rows for turn in row.rounds):
+        return [tuple(map(median, turns)) for turns in zip(*(row.rounds for row in rows), strict=True)]
+    return [tuple(row.summary["p50"] for row in rows)]

@@ -1,0 +1,1 @@
+"""Whom a benchmark measures: latentrt and its peers, each behind the same small contract (contract.py)."""

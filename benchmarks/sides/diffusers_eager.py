@@ -1,0 +1,298 @@
+"""diffusers' own pipeline as a side, run as its documentation says: SDPA, inference mode, no safety checker.
+
+On the CPU everything is float32, whatever the package's dtype: torch's fp16 is slower there. On CUDA it is
+the package's dtype; fp16 in channels_last, which tensor cores take without a transposition
+(huggingface.co/docs/diffusers, "Reduce memory usage" and "Accelerate inference").
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from ...engines.package import Package
+from ...engines.spec import Array
+from ...runtime.tokenizer import ClipTokenizer
+from ..case import Case, net_inputs
+from .contract import NotAvailableError, OpenSide, Prepared, Task, not_available
+from .ours import Work
+from .requirements import first_reason, missing_checkpoint, missing_modules, version_of
+
+NAME = "diffusers"
+# our sampler -> diffusers' class, and the options that make it the same one
+SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"solver_order": 2, "algorithm_type": "dpmsolver++"}),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"solver_order": 2, "algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+}
+
+
+def available(task: Task) -> str | None:
+    """None if it can run here, else the reason."""
+    reason = first_reason(missing_modules("torch", "diffusers", "transformers"), missing_checkpoint(task))
+    return reason or _missing_device(task)
+
+
+def _missing_device(task: Task) -> str | None:
+    if task.device != "cuda":
+        return None
+    import torch
+
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def open_side(task: Task) -> OpenSide:
+    """Every net loaded. Raises NotAvailableError."""
+    package, pipe = load(task)
+    # On a GPU a net's work is not done when its call returns.
+    stages = Stages.of(pipe) if task.device == "cpu" else None
+    return DiffusersSide(NAME, package, pipe, {"compile": "no"}, stages)
+
+
+def load(task: Task) -> tuple[Package, Any]:
+    """The package, for its inputs, and diffusers' pipeline on the task's device. Raises NotAvailableError."""
+    if reason := available(task):
+        raise NotAvailableError(reason, expected="all that diffusers needs", fix="Leave diffusers out.")
+    import torch
+
+    package = Package.open(task.package)
+    if task.threads:
+        torch.set_num_threads(task.threads)
+    half = task.device == "cuda" and package.manifest.dtype == "fp16"
+    dtype = torch.float16 if half else torch.float32
+    assert task.checkpoint is not None, "it is available"
+    pipe = assemble(task.checkpoint)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(task.device, dtype)
+    if half:
+        pipe.unet.to(memory_format=torch.channels_last)
+        pipe.vae.to(memory_format=torch.channels_last)
+        torch.backends.cudnn.benchmark = True
+    return package, pipe
+
+
+def assemble(checkpoint: Path) -> Any:
+    """`StableDiffusionPipeline` of a folder, part by part: the index of a converted one may not list them."""
+    diffusers: Any = import_module("diffusers")
+    transformers: Any = import_module("transformers")
+    index = json.loads((checkpoint / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    kinds = {
+        "unet": diffusers.UNet2DConditionModel,
+        "vae": diffusers.AutoencoderKL,
+        "text_encoder": transformers.CLIPTextModel,
+        "tokenizer": transformers.CLIPTokenizer,
+        "scheduler": getattr(diffusers, index["_class_name"]),
+    }
+    parts = {name: kind.from_pretrained(str(checkpoint / name)) for name, kind in kinds.items()}
+    return diffusers.StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+
+
+class Stages:
+    """Seconds of a picture by net: two clock readings for each call of one."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._began = 0.0
+
+    @classmethod
+    def of(cls, pipe: Any) -> Stages:
+        """Watching the nets of a pipeline."""
+        stages = cls()
+        nets = {"text_encoder": pipe.text_encoder, "unet": pipe.unet, "vae_decoder": pipe.vae.decoder}
+        for name, module in nets.items():
+            stages.watch(name, module)
+        return stages
+
+    def watch(self, name: str, module: Any) -> None:
+        """Charge the calls of a torch module to `name`."""
+
+        def before(*_: Any) -> None:
+            self._began = perf_counter()
+
+        def after(*_: Any) -> None:
+            self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - self._began
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+
+
+class DiffusersSide:
+    """A diffusers pipeline, eager or compiled.
+
+    Args:
+        name: of the side, for errors.
+        package: whose inputs it gets.
+        pipe: `StableDiffusionPipeline`.
+        settings: what was set, for the row's stamp.
+        stages: which watches the nets, if anything does.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        package: Package,
+        pipe: Any,
+        settings: Mapping[str, str],
+        stages: Stages | None = None,
+    ) -> None:
+        self._name, self._package = name, package
+        self._pipe: Any = pipe
+        self._settings, self._stages, self._watched = settings, stages or Stages(), stages is not None
+        self._own_scheduler = pipe.scheduler
+        self._device, self._dtype = str(pipe.device.type), pipe.unet.dtype
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Libraries, and what was set."""
+        import torch
+
+        half = self._dtype == torch.float16
+        return {
+            "torch": str(torch.__version__),
+            "diffusers": version_of("diffusers"),
+            "transformers": version_of("transformers"),
+            "device": self._device,
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "threads": str(torch.get_num_threads()),
+            "attention": type(
+                self._pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor
+            ).__name__,
+            "memory_format": "channels_last" if half else "contiguous",
+            **self._settings,
+        }
+
+    def prepare(self, workload: str, case: Case) -> Prepared:
+        """Raises NotAvailableError, also for a sampler that is not in SAMPLERS."""
+        makers: Mapping[str, Callable[[Case], Callable[[], Mapping[str, Any]]]] = {
+            "text_encoder": self._text_encoder,
+            "unet": self._unet,
+            "vae_decoder": self._vae_decoder,
+            "picture": self._picture,
+        }
+        if workload not in makers:
+            raise not_available(self._name, workload)
+        call = makers[workload](case)
+        seconds = self._stages.seconds
+
+        def run() -> Mapping[str, Array]:
+            import torch
+
+            seconds.clear()
+            with torch.inference_mode():
+                found = call()
+            if self._device == "cuda":
+                torch.cuda.synchronize()
+            return found
+
+        told = workload == "picture" and self._watched
+        return TorchWork(call=run, told=lambda: {"stages_s": dict(seconds)} if told else {})
+
+    def memory(self) -> Mapping[str, Any]:
+        """The peak of torch's allocator on CUDA."""
+        if self._device != "cuda":
+            return {}
+        import torch
+
+        return {"allocator_peak": int(torch.cuda.max_memory_reserved())}
+
+    def close(self) -> None:
+        """Free everything."""
+        self._pipe = None
+
+    # ── the workloads ──────────────────────────────────────────────────────────────────────────
+
+    def _inputs(self, workload: str, case: Case) -> dict[str, Any]:
+        """The same as everyone's, as tensors on the device."""
+        import torch
+
+        tokenizer = ClipTokenizer.open(self._package.root / "tokenizer")
+        arrays = net_inputs(workload, case, self._package.manifest, tokenizer)
+        return {name: torch.as_tensor(array, device=self._device) for name, array in arrays.items()}
+
+    def _text_encoder(self, case: Case) -> Callable[[], Mapping[str, Any]]:
+        ids, encoder = self._inputs("text_encoder", case)["input_ids"].long(), self._pipe.text_encoder
+        return lambda: {"context": encoder(ids, attention_mask=None)[0]}
+
+    def _unet(self, case: Case) -> Callable[[], Mapping[str, Any]]:
+        inputs, unet = self._inputs("unet", case), self._pipe.unet
+        latent, context = inputs["latent"].to(self._dtype), inputs["context"].to(self._dtype)
+        # A whole number, as most schedulers have it: for another dtype everything would be compiled again.
+        timestep = inputs["timestep"][0].long()
+        return lambda: {
+            "prediction": unet(latent, timestep, encoder_hidden_states=context, return_dict=False)[0]
+        }
+
+    def _vae_decoder(self, case: Case) -> Callable[[], Mapping[str, Any]]:
+        latent = self._inputs("vae_decoder", case)["latent"].to(self._dtype)
+        vae, processor = self._pipe.vae, self._pipe.image_processor
+
+        def call() -> Mapping[str, Any]:
+            image = vae.decode(latent / vae.config.scaling_factor, return_dict=False)[0]
+            return {"image": _pixels(processor.postprocess(image, output_type="np"))}
+
+        return call
+
+    def _picture(self, case: Case) -> Callable[[], Mapping[str, Any]]:
+        import torch
+
+        pipe = self._pipe
+        scheduler = self._scheduler(case.sampler)
+
+        def call() -> Mapping[str, Any]:
+            pipe.scheduler = scheduler
+            seeds = range(case.seed, case.seed + case.pictures)
+            images = pipe(
+                case.prompt,
+                negative_prompt=case.negative_prompt,
+                width=case.width,
+                height=case.height,
+                guidance_scale=case.guidance_scale,
+                num_inference_steps=case.steps,
+                num_images_per_prompt=case.pictures,
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+                output_type="np",
+            ).images
+            return {"image": _pixels(images)}
+
+        return call
+
+    def _scheduler(self, sampler: str) -> Any:
+        if sampler not in SAMPLERS:
+            raise NotAvailableError(
+                f"{self._name} is not set up for the sampler {sampler!r}",
+                expected=", ".join(SAMPLERS),
+                fix="Choose one of these: --sampler dpmpp_2m.",
+            )
+        kind, options = SAMPLERS[sampler]
+        return getattr(import_module("diffusers"), kind).from_config(self._own_scheduler.config, **options)
+
+
+class TorchWork(Work):
+    """Outputs become arrays when they are asked for: on a GPU that is a copy nobody should time."""
+
+    def outputs(self) -> Mapping[str, Array]:
+        """Of the last run."""
+        return {
+            name: value if isinstance(value, np.ndarray) else value.cpu().numpy()
+            for name, value in self.left.items()
+        }
+
+
+def _pixels(images: Array) -> Array:
+    """(N, H, W, 3) in 0 to 1 -> uint8, as diffusers' `numpy_to_pil` rounds."""
+    return np.rint(images * 255).astype(np.uint8)

@@ -1,0 +1,50 @@
+"""The package's graphs in plain ONNX Runtime sessions on the CPU, as anyone would open them."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+from ...engines.onnxruntime import backend
+from .contract import NotAvailableError, OpenSide, Task
+from .plain_loop import PLAIN_NETS, Net, PlainSide
+from .requirements import missing_modules, open_plain_package
+
+NAME = "onnxruntime"
+
+
+def available(task: Task) -> str | None:
+    """None if it can run here, else the reason."""
+    del task
+    return missing_modules("onnxruntime")
+
+
+def open_side(task: Task) -> OpenSide:
+    """A session for each net: default options but for the threads. Raises NotAvailableError, PackageError."""
+    if reason := available(task):
+        raise NotAvailableError(
+            reason, expected="ONNX Runtime", fix='Install it: pip install "latentrt[cpu]".'
+        )
+    package = open_plain_package(task)
+    options = backend.session_options(task.threads)
+    nets: dict[str, Net] = {}
+    for name in PLAIN_NETS:
+        file = package.manifest.nets[name]
+        session = backend.open_session(
+            package.path(file.graph), options, ["CPUExecutionProvider"], culprit=name
+        )
+        nets[name] = partial(_run, session, [output.name for output in file.spec.outputs])
+    resources = ExitStack()
+    resources.callback(nets.clear)
+    versions = {
+        "onnxruntime": str(backend.library().__version__),
+        "provider": "CPUExecutionProvider",
+        "threads": str(options.intra_op_num_threads),
+        "graph_optimization": str(options.graph_optimization_level.name),
+    }
+    return PlainSide(NAME, package, lambda name, case: nets[name], versions, resources)
+
+
+def _run(session: Any, outputs: list[str], feeds: Any) -> dict[str, Any]:
+    return dict(zip(outputs, session.run(outputs, feeds), strict=True))

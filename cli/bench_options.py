@@ -1,0 +1,123 @@
+"""What the verbs of `latentrt bench` share: options, and what is done with them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Exit, Option
+
+from .progress import progress_bar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable
+
+    from ..benchmarks.models import Model
+    from ..benchmarks.records import Document
+    from ..benchmarks.rounds import Pace
+    from ..benchmarks.sides.contract import Task
+
+ModelName = Annotated[
+    str, Argument(help="`demo`, a package folder, or a full-size model of random weights: sd15-fp32, ….")
+]
+Checkpoint = Annotated[
+    Path | None, Option(help="The diffusers folder that the package was exported from, for diffusers.")
+]
+Backend = Annotated[str, Option(help="latentrt's own: auto, onnxruntime, onnxruntime-cuda, tensorrt, ….")]
+Device = Annotated[str, Option(help="Of peers that run on both: cpu, cuda.")]
+Threads = Annotated[int | None, Option(help="Of every side on a CPU. Default: every processor.")]
+Peers = Annotated[str, Option(help="With commas: diffusers, diffusers-compile, onnxruntime, openvino, ….")]
+Width = Annotated[int | None, Option(help="Pixels. Default: the model's.")]
+Height = Annotated[int | None, Option(help="Pixels. Default: the model's.")]
+Steps = Annotated[int, Option(help="Number of inference steps.")]
+Batch = Annotated[int, Option(help="Pictures drawn at once.")]
+Guidance = Annotated[float | None, Option(help="Guidance scale; 1 is off. Default: the model's.")]
+Sampler = Annotated[str, Option(help="One that every side has: ddim, euler, dpmpp_2m, ….")]
+Quick = Annotated[bool, Option("--quick", help="Few runs: minutes become seconds, and intervals wide.")]
+Out = Annotated[Path | None, Option("--out", help="Write the JSON document here.")]
+AsJson = Annotated[bool, Option("--json", help="Print the JSON document.")]
+
+
+def find(name: str, checkpoint: Path | None = None) -> Model:
+    """The model of that name, made if need be. Raises as `benchmarks.models.find_model`."""
+    from ..benchmarks.models import find_model
+
+    return find_model(name, checkpoint=checkpoint, said=lambda line: print(line, file=sys.stderr))
+
+
+def task_of(model: Model, backend: str, threads: int | None = None, device: str = "cpu") -> Task:
+    """What every side opens."""
+    from ..benchmarks.sides.contract import Task
+
+    return Task(
+        package=model.package.root,
+        checkpoint=model.checkpoint,
+        backend=backend,
+        threads=threads,
+        device=device,
+    )
+
+
+def pace_of(budget: float, *, quick: bool) -> Pace:
+    """How often sides run; `quick` goes before the budget."""
+    from ..benchmarks.rounds import Pace
+
+    return Pace.quick() if quick else Pace(budget=budget)
+
+
+def peers_of(text: str) -> tuple[str, ...]:
+    """Names of peers. Raises UsageError for one that is not known."""
+    from ..benchmarks.latency import CEILING
+    from ..benchmarks.sides.contract import OURS, SIDES
+
+    return listed(text, [name for name in SIDES if name not in (OURS, CEILING)])
+
+
+def listed(text: str, known: Iterable[str]) -> tuple[str, ...]:
+    """The names in a list with commas. Raises UsageError for one that is not known."""
+    from ..engines.errors import UsageError
+
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if wrong := [name for name in names if name not in known]:
+        raise UsageError(
+            f"unknown name {wrong[0]!r}",
+            expected=", ".join(known),
+            fix="Choose of these, with commas between.",
+        )
+    return names
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """Numbers of at least 1 in a list with commas. Raises UsageError for anything else."""
+    from ..engines.errors import UsageError
+
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise UsageError(
+            f"the batches are {text!r}", expected="numbers with commas between", fix="Say: --batches 1,2,4,8."
+        )
+    return tuple(map(int, parts))
+
+
+@contextmanager
+def saying(*, as_json: bool) -> Generator[Callable[[str], None]]:
+    """A bar that says what is being done; how long it takes is not known."""
+    with progress_bar(enabled=not as_json) as advance:
+        yield lambda line: advance(line, 0, 0)
+
+
+def finish(found: Document, model: Model, out: Path | None, *, as_json: bool) -> None:
+    """Print, write, and end with exit code 1 if a row failed."""
+    from dataclasses import replace
+
+    from ..benchmarks.printing import lines
+
+    document = replace(found, model={**found.model, "name": model.name})
+    if out is not None:
+        document.write(out)
+    print(json.dumps(document.to_json()) if as_json else "\n".join(lines(document)))
+    if document.failed:
+        raise Exit(1)

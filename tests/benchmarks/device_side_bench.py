@@ -1,0 +1,73 @@
+"""latentrt's own side on host memory, with nets that are watched."""
+
+from collections import Counter
+from typing import Any
+
+from latentrt.benchmarks.sides.ours_device import DeviceSide
+from latentrt.engines.backend import MemoryLedger
+from latentrt.engines.device import Addresses, BoundNet, DeviceNet, Shapes
+from latentrt.engines.package import Package
+from latentrt.engines.spec import NetSpec
+from latentrt.runtime.device_loop import DeviceLoop
+from latentrt.runtime.pipeline import SHIPPED, Pipeline
+from latentrt.runtime.replay import Graphs
+from latentrt.runtime.tokenizer import ClipTokenizer
+from tests.engines.host_device import HostDevice
+
+PACKAGE = Package.open(SHIPPED["demo"])
+
+
+class Spied:
+    """A net on a device that claims scratch memory, and counts its runs under its name."""
+
+    def __init__(self, name: str, net: DeviceNet, runs: Counter[str], scratch: int) -> None:
+        self.name, self.net, self.runs, self.size = name, net, runs, scratch
+        self.capturable = True
+
+    @property
+    def spec(self) -> NetSpec:
+        return self.net.spec
+
+    @property
+    def memory(self) -> MemoryLedger:
+        return self.net.memory
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.net, name)
+
+    def scratch(self, shapes: Shapes) -> int:
+        return self.size
+
+    def bind(self, shapes: Shapes, addresses: Addresses, scratch: int) -> "SpiedRun":
+        assert scratch, "bound without the scratch memory it asked for"
+        return SpiedRun(self, self.net.bind(shapes, addresses, scratch))
+
+
+class SpiedRun:
+    profile = "spied"
+
+    def __init__(self, net: Spied, bound: BoundNet) -> None:
+        self.net, self.bound, self.close = net, bound, bound.close
+
+    @property
+    def capturable(self) -> bool:
+        return self.net.capturable
+
+    def enqueue(self) -> None:
+        self.net.runs[self.net.name] += 1
+        self.bound.enqueue()
+
+
+class Bench:
+    def __init__(
+        self, device: HostDevice, side: DeviceSide, nets: dict[str, Spied], runs: Counter[str]
+    ) -> None:
+        self.device, self.side, self.nets, self.runs = device, side, nets, runs
+
+
+def device_side(
+    device: HostDevice, nets: dict[str, Any], graphs: Graphs = "auto", slow_down: float = 0.0
+) -> DeviceSide:
+    loop = DeviceLoop(device, nets, PACKAGE.manifest.latent_scale, graphs=graphs)
+    pipe = Pipeline(PACKAGE, ClipTokenizer.open(PACKAGE.root / "tokenizer"), loop, "stand-in")
+    return DeviceSide(pipe, loop, slow_down)

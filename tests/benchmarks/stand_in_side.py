@@ -1,0 +1,44 @@
+"""A side without a process: answers at once, and says how long it would have taken."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from latentrt.benchmarks.case import Case
+from latentrt.benchmarks.process import SideError
+
+Outputs = Mapping[str, np.ndarray]
+
+
+def _nothing() -> dict[str, Any]:
+    return {}
+
+
+@dataclass
+class StandInSide:
+    """`seconds` of a workload and case; `outputs` of any; `figures` of each run."""
+
+    name: str
+    seconds: Callable[[str, Case], float]
+    outputs: Outputs = field(default_factory=dict[str, np.ndarray])
+    figures: Callable[[], dict[str, Any]] = _nothing
+    error: SideError | None = None
+    stamp: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    slots: dict[str, float] = field(default_factory=dict[str, float])
+
+    def prepare(self, workload: str, case: Case, *, slot: str = "") -> tuple[dict[str, Any], Outputs]:
+        if self.error is not None:
+            raise self.error
+        self.slots[slot] = self.seconds(workload, case)
+        return {"seconds": self.slots[slot], "finite": True, "figures": {}}, self.outputs
+
+    def time(self, runs: int, *, slot: str = "") -> tuple[tuple[float, ...], list[dict[str, Any]]]:
+        return (self.slots[slot],) * runs, [self.figures() for _ in range(runs)]
+
+    def __enter__(self) -> "StandInSide":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass

@@ -1,0 +1,111 @@
+"""Building is timed: two small nets by TensorRT-RTX, which needs no GPU, and what cannot be built."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from latentrt.benchmarks import build_time
+from latentrt.benchmarks.build_time import Builds, measure_build
+from latentrt.benchmarks.records import read_document
+from latentrt.engines.errors import EngineError, UsageError
+from latentrt.engines.onnxruntime import tuning
+from latentrt.engines.package import Package
+from latentrt.engines.profiles import Profile
+from latentrt.runtime.pipeline import SHIPPED
+
+NETS = ("unet_context", "unet_time")
+
+
+@pytest.fixture(scope="module")
+def package() -> Package:
+    return Package.open(SHIPPED["demo"])
+
+
+def test_two_nets_by_tensorrt_rtx(package: Package, tmp_path: Path) -> None:
+    said: list[str] = []
+    profile = Profile.parse("64x64:b1", multiple=package.manifest.size_multiple)
+    builds = Builds(profiles=(profile,), nets=NETS, folder=tmp_path)
+    document = measure_build(package, builds, said=said.append)
+    document.write(tmp_path / "build.json")
+    rows = {row.workload: row for row in read_document(tmp_path / "build.json").rows}
+    assert list(rows) == [*NETS, "every net"]
+    assert not document.failed
+    for name in NETS:
+        assert rows[name].case == {"backend": "tensorrt-rtx", "profiles": ["64x64:b1"], "weights": "embedded"}
+        assert rows[name].figures["engine_mb"] > rows[name].figures["weights_mb"] > 0
+        assert rows[name].figures["library"].startswith("tensorrt_rtx ")
+        assert 0.05 < rows[name].figures["peak_rss_gb"] < 2
+    together = rows["every net"]
+    assert together.samples[0] == pytest.approx(sum(rows[name].samples[0] for name in NETS), rel=1e-4)
+    assert together.figures["peak_rss_gb"] == max(rows[name].figures["peak_rss_gb"] for name in NETS)
+    assert [line.partition(":")[0] for line in said] == list(NETS)
+    assert [path.name for path in tmp_path.iterdir()] == ["build.json"], "the store is thrown away"
+
+
+@dataclass
+class Fails:
+    """`build_package` that takes note of its calls, and raises from a net's second build on."""
+
+    package: Package
+    calls: list[str]
+
+    def __call__(self, package: Package, *arguments: Any, nets: list[str], **more: Any) -> tuple[Any]:
+        (net,) = nets
+        if self.calls.count(net) == 1 and net == "unet_time":
+            raise EngineError("it broke", expected="a builder", fix="Mend it.")
+        self.calls.append(net)
+        peak = 1e9 * self.calls.count(net)
+        told = {"labels": ["a"], "parse_seconds": 0.1, "peak_rss": peak, "layers": 3, "library": "trt"}
+        entry = SimpleNamespace(facts=told, build_seconds=2.0, size=4e6)
+        return (SimpleNamespace(net=net, entry=entry),)
+
+
+def test_a_net_that_fails_has_no_time_and_the_others_go_on(
+    package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = Fails(package, [])
+    monkeypatch.setattr(build_time, "build_package", build)
+    document = measure_build(package, Builds(nets=NETS, repeats=3))
+    assert build.calls == ["unet_context", "unet_time", "unet_context", "unet_context"]
+    rows = {row.workload: row for row in document.rows}
+    assert rows["unet_context"].rounds == ((2.0,), (2.0,), (2.0,))
+    assert rows["unet_context"].figures["peak_rss_gb"] == 3.0
+    assert (rows["unet_time"].status, rows["unet_time"].rounds) == ("FAILED", ())
+    assert rows["unet_time"].reason == "it broke"
+    assert rows["every net"].status == "FAILED"
+    assert rows["every net"].reason == "unet_time: it broke"
+
+
+def test_a_library_that_is_missing_is_not_available(
+    package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = measure_build(package, Builds(backend="abacus", nets=NETS))
+    assert {row.status for row in document.rows} == {"not available"}
+    assert "abacus" in document.rows[0].reason
+    assert not document.failed
+
+
+def test_layouts_are_timed_too(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tune(package: Package, store: Any, *, nets: list[str]) -> tuple[Any]:
+        told = {"milliseconds": {"NCHW": 1.5}, "relative_l2": {"NCHW": 0.0}, "rejected": {}, "more": 1}
+        return (SimpleNamespace(layout="NCHW", entry=SimpleNamespace(facts=told, build_seconds=0.5)),)
+
+    monkeypatch.setattr(tuning, "tune_package", tune)
+    document = measure_build(package, Builds(backend="onnxruntime-cuda", nets=NETS))
+    row = document.rows[0]
+    assert row.samples == (0.5,)
+    assert row.figures == {
+        "layout": "NCHW",
+        "milliseconds": {"NCHW": 1.5},
+        "relative_l2": {"NCHW": 0.0},
+        "rejected": {},
+    }
+    assert document.rows[-1].samples == (1.0,)
+
+
+def test_an_unknown_net_is_refused(package: Package) -> None:
+    with pytest.raises(UsageError, match="no net 'nerve'"):
+        measure_build(package, Builds(nets=("nerve",)))

@@ -1,0 +1,322 @@
+"""`compare`, on documents of a machine that drifts, with noise that only ever slows down."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from latentrt.benchmarks import detection
+from latentrt.benchmarks.compare import Comparison, compare
+from latentrt.benchmarks.records import Document, Rounds, Row, read_document
+from latentrt.benchmarks.sides.contract import AGAIN, OURS
+from latentrt.engines.errors import UsageError
+
+MACHINE = {"cpu": "a processor", "cores": 2, "gpu": None, "commit": "0123abc"}
+CASE = {"width": 64, "height": 64, "steps": 20}
+SECONDS = {"unet": 0.013, "vae_decoder": 0.019}
+
+
+def simulated(seed: int, *, times: float = 1.0, machine: float = 1.0, rounds: int = 60) -> Document:
+    """A latency document: ours and ours again take `times` as long, on a machine `machine` times as slow.
+
+    Within a document the machine gets slower by up to half and faster again; every fifth run is hit by
+    something else that runs. Each process has half a percent of its own.
+    """
+    random = np.random.default_rng(seed)
+    rows: list[Row] = []
+    for workload, seconds in SECONDS.items():
+        drift = machine * (1.25 + 0.25 * np.sin(random.uniform(0, 6) + np.linspace(0, 6, rounds)))[:, None]
+
+        def turns(base: float, drift: Any = drift) -> Rounds:
+            shape = rounds, 4
+            spikes = np.where(random.random(shape) < 0.2, random.exponential(0.5, shape), 0)
+            found = base * random.normal(1, 0.005) * drift * (1 + spikes) * random.lognormal(0, 0.04, shape)
+            return tuple(map(tuple, found.tolist()))
+
+        for side in (OURS, AGAIN):
+            rows.append(Row(side=side, workload=workload, case=CASE, rounds=turns(seconds * times)))
+        rows.append(yardstick(workload, turns(0.05)))
+    return document(rows)
+
+
+def yardstick(workload: str, rounds: Rounds, **figures: Any) -> Row:
+    facts = {"during": workload, "flops": 1e9, **figures}
+    return Row(side="ceiling", workload="gemm", case=CASE, rounds=rounds, figures=facts)
+
+
+def document(rows: Sequence[Row], **changes: Any) -> Document:
+    facts: dict[str, Any] = {"benchmark": "latency", "model": {"name": "demo"}, "settings": {"threads": None}}
+    return Document(
+        **{**facts, "date": "2026-11-22T03:04:05+00:00", "machine": MACHINE, **changes}, rows=tuple(rows)
+    )
+
+
+def change(found: Document, workload: str, side: str, **changes: Any) -> Document:
+    rows = [
+        replace(row, **changes) if (row.workload, row.side) == (workload, side) else row for row in found.rows
+    ]
+    return replace(found, rows=tuple(rows))
+
+
+def verdicts(found: Comparison) -> dict[str, str]:
+    return {f"{row.side}, {row.workload}": row.verdict for row in found.rows}
+
+
+# ── what it is for ──────────────────────────────────────────────────────────────────────────────
+
+
+def pairs(times: float) -> list[Comparison]:
+    """20 pairs; the second machine is from half as fast to twice as fast."""
+    machines = 2 ** np.linspace(-1, 1, 20)
+    return [
+        compare(simulated(2 * seed), simulated(2 * seed + 1, times=times, machine=machine))
+        for seed, machine in enumerate(machines)
+    ]
+
+
+def test_a_planted_slowdown_is_caught_20_times_of_20() -> None:
+    for found in pairs(1.1):
+        assert found.regressed
+        assert verdicts(found) == {"latentrt, unet": "slower", "latentrt, vae_decoder": "slower"}
+        assert all(
+            row.ratio and row.ratio.low < 1.1 * 1.03 and row.ratio.high > 1.1 / 1.03 for row in found.rows
+        )
+
+
+def test_an_aa_pair_passes_20_times_of_20() -> None:
+    for found in pairs(1.0):
+        assert not found.regressed
+        assert set(verdicts(found).values()) == {"same"}
+
+
+def test_a_speedup_is_told_and_is_no_regression() -> None:
+    for found in pairs(1 / 1.1):
+        assert not found.regressed
+        assert set(verdicts(found).values()) == {"faster"}
+
+
+def test_without_the_yardstick_a_slow_minute_is_taken_for_a_slow_program() -> None:
+    """What it is there for."""
+    a, b = (
+        replace(found, rows=tuple(row for row in found.rows if row.side != "ceiling"))
+        for found in (simulated(0), simulated(1, machine=1.6))
+    )
+    found = compare(a, b)
+    assert found.regressed
+    assert "no yardstick for some rows: their ratio has the machine's own change in it" in found.remarks
+    assert not compare(simulated(0), simulated(1, machine=1.6)).regressed
+
+
+# ── noise ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_threshold_is_the_smallest_change_that_counts() -> None:
+    a, b = simulated(0), simulated(1, times=1.1)
+    assert compare(a, b, threshold=0.05).regressed
+    assert not compare(a, b, threshold=0.15).regressed
+    assert compare(a, b, threshold=0.15).rows[0].noise == 0.15
+
+
+def test_what_an_aa_pair_differs_by_is_no_change() -> None:
+    """The second half of document b takes 30 % longer than the first: 10 % more is not worth a word."""
+    a, b = simulated(0), simulated(1)
+    again = next(b.select("unet", AGAIN)).rounds
+    b = change(b, "unet", AGAIN, rounds=tuple(tuple(1.3 * value for value in turn) for turn in again))
+    found = {row.workload: row for row in compare(a, b).rows}
+    assert found["unet"].ratio is not None
+    assert found["unet"].ratio.value > 1.05
+    assert found["unet"].noise == pytest.approx(0.3 / 1.3, abs=0.03)
+    assert found["unet"].verdict == "same"
+    assert found["vae_decoder"].noise == 0.05
+
+
+def test_a_change_within_its_own_interval_is_no_change() -> None:
+    """Three rounds that say 0.8, 1.15 and 1.2."""
+    flat: Rounds = ((1.0,), (1.0,), (1.0,))
+    a = document([Row(side=OURS, workload="unet", rounds=flat), yardstick("unet", flat)])
+    b = document([Row(side=OURS, workload="unet", rounds=((0.8,), (1.15,), (1.2,))), yardstick("unet", flat)])
+    a, b = (change(found, "gemm", "ceiling", case={}) for found in (a, b))
+    found = compare(a, b)
+    (row,) = found.rows
+    assert found.remarks[-1] == "latentrt, unet: known within 20.0% only; more rounds would say more"
+    assert row.ratio is not None
+    assert row.machine == 1.0
+    assert row.ratio.to_json() == pytest.approx({"value": 1.15, "low": 0.8, "high": 1.2})
+    assert row.verdict == "same"
+
+
+def test_a_yardstick_of_another_shape_counts_by_the_operation() -> None:
+    a, b = simulated(0), simulated(1)
+    gemms = {row.figures["during"]: row for row in b.select("gemm")}
+    rows = [
+        yardstick(
+            row.figures["during"],
+            tuple(tuple(3 * value for value in turn) for turn in gemms[row.figures["during"]].rounds),
+            flops=3e9,
+            shape=[3],
+        )
+        if row.workload == "gemm"
+        else row
+        for row in b.rows
+    ]
+    found = compare(a, replace(b, rows=tuple(rows)))
+    for one, other in zip(found.rows, compare(a, b).rows, strict=True):
+        assert one.ratio is not None
+        assert other.ratio is not None
+        assert (one.ratio.value, one.machine) == pytest.approx((other.ratio.value, other.machine))
+    assert any("[3]" in remark for remark in found.remarks)
+
+
+# ── other rows ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_row_that_fails_now_is_a_regression_and_one_that_failed_before_is_not() -> None:
+    a = simulated(0)
+    b = change(simulated(1), "unet", OURS, status="FAILED", reason="the output is not finite", rounds=())
+    found = compare(a, b)
+    assert found.regressed
+    assert verdicts(found)["latentrt, unet"] == "FAILED"
+    assert "the output is not finite" in found.format()
+    back = compare(b, a)
+    assert not back.regressed
+    assert verdicts(back)["latentrt, unet"] == "not compared"
+
+
+def test_a_peer_that_got_slower_or_fails_is_told_and_is_no_regression_of_ours() -> None:
+    peers = [
+        [
+            Row(side="diffusers", workload="unet", case=CASE, rounds=((seconds,),) * 4),
+            Row(side="openvino", workload="unet", case=CASE, status=status, rounds=rounds),
+        ]
+        for seconds, status, rounds in ((1.0, "ok", ((1.0,),)), (2.0, "FAILED", ()))
+    ]
+    found = compare(document(peers[0]), document(peers[1]))
+    assert verdicts(found) == {"diffusers, unet": "slower", "openvino, unet": "FAILED"}
+    assert not found.regressed
+
+
+def test_rows_of_one_document_alone_are_named() -> None:
+    a, b = simulated(0), simulated(1)
+    a = replace(a, rows=(*a.rows, Row(side="diffusers", workload="unet", case=CASE, rounds=((1.0,),))))
+    b = change(b, "unet", OURS, case={**CASE, "steps": 21})
+    found = compare(a, b)
+    assert found.only_before == ("latentrt, unet", "diffusers, unet")
+    assert found.only_after == ("latentrt, unet",)
+    assert "only before: diffusers, unet" in found.format()
+    assert verdicts(found) == {"latentrt, vae_decoder": "same"}
+
+
+@pytest.mark.parametrize(
+    ("unit", "before", "after", "verdict"),
+    [
+        ("B", 1000.0, 1200.0, "larger"),
+        ("B", 1200.0, 1000.0, "smaller"),
+        ("B", 1000.0, 1010.0, "same"),
+        ("1/s", 10.0, 8.0, "slower"),
+        ("1/s", 8.0, 10.0, "faster"),
+        ("FLOP/s", 8.0, 7.9, "same"),
+    ],
+)
+def test_bytes_and_rates_are_compared_directly(unit: str, before: float, after: float, verdict: str) -> None:
+    a, b = (
+        document([Row(side=OURS, workload="memory", unit=unit, rounds=((value,), (value,)))])
+        for value in (before, after)
+    )
+    found = compare(a, b)
+    assert verdicts(found) == {"latentrt, memory": verdict}
+    assert found.rows[0].machine is None
+    assert found.regressed == (verdict in ("larger", "slower"))
+
+
+@pytest.mark.parametrize(
+    ("rounds", "reason"), [((), "no samples before"), (((0.0,),), "a sample is not above zero")]
+)
+def test_rows_without_a_time_are_not_compared(rounds: Rounds, reason: str) -> None:
+    a = document([Row(side=OURS, workload="fit", rounds=rounds)])
+    b = document([Row(side=OURS, workload="fit", rounds=((1.0,),))])
+    (row,) = compare(a, b).rows
+    assert (row.verdict, row.reason) == ("not compared", reason)
+
+
+def test_a_row_whose_rounds_are_not_its_yardsticks_is_compared_as_it_is() -> None:
+    a, b = simulated(0), simulated(1)
+    b = change(b, "unet", OURS, rounds=next(b.select("unet", OURS)).rounds[:-1])
+    rows = {row.workload: row for row in compare(a, b).rows}
+    assert rows["unet"].machine is None
+    assert rows["vae_decoder"].machine is not None
+
+
+# ── documents ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("changes", [{"model": {"name": "sd15"}}, {"benchmark": "memory"}])
+def test_documents_of_other_models_and_verbs_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"different (models|verbs)"):
+        compare(document([]), document([], **changes))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0, -0.1])
+def test_a_threshold_is_a_share(threshold: float) -> None:
+    with pytest.raises(UsageError, match="threshold"):
+        compare(document([]), document([]), threshold=threshold)
+
+
+def test_other_machines_and_settings_are_a_remark() -> None:
+    other = document([], machine={**MACHINE, "cores": 4, "commit": "4567def"}, settings={"threads": 1})
+    found = compare(document([]), other)
+    assert found.remarks == (
+        "different machines: cores was 2, is 4",
+        "different settings: threads was null, is 1",
+    )
+    assert "(0123abc) -> " in found.format()
+    assert "(4567def)" in found.format()
+
+
+def test_a_comparison_is_plain_data_and_a_line_for_each_row() -> None:
+    found = compare(simulated(0), simulated(1, times=1.1))
+    data = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert data["regressed"] is True
+    ratio = data["rows"][0]["ratio"]
+    assert ratio["low"] < ratio["value"] < ratio["high"]
+    lines = found.format().splitlines()
+    assert len(lines) == 3
+    assert lines[1].startswith(f"slower        latentrt, unet: x {ratio['value']:.3f} [")
+
+
+# ── the experiment ─────────────────────────────────────────────────────────────────────────────
+
+
+class Simulation:
+    """Documents in the order they are asked for; the planted slowdown is as large as `times`."""
+
+    def __init__(self, times: float = 1.1) -> None:
+        self.asked: list[float] = []
+        self._times = times
+
+    def __call__(self, slow_down: float) -> Document:
+        self.asked.append(slow_down)
+        return simulated(len(self.asked), times=self._times if slow_down else 1.0)
+
+
+def test_trials_in_pieces_are_one_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, measure = tmp_path / "detection.json", Simulation()
+    assert detection.main(["--out", str(path), "--pairs", "2"], measure) == 0
+    assert detection.main(["--out", str(path), "--pairs", "1", "--first", "2"], measure) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "caught 3 of 3, passed 3 of 3"
+    found = read_document(path)
+    assert [row.case["trial"] for row in found.rows] == [0, 0, 1, 1, 2, 2]
+    assert sorted(measure.asked) == [0.0] * 6 + [detection.PLANTED] * 3
+    assert measure.asked[:3] != measure.asked[3:6]  # another order
+
+
+def test_a_slowdown_that_is_not_there_is_not_caught(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "detection.json"
+    assert detection.main(["--out", str(path), "--pairs", "1"], Simulation(times=1.0)) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "caught 0 of 1, passed 1 of 1"
+    assert [row.status for row in read_document(path).rows] == ["ok", "FAILED"]

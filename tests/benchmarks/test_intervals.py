@@ -1,0 +1,183 @@
+"""Intervals, spreads and lines, against SciPy, NumPy and data whose answer is known."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from latentrt.benchmarks.intervals import (
+    Estimate,
+    Interval,
+    Rounds,
+    ab_spread,
+    fit_line,
+    median_of,
+    of_rounds,
+    ratio,
+    ratio_by_round,
+    ratio_of_medians,
+    ratio_of_rounds,
+)
+
+Pair = tuple[Rounds, Rounds]
+
+
+def drifting(seed: int, rounds: int = 40, runs: int = 5, times: float = 1.0) -> Pair:
+    """Two sides in turns on a machine up to twice as slow in some rounds; the first takes `times` as long."""
+    random = np.random.default_rng(seed)
+    slow = random.uniform(1, 2, (rounds, 1))
+    a, b = (slow * random.lognormal(0, 0.05, (rounds, runs)) for _ in range(2))
+    return (times * a).tolist(), b.tolist()
+
+
+# ── ratios ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_values_are_numpys() -> None:
+    a, b = drifting(0, times=1.3)
+    assert ratio(a, b).value == pytest.approx(np.median(a) / np.median(b))
+    by_round = np.median(a, axis=1) / np.median(b, axis=1)
+    assert ratio_by_round(a, b).value == pytest.approx(np.median(by_round))
+    assert median_of(a).value == pytest.approx(np.median(a))
+    assert of_rounds(a, 0.25) == pytest.approx(np.quantile(a, 0.25, axis=1))
+
+
+def test_resampled_medians_are_those_of_the_rounds_that_were_drawn() -> None:
+    """Rounds of other lengths, whose samples are counted as often as their round is drawn."""
+    a = [(1.0, 5.0), (2.0,), (3.0, 4.0, 9.0)]
+    drawn = np.random.default_rng(3).multinomial(3, [1 / 3] * 3, size=50)
+    wanted = [
+        np.median([x for turn, times in zip(a, row, strict=True) for x in turn * int(times)]) for row in drawn
+    ]
+    assert median_of(a, resamples=50, seed=3).resampled == pytest.approx(wanted)
+
+
+def test_the_interval_is_scipys() -> None:
+    """SciPy's own percentile bootstrap of the same statistic; 2 % is the noise of 2000 resamples."""
+    a, b = drifting(1, times=1.1)
+    values = np.median(a, axis=1) / np.median(b, axis=1)
+    theirs = scipy.stats.bootstrap(
+        (values,), np.median, method="percentile", n_resamples=5000, rng=np.random.default_rng(0)
+    ).confidence_interval
+    ours = ratio_by_round(a, b)
+    width = theirs.high - theirs.low
+    assert ours.low == pytest.approx(theirs.low, abs=0.15 * width)
+    assert ours.high == pytest.approx(theirs.high, abs=0.15 * width)
+
+
+def held(function: Callable[..., Interval], level: float) -> int:
+    """How many of 100 intervals hold the truth."""
+    found = [function(*drifting(seed, rounds=24, runs=3, times=1.2), level=level) for seed in range(100)]
+    return sum(item.low <= 1.2 <= item.high for item in found)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    """Binomial counts beyond these bounds have a probability of 1 in 1000."""
+    assert 88 <= held(ratio_by_round, 0.95) <= 100
+    assert 35 <= held(ratio_by_round, 0.5) <= 65
+
+
+def test_the_pooled_interval_holds_the_truth_at_least_as_often_as_it_says() -> None:
+    """The median of all samples jumps from round to round where they drift: wider than it need be."""
+    assert held(ratio, 0.95) >= 88
+
+
+def test_whole_rounds_are_drawn() -> None:
+    """Samples of a round that are all the same say no more than one of them: the interval stays as wide."""
+    random = np.random.default_rng(5)
+    one = random.lognormal(0, 0.1, (30, 1))
+    other = random.lognormal(0, 0.1, (30, 1))
+    alone = ratio(one.tolist(), other.tolist())
+    copies = ratio(np.repeat(one, 20, axis=1).tolist(), np.repeat(other, 20, axis=1).tolist())
+    assert copies.high - copies.low == pytest.approx(alone.high - alone.low, rel=0.1)
+
+
+def test_a_seed_gives_the_same_interval_again() -> None:
+    a, b = drifting(2)
+    assert ratio(a, b) == ratio(a, b)
+    assert ratio(a, b) != ratio(a, b, seed=1)
+    assert ratio_by_round(a, b, level=0.5).low > ratio_by_round(a, b, level=0.99).low
+
+
+def test_drift_between_rounds_does_not_widen_the_interval_by_round() -> None:
+    a, b = drifting(3)
+    assert np.std(np.median(a, axis=1)) > 0.2
+    assert ratio_by_round(a, b).half_width < 0.03
+
+
+def test_blocks_of_resamples_are_one_bootstrap(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = drifting(4)
+    whole = ratio_of_medians(a, b)
+    monkeypatch.setattr("latentrt.benchmarks.intervals._AT_ONCE", 7000)
+    assert ratio_of_medians(a, b).resampled == pytest.approx(whole.resampled)
+
+
+def test_estimates_of_two_runs_are_divided() -> None:
+    a, b = drifting(6, times=1.5)
+    found = ratio_of_rounds(a, b, seed=0).over(ratio_of_rounds(b, b, seed=1))
+    assert found.value == pytest.approx(ratio_by_round(a, b).value)
+    two = Estimate(value=2.0, resampled=np.array([1.0, 2.0, 3.0]))
+    assert two.over(two).resampled == pytest.approx([1.0, 1.0, 1.0])
+    assert two.interval(level=1.0).to_json() == {"value": 2.0, "low": 1.0, "high": 3.0}
+
+
+@pytest.mark.parametrize("function", [ratio, ratio_by_round, ab_spread])
+@pytest.mark.parametrize(("a", "b"), [([], []), ([(1.0,)], [(1.0,), (2.0,)])])
+def test_sides_that_did_not_take_turns_are_refused(
+    function: Callable[..., object], a: Rounds, b: Rounds
+) -> None:
+    with pytest.raises(ValueError, match="same number of rounds"):
+        function(a, b)
+
+
+# ── A/A pairs ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_spread_is_a_share_whichever_half_is_slower() -> None:
+    found = ab_spread([(1.0, 1.2), (2.0, 2.4)], [(1.1, 1.1), (2.2, 2.2)])
+    assert found.to_json() == pytest.approx({"pooled": abs(1.6 / 1.65 - 1), "by_round": 0.0})
+    assert ab_spread([(1.0,)], [(0.8,)]).pooled == pytest.approx(0.25)
+    assert ab_spread([(0.8,)], [(1.0,)]).by_round == pytest.approx(0.2)
+
+
+# ── lines ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_lines_are_scipys() -> None:
+    random = np.random.default_rng(7)
+    x = np.array([1, 2, 4, 8, 8, 20], float)
+    y = 0.3 + 2.5 * x + random.normal(0, 0.4, 6)
+    found, theirs, robust = (
+        fit_line(x.tolist(), y.tolist()),
+        scipy.stats.linregress(x, y),
+        scipy.stats.theilslopes(y, x),
+    )
+    assert (found.slope, found.intercept) == pytest.approx(np.polyfit(x, y, 1))
+    assert (found.slope, found.intercept) == pytest.approx((theirs.slope, theirs.intercept))
+    assert found.r_squared == pytest.approx(theirs.rvalue**2)
+    assert (found.robust_slope, found.robust_intercept) == pytest.approx((robust.slope, robust.intercept))
+    rest = y - theirs.intercept - theirs.slope * x
+    assert found.residual == pytest.approx(np.abs(rest).max() / np.abs(y).max())
+
+
+def test_one_bad_point_moves_the_line_but_not_the_robust_one() -> None:
+    x = list(range(1, 9))
+    y = [2.0 * value for value in x[:-1]] + [60.0]
+    found = fit_line(x, y)
+    assert found.robust_slope == pytest.approx(2.0)
+    assert found.slope > 4
+    assert found.residual > 0.2
+
+
+def test_a_line_without_a_slope() -> None:
+    found = fit_line([1, 2, 3], [4.0, 4.0, 4.0])
+    assert found.to_json() == pytest.approx(
+        {"slope": 0, "intercept": 4, "residual": 0, "r_squared": 1, "robust_slope": 0, "robust_intercept": 4}
+    )
+
+
+@pytest.mark.parametrize(("x", "y"), [([1.0], [1.0]), ([2.0, 2.0], [1.0, 3.0]), ([1.0, 2.0], [1.0])])
+def test_points_that_make_no_line_are_refused(x: list[float], y: list[float]) -> None:
+    with pytest.raises(ValueError, match="two different x"):
+        fit_line(x, y)

@@ -1,0 +1,124 @@
+from contextlib import ExitStack
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from latentrt.benchmarks import latency
+from latentrt.benchmarks.case import Case
+from latentrt.benchmarks.latency import Bench, Sides, check, measure_latency, medians
+from latentrt.benchmarks.process import SideError, SideProcess
+from latentrt.benchmarks.records import read_document
+from latentrt.benchmarks.rounds import Pace, Turns
+from latentrt.benchmarks.sides.contract import AGAIN, OURS, Task
+from latentrt.engines.package import Package
+from latentrt.runtime.pipeline import SHIPPED
+from tests.benchmarks.stand_in_side import StandInSide
+
+PACKAGE = Package.open(SHIPPED["demo"])
+CASE = Case(width=64, height=64, guidance_scale=3.0, steps=2)
+PACE = Pace(runs=6, rounds=3, budget=1.0, turn=0.02)
+PREDICTION = {"prediction": np.random.default_rng(0).standard_normal((2, 4, 8, 8)).astype(np.float32)}
+
+
+def _bench(workload: str = "unet") -> Bench:
+    return Bench(package=PACKAGE, workload=workload, case=CASE, said=lambda line: None)
+
+
+def _measure(*sides: StandInSide, workload: str = "unet") -> dict[str, Any]:
+    rows = _bench(workload).measure(cast("list[SideProcess]", list(sides)), PACE)
+    return {row.workload if row.side == "ceiling" else row.side: row for row in rows}
+
+
+def test_peers_count_only_where_they_compute_what_ours_does() -> None:
+    wrong = {"prediction": PREDICTION["prediction"] * 1.01}
+    nearly = {"prediction": PREDICTION["prediction"] * 1.0001}
+    rows = _measure(
+        StandInSide(OURS, lambda workload, case: 0.01, PREDICTION),
+        StandInSide("onnxruntime", lambda workload, case: 0.02, nearly),
+        StandInSide("openvino", lambda workload, case: 0.001, wrong),
+        StandInSide("diffusers", lambda workload, case: 0.001, error=SideError("not available", "no torch")),
+        StandInSide(
+            "ceiling",
+            lambda workload, case: {"gemm": 0.004, "copy": 0.002}[workload],
+            figures=lambda: {"flops": 10**9, "bytes": 10**8},
+        ),
+    )
+    assert (rows[OURS].status, rows[OURS].summary["p50"]) == ("ok", 0.01)
+    assert rows["onnxruntime"].summary["p50"] == 0.02
+    assert rows["onnxruntime"].figures["relative_l2"] == pytest.approx(1e-4, rel=0.01)
+    assert (rows["openvino"].status, rows["openvino"].rounds) == ("FAILED", ())
+    assert "relative L2 1.00e-02" in rows["openvino"].reason
+    assert (rows["diffusers"].status, rows["diffusers"].reason) == ("not available", "no torch")
+    assert [rows[name].figures["during"] for name in ("gemm", "copy")] == ["unet", "unet"]
+    assert rows["gemm"].figures["flop_per_s"] == pytest.approx(10**9 / 0.004)
+    flops = rows[OURS].figures["flops"]
+    assert rows[OURS].figures["of_best_gemm"] == pytest.approx(flops / 0.01 / (10**9 / 0.004))
+    assert {len(row.rounds) for row in rows.values() if row.rounds} == {6}
+
+
+def test_pictures_are_judged_by_their_shades() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3)).astype(np.uint8)
+    found = check({"image": image}, {"image": image}, PACKAGE)
+    assert found["relative_l2"] == 0
+    one_off = image ^ np.uint8(1)
+    assert check({"image": one_off}, {"image": image}, PACKAGE)["psnr_db"] == pytest.approx(48.13, abs=0.01)
+    with pytest.raises(SideError, match="image is not ours"):
+        check({"image": image ^ np.uint8(4)}, {"image": image}, PACKAGE)
+    with pytest.raises(SideError, match="image is not ours"):
+        check({"image": image[:, :4]}, {"image": image}, PACKAGE)
+    assert check({}, {"image": image}, PACKAGE) == {}, "a workload without outputs"
+
+
+def test_what_no_net_took() -> None:
+    stages = {"text_encoder": 0.1, "invariants": 0.1, "unet": 0.6, "update": 0.05, "vae_decoder": 0.1}
+    turns = Turns(rounds=[(1.0, 1.0), (2.0,)], figures=[{"stages_s": stages, "device_s": 0.9}] * 2)
+    turns.figures.append({"stages_s": {**stages, "unet": 1.6}, "device_s": 1.8})
+    found = medians(turns, steps=10)
+    assert found["non_engine_share"] == pytest.approx(0.1)
+    assert found["non_engine_s_per_step"] == pytest.approx(0.01)
+    assert found["stages_p50_s"]["unet"] == 0.6
+    assert found["device_p50_s"] == 0.9
+    assert medians(Turns(rounds=[(1.0,)], figures=[{"flops": 5}]), steps=1) == {"flops": 5}
+    assert medians(Turns(), steps=1) == {}
+
+
+def test_who_takes_part() -> None:
+    task = Task(package=PACKAGE.root)
+    assert Sides(task=task, peers=("openvino",)).names == (OURS, AGAIN, "openvino", "ceiling")
+    assert Sides(task=task, references=()).names == (OURS,)
+
+
+def test_without_ours_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(name: str, module: str, task: Task) -> StandInSide:
+        if module == missing:
+            raise SideError("not available", "not installed")
+        return StandInSide(name, lambda workload, case: 0.01)
+
+    monkeypatch.setattr(latency, "SideProcess", opened)
+    sides = Sides(task=Task(package=PACKAGE.root), peers=("openvino",))
+    missing = "openvino"
+    with ExitStack() as stack:
+        found, rows = sides.open(stack)
+    assert [item.name for item in found] == [OURS, AGAIN, "ceiling"]
+    expected = [("openvino", "not available", "not installed")]
+    assert [(row.side, row.status, row.reason) for row in rows] == expected
+    missing = OURS
+    with ExitStack() as stack, pytest.raises(SideError, match="not installed"):
+        sides.open(stack)
+
+
+def test_the_demo_model_for_real(tmp_path: Any) -> None:
+    pace = Pace(runs=2, rounds=2, budget=0.5, turn=0.01, least=2, warm_up=1)
+    sides = Sides(task=Task(package=PACKAGE.root, threads=1), references=(AGAIN,))
+    document = measure_latency(PACKAGE, sides, [CASE], pace=pace)
+    document.write(tmp_path / "latency.json")
+    rows = {(row.workload, row.side): row for row in read_document(tmp_path / "latency.json").rows}
+    assert set(rows) == {(workload, side) for workload in latency.WORKLOADS for side in (OURS, AGAIN)}
+    assert {row.status for row in rows.values()} == {"ok"}
+    assert all(len(row.rounds) == 2 and min(row.samples) > 0 for row in rows.values())
+    assert rows["unet", AGAIN].figures["relative_l2"] == 0
+    picture = rows["picture", OURS]
+    assert 0 < picture.figures["non_engine_share"] < 1
+    assert picture.stamp["side"]["backend"].startswith("onnxruntime")
+    assert {"cpu", "commit", "libraries", "cpu_mhz"} <= set(picture.stamp)

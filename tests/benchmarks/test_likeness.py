@@ -1,0 +1,103 @@
+"""How alike two arrays are, against torchmetrics' published figure, closed forms, and scipy's filters."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from latentrt.benchmarks.likeness import difference, psnr, ssim
+
+
+def scipy_ssim(x: np.ndarray, y: np.ndarray) -> float:
+    """Of (H, W, C): Wang's index written with the variances as second moments about the local mean."""
+    values: list[float] = []
+    for a, b in zip(np.moveaxis(x, -1, 0).astype(float), np.moveaxis(y, -1, 0).astype(float), strict=True):
+
+        def smooth(image: np.ndarray) -> np.ndarray:
+            return gaussian_filter(image, 1.5, truncate=3.5)  # 5 pixels to each side
+
+        mean = smooth(a), smooth(b)
+        square = smooth(a**2) - mean[0] ** 2, smooth(b**2) - mean[1] ** 2
+        cross = smooth(a * b) - mean[0] * mean[1]
+        c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+        index = (2 * mean[0] * mean[1] + c1) * (2 * cross + c2)
+        index /= (mean[0] ** 2 + mean[1] ** 2 + c1) * (square[0] + square[1] + c2)
+        values.append(index[5:-5, 5:-5].mean())
+    return float(np.mean(values))
+
+
+@pytest.fixture(scope="module")
+def pictures() -> np.ndarray:
+    """(2, 48, 64, 3) uint8, with edges and with noise."""
+    random = np.random.default_rng(0)
+    image = Image.new("RGB", (64, 48), (40, 90, 200))
+    image.paste((230, 30, 10), (10, 8, 40, 33))
+    noise = random.integers(0, 256, (48, 64, 3))
+    return np.stack([np.asarray(image), noise]).astype(np.uint8)
+
+
+def test_ssim_of_torchmetrics_documentation() -> None:
+    """https://lightning.ai/docs/torchmetrics/stable/image/structural_similarity.html: tensor(0.9219)."""
+    found = (
+        torch.rand([3, 3, 256, 256], generator=torch.Generator().manual_seed(42)).permute(0, 2, 3, 1).numpy()
+    )
+    assert ssim(found, found * 0.75, peak=1.0) == pytest.approx(0.9219, abs=2e-4)
+
+
+def test_ssim_is_scipys(pictures: np.ndarray) -> None:
+    random = np.random.default_rng(1)
+    for deviation in (1, 8, 60):
+        other = np.clip(pictures + random.normal(0, deviation, pictures.shape), 0, 255).astype(np.uint8)
+        wanted = [scipy_ssim(x, y) for x, y in zip(pictures, other, strict=True)]
+        assert wanted[0] != pytest.approx(wanted[1], abs=1e-3)
+        assert ssim(pictures, other) == pytest.approx(min(wanted), abs=1e-9)
+
+
+def test_ssim_of_plain_pictures_is_the_luminance_term() -> None:
+    a, b = np.full((1, 16, 16, 3), 60, np.uint8), np.full((1, 16, 16, 3), 180, np.uint8)
+    c1 = (0.01 * 255) ** 2
+    assert ssim(a, b) == pytest.approx((2 * 60 * 180 + c1) / (60**2 + 180**2 + c1))
+
+
+def test_ssim_of_equal_negative_and_other_pictures(pictures: np.ndarray) -> None:
+    assert ssim(pictures, pictures) == 1
+    assert ssim(pictures, 255 - pictures) < 0
+    assert ssim(pictures, pictures[:1]) == -1
+    assert ssim(np.full_like(pictures, np.nan, dtype=float), pictures) == -1
+
+
+def test_ssim_needs_a_windows_size() -> None:
+    small = np.zeros((1, 11, 10, 3), np.uint8)
+    with pytest.raises(ValueError, match="at least 11x11 pixels"):
+        ssim(small, small)
+
+
+def test_psnr() -> None:
+    one = np.zeros((2, 4, 4, 3), np.uint8)
+    other = one.copy()
+    other[1] += 255
+    assert psnr(one, other) == 0
+    assert psnr(one, one) == float("inf")
+    assert psnr(one, one[:1]) == -float("inf")
+
+
+def test_difference() -> None:
+    wanted = np.array([3.0, -4.0], np.float32)
+    found = difference("prediction", wanted + np.array([0, 0.5], np.float32), wanted)
+    assert found["relative_l2"] == pytest.approx(0.1)
+    assert found["max_error"] == 0.5
+    assert found["psnr_db"] == pytest.approx(10 * math.log10(4**2 / (0.5**2 / 2)))
+
+
+def test_a_mean_is_measured_in_its_own_unit() -> None:
+    found = difference("mean", np.array([1e-6, 0.0]), np.zeros(2))
+    assert found["relative_l2"] == pytest.approx(1e-6 / math.sqrt(2))
+
+
+def test_what_is_not_finite_or_of_another_shape_is_infinitely_far() -> None:
+    worst = {"relative_l2": math.inf, "max_error": math.inf, "psnr_db": -math.inf}
+    assert difference("image", np.array([np.nan, 0]), np.zeros(2)) == worst
+    assert difference("image", np.zeros(3), np.zeros(2)) == worst

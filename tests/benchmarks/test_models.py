@@ -1,0 +1,163 @@
+"""Models by name; making one is watched on stages that only write a file: the real ones take minutes."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from latentrt.benchmarks import full_size, models, skeletons
+from latentrt.benchmarks.full_size import Stage
+from latentrt.benchmarks.models import default_cache, find_model, model_names
+from latentrt.benchmarks.skeletons import save_skeleton
+from latentrt.engines.errors import BackendError, CheckpointError, ModelError, UsageError
+from latentrt.engines.package import Package
+from latentrt.runtime import Pipeline
+from latentrt.runtime.pipeline import SHIPPED
+
+STAGE = Stage(seconds=1.0, cpu_seconds=1.0, peak_rss=1)
+DEMO = SHIPPED["demo"]
+
+
+def test_the_demo_model_has_its_checkpoint_in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = find_model("demo")
+    assert model.name == "demo"
+    assert model.package.root == DEMO
+    assert model.checkpoint is not None
+    assert (model.checkpoint / "unet" / "config.json").is_file()
+    monkeypatch.setattr(models, "_INDEX", "no such file")  # as where the wheel is installed
+    assert find_model("demo").checkpoint is None
+
+
+def test_a_package_by_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(DEMO.parent)
+    model = find_model("package")
+    assert (model.name, model.checkpoint) == ("package", None)
+    assert (
+        find_model("package", checkpoint=DEMO.parent / "checkpoint").checkpoint == DEMO.parent / "checkpoint"
+    )
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no model_index\.json"):
+        find_model("demo", checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd15-int8", "no/such/folder"])
+def test_an_unknown_name_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=r"expected demo, sd15-fp32, sd15-fp16, sd21-fp32, sd21-fp16, or a"):
+        find_model(name)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "SDXL-fp16", "sdxl-turbo-fp16"])
+def test_sdxl_is_not_exported_yet(name: str) -> None:
+    with pytest.raises(UsageError, match="SDXL is not exported yet"):
+        find_model(name)
+
+
+def test_names_are_recipes() -> None:
+    source = Path(models.__file__).with_name("checkpoints.py").read_text(encoding="utf-8")  # imports torch
+    assert list(models.RECIPES) == re.findall(r'^    "(\w+)": Recipe\($', source, re.MULTILINE)
+    assert model_names()[:3] == ("demo", "sd15-fp32", "sd15-fp16")
+
+
+def test_the_cache_lies_in_the_stores_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path))
+    assert default_cache() == tmp_path / "benchmarks"
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was made; checkpoints are one file, packages the demo's."""
+    done: list[str] = []
+
+    def make(recipe: str, checkpoint: Path) -> Stage:
+        checkpoint.mkdir()
+        (checkpoint / "model_index.json").write_text("{}")
+        done.append(recipe)
+        return STAGE
+
+    def export(checkpoint: Path, package: Path, dtype: str) -> Stage:
+        assert (checkpoint / "model_index.json").is_file()
+        if dtype == "fp16":
+            raise ModelError("it broke", expected="a stage", fix="Mend it.")
+        package.symlink_to(DEMO)
+        done.append(package.name)
+        return STAGE
+
+    monkeypatch.setattr(full_size, "make_checkpoint", make)
+    monkeypatch.setattr(full_size, "export", export)
+    return done
+
+
+def test_a_full_size_model_is_made_once_and_said_beforehand(tmp_path: Path, stages: list[str]) -> None:
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(f"after {stages}: {line}")
+
+    cache = tmp_path / "cache"
+    model = find_model("sd21-fp32", cache=cache, said=say)
+    assert (model.name, model.checkpoint) == ("sd21-fp32", cache / "sd21")
+    assert model.package.manifest == Package.open(DEMO).manifest
+    assert said[0].startswith(f"after []: making {cache / 'sd21'}: ")
+    assert said[1].startswith(f"after ['sd21']: making {cache / 'sd21-fp32'}: ")
+    assert all("2.6 GB" in line for line in said)
+    again = find_model("sd21-fp32", cache=cache, said=say)
+    assert again.checkpoint == model.checkpoint
+    assert stages == ["sd21", "sd21-fp32"]
+    assert len(said) == 2
+
+
+def test_a_model_that_cannot_be_made(tmp_path: Path, stages: list[str]) -> None:
+    with pytest.raises(ModelError, match="it broke"):
+        find_model("sd15-fp16", cache=tmp_path)
+    assert stages == ["sd15"]
+
+
+@pytest.fixture
+def without_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The demo model is the skeleton of sd15-fp16, and torch is not installed."""
+    skeleton = tmp_path / "skeletons" / "sd15-fp16"
+    skeleton.mkdir(parents=True)
+    save_skeleton(Package.open(DEMO), skeleton)
+    monkeypatch.setattr(skeletons, "FOLDER", skeleton.parent)
+    monkeypatch.setattr(models, "find_spec", lambda name: None if name == "torch" else name)
+
+
+@pytest.mark.usefixtures("without_torch")
+def test_without_torch_a_skeleton_is_filled(tmp_path: Path) -> None:
+    said: list[str] = []
+    model = find_model("sd15-fp16", cache=tmp_path / "cache", said=said.append)
+    assert model.checkpoint is None
+    assert model.package.root.name == "sd15-fp16-skeleton", "no checkpoint has its weights"
+    assert len(said) == 1
+    find_model("sd15-fp16", cache=tmp_path / "cache", said=said.append)
+    assert len(said) == 1
+    assert not list((tmp_path / "cache").glob(".sd15*")), "what it was made in is gone"
+    with Pipeline.open(model.package.root, threads=1) as pipe:
+        latent = pipe("a star", width=16, height=16, num_inference_steps=1, output_type="latent").images
+    assert latent.shape == (1, 4, 2, 2)
+
+
+@pytest.mark.usefixtures("without_torch")
+def test_without_torch_and_skeleton_it_says_what_to_install(tmp_path: Path) -> None:
+    with pytest.raises(
+        BackendError, match=r"sd15-fp32 must be exported first, which needs torch; .*\[cpu,export\]"
+    ):
+        find_model("sd15-fp32", cache=tmp_path / "cache")
+
+
+@pytest.mark.usefixtures("without_torch")
+def test_a_checkpoint_beside_a_filled_skeleton_is_not_taken_for_its_own(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "cache" / "sd15"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "model_index.json").write_text("{}")
+    assert find_model("sd15-fp16", cache=tmp_path / "cache").checkpoint is None
+
+
+@pytest.mark.slow
+def test_a_small_one_is_really_made(tmp_path: Path) -> None:
+    model = find_model("tiny1-fp32", cache=tmp_path)
+    assert model.package.manifest.dtype == "fp32"
+    assert model.checkpoint == tmp_path / "tiny1"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["tiny1", "tiny1-fp32"]

@@ -1,0 +1,198 @@
+"""latentrt's own side on the host: what each workload computes, and in which unit it is reported."""
+
+from collections.abc import Generator, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from latentrt.benchmarks import child
+from latentrt.benchmarks.case import WORKLOADS, Case, net_inputs
+from latentrt.benchmarks.sides import ours
+from latentrt.benchmarks.sides.contract import NotAvailableError, Prepared, Task
+from latentrt.benchmarks.sides.ours import BETWEEN, HostSide, Work
+from latentrt.engines.backend import Net
+from latentrt.engines.package import Package
+from latentrt.runtime.pipeline import SHIPPED
+from latentrt.runtime.tokenizer import ClipTokenizer
+
+PACKAGE = Package.open(SHIPPED["demo"])
+TOKENIZER = ClipTokenizer.open(PACKAGE.root / "tokenizer")
+GUIDED = Case.of(PACKAGE.manifest, width=64, height=48, steps=4)
+PLAIN = Case.of(PACKAGE.manifest, width=48, height=64, steps=3, guidance_scale=1.0, pictures=2)
+
+
+@pytest.fixture(scope="module")
+def side() -> Generator[HostSide]:
+    opened = ours.open_side(Task(package=PACKAGE.root, backend="onnxruntime", threads=1))
+    assert isinstance(opened, HostSide)
+    yield opened
+    opened.close()
+
+
+def ran(prepared: Prepared) -> Mapping[str, np.ndarray]:
+    prepared.run()
+    return prepared.outputs()
+
+
+# ── the workloads ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("case", [GUIDED, PLAIN], ids=["guided", "plain"])
+def test_every_workload_has_the_contracts_outputs(side: HostSide, case: Case) -> None:
+    rows, latent = case.batch, (4, case.height // 8, case.width // 8)
+    expected: dict[str, dict[str, Any]] = {
+        "text_encoder": {"context": ((2 if case.guided else 1, 77, 96), np.float32)},
+        "invariants": {},
+        "unet": {"prediction": ((rows, *latent), np.float32)},
+        "update": {"latent": ((case.pictures, *latent), np.float32)},
+        "vae_decoder": {"image": ((case.pictures, case.height, case.width, 3), np.uint8)},
+        "picture": {"image": ((case.pictures, case.height, case.width, 3), np.uint8)},
+    }
+    assert set(expected) == set(WORKLOADS)
+    for workload, wanted in expected.items():
+        found = ran(side.prepare(workload, case))
+        assert {name: (array.shape, array.dtype) for name, array in found.items()} == wanted, workload
+        assert all(array.std() > 0 for array in found.values()), workload
+    with pytest.raises(NotAvailableError, match="latentrt has no workload 'gemm'"):
+        side.prepare("gemm", case)
+
+
+@pytest.fixture(scope="module")
+def whole() -> Any:
+    """The UNet before hoisting, as the library runs it unasked for any optimisation."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    graph = PACKAGE.path(PACKAGE.manifest.nets["unet_whole"].graph)
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("case", [GUIDED, PLAIN], ids=["guided", "plain"])
+def test_unet_is_the_graph_before_hoisting(side: HostSide, whole: Any, case: Case) -> None:
+    inputs = net_inputs("unet", case, PACKAGE.manifest, TOKENIZER)
+    feeds = {
+        "sample": inputs["latent"],
+        "timestep": np.repeat(inputs["timestep"], case.batch),
+        "encoder_hidden_states": inputs["context"],
+    }
+    (wanted,) = whole.run(["out_sample"], feeds)
+    found = ran(side.prepare("unet", case))["prediction"]
+    assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 1e-5
+
+
+def test_a_picture_is_the_pipelines_and_tells_its_stages(side: HostSide) -> None:
+    picture = side.prepare("picture", GUIDED)
+    wanted = side._pipe(GUIDED.prompt, **GUIDED.parameters).images
+    np.testing.assert_array_equal(ran(picture)["image"], wanted)
+    stages = picture.figures()["stages_s"]
+    assert {"text_encoder", "invariants", "unet", "update", "vae_decoder"} <= set(stages)
+    assert stages["unet"] > stages["update"] > 0
+    first = dict(stages)
+    picture.run()
+    assert picture.figures()["stages_s"] != first, "of the last run"
+
+
+class Refuses:
+    def __init__(self, net: Net) -> None:
+        self.spec = net.spec
+
+    def __call__(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+        raise AssertionError("a net was called")
+
+
+def test_update_calls_no_net_and_repeats_itself(side: HostSide, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side._loop, "nets", {name: Refuses(net) for name, net in side._loop.nets.items()})
+    update = side.prepare("update", GUIDED)
+    first = ran(update)["latent"]
+    np.testing.assert_array_equal(ran(update)["latent"], first)
+    assert np.isfinite(first).all()
+    with pytest.raises(AssertionError, match="a net was called"):
+        side.prepare("text_encoder", GUIDED).run()
+
+
+def test_memory_and_versions(side: HostSide) -> None:
+    ledger = side.memory()["ledger"]
+    assert set(ledger) == {"text_encoder", "unet_context", "unet_time", "unet", "vae_decoder"}
+    files = {net.weights for net in PACKAGE.manifest.nets.values() if net.weights}
+    values = sum(array.size for name in files for array in load_file(PACKAGE.path(name)).values())
+    float32 = sum(row["weights"] for row in ledger.values()) / 4
+    assert 0.95 < float32 / values <= 1, "each weight once, though nets share files"
+    assert side.versions["backend"].startswith("onnxruntime")
+
+
+def test_a_backend_that_cannot_run_has_a_reason() -> None:
+    assert ours.available(Task(package=PACKAGE.root, backend="onnxruntime")) is None
+    reason = ours.available(Task(package=PACKAGE.root, backend="imagined"))
+    assert reason is not None
+    assert "unknown backend 'imagined'" in reason
+
+
+# ── time ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Clock:
+    """Advances a little whenever it is read, and by what `spend` says."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        self.now += 1e-3
+        return self.now
+
+    def spend(self, seconds: float) -> dict[str, np.ndarray]:
+        self.now += seconds
+        return {}
+
+
+@pytest.mark.parametrize(("slow_down", "ratio"), [(0.0, 1.0), (0.1, 1.1), (0.5, 1.5)])
+def test_a_planted_slowdown(monkeypatch: pytest.MonkeyPatch, slow_down: float, ratio: float) -> None:
+    clock = Clock()
+    monkeypatch.setattr(ours, "perf_counter", clock)
+    work = Work(call=lambda: clock.spend(2.0), slow_down=slow_down)
+    began = clock.now
+    work.run()
+    assert (clock.now - began) / 2.0 == pytest.approx(ratio, abs=0.01)
+
+
+def test_a_slowdown_reaches_every_workload(side: HostSide, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side, "_slow_down", 0.5)
+    assert [side.prepare(workload, GUIDED).slow_down for workload in WORKLOADS] == [0.5] * len(WORKLOADS)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Fixed:
+    """A side whose only workload is at hand."""
+
+    versions: Mapping[str, str] = {}
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared = prepared
+
+    def prepare(self, workload: str, case: Case) -> Prepared:
+        return self.prepared
+
+    def memory(self) -> Mapping[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("repeats", [1, 4])
+def test_seconds_are_of_one_of_the_repetitions(monkeypatch: pytest.MonkeyPatch, repeats: int) -> None:
+    clock = Clock()
+    monkeypatch.setattr(child, "perf_counter", clock)
+    asked = child.Child(Fixed(Work(call=lambda: clock.spend(2.0), repeats=repeats)))
+    first = asked.answer({"do": "prepare", "workload": "any", "case": GUIDED.to_json(), "slot": ""})
+    timed = asked.answer({"do": "time", "slot": "", "runs": 3})
+    assert [first["seconds"], *timed["seconds"]] == pytest.approx([2.0 / repeats] * 4, rel=1e-2)
+
+
+def test_update_is_reported_by_the_step(side: HostSide) -> None:
+    asked = child.Child(side)
+    asked.answer({"do": "prepare", "workload": "update", "case": GUIDED.to_json(), "slot": ""})
+    assert child.repeats(asked._slots[""]) == BETWEEN
+    assert child.repeats(side.prepare("unet", GUIDED)) == 1
+    assert child.repeats(Fixed(Work(call=dict))) == 1  # pyright: ignore[reportArgumentType]

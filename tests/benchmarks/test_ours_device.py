@@ -1,0 +1,346 @@
+"""latentrt's own side on a device, for real on host memory: the host's outputs, timed, nothing left."""
+
+import json
+from collections import Counter
+from collections.abc import Generator
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+from latentrt.benchmarks import child
+from latentrt.benchmarks.case import WORKLOADS, Case
+from latentrt.benchmarks.sides import ours
+from latentrt.benchmarks.sides.contract import Held, NotAvailableError, Prepared, Task
+from latentrt.benchmarks.sides.ours import BETWEEN, HostSide
+from latentrt.benchmarks.sides.ours_device import DeviceSide
+from latentrt.engines.errors import MemoryLimitError, UsageError
+from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
+from latentrt.engines.package import Package
+from latentrt.runtime import loops
+from latentrt.runtime.loops import DEVICE_NETS
+from latentrt.runtime.replay import Graphs
+from tests.benchmarks.device_side_bench import PACKAGE, Bench, Spied, device_side
+from tests.engines.host_device import HostDevice, HostStopwatch
+from tests.engines.tensorrt_setting import library, open_simulated
+
+GUIDED = Case.of(PACKAGE.manifest, width=64, height=64, steps=4)
+PLAIN = Case.of(PACKAGE.manifest, width=48, height=64, steps=3, guidance_scale=1.0, pictures=2)
+NOISY = Case.of(PACKAGE.manifest, width=64, height=64, steps=4, sampler="euler_a", pictures=2)
+KIB = 1024
+
+
+@pytest.fixture(scope="module")
+def opened() -> Generator[Bench]:
+    device, runs = HostDevice(), Counter[str]()
+    nets = {
+        name: Spied(
+            name,
+            open_onnxruntime_net(PACKAGE, name, device, provider=CPU, submit=device.submit, threads=1),
+            runs,
+            (1 + place) * KIB,
+        )
+        for place, name in enumerate(DEVICE_NETS)
+    }
+    side = device_side(device, nets)
+    yield Bench(device, side, nets, runs)
+    side.prepare("unet", GUIDED)  # and is left open
+    side.close()
+    side.close()
+    assert not device.blocks, "memory that was not given back"
+    assert (device.stopwatches, device.graphs) == (set(), set())
+
+
+@pytest.fixture(scope="module")
+def host() -> Generator[HostSide]:
+    opened = ours.open_side(Task(package=PACKAGE.root, backend="onnxruntime", threads=1))
+    assert isinstance(opened, HostSide)
+    yield opened
+    opened.close()
+
+
+def check_alike(found: Prepared, wanted: Prepared) -> None:
+    a, b = found.outputs(), wanted.outputs()
+    assert set(a) == set(b)
+    for name, array in b.items():
+        assert a[name].shape == array.shape
+        assert a[name].dtype == array.dtype
+        if array.dtype == np.uint8:
+            assert np.abs(a[name].astype(int) - array).max() <= 1
+        else:
+            assert np.linalg.norm(a[name] - array) / np.linalg.norm(array) < 1e-4
+
+
+def close(prepared: Prepared) -> None:
+    assert isinstance(prepared, Held)
+    prepared.close()
+
+
+# ── what is computed, and how long it takes ────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("case", [GUIDED, PLAIN], ids=["guided", "plain"])
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_the_device_computes_what_the_host_does(
+    opened: Bench, host: HostSide, workload: str, case: Case
+) -> None:
+    found, wanted = opened.side.prepare(workload, case), host.prepare(workload, case)
+    began = perf_counter()
+    found.run()
+    seconds = perf_counter() - began
+    wanted.run()
+    check_alike(found, wanted)
+    assert 0 < found.figures()["device_s"] < seconds
+    assert child.repeats(found) == child.repeats(wanted)
+    close(found)
+
+
+def test_update_draws_noise(opened: Bench, host: HostSide) -> None:
+    found, wanted = opened.side.prepare("update", NOISY), host.prepare("update", NOISY)
+    found.run()
+    wanted.run()
+    check_alike(found, wanted)
+    close(found)
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_a_run_allocates_nothing_and_waits_once(opened: Bench, workload: str) -> None:
+    prepared = opened.side.prepare(workload, GUIDED)
+    prepared.run()
+    device = opened.device
+    sizes, allocations, waits = dict(device.sizes), device.allocations, device.synchronisations
+    for _ in range(3):
+        prepared.run()
+        prepared.figures()
+    assert (device.sizes, device.allocations, device.synchronisations) == (sizes, allocations, waits + 3)
+    close(prepared)
+
+
+def test_which_nets_run(opened: Bench) -> None:
+    expected = {
+        "text_encoder": {"text_encoder": 1},
+        "invariants": {"unet_context": 1, "unet_time": 1},
+        "unet": {"unet": 1},
+        "update": {"step": BETWEEN},
+        "vae_decoder": {"vae_decoder": 1},
+    }
+    for workload, wanted in expected.items():
+        prepared = opened.side.prepare(workload, GUIDED)
+        opened.runs.clear()
+        prepared.run()
+        assert opened.runs == wanted, workload
+        close(prepared)
+
+
+def test_update_begins_anew_each_time(opened: Bench) -> None:
+    update = opened.side.prepare("update", GUIDED)
+    update.run()
+    first = update.outputs()["latent"].copy()
+    for _ in range(3):
+        update.run()
+    np.testing.assert_array_equal(update.outputs()["latent"], first)
+    assert first.std() > 0
+    close(update)
+
+
+def test_the_devices_seconds_are_of_a_step_too(opened: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HostStopwatch, "seconds", lambda self: 2.0)
+    for workload, seconds in (("update", 2.0 / BETWEEN), ("unet", 2.0), ("picture", 2.0)):
+        prepared = opened.side.prepare(workload, GUIDED)
+        prepared.run()
+        assert prepared.figures()["device_s"] == seconds
+        close(prepared)
+
+
+def test_a_planted_slowdown(opened: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    readings: list[float] = []
+
+    def clock() -> float:
+        readings.append(float(len(readings)))  # each look takes a second
+        return readings[-1]
+
+    monkeypatch.setattr(opened.side, "_slow_down", 10.0)
+    prepared = [opened.side.prepare(workload, GUIDED) for workload in ("unet", "picture")]
+    monkeypatch.setattr(ours, "perf_counter", clock)
+    for item in prepared:
+        readings.clear()
+        item.run()
+        assert readings[-1] >= 11
+        close(item)
+
+
+# ── captured graphs ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_unets_captured_run_is_told_too(opened: Bench) -> None:
+    launches, graphs = opened.device.launches, set(opened.device.graphs)
+    prepared = opened.side.prepare("unet", GUIDED)
+    assert opened.device.launches > launches
+    assert opened.device.graphs == graphs, "it is freed at once: libraries may not release before"
+    launches = opened.device.launches
+    prepared.run()
+    assert opened.device.launches == launches, "what is timed is as it is enqueued"
+    assert prepared.figures()["captured_device_s"] > 0
+    close(prepared)
+
+
+def test_why_the_unet_is_not_captured(opened: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opened.device, "capturable", False)
+    found = opened.side.prepare("unet", GUIDED)
+    found.run()
+    assert found.figures()["not_captured"] == "the stream cannot be captured"
+    close(found)
+    monkeypatch.setattr(opened.nets["unet"], "capturable", False)
+    found = opened.side.prepare("unet", GUIDED)
+    found.run()
+    assert found.figures()["not_captured"].startswith("the library says")
+    assert "captured_device_s" not in found.figures()
+    close(found)
+
+
+@pytest.mark.parametrize("graphs", ["on", "off"])
+def test_a_picture_tells_whether_it_was_replayed(
+    opened: Bench, monkeypatch: pytest.MonkeyPatch, graphs: Graphs
+) -> None:
+    loop = opened.side._loop
+    loop.free_idle()
+    monkeypatch.setattr(loop, "_graphs", graphs)
+    picture = opened.side.prepare("picture", GUIDED)
+    before = opened.device.launches
+    picture.run()
+    figures = picture.figures()
+    assert opened.device.launches - before == (GUIDED.steps if graphs == "on" else 0)
+    assert figures["replayed"] is (graphs == "on")
+    assert {"prepare", "enqueue", "wait"} <= set(figures["stages_s"])
+    loop.free_idle()
+
+
+def test_a_picture_has_settled_before_it_is_timed(opened: Bench) -> None:
+    loop = opened.side._loop
+    loop.free_idle()
+    before = opened.device.launches
+    opened.side.prepare("picture", GUIDED)
+    (replay,) = loop._replays.values()
+    assert float("inf") not in (replay._plain_s, replay._graph_s), "both ways were timed"
+    assert opened.device.launches - before == 2 * GUIDED.steps
+
+
+# ── memory ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_is_prepared_has_its_own_buffers_until_it_is_closed(opened: Bench, host: HostSide) -> None:
+    device = opened.device
+    opened.side._loop.free_idle()
+    before = dict(device.sizes)
+    small, large = (opened.side.prepare("unet", case) for case in (GUIDED, PLAIN))
+    for _ in range(2):  # in turns, as scaling has them
+        for prepared, case in ((small, GUIDED), (large, PLAIN)):
+            prepared.run()
+            wanted = host.prepare("unet", case)
+            wanted.run()
+            check_alike(prepared, wanted)
+    close(small)
+    large.run()
+    close(large)
+    close(large)
+    assert device.sizes == before
+    with pytest.raises(AssertionError):
+        large.run()
+
+
+def test_a_slot_that_is_prepared_again_frees_what_it_had(opened: Bench) -> None:
+    asked = child.Child(opened.side)
+    command = {"do": "prepare", "workload": "vae_decoder", "case": GUIDED.to_json(), "slot": "a"}
+    asked.answer(command)
+    sizes = sorted(opened.device.sizes.values())
+    for _ in range(2):
+        asked.answer(command)
+        assert sorted(opened.device.sizes.values()) == sizes
+    close(asked._slots["a"])
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_what_cannot_be_prepared_leaves_nothing(
+    opened: Bench, monkeypatch: pytest.MonkeyPatch, workload: str
+) -> None:
+    device, loop = opened.device, opened.side._loop
+    loop.free_idle()
+    blocks, stopwatches = dict(device.sizes), len(device.stopwatches)
+    for room in (500, 3 * KIB, 9 * KIB):  # not even the scratch block; not the buffers
+        monkeypatch.setattr(device, "limit", device.used + room)
+        with pytest.raises(MemoryLimitError, match="asked"):
+            opened.side.prepare(workload, GUIDED)
+        loop.free_idle()
+        assert device.sizes == blocks
+        assert len(device.stopwatches) == stopwatches
+
+
+def test_memory_is_the_ledger(opened: Bench) -> None:
+    picture = opened.side.prepare("picture", GUIDED)
+    found = opened.side.memory()
+    assert set(found["ledger"]) == set(DEVICE_NETS)
+    weights = {name: row["weights"] for name, row in found["ledger"].items()}
+    assert weights == {name: net.memory.weights for name, net in opened.nets.items()}
+    assert found["scratch"] == len(DEVICE_NETS) * KIB, "the largest of the nets'"
+    assert found["known"] == sum(row["total"] for row in found["ledger"].values()) + found["scratch"]
+    assert found["memory"] == {"free": 2**40 - opened.device.used, "total": 2**40, "unified": False}
+    assert found["process"] is None
+    opened.device.process_memory = lambda: 12345  # pyright: ignore[reportAttributeAccessIssue]
+    assert opened.side.memory()["process"] == 12345
+    assert json.loads(json.dumps(found)) == found
+    close(picture)
+
+
+# ── opening ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_versions_and_unknown_workloads(opened: Bench) -> None:
+    assert opened.side.versions == {"backend": "stand-in", "device": "host memory"}
+    with pytest.raises(NotAvailableError, match="latentrt has no workload 'copy'"):
+        opened.side.prepare("copy", GUIDED)
+
+
+def test_a_pipeline_on_a_device_gets_this_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = HostDevice()
+
+    class Engine:
+        def available(self) -> None:
+            return None
+
+        def describe(self) -> str:
+            return "engine 1.0"
+
+        def open_device(self, package: Package, names: tuple[str, ...], *, log: Any) -> Any:
+            assert names == DEVICE_NETS
+            return device, {
+                name: open_onnxruntime_net(package, name, device, provider=CPU, submit=device.submit)
+                for name in ("vae_decoder",)
+            }
+
+    monkeypatch.setattr(loops, "choose_backend", lambda name: (name, Engine()))
+    side = ours.open_side(Task(package=PACKAGE.root, backend="engine", slow_down=0.25))
+    assert isinstance(side, DeviceSide)
+    assert side.versions == {"backend": "engine 1.0", "device": "host memory"}
+    assert side.prepare("vae_decoder", GUIDED).slow_down == 0.25  # pyright: ignore[reportAttributeAccessIssue]
+    side.close()
+    assert not device.blocks
+
+
+def test_engines_with_scratch_memory_of_their_own(host: HostSide) -> None:
+    device, variant = HostDevice(), "tensorrt 10"
+    trt = library(variant, device)
+    names = ("unet_context", "unet_time", "unet", "step")
+    side = device_side(device, {name: open_simulated(trt, variant, name, device) for name in names}, "on")
+    for workload in ("unet", "update"):
+        found, wanted = side.prepare(workload, GUIDED), host.prepare(workload, GUIDED)
+        found.run()
+        wanted.run()
+        check_alike(found, wanted)
+        assert found.figures()["device_s"] > 0
+        close(found)
+    with pytest.raises(UsageError, match="profile"):
+        side.prepare("unet", Case.of(PACKAGE.manifest, width=256))
+    side.close()
+    assert not device.blocks
+    assert not device.stopwatches

@@ -1,0 +1,215 @@
+"""Parity on sides whose outputs are known, with defects planted; and one real pair of processes."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from latentrt.benchmarks import parity
+from latentrt.benchmarks.case import NETS, Case
+from latentrt.benchmarks.parity import IDENTICAL_DB, PROMPTS, Inputs, Reference, compare_sides, measure_parity
+from latentrt.benchmarks.process import SideError
+from latentrt.benchmarks.records import Row, read_document
+from latentrt.benchmarks.sides.contract import Task, not_available
+from latentrt.engines.errors import UsageError
+from latentrt.engines.package import Package
+from latentrt.engines.spec import Array
+from latentrt.runtime.pipeline import SHIPPED
+from latentrt.runtime.request import make_request
+from latentrt.runtime.tokenizer import ClipTokenizer
+
+CASE = Case(width=24, height=16, guidance_scale=3.0, pictures=2, steps=4)
+Defect = Callable[[str, Case, dict[str, Array]], None]
+
+
+def nothing(workload: str, case: Case, outputs: dict[str, Array]) -> None:
+    pass
+
+
+@dataclass
+class Known:
+    """A side whose outputs are random numbers of the seed, but for a defect."""
+
+    name: str
+    defect: Defect = nothing
+    asked: list[tuple[str, Case]] = field(default_factory=list)
+    stamp: Mapping[str, Any] = field(default_factory=lambda: {"cpu": "abacus", "side": {"backend": "beads"}})
+
+    def prepare(self, workload: str, case: Case) -> tuple[dict[str, Any], dict[str, Array]]:
+        self.asked.append((workload, case))
+        random = np.random.default_rng([case.seed, len(case.prompt)])
+        if workload in ("vae_decoder", "picture"):
+            shape = case.pictures, case.height, case.width, 3
+            outputs = {"image": random.integers(0, 256, shape).astype(np.uint8)}
+        else:
+            name = {"text_encoder": "context", "unet": "prediction"}[workload]
+            outputs = {name: random.standard_normal((4, 10)).astype(np.float32)}
+        self.defect(workload, case, outputs)
+        return {"seconds": 0.1}, outputs
+
+
+def compare(ours: Defect, inputs: Inputs, dtype: str = "fp32") -> list[Row]:
+    return list(compare_sides(Known("latentrt", ours), Known("peer (reference)"), inputs, dtype))
+
+
+def test_equal_sides() -> None:
+    inputs = Inputs(cases=(CASE, replace(CASE, guidance_scale=1.0)), samplers=("ddim", "euler_a"), samples=2)
+    rows = compare(nothing, inputs)
+    assert {row.status for row in rows} == {"ok"}
+    assert [(row.workload, row.case.get("sampler")) for row in rows[:5]] == [
+        ("text_encoder", None),
+        ("unet", None),
+        ("vae_decoder", None),
+        ("picture", "ddim"),
+        ("picture", "euler_a"),
+    ]
+    assert len(rows) == 10
+    assert [row.unit for row in rows[:5]] == ["1", "1", "dB", "dB", "dB"]
+    assert rows[1].rounds == ((0.0,), (0.0,))
+    assert rows[3].rounds == ((IDENTICAL_DB,), (IDENTICAL_DB,)), "JSON has no infinity"
+    assert (rows[3].figures["ssim"], rows[3].figures["identical"]) == (1.0, 2)
+    assert 70 < rows[3].figures["contrast"] < 78  # of uniform shades 255 / sqrt(12)
+    assert rows[0].stamp == {"cpu": "abacus", "side": {"backend": "beads"}, "reference": {"backend": "beads"}}
+
+
+def test_both_sides_are_asked_the_same_with_other_seeds_and_prompts() -> None:
+    ours, other = Known("latentrt"), Known("peer")
+    list(compare_sides(ours, other, Inputs(cases=(CASE,), samplers=("heun",)), "fp32"))
+    assert ours.asked == other.asked
+    unets = [case for workload, case in ours.asked if workload == "unet"]
+    assert [case.seed for case in unets] == [7, 8, 9]
+    assert [case.prompt for case in unets] == list(PROMPTS[:3])
+    assert [case.sampler for workload, case in ours.asked if workload == "picture"] == ["heun"] * 3
+
+
+@pytest.mark.parametrize(("dtype", "good"), [("fp32", False), ("fp16", True)])
+def test_a_net_beyond_the_bar_of_its_arithmetic_fails(dtype: str, good: bool) -> None:
+    def scaled(workload: str, case: Case, outputs: dict[str, Array]) -> None:
+        if workload == "unet" and case.seed == 8:
+            outputs["prediction"] = (outputs["prediction"] * 1.002).astype(np.float32)
+
+    rows = {row.workload: row for row in compare(scaled, Inputs(cases=(CASE,), samplers=()), dtype)}
+    row = rows["unet"]
+    assert row.status == ("ok" if good else "FAILED")
+    assert row.reason == ("" if good else "prediction, seed 8: relative L2 2.00e-03, above 0.001")
+    assert row.samples == (0.0, pytest.approx(0.002, rel=1e-3), 0.0)
+    assert row.figures["relative_l2"] == pytest.approx(0.002, rel=1e-3)
+    assert row.figures["bar"] == (5e-3 if good else 1e-3)
+    assert rows["text_encoder"].status == "ok"
+
+
+def test_the_worst_picture_of_several_counts() -> None:
+    def darker(workload: str, case: Case, outputs: dict[str, Array]) -> None:
+        if workload == "picture":
+            outputs["image"][1] = np.clip(outputs["image"][1].astype(int) + 4, 0, 255)
+
+    (row,) = compare(darker, Inputs(cases=(CASE,), nets=(), samplers=("ddim",), samples=1))
+    # 4 shades are 36.1 dB; over both pictures together it would be 39.1
+    assert row.samples[0] == pytest.approx(20 * math.log10(255 / 4), abs=0.2)
+    assert row.status == "FAILED"
+    assert row.reason.endswith("dB, below 40")
+    assert 0.9 < row.figures["ssim"] < 1
+
+
+@pytest.mark.parametrize("workload", ["unet", "picture"])
+def test_another_shape_or_no_such_output_is_a_failure_and_no_number(workload: str, tmp_path: Path) -> None:
+    def lost(name: str, case: Case, outputs: dict[str, Array]) -> None:
+        outputs["else"] = outputs.popitem()[1]
+
+    def cut(name: str, case: Case, outputs: dict[str, Array]) -> None:
+        name, array = outputs.popitem()
+        outputs[name] = array[:1]
+
+    nets = ("unet",) if workload == "unet" else ()
+    for defect in (lost, cut):
+        (row,) = compare(defect, Inputs(cases=(CASE,), nets=nets, samplers=() if nets else ("ddim",)))
+        assert (row.status, row.rounds) == ("FAILED", ())
+        assert "inf" in row.reason
+
+
+def test_a_side_that_fails_or_cannot_is_named() -> None:
+    def breaks(workload: str, case: Case, outputs: dict[str, Array]) -> None:
+        if workload == "unet" and case.seed == 8:
+            raise SideError("FAILED", "unet: the output is not finite")
+        if workload == "vae_decoder":
+            raise SideError("not available", not_available("latentrt", workload).found)
+
+    rows = {row.workload: row for row in compare(breaks, Inputs(cases=(CASE,), samplers=()))}
+    assert rows["unet"].status == "FAILED"
+    assert rows["unet"].reason == "latentrt: unet: the output is not finite"
+    assert rows["vae_decoder"].status == "not available"
+    assert rows["text_encoder"].status == "ok"
+
+
+def test_a_workload_without_outputs_cannot_be_compared() -> None:
+    (row,) = compare(lambda *given: given[-1].clear(), Inputs(cases=(CASE,), nets=("unet",), samplers=()))
+    assert (row.status, row.reason) == ("not available", "latentrt: unet has no output to compare")
+
+
+def test_pictures_below_the_window_of_ssim_are_refused() -> None:
+    with pytest.raises(UsageError, match="at least 11 pixels"):
+        Inputs(cases=(replace(CASE, width=8),))
+
+
+def test_the_reference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    task = Task(
+        package=tmp_path, checkpoint=tmp_path, backend="tensorrt", device="cuda", threads=2, slow_down=0.1
+    )
+    chosen = Reference.of(task)
+    assert chosen.name == "diffusers"
+    assert chosen.task == Task(package=tmp_path, checkpoint=tmp_path, backend="onnxruntime", threads=2)
+    assert Reference.of(replace(task, checkpoint=None)).name == "onnxruntime"
+    monkeypatch.setattr(parity, "find_spec", lambda name: None)
+    assert Reference.of(task).name == "onnxruntime"
+
+
+def test_samplers_and_prompts_are_ours() -> None:
+    package = Package.open(SHIPPED["demo"])
+    for sampler in parity.SAMPLERS:
+        make_request(package.manifest, PROMPTS[3], sampler=sampler)  # raises SamplerError for another name
+    tokens = ClipTokenizer.open(package.root / "tokenizer").encode(list(PROMPTS), length=77)
+    assert not any(tokens.dropped)
+
+
+def test_ours_against_the_packages_own_graphs(tmp_path: Path) -> None:
+    package = Package.open(SHIPPED["demo"])
+    task = Task(package=package.root, threads=1)
+    inputs = Inputs(
+        cases=(Case.of(package.manifest, width=64, height=48, steps=2),), samplers=("ddim",), samples=2
+    )
+    document = measure_parity(package, task, inputs)
+    document.write(tmp_path / "parity.json")
+    rows = read_document(tmp_path / "parity.json").rows
+    assert [row.workload for row in rows] == [*NETS, "picture"]
+    assert not document.failed, [row.reason for row in rows]
+    assert all(len(row.samples) == 2 for row in rows)
+    assert document.settings["reference"] == "onnxruntime"
+    assert rows[1].figures["relative_l2"] < 1e-4
+
+
+def test_a_reference_that_cannot_be_opened_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Opened(Known):
+        def __init__(self, name: str, module: str, task: Task) -> None:
+            if module == "diffusers":
+                raise SideError("not available", "no checkpoint")
+            super().__init__(name)
+
+        def __enter__(self) -> "Opened":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    monkeypatch.setattr(parity, "SideProcess", Opened)
+    package = Package.open(SHIPPED["demo"])
+    task = Task(package=package.root)
+    document = measure_parity(
+        package, task, Inputs(cases=(CASE,)), reference=Reference(name="diffusers", task=task)
+    )
+    (row,) = document.rows
+    assert (row.side, row.workload, row.status) == ("diffusers", "open", "not available")
+    assert row.reason == "no checkpoint"

@@ -1,0 +1,361 @@
+"""When a peer cannot run it says why; and those that need a GPU draw our pictures on stand-ins of theirs."""
+
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import latentrt.demo
+from latentrt.benchmarks.case import Case
+from latentrt.benchmarks.likeness import difference, psnr
+from latentrt.benchmarks.sides import (
+    contract,
+    diffusers_compiled,
+    diffusers_eager,
+    onnxruntime_cuda_loop,
+    tensorrt_loop,
+)
+from latentrt.benchmarks.sides.contract import NotAvailableError, OpenSide, Task
+from latentrt.benchmarks.sides.diffusers_eager import DiffusersSide
+from latentrt.benchmarks.sides.plain_device_loop import DEVICE_NETS, PlainDeviceSide
+from latentrt.benchmarks.sides.requirements import open_plain_package, version_of
+from latentrt.engines.device import DeviceNet
+from latentrt.engines.errors import BackendError
+from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
+from latentrt.engines.package import Package
+from latentrt.engines.spec import Array
+from tests.engines.host_device import HostDevice
+from tests.tiny_package import write_tiny_package
+
+DEMO = Path(latentrt.demo.__path__[0])
+PACKAGE = Package.open(DEMO / "package")
+TASK = Task(package=PACKAGE.root, checkpoint=DEMO / "checkpoint", threads=1)
+ON_CUDA = replace(TASK, device="cuda")
+CASES = (
+    Case(width=56, height=40, guidance_scale=3.0, steps=4, pictures=2, sampler="dpmpp_2m"),
+    Case(width=56, height=40, guidance_scale=1.0, steps=4, sampler="euler_a", seed=11),
+)
+NEEDS = {
+    "diffusers": "diffusers",
+    "diffusers-compile": "torch",
+    "onnxruntime": "onnxruntime",
+    "onnxruntime-cuda": "onnxruntime",
+    "openvino": "openvino",
+    "tensorrt": "tensorrt",
+}
+
+# ── who cannot run here ────────────────────────────────────────────────────────────────────────
+
+
+def refuses(name: str, task: Task, why: str) -> None:
+    side = contract.side(name)
+    assert why in (side.available(task) or "")
+    with pytest.raises(NotAvailableError) as caught:
+        side.open_side(task)
+    assert why in caught.value.found
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_a_missing_library_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, NEEDS[name], None)  # type: ignore[arg-type]
+    refuses(name, TASK, NEEDS[name])
+
+
+@pytest.mark.parametrize("name", ["diffusers", "diffusers-compile"])
+def test_a_missing_checkpoint_is_told(name: str, tmp_path: Path) -> None:
+    refuses(name, replace(TASK, checkpoint=None), "none was given")
+    refuses(name, replace(TASK, checkpoint=tmp_path), "no model_index.json")
+
+
+def test_a_missing_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refuses("diffusers", ON_CUDA, "no CUDA device")
+    monkeypatch.setattr(onnxruntime_cuda_loop, "cuda_available", lambda: "no driver")
+    refuses("onnxruntime-cuda", TASK, "no driver")
+    monkeypatch.setattr(tensorrt_loop, "missing_modules", lambda *names: None)
+    monkeypatch.setattr(tensorrt_loop.facts, "available", lambda: "no driver")
+    refuses("tensorrt", TASK, "no driver")
+
+
+def test_a_tensorrt_that_is_too_old_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_loop, "missing_modules", lambda *names: None)
+    monkeypatch.setattr(tensorrt_loop.facts, "available", lambda: None)
+    monkeypatch.setattr("latentrt.engines.tensorrt.flavour.installed_version", lambda name: "10.3.0")
+    refuses("tensorrt", TASK, "tensorrt 10.3.0 is installed")
+
+
+def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    refuses("diffusers-compile", TASK, "no-such-compiler")
+
+
+def test_a_package_without_the_plain_unet_is_told(tmp_path: Path) -> None:
+    write_tiny_package(tmp_path)
+    with pytest.raises(NotAvailableError, match="unet_whole"):
+        open_plain_package(replace(TASK, package=tmp_path))
+
+
+def test_a_library_that_pip_does_not_know_has_no_version() -> None:
+    assert version_of("no-such-library", "numpy") == np.__version__
+    assert version_of("no-such-library") == "unknown"
+
+
+# ── diffusers, as far as it goes without a model or a GPU ──────────────────────────────────────
+
+
+class FakePipe:
+    """What `DiffusersSide` uses of a StableDiffusionPipeline."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        import torch
+
+        self.unet = torch.nn.Conv2d(4, 4, 3)
+        self.unet.dtype = torch.float16  # type: ignore[assignment]
+        self.vae = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3))
+        self.vae.decoder = self.vae[0]
+        self.text_encoder = torch.nn.Linear(2, 2)
+        self.device = SimpleNamespace(type=device)
+        self.scheduler = SimpleNamespace(config={})
+        self.moved: tuple[Any, ...] = ()
+
+    def set_progress_bar_config(self, *, disable: bool) -> None:
+        assert disable
+
+    def to(self, *where: Any) -> None:
+        self.moved = where
+
+    def __call__(self, prompt: str, **parameters: Any) -> Any:
+        return SimpleNamespace(images=np.full((1, 8, 8, 3), 0.5, np.float32))
+
+
+def is_channels_last(net: Any) -> bool:
+    import torch
+
+    return all(p.is_contiguous(memory_format=torch.channels_last) for p in net.parameters() if p.dim() == 4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "half"), [("fp16", "cuda", True), ("fp32", "cuda", False), ("fp16", "cpu", False)]
+)
+def test_half_precision_is_for_cuda(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, device: str, half: bool
+) -> None:
+    import torch
+
+    pipe = FakePipe()
+    monkeypatch.setattr(diffusers_eager, "assemble", lambda checkpoint: pipe)
+    monkeypatch.setattr(diffusers_eager, "available", lambda task: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    manifest = replace(PACKAGE.manifest, dtype=dtype)
+    monkeypatch.setattr(diffusers_eager.Package, "open", lambda root: replace(PACKAGE, manifest=manifest))
+    diffusers_eager.load(replace(TASK, device=device))
+    assert pipe.moved == (device, torch.float16 if half else torch.float32)
+    assert is_channels_last(pipe.unet) == is_channels_last(pipe.vae) == half
+    assert torch.backends.cudnn.benchmark == half
+
+
+def test_on_cuda_a_run_ends_when_the_device_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    waits: list[int] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 123)
+    library = ModuleType("diffusers")
+    library.DDIMScheduler = SimpleNamespace(from_config=lambda config, **options: {**config, **options})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "diffusers", library)
+    pipe = FakePipe("cuda")
+    side = DiffusersSide("diffusers", PACKAGE, pipe, {})
+    prepared = side.prepare("picture", replace(CASES[1], sampler="ddim"))
+    prepared.run()
+    assert pipe.scheduler == {"clip_sample": False}
+    assert waits == [1]
+    assert (prepared.outputs()["image"] == 128).all()
+    assert prepared.figures() == {}
+    assert side.memory() == {"allocator_peak": 123}
+
+
+def test_a_sampler_that_diffusers_is_not_set_up_for() -> None:
+    side = DiffusersSide("diffusers", PACKAGE, FakePipe(), {})
+    with pytest.raises(NotAvailableError, match="dpm2_a"):
+        side.prepare("picture", replace(CASES[0], sampler="dpm2_a"))
+
+
+def test_unet_and_decoder_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    config: Any = torch._dynamo.config
+    monkeypatch.setattr(config, "recompile_limit", 8)
+    pipe = FakePipe()
+    diffusers_compiled.compile_nets(pipe, "default")
+    assert pipe.unet._compiled_call_impl is not None
+    assert pipe.vae.decoder._compiled_call_impl is not None
+    assert pipe.text_encoder._compiled_call_impl is None
+    assert config.recompile_limit > 8
+
+
+# ── the loop on a device, on host memory ───────────────────────────────────────────────────────
+
+
+def onnxruntime_nets(device: HostDevice) -> Mapping[str, DeviceNet]:
+    return {
+        name: open_onnxruntime_net(PACKAGE, name, device, provider=CPU, submit=device.submit, threads=1)
+        for name in DEVICE_NETS
+    }
+
+
+class Context:
+    """An execution context that ONNX Runtime stands in for, at the addresses it was given."""
+
+    def __init__(self, graph: str, device: HostDevice, failing: set[str]) -> None:
+        name = next(
+            net for net, file in PACKAGE.manifest.nets.items() if graph == str(PACKAGE.path(file.graph))
+        )
+        self.net = open_onnxruntime_net(PACKAGE, name, device, provider=CPU, submit=device.submit, threads=1)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+        self.failing = failing
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = shape
+        return "set_input_shape" not in self.failing
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        self.addresses[name] = memory
+        return True
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        assert stream_handle == HostDevice.stream
+        self.net.bind(self.shapes, self.addresses, 0).enqueue()
+        return "execute_async_v3" not in self.failing
+
+
+class Polygraphy(ModuleType):
+    """Of `polygraphy.backend.trt`, what the side calls; it counts engines."""
+
+    def __init__(self, device: HostDevice) -> None:
+        super().__init__("polygraphy.backend.trt")
+        self.device, self.built, self.failing = device, list[str](), set[str]()
+        self.Profile, self.CreateConfig = Profile, SimpleNamespace
+
+    def network_from_onnx_path(self, path: str, *, strongly_typed: bool) -> str:
+        assert strongly_typed
+        return path
+
+    def set_decomposable_attentions(self, network: str) -> tuple[str, str]:
+        return network, "decomposable"
+
+    def engine_from_network(self, network: tuple[str, str], *, config: Any) -> Any:
+        graph, attention = network
+        assert attention == "decomposable"
+        (profile,) = config.profiles
+        assert profile
+        self.built.append(graph)
+        return SimpleNamespace(
+            create_execution_context=lambda: Context(graph, self.device, self.failing),
+            device_memory_size_v2=1000,
+        )
+
+
+class Profile(dict[str, tuple[int, ...]]):
+    def add(self, name: str, *, min: Any, opt: Any, max: Any) -> None:
+        assert min == opt == max
+        self[name] = opt
+
+
+def polygraphy_nets(device: HostDevice) -> Mapping[str, DeviceNet]:
+    return {name: tensorrt_loop.PolygraphyNet(PACKAGE, name, device) for name in DEVICE_NETS}
+
+
+@pytest.fixture
+def polygraphy(monkeypatch: pytest.MonkeyPatch) -> Polygraphy:
+    module = Polygraphy(HostDevice())
+    monkeypatch.setitem(sys.modules, "polygraphy", ModuleType("polygraphy"))
+    monkeypatch.setitem(sys.modules, "polygraphy.backend", ModuleType("polygraphy.backend"))
+    monkeypatch.setitem(sys.modules, "polygraphy.backend.trt", module)
+    return module
+
+
+def open_on(device: HostDevice, make: Callable[[HostDevice], Mapping[str, DeviceNet]]) -> OpenSide:
+    nets = make(device)
+    resources = ExitStack()
+    for net in nets.values():
+        resources.callback(net.close)
+    return PlainDeviceSide("it", PACKAGE, device, nets, {"made": "here"}, resources)
+
+
+def run(side: OpenSide, workload: str, case: Case) -> Mapping[str, Array]:
+    prepared = side.prepare(workload, case)
+    prepared.run()
+    prepared.run()  # what the first left behind does not matter
+    return prepared.outputs()
+
+
+@pytest.fixture(scope="module")
+def plain() -> Mapping[tuple[str, int], Mapping[str, Array]]:
+    with closing(contract.side("onnxruntime").open_side(TASK)) as side:
+        workloads = ("text_encoder", "unet", "vae_decoder", "picture")
+        return {(w, i): run(side, w, case) for i, case in enumerate(CASES) for w in workloads}
+
+
+@pytest.mark.parametrize("make", [onnxruntime_nets, polygraphy_nets])
+def test_on_a_device_it_draws_what_it_draws_on_the_host(
+    make: Callable[[HostDevice], Mapping[str, DeviceNet]],
+    plain: Mapping[tuple[str, int], Mapping[str, Array]],
+    polygraphy: Polygraphy,
+) -> None:
+    device = polygraphy.device
+    with closing(open_on(device, make)) as side:
+        for (workload, index), wanted in plain.items():
+            found = run(side, workload, CASES[index])
+            (name,) = found
+            if wanted[name].dtype == np.uint8:
+                assert psnr(found[name], wanted[name]) > 60, workload
+            else:
+                assert difference(name, found[name], wanted[name])["relative_l2"] < 1e-5, workload
+    assert not device.blocks, "memory that was not given back"
+
+
+def test_a_picture_is_waited_for_once(plain: object) -> None:
+    device = HostDevice()
+    with closing(open_on(device, onnxruntime_nets)) as side:
+        prepared = side.prepare("picture", CASES[0])
+        before = device.synchronisations
+        prepared.run()
+        assert device.synchronisations == before + 1
+        assert side.versions == {"made": "here"}
+        assert set(side.memory()["ledger"]) == set(DEVICE_NETS)
+        one = side.prepare("unet", CASES[0])
+        one.run()
+        assert one.figures()["device_s"] > 0
+        with pytest.raises(NotAvailableError, match="update"):
+            side.prepare("update", CASES[0])
+
+
+def test_an_engine_is_built_once_for_its_shapes(polygraphy: Polygraphy) -> None:
+    with closing(open_on(polygraphy.device, polygraphy_nets)) as side:
+        for case in (CASES[0], CASES[0], CASES[1]):
+            side.prepare("unet", case)
+        assert len(polygraphy.built) == 2
+        ledger = side.memory()["ledger"]
+        assert ledger["unet_whole"]["activations"] == 2000
+        assert ledger["vae_decoder"]["weights"] == 0
+    assert not polygraphy.device.blocks
+
+
+@pytest.mark.parametrize("call", ["set_input_shape", "execute_async_v3"])
+def test_what_tensorrt_refuses_is_an_error(polygraphy: Polygraphy, call: str) -> None:
+    polygraphy.failing.add(call)
+    with (
+        closing(open_on(polygraphy.device, polygraphy_nets)) as side,
+        pytest.raises(BackendError, match="TensorRT"),
+    ):
+        run(side, "text_encoder", CASES[0])
+    assert not polygraphy.device.blocks

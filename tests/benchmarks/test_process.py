@@ -1,0 +1,156 @@
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from latentrt.benchmarks.case import Case
+from latentrt.benchmarks.child import Child, serve
+from latentrt.benchmarks.process import SideError, SideProcess, Slot
+from latentrt.benchmarks.sides import contract
+from latentrt.benchmarks.sides.contract import Task
+from latentrt.engines.errors import UsageError
+from latentrt.runtime.pipeline import SHIPPED
+
+CASE = Case(width=64, height=64, guidance_scale=3.0, steps=2)
+TASK = Task(package=SHIPPED["demo"], threads=1)
+
+
+class Prepared:
+    def __init__(self, value: float) -> None:
+        self.value, self.runs, self.repeats = value, 0, 1
+
+    def run(self) -> None:
+        self.runs += 1
+
+    def outputs(self) -> Mapping[str, Any]:
+        return {"image": np.array([1.0, self.value])}
+
+    def figures(self) -> Mapping[str, Any]:
+        return {"run": self.runs}
+
+
+class Opened:
+    """A side that computes what its workload is called."""
+
+    versions: Mapping[str, str] = {}
+    closed = False
+
+    def prepare(self, workload: str, case: Case) -> Prepared:
+        if workload == "none":
+            raise contract.not_available("it", workload)
+        return Prepared(float(workload))
+
+    def memory(self) -> Mapping[str, Any]:
+        return {"ledger": 3}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def _serve(*commands: Mapping[str, Any]) -> tuple[list[dict[str, Any]], Opened]:
+    opened, answers = Opened(), list[dict[str, Any]]()
+    serve((json.dumps(command) for command in commands), opened, answers.append)
+    return answers, opened
+
+
+def _prepare(workload: str, slot: str = "") -> dict[str, Any]:
+    return {"do": "prepare", "workload": workload, "case": CASE.to_json(), "slot": slot}
+
+
+def test_a_child_answers() -> None:
+    answers, opened = _serve(
+        _prepare("1"),
+        {"do": "time", "runs": 3, "slot": ""},
+        {"do": "memory"},
+        {"do": "close"},
+        {"do": "time", "runs": 1, "slot": ""},
+    )
+    prepared, timed, memory, closed = answers
+    assert prepared["finite"]
+    assert prepared["figures"] == {"run": 1}
+    assert [item["run"] for item in timed["figures"]] == [2, 3, 4]
+    assert len(timed["seconds"]) == 3
+    assert memory["peak_rss"] >= memory["rss"] > 10**6
+    assert memory["own"] == {"ledger": 3}
+    assert closed == {}
+    assert opened.closed
+
+
+def test_slots_are_apart() -> None:
+    answers, _ = _serve(_prepare("1", "a"), _prepare("nan", "b"), {"do": "time", "runs": 1, "slot": "a"})
+    assert [answer["finite"] for answer in answers] == [True, False, True]
+
+
+def test_a_child_tells_errors_and_lives_on() -> None:
+    answers, _ = _serve(_prepare("none"), _prepare("a word"), _prepare("1"))
+    assert answers[0] == {"error": "it has no workload 'none'", "kind": "not available"}
+    assert answers[1]["kind"] == "FAILED"
+    assert "ValueError" in answers[1]["error"]
+    assert answers[2]["finite"]
+
+
+def test_the_garbage_collector_is_as_it_was() -> None:
+    import gc
+
+    child = Child(Opened())
+    child.answer(_prepare("1"))
+    assert gc.isenabled()
+    child.answer({"do": "time", "runs": 1, "slot": ""})
+    assert gc.isenabled()
+
+
+def test_a_process_of_its_own() -> None:
+    with SideProcess("latentrt", "latentrt", TASK) as side:
+        assert "onnxruntime" in side.opened["versions"]["backend"]
+        assert side.stamp["side"] == side.opened["versions"]
+        assert {"cpu", "commit", "libraries", "cpu_mhz", "load_1min"} <= set(side.stamp)
+        answer, outputs = side.prepare("vae_decoder", CASE)
+        assert outputs["image"].shape == (1, 64, 64, 3)
+        assert answer["seconds"] > 0
+        side.prepare("unet", CASE, slot="small")
+        seconds, figures = Slot(name="small", side=side).time(2)
+        assert len(seconds) == len(figures) == 2
+        with pytest.raises(SideError, match="no workload 'gemm'") as error:
+            side.prepare("gemm", CASE)
+        assert error.value.status == "not available"
+        side._child.kill()
+        with pytest.raises(SideError, match="ended with exit code -9"):
+            side.time(1)
+        with pytest.raises(SideError, match="ended with exit code -9"):
+            side.time(1)
+
+
+def test_what_cannot_be_opened(tmp_path: Any) -> None:
+    with pytest.raises(SideError, match="does not exist") as error:
+        SideProcess("latentrt", "latentrt", replace(TASK, package=tmp_path / "none"))
+    assert error.value.status == "FAILED"
+    assert str(tmp_path) not in error.value.reason
+    with pytest.raises(SideError, match="unknown backend") as error:
+        SideProcess("latentrt", "latentrt", replace(TASK, backend="abacus"))
+    assert error.value.status == "not available"
+    with pytest.raises(SideError, match="unknown side 'abacus'"):
+        SideProcess("abacus", "abacus", TASK)
+
+
+def test_numbers_that_are_not_finite_are_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    with SideProcess("latentrt", "latentrt", TASK) as side:
+        with monkeypatch.context() as patch:
+            patch.setattr(side, "ask", lambda **command: {"finite": False, "seconds": [1.0], "figures": [{}]})
+            with pytest.raises(SideError, match="unet: the output is not finite"):
+                side.prepare("unet", CASE)
+            with pytest.raises(SideError, match="the output is not finite"):
+                side.time(1)
+        monkeypatch.setattr("latentrt.benchmarks.process.ANSWERING", 0.0)
+        with pytest.raises(SideError, match="no answer within 0 s"):
+            side.ask(do="memory")
+
+
+def test_tasks_travel() -> None:
+    task = replace(TASK, checkpoint=SHIPPED["demo"].parent, slow_down=0.1)
+    assert Task.from_json(json.loads(json.dumps(task.to_json()))) == task
+    assert Case.from_json(json.loads(json.dumps(CASE.to_json()))) == CASE
+    with pytest.raises(UsageError, match="unknown side 'x'"):
+        contract.side("x")

@@ -1,0 +1,157 @@
+"""`latentrt bench`: what a verb is told reaches what it measures; what is found decides the exit code."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latentrt import cli
+from latentrt.benchmarks import latency, memory, scaling, suite, throughput
+from latentrt.benchmarks.records import Document, Row, read_document
+
+GOOD = Row(side="latentrt", workload="unet", rounds=((0.01, 0.02), (0.01, 0.03)))
+BAD = Row(side="latentrt", workload="unet", status="FAILED", reason="not finite")
+
+
+def _document(*rows: Row) -> Document:
+    return Document(benchmark="latency", model={"name": "x", "dtype": "fp32"}, settings={}, rows=rows)
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Call a verb: (exit code, stdout, stderr)."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["latentrt", "bench", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Every measurement answers with one good row, and leaves behind what it was asked."""
+    asked: dict[str, Any] = {}
+
+    def measure(package: Any, what: Any, *more: Any, **options: Any) -> Document:
+        asked.update(options, what=what, more=more, package=package)
+        return _document(GOOD)
+
+    for module, name in (
+        (latency, "measure_latency"),
+        (scaling, "measure_scaling"),
+        (memory, "measure_memory"),
+        (throughput, "measure_throughput"),
+    ):
+        monkeypatch.setattr(module, name, measure)
+    return asked
+
+
+def test_latency_is_told_everything(bench: Any, found: dict[str, Any], tmp_path: Path) -> None:
+    options = "--width 64 --height 192 --steps 3 --batch 2 --guidance-scale 1 --sampler ddim --threads 1"
+    peers = "--peers diffusers,openvino --workloads unet,picture --backend onnxruntime --budget 9"
+    code, out, err = bench(
+        "latency", "demo", *options.split(), *peers.split(), "--out", str(tmp_path / "a.json")
+    )
+    assert (code, err) == (0, "")
+    assert "15 ms" in out
+    case = found["more"][0][0]
+    assert (case.width, case.height, case.steps, case.pictures, case.guided) == (64, 192, 3, 2, False)
+    assert (case.sampler, found["workloads"]) == ("ddim", ("unet", "picture"))
+    sides = found["what"]
+    assert (sides.peers, sides.task.threads, sides.task.backend) == (
+        ("diffusers", "openvino"),
+        1,
+        "onnxruntime",
+    )
+    assert sides.task.checkpoint is not None, "the demo's own, in a checkout"
+    assert found["pace"].budget == 9
+    assert read_document(tmp_path / "a.json").model["name"] == "demo"
+
+
+def test_json_is_the_document(bench: Any, found: dict[str, Any]) -> None:
+    code, out, err = bench("scaling", "--axes", "steps,batch", "--quick", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["rows"][0]["summary"]["p50"] == 0.015
+    assert list(found["axes"]) == ["steps", "batch"]
+    assert found["pace"].budget < 10
+
+
+def test_memory_and_throughput_are_told_everything(bench: Any, found: dict[str, Any]) -> None:
+    assert bench("memory", "--peers", "onnxruntime", "--batch", "2")[0] == 0
+    assert (found["what"].peers, found["what"].references, found["more"][0].pictures) == (
+        ("onnxruntime",),
+        (),
+        2,
+    )
+    assert (
+        bench("throughput", "--batches", "1, 3", "--rate", "2.5", "--deadline", "0.5", "--together", "4")[0]
+        == 0
+    )
+    rules = found["rules"]
+    assert (found["batches"], rules.rate, rules.deadline, rules.together) == ((1, 3), 2.5, 0.5, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["latency", "--peers", "abacus"], "unknown name 'abacus'"),
+        (["latency", "--workloads", "unet,all"], "unknown name 'all'"),
+        (["scaling", "--axes", "time"], "unknown name 'time'"),
+        (["throughput", "--batches", "1,x"], "the batches are '1,x'"),
+        (["throughput", "--batches", "0"], "the batches are '0'"),
+        (["latency", "no-such-model"], "there is no model 'no-such-model'"),
+    ],
+)
+def test_wrong_usage(bench: Any, arguments: list[str], message: str) -> None:
+    code, _, err = bench(*arguments)
+    assert code == 2
+    assert message in err
+
+
+def test_a_failed_row_is_exit_code_1(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "measure_latency", lambda *given, **options: _document(GOOD, BAD))
+    code, out, _ = bench("latency")
+    assert code == 1
+    assert "FAILED, not finite" in out
+
+
+def test_all_of_them(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = {verb: BAD if verb == "parity" else GOOD for verb in suite.VERBS}
+    verbs = {verb: lambda *given, row=row: _document(row) for verb, row in rows.items()}
+    monkeypatch.setattr(suite, "VERBS", verbs)
+    code, out, _ = bench("all", str(tmp_path), "--quick")
+    assert code == 1, "one failed, the others are there"
+    assert {path.name for path in tmp_path.iterdir()} == {f"{verb}-demo.json" for verb in verbs}
+    assert out.count("FAILED") == 1
+
+
+def test_compare(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    slower = Row(side="latentrt", workload="unet", rounds=tuple((0.02,) * 9 for _ in range(12)))
+    faster = Row(side="latentrt", workload="unet", rounds=tuple((0.01,) * 9 for _ in range(12)))
+    _document(faster).write(tmp_path / "a.json")
+    _document(slower).write(tmp_path / "b.json")
+    assert bench("compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"))[0] == 1
+    code, out, _ = bench("compare", str(tmp_path / "b.json"), str(tmp_path / "a.json"), "--json")
+    assert code == 0
+    assert json.loads(out)
+    assert bench("compare", str(tmp_path / "a.json"), str(tmp_path / "none.json"))[0] == 3
+
+
+def test_report(bench: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "results").mkdir()
+    _document(GOOD).write(tmp_path / "results" / "latency-x.json")
+    (tmp_path / "README.md").write_text("a\n<!-- bench:begin -->\n<!-- bench:end -->\nb\n")
+    arguments = ("report", str(tmp_path / "results"), "--readme", str(tmp_path / "README.md"))
+    code, out, _ = bench(*arguments)
+    assert code == 0
+    assert out.startswith("1 documents")
+    assert "**x (fp32)**" in (tmp_path / "README.md").read_text()
+    told = json.loads(bench(*arguments, "--json")[1])
+    assert told["changed"] == []
