@@ -36,7 +36,7 @@ from .memory_samples import resident
 from .sides.contract import Task
 
 SETTLED = 5  # steps after which every buffer of the loop is there: no sampler remembers more than 5
-STEADY = 1024  # bytes over all steps that are no growth: a few integers come and go
+STEADY = 4096  # bytes over all steps that are no growth: a library remembers a little now and then
 _LINES = 5  # of source that are named
 _MINE = (tracemalloc.__file__, __file__)  # whose allocations are the measurement's own
 

@@ -94,6 +94,11 @@ class SideProcess:
         self._machine = {**describe_machine(), "side": self.opened["versions"]}
 
     @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._child.pid
+
+    @property
     def stamp(self) -> dict[str, Any]:
         """What a row of this side was measured on, with the clocks as they are now."""
         return {**self._machine, **clocks()}

@@ -188,7 +188,7 @@ def plain(value: Any) -> Any:
 
 def _rounded(sample: float) -> float:
     """To six digits, more than any clock is good for; bytes stay as they are."""
-    return sample if sample.is_integer() else float(f"{sample:.6g}")
+    return sample if float(sample).is_integer() else float(f"{sample:.6g}")
 
 
 def _lines(row: Mapping[str, Any]) -> str:

@@ -1,0 +1,334 @@
+"""Memory from outside against processes that hold a known amount, and planted growth that must be found."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from latentrt.benchmarks import memory, memory_rows, memory_samples
+from latentrt.benchmarks.case import Case
+from latentrt.benchmarks.latency import Sides
+from latentrt.benchmarks.memory import measure_memory, measure_side
+from latentrt.benchmarks.memory_request import judge_growth, timeline
+from latentrt.benchmarks.memory_rows import Baselines, Bench, measure_baselines
+from latentrt.benchmarks.memory_samples import (
+    DeviceWatch,
+    Look,
+    Sampler,
+    holding,
+    on_a_grid,
+    resident,
+)
+from latentrt.benchmarks.memory_timeline import SETTLED, STEADY, watch_resident, watch_traced
+from latentrt.benchmarks.process import SideError
+from latentrt.benchmarks.records import Document, Row
+from latentrt.benchmarks.sides.contract import OURS, Task
+from latentrt.engines.cuda.facts import Nvml
+from latentrt.engines.package import Package
+from latentrt.runtime.pipeline import SHIPPED, Pipeline
+from tests.benchmarks.stand_in_side import StandInSide
+from tests.engines.host_device import HostDevice
+from tests.engines.simulated_nvml import Numbers, SimulatedNvml
+from tests.runtime.device_bench import device_pipeline
+
+MIB = 2**20
+PACKAGE = Package.open(SHIPPED["demo"])
+TASK = Task(package=PACKAGE.root, threads=1)
+CASE = Case(width=64, height=64, guidance_scale=3.0, steps=2)
+IDENTITY = "00010203-0405-0607-0809-0a0b0c0d0e0f"
+on_linux = pytest.mark.skipif(not memory_samples.PROC.exists(), reason="needs /proc")
+
+
+def bench(**changes: Any) -> Bench:
+    known: dict[str, Any] = {"package": PACKAGE, "task": TASK, "case": CASE, "weights": 10 * MIB}
+    nothing = Baselines(interpreter=0, context=0)
+    return Bench(**{**known, "baselines": nothing, "watch": None, "interval": 0.002, **changes})
+
+
+# ── resident memory ────────────────────────────────────────────────────────────────────────────
+
+HOLDING = """
+import sys
+block = bytearray(b"x") * (64 << 20)  # written, so that it is resident
+print(flush=True); input()
+del block
+print(flush=True); input()
+"""
+
+
+@contextmanager
+def holder() -> Generator[tuple[int, Callable[[], None]]]:
+    """A process with 64 MiB, and how it gives them back."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        process.stdout.readline()
+
+        def release() -> None:
+            process.stdin.write("\n")
+            process.stdin.flush()
+            process.stdout.readline()
+
+        yield process.pid, release
+        process.communicate("\n")
+
+
+@on_linux
+def test_resident_memory_of_another_process() -> None:
+    own = np.ones(200 * MIB, np.uint8)  # ru_maxrss of a child would begin with this
+    with holder() as (pid, release):
+        full = resident(pid)
+        release()
+        freed = resident(pid)
+    assert own[-1]
+    assert full
+    assert freed
+    assert full.rss - freed.rss == pytest.approx(64 * MIB, rel=0.02)
+    assert full.anonymous + full.file == full.rss
+    assert 0.99 * full.rss < freed.peak < 120 * MIB, "outlives what was held, and is not the parent's"
+    assert resident(pid) is None, "it ended"
+
+
+@on_linux
+def test_an_empty_interpreter() -> None:
+    found = measure_baselines(None, 0.01)
+    assert found.context is None
+    assert found.interpreter is not None
+    assert 2 * MIB < found.interpreter < 40 * MIB
+
+
+def test_sampler() -> None:
+    moments: list[float] = []
+    with Sampler(lambda: len(moments) if len(moments) < 3 else None, 0.001) as sampler:
+        while len(moments) < 5:
+            moments.append(time.perf_counter())
+            time.sleep(0.01)
+    values = [value for _, value in sampler.samples]
+    assert values == sorted(values)
+    assert set(values) <= {0, 1, 2}, "None is no sample"
+    assert len(values) > 5
+    assert sampler.samples == sorted(sampler.samples)
+
+
+def test_a_grid_keeps_peaks_and_fills_gaps() -> None:
+    series = [(9.0, 5), (10.01, 7), (10.05, 99), (10.09, 3), (10.31, 8), (10.62, 1)]
+    # intervals of 0.1 s: the most in the first, nothing new in two, then 8, then nothing new
+    assert on_a_grid(series, 10.0, 10.5, 0.1) == (99, 99, 99, 8, 8)
+    assert on_a_grid(series[:1], 10.0, 10.2, 0.1) == (5, 5), "from before it began"
+    assert on_a_grid([(10.15, 4)], 10.0, 10.2, 0.1) == (4, 4)
+    with pytest.raises(ValueError, match="no samples"):
+        on_a_grid([], 10.0, 10.5, 0.1)
+
+
+# ── a GPU, simulated ───────────────────────────────────────────────────────────────────────────
+
+
+def test_what_a_process_holds() -> None:
+    before = Look(processes={1: 50}, used=400)
+    named = [(0.0, Look(processes={1: 50}, used=410)), (1.0, Look(processes={1: 50, 7: 30}, used=480))]
+    later = [*named, (2.0, Look(processes={7: 90}, used=520)), (3.0, Look(processes={7: 60}, used=500))]
+    found = holding(7, before, later)
+    assert found
+    assert (found.measured_by, found.now, found.peak) == ("process", 60, 90)
+    unnamed = holding(8, before, later)  # NVML numbers it otherwise, as in a container
+    assert unnamed
+    assert (unnamed.measured_by, unnamed.now, unnamed.peak) == ("device", 100, 120)
+    assert holding(8, Look(processes={}, used=None), later) is None
+    assert holding(8, Look(processes={}, used=600), later) is None, "it holds nothing that can be seen"
+
+
+def test_watch_asks_nvml() -> None:
+    listed = [Numbers(pid=7, usedGpuMemory=30)]
+    look = DeviceWatch(Nvml(IDENTITY, SimulatedNvml(processes=listed))).look()
+    assert look == Look(processes={7: 30}, used=400)
+    silent = SimulatedNvml(unknown=("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetComputeRunningProcesses"))
+    assert DeviceWatch(Nvml(IDENTITY, silent)).look() == Look(processes={}, used=None)
+
+
+class Growing:
+    """A device whose use goes up with every look: 100, 110, …"""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def look(self) -> Look:
+        self.looks += 1
+        return Look(processes={}, used=90 * MIB + 10 * MIB * self.looks)
+
+
+def test_rows_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    side: Any = StandInSide(OURS, lambda workload, case: 0.0, {"image": np.zeros((1, 8, 8, 3), np.uint8)})
+    side.ask = lambda do: {
+        "own": {"ledger": {"unet": {"weights": 3, "activations": None, "io": 4, "total": 7}}, "scratch": 5}
+    }
+    side.time = lambda runs: time.sleep(0.05)
+    monkeypatch.setattr(memory, "SideProcess", lambda name, module, task: side)
+    monkeypatch.setattr(memory, "number_of", lambda item: 7)
+    watched: Any = Growing()
+    baselines = Baselines(interpreter=None, context=5 * MIB)
+    rows, outputs = measure_side(bench(watch=watched, baselines=baselines), OURS, {})
+    found = {row.workload: row for row in rows}
+    assert outputs["image"].shape == (1, 8, 8, 3)
+    assert found["peak"].status == "not available"
+    peak = found["device peak"]
+    assert peak.samples[0] == 10 * MIB * (watched.looks - 2) - 5 * MIB, "of the last look but that of closing"
+    assert peak.figures["measured_by"] == "device"
+    assert peak.figures["over_weights"] == peak.samples[0] / (10 * MIB)
+    assert found["device opened"].samples[0] < peak.samples[0]
+    assert found["ledger"].samples == (12.0,), "a total is not counted besides its parts"
+    assert found["ledger"].figures["nets"]["unet"]["io"] == 4
+
+
+def test_the_empty_context_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_rows, "_CONTEXT", "print(flush=True); input()")
+    watched: Any = Growing()
+    found = measure_baselines(watched, 0.01)
+    assert found.context
+    assert found.context % (10 * MIB) == 0
+
+
+# ── sides ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_peer_that_draws_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    side: Any = StandInSide(
+        "openvino", lambda workload, case: 0.0, {"image": np.zeros((1, 8, 8, 3), np.uint8)}
+    )
+    side.ask = lambda do: {"own": {}}
+    monkeypatch.setattr(memory, "SideProcess", lambda name, module, task: side)
+    monkeypatch.setattr(memory, "number_of", lambda item: 7)
+    wanted = {"image": np.full((1, 8, 8, 3), 200, np.uint8)}
+    ((row,), _) = measure_side(bench(), "openvino", wanted)
+    assert (row.status, row.samples) == ("FAILED", ())
+    assert "is not ours" in row.reason
+    rows, _ = measure_side(bench(), "openvino", side.outputs)
+    assert rows[-1].workload == "ledger"
+    assert rows[-1].status == "not available"
+
+
+def test_sides_that_cannot_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(name: str, module: str, task: Task) -> StandInSide:
+        raise SideError("not available", "it is not installed")
+
+    monkeypatch.setattr(memory, "SideProcess", closed)
+    ((row,), _) = measure_side(bench(), "openvino", {})
+    assert (row.status, row.reason) == ("not available", "it is not installed")
+    with pytest.raises(SideError, match="not installed"):
+        measure_side(bench(), OURS, {})
+
+
+def test_a_process_that_dies() -> None:
+    missing = replace(TASK, package=TASK.package / "none")
+    row = bench(task=missing).attempt("timeline", lambda: timeline(bench(task=missing)))
+    assert row.status == "FAILED"
+    assert "ended with exit code 1" in row.reason
+    assert bench(baselines=Baselines(interpreter=None, context=None)).missing("x", "why").reason == "why"
+    assert timeline(bench(baselines=Baselines(interpreter=None, context=None))).status == "not available"
+
+
+# ── steps ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Generator[Pipeline]:
+    with Pipeline.open(PACKAGE.root, backend="onnxruntime", threads=1) as opened:
+        yield opened
+
+
+def leaking(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, size: int) -> list[bytearray]:
+    kept: list[bytearray] = []
+    loop = pipe._loop
+    steps = loop.steps
+
+    def leaks(*arguments: Any) -> Iterator[Any]:
+        for state in steps(*arguments):
+            kept.append(bytearray(size))
+            yield state
+
+    monkeypatch.setattr(loop, "steps", leaks)
+    return kept
+
+
+def test_a_planted_leak_is_found(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, size = 8, 2000
+    leaking(pipe, monkeypatch, size)
+    told = watch_traced(pipe, replace(CASE, steps=steps))
+    row = judge_growth(bench(), {"resident": None, "device_allocations": None, **told})
+    assert row.status == "FAILED"
+    grown = row.figures["traced_growth"]
+    assert grown == pytest.approx((steps - 1 - SETTLED) * (size + 57), abs=500)  # 57: the object around them
+    assert row.figures["lines"][0][0].startswith("benchmarks/test_memory.py:")
+
+
+class Device(HostDevice):
+    """One that takes memory whenever it is waited for, if it is `careless`."""
+
+    careless = False
+
+    def synchronize(self) -> None:
+        super().synchronize()
+        if self.careless:
+            self.free(self.allocate(64))
+
+
+def test_the_device_loop_allocates_nothing_between_rows() -> None:
+    device, case = Device(), replace(CASE, steps=8)
+    with device_pipeline(PACKAGE, device) as (pipe, _):
+        sound = watch_resident(pipe, case)
+        device.careless = True
+        careless = watch_resident(pipe, case)
+    still = {"traced": [5], "transient": [5], "lines": []}
+    row = judge_growth(bench(), {**still, **sound})
+    assert (row.status, row.figures["device_allocations"]) == ("ok", 0)
+    row = judge_growth(bench(), {**still, **careless})
+    assert (row.status, row.reason) == ("FAILED", "7 allocations on the device between rows")
+
+
+# ── all of it ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def document() -> Document:
+    return measure_memory(PACKAGE, Sides(task=TASK, references=()), CASE, steps=(8, 2, 4), interval=0.002)
+
+
+def row_of(document: Document, workload: str) -> Row:
+    (row,) = document.select(workload)
+    return row
+
+
+@on_linux
+def test_the_demo_model(document: Document) -> None:
+    opened, first, peak = (row_of(document, name).samples[0] for name in ("opened", "first picture", "peak"))
+    assert 20 * MIB < opened < first <= peak < 400 * MIB
+    ledger = row_of(document, "ledger")
+    weights = ledger.figures["weights"]
+    assert ledger.samples[0] >= weights > 5e6
+    assert row_of(document, "peak").figures["over_weights"] == pytest.approx(peak / weights)
+    growth = row_of(document, "growth per step")
+    assert (growth.status, growth.reason) == ("ok", "")
+    assert growth.figures["traced_growth"] <= STEADY
+    assert row_of(document, "peak against steps").samples == pytest.approx((first, first), rel=0.15)
+    assert json.loads(json.dumps(document.to_json()))["rows"][0]["stamp"]["cpu"]
+
+
+@on_linux
+def test_timeline_of_a_request(document: Document) -> None:
+    row = row_of(document, "timeline")
+    marks = row.figures["marks"]
+    stages = [mark["stage"] for mark in marks]
+    assert stages == ["text_encoder", "invariants", "unet", "unet", "vae_decoder"]
+    moments = [0.0, *(mark["at_s"] for mark in marks), row.figures["seconds"]]
+    assert moments == sorted(moments)
+    assert len(row.samples) == int(np.ceil(row.figures["seconds"] / row.figures["interval_s"]))
+    opened = row_of(document, "opened").samples[0]
+    assert row.samples[-1] > row.samples[0] > 0.7 * opened
