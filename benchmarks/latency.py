@@ -23,6 +23,8 @@ from .sides.contract import AGAIN, OURS, Task
 # What a picture spends in nets, by the stages of the host's loop; the rest is scheduler, guidance and Python.
 ENGINE_STAGES = ("text_encoder", "invariants", "unet", "vae_decoder")
 
+REFERENCES = (AGAIN, CEILING)
+
 Said = Callable[[str], None]
 
 
@@ -37,12 +39,12 @@ class Sides:
     Attributes:
         task: what all of them open.
         peers: names in `sides.contract.SIDES`.
-        references: of AGAIN and CEILING those that take part.
+        references: of REFERENCES those that take part.
     """
 
     task: Task
     peers: tuple[str, ...] = ()
-    references: tuple[str, ...] = (AGAIN, CEILING)
+    references: tuple[str, ...] = REFERENCES
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -12,8 +12,8 @@ from ..engines.spec import Array
 # Two correct fp32 programs differ by 1e-6 to 1e-5 in relative L2, TF32 would by 1e-3.
 RELATIVE_L2 = {"fp32": 1e-3, "fp16": 5e-3}
 PICTURE_DB = 40.0
-# Of two fp32 pictures of one seed: all pixels off by one shade are 48.1 dB. Other seeds came to 45 dB where the
-# picture was small and unguided.
+# Of two fp32 pictures of one seed: all pixels off by one shade are 48.1 dB. Other seeds came to 45 dB where
+# the picture was small and unguided.
 PICTURES_DB = {"fp32": 48.0, "fp16": PICTURE_DB}
 
 # Wang et al. 2004, "Image Quality Assessment: From Error Visibility to Structural Similarity", section III.

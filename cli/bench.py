@@ -52,6 +52,10 @@ def latency(
     workloads: Annotated[
         str, Option(help="With commas: text_encoder, invariants, unet, update, vae_decoder, picture.")
     ] = "",
+    references: Annotated[
+        str,
+        Option(help='With commas: "latentrt again", ceiling. Each takes memory, the first as much as ours.'),
+    ] = "latentrt again,ceiling",
     width: Width = None,
     height: Height = None,
     steps: Steps = 20,
@@ -66,7 +70,7 @@ def latency(
 ) -> None:
     """Time every stage and the whole picture, in turns with peers and with a second run of ours."""
     from ..benchmarks.case import WORKLOADS, Case
-    from ..benchmarks.latency import Sides, measure_latency
+    from ..benchmarks.latency import REFERENCES, Sides, measure_latency
 
     opened = find(model, checkpoint)
     case = Case.of(
@@ -78,7 +82,11 @@ def latency(
         guidance_scale=guidance_scale,
         sampler=sampler,
     )
-    sides = Sides(task=task_of(opened, backend, threads, device), peers=peers_of(peers))
+    sides = Sides(
+        task=task_of(opened, backend, threads, device),
+        peers=peers_of(peers),
+        references=listed(references, REFERENCES),
+    )
     with saying(as_json=as_json) as said:
         document = measure_latency(
             opened.package,

@@ -115,7 +115,10 @@ def finish(found: Document, model: Model, out: Path | None, *, as_json: bool) ->
 
     from ..benchmarks.printing import lines
 
-    document = replace(found, model={**found.model, "name": model.name})
+    # folders of this machine are nobody's business, and mean nothing elsewhere
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    settings = {**found.settings, "command": " ".join(["latentrt", *words])}
+    document = replace(found, model={**found.model, "name": model.name}, settings=settings)
     if out is not None:
         document.write(out)
     print(json.dumps(document.to_json()) if as_json else "\n".join(lines(document)))

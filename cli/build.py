@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,23 +12,31 @@ from typer import Argument, Option
 from .progress import progress_bar
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from ..engines.build import BuildProgress, BuiltEngine, Planned
     from ..engines.cuda.facts import DeviceFacts
+    from ..engines.onnxruntime.tuning import TunedNet
     from ..engines.package import Package
     from ..engines.profiles import Profile
     from ..engines.store.engine_store import EngineStore
 
 _TICKS = 100  # of the bar, per net
 _WEIGHTS, _LEVEL = "embedded", 3
+# What builds nothing, but measures which layout of a net is the fastest.
+_MEASURED = {
+    "onnxruntime-cuda": "latentrt.engines.onnxruntime.tuning",
+    "onnxruntime": "latentrt.engines.onnxruntime.cpu_tuning",
+}
 
 
 def build(
     package: Annotated[str, Argument(help="A package folder, or the shipped model `demo`.")] = "demo",
     backend: Annotated[
         str | None,
-        Option(help="tensorrt-rtx, tensorrt, onnxruntime-cuda. Default: the TensorRT that is installed."),
+        Option(
+            help="tensorrt-rtx, tensorrt, onnxruntime-cuda, onnxruntime. Default: the TensorRT installed."
+        ),
     ] = None,
     profile: Annotated[
         list[str] | None,
@@ -51,8 +60,8 @@ def build(
 ) -> None:
     """Build engines for TensorRT. With the extra [tensorrt-rtx] it needs no GPU.
 
-    For onnxruntime-cuda, measure on the GPU at hand which layout of each net is the fastest; of the options,
-    --nets, --store and --json count there.
+    For onnxruntime-cuda and onnxruntime (the CPU), measure here which layout of each net is the fastest; of
+    the options, --nets, --store and --json count there.
     """
     from ..engines.build import build_package, plan_build
     from ..engines.build_options import BuildOptions
@@ -63,7 +72,7 @@ def build(
 
     opened = Package.open(SHIPPED.get(package, package))
     names = [name.strip() for name in nets.split(",") if name.strip()]
-    if backend == "onnxruntime-cuda":
+    if backend in _MEASURED:
         _check_for_layouts(
             {
                 "--profile": bool(profile),
@@ -74,7 +83,7 @@ def build(
                 "--hardware-compatibility": hardware_compatibility != "",
             }
         )
-        _tune(opened, EngineStore(store), names, as_json=as_json)
+        _tune(backend, opened, EngineStore(store), names, as_json=as_json)
         return
     multiple = opened.manifest.size_multiple
     profiles = [Profile.parse(text, multiple=multiple) for text in profile or ()]
@@ -106,16 +115,15 @@ def _check_for_layouts(given: Mapping[str, bool]) -> None:
 
     if option := next((name for name, there in given.items() if there), ""):
         raise UsageError(
-            f"{option} was given with --backend onnxruntime-cuda, which measures layouts at the default size",
+            f"{option} was given with a backend that measures layouts at the default size",
             expected="--nets, --store and --json at most",
             fix=f"Leave {option} out.",
         )
 
 
-def _tune(package: Package, store: EngineStore, nets: list[str], *, as_json: bool) -> None:
+def _tune(backend: str, package: Package, store: EngineStore, nets: list[str], *, as_json: bool) -> None:
     """Measure the layouts of ONNX Runtime's nets, and print the medians and the choice."""
-    from ..engines.onnxruntime.tuning import BACKEND, tune_package
-
+    tune_package: Callable[..., tuple[TunedNet, ...]] = import_module(_MEASURED[backend]).tune_package
     with progress_bar(enabled=not as_json) as advance:
 
         def on_progress(now: BuildProgress) -> None:
@@ -133,7 +141,7 @@ def _tune(package: Package, store: EngineStore, nets: list[str], *, as_json: boo
             }
             for item in tuned
         ]
-        print(json.dumps({"backend": BACKEND, "nets": rows}))
+        print(json.dumps({"backend": backend, "nets": rows}))
         return
     for item in tuned:
         facts = item.entry.facts

@@ -29,7 +29,10 @@ MAY_IMPORT = {  # folder -> heavy libraries it may import
     "cli": {"torch"},
 }
 # Lowering a graph for one provider takes a graph library: `[cuda]` brings it, imported on first use.
-LOWERING = {"engines/onnxruntime/lowering.py", "engines/onnxruntime/image_layouts.py"}
+LOWERING = {
+    f"engines/onnxruntime/{name}.py"
+    for name in ("attention", "graph_files", "image_layouts", "lowering", "winograd")
+}
 # What checks and measures graphs at export time runs them.
 RUN_GRAPHS = {("export", "verify.py"), ("export", "ranges.py")}
 ENGINE_LIBRARIES = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}

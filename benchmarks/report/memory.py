@@ -88,27 +88,27 @@ def _draw_ledger(document: Document, row: Row, nets: list[NetMemory], source: st
     total = NetMemory(name="all nets", **everything)
     longest = max([total.total, *(size for *_, size in measured)])
     scale, unit = _scale(longest)
-    labels = [_stacked(axes, y, net, scale) for y, net in enumerate([*nets, total])]
+    for y, net in enumerate([*nets, total]):
+        _stacked(axes, y, net, scale)
     for y, (*_, size) in enumerate(measured, start=len(nets) + 1):
         axes.barh(y, size / scale, height=0.62, color="#9A9A9A")
-        labels.append(beside(axes, size / scale, y, words.amount(size, "B"), weight="bold"))
+        beside(axes, size / scale, y, words.amount(size, "B"), weight="bold")
     tidy_bars(axes, names)
     axes.axhline(len(nets) + 0.5, color=PALE, linewidth=0.8)
-    axes.set_xlim(0, 1.02 * longest / scale)
+    axes.set_xlim(left=0)
     note = " (activations are in the library's arena, which does not tell)" if untold(nets) else ""
     axes.set_xlabel(unit + note)
     _legend(axes, total, bool(measured))
-    sheet.make_room(axes, labels)
     return sheet
 
 
-def _stacked(axes: Any, y: int, net: NetMemory, scale: float) -> Any:
+def _stacked(axes: Any, y: int, net: NetMemory, scale: float) -> None:
     begin = 0.0
     for part, colour in _PARTS.items():
         size = (getattr(net, part) or 0.0) / scale
         axes.barh(y, size, left=begin, height=0.62, color=colour)
         begin += size
-    return beside(axes, begin, y, words.amount(net.total, "B"))
+    beside(axes, begin, y, words.amount(net.total, "B"))
 
 
 def _legend(axes: Any, total: NetMemory, measured: bool) -> None:
@@ -153,7 +153,8 @@ def timelines(row: Row) -> Iterator[tuple[str, Timeline]]:
         sizes = tuple(size for value in values if (size := finite(value)) is not None)
         if len(sizes) > 1:
             seconds = tuple(every * number for number in range(len(sizes)))
-            yield name, Timeline(seconds=seconds, sizes=sizes, marks=first_of_each(marks))
+            known = first_of_each([mark for mark in marks if mark[0] <= seconds[-1]])
+            yield name, Timeline(seconds=seconds, sizes=sizes, marks=known)
 
 
 def first_of_each(marks: Sequence[tuple[float, str]]) -> tuple[tuple[float, str], ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from ...engines.errors import UsageError
 from .figures import draw_figures, planned_figures
@@ -42,8 +43,11 @@ def write_report(results: Path, readme: Path | None, figures: Path) -> Report:
         figures: a folder for PNGs, made where it is missing; no file in it is ever deleted.
 
     Raises:
-        UsageError: no such folder, or a README without the markers; nothing is written then.
+        UsageError: no such folder, or a README without the markers.
         PackageError: a document that is damaged, or of a newer schema.
+        BackendError: matplotlib is not installed.
+
+    Whatever is raised, nothing was written.
     """
     read = read_results(results)
     text = _expected(read, readme, figures) if readme else ""
@@ -108,14 +112,12 @@ def _write(path: Path, content: bytes) -> bool:
 
 def _digest(path: Path) -> str | None:
     """Of the document a PNG was drawn from; None for another file, or none."""
-    from PIL import Image, UnidentifiedImageError
-
+    pictures: Any = import_module("PIL.Image")  # its `info` has no type
     try:
-        with Image.open(path) as image:
-            about = dict(cast("Any", image).info)
-    except (OSError, UnidentifiedImageError):
+        with pictures.open(path) as image:
+            digest = image.info.get(DIGEST)
+    except OSError:  # PIL's error for what is no picture is one, too
         return None
-    digest = about.get(DIGEST)
     return digest if isinstance(digest, str) else None
 
 

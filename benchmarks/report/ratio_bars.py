@@ -42,17 +42,19 @@ def _draw(document: Document, case: Mapping[str, Any], found: list[Against], sou
     sheet = Sheet(heading, words.about(document, case), source, height=0.27 * len(rows) + 0.8)
     axes = sheet.axes[0]
     axes.set_xscale("log")
-    labels = [_bar(axes, y, item) for y, (_, item) in enumerate(rows) if item]
+    for y, (_, item) in enumerate(rows):
+        if item:
+            _bar(axes, y, item)
     tidy_bars(axes, [name for name, _ in rows])
     for tick, (_, item) in zip(axes.get_yticklabels(), rows, strict=True):
         tick.set_weight("bold" if item is None else "normal")
     axes.axvline(1, color=INK, linewidth=1)
-    _limit(sheet, axes, [item.ratio for item in found if item.ratio], labels)
+    _limit(axes, [item.ratio for item in found if item.ratio])
     axes.set_xlabel("time ÷ ours, median of interleaved rounds (log scale); whiskers: 95 % interval")
     return sheet
 
 
-def _bar(axes: Any, y: int, item: Against) -> Any:
+def _bar(axes: Any, y: int, item: Against) -> None:
     ratio = item.ratio
     assert ratio is not None
     color = GREY if item.side == AGAIN or ratio.low <= 1 <= ratio.high else BLUE if ratio.low > 1 else RED
@@ -65,7 +67,7 @@ def _bar(axes: Any, y: int, item: Against) -> Any:
     else:
         axes.plot([end, end], [y - 0.16, y + 0.16], color=INK, linewidth=1.1)
     interval = f"[{words.ratio(ratio.low)}, {words.ratio(ratio.high)}]"
-    return beside(
+    beside(
         axes,
         max(end, 1),
         y,
@@ -73,19 +75,10 @@ def _bar(axes: Any, y: int, item: Against) -> Any:
     )
 
 
-def _limit(sheet: Sheet, axes: Any, ratios: list[Interval], labels: list[Any]) -> None:
-    """Limits with all bars and labels inside, and ticks that say what they are."""
+def _limit(axes: Any, ratios: list[Interval]) -> None:
+    """Limits with all bars inside, and ticks that say what they are."""
     low = min(0.93, min(ratio.low for ratio in ratios) / 1.03)
     high = max(1.1, max(min(ratio.high, _TAIL * max(ratio.value, 1)) for ratio in ratios) * 1.03)
-    axes.set_xlim(low, high)
-    sheet.settle()
-    width = axes.get_window_extent().width
-    decades = math.log(high / low)
-    for label in labels:
-        x, _ = label.xy
-        free = max(width - (sheet.extent(label).x1 - axes.transData.transform((x, 0))[0]) - 6, 0.2 * width)
-        decades = max(decades, math.log(x / low) * width / free)
-    high = low * math.exp(decades)
     axes.set_xlim(low, high)
     ticks = [*_TICKS, *(round(1 / tick, 2) for tick in _TICKS)]
     shown = _apart([tick for tick in ticks if low <= tick <= high], math.log(high / low) / 14)

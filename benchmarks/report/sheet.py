@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, TypeAlias
 
+from ...engines.errors import BackendError
+
 # matplotlib declares most keyword arguments without a type.
 Axes: TypeAlias = Any
 
@@ -45,8 +47,19 @@ _STYLE: Mapping[str, Any] = {
 
 @contextmanager
 def house_style() -> Generator[None]:
-    """matplotlib's own defaults with ours on top, whatever the user's settings are; undone at the end."""
-    matplotlib: Any = import_module("matplotlib")  # its own types are partly unknown
+    """matplotlib's own defaults with ours on top, whatever the user's settings are; undone at the end.
+
+    Raises:
+        BackendError: matplotlib is not installed.
+    """
+    try:
+        matplotlib: Any = import_module("matplotlib")  # its own types are partly unknown
+    except ImportError as error:
+        raise BackendError(
+            f"matplotlib cannot be imported ({error})",
+            expected="matplotlib, which draws the figures",
+            fix='Install it: pip install "latentrt[bench]".',
+        ) from error
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
@@ -112,21 +125,6 @@ class Sheet:
         """A text's box in pixels."""
         return artist.get_window_extent(self._canvas.get_renderer())
 
-    def make_room(self, axes: Axes, labels: list[Any]) -> None:
-        """Widen a linear x axis until every label that stands right of its point is inside of it.
-
-        Labels are annotations with an offset in points to the right; the axis begins where it begins.
-        """
-        self.settle()
-        box = axes.get_window_extent()
-        low, high = axes.get_xlim()
-        for label in labels:
-            x, _ = label.xy
-            behind = self.extent(label).x1 - axes.transData.transform((x, 0))[0]
-            free = max(box.width - behind - 6, 0.2 * box.width)
-            high = max(high, low + (x - low) * box.width / free)
-        axes.set_xlim(low, high)
-
     def png(self, digest: str) -> bytes:
         """The picture, without a date; `digest` of the document goes into its metadata."""
         file = io.BytesIO()
@@ -148,9 +146,9 @@ def tidy_bars(axes: Axes, names: list[str]) -> None:
     axes.grid(axis="x")
 
 
-def beside(axes: Axes, x: float, y: float, text: str, *, color: str = INK, weight: str = "normal") -> Any:
-    """A label right of a point."""
-    return axes.annotate(
+def beside(axes: Axes, x: float, y: float, text: str, *, color: str = INK, weight: str = "normal") -> None:
+    """A label right of a point; the layout makes room for what leaves the panel."""
+    axes.annotate(
         text,
         (x, y),
         (5, 0),
@@ -159,7 +157,7 @@ def beside(axes: Axes, x: float, y: float, text: str, *, color: str = INK, weigh
         color=color,
         size=8.5,
         weight=weight,
-        annotation_clip=False,  # the axis is widened for it
+        annotation_clip=False,
     )
 
 

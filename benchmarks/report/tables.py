@@ -49,7 +49,8 @@ def _newest(results: Iterable[Result]) -> list[Result]:
     for result in sorted(results, key=lambda result: (result.document.date, result.name)):
         document = result.document
         asked = sorted(json.dumps(dict(case), sort_keys=True) for case in cases(document))
-        about = [document.benchmark, words.model(document), words.machine(document), *asked]
+        against = ",".join(map(str, document.settings.get("peers", ())))
+        about = [document.benchmark, words.model(document), words.machine(document), against, *asked]
         kept[json.dumps(about)] = result
     places = {name: place for place, name in enumerate(_KINDS)}
     return sorted(

@@ -58,16 +58,16 @@ def _draw(document: Document, case: Mapping[str, Any], found: Stages, source: st
     axes = sheet.axes[0]
     longest = max([total, *(item.seconds or 0 for item in others)])
     unit, unit_name = words.seconds_unit(longest)
-    labels = [_stage(axes, y, bar, total / unit, unit) for y, bar in enumerate(bars)]
-    labels.append(_total(axes, len(bars), total, found.p90, unit))
+    for y, bar in enumerate(bars):
+        _stage(axes, y, bar, total / unit, unit)
+    _total(axes, len(bars), total, found.p90, unit)
     for y, (item, p90) in enumerate(zip(others, p90s, strict=True), start=len(bars) + 1):
-        labels.append(_peer(axes, y, item, p90, unit))
+        _peer(axes, y, item, p90, unit)
     tidy_bars(axes, names)
     axes.axhline(len(bars) - 0.5, color=PALE, linewidth=0.8)
-    axes.set_xlim(0, _TAIL * longest / unit)
+    axes.set_xlim(left=0)
     what = "median; whiskers end at p90" if found.total else "medians"
     axes.set_xlabel(f"{unit_name} from prompt to pixels in host memory ({what})")
-    sheet.make_room(axes, labels)
     return sheet
 
 
@@ -85,30 +85,31 @@ def _bars(found: Stages, case: Mapping[str, Any]) -> list[tuple[str, float, floa
     return bars
 
 
-def _stage(axes: Any, y: int, bar: tuple[str, float, float, str], total: float, unit: float) -> Any:
+def _stage(axes: Any, y: int, bar: tuple[str, float, float, str], total: float, unit: float) -> None:
     _, begin, taken, colour = bar
     axes.barh(y, taken / unit, left=begin / unit, height=0.62, color=colour)
     end = (begin + taken) / unit
     axes.plot([end, end], [y, y + 1], color=GREY, linewidth=0.7)
     share = taken / unit / total
-    return beside(axes, end, y, f"{words.seconds(taken)}  {words.percent(share)}")
+    beside(axes, end, y, f"{words.seconds(taken)}  {words.percent(share)}")
 
 
-def _total(axes: Any, y: int, total: float, p90: float | None, unit: float) -> Any:
+def _total(axes: Any, y: int, total: float, p90: float | None, unit: float) -> None:
     axes.barh(y, total / unit, height=0.62, color=BLUE)
     end, note = _whisker(axes, y, total, p90, unit)
-    return beside(axes, end, y, words.seconds(total) + note, weight="bold")
+    beside(axes, end, y, words.seconds(total) + note, weight="bold")
 
 
-def _peer(axes: Any, y: int, item: Against, p90: float | None, unit: float) -> Any:
+def _peer(axes: Any, y: int, item: Against, p90: float | None, unit: float) -> None:
     if item.seconds is None:
         reason = f"{item.status}: {item.reason}" if item.reason else item.status
         short = reason if len(reason) <= _REASON else f"{reason[:_REASON]}…"
-        return beside(axes, 0, y, short, color=GREY)
+        beside(axes, 0, y, short, color=GREY)
+        return
     axes.barh(y, item.seconds / unit, height=0.62, color="#9A9A9A")
     ratio = f"  {words.ratio(item.ratio.value)}× ours" if item.ratio else ""
     end, note = _whisker(axes, y, item.seconds, p90, unit)
-    return beside(axes, end, y, words.seconds(item.seconds) + ratio + note)
+    beside(axes, end, y, words.seconds(item.seconds) + ratio + note)
 
 
 def _whisker(axes: Any, y: int, middle: float, p90: float | None, unit: float) -> tuple[float, str]:

@@ -44,7 +44,7 @@ DEVICE_SHAPES: Sequence[Shape] = (
     (16384, 4096, 4096),
     (8192, 5760, 2560),
 )
-TRIALS = 4  # of each shape, in turns
+TRIALS = 8  # of each shape, in turns: on a shared machine fewer would leave the choice to luck
 COPIED = 2**29  # bytes, twice: from half of that on, a last cache of 300 MiB made no difference
 DEVICE_COPIED = 2**30
 LAUNCHES = 4  # in a run on a device: else waiting for its end would be measured

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from ...engines.onnxruntime import backend
+from ...engines.onnxruntime.cpu_layouts import usable_processors
 from .contract import NotAvailableError, OpenSide, Task
 from .plain_loop import PLAIN_NETS, Net, PlainSide
 from .requirements import missing_modules, open_plain_package
@@ -27,7 +28,9 @@ def open_side(task: Task) -> OpenSide:
             reason, expected="ONNX Runtime", fix='Install it: pip install "latentrt[cpu]".'
         )
     package = open_plain_package(task)
-    options = backend.session_options(task.threads)
+    options = backend.library().SessionOptions()  # what a user gets: not the settings of our own sessions
+    options.log_severity_level = 3
+    options.intra_op_num_threads = task.threads or usable_processors()
     nets: dict[str, Net] = {}
     for name in PLAIN_NETS:
         file = package.manifest.nets[name]

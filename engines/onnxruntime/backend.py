@@ -6,8 +6,8 @@ device.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +18,7 @@ from ..backend import MemoryLedger
 from ..errors import BackendError, LatentrtError, MemoryLimitError, PackageError, UsageError
 from ..package import Package
 from ..spec import Array, NetSpec
+from .cpu_layouts import LoweredGraph, lowered_graph, usable_processors
 
 _ORT_TYPES = {
     "tensor(float)": "float32",
@@ -46,27 +47,63 @@ def describe() -> str:
 
 
 def open_net(package: Package, name: str, *, threads: int | None = None) -> OnnxRuntimeNet:
-    """Load one net of a package on the CPU.
+    """Load one net of a package on the CPU, in the layout that was measured to be the fastest here.
+
+    Opening never measures: without an entry in the engine store (`onnxruntime/cpu_tuning.py`), or where the
+    entry's graph does not open, it is the package's own graph.
 
     Raises:
         PackageError: ONNX Runtime refuses the graph, or its boundary is not the manifest's.
         UsageError: `threads` is less than 1.
     """
+    lowered = lowered_graph(package, name, str(library().__version__))
+    if lowered is not None:
+        with suppress(PackageError, MemoryLimitError):
+            return OnnxRuntimeNet(package, name, threads=threads, lowered=lowered)
     return OnnxRuntimeNet(package, name, threads=threads)
 
 
 class OnnxRuntimeNet:
-    """One session. `__call__` may run in several threads at once: a session is stateless."""
+    """One session. `__call__` may run in several threads at once: a session is stateless.
 
-    def __init__(self, package: Package, name: str, *, threads: int | None = None) -> None:
+    Args:
+        package: where the net is from; its manifest has the boundary.
+        name: of the net.
+        threads: for one run; None is every processor.
+        lowered: what to run in place of the package's graph, with the same boundary.
+
+    Raises:
+        PackageError: ONNX Runtime refuses the graph, or its boundary is not the manifest's.
+        MemoryLimitError: the weights do not fit.
+        UsageError: `threads` is less than 1.
+    """
+
+    def __init__(
+        self,
+        package: Package,
+        name: str,
+        *,
+        threads: int | None = None,
+        lowered: LoweredGraph | None = None,
+    ) -> None:
         self.name = name
         self._file = package.manifest.nets[name]
         graph = package.path(self._file.graph)
+        options = session_options(threads)
+        kernels = _give_kernels(options, package, name, lowered) if lowered else []
         self._session: Any = open_session(
-            graph, session_options(threads), ["CPUExecutionProvider"], culprit=name
+            graph,
+            options,
+            ["CPUExecutionProvider"],
+            culprit=name,
+            content=lowered.graph if lowered else None,
         )
+        # ONNX Runtime reads them where they are: they live as long as the session, which a call may hold
+        # longer than this net does.
+        self._session.kernels = kernels
         self._outputs = [output.name for output in self._file.spec.outputs]
         self._weights = package.path(self._file.weights).stat().st_size if self._file.weights else 0
+        self._weights += sum(value.tensor_size_in_bytes() for value in kernels)
         self._io = 0
         try:
             check_boundary(self._session, self._file.spec, graph)
@@ -166,12 +203,51 @@ def session_options(threads: int | None) -> Any:
         )
     options = library().SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads or _usable_processors()
+    options.intra_op_num_threads = threads or usable_processors()
+    # Threads wait busily for 50 ms after a run unless told otherwise, while the next net is another session:
+    # the demo's picture took 425 ms on two cores, and 300 ms without.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
 
-def open_session(path: Path, options: Any, providers: Sequence[Any], *, culprit: str) -> Any:
+def _give_kernels(options: Any, package: Package, name: str, lowered: LoweredGraph) -> list[Any]:
+    """Let a session have the weights of a lowered graph, and the package's; the former, to be kept."""
+    from .lowering import session_entries
+    from .winograd_kernels import kernels
+
+    for key, value in session_entries(package, name).items():
+        options.add_session_config_entry(key, value)
+    weights = package.manifest.nets[name].weights
+    if not lowered.kernels or weights is None:
+        return []
+    make = library().OrtValue.ortvalue_from_numpy
+    values = list[Any]()
+    try:
+        for kernel, array in kernels(package.path(weights), lowered.kernels):
+            values.append(make(array))
+            options.add_initializer(kernel.name, values[-1])
+    except MemoryError as error:
+        raise MemoryLimitError(
+            f"the weights of {name!r} for Winograd's convolutions do not fit the memory",
+            expected="enough free memory",
+            fix="Close other programs, or forget the layout: latentrt cache prune --all.",
+            culprit=name,
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PackageError(
+            f"{weights} has no weights for the layout of {name!r} ({type(error).__name__}: {error})",
+            expected="the weights that the layout was measured with",
+            fix="Forget the layout: latentrt cache prune --all; then measure again: latentrt build.",
+        ) from error
+    return values
+
+
+def open_session(
+    path: Path, options: Any, providers: Sequence[Any], *, culprit: str, content: bytes | None = None
+) -> Any:
     """A session of the graph at `path`, on `providers` and no others. `culprit`: the net, for errors.
+
+    `content` is what to read in place of the file.
 
     Raises:
         PackageError: ONNX Runtime refuses the graph.
@@ -180,7 +256,7 @@ def open_session(path: Path, options: Any, providers: Sequence[Any], *, culprit:
     ort = library()
     try:
         # without fallback: it would print, and run on the CPU what was asked of another
-        return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+        return ort.InferenceSession(content or str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime raises a dozen classes of its own, all derived from it
         if _is_out_of_memory(error):
             raise MemoryLimitError(
@@ -194,10 +270,3 @@ def open_session(path: Path, options: Any, providers: Sequence[Any], *, culprit:
             expected="a graph of opset 23 with its weights beside it",
             fix="Upgrade it: pip install --upgrade onnxruntime; or export the package again.",
         ) from error
-
-
-def _usable_processors() -> int:
-    """The processors this process may run on, which may be fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..spec import Array
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -37,7 +39,7 @@ class Layouts:
         self._turned: set[ir.Value] = set()
         self._other: dict[ir.Value, ir.Value] = {}  # a value -> the same in its other layout
         self._both: set[ir.Value] = set()  # the graph itself has these in both layouts
-        self._constants: dict[tuple[int, ...], ir.Value] = {}
+        self._constants: dict[str, ir.Value] = {}
 
     def image(self, value: ir.Value | None) -> Image | None:
         """What is known of a value; None if it may be no image at all."""
@@ -145,16 +147,19 @@ class Layouts:
 
     def constant(self, *numbers: int) -> ir.Value:
         """An int64 vector as an initializer, shared between equal ones."""
+        return self.tensor("nhwc/" + ",".join(map(str, numbers)), np.array(numbers, dtype=np.int64))
+
+    def tensor(self, name: str, content: Array) -> ir.Value:
+        """An initializer of that name, made once; who asks again for a name wants the same content."""
         import onnx_ir as ir
 
-        if numbers not in self._constants:
-            name = "nhwc/" + ",".join(map(str, numbers))
-            tensor = ir.tensor(np.array(numbers, dtype=np.int64), name=name)
-            kind, shape = ir.TensorType(tensor.dtype), ir.Shape([len(numbers)])
+        if name not in self._constants:
+            tensor = ir.tensor(content, name=name)
+            kind, shape = ir.TensorType(tensor.dtype), ir.Shape(content.shape)
             value = ir.Value(name=name, type=kind, shape=shape, const_value=tensor)
             self.graph.register_initializer(value)
-            self._constants[numbers] = value
-        return self._constants[numbers]
+            self._constants[name] = value
+        return self._constants[name]
 
 
 def _give_type(value: ir.Value, like: ir.Value | None) -> None:

@@ -16,12 +16,11 @@ Only engines are lowered, never packages. Needs onnx-ir, which is imported on fi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
-from ..errors import BackendError, PackageError
 from ..package import Package
+from .graph_files import read_graph, write_graph
 from .image_layouts import FIRST, LAST, Image, Layouts, numbers_of
 
 if TYPE_CHECKING:
@@ -53,28 +52,9 @@ def lower(package: Package, net: str, folder: Path, *, convolutions: bool = True
         BackendError: onnx-ir is not installed.
         PackageError: onnx-ir cannot read the graph.
     """
-    if find_spec("onnx_ir") is None:
-        raise BackendError(
-            "onnx-ir is not installed",
-            expected="the library that lowers graphs for ONNX Runtime's CUDA provider",
-            fix='Install it: pip install "latentrt[cuda]".',
-        )
-    import onnx_ir
-
-    ir = cast(Any, onnx_ir)  # its own types of load and save are incomplete
-    path = package.path(package.manifest.nets[net].graph)
-    try:
-        model = ir.load(path)
-    except Exception as error:  # protobuf's and onnx-ir's own classes share no narrower base
-        raise PackageError(
-            f"onnx-ir cannot read {path} ({type(error).__name__}: {error})",
-            expected="an ONNX graph of opset 23",
-            fix="Export the package again: latentrt export CHECKPOINT -o PACKAGE.",
-        ) from error
+    model = read_graph(package, net)
     lower_model(model, convolutions=convolutions)
-    folder.mkdir(parents=True, exist_ok=True)
-    ir.save(model, folder / f"{net}.onnx")
-    return folder / f"{net}.onnx"
+    return write_graph(model, folder / f"{net}.onnx")
 
 
 def session_entries(package: Package, net: str) -> dict[str, str]:
@@ -130,7 +110,7 @@ class _Walk:
 
     def _conv(self, node: ir.Node) -> bool:
         data, weight = node.inputs[:2]
-        shape = _weight_shape(weight)
+        shape = weight_shape(weight)
         if data is None or weight is None or shape is None or len(shape) != 4:
             return False
         self._layouts.learn(data, Image(4))
@@ -145,7 +125,7 @@ class _Walk:
 
     def _group_norm(self, node: ir.Node) -> bool:
         data, gamma, beta = node.inputs[:3]
-        image, shape = self._layouts.image(data), _weight_shape(gamma)
+        image, shape = self._layouts.image(data), weight_shape(gamma)
         groups = node.attributes.get_int("num_groups", 0)
         if data is None or image is None or shape is None:
             return False
@@ -316,7 +296,7 @@ class _Walk:
         )
 
 
-def _weight_shape(value: ir.Value | None) -> tuple[int, ...] | None:
+def weight_shape(value: ir.Value | None) -> tuple[int, ...] | None:
     """The shape of a weight, which may be stored narrower and cast; None for what is computed."""
     maker = value.producer() if value is not None else None
     stored = maker.inputs[0] if maker is not None and maker.op_type == "Cast" else value
@@ -327,7 +307,7 @@ def _weight_shape(value: ir.Value | None) -> tuple[int, ...] | None:
 def _last_size(value: ir.Value) -> int | None:
     """The size of the last dimension, where a bias is added to it."""
     maker = value.producer()
-    shapes = map(_weight_shape, maker.inputs) if maker is not None and maker.op_type == "Add" else ()
+    shapes = map(weight_shape, maker.inputs) if maker is not None and maker.op_type == "Add" else ()
     return next((shape[0] for shape in shapes if shape is not None and len(shape) == 1), None)
 
 

@@ -8,7 +8,7 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -28,12 +28,11 @@ from ..store.engine_store import EngineStore, Miss
 from ..store.entry import Entry
 from ..store.key import EngineKey
 from .backend import library
-from .layout_choice import LAYOUTS, ROUNDS, WARM_UP, Layout, choose_layout
+from .layout_choice import LAYOUTS, ROUNDS, TUNED_NETS, WARM_UP, Choice, Layout, choose_layout
 from .nets import cuda_available, open_onnxruntime_net
 from .trials import OpenNet, Report, Trials
 
 BACKEND = "onnxruntime-cuda"
-TUNED_NETS = ("unet", "vae_decoder")  # those with convolutions and GroupNormalization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +41,14 @@ class _Kind:
 
     backend: str = BACKEND
     portable: bool = False
+
+
+class Measure(Protocol):
+    """Finds the fastest layout of a net."""
+
+    def __call__(self, net: str, path: Path, report: Report) -> dict[str, Any]:
+        """Write its graph to `path`; the figures that led to it."""
+        ...
 
 
 class KnownDevice(Device, Protocol):
@@ -157,7 +164,7 @@ def tune_package(
         StorageError: the store cannot be written.
         LatentrtError: whatever opening and running the package's own graph raises.
     """
-    names = _tuned_nets(package, nets)
+    names = tuned_nets(package, nets)
     with ExitStack() as stack:
         if device is None:
             device = _cuda_device()
@@ -168,21 +175,49 @@ def tune_package(
                 expected="onnx-ir, which lowers graphs, beside onnxruntime-gpu",
                 fix='Install it: pip install "latentrt[cuda]".',
             )
-        bench = _Bench(package=package, store=store, device=device, open_net=open_net, rounds=rounds)
-        tuned: list[TunedNet] = []
-        for index, net in enumerate(names):
+        bench = _Bench(package=package, device=device, open_net=open_net, rounds=rounds)
+        return ensure_layouts(
+            store, names, lambda net: layout_key(package, net, bench.device.facts), bench.measure, progress
+        )
 
-            def report(phase: str, fraction: float, net: str = net, index: int = index) -> None:
-                if progress is not None:
-                    progress(
-                        BuildProgress(net=net, index=index, total=len(names), phase=phase, fraction=fraction)
-                    )
 
-            tuned.append(bench.ensure(net, report))
+def ensure_layouts(
+    store: EngineStore,
+    names: Iterable[str],
+    key_of: Callable[[str], EngineKey],
+    measure: Measure,
+    progress: OnProgress | None,
+) -> tuple[TunedNet, ...]:
+    """Make sure that the store has a layout of every net of `names`; `measure` is asked for what it has not.
+
+    Raises:
+        StorageError: the store cannot be written.
+        LatentrtError: whatever `measure` raises.
+    """
+    nets = tuple(names)
+    tuned: list[TunedNet] = []
+    for index, net in enumerate(nets):
+
+        def report(phase: str, fraction: float, net: str = net, index: int = index) -> None:
+            if progress is not None:
+                progress(BuildProgress(net=net, index=index, total=len(nets), phase=phase, fraction=fraction))
+
+        key = key_of(net)
+        found = store.find(key)
+        if not isinstance(found, Miss):
+            tuned.append(TunedNet(net=net, entry=found, why=""))
+            continue
+
+        def build(path: Path, net: str = net, report: Report = report) -> dict[str, Any]:
+            return measure(net, path, report)
+
+        entry = store.get_or_build(key, build, waiting=lambda said, report=report: report(said, 0.0))
+        tuned.append(TunedNet(net=net, entry=entry, why=found.reason))
     return tuple(tuned)
 
 
-def _tuned_nets(package: Package, nets: Iterable[str]) -> tuple[str, ...]:
+def tuned_nets(package: Package, nets: Iterable[str]) -> tuple[str, ...]:
+    """Those of `nets` (none: all) that have a choice. Raises UsageError for one that has none."""
     every = tuple(net for net in TUNED_NETS if net in package.manifest.nets)
     wanted = tuple(nets)
     if unknown := [name for name in wanted if name not in every]:
@@ -209,23 +244,11 @@ class _Bench:
     """One call of `tune_package`."""
 
     package: Package
-    store: EngineStore
     device: KnownDevice
     open_net: OpenNet
     rounds: int
 
-    def ensure(self, net: str, report: Report) -> TunedNet:
-        """The layout of one net, measured if it must be."""
-        key = layout_key(self.package, net, self.device.facts)
-        found = self.store.find(key)
-        if not isinstance(found, Miss):
-            return TunedNet(net=net, entry=found, why="")
-        entry = self.store.get_or_build(
-            key, lambda path: self._measure(net, path, report), waiting=lambda said: report(said, 0.0)
-        )
-        return TunedNet(net=net, entry=entry, why=found.reason)
-
-    def _measure(self, net: str, path: Path, report: Report) -> dict[str, Any]:
+    def measure(self, net: str, path: Path, report: Report) -> dict[str, Any]:
         """Write the graph of the fastest layout; the figures."""
         profile = measured_profile(self.package, net)
         with TemporaryDirectory() as folder:
@@ -241,9 +264,14 @@ class _Bench:
             with trials:
                 choice = choose_layout(trials.measure, rounds=self.rounds)
             path.write_bytes(trials.graph(LAYOUTS[choice.layout]).read_bytes())
-        return {
-            "layout": choice.layout,
-            "milliseconds": {name: round(value, 4) for name, value in choice.milliseconds.items()},
-            "relative_l2": {name: float(f"{value:.3g}") for name, value in choice.relative_l2.items()},
-            "rejected": dict(choice.rejected),
-        }
+        return choice_facts(choice)
+
+
+def choice_facts(choice: Choice) -> dict[str, Any]:
+    """What the store keeps of a choice."""
+    return {
+        "layout": choice.layout,
+        "milliseconds": {name: round(value, 4) for name, value in choice.milliseconds.items()},
+        "relative_l2": {name: float(f"{value:.3g}") for name, value in choice.relative_l2.items()},
+        "rejected": dict(choice.rejected),
+    }

@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,20 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, the user's quota,
 _OPEN = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _FOOTER = b"latentrt"  # then the sha256 of everything before it
 _CHUNK = 1 << 20  # bytes
+
+
+def default_root() -> Path:
+    """The store's folder: LATENTRT_CACHE, or `latentrt` in the platform's cache folder of this user."""
+    if named := os.environ.get("LATENTRT_CACHE"):
+        return Path(named)
+    if sys.platform == "win32":
+        local = os.environ.get("LOCALAPPDATA")
+        return (Path(local) if local else Path.home() / "AppData" / "Local") / "latentrt" / "cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "latentrt"
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification: a relative path is to be ignored.
+    return (Path(named) if os.path.isabs(named) else Path.home() / ".cache") / "latentrt"
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator
@@ -26,23 +25,10 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from ..errors import LatentrtError
 from . import files
+from .files import default_root as default_root
 from .key import EngineKey, is_sha256
 
 SIDE = "side"  # the lock of all side files, and the prefix of their temporary folders
-
-
-def default_root() -> Path:
-    """The store's folder: LATENTRT_CACHE, or `latentrt` in the platform's cache folder of this user."""
-    if named := os.environ.get("LATENTRT_CACHE"):
-        return Path(named)
-    if sys.platform == "win32":
-        local = os.environ.get("LOCALAPPDATA")
-        return (Path(local) if local else Path.home() / "AppData" / "Local") / "latentrt" / "cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "latentrt"
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification: a relative path is to be ignored.
-    return (Path(named) if os.path.isabs(named) else Path.home() / ".cache") / "latentrt"
 
 
 class StoreFolder:

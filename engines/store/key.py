@@ -16,7 +16,7 @@ from typing import Any, cast
 
 SCHEMA = 1  # of the key and of the store's manifest
 RECIPE = 1  # of our own building code: raise it when the same graph and flags would give another engine
-BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
+BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime")
 
 _HASHES = {"graph": False, "weights": True, "contract": False, "refittable": True}  # name -> may be empty
 _MAY_BE_EMPTY = ("hardware_compatibility",)

@@ -48,7 +48,7 @@ PACE = Pace(runs=50, rounds=4, budget=100.0, turn=0.25, most=40, warm_up=5)
 def test_sides_take_turns_in_an_order_that_flips() -> None:
     sides, clock, calls = _sides(0.01, 0.02)
     found = interleave(sides, {"a": 0.01, "b": 0.02}, PACE, clock=clock)
-    assert calls == ["a", "b", *"ab" "ba" "ba" "ab" "ab"], "warm-up, then as many rounds as 50 runs of b take"
+    assert calls == ["a", "b", *"abbabaabab"], "warm-up, then as many rounds as 50 runs of b take"
     assert [len(turn) for turn in found["a"].rounds] == [25] * 5, "a quarter of a second"
     assert [len(turn) for turn in found["b"].rounds] == [12] * 5
     assert len(found["a"].figures) == 125, "one for each sample, without the warm-up's"
