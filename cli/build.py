@@ -74,6 +74,7 @@ def build(
     names = [name.strip() for name in nets.split(",") if name.strip()]
     if backend in _MEASURED:
         _check_for_layouts(
+            backend,
             {
                 "--profile": bool(profile),
                 "--dry-run": dry_run,
@@ -81,7 +82,7 @@ def build(
                 "--optimization-level": optimization_level != _LEVEL,
                 "--workspace": workspace != 0,
                 "--hardware-compatibility": hardware_compatibility != "",
-            }
+            },
         )
         _tune(backend, opened, EngineStore(store), names, as_json=as_json)
         return
@@ -109,13 +110,13 @@ def build(
     _print_built(built, chosen, profiles, as_json=as_json)
 
 
-def _check_for_layouts(given: Mapping[str, bool]) -> None:
+def _check_for_layouts(backend: str, given: Mapping[str, bool]) -> None:
     """Raise UsageError if an option that makes no difference to layouts was given."""
     from ..engines.errors import UsageError
 
     if option := next((name for name, there in given.items() if there), ""):
         raise UsageError(
-            f"{option} was given with a backend that measures layouts at the default size",
+            f"{option} was given with --backend {backend}, which measures layouts at the default size",
             expected="--nets, --store and --json at most",
             fix=f"Leave {option} out.",
         )

@@ -115,8 +115,8 @@ def test_no_rate_keeps_an_impossible_deadline(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_budget_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     document = measured(monkeypatch, rules=Rules(queries=500, seconds=0.0, samples=400, budget=0.05))[0]
-    assert len(row(document, "SingleStream").samples) < 10
-    assert row(document, "Offline").figures["samples"] < 50
+    assert len(row(document, "SingleStream").samples) < 100
+    assert row(document, "Offline").figures["samples"] < 200
     assert row(document, HIGHEST).status == "not available"
     assert "it needs a budget of" in row(document, HIGHEST).reason
 

@@ -125,3 +125,18 @@ def test_the_command_starts_without_the_engines() -> None:
     heavy = ("latentrt.engines.build", "latentrt.engines.store.engine_store", "tensorrt_rtx", "numpy")
     code = f"import sys, latentrt.cli; raise SystemExit(any(name in sys.modules for name in {heavy}))"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_layouts_of_the_cpu_are_measured(latentrt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def tune(package: Any, store: Any, progress: Any, *, nets: Any) -> tuple[Any, ...]:
+        asked.append((package.root.name, *nets))
+        return ()
+
+    monkeypatch.setattr("latentrt.engines.onnxruntime.cpu_tuning.tune_package", tune)
+    assert latentrt("demo", "--backend", "onnxruntime", "--nets", "unet") == (0, "", "")
+    assert asked == [("package", "unet")]
+    code, _, err = latentrt("demo", "--backend", "onnxruntime", "--workspace", "3")
+    assert code == 2
+    assert "--workspace was given with --backend onnxruntime, which measures layouts" in err
