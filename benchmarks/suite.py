@@ -38,7 +38,7 @@ class Effort:
 
     @classmethod
     def quick(cls) -> Effort:
-        """All of it within two minutes for the demo model on two cores."""
+        """A look at the demo model: 2 min 16 s for all verbs on two cores; the bar is two minutes."""
         return cls(pace=Pace.quick(), rules=Rules.quick(), repeats=3, samples=1, batches=(1, 4))
 
 

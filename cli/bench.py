@@ -326,7 +326,7 @@ def everything(
     threads: Threads = None,
     quick: Quick = False,
 ) -> None:
-    """Every verb that measures, one after the other; with --quick within two minutes on two cores."""
+    """Every verb that measures, one after the other; --quick takes minutes for the demo model."""
     from ..benchmarks.latency import Sides
     from ..benchmarks.suite import measure_all
 

@@ -204,8 +204,7 @@ def session_options(threads: int | None) -> Any:
     options = library().SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or usable_processors()
-    # Threads wait busily for 50 ms after a run unless told otherwise, while the next net is another session:
-    # the demo's picture took 425 ms on two cores, and 300 ms without.
+    # Else threads wait busily for a while after a run, and take the cores from the next net's session.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
