@@ -1,7 +1,7 @@
 """`latentrt bench build`: how long engines take to build, how much memory it takes, and how large they are.
 
 Every net is built into a store that is thrown away, each in a process of its own, so that each peak memory is
-its own. TensorRT-RTX builds without a GPU. For ONNX Runtime on CUDA the choice of layouts is timed.
+its own. TensorRT-RTX builds without a GPU. For ONNX Runtime the choice of layouts is timed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from ..engines.build_options import BuildOptions
 from ..engines.cuda.facts import DeviceFacts, available, facts
 from ..engines.errors import BackendError, LatentrtError
 from ..engines.net_weights import engine_bytes
+from ..engines.onnxruntime.layout_choice import TUNERS
+from ..engines.onnxruntime.tuning import tuned_nets
 from ..engines.package import Package
 from ..engines.profiles import Profile, default_profile
 from ..engines.store.engine_store import EngineStore
@@ -27,7 +30,6 @@ from .sides.contract import OURS
 
 Said = Callable[[str], None]
 
-LAYOUTS = "onnxruntime-cuda"  # builds no engines
 TOGETHER = "every net"
 
 
@@ -52,7 +54,7 @@ class Builds:
     """What is built.
 
     Attributes:
-        backend: `tensorrt`, `tensorrt-rtx`, or `onnxruntime-cuda`.
+        backend: `tensorrt`, `tensorrt-rtx`, or one of TUNERS, which builds no engines.
         profiles: the pictures that engines are for; none is the package's own size.
         options: of every build.
         nets: only these; none is all of them.
@@ -92,7 +94,8 @@ def measure_build(package: Package, builds: Builds, *, said: Said = lambda line:
         UsageError: a net that the package does not have.
     """
     gpu = None if available() else facts()
-    found = [_Net(name=name) for name in built_nets(package, builds.nets)]
+    names = tuned_nets if builds.backend in TUNERS else built_nets
+    found = [_Net(name=name) for name in names(package, builds.nets)]
     for number in range(builds.repeats):
         for item in found if number % 2 == 0 else reversed(found):
             if item.status == "ok":
@@ -125,10 +128,8 @@ def _built(
     net: str, package: Package, builds: Builds, store: EngineStore, gpu: DeviceFacts | None
 ) -> dict[str, Any]:
     """`seconds`, and the figures of a row."""
-    if builds.backend == LAYOUTS:
-        from ..engines.onnxruntime.tuning import tune_package
-
-        (tuned,) = tune_package(package, store, nets=[net])
+    if builds.backend in TUNERS:
+        (tuned,) = import_module(TUNERS[builds.backend]).tune_package(package, store, nets=[net])
         names = ("milliseconds", "relative_l2", "rejected")
         figures = {name: tuned.entry.facts[name] for name in names}
         return {"seconds": tuned.entry.build_seconds, "layout": tuned.layout, **figures}
@@ -148,7 +149,7 @@ def _told(item: _Net) -> str:
 
 
 def _case(package: Package, builds: Builds) -> dict[str, Any]:
-    if builds.backend == LAYOUTS:
+    if builds.backend in TUNERS:
         return {"backend": builds.backend}
     profiles = [str(profile) for profile in builds.profiles_of(package)]
     return {"backend": builds.backend, "profiles": profiles, "weights": builds.options.weights.value}

@@ -5,8 +5,11 @@ Each command is a line of JSON and gets one line back. What libraries print goes
     {"do": "prepare", "workload", "case", "slot", "save"}   first run; outputs go to the .npz file `save`;
                                                             what was in the slot before is forgotten
                                                             -> {"seconds", "finite", "figures"}
-    {"do": "time", "slot", "runs"}                  -> {"seconds": [...], "finite", "figures": [...]}
-                                                    seconds of a run, or of one of its repetitions
+                                                            the workload "yardstick" is every side's
+    {"do": "time", "slot", "runs", "beside"}        -> {"seconds": [...], "finite", "figures": [...]}
+                                                    seconds of a run, or of one of its repetitions; where
+                                                    "beside" names a slot, that one runs after each run, and
+                                                    "beside_s" of its figures says how long
     {"do": "memory"}                                -> {"rss", "peak_rss", "own": {...}}
     {"do": "close"}                                 -> {}
 
@@ -16,9 +19,11 @@ An error is {"error": text, "kind": "not available" or "FAILED"}; the process li
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter
@@ -31,15 +36,17 @@ from ..engines.spec import Array
 from .case import Case
 from .machine import resident_bytes
 from .records import short
-from .sides.contract import Held, NotAvailableError, OpenSide, Prepared, Repeated, Task, side
+from .sides.contract import YARDSTICK, Held, NotAvailableError, OpenSide, Prepared, Repeated, Task, side
+
+_SET_PDEATHSIG = 1
 
 
 class Child:
     """An open side, and what was prepared, by slot."""
 
-    def __init__(self, opened: OpenSide) -> None:
-        self._opened = opened
-        self._slots: dict[str, Prepared] = {}
+    def __init__(self, opened: OpenSide, task: Task) -> None:
+        self._opened, self._task = opened, task
+        self._slots: dict[str | None, Prepared] = {}
 
     def answer(self, command: Mapping[str, Any]) -> dict[str, Any]:
         """Carry one command out."""
@@ -54,10 +61,8 @@ class Child:
     def _prepare(self, command: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(before := self._slots.pop(command["slot"], None), Held):
             before.close()
-        prepared = self._opened.prepare(command["workload"], Case.from_json(command["case"]))
-        began = perf_counter()
-        prepared.run()
-        seconds = (perf_counter() - began) / repeats(prepared)
+        prepared = self._prepared(command["workload"], Case.from_json(command["case"]))
+        seconds = _seconds(prepared)
         outputs = prepared.outputs()
         if command.get("save"):
             arrays: dict[str, Any] = {name: np.asarray(array) for name, array in outputs.items()}
@@ -65,19 +70,26 @@ class Child:
         self._slots[command["slot"]] = prepared
         return {"seconds": seconds, "finite": finite(outputs), "figures": dict(prepared.figures())}
 
+    def _prepared(self, workload: str, case: Case) -> Prepared:
+        if workload != YARDSTICK:
+            return self._opened.prepare(workload, case)
+        from .sides.yardstick import open_yardstick
+
+        return open_yardstick(self._task)
+
     def _time(self, command: Mapping[str, Any]) -> dict[str, Any]:
         prepared = self._slots[command["slot"]]
-        each = repeats(prepared)
+        beside = self._slots.get(command.get("beside"))
         seconds: list[float] = []
         figures: list[dict[str, Any]] = []
         collecting = gc.isenabled()
         gc.disable()  # a collection would be some run's bad luck
         try:
             for _ in range(command["runs"]):
-                began = perf_counter()
-                prepared.run()
-                seconds.append((perf_counter() - began) / each)
+                seconds.append(_seconds(prepared))
                 figures.append(dict(prepared.figures()))
+                if beside:
+                    figures[-1]["beside_s"] = _seconds(beside)
         finally:
             if collecting:
                 gc.enable()
@@ -92,6 +104,13 @@ class Child:
         return {}
 
 
+def _seconds(prepared: Prepared) -> float:
+    """Of one run, or of one of its repetitions."""
+    began = perf_counter()
+    prepared.run()
+    return (perf_counter() - began) / repeats(prepared)
+
+
 def repeats(prepared: Prepared) -> int:
     """How often one run does the workload."""
     return prepared.repeats if isinstance(prepared, Repeated) else 1
@@ -102,9 +121,8 @@ def finite(outputs: Mapping[str, Array]) -> bool:
     return all(bool(np.isfinite(array).all()) for array in outputs.values())
 
 
-def serve(commands: Iterator[str], opened: OpenSide, reply: Callable[[dict[str, Any]], None]) -> None:
+def serve(commands: Iterator[str], child: Child, reply: Callable[[dict[str, Any]], None]) -> None:
     """Answer every command, until `close` or the end of them."""
-    child = Child(opened)
     for line in commands:
         command = json.loads(line)
         try:
@@ -121,6 +139,19 @@ def _error(error: Exception) -> dict[str, Any]:
     return {"error": short(text), "kind": kind}
 
 
+def end_with_parent() -> None:
+    """Have Linux end this process when its parent dies.
+
+    A parent that was killed cannot, and this process may be stopped then: it would stay so, with all its
+    memory (prctl(2), PR_SET_PDEATHSIG).
+    """
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before that
+            sys.exit(1)
+
+
 def _open_replies() -> IO[str]:
     """The real stdout; whoever prints, prints to stderr from now on."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -130,6 +161,7 @@ def _open_replies() -> IO[str]:
 
 def main(arguments: Sequence[str]) -> None:
     """Open the side and serve."""
+    end_with_parent()
     replies = _open_replies()
 
     def reply(answer: dict[str, Any]) -> None:
@@ -149,7 +181,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     took = perf_counter() - began
     reply({"opened": took, "versions": dict(opened.versions), "rss": resident_bytes()[0]})
-    serve(iter(sys.stdin), opened, reply)
+    serve(iter(sys.stdin), Child(opened, task), reply)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from .sides.contract import OURS, Task
 
 Said = Callable[[str], None]
 
-REPEATS, QUICK_REPEATS = 7, 3
+REPEATS, QUICK_REPEATS = 7, 2
 # Seconds, of medians: what the README promises.
 BARS: Mapping[str, float] = {"import latentrt.runtime": 0.4, "--help": 0.2}
 PARTS = ("import", "open", "deserialise", "first picture", "second picture")

@@ -1,13 +1,15 @@
 """`latentrt bench compare`: two documents, row by row: slower, faster or the same, beyond the noise.
 
-The documents are from different minutes, and a shared machine can be half as fast a minute later. So each
-round of ours is divided by the same round of a yardstick that was measured in between: a matrix product that
-none of our changes touch (side "ceiling", workload "gemm", figures {"during": workload}). What is compared is
-the median over rounds of time / yardstick (`intervals.ratio_of_rounds`); the two halves of an A/A pair,
-"latentrt" and "latentrt again", are pooled, so that one process's luck with memory counts half.
+The documents are from different minutes, and a shared machine can be half as fast a minute later. So what is
+compared is not seconds but how many times as long as a yardstick a run took, which ran next to it in the
+same process and which no change of ours touches (`sides/yardstick.py`, rows of the side "yardstick"): the
+median of those ratios, of both halves of the A/A pair, so that one process's luck with memory counts half.
+Where a run is so long, or on a device, that there is none, the matmul of the ceiling stands in, which took
+turns with it.
 
-A change counts if its confidence interval leaves 1 out, and it is larger than the threshold and than what the
-A/A pair of either document differs by.
+A change counts if its confidence interval leaves 1 out, and it is larger than the threshold and than what
+the A/A pair of either document differs by. Of a few rounds there is no such interval, and of likenesses the
+status says whether they are good enough: those rows are not compared.
 """
 
 from __future__ import annotations
@@ -15,18 +17,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any, Literal
 
-import numpy as np
-
 from ..engines.errors import UsageError
-from .intervals import Interval, ab_spread, median_of, ratio_of_rounds
+from .intervals import LEAST, Estimate, Interval, ab_spread, quantile_of, ratio_of_rounds
 from .records import Document, Rounds, Row
-from .sides.contract import AGAIN, OURS
+from .roofline import GEMM
+from .sides.contract import AGAIN, CEILING, OURS, REFERENCES, YARDSTICK
 
 THRESHOLD = 0.05
 LEVEL = 0.99  # a document has several rows: of 0.95, one in ten documents would have a row that is wrong
-YARDSTICK = "ceiling", "gemm"
 # A change for the worse, for the better, or neither; a row that worked before; a row without a time in both.
 Verdict = Literal["slower", "faster", "larger", "smaller", "same", "FAILED", "not compared"]
 _WORSE = ("slower", "larger", "FAILED")
@@ -43,9 +44,9 @@ class Compared:
     Attributes:
         side, workload, case, unit: as in `records.Row`.
         before, after: p50 of each, as measured.
-        ratio: after / before with its interval; of seconds, the machine's own change is taken out where
-            both documents have a yardstick.
-        machine: the yardstick's after / before; None without one.
+        ratio: after / before with its interval; of seconds, the machine's own change is taken out where both
+            documents have a yardstick or a matmul.
+        machine: that one's after / before; None without one.
         noise: what a change has to be larger than, beside its interval: 0.05 is 5 %.
         verdict: what it comes to.
         reason: of a verdict that no ratio gave.
@@ -149,8 +150,8 @@ class _Pair:
             if row.status != "ok" or not row.samples:
                 reason = f"{when}: {row.reason or row.status}" if row.status != "ok" else f"no samples {when}"
                 return Compared(**facts, verdict="not compared", reason=reason)
-        if min(*old.samples, *new.samples) <= 0:
-            return Compared(**facts, verdict="not compared", reason="a sample is not above zero")
+        if reason := _incomparable(old, new):
+            return Compared(**facts, verdict="not compared", reason=reason)
         ratio, machine = self._ratio()
         noise = max(self._threshold, *self._spreads())
         return Compared(
@@ -164,24 +165,39 @@ class _Pair:
         )
 
     def _ratio(self) -> tuple[Interval, float | None]:
-        sides = list(zip(self._documents, self._rows, strict=True))
-        pooled = [_pooled(document, row) for document, row in sides]
-        yardsticks = [rounds for document, row in sides if (rounds := _yardstick(document, row))]
-        if len(yardsticks) < len(sides):
-            old, new = (median_of(rounds, seed=seed) for seed, rounds in enumerate(pooled))
-            return new.over(old).interval(LEVEL), None
-        old, new = (
-            ratio_of_rounds(rounds, yardstick, seed=seed)
-            for seed, (rounds, yardstick) in enumerate(zip(pooled, yardsticks, strict=True))
-        )
-        before, after = (float(np.median(np.concatenate(rounds))) for rounds in yardsticks)
-        return new.over(old).interval(LEVEL), after / before
+        sides = [
+            (document, row, seed)
+            for seed, (document, row) in enumerate(zip(self._documents, self._rows, strict=True))
+        ]
+        for measure in (_over_yardstick, _over_matmul):
+            old, new = (measure(*side) for side in sides)
+            if old and new:
+                return new.estimate.over(old.estimate).interval(LEVEL), new.machine / old.machine
+        plain = [quantile_of(_pooled(document, row), 0.5, seed=seed) for document, row, seed in sides]
+        return plain[1].over(plain[0]).interval(LEVEL), None
 
     def _spreads(self) -> Iterator[float]:
         """What the A/A pairs differ by; 0 where there is none."""
         for document, row in zip(self._documents, self._rows, strict=True):
+            halves = _beside_yardstick(document, row)
             again = _again(document, row)
-            yield ab_spread(row.rounds, again).by_round if again else 0.0
+            if len(halves) == 2:
+                one, other = (half.summary["p50"] for half in halves)
+                yield abs(one / other - 1)
+            else:
+                yield ab_spread(row.rounds, again) if again else 0.0
+
+
+def _incomparable(old: Row, new: Row) -> str:
+    """Why no ratio of two rows would say anything; empty if it would."""
+    if new.unit not in ("s", "B", *_RATES):
+        return f"in {new.unit}: its status says whether it is good enough"
+    if min(*old.samples, *new.samples) <= 0:
+        return "a sample is not above zero"
+    rounds = min(len(old.rounds), len(new.rounds))
+    if new.unit != "B" and rounds < LEAST:  # memory does not drift
+        return f"{rounds} rounds, and less than {LEAST} have no interval: --budget gives more"
+    return ""
 
 
 def _verdict(ratio: Interval, noise: float, unit: str) -> Verdict:
@@ -194,10 +210,62 @@ def _verdict(ratio: Interval, noise: float, unit: str) -> Verdict:
     return "same"
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Times:
+    """How many times as long as something else a row took, and how long that took: the machine."""
+
+    estimate: Estimate
+    machine: float
+
+
+def _over_yardstick(document: Document, row: Row, seed: int) -> _Times | None:
+    halves = _beside_yardstick(document, row)
+    if not halves:
+        return None
+    rounds = _together([half.rounds for half in halves])
+    machine = median(float(half.figures["yardstick_p50_s"]) for half in halves)
+    return _Times(estimate=quantile_of(rounds, 0.5, seed=seed), machine=machine)
+
+
+def _over_matmul(document: Document, row: Row, seed: int) -> _Times | None:
+    """Of the matmul, seconds per operation: a side that looks for the fastest shape may not find the same."""
+    matmul = _matmul(document, row)
+    if matmul is None:
+        return None
+    flops = float(matmul.figures.get("flops", 1.0))
+    rounds = tuple(tuple(seconds / flops for seconds in turn) for turn in matmul.rounds)
+    estimate = ratio_of_rounds(_pooled(document, row), rounds, seed=seed)
+    return _Times(estimate=estimate, machine=matmul.summary["p50"] / flops)
+
+
+def _beside_yardstick(document: Document, row: Row) -> list[Row]:
+    """The rows that tell how many times as long as the yardstick ours took, of each half of the A/A pair."""
+    if row.unit != "s" or row.side != OURS:
+        return []
+    found = (other for other in document.select(row.workload, YARDSTICK) if _same_case(other, row))
+    return [other for other in found if other.status == "ok" and other.rounds]
+
+
+def _matmul(document: Document, row: Row) -> Row | None:
+    """The ceiling's, that took turns with a row of seconds."""
+    if row.unit != "s" or row.side in REFERENCES:
+        return None
+    for found in document.select(GEMM, CEILING):
+        same = found.figures.get("during") == row.workload and _alike(found, row)
+        if same and found.status == "ok" and len(found.rounds) == len(row.rounds):
+            return found
+    return None
+
+
 def _pooled(document: Document, row: Row) -> Rounds:
     """Its rounds, with those of the other half of the A/A pair."""
     again = _again(document, row)
-    return tuple(one + other for one, other in zip(row.rounds, again, strict=True)) if again else row.rounds
+    return _together([row.rounds, again]) if again else row.rounds
+
+
+def _together(halves: Sequence[Rounds]) -> Rounds:
+    """Round by round; of halves with other numbers of rounds only as many as both have."""
+    return tuple(sum(turns, ()) for turns in zip(*halves, strict=False))
 
 
 def _again(document: Document, row: Row) -> Rounds | None:
@@ -209,30 +277,12 @@ def _again(document: Document, row: Row) -> Rounds | None:
     return found.rounds if usable and found else None
 
 
-def _yardstick(document: Document, row: Row) -> Rounds | None:
-    """Seconds per operation of the matrix product that took turns with a row of seconds.
-
-    Per operation: a side that looks for its machine's fastest shape need not find the same one twice.
-    """
-    found = _yardstick_row(document, row)
-    if found is None:
-        return None
-    flops = float(found.figures.get("flops", 1.0))
-    return tuple(tuple(seconds / flops for seconds in turn) for turn in found.rounds)
-
-
-def _yardstick_row(document: Document, row: Row) -> Row | None:
-    if row.unit != "s" or row.side == YARDSTICK[0]:
-        return None
-    for found in document.select(YARDSTICK[1], YARDSTICK[0]):
-        same = found.figures.get("during") == row.workload and _alike(found, row)
-        if same and found.status == "ok" and len(found.rounds) == len(row.rounds):
-            return found
-    return None
-
-
 def _alike(one: Row, other: Row) -> bool:
-    return one.unit == other.unit and _text(one.case) == _text(other.case)
+    return one.unit == other.unit and _same_case(one, other)
+
+
+def _same_case(one: Row, other: Row) -> bool:
+    return _text(one.case) == _text(other.case)
 
 
 def _by_key(document: Document) -> dict[Key, Row]:
@@ -240,7 +290,7 @@ def _by_key(document: Document) -> dict[Key, Row]:
     return {
         (row.side, row.workload, _text(row.case), row.unit): row
         for row in document.rows
-        if row.side not in (AGAIN, YARDSTICK[0])
+        if row.side not in REFERENCES
     }
 
 
@@ -262,20 +312,25 @@ def _remarks(a: Document, b: Document) -> Iterator[str]:
     old, new = ({name: document.machine.get(name) for name in _FACTS} for document in (a, b))
     yield from _differences("machines", old, new)
     yield from _differences("settings", a.settings, b.settings)
-    products = [row for document in (a, b) for row in document.select(YARDSTICK[1], YARDSTICK[0])]
-    shapes = {_text(row.figures.get("shape")) for row in products}
+    yield from _differences("versions", *(_versions(document) for document in (a, b)))
+    ours = [(document, row) for document in (a, b) for row in document.select(side=OURS)]
+    found = [_matmul(document, row) for document, row in ours if not _beside_yardstick(document, row)]
+    shapes = {_text(row.figures.get("shape")) for row in found if row}
     if len(shapes) > 1:
-        yield f"the yardstick had other shapes, each with a rate of its own: {', '.join(sorted(shapes))}"
-    rows = [
-        (document, row)
-        for document in (a, b)
-        for row in document.select(side=OURS)
-        if row.unit == "s" and row.rounds
-    ]
-    if any(_yardstick(document, row) is None for document, row in rows):
+        yield f"the matmul had other shapes, each with a rate of its own: {', '.join(sorted(shapes))}"
+    rows = [(document, row) for document, row in ours if row.unit == "s" and row.rounds]
+    if not all(_beside_yardstick(document, row) or _matmul(document, row) for document, row in rows):
         yield "no yardstick for some rows: their ratio has the machine's own change in it"
     if any(_again(document, row) is None for document, row in rows):
         yield "no A/A pair for some rows: their noise is the threshold and the interval alone"
+
+
+def _versions(document: Document) -> Mapping[str, Any]:
+    """What did our work: the backend, and the layouts of its nets."""
+    for row in document.select(side=OURS):
+        if "side" in row.stamp:
+            return row.stamp["side"]
+    return {}
 
 
 def _unclear(rows: Sequence[Compared]) -> Iterator[str]:

@@ -18,6 +18,7 @@ Rounds = Sequence[Sequence[float]]
 
 LEVEL = 0.95
 RESAMPLES = 2000
+LEAST = 6  # rounds: of 5 the 95 % interval held the truth 94 times of 100 in a simulation, of 3 only 74
 SEED = 0
 _AT_ONCE = 4_000_000  # weights held in memory at once
 
@@ -34,23 +35,6 @@ class Interval:
     def half_width(self) -> float:
         """In the unit of the value."""
         return (self.high - self.low) / 2
-
-    def to_json(self) -> dict[str, float]:
-        """Plain data."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spread:
-    """How far an A/A pair is apart: 0 is not at all, 0.05 is 5 %.
-
-    Attributes:
-        pooled: |p50(a) / p50(b) - 1| over all samples.
-        by_round: |median over rounds of p50(a_i) / p50(b_i) - 1|: drift from round to round cancels.
-    """
-
-    pooled: float
-    by_round: float
 
     def to_json(self) -> dict[str, float]:
         """Plain data."""
@@ -108,39 +92,21 @@ def of_rounds(rounds: Rounds, quantile: float = 0.5) -> Floats:
     return np.array([np.quantile(turn, quantile) for turn in rounds], np.float64)
 
 
-def ratio(numerator: Rounds, denominator: Rounds, *, level: float = LEVEL, seed: int = SEED) -> Interval:
-    """p50(numerator) / p50(denominator) of two sides of one run, round i of one beside round i of the other.
-
-    The same rounds of both are drawn, so that what a slow round does to both widens the interval less. It is
-    on the safe side where rounds drift: `ratio_by_round` then has the narrower one.
-
-    Raises:
-        ValueError: other numbers of rounds, or none.
-    """
-    return ratio_of_medians(numerator, denominator, seed=seed).interval(level)
-
-
 def ratio_by_round(
     numerator: Rounds, denominator: Rounds, *, level: float = LEVEL, seed: int = SEED
 ) -> Interval:
-    """The median over rounds of p50(numerator_i) / p50(denominator_i): drift between rounds cancels.
+    """The median over rounds of p50(numerator_i) / p50(denominator_i), two sides of one run.
+
+    What is slow for a whole round cancels. Of fewer than LEAST rounds the interval is the range of all.
 
     Raises:
         ValueError: other numbers of rounds, or none.
     """
-    return ratio_of_rounds(numerator, denominator, seed=seed).interval(level)
-
-
-def ratio_of_medians(
-    numerator: Rounds, denominator: Rounds, *, resamples: int = RESAMPLES, seed: int = SEED
-) -> Estimate:
-    """See `ratio`."""
-    count = _same_count(numerator, denominator)
-    tops, bottoms = _Medians(numerator), _Medians(denominator)
-    size = len(tops.samples) + len(bottoms.samples)
-    found = [tops.of(drawn) / bottoms.of(drawn) for drawn in _draws(count, resamples, seed, size)]
-    once = np.ones((1, count), np.int64)
-    return Estimate(value=float((tops.of(once) / bottoms.of(once))[0]), resampled=np.concatenate(found))
+    found = ratio_of_rounds(numerator, denominator, seed=seed)
+    if len(numerator) < LEAST:
+        values = of_rounds(numerator) / of_rounds(denominator)
+        return Interval(value=found.value, low=float(values.min()), high=float(values.max()))
+    return found.interval(level)
 
 
 def ratio_of_rounds(
@@ -153,17 +119,42 @@ def ratio_of_rounds(
     return Estimate(value=float(np.median(values)), resampled=np.median(values[drawn], axis=1))
 
 
-def median_of(rounds: Rounds, *, resamples: int = RESAMPLES, seed: int = SEED) -> Estimate:
-    """p50 over all samples. Raises ValueError without rounds."""
-    return ratio_of_medians(rounds, [(1.0,)] * len(rounds), resamples=resamples, seed=seed)
+def ratio_of_quantiles(
+    numerator: Rounds,
+    denominator: Rounds,
+    quantile: float,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+) -> Estimate:
+    """A quantile of all samples of one side over that of the other, two sides of one run.
+
+    The same rounds of both are drawn, so that what is slow for a whole round widens the interval less.
+
+    Raises:
+        ValueError: other numbers of rounds, or none.
+    """
+    count = _same_count(numerator, denominator)
+    tops, bottoms = _Quantile(numerator, quantile), _Quantile(denominator, quantile)
+    size = len(tops.samples) + len(bottoms.samples)
+    found = [tops.of(drawn) / bottoms.of(drawn) for drawn in _draws(count, resamples, seed, size)]
+    once = np.ones((1, count), np.int64)
+    return Estimate(value=float((tops.of(once) / bottoms.of(once))[0]), resampled=np.concatenate(found))
 
 
-def ab_spread(a: Rounds, b: Rounds) -> Spread:
-    """Of an A/A pair that took turns. Raises ValueError for other numbers of rounds, or none."""
+def quantile_of(rounds: Rounds, quantile: float, *, resamples: int = RESAMPLES, seed: int = SEED) -> Estimate:
+    """Of all samples. Raises ValueError without rounds."""
+    return ratio_of_quantiles(rounds, [(1.0,)] * len(rounds), quantile, resamples=resamples, seed=seed)
+
+
+def ab_spread(a: Rounds, b: Rounds) -> float:
+    """How far an A/A pair that took turns is apart: 0 is not at all, 0.05 is 5 %; p50s, round by round.
+
+    Raises:
+        ValueError: other numbers of rounds, or none.
+    """
     _same_count(a, b)
-    pooled = np.median(np.concatenate(a)) / np.median(np.concatenate(b))
-    by_round = np.median(of_rounds(a) / of_rounds(b))
-    return Spread(pooled=abs(float(pooled) - 1), by_round=abs(float(by_round) - 1))
+    return abs(float(np.median(of_rounds(a) / of_rounds(b))) - 1)
 
 
 def fit_line(x: Sequence[float], y: Sequence[float]) -> Line:
@@ -198,21 +189,23 @@ def _theil_sen(xs: Floats, ys: Floats) -> float:
     return float(np.median((ys[other] - ys[one])[apart] / across[apart]))
 
 
-class _Medians:
-    """Medians over samples of which each counts as often as its round was drawn."""
+class _Quantile:
+    """A quantile over samples of which each counts as often as its round was drawn.
 
-    def __init__(self, rounds: Rounds) -> None:
+    Where it falls between two samples it is their mean (Hyndman & Fan 1996, definition 2).
+    """
+
+    def __init__(self, rounds: Rounds, quantile: float) -> None:
         samples = np.concatenate(rounds).astype(np.float64)
         order = np.argsort(samples, kind="stable")
         numbers = np.repeat(np.arange(len(rounds)), [len(turn) for turn in rounds])
-        self.samples, self._round = samples[order], numbers[order]
+        self.samples, self._round, self._quantile = samples[order], numbers[order], quantile
 
     def of(self, drawn: NDArray[np.int64]) -> Floats:
         """`drawn` (K, R): how often each round was; -> (K,)."""
         below = np.cumsum(drawn[:, self._round], axis=1)  # (K, samples)
-        middle = below[:, -1:] / 2
-        # the two samples in the middle; the same one where their number is odd
-        left, right = np.argmax(below >= middle, axis=1), np.argmax(below > middle, axis=1)
+        place = below[:, -1:] * self._quantile
+        left, right = np.argmax(below >= place, axis=1), np.argmax(below > place, axis=1)
         return (self.samples[left] + self.samples[right]) / 2
 
 

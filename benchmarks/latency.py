@@ -16,14 +16,14 @@ from .case import WORKLOADS, Case
 from .likeness import PICTURES_DB, RELATIVE_L2, difference
 from .process import SideError, SideProcess
 from .records import Document, Row
-from .roofline import CEILING, COPY, GEMM, with_roofline, workload_parts
+from .roofline import COPY, GEMM, with_roofline, workload_parts
 from .rounds import Pace, Turns, interleave
-from .sides.contract import AGAIN, OURS, Task
+from .sides.contract import AGAIN, CEILING, OURS, REFERENCES, YARDSTICK, Task
 
 # What a picture spends in nets, by the stages of the host's loop; the rest is scheduler, guidance and Python.
 ENGINE_STAGES = ("text_encoder", "invariants", "unet", "vae_decoder")
 
-REFERENCES = (AGAIN, CEILING)
+SHORT = 1.0  # seconds: what takes longer than that has the machine's slow moments averaged already
 
 Said = Callable[[str], None]
 
@@ -39,7 +39,7 @@ class Sides:
     Attributes:
         task: what all of them open.
         peers: names in `sides.contract.SIDES`.
-        references: of REFERENCES those that take part.
+        references: of REFERENCES those that take part. With the yardstick, ours are timed beside it as well.
     """
 
     task: Task
@@ -49,9 +49,8 @@ class Sides:
     @property
     def names(self) -> tuple[str, ...]:
         """Of the rows, in the order of the first round."""
-        again = (AGAIN,) if AGAIN in self.references else ()
-        ceiling = (CEILING,) if CEILING in self.references else ()
-        return (OURS, *again, *self.peers, *ceiling)
+        again, ceiling = (name if name in self.references else None for name in (AGAIN, CEILING))
+        return tuple(filter(None, (OURS, again, *self.peers, ceiling)))
 
     def open(self, stack: ExitStack, said: Said = _silent) -> tuple[list[SideProcess], list[Row]]:
         """Those that can be opened, each in a fresh process, and a row for each other one.
@@ -93,7 +92,7 @@ def measure_latency(
         opened, rows = sides.open(stack, said)
         for case in cases:
             for workload in workloads:
-                bench = Bench(package=package, workload=workload, case=case, said=said)
+                bench = Bench(package=package, sides=sides, workload=workload, case=case, said=said)
                 rows += bench.measure(opened, pace or Pace())
     return Document(
         benchmark="latency",
@@ -136,10 +135,29 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Beside:
+    """Ours, run by run beside the yardstick in the same process. Seconds are of a pair."""
+
+    side: SideProcess
+
+    @property
+    def name(self) -> str:
+        """What tells it from the others."""
+        return f"{self.side.name} beside {YARDSTICK}"
+
+    def time(self, runs: int) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
+        """Figures are `own_s` and `beside_s`."""
+        seconds, figures = self.side.time(runs, slot=self.side.name, beside=YARDSTICK)
+        pairs = [{"own_s": own, **told} for own, told in zip(seconds, figures, strict=True)]
+        return tuple(pair["own_s"] + pair["beside_s"] for pair in pairs), pairs
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bench:
     """One workload of one case: sides are prepared and compared one by one, then timed in turns."""
 
     package: Package
+    sides: Sides
     workload: str
     case: Case
     said: Said
@@ -158,10 +176,12 @@ class Bench:
             first[entry.name] = prepared["first_s"]
             figures[entry.name] = prepared
             ready.append(entry)
+        beside = list(self._beside(ready, first))
         told = f"{self.workload} {self.case.width}x{self.case.height} b{self.case.pictures}"
-        turns = interleave(ready, first, pace, said=lambda line: self.said(f"{told}: {line}"))
+        turns = interleave([*ready, *beside], first, pace, said=lambda line: self.said(f"{told}: {line}"))
         rows += [self._row(entry, turns[entry.name], figures[entry.name]) for entry in ready]
-        return list(with_roofline(rows, workload_parts(self.package, self.workload, self.case)))
+        rows = list(with_roofline(rows, workload_parts(self.package, self.workload, self.case)))
+        return rows + [self._over_yardstick(item, turns[item.name]) for item in beside]
 
     def _entries(self, opened: Sequence[SideProcess]) -> Iterator[Entry]:
         for side in opened:
@@ -170,19 +190,36 @@ class Bench:
             elif self.workload in (*ENGINE_STAGES, "picture"):  # what no net takes part in has no ceiling
                 yield from (Entry(side=side, workload=workload) for workload in (GEMM, COPY))
 
+    def _beside(self, ready: Sequence[Entry], first: dict[str, float]) -> Iterator[Beside]:
+        """Our short runs with the yardstick, whose first seconds are added to `first`."""
+        if YARDSTICK not in self.sides.references or self.sides.task.device != "cpu":
+            return
+        for entry in ready:
+            if entry.name in (OURS, AGAIN) and first[entry.name] < SHORT:
+                self.said(f"{self.workload}: {entry.name} gets its yardstick")
+                answer, _ = entry.side.prepare(YARDSTICK, self.case, slot=YARDSTICK)
+                found = Beside(side=entry.side)
+                first[found.name] = first[entry.name] + answer["seconds"]
+                yield found
+
     def _prepare(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, SideError | dict[str, Any]]]:
         """Each one's first run: its seconds, and how like ours its output is; or why not."""
-        wanted: Mapping[str, Array] = {}
+        wanted: Mapping[str, Array] | None = None
         for entry in entries:
             self.said(f"{self.workload}: {entry.name} gets ready")
             try:
                 answer, outputs = entry.side.prepare(entry.workload, self.case, slot=entry.name)
-                alike = {} if entry.side.name in (OURS, CEILING) else check(outputs, wanted, self.package)
+                alike = {} if entry.name == OURS or not outputs else self._check(outputs, wanted)
             except SideError as error:
                 yield entry, error
                 continue
-            wanted = wanted or outputs
+            wanted = outputs if entry.name == OURS else wanted
             yield entry, {"first_s": answer["seconds"], **alike}
+
+    def _check(self, found: Mapping[str, Array], wanted: Mapping[str, Array] | None) -> dict[str, float]:
+        if wanted is None:
+            raise SideError("not available", "ours failed: there is nothing to compare with")
+        return check(found, wanted, self.package)
 
     def _row(self, entry: Entry, turns: Turns, figures: Mapping[str, Any]) -> Row:
         during = {"during": self.workload} if entry.side.name == CEILING else {}
@@ -195,6 +232,24 @@ class Bench:
             reason=turns.reason,
             figures={**during, **figures, **medians(turns, self.case.steps)},
             stamp=entry.side.stamp,
+        )
+
+    def _over_yardstick(self, item: Beside, turns: Turns) -> Row:
+        """What each run took over what the yardstick's next to it did."""
+        figures = iter(turns.figures)
+        pairs = [[next(figures) for _ in turn] for turn in turns.rounds]
+        rounds = tuple(tuple(pair["own_s"] / pair["beside_s"] for pair in turn) for turn in pairs)
+        seconds = [pair["beside_s"] for turn in pairs for pair in turn]
+        return Row(
+            side=YARDSTICK,
+            workload=self.workload,
+            case=self.case.to_json(),
+            unit="1",
+            rounds=rounds,
+            status=turns.status,
+            reason=turns.reason,
+            figures={"of": item.side.name, "yardstick_p50_s": median(seconds) if seconds else None},
+            stamp=item.side.stamp,
         )
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,16 @@ def resident_bytes() -> tuple[int, int]:
     """Of this process's memory what is resident now, and the most that ever was.
 
     Linux tells both (proc(5)); elsewhere getrusage's peak stands for both. On Linux that one would not do: a
-    child's begins with what its parent had resident when it was forked.
+    child's begins with what its parent had resident when it was forked. Windows tells neither: (0, 0).
     """
     status = Path("/proc/self/status")
     if status.is_file():
         lines = dict(line.split(":", 1) for line in status.read_text(encoding="ascii").splitlines())
         now, peak = (int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
         return now, peak
-    import resource  # not on Windows
+    if find_spec("resource") is None:
+        return 0, 0
+    import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
     return peak, peak

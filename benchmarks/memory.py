@@ -10,19 +10,19 @@ from ..engines.package import Package
 from ..engines.spec import Array
 from ..runtime.loops import HOST_NETS
 from .case import Case
-from .latency import CEILING, Said, Sides, check, describe_model, settings_of
+from .latency import Said, Sides, check, describe_model, settings_of
 from .memory_request import AGAINST_STEPS, GROWTH, TIMELINE, against_steps, growth, timeline
 from .memory_rows import Bench, Looks, looking, measure_baselines
 from .memory_samples import INTERVAL, NO_PROC, DeviceWatch, Look, Resident, holding, resident
 from .process import SideError, SideProcess
 from .records import Document, Row
-from .sides.contract import AGAIN, OURS
+from .sides.contract import AGAIN, CEILING, OURS
 
 OPENED, FIRST, PEAK, LEDGER = "opened", "first picture", "peak", "ledger"
 ON_DEVICE = "device "  # before the first three, where there is a GPU
 _PARTS = ("weights", "activations", "io")  # of a net's ledger
 _WARM = 2  # pictures after the first one, before the peak is read
-_STEPS = (100, 20, 100)
+STEPS = (100, 20, 100)
 
 
 def measure_memory(
@@ -30,7 +30,7 @@ def measure_memory(
     sides: Sides,
     case: Case,
     *,
-    steps: Sequence[int] = _STEPS,
+    steps: Sequence[int] = STEPS,
     interval: float = INTERVAL,
     watch: DeviceWatch | None = None,
     said: Said = lambda line: None,

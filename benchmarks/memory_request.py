@@ -2,7 +2,7 @@
 
 timeline            resident memory at a fixed interval, sampled by this process; `marks` say when stages
                     began; of the first request of a fresh process
-growth per step     Python's and NumPy's allocations after every step; the bar is no growth
+growth per step     Python's and NumPy's allocations after every step; the bar is none that grow with steps
 peak against steps  the peaks of two fresh processes that each drew one picture, of few steps and of many
 """
 
@@ -14,12 +14,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from .memory_rows import Bench, looking
 from .memory_samples import NO_PROC, PROC, Sampler, Series, holding, on_a_grid, resident
-from .memory_timeline import SETTLED, STEADY
+from .memory_timeline import SETTLED, STEADY, growth_per_step
 from .process import SideError
 from .records import Row, short
 
@@ -39,8 +39,9 @@ class _Watched:
     def ask(self, **command: Any) -> dict[str, Any]:
         """The answer to one command. Raises SideError."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it died: the missing answer says so
+            self._process.stdin.write(json.dumps(command) + "\n")
+            self._process.stdin.flush()
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -115,10 +116,11 @@ def _resident_now(pid: int) -> int | None:
 
 
 def growth(bench: Bench, steps: int) -> Row:
-    """Samples are bytes of Python's allocations after every step, by tracemalloc. FAILED if they grow.
+    """Samples are bytes of Python's allocations after every step, by tracemalloc. FAILED if steps add up.
 
-    Figures: `traced_growth` over all steps but the first few; `transient_p50`, what a step holds and frees
-    again; `rss_growth` of the process, which has a page's resolution and others' allocations in it too;
+    Figures: `growth_per_step`, bytes, which is judged, of the last of `requests`; `traced_growth` over all
+    steps but the first few, caches that libraries fill once among it; `transient_p50`, what a step holds and
+    frees again; `rss_growth` of the process, which has a page's resolution and others' allocations in it too;
     `device_allocations` of a device's loop between its rows; `lines` that grew.
     """
     with _watched(bench) as item:
@@ -130,18 +132,22 @@ def judge_growth(bench: Bench, told: Mapping[str, Any]) -> Row:
     """The row of what `memory_timeline.watch_steps` found."""
     traced, rss, on_device = told["traced"], told["resident"], told["device_allocations"]
     first = min(SETTLED, len(traced) - 1)
-    grown = traced[-1] - traced[first]
+    grown, per_step = traced[-1] - traced[first], growth_per_step(traced)
     transient = sorted(told["transient"][first:])
     figures = {
         "steps": len(traced),
         "from_step": first,
+        "growth_per_step": per_step,
+        "requests": told["requests"],
         "traced_growth": grown,
         "transient_p50": transient[len(transient) // 2],
         "rss_growth": rss[-1] - rss[first] if rss else None,
         "lines": told["lines"],
         "device_allocations": sum(on_device) if on_device is not None else None,
     }
-    problems = [f"{grown} bytes more after {len(traced)} steps than after {first}"] if grown > STEADY else []
+    problems: list[str] = []
+    if per_step > STEADY:
+        problems.append(f"{per_step:.0f} bytes per step, {grown} from step {first} to {len(traced)}")
     if on_device and sum(on_device):
         problems.append(f"{sum(on_device)} allocations on the device between rows")
     return bench.row(

@@ -15,11 +15,12 @@ import os
 import sys
 import tracemalloc
 from array import array
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from statistics import median_low
 from time import perf_counter
 from typing import Any
 
@@ -36,7 +37,9 @@ from .memory_samples import resident
 from .sides.contract import Task
 
 SETTLED = 5  # steps after which every buffer of the loop is there: no sampler remembers more than 5
-STEADY = 4096  # bytes over all steps that are no growth: a library remembers a little now and then
+BLOCKS = 10  # of the steps after that: a cache that fills once is in one of them, what grows is in most
+REQUESTS = 4  # in all of which memory must grow before that is more than a library's cache
+STEADY = 1.0  # bytes per step that are no growth; the smallest object, kept once in 10 steps, is 1.6
 _LINES = 5  # of source that are named
 _MINE = (tracemalloc.__file__, __file__)  # whose allocations are the measurement's own
 
@@ -94,32 +97,64 @@ def watch_resident(pipe: Pipeline, case: Case) -> dict[str, Any]:
 
 
 def watch_traced(pipe: Pipeline, case: Case) -> dict[str, Any]:
-    """Python's allocations, NumPy's among them, by tracemalloc; the request is drawn two or three times.
+    """Python's allocations, NumPy's among them, by tracemalloc, over a request that was drawn before.
+
+    What a step keeps, it keeps in every request. A library that fills a cache of its own, some bytes with
+    every call up to a bound, does not: a request in which memory grows is drawn again, `REQUESTS` times at
+    most, and the last one counts.
 
     Returns:
         traced: bytes after every step.
         transient: for every step, the most that it held besides what was there after the step before it.
-        lines: if they grew after the first `SETTLED` steps, where: [place, bytes], largest first.
+        requests: how many were watched.
+        lines: if they grow (`growth_per_step`), where: [place, bytes], largest first.
     """
     steps = len(_job(pipe, case).table)
     traced, transient = _numbers(steps), _numbers(steps)
+    gc.collect()
+    gc.freeze()  # what was there before is not traced: to look at it after every step only takes time
     tracemalloc.start()
     try:
         # What was there before it was traced is replaced by what is, bit by bit: that looks like growth.
         for _ in _rows(pipe, case):
             gc.collect()
-        before = tracemalloc.get_traced_memory()[0]
-        tracemalloc.reset_peak()
-        for index in _rows(pipe, case):
-            transient[index] = tracemalloc.get_traced_memory()[1] - before
-            gc.collect()  # the interpreter's lists of free tuples and floats fill up to a bound: no growth
-            traced[index] = before = tracemalloc.get_traced_memory()[0]
-            tracemalloc.reset_peak()
-        settled = traced[min(SETTLED, steps - 1)]
-        lines = _grown(pipe, case, steps) if traced[-1] - settled > STEADY else []
+        requests = 0
+        while not requests or (requests < REQUESTS and growth_per_step(traced) > STEADY):
+            _trace_request(pipe, case, traced, transient)
+            requests += 1
+        lines = _grown(pipe, case, steps) if growth_per_step(traced) > STEADY else []
     finally:
         tracemalloc.stop()
-    return {"traced": traced.tolist(), "transient": transient.tolist(), "lines": lines}
+        gc.unfreeze()
+    told = {"traced": traced.tolist(), "transient": transient.tolist()}
+    return {**told, "requests": requests, "lines": lines}
+
+
+def _trace_request(pipe: Pipeline, case: Case, traced: array[int], transient: array[int]) -> None:
+    """Draw it, and note what is traced after every step, and the most within it."""
+    before = tracemalloc.get_traced_memory()[0]
+    tracemalloc.reset_peak()
+    for index in _rows(pipe, case):
+        transient[index] = tracemalloc.get_traced_memory()[1] - before
+        gc.collect()  # the interpreter's lists of free tuples and floats fill up to a bound: no growth
+        traced[index] = before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+
+
+def growth_per_step(traced: Sequence[int]) -> float:
+    """Bytes that a step leaves behind, of the bytes after every step: the median from block to block.
+
+    Of each of `BLOCKS` of the steps the least counts, as some buffers come and go with every other step. What
+    is kept in every step, or once in every block, is in the median; what is kept once, however much, is in
+    one difference: libraries fill a cache now and then.
+    """
+    settled = traced[min(SETTLED, len(traced) - 1) :]
+    if len(settled) < 2:
+        return 0.0
+    blocks = min(BLOCKS, max(2, len(settled) // 2))
+    edges = [round(number * len(settled) / blocks) for number in range(blocks + 1)]
+    least = [(begin, min(settled[begin:end])) for begin, end in pairwise(edges)]
+    return median_low((after - before) / (end - begin) for (begin, before), (end, after) in pairwise(least))
 
 
 def _numbers(count: int) -> array[int]:

@@ -20,10 +20,10 @@ from ..engines.package import Package
 from ..engines.spec import Array
 from .case import NETS, PROMPT, Case
 from .latency import describe_model, settings_of
-from .likeness import PICTURE_DB, RELATIVE_L2, WINDOW, difference, psnr, ssim
+from .likeness import PICTURES_DB, RELATIVE_L2, WINDOW, difference, psnr, ssim
 from .process import SideError, SideProcess
 from .records import Document, Row, Status
-from .sides.contract import OURS, Task
+from .sides.contract import OURS, REFERENCES, SIDES, Task
 
 Said = Callable[[str], None]
 
@@ -106,11 +106,24 @@ class Reference:
     task: Task
 
     @classmethod
-    def of(cls, task: Task) -> Reference:
-        """Diffusers where it and the checkpoint are at hand, else the package's graphs on the CPU."""
+    def of(cls, task: Task, name: str = "") -> Reference:
+        """That side, else diffusers where it and the checkpoint are at hand, else the package's graphs.
+
+        It runs on the CPU, but for a peer that is on a GPU alone.
+
+        Raises:
+            UsageError: another name than those of sides that have nets.
+        """
+        known = [side for side in SIDES if side not in REFERENCES]
+        if name and name not in known:
+            raise UsageError(
+                f"{name!r} cannot be the reference",
+                expected=", ".join(known),
+                fix="Choose one of these: --reference onnxruntime.",
+            )
         torch = all(find_spec(library) is not None for library in ("torch", "diffusers"))
-        name = "diffusers" if task.checkpoint is not None and torch else "onnxruntime"
-        return cls(name=name, task=replace(task, backend="onnxruntime", device="cpu", slow_down=0.0))
+        usual = "diffusers" if task.checkpoint is not None and torch else "onnxruntime"
+        return cls(name=name or usual, task=replace(task, backend="onnxruntime", device="cpu", slow_down=0.0))
 
 
 def measure_parity(
@@ -160,7 +173,7 @@ def compare_sides(
     for workload, case in inputs.rows():
         told = f"{workload} {case.width}x{case.height}"
         said(f"{told} {case.sampler}" if workload == "picture" else told)
-        yield _compare(ours, reference, workload, tuple(inputs.each(case)), RELATIVE_L2[dtype])
+        yield _compare(ours, reference, workload, tuple(inputs.each(case)), dtype)
 
 
 @dataclass(kw_only=True)
@@ -174,7 +187,7 @@ class _Found:
     status: Status = "ok"
 
 
-def _compare(ours: Asked, reference: Asked, workload: str, cases: Sequence[Case], bar: float) -> Row:
+def _compare(ours: Asked, reference: Asked, workload: str, cases: Sequence[Case], dtype: str) -> Row:
     found = _Found()
     for case in cases:
         try:
@@ -186,7 +199,7 @@ def _compare(ours: Asked, reference: Asked, workload: str, cases: Sequence[Case]
         sample = _worst(outputs, wanted)
         found.samples.append({"seed": case.seed, **sample})
         found.unit = "dB" if "ssim" in sample else "1"
-        _judge(found, sample, bar)
+        _judge(found, sample, _bar(found, dtype))
     alone = {name for name in ("sampler", "steps") if workload != "picture"}  # nets know no schedule
     return Row(
         side=ours.name,
@@ -196,7 +209,7 @@ def _compare(ours: Asked, reference: Asked, workload: str, cases: Sequence[Case]
         rounds=tuple((value,) for value in found.values),
         status=found.status,
         reason="; ".join(found.problems[:4]),
-        figures={"reference": reference.name, **_figures(found, bar)},
+        figures={"reference": reference.name, **_figures(found, _bar(found, dtype))},
         stamp={**ours.stamp, "reference": reference.stamp.get("side")},
     )
 
@@ -227,11 +240,16 @@ def _worst(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> dict[str,
     return worst
 
 
+def _bar(found: _Found, dtype: str) -> float:
+    """At least so many dB, or at most so large a relative L2."""
+    return (PICTURES_DB if found.unit == "dB" else RELATIVE_L2)[dtype]
+
+
 def _judge(found: _Found, sample: Mapping[str, Any], bar: float) -> None:
     """One more sample; what is infinitely far is a problem, and no number."""
     if found.unit == "dB":
-        value, good = sample["psnr_db"], sample["psnr_db"] >= PICTURE_DB
-        told = f"{value:.1f} dB, below {PICTURE_DB:g}"
+        value, good = sample["psnr_db"], sample["psnr_db"] >= bar
+        told = f"{value:.1f} dB, below {bar:g}"
     else:
         value, good = sample["relative_l2"], sample["relative_l2"] <= bar
         told = f"relative L2 {value:.2e}, above {bar:g}"
@@ -247,7 +265,7 @@ def _figures(found: _Found, bar: float) -> dict[str, Any]:
     if not found.samples:
         return {}
     figures: dict[str, Any] = {
-        "bar": PICTURE_DB if found.unit == "dB" else bar,
+        "bar": bar,
         "relative_l2": max(sample["relative_l2"] for sample in found.samples),
         "max_error": max(sample["max_error"] for sample in found.samples),
         "psnr_db": min(sample["psnr_db"] for sample in found.samples),

@@ -57,7 +57,7 @@ def _against(document: Document, row: Row) -> str:
     if ours is None or len(ours.rounds) != len(row.rounds):
         return ""
     if row.side == AGAIN:
-        return f"A/A spread {ab_spread(ours.rounds, row.rounds).by_round:.1%}"
+        return f"A/A spread {ab_spread(ours.rounds, row.rounds):.1%}"
     found = ratio_by_round(row.rounds, ours.rounds)
     return f"{found.value:.2f}x ours ({found.low:.2f} to {found.high:.2f})"
 

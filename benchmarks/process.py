@@ -114,9 +114,15 @@ class SideProcess:
         with np.load(path) as file:
             return answer, {name: file[name] for name in file.files}
 
-    def time(self, runs: int, *, slot: str = "") -> tuple[tuple[float, ...], list[dict[str, Any]]]:
-        """Seconds of each run, and its figures. Raises SideError, also for an output that is not finite."""
-        answer = self.ask(do="time", runs=runs, slot=slot)
+    def time(
+        self, runs: int, *, slot: str = "", beside: str | None = None
+    ) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
+        """Seconds of each run, and its figures: `beside_s` of a second slot that runs after each run.
+
+        Raises:
+            SideError: also for an output that is not finite.
+        """
+        answer = self.ask(do="time", runs=runs, slot=slot, beside=beside)
         if not answer["finite"]:
             raise SideError("FAILED", "the output is not finite")
         return tuple(answer["seconds"]), answer["figures"]

@@ -18,10 +18,10 @@ from ..runtime.request import make_request
 from ..runtime.samplers import make_table
 from .case import Case
 from .records import Row
+from .sides.contract import CEILING
 from .work import Work, net_work
 
-CEILING = "ceiling"  # the side, and its two workloads
-GEMM, COPY = "gemm", "copy"
+GEMM, COPY = "gemm", "copy"  # the workloads of the ceiling
 _UNITS = {GEMM: "flop", COPY: "byte"}
 
 

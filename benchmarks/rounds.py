@@ -37,7 +37,7 @@ class Pace:
     @classmethod
     def quick(cls) -> Pace:
         """For a look: seconds for each row."""
-        return cls(rounds=8, budget=4.0, turn=0.1, warm_up=2)
+        return cls(rounds=8, budget=2.0, turn=0.1, warm_up=2)
 
 
 class Timed(Protocol):
@@ -90,7 +90,7 @@ def interleave(
     for item in sides:  # the first run took longer than any after it: look again at how long a turn is
         _turn(item, found[item.name], min(pace.warm_up, _per_turn(first[item.name], pace)))
     per_turn = {name: _per_turn(_shortest(turns, first[name]), pace) for name, turns in found.items()}
-    if AGAIN in per_turn:  # the halves of an A/A pair do the same
+    if {OURS, AGAIN} <= per_turn.keys():  # the halves of an A/A pair do the same
         per_turn[AGAIN] = per_turn[OURS]
     for turns in found.values():
         turns.rounds.clear()

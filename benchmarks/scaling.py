@@ -11,9 +11,9 @@ from ..engines.package import Package
 from .case import Case
 from .intervals import fit_line
 from .latency import Said, describe_model, settings_of
-from .process import SideProcess, Slot
+from .process import SideError, SideProcess, Slot
 from .records import Document, Row
-from .rounds import Pace, interleave
+from .rounds import Pace, Turns, interleave
 from .sides.contract import OURS, Task
 
 
@@ -102,11 +102,15 @@ def _measure_axis(
     axis = AXES[name]
     points = {f"{name} {value}": axis.vary(case, value) for value in values}
     first: dict[str, float] = {}
+    failed: dict[str, Turns] = {}
     for slot, point in points.items():
         said(f"{slot}: gets ready")
-        first[slot] = side.prepare(axis.workload, point, slot=slot)[0]["seconds"]
-    slots = [Slot(name=slot, side=side) for slot in points]
-    turns = interleave(slots, first, pace, said=lambda line: said(f"{name}: {line}"))
+        try:
+            first[slot] = side.prepare(axis.workload, point, slot=slot)[0]["seconds"]
+        except SideError as error:  # beyond an engine's profile, or beyond memory: the others count
+            failed[slot] = Turns(status=error.status, reason=error.reason)
+    slots = [Slot(name=slot, side=side) for slot in first]
+    turns = failed | interleave(slots, first, pace, said=lambda line: said(f"{name}: {line}"))
     rows = [
         Row(
             side=OURS,

@@ -26,6 +26,7 @@ import numpy as np
 SINGLE_STREAM, OFFLINE, SERVER = "SingleStream", "Offline", "Server"
 TAIL = {SINGLE_STREAM: 90, SERVER: 99}  # percentile of each scenario's metric
 CONFIDENCE = 0.99  # of the early-stopping estimate (appendix "Early Stopping Criterion": c = .99, d = 0)
+_SIMULATED, _HALVINGS = 50_000, 16  # queries of the simulated queue; of the distance between two rates
 _SMALL_DELTA = 0.05  # by which a rate is lowered that was found, but not met a second time
 
 Serve = Callable[[int], None]  # so many samples at once; returns when they are answered
@@ -138,7 +139,15 @@ def poisson_arrivals(rate: float, count: int, seed: int) -> tuple[float, ...]:
     return tuple(np.cumsum(gaps).tolist())
 
 
-def server(serve: Serve, arrivals: Sequence[float], *, most: int = 1, clock: Clock | None = None) -> Run:
+def server(
+    serve: Serve,
+    arrivals: Sequence[float],
+    *,
+    most: int = 1,
+    deadline: float = math.inf,
+    allowed: int = 0,
+    clock: Clock | None = None,
+) -> Run:
     """One worker and a queue, first come, first served.
 
     The worker is never waited for: arrivals are fixed beforehand, and a query that arrives while the worker
@@ -148,11 +157,13 @@ def server(serve: Serve, arrivals: Sequence[float], *, most: int = 1, clock: Clo
         serve: the worker.
         arrivals: seconds since the beginning, ascending.
         most: so many of the queries that wait are served in one call.
+        deadline: seconds; when more than `allowed` queries took longer, the run has failed, and ends there.
+        allowed: see `deadline`.
         clock: the machine's unless given.
     """
     clock = clock or HostClock()
-    start, done = clock.now(), list[Query]()
-    while len(done) < len(arrivals):
+    start, done, late = clock.now(), list[Query](), 0
+    while len(done) < len(arrivals) and late <= allowed:
         first = len(done)
         clock.wait_until(start + arrivals[first])
         began = max(clock.now() - start, arrivals[first])
@@ -163,28 +174,39 @@ def server(serve: Serve, arrivals: Sequence[float], *, most: int = 1, clock: Clo
             Query(arrived=arrived, began=began, ended=ended, batch=batch)
             for arrived in arrivals[first : first + batch]
         ]
+        late += sum(query.latency > deadline for query in done[first:])
     return Run(scenario=SERVER, queries=tuple(done), samples=len(done))
 
 
 def highest_rate(
-    meets: Callable[[float, int], bool], high: float, rounds: int, *, seed: int = 0, confirmations: int = 4
+    meets: Callable[[float, int], bool],
+    low: float,
+    high: float,
+    rounds: int,
+    *,
+    confirm: Callable[[float, int], bool] | None = None,
+    seed: int = 0,
+    confirmations: int = 4,
 ) -> float | None:
-    """The highest rate that keeps the deadline, by bisection between 0 and `high`, to `high` / 2**rounds.
+    """The highest rate that keeps the deadline, by bisection of what is between two rates.
 
-    What bisection found may have been one seed's luck, so that it must be met once more with another; if it
-    is not, it is lowered by a twentieth and tried again, as LoadGen does.
+    What bisection found may have been one seed's luck, so that it must be met once more with another. If it
+    is not, it is lowered by a twentieth and tried again, as LoadGen does; then by a tenth, then by a fifth,
+    so that few runs get anywhere.
 
     Args:
         meets: whether a run at that rate with that seed keeps the deadline.
-        high: more than the worker can do, queries per second.
+        low: queries per second; it is not tried unless nothing above it was met. 0 is never tried.
+        high: more than the worker can do.
         rounds: of the bisection.
+        confirm: as `meets`, of the runs that come last; they may be longer. Default: `meets`.
         seed: of the first run; every later run has the next one.
-        confirmations: how often the found rate is tried.
+        confirmations: how often a rate is tried at the end, at most.
 
     Returns:
         A rate that was met in its last run; None if none was.
     """
-    low = 0.0
+    confirm = confirm or meets
     for number in range(rounds):
         rate = (low + high) / 2
         if meets(rate, seed + number):
@@ -192,10 +214,47 @@ def highest_rate(
         else:
             high = rate
     for number in range(confirmations if low else 0):
-        if meets(low, seed + rounds + number):
+        if confirm(low, seed + rounds + number):
             return low
-        low *= 1 - _SMALL_DELTA
+        low *= 1 - _SMALL_DELTA * 2**number
     return None
+
+
+def expected_rate(services: Sequence[float], deadline: float, percent: float = TAIL[SERVER]) -> float:
+    """At which `percent` of Poisson arrivals should be answered within `deadline` seconds; 0 if at no rate.
+
+    A simulated queue, one worker, first come, first served, whose service times are drawn from `services`
+    (seconds). It takes no time and proves nothing: it tells where to begin to measure.
+    """
+    random = np.random.default_rng(0)
+    served = random.choice(np.asarray(services, np.float64), _SIMULATED)
+    gaps = random.exponential(1.0, _SIMULATED)
+    low, high = 0.0, 1 / float(served.mean())
+    for _ in range(_HALVINGS):
+        rate = (low + high) / 2
+        # Lindley's recursion w' = max(0, w + service - gap) is the walk less its lowest point so far
+        walk = np.concatenate([[0.0], np.cumsum(served[:-1] - gaps[1:] / rate)])
+        latencies = walk - np.minimum.accumulate(walk) + served
+        low, high = (rate, high) if np.percentile(latencies, percent) <= deadline else (low, rate)
+    return low if high - low < low else 0.0  # it closes in on a rate, or on none
+
+
+def allowed_late(queries: int) -> int:
+    """How many of a run's queries may be late if its own 99th percentile is to keep the deadline.
+
+    As many as NumPy's percentile leaves above the two latencies that it lies between.
+    """
+    return (queries - 1) // 100
+
+
+def confidence(queries: int, late: int, percent: float = TAIL[SERVER]) -> float:
+    """How sure it is that `percent` of all queries are in time, after so many of which `late` were not.
+
+    One less the probability that a system which is in time with a probability of exactly `percent` has so
+    few late queries, or fewer (binomial): the level that `most_late` sets to .99. Queries in one queue are
+    late together, so that it is less sure than if they were independent; MLPerf leaves that aside too.
+    """
+    return 1 - sum(_probability(queries, t, 1 - percent / 100) for t in range(late + 1))
 
 
 def most_late(queries: int, percent: float, confidence: float = CONFIDENCE) -> int | None:
@@ -207,12 +266,17 @@ def most_late(queries: int, percent: float, confidence: float = CONFIDENCE) -> i
     """
     late, below, found = 1 - percent / 100, 0.0, None
     for t in range(queries + 1):
-        ways = math.lgamma(queries + 1) - math.lgamma(t + 1) - math.lgamma(queries - t + 1)
-        below += math.exp(ways + t * math.log(late) + (queries - t) * math.log1p(-late))
+        below += _probability(queries, t, late)
         if below > 1 - confidence:
             break
         found = t
     return found
+
+
+def _probability(queries: int, late: int, share: float) -> float:
+    """That exactly so many of the queries are late, if that share of all is."""
+    ways = math.lgamma(queries + 1) - math.lgamma(late + 1) - math.lgamma(queries - late + 1)
+    return math.exp(ways + late * math.log(share) + (queries - late) * math.log1p(-share))
 
 
 def early_stopping(latencies: Sequence[float], percent: float) -> float | None:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from .build_time import Builds, measure_build
 from .case import Case
-from .cold_start import measure_cold_start
+from .cold_start import QUICK_REPEATS, REPEATS, measure_cold_start
 from .latency import Said, Sides, measure_latency
-from .memory import measure_memory
+from .memory import STEPS, measure_memory
 from .models import Model
-from .parity import Inputs, measure_parity
+from .parity import QUICK_SAMPLES, SAMPLES, Inputs, measure_parity
 from .records import Document
 from .rounds import Pace
 from .scaling import AXES, measure_scaling
@@ -22,24 +22,45 @@ from .throughput import Rules, measure_throughput
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """How much of each verb. Nothing here changes what is measured, only how often."""
+    """How much of each verb. Nothing here changes what is measured, only how often, and at how many points.
+
+    Attributes:
+        pace: of latency, scaling and the batch sweep.
+        rules: of throughput's scenarios.
+        repeats: of cold-start.
+        samples: of parity.
+        watched: steps of memory's requests, as in `measure_memory`.
+        points: of each axis of scaling, from its first; a line needs three.
+        steps: of a picture.
+        batches: of the batch sweep.
+    """
 
     pace: Pace
     rules: Rules
     repeats: int
     samples: int
+    watched: tuple[int, int, int] = STEPS
+    points: int | None = None
     steps: int = 20
     batches: tuple[int, ...] = (1, 2, 4, 8)
 
     @classmethod
     def full(cls) -> Effort:
         """Minutes per verb."""
-        return cls(pace=Pace(), rules=Rules(), repeats=7, samples=3)
+        return cls(pace=Pace(), rules=Rules(), repeats=REPEATS, samples=SAMPLES)
 
     @classmethod
     def quick(cls) -> Effort:
-        """A look at the demo model: 2 min 16 s for all verbs on two cores; the bar is two minutes."""
-        return cls(pace=Pace.quick(), rules=Rules.quick(), repeats=3, samples=1, batches=(1, 4))
+        """A look at the demo model: all verbs within two minutes on two cores."""
+        return cls(
+            pace=Pace.quick(),
+            rules=Rules.quick(),
+            repeats=QUICK_REPEATS,
+            samples=QUICK_SAMPLES,
+            watched=(60, 10, 40),
+            points=3,
+            batches=(1, 4),
+        )
 
 
 def measure_all(
@@ -70,7 +91,7 @@ def _latency(model: Model, sides: Sides, effort: Effort, said: Said) -> Document
 
 def _memory(model: Model, sides: Sides, effort: Effort, said: Said) -> Document:
     case = Case.of(model.package.manifest, steps=effort.steps)
-    return measure_memory(model.package, replace(sides, references=()), case, said=said)
+    return measure_memory(model.package, replace(sides, references=()), case, steps=effort.watched, said=said)
 
 
 def _throughput(model: Model, sides: Sides, effort: Effort, said: Said) -> Document:
@@ -88,7 +109,7 @@ def _throughput(model: Model, sides: Sides, effort: Effort, said: Said) -> Docum
 
 def _scaling(model: Model, sides: Sides, effort: Effort, said: Said) -> Document:
     case = Case.of(model.package.manifest)
-    axes = {name: axis.values for name, axis in AXES.items()}
+    axes = {name: axis.values[: effort.points] for name, axis in AXES.items()}
     return measure_scaling(model.package, sides.task, case, axes=axes, pace=effort.pace, said=said)
 
 

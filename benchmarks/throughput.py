@@ -18,6 +18,7 @@ from ..engines.package import Package
 from .case import Case
 from .latency import Said, describe_model, settings_of
 from .process import SideError, SideProcess, Slot
+from .rate_search import Limits, RateSearch, Trial
 from .records import Document, Row, Status
 from .rounds import Pace, Turns, interleave
 from .scenarios import (
@@ -25,9 +26,12 @@ from .scenarios import (
     SERVER,
     SINGLE_STREAM,
     TAIL,
+    Clock,
+    HostClock,
     Run,
+    allowed_late,
+    confidence,
     early_stopping,
-    highest_rate,
     offline,
     poisson_arrivals,
     server,
@@ -41,7 +45,6 @@ NO_SUBMISSION = (
     " 24,576 samples Offline)"
 )
 _DEADLINE = 4.0  # times the median of a single query, where no deadline is given
-_FEWEST = 2  # rounds of a bisection that say anything
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +57,12 @@ class Rules:
         samples: of Offline's one query.
         deadline: seconds within which Server answers 99 % of its queries; None is four times the median
             of SingleStream.
-        rate: queries a second of a Server run of its own; None for none.
+        rate: queries a second of a Server run of its own; None for none, or `share`.
+        share: of the queries a second that SingleStream answered, in place of `rate`.
         together: so many waiting queries Server draws in one call.
-        rounds: of the bisection for Server's highest rate, to capacity / 2**rounds; 0 is no search.
-        budget: seconds for each scenario; a scenario that needs more has fewer queries or rounds, or no row.
+        rounds: of the bisection for Server's highest rate; 0 is no search.
+        budget: seconds for each scenario, and for the search (`rate_search.py`); what needs more has fewer
+            queries, or no row.
         seed: of the arrivals; every run of Server has the next one.
     """
 
@@ -66,15 +71,16 @@ class Rules:
     samples: int = 64
     deadline: float | None = None
     rate: float | None = None
+    share: float | None = None
     together: int = 1
-    rounds: int = 6
-    budget: float = 120.0
+    rounds: int = 2
+    budget: float = 240.0
     seed: int = 0
 
     @classmethod
     def quick(cls) -> Rules:
-        """For a look: about half a minute with the demo model."""
-        return cls(queries=16, seconds=1.0, samples=16, rounds=3, budget=45.0)
+        """For a look: a rate that one worker keeps up with, in place of a search for the highest."""
+        return cls(queries=8, seconds=1.0, samples=8, share=0.5, rounds=0, budget=30.0)
 
 
 class Worker(Protocol):
@@ -216,6 +222,7 @@ class Scenarios:
     rules: Rules
     said: Said
     stamp: Callable[[], Mapping[str, Any]] = dict[str, Any]
+    clock: Clock = field(default_factory=HostClock)
 
     def rows(self, batch: int) -> list[Row]:
         """SingleStream, Offline with calls of `batch`, Server. What fails has a row that says so."""
@@ -225,19 +232,22 @@ class Scenarios:
             return [alone, together]
         rules, rows = self.rules, [alone, together]
         deadline = rules.deadline or _DEADLINE * alone.summary["p50"]
-        if (rate := rules.rate) is not None:
-            rows.append(self._attempt(SERVER, lambda: self._server(SERVER, rate, deadline, rules.seed)))
-        known = rows[: 1 if rules.together == 1 else 2]
-        capacity = max(float(row.figures.get("samples_per_s", 0.0)) for row in known)
+        if (rate := rules.rate or (rules.share or 0.0) * alone.figures["samples_per_s"]) > 0:
+            rows.append(self._attempt(SERVER, lambda: self._fixed(rate, deadline)))
+        known = [1 / alone.summary["p50"]]
+        if rules.together > 1:
+            known.append(float(together.figures.get("samples_per_s", 0.0)))
+        capacity = max(known)
         if rules.rounds:
-            rows.append(self._attempt(HIGHEST, lambda: self._highest(capacity, deadline)))
+            rows.append(self._attempt(HIGHEST, lambda: self._highest(capacity, deadline, alone.samples)))
         return rows
 
     def _single_stream(self) -> Row:
         rules, serve = self.rules, self.worker.serve
         self.said(f"SingleStream: at least {rules.queries} queries and {rules.seconds:g} s")
         self.worker.prepare(1)
-        return self._row(single_stream(serve, rules.queries, rules.seconds, budget=rules.budget))
+        run = single_stream(serve, rules.queries, rules.seconds, budget=rules.budget, clock=self.clock)
+        return self._row(run)
 
     def _offline(self, batch: int) -> Row:
         """One query; of fewer samples where the budget is short."""
@@ -247,44 +257,61 @@ class Scenarios:
         if rest := samples % batch:
             self.worker.prepare(rest)
         self.said(f"Offline: one query of {samples} samples, {batch} a call")
-        return self._row(offline(self.worker.serve, samples, batch), batch=batch)
+        return self._row(offline(self.worker.serve, samples, batch, clock=self.clock), batch=batch)
 
-    def _server(self, workload: str, rate: float, deadline: float, seed: int) -> Row:
-        """One run at that rate."""
+    def _fixed(self, rate: float, deadline: float) -> Row:
+        """Server at one rate, however late its queries are."""
         rules = self.rules
-        count = max(rules.queries, math.ceil(rate * rules.seconds))
-        self.said(f"Server: {count} queries, {rate:.3g} a second, deadline {deadline:.3g} s")
-        for pictures in range(1, rules.together + 1):
+        trial = Trial(rate=rate, queries=max(rules.queries, math.ceil(rate * rules.seconds)), seed=rules.seed)
+        if (takes := trial.queries / rate) > rules.budget:
+            reason = f"{trial.queries} queries arrive in {takes:.0f} s: more than {rules.budget:.0f} s"
+            return self._nothing(SERVER, "not available", reason)
+        return self._server(SERVER, trial, deadline, allowed=trial.queries)
+
+    def _server(self, workload: str, trial: Trial, deadline: float, allowed: int) -> Row:
+        """One run, which ends when more than `allowed` queries were late."""
+        most = self.rules.together
+        self.said(f"{workload}: {trial.queries} queries, {trial.rate:.3g} a second")
+        for pictures in range(1, most + 1):
             self.worker.prepare(pictures)
-        run = server(self.worker.serve, poisson_arrivals(rate, count, seed), most=rules.together)
-        return self._row(run, workload, batch=rules.together, rate=rate, deadline_s=deadline)
+        run = server(
+            self.worker.serve,
+            poisson_arrivals(trial.rate, trial.queries, trial.seed),
+            most=most,
+            deadline=deadline,
+            allowed=allowed,
+            clock=self.clock,
+        )
+        return self._row(run, workload, batch=most, rate=trial.rate, deadline_s=deadline)
 
-    def _highest(self, capacity: float, deadline: float) -> Row:
-        """The last run at the highest rate that kept the deadline; no query can be answered faster than
-        `capacity`, so that the search ends there: a short run would not notice a queue that only grows."""
+    def _highest(self, capacity: float, deadline: float, services: Sequence[float]) -> Row:
+        """The run at the highest rate that kept the deadline."""
         rules = self.rules
-        each = rules.queries / (0.75 * capacity) + rules.seconds  # about: half of all rates are above it
-        rounds = min(rules.rounds, int(rules.budget / each) - 1)
-        if rounds < _FEWEST:
-            reason = (
-                f"a run of Server takes about {each:.0f} s: it needs a budget of {each * 3:.0f} s or more"
-            )
+        limits = Limits(
+            capacity=capacity,
+            deadline=deadline,
+            fewest=math.ceil(rules.queries / 2),
+            shortest=rules.seconds,
+            rounds=rules.rounds,
+            budget=rules.budget,
+            seed=rules.seed + 1,
+        )
+        if limits.needed > limits.budget:
+            reason = f"runs of {limits.fewest} queries: it needs a budget of {limits.needed:.0f} s or more"
             return self._nothing(HIGHEST, "not available", reason)
-        tried: list[Row] = []
-
-        def meets(rate: float, seed: int) -> bool:
-            tried.append(self._server(HIGHEST, rate, deadline, seed))
-            return bool(tried[-1].figures["met"])
-
-        found = highest_rate(meets, capacity, rounds, seed=rules.seed + 1)
-        runs = [{name: row.figures[name] for name in ("rate", "p99", "met")} for row in tried]
-        figures = {"capacity": capacity, "resolution": capacity / 2**rounds, "runs": runs}
-        if found is None:
-            reason = f"no rate down to {tried[-1].figures['rate']:.3g} a second keeps {deadline:.3g} s"
-            return replace(
-                self._nothing(HIGHEST, "ok", reason), figures={**figures, "rate": None, "met": False}
-            )
-        return replace(tried[-1], figures={**tried[-1].figures, **figures})
+        search = RateSearch(
+            measure=lambda trial: self._server(HIGHEST, trial, deadline, allowed_late(trial.queries)),
+            now=self.clock.now,
+            limits=limits,
+        )
+        found, figures = search.find(services if rules.together == 1 else ())
+        if found is not None:
+            return found
+        lowest = min(row.figures["rate"] for row in search.tried)
+        nothing = self._nothing(
+            HIGHEST, "ok", f"no rate down to {lowest:.3g} a second kept {deadline:.3g} s in its last run"
+        )
+        return replace(nothing, figures={**nothing.figures, **figures})
 
     def _row(self, run: Run, workload: str = "", *, batch: int = 1, **figures: Any) -> Row:
         tail = TAIL.get(run.scenario)
@@ -295,7 +322,9 @@ class Scenarios:
         if tail is not None:
             known["early_stopping"] = {"percentile": tail, "s": early_stopping(run.latencies, tail)}
         if "deadline_s" in figures:
-            known["met"] = known["p99"] <= figures["deadline_s"]
+            late = sum(seconds > figures["deadline_s"] for seconds in run.latencies)
+            known |= {"late": late, "met": late <= allowed_late(run.samples)}
+            known["confidence"] = confidence(run.samples, late)
             known["scheduled_per_s"] = len(run.queries) / max(query.arrived for query in run.queries)
             known["waited_mean_s"] = float(np.mean([query.waited for query in run.queries]))
             known["batch_mean"] = float(np.mean([query.batch for query in run.queries]))

@@ -47,15 +47,17 @@ def latency(
     model: ModelName = "demo",
     checkpoint: Checkpoint = None,
     backend: Backend = "auto",
-    device: Device = "cpu",
+    device: Device = "auto",
     peers: Peers = "",
     workloads: Annotated[
         str, Option(help="With commas: text_encoder, invariants, unet, update, vae_decoder, picture.")
     ] = "",
     references: Annotated[
         str,
-        Option(help='With commas: "latentrt again", ceiling. Each takes memory, the first as much as ours.'),
-    ] = "latentrt again,ceiling",
+        Option(
+            help='With commas: "latentrt again", yardstick, ceiling. The first takes as much memory as ours.'
+        ),
+    ] = "latentrt again,yardstick,ceiling",
     width: Width = None,
     height: Height = None,
     steps: Steps = 20,
@@ -70,7 +72,8 @@ def latency(
 ) -> None:
     """Time every stage and the whole picture, in turns with peers and with a second run of ours."""
     from ..benchmarks.case import WORKLOADS, Case
-    from ..benchmarks.latency import REFERENCES, Sides, measure_latency
+    from ..benchmarks.latency import Sides, measure_latency
+    from ..benchmarks.sides.contract import REFERENCES
 
     opened = find(model, checkpoint)
     case = Case.of(
@@ -136,7 +139,7 @@ def memory(
     model: ModelName = "demo",
     checkpoint: Checkpoint = None,
     backend: Backend = "auto",
-    device: Device = "cpu",
+    device: Device = "auto",
     peers: Peers = "",
     width: Width = None,
     height: Height = None,
@@ -164,15 +167,23 @@ def throughput(
     model: ModelName = "demo",
     backend: Backend = "auto",
     batches: Annotated[str, Option(help="Pictures per call, with commas.")] = "1,2,4,8",
-    rate: Annotated[float | None, Option(help="Server: queries per second, besides the search.")] = None,
-    deadline: Annotated[
-        float | None, Option(help="Server: seconds for 99 % of queries. Default: 4 times one query's median.")
+    rate: Annotated[
+        float | None, Option(min=1e-6, help="Server: queries per second, besides the search.")
     ] = None,
-    together: Annotated[int, Option(help="Server: so many waiting queries are drawn in one call.")] = 1,
+    deadline: Annotated[
+        float | None,
+        Option(min=1e-6, help="Server: seconds for 99 % of queries. Default: 4 times one query's median."),
+    ] = None,
+    together: Annotated[
+        int, Option(min=1, help="Server: so many waiting queries are drawn in one call.")
+    ] = 1,
     width: Width = None,
     height: Height = None,
     steps: Steps = 20,
     threads: Threads = None,
+    budget: Annotated[
+        float, Option(min=1.0, help="Seconds for each scenario, and for the search of Server's highest rate.")
+    ] = 240.0,
     quick: Quick = False,
     out: Out = None,
     as_json: AsJson = False,
@@ -185,7 +196,7 @@ def throughput(
 
     opened = find(model)
     case = Case.of(opened.package.manifest, width=width, height=height, steps=steps)
-    rules = Rules.quick() if quick else Rules()
+    rules = Rules.quick() if quick else Rules(budget=budget)
     with saying(as_json=as_json) as said:
         document = measure_throughput(
             opened.package,
@@ -203,21 +214,21 @@ def throughput(
 def cold_start(
     model: ModelName = "demo",
     backend: Backend = "auto",
-    repeats: Annotated[int, Option(help="Fresh processes of each kind.")] = 7,
+    repeats: Annotated[int, Option(min=1, help="Fresh processes of each kind.")] = 7,
     threads: Threads = None,
     quick: Quick = False,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Fresh processes: import, open, first and second picture, each by itself."""
-    from ..benchmarks.cold_start import measure_cold_start
+    from ..benchmarks.cold_start import QUICK_REPEATS, measure_cold_start
 
     opened = find(model)
     with saying(as_json=as_json) as said:
         document = measure_cold_start(
             opened.package,
             task_of(opened, backend, threads),
-            repeats=3 if quick else repeats,
+            repeats=QUICK_REPEATS if quick else repeats,
             said=said,
         )
     finish(document, opened, out, as_json=as_json)
@@ -226,25 +237,31 @@ def cold_start(
 @bench.command()
 def build(
     model: ModelName = "demo",
-    backend: Annotated[str, Option(help="tensorrt-rtx, which needs no GPU; tensorrt, onnxruntime-cuda.")] = (
-        "tensorrt-rtx"
-    ),
+    backend: Annotated[
+        str,
+        Option(
+            help="tensorrt-rtx, which needs no GPU; tensorrt; onnxruntime, onnxruntime-cuda: their layouts."
+        ),
+    ] = "tensorrt-rtx",
     profile: Annotated[
         list[str] | None, Option(help="As for `latentrt build`. Default: the model's size, :b1-4.")
     ] = None,
-    repeats: Annotated[int, Option(help="Rounds, each into an empty store.")] = 1,
+    nets: Annotated[str, Option(help="Only these, with commas. Default: all that get engines.")] = "",
+    repeats: Annotated[int, Option(min=1, help="Rounds, each into an empty store.")] = 1,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Time and memory that building every engine takes, and the engines' size."""
     from ..benchmarks.build_time import Builds, measure_build
+    from ..engines.build import built_nets
     from ..engines.profiles import Profile
 
     opened = find(model)
     multiple = opened.package.manifest.size_multiple
     profiles = tuple(Profile.parse(text, multiple=multiple) for text in profile or ())
+    chosen = listed(nets, built_nets(opened.package))
     with saying(as_json=as_json) as said:
-        builds = Builds(backend=backend, profiles=profiles, repeats=repeats)
+        builds = Builds(backend=backend, profiles=profiles, nets=chosen, repeats=repeats)
         document = measure_build(opened.package, builds, said=said)
     finish(document, opened, out, as_json=as_json)
 
@@ -254,7 +271,14 @@ def parity(
     model: ModelName = "demo",
     checkpoint: Checkpoint = None,
     backend: Backend = "auto",
-    samples: Annotated[int, Option(help="Seeds and prompts of every row.")] = 3,
+    reference: Annotated[
+        str,
+        Option(
+            help="latentrt on ONNX Runtime's CPU, diffusers, onnxruntime, openvino, …."
+            " Default: diffusers, or without it or a checkpoint onnxruntime."
+        ),
+    ] = "",
+    samples: Annotated[int, Option(min=1, help="Seeds and prompts of every row.")] = 3,
     width: Width = None,
     height: Height = None,
     steps: Steps = 8,
@@ -263,15 +287,17 @@ def parity(
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Every net and whole pictures against diffusers, or without a checkpoint ONNX Runtime on the CPU."""
+    """Every net and whole pictures against a reference on the CPU, by a bar for each dtype."""
     from ..benchmarks.case import Case
-    from ..benchmarks.parity import Inputs, measure_parity
+    from ..benchmarks.parity import Inputs, Reference, measure_parity
 
     opened = find(model, checkpoint)
     case = Case.of(opened.package.manifest, width=width, height=height, steps=steps)
     inputs = Inputs(cases=(case,), samples=1 if quick else samples)
+    task = task_of(opened, backend, threads)
+    chosen = Reference.of(task, reference)
     with saying(as_json=as_json) as said:
-        document = measure_parity(opened.package, task_of(opened, backend, threads), inputs, said=said)
+        document = measure_parity(opened.package, task, inputs, reference=chosen, said=said)
     finish(document, opened, out, as_json=as_json)
 
 
@@ -321,12 +347,12 @@ def everything(
     model: Annotated[str, Option(help="As for the other verbs.")] = "demo",
     checkpoint: Checkpoint = None,
     backend: Backend = "auto",
-    device: Device = "cpu",
+    device: Device = "auto",
     peers: Peers = "",
     threads: Threads = None,
     quick: Quick = False,
 ) -> None:
-    """Every verb that measures, one after the other; --quick takes minutes for the demo model."""
+    """Every verb that measures, one after the other; --quick ends within two minutes for the demo model."""
     from ..benchmarks.latency import Sides
     from ..benchmarks.suite import measure_all
 

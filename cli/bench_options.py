@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ..benchmarks.rounds import Pace
     from ..benchmarks.sides.contract import Task
 
+DEVICES = ("cpu", "cuda")
+
 ModelName = Annotated[
     str, Argument(help="`demo`, a package folder, or a full-size model of random weights: sd15-fp32, ….")
 ]
@@ -27,13 +29,15 @@ Checkpoint = Annotated[
     Path | None, Option(help="The diffusers folder that the package was exported from, for diffusers.")
 ]
 Backend = Annotated[str, Option(help="latentrt's own: auto, onnxruntime, onnxruntime-cuda, tensorrt, ….")]
-Device = Annotated[str, Option(help="Of peers that run on both: cpu, cuda.")]
-Threads = Annotated[int | None, Option(help="Of every side on a CPU. Default: every processor.")]
+Device = Annotated[
+    str, Option(help="Of peers that run on both: cpu, cuda. Default: where latentrt's own backend runs.")
+]
+Threads = Annotated[int | None, Option(min=1, help="Of every side on a CPU. Default: every processor.")]
 Peers = Annotated[str, Option(help="With commas: diffusers, diffusers-compile, onnxruntime, openvino, ….")]
 Width = Annotated[int | None, Option(help="Pixels. Default: the model's.")]
 Height = Annotated[int | None, Option(help="Pixels. Default: the model's.")]
-Steps = Annotated[int, Option(help="Number of inference steps.")]
-Batch = Annotated[int, Option(help="Pictures drawn at once.")]
+Steps = Annotated[int, Option(min=1, help="Number of inference steps.")]
+Batch = Annotated[int, Option(min=1, help="Pictures drawn at once.")]
 Guidance = Annotated[float | None, Option(help="Guidance scale; 1 is off. Default: the model's.")]
 Sampler = Annotated[str, Option(help="One that every side has: ddim, euler, dpmpp_2m, ….")]
 Quick = Annotated[bool, Option("--quick", help="Few runs: minutes become seconds, and intervals wide.")]
@@ -48,8 +52,8 @@ def find(name: str, checkpoint: Path | None = None) -> Model:
     return find_model(name, checkpoint=checkpoint, said=lambda line: print(line, file=sys.stderr))
 
 
-def task_of(model: Model, backend: str, threads: int | None = None, device: str = "cpu") -> Task:
-    """What every side opens."""
+def task_of(model: Model, backend: str, threads: int | None = None, device: str = "auto") -> Task:
+    """What every side opens. Raises UsageError for an unknown device."""
     from ..benchmarks.sides.contract import Task
 
     return Task(
@@ -57,8 +61,24 @@ def task_of(model: Model, backend: str, threads: int | None = None, device: str 
         checkpoint=model.checkpoint,
         backend=backend,
         threads=threads,
-        device=device,
+        device=device_of(backend, device),
     )
+
+
+def device_of(backend: str, device: str) -> str:
+    """Where peers run: "auto" is where our backend does. Raises UsageError for an unknown device."""
+    from ..engines.backend import choose_backend
+    from ..engines.errors import LatentrtError, UsageError
+
+    if device in DEVICES:
+        return device
+    if device != "auto":
+        raise UsageError(
+            f"unknown device {device!r}", expected=f"auto, {', '.join(DEVICES)}", fix="Leave --device out."
+        )
+    with suppress(LatentrtError):  # our side says by itself why it cannot be opened
+        return "cpu" if choose_backend(backend)[0] == "onnxruntime" else "cuda"
+    return "cpu"
 
 
 def pace_of(budget: float, *, quick: bool) -> Pace:
@@ -70,10 +90,9 @@ def pace_of(budget: float, *, quick: bool) -> Pace:
 
 def peers_of(text: str) -> tuple[str, ...]:
     """Names of peers. Raises UsageError for one that is not known."""
-    from ..benchmarks.latency import CEILING
-    from ..benchmarks.sides.contract import OURS, SIDES
+    from ..benchmarks.sides.contract import OURS, REFERENCES, SIDES
 
-    return listed(text, [name for name in SIDES if name not in (OURS, CEILING)])
+    return listed(text, [name for name in SIDES if name not in (OURS, *REFERENCES)])
 
 
 def listed(text: str, known: Iterable[str]) -> tuple[str, ...]:

@@ -23,11 +23,6 @@ if TYPE_CHECKING:
 
 _TICKS = 100  # of the bar, per net
 _WEIGHTS, _LEVEL = "embedded", 3
-# What builds nothing, but measures which layout of a net is the fastest.
-_MEASURED = {
-    "onnxruntime-cuda": "latentrt.engines.onnxruntime.tuning",
-    "onnxruntime": "latentrt.engines.onnxruntime.cpu_tuning",
-}
 
 
 def build(
@@ -65,6 +60,7 @@ def build(
     """
     from ..engines.build import build_package, plan_build
     from ..engines.build_options import BuildOptions
+    from ..engines.onnxruntime.layout_choice import TUNERS
     from ..engines.package import Package
     from ..engines.profiles import Profile, default_profile
     from ..engines.store.engine_store import EngineStore
@@ -72,7 +68,9 @@ def build(
 
     opened = Package.open(SHIPPED.get(package, package))
     names = [name.strip() for name in nets.split(",") if name.strip()]
-    if backend in _MEASURED:
+    if (
+        backend is not None and backend in TUNERS
+    ):  # builds nothing, but measures which layout of a net is the fastest
         _check_for_layouts(
             backend,
             {
@@ -124,7 +122,9 @@ def _check_for_layouts(backend: str, given: Mapping[str, bool]) -> None:
 
 def _tune(backend: str, package: Package, store: EngineStore, nets: list[str], *, as_json: bool) -> None:
     """Measure the layouts of ONNX Runtime's nets, and print the medians and the choice."""
-    tune_package: Callable[..., tuple[TunedNet, ...]] = import_module(_MEASURED[backend]).tune_package
+    from ..engines.onnxruntime.layout_choice import TUNERS
+
+    tune_package: Callable[..., tuple[TunedNet, ...]] = import_module(TUNERS[backend]).tune_package
     with progress_bar(enabled=not as_json) as advance:
 
         def on_progress(now: BuildProgress) -> None:

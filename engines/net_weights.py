@@ -34,8 +34,10 @@ class Tensor:
         return len(self.shape) in (2, 4) and not self.name.endswith(_NO_LORA)
 
 
-def net_tensors(package: Package, net: str) -> tuple[Tensor, ...]:
+def net_tensors(package: Package, net: str, graph: bytes | None = None) -> tuple[Tensor, ...]:
     """The tensors of the weights file that the net's graph names, in the file's order.
+
+    `graph` is what runs in place of the package's.
 
     Raises:
         PackageError: the weights file's header cannot be read.
@@ -43,14 +45,17 @@ def net_tensors(package: Package, net: str) -> tuple[Tensor, ...]:
     file = package.manifest.nets[net]
     if file.weights is None:
         return ()
-    graph = package.path(file.graph).read_bytes()
-    return tuple(tensor for tensor in _header(package.path(file.weights)) if _names(graph, tensor.name))
+    content = package.path(file.graph).read_bytes() if graph is None else graph
+    return tuple(tensor for tensor in _header(package.path(file.weights)) if _names(content, tensor.name))
 
 
-def engine_bytes(package: Package, net: str) -> int:
-    """About how large the net's engine becomes: its weights at the width of the arithmetic."""
+def engine_bytes(package: Package, net: str, graph: bytes | None = None) -> int:
+    """About how large the net's engine becomes: its weights at the width of the arithmetic.
+
+    `graph` and errors as in `net_tensors`.
+    """
     width = _WIDTHS[package.manifest.dtype]
-    return sum(tensor.values * width for tensor in net_tensors(package, net))
+    return sum(tensor.values * width for tensor in net_tensors(package, net, graph))
 
 
 def lora_targets(package: Package, net: str) -> tuple[str, ...]:

@@ -31,7 +31,16 @@ MAY_IMPORT = {  # folder -> heavy libraries it may import
 # Lowering a graph for one provider takes a graph library: `[cuda]` brings it, imported on first use.
 LOWERING = {
     f"engines/onnxruntime/{name}.py"
-    for name in ("attention", "graph_files", "image_layouts", "lowering", "winograd")
+    for name in (
+        "attention",
+        "geglu",
+        "graph_files",
+        "group_norm",
+        "image_layouts",
+        "lowering",
+        "ranks",
+        "winograd",
+    )
 }
 # What checks and measures graphs at export time runs them.
 RUN_GRAPHS = {("export", "verify.py"), ("export", "ranges.py")}

@@ -11,9 +11,8 @@ from typing import Any, cast
 from ..case import WORKLOADS
 from ..intervals import Interval, ab_spread, ratio_by_round
 from ..records import Document, Row
-from ..sides.contract import AGAIN, OURS
+from ..sides.contract import AGAIN, OURS, REFERENCES
 
-CEILING = "ceiling"
 STAGES = ("text_encoder", "invariants", "unet", "update", "vae_decoder")
 
 
@@ -82,9 +81,9 @@ def workloads(document: Document, case: Mapping[str, Any]) -> list[str]:
 
 
 def peers(document: Document) -> list[str]:
-    """Every side but ours and the ceiling, in the order of the document."""
+    """Every side but ours and the references, in the order of the document."""
     names = dict.fromkeys(row.side for row in document.rows)
-    return [name for name in names if name not in (OURS, AGAIN, CEILING)]
+    return [name for name in names if name not in (OURS, *REFERENCES)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +116,7 @@ def spread(document: Document, case: Mapping[str, Any], workload: str) -> float 
     ours, again = (row_of(document, workload, side, case) for side in (OURS, AGAIN))
     if ours is None or again is None or not _took_turns(ours, again):
         return None
-    return ab_spread(ours.rounds, again.rounds).by_round
+    return ab_spread(ours.rounds, again.rounds)
 
 
 def _took_turns(one: Row, other: Row) -> bool:

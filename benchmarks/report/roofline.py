@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from ..records import Document
-from ..sides.contract import OURS
+from ..sides.contract import CEILING, OURS
 from . import words
-from .reading import CEILING, cases, figure, p50, row_of, workloads
+from .reading import cases, figure, p50, row_of, workloads
 from .sheet import BLUE, INK, ORANGE, SKY, Planned, Sheet, numbered, ticks_by
 
 _PLACES = (

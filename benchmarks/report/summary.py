@@ -89,10 +89,10 @@ def _memory(document: Document) -> Lines:
         without = "; of activations the library does not tell" if untold(nets) else ""
         yield "memory of the nets", words.amount(sum(net.total for net in nets), "B") + without
     row = next(document.select("growth per step", OURS), None)
-    grown, steps = figure(row, "traced_growth"), figure(row, "steps")
+    grown, steps = figure(row, "growth_per_step"), figure(row, "steps")
     if row and grown is not None and steps is not None:
         after = figure(row, "from_step") or 0
-        yield "allocations that steps leave behind", f"{grown:.0f} B over {steps - after:.0f} steps"
+        yield "what each step leaves behind", f"{grown:.2g} B, over {steps - after:.0f} steps"
 
 
 def _phases(document: Document) -> Lines:

@@ -6,11 +6,14 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ..intervals import LEAST
 from ..records import Document, Row
+from ..roofline import GEMM
 from ..sides.contract import OURS
 from . import words
 from .reading import Against, against, cases, figure, items, p50, peers, percentile, row_of, spread, workloads
 from .results import Result
+from .roofline import ceiling_rates
 from .summary import summaries
 
 _KINDS = ("latency", "scaling", "throughput", "memory", "cold-start", "build", "parity", "detection")
@@ -50,7 +53,8 @@ def _newest(results: Iterable[Result]) -> list[Result]:
         document = result.document
         asked = sorted(json.dumps(dict(case), sort_keys=True) for case in cases(document))
         against = ",".join(map(str, document.settings.get("peers", ())))
-        about = [document.benchmark, words.model(document), words.machine(document), against, *asked]
+        timed = ",".join(sorted({row.workload for row in document.select(side=OURS)}))
+        about = [document.benchmark, words.model(document), words.machine(document), against, timed, *asked]
         kept[json.dumps(about)] = result
     places = {name: place for place, name in enumerate(_KINDS)}
     return sorted(
@@ -108,9 +112,22 @@ def _latency(document: Document, case: Mapping[str, Any]) -> str:
             words.percent(spread(document, case, name)),
         ]
         lines.append(_row(cells))
-    return "\n".join(
-        [*lines, "", f"Reproduce: `{_command(document)}`; square brackets after a ratio: 95 % interval."]
-    )
+    return "\n".join([*lines, "", f"Reproduce: `{_command(document)}`; {_brackets(document, case)}."])
+
+
+def _brackets(document: Document, case: Mapping[str, Any]) -> str:
+    """What stands in the square brackets after a ratio."""
+    rounds = {
+        words.workload(name): len(row.rounds)
+        for name in workloads(document, case)
+        if (row := row_of(document, name, OURS, case)) and row.rounds
+    }
+    few = {name: count for name, count in rounds.items() if count < LEAST}
+    told = ["95 % interval"] if len(few) < len(rounds) else []
+    told += [f"{name}: range of {count} rounds" for name, count in few.items()]
+    rates = ceiling_rates(document, GEMM)
+    best = f"; best GEMM: {words.amount(max(rates), 'FLOP/s')}" if rates else ""
+    return f"square brackets after a ratio: {', '.join(told)}{best}"
 
 
 def _time(row: Row | None) -> str:

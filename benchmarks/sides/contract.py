@@ -39,6 +39,9 @@ SIDES: Mapping[str, str] = {
 }
 OURS = "latentrt"
 AGAIN = "latentrt again"  # the other half of the A/A pair
+CEILING = "ceiling"  # what the machine can do at best
+YARDSTICK = "yardstick"  # ours over a network that is always the same, see `yardstick.py`
+REFERENCES = (AGAIN, YARDSTICK, CEILING)  # sides of rows that are no peers'
 
 
 class NotAvailableError(BackendError):

@@ -1,8 +1,11 @@
 """diffusers' own pipeline as a side, run as its documentation says: SDPA, inference mode, no safety checker.
 
 On the CPU everything is float32, whatever the package's dtype: torch's fp16 is slower there. On CUDA it is
-the package's dtype; fp16 in channels_last, which tensor cores take without a transposition
-(huggingface.co/docs/diffusers, "Reduce memory usage" and "Accelerate inference").
+the package's dtype. Convolutions are in channels_last (huggingface.co/docs/diffusers, "Reduce memory usage"
+and "Accelerate inference") for fp16, as tensor cores take it without a transposition, and on the CPU. There,
+against contiguous ones on two cores of a Xeon (torch 2.13), the demo model's UNet is 1.1 to 1.2 times as fast
+at 128x96 and 256x256 and its decoder 1.2 to 1.3 times. SD 1.5's decoder at 256x256 takes 14 % less of the
+CPU's time, its UNet at 512x512 and batch 2 4 % more, in two runs each that differ by 10 %: no difference.
 """
 
 from __future__ import annotations
@@ -77,10 +80,13 @@ def load(task: Task) -> tuple[Package, Any]:
     pipe = assemble(task.checkpoint)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(task.device, dtype)
-    if half:
+    if half or task.device == "cpu":
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
+    if half:
         torch.backends.cudnn.benchmark = True
+    else:
+        torch.backends.cudnn.allow_tf32 = False  # it is on by default, and another arithmetic
     return package, pipe
 
 
@@ -161,7 +167,7 @@ class DiffusersSide:
         """Libraries, and what was set."""
         import torch
 
-        half = self._dtype == torch.float16
+        weight, last = self._pipe.unet.conv_in.weight, torch.channels_last
         return {
             "torch": str(torch.__version__),
             "diffusers": version_of("diffusers"),
@@ -172,7 +178,7 @@ class DiffusersSide:
             "attention": type(
                 self._pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor
             ).__name__,
-            "memory_format": "channels_last" if half else "contiguous",
+            "memory_format": "channels_last" if weight.is_contiguous(memory_format=last) else "contiguous",
             **self._settings,
         }
 

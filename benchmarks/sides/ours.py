@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from ...engines.backend import choose_backend
 from ...engines.errors import LatentrtError
-from ...engines.net_weights import engine_bytes
+from ...engines.package import Manifest
 from ...engines.spec import DTYPES, Array
 from ...runtime import guidance
 from ...runtime.denoise import denoise, narrow
@@ -20,6 +21,7 @@ from ...runtime.noise import NoiseSource
 from ...runtime.pipeline import Pipeline
 from ...runtime.request import latent_shape, make_request
 from ...runtime.samplers import make_table
+from ...runtime.table import Table
 from ...runtime.tokenizer import ClipTokenizer
 from ..case import Case, net_inputs
 from .contract import OURS, OpenSide, Prepared, Task, not_available
@@ -53,6 +55,14 @@ def inputs_of(pipe: Pipeline, workload: str, case: Case) -> dict[str, Array]:
     """`case.net_inputs` with the package's own tokenizer."""
     tokenizer = ClipTokenizer.open(pipe.package.root / "tokenizer")
     return net_inputs(workload, case, pipe.package.manifest, tokenizer)
+
+
+def schedule_of(case: Case, manifest: Manifest) -> tuple[Table, Callable[[], Array]]:
+    """The sampler's table, and what draws unit noise (N, C, H/8, W/8) float32, from the seeds on."""
+    request = make_request(manifest, case.prompt, **case.parameters)
+    source = NoiseSource(request.seeds, request.rng)
+    shape = latent_shape(manifest, case.height, case.width)
+    return make_table(request.sampler, request.num_inference_steps), partial(source.draw, shape)
 
 
 @dataclass(kw_only=True)
@@ -100,18 +110,14 @@ class HostSide:
 
     @property
     def versions(self) -> Mapping[str, str]:
-        """What executes the nets."""
-        return {"backend": self._pipe.backend}
+        """What executes the nets, and in which layouts."""
+        layouts = {name: getattr(net, "layout", "plain") for name, net in self._loop.nets.items()}
+        named = ", ".join(f"{name} {layout}" for name, layout in layouts.items() if layout != "plain")
+        return {"backend": self._pipe.backend, "layouts": named or "plain"}
 
     def memory(self) -> Mapping[str, Any]:
-        """The nets' ledger. Their own figure of weights is a whole file's, which those of the UNet share."""
-        package = self._pipe.package
-        return {
-            "ledger": {
-                name: {**vars(net.memory), "weights": engine_bytes(package, name)}
-                for name, net in self._loop.nets.items()
-            }
-        }
+        """The nets' ledger."""
+        return {"ledger": {name: vars(net.memory) for name, net in self._loop.nets.items()}}
 
     def close(self) -> None:
         """Free every net."""
@@ -166,11 +172,8 @@ class HostSide:
 
     def _update(self, case: Case) -> Work:
         """The loop of `BETWEEN` steps around a UNet that answers at once: all that is not an engine's."""
-        request = make_request(self._manifest, case.prompt, **case.parameters)
-        table = make_table(request.sampler, BETWEEN)
-        shape = latent_shape(self._manifest, case.height, case.width)
-        source = NoiseSource(tuple(request.seeds), request.rng)
-        start = source.draw(shape)
+        table, noise = schedule_of(replace(case, steps=BETWEEN), self._manifest)
+        start = noise()
         answer = guidance.batch(start, case.guided)
 
         def predict(latent: Array, row: int) -> Array:
@@ -178,7 +181,7 @@ class HostSide:
             return guidance.combine(answer, case.guidance_scale, 0.0, case.guided)
 
         def call() -> Mapping[str, Array]:
-            *_, last = denoise(table, lambda: source.draw(shape), predict, start)
+            *_, last = denoise(table, noise, predict, start)
             return {"latent": last.latent}
 
         return self._work(call, repeats=BETWEEN)

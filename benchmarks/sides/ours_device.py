@@ -35,7 +35,6 @@ from ...runtime.device_programs import Canvas, Frame, Program, Schedule, input_s
 from ...runtime.job import Job
 from ...runtime.pipeline import Pipeline
 from ...runtime.request import make_request
-from ...runtime.samplers import make_table
 from ..case import Case, sizes_of
 from .contract import OURS, Prepared, not_available
 from .ours import BETWEEN, Work, inputs_of
@@ -299,9 +298,9 @@ class DeviceSide:
 
     def _job(self, case: Case) -> Job:
         """The case's picture in `BETWEEN` steps."""
-        request = make_request(self._manifest, case.prompt, **case.parameters)
-        job = self._pipe._job(request)  # pyright: ignore[reportPrivateUsage]
-        return replace(job, table=make_table(request.sampler, BETWEEN))
+        parameters = replace(case, steps=BETWEEN).parameters
+        request = make_request(self._manifest, case.prompt, **parameters)
+        return self._pipe._job(request)  # pyright: ignore[reportPrivateUsage]
 
     def _canvas(self, stack: ExitStack, job: Job, sizes: Sizes) -> tuple[Canvas, Schedule]:
         """The loop's own, with a UNet that does nothing."""

@@ -18,12 +18,10 @@ from ...runtime import guidance
 from ...runtime.denoise import narrow
 from ...runtime.device_memory import Block, Layout, Sizes, aligned
 from ...runtime.device_programs import input_shapes
-from ...runtime.noise import NoiseSource
-from ...runtime.request import latent_shape, make_request
-from ...runtime.samplers import make_table
 from ...runtime.tokenizer import ClipTokenizer
 from ..case import Case, net_inputs, sizes_of
 from .contract import Prepared, not_available
+from .ours import schedule_of
 from .ours_device import DeviceWork
 from .plain_loop import PLAIN_NETS
 
@@ -168,14 +166,11 @@ class PlainDeviceSide:
 
     def _picture(self, case: Case, stack: ExitStack) -> DeviceWork:
         manifest = self._package.manifest
-        request = make_request(manifest, case.prompt, **case.parameters)
-        rows = len(make_table(request.sampler, case.steps))
         sizes = sizes_of(case, manifest)
-        latent = latent_shape(manifest, case.height, case.width)
-        noise = 4 * case.pictures * int(np.prod(latent))
-        schedule = {"rows": 4 * len(ROW), "timesteps": 4 * case.batch, "noises": noise}
+        table, noise = schedule_of(case, manifest)
+        schedule = {"rows": 4 * len(ROW), "timesteps": 4 * case.batch, "noises": noise().nbytes}
         more = [
-            TensorSpec(name=name, dtype="uint8", shape=(rows, aligned(size)))
+            TensorSpec(name=name, dtype="uint8", shape=(len(table), aligned(size)))
             for name, size in schedule.items()
         ]
         block, bound = self._bind(stack, DEVICE_NETS, sizes, more)
@@ -226,15 +221,10 @@ class _Drawing:
     def _start(self) -> list[bool]:
         """Upload all that a picture needs, and encode the prompts; which rows draw noise."""
         case, block = self._case, self._block
-        request = make_request(self._manifest, case.prompt, **case.parameters)
-        table = make_table(request.sampler, case.steps)
-        source = NoiseSource(request.seeds, request.rng)
-        shape = latent_shape(self._manifest, case.height, case.width)
-        start = table.init * source.draw(shape)
-        texts = [case.negative_prompt, case.prompt] if case.guided else [case.prompt]
-        block.upload(
-            "text_encoder/input_ids", self._tokenizer.encode(texts, length=self._manifest.max_tokens).ids
-        )
+        table, noise = schedule_of(case, self._manifest)
+        start = table.init * noise()
+        inputs = net_inputs("text_encoder", case, self._manifest, self._tokenizer)
+        block.upload("text_encoder/input_ids", inputs["input_ids"])
         self._bound["text_encoder"].enqueue()
         self._spread_context()
         state = np.zeros(block.place("step/state").shape, np.float32)
@@ -244,7 +234,7 @@ class _Drawing:
         draws = [bool(drawn) for drawn in table.draws]
         noises = np.zeros((len(table), *start.shape), np.float32)
         for row in np.flatnonzero(table.draws):
-            noises[row] = source.draw(shape)
+            noises[row] = noise()
         self._upload_lines("rows", table.rows(case.guidance_scale, 0.0))
         self._upload_lines("timesteps", np.repeat(table.t.astype(np.float32)[:, None], case.batch, axis=1))
         if any(draws):

@@ -17,13 +17,10 @@ from ...engines.spec import DTYPES, Array
 from ...runtime import guidance
 from ...runtime.clock import Clock
 from ...runtime.denoise import denoise, narrow
-from ...runtime.noise import NoiseSource
-from ...runtime.request import latent_shape, make_request
-from ...runtime.samplers import make_table
 from ...runtime.tokenizer import ClipTokenizer
 from ..case import Case, net_inputs
 from .contract import Prepared, not_available
-from .ours import Work
+from .ours import Work, schedule_of
 
 PLAIN_NETS = ("text_encoder", "unet_whole", "vae_decoder")
 Net = Callable[[Mapping[str, Array]], Mapping[str, Array]]  # inputs by name -> outputs by name
@@ -116,16 +113,10 @@ class PlainSide:
 
     def _draw(self, case: Case, nets: Mapping[str, Net], clock: Clock) -> Array:
         """Prompt to (N, H, W, 3) uint8."""
-        manifest = self._package.manifest
-        request = make_request(manifest, case.prompt, **case.parameters)
-        table = make_table(request.sampler, request.num_inference_steps)
-        shape = latent_shape(manifest, case.height, case.width)
-        source = NoiseSource(request.seeds, request.rng)
-        start = source.draw(shape)
+        table, noise = schedule_of(case, self._package.manifest)
+        start = noise()
         with clock.stage("text_encoder"):
-            texts = [case.negative_prompt, case.prompt] if case.guided else [case.prompt]
-            ids = self._tokenizer.encode(texts, length=manifest.max_tokens).ids
-            context = nets["text_encoder"]({"input_ids": ids})["context"]  # (P, T, D)
+            context = nets["text_encoder"](self._inputs("text_encoder", case))["context"]  # (P, T, D)
             context = np.repeat(context, case.pictures, axis=0)  # (B, T, D)
 
         def predict(latent: Array, row: int) -> Array:
@@ -138,6 +129,6 @@ class PlainSide:
                 prediction = nets["unet_whole"](feeds)["out_sample"]
             return guidance.combine(prediction, case.guidance_scale, 0.0, case.guided)
 
-        *_, last = clock.timed("update", denoise(table, lambda: source.draw(shape), predict, start))
+        *_, last = clock.timed("update", denoise(table, noise, predict, start))
         with clock.stage("vae_decoder"):
             return nets["vae_decoder"]({"latent": narrow(last.latent, self._dtype)})["image"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from ..backend import MemoryLedger
 from ..errors import BackendError, LatentrtError, MemoryLimitError, PackageError, UsageError
+from ..net_weights import engine_bytes
 from ..package import Package
 from ..spec import Array, NetSpec
 from .cpu_layouts import LoweredGraph, lowered_graph, usable_processors
@@ -87,6 +89,8 @@ class OnnxRuntimeNet:
         lowered: LoweredGraph | None = None,
     ) -> None:
         self.name = name
+        self.layout = lowered.layout if lowered else "plain"  # one of `cpu_layouts.CPU_LAYOUTS`
+        self._package, self._graph = package, lowered.graph if lowered else None
         self._file = package.manifest.nets[name]
         graph = package.path(self._file.graph)
         options = session_options(threads)
@@ -96,14 +100,13 @@ class OnnxRuntimeNet:
             options,
             ["CPUExecutionProvider"],
             culprit=name,
-            content=lowered.graph if lowered else None,
+            content=self._graph,
         )
         # ONNX Runtime reads them where they are: they live as long as the session, which a call may hold
         # longer than this net does.
         self._session.kernels = kernels
         self._outputs = [output.name for output in self._file.spec.outputs]
-        self._weights = package.path(self._file.weights).stat().st_size if self._file.weights else 0
-        self._weights += sum(value.tensor_size_in_bytes() for value in kernels)
+        self._kernels = sum(int(value.tensor_size_in_bytes()) for value in kernels)
         self._io = 0
         try:
             check_boundary(self._session, self._file.spec, graph)
@@ -118,8 +121,16 @@ class OnnxRuntimeNet:
 
     @property
     def memory(self) -> MemoryLedger:
-        """Weights as stored, and the inputs and outputs of the last call."""
-        return MemoryLedger(weights=self._weights, activations=None, io=self._io)
+        """Weights at the width of the arithmetic, and the inputs and outputs of the last call.
+
+        Raises PackageError if the weights file's header cannot be read any more.
+        """
+        return MemoryLedger(weights=self._weights + self._kernels, activations=None, io=self._io)
+
+    @cached_property
+    def _weights(self) -> int:
+        """Of what its graph names, as nets share files; looked up when asked for, not at every start."""
+        return engine_bytes(self._package, self.name, self._graph)
 
     def __call__(self, **arrays: Array) -> dict[str, Array]:
         """Run once. Raises BackendError after `close` or for wrong inputs, MemoryLimitError."""

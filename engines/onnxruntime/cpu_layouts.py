@@ -1,9 +1,10 @@
 """What the engine store knows of the layouts of nets on the CPU, looked up when one is opened.
 
-There are two: `plain`, the package's own graph, and `winograd`, in which 3x3 convolutions
-(`onnxruntime/winograd.py`) and self-attention (`onnxruntime/attention.py`) are lowered. Which is faster is
-measured by `onnxruntime/cpu_tuning.py`. Most machines have measured nothing, and every start passes here: so
-the store is imported only where it has something, and the builder never.
+There are three: `plain`, the package's own graph; `fused`, in which group normalisation, GEGLU and
+self-attention are lowered (`onnxruntime/group_norm.py`, `geglu.py`, `attention.py`); and `winograd`, in which
+3x3 convolutions are, too (`winograd.py`). Which is the fastest is measured by `onnxruntime/cpu_tuning.py`.
+Most machines have measured nothing, and every start passes here: so the store is imported only where it has
+something, and the builder never.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ if TYPE_CHECKING:
     from .winograd_kernels import Kernel
 
 BACKEND = "onnxruntime"
-CPU_LAYOUTS = ("plain", "winograd")  # the simplest first
+CPU_LAYOUTS = ("plain", "fused", "winograd")  # the simplest first
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoweredGraph:
-    """A graph in the layout `winograd`: its bytes, and the weights that a session of it needs."""
+    """A graph in a layout other than `plain`: its bytes, and the weights that a session of it needs."""
 
+    layout: str
     graph: bytes
     kernels: tuple[Kernel, ...]
 
@@ -61,7 +63,7 @@ def cpu_key(package: Package, net: str, version: str) -> EngineKey:
         driver="any",
         platform=f"{sys.platform}-{platform.machine().lower()}",
         profiles=(f"{manifest.defaults.width}x{manifest.defaults.height}",),
-        flags=CPU_LAYOUTS,
+        flags=tuple(sorted(CPU_LAYOUTS)),
         refittable="",
         optimization_level=0,
         workspace_limit=0,
@@ -87,9 +89,10 @@ def lowered_graph(
         if isinstance(found, Miss):
             return None
         graph = found.read()  # also of `plain`: `prune` goes by when an entry was read last
-        if found.facts["layout"] == "winograd":
+        layout: str = found.facts["layout"]
+        if layout in CPU_LAYOUTS[1:]:
             rows: list[Mapping[str, Any]] = found.facts["kernels"]
-            return LoweredGraph(graph=graph, kernels=tuple(Kernel(**row) for row in rows))
+            return LoweredGraph(layout=layout, graph=graph, kernels=tuple(Kernel(**row) for row in rows))
     return None
 
 

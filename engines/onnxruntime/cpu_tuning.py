@@ -25,36 +25,44 @@ from ..store.engine_store import EngineStore
 from .attention import lower_attention
 from .backend import OnnxRuntimeNet, library
 from .cpu_layouts import CPU_LAYOUTS, LoweredGraph, cpu_key
+from .geglu import lower_geglus
 from .graph_files import read_graph, write_graph
+from .group_norm import lower_group_norms
 from .layout_choice import Measured, choose_layout
 from .trials import Report
 from .tuning import TunedNet, choice_facts, ensure_layouts, measured_profile, tuned_nets
 from .winograd import lower_convolutions
+from .winograd_kernels import Kernel
 
 CPU_ROUNDS = 4  # a UNet takes seconds: few rounds tell layouts apart that differ by a tenth
 _WARM_UP = 1
 _PARITY = {"fp32": 1e-4, "fp16": 5e-3}  # relative L2 to `plain`, as docs/design.md has it for exports
-_LONG = 0.1  # seconds: of shorter runs the median of several is taken, the first left out
-_MOST = 20
+_LONG = 0.5  # seconds: of shorter runs the median of several is taken, the first left out
+_MOST = 40
 _SEED = 0
 
 
-def lower_for_cpu(package: Package, net: str, folder: Path) -> LoweredGraph:
-    """A net in the layout `winograd`, by way of a file in `folder`.
+def lower_for_cpu(package: Package, net: str, layout: str, folder: Path) -> LoweredGraph:
+    """A net in one of CPU_LAYOUTS but `plain`, by way of a file in `folder`.
 
     Raises:
         BackendError: onnx-ir is not installed, or nothing in the graph is worth lowering.
         PackageError: onnx-ir cannot read the graph.
     """
     model = read_graph(package, net)
-    kernels = lower_convolutions(model, Path(package.manifest.nets[net].weights or "").name)
-    if not lower_attention(model) and not kernels:
+    lowered = [lower(model) for lower in (lower_group_norms, lower_geglus, lower_attention)]
+    kernels = tuple[Kernel, ...]()
+    if layout == "winograd":
+        kernels = lower_convolutions(model, Path(package.manifest.nets[net].weights or "").name)
+    if not kernels and (layout == "winograd" or not any(lowered)):
         raise BackendError(
-            f"{net} has no 3x3 convolution and no self-attention in float32",
-            expected="a net that the CPU computes in float32",
+            f"{net} has nothing in float32 that the layout {layout!r} lowers",
+            expected="3x3 convolutions for 'winograd', normalisation or self-attention for 'fused'",
             fix="Use the graph as it is.",
         )
-    return LoweredGraph(graph=write_graph(model, folder / f"{net}.onnx").read_bytes(), kernels=kernels)
+    return LoweredGraph(
+        layout=layout, graph=write_graph(model, folder / f"{net}.onnx").read_bytes(), kernels=kernels
+    )
 
 
 def tune_package(
@@ -67,7 +75,7 @@ def tune_package(
 ) -> tuple[TunedNet, ...]:
     """Make sure that the store has the fastest layout of every net that has a choice, on this CPU.
 
-    Takes a dozen runs of each net, and while it lasts the memory of two sessions of it.
+    Takes a dozen runs of each net, and while it lasts the memory of three sessions of it.
 
     Args:
         package: the package.
@@ -93,7 +101,7 @@ def tune_package(
 
 @dataclass
 class _Trials:
-    """Both layouts of one net, with the same random inputs."""
+    """The layouts of one net, with the same random inputs."""
 
     package: Package
     net: str
@@ -119,8 +127,8 @@ class _Trials:
             parity=_PARITY[manifest.dtype],
         )
         facts = choice_facts(choice)
-        if choice.layout == "winograd":
-            lowered = lower_for_cpu(self.package, self.net, self.folder)
+        if choice.layout != "plain":
+            lowered = lower_for_cpu(self.package, self.net, choice.layout, self.folder)
             path.write_bytes(lowered.graph)
             return {**facts, "kernels": [kernel.to_json() for kernel in lowered.kernels]}
         path.write_bytes(self.package.path(manifest.nets[self.net].graph).read_bytes())
@@ -129,7 +137,7 @@ class _Trials:
     def measure(self, name: str) -> Measured:
         """Open the net in the layout of that name, and run it once. Raises LatentrtError."""
         self.report(f"opening {name}", 0.0)
-        lowered = lower_for_cpu(self.package, self.net, self.folder) if name == "winograd" else None
+        lowered = lower_for_cpu(self.package, self.net, name, self.folder) if name != "plain" else None
         with ExitStack() as stack:
             net = stack.enter_context(OnnxRuntimeNet(self.package, self.net, lowered=lowered))
             outputs = net(**self.inputs)

@@ -39,7 +39,6 @@ class Layouts:
         self._turned: set[ir.Value] = set()
         self._other: dict[ir.Value, ir.Value] = {}  # a value -> the same in its other layout
         self._both: set[ir.Value] = set()  # the graph itself has these in both layouts
-        self._constants: dict[str, ir.Value] = {}
 
     def image(self, value: ir.Value | None) -> Image | None:
         """What is known of a value; None if it may be no image at all."""
@@ -153,13 +152,12 @@ class Layouts:
         """An initializer of that name, made once; who asks again for a name wants the same content."""
         import onnx_ir as ir
 
-        if name not in self._constants:
+        if name not in self.graph.initializers:  # another lowering of this graph may have made it
             tensor = ir.tensor(content, name=name)
             kind, shape = ir.TensorType(tensor.dtype), ir.Shape(content.shape)
             value = ir.Value(name=name, type=kind, shape=shape, const_value=tensor)
             self.graph.register_initializer(value)
-            self._constants[name] = value
-        return self._constants[name]
+        return self.graph.initializers[name]
 
 
 def _give_type(value: ir.Value, like: ir.Value | None) -> None:

@@ -23,6 +23,11 @@ PARITY = 5e-3  # relative L2 to `plain`: what docs/design.md allows fp16
 # Two layouts of SD 1.5's decoder, 3e-7 apart before rounding, were 1.1e-4 apart in uint8.
 ROUNDED_PARITY = 1e-3
 TUNED_NETS = ("unet", "vae_decoder")  # those with convolutions and GroupNormalization
+# Modules whose `tune_package` measures the layouts of a backend.
+TUNERS: Mapping[str, str] = {
+    "onnxruntime": f"{__package__}.cpu_tuning",
+    "onnxruntime-cuda": f"{__package__}.tuning",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -183,7 +183,7 @@ def memory(scale: Scale) -> Document:
         for name, size in scale.weights.items()
     }
     peak = sum(scale.weights.values()) * 1.23 + 1.6e8
-    growth = {"steps": 100, "from_step": 3, "traced_growth": 0, "transient_p50": 4096}
+    growth = {"steps": 100, "from_step": 3, "growth_per_step": 0.0, "traced_growth": 0, "transient_p50": 4096}
     rows = [
         of_memory(scale, "opened", ((0.7 * peak,),)),
         of_memory(scale, "peak", ((peak,),)),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from latentrt.benchmarks import build_time
 from latentrt.benchmarks.build_time import Builds, measure_build
 from latentrt.benchmarks.records import read_document
 from latentrt.engines.errors import EngineError, UsageError
-from latentrt.engines.onnxruntime import tuning
+from latentrt.engines.onnxruntime import cpu_tuning, tuning
 from latentrt.engines.package import Package
 from latentrt.engines.profiles import Profile
 from latentrt.runtime.pipeline import SHIPPED
@@ -88,13 +88,18 @@ def test_a_library_that_is_missing_is_not_available(
     assert not document.failed
 
 
-def test_layouts_are_timed_too(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("backend", "tuner"), [("onnxruntime-cuda", tuning), ("onnxruntime", cpu_tuning)], ids=["cuda", "cpu"]
+)
+def test_layouts_are_timed_too(
+    package: Package, monkeypatch: pytest.MonkeyPatch, backend: str, tuner: ModuleType
+) -> None:
     def tune(package: Package, store: Any, *, nets: list[str]) -> tuple[Any]:
         told = {"milliseconds": {"NCHW": 1.5}, "relative_l2": {"NCHW": 0.0}, "rejected": {}, "more": 1}
         return (SimpleNamespace(layout="NCHW", entry=SimpleNamespace(facts=told, build_seconds=0.5)),)
 
-    monkeypatch.setattr(tuning, "tune_package", tune)
-    document = measure_build(package, Builds(backend="onnxruntime-cuda", nets=NETS))
+    monkeypatch.setattr(tuner, "tune_package", tune)
+    document = measure_build(package, Builds(backend=backend))
     row = document.rows[0]
     assert row.samples == (0.5,)
     assert row.figures == {

@@ -12,7 +12,7 @@ import pytest
 from latentrt.benchmarks import detection
 from latentrt.benchmarks.compare import Comparison, compare
 from latentrt.benchmarks.records import Document, Rounds, Row, read_document
-from latentrt.benchmarks.sides.contract import AGAIN, OURS
+from latentrt.benchmarks.sides.contract import AGAIN, OURS, REFERENCES, YARDSTICK
 from latentrt.engines.errors import UsageError
 
 MACHINE = {"cpu": "a processor", "cores": 2, "gpu": None, "commit": "0123abc"}
@@ -20,11 +20,14 @@ CASE = {"width": 64, "height": 64, "steps": 20}
 SECONDS = {"unet": 0.013, "vae_decoder": 0.019}
 
 
-def simulated(seed: int, *, times: float = 1.0, machine: float = 1.0, rounds: int = 60) -> Document:
+def simulated(
+    seed: int, *, times: float = 1.0, machine: float = 1.0, rounds: int = 60, beside: bool = True
+) -> Document:
     """A latency document: ours and ours again take `times` as long, on a machine `machine` times as slow.
 
     Within a document the machine gets slower by up to half and faster again; every fifth run is hit by
-    something else that runs. Each process has half a percent of its own.
+    something else that runs. Each process has half a percent of its own. `beside`: whether ours ran
+    beside the yardstick as well, as short ones do.
     """
     random = np.random.default_rng(seed)
     rows: list[Row] = []
@@ -39,11 +42,18 @@ def simulated(seed: int, *, times: float = 1.0, machine: float = 1.0, rounds: in
 
         for side in (OURS, AGAIN):
             rows.append(Row(side=side, workload=workload, case=CASE, rounds=turns(seconds * times)))
-        rows.append(yardstick(workload, turns(0.05)))
+            if beside:
+                over = turns(seconds * times / 0.012, drift / drift)
+                figures = {"of": side, "yardstick_p50_s": 0.012 * float(np.median(drift))}
+                row = Row(
+                    side=YARDSTICK, workload=workload, case=CASE, unit="1", rounds=over, figures=figures
+                )
+                rows.append(row)
+        rows.append(matmul(workload, turns(0.05)))
     return document(rows)
 
 
-def yardstick(workload: str, rounds: Rounds, **figures: Any) -> Row:
+def matmul(workload: str, rounds: Rounds, **figures: Any) -> Row:
     facts = {"during": workload, "flops": 1e9, **figures}
     return Row(side="ceiling", workload="gemm", case=CASE, rounds=rounds, figures=facts)
 
@@ -69,17 +79,21 @@ def verdicts(found: Comparison) -> dict[str, str]:
 # ── what it is for ──────────────────────────────────────────────────────────────────────────────
 
 
-def pairs(times: float) -> list[Comparison]:
+def pairs(times: float, *, beside: bool = True) -> list[Comparison]:
     """20 pairs; the second machine is from half as fast to twice as fast."""
     machines = 2 ** np.linspace(-1, 1, 20)
     return [
-        compare(simulated(2 * seed), simulated(2 * seed + 1, times=times, machine=machine))
+        compare(
+            simulated(2 * seed, beside=beside),
+            simulated(2 * seed + 1, times=times, machine=machine, beside=beside),
+        )
         for seed, machine in enumerate(machines)
     ]
 
 
-def test_a_planted_slowdown_is_caught_20_times_of_20() -> None:
-    for found in pairs(1.1):
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_planted_slowdown_is_caught_20_times_of_20(*, beside: bool) -> None:
+    for found in pairs(1.1, beside=beside):
         assert found.regressed
         assert verdicts(found) == {"latentrt, unet": "slower", "latentrt, vae_decoder": "slower"}
         assert all(
@@ -87,8 +101,9 @@ def test_a_planted_slowdown_is_caught_20_times_of_20() -> None:
         )
 
 
-def test_an_aa_pair_passes_20_times_of_20() -> None:
-    for found in pairs(1.0):
+@pytest.mark.parametrize("beside", [True, False])
+def test_an_aa_pair_passes_20_times_of_20(*, beside: bool) -> None:
+    for found in pairs(1.0, beside=beside):
         assert not found.regressed
         assert set(verdicts(found).values()) == {"same"}
 
@@ -102,7 +117,7 @@ def test_a_speedup_is_told_and_is_no_regression() -> None:
 def test_without_the_yardstick_a_slow_minute_is_taken_for_a_slow_program() -> None:
     """What it is there for."""
     a, b = (
-        replace(found, rows=tuple(row for row in found.rows if row.side != "ceiling"))
+        replace(found, rows=tuple(row for row in found.rows if row.side not in REFERENCES))
         for found in (simulated(0), simulated(1, machine=1.6))
     )
     found = compare(a, b)
@@ -123,7 +138,7 @@ def test_the_threshold_is_the_smallest_change_that_counts() -> None:
 
 def test_what_an_aa_pair_differs_by_is_no_change() -> None:
     """The second half of document b takes 30 % longer than the first: 10 % more is not worth a word."""
-    a, b = simulated(0), simulated(1)
+    a, b = simulated(0, beside=False), simulated(1, beside=False)
     again = next(b.select("unet", AGAIN)).rounds
     b = change(b, "unet", AGAIN, rounds=tuple(tuple(1.3 * value for value in turn) for turn in again))
     found = {row.workload: row for row in compare(a, b).rows}
@@ -135,10 +150,12 @@ def test_what_an_aa_pair_differs_by_is_no_change() -> None:
 
 
 def test_a_change_within_its_own_interval_is_no_change() -> None:
-    """Three rounds that say 0.8, 1.15 and 1.2."""
-    flat: Rounds = ((1.0,), (1.0,), (1.0,))
-    a = document([Row(side=OURS, workload="unet", rounds=flat), yardstick("unet", flat)])
-    b = document([Row(side=OURS, workload="unet", rounds=((0.8,), (1.15,), (1.2,))), yardstick("unet", flat)])
+    """Six rounds that say 0.8, 1.15 and 1.2, twice."""
+    flat: Rounds = ((1.0,),) * 6
+    a = document([Row(side=OURS, workload="unet", rounds=flat), matmul("unet", flat)])
+    b = document(
+        [Row(side=OURS, workload="unet", rounds=((0.8,), (1.15,), (1.2,)) * 2), matmul("unet", flat)]
+    )
     a, b = (change(found, "gemm", "ceiling", case={}) for found in (a, b))
     found = compare(a, b)
     (row,) = found.rows
@@ -150,10 +167,10 @@ def test_a_change_within_its_own_interval_is_no_change() -> None:
 
 
 def test_a_yardstick_of_another_shape_counts_by_the_operation() -> None:
-    a, b = simulated(0), simulated(1)
+    a, b = simulated(0, beside=False), simulated(1, beside=False)
     gemms = {row.figures["during"]: row for row in b.select("gemm")}
     rows = [
-        yardstick(
+        matmul(
             row.figures["during"],
             tuple(tuple(3 * value for value in turn) for turn in gemms[row.figures["during"]].rounds),
             flops=3e9,
@@ -189,7 +206,7 @@ def test_a_row_that_fails_now_is_a_regression_and_one_that_failed_before_is_not(
 def test_a_peer_that_got_slower_or_fails_is_told_and_is_no_regression_of_ours() -> None:
     peers = [
         [
-            Row(side="diffusers", workload="unet", case=CASE, rounds=((seconds,),) * 4),
+            Row(side="diffusers", workload="unet", case=CASE, rounds=((seconds,),) * 6),
             Row(side="openvino", workload="unet", case=CASE, status=status, rounds=rounds),
         ]
         for seconds, status, rounds in ((1.0, "ok", ((1.0,),)), (2.0, "FAILED", ()))
@@ -223,7 +240,7 @@ def test_rows_of_one_document_alone_are_named() -> None:
 )
 def test_bytes_and_rates_are_compared_directly(unit: str, before: float, after: float, verdict: str) -> None:
     a, b = (
-        document([Row(side=OURS, workload="memory", unit=unit, rounds=((value,), (value,)))])
+        document([Row(side=OURS, workload="memory", unit=unit, rounds=((value,),) * 6)])
         for value in (before, after)
     )
     found = compare(a, b)
@@ -233,17 +250,31 @@ def test_bytes_and_rates_are_compared_directly(unit: str, before: float, after: 
 
 
 @pytest.mark.parametrize(
-    ("rounds", "reason"), [((), "no samples before"), (((0.0,),), "a sample is not above zero")]
+    ("rounds", "reason"),
+    [
+        ((), "no samples before"),
+        (((0.0,),) * 6, "a sample is not above zero"),
+        (((1.0,),) * 5, "5 rounds, and less than 6 have no interval: --budget gives more"),
+    ],
 )
 def test_rows_without_a_time_are_not_compared(rounds: Rounds, reason: str) -> None:
     a = document([Row(side=OURS, workload="fit", rounds=rounds)])
-    b = document([Row(side=OURS, workload="fit", rounds=((1.0,),))])
+    b = document([Row(side=OURS, workload="fit", rounds=((1.0,),) * 6)])
     (row,) = compare(a, b).rows
     assert (row.verdict, row.reason) == ("not compared", reason)
 
 
+def test_a_likeness_is_judged_by_its_status() -> None:
+    a, b = (
+        document([Row(side=OURS, workload="picture", unit="dB", rounds=((value,),) * 6)])
+        for value in (80.0, 60.0)
+    )
+    (row,) = compare(a, b).rows
+    assert (row.verdict, row.reason) == ("not compared", "in dB: its status says whether it is good enough")
+
+
 def test_a_row_whose_rounds_are_not_its_yardsticks_is_compared_as_it_is() -> None:
-    a, b = simulated(0), simulated(1)
+    a, b = simulated(0, beside=False), simulated(1, beside=False)
     b = change(b, "unet", OURS, rounds=next(b.select("unet", OURS)).rounds[:-1])
     rows = {row.workload: row for row in compare(a, b).rows}
     assert rows["unet"].machine is None
@@ -309,8 +340,17 @@ def test_trials_in_pieces_are_one_document(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().out.splitlines()[-1] == "caught 3 of 3, passed 3 of 3"
     found = read_document(path)
     assert [row.case["trial"] for row in found.rows] == [0, 0, 1, 1, 2, 2]
-    assert sorted(measure.asked) == [0.0] * 6 + [detection.PLANTED] * 3
-    assert measure.asked[:3] != measure.asked[3:6]  # another order
+    slow = detection.PLANTED
+    assert measure.asked == [
+        0.0,
+        slow,
+        0.0,
+        0.0,
+        slow,
+        0.0,
+        slow,
+        0.0,
+    ]  # 0: slow first; 1: last; 2 in a new run
 
 
 def test_a_slowdown_that_is_not_there_is_not_caught(

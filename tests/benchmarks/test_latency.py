@@ -10,7 +10,7 @@ from latentrt.benchmarks.latency import Bench, Sides, check, measure_latency, me
 from latentrt.benchmarks.process import SideError, SideProcess
 from latentrt.benchmarks.records import read_document
 from latentrt.benchmarks.rounds import Pace, Turns
-from latentrt.benchmarks.sides.contract import AGAIN, OURS, Task
+from latentrt.benchmarks.sides.contract import AGAIN, OURS, YARDSTICK, Task
 from latentrt.engines.package import Package
 from latentrt.runtime.pipeline import SHIPPED
 from tests.benchmarks.stand_in_side import StandInSide
@@ -21,8 +21,9 @@ PACE = Pace(runs=6, rounds=3, budget=1.0, turn=0.02)
 PREDICTION = {"prediction": np.random.default_rng(0).standard_normal((2, 4, 8, 8)).astype(np.float32)}
 
 
-def _bench(workload: str = "unet") -> Bench:
-    return Bench(package=PACKAGE, workload=workload, case=CASE, said=lambda line: None)
+def _bench(workload: str = "unet", references: tuple[str, ...] = (AGAIN,), device: str = "cpu") -> Bench:
+    sides = Sides(task=Task(package=PACKAGE.root, device=device), references=references)
+    return Bench(package=PACKAGE, sides=sides, workload=workload, case=CASE, said=lambda line: None)
 
 
 def _measure(*sides: StandInSide, workload: str = "unet") -> dict[str, Any]:
@@ -55,6 +56,52 @@ def test_peers_count_only_where_they_compute_what_ours_does() -> None:
     flops = rows[OURS].figures["flops"]
     assert rows[OURS].figures["of_best_gemm"] == pytest.approx(flops / 0.01 / (10**9 / 0.004))
     assert {len(row.rounds) for row in rows.values() if row.rounds} == {6}
+
+
+def _ours(seconds: float) -> "list[SideProcess]":
+    sides = [StandInSide(name, lambda workload, case: seconds, PREDICTION) for name in (OURS, AGAIN)]
+    return cast("list[SideProcess]", sides)
+
+
+def test_ours_over_the_yardstick_are_rows_of_their_own() -> None:
+    rows = _bench(references=(AGAIN, YARDSTICK)).measure(_ours(0.01), PACE)
+    assert [(row.side, row.unit, row.figures.get("of")) for row in rows] == [
+        (OURS, "s", None),
+        (AGAIN, "s", None),
+        (YARDSTICK, "1", OURS),
+        (YARDSTICK, "1", AGAIN),
+    ]
+    assert {row.workload for row in rows} == {"unet"}
+    for row in rows[2:]:
+        assert set(row.samples) == {0.01 / 0.002}
+        assert len(row.rounds) == len(rows[0].rounds) > 1
+        assert row.figures["yardstick_p50_s"] == 0.002
+
+
+@pytest.mark.parametrize(
+    ("seconds", "references", "device"),
+    [(1.5, (AGAIN, YARDSTICK), "cpu"), (0.01, (AGAIN, YARDSTICK), "cuda"), (0.01, (AGAIN,), "cpu")],
+)
+def test_long_runs_and_devices_have_no_yardstick(
+    seconds: float, references: tuple[str, ...], device: str
+) -> None:
+    rows = _bench(references=references, device=device).measure(_ours(seconds), PACE)
+    assert [row.side for row in rows] == [OURS, AGAIN]
+
+
+def test_where_ours_failed_a_peer_has_nothing_to_be_like() -> None:
+    broken = SideError("FAILED", "out of memory")
+    rows = _measure(
+        StandInSide(OURS, lambda workload, case: 0.01, error=broken),
+        StandInSide(AGAIN, lambda workload, case: 0.01, PREDICTION),
+        StandInSide("openvino", lambda workload, case: 0.01, PREDICTION),
+    )
+    assert {name: row.status for name, row in rows.items()} == {
+        OURS: "FAILED",
+        AGAIN: "not available",
+        "openvino": "not available",
+    }
+    assert rows["openvino"].reason == "ours failed: there is nothing to compare with"
 
 
 def test_pictures_are_judged_by_their_shades() -> None:

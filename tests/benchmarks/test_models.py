@@ -1,5 +1,6 @@
 """Models by name; making one is watched on stages that only write a file: the real ones take minutes."""
 
+import json
 import re
 from pathlib import Path
 
@@ -155,9 +156,25 @@ def test_a_checkpoint_beside_a_filled_skeleton_is_not_taken_for_its_own(tmp_path
     assert find_model("sd15-fp16", cache=tmp_path / "cache").checkpoint is None
 
 
-@pytest.mark.slow
+def bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_size_that_is_said_is_the_skeletons() -> None:
+    """Of the weights' headers and the graphs."""
+    folder = skeletons.FOLDER / "sd15-fp16"
+    ends = [
+        max(tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__")
+        for header in (json.loads(path.read_bytes()) for path in folder.rglob("*.header.json"))
+    ]
+    assert models.RECIPES["sd15"] == f"{(sum(ends) + bytes_of(folder)) / 1e9:.1f} GB"
+
+
+@pytest.mark.slow  # a minute: two imports of torch, and all of an export
 def test_a_small_one_is_really_made(tmp_path: Path) -> None:
     model = find_model("tiny1-fp32", cache=tmp_path)
     assert model.package.manifest.dtype == "fp32"
     assert model.checkpoint == tmp_path / "tiny1"
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["tiny1", "tiny1-fp32"]
+    size = max(bytes_of(path) for path in (tmp_path / "tiny1", tmp_path / "tiny1-fp32"))
+    assert models.RECIPES["tiny1"] == f"{size / 1e6:.1f} MB"

@@ -184,14 +184,16 @@ class Fixed:
 def test_seconds_are_of_one_of_the_repetitions(monkeypatch: pytest.MonkeyPatch, repeats: int) -> None:
     clock = Clock()
     monkeypatch.setattr(child, "perf_counter", clock)
-    asked = child.Child(Fixed(Work(call=lambda: clock.spend(2.0), repeats=repeats)))
+    asked = child.Child(
+        Fixed(Work(call=lambda: clock.spend(2.0), repeats=repeats)), Task(package=SHIPPED["demo"])
+    )
     first = asked.answer({"do": "prepare", "workload": "any", "case": GUIDED.to_json(), "slot": ""})
     timed = asked.answer({"do": "time", "slot": "", "runs": 3})
     assert [first["seconds"], *timed["seconds"]] == pytest.approx([2.0 / repeats] * 4, rel=1e-2)
 
 
 def test_update_is_reported_by_the_step(side: HostSide) -> None:
-    asked = child.Child(side)
+    asked = child.Child(side, Task(package=SHIPPED["demo"]))
     asked.answer({"do": "prepare", "workload": "update", "case": GUIDED.to_json(), "slot": ""})
     assert child.repeats(asked._slots[""]) == BETWEEN
     assert child.repeats(side.prepare("unet", GUIDED)) == 1

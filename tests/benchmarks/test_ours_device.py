@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Generator
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -250,7 +251,7 @@ def test_what_is_prepared_has_its_own_buffers_until_it_is_closed(opened: Bench, 
 
 
 def test_a_slot_that_is_prepared_again_frees_what_it_had(opened: Bench) -> None:
-    asked = child.Child(opened.side)
+    asked = child.Child(opened.side, Task(package=Path("demo")))
     command = {"do": "prepare", "workload": "vae_decoder", "case": GUIDED.to_json(), "slot": "a"}
     asked.answer(command)
     sizes = sorted(opened.device.sizes.values())

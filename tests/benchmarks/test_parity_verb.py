@@ -102,16 +102,21 @@ def test_a_net_beyond_the_bar_of_its_arithmetic_fails(dtype: str, good: bool) ->
     assert rows["text_encoder"].status == "ok"
 
 
-def test_the_worst_picture_of_several_counts() -> None:
-    def darker(workload: str, case: Case, outputs: dict[str, Array]) -> None:
-        if workload == "picture":
-            outputs["image"][1] = np.clip(outputs["image"][1].astype(int) + 4, 0, 255)
+@pytest.mark.parametrize(
+    ("dtype", "shades", "bar", "good"),
+    [("fp32", 1, 48, True), ("fp32", 2, 48, False), ("fp16", 2, 40, True), ("fp16", 4, 40, False)],
+)
+def test_the_worst_picture_of_several_counts(dtype: str, shades: int, bar: float, good: bool) -> None:
 
-    (row,) = compare(darker, Inputs(cases=(CASE,), nets=(), samplers=("ddim",), samples=1))
-    # 4 shades are 36.1 dB; over both pictures together it would be 39.1
-    assert row.samples[0] == pytest.approx(20 * math.log10(255 / 4), abs=0.2)
-    assert row.status == "FAILED"
-    assert row.reason.endswith("dB, below 40")
+    def flipped(workload: str, case: Case, outputs: dict[str, Array]) -> None:
+        outputs["image"][1] ^= shades  # one bit: every value is off by exactly so many
+
+    (row,) = compare(flipped, Inputs(cases=(CASE,), nets=(), samplers=("ddim",), samples=1), dtype)
+    # 1, 2 and 4 shades are 48.1, 42.1 and 36.1 dB; over both pictures together it would be 3 dB more
+    assert row.samples[0] == pytest.approx(20 * math.log10(255 / shades))
+    assert row.figures["bar"] == bar
+    assert row.status == ("ok" if good else "FAILED")
+    assert row.reason.endswith("" if good else f"dB, below {bar}")
     assert 0.9 < row.figures["ssim"] < 1
 
 
@@ -163,8 +168,12 @@ def test_the_reference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert chosen.name == "diffusers"
     assert chosen.task == Task(package=tmp_path, checkpoint=tmp_path, backend="onnxruntime", threads=2)
     assert Reference.of(replace(task, checkpoint=None)).name == "onnxruntime"
+    assert Reference.of(task, "openvino") == Reference(name="openvino", task=chosen.task)
     monkeypatch.setattr(parity, "find_spec", lambda name: None)
     assert Reference.of(task).name == "onnxruntime"
+    assert Reference.of(task, "diffusers").name == "diffusers", "what was asked for is not replaced"
+    with pytest.raises(UsageError, match=r"'ceiling' cannot be the reference; expected latentrt, diffusers"):
+        Reference.of(task, "ceiling")
 
 
 def test_samplers_and_prompts_are_ours() -> None:

@@ -143,10 +143,11 @@ def is_channels_last(net: Any) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "device", "half"), [("fp16", "cuda", True), ("fp32", "cuda", False), ("fp16", "cpu", False)]
+    ("dtype", "device", "half", "last"),
+    [("fp16", "cuda", True, True), ("fp32", "cuda", False, False), ("fp16", "cpu", False, True)],
 )
-def test_half_precision_is_for_cuda(
-    monkeypatch: pytest.MonkeyPatch, dtype: str, device: str, half: bool
+def test_half_precision_is_for_cuda_and_channels_come_last_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, device: str, half: bool, last: bool
 ) -> None:
     import torch
 
@@ -158,7 +159,7 @@ def test_half_precision_is_for_cuda(
     monkeypatch.setattr(diffusers_eager.Package, "open", lambda root: replace(PACKAGE, manifest=manifest))
     diffusers_eager.load(replace(TASK, device=device))
     assert pipe.moved == (device, torch.float16 if half else torch.float32)
-    assert is_channels_last(pipe.unet) == is_channels_last(pipe.vae) == half
+    assert is_channels_last(pipe.unet) == is_channels_last(pipe.vae) == last
     assert torch.backends.cudnn.benchmark == half
 
 

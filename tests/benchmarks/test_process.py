@@ -1,6 +1,10 @@
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +17,16 @@ from latentrt.benchmarks.sides import contract
 from latentrt.benchmarks.sides.contract import Task
 from latentrt.engines.errors import UsageError
 from latentrt.runtime.pipeline import SHIPPED
+
+ORPHAN = """
+import json, sys, time
+from latentrt.benchmarks.process import SideProcess
+from latentrt.benchmarks.sides.contract import Task
+
+side = SideProcess("latentrt", "latentrt", Task.from_json(json.loads(sys.argv[1])))
+print(side.pid, flush=True)
+time.sleep(60)
+"""
 
 CASE = Case(width=64, height=64, guidance_scale=3.0, steps=2)
 TASK = Task(package=SHIPPED["demo"], threads=1)
@@ -52,7 +66,8 @@ class Opened:
 
 def _serve(*commands: Mapping[str, Any]) -> tuple[list[dict[str, Any]], Opened]:
     opened, answers = Opened(), list[dict[str, Any]]()
-    serve((json.dumps(command) for command in commands), opened, answers.append)
+    child = Child(opened, TASK)
+    serve((json.dumps(command) for command in commands), child, answers.append)
     return answers, opened
 
 
@@ -95,7 +110,7 @@ def test_a_child_tells_errors_and_lives_on() -> None:
 def test_the_garbage_collector_is_as_it_was() -> None:
     import gc
 
-    child = Child(Opened())
+    child = Child(Opened(), TASK)
     child.answer(_prepare("1"))
     assert gc.isenabled()
     child.answer({"do": "time", "runs": 1, "slot": ""})
@@ -154,3 +169,32 @@ def test_tasks_travel() -> None:
     assert Case.from_json(json.loads(json.dumps(CASE.to_json()))) == CASE
     with pytest.raises(UsageError, match="unknown side 'x'"):
         contract.side("x")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_stopped_process_ends_with_a_parent_that_was_killed() -> None:
+    command = [sys.executable, "-c", ORPHAN, json.dumps(TASK.to_json())]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        status = Path("/proc") / parent.stdout.readline().strip() / "status"
+        assert status.is_file()
+        parent.kill()
+    for _ in range(100):
+        if not status.is_file() or "State:\tZ" in status.read_text(encoding="ascii"):
+            return
+        time.sleep(0.05)
+    pytest.fail("it is still there")
+
+
+def test_a_slot_that_runs_beside_another_has_its_seconds() -> None:
+    """And the yardstick is a workload of every side."""
+    answers, _ = _serve(
+        _prepare("1", "own"),
+        _prepare("yardstick", "yardstick"),
+        {"do": "time", "runs": 3, "slot": "own", "beside": "yardstick"},
+        {"do": "time", "runs": 1, "slot": "own", "beside": None},
+    )
+    beside, alone = answers[2:4]
+    assert [item["run"] for item in beside["figures"]] == [2, 3, 4]
+    assert all(item["beside_s"] > 1e-4 for item in beside["figures"])
+    assert alone["figures"] == [{"run": 5}]

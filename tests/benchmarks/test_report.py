@@ -40,7 +40,7 @@ def table() -> str:
         "| time outside the engines, 128×128, 20 steps, guidance 5 | 0.4 % of a picture, 60.0 µs per step |",
         "| whole picture against steps | 5.10 ms per step + 21.0 ms, largest residual 2.1 % |",
         "| throughput, Server highest rate | not available: a run of Server takes about 900 s |",
-        "| allocations that steps leave behind | 0 B over 97 steps |",
+        "| what each step leaves behind | 0 B, over 97 steps |",
         "| cold start, its parts | import 312 ms, open 425 ms, first picture 936 ms |",
         "| build of the engines | 6 of 6 nets in 3.24 s, peak 215 MB, engines 11.8 MB |",
         "3 compared, largest relative L2 1.4e-06, lowest PSNR 81.2 dB |",

@@ -51,13 +51,22 @@ def test_two_points_are_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (row.status, row.reason) == ("FAILED", "2 points, a line with a residual needs 3")
 
 
-def test_a_point_that_cannot_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def opened(name: str, module: str, task: Task) -> StandInSide:
-        return StandInSide(name, _cost, error=SideError("FAILED", "out of memory"))
+class Small(StandInSide):
+    """Has memory for four pictures."""
 
-    monkeypatch.setattr(scaling, "SideProcess", opened)
-    with pytest.raises(SideError, match="out of memory"):
-        measure_scaling(PACKAGE, TASK, CASE, pace=PACE)
+    def prepare(self, workload: str, case: Case, *, slot: str = "") -> Any:
+        if case.pictures > 4:
+            raise SideError("FAILED", "out of memory")
+        return super().prepare(workload, case, slot=slot)
+
+
+def test_a_point_that_cannot_be_run_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "SideProcess", lambda name, module, task: Small(name, _cost))
+    document = measure_scaling(PACKAGE, TASK, CASE, axes={"batch": (1, 2, 4, 8)}, pace=PACE)
+    *points, fit = document.rows
+    assert [row.status for row in points] == ["ok", "ok", "ok", "FAILED"]
+    assert points[-1].reason == "out of memory"
+    assert len(fit.figures["points"]) == 3
 
 
 def test_the_demo_model_for_real() -> None:

@@ -11,7 +11,10 @@ from scipy import stats
 from latentrt.benchmarks.scenarios import (
     HostClock,
     Run,
+    allowed_late,
+    confidence,
     early_stopping,
+    expected_rate,
     highest_rate,
     most_late,
     offline,
@@ -178,7 +181,7 @@ def test_highest_rate_of_m_m_1() -> None:
         run = server(worker, poisson_arrivals(rate, 8_000, seed), clock=clock)
         return run.percentile(99) <= deadline
 
-    found = highest_rate(meets, 1 / SERVICE, 7, seed=40)
+    found = highest_rate(meets, 0.0, 1 / SERVICE, 7, seed=40)
     assert found == pytest.approx(1 / SERVICE - math.log(100) / deadline, rel=0.06)
     assert seeds == list(range(40, 40 + len(seeds))), "fresh seeds"
 
@@ -191,13 +194,56 @@ def test_a_rate_that_was_luck_is_lowered() -> None:
         return rate <= (0.6 if len(tried) <= 3 else 0.48)
 
     # 0.5 and then not 0.75, nor 0.625; 0.5 is not met again, 0.475 is
-    assert highest_rate(lucky, 1.0, 3) == pytest.approx(0.475)
+    assert highest_rate(lucky, 0.0, 1.0, 3) == pytest.approx(0.475)
     assert tried == pytest.approx([0.5, 0.75, 0.625, 0.5, 0.475])
 
 
 def test_no_rate_at_all() -> None:
-    assert highest_rate(lambda rate, seed: False, 1.0, 4) is None
-    assert highest_rate(lambda rate, seed: seed < 4, 1.0, 4) is None
+    assert highest_rate(lambda rate, seed: False, 0.0, 1.0, 4) is None
+    assert highest_rate(lambda rate, seed: seed < 4, 0.0, 1.0, 4) is None
+
+
+def test_other_runs_confirm() -> None:
+    tried: list[float] = []
+
+    def confirm(rate: float, seed: int) -> bool:
+        tried.append(rate)
+        assert seed == 9 + 2 + len(tried) - 1
+        return rate < 2
+
+    assert highest_rate(lambda rate, seed: rate < 3, 2.0, 4.0, 2, confirm=confirm, seed=9) == tried[-1]
+    # 3 is not met, 2.5 is; then lowered by 5 %, by 10 %, by 20 %
+    assert tried == pytest.approx([2.5, 2.5 * 0.95, 2.5 * 0.95 * 0.9, 2.5 * 0.95 * 0.9 * 0.8])
+    assert highest_rate(lambda rate, seed: False, 2.0, 4.0, 2, confirm=lambda rate, seed: True) == 2.0
+
+
+@pytest.mark.parametrize("deadline", [1.5, 3.0])
+def test_expected_rate_of_m_m_1(deadline: float) -> None:
+    services = np.random.default_rng(4).exponential(SERVICE, 20_000).tolist()
+    wanted = 1 / SERVICE - math.log(100) / deadline
+    assert expected_rate(services, deadline) == pytest.approx(wanted, rel=0.05)
+
+
+def test_expected_rate_of_m_d_1() -> None:
+    """At that load, by Erlang's formula, 99 % wait no longer than the deadline leaves them."""
+    load = expected_rate([SERVICE], 4 * SERVICE) * SERVICE
+    assert waiting_m_d_1(3.0, load) == pytest.approx(0.99, abs=0.001)
+    assert expected_rate([SERVICE], 0.9 * SERVICE) == 0, "at no rate"
+
+
+def test_a_run_ends_when_it_has_failed() -> None:
+    clock = Simulated()
+    arrivals = [0.0, 0.1, 0.2, 10.0, 20.0]
+    run = server(clock.worker(lambda batch: 1.0), arrivals, deadline=1.5, allowed=0, clock=clock)
+    assert run.latencies == pytest.approx((1.0, 1.9))
+    clock = Simulated()
+    run = server(clock.worker(lambda batch: 1.0), arrivals, deadline=1.5, allowed=1, clock=clock)
+    assert run.latencies == pytest.approx((1.0, 1.9, 2.8))
+    clock = Simulated()
+    assert (
+        len(server(clock.worker(lambda batch: 1.0), arrivals, deadline=1.5, allowed=2, clock=clock).queries)
+        == 5
+    )
 
 
 # ── early stopping ─────────────────────────────────────────────────────────────────────────────
@@ -208,6 +254,20 @@ def test_most_late_against_the_binomial_distribution(percent: float) -> None:
     for queries in (10, 43, 44, 64, 200, 459, 662, 24_576):
         allowed = np.flatnonzero(stats.binom.cdf(np.arange(3000), queries, 1 - percent / 100) <= 0.01)
         assert most_late(queries, percent) == (allowed[-1] if len(allowed) else None)
+
+
+@pytest.mark.parametrize(("queries", "late"), [(32, 0), (168, 1), (459, 0), (662, 1), (24_576, 207)])
+def test_confidence_against_the_binomial_distribution(queries: int, late: int) -> None:
+    assert confidence(queries, late) == pytest.approx(1 - stats.binom.cdf(late, queries, 0.01), abs=1e-9)
+    assert (confidence(queries, late) >= 0.99) == (late <= (most_late(queries, 99) or -1) or queries == 459)
+
+
+@pytest.mark.parametrize("queries", [1, 64, 100, 101, 150, 200, 201, 662])
+def test_what_may_be_late_leaves_the_percentile_in_time(queries: int) -> None:
+    late = allowed_late(queries)
+    latencies = [1.0] * (queries - late) + [100.0] * late
+    assert np.percentile(latencies, 99) <= 1.0
+    assert np.percentile([1.0] * (queries - late - 1) + [100.0] * (late + 1), 99) > 1.0
 
 
 def test_early_stopping() -> None:

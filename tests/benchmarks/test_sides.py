@@ -95,6 +95,7 @@ def test_what_is_prepared_stays_beside_something_else(peer: OpenSide) -> None:
 def test_it_tells_who_it_is_and_what_took_how_long(peer: OpenSide) -> None:
     assert all(isinstance(text, str) and text for text in peer.versions.values())
     assert "1" in (peer.versions.get("threads") or peer.versions["INFERENCE_NUM_THREADS"])
+    assert peer.versions.get("memory_format", "channels_last") == "channels_last"
     prepared = peer.prepare("picture", UNGUIDED)
     prepared.run()
     prepared.run()
@@ -111,6 +112,7 @@ def test_other_workloads_are_not_available(peer: OpenSide, workload: str) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # inductor's own import
 def test_compiled_outputs_are_ours(ours: Mapping[tuple[str, str], Mapping[str, Array]]) -> None:
     with closing(opened("diffusers-compile")) as side:
         test_every_output_is_ours(side, ours, "guided")

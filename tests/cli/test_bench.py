@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from latentrt import cli
-from latentrt.benchmarks import latency, memory, scaling, suite, throughput
+from latentrt.benchmarks import build_time, latency, memory, parity, scaling, suite, throughput
 from latentrt.benchmarks.records import Document, Row, read_document
 
 GOOD = Row(side="latentrt", workload="unet", rounds=((0.01, 0.02), (0.01, 0.03)))
@@ -47,6 +47,8 @@ def found(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         (scaling, "measure_scaling"),
         (memory, "measure_memory"),
         (throughput, "measure_throughput"),
+        (build_time, "measure_build"),
+        (parity, "measure_parity"),
     ):
         monkeypatch.setattr(module, name, measure)
     return asked
@@ -97,6 +99,22 @@ def test_memory_and_throughput_are_told_everything(bench: Any, found: dict[str, 
     assert (found["batches"], rules.rate, rules.deadline, rules.together) == ((1, 3), 2.5, 0.5, 4)
 
 
+def test_build_and_parity_are_told_everything(bench: Any, found: dict[str, Any]) -> None:
+    options = "--backend tensorrt --profile 64x64:b1 --nets unet_time,unet_context --repeats 3"
+    assert bench("build", *options.split())[0] == 0
+    builds = found["what"]
+    assert (builds.backend, [str(profile) for profile in builds.profiles]) == ("tensorrt", ["64x64:b1"])
+    assert (builds.nets, builds.repeats) == (("unet_time", "unet_context"), 3)
+    options = "--backend tensorrt --reference openvino --samples 5 --threads 1 --steps 3"
+    assert bench("parity", *options.split())[0] == 0
+    assert (found["what"].backend, found["what"].threads) == ("tensorrt", 1)
+    assert (found["reference"].name, found["reference"].task.backend) == ("openvino", "onnxruntime")
+    assert (found["more"][0].samples, found["more"][0].cases[0].steps) == (5, 3)
+    assert bench("parity")[0] == 0
+    assert found["reference"].name in ("diffusers", "onnxruntime")
+    assert found["reference"] == parity.Reference.of(found["what"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -106,6 +124,8 @@ def test_memory_and_throughput_are_told_everything(bench: Any, found: dict[str, 
         (["throughput", "--batches", "1,x"], "the batches are '1,x'"),
         (["throughput", "--batches", "0"], "the batches are '0'"),
         (["latency", "no-such-model"], "there is no model 'no-such-model'"),
+        (["build", "--nets", "unet,step,unet_whole"], "unknown name 'unet_whole'"),
+        (["parity", "--reference", "yardstick"], "'yardstick' cannot be the reference"),
     ],
 )
 def test_wrong_usage(bench: Any, arguments: list[str], message: str) -> None:

@@ -2,15 +2,20 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from safetensors.numpy import load_file
 
 from latentrt.engines.backend import choose_backend
 from latentrt.engines.errors import BackendError, MemoryLimitError, PackageError, UsageError
 from latentrt.engines.onnxruntime import backend as onnxruntime_backend
+from latentrt.engines.onnxruntime.cpu_tuning import lower_for_cpu
+from latentrt.engines.onnxruntime.winograd_kernels import kernels
 from latentrt.engines.package import Package, write_manifest
+from latentrt.runtime.pipeline import SHIPPED
 from tests.tiny_package import BIAS, add_graph
 
 
@@ -38,11 +43,35 @@ def test_open_call_close(package: Package) -> None:
     with onnxruntime_backend.open_net(package, "unet", threads=1) as net:
         assert net.spec == package.manifest.nets["unet"].spec
         np.testing.assert_array_equal(net(x=x)["y"], x + BIAS)
-        assert net.memory.weights == (package.root / "unet/weights.safetensors").stat().st_size
+        assert net.memory.weights == BIAS.nbytes
         assert net.memory.io == 2 * x.nbytes
     net.close()
     with pytest.raises(BackendError, match="closed"):
         net(x=x)
+
+
+def test_nets_that_share_a_file_count_each_weight_once() -> None:
+    demo = Package.open(SHIPPED["demo"])
+    names = "unet_context", "unet_time", "unet"
+    weights = [onnxruntime_backend.open_net(demo, name, threads=1).memory.weights for name in names]
+    stored = demo.manifest.nets["unet"].weights
+    assert stored is not None
+    values = sum(array.size for array in load_file(demo.path(stored)).values())
+    assert min(weights) > 0
+    assert sum(weights) == pytest.approx(4 * values, rel=0.01), "float32, though stored as float16"
+    assert sum(weights) <= 4 * values
+
+
+def test_a_lowered_net_holds_its_kernels_in_place_of_their_weights(tmp_path: Path) -> None:
+    demo = Package.open(SHIPPED["demo"])
+    weights = demo.path(demo.manifest.nets["vae_decoder"].weights or "")
+    sizes = {name: 4 * array.size for name, array in load_file(weights).items()}
+    lowered = lower_for_cpu(demo, "vae_decoder", "winograd", tmp_path)
+    made = sum(array.nbytes for _, array in kernels(weights, lowered.kernels))
+    replaced = sum(sizes[kernel.weight] for kernel in lowered.kernels)
+    net = onnxruntime_backend.OnnxRuntimeNet(demo, "vae_decoder", threads=1, lowered=lowered)
+    assert 0 < replaced < made
+    assert net.memory.weights == sum(sizes.values()) - replaced + made
 
 
 @pytest.mark.parametrize("threads", [0, -1])

@@ -1,0 +1,55 @@
+"""The demo model's UNet as it was in November 2026, run by run beside ours, in the same process.
+
+`compare` takes our times over its times. Its graph is kept as a skeleton, filled with random weights and run
+by ONNX Runtime as it is: no change of ours touches it. It alternates with ours because what slows a shared
+machine comes and goes within a tenth of a second: both are slow in the same moments then. And it is a UNet
+because a neighbour slows a matmul, a convolution and hundreds of small operators down by different factors:
+medians of 12 s of our UNet's step over it stayed within 0.5 % (standard deviation, two shared cores), over a
+small network of convolutions, matmuls and softmax within 2.7 %. Any side's process can run it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from ...engines.onnxruntime import backend as onnxruntime
+from ...engines.onnxruntime.nets import CPU
+from ...engines.spec import Array
+from ..skeletons import fill_skeleton
+from .ceiling import Exercise
+from .contract import Task
+
+SKELETON, GRAPH = "yardstick", Path("unet") / "loop.onnx"
+# 128x128 pixels with guidance: about 12 ms on two cores of 2023
+SIZES = {"B": 2, "H/8": 16, "W/8": 16, "T": 77}
+
+
+def open_yardstick(task: Task) -> Exercise:
+    """On the CPU, with the threads that our own nets have.
+
+    Raises:
+        BackendError: ONNX Runtime is not installed.
+        UsageError: less than one thread.
+    """
+    options = onnxruntime.session_options(task.threads)
+    with TemporaryDirectory() as folder:
+        root = Path(folder) / SKELETON
+        fill_skeleton(SKELETON, root)
+        session = onnxruntime.open_session(root / GRAPH, options, [CPU], culprit=SKELETON)
+    inputs = _inputs(session)
+    return Exercise(call=lambda: session.run(None, inputs), facts={"sizes": SIZES})
+
+
+def _inputs(session: Any) -> dict[str, Array]:
+    random = np.random.default_rng(1)
+    shapes: dict[str, list[int | str]] = {item.name: item.shape for item in session.get_inputs()}
+    return {
+        name: random.standard_normal(
+            [SIZES[size] if isinstance(size, str) else size for size in shape], np.float32
+        )
+        for name, shape in shapes.items()
+    }
