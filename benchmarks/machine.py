@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engines.cuda.facts import Nvml, available, facts
+from ..engines.onnxruntime.cpu_layouts import processor, usable_processors
 
 _LIBRARIES = (
     "latentrt",
@@ -38,8 +39,8 @@ _LIBRARIES = (
 def describe_machine() -> dict[str, Any]:
     """Processor, usable cores, load, GPU (None without one), versions and commit, as JSON."""
     return {
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu": processor(),
+        "cores": usable_processors(),
         "load_1min": _load(),
         "gpu": describe_gpu(),
         "system": platform.platform(),
@@ -107,13 +108,6 @@ def _cpu_mhz() -> list[int]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     return [round(float(line.partition(":")[2])) for line in lines if line.startswith("cpu MHz")]
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def _version(name: str) -> str | None:

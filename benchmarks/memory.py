@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..engines.net_weights import engine_bytes
@@ -75,12 +75,7 @@ def measure_memory(
         found, outputs = measure_side(bench, name, wanted)
         rows += found
         wanted = wanted or outputs
-    said("our timeline of one request")
-    rows.append(bench.attempt(TIMELINE, lambda: timeline(bench)))
-    said(f"our growth over {steps[0]} steps")
-    rows.append(bench.attempt(GROWTH, lambda: growth(bench, steps[0])))
-    said(f"our peaks with {steps[1]} and {steps[2]} steps")
-    rows.append(bench.attempt(AGAINST_STEPS, lambda: against_steps(bench, *steps[1:])))
+    rows += _of_requests(bench, steps, said)
     settings = {"interval_s": interval, "warm_pictures": _WARM, "baselines": vars(baselines)}
     return Document(
         benchmark="memory",
@@ -88,6 +83,16 @@ def measure_memory(
         settings={"peers": sides.peers, **settings, **settings_of(sides.task)},
         rows=tuple(rows),
     )
+
+
+def _of_requests(bench: Bench, steps: Sequence[int], said: Said) -> Iterator[Row]:
+    """Ours alone, over the steps of requests."""
+    said("our timeline of one request")
+    yield bench.attempt(TIMELINE, lambda: timeline(bench))
+    said(f"our growth over {steps[0]} steps")
+    yield bench.attempt(GROWTH, lambda: growth(bench, steps[0]))
+    said(f"our peaks with {steps[1]} and {steps[2]} steps")
+    yield bench.attempt(AGAINST_STEPS, lambda: against_steps(bench, *steps[1:]))
 
 
 def measure_side(
