@@ -99,6 +99,7 @@ def main(arguments: Sequence[str] | None = None, measure: Measure | None = None)
     """The exit code: 1 if `compare` was wrong even once. Tests measure with a function of their own."""
     told = _arguments(arguments)
     package = Package.open(SHIPPED["demo"])
+    model = {**describe_model(package), "name": "demo"}
     pace = Pace(runs=1, rounds=1_000_000, budget=told.seconds, turn=TURN, warm_up=2)
     rows = list(read_document(told.out).rows) if told.out.is_file() else []
     settings = {
@@ -108,14 +109,10 @@ def main(arguments: Sequence[str] | None = None, measure: Measure | None = None)
         "workloads": WORKLOADS,
     }
     numbers = range(told.first, told.first + told.pairs)
-    document = Document(
-        benchmark="detection", model=describe_model(package), settings=settings, rows=tuple(rows)
-    )
+    document = Document(benchmark="detection", model=model, settings=settings, rows=tuple(rows))
     for row in run_trials(measure or _measure_with(package, pace), numbers, told.threshold):
         rows.append(row)
-        document = Document(
-            benchmark="detection", model=describe_model(package), settings=settings, rows=tuple(rows)
-        )
+        document = Document(benchmark="detection", model=model, settings=settings, rows=tuple(rows))
         document.write(told.out)
         ratios = ", ".join(f"x {ratio:.3f}" for ratio in row.samples)
         print(f"{row.case['trial']:3}  {row.workload}: {ratios}  {row.status} {row.reason}", flush=True)
