@@ -75,7 +75,9 @@ def _scenario(row: Row) -> str:
     met = row.figures.get("met")
     kept = "" if met is None else "met" if met else "missed"
     limit = [f"deadline {words.seconds(deadline)} {kept}".rstrip()] if deadline is not None else []
-    return ", ".join([f"{words.number(rate)} queries/s", *tails[2:], *limit])
+    sure = figure(row, "confidence")
+    told = [f"confidence {words.percent(sure)}"] if sure is not None else []
+    return ", ".join([f"{words.number(rate)} queries/s", *tails[2:], *limit, *told])
 
 
 def _memory(document: Document) -> Lines:
