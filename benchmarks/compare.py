@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any, Literal
 
 from ..engines.errors import UsageError
-from .intervals import LEAST, Estimate, Interval, ab_spread, quantile_of, ratio_of_rounds
+from .intervals import LEAST, Estimate, Interval, ab_spread, median_of, ratio_of_rounds
 from .records import Document, Rounds, Row
 from .roofline import GEMM
 from .sides.contract import AGAIN, CEILING, OURS, REFERENCES, YARDSTICK
@@ -173,7 +173,7 @@ class _Pair:
             old, new = (measure(*side) for side in sides)
             if old and new:
                 return new.estimate.over(old.estimate).interval(LEVEL), new.machine / old.machine
-        plain = [quantile_of(_pooled(document, row), 0.5, seed=seed) for document, row, seed in sides]
+        plain = [median_of(_pooled(document, row), seed=seed) for document, row, seed in sides]
         return plain[1].over(plain[0]).interval(LEVEL), None
 
     def _spreads(self) -> Iterator[float]:
@@ -224,7 +224,7 @@ def _over_yardstick(document: Document, row: Row, seed: int) -> _Times | None:
         return None
     rounds = _together([half.rounds for half in halves])
     machine = median(float(half.figures["yardstick_p50_s"]) for half in halves)
-    return _Times(estimate=quantile_of(rounds, 0.5, seed=seed), machine=machine)
+    return _Times(estimate=median_of(rounds, seed=seed), machine=machine)
 
 
 def _over_matmul(document: Document, row: Row, seed: int) -> _Times | None:

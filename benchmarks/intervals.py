@@ -119,32 +119,13 @@ def ratio_of_rounds(
     return Estimate(value=float(np.median(values)), resampled=np.median(values[drawn], axis=1))
 
 
-def ratio_of_quantiles(
-    numerator: Rounds,
-    denominator: Rounds,
-    quantile: float,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = SEED,
-) -> Estimate:
-    """A quantile of all samples of one side over that of the other, two sides of one run.
-
-    The same rounds of both are drawn, so that what is slow for a whole round widens the interval less.
-
-    Raises:
-        ValueError: other numbers of rounds, or none.
-    """
-    count = _same_count(numerator, denominator)
-    tops, bottoms = _Quantile(numerator, quantile), _Quantile(denominator, quantile)
-    size = len(tops.samples) + len(bottoms.samples)
-    found = [tops.of(drawn) / bottoms.of(drawn) for drawn in _draws(count, resamples, seed, size)]
-    once = np.ones((1, count), np.int64)
-    return Estimate(value=float((tops.of(once) / bottoms.of(once))[0]), resampled=np.concatenate(found))
-
-
-def quantile_of(rounds: Rounds, quantile: float, *, resamples: int = RESAMPLES, seed: int = SEED) -> Estimate:
-    """Of all samples. Raises ValueError without rounds."""
-    return ratio_of_quantiles(rounds, [(1.0,)] * len(rounds), quantile, resamples=resamples, seed=seed)
+def median_of(rounds: Rounds, *, resamples: int = RESAMPLES, seed: int = SEED) -> Estimate:
+    """Of all samples; whole rounds are drawn. Raises ValueError without rounds."""
+    count = _same_count(rounds, rounds)
+    median = _Median(rounds)
+    found = [median.of(drawn) for drawn in _draws(count, resamples, seed, len(median.samples))]
+    value = median.of(np.ones((1, count), np.int64))
+    return Estimate(value=float(value[0]), resampled=np.concatenate(found))
 
 
 def ab_spread(a: Rounds, b: Rounds) -> float:
@@ -189,23 +170,21 @@ def _theil_sen(xs: Floats, ys: Floats) -> float:
     return float(np.median((ys[other] - ys[one])[apart] / across[apart]))
 
 
-class _Quantile:
-    """A quantile over samples of which each counts as often as its round was drawn.
+class _Median:
+    """The median over samples of which each counts as often as its round was drawn."""
 
-    Where it falls between two samples it is their mean (Hyndman & Fan 1996, definition 2).
-    """
-
-    def __init__(self, rounds: Rounds, quantile: float) -> None:
+    def __init__(self, rounds: Rounds) -> None:
         samples = np.concatenate(rounds).astype(np.float64)
         order = np.argsort(samples, kind="stable")
         numbers = np.repeat(np.arange(len(rounds)), [len(turn) for turn in rounds])
-        self.samples, self._round, self._quantile = samples[order], numbers[order], quantile
+        self.samples, self._round = samples[order], numbers[order]
 
     def of(self, drawn: NDArray[np.int64]) -> Floats:
         """`drawn` (K, R): how often each round was; -> (K,)."""
         below = np.cumsum(drawn[:, self._round], axis=1)  # (K, samples)
-        place = below[:, -1:] * self._quantile
-        left, right = np.argmax(below >= place, axis=1), np.argmax(below > place, axis=1)
+        middle = below[:, -1:] / 2
+        # the two samples in the middle; the same one where their number is odd
+        left, right = np.argmax(below >= middle, axis=1), np.argmax(below > middle, axis=1)
         return (self.samples[left] + self.samples[right]) / 2
 
 

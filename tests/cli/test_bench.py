@@ -10,6 +10,9 @@ import pytest
 from latentrt import cli
 from latentrt.benchmarks import build_time, latency, memory, parity, scaling, suite, throughput
 from latentrt.benchmarks.records import Document, Row, read_document
+from latentrt.cli.bench_options import device_of
+from latentrt.engines.backend import choose_backend
+from latentrt.engines.errors import UsageError
 
 GOOD = Row(side="latentrt", workload="unet", rounds=((0.01, 0.02), (0.01, 0.03)))
 BAD = Row(side="latentrt", workload="unet", status="FAILED", reason="not finite")
@@ -175,3 +178,27 @@ def test_report(bench: Any, tmp_path: Path) -> None:
     assert "**x (fp32)**" in (tmp_path / "README.md").read_text()
     told = json.loads(bench(*arguments, "--json")[1])
     assert told["changed"] == []
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "found"),
+    [
+        ("onnxruntime", "auto", "cpu"),
+        ("onnxruntime-cuda", "auto", "cuda"),
+        ("onnxruntime-cuda", "cpu", "cpu"),
+        ("imagined", "auto", "cpu"),
+    ],
+)
+def test_peers_run_where_our_backend_does(
+    monkeypatch: pytest.MonkeyPatch, backend: str, device: str, found: str
+) -> None:
+    def choose(name: str) -> tuple[str, object]:
+        return (name, None) if name == "onnxruntime-cuda" else choose_backend(name)
+
+    monkeypatch.setattr("latentrt.engines.backend.choose_backend", choose)
+    assert device_of(backend, device) == found
+
+
+def test_an_unknown_device_is_refused() -> None:
+    with pytest.raises(UsageError, match="unknown device 'gpu'"):
+        device_of("auto", "gpu")
