@@ -10,6 +10,7 @@ import numpy as np
 
 from ..engines.package import Manifest
 from ..engines.spec import Array
+from ..runtime.device_memory import shape_of
 from ..runtime.tokenizer import ClipTokenizer
 
 PROMPT = "a red circle on a blue background"
@@ -77,6 +78,11 @@ class Case:
         }
 
 
+def rows_per_step(case: Case, manifest: Manifest) -> int:
+    """Time invariants of a step: one for all UNet rows, or with vectors one for each."""
+    return case.batch if manifest.vectors else 1
+
+
 def sizes_of(case: Case, manifest: Manifest) -> dict[str, int]:
     """The symbols of the net contract (`engines/spec.py`) as a case has them."""
     cell = manifest.latent_scale
@@ -84,7 +90,7 @@ def sizes_of(case: Case, manifest: Manifest) -> dict[str, int]:
         "N": case.pictures,
         "B": case.batch,
         "P": 2 if case.guided else 1,
-        "S": case.steps,
+        "S": case.steps * rows_per_step(case, manifest),
         "T": manifest.max_tokens,
         "H": case.height,
         "W": case.width,
@@ -97,8 +103,10 @@ def net_inputs(workload: str, case: Case, manifest: Manifest, tokenizer: ClipTok
     """The inputs of one call of a net, float32 where they are floats; never zeros, the same for every side.
 
     Returns:
-        text_encoder: `input_ids` (P, T) int32, P = 2 with guidance, unconditional first.
-        unet: `latent` (B, C, H/8, W/8), `timestep` (1,), `context` (B, T, D).
+        text_encoder: `input_ids` (P, T) int32, P = 2 with guidance, unconditional first; and `clip_skip` (1,)
+            int32, none, where the net asks for it.
+        unet: `latent` (B, C, H/8, W/8), `timestep` (1,), `context` (B, T, D); and where the UNet asks for
+            them, `image_latents` (B, C', H/8, W/8) and vectors (B, width) by name.
         vae_decoder: `latent` (N, C, H/8, W/8), in the units of the UNet (before the scaling factor).
     """
     random = np.random.default_rng(case.seed)
@@ -106,12 +114,40 @@ def net_inputs(workload: str, case: Case, manifest: Manifest, tokenizer: ClipTok
     latent = manifest.latent_channels, case.height // cell, case.width // cell
     if workload == "text_encoder":
         texts = [case.negative_prompt, case.prompt] if case.guided else [case.prompt]
-        return {"input_ids": tokenizer.encode(texts, length=manifest.max_tokens).ids}
+        asked = {item.name for item in manifest.net("text_encoder").spec.inputs}
+        skip = {"clip_skip": np.zeros(1, np.int32)} if "clip_skip" in asked else {}
+        return {"input_ids": tokenizer.encode(texts, length=manifest.max_tokens).ids, **skip}
     if workload == "vae_decoder":
         return {"latent": random.standard_normal((case.pictures, *latent), np.float32)}
     context = case.batch, manifest.max_tokens, manifest.context_width
-    return {
+    told = {
         "latent": random.standard_normal((case.batch, *latent), np.float32),
         "timestep": random.integers(1, 1000, 1).astype(np.float32),
         "context": random.standard_normal(context, np.float32),
+    }
+    more = {name: (case.batch, width) for name, width in manifest.vectors.items()}
+    more |= {
+        item.name: shape_of(item.shape, sizes_of(case, manifest))
+        for item in manifest.net("unet").spec.inputs
+        if item.name == "image_latents"
+    }
+    return told | {name: random.standard_normal(shape, np.float32) for name, shape in more.items()}
+
+
+def time_inputs(
+    case: Case, manifest: Manifest, inputs: Mapping[str, Array], timesteps: Array
+) -> dict[str, Array]:
+    """What `unet_time` is called with: `timesteps` (steps,) and the vectors among `inputs`, S rows each."""
+    vectors = {name: np.tile(inputs[name], (len(timesteps), 1)) for name in manifest.vectors}
+    return {"timestep": np.repeat(timesteps, rows_per_step(case, manifest)), **vectors}
+
+
+def whole_inputs(case: Case, manifest: Manifest, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """What `unet_whole` is called with, of the UNet's `inputs`; float32."""
+    behind = [inputs[name] for name in ("image_latents",) if name in inputs]
+    return {
+        "sample": np.concatenate([inputs["latent"], *behind], axis=1),
+        "timestep": np.repeat(inputs["timestep"], case.batch),
+        "encoder_hidden_states": inputs["context"],
+        **{name: inputs[name] for name in manifest.vectors},
     }

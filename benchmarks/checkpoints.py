@@ -13,91 +13,46 @@ import json
 import math
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
-SCHEDULER: dict[str, Any] = {
-    "_class_name": "DDIMScheduler",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "prediction_type": "epsilon",
-}
+from . import recipes
+from .recipes import SCHEDULER, Recipe
+
 SAFETENSORS = {torch.float16: "F16", torch.float32: "F32", torch.bfloat16: "BF16"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """The configs of one checkpoint."""
-
-    unet: Mapping[str, Any]
-    text: Mapping[str, Any]
-    vae: Mapping[str, Any]
-    scheduler: Mapping[str, Any] = field(default_factory=lambda: SCHEDULER)
-
-
-def _unet(channels: tuple[int, ...], **more: Any) -> dict[str, Any]:
-    count = len(channels)
-    return {
-        "in_channels": 4,
-        "out_channels": 4,
-        "block_out_channels": channels,
-        "down_block_types": ("CrossAttnDownBlock2D",) * (count - 1) + ("DownBlock2D",),
-        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (count - 1),
-        **more,
-    }
-
-
-def _vae(channels: tuple[int, ...], **more: Any) -> dict[str, Any]:
-    count = len(channels)
-    return {
-        "block_out_channels": channels,
-        "down_block_types": ("DownEncoderBlock2D",) * count,
-        "up_block_types": ("UpDecoderBlock2D",) * count,
-        "latent_channels": 4,
-        **more,
-    }
-
-
-def _text(width: int, heads: int, layers: int, **more: Any) -> dict[str, Any]:
-    return {
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_attention_heads": heads,
-        "num_hidden_layers": layers,
-        "max_position_embeddings": 77,
-        "vocab_size": 49408,
-        "bos_token_id": 49406,
-        "eos_token_id": 49407,
-        "projection_dim": width,
-        "model_type": "clip_text_model",
-        "architectures": ["CLIPTextModel"],
-        **more,
-    }
-
-
-_SD_VAE = _vae((128, 256, 512, 512), layers_per_block=2, sample_size=512, scaling_factor=0.18215)
-_TINY_TEXT = {"vocab_size": 700, "bos_token_id": 698, "eos_token_id": 699}
+# Colours of the pictures that OpenAI's CLIP was trained on.
+_PROCESSOR = {
+    "image_processor_type": "CLIPImageProcessor",
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+}
 
 RECIPES: Mapping[str, Recipe] = {
     "sd15": Recipe(
-        unet=_unet((320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8, sample_size=64),
-        text=_text(768, 12, 12, hidden_act="quick_gelu"),
-        vae=_SD_VAE,
+        unet=recipes.unet(
+            (320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8, sample_size=64
+        ),
+        text=recipes.text(768, 12, 12, hidden_act="quick_gelu"),
+        vae=recipes.SD_VAE,
     ),
     "sd21": Recipe(
-        unet=_unet(
+        unet=recipes.unet(
             (320, 640, 1280, 1280),
             cross_attention_dim=1024,
             attention_head_dim=[5, 10, 20, 20],
@@ -105,13 +60,13 @@ RECIPES: Mapping[str, Recipe] = {
             use_linear_projection=True,
             upcast_attention=True,
         ),
-        text=_text(1024, 16, 23, hidden_act="gelu", projection_dim=512),
-        vae={**_SD_VAE, "sample_size": 768},
+        text=recipes.text(1024, 16, 23, hidden_act="gelu", projection_dim=512),
+        vae={**recipes.SD_VAE, "sample_size": 768},
         scheduler={**SCHEDULER, "prediction_type": "v_prediction"},
     ),
     # Like 1.x: convolutional projections, one head count for all blocks, three heads of 16 to 32.
     "tiny1": Recipe(
-        unet=_unet(
+        unet=recipes.unet(
             (48, 96),
             cross_attention_dim=80,
             attention_head_dim=3,
@@ -119,12 +74,12 @@ RECIPES: Mapping[str, Recipe] = {
             layers_per_block=1,
             norm_num_groups=6,
         ),
-        text=_text(80, 5, 2, hidden_act="quick_gelu", **_TINY_TEXT),
-        vae=_vae((16, 32), layers_per_block=1, norm_num_groups=4, sample_size=16),
+        text=recipes.text(80, 5, 2, hidden_act="quick_gelu", **recipes.TINY_TEXT),
+        vae=recipes.vae((16, 32), layers_per_block=1, norm_num_groups=4, sample_size=16),
     ),
     # Like 2.x: linear projections, heads by block, upcast attention, v-prediction; three levels.
     "tiny2": Recipe(
-        unet=_unet(
+        unet=recipes.unet(
             (32, 48, 48),
             cross_attention_dim=64,
             attention_head_dim=[2, 3, 1],
@@ -134,15 +89,20 @@ RECIPES: Mapping[str, Recipe] = {
             use_linear_projection=True,
             upcast_attention=True,
         ),
-        text=_text(64, 4, 1, hidden_act="gelu", **_TINY_TEXT),
-        vae=_vae((16, 16, 32), layers_per_block=1, norm_num_groups=4, sample_size=32, scaling_factor=0.5),
+        text=recipes.text(64, 4, 1, hidden_act="gelu", **recipes.TINY_TEXT),
+        vae=recipes.vae(
+            (16, 16, 32), layers_per_block=1, norm_num_groups=4, sample_size=32, scaling_factor=0.5
+        ),
         scheduler={**SCHEDULER, "prediction_type": "v_prediction"},
     ),
+    **recipes.FAMILIES,
 }
 
 
 def _init(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """As torch initialises: uniform within 1/sqrt(fan-in); norms near the identity; embeddings as CLIP's."""
+    if name in ("mean", "std"):  # of unCLIP's embeddings
+        return torch.rand(shape, generator=generator) + (0.5 if name == "std" else -0.5)
     if "embedding.weight" in name and "time_embedding" not in name:
         return torch.randn(shape, generator=generator) * 0.02
     if len(shape) == 1 and "norm" in name:
@@ -171,15 +131,43 @@ def _save(path: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype, seed
             stream.write(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
-def _parts(recipe: Recipe) -> Iterator[tuple[str, str, nn.Module, dict[str, Any]]]:
+Part = tuple[str, str, nn.Module, dict[str, Any]]
+
+
+def _parts(recipe: Recipe) -> Iterator[Part]:
+    """Folder, stem of the weights file, module and config of each part with weights."""
+    encoders: list[tuple[str, Any, Any, Any]] = [
+        ("text_encoder", recipe.text, CLIPTextConfig, CLIPTextModel),
+        ("text_encoder_2", recipe.text_2, CLIPTextConfig, CLIPTextModelWithProjection),
+        ("image_encoder", recipe.vision, CLIPVisionConfig, CLIPVisionModelWithProjection),
+    ]
     with torch.device("meta"):
-        text = CLIPTextModel(CLIPTextConfig(**recipe.text))
-        unet = UNet2DConditionModel(**recipe.unet)
-        vae = AutoencoderKL(**recipe.vae)
-    yield "text_encoder", "model", text, dict(recipe.text)
-    for name, net in (("unet", unet), ("vae", vae)):
-        config = {"_class_name": type(net).__name__, **dict(net.config)}
-        yield name, "diffusion_pytorch_model", net, config
+        nets: list[tuple[str, nn.Module]] = [
+            ("unet", UNet2DConditionModel(**recipe.unet)),
+            ("vae", AutoencoderKL(**recipe.vae)),
+        ]
+        clips: list[tuple[str, Any, Any]] = [
+            (name, config, kind(shape(**config))) for name, config, shape, kind in encoders if config
+        ]
+        if recipe.vision:
+            nets.append(("image_normalizer", _normalizer(recipe.vision["projection_dim"])))
+    for name, config, net in clips:
+        yield name, "model", net, dict(config)
+    for name, net in nets:
+        yield name, "diffusion_pytorch_model", net, _config(net)
+
+
+def _normalizer(width: int) -> nn.Module:
+    # this module imports pipelines, and with them everything they can be
+    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import (
+        StableUnCLIPImageNormalizer,
+    )
+
+    return StableUnCLIPImageNormalizer(embedding_dim=width)
+
+
+def _config(net: Any) -> dict[str, Any]:
+    return {"_class_name": type(net).__name__, **dict(net.config)}
 
 
 def make_checkpoint(
@@ -187,33 +175,77 @@ def make_checkpoint(
 ) -> Path:
     """Write the folder. `old_names`: the text encoder's tensors as transformers before 5 named them."""
     root.mkdir(parents=True)
-    index = {
-        "_class_name": "StableDiffusionPipeline",
+    empty = [None, None]
+    index: dict[str, Any] = {
+        "_class_name": recipe.pipeline,
         "_diffusers_version": "0.42.1",
         "scheduler": ["diffusers", recipe.scheduler["_class_name"]],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
+        "text_encoder": empty,
+        "tokenizer": empty,
+        **dict.fromkeys(("feature_extractor", "image_encoder"), empty),
+        **dict.fromkeys(() if recipe.text_2 else ("safety_checker",), empty),
+        **recipe.index,
     }
-    (root / "model_index.json").write_text(json.dumps(index))
     for number, (name, stem, net, config) in enumerate(_parts(recipe)):
-        folder = root / name
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(config))
+        library = "transformers" if stem == "model" else "diffusers"
+        index[name] = [_LIBRARIES.get(name, library), type(net).__name__]
         prefix = "text_model." if name == "text_encoder" and old_names else ""
         shapes = {prefix + key: value.shape for key, value in net.state_dict().items()}
-        _save(folder / f"{stem}.safetensors", shapes, dtype, seed * 10 + number)
-    (root / "scheduler").mkdir()
-    (root / "scheduler" / "scheduler_config.json").write_text(json.dumps(dict(recipe.scheduler)))
-    _tokenizer(root / "tokenizer", recipe.text["vocab_size"])
+        _write_part(root / name, stem, config, shapes, dtype, seed * 10 + number)
+    _write_json(root / "scheduler" / "scheduler_config.json", recipe.scheduler)
+    for name, config in (("tokenizer", recipe.text), ("tokenizer_2", recipe.text_2)):
+        if config:
+            index[name] = ["transformers", "CLIPTokenizer"]
+            _tokenizer(root / name, config["vocab_size"], "!" if name == "tokenizer_2" else "<|endoftext|>")
+    if recipe.vision:
+        index |= _write_image_configs(root, recipe.vision["image_size"])
+    _write_json(root / "model_index.json", index)
     return root
 
 
-def _tokenizer(folder: Path, size: int) -> None:
+# The library that model_index.json names, where it is not the one that wrote the weights.
+_LIBRARIES = {"image_normalizer": "stable_diffusion"}
+
+
+def make_tiny_vae(root: Path, *, dtype: torch.dtype = torch.float16, seed: int = 0) -> Path:
+    """Write the folder of an AutoencoderTiny that fits the tiny recipes of two levels."""
+    with torch.device("meta"):
+        net = AutoencoderTiny(**recipes.TINY_VAE)
+    shapes = {key: value.shape for key, value in net.state_dict().items()}
+    _write_part(root, "diffusion_pytorch_model", _config(net), shapes, dtype, seed)
+    return root
+
+
+def _write_part(
+    folder: Path,
+    stem: str,
+    config: Mapping[str, Any],
+    shapes: Mapping[str, torch.Size],
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    folder.mkdir(parents=True)
+    _write_json(folder / "config.json", config)
+    _save(folder / f"{stem}.safetensors", shapes, dtype, seed)
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(dict(data)))
+
+
+def _write_image_configs(root: Path, size: int) -> dict[str, list[str]]:
+    """What unCLIP reads pictures and noises their embeddings with; returns its part of the index."""
+    sizes = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+    _write_json(root / "feature_extractor" / "preprocessor_config.json", {**_PROCESSOR, **sizes})
+    _write_json(root / "image_noising_scheduler" / "scheduler_config.json", recipes.IMAGE_NOISE)
+    return {
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "image_noising_scheduler": ["diffusers", "DDPMScheduler"],
+    }
+
+
+def _tokenizer(folder: Path, size: int, pad: str) -> None:
     """Byte-level vocabulary in CLIP's form, of CLIP's size; merges are made up but valid."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(code) for code in visible] + [chr(256 + code) for code in range(256 - len(visible))]
@@ -229,7 +261,7 @@ def _tokenizer(folder: Path, size: int) -> None:
     folder.mkdir()
     (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(vocabulary)}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": pad}
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
     (folder / "tokenizer_config.json").write_text(json.dumps({**special, "model_max_length": 77}))
 

@@ -49,19 +49,18 @@ task, prompt, parameters = json.loads(sys.argv[1])
 marks = [perf_counter()]
 from latentrt.runtime import Pipeline
 marks.append(perf_counter())
-from latentrt.engines.package import Package
-from latentrt.runtime.loops import LoopOptions, open_loop
-from latentrt.runtime.tokenizer import ClipTokenizer
-package = Package.open(task["package"])
-tokenizer = ClipTokenizer.open(package.root / "tokenizer")
-marks.append(perf_counter())
-loop, backend = open_loop(package, LoopOptions(backend=task["backend"], threads=task["threads"]))
-with Pipeline(package, tokenizer, loop, backend) as pipe:
+from latentrt.runtime import pipeline
+open_loop = pipeline.open_loop
+def opening(*arguments):
     marks.append(perf_counter())
-    for picture in range(2):
-        pipe(prompt, **parameters)
+    return open_loop(*arguments)
+pipeline.open_loop = opening
+with Pipeline.open(**task) as pipe:
+    marks.append(perf_counter())
+    for text in (prompt, prompt + " again"):  # encoded prompts are cached
+        pipe(text, **parameters)
         marks.append(perf_counter())
-print(json.dumps({"marks": marks, "backend": backend}))
+print(json.dumps({"marks": marks, "backend": pipe.backend}))
 """
 _TAIL = 400  # characters of what a process printed
 _LIMIT = 900.0  # seconds for a process
@@ -158,7 +157,7 @@ def measure_cold_start(
 
 
 def _variants(package: Package, task: Task, case: Case) -> list[_Variant]:
-    opened = {"package": str(package.root), "backend": task.backend, "threads": task.threads}
+    opened = {"model": str(package.root), "backend": task.backend, "threads": task.threads}
     told = json.dumps([opened, case.prompt, case.parameters])
     return [
         _Variant(workloads=("bare interpreter",), arguments=["-c", "pass"]),

@@ -9,12 +9,12 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from ..engines.build import built_nets
 from ..engines.device import Device
 from ..engines.onnxruntime.nets import OnnxRuntimeDeviceNet
 from ..engines.onnxruntime.placement import read_placement
 from ..engines.spec import DTYPES, output_shapes
 from ..runtime.device_memory import Sizes
-from ..runtime.loops import DEVICE_NETS
 from .gpu_nets import random_inputs, run_once, shapes
 from .gpu_opener import Opener, Scale
 from .gpu_pictures import draw
@@ -34,7 +34,7 @@ def placement(opener: Opener, scale: Scale) -> Iterator[Row]:
         return
     sizes = shapes(scale, opener.package)[0]
     with TemporaryDirectory() as folder:
-        device, nets = opener.open_profiled(opener.package, DEVICE_NETS, Path(folder))
+        device, nets = opener.open_profiled(opener.package, built_nets(opener.package), Path(folder))
         try:
             for name, net in nets.items():
                 yield attempt(name, lambda name=name, net=net: _placed(name, device, net, sizes))

@@ -22,7 +22,6 @@ from ..engines.store.engine_store import EngineStore
 from ..engines.tensorrt.flavour import BACKENDS as ENGINE_BACKENDS
 from ..runtime.device_memory import Sizes, shape_of
 from ..runtime.device_programs import input_shapes
-from ..runtime.loops import DEVICE_NETS
 from .build_time import describe_engine
 from .gpu_opener import Opener, Scale
 from .gpu_rows import Row, attempt, failed, judged, mebibytes
@@ -99,7 +98,7 @@ def shapes(scale: Scale, package: Package) -> tuple[Sizes, Sizes]:
             "N": pictures,
             "B": 2 * pictures,
             "P": pictures + 1,
-            "S": steps,
+            "S": steps * (2 * pictures if manifest.vectors else 1),
             "T": manifest.max_tokens,
             "H": height,
             "W": width,
@@ -114,7 +113,7 @@ def parity(opener: Opener, scale: Scale) -> Iterator[Row]:
     """Every net at two shapes against ONNX Runtime on the CPU, the same seeded random inputs."""
     bar = RELATIVE_L2[opener.package.manifest.dtype]
     with opener.nets() as (device, nets):
-        for name in DEVICE_NETS:
+        for name in nets:
             with open_net(opener.package, name, threads=scale.threads) as plain:
                 for seed, sizes in enumerate(shapes(scale, opener.package)):
                     what = f"{name} {sizes['W']}x{sizes['H']} b{sizes['N']}"
@@ -151,12 +150,14 @@ def _parity(
 
 
 def random_inputs(spec: NetSpec, sizes: Sizes, seed: int) -> dict[str, Array]:
-    """Seeded: unit normal, timesteps uniform in 0 to 999, token ids below 99."""
+    """Seeded: unit normal, timesteps uniform in 0 to 999, token ids and shades below 99, no layer skipped."""
     random = np.random.default_rng(seed)
     arrays: dict[str, Array] = {}
     for tensor in spec.inputs:
         shape = shape_of(tensor.shape, sizes)
-        if np.issubdtype(DTYPES[tensor.dtype], np.integer):
+        if tensor.name == "clip_skip":
+            values = np.zeros(shape)
+        elif np.issubdtype(DTYPES[tensor.dtype], np.integer):
             values = random.integers(0, 99, shape)
         elif tensor.name == "timestep":
             values = random.uniform(0, 999, shape)

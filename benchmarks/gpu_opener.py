@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..engines.backend import DeviceBackend, choose_backend, to_stderr
+from ..engines.build import built_nets
 from ..engines.cuda.device import CudaDevice
 from ..engines.cuda.facts import Nvml, facts
 from ..engines.device import Device, DeviceNet, Graph
@@ -20,10 +21,8 @@ from ..engines.package import Manifest, Package
 from ..engines.tensorrt.flavour import BACKENDS as ENGINE_BACKENDS
 from ..engines.tensorrt.flavour import flavour
 from ..runtime.device_loop import DeviceLoop
-from ..runtime.loops import DEVICE_NETS
 from ..runtime.pipeline import Pipeline
 from ..runtime.replay import Graphs
-from ..runtime.tokenizer import ClipTokenizer
 
 PROMPT = "a red circle on a blue background"
 
@@ -163,7 +162,7 @@ class Opener:
     @contextmanager
     def nets(self) -> Generator[tuple[Device, Mapping[str, DeviceNet]], None, None]:
         """A device and every net of the loop."""
-        device, nets = self.open_device(self.package, DEVICE_NETS)
+        device, nets = self.open_device(self.package, built_nets(self.package))
         with ExitStack() as stack:
             stack.callback(device.close)
             for net in nets.values():
@@ -174,14 +173,11 @@ class Opener:
     def pipeline(self, graphs: Graphs = "off") -> Generator[Opened, None, None]:
         """A pipeline on the device. With graphs "on", runs may be captured, whatever the default is."""
         opened = (graphs == "on" and self.open_capturing) or self.open_device
-        device, nets = opened(self.package, DEVICE_NETS)
+        device, nets = opened(self.package, built_nets(self.package))
         counted, log = CountedDevice(device), list[str]()
-        loop = DeviceLoop(
-            cast(Device, counted), nets, self.package.manifest.latent_scale, graphs=graphs, log=log.append
-        )
+        loop = DeviceLoop(cast(Device, counted), nets, self.package.manifest, graphs=graphs, log=log.append)
         try:
-            tokenizer = ClipTokenizer.open(self.package.root / "tokenizer")
-            pipe = Pipeline(self.package, tokenizer, loop, self.backend)
+            pipe = Pipeline.over(self.package, loop, self.backend, cache_bytes=0)
             yield Opened(pipe=pipe, loop=loop, device=counted, log=log)
         finally:
             loop.close()

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..engines.net_weights import engine_bytes
 from ..engines.package import Package
-from ..engines.spec import Array
+from ..engines.spec import TEXT_ENCODERS, Array
 from ..runtime.loops import HOST_NETS
 from .case import Case
 from .latency import Said, Sides, check, describe_model, settings_of
@@ -57,12 +57,13 @@ def measure_memory(
     watch = watch or DeviceWatch.open()
     said("an empty interpreter" + (" and an empty CUDA context" if watch else ""))
     baselines = measure_baselines(watch, interval)
+    drawing = {*HOST_NETS, *TEXT_ENCODERS}
     bench = Bench(
         package=package,
         task=sides.task,
         case=case,
         baselines=baselines,
-        weights=sum(engine_bytes(package, net) for net in HOST_NETS),
+        weights=sum(engine_bytes(package, net) for net in drawing & package.manifest.nets.keys()),
         watch=watch,
         interval=interval,
     )

@@ -29,11 +29,14 @@ import numpy as np
 from ..engines.spec import DTYPES, output_shapes
 from ..runtime.clock import Clock
 from ..runtime.device_loop import DeviceLoop
+from ..runtime.device_programs import input_shapes
 from ..runtime.job import Job
+from ..runtime.loops import LoopOptions
 from ..runtime.pipeline import Pipeline
 from ..runtime.request import make_request
-from .case import Case
+from .case import Case, rows_per_step
 from .memory_samples import resident
+from .opening import open_pipeline
 from .sides.contract import Task
 
 SETTLED = 5  # steps after which every buffer of the loop is there: no sampler remembers more than 5
@@ -64,7 +67,7 @@ def draw(pipe: Pipeline, case: Case) -> dict[str, Any]:
     """One picture, step by step: `began`, `ended`, and `marks`, [stage, moment] in order."""
     loop, clock = pipe._loop, Marks()  # pyright: ignore[reportPrivateUsage]
     began = perf_counter()
-    *_, last = loop.steps(_job(pipe, case), clock, None)
+    *_, last = loop.steps(_job(pipe, case, clock), clock, None)
     with clock.stage("vae_decoder"):
         loop.decode(last.latent)
     return {"began": began, "ended": perf_counter(), "marks": clock.marks}
@@ -162,16 +165,17 @@ def _numbers(count: int) -> array[int]:
     return array("q", bytes(8 * count))
 
 
-def schedule_bytes(pipe: Pipeline) -> int:
+def schedule_bytes(pipe: Pipeline, case: Case) -> int:
     """Of one step in what is computed once per request for all steps: the time embeddings."""
     spec = pipe.package.manifest.nets["unet_time"].spec
-    shapes = output_shapes(spec, {spec.inputs[0].name: (1,)})
+    rows = rows_per_step(case, pipe.package.manifest)
+    shapes = output_shapes(spec, input_shapes(spec, {"S": rows}))
     return sum(math.prod(shapes[item.name]) * np.dtype(DTYPES[item.dtype]).itemsize for item in spec.outputs)
 
 
-def _job(pipe: Pipeline, case: Case) -> Job:
+def _job(pipe: Pipeline, case: Case, clock: Clock | None = None) -> Job:
     request = make_request(pipe.package.manifest, case.prompt, **case.parameters)
-    return pipe._job(request)  # pyright: ignore[reportPrivateUsage]
+    return pipe._job(request, clock or Clock())  # pyright: ignore[reportPrivateUsage]
 
 
 def _rows(pipe: Pipeline, case: Case) -> Iterator[int]:
@@ -185,19 +189,19 @@ def _rows(pipe: Pipeline, case: Case) -> Iterator[int]:
 
 def _grown(pipe: Pipeline, case: Case, steps: int) -> list[tuple[str, int]]:
     """Lines whose allocations grew between the settled steps and the last one."""
-    mine = [tracemalloc.Filter(inclusive=False, filename_pattern=name) for name in _MINE]
-    early: tracemalloc.Snapshot | None = None
-    grown: list[tuple[str, int]] = []
+    snapshots: list[tracemalloc.Snapshot] = []
     for index in _rows(pipe, case):
-        if index not in (min(SETTLED, steps - 1), steps - 1):
-            continue
-        gc.collect()
-        now = tracemalloc.take_snapshot().filter_traces(mine)
-        for item in now.compare_to(early, "lineno") if early else ():
-            place = item.traceback[0]
-            if item.size_diff > 0:
-                grown.append((f"{'/'.join(Path(place.filename).parts[-2:])}:{place.lineno}", item.size_diff))
-        early = now
+        if index in (min(SETTLED, steps - 1), steps - 1):
+            gc.collect()
+            snapshots.append(tracemalloc.take_snapshot())
+    # filtered only now, for that compiles patterns and keeps them
+    mine = [tracemalloc.Filter(inclusive=False, filename_pattern=name) for name in _MINE]
+    early, late = (snapshot.filter_traces(mine) for snapshot in snapshots)
+    grown: list[tuple[str, int]] = []
+    for item in late.compare_to(early, "lineno"):
+        place = item.traceback[0]
+        if item.size_diff > 0:
+            grown.append((f"{'/'.join(Path(place.filename).parts[-2:])}:{place.lineno}", item.size_diff))
     return sorted(grown, key=lambda item: -item[1])[:_LINES]
 
 
@@ -235,7 +239,7 @@ def answer(pipe: Pipeline, case: Case, command: Mapping[str, Any]) -> dict[str, 
     """Carry one command out; {"do": "draw" or "growth", "steps": of the request}."""
     verbs: Mapping[str, Callable[[Pipeline, Case], dict[str, Any]]] = {"draw": draw, "growth": watch_steps}
     told = verbs[command["do"]](pipe, replace(case, steps=command["steps"]))
-    return {**told, "schedule_bytes": schedule_bytes(pipe)}
+    return {**told, "schedule_bytes": schedule_bytes(pipe, case)}
 
 
 def main() -> None:
@@ -249,7 +253,8 @@ def main() -> None:
 
     task, case = Task.from_json(json.loads(sys.argv[1])), Case.from_json(json.loads(sys.argv[2]))
     began = perf_counter()
-    with Pipeline.open(task.package, backend=task.backend, threads=task.threads) as pipe:
+    options = LoopOptions(backend=task.backend, threads=task.threads)
+    with open_pipeline(task.package, options) as pipe:
         reply({"opened": perf_counter() - began, "backend": pipe.backend})
         for line in sys.stdin:
             reply(answer(pipe, case, json.loads(line)))

@@ -14,9 +14,10 @@ from statistics import median
 from typing import Any
 
 from ..engines.package import Package
+from ..engines.spec import TEXT_ENCODERS
 from ..runtime.request import make_request
 from ..runtime.samplers import make_table
-from .case import Case
+from .case import Case, rows_per_step
 from .records import Row
 from .sides.contract import CEILING
 from .work import Work, net_work
@@ -63,8 +64,8 @@ def workload_parts(package: Package, workload: str, case: Case) -> Parts:
         LatentrtError: whatever `net_work` raises, or SamplerError for the case's sampler.
     """
     makers: dict[str, Callable[[Package, Case], Parts]] = {
-        "text_encoder": _text_encoder,
-        "invariants": lambda package, case: _invariants(package, case.batch, case.steps),
+        "text_encoder": lambda package, case: (_text_encoder(package, case, "text_encoder"),),
+        "invariants": lambda package, case: _invariants(package, case, case.batch, case.steps),
         "unet": _unet,
         "vae_decoder": _vae_decoder,
         "picture": _picture,
@@ -76,8 +77,8 @@ def _prompts(case: Case) -> int:
     return 2 if case.guided else 1
 
 
-def _text_encoder(package: Package, case: Case) -> Parts:
-    return (Part(work=net_work(package, "text_encoder", {"P": _prompts(case), **_tokens(package)})),)
+def _text_encoder(package: Package, case: Case, net: str) -> Part:
+    return Part(work=net_work(package, net, {"P": _prompts(case), **_tokens(package)}))
 
 
 def _tokens(package: Package) -> dict[str, int]:
@@ -89,7 +90,8 @@ def _latent(package: Package, case: Case) -> dict[str, int]:
     return {"H/8": case.height // cell, "W/8": case.width // cell}
 
 
-def _invariants(package: Package, texts: int, rows: int) -> Parts:
+def _invariants(package: Package, case: Case, texts: int, steps: int) -> Parts:
+    rows = steps * rows_per_step(case, package.manifest)
     return (
         Part(work=net_work(package, "unet_context", {"B": texts, **_tokens(package)})),
         Part(work=net_work(package, "unet_time", {"S": rows})),
@@ -111,8 +113,8 @@ def _picture(package: Package, case: Case) -> Parts:
     rows = len(make_table(request.sampler, case.steps))
     (unet,) = _unet(package, case)
     return (
-        *_text_encoder(package, case),
-        *_invariants(package, _prompts(case), rows),
+        *(_text_encoder(package, case, net) for net in TEXT_ENCODERS if net in package.manifest.nets),
+        *_invariants(package, case, _prompts(case), rows),
         replace(unet, calls=rows),
         *_vae_decoder(package, case),
     )

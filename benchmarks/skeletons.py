@@ -21,6 +21,7 @@ import numpy as np
 
 from ..engines.errors import UsageError
 from ..engines.package import MANIFEST, Manifest, Package, write_manifest
+from ..engines.spec import TEXT_ENCODERS
 from ..runtime.pipeline import SHIPPED
 
 FOLDER = Path(__file__).resolve().parent / "skeletons"
@@ -30,11 +31,11 @@ _DRAWN = 1 << 24
 
 
 def save_skeleton(package: Package, folder: Path) -> None:
-    """Write the skeleton of an exported package; the tokenizer is left out, it is 1 MB and any one serves."""
+    """Write the skeleton of an exported package; tokenizers are left out, as any one serves."""
     manifest = package.manifest
     for name in manifest.files:
         target = folder / name
-        if name.startswith("tokenizer/"):
+        if name.startswith("tokenizer"):
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".onnx"):
@@ -67,12 +68,14 @@ def fill_skeleton(name: str, folder: Path, *, seed: int = 0) -> Package:
             fix="Choose another name or folder.",
         )
     shutil.copytree(skeleton, folder, ignore=shutil.ignore_patterns(f"*{_HEADER}"))
-    shutil.copytree(SHIPPED["demo"] / "tokenizer", folder / "tokenizer")
+    data = json.loads((skeleton / MANIFEST).read_text(encoding="utf-8"))
+    for net, tokenizer in TEXT_ENCODERS.items():
+        if net in data["nets"]:
+            shutil.copytree(SHIPPED["demo"] / "tokenizer", folder / tokenizer)
     drawn = np.random.default_rng(seed).standard_normal(_DRAWN, np.float32)
     for path in sorted(skeleton.rglob(f"*{_HEADER}")):
         target = folder / path.relative_to(skeleton)
         _write_weights(target.with_name(target.name.removesuffix(_HEADER)), path, drawn)
-    data = json.loads((skeleton / MANIFEST).read_text(encoding="utf-8"))
     return write_manifest(folder, Manifest.from_json(data))
 
 

@@ -20,6 +20,7 @@ from ..engines.errors import CancelledError, LatentrtError
 from .bench import bench
 from .build import build
 from .cache import cache
+from .convert import convert
 from .export import export
 from .generate import generate
 from .inspect import inspect
@@ -34,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (generate, export, build, inspect, metadata):
+for verb in (generate, export, build, inspect, metadata, convert):
     app.command()(verb)
 app.add_typer(bench, name="bench")
 app.add_typer(cache, name="cache")

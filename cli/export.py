@@ -27,13 +27,35 @@ class Dtype(str, Enum):
     fp32 = "fp32"
 
 
+class Prediction(str, Enum):
+    """What a UNet was trained to predict."""
+
+    epsilon = "epsilon"
+    v_prediction = "v_prediction"
+
+
 def export(
-    checkpoint: Annotated[Path, Argument(help="A diffusers folder of SD 1.x or 2.x.")],
+    checkpoint: Annotated[
+        Path,
+        Argument(
+            help="A diffusers folder, or a .safetensors file: SD 1.x and 2.x, SDXL and its refiner, LCM,"
+            " Turbo, inpainting, Stable unCLIP."
+        ),
+    ],
     output: Annotated[Path, Option("--output", "-o", help="The package folder to write.")],
     dtype: Annotated[Dtype, Option(help="fp16 for GPUs, fp32 for CPUs.")] = Dtype.fp16,
     verify: Annotated[
         bool, Option("--verify", help="Compare each net with torch; below the bar fails.")
     ] = False,
+    vae: Annotated[
+        Path | None, Option(help="Another autoencoder in place of the checkpoint's: a folder or a file.")
+    ] = None,
+    tiny_vae: Annotated[
+        Path | None, Option(help="A tiny autoencoder (TAESD) for previews: a folder or a file.")
+    ] = None,
+    prediction_type: Annotated[
+        Prediction | None, Option(help="What the UNet of a .safetensors file predicts, if that does not say.")
+    ] = None,
     overwrite: Annotated[
         bool, Option("--overwrite", help="Replace an existing package once the new one is complete.")
     ] = False,
@@ -54,6 +76,7 @@ def export(
     began = perf_counter()
     comparisons: list[Comparison] = []
     ranges: list[Found] = []
+    notes: list[str] = []
     with progress_bar(enabled=not as_json) as advance:
 
         def on_progress(progress: Progress) -> None:
@@ -65,23 +88,35 @@ def export(
             dtype=dtype.value,
             verify=verify,
             overwrite=overwrite,
+            vae=vae,
+            tiny_vae=tiny_vae,
+            prediction_type=prediction_type and prediction_type.value,
             progress=on_progress,
             report=comparisons.append,
             report_islands=ranges.append,
+            note=notes.append,
         )
     seconds = perf_counter() - began
     if as_json:
         checks = [vars(found) for found in comparisons]
         measured = [{**vars(found), "islands": [vars(node) for node in found.islands]} for found in ranges]
-        print(json.dumps({"package": str(output), "seconds": seconds, "ranges": measured, "verify": checks}))
+        told = {"package": str(output), "seconds": seconds, "ranges": measured, "verify": checks}
+        print(json.dumps({**told, "notes": notes}))
         return
-    for found in ranges:
-        islands = f"{len(found.islands) or 'no'} fp32 island{'' if len(found.islands) == 1 else 's'}"
-        print(f"{found.component}: {islands} (largest value {found.largest:.1e} in {found.where})")
-    for found in comparisons:
-        print(
-            f"{found.net}.{found.output}: relative L2 {found.relative_l2:.1e},"
-            f" max error {found.max_error:.1e}, PSNR {found.psnr:.1f} dB"
-        )
+    for line in (*notes, *map(_range_line, ranges), *map(_comparison_line, comparisons)):
+        print(line)
     size = sum(record.size for record in package.manifest.files.values())
     print(f"{output}  ({size / 1e6:.1f} MB in {seconds:.0f} s)")
+
+
+def _range_line(found: Found) -> str:
+    islands = f"{len(found.islands) or 'no'} fp32 island{'' if len(found.islands) == 1 else 's'}"
+    where = f" (largest value {found.largest:.1e} in {found.where})" if found.where else ""
+    return f"{found.component}: {islands}{where}"
+
+
+def _comparison_line(found: Comparison) -> str:
+    return (
+        f"{found.net}.{found.output}: relative L2 {found.relative_l2:.1e},"
+        f" max error {found.max_error:.1e}, PSNR {found.psnr:.1f} dB"
+    )

@@ -1,109 +1,182 @@
-"""`latentrt generate`: a prompt becomes a picture file."""
+"""`latentrt generate`: prompts, and perhaps a picture, become picture files."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from typer import Argument, Option
+from typer import Context
 
+from . import generate_options as options
 from .progress import progress_bar
 
 if TYPE_CHECKING:
     from ..runtime.pipeline import Pipeline
+    from ..runtime.request import Request
     from ..runtime.result import Result
 
 
 def generate(
-    prompt: Annotated[str, Argument(help="What to draw.")],
-    output: Annotated[
-        Path | None,
-        Option("--output", "-o", help="File to write (.png, .jpg, .webp). Default: prompt and seed."),
-    ] = None,
-    model: Annotated[
-        str, Option("--model", "-m", help="The shipped model `demo`, or a package folder.")
-    ] = "demo",
-    negative_prompt: Annotated[str | None, Option("--negative-prompt", "-n", help="What to avoid.")] = None,
-    height: Annotated[int | None, Option("--height", "-H", help="Pixels. Default: the model's.")] = None,
-    width: Annotated[int | None, Option("--width", "-W", help="Pixels. Default: the model's.")] = None,
-    steps: Annotated[
-        int | None, Option("--steps", help="Number of inference steps. Default: the model's.")
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        Option("--guidance-scale", "--cfg-scale", help="1 or less is off. Default: the model's."),
-    ] = None,
-    guidance_rescale: Annotated[float, Option(help="0 (off) to 1, against overexposure.")] = 0.0,
-    sampler: Annotated[
-        str | None,
-        Option("--sampler", help="`latentrt inspect --samplers` lists them. Default: the model's."),
-    ] = None,
-    eta: Annotated[float, Option(help="DDIM's noise: 0 is deterministic, 1 is DDPM.")] = 0.0,
-    seed: Annotated[int | None, Option("--seed", "-s", help="Default: random.")] = None,
-    rng: Annotated[str, Option(help="Whose noise the seed means: torch-cpu, torch-cuda.")] = "torch-cpu",
-    count: Annotated[
-        int, Option("--count", "-b", help="Pictures to draw, with seeds counting up from --seed.")
-    ] = 1,
-    backend: Annotated[
-        str, Option(help="auto, onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx.")
-    ] = "auto",
-    threads: Annotated[int | None, Option(help="CPU threads. Default: all.")] = None,
-    no_metadata: Annotated[
-        bool, Option("--no-metadata", help="Leave prompt and parameters out of the file.")
-    ] = False,
-    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
+    context: Context,
+    prompt: options.Prompts,
+    output: options.Output = None,
+    model: options.Model = "demo",
+    negative_prompt: options.NegativePrompt = None,
+    prompt_2: options.Prompt2 = None,
+    negative_prompt_2: options.NegativePrompt2 = None,
+    prompt_syntax: options.PromptSyntax = None,
+    clip_skip: options.ClipSkip = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    num_inference_steps: options.Steps = None,
+    guidance_scale: options.GuidanceScale = None,
+    guidance_rescale: options.GuidanceRescale = None,
+    sampler: options.Sampler = None,
+    eta: options.Eta = None,
+    seed: options.Seed = None,
+    rng: options.Rng = None,
+    num_images_per_prompt: options.Count = 1,
+    latents: options.Latents = None,
+    image: options.Image = None,
+    mask_image: options.Mask = None,
+    strength: options.Strength = None,
+    padding_mask_crop: options.PaddingMaskCrop = None,
+    mask_blur: options.MaskBlur = None,
+    resize_mode: options.ResizeMode = None,
+    noise_level: options.NoiseLevel = None,
+    denoising_start: options.DenoisingStart = None,
+    denoising_end: options.DenoisingEnd = None,
+    refiner: options.Refiner = None,
+    refiner_at: options.RefinerAt = 0.8,
+    original_size: options.OriginalSize = None,
+    crops_coords_top_left: options.Crop = None,
+    target_size: options.TargetSize = None,
+    negative_original_size: options.NegativeOriginalSize = None,
+    negative_crops_coords_top_left: options.NegativeCrop = None,
+    negative_target_size: options.NegativeTargetSize = None,
+    aesthetic_score: options.AestheticScore = None,
+    negative_aesthetic_score: options.NegativeAestheticScore = None,
+    tile: options.Tile = None,
+    grid: options.Grid = False,
+    preview: options.Preview = None,
+    backend: options.Backend = "auto",
+    threads: options.Threads = None,
+    no_metadata: options.NoMetadata = False,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Draw a prompt and write the picture."""
-    from ..runtime.picture import check_target
+    """Draw prompts and write the pictures."""
     from ..runtime.pipeline import Pipeline
+    from ..runtime.request import Given
 
-    if output is not None:
-        check_target(output)  # before minutes of drawing
+    saver = _Saver(output, as_grid=grid, metadata=not no_metadata)
+    # What was given under a parameter's name is that parameter.
+    parameters = {
+        name: value
+        for name, value in context.params.items()
+        if name in Given.__dataclass_fields__ and value is not None
+    }
+    parameters |= {"output_type": saver.output_type}
     began = perf_counter()
-    with (
-        progress_bar(enabled=not as_json) as advance,
-        Pipeline.open(model, backend=backend, threads=threads) as pipe,
-    ):
+    with ExitStack() as stack:
+        advance = stack.enter_context(progress_bar(enabled=not as_json))
+        names = [model] if refiner is None else [model, refiner]
+        pipes = [stack.enter_context(Pipeline.open(name, backend=backend, threads=threads)) for name in names]
         opened = perf_counter() - began
-
-        def on_step(pipe: Pipeline, index: int, timestep: float, values: dict[str, Any]) -> None:
-            advance("denoising", index + 1, values["total"])
-
-        result = pipe(
-            prompt,
-            negative_prompt=negative_prompt,
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            sampler=sampler,
-            eta=eta,
-            seed=seed,
-            rng=rng,
-            num_images_per_prompt=count,
-            # Someone who looks on costs a device one wait per step.
-            callback_on_step_end=on_step if sys.stderr.isatty() and not as_json else None,
-        )
+        # Someone who looks on costs a device one wait per step.
+        watched = preview is not None or (sys.stderr.isatty() and not as_json)
+        callback = _on_step(advance, preview) if watched else None
+        result = _draw(pipes, prompt, refiner_at, {**parameters, "callback_on_step_end": callback})
     saving = perf_counter()
-    paths = [_path(output, prompt, result, index) for index in range(count)]
-    for index, path in enumerate(paths):
-        result.save(path, index, metadata=not no_metadata)
+    paths = saver.save(result)
     seconds = {"open": opened, **result.seconds, "save": perf_counter() - saving}
     _report(result, paths, {**seconds, "total": perf_counter() - began}, as_json=as_json)
 
 
-def _path(output: Path | None, prompt: str, result: Result, index: int) -> Path:
-    """Where picture `index` goes; several pictures are numbered by their seeds."""
-    seed = result.request.seeds[index]
-    if output is None:
-        words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "picture"
-        return Path(f"{words}-{seed}.png")
-    return output if len(result.request.seeds) == 1 else output.with_stem(f"{output.stem}-{seed}")
+def _draw(pipes: list[Pipeline], prompts: list[str], at: float, parameters: dict[str, Any]) -> Result:
+    from ..runtime.hand_over import refine
+
+    if len(pipes) == 1:
+        return pipes[0](prompts, **parameters)
+    return refine(pipes[0], pipes[1], prompts, at=at, **parameters)
+
+
+def _on_step(advance: Callable[[str, int, int], None], preview: Path | None) -> Callable[..., None]:
+    """Move the bar, and write the pictures so far."""
+    from ..runtime.picture import check_target, grid, save_picture
+
+    if preview is not None:
+        check_target(preview)
+
+    def on_step(pipe: Pipeline, index: int, timestep: float, values: dict[str, Any]) -> None:
+        advance("denoising", index + 1, values["total"])
+        if preview is not None:
+            import numpy as np
+
+            save_picture(preview, grid([np.asarray(image) for image in values["step"].preview("fast")]))
+
+    return on_step
+
+
+class _Saver:
+    """Where results go: a file per picture, one for all (`as_grid`), or their latents (.npy)."""
+
+    def __init__(self, output: Path | None, *, as_grid: bool, metadata: bool) -> None:
+        from ..engines.errors import UsageError
+        from ..runtime.picture import check_target
+
+        self._output, self._as_grid, self._metadata = output, as_grid, metadata
+        self._latents = output is not None and output.suffix == ".npy"
+        if self._latents and as_grid:
+            raise UsageError("a grid of latents", expected="a picture file", fix="Leave --grid out.")
+        if output is not None and not self._latents:
+            check_target(output)  # before minutes of drawing
+
+    @property
+    def output_type(self) -> str:
+        """What the pipeline is to return."""
+        return "latent" if self._latents else "np" if self._as_grid else "pil"
+
+    def save(self, result: Result) -> list[Path]:
+        """Write everything; the paths, one per picture or one for all."""
+        from ..runtime.picture import grid, save_latents, save_picture
+
+        request = result.request
+        if self._latents:
+            assert self._output is not None
+            save_latents(self._output, cast(Any, result.images))
+            return [self._output]
+        if self._as_grid:
+            path = self._output or _named(request.prompts[0], request.seeds[0])
+            infotext, record = (result.infotext(), result.record()) if self._metadata else (None, None)
+            save_picture(path, grid(cast(Any, result.images)), infotext=infotext, record=record)
+            return [path]
+        paths = self._paths(request)
+        for index, path in enumerate(paths):
+            result.save(path, index, metadata=self._metadata)
+        return paths
+
+    def _paths(self, request: Request) -> list[Path]:
+        """Where pictures go; several are numbered by their seeds, and by their place if seeds are equal."""
+        seeds, output = request.seeds, self._output
+        if output is not None and len(seeds) == 1:
+            return [output]
+        distinct = len(set(seeds)) == len(seeds)
+        paths: list[Path] = []
+        for index, (prompt, seed) in enumerate(zip(request.prompts, seeds, strict=True)):
+            path = _named(prompt, seed) if output is None else output.with_stem(f"{output.stem}-{seed}")
+            paths.append(path if distinct else path.with_stem(f"{path.stem}-{index}"))
+        return paths
+
+
+def _named(prompt: str, seed: int) -> Path:
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "picture"
+    return Path(f"{words}-{seed}.png")
 
 
 def _report(result: Result, paths: list[Path], seconds: dict[str, float], *, as_json: bool) -> None:
@@ -112,7 +185,7 @@ def _report(result: Result, paths: list[Path], seconds: dict[str, float], *, as_
         pictures = [{"path": str(path), **result.record(i)} for i, path in enumerate(paths)]
         print(json.dumps({"pictures": pictures, "seconds": seconds}))
         return
-    for path, seed in zip(paths, request.seeds, strict=True):
+    for path, seed in zip(paths, request.seeds, strict=False):
         print(f"{path}  ({request.width}x{request.height}, seed {seed})")
     stages = " · ".join(f"{name.replace('_', ' ')} {value:.2f} s" for name, value in seconds.items())
     print(stages, file=sys.stderr)

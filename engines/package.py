@@ -3,7 +3,7 @@
 ::
 
     manifest.json                 this module's dataclasses as JSON, and the size and sha256 of every file
-    tokenizer/                    the checkpoint's own
+    tokenizer/, tokenizer_2/      the checkpoint's own
     <component>/*.onnx            graphs without weights
     <component>/weights.safetensors   under the checkpoint's tensor names; the graphs' external data
 
@@ -21,10 +21,23 @@ from typing import Any, cast
 
 from .errors import PackageError
 from .external_data import check_external_data
-from .spec import NetSpec
+from .spec import NETS, VECTORS, NetSpec
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had no pictures to start from, and only Stable Diffusion 1.x and 2.x
 MANIFEST = "manifest.json"
+# What a UNet may be told in the vector `time_ids` (SDXL, sections 2.2 and 2.3 of arXiv 2307.01952).
+TIME_IDS = (
+    "original_height",
+    "original_width",
+    "crop_top",
+    "crop_left",
+    "target_height",
+    "target_width",
+    "aesthetic_score",
+)
+# What may stand behind the latent: 1 channel of mask (1 is repainted), the latent of the picture without it.
+IMAGE_LATENTS = ("mask", "masked_image")
+_SINCE_2 = ("zero_empty_prompt", "time_ids", "image_latents", "image_noise", "image_processor", "latent_rgb")
 _EXPORT_AGAIN = "Export the checkpoint again: latentrt export CHECKPOINT -o PACKAGE."
 _MANIFEST_LIMIT = 16 * 2**20  # bytes; SD 1.5's manifest has 60 kB
 
@@ -80,12 +93,14 @@ class Defaults:
     sampler: str | None = None
     height: int = 512
     width: int = 512
+    strength: float = 0.8
 
     def __post_init__(self) -> None:
         """Raise ValueError for values no request could have."""
         for name in ("num_inference_steps", "height", "width"):
             _require(_is_count(getattr(self, name)), f"defaults.{name}")
-        _require(isinstance(self.guidance_scale, (int, float)), "defaults.guidance_scale")
+        for name in ("guidance_scale", "strength"):
+            _require(isinstance(getattr(self, name), (int, float)), f"defaults.{name}")
         _require(isinstance(self.sampler, (str, type(None))), "defaults.sampler")
 
 
@@ -101,9 +116,21 @@ class FileRecord:
 class Manifest:
     """What a package says of itself.
 
-    `family` is `sd1` or `sd2`; `dtype` (`fp16` or `fp32`) is the arithmetic of the graphs;
-    `scheduler` is the checkpoint's `scheduler_config.json`; `latent_scale` is pixels per latent cell;
-    heights and widths must be multiples of `size_multiple`.
+    What differs between families stands here and in the nets' contracts; nothing asks for the family's name.
+
+    Attributes:
+        family: for people: sd1, sd2, sdxl, sdxl-refiner, …
+        dtype: the arithmetic of the graphs, fp16 or fp32.
+        scheduler: the checkpoint's `scheduler_config.json`.
+        latent_scale: pixels per latent cell.
+        size_multiple: heights and widths must be multiples of it.
+        zero_empty_prompt: a negative prompt that is not given is a context of zeros (diffusers'
+            `force_zeros_for_empty_prompt`).
+        time_ids: what the columns of the vector `time_ids` are, of TIME_IDS.
+        image_latents: what stands behind the latent in the UNet's input, of IMAGE_LATENTS.
+        image_noise: the `scheduler_config.json` of unCLIP's noise on picture embeddings.
+        image_processor: the `preprocessor_config.json` of the image encoder.
+        latent_rgb: (C + 1, 3): the linear map from a latent to shades 0 ... 1, its offset last; for previews.
     """
 
     name: str
@@ -117,6 +144,12 @@ class Manifest:
     latent_scale: int = 8
     max_tokens: int = 77
     size_multiple: int = 8
+    zero_empty_prompt: bool = False
+    time_ids: tuple[str, ...] = ()
+    image_latents: tuple[str, ...] = ()
+    image_noise: Mapping[str, Any] | None = None
+    image_processor: Mapping[str, Any] | None = None
+    latent_rgb: tuple[tuple[float, ...], ...] = ()
     producer: str = ""
     files: Mapping[str, FileRecord] = field(default_factory=dict[str, FileRecord])
     schema: int = SCHEMA
@@ -129,6 +162,30 @@ class Manifest:
         _require(self.dtype in ("fp16", "fp32"), "dtype")
         for name in ("name", "family", "producer"):
             _require(isinstance(getattr(self, name), str), name)
+        _require(isinstance(self.zero_empty_prompt, bool), "zero_empty_prompt")
+        _require(set(self.time_ids) <= set(TIME_IDS), "time_ids")
+        _require(set(self.image_latents) <= set(IMAGE_LATENTS), "image_latents")
+        for name in ("image_noise", "image_processor"):
+            _require(isinstance(getattr(self, name), (Mapping, type(None))), name)
+        rows = {len(row) for row in self.latent_rgb}
+        _require(not rows or (rows == {3} and len(self.latent_rgb) == self.latent_channels + 1), "latent_rgb")
+
+    def net(self, name: str) -> NetFile:
+        """A net of the package. Raises PackageError if it has none of that name."""
+        if name not in self.nets:
+            use = NETS.get(name, "unknown to this release")
+            raise PackageError(
+                f"the package {self.name!r} has no net {name!r} ({use})",
+                expected=f"one of {', '.join(self.nets)}",
+                fix=_EXPORT_AGAIN,
+            )
+        return self.nets[name]
+
+    @property
+    def vectors(self) -> Mapping[str, int]:
+        """Name (`spec.VECTORS`) and width of what joins the UNet's time embedding; none for most models."""
+        inputs = self.nets["unet_time"].spec.inputs if "unet_time" in self.nets else ()
+        return {item.name: cast(int, item.shape[1]) for item in inputs if item.name in VECTORS}
 
     def to_json(self) -> dict[str, Any]:
         """As `manifest.json` stores it."""
@@ -144,7 +201,10 @@ class Manifest:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:
         """The reverse of `to_json`. Raises KeyError, TypeError or ValueError for other data."""
-        values: dict[str, Any] = {item.name: data[item.name] for item in fields(cls)}
+        new = {item.name for item in fields(cls) if item.name in _SINCE_2 and item.name not in data}
+        values: dict[str, Any] = {item.name: data[item.name] for item in fields(cls) if item.name not in new}
+        values |= {name: tuple(values[name]) for name in ("time_ids", "image_latents") if name in values}
+        values["latent_rgb"] = tuple(tuple(row) for row in values.get("latent_rgb", ()))
         values["defaults"] = Defaults(**data["defaults"])
         values["nets"] = {name: NetFile.from_json(net) for name, net in data["nets"].items()}
         values["files"] = {name: FileRecord(**record) for name, record in data["files"].items()}
@@ -173,7 +233,7 @@ class Package:
             package._check_file(name, record)
         used = {name for net in manifest.nets.values() for name in (net.graph, net.weights) if name}
         used |= {
-            path.relative_to(root).as_posix() for path in root.glob("tokenizer/**/*") if not path.is_dir()
+            path.relative_to(root).as_posix() for path in root.glob("tokenizer*/**/*") if not path.is_dir()
         }
         if unlisted := sorted(used - set(manifest.files)):
             raise PackageError(

@@ -8,7 +8,8 @@ without `:t` 77 tokens.
 
 A net has inputs of its own, so `net_profiles` turns a picture's profile into shapes: one TensorRT
 optimisation profile, or two where the net runs in the loop (with guidance its batch is twice the pictures).
-All of this is arithmetic; nothing is imported.
+Nets around the loop take single pictures as well: one may be the start of many, and a decoder that is short
+of memory runs picture by picture, and in tiles. All of this is arithmetic; nothing is imported.
 """
 
 from __future__ import annotations
@@ -17,24 +18,27 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import log
+from typing import TypeVar
 
 from .errors import PackageError, UsageError
 from .package import Manifest
-from .spec import Dim, NetSpec
+from .spec import VECTORS, Dim, NetSpec
 
 GRAMMAR = (
     "WIDTHxHEIGHT[:bN][:tT], each LOW[-HIGH][@OPT], such as 512x512:b1-4 or 512-1024@768x512-1024@768:b1-2"
 )
 
 # Nets that are called once per step, with one row per picture or, with guidance, two.
-LOOP_NETS = ("unet", "step", "unet_whole")
+LOOP_NETS = ("unet", "step", "step_masked", "unet_whole")
+_CODERS = ("vae_encoder", "vae_decoder", "preview_decoder")  # they can run in tiles
 
 _RANGE = r"([0-9]+)(?:-([0-9]+))?(?:@([0-9]+))?"
 _PROFILE = re.compile(rf"{_RANGE}x{_RANGE}(?::b{_RANGE})?(?::t{_RANGE})?", re.ASCII)
 _DIGITS = 5  # of a number; TensorRT's dimensions are 64 bits wide, its volumes are what runs out first
-SMALLEST_TILE = 256  # pixels: the smallest tile of a decoder that runs in pieces
+SMALLEST_TILE = 256  # pixels: the smallest tile of an encoder or decoder that runs in pieces
 _MOST_STEPS, _USUAL_STEPS, _USUAL_PROMPTS = 2000, 30, 2
 
+Size = TypeVar("Size", int, "Axis")
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]  # input name -> shape
 
@@ -196,7 +200,7 @@ def net_profiles(net: str, spec: NetSpec, profiles: Sequence[Profile]) -> tuple[
     expanded: list[NetProfile] = []
     for profile in profiles:
         for guided in (True, False) if net in LOOP_NETS else (None,):
-            known = _axes(net, profile, guided=guided)
+            known = _axes(net, profile, guided=guided, vectors=not VECTORS.keys().isdisjoint(dims))
             if symbols - set(known):
                 raise _unknown_symbol(net, min(symbols - set(known)), known)
             axes = {symbol: known[symbol] for symbol in symbols}
@@ -218,19 +222,27 @@ def net_profiles(net: str, spec: NetSpec, profiles: Sequence[Profile]) -> tuple[
     )
 
 
-def _axes(net: str, profile: Profile, *, guided: bool | None) -> dict[str, Axis]:
-    """Every symbol of `spec.py` as numbers. `guided` is None for nets outside the loop."""
-    width, height, most = profile.width, profile.height, 2 * profile.batch.high
-    if net == "vae_decoder":  # so that a decoder short of memory can run in tiles
+def _axes(net: str, profile: Profile, *, guided: bool | None, vectors: bool) -> dict[str, Axis]:
+    """Every symbol of `spec.py` as numbers.
+
+    `guided` is None for nets outside the loop; with `vectors` a net is called once for each row of the UNet.
+    """
+    width, height, pictures = profile.width, profile.height, profile.batch
+    if net in _CODERS:
         width, height = (replace(axis, low=min(axis.low, SMALLEST_TILE)) for axis in (width, height))
-    rows = Axis(low=1, opt=2 * profile.batch.opt, high=most)  # of both halves of guidance, or of one
+    both = pictures * 2
+    rows = replace(both, low=1)  # of both halves of guidance, or of one
     if guided is not None:
-        rows = profile.batch * 2 if guided else profile.batch
+        rows = both if guided else pictures
+    else:
+        pictures = replace(pictures, low=1)
+    chunks = -(-profile.tokens.high // _ONE_PROMPT.high)  # of the longest text: each is encoded as a row
+    steps = both.opt if vectors else 1, both.high if vectors else 1
     return {
-        "N": profile.batch,
+        "N": pictures,
         "B": rows,
-        "P": Axis(low=1, opt=_USUAL_PROMPTS, high=most),
-        "S": Axis(low=1, opt=_USUAL_STEPS, high=_MOST_STEPS),
+        "P": Axis(low=1, opt=_USUAL_PROMPTS, high=both.high * chunks + 1),  # and the empty text
+        "S": Axis(low=1, opt=_USUAL_STEPS * steps[0], high=_MOST_STEPS * steps[1]),
         "T": profile.tokens,
         "H": height,
         "W": width,
@@ -259,15 +271,28 @@ def _shapes(shape: tuple[Dim, ...], axes: Mapping[str, Axis]) -> tuple[Shape, Sh
 def _label(profile: Profile, axes: Mapping[str, Axis], *, guided: bool | None) -> str:
     """What a net's profile is for, in words, from the symbols that the net has."""
     words = [
-        f"{axes['W/8'] * 8}x{axes['H/8'] * 8}" if {"W/8", "H/8"} <= set(axes) else "",
-        f"b{profile.batch}" if "N" in axes or guided is not None else "",
+        *_pixels(axes),
+        f"b{axes.get('N', profile.batch)}" if "N" in axes or guided is not None else "",
         f"{axes['P']} prompts" if "P" in axes else "",
-        f"{axes['S']} steps" if "S" in axes else "",
+        f"{axes['S']} {_unit(axes['S'])}" if "S" in axes else "",
         f"{axes['B']} rows" if "B" in axes and guided is None else "",
         f"{axes['T']} tokens" if axes.get("T", _ONE_PROMPT) != _ONE_PROMPT else "",
         "" if guided is None else "guided" if guided else "unguided",
     ]
     return " ".join(filter(None, words))
+
+
+def _pixels(sizes: Mapping[str, Size]) -> list[str]:
+    """Width and height of the picture, for people; nothing for a net that knows no size."""
+    for width, height, factor in (("W/8", "H/8", 8), ("W", "H", 1)):
+        if {width, height} <= set(sizes):
+            return [f"{sizes[width] * factor}x{sizes[height] * factor}"]
+    return []
+
+
+def _unit(schedule: Axis) -> str:
+    """What the symbol S counts."""
+    return "steps" if schedule.high == _MOST_STEPS else "steps x rows"
 
 
 def choose(
@@ -301,11 +326,11 @@ def choose(
             fix="Check the call against the net's spec (`latentrt inspect PACKAGE`).",
         )
     labels = "; ".join(profile.label for profile in profiles)
-    if sizes.get("S", 1) > _MOST_STEPS:
+    if "S" in sizes:  # there is no option for what it may be
         raise UsageError(
-            f"a schedule has {sizes['S']} steps",
+            f"a schedule has {sizes['S']} {_unit(first.axes['S'])}",
             expected=f"what engines cover: {labels}",
-            fix=f"Ask for at most {_MOST_STEPS}: --steps {_USUAL_STEPS}.",
+            fix=f"Ask for at most {_MOST_STEPS} steps: --steps {_USUAL_STEPS}.",
         )
     sources = dict.fromkeys(str(profile.source) for profile in profiles)
     sources[str(_profile_for(sizes, first.source))] = None
@@ -332,8 +357,8 @@ def _sizes(dims: Mapping[str, tuple[Dim, ...]], shapes: Shapes) -> dict[str, int
 
 def _words(sizes: Mapping[str, int]) -> str:
     """Sizes of symbols, for people."""
-    words = [f"{8 * sizes['W/8']}x{8 * sizes['H/8']} pixels"] if {"W/8", "H/8"} <= set(sizes) else []
-    units = {"N": "picture", "B": "row", "P": "prompt", "S": "step", "T": "token"}
+    words = [f"{pixels} pixels" for pixels in _pixels(sizes)]
+    units = {"N": "picture", "B": "row", "P": "prompt", "T": "token"}
     counts = [(sizes[symbol], unit) for symbol, unit in units.items() if symbol in sizes]
     return ", ".join(words + [f"{count} {unit}{'s' if count > 1 else ''}" for count, unit in counts])
 
@@ -344,13 +369,13 @@ def _profile_for(sizes: Mapping[str, int], source: Profile) -> Profile:
     # An even number of rows is most often guidance; an engine for that many pictures would take it as well.
     pictures = sizes.get("N") or (rows // 2 if rows % 2 == 0 else rows) or source.batch.low
 
-    def only(symbol: str, factor: int, other: Axis) -> Axis:
-        size = sizes.get(symbol, 0) * factor
+    def only(other: Axis, **factors: int) -> Axis:
+        size = max(sizes.get(symbol, 0) * factor for symbol, factor in factors.items())
         return Axis(low=size, opt=size, high=size) if size else other
 
     return Profile(
-        width=only("W/8", 8, source.width),
-        height=only("H/8", 8, source.height),
+        width=only(source.width, **{"W/8": 8, "W": 1}),
+        height=only(source.height, **{"H/8": 8, "H": 1}),
         batch=Axis(low=pictures, opt=pictures, high=pictures),
-        tokens=only("T", 1, source.tokens),
+        tokens=only(source.tokens, T=1),
     )

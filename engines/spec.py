@@ -7,7 +7,7 @@ Symbols in shapes:
     B     rows of one UNet call: pictures, or twice that with guidance (unconditional rows first)
     N     pictures
     P     prompts encoded in one call
-    S     rows of a sampler's table
+    S     rows of a sampler's table; times B, where the UNet is conditioned by vectors (VECTORS)
     T     tokens of the context (77, or a multiple)
     H W   height and width of the picture in pixels; "H/8" is the latent's height
 """
@@ -26,6 +26,7 @@ from .errors import PackageError, UsageError
 
 Array = npt.NDArray[Any]
 Dim = int | str
+_PIXELS = ("H", "W")
 _CHECK_CALL = "Check the call against the net's spec (`latentrt inspect PACKAGE`)."
 
 DTYPES: Mapping[str, type[np.generic]] = {
@@ -130,7 +131,7 @@ class NetSpec:
 
 
 def output_shapes(spec: NetSpec, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The shape of every output when the inputs have these shapes; "H" follows from "H/8" exactly.
+    """The shape of every output when the inputs have these shapes; "H" follows from "H/8", and that from "H".
 
     Raises:
         UsageError: `shapes` are not exactly the inputs, or one of them does not fit.
@@ -149,6 +150,8 @@ def output_shapes(spec: NetSpec, shapes: Mapping[str, tuple[int, ...]]) -> dict[
         stem, _, divisor = symbol.partition("/")
         if divisor:
             sizes.setdefault(stem, size * int(divisor))
+        elif symbol in _PIXELS:
+            sizes.setdefault(f"{symbol}/8", size // 8)
     return {tensor.name: _numbers(tensor, sizes) for tensor in spec.outputs}
 
 
@@ -163,53 +166,147 @@ def _numbers(tensor: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in tensor.shape)
 
 
-# The nets of a package, in the order of the data flow, with what each is for.
+# The nets of a package, in the order of the data flow, with what each is for. No package has all of them.
 NETS: Mapping[str, str] = {
     "text_encoder": "token ids -> context, once per prompt",
+    "text_encoder_2": "token ids -> more features of the context, and the pooled embedding, once per prompt",
+    "image_encoder": "uint8 picture -> its embedding, once per picture to vary",
+    "image_noiser": "embedding, noise and noise level -> class labels, once per picture to vary",
+    "vae_encoder": "uint8 picture -> latent's mean and deviation, once per picture to start from",
     "unet_context": "context -> cross-attention keys and values, once per prompt",
     "unet_time": "timesteps -> time-embedding projections of the whole schedule, once per schedule",
     "unet": "latent and invariants -> prediction, once per step",
     "step": "guidance and the sampler's row update, once per step where the loop stays on a device",
+    "step_masked": "the same, keeping a picture outside a mask",
     "vae_decoder": "latent -> uint8 picture, once",
+    "preview_decoder": "latent -> uint8 picture, nearly: a tiny autoencoder, for previews",
     "unet_whole": "the UNet before hoisting, under diffusers' names, for other tools",
+}
+
+# The text encoders in the order in which their features are joined to the context; each one's tokenizer.
+TEXT_ENCODERS: Mapping[str, str] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+# Conditions of the UNet that join its time embedding, under diffusers' names: (S, width) float32 inputs of
+# `unet_time`, one row per UNet row. A UNet has those that it was trained with, most have none.
+VECTORS: Mapping[str, str] = {
+    "timestep_cond": "embedding of the guidance scale (latent consistency models)",
+    "class_labels": "noised embedding of a picture, and of its noise level (unCLIP)",
+    "text_embeds": "pooled embedding of the prompt (SDXL)",
+    "time_ids": "sizes, crop and aesthetic score (SDXL; the manifest names each)",
 }
 
 # What a row of the sampler's table is to `step`, in this order: the columns p, q, a, b, c of the table
 # (docs/samplers.md), then the guidance scale and the guidance rescale of the request.
 HISTORY = 5
 ROW = ("p", "q", "a", *(f"b{j}" for j in range(HISTORY)), "c", "guidance_scale", "guidance_rescale")
+# `step_masked` wants two more: how much of the kept picture, and of its noise, the new latent has.
+MASKED_ROW = (*ROW, "keep_signal", "keep_noise")
 
 # Prefixes of the invariants that cross from `unet_context` and `unet_time` into `unet`.
 CONTEXT_INVARIANT = "context."
 TIME_INVARIANT = "time."
 
 
-def text_encoder(*, tokens: Dim, width: int, float_dtype: str) -> NetSpec:
-    """Token ids to the context of cross-attention (last hidden state after the final norm)."""
+def text_encoder(*, tokens: Dim, width: int, pooled: int | None = None, float_dtype: str) -> NetSpec:
+    """Token ids to the context of cross-attention; `pooled` is the width of the pooled embedding, if any.
+
+    `clip_skip` is how many of the last layers are left out, on top of those that the family leaves out.
+    """
+    context = TensorSpec(name="context", dtype=float_dtype, shape=("P", tokens, width))
     return NetSpec(
-        inputs=(TensorSpec(name="input_ids", dtype="int32", shape=("P", tokens)),),
-        outputs=(TensorSpec(name="context", dtype=float_dtype, shape=("P", tokens, width)),),
+        inputs=(
+            TensorSpec(name="input_ids", dtype="int32", shape=("P", tokens)),
+            TensorSpec(name="clip_skip", dtype="int32", shape=(1,)),
+        ),
+        outputs=(context, TensorSpec(name="pooled", dtype=float_dtype, shape=("P", pooled)))
+        if pooled
+        else (context,),
     )
 
 
-def unet_whole(*, channels: int, width: int, float_dtype: str) -> NetSpec:
-    """The UNet as diffusers and optimum name it, before hoisting."""
-    latent: tuple[Dim, ...] = ("B", channels, "H/8", "W/8")
+def image_encoder(*, size: int, width: int, float_dtype: str) -> NetSpec:
+    """A picture, cut to the encoder's size but not normalised, to its CLIP embedding."""
+    return NetSpec(
+        inputs=(TensorSpec(name="image", dtype="uint8", shape=("N", size, size, 3)),),
+        outputs=(TensorSpec(name="image_embeds", dtype=float_dtype, shape=("N", width)),),
+    )
+
+
+def image_noiser(*, width: int, float_dtype: str) -> NetSpec:
+    """A CLIP embedding and unit noise to unCLIP's class labels.
+
+    `noise_level` is the timestep of the image noise's schedule, `alpha` and `sigma` that level's factors of
+    the (normalised) embedding and of the noise.
+    """
     return NetSpec(
         inputs=(
-            TensorSpec(name="sample", dtype=float_dtype, shape=latent),
+            TensorSpec(name="image_embeds", dtype=float_dtype, shape=("N", width)),
+            TensorSpec(name="noise", dtype="float32", shape=("N", width)),
+            TensorSpec(name="noise_level", dtype="float32", shape=(1,)),
+            TensorSpec(name="alpha", dtype="float32", shape=(1,)),
+            TensorSpec(name="sigma", dtype="float32", shape=(1,)),
+        ),
+        outputs=(TensorSpec(name="class_labels", dtype="float32", shape=("N", 2 * width)),),
+    )
+
+
+def vae_encoder(*, channels: int, posterior: bool) -> NetSpec:
+    """Picture to latent, in the UNet's scale: mean and standard deviation of the posterior.
+
+    A tiny autoencoder has no posterior, and so no `std`. Where `mask` is 255 the picture is grey to the net,
+    as inpainting UNets want it; 0 leaves it as it is.
+    """
+    latent: tuple[Dim, ...] = ("N", channels, "H/8", "W/8")
+    names = ("mean", "std") if posterior else ("mean",)
+    return NetSpec(
+        inputs=(
+            TensorSpec(name="image", dtype="uint8", shape=("N", "H", "W", 3)),
+            TensorSpec(name="mask", dtype="uint8", shape=("N", "H", "W", 1)),
+        ),
+        outputs=tuple(TensorSpec(name=name, dtype="float32", shape=latent) for name in names),
+    )
+
+
+def unet_whole(
+    *, channels: int, width: int, float_dtype: str, vectors: Mapping[str, int] | None = None
+) -> NetSpec:
+    """The UNet as diffusers and optimum name it, before hoisting.
+
+    `channels` are of the latent and whatever is laid behind it (mask, picture); `vectors` are names of
+    VECTORS and their widths.
+    """
+    return NetSpec(
+        inputs=(
+            TensorSpec(name="sample", dtype=float_dtype, shape=("B", channels, "H/8", "W/8")),
             TensorSpec(name="timestep", dtype="float32", shape=("B",)),
             TensorSpec(name="encoder_hidden_states", dtype=float_dtype, shape=("B", "T", width)),
+            *_vectors("B", vectors or {}),
         ),
         outputs=(TensorSpec(name="out_sample", dtype=float_dtype, shape=("B", 4, "H/8", "W/8")),),
     )
 
 
-def unet(*, channels: int, float_dtype: str, invariants: Sequence[TensorSpec]) -> NetSpec:
-    """The loop graph. `invariants` are outputs of `unet_context` (B rows) and `unet_time` (1 row)."""
+def _vectors(rows: str, widths: Mapping[str, int]) -> tuple[TensorSpec, ...]:
+    """In the order of VECTORS."""
+    return tuple(
+        TensorSpec(name=name, dtype="float32", shape=(rows, widths[name]))
+        for name in VECTORS
+        if name in widths
+    )
+
+
+def unet(
+    *, channels: int, float_dtype: str, invariants: Sequence[TensorSpec], image_channels: int = 0
+) -> NetSpec:
+    """The loop graph. `invariants` are outputs of `unet_context` (B rows) and `unet_time` (1 row, or B).
+
+    `image_latents` is what an inpainting UNet sees behind the latent: the mask and the masked picture.
+    """
+    image = TensorSpec(name="image_latents", dtype=float_dtype, shape=("B", image_channels, "H/8", "W/8"))
     return NetSpec(
         inputs=(
             TensorSpec(name="latent", dtype=float_dtype, shape=("B", channels, "H/8", "W/8")),
+            *((image,) if image_channels else ()),
             *invariants,
         ),
         outputs=(TensorSpec(name="prediction", dtype=float_dtype, shape=("B", 4, "H/8", "W/8")),),
@@ -222,33 +319,58 @@ def step(*, channels: int, float_dtype: str) -> NetSpec:
     `state` is the latent followed by the last HISTORY - 1 remembered predictions, newest first. `latent` is
     the new latent as the next UNet call wants it: once, or twice with guidance.
     """
+    return NetSpec(
+        inputs=_step_inputs(channels, float_dtype, ROW), outputs=_step_outputs(channels, float_dtype)
+    )
+
+
+def step_masked(*, channels: int, float_dtype: str) -> NetSpec:
+    """`step`, after which the latent is that of `kept`, noised, wherever `mask` is 0 (1 is repainted)."""
     picture: tuple[Dim, ...] = (channels, "H/8", "W/8")
     return NetSpec(
         inputs=(
-            TensorSpec(name="prediction", dtype=float_dtype, shape=("B", *picture)),
-            TensorSpec(name="state", dtype="float32", shape=(HISTORY, "N", *picture)),
-            TensorSpec(name="noise", dtype="float32", shape=("N", *picture)),
-            TensorSpec(name="row", dtype="float32", shape=(len(ROW),)),
+            *_step_inputs(channels, float_dtype, MASKED_ROW),
+            TensorSpec(name="kept", dtype="float32", shape=("N", *picture)),
+            TensorSpec(name="kept_noise", dtype="float32", shape=("N", *picture)),
+            TensorSpec(name="mask", dtype="float32", shape=("N", 1, "H/8", "W/8")),
         ),
-        outputs=(
-            TensorSpec(name="next_state", dtype="float32", shape=(HISTORY, "N", *picture)),
-            TensorSpec(name="latent", dtype=float_dtype, shape=("B", *picture)),
-        ),
+        outputs=_step_outputs(channels, float_dtype),
+    )
+
+
+def _step_inputs(channels: int, float_dtype: str, row: Sequence[str]) -> tuple[TensorSpec, ...]:
+    picture: tuple[Dim, ...] = (channels, "H/8", "W/8")
+    return (
+        TensorSpec(name="prediction", dtype=float_dtype, shape=("B", *picture)),
+        TensorSpec(name="state", dtype="float32", shape=(HISTORY, "N", *picture)),
+        TensorSpec(name="noise", dtype="float32", shape=("N", *picture)),
+        TensorSpec(name="row", dtype="float32", shape=(len(row),)),
+    )
+
+
+def _step_outputs(channels: int, float_dtype: str) -> tuple[TensorSpec, ...]:
+    picture: tuple[Dim, ...] = (channels, "H/8", "W/8")
+    return (
+        TensorSpec(name="next_state", dtype="float32", shape=(HISTORY, "N", *picture)),
+        TensorSpec(name="latent", dtype=float_dtype, shape=("B", *picture)),
     )
 
 
 def unet_context(*, width: int, float_dtype: str, invariants: Sequence[TensorSpec]) -> NetSpec:
-    """Context to everything in the UNet that depends on the prompt alone."""
+    """Context to everything in the UNet that depends on the prompt's text alone."""
     return NetSpec(
         inputs=(TensorSpec(name="context", dtype=float_dtype, shape=("B", "T", width)),),
         outputs=tuple(invariants),
     )
 
 
-def unet_time(*, invariants: Sequence[TensorSpec]) -> NetSpec:
-    """Timesteps to everything in the UNet that depends on the schedule alone: one row per step."""
+def unet_time(*, invariants: Sequence[TensorSpec], vectors: Mapping[str, int] | None = None) -> NetSpec:
+    """Timesteps, and vectors where there are some, to everything in the UNet that depends on these alone.
+
+    Without vectors one row per step; with them one per step and UNet row, the rows of a step together.
+    """
     return NetSpec(
-        inputs=(TensorSpec(name="timestep", dtype="float32", shape=("S",)),),
+        inputs=(TensorSpec(name="timestep", dtype="float32", shape=("S",)), *_vectors("S", vectors or {})),
         outputs=tuple(invariants),
     )
 

@@ -5,236 +5,261 @@ Nothing here imports torch, and nothing here unpickles: only JSON and safetensor
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from ..engines.errors import CheckpointError
-from .single_file import refuse_file
+from ..engines.package import IMAGE_LATENTS, TIME_IDS
+from ..engines.spec import TEXT_ENCODERS
+from .autoencoder_files import open_tiny_vae, open_vae, vae_scale
+from .component import DOWNLOAD, SUPPORTED, Component, missing, read_component, read_json
+from .families import OTHER, PIPELINES, layout_of, refuse_unet, steps_and_guidance
+from .single_file import open_single_file
+from .tokenizer_files import ClipTokenizer, CopiedTokenizer, TokenizerSource
 
-_DOWNLOAD = "Download the checkpoint again: hf download REPOSITORY --local-dir FOLDER."
-_SUPPORTED = "a Stable Diffusion 1.x or 2.x text-to-image folder in diffusers' layout"
-_OTHER = "Use a Stable Diffusion 1.x or 2.x checkpoint; other families are not supported yet."
+__all__ = ["Checkpoint", "Component"]
 
-# Pipeline classes whose nets are those of text-to-image.
-_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
-# diffusers' class prefix -> what its users call it. First match wins.
-_FAMILIES = {
-    "StableDiffusionXLInpaint": "SDXL inpainting",
-    "StableDiffusionXL": "SDXL",
-    "StableDiffusion3": "Stable Diffusion 3",
-    "StableDiffusionInpaint": "Stable Diffusion inpainting",
-    "StableDiffusionInstructPix2Pix": "InstructPix2Pix",
-    "StableDiffusionUpscale": "the Stable Diffusion upscaler",
-    "StableDiffusionLatentUpscale": "the Stable Diffusion latent upscaler",
-    "StableDiffusionDepth2Img": "Stable Diffusion 2 depth-to-image",
-    "StableUnCLIP": "Stable unCLIP",
-    "LatentConsistencyModel": "a latent consistency model",
-    "Flux": "Flux",
+# How many numbers a UNet takes as `time_ids` -> what they are, in diffusers' order (`_get_add_time_ids`).
+_TIME_IDS = {6: TIME_IDS[:6], 5: (*TIME_IDS[:4], "aesthetic_score")}
+# The pipeline whose layout and defaults a checkpoint in one file has.
+_FILE_PIPELINES = {
+    "sd1": "StableDiffusionPipeline",
+    "sd2": "StableDiffusionPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "sdxl-refiner": "StableDiffusionXLImg2ImgPipeline",
 }
-# UNet options that add inputs or nets this release does not export: option -> (family, accepted values).
-_UNET_OPTIONS: Mapping[str, tuple[str, tuple[object, ...]]] = {
-    "addition_embed_type": ("SDXL", (None,)),
-    "time_cond_proj_dim": ("a latent consistency model", (None,)),
-    "class_embed_type": ("unCLIP, or another class-conditioned model", (None,)),
-    "num_class_embeds": ("the upscaler, or another class-conditioned model", (None,)),
-    "encoder_hid_dim_type": ("an IP-Adapter or Kandinsky model", (None,)),
-    "encoder_hid_dim": ("an IP-Adapter or Kandinsky model", (None,)),
-    "addition_embed_type_num_heads": ("DeepFloyd IF", (None, 64)),
-    "time_embedding_type": ("a model with Fourier time embeddings", (None, "positional")),
-    "center_input_sample": ("a model with centred input", (None, False)),
-    "cross_attention_norm": ("DeepFloyd IF", (None,)),
-    "dual_cross_attention": ("Versatile Diffusion", (None, False)),
-    "out_channels": ("a model that also predicts variance", (4,)),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorHeader:
-    """One tensor of a safetensors file: where it is, its type (safetensors' name) and shape."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Component:
-    """One part of a checkpoint: its config, and its tensors by the checkpoint's own names."""
-
-    name: str
-    folder: Path
-    config: Mapping[str, Any]
-    tensors: Mapping[str, TensorHeader]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A diffusers folder that can be exported."""
+    """What can be exported: parts, and what a package's manifest says of them.
+
+    Attributes:
+        root: the folder or file.
+        parts: `unet`, `vae`, and where there are such: `text_encoder`, `text_encoder_2`, `image_encoder`,
+            `image_normalizer`, `tiny_vae`.
+        tokenizers: by their folders' names.
+        configs: JSON by the name of the folder that had it: `scheduler`, `feature_extractor`,
+            `image_noising_scheduler`.
+        steps: by default.
+        guidance_scale: by default.
+        zero_empty_prompt: as in `engines.package.Manifest`.
+        notes: what a user should know: what was assumed of a one-file checkpoint, and what is not used.
+    """
 
     root: Path
-    family: str
-    text_encoder: Component
-    unet: Component
-    vae: Component
-    scheduler: Mapping[str, Any]
+    parts: Mapping[str, Component]
+    tokenizers: Mapping[str, TokenizerSource]
+    configs: Mapping[str, Mapping[str, Any]]
+    steps: int = 50
+    guidance_scale: float = 7.5
+    zero_empty_prompt: bool = False
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check that the parts fit each other; raises CheckpointError."""
+        refuse_unet(self.unet)
+        _vectors(self.parts)
+        _check_context(self.parts)
+        _check_latents(self.vae, self.latent_scale)
 
     @classmethod
-    def open(cls, path: str | Path, *, prefer_fp16: bool = False) -> Checkpoint:
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        prefer_fp16: bool = False,
+        vae: Path | None = None,
+        tiny_vae: Path | None = None,
+        prediction_type: str | None = None,
+    ) -> Checkpoint:
         """Read configs and safetensors headers.
 
         Args:
-            path: the checkpoint's folder.
+            path: a folder in diffusers' layout, or a `.safetensors` file that holds a whole checkpoint.
             prefer_fp16: take the `.fp16.safetensors` variant where both are there.
+            vae: a folder or file of another autoencoder, in place of the checkpoint's.
+            tiny_vae: a folder or file of a tiny autoencoder (TAESD) for previews.
+            prediction_type: what the UNet of a one-file checkpoint predicts; None is what its file says.
 
         Raises:
             CheckpointError: nothing there; a family not supported (named); a damaged config or
-                weights file; weights that are pickles.
+                weights file; weights that are pickles; parts that do not fit each other.
         """
         root = Path(path)
-        if root.is_file():
-            refuse_file(root)
-        _refuse_pipeline(root)
-        unet = _component(root, "unet", "diffusion_pytorch_model", prefer_fp16)
-        _refuse_unet(unet)
-        text_encoder = _component(root, "text_encoder", "model", prefer_fp16)
-        vae = _component(root, "vae", "diffusion_pytorch_model", prefer_fp16)
-        if not (root / "tokenizer").is_dir():
-            _missing(root / "tokenizer")
-        return cls(
-            root=root,
-            family="sd2" if text_encoder.config.get("hidden_act") == "gelu" else "sd1",
-            text_encoder=text_encoder,
-            unet=unet,
-            vae=vae,
-            scheduler=_json(root / "scheduler" / "scheduler_config.json"),
-        )
-
-
-def _missing(path: Path) -> NoReturn:
-    raise CheckpointError(f"{path} is missing", expected=_SUPPORTED, fix=_DOWNLOAD)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        _missing(path)
-    try:
-        data: object = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is not JSON ({error})", expected="a JSON object", fix=_DOWNLOAD
-        ) from error
-    if not isinstance(data, dict):
-        raise CheckpointError(
-            f"{path} holds a {type(data).__name__}", expected="a JSON object", fix=_DOWNLOAD
-        )
-    return cast(dict[str, Any], data)
-
-
-def _refuse_pipeline(root: Path) -> None:
-    if not root.exists():
-        raise CheckpointError(
-            f"{root} does not exist", expected=_SUPPORTED, fix="Check the path; downloads are up to you."
-        )
-    pipeline = str(_json(root / "model_index.json").get("_class_name"))
-    if pipeline in _PIPELINES:
-        return
-    family = next(
-        (name for prefix, name in _FAMILIES.items() if pipeline.startswith(prefix)), "another family"
-    )
-    raise CheckpointError(f"{root} holds {family} ({pipeline})", expected=_SUPPORTED, fix=_OTHER)
-
-
-def _refuse_unet(unet: Component) -> None:
-    channels = unet.config.get("in_channels", 4)
-    if channels != 4:
-        kinds = {
-            9: "an inpainting model",
-            8: "InstructPix2Pix",
-            5: "a depth-to-image model",
-            7: "an upscaler",
-        }
-        kind = kinds.get(channels, "another family") if isinstance(channels, int) else "another family"
-        raise CheckpointError(
-            f"{unet.folder} is the UNet of {kind} (in_channels {channels})", expected=_SUPPORTED, fix=_OTHER
-        )
-    if not isinstance(unet.config.get("cross_attention_dim", 1280), int):
-        raise CheckpointError(
-            f"{unet.folder} has a cross_attention_dim of its own for each block",
-            expected=_SUPPORTED,
-            fix=_OTHER,
-        )
-    for option, (family, accepted) in _UNET_OPTIONS.items():
-        value = unet.config.get(option, accepted[0])
-        if value not in accepted:
+        if not root.exists():
             raise CheckpointError(
-                f"{unet.folder} is the UNet of {family} ({option} {value!r})", expected=_SUPPORTED, fix=_OTHER
+                f"{root} does not exist", expected=SUPPORTED, fix="Check the path; downloads are up to you."
             )
+        found = _open_file(root, prediction_type) if root.is_file() else _open_folder(root, prefer_fp16)
+        parts = dict(found.parts)
+        if vae is not None:
+            scale = float(found.vae.config.get("scaling_factor", 0.18215))
+            parts["vae"] = open_vae(vae, scaling_factor=scale, prefer_fp16=prefer_fp16)
+        if tiny_vae is not None:
+            parts["tiny_vae"] = open_tiny_vae(tiny_vae, prefer_fp16=prefer_fp16)
+        for name in ("vae", "tiny_vae"):
+            if name in parts:
+                _check_latents(parts[name], found.latent_scale)
+        return replace(found, parts=parts)
+
+    @property
+    def unet(self) -> Component:
+        """The part that every checkpoint has."""
+        return self.parts["unet"]
+
+    @property
+    def vae(self) -> Component:
+        """The autoencoder that pictures come from."""
+        return self.parts["vae"]
+
+    @property
+    def text_encoders(self) -> tuple[Component, ...]:
+        """In the order in which their features are joined."""
+        return tuple(self.parts[name] for name in TEXT_ENCODERS if name in self.parts)
+
+    @property
+    def vectors(self) -> Mapping[str, int]:
+        """The UNet's conditions besides the prompt (`engines.spec.VECTORS`) and their widths."""
+        return _vectors(self.parts)
+
+    @property
+    def family(self) -> str:
+        """For people; nothing is decided by it."""
+        if "image_normalizer" in self.parts:
+            return "unclip"
+        if "timestep_cond" in self.vectors:
+            return "lcm"
+        if "text_encoder_2" in self.parts:
+            return "sdxl" if "text_encoder" in self.parts else "sdxl-refiner"
+        return "sd2" if self.parts["text_encoder"].config.get("hidden_act") == "gelu" else "sd1"
+
+    @property
+    def scheduler(self) -> Mapping[str, Any]:
+        """The checkpoint's `scheduler_config.json`."""
+        return self.configs["scheduler"]
+
+    @property
+    def skips_last_layer(self) -> bool:
+        """Whether the context is taken one layer before the last and not normalised: all of SDXL."""
+        return "text_encoder_2" in self.parts
+
+    @property
+    def time_ids(self) -> tuple[str, ...]:
+        """What the vector `time_ids` consists of."""
+        return _TIME_IDS[self.vectors["time_ids"]] if "time_ids" in self.vectors else ()
+
+    @property
+    def image_latents(self) -> tuple[str, ...]:
+        """What stands behind the latent in the UNet's input."""
+        return IMAGE_LATENTS if self.unet.config.get("in_channels", 4) == 9 else ()
+
+    @property
+    def latent_scale(self) -> int:
+        """Pixels per latent cell."""
+        return vae_scale(self.vae)
 
 
-def _component(root: Path, name: str, stem: str, prefer_fp16: bool) -> Component:
-    folder = root / name
-    config = _json(folder / "config.json")
-    tensors: dict[str, TensorHeader] = {}
-    for file in _weight_files(folder, stem, prefer_fp16):
-        tensors.update(_headers(file))
-    return Component(name=name, folder=folder, config=config, tensors=tensors)
-
-
-def _weight_files(folder: Path, stem: str, prefer_fp16: bool) -> list[Path]:
-    """The safetensors files of a component: one, or the shards of an index."""
-    plain = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
-    half = [
-        f"{stem}.fp16.safetensors",
-        f"{stem}.safetensors.index.fp16.json",
-        f"{stem}.fp16.safetensors.index.json",
-    ]
-    for candidate in half + plain if prefer_fp16 else plain + half:
-        path = folder / candidate
-        if path.is_file():
-            return [path] if path.suffix == ".safetensors" else _shards(path)
-    pickles = sorted(path.name for pattern in ("*.bin", "*.ckpt", "*.pt") for path in folder.glob(pattern))
-    if pickles:
-        raise CheckpointError(
-            f"{folder} has its weights as pickles ({', '.join(pickles)}): reading them can run code",
-            expected=f"{stem}.safetensors",
-            fix="Convert them where you trust the source:"
-            ' python -c "from diffusers import StableDiffusionPipeline as P;'
-            " P.from_pretrained('FOLDER').save_pretrained('NEW')\".",
-        )
-    raise CheckpointError(f"{folder} has no weights", expected=f"{stem}.safetensors", fix=_DOWNLOAD)
-
-
-def _shards(index: Path) -> list[Path]:
-    weight_map = _json(index).get("weight_map")
-    names = (
-        set(map(str, cast(dict[str, object], weight_map).values())) if isinstance(weight_map, dict) else {""}
+def _open_folder(root: Path, prefer_fp16: bool) -> Checkpoint:
+    index = read_json(root / "model_index.json")
+    layout = layout_of(str(index.get("_class_name")), root)
+    left_out = {name for name in layout.optional if index.get(name) == [None, None]}
+    parts = {
+        name: read_component(root / name, name, stem, prefer_fp16=prefer_fp16)
+        for name, stem in layout.parts.items()
+        if name not in left_out
+    }
+    tokenizers = {folder: root / folder for name, folder in TEXT_ENCODERS.items() if name in parts}
+    for folder in tokenizers.values():
+        if not folder.is_dir():
+            missing(folder)
+    configs = {name: read_json(root / name / file) for name, file in layout.configs.items()}
+    steps, guidance_scale = steps_and_guidance(layout, configs["scheduler"])
+    return Checkpoint(
+        root=root,
+        parts=parts,
+        tokenizers={name: CopiedTokenizer(folder=folder) for name, folder in tokenizers.items()},
+        configs=configs,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        zero_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", layout.zero_empty_prompt)),
     )
-    if any(not name or Path(name).name != name for name in names):
+
+
+def _open_file(path: Path, prediction_type: str | None) -> Checkpoint:
+    found = open_single_file(path, prediction_type=prediction_type)
+    layout = PIPELINES[_FILE_PIPELINES[found.family]]
+    steps, guidance_scale = steps_and_guidance(layout, found.scheduler)
+    return Checkpoint(
+        root=path,
+        parts=found.components,
+        tokenizers={name: ClipTokenizer(pad_token=pad) for name, pad in found.tokenizers.items()},
+        configs={"scheduler": found.scheduler},
+        steps=steps,
+        guidance_scale=guidance_scale,
+        # As in the folder that the refiner is published in.
+        zero_empty_prompt=layout.zero_empty_prompt and found.family != "sdxl-refiner",
+        notes=found.notes,
+    )
+
+
+def _vectors(parts: Mapping[str, Component]) -> dict[str, int]:
+    """The UNet's conditions besides the prompt -> their widths.
+
+    Raises:
+        CheckpointError: one comes from a part that the checkpoint does not have, or has another width there.
+    """
+    config = parts["unet"].config
+    vectors: dict[str, int] = {}
+    if config.get("time_cond_proj_dim"):
+        vectors["timestep_cond"] = int(config["time_cond_proj_dim"])
+    joined = int(config.get("projection_class_embeddings_input_dim") or 0)
+    if config.get("class_embed_type") == "projection":
+        vectors["class_labels"] = joined
+        _require(parts, "image_encoder", joined == 2 * _width(parts, "image_encoder"), joined)
+    if config.get("addition_embed_type") == "text_time":
+        pooled = _width(parts, "text_encoder_2")
+        count, rest = divmod(joined - pooled, int(config.get("addition_time_embed_dim") or 1))
+        _require(parts, "text_encoder_2", count in _TIME_IDS and not rest, joined)
+        vectors |= {"text_embeds": pooled, "time_ids": count}
+    return vectors
+
+
+def _width(parts: Mapping[str, Component], name: str) -> int:
+    """Of a part's projected embedding; 0 where there is no such part."""
+    return int(parts[name].config.get("projection_dim", 512)) if name in parts else 0
+
+
+def _require(parts: Mapping[str, Component], name: str, ok: bool, joined: int) -> None:
+    if not ok:
+        found = f"one of width {_width(parts, name)}" if name in parts else "none"
         raise CheckpointError(
-            f"{index} has no weight_map of plain file names",
-            expected="shards in the same folder",
-            fix=_DOWNLOAD,
+            f"{parts['unet'].folder} is conditioned by {joined} values from the {name}, and there is {found}",
+            expected=SUPPORTED,
+            fix=OTHER,
         )
-    for name in names:
-        if not (index.parent / name).is_file():
-            _missing(index.parent / name)
-    return [index.parent / name for name in sorted(names)]
 
 
-def _headers(file: Path) -> dict[str, TensorHeader]:
-    from safetensors import SafetensorError, safe_open
-
-    headers: dict[str, TensorHeader] = {}
-    try:
-        with cast(Any, safe_open)(file, framework="np") as stream:
-            for name in stream.keys():  # noqa: SIM118 (not a mapping)
-                part = stream.get_slice(name)
-                headers[name] = TensorHeader(file=file, dtype=part.get_dtype(), shape=tuple(part.get_shape()))
-    except (SafetensorError, OSError) as error:
+def _check_context(parts: Mapping[str, Component]) -> None:
+    encoders = [parts[name] for name in TEXT_ENCODERS if name in parts]
+    found = sum(int(part.config.get("hidden_size", 512)) for part in encoders)
+    wanted = int(parts["unet"].config.get("cross_attention_dim", 1280))
+    if found != wanted:
         raise CheckpointError(
-            f"{file} is not a safetensors file ({error})", expected="a complete download", fix=_DOWNLOAD
-        ) from error
-    return headers
+            f"{parts['unet'].folder} wants a context of width {wanted}",
+            expected=f"{found}, the width of {' and '.join(part.name for part in encoders)}",
+            fix=DOWNLOAD,
+        )
+
+
+def _check_latents(part: Component, scale: int) -> None:
+    """All latents of a package mean the same: four channels, and as many pixels per cell."""
+    channels = cast(object, part.config.get("latent_channels", 4))
+    if channels != 4 or vae_scale(part) != scale:
+        raise CheckpointError(
+            f"{part.folder} has latents of {channels} channels, {vae_scale(part)} pixels a cell",
+            expected=f"4 channels and {scale} pixels, as this checkpoint's",
+            fix="Use an autoencoder of the same family.",
+        )

@@ -1,7 +1,8 @@
-"""Split the UNet's graph by what each node depends on: the latent, the context, or the timestep.
+"""Split the UNet's graph by what each node depends on: the latent, the context, or the time.
 
 The loop keeps what depends on the latent. The rest runs once: on the context per prompt, on all timesteps of
-a schedule at once. The values that cross are the invariants.
+a schedule at once. The vectors that condition some families (`spec.VECTORS`) join the time embedding, so they
+belong to the time. The values that cross are the invariants.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from ..engines.errors import CheckpointError
 from .weights import is_weight
 
 LATENT, TIMESTEP, CONTEXT = "sample", "timestep", "encoder_hidden_states"
+TIME = frozenset([TIMESTEP, *spec.VECTORS])
+_LATENT_CHANNELS = 4  # of the input; the rest stands behind the latent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,7 @@ def hoist(whole: ir.Model) -> Split:
     """Split `whole` (surgery.clean has run on it).
 
     Raises:
-        CheckpointError: a value depends on the context and on the timestep but not on the latent.
+        CheckpointError: a value depends on the context and on the time but not on the latent.
     """
     crossing = _crossing(whole.graph)
     names = _names(crossing)
@@ -43,25 +46,36 @@ def hoist(whole: ir.Model) -> Split:
     time = {v: n for v, n in names.items() if n.startswith(spec.TIME_INVARIANT)}
     by_name = {value.name or "": value for value in crossing}
     specs = {name: _invariant(by_name[value], name) for value, name in names.items()}
-    sample, _, encoder = whole.graph.inputs
+    sample, _, encoder, *rest = whole.graph.inputs
     float_dtype = specs_dtype(sample)
-    assert encoder.shape is not None
-    width, channels = encoder.shape[2], sample.shape[1] if sample.shape else 4
-    assert isinstance(width, int)
-    assert isinstance(channels, int)
+    vectors = {value.name or "": _size(value, 1) for value in rest}
     context_specs = [specs[name] for name in context.values()]
     time_specs = [specs[name] for name in time.values()]
-    one_row = [spec.TensorSpec(name=s.name, dtype=s.dtype, shape=(1, *s.shape[1:])) for s in time_specs]
+    # Vectors differ between the rows of a call, timesteps do not.
+    rows = "B" if vectors else 1
+    called = [spec.TensorSpec(name=s.name, dtype=s.dtype, shape=(rows, *s.shape[1:])) for s in time_specs]
     return Split(
-        loop=_loop(whole, names, [*context_specs, *one_row]),
-        context=_part(whole, context, CONTEXT, "context"),
-        time=_part(whole, time, TIMESTEP, "timestep"),
+        loop=_loop(whole, names, [*context_specs, *called]),
+        context=_part(whole, context, {CONTEXT: "context"}),
+        time=_part(whole, time, {name: name for name in (TIMESTEP, *vectors)}),
         loop_spec=spec.unet(
-            channels=channels, float_dtype=float_dtype, invariants=[*context_specs, *one_row]
+            channels=_LATENT_CHANNELS,
+            float_dtype=float_dtype,
+            invariants=[*context_specs, *called],
+            image_channels=_size(sample, 1) - _LATENT_CHANNELS,
         ),
-        context_spec=spec.unet_context(width=width, float_dtype=float_dtype, invariants=context_specs),
-        time_spec=spec.unet_time(invariants=time_specs),
+        context_spec=spec.unet_context(
+            width=_size(encoder, 2), float_dtype=float_dtype, invariants=context_specs
+        ),
+        time_spec=spec.unet_time(invariants=time_specs, vectors=vectors),
     )
+
+
+def _size(value: ir.Value, axis: int) -> int:
+    assert value.shape is not None
+    size = value.shape[axis]
+    assert isinstance(size, int)
+    return size
 
 
 def specs_dtype(value: ir.Value) -> str:
@@ -94,10 +108,10 @@ def _crossing(graph: ir.Graph) -> dict[ir.Value, str]:
             inputs = depends.get(value, frozenset[str]()) if value is not None else frozenset[str]()
             if value is None or not inputs or LATENT in inputs or _is_view(value.producer(), depends):
                 continue
-            if len(inputs) > 1:
+            if CONTEXT in inputs and inputs & TIME:
                 raise CheckpointError(
                     f"the UNet computes {value.name!r} from the context and the timestep together",
-                    expected="Stable Diffusion 1.x or 2.x, where the two meet only in the latent",
+                    expected="a UNet of Stable Diffusion's kind, where the two meet only in the latent",
                     fix="Report the checkpoint; its graph needs a third part.",
                 )
             crossing[value] = spec.CONTEXT_INVARIANT if CONTEXT in inputs else spec.TIME_INVARIANT
@@ -109,7 +123,7 @@ def _is_view(node: ir.Node | None, depends: Mapping[ir.Value, frozenset[str]]) -
 
     It stays in the loop, where it costs nothing, so that a time invariant is a plain (S, C) table.
     """
-    if node is None or depends[node.outputs[0]] != frozenset([TIMESTEP]):
+    if node is None or not depends[node.outputs[0]] or depends[node.outputs[0]] - TIME:
         return False
     widens = node.op_type == "Cast" and node.outputs[0].dtype == ir.DataType.FLOAT
     if node.op_type != "Unsqueeze" and not widens:
@@ -154,8 +168,8 @@ def _invariant(value: ir.Value, name: str) -> spec.TensorSpec:
     return spec.TensorSpec(name=name, dtype=specs_dtype(value), shape=(rows, *dims))
 
 
-def _part(whole: ir.Model, names: Mapping[str, str], source: str, renamed: str) -> ir.Model:
-    """The graph that computes the invariants `names` from the input `source`."""
+def _part(whole: ir.Model, names: Mapping[str, str], sources: Mapping[str, str]) -> ir.Model:
+    """The graph that computes the invariants `names` from the inputs `sources`, which it renames."""
     model = _copy(whole)
     graph = model.graph
     values = {value.name: value for node in graph for value in node.outputs}
@@ -163,13 +177,13 @@ def _part(whole: ir.Model, names: Mapping[str, str], source: str, renamed: str) 
     for old, new in names.items():
         values[old].name = new
         graph.outputs.append(values[old])
-    _keep_inputs(graph, lambda name: name == source)
-    graph.inputs[0].name = renamed
-    if source == TIMESTEP:
-        graph.inputs[0].shape = ir.Shape(["S"])
-        for value in graph.outputs:
+    _keep_inputs(graph, lambda name: name in sources)
+    for value in graph.inputs:
+        value.name = sources[value.name or ""]
+    if TIMESTEP in sources:
+        for value in (*graph.inputs, *graph.outputs):
             value.shape = ir.Shape(["S", *list(value.shape or ())[1:]])
-    return _pruned(model, renamed)
+    return _pruned(model, TIMESTEP if TIMESTEP in sources else "context")
 
 
 def _loop(whole: ir.Model, names: Mapping[str, str], invariants: list[spec.TensorSpec]) -> ir.Model:
@@ -183,10 +197,30 @@ def _loop(whole: ir.Model, names: Mapping[str, str], invariants: list[spec.Tenso
         graph.inputs.append(value)
         ir.convenience.replace_all_uses_with(values[old], value)
     common.RemoveUnusedNodesPass()(model)
-    _keep_inputs(graph, lambda name: name not in (TIMESTEP, CONTEXT))
+    _keep_inputs(graph, lambda name: name not in TIME and name != CONTEXT)
+    if _size(graph.inputs[0], 1) > _LATENT_CHANNELS:
+        _join_latents(graph)
     graph.inputs[0].name = "latent"
     graph.outputs[0].name = "prediction"
     return _pruned(model, "unet")
+
+
+def _join_latents(graph: ir.Graph) -> None:
+    """Two inputs in place of one: the latent, and what stands behind it."""
+    whole = graph.inputs[0]
+    assert whole.shape is not None
+    rows, channels, *size = whole.shape
+    assert isinstance(channels, int)
+    parts = [
+        ir.Value(name=name, shape=ir.Shape([rows, count, *size]), type=whole.type)
+        for name, count in ((LATENT, _LATENT_CHANNELS), ("image_latents", channels - _LATENT_CHANNELS))
+    ]
+    joined = ir.node("Concat", parts, {"axis": 1}, name="image_latents/Concat")
+    joined.outputs[0].name, joined.outputs[0].type = "image_latents/joined", whole.type
+    joined.outputs[0].shape = whole.shape
+    ir.convenience.replace_all_uses_with(whole, joined.outputs[0])
+    graph.inputs[0:1] = parts
+    graph.insert_before(graph[0], joined)
 
 
 def _copy(model: ir.Model) -> ir.Model:

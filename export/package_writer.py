@@ -1,4 +1,4 @@
-"""Checkpoint folder -> package folder: the stages of an export, in order.
+"""Checkpoint -> package folder: the stages of an export, in order.
 
 One component at a time is in memory. The package is written beside its place and renamed at the end, so a
 failed export leaves nothing behind and what was there before stays.
@@ -7,8 +7,6 @@ failed export leaves nothing behind and what was there before stays.
 from __future__ import annotations
 
 import gc
-import json
-import math
 import os
 import shutil
 import tempfile
@@ -18,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ..engines import spec
-from ..engines.errors import CheckpointError, StorageError, UsageError
-from ..engines.package import MANIFEST, Defaults, Manifest, NetFile, Package, write_manifest
+from ..engines.errors import StorageError, UsageError
+from ..engines.package import MANIFEST, NetFile, Package, write_manifest
 from .checkpoint import Checkpoint
+from .manifest import make_manifest
 from .progress import Progress, Stages
 
 if TYPE_CHECKING:
@@ -33,14 +32,22 @@ if TYPE_CHECKING:
 
 Dtype = Literal["fp16", "fp32"]
 
-_COMPONENTS = ("text_encoder", "unet", "vae_decoder")
-_TOKENIZER = (
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer_config.json",
-)
+# A net's folder -> the part of the checkpoint it is made of, in the order in which nets feed each other.
+_SOURCES = {
+    "text_encoder": "text_encoder",
+    "text_encoder_2": "text_encoder_2",
+    "image_encoder": "image_encoder",
+    "image_noiser": "image_normalizer",
+    "vae_encoder": "vae",
+    "unet": "unet",
+    "vae_decoder": "vae",
+    "preview_decoder": "tiny_vae",
+}
+
+
+def components(source: Checkpoint) -> tuple[str, ...]:
+    """The folders of nets, with weights, that the package of this checkpoint has."""
+    return tuple(folder for folder, part in _SOURCES.items() if part in source.parts)
 
 
 def export_package(
@@ -52,19 +59,27 @@ def export_package(
     progress: Callable[[Progress], None] | None = None,
     report: Callable[[Comparison], None] | None = None,
     report_islands: Callable[[Found], None] | None = None,
+    note: Callable[[str], None] | None = None,
     overwrite: bool = False,
+    vae: Path | None = None,
+    tiny_vae: Path | None = None,
+    prediction_type: str | None = None,
 ) -> Package:
     """Write the package of a checkpoint.
 
     Args:
-        checkpoint: a diffusers folder.
+        checkpoint: a diffusers folder, or a `.safetensors` file of a whole checkpoint.
         package: the folder to make. It may exist if it is empty.
         dtype: the arithmetic of the graphs.
         verify: compare every net with torch, and fail below the bars of `verify.py`.
         progress: is told of each stage as it begins.
         report: is told of each comparison that verifying makes.
         report_islands: is told what measuring each component's ranges found (fp16 only).
+        note: is told what had to be assumed of the checkpoint, a line each.
         overwrite: replace an existing package, once the new one is complete.
+        vae: a folder or file of another autoencoder, in place of the checkpoint's.
+        tiny_vae: a folder or file of a tiny autoencoder (TAESD): the net `preview_decoder`.
+        prediction_type: "epsilon" or "v_prediction", where the checkpoint is one file and does not say.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or of a family not supported.
@@ -77,22 +92,32 @@ def export_package(
         raise UsageError(
             f"dtype is {dtype!r}", expected="fp16 or fp32", fix="Pass --dtype fp16 or --dtype fp32."
         )
-    source = Checkpoint.open(checkpoint, prefer_fp16=dtype == "fp16")
+    source = Checkpoint.open(
+        checkpoint,
+        prefer_fp16=dtype == "fp16",
+        vae=vae,
+        tiny_vae=tiny_vae,
+        prediction_type=prediction_type,
+    )
     _check_target(package, overwrite)
+    if note is not None:
+        for line in source.notes:
+            note(line)
     calibration = _calibration(source) if dtype == "fp16" else None
     each = 1 + (calibration is not None) + verify
-    stages = Stages(len(_COMPONENTS) * each + 1, progress)
+    stages = Stages(len(components(source)) * each + 1, progress)
     with _beside(package, overwrite) as folder:
         nets: dict[str, NetFile] = {}
-        for component in _COMPONENTS:
+        for component in components(source):
             files = _component(source, component, folder, dtype, stages, calibration, report_islands)
             if verify:
                 _verify(source, component, folder, files, dtype, stages, report)
             nets |= files
         stages.begin("package")
-        nets["step"] = _step(folder, nets["unet"].spec)
-        _copy_tokenizer(source.root / "tokenizer", folder / "tokenizer")
-        write_manifest(folder, _manifest(source, dtype, nets))
+        nets |= _steps(folder, nets["unet"].spec)
+        for name, tokenizer in source.tokenizers.items():
+            tokenizer.write(folder / name)
+        write_manifest(folder, make_manifest(source, dtype, nets))
     return Package.open(package)
 
 
@@ -183,17 +208,20 @@ def _graphs(
     return files
 
 
-def _step(folder: Path, unet: NetSpec) -> NetFile:
-    """The row update between two calls of that UNet."""
+def _steps(folder: Path, unet: NetSpec) -> dict[str, NetFile]:
+    """The row updates between two calls of that UNet: plain, and keeping a picture outside a mask."""
     from .step_graph import write_step
 
     prediction = unet.outputs[0]
     channels = prediction.shape[1]
     assert isinstance(channels, int)
-    contract = spec.step(channels=channels, float_dtype=prediction.dtype)
     (folder / "step").mkdir()
-    write_step(folder / "step" / "model.onnx", contract)
-    return NetFile(graph="step/model.onnx", weights=None, spec=contract)
+    files: dict[str, NetFile] = {}
+    for name, make, file in (("step", spec.step, "model"), ("step_masked", spec.step_masked, "masked")):
+        contract = make(channels=channels, float_dtype=prediction.dtype)
+        write_step(folder / "step" / f"{file}.onnx", contract)
+        files[name] = NetFile(graph=f"step/{file}.onnx", weights=None, spec=contract)
+    return files
 
 
 def _verify(
@@ -226,77 +254,6 @@ def _cut(net: str, model: ir.Model, contract: NetSpec) -> dict[str, tuple[ir.Mod
         "unet_context": (split.context, split.context_spec, "context.onnx"),
         "unet_time": (split.time, split.time_spec, "time.onnx"),
     }
-
-
-def _manifest(source: Checkpoint, dtype: Dtype, nets: Mapping[str, NetFile]) -> Manifest:
-    blocks = source.vae.config.get("block_out_channels", [0] * 4)
-    scale = 2 ** (len(blocks) - 1)
-    context = nets["text_encoder"].spec.outputs[0]
-    tokens, width = context.shape[1:]
-    assert isinstance(tokens, int)
-    assert isinstance(width, int)
-    channels = nets["vae_decoder"].spec.inputs[0].shape[1]
-    assert isinstance(channels, int)
-    return Manifest(
-        name=source.root.resolve().name,
-        family=source.family,
-        dtype=dtype,
-        latent_channels=channels,
-        context_width=width,
-        # "-Infinity", diffusers' default of lambda_min_clipped, is no JSON; a missing key means the same
-        scheduler={key: value for key, value in source.scheduler.items() if value != -math.inf},
-        nets={name: nets[name] for name in spec.NETS},
-        defaults=_defaults(source, scale),
-        latent_scale=scale,
-        size_multiple=max(8, scale),
-        max_tokens=tokens,
-        producer=_producer(),
-    )
-
-
-def _producer() -> str:
-    from importlib.metadata import version
-
-    packages = ("latentrt", "torch", "diffusers", "transformers", "onnxscript")
-    return ", ".join(f"{name} {version(name)}" for name in packages)
-
-
-def _defaults(source: Checkpoint, scale: int) -> Defaults:
-    """The checkpoint's `recommended.json`, if there is one, over what the family uses."""
-    size = source.unet.config.get("sample_size") or 64
-    height, width = cast(list[int], size) if isinstance(size, list) else (size, size)
-    values: dict[str, Any] = {"height": height * scale, "width": width * scale}
-    path = source.root / "recommended.json"
-    if path.is_file():
-        values |= _recommended(path)
-    return Defaults(**values)
-
-
-def _recommended(path: Path) -> dict[str, Any]:
-    try:
-        data = dict(json.loads(path.read_text(encoding="utf-8")))
-        Defaults(**data)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error})",
-            expected=f"a JSON object with some of {', '.join(sorted(vars(Defaults())))}",
-            fix="Mend or remove it.",
-        ) from error
-    return data
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy contents, not links: Hugging Face's cache consists of links, which a package must not hold."""
-    target.mkdir()
-    found = [name for name in _TOKENIZER if (source / name).is_file()]
-    if "tokenizer.json" not in found and not {"vocab.json", "merges.txt"} <= set(found):
-        raise CheckpointError(
-            f"{source} holds {found}",
-            expected="tokenizer.json, or vocab.json and merges.txt",
-            fix="Download the checkpoint's tokenizer folder again.",
-        )
-    for name in found:
-        shutil.copyfile(source / name, target / name)
 
 
 def _check_target(package: Path, overwrite: bool) -> None:

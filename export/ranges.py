@@ -50,7 +50,7 @@ class Island:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What measuring one component found. `where` names the node that writes the largest magnitude."""
+    """What measuring one component found. `where` names the node that writes the largest, if any."""
 
     component: str
     islands: tuple[Island, ...]
@@ -63,7 +63,7 @@ def find_islands(model: ir.Model, component: str, folder: Path, drive: Callable[
 
     Args:
         model: the graph after `surgery.clean`; changed in place.
-        component: "text_encoder", "unet" (before hoisting) or "vae_decoder".
+        component: the folder of the net; the UNet before hoisting.
         folder: holds the weights file; the twin is there for a moment.
         drive: calls the twin (`Calibration.drive`).
 
@@ -73,6 +73,8 @@ def find_islands(model: ir.Model, component: str, folder: Path, drive: Callable[
     largest = measure(model, component, folder, drive)
     _check_outputs(model, component, largest)
     hot = {name for name, value in largest.items() if value > LIMIT}
+    if not largest:  # all of it is float32 already
+        return Found(component=component, islands=(), largest=0.0, where="")
     top = max(largest, key=lambda name: largest[name])
     where = {value.name: node.name for node in model.graph for value in node.outputs}.get(top)
     nodes = _around(model, hot)

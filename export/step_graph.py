@@ -1,4 +1,4 @@
-"""The graph `step`: guidance and the sampler's row update, for loops that stay on a device.
+"""The graphs `step` and `step_masked`: guidance and the sampler's row update, for loops on a device.
 
 It holds no weights and no sampler: the row of the table is one of its inputs (docs/samplers.md).
 """
@@ -17,7 +17,7 @@ from ..engines import spec
 _TEXT = Template("""
 <ir_version: 10, opset_import: ["": 23]>
 step ($half[B, $channels, h, w] prediction, float[$history, N, $channels, h, w] state,
-      float[N, $channels, h, w] noise, float[$row] row)
+      float[N, $channels, h, w] noise, float[$row] row$picture)
   => (float[$history, N, $channels, h, w] next_state, $half[B, $channels, h, w] latent)
   <int64[1] zero = {0}, int64[1] one = {1}, int64[1] end = {9223372036854775807},
    int64[3] picture = {2, 3, 4}, float nothing = {0}, float unit = {1}>
@@ -45,8 +45,8 @@ step ($half[B, $channels, h, w] prediction, float[$history, N, $channels, h, w] 
   quotient = Div (wanted, found)
   ratio = Sqrt (quotient)
   rescaled = Mul (guidance_rescale, ratio)
-  kept = Sub (unit, guidance_rescale)
-  mixed = Add (rescaled, kept)
+  unscaled = Sub (unit, guidance_rescale)
+  mixed = Add (rescaled, unscaled)
   asked = Greater (guidance_rescale, nothing)
   factor = Where (asked, mixed, unit)
   m = Mul (guided, factor)
@@ -66,7 +66,8 @@ step ($half[B, $channels, h, w] prediction, float[$history, N, $channels, h, w] 
   ay = Mul (a, y)
   moved = Add (ay, s4)
   cn = Mul (c, noise)
-  next_y = Add (moved, cn)
+  $drawn = Add (moved, cn)
+$keep
 
   next_state = Concat <axis = 0> (next_y, h0, h1, h2, h3)
   twice = Concat <axis = 1> (next_y, next_y)
@@ -76,9 +77,22 @@ step ($half[B, $channels, h, w] prediction, float[$history, N, $channels, h, w] 
 }
 """)
 
+# What `step_masked` has besides: StableDiffusionInpaintPipeline's blending for UNets of four channels. Where
+# the mask is 0 or 1 one of the two summands is nothing, and the other is left as it is to the bit.
+_PICTURE = ", float[N, $channels, h, w] kept, float[N, $channels, h, w] kept_noise, float[N, 1, h, w] mask"
+_KEEP = """
+  signal = Mul (keep_signal, kept)
+  noised = Mul (keep_noise, kept_noise)
+  known = Add (signal, noised)
+  unmasked = Sub (unit, mask)
+  repainted = Mul (mask, drawn)
+  left = Mul (unmasked, known)
+  next_y = Add (repainted, left)
+"""
+
 
 def write_step(path: Path, contract: spec.NetSpec) -> None:
-    """Write the graph of `spec.step`.
+    """Write the graph of `spec.step` or `spec.step_masked`.
 
     Args:
         path: the .onnx file.
@@ -88,13 +102,18 @@ def write_step(path: Path, contract: spec.NetSpec) -> None:
 
     prediction = contract.inputs[0]
     half = prediction.dtype == "float16"
+    masked = any(item.name == "mask" for item in contract.inputs)
+    columns = spec.MASKED_ROW if masked else spec.ROW
     text = _TEXT.substitute(
         half="float16" if half else "float",
         code=10 if half else 1,
         channels=prediction.shape[1],
         history=spec.HISTORY,
-        row=len(spec.ROW),
-        columns=", ".join(spec.ROW),
+        row=len(columns),
+        columns=", ".join(columns),
+        picture=Template(_PICTURE).substitute(channels=prediction.shape[1]) if masked else "",
+        drawn="drawn" if masked else "next_y",
+        keep=_KEEP if masked else "",
     )
     model: Any = parser.parse_model(text)
     for value in (*model.graph.input, *model.graph.output):

@@ -20,22 +20,28 @@ OPSET = 23
 
 # Sizes to trace with. Odd and all different, so that the tracer can take no two for one and none for a
 # multiple of eight (see nets.WholeUnet); two rows, since it specialises on one.
-SIZES: Mapping[str, int] = {"B": 2, "N": 2, "P": 2, "T": 78, "H/8": 17, "W/8": 25}
+SIZES: Mapping[str, int] = {"B": 2, "N": 2, "P": 2, "T": 78, "H/8": 17, "W/8": 25, "H": 136, "W": 200}
+# Inputs whose values are whole numbers below this, or one number; all others are unit normal.
+_WHOLE = {"timestep": 1000, "noise_level": 1000, "time_ids": 1024, "input_ids": 100, "image": 256}
+_ONE = {"clip_skip": 0.0, "alpha": 0.8, "sigma": 0.6}  # squares of the last two add up to one
 
 
-def example(contract: NetSpec, sizes: Mapping[str, int], seed: int = 0) -> list[torch.Tensor]:
-    """Random inputs of a realistic scale: unit normal, timesteps 0 ... 999, token ids below 100."""
+def example(contract: NetSpec, sizes: Mapping[str, int], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random inputs by name, of a realistic scale: unit normal, timesteps 0 ... 999, token ids below 100."""
     generator = torch.Generator().manual_seed(seed)
-    return [_random(item, sizes, generator) for item in contract.inputs]
+    return {item.name: _random(item, sizes, generator) for item in contract.inputs}
 
 
 def _random(item: TensorSpec, sizes: Mapping[str, int], generator: torch.Generator) -> torch.Tensor:
     shape = [dim if isinstance(dim, int) else sizes[dim] for dim in item.shape]
-    if item.dtype == "int32":
-        return torch.randint(0, 100, shape, dtype=torch.int32, generator=generator)
-    if item.name == "timestep":
-        return torch.randint(0, 1000, shape, generator=generator).float()
-    return torch.randn(shape, generator=generator).to(getattr(torch, item.dtype))
+    dtype = getattr(torch, item.dtype)
+    if item.name in _ONE:
+        return torch.full(shape, _ONE[item.name], dtype=dtype)
+    if item.name in _WHOLE:
+        return torch.randint(0, _WHOLE[item.name], shape, generator=generator).to(dtype)
+    if item.name == "mask":  # kept or painted
+        return torch.randint(0, 2, shape, generator=generator).to(dtype) * 255
+    return torch.randn(shape, generator=generator).to(dtype)
 
 
 def to_onnx(net: Net) -> ir.Model:
@@ -44,15 +50,17 @@ def to_onnx(net: Net) -> ir.Model:
     torch's optimiser stays off: it folds transposes into weights, which then have no name any more.
     """
     inputs = example(net.spec, SIZES)
-    dynamic = [
-        {axis: torch.export.Dim.DYNAMIC for axis, dim in enumerate(item.shape) if isinstance(dim, str)}
+    dynamic = {
+        item.name: {
+            axis: torch.export.Dim.DYNAMIC for axis, dim in enumerate(item.shape) if isinstance(dim, str)
+        }
         for item in net.spec.inputs
-    ]
+    }
     with torch.no_grad(), _quiet():
         program = cast(Any, torch.onnx).export(
             net.module,
-            tuple(inputs),
-            dynamic_shapes=tuple(dynamic),
+            kwargs=inputs,
+            dynamic_shapes=dynamic,
             input_names=[item.name for item in net.spec.inputs],
             output_names=[item.name for item in net.spec.outputs],
             opset_version=OPSET,

@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from ..engines.errors import NumericError
 from ..engines.package import NetFile, Package
-from ..engines.spec import Array
+from ..engines.spec import TEXT_ENCODERS, VECTORS, Array
+from .calibration import token_ids
 from .checkpoint import Checkpoint
 from .nets import BUILD, Net
 from .to_onnx import example
@@ -28,7 +29,10 @@ BARS: Mapping[str, float] = {"fp32": 1e-4, "fp16": 5e-3}
 # uint8 pictures, dB: rounding alone gives 75 where one in a hundred shades flips; fp16 as above gives 50.
 PICTURE_BARS: Mapping[str, float] = {"fp32": 60.0, "fp16": 45.0}
 # Not the sizes that were traced: a size frozen into the graph shows.
-_SIZES: Mapping[str, int] = {"B": 2, "N": 1, "P": 2, "T": 77, "H/8": 24, "W/8": 40}
+_SIZES: Mapping[str, int] = {"B": 2, "N": 1, "P": 2, "T": 77, "H/8": 24, "W/8": 40, "H": 192, "W": 320}
+# Outputs that may be next to nothing: their error is measured against what they are added to, pixels and
+# latents of size one.
+_SUMMANDS = (("vae_decoder", "mean"), ("preview_decoder", "mean"), ("vae_encoder", "std"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +55,7 @@ def compare(net: str, output: str, found: Array, wanted: Array, dtype: str) -> C
             net=net, output=output, relative_l2=math.inf, max_error=math.inf, psnr=-math.inf, passed=False
         )
     error = float(np.linalg.norm(a - b))
-    # A mean over a picture may be nothing at all: it is measured against the pixels' own unit.
-    size = float(np.linalg.norm(b)) if output != "mean" else math.sqrt(b.size)
+    size = math.sqrt(b.size) if (net, output) in _SUMMANDS else float(np.linalg.norm(b))
     peak = {"image": 255.0, "mean": 2.0}.get(output, float(b.max() - b.min()))
     psnr = math.inf if error == 0 else 20 * math.log10(max(peak, 1e-30) * math.sqrt(a.size) / error)
     relative = error / max(size, 1e-30)
@@ -69,21 +72,26 @@ def compare(net: str, output: str, found: Array, wanted: Array, dtype: str) -> C
 
 def verify_package(
     package: Package,
-    checkpoint: str | Path,
+    checkpoint: str | Path | Checkpoint,
     report: Callable[[Comparison], None] | None = None,
     seed: int = 0,
 ) -> tuple[Comparison, ...]:
-    """Verify every net of a package against the checkpoint it was made from.
+    """Verify every net of a package against the checkpoint it was made from: a path, or opened with options.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
         NumericError: a net is below its bar.
     """
-    source = Checkpoint.open(checkpoint, prefer_fp16=package.manifest.dtype == "fp16")
+    if isinstance(checkpoint, Checkpoint):
+        source = checkpoint
+    else:
+        source = Checkpoint.open(checkpoint, prefer_fp16=package.manifest.dtype == "fp16")
     nets = package.manifest.nets
     found: list[Comparison] = []
     for component in BUILD:
         files = {name: file for name, file in nets.items() if file.graph.startswith(f"{component}/")}
+        if not files:
+            continue
         found += verify_component(source, component, package.root, files, package.manifest.dtype, seed)
     for item in found:
         if report is not None:
@@ -105,7 +113,9 @@ def verify_component(
 
     main = "unet_whole" if component == "unet" else component
     inputs = example(files[main].spec, _SIZES, seed)
-    arrays = {item.name: tensor.numpy() for item, tensor in zip(files[main].spec.inputs, inputs, strict=True)}
+    if component in TEXT_ENCODERS:  # the pooled embedding is found by the token that ends a prompt
+        inputs["input_ids"] = torch.tensor(token_ids(source, component)[: _SIZES["P"]], dtype=torch.int32)
+    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
     wanted = _torch(BUILD[component](source, torch.float32), inputs)
     gc.collect()
     outputs = [item.name for item in files[main].spec.outputs]
@@ -122,24 +132,27 @@ def verify_component(
     return checks
 
 
-def _torch(net: Net, inputs: list[Any]) -> list[Array]:
+def _torch(net: Net, inputs: Mapping[str, Any]) -> list[Array]:
     import torch
 
+    wide = {name: item.float() if item.is_floating_point() else item for name, item in inputs.items()}
     with torch.no_grad():
-        outputs: Any = net.module(*[item.float() if item.is_floating_point() else item for item in inputs])
+        outputs: Any = net.module(**wide)
     several = cast(tuple[Any, ...], outputs) if isinstance(outputs, tuple) else (outputs,)
     return [item.numpy() for item in several]
 
 
 def _hoisted(root: Path, files: Mapping[str, NetFile], arrays: Mapping[str, Array]) -> Array:
     """The prediction by way of the invariants: each row by itself, as every row has its own timestep here."""
-    times = _ort(root, files["unet_time"], {"timestep": arrays["timestep"]})
+    time = {name: array for name, array in arrays.items() if name == "timestep" or name in VECTORS}
+    times = _ort(root, files["unet_time"], time)
     contexts = _ort(root, files["unet_context"], {"context": arrays["encoder_hidden_states"]})
     rows: list[dict[str, Array]] = []
     for row in range(len(arrays["sample"])):
         one = slice(row, row + 1)
         invariants = {name: value[one] for name, value in {**contexts, **times}.items()}
-        rows.append({"latent": arrays["sample"][one], **invariants})
+        latent, behind = np.split(arrays["sample"][one], [4], axis=1)
+        rows.append({"latent": latent, **({"image_latents": behind} if behind.size else {}), **invariants})
     return np.concatenate(_calls(root, files["unet"], rows, "prediction"))
 
 

@@ -51,19 +51,46 @@ class State:
         return alpha * y - sigma * m if table.prediction_type == "v_prediction" else m
 
 
-def denoise(table: Table, noise: Callable[[], Array], predict: Predict, start: Array) -> Iterator[State]:
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A picture that stays outside a mask: RePaint's step 8 (arXiv 2201.09865) without its resampling.
+
+    Attributes:
+        latent: (N, C, h, w) float32, clean.
+        noise: (N, C, h, w) float32 unit noise, that of the first state.
+        mask: (N, 1, h, w) float32, 1 is repainted.
+    """
+
+    latent: Array
+    noise: Array
+    mask: Array
+
+    def put_back(self, y: Array, signal: float, noise: float) -> Array:
+        """`y` inside the mask; outside, the kept latent at the same noise."""
+        return (1 - self.mask) * (signal * self.latent + noise * self.noise) + self.mask * y
+
+
+def denoise(
+    table: Table,
+    noise: Callable[[], Array],
+    predict: Predict,
+    first: Array,
+    kept: Kept | None = None,
+) -> Iterator[State]:
     """Run the table; yields once per row, the final latent last.
 
     Args:
         table: one row per UNet call.
         noise: draws unit noise (N, C, h, w) float32, continuing each picture's own stream.
         predict: the guided UNet.
-        start: (N, C, h, w) float32 unit noise.
+        first: (N, C, h, w) float32, the variance-preserving state that enters the first row.
+        kept: what is put back outside the mask after every row.
 
     Raises:
         NumericError: the state is no longer finite.
     """
-    y: Array = table.init * start
+    y = first
+    keeps = table.keeps.tolist()
     h: list[Array] = []
     # Plain floats: they take the state's float32, where NumPy's own float64 scalars would widen it.
     rows = zip(*(column.tolist() for column in (table.p, table.q, table.a, table.b, table.c)), strict=True)
@@ -74,6 +101,8 @@ def denoise(table: Table, noise: Callable[[], Array], predict: Predict, start: A
             y = a * y + sum(b_j * h_j for b_j, h_j in zip(b, h, strict=False) if b_j)
             if table.draws[i]:
                 y = y + c * noise()
+            if kept is not None:
+                y = kept.put_back(y, *keeps[i])
         if not np.isfinite(y).all():
             raise NumericError(
                 f"the latent is not finite after step {i + 1} of {len(table)}",

@@ -1,8 +1,9 @@
 """The loop on a device: uploaded once, enqueued to the end, waited for once.
 
-Latent, invariants, table and noise stay on the device; guidance and the row update are the net `step`. A row
-that ran before can be replayed as a captured graph (`replay.py`); memory that runs out is the ladder's
-business (`ladder.py`).
+Latent, invariants, table and noise stay on the device; guidance and the row update are the net `step`, or
+`step_masked` where a picture is kept outside a mask. A row that ran before can be replayed as a captured
+graph (`replay.py`); memory that runs out is the ladder's business (`ladder.py`). What a request needs before
+its rows, such as its prompts' contexts, is a `call` each, with a synchronisation of its own.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from typing import TypeVar
 import numpy as np
 
 from ..engines.backend import MemoryLedger
-from ..engines.device import Device
+from ..engines.device import Device, Shapes
 from ..engines.errors import NumericError
+from ..engines.package import Manifest
 from ..engines.spec import Array
 from .clock import Clock
 from .denoise import State
-from .device_programs import Canvas, Decoder, Frame, Nets, Program, Prompts, Schedule
+from .device_programs import Call, Canvas, Course, Frame, Nets, Program, Schedule, input_shapes
 from .job import Drawn, Job, check_cancelled
 from .ladder import Need, Plan, climb
 from .program_pool import Pool, Take
@@ -50,8 +52,8 @@ class DeviceLoop:
 
     Args:
         device: is closed with the loop, and so are `nets`.
-        nets: the loop's nets by name.
-        latent_scale: pixels per latent value.
+        nets: of the package, by name.
+        manifest: the package's.
         graphs: whether to replay rows as captured graphs: "on", "off", or "auto", where that is faster.
         log: is told of every rung of the ladder, and why a row is not captured.
     """
@@ -60,7 +62,7 @@ class DeviceLoop:
         self,
         device: Device,
         nets: Nets,
-        latent_scale: int,
+        manifest: Manifest,
         *,
         graphs: Graphs = "auto",
         log: Callable[[str], None] = lambda line: None,
@@ -68,7 +70,8 @@ class DeviceLoop:
         self.device = device
         self.nets = nets
         self.pool = Pool(device, nets, self._forget)
-        self._scale = latent_scale
+        self._manifest = manifest
+        self._scale = manifest.latent_scale
         self._graphs: Graphs = graphs
         self._log = log
         self._lock = RLock()
@@ -78,17 +81,28 @@ class DeviceLoop:
 
     # ── job.Loop ───────────────────────────────────────────────────────────────────────────────
 
+    def call(self, net: str, **arrays: Array) -> dict[str, Array]:
+        """Run a net once at the shapes of the arrays, and wait for it.
+
+        Raises PackageError if the package has none, UsageError, MemoryLimitError, BackendError.
+        """
+        self._manifest.net(net)
+        self.nets[net].spec.check(arrays)
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        need = Need(call=f"{net} of {shapes}")
+        with self._lock:
+            return self._climb(need, lambda plan: self._call(net, arrays))
+
     def steps(self, job: Job, clock: Clock, cancel: Event | None) -> Iterator[State]:
         """One item per row of the table, waited for. Raises CancelledError, NumericError."""
         with self._lock, clock.stage("prepare"):
-            canvas, schedule, _ = self._climb(
-                _need(job, self._scale), lambda plan: self._begun(job, plan, decoder=False)
-            )
+            need = _need(job, self._scale)
+            canvas, schedule, _ = self._climb(need, lambda plan: self._begun(job, plan, decoder=False))
         total = len(job.table)
         try:
             with self._lock:
                 replay = self._begin_rows(canvas)
-            given = job.table.init * job.start()[0]
+            given = job.first
             for row in range(total):
                 check_cancelled(cancel, row, total)
                 with self._lock, clock.stage("unet"):
@@ -115,26 +129,21 @@ class DeviceLoop:
 
         Raises NumericError, MemoryLimitError, BackendError.
         """
+        need = _need(job, self._scale)
         with self._lock:
-            drawn = self._climb(
-                _need(job, self._scale), lambda plan: self._draw(job, plan, clock, decode=decode)
-            )
+            drawn = self._climb(need, lambda plan: self._draw(job, plan, clock, decode=decode))
             _check_finite(drawn.latent, "after the last step")
             if decode and drawn.image is None:
                 with clock.stage("vae_decoder"):
-                    image, mean = self.decode(drawn.latent, self.plan(job))
+                    image, mean = self._decode(drawn.latent, job.tile, self.plan(job))
                 drawn = replace(drawn, image=image, mean=mean)
             self._settle()
             return drawn
 
-    def decode(self, latent: Array, plan: Plan | None = None) -> tuple[Array, Array]:
-        """(N, C, H/8, W/8) float32 -> (N, H, W, 3) uint8 and (N,) float32. `plan`: what to begin with."""
-        pictures, _, height, width = latent.shape
-        need = Need(
-            batch=0, guided=False, pictures=pictures, height=height * self._scale, width=width * self._scale
-        )
+    def decode(self, latent: Array, *, tile: int | None = None) -> tuple[Array, Array]:
+        """(N, C, H/8, W/8) float32 -> (N, H, W, 3) uint8 and (N,) float32, the mean before clamping."""
         with self._lock:
-            decoded = self._climb(need, lambda plan: self._decode(latent, plan), plan)
+            decoded = self._decode(latent, tile)
             self._settle()
             return decoded
 
@@ -192,62 +201,60 @@ class DeviceLoop:
 
     def plan(self, job: Job) -> Plan:
         """How such a job is carried out, as far as is known: what the ladder found, or all at once."""
-        remembered = self._plans.get(_need(job, self._scale))
-        return remembered.plan if remembered else Plan()
+        need = _need(job, self._scale)
+        remembered = self._plans.get(need)
+        return remembered.plan if remembered else need.start
 
     def _climb(self, need: Need, attempt: Callable[[Plan], Result], start: Plan | None = None) -> Result:
-        """Try from what fitted last time; now and then from the top, as memory may have come back."""
+        """Try from what fitted last time; now and then from the start, as memory may have come back."""
+        start = start or need.start
         remembered = self._plans.pop(need, None)
         if remembered is None or not remembered.requests_left:
-            remembered = _Remembered(plan=start or Plan(), requests_left=_REMEMBERED)
+            remembered = _Remembered(plan=start, requests_left=_REMEMBERED)
         result, plan = climb(attempt, remembered.plan, need, self, self._log)
-        if plan != Plan():
+        if plan != start:
             left = remembered.requests_left - 1 if plan == remembered.plan else _REMEMBERED
             self._plans[need] = _Remembered(plan=plan, requests_left=left)
         return result
 
     # ── one attempt ────────────────────────────────────────────────────────────────────────────
 
-    def _begun(self, job: Job, plan: Plan, *, decoder: bool) -> tuple[Canvas, Schedule, Decoder | None]:
+    def _begun(self, job: Job, plan: Plan, *, decoder: bool) -> tuple[Canvas, Schedule, Call | None]:
         """Buffers and bindings for a job, with its invariants, table, noise and first latent enqueued.
 
         `decoder`: take the decoder as well, before any work is done that it could make worthless.
         """
-        frame, rows = self._frame(job, plan), len(job.table)
-        noise = (job.pictures, *job.shape) if job.table.draws.any() else None
-        texts, shape = len(job.token_ids), (job.pictures, *job.shape)
-        calls = [
-            ("text_encoder", {"P": texts}),
-            ("unet_time", {"S": rows}),
-            ("step", frame.sizes(frame.batch)),
+        device, nets, frame = self.device, self.nets, self._frame(job, plan)
+        course, latents = Course.of(job, frame), {"latent": job.first.shape}
+        sized = [
+            *((net, frame.sizes(n)) for n in set(frame.calls()) for net in ("unet", "unet_context")),
+            (frame.step, frame.sizes(frame.batch)),
+            ("unet_time", {"S": course.steps * course.rows_per_step}),
         ]
-        calls += [(net, frame.sizes(n)) for n in set(frame.calls()) for net in ("unet_context", "unet")]
-        calls += [("vae_decoder", frame.sizes(frame.batch))] if decoder else []
-        self.pool.reserve(calls)
-        device, nets = self.device, self.nets
+        calls: list[tuple[str, Shapes]] = [(net, input_shapes(nets[net].spec, sizes)) for net, sizes in sized]
+        self.pool.reserve([*calls, ("vae_decoder", latents)] if decoder else calls)
         with self.pool.returning_on_error() as take:
-            prompts = take(texts, "text_encoder", lambda scratch: Prompts(device, nets, texts, scratch))
-            schedule = take(
-                (rows, noise), "unet_time", lambda scratch: Schedule(device, nets, rows, noise, scratch)
-            )
-            canvas = take(frame, "unet", lambda scratch: Canvas(device, nets, frame, scratch))
-            last = self._take_decoder(take, shape) if decoder else None
-            self._enqueue_inputs(job, prompts, schedule, canvas)
-        # Its buffers may go to another request at once: the stream keeps the order.
-        self.pool.give_back(prompts)
+            schedule = take(course, "unet_time", partial(Schedule, device, nets, course))
+            canvas = take(frame, "unet", partial(Canvas, device, nets, frame))
+            last = self._take_call(take, "vae_decoder", latents) if decoder else None
+            canvas.begin(job)
+            schedule.enqueue(job)
         return canvas, schedule, last
 
-    def _take_decoder(self, take: Take, shape: tuple[int, ...]) -> Decoder:
-        make = partial(Decoder, self.device, self.nets, shape, self._scale)
-        return take(shape, "vae_decoder", make)
+    def _take_call(self, take: Take, net: str, shapes: Shapes) -> Call:
+        return take(tuple(shapes.items()), net, partial(Call, self.device, self.nets[net], shapes))
 
-    def _enqueue_inputs(self, job: Job, prompts: Prompts, schedule: Schedule, canvas: Canvas) -> None:
-        start, source = job.start()
-        prompts.enqueue(job)
-        canvas.set_context(prompts, job.text_of_row)
-        canvas.forget()
-        canvas.set_latent(job.table.init * start)
-        schedule.enqueue(job, job.noises(source) if schedule.draws else None)
+    def _call(self, net: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """One attempt at running a net; arrays are converted to its dtypes."""
+        shapes = {item.name: arrays[item.name].shape for item in self.nets[net].spec.inputs}
+        self.pool.reserve([(net, shapes)])
+        with self.pool.returning_on_error() as take:
+            program = self._take_call(take, net, shapes)
+            program.upload(arrays)
+            outputs = program.enqueue()
+            self.device.synchronize()
+        self.pool.give_back(program)
+        return outputs
 
     def _begin_rows(self, canvas: Canvas) -> Replay:
         """The canvas's replay, ready for one picture."""
@@ -273,27 +280,31 @@ class DeviceLoop:
                 for row in range(len(job.table)):
                     canvas.feed_row(schedule, row)
                     replay.enqueue(canvas.enqueue_row)
-                image, mean = decoder.enqueue(canvas) if decoder else (None, None)
+                decoded: Mapping[str, Array] = {}
+                if decoder is not None:
+                    decoder.take_latent(canvas)
+                    decoded = decoder.enqueue()
                 latent = canvas.read_state()[0]
             with clock.stage("wait"):
                 self.device.synchronize()
             replay.took((perf_counter() - began) / len(job.table))
         finally:
             self.pool.give_back(canvas, schedule, *([decoder] if decoder else []))
+        image, mean = decoded.get("image"), decoded.get("mean")
         return Drawn(latent=latent, image=image, mean=mean, profile=canvas.profile)
 
-    def _decode(self, latent: Array, plan: Plan) -> tuple[Array, Array]:
+    def _decode(self, latent: Array, tile: int | None, start: Plan | None = None) -> tuple[Array, Array]:
+        """Down the ladder, beginning with `start`, or as it was asked for."""
+        pictures, _, height, width = latent.shape
+        need = Need(pictures=pictures, height=height * self._scale, width=width * self._scale, tile=tile)
+        return self._climb(need, lambda plan: self._decode_by(plan, latent), start)
+
+    def _decode_by(self, plan: Plan, latent: Array) -> tuple[Array, Array]:
         """All pictures at once, one by one, or in tiles, as the plan says."""
 
         def whole(part: Array) -> tuple[Array, Array]:
-            pictures, _, height, width = part.shape
-            self.pool.reserve([("vae_decoder", {"N": pictures, "H/8": height, "W/8": width})])
-            with self.pool.returning_on_error() as take:
-                decoder = self._take_decoder(take, part.shape)
-                decoded = decoder.enqueue(part)
-                self.device.synchronize()
-            self.pool.give_back(decoder)
-            return decoded
+            decoded = self._call("vae_decoder", {"latent": part})
+            return decoded["image"], decoded["mean"]
 
         def picture(part: Array) -> tuple[Array, Array]:
             if plan.tile is None:
@@ -305,15 +316,17 @@ class DeviceLoop:
         return np.concatenate([image for image, _ in parts]), np.concatenate([mean for _, mean in parts])
 
     def _frame(self, job: Job, plan: Plan) -> Frame:
-        batch = len(job.text_of_row)
+        batch, (height, width) = len(job.text_of_row), job.shape[1:]
+        step = "step" if job.kept is None else "step_masked"
+        self._manifest.net(step)  # older packages have no masked one
         return Frame(
             pictures=job.pictures,
             guided=job.guided,
-            height=job.shape[1] * self._scale,
-            width=job.shape[2] * self._scale,
-            tokens=job.token_ids.shape[1],
+            height=height,
+            width=width,
+            tokens=job.context.shape[1],
             rows=min(plan.rows or batch, batch),
-            latent_scale=self._scale,
+            step=step,
         )
 
 
@@ -325,6 +338,7 @@ def _need(job: Job, scale: int) -> Need:
         pictures=job.pictures,
         height=height * scale,
         width=width * scale,
+        tile=job.tile,
     )
 
 

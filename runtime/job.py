@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from threading import Event
 from typing import Protocol
 
 import numpy as np
 
 from ..engines.errors import CancelledError
-from ..engines.spec import Array
+from ..engines.spec import Array, NetSpec
 from .clock import Clock
-from .denoise import State
+from .denoise import Kept, State
 from .noise import NoiseSource
 from .table import Table
 
@@ -22,36 +22,55 @@ class Job:
     """N pictures, S rows of the table, B rows of a UNet call (2N with guidance, else N).
 
     Attributes:
-        token_ids: (P, T) int32, every different text once.
+        context: (P, T, D) of the text encoders' dtype, every different text once.
         text_of_row: (B,) which text each UNet row has, unconditional rows first.
-        latents: (N, C, H/8, W/8) float32 unit noise to start from, in place of the seeds' own.
-        shape: of one latent, (C, H/8, W/8).
+        vectors: (B, width) float32 by name (`spec.VECTORS`): what joins the time embedding.
+        image_latents: (B, C', H/8, W/8) float32, what an inpainting UNet sees behind the latent.
+        first: (N, C, H/8, W/8) float32, the variance-preserving state that enters the first row.
+        noise: draws what rows add; each attempt at the job works on a fork of it.
+        kept: what is put back outside the mask after every row.
+        tile: side in pixels of the tiles in which the decoder runs; None is all at once.
     """
 
-    token_ids: Array
+    context: Array
     text_of_row: tuple[int, ...]
     table: Table
     guided: bool
     guidance_scale: float
     guidance_rescale: float
-    seeds: tuple[int, ...]
-    rng: str
-    latents: Array | None
-    shape: tuple[int, ...]
+    first: Array
+    noise: NoiseSource
+    vectors: Mapping[str, Array] = field(default_factory=dict[str, Array])
+    image_latents: Array | None = None
+    kept: Kept | None = None
+    tile: int | None = None
 
     @property
     def pictures(self) -> int:
         """N."""
-        return len(self.seeds)
+        return len(self.first)
 
-    def start(self) -> tuple[Array, NoiseSource]:
-        """(N, C, H/8, W/8) float32 unit noise, and the generators behind it, ready for the next draw."""
-        source = NoiseSource(self.seeds, self.rng)
-        return (source.draw(self.shape) if self.latents is None else self.latents), source
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one latent, (C, H/8, W/8)."""
+        return self.first.shape[1:]
 
-    def noises(self, source: NoiseSource) -> Array:
+    @property
+    def rows_per_step(self) -> int:
+        """Time invariants of a step: one for all UNet rows, or with vectors one for each."""
+        return len(self.text_of_row) if self.vectors else 1
+
+    def schedule_inputs(self) -> dict[str, Array]:
+        """What `unet_time` is called with: (S, …) float32, the rows of a step together."""
+        steps, each = len(self.table), self.rows_per_step
+        timesteps = np.repeat(self.table.t.astype(np.float32), each)
+        tiled = {name: np.tile(rows, (steps, 1)) for name, rows in self.vectors.items()}
+        return {"timestep": timesteps, **tiled}
+
+    def noises(self) -> Array:
         """(S, N, C, H/8, W/8) float32: what each row draws, zero where it draws nothing."""
         noises = np.zeros((len(self.table), self.pictures, *self.shape), np.float32)
+        source = self.noise.fork()
         for row in np.flatnonzero(self.table.draws):
             noises[row] = source.draw(self.shape)
         return noises
@@ -71,7 +90,11 @@ class Drawn:
 
 
 class Loop(Protocol):
-    """Text encoder, denoising and decoder, on the host (`host_loop.py`) or on a device (`device_loop.py`)."""
+    """Calls nets, denoises and decodes, on the host (`host_loop.py`) or on a device (`device_loop.py`)."""
+
+    def call(self, net: str, **arrays: Array) -> dict[str, Array]:
+        """Run a net that stands outside the loop once. Raises PackageError if the package has none."""
+        ...
 
     def steps(self, job: Job, clock: Clock, cancel: Event | None) -> Iterator[State]:
         """One item per row of the table."""
@@ -81,13 +104,26 @@ class Loop(Protocol):
         """All of it, with nobody looking on."""
         ...
 
-    def decode(self, latent: Array) -> tuple[Array, Array]:
+    def decode(self, latent: Array, *, tile: int | None = None) -> tuple[Array, Array]:
         """(N, C, H/8, W/8) float32 -> (N, H, W, 3) uint8 and (N,) float32, the mean before clamping."""
         ...
 
     def close(self) -> None:
         """Free everything. May be called twice."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopNet:
+    """A net of a loop as something to call; `spec` is its boundary."""
+
+    loop: Loop
+    name: str
+    spec: NetSpec
+
+    def __call__(self, **arrays: Array) -> dict[str, Array]:
+        """Run it once."""
+        return self.loop.call(self.name, **arrays)
 
 
 def check_cancelled(cancel: Event | None, row: int, rows: int) -> None:

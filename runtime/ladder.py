@@ -42,13 +42,27 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """What a request asks of the memory: B rows (0 if only decoding), N pictures of (H, W) pixels."""
+    """What a request asks of the memory: B rows, N pictures of (H, W) pixels, decoded in tiles if `tile`.
 
-    batch: int
-    guided: bool
-    pictures: int
-    height: int
-    width: int
+    B is 0 where nothing is drawn; of a `call` of one net there is nothing else to say.
+    """
+
+    batch: int = 0
+    guided: bool = False
+    pictures: int = 0
+    height: int = 0
+    width: int = 0
+    tile: int | None = None
+    call: str = ""
+
+    @property
+    def start(self) -> Plan:
+        """How it is carried out before anything is given up."""
+        return Plan() if self.tile is None else Plan(decoder_pictures=1, tile=self.tile)
+
+    def __str__(self) -> str:
+        """For people."""
+        return self.call or f"{self.pictures} x {self.width}x{self.height}"
 
 
 class Actions(Protocol):
@@ -78,7 +92,8 @@ def _free_idle(plan: Plan, need: Need, actions: Actions) -> Plan | None:
 def _tile_the_decoder(plan: Plan, need: Need, actions: Actions) -> Plan | None:
     if need.pictures > 1 and plan.decoder_pictures != 1:
         return replace(plan, decoder_pictures=1)
-    side = plan.tile or max(need.height, need.width)
+    largest = max(need.height, need.width)
+    side = min(plan.tile or largest, largest)
     half = max(-(-side // 2 // _TILE_STEP) * _TILE_STEP, SMALLEST_TILE)
     return replace(plan, decoder_pictures=1, tile=half) if half < side else None
 
@@ -97,7 +112,7 @@ def _stream_weights(plan: Plan, need: Need, actions: Actions) -> Plan | None:
     return plan if actions.stream_weights() else None
 
 
-_UNET = ("unet", "unet_context", "step")
+_UNET = ("unet", "unet_context", "step", "step_masked")
 # Name -> how it lowers a plan, and the nets it helps (none named: all).
 RUNGS: Mapping[str, tuple[Lower, tuple[str, ...]]] = {
     "free idle contexts": (_free_idle, ()),
@@ -142,7 +157,7 @@ def _next_rung(
         if lowered is not None:
             return name, lowered
     raise MemoryLimitError(
-        f"{need.pictures} x {need.width}x{need.height} does not fit: {short.found}"
+        f"{need} does not fit: {short.found}"
         f" ({actions.describe_memory()}; tried: {', '.join(tried) or 'nothing helps'})",
         expected="a size and batch that fit",
         fix="Draw fewer or smaller pictures, or build engines that stream their weights:"

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 from ..engines.backend import DeviceBackend, HostBackend, Log, choose_backend, to_stderr
-from ..engines.errors import PackageError
 from ..engines.package import Package
+from ..engines.spec import TEXT_ENCODERS
 from .host_loop import HostLoop
 from .job import Loop
 from .replay import Graphs
 
+# The nets of a picture drawn from a prompt with one text encoder, as benchmarks take them apart.
 HOST_NETS = ("text_encoder", "unet_context", "unet_time", "unet", "vae_decoder")
 DEVICE_NETS = ("text_encoder", "unet_context", "unet_time", "unet", "step", "vae_decoder")
+
+# Without these there is no loop. Other nets of a package are for some requests only, or for other tools.
+_REQUIRED = ("unet_context", "unet_time", "unet", "vae_decoder")
+_ELSEWHERE = ("unet_whole",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,28 +46,26 @@ def open_loop(package: Package, options: LoopOptions) -> tuple[Loop, str]:
         BackendError: nothing of that name can run here, or it has no engines for this package.
     """
     name, engine = choose_backend(options.backend)
+    nets = package.manifest.nets
     if isinstance(engine, DeviceBackend):
-        _check_nets(package, DEVICE_NETS)
+        _check_nets(package, (*_REQUIRED, "step"))
         from .device_loop import DeviceLoop
 
         log = options.log or to_stderr
-        device, nets = engine.open_device(package, DEVICE_NETS, log=log)
-        loop = DeviceLoop(device, nets, package.manifest.latent_scale, graphs=options.graphs, log=log)
+        device, opened = engine.open_device(package, [net for net in nets if net not in _ELSEWHERE], log=log)
+        loop = DeviceLoop(device, opened, package.manifest, graphs=options.graphs, log=log)
         return loop, engine.describe()
     assert isinstance(engine, HostBackend), name
-    _check_nets(package, HOST_NETS)
+    _check_nets(package, _REQUIRED)
     with ExitStack() as stack:
-        nets = {
-            net: stack.enter_context(engine.open_net(package, net, threads=options.threads))
-            for net in HOST_NETS
-        }
-        return HostLoop(nets, stack.pop_all()), engine.describe()
+        loop = stack.enter_context(closing(HostLoop(package, engine, options.threads)))
+        for net in nets:
+            if net in (*_REQUIRED, *TEXT_ENCODERS):
+                loop.net(net)  # now, so that the first picture need not wait for it
+        stack.pop_all()
+        return loop, engine.describe()
 
 
 def _check_nets(package: Package, wanted: tuple[str, ...]) -> None:
-    if missing := set(wanted) - set(package.manifest.nets):
-        raise PackageError(
-            f"{package.root} has no {', '.join(sorted(missing))}",
-            expected=f"the nets {', '.join(wanted)}",
-            fix="Export the checkpoint again: latentrt export CHECKPOINT -o PACKAGE.",
-        )
+    for net in wanted:
+        package.manifest.net(net)

@@ -14,6 +14,7 @@ we stay with AUTOMATIC1111.
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -88,6 +89,10 @@ class NoiseSource:
         self.rng = rng
         self.seeds = tuple(_checked_seed(seed) for seed in seeds)
         self._streams = [_STREAMS[rng](seed % 2**64) for seed in self.seeds]
+
+    def fork(self) -> NoiseSource:
+        """An independent source that will draw what this one would."""
+        return copy.deepcopy(self)
 
     def draw(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Reals:
         """Draw standard normals for every image.

@@ -190,6 +190,13 @@ def check_target(path: Path) -> str:
     return kind
 
 
+def save_latents(path: Path, latents: npt.NDArray[Any]) -> None:
+    """Write latents as NumPy does, whole or not at all. Raises StorageError."""
+    data = io.BytesIO()
+    np.save(data, latents, allow_pickle=False)
+    _replace_file(path, data.getbuffer())
+
+
 def _metadata_options(kind: str, infotext: str | None, record: Mapping[str, Any] | None) -> dict[str, Any]:
     text = None if record is None else json.dumps(dict(record), allow_nan=False)
     if kind == "PNG":

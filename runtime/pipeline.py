@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from threading import Event
@@ -13,19 +14,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..engines.errors import NumericError
 from ..engines.package import Package
-from ..engines.spec import Array
+from ..engines.spec import TEXT_ENCODERS, Array
 from .clock import Clock
+from .conditioning import make_conditioning
 from .denoise import State
-from .job import Drawn, Job, Loop
+from .job import Drawn, Job, Loop, LoopNet
 from .loops import LoopOptions, open_loop
+from .noise import NoiseSource
 from .picture import check_pictures, to_pil
+from .preview import check_finite, preview
 from .replay import Graphs
-from .request import Parameters, Request, latent_shape, make_request
+from .request import Parameters, Request, make_request
 from .result import Result
-from .samplers import make_table
+from .source import Masked
+from .span import make_span
+from .start import make_start
 from .table import Table
+from .text_conditioning import CACHE_BYTES, TextConditioner, TextEncoder
+from .tiling import Tiling, encode_tiled
 from .tokenizer import ClipTokenizer
 
 if TYPE_CHECKING:
@@ -43,7 +50,7 @@ class Step:
 
     table: Table
     state: State
-    _decode: Callable[[Array], Array]
+    _preview: Callable[[Array, str], list[Image]]
 
     @property
     def index(self) -> int:
@@ -70,20 +77,29 @@ class Step:
         """(N, C, H/8, W/8) float32, what the model takes the clean latent to be."""
         return self.state.denoised(self.table)
 
-    def preview(self) -> list[Image]:
-        """`denoised` as pictures, through the full decoder; after the last step, the finished pictures."""
+    def preview(self, kind: str = "decoder") -> list[Image]:
+        """`denoised` as pictures; after the last step, the finished pictures.
+
+        Args:
+            kind: "decoder" is the model's own, at the cost of a decode; "tiny" the package's tiny
+                autoencoder; "rgb" one pixel per latent cell, by a linear map, at no cost; "fast" the better
+                of these two that the package has.
+
+        Raises:
+            UsageError: another kind, or one that the package does not have.
+        """
         last = self.index + 1 == self.total
-        return [to_pil(image) for image in self._decode(self.latent if last else self.denoised)]
+        return self._preview(self.latent if last else self.denoised, kind)
 
 
 class Pipeline:
     """An opened package. Safe to share between threads: nothing of it changes, and loops are."""
 
-    def __init__(self, package: Package, tokenizer: ClipTokenizer, loop: Loop, backend: str) -> None:
+    def __init__(self, package: Package, text: TextConditioner, loop: Loop, backend: str) -> None:
         self.package = package
         self.backend = backend
         self._loop = loop
-        self._tokenizer = tokenizer
+        self._text = text
 
     @classmethod
     def open(
@@ -110,10 +126,37 @@ class Pipeline:
             BackendError: nothing installed can execute it, or there are no engines for it.
         """
         package = Package.open(SHIPPED.get(str(model), Path(model)))
-        tokenizer = ClipTokenizer.open(package.root / "tokenizer")
         options = LoopOptions(backend=backend, threads=threads, graphs=graphs, log=log)
         loop, description = open_loop(package, options)
-        return cls(package, tokenizer, loop, description)
+        try:
+            return cls.over(package, loop, description)
+        except BaseException:
+            loop.close()
+            raise
+
+    @classmethod
+    def over(cls, package: Package, loop: Loop, backend: str, *, cache_bytes: int = CACHE_BYTES) -> Pipeline:
+        """A pipeline over a loop that is open already, and is closed with it.
+
+        Args:
+            package: whose nets the loop has.
+            loop: runs them.
+            backend: what executes them, for people.
+            cache_bytes: what encoded prompts may take; 0 encodes every prompt anew.
+
+        Raises:
+            PackageError: a tokenizer is missing or damaged.
+        """
+        nets = package.manifest.nets
+        encoders = [
+            TextEncoder(
+                net=LoopNet(loop=loop, name=net, spec=nets[net].spec),
+                tokenizer=ClipTokenizer.open(package.root / folder),
+            )
+            for net, folder in TEXT_ENCODERS.items()
+            if net in nets
+        ]
+        return cls(package, TextConditioner(encoders, cache_bytes=cache_bytes), loop, backend)
 
     def __call__(
         self,
@@ -125,8 +168,8 @@ class Pipeline:
     ) -> Result:
         """Draw pictures; the keyword arguments are those of `request.Parameters`.
 
-        `callback_on_step_end(pipe, index, timestep, {"latents": …, "total": …})` may return other latents
-        under the same name; `total` is the number of steps.
+        `callback_on_step_end(pipe, index, timestep, {"latents": …, "total": …, "step": …})` may return other
+        latents under the same name; `total` is the number of steps, `step` a `Step`.
         `cancel` is looked at before every step.
 
         Raises:
@@ -137,7 +180,7 @@ class Pipeline:
         request = make_request(self.package.manifest, prompt, **parameters)
         clock = Clock()
         if callback_on_step_end is None and cancel is None:
-            drawn = self._loop.draw(self._job(request), clock, decode=request.output_type != "latent")
+            drawn = self._loop.draw(self._job(request, clock), clock, decode=request.output_type != "latent")
         else:
             drawn = self._watched(request, clock, cancel, callback_on_step_end)
         images = self._finish(request, drawn)
@@ -160,7 +203,7 @@ class Pipeline:
         latent = self(
             "", **{"num_inference_steps": 1, "seed": 0, **parameters, "output_type": "latent"}
         ).images
-        self._decode(np.asarray(latent))
+        check_finite(*self._loop.decode(np.asarray(latent)))
 
     def close(self) -> None:
         """Free every net. May be called twice."""
@@ -178,31 +221,47 @@ class Pipeline:
 
     # ── the stages ─────────────────────────────────────────────────────────────────────────────
 
-    def _job(self, request: Request) -> Job:
-        """The request as numbers."""
-        texts = (*(request.negative_prompts if request.guided else ()), *request.prompts)
-        unique = list(dict.fromkeys(texts))
-        tokens = self._tokenizer.encode(unique, length=self.package.manifest.max_tokens)
-        for text, dropped in zip(unique, tokens.dropped, strict=True):
-            if dropped:
-                warnings.warn(f"the prompt {text[:40]!r}… is too long; dropped: {dropped!r}", stacklevel=4)
+    def _job(self, request: Request, clock: Clock) -> Job:
+        """The request as numbers: everything before the loop."""
+        manifest, source = self.package.manifest, NoiseSource(request.seeds, request.rng)
+        table = make_span(request)
+        with clock.stage("text_encoder"):
+            conditions = make_conditioning(request, manifest, self._text, source, self._loop.call)
+        for text, dropped in conditions.dropped.items():
+            warnings.warn(f"the prompt {text[:40]!r}… is too long; dropped: {dropped!r}", stacklevel=4)
+        encode = partial(self._encode, clock, tile=request.tile)
+        start = make_start(request, manifest, table, source, encode)
         return Job(
-            token_ids=tokens.ids,
-            text_of_row=tuple(unique.index(text) for text in texts),
-            table=make_table(request.sampler, request.num_inference_steps),
+            context=conditions.context,
+            text_of_row=conditions.text_of_row,
+            vectors=conditions.vectors,
+            table=table,
             guided=request.guided,
             guidance_scale=request.guidance_scale,
             guidance_rescale=request.guidance_rescale,
-            seeds=tuple(request.seeds),
-            rng=request.rng,
-            latents=request.latents,
-            shape=latent_shape(self.package.manifest, request.height, request.width),
+            first=start.first,
+            noise=source,
+            image_latents=start.image_latents,
+            kept=start.kept,
+            tile=request.tile,
         )
 
+    def _encode(self, clock: Clock, image: Array, mask: Array, *, tile: int | None) -> tuple[Array, ...]:
+        """(N, H, W, 3) and (N, H, W, 1) uint8 -> mean, and std if there is a posterior, (N, C, H/8, W/8)."""
+
+        def whole(image: Array, mask: Array) -> tuple[Array, ...]:
+            return tuple(self._loop.call("vae_encoder", image=image, mask=mask).values())
+
+        with clock.stage("vae_encoder"):
+            if tile is None:
+                return whole(image, mask)
+            return encode_tiled(whole, image, mask, Tiling(size=tile), self.package.manifest.latent_scale)
+
     def _steps(self, request: Request, clock: Clock, cancel: Event | None) -> Iterator[Step]:
-        job = self._job(request)
+        job = self._job(request, clock)
+        show = partial(preview, manifest=self.package.manifest, loop=self._loop, request=request)
         for state in self._loop.steps(job, clock, cancel):
-            yield Step(table=job.table, state=state, _decode=self._decode)
+            yield Step(table=job.table, state=state, _preview=show)
 
     def _watched(
         self, request: Request, clock: Clock, cancel: Event | None, callback: StepCallback | None
@@ -211,7 +270,7 @@ class Pipeline:
         latent, profile = None, ""
         for step in self._steps(request, clock, cancel):
             if callback is not None:
-                values = {"latents": step.latent, "total": step.total}
+                values = {"latents": step.latent, "total": step.total, "step": step}
                 answer = callback(self, step.index, step.timestep, values)
                 step.state.replace((answer or {}).get("latents", step.latent))
             latent, profile = step.latent, step.state.profile
@@ -219,19 +278,17 @@ class Pipeline:
         if request.output_type == "latent":
             return Drawn(latent=latent, image=None, mean=None, profile=profile)
         with clock.stage("vae_decoder"):
-            image, mean = self._loop.decode(latent)
+            image, mean = self._loop.decode(latent, tile=request.tile)
         return Drawn(latent=latent, image=image, mean=mean, profile=profile)
-
-    def _decode(self, latent: Array) -> Array:
-        """(N, C, H/8, W/8) -> (N, H, W, 3) uint8."""
-        return _finite(*self._loop.decode(latent))
 
     @staticmethod
     def _finish(request: Request, drawn: Drawn) -> list[Image] | Array:
         if drawn.image is None or drawn.mean is None:
             return drawn.latent
-        images = _finite(drawn.image, drawn.mean)
+        images = check_finite(drawn.image, drawn.mean)
         check_pictures(images)
+        if isinstance(request.source, Masked):
+            images = np.stack([request.source.inpainting.paste(image) for image in images])
         return images if request.output_type == "np" else [to_pil(image) for image in images]
 
     def _producer(self, profile: str) -> dict[str, str]:
@@ -242,14 +299,3 @@ class Pipeline:
             "latentrt": version("latentrt"),
             **said,
         }
-
-
-def _finite(image: Array, mean: Array) -> Array:
-    """The image; its mean, taken before clamping, shows what uint8 cannot."""
-    if not np.isfinite(mean).all():
-        raise NumericError(
-            "the decoded picture is not finite",
-            expected="finite numbers",
-            fix="An fp16 package may overflow: export it again with --dtype fp32.",
-        )
-    return image

@@ -6,13 +6,13 @@ from collections.abc import Callable, Generator, Hashable, Iterable
 from contextlib import ExitStack, contextmanager
 from typing import Protocol, TypeVar, cast
 
-from ..engines.device import Device
+from ..engines.device import Device, Shapes
 from ..engines.errors import MemoryLimitError
-from .device_memory import Scratch, Sizes
-from .device_programs import Nets, Program, input_shapes
+from .device_memory import Scratch
+from .device_programs import Nets, Program
 
 P = TypeVar("P", bound=Program)
-Calls = Iterable[tuple[str, Sizes]]  # nets, and the sizes they are to be called with
+Calls = Iterable[tuple[str, Shapes]]  # nets, and the shapes of their inputs
 
 
 class Take(Protocol):
@@ -64,17 +64,16 @@ class Pool:
 
     def reserve(self, calls: Calls) -> None:
         """Make the scratch block large enough for these calls. Raises MemoryLimitError, UsageError."""
-        size, largest = max((self._scratch_of(name, sizes), name) for name, sizes in calls)
+        size, largest = max((self._scratch_of(name, shapes), name) for name, shapes in calls)
         if size <= self._scratch.size:
             return
         self.free_idle()
         with blame(largest):
             self._scratch = Scratch(self._device, size)
 
-    def _scratch_of(self, name: str, sizes: Sizes) -> int:
-        net = self._nets[name]
+    def _scratch_of(self, name: str, shapes: Shapes) -> int:
         with blame(name):
-            return net.scratch(input_shapes(net.spec, sizes))
+            return self._nets[name].scratch(shapes)
 
     @contextmanager
     def returning_on_error(self) -> Generator[Take]:

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Real
-from typing import Any, TypedDict
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..engines.errors import UsageError
 from ..engines.package import Manifest
-from ..engines.spec import Array
+from ..engines.spec import TEXT_ENCODERS, Array
+from . import parameter_checks as check
 from .noise import RNGS
 from .picture import MAX_PIXELS
+from .prompt_syntax import PROMPT_SYNTAXES
 from .samplers import SamplerConfig, resolve
+from .size_conditions import SizeConditions, make_size_conditions
+from .source import Source, load_images, make_source, natural_size
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .image_input import ImageSource
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 MAX_STEPS = 1000
+MAX_NOISE_LEVEL = 999
 
 
 class Parameters(TypedDict, total=False):
-    """The keyword arguments of a generation: diffusers' names, plus `seed`, `rng` and `sampler`.
+    """The keyword arguments of a generation: diffusers' names, plus `seed`, `rng`, `sampler` and a few.
 
     What is left out comes from the package. `seed` is an integer (pictures get seed, seed + 1, …),
     one integer per picture, or None for a random one, which the result then has. `rng` is
@@ -30,9 +36,26 @@ class Parameters(TypedDict, total=False):
     (`latentrt inspect --samplers` lists them) or a diffusers scheduler config. `eta` is DDIM's;
     `guidance_rescale` is phi of Lin et al. 2023; `latents` (N, C, H/8, W/8) is unit noise to start
     from; `output_type` is "pil", "np" (uint8) or "latent".
+
+    `prompt_syntax` is "a1111", "comfyui" or "plain"; `clip_skip` is how many of the text encoder's last
+    layers are left out; the texts with `_2` are for a second text encoder.
+
+    `image` is a picture (path, Pillow image, array), one per prompt, or latents (N, C, H/8, W/8) float32;
+    `strength` (0 to 1) is how much of the schedule is run on it. `mask_image` is white where it is
+    repainted; `padding_mask_crop` draws only the mask's surroundings, at full size; `mask_blur` softens the
+    edge, in pixels; `resize_mode` is "default" (stretch), "fill" or "crop". For models that vary a picture
+    (unCLIP) `image` is that, and `noise_level` (0 to 999) how far to depart from it.
+
+    `denoising_end` stops after that share of the schedule, with the latent as it is then;
+    `denoising_start` goes on from such a latent. Sizes, crops (top, left) and aesthetic scores are SDXL's
+    conditions; `tile` decodes and encodes in tiles of so many pixels.
     """
 
     negative_prompt: str | Sequence[str] | None
+    prompt_2: str | Sequence[str] | None
+    negative_prompt_2: str | Sequence[str] | None
+    prompt_syntax: str
+    clip_skip: int | None
     height: int | None
     width: int | None
     num_inference_steps: int | None
@@ -44,7 +67,66 @@ class Parameters(TypedDict, total=False):
     seed: int | Sequence[int] | None
     rng: str
     latents: Array | None
+    image: ImageSource | Sequence[ImageSource] | None
+    mask_image: ImageSource | None
+    strength: float | None
+    padding_mask_crop: int | None
+    mask_blur: float
+    resize_mode: str
+    noise_level: int
+    denoising_start: float | None
+    denoising_end: float | None
+    original_size: Sequence[int] | None
+    crops_coords_top_left: Sequence[int]
+    target_size: Sequence[int] | None
+    negative_original_size: Sequence[int] | None
+    negative_crops_coords_top_left: Sequence[int] | None
+    negative_target_size: Sequence[int] | None
+    aesthetic_score: float
+    negative_aesthetic_score: float
+    tile: int | None
     output_type: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """`Parameters` with diffusers' defaults; None is for the package, or the picture, to say."""
+
+    negative_prompt: str | Sequence[str] | None = None
+    prompt_2: str | Sequence[str] | None = None
+    negative_prompt_2: str | Sequence[str] | None = None
+    prompt_syntax: str = "a1111"
+    clip_skip: int | None = None
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    num_images_per_prompt: int = 1
+    eta: float = 0.0
+    guidance_rescale: float = 0.0
+    sampler: str | Mapping[str, Any] | None = None
+    seed: int | Sequence[int] | None = None
+    rng: str = "torch-cpu"
+    latents: Array | None = None
+    image: ImageSource | Sequence[ImageSource] | None = None
+    mask_image: ImageSource | None = None
+    strength: float | None = None
+    padding_mask_crop: int | None = None
+    mask_blur: float = 0.0
+    resize_mode: str = "default"
+    noise_level: int = 0
+    denoising_start: float | None = None
+    denoising_end: float | None = None
+    original_size: Sequence[int] | None = None
+    crops_coords_top_left: Sequence[int] = (0, 0)
+    target_size: Sequence[int] | None = None
+    negative_original_size: Sequence[int] | None = None
+    negative_crops_coords_top_left: Sequence[int] | None = None
+    negative_target_size: Sequence[int] | None = None
+    aesthetic_score: float = 6.0
+    negative_aesthetic_score: float = 2.5
+    tile: int | None = None
+    output_type: str = "pil"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,91 +134,95 @@ class Request:
     """What to draw. Made by `make_request`; lists have one entry per picture (N).
 
     Attributes:
-        prompts, negative_prompts: N texts each.
+        prompts, negative_prompts: N texts each; a negative one that was not given is None.
+        prompts_2, negative_prompts_2: N texts each for a second text encoder; None is the first one's.
+        clip_skip: how many of the text encoders' last layers are left out.
         seeds: N seeds; each picture has a generator of its own, so it does not depend on its batch.
+        guided: whether the UNet sees unconditional rows too: at a scale of 1 they cancel, below it is off as
+            in diffusers, and models that take the scale as an input have none.
         guidance_scale: weight of the conditional prediction (Ho & Salimans 2022, with w + 1 = scale).
         guidance_rescale: phi of Lin et al. 2023, section 3.4; 0 is off.
         latents: (N, C, H/8, W/8) float32 unit noise to start from, in place of the seeds' own.
+        source: the pictures it starts from, if it does.
+        noise_level: for models that vary a picture, the timestep of the noise on its embedding.
+        sizes: SDXL's conditions; empty for models without.
     """
 
     prompts: tuple[str, ...]
-    negative_prompts: tuple[str, ...]
+    negative_prompts: tuple[str | None, ...]
+    prompts_2: tuple[str | None, ...]
+    negative_prompts_2: tuple[str | None, ...]
+    prompt_syntax: str
+    clip_skip: int
     seeds: tuple[int, ...]
     height: int
     width: int
     num_inference_steps: int
+    guided: bool
     guidance_scale: float
     guidance_rescale: float
     sampler: SamplerConfig
     rng: str
+    denoising_start: float | None
+    denoising_end: float | None
+    noise_level: int
+    sizes: SizeConditions
+    tile: int | None
     output_type: str
     latents: Array | None = field(default=None, compare=False)
-
-    @property
-    def guided(self) -> bool:
-        """Whether the UNet sees unconditional rows too: at 1 they cancel, below it is off as in diffusers."""
-        return self.guidance_scale > 1
+    source: Source | None = field(default=None, compare=False)
 
 
 def make_request(
-    manifest: Manifest,
-    prompt: str | Sequence[str],
-    *,
-    negative_prompt: str | Sequence[str] | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
-    num_images_per_prompt: int = 1,
-    eta: float = 0.0,
-    guidance_rescale: float = 0.0,
-    sampler: str | Mapping[str, Any] | None = None,
-    seed: int | Sequence[int] | None = None,
-    rng: str = "torch-cpu",
-    latents: Array | None = None,
-    output_type: str = "pil",
+    manifest: Manifest, prompt: str | Sequence[str], **parameters: Unpack[Parameters]
 ) -> Request:
     """Validate `Parameters`, taking what is not given from the package's defaults.
 
     Raises:
         UsageError: naming the parameter, what it was, and what it may be.
     """
+    given = Given(**parameters)
+    given = replace(given, image=load_images(given.image))
+    _refuse_unfitting(manifest, given)
     defaults = manifest.defaults
-    count = _integer("num_images_per_prompt", num_images_per_prompt, 1, 1024)
-    texts = _texts("prompt", prompt)
-    negatives = _texts("negative_prompt", "" if negative_prompt is None else negative_prompt)
-    if len(negatives) not in (1, len(texts)):
-        raise UsageError(
-            f"negative_prompt has {len(negatives)} texts for {len(texts)} prompts",
-            expected="one text, or as many as prompts",
-            fix="Pass one negative prompt for all of them.",
-        )
-    negatives = negatives * len(texts) if len(negatives) == 1 else negatives
-    pictures = len(texts) * count
-    height = _size("height", defaults.height if height is None else height, manifest)
-    width = _size("width", defaults.width if width is None else width, manifest)
-    if height * width > MAX_PIXELS:
-        raise UsageError(
-            f"{width}x{height} is {height * width / 1e6:.0f} megapixels",
-            expected=f"at most {MAX_PIXELS / 1e6:.0f}",
-            fix="Choose a smaller size.",
-        )
-    steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
-    scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-    chosen = sampler if sampler is not None else defaults.sampler
+    count = check.integer("num_images_per_prompt", given.num_images_per_prompt, 1, 1024)
+    prompts = check.texts("prompt", prompt)
+    pictures = len(prompts) * count
+    height, width = _size(manifest, given)
+    shape = (pictures, *latent_shape(manifest, height, width))
+    steps = defaults.num_inference_steps if given.num_inference_steps is None else given.num_inference_steps
+    scale = defaults.guidance_scale if given.guidance_scale is None else given.guidance_scale
+    scale = check.number("guidance_scale", scale, 0.0, 1000.0)
+    chosen = given.sampler if given.sampler is not None else defaults.sampler
+
+    def each(name: str) -> tuple[str | None, ...]:
+        """The texts of a parameter, one per picture."""
+        found = check.texts_for(name, getattr(given, name), len(prompts))
+        return tuple(text for text in found for _ in range(count))
+
     return Request(
-        prompts=tuple(text for text in texts for _ in range(count)),
-        negative_prompts=tuple(text for text in negatives for _ in range(count)),
-        seeds=_seeds(seed, pictures),
+        prompts=tuple(text for text in prompts for _ in range(count)),
+        negative_prompts=each("negative_prompt"),
+        prompts_2=each("prompt_2"),
+        negative_prompts_2=each("negative_prompt_2"),
+        prompt_syntax=check.choice("prompt_syntax", given.prompt_syntax, tuple(PROMPT_SYNTAXES)),
+        clip_skip=check.integer("clip_skip", given.clip_skip or 0, 0, 100),
+        seeds=check.seeds(given.seed, pictures),
         height=height,
         width=width,
-        num_inference_steps=_integer("num_inference_steps", steps, 1, MAX_STEPS),
-        guidance_scale=_number("guidance_scale", scale, 0.0, 1000.0),
-        guidance_rescale=_number("guidance_rescale", guidance_rescale, 0.0, 1.0),
-        sampler=replace(resolve(chosen, manifest.scheduler), eta=_number("eta", eta, 0.0, 1.0)),
-        rng=_choice("rng", rng, RNGS),
-        output_type=_choice("output_type", output_type, OUTPUT_TYPES),
-        latents=_latents(latents, (pictures, *latent_shape(manifest, height, width))),
+        num_inference_steps=check.integer("num_inference_steps", steps, 1, MAX_STEPS),
+        guided=scale > 1 and "timestep_cond" not in manifest.vectors,
+        guidance_scale=scale,
+        guidance_rescale=check.number("guidance_rescale", given.guidance_rescale, 0.0, 1.0),
+        sampler=replace(resolve(chosen, manifest.scheduler), eta=check.number("eta", given.eta, 0.0, 1.0)),
+        rng=check.choice("rng", given.rng, RNGS),
+        **_span(given),
+        noise_level=check.integer("noise_level", given.noise_level, 0, MAX_NOISE_LEVEL),
+        sizes=make_size_conditions(manifest, given, height, width),
+        tile=given.tile if given.tile is None else check.side("tile", given.tile, manifest.size_multiple),
+        output_type=check.choice("output_type", given.output_type, OUTPUT_TYPES),
+        latents=check.latents("latents", given.latents, shape),
+        source=make_source(manifest, given, height, width, shape),
     )
 
 
@@ -145,80 +231,90 @@ def latent_shape(manifest: Manifest, height: int, width: int) -> tuple[int, int,
     return manifest.latent_channels, height // manifest.latent_scale, width // manifest.latent_scale
 
 
-def _texts(name: str, value: str | Sequence[str]) -> list[str]:
-    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise UsageError(f"{name} is {value!r}", expected="a text or a list of texts", fix="Pass a str.")
-    return texts
+# What a model must have for these parameters, in words, and whether it does.
+_FOR_SOME: Sequence[tuple[tuple[str, ...], str, Callable[[Manifest], bool]]] = (
+    (
+        ("prompt_2", "negative_prompt_2"),
+        "two text encoders",
+        lambda manifest: set(TEXT_ENCODERS) <= set(manifest.nets),
+    ),
+    (
+        ("noise_level",),
+        "a picture to vary (unCLIP)",
+        lambda manifest: "class_labels" in manifest.vectors,
+    ),
+    (
+        (
+            "original_size",
+            "crops_coords_top_left",
+            "negative_original_size",
+            "negative_crops_coords_top_left",
+        ),
+        "size conditions (SDXL)",
+        lambda manifest: "original_height" in manifest.time_ids,
+    ),
+    (
+        ("target_size", "negative_target_size"),
+        "target sizes as a condition (SDXL base)",
+        lambda manifest: "target_height" in manifest.time_ids,
+    ),
+    (
+        ("aesthetic_score", "negative_aesthetic_score"),
+        "aesthetic scores (the SDXL refiner)",
+        lambda manifest: "aesthetic_score" in manifest.time_ids,
+    ),
+)
 
 
-def _integer(name: str, value: int, low: int, high: int) -> int:
-    if (
-        isinstance(value, (bool, float))
-        or not isinstance(value, (int, np.integer))
-        or not low <= value <= high
-    ):
-        raise UsageError(
-            f"{name} is {value!r}", expected=f"an integer from {low} to {high}", fix=f"Change {name}."
+def _refuse_unfitting(manifest: Manifest, given: Given) -> None:
+    """A parameter that this model could only ignore is an error."""
+    usual = Given()
+    for names, what, fits in _FOR_SOME:
+        said = [name for name in names if getattr(given, name) != getattr(usual, name)]
+        if said and not fits(manifest):
+            value = getattr(given, said[0])
+            raise UsageError(
+                f"{said[0]} is {value!r}, and the model {manifest.name!r} has no use for it",
+                expected=f"a model with {what}",
+                fix=f"Leave {said[0]} out.",
+            )
+
+
+def _size(manifest: Manifest, given: Given) -> tuple[int, int]:
+    """Height and width: as asked, or the picture's that it starts from, or the model's."""
+    natural = natural_size(manifest, given)
+    height, width = (
+        check.side(name, natural[place] if getattr(given, name) is None else getattr(given, name), step)
+        for place, (name, step) in enumerate(
+            (("height", manifest.size_multiple), ("width", manifest.size_multiple))
         )
-    return int(value)
-
-
-def _number(name: str, value: float, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+    )
+    if height * width > MAX_PIXELS:
         raise UsageError(
-            f"{name} is {value!r}", expected=f"a number from {low:g} to {high:g}", fix=f"Change {name}."
+            f"{width}x{height} is {height * width / 1e6:.0f} megapixels",
+            expected=f"at most {MAX_PIXELS / 1e6:.0f}",
+            fix="Choose a smaller size.",
         )
-    return float(value)
+    return height, width
 
 
-def _choice(name: str, value: str, choices: Sequence[str]) -> str:
-    if value not in choices:
+def _span(given: Given) -> dict[str, float | None]:
+    """`denoising_start` and `denoising_end`, in that order on the schedule."""
+    ends = {name: getattr(given, name) for name in ("denoising_start", "denoising_end")}
+    checked = {
+        name: None if value is None else check.number(name, value, 0.0, 1.0) for name, value in ends.items()
+    }
+    begin, end = checked["denoising_start"], checked["denoising_end"]
+    if begin is not None and (end is not None and begin >= end):
         raise UsageError(
-            f"{name} is {value!r}", expected=f"one of {', '.join(choices)}", fix=f"Change {name}."
+            f"denoising_start {begin:g} is not before denoising_end {end:g}",
+            expected="a part of the schedule",
+            fix="Exchange the two.",
         )
-    return value
-
-
-def _size(name: str, value: int, manifest: Manifest) -> int:
-    step = manifest.size_multiple
-    value = _integer(name, value, step, 16384)
-    if value % step:
-        lower, upper = value // step * step, (value // step + 1) * step
+    if begin is not None and given.image is None:
         raise UsageError(
-            f"{name} is {value}", expected=f"a multiple of {step}", fix=f"Use {lower} or {upper}."
+            "denoising_start without an image",
+            expected="the latent that another model stopped at, as image",
+            fix="Draw it with denoising_end and output_type='latent'.",
         )
-    return value
-
-
-def _seeds(seed: int | Sequence[int] | None, pictures: int) -> tuple[int, ...]:
-    """An int seeds the first picture and counts up; a list has one seed per picture."""
-    if seed is None:
-        seed = secrets.randbelow(2**32)
-    if isinstance(seed, (int, np.integer)) and not isinstance(seed, bool):
-        first = _integer("seed", seed, -(2**63), 2**64 - pictures)
-        return tuple(range(first, first + pictures))
-    seeds = list(seed) if isinstance(seed, Sequence) else []
-    if len(seeds) != pictures or isinstance(seed, str):
-        raise UsageError(
-            f"seed is {seed!r} for {pictures} pictures",
-            expected="an integer, or a list with one integer per picture",
-            fix="Pass one integer: pictures get seed, seed + 1, …",
-        )
-    return tuple(_integer("seed", value, -(2**63), 2**64 - 1) for value in seeds)
-
-
-def _latents(latents: Array | None, shape: tuple[int, ...]) -> Array | None:
-    if latents is None:
-        return None
-    try:
-        array = np.asarray(latents, np.float32)
-    except (TypeError, ValueError):
-        array = np.empty(0, np.float32)
-    if array.shape != shape or not np.isfinite(array).all():
-        raise UsageError(
-            f"latents have shape {array.shape}" + ("" if array.shape != shape else " and are not all finite"),
-            expected=f"finite numbers of shape {shape}",
-            fix="Pass unit noise of that shape, or a seed.",
-        )
-    return array
+    return checked

@@ -12,6 +12,7 @@ from .infotext import format_infotext
 from .picture import save_picture
 from .request import Request
 from .samplers import SamplerConfig
+from .source import Masked, Varied
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,6 +43,26 @@ def _sampler_record(config: SamplerConfig) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name == "eta" or value != defaults[name]}
 
 
+def _said(request: Request, index: int) -> dict[str, Any]:
+    """What only some requests have, and this one does."""
+    masked = request.source if isinstance(request.source, Masked) else None
+    values: dict[str, Any] = {
+        "prompt_2": request.prompts_2[index],
+        "negative_prompt_2": request.negative_prompts_2[index],
+        "clip_skip": request.clip_skip or None,
+        "strength": getattr(request.source, "strength", None),
+        "mask_region": masked.inpainting.region if masked else None,
+        "mask_blur": masked.inpainting.blur or None if masked else None,
+        "noise_level": request.noise_level if isinstance(request.source, Varied) else None,
+        "denoising_start": request.denoising_start,
+        "denoising_end": request.denoising_end,
+        "sizes": dict(request.sizes.positive) or None,
+        "negative_sizes": dict(request.sizes.negative) or None,
+        "tile": request.tile,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """Pictures of one call.
@@ -62,12 +83,13 @@ class Result:
     def record(self, index: int = 0) -> dict[str, Any]:
         """How picture `index` was made, as JSON: every parameter that was given as a value.
 
-        Latents and callbacks are not in it, nor the betas of a scheduler config that brought its own.
+        Pictures, latents and callbacks are not in it, nor the betas of a scheduler config with its own.
         """
         request = self.request
         return {
             "prompt": request.prompts[index],
             "negative_prompt": request.negative_prompts[index],
+            "prompt_syntax": request.prompt_syntax,
             "seed": request.seeds[index],
             "rng": request.rng,
             "sampler": _sampler_record(request.sampler),
@@ -76,6 +98,7 @@ class Result:
             "guidance_rescale": request.guidance_rescale,
             "height": request.height,
             "width": request.width,
+            **_said(request, index),
             **self.producer,
         }
 
@@ -85,7 +108,7 @@ class Result:
         return format_infotext(
             {
                 "prompt": request.prompts[index],
-                "negative_prompt": request.negative_prompts[index],
+                "negative_prompt": request.negative_prompts[index] or "",
                 "Steps": request.num_inference_steps,
                 "Sampler": _A1111_SAMPLERS.get(request.sampler.name, request.sampler.name),
                 "Schedule type": _A1111_SCHEDULES.get(request.sampler.sigma_schedule),
@@ -93,6 +116,8 @@ class Result:
                 "Seed": request.seeds[index],
                 "Size": f"{request.width}x{request.height}",
                 "Model": self.producer["model"],
+                "Denoising strength": getattr(request.source, "strength", None),
+                "Clip skip": request.clip_skip + 1,  # 1 is the last layer there
                 "RNG": "CPU" if request.rng == "torch-cpu" else "GPU",
                 "Version": f"latentrt {self.producer['latentrt']}",
             }

@@ -16,14 +16,14 @@ of its formula on unit vectors (`trace`) reads all of its coefficients out. docs
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..engines.errors import SamplerError
-from ..engines.spec import HISTORY, ROW, Array
+from ..engines.spec import HISTORY, MASKED_ROW, ROW, Array
 from .schedule import Level
 
 Vector: TypeAlias = NDArray[np.float64]
@@ -57,6 +57,7 @@ class Table:
         alpha_bar: (N,) signal share of the state that enters the UNet: y = sqrt(alpha_bar)*x0 +
             sqrt(1-alpha_bar)*eps.
         init: factor from unit noise to the first state.
+        last_alpha_bar: signal share of the latent after the last row; 1 unless the table was cut.
 
     Raises:
         SamplerError: a shape, a non-finite number, more than HISTORY columns in `b`, noise that is not
@@ -74,6 +75,7 @@ class Table:
     draws: NDArray[np.bool_]
     alpha_bar: Vector
     init: float
+    last_alpha_bar: float = 1.0
 
     def __post_init__(self) -> None:
         """Check, copy and freeze the columns."""
@@ -112,9 +114,24 @@ class Table:
         """K, the number of predictions the loop remembers."""
         return self.b.shape[1]
 
+    def head(self, rows: int) -> Table:
+        """The first `rows` rows, 1 or more: a run that another model will finish."""
+        if rows >= len(self):
+            return self
+        columns = ("t", "p", "q", "a", "b", "c", "draws", "alpha_bar")
+        cut = {column: getattr(self, column)[:rows] for column in columns}
+        return replace(self, **cut, last_alpha_bar=float(self.alpha_bar[rows]))
+
+    @property
+    def keeps(self) -> Vector:
+        """(N, 2): factors of a clean latent and unit noise, to be as noisy as the state after the row."""
+        after = np.append(self.alpha_bar[1:], self.last_alpha_bar)
+        return np.sqrt(np.stack([after, 1 - after], axis=1))
+
     def rows(self, guidance_scale: float, guidance_rescale: float) -> Array:
-        """(N, len(spec.ROW)) float32: what each row is to the net `step`."""
-        rows = np.zeros((len(self), len(ROW)), np.float32)
+        """(N, len(MASKED_ROW)) float32: each row as the net `step_masked` takes it; `step` has the first."""
+        rows = np.zeros((len(self), len(MASKED_ROW)), np.float32)
+        rows[:, len(ROW) :] = self.keeps
         values = {"p": self.p, "q": self.q, "a": self.a, "c": self.c}
         values |= {f"b{j}": self.b[:, j] for j in range(self.history)}
         for name, column in values.items():

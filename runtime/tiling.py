@@ -1,6 +1,7 @@
-"""Decode a latent in overlapping tiles, for a picture whose decoder does not fit into memory.
+"""Decode a latent, or encode a picture, in overlapping tiles, where the net does not fit into memory at once.
 
-The grid and the linear cross-fade are those of diffusers' `AutoencoderKL.tiled_decode`, but for three things:
+The grid and the linear cross-fade are those of diffusers' `AutoencoderKL.tiled_decode` and `tiled_encode`,
+but for three things:
 
 1. diffusers cuts tiles off at the border, and always adds a last one that lies within the one before, so that
    the last overlap fades into a sliver decoded without context. Here the last tile is moved inwards until it
@@ -8,7 +9,8 @@ The grid and the linear cross-fade are those of diffusers' `AutoencoderKL.tiled_
    one shape, which is what an engine of fixed shapes serves.
 2. A tile's weight is the product of one weight along y and one along x. diffusers fades one axis after the
    other in place: where four tiles meet, some of the upper tile's weight goes to its neighbour.
-3. Tiles are uint8 pictures, so they are clamped and rounded before they are blended, and the blend again.
+3. Decoded tiles are uint8 pictures, so they are clamped and rounded before they are blended, and the blend
+   again. Of encoded tiles the standard deviation is blended; diffusers blends the logarithm of the variance.
 
 Tiles cannot see each other: as a decoder looks at the whole picture (its group norms and its attention do), a
 tiled picture differs from the untiled one in tone, and the fade turns the step between tiles into a slope.
@@ -26,6 +28,7 @@ from ..engines.errors import UsageError
 from ..engines.spec import Array
 
 Decode = Callable[[Array], tuple[Array, Array]]
+Encode = Callable[[Array, Array], tuple[Array, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,17 +139,63 @@ def decode_tiled(decode: Decode, latent: Array, tiling: Tiling, scale: int = 8) 
     return image, mean.astype(np.float32)
 
 
+def encode_tiled(
+    encode: Encode, image: Array, mask: Array, tiling: Tiling, scale: int = 8
+) -> tuple[Array, ...]:
+    """Encode tile by tile, and blend; the tiles are those of `decode_tiled`.
+
+    Args:
+        encode: image (N, h, w, 3) and mask (N, h, w, 1) -> mean, and standard deviation where there is a
+            posterior, (N, C, h / scale, w / scale) float32, as the net `vae_encoder`. All calls have one
+            shape: the tile's, or the picture's where that is shorter.
+        image: (N, H, W, 3), passed on as it is.
+        mask: (N, H, W, 1), likewise.
+        tiling: the cut. A picture no larger than a tile is one call, and its result comes back as it is.
+        scale: pixels per latent value along each axis.
+
+    Returns:
+        What `encode` returns, for the whole picture: (N, C, H / scale, W / scale) float32 each.
+
+    Raises:
+        UsageError: no picture, or a mask of other size; sides that `scale` does not divide; a tile that does
+            not fit the scale; an encoder that returns another shape or dtype.
+    """
+    divided = scale > 0 and image.ndim == 4 and not any(side % scale for side in image.shape[1:3])
+    if not divided or not image.size or mask.shape[:3] != image.shape[:3]:
+        raise UsageError(
+            f"a picture of shape {image.shape}, a mask of {mask.shape}, {scale} pixels per latent value",
+            expected="(N, H, W, 3) and (N, H, W, 1), none of them 0, H and W multiples of the scale",
+            fix="Resize the picture to the size that is drawn.",
+        )
+    count, rows, columns = image.shape[0], image.shape[1] // scale, image.shape[2] // scale
+    size, stride = tiling.size // scale, tiling.stride(scale) // scale  # in latent values from here on
+    if max(rows, columns) <= size:
+        return _encode_tile(encode, image, mask, scale)
+    blended: tuple[Array, ...] = ()
+    for top, along_y in axis_tiles(rows, size, stride):
+        bottom = top + len(along_y)
+        for left, along_x in axis_tiles(columns, size, stride):
+            right = left + len(along_x)
+            cut = np.s_[:, top * scale : bottom * scale, left * scale : right * scale]
+            tiles = _encode_tile(encode, image[cut], mask[cut], scale)
+            if not blended:
+                blended = tuple(np.zeros((count, tile.shape[1], rows, columns), np.float32) for tile in tiles)
+            for whole, tile in zip(blended, tiles, strict=True):
+                whole[:, :, top:bottom, left:right] += tile * (along_y[:, None] * along_x)
+    return blended
+
+
 def axis_tiles(length: int, size: int, stride: int) -> list[tuple[int, Array]]:
     """Cut one axis, and weigh: each tile fades in, linearly, over all that earlier tiles cover.
 
     Args:
-        length: of the picture, in pixels.
-        size: of a tile, in pixels; a longer one is cut to `length`.
-        stride: from one tile to the next, in pixels, at most `size`; less before the last tile, which ends
+        length: of the picture, in pixels or latent values.
+        size: of a tile; a longer one is cut to `length`.
+        stride: from one tile to the next, at most `size`; less before the last tile, which ends
             where the picture ends.
 
     Returns:
-        Of each tile its first pixel and its weights, float32 of the tile's length. At every pixel of the axis
+        Of each tile its first place and its weights, float32 of the tile's length. At every place of the axis
         the weights of all tiles add up to 1. The first weight of an overlap is 0, as in diffusers' `blend_v`.
     """
     size = min(size, length)
@@ -175,6 +224,22 @@ def _call(decode: Decode, latent: Array, scale: int) -> tuple[Array, Array]:
             fix="Pass the decoder's own scale, and a decoder of this contract.",
         )
     return image, mean
+
+
+def _encode_tile(encode: Encode, image: Array, mask: Array, scale: int) -> tuple[Array, ...]:
+    results = encode(np.ascontiguousarray(image), np.ascontiguousarray(mask))
+    count, height, width, _ = image.shape
+    expected = (count, height // scale, width // scale)
+    shapes = [(str(result.dtype), result.shape) for result in results]
+    if not shapes or any(
+        dtype != "float32" or len(shape) != 4 or (shape[0], *shape[2:]) != expected for dtype, shape in shapes
+    ):
+        raise UsageError(
+            f"for {image.shape} the encoder gave {shapes}",
+            expected=f"float32 ({count}, C, {expected[1]}, {expected[2]})",
+            fix="Pass the encoder's own scale, and an encoder of this contract.",
+        )
+    return results
 
 
 def _move_up(strip: Array, done: int) -> None:

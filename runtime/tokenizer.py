@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Encoding, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from ..engines.errors import PackageError, UsageError
 
@@ -55,11 +55,13 @@ class ClipTokenizer:
         length: ids per prompt that the folder asks for, usually 77.
         bos_id, eos_id, pad_id: the ids put around a prompt. SD 1 pads with eos, SD 2 and SDXL's second
             encoder with ``"!"`` (id 0).
+        comma_id: the id of a comma that stands by itself; None where the vocabulary has none.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, bos_id: int, eos_id: int, pad_id: int, length: int) -> None:
         self._tokenizer = tokenizer
         self.bos_id, self.eos_id, self.pad_id, self.length = bos_id, eos_id, pad_id, length
+        self.comma_id: int | None = tokenizer.token_to_id(",</w>")
 
     @classmethod
     def open(cls, folder: str | Path) -> ClipTokenizer:
@@ -110,29 +112,40 @@ class ClipTokenizer:
         ids = np.full((len(prompts), length), self.pad_id, np.int32)
         dropped: list[str] = []
         for row, prompt in zip(ids, prompts, strict=True):
-            words, rest = self._words(prompt, length - 2)
+            words, rest = self._truncated(prompt, length - 2)
             row[0], row[1 : len(words) + 1], row[len(words) + 1] = self.bos_id, words, self.eos_id
             dropped.append(rest)
         return Tokens(ids=ids, dropped=tuple(dropped))
 
-    def _words(self, prompt: str, room: int) -> tuple[list[int], str]:
+    def words(self, text: str) -> list[int]:
+        """Ids of a text alone, all of them, without bos, eos and padding.
+
+        Raises:
+            UsageError: no valid text.
+        """
+        return self._encoding(text).ids
+
+    def _truncated(self, prompt: str, room: int) -> tuple[list[int], str]:
         """Ids of the prompt alone, at most ``room``, and the text of the others.
 
         Truncation and padding are done by us: switching them on the shared tokenizer is what makes concurrent
         encoding fail with "Already borrowed".
         """
+        encoding = self._encoding(prompt)
+        ids = encoding.ids
+        if len(ids) <= room:
+            return ids, ""
+        return ids[:room], prompt[encoding.offsets[room][0] :]
+
+    def _encoding(self, prompt: str) -> Encoding:
         try:
-            encoding = self._tokenizer.encode(prompt, add_special_tokens=False)
+            return self._tokenizer.encode(prompt, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
             raise UsageError(
                 f"a prompt that is no text: {prompt!r:.60}",
                 expected="a str that UTF-8 can hold",
                 fix="Remove the unpaired surrogates.",
             ) from error
-        ids = encoding.ids
-        if len(ids) <= room:
-            return ids, ""
-        return ids[:room], prompt[encoding.offsets[room][0] :]
 
 
 def _broken(path: Path, reason: object) -> PackageError:

@@ -21,10 +21,16 @@ _WORKLOADS = {
     "update": "guidance + update",
     "vae_decoder": "VAE decoder",
     "picture": "whole picture",
+    "text_encoder_2": "text encoder 2",
+    "image_encoder": "image encoder",
+    "image_noiser": "image noiser",
+    "vae_encoder": "VAE encoder",
+    "preview_decoder": "preview decoder",
     "unet_context": "UNet: context",
     "unet_time": "UNet: time",
     "unet_whole": "UNet, uncut",
     "step": "update",
+    "step_masked": "update, masked",
 }
 
 

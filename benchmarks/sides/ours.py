@@ -17,13 +17,15 @@ from ...engines.spec import DTYPES, Array
 from ...runtime import guidance
 from ...runtime.denoise import denoise, narrow
 from ...runtime.host_loop import HostLoop
+from ...runtime.loops import LoopOptions
 from ...runtime.noise import NoiseSource
 from ...runtime.pipeline import Pipeline
 from ...runtime.request import latent_shape, make_request
 from ...runtime.samplers import make_table
 from ...runtime.table import Table
 from ...runtime.tokenizer import ClipTokenizer
-from ..case import Case, net_inputs
+from ..case import Case, net_inputs, time_inputs
+from ..opening import open_pipeline
 from .contract import OURS, OpenSide, Prepared, Task, not_available
 
 BETWEEN = 20  # steps of the loop in one run of `update`
@@ -39,8 +41,8 @@ def available(task: Task) -> str | None:
 
 
 def open_side(task: Task) -> OpenSide:
-    """The pipeline, opened as a user would."""
-    pipe = Pipeline.open(task.package, backend=task.backend, threads=task.threads)
+    """The pipeline, with the loop that a user has."""
+    pipe = open_pipeline(task.package, LoopOptions(backend=task.backend, threads=task.threads))
     loop = pipe._loop  # pyright: ignore[reportPrivateUsage]
     if isinstance(loop, HostLoop):
         return HostSide(pipe, loop, task.slow_down)
@@ -151,13 +153,15 @@ class HostSide:
     def _invariants(self, case: Case) -> Work:
         """Keys and values of the prompts, and the time embeddings of every row of the table."""
         texts = 2 if case.guided else 1  # however many pictures: the loop encodes each text once
-        context = narrow(inputs_of(self._pipe, "unet", case)["context"][:texts], self._dtype)
+        inputs = inputs_of(self._pipe, "unet", case)
+        context = narrow(inputs["context"][:texts], self._dtype)
         steps = np.linspace(999, 0, case.steps, dtype=np.float32)
+        schedule = time_inputs(case, self._manifest, inputs, steps)
         nets = self._loop.nets
 
         def call() -> Mapping[str, Array]:
             nets["unet_context"](context=context)
-            nets["unet_time"](timestep=steps)
+            nets["unet_time"](**schedule)
             return {}
 
         return self._work(call)
@@ -165,10 +169,11 @@ class HostSide:
     def _unet(self, case: Case) -> Work:
         """One call, with what does not change from step to step computed before."""
         inputs, nets = inputs_of(self._pipe, "unet", case), self._loop.nets
-        invariants = nets["unet_context"](context=narrow(inputs["context"], self._dtype))
-        invariants |= nets["unet_time"](timestep=inputs["timestep"])
-        latent = narrow(inputs["latent"], self._dtype)
-        return self._work(lambda: nets["unet"](latent=latent, **invariants))
+        stays = nets["unet_context"](context=narrow(inputs["context"], self._dtype))
+        stays |= nets["unet_time"](**time_inputs(case, self._manifest, inputs, inputs["timestep"]))
+        seen = ("latent", "image_latents")
+        stays |= {name: narrow(inputs[name], self._dtype) for name in seen if name in inputs}
+        return self._work(lambda: nets["unet"](**stays))
 
     def _update(self, case: Case) -> Work:
         """The loop of `BETWEEN` steps around a UNet that answers at once: all that is not an engine's."""
@@ -181,7 +186,7 @@ class HostSide:
             return guidance.combine(answer, case.guidance_scale, 0.0, case.guided)
 
         def call() -> Mapping[str, Array]:
-            *_, last = denoise(table, noise, predict, start)
+            *_, last = denoise(table, noise, predict, table.init * start)
             return {"latent": last.latent}
 
         return self._work(call, repeats=BETWEEN)

@@ -29,13 +29,14 @@ from ...engines.errors import BackendError
 from ...engines.ledger import take_ledger
 from ...engines.spec import Array, NetSpec
 from ...runtime import guidance
+from ...runtime.clock import Clock
 from ...runtime.device_loop import DeviceLoop
 from ...runtime.device_memory import Block, Layout, Scratch, Sizes
-from ...runtime.device_programs import Canvas, Frame, Program, Schedule, input_shapes
+from ...runtime.device_programs import Canvas, Course, Frame, Program, Schedule, input_shapes
 from ...runtime.job import Job
 from ...runtime.pipeline import Pipeline
 from ...runtime.request import make_request
-from ..case import Case, sizes_of
+from ..case import Case, sizes_of, time_inputs
 from .contract import OURS, Prepared, not_available
 from .ours import BETWEEN, Work, inputs_of
 from .picture_timer import PictureTimer
@@ -161,7 +162,11 @@ class DeviceSide:
         program = Program(self._device, layout, self._scratch(stack, calls))
         stack.callback(program.close)
         nets = [(self._loop.nets[name], sizes) for name, sizes in calls]
-        return program.block, [program.bind(net, sizes, program.addresses(net.spec)) for net, sizes in nets]
+        bound = [
+            program.bind(net, input_shapes(net.spec, sizes), program.addresses(net.spec))
+            for net, sizes in nets
+        ]
+        return program.block, bound
 
     def _work(
         self,
@@ -206,20 +211,22 @@ class DeviceSide:
 
     def _text_encoder(self, case: Case, stack: ExitStack) -> DeviceWork:
         block, (bound,) = self._bind(stack, ("text_encoder", sizes_of(case, self._manifest)))
-        block.upload("input_ids", inputs_of(self._pipe, "text_encoder", case)["input_ids"])
+        _upload(block, inputs_of(self._pipe, "text_encoder", case))
         return self._work(stack, bound.enqueue, lambda: {"context": block.download("context")})
 
     def _vae_decoder(self, case: Case, stack: ExitStack) -> DeviceWork:
         block, (bound,) = self._bind(stack, ("vae_decoder", sizes_of(case, self._manifest)))
-        block.upload("latent", inputs_of(self._pipe, "vae_decoder", case)["latent"])
+        _upload(block, inputs_of(self._pipe, "vae_decoder", case))
         return self._work(stack, bound.enqueue, lambda: {"image": block.download("image")})
 
     def _invariants(self, case: Case, stack: ExitStack) -> DeviceWork:
         """Keys and values of all rows, and the time embeddings of every row of the table."""
         sizes = sizes_of(case, self._manifest)
         block, (context, time) = self._bind(stack, ("unet_context", sizes), ("unet_time", sizes))
-        block.upload("context", inputs_of(self._pipe, "unet", case)["context"])
-        block.upload("timestep", np.linspace(999, 0, case.steps, dtype=np.float32))
+        inputs = inputs_of(self._pipe, "unet", case)
+        block.upload("context", inputs["context"])
+        steps = np.linspace(999, 0, case.steps, dtype=np.float32)
+        _upload(block, time_inputs(case, self._manifest, inputs, steps))
 
         def enqueue() -> None:
             context.enqueue()
@@ -229,11 +236,11 @@ class DeviceSide:
 
     def _unet(self, case: Case, stack: ExitStack) -> DeviceWork:
         """One call, with what does not change from step to step computed before."""
-        sizes = {**sizes_of(case, self._manifest), "S": 1}
+        sizes = sizes_of(replace(case, steps=1), self._manifest)
         calls = [(name, sizes) for name in ("unet_context", "unet_time", "unet")]
         block, (context, time, unet) = self._bind(stack, *calls)
-        for name, array in inputs_of(self._pipe, "unet", case).items():
-            block.upload(name, array)
+        inputs = inputs_of(self._pipe, "unet", case)
+        _upload(block, {**inputs, **time_inputs(case, self._manifest, inputs, inputs["timestep"])})
         context.enqueue()
         time.enqueue()
         figures = self._captured(unet)
@@ -268,13 +275,11 @@ class DeviceSide:
 
     def _update(self, case: Case, stack: ExitStack) -> DeviceWork:
         """`BETWEEN` rows of the loop, all of which begin with the same noise and see the same prediction."""
-        job, sizes = self._job(case), {**sizes_of(case, self._manifest), "S": BETWEEN}
-        canvas, schedule = self._canvas(stack, job, sizes)
-        start, source = job.start()
-        schedule.enqueue(job, job.noises(source) if schedule.draws else None)
-        canvas.forget()
-        canvas.set_latent(job.table.init * start)
-        canvas.block.upload("prediction", guidance.batch(start, case.guided))
+        job = self._job(case)
+        canvas, schedule = self._canvas(stack, job, sizes_of(replace(case, steps=BETWEEN), self._manifest))
+        canvas.begin(job)
+        schedule.enqueue(job)
+        canvas.block.upload("prediction", guidance.batch(job.first / job.table.init, case.guided))
         # What a run leaves is no fit start for the next: it would grow beyond all bounds.
         place, state = canvas.block.place("state"), canvas.block.address("state")
         layout = Layout()
@@ -300,25 +305,23 @@ class DeviceSide:
         """The case's picture in `BETWEEN` steps."""
         parameters = replace(case, steps=BETWEEN).parameters
         request = make_request(self._manifest, case.prompt, **parameters)
-        return self._pipe._job(request)  # pyright: ignore[reportPrivateUsage]
+        return self._pipe._job(request, Clock())  # pyright: ignore[reportPrivateUsage]
 
     def _canvas(self, stack: ExitStack, job: Job, sizes: Sizes) -> tuple[Canvas, Schedule]:
         """The loop's own, with a UNet that does nothing."""
         frame = Frame(
             pictures=job.pictures,
             guided=job.guided,
-            height=sizes["H"],
-            width=sizes["W"],
+            height=sizes["H/8"],
+            width=sizes["W/8"],
             tokens=sizes["T"],
             rows=sizes["B"],
-            latent_scale=self._manifest.latent_scale,
         )
         nets = {**self._loop.nets, "unet": cast(DeviceNet, _NoNet(self._loop.nets["unet"]))}
         scratch = self._scratch(stack, [(name, sizes) for name in ("step", "unet_context", "unet_time")])
         canvas = Canvas(self._device, nets, frame, scratch)
         stack.callback(canvas.close)
-        noise = (job.pictures, *job.shape) if job.table.draws.any() else None
-        schedule = Schedule(self._device, nets, len(job.table), noise, scratch)
+        schedule = Schedule(self._device, nets, Course.of(job, frame), scratch)
         stack.callback(schedule.close)
         return canvas, schedule
 
@@ -343,3 +346,8 @@ class DeviceSide:
             slow_down=self._slow_down,
             download=lambda: images,
         )
+
+
+def _upload(block: Block, arrays: Mapping[str, Array]) -> None:
+    for name, array in arrays.items():
+        block.upload(name, array)

@@ -19,11 +19,11 @@ from ...runtime.denoise import narrow
 from ...runtime.device_memory import Block, Layout, Sizes, aligned
 from ...runtime.device_programs import input_shapes
 from ...runtime.tokenizer import ClipTokenizer
-from ..case import Case, net_inputs, sizes_of
+from ..case import Case, net_inputs, sizes_of, whole_inputs
 from .contract import Prepared, not_available
 from .ours import schedule_of
 from .ours_device import DeviceWork
-from .plain_loop import PLAIN_NETS
+from .plain_loop import PLAIN_NETS, check_drawable
 
 DEVICE_NETS = (*PLAIN_NETS, "step")
 # What lies at one address: where the UNet reads, `step` writes and the decoder reads in the end.
@@ -96,12 +96,7 @@ class PlainDeviceSide:
         return self._net(stack, "text_encoder", case, inputs, {"context": "context"})
 
     def _unet(self, case: Case, stack: ExitStack) -> DeviceWork:
-        inputs = self._inputs("unet", case)
-        feeds = {
-            "sample": inputs["latent"],
-            "timestep": np.repeat(inputs["timestep"], case.batch),
-            "encoder_hidden_states": inputs["context"],
-        }
+        feeds = whole_inputs(case, self._package.manifest, self._inputs("unet", case))
         return self._net(stack, "unet_whole", case, feeds, {"prediction": "out_sample"})
 
     def _vae_decoder(self, case: Case, stack: ExitStack) -> DeviceWork:
@@ -166,6 +161,7 @@ class PlainDeviceSide:
 
     def _picture(self, case: Case, stack: ExitStack) -> DeviceWork:
         manifest = self._package.manifest
+        check_drawable(self._name, manifest)
         sizes = sizes_of(case, manifest)
         table, noise = schedule_of(case, manifest)
         schedule = {"rows": 4 * len(ROW), "timesteps": 4 * case.batch, "noises": noise().nbytes}
@@ -224,7 +220,8 @@ class _Drawing:
         table, noise = schedule_of(case, self._manifest)
         start = table.init * noise()
         inputs = net_inputs("text_encoder", case, self._manifest, self._tokenizer)
-        block.upload("text_encoder/input_ids", inputs["input_ids"])
+        for name, array in inputs.items():
+            block.upload(f"text_encoder/{name}", array)
         self._bound["text_encoder"].enqueue()
         self._spread_context()
         state = np.zeros(block.place("step/state").shape, np.float32)
@@ -235,7 +232,7 @@ class _Drawing:
         noises = np.zeros((len(table), *start.shape), np.float32)
         for row in np.flatnonzero(table.draws):
             noises[row] = noise()
-        self._upload_lines("rows", table.rows(case.guidance_scale, 0.0))
+        self._upload_lines("rows", table.rows(case.guidance_scale, 0.0)[:, : len(ROW)])
         self._upload_lines("timesteps", np.repeat(table.t.astype(np.float32)[:, None], case.batch, axis=1))
         if any(draws):
             self._upload_lines("noises", noises)

@@ -12,19 +12,25 @@ from typing import Any
 
 import numpy as np
 
-from ...engines.package import Package
+from ...engines.package import Manifest, Package
 from ...engines.spec import DTYPES, Array
 from ...runtime import guidance
 from ...runtime.clock import Clock
 from ...runtime.denoise import denoise, narrow
 from ...runtime.tokenizer import ClipTokenizer
-from ..case import Case, net_inputs
+from ..case import Case, net_inputs, whole_inputs
 from .contract import Prepared, not_available
 from .ours import Work, schedule_of
 
 PLAIN_NETS = ("text_encoder", "unet_whole", "vae_decoder")
 Net = Callable[[Mapping[str, Array]], Mapping[str, Array]]  # inputs by name -> outputs by name
 OpenNet = Callable[[str, Case], Net]  # of PLAIN_NETS, for the shapes of a case
+
+
+def check_drawable(name: str, manifest: Manifest) -> None:
+    """Raise NotAvailableError for a model that is told more than a prompt: these loops do not know how."""
+    if manifest.vectors or manifest.image_latents:
+        raise not_available(name, "picture")
 
 
 class PlainSide:
@@ -84,12 +90,9 @@ class PlainSide:
         return Work(call=lambda: net(inputs))
 
     def _unet(self, case: Case) -> Work:
-        inputs = self._inputs("unet", case)
-        feeds = {
-            "sample": narrow(inputs["latent"], self._dtype),
-            "timestep": np.repeat(inputs["timestep"], case.batch),
-            "encoder_hidden_states": narrow(inputs["context"], self._dtype),
-        }
+        feeds = whole_inputs(case, self._package.manifest, self._inputs("unet", case))
+        for name in ("sample", "encoder_hidden_states"):  # the others stay float32
+            feeds[name] = narrow(feeds[name], self._dtype)
         net = self._open_net("unet_whole", case)
         return Work(call=lambda: {"prediction": net(feeds)["out_sample"]})
 
@@ -99,6 +102,7 @@ class PlainSide:
         return Work(call=lambda: {"image": net(feeds)["image"]})
 
     def _picture(self, case: Case) -> Work:
+        check_drawable(self._name, self._package.manifest)
         seconds: dict[str, float] = {}
         nets = {name: self._open_net(name, case) for name in PLAIN_NETS}
 
@@ -129,6 +133,6 @@ class PlainSide:
                 prediction = nets["unet_whole"](feeds)["out_sample"]
             return guidance.combine(prediction, case.guidance_scale, 0.0, case.guided)
 
-        *_, last = clock.timed("update", denoise(table, noise, predict, start))
+        *_, last = clock.timed("update", denoise(table, noise, predict, table.init * start))
         with clock.stage("vae_decoder"):
             return nets["vae_decoder"]({"latent": narrow(last.latent, self._dtype)})["image"]

@@ -11,7 +11,6 @@ from latentrt.engines.spec import NetSpec
 from latentrt.runtime.device_loop import DeviceLoop
 from latentrt.runtime.pipeline import SHIPPED, Pipeline
 from latentrt.runtime.replay import Graphs
-from latentrt.runtime.tokenizer import ClipTokenizer
 from tests.engines.host_device import HostDevice
 
 PACKAGE = Package.open(SHIPPED["demo"])
@@ -68,6 +67,6 @@ class Bench:
 def device_side(
     device: HostDevice, nets: dict[str, Any], graphs: Graphs = "auto", slow_down: float = 0.0
 ) -> DeviceSide:
-    loop = DeviceLoop(device, nets, PACKAGE.manifest.latent_scale, graphs=graphs)
-    pipe = Pipeline(PACKAGE, ClipTokenizer.open(PACKAGE.root / "tokenizer"), loop, "stand-in")
+    loop = DeviceLoop(device, nets, PACKAGE.manifest, graphs=graphs)
+    pipe = Pipeline.over(PACKAGE, loop, "stand-in", cache_bytes=0)
     return DeviceSide(pipe, loop, slow_down)

@@ -9,11 +9,11 @@ import pytest
 from latentrt.benchmarks import gpu_host
 from latentrt.benchmarks.gpu_host import host_memory, placement
 from latentrt.benchmarks.gpu_rows import collect
+from latentrt.engines.build import built_nets
 from latentrt.engines.device import Device
 from latentrt.engines.onnxruntime.nets import CPU, OnnxRuntimeDeviceNet, open_onnxruntime_net
 from latentrt.engines.onnxruntime.placement import Placement
 from latentrt.engines.package import Package
-from latentrt.runtime.loops import DEVICE_NETS
 from tests.benchmarks.gpu_stand_in import SCALE, Hungry, WatchedDevice, stand_in
 from tests.runtime.device_bench import package_with_step
 
@@ -37,7 +37,7 @@ def open_profiled(
 
 def test_placement_fails_for_nets_on_the_cpu(package: Package) -> None:
     rows = list(collect(placement(stand_in(package, open_profiled=open_profiled), SCALE)))
-    assert [row.what for row in rows] == list(DEVICE_NETS)
+    assert [row.what for row in rows] == list(built_nets(package))
     for row in rows:
         assert row.status == "FAILED"
         assert "floating-point nodes on the CPU: " in row.reason

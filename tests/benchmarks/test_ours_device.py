@@ -106,7 +106,7 @@ def test_update_draws_noise(opened: Bench, host: HostSide) -> None:
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
-def test_a_run_allocates_nothing_and_waits_once(opened: Bench, workload: str) -> None:
+def test_a_run_allocates_nothing_and_waits_as_often_as_it_must(opened: Bench, workload: str) -> None:
     prepared = opened.side.prepare(workload, GUIDED)
     prepared.run()
     device = opened.device
@@ -114,7 +114,9 @@ def test_a_run_allocates_nothing_and_waits_once(opened: Bench, workload: str) ->
     for _ in range(3):
         prepared.run()
         prepared.figures()
-    assert (device.sizes, device.allocations, device.synchronisations) == (sizes, allocations, waits + 3)
+    each = 2 if workload == "picture" else 1  # its prompt's context comes back before the rows begin
+    assert (device.sizes, device.allocations) == (sizes, allocations)
+    assert device.synchronisations == waits + 3 * each
     close(prepared)
 
 
@@ -313,7 +315,7 @@ def test_a_pipeline_on_a_device_gets_this_side(monkeypatch: pytest.MonkeyPatch) 
             return "engine 1.0"
 
         def open_device(self, package: Package, names: tuple[str, ...], *, log: Any) -> Any:
-            assert names == DEVICE_NETS
+            assert set(DEVICE_NETS) <= set(names) == set(PACKAGE.manifest.nets) - {"unet_whole"}
             return device, {
                 name: open_onnxruntime_net(package, name, device, provider=CPU, submit=device.submit)
                 for name in ("vae_decoder",)
@@ -331,7 +333,7 @@ def test_a_pipeline_on_a_device_gets_this_side(monkeypatch: pytest.MonkeyPatch) 
 def test_engines_with_scratch_memory_of_their_own(host: HostSide) -> None:
     device, variant = HostDevice(), "tensorrt 10"
     trt = library(variant, device)
-    names = ("unet_context", "unet_time", "unet", "step")
+    names = ("text_encoder", "unet_context", "unet_time", "unet", "step")
     side = device_side(device, {name: open_simulated(trt, variant, name, device) for name in names}, "on")
     for workload in ("unet", "update"):
         found, wanted = side.prepare(workload, GUIDED), host.prepare(workload, GUIDED)

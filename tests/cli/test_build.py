@@ -69,7 +69,16 @@ def test_a_dry_run_builds_nothing(latentrt: Any, tmp_path: Path) -> None:
     found = json.loads(out)
     assert found["profiles"] == ["128x128:b1-4"]
     nets = [row["net"] for row in found["nets"]]
-    assert nets == ["text_encoder", "unet_context", "unet_time", "unet", "step", "vae_decoder"]
+    assert nets == [
+        "text_encoder",
+        "vae_encoder",
+        "unet_context",
+        "unet_time",
+        "unet",
+        "step",
+        "step_masked",
+        "vae_decoder",
+    ]
     assert all(not row["cached"] and row["why"] for row in found["nets"])
     assert not (tmp_path / "default").exists()
 

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from latentrt.engines import spec
 from latentrt.engines.errors import LatentrtError, PackageError, UsageError
 from latentrt.engines.package import Package
 from latentrt.engines.profiles import (
@@ -16,7 +17,7 @@ from latentrt.engines.profiles import (
     fixed_profile,
     net_profiles,
 )
-from latentrt.engines.spec import NetSpec, TensorSpec, step
+from latentrt.engines.spec import NetSpec, TensorSpec
 from latentrt.runtime.pipeline import SHIPPED
 
 DEMO = Package.open(SHIPPED["demo"])
@@ -40,10 +41,9 @@ def expand(net: str, *texts: str) -> tuple[NetProfile, ...]:
 def shapes_of(net: str, **sizes: int) -> dict[str, tuple[int, ...]]:
     """Input shapes of a call; sizes are named as in the contract, with W8 for W/8."""
     values = {name.replace("8", "/8"): size for name, size in sizes.items()}
-    spec = DEMO.manifest.nets[net].spec
     return {
         tensor.name: tuple(values[dim] if isinstance(dim, str) else dim for dim in tensor.shape)
-        for tensor in spec.inputs
+        for tensor in DEMO.manifest.nets[net].spec.inputs
     }
 
 
@@ -126,34 +126,72 @@ def test_the_loop_has_two_profiles_per_size() -> None:
 
 def test_the_other_nets() -> None:
     text = "256-512@512x512:b1-2:t77-154"
-    assert expand("text_encoder", text)[0].shapes["input_ids"] == ((1, 77), (2, 77), (4, 77))
+    # two texts of two chunks for each of two pictures, and the empty one
+    assert expand("text_encoder", text)[0].shapes["input_ids"] == ((1, 77), (2, 77), (9, 77))
     assert expand("unet_time", text)[0].shapes["timestep"] == ((1,), (30,), (2000,))
     assert expand("unet_context", text)[0].shapes["context"] == ((1, 77, 96), (2, 77, 96), (4, 154, 96))
     (decoder,) = expand("vae_decoder", text)  # its height may be lower, for tiles
     assert decoder.shapes["latent"] == ((1, 4, 32, 32), (1, 4, 64, 64), (2, 4, 64, 64))
     assert expand("vae_decoder", "128x128")[0].shapes["latent"][0] == (1, 4, 16, 16)
     labels = [expand(net, text)[0].label for net in ("text_encoder", "unet_time", "unet_context")]
-    assert labels == ["1-4@2 prompts", "1-2000@30 steps", "1-4@2 rows 77-154 tokens"]
+    assert expand("vae_decoder", "128x128:b4")[0].label == "128x128 b1-4@4", "one by one, too"
+    assert labels == ["1-9@2 prompts", "1-2000@30 steps", "1-4@2 rows 77-154 tokens"]
 
 
-def test_the_step_has_both_symbols_of_the_batch() -> None:
-    spec = step(channels=4, float_dtype="float16")
-    guided, unguided = net_profiles("step", spec, [Profile.parse("64x64:b1-3")])
+@pytest.mark.parametrize(("net", "columns"), [("step", 11), ("step_masked", 13)])
+def test_the_step_has_both_symbols_of_the_batch(net: str, columns: int) -> None:
+    contract = {"step": spec.step, "step_masked": spec.step_masked}[net](channels=4, float_dtype="float16")
+    guided, unguided = net_profiles(net, contract, [Profile.parse("64x64:b2-3")])
     assert (guided.shapes["prediction"][2][0], guided.shapes["state"][2][1]) == (6, 3)
     assert (unguided.shapes["prediction"][2][0], unguided.shapes["state"][2][1]) == (3, 3)
-    assert guided.shapes["row"] == ((11,), (11,), (11,))
+    assert unguided.shapes["noise"] == ((2, 4, 8, 8), (2, 4, 8, 8), (3, 4, 8, 8))
+    assert guided.shapes["row"] == ((columns,),) * 3
+
+
+def profiles_of(net: str, contract: NetSpec, text: str) -> NetProfile:
+    (only,) = net_profiles(net, contract, [Profile.parse(text)])
+    return only
+
+
+def test_encoders_take_one_picture_for_many_and_tiles() -> None:
+    encoder = profiles_of("vae_encoder", spec.vae_encoder(channels=4, posterior=True), "768x512:b2-4")
+    assert encoder.shapes["image"] == ((1, 256, 256, 3), (2, 512, 768, 3), (4, 512, 768, 3))
+    assert encoder.shapes["mask"][1] == (2, 512, 768, 1)
+    assert encoder.label == "256-768@768x256-512@512 b1-4@2"
+    preview = profiles_of(
+        "preview_decoder", spec.vae_decoder(channels=4, float_dtype="float16"), "768x512:b2-4"
+    )
+    assert preview.shapes["latent"] == ((1, 4, 32, 32), (2, 4, 64, 96), (4, 4, 64, 96))
+    image = spec.image_encoder(size=224, width=8, float_dtype="float16")
+    assert profiles_of("image_encoder", image, "768x512:b2-4").shapes["image"][0] == (1, 224, 224, 3)
+    noiser = spec.image_noiser(width=8, float_dtype="float16")
+    assert profiles_of("image_noiser", noiser, "768x512:b2-4").text == "N=1-4@2"
+    with pytest.raises(UsageError, match="covers 1024x512 pixels, 1 picture") as caught:
+        choose([encoder], {"image": (1, 512, 1024, 3), "mask": (1, 512, 1024, 1)})
+    assert caught.value.fix.endswith("--profile 768x512:b2-4 --profile 1024x512:b1.")
+
+
+def test_a_schedule_with_vectors_has_rows_for_every_picture() -> None:
+    contract = spec.unet_time(invariants=(), vectors={"text_embeds": 8, "time_ids": 6})
+    time = profiles_of("unet_time", contract, "64x64:b1-4@2")
+    assert time.shapes["time_ids"] == ((1, 6), (120, 6), (16000, 6))
+    assert time.label == "1-16000@120 steps x rows"
+    shapes = {"timestep": (16008,), "text_embeds": (16008, 8), "time_ids": (16008, 6)}
+    with pytest.raises(UsageError, match="16008 steps x rows") as caught:
+        choose([time], shapes)
+    assert "at most 2000 steps" in caught.value.fix
 
 
 def test_a_net_without_symbols_has_one_profile() -> None:
-    spec = NetSpec(inputs=(TensorSpec(name="x", dtype="float32", shape=(1, 4)),), outputs=())
-    (only,) = net_profiles("vae_decoder", spec, [Profile.parse("64x64"), Profile.parse("128x64")])
+    contract = NetSpec(inputs=(TensorSpec(name="x", dtype="float32", shape=(1, 4)),), outputs=())
+    (only,) = net_profiles("vae_decoder", contract, [Profile.parse("64x64"), Profile.parse("128x64")])
     assert (only.shapes["x"], only.text) == (((1, 4), (1, 4), (1, 4)), "fixed")
 
 
 def test_profiles_that_add_nothing_are_left_out() -> None:
     assert len(expand("unet_time", "128x128", "192x128")) == 1
     assert len(expand("unet", "128x128", "192x128", "128x128")) == 4
-    assert [item.text for item in expand("text_encoder", "64x64:b1-2", "64x64:b1-8")] == ["P=1-16@2"]
+    assert [item.text for item in expand("text_encoder", "64x64:b1-2", "64x64:b1-8")] == ["P=1-17@2"]
     assert [item.text for item in expand("unet_context", "64x64:b1-2", "64x64:b2-8")] == [
         "B=1-4@2 T=77",
         "B=1-16@4 T=77",
@@ -161,9 +199,9 @@ def test_profiles_that_add_nothing_are_left_out() -> None:
 
 
 def test_a_symbol_from_the_future() -> None:
-    spec = NetSpec(inputs=(TensorSpec(name="x", dtype="float32", shape=("Q", 4)),), outputs=())
+    contract = NetSpec(inputs=(TensorSpec(name="x", dtype="float32", shape=("Q", 4)),), outputs=())
     with pytest.raises(PackageError, match="the symbol 'Q'"):
-        net_profiles("unet", spec, [Profile.parse("64x64")])
+        net_profiles("unet", contract, [Profile.parse("64x64")])
 
 
 @given(st.lists(PROFILES, min_size=1, max_size=4), st.data())

@@ -75,9 +75,11 @@ SCALED: dict[str, dict[str, float]] = {
         "attn2.to_q.": 400.0,
         "attn2.to_k.": 400.0,
     },
-    # The whole residual stream, as in SDXL's VAE: all that writes to it. Its last norm takes the factor out.
+    # The whole residual stream, as in SDXL's VAE: all that writes to it. Each half's last norm takes
+    # the factor out.
     "vae": {
-        "decoder.conv_in.": 1e5,
+        "coder.conv_in.": 1e5,
+        "downsamplers.0.conv.bias": 1e5,
         ".conv2.": 1e5,
         "conv_shortcut.bias": 1e5,
         "upsamplers.0.conv.bias": 1e5,

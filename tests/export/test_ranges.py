@@ -71,6 +71,12 @@ def test_scores_count_although_they_are_inside(tmp_path: Path) -> None:
     assert found["n/y/scores.out"] == pytest.approx(0.25 * np.abs(q @ k.swapaxes(2, 3)).max(), rel=1e-5)
 
 
+def test_a_net_that_computes_in_float32_has_no_islands(tmp_path: Path) -> None:
+    model = model_of("a = Cast <to = 1> (x) y = Mul(a, a)", "float16[1] x", "float[1] y")
+    found = find_islands(model, "image_noiser", tmp_path, Drive({"x": [3]}))
+    assert (found.islands, found.largest, found.where) == ((), 0.0, "")
+
+
 @pytest.mark.parametrize(("factor", "count"), [(0.99, 0), (1.01, 3)])
 def test_an_island_begins_at_the_limit(tmp_path: Path, factor: float, count: int) -> None:
     """The node that writes the hot value, and those that read it."""
@@ -219,7 +225,7 @@ def test_calibration_without_the_net_before(checkpoint: Path) -> None:
 
 def test_the_prompts_of_calibration(checkpoint: Path) -> None:
     source = Checkpoint.open(checkpoint)
-    ids = token_ids(source)
+    ids = token_ids(source, "text_encoder")
     assert ids.shape == (len(PROMPTS), 77)
     words = json.loads((checkpoint / "tokenizer" / "vocab.json").read_text())
     first, last = words["<|startoftext|>"], words["<|endoftext|>"]

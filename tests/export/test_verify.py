@@ -44,14 +44,20 @@ def test_pictures_are_judged_by_psnr() -> None:
     assert not compare("vae_decoder", "image", far, wanted, "fp16").passed
 
 
+def test_a_deviation_is_measured_against_the_latent_it_is_added_to() -> None:
+    wanted = np.full((1, 4, 2, 2), 1e-5, np.float32)
+    assert compare("vae_encoder", "std", wanted * 1.5, wanted, "fp32").relative_l2 == pytest.approx(5e-6)
+    assert compare("vae_encoder", "mean", wanted * 1.5, wanted, "fp32").relative_l2 == pytest.approx(0.5)
+
+
 def test_every_net_was_compared(sd1: Exported, sd2: Exported) -> None:
-    outputs = ["context", "out_sample", "prediction", "image", "mean"]
+    outputs = ["context", "mean", "std", "out_sample", "prediction", "image", "mean"]
     for exported, bar in ((sd1, 1e-4), (sd2, 5e-3)):
         assert [item.output for item in exported.comparisons] == outputs
         assert all(item.passed for item in exported.comparisons)
         assert all(item.relative_l2 < bar for item in exported.comparisons if item.output != "image")
     # fp16 is fp16: the comparison would see if it were not.
-    assert sd2.comparisons[1].relative_l2 > 1e-5
+    assert sd2.comparisons[3].relative_l2 > 1e-5
 
 
 def test_a_whole_package_can_be_verified_later(sd1: Exported) -> None:
@@ -60,6 +66,8 @@ def test_a_whole_package_can_be_verified_later(sd1: Exported) -> None:
     assert list(found) == reported
     assert [item.net for item in found] == [
         "text_encoder",
+        "vae_encoder",
+        "vae_encoder",
         "unet_whole",
         "unet",
         "vae_decoder",

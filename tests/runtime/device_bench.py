@@ -13,27 +13,31 @@ from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import NetFile, Package, write_manifest
 from latentrt.export.step_graph import write_step
 from latentrt.runtime.device_loop import DeviceLoop
-from latentrt.runtime.loops import DEVICE_NETS
 from latentrt.runtime.pipeline import SHIPPED, Pipeline
 from latentrt.runtime.replay import Graphs
-from latentrt.runtime.tokenizer import ClipTokenizer
+from latentrt.runtime.text_conditioning import CACHE_BYTES
 from tests.engines.host_device import HostDevice
 
 Wrap = Callable[[str, DeviceNet], DeviceNet]
 
 
 def package_with_step(folder: Path) -> Package:
-    """The shipped package; a copy with the net `step` if it has none."""
+    """The shipped package; a copy with the nets that end a row, if it lacks any."""
     shipped = Package.open(SHIPPED["demo"])
-    if "step" in shipped.manifest.nets:
+    contracts = {
+        "step": spec.step(channels=4, float_dtype="float32"),
+        "step_masked": spec.step_masked(channels=4, float_dtype="float32"),
+    }
+    missing = {name: contract for name, contract in contracts.items() if name not in shipped.manifest.nets}
+    if not missing:
         return shipped
     shutil.copytree(shipped.root, folder)
-    (folder / "step").mkdir()
-    contract = spec.step(channels=4, float_dtype="float32")
-    write_step(folder / "step" / "model.onnx", contract)
-    step = NetFile(graph="step/model.onnx", weights=None, spec=contract)
-    manifest = replace(shipped.manifest, nets={**shipped.manifest.nets, "step": step})
-    return write_manifest(folder, manifest)
+    nets = dict(shipped.manifest.nets)
+    for name, contract in missing.items():
+        (folder / name).mkdir()
+        write_step(folder / name / "model.onnx", contract)
+        nets[name] = NetFile(graph=f"{name}/model.onnx", weights=None, spec=contract)
+    return write_manifest(folder, replace(shipped.manifest, nets=nets))
 
 
 @contextmanager
@@ -48,10 +52,11 @@ def device_pipeline(
     """A pipeline whose loop runs on `device`, its nets on ONNX Runtime CPU at the device's addresses."""
     nets: dict[str, Any] = {
         name: wrap(name, open_onnxruntime_net(package, name, device, provider=CPU, submit=device.submit))
-        for name in DEVICE_NETS
+        for name in package.manifest.nets
+        if name != "unet_whole"
     }
-    loop = DeviceLoop(device, nets, package.manifest.latent_scale, graphs=graphs, log=log)
-    pipe = Pipeline(package, ClipTokenizer.open(package.root / "tokenizer"), loop, device.name)
+    loop = DeviceLoop(device, nets, package.manifest, graphs=graphs, log=log)
+    pipe = Pipeline.over(package, loop, device.name, cache_bytes=CACHE_BYTES)
     try:
         yield pipe, loop
     finally:

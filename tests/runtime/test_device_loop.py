@@ -96,6 +96,7 @@ def test_a_second_picture_allocates_nothing(
     on_device: tuple[Pipeline, DeviceLoop], device: HostDevice
 ) -> None:
     on_device[0](PROMPT, **COMMON)
+    on_device[0]("a small yellow star", **COMMON)  # one text now: the negative prompt is remembered
     blocks = dict(device.sizes)
     on_device[0]("a large purple heart on a white background", **{**COMMON, "seed": 1, "sampler": "ddim"})
     assert device.sizes == blocks

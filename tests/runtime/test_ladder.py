@@ -82,6 +82,15 @@ def test_only_what_helps_is_given_up(
     assert plan == expected
 
 
+def test_tiles_that_were_asked_for_become_smaller_than_the_picture() -> None:
+    lines: list[str] = []
+    need = Need(pictures=1, height=512, width=384, tile=1024)
+    fits = _needing(lambda plan: plan.tile == 256, "vae_decoder")
+    _, plan = climb(fits, need.start, need, FakeActions(), lines.append)
+    assert plan == Plan(decoder_pictures=1, tile=256)
+    assert len(lines) == 1
+
+
 def test_other_errors_pass_through() -> None:
     def attempt(plan: Plan) -> None:
         raise BackendError("lost", expected="a device", fix="")

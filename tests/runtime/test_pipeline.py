@@ -15,6 +15,8 @@ import pytest
 from latentrt.engines.errors import BackendError, CancelledError, NumericError, PackageError, UsageError
 from latentrt.engines.package import write_manifest
 from latentrt.runtime import Pipeline
+from latentrt.runtime.loops import HOST_NETS
+from latentrt.runtime.preview import check_finite
 
 PROMPT = "a red circle on a blue background"
 
@@ -67,11 +69,19 @@ def test_rows_of_a_unet_call(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) ->
     assert time_rows == {1}
 
 
-def test_invariants_are_computed_once(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    nets = [replace_net(pipe, monkeypatch, name, lambda call, answer: answer) for name in pipe._loop.nets]
-    draw(pipe)
-    calls = dict(zip(pipe._loop.nets, (len(net.calls) for net in nets), strict=True))
-    assert calls == {"text_encoder": 1, "unet_context": 1, "unet_time": 1, "unet": 4, "vae_decoder": 1}
+def test_invariants_are_computed_once_and_a_prompt_is_encoded_once_for_all(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nets = {name: replace_net(pipe, monkeypatch, name, lambda call, answer: answer) for name in HOST_NETS}
+    for calls in (1, 2):
+        pipe("a prompt nobody has drawn yet", num_inference_steps=4, seed=3, output_type="np")
+        assert {name: len(net.calls) for name, net in nets.items()} == {
+            "text_encoder": 1,
+            "unet_context": calls,
+            "unet_time": calls,
+            "unet": 4 * calls,
+            "vae_decoder": calls,
+        }
 
 
 def test_a_picture_does_not_depend_on_its_batch(pipe: Pipeline) -> None:
@@ -186,12 +196,14 @@ def test_the_real_decoder_reports_nan(pipe: Pipeline) -> None:
     latent = np.zeros((1, 4, 16, 16), np.float32)
     latent[0, 0, 5, 5] = np.nan
     with pytest.raises(NumericError, match="picture is not finite"):
-        pipe._decode(latent)
+        check_finite(*pipe._loop.decode(latent))
 
 
-def test_a_prompt_that_is_too_long_warns_and_names_what_was_dropped(pipe: Pipeline) -> None:
+def test_a_plain_prompt_that_is_too_long_warns_and_names_what_was_dropped(pipe: Pipeline) -> None:
+    few = {"num_inference_steps": 1, "seed": 1, "output_type": "latent"}
     with pytest.warns(UserWarning, match="dropped: .*star"):
-        pipe("red " * 80 + "star", num_inference_steps=1, seed=1, output_type="latent")
+        cut = pipe("red " * 80 + "star", prompt_syntax="plain", **few).images
+    assert np.abs(pipe("red " * 80 + "star", **few).images - cut).max() > 1e-3, "chunks lose nothing"
 
 
 def test_sampler_may_be_a_scheduler_config(pipe: Pipeline) -> None:
@@ -209,7 +221,7 @@ def test_a_package_without_a_net_of_the_loop(pipe: Pipeline, tmp_path: Path) -> 
     shutil.copytree(pipe.package.root, tmp_path / "package")
     nets = {name: net for name, net in pipe.package.manifest.nets.items() if name != "unet_time"}
     write_manifest(tmp_path / "package", replace(pipe.package.manifest, nets=nets))
-    with pytest.raises(PackageError, match="has no unet_time"):
+    with pytest.raises(PackageError, match="has no net 'unet_time'"):
         Pipeline.open(tmp_path / "package")
 
 
@@ -239,3 +251,5 @@ def test_a_closed_pipeline_says_so() -> None:
     pipe.close()
     with pytest.raises(BackendError, match="closed"):
         pipe(PROMPT)
+    with pytest.raises(BackendError, match="closed"):
+        pipe._loop.call("step")

@@ -1,5 +1,4 @@
 import dataclasses
-import typing
 from typing import Any
 
 import numpy as np
@@ -7,7 +6,7 @@ import pytest
 
 from latentrt.engines.errors import SamplerError, UsageError
 from latentrt.engines.package import Defaults, Manifest
-from latentrt.runtime.request import Parameters, latent_shape, make_request
+from latentrt.runtime.request import Given, Parameters, latent_shape, make_request
 
 MANIFEST = Manifest(
     name="m",
@@ -28,7 +27,7 @@ def test_defaults_are_the_packages() -> None:
     assert request.guidance_scale == 3.0
     assert request.guided
     assert request.sampler.name == "euler"
-    assert request.negative_prompts == ("",)
+    assert request.negative_prompts == (None,)
     assert latent_shape(MANIFEST, 64, 96) == (4, 8, 12)
 
 
@@ -50,9 +49,10 @@ def test_guidance_off(scale: float) -> None:
     assert not make_request(MANIFEST, "a", guidance_scale=scale).guided
 
 
-def test_typed_parameters_are_the_functions_parameters() -> None:
-    hints = typing.get_type_hints(make_request)
-    assert set(typing.get_type_hints(Parameters)) == set(hints) - {"manifest", "prompt", "return"}
+def test_every_parameter_has_a_type_and_a_default() -> None:
+    assert list(Parameters.__annotations__) == [field.name for field in dataclasses.fields(Given)]
+    types = {field.name: field.type for field in dataclasses.fields(Given)}
+    assert types == {name: hint.__forward_arg__ for name, hint in Parameters.__annotations__.items()}
 
 
 @pytest.mark.parametrize(

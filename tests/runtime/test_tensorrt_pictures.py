@@ -18,7 +18,6 @@ from latentrt.engines.tensorrt import device as tensorrt_device
 from latentrt.runtime.device_loop import DeviceLoop
 from latentrt.runtime.loops import DEVICE_NETS
 from latentrt.runtime.pipeline import Pipeline
-from latentrt.runtime.tokenizer import ClipTokenizer
 from tests.engines.host_device import HostDevice
 from tests.engines.simulated_tensorrt import SimulatedLibrary, simulated_engine
 from tests.engines.simulated_tensorrt_names import VARIANTS
@@ -69,8 +68,8 @@ class Bench:
 
     def open(self, package: Package, store: EngineStore) -> Pipeline:
         device, nets = tensorrt_device.open_device(self.backend, package, DEVICE_NETS, store=store)
-        loop = DeviceLoop(_as_device(device), nets, package.manifest.latent_scale, graphs="on")
-        return Pipeline(package, ClipTokenizer.open(package.root / "tokenizer"), loop, self.backend)
+        loop = DeviceLoop(_as_device(device), nets, package.manifest, graphs="on")
+        return Pipeline.over(package, loop, self.backend, cache_bytes=0)
 
 
 def _as_device(device: Device) -> Device:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import importlib.util
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from latentrt.engines.errors import PackageError, UsageError
+from latentrt.export.clip_tokenizer import write_clip_tokenizer
 from latentrt.runtime.tokenizer import ClipTokenizer
 
 SMALL = Path(__file__).parent / "data" / "tokenizer"
@@ -173,6 +172,15 @@ def test_dropped_text_is_as_typed(small):
     assert tokens.dropped == ("Red\tTriangle", "")
 
 
+def test_words_are_all_ids_of_the_text_alone(small):
+    assert small.words("") == []
+    assert small.words("circle " * 100) == small.words("circle") * 100
+    tokens = small.encode(["a red circle, blue"], 20).ids[0]
+    words = small.words("a red circle, blue")
+    assert tokens[1 : len(words) + 1].tolist() == words
+    assert small.words(",") == [small.comma_id]
+
+
 def test_100_kilobytes_are_quick(small):
     for prompt in ("a" * 100_000, "a b " * 25_000, "!" * 100_000, "\u0301" * 50_000):
         assert small.encode([prompt]).dropped[0]
@@ -271,8 +279,9 @@ def test_one_string_is_no_batch(small):
 
 @pytest.mark.parametrize("prompt", ["half a pair \ud83d", None, 5])
 def test_prompt_that_is_no_text(small, prompt):
-    with pytest.raises(UsageError, match="a prompt that is no text"):
-        small.encode([prompt])
+    for call in (lambda: small.encode([prompt]), lambda: small.words(prompt)):
+        with pytest.raises(UsageError, match="a prompt that is no text"):
+            call()
 
 
 def test_too_short(small):
@@ -280,31 +289,18 @@ def test_too_short(small):
         small.encode(["a"], 1)
 
 
-OPEN_CLIP = importlib.util.find_spec("open_clip")
-
-
 @pytest.fixture(scope="module", params=["<|endoftext|>", "!"], ids=["sd1", "sd2"])
 def real(request, tmp_path_factory) -> Path:
-    """OpenAI's 49,408 tokens, from the file that open_clip ships, in the form of a diffusers folder."""
-    source = Path(OPEN_CLIP.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
-    lines = gzip.decompress(source.read_bytes()).decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    symbols = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
-    words = [line.replace(" ", "") for line in lines]
-    specials = ["<|startoftext|>", "<|endoftext|>"]
-    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *words, *specials]
-    folder = _older_files(tmp_path_factory.mktemp("real") / "tokenizer", pad_token=request.param)
-    _write(folder / "vocab.json", {token: index for index, token in enumerate(tokens)})
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]), "utf-8")
-    return folder
+    """OpenAI's 49,408 tokens."""
+    return write_clip_tokenizer(tmp_path_factory.mktemp("real"), request.param)
 
 
-@pytest.mark.skipif(OPEN_CLIP is None, reason="the real vocabulary comes with open_clip_torch")
 def test_real_vocabulary_equals_transformers(real):
     ours, theirs = ClipTokenizer.open(real), CLIPTokenizer.from_pretrained(real)
     assert (ours.bos_id, ours.eos_id, ours.pad_id) == (49406, 49407, theirs.pad_token_id)
     np.testing.assert_array_equal(ours.encode(CORPUS).ids, _ids(theirs, CORPUS))
+    for prompt in CORPUS:
+        assert ours.words(prompt) == theirs(prompt, add_special_tokens=False)["input_ids"], prompt
     cat = ours.encode(["a photo of a cat"]).ids[0]
     assert cat[:7].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407]  # as printed in many CLIP tutorials
     assert set(cat[7:].tolist()) == {ours.pad_id}

@@ -1,0 +1,138 @@
+"""Everything a UNet is conditioned on, per row of a call: texts, sizes, guidance scale, a picture to vary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..engines.package import Manifest
+from ..engines.spec import Array
+from .noise import NoiseSource
+from .request import Request
+from .samplers import resolve
+from .source import Varied
+from .text_conditioning import TextConditioner
+
+Call = Callable[..., dict[str, Array]]  # loop.call
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """P different texts, B rows of a UNet call (unconditional first); see `job.Job`.
+
+    `dropped` has the ends of prompts that found no room, by prompt.
+    """
+
+    context: Array
+    text_of_row: tuple[int, ...]
+    vectors: Mapping[str, Array]
+    dropped: Mapping[str, str]
+
+
+# The two texts of a picture: one for each encoder. None is a negative prompt that was not given, where the
+# model wants zeros for it.
+_Texts = tuple[str, "str | None"] | None
+
+
+def make_conditioning(
+    request: Request, manifest: Manifest, text: TextConditioner, source: NoiseSource, call: Call
+) -> Conditioning:
+    """Encode what is new; the rest is cached, or arithmetic.
+
+    Args:
+        request: what to draw.
+        manifest: says what the model is conditioned on.
+        text: its text encoders.
+        source: draws the noise on the embeddings of pictures to vary; its state moves then.
+        call: runs a net.
+
+    Raises:
+        UsageError: a prompt whose syntax nothing here executes, or more layers skipped than there are.
+    """
+    rows = _texts(request, manifest)
+    unique = [texts for texts in dict.fromkeys(rows) if texts is not None]
+    two = any(second is not None for _, second in unique)
+    encoded = text.encode(
+        [first for first, _ in unique],
+        [second for _, second in unique] if two else None,
+        syntax=request.prompt_syntax,
+        clip_skip=request.clip_skip,
+    )
+    context, pooled = encoded.context, encoded.pooled
+    if None in rows:
+        context = np.concatenate([context, np.zeros_like(context[:1])])
+        pooled = None if pooled is None else np.concatenate([pooled, np.zeros_like(pooled[:1])])
+    places: dict[_Texts, int] = {texts: index for index, texts in enumerate(unique)}
+    places[None] = len(unique)
+    text_of_row = tuple(places[texts] for texts in rows)
+    vectors: dict[str, Array] = {}
+    for name in manifest.vectors:
+        if name == "text_embeds":
+            assert pooled is not None, "the contract has a pooled embedding where the UNet takes one"
+            vectors[name] = pooled[list(text_of_row)].astype(np.float32)
+        else:
+            vectors[name] = _VECTORS[name](request, manifest, source, call)
+    return Conditioning(
+        context=context,
+        text_of_row=text_of_row,
+        vectors=vectors,
+        dropped={texts[0]: rest for texts, rest in zip(unique, encoded.dropped, strict=True) if rest},
+    )
+
+
+def _texts(request: Request, manifest: Manifest) -> list[_Texts]:
+    """Of every row, unconditional ones first."""
+    conditional: list[_Texts] = list(zip(request.prompts, request.prompts_2, strict=True))
+    if not request.guided:
+        return conditional
+    unconditional: list[_Texts] = [
+        None if first is None and manifest.zero_empty_prompt else (first or "", second)
+        for first, second in zip(request.negative_prompts, request.negative_prompts_2, strict=True)
+    ]
+    return unconditional + conditional
+
+
+def _time_ids(request: Request, manifest: Manifest, source: NoiseSource, call: Call) -> Array:
+    """(B, 6) or (B, 5)."""
+    return np.repeat(request.sizes.rows(guided=request.guided), len(request.prompts), axis=0)
+
+
+def _timestep_cond(request: Request, manifest: Manifest, source: NoiseSource, call: Call) -> Array:
+    """(B, width): w = scale - 1 as sines and cosines of 1000 w (Meng et al. 2023, arXiv 2210.03142)."""
+    half = manifest.vectors["timestep_cond"] // 2
+    frequencies = np.exp(-np.log(10000.0) / (half - 1) * np.arange(half, dtype=np.float32))
+    angles = np.float32((request.guidance_scale - 1) * 1000) * frequencies.astype(np.float32)
+    row = np.zeros(manifest.vectors["timestep_cond"], np.float32)
+    row[: 2 * half] = np.concatenate([np.sin(angles), np.cos(angles)])
+    return np.repeat(row[None], len(request.prompts), axis=0)
+
+
+def _class_labels(request: Request, manifest: Manifest, source: NoiseSource, call: Call) -> Array:
+    """(B, 2 * width): the noised embedding of the picture to vary, zeros for unconditional rows.
+
+    StableUnCLIPImg2ImgPipeline.noise_image_embeddings, with a draw of its own for every picture.
+    """
+    assert isinstance(request.source, Varied), "make_request refuses a request without one"
+    pixels = request.source.pixels
+    one = slice(1 if (pixels == pixels[:1]).all() else None)
+    embeds = call("image_encoder", image=pixels[one])["image_embeds"]
+    embeds = np.repeat(embeds, len(pixels) // len(embeds), axis=0)  # (N, width)
+    alpha_bar = resolve(None, manifest.image_noise or {}).noise.alpha_bar[request.noise_level]
+    labels = call(
+        "image_noiser",
+        image_embeds=embeds,
+        noise=source.draw(embeds.shape[1:]),
+        noise_level=np.array([request.noise_level], np.float32),
+        alpha=np.array([alpha_bar**0.5], np.float32),
+        sigma=np.array([(1 - alpha_bar) ** 0.5], np.float32),
+    )["class_labels"]
+    return np.concatenate([np.zeros_like(labels), labels]) if request.guided else labels
+
+
+_VECTORS: Mapping[str, Callable[[Request, Manifest, NoiseSource, Call], Array]] = {
+    "time_ids": _time_ids,
+    "timestep_cond": _timestep_cond,
+    "class_labels": _class_labels,
+}

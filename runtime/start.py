@@ -1,0 +1,117 @@
+"""The first latent of a run: noise, or a picture with as much noise as the schedule begins with.
+
+Draws come in diffusers' order, so that a seed means the same: a picture's posterior, the noise, and with a
+mask the masked picture's posterior (also where nothing needs it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..engines.package import Manifest
+from ..engines.spec import Array
+from . import guidance
+from .denoise import Kept
+from .mask import latent_mask
+from .noise import NoiseSource
+from .request import Request, latent_shape
+from .source import Latents, Masked, Pictures, Varied
+from .table import Table
+
+# image (N, H, W, 3) and mask (N, H, W, 1) uint8 -> mean and, where there is a posterior, std (N, C, h, w)
+Encode = Callable[[Array, Array], tuple[Array, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a job begins with; see `job.Job`."""
+
+    first: Array
+    image_latents: Array | None = None
+    kept: Kept | None = None
+
+
+def make_start(
+    request: Request, manifest: Manifest, table: Table, source: NoiseSource, encode: Encode
+) -> Start:
+    """The first latent, and what stays the same in every step.
+
+    Args:
+        request: what to draw.
+        manifest: says what the UNet wants to see behind the latent.
+        table: the rows that will be run.
+        source: draws; its state moves.
+        encode: pictures to latents.
+    """
+    shape = latent_shape(manifest, request.height, request.width)
+
+    def noise() -> Array:
+        return source.draw(shape) if request.latents is None else request.latents
+
+    def encoded(pixels: Array, mask: Array | None = None) -> Array:
+        """A sample of the posterior for every picture; equal pictures are encoded once."""
+        hidden = np.zeros((*pixels.shape[:3], 1), np.uint8) if mask is None else mask
+        one = slice(1 if (pixels == pixels[:1]).all() else None)
+        mean, *deviation = encode(pixels[one], hidden[one])
+        drawn = mean + deviation[0] * source.draw(shape) if deviation else mean
+        return np.broadcast_to(drawn, (len(pixels), *shape)).astype(np.float32)
+
+    match request.source:
+        case None | Varied():
+            return Start(first=table.init * noise())
+        case Latents(latents=clean):
+            return _begun(request, clean, noise, table)
+        case Pictures(pixels=pixels):
+            return _begun(request, encoded(pixels), noise, table)
+        case Masked() as masked if manifest.image_latents:
+            return _with_channels(request, masked, manifest, table, noise, encoded)
+        case Masked(pixels=pixels) as masked:
+            clean, drawn = encoded(pixels), noise()
+            source.draw(shape)  # diffusers encodes the masked picture here as well
+            first = table.init * drawn if masked.strength == 1 else _noised(clean, drawn, table)
+            mask = _mask(masked, manifest.latent_scale)
+            return Start(first=first, kept=Kept(latent=clean, noise=drawn, mask=mask))
+
+
+def _begun(request: Request, clean: Array, noise: Callable[[], Array], table: Table) -> Start:
+    """Noise is added, unless the latent comes with the noise that another model left in it."""
+    return Start(first=clean if request.denoising_start is not None else _noised(clean, noise(), table))
+
+
+def _with_channels(
+    request: Request,
+    masked: Masked,
+    manifest: Manifest,
+    table: Table,
+    noise: Callable[[], Array],
+    encoded: Callable[..., Array],
+) -> Start:
+    """An inpainting UNet sees mask and masked picture behind the latent, in every step."""
+    from_noise = masked.strength == 1
+    clean = None if from_noise else encoded(masked.pixels)
+    drawn = noise()
+    hidden = np.where(masked.inpainting.mask, np.uint8(255), np.uint8(0))[None, ..., None]  # (1, H, W, 1)
+    parts = {
+        "mask": _mask(masked, manifest.latent_scale),
+        "masked_image": encoded(masked.pixels, np.repeat(hidden, len(drawn), axis=0)),
+    }
+    channels = np.concatenate([parts[name] for name in manifest.image_latents], axis=1)
+    return Start(
+        first=table.init * drawn if clean is None else _noised(clean, drawn, table),
+        image_latents=guidance.batch(channels, request.guided),
+    )
+
+
+def _noised(clean: Array, noise: Array, table: Table) -> Array:
+    """The clean latent with the noise of the first row, variance-preserving."""
+    signal = float(table.alpha_bar[0])
+    return signal**0.5 * clean + (1 - signal) ** 0.5 * noise
+
+
+def _mask(masked: Masked, scale: int) -> Array:
+    """(N, 1, H/8, W/8) float32, 1 is repainted."""
+    mask = latent_mask(masked.inpainting.mask, scale)
+    return np.repeat(mask[None, None], len(masked.pixels), axis=0)

@@ -1,0 +1,209 @@
+"""Every option of `latentrt generate`: what it becomes, and that none is left out here."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+
+from latentrt import cli
+from latentrt.cli.generate import generate
+from latentrt.runtime.picture import read_metadata
+from latentrt.runtime.pipeline import Pipeline
+
+FAST = ["--steps", "2", "--seed", "3", "--threads", "1"]
+
+# Option -> the words given, the parameter that the pipeline gets, and its value.
+PARAMETERS: dict[str, tuple[list[str], str, Any]] = {
+    "--negative-prompt": (["square"], "negative_prompt", "square"),
+    "--prompt-2": (["b"], "prompt_2", "b"),
+    "--negative-prompt-2": (["c"], "negative_prompt_2", "c"),
+    "--prompt-syntax": (["comfyui"], "prompt_syntax", "comfyui"),
+    "--clip-skip": (["1"], "clip_skip", 1),
+    "--height": (["64"], "height", 64),
+    "--width": (["72"], "width", 72),
+    "--steps": (["7"], "num_inference_steps", 7),
+    "--guidance-scale": (["4.5"], "guidance_scale", 4.5),
+    "--guidance-rescale": (["0.5"], "guidance_rescale", 0.5),
+    "--sampler": (["Euler a"], "sampler", "Euler a"),
+    "--eta": (["0.25"], "eta", 0.25),
+    "--seed": (["3,-4"], "seed", [3, -4]),
+    "--rng": (["torch-cuda"], "rng", "torch-cuda"),
+    "--count": (["2"], "num_images_per_prompt", 2),
+    "--latents": (["noise.npy"], "latents", "noise.npy"),
+    "--image": (["start.png"], "image", "start.png"),
+    "--mask": (["mask.png"], "mask_image", "mask.png"),
+    "--strength": (["0.4"], "strength", 0.4),
+    "--padding-mask-crop": (["16"], "padding_mask_crop", 16),
+    "--mask-blur": (["2.5"], "mask_blur", 2.5),
+    "--resize-mode": (["crop"], "resize_mode", "crop"),
+    "--noise-level": (["20"], "noise_level", 20),
+    "--denoising-start": (["0.8"], "denoising_start", 0.8),
+    "--denoising-end": (["0.8"], "denoising_end", 0.8),
+    "--original-size": (["640x512"], "original_size", (512, 640)),
+    "--crop": (["8,16"], "crops_coords_top_left", (16, 8)),
+    "--target-size": (["640x512"], "target_size", (512, 640)),
+    "--negative-original-size": (["64x32"], "negative_original_size", (32, 64)),
+    "--negative-crop": (["1,2"], "negative_crops_coords_top_left", (2, 1)),
+    "--negative-target-size": (["64x32"], "negative_target_size", (32, 64)),
+    "--aesthetic-score": (["7"], "aesthetic_score", 7.0),
+    "--negative-aesthetic-score": (["1"], "negative_aesthetic_score", 1.0),
+    "--tile": (["64"], "tile", 64),
+}
+# Those of the command itself; the tests below are about them.
+OWN = {
+    "--output", "--model", "--refiner", "--refiner-at", "--grid", "--preview", "--backend", "--threads",
+    "--no-metadata", "--json",
+}  # fmt: skip
+
+
+class Heard(BaseException):
+    """What the pipeline was called with."""
+
+
+class Listener:
+    """In place of a pipeline: remembers how it was opened, and raises what it is called with."""
+
+    opened: ClassVar[list[tuple[Any, dict[str, Any]]]] = []
+
+    @classmethod
+    def open(cls, model: str, **options: Any) -> "Listener":
+        cls.opened.append((model, options))
+        return cls()
+
+    def __enter__(self) -> "Listener":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def __call__(self, prompts: list[str], **parameters: Any) -> Any:
+        raise Heard(prompts, parameters)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    np.save("noise.npy", np.zeros((1, 4, 16, 16), np.float32))
+    shades = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
+    Image.fromarray(shades).save("start.png")
+    mask = np.zeros((128, 128), np.uint8)
+    mask[32:96, 32:96] = 255
+    Image.fromarray(mask).save("mask.png")
+    return tmp_path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    """The command line, in this process."""
+    monkeypatch.setattr(sys, "argv", ["latentrt", "generate", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+
+
+def heard(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[list[str], dict[str, Any]]:
+    monkeypatch.setattr("latentrt.runtime.pipeline.Pipeline", Listener)
+    Listener.opened.clear()
+    with pytest.raises(Heard) as caught:
+        run(monkeypatch, *words)
+    return caught.value.args  # pyright: ignore
+
+
+def test_no_option_is_left_out() -> None:
+    app = typer.Typer(add_completion=False)
+    app.command()(generate)
+    command = typer.main.get_command(app)
+    options = {param.opts[0] for param in command.params if param.param_type_name == "option"}
+    assert options - {"--help"} == set(PARAMETERS) | OWN
+
+
+@pytest.mark.parametrize("option", PARAMETERS)
+def test_an_option_is_a_parameter(monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    words, name, value = PARAMETERS[option]
+    prompts, parameters = heard(monkeypatch, "a", "b", option, *words)
+    assert prompts == ["a", "b"]
+    if name == "latents":
+        assert parameters.pop(name).shape == (1, 4, 16, 16)
+    else:
+        assert parameters.pop(name) == value
+    parameters.pop("num_images_per_prompt", None)  # always given
+    assert parameters == {"output_type": "pil", "callback_on_step_end": None}, "nothing else is said"
+
+
+def test_how_the_pipeline_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["-m", "base", "--refiner", "other", "--backend", "tensorrt", "--threads", "3"]
+    _, parameters = heard(monkeypatch, "a", *words, "--refiner-at", "0.6")
+    options = {"backend": "tensorrt", "threads": 3}
+    assert Listener.opened == [("base", options), ("other", options)]
+    assert (parameters["denoising_end"], parameters["output_type"]) == (0.6, "latent")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--seed", "x"],
+        ["--original-size", "512"],
+        ["--crop", "1x2"],
+        ["--latents", "nowhere.npy"],
+        ["--latents", "start.png"],
+        ["--image", "nowhere.npy"],
+        ["--grid", "-o", "x.npy"],
+        ["--preview", "x.tiff"],
+        ["-o", "x.tiff"],
+    ],
+)
+def test_what_cannot_be_read_is_a_usage_error(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["latentrt", "generate", "a", *words])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+
+
+def test_a_preview_after_every_step_and_a_grid(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    real = Pipeline.__call__
+
+    def watch(pipe: Pipeline, prompts: Any, **parameters: Any) -> Any:
+        on_step = parameters["callback_on_step_end"]
+
+        def counted(*arguments: Any) -> None:
+            on_step(*arguments)
+            with Image.open("so-far.png") as picture:
+                seen.append(picture.size)
+
+        return real(pipe, prompts, **{**parameters, "callback_on_step_end": counted})
+
+    monkeypatch.setattr(Pipeline, "__call__", watch)
+    run(monkeypatch, "a red circle", "a star", *FAST, "--grid", "-o", "g.png", "--preview", "so-far.png")
+    assert len(seen) == 2
+    assert len(set(seen)) == 1
+    with Image.open("g.png") as grid:
+        assert grid.size == (256, 128)
+    assert (read_metadata("g.png").record or {})["prompt"] == "a red circle"
+
+
+def test_files_of_several_prompts_and_equal_seeds(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    before = {path.name for path in folder.iterdir()}
+    run(monkeypatch, "a", "b", "--steps", "1", "--seed", "5,5", "--no-metadata")
+    assert {path.name for path in folder.iterdir()} - before == {"a-5-0.png", "b-5-1.png"}
+    assert read_metadata("a-5-0.png").record is None
+
+
+def test_a_latent_goes_from_one_model_to_the_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["a red circle on a blue background", "--steps", "8", "--seed", "3", "--sampler", "ddim"]
+    run(monkeypatch, *words, "--denoising-end", "0.5", "-o", "half.npy")
+    run(monkeypatch, *words, "--denoising-start", "0.5", "-i", "half.npy", "-o", "two.png")
+    run(monkeypatch, *words, "--refiner", "demo", "--refiner-at", "0.5", "-o", "refined.png", "--json")
+    run(monkeypatch, *words, "-o", "whole.png")
+    two, refined, whole = (
+        np.asarray(Image.open(name)).astype(int) for name in ("two.png", "refined.png", "whole.png")
+    )
+    assert np.abs(two - whole).max() <= 1, "a sampler without memory does not notice"
+    assert np.abs(refined - whole).max() <= 1
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert json.loads(printed[0])["pictures"][0]["base"] == "demo"

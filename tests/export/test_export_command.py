@@ -1,0 +1,54 @@
+"""What `latentrt export` hands to the exporter, and what it prints of it."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from latentrt.cli import app
+from latentrt.export import package_writer
+from latentrt.export.ranges import Found
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The arguments of `export_package`, which exports nothing."""
+    found: dict[str, Any] = {}
+
+    def export(checkpoint: Path, package: Path, **options: Any) -> Any:
+        found.update(checkpoint=checkpoint, package=package, **options)
+        options["note"]("it does not say what its UNet predicts")
+        options["report_islands"](Found(component="image_noiser", islands=(), largest=0.0, where=""))
+        return SimpleNamespace(manifest=SimpleNamespace(files={}))
+
+    monkeypatch.setattr(package_writer, "export_package", export)
+    return found
+
+
+def test_every_option_arrives(given: dict[str, Any]) -> None:
+    options = ["--vae", "v", "--tiny-vae", "t", "--prediction-type", "v_prediction", "--dtype", "fp32"]
+    result = CliRunner().invoke(app, ["export", "c", "-o", "p", "--verify", "--overwrite", *options])
+    assert result.exit_code == 0, result.output
+    wanted = {
+        "checkpoint": Path("c"),
+        "package": Path("p"),
+        "vae": Path("v"),
+        "tiny_vae": Path("t"),
+        "prediction_type": "v_prediction",
+        "dtype": "fp32",
+        "verify": True,
+        "overwrite": True,
+    }
+    assert {name: given[name] for name in wanted} == wanted
+    assert "it does not say what its UNet predicts\nimage_noiser: no fp32 islands\n" in result.output
+
+
+def test_defaults_and_json(given: dict[str, Any]) -> None:
+    result = CliRunner().invoke(app, ["export", "c", "-o", "p", "--json"])
+    told = json.loads(result.output.strip().splitlines()[-1])
+    assert told["notes"] == ["it does not say what its UNet predicts"]
+    assert (given["vae"], given["tiny_vae"], given["prediction_type"]) == (None, None, None)
+    assert (given["dtype"], given["verify"], given["overwrite"]) == ("fp16", False, False)

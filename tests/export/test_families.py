@@ -1,0 +1,341 @@
+"""Packages of the families beyond 1.x and 2.x, against diffusers' and transformers' own modules."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+from safetensors.torch import save_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from latentrt.benchmarks.checkpoints import make_checkpoint, make_tiny_vae
+from latentrt.benchmarks.recipes import FAMILIES, IMAGE_NOISE, Recipe
+from latentrt.engines.errors import CheckpointError
+from latentrt.engines.package import Defaults
+from latentrt.export import export_package
+from latentrt.export.calibration import Calibration, guidance_embedding
+from latentrt.export.checkpoint import Checkpoint
+from latentrt.export.nets import BUILD
+from latentrt.export.package_writer import components
+from latentrt.export.to_onnx import example
+from tests.export.conftest import Exported, relative_l2
+from tests.export.ldm_files import one_file
+from tests.export.tensorrt_builds import build_every_net
+
+NO = np.zeros(1, np.int32)
+
+
+@pytest.fixture(scope="module")
+def inpaint_xl(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """SDXL with nine channels: two text encoders, two vectors, and what stands behind the latent; in fp16."""
+    folder = tmp_path_factory.mktemp("xl")
+    source = make_checkpoint(FAMILIES["inpaint-xl-tiny"], folder / "xl", dtype=torch.float32)
+    return _export(source, folder, "fp16")
+
+
+@pytest.fixture(scope="module")
+def unclip(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Stable unCLIP with a guidance embedding besides, and tiny autoencoders; in fp32."""
+    folder = tmp_path_factory.mktemp("unclip")
+    base = FAMILIES["unclip-tiny"]
+    recipe = Recipe(**{**vars(base), "unet": {**base.unet, "time_cond_proj_dim": 24}})
+    source = make_checkpoint(recipe, folder / "unclip", dtype=torch.float32)
+    tiny = make_tiny_vae(folder / "taesd", dtype=torch.float32)
+    return _export(source, folder, "fp32", vae=tiny, tiny_vae=tiny)
+
+
+def _export(source: Path, folder: Path, dtype: Any, **more: Any) -> Exported:
+    exported = Exported(source, None, [], [])  # type: ignore[arg-type]
+    package = export_package(
+        source, folder / "package", dtype=dtype, verify=True, report=exported.comparisons.append, **more
+    )
+    return Exported(source, package, [], exported.comparisons)
+
+
+def module(kind: Any, exported: Exported, part: str) -> Any:
+    return kind.from_pretrained(exported.source / part, torch_dtype=torch.float32).eval()
+
+
+def vectors(exported: Exported, rows: int, random: np.random.Generator) -> dict[str, np.ndarray]:
+    widths = {
+        item.name: item.shape[1] for item in exported.package.manifest.nets["unet_time"].spec.inputs[1:]
+    }
+    found = {name: random.standard_normal((rows, width)).astype(np.float32) for name, width in widths.items()}
+    if "time_ids" in found:
+        found["time_ids"] = np.round(np.abs(found["time_ids"]) * 400)
+    return found
+
+
+def hoisted(exported: Exported, times: list[float], rows: int, sample: Any, context: Any, given: Any) -> Any:
+    """The prediction of the last step: all steps' invariants in one call, the rows of a step together."""
+    table = exported.run(
+        "unet_time",
+        timestep=np.repeat(np.array(times, np.float32), rows),
+        **{name: np.concatenate([array] * len(times)) for name, array in given.items()},
+    )
+    last = {name: value[-rows:] for name, value in table.items()}
+    behind = {"image_latents": sample[:, 4:]} if sample.shape[1] > 4 else {}
+    invariants = exported.run("unet_context", context=context)
+    return exported.run("unet", latent=sample[:, :4], **behind, **invariants, **last)["prediction"]
+
+
+@pytest.mark.parametrize("which", ["inpaint_xl", "unclip"])
+def test_the_hoisted_unet_equals_diffusers(which: str, request: pytest.FixtureRequest) -> None:
+    exported = request.getfixturevalue(which)
+    dtype = np.float16 if exported.package.manifest.dtype == "fp16" else np.float32
+    random = np.random.default_rng(7)
+    channels = exported.package.manifest.nets["unet_whole"].spec.inputs[0].shape[1]
+    sample = random.standard_normal((3, channels, 6, 10)).astype(dtype)
+    context = random.standard_normal((3, 77, exported.package.manifest.context_width)).astype(dtype)
+    given = vectors(exported, 3, random)
+    found = hoisted(exported, [999.0, 20.0, 501.0], 3, sample, context, given)
+    named = {name: torch.from_numpy(array) for name, array in given.items()}
+    added = {name: named.pop(name) for name in ("text_embeds", "time_ids") if name in named}
+    with torch.no_grad():
+        wanted = module(UNet2DConditionModel, exported, "unet")(
+            torch.from_numpy(sample).float(),
+            torch.tensor(501.0),
+            torch.from_numpy(context).float(),
+            added_cond_kwargs=added,
+            **named,
+        ).sample
+    assert relative_l2(found, wanted) < (5e-3 if dtype == np.float16 else 1e-5)
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+def test_both_encoders_of_sdxl(inpaint_xl: Exported, skip: int) -> None:
+    """As StableDiffusionXLPipeline.encode_prompt: hidden_states[-2 - skip], not normalised."""
+    ids = np.random.default_rng(0).integers(0, 600, (2, 77)).astype(np.int32)
+    ids[0, 5:], ids[1, 40:] = 699, 699  # the token that ends a prompt
+    arrays = {"input_ids": ids, "clip_skip": np.array([skip], np.int32)}
+    kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    for name, kind in kinds.items():
+        with torch.no_grad():
+            wanted = module(kind, inpaint_xl, name)(torch.from_numpy(ids), output_hidden_states=True)
+        found = inpaint_xl.run(name, **arrays)
+        assert relative_l2(found["context"], wanted.hidden_states[-2 - skip]) < 5e-3
+        if name == "text_encoder_2":
+            assert relative_l2(found["pooled"], wanted.text_embeds) < 5e-3
+
+
+def test_the_picture_encoder_of_unclip(unclip: Exported) -> None:
+    processor = CLIPImageProcessorPil.from_pretrained(unclip.source / "feature_extractor")
+    image = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 3), np.uint8)
+    pixels = processor(images=list(image), return_tensors="pt").pixel_values
+    with torch.no_grad():
+        wanted = module(CLIPVisionModelWithProjection, unclip, "image_encoder")(pixels).image_embeds
+    assert relative_l2(unclip.run("image_encoder", image=image)["image_embeds"], wanted) < 1e-5
+
+
+@pytest.mark.parametrize("level", [0, 700])
+def test_noise_on_an_embedding(unclip: Exported, level: int) -> None:
+    """Against the parts that StableUnCLIPImg2ImgPipeline.noise_image_embeddings is made of."""
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    random = np.random.default_rng(1)
+    embeds, noise = random.standard_normal((2, 3, 40), np.float32)
+    normalizer = module(StableUnCLIPImageNormalizer, unclip, "image_normalizer")
+    scheduler = DDPMScheduler.from_config(IMAGE_NOISE)
+    levels = torch.full((3,), level)
+    with torch.no_grad():
+        scaled = normalizer.scale(torch.from_numpy(embeds))
+        noisy = normalizer.unscale(scheduler.add_noise(scaled, torch.from_numpy(noise), levels))
+    wanted = torch.cat([noisy, get_timestep_embedding(levels, 40, True, 0)], dim=1)
+    alpha = float(scheduler.alphas_cumprod[level])
+    scalars = {"noise_level": level, "alpha": alpha**0.5, "sigma": (1 - alpha) ** 0.5}
+    found = unclip.run(
+        "image_noiser",
+        image_embeds=embeds,
+        noise=noise,
+        **{name: np.array([value], np.float32) for name, value in scalars.items()},
+    )["class_labels"]
+    np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("net", ["vae_decoder", "preview_decoder"])
+def test_a_tiny_autoencoder_decodes(unclip: Exported, net: str) -> None:
+    latent = np.random.default_rng(2).standard_normal((2, 4, 5, 7)).astype(np.float32)
+    with torch.no_grad():
+        pixels = AutoencoderTiny.from_pretrained(unclip.source.parent / "taesd").decode(
+            torch.from_numpy(latent)
+        )
+    found = unclip.run(net, latent=latent)
+    wanted = (pixels.sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255
+    assert found["image"].shape == (2, 10, 14, 3)
+    assert np.abs(found["image"].astype(float) - wanted.numpy()).max() <= 0.501
+    np.testing.assert_allclose(found["mean"], pixels.sample.mean(dim=(1, 2, 3)), atol=1e-5)
+
+
+def test_a_tiny_autoencoder_encodes_without_a_deviation(unclip: Exported) -> None:
+    image = np.random.default_rng(3).integers(0, 256, (1, 12, 16, 3), np.uint8)
+    mask = np.zeros((1, 12, 16, 1), np.uint8)
+    found = unclip.run("vae_encoder", image=image, mask=mask)
+    assert list(found) == ["mean"]
+    pixels = torch.from_numpy(image).permute(0, 3, 1, 2).float() / 255 * 2 - 1
+    with torch.no_grad():
+        wanted = AutoencoderTiny.from_pretrained(unclip.source.parent / "taesd").encode(pixels).latents
+    assert relative_l2(found["mean"], wanted) < 1e-5
+
+
+def test_every_net_of_a_family_was_verified(inpaint_xl: Exported, unclip: Exported) -> None:
+    for exported in (inpaint_xl, unclip):
+        verified = {item.net for item in exported.comparisons}
+        made = set(exported.package.manifest.nets) - {"step", "step_masked", "unet_context", "unet_time"}
+        assert verified == made
+        assert all(item.passed for item in exported.comparisons)
+
+
+def test_what_the_manifests_say(inpaint_xl: Exported, unclip: Exported) -> None:
+    one, two = inpaint_xl.package.manifest, unclip.package.manifest
+    assert (one.family, one.context_width, one.zero_empty_prompt) == ("sdxl", 64 + 128, True)
+    corners = ["original_height", "original_width", "crop_top", "crop_left", "target_height", "target_width"]
+    assert list(one.time_ids) == corners
+    assert one.image_latents == ("mask", "masked_image")
+    assert one.defaults == Defaults(num_inference_steps=50, guidance_scale=5.0, height=16, width=16)
+    assert (one.image_noise, one.image_processor) == (None, None)
+    assert {path.name for path in inpaint_xl.package.root.glob("tokenizer*")} == {"tokenizer", "tokenizer_2"}
+    assert (two.family, two.context_width, two.zero_empty_prompt) == ("unclip", 32, False)
+    assert two.defaults == Defaults(num_inference_steps=20, guidance_scale=10.0, height=16, width=16)
+    assert two.image_noise == IMAGE_NOISE
+    assert two.image_processor is not None
+    assert two.image_processor["crop_size"] == {"height": 28, "width": 28}
+    for manifest in (one, two):
+        assert len(manifest.latent_rgb) == 5
+
+
+def test_vectors_join_the_time_embedding_alone(inpaint_xl: Exported) -> None:
+    nets = inpaint_xl.package.manifest.nets
+    assert [item.shape for item in nets["unet_time"].spec.inputs] == [("S",), ("S", 96), ("S", 6)]
+    time = [item for item in nets["unet"].spec.inputs if item.name.startswith("time.")]
+    assert time
+    assert all(item.shape[0] == "B" for item in time)
+    assert [item.name for item in nets["unet"].spec.inputs[:2]] == ["latent", "image_latents"]
+    # Two layers of the one transformer, keys and values of each.
+    assert len(nets["unet_context"].spec.outputs) == 4
+    # Sinusoids need float32, whatever the rest computes in.
+    assert any(name.startswith("add_time_proj/") for name in nets["unet_time"].fp32_islands)
+
+
+@pytest.mark.parametrize("which", ["inpaint_xl", "unclip"])
+def test_tensorrt_builds_every_net_of_a_family(which: str, request: pytest.FixtureRequest) -> None:
+    build_every_net(request.getfixturevalue(which).package)
+
+
+def test_one_file_gives_the_same_nets_as_the_folder(tmp_path: Path) -> None:
+    """Names, tensors, contracts, and what the modules compute: all that a package is made of."""
+    folder = make_checkpoint(FAMILIES["xl-tiny"], tmp_path / "xl")
+    kinds = {
+        "unet": UNet2DConditionModel,
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+        "text_encoder_2": CLIPTextModelWithProjection,
+    }
+    modules = {
+        part: kind.from_pretrained(folder / part, torch_dtype=torch.float16) for part, kind in kinds.items()
+    }
+    stored = {name: t.contiguous() for name, t in one_file(modules, "sdxl").items() if not t.is_meta}
+    save_file(stored, tmp_path / "xl.safetensors")
+    sources = [Checkpoint.open(folder), Checkpoint.open(tmp_path / "xl.safetensors")]
+    assert sources[0].family == sources[1].family == "sdxl"
+    for name in ("vectors", "time_ids", "image_latents", "zero_empty_prompt", "latent_scale", "steps"):
+        assert getattr(sources[0], name) == getattr(sources[1], name), name
+    assert sources[1].tokenizers.keys() == sources[0].tokenizers.keys()
+    for component in components(sources[0]):
+        one, other = (BUILD[component](source, torch.float32) for source in sources)
+        assert one.tensors == other.tensors
+        assert one.spec == other.spec
+        left, right = one.module.state_dict(), other.module.state_dict()
+        assert all(torch.equal(left[name], right[name]) for name in left)
+        sizes = {"B": 1, "N": 1, "P": 1, "T": 77, "H/8": 4, "W/8": 6, "H": 8, "W": 12}
+        arrays = example(one.spec, sizes)
+        if "input_ids" in arrays:
+            arrays["input_ids"][:, 30:] = 699  # the highest token, which ends a prompt
+        with torch.no_grad():
+            outputs = [net.module(**arrays) for net in (one, other)]
+        pairs = [item if isinstance(item, tuple) else (item,) for item in outputs]
+        for found, wanted in zip(*pairs, strict=True):
+            # OpenCLIP stores its projection transposed: the same numbers, added in another order
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("recipe", "pipeline"),
+    [
+        ("xl-tiny", "StableDiffusionXLPipeline"),
+        ("refiner-tiny", "StableDiffusionXLImg2ImgPipeline"),
+        ("lcm-tiny", "LatentConsistencyModelPipeline"),
+        ("unclip-tiny", "StableUnCLIPImg2ImgPipeline"),
+    ],
+)
+def test_diffusers_reads_the_recipes(tmp_path: Path, recipe: str, pipeline: str) -> None:
+    folder = make_checkpoint(FAMILIES[recipe], tmp_path / recipe)
+    pipe = getattr(diffusers, pipeline).from_pretrained(folder, local_files_only=True)
+    missing = {"safety_checker", "feature_extractor", "image_encoder"} | (
+        {"text_encoder", "tokenizer"} if recipe == "refiner-tiny" else set()
+    )
+    absent = {name for name, part in pipe.components.items() if part is None}
+    assert absent <= missing
+    found = Checkpoint.open(folder)
+    assert all(name in pipe.components for name in found.parts)
+
+
+def test_the_guidance_embedding_is_diffusers() -> None:
+    pipeline = diffusers.LatentConsistencyModelPipeline
+    wanted = pipeline.get_guidance_scale_embedding(None, torch.tensor([7.5]), embedding_dim=24)
+    np.testing.assert_allclose(guidance_embedding(8.5, 24), wanted, atol=1e-4)  # 7500 times a frequency
+
+
+def test_calibration_drives_the_nets_of_pictures(tmp_path: Path) -> None:
+    source = Checkpoint.open(make_checkpoint(FAMILIES["unclip-tiny"], tmp_path / "unclip"))
+    calls: list[dict[str, np.ndarray]] = []
+
+    def net(output: Any) -> Any:
+        return lambda arrays: [calls.append(arrays) or output(arrays)]
+
+    alone = Calibration(source)
+    alone.drive("image_noiser", net(lambda arrays: arrays["noise"]))
+    assert [call["image_embeds"].shape for call in calls] == [(4, 40)] * 2
+    calls.clear()
+    calibration = Calibration(source)
+    calibration.drive("image_encoder", net(lambda arrays: np.full((4, 40), 0.5, np.float32)))
+    assert (calls[0]["image"].shape, calls[0]["image"].dtype) == ((4, 28, 28, 3), np.uint8)
+    labels = np.arange(4, dtype=np.float32)[:, None] * np.ones((4, 80), np.float32)
+    calibration.drive("image_noiser", net(lambda _: labels))
+    assert (calls[1]["image_embeds"] == 0.5).all()
+    for call in calls[1:3]:
+        assert call["alpha"] ** 2 + call["sigma"] ** 2 == pytest.approx(1)
+    calls.clear()
+    calibration.drive("unet", net(lambda arrays: arrays["sample"]))
+    assert [call["class_labels"][:, 0].tolist() for call in calls] == [[0, 1], [0, 1], [0, 1], [0, 1]]
+    calls.clear()
+    calibration.drive("vae_encoder", net(lambda _: None))
+    assert [int(call["mask"].any()) for call in calls] == [0, 1, 0, 1]
+    assert {call["image"].shape for call in calls} == {(1, 16, 16, 3)}
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_vectors_of_another_width(tmp_path: Path) -> None:
+    folder = make_checkpoint(FAMILIES["xl-tiny"], tmp_path / "xl")
+    change(folder / "unet" / "config.json", projection_class_embeddings_input_dim=100)
+    with pytest.raises(
+        CheckpointError, match="100 values from the text_encoder_2, and there is one of width 96"
+    ):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("changed", [{"image_mean": None}, {"rescale_factor": 1.0}])
+def test_a_processor_that_does_otherwise(tmp_path: Path, changed: dict[str, Any]) -> None:
+    folder = make_checkpoint(FAMILIES["unclip-tiny"], tmp_path / "unclip")
+    change(folder / "feature_extractor" / "preprocessor_config.json", **changed)
+    with pytest.raises(CheckpointError, match="the feature extractor has"):
+        BUILD["image_encoder"](Checkpoint.open(folder), torch.float32)

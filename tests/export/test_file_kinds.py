@@ -1,0 +1,279 @@
+"""What a single file is taken for, what is refused and how, and what its metadata decides."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from latentrt.engines.errors import CheckpointError, UsageError
+from latentrt.export.single_file import open_single_file, open_vae_file
+from tests.export.ldm_files import (
+    TINY,
+    Tensors,
+    build,
+    one_file,
+    tensors_of,
+    under,
+    vae_to_ldm,
+    write_header_only,
+)
+
+UNET = "model.diffusion_model."
+CONV_IN = f"{UNET}input_blocks.0.0.weight"
+
+
+def meta(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, device="meta")
+
+
+@pytest.fixture(scope="module")
+def files() -> dict[str, Tensors]:
+    """Each family's tensors, without memory."""
+    with torch.device("meta"):
+        return {family: one_file(build(recipe), family) for family, recipe in TINY.items()}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    def write(tensors: Tensors, metadata: dict[str, str] | None = None) -> Path:
+        write_header_only(tmp_path / "model.safetensors", tensors, metadata)
+        return tmp_path / "model.safetensors"
+
+    return write
+
+
+def without(tensors: Tensors, part: str) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if part not in name}
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_inpainting(family: str, files: dict[str, Tensors], write: Any) -> None:
+    width = files[family][CONV_IN].shape[0]
+    opened = open_single_file(write(files[family] | {CONV_IN: meta(width, 9, 3, 3)}))
+    assert opened.family == family
+    assert opened.components["unet"].config["in_channels"] == 9
+    assert opened.scheduler["prediction_type"] == "epsilon"
+
+
+@pytest.mark.parametrize(
+    ("family", "tokenizers"),
+    [
+        ("sd1", {"tokenizer": "<|endoftext|>"}),
+        ("sd2", {"tokenizer": "!"}),
+        ("sdxl", {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}),
+        ("sdxl-refiner", {"tokenizer_2": "!"}),
+    ],
+)
+def test_tokenizers(family: str, tokenizers: dict[str, str], files: dict[str, Tensors], write: Any) -> None:
+    assert open_single_file(write(files[family])).tokenizers == tokenizers
+
+
+@pytest.mark.parametrize(
+    ("family", "markers", "metadata", "argument", "wanted"),
+    [
+        ("sd1", [], {}, None, "epsilon"),
+        ("sd1", [], {"modelspec.prediction_type": "v"}, None, "v_prediction"),
+        ("sd2", [], {}, None, "v_prediction"),
+        ("sd2", [], {"modelspec.architecture": "stable-diffusion-v2-512"}, None, "epsilon"),
+        ("sd2", [], {"modelspec.architecture": "stable-diffusion-v2-768-v"}, None, "v_prediction"),
+        ("sd2", [], {"modelspec.prediction_type": "epsilon"}, None, "epsilon"),
+        ("sd2", [], {}, "epsilon", "epsilon"),
+        ("sdxl", [], {}, None, "epsilon"),
+        ("sdxl", ["v_pred"], {}, None, "v_prediction"),
+        ("sdxl", ["v_pred", "ztsnr"], {}, "epsilon", "epsilon"),
+    ],
+)
+def test_prediction_type(
+    family: str,
+    markers: list[str],
+    metadata: dict[str, str],
+    argument: str | None,
+    wanted: str,
+    files: dict[str, Tensors],
+    write: Any,
+) -> None:
+    path = write(files[family] | {name: meta(0) for name in markers}, metadata)
+    opened = open_single_file(path, prediction_type=argument)
+    assert opened.scheduler["prediction_type"] == wanted
+    assert opened.scheduler.get("rescale_betas_zero_snr", False) is ("ztsnr" in markers)
+    # 2.1 was trained at 768 pixels, what predicts noise at 512
+    size = {"sd1": 64, "sdxl": 128, "sd2": 96 if wanted == "v_prediction" else 64}[family]
+    assert opened.components["unet"].config["sample_size"] == size
+    assert opened.components["vae"].config["sample_size"] == 8 * size
+    assumed = [note for note in opened.notes if "assumed" in note]
+    assert len(assumed) == (family == "sd2" and not metadata and argument is None)
+
+
+def test_another_prediction_type_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="'sample'; expected epsilon or v_prediction"):
+        open_single_file(tmp_path / "x.safetensors", prediction_type="sample")
+
+
+def test_averaged_weights_are_named_and_not_used(files: dict[str, Tensors], write: Any) -> None:
+    averages = {"model_ema.diffusion_modelinput_blocks00weight": meta(1), "model_ema.decay": meta()}
+    opened = open_single_file(write(files["sd1"] | averages | {"alphas_cumprod": meta(1000)}))
+    assert opened.notes == ("2 tensors model_ema.* (averaged weights) are not used",)
+
+
+def test_text_encoders_of_early_and_of_converted_files(files: dict[str, Tensors], write: Any) -> None:
+    """Some files have no `text_model.`; diffusers' script leaves XL's projection as transformers has it."""
+    early = {name.replace("transformer.text_model.", "transformer."): t for name, t in files["sd1"].items()}
+    found = open_single_file(write(early)).components["text_encoder"].tensors
+    assert "text_model.embeddings.token_embedding.weight" in found
+    place = "conditioner.embedders.1.model.text_projection"
+    converted = without(files["sdxl"], place) | {f"{place}.weight": files["sdxl"][place].T}
+    header = open_single_file(write(converted)).components["text_encoder_2"].tensors["text_projection.weight"]
+    assert (header.shape, header.transposed) == ((48, 128), False)
+
+
+def test_vocabulary_of_the_schedulers(files: dict[str, Tensors], write: Any) -> None:
+    """Each scheduler config is one that diffusers' class of that name takes without a complaint."""
+    import diffusers
+
+    for family in TINY:
+        config = open_single_file(write(files[family])).scheduler
+        scheduler = getattr(diffusers, config["_class_name"]).from_config(dict(config))
+        assert scheduler.config.prediction_type == config["prediction_type"]
+        assert float(scheduler.alphas_cumprod[0]) == pytest.approx(1 - 0.00085)
+
+
+KINDS = {
+    "InstructPix2Pix": {CONV_IN: meta(32, 8, 3, 3)},
+    "the Stable Diffusion upscaler": {CONV_IN: meta(32, 7, 3, 3)},
+    "Stable Diffusion 2 depth-to-image": {CONV_IN: meta(32, 5, 3, 3)},
+    "a UNet of 3 input channels": {CONV_IN: meta(32, 3, 3, 3)},
+    "a UNet of 0 input channels": {CONV_IN: meta(32)},
+    "Flux": {"double_blocks.0.img_attn.norm.key_norm.scale": meta(1)},
+    "Stable Diffusion 3": {f"{UNET}joint_blocks.0.context_block.adaLN_modulation.1.bias": meta(1)},
+    "a LoRA": {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": meta(4, 4)},
+    "a ControlNet": {"control_model.input_blocks.0.0.weight": meta(32, 4, 3, 3)},
+    "Playground 2.5": {CONV_IN: meta(32, 4, 3, 3), "edm_mean": meta(4)},
+    "Stable unCLIP": {CONV_IN: meta(32, 4, 3, 3), "embedder.model.visual.proj": meta(4)},
+    "a class-conditioned model": {
+        CONV_IN: meta(32, 4, 3, 3),
+        "cond_stage_model.model.ln_final.bias": meta(4),
+        f"{UNET}label_emb.0.0.weight": meta(4, 4),
+    },
+    "AnimateDiff": {"down_blocks.0.motion_modules.0.norm.weight": meta(4)},
+    "an autoencoder alone": {"first_stage_model.encoder.conv_in.weight": meta(32, 3, 3, 3)},
+    "a textual inversion": {"emb_params": meta(2, 768)},
+    "a UNet alone": {"input_blocks.0.0.weight": meta(32, 4, 3, 3)},
+    "a text encoder alone": {"text_model.embeddings.token_embedding.weight": meta(4, 4)},
+    "no kind that is known (fc1, fc2 …)": {"fc1": meta(4), "fc2": meta(4)},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_are_named(kind: str, write: Any) -> None:
+    with pytest.raises(CheckpointError) as error:
+        open_single_file(write(KINDS[kind]))
+    assert f" is {kind}" in error.value.found
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "lacking"),
+    [
+        ("sdxl", "conditioner.embedders.0.", "text_encoder (conditioner.embedders.0.transformer.*)"),
+        ("sdxl", "conditioner.embedders.1.", "text_encoder_2 (conditioner.embedders.1.model.*)"),
+        ("sdxl", "conditioner.", "text_encoder (conditioner.embedders.0.transformer.*), text_encoder_2"),
+        ("sdxl-refiner", "first_stage_model.", "vae (first_stage_model.*)"),
+        ("sd1", "cond_stage_model.", "text_encoder (cond_stage_model.transformer.*)"),
+    ],
+)
+def test_what_is_missing_is_named(
+    family: str, part: str, lacking: str, files: dict[str, Tensors], write: Any
+) -> None:
+    with pytest.raises(CheckpointError) as error:
+        open_single_file(write(without(files[family], part)))
+    assert f"has no {lacking}" in error.value.found
+
+
+def test_a_family_is_known_by_its_unet_alone(files: dict[str, Tensors], write: Any) -> None:
+    """By what real sizes tell: a context of 1024, or four levels of two layers."""
+    key = f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    with pytest.raises(CheckpointError, match=r"text_encoder \(cond_stage_model\.model"):
+        open_single_file(write(without(files["sd1"], "cond_stage_model") | {key: meta(64, 1024)}))
+    fourth = {f"{UNET}input_blocks.9.0.op.bias": meta(1)}
+    with pytest.raises(CheckpointError, match=r"text_encoder_2 \(conditioner.embedders.0.model"):
+        open_single_file(write(without(files["sdxl-refiner"], "conditioner.") | fourth))
+
+
+TEXT = "cond_stage_model.transformer.text_model."
+
+
+@pytest.mark.parametrize(
+    ("family", "changed", "message"),
+    [
+        (
+            "sd1",
+            {f"{UNET}time_embed.cond_proj.weight": meta(4)},
+            "1 tensors that no Stable Diffusion UNet has",
+        ),
+        ("sd1", {f"{UNET}input_blocks.1.1.transformer_blocks.1.norm1.bias": meta(4)}, "arranged otherwise"),
+        ("sd1", {f"{UNET}out.2.weight": None}, "'conv_out.weight' is missing"),
+        ("sd1", {f"{UNET}out.2.weight": meta(4)}, r"shape \(4,\); expected 4 axes"),
+        ("sdxl", {f"{UNET}label_emb.0.0.weight": meta(4, 48)}, "added embedding takes 48 numbers"),
+        ("sdxl", {f"{UNET}label_emb.0.0.weight": meta(4, 145)}, "added embedding takes 145 numbers"),
+        ("sd1", {f"{TEXT}encoder.layers.0.self_attn.q_proj.weight": meta(4, 4)}, "width 64 has query"),
+        (
+            "sdxl",
+            {"conditioner.embedders.1.model.text_projection": None},
+            "'text_projection.weight' is missing",
+        ),
+        ("sd1", {"first_stage_model.encoder.conv_in.weight": None}, "'encoder.conv_in.weight' is missing"),
+        ("sd2", {"cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight": meta()}, "missing"),
+        ("sd1", {f"{UNET}input_blocks.{'9' * 5000}.0.op.weight": meta(4)}, "no Stable Diffusion UNet has"),
+    ],
+)
+def test_what_no_config_can_say(
+    family: str, changed: dict[str, Any], message: str, files: dict[str, Tensors], write: Any
+) -> None:
+    tensors = {name: tensor for name, tensor in (files[family] | changed).items() if tensor is not None}
+    path = write(tensors)
+    with pytest.raises(CheckpointError, match=message) as error:
+        open_single_file(path)
+    assert str(path) in error.value.found
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [("x.ckpt", b""), ("x.bin", b"any"), ("x.safetensors", b"PK\x03\x04"), ("x.safetensors", b"\x80\x02")],
+)
+@pytest.mark.parametrize("opens", [open_single_file, open_vae_file])
+def test_pickles_are_to_be_converted(opens: Any, name: str, start: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(start)
+    with pytest.raises(CheckpointError, match="a pickle: reading one can run code") as error:
+        opens(tmp_path / name)
+    assert f"latentrt convert {tmp_path / name} -o {tmp_path}/x.safetensors" in error.value.fix
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not a file"):
+        open_single_file(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("layout", ["whole checkpoint", "first_stage_model", "bare", "diffusers"])
+def test_an_autoencoders_file(layout: str, files: dict[str, Tensors], write: Any) -> None:
+    with torch.device("meta"):
+        module = build(TINY["sd1"])["vae"]
+    wanted = tensors_of("vae", module)
+    bare = vae_to_ldm(wanted, module.config)
+    stored = {"bare": bare, "first_stage_model": under("first_stage_model.", bare), "diffusers": wanted}
+    found = open_vae_file(write(stored.get(layout, files["sd1"])), scaling_factor=0.5)
+    assert {name: tensor.shape for name, tensor in found.tensors.items()} == {
+        name: tuple(tensor.shape) for name, tensor in wanted.items()
+    }
+    assert (found.config["block_out_channels"], found.config["scaling_factor"]) == ([32, 64], 0.5)
+    assert "use_quant_conv" not in found.config
+
+
+def test_an_autoencoder_without_quantisation_convolutions(files: dict[str, Tensors], write: Any) -> None:
+    config = open_vae_file(write(without(files["sd1"], "quant_conv"))).config
+    assert (config["use_quant_conv"], config["use_post_quant_conv"]) == (False, False)
+    assert config["scaling_factor"] == 0.18215
+
+
+def test_no_autoencoder(write: Any) -> None:
+    with pytest.raises(CheckpointError, match="is no autoencoder"):
+        open_vae_file(write({"fc1.weight": meta(4)}))

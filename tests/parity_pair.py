@@ -1,0 +1,83 @@
+"""The same random weights twice: a diffusers pipeline in torch, and ours on the exported package."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+
+from latentrt.benchmarks.checkpoints import RECIPES, make_checkpoint
+from latentrt.export.package_writer import export_package
+from latentrt.runtime import Pipeline
+
+# dB. Random weights answer weakly to their conditions: a wrong crop or picture still leaves 45 to 49.
+BAR = 60.0
+PROMPTS = ["a red circle on a blue background", "large green star", "ring"]
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    """dB over uint8; refuses pictures without contrast, which everything would resemble."""
+    assert one.shape == other.shape
+    assert one.std() > 10, "the reference picture is too flat to compare"
+    error = float(((one.astype(float) - other) ** 2).mean())
+    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
+
+
+def photo(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Smooth colours with sharp edges on them."""
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    phase = np.random.default_rng(seed).uniform(0, 6, 3)
+    shades = 0.5 + 0.5 * np.sin(9 * x[..., None] + 7 * y[..., None] * [1, -1, 0.5] + phase)
+    shades[height // 4 : height // 2, width // 5 : width // 2] = np.random.default_rng(seed + 1).uniform(
+        0, 1, 3
+    )
+    return Image.fromarray((shades * 255).astype(np.uint8))
+
+
+def blob(height: int, width: int) -> Image.Image:
+    """A mask: white, round, off the centre."""
+    y, x = np.mgrid[:height, :width]
+    inside = ((y - 0.6 * height) / (0.28 * height)) ** 2 + ((x - 0.4 * width) / (0.25 * width)) ** 2 < 1
+    return Image.fromarray((inside * 255).astype(np.uint8))
+
+
+class Pair:
+    """A checkpoint of random weights, with its package."""
+
+    def __init__(self, recipe: str, folder: Path, **export: Any) -> None:
+        self.checkpoint, self.package = folder / "checkpoint", folder / "package"
+        make_checkpoint(RECIPES[recipe], self.checkpoint, dtype=torch.float32)
+        export_package(self.checkpoint, self.package, dtype="fp32", verify=False, **export)
+        self.ours = Pipeline.open(self.package)
+        self._references: dict[str, Any] = {}
+
+    def reference(self, kind: str, scheduler: str | None = None, **options: Any) -> Any:
+        """The diffusers pipeline of that class, with another scheduler if one is named."""
+        if kind not in self._references:
+            more: dict[str, Any] = {}
+            if kind.startswith("StableDiffusion") and "XL" not in kind and "UnCLIP" not in kind:
+                more = {"safety_checker": None, "requires_safety_checker": False}
+            if kind.startswith("LatentConsistency"):
+                more = {"safety_checker": None, "requires_safety_checker": False}
+            pipe = getattr(diffusers, kind).from_pretrained(self.checkpoint, dtype=torch.float32, **more)
+            pipe.set_progress_bar_config(disable=True)
+            self._references[kind] = pipe, pipe.scheduler
+        pipe, own = self._references[kind]
+        pipe.scheduler = (
+            own if scheduler is None else getattr(diffusers, scheduler).from_config(own.config, **options)
+        )
+        return pipe
+
+
+def drawn(pipe: Any, seeds: list[int], **parameters: Any) -> np.ndarray:
+    """What diffusers draws: (N, H, W, 3) uint8."""
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    generator = generators if len(seeds) > 1 else generators[0]
+    return np.stack([np.asarray(image) for image in pipe(generator=generator, **parameters).images])
+
+
+def ours(pipe: Pipeline, seeds: list[int], **parameters: Any) -> np.ndarray:
+    """What we draw: (N, H, W, 3) uint8."""
+    return np.asarray(pipe(seed=seeds, output_type="np", **parameters).images)

@@ -1,0 +1,129 @@
+"""SDXL base and refiner, against diffusers' own pipelines: same weights, seed and scheduler, fp32."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from latentrt.engines.errors import UsageError
+from latentrt.runtime.hand_over import refine
+from tests.parity_pair import BAR, PROMPTS, Pair, blob, drawn, ours, photo, psnr
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*__array.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),
+]
+
+H, W = 40, 56
+SIZE = {"height": H, "width": W}
+TEXT = {"prompt": PROMPTS[0], "num_inference_steps": 6, "guidance_scale": 5.0}
+MASKED = {"image": photo(H, W), "mask_image": blob(H, W)}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return Pair("xl-tiny", tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def refiner(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return Pair("refiner-tiny", tmp_path_factory.mktemp("refiner"))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"negative_prompt": ""},
+        {"negative_prompt": "square", "prompt_2": "a star", "negative_prompt_2": "a ring"},
+        {"guidance_scale": 1.0},
+        {"guidance_rescale": 0.6, "clip_skip": 1},
+        {"original_size": (512, 640), "crops_coords_top_left": (16, 40), "target_size": (96, 48)},
+        {
+            "negative_original_size": (16, 24),
+            "negative_crops_coords_top_left": (5, 6),
+            "negative_target_size": (320, 8),
+        },
+        {"height": 24, "width": 72},
+    ],
+    ids=["plain", "empty-negative", "two-texts", "unguided", "clip-skip", "sizes", "negative-sizes", "odd"],
+)
+def test_text_to_image(base: Pair, more: dict[str, Any]) -> None:
+    parameters = {**TEXT, **SIZE, **more}
+    wanted = drawn(base.reference("StableDiffusionXLPipeline"), [11], **parameters)
+    assert psnr(wanted, ours(base.ours, [11], **parameters)) >= BAR
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scheduler"),
+    [("euler_a", "EulerAncestralDiscreteScheduler"), ("dpmpp_2m", "DPMSolverMultistepScheduler")],
+)
+def test_a_batch_of_prompts_and_seeds(base: Pair, sampler: str, scheduler: str) -> None:
+    parameters = {**TEXT, **SIZE, "prompt": PROMPTS, "negative_prompt": ["square", "", "small"]}
+    wanted = drawn(base.reference("StableDiffusionXLPipeline", scheduler), [1, 2, 3], **parameters)
+    assert psnr(wanted, ours(base.ours, [1, 2, 3], sampler=sampler, **parameters)) >= BAR
+
+
+def test_image_to_image(base: Pair) -> None:
+    parameters = {**TEXT, "image": photo(H, W), "strength": 0.5}
+    wanted = drawn(base.reference("StableDiffusionXLImg2ImgPipeline"), [4], **parameters)
+    assert psnr(wanted, ours(base.ours, [4], **parameters)) >= BAR
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_inpainting(base: Pair, strength: float) -> None:
+    parameters = {**TEXT, **SIZE, **MASKED, "strength": strength}
+    wanted = drawn(base.reference("StableDiffusionXLInpaintPipeline"), [4], **parameters)
+    inside = np.asarray(MASKED["mask_image"])[None, ..., None] >= 128
+    pasted = np.where(inside, wanted, np.asarray(MASKED["image"]))
+    assert psnr(pasted, ours(base.ours, [4], **parameters)) >= BAR
+
+
+def test_the_refiner_on_a_picture(refiner: Pair) -> None:
+    parameters = {**TEXT, "image": photo(H, W), "strength": 0.5, "aesthetic_score": 7.0}
+    parameters |= {"negative_aesthetic_score": 1.5, "negative_prompt": "square"}
+    wanted = drawn(refiner.reference("StableDiffusionXLImg2ImgPipeline"), [4], **parameters)
+    assert psnr(wanted, ours(refiner.ours, [4], **parameters)) >= BAR
+
+
+@pytest.mark.parametrize(
+    "scheduler", ["EulerDiscreteScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler"]
+)
+@pytest.mark.parametrize("at", [0.5, 0.8])
+def test_the_base_hands_over_to_the_refiner(base: Pair, refiner: Pair, scheduler: str, at: float) -> None:
+    first = base.reference("StableDiffusionXLPipeline", scheduler)
+    second = refiner.reference("StableDiffusionXLImg2ImgPipeline", scheduler)
+    parameters = {**TEXT, "num_inference_steps": 10, "negative_prompt": "square"}
+    latents = first(
+        **parameters, **SIZE, denoising_end=at, output_type="latent", generator=_generator(5)
+    ).images
+    wanted = drawn(second, [5], **parameters, image=latents, denoising_start=at)
+    sampler = {"EulerDiscreteScheduler": "euler", "DDIMScheduler": "ddim"}.get(scheduler, "dpmpp_2m")
+    found = refine(
+        base.ours, refiner.ours, TEXT["prompt"], at=at, seed=5, sampler=sampler, output_type="np",
+        **{name: value for name, value in {**parameters, **SIZE}.items() if name != "prompt"},
+    )  # fmt: skip
+    assert psnr(wanted, np.asarray(found.images)) >= BAR
+    assert found.record()["base"] == base.ours.package.manifest.name
+
+
+def _generator(seed: int) -> Any:
+    import torch
+
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+@pytest.mark.parametrize("at", [0.0, 1.0, True, "half"])
+def test_a_hand_over_outside_the_schedule(base: Pair, refiner: Pair, at: Any) -> None:
+    with pytest.raises(UsageError, match="the refiner begins at"):
+        refine(base.ours, refiner.ours, "a", at=at)
+
+
+def test_a_mask_is_not_handed_over(base: Pair, refiner: Pair) -> None:
+    with pytest.raises(UsageError, match="a mask with a refiner"):
+        refine(base.ours, refiner.ours, "a", **MASKED)
+
+
+def test_other_sizes_are_another_picture(base: Pair) -> None:
+    wanted = ours(base.ours, [11], **TEXT, **SIZE)
+    assert psnr(wanted, ours(base.ours, [11], **TEXT, **SIZE, crops_coords_top_left=(256, 512))) < 40
