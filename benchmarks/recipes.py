@@ -149,7 +149,36 @@ _SMALL_XL = Recipe(
     index={"force_zeros_for_empty_prompt": True},
 )
 
+
 # Tiny ones of what SD 1.x and 2.x have not, and full-size SDXL.
+def _unclip(width: int, hidden_act: str) -> Recipe:
+    """Stable unCLIP with an image encoder whose embeddings have this width."""
+    return replace(
+        _SMALL,
+        unet={
+            **_SMALL_UNET,
+            "class_embed_type": "projection",
+            "projection_class_embeddings_input_dim": 2 * width,
+            "use_linear_projection": True,
+        },
+        text=text(32, 2, 2, hidden_act="gelu", **TINY_TEXT),
+        vision={
+            "hidden_size": 48,
+            "intermediate_size": 96,
+            "num_attention_heads": 3,
+            "num_hidden_layers": 2,
+            "image_size": 28,
+            "patch_size": 14,
+            "projection_dim": width,
+            "hidden_act": hidden_act,
+            "model_type": "clip_vision_model",
+            "architectures": ["CLIPVisionModelWithProjection"],
+        },
+        scheduler={**SCHEDULER, "prediction_type": "v_prediction"},
+        pipeline="StableUnCLIPImg2ImgPipeline",
+    )
+
+
 FAMILIES: Mapping[str, Recipe] = {
     "xl-tiny": _SMALL_XL,
     "xl-turbo-tiny": replace(_SMALL_XL, scheduler=XL_TURBO),
@@ -173,30 +202,9 @@ FAMILIES: Mapping[str, Recipe] = {
         scheduler=_LCM,
         pipeline="LatentConsistencyModelPipeline",
     ),
-    "unclip-tiny": replace(
-        _SMALL,
-        unet={
-            **_SMALL_UNET,
-            "class_embed_type": "projection",
-            "projection_class_embeddings_input_dim": 80,
-            "use_linear_projection": True,
-        },
-        text=text(32, 2, 2, hidden_act="gelu", **TINY_TEXT),
-        vision={
-            "hidden_size": 48,
-            "intermediate_size": 96,
-            "num_attention_heads": 3,
-            "num_hidden_layers": 2,
-            "image_size": 28,
-            "patch_size": 14,
-            "projection_dim": 40,
-            "hidden_act": "gelu",
-            "model_type": "clip_vision_model",
-            "architectures": ["CLIPVisionModelWithProjection"],
-        },
-        scheduler={**SCHEDULER, "prediction_type": "v_prediction"},
-        pipeline="StableUnCLIPImg2ImgPipeline",
-    ),
+    # ViT-H, and ViT-L: another activation, and another width of the embedding.
+    "unclip-tiny": _unclip(40, "gelu"),
+    "unclip-l-tiny": _unclip(24, "quick_gelu"),
     "sdxl": Recipe(
         unet=unet(
             (320, 640, 1280),

@@ -16,6 +16,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from math import isfinite
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
@@ -37,7 +38,15 @@ TIME_IDS = (
 )
 # What may stand behind the latent: 1 channel of mask (1 is repainted), the latent of the picture without it.
 IMAGE_LATENTS = ("mask", "masked_image")
-_SINCE_2 = ("zero_empty_prompt", "time_ids", "image_latents", "image_noise", "image_processor", "latent_rgb")
+_SINCE_2 = (
+    "max_clip_skip",
+    "zero_empty_prompt",
+    "time_ids",
+    "image_latents",
+    "image_noise",
+    "image_processor",
+    "latent_rgb",
+)
 _EXPORT_AGAIN = "Export the checkpoint again: latentrt export CHECKPOINT -o PACKAGE."
 _MANIFEST_LIMIT = 16 * 2**20  # bytes; SD 1.5's manifest has 60 kB
 
@@ -124,6 +133,7 @@ class Manifest:
         scheduler: the checkpoint's `scheduler_config.json`.
         latent_scale: pixels per latent cell.
         size_multiple: heights and widths must be multiples of it.
+        max_clip_skip: how many of the text encoders' last layers a request may leave out.
         zero_empty_prompt: a negative prompt that is not given is a context of zeros (diffusers'
             `force_zeros_for_empty_prompt`).
         time_ids: what the columns of the vector `time_ids` are, of TIME_IDS.
@@ -144,6 +154,7 @@ class Manifest:
     latent_scale: int = 8
     max_tokens: int = 77
     size_multiple: int = 8
+    max_clip_skip: int = 0
     zero_empty_prompt: bool = False
     time_ids: tuple[str, ...] = ()
     image_latents: tuple[str, ...] = ()
@@ -162,6 +173,7 @@ class Manifest:
         _require(self.dtype in ("fp16", "fp32"), "dtype")
         for name in ("name", "family", "producer"):
             _require(isinstance(getattr(self, name), str), name)
+        _require(isinstance(self.max_clip_skip, int) and self.max_clip_skip >= 0, "max_clip_skip")
         _require(isinstance(self.zero_empty_prompt, bool), "zero_empty_prompt")
         _require(set(self.time_ids) <= set(TIME_IDS), "time_ids")
         _require(set(self.image_latents) <= set(IMAGE_LATENTS), "image_latents")
@@ -169,6 +181,7 @@ class Manifest:
             _require(isinstance(getattr(self, name), (Mapping, type(None))), name)
         rows = {len(row) for row in self.latent_rgb}
         _require(not rows or (rows == {3} and len(self.latent_rgb) == self.latent_channels + 1), "latent_rgb")
+        _require(all(isfinite(value) for row in self.latent_rgb for value in row), "latent_rgb")
 
     def net(self, name: str) -> NetFile:
         """A net of the package. Raises PackageError if it has none of that name."""

@@ -45,6 +45,7 @@ class Checkpoint:
             `image_noising_scheduler`.
         steps: by default.
         guidance_scale: by default.
+        strength: by default.
         zero_empty_prompt: as in `engines.package.Manifest`.
         notes: what a user should know: what was assumed of a one-file checkpoint, and what is not used.
     """
@@ -55,6 +56,7 @@ class Checkpoint:
     configs: Mapping[str, Mapping[str, Any]]
     steps: int = 50
     guidance_scale: float = 7.5
+    strength: float = 0.8
     zero_empty_prompt: bool = False
     notes: tuple[str, ...] = ()
 
@@ -184,6 +186,7 @@ def _open_folder(root: Path, prefer_fp16: bool) -> Checkpoint:
         configs=configs,
         steps=steps,
         guidance_scale=guidance_scale,
+        strength=layout.strength,
         zero_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", layout.zero_empty_prompt)),
     )
 
@@ -199,6 +202,7 @@ def _open_file(path: Path, prediction_type: str | None) -> Checkpoint:
         configs={"scheduler": found.scheduler},
         steps=steps,
         guidance_scale=guidance_scale,
+        strength=layout.strength,
         # As in the folder that the refiner is published in.
         zero_empty_prompt=layout.zero_empty_prompt and found.family != "sdxl-refiner",
         notes=found.notes,

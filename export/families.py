@@ -25,6 +25,7 @@ class Layout:
         configs: JSON files, by the name of the folder that has them.
         steps: by default.
         guidance_scale: by default.
+        strength: of image to image, by default.
         zero_empty_prompt: `force_zeros_for_empty_prompt` where model_index.json does not say.
     """
 
@@ -33,6 +34,7 @@ class Layout:
     configs: Mapping[str, str]
     steps: int = 50
     guidance_scale: float = 7.5
+    strength: float = 0.8
     zero_empty_prompt: bool = False
 
 
@@ -44,6 +46,7 @@ _SDXL = Layout(
     optional=("text_encoder",),
     configs=_SCHEDULER,
     guidance_scale=5.0,
+    strength=0.3,
     zero_empty_prompt=True,
 )
 _LCM = Layout(parts=_PARTS, configs=_SCHEDULER, steps=4, guidance_scale=8.5)

@@ -41,6 +41,7 @@ def make_manifest(
         latent_scale=scale,
         size_multiple=max(8, scale),
         max_tokens=_size(contexts[0][1]),
+        max_clip_skip=min(part.config.get("num_hidden_layers", 12) for part in source.text_encoders) - 1,
         zero_empty_prompt=source.zero_empty_prompt,
         time_ids=source.time_ids,
         image_latents=source.image_latents,
@@ -75,6 +76,7 @@ def _defaults(source: Checkpoint, scale: int) -> Defaults:
     values: dict[str, Any] = {
         "num_inference_steps": source.steps,
         "guidance_scale": source.guidance_scale,
+        "strength": source.strength,
         "height": height * scale,
         "width": width * scale,
     }

@@ -57,10 +57,12 @@ def to_onnx(net: Net) -> ir.Model:
         for item in net.spec.inputs
     }
     with torch.no_grad(), _quiet():
+        # By ourselves: torch.onnx would defer guards, fail on the UNet and trace it again with Dynamo, which
+        # takes four times as long.
+        traced = torch.export.export(net.module, (), kwargs=inputs, dynamic_shapes=dynamic, strict=False)
         program = cast(Any, torch.onnx).export(
-            net.module,
+            traced,
             kwargs=inputs,
-            dynamic_shapes=dynamic,
             input_names=[item.name for item in net.spec.inputs],
             output_names=[item.name for item in net.spec.outputs],
             opset_version=OPSET,

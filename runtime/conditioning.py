@@ -119,7 +119,9 @@ def _class_labels(request: Request, manifest: Manifest, source: NoiseSource, cal
     one = slice(1 if (pixels == pixels[:1]).all() else None)
     embeds = call("image_encoder", image=pixels[one])["image_embeds"]
     embeds = np.repeat(embeds, len(pixels) // len(embeds), axis=0)  # (N, width)
-    alpha_bar = resolve(None, manifest.image_noise or {}).noise.alpha_bar[request.noise_level]
+    # Its betas are all that counts here; diffusers' class clips what it samples, and nothing is sampled.
+    config = {**(manifest.image_noise or {}), "clip_sample": False}
+    alpha_bar = resolve(None, config).noise.alpha_bar[request.noise_level]
     labels = call(
         "image_noiser",
         image_embeds=embeds,

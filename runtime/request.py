@@ -189,7 +189,7 @@ def make_request(
     prompts = check.texts("prompt", prompt)
     pictures = len(prompts) * count
     height, width = _size(manifest, given)
-    shape = (pictures, *latent_shape(manifest, height, width))
+    source = make_source(manifest, given, height, width, (pictures, *latent_shape(manifest, height, width)))
     steps = defaults.num_inference_steps if given.num_inference_steps is None else given.num_inference_steps
     scale = defaults.guidance_scale if given.guidance_scale is None else given.guidance_scale
     scale = check.number("guidance_scale", scale, 0.0, 1000.0)
@@ -206,7 +206,7 @@ def make_request(
         prompts_2=each("prompt_2"),
         negative_prompts_2=each("negative_prompt_2"),
         prompt_syntax=check.choice("prompt_syntax", given.prompt_syntax, tuple(PROMPT_SYNTAXES)),
-        clip_skip=check.integer("clip_skip", given.clip_skip or 0, 0, 100),
+        clip_skip=check.integer("clip_skip", given.clip_skip or 0, 0, manifest.max_clip_skip),
         seeds=check.seeds(given.seed, pictures),
         height=height,
         width=width,
@@ -214,15 +214,19 @@ def make_request(
         guided=scale > 1 and "timestep_cond" not in manifest.vectors,
         guidance_scale=scale,
         guidance_rescale=check.number("guidance_rescale", given.guidance_rescale, 0.0, 1.0),
-        sampler=replace(resolve(chosen, manifest.scheduler), eta=check.number("eta", given.eta, 0.0, 1.0)),
+        sampler=replace(
+            resolve(chosen, manifest.scheduler),
+            eta=check.number("eta", given.eta, 0.0, 1.0),
+            grid_share=_grid_share(manifest, source),
+        ),
         rng=check.choice("rng", given.rng, RNGS),
         **_span(given),
         noise_level=check.integer("noise_level", given.noise_level, 0, MAX_NOISE_LEVEL),
         sizes=make_size_conditions(manifest, given, height, width),
         tile=given.tile if given.tile is None else check.side("tile", given.tile, manifest.size_multiple),
         output_type=check.choice("output_type", given.output_type, OUTPUT_TYPES),
-        latents=check.latents("latents", given.latents, shape),
-        source=make_source(manifest, given, height, width, shape),
+        latents=check.latents("latents", given.latents, (pictures, *latent_shape(manifest, height, width))),
+        source=source,
     )
 
 
@@ -278,6 +282,15 @@ def _refuse_unfitting(manifest: Manifest, given: Given) -> None:
                 expected=f"a model with {what}",
                 fix=f"Leave {said[0]} out.",
             )
+
+
+def _grid_share(manifest: Manifest, source: Source | None) -> float:
+    """Latent consistency models run all their steps on a picture, spread over the end of the schedule.
+
+    LCMScheduler.set_timesteps(strength=…), as diffusers' LatentConsistencyModelImg2ImgPipeline calls it.
+    """
+    strength: float = getattr(source, "strength", 1.0)
+    return strength if "timestep_cond" in manifest.vectors else 1.0
 
 
 def _size(manifest: Manifest, given: Given) -> tuple[int, int]:

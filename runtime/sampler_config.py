@@ -46,6 +46,7 @@ class SamplerConfig:
         disable_corrector: UniPC steps whose result is not corrected.
         variance_type: DDPM's noise, "fixed_small", "fixed_small_log" or "fixed_large".
         original_inference_steps: the grid on which LCM and TCD were distilled.
+        grid_share: how much of that grid, from its clean end, steps are chosen from.
         timestep_scaling: of LCM's boundary conditions.
 
     Raises:
@@ -76,6 +77,7 @@ class SamplerConfig:
     disable_corrector: tuple[int, ...] = ()
     variance_type: str = "fixed_small"
     original_inference_steps: int = 50
+    grid_share: float = 1.0
     timestep_scaling: float = 10.0
 
     def __post_init__(self) -> None:

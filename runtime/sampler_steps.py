@@ -260,17 +260,18 @@ def _plms_steps(config: SamplerConfig, steps: list[Step], start: int) -> tuple[S
 
 def _lcm_steps(config: SamplerConfig, count: int, custom: Custom) -> list[Step]:
     """A subset of the grid of `original_inference_steps` timesteps on which the model was distilled."""
-    train, original = config.noise.num_train_timesteps, config.original_inference_steps
+    train, whole = config.noise.num_train_timesteps, config.original_inference_steps
+    original = int(whole * config.grid_share)
     if custom is not None:
         t = _whole(np.asarray(custom))
-    elif not count <= original <= train:
+    elif not (count <= original and whole <= train):
         raise SamplerError(
             f"{count} steps on a distillation grid of {original}",
             expected=f"steps <= original_inference_steps <= {train}",
             fix=f"Use at most {original} steps (such models want 1 to 8).",
         )
     else:
-        grid = (np.arange(1, original + 1) * (train // original) - 1)[::-1]
+        grid = (np.arange(1, original + 1) * (train // whole) - 1)[::-1]
         t = _whole(grid[np.floor(np.linspace(0, original, count, endpoint=False)).astype(np.int64)])
     # LCM's last result is not noised again; TCD's last target is timestep 0.
     return _next_steps(config, t, config.noise.level(0))

@@ -35,7 +35,7 @@ def make_span(request: Request) -> Table:
         stop = _before(timesteps, request.denoising_end, train)
     if request.denoising_start is not None:
         start = _before(timesteps, request.denoising_start, train)
-    elif (strength := _strength(request)) is not None:
+    elif request.sampler.grid_share == 1 and (strength := _strength(request)) is not None:
         start = steps - min(int(steps * strength), steps)
     if start >= stop:
         raise UsageError(

@@ -1,11 +1,14 @@
 """The same random weights twice: a diffusers pipeline in torch, and ours on the exported package."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
+import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from latentrt.benchmarks.checkpoints import RECIPES, make_checkpoint
@@ -43,14 +46,25 @@ def blob(height: int, width: int) -> Image.Image:
     return Image.fromarray((inside * 255).astype(np.uint8))
 
 
+def exported(factory: pytest.TempPathFactory, recipe: str) -> Path:
+    """A folder with `checkpoint` and `package` (fp32) of a recipe, made once for all workers of a run."""
+    root = factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder = root / "pairs" / recipe
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "package").exists():
+            make_checkpoint(RECIPES[recipe], folder / "checkpoint", dtype=torch.float32)
+            export_package(folder / "checkpoint", folder / "package", dtype="fp32", verify=False)
+    return folder
+
+
 class Pair:
     """A checkpoint of random weights, with its package."""
 
-    def __init__(self, recipe: str, folder: Path, **export: Any) -> None:
-        self.checkpoint, self.package = folder / "checkpoint", folder / "package"
-        make_checkpoint(RECIPES[recipe], self.checkpoint, dtype=torch.float32)
-        export_package(self.checkpoint, self.package, dtype="fp32", verify=False, **export)
-        self.ours = Pipeline.open(self.package)
+    def __init__(self, folder: Path) -> None:
+        self.checkpoint = folder / "checkpoint"
+        self.ours = Pipeline.open(folder / "package")
         self._references: dict[str, Any] = {}
 
     def reference(self, kind: str, scheduler: str | None = None, **options: Any) -> Any:

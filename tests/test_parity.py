@@ -14,9 +14,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from latentrt.benchmarks.checkpoints import RECIPES, make_checkpoint
-from latentrt.export.package_writer import export_package
+from latentrt.benchmarks.checkpoints import RECIPES
 from latentrt.runtime import Pipeline
+from tests.parity_pair import PROMPTS, exported, psnr
 
 # torch tensors lack keywords that NumPy 2 asks for when diffusers' schedulers call np.array(tensor); and
 # diffusers announces that DPM-Solver's algorithms will move
@@ -28,7 +28,6 @@ pytestmark = [
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 MODELS = [*(name for name in RECIPES if name.startswith("tiny")), "demo"]
 BAR = 45.0  # dB
-PROMPTS = ["a red circle on a blue background", "large green star", "ring"]
 NEGATIVE = ["square", "", "a yellow background, small"]
 SIZE = {"height": 40, "width": 56}  # latents that are odd at some level of every model
 
@@ -57,18 +56,13 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 class Pair:
     """The same weights twice: diffusers' pipeline, and ours on the exported package."""
 
-    def __init__(self, name: str, folder: Path) -> None:
-        checkpoint, package = DEMO / "checkpoint", DEMO / "package"
-        if name != "demo":
-            checkpoint, package = folder / "checkpoint", folder / "package"
-            make_checkpoint(RECIPES[name], checkpoint, dtype=torch.float32)
-            export_package(checkpoint, package, dtype="fp32", verify=False)
+    def __init__(self, folder: Path) -> None:
         self.reference = StableDiffusionPipeline.from_pretrained(
-            checkpoint, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
+            folder / "checkpoint", dtype=torch.float32, safety_checker=None, requires_safety_checker=False
         )
         self.reference.set_progress_bar_config(disable=True)
         self.own_scheduler = self.reference.scheduler
-        self.ours = Pipeline.open(package)
+        self.ours = Pipeline.open(folder / "package")
 
     def draw(self, sampler: str | None, seeds: list[int], **parameters: Any) -> tuple[np.ndarray, np.ndarray]:
         """(diffusers' pictures, ours), both (N, H, W, 3) uint8."""
@@ -80,20 +74,15 @@ class Pair:
             )
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         pictures = self.reference(generator=generators, output_type="pil", **parameters).images
-        ours = self.ours(seed=seeds, sampler=sampler, output_type="np", **parameters).images
+        ours = self.ours(
+            seed=seeds, sampler=sampler, output_type="np", prompt_syntax="plain", **parameters
+        ).images
         return np.stack([np.asarray(picture) for picture in pictures]), np.asarray(ours)
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return Pair(request.param, tmp_path_factory.mktemp(request.param))
-
-
-def psnr(one: np.ndarray, other: np.ndarray) -> float:
-    """dB over uint8; refuses pictures without contrast, which everything would resemble."""
-    assert one.std() > 10, "the reference picture is too flat to compare"
-    error = float(((one.astype(float) - other) ** 2).mean())
-    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
+    return Pair(DEMO if request.param == "demo" else exported(tmp_path_factory, request.param))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.parity_pair import BAR, PROMPTS, Pair, drawn, ours, photo, psnr
+from tests.parity_pair import BAR, PROMPTS, Pair, drawn, exported, ours, photo, psnr
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*__array.*:DeprecationWarning"),
@@ -17,17 +17,17 @@ SIZE = {"height": 40, "width": 56}
 
 @pytest.fixture(scope="module")
 def lcm(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return Pair("lcm-tiny", tmp_path_factory.mktemp("lcm"))
+    return Pair(exported(tmp_path_factory, "lcm-tiny"))
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return Pair("xl-tiny", tmp_path_factory.mktemp("base"))
+    return Pair(exported(tmp_path_factory, "xl-tiny"))
 
 
-@pytest.fixture(scope="module", params=["unclip-tiny", "unclip-small-tiny"])
+@pytest.fixture(scope="module", params=["unclip-tiny", pytest.param("unclip-l-tiny", marks=pytest.mark.slow)])
 def unclip(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return Pair(request.param, tmp_path_factory.mktemp(request.param))
+    return Pair(exported(tmp_path_factory, request.param))
 
 
 @pytest.mark.parametrize("steps", [1, 4, 8])

@@ -22,7 +22,7 @@ from ..backend import MemoryLedger
 from ..device import ALIGNMENT, Addresses, Shapes
 from ..errors import BackendError, LatentrtError, StorageError, UsageError
 from ..profiles import NetProfile, choose
-from ..spec import Array, NetSpec
+from ..spec import Array, NetSpec, output_shapes
 from ..store.entry import Entry
 from .bound import BoundTensorRTNet
 from .contexts import CacheFile, Context, Contexts, SideFiles, StoredCache, abilities
@@ -30,7 +30,7 @@ from .flavour import Flavour, Trt
 from .loading import Loaded, StreamDevice, check_room, load_engine
 from .log import messages
 from .refit import refit, refit_identical
-from .shapes import check_outputs, input_sizes, io_bytes
+from .shapes import check_outputs, io_bytes
 
 _Call = tuple[int, tuple[tuple[str, tuple[int, ...]], ...]]  # profile, and the sorted shapes
 
@@ -247,7 +247,7 @@ class TensorRTNet:
         loaded = self._opened()
         backend = loaded.flavour.backend
         index = choose(self._profiles, shapes, backend=backend, package=loaded.package)
-        input_sizes(self._spec, shapes)
+        output_shapes(self._spec, shapes)  # `choose` looks at each shape by itself
         return loaded, (index, tuple(sorted((name, tuple(shape)) for name, shape in shapes.items())))
 
     @contextmanager

@@ -266,9 +266,8 @@ def test_memory_fails_for_a_ledger_without_weights(package: Package) -> None:
             return replace(self.net.memory, weights=0)
 
     rows = run(memory, stand_in(package, wrap=lambda name, net: Forgetful(net.net, net.per_row)))
-    assert failures(rows) == [
-        "ledger: no weights of text_encoder, unet_context, unet_time, unet, vae_decoder are counted"
-    ]
+    names = "text_encoder, vae_encoder, unet_context, unet_time, unet, vae_decoder"
+    assert failures(rows) == [f"ledger: no weights of {names} are counted"]
 
 
 def test_the_ladder_fails_where_a_rung_draws_something_else(package: Package) -> None:

@@ -10,11 +10,12 @@ import latentrt.demo
 from latentrt.engines.onnxruntime import backend as onnxruntime_backend
 from latentrt.engines.package import Package
 from latentrt.engines.profiles import NetProfile, Profile, net_profiles
-from latentrt.engines.spec import DTYPES, NETS
+from latentrt.engines.spec import NETS
 from latentrt.engines.tensorrt.bound import BoundTensorRTNet
 from latentrt.engines.tensorrt.flavour import Flavour, flavour
 from latentrt.engines.tensorrt.nets import TensorRTNet, open_engine
 from tests.engines.host_device import HostDevice
+from tests.engines.net_inputs import input_shapes, random_inputs
 from tests.engines.simulated_tensorrt import SimulatedLibrary, simulated_engine
 from tests.engines.simulated_tensorrt_names import VARIANTS
 
@@ -22,8 +23,8 @@ PACKAGE = Package.open(Path(latentrt.demo.__path__[0]) / "package")
 DEMO_NETS = [name for name in NETS if name in PACKAGE.manifest.nets and name != "unet_whole"]
 PROFILES = (Profile.parse("64x64:b1-2"), Profile.parse("64-128@128x64-128@128:b1-2:t77-154"))
 SMALL, LARGE = (
-    {"N": 1, "B": 2, "P": 2, "S": 3, "T": 77, "H/8": 8, "W/8": 8},
-    {"N": 2, "B": 4, "P": 3, "S": 5, "T": 154, "H/8": 12, "W/8": 16},
+    {"N": 1, "B": 2, "P": 2, "S": 3, "T": 77, "H": 64, "W": 64, "H/8": 8, "W/8": 8},
+    {"N": 2, "B": 4, "P": 3, "S": 5, "T": 154, "H": 96, "W": 128, "H/8": 12, "W/8": 16},
 )
 
 
@@ -40,18 +41,11 @@ def graph(net: str) -> Path:
 
 
 def shapes(net: str, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    inputs = PACKAGE.manifest.nets[net].spec.inputs
-    return {t.name: tuple(d if isinstance(d, int) else sizes[d] for d in t.shape) for t in inputs}
+    return input_shapes(PACKAGE.manifest.nets[net].spec, sizes)
 
 
-def inputs(net: str, sizes: Mapping[str, int], seed: int = 0) -> dict[str, np.ndarray]:
-    random = np.random.default_rng(seed)
-    arrays = {}
-    for tensor in PACKAGE.manifest.nets[net].spec.inputs:
-        shape = shapes(net, sizes)[tensor.name]
-        values = random.integers(0, 99, shape) if tensor.dtype == "int32" else random.standard_normal(shape)
-        arrays[tensor.name] = np.asarray(values, DTYPES[tensor.dtype])
-    return arrays
+def inputs(net: str, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+    return random_inputs(PACKAGE.manifest.nets[net].spec, shapes(net, sizes))
 
 
 def reference(net: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -17,18 +17,15 @@ from latentrt.engines.onnxruntime.nets import open_onnxruntime_net
 from latentrt.engines.onnxruntime.tuning import TUNED_NETS, tune_package
 from latentrt.engines.package import Package
 from latentrt.engines.profiles import fixed_profile, net_profiles
-from latentrt.engines.spec import DTYPES, NETS, Array, output_shapes
+from latentrt.engines.spec import DTYPES, Array, output_shapes
 from latentrt.engines.store.engine_store import EngineStore
-from tests.runtime.device_bench import package_with_step
+from latentrt.runtime.pipeline import SHIPPED
+from tests.engines.net_inputs import random_inputs
 
+DEMO = Package.open(SHIPPED["demo"])
 REASON = available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 FP32 = 1e-3  # relative L2 to the CPU, with TF32 off
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Package:
-    return package_with_step(tmp_path_factory.mktemp("demo") / "package")
 
 
 @pytest.fixture
@@ -38,17 +35,11 @@ def device() -> Iterator[CudaDevice]:
     device.close()
 
 
-def inputs_of(package: Package, name: str) -> dict[str, Array]:
+def inputs_of(name: str) -> dict[str, Array]:
     """Random inputs for one guided picture of odd size."""
-    rng = np.random.default_rng(7)
-    spec = package.manifest.nets[name].spec
+    spec = DEMO.manifest.nets[name].spec
     profile = net_profiles(name, spec, [fixed_profile(136, 88, batch=1)])[0]
-    arrays: dict[str, Array] = {}
-    for tensor in spec.inputs:
-        shape = profile.shapes[tensor.name][1]
-        values = rng.integers(1, 50, shape) if tensor.dtype.startswith("int") else rng.standard_normal(shape)
-        arrays[tensor.name] = values.astype(DTYPES[tensor.dtype])
-    return arrays
+    return random_inputs(spec, {key: shapes[1] for key, shapes in profile.shapes.items()})
 
 
 class Bound:
@@ -88,16 +79,16 @@ class Bound:
 
 @contextmanager
 def opened(
-    package: Package, name: str, layout: str, device: CudaDevice, folder: Path
+    name: str, layout: str, device: CudaDevice, folder: Path
 ) -> Generator[tuple[Bound, dict[str, Array]]]:
     """A bound net in one of the layouts, and what the CPU makes of its inputs."""
     how, graph = LAYOUTS[layout], None
     if how.lowered:
-        graph = lower(package, name, folder, convolutions=how.convolutions)
-    inputs = inputs_of(package, name)
-    with onnxruntime_backend.open_net(package, name) as cpu:
+        graph = lower(DEMO, name, folder, convolutions=how.convolutions)
+    inputs = inputs_of(name)
+    with onnxruntime_backend.open_net(DEMO, name) as cpu:
         wanted = cpu(**inputs)
-    net = open_onnxruntime_net(package, name, device, graph=graph, prefer_nhwc=how.prefer_nhwc, capture=True)
+    net = open_onnxruntime_net(DEMO, name, device, graph=graph, prefer_nhwc=how.prefer_nhwc, capture=True)
     bound = Bound(device, net, inputs)
     try:
         yield bound, wanted
@@ -106,14 +97,16 @@ def opened(
         net.close()
 
 
-CASES = [(name, layout) for name in NETS for layout in (tuple(LAYOUTS) if name in TUNED_NETS else ("plain",))]
+CASES = [
+    (name, layout)
+    for name in DEMO.manifest.nets
+    for layout in (tuple(LAYOUTS) if name in TUNED_NETS else ("plain",))
+]
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
-def test_parity_with_the_cpu(
-    demo: Package, device: CudaDevice, tmp_path: Path, name: str, layout: str
-) -> None:
-    with opened(demo, name, layout, device, tmp_path) as (bound, wanted):
+def test_parity_with_the_cpu(device: CudaDevice, tmp_path: Path, name: str, layout: str) -> None:
+    with opened(name, layout, device, tmp_path) as (bound, wanted):
         for _ in range(2):  # the second run of a shape takes other paths through the arena
             bound.clear()
             bound.net.enqueue()
@@ -125,9 +118,9 @@ def test_parity_with_the_cpu(
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_a_captured_net_replays_the_same_bytes(
-    demo: Package, device: CudaDevice, tmp_path: Path, name: str, layout: str
+    device: CudaDevice, tmp_path: Path, name: str, layout: str
 ) -> None:
-    with opened(demo, name, layout, device, tmp_path) as (bound, _):
+    with opened(name, layout, device, tmp_path) as (bound, _):
         for _ in range(2):
             bound.net.enqueue()
         wanted = bound.read()
@@ -142,8 +135,8 @@ def test_a_captured_net_replays_the_same_bytes(
         graph.close()
 
 
-def test_activations_go_back(demo: Package, device: CudaDevice, tmp_path: Path) -> None:
-    with opened(demo, "vae_decoder", "plain", device, tmp_path) as (bound, wanted):
+def test_activations_go_back(device: CudaDevice, tmp_path: Path) -> None:
+    with opened("vae_decoder", "plain", device, tmp_path) as (bound, wanted):
         bound.net.enqueue()
         bound.read()
         before = device.memory().free
@@ -155,16 +148,16 @@ def test_activations_go_back(demo: Package, device: CudaDevice, tmp_path: Path) 
             assert relative_l2(array, wanted[output]) <= FP32, output
 
 
-def test_measured_remembered_and_opened(demo: Package, tmp_path: Path) -> None:
+def test_measured_remembered_and_opened(tmp_path: Path) -> None:
     store, told = EngineStore(tmp_path), list[str]()
-    for item in tune_package(demo, store):
+    for item in tune_package(DEMO, store):
         facts = item.entry.facts
         print(item.net, item.layout, facts)  # `pytest -s` shows the figures
         assert facts["rejected"] == {}
         assert set(facts["milliseconds"]) == set(LAYOUTS)
         assert max(facts["relative_l2"].values()) <= FP32
-    assert not any(item.why for item in tune_package(demo, store))
-    device, nets = open_device(demo, TUNED_NETS, store=store, log=told.append)
+    assert not any(item.why for item in tune_package(DEMO, store))
+    device, nets = open_device(DEMO, TUNED_NETS, store=store, log=told.append)
     assert (told, set(nets)) == ([], set(TUNED_NETS))
     for net in nets.values():
         net.close()

@@ -189,12 +189,12 @@ def open_lowered(path: Path, entries: Mapping[str, str]) -> ort.InferenceSession
 
 def test_weights_are_found_in_the_package(demo: Package, lowered: dict[tuple[str, bool], Path]) -> None:
     path = lowered["text_encoder", True]  # holds nothing to lower, so it runs on the CPU as it is
-    ids = np.full((1, 77), 3, np.int32)
+    feeds = {"input_ids": np.full((1, 77), 3, np.int32), "clip_skip": np.zeros(1, np.int32)}
     with pytest.raises(Exception, match="External data path"):
         open_lowered(path, {})
-    found = open_lowered(path, session_entries(demo, "text_encoder")).run(None, {"input_ids": ids})
+    found = open_lowered(path, session_entries(demo, "text_encoder")).run(None, feeds)
     wanted = session(graph_of(demo, "text_encoder"), weights_of(demo, "text_encoder"))
-    np.testing.assert_array_equal(found[0], wanted.run(None, {"input_ids": ids})[0])
+    np.testing.assert_array_equal(found[0], wanted.run(None, feeds)[0])
 
 
 def test_a_net_without_weights_needs_no_entry(package: Package) -> None:

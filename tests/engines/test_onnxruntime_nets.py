@@ -15,10 +15,11 @@ from latentrt.engines.onnxruntime import backend as onnxruntime_backend
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import Package
 from latentrt.engines.spec import DTYPES, NetSpec, output_shapes
+from tests.engines.net_inputs import input_shapes, random_inputs
 from tests.tiny_package import BIAS, add_graph
 
-DEMO = Path(latentrt.demo.__file__).parent / "package"
-SIZES = {"P": 2, "B": 2, "N": 1, "S": 5, "T": 77, "H/8": 9, "W/8": 12}
+DEMO = Package.open(Path(latentrt.demo.__file__).parent / "package")
+SIZES = {"P": 2, "B": 2, "N": 1, "S": 5, "T": 77, "H": 72, "W": 96, "H/8": 9, "W/8": 12}
 
 
 class Host:
@@ -47,22 +48,8 @@ class Host:
         return DeviceMemory(free=1, total=1, unified=True)
 
 
-def input_shapes(spec: NetSpec, sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    return {
-        item.name: tuple(dim if isinstance(dim, int) else sizes[dim] for dim in item.shape)
-        for item in spec.inputs
-    }
-
-
-def random_inputs(spec: NetSpec, seed: int, sizes: dict[str, int] = SIZES) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    shapes = input_shapes(spec, sizes)
-    return {
-        item.name: rng.integers(0, 50, shapes[item.name]).astype(item.dtype)
-        if item.dtype.startswith("int")
-        else rng.standard_normal(shapes[item.name]).astype(item.dtype)
-        for item in spec.inputs
-    }
+def inputs_of(spec: NetSpec, seed: int, sizes: dict[str, int] = SIZES) -> dict[str, np.ndarray]:
+    return random_inputs(spec, input_shapes(spec, sizes), seed)
 
 
 class Bound:
@@ -91,11 +78,6 @@ class Bound:
         }
 
 
-@pytest.fixture(scope="module")
-def demo() -> Package:
-    return Package.open(DEMO)
-
-
 @pytest.fixture
 def tiny(package: Package) -> DeviceNet:
     return open_onnxruntime_net(package, "unet", Host(), provider=CPU, threads=1)  # type: ignore[arg-type]
@@ -108,16 +90,14 @@ def tiny_addresses(host: Host) -> dict[str, int]:
 # ── for real, on host addresses ────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(
-    "name", ["text_encoder", "unet_context", "unet_time", "unet", "vae_decoder", "unet_whole"]
-)
-def test_every_net_equals_a_plain_call_bit_by_bit(demo: Package, name: str) -> None:
+@pytest.mark.parametrize("name", DEMO.manifest.nets)
+def test_every_net_equals_a_plain_call_bit_by_bit(name: str) -> None:
     host = Host()
-    net: Any = open_onnxruntime_net(demo, name, host, provider=CPU, threads=1)  # type: ignore[arg-type]
-    bound = Bound(host, net, {**SIZES, "S": 1} if name == "unet" else SIZES)
-    with onnxruntime_backend.open_net(demo, name, threads=1) as plain:
+    net: Any = open_onnxruntime_net(DEMO, name, host, provider=CPU, threads=1)  # type: ignore[arg-type]
+    bound = Bound(host, net)
+    with onnxruntime_backend.open_net(DEMO, name, threads=1) as plain:
         for seed in (0, 1):  # the same addresses with other content
-            inputs = random_inputs(net.spec, seed, {**SIZES, "S": 1} if name == "unet" else SIZES)
+            inputs = inputs_of(net.spec, seed)
             bound.upload(inputs)
             bound.bound.enqueue()
             outputs = bound.outputs()
@@ -127,14 +107,14 @@ def test_every_net_equals_a_plain_call_bit_by_bit(demo: Package, name: str) -> N
     net.close()
 
 
-def test_two_bindings_of_one_net(demo: Package) -> None:
+def test_two_bindings_of_one_net() -> None:
     host = Host()
-    net: Any = open_onnxruntime_net(demo, "vae_decoder", host, provider=CPU, threads=1)  # type: ignore[arg-type]
+    net: Any = open_onnxruntime_net(DEMO, "vae_decoder", host, provider=CPU, threads=1)  # type: ignore[arg-type]
     small, large = Bound(host, net), Bound(host, net, {**SIZES, "N": 2, "H/8": 16})
-    a, b = random_inputs(net.spec, 0), random_inputs(net.spec, 1, {**SIZES, "N": 2, "H/8": 16})
+    a, b = inputs_of(net.spec, 0), inputs_of(net.spec, 1, {**SIZES, "N": 2, "H/8": 16})
     small.upload(a)
     large.upload(b)
-    with onnxruntime_backend.open_net(demo, "vae_decoder", threads=1) as plain:
+    with onnxruntime_backend.open_net(DEMO, "vae_decoder", threads=1) as plain:
         for bound, inputs in ((large, b), (small, a), (large, b)):
             bound.bound.enqueue()
             np.testing.assert_array_equal(bound.outputs()["image"], plain(**inputs)["image"])
@@ -147,14 +127,14 @@ def test_two_bindings_of_one_net(demo: Package) -> None:
     net.close()
 
 
-def test_weights_are_what_the_graph_uses(demo: Package) -> None:
+def test_weights_are_what_the_graph_uses() -> None:
     host = Host()
     nets = [
-        open_onnxruntime_net(demo, name, host, provider=CPU, threads=1)  # type: ignore[arg-type]
+        open_onnxruntime_net(DEMO, name, host, provider=CPU, threads=1)  # type: ignore[arg-type]
         for name in ("unet_whole", "unet", "unet_context", "unet_time")
     ]
     whole, *parts = [net.memory.weights for net in nets]
-    model = onnx.load(demo.path(demo.manifest.nets["unet_whole"].graph), load_external_data=False)
+    model = onnx.load(DEMO.path(DEMO.manifest.nets["unet_whole"].graph), load_external_data=False)
     stored = [item for item in model.graph.initializer if item.external_data]
     assert whole == sum(4 * int(np.prod(item.dims)) for item in stored)  # stored in fp16, used in fp32
     assert all(part < whole for part in parts)
@@ -180,22 +160,22 @@ def test_a_lowered_graph_in_place_of_the_packages(package: Package, tmp_path: Pa
     np.testing.assert_array_equal(bound.outputs()["y"], [BIAS * 2] * 2)
 
 
-def test_a_lowered_graph_finds_the_packages_weights(demo: Package, tmp_path: Path) -> None:
-    file = demo.manifest.nets["vae_decoder"]
-    (tmp_path / "moved.onnx").write_bytes(demo.path(file.graph).read_bytes())
+def test_a_lowered_graph_finds_the_packages_weights(tmp_path: Path) -> None:
+    file = DEMO.manifest.nets["vae_decoder"]
+    (tmp_path / "moved.onnx").write_bytes(DEMO.path(file.graph).read_bytes())
     host = Host()
     net: Any = open_onnxruntime_net(
-        demo,
+        DEMO,
         "vae_decoder",
         host,  # type: ignore[arg-type]
         provider=CPU,
         graph=tmp_path / "moved.onnx",
         threads=1,
     )
-    bound, inputs = Bound(host, net), random_inputs(net.spec, 0)
+    bound, inputs = Bound(host, net), inputs_of(net.spec, 0)
     bound.upload(inputs)
     bound.bound.enqueue()
-    with onnxruntime_backend.open_net(demo, "vae_decoder", threads=1) as plain:
+    with onnxruntime_backend.open_net(DEMO, "vae_decoder", threads=1) as plain:
         np.testing.assert_array_equal(bound.outputs()["image"], plain(**inputs)["image"])
 
 
@@ -224,12 +204,12 @@ def test_submit_takes_the_runs(package: Package) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="tells resident memory on Linux alone")
-def test_activations_go_back(demo: Package) -> None:
+def test_activations_go_back() -> None:
     """For real: a run that is terminated before its first node shrinks the arena."""
     host, sizes = Host(), {**SIZES, "N": 4, "H/8": 32, "W/8": 32}
-    net: Any = open_onnxruntime_net(demo, "vae_decoder", host, provider=CPU, threads=1)  # type: ignore[arg-type]
+    net: Any = open_onnxruntime_net(DEMO, "vae_decoder", host, provider=CPU, threads=1)  # type: ignore[arg-type]
     bound = Bound(host, net, sizes)
-    bound.upload(random_inputs(net.spec, 0, sizes))
+    bound.upload(inputs_of(net.spec, 0, sizes))
     bound.bound.enqueue()
     wanted, held = bound.outputs()["image"], resident()
     net.release()

@@ -18,7 +18,7 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of three runs of a net on the CPU."""
     host, folder = Host(), tmp_path_factory.mktemp("profile")
     net: Any = open_onnxruntime_net(
-        Package.open(DEMO),
+        DEMO,
         "unet_time",
         host,  # type: ignore[arg-type]
         provider=CPU,

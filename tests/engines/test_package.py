@@ -65,6 +65,7 @@ def test_giant_manifest_is_not_read(package: Package) -> None:
         lambda data: data["defaults"].update(num_inference_steps=0),
         lambda data: data["defaults"].update(guidance_scale=None),
         lambda data: data["defaults"].update(sampler=3),
+        lambda data: data["defaults"].update(strength="much"),
         lambda data: data["files"].update({"unet/loop.onnx": 3}),
         lambda data: data.update(scheduler=3),
         lambda data: data.update(dtype="int4"),
@@ -72,6 +73,18 @@ def test_giant_manifest_is_not_read(package: Package) -> None:
         lambda data: data.update(latent_channels="four"),
         lambda data: data.update(size_multiple=0),
         lambda data: data.update(schema=float("inf")),
+        lambda data: data.update(max_clip_skip=-1),
+        lambda data: data.update(zero_empty_prompt=1),
+        lambda data: data.update(time_ids=["crop_right"]),
+        lambda data: data.update(time_ids=[["crop_top"]]),
+        lambda data: data.update(image_latents=["depth"]),
+        lambda data: data.update(image_noise=[]),
+        lambda data: data.update(image_processor="CLIPImageProcessor"),
+        lambda data: data.update(latent_rgb=[[0.5, 0.5, 0.5]] * 4),
+        lambda data: data.update(latent_rgb=[[0.5, 0.5]] * 5),
+        lambda data: data.update(latent_rgb=["rgb"] * 5),
+        lambda data: data.update(latent_rgb=[[0.5, 0.5, float("nan")]] * 5),
+        lambda data: data.update(latent_rgb=5),
         lambda data: data["nets"]["unet"].update(graph=""),
         lambda data: data["nets"]["unet"].update(graph=["a"]),
         lambda data: data["nets"]["unet"].update(graph="unet/loop.ort"),
@@ -89,8 +102,8 @@ def test_unknown_tensor_dtype(package: Package) -> None:
 
 
 def test_newer_schema(package: Package) -> None:
-    edit(package, lambda data: data.update(schema=2, nets={"future": {}}))
-    refused(package, "schema 2.*at most 1.*Upgrade")
+    edit(package, lambda data: data.update(schema=3, nets={"future": {}}))
+    refused(package, "schema 3.*at most 2.*Upgrade")
 
 
 def test_missing_and_truncated_file(package: Package) -> None:

@@ -45,14 +45,21 @@ def test_unknown_dtype() -> None:
 def test_every_net_has_a_contract_and_round_trips() -> None:
     time = TensorSpec(name="time.a", dtype="float16", shape=("S", 8))
     keys = TensorSpec(name="context.a", dtype="float16", shape=("B", 2, "T", 16))
+    vectors = {"text_embeds": 6, "time_ids": 6}
     nets = {
         "text_encoder": spec.text_encoder(tokens="T", width=8, float_dtype="float16"),
+        "text_encoder_2": spec.text_encoder(tokens=77, width=8, pooled=6, float_dtype="float16"),
+        "image_encoder": spec.image_encoder(size=224, width=6, float_dtype="float16"),
+        "image_noiser": spec.image_noiser(width=6, float_dtype="float16"),
+        "vae_encoder": spec.vae_encoder(channels=4, posterior=True),
         "unet_context": spec.unet_context(width=8, float_dtype="float16", invariants=[keys]),
-        "unet_time": spec.unet_time(invariants=[time]),
-        "unet": spec.unet(channels=4, float_dtype="float16", invariants=[keys, time]),
+        "unet_time": spec.unet_time(invariants=[time], vectors=vectors),
+        "unet": spec.unet(channels=4, float_dtype="float16", invariants=[keys, time], image_channels=5),
         "step": spec.step(channels=4, float_dtype="float16"),
+        "step_masked": spec.step_masked(channels=4, float_dtype="float16"),
         "vae_decoder": spec.vae_decoder(channels=4, float_dtype="float16"),
-        "unet_whole": spec.unet_whole(channels=4, width=8, float_dtype="float16"),
+        "preview_decoder": spec.vae_decoder(channels=4, float_dtype="float16"),
+        "unet_whole": spec.unet_whole(channels=9, width=8, float_dtype="float16", vectors=vectors),
     }
     assert list(nets) == list(spec.NETS)
     for net in nets.values():
@@ -62,6 +69,12 @@ def test_every_net_has_a_contract_and_round_trips() -> None:
 def test_output_shapes_follow_from_the_inputs() -> None:
     decoder = spec.vae_decoder(channels=4, float_dtype="float16")
     assert spec.output_shapes(decoder, {"latent": (2, 4, 9, 13)}) == {"image": (2, 72, 104, 3), "mean": (2,)}
+    encoder = spec.vae_encoder(channels=4, posterior=True)
+    latent = (2, 4, 9, 13)
+    assert spec.output_shapes(encoder, {"image": (2, 72, 104, 3), "mask": (2, 72, 104, 1)}) == {
+        "mean": latent,
+        "std": latent,
+    }
     step = spec.step(channels=4, float_dtype="float16")
     shapes = {"prediction": (4, 4, 8, 9), "state": (5, 2, 4, 8, 9), "noise": (2, 4, 8, 9), "row": (11,)}
     assert spec.output_shapes(step, shapes) == {"next_state": (5, 2, 4, 8, 9), "latent": (4, 4, 8, 9)}

@@ -36,7 +36,16 @@ from latentrt.engines.tensorrt.flavour import flavour, installed_version, load
 from latentrt.engines.tensorrt.network import mark_refittable, parse_graph
 from tests.engines.builder_jobs import DEMO, RTX, SMALL, build_small, job_of
 
-NETS = ("text_encoder", "unet_context", "unet_time", "unet", "step", "vae_decoder")
+NETS = (
+    "text_encoder",
+    "vae_encoder",
+    "unet_context",
+    "unet_time",
+    "unet",
+    "step",
+    "step_masked",
+    "vae_decoder",
+)
 USUAL = [Profile.parse("128x128:b1-2")]
 GPU = DeviceFacts(
     index=0,
@@ -76,7 +85,8 @@ def test_every_net_of_the_demo_builds(built: Any) -> None:
             [tensor.name for tensor in tensors] for tensors in (spec.inputs, spec.outputs)
         )
         assert facts["size"] == item.entry.size == len(item.entry.read())
-        assert facts["size"] > engine_bytes(DEMO, item.net) > -(item.net == "step")
+        assert facts["size"] > engine_bytes(DEMO, item.net)
+        assert (engine_bytes(DEMO, item.net) > 0) == (not item.net.startswith("step"))
         assert facts["layers"] > 10
         assert 0 < facts["peak_rss"] < 2e9
         assert facts["seconds"] > facts["parse_seconds"] > 0
@@ -96,10 +106,11 @@ def test_one_engine_has_profiles_with_and_without_guidance(built: Any) -> None:
 
 def test_one_engine_has_two_sizes_and_only_what_they_change_is_built(built: Any) -> None:
     profiles = [*USUAL, Profile.parse("192x128:b1")]
-    planned = plan_build(DEMO, RTX, profiles, BuildOptions(), built[0])
-    assert [item.net for item in planned if item.why] == ["unet", "step", "vae_decoder"]
-    assert "differs in profiles" in planned[3].why
-    assert isinstance(planned[0].found, Entry)
+    planned = {item.net: item for item in plan_build(DEMO, RTX, profiles, BuildOptions(), built[0])}
+    missing = [net for net, item in planned.items() if item.why]
+    assert missing == ["vae_encoder", "unet", "step", "step_masked", "vae_decoder"]
+    assert "differs in profiles" in planned["unet"].why
+    assert isinstance(planned["text_encoder"].found, Entry)
     (decoder,) = build_package(DEMO, RTX, profiles, BuildOptions(), built[0], nets=["vae_decoder"])
     assert decoder.entry.facts["labels"] == ["128x128 b1-2", "192x128 b1"]
     assert decoder.entry.facts["profiles"] == ["128x128:b1-2", "192x128:b1"]
@@ -211,7 +222,7 @@ def test_a_weight_that_is_not_there_is_told(capfd: pytest.CaptureFixture[str]) -
 
 
 def test_what_a_lora_may_touch() -> None:
-    assert lora_targets(DEMO, "vae_decoder") == ()
+    assert lora_targets(DEMO, "vae_encoder") == lora_targets(DEMO, "vae_decoder") == ()
     names = lora_targets(DEMO, "text_encoder")
     assert not [name for name in names if "embedding" in name or "bias" in name]
     used = {tensor.name for net in ("unet", "unet_context", "unet_time") for tensor in net_tensors(DEMO, net)}

@@ -7,9 +7,8 @@ import pytest
 
 from latentrt.engines.device import DeviceMemory, DeviceNet
 from latentrt.engines.errors import BackendError, EngineError, MemoryLimitError, UsageError
-from latentrt.engines.spec import NetSpec, TensorSpec
 from latentrt.engines.tensorrt.nets import TensorRTNet
-from latentrt.engines.tensorrt.shapes import check_outputs, input_sizes, output_shapes
+from latentrt.engines.tensorrt.shapes import check_outputs
 from tests.engines import tensorrt_setting as setting
 from tests.engines.host_device import HostDevice
 from tests.engines.simulated_tensorrt_names import VARIANTS
@@ -68,7 +67,7 @@ def test_the_profile_is_the_nearest_that_covers(device: HostDevice) -> None:
 def test_inputs_that_contradict_each_other_are_refused(device: HostDevice) -> None:
     net = opened(device, net="unet")
     wrong = {**shapes("unet", SMALL), "latent": (4, 4, 8, 8)}
-    with pytest.raises(UsageError, match="latent"):
+    with pytest.raises(UsageError, match=r"context\..* has the shape \(2, .*'B': 4"):
         net.scratch(wrong)
 
 
@@ -306,7 +305,7 @@ def test_shapes_that_the_engine_finds_inconsistent(
 ) -> None:
     net = opened(device, net="unet")
     wrong = {**shapes("unet", SMALL), "latent": (4, 4, 8, 8)}
-    monkeypatch.setattr("latentrt.engines.tensorrt.nets.input_sizes", lambda *_: {})
+    monkeypatch.setattr("latentrt.engines.tensorrt.nets.output_shapes", lambda *_: {})
     with pytest.raises(BackendError, match="inconsistent"):
         net.scratch(wrong)
     world(net).failing["infer_shapes"] = "latent"  # type: ignore[attr-defined]
@@ -324,22 +323,9 @@ def test_an_engine_whose_outputs_are_not_the_contracts(device: HostDevice) -> No
 
 
 def test_outputs_of_other_shapes_than_the_contract() -> None:
-    spec = NetSpec(
-        inputs=(TensorSpec(name="x", dtype="float32", shape=("N", 4, "H/8")),),
-        outputs=(
-            TensorSpec(name="y", dtype="uint8", shape=("N", "H", 3)),
-            TensorSpec(name="z", dtype="float32", shape=("K",)),
-        ),
-    )
-    given = {"x": (2, 4, 8)}
-    assert input_sizes(spec, given) == {"N": 2, "H/8": 8}
-    assert output_shapes(spec, given) == {"y": (2, 64, 3), "z": (None,)}
-    check_outputs(spec, given, {"y": (2, 64, 3), "z": (9,)}, net="n", fix="F.")
-    for wrong in ({"y": (2, 8, 3), "z": (9,)}, {"y": (2, 64, 3), "z": (-1,)}, {"y": (2, 64), "z": (9,)}):
-        with pytest.raises(EngineError, match=r"the engine of 'n' makes .* expected \(.*\)\. F\."):
-            check_outputs(spec, given, wrong, net="n", fix="F.")
-    for shape in ((2, 5, 8), (2, 4)):
-        with pytest.raises(UsageError, match="expected x"):
-            input_sizes(spec, {"x": shape})
-    with pytest.raises(UsageError, match="expected x"):
-        input_sizes(spec, {"w": (2, 4, 8)})
+    spec = setting.PACKAGE.manifest.nets["vae_encoder"].spec
+    given, right = shapes("vae_encoder", LARGE), (2, 4, 12, 16)
+    check_outputs(spec, given, {"mean": right, "std": right}, net="n", fix="F.")
+    for wrong in ((2, 4, 96, 128), (2, 4, 12, -1), (2, 4, 12)):
+        with pytest.raises(EngineError, match=r"'n' makes std of shape .* expected \(2, 4, 12, 16\)\. F\."):
+            check_outputs(spec, given, {"mean": right, "std": wrong}, net="n", fix="F.")

@@ -176,6 +176,11 @@ def test_texts_of_one_and_of_each() -> None:
         (XL, {"target_size": "big"}, "target_size is 'big'"),
         (REFINER, {"aesthetic_score": -1}, "aesthetic_score is -1"),
         (SD, {"clip_skip": -1}, "clip_skip is -1"),
+        (
+            dataclasses.replace(SD, max_clip_skip=3),
+            {"clip_skip": 4},
+            "clip_skip is 4; expected an integer from 0 to 3",
+        ),
         (SD, {"prompt_syntax": "midjourney"}, "expected one of plain, a1111, comfyui"),
         (SD, {"tile": 100}, "tile is 100; expected a multiple of 8"),
         (SD, {"denoising_end": 1.5}, "denoising_end is 1.5"),
