@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from typer import Context
 
+from ..engines.errors import UsageError
 from . import generate_options as options
 from .progress import progress_bar
 
@@ -53,7 +54,7 @@ def generate(
     denoising_start: options.DenoisingStart = None,
     denoising_end: options.DenoisingEnd = None,
     refiner: options.Refiner = None,
-    refiner_at: options.RefinerAt = 0.8,
+    refiner_at: options.RefinerAt = None,
     original_size: options.OriginalSize = None,
     crops_coords_top_left: options.Crop = None,
     target_size: options.TargetSize = None,
@@ -74,6 +75,8 @@ def generate(
     from ..runtime.pipeline import Pipeline
     from ..runtime.request import Given
 
+    if refiner is None and refiner_at is not None:
+        raise UsageError("--refiner-at alone", expected="a refiner", fix="Pass --refiner PACKAGE as well.")
     saver = _Saver(output, as_grid=grid, metadata=not no_metadata)
     # What was given under a parameter's name is that parameter.
     parameters = {
@@ -98,12 +101,12 @@ def generate(
     _report(result, paths, {**seconds, "total": perf_counter() - began}, as_json=as_json)
 
 
-def _draw(pipes: list[Pipeline], prompts: list[str], at: float, parameters: dict[str, Any]) -> Result:
+def _draw(pipes: list[Pipeline], prompts: list[str], at: float | None, parameters: dict[str, Any]) -> Result:
     from ..runtime.hand_over import refine
 
     if len(pipes) == 1:
         return pipes[0](prompts, **parameters)
-    return refine(pipes[0], pipes[1], prompts, at=at, **parameters)
+    return refine(pipes[0], pipes[1], prompts, **({} if at is None else {"at": at}), **parameters)
 
 
 def _on_step(advance: Callable[[str, int, int], None], preview: Path | None) -> Callable[..., None]:
@@ -127,15 +130,14 @@ class _Saver:
     """Where results go: a file per picture, one for all (`as_grid`), or their latents (.npy)."""
 
     def __init__(self, output: Path | None, *, as_grid: bool, metadata: bool) -> None:
-        from ..engines.errors import UsageError
         from ..runtime.picture import check_target
 
         self._output, self._as_grid, self._metadata = output, as_grid, metadata
         self._latents = output is not None and output.suffix == ".npy"
         if self._latents and as_grid:
             raise UsageError("a grid of latents", expected="a picture file", fix="Leave --grid out.")
-        if output is not None and not self._latents:
-            check_target(output)  # before minutes of drawing
+        if output is not None:  # before minutes of drawing
+            check_target(output.with_suffix(".png") if self._latents else output)
 
     @property
     def output_type(self) -> str:
@@ -182,7 +184,8 @@ def _named(prompt: str, seed: int) -> Path:
 def _report(result: Result, paths: list[Path], seconds: dict[str, float], *, as_json: bool) -> None:
     request = result.request
     if as_json:
-        pictures = [{"path": str(path), **result.record(i)} for i, path in enumerate(paths)]
+        files = paths if len(paths) == len(request.seeds) else paths * len(request.seeds)
+        pictures = [{"path": str(path), **result.record(i)} for i, path in enumerate(files)]
         print(json.dumps({"pictures": pictures, "seconds": seconds}))
         return
     for path, seed in zip(paths, request.seeds, strict=False):

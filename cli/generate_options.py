@@ -35,11 +35,22 @@ def read_seeds(text: str) -> int | list[int]:
 
 def read_latents(text: str) -> Any:
     """An array that NumPy saved; a pickle is not read."""
+    from math import prod
+
     import numpy as np
 
     try:
+        with open(text, "rb") as stream:
+            versions = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }
+            shape, _, dtype = versions[np.lib.format.read_magic(stream)](stream)
+            left = Path(text).stat().st_size - stream.tell()
+        if dtype.hasobject or prod(shape) * dtype.itemsize != left:
+            raise ValueError(f"{left} bytes for {dtype} {shape}")
         return np.load(text, allow_pickle=False)
-    except (OSError, EOFError) as error:
+    except Exception as error:  # the header is Python, and its reader raises whatever that may raise
         raise ValueError(str(error)) from error
 
 
@@ -114,7 +125,9 @@ DenoisingEnd = Annotated[
     float | None, Option(help="Stop at this share of the schedule; with -o FILE.npy, for another model.")
 ]
 Refiner = Annotated[str | None, Option(help="A second package, which ends what --model begins.")]
-RefinerAt = Annotated[float, Option(help="The share of the schedule at which the refiner takes over.")]
+RefinerAt = Annotated[
+    float | None, Option(help="The share of the schedule at which the refiner takes over. Default: 0.8.")
+]
 _SIZE: dict[str, Any] = {"parser": read_size, "metavar": "WIDTHxHEIGHT"}
 _OFFSET: dict[str, Any] = {"parser": read_offset, "metavar": "LEFT,TOP"}
 OriginalSize = Annotated[str | None, Option(**_SIZE, help="SDXL: the size that the picture once had.")]

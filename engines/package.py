@@ -22,7 +22,7 @@ from typing import Any, cast
 
 from .errors import PackageError
 from .external_data import check_external_data
-from .spec import NETS, VECTORS, NetSpec
+from .spec import NETS, TEXT_ENCODERS, VECTORS, NetSpec
 
 SCHEMA = 2  # 1 had no pictures to start from, and only Stable Diffusion 1.x and 2.x
 MANIFEST = "manifest.json"
@@ -179,9 +179,27 @@ class Manifest:
         _require(set(self.image_latents) <= set(IMAGE_LATENTS), "image_latents")
         for name in ("image_noise", "image_processor"):
             _require(isinstance(getattr(self, name), (Mapping, type(None))), name)
+        _require(self.max_clip_skip < 1000, "max_clip_skip")
+        self._check_conditions()
         rows = {len(row) for row in self.latent_rgb}
         _require(not rows or (rows == {3} and len(self.latent_rgb) == self.latent_channels + 1), "latent_rgb")
         _require(all(isfinite(value) for row in self.latent_rgb for value in row), "latent_rgb")
+
+    def _check_conditions(self) -> None:
+        """Raise ValueError unless what is said of the UNet's conditions is what its nets take."""
+        time = self.nets["unet_time"].spec.inputs if "unet_time" in self.nets else ()
+        vectors = {item.name: item.shape for item in time if item.name in VECTORS}
+        for name, shape in vectors.items():
+            _require(len(shape) == 2 and isinstance(shape[1], int), f"the vector {name}")
+        if "time_ids" in vectors:
+            _require(vectors["time_ids"][1] == len(self.time_ids), "time_ids")
+        encoders = [self.nets[name].spec.outputs for name in TEXT_ENCODERS if name in self.nets]
+        if "text_embeds" in vectors and encoders:
+            pooled = any(item.name == "pooled" for outputs in encoders for item in outputs)
+            _require(pooled, "the pooled embedding of the text")
+        if "unet" in self.nets:
+            taken = any(item.name == "image_latents" for item in self.nets["unet"].spec.inputs)
+            _require(taken == bool(self.image_latents), "image_latents")
 
     def net(self, name: str) -> NetFile:
         """A net of the package. Raises PackageError if it has none of that name."""

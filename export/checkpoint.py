@@ -96,6 +96,9 @@ class Checkpoint:
                 f"{root} does not exist", expected=SUPPORTED, fix="Check the path; downloads are up to you."
             )
         found = _open_file(root, prediction_type) if root.is_file() else _open_folder(root, prefer_fp16)
+        if prediction_type is not None:
+            scheduler = {**found.scheduler, "prediction_type": prediction_type}
+            found = replace(found, configs={**found.configs, "scheduler": scheduler})
         parts = dict(found.parts)
         if vae is not None:
             scale = float(found.vae.config.get("scaling_factor", 0.18215))
@@ -186,7 +189,7 @@ def _open_folder(root: Path, prefer_fp16: bool) -> Checkpoint:
         configs=configs,
         steps=steps,
         guidance_scale=guidance_scale,
-        strength=layout.strength,
+        strength=layout.strength if steps > 1 else 1.0,  # no part of a single step can be run
         zero_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", layout.zero_empty_prompt)),
     )
 
@@ -202,7 +205,7 @@ def _open_file(path: Path, prediction_type: str | None) -> Checkpoint:
         configs={"scheduler": found.scheduler},
         steps=steps,
         guidance_scale=guidance_scale,
-        strength=layout.strength,
+        strength=layout.strength if steps > 1 else 1.0,  # no part of a single step can be run
         # As in the folder that the refiner is published in.
         zero_empty_prompt=layout.zero_empty_prompt and found.family != "sdxl-refiner",
         notes=found.notes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from numbers import Real
+from typing import Any, cast
 
 import numpy as np
 
@@ -78,9 +79,10 @@ def side(name: str, value: int, multiple: int) -> int:
 
 def pair(name: str, value: Sequence[int], low: int = 0) -> tuple[int, int]:
     """Two whole numbers: (height, width), or (top, left)."""
-    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or len(value) != 2:
+    items: Any = cast(Any, value).tolist() if isinstance(value, np.ndarray) else value
+    if isinstance(items, (str, bytes)) or not isinstance(items, Sequence) or len(cast(Any, items)) != 2:
         raise UsageError(f"{name} is {value!r}", expected="two integers", fix=f"Pass {name}=(1024, 1024).")
-    first, second = (integer(name, item, low, 16384) for item in value)
+    first, second = (integer(name, item, low, 16384) for item in cast(Any, items))
     return first, second
 
 

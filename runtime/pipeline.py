@@ -23,11 +23,10 @@ from .job import Drawn, Job, Loop, LoopNet
 from .loops import LoopOptions, open_loop
 from .noise import NoiseSource
 from .picture import check_pictures, to_pil
-from .preview import check_finite, preview
+from .preview import check_finite, finished, preview
 from .replay import Graphs
 from .request import Parameters, Request, make_request
 from .result import Result
-from .source import Masked
 from .span import make_span
 from .start import make_start
 from .table import Table
@@ -200,10 +199,10 @@ class Pipeline:
 
     def warmup(self, **parameters: Unpack[Parameters]) -> None:
         """Run every net once at the size and batch of these parameters, so that the next call is warm."""
-        latent = self(
-            "", **{"num_inference_steps": 1, "seed": 0, **parameters, "output_type": "latent"}
-        ).images
-        check_finite(*self._loop.decode(np.asarray(latent)))
+        started = {"strength": 1.0} if parameters.get("image") is not None else {}
+        whole: Any = {"num_inference_steps": 1, "seed": 0, **started, **parameters, "output_type": "latent"}
+        latent = np.asarray(self("", **whole).images)
+        check_finite(*self._loop.decode(latent, tile=parameters.get("tile")))
 
     def close(self) -> None:
         """Free every net. May be called twice."""
@@ -270,9 +269,11 @@ class Pipeline:
         latent, profile = None, ""
         for step in self._steps(request, clock, cancel):
             if callback is not None:
-                values = {"latents": step.latent, "total": step.total, "step": step}
-                answer = callback(self, step.index, step.timestep, values)
-                step.state.replace((answer or {}).get("latents", step.latent))
+                # A copy: what a callback does to it counts only if it is returned.
+                values = {"latents": np.array(step.latent), "total": step.total, "step": step}
+                answer = callback(self, step.index, step.timestep, values) or {}
+                if "latents" in answer:
+                    step.state.replace(answer["latents"])
             latent, profile = step.latent, step.state.profile
         assert latent is not None  # a table has at least one row
         if request.output_type == "latent":
@@ -287,8 +288,7 @@ class Pipeline:
             return drawn.latent
         images = check_finite(drawn.image, drawn.mean)
         check_pictures(images)
-        if isinstance(request.source, Masked):
-            images = np.stack([request.source.inpainting.paste(image) for image in images])
+        images = finished(images, request)
         return images if request.output_type == "np" else [to_pil(image) for image in images]
 
     def _producer(self, profile: str) -> dict[str, str]:

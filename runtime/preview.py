@@ -13,6 +13,7 @@ from .denoise import narrow
 from .job import Loop
 from .picture import Pixels, to_pil
 from .request import Request
+from .source import Masked
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,7 +31,8 @@ def preview(latent: Array, kind: str, *, manifest: Manifest, loop: Loop, request
     if kind == "fast":
         kind = "tiny" if "preview_decoder" in manifest.nets else "rgb" if manifest.latent_rgb else "decoder"
     if kind == "decoder":
-        return [to_pil(image) for image in check_finite(*loop.decode(latent, tile=request.tile))]
+        images = check_finite(*loop.decode(latent, tile=request.tile))
+        return [to_pil(image) for image in finished(images, request)]
     if kind == "tiny" and "preview_decoder" in manifest.nets:
         dtype = DTYPES[manifest.net("preview_decoder").spec.inputs[0].dtype]
         decoded = loop.call("preview_decoder", latent=narrow(latent, dtype))
@@ -56,6 +58,13 @@ def project(latent: Array, latent_rgb: Array) -> Pixels:
     """
     shades: Array = np.einsum("nchw,cs->nhws", latent, latent_rgb[:-1]) + latent_rgb[-1]
     return np.rint(np.minimum(np.maximum(shades, 0), 1) * 255).astype(np.uint8)
+
+
+def finished(images: Array, request: Request) -> Array:
+    """Decoded pictures (N, H, W, 3) uint8 as a request returns them: what lies outside a mask is put back."""
+    if not isinstance(request.source, Masked):
+        return images
+    return np.stack([request.source.inpainting.paste(image) for image in images])
 
 
 def check_finite(image: Array, mean: Array) -> Array:

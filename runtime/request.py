@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import numpy as np
+
 from ..engines.errors import UsageError
 from ..engines.package import Manifest
 from ..engines.spec import TEXT_ENCODERS, Array
@@ -16,6 +18,7 @@ from .prompt_syntax import PROMPT_SYNTAXES
 from .samplers import SamplerConfig, resolve
 from .size_conditions import SizeConditions, make_size_conditions
 from .source import Source, load_images, make_source, natural_size
+from .tiling import Tiling
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -24,7 +27,6 @@ if TYPE_CHECKING:
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 MAX_STEPS = 1000
-MAX_NOISE_LEVEL = 999
 
 
 class Parameters(TypedDict, total=False):
@@ -189,7 +191,8 @@ def make_request(
     prompts = check.texts("prompt", prompt)
     pictures = len(prompts) * count
     height, width = _size(manifest, given)
-    source = make_source(manifest, given, height, width, (pictures, *latent_shape(manifest, height, width)))
+    shape = (pictures, *latent_shape(manifest, height, width))
+    source = make_source(manifest, given, height, width, shape, prompts=len(prompts))
     steps = defaults.num_inference_steps if given.num_inference_steps is None else given.num_inference_steps
     scale = defaults.guidance_scale if given.guidance_scale is None else given.guidance_scale
     scale = check.number("guidance_scale", scale, 0.0, 1000.0)
@@ -221,11 +224,11 @@ def make_request(
         ),
         rng=check.choice("rng", given.rng, RNGS),
         **_span(given),
-        noise_level=check.integer("noise_level", given.noise_level, 0, MAX_NOISE_LEVEL),
+        noise_level=check.integer("noise_level", given.noise_level, 0, _most_noise(manifest)),
         sizes=make_size_conditions(manifest, given, height, width),
-        tile=given.tile if given.tile is None else check.side("tile", given.tile, manifest.size_multiple),
+        tile=None if given.tile is None else _tile(given.tile, manifest),
         output_type=check.choice("output_type", given.output_type, OUTPUT_TYPES),
-        latents=check.latents("latents", given.latents, (pictures, *latent_shape(manifest, height, width))),
+        latents=check.latents("latents", given.latents, shape),
         source=source,
     )
 
@@ -274,7 +277,7 @@ def _refuse_unfitting(manifest: Manifest, given: Given) -> None:
     """A parameter that this model could only ignore is an error."""
     usual = Given()
     for names, what, fits in _FOR_SOME:
-        said = [name for name in names if getattr(given, name) != getattr(usual, name)]
+        said = [name for name in names if not _same(getattr(given, name), getattr(usual, name))]
         if said and not fits(manifest):
             value = getattr(given, said[0])
             raise UsageError(
@@ -282,6 +285,24 @@ def _refuse_unfitting(manifest: Manifest, given: Given) -> None:
                 expected=f"a model with {what}",
                 fix=f"Leave {said[0]} out.",
             )
+
+
+def _most_noise(manifest: Manifest) -> int:
+    """The last timestep of the noise on pictures to vary."""
+    steps = (manifest.image_noise or {}).get("num_train_timesteps", 1000)
+    return steps - 1 if isinstance(steps, int) else 999
+
+
+def _tile(value: int, manifest: Manifest) -> int:
+    """A side that tiles can have; refused before anything is drawn."""
+    size = check.side("tile", value, manifest.size_multiple)
+    Tiling(size=size).stride(manifest.latent_scale)
+    return size
+
+
+def _same(one: object, other: object) -> bool:
+    """Equal, whether written as a tuple, a list or an array."""
+    return repr(np.asarray(one).tolist()) == repr(np.asarray(other).tolist())
 
 
 def _grid_share(manifest: Manifest, source: Source | None) -> float:
@@ -323,6 +344,13 @@ def _span(given: Given) -> dict[str, float | None]:
             f"denoising_start {begin:g} is not before denoising_end {end:g}",
             expected="a part of the schedule",
             fix="Exchange the two.",
+        )
+    unused = [name for name in ("strength", "mask_image", "latents") if getattr(given, name) is not None]
+    if begin is not None and unused:
+        raise UsageError(
+            f"{unused[0]} with denoising_start",
+            expected="the latent that another model stopped at, with its noise, alone",
+            fix=f"Leave {unused[0]} out, or use strength in place of denoising_start.",
         )
     if begin is not None and given.image is None:
         raise UsageError(

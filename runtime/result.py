@@ -43,6 +43,11 @@ def _sampler_record(config: SamplerConfig) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name == "eta" or value != defaults[name]}
 
 
+def _strength(request: Request) -> float | None:
+    """Of what the run started from; a latent that another model left has none."""
+    return None if request.denoising_start is not None else getattr(request.source, "strength", None)
+
+
 def _said(request: Request, index: int) -> dict[str, Any]:
     """What only some requests have, and this one does."""
     masked = request.source if isinstance(request.source, Masked) else None
@@ -50,7 +55,7 @@ def _said(request: Request, index: int) -> dict[str, Any]:
         "prompt_2": request.prompts_2[index],
         "negative_prompt_2": request.negative_prompts_2[index],
         "clip_skip": request.clip_skip or None,
-        "strength": getattr(request.source, "strength", None),
+        "strength": _strength(request),
         "mask_region": masked.inpainting.region if masked else None,
         "mask_blur": masked.inpainting.blur or None if masked else None,
         "noise_level": request.noise_level if isinstance(request.source, Varied) else None,
@@ -116,7 +121,7 @@ class Result:
                 "Seed": request.seeds[index],
                 "Size": f"{request.width}x{request.height}",
                 "Model": self.producer["model"],
-                "Denoising strength": getattr(request.source, "strength", None),
+                "Denoising strength": _strength(request),
                 "Clip skip": request.clip_skip + 1,  # 1 is the last layer there
                 "RNG": "CPU" if request.rng == "torch-cpu" else "GPU",
                 "Version": f"latentrt {self.producer['latentrt']}",

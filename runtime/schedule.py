@@ -31,6 +31,7 @@ SIGMA_SCHEDULES = ("default", "karras", "exponential", "beta", "lu")
 # What diffusers puts in place of a terminal alpha_bar of zero where the sampler divides by it: the smallest
 # positive float16.
 ZERO_SNR_FLOOR = 2.0**-24
+_MOST_TIMESTEPS = 100_000  # models have 1000; a config from a stranger must not take all memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,12 @@ class NoiseSchedule:
         """Check the fields."""
         if self.beta_schedule not in BETA_SCHEDULES and self.trained_betas is None:
             raise _unknown("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
+        if isinstance(self.num_train_timesteps, int) and self.num_train_timesteps > _MOST_TIMESTEPS:
+            raise SamplerError(
+                f"num_train_timesteps is {self.num_train_timesteps}",
+                expected=f"1 to {_MOST_TIMESTEPS}",
+                fix="Correct the model's scheduler_config.json.",
+            )
         betas = self._betas
         right_length = len(betas) == self.num_train_timesteps > 0
         if not right_length or not ((betas > 0) & (betas <= 1)).all():

@@ -6,7 +6,7 @@ is the manifest's `time_ids`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,22 +44,25 @@ def make_size_conditions(manifest: Manifest, given: Given, height: int, width: i
         UsageError: a size or crop that is not two integers, or a score that is no number.
     """
     here = (height, width)
-    original = check.pair("original_size", given.original_size or here, 1)
+    original = check.pair("original_size", _or(given.original_size, here), 1)
     crop = check.pair("crops_coords_top_left", given.crops_coords_top_left)
-    target = check.pair("target_size", given.target_size or here, 1)
+    target = check.pair("target_size", _or(given.target_size, here), 1)
     score = check.number("aesthetic_score", given.aesthetic_score, 0.0, _MOST)
-    negative_crop = given.negative_crops_coords_top_left
     positive = _named(original, crop, target, score)
     negative = _named(
-        check.pair("negative_original_size", given.negative_original_size or original, 1),
-        check.pair("negative_crops_coords_top_left", crop if negative_crop is None else negative_crop),
-        check.pair("negative_target_size", given.negative_target_size or target, 1),
+        check.pair("negative_original_size", _or(given.negative_original_size, original), 1),
+        check.pair("negative_crops_coords_top_left", _or(given.negative_crops_coords_top_left, crop)),
+        check.pair("negative_target_size", _or(given.negative_target_size, target), 1),
         check.number("negative_aesthetic_score", given.negative_aesthetic_score, 0.0, _MOST),
     )
     return SizeConditions(
         positive={name: positive[name] for name in manifest.time_ids},
         negative={name: negative[name] for name in manifest.time_ids},
     )
+
+
+def _or(given: Sequence[int] | None, usual: tuple[int, int]) -> Sequence[int]:
+    return usual if given is None else given
 
 
 def _named(

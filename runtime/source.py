@@ -15,12 +15,15 @@ from . import parameter_checks as check
 from .image_input import read_image
 from .mask import Inpainting, plan_inpainting
 from .picture import Pixels
-from .resize import clip_pixels, resize
+from .resize import RESIZE_MODES, clip_pixels, resize
 
 if TYPE_CHECKING:
     from .request import Given
 
 _WITH_IMAGE = ("mask_image", "strength", "padding_mask_crop")
+# What has no use without a mask.
+_WITH_MASK = ("padding_mask_crop", "mask_blur")
+_NOT_VARIED = ("mask_image", "strength", "padding_mask_crop", "mask_blur", "resize_mode", "denoising_start")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +73,15 @@ def load_images(image: Any) -> Array | list[Pixels] | None:
         return None
     if isinstance(image, np.ndarray) and image.ndim == 4:
         batch = cast(Array, image)
-        if batch.dtype.kind == "f" and batch.shape[-1] not in (3, 4):
+        colours = batch.shape[-1] in (3, 4)
+        if batch.dtype.kind == "f" and not colours:
             return batch
+        if batch.dtype.kind == "f" and batch.shape[1] == 4:
+            raise UsageError(
+                f"an array of shape {batch.shape}, which may be latents or pictures",
+                expected="latents (N, 4, H/8, W/8), or pictures (N, H, W, 3)",
+                fix="Pass pictures as uint8, or one by one in a list.",
+            )
         return [read_image(one) for one in batch]
     several: Sequence[Any] = cast(Sequence[Any], image) if isinstance(image, (list, tuple)) else [image]
     if not several:
@@ -92,7 +102,7 @@ def natural_size(manifest: Manifest, given: Given) -> tuple[int, int]:
 
 
 def make_source(
-    manifest: Manifest, given: Given, height: int, width: int, shape: tuple[int, ...]
+    manifest: Manifest, given: Given, height: int, width: int, shape: tuple[int, ...], *, prompts: int
 ) -> Source | None:
     """Check the pictures, and fit them.
 
@@ -102,14 +112,22 @@ def make_source(
         height: of what is drawn.
         width: of what is drawn.
         shape: (N, C, H/8, W/8) of the latents.
+        prompts: how many there are, each for as many pictures.
 
     Raises:
         UsageError: a picture that does not fit, or is missing; a strength or a mask without a picture.
     """
+    check.choice("resize_mode", given.resize_mode, RESIZE_MODES)
     _refuse_missing(manifest, given)
     if given.image is None:
         return None
     images = cast("list[Pixels]", given.image)
+    if not isinstance(given.image, np.ndarray) and len(images) not in (1, prompts, shape[0]):
+        raise UsageError(
+            f"{len(images)} images for {prompts} prompts",
+            expected="one image, or one for every prompt",
+            fix="Pass one image for all of them.",
+        )
     if "class_labels" in manifest.vectors:
         config = manifest.image_processor or {}
         return Varied(pixels=_spread([clip_pixels(image, config) for image in images], shape[0]))
@@ -147,11 +165,20 @@ def _refuse_missing(manifest: Manifest, given: Given) -> None:
                 fix="Pass image=…, or --image FILE.",
             )
         return
-    if varied and (isinstance(given.image, np.ndarray) or given.mask_image is not None):
+    usual = type(given)()
+    unused = [name for name in _NOT_VARIED if getattr(given, name) is not getattr(usual, name)]
+    if varied and (unused or isinstance(given.image, np.ndarray)):
         raise UsageError(
-            "latents or a mask for a model that varies a picture",
+            f"{unused[0] if unused else 'latents'} for a model that varies a picture",
             expected="one picture, or one for every prompt",
             fix="Pass image=… alone.",
+        )
+    without = [name for name in _WITH_MASK if getattr(given, name) != getattr(usual, name)]
+    if without and given.mask_image is None:
+        raise UsageError(
+            f"{without[0]} without a mask",
+            expected="mask_image, white where the picture is to be repainted",
+            fix=f"Pass mask_image=…, or leave {without[0]} out.",
         )
     if manifest.image_latents and given.mask_image is None:
         raise UsageError(
@@ -175,11 +202,5 @@ def _refuse_missing(manifest: Manifest, given: Given) -> None:
 
 
 def _spread(images: list[Pixels], pictures: int) -> Array:
-    """(N, …): one image for all pictures, or as many images as divide them, each for its prompt's."""
-    if pictures % len(images):
-        raise UsageError(
-            f"{len(images)} images for {pictures} pictures",
-            expected="one image, or one for every prompt",
-            fix="Pass one image for all of them.",
-        )
+    """(N, …): each image for as many pictures."""
     return np.repeat(np.stack(images), pictures // len(images), axis=0)

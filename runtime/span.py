@@ -13,6 +13,8 @@ from .request import Request
 from .samplers import make_table
 from .table import Table
 
+_TWO_CALLS = ("heun", "dpm2", "dpm2_a", "dpmpp_2s_a")  # UNet calls of a step
+
 
 def make_span(request: Request) -> Table:
     """The rows of the sampler's table that are run, at least one.
@@ -27,10 +29,10 @@ def make_span(request: Request) -> Table:
     """
     steps = request.num_inference_steps
     whole = make_table(request.sampler, steps)
-    calls = 2 if len(whole) > steps else 1
-    timesteps = whole.t[::calls]
+    calls = 2 if request.sampler.name in _TWO_CALLS else 1
+    timesteps = whole.t[::calls]  # PLMS has one more than there are steps, and cuts count it, as in diffusers
     train = request.sampler.noise.num_train_timesteps
-    start, stop = 0, steps
+    start, stop = 0, len(timesteps)
     if request.denoising_end is not None:
         stop = _before(timesteps, request.denoising_end, train)
     if request.denoising_start is not None:
@@ -44,7 +46,7 @@ def make_span(request: Request) -> Table:
             fix="Raise strength or num_inference_steps, or widen the part of the schedule.",
         )
     table = make_table(request.sampler, steps, start=start) if start else whole
-    return table if stop == steps else table.head((stop - start) * calls)
+    return table if stop == len(timesteps) else table.head((stop - start) * calls)
 
 
 def _before(timesteps: np.ndarray, share: float, train: int) -> int:

@@ -70,7 +70,8 @@ def make_start(
             return _with_channels(request, masked, manifest, table, noise, encoded)
         case Masked(pixels=pixels) as masked:
             clean, drawn = encoded(pixels), noise()
-            source.draw(shape)  # diffusers encodes the masked picture here as well
+            if len(manifest.net("vae_encoder").spec.outputs) > 1:
+                source.draw(shape)  # diffusers encodes the masked picture here as well
             first = table.init * drawn if masked.strength == 1 else _noised(clean, drawn, table)
             mask = _mask(masked, manifest.latent_scale)
             return Start(first=first, kept=Kept(latent=clean, noise=drawn, mask=mask))

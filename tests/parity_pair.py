@@ -70,11 +70,9 @@ class Pair:
     def reference(self, kind: str, scheduler: str | None = None, **options: Any) -> Any:
         """The diffusers pipeline of that class, with another scheduler if one is named."""
         if kind not in self._references:
-            more: dict[str, Any] = {}
-            if kind.startswith("StableDiffusion") and "XL" not in kind and "UnCLIP" not in kind:
-                more = {"safety_checker": None, "requires_safety_checker": False}
-            if kind.startswith("LatentConsistency"):
-                more = {"safety_checker": None, "requires_safety_checker": False}
+            unsafe = {"safety_checker": None, "requires_safety_checker": False}
+            checked = "XL" not in kind and "UnCLIP" not in kind
+            more = {"unet": self._unet(), **(unsafe if checked else {})}
             pipe = getattr(diffusers, kind).from_pretrained(self.checkpoint, dtype=torch.float32, **more)
             pipe.set_progress_bar_config(disable=True)
             self._references[kind] = pipe, pipe.scheduler
@@ -83,6 +81,13 @@ class Pair:
             own if scheduler is None else getattr(diffusers, scheduler).from_config(own.config, **options)
         )
         return pipe
+
+    def _unet(self) -> Any:
+        """Its UNet; pipelines that start from pictures take no sample size of two numbers."""
+        unet = diffusers.UNet2DConditionModel.from_pretrained(self.checkpoint / "unet")
+        size = unet.config.sample_size
+        unet.register_to_config(sample_size=size if isinstance(size, int) else max(size))
+        return unet
 
 
 def drawn(pipe: Any, seeds: list[int], **parameters: Any) -> np.ndarray:

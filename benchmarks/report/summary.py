@@ -124,6 +124,19 @@ def _build(document: Document) -> Lines:
     yield "build of the engines", ", ".join(parts)
 
 
+def _export(document: Document) -> Lines:
+    """Each package: time, CPU time, peak memory, and the worst net against torch."""
+    for case in cases(document):
+        row, peak = row_of(document, "export", OURS, case), row_of(document, "export peak memory", OURS, case)
+        if p50(row) is None:
+            continue
+        cpu, memory = figure(row, "cpu_seconds"), p50(peak)
+        parts = [words.seconds(p50(row) or 0.0)]
+        parts += [f"{words.seconds(cpu)} of CPU time"] if cpu is not None else []
+        parts += [f"peak {words.amount(memory, 'B')}"] if memory is not None else []
+        yield f"export with `--verify`, {case.get('dtype', '')}", ", ".join(parts)
+
+
 def _parity(document: Document) -> Lines:
     """The worst of all nets, and of all pictures."""
     for what, pictures in (("nets", False), ("pictures", True)):
@@ -165,6 +178,7 @@ _SUMMARIES: Mapping[str, Callable[[Document], Lines]] = {
     "memory": _memory,
     "cold-start": _phases,
     "build": _build,
+    "export": _export,
     "parity": _parity,
     "detection": _detection,
 }

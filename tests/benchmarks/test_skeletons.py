@@ -31,6 +31,7 @@ def roomy(tmp_path: Path) -> Generator[Path]:
     shutil.rmtree(tmp_path)
 
 
+@pytest.mark.slow
 def test_every_net_of_full_size_sd15_builds_without_a_gpu(roomy: Path) -> None:
     package = fill_skeleton("sd15-fp16", roomy / "package")
     package.verify()

@@ -88,6 +88,10 @@ class Listener:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     np.save("noise.npy", np.zeros((1, 4, 16, 16), np.float32))
+    whole = Path("noise.npy").read_bytes()
+    Path("lies.npy").write_bytes(whole.replace(b"(1, 4, 16, 16)", b"(9999999999,) "))
+    Path("cut.npy").write_bytes(whole[:40])
+    Path("zip.npy").write_bytes(b"PK\x03\x04garbage")
     shades = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
     Image.fromarray(shades).save("start.png")
     mask = np.zeros((128, 128), np.uint8)
@@ -150,6 +154,10 @@ def test_how_the_pipeline_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
         ["--latents", "nowhere.npy"],
         ["--latents", "start.png"],
         ["--image", "nowhere.npy"],
+        ["--image", "lies.npy"],
+        ["--image", "cut.npy"],
+        ["--image", "zip.npy"],
+        ["--refiner-at", "0.5"],
         ["--grid", "-o", "x.npy"],
         ["--preview", "x.tiff"],
         ["-o", "x.tiff"],

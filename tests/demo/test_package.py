@@ -13,7 +13,7 @@ import pytest
 
 from latentrt.demo.checker import SEMANTIC_IOU, check
 from latentrt.demo.shapes import Scene, held_out_scenes
-from latentrt.engines.package import Package
+from latentrt.engines.package import Defaults, Package
 from latentrt.export import export_package
 from latentrt.runtime import Pipeline
 
@@ -40,7 +40,8 @@ def test_it_is_what_the_exporter_makes_of_the_shipped_checkpoint(tmp_path: Path)
 
 def test_its_defaults_are_the_recommended_ones() -> None:
     recommended = json.loads((DEMO / "checkpoint" / "recommended.json").read_text())
-    assert vars(Package.open(DEMO / "package").manifest.defaults) == recommended
+    defaults = vars(Package.open(DEMO / "package").manifest.defaults)
+    assert defaults == {**vars(Defaults()), **recommended}
 
 
 def test_the_wheel_holds_the_package_not_the_checkpoint_and_is_small(tmp_path: Path) -> None:

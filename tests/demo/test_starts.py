@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 
 from latentrt.demo.checker import SEMANTIC_IOU, check
 from latentrt.demo.shapes import RGB, Scene
+from latentrt.engines.errors import UsageError
 from latentrt.runtime import Pipeline
 
 SIDE = 128
@@ -130,6 +131,29 @@ def test_tiles_are_close_to_the_whole(pipe: Pipeline, picture: Image.Image) -> N
     whole, tiled = (draw(pipe, prompt, **parameters, tile=tile) for tile in (None, 64))
     assert np.abs(whole.astype(int) - tiled).mean() < 12
     assert (whole != tiled).any()
+
+
+def test_the_last_preview_of_an_inpainting_is_the_picture(pipe: Pipeline, picture: Image.Image) -> None:
+    parameters = {"image": picture, "mask_image": MASK, "seed": 5, "num_inference_steps": 2}
+    *_, last = pipe.stream("a green square", **parameters)
+    np.testing.assert_array_equal(np.asarray(last.preview()[0]), draw(pipe, "a green square", **parameters))
+    with pytest.raises(UsageError, match="the preview 'tiny' of 'demo'"):
+        last.preview("tiny")
+
+
+def test_a_callback_that_only_writes_changes_nothing(pipe: Pipeline) -> None:
+    def scribble(pipe: Pipeline, index: int, timestep: float, values: dict[str, Any]) -> None:
+        values["latents"][:] = 0
+
+    parameters = {"seed": 5, "num_inference_steps": 3}
+    plain, watched = (
+        draw(pipe, "a red star", **parameters, callback_on_step_end=seen) for seen in (None, scribble)
+    )
+    np.testing.assert_array_equal(plain, watched)
+
+
+def test_warming_up_with_a_picture(pipe: Pipeline, picture: Image.Image) -> None:
+    pipe.warmup(image=picture, tile=64)
 
 
 def test_previews(pipe: Pipeline) -> None:

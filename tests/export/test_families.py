@@ -197,7 +197,7 @@ def test_what_the_manifests_say(inpaint_xl: Exported, unclip: Exported) -> None:
     corners = ["original_height", "original_width", "crop_top", "crop_left", "target_height", "target_width"]
     assert list(one.time_ids) == corners
     assert one.image_latents == ("mask", "masked_image")
-    assert one.defaults == Defaults(num_inference_steps=50, guidance_scale=5.0, height=16, width=16)
+    assert one.defaults == Defaults(guidance_scale=5.0, height=16, width=16, strength=0.3)
     assert (one.image_noise, one.image_processor) == (None, None)
     assert {path.name for path in inpaint_xl.package.root.glob("tokenizer*")} == {"tokenizer", "tokenizer_2"}
     assert (two.family, two.context_width, two.zero_empty_prompt) == ("unclip", 32, False)

@@ -10,7 +10,7 @@ from string import Template
 from onnx import parser
 
 from latentrt.engines import spec
-from latentrt.engines.package import Manifest, NetFile, Package, write_manifest
+from latentrt.engines.package import TIME_IDS, Manifest, NetFile, Package, write_manifest
 from latentrt.engines.spec import NetSpec, TensorSpec
 from latentrt.export.step_graph import write_step
 
@@ -155,5 +155,7 @@ def write_small_package(
             max_tokens=TOKENS,
             scheduler={"_class_name": "DDIMScheduler"},
             nets=nets,
+            time_ids=TIME_IDS[: widths.get("time_ids", 0)],
+            image_latents=("mask", "masked_image") if image else (),
         ),
     )

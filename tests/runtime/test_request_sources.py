@@ -10,7 +10,7 @@ from PIL import Image
 
 from latentrt.engines.errors import SamplerError, UsageError
 from latentrt.engines.package import Defaults, Manifest, NetFile
-from latentrt.engines.spec import unet_time
+from latentrt.engines.spec import text_encoder, unet_time
 from latentrt.runtime.request import Request, make_request
 from latentrt.runtime.source import Latents, Masked, Pictures, Varied
 from latentrt.runtime.span import make_span
@@ -121,14 +121,27 @@ def test_sizes_are_the_pictures_unless_given() -> None:
     assert not ask(SD).sizes.positive
 
 
+def test_sizes_may_be_lists_or_arrays() -> None:
+    sizes = ask(XL, original_size=np.array([7, 8]), crops_coords_top_left=[0, 0]).sizes
+    assert list(sizes.positive.values())[:4] == [7, 8, 0, 0]
+    assert not ask(SD, crops_coords_top_left=[0, 0]).sizes.positive
+
+
 def test_an_embedded_guidance_scale_needs_no_second_half() -> None:
     assert not ask(LCM, guidance_scale=8.5).guided
     assert ask(SD, guidance_scale=8.5).guided
 
 
 def test_texts_of_one_and_of_each() -> None:
-    two = dataclasses.replace(XL, nets={**XL.nets, "text_encoder": XL.nets["unet_time"]})
-    two = dataclasses.replace(two, nets={**two.nets, "text_encoder_2": XL.nets["unet_time"]})
+    encoders = {
+        name: NetFile(
+            graph="x.onnx",
+            weights=None,
+            spec=text_encoder(tokens=77, width=8, pooled=8, float_dtype="float32"),
+        )
+        for name in ("text_encoder", "text_encoder_2")
+    }
+    two = dataclasses.replace(XL, nets={**XL.nets, **encoders})
     request = make_request(two, ["a", "b"], prompt_2=["c", "d"], negative_prompt="n", num_images_per_prompt=2)
     assert request.prompts_2 == ("c", "c", "d", "d")
     assert request.negative_prompts == ("n",) * 4
@@ -149,7 +162,20 @@ def test_texts_of_one_and_of_each() -> None:
         (SD, {"image": PICTURE, "mask_image": MASK, "resize_mode": "crop"}, "with a mask"),
         (SD, {"image": [PICTURE, PICTURE], "mask_image": MASK}, "several images"),
         (SD, {"image": np.ones((1, 4, 5, 7)), "mask_image": MASK}, "or with latents"),
-        (SD, {"image": [PICTURE, PICTURE]}, "2 images for 1 pictures"),
+        (SD, {"image": [PICTURE, PICTURE]}, "2 images for 1 prompts"),
+        (SD, {"image": PICTURE, "padding_mask_crop": 3}, "padding_mask_crop without a mask"),
+        (SD, {"image": PICTURE, "mask_blur": 3.0}, "mask_blur without a mask"),
+        (SD, {"resize_mode": "zoom"}, "zoom"),
+        (SD, {"image": np.zeros((1, 4, 24, 3))}, "may be latents or pictures"),
+        (
+            SD,
+            {"image": PICTURE, "mask_image": MASK, "denoising_start": 0.5},
+            "mask_image with denoising_start",
+        ),
+        (SD, {"image": PICTURE, "strength": 0.5, "denoising_start": 0.5}, "strength with denoising_start"),
+        (UNCLIP, {"image": PICTURE, "strength": 0.5}, "strength for a model that varies"),
+        (UNCLIP, {"image": PICTURE, "mask_blur": 2.0}, "mask_blur for a model that varies"),
+        (SD, {"tile": 8}, "tiles of 8 pixels"),
         (SD, {"image": []}, "0 images"),
         (SD, {"image": np.ones((1, 3, 5, 7))}, r"image have shape \(1, 3, 5, 7\)"),
         (SD, {"image": np.full((1, 4, 5, 7), np.inf)}, "not all finite"),
@@ -204,11 +230,43 @@ def test_refused_by_name(manifest: Manifest, parameters: dict[str, Any], match: 
         ({"image": np.ones((1, 4, 5, 7)), "denoising_start": 0.8}, 2),
         ({"image": np.ones((1, 4, 5, 7)), "denoising_start": 0.5, "denoising_end": 0.8}, 3),
         ({"sampler": "heun"}, 19),
+        ({"sampler": "plms"}, 11),
+        ({"sampler": "plms", "denoising_end": 0.8, "num_inference_steps": 50}, 41),
+        (
+            {
+                "image": np.ones((1, 4, 5, 7)),
+                "sampler": "plms",
+                "denoising_start": 0.8,
+                "num_inference_steps": 50,
+            },
+            10,
+        ),
         ({"sampler": "heun", "denoising_end": 0.8}, 16),
     ],
 )
 def test_the_part_of_the_schedule(parameters: dict[str, Any], rows: int) -> None:
     assert len(make_span(ask(**parameters))) == rows
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"time_ids": ()},
+        {"image_latents": ("mask",), "nets": {**XL.nets, "unet": XL.nets["unet_time"]}},
+        {"max_clip_skip": 10**9},
+        {"nets": with_vectors(class_labels="B")},
+        {"nets": {**XL.nets, "text_encoder": XL.nets["unet_time"]}},
+    ],
+    ids=["time-ids", "image-latents", "clip-skip", "symbol", "pooled"],
+)
+def test_a_manifest_says_what_its_nets_take(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="out of range or of the wrong type"):
+        dataclasses.replace(XL, **change)
+
+
+def test_a_schedule_from_a_stranger_takes_no_memory() -> None:
+    with pytest.raises(SamplerError, match="num_train_timesteps is 1000000000000"):
+        ask(dataclasses.replace(SD, scheduler={**SD.scheduler, "num_train_timesteps": 10**12}))
 
 
 def test_two_parts_are_the_whole() -> None:
