@@ -348,6 +348,14 @@ def write_manifest(root: Path, manifest: Manifest) -> Package:
 
 def _read_manifest(root: Path) -> Manifest:
     path = root / MANIFEST
+    if root.is_file():
+        made = root if root.suffix == ".safetensors" else root.with_suffix(".safetensors")
+        convert = "" if made == root else f"latentrt convert {root} -o {made}, then "
+        raise PackageError(
+            f"{root} is a file",
+            expected="a folder that `latentrt export` wrote",
+            fix=f"Make one: {convert}latentrt export {made} -o PACKAGE.",
+        )
     if not path.is_file():
         looks = "a diffusers checkpoint" if (root / "model_index.json").is_file() else "no package"
         raise PackageError(

@@ -157,7 +157,7 @@ def _refuse_missing(manifest: Manifest, given: Given) -> None:
     """A model that needs a picture or a mask, or a parameter that does."""
     varied = "class_labels" in manifest.vectors
     if given.image is None:
-        without = [name for name in _WITH_IMAGE if getattr(given, name) is not None]
+        without = _said(given, _WITH_IMAGE)
         if without or varied or manifest.image_latents:
             raise UsageError(
                 f"{without[0]} without an image" if without else f"the model {manifest.name!r} has no image",
@@ -165,15 +165,14 @@ def _refuse_missing(manifest: Manifest, given: Given) -> None:
                 fix="Pass image=…, or --image FILE.",
             )
         return
-    usual = type(given)()
-    unused = [name for name in _NOT_VARIED if getattr(given, name) is not getattr(usual, name)]
+    unused = _said(given, _NOT_VARIED)
     if varied and (unused or isinstance(given.image, np.ndarray)):
         raise UsageError(
             f"{unused[0] if unused else 'latents'} for a model that varies a picture",
             expected="one picture, or one for every prompt",
             fix="Pass image=… alone.",
         )
-    without = [name for name in _WITH_MASK if getattr(given, name) != getattr(usual, name)]
+    without = _said(given, _WITH_MASK)
     if without and given.mask_image is None:
         raise UsageError(
             f"{without[0]} without a mask",
@@ -199,6 +198,17 @@ def _refuse_missing(manifest: Manifest, given: Given) -> None:
             expected="one picture, and its mask",
             fix="Call once for each picture.",
         )
+
+
+def _said(given: Given, names: tuple[str, ...]) -> list[str]:
+    """Those of the parameters that were given another value than their default."""
+    plain = (str, int, float)
+    values = {name: (getattr(given, name), getattr(type(given)(), name)) for name in names}
+    return [
+        name
+        for name, (value, usual) in values.items()
+        if value is not None and not (isinstance(value, plain) and value == usual)
+    ]
 
 
 def _spread(images: list[Pixels], pictures: int) -> Array:

@@ -160,3 +160,16 @@ def test_unlisted_tokenizer_file(package: Package) -> None:
     (package.root / "tokenizer").mkdir()
     (package.root / "tokenizer" / "vocab.json").write_text("{}")
     refused(package, "'tokenizer/vocab.json' without listing")
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("model.ckpt", r"latentrt convert .*model.ckpt -o .*model.safetensors, then latentrt export"),
+        ("model.safetensors", r"Make one: latentrt export .*model.safetensors -o PACKAGE"),
+    ],
+)
+def test_a_file_is_no_package_and_says_how_to_make_one(tmp_path: Path, name: str, fix: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(PackageError, match=fix):
+        Package.open(tmp_path / name)

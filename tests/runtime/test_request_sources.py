@@ -111,6 +111,11 @@ def test_a_picture_to_vary_does_not_set_the_size() -> None:
     assert (request.height, request.width, request.noise_level) == (64, 96, 20)
 
 
+def test_a_default_that_is_said_is_not_refused() -> None:
+    assert isinstance(ask(UNCLIP, image=PICTURE, mask_blur=float("0")).source, Varied)
+    assert isinstance(ask(image=PICTURE, mask_blur=0).source, Pictures)
+
+
 def test_sizes_are_the_pictures_unless_given() -> None:
     sizes = ask(XL, crops_coords_top_left=(3, 4), target_size=(128, 256)).sizes
     assert list(sizes.positive.values()) == [64, 96, 3, 4, 128, 256]
