@@ -1,6 +1,5 @@
 """A one-file checkpoint and a folder of the same weights become the same package."""
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +49,3 @@ def test_packages_are_identical_tensor_for_tensor(tmp_path: Path, recipe: str, f
             np.testing.assert_array_equal(values, right[tensor], err_msg=f"{name}: {tensor}")
             compared += 1
     assert compared > 300
-    for net in one.manifest.nets.values():
-        digests = {hashlib.sha256(package.path(net.graph).read_bytes()).hexdigest() for package in packages}
-        assert len(digests) == 1, net.graph
