@@ -25,7 +25,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return Pair(exported(tmp_path_factory, "xl-tiny"))
 
 
-@pytest.fixture(scope="module", params=["unclip-tiny", pytest.param("unclip-l-tiny", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["unclip-tiny", "unclip-l-tiny"])
 def unclip(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return Pair(exported(tmp_path_factory, request.param))
 
@@ -68,6 +68,7 @@ def test_trailing_schedules_without_guidance(
     assert psnr(wanted, ours(base.ours, [9], sampler=config, **parameters, **eta)) >= BAR
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", ["", PROMPTS[0]])
 @pytest.mark.parametrize("noise_level", [0, 400])
 def test_a_picture_is_varied(unclip: Pair, prompt: str, noise_level: int) -> None:
@@ -77,6 +78,7 @@ def test_a_picture_is_varied(unclip: Pair, prompt: str, noise_level: int) -> Non
     assert psnr(wanted, ours(unclip.ours, [6], **parameters)) >= BAR
 
 
+@pytest.mark.slow
 def test_a_variation_without_guidance(unclip: Pair) -> None:
     parameters = {
         "prompt": "",
@@ -89,6 +91,7 @@ def test_a_variation_without_guidance(unclip: Pair) -> None:
     assert psnr(wanted, ours(unclip.ours, [6], **parameters)) >= BAR
 
 
+@pytest.mark.slow
 def test_pictures_of_a_batch_do_not_depend_on_each_other(unclip: Pair) -> None:
     parameters = {"num_inference_steps": 4, "guidance_scale": 5.0, "noise_level": 200, **SIZE}
     both = ours(

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "demo"
 
 
+@pytest.mark.slow
 def test_it_is_what_the_exporter_makes_of_the_shipped_checkpoint(tmp_path: Path) -> None:
     shipped = Package.open(DEMO / "package")
     shipped.verify()
