@@ -16,7 +16,7 @@ from ..engines.spec import TEXT_ENCODERS
 from .autoencoder_files import open_tiny_vae, open_vae, vae_scale
 from .component import DOWNLOAD, SUPPORTED, Component, missing, read_component, read_json
 from .families import OTHER, PIPELINES, layout_of, refuse_unet, steps_and_guidance
-from .single_file import open_single_file
+from .single_file import check_prediction_type, open_single_file
 from .tokenizer_files import ClipTokenizer, CopiedTokenizer, TokenizerSource
 
 __all__ = ["Checkpoint", "Component"]
@@ -89,12 +89,14 @@ class Checkpoint:
         Raises:
             CheckpointError: nothing there; a family not supported (named); a damaged config or
                 weights file; weights that are pickles; parts that do not fit each other.
+            UsageError: another `prediction_type`.
         """
         root = Path(path)
         if not root.exists():
             raise CheckpointError(
                 f"{root} does not exist", expected=SUPPORTED, fix="Check the path; downloads are up to you."
             )
+        check_prediction_type(prediction_type)
         found = _open_file(root, prediction_type) if root.is_file() else _open_folder(root, prefer_fp16)
         if prediction_type is not None:
             scheduler = {**found.scheduler, "prediction_type": prediction_type}

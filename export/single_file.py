@@ -159,6 +159,16 @@ _FAMILIES: Mapping[str, _Family] = {
 }
 
 
+def check_prediction_type(value: str | None) -> None:
+    """Raise UsageError unless it is one that UNets are trained for, or None."""
+    if value not in (None, *PREDICTION_TYPES):
+        raise UsageError(
+            f"prediction_type is {value!r}",
+            expected=" or ".join(PREDICTION_TYPES),
+            fix="Leave it out for what the checkpoint says.",
+        )
+
+
 def open_single_file(path: Path, *, prediction_type: str | None = None) -> SingleFile:
     """Read the header of a one-file checkpoint.
 
@@ -170,12 +180,7 @@ def open_single_file(path: Path, *, prediction_type: str | None = None) -> Singl
         CheckpointError: a damaged file, a pickle, another family or kind (named), or a part that is missing.
         UsageError: another `prediction_type`.
     """
-    if prediction_type not in (None, *PREDICTION_TYPES):
-        raise UsageError(
-            f"prediction_type is {prediction_type!r}",
-            expected=" or ".join(PREDICTION_TYPES),
-            fix="Leave it out for what the file says.",
-        )
+    check_prediction_type(prediction_type)
     refuse_pickle(path)
     tensors = read_headers(path)
     refuse_other_kinds(path, tensors)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from latentrt.engines.errors import CheckpointError
+from latentrt.engines.errors import CheckpointError, UsageError
 from latentrt.export.checkpoint import Checkpoint
 
 
@@ -123,6 +123,16 @@ def test_turbo_is_known_by_its_scheduler(
     change(copy / "scheduler" / "scheduler_config.json", **changed)
     found = Checkpoint.open(copy)
     assert (found.steps, found.guidance_scale) == defaults
+    assert found.strength == (1.0 if found.steps == 1 else 0.8), "of one step no part can be run"
+
+
+def test_what_the_unet_predicts_may_be_told(copy: Path) -> None:
+    assert Checkpoint.open(copy).scheduler["prediction_type"] == "epsilon"
+    assert (
+        Checkpoint.open(copy, prediction_type="v_prediction").scheduler["prediction_type"] == "v_prediction"
+    )
+    with pytest.raises(UsageError, match="prediction_type is 'x0'"):
+        Checkpoint.open(copy, prediction_type="x0")
 
 
 def test_nothing_there(tmp_path: Path) -> None:
