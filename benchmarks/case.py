@@ -10,8 +10,8 @@ import numpy as np
 
 from ..engines.package import Manifest
 from ..engines.spec import Array
-from ..runtime.device_memory import shape_of
-from ..runtime.tokenizer import ClipTokenizer
+from ..runtime.loop.device.buffers import shape_of
+from ..runtime.prompts.tokenizer import ClipTokenizer
 
 PROMPT = "a red circle on a blue background"
 NEGATIVE = "a small yellow star"

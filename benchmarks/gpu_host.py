@@ -9,12 +9,12 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from ..engines.build import built_nets
 from ..engines.device import Device
 from ..engines.onnxruntime.nets import OnnxRuntimeDeviceNet
 from ..engines.onnxruntime.placement import read_placement
 from ..engines.spec import DTYPES, output_shapes
-from ..runtime.device_memory import Sizes
+from ..engines.tensorrt.build import built_nets
+from ..runtime.loop.device.buffers import Sizes
 from .gpu_nets import random_inputs, run_once, shapes
 from .gpu_opener import Opener, Scale
 from .gpu_pictures import draw

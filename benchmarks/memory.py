@@ -8,7 +8,7 @@ from typing import Any
 from ..engines.net_weights import engine_bytes
 from ..engines.package import Package
 from ..engines.spec import TEXT_ENCODERS, Array
-from ..runtime.loops import HOST_NETS
+from ..runtime.loop.open import HOST_NETS
 from .case import Case
 from .latency import Said, Sides, check, describe_model, settings_of
 from .memory_request import AGAINST_STEPS, GROWTH, TIMELINE, against_steps, growth, timeline

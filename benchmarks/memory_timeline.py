@@ -27,13 +27,13 @@ from typing import Any
 import numpy as np
 
 from ..engines.spec import DTYPES, output_shapes
-from ..runtime.clock import Clock
-from ..runtime.device_loop import DeviceLoop
-from ..runtime.device_programs import input_shapes
-from ..runtime.job import Job
-from ..runtime.loops import LoopOptions
+from ..runtime.loop.clock import Clock
+from ..runtime.loop.device.loop import DeviceLoop
+from ..runtime.loop.device.programs import input_shapes
+from ..runtime.loop.job import Job
+from ..runtime.loop.open import LoopOptions
 from ..runtime.pipeline import Pipeline
-from ..runtime.request import make_request
+from ..runtime.request.request import make_request
 from .case import Case, rows_per_step
 from .memory_samples import resident
 from .opening import open_pipeline

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..engines.package import Package
-from ..runtime.loops import LoopOptions, open_loop
+from ..runtime.loop.open import LoopOptions, open_loop
 from ..runtime.pipeline import Pipeline
 
 

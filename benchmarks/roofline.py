@@ -15,8 +15,8 @@ from typing import Any
 
 from ..engines.package import Package
 from ..engines.spec import TEXT_ENCODERS
-from ..runtime.request import make_request
-from ..runtime.samplers import make_table
+from ..runtime.request.request import make_request
+from ..runtime.sampling.samplers import make_table
 from .case import Case, rows_per_step
 from .records import Row
 from .sides.contract import CEILING

@@ -253,8 +253,8 @@ def build(
 ) -> None:
     """Time and memory that building every engine takes, and the engines' size."""
     from ..benchmarks.build_time import Builds, measure_build
-    from ..engines.build import built_nets
     from ..engines.profiles import Profile
+    from ..engines.tensorrt.build import built_nets
 
     opened = find(model)
     multiple = opened.package.manifest.size_multiple

@@ -14,12 +14,12 @@ from .progress import progress_bar
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from ..engines.build import BuildProgress, BuiltEngine, Planned
     from ..engines.cuda.facts import DeviceFacts
-    from ..engines.onnxruntime.tuning import TunedNet
+    from ..engines.onnxruntime.tuning.cuda import TunedNet
     from ..engines.package import Package
     from ..engines.profiles import Profile
     from ..engines.store.engine_store import EngineStore
+    from ..engines.tensorrt.build import BuildProgress, BuiltEngine, Planned
 
 _TICKS = 100  # of the bar, per net
 _WEIGHTS, _LEVEL = "embedded", 3
@@ -58,12 +58,12 @@ def build(
     For onnxruntime-cuda and onnxruntime (the CPU), measure here which layout of each net is the fastest; of
     the options, --nets, --store and --json count there.
     """
-    from ..engines.build import build_package, plan_build
-    from ..engines.build_options import BuildOptions
-    from ..engines.onnxruntime.layout_choice import TUNERS
+    from ..engines.onnxruntime.tuning.choice import TUNERS
     from ..engines.package import Package
     from ..engines.profiles import Profile, default_profile
     from ..engines.store.engine_store import EngineStore
+    from ..engines.tensorrt.build import build_package, plan_build
+    from ..engines.tensorrt.options import BuildOptions
     from ..runtime.pipeline import SHIPPED
 
     opened = Package.open(SHIPPED.get(package, package))
@@ -122,7 +122,7 @@ def _check_for_layouts(backend: str, given: Mapping[str, bool]) -> None:
 
 def _tune(backend: str, package: Package, store: EngineStore, nets: list[str], *, as_json: bool) -> None:
     """Measure the layouts of ONNX Runtime's nets, and print the medians and the choice."""
-    from ..engines.onnxruntime.layout_choice import TUNERS
+    from ..engines.onnxruntime.tuning.choice import TUNERS
 
     tune_package: Callable[..., tuple[TunedNet, ...]] = import_module(TUNERS[backend]).tune_package
     with progress_bar(enabled=not as_json) as advance:
@@ -155,8 +155,8 @@ def _tune(backend: str, package: Package, store: EngineStore, nets: list[str], *
 
 
 def _policy(name: str) -> Any:
-    from ..engines.build_options import Weights
     from ..engines.errors import UsageError
+    from ..engines.tensorrt.options import Weights
 
     try:
         return Weights(name)

@@ -20,7 +20,7 @@ def convert(
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write the weights of a pickled checkpoint as safetensors. Nothing that the pickle asks for is run."""
-    from ..export.convert import convert_pickle
+    from ..export.pickles.convert import convert_pickle
 
     done = convert_pickle(source, output or source.with_suffix(".safetensors"), overwrite=overwrite)
     if as_json:

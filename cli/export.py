@@ -15,8 +15,8 @@ from ..engines.errors import BackendError
 from .progress import progress_bar
 
 if TYPE_CHECKING:
+    from ..export.precision.ranges import Found
     from ..export.progress import Progress
-    from ..export.ranges import Found
     from ..export.verify import Comparison
 
 
@@ -71,7 +71,7 @@ def export(
             expected="the extras [cpu,export]",
             fix='Install them: pip install "latentrt[cpu,export]", or ".[cpu,export]" in a checkout.',
         )
-    from ..export.package_writer import export_package
+    from ..export.export import export_package
 
     began = perf_counter()
     comparisons: list[Comparison] = []

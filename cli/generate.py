@@ -19,7 +19,7 @@ from .progress import progress_bar
 
 if TYPE_CHECKING:
     from ..runtime.pipeline import Pipeline
-    from ..runtime.request import Request
+    from ..runtime.request.request import Request
     from ..runtime.result import Result
 
 
@@ -73,7 +73,7 @@ def generate(
 ) -> None:
     """Draw prompts and write the pictures."""
     from ..runtime.pipeline import Pipeline
-    from ..runtime.request import Given
+    from ..runtime.request.request import Given
 
     if refiner is None and refiner_at is not None:
         raise UsageError("--refiner-at alone", expected="a refiner", fix="Pass --refiner PACKAGE as well.")
@@ -102,7 +102,7 @@ def generate(
 
 
 def _draw(pipes: list[Pipeline], prompts: list[str], at: float | None, parameters: dict[str, Any]) -> Result:
-    from ..runtime.hand_over import refine
+    from ..runtime.refine import refine
 
     if len(pipes) == 1:
         return pipes[0](prompts, **parameters)
@@ -111,7 +111,7 @@ def _draw(pipes: list[Pipeline], prompts: list[str], at: float | None, parameter
 
 def _on_step(advance: Callable[[str, int, int], None], preview: Path | None) -> Callable[..., None]:
     """Move the bar, and write the pictures so far."""
-    from ..runtime.picture import check_target, grid, save_picture
+    from ..runtime.pictures.write import check_target, grid, save_picture
 
     if preview is not None:
         check_target(preview)
@@ -130,7 +130,7 @@ class _Saver:
     """Where results go: a file per picture, one for all (`as_grid`), or their latents (.npy)."""
 
     def __init__(self, output: Path | None, *, as_grid: bool, metadata: bool) -> None:
-        from ..runtime.picture import check_target
+        from ..runtime.pictures.write import check_target
 
         self._output, self._as_grid, self._metadata = output, as_grid, metadata
         self._latents = output is not None and output.suffix == ".npy"
@@ -146,7 +146,7 @@ class _Saver:
 
     def save(self, result: Result) -> list[Path]:
         """Write everything; the paths, one per picture or one for all."""
-        from ..runtime.picture import grid, save_latents, save_picture
+        from ..runtime.pictures.write import grid, save_latents, save_picture
 
         request = result.request
         if self._latents:

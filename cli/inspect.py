@@ -34,7 +34,7 @@ def inspect(
 
 
 def _print_samplers(*, as_json: bool) -> None:
-    from ..runtime.samplers import SAMPLERS
+    from ..runtime.sampling.samplers import SAMPLERS
 
     names = {name: sampler.about for name, sampler in SAMPLERS.items()}
     width = max(map(len, names))
@@ -42,7 +42,7 @@ def _print_samplers(*, as_json: bool) -> None:
 
 
 def _print_table(package: Package, sampler: str, steps: int, *, as_json: bool) -> None:
-    from ..runtime.samplers import make_table, resolve
+    from ..runtime.sampling.samplers import make_table, resolve
 
     table = make_table(resolve(sampler, package.manifest.scheduler), steps)
     print(json.dumps(table.to_json()) if as_json else table.format())

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 from ..engines import spec
 from ..engines.errors import CheckpointError
 from ..engines.package import Defaults, Manifest, NetFile
-from .checkpoint import Checkpoint
+from .checkpoint.open import Checkpoint
 
 
 def make_manifest(
@@ -22,7 +22,7 @@ def make_manifest(
     Raises:
         CheckpointError: `recommended.json` is damaged.
     """
-    from .latent_rgb import fit_latent_rgb
+    from .nets.latent_rgb import fit_latent_rgb
 
     contexts = [nets[name].spec.outputs[0].shape for name in spec.TEXT_ENCODERS if name in nets]
     scale = source.latent_scale

@@ -20,10 +20,10 @@ import numpy.typing as npt
 from ..engines.errors import NumericError
 from ..engines.package import NetFile, Package
 from ..engines.spec import TEXT_ENCODERS, VECTORS, Array
-from .calibration import token_ids
-from .checkpoint import Checkpoint
-from .nets import BUILD, Net
-from .to_onnx import example
+from .checkpoint.open import Checkpoint
+from .graphs.to_onnx import example
+from .nets.build import BUILD, Net
+from .precision.calibration import token_ids
 
 BARS: Mapping[str, float] = {"fp32": 1e-4, "fp16": 5e-3}
 # uint8 pictures, dB: rounding alone gives 75 where one in a hundred shades flips; fp16 as above gives 50.

@@ -9,11 +9,11 @@ import numpy as np
 
 from ..engines.package import Manifest
 from ..engines.spec import Array
-from .noise import NoiseSource
-from .request import Request
-from .samplers import resolve
-from .source import Varied
-from .text_conditioning import TextConditioner
+from .prompts.encode import TextConditioner
+from .request.request import Request
+from .request.source import Varied
+from .sampling.noise import NoiseSource
+from .sampling.samplers import resolve
 
 Call = Callable[..., dict[str, Array]]  # loop.call
 

@@ -16,23 +16,23 @@ import numpy as np
 
 from ..engines.package import Package
 from ..engines.spec import TEXT_ENCODERS, Array
-from .clock import Clock
 from .conditioning import make_conditioning
-from .denoise import State
-from .job import Drawn, Job, Loop, LoopNet
-from .loops import LoopOptions, open_loop
-from .noise import NoiseSource
-from .picture import check_pictures, to_pil
+from .loop.clock import Clock
+from .loop.denoise import State
+from .loop.device.cuda_graphs import Graphs
+from .loop.job import Drawn, Job, Loop, LoopNet
+from .loop.open import LoopOptions, open_loop
+from .pictures.tiling import Tiling, encode_tiled
+from .pictures.write import check_pictures, to_pil
 from .preview import check_finite, finished, preview
-from .replay import Graphs
-from .request import Parameters, Request, make_request
+from .prompts.encode import CACHE_BYTES, TextConditioner, TextEncoder
+from .prompts.tokenizer import ClipTokenizer
+from .request.request import Parameters, Request, make_request
 from .result import Result
-from .span import make_span
+from .sampling.noise import NoiseSource
+from .sampling.span import make_span
+from .sampling.table import Table
 from .start import make_start
-from .table import Table
-from .text_conditioning import CACHE_BYTES, TextConditioner, TextEncoder
-from .tiling import Tiling, encode_tiled
-from .tokenizer import ClipTokenizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image

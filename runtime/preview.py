@@ -9,11 +9,11 @@ import numpy as np
 from ..engines.errors import NumericError, UsageError
 from ..engines.package import Manifest
 from ..engines.spec import DTYPES, Array
-from .denoise import narrow
-from .job import Loop
-from .picture import Pixels, to_pil
-from .request import Request
-from .source import Masked
+from .loop.denoise import narrow
+from .loop.job import Loop
+from .pictures.write import Pixels, to_pil
+from .request.request import Request
+from .request.source import Masked
 
 if TYPE_CHECKING:
     from PIL.Image import Image

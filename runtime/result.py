@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engines.spec import Array
-from .infotext import format_infotext
-from .picture import save_picture
-from .request import Request
-from .samplers import SamplerConfig
-from .source import Masked, Varied
+from .pictures.infotext import format_infotext
+from .pictures.write import save_picture
+from .request.request import Request
+from .request.source import Masked, Varied
+from .sampling.samplers import SamplerConfig
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -13,13 +13,13 @@ import numpy as np
 
 from ..engines.package import Manifest
 from ..engines.spec import Array
-from . import guidance
-from .denoise import Kept
-from .mask import latent_mask
-from .noise import NoiseSource
-from .request import Request, latent_shape
-from .source import Latents, Masked, Pictures, Varied
-from .table import Table
+from .loop import guidance
+from .loop.denoise import Kept
+from .pictures.mask import latent_mask
+from .request.request import Request, latent_shape
+from .request.source import Latents, Masked, Pictures, Varied
+from .sampling.noise import NoiseSource
+from .sampling.table import Table
 
 # image (N, H, W, 3) and mask (N, H, W, 1) uint8 -> mean and, where there is a posterior, std (N, C, h, w)
 Encode = Callable[[Array, Array], tuple[Array, ...]]

@@ -12,7 +12,7 @@ from filelock import FileLock
 from PIL import Image
 
 from latentrt.benchmarks.checkpoints import RECIPES, make_checkpoint
-from latentrt.export.package_writer import export_package
+from latentrt.export.export import export_package
 from latentrt.runtime import Pipeline
 
 # dB. Random weights answer weakly to their conditions: a wrong crop or picture still leaves 45 to 49.

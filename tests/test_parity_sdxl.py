@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from latentrt.engines.errors import UsageError
-from latentrt.runtime.hand_over import refine
+from latentrt.runtime.refine import refine
 from tests.parity_pair import BAR, PROMPTS, Pair, blob, drawn, exported, ours, photo, psnr
 
 pytestmark = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from latentrt.benchmarks.checkpoints import RECIPES, make_checkpoint, make_tiny_vae
-from latentrt.export.package_writer import export_package
+from latentrt.export.export import export_package
 from latentrt.runtime import Pipeline
 from tests.parity_pair import BAR, PROMPTS, drawn, ours, psnr
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from ...engines.package import Package
 from ...engines.spec import Array
-from ...runtime.tokenizer import ClipTokenizer
+from ...runtime.prompts.tokenizer import ClipTokenizer
 from ..case import Case, net_inputs
 from .contract import NotAvailableError, OpenSide, Prepared, Task, not_available
 from .ours import Work

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from ...engines.onnxruntime import backend
-from ...engines.onnxruntime.cpu_layouts import usable_processors
+from ...engines.onnxruntime.tuning.cpu_layouts import usable_processors
 from .contract import NotAvailableError, OpenSide, Task
 from .plain_loop import PLAIN_NETS, Net, PlainSide
 from .requirements import missing_modules, open_plain_package

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 
 from ...engines.package import Package
 from ...engines.spec import Array
-from ...runtime.device_memory import shape_of
+from ...runtime.loop.device.buffers import shape_of
 from ..case import Case, sizes_of
 from .contract import NotAvailableError, OpenSide, Task
 from .plain_loop import PlainSide

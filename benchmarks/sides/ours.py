@@ -14,16 +14,16 @@ from ...engines.backend import choose_backend
 from ...engines.errors import LatentrtError
 from ...engines.package import Manifest
 from ...engines.spec import DTYPES, Array
-from ...runtime import guidance
-from ...runtime.denoise import denoise, narrow
-from ...runtime.host_loop import HostLoop
-from ...runtime.loops import LoopOptions
-from ...runtime.noise import NoiseSource
+from ...runtime.loop import guidance
+from ...runtime.loop.denoise import denoise, narrow
+from ...runtime.loop.host import HostLoop
+from ...runtime.loop.open import LoopOptions
 from ...runtime.pipeline import Pipeline
-from ...runtime.request import latent_shape, make_request
-from ...runtime.samplers import make_table
-from ...runtime.table import Table
-from ...runtime.tokenizer import ClipTokenizer
+from ...runtime.prompts.tokenizer import ClipTokenizer
+from ...runtime.request.request import latent_shape, make_request
+from ...runtime.sampling.noise import NoiseSource
+from ...runtime.sampling.samplers import make_table
+from ...runtime.sampling.table import Table
 from ..case import Case, net_inputs, time_inputs
 from ..opening import open_pipeline
 from .contract import OURS, OpenSide, Prepared, Task, not_available
@@ -46,7 +46,7 @@ def open_side(task: Task) -> OpenSide:
     loop = pipe._loop  # pyright: ignore[reportPrivateUsage]
     if isinstance(loop, HostLoop):
         return HostSide(pipe, loop, task.slow_down)
-    from ...runtime.device_loop import DeviceLoop
+    from ...runtime.loop.device.loop import DeviceLoop
     from .ours_device import DeviceSide
 
     assert isinstance(loop, DeviceLoop)

@@ -7,10 +7,10 @@
     vae_decoder    the net
     picture        the pipeline as a user has it
 
-A row of the loop may be replayed as a captured graph (`runtime/replay.py`). `picture` does what the loop
-does: it is prepared by drawing until the loop has chosen, and tells what it chose (`replayed`). `unet` is
-timed as it is enqueued, also by the host's clock, and tells what the device takes for a captured run
-(`captured_device_s`): where the two differ, it is the host that cannot enqueue as fast.
+A row of the loop may be replayed as a captured graph (`runtime/loop/device/cuda_graphs.py`). `picture` does
+what the loop does: it is prepared by drawing until the loop has chosen, and tells what it chose (`replayed`).
+`unet` is timed as it is enqueued, also by the host's clock, and tells what the device takes for a captured
+run (`captured_device_s`): where the two differ, it is the host that cannot enqueue as fast.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from ...engines.device import Addresses, BoundNet, Device, DeviceNet, Shapes, St
 from ...engines.errors import BackendError
 from ...engines.ledger import take_ledger
 from ...engines.spec import Array, NetSpec
-from ...runtime import guidance
-from ...runtime.clock import Clock
-from ...runtime.device_loop import DeviceLoop
-from ...runtime.device_memory import Block, Layout, Scratch, Sizes
-from ...runtime.device_programs import Canvas, Course, Frame, Program, Schedule, input_shapes
-from ...runtime.job import Job
+from ...runtime.loop import guidance
+from ...runtime.loop.clock import Clock
+from ...runtime.loop.device.buffers import Block, Layout, Scratch, Sizes
+from ...runtime.loop.device.loop import DeviceLoop
+from ...runtime.loop.device.programs import Canvas, Course, Frame, Program, Schedule, input_shapes
+from ...runtime.loop.job import Job
 from ...runtime.pipeline import Pipeline
-from ...runtime.request import make_request
+from ...runtime.request.request import make_request
 from ..case import Case, sizes_of, time_inputs
 from .contract import OURS, Prepared, not_available
 from .ours import BETWEEN, Work, inputs_of

@@ -14,11 +14,11 @@ import numpy as np
 from ...engines.device import BoundNet, Device, DeviceNet
 from ...engines.package import Package
 from ...engines.spec import ROW, Array, TensorSpec
-from ...runtime import guidance
-from ...runtime.denoise import narrow
-from ...runtime.device_memory import Block, Layout, Sizes, aligned
-from ...runtime.device_programs import input_shapes
-from ...runtime.tokenizer import ClipTokenizer
+from ...runtime.loop import guidance
+from ...runtime.loop.denoise import narrow
+from ...runtime.loop.device.buffers import Block, Layout, Sizes, aligned
+from ...runtime.loop.device.programs import input_shapes
+from ...runtime.prompts.tokenizer import ClipTokenizer
 from ..case import Case, net_inputs, sizes_of, whole_inputs
 from .contract import Prepared, not_available
 from .ours import schedule_of

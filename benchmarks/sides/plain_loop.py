@@ -14,10 +14,10 @@ import numpy as np
 
 from ...engines.package import Manifest, Package
 from ...engines.spec import DTYPES, Array
-from ...runtime import guidance
-from ...runtime.clock import Clock
-from ...runtime.denoise import denoise, narrow
-from ...runtime.tokenizer import ClipTokenizer
+from ...runtime.loop import guidance
+from ...runtime.loop.clock import Clock
+from ...runtime.loop.denoise import denoise, narrow
+from ...runtime.prompts.tokenizer import ClipTokenizer
 from ..case import Case, net_inputs, whole_inputs
 from .contract import Prepared, not_available
 from .ours import Work, schedule_of

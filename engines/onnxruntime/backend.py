@@ -20,7 +20,7 @@ from ..errors import BackendError, LatentrtError, MemoryLimitError, PackageError
 from ..net_weights import engine_bytes
 from ..package import Package
 from ..spec import Array, NetSpec
-from .cpu_layouts import LoweredGraph, lowered_graph, usable_processors
+from .tuning.cpu_layouts import LoweredGraph, lowered_graph, usable_processors
 
 _ORT_TYPES = {
     "tensor(float)": "float32",
@@ -222,8 +222,8 @@ def session_options(threads: int | None) -> Any:
 
 def _give_kernels(options: Any, package: Package, name: str, lowered: LoweredGraph) -> list[Any]:
     """Let a session have the weights of a lowered graph, and the package's; the former, to be kept."""
-    from .lowering import session_entries
-    from .winograd_kernels import kernels
+    from .lowering.lower import session_entries
+    from .lowering.winograd_kernels import kernels
 
     for key, value in session_entries(package, name).items():
         options.add_session_config_entry(key, value)

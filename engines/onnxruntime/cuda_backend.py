@@ -23,7 +23,7 @@ from .nets import cuda_available, open_onnxruntime_net
 
 if TYPE_CHECKING:
     from ..store.engine_store import EngineStore
-    from .tuning import StoredLayout
+    from .tuning.cuda import StoredLayout
 
 
 def available() -> str | None:
@@ -63,7 +63,7 @@ def open_device(
     """
     # Here, not above: whoever asks only what is available, as every start on a CPU does, needs no store.
     from ..store.engine_store import EngineStore
-    from .tuning import TUNED_NETS, stored_layout
+    from .tuning.cuda import TUNED_NETS, stored_layout
 
     device = CudaDevice()
     with ExitStack() as stack:
@@ -93,7 +93,7 @@ def _open_net(opened: Callable[..., DeviceNet], name: str, stored: StoredLayout 
 
 def _hint(package: Package, stored: Mapping[str, StoredLayout]) -> str:
     """Why nets run as they were exported, and what to do about it; "" if every layout is known."""
-    from .tuning import lowering_missing, tuning_command
+    from .tuning.cuda import lowering_missing, tuning_command
 
     unknown = {name: item.why for name, item in stored.items() if item.why}
     if not unknown:

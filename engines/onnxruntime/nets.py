@@ -27,7 +27,7 @@ from ..package import Package
 from ..spec import DTYPES, NetSpec, TensorSpec, output_shapes
 from . import backend as onnxruntime_backend
 from .backend import check_boundary, library, open_session, run_error, session_options
-from .lowering import session_entries
+from .lowering.lower import session_entries
 from .runs import Runs, run_options, shrinking_options
 
 CUDA = "CUDAExecutionProvider"

@@ -25,7 +25,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from ..errors import LatentrtError
 from . import files
-from .files import default_root as default_root
+from .files import default_root
 from .key import EngineKey, is_sha256
 
 SIDE = "side"  # the lock of all side files, and the prefix of their temporary folders

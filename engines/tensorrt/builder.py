@@ -25,12 +25,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, TextIO
 
-from ..build_options import BuildOptions
 from ..errors import LatentrtError, MemoryLimitError, StorageError
 from ..spec import NetSpec
 from .flavour import Flavour, Trt, flavour, load
 from .log import failure, messages
 from .network import check_contract, mark_refittable, parse_graph
+from .options import BuildOptions
 
 Report = Callable[[str, float], None]  # (phase, fraction of the whole)
 Facts = dict[str, Any]

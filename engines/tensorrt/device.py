@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from ..backend import Log, to_stderr
-from ..build import find_engines
 from ..cuda.device import CudaDevice
 from ..cuda.facts import DeviceFacts
 from ..device import Device, DeviceNet
-from ..engine_choice import Candidate, ChosenNet
 from ..errors import BackendError
 from ..package import Package
 from ..profiles import NetProfile
 from ..store.engine_store import EngineStore
 from ..store.entry import Entry
+from .build import find_engines
+from .choice import Candidate, ChosenNet
 from .flavour import Flavour, flavour, installed_version, load
 from .nets import open_entry
 

@@ -8,9 +8,9 @@ from latentrt.engines.backend import MemoryLedger
 from latentrt.engines.device import Addresses, BoundNet, DeviceNet, Shapes
 from latentrt.engines.package import Package
 from latentrt.engines.spec import NetSpec
-from latentrt.runtime.device_loop import DeviceLoop
+from latentrt.runtime.loop.device.cuda_graphs import Graphs
+from latentrt.runtime.loop.device.loop import DeviceLoop
 from latentrt.runtime.pipeline import SHIPPED, Pipeline
-from latentrt.runtime.replay import Graphs
 from tests.engines.host_device import HostDevice
 
 PACKAGE = Package.open(SHIPPED["demo"])

@@ -11,7 +11,8 @@ from latentrt.benchmarks import build_time
 from latentrt.benchmarks.build_time import Builds, measure_build
 from latentrt.benchmarks.records import read_document
 from latentrt.engines.errors import EngineError, UsageError
-from latentrt.engines.onnxruntime import cpu_tuning, tuning
+from latentrt.engines.onnxruntime.tuning import cpu as cpu_tuning
+from latentrt.engines.onnxruntime.tuning import cuda as tuning
 from latentrt.engines.package import Package
 from latentrt.engines.profiles import Profile
 from latentrt.runtime.pipeline import SHIPPED

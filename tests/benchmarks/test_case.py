@@ -17,10 +17,10 @@ from latentrt.engines.onnxruntime import backend as onnxruntime
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import Package, write_manifest
 from latentrt.engines.spec import NetSpec, TensorSpec
-from latentrt.runtime.device_loop import DeviceLoop
-from latentrt.runtime.host_loop import HostLoop
+from latentrt.runtime.loop.device.loop import DeviceLoop
+from latentrt.runtime.loop.host import HostLoop
 from latentrt.runtime.pipeline import SHIPPED, Pipeline
-from latentrt.runtime.tokenizer import ClipTokenizer
+from latentrt.runtime.prompts.tokenizer import ClipTokenizer
 from tests.engines.host_device import HostDevice
 from tests.runtime.small_nets import IMAGE_CHANNELS, VECTORS, WIDTH, write_small_package
 

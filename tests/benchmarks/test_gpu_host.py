@@ -9,11 +9,11 @@ import pytest
 from latentrt.benchmarks import gpu_host
 from latentrt.benchmarks.gpu_host import host_memory, placement
 from latentrt.benchmarks.gpu_rows import collect
-from latentrt.engines.build import built_nets
 from latentrt.engines.device import Device
 from latentrt.engines.onnxruntime.nets import CPU, OnnxRuntimeDeviceNet, open_onnxruntime_net
 from latentrt.engines.onnxruntime.placement import Placement
 from latentrt.engines.package import Package
+from latentrt.engines.tensorrt.build import built_nets
 from tests.benchmarks.gpu_stand_in import SCALE, Hungry, WatchedDevice, stand_in
 from tests.runtime.device_bench import package_with_step
 

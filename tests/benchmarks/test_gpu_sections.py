@@ -17,10 +17,10 @@ from latentrt.benchmarks.gpu_opener import Opener, Scale
 from latentrt.benchmarks.gpu_pictures import graphs, picture, timing
 from latentrt.benchmarks.gpu_rows import Row, collect
 from latentrt.engines.backend import MemoryLedger
-from latentrt.engines.build import built_nets
 from latentrt.engines.device import Addresses, DeviceMemory, Graph, Shapes
 from latentrt.engines.errors import BackendError, MemoryLimitError
 from latentrt.engines.package import Package
+from latentrt.engines.tensorrt.build import built_nets
 from tests.benchmarks.gpu_stand_in import MIB, SCALE, Hungry, WatchedDevice, stand_in
 from tests.engines.host_device import HostDevice
 from tests.runtime.device_bench import package_with_step
@@ -242,7 +242,7 @@ def test_graphs_fail_where_nothing_is_replayed(package: Package, monkeypatch: py
     def silent(self: Any, *arguments: Any) -> None:
         """Gives up, for a reason that nobody hears of."""
 
-    monkeypatch.setattr("latentrt.runtime.replay.Replay._capture", silent)
+    monkeypatch.setattr("latentrt.runtime.loop.device.cuda_graphs.Replay._capture", silent)
     rows = run(graphs, stand_in(package))
     assert "launched in 0 of 3 runs, and nothing says why" in rows[0].reason
 

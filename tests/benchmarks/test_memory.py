@@ -18,14 +18,7 @@ from latentrt.benchmarks.latency import Sides
 from latentrt.benchmarks.memory import measure_memory, measure_side
 from latentrt.benchmarks.memory_request import judge_growth, timeline
 from latentrt.benchmarks.memory_rows import Baselines, Bench, measure_baselines
-from latentrt.benchmarks.memory_samples import (
-    DeviceWatch,
-    Look,
-    Sampler,
-    holding,
-    on_a_grid,
-    resident,
-)
+from latentrt.benchmarks.memory_samples import DeviceWatch, Look, Sampler, holding, on_a_grid, resident
 from latentrt.benchmarks.memory_timeline import (
     BLOCKS,
     REQUESTS,

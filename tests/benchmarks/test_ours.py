@@ -15,7 +15,7 @@ from latentrt.benchmarks.sides.ours import BETWEEN, HostSide, Work
 from latentrt.engines.backend import Net
 from latentrt.engines.package import Package
 from latentrt.runtime.pipeline import SHIPPED
-from latentrt.runtime.tokenizer import ClipTokenizer
+from latentrt.runtime.prompts.tokenizer import ClipTokenizer
 
 PACKAGE = Package.open(SHIPPED["demo"])
 TOKENIZER = ClipTokenizer.open(PACKAGE.root / "tokenizer")

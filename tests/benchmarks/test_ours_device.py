@@ -19,9 +19,9 @@ from latentrt.benchmarks.sides.ours_device import DeviceSide
 from latentrt.engines.errors import MemoryLimitError, UsageError
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import Package
-from latentrt.runtime import loops
-from latentrt.runtime.loops import DEVICE_NETS
-from latentrt.runtime.replay import Graphs
+from latentrt.runtime.loop import open as loops
+from latentrt.runtime.loop.device.cuda_graphs import Graphs
+from latentrt.runtime.loop.open import DEVICE_NETS
 from tests.benchmarks.device_side_bench import PACKAGE, Bench, Spied, device_side
 from tests.engines.host_device import HostDevice, HostStopwatch
 from tests.engines.tensorrt_setting import library, open_simulated

@@ -19,8 +19,8 @@ from latentrt.engines.errors import UsageError
 from latentrt.engines.package import Package
 from latentrt.engines.spec import Array
 from latentrt.runtime.pipeline import SHIPPED
-from latentrt.runtime.request import make_request
-from latentrt.runtime.tokenizer import ClipTokenizer
+from latentrt.runtime.prompts.tokenizer import ClipTokenizer
+from latentrt.runtime.request.request import make_request
 
 CASE = Case(width=24, height=16, guidance_scale=3.0, pictures=2, steps=4)
 Defect = Callable[[str, Case, dict[str, Array]], None]

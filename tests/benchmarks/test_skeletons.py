@@ -8,14 +8,14 @@ import pytest
 
 from latentrt.benchmarks.checkpoints import RECIPES, make_checkpoint
 from latentrt.benchmarks.skeletons import FOLDER, fill_skeleton, save_skeleton
-from latentrt.engines.build import build_package, find_engines
-from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.errors import UsageError
 from latentrt.engines.package import Package
-from latentrt.engines.preflight import read_room
 from latentrt.engines.profiles import default_profile
 from latentrt.engines.store.engine_store import EngineStore
+from latentrt.engines.tensorrt.build import build_package, find_engines
 from latentrt.engines.tensorrt.flavour import flavour, installed_version
+from latentrt.engines.tensorrt.options import BuildOptions
+from latentrt.engines.tensorrt.preflight import read_room
 from latentrt.export import export_package
 
 BACKEND = "tensorrt-rtx"

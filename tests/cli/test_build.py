@@ -131,7 +131,12 @@ def test_the_bar_moves_over_nets_and_phases(latentrt: Any, monkeypatch: pytest.M
 
 def test_the_command_starts_without_the_engines() -> None:
     # tests/cli/test_cli.py has the seconds of --help; this is what would spoil them.
-    heavy = ("latentrt.engines.build", "latentrt.engines.store.engine_store", "tensorrt_rtx", "numpy")
+    heavy = (
+        "latentrt.engines.tensorrt.build",
+        "latentrt.engines.store.engine_store",
+        "tensorrt_rtx",
+        "numpy",
+    )
     code = f"import sys, latentrt.cli; raise SystemExit(any(name in sys.modules for name in {heavy}))"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -143,7 +148,7 @@ def test_layouts_of_the_cpu_are_measured(latentrt: Any, monkeypatch: pytest.Monk
         asked.append((package.root.name, *nets))
         return ()
 
-    monkeypatch.setattr("latentrt.engines.onnxruntime.cpu_tuning.tune_package", tune)
+    monkeypatch.setattr("latentrt.engines.onnxruntime.tuning.cpu.tune_package", tune)
     assert latentrt("demo", "--backend", "onnxruntime", "--nets", "unet") == (0, "", "")
     assert asked == [("package", "unet")]
     code, _, err = latentrt("demo", "--backend", "onnxruntime", "--workspace", "3")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from latentrt import cli
 from latentrt.cli.generate import generate
-from latentrt.runtime.picture import read_metadata
+from latentrt.runtime.pictures.write import read_metadata
 from latentrt.runtime.pipeline import Pipeline
 
 FAST = ["--steps", "2", "--seed", "3", "--threads", "1"]

@@ -3,15 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from latentrt.engines.build import (
-    build_package,
-)
-from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.net_weights import lora_targets
 from latentrt.engines.package import Package
 from latentrt.engines.profiles import Profile, net_profiles
 from latentrt.engines.store.engine_store import EngineStore
+from latentrt.engines.tensorrt.build import build_package
 from latentrt.engines.tensorrt.builder import Job
+from latentrt.engines.tensorrt.options import BuildOptions
 from latentrt.runtime.pipeline import SHIPPED
 
 RTX = "tensorrt-rtx"

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 from latentrt.engines.backend import choose_backend
 from latentrt.engines.errors import BackendError, MemoryLimitError, PackageError, UsageError
 from latentrt.engines.onnxruntime import backend as onnxruntime_backend
-from latentrt.engines.onnxruntime.cpu_tuning import lower_for_cpu
-from latentrt.engines.onnxruntime.winograd_kernels import kernels
+from latentrt.engines.onnxruntime.lowering.winograd_kernels import kernels
+from latentrt.engines.onnxruntime.tuning.cpu import lower_for_cpu
 from latentrt.engines.package import Package, write_manifest
 from latentrt.runtime.pipeline import SHIPPED
 from tests.tiny_package import BIAS, add_graph
@@ -124,7 +124,7 @@ def test_wrong_inputs_and_exhausted_memory(package: Package, monkeypatch: pytest
 def test_a_start_on_a_cpu_loads_no_store_and_no_builder() -> None:
     code = (
         "import sys; from latentrt.engines.backend import choose_backend; choose_backend('auto')\n"
-        "late = {'filelock', 'latentrt.engines.build', 'latentrt.engines.store.engine_store'}\n"
+        "late = {'filelock', 'latentrt.engines.tensorrt.build', 'latentrt.engines.store.engine_store'}\n"
         "sys.exit(f'imported {late & set(sys.modules)}' if late & set(sys.modules) else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

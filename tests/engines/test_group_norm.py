@@ -12,11 +12,11 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from latentrt.engines.onnxruntime.backend import OnnxRuntimeNet
-from latentrt.engines.onnxruntime.cpu_layouts import CPU_LAYOUTS
-from latentrt.engines.onnxruntime.cpu_tuning import lower_for_cpu
-from latentrt.engines.onnxruntime.geglu import lower_geglus
-from latentrt.engines.onnxruntime.group_norm import lower_group_norms
-from latentrt.engines.onnxruntime.layout_choice import relative_l2
+from latentrt.engines.onnxruntime.lowering.geglu import lower_geglus
+from latentrt.engines.onnxruntime.lowering.group_norm import lower_group_norms
+from latentrt.engines.onnxruntime.tuning.choice import relative_l2
+from latentrt.engines.onnxruntime.tuning.cpu import lower_for_cpu
+from latentrt.engines.onnxruntime.tuning.cpu_layouts import CPU_LAYOUTS
 from latentrt.engines.package import Package
 from latentrt.engines.spec import DTYPES
 

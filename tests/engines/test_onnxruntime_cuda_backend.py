@@ -15,14 +15,14 @@ from latentrt import cli
 from latentrt.engines.backend import DeviceBackend, choose_backend
 from latentrt.engines.errors import BackendError, PackageError
 from latentrt.engines.onnxruntime import cuda_backend as backend
-from latentrt.engines.onnxruntime import tuning
-from latentrt.engines.onnxruntime.layout_choice import LAYOUTS
-from latentrt.engines.onnxruntime.lowering import lower
-from latentrt.engines.onnxruntime.tuning import TUNED_NETS, layout_key, stored_layout, tune_package
+from latentrt.engines.onnxruntime.lowering.lower import lower
+from latentrt.engines.onnxruntime.tuning import cuda as tuning
+from latentrt.engines.onnxruntime.tuning.choice import LAYOUTS
+from latentrt.engines.onnxruntime.tuning.cuda import TUNED_NETS, layout_key, stored_layout, tune_package
 from latentrt.engines.package import Package
 from latentrt.engines.store.engine_store import EngineStore, Miss
 from latentrt.engines.store.key import EngineKey
-from latentrt.runtime.loops import DEVICE_NETS
+from latentrt.runtime.loop.open import DEVICE_NETS
 from latentrt.runtime.pipeline import Pipeline
 from tests.engines.layout_setting import GPU, KnownHost, open_on_cpu, oracle_opener
 from tests.runtime.device_bench import package_with_step

@@ -11,10 +11,10 @@ from latentrt.engines.cuda.device import CudaDevice
 from latentrt.engines.device import BoundNet, Device, DeviceNet
 from latentrt.engines.onnxruntime import backend as onnxruntime_backend
 from latentrt.engines.onnxruntime.cuda_backend import available, open_device
-from latentrt.engines.onnxruntime.layout_choice import LAYOUTS, relative_l2
-from latentrt.engines.onnxruntime.lowering import lower
+from latentrt.engines.onnxruntime.lowering.lower import lower
 from latentrt.engines.onnxruntime.nets import open_onnxruntime_net
-from latentrt.engines.onnxruntime.tuning import TUNED_NETS, tune_package
+from latentrt.engines.onnxruntime.tuning.choice import LAYOUTS, relative_l2
+from latentrt.engines.onnxruntime.tuning.cuda import TUNED_NETS, tune_package
 from latentrt.engines.package import Package
 from latentrt.engines.profiles import fixed_profile, net_profiles
 from latentrt.engines.spec import DTYPES, Array, output_shapes

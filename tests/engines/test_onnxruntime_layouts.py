@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.engines.build import BuildProgress
 from latentrt.engines.errors import BackendError, MemoryLimitError, UsageError
-from latentrt.engines.onnxruntime import tuning as onnxruntime_tuning
-from latentrt.engines.onnxruntime.layout_choice import (
+from latentrt.engines.onnxruntime.tuning import cuda as onnxruntime_tuning
+from latentrt.engines.onnxruntime.tuning.choice import (
     LAYOUTS,
     MARGIN,
     PARITY,
@@ -22,9 +21,10 @@ from latentrt.engines.onnxruntime.layout_choice import (
     choose_layout,
     relative_l2,
 )
-from latentrt.engines.onnxruntime.tuning import TUNED_NETS, measured_profile, tune_package
+from latentrt.engines.onnxruntime.tuning.cuda import TUNED_NETS, measured_profile, tune_package
 from latentrt.engines.package import Package
 from latentrt.engines.store.engine_store import EngineStore
+from latentrt.engines.tensorrt.build import BuildProgress
 from latentrt.runtime.pipeline import SHIPPED
 from tests.engines.layout_setting import KnownHost, open_on_cpu, oracle_opener
 

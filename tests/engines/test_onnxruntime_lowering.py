@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from latentrt.engines.errors import BackendError, PackageError
-from latentrt.engines.onnxruntime.lowering import lower, session_entries
+from latentrt.engines.onnxruntime.lowering.lower import lower, session_entries
 from latentrt.engines.package import Package
 from tests.engines.contrib_oracle import attribute, executable, relative_l2, session
 
@@ -204,7 +204,7 @@ def test_a_net_without_weights_needs_no_entry(package: Package) -> None:
 
 
 def test_onnx_ir_missing(demo: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentrt.engines.onnxruntime.graph_files.find_spec", lambda _: None)
+    monkeypatch.setattr("latentrt.engines.onnxruntime.lowering.files.find_spec", lambda _: None)
     with pytest.raises(BackendError, match="pip install onnx-ir"):
         lower(demo, "unet", tmp_path)
 
@@ -217,5 +217,5 @@ def test_unreadable_graph(package: Package, tmp_path: Path) -> None:
 
 def test_importing_it_needs_no_graph_library() -> None:
     code = "import sys; sys.modules['onnx_ir'] = sys.modules['onnx'] = None\n"
-    code += "import latentrt.engines.onnxruntime.lowering"
+    code += "import latentrt.engines.onnxruntime.lowering.lower"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)

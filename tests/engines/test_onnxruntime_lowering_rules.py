@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper, parser, shape_inference
 
-from latentrt.engines.onnxruntime.lowering import lower_model
+from latentrt.engines.onnxruntime.lowering.lower import lower_model
 from tests.engines.contrib_oracle import attribute, executable, relative_l2, session
 
 

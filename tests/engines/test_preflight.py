@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from latentrt.engines.errors import MemoryLimitError, StorageError
-from latentrt.engines.preflight import Room, check_room, read_room
+from latentrt.engines.tensorrt.preflight import Room, check_room, read_room
 
 GIB = 2**30
 WEIGHTS = 1_624_952_328  # of the UNet of SD 1.5 in fp16

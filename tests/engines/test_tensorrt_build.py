@@ -5,9 +5,15 @@ from typing import Any
 
 import pytest
 
-from latentrt.engines import build as build_module
-from latentrt.engines import build_process
-from latentrt.engines.build import (
+from latentrt.engines.cuda.facts import DeviceFacts
+from latentrt.engines.errors import BackendError, PackageError, StorageError, UsageError
+from latentrt.engines.net_weights import engine_bytes, lora_targets, net_tensors
+from latentrt.engines.package import Package
+from latentrt.engines.profiles import Profile, net_profiles
+from latentrt.engines.store.engine_store import EngineStore, Entry, Miss
+from latentrt.engines.tensorrt import build as build_module
+from latentrt.engines.tensorrt import child as build_process
+from latentrt.engines.tensorrt.build import (
     ANYWHERE,
     BuildProgress,
     Planned,
@@ -18,22 +24,11 @@ from latentrt.engines.build import (
     plan_build,
     target,
 )
-from latentrt.engines.build_options import BuildOptions, Weights
-from latentrt.engines.build_process import run_builder
-from latentrt.engines.cuda.facts import DeviceFacts
-from latentrt.engines.errors import (
-    BackendError,
-    PackageError,
-    StorageError,
-    UsageError,
-)
-from latentrt.engines.net_weights import engine_bytes, lora_targets, net_tensors
-from latentrt.engines.package import Package
-from latentrt.engines.profiles import Profile, net_profiles
-from latentrt.engines.store.engine_store import EngineStore, Entry, Miss
 from latentrt.engines.tensorrt.builder import Job
+from latentrt.engines.tensorrt.child import run_builder
 from latentrt.engines.tensorrt.flavour import flavour, installed_version, load
 from latentrt.engines.tensorrt.network import mark_refittable, parse_graph
+from latentrt.engines.tensorrt.options import BuildOptions, Weights
 from tests.engines.builder_jobs import DEMO, RTX, SMALL, build_small, job_of
 
 NETS = (

@@ -6,17 +6,17 @@ from typing import Any, cast
 
 import pytest
 
-from latentrt.engines.build import engine_key, find_engines
-from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.cuda.facts import DeviceFacts
 from latentrt.engines.device import Shapes
-from latentrt.engines.engine_choice import Candidate, ChosenNet
 from latentrt.engines.errors import BackendError
 from latentrt.engines.profiles import Profile, net_profiles
 from latentrt.engines.store.engine_store import EngineStore
 from latentrt.engines.tensorrt import backend as tensorrt_backend
 from latentrt.engines.tensorrt import device as tensorrt_device
 from latentrt.engines.tensorrt import rtx_backend as tensorrt_rtx_backend
+from latentrt.engines.tensorrt.build import engine_key, find_engines
+from latentrt.engines.tensorrt.choice import Candidate, ChosenNet
+from latentrt.engines.tensorrt.options import BuildOptions
 from tests.engines import tensorrt_setting as setting
 from tests.engines.host_device import HostDevice
 from tests.engines.simulated_tensorrt import simulated_engine

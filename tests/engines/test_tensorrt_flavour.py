@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from latentrt.engines.build_options import FLAGS, BuildOptions, Weights
 from latentrt.engines.errors import BackendError, UsageError
 from latentrt.engines.tensorrt import flavour as tensorrt_flavour
 from latentrt.engines.tensorrt.flavour import (
@@ -18,6 +17,7 @@ from latentrt.engines.tensorrt.flavour import (
     installed_version,
     load,
 )
+from latentrt.engines.tensorrt.options import FLAGS, BuildOptions, Weights
 
 
 @pytest.fixture(scope="module")

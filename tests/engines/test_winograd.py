@@ -14,14 +14,16 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 from latentrt.engines.errors import BackendError, MemoryLimitError, PackageError, UsageError
-from latentrt.engines.onnxruntime import cpu_layouts, cpu_tuning, winograd_kernels
-from latentrt.engines.onnxruntime.attention import lower_attention
 from latentrt.engines.onnxruntime.backend import OnnxRuntimeNet, open_net
-from latentrt.engines.onnxruntime.cpu_layouts import LoweredGraph, cpu_key, lowered_graph
-from latentrt.engines.onnxruntime.cpu_tuning import lower_for_cpu, tune_package
-from latentrt.engines.onnxruntime.layout_choice import Choice, Measured, choose_layout
-from latentrt.engines.onnxruntime.winograd import lower_convolutions
-from latentrt.engines.onnxruntime.winograd_kernels import TILES, Kernel, choose, kernels
+from latentrt.engines.onnxruntime.lowering import winograd_kernels
+from latentrt.engines.onnxruntime.lowering.attention import lower_attention
+from latentrt.engines.onnxruntime.lowering.winograd import lower_convolutions
+from latentrt.engines.onnxruntime.lowering.winograd_kernels import TILES, Kernel, choose, kernels
+from latentrt.engines.onnxruntime.tuning import cpu as cpu_tuning
+from latentrt.engines.onnxruntime.tuning import cpu_layouts
+from latentrt.engines.onnxruntime.tuning.choice import Choice, Measured, choose_layout
+from latentrt.engines.onnxruntime.tuning.cpu import lower_for_cpu, tune_package
+from latentrt.engines.onnxruntime.tuning.cpu_layouts import LoweredGraph, cpu_key, lowered_graph
 from latentrt.engines.package import Package
 from latentrt.engines.spec import DTYPES
 from latentrt.engines.store.engine_store import EngineStore
@@ -103,7 +105,7 @@ def test_the_matrices_are_a_convolution(tile: Any) -> None:
 def test_it_computes_what_the_convolution_computes(
     monkeypatch: pytest.MonkeyPatch, choice: tuple[int, bool], bias: bool
 ) -> None:
-    monkeypatch.setattr("latentrt.engines.onnxruntime.winograd.choose", lambda *_: choice)
+    monkeypatch.setattr("latentrt.engines.onnxruntime.lowering.winograd.choose", lambda *_: choice)
     rng = np.random.default_rng(sum(choice))
     weight = rng.standard_normal((7, 5, 3, 3)).astype(np.float32)
     model = conv_model(weight, rng.standard_normal(7).astype(np.float32) if bias else None)
@@ -373,7 +375,8 @@ def test_an_empty_store_costs_no_import(tmp_path: Path) -> None:
         "from latentrt.engines.package import Package\n"
         "from latentrt.engines.onnxruntime.backend import open_net\n"
         f"open_net(Package.open(Path({str(DEMO)!r})), 'unet').close()\n"
-        "late = {'filelock', 'onnx_ir', 'latentrt.engines.build', 'latentrt.engines.store.engine_store'}\n"
+        "late = {'filelock', 'onnx_ir', 'latentrt.engines.tensorrt.build', "
+        "'latentrt.engines.store.engine_store'}\n"
         "sys.exit(f'imported {late & set(sys.modules)}' if late & set(sys.modules) else 0)"
     )
     environment = {"LATENTRT_CACHE": str(tmp_path), "PATH": ""}

@@ -12,7 +12,7 @@ import torch
 from latentrt.benchmarks.checkpoints import RECIPES, make_checkpoint
 from latentrt.engines.package import Package
 from latentrt.export import Progress, export_package
-from latentrt.export.checkpoint import Checkpoint
+from latentrt.export.checkpoint.open import Checkpoint
 from latentrt.export.verify import Comparison
 
 

@@ -323,7 +323,7 @@ def watch(traces: list[str]) -> Callable[[], None]:
 
 def main(folder: Path, canary: Path) -> None:
     from latentrt.engines.errors import CheckpointError
-    from latentrt.export.convert import convert_pickle
+    from latentrt.export.pickles.convert import convert_pickle
 
     source, output = folder / "x.ckpt", folder / "x.safetensors"
     source.write_bytes(archive(dumps({"w": tensor()})))

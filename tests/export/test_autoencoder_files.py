@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from latentrt.benchmarks.checkpoints import RECIPES, make_checkpoint, make_tiny_vae
 from latentrt.engines.errors import CheckpointError
-from latentrt.export.checkpoint import Checkpoint
-from latentrt.export.vae_nets import preview_decoder, vae_decoder, vae_encoder
+from latentrt.export.checkpoint.open import Checkpoint
+from latentrt.export.nets.vae import preview_decoder, vae_decoder, vae_encoder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from latentrt.engines.errors import CheckpointError, UsageError
-from latentrt.export.checkpoint import Checkpoint
+from latentrt.export.checkpoint.open import Checkpoint
 
 
 def change(path: Path, **values: Any) -> None:
@@ -16,7 +16,7 @@ def change(path: Path, **values: Any) -> None:
 
 
 def test_importing_the_package_needs_no_torch() -> None:
-    code = "import sys, latentrt.export, latentrt.export.checkpoint; print('torch' in sys.modules)"
+    code = "import sys, latentrt.export, latentrt.export.checkpoint.open; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 

@@ -11,10 +11,10 @@ from transformers import CLIPTokenizer
 
 import latentrt.export
 from latentrt.engines.errors import UsageError
-from latentrt.export.clip_tokenizer import write_clip_tokenizer
-from latentrt.runtime.tokenizer import ClipTokenizer
+from latentrt.export.checkpoint.clip_tokenizer import write_clip_tokenizer
+from latentrt.runtime.prompts.tokenizer import ClipTokenizer
 
-VOCABULARY = Path(latentrt.export.__file__).parent / "clip_vocabulary"
+VOCABULARY = Path(latentrt.export.__file__).parent / "checkpoint" / "clip_vocabulary"
 # Ids between bos and eos, as printed by open_clip's SimpleTokenizer and by transformers' tokenizer of
 # openai/clip-vit-base-patch32 in the tests of other projects' tokenizers.
 PUBLISHED = [

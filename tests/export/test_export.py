@@ -13,8 +13,9 @@ from safetensors import safe_open
 
 from latentrt.engines.errors import CheckpointError, NumericError, StorageError, UsageError
 from latentrt.engines.package import Defaults, Package
-from latentrt.export import export_package, package_writer
-from latentrt.export.nets import BUILD
+from latentrt.export import export as package_writer
+from latentrt.export import export_package
+from latentrt.export.nets.build import BUILD
 from tests.export.conftest import Exported, relative_l2
 
 BARS = {"fp32": 1e-5, "fp16": 5e-3}

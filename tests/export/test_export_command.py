@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from latentrt.cli import app
-from latentrt.export import package_writer
-from latentrt.export.ranges import Found
+from latentrt.export import export as package_writer
+from latentrt.export.precision.ranges import Found
 
 
 @pytest.fixture

@@ -19,11 +19,11 @@ from latentrt.benchmarks.recipes import FAMILIES, IMAGE_NOISE, Recipe
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.package import Defaults
 from latentrt.export import export_package
-from latentrt.export.calibration import Calibration, guidance_embedding
-from latentrt.export.checkpoint import Checkpoint
-from latentrt.export.nets import BUILD
-from latentrt.export.package_writer import components
-from latentrt.export.to_onnx import example
+from latentrt.export.checkpoint.open import Checkpoint
+from latentrt.export.export import components
+from latentrt.export.graphs.to_onnx import example
+from latentrt.export.nets.build import BUILD
+from latentrt.export.precision.calibration import Calibration, guidance_embedding
 from tests.export.conftest import Exported, relative_l2
 from tests.export.ldm_files import one_file
 from tests.export.tensorrt_builds import build_every_net

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from latentrt.engines.errors import CheckpointError, UsageError
-from latentrt.export.single_file import open_single_file, open_vae_file
+from latentrt.export.checkpoint.single_file import open_single_file, open_vae_file
 from tests.export.ldm_files import (
     TINY,
     Tensors,

@@ -16,13 +16,16 @@ from diffusers import StableDiffusionPipeline
 
 from latentrt.engines.errors import NumericError
 from latentrt.engines.package import Package
-from latentrt.export import islands, package_writer, surgery
-from latentrt.export.checkpoint import Checkpoint
-from latentrt.export.nets import BUILD
-from latentrt.export.ranges import FP16_MAX, LIMIT, Found
-from latentrt.export.to_onnx import example
+from latentrt.export import export as package_writer
+from latentrt.export.checkpoint.open import Checkpoint
+from latentrt.export.graphs import passes as surgery
+from latentrt.export.graphs.to_onnx import example
+from latentrt.export.nets.build import BUILD
+from latentrt.export.precision import islands
+from latentrt.export.precision.ranges import FP16_MAX, LIMIT, Found
 from latentrt.export.verify import compare
-from latentrt.runtime import Pipeline, loops
+from latentrt.runtime import Pipeline
+from latentrt.runtime.loop import open as loops
 
 from .overflow import Rounded, RoundedBackend, keep_apart, make_overflowing, rounded, session, with_nets
 from .tensorrt_builds import build_every_net

@@ -5,7 +5,8 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from latentrt.export import islands, surgery
+from latentrt.export.graphs import passes as surgery
+from latentrt.export.precision import islands
 
 HALF = ir.DataType.FLOAT16
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from latentrt.engines.errors import NumericError
-from latentrt.export import nets
-from latentrt.export.checkpoint import Checkpoint
-from latentrt.export.latent_rgb import colour_fields, fit_latent_rgb
+from latentrt.export.checkpoint.open import Checkpoint
+from latentrt.export.nets import build as nets
+from latentrt.export.nets.latent_rgb import colour_fields, fit_latent_rgb
 
 DEMO = Path(__file__).resolve().parents[2] / "demo" / "checkpoint"
 MIX = np.array([[0.5, -0.2, 0.1, 0.3], [0.1, 0.7, -0.4, 0.2], [0.2, 0.1, 0.6, -0.5]])  # of colours

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
-from latentrt.engines.onnxruntime.lowering import lower
+from latentrt.engines.onnxruntime.lowering.lower import lower
 from tests.engines.contrib_oracle import executable, relative_l2, session
 
 LAST, FIRST = [0, 2, 3, 1], [0, 3, 1, 2]

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from latentrt.engines.errors import CheckpointError
-from latentrt.export.checkpoint import Checkpoint
-from latentrt.export.clip_nets import text_encoder
-from latentrt.export.unet_net import unet
-from latentrt.export.vae_nets import Scaling, VaeDecoder, VaeEncoder, vae_decoder
+from latentrt.export.checkpoint.open import Checkpoint
+from latentrt.export.nets.clip import text_encoder
+from latentrt.export.nets.unet import unet
+from latentrt.export.nets.vae import Scaling, VaeDecoder, VaeEncoder, vae_decoder
 
 
 def rename(path: Path, *pairs: tuple[str, str]) -> None:

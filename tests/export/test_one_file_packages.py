@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from latentrt.benchmarks.checkpoints import RECIPES, make_checkpoint
-from latentrt.export.package_writer import export_package
+from latentrt.export.export import export_package
 from tests.export.ldm_files import one_file
 
 KINDS = {

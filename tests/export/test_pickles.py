@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from latentrt.engines.errors import CheckpointError, StorageError, UsageError
-from latentrt.export import pickles, torch_files
-from latentrt.export.convert import convert_pickle
+from latentrt.export.pickles import machine as pickles
+from latentrt.export.pickles import torch_files
+from latentrt.export.pickles.convert import convert_pickle
 from tests.export.hostile_pickles import archive, dumps, hostile, tensor
 
 BASE = torch.arange(24.0).reshape(4, 6)

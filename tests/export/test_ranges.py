@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from latentrt.benchmarks.checkpoints import RECIPES, make_checkpoint
 from latentrt.engines.errors import CheckpointError, NumericError
-from latentrt.export import islands, surgery
-from latentrt.export.calibration import PROMPTS, STEPS, Calibration, token_ids
-from latentrt.export.checkpoint import Checkpoint
-from latentrt.export.hoist import hoist
-from latentrt.export.nets import BUILD
-from latentrt.export.ranges import LIMIT, find_islands, measure
+from latentrt.export.checkpoint.open import Checkpoint
+from latentrt.export.graphs import passes as surgery
+from latentrt.export.graphs.hoist import hoist
+from latentrt.export.nets.build import BUILD
+from latentrt.export.precision import islands
+from latentrt.export.precision.calibration import PROMPTS, STEPS, Calibration, token_ids
+from latentrt.export.precision.ranges import LIMIT, find_islands, measure
 
 from .test_islands import ATTENTION, HALF, OPERANDS, model_of, operands, run
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 
 from latentrt.engines.errors import CheckpointError
-from latentrt.export.safetensors_file import (
+from latentrt.export.checkpoint.safetensors_file import (
     ITEM_SIZES,
     TensorHeader,
     read_headers,

@@ -13,10 +13,10 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig
 
-from latentrt.export.component import Component
-from latentrt.export.convert import convert_pickle
-from latentrt.export.safetensors_file import read_headers, read_tensors
-from latentrt.export.single_file import SingleFile, open_single_file
+from latentrt.export.checkpoint.component import Component
+from latentrt.export.checkpoint.safetensors_file import read_headers, read_tensors
+from latentrt.export.checkpoint.single_file import SingleFile, open_single_file
+from latentrt.export.pickles.convert import convert_pickle
 from tests.export.ldm_files import (
     FULL,
     TINY,

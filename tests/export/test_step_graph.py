@@ -7,10 +7,10 @@ import onnxruntime
 import pytest
 
 from latentrt.engines import spec
-from latentrt.export.step_graph import write_step
-from latentrt.runtime import guidance
-from latentrt.runtime.denoise import Kept, denoise
-from latentrt.runtime.samplers import make_table, resolve
+from latentrt.export.graphs.step import write_step
+from latentrt.runtime.loop import guidance
+from latentrt.runtime.loop.denoise import Kept, denoise
+from latentrt.runtime.sampling.samplers import make_table, resolve
 
 SCHEDULER = {
     "_class_name": "DDIMScheduler",

@@ -2,7 +2,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from latentrt.export import surgery
+from latentrt.export.graphs import passes as surgery
 
 
 def graph(

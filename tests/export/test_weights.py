@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from latentrt.engines.errors import CheckpointError
-from latentrt.export.weights import WEIGHTS, attach, is_weight, stored_type, write_weights
+from latentrt.export.graphs.weights import WEIGHTS, attach, is_weight, stored_type, write_weights
 
 HALF, FULL, BRAIN = ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.BFLOAT16
 

@@ -11,11 +11,11 @@ from latentrt.engines import spec
 from latentrt.engines.device import DeviceNet
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import NetFile, Package, write_manifest
-from latentrt.export.step_graph import write_step
-from latentrt.runtime.device_loop import DeviceLoop
+from latentrt.export.graphs.step import write_step
+from latentrt.runtime.loop.device.cuda_graphs import Graphs
+from latentrt.runtime.loop.device.loop import DeviceLoop
 from latentrt.runtime.pipeline import SHIPPED, Pipeline
-from latentrt.runtime.replay import Graphs
-from latentrt.runtime.text_conditioning import CACHE_BYTES
+from latentrt.runtime.prompts.encode import CACHE_BYTES
 from tests.engines.host_device import HostDevice
 
 Wrap = Callable[[str, DeviceNet], DeviceNet]

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentrt.runtime.table import Table
+from latentrt.runtime.sampling.table import Table
 
 SD = {
     "_class_name": "PNDMScheduler",

@@ -10,8 +10,8 @@ import re
 from functools import cache
 from tempfile import TemporaryDirectory
 
-from latentrt.export.clip_tokenizer import write_clip_tokenizer
-from latentrt.runtime.tokenizer import ClipTokenizer
+from latentrt.export.checkpoint.clip_tokenizer import write_clip_tokenizer
+from latentrt.runtime.prompts.tokenizer import ClipTokenizer
 
 Pairs = list[tuple[str, float]]
 

@@ -12,7 +12,7 @@ from onnx import parser
 from latentrt.engines import spec
 from latentrt.engines.package import TIME_IDS, Manifest, NetFile, Package, write_manifest
 from latentrt.engines.spec import NetSpec, TensorSpec
-from latentrt.export.step_graph import write_step
+from latentrt.export.graphs.step import write_step
 
 TOKENS, WIDTH, IMAGE_CHANNELS = 6, 8, 5
 VECTORS = {"class_labels": 7, "time_ids": 6}

@@ -9,7 +9,7 @@ import pytest
 
 from latentrt.engines.errors import BackendError, CancelledError, NumericError
 from latentrt.engines.package import Package
-from latentrt.runtime.device_loop import DeviceLoop
+from latentrt.runtime.loop.device.loop import DeviceLoop
 from latentrt.runtime.pipeline import Pipeline
 from tests.engines.host_device import HostDevice
 from tests.runtime.device_bench import device_pipeline

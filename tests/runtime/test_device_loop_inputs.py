@@ -13,15 +13,15 @@ from latentrt.engines.errors import MemoryLimitError, PackageError, UsageError
 from latentrt.engines.onnxruntime import backend as onnxruntime
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import Package
-from latentrt.runtime.clock import Clock
-from latentrt.runtime.denoise import Kept
-from latentrt.runtime.device_loop import DeviceLoop, _need, _Remembered
-from latentrt.runtime.host_loop import HostLoop
-from latentrt.runtime.job import Job
-from latentrt.runtime.ladder import Plan
-from latentrt.runtime.noise import NoiseSource
-from latentrt.runtime.replay import Graphs
-from latentrt.runtime.samplers import make_table, resolve
+from latentrt.runtime.loop.clock import Clock
+from latentrt.runtime.loop.denoise import Kept
+from latentrt.runtime.loop.device.cuda_graphs import Graphs
+from latentrt.runtime.loop.device.loop import DeviceLoop, _need, _Remembered
+from latentrt.runtime.loop.device.memory_fallback import Plan
+from latentrt.runtime.loop.host import HostLoop
+from latentrt.runtime.loop.job import Job
+from latentrt.runtime.sampling.noise import NoiseSource
+from latentrt.runtime.sampling.samplers import make_table, resolve
 from tests.engines.host_device import HostDevice
 from tests.runtime.small_nets import IMAGE_CHANNELS, TOKENS, VECTORS, WIDTH, write_small_package
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from latentrt.runtime import guidance
+from latentrt.runtime.loop import guidance
 
 
 def rows(count: int, dtype: type = np.float32) -> np.ndarray:

@@ -17,7 +17,7 @@ import pytest
 from PIL import ExifTags, Image, ImageFile, PngImagePlugin
 
 from latentrt.engines.errors import UsageError
-from latentrt.runtime.image_input import FORMATS, read_image
+from latentrt.runtime.pictures.read import FORMATS, read_image
 from tests.runtime.picture_files import NOISE, RGB, chunk, encoded, png
 
 # ── bombs ──────────────────────────────────────────────────────────────────────────────────────
@@ -71,7 +71,7 @@ CHILD = """
 import pathlib, resource, sys
 from PIL import Image
 from latentrt.engines.errors import UsageError
-from latentrt.runtime.image_input import read_image
+from latentrt.runtime.pictures.read import read_image
 Image.init()
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

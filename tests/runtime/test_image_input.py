@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, ImageOps
 from transformers.image_transforms import convert_to_rgb
 
 from latentrt.engines.errors import UsageError
-from latentrt.runtime.image_input import FORMATS, MAX_FILE_SIZE, read_image
+from latentrt.runtime.pictures.read import FORMATS, MAX_FILE_SIZE, read_image
 from tests.runtime.picture_files import RGB, SMOOTH, encoded, png
 
 GENERATOR = np.random.default_rng(1)

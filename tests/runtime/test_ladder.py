@@ -11,7 +11,7 @@ from latentrt.engines.device import Addresses, BoundNet, DeviceNet, Shapes
 from latentrt.engines.errors import BackendError, MemoryLimitError
 from latentrt.engines.package import Package
 from latentrt.engines.spec import NetSpec
-from latentrt.runtime.ladder import Need, Plan, climb
+from latentrt.runtime.loop.device.memory_fallback import Need, Plan, climb
 from tests.engines.host_device import HostDevice
 from tests.runtime.device_bench import device_pipeline
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from latentrt.engines.errors import UsageError
-from latentrt.runtime.mask import Inpainting, crop_region, latent_mask, plan_inpainting, read_mask
+from latentrt.runtime.pictures.mask import Inpainting, crop_region, latent_mask, plan_inpainting, read_mask
 
 # as in StableDiffusionInpaintPipeline
 IMAGES = VaeImageProcessor()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from latentrt.engines.errors import UsageError
-from latentrt.runtime.noise import RNGS, NoiseSource, philox4x32_10
+from latentrt.runtime.sampling.noise import RNGS, NoiseSource, philox4x32_10
 
 SEEDS = (0, 1, 2**31, 2**32 - 1, 2**32 + 7, 2**63 - 1, 2**64 - 1, -1, -(2**63), 1234567)
 # below 16, multiples of 16, and above 16 with a tail, mixed so that a kept second normal crosses other draws

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, PngImagePlugin
 
 from latentrt.engines.errors import NumericError, StorageError, UsageError
-from latentrt.runtime import picture
-from latentrt.runtime.picture import check_pictures, grid, read_metadata, save_picture, to_pil
+from latentrt.runtime.pictures import write as picture
+from latentrt.runtime.pictures.write import check_pictures, grid, read_metadata, save_picture, to_pil
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)
 INFOTEXT = "a café 日本 😀\nNegative prompt: x\nSteps: 1, Sampler: Euler, Seed: 0"

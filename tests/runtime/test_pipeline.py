@@ -15,7 +15,7 @@ import pytest
 from latentrt.engines.errors import BackendError, CancelledError, NumericError, PackageError, UsageError
 from latentrt.engines.package import write_manifest
 from latentrt.runtime import Pipeline
-from latentrt.runtime.loops import HOST_NETS
+from latentrt.runtime.loop.open import HOST_NETS
 from latentrt.runtime.preview import check_finite
 
 PROMPT = "a red circle on a blue background"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from latentrt.engines.errors import UsageError
-from latentrt.runtime.prompt_comfyui import parse_comfyui
+from latentrt.runtime.prompts.comfyui import parse_comfyui
 from tests.runtime.prompt_references import comfyui
 
 # The examples in comfy/sd1_clip.py, token_weights (there rounded)

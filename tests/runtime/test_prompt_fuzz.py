@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentrt.engines.errors import UsageError
-from latentrt.runtime.prompt_a1111 import parse_a1111
-from latentrt.runtime.prompt_comfyui import parse_comfyui
+from latentrt.runtime.prompts.a1111 import parse_a1111
+from latentrt.runtime.prompts.comfyui import parse_comfyui
 from tests.runtime import prompt_references as reference
 
 PARSERS = ((parse_a1111, reference.a1111), (parse_comfyui, reference.comfyui))

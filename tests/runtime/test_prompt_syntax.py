@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from latentrt.engines.errors import UsageError
-from latentrt.runtime.prompt_syntax import PROMPT_SYNTAXES, prompt_syntax
+from latentrt.runtime.prompts.syntax import PROMPT_SYNTAXES, prompt_syntax
 from tests.runtime.prompt_references import clip_tokenizer
 
 WEIGHTED = "a (red:1.5) cat"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from latentrt.engines.package import Package
-from latentrt.runtime.replay import Replay
+from latentrt.runtime.loop.device.cuda_graphs import Replay
 from tests.engines.host_device import HostDevice
 from tests.runtime.device_bench import device_pipeline
 

@@ -6,7 +6,7 @@ import pytest
 
 from latentrt.engines.errors import SamplerError, UsageError
 from latentrt.engines.package import Defaults, Manifest
-from latentrt.runtime.request import Given, Parameters, latent_shape, make_request
+from latentrt.runtime.request.request import Given, Parameters, latent_shape, make_request
 
 MANIFEST = Manifest(
     name="m",

@@ -11,9 +11,9 @@ from PIL import Image
 from latentrt.engines.errors import SamplerError, UsageError
 from latentrt.engines.package import Defaults, Manifest, NetFile
 from latentrt.engines.spec import text_encoder, unet_time
-from latentrt.runtime.request import Request, make_request
-from latentrt.runtime.source import Latents, Masked, Pictures, Varied
-from latentrt.runtime.span import make_span
+from latentrt.runtime.request.request import Request, make_request
+from latentrt.runtime.request.source import Latents, Masked, Pictures, Varied
+from latentrt.runtime.sampling.span import make_span
 
 SD = Manifest(
     name="sd",

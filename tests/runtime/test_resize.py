@@ -12,7 +12,7 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from latentrt.engines.errors import PackageError, UsageError
-from latentrt.runtime.resize import RESIZE_MODES, clip_pixels, resize
+from latentrt.runtime.pictures.resize import RESIZE_MODES, clip_pixels, resize
 
 # (H, W): square, both orientations, odd, smaller and larger than the target, slim
 SIZES = [(64, 64), (48, 80), (80, 48), (33, 57), (57, 33), (200, 131), (7, 61), (61, 7), (1, 1), (3, 2)]

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from latentrt.engines.errors import SamplerError
-from latentrt.runtime import sampler_names
-from latentrt.runtime.sampler_config import SCHEDULER_CLASSES, SamplerConfig
-from latentrt.runtime.samplers import SAMPLERS, make_table, resolve
-from latentrt.runtime.schedule import NoiseSchedule
+from latentrt.runtime.sampling import names as sampler_names
+from latentrt.runtime.sampling.config import SCHEDULER_CLASSES, SamplerConfig
+from latentrt.runtime.sampling.samplers import SAMPLERS, make_table, resolve
+from latentrt.runtime.sampling.schedule import NoiseSchedule
 
 SD15 = {
     "_class_name": "PNDMScheduler",

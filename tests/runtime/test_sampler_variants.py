@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from latentrt.engines.errors import SamplerError
-from latentrt.runtime.samplers import make_table, resolve
+from latentrt.runtime.sampling.samplers import make_table, resolve
 from tests.runtime.diffusers_oracle import SD, check, make_scheduler, set_steps, step_options
 
 
@@ -133,6 +133,7 @@ def variants() -> Iterator[tuple[str, dict]]:
             yield cls, option
 
 
+@pytest.mark.usefixtures("rounded_sqrt")
 @pytest.mark.parametrize("cls", sorted({cls for cls, _ in variants()}))
 def test_variants_at_twenty_steps(cls: str) -> None:
     failures = []

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentrt.runtime.samplers import SAMPLERS, make_table, resolve
+from latentrt.runtime.sampling.samplers import SAMPLERS, make_table, resolve
 from tests.runtime.diffusers_oracle import (
     CLASSES,
     SD,

@@ -7,8 +7,8 @@ import pytest
 
 from latentrt.engines.errors import SamplerError
 from latentrt.engines.spec import HISTORY
-from latentrt.runtime.schedule import Level
-from latentrt.runtime.table import Table, trace
+from latentrt.runtime.sampling.schedule import Level
+from latentrt.runtime.sampling.table import Table, trace
 
 LEVELS = [
     Level(900.0, 0.2, 0.96**0.5),

@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.engines.build import engine_key
-from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.cuda.facts import DeviceFacts
 from latentrt.engines.device import Device
 from latentrt.engines.errors import BackendError, EngineError, UsageError
@@ -15,8 +13,10 @@ from latentrt.engines.package import NetFile, Package
 from latentrt.engines.profiles import Profile, net_profiles
 from latentrt.engines.store.engine_store import EngineStore
 from latentrt.engines.tensorrt import device as tensorrt_device
-from latentrt.runtime.device_loop import DeviceLoop
-from latentrt.runtime.loops import DEVICE_NETS
+from latentrt.engines.tensorrt.build import engine_key
+from latentrt.engines.tensorrt.options import BuildOptions
+from latentrt.runtime.loop.device.loop import DeviceLoop
+from latentrt.runtime.loop.open import DEVICE_NETS
 from latentrt.runtime.pipeline import Pipeline
 from tests.engines.host_device import HostDevice
 from tests.engines.simulated_tensorrt import SimulatedLibrary, simulated_engine

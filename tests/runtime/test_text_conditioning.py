@@ -15,8 +15,8 @@ from latentrt.engines.backend import choose_backend
 from latentrt.engines.errors import UsageError
 from latentrt.engines.package import Package
 from latentrt.engines.spec import NetSpec, TensorSpec
-from latentrt.runtime.text_conditioning import TextConditioner, TextEncoder
-from latentrt.runtime.tokenizer import ClipTokenizer
+from latentrt.runtime.prompts.encode import TextConditioner, TextEncoder
+from latentrt.runtime.prompts.tokenizer import ClipTokenizer
 from tests.runtime import prompt_references as reference
 from tests.runtime.prompt_references import clip_tokenizer
 

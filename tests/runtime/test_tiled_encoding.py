@@ -18,7 +18,7 @@ from PIL import Image
 
 from latentrt.demo import shapes
 from latentrt.engines.errors import UsageError
-from latentrt.runtime.tiling import Encode, Tiling, axis_tiles, encode_tiled
+from latentrt.runtime.pictures.tiling import Encode, Tiling, axis_tiles, encode_tiled
 
 DEMO_VAE = Path(__file__).resolve().parents[2] / "demo" / "checkpoint" / "vae"
 

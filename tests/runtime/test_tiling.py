@@ -20,7 +20,7 @@ from PIL import Image
 
 from latentrt.demo import shapes
 from latentrt.engines.errors import UsageError
-from latentrt.runtime.tiling import Decode, Tiling, axis_tiles, decode_tiled
+from latentrt.runtime.pictures.tiling import Decode, Tiling, axis_tiles, decode_tiled
 
 DEMO_VAE = Path(__file__).resolve().parents[2] / "demo" / "checkpoint" / "vae"
 

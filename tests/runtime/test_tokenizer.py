@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from latentrt.engines.errors import PackageError, UsageError
-from latentrt.export.clip_tokenizer import write_clip_tokenizer
-from latentrt.runtime.tokenizer import ClipTokenizer
+from latentrt.export.checkpoint.clip_tokenizer import write_clip_tokenizer
+from latentrt.runtime.prompts.tokenizer import ClipTokenizer
 
 SMALL = Path(__file__).parent / "data" / "tokenizer"
 CORPUS = (

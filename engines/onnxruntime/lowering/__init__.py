@@ -1,0 +1,1 @@
+"""Graphs rewritten for one ONNX Runtime provider."""

@@ -1,0 +1,1 @@
+"""Layouts measured on this machine, and the choice remembered."""

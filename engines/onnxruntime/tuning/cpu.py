@@ -1,0 +1,160 @@
+"""The layouts of ONNX Runtime's nets on the CPU, measured and remembered in the engine store.
+
+`latentrt build PACKAGE --backend onnxruntime` measures; opening a net only looks (`cpu_layouts.py`). An entry
+is one net on one kind of processor, with one number of cores and one release of ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from ...errors import BackendError
+from ...package import Package
+from ...spec import DTYPES, Array
+from ...store.engine_store import EngineStore
+from ...tensorrt.build import OnProgress
+from ..backend import OnnxRuntimeNet, library
+from ..lowering.attention import lower_attention
+from ..lowering.files import read_graph, write_graph
+from ..lowering.geglu import lower_geglus
+from ..lowering.group_norm import lower_group_norms
+from ..lowering.winograd import lower_convolutions
+from ..lowering.winograd_kernels import Kernel
+from .choice import Measured, choose_layout
+from .cpu_layouts import CPU_LAYOUTS, LoweredGraph, cpu_key
+from .cuda import TunedNet, choice_facts, ensure_layouts, measured_profile, tuned_nets
+from .trials import Report
+
+CPU_ROUNDS = 4  # a UNet takes seconds: few rounds tell layouts apart that differ by a tenth
+_WARM_UP = 1
+_PARITY = {"fp32": 1e-4, "fp16": 5e-3}  # relative L2 to `plain`, as docs/design.md has it for exports
+_LONG = 0.5  # seconds: of shorter runs the median of several is taken, the first left out
+_MOST = 40
+_SEED = 0
+
+
+def lower_for_cpu(package: Package, net: str, layout: str, folder: Path) -> LoweredGraph:
+    """A net in one of CPU_LAYOUTS but `plain`, by way of a file in `folder`.
+
+    Raises:
+        BackendError: onnx-ir is not installed, or nothing in the graph is worth lowering.
+        PackageError: onnx-ir cannot read the graph.
+    """
+    model = read_graph(package, net)
+    lowered = [lower(model) for lower in (lower_group_norms, lower_geglus, lower_attention)]
+    kernels = tuple[Kernel, ...]()
+    if layout == "winograd":
+        kernels = lower_convolutions(model, Path(package.manifest.nets[net].weights or "").name)
+    if not kernels and (layout == "winograd" or not any(lowered)):
+        raise BackendError(
+            f"{net} has nothing in float32 that the layout {layout!r} lowers",
+            expected="3x3 convolutions for 'winograd', normalisation or self-attention for 'fused'",
+            fix="Use the graph as it is.",
+        )
+    return LoweredGraph(
+        layout=layout, graph=write_graph(model, folder / f"{net}.onnx").read_bytes(), kernels=kernels
+    )
+
+
+def tune_package(
+    package: Package,
+    store: EngineStore,
+    progress: OnProgress | None = None,
+    *,
+    nets: Iterable[str] = (),
+    rounds: int = CPU_ROUNDS,
+) -> tuple[TunedNet, ...]:
+    """Make sure that the store has the fastest layout of every net that has a choice, on this CPU.
+
+    Takes a dozen runs of each net, and while it lasts the memory of three sessions of it.
+
+    Args:
+        package: the package.
+        store: where the choices go.
+        progress: told how far it is.
+        nets: only these of TUNED_NETS.
+        rounds: how often each layout is timed.
+
+    Raises:
+        UsageError: a name in `nets` that has no choice.
+        StorageError: the store cannot be written.
+        LatentrtError: whatever opening and running the package's own graph raises.
+    """
+
+    def measure(net: str, path: Path, report: Report) -> dict[str, Any]:
+        with TemporaryDirectory() as folder:
+            return _Trials(package, net, Path(folder), report, rounds).choose(path)
+
+    version = str(library().__version__)
+    names = tuned_nets(package, nets)
+    return ensure_layouts(store, names, lambda net: cpu_key(package, net, version), measure, progress)
+
+
+@dataclass
+class _Trials:
+    """The layouts of one net, with the same random inputs."""
+
+    package: Package
+    net: str
+    folder: Path
+    report: Report
+    rounds: int
+    done: int = 0
+    inputs: dict[str, Array] = field(default_factory=dict[str, Array])
+
+    def choose(self, path: Path) -> dict[str, Any]:
+        """Write the graph of the fastest layout to `path`; the figures."""
+        manifest = self.package.manifest
+        spec = manifest.nets[self.net].spec
+        shapes = {name: three[1] for name, three in measured_profile(self.package, self.net).shapes.items()}
+        rng = np.random.default_rng(_SEED)
+        for tensor in spec.inputs:
+            self.inputs[tensor.name] = rng.standard_normal(shapes[tensor.name]).astype(DTYPES[tensor.dtype])
+        choice = choose_layout(
+            self.measure,
+            CPU_LAYOUTS,
+            rounds=self.rounds,
+            warm_up=_WARM_UP,
+            parity=_PARITY[manifest.dtype],
+        )
+        facts = choice_facts(choice)
+        if choice.layout != "plain":
+            lowered = lower_for_cpu(self.package, self.net, choice.layout, self.folder)
+            path.write_bytes(lowered.graph)
+            return {**facts, "kernels": [kernel.to_json() for kernel in lowered.kernels]}
+        path.write_bytes(self.package.path(manifest.nets[self.net].graph).read_bytes())
+        return facts
+
+    def measure(self, name: str) -> Measured:
+        """Open the net in the layout of that name, and run it once. Raises LatentrtError."""
+        self.report(f"opening {name}", 0.0)
+        lowered = lower_for_cpu(self.package, self.net, name, self.folder) if name != "plain" else None
+        with ExitStack() as stack:
+            net = stack.enter_context(OnnxRuntimeNet(self.package, self.net, lowered=lowered))
+            outputs = net(**self.inputs)
+            opened = stack.pop_all()
+        return Measured(outputs=outputs, run=lambda: self.time(name, net), close=opened.close)
+
+    def time(self, name: str, net: OnnxRuntimeNet) -> float:
+        """Milliseconds of one run."""
+        self.done += 1
+        total = (self.rounds + _WARM_UP) * len(CPU_LAYOUTS)
+        self.report(f"timing {name}", min(self.done / total, 1.0))
+        took = [self._seconds(net)]
+        if took[0] < _LONG:
+            took = [self._seconds(net) for _ in range(min(round(_LONG / took[0]), _MOST) + 1)]
+        return 1000 * median(took)
+
+    def _seconds(self, net: OnnxRuntimeNet) -> float:
+        began = time.perf_counter()
+        net(**self.inputs)
+        return time.perf_counter() - began

@@ -1,0 +1,384 @@
+"""package -> engines in the store: one key per net, and a child process for each that is missing."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ..cuda.facts import DeviceFacts, Nvml
+from ..errors import StorageError, UsageError
+from ..net_weights import engine_bytes, lora_targets
+from ..package import Package
+from ..profiles import NetProfile, Profile, net_profiles
+from ..spec import NETS
+from ..store.engine_store import EngineStore, Entry, Miss
+from ..store.key import EngineKey, canonical_sha256
+from .builder import Facts, Job, Report
+from .child import Started, run_builder
+from .flavour import Flavour, flavour, installed_version
+from .options import BuildOptions, Weights
+from .preflight import Room, check_room, read_room
+
+# Fields of a key that say how an engine was built, not for what model or device.
+_HOW = {
+    "profiles",
+    "flags",
+    "refittable",
+    "optimization_level",
+    "workspace_limit",
+}
+_AMPERE = (8, 0)  # the oldest compute capability of engines for `ampere_plus`
+_NOT_BUILT = ("unet_whole",)  # for other tools
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildProgress:
+    """How far a build is: net `index` of `total`, and `fraction` (0 to 1) of that net."""
+
+    net: str
+    index: int
+    total: int
+    phase: str
+    fraction: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """An engine that is wanted: its key, its profiles in the engine's order, and what the store has."""
+
+    net: str
+    key: EngineKey
+    profiles: tuple[NetProfile, ...]
+    found: Entry | Miss
+
+    @property
+    def why(self) -> str:
+        """Why it must be built; "" if it is in the store."""
+        return self.found.reason if isinstance(self.found, Miss) else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltEngine:
+    """An engine that is in the store now. `why` is "" where it was there before."""
+
+    net: str
+    entry: Entry
+    profiles: tuple[NetProfile, ...]
+    why: str
+
+    @property
+    def cached(self) -> bool:
+        """Whether nothing had to be built."""
+        return not self.why
+
+
+OnProgress = Callable[[BuildProgress], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What an engine is for: the fields of its key that name a device."""
+
+    compute_capability: str
+    gpu: str
+    driver: str
+
+
+ANYWHERE = Target(compute_capability="portable", gpu="any", driver="any")
+
+
+class Kind(Protocol):
+    """What a key must know of a backend, such as a row of the table of flavours."""
+
+    @property
+    def backend(self) -> str:
+        """The name users know."""
+        ...
+
+    @property
+    def portable(self) -> bool:
+        """Whether an engine runs on several kinds of GPU."""
+        ...
+
+
+def target(row: Kind, gpu: DeviceFacts | None, hardware_compatibility: str = "") -> Target:
+    """The device in an engine's key. Without a GPU only a portable engine can be built, or looked for.
+
+    `hardware_compatibility` is as in BuildOptions: an engine for more than this GPU does not name it.
+    """
+    if row.portable or gpu is None:
+        return ANYWHERE
+    driver = (gpu.driver or "any").partition(".")[0]
+    if not hardware_compatibility:
+        return Target(compute_capability=gpu.sm, gpu=gpu.kind, driver=driver)
+    same = hardware_compatibility == "same_compute_capability"
+    return Target(compute_capability=gpu.sm if same else hardware_compatibility, gpu="any", driver=driver)
+
+
+def _levels(row: Kind, gpu: DeviceFacts | None) -> tuple[str, ...]:
+    """The values of `hardware_compatibility` that engines for this GPU may have, the closest fit first."""
+    if row.portable or gpu is None:
+        return ("",)
+    ampere = ("ampere_plus",) if gpu.compute_capability >= _AMPERE else ()
+    return ("", "same_compute_capability", *ampere)
+
+
+def engine_key(
+    package: Package,
+    net: str,
+    row: Kind,
+    version: str,
+    profiles: Sequence[NetProfile],
+    options: BuildOptions,
+    *,
+    gpu: DeviceFacts | None = None,
+) -> EngineKey:
+    """The key under which the store has this engine; builder and runtime both ask here.
+
+    Args:
+        package: the package.
+        net: a net of it.
+        row: the backend.
+        version: the library's exact version.
+        profiles: of this net (`net_profiles`), in the engine's order.
+        options: of the build.
+        gpu: the device; needed where engines are not portable.
+    """
+    manifest = package.manifest
+    file = manifest.nets[net]
+    names = lora_targets(package, net) if options.weights is Weights.lora else ()
+    device = target(row, gpu, options.hardware_compatibility)
+    return EngineKey(
+        net=net,
+        graph=manifest.files[file.graph].sha256,
+        weights=manifest.files[file.weights].sha256 if file.weights else "",
+        dtype=manifest.dtype,
+        contract=canonical_sha256(file.spec.to_json()),
+        backend=row.backend,
+        backend_version=version,
+        compute_capability=device.compute_capability,
+        gpu=device.gpu,
+        driver=device.driver,
+        platform=f"{sys.platform}-{platform.machine().lower()}",
+        profiles=tuple(profile.text for profile in profiles),
+        flags=options.flags,
+        refittable=canonical_sha256(list(names)) if names else "",
+        optimization_level=options.optimization_level,
+        workspace_limit=options.workspace_limit,
+        hardware_compatibility=options.hardware_compatibility,
+    )
+
+
+def find_engines(
+    package: Package,
+    net: str,
+    row: Flavour,
+    version: str,
+    store: EngineStore,
+    *,
+    gpu: DeviceFacts | None = None,
+) -> tuple[tuple[Entry, tuple[NetProfile, ...]], ...]:
+    """Every engine of this net that runs here, however it was built.
+
+    Those of this GPU alone come before those of its compute capability, and these before those of Ampere and
+    later; of each kind, the most recently used comes first. Which profiles a user has built, and with which
+    options, only the store knows: so the runtime asks for all of them, each with its profiles in the engine's
+    order, and chooses.
+    """
+    spec = package.manifest.nets[net].spec
+    entries = store.entries()
+    found: list[tuple[Entry, tuple[NetProfile, ...]]] = []
+    for level in _levels(row, gpu):
+        options = BuildOptions(hardware_compatibility=level)
+        like = engine_key(package, net, row, version, (), options, gpu=gpu)
+        for entry in entries:
+            if set(like.differences(entry.key)) <= _HOW:
+                sources = [Profile.parse(str(text), multiple=1) for text in entry.facts.get("profiles", ())]
+                profiles = net_profiles(net, spec, sources)
+                if tuple(profile.text for profile in profiles) == entry.key.profiles:
+                    found.append((entry, profiles))
+    return tuple(found)
+
+
+def built_nets(package: Package, names: Iterable[str] = ()) -> tuple[str, ...]:
+    """The nets that get engines, in the order of the data flow; `names` picks some of them.
+
+    Raises:
+        UsageError: a name that is none of them.
+    """
+    every = tuple(net for net in NETS if net in package.manifest.nets and net not in _NOT_BUILT)
+    wanted = tuple(names)
+    if unknown := [name for name in wanted if name not in every]:
+        raise UsageError(
+            f"the package has no net {unknown[0]!r} to build",
+            expected=", ".join(every),
+            fix="Leave --nets out to build all of them.",
+        )
+    return tuple(net for net in every if not wanted or net in wanted)
+
+
+def plan_build(
+    package: Package,
+    backend: str,
+    profiles: Sequence[Profile],
+    options: BuildOptions,
+    store: EngineStore,
+    *,
+    nets: Iterable[str] = (),
+    gpu: DeviceFacts | None = None,
+) -> tuple[Planned, ...]:
+    """What `build_package` would do; nothing is built, and no library is loaded.
+
+    Raises:
+        BackendError: the library is missing, or cannot build this here.
+        UsageError: an unknown net.
+        PackageError: the package's contract or weights file cannot be read.
+    """
+    row = flavour(backend)
+    options.check(row, has_gpu=gpu is not None)
+    version = installed_version(backend) or ""
+    planned: list[Planned] = []
+    for net in built_nets(package, nets):
+        expanded = net_profiles(net, package.manifest.nets[net].spec, profiles)
+        key = engine_key(package, net, row, version, expanded, options, gpu=gpu)
+        planned.append(Planned(net=net, key=key, profiles=expanded, found=store.find(key)))
+    return tuple(planned)
+
+
+def build_package(
+    package: Package,
+    backend: str,
+    profiles: Sequence[Profile],
+    options: BuildOptions,
+    store: EngineStore,
+    progress: OnProgress | None = None,
+    *,
+    nets: Iterable[str] = (),
+    gpu: DeviceFacts | None = None,
+    room: Callable[[Path], Room] | None = None,
+    started: Started | None = None,
+) -> tuple[BuiltEngine, ...]:
+    """Make sure that the store has an engine of every net; each is built in a process of its own.
+
+    Args:
+        package: the package.
+        backend: `tensorrt` or `tensorrt-rtx`.
+        profiles: which pictures the engines are for.
+        options: how to build them.
+        store: where they go.
+        progress: told how far it is.
+        nets: only these.
+        gpu: the device, if there is one.
+        room: what is free for a build in a folder; asked before each build.
+        started: told the process id of each builder.
+
+    Raises:
+        LatentrtError: as `plan_build`, `check_room` and `run_builder` raise. Engines that were complete stay.
+    """
+    planned = plan_build(package, backend, profiles, options, store, nets=nets, gpu=gpu)
+    run = _Run(
+        package=package,
+        row=flavour(backend),
+        options=options,
+        store=store,
+        progress=progress,
+        room=room or _room_for(flavour(backend), gpu),
+        started=started,
+        total=len(planned),
+        gpu=gpu,
+    )
+    return tuple(run.ensure(index, item) for index, item in enumerate(planned))
+
+
+def _room_for(row: Flavour, gpu: DeviceFacts | None) -> Callable[[Path], Room]:
+    """Reads what is free; device memory only where the builder uses it, and where it is not the host's."""
+
+    def vram() -> int | None:
+        memory = Nvml(gpu.uuid).memory() if gpu else None
+        return memory[0] if memory else None
+
+    asks = vram if gpu and not gpu.unified and not row.builds_without_gpu else None
+    return lambda folder: read_room(folder, vram=asks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """One call of `build_package`."""
+
+    package: Package
+    row: Flavour
+    options: BuildOptions
+    store: EngineStore
+    progress: OnProgress | None
+    room: Callable[[Path], Room]
+    started: Started | None
+    total: int
+    gpu: DeviceFacts | None
+
+    def ensure(self, index: int, item: Planned) -> BuiltEngine:
+        """The engine of one net, built if it must be."""
+        entry = item.found
+        if isinstance(entry, Miss):
+
+            def report(phase: str, fraction: float) -> None:
+                if self.progress is not None:
+                    now = BuildProgress(
+                        net=item.net, index=index, total=self.total, phase=phase, fraction=fraction
+                    )
+                    self.progress(now)
+
+            entry = self.store.get_or_build(
+                item.key,
+                lambda path: self._build(item, path, report),
+                waiting=lambda said: report(said, 0.0),
+            )
+        return BuiltEngine(net=item.net, entry=entry, profiles=item.profiles, why=item.why)
+
+    def _build(self, item: Planned, path: Path, report: Report) -> Facts:
+        """Run the builder for one net, with the timing cache where the library has one."""
+        check_room(item.net, engine_bytes(self.package, item.net), self.room(self.store.root))
+        file = self.package.manifest.nets[item.net]
+        # The key says what the manifest says; whoever changed a file in place gets no engine of it.
+        self.package.verify(name for name in (file.graph, file.weights) if name)
+        lora = self.options.weights is Weights.lora
+        cache = path.with_name("timing.cache") if self.row.cache == "timing" else None
+        side = self.store.side_file("timing", _cache_name(item.key, target(self.row, self.gpu)))
+        if cache:
+            cache.write_bytes(self.store.read_side_file(side))
+        job = Job(
+            backend=self.row.backend,
+            net=item.net,
+            graph=self.package.path(file.graph),
+            spec=file.spec,
+            profiles=tuple(profile.shapes for profile in item.profiles),
+            options=self.options,
+            engine=path,
+            refittable=lora_targets(self.package, item.net) if lora else (),
+            timing_cache=cache,
+        )
+        facts = run_builder(job, report, started=self.started)
+        if cache and (warning := self._keep(side, cache)):
+            facts = {**facts, "warnings": [*facts.get("warnings", ()), warning]}
+        sources = dict.fromkeys(str(profile.source) for profile in item.profiles)
+        return {**facts, "labels": [profile.label for profile in item.profiles], "profiles": list(sources)}
+
+    def _keep(self, side: Path, cache: Path) -> str:
+        """Timings, for the next build; a warning if that fails, for the engine is built."""
+        try:
+            data = cache.read_bytes() if cache.is_file() else b""
+            cache.unlink(missing_ok=True)  # the folder becomes the engine's own
+            if data:
+                self.store.write_side_file(side, data)
+        except (OSError, StorageError) as error:
+            return f"the timing cache was not kept: {error}"
+        return ""
+
+
+def _cache_name(key: EngineKey, device: Target) -> str:
+    """Of a timing cache: another GPU's timings would make engines slower, also engines that name no GPU."""
+    name = f"{key.backend}-{key.backend_version}-{device.compute_capability}-{device.gpu}"
+    return "".join(letter if letter.isalnum() and letter.isascii() else "_" for letter in name)

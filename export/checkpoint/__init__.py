@@ -1,0 +1,1 @@
+"""Checkpoints read: folders, single files, tokenizers."""

@@ -1,0 +1,119 @@
+"""Autoencoders outside of a checkpoint: another one in place of its own, and tiny ones for previews."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from ...engines.errors import CheckpointError
+from .component import DIFFUSERS, Component, read_component
+from .file_kinds import refuse_pickle
+from .safetensors_file import TensorHeader, read_headers
+from .single_file import open_vae_file
+
+TINY = "AutoencoderTiny"
+_KINDS = ("AutoencoderKL", TINY)
+# A first convolution: by diffusers' names, and where a clamp comes before it.
+_TINY_NAMES = {"decoder.layers.0.weight", "1.weight"}
+_FIX = "Use the folder or file of an AutoencoderKL, or of an AutoencoderTiny (TAESD)."
+
+
+def is_tiny(vae: Component) -> bool:
+    """Whether it is an AutoencoderTiny: no posterior, and few enough layers for a preview per step."""
+    return vae.config.get("_class_name") == TINY
+
+
+def vae_scale(vae: Component) -> int:
+    """Pixels per latent cell, as diffusers' pipelines compute it."""
+    widths = vae.config.get("decoder_block_out_channels" if is_tiny(vae) else "block_out_channels")
+    return int(2 ** (len(widths or (0,) * 4) - 1))
+
+
+def open_vae(path: Path, *, scaling_factor: float, prefer_fp16: bool = False) -> Component:
+    """The autoencoder in a diffusers folder or a `.safetensors` file, as a part named "vae".
+
+    `scaling_factor` is for files, which do not say it.
+
+    Raises:
+        CheckpointError: it is missing or damaged, of another kind, or has a decoder alone.
+    """
+    found = _file(path, scaling_factor) if path.is_file() else _folder(path, prefer_fp16)
+    if is_tiny(found) and not any(name.startswith("encoder.") for name in found.tensors):
+        raise CheckpointError(
+            f"{path} has a decoder and no encoder",
+            expected="both, in place of the checkpoint's autoencoder",
+            fix="Pass it as --tiny-vae, for previews, or use a file with both.",
+        )
+    return replace(found, name="vae")
+
+
+def open_tiny_vae(path: Path, *, prefer_fp16: bool = False) -> Component:
+    """The tiny autoencoder in a diffusers folder or a `.safetensors` file, as a part named "tiny_vae".
+
+    Raises:
+        CheckpointError: it is missing or damaged, or no tiny autoencoder.
+    """
+    found = _file(path, 1.0) if path.is_file() else _folder(path, prefer_fp16)
+    if not is_tiny(found):
+        raise _refused(path, "a full autoencoder", "a tiny one")
+    return replace(found, name="tiny_vae")
+
+
+def _refused(path: Path, what: str, expected: str) -> CheckpointError:
+    return CheckpointError(f"{path} holds {what}", expected=expected, fix=_FIX)
+
+
+def _folder(path: Path, prefer_fp16: bool) -> Component:
+    part = read_component(path, "vae", DIFFUSERS, prefer_fp16=prefer_fp16)
+    kind = part.config.get("_class_name", _KINDS[0])
+    if kind not in _KINDS:
+        raise _refused(path, f"an {kind}", " or ".join(_KINDS))
+    return part
+
+
+def _file(path: Path, scaling_factor: float) -> Component:
+    refuse_pickle(path)
+    headers = read_headers(path)
+    if _TINY_NAMES.isdisjoint(headers):
+        return open_vae_file(path, scaling_factor=scaling_factor)
+    return _tiny_file(path, headers)
+
+
+def _tiny_file(path: Path, headers: dict[str, TensorHeader]) -> Component:
+    """TAESD as published: under diffusers' names, or a decoder by its places in torch's Sequential.
+
+    There the clamp is the first layer, which diffusers has in front of its layers.
+    """
+    if "decoder.layers.0.weight" not in headers:
+        headers = {f"decoder.layers.{_one_less(name)}": header for name, header in headers.items()}
+    return Component(name="tiny_vae", folder=path, config=_tiny_config(headers), tensors=headers)
+
+
+def _one_less(name: str) -> str:
+    place, _, rest = name.partition(".")
+    return f"{int(place) - 1}.{rest}" if place.isdecimal() else name
+
+
+def _tiny_config(headers: Mapping[str, TensorHeader]) -> dict[str, object]:
+    """Blocks of each level, and their width, from the decoder: a level ends at a bare convolution."""
+    blocks, levels = 0, list[int]()
+    places = {name.split(".")[2] for name in headers if name.startswith("decoder.layers.")}
+    for place in sorted(map(int, filter(str.isdecimal, places)))[
+        1:
+    ]:  # the first convolution takes the latent
+        if f"decoder.layers.{place}.conv.0.weight" in headers:
+            blocks += 1
+        else:
+            levels.append(blocks)
+            blocks = 0
+    first = headers["decoder.layers.0.weight"].shape
+    widths = [first[0]] * len(levels)
+    return {
+        "_class_name": TINY,
+        "latent_channels": first[1],
+        "decoder_block_out_channels": widths,
+        "encoder_block_out_channels": widths,
+        "num_decoder_blocks": levels,
+        "num_encoder_blocks": levels[::-1],
+    }

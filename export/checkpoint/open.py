@@ -1,0 +1,274 @@
+"""Read a checkpoint: find its parts, recognise its family, and refuse what no net can be made of.
+
+Nothing here imports torch, and nothing here unpickles: only JSON and safetensors headers are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from ...engines.errors import CheckpointError
+from ...engines.package import IMAGE_LATENTS, TIME_IDS
+from ...engines.spec import TEXT_ENCODERS
+from .autoencoders import open_tiny_vae, open_vae, vae_scale
+from .component import DOWNLOAD, SUPPORTED, Component, missing, read_component, read_json
+from .families import OTHER, PIPELINES, layout_of, refuse_unet, steps_and_guidance
+from .single_file import check_prediction_type, open_single_file
+from .tokenizers import ClipTokenizer, CopiedTokenizer, TokenizerSource
+
+__all__ = ["Checkpoint", "Component"]
+
+# How many numbers a UNet takes as `time_ids` -> what they are, in diffusers' order (`_get_add_time_ids`).
+_TIME_IDS = {6: TIME_IDS[:6], 5: (*TIME_IDS[:4], "aesthetic_score")}
+# The pipeline whose layout and defaults a checkpoint in one file has.
+_FILE_PIPELINES = {
+    "sd1": "StableDiffusionPipeline",
+    "sd2": "StableDiffusionPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "sdxl-refiner": "StableDiffusionXLImg2ImgPipeline",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What can be exported: parts, and what a package's manifest says of them.
+
+    Attributes:
+        root: the folder or file.
+        parts: `unet`, `vae`, and where there are such: `text_encoder`, `text_encoder_2`, `image_encoder`,
+            `image_normalizer`, `tiny_vae`.
+        tokenizers: by their folders' names.
+        configs: JSON by the name of the folder that had it: `scheduler`, `feature_extractor`,
+            `image_noising_scheduler`.
+        steps: by default.
+        guidance_scale: by default.
+        strength: by default.
+        zero_empty_prompt: as in `engines.package.Manifest`.
+        notes: what a user should know: what was assumed of a one-file checkpoint, and what is not used.
+    """
+
+    root: Path
+    parts: Mapping[str, Component]
+    tokenizers: Mapping[str, TokenizerSource]
+    configs: Mapping[str, Mapping[str, Any]]
+    steps: int = 50
+    guidance_scale: float = 7.5
+    strength: float = 0.8
+    zero_empty_prompt: bool = False
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check that the parts fit each other; raises CheckpointError."""
+        refuse_unet(self.unet)
+        _vectors(self.parts)
+        _check_context(self.parts)
+        _check_latents(self.vae, self.latent_scale)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        prefer_fp16: bool = False,
+        vae: Path | None = None,
+        tiny_vae: Path | None = None,
+        prediction_type: str | None = None,
+    ) -> Checkpoint:
+        """Read configs and safetensors headers.
+
+        Args:
+            path: a folder in diffusers' layout, or a `.safetensors` file that holds a whole checkpoint.
+            prefer_fp16: take the `.fp16.safetensors` variant where both are there.
+            vae: a folder or file of another autoencoder, in place of the checkpoint's.
+            tiny_vae: a folder or file of a tiny autoencoder (TAESD) for previews.
+            prediction_type: what the UNet of a one-file checkpoint predicts; None is what its file says.
+
+        Raises:
+            CheckpointError: nothing there; a family not supported (named); a damaged config or
+                weights file; weights that are pickles; parts that do not fit each other.
+            UsageError: another `prediction_type`.
+        """
+        root = Path(path)
+        if not root.exists():
+            raise CheckpointError(
+                f"{root} does not exist", expected=SUPPORTED, fix="Check the path; downloads are up to you."
+            )
+        check_prediction_type(prediction_type)
+        found = _open_file(root, prediction_type) if root.is_file() else _open_folder(root, prefer_fp16)
+        if prediction_type is not None:
+            scheduler = {**found.scheduler, "prediction_type": prediction_type}
+            found = replace(found, configs={**found.configs, "scheduler": scheduler})
+        parts = dict(found.parts)
+        if vae is not None:
+            scale = float(found.vae.config.get("scaling_factor", 0.18215))
+            parts["vae"] = open_vae(vae, scaling_factor=scale, prefer_fp16=prefer_fp16)
+        if tiny_vae is not None:
+            parts["tiny_vae"] = open_tiny_vae(tiny_vae, prefer_fp16=prefer_fp16)
+        for name in ("vae", "tiny_vae"):
+            if name in parts:
+                _check_latents(parts[name], found.latent_scale)
+        return replace(found, parts=parts)
+
+    @property
+    def unet(self) -> Component:
+        """The part that every checkpoint has."""
+        return self.parts["unet"]
+
+    @property
+    def vae(self) -> Component:
+        """The autoencoder that pictures come from."""
+        return self.parts["vae"]
+
+    @property
+    def text_encoders(self) -> tuple[Component, ...]:
+        """In the order in which their features are joined."""
+        return tuple(self.parts[name] for name in TEXT_ENCODERS if name in self.parts)
+
+    @property
+    def vectors(self) -> Mapping[str, int]:
+        """The UNet's conditions besides the prompt (`engines.spec.VECTORS`) and their widths."""
+        return _vectors(self.parts)
+
+    @property
+    def family(self) -> str:
+        """For people; nothing is decided by it."""
+        if "image_normalizer" in self.parts:
+            return "unclip"
+        if "timestep_cond" in self.vectors:
+            return "lcm"
+        if "text_encoder_2" in self.parts:
+            return "sdxl" if "text_encoder" in self.parts else "sdxl-refiner"
+        return "sd2" if self.parts["text_encoder"].config.get("hidden_act") == "gelu" else "sd1"
+
+    @property
+    def scheduler(self) -> Mapping[str, Any]:
+        """The checkpoint's `scheduler_config.json`."""
+        return self.configs["scheduler"]
+
+    @property
+    def skips_last_layer(self) -> bool:
+        """Whether the context is taken one layer before the last and not normalised: all of SDXL."""
+        return "text_encoder_2" in self.parts
+
+    @property
+    def time_ids(self) -> tuple[str, ...]:
+        """What the vector `time_ids` consists of."""
+        return _TIME_IDS[self.vectors["time_ids"]] if "time_ids" in self.vectors else ()
+
+    @property
+    def image_latents(self) -> tuple[str, ...]:
+        """What stands behind the latent in the UNet's input."""
+        return IMAGE_LATENTS if self.unet.config.get("in_channels", 4) == 9 else ()
+
+    @property
+    def latent_scale(self) -> int:
+        """Pixels per latent cell."""
+        return vae_scale(self.vae)
+
+
+def _open_folder(root: Path, prefer_fp16: bool) -> Checkpoint:
+    index = read_json(root / "model_index.json")
+    layout = layout_of(str(index.get("_class_name")), root)
+    left_out = {name for name in layout.optional if index.get(name) == [None, None]}
+    parts = {
+        name: read_component(root / name, name, stem, prefer_fp16=prefer_fp16)
+        for name, stem in layout.parts.items()
+        if name not in left_out
+    }
+    tokenizers = {folder: root / folder for name, folder in TEXT_ENCODERS.items() if name in parts}
+    for folder in tokenizers.values():
+        if not folder.is_dir():
+            missing(folder)
+    configs = {name: read_json(root / name / file) for name, file in layout.configs.items()}
+    steps, guidance_scale = steps_and_guidance(layout, configs["scheduler"])
+    return Checkpoint(
+        root=root,
+        parts=parts,
+        tokenizers={name: CopiedTokenizer(folder=folder) for name, folder in tokenizers.items()},
+        configs=configs,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        strength=layout.strength if steps > 1 else 1.0,  # no part of a single step can be run
+        zero_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", layout.zero_empty_prompt)),
+    )
+
+
+def _open_file(path: Path, prediction_type: str | None) -> Checkpoint:
+    found = open_single_file(path, prediction_type=prediction_type)
+    layout = PIPELINES[_FILE_PIPELINES[found.family]]
+    steps, guidance_scale = steps_and_guidance(layout, found.scheduler)
+    return Checkpoint(
+        root=path,
+        parts=found.components,
+        tokenizers={name: ClipTokenizer(pad_token=pad) for name, pad in found.tokenizers.items()},
+        configs={"scheduler": found.scheduler},
+        steps=steps,
+        guidance_scale=guidance_scale,
+        strength=layout.strength if steps > 1 else 1.0,  # no part of a single step can be run
+        # As in the folder that the refiner is published in.
+        zero_empty_prompt=layout.zero_empty_prompt and found.family != "sdxl-refiner",
+        notes=found.notes,
+    )
+
+
+def _vectors(parts: Mapping[str, Component]) -> dict[str, int]:
+    """The UNet's conditions besides the prompt -> their widths.
+
+    Raises:
+        CheckpointError: one comes from a part that the checkpoint does not have, or has another width there.
+    """
+    config = parts["unet"].config
+    vectors: dict[str, int] = {}
+    if config.get("time_cond_proj_dim"):
+        vectors["timestep_cond"] = int(config["time_cond_proj_dim"])
+    joined = int(config.get("projection_class_embeddings_input_dim") or 0)
+    if config.get("class_embed_type") == "projection":
+        vectors["class_labels"] = joined
+        _require(parts, "image_encoder", joined == 2 * _width(parts, "image_encoder"), joined)
+    if config.get("addition_embed_type") == "text_time":
+        pooled = _width(parts, "text_encoder_2")
+        count, rest = divmod(joined - pooled, int(config.get("addition_time_embed_dim") or 1))
+        _require(parts, "text_encoder_2", count in _TIME_IDS and not rest, joined)
+        vectors |= {"text_embeds": pooled, "time_ids": count}
+    return vectors
+
+
+def _width(parts: Mapping[str, Component], name: str) -> int:
+    """Of a part's projected embedding; 0 where there is no such part."""
+    return int(parts[name].config.get("projection_dim", 512)) if name in parts else 0
+
+
+def _require(parts: Mapping[str, Component], name: str, ok: bool, joined: int) -> None:
+    if not ok:
+        found = f"one of width {_width(parts, name)}" if name in parts else "none"
+        raise CheckpointError(
+            f"{parts['unet'].folder} is conditioned by {joined} values from the {name}, and there is {found}",
+            expected=SUPPORTED,
+            fix=OTHER,
+        )
+
+
+def _check_context(parts: Mapping[str, Component]) -> None:
+    encoders = [parts[name] for name in TEXT_ENCODERS if name in parts]
+    found = sum(int(part.config.get("hidden_size", 512)) for part in encoders)
+    wanted = int(parts["unet"].config.get("cross_attention_dim", 1280))
+    if found != wanted:
+        raise CheckpointError(
+            f"{parts['unet'].folder} wants a context of width {wanted}",
+            expected=f"{found}, the width of {' and '.join(part.name for part in encoders)}",
+            fix=DOWNLOAD,
+        )
+
+
+def _check_latents(part: Component, scale: int) -> None:
+    """All latents of a package mean the same: four channels, and as many pixels per cell."""
+    channels = cast(object, part.config.get("latent_channels", 4))
+    if channels != 4 or vae_scale(part) != scale:
+        raise CheckpointError(
+            f"{part.folder} has latents of {channels} channels, {vae_scale(part)} pixels a cell",
+            expected=f"4 channels and {scale} pixels, as this checkpoint's",
+            fix="Use an autoencoder of the same family.",
+        )

@@ -1,0 +1,241 @@
+"""Split the UNet's graph by what each node depends on: the latent, the context, or the time.
+
+The loop keeps what depends on the latent. The rest runs once: on the context per prompt, on all timesteps of
+a schedule at once. The vectors that condition some families (`spec.VECTORS`) join the time embedding, so they
+belong to the time. The values that cross are the invariants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from ...engines import spec
+from ...engines.errors import CheckpointError
+from .weights import is_weight
+
+LATENT, TIMESTEP, CONTEXT = "sample", "timestep", "encoder_hidden_states"
+TIME = frozenset([TIMESTEP, *spec.VECTORS])
+_LATENT_CHANNELS = 4  # of the input; the rest stands behind the latent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """The three graphs of a hoisted UNet with their contracts."""
+
+    loop: ir.Model
+    context: ir.Model
+    time: ir.Model
+    loop_spec: spec.NetSpec
+    context_spec: spec.NetSpec
+    time_spec: spec.NetSpec
+
+
+def hoist(whole: ir.Model) -> Split:
+    """Split `whole` (surgery.clean has run on it).
+
+    Raises:
+        CheckpointError: a value depends on the context and on the time but not on the latent.
+    """
+    crossing = _crossing(whole.graph)
+    names = _names(crossing)
+    context = {v: n for v, n in names.items() if n.startswith(spec.CONTEXT_INVARIANT)}
+    time = {v: n for v, n in names.items() if n.startswith(spec.TIME_INVARIANT)}
+    by_name = {value.name or "": value for value in crossing}
+    specs = {name: _invariant(by_name[value], name) for value, name in names.items()}
+    sample, _, encoder, *rest = whole.graph.inputs
+    float_dtype = specs_dtype(sample)
+    vectors = {value.name or "": _size(value, 1) for value in rest}
+    context_specs = [specs[name] for name in context.values()]
+    time_specs = [specs[name] for name in time.values()]
+    # Vectors differ between the rows of a call, timesteps do not.
+    rows = "B" if vectors else 1
+    called = [spec.TensorSpec(name=s.name, dtype=s.dtype, shape=(rows, *s.shape[1:])) for s in time_specs]
+    return Split(
+        loop=_loop(whole, names, [*context_specs, *called]),
+        context=_part(whole, context, {CONTEXT: "context"}),
+        time=_part(whole, time, {name: name for name in (TIMESTEP, *vectors)}),
+        loop_spec=spec.unet(
+            channels=_LATENT_CHANNELS,
+            float_dtype=float_dtype,
+            invariants=[*context_specs, *called],
+            image_channels=_size(sample, 1) - _LATENT_CHANNELS,
+        ),
+        context_spec=spec.unet_context(
+            width=_size(encoder, 2), float_dtype=float_dtype, invariants=context_specs
+        ),
+        time_spec=spec.unet_time(invariants=time_specs, vectors=vectors),
+    )
+
+
+def _size(value: ir.Value, axis: int) -> int:
+    assert value.shape is not None
+    size = value.shape[axis]
+    assert isinstance(size, int)
+    return size
+
+
+def specs_dtype(value: ir.Value) -> str:
+    """The contract's spelling of a value's type."""
+    names = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16"}
+    assert value.dtype is not None
+    return names[value.dtype]
+
+
+def _dependencies(graph: ir.Graph) -> dict[ir.Value, frozenset[str]]:
+    """Which of the graph's inputs each value depends on."""
+    found: dict[ir.Value, frozenset[str]] = {value: frozenset([value.name or ""]) for value in graph.inputs}
+    for node in graph:
+        union: frozenset[str] = frozenset()
+        for value in node.inputs:
+            union |= found.get(value, frozenset()) if value is not None else frozenset()
+        for value in node.outputs:
+            found[value] = union
+    return found
+
+
+def _crossing(graph: ir.Graph) -> dict[ir.Value, str]:
+    """The values to hoist -> the prefix of the net that computes them, in the loop's order of use."""
+    depends = _dependencies(graph)
+    crossing: dict[ir.Value, str] = {}
+    for node in graph:
+        if LATENT not in depends[node.outputs[0]] and not _is_view(node, depends):
+            continue
+        for value in node.inputs:
+            inputs = depends.get(value, frozenset[str]()) if value is not None else frozenset[str]()
+            if value is None or not inputs or LATENT in inputs or _is_view(value.producer(), depends):
+                continue
+            if CONTEXT in inputs and inputs & TIME:
+                raise CheckpointError(
+                    f"the UNet computes {value.name!r} from the context and the timestep together",
+                    expected="a UNet of Stable Diffusion's kind, where the two meet only in the latent",
+                    fix="Report the checkpoint; its graph needs a third part.",
+                )
+            crossing[value] = spec.CONTEXT_INVARIANT if CONTEXT in inputs else spec.TIME_INVARIANT
+    return crossing
+
+
+def _is_view(node: ir.Node | None, depends: Mapping[ir.Value, frozenset[str]]) -> bool:
+    """Whether a hoistable node only adds axes of size 1 for the loop to broadcast, or casts for an island.
+
+    It stays in the loop, where it costs nothing, so that a time invariant is a plain (S, C) table.
+    """
+    if node is None or not depends[node.outputs[0]] or depends[node.outputs[0]] - TIME:
+        return False
+    widens = node.op_type == "Cast" and node.outputs[0].dtype == ir.DataType.FLOAT
+    if node.op_type != "Unsqueeze" and not widens:
+        return False
+    return all(_uses_latent(use.node, depends) for use in node.outputs[0].uses())
+
+
+def _uses_latent(node: ir.Node, depends: Mapping[ir.Value, frozenset[str]]) -> bool:
+    return LATENT in depends[node.outputs[0]] or _is_view(node, depends)
+
+
+def _names(crossing: Mapping[ir.Value, str]) -> dict[str, str]:
+    """Value name in the whole graph -> name of the invariant: the module whose weights made it."""
+    names: dict[str, str] = {}
+    for value, prefix in crossing.items():
+        name = base = prefix + _module(value)
+        serial = 1
+        while name in names.values():
+            serial += 1
+            name = f"{base}.{serial}"
+        names[value.name or ""] = name
+    return names
+
+
+def _module(value: ir.Value) -> str:
+    """Path of the module whose weight is nearest upstream of `value`."""
+    queue = [value]
+    while queue:
+        current = queue.pop(0)
+        if is_weight(current):
+            return (current.name or "").rsplit(".", 1)[0]
+        producer = current.producer()
+        # Last input first: a product's weight is its second factor, its first leads further upstream.
+        queue.extend(item for item in reversed(producer.inputs if producer else ()) if item is not None)
+    return value.name or "value"
+
+
+def _invariant(value: ir.Value, name: str) -> spec.TensorSpec:
+    rows = "S" if name.startswith(spec.TIME_INVARIANT) else "B"
+    assert value.shape is not None
+    dims = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape[1:]]
+    return spec.TensorSpec(name=name, dtype=specs_dtype(value), shape=(rows, *dims))
+
+
+def _part(whole: ir.Model, names: Mapping[str, str], sources: Mapping[str, str]) -> ir.Model:
+    """The graph that computes the invariants `names` from the inputs `sources`, which it renames."""
+    model = _copy(whole)
+    graph = model.graph
+    values = {value.name: value for node in graph for value in node.outputs}
+    graph.outputs.clear()
+    for old, new in names.items():
+        values[old].name = new
+        graph.outputs.append(values[old])
+    _keep_inputs(graph, lambda name: name in sources)
+    for value in graph.inputs:
+        value.name = sources[value.name or ""]
+    if TIMESTEP in sources:
+        for value in (*graph.inputs, *graph.outputs):
+            value.shape = ir.Shape(["S", *list(value.shape or ())[1:]])
+    return _pruned(model, TIMESTEP if TIMESTEP in sources else "context")
+
+
+def _loop(whole: ir.Model, names: Mapping[str, str], invariants: list[spec.TensorSpec]) -> ir.Model:
+    """The graph that takes the invariants as inputs."""
+    model = _copy(whole)
+    graph = model.graph
+    values = {value.name: value for node in graph for value in node.outputs}
+    boundary = {item.name: item for item in invariants}
+    for old, new in sorted(names.items(), key=lambda item: list(boundary).index(item[1])):
+        value = ir.Value(name=new, shape=ir.Shape(boundary[new].shape), type=values[old].type)
+        graph.inputs.append(value)
+        ir.convenience.replace_all_uses_with(values[old], value)
+    common.RemoveUnusedNodesPass()(model)
+    _keep_inputs(graph, lambda name: name not in TIME and name != CONTEXT)
+    if _size(graph.inputs[0], 1) > _LATENT_CHANNELS:
+        _join_latents(graph)
+    graph.inputs[0].name = "latent"
+    graph.outputs[0].name = "prediction"
+    return _pruned(model, "unet")
+
+
+def _join_latents(graph: ir.Graph) -> None:
+    """Two inputs in place of one: the latent, and what stands behind it."""
+    whole = graph.inputs[0]
+    assert whole.shape is not None
+    rows, channels, *size = whole.shape
+    assert isinstance(channels, int)
+    parts = [
+        ir.Value(name=name, shape=ir.Shape([rows, count, *size]), type=whole.type)
+        for name, count in ((LATENT, _LATENT_CHANNELS), ("image_latents", channels - _LATENT_CHANNELS))
+    ]
+    joined = ir.node("Concat", parts, {"axis": 1}, name="image_latents/Concat")
+    joined.outputs[0].name, joined.outputs[0].type = "image_latents/joined", whole.type
+    joined.outputs[0].shape = whole.shape
+    ir.convenience.replace_all_uses_with(whole, joined.outputs[0])
+    graph.inputs[0:1] = parts
+    graph.insert_before(graph[0], joined)
+
+
+def _copy(model: ir.Model) -> ir.Model:
+    return model.clone()
+
+
+def _keep_inputs(graph: ir.Graph, keep: Callable[[str], bool]) -> None:
+    common.RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
+    kept = [value for value in graph.inputs if keep(value.name or "")]
+    graph.inputs.clear()
+    graph.inputs.extend(kept)
+
+
+def _pruned(model: ir.Model, name: str) -> ir.Model:
+    common.RemoveUnusedNodesPass()(model)
+    common.TopologicalSortPass()(model)
+    model.graph.name = name
+    return model

@@ -1,0 +1,153 @@
+"""Weights as named tensors in one safetensors file, and graphs that point into it.
+
+The file has the layout of https://github.com/huggingface/safetensors#format: eight bytes of header length,
+a JSON header, and the tensors without gaps. A tensor's bytes are therefore a plain range of the file, which
+is what ONNX external data (location, offset, length) names.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import onnx_ir as ir
+
+from ...engines.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS = "weights.safetensors"
+
+# safetensors' name -> ONNX type. Whatever else a checkpoint holds is not a weight.
+STORED: Mapping[str, ir.DataType] = {
+    "F64": ir.DataType.DOUBLE,
+    "F32": ir.DataType.FLOAT,
+    "F16": ir.DataType.FLOAT16,
+    "BF16": ir.DataType.BFLOAT16,
+}
+_NAMES = {dtype: name for name, dtype in STORED.items()}
+
+
+def stored_type(source: str, compute: ir.DataType) -> ir.DataType:
+    """The type a package stores a tensor in: the graph's, unless the checkpoint's is narrower.
+
+    Raises:
+        CheckpointError: a quantised or integer type.
+    """
+    if source not in STORED:
+        raise CheckpointError(
+            f"a weight is stored as {source}",
+            expected=f"one of {', '.join(STORED)}",
+            fix="Use the checkpoint's fp16 or fp32 weights.",
+        )
+    found = STORED[source]
+    return found if found.itemsize < compute.itemsize else compute
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one tensor lies in a weights file."""
+
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+def write_weights(
+    path: Path, tensors: Mapping[str, torch.Tensor], types: Mapping[str, ir.DataType]
+) -> dict[str, Slot]:
+    """Write `tensors`, each converted to its type, one at a time.
+
+    Returns:
+        Name -> where the tensor lies in the file.
+
+    Raises:
+        CheckpointError: a tensor has a finite value that its stored type cannot hold.
+    """
+    slots: dict[str, Slot] = {}
+    begin = 0
+    # Wide types first, so that every tensor is aligned to its own item size.
+    names = sorted(tensors, key=lambda name: -types[name].itemsize)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    for name in names:
+        length = tensors[name].numel() * int(types[name].itemsize)
+        shape = tuple(tensors[name].shape)
+        header[name] = {
+            "dtype": _NAMES[types[name]],
+            "shape": list(shape),
+            "data_offsets": [begin, begin + length],
+        }
+        slots[name] = Slot(types[name], shape, begin, length)
+        begin += length
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            stream.write(_bytes(name, tensors[name], types[name]))
+    start = 8 + len(text)
+    return {n: Slot(s.dtype, s.shape, start + s.offset, s.length) for n, s in slots.items()}
+
+
+def _bytes(name: str, tensor: torch.Tensor, dtype: ir.DataType) -> memoryview:
+    import torch
+
+    target = {
+        ir.DataType.DOUBLE: torch.float64,
+        ir.DataType.FLOAT: torch.float32,
+        ir.DataType.FLOAT16: torch.float16,
+        ir.DataType.BFLOAT16: torch.bfloat16,
+    }[dtype]
+    stored = tensor.detach().to(target).contiguous()
+    if target is not tensor.dtype and bool((stored.isinf() & tensor.isfinite()).any()):
+        raise CheckpointError(
+            f"the tensor {name!r} has values up to {float(tensor.abs().max()):.3g}",
+            expected=f"values that {_NAMES[dtype]} can hold",
+            fix="Export with --dtype fp32.",
+        )
+    return memoryview(cast(Any, stored.reshape(-1).view(torch.uint8).numpy()))
+
+
+def attach(model: ir.Model, folder: Path, slots: Mapping[str, Slot]) -> None:
+    """Make the initializers that are checkpoint tensors external data in `folder`'s weights file.
+
+    Where the stored type is not the graph's, a Cast follows the initializer: engines fold it when they load,
+    and the file never holds a tensor twice or wider than the checkpoint did.
+    """
+    for name, value in list(model.graph.initializers.items()):
+        if name not in slots:
+            continue
+        slot = slots[name]
+        compute = value.dtype
+        value.const_value = ir.ExternalTensor(
+            WEIGHTS,
+            slot.offset,
+            slot.length,
+            slot.dtype,
+            name=name,
+            shape=ir.Shape(slot.shape),
+            base_dir=folder,
+        )
+        value.shape = ir.Shape(slot.shape)
+        if compute is None or compute == slot.dtype:
+            value.dtype = slot.dtype
+            continue
+        widen = ir.node("Cast", [value], {"to": compute}, name=f"{name}/cast")
+        widen.outputs[0].name = f"{name}/{_NAMES[compute]}"
+        widen.outputs[0].shape = value.shape
+        widen.outputs[0].dtype = compute
+        ir.convenience.replace_all_uses_with(value, widen.outputs[0])
+        widen.replace_input_with(0, value)
+        value.dtype = slot.dtype
+        model.graph.insert_before(model.graph[0], widen)
+
+
+def is_weight(value: ir.Value | None) -> bool:
+    """Whether a value is a checkpoint tensor."""
+    return value is not None and isinstance(value.const_value, ir.ExternalTensor)

@@ -1,0 +1,1 @@
+"""The nets of a checkpoint as torch modules."""

@@ -1,0 +1,199 @@
+"""CLIP's nets: text encoders, and unCLIP's encoder of pictures with the noise on its embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ...engines import spec
+from ...engines.errors import CheckpointError
+from ..checkpoint.component import Component
+from ..checkpoint.open import Checkpoint
+from .torch_net import Net, fill_buffers, load, make_net, spelled
+
+_TEXT_PREFIX = "text_model."  # transformers before 5, and packages
+
+
+class TextEncoder(nn.Module):
+    """`CLIPTextModel` or `CLIPTextModelWithProjection` from transformers, to the layer that is asked for.
+
+    The context of SD 1.x and 2.x is the last layer's output, normalised; that of SDXL the one before, as it
+    is. `clip_skip` counts on from there, as in diffusers' `encode_prompt` of both.
+    """
+
+    def __init__(self, net: nn.Module, layers: int, *, normalised: bool) -> None:
+        super().__init__()
+        self.net = net
+        self.layers = layers
+        self.normalised = normalised
+
+    def forward(self, input_ids: torch.Tensor, clip_skip: torch.Tensor) -> Any:
+        """(P, T) int32, (1,) int32 -> (P, T, width), and (P, pooled) where there is a projection.
+
+        `clip_skip` is 0 ... layers - 1.
+        """
+        found = cast(Any, self.net)(input_ids, output_hidden_states=True)
+        states = (
+            found.hidden_states[-self.layers :] if self.normalised else found.hidden_states[: self.layers]
+        )
+        layer = self.layers - 1 - clip_skip.long()
+        context = torch.stack(tuple(states)).index_select(0, layer).squeeze(0)
+        if self.normalised:
+            return _transformer(self.net).final_layer_norm(context)
+        return (context, found.text_embeds) if "text_embeds" in found else context
+
+
+def _transformer(net: nn.Module) -> Any:
+    """The module with the layers: `net` itself, or within it (transformers before 5)."""
+    return getattr(net, "text_model", net)
+
+
+def text_encoder(checkpoint: Checkpoint, dtype: torch.dtype) -> Net:
+    """The first text encoder (OpenAI's ViT-L, or SD 2.x's OpenCLIP ViT-H)."""
+    return _text_encoder(checkpoint, checkpoint.parts["text_encoder"], dtype)
+
+
+def text_encoder_2(checkpoint: Checkpoint, dtype: torch.dtype) -> Net:
+    """SDXL's second text encoder (OpenCLIP's ViT-bigG), with the pooled embedding."""
+    return _text_encoder(checkpoint, checkpoint.parts["text_encoder_2"], dtype)
+
+
+def _text_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> Net:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    projected = part.name == "text_encoder_2"
+    normalised = not checkpoint.skips_last_layer
+    # sdpa becomes the ONNX operator Attention; the eager form would not.
+    settings: dict[str, Any] = {**part.config, "attn_implementation": "sdpa"}
+    config = CLIPTextConfig(**settings)
+    layers = config.num_hidden_layers
+    unread_last = not (normalised or projected)  # SDXL's first encoder: the context is all that counts
+    config.num_hidden_layers = layers - unread_last
+    with torch.device("meta"):
+        net: Any = (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+    fill_buffers(net)
+    unread: tuple[str, ...] = ()
+    if unread_last:
+        _transformer(net).final_layer_norm = nn.Identity()
+        unread = (f"encoder.layers.{layers - 1}.", "final_layer_norm.")
+        unread += tuple(_TEXT_PREFIX + name for name in unread)
+    tensors = load(part, net, _text_names(part, net), ignored=unread)
+    # Stored under the names of published checkpoints, whatever this one's are.
+    tensors = {
+        name: (name if projected else _TEXT_PREFIX + name.removeprefix(_TEXT_PREFIX), found[1])
+        for name, found in tensors.items()
+    }
+    contract = spec.text_encoder(
+        tokens=config.max_position_embeddings,
+        width=config.hidden_size,
+        pooled=config.projection_dim if projected else None,
+        float_dtype=spelled(dtype),
+    )
+    return make_net(part.name, TextEncoder(net, layers, normalised=normalised), contract, tensors, dtype)
+
+
+def _text_names(part: Component, net: nn.Module) -> dict[str, str]:
+    """Parameter -> tensor, whichever release of transformers wrote the checkpoint and reads it."""
+    found: dict[str, str] = {}
+    for name in net.state_dict():
+        bare = name.removeprefix(_TEXT_PREFIX)
+        found[name] = next((n for n in (_TEXT_PREFIX + bare, bare) if n in part.tensors), name)
+    return found
+
+
+class ImageEncoder(nn.Module):
+    """`CLIPVisionModelWithProjection`, with its processor's rescaling and normalisation in front."""
+
+    def __init__(self, net: nn.Module, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.net = net
+        self.mean = mean
+        self.std = std
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """(N, size, size, 3) uint8 -> (N, width)."""
+        shades = image.float() / 255
+        pixels = (shades - torch.tensor(self.mean)) / torch.tensor(self.std)
+        dtype = next(self.net.parameters()).dtype
+        return cast(Any, self.net)(pixels.permute(0, 3, 1, 2).to(dtype)).image_embeds
+
+
+def image_encoder(checkpoint: Checkpoint, dtype: torch.dtype) -> Net:
+    """The image encoder (CLIP ViT-L or ViT-H)."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    part = checkpoint.parts["image_encoder"]
+    settings: dict[str, Any] = {**part.config, "attn_implementation": "sdpa"}
+    config = CLIPVisionConfig(**settings)
+    with torch.device("meta"):
+        net: Any = CLIPVisionModelWithProjection(config)
+    fill_buffers(net)
+    tensors = load(part, net, {name: name for name in net.state_dict()})
+    mean, std = _normalisation(checkpoint.configs["feature_extractor"])
+    contract = spec.image_encoder(
+        size=cast(int, config.image_size), width=config.projection_dim, float_dtype=spelled(dtype)
+    )
+    return make_net("image_encoder", ImageEncoder(net, mean, std), contract, tensors, dtype)
+
+
+def _normalisation(processor: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """Mean and deviation of shades 0 ... 1; raises CheckpointError where the processor does otherwise."""
+    mean, std = processor.get("image_mean"), processor.get("image_std")
+    scale = processor.get("rescale_factor", 1 / 255)
+    if not (isinstance(mean, list) and isinstance(std, list)) or abs(float(scale) * 255 - 1) > 1e-6:
+        raise CheckpointError(
+            f"the feature extractor has image_mean {mean}, image_std {std}, rescale_factor {scale}",
+            expected="a mean and a deviation for each colour, of shades in 0 ... 1",
+            fix="Take preprocessor_config.json from the CLIP model that the checkpoint was trained with.",
+        )
+    return [float(value) for value in cast(list[Any], mean)], [float(value) for value in cast(list[Any], std)]
+
+
+class ImageNoiser(nn.Module):
+    """`StableUnCLIPImg2ImgPipeline.noise_image_embeddings` of diffusers."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(
+        self,
+        image_embeds: torch.Tensor,
+        noise: torch.Tensor,
+        noise_level: torch.Tensor,
+        alpha: torch.Tensor,
+        sigma: torch.Tensor,
+    ) -> torch.Tensor:
+        """(N, width), (N, width) float32, and (1,) float32 thrice -> (N, 2 * width) float32."""
+        from diffusers.models.embeddings import get_timestep_embedding
+
+        net = cast(Any, self.net)
+        mean, std = net.mean.float(), net.std.float()
+        noisy = alpha * ((image_embeds.float() - mean) / std) + sigma * noise
+        level = get_timestep_embedding(
+            noise_level, image_embeds.shape[-1], flip_sin_to_cos=True, downscale_freq_shift=0
+        )
+        return torch.cat([noisy * std + mean, level.expand(noisy.shape[0], -1)], dim=1)
+
+
+class _Normalizer(nn.Module):
+    """The two parameters of diffusers' `StableUnCLIPImageNormalizer`, whose `to` replaces them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(1, width))
+        self.std = nn.Parameter(torch.ones(1, width))
+
+
+def image_noiser(checkpoint: Checkpoint, dtype: torch.dtype) -> Net:
+    """Noise on the embedding of a picture, and the level of the noise: unCLIP's class labels."""
+    part = checkpoint.parts["image_normalizer"]
+    width = int(part.config.get("embedding_dim", 768))
+    with torch.device("meta"):
+        net = _Normalizer(width)
+    tensors = load(part, net, {name: name for name in net.state_dict()})
+    contract = spec.image_noiser(width=width, float_dtype=spelled(dtype))
+    return make_net("image_noiser", ImageNoiser(net), contract, tensors, dtype)

@@ -1,0 +1,154 @@
+"""Both halves of an autoencoder, from and to uint8: AutoencoderKL, and AutoencoderTiny (TAESD)."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ...engines import spec
+from ..checkpoint.autoencoders import is_tiny
+from ..checkpoint.component import Component
+from ..checkpoint.open import Checkpoint
+from .torch_net import Net, load, make_net, spelled
+
+# diffusers before 0.15 named the VAE's attention so; `AutoencoderKL` still converts it on load.
+_OLD_ATTENTION = {"query.": "to_q.", "key.": "to_k.", "value.": "to_v.", "proj_attn.": "to_out.0."}
+_HALVES = {"encoder": ("encoder.", "quant_conv."), "decoder": ("decoder.", "post_quant_conv.")}
+
+
+class Scaling(nn.Module):
+    """A latent of the autoencoder and the same in the UNet's scale: unit normal, more or less.
+
+    `scaling_factor`, and what few have besides: `shift_factor`, or `latents_mean` and `latents_std` for each
+    channel.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        self.shift: Any = getattr(config, "shift_factor", None) or 0.0
+        self.scale: Any = config.scaling_factor
+        if mean is not None and std is not None:
+            self.shift = torch.tensor(mean).reshape(1, -1, 1, 1)
+            self.scale = config.scaling_factor / torch.tensor(std).reshape(1, -1, 1, 1)
+
+    def raw(self, latent: torch.Tensor) -> torch.Tensor:
+        """(N, 4, H/8, W/8), from the UNet's scale to the autoencoder's."""
+        latent = latent / self._like(self.scale, latent)
+        return latent + self._like(self.shift, latent) if self._shifts() else latent
+
+    def scaled(self, latent: torch.Tensor) -> torch.Tensor:
+        """The reverse."""
+        latent = latent - self._like(self.shift, latent) if self._shifts() else latent
+        return latent * self._like(self.scale, latent)
+
+    def _shifts(self) -> bool:
+        return isinstance(self.shift, torch.Tensor) or bool(self.shift)
+
+    @staticmethod
+    def _like(value: Any, latent: torch.Tensor) -> Any:
+        return value.to(latent.dtype) if isinstance(value, torch.Tensor) else value
+
+
+class VaeDecoder(nn.Module):
+    """`decode` of either autoencoder, with diffusers' scaling before and its conversion to uint8 behind."""
+
+    def __init__(self, net: nn.Module, scaling: Scaling) -> None:
+        super().__init__()
+        self.net = net
+        self.scaling = scaling
+
+    def forward(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, 4, H/8, W/8) -> (N, H, W, 3) uint8, (N,) float32."""
+        raw = self.scaling.raw(latent)
+        pixels = cast(Any, self.net).decode(raw, return_dict=False)[0].float()  # (N, 3, H, W), about -1 ... 1
+        # As VaeImageProcessor: denormalize, pt_to_numpy, numpy_to_pil. Transposed before the cast because
+        # uint8 is no more than a type of inputs and outputs in TensorRT.
+        shades = (pixels * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255
+        return shades.round().to(torch.uint8), pixels.mean(dim=(1, 2, 3))
+
+
+class VaeEncoder(nn.Module):
+    """`encode` of either autoencoder, with diffusers' conversion from uint8 before and its scaling behind."""
+
+    def __init__(self, net: nn.Module, scaling: Scaling, *, posterior: bool) -> None:
+        super().__init__()
+        self.net = net
+        self.scaling = scaling
+        self.posterior = posterior
+
+    def forward(self, image: torch.Tensor, mask: torch.Tensor) -> Any:
+        """(N, H, W, 3) uint8, (N, H, W, 1) uint8 -> (N, 4, H/8, W/8) float32, twice with a posterior."""
+        shown = mask.float() < 127.5  # as VaeImageProcessor binarises a mask: half and above is painted
+        pixels = (image.float() / 255 * 2 - 1) * shown.float()
+        net = cast(Any, self.net)
+        found = net.encode(pixels.permute(0, 3, 1, 2).to(next(net.parameters()).dtype), return_dict=False)[0]
+        if not self.posterior:
+            return self.scaling.scaled(found.float())
+        mean, log_variance = found.parameters.float().chunk(2, dim=1)
+        # DiagonalGaussianDistribution of diffusers, in float32
+        std = (0.5 * log_variance.clamp(-30.0, 20.0)).exp()
+        scale = self.scaling.scale
+        return self.scaling.scaled(mean), std * scale
+
+
+def vae_decoder(checkpoint: Checkpoint, dtype: torch.dtype) -> Net:
+    """The autoencoder's decoder with the checkpoint's weights; its encoder is not even read."""
+    return _decoder("vae_decoder", checkpoint.vae, dtype)
+
+
+def preview_decoder(checkpoint: Checkpoint, dtype: torch.dtype) -> Net:
+    """The decoder of the tiny autoencoder for previews."""
+    return _decoder("preview_decoder", checkpoint.parts["tiny_vae"], dtype)
+
+
+def vae_encoder(checkpoint: Checkpoint, dtype: torch.dtype) -> Net:
+    """The autoencoder's encoder; its decoder is not even read."""
+    part = checkpoint.vae
+    net, tensors = _half(part, "encoder")
+    posterior = not is_tiny(part)
+    module = VaeEncoder(net, Scaling(net.config), posterior=posterior)
+    contract = spec.vae_encoder(channels=net.config.latent_channels, posterior=posterior)
+    return make_net("vae_encoder", module, contract, tensors, dtype)
+
+
+def _decoder(name: str, part: Component, dtype: torch.dtype) -> Net:
+    net, tensors = _half(part, "decoder")
+    contract = spec.vae_decoder(channels=net.config.latent_channels, float_dtype=spelled(dtype))
+    return make_net(name, VaeDecoder(net, Scaling(net.config)), contract, tensors, dtype)
+
+
+def _half(part: Component, half: str) -> tuple[Any, dict[str, tuple[str, str]]]:
+    """The module with that half alone, and its tensors."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+
+    kind: Any = AutoencoderTiny if is_tiny(part) else AutoencoderKL
+    with torch.device("meta"):
+        net: Any = kind.from_config(_arguments(part))
+    (other,) = (prefixes for name, prefixes in _HALVES.items() if name != half)
+    for prefix in other:
+        if hasattr(net, prefix.removesuffix(".")):
+            setattr(net, prefix.removesuffix("."), None)
+    names: dict[str, str] = {name: name for name in net.state_dict()}
+    if any(".query." in name for name in part.tensors):
+        new = {_modern(name): name for name in part.tensors}
+        names = {name: new.get(name, name) for name in names}
+    tensors = load(part, net, names, ignored=other)
+    # Stored under today's names, whatever the checkpoint's were.
+    return net, {name: (name, found[1]) for name, found in tensors.items()}
+
+
+def _arguments(part: Component) -> dict[str, Any]:
+    """The config without what AutoencoderTiny writes into it for pipelines, and does not read."""
+    written = ("block_out_channels",) if is_tiny(part) else ()
+    return {name: value for name, value in part.config.items() if name not in written}
+
+
+def _modern(name: str) -> str:
+    for old, new in _OLD_ATTENTION.items():
+        if ".attentions." in name:
+            name = name.replace("." + old, "." + new)
+    return name

@@ -1,0 +1,1 @@
+"""Which values fp16 cannot hold."""

@@ -1,0 +1,1 @@
+"""The denoising loop, on the host or on a device."""

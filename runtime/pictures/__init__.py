@@ -1,0 +1,1 @@
+"""Pixels: read, resized, masked, tiled, written."""

@@ -1,0 +1,251 @@
+"""Decode a latent, or encode a picture, in overlapping tiles, where the net does not fit into memory at once.
+
+The grid and the linear cross-fade are those of diffusers' `AutoencoderKL.tiled_decode` and `tiled_encode`,
+but for three things:
+
+1. diffusers cuts tiles off at the border, and always adds a last one that lies within the one before, so that
+   the last overlap fades into a sliver decoded without context. Here the last tile is moved inwards until it
+   ends with the picture, and fades over all that it shares with the one before. Every call of the decoder has
+   one shape, which is what an engine of fixed shapes serves.
+2. A tile's weight is the product of one weight along y and one along x. diffusers fades one axis after the
+   other in place: where four tiles meet, some of the upper tile's weight goes to its neighbour.
+3. Decoded tiles are uint8 pictures, so they are clamped and rounded before they are blended, and the blend
+   again. Of encoded tiles the standard deviation is blended; diffusers blends the logarithm of the variance.
+
+Tiles cannot see each other: as a decoder looks at the whole picture (its group norms and its attention do), a
+tiled picture differs from the untiled one in tone, and the fade turns the step between tiles into a slope.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+
+import numpy as np
+
+from ...engines.errors import UsageError
+from ...engines.spec import Array
+
+Decode = Callable[[Array], tuple[Array, Array]]
+Encode = Callable[[Array, Array], tuple[Array, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """How a picture is cut.
+
+    Attributes:
+        size: side of a tile in pixels, a multiple of the latent scale (8). diffusers' `tile_sample_min_size`
+            is the `sample_size` of the VAE's config: 512 for Stable Diffusion 1.x.
+        overlap: the share of a tile that the next one covers too, 0 to 0.5; diffusers' `tile_overlap_factor`.
+            The stride is rounded down to whole latent values, so the real share may be a little larger; where
+            it is, diffusers fades over less than tiles share, and its picture gets another size.
+
+    Raises:
+        UsageError: either is out of range.
+    """
+
+    size: int = 512
+    overlap: float = 0.25
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for values out of range."""
+        if isinstance(self.size, bool) or not isinstance(self.size, (int, np.integer)) or self.size < 1:
+            raise UsageError(
+                f"the tile size is {self.size!r}",
+                expected="a positive integer, in pixels",
+                fix="Use the sample size of the model, such as 512.",
+            )
+        # beyond a half, three tiles and more would lie over each other: work without a gain
+        if (
+            isinstance(self.overlap, bool)
+            or not isinstance(self.overlap, Real)
+            or not 0 <= self.overlap <= 0.5
+        ):
+            raise UsageError(
+                f"the overlap of tiles is {self.overlap!r}",
+                expected="a number from 0 to 0.5",
+                fix="Use 0.25.",
+            )
+
+    def stride(self, scale: int) -> int:
+        """Pixels from one tile to the next: diffusers' `overlap_size`, times `scale`.
+
+        Raises:
+            UsageError: `size` is no multiple of `scale`, or too small to leave a stride of one latent value.
+        """
+        stride = int(self.size // scale * (1 - self.overlap)) * scale
+        if self.size % scale or not stride:
+            raise UsageError(
+                f"tiles of {self.size} pixels with an overlap of {self.overlap}",
+                expected=f"a multiple of {scale} pixels, and {2 * scale} or more where tiles overlap",
+                fix=f"Use {max(2, self.size // scale) * scale}.",
+            )
+        return stride
+
+
+def decode_tiled(decode: Decode, latent: Array, tiling: Tiling, scale: int = 8) -> tuple[Array, Array]:
+    """Decode tile by tile, and blend.
+
+    The work is linear in the number of tiles. Besides what one call of `decode` takes, memory holds the
+    picture (uint8), one row of tiles and one tile (float32). Each of them N times, for all N pictures go into
+    every call: where that is too many, decode one picture at a time.
+
+    Args:
+        decode: (N, C, h, w) -> image (N, h * scale, w * scale, 3) uint8 and mean (N,) float32, as the net
+            `vae_decoder`. All calls have one shape: the tile's, or the picture's where that is shorter.
+        latent: (N, C, H / scale, W / scale), any float dtype; passed on as it is.
+        tiling: the cut. A picture no larger than a tile is one call, and its result comes back as it is.
+        scale: pixels per latent value along each axis.
+
+    Returns:
+        The picture (N, H, W, 3) uint8, and (N,) float32, the mean of the tiles' means, each weighted with the
+        area that its tile has in the picture. It is not finite when any tile's mean is not.
+
+    Raises:
+        UsageError: no latent, a scale below 1, a tile that does not fit the scale, or a decoder that returns
+            another shape or dtype.
+    """
+    if latent.ndim != 4 or not latent.size or scale < 1:
+        raise UsageError(
+            f"a latent of shape {latent.shape} with {scale} pixels per value",
+            expected="(N, C, H / scale, W / scale), none of them 0, and a scale of 1 or more",
+            fix="Pass the latents of N pictures as one array.",
+        )
+    count, _, rows, columns = latent.shape
+    height, width, stride = rows * scale, columns * scale, tiling.stride(scale)
+    if max(height, width) <= tiling.size:
+        return _call(decode, latent, scale)
+    down, across = axis_tiles(height, tiling.size, stride), axis_tiles(width, tiling.size, stride)
+    strip = np.zeros(
+        (count, len(down[0][1]), width, 3), np.float32
+    )  # the picture from row `top` on, unfinished
+    image = np.empty((count, height, width, 3), np.uint8)
+    mean = np.zeros(count, np.float64)
+    bottoms = [*(start for start, _ in down[1:]), height]
+    for (top, along_y), bottom in zip(down, bottoms, strict=True):
+        band = latent[:, :, top // scale : (top + len(along_y)) // scale]
+        for left, along_x in across:
+            right = left + len(along_x)
+            tile, tile_mean = _call(decode, band[..., left // scale : right // scale], scale)
+            strip[:, :, left:right] += tile * (along_y[:, None, None] * along_x[:, None])
+            share = float(along_y.sum()) * float(along_x.sum()) / (height * width)
+            with np.errstate(invalid="ignore"):  # inf - inf: not finite is what is to be told
+                mean += tile_mean.astype(np.float64) * share
+        done = bottom - top  # no later tile reaches these rows
+        image[:, top:bottom] = np.rint(strip[:, :done], out=strip[:, :done])
+        _move_up(strip, done)
+    return image, mean.astype(np.float32)
+
+
+def encode_tiled(
+    encode: Encode, image: Array, mask: Array, tiling: Tiling, scale: int = 8
+) -> tuple[Array, ...]:
+    """Encode tile by tile, and blend; the tiles are those of `decode_tiled`.
+
+    Args:
+        encode: image (N, h, w, 3) and mask (N, h, w, 1) -> mean, and standard deviation where there is a
+            posterior, (N, C, h / scale, w / scale) float32, as the net `vae_encoder`. All calls have one
+            shape: the tile's, or the picture's where that is shorter.
+        image: (N, H, W, 3), passed on as it is.
+        mask: (N, H, W, 1), likewise.
+        tiling: the cut. A picture no larger than a tile is one call, and its result comes back as it is.
+        scale: pixels per latent value along each axis.
+
+    Returns:
+        What `encode` returns, for the whole picture: (N, C, H / scale, W / scale) float32 each.
+
+    Raises:
+        UsageError: no picture, or a mask of other size; sides that `scale` does not divide; a tile that does
+            not fit the scale; an encoder that returns another shape or dtype.
+    """
+    divided = scale > 0 and image.ndim == 4 and not any(side % scale for side in image.shape[1:3])
+    if not divided or not image.size or mask.shape[:3] != image.shape[:3]:
+        raise UsageError(
+            f"a picture of shape {image.shape}, a mask of {mask.shape}, {scale} pixels per latent value",
+            expected="(N, H, W, 3) and (N, H, W, 1), none of them 0, H and W multiples of the scale",
+            fix="Resize the picture to the size that is drawn.",
+        )
+    count, rows, columns = image.shape[0], image.shape[1] // scale, image.shape[2] // scale
+    size, stride = tiling.size // scale, tiling.stride(scale) // scale  # in latent values from here on
+    if max(rows, columns) <= size:
+        return _encode_tile(encode, image, mask, scale)
+    blended: tuple[Array, ...] = ()
+    for top, along_y in axis_tiles(rows, size, stride):
+        bottom = top + len(along_y)
+        for left, along_x in axis_tiles(columns, size, stride):
+            right = left + len(along_x)
+            cut = np.s_[:, top * scale : bottom * scale, left * scale : right * scale]
+            tiles = _encode_tile(encode, image[cut], mask[cut], scale)
+            if not blended:
+                blended = tuple(np.zeros((count, tile.shape[1], rows, columns), np.float32) for tile in tiles)
+            for whole, tile in zip(blended, tiles, strict=True):
+                whole[:, :, top:bottom, left:right] += tile * (along_y[:, None] * along_x)
+    return blended
+
+
+def axis_tiles(length: int, size: int, stride: int) -> list[tuple[int, Array]]:
+    """Cut one axis, and weigh: each tile fades in, linearly, over all that earlier tiles cover.
+
+    Args:
+        length: of the picture, in pixels or latent values.
+        size: of a tile; a longer one is cut to `length`.
+        stride: from one tile to the next, at most `size`; less before the last tile, which ends
+            where the picture ends.
+
+    Returns:
+        Of each tile its first place and its weights, float32 of the tile's length. At every place of the axis
+        the weights of all tiles add up to 1. The first weight of an overlap is 0, as in diffusers' `blend_v`.
+    """
+    size = min(size, length)
+    starts = [*range(0, length - size, stride), length - size]
+    weights: list[Array] = [np.ones(size)]
+    for index, start in enumerate(starts[1:], 1):
+        overlap = starts[index - 1] + size - start
+        fade_in: Array = np.ones(size)
+        fade_in[:overlap] = np.arange(overlap) / max(overlap, 1)
+        for earlier in range(index):
+            if (offset := start - starts[earlier]) < size:
+                weights[earlier][offset:] *= 1 - fade_in[: size - offset]
+        weights.append(fade_in)
+    return [(start, weight.astype(np.float32)) for start, weight in zip(starts, weights, strict=True)]
+
+
+def _call(decode: Decode, latent: Array, scale: int) -> tuple[Array, Array]:
+    """Decode one tile. A wrong shape must not reach the blend, where it might be broadcast."""
+    image, mean = decode(np.ascontiguousarray(latent))
+    count, _, rows, columns = latent.shape
+    expected = (count, rows * scale, columns * scale, 3)
+    if image.shape != expected or image.dtype != np.uint8 or mean.shape != (count,):
+        raise UsageError(
+            f"for {latent.shape} the decoder gave {image.dtype} {image.shape}, mean {mean.shape}",
+            expected=f"uint8 {expected}, mean ({count},)",
+            fix="Pass the decoder's own scale, and a decoder of this contract.",
+        )
+    return image, mean
+
+
+def _encode_tile(encode: Encode, image: Array, mask: Array, scale: int) -> tuple[Array, ...]:
+    results = encode(np.ascontiguousarray(image), np.ascontiguousarray(mask))
+    count, height, width, _ = image.shape
+    expected = (count, height // scale, width // scale)
+    shapes = [(str(result.dtype), result.shape) for result in results]
+    if not shapes or any(
+        dtype != "float32" or len(shape) != 4 or (shape[0], *shape[2:]) != expected for dtype, shape in shapes
+    ):
+        raise UsageError(
+            f"for {image.shape} the encoder gave {shapes}",
+            expected=f"float32 ({count}, C, {expected[1]}, {expected[2]})",
+            fix="Pass the encoder's own scale, and an encoder of this contract.",
+        )
+    return results
+
+
+def _move_up(strip: Array, done: int) -> None:
+    """Drop the first `done` rows, and add as many zeros below; in blocks, to need no second strip."""
+    height = strip.shape[1]
+    for row in range(0, height - done, done):
+        block = min(done, height - done - row)
+        strip[:, row : row + block] = strip[:, row + done : row + done + block]
+    strip[:, height - done :] = 0

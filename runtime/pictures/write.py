@@ -1,0 +1,303 @@
+"""Arrays of pixels to picture files that carry how they were made, and back to that record.
+
+PNG: text chunks ``parameters`` (AUTOMATIC1111's text, see `infotext`) and ``latentrt`` (our JSON). JPEG and
+WebP: EXIF UserComment with the text, where AUTOMATIC1111 keeps it, and MakerNote with the JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import secrets
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image, PngImagePlugin
+
+from ...engines.errors import NumericError, StorageError, UsageError
+
+MAX_PIXELS = 8192 * 8192
+
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_SAVE_OPTIONS: dict[str, dict[str, Any]] = {
+    "PNG": {},
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "WEBP": {"quality": 95},
+}
+_RECORD_PREFIX = b"latentrt\0"
+_UNICODE_PREFIX = b"UNICODE\0"  # EXIF 2.3, 4.6.5: the eight bytes before a UserComment name its encoding
+
+Pixels = npt.NDArray[np.uint8]
+
+
+# what Pillow's readers, and the JSON of a record, raise on damaged files
+_DAMAGE = (
+    OSError,
+    ValueError,
+    TypeError,
+    SyntaxError,
+    ArithmeticError,
+    LookupError,
+    RecursionError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureMetadata:
+    """How a picture was made; None where it does not say.
+
+    Attributes:
+        parameters: AUTOMATIC1111's text, for `infotext.parse_infotext`.
+        record: our own values, as they were saved.
+    """
+
+    parameters: str | None
+    record: dict[str, Any] | None
+
+
+def to_pil(image: Pixels) -> Image.Image:
+    """Turn ``(H, W, 3)`` uint8 RGB into a Pillow image.
+
+    Raises:
+        UsageError: another shape or dtype.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+        raise UsageError(
+            f"a picture of shape {image.shape} and dtype {image.dtype}",
+            expected="(height, width, 3) and uint8",
+            fix="Pass one picture of the batch, before any conversion.",
+        )
+    return Image.fromarray(np.ascontiguousarray(image))
+
+
+def grid(images: Sequence[Pixels], columns: int | None = None) -> Pixels:
+    """Lay pictures out in rows, black where the last row is not full.
+
+    Args:
+        images: N pictures ``(H, W, 3)`` uint8, all of one size.
+        columns: pictures in a row; by default the grid is as square as it can be.
+
+    Returns:
+        ``(ceil(N / columns) * H, columns * W, 3)`` uint8.
+
+    Raises:
+        UsageError: no pictures, pictures of different sizes, or ``columns`` below 1.
+    """
+    sizes = sorted({tuple(image.shape) for image in images})
+    if len(sizes) != 1:
+        raise UsageError(
+            f"pictures of sizes {sizes}", expected="pictures of one size", fix="Make one grid for each size."
+        )
+    columns = math.ceil(math.sqrt(len(images))) if columns is None else columns
+    if columns < 1:
+        raise UsageError(f"a grid of {columns} columns", expected="1 or more", fix="Use columns=4.")
+    height, width, channels = images[0].shape
+    rows = math.ceil(len(images) / columns)
+    sheet = np.zeros((rows, height, columns, width, channels), np.uint8)
+    for index, image in enumerate(images):
+        sheet[index // columns, :, index % columns] = image
+    return np.reshape(sheet, (rows * height, columns * width, channels))
+
+
+def check_pictures(images: Pixels) -> None:
+    """Refuse constant pictures: what a NaN or an overflow in the nets looks like after the decoder.
+
+    Args:
+        images: ``(H, W, 3)`` or ``(B, H, W, 3)`` uint8.
+
+    Raises:
+        NumericError: every pixel of a picture is the same; says which pictures of the batch.
+    """
+    batch = images if images.ndim == 4 else images[None]
+    constant = (batch == batch[:, :1, :1]).all(axis=(1, 2, 3))
+    if constant.any():
+        numbers = ", ".join(str(index) for index in np.flatnonzero(constant))
+        colour = tuple(int(value) for value in batch[int(constant.argmax()), 0, 0])
+        raise NumericError(
+            f"picture {numbers} of a batch of {len(batch)} (counted from 0) is a single colour, {colour}",
+            expected="pixels that differ",
+            fix="An fp16 package may overflow: export it again with --dtype fp32.",
+        )
+
+
+def save_picture(
+    path: str | Path,
+    image: Pixels | Image.Image,
+    *,
+    infotext: str | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a picture; a file of that name is replaced whole or stays as it was.
+
+    Args:
+        path: ends in .png, .jpg, .jpeg or .webp, which settles the format.
+        image: ``(H, W, 3)`` uint8, or a Pillow image.
+        infotext: AUTOMATIC1111's text (see `infotext`); None leaves it out.
+        record: our own values, of types that JSON has; None leaves it out.
+
+    Raises:
+        UsageError: another file name, a picture that cannot be written, or metadata the format cannot hold.
+        StorageError: a full disk, or a folder that cannot be written.
+    """
+    path = Path(path)
+    kind = check_target(path)
+    picture = image if isinstance(image, Image.Image) else to_pil(image)
+    data = io.BytesIO()
+    try:
+        metadata = _metadata_options(kind, infotext, record)
+        picture.save(data, kind, **_SAVE_OPTIONS[kind], **metadata)
+    except (ValueError, TypeError, OSError, RecursionError) as error:
+        raise UsageError(
+            f"{path.name} cannot be written as {kind}: {error}",
+            expected="a picture, text and JSON values that the format can hold (JPEG: 64 kB of them)",
+            fix="Save as .png, or without metadata.",
+        ) from error
+    _replace_file(path, data.getbuffer())
+
+
+def check_target(path: Path) -> str:
+    """Pillow's name of the format that `path` asks for; to be called before a picture is drawn for it.
+
+    Raises:
+        UsageError: another file name.
+        StorageError: its folder does not exist.
+    """
+    kind = _FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise UsageError(
+            f"file name {path.name!r}", expected="one that ends in " + ", ".join(_FORMATS), fix="Use .png."
+        )
+    if not path.parent.is_dir():
+        raise StorageError(
+            f"the folder {path.parent} does not exist",
+            expected="an existing folder",
+            fix=f"Make it: mkdir -p {path.parent}.",
+        )
+    return kind
+
+
+def save_latents(path: Path, latents: npt.NDArray[Any]) -> None:
+    """Write latents as NumPy does, whole or not at all. Raises StorageError."""
+    data = io.BytesIO()
+    np.save(data, latents, allow_pickle=False)
+    _replace_file(path, data.getbuffer())
+
+
+def _metadata_options(kind: str, infotext: str | None, record: Mapping[str, Any] | None) -> dict[str, Any]:
+    text = None if record is None else json.dumps(dict(record), allow_nan=False)
+    if kind == "PNG":
+        chunks = PngImagePlugin.PngInfo()
+        for key, value in (("parameters", infotext), ("latentrt", text)):
+            if value is not None:
+                chunks.add_text(key, value)
+        return {"pnginfo": chunks}
+    tags: dict[int, bytes] = {}
+    if infotext is not None:
+        tags[ExifTags.Base.UserComment] = _UNICODE_PREFIX + infotext.encode("utf-16-be")
+    if text is not None:
+        tags[ExifTags.Base.MakerNote] = _RECORD_PREFIX + text.encode("ascii")
+    if not tags:
+        return {}
+    exif = Image.Exif()
+    exif[ExifTags.IFD.Exif] = tags
+    return {"exif": exif}
+
+
+def _replace_file(path: Path, data: memoryview) -> None:
+    """Write beside the target, then rename over it, so that no reader ever sees half a picture."""
+    temporary = path.with_name(f".latentrt-{secrets.token_hex(8)}.tmp")
+    try:
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):  # an unremovable rest must not hide the error itself
+                temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise StorageError(
+            f"{path} could not be written: {error.strerror or error}",
+            expected=f"a folder that can be written, with {len(data)} bytes free",
+            fix="Free disk space, create the folder, or choose another one.",
+        ) from error
+
+
+def read_metadata(path: str | Path) -> PictureMetadata:
+    """Read what a picture says of its making, whether this package wrote it, AUTOMATIC1111 or its kin.
+
+    Raises:
+        UsageError: no file, no PNG, JPEG or WebP, damaged, truncated, or above `MAX_PIXELS`.
+    """
+    path = Path(path)
+    try:
+        with contextlib.closing(Image.open(path, formats=("PNG", "JPEG", "WEBP"))) as picture:
+            pixels = picture.width * picture.height
+            if pixels > MAX_PIXELS:
+                raise _unreadable(path, f"{picture.width} x {picture.height} pixels")
+            # decoding shows truncation, and reaches text chunks that stand behind the pixels
+            picture.load()
+            parameters, record = _text_chunks(picture) if picture.format == "PNG" else _exif_texts(picture)
+            return PictureMetadata(parameters=parameters, record=_parse_record(record))
+    except _DAMAGE as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, reason: object) -> UsageError:
+    return UsageError(
+        f"{path}: {reason}",
+        expected=f"a whole PNG, JPEG or WebP picture of at most {MAX_PIXELS // 10**6} megapixels",
+        fix="Check the path, or save the picture again.",
+    )
+
+
+def _text_chunks(picture: Image.Image) -> tuple[str | None, str | None]:
+    texts = cast("dict[str, str]", getattr(picture, "text", {}))
+    return texts.get("parameters"), texts.get("latentrt")
+
+
+def _exif_texts(picture: Image.Image) -> tuple[str | None, str | None]:
+    exif = picture.getexif()
+    # some writers put the comment into the first directory
+    tags: dict[int, object] = {**exif, **exif.get_ifd(ExifTags.IFD.Exif)}
+    comment, note = tags.get(ExifTags.Base.UserComment), tags.get(ExifTags.Base.MakerNote)
+    record = None
+    if isinstance(note, bytes) and note.startswith(_RECORD_PREFIX):
+        record = note[len(_RECORD_PREFIX) :].decode("ascii")
+    return _decode_comment(comment), record
+
+
+def _decode_comment(comment: object) -> str | None:
+    if not isinstance(comment, bytes):
+        return comment if isinstance(comment, str) else None
+    if not comment.startswith(_UNICODE_PREFIX):
+        return comment.removeprefix(b"ASCII\0\0\0").strip(b"\0").decode("utf-8", "replace")
+    text = comment[len(_UNICODE_PREFIX) :]
+    # EXIF leaves the order open: AUTOMATIC1111 writes big-endian, exiftool the file's; Latin letters tell
+    order = "le" if text[1::2].count(0) > text[::2].count(0) else "be"
+    return text.decode(f"utf-16-{order}", "replace")
+
+
+def _parse_record(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    record: object = json.loads(text)
+    if not isinstance(record, dict):
+        raise ValueError(f"its latentrt record is no JSON object but {text[:40]!r}")
+    return cast("dict[str, Any]", record)

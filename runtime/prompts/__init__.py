@@ -1,0 +1,1 @@
+"""Text to the context that the UNet attends to."""

@@ -1,0 +1,289 @@
+"""Prompts to what conditions the UNet: context and pooled embedding, cached by text."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from ...engines.errors import UsageError
+from ...engines.spec import Array, NetSpec
+from .chunks import PromptChunks
+from .syntax import PROMPT_SYNTAXES, prompt_syntax
+from .tokenizer import ClipTokenizer
+
+CACHE_BYTES = 64 * 2**20
+
+
+class EncoderNet(Protocol):
+    """What is asked of a net here; `engines.backend.Net` has it."""
+
+    @property
+    def spec(self) -> NetSpec:
+        """Inputs and outputs."""
+        ...
+
+    def __call__(self, **arrays: Array) -> Mapping[str, Array]:
+        """Run once."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoder:
+    """A text encoder and its tokenizer.
+
+    Attributes:
+        net: `input_ids` (P, 77) int32, and for some `clip_skip` (1,) int32, the number of last layers that
+            are left out -> `context` (P, 77, D) float, and for some `pooled` (P, E) float.
+        tokenizer: what makes the ids.
+    """
+
+    net: EncoderNet
+    tokenizer: ClipTokenizer
+
+    @property
+    def takes_clip_skip(self) -> bool:
+        """Whether the graph can leave layers out."""
+        return any(tensor.name == "clip_skip" for tensor in self.net.spec.inputs)
+
+    def __call__(self, ids: Array, clip_skip: int) -> tuple[Array, Array | None]:
+        """Context (P, 77, D) and pooled (P, E), if there is one, of ids (P, 77)."""
+        skip = {"clip_skip": np.array([clip_skip], np.int32)} if self.takes_clip_skip else {}
+        outputs = self.net(input_ids=ids, **skip)
+        return outputs["context"], outputs.get("pooled")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TextConditioning:
+    """What P texts became.
+
+    Attributes:
+        context: (P, 77*K, sum of D), the features of the encoders side by side. K is that of the longest
+            text; the others end with empty chunks.
+        pooled: (P, E), of each text's first chunk by the last encoder that has one; None if none has.
+        dropped: for each text the end that found no room; "" where all of it did.
+    """
+
+    context: Array
+    pooled: Array | None
+    dropped: tuple[str, ...]
+
+
+class _Key(NamedTuple):
+    """What decides an encoded text."""
+
+    texts: tuple[str, ...]  # one for each encoder
+    syntax: str
+    clip_skip: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Encoded:
+    """One text: context (K, 77, sum of D), pooled (E,). Read-only, because threads share it."""
+
+    context: Array
+    pooled: Array | None
+    dropped: str
+
+    def __post_init__(self) -> None:
+        for array in (self.context, self.pooled):
+            if array is not None:
+                array.setflags(write=False)
+
+
+class _Cache:
+    """The texts used last, as many as fit. Threads may share it."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = Lock()
+        self._texts: OrderedDict[_Key, _Encoded] = OrderedDict()
+        self._nbytes = 0
+
+    def get(self, key: _Key) -> _Encoded | None:
+        with self._lock:
+            if key in self._texts:
+                self._texts.move_to_end(key)
+            return self._texts.get(key)
+
+    def put(self, key: _Key, text: _Encoded) -> None:
+        size = _nbytes(key, text)
+        with self._lock:
+            if key in self._texts or size > self._limit:
+                return
+            self._texts[key] = text
+            self._nbytes += size
+            while self._nbytes > self._limit:
+                self._nbytes -= _nbytes(*self._texts.popitem(last=False))
+
+
+def _nbytes(key: _Key, text: _Encoded) -> int:
+    """What a cached text takes; long texts count, because a chunk may be all that is left of them."""
+    pooled = 0 if text.pooled is None else text.pooled.nbytes
+    return text.context.nbytes + pooled + sum(len(each) for each in key.texts)
+
+
+class TextConditioner:
+    """A package's text encoders, in their order. Threads may share it.
+
+    Args:
+        encoders: one, or SDXL's two.
+        cache_bytes: what encoded texts may take before the one not used for longest is forgotten; 0: nothing.
+    """
+
+    def __init__(self, encoders: Sequence[TextEncoder], *, cache_bytes: int = CACHE_BYTES) -> None:
+        self._encoders = tuple(encoders)
+        self._cache = _Cache(cache_bytes)
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        texts_2: Sequence[str | None] | None = None,
+        *,
+        syntax: str = "plain",
+        clip_skip: int = 0,
+    ) -> TextConditioning:
+        """Encode P texts, negative ones among them, in one call of each encoder for all that is not cached.
+
+        Args:
+            texts: P prompts.
+            texts_2: P prompts for the second encoder, diffusers' `prompt_2`; None is the same as the first's.
+            syntax: how the prompts are written: "plain", "a1111" or "comfyui".
+            clip_skip: number of the encoders' last layers that are left out (0: none).
+
+        Raises:
+            UsageError: no list of texts, texts_2 of another length or without a second encoder, an unknown
+                syntax, a prompt that its syntax refuses, or clip_skip where a graph cannot leave layers out.
+        """
+        prompt_syntax(syntax)
+        self._check_clip_skip(clip_skip)
+        keys = [_Key(each, syntax, clip_skip) for each in self._texts(texts, texts_2)]
+        encoded = self._encoded(keys)
+        rows = [encoded[key] for key in keys]
+        count = max(row.context.shape[0] for row in rows)
+        text = encoded.get(self._empty(keys[0]))
+        empty = None if text is None else text.context
+        context = np.stack([_padded(row.context, count, empty) for row in rows])  # (P, K, 77, D)
+        pooled = [row.pooled for row in rows if row.pooled is not None]
+        return TextConditioning(
+            context=np.reshape(context, (len(rows), -1, context.shape[-1])),
+            pooled=np.stack(pooled) if pooled else None,
+            dropped=tuple(row.dropped for row in rows),
+        )
+
+    def _texts(self, texts: Sequence[str], texts_2: Sequence[str | None] | None) -> list[tuple[str, ...]]:
+        """For each of P, the text of each encoder."""
+        if isinstance(texts, str) or not texts:
+            raise UsageError(f"texts is {texts!r:.40}", expected="a list of texts", fix="Pass [prompt].")
+        seconds = [None] * len(texts) if texts_2 is None else texts_2
+        if len(seconds) != len(texts):
+            raise UsageError(
+                f"{len(seconds)} second texts",
+                expected=f"as many as first ones: {len(texts)}",
+                fix="Pass one for each, or None.",
+            )
+        if len(self._encoders) > 1:
+            return [(one, one if two is None else two) for one, two in zip(texts, seconds, strict=True)]
+        if any(two is not None for two in seconds):
+            raise UsageError(
+                "a second prompt", expected="none: this model has one text encoder", fix="Leave prompt_2 out."
+            )
+        return [(one,) for one in texts]
+
+    def _check_clip_skip(self, clip_skip: int) -> None:
+        if clip_skip < 0:
+            raise UsageError(f"clip_skip is {clip_skip}", expected="0 or more layers", fix="Use clip_skip=0.")
+        if clip_skip and not all(encoder.takes_clip_skip for encoder in self._encoders):
+            raise UsageError(
+                f"clip_skip is {clip_skip}",
+                expected="0: this package's text encoder has one output, behind its usual layer",
+                fix="Export the checkpoint again, or leave clip_skip out.",
+            )
+
+    def _empty(self, key: _Key) -> _Key:
+        return key._replace(texts=("",) * len(self._encoders))
+
+    def _encoded(self, keys: Sequence[_Key]) -> Mapping[_Key, _Encoded]:
+        """All of these texts, and the empty one if anything needs it."""
+        known = {key: text for key in keys if (text := self._cache.get(key))}
+        chunked = {key: self._chunks(key) for key in keys if key not in known}
+        counts = {text.context.shape[0] for text in known.values()}
+        counts |= {len(chunks.ids) for each in chunked.values() for chunks in each}
+        weighted = any(chunks.weighted for each in chunked.values() for chunks in each)
+        empty = self._empty(keys[0])
+        if (len(counts) > 1 or weighted) and empty not in known:
+            if text := self._cache.get(empty):
+                known[empty] = text
+            else:
+                chunked[empty] = self._chunks(empty)
+        if chunked:
+            outputs = _Outputs(self._encoders, chunked, keys[0].clip_skip)
+            # the empty text first, because others are padded with it
+            for key in sorted(chunked, key=lambda key: key != empty):
+                known[key] = outputs.text(key, known.get(empty))
+                self._cache.put(key, known[key])
+        return known
+
+    def _chunks(self, key: _Key) -> tuple[PromptChunks, ...]:
+        """One text as each encoder's tokenizer sees it."""
+        syntax = PROMPT_SYNTAXES[key.syntax]
+        return tuple(
+            syntax.chunks(text, encoder.tokenizer)
+            for text, encoder in zip(key.texts, self._encoders, strict=True)
+        )
+
+
+class _Outputs:
+    """What the encoders make of chunks, in one call each; chunks that are equal are encoded once."""
+
+    def __init__(
+        self,
+        encoders: Sequence[TextEncoder],
+        chunked: Mapping[_Key, tuple[PromptChunks, ...]],
+        clip_skip: int,
+    ) -> None:
+        self._chunked = chunked
+        self._rows: list[dict[bytes, int]] = []  # for each encoder, where a chunk's outputs are
+        self._contexts: list[Array] = []  # (P, 77, D) each
+        self._pooled: list[Array | None] = []  # (P, E) each
+        for index, encoder in enumerate(encoders):
+            rows = {row.tobytes(): row for chunks in chunked.values() for row in chunks[index].ids}
+            context, pooled = encoder(np.stack(list(rows.values())), clip_skip)
+            self._rows.append({row: position for position, row in enumerate(rows)})
+            self._contexts.append(context)
+            self._pooled.append(pooled)
+
+    def text(self, key: _Key, empty: _Encoded | None) -> _Encoded:
+        """Put one text together; `empty` is the empty one, where it is needed."""
+        chunked = self._chunked[key]
+        count = max(len(chunks.ids) for chunks in chunked)
+        widths = [context.shape[-1] for context in self._contexts]
+        empties = (
+            [None] * len(widths) if empty is None else np.split(empty.context, np.cumsum(widths)[:-1], -1)
+        )
+        contexts: list[Array] = []
+        pooled: Array | None = None
+        for index, chunks in enumerate(chunked):
+            rows = [self._rows[index][row.tobytes()] for row in chunks.ids]
+            context = self._contexts[index][rows]  # (K, 77, D)
+            own_empty = empties[index]
+            if own_empty is not None and chunks.weighted:
+                context = PROMPT_SYNTAXES[key.syntax].weigh(context, chunks.weights, own_empty[0])
+            contexts.append(_padded(context, count, own_empty))
+            own_pooled = self._pooled[index]
+            pooled = pooled if own_pooled is None else own_pooled[rows[0]].copy()
+        return _Encoded(
+            context=np.concatenate(contexts, axis=-1),
+            pooled=pooled,
+            dropped=next((chunks.dropped for chunks in chunked if chunks.dropped), ""),
+        )
+
+
+def _padded(context: Array, count: int, empty: Array | None) -> Array:
+    """(K, 77, D) with empty chunks (1, 77, D) behind it, until there are `count`."""
+    missing = count - len(context)
+    return context if empty is None else np.concatenate([context, *[empty] * missing])

@@ -1,0 +1,1 @@
+"""What a caller asked for, checked: everything after trusts it."""

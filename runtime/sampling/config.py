@@ -1,0 +1,357 @@
+"""What a sampler is asked to do, and how a diffusers `scheduler_config.json` says it.
+
+diffusers' `XScheduler.from_config(config)` keeps the keys that class X knows, gives the others X's defaults
+and drops the rest. The defaults are facts of diffusers 0.42 and are listed here as data, so that the runtime
+needs no diffusers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...engines.errors import SamplerError
+from .schedule import SIGMA_SCHEDULES, SPACINGS, ZERO_SNR_FLOOR, NoiseSchedule
+from .table import PREDICTION_TYPES
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """A sampler with all of its options; hashable. The field names are those of diffusers.
+
+    Args:
+        name: short name, a key of `samplers.SAMPLERS`.
+        scheduler: the diffusers class whose schedule conventions hold.
+        noise: the model's training schedule.
+        prediction_type: "epsilon", "v_prediction" or "sample".
+        timestep_spacing: see `schedule.timesteps`.
+        steps_offset: added to timesteps in "leading" spacing.
+        sigma_schedule: "default" (the timesteps' own sigmas), or see `schedule.sigma_ramp`.
+        sigma_min: end of the sigma ramp; the schedule's own when None.
+        sigma_max: start of the sigma ramp; the schedule's own when None.
+        final_sigmas_type: "zero", or "sigma_min" to stop at the lowest training sigma.
+        set_alpha_to_one: whether the last DDIM, PNDM or LCM target is alpha_bar = 1 instead of alpha_bar[0].
+        interpolation_type: "linear", or "log_linear" for Euler's uniform log-sigma grid.
+        timestep_type: "discrete", or "continuous" for t = log(sigma)/4 (EDM-style v-prediction models).
+        lambda_min_clipped: half log-SNR below which DPM-Solver does not start.
+        eta: DDIM's and TCD's amount of noise, 0 to 1.
+        solver_order: 1, 2 or 3.
+        algorithm_type: "dpmsolver", "dpmsolver++", "sde-dpmsolver" or "sde-dpmsolver++".
+        solver_type: "midpoint" or "heun" (DPM-Solver), "bh1" or "bh2" (UniPC).
+        lower_order_final: fall back to low order at the end of short runs.
+        euler_at_final: first order in the last step.
+        predict_x0: UniPC on data instead of noise predictions.
+        disable_corrector: UniPC steps whose result is not corrected.
+        variance_type: DDPM's noise, "fixed_small", "fixed_small_log" or "fixed_large".
+        original_inference_steps: the grid on which LCM and TCD were distilled.
+        grid_share: how much of that grid, from its clean end, steps are chosen from.
+        timestep_scaling: of LCM's boundary conditions.
+
+    Raises:
+        SamplerError: a value outside those listed.
+    """
+
+    name: str
+    scheduler: str
+    noise: NoiseSchedule
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+    sigma_schedule: str = "default"
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    final_sigmas_type: str = "zero"
+    set_alpha_to_one: bool = True
+    interpolation_type: str = "linear"
+    timestep_type: str = "discrete"
+    lambda_min_clipped: float = -math.inf
+    eta: float = 0.0
+    solver_order: int = 2
+    algorithm_type: str = "dpmsolver++"
+    solver_type: str = "midpoint"
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+    predict_x0: bool = True
+    disable_corrector: tuple[int, ...] = ()
+    variance_type: str = "fixed_small"
+    original_inference_steps: int = 50
+    grid_share: float = 1.0
+    timestep_scaling: float = 10.0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for option, allowed in _ALLOWED.items():
+            if getattr(self, option) not in allowed:
+                raise _refusal(self.name, option, getattr(self, option), allowed)
+        if not 0 <= self.eta <= 1:
+            raise SamplerError(
+                f"eta = {self.eta:g}", expected="0 (deterministic) to 1", fix="Pass an eta in that range."
+            )
+
+
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "prediction_type": PREDICTION_TYPES,
+    "timestep_spacing": SPACINGS,
+    "sigma_schedule": SIGMA_SCHEDULES,
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "interpolation_type": ("linear", "log_linear"),
+    "timestep_type": ("discrete", "continuous"),
+    "solver_order": (1, 2, 3),
+    "algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"),
+    "solver_type": ("midpoint", "heun", "bh1", "bh2"),
+    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerClass:
+    """Facts about one diffusers scheduler class.
+
+    Args:
+        short_name: the sampler it stands for when the options do not say more.
+        defaults: its constructor's keys and defaults, as far as they bear on the table.
+        sigma_space: whether it divides by alpha_bar, and so lifts a terminal alpha_bar of 0 to
+            ZERO_SNR_FLOOR.
+        no_sample_prediction: it has no prediction_type "sample".
+    """
+
+    short_name: str
+    defaults: Mapping[str, Any]
+    sigma_space: bool = False
+    no_sample_prediction: bool = False
+
+
+_TRAINING: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+}
+_K_TRAINING = _TRAINING | {"beta_start": 0.00085, "beta_end": 0.012}
+_LCM_TRAINING = _K_TRAINING | {"beta_schedule": "scaled_linear"}
+_LEADING = {"timestep_spacing": "leading", "steps_offset": 0}
+_LINSPACE = {"timestep_spacing": "linspace", "steps_offset": 0}
+_CLIPPED = {"clip_sample": True, "thresholding": False, "rescale_betas_zero_snr": False}
+_RAMPS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+_FLOW = {"use_flow_sigmas": False, "use_dynamic_shifting": False}
+_SOLVER = {"solver_order": 2, "thresholding": False}
+_DPM: dict[str, Any] = {
+    "algorithm_type": "dpmsolver++",
+    "solver_type": "midpoint",
+    "final_sigmas_type": "zero",
+    "lambda_min_clipped": -math.inf,
+    "variance_type": None,
+}
+_LCM = {"original_inference_steps": 50, "timestep_scaling": 10.0, "set_alpha_to_one": True}
+
+SCHEDULER_CLASSES: dict[str, SchedulerClass] = {
+    "DDPMScheduler": SchedulerClass(
+        short_name="ddpm", defaults=_TRAINING | _LEADING | _CLIPPED | {"variance_type": "fixed_small"}
+    ),
+    "DDIMScheduler": SchedulerClass(
+        short_name="ddim", defaults=_TRAINING | _LEADING | _CLIPPED | {"set_alpha_to_one": True}
+    ),
+    "PNDMScheduler": SchedulerClass(
+        short_name="pndm",
+        defaults=_TRAINING | _LEADING | {"set_alpha_to_one": False, "skip_prk_steps": False},
+        no_sample_prediction=True,
+    ),
+    "LMSDiscreteScheduler": SchedulerClass(short_name="lms", defaults=_TRAINING | _LINSPACE | _RAMPS),
+    "EulerDiscreteScheduler": SchedulerClass(
+        short_name="euler",
+        defaults=_TRAINING
+        | _LINSPACE
+        | _RAMPS
+        | {
+            "interpolation_type": "linear",
+            "timestep_type": "discrete",
+            "final_sigmas_type": "zero",
+            "rescale_betas_zero_snr": False,
+        },
+        sigma_space=True,
+    ),
+    "EulerAncestralDiscreteScheduler": SchedulerClass(
+        short_name="euler_a",
+        defaults=_TRAINING | _LINSPACE | {"rescale_betas_zero_snr": False},
+        sigma_space=True,
+        no_sample_prediction=True,
+    ),
+    "HeunDiscreteScheduler": SchedulerClass(
+        short_name="heun", defaults=_K_TRAINING | _LINSPACE | _RAMPS | {"clip_sample": False}
+    ),
+    "KDPM2DiscreteScheduler": SchedulerClass(
+        short_name="dpm2", defaults=_K_TRAINING | _LINSPACE | _RAMPS, no_sample_prediction=True
+    ),
+    "KDPM2AncestralDiscreteScheduler": SchedulerClass(
+        short_name="dpm2_a", defaults=_K_TRAINING | _LINSPACE | _RAMPS, no_sample_prediction=True
+    ),
+    "DPMSolverMultistepScheduler": SchedulerClass(
+        short_name="dpmpp_2m",
+        defaults=_TRAINING
+        | _LINSPACE
+        | _RAMPS
+        | _FLOW
+        | _SOLVER
+        | _DPM
+        | {
+            "lower_order_final": True,
+            "euler_at_final": False,
+            "use_lu_lambdas": False,
+            "rescale_betas_zero_snr": False,
+        },
+        sigma_space=True,
+    ),
+    "DPMSolverSinglestepScheduler": SchedulerClass(
+        short_name="dpmpp_2s",
+        defaults=_TRAINING | _RAMPS | _FLOW | _SOLVER | _DPM | {"lower_order_final": False},
+    ),
+    "DEISMultistepScheduler": SchedulerClass(
+        short_name="deis",
+        defaults=_TRAINING | _LINSPACE | _RAMPS | _FLOW | _SOLVER | {"lower_order_final": True},
+    ),
+    "UniPCMultistepScheduler": SchedulerClass(
+        short_name="unipc",
+        defaults=_TRAINING
+        | _LINSPACE
+        | _RAMPS
+        | _FLOW
+        | _SOLVER
+        | {
+            "solver_type": "bh2",
+            "predict_x0": True,
+            "lower_order_final": True,
+            "disable_corrector": (),
+            "solver_p": None,
+            "shift_terminal": None,
+            "final_sigmas_type": "zero",
+            "rescale_betas_zero_snr": False,
+        },
+        sigma_space=True,
+    ),
+    "LCMScheduler": SchedulerClass(
+        short_name="lcm", defaults=_LCM_TRAINING | _LEADING | _CLIPPED | {"clip_sample": False} | _LCM
+    ),
+    "TCDScheduler": SchedulerClass(
+        short_name="tcd", defaults=_LCM_TRAINING | _LEADING | _CLIPPED | {"clip_sample": False} | _LCM
+    ),
+}
+
+# Keys that must hold the given value; anything else makes the sampler non-linear, or is another kind of
+# model.
+_REQUIRED: dict[str, Any] = {
+    "clip_sample": False,
+    "thresholding": False,
+    "use_flow_sigmas": False,
+    "use_dynamic_shifting": False,
+    "solver_p": None,
+    "shift_terminal": None,
+    "skip_prk_steps": True,
+}
+# A solver type meant for another class falls back to the class's own, as diffusers does.
+_SOLVER_TYPES = {
+    "DPMSolverMultistepScheduler": ("midpoint", "heun"),
+    "DPMSolverSinglestepScheduler": ("midpoint", "heun"),
+    "UniPCMultistepScheduler": ("bh2", "bh1"),
+}
+_SOLVER_TYPE_NAMES = ("midpoint", "heun", "logrho", "bh1", "bh2")
+_RAMP_KEYS = {
+    "use_karras_sigmas": "karras",
+    "use_exponential_sigmas": "exponential",
+    "use_beta_sigmas": "beta",
+}
+_NOISE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
+
+
+def config_for_class(scheduler: str, config: Mapping[str, Any], name: str | None = None) -> SamplerConfig:
+    """The configuration that diffusers' `scheduler.from_config(config)` would run with.
+
+    Args:
+        scheduler: a key of SCHEDULER_CLASSES.
+        config: a scheduler_config.json as a dict.
+        name: short name for the result; the class's own, refined by order and algorithm, when None.
+
+    Raises:
+        SamplerError: an option outside the table form, or a value the class does not know.
+    """
+    facts = SCHEDULER_CLASSES[scheduler]
+    skipped = {*config.get("_use_default_values", ()), "_use_default_values"}
+    given = {key: value for key, value in config.items() if key not in skipped}
+    options = dict(facts.defaults) | {key: given[key] for key in facts.defaults if key in given}
+    _refuse_unsupported(scheduler, options)
+    _translate_solver(scheduler, options)
+    noise_options = {key: options[key] for key in _NOISE_KEYS if key in options}
+    betas = options["trained_betas"]
+    noise = NoiseSchedule(
+        **noise_options,
+        trained_betas=None if betas is None else tuple(float(beta) for beta in betas),
+        zero_snr_floor=ZERO_SNR_FLOOR if facts.sigma_space else 0.0,
+    )
+    fields = {key: value for key, value in options.items() if key in SamplerConfig.__dataclass_fields__}
+    fields["disable_corrector"] = tuple(options.get("disable_corrector", ()))
+    # diffusers reads these two wherever a ramp is made, also on classes that do not list them.
+    fields |= {key: given.get(key) for key in ("sigma_min", "sigma_max")}
+    fields["sigma_schedule"] = _sigma_schedule(options)
+    return SamplerConfig(name=name or _short_name(facts, options), scheduler=scheduler, noise=noise, **fields)
+
+
+def _refuse_unsupported(scheduler: str, options: dict[str, Any]) -> None:
+    for option, required in _REQUIRED.items():
+        if option in options and options[option] != required:
+            fix = "Use sampler='plms'." if option == "skip_prk_steps" else f"Set {option} to {required!r}."
+            raise SamplerError(
+                f"{scheduler} with {option} = {options[option]!r}",
+                expected=f"{required!r}: the rest cannot be written as a coefficient table",
+                fix=fix,
+            )
+    if SCHEDULER_CLASSES[scheduler].no_sample_prediction and options["prediction_type"] == "sample":
+        raise _refusal(scheduler, "prediction_type", "sample", PREDICTION_TYPES[:2])
+    if options.get("variance_type", "") is None:
+        del options["variance_type"]
+
+
+def _translate_solver(scheduler: str, options: dict[str, Any]) -> None:
+    """Settle solver_type and algorithm_type the way the diffusers class does."""
+    if "solver_type" in options and options["solver_type"] not in _SOLVER_TYPES[scheduler]:
+        if options["solver_type"] not in _SOLVER_TYPE_NAMES:
+            raise _refusal(scheduler, "solver_type", options["solver_type"], _SOLVER_TYPES[scheduler])
+        options["solver_type"] = _SOLVER_TYPES[scheduler][0]
+    if "algorithm_type" not in options:
+        return
+    if options["algorithm_type"] == "deis":
+        options["algorithm_type"] = "dpmsolver++"
+    noise_prediction = options["algorithm_type"] in ("dpmsolver", "sde-dpmsolver")
+    if noise_prediction and options["final_sigmas_type"] == "zero":
+        raise _refusal(scheduler, "final_sigmas_type", "zero", ("sigma_min",))
+
+
+def _sigma_schedule(options: Mapping[str, Any]) -> str:
+    chosen = [schedule for key, schedule in _RAMP_KEYS.items() if options.get(key)]
+    if len(chosen) > 1:
+        raise SamplerError(
+            f"sigma schedules {' and '.join(chosen)} at once",
+            expected="at most one",
+            fix="Set the others to false.",
+        )
+    if options.get("use_lu_lambdas") and "karras" not in chosen:  # diffusers' precedence
+        return "lu"
+    return chosen[0] if chosen else "default"
+
+
+def _short_name(facts: SchedulerClass, options: Mapping[str, Any]) -> str:
+    if "algorithm_type" not in options:
+        return facts.short_name
+    family = "dpm_solver" if "++" not in options["algorithm_type"] else "dpmpp"
+    steps = facts.short_name[-1]  # s or m
+    sde = "_sde" if options["algorithm_type"].startswith("sde") else ""
+    return f"{family}_{options['solver_order']}{steps}{sde}"
+
+
+def _refusal(owner: str, option: str, found: object, allowed: tuple[Any, ...]) -> SamplerError:
+    expected = " or ".join(str(value) for value in allowed)
+    return SamplerError(
+        f"{owner} with {option} = {found!r}", expected=expected, fix=f"Set {option} to one of these."
+    )

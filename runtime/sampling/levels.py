@@ -1,0 +1,307 @@
+"""Which noise levels a sampler visits: from a configuration and a step count to a `Plan`.
+
+The conventions differ between diffusers' classes and decide the picture, so each is followed: where the
+timesteps lie, whether they are rounded, what the last target is. "k" below is the k-diffusion family (Euler,
+Heun, LMS, DPM2), which lives in the variance-exploding form (alpha = 1); "DPM" is DPM-Solver, DEIS and UniPC.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...engines.errors import SamplerError
+from .config import SamplerConfig
+from .schedule import Array, Level, sigma_ramp, timesteps
+
+Step: TypeAlias = tuple[Level, Level]
+Custom: TypeAlias = Sequence[float] | None
+
+_LOG_ROUNDING = 1e-9  # of a timestep that went through log and exp in float64
+_NOWHERE = math.nan  # timestep of a level at which no model is asked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a formula walks along.
+
+    Args:
+        steps: (from, to) pairs of levels, high noise first. `to` is the next `from` in most samplers; DDIM
+            and PNDM aim at t - T//N instead.
+        start: how many steps of the schedule are left out before the first (image-to-image); 0 otherwise.
+        total: steps of the whole schedule; rules such as "below 15 steps" count these.
+        x_scale: standard deviation of the first state.
+        config: the sampler's options.
+    """
+
+    steps: tuple[Step, ...]
+    start: int
+    total: int
+    x_scale: float
+    config: SamplerConfig
+
+    @property
+    def remaining(self) -> int:
+        """Number of steps that are run."""
+        return len(self.steps)
+
+
+def plan(
+    config: SamplerConfig, count: int, *, custom: Custom = None, sigmas: Custom = None, start: int = 0
+) -> Plan:
+    """Lay the levels of a run.
+
+    Args:
+        config: the sampler.
+        count: number of inference steps, already validated.
+        custom: timesteps to use instead of the configured spacing.
+        sigmas: sigmas to use instead, the last being the final one (usually 0).
+        start: steps to leave out at the noisy end.
+
+    Raises:
+        SamplerError: the sampler takes no custom timesteps or sigmas, or the schedule leaves the training
+            range.
+    """
+    _check_custom(config, custom, sigmas)
+    if config.scheduler in _K_CLASSES:
+        levels, x_scale = _k_levels(config, count, custom, sigmas)
+        steps = list(itertools.pairwise(levels))
+    else:
+        steps, x_scale = _VP_STEPS[config.scheduler](config, count, custom), 1.0
+    cut = _plms_steps if config.scheduler == "PNDMScheduler" else _cut
+    run = cut(config, steps, start)
+    if start and run:  # image-to-image starts from an image with this much noise added
+        x_scale = run[0][0].sigma
+    return Plan(steps=run, start=start, total=len(steps), x_scale=float(x_scale), config=config)
+
+
+def _check_custom(config: SamplerConfig, custom: Custom, sigmas: Custom) -> None:
+    if sigmas is not None and (custom is not None or config.scheduler != "EulerDiscreteScheduler"):
+        raise SamplerError(
+            f"custom sigmas for sampler {config.name}",
+            expected="sampler 'euler', without timesteps",
+            fix="Drop sigmas.",
+        )
+    if custom is None:
+        return
+    if config.scheduler not in _CUSTOM_CLASSES or config.sigma_schedule != "default":
+        raise SamplerError(
+            f"custom timesteps for sampler {config.name} with {config.sigma_schedule} sigmas",
+            expected="default sigmas and one of ddpm, euler, heun, lcm, tcd, dpm_solver, dpmpp",
+            fix="Drop timesteps, or choose one of these samplers.",
+        )
+    if any(later >= earlier for earlier, later in itertools.pairwise(custom)):
+        raise SamplerError(
+            f"custom timesteps {list(custom)}",
+            expected="at least one, descending",
+            fix="Sort them, largest first.",
+        )
+
+
+def _spaced(config: SamplerConfig, count: int, *, last: int | None = None, drop: int = 0) -> Array:
+    train = config.noise.num_train_timesteps
+    return timesteps(config.timestep_spacing, count, train, offset=config.steps_offset, last=last, drop=drop)
+
+
+# --- the k-diffusion family
+# -------------------------------------------------------------------------------------
+
+
+def _k_levels(config: SamplerConfig, count: int, custom: Custom, given: Custom) -> tuple[list[Level], float]:
+    """Variance-exploding levels, the final one included, and the standard deviation of the first x."""
+    noise = config.noise
+    if given is not None:
+        sigmas = np.asarray(given, dtype=np.float64)
+        t = noise.t_at(sigmas[:-1])
+    else:
+        t = _spaced(config, count) if custom is None else np.asarray(custom, dtype=np.float64)
+        t = t.astype(np.float32).astype(np.float64)
+        sigmas = noise.sigma_at(t)
+        if config.interpolation_type == "log_linear":
+            # N+1 sigmas for N timesteps: the run ends on the lowest of them, and the final sigma is never
+            # reached.
+            sigmas = sigma_ramp("exponential", float(noise.sigmas[-1]), float(noise.sigmas[0]), count + 1)
+        if config.sigma_schedule != "default":
+            sigmas = _ramp(config, sigmas, count)
+            t = noise.t_at(sigmas)
+            if config.sigma_schedule == "karras" and config.scheduler in _ROUNDS_KARRAS:
+                t = np.round(t)
+        last = noise.sigmas[0] if config.final_sigmas_type == "sigma_min" else 0.0
+        sigmas = np.append(sigmas, last)
+    sigmas = sigmas.astype(np.float32).astype(np.float64)
+    if config.timestep_type == "continuous" and config.prediction_type == "v_prediction":
+        t = 0.25 * np.log(sigmas[:-1])
+    levels = [Level(float(time), np.float64(1), sigma) for time, sigma in zip(t, sigmas, strict=False)]
+    levels.append(Level(_NOWHERE, np.float64(1), sigmas[len(t)]))
+    top = float(np.max(sigmas))
+    # "leading" leaves signal in the first state, so its noise is scaled to full variance; the others start
+    # from pure noise of standard deviation sigma_max.
+    return levels, top if config.timestep_spacing in ("linspace", "trailing") else math.hypot(top, 1)
+
+
+def _ramp(config: SamplerConfig, ends: Array, count: int) -> Array:
+    """Sigmas of the configured ramp; `ends` descends from the default first sigma to the default last one."""
+    high = config.sigma_max if config.sigma_max is not None else float(ends[0])
+    low = config.sigma_min if config.sigma_min is not None else float(ends[-1])
+    return sigma_ramp(config.sigma_schedule, high, low, count)
+
+
+# --- DPM-Solver, DEIS, UniPC
+# ------------------------------------------------------------------------------------
+
+
+def _dpm_steps(config: SamplerConfig, count: int, custom: Custom) -> list[Step]:
+    noise = config.noise
+    t = _dpm_timesteps(config, count) if custom is None else np.asarray(custom, dtype=np.float64)
+    t = np.trunc(t)
+    sigmas = noise.sigma_at(t)
+    if config.sigma_schedule != "default":
+        # "lu" starts from the logarithms, as they are kept
+        ends = np.exp(noise.log_sigmas) if config.sigma_schedule == "lu" else noise.sigmas
+        sigmas = _ramp(config, ends[::-1], count)
+        t = noise.t_at(sigmas)
+        # diffusers converts these timesteps to integers by truncation, except where it rounded them first
+        rounded = config.sigma_schedule in ("karras", "lu") and not _keeps_cosine_fractions(config)
+        t = np.round(t) if rounded else np.trunc(t + _LOG_ROUNDING)
+    sigmas = np.append(sigmas, _dpm_final_sigma(config, sigmas)).astype(np.float32).astype(np.float64)
+    alphas = 1 / np.sqrt(sigmas**2 + 1)
+    times = np.append(t, _NOWHERE)
+    levels = [Level(float(times[i]), alphas[i], sigmas[i] * alphas[i]) for i in range(len(sigmas))]
+    return list(itertools.pairwise(levels))
+
+
+def _dpm_timesteps(config: SamplerConfig, count: int) -> Array:
+    train = config.noise.num_train_timesteps
+    lambdas = -np.log(config.noise.sigmas)  # descending in t
+    last = train - int(np.searchsorted(lambdas[::-1], config.lambda_min_clipped))
+    if config.scheduler == "DPMSolverSinglestepScheduler":  # knows no spacing
+        return np.round(timesteps("linspace", count, train, last=last, drop=1))
+    return np.round(_spaced(config, count, last=last, drop=1))
+
+
+def _keeps_cosine_fractions(config: SamplerConfig) -> bool:
+    return (
+        config.scheduler == "DPMSolverMultistepScheduler"
+        and config.noise.beta_schedule == "squaredcos_cap_v2"
+    )
+
+
+def _dpm_final_sigma(config: SamplerConfig, sigmas: Array) -> float:
+    ramped = config.sigma_schedule != "default"
+    if config.scheduler == "DEISMultistepScheduler":  # never 0; on a ramp the last step stands still
+        return sigmas[-1] if ramped else config.noise.sigmas[0]
+    if config.final_sigmas_type == "zero":
+        return 0.0
+    return sigmas[-1] if ramped and config.scheduler == "UniPCMultistepScheduler" else config.noise.sigmas[0]
+
+
+# --- DDPM, DDIM, PNDM, LCM, TCD
+# ---------------------------------------------------------------------------------
+
+
+def _final_level(config: SamplerConfig) -> Level:
+    if config.set_alpha_to_one:
+        return Level(_NOWHERE, np.float64(1), np.float64(0))
+    return config.noise.level(0)
+
+
+def _whole(values: NDArray[Any]) -> list[int]:
+    return [int(value) for value in values]
+
+
+def _next_steps(config: SamplerConfig, t: Sequence[int], final: Level) -> list[Step]:
+    """Each timestep aims at the next one of the list."""
+    return list(itertools.pairwise([*(config.noise.level(time) for time in t), final]))
+
+
+def _ddpm_steps(config: SamplerConfig, count: int, custom: Custom) -> list[Step]:
+    t = np.round(_spaced(config, count)) if custom is None else np.asarray(custom)
+    return _next_steps(config, _whole(t), Level(_NOWHERE, np.float64(1), np.float64(0)))
+
+
+def _ddim_steps(config: SamplerConfig, count: int, custom: Custom) -> list[Step]:
+    """Each timestep aims at t - T//N, which in "linspace" and "trailing" spacing need not be the next one."""
+    del custom  # refused by _check_custom
+    stride = config.noise.num_train_timesteps // count
+    pairs = [(time, time - stride) for time in _whole(np.round(_spaced(config, count)))]
+    return [
+        (config.noise.level(time), config.noise.level(target) if target >= 0 else _final_level(config))
+        for time, target in pairs
+    ]
+
+
+def _cut(config: SamplerConfig, steps: list[Step], start: int) -> tuple[Step, ...]:
+    del config
+    return tuple(steps[start:])
+
+
+def _plms_steps(config: SamplerConfig, steps: list[Step], start: int) -> tuple[Step, ...]:
+    """PLMS asks the model twice for its first step: again at the second timestep, to repeat the step with an
+    average.
+
+    So the second timestep is listed twice, and a schedule has one UNet call more than steps. After a late
+    start (image-to-image) the list is cut but the second call still repeats the first step, so that one step
+    is skipped: a quirk of diffusers, kept because PNDM is the scheduler of SD 1.x and its pictures are what
+    users compare with.
+    """
+    run = [*steps[:2], *steps[1:]][start:]
+    if len(run) > 1:
+        stride = config.noise.num_train_timesteps // len(steps)
+        second = run[1][0]
+        run[1] = (config.noise.level(int(second.t) + stride), second)
+    return tuple(run)
+
+
+def _lcm_steps(config: SamplerConfig, count: int, custom: Custom) -> list[Step]:
+    """A subset of the grid of `original_inference_steps` timesteps on which the model was distilled."""
+    train, whole = config.noise.num_train_timesteps, config.original_inference_steps
+    original = int(whole * config.grid_share)
+    if custom is not None:
+        t = _whole(np.asarray(custom))
+    elif not (count <= original and whole <= train):
+        raise SamplerError(
+            f"{count} steps on a distillation grid of {original}",
+            expected=f"steps <= original_inference_steps <= {train}",
+            fix=f"Use at most {original} steps (such models want 1 to 8).",
+        )
+    else:
+        grid = (np.arange(1, original + 1) * (train // whole) - 1)[::-1]
+        t = _whole(grid[np.floor(np.linspace(0, original, count, endpoint=False)).astype(np.int64)])
+    # LCM's last result is not noised again; TCD's last target is timestep 0.
+    return _next_steps(config, t, config.noise.level(0))
+
+
+_VP_STEPS: dict[str, Callable[[SamplerConfig, int, Custom], list[Step]]] = {
+    "DDPMScheduler": _ddpm_steps,
+    "DDIMScheduler": _ddim_steps,
+    "PNDMScheduler": _ddim_steps,
+    "LCMScheduler": _lcm_steps,
+    "TCDScheduler": _lcm_steps,
+    "DPMSolverMultistepScheduler": _dpm_steps,
+    "DPMSolverSinglestepScheduler": _dpm_steps,
+    "DEISMultistepScheduler": _dpm_steps,
+    "UniPCMultistepScheduler": _dpm_steps,
+}
+_ROUNDS_KARRAS = ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
+_K_CLASSES = (
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    *_ROUNDS_KARRAS,
+)
+_CUSTOM_CLASSES = (
+    "DDPMScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+)
