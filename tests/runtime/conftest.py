@@ -16,4 +16,12 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
 def rounded_sqrt(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's square root as IEEE 754 rounds it: on some AVX-512 processors one in five is a bit off, and a
     schedule rescaled to zero terminal SNR subtracts such roots from each other."""
-    monkeypatch.setattr(torch.Tensor, "sqrt", lambda values: torch.from_numpy(np.sqrt(values.numpy())))
+    power = torch.Tensor.__pow__
+
+    def root(values: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(np.sqrt(values.numpy())))
+
+    monkeypatch.setattr(torch.Tensor, "sqrt", root)
+    monkeypatch.setattr(
+        torch.Tensor, "__pow__", lambda values, to: root(values) if to == 0.5 else power(values, to)
+    )
