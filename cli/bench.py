@@ -72,8 +72,8 @@ def latency(
 ) -> None:
     """Time every stage and the whole picture, in turns with peers and with a second run of ours."""
     from ..benchmarks.case import WORKLOADS, Case
-    from ..benchmarks.latency import Sides, measure_latency
     from ..benchmarks.sides.contract import REFERENCES
+    from ..benchmarks.verbs.latency import Sides, measure_latency
 
     opened = find(model, checkpoint)
     case = Case.of(
@@ -117,7 +117,7 @@ def scaling(
 ) -> None:
     """Cost against steps, batch and pixels, with the line through the points and what is left of it."""
     from ..benchmarks.case import Case
-    from ..benchmarks.scaling import AXES, measure_scaling
+    from ..benchmarks.verbs.scaling import AXES, measure_scaling
 
     opened = find(model)
     case = Case.of(opened.package.manifest, width=width, height=height)
@@ -151,8 +151,8 @@ def memory(
 ) -> None:
     """Peak memory beside peers, the ledger of every net, and memory over one request."""
     from ..benchmarks.case import Case
-    from ..benchmarks.latency import Sides
-    from ..benchmarks.memory import measure_memory
+    from ..benchmarks.verbs.latency import Sides
+    from ..benchmarks.verbs.memory import measure_memory
 
     opened = find(model, checkpoint)
     case = Case.of(opened.package.manifest, width=width, height=height, steps=steps, pictures=batch)
@@ -192,7 +192,7 @@ def throughput(
     from dataclasses import replace
 
     from ..benchmarks.case import Case
-    from ..benchmarks.throughput import Rules, measure_throughput
+    from ..benchmarks.verbs.throughput import Rules, measure_throughput
 
     opened = find(model)
     case = Case.of(opened.package.manifest, width=width, height=height, steps=steps)
@@ -221,7 +221,7 @@ def cold_start(
     as_json: AsJson = False,
 ) -> None:
     """Fresh processes: import, open, first and second picture, each by itself."""
-    from ..benchmarks.cold_start import QUICK_REPEATS, measure_cold_start
+    from ..benchmarks.verbs.cold_start import QUICK_REPEATS, measure_cold_start
 
     opened = find(model)
     with saying(as_json=as_json) as said:
@@ -252,7 +252,7 @@ def build(
     as_json: AsJson = False,
 ) -> None:
     """Time and memory that building every engine takes, and the engines' size."""
-    from ..benchmarks.build_time import Builds, measure_build
+    from ..benchmarks.verbs.build import Builds, measure_build
     from ..engines.profiles import Profile
     from ..engines.tensorrt.build import built_nets
 
@@ -289,7 +289,7 @@ def parity(
 ) -> None:
     """Every net and whole pictures against a reference on the CPU, by a bar for each dtype."""
     from ..benchmarks.case import Case
-    from ..benchmarks.parity import Inputs, Reference, measure_parity
+    from ..benchmarks.verbs.parity import Inputs, Reference, measure_parity
 
     opened = find(model, checkpoint)
     case = Case.of(opened.package.manifest, width=width, height=height, steps=steps)
@@ -309,8 +309,8 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Ratios of two documents with their intervals. Exit code 1: ours is slower, beyond the noise."""
-    from ..benchmarks.compare import compare as compare_documents
     from ..benchmarks.records import read_document
+    from ..benchmarks.verbs.compare import compare as compare_documents
 
     found = compare_documents(read_document(before), read_document(after), threshold=threshold)
     print(json.dumps(found.to_json()) if as_json else found.format())
@@ -353,8 +353,8 @@ def everything(
     quick: Quick = False,
 ) -> None:
     """Every verb that measures, one after the other; --quick ends within two minutes for the demo model."""
-    from ..benchmarks.latency import Sides
-    from ..benchmarks.suite import measure_all
+    from ..benchmarks.verbs.latency import Sides
+    from ..benchmarks.verbs.suite import measure_all
 
     opened = find(model, checkpoint)
     sides = Sides(task=task_of(opened, backend, threads, device), peers=peers_of(peers))

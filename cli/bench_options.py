@@ -15,7 +15,7 @@ from .progress import progress_bar
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
 
-    from ..benchmarks.models import Model
+    from ..benchmarks.models.open import Model
     from ..benchmarks.records import Document
     from ..benchmarks.rounds import Pace
     from ..benchmarks.sides.contract import Task
@@ -47,7 +47,7 @@ AsJson = Annotated[bool, Option("--json", help="Print the JSON document.")]
 
 def find(name: str, checkpoint: Path | None = None) -> Model:
     """The model of that name, made if need be. Raises as `benchmarks.models.find_model`."""
-    from ..benchmarks.models import find_model
+    from ..benchmarks.models.open import find_model
 
     return find_model(name, checkpoint=checkpoint, said=lambda line: print(line, file=sys.stderr))
 

@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from latentrt.benchmarks.checkpoints import RECIPES, make_checkpoint
+from latentrt.benchmarks.models.checkpoints import RECIPES, make_checkpoint
 from latentrt.export.export import export_package
 from latentrt.runtime import Pipeline
 

@@ -1,16 +1,16 @@
 """All that only a GPU can show, in this process: `python -m pytest -m gpu`.
 
-The sections are those of `python -m latentrt.benchmarks.gpu_check`, which also writes what it measures.
+The sections are those of `python -m latentrt.benchmarks.gpu.check`, which also writes what it measures.
 """
 
 from collections.abc import Iterator
 
 import pytest
 
-from latentrt.benchmarks.gpu_check import BACKENDS
-from latentrt.benchmarks.gpu_child import NEEDED, SECTIONS
-from latentrt.benchmarks.gpu_opener import Opener, Scale, backend_opener
-from latentrt.benchmarks.gpu_rows import Row, collect
+from latentrt.benchmarks.gpu.check import BACKENDS
+from latentrt.benchmarks.gpu.child import NEEDED, SECTIONS
+from latentrt.benchmarks.gpu.opener import Opener, Scale, backend_opener
+from latentrt.benchmarks.gpu.rows import Row, collect
 from latentrt.engines.cuda.facts import available
 from latentrt.engines.errors import BackendError
 from latentrt.engines.package import Package

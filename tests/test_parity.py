@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from latentrt.benchmarks.checkpoints import RECIPES
+from latentrt.benchmarks.models.checkpoints import RECIPES
 from latentrt.runtime import Pipeline
 from tests.parity_pair import PROMPTS, exported, psnr
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from ..build_time import TOGETHER
-from ..cold_start import PARTS
 from ..records import Document, Row
 from ..sides.contract import OURS
+from ..verbs.build import TOGETHER
+from ..verbs.cold_start import PARTS
 from . import words
 from .memory import ledger, peaks, untold
 from .reading import cases, figure, finite, p50, row_of

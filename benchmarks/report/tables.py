@@ -170,11 +170,11 @@ def _line(what: str, found: str, command: str) -> str:
 def _command(document: Document) -> str:
     """As the document says it was called; else its verb with the model and the peers."""
     if document.benchmark == "detection":
-        return "python -m latentrt.benchmarks.detection --out FILE"
+        return "python -m latentrt.benchmarks.verbs.detection --out FILE"
     if document.benchmark == "export":
         dtypes = " ".join(map(str, document.settings.get("dtypes", ())))
         model = f"--recipe {document.settings.get('recipe')} --dtypes {dtypes}"
-        return f"python -m latentrt.benchmarks.full_size FOLDER {model} --out FILE"
+        return f"python -m latentrt.benchmarks.models.full_size FOLDER {model} --out FILE"
     names = items(document.settings.get("peers"))
     asked = f" --peers {','.join(map(str, names))}" if names else ""
     verb = f"latentrt bench {document.benchmark} {document.model.get('name')}{asked}"

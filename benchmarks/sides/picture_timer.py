@@ -6,7 +6,7 @@ from typing import Any
 
 from ...engines.device import Device
 from ...engines.spec import Array
-from ..gpu_opener import CountedDevice
+from ..gpu.opener import CountedDevice
 
 
 class PictureTimer(CountedDevice):

@@ -19,7 +19,7 @@ import numpy as np
 from ...engines.onnxruntime import backend as onnxruntime
 from ...engines.onnxruntime.nets import CPU
 from ...engines.spec import Array
-from ..skeletons import fill_skeleton
+from ..models.skeletons import fill_skeleton
 from .ceiling import Exercise
 from .contract import Task
 

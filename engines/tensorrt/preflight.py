@@ -15,7 +15,7 @@ from ..errors import MemoryLimitError, StorageError
 _MIB = 2**20
 _ENGINE_EXTRA = 64 * _MIB  # kernels and tables, beside the weights
 
-# Measured with TensorRT-RTX 1.7 on SD 1.5 in fp16 (benchmarks/build_time.py): 6.1 GB for 1.62 GB of weights.
+# Measured with TensorRT-RTX 1.7 on SD 1.5 in fp16 (benchmarks/verbs/build.py): 6.1 GB for 1.62 GB of weights.
 _USUAL_FACTOR, _USUAL_EXTRA = 3.6, 256 * _MIB
 # What no build can do without: the weights as read, and the engine in the making.
 _LEAST_FACTOR, _LEAST_EXTRA = 2.0, 128 * _MIB

@@ -6,7 +6,7 @@ Nets are ONNX Runtime's on the CPU at the device's addresses; they claim scratch
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from latentrt.benchmarks.gpu_opener import Opener, Scale
+from latentrt.benchmarks.gpu.opener import Opener, Scale
 from latentrt.engines.backend import MemoryLedger
 from latentrt.engines.device import Addresses, BoundNet, DeviceNet, Shapes
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net

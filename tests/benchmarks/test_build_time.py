@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from latentrt.benchmarks import build_time
-from latentrt.benchmarks.build_time import Builds, measure_build
 from latentrt.benchmarks.records import read_document
+from latentrt.benchmarks.verbs import build as build_time
+from latentrt.benchmarks.verbs.build import Builds, measure_build
 from latentrt.engines.errors import EngineError, UsageError
 from latentrt.engines.onnxruntime.tuning import cpu as cpu_tuning
 from latentrt.engines.onnxruntime.tuning import cuda as tuning

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from latentrt.benchmarks import cold_start
 from latentrt.benchmarks.case import Case
-from latentrt.benchmarks.cold_start import PARTS, measure_cold_start
 from latentrt.benchmarks.records import Document, read_document
 from latentrt.benchmarks.sides.contract import Task
+from latentrt.benchmarks.verbs import cold_start
+from latentrt.benchmarks.verbs.cold_start import PARTS, measure_cold_start
 from latentrt.engines.package import Package
 from latentrt.runtime.pipeline import SHIPPED
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.benchmarks import detection
-from latentrt.benchmarks.compare import Comparison, compare
 from latentrt.benchmarks.records import Document, Rounds, Row, read_document
 from latentrt.benchmarks.sides.contract import AGAIN, OURS, REFERENCES, YARDSTICK
+from latentrt.benchmarks.verbs import detection
+from latentrt.benchmarks.verbs.compare import Comparison, compare
 from latentrt.engines.errors import UsageError
 
 MACHINE = {"cpu": "a processor", "cores": 2, "gpu": None, "commit": "0123abc"}

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from latentrt.benchmarks import full_size
-from latentrt.benchmarks.full_size import Stage, main, make_checkpoint, measure_export, run_stage
+from latentrt.benchmarks.models import full_size
+from latentrt.benchmarks.models.full_size import Stage, main, make_checkpoint, measure_export, run_stage
 from latentrt.benchmarks.records import read_document
 from latentrt.engines.errors import ModelError
 

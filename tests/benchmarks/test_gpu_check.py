@@ -10,11 +10,12 @@ from threading import Event
 
 import pytest
 
-from latentrt.benchmarks import gpu_check, gpu_child
-from latentrt.benchmarks.gpu_child import SECTIONS, run_child, section_command
-from latentrt.benchmarks.gpu_memory import Lowest
-from latentrt.benchmarks.gpu_opener import backend_opener
-from latentrt.benchmarks.gpu_rows import Row, collect
+from latentrt.benchmarks.gpu import check as gpu_check
+from latentrt.benchmarks.gpu import child as gpu_child
+from latentrt.benchmarks.gpu.child import SECTIONS, run_child, section_command
+from latentrt.benchmarks.gpu.memory import Lowest
+from latentrt.benchmarks.gpu.opener import backend_opener
+from latentrt.benchmarks.gpu.rows import Row, collect
 from latentrt.benchmarks.machine import describe_gpu, describe_machine
 from latentrt.benchmarks.records import short
 from latentrt.engines.cuda.facts import available

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentrt.benchmarks import gpu_host
-from latentrt.benchmarks.gpu_host import host_memory, placement
-from latentrt.benchmarks.gpu_rows import collect
+from latentrt.benchmarks.gpu import host as gpu_host
+from latentrt.benchmarks.gpu.host import host_memory, placement
+from latentrt.benchmarks.gpu.rows import collect
 from latentrt.engines.device import Device
 from latentrt.engines.onnxruntime.nets import CPU, OnnxRuntimeDeviceNet, open_onnxruntime_net
 from latentrt.engines.onnxruntime.placement import Placement

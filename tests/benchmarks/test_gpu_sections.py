@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from latentrt.benchmarks import gpu_nets
-from latentrt.benchmarks.gpu_memory import ballast, ladder, memory
-from latentrt.benchmarks.gpu_nets import build, opens, parity
-from latentrt.benchmarks.gpu_opener import Opener, Scale
-from latentrt.benchmarks.gpu_pictures import graphs, picture, timing
-from latentrt.benchmarks.gpu_rows import Row, collect
+from latentrt.benchmarks.gpu import nets as gpu_nets
+from latentrt.benchmarks.gpu.memory import ballast, ladder, memory
+from latentrt.benchmarks.gpu.nets import build, opens, parity
+from latentrt.benchmarks.gpu.opener import Opener, Scale
+from latentrt.benchmarks.gpu.pictures import graphs, picture, timing
+from latentrt.benchmarks.gpu.rows import Row, collect
 from latentrt.engines.backend import MemoryLedger
 from latentrt.engines.device import Addresses, DeviceMemory, Graph, Shapes
 from latentrt.engines.errors import BackendError, MemoryLimitError

@@ -4,13 +4,13 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from latentrt.benchmarks import latency
 from latentrt.benchmarks.case import Case
-from latentrt.benchmarks.latency import Bench, Sides, check, measure_latency, medians
 from latentrt.benchmarks.process import SideError, SideProcess
 from latentrt.benchmarks.records import read_document
 from latentrt.benchmarks.rounds import Pace, Turns
 from latentrt.benchmarks.sides.contract import AGAIN, OURS, YARDSTICK, Task
+from latentrt.benchmarks.verbs import latency
+from latentrt.benchmarks.verbs.latency import Bench, Sides, check, measure_latency, medians
 from latentrt.engines.package import Package
 from latentrt.runtime.pipeline import SHIPPED
 from tests.benchmarks.stand_in_side import StandInSide

@@ -12,14 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.benchmarks import memory, memory_rows, memory_samples
 from latentrt.benchmarks.case import Case
-from latentrt.benchmarks.latency import Sides
-from latentrt.benchmarks.memory import measure_memory, measure_side
-from latentrt.benchmarks.memory_request import judge_growth, timeline
-from latentrt.benchmarks.memory_rows import Baselines, Bench, measure_baselines
-from latentrt.benchmarks.memory_samples import DeviceWatch, Look, Sampler, holding, on_a_grid, resident
-from latentrt.benchmarks.memory_timeline import (
+from latentrt.benchmarks.process import SideError
+from latentrt.benchmarks.records import Document, Row
+from latentrt.benchmarks.sides.contract import OURS, Task
+from latentrt.benchmarks.verbs import memory, memory_rows, memory_samples
+from latentrt.benchmarks.verbs.latency import Sides
+from latentrt.benchmarks.verbs.memory import measure_memory, measure_side
+from latentrt.benchmarks.verbs.memory_request import judge_growth, timeline
+from latentrt.benchmarks.verbs.memory_rows import Baselines, Bench, measure_baselines
+from latentrt.benchmarks.verbs.memory_samples import DeviceWatch, Look, Sampler, holding, on_a_grid, resident
+from latentrt.benchmarks.verbs.memory_timeline import (
     BLOCKS,
     REQUESTS,
     SETTLED,
@@ -28,9 +31,6 @@ from latentrt.benchmarks.memory_timeline import (
     watch_resident,
     watch_traced,
 )
-from latentrt.benchmarks.process import SideError
-from latentrt.benchmarks.records import Document, Row
-from latentrt.benchmarks.sides.contract import OURS, Task
 from latentrt.engines.cuda.facts import Nvml
 from latentrt.engines.package import Package
 from latentrt.runtime.pipeline import SHIPPED, Pipeline

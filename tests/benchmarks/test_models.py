@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from latentrt.benchmarks import full_size, models, skeletons
-from latentrt.benchmarks.full_size import Stage
-from latentrt.benchmarks.models import default_cache, find_model, model_names
-from latentrt.benchmarks.skeletons import save_skeleton
+from latentrt.benchmarks.models import full_size, skeletons
+from latentrt.benchmarks.models import open as models
+from latentrt.benchmarks.models.full_size import Stage
+from latentrt.benchmarks.models.open import default_cache, find_model, model_names
+from latentrt.benchmarks.models.skeletons import save_skeleton
 from latentrt.engines.errors import BackendError, CheckpointError, ModelError, UsageError
 from latentrt.engines.package import Package
 from latentrt.runtime import Pipeline

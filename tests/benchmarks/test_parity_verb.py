@@ -9,12 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.benchmarks import parity
 from latentrt.benchmarks.case import NETS, Case
-from latentrt.benchmarks.parity import IDENTICAL_DB, PROMPTS, Inputs, Reference, compare_sides, measure_parity
 from latentrt.benchmarks.process import SideError
 from latentrt.benchmarks.records import Row, read_document
 from latentrt.benchmarks.sides.contract import Task, not_available
+from latentrt.benchmarks.verbs import parity
+from latentrt.benchmarks.verbs.parity import (
+    IDENTICAL_DB,
+    PROMPTS,
+    Inputs,
+    Reference,
+    compare_sides,
+    measure_parity,
+)
 from latentrt.engines.errors import UsageError
 from latentrt.engines.package import Package
 from latentrt.engines.spec import Array

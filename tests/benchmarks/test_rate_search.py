@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from latentrt.benchmarks.case import Case
-from latentrt.benchmarks.rate_search import VOUCHED, Limits
 from latentrt.benchmarks.records import Row
-from latentrt.benchmarks.scenarios import expected_rate
-from latentrt.benchmarks.throughput import HIGHEST, Rules, Scenarios
+from latentrt.benchmarks.verbs.rate_search import VOUCHED, Limits
+from latentrt.benchmarks.verbs.scenarios import expected_rate
+from latentrt.benchmarks.verbs.throughput import HIGHEST, Rules, Scenarios
 
 CASE = Case(width=64, height=64, guidance_scale=3.0, steps=1)
 

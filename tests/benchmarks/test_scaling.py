@@ -2,12 +2,12 @@ from typing import Any
 
 import pytest
 
-from latentrt.benchmarks import scaling
 from latentrt.benchmarks.case import Case
 from latentrt.benchmarks.process import SideError
 from latentrt.benchmarks.rounds import Pace
-from latentrt.benchmarks.scaling import AXES, measure_scaling
 from latentrt.benchmarks.sides.contract import OURS, Task
+from latentrt.benchmarks.verbs import scaling
+from latentrt.benchmarks.verbs.scaling import AXES, measure_scaling
 from latentrt.engines.package import Package
 from latentrt.runtime.pipeline import SHIPPED
 from tests.benchmarks.stand_in_side import StandInSide

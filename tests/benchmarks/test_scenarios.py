@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from latentrt.benchmarks.scenarios import (
+from latentrt.benchmarks.verbs.scenarios import (
     HostClock,
     Run,
     allowed_late,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from latentrt.benchmarks.checkpoints import RECIPES, make_checkpoint
-from latentrt.benchmarks.skeletons import FOLDER, fill_skeleton, save_skeleton
+from latentrt.benchmarks.models.checkpoints import RECIPES, make_checkpoint
+from latentrt.benchmarks.models.skeletons import FOLDER, fill_skeleton, save_skeleton
 from latentrt.engines.errors import UsageError
 from latentrt.engines.package import Package
 from latentrt.engines.profiles import default_profile
@@ -17,6 +17,7 @@ from latentrt.engines.tensorrt.flavour import flavour, installed_version
 from latentrt.engines.tensorrt.options import BuildOptions
 from latentrt.engines.tensorrt.preflight import read_room
 from latentrt.export import export_package
+from latentrt.runtime.pipeline import SHIPPED
 
 BACKEND = "tensorrt-rtx"
 
@@ -59,7 +60,7 @@ def test_an_unknown_skeleton_or_a_folder_that_exists(tmp_path: Path) -> None:
 
 
 def test_the_header_of_a_skeleton_is_the_packages_own(tmp_path: Path) -> None:
-    package = Package.open(FOLDER.parent.parent / "demo" / "package")
+    package = Package.open(SHIPPED["demo"])
     save_skeleton(package, tmp_path / "skeleton")
     with package.path("unet/weights.safetensors").open("rb") as file:
         size = int.from_bytes(file.read(8), "little")

@@ -2,13 +2,13 @@ from typing import Any
 
 import pytest
 
-from latentrt.benchmarks import suite
-from latentrt.benchmarks.latency import Sides
-from latentrt.benchmarks.memory_timeline import BLOCKS, SETTLED
-from latentrt.benchmarks.models import Model
-from latentrt.benchmarks.scaling import AXES
+from latentrt.benchmarks.models.open import Model
 from latentrt.benchmarks.sides.contract import Task
-from latentrt.benchmarks.suite import VERBS, Effort
+from latentrt.benchmarks.verbs import suite
+from latentrt.benchmarks.verbs.latency import Sides
+from latentrt.benchmarks.verbs.memory_timeline import BLOCKS, SETTLED
+from latentrt.benchmarks.verbs.scaling import AXES
+from latentrt.benchmarks.verbs.suite import VERBS, Effort
 from latentrt.engines.package import Package
 from latentrt.runtime.pipeline import SHIPPED
 

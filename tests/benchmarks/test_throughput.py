@@ -7,13 +7,20 @@ from typing import Any
 
 import pytest
 
-from latentrt.benchmarks import throughput
 from latentrt.benchmarks.case import Case
 from latentrt.benchmarks.process import SideError
 from latentrt.benchmarks.records import Document, Row
 from latentrt.benchmarks.rounds import Pace
 from latentrt.benchmarks.sides.contract import OURS, Task
-from latentrt.benchmarks.throughput import HIGHEST, SWEEP, Rules, Scenarios, best_batch, measure_throughput
+from latentrt.benchmarks.verbs import throughput
+from latentrt.benchmarks.verbs.throughput import (
+    HIGHEST,
+    SWEEP,
+    Rules,
+    Scenarios,
+    best_batch,
+    measure_throughput,
+)
 from latentrt.engines.package import Package
 from latentrt.runtime.pipeline import SHIPPED
 from tests.benchmarks.stand_in_side import StandInSide

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from latentrt import cli
-from latentrt.benchmarks import build_time, latency, memory, parity, scaling, suite, throughput
 from latentrt.benchmarks.records import Document, Row, read_document
+from latentrt.benchmarks.verbs import build as build_time
+from latentrt.benchmarks.verbs import latency, memory, parity, scaling, suite, throughput
 from latentrt.cli.bench_options import device_of
 from latentrt.engines.backend import choose_backend
 from latentrt.engines.errors import UsageError

@@ -9,7 +9,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from latentrt.benchmarks.checkpoints import RECIPES, make_checkpoint
+from latentrt.benchmarks.models.checkpoints import RECIPES, make_checkpoint
 from latentrt.engines.package import Package
 from latentrt.export import Progress, export_package
 from latentrt.export.checkpoint.open import Checkpoint

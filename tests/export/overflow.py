@@ -10,7 +10,7 @@ import onnxruntime as ort
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentrt.benchmarks.checkpoints import Recipe, make_checkpoint
+from latentrt.benchmarks.models.checkpoints import Recipe, make_checkpoint
 from latentrt.engines.backend import MemoryLedger
 from latentrt.engines.package import Package, write_manifest
 from latentrt.engines.spec import NetSpec

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from latentrt.benchmarks.checkpoints import make_checkpoint, make_tiny_vae
-from latentrt.benchmarks.recipes import FAMILIES, IMAGE_NOISE, Recipe
+from latentrt.benchmarks.models.checkpoints import make_checkpoint, make_tiny_vae
+from latentrt.benchmarks.models.recipes import FAMILIES, IMAGE_NOISE, Recipe
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.package import Defaults
 from latentrt.export import export_package

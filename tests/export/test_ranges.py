@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentrt.benchmarks.checkpoints import RECIPES, make_checkpoint
+from latentrt.benchmarks.models.checkpoints import RECIPES, make_checkpoint
 from latentrt.engines.errors import CheckpointError, NumericError
 from latentrt.export.checkpoint.open import Checkpoint
 from latentrt.export.graphs import passes as surgery

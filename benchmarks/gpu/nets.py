@@ -9,23 +9,23 @@ from typing import Any
 
 import numpy as np
 
-from ..engines.cuda import facts as cuda_facts
-from ..engines.device import Device, DeviceNet
-from ..engines.errors import LatentrtError
-from ..engines.onnxruntime.backend import open_net
-from ..engines.package import Package
-from ..engines.profiles import Profile
-from ..engines.spec import DTYPES, Array, NetSpec
-from ..engines.store.engine_store import EngineStore
-from ..engines.tensorrt.build import build_package, built_nets
-from ..engines.tensorrt.flavour import BACKENDS as ENGINE_BACKENDS
-from ..engines.tensorrt.options import BuildOptions
-from ..runtime.loop.device.buffers import Sizes, shape_of
-from ..runtime.loop.device.programs import input_shapes
-from .build_time import describe_engine
-from .gpu_opener import Opener, Scale
-from .gpu_rows import Row, attempt, failed, judged, mebibytes
-from .likeness import PICTURE_DB, RELATIVE_L2, difference
+from ...engines.cuda import facts as cuda_facts
+from ...engines.device import Device, DeviceNet
+from ...engines.errors import LatentrtError
+from ...engines.onnxruntime.backend import open_net
+from ...engines.package import Package
+from ...engines.profiles import Profile
+from ...engines.spec import DTYPES, Array, NetSpec
+from ...engines.store.engine_store import EngineStore
+from ...engines.tensorrt.build import build_package, built_nets
+from ...engines.tensorrt.flavour import BACKENDS as ENGINE_BACKENDS
+from ...engines.tensorrt.options import BuildOptions
+from ...runtime.loop.device.buffers import Sizes, shape_of
+from ...runtime.loop.device.programs import input_shapes
+from ..likeness import PICTURE_DB, RELATIVE_L2, difference
+from ..verbs.build import describe_engine
+from .opener import Opener, Scale
+from .rows import Row, attempt, failed, judged, mebibytes
 
 # ── building ───────────────────────────────────────────────────────────────────────────────────
 
@@ -55,7 +55,7 @@ def _build(opener: Opener, scale: Scale, net: str) -> Row:
 
 def _tune(opener: Opener) -> Iterator[Row]:
     """Which layout of each net is the fastest here."""
-    from ..engines.onnxruntime.tuning.cuda import tune_package
+    from ...engines.onnxruntime.tuning.cuda import tune_package
 
     for tuned in tune_package(opener.package, EngineStore()):
         told = tuned.entry.facts

@@ -9,20 +9,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from ..engines.backend import DeviceBackend, choose_backend, to_stderr
-from ..engines.cuda.device import CudaDevice
-from ..engines.cuda.facts import Nvml, facts
-from ..engines.device import Device, DeviceNet, Graph
-from ..engines.errors import BackendError
-from ..engines.onnxruntime import cuda_backend as onnxruntime_cuda_backend
-from ..engines.onnxruntime.nets import OnnxRuntimeDeviceNet
-from ..engines.package import Manifest, Package
-from ..engines.tensorrt.build import built_nets
-from ..engines.tensorrt.flavour import BACKENDS as ENGINE_BACKENDS
-from ..engines.tensorrt.flavour import flavour
-from ..runtime.loop.device.cuda_graphs import Graphs
-from ..runtime.loop.device.loop import DeviceLoop
-from ..runtime.pipeline import Pipeline
+from ...engines.backend import DeviceBackend, choose_backend, to_stderr
+from ...engines.cuda.device import CudaDevice
+from ...engines.cuda.facts import Nvml, facts
+from ...engines.device import Device, DeviceNet, Graph
+from ...engines.errors import BackendError
+from ...engines.onnxruntime import cuda_backend as onnxruntime_cuda_backend
+from ...engines.onnxruntime.nets import OnnxRuntimeDeviceNet
+from ...engines.package import Manifest, Package
+from ...engines.tensorrt.build import built_nets
+from ...engines.tensorrt.flavour import BACKENDS as ENGINE_BACKENDS
+from ...engines.tensorrt.flavour import flavour
+from ...runtime.loop.device.cuda_graphs import Graphs
+from ...runtime.loop.device.loop import DeviceLoop
+from ...runtime.pipeline import Pipeline
 
 PROMPT = "a red circle on a blue background"
 

@@ -1,4 +1,4 @@
-"""Make full-size models, and say what it takes: `python -m latentrt.benchmarks.full_size FOLDER --out FILE`.
+"""Full-size models: `python -m latentrt.benchmarks.models.full_size FOLDER --out FILE` says what they take.
 
 An exact-shape random-weight checkpoint goes to FOLDER/<recipe>, its packages to FOLDER/<recipe>-<dtype>,
 where `models.find_model` finds them. Every stage is a process of its own, and so each peak memory its own.
@@ -19,10 +19,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from ..engines.errors import ModelError
-from .machine import clocks, describe_machine
-from .records import Document, Row, short
-from .sides.contract import OURS
+from ...engines.errors import ModelError
+from ..machine import clocks, describe_machine
+from ..records import Document, Row, short
+from ..sides.contract import OURS
 
 Said = Callable[[str], None]
 
@@ -84,7 +84,7 @@ def make_checkpoint(recipe: str, checkpoint: Path) -> Stage:
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{checkpoint.name}-", dir=checkpoint.parent) as folder:
         unfinished = Path(folder) / checkpoint.name
-        arguments = ["-m", "latentrt.benchmarks.checkpoints", recipe, str(unfinished)]
+        arguments = ["-m", "latentrt.benchmarks.models.checkpoints", recipe, str(unfinished)]
         stage = run_stage("make checkpoint", arguments)
         unfinished.rename(checkpoint)
     return stage

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from ..engines.errors import BackendError, CheckpointError, UsageError
-from ..engines.package import MANIFEST, Package
-from ..engines.store.folder import default_root
-from ..runtime.pipeline import SHIPPED
+from ...engines.errors import BackendError, CheckpointError, UsageError
+from ...engines.package import MANIFEST, Package
+from ...engines.store.folder import default_root
+from ...runtime.pipeline import SHIPPED
 from . import full_size, skeletons
 
 Said = Callable[[str], None]

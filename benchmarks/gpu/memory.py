@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from threading import Event, Thread
 from typing import Any
 
-from ..engines.device import Device
-from ..engines.errors import MemoryLimitError
-from ..engines.ledger import Ledger, take_ledger
-from ..engines.spec import Array
-from .gpu_opener import Opened, Opener, Scale
-from .gpu_pictures import draw
-from .gpu_rows import Row, attempt, judged, mebibytes
-from .likeness import PICTURE_DB, psnr
+from ...engines.device import Device
+from ...engines.errors import MemoryLimitError
+from ...engines.ledger import Ledger, take_ledger
+from ...engines.spec import Array
+from ..likeness import PICTURE_DB, psnr
+from .opener import Opened, Opener, Scale
+from .pictures import draw
+from .rows import Row, attempt, judged, mebibytes
 
 MIB = 2**20
 BACK = 64 * MIB  # how near to the baseline memory must come back

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from ..engines.package import Package
-from ..engines.spec import Array
-from .case import WORKLOADS, Case
-from .likeness import PICTURES_DB, RELATIVE_L2, difference
-from .process import SideError, SideProcess
-from .records import Document, Row
-from .roofline import COPY, GEMM, with_roofline, workload_parts
-from .rounds import Pace, Turns, interleave
-from .sides.contract import AGAIN, CEILING, OURS, REFERENCES, YARDSTICK, Task
+from ...engines.package import Package
+from ...engines.spec import Array
+from ..case import WORKLOADS, Case
+from ..likeness import PICTURES_DB, RELATIVE_L2, difference
+from ..process import SideError, SideProcess
+from ..records import Document, Row
+from ..roofline import COPY, GEMM, with_roofline, workload_parts
+from ..rounds import Pace, Turns, interleave
+from ..sides.contract import AGAIN, CEILING, OURS, REFERENCES, YARDSTICK, Task
 
 # What a picture spends in nets, by the stages of the host's loop; the rest is scheduler, guidance and Python.
 ENGINE_STAGES = ("text_encoder", "invariants", "unet", "vae_decoder")

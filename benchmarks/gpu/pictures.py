@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ..engines.spec import Array
-from ..runtime.pipeline import Pipeline
-from .gpu_opener import PROMPT, Opened, Opener, Scale
-from .gpu_rows import Row, attempt, judged
-from .likeness import PICTURE_DB, psnr
+from ...engines.spec import Array
+from ...runtime.pipeline import Pipeline
+from ..likeness import PICTURE_DB, psnr
+from .opener import PROMPT, Opened, Opener, Scale
+from .rows import Row, attempt, judged
 
 SAMPLERS = ("dpmpp_2m", "ddim", "euler_a")  # the last draws noise in every row
 REPLAY_DB = 50.0  # the same kernels in the same order: a few shades by one, where a library sums atomically

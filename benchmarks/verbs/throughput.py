@@ -14,13 +14,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..engines.package import Package
-from .case import Case
+from ...engines.package import Package
+from ..case import Case
+from ..process import SideError, SideProcess, Slot
+from ..records import Document, Row, Status
+from ..rounds import Pace, Turns, interleave
+from ..sides.contract import OURS, Task
 from .latency import Said, describe_model, settings_of
-from .process import SideError, SideProcess, Slot
 from .rate_search import Limits, RateSearch, Trial
-from .records import Document, Row, Status
-from .rounds import Pace, Turns, interleave
 from .scenarios import (
     OFFLINE,
     SERVER,
@@ -37,7 +38,6 @@ from .scenarios import (
     server,
     single_stream,
 )
-from .sides.contract import OURS, Task
 
 SWEEP, HIGHEST = "batch sweep", "Server highest rate"  # workloads besides the scenarios' names
 NO_SUBMISSION = (

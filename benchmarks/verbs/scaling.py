@@ -7,14 +7,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..engines.package import Package
-from .case import Case
-from .intervals import fit_line
+from ...engines.package import Package
+from ..case import Case
+from ..intervals import fit_line
+from ..process import SideError, SideProcess, Slot
+from ..records import Document, Row
+from ..rounds import Pace, Turns, interleave
+from ..sides.contract import OURS, Task
 from .latency import Said, describe_model, settings_of
-from .process import SideError, SideProcess, Slot
-from .records import Document, Row
-from .rounds import Pace, Turns, interleave
-from .sides.contract import OURS, Task
 
 
 @dataclass(frozen=True, kw_only=True)

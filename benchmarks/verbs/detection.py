@@ -1,4 +1,4 @@
-"""Does `compare` find a planted slowdown, and pass an A/A pair? `python -m latentrt.benchmarks.detection`.
+"""Does `compare` find a slowdown, and pass an A/A pair? `python -m latentrt.benchmarks.verbs.detection`.
 
 Each trial measures two documents of the demo model afresh, in an order that flips from trial to trial: ours,
 and ours made slower (`Task.slow_down`). The real `compare` is asked about each of them and the unslowed one
@@ -13,14 +13,14 @@ import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ..engines.package import Package
-from ..runtime.pipeline import SHIPPED
-from .case import Case
+from ...engines.package import Package
+from ...runtime.pipeline import SHIPPED
+from ..case import Case
+from ..records import Document, Row, read_document
+from ..rounds import Pace
+from ..sides.contract import AGAIN, OURS, YARDSTICK, Task
 from .compare import THRESHOLD, Comparison, compare
 from .latency import Sides, describe_model, measure_latency
-from .records import Document, Row, read_document
-from .rounds import Pace
-from .sides.contract import AGAIN, OURS, YARDSTICK, Task
 
 PLANTED = 0.10
 PAIR, SLOWED = "A/A pair", "planted slowdown"

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ..engines.package import Package
-from .case import Case
-from .machine import clocks, describe_machine
+from ...engines.package import Package
+from ..case import Case
+from ..machine import clocks, describe_machine
+from ..process import SideError
+from ..records import Row, Status
+from ..sides.contract import OURS, Task
 from .memory_samples import DeviceWatch, Look, Sampler, holding, resident
-from .process import SideError
-from .records import Row, Status
-from .sides.contract import OURS, Task
 
 _SETTLE = 0.2  # seconds that an empty context is watched for
 _EMPTY = "print(flush=True); input()"

@@ -27,12 +27,12 @@ from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
-from ..engines.package import Package
-from .case import Case
+from ...engines.package import Package
+from ..case import Case
+from ..machine import clocks, describe_machine
+from ..records import Document, Row, Status, short
+from ..sides.contract import OURS, Task
 from .latency import describe_model
-from .machine import clocks, describe_machine
-from .records import Document, Row, Status, short
-from .sides.contract import OURS, Task
 
 Said = Callable[[str], None]
 

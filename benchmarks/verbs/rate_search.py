@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .records import Row
+from ..records import Row
 from .scenarios import expected_rate, highest_rate
 
 VOUCHED = 662  # queries, the fewest that MLPerf's early stopping takes a p99 from; no run needs more

@@ -9,16 +9,16 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from ..engines.device import Device
-from ..engines.onnxruntime.nets import OnnxRuntimeDeviceNet
-from ..engines.onnxruntime.placement import read_placement
-from ..engines.spec import DTYPES, output_shapes
-from ..engines.tensorrt.build import built_nets
-from ..runtime.loop.device.buffers import Sizes
-from .gpu_nets import random_inputs, run_once, shapes
-from .gpu_opener import Opener, Scale
-from .gpu_pictures import draw
-from .gpu_rows import Row, attempt, judged, mebibytes
+from ...engines.device import Device
+from ...engines.onnxruntime.nets import OnnxRuntimeDeviceNet
+from ...engines.onnxruntime.placement import read_placement
+from ...engines.spec import DTYPES, output_shapes
+from ...engines.tensorrt.build import built_nets
+from ...runtime.loop.device.buffers import Sizes
+from .nets import random_inputs, run_once, shapes
+from .opener import Opener, Scale
+from .pictures import draw
+from .rows import Row, attempt, judged, mebibytes
 
 FLAT = 8 * 2**20  # bytes of growth over all pictures: a leak in each run of the UNet is many times that
 _STATM = Path("/proc/self/statm")

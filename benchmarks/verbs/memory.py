@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..engines.net_weights import engine_bytes
-from ..engines.package import Package
-from ..engines.spec import TEXT_ENCODERS, Array
-from ..runtime.loop.open import HOST_NETS
-from .case import Case
+from ...engines.net_weights import engine_bytes
+from ...engines.package import Package
+from ...engines.spec import TEXT_ENCODERS, Array
+from ...runtime.loop.open import HOST_NETS
+from ..case import Case
+from ..process import SideError, SideProcess
+from ..records import Document, Row
+from ..sides.contract import AGAIN, CEILING, OURS
 from .latency import Said, Sides, check, describe_model, settings_of
 from .memory_request import AGAINST_STEPS, GROWTH, TIMELINE, against_steps, growth, timeline
 from .memory_rows import Bench, Looks, looking, measure_baselines
 from .memory_samples import INTERVAL, NO_PROC, DeviceWatch, Look, Resident, holding, resident
-from .process import SideError, SideProcess
-from .records import Document, Row
-from .sides.contract import AGAIN, CEILING, OURS
 
 OPENED, FIRST, PEAK, LEDGER = "opened", "first picture", "peak", "ledger"
 ON_DEVICE = "device "  # before the first three, where there is a GPU

@@ -1,4 +1,4 @@
-"""Full-size models without torch: `python -m latentrt.benchmarks.skeletons sd15 PACKAGE`.
+"""Full-size models without torch: `python -m latentrt.benchmarks.models.skeletons sd15 PACKAGE`.
 
 A skeleton is a package without its weights: manifest, graphs, and the header of every weights file, under
 `benchmarks/skeletons/`. Filled with random numbers it has the real model's shapes, so its engines, times and
@@ -19,10 +19,10 @@ from zlib import crc32
 
 import numpy as np
 
-from ..engines.errors import UsageError
-from ..engines.package import MANIFEST, Manifest, Package, write_manifest
-from ..engines.spec import TEXT_ENCODERS
-from ..runtime.pipeline import SHIPPED
+from ...engines.errors import UsageError
+from ...engines.package import MANIFEST, Manifest, Package, write_manifest
+from ...engines.spec import TEXT_ENCODERS
+from ...runtime.pipeline import SHIPPED
 
 FOLDER = Path(__file__).resolve().parent / "skeletons"
 _HEADER = ".header.json"

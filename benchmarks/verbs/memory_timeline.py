@@ -1,6 +1,6 @@
-"""Our pipeline in a process that says when its stages begin: `python -m latentrt.benchmarks.memory_timeline`.
+"""Our pipeline in a process that says when its stages begin.
 
-    python -m latentrt.benchmarks.memory_timeline TASK CASE       (JSON of `Task` and `Case`)
+    python -m latentrt.benchmarks.verbs.memory_timeline TASK CASE       (JSON of `Task` and `Case`)
 
 Its first line is {"opened": seconds, "backend"}; then each line on stdin is a command (`answer`) and gets a
 line back. The parent samples its memory (`memory_samples.py`); moments are `time.perf_counter()`.
@@ -26,18 +26,18 @@ from typing import Any
 
 import numpy as np
 
-from ..engines.spec import DTYPES, output_shapes
-from ..runtime.loop.clock import Clock
-from ..runtime.loop.device.loop import DeviceLoop
-from ..runtime.loop.device.programs import input_shapes
-from ..runtime.loop.job import Job
-from ..runtime.loop.open import LoopOptions
-from ..runtime.pipeline import Pipeline
-from ..runtime.request.request import make_request
-from .case import Case, rows_per_step
+from ...engines.spec import DTYPES, output_shapes
+from ...runtime.loop.clock import Clock
+from ...runtime.loop.device.loop import DeviceLoop
+from ...runtime.loop.device.programs import input_shapes
+from ...runtime.loop.job import Job
+from ...runtime.loop.open import LoopOptions
+from ...runtime.pipeline import Pipeline
+from ...runtime.request.request import make_request
+from ..case import Case, rows_per_step
+from ..opening import open_pipeline
+from ..sides.contract import Task
 from .memory_samples import resident
-from .opening import open_pipeline
-from .sides.contract import Task
 
 SETTLED = 5  # steps after which every buffer of the loop is there: no sampler remembers more than 5
 BLOCKS = 10  # of the steps after that: a cache that fills once is in one of them, what grows is in most

@@ -17,11 +17,11 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from ..process import SideError
+from ..records import Row, short
 from .memory_rows import Bench, looking
 from .memory_samples import NO_PROC, PROC, Sampler, Series, holding, on_a_grid, resident
 from .memory_timeline import SETTLED, STEADY, growth_per_step
-from .process import SideError
-from .records import Row, short
 
 TIMELINE, GROWTH, AGAINST_STEPS = "timeline", "growth per step", "peak against steps"
 _SAMPLES = 1000  # of a timeline, at most; longer requests have longer intervals

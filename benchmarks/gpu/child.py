@@ -1,6 +1,6 @@
 """One section of the GPU check in a process of its own: a crash, or a hang, is a row and not the end.
 
-    python -m latentrt.benchmarks.gpu_child BACKEND SECTION PACKAGE ROWS
+    python -m latentrt.benchmarks.gpu.child BACKEND SECTION PACKAGE ROWS
 
 appends each row to the file ROWS, a line of JSON, as soon as it is known. Libraries print what they like.
 """
@@ -19,17 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ..engines.backend import choose_backend
-from ..engines.errors import BackendError
-from ..engines.package import Package
-from ..runtime.pipeline import SHIPPED
-from .gpu_host import host_memory, placement
-from .gpu_memory import ladder, memory
-from .gpu_nets import build, opens, parity
-from .gpu_opener import Opener, Scale, backend_opener
-from .gpu_pictures import graphs, picture, timing
-from .gpu_rows import Row, collect
-from .records import short
+from ...engines.backend import choose_backend
+from ...engines.errors import BackendError
+from ...engines.package import Package
+from ...runtime.pipeline import SHIPPED
+from ..records import short
+from .host import host_memory, placement
+from .memory import ladder, memory
+from .nets import build, opens, parity
+from .opener import Opener, Scale, backend_opener
+from .pictures import graphs, picture, timing
+from .rows import Row, collect
 
 _TAIL = 400  # characters of what a child printed
 
@@ -71,7 +71,7 @@ NEEDED = ("available", "build", "open")
 
 def section_command(backend: str, section: str, package: Path) -> list[str]:
     """What runs a section; `run_child` adds the file of rows."""
-    module = [sys.executable, "-X", "faulthandler", "-m", f"{__package__}.gpu_child"]
+    module = [sys.executable, "-X", "faulthandler", "-m", f"{__package__}.child"]
     return [*module, backend, section, str(package)]
 
 

@@ -1,4 +1,4 @@
-"""All that only a GPU can show, in under ten minutes: `python -m latentrt.benchmarks.gpu_check`.
+"""All that only a GPU can show, in under ten minutes: `python -m latentrt.benchmarks.gpu.check`.
 
     --package demo                                      the shipped model, or a package folder
     --backends onnxruntime-cuda tensorrt tensorrt-rtx   which; all of them by default
@@ -58,14 +58,14 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from ..engines.cuda.facts import available
-from ..engines.errors import BackendError, LatentrtError
-from ..engines.package import Package
-from ..runtime.pipeline import SHIPPED
-from .gpu_child import NEEDED, SECTIONS, run_child, section_command
-from .gpu_opener import Scale
-from .gpu_rows import Row
-from .machine import describe_machine
+from ...engines.cuda.facts import available
+from ...engines.errors import BackendError, LatentrtError
+from ...engines.package import Package
+from ...runtime.pipeline import SHIPPED
+from ..machine import describe_machine
+from .child import NEEDED, SECTIONS, run_child, section_command
+from .opener import Scale
+from .rows import Row
 
 BACKENDS = ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 SCHEMA = 1
@@ -142,7 +142,7 @@ def document(found: Found, package: Package, date: str, seconds: float) -> dict[
 
 def default_file(gpu: str, date: str) -> Path:
     """Beside the other results in a checkout, else in the current folder."""
-    results = Path(__file__).resolve().parent / "results"
+    results = Path(__file__).resolve().parents[1] / "results"
     name = f"gpu_check-{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}-{date}.json"
     return (results if results.is_dir() else Path()) / name
 

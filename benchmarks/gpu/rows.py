@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..engines.errors import LatentrtError
-from .records import Figures, Status, plain, short
+from ...engines.errors import LatentrtError
+from ..records import Figures, Status, plain, short
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Generic, TypeVar
 
-from ..engines.cuda.facts import Nvml, available, facts
+from ...engines.cuda.facts import Nvml, available, facts
 
 PROC = Path("/proc")
 INTERVAL = 0.005  # seconds

@@ -1,7 +1,7 @@
 """Random-weight checkpoints in diffusers' layout: tiny ones of odd shapes for tests, and full-size ones.
 
-    python -m latentrt.benchmarks.checkpoints sd15 /somewhere/sd15        # 2.1 GB, fp16
-    python -m latentrt.benchmarks.checkpoints sd21 /somewhere/sd21        # 2.6 GB, fp16
+    python -m latentrt.benchmarks.models.checkpoints sd15 /somewhere/sd15        # 2.1 GB, fp16
+    python -m latentrt.benchmarks.models.checkpoints sd21 /somewhere/sd21        # 2.6 GB, fp16
 
 Weights have the scale of torch's default initialisation, so activations stay finite.
 """

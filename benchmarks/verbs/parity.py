@@ -15,15 +15,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..engines.errors import UsageError
-from ..engines.package import Package
-from ..engines.spec import Array
-from .case import NETS, PROMPT, Case
+from ...engines.errors import UsageError
+from ...engines.package import Package
+from ...engines.spec import Array
+from ..case import NETS, PROMPT, Case
+from ..likeness import PICTURES_DB, RELATIVE_L2, WINDOW, difference, psnr, ssim
+from ..process import SideError, SideProcess
+from ..records import Document, Row, Status
+from ..sides.contract import OURS, REFERENCES, SIDES, Task
 from .latency import describe_model, settings_of
-from .likeness import PICTURES_DB, RELATIVE_L2, WINDOW, difference, psnr, ssim
-from .process import SideError, SideProcess
-from .records import Document, Row, Status
-from .sides.contract import OURS, REFERENCES, SIDES, Task
 
 Said = Callable[[str], None]
 

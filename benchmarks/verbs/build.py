@@ -13,20 +13,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..engines.cuda.facts import DeviceFacts, available, facts
-from ..engines.errors import BackendError, LatentrtError
-from ..engines.net_weights import engine_bytes
-from ..engines.onnxruntime.tuning.choice import TUNERS
-from ..engines.onnxruntime.tuning.cuda import tuned_nets
-from ..engines.package import Package
-from ..engines.profiles import Profile, default_profile
-from ..engines.store.engine_store import EngineStore
-from ..engines.tensorrt.build import BuiltEngine, build_package, built_nets
-from ..engines.tensorrt.options import BuildOptions
+from ...engines.cuda.facts import DeviceFacts, available, facts
+from ...engines.errors import BackendError, LatentrtError
+from ...engines.net_weights import engine_bytes
+from ...engines.onnxruntime.tuning.choice import TUNERS
+from ...engines.onnxruntime.tuning.cuda import tuned_nets
+from ...engines.package import Package
+from ...engines.profiles import Profile, default_profile
+from ...engines.store.engine_store import EngineStore
+from ...engines.tensorrt.build import BuiltEngine, build_package, built_nets
+from ...engines.tensorrt.options import BuildOptions
+from ..machine import clocks, describe_machine
+from ..records import Document, Row, Status
+from ..sides.contract import OURS
 from .latency import describe_model
-from .machine import clocks, describe_machine
-from .records import Document, Row, Status
-from .sides.contract import OURS
 
 Said = Callable[[str], None]
 

@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .build_time import Builds, measure_build
-from .case import Case
+from ..case import Case
+from ..models.open import Model
+from ..records import Document
+from ..rounds import Pace
+from .build import Builds, measure_build
 from .cold_start import QUICK_REPEATS, REPEATS, measure_cold_start
 from .latency import Said, Sides, measure_latency
 from .memory import STEPS, measure_memory
-from .models import Model
 from .parity import QUICK_SAMPLES, SAMPLES, Inputs, measure_parity
-from .records import Document
-from .rounds import Pace
 from .scaling import AXES, measure_scaling
 from .throughput import Rules, measure_throughput
 

@@ -20,11 +20,11 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, Literal
 
-from ..engines.errors import UsageError
-from .intervals import LEAST, Estimate, Interval, ab_spread, median_of, ratio_of_rounds
-from .records import Document, Rounds, Row
-from .roofline import GEMM
-from .sides.contract import AGAIN, CEILING, OURS, REFERENCES, YARDSTICK
+from ...engines.errors import UsageError
+from ..intervals import LEAST, Estimate, Interval, ab_spread, median_of, ratio_of_rounds
+from ..records import Document, Rounds, Row
+from ..roofline import GEMM
+from ..sides.contract import AGAIN, CEILING, OURS, REFERENCES, YARDSTICK
 
 THRESHOLD = 0.05
 LEVEL = 0.99  # a document has several rows: of 0.95, one in ten documents would have a row that is wrong

@@ -1,0 +1,1 @@
+"""Models to measure: the demo, recipes with random weights, skeletons."""

@@ -1,0 +1,1 @@
+"""What `latentrt bench` can measure, a module a verb."""
