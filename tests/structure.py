@@ -47,7 +47,10 @@ class Drawing:
     @property
     def circles(self) -> list[set[str]]:
         """Entries that import each other, directly or through others of the same set."""
-        reached = {entry: _reached(entry, self.arrows) for entry in self.entries}
+        targets: dict[str, list[str]] = {}
+        for source, target in self.arrows:
+            targets.setdefault(source, []).append(target)
+        reached = {entry: _reached(entry, targets) for entry in self.entries}
         circles = [{other for other in reached[entry] if entry in reached[other]} for entry in self.entries]
         return [circle for number, circle in enumerate(circles) if circle and circle not in circles[:number]]
 
@@ -151,12 +154,11 @@ def _draw(entries: Sequence[str], ends: Iterable[tuple[str, str, Import]]) -> Dr
     return Drawing(entries, arrows)
 
 
-def _reached(entry: str, arrows: Iterable[Arrow]) -> set[str]:
+def _reached(entry: str, targets: Mapping[str, Iterable[str]]) -> set[str]:
     reached: set[str] = set()
     waiting = [entry]
     while waiting:
-        at = waiting.pop()
-        new = {target for source, target in arrows if source == at} - reached
+        new = set(targets.get(waiting.pop(), ())) - reached
         reached |= new
         waiting += new
     return reached
