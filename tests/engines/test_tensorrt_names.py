@@ -211,7 +211,7 @@ class Calls:
         return (kind, True) if kind in self._declared else None
 
     def _owner(self, node: ast.expr) -> tuple[str, bool] | None:
-        """Of an attribute; None also where the library is known not to have it, and is not asked."""
+        """What an attribute belongs to; None also where the library is known to lack it and is not asked."""
         if not isinstance(node, ast.Attribute) or (node.attr.startswith("__") and node.attr != "__init__"):
             return None
         owner = self._kind(node.value)

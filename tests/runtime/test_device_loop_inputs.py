@@ -69,7 +69,7 @@ def on_device(
 
 
 def job_of(kind: str, *, masked: bool = False, seed: int = 0, **changes: Any) -> Job:
-    """Of the package of that name: two guided pictures, noise in every row, every UNet row another."""
+    """A job for the package of that name: two guided pictures, noise in every row, every UNet row another."""
     random = np.random.default_rng(seed)
 
     def normal(*shape: int) -> np.ndarray:
