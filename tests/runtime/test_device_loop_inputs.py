@@ -10,7 +10,7 @@ import pytest
 
 from latentrt.engines.device import DeviceNet
 from latentrt.engines.errors import MemoryLimitError, PackageError, UsageError
-from latentrt.engines.onnxruntime import backend as onnxruntime
+from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import Package
 from latentrt.runtime.loop.clock import Clock
@@ -43,7 +43,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Package]:
 
 @contextmanager
 def on_host(package: Package) -> Generator[HostLoop]:
-    loop = HostLoop(package, onnxruntime, 1)
+    loop = HostLoop(package, ONNXRUNTIME, 1)
     try:
         yield loop
     finally:
