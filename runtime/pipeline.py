@@ -223,7 +223,13 @@ class Pipeline:
     def _job(self, request: Request, clock: Clock) -> Job:
         """The request as numbers: everything before the loop."""
         manifest, source = self.package.manifest, NoiseSource(request.seeds, request.rng)
-        table = make_span(request)
+        table = make_span(
+            request.sampler,
+            request.num_inference_steps,
+            strength=getattr(request.source, "strength", None),
+            denoising_start=request.denoising_start,
+            denoising_end=request.denoising_end,
+        )
         with clock.stage("text_encoder"):
             conditions = make_conditioning(request, manifest, self._text, source, self._loop.call)
         for text, dropped in conditions.dropped.items():

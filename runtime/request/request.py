@@ -14,8 +14,9 @@ from ...engines.spec import TEXT_ENCODERS, Array
 from ..pictures.tiling import Tiling
 from ..pictures.write import MAX_PIXELS
 from ..prompts.syntax import PROMPT_SYNTAXES
+from ..sampling.config import SamplerConfig
+from ..sampling.names import resolve
 from ..sampling.noise import RNGS
-from ..sampling.samplers import SamplerConfig, resolve
 from . import checks as check
 from .sizes import SizeConditions, make_size_conditions
 from .source import Source, load_images, make_source, natural_size

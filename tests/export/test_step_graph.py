@@ -10,7 +10,8 @@ from latentrt.engines import spec
 from latentrt.export.graphs.step import write_step
 from latentrt.runtime.loop import guidance
 from latentrt.runtime.loop.denoise import Kept, denoise
-from latentrt.runtime.sampling.samplers import make_table, resolve
+from latentrt.runtime.sampling.names import resolve
+from latentrt.runtime.sampling.samplers import make_table
 
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
