@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -31,11 +31,15 @@ def _squeeze(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower().replace("++", "pp"))
 
 
-_SPELLINGS: dict[str, _Spelling] = {
-    _squeeze(spelled): _Spelling(name, options)
-    for name, sampler in SAMPLERS.items()
-    for spelled, options in {name: {}, sampler.a1111 or name: {}, **sampler.aliases}.items()
-}
+def _spellings() -> Iterator[tuple[str, _Spelling]]:
+    for name, sampler in SAMPLERS.items():
+        for spelled in (name, sampler.a1111 or name):
+            yield _squeeze(spelled), _Spelling(name, {})
+        for spelled, options in sampler.aliases.items():
+            yield _squeeze(spelled), _Spelling(name, options)
+
+
+_SPELLINGS = dict(_spellings())
 
 # What may follow a name -> the field it sets; the empty suffix leaves the model's own.
 _SUFFIXES: dict[str, dict[str, str]] = {
