@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# In groups, begun in the order of tests/conftest.py.
+PARALLEL = ["-n", "auto", "--dist", "loadgroup", "--no-loadscope-reorder"]
 
 
 def main(arguments: list[str]) -> int:
@@ -30,7 +32,7 @@ def main(arguments: list[str]) -> int:
     for name, command in {
         "format": ["ruff", "format", "--check", "."],
         "lint": ["ruff", "check", "."],
-        "tests": ["pytest", *(arguments or ["-n", "auto", "--dist", "loadgroup"])],
+        "tests": ["pytest", *(arguments or PARALLEL)],
     }.items():
         print(f"── {name}", flush=True)
         if subprocess.run([sys.executable, "-m", *command], cwd=ROOT).returncode:

@@ -5,6 +5,13 @@ import os
 import pytest
 
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+# Files that share expensive exports run on one worker, and the longest first: the last worker to end is then
+# busy with something short.
+_GROUPS = {
+    "export": "export/",
+    "parity of SDXL": ("test_parity_sdxl.py", "test_parity_few_steps.py"),
+    "parity of SD": ("test_parity.py", "test_parity_pictures.py"),
+}
 
 if _WORKER and hasattr(os, "sched_setaffinity"):
     # Two libraries' thread pools on the same cores wait for each other by spinning: worse than one core each.
@@ -14,7 +21,11 @@ if _WORKER and hasattr(os, "sched_setaffinity"):
 
 @pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share an expensive fixture stay on one worker: a file's, and all of those in `export`."""
+    """Put tests that share an expensive fixture on one worker: a group's, and those of each other file."""
+    order: dict[pytest.Item, int] = {}
     for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "export" else str(item.path)))
+        path = item.path.relative_to(item.config.rootpath / "tests").as_posix()
+        group = next((name for name, start in _GROUPS.items() if path.startswith(start)), path)
+        order[item] = [*_GROUPS, path].index(group)
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: order[item])

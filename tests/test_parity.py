@@ -14,7 +14,6 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from latentrt.benchmarks.models.checkpoints import RECIPES
 from latentrt.runtime import Pipeline
 from tests.parity_pair import PROMPTS, exported, psnr
 
@@ -26,7 +25,7 @@ pytestmark = [
 ]
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
-MODELS = [*(name for name in RECIPES if name.startswith("tiny")), "demo"]
+MODELS = [pytest.param("tiny1", marks=pytest.mark.slow), "tiny2", "demo"]
 BAR = 45.0  # dB
 NEGATIVE = ["square", "", "a yellow background, small"]
 SIZE = {"height": 40, "width": 56}  # latents that are odd at some level of every model

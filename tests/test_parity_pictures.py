@@ -26,7 +26,7 @@ SCHEDULERS = {
 }
 
 
-@pytest.fixture(scope="module", params=["tiny1", "tiny2"])
+@pytest.fixture(scope="module", params=[pytest.param("tiny1", marks=pytest.mark.slow), "tiny2"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return Pair(exported(tmp_path_factory, request.param))
 

@@ -45,16 +45,16 @@ PARAMETERS: dict[str, tuple[list[str], str, Any]] = {
     "--resize-mode": (["crop"], "resize_mode", "crop"),
     "--noise-level": (["20"], "noise_level", 20),
     "--denoising-start": (["0.8"], "denoising_start", 0.8),
-    "--denoising-end": (["0.8"], "denoising_end", 0.8),
+    "--denoising-end": (["0.9"], "denoising_end", 0.9),
     "--original-size": (["640x512"], "original_size", (512, 640)),
     "--crop": (["8,16"], "crops_coords_top_left", (16, 8)),
-    "--target-size": (["640x512"], "target_size", (512, 640)),
+    "--target-size": (["320x512"], "target_size", (512, 320)),
     "--negative-original-size": (["64x32"], "negative_original_size", (32, 64)),
     "--negative-crop": (["1,2"], "negative_crops_coords_top_left", (2, 1)),
-    "--negative-target-size": (["64x32"], "negative_target_size", (32, 64)),
+    "--negative-target-size": (["96x32"], "negative_target_size", (32, 96)),
     "--aesthetic-score": (["7"], "aesthetic_score", 7.0),
     "--negative-aesthetic-score": (["1"], "negative_aesthetic_score", 1.0),
-    "--tile": (["64"], "tile", 64),
+    "--tile": (["128"], "tile", 128),
 }
 # Those of the command itself; the tests below are about them.
 OWN = {
@@ -126,16 +126,16 @@ def test_no_option_is_left_out() -> None:
     assert options - {"--help"} == set(PARAMETERS) | OWN
 
 
-@pytest.mark.parametrize("option", PARAMETERS)
-def test_an_option_is_a_parameter(monkeypatch: pytest.MonkeyPatch, option: str) -> None:
-    words, name, value = PARAMETERS[option]
-    prompts, parameters = heard(monkeypatch, "a", "b", option, *words)
+def test_every_option_is_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All on one command line, each with a value that no other of its type has; then none."""
+    always = {"output_type": "pil", "callback_on_step_end": None}
+    words = [word for option, (values, _, _) in PARAMETERS.items() for word in (option, *values)]
+    prompts, parameters = heard(monkeypatch, "a", "b", *words)
     assert prompts == ["a", "b"]
-    if name == "latents":
-        assert parameters.pop(name).shape == (1, 4, 16, 16)
-    else:
-        assert parameters.pop(name) == value
-    assert parameters == {"output_type": "pil", "callback_on_step_end": None}, "nothing else is said"
+    assert parameters.pop("latents").shape == (1, 4, 16, 16)
+    wanted = {name: value for _, name, value in PARAMETERS.values() if name != "latents"}
+    assert parameters == {**wanted, **always}
+    assert heard(monkeypatch, "a") == (["a"], always), "nothing else is said"
 
 
 def test_how_the_pipeline_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:

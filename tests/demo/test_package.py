@@ -58,7 +58,7 @@ def test_the_wheel_holds_the_package_not_the_checkpoint_and_is_small(tmp_path: P
     sources = [path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*.py")]
     assert {f"latentrt/{path.as_posix()}" for path in sources} <= names, "a room that pyproject does not list"
     assert "latentrt/benchmarks/models/skeletons/sd15-fp16/unet/loop.onnx" in names
-    assert not [name for name in names if "checkpoint/" in name or name.startswith("tests")]
+    assert not [name for name in names if "demo/checkpoint/" in name or name.startswith("tests")]
 
 
 @pytest.mark.parametrize(
@@ -79,12 +79,13 @@ def test_the_readmes_prompts_are_drawn_as_asked(prompt: str, scene: Scene) -> No
         assert check(np.asarray(pipe(prompt, seed=7).images[0])).obeys(scene, SEMANTIC_IOU)
 
 
-def test_held_out_prompts_are_mostly_obeyed() -> None:
+@pytest.mark.parametrize("every", [28, pytest.param(14, marks=pytest.mark.slow)])
+def test_held_out_prompts_are_mostly_obeyed(every: int) -> None:
     """A quick look; `python -m latentrt.demo.evaluate` measures all of them."""
-    scenes = held_out_scenes()[::14]
+    scenes = held_out_scenes()[::every]
     with Pipeline.open("demo") as pipe:
         images = pipe([scene.prompt() for scene in scenes], seed=100, output_type="np").images
     right = [check(image).obeys(scene, SEMANTIC_IOU) for image, scene in zip(images, scenes, strict=True)]
     assert sum(right) >= 0.6 * len(scenes)
     shuffled = zip(images, scenes[1:] + scenes[:1], strict=True)
-    assert sum(check(image).obeys(scene, SEMANTIC_IOU) for image, scene in shuffled) <= 2
+    assert sum(check(image).obeys(scene, SEMANTIC_IOU) for image, scene in shuffled) <= 28 / every

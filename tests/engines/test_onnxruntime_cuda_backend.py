@@ -87,13 +87,20 @@ def remember(demo: Package, net: str, layout: str, store: EngineStore, **change:
 # ── the store ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_choice_is_measured_once(demo: Package, store: EngineStore, tmp_path: Path) -> None:
+def test_every_layout_is_measured_once(demo: Package, store: EngineStore, tmp_path: Path) -> None:
+    """The lowered graphs in the oracle's standard operators: their parity is that of the lowering."""
     device, opener = KnownHost(), oracle_opener(tmp_path / "graphs")
     (tmp_path / "graphs").mkdir()
-    first = tune_package(demo, store, device=device, open_net=opener, rounds=1)
+    first = tune_package(demo, store, device=device, open_net=opener, rounds=2)
     assert [item.why for item in first] == [
         f"no engine of {net} for onnxruntime-cuda has been built yet" for net in TUNED_NETS
     ]
+    for item in first:
+        facts = json.loads(json.dumps(dict(item.entry.facts)))
+        assert facts["rejected"] == {}
+        assert set(facts["milliseconds"]) == set(CUDA_LAYOUTS)
+        assert 0 <= max(facts["relative_l2"].values()) < 1e-3
+        assert set(facts["relative_l2"]) == {"groupnorm", "nhwc"}
     submitted = device.submitted
     again = tune_package(demo, store, device=device, open_net=opener)
     assert device.submitted == submitted
