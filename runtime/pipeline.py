@@ -202,7 +202,7 @@ class Pipeline:
         started = {"strength": 1.0} if parameters.get("image") is not None else {}
         whole: Any = {"num_inference_steps": 1, "seed": 0, **started, **parameters, "output_type": "latent"}
         latent = np.asarray(self("", **whole).images)
-        check_finite(*self._loop.decode(latent, tile=parameters.get("tile")))
+        check_finite(*self._loop.decode(latent, tile=parameters.get("tile")), self.package.manifest.dtype)
 
     def close(self) -> None:
         """Free every net. May be called twice."""
@@ -282,12 +282,12 @@ class Pipeline:
             image, mean = self._loop.decode(latent, tile=request.tile)
         return Drawn(latent=latent, image=image, mean=mean, profile=profile)
 
-    @staticmethod
-    def _finish(request: Request, drawn: Drawn) -> list[Image] | Array:
+    def _finish(self, request: Request, drawn: Drawn) -> list[Image] | Array:
         if drawn.image is None or drawn.mean is None:
             return drawn.latent
-        images = check_finite(drawn.image, drawn.mean)
-        check_pictures(images)
+        dtype = self.package.manifest.dtype
+        images = check_finite(drawn.image, drawn.mean, dtype)
+        check_pictures(images, dtype)
         images = finished(images, request)
         return images if request.output_type == "np" else [to_pil(image) for image in images]
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..engines.errors import NumericError, UsageError
+from ..engines.errors import NumericError, UsageError, numeric_fix
 from ..engines.package import Manifest
 from ..engines.spec import DTYPES, Array
 from .loop.denoise import narrow
@@ -31,12 +31,13 @@ def preview(latent: Array, kind: str, *, manifest: Manifest, loop: Loop, request
     if kind == "fast":
         kind = "tiny" if "preview_decoder" in manifest.nets else "rgb" if manifest.latent_rgb else "decoder"
     if kind == "decoder":
-        images = check_finite(*loop.decode(latent, tile=request.tile))
+        images = check_finite(*loop.decode(latent, tile=request.tile), manifest.dtype)
         return [to_pil(image) for image in finished(images, request)]
     if kind == "tiny" and "preview_decoder" in manifest.nets:
         dtype = DTYPES[manifest.net("preview_decoder").spec.inputs[0].dtype]
         decoded = loop.call("preview_decoder", latent=narrow(latent, dtype))
-        return [to_pil(image) for image in check_finite(decoded["image"], decoded["mean"])]
+        images = check_finite(decoded["image"], decoded["mean"], manifest.dtype)
+        return [to_pil(image) for image in images]
     if kind == "rgb" and manifest.latent_rgb:
         return [to_pil(image) for image in project(latent, np.array(manifest.latent_rgb, np.float32))]
     raise UsageError(
@@ -67,8 +68,10 @@ def finished(images: Array, request: Request) -> Array:
     return np.stack([request.source.inpainting.paste(image) for image in images])
 
 
-def check_finite(image: Array, mean: Array) -> Array:
+def check_finite(image: Array, mean: Array, dtype: str) -> Array:
     """The image (N, H, W, 3); its mean (N,), taken before clamping, shows what uint8 cannot.
+
+    `dtype` is the package's, for the error's advice.
 
     Raises:
         NumericError: a mean is NaN or infinite.
@@ -77,6 +80,6 @@ def check_finite(image: Array, mean: Array) -> Array:
         raise NumericError(
             "the decoded picture is not finite",
             expected="finite numbers",
-            fix="An fp16 package may overflow: export it again with --dtype fp32.",
+            fix=numeric_fix(dtype),
         )
     return image

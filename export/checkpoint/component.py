@@ -16,6 +16,7 @@ SUPPORTED = (
     "Stable Diffusion 1.x or 2.x, SDXL or its refiner, a latent consistency model, or Stable unCLIP 2.1"
     " (image variations)"
 )
+_WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
 # The stem of a part's weights file, by the library that wrote the part.
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
 
@@ -50,6 +51,17 @@ def read_component(folder: Path, name: str, stem: str, *, prefer_fp16: bool = Fa
     for file in _weight_files(folder, stem, prefer_fp16):
         tensors.update(read_headers(file))
     return Component(name=name, folder=folder, config=config, tensors=tensors)
+
+
+def refuse_quantised(part: Component) -> None:
+    """Raise CheckpointError for weights in fp8 or integers: dequantising them needs more than the tensor."""
+    for name, tensor in part.tensors.items():
+        if tensor.dtype not in _WEIGHT_TYPES and not name.endswith("position_ids"):  # CLIP's buffer
+            raise CheckpointError(
+                f"{part.folder} stores the weight {name[:80]!r} as {tensor.dtype}",
+                expected=f"one of {', '.join(_WEIGHT_TYPES)}",
+                fix="Use the checkpoint's fp16 or fp32 weights.",
+            )
 
 
 def missing(path: Path) -> NoReturn:

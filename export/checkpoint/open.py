@@ -14,10 +14,10 @@ from ...engines.errors import CheckpointError
 from ...engines.package import IMAGE_LATENTS, TIME_IDS
 from ...engines.spec import TEXT_ENCODERS
 from .autoencoders import open_tiny_vae, open_vae, vae_scale
-from .component import DOWNLOAD, SUPPORTED, Component, missing, read_component, read_json
+from .component import DOWNLOAD, SUPPORTED, Component, missing, read_component, read_json, refuse_quantised
 from .families import OTHER, PIPELINES, layout_of, refuse_unet, steps_and_guidance
 from .single_file import check_prediction_type, open_single_file
-from .tokenizers import ClipTokenizer, CopiedTokenizer, TokenizerSource
+from .tokenizers import ClipVocabulary, CopiedTokenizer, TokenizerSource
 
 __all__ = ["Checkpoint", "Component"]
 
@@ -63,6 +63,8 @@ class Checkpoint:
     def __post_init__(self) -> None:
         """Check that the parts fit each other; raises CheckpointError."""
         refuse_unet(self.unet)
+        for part in self.parts.values():
+            refuse_quantised(part)
         _vectors(self.parts)
         _check_context(self.parts)
         _check_latents(self.vae, self.latent_scale)
@@ -203,7 +205,7 @@ def _open_file(path: Path, prediction_type: str | None) -> Checkpoint:
     return Checkpoint(
         root=path,
         parts=found.components,
-        tokenizers={name: ClipTokenizer(pad_token=pad) for name, pad in found.tokenizers.items()},
+        tokenizers={name: ClipVocabulary(pad_token=pad) for name, pad in found.tokenizers.items()},
         configs={"scheduler": found.scheduler},
         steps=steps,
         guidance_scale=guidance_scale,

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from ...engines.errors import NumericError, UsageError
+from ...engines.errors import NumericError, UsageError, numeric_fix
 from ...engines.spec import Array
 from ..sampling.table import Table
 
@@ -76,6 +76,7 @@ def denoise(
     predict: Predict,
     first: Array,
     kept: Kept | None = None,
+    dtype: str = "fp16",
 ) -> Iterator[State]:
     """Run the table; yields once per row, the final latent last.
 
@@ -85,6 +86,7 @@ def denoise(
         predict: the guided UNet.
         first: (N, C, h, w) float32, the variance-preserving state that enters the first row.
         kept: what is put back outside the mask after every row.
+        dtype: the package's, for the error's advice.
 
     Raises:
         NumericError: the state is no longer finite.
@@ -107,7 +109,7 @@ def denoise(
             raise NumericError(
                 f"the latent is not finite after step {i + 1} of {len(table)}",
                 expected="finite numbers",
-                fix="An fp16 package may overflow: export it again with --dtype fp32.",
+                fix=numeric_fix(dtype),
             )
         state = State(index=i, given=given, prediction=m, latent=y)
         yield state

@@ -299,7 +299,7 @@ def test_calibration_drives_the_nets_of_pictures(tmp_path: Path) -> None:
         return lambda arrays: [calls.append(arrays) or output(arrays)]
 
     alone = Calibration(source)
-    alone.drive("image_noiser", net(lambda arrays: arrays["noise"]))
+    alone.noise_embeddings(net(lambda arrays: arrays["noise"]))
     assert [call["image_embeds"].shape for call in calls] == [(4, 40)] * 2
     calls.clear()
     calibration = Calibration(source)
