@@ -54,7 +54,7 @@ def export(
         Path | None, Option(help="A tiny autoencoder (TAESD) for previews: a folder or a file.")
     ] = None,
     prediction_type: Annotated[
-        Prediction | None, Option(help="What the UNet of a .safetensors file predicts, if that does not say.")
+        Prediction | None, Option(help="What the UNet predicts, if a .safetensors file does not say it.")
     ] = None,
     overwrite: Annotated[
         bool, Option("--overwrite", help="Replace an existing package once the new one is complete.")
@@ -100,8 +100,8 @@ def export(
     if as_json:
         checks = [vars(found) for found in comparisons]
         measured = [{**vars(found), "islands": [vars(node) for node in found.islands]} for found in ranges]
-        told = {"package": str(output), "seconds": seconds, "ranges": measured, "verify": checks}
-        print(json.dumps({**told, "notes": notes}))
+        record = {"package": str(output), "seconds": seconds, "ranges": measured, "verify": checks}
+        print(json.dumps({**record, "notes": notes}))
         return
     for line in (*notes, *map(_range_line, ranges), *map(_comparison_line, comparisons)):
         print(line)

@@ -1,4 +1,4 @@
-"""One part of a checkpoint, such as its UNet: a config, and tensors that are headers until they are read."""
+"""One part of a checkpoint, such as its UNet: a config, and the headers of its tensors."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """One part of a checkpoint: its config, and its tensors under diffusers' or transformers' names.
+    """One part of a checkpoint: its config, and its tensors by diffusers' or transformers' names.
 
-    `folder` is for messages: a folder, or the file that holds the whole checkpoint.
+    `folder` is for messages: the part's folder, or the file that holds the whole checkpoint.
     """
 
     name: str
@@ -35,12 +35,12 @@ class Component:
 
 
 def read_component(folder: Path, name: str, stem: str, *, prefer_fp16: bool = False) -> Component:
-    """A part in a folder of its own.
+    """Read a part that has a folder of its own.
 
     Args:
         folder: has `config.json` and weights.
-        name: of the part.
-        stem: DIFFUSERS or TRANSFORMERS.
+        name: the part's.
+        stem: DIFFUSERS or TRANSFORMERS, by the library that wrote it.
         prefer_fp16: take the `.fp16.safetensors` variant where both are there.
 
     Raises:
@@ -65,12 +65,12 @@ def refuse_quantised(part: Component) -> None:
 
 
 def missing(path: Path) -> NoReturn:
-    """Raise CheckpointError: there is no such file."""
+    """Raise the CheckpointError for a file that is missing."""
     raise CheckpointError(f"{path} is missing", expected=SUPPORTED, fix=DOWNLOAD)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError: it is missing, damaged or something else."""
+    """Read a JSON object. Raises CheckpointError if it is missing, damaged or something else."""
     if not path.is_file():
         missing(path)
     try:

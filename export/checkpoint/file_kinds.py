@@ -1,4 +1,4 @@
-"""What a weights file is, when it is not a whole checkpoint that can be exported: named, and refused."""
+"""Recognises weights files that are not a whole checkpoint that can be exported, and refuses them by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CONV_IN = f"{UNET}input_blocks.0.0.weight"
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _WHOLE = "UNet, text encoders and autoencoder of Stable Diffusion 1.x or 2.x, SDXL or its refiner in one file"
 
-# What only this kind has among its tensor names -> what it is called. First match wins.
+# A pattern that only this kind's tensor names match -> the kind's name. First match wins.
 _KINDS = {
     r"^lora_|\.lora(_down|_up|_A|_B|_linear_layer|\.down|\.up)\.|\.hada_w1_|\.lokr_w1": "a LoRA",
     r"^control_model\.|^controlnet_cond_embedding\.|^input_hint_block\.": "a ControlNet",
@@ -37,9 +37,9 @@ _CHANNELS = {8: "InstructPix2Pix", 7: "the Stable Diffusion upscaler", 5: "Stabl
 
 
 def refuse_pickle(path: Path) -> None:
-    """Raise CheckpointError for a file whose name or beginning says that it is a pickle."""
+    """Raise CheckpointError for a file that is a pickle by its name or its first bytes."""
     start = b""
-    with suppress(OSError):  # whoever reads it next says why it cannot be read
+    with suppress(OSError):  # the next reader reports it
         if path.is_file():
             with path.open("rb") as stream:
                 start = stream.read(4)
@@ -52,7 +52,7 @@ def refuse_pickle(path: Path) -> None:
 
 
 def refuse_other_kinds(path: Path, tensors: Mapping[str, TensorHeader]) -> None:
-    """Raise CheckpointError for whatever has no Stable Diffusion UNet with 4 or 9 input channels."""
+    """Raise CheckpointError for a file without a Stable Diffusion UNet of 4 or 9 input channels."""
     names = "\n".join(tensors)
     for pattern, kind in _KINDS.items():
         if re.search(pattern, names, re.MULTILINE):

@@ -1,4 +1,4 @@
-"""Files of `torch.save`, in both of its formats, as tensors that are read one storage at a time.
+"""Opens files of `torch.save`, in both of its formats, as tensors that are read one storage at a time.
 
 Since 1.6 torch writes a ZIP archive without compression: `NAME/data.pkl`, and `NAME/data/KEY` for each
 storage. Before, it wrote five pickles (a magic number, a version, facts of the system, the value, the keys of
@@ -27,7 +27,7 @@ _WRAPPERS = ("state_dict", "model")
 
 @dataclass(frozen=True)
 class TorchFile:
-    """Tensors by name, how to read a storage's bytes, and how many entries were no tensors."""
+    """Tensors by name, the number of entries that were no tensors, and how to read a storage's bytes."""
 
     tensors: Mapping[str, StoredTensor]
     left_out: int
@@ -84,7 +84,7 @@ def _refuse(found: str, expected: str) -> NoReturn:
 
 
 def _tensors(value: object) -> tuple[dict[str, StoredTensor], int]:
-    """The state dict's tensors, and how many of its entries are none."""
+    """The state dict's tensors, and how many of its entries are no tensors."""
     items = _items(value)
     for name in _WRAPPERS * 2:  # a loop until there is none would not end: a dict can hold itself
         items = _items(items.get(name)) or items
@@ -101,7 +101,7 @@ def _items(value: object) -> dict[str, Any]:
 
 
 class _DirectoryReader(io.FileIO):
-    """`zipfile` reads an archive's directory at once, however long it says it is."""
+    """Limits reads: `zipfile` reads an archive's directory at once, however long it claims to be."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > _DIRECTORY_LIMIT:
@@ -110,7 +110,7 @@ class _DirectoryReader(io.FileIO):
 
 
 def _zip(path: Path) -> tuple[object, dict[str, tuple[int, int]]]:
-    """The value, and each storage's place and length in bytes."""
+    """The pickled value, and each storage's place and length in bytes, of a ZIP archive."""
     try:
         with _DirectoryReader(path) as stream, zipfile.ZipFile(cast(Any, stream)) as archive:
             entries = archive.infolist()
@@ -138,7 +138,7 @@ def _zip(path: Path) -> tuple[object, dict[str, tuple[int, int]]]:
 
 
 def _place(stream: BinaryIO, entry: zipfile.ZipInfo) -> tuple[int, int]:
-    """Where an entry's bytes begin, and how many there are. Compressed ones could be as many as they like."""
+    """Where an entry's bytes begin, and how many there are. A compressed entry could become any size."""
     if (
         entry.compress_type != zipfile.ZIP_STORED
         or entry.flag_bits & 1
@@ -159,7 +159,7 @@ def _small(stream: BinaryIO, place: tuple[int, int]) -> bytes:
 
 
 def _legacy(stream: BinaryIO, size: int) -> tuple[object, dict[str, tuple[int, int]]]:
-    """As `_zip`, for the format before torch 1.6."""
+    """The same of a file in the format before torch 1.6."""
     stream.seek(0)
     head = io.BytesIO(stream.read(PICKLE_LIMIT))
     if read_pickle(head)[0] != _MAGIC:
