@@ -13,7 +13,6 @@ from latentrt.engines.package import Defaults, Manifest, NetFile
 from latentrt.engines.spec import text_encoder, unet_time
 from latentrt.runtime.request.request import Request, make_request
 from latentrt.runtime.request.source import Latents, Masked, Pictures, Varied
-from latentrt.runtime.sampling.span import make_span
 
 SD = Manifest(
     name="sd",
@@ -178,8 +177,8 @@ def test_texts_of_one_and_of_each() -> None:
             "mask_image with denoising_start",
         ),
         (SD, {"image": PICTURE, "strength": 0.5, "denoising_start": 0.5}, "strength with denoising_start"),
-        (UNCLIP, {"image": PICTURE, "strength": 0.5}, "strength for a model that varies"),
-        (UNCLIP, {"image": PICTURE, "mask_blur": 2.0}, "mask_blur for a model that varies"),
+        (UNCLIP, {"image": PICTURE, "strength": 0.5}, "strength is 0.5, and .*this one varies"),
+        (UNCLIP, {"image": PICTURE, "mask_blur": 2.0}, "mask_blur is 2.0, and .*this one varies"),
         (SD, {"tile": 8}, "tiles of 8 pixels"),
         (SD, {"image": []}, "0 images"),
         (SD, {"image": np.ones((1, 3, 5, 7))}, r"image have shape \(1, 3, 5, 7\)"),
@@ -189,7 +188,7 @@ def test_texts_of_one_and_of_each() -> None:
         (INPAINT, {"image": PICTURE}, "was given no mask"),
         (UNCLIP, {}, "has no image; expected a picture to vary"),
         (UNCLIP, {"image": np.ones((1, 4, 5, 7))}, "varies a picture"),
-        (UNCLIP, {"image": PICTURE, "mask_image": MASK}, "varies a picture"),
+        (UNCLIP, {"image": PICTURE, "mask_image": MASK}, "mask_image, and .*this one varies"),
         (UNCLIP, {"image": PICTURE, "noise_level": 1000}, "noise_level is 1000"),
         (
             SD,
@@ -212,7 +211,7 @@ def test_texts_of_one_and_of_each() -> None:
             {"clip_skip": 4},
             "clip_skip is 4; expected an integer from 0 to 3",
         ),
-        (SD, {"prompt_syntax": "midjourney"}, "expected one of plain, a1111, comfyui"),
+        (SD, {"prompt_syntax": "midjourney"}, "expected one of a1111, comfyui, plain"),
         (SD, {"tile": 100}, "tile is 100; expected a multiple of 8"),
         (SD, {"denoising_end": 1.5}, "denoising_end is 1.5"),
         (SD, {"denoising_start": 0.5}, "denoising_start without an image"),
@@ -250,7 +249,7 @@ def test_refused_by_name(manifest: Manifest, parameters: dict[str, Any], match: 
     ],
 )
 def test_the_part_of_the_schedule(parameters: dict[str, Any], rows: int) -> None:
-    assert len(make_span(ask(**parameters))) == rows
+    assert len(ask(**parameters).table()) == rows
 
 
 @pytest.mark.parametrize(
@@ -275,9 +274,9 @@ def test_a_schedule_from_a_stranger_takes_no_memory() -> None:
 
 
 def test_two_parts_are_the_whole() -> None:
-    whole = make_span(ask())
-    first = make_span(ask(denoising_end=0.6))
-    second = make_span(ask(image=np.ones((1, 4, 5, 7)), denoising_start=0.6))
+    whole = ask().table()
+    first = ask(denoising_end=0.6).table()
+    second = ask(image=np.ones((1, 4, 5, 7)), denoising_start=0.6).table()
     np.testing.assert_array_equal(np.concatenate([first.t, second.t]), whole.t)
     assert first.last_alpha_bar == pytest.approx(second.alpha_bar[0])
     assert (first.keeps[-1] ** 2).tolist() == pytest.approx([second.alpha_bar[0], 1 - second.alpha_bar[0]])
@@ -285,7 +284,7 @@ def test_two_parts_are_the_whole() -> None:
 
 def test_a_schedule_of_which_nothing_is_left() -> None:
     with pytest.raises(UsageError, match=r"none is left to run \(strength 0.05\)"):
-        make_span(ask(image=PICTURE, strength=0.05))
+        ask(image=PICTURE, strength=0.05).table()
 
 
 def test_a_samplers_own_refusal_stays() -> None:
