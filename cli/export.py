@@ -15,7 +15,6 @@ from ..engines.errors import BackendError
 from .progress import progress_bar
 
 if TYPE_CHECKING:
-    from ..export.export import Progress
     from ..export.precision.islands import Found
     from ..export.verify import Comparison
 
@@ -78,10 +77,6 @@ def export(
     ranges: list[Found] = []
     notes: list[str] = []
     with progress_bar(enabled=not as_json) as advance:
-
-        def on_progress(progress: Progress) -> None:
-            advance(progress.stage, progress.index, progress.total)
-
         package = export_package(
             checkpoint,
             output,
@@ -91,7 +86,7 @@ def export(
             vae=vae,
             tiny_vae=tiny_vae,
             prediction_type=prediction_type and prediction_type.value,
-            progress=on_progress,
+            progress=lambda stage: advance(stage.stage, stage.index, stage.total),
             report=comparisons.append,
             report_islands=ranges.append,
             note=notes.append,

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from ..engines.errors import NumericError
-from ..engines.package import NetFile, Package
+from ..engines.package import NetFile
 from ..engines.spec import TEXT_ENCODERS, VECTORS, Array
 from .checkpoint.open import Checkpoint
 from .graphs.to_onnx import example
@@ -72,37 +71,8 @@ def compare(net: str, output: str, found: Array, wanted: Array, dtype: str) -> C
     )
 
 
-def verify_package(
-    package: Package,
-    checkpoint: str | Path | Checkpoint,
-    report: Callable[[Comparison], None] | None = None,
-    seed: int = 0,
-) -> tuple[Comparison, ...]:
-    """Verify every net of a package against its checkpoint: a path, or a Checkpoint opened with options.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be read.
-        NumericError: a net is below its bar.
-    """
-    if isinstance(checkpoint, Checkpoint):
-        source = checkpoint
-    else:
-        source = Checkpoint.open(checkpoint, prefer_fp16=package.manifest.dtype == "fp16")
-    nets = package.manifest.nets
-    found: list[Comparison] = []
-    for component in NETS:
-        files = {name: file for name, file in nets.items() if file.graph.startswith(f"{component}/")}
-        if not files:
-            continue
-        found += verify_component(source, component, package.root, files, package.manifest.dtype, seed)
-    for item in found:
-        if report is not None:
-            report(item)
-    return tuple(found)
-
-
 def verify_component(
-    source: Checkpoint, component: str, root: Path, files: Mapping[str, NetFile], dtype: str, seed: int = 0
+    source: Checkpoint, component: str, root: Path, files: Mapping[str, NetFile], dtype: str
 ) -> list[Comparison]:
     """Verify the nets of one component; `files` are their entries in the manifest of the package at `root`.
 
@@ -112,16 +82,15 @@ def verify_component(
         NumericError: a net is below its bar.
     """
     main = "unet_whole" if component == "unet" else component
-    inputs = example(files[main].spec, _SIZES, seed)
+    inputs = example(files[main].spec, _SIZES)
     if component in TEXT_ENCODERS:  # the token that ends a prompt marks the pooled embedding
         inputs["input_ids"] = torch.tensor(token_ids(source, component)[: _SIZES["P"]], dtype=torch.int32)
     arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
     wanted = _torch(NETS[component].build(source, torch.float32), inputs)
     gc.collect()
-    outputs = [item.name for item in files[main].spec.outputs]
     checks = [
         compare(main, output, found, b, dtype)
-        for output, found, b in zip(outputs, _ort(root, files[main], arrays).values(), wanted, strict=True)
+        for (output, found), b in zip(_run(root, files[main], arrays)[0].items(), wanted, strict=True)
     ]
     if component == "unet":
         prediction = _hoisted(root, files, arrays)
@@ -143,29 +112,25 @@ def _torch(net: Net, inputs: Mapping[str, Any]) -> list[Array]:
 def _hoisted(root: Path, files: Mapping[str, NetFile], arrays: Mapping[str, Array]) -> Array:
     """The prediction by way of the invariants, one row a call because every row has its own timestep here."""
     time = {name: array for name, array in arrays.items() if name == "timestep" or name in VECTORS}
-    times = _ort(root, files["unet_time"], time)
-    contexts = _ort(root, files["unet_context"], {"context": arrays["encoder_hidden_states"]})
+    (times,) = _run(root, files["unet_time"], time)
+    (contexts,) = _run(root, files["unet_context"], {"context": arrays["encoder_hidden_states"]})
     rows: list[dict[str, Array]] = []
     for row in range(len(arrays["sample"])):
         one = slice(row, row + 1)
         invariants = {name: value[one] for name, value in {**contexts, **times}.items()}
         latent, behind = np.split(arrays["sample"][one], [4], axis=1)
         rows.append({"latent": latent, **({"image_latents": behind} if behind.size else {}), **invariants})
-    return np.concatenate(_calls(root, files["unet"], rows, "prediction"))
+    return np.concatenate([found["prediction"] for found in _run(root, files["unet"], *rows)])
 
 
-def _calls(root: Path, file: NetFile, calls: list[dict[str, Array]], output: str) -> list[Array]:
-    session = _session(root, file)
-    return [cast(Array, session.run([output], call)[0]) for call in calls]
-
-
-def _ort(root: Path, file: NetFile, arrays: Mapping[str, Array]) -> dict[str, Array]:
+def _run(root: Path, file: NetFile, *calls: Mapping[str, Array]) -> list[dict[str, Array]]:
+    """The outputs of each call on ONNX Runtime, by name."""
+    session = _session(root / file.graph)
     names = [item.name for item in file.spec.outputs]
-    outputs = cast(list[npt.NDArray[Any]], _session(root, file).run(names, dict(arrays)))
-    return dict(zip(names, outputs, strict=True))
+    return [dict(zip(names, session.run(names, dict(call)), strict=True)) for call in calls]
 
 
-def _session(root: Path, file: NetFile) -> Any:
+def _session(path: Path) -> Any:
     """A session on the CPU. Arena, prepacking and folding would each keep another copy of the weights."""
     import onnxruntime
 
@@ -174,7 +139,7 @@ def _session(root: Path, file: NetFile) -> Any:
     options.enable_cpu_mem_arena = False
     options.add_session_config_entry("session.disable_prepacking", "1")
     return ort.InferenceSession(
-        str(root / file.graph),
+        str(path),
         options,
         providers=["CPUExecutionProvider"],
         disabled_optimizers=["ConstantFolding"],

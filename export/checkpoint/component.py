@@ -16,6 +16,12 @@ SUPPORTED = (
     "Stable Diffusion 1.x or 2.x, SDXL or its refiner, a latent consistency model, or Stable unCLIP 2.1"
     " (image variations)"
 )
+# Channels of a UNet's input -> the family that has them, for families that are refused.
+REFUSED_CHANNELS: Mapping[int, str] = {
+    5: "Stable Diffusion 2 depth-to-image",
+    7: "the Stable Diffusion upscaler",
+    8: "InstructPix2Pix",
+}
 _WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
 # The stem of a part's weights file, by the library that wrote the part.
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"

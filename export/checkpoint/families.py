@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...engines.errors import CheckpointError
-from .component import DIFFUSERS, SUPPORTED, TRANSFORMERS, Component
+from .component import DIFFUSERS, REFUSED_CHANNELS, SUPPORTED, TRANSFORMERS, Component
 
 OTHER = "Use a checkpoint of one of these families; others are not supported."
 
@@ -104,7 +104,6 @@ _UNET_OPTIONS: Mapping[str, tuple[str, tuple[object, ...]]] = {
     "dual_cross_attention": ("Versatile Diffusion", (None, False)),
     "out_channels": ("a model that also predicts variance", (4,)),
 }
-_IN_CHANNELS = {8: "InstructPix2Pix", 5: "a depth-to-image model", 7: "an upscaler"}
 
 # The schedulers of sd-turbo and sdxl-turbo as published. Turbo (arXiv 2311.17042) is trained at the last
 # timestep, where `trailing` spacing begins. Models fine-tuned for zero terminal SNR have the same spacing and
@@ -140,7 +139,9 @@ def refuse_unet(unet: Component) -> None:
     """Raise CheckpointError, naming the family, for a UNet with inputs or parts that are not exported."""
     channels = unet.config.get("in_channels", 4)
     if channels not in (4, 9):
-        kind = _IN_CHANNELS.get(channels, "another family") if isinstance(channels, int) else "another family"
+        kind = "another family"
+        if isinstance(channels, int):
+            kind = REFUSED_CHANNELS.get(channels, kind)
         raise CheckpointError(
             f"{unet.folder} is the UNet of {kind} (in_channels {channels})", expected=SUPPORTED, fix=OTHER
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ...engines.errors import CheckpointError
+from .component import REFUSED_CHANNELS
 from .safetensors_file import TensorHeader
 
 UNET = "model.diffusion_model."
@@ -33,7 +34,6 @@ _PARTS = {
     r"^input_blocks\.0\.0\.weight$|^down_blocks\.0\.": "a UNet alone",
     r"^(cond_stage_model|conditioner|text_model|embeddings|transformer)\.": "a text encoder alone",
 }
-_CHANNELS = {8: "InstructPix2Pix", 7: "the Stable Diffusion upscaler", 5: "Stable Diffusion 2 depth-to-image"}
 
 
 def refuse_pickle(path: Path) -> None:
@@ -63,7 +63,7 @@ def refuse_other_kinds(path: Path, tensors: Mapping[str, TensorHeader]) -> None:
     shape = tensors[_CONV_IN].shape
     channels = shape[1] if len(shape) == 4 else 0
     if channels not in (4, 9):
-        _refuse(path, _CHANNELS.get(channels, f"a UNet of {channels} input channels"))
+        _refuse(path, REFUSED_CHANNELS.get(channels, f"a UNet of {channels} input channels"))
     if f"{UNET}label_emb.0.0.weight" in tensors and "\ncond_stage_model." in names:
         _refuse(path, "a class-conditioned model, such as Stable unCLIP")
 

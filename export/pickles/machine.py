@@ -100,14 +100,15 @@ def read_pickle(stream: io.BytesIO) -> tuple[object, dict[str, Storage]]:
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
             if count == _OPCODE_LIMIT:
-                _refuse(f"a pickle of more than {count} operations", "a checkpoint's, of far fewer")
+                refuse(f"a pickle of more than {count} operations", "a checkpoint's, of far fewer")
             machine.step(opcode.name, argument)
         return machine.pop(), machine.storages
     except (ValueError, LookupError, TypeError, AttributeError, struct.error, MemoryError, Warning) as error:
-        _refuse(f"a damaged pickle ({type(error).__name__}: {str(error)[:100]})", "torch.save's pickle")
+        refuse(f"a damaged pickle ({type(error).__name__}: {str(error)[:100]})", "torch.save's pickle")
 
 
-def _refuse(found: str, expected: str) -> NoReturn:
+def refuse(found: str, expected: str) -> NoReturn:
+    """Raise the CheckpointError for a pickled file that holds `found`."""
     raise CheckpointError(f"it holds {found}", expected=expected, fix=FIX)
 
 
@@ -128,7 +129,7 @@ class _Machine:
         elif opcode in _ACTIONS:
             _ACTIONS[opcode](self, argument)
         elif opcode not in _NOTHING:
-            _refuse(f"a pickle with the operation {opcode}", "torch.save's pickle")
+            refuse(f"a pickle with the operation {opcode}", "torch.save's pickle")
 
     def pop(self) -> Any:
         return self._stack.pop()
@@ -178,7 +179,7 @@ def _global(module: Any, name: Any) -> _Global:
     module = _RENAMED.get(module, module)
     standard = module.partition(".")[0] in sys.stdlib_module_names or module in _PYTHON_2
     if standard and f"{module}.{name}" not in _PLAIN_DATA:
-        _refuse(f"a pickle that asks for {module[:60]}.{name[:60]}, which can run code", "weights")
+        refuse(f"a pickle that asks for {module[:60]}.{name[:60]}, which can run code", "weights")
     return _Global(module, name)
 
 

@@ -14,11 +14,11 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, cast
+from typing import Any, BinaryIO, cast
 
 from ...engines.errors import CheckpointError
 from ..checkpoint.safetensors_file import ITEM_SIZES
-from .machine import FIX, PICKLE_LIMIT, Storage, StoredTensor, read_pickle
+from .machine import PICKLE_LIMIT, Storage, StoredTensor, read_pickle, refuse
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _DIRECTORY_LIMIT = 2**23  # bytes; SD 1.5 with averaged weights and Adam's state has 0.24 MB
@@ -66,10 +66,10 @@ def _open(path: Path, stream: BinaryIO) -> TorchFile:
         wanted = storage.length * ITEM_SIZES[storage.dtype]
         begin, length = places.get(storage.key, (0, -1))
         if length != wanted or begin + length > size:
-            _refuse(f"no {wanted} bytes for the storage {storage.key[:40]!r}", "as many as it says")
+            refuse(f"no {wanted} bytes for the storage {storage.key[:40]!r}", "as many as it says")
         total += wanted
     if total > size:
-        _refuse(f"storages of {total} bytes, one over the other", f"less than the file's {size} bytes")
+        refuse(f"storages of {total} bytes, one over the other", f"less than the file's {size} bytes")
 
     def read(storage: Storage) -> bytes:
         begin, length = places[storage.key]
@@ -79,10 +79,6 @@ def _open(path: Path, stream: BinaryIO) -> TorchFile:
     return TorchFile(tensors, left_out, read)
 
 
-def _refuse(found: str, expected: str) -> NoReturn:
-    raise CheckpointError(f"it holds {found}", expected=expected, fix=FIX)
-
-
 def _tensors(value: object) -> tuple[dict[str, StoredTensor], int]:
     """The state dict's tensors, and how many of its entries are no tensors."""
     items = _items(value)
@@ -90,9 +86,9 @@ def _tensors(value: object) -> tuple[dict[str, StoredTensor], int]:
         items = _items(items.get(name)) or items
     tensors = {name: found for name, found in items.items() if isinstance(found, StoredTensor)}
     if not tensors:
-        _refuse("no tensors by name", "a state dict, by itself or as `state_dict` or `model`")
+        refuse("no tensors by name", "a state dict, by itself or as `state_dict` or `model`")
     if "__metadata__" in tensors or any("\ud800" <= letter <= "\udfff" for letter in "".join(tensors)):
-        _refuse("a tensor whose name safetensors cannot have", "a name in UTF-8, other than __metadata__")
+        refuse("a tensor whose name safetensors cannot have", "a name in UTF-8, other than __metadata__")
     return tensors, len(items) - len(tensors)
 
 
@@ -116,9 +112,7 @@ def _zip(path: Path) -> tuple[object, dict[str, tuple[int, int]]]:
             entries = archive.infolist()
             pickles = [entry.filename for entry in entries if entry.filename.split("/")[1:] == ["data.pkl"]]
             if len(pickles) != 1 or len({entry.filename for entry in entries}) < len(entries):
-                _refuse(
-                    f"an archive with {len(pickles)} data.pkl, or names twice", "an archive of torch.save"
-                )
+                refuse(f"an archive with {len(pickles)} data.pkl, or names twice", "an archive of torch.save")
             root = pickles[0].removesuffix("data.pkl")
             places = {entry.filename.removeprefix(root): _place(stream, entry) for entry in entries}
             value, _ = read_pickle(io.BytesIO(_small(stream, places["data.pkl"])))
@@ -131,9 +125,9 @@ def _zip(path: Path) -> tuple[object, dict[str, tuple[int, int]]]:
         struct.error,
         OSError,
     ) as error:
-        _refuse(f"a damaged archive ({str(error)[:100]})", "an archive of torch.save")
+        refuse(f"a damaged archive ({str(error)[:100]})", "an archive of torch.save")
     if order != b"little":
-        _refuse(f"numbers in the byte order {order[:10]!r}", "little")
+        refuse(f"numbers in the byte order {order[:10]!r}", "little")
     return value, {name.removeprefix("data/"): place for name, place in places.items()}
 
 
@@ -144,7 +138,7 @@ def _place(stream: BinaryIO, entry: zipfile.ZipInfo) -> tuple[int, int]:
         or entry.flag_bits & 1
         or entry.compress_size != entry.file_size
     ):
-        _refuse(f"compressed or encrypted data ({entry.filename[:60]!r})", "an archive of torch.save")
+        refuse(f"compressed or encrypted data ({entry.filename[:60]!r})", "an archive of torch.save")
     stream.seek(entry.header_offset)
     names, extra = struct.unpack("<26xHH", stream.read(30))
     return entry.header_offset + 30 + names + extra, entry.file_size
@@ -153,7 +147,7 @@ def _place(stream: BinaryIO, entry: zipfile.ZipInfo) -> tuple[int, int]:
 def _small(stream: BinaryIO, place: tuple[int, int]) -> bytes:
     begin, length = place
     if length > PICKLE_LIMIT:
-        _refuse(f"a pickle of {length} bytes", f"at most {PICKLE_LIMIT}")
+        refuse(f"a pickle of {length} bytes", f"at most {PICKLE_LIMIT}")
     stream.seek(begin)
     return stream.read(length)
 
@@ -163,10 +157,10 @@ def _legacy(stream: BinaryIO, size: int) -> tuple[object, dict[str, tuple[int, i
     stream.seek(0)
     head = io.BytesIO(stream.read(PICKLE_LIMIT))
     if read_pickle(head)[0] != _MAGIC:
-        _refuse("a pickle that torch did not write", "a file of torch.save")
+        refuse("a pickle that torch did not write", "a file of torch.save")
     read_pickle(head)
     if _items(read_pickle(head)[0]).get("little_endian") is not True:
-        _refuse("numbers in another byte order", "little")
+        refuse("numbers in another byte order", "little")
     value, storages = read_pickle(head)
     keys, _ = read_pickle(head)
     position = head.tell()
@@ -175,7 +169,7 @@ def _legacy(stream: BinaryIO, size: int) -> tuple[object, dict[str, tuple[int, i
         storage = storages.get(key) if isinstance(key, str) else None
         stream.seek(position)
         if storage is None or stream.read(8) != struct.pack("<q", storage.length):
-            _refuse("other storages than its tensors have", "each, with its length in front")
+            refuse("other storages than its tensors have", "each, with its length in front")
         places[storage.key] = (position + 8, storage.length * ITEM_SIZES[storage.dtype])
         position = min(sum(places[storage.key]), size)
     return value, places
