@@ -9,7 +9,6 @@ graphs into the loop are the invariants.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
@@ -23,53 +22,43 @@ TIME = frozenset([TIMESTEP, *spec.VECTORS])
 _LATENT_CHANNELS = 4  # the input's further channels are image latents
 
 
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """The three graphs of a hoisted UNet with their contracts."""
-
-    loop: ir.Model
-    context: ir.Model
-    time: ir.Model
-    loop_spec: spec.NetSpec
-    context_spec: spec.NetSpec
-    time_spec: spec.NetSpec
-
-
-def hoist(whole: ir.Model) -> Split:
+def hoist(whole: ir.Model) -> dict[str, tuple[ir.Model, spec.NetSpec]]:
     """Split `whole`, on which `passes.clean` has run.
+
+    Returns:
+        "unet" (the loop), "unet_context" and "unet_time" -> graph and contract.
 
     Raises:
         CheckpointError: a value depends on the context and on the time but not on the latent.
     """
     crossing = _crossing(whole.graph)
     names = _names(crossing)
-    context = {v: n for v, n in names.items() if n.startswith(spec.CONTEXT_INVARIANT)}
-    time = {v: n for v, n in names.items() if n.startswith(spec.TIME_INVARIANT)}
-    by_name = {value.name or "": value for value in crossing}
-    specs = {name: _invariant(by_name[value], name) for value, name in names.items()}
+    invariants = {name: _invariant(value, name) for value, name in zip(crossing, names.values(), strict=True)}
+    context = {old: new for old, new in names.items() if new.startswith(spec.CONTEXT_INVARIANT)}
+    time = {old: new for old, new in names.items() if new.startswith(spec.TIME_INVARIANT)}
+    context_specs = [invariants[name] for name in context.values()]
+    time_specs = [invariants[name] for name in time.values()]
     sample, _, encoder, *rest = whole.graph.inputs
     float_dtype = _dtype(sample)
     vectors = {value.name or "": _size(value, 1) for value in rest}
-    context_specs = [specs[name] for name in context.values()]
-    time_specs = [specs[name] for name in time.values()]
     # Vectors differ between the rows of a call, timesteps do not.
     rows = "B" if vectors else 1
     called = [spec.TensorSpec(name=s.name, dtype=s.dtype, shape=(rows, *s.shape[1:])) for s in time_specs]
-    return Split(
-        loop=_loop(whole, names, [*context_specs, *called]),
-        context=_part(whole, context, {CONTEXT: "context"}),
-        time=_part(whole, time, {name: name for name in (TIMESTEP, *vectors)}),
-        loop_spec=spec.unet(
-            channels=_LATENT_CHANNELS,
-            float_dtype=float_dtype,
-            invariants=[*context_specs, *called],
-            image_channels=_size(sample, 1) - _LATENT_CHANNELS,
-        ),
-        context_spec=spec.unet_context(
-            width=_size(encoder, 2), float_dtype=float_dtype, invariants=context_specs
-        ),
-        time_spec=spec.unet_time(invariants=time_specs, vectors=vectors),
+    unet = spec.unet(
+        channels=_LATENT_CHANNELS,
+        float_dtype=float_dtype,
+        invariants=[*context_specs, *called],
+        image_channels=_size(sample, 1) - _LATENT_CHANNELS,
     )
+    unet_context = spec.unet_context(
+        width=_size(encoder, 2), float_dtype=float_dtype, invariants=context_specs
+    )
+    unet_time = spec.unet_time(invariants=time_specs, vectors=vectors)
+    return {
+        "unet": (_loop(whole, names, [*context_specs, *called]), unet),
+        "unet_context": (_part(whole, context, {CONTEXT: "context"}), unet_context),
+        "unet_time": (_part(whole, time, {name: name for name in (TIMESTEP, *vectors)}), unet_time),
+    }
 
 
 def _size(value: ir.Value, axis: int) -> int:
