@@ -99,6 +99,8 @@ class NumericError(LatentrtError):
     exit_code = 8
 
 
+# What to do about numbers that fp16 cannot hold, or that are not finite.
+EXPORT_IN_FP32 = "Export with --dtype fp32."
 DAMAGED_WEIGHTS = "Download the checkpoint again; its weights may be damaged."
 
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from ..engines.errors import NumericError
+from ..engines.errors import EXPORT_IN_FP32, NumericError
 from ..engines.package import NetFile
 from ..engines.spec import TEXT_ENCODERS, VECTORS, Array
 from .checkpoint.open import Checkpoint
@@ -151,7 +151,5 @@ def _below(check: Comparison, dtype: str) -> NumericError:
         f"{check.net}: {check.output} differs from torch by {check.relative_l2:.2e} relative L2"
         f" (largest error {check.max_error:.2e}, PSNR {check.psnr:.1f} dB)",
         expected=f"at most {BARS[dtype]:.0e} ({PICTURE_BARS[dtype]:.0f} dB for pictures) in {dtype}",
-        fix="Export with --dtype fp32."
-        if dtype == "fp16"
-        else "Report the checkpoint: its graph is computed wrongly.",
+        fix=EXPORT_IN_FP32 if dtype == "fp16" else "Report the checkpoint: its graph is computed wrongly.",
     )

@@ -27,7 +27,7 @@ _KINDS = {
     r"^(embedder|noise_augmentor)\.": "Stable unCLIP",
     r"\bmotion_modules\.": "AnimateDiff",
 }
-# The same for files that are one part of a checkpoint.
+# The same for files with one part of a checkpoint.
 _PARTS = {
     r"^first_stage_model\.|^(vae\.)?(encoder|decoder)\.conv_in\.weight$": "an autoencoder alone",
     r"^(emb_params|clip_l|clip_g)$": "a textual inversion",

@@ -19,8 +19,6 @@ from .families import OTHER, PIPELINES, defaults, layout_of, refuse_unet
 from .single_file import check_prediction_type, open_single_file
 from .tokenizers import ClipVocabulary, CopiedTokenizer, TokenizerSource
 
-__all__ = ["Checkpoint", "Component"]
-
 # The width of a UNet's `time_ids` -> its numbers, in the order of diffusers' `_get_add_time_ids`.
 _TIME_IDS = {6: TIME_IDS[:6], 5: (*TIME_IDS[:4], "aesthetic_score")}
 # The family of a one-file checkpoint -> the pipeline whose layout and defaults it has.

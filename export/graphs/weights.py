@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import onnx_ir as ir
 
-from ...engines.errors import DAMAGED_WEIGHTS, CheckpointError
+from ...engines.errors import DAMAGED_WEIGHTS, EXPORT_IN_FP32, CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +99,7 @@ def _bytes(name: str, tensor: torch.Tensor, dtype: ir.DataType) -> memoryview:
         raise CheckpointError(
             f"the tensor {name!r} has values up to {float(tensor.abs().max()):.3g}",
             expected=f"values that {_NAMES[dtype]} can hold",
-            fix="Export with --dtype fp32." if target is torch.float16 else DAMAGED_WEIGHTS,
+            fix=EXPORT_IN_FP32 if target is torch.float16 else DAMAGED_WEIGHTS,
         )
     return memoryview(cast(Any, stored.reshape(-1).view(torch.uint8).numpy()))
 

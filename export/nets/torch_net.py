@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ...engines.errors import CheckpointError
+from ...engines.errors import EXPORT_IN_FP32, CheckpointError
 from ...engines.spec import NetSpec
 from ..checkpoint.component import Component
 from ..checkpoint.safetensors_file import read_tensors
@@ -82,7 +82,7 @@ def _refuse_overflow(part: Component, module: nn.Module, tensors: Mapping[str, t
             raise CheckpointError(
                 f"{part.folder}: the tensor {stored!r} has values up to {found:.3g}",
                 expected=f"at most {largest:.0f}, fp16's largest number",
-                fix="Export with --dtype fp32.",
+                fix=EXPORT_IN_FP32,
             )
 
 
