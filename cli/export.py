@@ -15,7 +15,6 @@ from ..engines.errors import BackendError
 from .progress import progress_bar
 
 if TYPE_CHECKING:
-    from ..export.export import Progress
     from ..export.precision.islands import Found
     from ..export.verify import Comparison
 
@@ -54,7 +53,7 @@ def export(
         Path | None, Option(help="A tiny autoencoder (TAESD) for previews: a folder or a file.")
     ] = None,
     prediction_type: Annotated[
-        Prediction | None, Option(help="What the UNet of a .safetensors file predicts, if that does not say.")
+        Prediction | None, Option(help="What the UNet predicts, if a .safetensors file does not say it.")
     ] = None,
     overwrite: Annotated[
         bool, Option("--overwrite", help="Replace an existing package once the new one is complete.")
@@ -78,10 +77,6 @@ def export(
     ranges: list[Found] = []
     notes: list[str] = []
     with progress_bar(enabled=not as_json) as advance:
-
-        def on_progress(progress: Progress) -> None:
-            advance(progress.stage, progress.index, progress.total)
-
         package = export_package(
             checkpoint,
             output,
@@ -91,7 +86,7 @@ def export(
             vae=vae,
             tiny_vae=tiny_vae,
             prediction_type=prediction_type and prediction_type.value,
-            progress=on_progress,
+            progress=lambda stage: advance(stage.stage, stage.index, stage.total),
             report=comparisons.append,
             report_islands=ranges.append,
             note=notes.append,
@@ -100,8 +95,8 @@ def export(
     if as_json:
         checks = [vars(found) for found in comparisons]
         measured = [{**vars(found), "islands": [vars(node) for node in found.islands]} for found in ranges]
-        told = {"package": str(output), "seconds": seconds, "ranges": measured, "verify": checks}
-        print(json.dumps({**told, "notes": notes}))
+        record = {"package": str(output), "seconds": seconds, "ranges": measured, "verify": checks}
+        print(json.dumps({**record, "notes": notes}))
         return
     for line in (*notes, *map(_range_line, ranges), *map(_comparison_line, comparisons)):
         print(line)

@@ -38,6 +38,8 @@ from .verify import Comparison, verify_component
 Dtype = Literal["fp16", "fp32"]
 _TORCH_TYPES = {"fp16": torch.float16, "fp32": torch.float32}
 _ONNX_TYPES = {"fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
+# The file of a net's graph, where it is not "model".
+_FILES = {"unet": "loop", "unet_context": "context", "unet_time": "time"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,21 +181,16 @@ def _write_graphs(
     component: str, folder: Path, model: ir.Model, contract: spec.NetSpec, dtype: Dtype
 ) -> dict[str, NetFile]:
     """Write the graph of a component, or the four of the UNet, which is cut after its islands are set."""
-    graphs = {component: (model, contract, "model")}
+    graphs = {component: (model, contract)}
     if component == "unet":
-        split = hoist(model)
-        graphs = {
-            "unet_whole": (model, contract, "model"),
-            "unet": (split.loop, split.loop_spec, "loop"),
-            "unet_context": (split.context, split.context_spec, "context"),
-            "unet_time": (split.time, split.time_spec, "time"),
-        }
+        graphs = {"unet_whole": (model, contract), **hoist(model)}
     files: dict[str, NetFile] = {}
-    for name, (graph, boundary, file) in graphs.items():
+    for name, (graph, boundary) in graphs.items():
+        path = f"{component}/{_FILES.get(name, 'model')}.onnx"
         passes.forget_shapes(graph)
-        cast(Any, ir).save(graph, folder / component / f"{file}.onnx")
+        cast(Any, ir).save(graph, folder / path)
         files[name] = NetFile(
-            graph=f"{component}/{file}.onnx",
+            graph=path,
             weights=f"{component}/{weights.WEIGHTS}",
             spec=boundary,
             fp32_islands=island_names(graph) if dtype == "fp16" else (),

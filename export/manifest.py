@@ -19,10 +19,11 @@ from .nets.latent_rgb import fit_latent_rgb
 def make_manifest(
     source: Checkpoint, dtype: Literal["fp16", "fp32"], nets: Mapping[str, NetFile]
 ) -> Manifest:
-    """The manifest of a package with these nets; its files are not recorded yet.
+    """The manifest of a package with these nets, before its files are recorded.
 
     Raises:
         CheckpointError: `recommended.json` is damaged.
+        NumericError: the VAE's encoder is not finite on small pictures.
     """
     contexts = [nets[name].spec.outputs[0].shape for name in spec.TEXT_ENCODERS if name in nets]
     scale = source.latent_scale
@@ -58,7 +59,7 @@ def _size(dim: spec.Dim) -> int:
 
 
 def _jsonable(scheduler: Mapping[str, Any]) -> dict[str, Any]:
-    """Without "-Infinity", diffusers' default of lambda_min_clipped: a missing key means the same."""
+    """Drop "-Infinity", diffusers' default of lambda_min_clipped: a missing key means the same."""
     return {key: value for key, value in scheduler.items() if value != -math.inf}
 
 
@@ -68,7 +69,7 @@ def _producer() -> str:
 
 
 def _defaults(source: Checkpoint, scale: int) -> Defaults:
-    """The checkpoint's `recommended.json`, if there is one, over what the family uses."""
+    """The family's defaults, overridden by the checkpoint's `recommended.json` if there is one."""
     size = source.unet.config.get("sample_size") or 64
     height, width = cast(list[int], size) if isinstance(size, list) else (size, size)
     values: dict[str, Any] = {

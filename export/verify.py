@@ -1,25 +1,24 @@
-"""Each net of a package against torch in float32, on fresh random inputs.
+"""Compares each net of a package with torch in float32, on random inputs.
 
-The bars are on the relative L2 error |a - b| / |b| over a whole output. float32: 1e-4. Two correct programs
+The bars are on the relative L2 error |a - b| / |b| over a whole output. fp32: 1e-4. Two correct programs
 differ only by the order of their sums, 1e-7 to 1e-6 on these nets; the commonest mistake, tanh-GELU for GELU,
-is 1e-3. fp16: 5e-3, an fp16 rounding (5e-4) grown tenfold over some hundred layers.
+makes 1e-3. fp16: 5e-3, an fp16 rounding error (5e-4) grown tenfold over some hundred layers.
 """
 
 from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from ..engines.errors import NumericError
-from ..engines.package import NetFile, Package
+from ..engines.errors import EXPORT_IN_FP32, NumericError
+from ..engines.package import NetFile
 from ..engines.spec import TEXT_ENCODERS, VECTORS, Array
 from .checkpoint.open import Checkpoint
 from .graphs.to_onnx import example
@@ -28,18 +27,18 @@ from .nets.calibration import token_ids
 from .nets.torch_net import Net
 
 BARS: Mapping[str, float] = {"fp32": 1e-4, "fp16": 5e-3}
-# uint8 pictures, dB: rounding alone gives 75 where one in a hundred shades flips; fp16 as above gives 50.
+# For uint8 pictures, in dB: rounding alone gives 75 if one value in a hundred flips; fp16 as above gives 50.
 PICTURE_BARS: Mapping[str, float] = {"fp32": 60.0, "fp16": 45.0}
-# Not the sizes that were traced: a size frozen into the graph shows.
+# Other sizes than were traced, so that a size frozen into the graph shows.
 _SIZES: Mapping[str, int] = {"B": 2, "N": 1, "P": 2, "T": 77, "H/8": 24, "W/8": 40, "H": 192, "W": 320}
-# Outputs that may be next to nothing: their error is measured against what they are added to, pixels and
-# latents of size one.
+# Outputs that may be close to zero: their error is relative to what they are added to, pixels and latents of
+# magnitude one.
 _SUMMANDS = (("vae_decoder", "mean"), ("preview_decoder", "mean"), ("vae_encoder", "std"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One output of one net against torch. `psnr` (dB) is infinite for equal arrays."""
+    """One output of one net compared with torch. `psnr` (dB) is infinite for equal arrays."""
 
     net: str
     output: str
@@ -50,7 +49,7 @@ class Comparison:
 
 
 def compare(net: str, output: str, found: Array, wanted: Array, dtype: str) -> Comparison:
-    """Measure `found` (ONNX Runtime) against `wanted` (torch in float32); judge it by the bar of `dtype`."""
+    """Compare `found` (ONNX Runtime) with `wanted` (torch in float32), at the bar of `dtype`."""
     a, b = found.astype(np.float64), wanted.astype(np.float64)
     if a.shape != b.shape or not np.isfinite(a).all():
         return Comparison(
@@ -72,56 +71,26 @@ def compare(net: str, output: str, found: Array, wanted: Array, dtype: str) -> C
     )
 
 
-def verify_package(
-    package: Package,
-    checkpoint: str | Path | Checkpoint,
-    report: Callable[[Comparison], None] | None = None,
-    seed: int = 0,
-) -> tuple[Comparison, ...]:
-    """Verify every net of a package against the checkpoint it was made from: a path, or opened with options.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be read.
-        NumericError: a net is below its bar.
-    """
-    if isinstance(checkpoint, Checkpoint):
-        source = checkpoint
-    else:
-        source = Checkpoint.open(checkpoint, prefer_fp16=package.manifest.dtype == "fp16")
-    nets = package.manifest.nets
-    found: list[Comparison] = []
-    for component in NETS:
-        files = {name: file for name, file in nets.items() if file.graph.startswith(f"{component}/")}
-        if not files:
-            continue
-        found += verify_component(source, component, package.root, files, package.manifest.dtype, seed)
-    for item in found:
-        if report is not None:
-            report(item)
-    return tuple(found)
-
-
 def verify_component(
-    source: Checkpoint, component: str, root: Path, files: Mapping[str, NetFile], dtype: str, seed: int = 0
+    source: Checkpoint, component: str, root: Path, files: Mapping[str, NetFile], dtype: str
 ) -> list[Comparison]:
-    """Verify the nets of one component, given the package's folder and their entries in the manifest.
+    """Verify the nets of one component; `files` are their entries in the manifest of the package at `root`.
 
-    torch runs first and is gone before ONNX Runtime starts: their memory does not add up.
+    torch runs first and is gone before ONNX Runtime starts, so that their memory does not add up.
 
     Raises:
         NumericError: a net is below its bar.
     """
     main = "unet_whole" if component == "unet" else component
-    inputs = example(files[main].spec, _SIZES, seed)
-    if component in TEXT_ENCODERS:  # the pooled embedding is found by the token that ends a prompt
+    inputs = example(files[main].spec, _SIZES)
+    if component in TEXT_ENCODERS:  # the token that ends a prompt marks the pooled embedding
         inputs["input_ids"] = torch.tensor(token_ids(source, component)[: _SIZES["P"]], dtype=torch.int32)
     arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
     wanted = _torch(NETS[component].build(source, torch.float32), inputs)
     gc.collect()
-    outputs = [item.name for item in files[main].spec.outputs]
     checks = [
         compare(main, output, found, b, dtype)
-        for output, found, b in zip(outputs, _ort(root, files[main], arrays).values(), wanted, strict=True)
+        for (output, found), b in zip(_run(root, files[main], arrays)[0].items(), wanted, strict=True)
     ]
     if component == "unet":
         prediction = _hoisted(root, files, arrays)
@@ -141,32 +110,28 @@ def _torch(net: Net, inputs: Mapping[str, Any]) -> list[Array]:
 
 
 def _hoisted(root: Path, files: Mapping[str, NetFile], arrays: Mapping[str, Array]) -> Array:
-    """The prediction by way of the invariants: each row by itself, as every row has its own timestep here."""
+    """The prediction by way of the invariants, one row a call because every row has its own timestep here."""
     time = {name: array for name, array in arrays.items() if name == "timestep" or name in VECTORS}
-    times = _ort(root, files["unet_time"], time)
-    contexts = _ort(root, files["unet_context"], {"context": arrays["encoder_hidden_states"]})
+    (times,) = _run(root, files["unet_time"], time)
+    (contexts,) = _run(root, files["unet_context"], {"context": arrays["encoder_hidden_states"]})
     rows: list[dict[str, Array]] = []
     for row in range(len(arrays["sample"])):
         one = slice(row, row + 1)
         invariants = {name: value[one] for name, value in {**contexts, **times}.items()}
         latent, behind = np.split(arrays["sample"][one], [4], axis=1)
         rows.append({"latent": latent, **({"image_latents": behind} if behind.size else {}), **invariants})
-    return np.concatenate(_calls(root, files["unet"], rows, "prediction"))
+    return np.concatenate([found["prediction"] for found in _run(root, files["unet"], *rows)])
 
 
-def _calls(root: Path, file: NetFile, calls: list[dict[str, Array]], output: str) -> list[Array]:
-    session = _session(root, file)
-    return [cast(Array, session.run([output], call)[0]) for call in calls]
-
-
-def _ort(root: Path, file: NetFile, arrays: Mapping[str, Array]) -> dict[str, Array]:
+def _run(root: Path, file: NetFile, *calls: Mapping[str, Array]) -> list[dict[str, Array]]:
+    """The outputs of each call on ONNX Runtime, by name."""
+    session = _session(root / file.graph)
     names = [item.name for item in file.spec.outputs]
-    outputs = cast(list[npt.NDArray[Any]], _session(root, file).run(names, dict(arrays)))
-    return dict(zip(names, outputs, strict=True))
+    return [dict(zip(names, session.run(names, dict(call)), strict=True)) for call in calls]
 
 
-def _session(root: Path, file: NetFile) -> Any:
-    """ONNX Runtime on CPU. Arena, prepacking and folding would each keep another copy of the weights."""
+def _session(path: Path) -> Any:
+    """A session on the CPU. Arena, prepacking and folding would each keep another copy of the weights."""
     import onnxruntime
 
     ort = cast(Any, onnxruntime)  # its own stubs are incomplete
@@ -174,7 +139,7 @@ def _session(root: Path, file: NetFile) -> Any:
     options.enable_cpu_mem_arena = False
     options.add_session_config_entry("session.disable_prepacking", "1")
     return ort.InferenceSession(
-        str(root / file.graph),
+        str(path),
         options,
         providers=["CPUExecutionProvider"],
         disabled_optimizers=["ConstantFolding"],
@@ -186,7 +151,5 @@ def _below(check: Comparison, dtype: str) -> NumericError:
         f"{check.net}: {check.output} differs from torch by {check.relative_l2:.2e} relative L2"
         f" (largest error {check.max_error:.2e}, PSNR {check.psnr:.1f} dB)",
         expected=f"at most {BARS[dtype]:.0e} ({PICTURE_BARS[dtype]:.0f} dB for pictures) in {dtype}",
-        fix="Export with --dtype fp32."
-        if dtype == "fp16"
-        else "Report the checkpoint: its graph is computed wrongly.",
+        fix=EXPORT_IN_FP32 if dtype == "fp16" else "Report the checkpoint: its graph is computed wrongly.",
     )

@@ -274,7 +274,8 @@ class Pipeline:
         if image is None or mean is None:
             with clock.stage("vae_decoder"):
                 image, mean = loop.decode(drawn.latent, tile=request.tile)
-        return finished(check_finite(image, mean), request), producer
+        images = check_finite(image, mean, manifest.dtype)
+        return finished(images, request, manifest.dtype), producer
 
     def prepare(self, request: Request, clock: Clock | None = None) -> Job:
         """All that the loop is given for a request, without running it: for measurements."""
@@ -288,7 +289,7 @@ class Pipeline:
         started = {"strength": 1.0} if parameters.get("image") is not None else {}
         whole: Any = {"num_inference_steps": 1, "seed": 0, **started, **parameters, "output_type": "latent"}
         latent = np.asarray(self("", **whole).images)
-        check_finite(*self.loop.decode(latent, tile=parameters.get("tile")))
+        check_finite(*self.loop.decode(latent, tile=parameters.get("tile")), self.package.manifest.dtype)
 
     def close(self) -> None:
         """Free every net. May be called twice."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..engines.errors import NumericError, UsageError
+from ..engines.errors import NumericError, UsageError, numeric_fix
 from ..engines.package import Manifest
 from ..engines.spec import DTYPES, Array
 from .loop.denoise import narrow
@@ -31,12 +31,13 @@ def preview(latent: Array, kind: str, *, manifest: Manifest, loop: Loop, request
     if kind == "fast":
         kind = "tiny" if "preview_decoder" in manifest.nets else "rgb" if manifest.latent_rgb else "decoder"
     if kind == "decoder":
-        images = check_finite(*loop.decode(latent, tile=request.tile))
+        images = check_finite(*loop.decode(latent, tile=request.tile), manifest.dtype)
         return [to_pil(image) for image in put_back(images, request)]
     if kind == "tiny" and "preview_decoder" in manifest.nets:
         dtype = DTYPES[manifest.net("preview_decoder").spec.inputs[0].dtype]
         decoded = loop.call("preview_decoder", latent=narrow(latent, dtype))
-        return [to_pil(image) for image in check_finite(decoded["image"], decoded["mean"])]
+        images = check_finite(decoded["image"], decoded["mean"], manifest.dtype)
+        return [to_pil(image) for image in images]
     if kind == "rgb" and manifest.latent_rgb:
         return [to_pil(image) for image in project(latent, np.array(manifest.latent_rgb, np.float32))]
     raise UsageError(
@@ -60,13 +61,15 @@ def project(latent: Array, latent_rgb: Array) -> Pixels:
     return np.rint(np.minimum(np.maximum(shades, 0), 1) * 255).astype(np.uint8)
 
 
-def finished(images: Array, request: Request) -> list[Image] | Array:
+def finished(images: Array, request: Request, dtype: str) -> list[Image] | Array:
     """Decoded pictures (N, H, W, 3) uint8 as the request's `output_type` returns them.
+
+    `dtype` is the package's, for the error's advice.
 
     Raises:
         NumericError: a picture of one colour.
     """
-    check_pictures(images)
+    check_pictures(images, dtype)
     images = put_back(images, request)
     return images if request.output_type == "np" else [to_pil(image) for image in images]
 
@@ -78,8 +81,10 @@ def put_back(images: Array, request: Request) -> Array:
     return np.stack([request.source.inpainting.paste(image) for image in images])
 
 
-def check_finite(image: Array, mean: Array) -> Array:
+def check_finite(image: Array, mean: Array, dtype: str) -> Array:
     """The image (N, H, W, 3); its mean (N,), taken before clamping, shows what uint8 cannot.
+
+    `dtype` is the package's, for the error's advice.
 
     Raises:
         NumericError: a mean is NaN or infinite.
@@ -88,6 +93,6 @@ def check_finite(image: Array, mean: Array) -> Array:
         raise NumericError(
             "the decoded picture is not finite",
             expected="finite numbers",
-            fix="An fp16 package may overflow: export it again with --dtype fp32.",
+            fix=numeric_fix(dtype),
         )
     return image

@@ -1,4 +1,4 @@
-"""Autoencoders outside of a checkpoint: another one in place of its own, and tiny ones for previews."""
+"""Autoencoders from elsewhere: another in place of the checkpoint's own, or a tiny one for previews."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .single_file import open_vae_file
 
 TINY = "AutoencoderTiny"
 _KINDS = ("AutoencoderKL", TINY)
-# A first convolution: by diffusers' names, and where a clamp comes before it.
+# A tiny decoder's first convolution, by diffusers' names and in TAESD's own files.
 _TINY_NAMES = {"decoder.layers.0.weight", "1.weight"}
 _FIX = "Use the folder or file of an AutoencoderKL, or of an AutoencoderTiny (TAESD)."
 
 
 def is_tiny(vae: Component) -> bool:
-    """Whether it is an AutoencoderTiny: no posterior, and few enough layers for a preview per step."""
+    """Whether it is an AutoencoderTiny: it has no posterior, and is fast enough for a preview each step."""
     return vae.config.get("_class_name") == TINY
 
 
@@ -33,10 +33,10 @@ def vae_scale(vae: Component) -> int:
 def open_vae(path: Path, *, scaling_factor: float, prefer_fp16: bool = False) -> Component:
     """The autoencoder in a diffusers folder or a `.safetensors` file, as a part named "vae".
 
-    `scaling_factor` is for files, which do not say it.
+    `scaling_factor` is for files, which do not have it.
 
     Raises:
-        CheckpointError: it is missing or damaged, of another kind, or has a decoder alone.
+        CheckpointError: it is missing, damaged or of another kind, or has no encoder.
     """
     found = _file(path, scaling_factor) if path.is_file() else _folder(path, prefer_fp16)
     if is_tiny(found) and not any(name.startswith("encoder.") for name in found.tensors):
@@ -81,9 +81,9 @@ def _file(path: Path, scaling_factor: float) -> Component:
 
 
 def _tiny_file(path: Path, headers: dict[str, TensorHeader]) -> Component:
-    """TAESD as published: under diffusers' names, or a decoder by its places in torch's Sequential.
+    """A tiny autoencoder's file by diffusers' names, or TAESD's decoder by its places in torch's Sequential.
 
-    There the clamp is the first layer, which diffusers has in front of its layers.
+    In the latter the clamp is the first layer. diffusers does not count it among its layers.
     """
     if "decoder.layers.0.weight" not in headers:
         headers = {f"decoder.layers.{_one_less(name)}": header for name, header in headers.items()}
@@ -96,12 +96,11 @@ def _one_less(name: str) -> str:
 
 
 def _tiny_config(headers: Mapping[str, TensorHeader]) -> dict[str, object]:
-    """Blocks of each level, and their width, from the decoder: a level ends at a bare convolution."""
+    """AutoencoderTiny's config from the decoder's tensors: a level is some blocks and a bare convolution."""
     blocks, levels = 0, list[int]()
     places = {name.split(".")[2] for name in headers if name.startswith("decoder.layers.")}
-    for place in sorted(map(int, filter(str.isdecimal, places)))[
-        1:
-    ]:  # the first convolution takes the latent
+    layers = sorted(map(int, filter(str.isdecimal, places)))
+    for place in layers[1:]:  # the first convolution takes the latent
         if f"decoder.layers.{place}.conv.0.weight" in headers:
             blocks += 1
         else:

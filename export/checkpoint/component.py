@@ -1,4 +1,4 @@
-"""One part of a checkpoint, such as its UNet: a config, and tensors that are headers until they are read."""
+"""One part of a checkpoint, such as its UNet: a config, and the headers of its tensors."""
 
 from __future__ import annotations
 
@@ -16,15 +16,22 @@ SUPPORTED = (
     "Stable Diffusion 1.x or 2.x, SDXL or its refiner, a latent consistency model, or Stable unCLIP 2.1"
     " (image variations)"
 )
+# Channels of a UNet's input -> the family that has them, for families that are refused.
+REFUSED_CHANNELS: Mapping[int, str] = {
+    5: "Stable Diffusion 2 depth-to-image",
+    7: "the Stable Diffusion upscaler",
+    8: "InstructPix2Pix",
+}
+_WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
 # The stem of a part's weights file, by the library that wrote the part.
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """One part of a checkpoint: its config, and its tensors under diffusers' or transformers' names.
+    """One part of a checkpoint: its config, and its tensors by diffusers' or transformers' names.
 
-    `folder` is for messages: a folder, or the file that holds the whole checkpoint.
+    `folder` is for messages: the part's folder, or the file that holds the whole checkpoint.
     """
 
     name: str
@@ -34,12 +41,12 @@ class Component:
 
 
 def read_component(folder: Path, name: str, stem: str, *, prefer_fp16: bool = False) -> Component:
-    """A part in a folder of its own.
+    """Read a part that has a folder of its own.
 
     Args:
         folder: has `config.json` and weights.
-        name: of the part.
-        stem: DIFFUSERS or TRANSFORMERS.
+        name: the part's.
+        stem: DIFFUSERS or TRANSFORMERS, by the library that wrote it.
         prefer_fp16: take the `.fp16.safetensors` variant where both are there.
 
     Raises:
@@ -52,13 +59,24 @@ def read_component(folder: Path, name: str, stem: str, *, prefer_fp16: bool = Fa
     return Component(name=name, folder=folder, config=config, tensors=tensors)
 
 
+def refuse_quantised(part: Component) -> None:
+    """Raise CheckpointError for weights in fp8 or integers: dequantising them needs more than the tensor."""
+    for name, tensor in part.tensors.items():
+        if tensor.dtype not in _WEIGHT_TYPES and not name.endswith("position_ids"):  # CLIP's buffer
+            raise CheckpointError(
+                f"{part.folder} stores the weight {name[:80]!r} as {tensor.dtype}",
+                expected=f"one of {', '.join(_WEIGHT_TYPES)}",
+                fix="Use the checkpoint's fp16 or fp32 weights.",
+            )
+
+
 def missing(path: Path) -> NoReturn:
-    """Raise CheckpointError: there is no such file."""
+    """Raise the CheckpointError for a file that is missing."""
     raise CheckpointError(f"{path} is missing", expected=SUPPORTED, fix=DOWNLOAD)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError: it is missing, damaged or something else."""
+    """Read a JSON object. Raises CheckpointError if it is missing, damaged or something else."""
     if not path.is_file():
         missing(path)
     try:

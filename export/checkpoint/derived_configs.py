@@ -1,7 +1,8 @@
 """The configs of a one-file checkpoint's parts, from the shapes of their tensors.
 
-A folder says in `config.json` how a part is built; in a single file the tensors say it, by diffusers' and
-transformers' names (`ldm_names.py`). What no shape tells is a family's convention and comes as an argument.
+A folder has `config.json`; in a single file the tensors have to say how a part is built. They come by
+diffusers' and transformers' names (`ldm_names.py`). What no shape says is the family's convention, and an
+argument here.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ def unet_config(tensors: Tensors, *, head_size: int | None, ids: int = 6, pooled
         tensors: by diffusers' names.
         head_size: channels of an attention head (2.x and XL: 64); None for 8 heads everywhere (1.x).
         ids: how many time ids the added embedding takes (XL: 6, its refiner: 5).
-        pooled: width of the text embedding that the added embedding takes besides.
+        pooled: the width of the pooled text embedding, which the added embedding takes too.
 
     Raises:
-        CheckpointError: a tensor is missing, or the blocks are arranged as no config can say.
+        CheckpointError: a tensor is missing, or no config can describe how the blocks are arranged.
     """
     levels = max(_count(tensors, "down_blocks."), 1)
     widths = [_shape(tensors, f"down_blocks.{i}.resnets.0.conv1.weight", 4)[0] for i in range(levels)]
@@ -71,7 +72,7 @@ def unet_config(tensors: Tensors, *, head_size: int | None, ids: int = 6, pooled
 
 
 def _depths(tensors: Tensors, levels: int, layers: int) -> tuple[list[int], int]:
-    """How many transformer blocks an attention has: in each level (0: no attention), and in the middle."""
+    """The transformer blocks of an attention: in each level (0 without attention), and in the middle."""
     blocks = {match.groups() for match in map(_ATTENTION_BLOCK.match, tensors) if match}
     found = Counter(place for place, _ in blocks)
     depths = [found[f"down_blocks.{level}.attentions.0"] for level in range(levels)]
@@ -91,7 +92,7 @@ def _depths(tensors: Tensors, levels: int, layers: int) -> tuple[list[int], int]
 
 
 def vae_config(tensors: Tensors) -> dict[str, Any]:
-    """The config of AutoencoderKL but for its scaling factor, which no shape tells.
+    """The config of AutoencoderKL without its scaling factor, which no shape says.
 
     Raises:
         CheckpointError: a tensor is missing.
@@ -145,7 +146,7 @@ def text_config(tensors: Tensors, *, hidden_act: str, projects: bool = False) ->
         "hidden_act": hidden_act,
         "layer_norm_eps": 1e-5,
         "projection_dim": _shape(tensors, "text_projection.weight", 2)[0] if projects else width,
-        # As in the published configs: 2 stands for "the highest id of the prompt is its end".
+        # As in the published configs. 2 means to transformers that the highest id of a prompt is its end.
         "bos_token_id": 0,
         "eos_token_id": 2,
         "pad_token_id": 1,
@@ -153,7 +154,7 @@ def text_config(tensors: Tensors, *, hidden_act: str, projects: bool = False) ->
 
 
 def _count(tensors: Tensors, prefix: str) -> int:
-    """How many different numbers follow `prefix`."""
+    """How many different numbers follow `prefix` in the names."""
     return len({name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)})
 
 

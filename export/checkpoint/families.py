@@ -1,4 +1,4 @@
-"""What a checkpoint of each family consists of, and what a request to it gets when it does not say.
+"""What a checkpoint of each family consists of, and a request's defaults for it.
 
 Steps and guidance are the defaults of diffusers' pipelines of the same name.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...engines.errors import CheckpointError
-from .component import DIFFUSERS, SUPPORTED, TRANSFORMERS, Component
+from .component import DIFFUSERS, REFUSED_CHANNELS, SUPPORTED, TRANSFORMERS, Component
 
 OTHER = "Use a checkpoint of one of these families; others are not supported."
 
@@ -22,10 +22,10 @@ class Layout:
     Attributes:
         parts: folders with weights -> the stem of the weights file.
         optional: parts that a checkpoint may do without (the SDXL refiner has one text encoder).
-        configs: JSON files, by the name of the folder that has them.
-        steps: by default.
-        guidance_scale: by default.
-        strength: of image to image, by default.
+        configs: the folder of each JSON config -> its file.
+        steps: a request's default.
+        guidance_scale: a request's default.
+        strength: the default of image to image.
         zero_empty_prompt: `force_zeros_for_empty_prompt` where model_index.json does not say.
     """
 
@@ -74,7 +74,7 @@ PIPELINES: Mapping[str, Layout] = {
     "StableUnCLIPImg2ImgPipeline": _UNCLIP,
 }
 
-# diffusers' class prefix -> what its users call it, for what is refused. First match wins.
+# The prefix of a refused pipeline class -> what its users call the family. First match wins.
 _NAMES = {
     "StableDiffusionXLInstructPix2Pix": "InstructPix2Pix for SDXL",
     "StableDiffusionXLControlNet": "an SDXL ControlNet pipeline",
@@ -89,7 +89,7 @@ _NAMES = {
     "Flux": "Flux",
 }
 
-# A UNet's option -> whose it is, and the values that are exported.
+# An option of a UNet's config -> the family that sets it, and the values that can be exported.
 _UNET_OPTIONS: Mapping[str, tuple[str, tuple[object, ...]]] = {
     "addition_embed_type": ("DeepFloyd IF or Kandinsky", (None, "text_time")),
     "class_embed_type": ("the upscaler, or another class-conditioned model", (None, "projection")),
@@ -104,26 +104,26 @@ _UNET_OPTIONS: Mapping[str, tuple[str, tuple[object, ...]]] = {
     "dual_cross_attention": ("Versatile Diffusion", (None, False)),
     "out_channels": ("a model that also predicts variance", (4,)),
 }
-_IN_CHANNELS = {8: "InstructPix2Pix", 5: "a depth-to-image model", 7: "an upscaler"}
 
-# Schedulers with which distilled models ship: Turbo (arXiv 2311.17042) is trained at the last timestep, where
-# `trailing` spacing begins, and sd-turbo and sdxl-turbo are published with these two. Models that were
-# fine-tuned for zero terminal SNR have the same spacing and are not distilled: `_is_turbo` tells them apart.
+# The schedulers of sd-turbo and sdxl-turbo as published. Turbo (arXiv 2311.17042) is trained at the last
+# timestep, where `trailing` spacing begins. Models fine-tuned for zero terminal SNR have the same spacing and
+# are not distilled: `_is_turbo` tells them apart.
 _TURBO_SCHEDULERS = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
-_TURBO = (1, 0.0)
 
 
 def layout_of(pipeline: str, where: object) -> Layout:
-    """The layout of a pipeline class. Raises CheckpointError that names a family that is not supported."""
+    """The layout of a pipeline class. Raises CheckpointError that names the family where it is refused."""
     if pipeline in PIPELINES:
         return PIPELINES[pipeline]
     family = next((name for prefix, name in _NAMES.items() if pipeline.startswith(prefix)), "another family")
     raise CheckpointError(f"{where} holds {family} ({pipeline})", expected=SUPPORTED, fix=OTHER)
 
 
-def steps_and_guidance(layout: Layout, scheduler: Mapping[str, Any]) -> tuple[int, float]:
-    """The default steps and guidance scale of a checkpoint with this scheduler."""
-    return _TURBO if _is_turbo(scheduler) else (layout.steps, layout.guidance_scale)
+def defaults(layout: Layout, scheduler: Mapping[str, Any]) -> tuple[int, float, float]:
+    """The default steps, guidance scale and strength of a checkpoint with this scheduler."""
+    if _is_turbo(scheduler):
+        return 1, 0.0, 1.0  # a single step has no part that could be run alone
+    return layout.steps, layout.guidance_scale, layout.strength
 
 
 def _is_turbo(scheduler: Mapping[str, Any]) -> bool:
@@ -136,10 +136,12 @@ def _is_turbo(scheduler: Mapping[str, Any]) -> bool:
 
 
 def refuse_unet(unet: Component) -> None:
-    """Raise CheckpointError for a UNet with inputs or nets that are not exported, by its family's name."""
+    """Raise CheckpointError, naming the family, for a UNet with inputs or parts that are not exported."""
     channels = unet.config.get("in_channels", 4)
     if channels not in (4, 9):
-        kind = _IN_CHANNELS.get(channels, "another family") if isinstance(channels, int) else "another family"
+        kind = "another family"
+        if isinstance(channels, int):
+            kind = REFUSED_CHANNELS.get(channels, kind)
         raise CheckpointError(
             f"{unet.folder} is the UNet of {kind} (in_channels {channels})", expected=SUPPORTED, fix=OTHER
         )

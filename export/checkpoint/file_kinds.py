@@ -1,4 +1,4 @@
-"""What a weights file is, when it is not a whole checkpoint that can be exported: named, and refused."""
+"""Recognises weights files that are not a whole checkpoint that can be exported, and refuses them by name."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ...engines.errors import CheckpointError
+from .component import REFUSED_CHANNELS
 from .safetensors_file import TensorHeader
 
 UNET = "model.diffusion_model."
@@ -16,7 +17,7 @@ _CONV_IN = f"{UNET}input_blocks.0.0.weight"
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _WHOLE = "UNet, text encoders and autoencoder of Stable Diffusion 1.x or 2.x, SDXL or its refiner in one file"
 
-# What only this kind has among its tensor names -> what it is called. First match wins.
+# A pattern that only this kind's tensor names match -> the kind's name. First match wins.
 _KINDS = {
     r"^lora_|\.lora(_down|_up|_A|_B|_linear_layer|\.down|\.up)\.|\.hada_w1_|\.lokr_w1": "a LoRA",
     r"^control_model\.|^controlnet_cond_embedding\.|^input_hint_block\.": "a ControlNet",
@@ -26,20 +27,19 @@ _KINDS = {
     r"^(embedder|noise_augmentor)\.": "Stable unCLIP",
     r"\bmotion_modules\.": "AnimateDiff",
 }
-# The same for files that are one part of a checkpoint.
+# The same for files with one part of a checkpoint.
 _PARTS = {
     r"^first_stage_model\.|^(vae\.)?(encoder|decoder)\.conv_in\.weight$": "an autoencoder alone",
     r"^(emb_params|clip_l|clip_g)$": "a textual inversion",
     r"^input_blocks\.0\.0\.weight$|^down_blocks\.0\.": "a UNet alone",
     r"^(cond_stage_model|conditioner|text_model|embeddings|transformer)\.": "a text encoder alone",
 }
-_CHANNELS = {8: "InstructPix2Pix", 7: "the Stable Diffusion upscaler", 5: "Stable Diffusion 2 depth-to-image"}
 
 
 def refuse_pickle(path: Path) -> None:
-    """Raise CheckpointError for a file whose name or beginning says that it is a pickle."""
+    """Raise CheckpointError for a file that is a pickle by its name or its first bytes."""
     start = b""
-    with suppress(OSError):  # whoever reads it next says why it cannot be read
+    with suppress(OSError):  # the next reader reports it
         if path.is_file():
             with path.open("rb") as stream:
                 start = stream.read(4)
@@ -52,7 +52,7 @@ def refuse_pickle(path: Path) -> None:
 
 
 def refuse_other_kinds(path: Path, tensors: Mapping[str, TensorHeader]) -> None:
-    """Raise CheckpointError for whatever has no Stable Diffusion UNet with 4 or 9 input channels."""
+    """Raise CheckpointError for a file without a Stable Diffusion UNet of 4 or 9 input channels."""
     names = "\n".join(tensors)
     for pattern, kind in _KINDS.items():
         if re.search(pattern, names, re.MULTILINE):
@@ -63,7 +63,7 @@ def refuse_other_kinds(path: Path, tensors: Mapping[str, TensorHeader]) -> None:
     shape = tensors[_CONV_IN].shape
     channels = shape[1] if len(shape) == 4 else 0
     if channels not in (4, 9):
-        _refuse(path, _CHANNELS.get(channels, f"a UNet of {channels} input channels"))
+        _refuse(path, REFUSED_CHANNELS.get(channels, f"a UNet of {channels} input channels"))
     if f"{UNET}label_emb.0.0.weight" in tensors and "\ncond_stage_model." in names:
         _refuse(path, "a class-conditioned model, such as Stable unCLIP")
 

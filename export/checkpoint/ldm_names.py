@@ -1,12 +1,11 @@
 """The tensor names of one-file checkpoints, turned into diffusers' and transformers'.
 
-One-file checkpoints have the names of the repositories that trained them: CompVis' latent-diffusion (UNet,
-VAE; Stability AI's generative-models kept them), transformers' CLIP under a prefix, and OpenCLIP. The
-correspondence is the one of diffusers' `loaders/single_file_utils.py` and of its scripts
-`convert_diffusers_to_original_*.py`. No tensor is read: a new name stands for rows, a transpose or another
-shape of the stored one.
+One-file checkpoints have the names of the code that trained them: CompVis' latent-diffusion (UNet and VAE;
+Stability AI's generative-models kept them), transformers' CLIP under a prefix, and OpenCLIP. The mapping is
+that of diffusers' `loaders/single_file_utils.py` and its scripts `convert_diffusers_to_original_*.py`. No
+tensor is read: a new name may stand for rows, the transpose or another shape of the stored tensor.
 
-Every function takes the tensors of one part, without its prefix; names that mean nothing to it are left out.
+Every function takes the tensors of one part without its prefix, and leaves unknown names out.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ _OPEN_CLIP_PARTS = {
 
 def unet_tensors(stored: Tensors) -> dict[str, TensorHeader]:
     """A latent-diffusion UNet's tensors (`input_blocks…`) by UNet2DConditionModel's names."""
-    # Blocks are numbered through; a level is its residual blocks and the downsampler behind them.
+    # Blocks are numbered across levels; a level is its residual blocks and the downsampler behind them.
     ends = [
         int(name.split(".")[1])
         for name in stored
@@ -119,7 +118,7 @@ def vae_tensors(stored: Tensors) -> dict[str, TensorHeader]:
 
 
 def _vae_module(module: str, top: int) -> str | None:
-    """`top`: the highest level; diffusers counts the decoder's levels from there down."""
+    """diffusers' name of a VAE's module. It counts the decoder's levels down from `top`, the highest."""
     if module in _VAE_ENDS:
         return _VAE_ENDS[module]
     if match := _VAE_LEVEL.fullmatch(module):
@@ -147,7 +146,7 @@ def _renamed(stored: Tensors, module_name: Callable[[str], str | None]) -> dict[
 
 
 def clip_tensors(stored: Tensors) -> dict[str, TensorHeader]:
-    """transformers' own names; early and recent releases leave out the first part, `text_model.`."""
+    """CLIP's tensors under `text_model.`, which early and recent releases of transformers leave out."""
     return {
         f"text_model.{name.removeprefix('text_model.')}": tensor
         for name, tensor in stored.items()

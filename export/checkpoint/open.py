@@ -1,6 +1,6 @@
-"""Read a checkpoint: find its parts, recognise its family, and refuse what no net can be made of.
+"""Open a checkpoint: find its parts, recognise its family, and refuse what cannot be exported.
 
-Nothing here imports torch, and nothing here unpickles: only JSON and safetensors headers are read.
+Only JSON and safetensors headers are read. Nothing here imports torch or unpickles.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ from ...engines.errors import CheckpointError
 from ...engines.package import IMAGE_LATENTS, TIME_IDS
 from ...engines.spec import TEXT_ENCODERS
 from .autoencoders import open_tiny_vae, open_vae, vae_scale
-from .component import DOWNLOAD, SUPPORTED, Component, missing, read_component, read_json
-from .families import OTHER, PIPELINES, layout_of, refuse_unet, steps_and_guidance
+from .component import DOWNLOAD, SUPPORTED, Component, missing, read_component, read_json, refuse_quantised
+from .families import OTHER, PIPELINES, defaults, layout_of, refuse_unet
 from .single_file import check_prediction_type, open_single_file
-from .tokenizers import ClipTokenizer, CopiedTokenizer, TokenizerSource
+from .tokenizers import ClipVocabulary, CopiedTokenizer, TokenizerSource
 
-__all__ = ["Checkpoint", "Component"]
-
-# How many numbers a UNet takes as `time_ids` -> what they are, in diffusers' order (`_get_add_time_ids`).
+# The width of a UNet's `time_ids` -> its numbers, in the order of diffusers' `_get_add_time_ids`.
 _TIME_IDS = {6: TIME_IDS[:6], 5: (*TIME_IDS[:4], "aesthetic_score")}
-# The pipeline whose layout and defaults a checkpoint in one file has.
+# The family of a one-file checkpoint -> the pipeline whose layout and defaults it has.
 _FILE_PIPELINES = {
     "sd1": "StableDiffusionPipeline",
     "sd2": "StableDiffusionPipeline",
@@ -34,20 +32,20 @@ _FILE_PIPELINES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What can be exported: parts, and what a package's manifest says of them.
+    """What can be exported: the parts, and what a package's manifest says about them.
 
     Attributes:
         root: the folder or file.
-        parts: `unet`, `vae`, and where there are such: `text_encoder`, `text_encoder_2`, `image_encoder`,
+        parts: `unet` and `vae`, and some of `text_encoder`, `text_encoder_2`, `image_encoder`,
             `image_normalizer`, `tiny_vae`.
         tokenizers: by their folders' names.
-        configs: JSON by the name of the folder that had it: `scheduler`, `feature_extractor`,
+        configs: JSON objects by their folders' names: `scheduler`, and for unCLIP `feature_extractor` and
             `image_noising_scheduler`.
-        steps: by default.
-        guidance_scale: by default.
-        strength: by default.
+        steps: a request's default.
+        guidance_scale: a request's default.
+        strength: the default of image to image.
         zero_empty_prompt: as in `engines.package.Manifest`.
-        notes: what a user should know: what was assumed of a one-file checkpoint, and what is not used.
+        notes: for the user: what was assumed about a one-file checkpoint, and which tensors are not used.
     """
 
     root: Path
@@ -63,6 +61,8 @@ class Checkpoint:
     def __post_init__(self) -> None:
         """Check that the parts fit each other; raises CheckpointError."""
         refuse_unet(self.unet)
+        for part in self.parts.values():
+            refuse_quantised(part)
         _vectors(self.parts)
         _check_context(self.parts)
         _check_latents(self.vae, self.latent_scale)
@@ -87,9 +87,9 @@ class Checkpoint:
             prediction_type: what the UNet of a one-file checkpoint predicts; None is what its file says.
 
         Raises:
-            CheckpointError: nothing there; a family not supported (named); a damaged config or
-                weights file; weights that are pickles; parts that do not fit each other.
-            UsageError: another `prediction_type`.
+            CheckpointError: the path does not exist; the family is not supported; a config or a weights file
+                is damaged; weights are pickled or quantised; parts do not fit each other.
+            UsageError: an unknown `prediction_type`.
         """
         root = Path(path)
         if not root.exists():
@@ -114,17 +114,17 @@ class Checkpoint:
 
     @property
     def unet(self) -> Component:
-        """The part that every checkpoint has."""
+        """The UNet."""
         return self.parts["unet"]
 
     @property
     def vae(self) -> Component:
-        """The autoencoder that pictures come from."""
+        """The autoencoder of finished pictures."""
         return self.parts["vae"]
 
     @property
     def text_encoders(self) -> tuple[Component, ...]:
-        """In the order in which their features are joined."""
+        """The text encoders, in the order in which their features are joined."""
         return tuple(self.parts[name] for name in TEXT_ENCODERS if name in self.parts)
 
     @property
@@ -134,7 +134,7 @@ class Checkpoint:
 
     @property
     def family(self) -> str:
-        """For people; nothing is decided by it."""
+        """The family's name, for people. Nothing is decided by it."""
         if "image_normalizer" in self.parts:
             return "unclip"
         if "timestep_cond" in self.vectors:
@@ -155,12 +155,12 @@ class Checkpoint:
 
     @property
     def time_ids(self) -> tuple[str, ...]:
-        """What the vector `time_ids` consists of."""
+        """What the numbers of the vector `time_ids` are."""
         return _TIME_IDS[self.vectors["time_ids"]] if "time_ids" in self.vectors else ()
 
     @property
     def image_latents(self) -> tuple[str, ...]:
-        """What stands behind the latent in the UNet's input."""
+        """What the channels behind the latent in the UNet's input are."""
         return IMAGE_LATENTS if self.unet.config.get("in_channels", 4) == 9 else ()
 
     @property
@@ -183,7 +183,7 @@ def _open_folder(root: Path, prefer_fp16: bool) -> Checkpoint:
         if not folder.is_dir():
             missing(folder)
     configs = {name: read_json(root / name / file) for name, file in layout.configs.items()}
-    steps, guidance_scale = steps_and_guidance(layout, configs["scheduler"])
+    steps, guidance_scale, strength = defaults(layout, configs["scheduler"])
     return Checkpoint(
         root=root,
         parts=parts,
@@ -191,7 +191,7 @@ def _open_folder(root: Path, prefer_fp16: bool) -> Checkpoint:
         configs=configs,
         steps=steps,
         guidance_scale=guidance_scale,
-        strength=layout.strength if steps > 1 else 1.0,  # no part of a single step can be run
+        strength=strength,
         zero_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", layout.zero_empty_prompt)),
     )
 
@@ -199,15 +199,15 @@ def _open_folder(root: Path, prefer_fp16: bool) -> Checkpoint:
 def _open_file(path: Path, prediction_type: str | None) -> Checkpoint:
     found = open_single_file(path, prediction_type=prediction_type)
     layout = PIPELINES[_FILE_PIPELINES[found.family]]
-    steps, guidance_scale = steps_and_guidance(layout, found.scheduler)
+    steps, guidance_scale, strength = defaults(layout, found.scheduler)
     return Checkpoint(
         root=path,
         parts=found.components,
-        tokenizers={name: ClipTokenizer(pad_token=pad) for name, pad in found.tokenizers.items()},
+        tokenizers={name: ClipVocabulary(pad_token=pad) for name, pad in found.tokenizers.items()},
         configs={"scheduler": found.scheduler},
         steps=steps,
         guidance_scale=guidance_scale,
-        strength=layout.strength if steps > 1 else 1.0,  # no part of a single step can be run
+        strength=strength,
         # As in the folder that the refiner is published in.
         zero_empty_prompt=layout.zero_empty_prompt and found.family != "sdxl-refiner",
         notes=found.notes,
@@ -218,7 +218,7 @@ def _vectors(parts: Mapping[str, Component]) -> dict[str, int]:
     """The UNet's conditions besides the prompt -> their widths.
 
     Raises:
-        CheckpointError: one comes from a part that the checkpoint does not have, or has another width there.
+        CheckpointError: the part that makes one is missing, or makes another width.
     """
     config = parts["unet"].config
     vectors: dict[str, int] = {}
@@ -237,7 +237,7 @@ def _vectors(parts: Mapping[str, Component]) -> dict[str, int]:
 
 
 def _width(parts: Mapping[str, Component], name: str) -> int:
-    """Of a part's projected embedding; 0 where there is no such part."""
+    """The width of a part's projected embedding; 0 where there is no such part."""
     return int(parts[name].config.get("projection_dim", 512)) if name in parts else 0
 
 
@@ -264,7 +264,7 @@ def _check_context(parts: Mapping[str, Component]) -> None:
 
 
 def _check_latents(part: Component, scale: int) -> None:
-    """All latents of a package mean the same: four channels, and as many pixels per cell."""
+    """Raise CheckpointError unless latents have four channels and `scale` pixels a cell."""
     channels = cast(object, part.config.get("latent_channels", 4))
     if channels != 4 or vae_scale(part) != scale:
         raise CheckpointError(

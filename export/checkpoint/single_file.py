@@ -1,14 +1,15 @@
 """One-file checkpoints (`.safetensors`): recognised by names and shapes, and taken apart into components.
 
 The result is what a diffusers folder of the same model would give: configs, and tensors by diffusers' names
-that stay where they are in the file. Keys that tell families apart: diffusers' `single_file_utils.py`.
+that stay where they are in the file. The keys that tell families apart are those of diffusers'
+`single_file_utils.py`.
 
-What no tensor says:
+No tensor says
 
-- whether 2.x predicts the noise or v. `modelspec.*` metadata and the marker tensor `v_pred` are believed;
-  without them v is assumed but for inpainting, as diffusers does (it takes the configs of the 768-pixel 2.1);
-- the noise schedule: all families were trained with the same betas; the marker `ztsnr` rescales them;
-- attention's precision in 2.x: 2.1 needs float32 scores and 2.0 is not harmed, so `upcast_attention` is on.
+- whether 2.x predicts the noise or v. `modelspec.*` metadata and the marker tensor `v_pred` are believed.
+  Without them v is assumed, except for inpainting, as in diffusers (whose configs are the 768-pixel 2.1's);
+- the noise schedule. All families were trained with the same betas; the marker `ztsnr` rescales them;
+- attention's precision in 2.x. 2.1 needs float32 scores and 2.0 is not harmed, so `upcast_attention` is on.
 """
 
 from __future__ import annotations
@@ -53,16 +54,13 @@ class SingleFile:
     """A checkpoint in one file.
 
     Attributes:
-        path: the file.
         family: "sd1", "sd2", "sdxl" or "sdxl-refiner".
-        components: "text_encoder", "text_encoder_2", "unet", "vae", as far as the family has them.
-        scheduler: what a folder has as `scheduler_config.json`.
-        tokenizers: the folder that a tokenizer would have -> the token that fills a short prompt. The
-            vocabulary is CLIP's in all of them.
-        notes: what a user should know: what was assumed, and weights that are not used.
+        components: "unet", "vae", and the family's text encoders: "text_encoder", "text_encoder_2".
+        scheduler: what a folder would have as `scheduler_config.json`.
+        tokenizers: a tokenizer's folder -> the token that fills short prompts. CLIP's vocabulary is implied.
+        notes: for the user: what was assumed, and which weights are not used.
     """
 
-    path: Path
     family: str
     components: Mapping[str, Component]
     scheduler: Mapping[str, Any]
@@ -72,7 +70,7 @@ class SingleFile:
 
 @dataclass(frozen=True, kw_only=True)
 class _Encoder:
-    """Where a family has a text encoder in the file, and what its tensors do not say."""
+    """Where a text encoder lies in a family's file, and what its tensors do not say."""
 
     prefix: str
     naming: Naming
@@ -93,7 +91,7 @@ class _Family:
 
 
 def _penultimate(stored: Tensors) -> dict[str, TensorHeader]:
-    """2.x takes the context one layer before the last of ViT-H's 24, so diffusers' config has 23."""
+    """Drop ViT-H's last layer: 2.x takes the context before it, so diffusers' config has 23 layers of 24."""
     last = "text_model.encoder.layers.23."
     return {
         name: tensor
@@ -103,7 +101,7 @@ def _penultimate(stored: Tensors) -> dict[str, TensorHeader]:
 
 
 def _clip(prefix: str) -> _Encoder:
-    """ViT-L."""
+    """The place of a ViT-L."""
     return _Encoder(
         prefix=f"{prefix}.transformer.",
         naming=clip_tensors,
@@ -113,7 +111,7 @@ def _clip(prefix: str) -> _Encoder:
 
 
 def _open_clip(prefix: str, naming: Naming, *, projects: bool) -> _Encoder:
-    """ViT-H or ViT-bigG. OpenCLIP fills with id 0, which is the token "!"."""
+    """The place of a ViT-H or ViT-bigG. OpenCLIP fills short prompts with id 0, the token "!"."""
     return _Encoder(
         prefix=f"{prefix}.model.",
         naming=naming,
@@ -160,7 +158,7 @@ _FAMILIES: Mapping[str, _Family] = {
 
 
 def check_prediction_type(value: str | None) -> None:
-    """Raise UsageError unless it is one that UNets are trained for, or None."""
+    """Raise UsageError unless `value` is None or one of PREDICTION_TYPES."""
     if value not in (None, *PREDICTION_TYPES):
         raise UsageError(
             f"prediction_type is {value!r}",
@@ -178,7 +176,7 @@ def open_single_file(path: Path, *, prediction_type: str | None = None) -> Singl
 
     Raises:
         CheckpointError: a damaged file, a pickle, another family or kind (named), or a part that is missing.
-        UsageError: another `prediction_type`.
+        UsageError: an unknown `prediction_type`.
     """
     check_prediction_type(prediction_type)
     refuse_pickle(path)
@@ -201,7 +199,6 @@ def open_single_file(path: Path, *, prediction_type: str | None = None) -> Singl
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error.found}", expected=error.expected, fix=error.fix) from error
     return SingleFile(
-        path=path,
         family=name,
         components={
             part: Component(name=part, folder=path, config=configs[part], tensors=parts[part])
@@ -222,11 +219,11 @@ def open_single_file(path: Path, *, prediction_type: str | None = None) -> Singl
 
 
 def open_vae_file(path: Path, *, scaling_factor: float = _SD_SCALING) -> Component:
-    """Read the header of an autoencoder's file, or of a whole checkpoint for its autoencoder.
+    """Read the autoencoder from the header of its own file or of a whole checkpoint.
 
     Args:
         path: a `.safetensors` file by latent-diffusion's or diffusers' names.
-        scaling_factor: 0.18215 in 1.x and 2.x, 0.13025 in XL; no tensor says which.
+        scaling_factor: 0.18215 in 1.x and 2.x, 0.13025 in XL. No tensor says it.
 
     Raises:
         CheckpointError: a damaged file, a pickle, or no autoencoder of this family.
@@ -243,7 +240,7 @@ def open_vae_file(path: Path, *, scaling_factor: float = _SD_SCALING) -> Compone
         raise CheckpointError(
             f"{path} is no autoencoder ({error.found})",
             expected="the AutoencoderKL of a Stable Diffusion checkpoint",
-            fix="Check which file it is; tiny autoencoders are given as --tiny-vae.",
+            fix="Check which file it is; pass tiny autoencoders as --tiny-vae.",
         ) from error
     return Component(
         name="vae", folder=path, config={**config, "scaling_factor": scaling_factor}, tensors=tensors
@@ -259,7 +256,7 @@ def _any_under(tensors: Tensors, prefix: str) -> bool:
 
 
 def _family(tensors: Tensors) -> str:
-    """By its text encoders; where there are none, by what only real sizes tell."""
+    """The family by its text encoders; without them, by sizes that only full models have."""
     if f"{UNET}label_emb.0.0.weight" in tensors:
         refines = _any_under(tensors, "conditioner.embedders.0.model.")
         if not _any_under(tensors, "conditioner."):
@@ -272,7 +269,7 @@ def _family(tensors: Tensors) -> str:
 
 
 def _parts(path: Path, tensors: Tensors, family: _Family) -> dict[str, dict[str, TensorHeader]]:
-    """The tensors of each part by diffusers' names. Raises CheckpointError: a part is missing, or unknown."""
+    """Each part's tensors by diffusers' names. Raises CheckpointError for missing parts, unknown tensors."""
     places: dict[str, tuple[str, Naming]] = {
         **{name: (encoder.prefix, encoder.naming) for name, encoder in family.encoders.items()},
         "unet": (UNET, unet_tensors),
@@ -297,7 +294,7 @@ def _parts(path: Path, tensors: Tensors, family: _Family) -> dict[str, dict[str,
 
 
 def _configs(parts: Mapping[str, Tensors], family: _Family, *, v_768: bool) -> dict[str, dict[str, Any]]:
-    """`v_768`: the file is like 2.1, which predicts v and was trained at 768 pixels."""
+    """The parts' configs. `v_768`: the model is like 2.1, which predicts v and was trained at 768 pixels."""
     configs = {
         name: text_config(parts[name], hidden_act=encoder.hidden_act, projects=encoder.projects)
         for name, encoder in family.encoders.items()

@@ -1,14 +1,14 @@
 """Split the UNet's graph by what each node depends on: the latent, the context, or the time.
 
-The loop keeps what depends on the latent. The rest runs once: on the context per prompt, on all timesteps of
-a schedule at once. The vectors that condition some families (`spec.VECTORS`) join the time embedding, so they
-belong to the time. The values that cross are the invariants.
+The loop keeps what depends on the latent. The rest runs once: what depends on the context once per prompt,
+what depends on the time once for all timesteps of a schedule. The vectors that condition some families
+(`spec.VECTORS`) join the time embedding, so they belong to the time. The values that cross from these two
+graphs into the loop are the invariants.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
@@ -19,56 +19,46 @@ from .weights import is_weight
 
 LATENT, TIMESTEP, CONTEXT = "sample", "timestep", "encoder_hidden_states"
 TIME = frozenset([TIMESTEP, *spec.VECTORS])
-_LATENT_CHANNELS = 4  # of the input; the rest stands behind the latent
+_LATENT_CHANNELS = 4  # the input's further channels are image latents
 
 
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """The three graphs of a hoisted UNet with their contracts."""
+def hoist(whole: ir.Model) -> dict[str, tuple[ir.Model, spec.NetSpec]]:
+    """Split `whole`, on which `passes.clean` has run.
 
-    loop: ir.Model
-    context: ir.Model
-    time: ir.Model
-    loop_spec: spec.NetSpec
-    context_spec: spec.NetSpec
-    time_spec: spec.NetSpec
-
-
-def hoist(whole: ir.Model) -> Split:
-    """Split `whole` (surgery.clean has run on it).
+    Returns:
+        "unet" (the loop), "unet_context" and "unet_time" -> graph and contract.
 
     Raises:
         CheckpointError: a value depends on the context and on the time but not on the latent.
     """
     crossing = _crossing(whole.graph)
     names = _names(crossing)
-    context = {v: n for v, n in names.items() if n.startswith(spec.CONTEXT_INVARIANT)}
-    time = {v: n for v, n in names.items() if n.startswith(spec.TIME_INVARIANT)}
-    by_name = {value.name or "": value for value in crossing}
-    specs = {name: _invariant(by_name[value], name) for value, name in names.items()}
+    invariants = {name: _invariant(value, name) for value, name in zip(crossing, names.values(), strict=True)}
+    context = {old: new for old, new in names.items() if new.startswith(spec.CONTEXT_INVARIANT)}
+    time = {old: new for old, new in names.items() if new.startswith(spec.TIME_INVARIANT)}
+    context_specs = [invariants[name] for name in context.values()]
+    time_specs = [invariants[name] for name in time.values()]
     sample, _, encoder, *rest = whole.graph.inputs
-    float_dtype = specs_dtype(sample)
+    float_dtype = _dtype(sample)
     vectors = {value.name or "": _size(value, 1) for value in rest}
-    context_specs = [specs[name] for name in context.values()]
-    time_specs = [specs[name] for name in time.values()]
     # Vectors differ between the rows of a call, timesteps do not.
     rows = "B" if vectors else 1
     called = [spec.TensorSpec(name=s.name, dtype=s.dtype, shape=(rows, *s.shape[1:])) for s in time_specs]
-    return Split(
-        loop=_loop(whole, names, [*context_specs, *called]),
-        context=_part(whole, context, {CONTEXT: "context"}),
-        time=_part(whole, time, {name: name for name in (TIMESTEP, *vectors)}),
-        loop_spec=spec.unet(
-            channels=_LATENT_CHANNELS,
-            float_dtype=float_dtype,
-            invariants=[*context_specs, *called],
-            image_channels=_size(sample, 1) - _LATENT_CHANNELS,
-        ),
-        context_spec=spec.unet_context(
-            width=_size(encoder, 2), float_dtype=float_dtype, invariants=context_specs
-        ),
-        time_spec=spec.unet_time(invariants=time_specs, vectors=vectors),
+    unet = spec.unet(
+        channels=_LATENT_CHANNELS,
+        float_dtype=float_dtype,
+        invariants=[*context_specs, *called],
+        image_channels=_size(sample, 1) - _LATENT_CHANNELS,
     )
+    unet_context = spec.unet_context(
+        width=_size(encoder, 2), float_dtype=float_dtype, invariants=context_specs
+    )
+    unet_time = spec.unet_time(invariants=time_specs, vectors=vectors)
+    return {
+        "unet": (_loop(whole, names, [*context_specs, *called]), unet),
+        "unet_context": (_part(whole, context, {CONTEXT: "context"}), unet_context),
+        "unet_time": (_part(whole, time, {name: name for name in (TIMESTEP, *vectors)}), unet_time),
+    }
 
 
 def _size(value: ir.Value, axis: int) -> int:
@@ -78,7 +68,7 @@ def _size(value: ir.Value, axis: int) -> int:
     return size
 
 
-def specs_dtype(value: ir.Value) -> str:
+def _dtype(value: ir.Value) -> str:
     """The contract's spelling of a value's type."""
     names = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16"}
     assert value.dtype is not None
@@ -86,7 +76,7 @@ def specs_dtype(value: ir.Value) -> str:
 
 
 def _dependencies(graph: ir.Graph) -> dict[ir.Value, frozenset[str]]:
-    """Which of the graph's inputs each value depends on."""
+    """Each value -> the names of the graph's inputs that it depends on."""
     found: dict[ir.Value, frozenset[str]] = {value: frozenset([value.name or ""]) for value in graph.inputs}
     for node in graph:
         union: frozenset[str] = frozenset()
@@ -98,7 +88,7 @@ def _dependencies(graph: ir.Graph) -> dict[ir.Value, frozenset[str]]:
 
 
 def _crossing(graph: ir.Graph) -> dict[ir.Value, str]:
-    """The values to hoist -> the prefix of the net that computes them, in the loop's order of use."""
+    """Each value to hoist -> the prefix of the net that computes it, in the order of the loop's use."""
     depends = _dependencies(graph)
     crossing: dict[ir.Value, str] = {}
     for node in graph:
@@ -121,7 +111,7 @@ def _crossing(graph: ir.Graph) -> dict[ir.Value, str]:
 def _is_view(node: ir.Node | None, depends: Mapping[ir.Value, frozenset[str]]) -> bool:
     """Whether a hoistable node only adds axes of size 1 for the loop to broadcast, or casts for an island.
 
-    It stays in the loop, where it costs nothing, so that a time invariant is a plain (S, C) table.
+    Such a node costs nothing in the loop and stays there, so that a time invariant is a plain (S, C) table.
     """
     if node is None or not depends[node.outputs[0]] or depends[node.outputs[0]] - TIME:
         return False
@@ -136,7 +126,7 @@ def _uses_latent(node: ir.Node, depends: Mapping[ir.Value, frozenset[str]]) -> b
 
 
 def _names(crossing: Mapping[ir.Value, str]) -> dict[str, str]:
-    """Value name in the whole graph -> name of the invariant: the module whose weights made it."""
+    """A value's name in the whole graph -> the invariant's name, after the module whose weights made it."""
     names: dict[str, str] = {}
     for value, prefix in crossing.items():
         name = base = prefix + _module(value)
@@ -149,14 +139,14 @@ def _names(crossing: Mapping[ir.Value, str]) -> dict[str, str]:
 
 
 def _module(value: ir.Value) -> str:
-    """Path of the module whose weight is nearest upstream of `value`."""
+    """The path of the module whose weight is nearest upstream of `value`."""
     queue = [value]
     while queue:
         current = queue.pop(0)
         if is_weight(current):
             return (current.name or "").rsplit(".", 1)[0]
         producer = current.producer()
-        # Last input first: a product's weight is its second factor, its first leads further upstream.
+        # The last input first: a product's weight is its second factor, and its first leads further upstream.
         queue.extend(item for item in reversed(producer.inputs if producer else ()) if item is not None)
     return value.name or "value"
 
@@ -165,12 +155,12 @@ def _invariant(value: ir.Value, name: str) -> spec.TensorSpec:
     rows = "S" if name.startswith(spec.TIME_INVARIANT) else "B"
     assert value.shape is not None
     dims = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape[1:]]
-    return spec.TensorSpec(name=name, dtype=specs_dtype(value), shape=(rows, *dims))
+    return spec.TensorSpec(name=name, dtype=_dtype(value), shape=(rows, *dims))
 
 
 def _part(whole: ir.Model, names: Mapping[str, str], sources: Mapping[str, str]) -> ir.Model:
-    """The graph that computes the invariants `names` from the inputs `sources`, which it renames."""
-    model = _copy(whole)
+    """The graph that computes the invariants `names`; `sources` has its inputs' old and new names."""
+    model = whole.clone()
     graph = model.graph
     values = {value.name: value for node in graph for value in node.outputs}
     graph.outputs.clear()
@@ -187,8 +177,8 @@ def _part(whole: ir.Model, names: Mapping[str, str], sources: Mapping[str, str])
 
 
 def _loop(whole: ir.Model, names: Mapping[str, str], invariants: list[spec.TensorSpec]) -> ir.Model:
-    """The graph that takes the invariants as inputs."""
-    model = _copy(whole)
+    """The graph of one step, which takes the invariants as inputs."""
+    model = whole.clone()
     graph = model.graph
     values = {value.name: value for node in graph for value in node.outputs}
     boundary = {item.name: item for item in invariants}
@@ -206,7 +196,7 @@ def _loop(whole: ir.Model, names: Mapping[str, str], invariants: list[spec.Tenso
 
 
 def _join_latents(graph: ir.Graph) -> None:
-    """Two inputs in place of one: the latent, and what stands behind it."""
+    """Replace the input by two: the latent, and the image latents that stand behind it."""
     whole = graph.inputs[0]
     assert whole.shape is not None
     rows, channels, *size = whole.shape
@@ -221,10 +211,6 @@ def _join_latents(graph: ir.Graph) -> None:
     ir.convenience.replace_all_uses_with(whole, joined.outputs[0])
     graph.inputs[0:1] = parts
     graph.insert_before(graph[0], joined)
-
-
-def _copy(model: ir.Model) -> ir.Model:
-    return model.clone()
 
 
 def _keep_inputs(graph: ir.Graph, keep: Callable[[str], bool]) -> None:

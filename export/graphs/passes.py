@@ -1,4 +1,4 @@
-"""Passes graph -> graph, each with its reason. None of them touches a weight."""
+"""Passes that rewrite a graph, each with its reason. None of them touches a weight."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from onnxscript import optimizer
 
 from .weights import is_weight
 
-Pass = Callable[[ir.Model], None]
 _SCOPE = "latentrt.scope"
 _SMALL = 1024  # bytes of a constant that may stay in a graph
 
 
 def clean(model: ir.Model) -> None:
-    """All passes, in order, twice where one feeds another."""
-    passes: tuple[Pass, ...] = (
+    """Run all passes in order, some twice because others feed them."""
+    passes: tuple[Callable[[ir.Model], None], ...] = (
         infer_types,
         fold,
         constant_reshapes,
@@ -63,7 +62,7 @@ def _type(node: ir.Node) -> ir.DataType | None:
 def fold(model: ir.Model) -> None:
     """Compute what depends on constants alone, and replace sequences by Split.
 
-    Weights are left alone: a folded transpose would be a second copy without a name.
+    Weights are not folded: a transposed weight would be a second copy without a name.
     """
     fold_constants = cast(Any, optimizer).fold_constants  # onnxscript's own types are incomplete
     fold_constants(
@@ -82,10 +81,10 @@ def _unless_weight(node: ir.Node) -> bool | None:
 
 
 def constant_reshapes(model: ir.Model) -> None:
-    """Give Reshape a constant shape wherever 0 (as the input) and one -1 (the rest) can say it.
+    """Give Reshape a constant shape wherever zeros (as in the input) and one -1 (the rest) can express it.
 
     torch computes every shape from the sizes of the first input, which makes the keys and values of
-    cross-attention depend on the latent. It also halves the nodes.
+    cross-attention depend on the latent. Constant shapes also halve the number of nodes.
     """
     for node in model.graph:
         if node.op_type == "Reshape" and node.inputs[0] is not None and node.inputs[0].shape is not None:
@@ -117,7 +116,7 @@ def _known(dim: int | ir.SymbolicDim, source: ir.Shape, axis: int) -> int | None
 
 
 def _partial_shape(graph: ir.Graph, node: ir.Node, dims: Sequence[int | None]) -> ir.Value | None:
-    """The shape as a Concat of which only the dimensions that must be computed are."""
+    """The shape as a Concat in which only the dimensions that no constant can express are computed."""
     shape = node.inputs[1]
     concat = shape.producer() if shape is not None else None
     if concat is None or concat.op_type != "Concat" or len(concat.inputs) != len(dims):
@@ -143,10 +142,11 @@ def _constant(graph: ir.Graph, before: ir.Node, array: npt.NDArray[np.int64]) ->
 
 
 def drop_identities(model: ir.Model) -> None:
-    """Remove what returns its input: Expand, Slice and Cast between equals, division by one, Identity.
+    """Remove nodes that return their input: Expand, Slice and Cast to the same, division by one, Identity.
 
-    diffusers expands timesteps to the rows of the latent; between inputs of the same size that is nothing,
-    and would tie the time embedding to the latent. Residuals and attention divide by factors that are one.
+    diffusers expands timesteps to the rows of the latent. With as many timesteps as rows that changes
+    nothing, but would tie the time embedding to the latent. Residuals and attention divide by factors that
+    are one.
     """
     for node in list(model.graph):
         keeps = node.op_type in ("Expand", "Cast", "Slice") or (
@@ -164,7 +164,7 @@ def _is_one(value: ir.Value | None) -> bool:
 
 
 def _array(value: ir.Value | None) -> npt.NDArray[Any] | None:
-    """The numbers of a constant; None for weights and for what is computed."""
+    """A constant's numbers; None for weights and computed values."""
     tensor = ir.convenience.get_const_tensor(value) if value is not None and not is_weight(value) else None
     return None if tensor is None else tensor.numpy()
 
@@ -186,7 +186,7 @@ def _bypass(model: ir.Model, node: ir.Node) -> None:
 
 
 def causal_masks(model: ir.Model) -> None:
-    """Say `is_causal` instead of a mask that is just that: fused kernels know the attribute, not the mask."""
+    """Replace causal masks by the attribute `is_causal`: fused kernels know the attribute, not the mask."""
     for node in model.graph:
         if node.op_type != "Attention" or len(node.inputs) < 4 or node.inputs[3] is None:
             continue
@@ -198,7 +198,7 @@ def causal_masks(model: ir.Model) -> None:
 
 
 def _mask(value: ir.Value) -> npt.NDArray[np.bool_] | None:
-    """A constant boolean mask as (rows, columns), before it is expanded to the rows of the batch."""
+    """The constant boolean mask (rows, columns) that `value` is, or is expanded from."""
     producer = value.producer()
     if producer is not None and producer.op_type == "Expand":
         producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None
@@ -212,7 +212,7 @@ def _mask(value: ir.Value) -> npt.NDArray[np.bool_] | None:
 
 
 def merge_unsqueezes(model: ir.Model) -> None:
-    """One Unsqueeze for a chain of them, as behind each projection of the time embedding."""
+    """Replace a chain of Unsqueezes, as behind each projection of the time embedding, by one."""
     for node in model.graph:
         before = (
             node.inputs[0].producer() if node.op_type == "Unsqueeze" and node.inputs[0] is not None else None
@@ -234,13 +234,13 @@ def merge_unsqueezes(model: ir.Model) -> None:
 
 
 def share(model: ir.Model) -> None:
-    """Compute equal things once: the activation of the time embedding is asked for by every block."""
+    """Compute equal things once: every block computes the activation of the time embedding anew."""
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
 
 
 def lift(model: ir.Model) -> None:
-    """Small constants become initializers, one for equal values: engines expect them there."""
+    """Make small constants initializers, one for equal values: engines expect them there."""
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     # Not onnx-ir's own pass: it would also merge weights that happen to be equal, and a name would be lost.
     first: dict[tuple[object, ...], ir.Value] = {}
@@ -255,9 +255,9 @@ def lift(model: ir.Model) -> None:
 
 
 def name_nodes(model: ir.Model) -> None:
-    """Name nodes after the module they compute and what they do, as `mid_block.resnets.0.conv1/Conv`.
+    """Name nodes after their module and operator, as `mid_block.resnets.0.conv1/Conv`.
 
-    fp32 islands are lists of node names, so these must mean the same in every release of torch.
+    fp32 islands are lists of node names, so names must not depend on the release of torch.
     """
     taken: Counter[str] = Counter()
     for node in model.graph:
@@ -268,7 +268,7 @@ def name_nodes(model: ir.Model) -> None:
 
 
 def tidy(model: ir.Model) -> None:
-    """Forget where in torch a node came from (most of the file), and what torch wrote about itself."""
+    """Drop torch's metadata: each node's origin, which is most of the file, and the producer's name."""
     for node in model.graph:
         node.meta[_SCOPE] = _scope(node)
     common.ClearMetadataAndDocStringPass()(model)
@@ -280,7 +280,7 @@ def tidy(model: ir.Model) -> None:
 
 
 def _scope(node: ir.Node) -> str:
-    """The module's path, from torch's list of nested ones; the wrapper's own name does not count."""
+    """The path of a node's module, from torch's list of nested modules, without the wrapper's own name."""
     written = node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]")
     scopes = [str(scope) for scope in ast.literal_eval(written)][:-1]
     path = re.sub(r"__dict__\['_modules'\]\['(\w+)'\]", r"\1", scopes[-1] if scopes else "")

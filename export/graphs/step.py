@@ -1,6 +1,6 @@
 """The graphs `step` and `step_masked`: guidance and the sampler's row update, for loops on a device.
 
-It holds no weights and no sampler: the row of the table is one of its inputs (docs/samplers.md).
+They hold no weights and no sampler: the row of the table is one of their inputs (docs/samplers.md).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any, cast
 
 from ...engines import spec
 
-# The arithmetic of `guidance.py` and `denoise.py` in `runtime/loop`, in the same order. N pictures, B rows of
-# the UNet: both halves of `prediction` are the same rows when B = N, so u + scale * (c - u) is u to the bit.
-# The rescaling's two standard deviations are over equally many values, whose number cancels.
+# The arithmetic of `guidance.py` and `denoise.py` in `runtime/loop`, in the same order, for N pictures and B
+# rows of the UNet. Where B = N both halves of `prediction` are the same rows, so u + scale * (c - u) is u to
+# the bit. The rescaling's two standard deviations are over equally many values, so their number cancels.
 _TEXT = Template("""
 <ir_version: 10, opset_import: ["": 23]>
 step ($half[B, $channels, h, w] prediction, float[$history, N, $channels, h, w] state,
@@ -77,8 +77,8 @@ $keep
 }
 """)
 
-# What `step_masked` has besides: StableDiffusionInpaintPipeline's blending for UNets of four channels. Where
-# the mask is 0 or 1 one of the two summands is nothing, and the other is left as it is to the bit.
+# What `step_masked` adds: StableDiffusionInpaintPipeline's blending for UNets of four channels. Where the
+# mask is 0 or 1, one of the two summands is zero and the other keeps its bits.
 _PICTURE = ", float[N, $channels, h, w] kept, float[N, $channels, h, w] kept_noise, float[N, 1, h, w] mask"
 _KEEP = """
   signal = Mul (keep_signal, kept)

@@ -15,15 +15,16 @@ import torch
 from ...engines.spec import NetSpec, TensorSpec
 from ..nets.torch_net import Net
 
-# 23 has Attention, and 21 GroupNormalization with statistics in float32: both reach engines as one operator.
+# 23 has Attention, and 21 has GroupNormalization with statistics in float32: each reaches engines as one
+# operator.
 OPSET = 23
 
-# Sizes to trace with. Odd and all different, so that the tracer can take no two for one and none for a
-# multiple of eight (see nets.WholeUnet); two rows, since it specialises on one.
+# Sizes to trace with. They are odd and all different, so that the tracer can take no two for the same and
+# none for a multiple of eight (see nets.WholeUnet). There are two rows, since it specialises on one.
 SIZES: Mapping[str, int] = {"B": 2, "N": 2, "P": 2, "T": 78, "H/8": 17, "W/8": 25, "H": 136, "W": 200}
-# Inputs whose values are whole numbers below this, or one number; all others are unit normal.
+# Inputs of whole numbers below this, and inputs of one constant; all others are unit normal.
 _WHOLE = {"timestep": 1000, "noise_level": 1000, "time_ids": 1024, "input_ids": 100, "image": 256}
-_ONE = {"clip_skip": 0.0, "alpha": 0.8, "sigma": 0.6}  # squares of the last two add up to one
+_ONE = {"clip_skip": 0.0, "alpha": 0.8, "sigma": 0.6}  # alpha^2 + sigma^2 = 1
 
 
 def example(contract: NetSpec, sizes: Mapping[str, int], seed: int = 0) -> dict[str, torch.Tensor]:
@@ -39,15 +40,15 @@ def _random(item: TensorSpec, sizes: Mapping[str, int], generator: torch.Generat
         return torch.full(shape, _ONE[item.name], dtype=dtype)
     if item.name in _WHOLE:
         return torch.randint(0, _WHOLE[item.name], shape, generator=generator).to(dtype)
-    if item.name == "mask":  # kept or painted
+    if item.name == "mask":  # 0 is kept, 255 painted
         return torch.randint(0, 2, shape, generator=generator).to(dtype) * 255
     return torch.randn(shape, generator=generator).to(dtype)
 
 
 def to_onnx(net: Net) -> ir.Model:
-    """Trace a net. Its initializers are torch's own parameters still, under the checkpoint's names.
+    """Trace a net. The initializers are still torch's own parameters, under the names the package stores.
 
-    torch's optimiser stays off: it folds transposes into weights, which then have no name any more.
+    torch's optimiser stays off: it folds transposes into weights, which then lose their names.
     """
     inputs = example(net.spec, SIZES)
     dynamic = {
@@ -57,8 +58,8 @@ def to_onnx(net: Net) -> ir.Model:
         for item in net.spec.inputs
     }
     with torch.no_grad(), _quiet():
-        # By ourselves: torch.onnx would defer guards, fail on the UNet and trace it again with Dynamo, which
-        # takes four times as long.
+        # Left to itself, torch.onnx would defer guards, fail on the UNet and trace it again with Dynamo,
+        # which takes four times as long.
         traced = torch.export.export(net.module, (), kwargs=inputs, dynamic_shapes=dynamic, strict=False)
         program = cast(Any, torch.onnx).export(
             traced,
@@ -80,7 +81,7 @@ def to_onnx(net: Net) -> ir.Model:
 
 
 def _name_sizes(model: ir.Model, contract: NetSpec) -> None:
-    """Write the contract's symbols where torch has `s53` and the like."""
+    """Write the contract's symbols in place of torch's, such as `s53`."""
     symbols: dict[str, str] = {}
     for value, item in zip(model.graph.inputs, contract.inputs, strict=True):
         for found, dim in zip(value.shape or (), item.shape, strict=True):
@@ -107,7 +108,7 @@ def _renamed(dim: int | ir.SymbolicDim, symbols: Mapping[str, str]) -> int | str
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
-    """Silence what torch says of itself: operators of torchvision, and its own deprecations."""
+    """Silence torch's messages about torchvision's operators and its own deprecations."""
     loggers: Sequence[logging.Logger] = [
         logging.getLogger("torch.onnx._internal.exporter._registration"),
         logging.getLogger("torch.utils._sympy.interp"),

@@ -1,8 +1,8 @@
 """Weights as named tensors in one safetensors file, and graphs that point into it.
 
-The file has the layout of https://github.com/huggingface/safetensors#format: eight bytes of header length,
-a JSON header, and the tensors without gaps. A tensor's bytes are therefore a plain range of the file, which
-is what ONNX external data (location, offset, length) names.
+A safetensors file (https://github.com/huggingface/safetensors#format) has eight bytes of header length, a
+JSON header, and the tensors without gaps. A tensor's bytes are therefore a range of the file, and ONNX
+external data (location, offset, length) can name it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import onnx_ir as ir
 
-from ...engines.errors import CheckpointError
+from ...engines.errors import DAMAGED_WEIGHTS, EXPORT_IN_FP32, CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
 WEIGHTS = "weights.safetensors"
 
-# safetensors' name -> ONNX type. Whatever else a checkpoint holds is not a weight.
+# safetensors' name -> ONNX type, of the weights that `checkpoint.component.refuse_quantised` lets through.
 STORED: Mapping[str, ir.DataType] = {
     "F64": ir.DataType.DOUBLE,
     "F32": ir.DataType.FLOAT,
@@ -34,17 +34,7 @@ _NAMES = {dtype: name for name, dtype in STORED.items()}
 
 
 def stored_type(source: str, compute: ir.DataType) -> ir.DataType:
-    """The type a package stores a tensor in: the graph's, unless the checkpoint's is narrower.
-
-    Raises:
-        CheckpointError: a quantised or integer type.
-    """
-    if source not in STORED:
-        raise CheckpointError(
-            f"a weight is stored as {source}",
-            expected=f"one of {', '.join(STORED)}",
-            fix="Use the checkpoint's fp16 or fp32 weights.",
-        )
+    """The type a package stores a tensor in: the graph's, unless the checkpoint's (`source`) is narrower."""
     found = STORED[source]
     return found if found.itemsize < compute.itemsize else compute
 
@@ -109,16 +99,16 @@ def _bytes(name: str, tensor: torch.Tensor, dtype: ir.DataType) -> memoryview:
         raise CheckpointError(
             f"the tensor {name!r} has values up to {float(tensor.abs().max()):.3g}",
             expected=f"values that {_NAMES[dtype]} can hold",
-            fix="Export with --dtype fp32.",
+            fix=EXPORT_IN_FP32 if target is torch.float16 else DAMAGED_WEIGHTS,
         )
     return memoryview(cast(Any, stored.reshape(-1).view(torch.uint8).numpy()))
 
 
 def attach(model: ir.Model, folder: Path, slots: Mapping[str, Slot]) -> None:
-    """Make the initializers that are checkpoint tensors external data in `folder`'s weights file.
+    """Let the initializers that are checkpoint tensors point into `folder`'s weights file.
 
-    Where the stored type is not the graph's, a Cast follows the initializer: engines fold it when they load,
-    and the file never holds a tensor twice or wider than the checkpoint did.
+    Where the stored type is not the graph's, a Cast follows the initializer. Engines fold it when they load,
+    and the file holds no tensor twice, or wider than the checkpoint did.
     """
     for name, value in list(model.graph.initializers.items()):
         if name not in slots:

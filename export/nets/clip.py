@@ -1,4 +1,4 @@
-"""CLIP's nets: text encoders, and unCLIP's encoder of pictures with the noise on its embedding."""
+"""CLIP's nets: the text encoders, and unCLIP's image encoder and the noise on its embedding."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ _TEXT_PREFIX = "text_model."  # transformers before 5, and packages
 
 
 class TextEncoder(nn.Module):
-    """`CLIPTextModel` or `CLIPTextModelWithProjection` from transformers, to the layer that is asked for.
+    """`CLIPTextModel` or `CLIPTextModelWithProjection` from transformers, up to a chosen layer.
 
-    The context of SD 1.x and 2.x is the last layer's output, normalised; that of SDXL the one before, as it
-    is. `clip_skip` counts on from there, as in diffusers' `encode_prompt` of both.
+    The context of SD 1.x and 2.x is the last layer's output after the final norm; that of SDXL is the output
+    of the layer before, without it. `clip_skip` goes back from there, as in diffusers' `encode_prompt` of
+    both.
     """
 
     def __init__(self, net: nn.Module, layers: int, *, normalised: bool) -> None:
@@ -64,7 +65,7 @@ def text_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) ->
     settings: dict[str, Any] = {**part.config, "attn_implementation": "sdpa"}
     config = CLIPTextConfig(**settings)
     layers = config.num_hidden_layers
-    unread_last = not (normalised or projected)  # SDXL's first encoder: the context is all that counts
+    unread_last = not (normalised or projected)  # SDXL's first encoder gives the context alone
     config.num_hidden_layers = layers - unread_last
     with torch.device("meta"):
         net: Any = (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
@@ -75,7 +76,7 @@ def text_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) ->
         unread = (f"encoder.layers.{layers - 1}.", "final_layer_norm.")
         unread += tuple(_TEXT_PREFIX + name for name in unread)
     tensors = load(part, net, _text_names(part, net), ignored=unread)
-    # Stored under the names of published checkpoints, whatever this one's are.
+    # The package stores the names of published checkpoints, whatever this one's are.
     tensors = {
         name: (name if projected else _TEXT_PREFIX + name.removeprefix(_TEXT_PREFIX), found[1])
         for name, found in tensors.items()
@@ -90,7 +91,7 @@ def text_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) ->
 
 
 def _text_names(part: Component, net: nn.Module) -> dict[str, str]:
-    """Parameter -> tensor, whichever release of transformers wrote the checkpoint and reads it."""
+    """Parameter -> tensor. Releases of transformers differ in the prefix, here and in the checkpoint."""
     found: dict[str, str] = {}
     for name in net.state_dict():
         bare = name.removeprefix(_TEXT_PREFIX)
@@ -99,7 +100,7 @@ def _text_names(part: Component, net: nn.Module) -> dict[str, str]:
 
 
 class ImageEncoder(nn.Module):
-    """`CLIPVisionModelWithProjection`, with its processor's rescaling and normalisation in front."""
+    """`CLIPVisionModelWithProjection` behind its processor's rescaling and normalisation."""
 
     def __init__(self, net: nn.Module, mean: list[float], std: list[float]) -> None:
         super().__init__()
@@ -133,13 +134,13 @@ def image_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -
 
 
 def _normalisation(processor: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-    """Mean and deviation of shades 0 ... 1; raises CheckpointError where the processor does otherwise."""
+    """Mean and deviation of colours in 0 ... 1. Raises CheckpointError if the processor does otherwise."""
     mean, std = processor.get("image_mean"), processor.get("image_std")
     scale = processor.get("rescale_factor", 1 / 255)
     if not (isinstance(mean, list) and isinstance(std, list)) or abs(float(scale) * 255 - 1) > 1e-6:
         raise CheckpointError(
             f"the feature extractor has image_mean {mean}, image_std {std}, rescale_factor {scale}",
-            expected="a mean and a deviation for each colour, of shades in 0 ... 1",
+            expected="a mean and a deviation for each colour, of values in 0 ... 1",
             fix="Take preprocessor_config.json from the CLIP model that the checkpoint was trained with.",
         )
     return [float(value) for value in cast(list[Any], mean)], [float(value) for value in cast(list[Any], std)]
@@ -173,7 +174,7 @@ class ImageNoiser(nn.Module):
 
 
 class _Normalizer(nn.Module):
-    """The two parameters of diffusers' `StableUnCLIPImageNormalizer`, whose `to` replaces them."""
+    """The two parameters of diffusers' `StableUnCLIPImageNormalizer`, whose own `to` would replace them."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -182,7 +183,7 @@ class _Normalizer(nn.Module):
 
 
 def image_noiser(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> Net:
-    """Noise on the embedding of a picture, and the level of the noise: unCLIP's class labels."""
+    """The net that puts noise on a picture's embedding and appends its level: unCLIP's class labels."""
     width = int(part.config.get("embedding_dim", 768))
     with torch.device("meta"):
         net = _Normalizer(width)

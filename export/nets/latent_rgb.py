@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from ...engines.errors import NumericError
+from ...engines.errors import DAMAGED_WEIGHTS, NumericError
 from ...engines.spec import Array
 from ..checkpoint.open import Checkpoint
 from .build import NETS
@@ -36,7 +36,7 @@ def fit_latent_rgb(source: Checkpoint, seed: int = 0) -> tuple[tuple[float, ...]
         raise NumericError(
             f"{source.vae.folder}: the encoder's latents are not finite in float32",
             expected="finite latents of small pictures",
-            fix="Download the checkpoint again; its weights may be damaged.",
+            fix=DAMAGED_WEIGHTS,
         )
     rows: Array = np.reshape(np.moveaxis(latents, 1, 3), (-1, latents.shape[1]))
     scale = pictures.shape[1] // latents.shape[2]

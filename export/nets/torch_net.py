@@ -1,7 +1,7 @@
-"""A torch module with a net's contract, made without weights and then given the checkpoint's.
+"""A torch module with a net's contract and the checkpoint's weights.
 
-Modules are built on the meta device and take the tensors as they are, memory-mapped: no second copy, no
-initialisation.
+Modules are built on the meta device and take over the memory-mapped tensors: nothing is initialised or
+copied.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ...engines.errors import CheckpointError
+from ...engines.errors import EXPORT_IN_FP32, CheckpointError
 from ...engines.spec import NetSpec
 from ..checkpoint.component import Component
 from ..checkpoint.safetensors_file import read_tensors
@@ -25,10 +25,10 @@ _UNREAD = ("position_ids", "text_projection.weight", "logit_scale")
 
 @dataclass(frozen=True, kw_only=True)
 class Net:
-    """A torch module that satisfies `spec`, and what becomes of its tensors.
+    """A torch module that satisfies `spec`, and where its tensors come from.
 
     `module` is called with the spec's inputs by name. `tensors` maps the name of a parameter in `module` to
-    the name a package stores it under, and to the type (safetensors' name) the checkpoint has it in.
+    the name that the package stores it under, and to its type in the checkpoint (safetensors' name).
     """
 
     module: nn.Module
@@ -37,12 +37,12 @@ class Net:
 
 
 def spelled(dtype: torch.dtype) -> str:
-    """A type as contracts name it."""
+    """A type's name in contracts."""
     return str(dtype).removeprefix("torch.")
 
 
 def fill_buffers(net: nn.Module) -> None:
-    """CLIP's positions: the one buffer that no checkpoint stores."""
+    """Set CLIP's positions, the one buffer that need not be in a checkpoint."""
     for module in net.modules():
         positions = getattr(module, "position_ids", None)
         if isinstance(positions, torch.Tensor):
@@ -70,7 +70,7 @@ def make_net(
 
 
 def _refuse_overflow(part: Component, module: nn.Module, tensors: Mapping[str, tuple[str, str]]) -> None:
-    """A weight is stored in fp16, islands or not: none may become infinite on the way."""
+    """Raise CheckpointError for a weight beyond fp16: weights are stored in fp16 even within islands."""
     largest = torch.finfo(torch.float16).max
     for key, tensor in module.state_dict().items():
         if tensor.dtype == torch.float16 or not tensor.is_floating_point():
@@ -82,7 +82,7 @@ def _refuse_overflow(part: Component, module: nn.Module, tensors: Mapping[str, t
             raise CheckpointError(
                 f"{part.folder}: the tensor {stored!r} has values up to {found:.3g}",
                 expected=f"at most {largest:.0f}, fp16's largest number",
-                fix="Export with --dtype fp32.",
+                fix=EXPORT_IN_FP32,
             )
 
 

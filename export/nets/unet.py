@@ -1,4 +1,4 @@
-"""The UNet of every family: `UNet2DConditionModel` with the conditions that its config asks for."""
+"""The UNet of every family: diffusers' `UNet2DConditionModel` with the conditions of its config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Both halves of an autoencoder, from and to uint8: AutoencoderKL, and AutoencoderTiny (TAESD)."""
+"""Both halves of an autoencoder with uint8 pictures: AutoencoderKL, and AutoencoderTiny (TAESD)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _HALVES = {"encoder": ("encoder.", "quant_conv."), "decoder": ("decoder.", "post
 
 
 class Scaling(nn.Module):
-    """A latent of the autoencoder and the same in the UNet's scale: unit normal, more or less.
+    """Converts latents between the autoencoder's scale and the UNet's, which is about unit normal.
 
-    `scaling_factor`, and what few have besides: `shift_factor`, or `latents_mean` and `latents_std` for each
-    channel.
+    Every config has `scaling_factor`. A few also have `shift_factor`, or `latents_mean` and `latents_std` for
+    each channel.
     """
 
     def __init__(self, config: Any) -> None:
@@ -35,12 +35,12 @@ class Scaling(nn.Module):
             self.scale = config.scaling_factor / torch.tensor(std).reshape(1, -1, 1, 1)
 
     def raw(self, latent: torch.Tensor) -> torch.Tensor:
-        """(N, 4, H/8, W/8), from the UNet's scale to the autoencoder's."""
+        """Latents (N, 4, H/8, W/8) from the UNet's scale to the autoencoder's."""
         latent = latent / self._like(self.scale, latent)
         return latent + self._like(self.shift, latent) if self._shifts() else latent
 
     def scaled(self, latent: torch.Tensor) -> torch.Tensor:
-        """The reverse."""
+        """Latents (N, 4, H/8, W/8) from the autoencoder's scale to the UNet's."""
         latent = latent - self._like(self.shift, latent) if self._shifts() else latent
         return latent * self._like(self.scale, latent)
 
@@ -53,7 +53,7 @@ class Scaling(nn.Module):
 
 
 class VaeDecoder(nn.Module):
-    """`decode` of either autoencoder, with diffusers' scaling before and its conversion to uint8 behind."""
+    """`decode` of either autoencoder between diffusers' scaling and its conversion to uint8."""
 
     def __init__(self, net: nn.Module, scaling: Scaling) -> None:
         super().__init__()
@@ -65,13 +65,13 @@ class VaeDecoder(nn.Module):
         raw = self.scaling.raw(latent)
         pixels = cast(Any, self.net).decode(raw, return_dict=False)[0].float()  # (N, 3, H, W), about -1 ... 1
         # As VaeImageProcessor: denormalize, pt_to_numpy, numpy_to_pil. Transposed before the cast because
-        # uint8 is no more than a type of inputs and outputs in TensorRT.
+        # TensorRT has uint8 as a type of inputs and outputs only.
         shades = (pixels * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255
         return shades.round().to(torch.uint8), pixels.mean(dim=(1, 2, 3))
 
 
 class VaeEncoder(nn.Module):
-    """`encode` of either autoencoder, with diffusers' conversion from uint8 before and its scaling behind."""
+    """`encode` of either autoencoder between diffusers' conversion from uint8 and its scaling."""
 
     def __init__(self, net: nn.Module, scaling: Scaling, *, posterior: bool) -> None:
         super().__init__()
@@ -80,8 +80,8 @@ class VaeEncoder(nn.Module):
         self.posterior = posterior
 
     def forward(self, image: torch.Tensor, mask: torch.Tensor) -> Any:
-        """(N, H, W, 3) uint8, (N, H, W, 1) uint8 -> (N, 4, H/8, W/8) float32, twice with a posterior."""
-        shown = mask.float() < 127.5  # as VaeImageProcessor binarises a mask: half and above is painted
+        """(N, H, W, 3) uint8, (N, H, W, 1) uint8 -> mean (and deviation) (N, 4, H/8, W/8) float32."""
+        shown = mask.float() < 127.5  # VaeImageProcessor binarises so: half and above is painted
         pixels = (image.float() / 255 * 2 - 1) * shown.float()
         net = cast(Any, self.net)
         found = net.encode(pixels.permute(0, 3, 1, 2).to(next(net.parameters()).dtype), return_dict=False)[0]
@@ -111,7 +111,7 @@ def vae_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> 
 
 
 def _half(part: Component, half: str) -> tuple[Any, dict[str, tuple[str, str]]]:
-    """The module with that half alone, and its tensors."""
+    """The module with one half alone, and its tensors as `load` returns them."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
@@ -127,14 +127,14 @@ def _half(part: Component, half: str) -> tuple[Any, dict[str, tuple[str, str]]]:
         new = {_modern(name): name for name in part.tensors}
         names = {name: new.get(name, name) for name in names}
     tensors = load(part, net, names, ignored=other)
-    # Stored under today's names, whatever the checkpoint's were.
+    # The package stores today's names, whatever the checkpoint's are.
     return net, {name: (name, found[1]) for name, found in tensors.items()}
 
 
 def _arguments(part: Component) -> dict[str, Any]:
-    """The config without what AutoencoderTiny writes into it for pipelines, and does not read."""
-    written = ("block_out_channels",) if is_tiny(part) else ()
-    return {name: value for name, value in part.config.items() if name not in written}
+    """The config without `block_out_channels`, which AutoencoderTiny writes for pipelines and refuses."""
+    ignored = ("block_out_channels",) if is_tiny(part) else ()
+    return {name: value for name, value in part.config.items() if name not in ignored}
 
 
 def _modern(name: str) -> str:

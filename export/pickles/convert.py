@@ -1,4 +1,4 @@
-"""A pickled checkpoint written again as safetensors: the one step that reads pickles."""
+"""Rewrites a pickled checkpoint as safetensors. Nothing else reads pickles."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Converted:
 
     Attributes:
         path: the safetensors file.
-        tensors: how many.
-        size: of the file, in bytes.
-        left_out: entries of the state dict that were no tensors.
+        tensors: how many it has.
+        size: its bytes.
+        left_out: how many entries of the state dict were no tensors.
     """
 
     path: Path
@@ -40,7 +40,7 @@ class Converted:
 
 
 def convert_pickle(source: Path, output: Path, *, overwrite: bool = False) -> Converted:
-    """Write the tensors of a file of `torch.save` to a safetensors file, which appears when it is complete.
+    """Write the tensors of a file of `torch.save` to a safetensors file, which appears once it is complete.
 
     Args:
         source: a `.ckpt`, `.pt`, `.pth` or `.bin`; nothing in it is run.

@@ -1,10 +1,10 @@
-"""Pickled checkpoints, read without running anything that they name.
+"""Reads pickled checkpoints without running anything that they name.
 
-A pickle is a program. Here `pickletools` takes it apart and the machine below keeps books on what its opcodes
-say: texts, numbers, dicts, and records of tensors. No name that a pickle gives is ever imported, so no
-function is ever called. torch's few names for tensors are understood; names of other packages (checkpoints
-hold their trainer's objects beside the weights) stand for something inert; a name of the standard library
-that is not plain data is refused, because honest checkpoints have none.
+A pickle is a program. `pickletools` takes it apart, and the machine below interprets the opcodes that make
+texts, numbers, dicts and records of tensors. It never imports a name that a pickle gives, so it never calls a
+function. It knows torch's few names for tensors. Names of other packages (checkpoints hold their trainer's
+objects beside the weights) stand for something inert. A name of the standard library that is not plain data
+is refused, because honest checkpoints have none.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # since Python 2
 
 @dataclass(frozen=True)
 class Storage:
-    """A flat array of numbers in the file: its name there, safetensors' name of its type, and its length."""
+    """A flat array of numbers in the file: its key there, safetensors' name of its type, and its length."""
 
     key: str
     dtype: str
@@ -62,7 +62,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A view of a storage; offset and strides count elements, and stay inside."""
+    """A view inside a storage; offset and strides count elements."""
 
     storage: Storage
     offset: int
@@ -72,7 +72,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class _Global:
-    """A name that the pickle gives; never looked up."""
+    """A name that the pickle gives. It is never looked up."""
 
     module: str
     name: str
@@ -83,36 +83,37 @@ _PARAMETERS = [_Global("torch._utils", f"_rebuild_parameter{end}") for end in ("
 
 
 class _Inert:
-    """Whatever is no tensor, text, number or container."""
+    """Stands for whatever is no tensor, text, number or container."""
 
 
 def read_pickle(stream: io.BytesIO) -> tuple[object, dict[str, Storage]]:
-    """Read the pickle that begins here; the stream is left behind it.
+    """Read the pickle at the stream's position, and leave the stream behind it.
 
     Returns:
-        Its value, of dicts (with the items whose keys are text), lists, tuples, texts, numbers,
-        `StoredTensor` and inert things; and every storage that it names, by key.
+        Its value, made of dicts (only items whose keys are text), lists, tuples, texts, numbers,
+        `StoredTensor` and inert objects; and every storage that it names, by key.
 
     Raises:
-        CheckpointError: it is damaged, names what no honest checkpoint does, or is larger than they are.
+        CheckpointError: it is damaged, too large for a checkpoint, or names what no honest checkpoint does.
     """
     machine = _Machine()
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
             if count == _OPCODE_LIMIT:
-                _refuse(f"a pickle of more than {count} operations", "a checkpoint's, of far fewer")
+                refuse(f"a pickle of more than {count} operations", "a checkpoint's, of far fewer")
             machine.step(opcode.name, argument)
         return machine.pop(), machine.storages
     except (ValueError, LookupError, TypeError, AttributeError, struct.error, MemoryError, Warning) as error:
-        _refuse(f"a damaged pickle ({type(error).__name__}: {str(error)[:100]})", "torch.save's pickle")
+        refuse(f"a damaged pickle ({type(error).__name__}: {str(error)[:100]})", "torch.save's pickle")
 
 
-def _refuse(found: str, expected: str) -> NoReturn:
+def refuse(found: str, expected: str) -> NoReturn:
+    """Raise the CheckpointError for a pickled file that holds `found`."""
     raise CheckpointError(f"it holds {found}", expected=expected, fix=FIX)
 
 
 class _Machine:
-    """The stack, its marks and the memo; what an opcode does to them is an entry of a table."""
+    """The stack, its marks and the memo. `_ACTIONS` says what each opcode does to them."""
 
     def __init__(self) -> None:
         self.storages: dict[str, Storage] = {}
@@ -128,7 +129,7 @@ class _Machine:
         elif opcode in _ACTIONS:
             _ACTIONS[opcode](self, argument)
         elif opcode not in _NOTHING:
-            _refuse(f"a pickle with the operation {opcode}", "torch.save's pickle")
+            refuse(f"a pickle with the operation {opcode}", "torch.save's pickle")
 
     def pop(self) -> Any:
         return self._stack.pop()
@@ -141,7 +142,7 @@ class _Machine:
         self._stack = []
 
     def pop_marked(self) -> list[Any]:
-        """What is above the last mark."""
+        """Pop everything above the last mark."""
         items, self._stack = self._stack, self._marked.pop()
         return items
 
@@ -160,7 +161,7 @@ class _Machine:
             cast(list[Any], self._stack[-1]).extend(items)
 
     def update(self, flat: list[Any]) -> None:
-        """Keys that are no text are left out: weights have names, and hashing others can take forever."""
+        """Add items, but only with text keys: weights have names, and hashing other keys can take forever."""
         if isinstance(self._stack[-1], dict):
             pairs = zip(flat[::2], flat[1::2], strict=True)
             cast(dict[str, Any], self._stack[-1]).update({k: v for k, v in pairs if isinstance(k, str)})
@@ -178,25 +179,25 @@ def _global(module: Any, name: Any) -> _Global:
     module = _RENAMED.get(module, module)
     standard = module.partition(".")[0] in sys.stdlib_module_names or module in _PYTHON_2
     if standard and f"{module}.{name}" not in _PLAIN_DATA:
-        _refuse(f"a pickle that asks for {module[:60]}.{name[:60]}, which can run code", "weights")
+        refuse(f"a pickle that asks for {module[:60]}.{name[:60]}, which can run code", "weights")
     return _Global(module, name)
 
 
 def _call(function: Any, arguments: Any) -> object:
-    """What a call that the pickle asks for would give, where that is part of a tensor or a state dict."""
+    """The result of a call in the pickle, if it is part of a tensor or a state dict; else something inert."""
     if not isinstance(function, _Global | _Inert) or not isinstance(arguments, tuple):
         raise TypeError("a call of something that is no function")
-    given = cast(tuple[Any, ...], arguments)
+    values = cast(tuple[Any, ...], arguments)
     if function == _Global("collections", "OrderedDict"):
-        pairs = cast(list[Any], given[0]) if given and isinstance(given[0], list) else []
+        pairs = cast(list[Any], values[0]) if values and isinstance(values[0], list) else []
         return {key: value for key, value in pairs if isinstance(key, str)}
     if function in _TENSORS:
-        return _tensor(*given[:4])
-    return given[0] if function in _PARAMETERS else _Inert()
+        return _tensor(*values[:4])
+    return values[0] if function in _PARAMETERS else _Inert()
 
 
 def _storage(identity: Any) -> Storage:
-    """What torch's persistent id names: ("storage", type, key, device, number of elements[, view])."""
+    """The storage of torch's persistent id: ("storage", type, key, device, number of elements[, view])."""
     kind, dtype, key, _, length, *view = identity
     known = isinstance(dtype, _Global) and dtype.module == "torch" and dtype.name in _STORAGES
     if kind != "storage" or not known or not isinstance(key, str) or view not in ([], [None]):
@@ -219,7 +220,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> StoredTensor
     for extent in view.shape:
         elements *= extent
     last = sum((extent - 1) * stride for extent, stride in zip(view.shape, view.strides, strict=True))
-    # A stride of 0 repeats elements: one number could be as many gigabytes as it likes.
+    # A stride of 0 repeats elements: one number could become any number of gigabytes.
     if elements and (view.offset + last >= storage.length or elements > storage.length):
         raise ValueError(
             f"a tensor of the shape {view.shape} outside its storage of {storage.length} elements"
@@ -234,12 +235,12 @@ def _natural(number: Any) -> int:
 
 
 def _pair(argument: str) -> list[str]:
-    """Two names that `pickletools` has joined."""
+    """Split two names that `pickletools` has joined."""
     return argument.split(" ", 1)
 
 
 # github.com/python/cpython/blob/main/Lib/pickletools.py describes the opcodes. torch.save writes protocol 2
-# and later, so those of earlier ones alone (INST, OBJ, …) are not here.
+# and later, so opcodes of earlier protocols alone (INST, OBJ, …) are missing here.
 _NOTHING = {"PROTO", "FRAME", "STOP"}
 _VALUES = {
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
@@ -262,7 +263,7 @@ def _reduce(machine: _Machine, _: Any) -> None:
 
 
 def _inert(pops: Callable[[_Machine], object]) -> Callable[[_Machine, Any], None]:
-    """An opcode that makes an object of a class that the pickle names."""
+    """The action of an opcode that makes an object of a class that the pickle names."""
 
     def act(machine: _Machine, _: Any) -> None:
         pops(machine)
@@ -292,7 +293,7 @@ _ACTIONS: Mapping[str, Callable[[_Machine, Any], object]] = {
     "STACK_GLOBAL": lambda machine, _: machine.push(_global(*machine.pop_some(2))),
     "BINPERSID": lambda machine, _: machine.name_storage(machine.pop()),
     "REDUCE": _reduce,
-    "BUILD": lambda machine, _: machine.pop(),  # a state, for an object that is a dict already or inert
+    "BUILD": lambda machine, _: machine.pop(),  # the state of a dict or of something inert
     "NEWOBJ": _inert(lambda machine: machine.pop_some(2)),
     "NEWOBJ_EX": _inert(lambda machine: machine.pop_some(3)),
 }

@@ -1,4 +1,4 @@
-"""Files of `torch.save`, in both of its formats, as tensors that are read one storage at a time.
+"""Opens files of `torch.save`, in both of its formats, as tensors that are read one storage at a time.
 
 Since 1.6 torch writes a ZIP archive without compression: `NAME/data.pkl`, and `NAME/data/KEY` for each
 storage. Before, it wrote five pickles (a magic number, a version, facts of the system, the value, the keys of
@@ -14,11 +14,11 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, cast
+from typing import Any, BinaryIO, cast
 
 from ...engines.errors import CheckpointError
 from ..checkpoint.safetensors_file import ITEM_SIZES
-from .machine import FIX, PICKLE_LIMIT, Storage, StoredTensor, read_pickle
+from .machine import PICKLE_LIMIT, Storage, StoredTensor, read_pickle, refuse
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _DIRECTORY_LIMIT = 2**23  # bytes; SD 1.5 with averaged weights and Adam's state has 0.24 MB
@@ -27,7 +27,7 @@ _WRAPPERS = ("state_dict", "model")
 
 @dataclass(frozen=True)
 class TorchFile:
-    """Tensors by name, how to read a storage's bytes, and how many entries were no tensors."""
+    """Tensors by name, the number of entries that were no tensors, and how to read a storage's bytes."""
 
     tensors: Mapping[str, StoredTensor]
     left_out: int
@@ -66,10 +66,10 @@ def _open(path: Path, stream: BinaryIO) -> TorchFile:
         wanted = storage.length * ITEM_SIZES[storage.dtype]
         begin, length = places.get(storage.key, (0, -1))
         if length != wanted or begin + length > size:
-            _refuse(f"no {wanted} bytes for the storage {storage.key[:40]!r}", "as many as it says")
+            refuse(f"no {wanted} bytes for the storage {storage.key[:40]!r}", "as many as it says")
         total += wanted
     if total > size:
-        _refuse(f"storages of {total} bytes, one over the other", f"less than the file's {size} bytes")
+        refuse(f"storages of {total} bytes, one over the other", f"less than the file's {size} bytes")
 
     def read(storage: Storage) -> bytes:
         begin, length = places[storage.key]
@@ -79,20 +79,16 @@ def _open(path: Path, stream: BinaryIO) -> TorchFile:
     return TorchFile(tensors, left_out, read)
 
 
-def _refuse(found: str, expected: str) -> NoReturn:
-    raise CheckpointError(f"it holds {found}", expected=expected, fix=FIX)
-
-
 def _tensors(value: object) -> tuple[dict[str, StoredTensor], int]:
-    """The state dict's tensors, and how many of its entries are none."""
+    """The state dict's tensors, and how many of its entries are no tensors."""
     items = _items(value)
     for name in _WRAPPERS * 2:  # a loop until there is none would not end: a dict can hold itself
         items = _items(items.get(name)) or items
     tensors = {name: found for name, found in items.items() if isinstance(found, StoredTensor)}
     if not tensors:
-        _refuse("no tensors by name", "a state dict, by itself or as `state_dict` or `model`")
+        refuse("no tensors by name", "a state dict, by itself or as `state_dict` or `model`")
     if "__metadata__" in tensors or any("\ud800" <= letter <= "\udfff" for letter in "".join(tensors)):
-        _refuse("a tensor whose name safetensors cannot have", "a name in UTF-8, other than __metadata__")
+        refuse("a tensor whose name safetensors cannot have", "a name in UTF-8, other than __metadata__")
     return tensors, len(items) - len(tensors)
 
 
@@ -101,7 +97,7 @@ def _items(value: object) -> dict[str, Any]:
 
 
 class _DirectoryReader(io.FileIO):
-    """`zipfile` reads an archive's directory at once, however long it says it is."""
+    """Limits reads: `zipfile` reads an archive's directory at once, however long it claims to be."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > _DIRECTORY_LIMIT:
@@ -110,15 +106,13 @@ class _DirectoryReader(io.FileIO):
 
 
 def _zip(path: Path) -> tuple[object, dict[str, tuple[int, int]]]:
-    """The value, and each storage's place and length in bytes."""
+    """The pickled value, and each storage's place and length in bytes, of a ZIP archive."""
     try:
         with _DirectoryReader(path) as stream, zipfile.ZipFile(cast(Any, stream)) as archive:
             entries = archive.infolist()
             pickles = [entry.filename for entry in entries if entry.filename.split("/")[1:] == ["data.pkl"]]
             if len(pickles) != 1 or len({entry.filename for entry in entries}) < len(entries):
-                _refuse(
-                    f"an archive with {len(pickles)} data.pkl, or names twice", "an archive of torch.save"
-                )
+                refuse(f"an archive with {len(pickles)} data.pkl, or names twice", "an archive of torch.save")
             root = pickles[0].removesuffix("data.pkl")
             places = {entry.filename.removeprefix(root): _place(stream, entry) for entry in entries}
             value, _ = read_pickle(io.BytesIO(_small(stream, places["data.pkl"])))
@@ -131,20 +125,20 @@ def _zip(path: Path) -> tuple[object, dict[str, tuple[int, int]]]:
         struct.error,
         OSError,
     ) as error:
-        _refuse(f"a damaged archive ({str(error)[:100]})", "an archive of torch.save")
+        refuse(f"a damaged archive ({str(error)[:100]})", "an archive of torch.save")
     if order != b"little":
-        _refuse(f"numbers in the byte order {order[:10]!r}", "little")
+        refuse(f"numbers in the byte order {order[:10]!r}", "little")
     return value, {name.removeprefix("data/"): place for name, place in places.items()}
 
 
 def _place(stream: BinaryIO, entry: zipfile.ZipInfo) -> tuple[int, int]:
-    """Where an entry's bytes begin, and how many there are. Compressed ones could be as many as they like."""
+    """Where an entry's bytes begin, and how many there are. A compressed entry could become any size."""
     if (
         entry.compress_type != zipfile.ZIP_STORED
         or entry.flag_bits & 1
         or entry.compress_size != entry.file_size
     ):
-        _refuse(f"compressed or encrypted data ({entry.filename[:60]!r})", "an archive of torch.save")
+        refuse(f"compressed or encrypted data ({entry.filename[:60]!r})", "an archive of torch.save")
     stream.seek(entry.header_offset)
     names, extra = struct.unpack("<26xHH", stream.read(30))
     return entry.header_offset + 30 + names + extra, entry.file_size
@@ -153,20 +147,20 @@ def _place(stream: BinaryIO, entry: zipfile.ZipInfo) -> tuple[int, int]:
 def _small(stream: BinaryIO, place: tuple[int, int]) -> bytes:
     begin, length = place
     if length > PICKLE_LIMIT:
-        _refuse(f"a pickle of {length} bytes", f"at most {PICKLE_LIMIT}")
+        refuse(f"a pickle of {length} bytes", f"at most {PICKLE_LIMIT}")
     stream.seek(begin)
     return stream.read(length)
 
 
 def _legacy(stream: BinaryIO, size: int) -> tuple[object, dict[str, tuple[int, int]]]:
-    """As `_zip`, for the format before torch 1.6."""
+    """The same of a file in the format before torch 1.6."""
     stream.seek(0)
     head = io.BytesIO(stream.read(PICKLE_LIMIT))
     if read_pickle(head)[0] != _MAGIC:
-        _refuse("a pickle that torch did not write", "a file of torch.save")
+        refuse("a pickle that torch did not write", "a file of torch.save")
     read_pickle(head)
     if _items(read_pickle(head)[0]).get("little_endian") is not True:
-        _refuse("numbers in another byte order", "little")
+        refuse("numbers in another byte order", "little")
     value, storages = read_pickle(head)
     keys, _ = read_pickle(head)
     position = head.tell()
@@ -175,7 +169,7 @@ def _legacy(stream: BinaryIO, size: int) -> tuple[object, dict[str, tuple[int, i
         storage = storages.get(key) if isinstance(key, str) else None
         stream.seek(position)
         if storage is None or stream.read(8) != struct.pack("<q", storage.length):
-            _refuse("other storages than its tensors have", "each, with its length in front")
+            refuse("other storages than its tensors have", "each, with its length in front")
         places[storage.key] = (position + 8, storage.length * ITEM_SIZES[storage.dtype])
         position = min(sum(places[storage.key]), size)
     return value, places

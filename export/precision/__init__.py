@@ -1,1 +1,1 @@
-"""Which values fp16 cannot hold."""
+"""Which values fp16 cannot hold, and the nodes that compute in float32 for them."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from ...engines.errors import NumericError
+from ...engines.errors import EXPORT_IN_FP32, NumericError
 from ..graphs.attention import score_values, write_out_attention
 from ..nets.calibration import Call
 from .ranges import measure
@@ -86,7 +86,7 @@ def _check_outputs(model: ir.Model, component: str, largest: Mapping[str, float]
             raise NumericError(
                 f"{component}: its output {value.name} reaches {found:.3g}",
                 expected=f"at most {FP16_MAX:.0f}, fp16's largest number",
-                fix="Export with --dtype fp32.",
+                fix=EXPORT_IN_FP32,
             )
 
 

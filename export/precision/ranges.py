@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import onnx_ir as ir
 
-from ...engines.errors import NumericError
+from ...engines.errors import DAMAGED_WEIGHTS, NumericError
 from ...engines.spec import Array
 from ..graphs.attention import attention_scores
 from ..graphs.passes import forget_shapes
@@ -151,7 +151,7 @@ def _not_finite(component: str, name: str) -> NumericError:
     return NumericError(
         f"{component}: {name} is not finite in float32",
         expected="finite activations on a small picture",
-        fix="Download the checkpoint again; its weights may be damaged.",
+        fix=DAMAGED_WEIGHTS,
     )
 
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from ...engines.errors import NumericError, UsageError
+from ...engines.errors import NumericError, UsageError, numeric_fix
 from ...engines.spec import Array
 from ..sampling.table import Table
 
@@ -81,6 +81,7 @@ def denoise(
     predict: Predict,
     first: Array,
     kept: Kept | None = None,
+    dtype: str = "fp16",
 ) -> Iterator[State]:
     """Run the table; yields once per row, the final latent last.
 
@@ -90,6 +91,7 @@ def denoise(
         predict: the guided UNet.
         first: (N, C, h, w) float32, the variance-preserving state that enters the first row.
         kept: what is put back outside the mask after every row.
+        dtype: the package's, for the error's advice.
 
     Raises:
         NumericError: the state is no longer finite.
@@ -105,19 +107,19 @@ def denoise(
                 y = y + row.c * noise()
             if kept is not None:
                 y = kept.put_back(y, *row.keep)
-        check_finite(y, f"after step {i + 1} of {len(table)}")
+        check_finite(y, f"after step {i + 1} of {len(table)}", dtype)
         state = State(index=i, unet_input=unet_input, prediction=m, latent=y)
         yield state
         y = state.latent
 
 
-def check_finite(latent: Array, when: str) -> None:
-    """Raise NumericError if a latent, (N, C, H/8, W/8), holds NaN or infinity."""
+def check_finite(latent: Array, when: str, dtype: str) -> None:
+    """Raise NumericError if a latent, (N, C, H/8, W/8), holds NaN or infinity; `dtype` is the package's."""
     if not np.isfinite(latent).all():
         raise NumericError(
             f"the latent is not finite {when}",
             expected="finite numbers",
-            fix="An fp16 package may overflow: export it again with --dtype fp32.",
+            fix=numeric_fix(dtype),
         )
 
 

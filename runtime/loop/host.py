@@ -63,6 +63,7 @@ class HostLoop:
             if job.image_latents is not None:
                 constant["image_latents"] = narrow(job.image_latents, self._dtype)  # (B, C', H/8, W/8)
             schedule = self.call("unet_time", **job.schedule_inputs())
+        dtype = self._package.manifest.dtype
         unet, each, source = self.net("unet"), job.rows_per_step, job.noise.fork()
 
         def predict(latent: Array, row: int) -> Array:
@@ -73,7 +74,7 @@ class HostLoop:
                 prediction = unet(latent=rows, **constant, **now)["prediction"]
             return guidance.combine(prediction, job.guidance_scale, job.guidance_rescale, job.guided)
 
-        rows = denoise(job.table, lambda: source.draw(job.shape), predict, job.first, job.kept)
+        rows = denoise(job.table, lambda: source.draw(job.shape), predict, job.first, job.kept, dtype)
         yield from clock.timed("update", rows)
 
     def draw(self, job: Job, clock: Clock, *, decode: bool) -> Drawn:

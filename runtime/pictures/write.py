@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, PngImagePlugin
 
-from ...engines.errors import NumericError, StorageError, UsageError
+from ...engines.errors import NumericError, StorageError, UsageError, numeric_fix
 
 MAX_PIXELS = 8192 * 8192
 
@@ -113,11 +113,12 @@ def grid(images: Sequence[Pixels], columns: int | None = None) -> Pixels:
     return np.reshape(sheet, (rows * height, columns * width, channels))
 
 
-def check_pictures(images: Pixels) -> None:
+def check_pictures(images: Pixels, dtype: str) -> None:
     """Refuse constant pictures: what a NaN or an overflow in the nets looks like after the decoder.
 
     Args:
         images: ``(H, W, 3)`` or ``(B, H, W, 3)`` uint8.
+        dtype: the package's, for the error's advice.
 
     Raises:
         NumericError: every pixel of a picture is the same; says which pictures of the batch.
@@ -130,7 +131,7 @@ def check_pictures(images: Pixels) -> None:
         raise NumericError(
             f"picture {numbers} of a batch of {len(batch)} (counted from 0) is a single colour, {colour}",
             expected="pixels that differ",
-            fix="An fp16 package may overflow: export it again with --dtype fp32.",
+            fix=numeric_fix(dtype),
         )
 
 

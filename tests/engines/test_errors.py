@@ -20,3 +20,9 @@ def test_a_message_has_found_expected_and_fix() -> None:
     error = errors.UsageError("a is 3", expected="b", fix="Do c.")
     assert (error.found, error.expected, error.fix) == ("a is 3", "b", "Do c.")
     assert str(error) == "a is 3; expected b. Do c."
+
+
+def test_the_advice_fits_the_package() -> None:
+    assert "--dtype fp32" in errors.numeric_fix("fp16")
+    assert "--dtype" not in errors.numeric_fix("fp32")
+    assert "damaged" in errors.numeric_fix("fp32")

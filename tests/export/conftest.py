@@ -1,4 +1,4 @@
-"""Two tiny checkpoints and their packages, made once: exporting is the slow part of these tests."""
+"""Tiny checkpoints and their packages, made once: exporting is the slow part of these tests."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from latentrt.engines.package import Package
 from latentrt.export import Progress, export_package
 from latentrt.export.checkpoint.open import Checkpoint
 from latentrt.export.verify import Comparison
+from tests.parity_pair import exported
 
 
 @dataclass(frozen=True)
@@ -41,31 +42,29 @@ class Exported:
         return dict(zip(names, session.run(names, arrays), strict=True))
 
 
-def _export(name: str, stored: torch.dtype, dtype: Any, folder: Path) -> Exported:
-    source = make_checkpoint(RECIPES[name], folder / name, dtype=stored, old_names=name == "tiny1")
-    progress: list[Progress] = []
-    comparisons: list[Comparison] = []
-    package = export_package(
-        source,
-        folder / "package",
-        dtype=dtype,
-        verify=True,
-        progress=progress.append,
-        report=comparisons.append,
-    )
-    return Exported(source, package, progress, comparisons)
-
-
 @pytest.fixture(scope="session")
 def sd1(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """Like 1.x: stored in fp16, computing in fp32."""
-    return _export("tiny1", torch.float16, "fp32", tmp_path_factory.mktemp("sd1"))
+    """Like 1.x: stored in fp16, computing in fp32. The tests of parity draw with the same package."""
+    folder = exported(tmp_path_factory, "tiny1")
+    return Exported(folder / "checkpoint", Package.open(folder / "package"), [], [])
 
 
 @pytest.fixture(scope="session")
 def sd2(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Like 2.1: stored in fp32, computing in fp16."""
-    return _export("tiny2", torch.float32, "fp16", tmp_path_factory.mktemp("sd2"))
+    folder = tmp_path_factory.mktemp("sd2")
+    source = make_checkpoint(RECIPES["tiny2"], folder / "tiny2", dtype=torch.float32)
+    progress: list[Progress] = []
+    comparisons: list[Comparison] = []
+    package = export_package(
+        source,
+        folder / "package",
+        dtype="fp16",
+        verify=True,
+        progress=progress.append,
+        report=comparisons.append,
+    )
+    return Exported(source, package, progress, comparisons)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 import pytest
 
 from latentrt.engines.package import Package
+from latentrt.engines.tensorrt.flavour import flavour
+from latentrt.engines.tensorrt.network import check_contract, parse_graph
 
 SHAPES: dict[str | int, tuple[int, int, int]] = {
     "B": (1, 2, 2),
@@ -25,17 +27,13 @@ def build_every_net(package: Package) -> None:
         if name == "unet_whole" and package.manifest.dtype == "fp32":
             continue  # for other tools, and built of what `unet` has
         builder = trt.Builder(logger)
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        parser = trt.OnnxParser(network, logger)
-        parsed = parser.parse_from_file(str(package.path(net.graph)))
-        assert parsed, [str(parser.get_error(index)) for index in range(parser.num_errors)]
+        graph = package.path(net.graph)
+        network, _parser = parse_graph(trt, flavour("tensorrt-rtx"), builder, logger, graph)
+        check_contract(trt, network, net.spec, graph=graph)
         for layer in map(network.get_layer, range(network.num_layers)):
-            if layer.type == trt.LayerType.ATTENTION_INPUT:
-                if package.manifest.dtype == "fp16":
-                    # fp32 ones are written out; for the fp16 ones of a toy there may be no kernel
-                    assert layer.get_input(0).dtype == trt.DataType.HALF
-                layer.__class__ = trt.IAttentionInputLayer
-                layer.attention.decomposable = True
+            if layer.type == trt.LayerType.ATTENTION_INPUT and package.manifest.dtype == "fp16":
+                # fp32 ones are written out; for the fp16 ones of a toy there may be no kernel
+                assert layer.get_input(0).dtype == trt.DataType.HALF
         profile = builder.create_optimization_profile()
         for item in net.spec.inputs:
             sizes = [[SHAPES[d][i] if isinstance(d, str) else d for d in item.shape] for i in range(3)]

@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors import torch as torch_file
 from safetensors.numpy import load_file, save_file
 
 from latentrt.engines.errors import CheckpointError, UsageError
+from latentrt.export import Progress, export_package
 from latentrt.export.checkpoint.open import Checkpoint
 
 
@@ -84,6 +87,20 @@ def test_a_context_of_another_width(copy: Path) -> None:
     change(copy / "unet" / "config.json", cross_attention_dim=64)
     with pytest.raises(CheckpointError, match="wants a context of width 64; expected 80"):
         Checkpoint.open(copy)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")])
+def test_quantised_weights_are_refused_before_anything_is_traced(
+    copy: Path, tmp_path: Path, kind: torch.dtype, name: str
+) -> None:
+    path = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = torch_file.load_file(path)
+    tensors["conv_out.weight"] = tensors["conv_out.weight"].to(kind)
+    torch_file.save_file(tensors, path)
+    stages: list[Progress] = []
+    with pytest.raises(CheckpointError, match=f"'conv_out.weight' as {name}; expected one of F64, F32"):
+        export_package(copy, tmp_path / "package", progress=stages.append)
+    assert not stages
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from transformers import CLIPTokenizer
 
 import latentrt.export
 from latentrt.engines.errors import UsageError
-from latentrt.export.checkpoint.clip_tokenizer import write_clip_tokenizer
+from latentrt.export.checkpoint.tokenizers import write_clip_tokenizer
 from latentrt.runtime.prompts.tokenizer import ClipTokenizer
 
 VOCABULARY = Path(latentrt.export.__file__).parent / "checkpoint" / "clip_vocabulary"

@@ -246,11 +246,11 @@ def test_a_package_holds_files_only(sd1: Exported) -> None:
         assert path.is_dir() or path.stat().st_nlink == 1
 
 
-def test_progress_names_every_stage(sd1: Exported) -> None:
-    stages = [(item.stage, item.index, item.total) for item in sd1.progress]
+def test_progress_names_every_stage(sd2: Exported) -> None:
+    stages = [(item.stage, item.index, item.total) for item in sd2.progress]
     parts = ("text_encoder", "vae_encoder", "unet", "vae_decoder")
-    names = [f"{verb} {part}" for part in parts for verb in ("export", "verify")]
-    assert stages == [(name, index, 9) for index, name in enumerate([*names, "package"])]
+    names = [f"{verb} {part}" for part in parts for verb in ("export", "measure", "verify")]
+    assert stages == [(name, index, 13) for index, name in enumerate([*names, "package"])]
 
 
 # From here on nothing is traced: the nets of `sd1` stand in.

@@ -17,22 +17,34 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from latentrt.benchmarks.models.checkpoints import make_checkpoint, make_tiny_vae
 from latentrt.benchmarks.models.recipes import FAMILIES, IMAGE_NOISE, Recipe
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.package import Defaults
+from latentrt.engines.package import Defaults, Package
 from latentrt.export import export_package
 from latentrt.export.checkpoint.open import Checkpoint
 from latentrt.export.graphs.to_onnx import example
 from latentrt.export.nets.build import NETS, components
 from latentrt.export.nets.calibration import Calibration, guidance_embedding
+from latentrt.export.verify import Comparison
 from tests.export.conftest import Exported, relative_l2
 from tests.export.ldm_files import one_file
 from tests.export.tensorrt_builds import build_every_net
+from tests.parity_pair import exported
 
 NO = np.zeros(1, np.int32)
 
 
+XL = ["xl", pytest.param("inpaint_xl", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """SDXL: two text encoders and two vectors; in fp32. The tests of parity draw with the same package."""
+    folder = exported(tmp_path_factory, "xl-tiny")
+    return Exported(folder / "checkpoint", Package.open(folder / "package"), [], [])
+
+
 @pytest.fixture(scope="module")
 def inpaint_xl(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """SDXL with nine channels: two text encoders, two vectors, and what stands behind the latent; in fp16."""
+    """The same with nine channels, so with image latents; in fp16."""
     folder = tmp_path_factory.mktemp("xl")
     source = make_checkpoint(FAMILIES["inpaint-xl-tiny"], folder / "xl", dtype=torch.float32)
     return _export(source, folder, "fp16")
@@ -50,11 +62,11 @@ def unclip(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 
 def _export(source: Path, folder: Path, dtype: Any, **more: Any) -> Exported:
-    exported = Exported(source, None, [], [])  # type: ignore[arg-type]
+    comparisons: list[Comparison] = []
     package = export_package(
-        source, folder / "package", dtype=dtype, verify=True, report=exported.comparisons.append, **more
+        source, folder / "package", dtype=dtype, verify=True, report=comparisons.append, **more
     )
-    return Exported(source, package, [], exported.comparisons)
+    return Exported(source, package, [], comparisons)
 
 
 def module(kind: Any, exported: Exported, part: str) -> Any:
@@ -84,20 +96,20 @@ def hoisted(exported: Exported, times: list[float], rows: int, sample: Any, cont
     return exported.run("unet", latent=sample[:, :4], **behind, **invariants, **last)["prediction"]
 
 
-@pytest.mark.parametrize("which", ["inpaint_xl", "unclip"])
+@pytest.mark.parametrize("which", [*XL, "unclip"])
 def test_the_hoisted_unet_equals_diffusers(which: str, request: pytest.FixtureRequest) -> None:
-    exported = request.getfixturevalue(which)
-    dtype = np.float16 if exported.package.manifest.dtype == "fp16" else np.float32
+    family: Exported = request.getfixturevalue(which)
+    dtype = np.float16 if family.package.manifest.dtype == "fp16" else np.float32
     random = np.random.default_rng(7)
-    channels = exported.package.manifest.nets["unet_whole"].spec.inputs[0].shape[1]
+    channels = family.package.manifest.nets["unet_whole"].spec.inputs[0].shape[1]
     sample = random.standard_normal((3, channels, 6, 10)).astype(dtype)
-    context = random.standard_normal((3, 77, exported.package.manifest.context_width)).astype(dtype)
-    given = vectors(exported, 3, random)
-    found = hoisted(exported, [999.0, 20.0, 501.0], 3, sample, context, given)
+    context = random.standard_normal((3, 77, family.package.manifest.context_width)).astype(dtype)
+    given = vectors(family, 3, random)
+    found = hoisted(family, [999.0, 20.0, 501.0], 3, sample, context, given)
     named = {name: torch.from_numpy(array) for name, array in given.items()}
     added = {name: named.pop(name) for name in ("text_embeds", "time_ids") if name in named}
     with torch.no_grad():
-        wanted = module(UNet2DConditionModel, exported, "unet")(
+        wanted = module(UNet2DConditionModel, family, "unet")(
             torch.from_numpy(sample).float(),
             torch.tensor(501.0),
             torch.from_numpy(context).float(),
@@ -108,19 +120,22 @@ def test_the_hoisted_unet_equals_diffusers(which: str, request: pytest.FixtureRe
 
 
 @pytest.mark.parametrize("skip", [0, 1])
-def test_both_encoders_of_sdxl(inpaint_xl: Exported, skip: int) -> None:
+@pytest.mark.parametrize("which", XL)
+def test_both_encoders_of_sdxl(which: str, skip: int, request: pytest.FixtureRequest) -> None:
     """As StableDiffusionXLPipeline.encode_prompt: hidden_states[-2 - skip], not normalised."""
+    family: Exported = request.getfixturevalue(which)
+    bar = 5e-3 if family.package.manifest.dtype == "fp16" else 1e-5
     ids = np.random.default_rng(0).integers(0, 600, (2, 77)).astype(np.int32)
     ids[0, 5:], ids[1, 40:] = 699, 699  # the token that ends a prompt
     arrays = {"input_ids": ids, "clip_skip": np.array([skip], np.int32)}
     kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     for name, kind in kinds.items():
         with torch.no_grad():
-            wanted = module(kind, inpaint_xl, name)(torch.from_numpy(ids), output_hidden_states=True)
-        found = inpaint_xl.run(name, **arrays)
-        assert relative_l2(found["context"], wanted.hidden_states[-2 - skip]) < 5e-3
+            wanted = module(kind, family, name)(torch.from_numpy(ids), output_hidden_states=True)
+        found = family.run(name, **arrays)
+        assert relative_l2(found["context"], wanted.hidden_states[-2 - skip]) < bar
         if name == "text_encoder_2":
-            assert relative_l2(found["pooled"], wanted.text_embeds) < 5e-3
+            assert relative_l2(found["pooled"], wanted.text_embeds) < bar
 
 
 def test_the_picture_encoder_of_unclip(unclip: Exported) -> None:
@@ -182,46 +197,56 @@ def test_a_tiny_autoencoder_encodes_without_a_deviation(unclip: Exported) -> Non
     assert relative_l2(found["mean"], wanted) < 1e-5
 
 
-def test_every_net_of_a_family_was_verified(inpaint_xl: Exported, unclip: Exported) -> None:
-    for exported in (inpaint_xl, unclip):
-        verified = {item.net for item in exported.comparisons}
-        made = set(exported.package.manifest.nets) - {"step", "step_masked", "unet_context", "unet_time"}
-        assert verified == made
-        assert all(item.passed for item in exported.comparisons)
+@pytest.mark.parametrize("which", [XL[1], "unclip"])
+def test_every_net_of_a_family_was_verified(which: str, request: pytest.FixtureRequest) -> None:
+    family: Exported = request.getfixturevalue(which)
+    verified = {item.net for item in family.comparisons}
+    made = set(family.package.manifest.nets) - {"step", "step_masked", "unet_context", "unet_time"}
+    assert verified == made
+    assert all(item.passed for item in family.comparisons)
 
 
-def test_what_the_manifests_say(inpaint_xl: Exported, unclip: Exported) -> None:
-    one, two = inpaint_xl.package.manifest, unclip.package.manifest
+@pytest.mark.parametrize("which", XL)
+def test_what_the_manifests_of_sdxl_say(which: str, request: pytest.FixtureRequest) -> None:
+    package = request.getfixturevalue(which).package
+    one = package.manifest
     assert (one.family, one.context_width, one.zero_empty_prompt) == ("sdxl", 64 + 128, True)
     corners = ["original_height", "original_width", "crop_top", "crop_left", "target_height", "target_width"]
     assert list(one.time_ids) == corners
-    assert one.image_latents == ("mask", "masked_image")
+    assert one.image_latents == (("mask", "masked_image") if which == "inpaint_xl" else ())
     assert one.defaults == Defaults(guidance_scale=5.0, height=16, width=16, strength=0.3)
     assert (one.image_noise, one.image_processor) == (None, None)
-    assert {path.name for path in inpaint_xl.package.root.glob("tokenizer*")} == {"tokenizer", "tokenizer_2"}
+    assert {path.name for path in package.root.glob("tokenizer*")} == {"tokenizer", "tokenizer_2"}
+    assert len(one.latent_rgb) == 5
+
+
+def test_what_the_manifest_of_unclip_says(unclip: Exported) -> None:
+    two = unclip.package.manifest
     assert (two.family, two.context_width, two.zero_empty_prompt) == ("unclip", 32, False)
     assert two.defaults == Defaults(num_inference_steps=20, guidance_scale=10.0, height=16, width=16)
     assert two.image_noise == IMAGE_NOISE
     assert two.image_processor is not None
     assert two.image_processor["crop_size"] == {"height": 28, "width": 28}
-    for manifest in (one, two):
-        assert len(manifest.latent_rgb) == 5
+    assert len(two.latent_rgb) == 5
 
 
-def test_vectors_join_the_time_embedding_alone(inpaint_xl: Exported) -> None:
-    nets = inpaint_xl.package.manifest.nets
+@pytest.mark.parametrize("which", XL)
+def test_vectors_join_the_time_embedding_alone(which: str, request: pytest.FixtureRequest) -> None:
+    nets = request.getfixturevalue(which).package.manifest.nets
     assert [item.shape for item in nets["unet_time"].spec.inputs] == [("S",), ("S", 96), ("S", 6)]
     time = [item for item in nets["unet"].spec.inputs if item.name.startswith("time.")]
     assert time
     assert all(item.shape[0] == "B" for item in time)
-    assert [item.name for item in nets["unet"].spec.inputs[:2]] == ["latent", "image_latents"]
+    images = ["image_latents"] if which == "inpaint_xl" else []
+    first = [item.name for item in nets["unet"].spec.inputs[: 1 + len(images)]]
+    assert first == ["latent", *images]
     # Two layers of the one transformer, keys and values of each.
     assert len(nets["unet_context"].spec.outputs) == 4
-    # Sinusoids need float32, whatever the rest computes in.
-    assert any(name.startswith("add_time_proj/") for name in nets["unet_time"].fp32_islands)
+    if which == "inpaint_xl":  # Sinusoids need float32, whatever the rest computes in.
+        assert any(name.startswith("add_time_proj/") for name in nets["unet_time"].fp32_islands)
 
 
-@pytest.mark.parametrize("which", ["inpaint_xl", "unclip"])
+@pytest.mark.parametrize("which", [*XL, "unclip"])
 def test_tensorrt_builds_every_net_of_a_family(which: str, request: pytest.FixtureRequest) -> None:
     build_every_net(request.getfixturevalue(which).package)
 
@@ -299,7 +324,7 @@ def test_calibration_drives_the_nets_of_pictures(tmp_path: Path) -> None:
         return lambda arrays: [calls.append(arrays) or output(arrays)]
 
     alone = Calibration(source)
-    alone.drive("image_noiser", net(lambda arrays: arrays["noise"]))
+    alone.noise_embeddings(net(lambda arrays: arrays["noise"]))
     assert [call["image_embeds"].shape for call in calls] == [(4, 40)] * 2
     calls.clear()
     calibration = Calibration(source)

@@ -178,7 +178,9 @@ def test_the_time_embedding_of_an_island_stays_a_table() -> None:
     for node in model.graph:
         node.name, node.outputs[0].shape = f"n/{node.outputs[0].name}", ir.Shape(["B"])
     islands.run_in_fp32(model, ["n/s"])
-    assert [(item.dtype, item.shape) for item in hoist(model).time_spec.outputs] == [("float16", ("S",))]
+    assert [(item.dtype, item.shape) for item in hoist(model)["unet_time"][1].outputs] == [
+        ("float16", ("S",))
+    ]
 
 
 class Recorded:

@@ -52,6 +52,14 @@ def test_values_beyond_fp16(tmp_path: Path) -> None:
         write_weights(tmp_path / WEIGHTS, {"big": torch.tensor([7e4])}, {"big": HALF})
 
 
+@pytest.mark.parametrize(("value", "stored", "fix"), [(7e4, HALF, "--dtype fp32"), (1e39, FULL, "damaged")])
+def test_the_advice_fits_the_type(tmp_path: Path, value: float, stored: ir.DataType, fix: str) -> None:
+    wide = torch.tensor([value], dtype=torch.float64)
+    with pytest.raises(CheckpointError, match="'wide' has values up to") as error:
+        write_weights(tmp_path / WEIGHTS, {"wide": wide}, {"wide": stored})
+    assert fix in error.value.fix
+
+
 def test_narrow_weights_are_widened_in_the_graph(tmp_path: Path) -> None:
     weight = torch.randn(4, 4).half()
     slots = write_weights(tmp_path / WEIGHTS, {"w": weight}, {"w": HALF})

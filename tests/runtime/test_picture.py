@@ -344,11 +344,12 @@ def test_grid_of_other_things():
 
 def test_constant_pictures_are_named():
     batch = np.stack([IMAGE, np.full_like(IMAGE, (1, 2, 3)), IMAGE, np.zeros_like(IMAGE)])
-    with pytest.raises(NumericError, match=r"picture 1, 3 of a batch of 4 .* single colour, \(1, 2, 3\)"):
-        check_pictures(batch)
+    named = r"picture 1, 3 of a batch of 4 .* single colour, \(1, 2, 3\).*--dtype fp32"
+    with pytest.raises(NumericError, match=named):
+        check_pictures(batch, "fp16")
     with pytest.raises(NumericError, match="picture 0 of a batch of 1"):
-        check_pictures(batch[3])
-    check_pictures(batch[::2])
+        check_pictures(batch[3], "fp32")
+    check_pictures(batch[::2], "fp16")
     almost = np.zeros_like(IMAGE)
     almost[-1, -1, 2] = 1
-    check_pictures(almost)
+    check_pictures(almost, "fp16")

@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.engines.errors import BackendError, CancelledError, NumericError, PackageError, UsageError
+from latentrt.engines.errors import (
+    BackendError,
+    CancelledError,
+    NumericError,
+    PackageError,
+    UsageError,
+    numeric_fix,
+)
 from latentrt.engines.package import write_manifest
 from latentrt.runtime import Pipeline
 from latentrt.runtime.loop.open import HOST_NETS
@@ -175,6 +182,7 @@ def test_non_finite_latent_is_found_in_its_step(pipe: Pipeline, monkeypatch: pyt
     with pytest.raises(NumericError, match="after step 3 of 4") as caught:
         draw(pipe)
     assert caught.value.exit_code == 8
+    assert caught.value.fix == numeric_fix("fp32")
 
 
 def test_non_finite_picture(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,15 +196,16 @@ def test_non_finite_picture(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> 
 def test_picture_of_one_colour(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     blank = np.zeros((1, 128, 128, 3), np.uint8)
     replace_net(pipe, monkeypatch, "vae_decoder", lambda call, answer: {**answer, "image": blank})
-    with pytest.raises(NumericError, match="single colour"):
+    with pytest.raises(NumericError, match="single colour") as caught:
         draw(pipe)
+    assert caught.value.fix == numeric_fix("fp32")
 
 
 def test_the_real_decoder_reports_nan(pipe: Pipeline) -> None:
     latent = np.zeros((1, 4, 16, 16), np.float32)
     latent[0, 0, 5, 5] = np.nan
     with pytest.raises(NumericError, match="picture is not finite"):
-        check_finite(*pipe.loop.decode(latent))
+        check_finite(*pipe.loop.decode(latent), "fp32")
 
 
 def test_a_plain_prompt_that_is_too_long_warns_and_names_what_was_dropped(pipe: Pipeline) -> None:

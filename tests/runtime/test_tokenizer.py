@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from latentrt.engines.errors import PackageError, UsageError
-from latentrt.export.checkpoint.clip_tokenizer import write_clip_tokenizer
+from latentrt.export.checkpoint.tokenizers import write_clip_tokenizer
 from latentrt.runtime.prompts.tokenizer import ClipTokenizer
 
 SMALL = Path(__file__).parent / "data" / "tokenizer"

@@ -20,13 +20,12 @@ import numpy as np
 
 from ....engines.backend import MemoryLedger
 from ....engines.device import Device, Shapes
-from ....engines.errors import NumericError
 from ....engines.package import Manifest
 from ....engines.spec import Array
 from ...pictures.tiling import Tiling, decode_tiled
 from ...sampling.table import Table
 from ..clock import Clock
-from ..denoise import State
+from ..denoise import State, check_finite
 from ..job import Drawn, Job, check_cancelled
 from .cuda_graphs import Graphs, Replay
 from .memory_fallback import Need, Plan, climb
@@ -110,7 +109,7 @@ class DeviceLoop:
                     replay.enqueue(canvas.enqueue_row)
                     latent, remembered = canvas.read_state()
                     self.device.synchronize()
-                _check_finite(latent, f"after step {row + 1} of {total}")
+                check_finite(latent, f"after step {row + 1} of {total}", self._manifest.dtype)
                 prediction = _prediction(job.table, row, given, remembered)
                 state = State(
                     index=row, unet_input=given, prediction=prediction, latent=latent, profile=canvas.profile
@@ -132,7 +131,7 @@ class DeviceLoop:
         need = _need(job, self._scale)
         with self._lock:
             drawn = self._climb(need, lambda plan: self._draw(job, plan, clock, decode=decode))
-            _check_finite(drawn.latent, "after the last step")
+            check_finite(drawn.latent, "after the last step", self._manifest.dtype)
             if decode and drawn.image is None:
                 with clock.stage("vae_decoder"):
                     image, mean = self._decode(drawn.latent, job.tile, self.plan(job))
@@ -347,12 +346,3 @@ def _prediction(table: Table, row: int, given: Array, remembered: Array) -> Arra
     p, q = float(table.p[row]), float(table.q[row])
     answer: Array = (remembered - p * given) / q
     return answer
-
-
-def _check_finite(latent: Array, when: str) -> None:
-    if not np.isfinite(latent).all():
-        raise NumericError(
-            f"the latent is not finite {when}",
-            expected="finite numbers",
-            fix="An fp16 package may overflow: export it again with --dtype fp32.",
-        )
