@@ -20,7 +20,7 @@ Call = Callable[..., dict[str, Array]]  # loop.call
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """P different texts, B rows of a UNet call (unconditional first); see `job.Job`.
+    """P different texts, B rows of a UNet call (unconditional first); see `job.DenoiseJob`.
 
     `dropped` has the ends of prompts that found no room, by prompt.
     """

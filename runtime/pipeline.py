@@ -20,7 +20,7 @@ from .conditioning import make_conditioning
 from .loop.clock import Clock
 from .loop.denoise import State
 from .loop.device.cuda_graphs import Graphs
-from .loop.job import Drawn, Job, Loop, LoopNet
+from .loop.job import DenoiseJob, Drawn, Loop, LoopNet
 from .loop.open import LoopOptions, open_loop
 from .pictures.tiling import Tiling, encode_tiled
 from .pictures.write import check_pictures, to_pil
@@ -220,7 +220,7 @@ class Pipeline:
 
     # ── the stages ─────────────────────────────────────────────────────────────────────────────
 
-    def _job(self, request: Request, clock: Clock) -> Job:
+    def _job(self, request: Request, clock: Clock) -> DenoiseJob:
         """The request as numbers: everything before the loop."""
         manifest, source = self.package.manifest, NoiseSource(request.seeds, request.rng)
         table = make_span(
@@ -236,7 +236,7 @@ class Pipeline:
             warnings.warn(f"the prompt {text[:40]!r}… is too long; dropped: {dropped!r}", stacklevel=4)
         encode = partial(self._encode, clock, tile=request.tile)
         start = make_start(request, manifest, table, source, encode)
-        return Job(
+        return DenoiseJob(
             context=conditions.context,
             text_of_row=conditions.text_of_row,
             vectors=conditions.vectors,

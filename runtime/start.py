@@ -27,7 +27,7 @@ Encode = Callable[[Array, Array], tuple[Array, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """What a job begins with; see `job.Job`."""
+    """What a job begins with; see `job.DenoiseJob`."""
 
     first: Array
     image_latents: Array | None = None

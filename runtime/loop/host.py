@@ -15,7 +15,7 @@ from ..pictures.tiling import Tiling, decode_tiled
 from . import guidance
 from .clock import Clock
 from .denoise import State, denoise, narrow
-from .job import Drawn, Job, check_cancelled
+from .job import DenoiseJob, Drawn, check_cancelled
 
 
 class HostLoop:
@@ -54,7 +54,7 @@ class HostLoop:
         """Run one net once."""
         return self.net(net)(**arrays)
 
-    def steps(self, job: Job, clock: Clock, cancel: Event | None) -> Iterator[State]:
+    def steps(self, job: DenoiseJob, clock: Clock, cancel: Event | None) -> Iterator[State]:
         """One item per row of the table. Raises CancelledError, NumericError."""
         with clock.stage("invariants"):
             prompts = self.call("unet_context", context=job.context)
@@ -76,7 +76,7 @@ class HostLoop:
         rows = denoise(job.table, lambda: source.draw(job.shape), predict, job.first, job.kept)
         yield from clock.timed("update", rows)
 
-    def draw(self, job: Job, clock: Clock, *, decode: bool) -> Drawn:
+    def draw(self, job: DenoiseJob, clock: Clock, *, decode: bool) -> Drawn:
         """All of it."""
         *_, last = self.steps(job, clock, None)
         if not decode:

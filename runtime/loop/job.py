@@ -18,7 +18,7 @@ from .denoise import Kept, State
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class DenoiseJob:
     """N pictures, S rows of the table, B rows of a UNet call (2N with guidance, else N).
 
     Attributes:
@@ -96,11 +96,11 @@ class Loop(Protocol):
         """Run a net that stands outside the loop once. Raises PackageError if the package has none."""
         ...
 
-    def steps(self, job: Job, clock: Clock, cancel: Event | None) -> Iterator[State]:
+    def steps(self, job: DenoiseJob, clock: Clock, cancel: Event | None) -> Iterator[State]:
         """One item per row of the table."""
         ...
 
-    def draw(self, job: Job, clock: Clock, *, decode: bool) -> Drawn:
+    def draw(self, job: DenoiseJob, clock: Clock, *, decode: bool) -> Drawn:
         """All of it, with nobody looking on."""
         ...
 
