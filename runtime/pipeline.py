@@ -20,7 +20,7 @@ from .conditioning import make_conditioning
 from .loop.clock import Clock
 from .loop.denoise import State
 from .loop.device.cuda_graphs import Graphs
-from .loop.job import DenoiseJob, Drawn, Loop, LoopNet
+from .loop.job import DenoiseJob, Drawn, Loop
 from .loop.open import LoopOptions, open_loop
 from .pictures.tiling import Tiling, encode_tiled
 from .pictures.write import check_pictures, to_pil
@@ -149,7 +149,8 @@ class Pipeline:
         nets = package.manifest.nets
         encoders = [
             TextEncoder(
-                net=LoopNet(loop=loop, name=net, spec=nets[net].spec),
+                run=partial(loop.call, net),
+                spec=nets[net].spec,
                 tokenizer=ClipTokenizer.open(package.root / folder),
             )
             for net, folder in TEXT_ENCODERS.items()

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from ...engines.errors import CancelledError
-from ...engines.spec import Array, NetSpec
+from ...engines.spec import Array
 from ..sampling.noise import NoiseSource
 from ..sampling.table import Table
 from .clock import Clock
@@ -128,19 +128,6 @@ class Loop(Protocol):
     def close(self) -> None:
         """Free everything. May be called twice."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopNet:
-    """A net of a loop as something to call; `spec` has its inputs and outputs."""
-
-    loop: Loop
-    name: str
-    spec: NetSpec
-
-    def __call__(self, **arrays: Array) -> dict[str, Array]:
-        """Run it once."""
-        return self.loop.call(self.name, **arrays)
 
 
 def check_cancelled(cancel: Event | None, row: int, rows: int) -> None:
