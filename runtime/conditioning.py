@@ -1,4 +1,4 @@
-"""Everything a UNet is conditioned on, per row of a call: texts, sizes, guidance scale, a picture to vary."""
+"""What a UNet is conditioned on, row by row: texts, sizes, guidance scale, a picture to vary."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from .request.source import Varied
 from .sampling.names import resolve
 from .sampling.noise import NoiseSource
 
-Call = Callable[..., dict[str, Array]]  # loop.call
+CallNet = Callable[..., dict[str, Array]]  # `Loop.call`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """P different texts, B rows of a UNet call (unconditional first); see `job.Job`.
+    """The conditions of B UNet rows, unconditional ones first.
 
-    `dropped` has the ends of prompts that found no room, by prompt.
+    Attributes:
+        context: see `job.DenoiseJob`.
+        text_of_row: see `job.DenoiseJob`.
+        vectors: see `job.DenoiseJob`.
+        dropped: by prompt, the end of it that found no room.
     """
 
     context: Array
@@ -31,22 +35,22 @@ class Conditioning:
     dropped: Mapping[str, str]
 
 
-# The two texts of a picture: one for each encoder. None is a negative prompt that was not given, where the
-# model wants zeros for it.
+# The texts of a picture for the two encoders. None stands for a missing negative prompt where the model takes
+# zeros for it.
 _Texts = tuple[str, "str | None"] | None
 
 
 def make_conditioning(
-    request: Request, manifest: Manifest, text: TextConditioner, source: NoiseSource, call: Call
+    request: Request, manifest: Manifest, text: TextConditioner, source: NoiseSource, call: CallNet
 ) -> Conditioning:
-    """Encode what is new; the rest is cached, or arithmetic.
+    """Encode the texts that are not cached, and compute the vectors.
 
     Args:
         request: what to draw.
         manifest: says what the model is conditioned on.
         text: its text encoders.
-        source: draws the noise on the embeddings of pictures to vary; its state moves then.
-        call: runs a net.
+        source: draws noise for the embeddings of pictures to vary, which advances it.
+        call: runs a net of the package.
 
     Raises:
         UsageError: a prompt whose syntax nothing here executes, or more layers skipped than there are.
@@ -83,7 +87,7 @@ def make_conditioning(
 
 
 def _texts(request: Request, manifest: Manifest) -> list[_Texts]:
-    """Of every row, unconditional ones first."""
+    """The texts of every UNet row, unconditional rows first."""
     conditional: list[_Texts] = list(zip(request.prompts, request.prompts_2, strict=True))
     if not request.guided:
         return conditional
@@ -94,13 +98,13 @@ def _texts(request: Request, manifest: Manifest) -> list[_Texts]:
     return unconditional + conditional
 
 
-def _time_ids(request: Request, manifest: Manifest, source: NoiseSource, call: Call) -> Array:
-    """(B, 6) or (B, 5)."""
+def _time_ids(request: Request, manifest: Manifest, source: NoiseSource, call: CallNet) -> Array:
+    """(B, 6) float32, or (B, 5) for a refiner."""
     return np.repeat(request.sizes.rows(guided=request.guided), len(request.prompts), axis=0)
 
 
-def _timestep_cond(request: Request, manifest: Manifest, source: NoiseSource, call: Call) -> Array:
-    """(B, width): w = scale - 1 as sines and cosines of 1000 w (Meng et al. 2023, arXiv 2210.03142)."""
+def _timestep_cond(request: Request, manifest: Manifest, source: NoiseSource, call: CallNet) -> Array:
+    """(B, width) float32: sines and cosines of 1000 (scale - 1) (Meng et al. 2023, arXiv 2210.03142)."""
     half = manifest.vectors["timestep_cond"] // 2
     frequencies = np.exp(-np.log(10000.0) / (half - 1) * np.arange(half, dtype=np.float32))
     angles = np.float32((request.guidance_scale - 1) * 1000) * frequencies.astype(np.float32)
@@ -109,17 +113,17 @@ def _timestep_cond(request: Request, manifest: Manifest, source: NoiseSource, ca
     return np.repeat(row[None], len(request.prompts), axis=0)
 
 
-def _class_labels(request: Request, manifest: Manifest, source: NoiseSource, call: Call) -> Array:
-    """(B, 2 * width): the noised embedding of the picture to vary, zeros for unconditional rows.
+def _class_labels(request: Request, manifest: Manifest, source: NoiseSource, call: CallNet) -> Array:
+    """(B, 2 * width) float: the noised embedding of the picture to vary, zeros for unconditional rows.
 
-    StableUnCLIPImg2ImgPipeline.noise_image_embeddings, with a draw of its own for every picture.
+    As diffusers' StableUnCLIPImg2ImgPipeline.noise_image_embeddings, but every picture has noise of its own.
     """
     assert isinstance(request.source, Varied), "make_request refuses a request without one"
     pixels = request.source.pixels
     one = slice(1 if (pixels == pixels[:1]).all() else None)
     embeds = call("image_encoder", image=pixels[one])["image_embeds"]
     embeds = np.repeat(embeds, len(pixels) // len(embeds), axis=0)  # (N, width)
-    # Its betas are all that counts here; diffusers' class clips what it samples, and nothing is sampled.
+    # Only its betas are used; diffusers' class would clip samples, and none are taken.
     config = {**(manifest.image_noise or {}), "clip_sample": False}
     alpha_bar = resolve(None, config).noise.alpha_bar[request.noise_level]
     labels = call(
@@ -133,7 +137,7 @@ def _class_labels(request: Request, manifest: Manifest, source: NoiseSource, cal
     return np.concatenate([np.zeros_like(labels), labels]) if request.guided else labels
 
 
-_VECTORS: Mapping[str, Callable[[Request, Manifest, NoiseSource, Call], Array]] = {
+_VECTORS: Mapping[str, Callable[[Request, Manifest, NoiseSource, CallNet], Array]] = {
     "time_ids": _time_ids,
     "timestep_cond": _timestep_cond,
     "class_labels": _class_labels,

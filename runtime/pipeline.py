@@ -21,7 +21,7 @@ from .conditioning import make_conditioning
 from .loop.clock import Clock
 from .loop.denoise import State
 from .loop.device.cuda_graphs import Graphs
-from .loop.job import Drawn, Job, JobRecorder, Loop, LoopNet
+from .loop.job import DenoiseJob, Drawn, JobRecorder, Loop
 from .loop.open import LoopOptions, open_loop
 from .pictures.tiling import Tiling, encode_tiled
 from .preview import check_finite, finished, preview
@@ -156,7 +156,8 @@ class Pipeline:
         nets = package.manifest.nets
         encoders = [
             TextEncoder(
-                net=LoopNet(loop=loop, name=net, spec=nets[net].spec),
+                run=partial(loop.call, net),
+                spec=nets[net].spec,
                 tokenizer=ClipTokenizer.open(package.root / folder),
             )
             for net, folder in TEXT_ENCODERS.items()
@@ -242,7 +243,7 @@ class Pipeline:
         start = make_start(request, manifest, table, noise, partial(self._encode, clock, request.tile))
 
         # for each row of the table: m = guide(unet(y, t, context)), then y = a*y + sum(b_j * h_j) + c*noise
-        job = Job(
+        job = DenoiseJob(
             context=conditioning.context,
             text_of_row=conditioning.text_of_row,
             vectors=conditioning.vectors,
@@ -277,7 +278,7 @@ class Pipeline:
         images = check_finite(image, mean, manifest.dtype)
         return finished(images, request, manifest.dtype), producer
 
-    def prepare(self, request: Request, clock: Clock | None = None) -> Job:
+    def prepare(self, request: Request, clock: Clock | None = None) -> DenoiseJob:
         """All that the loop is given for a request, without running it: for measurements."""
         recorder = JobRecorder(self.loop)
         steps = self._generate(request, clock or Clock(), None, watched=False, decode=False, loop=recorder)

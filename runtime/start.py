@@ -1,7 +1,7 @@
 """The first latent of a run: noise, or a picture with as much noise as the schedule begins with.
 
-Draws come in diffusers' order, so that a seed means the same: a picture's posterior, the noise, and with a
-mask the masked picture's posterior (also where nothing needs it).
+Noise is drawn in diffusers' order, so that a seed means the same: for a picture's posterior, for the first
+latent, and with a mask for the masked picture's posterior, even where that is not used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Encode = Callable[[Array, Array], tuple[Array, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """What a job begins with; see `job.Job`."""
+    """The parts of a `job.DenoiseJob` that depend on what the run starts from."""
 
     first: Array
     image_latents: Array | None = None
@@ -37,14 +37,14 @@ class Start:
 def make_start(
     request: Request, manifest: Manifest, table: Table, source: NoiseSource, encode: Encode
 ) -> Start:
-    """The first latent, and what stays the same in every step.
+    """Make the first latent, and what stays the same in every step.
 
     Args:
         request: what to draw.
-        manifest: says what the UNet wants to see behind the latent.
+        manifest: says which channels the UNet sees behind the latent.
         table: the rows that will be run.
-        source: draws; its state moves.
-        encode: pictures to latents.
+        source: draws the noise, which advances it.
+        encode: encodes pictures into the mean and standard deviation of their latents.
     """
     shape = latent_shape(manifest, request.height, request.width)
 
@@ -52,7 +52,7 @@ def make_start(
         return source.draw(shape) if request.latents is None else request.latents
 
     def encoded(pixels: Array, mask: Array | None = None) -> Array:
-        """A sample of the posterior for every picture; equal pictures are encoded once."""
+        """(N, C, h, w): a sample of every picture's posterior. If all pictures are equal, one is encoded."""
         hidden = np.zeros((*pixels.shape[:3], 1), np.uint8) if mask is None else mask
         one = slice(1 if (pixels == pixels[:1]).all() else None)
         mean, *deviation = encode(pixels[one], hidden[one])
@@ -63,9 +63,9 @@ def make_start(
         case None | Varied():
             return Start(first=table.init * noise())
         case Latents(latents=clean):
-            return _begun(request, clean, noise, table)
+            return _from_latent(request, clean, noise, table)
         case Pictures(pixels=pixels):
-            return _begun(request, encoded(pixels), noise, table)
+            return _from_latent(request, encoded(pixels), noise, table)
         case Masked() as masked if manifest.image_latents:
             return _with_channels(request, masked, manifest, table, noise, encoded)
         case Masked(pixels=pixels) as masked:
@@ -77,8 +77,8 @@ def make_start(
             return Start(first=first, kept=Kept(latent=clean, noise=drawn, mask=mask))
 
 
-def _begun(request: Request, clean: Array, noise: Callable[[], Array], table: Table) -> Start:
-    """Noise is added, unless the latent comes with the noise that another model left in it."""
+def _from_latent(request: Request, clean: Array, noise: Callable[[], Array], table: Table) -> Start:
+    """Add noise to a clean latent, unless it still has the noise that another model left in it."""
     return Start(first=clean if request.denoising_start is not None else _noised(clean, noise(), table))
 
 
@@ -90,7 +90,7 @@ def _with_channels(
     noise: Callable[[], Array],
     encoded: Callable[..., Array],
 ) -> Start:
-    """An inpainting UNet sees mask and masked picture behind the latent, in every step."""
+    """The start of an inpainting UNet, which sees mask and masked picture behind the latent in every step."""
     from_noise = masked.strength == 1
     clean = None if from_noise else encoded(masked.pixels)
     drawn = noise()
@@ -107,12 +107,12 @@ def _with_channels(
 
 
 def _noised(clean: Array, noise: Array, table: Table) -> Array:
-    """The clean latent with the noise of the first row, variance-preserving."""
+    """The clean latent with as much noise as the first row expects, variance-preserving."""
     signal = float(table.alpha_bar[0])
     return signal**0.5 * clean + (1 - signal) ** 0.5 * noise
 
 
 def _mask(masked: Masked, scale: int) -> Array:
-    """(N, 1, H/8, W/8) float32, 1 is repainted."""
+    """(N, 1, H/8, W/8) float32, 1 where the picture is repainted."""
     mask = latent_mask(masked.inpainting.mask, scale)
     return np.repeat(mask[None, None], len(masked.pixels), axis=0)

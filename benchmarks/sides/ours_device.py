@@ -29,10 +29,17 @@ from ...engines.errors import BackendError
 from ...engines.ledger import take_ledger
 from ...engines.spec import Array, NetSpec
 from ...runtime.loop import guidance
-from ...runtime.loop.device.buffers import Block, Layout, Scratch, Sizes
+from ...runtime.loop.device.buffers import Block, BlockLayout, Scratch, Sizes
 from ...runtime.loop.device.loop import DeviceLoop
-from ...runtime.loop.device.programs import Canvas, Course, Frame, Program, Schedule, input_shapes
-from ...runtime.loop.job import Job
+from ...runtime.loop.device.programs import (
+    BoundProgram,
+    DenoiseProgram,
+    DenoiseShape,
+    ScheduleProgram,
+    ScheduleShape,
+    input_shapes,
+)
+from ...runtime.loop.job import DenoiseJob
 from ...runtime.pipeline import Pipeline
 from ...runtime.request.request import make_request
 from ..case import Case, sizes_of, time_inputs
@@ -153,12 +160,12 @@ class DeviceSide:
 
     def _bind(self, stack: ExitStack, *calls: tuple[str, Sizes]) -> tuple[Block, list[BoundNet]]:
         """Nets bound to one block; what one writes under a name, the others read there."""
-        layout = Layout()
+        layout = BlockLayout()
         for name, sizes in calls:
             spec = self._loop.nets[name].spec
             new = [item for item in (*spec.inputs, *spec.outputs) if item.name not in layout.places]
             layout.add_tensors(new, sizes)
-        program = Program(self._device, layout, self._scratch(stack, calls))
+        program = BoundProgram(self._device, layout, self._scratch(stack, calls))
         stack.callback(program.close)
         nets = [(self._loop.nets[name], sizes) for name, sizes in calls]
         bound = [
@@ -281,7 +288,7 @@ class DeviceSide:
         canvas.block.upload("prediction", guidance.batch(job.first / job.table.init, case.guided))
         # What a run leaves is no fit start for the next: it would grow beyond all bounds.
         place, state = canvas.block.place("state"), canvas.block.address("state")
-        layout = Layout()
+        layout = BlockLayout()
         layout.add("state", place.dtype, place.shape)
         first = Block(self._device, layout)
         stack.callback(first.close)
@@ -300,15 +307,17 @@ class DeviceSide:
             repeats=BETWEEN,
         )
 
-    def _job(self, case: Case) -> Job:
+    def _job(self, case: Case) -> DenoiseJob:
         """The case's picture in `BETWEEN` steps."""
         parameters = replace(case, steps=BETWEEN).parameters
         request = make_request(self._manifest, case.prompt, **parameters)
         return self._pipe.prepare(request)
 
-    def _canvas(self, stack: ExitStack, job: Job, sizes: Sizes) -> tuple[Canvas, Schedule]:
+    def _canvas(
+        self, stack: ExitStack, job: DenoiseJob, sizes: Sizes
+    ) -> tuple[DenoiseProgram, ScheduleProgram]:
         """The loop's own, with a UNet that does nothing."""
-        frame = Frame(
+        frame = DenoiseShape(
             pictures=job.pictures,
             guided=job.guided,
             height=sizes["H/8"],
@@ -318,9 +327,9 @@ class DeviceSide:
         )
         nets = {**self._loop.nets, "unet": cast(DeviceNet, _NoNet(self._loop.nets["unet"]))}
         scratch = self._scratch(stack, [(name, sizes) for name in ("step", "unet_context", "unet_time")])
-        canvas = Canvas(self._device, nets, frame, scratch)
+        canvas = DenoiseProgram(self._device, nets, frame, scratch)
         stack.callback(canvas.close)
-        schedule = Schedule(self._device, nets, Course.of(job, frame), scratch)
+        schedule = ScheduleProgram(self._device, nets, ScheduleShape.of(job, frame), scratch)
         stack.callback(schedule.close)
         return canvas, schedule
 

@@ -16,7 +16,7 @@ from ...engines.package import Package
 from ...engines.spec import ROW, Array, TensorSpec
 from ...runtime.loop import guidance
 from ...runtime.loop.denoise import narrow
-from ...runtime.loop.device.buffers import Block, Layout, Sizes, aligned
+from ...runtime.loop.device.buffers import Block, BlockLayout, Sizes, aligned
 from ...runtime.loop.device.programs import input_shapes
 from ...runtime.prompts.tokenizer import ClipTokenizer
 from ..case import Case, net_inputs, sizes_of, whole_inputs
@@ -140,7 +140,7 @@ class PlainDeviceSide:
         self, stack: ExitStack, names: Iterable[str], sizes: Sizes, more: Iterable[TensorSpec] = ()
     ) -> tuple[Block, dict[str, BoundNet]]:
         """A block with every tensor of these nets under "net/tensor", and the nets bound to it."""
-        layout = Layout()
+        layout = BlockLayout()
         names = tuple(names)
         tensors = {name: (*self._nets[name].spec.inputs, *self._nets[name].spec.outputs) for name in names}
         for name in names:

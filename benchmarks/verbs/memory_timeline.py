@@ -30,7 +30,7 @@ from ...engines.spec import DTYPES, output_shapes
 from ...runtime.loop.clock import Clock
 from ...runtime.loop.device.loop import DeviceLoop
 from ...runtime.loop.device.programs import input_shapes
-from ...runtime.loop.job import Job
+from ...runtime.loop.job import DenoiseJob
 from ...runtime.loop.open import LoopOptions
 from ...runtime.pipeline import Pipeline
 from ...runtime.request.request import make_request
@@ -173,7 +173,7 @@ def schedule_bytes(pipe: Pipeline, case: Case) -> int:
     return sum(math.prod(shapes[item.name]) * np.dtype(DTYPES[item.dtype]).itemsize for item in spec.outputs)
 
 
-def _job(pipe: Pipeline, case: Case, clock: Clock | None = None) -> Job:
+def _job(pipe: Pipeline, case: Case, clock: Clock | None = None) -> DenoiseJob:
     request = make_request(pipe.package.manifest, case.prompt, **case.parameters)
     return pipe.prepare(request, clock)
 

@@ -1,4 +1,4 @@
-"""Wall time per stage of one generation."""
+"""Wall time of the stages of one generation."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ Item = TypeVar("Item")
 
 
 class Clock:
-    """Adds up seconds per stage. A stage inside another is charged to the inner one only."""
+    """Adds up seconds per stage. The time of a stage inside another counts for the inner one only."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._inner = 0.0  # seconds already charged below the stage that is running
+        self._inner = 0.0  # seconds counted already for stages inside the one that is running
 
     @contextmanager
     def stage(self, name: str) -> Generator[None]:
-        """Charge the block to `name`."""
+        """Count the block's time for `name`."""
         outer, self._inner, began = self._inner, 0.0, perf_counter()
         try:
             yield
@@ -29,7 +29,7 @@ class Clock:
             self._inner = outer + spent
 
     def timed(self, name: str, items: Iterator[Item]) -> Iterator[Item]:
-        """Charge the making of each item to `name`, not what the consumer does with it."""
+        """Yield the items. The time to make each counts for `name`; the consumer's time does not."""
         while True:
             with self.stage(name):
                 item = next(items, None)

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: how the rows of a UNet call are laid out, and how they are combined."""
+"""Classifier-free guidance: how the rows of a UNet call are laid out, and how their outputs are combined."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ...engines.spec import Array
 
 
 def batch(rows: Array, guided: bool) -> Array:
-    """(N, …) -> (B, …): the pictures once, or twice (unconditional rows first)."""
+    """(N, …) -> (B, …): the UNet's rows, with guidance each picture twice (unconditional rows first)."""
     return np.concatenate([rows, rows]) if guided else rows
 
 
@@ -31,18 +31,13 @@ def combine(prediction: Array, scale: float, rescale: float, guided: bool) -> Ar
     rows = prediction.astype(np.float32, copy=False)
     if not guided:
         return rows
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # the loop looks at the result
-        return _combine(rows, scale, rescale)
-
-
-def _combine(rows: Array, scale: float, rescale: float) -> Array:
-    half = len(rows) // 2
-    unconditional, conditional = rows[:half], rows[half:]
-    guided_rows: Array = unconditional + scale * (conditional - unconditional)
-    if rescale:
-        axes = tuple(range(1, rows.ndim))
-        # ddof=1 as torch.std, which diffusers uses
-        wanted: Array = np.std(conditional, axes, ddof=1, keepdims=True)
-        found: Array = np.std(guided_rows, axes, ddof=1, keepdims=True)
-        guided_rows = guided_rows * (rescale * (wanted / found) + (1 - rescale))
-    return guided_rows
+    unconditional, conditional = np.split(rows, 2)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # the loop checks the result
+        combined: Array = unconditional + scale * (conditional - unconditional)
+        if rescale:
+            axes = tuple(range(1, rows.ndim))
+            # ddof=1 as torch.std, which diffusers uses
+            wanted: Array = np.std(conditional, axes, ddof=1, keepdims=True)
+            found: Array = np.std(combined, axes, ddof=1, keepdims=True)
+            combined = combined * (rescale * (wanted / found) + (1 - rescale))
+    return combined

@@ -15,16 +15,16 @@ from ..pictures.tiling import Tiling, decode_tiled
 from . import guidance
 from .clock import Clock
 from .denoise import State, denoise, narrow
-from .job import Drawn, Job, check_cancelled
+from .job import DenoiseJob, Drawn, check_cancelled
 
 
 class HostLoop:
-    """Threads may share it: nothing changes but which nets are open, and that under a lock.
+    """Implements `job.Loop`. Threads may share it: all that changes is which nets are open, under a lock.
 
     Args:
-        package: where nets are opened from, each when it is first called.
+        package: nets are opened from it, each when it is first called.
         backend: opens them.
-        threads: of the backend; None is every processor this process may use.
+        threads: how many the backend uses; None is one for every processor this process may use.
     """
 
     def __init__(self, package: Package, backend: HostBackend, threads: int | None) -> None:
@@ -37,7 +37,7 @@ class HostLoop:
         self._dtype = DTYPES[package.manifest.net("unet").spec.inputs[0].dtype]
 
     def net(self, name: str) -> Net:
-        """A net, opened if it was not yet. Raises PackageError if there is none, BackendError once closed."""
+        """A net, opened on first use. Raises PackageError if there is none, BackendError once closed."""
         with self._lock:
             if self._closed:
                 raise BackendError(
@@ -51,34 +51,33 @@ class HostLoop:
             return self.nets[name]
 
     def call(self, net: str, **arrays: Array) -> dict[str, Array]:
-        """Run one net once."""
+        """Run one net once; see `job.Loop`."""
         return self.net(net)(**arrays)
 
-    def steps(self, job: Job, clock: Clock, cancel: Event | None) -> Iterator[State]:
-        """One item per row of the table. Raises CancelledError, NumericError."""
+    def steps(self, job: DenoiseJob, clock: Clock, cancel: Event | None) -> Iterator[State]:
+        """Yield the state after every row of the table. Raises CancelledError, NumericError."""
         with clock.stage("invariants"):
-            prompts = self.call("unet_context", context=job.context)
-            rows_of = list(job.text_of_row)
-            constant = {name: keys_or_values[rows_of] for name, keys_or_values in prompts.items()}
+            keys_and_values = self.call("unet_context", context=job.context)
+            constant = {name: texts[list(job.text_of_row)] for name, texts in keys_and_values.items()}
             if job.image_latents is not None:
                 constant["image_latents"] = narrow(job.image_latents, self._dtype)  # (B, C', H/8, W/8)
             schedule = self.call("unet_time", **job.schedule_inputs())
         dtype = self._package.manifest.dtype
-        unet, each, source = self.net("unet"), job.rows_per_step, job.noise.fork()
+        unet, source, each = self.net("unet"), job.noise.fork(), job.rows_per_step
 
         def predict(latent: Array, row: int) -> Array:
             check_cancelled(cancel, row, len(job.table))
-            rows = narrow(guidance.batch(latent, job.guided), self._dtype)  # (B, C, H/8, W/8)
-            now = {name: of_all[row * each : (row + 1) * each] for name, of_all in schedule.items()}
+            batch = narrow(guidance.batch(latent, job.guided), self._dtype)  # (B, C, H/8, W/8)
+            times = {name: rows[row * each : (row + 1) * each] for name, rows in schedule.items()}
             with clock.stage("unet"):
-                prediction = unet(latent=rows, **constant, **now)["prediction"]
+                prediction = unet(latent=batch, **constant, **times)["prediction"]
             return guidance.combine(prediction, job.guidance_scale, job.guidance_rescale, job.guided)
 
-        rows = denoise(job.table, lambda: source.draw(job.shape), predict, job.first, job.kept, dtype)
-        yield from clock.timed("update", rows)
+        states = denoise(job.table, lambda: source.draw(job.shape), predict, job.first, job.kept, dtype)
+        yield from clock.timed("update", states)
 
-    def draw(self, job: Job, clock: Clock, *, decode: bool) -> Drawn:
-        """All of it."""
+    def draw(self, job: DenoiseJob, clock: Clock, *, decode: bool) -> Drawn:
+        """Denoise and decode; see `job.Loop`."""
         *_, last = self.steps(job, clock, None)
         if not decode:
             return Drawn(latent=last.latent, image=None, mean=None)
@@ -87,7 +86,7 @@ class HostLoop:
         return Drawn(latent=last.latent, image=image, mean=mean)
 
     def decode(self, latent: Array, *, tile: int | None = None) -> tuple[Array, Array]:
-        """(N, C, H/8, W/8) float32 -> (N, H, W, 3) uint8 and (N,) float32."""
+        """Pictures of latents; see `job.Loop`."""
 
         def whole(part: Array) -> tuple[Array, Array]:
             decoded = self.call("vae_decoder", latent=narrow(part, self._dtype))

@@ -1,4 +1,4 @@
-"""A request as numbers: all that a denoising loop needs, whether it runs on the host or on a device."""
+"""A request as numbers, and what carries it out: the boundary of the loops on the host and on a device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from ...engines.errors import CancelledError
-from ...engines.spec import Array, NetSpec
+from ...engines.spec import Array
 from ..sampling.noise import NoiseSource
 from ..sampling.table import Table
 from .clock import Clock
@@ -18,18 +18,22 @@ from .denoise import Kept, State
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """N pictures, S rows of the table, B rows of a UNet call (2N with guidance, else N).
+class DenoiseJob:
+    """N pictures to denoise, with S rows of the table and B UNet rows a step (2N with guidance, else N).
 
     Attributes:
-        context: (P, T, D) of the text encoders' dtype, every different text once.
-        text_of_row: (B,) which text each UNet row has, unconditional rows first.
-        vectors: (B, width) float32 by name (`spec.VECTORS`): what joins the time embedding.
-        image_latents: (B, C', H/8, W/8) float32, what an inpainting UNet sees behind the latent.
+        context: (P, T, D) in the text encoders' dtype, every different text once.
+        text_of_row: (B,) the index of each UNet row's text, unconditional rows first.
+        table: the rows that are run.
+        guided: whether half of the UNet rows are unconditional.
+        guidance_scale: see `guidance.combine`.
+        guidance_rescale: see `guidance.combine`.
         first: (N, C, H/8, W/8) float32, the variance-preserving state that enters the first row.
-        noise: draws what rows add; each attempt at the job works on a fork of it.
+        noise: draws the noise that rows add; each attempt at the job works on a fork of it.
+        vectors: (B, width) float32 by name (`spec.VECTORS`), added to the time embedding.
+        image_latents: (B, C', H/8, W/8) float32, channels that an inpainting UNet sees behind the latent.
         kept: what is put back outside the mask after every row.
-        tile: side in pixels of the tiles in which the decoder runs; None is all at once.
+        tile: side in pixels of the tiles in which the decoder runs; None decodes all at once.
     """
 
     context: Array
@@ -52,23 +56,23 @@ class Job:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one latent, (C, H/8, W/8)."""
+        """The shape of one latent, (C, H/8, W/8)."""
         return self.first.shape[1:]
 
     @property
     def rows_per_step(self) -> int:
-        """Time invariants of a step: one for all UNet rows, or with vectors one for each."""
+        """How many rows of time invariants a step has: one for all UNet rows; with vectors, one for each."""
         return len(self.text_of_row) if self.vectors else 1
 
     def schedule_inputs(self) -> dict[str, Array]:
-        """What `unet_time` is called with: (S, …) float32, the rows of a step together."""
+        """The inputs of `unet_time`: (S, …) float32, the rows of a step side by side."""
         steps, each = len(self.table), self.rows_per_step
         timesteps = np.repeat(self.table.t.astype(np.float32), each)
         tiled = {name: np.tile(rows, (steps, 1)) for name, rows in self.vectors.items()}
         return {"timestep": timesteps, **tiled}
 
     def noises(self) -> Array:
-        """(S, N, C, H/8, W/8) float32: what each row draws, zero where it draws nothing."""
+        """(S, N, C, H/8, W/8) float32: the noise of each row, zero where it draws none."""
         noises = np.zeros((len(self.table), self.pictures, *self.shape), np.float32)
         source = self.noise.fork()
         for row in np.flatnonzero(self.table.draws):
@@ -78,9 +82,13 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """What a job became: latent (N, C, H/8, W/8) float32; image (N, H, W, 3) uint8 and mean (N,) if asked.
+    """The result of a job.
 
-    `profile` is what the UNet's engine was optimised for, for people; "" on the host.
+    Attributes:
+        latent: (N, C, H/8, W/8) float32, after the last row.
+        image: (N, H, W, 3) uint8; None if it was not to be decoded.
+        mean: (N,) float32, each picture's mean before clamping; None if it was not to be decoded.
+        profile: the profile that the UNet's engine ran with, for people; "" on the host.
     """
 
     latent: Array
@@ -90,22 +98,31 @@ class Drawn:
 
 
 class Loop(Protocol):
-    """Calls nets, denoises and decodes, on the host (`host_loop.py`) or on a device (`device_loop.py`)."""
+    """Calls nets, denoises and decodes, on the host (`host.py`) or on a device (`device/loop.py`)."""
 
     def call(self, net: str, **arrays: Array) -> dict[str, Array]:
-        """Run a net that stands outside the loop once. Raises PackageError if the package has none."""
+        """Run a net outside the loop once. Raises PackageError if the package has none of that name."""
         ...
 
-    def steps(self, job: Job, clock: Clock, cancel: Event | None) -> Iterator[State]:
-        """One item per row of the table."""
+    def steps(self, job: DenoiseJob, clock: Clock, cancel: Event | None) -> Iterator[State]:
+        """Yield the state after every row of the table; `cancel` is looked at before each."""
         ...
 
-    def draw(self, job: Job, clock: Clock, *, decode: bool) -> Drawn:
-        """All of it, with nobody looking on."""
+    def draw(self, job: DenoiseJob, clock: Clock, *, decode: bool) -> Drawn:
+        """Denoise and, with `decode`, decode, without yielding in between."""
         ...
 
     def decode(self, latent: Array, *, tile: int | None = None) -> tuple[Array, Array]:
-        """(N, C, H/8, W/8) float32 -> (N, H, W, 3) uint8 and (N,) float32, the mean before clamping."""
+        """Pictures of latents.
+
+        Args:
+            latent: (N, C, H/8, W/8) float32.
+            tile: side in pixels of the decoder's tiles; None decodes all at once.
+
+        Returns:
+            (N, H, W, 3) uint8, and (N,) float32: each picture's mean before clamping, which is not finite if
+            any of its values is not.
+        """
         ...
 
     def close(self) -> None:
@@ -116,28 +133,15 @@ class Loop(Protocol):
 class JobRecorder:
     """A loop that keeps the job it is to draw; the nets that prepare it are run by another loop."""
 
-    job: Job
+    job: DenoiseJob
 
     def __init__(self, loop: Loop) -> None:
         self.call, self.steps, self.decode, self.close = loop.call, loop.steps, loop.decode, loop.close
 
-    def draw(self, job: Job, clock: Clock, *, decode: bool) -> Drawn:
+    def draw(self, job: DenoiseJob, clock: Clock, *, decode: bool) -> Drawn:
         """Keep the job."""
         self.job = job
         return Drawn(latent=job.first, image=None, mean=None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopNet:
-    """A net of a loop as something to call; `spec` is its boundary."""
-
-    loop: Loop
-    name: str
-    spec: NetSpec
-
-    def __call__(self, **arrays: Array) -> dict[str, Array]:
-        """Run it once."""
-        return self.loop.call(self.name, **arrays)
 
 
 def check_cancelled(cancel: Event | None, row: int, rows: int) -> None:

@@ -1,4 +1,4 @@
-"""Which loop runs a package: the host's, or a device's where the backend has one."""
+"""Opens the loop that runs a package: on a device where the backend has one, else on the host."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .job import Loop
 HOST_NETS = ("text_encoder", "unet_context", "unet_time", "unet", "vae_decoder")
 DEVICE_NETS = ("text_encoder", "unet_context", "unet_time", "unet", "step", "vae_decoder")
 
-# Without these there is no loop. Other nets of a package are for some requests only, or for other tools.
+# Every loop needs these. Other nets of a package are for some requests only.
 _REQUIRED = ("unet_context", "unet_time", "unet", "vae_decoder")
-_ELSEWHERE = ("unet_whole",)
+_FOR_OTHER_TOOLS = ("unet_whole",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +27,9 @@ class LoopOptions:
 
     Attributes:
         backend: a name of `engines.backend.BACKENDS`, or "auto".
-        threads: of a CPU backend; None is every processor this process may use.
-        graphs: whether rows are replayed as a captured graph: "on", "off", or "auto", where it is faster.
-        log: is told, in a line each, what was given up when memory was short, and what cannot be captured.
+        threads: of a CPU backend; None is one for every processor this process may use.
+        graphs: whether rows are replayed as a CUDA graph: "on", "off", or "auto", where that is faster.
+        log: is passed a line for everything given up when memory was short, and for what cannot be captured.
     """
 
     backend: str = "auto"
@@ -39,7 +39,10 @@ class LoopOptions:
 
 
 def open_loop(package: Package, options: LoopOptions) -> tuple[Loop, str]:
-    """The loop, and for people what executes it.
+    """Open a loop over a package.
+
+    Returns:
+        The loop, and a description of what executes it, for people.
 
     Raises:
         PackageError: a net is missing, or its graph is refused.
@@ -52,7 +55,8 @@ def open_loop(package: Package, options: LoopOptions) -> tuple[Loop, str]:
         from .device.loop import DeviceLoop
 
         log = options.log or to_stderr
-        device, opened = engine.open_device(package, [net for net in nets if net not in _ELSEWHERE], log=log)
+        used = [net for net in nets if net not in _FOR_OTHER_TOOLS]
+        device, opened = engine.open_device(package, used, log=log)
         loop = DeviceLoop(device, opened, package.manifest, graphs=options.graphs, log=log)
         return loop, engine.describe()
     assert isinstance(engine, HostBackend), name
@@ -61,7 +65,7 @@ def open_loop(package: Package, options: LoopOptions) -> tuple[Loop, str]:
         loop = stack.enter_context(closing(HostLoop(package, engine, options.threads)))
         for net in nets:
             if net in (*_REQUIRED, *TEXT_ENCODERS):
-                loop.net(net)  # now, so that the first picture need not wait for it
+                loop.net(net)  # opened now, so that the first picture does not wait for it
         stack.pop_all()
         return loop, engine.describe()
 

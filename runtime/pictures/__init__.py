@@ -1,1 +1,1 @@
-"""Pixels: read, resized, masked, tiled, written."""
+"""Pictures: reading, resizing, masks, tiles, writing."""

@@ -1,12 +1,12 @@
-"""Inpainting: which pixels are drawn anew, what of the picture the nets see, and how it is put back together.
+"""Inpainting: which pixels are drawn anew, which part of the picture the nets see, and how both are merged.
 
-Masks are arrays of bool from here on; True (white) is repainted. diffusers is the model, but for this:
+Masks are bool arrays here; True (white) is repainted. This follows diffusers, but for three things:
 
 1. The original picture is put back outside the mask, always. diffusers does so with `padding_mask_crop` only,
    and otherwise returns what the autoencoder made of those pixels.
-2. A mask is binarised before its region is searched for, so that the region is that of what is repainted.
-   To diffusers every shade but black belongs to it.
-3. Transparent pixels of a mask are black: what nobody painted is kept. diffusers drops alpha.
+2. A mask is binarised before its region is searched for, so that the region holds what is repainted. In
+   diffusers every shade but black belongs to it.
+3. Transparent pixels of a mask are black, so what nobody painted is kept. diffusers drops alpha.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Region = tuple[int, int, int, int]  # left, top, right, bottom; the last two lie
 
 @dataclass(frozen=True, kw_only=True)
 class Inpainting:
-    """One picture that is partly drawn anew. Made by `plan_inpainting`.
+    """One picture of which a part is drawn anew. Made by `plan_inpainting`.
 
     Attributes:
-        original: (H, W, 3) uint8, the result but for what is repainted.
-        repainted: (H, W), which of its pixels are drawn anew.
-        pixels: (height, width, 3) uint8, what the nets see: the original, or the region of it.
-        mask: (height, width), which of `pixels` are drawn anew.
-        region: where in the original `pixels` lies; None where it is all of it.
+        original: (H, W, 3) uint8, the whole picture.
+        repainted: (H, W) bool, which of its pixels are drawn anew.
+        pixels: (height, width, 3) uint8, what the nets see: the original, or a region of it.
+        mask: (height, width) bool, which of `pixels` are drawn anew.
+        region: the region of the original that `pixels` shows; None if it is all of it.
         blur: radius in pixels of the original over which drawn and kept pixels merge; 0 is a hard edge.
     """
 
@@ -48,10 +48,9 @@ class Inpainting:
     blur: float
 
     def paste(self, drawn: Pixels) -> Pixels:
-        """Put the drawn picture (height, width, 3) where it belongs: (H, W, 3) uint8.
+        """Put the drawn picture, (height, width, 3) uint8, into the original. Returns (H, W, 3) uint8.
 
-        Outside the mask (or with a blur outside its soft edge) the original comes back as it is, inside the
-        drawn pixels do.
+        Outside the mask (with a blur, outside its soft edge) every pixel is the original's.
         """
         layer: Pixels = drawn
         if self.region:
@@ -73,15 +72,15 @@ def plan_inpainting(
     padding_mask_crop: int | None = None,
     mask_blur: float = 0.0,
 ) -> Inpainting:
-    """Read a picture and its mask, and settle what is drawn.
+    """Read a picture and its mask, and decide what is drawn.
 
     Args:
         image: the picture, as `read_image` takes it.
-        mask_image: white where it is to be repainted; of the picture's size, or at least its aspect ratio.
-        height: of what is drawn.
-        width: of what is drawn.
-        padding_mask_crop: draw only the masked part, and this many pixels around it, enlarged to height and
-            width. The result then has the picture's own size; with None the picture is resized before.
+        mask_image: white where the picture is repainted; of its size, or at least its aspect ratio.
+        height: of what is drawn, in pixels.
+        width: of what is drawn, in pixels.
+        padding_mask_crop: draw only the masked part and this many pixels around it, enlarged to height and
+            width; the result has the picture's own size. None resizes the picture first.
         mask_blur: radius of the Gaussian blur that softens the edge of what is pasted.
 
     Raises:
@@ -120,7 +119,7 @@ def read_mask(
     """Read a mask, and resize it.
 
     Args:
-        source: as `read_image` takes it; lighter than the middle grey is repainted.
+        source: as `read_image` takes it; mid-grey and lighter is repainted.
         height: of the result.
         width: of the result.
         image_size: (H, W) of the picture that it belongs to; (height, width) where None.
@@ -149,20 +148,20 @@ def read_mask(
 
 
 def latent_mask(mask: Mask, scale: int = 8) -> Array:
-    """One value per latent cell: its first pixel's, as `torch.nn.functional.interpolate` (nearest) picks it.
+    """One value per latent cell: its first pixel's, as `torch.nn.functional.interpolate` (nearest) takes it.
 
     Args:
         mask: (H, W).
         scale: pixels per latent cell along each axis.
 
     Returns:
-        (H / scale, W / scale) float32, 1 is repainted.
+        (H / scale, W / scale) float32, 1 where the picture is repainted.
     """
     return mask[::scale, ::scale].astype(np.float32)
 
 
 def crop_region(mask: Mask, width: int, height: int, pad: int = 0) -> Region:
-    """The part of a picture to draw: around the mask, of the aspect ratio of what is drawn where it fits.
+    """The part of a picture to draw: around the mask, and if it fits of the aspect ratio of what is drawn.
 
     diffusers' `VaeImageProcessor.get_crop_region`.
 
@@ -184,12 +183,12 @@ def crop_region(mask: Mask, width: int, height: int, pad: int = 0) -> Region:
 
 
 def _extent(places: npt.NDArray[np.intp], pad: int, limit: int) -> tuple[int, int]:
-    """From the first place to the last, and `pad` around it, in 0 ... `limit`."""
+    """Start and end of the places and `pad` around them, within 0 ... `limit`."""
     return max(int(places[0]) - pad, 0), min(int(places[-1]) + 1 + pad, limit)
 
 
 def _widened(low: int, high: int, wanted: float, limit: int) -> tuple[int, int]:
-    """To this length about the same middle, but moved, and if need be cut, to lie in 0 ... `limit`."""
+    """An interval of the wanted length around the same middle, moved and if need be cut to 0 ... `limit`."""
     more = int(wanted - (high - low))
     length = min(high - low + more, limit)
     start = min(low - more // 2, limit - length)
@@ -198,7 +197,7 @@ def _widened(low: int, high: int, wanted: float, limit: int) -> tuple[int, int]:
 
 
 def _binarise(pixels: Pixels, name: str = "mask_image") -> Mask:
-    """True from 0.5 of white on. Refuses a mask that is True nowhere: the request would draw nothing."""
+    """True from mid-grey up. Raises UsageError if that is nowhere: the request would draw nothing."""
     mask: Mask = np.asarray(to_pil(pixels).convert("L")) >= 128
     if not mask.any():
         raise UsageError(
@@ -211,6 +210,6 @@ def _binarise(pixels: Pixels, name: str = "mask_image") -> Mask:
 
 
 def _blurred(mask: Mask, radius: float) -> Array:
-    """Shares 0 ... 1; Pillow's filter is diffusers' `VaeImageProcessor.blur`."""
+    """(H, W) float32, 0 ... 1; Pillow's filter is that of diffusers' `VaeImageProcessor.blur`."""
     soft = Image.fromarray(mask).convert("L").filter(ImageFilter.GaussianBlur(radius))
     return np.asarray(soft, np.float32) / 255

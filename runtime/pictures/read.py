@@ -1,10 +1,10 @@
-"""Pictures that somebody hands in, a file, a Pillow image or an array, to (H, W, 3) uint8 RGB.
+"""Reads a picture from a file, a Pillow image or an array as (H, W, 3) uint8 RGB.
 
-diffusers leaves the conversion to Pillow's ``convert("RGB")``. This differs in four ways, each visible:
+diffusers leaves the conversion to Pillow's ``convert("RGB")``. This differs in four ways:
 
 1. EXIF's orientation is applied, as diffusers' `load_image` and AUTOMATIC1111 do.
-2. Transparent pixels are laid over white, as AUTOMATIC1111 and transformers do; ``convert`` drops alpha, and
-   shows colours that nobody saw.
+2. Transparent pixels are laid over white, as AUTOMATIC1111 and transformers do; ``convert`` drops alpha,
+   which uncovers colours that nobody saw.
 3. Greyscale of 16 bits keeps its upper 8, as Pillow does with colours of 16 bits; ``convert`` turns all but
    the darkest 256 shades white.
 4. Files are limited before anything is decoded: six formats, `MAX_FILE_SIZE`, `MAX_PIXELS`.
@@ -33,7 +33,7 @@ MAX_FILE_SIZE = 512 * 2**20  # bytes: MAX_PIXELS with 8 each, uncompressed
 
 ImageSource = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
 
-# EXIF 2.3, table 6: how to turn what is stored into what was seen; 1 is upright
+# EXIF 2.3, table 6: how to turn a stored picture upright; 1 is upright already
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -106,7 +106,7 @@ def _quiet() -> Generator[None]:
 
 
 def _open(source: ImageSource, name: str, files: ExitStack) -> Image.Image:
-    """Not decoded yet where it is a file; `files` closes that."""
+    """The picture as a Pillow image; a file's is not decoded yet, and `files` closes it."""
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, np.ndarray):
@@ -138,7 +138,7 @@ def _from_array(array: npt.NDArray[Any], name: str) -> Image.Image:
         array = array * np.uint8(255)
     elif np.issubdtype(array.dtype, np.floating):
         low, high = float(array.min()), float(array.max())
-        if not (low >= 0 and high <= 1):  # so that NaN is refused too
+        if not (low >= 0 and high <= 1):  # written so that NaN is refused too
             raise UsageError(
                 f"{name} has values from {low:g} to {high:g}",
                 expected="floats from 0 to 1, none of them NaN",
@@ -155,7 +155,7 @@ def _from_array(array: npt.NDArray[Any], name: str) -> Image.Image:
 
 
 def _check_size(image: Image.Image, name: str) -> None:
-    """Before decoding: a few bytes of header can ask for any amount of memory."""
+    """Refuse too large a picture before it is decoded: a small header can claim any amount of memory."""
     pixels = image.width * image.height
     # a tile is decoded whole, however little of it lies inside the picture
     tags: dict[int, Any] = getattr(image, "tag_v2", {})
@@ -171,7 +171,7 @@ def _check_size(image: Image.Image, name: str) -> None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """As `PIL.ImageOps.exif_transpose`, which also writes the metadata anew, and fails where it cannot."""
+    """Like `PIL.ImageOps.exif_transpose`, which also rewrites the metadata, and fails where it cannot."""
     method = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return image if method is None else image.transpose(method)
 
@@ -187,7 +187,7 @@ def _flatten(image: Image.Image, name: str, background: int) -> Pixels:
 
 
 def _from_wide_grey(image: Image.Image, name: str) -> Image.Image:
-    """The upper 8 of 16 bits. Pillow's modes of 32 bits may hold those, or any other numbers."""
+    """The upper 8 of 16 bits. Pillow's 32-bit modes may hold those, or any other numbers."""
     shades = np.asarray(image)
     if image.mode == "F" or shades.min() < 0 or shades.max() > 0xFFFF:
         raise UsageError(

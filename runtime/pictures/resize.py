@@ -1,6 +1,6 @@
-"""Bring a picture to the size that a net wants: the request's, or CLIP's.
+"""Resizes pictures to a request's size, or to the input of CLIP's image encoder.
 
-Every pixel is Pillow's, as in diffusers and transformers, so results equal theirs to the bit.
+Pillow resamples, as in diffusers and transformers, so results equal theirs to the bit.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def resize(pixels: Pixels, height: int, width: int, mode: str = "default") -> Pi
         pixels: (H, W, 3) uint8.
         height: of the result.
         width: of the result.
-        mode: "default" stretches; "fill" keeps the aspect ratio, shows all of the picture, and continues its
-            outermost rows or columns into what is left; "crop" keeps it and cuts off what overhangs.
+        mode: "default" stretches; "fill" keeps the aspect ratio, shows all of the picture, and repeats its
+            outermost rows or columns in the rest; "crop" keeps it and cuts off what does not fit.
 
     Returns:
         (height, width, 3) uint8.
@@ -60,7 +60,7 @@ def resize(pixels: Pixels, height: int, width: int, mode: str = "default") -> Pi
 
 
 def clip_pixels(pixels: Pixels, config: Mapping[str, Any]) -> Pixels:
-    """Cut a picture as transformers' `CLIPImageProcessor` does before it rescales and normalises.
+    """Resize and crop a picture as transformers' `CLIPImageProcessor` does.
 
     Args:
         pixels: (H, W, 3) uint8.
@@ -71,7 +71,7 @@ def clip_pixels(pixels: Pixels, config: Mapping[str, Any]) -> Pixels:
         (crop height, crop width, 3) uint8.
 
     Raises:
-        PackageError: a config that asks for something else.
+        PackageError: a config with other steps or values than these.
         UsageError: no picture, or one so slim that it takes more than `MAX_PIXELS`.
     """
     edge, height, width, resample = _clip_config(config)
@@ -85,7 +85,7 @@ def clip_pixels(pixels: Pixels, config: Mapping[str, Any]) -> Pixels:
 def _fit_width(
     image: Image.Image, width: int, resample: Image.Resampling = Image.Resampling.LANCZOS
 ) -> Image.Image:
-    """To this width, keeping the aspect ratio; heights are rounded down."""
+    """Resize to this width, keeping the aspect ratio; the height is rounded down."""
     return _resized(image, (width, image.height * width // image.width), resample)
 
 
@@ -114,9 +114,9 @@ def _clip_config(config: Mapping[str, Any]) -> tuple[int, int, int, Image.Resamp
     fits = 0 < height <= edge and 0 < width <= edge
     if not (both_steps and fits and resample in list(Image.Resampling)):
         names = ("size", "crop_size", "resample", "do_resize", "do_center_crop")
-        asked = {name: config[name] for name in names if name in config}
+        found = {name: config[name] for name in names if name in config}
         raise PackageError(
-            f"the image processor has {asked}",
+            f"the image processor has {found}",
             expected="resizing to a shortest edge, and cropping to no more than that, such as 224 and 224",
             fix="Export the checkpoint again, with the preprocessor_config.json of its image encoder.",
         )
@@ -124,7 +124,7 @@ def _clip_config(config: Mapping[str, Any]) -> tuple[int, int, int, Image.Resamp
 
 
 def _side(config: Mapping[str, Any], key: str, side: str) -> int:
-    """0 where there is none. Older configs have one number in place of a mapping of sides."""
+    """A side in pixels, 0 if the config has none. Older configs have one number in place of a mapping."""
     value = config.get(key, 224)
     if isinstance(value, Mapping):
         value = cast("Mapping[str, Any]", value).get(side)

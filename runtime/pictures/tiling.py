@@ -1,18 +1,18 @@
-"""Decode a latent, or encode a picture, in overlapping tiles, where the net does not fit into memory at once.
+"""Decodes latents and encodes pictures in overlapping tiles, where memory does not allow more at once.
 
 The grid and the linear cross-fade are those of diffusers' `AutoencoderKL.tiled_decode` and `tiled_encode`,
 but for three things:
 
 1. diffusers cuts tiles off at the border, and always adds a last one that lies within the one before, so that
    the last overlap fades into a sliver decoded without context. Here the last tile is moved inwards until it
-   ends with the picture, and fades over all that it shares with the one before. Every call of the decoder has
-   one shape, which is what an engine of fixed shapes serves.
+   ends with the picture, and fades over all that it shares with the one before. So every call of the decoder
+   has the same shape, as an engine of fixed shapes needs it.
 2. A tile's weight is the product of one weight along y and one along x. diffusers fades one axis after the
    other in place: where four tiles meet, some of the upper tile's weight goes to its neighbour.
-3. Decoded tiles are uint8 pictures, so they are clamped and rounded before they are blended, and the blend
-   again. Of encoded tiles the standard deviation is blended; diffusers blends the logarithm of the variance.
+3. Decoded tiles are uint8 pictures, so they are clamped and rounded before they are blended, and the result
+   is rounded again. Encoded tiles have their standard deviations blended; diffusers blends log-variances.
 
-Tiles cannot see each other: as a decoder looks at the whole picture (its group norms and its attention do), a
+A tile knows nothing of the others, while a decoder's group norms and attention span the whole picture. So a
 tiled picture differs from the untiled one in tone, and the fade turns the step between tiles into a slope.
 """
 
@@ -39,8 +39,8 @@ class Tiling:
         size: side of a tile in pixels, a multiple of the latent scale (8). diffusers' `tile_sample_min_size`
             is the `sample_size` of the VAE's config: 512 for Stable Diffusion 1.x.
         overlap: the share of a tile that the next one covers too, 0 to 0.5; diffusers' `tile_overlap_factor`.
-            The stride is rounded down to whole latent values, so the real share may be a little larger; where
-            it is, diffusers fades over less than tiles share, and its picture gets another size.
+            The stride is rounded down to whole latent values, so the real share may be a little larger; then
+            diffusers fades over less than tiles share, and its picture gets another size.
 
     Raises:
         UsageError: either is out of range.
@@ -57,7 +57,7 @@ class Tiling:
                 expected="a positive integer, in pixels",
                 fix="Use the sample size of the model, such as 512.",
             )
-        # beyond a half, three tiles and more would lie over each other: work without a gain
+        # beyond a half, three or more tiles would lie over each other: work without a gain
         if (
             isinstance(self.overlap, bool)
             or not isinstance(self.overlap, Real)
@@ -89,14 +89,14 @@ def decode_tiled(decode: Decode, latent: Array, tiling: Tiling, scale: int = 8) 
     """Decode tile by tile, and blend.
 
     The work is linear in the number of tiles. Besides what one call of `decode` takes, memory holds the
-    picture (uint8), one row of tiles and one tile (float32). Each of them N times, for all N pictures go into
-    every call: where that is too many, decode one picture at a time.
+    picture (uint8), one row of tiles and one tile (float32), each for all N pictures, which go into every
+    call together. If that is too much, decode one picture at a time.
 
     Args:
         decode: (N, C, h, w) -> image (N, h * scale, w * scale, 3) uint8 and mean (N,) float32, as the net
             `vae_decoder`. All calls have one shape: the tile's, or the picture's where that is shorter.
         latent: (N, C, H / scale, W / scale), any float dtype; passed on as it is.
-        tiling: the cut. A picture no larger than a tile is one call, and its result comes back as it is.
+        tiling: the size of tiles. A picture no larger than one is decoded by a single call.
         scale: pixels per latent value along each axis.
 
     Returns:
@@ -118,9 +118,8 @@ def decode_tiled(decode: Decode, latent: Array, tiling: Tiling, scale: int = 8) 
     if max(height, width) <= tiling.size:
         return _call(decode, latent, scale)
     down, across = axis_tiles(height, tiling.size, stride), axis_tiles(width, tiling.size, stride)
-    strip = np.zeros(
-        (count, len(down[0][1]), width, 3), np.float32
-    )  # the picture from row `top` on, unfinished
+    # the unfinished part of the picture, from row `top` on
+    strip = np.zeros((count, len(down[0][1]), width, 3), np.float32)
     image = np.empty((count, height, width, 3), np.uint8)
     mean = np.zeros(count, np.float64)
     bottoms = [*(start for start, _ in down[1:]), height]
@@ -131,7 +130,7 @@ def decode_tiled(decode: Decode, latent: Array, tiling: Tiling, scale: int = 8) 
             tile, tile_mean = _call(decode, band[..., left // scale : right // scale], scale)
             strip[:, :, left:right] += tile * (along_y[:, None, None] * along_x[:, None])
             share = float(along_y.sum()) * float(along_x.sum()) / (height * width)
-            with np.errstate(invalid="ignore"):  # inf - inf: not finite is what is to be told
+            with np.errstate(invalid="ignore"):  # inf - inf: the mean must show that a tile is not finite
                 mean += tile_mean.astype(np.float64) * share
         done = bottom - top  # no later tile reaches these rows
         image[:, top:bottom] = np.rint(strip[:, :done], out=strip[:, :done])
@@ -150,7 +149,7 @@ def encode_tiled(
             shape: the tile's, or the picture's where that is shorter.
         image: (N, H, W, 3), passed on as it is.
         mask: (N, H, W, 1), likewise.
-        tiling: the cut. A picture no larger than a tile is one call, and its result comes back as it is.
+        tiling: the size of tiles. A picture no larger than one is decoded by a single call.
         scale: pixels per latent value along each axis.
 
     Returns:
@@ -186,16 +185,16 @@ def encode_tiled(
 
 
 def axis_tiles(length: int, size: int, stride: int) -> list[tuple[int, Array]]:
-    """Cut one axis, and weigh: each tile fades in, linearly, over all that earlier tiles cover.
+    """Cut one axis into tiles with weights: each fades in linearly over all that earlier tiles cover.
 
     Args:
         length: of the picture, in pixels or latent values.
-        size: of a tile; a longer one is cut to `length`.
-        stride: from one tile to the next, at most `size`; less before the last tile, which ends
-            where the picture ends.
+        size: of a tile, cut to `length` if it is longer.
+        stride: from one tile to the next, at most `size`; less before the last tile, which ends where the
+            picture ends.
 
     Returns:
-        Of each tile its first place and its weights, float32 of the tile's length. At every place of the axis
+        For each tile its start and its weights, float32 of the tile's length. At every place of the axis
         the weights of all tiles add up to 1. The first weight of an overlap is 0, as in diffusers' `blend_v`.
     """
     size = min(size, length)
@@ -213,7 +212,7 @@ def axis_tiles(length: int, size: int, stride: int) -> list[tuple[int, Array]]:
 
 
 def _call(decode: Decode, latent: Array, scale: int) -> tuple[Array, Array]:
-    """Decode one tile. A wrong shape must not reach the blend, where it might be broadcast."""
+    """Decode one tile, and check the shapes: a wrong one might be broadcast when tiles are blended."""
     image, mean = decode(np.ascontiguousarray(latent))
     count, _, rows, columns = latent.shape
     expected = (count, rows * scale, columns * scale, 3)
@@ -243,7 +242,7 @@ def _encode_tile(encode: Encode, image: Array, mask: Array, scale: int) -> tuple
 
 
 def _move_up(strip: Array, done: int) -> None:
-    """Drop the first `done` rows, and add as many zeros below; in blocks, to need no second strip."""
+    """Drop the first `done` rows and add as many zeros below; in blocks, to take no memory for a copy."""
     height = strip.shape[1]
     for row in range(0, height - done, done):
         block = min(done, height - done - row)

@@ -1,4 +1,4 @@
-"""Arrays of pixels to picture files that carry how they were made, and back to that record.
+"""Writes picture files that say how they were made, and reads that record back.
 
 PNG: text chunks ``parameters`` (AUTOMATIC1111's text, see `infotext`) and ``latentrt`` (our JSON). JPEG and
 WebP: EXIF UserComment with the text, where AUTOMATIC1111 keeps it, and MakerNote with the JSON.
@@ -39,7 +39,7 @@ _UNICODE_PREFIX = b"UNICODE\0"  # EXIF 2.3, 4.6.5: the eight bytes before a User
 Pixels = npt.NDArray[np.uint8]
 
 
-# what Pillow's readers, and the JSON of a record, raise on damaged files
+# what Pillow's readers and the record's JSON raise on damaged files
 _DAMAGE = (
     OSError,
     ValueError,
@@ -58,7 +58,7 @@ _DAMAGE = (
 
 @dataclass(frozen=True, kw_only=True)
 class PictureMetadata:
-    """How a picture was made; None where it does not say.
+    """How a picture was made; None if the file does not say.
 
     Attributes:
         parameters: AUTOMATIC1111's text, for `infotext.parse_infotext`.
@@ -70,11 +70,7 @@ class PictureMetadata:
 
 
 def to_pil(image: Pixels) -> Image.Image:
-    """Turn ``(H, W, 3)`` uint8 RGB into a Pillow image.
-
-    Raises:
-        UsageError: another shape or dtype.
-    """
+    """``(H, W, 3)`` uint8 RGB as a Pillow image. Raises UsageError for another shape or dtype."""
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
         raise UsageError(
             f"a picture of shape {image.shape} and dtype {image.dtype}",
@@ -85,7 +81,7 @@ def to_pil(image: Pixels) -> Image.Image:
 
 
 def grid(images: Sequence[Pixels], columns: int | None = None) -> Pixels:
-    """Lay pictures out in rows, black where the last row is not full.
+    """Lay pictures out in rows; the rest of the last row is black.
 
     Args:
         images: N pictures ``(H, W, 3)`` uint8, all of one size.
@@ -114,7 +110,7 @@ def grid(images: Sequence[Pixels], columns: int | None = None) -> Pixels:
 
 
 def check_pictures(images: Pixels, dtype: str) -> None:
-    """Refuse constant pictures: what a NaN or an overflow in the nets looks like after the decoder.
+    """Refuse pictures of one colour: NaN or an overflow in the nets looks like this after the decoder.
 
     Args:
         images: ``(H, W, 3)`` or ``(B, H, W, 3)`` uint8.
@@ -142,10 +138,10 @@ def save_picture(
     infotext: str | None = None,
     record: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a picture; a file of that name is replaced whole or stays as it was.
+    """Write a picture. A file of that name is replaced whole, or stays as it was.
 
     Args:
-        path: ends in .png, .jpg, .jpeg or .webp, which settles the format.
+        path: ends in .png, .jpg, .jpeg or .webp, which decides the format.
         image: ``(H, W, 3)`` uint8, or a Pillow image.
         infotext: AUTOMATIC1111's text (see `infotext`); None leaves it out.
         record: our own values, of types that JSON has; None leaves it out.
@@ -171,7 +167,7 @@ def save_picture(
 
 
 def check_target(path: Path) -> str:
-    """Pillow's name of the format that `path` asks for; to be called before a picture is drawn for it.
+    """Pillow's name for the format of `path`. Called before a picture is drawn, to fail early.
 
     Raises:
         UsageError: another file name.
@@ -192,7 +188,7 @@ def check_target(path: Path) -> str:
 
 
 def save_latents(path: Path, latents: npt.NDArray[Any]) -> None:
-    """Write latents as NumPy does, whole or not at all. Raises StorageError."""
+    """Write latents as a .npy file, whole or not at all. Raises StorageError."""
     data = io.BytesIO()
     np.save(data, latents, allow_pickle=False)
     _replace_file(path, data.getbuffer())
@@ -219,7 +215,7 @@ def _metadata_options(kind: str, infotext: str | None, record: Mapping[str, Any]
 
 
 def _replace_file(path: Path, data: memoryview) -> None:
-    """Write beside the target, then rename over it, so that no reader ever sees half a picture."""
+    """Write beside the target, then rename, so that no reader ever sees half a picture."""
     temporary = path.with_name(f".latentrt-{secrets.token_hex(8)}.tmp")
     try:
         try:
@@ -229,7 +225,7 @@ def _replace_file(path: Path, data: memoryview) -> None:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
-            with contextlib.suppress(OSError):  # an unremovable rest must not hide the error itself
+            with contextlib.suppress(OSError):  # failing to clean up must not hide the error itself
                 temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
@@ -241,7 +237,7 @@ def _replace_file(path: Path, data: memoryview) -> None:
 
 
 def read_metadata(path: str | Path) -> PictureMetadata:
-    """Read what a picture says of its making, whether this package wrote it, AUTOMATIC1111 or its kin.
+    """Read how a picture was made, whether this package wrote it, AUTOMATIC1111 or a program like it.
 
     Raises:
         UsageError: no file, no PNG, JPEG or WebP, damaged, truncated, or above `MAX_PIXELS`.
@@ -290,7 +286,8 @@ def _decode_comment(comment: object) -> str | None:
     if not comment.startswith(_UNICODE_PREFIX):
         return comment.removeprefix(b"ASCII\0\0\0").strip(b"\0").decode("utf-8", "replace")
     text = comment[len(_UNICODE_PREFIX) :]
-    # EXIF leaves the order open: AUTOMATIC1111 writes big-endian, exiftool the file's; Latin letters tell
+    # EXIF leaves the byte order open: AUTOMATIC1111 writes big-endian, exiftool the file's. In Latin text the
+    # zero bytes show which it is.
     order = "le" if text[1::2].count(0) > text[::2].count(0) else "be"
     return text.decode(f"utf-16-{order}", "replace")
 

@@ -1,1 +1,1 @@
-"""Text to the context that the UNet attends to."""
+"""From prompts to the context that the UNet attends to."""

@@ -18,7 +18,7 @@ from ...engines.errors import UsageError
 from .fragments import Fragment, checked, refuse_wildcards, unsupported
 
 _MORE, _LESS = 1.1, 1 / 1.1
-# Brackets around a fragment whose factors are multiplied one by one, as the reference does it for all.
+# So many brackets around a fragment have their factors multiplied one by one, as the reference does for all.
 _EXACT_DEPTH = 32
 
 _TOKEN = re.compile(r"\\[\\()\[\]]?|[()\[\]]|:\s*([+-]?[.\d]+)\s*\)|[^\\()\[\]:]+|:")
@@ -40,9 +40,10 @@ _EXTRA_NETWORK_FIXES = {
 def parse_a1111(text: str) -> tuple[Fragment, ...]:
     """Split a prompt into fragments as `parse_prompt_attention` does, in time linear in its length.
 
-    Equal to the bit, merging included, up to 32 brackets around a word; beyond, the factors of the outer ones
-    are multiplied with each other first, which can change the last bits. As in the reference, `BREAK` ends a
-    chunk only where no factor but 1 surrounds it: in `(a BREAK b)` it is a word of negative weight.
+    Weights are equal to the bit, merging included, for up to 32 brackets around a word; beyond, the factors
+    of the outer ones are multiplied with each other first, which can change the last bits. As in the
+    reference, `BREAK` ends a chunk only where no factor but 1 surrounds it: in `(a BREAK b)` it is a word of
+    negative weight.
 
     Raises:
         UsageError: extra networks (`<lora:…>`), `[from:to:when]`, `[a|b]`, `AND` and `__wildcard__`, which
@@ -75,7 +76,7 @@ class _Parser:
     count: int = 0
 
     def add(self, symbol: str, weight: str | None) -> None:
-        """Take the next one; `weight` is the number of `:1.2)`."""
+        """Take the next symbol; `weight` is the number of `:1.2)`."""
         if symbol[0] == "\\":
             self._append(symbol[1:])
         elif symbol in "([":
@@ -90,7 +91,7 @@ class _Parser:
             self._append_text(symbol)
 
     def fragments(self) -> Iterator[Fragment]:
-        """Close what is still open, and yield neighbours of equal weight as one."""
+        """Close the brackets that are still open, and yield neighbours of equal weight as one fragment."""
         for kind, factor in (("(", _MORE), ("[", _LESS)):
             for start in self.opened[kind]:
                 self._close(kind, start, factor)
@@ -137,13 +138,13 @@ class _Around:
     """The brackets of one kind around a fragment, outermost first. Brackets of one kind never cross."""
 
     def __init__(self, closed: Sequence[_Closing]) -> None:
-        # of those that start at one fragment, the outermost was closed last
+        # of the brackets that start at one fragment, the outermost was closed last
         self._coming = sorted(closed, key=lambda closing: (closing.start, -closing.order), reverse=True)
         self._now: list[_Closing] = []
         self._products: list[float] = [1.0]
 
     def move_to(self, position: int) -> bool:
-        """Go on to the next fragment. Return whether other brackets surround it than the one before."""
+        """Go on to the next fragment. Return whether its brackets differ from those of the one before."""
         before = len(self._now)
         while self._now and self._now[-1].end <= position:
             self._now.pop()
@@ -158,12 +159,12 @@ class _Around:
 
     @property
     def inner(self) -> list[_Closing]:
-        """The innermost."""
+        """The innermost brackets."""
         return self._now[-_EXACT_DEPTH:]
 
     @property
     def outer_product(self) -> float:
-        """The product of the factors of all others."""
+        """The product of the factors of all other brackets."""
         return self._products[max(0, len(self._now) - _EXACT_DEPTH)]
 
 
@@ -201,7 +202,7 @@ _Kind = Literal["emphasis", "prompt editing", "alternation"]
 
 @dataclass(kw_only=True)
 class _Group:
-    """What stands directly in an open bracket so far; the whole prompt is one without a bracket."""
+    """What was read directly inside an open bracket; the whole prompt is a group without a bracket."""
 
     bracket: str
     start: int
@@ -210,7 +211,7 @@ class _Group:
     last_colon: int = -1
 
     def take(self, symbol: str, position: int) -> bool:
-        """Note a colon, a bar or an escape. Return False where the reference's grammar allows none."""
+        """Note a colon, a bar or an escape. Return False where the reference's grammar has none."""
         if symbol == ":":
             self.colons += 1
             self.last_colon = position
@@ -220,7 +221,7 @@ class _Group:
         return symbol != "\\"
 
     def kind(self, bracket: str, text: str, end: int) -> _Kind | None:
-        """What the group is if `bracket` closes it at `end`; None if it fits no rule of the grammar."""
+        """What the group means if `bracket` closes it at `end`; None if it fits no rule of the grammar."""
         if self.bracket + bracket not in ("()", "[]"):
             return None
         if self.bracket == "(":
@@ -237,11 +238,10 @@ def _find_scheduling(text: str) -> tuple[_Kind, str] | None:
     r"""Find the first `[from:to:when]` or `[a|b]`.
 
     The reference's grammar (`schedule_parser`) allows single brackets and colons only outside of every group,
-    so one that fits nowhere makes text of all brackets that are open around it. It allows `|` only in an
-    alternation and no `\` at the end of a line; a prompt with others does not parse, and nothing in it is
-    scheduled.
-    Where a prompt fits the grammar in several ways, the reference's parser now and then prefers one without
-    scheduling; those are found all the same.
+    so a bracket that fits nowhere turns all brackets open around it into text. It allows `|` only in an
+    alternation, and no `\` at the end of a line; a prompt that breaks this does not parse, and nothing in it
+    is scheduled. Where a prompt fits the grammar in several ways, the reference's parser sometimes prefers
+    one without scheduling; it is found all the same.
     """
     found: tuple[_Kind, str] | None = None
     groups = [_Group(bracket="", start=0)]

@@ -1,4 +1,4 @@
-"""Weighted fragments to chunks: 75 tokens between bos and eos, as many chunks as a prompt needs.
+"""Weighted fragments to chunks of up to 75 tokens between bos and eos, as many as a prompt needs.
 
 Sources of the behaviour: `modules/sd_hijack_clip.py` of stable-diffusion-webui (`tokenize_line`) and
 `comfy/sd1_clip.py` of ComfyUI (`tokenize_with_weights`).
@@ -25,12 +25,12 @@ _Token = tuple[int, float]  # id and weight
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PromptChunks:
-    """A prompt as one tokenizer sees it.
+    """A prompt in the token ids of one tokenizer.
 
     Attributes:
         ids: (K, 77) int32, each row bos, up to 75 tokens, eos, padding.
         weights: (K, 77) float32, 1 at bos, eos and padding.
-        dropped: the end of the prompt that found no room, as it was typed; "" where all of it did.
+        dropped: the end of the prompt that did not fit, as it was typed; "" if all of it did.
     """
 
     ids: npt.NDArray[np.int32]
@@ -44,14 +44,14 @@ class PromptChunks:
 
 
 def truncated_chunk(fragments: Sequence[Fragment], tokenizer: ClipTokenizer) -> PromptChunks:
-    """One chunk of weight 1 (K = 1); what finds no room in it is dropped, as by diffusers."""
+    """One chunk of weight 1 (K = 1); the rest of a longer prompt is dropped, as by diffusers."""
     tokens = tokenizer.encode(["".join(fragment.text for fragment in fragments)])
     weights = np.ones(tokens.ids.shape, np.float32)
     return PromptChunks(ids=tokens.ids, weights=weights, dropped=tokens.dropped[0])
 
 
 def a1111_chunks(fragments: Sequence[Fragment], tokenizer: ClipTokenizer) -> PromptChunks:
-    """Chunks as AUTOMATIC1111 cuts them: at BREAK, and when full, behind a comma close to the end."""
+    """Chunks as AUTOMATIC1111 cuts them: at BREAK; a full one after a comma near its end, if it has one."""
     room = tokenizer.length - 2
     chunks: list[list[_Token]] = []
     chunk: list[_Token] = []
@@ -77,7 +77,7 @@ def a1111_chunks(fragments: Sequence[Fragment], tokenizer: ClipTokenizer) -> Pro
 
 
 def comfyui_chunks(fragments: Sequence[Fragment], tokenizer: ClipTokenizer) -> PromptChunks:
-    """Chunks as ComfyUI cuts them: when full, but not within a fragment of fewer than 8 tokens."""
+    """Chunks as ComfyUI cuts them: when they are full, but not within a fragment of fewer than 8 tokens."""
     room = tokenizer.length - 2
     chunks: list[list[_Token]] = [[]]
     for fragment in fragments:

@@ -22,8 +22,8 @@ _CHOICE = re.compile(r"\\.?|[{}|]", re.S)
 def parse_comfyui(text: str) -> tuple[Fragment, ...]:
     """Split a prompt into fragments as `token_weights` does, in linear time and without recursion.
 
-    As in the reference, `(word)` multiplies the weight around it by 1.1 and `(word:1.3)` replaces it; what
-    follows a bracket that is never closed is text, bracket included; after a closing bracket too many, so is
+    As in the reference, `(word)` multiplies the surrounding weight by 1.1, and `(word:1.3)` replaces it. A
+    bracket that is never closed is text, with all that follows it; a closing bracket too many makes text of
     the next opening one.
 
     Raises:
@@ -46,15 +46,17 @@ def parse_comfyui(text: str) -> tuple[Fragment, ...]:
 
 
 class _Brackets:
-    """A text's brackets: which belong together, and where a weight may stand before a closing one."""
+    """A text's brackets: which belong together, and where a weight may precede a closing one."""
 
     def __init__(self, text: str) -> None:
         self._text = text
         self._openings: list[int] = []
-        self._closing: dict[int, int] = {}  # of an opening one
-        self._colon: dict[int, int] = {}  # the last before a bracket, unless another bracket comes between
+        self._closing: dict[int, int] = {}  # position of an opening bracket -> of its closing one
+        self._colon: dict[
+            int, int
+        ] = {}  # position of a bracket -> of the last colon since the bracket before
         opened: list[int] = []
-        missing = 0  # closing brackets too many; as many opening ones after them are text
+        surplus = 0  # closing brackets too many; as many opening ones after them are text
         colon: int | None = None
         for match in re.finditer("[():]", text):
             position = match.start()
@@ -66,16 +68,18 @@ class _Brackets:
             if match[0] == ")" and opened:
                 self._closing[opened.pop()] = position
             elif match[0] == ")":
-                missing += 1
-            elif missing:
-                missing -= 1
+                surplus += 1
+            elif surplus:
+                surplus -= 1
             else:
                 opened.append(position)
                 self._openings.append(position)
 
     def pieces(self) -> Iterator[tuple[int, int, float]]:
         """Yield (start, end, weight) of every piece of text, from left to right."""
-        todo = [(0, len(self._text), 1.0)]  # what is between two brackets or at their level; the next is last
+        todo = [
+            (0, len(self._text), 1.0)
+        ]  # (start, end, weight) of what is still to be split; the last is next
         while todo:
             start, end, weight = todo.pop()
             opening = self._next_opening(start, end)
@@ -88,8 +92,8 @@ class _Brackets:
                 todo.append((closing + 1, end, weight))
                 todo.append(self._inside(opening, closing, weight))
             elif self._text[end - 1] == ")":
-                # The reference takes everything from a bracket that is not closed here as one piece, and a
-                # piece that begins and ends with brackets as if they belonged together.
+                # The reference takes all from a bracket that is not closed here as one piece, and treats the
+                # brackets around a piece as if they belonged together.
                 todo.append(self._inside(opening, end - 1, weight))
             else:
                 yield opening, end, weight
@@ -99,18 +103,18 @@ class _Brackets:
         return min(end, self._openings[index]) if index < len(self._openings) else end
 
     def _inside(self, opening: int, closing: int, weight: float) -> tuple[int, int, float]:
-        """What is between two brackets: where it starts and ends, its weight."""
+        """Start, end and weight of what is between two brackets."""
         start, colon = opening + 1, self._colon.get(closing, -1)
         if colon > start:
             try:
                 return start, colon, float(self._text[colon + 1 : closing])
             except ValueError:
-                pass  # no weight but text
+                pass  # what follows the colon is text, no weight
         return start, closing, weight * _MORE
 
 
 def _refuse_choices(text: str) -> None:
-    """Raise UsageError for `{a|b}`. As in the reference, a missing `}` does not matter."""
+    """Raise UsageError for `{a|b}`. As in the reference, the `}` may be missing."""
     starts: list[int] = []
     for match in _CHOICE.finditer(text):
         if match[0] == "{":

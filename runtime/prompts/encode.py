@@ -1,12 +1,12 @@
-"""Prompts to what conditions the UNet: context and pooled embedding, cached by text."""
+"""Prompts to the UNet's conditions, context and pooled embedding; encoded texts are cached."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,52 +19,42 @@ from .tokenizer import ClipTokenizer
 CACHE_BYTES = 64 * 2**20
 
 
-class EncoderNet(Protocol):
-    """What is asked of a net here; `engines.backend.Net` has it."""
-
-    @property
-    def spec(self) -> NetSpec:
-        """Inputs and outputs."""
-        ...
-
-    def __call__(self, **arrays: Array) -> Mapping[str, Array]:
-        """Run once."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class TextEncoder:
     """A text encoder and its tokenizer.
 
     Attributes:
-        net: `input_ids` (P, 77) int32, and for some `clip_skip` (1,) int32, the number of last layers that
-            are left out -> `context` (P, 77, D) float, and for some `pooled` (P, E) float.
-        tokenizer: what makes the ids.
+        run: runs the net: `input_ids` (P, 77) int32, and for some `clip_skip` (1,) int32, the number of last
+            layers that are left out -> `context` (P, 77, D) float, and for some `pooled` (P, E) float.
+        spec: inputs and outputs of the net.
+        tokenizer: makes the ids.
     """
 
-    net: EncoderNet
+    run: Callable[..., Mapping[str, Array]]
+    spec: NetSpec
     tokenizer: ClipTokenizer
 
     @property
     def takes_clip_skip(self) -> bool:
         """Whether the graph can leave layers out."""
-        return any(tensor.name == "clip_skip" for tensor in self.net.spec.inputs)
+        return any(tensor.name == "clip_skip" for tensor in self.spec.inputs)
 
     def __call__(self, ids: Array, clip_skip: int) -> tuple[Array, Array | None]:
-        """Context (P, 77, D) and pooled (P, E), if there is one, of ids (P, 77)."""
+        """Encode ids (P, 77) int32. Returns context (P, 77, D), and pooled (P, E) or None."""
         skip = {"clip_skip": np.array([clip_skip], np.int32)} if self.takes_clip_skip else {}
-        outputs = self.net(input_ids=ids, **skip)
+        outputs = self.run(input_ids=ids, **skip)
         return outputs["context"], outputs.get("pooled")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TextConditioning:
-    """What P texts became.
+    """P encoded texts.
 
     Attributes:
-        context: (P, 77*K, sum of D), the features of the encoders side by side. K is that of the longest
-            text; the others end with empty chunks.
-        pooled: (P, E), of each text's first chunk by the last encoder that has one; None if none has.
+        context: (P, 77*K, sum of D), the features of the encoders side by side. The longest text has K
+            chunks; shorter ones end with empty chunks.
+        pooled: (P, E), for each text's first chunk the pooled output of the last encoder that has one; None
+            if none has.
         dropped: for each text the end that found no room; "" where all of it did.
     """
 
@@ -74,7 +64,7 @@ class TextConditioning:
 
 
 class _Key(NamedTuple):
-    """What decides an encoded text."""
+    """All that an encoded text depends on."""
 
     texts: tuple[str, ...]  # one for each encoder
     syntax: str
@@ -83,7 +73,7 @@ class _Key(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Encoded:
-    """One text: context (K, 77, sum of D), pooled (E,). Read-only, because threads share it."""
+    """One encoded text: context (K, 77, sum of D), pooled (E,). Read-only, because threads share it."""
 
     context: Array
     pooled: Array | None
@@ -96,7 +86,7 @@ class _Encoded:
 
 
 class _Cache:
-    """The texts used last, as many as fit. Threads may share it."""
+    """The texts used last, as many as fit into `limit` bytes. Threads may share it."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -122,7 +112,7 @@ class _Cache:
 
 
 def _nbytes(key: _Key, text: _Encoded) -> int:
-    """What a cached text takes; long texts count, because a chunk may be all that is left of them."""
+    """Bytes of a cached text and its key: a long prompt may keep only one chunk, and still takes memory."""
     pooled = 0 if text.pooled is None else text.pooled.nbytes
     return text.context.nbytes + pooled + sum(len(each) for each in key.texts)
 
@@ -132,7 +122,7 @@ class TextConditioner:
 
     Args:
         encoders: one, or SDXL's two.
-        cache_bytes: what encoded texts may take before the one not used for longest is forgotten; 0: nothing.
+        cache_bytes: how many bytes of encoded texts are kept, those used last; 0 keeps none.
     """
 
     def __init__(self, encoders: Sequence[TextEncoder], *, cache_bytes: int = CACHE_BYTES) -> None:
@@ -147,11 +137,11 @@ class TextConditioner:
         syntax: str = "plain",
         clip_skip: int = 0,
     ) -> TextConditioning:
-        """Encode P texts, negative ones among them, in one call of each encoder for all that is not cached.
+        """Encode P texts, negative ones among them. Those not cached take one call of each encoder together.
 
         Args:
             texts: P prompts.
-            texts_2: P prompts for the second encoder, diffusers' `prompt_2`; None is the same as the first's.
+            texts_2: P prompts for the second encoder, diffusers' `prompt_2`; None repeats the first's.
             syntax: how the prompts are written: "plain", "a1111" or "comfyui".
             clip_skip: number of the encoders' last layers that are left out (0: none).
 
@@ -176,7 +166,7 @@ class TextConditioner:
         )
 
     def _texts(self, texts: Sequence[str], texts_2: Sequence[str | None] | None) -> list[tuple[str, ...]]:
-        """For each of P, the text of each encoder."""
+        """The texts of each prompt, one for each encoder."""
         if isinstance(texts, str) or not texts:
             raise UsageError(f"texts is {texts!r:.40}", expected="a list of texts", fix="Pass [prompt].")
         seconds = [None] * len(texts) if texts_2 is None else texts_2
@@ -208,7 +198,7 @@ class TextConditioner:
         return key._replace(texts=("",) * len(self._encoders))
 
     def _encoded(self, keys: Sequence[_Key]) -> Mapping[_Key, _Encoded]:
-        """All of these texts, and the empty one if anything needs it."""
+        """These texts, and the empty one if another is padded or weighted with it."""
         known = {key: text for key in keys if (text := self._cache.get(key))}
         chunked = {key: self._chunks(key) for key in keys if key not in known}
         counts = {text.context.shape[0] for text in known.values()}
@@ -229,7 +219,7 @@ class TextConditioner:
         return known
 
     def _chunks(self, key: _Key) -> tuple[PromptChunks, ...]:
-        """One text as each encoder's tokenizer sees it."""
+        """The chunks of one text, by each encoder's tokenizer."""
         syntax = PROMPT_SYNTAXES[key.syntax]
         return tuple(
             syntax.chunks(text, encoder.tokenizer)
@@ -238,7 +228,7 @@ class TextConditioner:
 
 
 class _Outputs:
-    """What the encoders make of chunks, in one call each; chunks that are equal are encoded once."""
+    """The encoders' outputs for chunks, from one call each; equal chunks are encoded once."""
 
     def __init__(
         self,
@@ -247,7 +237,7 @@ class _Outputs:
         clip_skip: int,
     ) -> None:
         self._chunked = chunked
-        self._rows: list[dict[bytes, int]] = []  # for each encoder, where a chunk's outputs are
+        self._rows: list[dict[bytes, int]] = []  # for each encoder, the row of a chunk's outputs
         self._contexts: list[Array] = []  # (P, 77, D) each
         self._pooled: list[Array | None] = []  # (P, E) each
         for index, encoder in enumerate(encoders):
@@ -258,7 +248,7 @@ class _Outputs:
             self._pooled.append(pooled)
 
     def text(self, key: _Key, empty: _Encoded | None) -> _Encoded:
-        """Put one text together; `empty` is the empty one, where it is needed."""
+        """Put one text together; `empty` is the encoded empty text, where one is needed."""
         chunked = self._chunked[key]
         count = max(len(chunks.ids) for chunks in chunked)
         widths = [context.shape[-1] for context in self._contexts]
@@ -284,6 +274,6 @@ class _Outputs:
 
 
 def _padded(context: Array, count: int, empty: Array | None) -> Array:
-    """(K, 77, D) with empty chunks (1, 77, D) behind it, until there are `count`."""
+    """(`count`, 77, D): the context (K, 77, D) and, behind it, empty chunks (1, 77, D)."""
     missing = count - len(context)
     return context if empty is None else np.concatenate([context, *[empty] * missing])

@@ -1,4 +1,4 @@
-"""What the prompt syntaxes have in common: weighted fragments, and how a syntax is refused."""
+"""What the prompt syntaxes share: weighted fragments, and the errors for what they do not carry out."""
 
 from __future__ import annotations
 
@@ -16,24 +16,20 @@ _WILDCARD = re.compile(r"__[^\W_][\w/*.\-]*?__")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fragment:
-    """A piece of a prompt and how much it counts; 1 is as written."""
+    """A piece of a prompt and its weight; 1 leaves it as it is."""
 
     text: str
     weight: float = 1.0
 
     @property
     def ends_chunk(self) -> bool:
-        """Whether this is AUTOMATIC1111's `BREAK` and no text; its parser marks it by this pair."""
+        """Whether this is AUTOMATIC1111's `BREAK`, which its parser marks by this text and weight."""
         return self.weight == -1 and self.text == "BREAK"
 
 
 def checked(weight: float, text: str) -> float:
-    """Return a fragment's weight.
-
-    Raises:
-        UsageError: a weight that float32 cannot hold.
-    """
-    if not abs(weight) <= _LARGEST_WEIGHT:  # so written, NaN is refused as well
+    """The weight of `text`. Raises UsageError for one that float32 cannot hold."""
+    if not abs(weight) <= _LARGEST_WEIGHT:  # written so that NaN is refused too
         raise UsageError(
             f"the prompt gives {text!r:.40} the weight {weight}",
             expected="weights that float32 can hold",
@@ -43,7 +39,7 @@ def checked(weight: float, text: str) -> float:
 
 
 def unsupported(what: str, found: str, fix: str) -> UsageError:
-    """The error for syntax that has a meaning elsewhere and none here."""
+    """The error for syntax that has a meaning in other programs and none here."""
     return UsageError(
         f"the prompt has {what}: {found!r:.60}",
         expected="text, weights in brackets and escapes",

@@ -17,7 +17,7 @@ from .weights import interpolate_from_empty, scale_and_restore_mean
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSyntax:
-    """One of the ways in which prompts are written.
+    """One way of writing prompts.
 
     Attributes:
         parse: prompt -> fragments. Raises UsageError for syntax that nothing here carries out.
@@ -30,11 +30,7 @@ class PromptSyntax:
     weigh: Callable[[Array, Array, Array], Array]
 
     def chunks(self, prompt: str, tokenizer: ClipTokenizer) -> PromptChunks:
-        """Read and cut a prompt.
-
-        Raises:
-            UsageError: a prompt that is no text, or syntax that is refused.
-        """
+        """Parse and cut a prompt. Raises UsageError for one that is no text, or that the syntax refuses."""
         if not isinstance(prompt, str):
             raise UsageError(f"the prompt {prompt!r:.40}", expected="a str", fix="Pass text.")
         return self.cut(self.parse(prompt), tokenizer)
@@ -57,11 +53,7 @@ PROMPT_SYNTAXES: Mapping[str, PromptSyntax] = {
 
 
 def prompt_syntax(name: str) -> PromptSyntax:
-    """Return the syntax of that name.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """The syntax of that name. Raises UsageError if there is none."""
     if name not in PROMPT_SYNTAXES:
         raise UsageError(
             f"unknown prompt syntax {name!r}",

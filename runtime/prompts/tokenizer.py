@@ -37,11 +37,11 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tokens:
-    """What a batch of prompts became.
+    """A tokenized batch of B prompts.
 
     Attributes:
         ids: ``(B, length)`` int32: bos, the prompt, eos, padding.
-        dropped: for each prompt the end that found no room, as it was typed; ``""`` where all of it did.
+        dropped: for each prompt the end that did not fit, as it was typed; ``""`` if all of it did.
     """
 
     ids: npt.NDArray[np.int32]
@@ -52,7 +52,7 @@ class ClipTokenizer:
     """A CLIP tokenizer that threads may share: encoding changes nothing in it.
 
     Attributes:
-        length: ids per prompt that the folder asks for, usually 77.
+        length: ids per prompt, as the folder sets it; usually 77.
         bos_id, eos_id, pad_id: the ids put around a prompt. SD 1 pads with eos, SD 2 and SDXL's second
             encoder with ``"!"`` (id 0).
         comma_id: the id of a comma that stands by itself; None where the vocabulary has none.
@@ -68,8 +68,8 @@ class ClipTokenizer:
         """Read a diffusers tokenizer folder.
 
         Args:
-            folder: holds ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``; and, where they differ
-                from CLIP's, special tokens and length in ``tokenizer_config.json`` and
+            folder: holds ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``. Special tokens and length
+                that differ from CLIP's are read from ``tokenizer_config.json`` and
                 ``special_tokens_map.json``.
 
         Raises:
@@ -97,7 +97,7 @@ class ClipTokenizer:
 
         Args:
             prompts: B prompts.
-            length: ids per prompt, bos and eos counted; by default what the folder asks for.
+            length: ids per prompt, bos and eos included; the tokenizer's own by default.
 
         Raises:
             UsageError: a prompt that is no valid text, one string instead of a list, or a length below 2.
@@ -118,18 +118,14 @@ class ClipTokenizer:
         return Tokens(ids=ids, dropped=tuple(dropped))
 
     def words(self, text: str) -> list[int]:
-        """Ids of a text alone, all of them, without bos, eos and padding.
-
-        Raises:
-            UsageError: no valid text.
-        """
+        """All ids of a text, without bos, eos and padding. Raises UsageError for text that is not valid."""
         return self._encoding(text).ids
 
     def _truncated(self, prompt: str, room: int) -> tuple[list[int], str]:
-        """Ids of the prompt alone, at most ``room``, and the text of the others.
+        """At most ``room`` ids of the prompt, without bos and eos, and the text of the rest.
 
-        Truncation and padding are done by us: switching them on the shared tokenizer is what makes concurrent
-        encoding fail with "Already borrowed".
+        Truncation is done here, because switching it on in the shared tokenizer makes concurrent encoding
+        fail with "Already borrowed".
         """
         encoding = self._encoding(prompt)
         ids = encoding.ids
@@ -157,7 +153,7 @@ def _broken(path: Path, reason: object) -> PackageError:
 
 
 def _read_json(path: Path) -> Json:
-    """Return the object in a JSON file, or nothing where there is no file."""
+    """The object in a JSON file; empty if there is no file."""
     try:
         value: object = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -174,7 +170,7 @@ def _as_object(value: object, path: Path, name: str) -> Json:
 
 
 def _special_tokens(config: Json, overrides: Json, folder: Path) -> dict[str, AddedToken]:
-    """Settle the special tokens as transformers does, flags included.
+    """The special tokens, with the flags that transformers would give them.
 
     A config with ``added_tokens_decoder`` (transformers >= 4.34) is complete by itself; beside an older one
     special_tokens_map.json wins.
@@ -189,11 +185,11 @@ def _special_tokens(config: Json, overrides: Json, folder: Path) -> dict[str, Ad
         flags = {entry.get("content"): entry for entry in entries}
     tokens: dict[str, AddedToken] = {}
     for name, default in _DEFAULT_TOKENS.items():
-        given: object = named.get(name) or default
-        entry = {"content": given} if isinstance(given, str) else _as_object(given, path, name)
+        token: object = named.get(name) or default
+        entry = {"content": token} if isinstance(token, str) else _as_object(token, path, name)
         content: object = entry.get("content")
         if not isinstance(content, str):
-            raise _broken(path, f"{name} is {given!r:.40}")
+            raise _broken(path, f"{name} is {token!r:.40}")
         entry = flags.get(content, entry)
         chosen = {flag: entry[flag] for flag in _TOKEN_FLAGS if isinstance(entry.get(flag), bool)}
         tokens[name] = AddedToken(content, special=True, **chosen)

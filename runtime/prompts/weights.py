@@ -1,4 +1,4 @@
-"""How the weights of a prompt's tokens change what the text encoder made of them.
+"""Token weights, applied to the text encoder's output.
 
 Sources of the formulas: `modules/sd_emphasis.py` of stable-diffusion-webui (`EmphasisOriginal`) and
 `comfy/sd1_clip.py` of ComfyUI (`encode_token_weights`).
@@ -13,11 +13,11 @@ from ...engines.spec import Array
 
 
 def scale_and_restore_mean(context: Array, weights: Array) -> Array:
-    """AUTOMATIC1111's: z * w, then scaled so that the chunk has the mean it had.
+    """AUTOMATIC1111's weighting: z * w, then scaled so that every chunk keeps its mean.
 
     Args:
-        context: (K, T, D) float, the chunks of one prompt. Each keeps its own mean, so that a picture does
-            not depend on its batch.
+        context: (K, T, D) float, the chunks of one prompt. Means are taken chunk by chunk, so that a picture
+            does not depend on its batch.
         weights: (K, T) float32.
 
     Returns:
@@ -38,7 +38,7 @@ def scale_and_restore_mean(context: Array, weights: Array) -> Array:
 
 
 def interpolate_from_empty(context: Array, weights: Array, empty: Array) -> Array:
-    """ComfyUI's: from the empty prompt's context (weight 0) to the prompt's (weight 1), and beyond.
+    """ComfyUI's weighting: from the empty prompt's context (weight 0) to the prompt's (weight 1), and beyond.
 
     Args:
         context: (K, T, D) float, the chunks of one prompt.

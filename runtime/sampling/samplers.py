@@ -7,7 +7,7 @@ the cuts of image to image are derived from it (`names.py`, `span.py`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
@@ -15,16 +15,33 @@ from typing import Any
 import numpy as np
 
 from ...engines.errors import SamplerError
-from . import formulas
 from .config import SamplerConfig
-from .formulas import Formula
+from .formulas import (
+    Formula,
+    ddim,
+    ddpm,
+    deis,
+    dpm2,
+    dpm2_ancestral,
+    dpm_multistep,
+    dpm_singlestep,
+    dpmpp_2s_ancestral,
+    euler,
+    euler_ancestral,
+    heun,
+    lcm,
+    lms,
+    plms,
+    tcd,
+    unipc,
+)
 from .levels import lay_levels
 from .table import Table, trace
 
 __all__ = ["SAMPLERS", "Sampler", "SamplerConfig", "make_table"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Sampler:
     """One sampler.
 
@@ -32,9 +49,9 @@ class Sampler:
         formula: the paper's update.
         history: what the formula's `predict` returns: "x0", "eps" or "output" (see `table.trace`).
         scheduler: the diffusers class whose options and noise levels it takes, a key of `SCHEDULER_CLASSES`.
+        about: one line for listings.
         options: what it sets of that class's options; all others come from the model's scheduler config.
         calls: UNet calls per step; a step into sigma = 0 may need fewer.
-        about: one line for listings.
         a1111: the name that AUTOMATIC1111 writes; None where it has no such sampler.
         aliases: further spellings, each with the options that it sets on top. Case, spaces and punctuation do
             not matter.
@@ -44,6 +61,7 @@ class Sampler:
     history: str
     scheduler: str
     about: str
+    _: KW_ONLY
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     calls: int = 1
     a1111: str | None = None
@@ -55,87 +73,73 @@ def _dpm(order: int, kind: str, algorithm: str, **names: Any) -> Sampler:
     options: dict[str, Any] = {"solver_order": order, "algorithm_type": algorithm}
     if "++" not in algorithm:  # noise prediction divides by the final sigma
         options["final_sigmas_type"] = "sigma_min"
-    word = "multistep" if kind == "m" else "singlestep"
+    word, formula = ("multistep", dpm_multistep) if kind == "m" else ("singlestep", dpm_singlestep)
     return Sampler(
-        formula=formulas.dpm_multistep if kind == "m" else formulas.dpm_singlestep,
-        history="x0" if "++" in algorithm else "eps",
-        scheduler=f"DPMSolver{word.title()}Scheduler",
+        formula,
+        "x0" if "++" in algorithm else "eps",
+        f"DPMSolver{word.title()}Scheduler",
+        f"{algorithm} of order {order}, {word}",
         options=options,
-        about=f"{algorithm} of order {order}, {word}",
         **names,
     )
 
 
-_PNDM: dict[str, Any] = {
-    "formula": formulas.plms,
-    "history": "output",
-    "scheduler": "PNDMScheduler",
-    "options": {"skip_prk_steps": True},
-}
+_PLMS: dict[str, Any] = {"skip_prk_steps": True}
+_HEUN: dict[str, Any] = {"solver_type": "heun"}
 
 # A diffusers config that names a class means the first sampler of that class; for DPM-Solver's classes, the
 # one of its order and algorithm.
 SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
     {
-        "ddpm": Sampler(
-            formula=formulas.ddpm,
-            history="x0",
-            scheduler="DDPMScheduler",
-            about="ancestral sampling, Ho et al. 2020",
+        "ddpm": Sampler(ddpm, "x0", "DDPMScheduler", "ancestral sampling, Ho et al. 2020"),
+        "ddim": Sampler(ddim, "x0", "DDIMScheduler", "DDIM with eta, Song et al. 2021", a1111="DDIM"),
+        "pndm": Sampler(
+            plms, "output", "PNDMScheduler", "PNDM without Runge-Kutta steps, which is PLMS", options=_PLMS
         ),
-        "ddim": Sampler(
-            formula=formulas.ddim,
-            history="x0",
-            scheduler="DDIMScheduler",
-            about="DDIM with eta, Song et al. 2021",
-            a1111="DDIM",
+        "plms": Sampler(
+            plms,
+            "output",
+            "PNDMScheduler",
+            "pseudo linear multistep, Liu et al. 2022",
+            options=_PLMS,
+            a1111="PLMS",
         ),
-        "pndm": Sampler(**_PNDM, about="PNDM without Runge-Kutta steps, which is PLMS"),
-        "plms": Sampler(**_PNDM, about="pseudo linear multistep, Liu et al. 2022", a1111="PLMS"),
         "euler": Sampler(
-            formula=formulas.euler,
-            history="x0",
-            scheduler="EulerDiscreteScheduler",
-            about="Euler in sigma, Karras et al. 2022",
-            a1111="Euler",
+            euler, "x0", "EulerDiscreteScheduler", "Euler in sigma, Karras et al. 2022", a1111="Euler"
         ),
         "euler_a": Sampler(
-            formula=formulas.euler_ancestral,
-            history="x0",
-            scheduler="EulerAncestralDiscreteScheduler",
-            about="Euler with ancestral noise, k-diffusion",
+            euler_ancestral,
+            "x0",
+            "EulerAncestralDiscreteScheduler",
+            "Euler with ancestral noise, k-diffusion",
             a1111="Euler a",
             aliases={"euler ancestral": {}},
         ),
         "heun": Sampler(
-            formula=formulas.heun,
-            history="eps",
-            scheduler="HeunDiscreteScheduler",
+            heun,
+            "eps",
+            "HeunDiscreteScheduler",
+            "Heun, two calls per step, Karras et al. 2022",
             calls=2,
-            about="Heun, two calls per step, Karras et al. 2022",
             a1111="Heun",
         ),
         "lms": Sampler(
-            formula=formulas.lms,
-            history="eps",
-            scheduler="LMSDiscreteScheduler",
-            about="linear multistep of order 4, k-diffusion",
-            a1111="LMS",
+            lms, "eps", "LMSDiscreteScheduler", "linear multistep of order 4, k-diffusion", a1111="LMS"
         ),
         "dpm2": Sampler(
-            formula=formulas.dpm2,
-            history="eps",
-            scheduler="KDPM2DiscreteScheduler",
+            dpm2,
+            "eps",
+            "KDPM2DiscreteScheduler",
+            "midpoint in log sigma, two calls per step, k-diffusion",
             calls=2,
-            about="midpoint in log sigma, two calls per step, k-diffusion",
             a1111="DPM2",
         ),
         "dpm2_a": Sampler(
-            formula=formulas.dpm2_ancestral,
-            history="eps",
-            scheduler="KDPM2AncestralDiscreteScheduler",
+            dpm2_ancestral,
+            "eps",
+            "KDPM2AncestralDiscreteScheduler",
+            "dpm2 with ancestral noise, k-diffusion",
             calls=2,
-            about="dpm2 with ancestral noise, k-diffusion",
             a1111="DPM2 a",
             aliases={"dpm2 ancestral": {}},
         ),
@@ -152,11 +156,7 @@ SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
             "m",
             "dpmsolver++",
             a1111="DPM++ 2M",
-            aliases={
-                "dpm solver++": {},
-                "dpm solver multistep": {},
-                "dpm++ 2m heun": {"solver_type": "heun"},
-            },
+            aliases={"dpm solver++": {}, "dpm solver multistep": {}, "dpm++ 2m heun": _HEUN},
         ),
         "dpmpp_2s": _dpm(2, "s", "dpmsolver++", aliases={"dpm solver singlestep": {}}),
         "dpmpp_3m": _dpm(3, "m", "dpmsolver++"),
@@ -164,56 +164,41 @@ SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
         # Singlestep solvers have no variant with noise: a stage's noise would have to be remembered.
         "dpmpp_1m_sde": _dpm(1, "m", "sde-dpmsolver++"),
         "dpmpp_2m_sde": _dpm(
-            2,
-            "m",
-            "sde-dpmsolver++",
-            a1111="DPM++ 2M SDE",
-            aliases={"dpm++ 2m sde heun": {"solver_type": "heun"}},
+            2, "m", "sde-dpmsolver++", a1111="DPM++ 2M SDE", aliases={"dpm++ 2m sde heun": _HEUN}
         ),
         "dpmpp_3m_sde": _dpm(3, "m", "sde-dpmsolver++", a1111="DPM++ 3M SDE"),
         "dpm_solver_1m_sde": _dpm(1, "m", "sde-dpmsolver"),
         "dpm_solver_2m_sde": _dpm(2, "m", "sde-dpmsolver"),
         "dpmpp_2s_a": Sampler(
-            formula=formulas.dpmpp_2s_ancestral,
-            history="x0",
+            dpmpp_2s_ancestral,
+            "x0",
             # not in diffusers; it visits the levels of k-diffusion's other ancestral sampler
-            scheduler="EulerAncestralDiscreteScheduler",
+            "EulerAncestralDiscreteScheduler",
+            "dpmpp_2s with ancestral noise, k-diffusion",
             calls=2,
-            about="dpmpp_2s with ancestral noise, k-diffusion",
             a1111="DPM++ 2S a",
             aliases={"dpm++ 2s ancestral": {}},
         ),
         "deis": Sampler(
-            formula=formulas.deis,
-            history="eps",
-            scheduler="DEISMultistepScheduler",
-            about="DEIS in log rho, Zhang & Chen 2023",
+            deis,
+            "eps",
+            "DEISMultistepScheduler",
+            "DEIS in log rho, Zhang & Chen 2023",
             aliases={f"deis {order}": {"solver_order": order} for order in (2, 3)},
         ),
         "unipc": Sampler(
-            formula=formulas.unipc,
-            history="x0",
-            scheduler="UniPCMultistepScheduler",
-            about="UniPC predictor-corrector, Zhao et al. 2023",
+            unipc,
+            "x0",
+            "UniPCMultistepScheduler",
+            "UniPC predictor-corrector, Zhao et al. 2023",
             a1111="UniPC",
             aliases={
                 **{f"unipc {order}": {"solver_order": order} for order in (2, 3)},
                 **{f"unipc {kind}": {"solver_type": kind} for kind in ("bh1", "bh2")},
             },
         ),
-        "lcm": Sampler(
-            formula=formulas.lcm,
-            history="x0",
-            scheduler="LCMScheduler",
-            about="latent consistency models, Luo et al. 2023",
-            a1111="LCM",
-        ),
-        "tcd": Sampler(
-            formula=formulas.tcd,
-            history="x0",
-            scheduler="TCDScheduler",
-            about="trajectory consistency distillation, Zheng et al. 2024",
-        ),
+        "lcm": Sampler(lcm, "x0", "LCMScheduler", "latent consistency models, Luo et al. 2023", a1111="LCM"),
+        "tcd": Sampler(tcd, "x0", "TCDScheduler", "trajectory consistency distillation, Zheng et al. 2024"),
     }
 )
 

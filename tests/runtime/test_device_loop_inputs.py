@@ -16,10 +16,10 @@ from latentrt.engines.package import Package
 from latentrt.runtime.loop.clock import Clock
 from latentrt.runtime.loop.denoise import Kept
 from latentrt.runtime.loop.device.cuda_graphs import Graphs
-from latentrt.runtime.loop.device.loop import DeviceLoop, _need, _Remembered
-from latentrt.runtime.loop.device.memory_fallback import Plan
+from latentrt.runtime.loop.device.loop import DeviceLoop, _need, _RememberedPlan
+from latentrt.runtime.loop.device.memory_fallback import MemoryPlan
 from latentrt.runtime.loop.host import HostLoop
-from latentrt.runtime.loop.job import Job
+from latentrt.runtime.loop.job import DenoiseJob
 from latentrt.runtime.sampling.names import resolve
 from latentrt.runtime.sampling.noise import NoiseSource
 from latentrt.runtime.sampling.samplers import make_table
@@ -69,7 +69,7 @@ def on_device(
     assert not memory.blocks
 
 
-def job_of(kind: str, *, masked: bool = False, seed: int = 0, **changes: Any) -> Job:
+def job_of(kind: str, *, masked: bool = False, seed: int = 0, **changes: Any) -> DenoiseJob:
     """A job for the package of that name: two guided pictures, noise in every row, every UNet row another."""
     random = np.random.default_rng(seed)
 
@@ -99,10 +99,10 @@ def job_of(kind: str, *, masked: bool = False, seed: int = 0, **changes: Any) ->
         if masked
         else None,
     }
-    return Job(**{**values, **changes})
+    return DenoiseJob(**{**values, **changes})
 
 
-def check_draws(loop: DeviceLoop, host: HostLoop, job: Job) -> None:
+def check_draws(loop: DeviceLoop, host: HostLoop, job: DenoiseJob) -> None:
     wanted = list(host.steps(job, Clock(), None))
     found = list(loop.steps(job, Clock(), None))
     for mine, other in zip(found, wanted, strict=True):
@@ -121,13 +121,13 @@ def check_draws(loop: DeviceLoop, host: HostLoop, job: Job) -> None:
 def test_the_device_draws_what_the_host_draws(
     packages: dict[str, Package], kind: str, rows: int | None, masked: bool
 ) -> None:
-    """With rows = 3 the UNet runs in calls of 3 rows and 1, as the ladder would have it."""
+    """With rows = 3 the UNet runs in calls of 3 rows and 1, as when memory is short."""
     with on_device(packages[kind]) as loop, on_host(packages[kind]) as host:
         for seed in (0, 1):  # the second finds the first one's buffers
             job = job_of(kind, masked=masked, seed=seed)
             if rows is not None:
                 need = _need(job, packages[kind].manifest.latent_scale)
-                loop._plans[need] = _Remembered(plan=Plan(rows=rows), requests_left=9)
+                loop._plans[need] = _RememberedPlan(plan=MemoryPlan(rows=rows), requests_left=9)
             check_draws(loop, host, job)
 
 

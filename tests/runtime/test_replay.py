@@ -60,7 +60,7 @@ def _runs(graphs: str, seconds: dict[bool, float], count: int) -> list[bool]:
         replay.begin(device, lambda: None)
         replay.enqueue(lambda: None)
         replayed.append(replay.replayed)
-        replay.took(seconds[replay.replayed])
+        replay.record_time(seconds[replay.replayed])
     replay.close()
     replay.close()
     return replayed

@@ -24,6 +24,10 @@ DEMO = Path(latentrt.demo.__file__).parent
 LONG = "a red circle, " * 30  # 120 tokens
 
 
+def _encoder(net, tokenizer) -> TextEncoder:
+    return TextEncoder(run=net, spec=net.spec, tokenizer=tokenizer)
+
+
 class StandInNet:
     """Each token's context is a function of the ids before it, as in CLIP; calls are recorded."""
 
@@ -51,7 +55,7 @@ class StandInNet:
 
 def _conditioner(*nets, **options):
     pads = ("<|endoftext|>", "!")
-    encoders = [TextEncoder(net=n, tokenizer=clip_tokenizer(p)) for n, p in zip(nets, pads, strict=False)]
+    encoders = [_encoder(net, clip_tokenizer(pad)) for net, pad in zip(nets, pads, strict=False)]
     return TextConditioner(encoders, **options)
 
 
@@ -140,7 +144,7 @@ def test_cached_texts_are_padded_by_a_cached_empty_one():
 def test_encoders_that_disagree_on_the_number_of_chunks():
     small = ClipTokenizer.open(Path(__file__).parent / "data" / "tokenizer")  # 645 tokens: texts are longer
     nets = StandInNet(8), StandInNet(12, pooled=5)
-    encoders = [TextEncoder(net=n, tokenizer=t) for n, t in zip(nets, (clip_tokenizer(), small), strict=True)]
+    encoders = [_encoder(net, t) for net, t in zip(nets, (clip_tokenizer(), small), strict=True)]
     text = "antidisestablishmentarianism " * 10
     made = TextConditioner(encoders).encode([text], syntax="a1111")
     counts = [len(net.calls[0][0]) - 1 for net in nets]  # chunks, without the empty one
@@ -222,7 +226,7 @@ def demo():
     _, backend = choose_backend("onnxruntime")
     tokenizer = ClipTokenizer.open(package.root / "tokenizer")
     with backend.open_net(package, "text_encoder", threads=1) as net:
-        conditioner = TextConditioner([TextEncoder(net=net, tokenizer=tokenizer)])
+        conditioner = TextConditioner([_encoder(net, tokenizer)])
         model = CLIPTextModel.from_pretrained(DEMO / "checkpoint" / "text_encoder", torch_dtype=torch.float32)
         yield conditioner, model.eval(), CLIPTokenizer.from_pretrained(DEMO / "checkpoint" / "tokenizer")
 

@@ -1,4 +1,4 @@
-"""Where tensors lie on a device: named, aligned places in one block."""
+"""Blocks of device memory that hold several tensors at named, aligned places."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Sizes = Mapping[str, int]  # symbol of the net contract -> number
 
 
 def aligned(size: int) -> int:
-    """`size` rounded up to what addresses must be a multiple of."""
+    """`size` in bytes, rounded up to a multiple of the device's alignment."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def shape_of(dims: Sequence[Dim], sizes: Sizes) -> tuple[int, ...]:
-    """The contract's symbols as numbers."""
+    """A shape of the contract with its symbols replaced by numbers."""
     return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in dims)
 
 
@@ -37,15 +37,15 @@ class Place:
         return tensor_bytes(self.dtype, self.shape)
 
 
-class Layout:
-    """Places one after the other, in the order they were added; pure arithmetic."""
+class BlockLayout:
+    """Places of tensors one after the other, in the order they were added; allocates nothing."""
 
     def __init__(self) -> None:
         self.places: dict[str, Place] = {}
         self.size = 0
 
     def add(self, name: str, dtype: str, shape: Sequence[int]) -> Place:
-        """The next free place."""
+        """Add a tensor at the next free place."""
         assert name not in self.places
         place = Place(offset=self.size, dtype=dtype, shape=tuple(shape))
         self.places[name] = place
@@ -53,22 +53,22 @@ class Layout:
         return place
 
     def add_tensors(self, tensors: Iterable[TensorSpec], sizes: Sizes, prefix: str = "") -> None:
-        """Places for tensors of the contract, under `prefix` + their names."""
+        """Add tensors of the contract under `prefix` + their names."""
         for tensor in tensors:
             self.add(prefix + tensor.name, tensor.dtype, shape_of(tensor.shape, sizes))
 
 
 class Block:
-    """A layout on a device. Freed by `close`."""
+    """Memory on a device for all tensors of a layout. `close` frees it."""
 
-    def __init__(self, device: Device, layout: Layout) -> None:
+    def __init__(self, device: Device, layout: BlockLayout) -> None:
         self._device = device
         self._places = dict(layout.places)
         self.size = layout.size
         self._start: int | None = device.allocate(max(layout.size, ALIGNMENT))
 
     def address(self, name: str) -> int:
-        """Of a tensor."""
+        """The device address of a tensor."""
         assert self._start is not None, "the block is freed"
         return self._start + self._places[name].offset
 
@@ -77,7 +77,7 @@ class Block:
         return self._places[name]
 
     def upload(self, name: str, array: Array) -> None:
-        """Fill a tensor from the host, converting to its dtype; what fp16 cannot hold becomes infinity."""
+        """Fill a tensor from the host, converted to its dtype; what fp16 cannot hold becomes infinity."""
         place = self._places[name]
         assert array.shape == place.shape, (name, array.shape, place.shape)
         with np.errstate(over="ignore"):
@@ -85,7 +85,7 @@ class Block:
         self._device.upload(self.address(name), content)
 
     def download(self, name: str, count: int | None = None) -> Array:
-        """A host array that is filled at the next `synchronize`: the tensor, or its first `count` rows."""
+        """Copy a tensor, or its first `count` rows, to a host array that the next `synchronize` fills."""
         place = self._places[name]
         shape = place.shape if count is None else (count, *place.shape[1:])
         array = np.empty(shape, DTYPES[place.dtype])

@@ -1,8 +1,8 @@
-"""A row of the loop as a captured graph: when to capture it, and whether replaying is the faster way.
+"""A row of the loop as a CUDA graph: when to capture it, and whether replaying it is faster.
 
-What a row does is the same work at the same addresses for every row, request and schedule of a canvas: what
-differs is copied in before. So one small graph serves all of them, where a graph of the whole loop would be
-as many times larger as there are rows, and be captured anew for every number of steps.
+Every row of a `DenoiseProgram` is the same work at the same addresses, whatever the request and schedule:
+what differs is copied in before. So one small graph serves all of them, where a graph of the whole loop would
+be as many times larger as there are rows, and be captured anew for every number of steps.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _ATTEMPTS = 3  # a library's arena may have grown during one capture, and be lar
 
 
 class Replay:
-    """Of one canvas. Asked once a picture how its rows are to run, and told how long they took.
+    """Runs the rows of one `DenoiseProgram`, plainly or as a captured graph, whichever is faster.
 
-    The first picture is plain whatever is asked: TensorRT wants a plain run after every change of shape, and
-    ONNX Runtime allocates in it. With "auto" the second is plain and timed, the third captured, the fourth
-    timed, and from then on the faster way is taken.
+    The first picture always runs plainly: TensorRT needs a plain run after every change of shape, and ONNX
+    Runtime allocates in it. With "auto" the second is plain and timed, the third captured, the fourth timed,
+    and from then on the faster way is taken.
 
     Args:
         graphs: "on", "off" or "auto".
-        log: is told why a row is not captured.
+        log: is passed the reason why a row is not captured.
     """
 
     def __init__(self, graphs: Graphs, log: Callable[[str], None] = lambda line: None) -> None:
@@ -51,14 +51,14 @@ class Replay:
         self.replayed = self._graph is not None and wanted
 
     def enqueue(self, body: Callable[[], None]) -> None:
-        """One row, as `begin` decided."""
+        """Enqueue one row, as `begin` decided."""
         if self.replayed and self._graph is not None:
             self._graph.launch()
         else:
             body()
 
-    def took(self, seconds_per_row: float) -> None:
-        """Be told how long the rows of the picture were; cold ones do not count."""
+    def record_time(self, seconds_per_row: float) -> None:
+        """Note how long a row of the picture took; the first picture after a change does not count."""
         if self._cold:
             return
         if self.replayed:
@@ -79,7 +79,7 @@ class Replay:
         (self._graph,) = graphs
 
     def close(self) -> None:
-        """Free the graph; what comes after is plain. May be called twice."""
+        """Free the graph; later rows run plainly. May be called twice."""
         graph, self._graph = self._graph, None
         self._attempts = _ATTEMPTS
         if graph is not None:

@@ -1,9 +1,9 @@
 """The loop on a device: uploaded once, enqueued to the end, waited for once.
 
 Latent, invariants, table and noise stay on the device; guidance and the row update are the net `step`, or
-`step_masked` where a picture is kept outside a mask. A row that ran before can be replayed as a captured
-graph (`replay.py`); memory that runs out is the ladder's business (`ladder.py`). What a request needs before
-its rows, such as its prompts' contexts, is a `call` each, with a synchronisation of its own.
+`step_masked` where a picture is kept outside a mask. A row that ran before can be replayed as a CUDA graph
+(`cuda_graphs.py`); `memory_fallback.py` decides what is given up when memory runs out. What a request needs
+before its rows, such as its prompts' contexts, is a `call` each, with a synchronisation of its own.
 """
 
 from __future__ import annotations
@@ -23,26 +23,34 @@ from ....engines.device import Device, Shapes
 from ....engines.package import Manifest
 from ....engines.spec import Array
 from ...pictures.tiling import Tiling, decode_tiled
-from ...sampling.table import Table
 from ..clock import Clock
 from ..denoise import State, check_finite
-from ..job import Drawn, Job, check_cancelled
+from ..job import DenoiseJob, Drawn, check_cancelled
 from .cuda_graphs import Graphs, Replay
-from .memory_fallback import Need, Plan, climb
-from .pool import Pool, Take
-from .programs import Call, Canvas, Course, Frame, Nets, Program, Schedule, input_shapes
+from .memory_fallback import MemoryNeed, MemoryPlan, fit_in_memory
+from .pool import CheckOut, ProgramPool
+from .programs import (
+    BoundProgram,
+    DenoiseProgram,
+    DenoiseShape,
+    NetProgram,
+    Nets,
+    ScheduleProgram,
+    ScheduleShape,
+    input_shapes,
+)
 
 Result = TypeVar("Result")
 
-# So many requests of a size begin where the ladder ended; then one begins at the top again.
+# A plan that fitted is tried first for so many requests of its size; then one starts from the top again.
 _REMEMBERED = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Remembered:
-    """A plan that fitted when all at once did not."""
+class _RememberedPlan:
+    """A plan that fitted after something was given up."""
 
-    plan: Plan
+    plan: MemoryPlan
     requests_left: int
 
 
@@ -50,11 +58,11 @@ class DeviceLoop:
     """Implements `job.Loop` over the seam `engines/device.py`. Threads may share it: they take turns.
 
     Args:
-        device: is closed with the loop, and so are `nets`.
-        nets: of the package, by name.
+        device: where the nets run; closed with the loop.
+        nets: the package's, by name; closed with the loop.
         manifest: the package's.
-        graphs: whether to replay rows as captured graphs: "on", "off", or "auto", where that is faster.
-        log: is told of every rung of the ladder, and why a row is not captured.
+        graphs: whether to replay rows as CUDA graphs: "on", "off", or "auto", where that is faster.
+        log: is passed a line for everything given up when memory was short, and why a row is not captured.
     """
 
     def __init__(
@@ -68,14 +76,14 @@ class DeviceLoop:
     ) -> None:
         self.device = device
         self.nets = nets
-        self.pool = Pool(device, nets, self._forget)
+        self.pool = ProgramPool(device, nets, self._forget)
         self._manifest = manifest
         self._scale = manifest.latent_scale
         self._graphs: Graphs = graphs
         self._log = log
         self._lock = RLock()
-        self._plans: dict[Need, _Remembered] = {}
-        self._replays: dict[Program, Replay] = {}
+        self._plans: dict[MemoryNeed, _RememberedPlan] = {}
+        self._replays: dict[BoundProgram, Replay] = {}
         self._closed = False
 
     # ── job.Loop ───────────────────────────────────────────────────────────────────────────────
@@ -83,54 +91,66 @@ class DeviceLoop:
     def call(self, net: str, **arrays: Array) -> dict[str, Array]:
         """Run a net once at the shapes of the arrays, and wait for it.
 
-        Raises PackageError if the package has none, UsageError, MemoryLimitError, BackendError.
+        Raises:
+            PackageError: the package has no such net.
+            UsageError: arrays that are not its inputs, or of shapes that its engines do not have.
+            MemoryLimitError: it does not fit.
+            BackendError: it failed on the device.
         """
         self._manifest.net(net)
         self.nets[net].spec.check(arrays)
         shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
-        need = Need(call=f"{net} of {shapes}")
+        need = MemoryNeed(call=f"{net} of {shapes}")
         with self._lock:
-            return self._climb(need, lambda plan: self._call(net, arrays))
+            return self._fit(need, lambda plan: self._call(net, arrays))
 
-    def steps(self, job: Job, clock: Clock, cancel: Event | None) -> Iterator[State]:
-        """One item per row of the table, waited for. Raises CancelledError, NumericError."""
+    def steps(self, job: DenoiseJob, clock: Clock, cancel: Event | None) -> Iterator[State]:
+        """Yield the state after every row of the table. Raises as `draw`, and CancelledError."""
         with self._lock, clock.stage("prepare"):
             need = _need(job, self._scale)
-            canvas, schedule, _ = self._climb(need, lambda plan: self._begun(job, plan, decoder=False))
+            denoiser, schedule, _ = self._fit(need, lambda plan: self._prepare(job, plan, decoder=False))
         total = len(job.table)
         try:
             with self._lock:
-                replay = self._begin_rows(canvas)
-            given = job.first
-            for row in range(total):
-                check_cancelled(cancel, row, total)
+                replay = self._begin_rows(denoiser)
+            unet_input = job.first
+            for index, row in enumerate(job.table.rows()):
+                check_cancelled(cancel, index, total)
                 with self._lock, clock.stage("unet"):
-                    canvas.feed_row(schedule, row)
-                    replay.enqueue(canvas.enqueue_row)
-                    latent, remembered = canvas.read_state()
+                    denoiser.feed_row(schedule, index)
+                    replay.enqueue(denoiser.enqueue_row)
+                    latent, remembered = denoiser.read_state()
                     self.device.synchronize()
-                check_finite(latent, f"after step {row + 1} of {total}", self._manifest.dtype)
-                prediction = _prediction(job.table, row, given, remembered)
+                check_finite(latent, f"after step {index + 1} of {total}", self._manifest.dtype)
                 state = State(
-                    index=row, unet_input=given, prediction=prediction, latent=latent, profile=canvas.profile
+                    index=index,
+                    unet_input=unet_input,
+                    # the guided output m, solved from what the row remembers of it: h = p*y + q*m
+                    prediction=(remembered - row.p * unet_input) / row.q,
+                    latent=latent,
+                    profile=denoiser.profile,
                 )
                 yield state
                 if state.latent is not latent:
                     with self._lock:
-                        canvas.set_latent(state.latent)
-                given = state.latent
+                        denoiser.set_latent(state.latent)
+                unet_input = state.latent
         finally:
             with self._lock:
-                self.pool.give_back(canvas, schedule)
+                self.pool.give_back(denoiser, schedule)
 
-    def draw(self, job: Job, clock: Clock, *, decode: bool) -> Drawn:
-        """All of it, with one synchronisation (more if the decoder is tiled).
+    def draw(self, job: DenoiseJob, clock: Clock, *, decode: bool) -> Drawn:
+        """Denoise and decode, with one synchronisation (more if the decoder is tiled).
 
-        Raises NumericError, MemoryLimitError, BackendError.
+        Raises:
+            NumericError: the latent is not finite.
+            UsageError: shapes or vectors that the nets do not take.
+            MemoryLimitError: the request does not fit.
+            BackendError: a net failed on the device.
         """
         need = _need(job, self._scale)
         with self._lock:
-            drawn = self._climb(need, lambda plan: self._draw(job, plan, clock, decode=decode))
+            drawn = self._fit(need, lambda plan: self._draw(job, plan, clock, decode=decode))
             check_finite(drawn.latent, "after the last step", self._manifest.dtype)
             if decode and drawn.image is None:
                 with clock.stage("vae_decoder"):
@@ -140,7 +160,7 @@ class DeviceLoop:
             return drawn
 
     def decode(self, latent: Array, *, tile: int | None = None) -> tuple[Array, Array]:
-        """(N, C, H/8, W/8) float32 -> (N, H, W, 3) uint8 and (N,) float32, the mean before clamping."""
+        """Pictures of latents; see `job.Loop`. Raises UsageError, MemoryLimitError, BackendError."""
         with self._lock:
             decoded = self._decode(latent, tile)
             self._settle()
@@ -159,18 +179,18 @@ class DeviceLoop:
                 everything.callback(self.pool.close)
                 everything.callback(self.free_idle)
 
-    # ── the ladder ─────────────────────────────────────────────────────────────────────────────
+    # ── memory ─────────────────────────────────────────────────────────────────────────────────
 
     def free_idle(self) -> bool:
-        """Free what no request uses now; whether there was anything."""
+        """Free what no request uses now; return whether there was anything."""
         freed = self.pool.free_idle()
         if not self.pool.in_use:  # a graph that is still alive may hold what a library would release
             for net in self.nets.values():
                 net.release()
         return freed
 
-    def _forget(self, program: Program) -> None:
-        """Free the graph that holds the addresses of a program that is about to go."""
+    def _forget(self, program: BoundProgram) -> None:
+        """Free the graph that holds the addresses of a program about to be freed."""
         if program in self._replays:
             self._replays.pop(program).close()
 
@@ -198,108 +218,118 @@ class DeviceLoop:
         """What each net holds now."""
         return {name: net.memory for name, net in self.nets.items()}
 
-    def plan(self, job: Job) -> Plan:
-        """How such a job is carried out, as far as is known: what the ladder found, or all at once."""
+    def plan(self, job: DenoiseJob) -> MemoryPlan:
+        """The plan that such a job starts with: one that fitted earlier, or all at once."""
         need = _need(job, self._scale)
         remembered = self._plans.get(need)
         return remembered.plan if remembered else need.start
 
-    def _climb(self, need: Need, attempt: Callable[[Plan], Result], start: Plan | None = None) -> Result:
-        """Try from what fitted last time; now and then from the start, as memory may have come back."""
+    def _fit(
+        self, need: MemoryNeed, attempt: Callable[[MemoryPlan], Result], start: MemoryPlan | None = None
+    ) -> Result:
+        """Try what fitted last time first; now and then start anew, as memory may have come back."""
         start = start or need.start
         remembered = self._plans.pop(need, None)
         if remembered is None or not remembered.requests_left:
-            remembered = _Remembered(plan=start, requests_left=_REMEMBERED)
-        result, plan = climb(attempt, remembered.plan, need, self, self._log)
+            remembered = _RememberedPlan(plan=start, requests_left=_REMEMBERED)
+        result, plan = fit_in_memory(attempt, remembered.plan, need, self, self._log)
         if plan != start:
             left = remembered.requests_left - 1 if plan == remembered.plan else _REMEMBERED
-            self._plans[need] = _Remembered(plan=plan, requests_left=left)
+            self._plans[need] = _RememberedPlan(plan=plan, requests_left=left)
         return result
 
     # ── one attempt ────────────────────────────────────────────────────────────────────────────
 
-    def _begun(self, job: Job, plan: Plan, *, decoder: bool) -> tuple[Canvas, Schedule, Call | None]:
-        """Buffers and bindings for a job, with its invariants, table, noise and first latent enqueued.
+    def _prepare(
+        self, job: DenoiseJob, plan: MemoryPlan, *, decoder: bool
+    ) -> tuple[DenoiseProgram, ScheduleProgram, NetProgram | None]:
+        """Check out the programs of a job, and enqueue its invariants, table, noise and first latent.
 
-        `decoder`: take the decoder as well, before any work is done that it could make worthless.
+        With `decoder` the decoder is taken as well, before any work is done that its failure would waste.
         """
-        device, nets, frame = self.device, self.nets, self._frame(job, plan)
-        course, latents = Course.of(job, frame), {"latent": job.first.shape}
+        device, nets, shape = self.device, self.nets, self._shape(job, plan)
+        schedule_shape, latents = ScheduleShape.of(job, shape), {"latent": job.first.shape}
         sized = [
-            *((net, frame.sizes(n)) for n in set(frame.calls()) for net in ("unet", "unet_context")),
-            (frame.step, frame.sizes(frame.batch)),
-            ("unet_time", {"S": course.steps * course.rows_per_step}),
+            *((net, shape.sizes(rows)) for rows in set(shape.calls()) for net in ("unet", "unet_context")),
+            (shape.step, shape.sizes(shape.batch)),
+            ("unet_time", schedule_shape.sizes),
         ]
         calls: list[tuple[str, Shapes]] = [(net, input_shapes(nets[net].spec, sizes)) for net, sizes in sized]
         self.pool.reserve([*calls, ("vae_decoder", latents)] if decoder else calls)
-        with self.pool.returning_on_error() as take:
-            schedule = take(course, "unet_time", partial(Schedule, device, nets, course))
-            canvas = take(frame, "unet", partial(Canvas, device, nets, frame))
-            last = self._take_call(take, "vae_decoder", latents) if decoder else None
-            canvas.begin(job)
+        with self.pool.returning_on_error() as check_out:
+            schedule = check_out(
+                schedule_shape, "unet_time", partial(ScheduleProgram, device, nets, schedule_shape)
+            )
+            denoiser = check_out(shape, "unet", partial(DenoiseProgram, device, nets, shape))
+            last = self._check_out_net(check_out, "vae_decoder", latents) if decoder else None
+            denoiser.begin(job)
             schedule.enqueue(job)
-        return canvas, schedule, last
+        return denoiser, schedule, last
 
-    def _take_call(self, take: Take, net: str, shapes: Shapes) -> Call:
-        return take(tuple(shapes.items()), net, partial(Call, self.device, self.nets[net], shapes))
+    def _check_out_net(self, check_out: CheckOut, net: str, shapes: Shapes) -> NetProgram:
+        return check_out(tuple(shapes.items()), net, partial(NetProgram, self.device, self.nets[net], shapes))
 
     def _call(self, net: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """One attempt at running a net; arrays are converted to its dtypes."""
         shapes = {item.name: arrays[item.name].shape for item in self.nets[net].spec.inputs}
         self.pool.reserve([(net, shapes)])
-        with self.pool.returning_on_error() as take:
-            program = self._take_call(take, net, shapes)
+        with self.pool.returning_on_error() as check_out:
+            program = self._check_out_net(check_out, net, shapes)
             program.upload(arrays)
             outputs = program.enqueue()
             self.device.synchronize()
         self.pool.give_back(program)
         return outputs
 
-    def _begin_rows(self, canvas: Canvas) -> Replay:
-        """The canvas's replay, ready for one picture."""
-        if canvas not in self._replays:
+    def _begin_rows(self, denoiser: DenoiseProgram) -> Replay:
+        """The replay of a denoiser's rows, ready for one picture."""
+        if denoiser not in self._replays:
             graphs = self._graphs
-            if graphs != "off" and not canvas.capturable:
+            if graphs != "off" and not denoiser.capturable:
                 self._log("the loop is not captured: the library says that its runs cannot be")
                 graphs = "off"
-            self._replays[canvas] = Replay(graphs, self._log)
-        replay = self._replays[canvas]
-        replay.begin(self.device, canvas.enqueue_row)
+            self._replays[denoiser] = Replay(graphs, self._log)
+        replay = self._replays[denoiser]
+        replay.begin(self.device, denoiser.enqueue_row)
         return replay
 
-    def _draw(self, job: Job, plan: Plan, clock: Clock, *, decode: bool) -> Drawn:
-        """Latent, and with a plan that decodes all at once the picture."""
+    def _draw(self, job: DenoiseJob, plan: MemoryPlan, clock: Clock, *, decode: bool) -> Drawn:
+        """One attempt at a job: the latent, and the picture too where the plan decodes all at once."""
         whole = decode and plan.decoder_pictures is None and plan.tile is None
         with clock.stage("prepare"):
-            canvas, schedule, decoder = self._begun(job, plan, decoder=whole)
+            denoiser, schedule, decoder = self._prepare(job, plan, decoder=whole)
         try:
             began = perf_counter()
             with clock.stage("enqueue"):
-                replay = self._begin_rows(canvas)
+                replay = self._begin_rows(denoiser)
                 for row in range(len(job.table)):
-                    canvas.feed_row(schedule, row)
-                    replay.enqueue(canvas.enqueue_row)
+                    denoiser.feed_row(schedule, row)
+                    replay.enqueue(denoiser.enqueue_row)
                 decoded: Mapping[str, Array] = {}
                 if decoder is not None:
-                    decoder.take_latent(canvas)
+                    decoder.take_latent(denoiser)
                     decoded = decoder.enqueue()
-                latent = canvas.read_state()[0]
+                latent = denoiser.read_state()[0]
             with clock.stage("wait"):
                 self.device.synchronize()
-            replay.took((perf_counter() - began) / len(job.table))
+            replay.record_time((perf_counter() - began) / len(job.table))
         finally:
-            self.pool.give_back(canvas, schedule, *([decoder] if decoder else []))
+            self.pool.give_back(denoiser, schedule, *([decoder] if decoder else []))
         image, mean = decoded.get("image"), decoded.get("mean")
-        return Drawn(latent=latent, image=image, mean=mean, profile=canvas.profile)
+        return Drawn(latent=latent, image=image, mean=mean, profile=denoiser.profile)
 
-    def _decode(self, latent: Array, tile: int | None, start: Plan | None = None) -> tuple[Array, Array]:
-        """Down the ladder, beginning with `start`, or as it was asked for."""
+    def _decode(
+        self, latent: Array, tile: int | None, start: MemoryPlan | None = None
+    ) -> tuple[Array, Array]:
+        """Decode with what memory allows, beginning with `start`, or as the request asks for it."""
         pictures, _, height, width = latent.shape
-        need = Need(pictures=pictures, height=height * self._scale, width=width * self._scale, tile=tile)
-        return self._climb(need, lambda plan: self._decode_by(plan, latent), start)
+        need = MemoryNeed(
+            pictures=pictures, height=height * self._scale, width=width * self._scale, tile=tile
+        )
+        return self._fit(need, lambda plan: self._decode_by(plan, latent), start)
 
-    def _decode_by(self, plan: Plan, latent: Array) -> tuple[Array, Array]:
-        """All pictures at once, one by one, or in tiles, as the plan says."""
+    def _decode_by(self, plan: MemoryPlan, latent: Array) -> tuple[Array, Array]:
+        """One attempt at decoding: all pictures at once, one by one, or in tiles, as the plan says."""
 
         def whole(part: Array) -> tuple[Array, Array]:
             decoded = self._call("vae_decoder", {"latent": part})
@@ -314,11 +344,11 @@ class DeviceLoop:
         parts = [picture(latent[i : i + count]) for i in range(0, len(latent), count)]
         return np.concatenate([image for image, _ in parts]), np.concatenate([mean for _, mean in parts])
 
-    def _frame(self, job: Job, plan: Plan) -> Frame:
+    def _shape(self, job: DenoiseJob, plan: MemoryPlan) -> DenoiseShape:
         batch, (height, width) = len(job.text_of_row), job.shape[1:]
         step = "step" if job.kept is None else "step_masked"
         self._manifest.net(step)  # older packages have no masked one
-        return Frame(
+        return DenoiseShape(
             pictures=job.pictures,
             guided=job.guided,
             height=height,
@@ -329,9 +359,9 @@ class DeviceLoop:
         )
 
 
-def _need(job: Job, scale: int) -> Need:
+def _need(job: DenoiseJob, scale: int) -> MemoryNeed:
     _, height, width = job.shape
-    return Need(
+    return MemoryNeed(
         batch=len(job.text_of_row),
         guided=job.guided,
         pictures=job.pictures,
@@ -339,10 +369,3 @@ def _need(job: Job, scale: int) -> Need:
         width=width * scale,
         tile=job.tile,
     )
-
-
-def _prediction(table: Table, row: int, given: Array, remembered: Array) -> Array:
-    """The guided output m, solved from what the row remembers of it: h = p*y + q*m."""
-    p, q = float(table.p[row]), float(table.q[row])
-    answer: Array = (remembered - p * given) / q
-    return answer

@@ -1,4 +1,4 @@
-"""What to give up when a device runs out of memory, one rung at a time, until the request fits or is refused.
+"""What to give up when a device runs out of memory, one fallback after the other.
 
 ::
 
@@ -9,9 +9,9 @@
     stream weights              from the host, where the engine was built for it
     refuse                      with the numbers
 
-A rung that cannot lower what ran out is passed over as long as another can: a UNet that does not fit is no
-reason to tile the decoder, until nothing else is left. (Then it is one: nets share a block of activations,
-and the decoder's may be what makes it large.)
+A fallback that does not help the net that ran out is passed over as long as another is left: a UNet that does
+not fit is no reason to tile the decoder. In the end it may be: nets share a block of activations, and the
+decoder's may be what makes it large.
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ _TILE_STEP = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How a request is carried out. None is: all at once.
+class MemoryPlan:
+    """How a request is carried out; None everywhere is all at once.
 
-    `rows` of a UNet call at most, `decoder_pictures` decoded at once, `tile` in pixels.
+    Attributes:
+        rows: UNet rows of one call, at most.
+        decoder_pictures: pictures decoded in one call.
+        tile: side of the decoder's tiles in pixels.
     """
 
     rows: int | None = None
@@ -41,10 +44,17 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Need:
-    """What a request asks of the memory: B rows, N pictures of (H, W) pixels, decoded in tiles if `tile`.
+class MemoryNeed:
+    """What of a request decides how much memory it takes.
 
-    B is 0 where nothing is drawn; of a `call` of one net there is nothing else to say.
+    Attributes:
+        batch: B, the UNet rows of a step; 0 where nothing is denoised.
+        guided: whether half of them are unconditional.
+        pictures: N.
+        height: of a picture, in pixels.
+        width: of a picture, in pixels.
+        tile: side of the decoder's tiles that the request itself asks for, in pixels.
+        call: of a single call of a net, its description; the other fields are unset then.
     """
 
     batch: int = 0
@@ -56,24 +66,24 @@ class Need:
     call: str = ""
 
     @property
-    def start(self) -> Plan:
-        """How it is carried out before anything is given up."""
-        return Plan() if self.tile is None else Plan(decoder_pictures=1, tile=self.tile)
+    def start(self) -> MemoryPlan:
+        """The plan before anything is given up."""
+        return MemoryPlan() if self.tile is None else MemoryPlan(decoder_pictures=1, tile=self.tile)
 
     def __str__(self) -> str:
         """For people."""
         return self.call or f"{self.pictures} x {self.width}x{self.height}"
 
 
-class Actions(Protocol):
-    """What rungs do besides changing the plan."""
+class MemoryActions(Protocol):
+    """What fallbacks do besides changing the plan."""
 
     def free_idle(self) -> bool:
-        """Free what no request uses now; whether there was anything."""
+        """Free what no request uses now; return whether there was anything."""
         ...
 
     def stream_weights(self) -> int:
-        """Bytes freed by streaming weights; 0 if nothing can, or all do already."""
+        """Stream weights from the host; return the bytes that this freed, 0 if it was not possible."""
         ...
 
     def describe_memory(self) -> str:
@@ -81,15 +91,15 @@ class Actions(Protocol):
         ...
 
 
-Lower = Callable[[Plan, Need, Actions], "Plan | None"]
+# A fallback returns the lower plan, or None where it has nothing to give up.
+Fallback = Callable[[MemoryPlan, MemoryNeed, MemoryActions], "MemoryPlan | None"]
 
 
-def _free_idle(plan: Plan, need: Need, actions: Actions) -> Plan | None:
-    """Only before anything else was tried: later, idle is what failed attempts left."""
+def _free_idle(plan: MemoryPlan, need: MemoryNeed, actions: MemoryActions) -> MemoryPlan | None:
     return plan if actions.free_idle() else None
 
 
-def _tile_the_decoder(plan: Plan, need: Need, actions: Actions) -> Plan | None:
+def _tile_the_decoder(plan: MemoryPlan, need: MemoryNeed, actions: MemoryActions) -> MemoryPlan | None:
     if need.pictures > 1 and plan.decoder_pictures != 1:
         return replace(plan, decoder_pictures=1)
     largest = max(need.height, need.width)
@@ -98,23 +108,23 @@ def _tile_the_decoder(plan: Plan, need: Need, actions: Actions) -> Plan | None:
     return replace(plan, decoder_pictures=1, tile=half) if half < side else None
 
 
-def _split_the_batch(plan: Plan, need: Need, actions: Actions) -> Plan | None:
+def _split_the_batch(plan: MemoryPlan, need: MemoryNeed, actions: MemoryActions) -> MemoryPlan | None:
     rows = plan.rows or need.batch
     smallest = 2 if need.guided else 1
     return replace(plan, rows=max(-(-rows // 2), smallest)) if rows > smallest else None
 
 
-def _run_the_halves_apart(plan: Plan, need: Need, actions: Actions) -> Plan | None:
+def _run_the_halves_apart(plan: MemoryPlan, need: MemoryNeed, actions: MemoryActions) -> MemoryPlan | None:
     return replace(plan, rows=1) if need.guided and (plan.rows or need.batch) > 1 else None
 
 
-def _stream_weights(plan: Plan, need: Need, actions: Actions) -> Plan | None:
+def _stream_weights(plan: MemoryPlan, need: MemoryNeed, actions: MemoryActions) -> MemoryPlan | None:
     return plan if actions.stream_weights() else None
 
 
 _UNET = ("unet", "unet_context", "step", "step_masked")
-# Name -> how it lowers a plan, and the nets it helps (none named: all).
-RUNGS: Mapping[str, tuple[Lower, tuple[str, ...]]] = {
+# Name -> the fallback, and the nets it helps (none named: all).
+FALLBACKS: Mapping[str, tuple[Fallback, tuple[str, ...]]] = {
     "free idle contexts": (_free_idle, ()),
     "tile the decoder": (_tile_the_decoder, ("vae_decoder",)),
     "split the batch": (_split_the_batch, _UNET),
@@ -123,10 +133,24 @@ RUNGS: Mapping[str, tuple[Lower, tuple[str, ...]]] = {
 }
 
 
-def climb(
-    attempt: Callable[[Plan], Result], plan: Plan, need: Need, actions: Actions, log: Callable[[str], None]
-) -> tuple[Result, Plan]:
-    """Try, and with every MemoryLimitError try again one rung lower; returns the plan that fitted as well.
+def fit_in_memory(
+    attempt: Callable[[MemoryPlan], Result],
+    plan: MemoryPlan,
+    need: MemoryNeed,
+    actions: MemoryActions,
+    log: Callable[[str], None],
+) -> tuple[Result, MemoryPlan]:
+    """Attempt the plan, and after every MemoryLimitError the next lower one.
+
+    Args:
+        attempt: carries the plan out.
+        plan: the first one.
+        need: what the request asks of the memory.
+        actions: what fallbacks may do.
+        log: is passed a line for every fallback.
+
+    Returns:
+        What `attempt` returned, and the plan that fitted.
 
     Raises:
         MemoryLimitError: nothing is left to give up. Whatever else `attempt` raises passes through.
@@ -137,25 +161,25 @@ def climb(
             return attempt(plan), plan
         except MemoryLimitError as error:
             short = error
-        rung, plan = _next_rung(short, plan, need, actions, tried)
+        fallback, plan = _next_fallback(short, plan, need, actions, tried)
         actions.free_idle()  # what the attempt left would be in the way of the next one
-        tried.append(rung)
-        log(f"out of memory ({short.found}): {rung} -> {plan}")
+        tried.append(fallback)
+        log(f"out of memory ({short.found}): {fallback} -> {plan}")
 
 
-def _next_rung(
-    short: MemoryLimitError, plan: Plan, need: Need, actions: Actions, tried: list[str]
-) -> tuple[str, Plan]:
+def _next_fallback(
+    short: MemoryLimitError, plan: MemoryPlan, need: MemoryNeed, actions: MemoryActions, tried: list[str]
+) -> tuple[str, MemoryPlan]:
     passed_over = {
-        name for name, (_, helps) in RUNGS.items() if helps and short.culprit not in (None, *helps)
+        name for name, (_, helps) in FALLBACKS.items() if helps and short.culprit not in (None, *helps)
     }
-    for name in sorted(RUNGS, key=passed_over.__contains__):  # in their order, and these last
-        lower, _ = RUNGS[name]
-        if lower is _free_idle and tried:
-            continue
-        lowered = lower(plan, need, actions)
-        if lowered is not None:
-            return name, lowered
+    for name in sorted(FALLBACKS, key=passed_over.__contains__):  # in their order, and these last
+        fallback, _ = FALLBACKS[name]
+        if fallback is _free_idle and tried:
+            continue  # what is idle by now was left by failed attempts
+        lower = fallback(plan, need, actions)
+        if lower is not None:
+            return name, lower
     raise MemoryLimitError(
         f"{need} does not fit: {short.found}"
         f" ({actions.describe_memory()}; tried: {', '.join(tried) or 'nothing helps'})",

@@ -1,4 +1,4 @@
-"""Programs by shape, checked out and given back, and the activations' block they share."""
+"""Programs by shape, checked out by one request at a time, and the block of activations that they share."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Protocol, TypeVar, cast
 from ....engines.device import Device, Shapes
 from ....engines.errors import MemoryLimitError
 from .buffers import Scratch
-from .programs import Nets, Program
+from .programs import BoundProgram, Nets
 
-P = TypeVar("P", bound=Program)
+P = TypeVar("P", bound=BoundProgram)
 Calls = Iterable[tuple[str, Shapes]]  # nets, and the shapes of their inputs
 
 
-class Take(Protocol):
-    """Check a program out: the idle one of that key, or a new one, whose memory `net` is to answer for."""
+class CheckOut(Protocol):
+    """Check out the idle program of a key, or make a new one; `net` is blamed if that does not fit."""
 
     def __call__(self, key: Hashable, net: str, make: Callable[[Scratch], P]) -> P:
         """The program."""
@@ -29,7 +29,7 @@ _KEPT = 12
 
 @contextmanager
 def blame(net: str) -> Generator[None]:
-    """Let a MemoryLimitError name the net that wanted the memory."""
+    """Name the net that wanted the memory in a MemoryLimitError, unless one is named already."""
     try:
         yield
     except MemoryLimitError as error:
@@ -37,20 +37,20 @@ def blame(net: str) -> Generator[None]:
         raise
 
 
-class Pool:
-    """A program is either idle here or checked out by one request: two requests never share buffers.
+class ProgramPool:
+    """Keeps programs; each is idle or checked out by one request, so requests never share buffers.
 
-    They may share the scratch block, because nets run one after the other on the one stream. `forget` is told
-    of every program that is about to be freed.
+    They may share the scratch block, because nets run one after the other on the one stream. `forget` is
+    called with every program that is about to be freed.
     """
 
-    def __init__(self, device: Device, nets: Nets, forget: Callable[[Program], None]) -> None:
+    def __init__(self, device: Device, nets: Nets, forget: Callable[[BoundProgram], None]) -> None:
         self._device = device
         self._nets = nets
         self._forget = forget
         self._scratch = Scratch(device, 0)
-        self._idle: dict[Hashable, Program] = {}
-        self._keys: dict[Program, Hashable] = {}
+        self._idle: dict[Hashable, BoundProgram] = {}
+        self._keys: dict[BoundProgram, Hashable] = {}
 
     @property
     def scratch_size(self) -> int:
@@ -76,11 +76,11 @@ class Pool:
             return self._nets[name].scratch(shapes)
 
     @contextmanager
-    def returning_on_error(self) -> Generator[Take]:
+    def returning_on_error(self) -> Generator[CheckOut]:
         """Yield the function that checks programs out; if the block fails, all of them are given back."""
-        taken: list[Program] = []
+        taken: list[BoundProgram] = []
 
-        def take(key: Hashable, net: str, make: Callable[[Scratch], P]) -> P:
+        def check_out(key: Hashable, net: str, make: Callable[[Scratch], P]) -> P:
             program = self._idle.pop((net, key), None)
             if program is None:
                 with blame(net):
@@ -90,14 +90,14 @@ class Pool:
             return cast(P, program)
 
         try:
-            yield take
+            yield check_out
         except BaseException:
             self.give_back(*taken)
             raise
 
-    def give_back(self, *programs: Program) -> None:
-        """Keep them for the next request of their shape, unless they are outdated or one too many."""
-        outdated: list[Program] = []
+    def give_back(self, *programs: BoundProgram) -> None:
+        """Keep programs for the next request of their shape, unless they are outdated or too many."""
+        outdated: list[BoundProgram] = []
         for program in programs:
             key = self._keys.get(program)
             if key is None:
@@ -111,7 +111,10 @@ class Pool:
         self._drop(*outdated)
 
     def free_idle(self) -> bool:
-        """Free every idle program, and the scratch if nobody else uses it; whether there was anything."""
+        """Free every idle program, and the scratch block if nothing else uses it.
+
+        Returns whether there was an idle program.
+        """
         idle, self._idle = self._idle, {}
         self._drop(*idle.values())
         if self._scratch.users == 0:
@@ -125,8 +128,8 @@ class Pool:
         self._drop(*self._keys)
         self._scratch.close()
 
-    def _drop(self, *programs: Program) -> None:
-        """Free programs. What failed on the device is raised, after everything was freed."""
+    def _drop(self, *programs: BoundProgram) -> None:
+        """Free programs. An error of the device is raised after all of them were freed."""
         with ExitStack() as everything:
             for program in programs:
                 del self._keys[program]
@@ -134,7 +137,7 @@ class Pool:
             if programs:
                 self._device.synchronize()  # what they enqueued may still be running
 
-    def _free(self, program: Program) -> None:
+    def _free(self, program: BoundProgram) -> None:
         with ExitStack() as everything:
             everything.callback(self._free_scratch, program.scratch)
             everything.callback(program.close)

@@ -1,10 +1,10 @@
-"""The pieces of a device loop: buffers with nets bound to them, each reusable for every request of its shape.
+"""The parts of a device loop: memory with nets bound to it, reusable for all requests of one shape.
 
 ::
 
-    Call      any net that runs outside the rows            once per request, or per tile
-    Schedule  timesteps -> one packed line per table row    once per request
-    Canvas    invariants, latent, state; UNet and step      once per row of the table
+    NetProgram        any net that runs outside the rows            once per request, or per tile
+    ScheduleProgram   timesteps -> one packed row per table row     once per request
+    DenoiseProgram    invariants, latent, state; UNet and step      once per row of the table
 
 A net's shapes and addresses are set when a program is made and never again: TensorRT pays for each change.
 """
@@ -20,17 +20,24 @@ import numpy as np
 
 from ....engines.device import BoundNet, Device, DeviceNet, Shapes
 from ....engines.spec import CONTEXT_INVARIANT, TIME_INVARIANT, Array, NetSpec, TensorSpec, output_shapes
-from ..job import Job
-from .buffers import Block, Layout, Place, Scratch, Sizes, aligned, shape_of
+from ..job import DenoiseJob
+from .buffers import Block, BlockLayout, Place, Scratch, Sizes, aligned, shape_of
 
 Nets = Mapping[str, DeviceNet]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Frame:
-    """What decides a Canvas: N pictures, B rows a step, at most `rows` in one UNet call.
+class DenoiseShape:
+    """What decides a `DenoiseProgram`.
 
-    `height` and `width` are the latent's; `step` is the net that ends a row.
+    Attributes:
+        pictures: N.
+        guided: whether half of a step's rows are unconditional.
+        height: of the latent.
+        width: of the latent.
+        tokens: T, the length of the context.
+        rows: UNet rows of one call, at most.
+        step: the net that ends a row, "step" or "step_masked".
     """
 
     pictures: int
@@ -43,11 +50,11 @@ class Frame:
 
     @property
     def batch(self) -> int:
-        """B, the rows of a step: twice the pictures with guidance."""
+        """B, the UNet rows of a step: with guidance twice the pictures."""
         return self.pictures * (2 if self.guided else 1)
 
     def sizes(self, rows: int) -> Sizes:
-        """The contract's symbols, for a call of `rows` rows."""
+        """The contract's symbols for a UNet call of `rows` rows."""
         return {"N": self.pictures, "B": rows, "H/8": self.height, "W/8": self.width, "T": self.tokens}
 
     def calls(self) -> tuple[int, ...]:
@@ -57,15 +64,15 @@ class Frame:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Course:
-    """What decides a Schedule.
+class ScheduleShape:
+    """What decides a `ScheduleProgram`.
 
     Attributes:
         steps: rows of the table.
-        rows_per_step: S is that many times the steps.
-        step: the net that reads the table's row.
+        rows_per_step: time invariants of a step.
+        step: the net that reads the table's rows.
         calls: rows of each UNet call of a step.
-        noise: (N, C, H/8, W/8) that every row draws; None if none does.
+        noise: (N, C, H/8, W/8), the shape of a row's noise; None if no row draws any.
     """
 
     steps: int
@@ -75,16 +82,21 @@ class Course:
     noise: tuple[int, ...] | None
 
     @classmethod
-    def of(cls, job: Job, frame: Frame) -> Course:
-        """Of a job that is drawn on a canvas of that frame."""
+    def of(cls, job: DenoiseJob, shape: DenoiseShape) -> ScheduleShape:
+        """The schedule of a job that is denoised in a program of that shape."""
         return cls(
             steps=len(job.table),
             rows_per_step=job.rows_per_step,
-            step=frame.step,
+            step=shape.step,
             # where all UNet rows share the invariants, their number does not matter
-            calls=frame.calls() if job.rows_per_step > 1 else (1,),
+            calls=shape.calls() if job.rows_per_step > 1 else (1,),
             noise=job.first.shape if job.table.draws.any() else None,
         )
+
+    @property
+    def sizes(self) -> Sizes:
+        """The contract's symbols for `unet_time`."""
+        return {"S": self.steps * self.rows_per_step}
 
 
 def input_shapes(spec: NetSpec, sizes: Sizes) -> dict[str, tuple[int, ...]]:
@@ -92,45 +104,45 @@ def input_shapes(spec: NetSpec, sizes: Sizes) -> dict[str, tuple[int, ...]]:
     return {item.name: shape_of(item.shape, sizes) for item in spec.inputs}
 
 
-def spans(calls: Sequence[int]) -> list[slice]:
-    """Which of a step's rows each call has."""
+def row_ranges(calls: Sequence[int]) -> list[slice]:
+    """Which of a step's UNet rows each call has."""
     return [slice(sum(calls[:index]), sum(calls[: index + 1])) for index in range(len(calls))]
 
 
-class Line:
-    """One line of the packed schedule: the step's row, then the UNet's time invariants of that row.
+class RowLayout:
+    """One row of the packed schedule: the table's row, then the UNet's time invariants of that row.
 
-    An invariant that differs between the UNet's rows has a place for each call, so that every call's rows of
-    it begin at an aligned address.
+    An invariant that differs between the UNet's rows has a place for each call, so that every call's part of
+    it begins at an aligned address.
     """
 
     def __init__(self, nets: Nets, step: str, calls: Sequence[int]) -> None:
-        self.layout = Layout()
+        self.layout = BlockLayout()
         self.layout.add_tensors(_tensors(nets[step].spec, "row"), {})
         self.invariants = _invariants(nets["unet"].spec, TIME_INVARIANT)
-        # Place -> the output of `unet_time` that it is filled from, and its first row there.
+        # place -> the output of `unet_time` that it is filled from, and its first row there
         self.sources: dict[str, tuple[str, int]] = {}
-        for index, span in enumerate(spans(calls)):
+        for index, rows in enumerate(row_ranges(calls)):
             for tensor in self.invariants:
-                place = _line_place(tensor, index)
+                place = _place_in_row(tensor, index)
                 if place not in self.sources:
-                    shape = shape_of(tensor.shape, {"B": span.stop - span.start})
+                    shape = shape_of(tensor.shape, {"B": rows.stop - rows.start})
                     self.layout.add(place, tensor.dtype, shape)
-                    self.sources[place] = tensor.name, span.start
+                    self.sources[place] = tensor.name, rows.start
 
     def offsets(self, index: int) -> dict[str, int]:
-        """Where in the line the call `index` finds its invariants."""
-        return {item.name: self.layout.places[_line_place(item, index)].offset for item in self.invariants}
+        """Bytes from the start of the row to the invariants of the call `index`, by name."""
+        return {item.name: self.layout.places[_place_in_row(item, index)].offset for item in self.invariants}
 
 
-def _line_place(tensor: TensorSpec, index: int) -> str:
+def _place_in_row(tensor: TensorSpec, index: int) -> str:
     return f"{index}/{tensor.name}" if "B" in tensor.shape else tensor.name
 
 
-class Program:
-    """What all of them have in common: a block, the scratch it shares, and the nets bound to them."""
+class BoundProgram:
+    """A block of memory, the scratch block that it shares with others, and the nets bound to both."""
 
-    def __init__(self, device: Device, layout: Layout, scratch: Scratch) -> None:
+    def __init__(self, device: Device, layout: BlockLayout, scratch: Scratch) -> None:
         self._device = device
         self.scratch = scratch
         self._open = ExitStack()
@@ -143,7 +155,7 @@ class Program:
         self.scratch.users -= 1
 
     def bind(self, net: DeviceNet, shapes: Shapes, addresses: Mapping[str, int]) -> BoundNet:
-        """Bind a net for good; a failure frees what this program holds."""
+        """Bind a net until the program is closed. A failure frees all that the program holds."""
         try:
             bound = net.bind(shapes, addresses, self.scratch.address)
         except BaseException:
@@ -153,7 +165,7 @@ class Program:
         return bound
 
     def addresses(self, spec: NetSpec) -> dict[str, int]:
-        """Of every input and output that the block has under the net's own names."""
+        """Addresses of all inputs and outputs of a net, which the block has under the net's own names."""
         return {item.name: self.block.address(item.name) for item in (*spec.inputs, *spec.outputs)}
 
     def close(self) -> None:
@@ -161,12 +173,12 @@ class Program:
         self._open.close()
 
 
-class Call(Program):
+class NetProgram(BoundProgram):
     """One net at given input shapes, with all its tensors."""
 
     def __init__(self, device: Device, net: DeviceNet, shapes: Shapes, scratch: Scratch) -> None:
         every = {**shapes, **output_shapes(net.spec, shapes)}
-        layout = Layout()
+        layout = BlockLayout()
         for item in (*net.spec.inputs, *net.spec.outputs):
             layout.add(item.name, item.dtype, every[item.name])
         super().__init__(device, layout, scratch)
@@ -178,38 +190,37 @@ class Call(Program):
         for name, array in arrays.items():
             self.block.upload(name, array)
 
-    def take_latent(self, canvas: Canvas) -> None:
-        """Fill the decoder's input: the first N rows of what the canvas has for the UNet."""
+    def take_latent(self, denoiser: DenoiseProgram) -> None:
+        """Fill the decoder's input with the first N rows of the UNet's."""
         size = self.block.place("latent").size
-        self._device.copy(self.block.address("latent"), canvas.block.address("latent"), size)
+        self._device.copy(self.block.address("latent"), denoiser.block.address("latent"), size)
 
     def enqueue(self) -> dict[str, Array]:
-        """Run it once; the outputs, filled at the next `synchronize`."""
+        """Run the net once. Returns host arrays that are filled at the next `synchronize`."""
         self._bound.enqueue()
         return {name: self.block.download(name) for name in self._outputs}
 
 
-class Schedule(Program):
-    """The table on the device, one packed line for each of its rows, and the noise it draws."""
+class ScheduleProgram(BoundProgram):
+    """The table on the device, one packed row for each of its rows, and the noise that it draws."""
 
-    def __init__(self, device: Device, nets: Nets, course: Course, scratch: Scratch) -> None:
-        net = nets["unet_time"]
-        sizes = {"S": course.steps * course.rows_per_step}
-        self._course, self._spec = course, net.spec
-        self._line = Line(nets, course.step, course.calls)
-        layout = Layout()
+    def __init__(self, device: Device, nets: Nets, shape: ScheduleShape, scratch: Scratch) -> None:
+        net, sizes = nets["unet_time"], shape.sizes
+        self._shape, self._spec = shape, net.spec
+        self._row = RowLayout(nets, shape.step, shape.calls)
+        layout = BlockLayout()
         layout.add_tensors((*net.spec.inputs, *net.spec.outputs), sizes)
-        layout.add("rows", "float32", (course.steps, *self._line.layout.places["row"].shape))
-        layout.add("packed", "uint8", (course.steps, self._line.layout.size))
-        if course.noise is not None:
+        layout.add("rows", "float32", (shape.steps, *self._row.layout.places["row"].shape))
+        layout.add("packed", "uint8", (shape.steps, self._row.layout.size))
+        if shape.noise is not None:
             # each row's noise at an aligned place of its own
-            layout.add("noises", "uint8", (course.steps, aligned(4 * prod(course.noise))))
+            layout.add("noises", "uint8", (shape.steps, aligned(4 * prod(shape.noise))))
         super().__init__(device, layout, scratch)
-        self.draws = course.noise is not None
+        self.draws = shape.noise is not None
         self._bound = self.bind(net, input_shapes(net.spec, sizes), self.addresses(net.spec))
 
-    def enqueue(self, job: Job) -> None:
-        """Upload the table, compute the time invariants of all its rows, and pack one line per row.
+    def enqueue(self, job: DenoiseJob) -> None:
+        """Upload the table, compute the time invariants of all its rows, and pack them row by row.
 
         Raises UsageError for other vectors than the UNet wants.
         """
@@ -223,36 +234,36 @@ class Schedule(Program):
             self._upload_noises(job.noises())
         self._bound.enqueue()
         self._pack("row", block.address("rows"), _pitch(block.place("rows")))
-        for place, (output, first) in self._line.sources.items():
+        for place, (output, first) in self._row.sources.items():
             pitch = _pitch(block.place(output))
-            self._pack(place, block.address(output) + first * pitch, self._course.rows_per_step * pitch)
+            self._pack(place, block.address(output) + first * pitch, self._shape.rows_per_step * pitch)
 
     def _upload_noises(self, noises: Array) -> None:
         padded = np.zeros(self.block.place("noises").shape, np.uint8)
-        for line, drawn in zip(padded, noises, strict=True):
-            content = np.frombuffer(np.ascontiguousarray(drawn).data, np.uint8)
-            line[: content.size] = content
+        for padded_row, noise in zip(padded, noises, strict=True):
+            content = np.frombuffer(np.ascontiguousarray(noise).data, np.uint8)
+            padded_row[: content.size] = content
         self.block.upload("noises", padded)
 
     def _pack(self, name: str, source: int, pitch: int) -> None:
-        """Fill a place of every line from what lies `pitch` bytes apart."""
-        line = self._line.layout
-        target = line.places[name]
+        """Fill one place of every packed row from what lies `pitch` bytes apart."""
+        row = self._row.layout
+        target = row.places[name]
         self._device.copy(
             self.block.address("packed") + target.offset,
             source,
             target.size,
-            rows=self._course.steps,
-            to_pitch=line.size,
+            rows=self._shape.steps,
+            to_pitch=row.size,
             pitch=pitch,
         )
 
-    def line_address(self, row: int) -> int:
-        """Of the packed line of a row."""
-        return self.block.address("packed") + row * self._line.layout.size
+    def row_address(self, row: int) -> int:
+        """Address of a packed row."""
+        return self.block.address("packed") + row * self._row.layout.size
 
     def noise_address(self, row: int) -> int:
-        """Of the noise that a row draws."""
+        """Address of the noise that a row draws."""
         return self.block.address("noises") + row * _pitch(self.block.place("noises"))
 
 
@@ -261,48 +272,48 @@ def _pitch(place: Place) -> int:
     return place.size // place.shape[0]
 
 
-class Canvas(Program):
-    """Latent, state and invariants of one frame, with the UNet and the step bound to them.
+class DenoiseProgram(BoundProgram):
+    """Latent, state and invariants of one shape, with the UNet and the net `step` bound to them.
 
     The UNet runs in one call of B rows, or in several smaller ones when memory is short; then each call has
     buffers of its own, because a row need not start at an aligned address.
     """
 
-    def __init__(self, device: Device, nets: Nets, frame: Frame, scratch: Scratch) -> None:
-        self.frame = frame
+    def __init__(self, device: Device, nets: Nets, shape: DenoiseShape, scratch: Scratch) -> None:
+        self.shape = shape
         self._nets = nets
-        unet, step = nets["unet"].spec, nets[frame.step].spec
+        unet, step = nets["unet"].spec, nets[shape.step].spec
         self._invariants = _invariants(unet, CONTEXT_INVARIANT)
-        self._image = _tensors(unet, "image_latents")  # of an inpainting UNet
-        self._calls = frame.calls()
-        self._line = Line(nets, frame.step, self._calls)
-        sizes = frame.sizes(frame.batch)
-        layout = Layout()
+        self._image = _tensors(unet, "image_latents")  # only an inpainting UNet has it
+        self._calls = shape.calls()
+        self._row = RowLayout(nets, shape.step, self._calls)
+        sizes = shape.sizes(shape.batch)
+        layout = BlockLayout()
         layout.add_tensors([item for item in (*step.inputs, *step.outputs) if item.name != "row"], sizes)
-        layout.add("line", "uint8", (self._line.layout.size,))
+        layout.add("packed", "uint8", (self._row.layout.size,))
         for index, rows in enumerate(self._calls):
-            self._add_call(layout, index, frame.sizes(rows))
+            self._add_call(layout, index, shape.sizes(rows))
         super().__init__(device, layout, scratch)
-        row = self.block.address("line") + self._line.layout.places["row"].offset
+        row = self.block.address("packed") + self._row.layout.places["row"].offset
         state = {item.name: self.block.address(item.name) for item in _tensors(step, *layout.places)}
-        self._step = self.bind(nets[frame.step], input_shapes(step, sizes), {**state, "row": row})
-        self._bound = [self._bind_call(index, frame.sizes(rows)) for index, rows in enumerate(self._calls)]
+        self._step = self.bind(nets[shape.step], input_shapes(step, sizes), {**state, "row": row})
+        self._bound = [self._bind_call(index, shape.sizes(rows)) for index, rows in enumerate(self._calls)]
 
-    def _add_call(self, layout: Layout, index: int, sizes: Sizes) -> None:
+    def _add_call(self, layout: BlockLayout, index: int, sizes: Sizes) -> None:
         context = self._nets["unet_context"].spec.inputs
         layout.add_tensors([*context, *self._invariants, *self._image], sizes, f"{index}/")
         if len(self._calls) > 1:
             layout.add_tensors(_tensors(self._nets["unet"].spec, "latent", "prediction"), sizes, f"{index}/")
 
     def _bind_call(self, index: int, sizes: Sizes) -> tuple[BoundNet, BoundNet]:
-        """The UNet's call `index`, and what computes its invariants."""
+        """`unet_context` and `unet`, bound for the call `index` of a step."""
         block, context, unet = self.block, self._nets["unet_context"], self._nets["unet"]
         invariants = {item.name: block.address(f"{index}/{item.name}") for item in self._invariants}
         image = {item.name: block.address(f"{index}/{item.name}") for item in self._image}
         own = "" if len(self._calls) == 1 else f"{index}/"
         ends = {name: block.address(f"{own}{name}") for name in ("latent", "prediction")}
-        line = block.address("line")
-        times = {name: line + offset for name, offset in self._line.offsets(index).items()}
+        packed = block.address("packed")
+        times = {name: packed + offset for name, offset in self._row.offsets(index).items()}
         reads = {"context": block.address(f"{index}/context"), **invariants}
         before = self.bind(context, input_shapes(context.spec, sizes), reads)
         addresses = {**invariants, **times, **image, **ends}
@@ -310,45 +321,44 @@ class Canvas(Program):
 
     @property
     def profile(self) -> str:
-        """What the UNet's engine was optimised for."""
+        """The profile that the UNet's engine runs with."""
         return self._bound[0][1].profile
 
-    def begin(self, job: Job) -> None:
-        """Upload what stays for all rows, compute the invariants, and stand at the job's first state."""
+    def begin(self, job: DenoiseJob) -> None:
+        """Upload what is the same in all rows and the first state, and compute the context's invariants."""
         assert bool(self._image) == (job.image_latents is not None), "the job is another UNet's"
-        for index, span in enumerate(spans(self._calls)):
-            self.block.upload(f"{index}/context", job.context[list(job.text_of_row[span])])
+        for index, rows in enumerate(row_ranges(self._calls)):
+            self.block.upload(f"{index}/context", job.context[list(job.text_of_row[rows])])
             self._bound[index][0].enqueue()
             if job.image_latents is not None:
-                self.block.upload(f"{index}/image_latents", job.image_latents[span])
+                self.block.upload(f"{index}/image_latents", job.image_latents[rows])
         if job.kept is not None:
             kept = {"kept": job.kept.latent, "kept_noise": job.kept.noise, "mask": job.kept.mask}
             for name, array in kept.items():
                 self.block.upload(name, array)
-        # A number times whatever lay in the history before might be NaN.
+        # The history is multiplied by zeros at first, and zero times what lay there before might be NaN.
         self.block.upload("state", np.zeros(self.block.place("state").shape, np.float32))
         self.set_latent(job.first)
 
     def set_latent(self, latent: Array) -> None:
-        """(N, C, H/8, W/8) float32: start, or go on, from here."""
-        frame = self.frame
+        """Start, or go on, from this latent, (N, C, H/8, W/8) float32."""
         self._device.upload(self.block.address("state"), np.ascontiguousarray(latent, np.float32))
-        self.block.upload("latent", np.concatenate([latent] * (frame.batch // frame.pictures)))
+        self.block.upload("latent", np.concatenate([latent] * (self.shape.batch // self.shape.pictures)))
 
     @property
     def capturable(self) -> bool:
         """Whether the libraries say that a row can be captured."""
         return self._step.capturable and all(unet.capturable for _, unet in self._bound)
 
-    def feed_row(self, schedule: Schedule, row: int) -> None:
-        """Copy in what differs from row to row: the line, and the noise."""
+    def feed_row(self, schedule: ScheduleProgram, row: int) -> None:
+        """Copy in what differs from row to row: the packed row, and the noise."""
         block, device = self.block, self._device
-        device.copy(block.address("line"), schedule.line_address(row), self._line.layout.size)
+        device.copy(block.address("packed"), schedule.row_address(row), self._row.layout.size)
         if schedule.draws:
             device.copy(block.address("noise"), schedule.noise_address(row), block.place("noise").size)
 
     def enqueue_row(self) -> None:
-        """UNet and row update, at the same addresses every time: what a captured graph holds."""
+        """Run UNet and row update, at the same addresses every time: this is what a CUDA graph captures."""
         block, device = self.block, self._device
         if len(self._calls) > 1:
             self._exchange("latent", inward=True)
@@ -368,7 +378,7 @@ class Canvas(Program):
             whole += size
 
     def read_state(self) -> Array:
-        """(2, N, C, H/8, W/8) float32 at the next `synchronize`: latent and newest history."""
+        """(2, N, C, H/8, W/8) float32, latent and newest history; filled at the next `synchronize`."""
         return self.block.download("state", 2)
 
 

@@ -1,4 +1,4 @@
-"""Out of memory: each rung for real on a device of limited memory, or with injected failures."""
+"""Out of memory: each fallback for real on a device of limited memory, or with injected failures."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from latentrt.engines.device import Addresses, BoundNet, DeviceNet, Shapes
 from latentrt.engines.errors import BackendError, MemoryLimitError
 from latentrt.engines.package import Package
 from latentrt.engines.spec import NetSpec
-from latentrt.runtime.loop.device.memory_fallback import Need, Plan, climb
+from latentrt.runtime.loop.device.memory_fallback import MemoryNeed, MemoryPlan, fit_in_memory
 from tests.engines.host_device import HostDevice
 from tests.runtime.device_bench import device_pipeline
 
@@ -38,8 +38,8 @@ class FakeActions:
         return "1 MiB of 2 free"
 
 
-def _needing(fits: Callable[[Plan], bool], culprit: str | None) -> Callable[[Plan], Plan]:
-    def attempt(plan: Plan) -> Plan:
+def _needing(fits: Callable[[MemoryPlan], bool], culprit: str | None) -> Callable[[MemoryPlan], MemoryPlan]:
+    def attempt(plan: MemoryPlan) -> MemoryPlan:
         if not fits(plan):
             raise MemoryLimitError("9 bytes asked", expected="less", fix="", culprit=culprit)
         return plan
@@ -47,16 +47,16 @@ def _needing(fits: Callable[[Plan], bool], culprit: str | None) -> Callable[[Pla
     return attempt
 
 
-FOUR = Need(batch=8, guided=True, pictures=4, height=1024, width=768)
+FOUR = MemoryNeed(batch=8, guided=True, pictures=4, height=1024, width=768)
 
 
-def test_rungs_in_order_until_it_is_refused_with_the_numbers() -> None:
+def test_fallbacks_in_order_until_it_is_refused_with_the_numbers() -> None:
     lines: list[str] = []
     actions = FakeActions(idle=1, streamable=1)
     with pytest.raises(MemoryLimitError, match=r"4 x 768x1024.*1 MiB of 2 free; tried: free idle") as caught:
-        climb(_needing(lambda plan: False, None), Plan(), FOUR, actions, lines.append)
-    rungs = [line.partition(": ")[2].partition(" -> ")[0] for line in lines]
-    assert rungs == [
+        fit_in_memory(_needing(lambda plan: False, None), MemoryPlan(), FOUR, actions, lines.append)
+    fallbacks = [line.partition(": ")[2].partition(" -> ")[0] for line in lines]
+    assert fallbacks == [
         "free idle contexts",
         *["tile the decoder"] * 3,  # picture by picture, 512, 256
         *["split the batch"] * 2,  # 4, 2
@@ -69,34 +69,34 @@ def test_rungs_in_order_until_it_is_refused_with_the_numbers() -> None:
 @pytest.mark.parametrize(
     ("culprit", "fits", "expected"),
     [
-        ("unet", lambda plan: plan.rows == 1, Plan(rows=1)),
-        ("vae_decoder", lambda plan: plan.tile == 256, Plan(decoder_pictures=1, tile=256)),
-        (None, lambda plan: plan.decoder_pictures == 1, Plan(decoder_pictures=1)),
-        ("unet", lambda plan: True, Plan()),
+        ("unet", lambda plan: plan.rows == 1, MemoryPlan(rows=1)),
+        ("vae_decoder", lambda plan: plan.tile == 256, MemoryPlan(decoder_pictures=1, tile=256)),
+        (None, lambda plan: plan.decoder_pictures == 1, MemoryPlan(decoder_pictures=1)),
+        ("unet", lambda plan: True, MemoryPlan()),
     ],
 )
 def test_only_what_helps_is_given_up(
-    culprit: str | None, fits: Callable[[Plan], bool], expected: Plan
+    culprit: str | None, fits: Callable[[MemoryPlan], bool], expected: MemoryPlan
 ) -> None:
-    _, plan = climb(_needing(fits, culprit), Plan(), FOUR, FakeActions(), lambda line: None)
+    _, plan = fit_in_memory(_needing(fits, culprit), MemoryPlan(), FOUR, FakeActions(), lambda line: None)
     assert plan == expected
 
 
 def test_tiles_that_were_asked_for_become_smaller_than_the_picture() -> None:
     lines: list[str] = []
-    need = Need(pictures=1, height=512, width=384, tile=1024)
+    need = MemoryNeed(pictures=1, height=512, width=384, tile=1024)
     fits = _needing(lambda plan: plan.tile == 256, "vae_decoder")
-    _, plan = climb(fits, need.start, need, FakeActions(), lines.append)
-    assert plan == Plan(decoder_pictures=1, tile=256)
+    _, plan = fit_in_memory(fits, need.start, need, FakeActions(), lines.append)
+    assert plan == MemoryPlan(decoder_pictures=1, tile=256)
     assert len(lines) == 1
 
 
 def test_other_errors_pass_through() -> None:
-    def attempt(plan: Plan) -> None:
+    def attempt(plan: MemoryPlan) -> None:
         raise BackendError("lost", expected="a device", fix="")
 
     with pytest.raises(BackendError, match="lost"):
-        climb(attempt, Plan(), FOUR, FakeActions(idle=1), lambda line: None)
+        fit_in_memory(attempt, MemoryPlan(), FOUR, FakeActions(idle=1), lambda line: None)
 
 
 class Hungry:
@@ -152,12 +152,14 @@ def test_the_unets_rows_are_split_and_the_picture_stays(package: Package) -> Non
     hungry = {"unet": 16_000}  # 16 MB for 4 rows of 4x8x8
     (wanted,), none, peak = _draw(package, 2**40, hungry, [request])
     assert none == []
-    (images,), rungs, low = _draw(package, peak - 7_000_000, hungry, [request])
-    assert rungs == ["split the batch"]
+    (images,), fallbacks, low = _draw(package, peak - 7_000_000, hungry, [request])
+    assert fallbacks == ["split the batch"]
     assert low < peak
     assert np.abs(images.astype(int) - wanted).max() <= 1
-    (images, again), rungs, _ = _draw(package, peak - 12_000_000, hungry, [request, request])
-    assert rungs == ["split the batch", "run the CFG halves apart"], "and the second picture climbs nothing"
+    (images, again), fallbacks, _ = _draw(package, peak - 12_000_000, hungry, [request, request])
+    assert fallbacks == ["split the batch", "run the CFG halves apart"], (
+        "and the second picture gives up nothing more"
+    )
     assert np.abs(images.astype(int) - wanted).max() <= 1
     np.testing.assert_array_equal(images, again)
 
@@ -167,8 +169,13 @@ def test_a_decoder_that_holds_the_shared_block_gives_way_to_the_unet(package: Pa
     hungry = {"unet": 8_000, "vae_decoder": 16_000}  # 8 MB for 4 rows, and for 2 pictures
     (wanted,), _, peak = _draw(package, 2**40, hungry, [request])
     # the block fits, and beside it the UNet's buffers do not, however few its rows
-    (images,), rungs, _ = _draw(package, peak - 600_000, hungry, [request])
-    assert rungs == ["free idle contexts", "split the batch", "run the CFG halves apart", "tile the decoder"]
+    (images,), fallbacks, _ = _draw(package, peak - 600_000, hungry, [request])
+    assert fallbacks == [
+        "free idle contexts",
+        "split the batch",
+        "run the CFG halves apart",
+        "tile the decoder",
+    ]
     assert np.abs(images.astype(int) - wanted).max() <= 1
 
 
@@ -177,8 +184,8 @@ def test_the_decoder_is_tiled(package: Package) -> None:
     hungry = {"vae_decoder": 1_000}  # 6.4 MB for 4x40x40, 4.1 for the smallest tile
     (wanted,), none, peak = _draw(package, 2**40, hungry, [request])
     assert none == []
-    (images,), rungs, _ = _draw(package, peak - 1_500_000, hungry, [request])
-    assert rungs == ["tile the decoder"]
+    (images,), fallbacks, _ = _draw(package, peak - 1_500_000, hungry, [request])
+    assert fallbacks == ["tile the decoder"]
     error = np.mean((images.astype(float) - wanted) ** 2)
     assert images.shape == wanted.shape
     assert error < 40**2, "the same picture, up to what tiles cannot see of each other"
@@ -192,8 +199,8 @@ def test_idle_contexts_go_first(package: Package) -> None:
     _, _, alone = _draw(package, 2**40, {}, sizes[-1:])
     assert none == []
     assert alone < peak
-    _, rungs, _ = _draw(package, alone + 1000, {}, sizes)
-    assert set(rungs) == {"free idle contexts"}
+    _, fallbacks, _ = _draw(package, alone + 1000, {}, sizes)
+    assert set(fallbacks) == {"free idle contexts"}
 
 
 def test_refused_with_the_numbers(package: Package) -> None:
@@ -225,7 +232,7 @@ def test_memory_that_comes_back_is_used_again(package: Package) -> None:
         ]
         device.limit = 2**40
         for _ in range(32):
-            assert [plan.plan for plan in loop._plans.values()] == [Plan(rows=1)]
+            assert [plan.plan for plan in loop._plans.values()] == [MemoryPlan(rows=1)]
             pipe(PROMPT, **request)
         pipe(PROMPT, **request)
         assert not loop._plans, "all at once again"
