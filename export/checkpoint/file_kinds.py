@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ...engines.errors import CheckpointError
-from .safetensors_file import TensorHeader
+from .tensors import TensorHeader
 
 UNET = "model.diffusion_model."
 _CONV_IN = f"{UNET}input_blocks.0.0.weight"
