@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from math import prod
 
 from .errors import PackageError
 from .package import Package
+from .safetensors_format import read_header
 
-_HEADER_LIMIT = 100 * 2**20  # bytes; the format's own limit
 _WIDTHS = {"fp16": 2, "fp32": 4}  # bytes per value in an engine of that dtype
 
 
@@ -35,7 +33,12 @@ def net_tensors(package: Package, net: str, graph: bytes | None = None) -> tuple
     if file.weights is None:
         return ()
     content = package.path(file.graph).read_bytes() if graph is None else graph
-    return tuple(tensor for tensor in _header(package.path(file.weights)) if _names(content, tensor.name))
+    stored = read_header(package.path(file.weights), error=PackageError).tensors
+    return tuple(
+        Tensor(name=name, shape=place.shape, values=prod(place.shape))
+        for name, place in stored.items()
+        if _names(content, name)
+    )
 
 
 def engine_bytes(package: Package, net: str, graph: bytes | None = None) -> int:
@@ -55,28 +58,3 @@ def _names(graph: bytes, name: str) -> bool:
         prefix.append(size & 0x7F | 0x80)
         size >>= 7
     return bytes(prefix) + bytes([size]) + text in graph
-
-
-def _header(path: Path) -> list[Tensor]:
-    """What a safetensors file holds: eight bytes of length, then JSON (the format's README)."""
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if size > _HEADER_LIMIT:
-                raise ValueError(f"a header of {size} bytes")
-            header = cast(dict[str, Any], json.loads(file.read(size)))
-        header.pop("__metadata__", None)
-        return [_tensor(name, entry["shape"]) for name, entry in header.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise PackageError(
-            f"{path} is no readable safetensors file ({error})",
-            expected="the weights file that export wrote",
-            fix="Copy the package again, or export it again: latentrt export CHECKPOINT -o PACKAGE.",
-        ) from error
-
-
-def _tensor(name: str, shape: list[int]) -> Tensor:
-    values = 1
-    for size in shape:
-        values *= int(size)
-    return Tensor(name=name, shape=tuple(shape), values=values)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from ...engines.safetensors_format import write_file
 from . import recipes
 from .recipes import SCHEDULER, Recipe
 
@@ -114,21 +114,13 @@ def _init(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torc
 
 def _save(path: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype, seed: int) -> None:
     """Write a safetensors file tensor by tensor: a full-size UNet never is in memory."""
-    size = torch.finfo(dtype).bits // 8
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    begin = 0
-    for name, shape in shapes.items():
-        end = begin + shape.numel() * size
-        header[name] = {"dtype": SAFETENSORS[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     generator = torch.Generator().manual_seed(seed)
-    with path.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for name, shape in shapes.items():
-            tensor = _init(name, tuple(shape), generator).to(dtype)
-            stream.write(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+
+    def content(name: str) -> bytes:
+        tensor = _init(name, tuple(shapes[name]), generator).to(dtype)
+        return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+    write_file(path, {name: (SAFETENSORS[dtype], shape) for name, shape in shapes.items()}, content)
 
 
 Part = tuple[str, str, nn.Module, dict[str, Any]]

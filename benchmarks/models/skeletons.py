@@ -19,8 +19,9 @@ from zlib import crc32
 
 import numpy as np
 
-from ...engines.errors import UsageError
+from ...engines.errors import PackageError, UsageError
 from ...engines.package import MANIFEST, Manifest, Package, write_manifest
+from ...engines.safetensors_format import read_header, write_file
 from ...engines.spec import TEXT_ENCODERS
 from ...runtime.pipeline import SHIPPED
 
@@ -41,9 +42,8 @@ def save_skeleton(package: Package, folder: Path) -> None:
         if name.endswith(".onnx"):
             shutil.copyfile(package.path(name), target)
         else:
-            with package.path(name).open("rb") as file:
-                header = file.read(int.from_bytes(file.read(8), "little"))
-            target.with_name(target.name + _HEADER).write_bytes(header)
+            header = read_header(package.path(name), error=PackageError)
+            target.with_name(target.name + _HEADER).write_bytes(header.text)
     text = json.dumps(replace(manifest, files={}).to_json(), indent=1)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
@@ -80,15 +80,16 @@ def fill_skeleton(name: str, folder: Path, *, seed: int = 0) -> Package:
 
 
 def _write_weights(path: Path, header: Path, drawn: np.ndarray[Any, Any]) -> None:
-    """A safetensors file: the header's length in eight bytes, the header, then the tensors without gaps."""
-    text = header.read_bytes()  # to the byte: the graphs' offsets count from the start of the file
-    entries: dict[str, dict[str, Any]] = json.loads(text)
+    """The weights file that the skeleton's header describes: ours, so it is written again to the byte."""
+    entries: dict[str, dict[str, Any]] = json.loads(header.read_bytes())
     entries.pop("__metadata__", None)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0]):
-            for part in _values(name, tuple(entry["shape"]), drawn):
-                file.write(part.astype({"F16": np.float16, "F32": np.float32}[entry["dtype"]]).tobytes())
+
+    def content(name: str) -> bytes:
+        entry = entries[name]
+        kind = {"F16": np.float16, "F32": np.float32}[entry["dtype"]]
+        return b"".join(part.astype(kind).tobytes() for part in _values(name, tuple(entry["shape"]), drawn))
+
+    write_file(path, {name: (entry["dtype"], entry["shape"]) for name, entry in entries.items()}, content)
 
 
 def _values(name: str, shape: tuple[int, ...], drawn: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:

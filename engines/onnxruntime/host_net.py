@@ -141,7 +141,7 @@ def _give_kernels(options: Any, package: Package, name: str, lowered: LoweredGra
             fix="Close other programs, or forget the layout: latentrt cache prune --all.",
             culprit=name,
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError) as error:
         raise PackageError(
             f"{weights} has no weights for the layout of {name!r} ({type(error).__name__}: {error})",
             expected="the weights that the layout was measured with",

@@ -9,8 +9,8 @@ from pathlib import Path
 from ...engines.errors import CheckpointError
 from .component import DIFFUSERS, Component, read_component
 from .file_kinds import refuse_pickle
-from .safetensors_file import TensorHeader, read_headers
 from .single_file import open_vae_file
+from .tensors import TensorHeader, read_headers
 
 TINY = "AutoencoderTiny"
 _KINDS = ("AutoencoderKL", TINY)

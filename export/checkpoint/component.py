@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from ...engines.errors import CheckpointError
-from .safetensors_file import TensorHeader, read_headers
+from .tensors import TensorHeader, read_headers
 
 DOWNLOAD = "Download the checkpoint again: hf download REPOSITORY --local-dir FOLDER."
 SUPPORTED = (

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...engines.errors import CheckpointError
-from .safetensors_file import TensorHeader
+from .tensors import TensorHeader
 
 Tensors = Mapping[str, TensorHeader]
 

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from ...engines.errors import CheckpointError
 from .component import REFUSED_CHANNELS
-from .safetensors_file import TensorHeader
+from .tensors import TensorHeader
 
 UNET = "model.diffusion_model."
 _CONV_IN = f"{UNET}input_blocks.0.0.weight"

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from .safetensors_file import TensorHeader
+from .tensors import TensorHeader
 
 Tensors = Mapping[str, TensorHeader]
 

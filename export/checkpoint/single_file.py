@@ -24,7 +24,7 @@ from .component import Component
 from .derived_configs import text_config, unet_config, vae_config
 from .file_kinds import UNET, refuse_other_kinds, refuse_pickle
 from .ldm_names import clip_tensors, open_clip_tensors, unet_tensors, vae_tensors
-from .safetensors_file import TensorHeader, read_headers, read_metadata
+from .tensors import TensorHeader, read_headers, read_metadata
 
 Tensors = Mapping[str, TensorHeader]
 Naming = Callable[[Tensors], dict[str, TensorHeader]]

@@ -1,14 +1,7 @@
-"""Weights as named tensors in one safetensors file, and graphs that point into it.
-
-A safetensors file (https://github.com/huggingface/safetensors#format) has eight bytes of header length, a
-JSON header, and the tensors without gaps. A tensor's bytes are therefore a range of the file, and ONNX
-external data (location, offset, length) can name it.
-"""
+"""Weights as named tensors in one safetensors file, and graphs that point into it."""
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import onnx_ir as ir
 
 from ...engines.errors import DAMAGED_WEIGHTS, EXPORT_IN_FP32, CheckpointError
+from ...engines.safetensors_format import write_file
 
 if TYPE_CHECKING:
     import torch
@@ -60,29 +54,11 @@ def write_weights(
     Raises:
         CheckpointError: a tensor has a finite value that its stored type cannot hold.
     """
-    slots: dict[str, Slot] = {}
-    begin = 0
-    # Wide types first, so that every tensor is aligned to its own item size.
-    names = sorted(tensors, key=lambda name: -types[name].itemsize)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    for name in names:
-        length = tensors[name].numel() * int(types[name].itemsize)
-        shape = tuple(tensors[name].shape)
-        header[name] = {
-            "dtype": _NAMES[types[name]],
-            "shape": list(shape),
-            "data_offsets": [begin, begin + length],
-        }
-        slots[name] = Slot(types[name], shape, begin, length)
-        begin += length
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
-            stream.write(_bytes(name, tensors[name], types[name]))
-    start = 8 + len(text)
-    return {n: Slot(s.dtype, s.shape, start + s.offset, s.length) for n, s in slots.items()}
+    described = {name: (_NAMES[types[name]], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    places = write_file(path, described, lambda name: _bytes(name, tensors[name], types[name]))
+    return {
+        name: Slot(types[name], place.shape, place.offset, place.length) for name, place in places.items()
+    }
 
 
 def _bytes(name: str, tensor: torch.Tensor, dtype: ir.DataType) -> memoryview:

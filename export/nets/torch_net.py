@@ -17,7 +17,7 @@ from torch import nn
 from ...engines.errors import EXPORT_IN_FP32, CheckpointError
 from ...engines.spec import NetSpec
 from ..checkpoint.component import Component
-from ..checkpoint.safetensors_file import read_tensors
+from ..checkpoint.tensors import read_tensors
 
 # Tensors that old checkpoints hold and no net reads: buffers, and the projections of the full CLIP.
 _UNREAD = ("position_ids", "text_projection.weight", "logit_scale")

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import struct
-import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from ...engines.errors import CheckpointError, StorageError, UsageError
-from ..checkpoint.safetensors_file import ITEM_SIZES
+from ...engines.safetensors_format import ITEM_SIZES, write_file
 from .machine import FIX, StoredTensor
 from .torch_files import TorchFile, open_torch_file
 
@@ -67,61 +62,34 @@ def convert_pickle(source: Path, output: Path, *, overwrite: bool = False) -> Co
                 fix=FIX,
             )
         try:
-            size = _write_atomically(output, opened)
+            _write(output, opened)
         except OSError as error:
             raise StorageError(
                 f"{output} cannot be written ({error.strerror})",
                 expected=f"a folder with {written} bytes free",
                 fix="Choose another place with -o.",
             ) from error
-    return Converted(path=output, tensors=len(opened.tensors), size=size, left_out=opened.left_out)
+    return Converted(
+        path=output, tensors=len(opened.tensors), size=output.stat().st_size, left_out=opened.left_out
+    )
 
 
 def _size(tensor: StoredTensor) -> int:
     return prod(tensor.shape) * ITEM_SIZES[tensor.storage.dtype]
 
 
-def _write_atomically(output: Path, opened: TorchFile) -> int:
-    descriptor, name = tempfile.mkstemp(prefix=f".{output.name}.", dir=output.parent)
-    try:
-        with open(descriptor, "wb") as stream:
-            _write(stream, opened)
-            stream.flush()
-            os.fsync(stream.fileno())
-            size = stream.tell()
-        Path(name).chmod(0o644)
-        os.replace(name, output)
-    except BaseException:
-        os.unlink(name)
-        raise
-    return size
-
-
-def _write(stream: BinaryIO, opened: TorchFile) -> None:
-    """One tensor at a time, the widest types first, so that each is aligned to its own item size."""
-
-    def place(item: tuple[str, StoredTensor]) -> tuple[int, str]:
-        storage = item[1].storage
-        return -ITEM_SIZES[storage.dtype], storage.key  # those that share a storage follow each other
-
-    tensors = dict(sorted(opened.tensors.items(), key=place))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    begin = 0
-    for name, tensor in tensors.items():
-        end = begin + _size(tensor)
-        header[name] = {
-            "dtype": tensor.storage.dtype,
-            "shape": tensor.shape,
-            "data_offsets": (begin, end),
-        }
-        begin = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    stream.write(struct.pack("<Q", len(text)) + text)
+def _write(output: Path, opened: TorchFile) -> None:
+    """One tensor at a time; those that share a storage follow each other, so that it is read once."""
+    tensors = dict(sorted(opened.tensors.items(), key=lambda item: item[1].storage.key))
     read = lru_cache(maxsize=1)(opened.read)
-    for tensor in tensors.values():
+
+    def content(name: str) -> memoryview:
+        tensor = tensors[name]
         bits = _BITS[ITEM_SIZES[tensor.storage.dtype]]
         flat = np.frombuffer(read(tensor.storage), bits)[tensor.offset :]
         strides = [stride * flat.itemsize for stride in tensor.strides]
         view = np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
-        stream.write(np.ascontiguousarray(view).data)
+        return np.ascontiguousarray(view).data
+
+    described = {name: (tensor.storage.dtype, tensor.shape) for name, tensor in tensors.items()}
+    write_file(output, described, content, durable=True)

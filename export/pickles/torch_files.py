@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ...engines.errors import CheckpointError
-from ..checkpoint.safetensors_file import ITEM_SIZES
+from ...engines.safetensors_format import ITEM_SIZES
 from .machine import PICKLE_LIMIT, Storage, StoredTensor, read_pickle, refuse
 
 _MAGIC = 0x1950A86A20F9469CFC6C

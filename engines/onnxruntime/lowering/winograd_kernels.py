@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from ...errors import PackageError
+from ...safetensors_format import map_tensors
 from ...spec import Array
 
 _FEWEST_CHANNELS = 64  # below, moving tiles costs more than the products that are saved
@@ -125,16 +127,12 @@ def kernels(weights: Path, wanted: Iterable[Kernel]) -> Iterator[tuple[Kernel, A
     """Each transformed kernel of a weights file (safetensors).
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: the file is not what the kernels were made for.
+        PackageError: the file cannot be read, or is no safetensors file.
+        KeyError, ValueError: it is not the file that the kernels were made for.
     """
-    import json
-
-    with weights.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    stored: Any = np.memmap(weights, np.uint8, mode="r", offset=8 + size)
+    header, stored = map_tensors(weights, error=PackageError)
     for kernel in wanted:
-        entry = header[kernel.weight]
-        begin, end = entry["data_offsets"]
-        values: Array = stored[begin:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        place = header.tensors[kernel.weight]
+        flat: Any = stored[kernel.weight]
+        values: Array = flat.view(_DTYPES[place.dtype]).reshape(place.shape)
         yield kernel, kernel.transform(values)

@@ -5,22 +5,21 @@ import random
 import struct
 import tracemalloc
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
-from latentrt.engines.errors import CheckpointError
-from latentrt.export.checkpoint.safetensors_file import (
+from latentrt.engines.errors import CheckpointError, PackageError
+from latentrt.engines.safetensors_format import (
     ITEM_SIZES,
-    TensorHeader,
-    read_headers,
-    read_metadata,
-    read_tensors,
+    TensorRange,
+    map_tensors,
+    read_header,
+    write_file,
 )
 
 TENSORS = {
@@ -29,6 +28,7 @@ TENSORS = {
     "empty": torch.empty(0, 4),
     "scalar": torch.tensor(3, dtype=torch.int64),
 }
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64"}
 VALID = save(TENSORS, metadata={"format": "pt"})
 
 
@@ -148,7 +148,7 @@ def test_malformed_files_are_refused(case: str, write: Any) -> None:
     path = write(MALFORMED[case])
     tracemalloc.start()
     with pytest.raises(CheckpointError) as error:
-        read_headers(path)
+        read_header(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert str(path) in error.value.found
@@ -177,7 +177,7 @@ def theirs(content: bytes) -> Meaning | None:
 
 def ours(path: Path) -> Meaning | None:
     try:
-        return {name: (found.dtype, found.shape) for name, found in read_headers(path).items()}
+        return {name: (found.dtype, found.shape) for name, found in read_header(path).tensors.items()}
     except CheckpointError:
         return None
 
@@ -297,7 +297,7 @@ def test_floods_of_values_are_counted_before_they_are_parsed(bomb: bytes, write:
     path = write(file(bomb))
     tracemalloc.start()
     with pytest.raises(CheckpointError):
-        read_headers(path)
+        read_header(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**20 + 8 * len(bomb)
@@ -305,53 +305,13 @@ def test_floods_of_values_are_counted_before_they_are_parsed(bomb: bytes, write:
 
 def test_many_tensors_are_read(write: Any) -> None:
     header = {f"t{i}": entry(offsets=(i, i + 1)) for i in range(30_000)}
-    assert len(read_headers(write(file(header, b"\0" * 30_000)))) == 30_000
+    assert len(read_header(write(file(header, b"\0" * 30_000))).tensors) == 30_000
 
 
 def test_every_type_is_the_librarys() -> None:
     for dtype, size in ITEM_SIZES.items():
         content = file({"a": entry(dtype, (3,), (0, 3 * size))}, b"\0" * 3 * size)
         assert theirs(content) == {"a": (dtype, (3,))}
-
-
-def test_headers_metadata_and_tensors(write: Any) -> None:
-    path = write(VALID)
-    headers = read_headers(path)
-    assert headers["bias"] == TensorHeader(file=path, name="bias", dtype="F16", shape=(3,))
-    assert read_metadata(path) == {"format": "pt"}
-    found = read_tensors(headers)
-    assert list(found) == list(headers)
-    assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
-
-
-def test_slices_and_transposes_are_views_of_the_mapped_file(write: Any) -> None:
-    header = read_headers(write(VALID))["unet.weight"]  # (2, 3)
-    found = read_tensors(
-        {
-            "whole": header,
-            "row": replace(header, rows=(1, 2), shape=(1, 3)),
-            "transposed": replace(header, transposed=True, shape=(3, 2)),
-            "convolution": replace(header, rows=(0, 1), shape=(3, 1, 1)),
-        }
-    )
-    whole = TENSORS["unet.weight"]
-    assert torch.equal(found["row"], whole[1:2])
-    assert torch.equal(found["transposed"], whole.T)
-    assert torch.equal(found["convolution"], whole[0, :, None, None])
-    storages = {tensor.untyped_storage().data_ptr() for tensor in found.values()}
-    assert len(storages) == 1, "one mapping, no copies"
-
-
-def test_a_file_that_changed_is_refused(write: Any) -> None:
-    header = read_headers(write(VALID))["unet.weight"]
-    path = write(save({"unet.weight": torch.zeros(5)}))
-    with pytest.raises(CheckpointError, match="changed while it was read"):
-        read_tensors({"x": header})
-    with pytest.raises(CheckpointError, match="changed while it was read"):
-        read_tensors({"x": replace(header, name="gone", shape=(5,))})
-    path.unlink()
-    with pytest.raises(CheckpointError, match="is not a file"):
-        read_tensors({"x": header})
 
 
 def test_a_file_that_cannot_be_read(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,9 +322,55 @@ def test_a_file_that_cannot_be_read(write: Any, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(CheckpointError, match=r"cannot be read \(.*Permission denied"):
-        read_headers(path)
+        read_header(path)
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a file"):
-        read_metadata(tmp_path)
+        read_header(tmp_path)
+
+
+def test_headers_metadata_and_bytes(write: Any) -> None:
+    header, found = map_tensors(write(VALID))
+    begin = len(VALID) - sum(tensor.nbytes for tensor in TENSORS.values())
+    assert min(place.offset for place in header.tensors.values()) == begin
+    assert (header.tensors["bias"].dtype, header.tensors["bias"].shape) == ("F16", (3,))
+    assert header.metadata == {"format": "pt"}
+    assert header.text == VALID[8:begin]
+    assert {name: found[name].tobytes() for name in found} == {
+        name: tensor.numpy().tobytes() for name, tensor in TENSORS.items()
+    }
+    assert not found["bias"].flags.writeable
+
+
+def test_the_error_is_the_callers(write: Any) -> None:
+    with pytest.raises(PackageError, match=r"has 3 bytes.*latentrt export CHECKPOINT"):
+        read_header(write(b"abc"), error=PackageError)
+
+
+def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    described = {name: (DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in TENSORS.items()}
+    order: list[str] = []
+
+    def content(name: str) -> bytes:
+        order.append(name)
+        assert not path.exists(), "it appears when it is complete"
+        return TENSORS[name].numpy().tobytes()
+
+    places = write_file(path, described, content, durable=True)
+    assert order == ["scalar", "unet.weight", "empty", "bias"], "wide types first"
+    assert places == dict(read_header(path).tensors)
+    assert all(place.offset % ITEM_SIZES[place.dtype] == 0 for place in places.values())
+    assert isinstance(places["bias"], TensorRange)
+    found = load_file(path)
+    assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+
+
+def test_a_file_that_is_not_finished_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_text("old")
+    with pytest.raises(ValueError, match="'a' has another length than 4"):
+        write_file(path, {"a": ("F32", (1,))}, lambda name: b"abc")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
