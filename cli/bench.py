@@ -90,14 +90,8 @@ def latency(
     )
     chosen = listed(workloads, WORKLOADS) or WORKLOADS
     pace = pace_of(budget, quick=quick)
-    measured(
-        found,
-        out,
-        lambda progress: measure_latency(
-            found.package, sides, [case], workloads=chosen, pace=pace, progress=progress
-        ),
-        as_json=as_json,
-    )
+    measure = partial(measure_latency, found.package, sides, [case], workloads=chosen, pace=pace)
+    measured(found, out, measure, as_json=as_json)
 
 
 @bench.command()
@@ -122,14 +116,8 @@ def scaling(
     case = Case.of(found.package.manifest, width=width, height=height)
     chosen = {name: AXES[name].values for name in listed(axes, AXES) or AXES}
     pace = pace_of(budget, quick=quick)
-    measured(
-        found,
-        out,
-        lambda progress: measure_scaling(
-            found.package, task, case, axes=chosen, pace=pace, progress=progress
-        ),
-        as_json=as_json,
-    )
+    measure = partial(measure_scaling, found.package, task, case, axes=chosen, pace=pace)
+    measured(found, out, measure, as_json=as_json)
 
 
 @bench.command()
@@ -182,14 +170,8 @@ def throughput(
     sizes = counts(batches)
     rules = Rules.quick() if quick else Rules(budget=budget)
     pace = pace_of(60.0, quick=quick)
-    measured(
-        found,
-        out,
-        lambda progress: measure_throughput(
-            found.package, task, case, batches=sizes, rules=rules, pace=pace, progress=progress
-        ),
-        as_json=as_json,
-    )
+    measure = partial(measure_throughput, found.package, task, case, batches=sizes, rules=rules, pace=pace)
+    measured(found, out, measure, as_json=as_json)
 
 
 @bench.command("cold-start")

@@ -238,7 +238,7 @@ def _worst(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> dict[str,
 
 
 def _judged(sample: Mapping[str, Any], bar: float) -> tuple[float, str]:
-    """A sample's value, and what is wrong with it: a picture's bar is the least dB, a net's the largest L2."""
+    """A sample's value, and what is wrong with it: a picture's bar is the least dB, a net's the most L2."""
     if "ssim" in sample:
         value = sample["psnr_db"]
         return value, "" if value >= bar else f"{value:.1f} dB, below {bar:g}"
