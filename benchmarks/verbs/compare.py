@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from ...engines.errors import UsageError
 from ..intervals import LEAST, Estimate, Interval, ab_spread, median_of, ratio_of_rounds
+from ..printing import case_note
 from ..records import Document, Rounds, Row
 from ..roofline import GEMM
 from ..sides.contract import AGAIN, CEILING, OURS, REFERENCES, YARDSTICK
@@ -32,7 +33,7 @@ LEVEL = 0.99  # a document has several rows: of 0.95, one in ten documents would
 Verdict = Literal["slower", "faster", "larger", "smaller", "same", "FAILED", "not compared"]
 _WORSE = ("slower", "larger", "FAILED")
 _RATES = ("1/s", "FLOP/s", "B/s")  # more is better
-_FACTS = ("cpu", "cores", "gpu", "system", "python")
+_SYSTEM = ("system", "python")  # may differ between documents of one machine
 
 Key = tuple[str, str, str, str]
 
@@ -75,7 +76,7 @@ class Comparison:
     """Two documents, row by row.
 
     Attributes:
-        before, after: date and commit of each.
+        before, after: date of each, and commit where it is known.
         rows: those in both.
         only_before, only_after: side and workload of those in one.
         remarks: what a reader has to know about the ratios.
@@ -95,16 +96,23 @@ class Comparison:
         """Whether any row of our own side did."""
         return any(row.regressed for row in self.rows)
 
+    @property
+    def compared(self) -> bool:
+        """Whether any row has a verdict."""
+        return any(row.verdict != "not compared" for row in self.rows)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return {**asdict(self), "regressed": self.regressed}
+        return {**asdict(self), "regressed": self.regressed, "compared": self.compared}
 
     def format(self) -> str:
         """A line for each row, then remarks and the rows of one document alone."""
         lines = [f"{_named(self.before)} -> {_named(self.after)}"]
-        lines += [_line(row, _asked(row.case, self.rows)) for row in self.rows]
+        lines += [_line(row, case_note(row.case, (other.case for other in self.rows))) for row in self.rows]
         lines += [f"only before: {name}" for name in self.only_before]
         lines += [f"only after: {name}" for name in self.only_after]
+        if not self.compared:
+            lines.append("nothing was compared: no row of both documents has a time, a size or a rate")
         return "\n".join([*lines, *self.remarks])
 
 
@@ -113,11 +121,11 @@ def compare(a: Document, b: Document, *, threshold: float = THRESHOLD) -> Compar
 
     Args:
         a: before.
-        b: after, of the same verb and model.
+        b: after, of the same verb, model and machine.
         threshold: the smallest change that counts, 0.05 is 5 %.
 
     Raises:
-        UsageError: documents of different verbs or models, or a threshold that is none.
+        UsageError: documents of different verbs, models or machines, or a threshold that is none.
     """
     _check(a, b, threshold)
     before, after = _by_key(a), _by_key(b)
@@ -299,7 +307,12 @@ def _check(a: Document, b: Document, threshold: float) -> None:
         raise UsageError(
             f"a threshold of {threshold}", expected="a share above 0 and below 1", fix="Try --threshold 0.05."
         )
-    for what, old, new in (("verbs", a.benchmark, b.benchmark), ("models", a.model, b.model)):
+    machines = (_hardware(document.machine) for document in (a, b))
+    for what, old, new in (
+        ("verbs", a.benchmark, b.benchmark),
+        ("models", a.model, b.model),
+        ("machines", *machines),
+    ):
         if _text(old) != _text(new):
             raise UsageError(
                 f"the documents are of different {what}: {_text(old)} and {_text(new)}",
@@ -308,9 +321,15 @@ def _check(a: Document, b: Document, threshold: float) -> None:
             )
 
 
+def _hardware(machine: Mapping[str, Any]) -> list[Any]:
+    """What makes two machines different ones: processor, usable cores, GPU."""
+    gpu = machine.get("gpu")
+    return [machine.get("cpu"), machine.get("cores"), gpu.get("name") if gpu else None]
+
+
 def _remarks(a: Document, b: Document) -> Iterator[str]:
-    old, new = ({name: document.machine.get(name) for name in _FACTS} for document in (a, b))
-    yield from _differences("machines", old, new)
+    old, new = ({name: document.machine.get(name) for name in _SYSTEM} for document in (a, b))
+    yield from _differences("systems", old, new)
     yield from _differences("settings", a.settings, b.settings)
     yield from _differences("versions", *(_versions(document) for document in (a, b)))
     ours = [(document, row) for document in (a, b) for row in document.select(side=OURS)]
@@ -348,30 +367,26 @@ def _differences(what: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> I
 
 
 def _facts(document: Document) -> dict[str, Any]:
-    return {"date": document.date, "commit": document.machine.get("commit")}
+    """An installed package knows no commit."""
+    commit = document.machine.get("commit")
+    return {"date": document.date, **({"commit": commit} if commit else {})}
 
 
 def _named(facts: Mapping[str, Any]) -> str:
-    return f"{facts['date']} ({facts['commit'] or 'no commit'})"
+    return f"{facts['date']} ({facts['commit']})" if "commit" in facts else str(facts["date"])
 
 
 def _label(row: Row) -> str:
     return f"{row.side}, {row.workload}"
 
 
-def _line(row: Compared, asked: str) -> str:
-    head = f"{row.verdict:12}  {row.side}, {row.workload}{asked}"
+def _line(row: Compared, note: str) -> str:
+    head = f"{row.verdict:12}  {row.side}, {row.workload}{note}"
     if row.ratio is None or row.noise is None:
         return f"{head}: {row.reason}"
     machine = "" if row.machine is None else f", machine x {row.machine:.2f} taken out"
-    found = f"x {row.ratio.value:.3f} [{row.ratio.low:.3f}, {row.ratio.high:.3f}]"
-    return f"{head}: {found}, noise {row.noise:.1%}{machine}"
-
-
-def _asked(case: Mapping[str, Any], rows: Sequence[Compared]) -> str:
-    """What tells this row's case from the others'."""
-    names = [name for name in case if len({_text(row.case.get(name)) for row in rows if row.case}) > 1]
-    return "".join(f" {name}={case[name]}" for name in names)
+    ratio = f"x {row.ratio.value:.3f} [{row.ratio.low:.3f}, {row.ratio.high:.3f}]"
+    return f"{head}: {ratio}, noise {row.noise:.1%}{machine}"
 
 
 def _text(value: Any) -> str:

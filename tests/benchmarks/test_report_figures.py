@@ -12,19 +12,18 @@ from matplotlib.legend import Legend
 
 from latentrt.benchmarks.intervals import ratio_by_round
 from latentrt.benchmarks.records import Document, Row
-from latentrt.benchmarks.report.figures import planned_figures
-from latentrt.benchmarks.report.memory import first_of_each, ledger
-from latentrt.benchmarks.report.reading import against, stages
+from latentrt.benchmarks.report import words
+from latentrt.benchmarks.report.publish import planned_figures
+from latentrt.benchmarks.report.reading import against, ceiling_rates, stages, sweeps
 from latentrt.benchmarks.report.results import Result
-from latentrt.benchmarks.report.roofline import ceiling_rates, points
+from latentrt.benchmarks.report.roofline import points
 from latentrt.benchmarks.report.sheet import Sheet, house_style
 from latentrt.benchmarks.report.summary import summaries
-from latentrt.benchmarks.report.sweeps import line_of, sweeps
 from latentrt.engines.errors import BackendError
 from tests.benchmarks import sample_documents
 from tests.benchmarks.sample_documents import FULL, SCALES, SMALL, VERBS, Scale, of_memory
 
-KINDS = ("waterfall", "peers", "roofline", "scaling", "ledger", "timeline")
+KINDS = ("waterfall", "peers", "roofline", "scaling")
 
 
 def result(document: Document, name: str = "document") -> Result:
@@ -33,7 +32,7 @@ def result(document: Document, name: str = "document") -> Result:
 
 def texts(sheet: Sheet) -> list[Any]:
     """Everything written on a sheet."""
-    sheet.settle()
+    sheet.figure.get_layout_engine().execute(sheet.figure)
     found = [*sheet.figure.texts]
     legends = sheet.figure.findobj(Legend)
     if legends:
@@ -75,7 +74,11 @@ def test_every_figure_of_the_issue_is_there(sheets: dict[str, Sheet]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_text_covers_another_or_leaves_the_sheet(sheets: dict[str, Sheet], scale: str, kind: str) -> None:
     sheet = sheets[f"{scale}-{kind}"]
-    boxes = {text.get_text(): sheet.extent(text) for text in texts(sheet) if not text.get_rotation() % 90}
+    boxes = {
+        text.get_text(): text.get_window_extent(sheet.figure.canvas.get_renderer())
+        for text in texts(sheet)
+        if not text.get_rotation() % 90
+    }
     assert len(boxes) > 8
     width, height = sheet.figure.bbox.max
     for text, box in boxes.items():
@@ -116,7 +119,7 @@ def test_a_ratio_of_the_figure_is_that_of_the_rounds(sheets: dict[str, Sheet]) -
 def test_bars_begin_at_one_and_end_at_the_ratio(sheets: dict[str, Sheet]) -> None:
     ends = [bar.get_x() + bar.get_width() for bar in sheets["small-peers"].axes[0].patches]
     document = sample_documents.latency(SMALL)
-    wanted = [item.ratio.value for item in against(document, SMALL.case, "diffusers") if item.ratio]
+    wanted = [item.ratio.value for item in against(document, SMALL.case, "diffusers").values() if item.ratio]
     assert len(wanted) == 4
     for value in wanted:
         assert min(abs(end - value) for end in ends) < 1e-9
@@ -186,32 +189,28 @@ def test_a_fit_that_failed_is_no_line() -> None:
     document = sample_documents.scaling(SMALL)
     rows = tuple(replace(row, status="FAILED") if row.workload == "fit" else row for row in document.rows)
     failed = replace(document, rows=rows)
-    assert {line_of(sweep) for sweep in sweeps(failed)} == {""}
+    assert {words.line(sweep) for sweep in sweeps(failed)} == {""}
     assert list(summaries(failed)) == []
     with house_style():
         assert "per step" not in written(planned_figures(result(failed))["document-scaling.png"]())
 
 
 def test_the_ledger_adds_up_and_does_not_hide_what_is_not_told() -> None:
-    row = of_memory(SMALL, "ledger", nets={"unet": {"weights": 5, "activations": None, "io": 2}}, scratch=3)
-    unet, shared = ledger(row)
-    assert (unet.total, unet.activations, shared.total) == (7, None, 3)
-    document = sample_documents.memory(SMALL)
-    assert "of activations the library does not tell" in dict(summaries(document))["memory of the nets"]
+    nets = {"unet": {"weights": 5e6, "activations": None, "io": 2e6}}
+    row = of_memory(SMALL, "ledger", ((7e6,),), nets=nets, scratch=3e6)
+    lines = dict(summaries(replace(sample_documents.memory(SMALL), rows=(row,))))
+    assert lines["memory of the nets"] == "10.0 MB; of activations the library does not tell"
+    assert lines["memory by net"] == "UNet step: weights 5.00 MB, in and out 2.00 MB"
 
 
-def test_a_mark_is_where_a_stage_begins_first() -> None:
-    assert first_of_each([(0.0, "a"), (1.0, "b"), (2.0, "a")]) == ((0.0, "a"), (1.0, "b"))
-
-
-def test_a_timeline_on_a_device_is_a_figure_of_its_own() -> None:
-    document = sample_documents.memory(SMALL)
-    line = next(document.select("timeline"))
-    device = replace(line, figures={**line.figures, "device": [1e9, *[2e9] * 100]})
-    rows = tuple(device if row is line else row for row in document.rows)
-    with house_style():
-        drawn = planned_figures(result(replace(document, rows=rows)))["document-timeline-device.png"]
-        assert "peak 2.00 GB" in written(drawn())
+def test_a_timeline_says_where_its_peak_is() -> None:
+    marks = [{"stage": "unet", "at_s": 0.1}, {"stage": "vae_decoder", "at_s": 0.6}]
+    row = of_memory(SMALL, "timeline", ((1e6, 3e6, 9e6, 4e6),), interval_s=0.2, seconds=0.8, marks=marks)
+    lines = dict(summaries(replace(sample_documents.memory(SMALL), rows=(row,))))
+    assert lines == {
+        "memory over the first request of a process": "1.00 MB at its beginning, peak 9.00 MB after 400 ms"
+        " (VAE decoder) of 800 ms"
+    }
 
 
 def test_a_scale_of_one_stage_still_draws() -> None:
