@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Exit, Option, Typer
 
@@ -35,6 +35,10 @@ from .bench_options import (
     sides_of,
     task_of,
 )
+
+if TYPE_CHECKING:
+    from ..benchmarks.records import Document
+    from ..benchmarks.verbs.latency import Progress
 
 bench = Typer(
     help="Measure latency, memory and accuracy, beside other runtimes; every result is a JSON document.",
@@ -190,12 +194,11 @@ def cold_start(
     found = find(model)
     task = task_of(found, backend, threads)
     times = QUICK_REPEATS if quick else repeats
-    measured(
-        found,
-        out,
-        lambda progress: measure_cold_start(found.package, task, repeats=times, said=progress),
-        as_json=as_json,
-    )
+
+    def measure(progress: Progress) -> Document:
+        return measure_cold_start(found.package, task, repeats=times, said=progress)
+
+    measured(found, out, measure, as_json=as_json)
 
 
 @bench.command()
@@ -228,9 +231,11 @@ def build(
         nets=listed(nets, built_nets(found.package)),
         repeats=repeats,
     )
-    measured(
-        found, out, lambda progress: measure_build(found.package, builds, said=progress), as_json=as_json
-    )
+
+    def measure(progress: Progress) -> Document:
+        return measure_build(found.package, builds, said=progress)
+
+    measured(found, out, measure, as_json=as_json)
 
 
 @bench.command()

@@ -203,7 +203,7 @@ def sweeps(document: Document) -> Iterator[Sweep]:
         for row in document.select(side=OURS):
             x = _place(of, row.case)
             if row.figures.get("axis") == of and row.status == "ok" and row.rounds and x is not None:
-                points.append((x, *(row.summary[name] for name in ("p50", "p90", "p99"))))
+                points.append((x, row.summary["p50"], row.summary["p90"], row.summary["p99"]))
         line = fit if fit.status == "ok" else None
         if points:
             yield Sweep(

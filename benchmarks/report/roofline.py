@@ -40,7 +40,7 @@ def points(document: Document, case: Mapping[str, Any]) -> list[Point]:
                 Point(
                     workload=name,
                     intensity=flops / moved,
-                    flop_per_s=flops / taken,
+                    flop_per_s=figure(row, "flop_per_s") or flops / taken,
                     of_floor=figure(row, "of_floor"),
                 )
             )

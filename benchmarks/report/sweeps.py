@@ -35,7 +35,7 @@ def _draw(document: Document, found: Sequence[Sweep], source: str) -> Sheet:
 
 def _panel(axes: Any, sweep: Sweep) -> None:
     scale = 1e6 if sweep.of == "pixels" else 1.0
-    x, p50, p90, p99 = np.array(sweep.points).T
+    x, p50, p90, p99 = (np.array(column, np.float64) for column in zip(*sweep.points, strict=True))
     x = x / scale
     unit, unit_name = words.seconds_unit(float(p99.max()))
     axes.fill_between(x, p90 / unit, p99 / unit, color=SKY, alpha=0.55, linewidth=0, label="p90 to p99")

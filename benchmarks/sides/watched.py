@@ -78,12 +78,12 @@ def watch_steps(pipe: Pipeline, case: Case) -> dict[str, Any]:
         requests: how many were watched.
         device_allocations: calls of `Device.allocate` between the rows of a request; None on the host.
     """
+    traced = array("q", bytes(8 * len(_job(pipe, case).table)))  # written in place: notes are no growth
     # The first row's allocations are those of the whole request: a step's are counted from the second on.
     with _counted_allocations(pipe) as counts:
         for _ in _rows(pipe, case):
             pass
         between = [after - before for before, after in pairwise(counts)] if counts else None
-    traced = array("q", bytes(8 * len(_job(pipe, case).table)))  # written in place: notes are no growth
     gc.collect()
     gc.freeze()  # what was there before is not traced: to look at it after every step only takes time
     tracemalloc.start()

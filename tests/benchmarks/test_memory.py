@@ -308,7 +308,7 @@ def test_caches_that_fill_once_are_no_growth(pipe: Pipeline, monkeypatch: pytest
 def test_a_cache_that_fills_with_every_call_up_to_a_bound(
     pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = keeping(pipe, monkeypatch, lambda index: bytearray(400) if len(kept) < 40 else None)
+    kept = keeping(pipe, monkeypatch, lambda index: bytearray(400) if len(kept) < 60 else None)
     row = growth_row(pipe, 24)
     assert (row.status, row.reason) == ("ok", "")
     assert 1 < row.figures["requests"] <= REQUESTS, "it grew in one of them, but not in the next"

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from latentrt.benchmarks.records import Document, Row
-from latentrt.benchmarks.report import outdated, words, write_report
-from latentrt.benchmarks.report.publish import BEGIN, END, draw_figures
+from latentrt.benchmarks.report import Pages, outdated, words, write_report
+from latentrt.benchmarks.report.publish import BEGIN, END, SUMMARY_BEGIN, SUMMARY_END, draw_figures
 from latentrt.benchmarks.report.results import Result, read_results
-from latentrt.benchmarks.report.tables import full_tables
+from latentrt.benchmarks.report.tables import full_tables, short_table
 from latentrt.engines.errors import PackageError, UsageError
 from tests.benchmarks import sample_documents
 from tests.benchmarks.sample_documents import SCALES, SMALL, VERBS, write_samples
@@ -94,7 +94,7 @@ def test_what_is_not_known_is_a_dash() -> None:
     row = Row(side="latentrt", workload="unet", case=SMALL.case, rounds=((1.0,),))
     said = full_tables([result(replace(sample_documents.latency(SMALL), rows=(row,), machine={}))], {})
     assert "| UNet step | 1.00 s [1.00 s] | – | – | – |" in said
-    assert "on unknown processor; 22 Nov 2026; " in said
+    assert "on unknown processor; 22 Nov 2026\n" in said
     assert "commit" not in said
 
 
@@ -136,7 +136,7 @@ def test_the_short_table() -> None:
     assert len(rows) == 12, "no more, however many documents there are"
     assert rows[0].startswith("| demo (SD 1.x, fp32): whole picture, 128×128, 20 steps, guidance 5 | ")
     ours = next(sample_documents.latency(SMALL).select("picture", "latentrt"))
-    assert f"| {1e3 * np.percentile(ours.samples, 50):.0f} ms; diffusers takes 3.4" in rows[0]
+    assert f"| {1e3 * np.percentile(ours.samples, 50):.0f} ms; diffusers takes 3.39× [" in rows[0]
     assert "openvino" not in rows[0], "its picture is not ours: it has no time"
     assert lines[-1].endswith("[All measurements, and how they were made](all.md).")
 

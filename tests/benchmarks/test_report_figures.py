@@ -44,6 +44,11 @@ def texts(sheet: Sheet) -> list[Any]:
     return [text for text in found if text.get_visible() and text.get_text().strip()]
 
 
+def extent(sheet: Sheet, text: Any) -> Any:
+    """A text's box in pixels."""
+    return text.get_window_extent(sheet.figure.canvas.get_renderer())
+
+
 def ticks(axis: Any, coordinate: int) -> list[Any]:
     """The labels of those on the axis; others exist, and are not drawn."""
     low, high = sorted(axis.get_view_interval())
@@ -74,11 +79,7 @@ def test_every_figure_of_the_issue_is_there(sheets: dict[str, Sheet]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_text_covers_another_or_leaves_the_sheet(sheets: dict[str, Sheet], scale: str, kind: str) -> None:
     sheet = sheets[f"{scale}-{kind}"]
-    boxes = {
-        text.get_text(): text.get_window_extent(sheet.figure.canvas.get_renderer())
-        for text in texts(sheet)
-        if not text.get_rotation() % 90
-    }
+    boxes = {text.get_text(): extent(sheet, text) for text in texts(sheet) if not text.get_rotation() % 90}
     assert len(boxes) > 8
     width, height = sheet.figure.bbox.max
     for text, box in boxes.items():

@@ -136,7 +136,7 @@ def test_wrong_usage(bench: Any, arguments: list[str], message: str) -> None:
 
 
 def test_a_failed_row_is_exit_code_1(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "measure_latency", lambda *given, **options: _document(GOOD, BAD))
+    monkeypatch.setattr(latency, "measure_latency", lambda *parts, **options: _document(GOOD, BAD))
     code, out, _ = bench("latency")
     assert code == 1
     assert "FAILED, not finite" in out
@@ -144,7 +144,7 @@ def test_a_failed_row_is_exit_code_1(bench: Any, monkeypatch: pytest.MonkeyPatch
 
 def test_all_of_them(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = {verb: BAD if verb == "parity" else GOOD for verb in suite.VERBS}
-    verbs = {verb: lambda *given, row=row: _document(row) for verb, row in rows.items()}
+    verbs = {verb: lambda *parts, row=row, **options: _document(row) for verb, row in rows.items()}
     monkeypatch.setattr(suite, "VERBS", verbs)
     code, out, _ = bench("all", str(tmp_path), "--quick")
     assert code == 1, "one failed, the others are there"
