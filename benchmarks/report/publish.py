@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ...engines.errors import UsageError
-from ..records import Document
 from . import words
 from .ratio_bars import draw_ratios
 from .results import Result, Results, read_results
 from .roofline import draw_rooflines
-from .sheet import DIGEST, Planned, Sheet, house_style
-from .sweeps import draw_sweeps
+from .sheet import DIGEST, Sheet, house_style
 from .tables import full_tables, short_table
 from .waterfall import draw_waterfalls
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SUMMARY_BEGIN, SUMMARY_END = "<!-- bench-summary:begin -->", "<!-- bench-summary:end -->"
-_DRAWN: Mapping[str, tuple[Callable[[Document, str], Iterator[Planned]], ...]] = {
-    "latency": (draw_waterfalls, draw_ratios, draw_rooflines),
-    "scaling": (draw_sweeps,),
-}
+_DRAWERS = (draw_waterfalls, draw_ratios, draw_rooflines)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +101,11 @@ def outdated(results: Path, pages: Pages) -> tuple[str, ...]:
 
 def planned_figures(result: Result) -> dict[str, Callable[[], Sheet]]:
     """How each figure of a document is drawn, by file name; to be called within `sheet.house_style`."""
-    source = words.source(result.document, result.name)
-    return {
-        f"{result.name}-{name}.png": drawn
-        for draw in _DRAWN.get(result.document.benchmark, ())
-        for name, drawn in draw(result.document, source)
-    }
+    document = result.document
+    source = words.source(document, result.name)
+    drawers = _DRAWERS if document.benchmark == "latency" else ()
+    planned = (item for draw in drawers for item in draw(document, source))
+    return {f"{result.name}-{name}.png": drawn for name, drawn in planned}
 
 
 def draw_figures(result: Result) -> Iterator[tuple[str, bytes]]:

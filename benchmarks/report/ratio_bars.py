@@ -41,7 +41,7 @@ def _draw(
         rows += [("A/A: latentrt again" if item.side == AGAIN else item.side, item) for item in items]
     heading = "Time of each peer over ours: right of the line, ours is faster"
     sheet = Sheet(heading, words.about(document, case), source, height=0.27 * len(rows) + 0.8)
-    axes = sheet.axes[0]
+    axes = sheet.axes
     axes.set_xscale("log")
     for y, (_, item) in enumerate(rows):
         if item and item.ratio:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,8 +12,6 @@ from ..case import WORKLOADS
 from ..intervals import Interval, ab_spread, ratio_by_round
 from ..records import Document, Row
 from ..sides.contract import AGAIN, CEILING, OURS, REFERENCES
-
-STAGES = ("text_encoder", "invariants", "unet", "update", "vae_decoder")
 
 
 def figure(row: Row | None, name: str) -> float | None:
@@ -136,89 +134,9 @@ def ceiling_rates(document: Document, workload: str) -> list[float]:
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stages:
-    """Where the time of a picture goes, in seconds.
-
-    Attributes:
-        seconds: by stage, in order; `unet` and `update` are all steps together.
-        total: the median of whole pictures; None where there is no such row, and `seconds` are then put
-            together from the stages' own rows.
-        p90: of whole pictures.
-    """
-
-    seconds: Mapping[str, float]
-    total: float | None
-    p90: float | None
-
-
-def stages(document: Document, case: Mapping[str, Any]) -> Stages | None:
-    """Our picture's, by its own clock, or put together from the stages' rows; None if neither is known."""
-    row = row_of(document, "picture", OURS, case)
-    total = summary(row)
-    if row and total:
-        known = mapping(row.figures.get("stages_p50_s"))
-        seconds = {name: taken for name, value in known.items() if (taken := finite(value)) is not None}
-        if seconds:
-            names = sorted(seconds, key=lambda name: STAGES.index(name) if name in STAGES else len(STAGES))
-            ordered = {name: seconds[name] for name in names}
-            return Stages(seconds=ordered, total=total, p90=summary(row, "p90"))
-    steps = case.get("steps")
-    apart = {name: summary(row_of(document, name, OURS, case)) for name in STAGES}
-    if not steps or apart["unet"] is None or apart["vae_decoder"] is None:
-        return None
-    times = {"unet": int(steps), "update": int(steps)}
-    together = {name: taken * times.get(name, 1) for name, taken in apart.items() if taken is not None}
-    return Stages(seconds=together, total=None, p90=None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sweep:
-    """One workload along one axis.
-
-    Attributes:
-        of: what is varied: "steps", "batch" or "pixels".
-        workload: what was timed.
-        points: (x, p50, p90, p99) in seconds, in order of x.
-        slope: seconds per unit of x, of the fitted line; None without one.
-        intercept: seconds at 0.
-        residual: the largest distance of a point from the line, as a share of the largest point.
-        case: what does not change.
-    """
-
-    of: str
-    workload: str
-    points: tuple[tuple[float, float, float, float], ...]
-    slope: float | None
-    intercept: float | None
-    residual: float | None
-    case: Mapping[str, Any]
-
-
-def sweeps(document: Document) -> Iterator[Sweep]:
-    """One for each row of workload "fit"."""
-    for fit in document.select("fit", OURS):
-        of = str(fit.figures.get("of", ""))
-        points: list[tuple[float, float, float, float]] = []
-        for row in document.select(side=OURS):
-            x = _place(of, row.case)
-            if row.figures.get("axis") == of and row.status == "ok" and row.rounds and x is not None:
-                points.append((x, row.summary["p50"], row.summary["p90"], row.summary["p99"]))
-        line = fit if fit.status == "ok" else None
-        if points:
-            yield Sweep(
-                of=of,
-                workload=str(fit.figures.get("workload")),
-                points=tuple(sorted(points)),
-                slope=figure(line, "slope"),
-                intercept=figure(line, "intercept"),
-                residual=figure(line, "residual"),
-                case=fit.case,
-            )
-
-
-def _place(of: str, case: Mapping[str, Any]) -> float | None:
-    if of == "pixels":
-        width, height = finite(case.get("width")), finite(case.get("height"))
-        return width * height if width and height else None
-    return finite(case.get("pictures" if of == "batch" else of))
+def stages(row: Row | None) -> dict[str, float]:
+    """Where our picture's time goes, seconds in order; `unet` and `update` are all steps together."""
+    known = mapping(row.figures.get("stages_p50_s")) if row else {}
+    seconds = {name: taken for name, value in known.items() if (taken := finite(value)) is not None}
+    places = {name: place for place, name in enumerate(WORKLOADS)}
+    return dict(sorted(seconds.items(), key=lambda item: places.get(item[0], len(places))))

@@ -69,7 +69,7 @@ def _draw(
     sheet = Sheet(
         "How near each net is to the machine's limits", words.about(document, case), source, height=4.4
     )
-    axes = sheet.axes[0]
+    axes = sheet.axes
     axes.set_xscale("log")
     axes.set_yscale("log")
     low = min(best / moved / 8, min(point.intensity for point in found) / 3)

@@ -72,25 +72,16 @@ def numbered(name: str, number: int) -> str:
 
 
 class Sheet:
-    """A figure with `panels` axes side by side. To be made and finished within `house_style`.
+    """A figure with one panel. To be made and finished within `house_style`.
 
     Args:
         heading: what it shows.
         subtitle: of whom: model, size, machine, date.
         source: where its numbers are.
-        height: of the panels with their labels, inches.
-        panels: how many.
+        height: of the panel with its labels, inches.
     """
 
-    def __init__(
-        self,
-        heading: str,
-        subtitle: str,
-        source: str,
-        *,
-        height: float,
-        panels: int = 1,
-    ) -> None:
+    def __init__(self, heading: str, subtitle: str, source: str, *, height: float) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -98,22 +89,12 @@ class Sheet:
         self.figure: Any = Figure(figsize=(_WIDTH, tall), dpi=DPI, facecolor="white")
         self._canvas: Any = FigureCanvasAgg(self.figure)
         left, inside = _SIDE / _WIDTH, 1 - 2 * _SIDE / _WIDTH
-        self.figure.set_layout_engine(
-            "constrained", rect=(left, _FOOT / tall, inside, height / tall), wspace=0.06
-        )
+        place = left, _FOOT / tall, inside, height / tall
+        self.figure.set_layout_engine("constrained", rect=place)
         self.figure.text(left, 1 - 0.14 / tall, heading, size=13, weight="bold", va="top")
         self.figure.text(left, 1 - 0.45 / tall, subtitle, size=9, color=GREY, va="top")
         self.figure.text(left, 0.11 / tall, source, size=7, color=GREY, va="bottom")
-        self.axes: list[Axes] = list(self.figure.subplots(1, panels, squeeze=False)[0])
-
-    def legend(self, handles: list[Any], labels: list[str]) -> None:
-        """One for all panels, at the right of the heading."""
-        tall, wide = self.figure.get_figheight(), self.figure.get_figwidth()
-        corner = 1 - _SIDE / wide, 1 - 0.08 / tall
-        legend = self.figure.legend(
-            handles, labels, loc="upper right", bbox_to_anchor=corner, ncols=len(labels), handlelength=1.6
-        )
-        legend.set_in_layout(False)
+        self.axes: Axes = self.figure.subplots()
 
     def png(self, digest: str) -> bytes:
         """The picture, without a date; `digest` of the document goes into its metadata."""

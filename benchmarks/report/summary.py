@@ -11,9 +11,10 @@ from ..verbs.cold_start import PARTS
 from ..verbs.detection import PAIR, SLOWED
 from ..verbs.throughput import OFFLINE, SINGLE_STREAM, SWEEP
 from . import words
-from .reading import cases, figure, finite, items, mapping, peers, row_of, summary, sweeps
+from .reading import cases, figure, finite, items, mapping, peers, row_of, summary
 
 Lines = Iterator[tuple[str, str]]
+_AXES = {"steps": (1, "step"), "batch": (1, "picture"), "pixels": (1e6, "megapixel")}
 _LEDGER = {"weights": "weights", "activations": "activations", "io": "in and out"}
 
 
@@ -36,10 +37,24 @@ def _latency(document: Document) -> Lines:
 
 
 def _scaling(document: Document) -> Lines:
-    for sweep in sweeps(document):
-        if line := words.line(sweep):
-            left = f", largest residual {words.percent(sweep.residual)}" if sweep.residual is not None else ""
-            yield f"{words.workload(sweep.workload)} against {sweep.of}", f"{line}{left}"
+    """Of each axis the points, and the line through them."""
+    for row in document.select("fit", OURS):
+        of = str(row.figures.get("of"))
+        what = f"{words.workload(str(row.figures.get('workload')))} against {of}"
+        points = [
+            f"{x / _AXES.get(of, (1, ''))[0]:.3g}: {words.seconds(taken)}"
+            for point in items(row.figures.get("points"))
+            for x, taken in [map(finite, items(point))]
+            if x is not None and taken is not None
+        ]
+        slope, intercept, left = (figure(row, name) for name in ("slope", "intercept", "residual"))
+        if slope is None or intercept is None:
+            yield what, f"{'; '.join(points)}; {row.status}: {row.reason}"
+            continue
+        scale, unit = _AXES.get(of, (1, of))
+        sign = "−" if intercept < 0 else "+"
+        line = f"{words.seconds(slope * scale)} per {unit} {sign} {words.seconds(abs(intercept))}"
+        yield what, f"{line}, largest residual {words.percent(left)} ({'; '.join(points)})"
 
 
 def _throughput(document: Document) -> Lines:

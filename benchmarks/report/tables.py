@@ -32,7 +32,6 @@ _FIGURES = {
     "waterfall": "one picture, stage by stage",
     "peers": "ours against peers",
     "roofline": "roofline",
-    "scaling": "steps, batch, size",
 }
 _HEAD = ("| what | result | reproduce |", "|---|---|---|")
 # What the short table takes from a document besides latencies: the beginnings of `summaries`' lines.
@@ -150,7 +149,7 @@ def _latency(document: Document, case: Mapping[str, Any]) -> str:
             timed += 1
             if len(ours.rounds) < LEAST:
                 few[words.workload(name)] = len(ours.rounds)
-        p90 = f" [{words.value_of(summary(ours, 'p90'), 's')}]" if summary(ours) is not None else ""
+        p90 = f" [{words.seconds(summary(ours, 'p90'))}]" if summary(ours) is not None else ""
         ratios = [_ratio(found[side].get(name)) for side in sides]
         shares = [words.number(figure(ours, share), 2) for share in ("of_best_gemm", "of_floor")]
         time = ours.status if ours and ours.status != "ok" else words.seconds(summary(ours)) + p90

@@ -7,8 +7,9 @@ from functools import partial
 from typing import Any
 
 from ..records import Document
+from ..sides.contract import OURS
 from . import words
-from .reading import Against, Stages, against, cases, peers, stages
+from .reading import Against, against, cases, peers, row_of, stages, summary
 from .sheet import (
     BLUE,
     GREEN,
@@ -33,6 +34,7 @@ _COLOURS = {
     "update": RED,
     "vae_decoder": GREEN,
 }
+_HEADING = "Where the time of one picture goes"
 _REST = "everything else"
 _LEAST = 1e-4  # of the total: a rest below that is the medians' rounding
 _TAIL = 1.5  # times the median, up to which a whisker is drawn in full
@@ -40,51 +42,52 @@ _REASON = 70  # characters
 
 
 def draw_waterfalls(document: Document, source: str) -> Iterator[Planned]:
-    """A sheet for each case whose stages are known."""
+    """A sheet for each case whose picture's stages are known."""
     for number, case in enumerate(cases(document)):
-        if found := stages(document, case):
-            yield numbered("waterfall", number), partial(_draw, document, case, found, source)
+        row = row_of(document, "picture", OURS, case)
+        total, found = summary(row), stages(row)
+        if total and found:
+            ours = total, summary(row, "p90")
+            yield numbered("waterfall", number), partial(_draw, document, case, found, ours, source)
 
 
-def _draw(document: Document, case: Mapping[str, Any], found: Stages, source: str) -> Sheet:
+def _draw(
+    document: Document,
+    case: Mapping[str, Any],
+    found: Mapping[str, float],
+    ours: tuple[float, float | None],
+    source: str,
+) -> Sheet:
     others = {side: against(document, case, side).get("picture") for side in peers(document)}
-    bars = _bars(found, case)
-    total = found.total or sum(found.seconds.values())
-    names = [*(name for name, *_ in bars), "latentrt", *others]
-    heading = "Where the time of one picture goes" if found.total else "One picture, added up from its stages"
-    note = "" if found.total else " · stages timed one by one; no whole picture was timed"
-    sheet = Sheet(heading, words.about(document, case), source + note, height=0.33 * len(names) + 0.75)
-    axes = sheet.axes[0]
+    total, p90 = ours
+    bars = [*found.items(), (_REST, total - sum(found.values()))]
+    if bars[-1][1] < _LEAST * total:
+        bars.pop()
+    names = [*(_name(name, case) for name, _ in bars), "latentrt", *others]
+    sheet = Sheet(_HEADING, words.about(document, case), source, height=0.33 * len(names) + 0.75)
+    axes = sheet.axes
     times = [item.seconds for item in others.values() if item and item.seconds]
     unit, unit_name = words.seconds_unit(max([total, *times]))
-    for y, (_, begin, taken, colour) in enumerate(bars):
-        end = (begin + taken) / unit
-        axes.barh(y, taken / unit, left=begin / unit, height=0.62, color=colour)
+    end = 0.0
+    for y, (name, taken) in enumerate(bars):
+        axes.barh(y, taken / unit, left=end, height=0.62, color=_COLOURS.get(name, GREY))
+        end += taken / unit
         axes.plot([end, end], [y, y + 1], color=GREY, linewidth=0.7)
         beside(axes, end, y, f"{words.seconds(taken)}  {words.percent(taken / total)}")
-    _whole(axes, len(bars), BLUE, (total, found.p90, ""), unit)
+    _whole(axes, len(bars), BLUE, (total, p90, ""), unit)
     for y, item in enumerate(others.values(), start=len(bars) + 1):
         _peer(axes, y, item, unit)
     tidy_bars(axes, names)
     axes.axhline(len(bars) - 0.5, color=PALE, linewidth=0.8)
     axes.set_xlim(left=0)
-    what = "median; whiskers end at p90" if found.total else "medians"
-    axes.set_xlabel(f"{unit_name} from prompt to pixels in host memory ({what})")
+    axes.set_xlabel(f"{unit_name} from prompt to pixels in host memory (median; whiskers end at p90)")
     return sheet
 
 
-def _bars(found: Stages, case: Mapping[str, Any]) -> list[tuple[str, float, float, str]]:
-    """(name, begin, seconds, colour) of every stage and of the rest, one after the other."""
+def _name(stage: str, case: Mapping[str, Any]) -> str:
     steps = case.get("steps")
-    bars: list[tuple[str, float, float, str]] = []
-    begin = 0.0
-    for name, taken in found.seconds.items():
-        times = f"{steps} × " if steps and name in ("unet", "update") else ""
-        bars.append((times + words.workload(name), begin, taken, _COLOURS.get(name, GREY)))
-        begin += taken
-    if found.total and found.total - begin > _LEAST * found.total:
-        bars.append((_REST, begin, found.total - begin, GREY))
-    return bars
+    times = f"{steps} × " if steps and stage in ("unet", "update") else ""
+    return times + words.workload(stage)
 
 
 def _peer(axes: Any, y: int, item: Against | None, unit: float) -> None:

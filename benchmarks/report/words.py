@@ -8,14 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..records import Document
-from .reading import Sweep
 
 DASH = "–"
 _SCALES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 _SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _FAMILIES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
-_PER = {"steps": "step", "batch": "picture", "pixels": "megapixel"}
 _WORKLOADS = {
     "text_encoder": "text encoder",
     "invariants": "invariants",
@@ -88,23 +86,6 @@ def percent(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return DASH
     return "<0.1 %" if 0 < abs(value) < 0.0005 else f"{100 * value:.1f} %"
-
-
-def value_of(value: float | None, unit: str) -> str:
-    """A sample in its row's unit."""
-    if unit == "s":
-        return seconds(value)
-    return f"{number(value)}/s" if unit == "1/s" else amount(value, unit)
-
-
-def line(sweep: Sweep) -> str:
-    """`12.1 ms per step + 21.0 ms`; empty without a fit."""
-    if sweep.slope is None or sweep.intercept is None:
-        return ""
-    per = sweep.slope * (1e6 if sweep.of == "pixels" else 1)
-    slope = f"{seconds(per)} per {_PER.get(sweep.of, sweep.of)}"
-    sign = "−" if sweep.intercept < 0 else "+"
-    return f"{slope} {sign} {seconds(abs(sweep.intercept))}" if sweep.intercept else slope
 
 
 def workload(name: str) -> str:

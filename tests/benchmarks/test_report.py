@@ -40,7 +40,7 @@ def table() -> str:
         "UNet: time: weights 2.00 MB, activations 420 kB, in and out 80.0 kB; ",
         "- openvino, whole picture: FAILED: image is not ours: relative L2 3.10e-01, 21.4 dB",
         "| time outside the engines, 128×128, 20 steps, guidance 5 | 0.4 % of a picture, 60.0 µs per step |",
-        "| whole picture against steps | 5.10 ms per step + 21.0 ms, largest residual 2.1 % |",
+        "| whole picture against steps | 5.10 ms per step + 21.0 ms, largest residual 2.1 % (5: 46.",
         "| throughput, SingleStream | p90 132 ms, p50 128 ms, p99 141 ms |",
         "| throughput, Offline | 8.65 pictures/s at batch 4 |",
         "| what each step leaves behind | 0 B, over 97 steps |",
@@ -143,14 +143,15 @@ def test_the_short_table() -> None:
 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────
 
-FIGURE = "box/scaling-scaling.png"
+FIGURE = "box/latency-waterfall.png"
+ALONE = replace(SMALL, work={}, peers={})  # one figure
 
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
     """One document with one figure, and files that are none."""
     folder = tmp_path / "results"
-    sample_documents.scaling(SMALL).write(folder / "box" / "scaling.json")
+    sample_documents.latency(ALONE).write(folder / "box" / "latency.json")
     (folder / "old.json").write_text('{"benchmark": "cold_start", "rows": []}')
     (folder / "text.json").write_text("{")
     return folder
@@ -196,7 +197,7 @@ def test_a_second_time_changes_nothing(results: Path, pages: Pages) -> None:
 
 def test_what_is_outdated_is_named(results: Path, pages: Pages) -> None:
     write_report(results, pages)
-    path = results / "box" / "scaling.json"
+    path = results / "box" / "latency.json"
     data = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**data, "date": "2026-12-24T00:00:00+00:00"}), encoding="utf-8")
     assert outdated(results, pages) == (
@@ -222,7 +223,7 @@ def test_a_png_has_no_date_and_the_documents_digest(results: Path, tmp_path: Pat
 
 def test_white_space_is_not_another_document(results: Path) -> None:
     before = read_results(results).found[0].digest
-    path = results / "box" / "scaling.json"
+    path = results / "box" / "latency.json"
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8"))), encoding="utf-8")
     assert read_results(results).found[0].digest == before
 
@@ -250,7 +251,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", [{"schema": 99}, {"rows": [{}]}])
 def test_a_damaged_document_is_not_left_out_in_silence(results: Path, change: dict[str, Any]) -> None:
-    path = results / "box" / "scaling.json"
+    path = results / "box" / "latency.json"
     data = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**data, **change}), encoding="utf-8")
     with pytest.raises(PackageError, match="no benchmark document"):

@@ -6,15 +6,13 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
-import numpy as np
 import pytest
 from matplotlib.legend import Legend
 
 from latentrt.benchmarks.intervals import ratio_by_round
 from latentrt.benchmarks.records import Document, Row
-from latentrt.benchmarks.report import words
 from latentrt.benchmarks.report.publish import planned_figures
-from latentrt.benchmarks.report.reading import against, ceiling_rates, stages, sweeps
+from latentrt.benchmarks.report.reading import against, ceiling_rates, stages
 from latentrt.benchmarks.report.results import Result
 from latentrt.benchmarks.report.roofline import points
 from latentrt.benchmarks.report.sheet import Sheet, house_style
@@ -23,7 +21,7 @@ from latentrt.engines.errors import BackendError
 from tests.benchmarks import sample_documents
 from tests.benchmarks.sample_documents import FULL, SCALES, SMALL, VERBS, Scale, of_memory
 
-KINDS = ("waterfall", "peers", "roofline", "scaling")
+KINDS = ("waterfall", "peers", "roofline")
 
 
 def result(document: Document, name: str = "document") -> Result:
@@ -38,9 +36,9 @@ def texts(sheet: Sheet) -> list[Any]:
     if legends:
         sheet.figure.draw_without_rendering()  # a legend has no place before
     found += [text for legend in legends for text in legend.get_texts()]
-    for axes in sheet.axes:
-        titles = [axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label]
-        found += [*axes.texts, *titles, *ticks(axes.xaxis, 0), *ticks(axes.yaxis, 1)]
+    axes = sheet.axes
+    labels = [axes.title, axes.xaxis.label, axes.yaxis.label]
+    found += [*axes.texts, *labels, *ticks(axes.xaxis, 0), *ticks(axes.yaxis, 1)]
     return [text for text in found if text.get_visible() and text.get_text().strip()]
 
 
@@ -98,7 +96,7 @@ def test_a_figure_says_whose_it_is(sheets: dict[str, Sheet], kind: str) -> None:
     said = written(sheets[f"full-{kind}"])
     for fact in ("sd15 (SD 1.x, fp32)", "Made-up Processor, 2 cores", "22 Nov 2026", "commit 0123abc"):
         assert fact in said
-    assert any(axes.get_xlabel() for axes in sheets[f"full-{kind}"].axes)
+    assert sheets[f"full-{kind}"].axes.get_xlabel()
 
 
 def test_the_waterfall_says_what_the_stages_took(sheets: dict[str, Sheet]) -> None:
@@ -118,7 +116,7 @@ def test_a_ratio_of_the_figure_is_that_of_the_rounds(sheets: dict[str, Sheet]) -
 
 
 def test_bars_begin_at_one_and_end_at_the_ratio(sheets: dict[str, Sheet]) -> None:
-    ends = [bar.get_x() + bar.get_width() for bar in sheets["small-peers"].axes[0].patches]
+    ends = [bar.get_x() + bar.get_width() for bar in sheets["small-peers"].axes.patches]
     document = sample_documents.latency(SMALL)
     wanted = [item.ratio.value for item in against(document, SMALL.case, "diffusers").values() if item.ratio]
     assert len(wanted) == 4
@@ -137,7 +135,7 @@ def test_a_tail_that_would_squeeze_everything_is_an_arrow_with_its_number() -> N
     with house_style():
         sheet = planned_figures(result(replace(document, rows=tuple(wild))))["document-waterfall.png"]()
         assert "p90 17." in written(sheet)  # seconds: forty times 0.44
-        assert sheet.axes[0].get_xlim()[1] < 2000  # ms
+        assert sheet.axes.get_xlim()[1] < 2000  # ms
 
 
 def test_the_rooflines_points_are_the_rows() -> None:
@@ -161,39 +159,23 @@ def test_without_ceilings_there_is_no_roofline_and_without_peers_no_bars() -> No
     assert list(planned_figures(result(replace(document, rows=ours)))) == ["document-waterfall.png"]
 
 
-def test_a_picture_nobody_timed_is_added_up_and_says_so() -> None:
-    document = sample_documents.latency(FULL)
-    rows = tuple(row for row in document.rows if row.workload != "picture")
-    found = stages(replace(document, rows=rows), FULL.case)
-    unet = next(document.select("unet", "latentrt"))
-    assert found is not None
-    assert found.total is None
-    assert found.seconds["unet"] == 20 * np.median(unet.samples)
-    with house_style():
-        drawn = planned_figures(result(replace(document, rows=rows)))["document-waterfall.png"]
-        assert "no whole picture was timed" in written(drawn())
-    assert stages(replace(document, rows=rows[:4]), FULL.case) is None
-
-
-def test_sweeps_are_the_rows_at_their_points() -> None:
-    document = sample_documents.scaling(SMALL)
-    batch = next(sweep for sweep in sweeps(document) if sweep.of == "batch")
-    assert [point[0] for point in batch.points] == [1, 2, 4, 8]
-    row = next(
-        row for row in document.rows if row.figures.get("axis") == "batch" and row.case["pictures"] == 4
-    )
-    p50, p90, p99 = np.percentile(row.samples, (50, 90, 99))
-    assert batch.points[2] == (4, pytest.approx(p50), pytest.approx(p90), pytest.approx(p99))
+def test_stages_are_in_order_and_finite() -> None:
+    known = {"else": 1.0, "vae_decoder": 2.0, "text_encoder": 3.0, "unet": float("nan")}
+    row = Row(side="latentrt", workload="picture", figures={"stages_p50_s": known})
+    assert list(stages(row).items()) == [("text_encoder", 3.0), ("vae_decoder", 2.0), ("else", 1.0)]
+    assert stages(None) == {}
 
 
 def test_a_fit_that_failed_is_no_line() -> None:
-    document = sample_documents.scaling(SMALL)
-    rows = tuple(replace(row, status="FAILED") if row.workload == "fit" else row for row in document.rows)
-    failed = replace(document, rows=rows)
-    assert {words.line(sweep) for sweep in sweeps(failed)} == {""}
-    assert list(summaries(failed)) == []
-    with house_style():
-        assert "per step" not in written(planned_figures(result(failed))["document-scaling.png"]())
+    row = Row(
+        side="latentrt",
+        workload="fit",
+        status="FAILED",
+        reason="2 points",
+        figures={"of": "steps", "workload": "picture", "points": [[5, 0.05], [10, 0.09]]},
+    )
+    lines = dict(summaries(replace(sample_documents.scaling(SMALL), rows=(row,))))
+    assert lines == {"whole picture against steps": "5: 50.0 ms; 10: 90.0 ms; FAILED: 2 points"}
 
 
 def test_the_ledger_adds_up_and_does_not_hide_what_is_not_told() -> None:
