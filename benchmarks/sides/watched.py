@@ -76,14 +76,10 @@ def watch_steps(pipe: Pipeline, case: Case) -> dict[str, Any]:
     Returns:
         traced: bytes of Python's allocations, NumPy's among them, after every step (tracemalloc).
         requests: how many were watched.
-        device_allocations: calls of `Device.allocate` between the rows of a request; None on the host.
+        device_allocations: see that function.
     """
+    between = device_allocations(pipe, case)
     traced = array("q", bytes(8 * len(_job(pipe, case).table)))  # written in place: notes are no growth
-    # The first row's allocations are those of the whole request: a step's are counted from the second on.
-    with _counted_allocations(pipe) as counts:
-        for _ in _rows(pipe, case):
-            pass
-        between = [after - before for before, after in pairwise(counts)] if counts else None
     gc.collect()
     gc.freeze()  # what was there before is not traced: to look at it after every step only takes time
     tracemalloc.start()
@@ -136,14 +132,13 @@ def _rows(pipe: Pipeline, case: Case) -> Iterator[int]:
         yield index
 
 
-@contextmanager
-def _counted_allocations(pipe: Pipeline) -> Generator[list[int]]:
-    """How many allocations a device's loop had made at each synchronisation; empty on the host."""
+def device_allocations(pipe: Pipeline, case: Case) -> list[int] | None:
+    """Calls of `Device.allocate` between the rows of a request that was prepared before; None on the host."""
     loop = _loop(pipe)
-    counts: list[int] = []
     if not isinstance(loop, DeviceLoop):
-        yield counts
-        return
+        return None
+    _job(pipe, case)
+    counts: list[int] = []  # of allocations so far, at each synchronisation
     device, calls = loop.device, 0
     allocate, synchronize = device.allocate, device.synchronize
 
@@ -158,7 +153,10 @@ def _counted_allocations(pipe: Pipeline) -> Generator[list[int]]:
 
     device.allocate, device.synchronize = counting, noting
     try:
-        yield counts
+        for _ in _rows(pipe, case):
+            pass
+        # The first row's allocations are those of the whole request: a step's are counted from the second on.
+        return [after - before for before, after in pairwise(counts)]
     finally:
         device.allocate, device.synchronize = allocate, synchronize
 

@@ -104,8 +104,8 @@ def measure_latency(
 
 def settings_of(task: Task) -> dict[str, Any]:
     """What a document says of how sides were opened."""
-    told = {"backend": task.backend, "threads": task.threads, "device": task.device}
-    return {**told, "slow_down": task.slow_down} if task.slow_down else told
+    settings = {"backend": task.backend, "threads": task.threads, "device": task.device}
+    return {**settings, "slow_down": task.slow_down} if task.slow_down else settings
 
 
 def describe_model(package: Package) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class Beside:
     def time(self, runs: int) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
         """Figures are `own_s` and `beside_s`."""
         seconds, figures = self.side.time(runs, slot=self.side.name, beside=YARDSTICK)
-        pairs = [{"own_s": own, **told} for own, told in zip(seconds, figures, strict=True)]
+        pairs = [{"own_s": own, **other} for own, other in zip(seconds, figures, strict=True)]
         return tuple(pair["own_s"] + pair["beside_s"] for pair in pairs), pairs
 
 
@@ -276,21 +276,22 @@ def check(found: Mapping[str, Array], wanted: Mapping[str, Array], package: Pack
 
 
 def medians(turns: Turns, steps: int) -> dict[str, Any]:
-    """Of what the runs told: the device's own seconds, the stages', and what no net took."""
+    """Of the runs' figures: the device's own seconds, the stages', and what no net took."""
     samples = [seconds for turn in turns.rounds for seconds in turn]
-    found: dict[str, Any] = {}
-    device = [item["device_s"] for item in turns.figures if "device_s" in item]
-    if device:
-        found["device_p50_s"] = median(device)
+    known = dict(turns.figures[0]) if turns.figures else {}
+    known.pop("device_s", None)
+    known.pop("stages_s", None)
+    if device := [item["device_s"] for item in turns.figures if "device_s" in item]:
+        known["device_p50_s"] = median(device)
     stages = [item["stages_s"] for item in turns.figures if "stages_s" in item]
-    if stages:
-        found["stages_p50_s"] = {name: median(item.get(name, 0.0) for item in stages) for name in stages[0]}
-    if stages and set(ENGINE_STAGES) <= set(stages[0]):
-        besides = [
+    if not stages:
+        return known
+    known["stages_p50_s"] = {name: median(item.get(name, 0.0) for item in stages) for name in stages[0]}
+    if set(ENGINE_STAGES) <= set(stages[0]):
+        outside = [
             seconds - sum(item[name] for name in ENGINE_STAGES)
             for seconds, item in zip(samples, stages, strict=True)
         ]
-        shares = [own / seconds for own, seconds in zip(besides, samples, strict=True)]
-        found |= {"non_engine_share": median(shares), "non_engine_s_per_step": median(besides) / steps}
-    known = {name: value for item in turns.figures[:1] for name, value in item.items()}
-    return {**{name: value for name, value in known.items() if name not in ("device_s", "stages_s")}, **found}
+        shares = [own / seconds for own, seconds in zip(outside, samples, strict=True)]
+        known |= {"non_engine_share": median(shares), "non_engine_s_per_step": median(outside) / steps}
+    return known

@@ -177,14 +177,9 @@ class Bench:
         except SideError as error:
             return self.row(workload, status=error.status, reason=error.reason)
 
-    @contextmanager
-    def looking(self) -> Generator[Sequence[tuple[float, Look]]]:
-        """What NVML says while the block runs; the sequence grows. Empty without a GPU."""
-        if self.watch is None:
-            yield []
-            return
-        with sampled(self.watch.look, self.interval) as looks:
-            yield looks
+    def look(self) -> Look | None:
+        """What NVML says now; None without a GPU."""
+        return self.watch.look() if self.watch else None
 
 
 # ── sides ──────────────────────────────────────────────────────────────────────────────────────────
@@ -198,11 +193,11 @@ def measure_side(
     Raises:
         SideError: our side cannot be opened.
     """
-    before = bench.watch.look() if bench.watch else None
+    before = bench.look()
     stages: dict[str, tuple[int, tuple[int, int] | None]] = {}  # looks until then, and what was resident
     try:
         with (
-            bench.looking() as looks,
+            sampled(bench.look, bench.interval) as looks,
             SideProcess(name, OURS if name == AGAIN else name, bench.task) as item,
         ):
             pid = item.pid
@@ -221,8 +216,8 @@ def measure_side(
     rows = [_host_row(bench, name, stage, found, stamp) for stage, (_, found) in stages.items()]
     if before is not None:
         for stage, (count, _) in stages.items():
-            held = holding(pid, before, looks[: max(count, 1)])
-            rows.append(_device_row(bench, name, stage, held, stamp))
+            series, known_by = holding(pid, before, looks[: max(count, 1)])
+            rows.append(_device_row(bench, name, stage, [size for _, size in series], known_by, stamp))
     return [*rows, _ledger_row(bench, name, own, stamp)], outputs
 
 
@@ -237,13 +232,15 @@ def _host_row(
     return bench.row(stage, [(size,)], figures, side=name, stamp=stamp)
 
 
-def _device_row(bench: Bench, name: str, stage: str, held: Holding | None, stamp: Mapping[str, Any]) -> Row:
+def _device_row(
+    bench: Bench, name: str, stage: str, sizes: Sequence[int], known_by: str, stamp: Mapping[str, Any]
+) -> Row:
     workload = ON_DEVICE + stage
-    if held is None or bench.context is None:
+    if not sizes or bench.context is None:
         reason = "NVML does not tell what it holds, if anything"
         return bench.missing(workload, reason, side=name, stamp=stamp)
-    whole = held.peak if stage == PEAK else held.now
-    figures = {"whole": whole, "empty_context": bench.context, "measured_by": held.measured_by}
+    whole = max(sizes) if stage == PEAK else sizes[-1]
+    figures = {"whole": whole, "empty_context": bench.context, "measured_by": known_by}
     return bench.row(workload, [(max(0, whole - bench.context),)], figures, side=name, stamp=stamp)
 
 
@@ -267,12 +264,12 @@ def timeline(bench: Bench) -> Row:
     """
     if bench.interpreter is None:
         return bench.missing(TIMELINE, _NO_PROC)
-    before = bench.watch.look() if bench.watch else None
-    with bench.looking() as looks, SideProcess(WATCHED, WATCHED, bench.task) as item:
+    before = bench.look()
+    with sampled(bench.look, bench.interval) as looks, SideProcess(WATCHED, WATCHED, bench.task) as item:
         pid = item.pid
         with sampled(lambda: (resident(pid) or (None,))[0], bench.interval) as series:
             seen = item.prepare(TIMELINE, bench.case)[0]["figures"]
-        held = holding(pid, before, list(looks)) if before else None
+        held, known_by = holding(pid, before, list(looks)) if before else ([], "")
         stamp = item.stamp
     began, ended = seen["began"], seen["ended"]
     interval = max(bench.interval, (ended - began) / _SAMPLES)
@@ -282,8 +279,8 @@ def timeline(bench: Bench) -> Row:
 
     figures: dict[str, Any] = {"interval_s": interval, "seconds": ended - began}
     figures["marks"] = [{"stage": stage, "at_s": moment - began} for stage, moment in seen["marks"]]
-    if held is not None and bench.context is not None:
-        figures |= {"device": over(held.series, bench.context), "device_measured_by": held.measured_by}
+    if held and bench.context is not None:
+        figures |= {"device": over(held, bench.context), "device_measured_by": known_by}
     return bench.row(TIMELINE, [over(series, bench.interpreter)], figures, stamp=stamp)
 
 
@@ -399,8 +396,8 @@ def measure_baselines(watch: DeviceWatch | None, interval: float) -> tuple[int |
     before = watch.look()
     with sampled(watch.look, interval) as looks, _waiting(_CONTEXT) as pid:
         time.sleep(_SETTLE)
-        held = holding(pid, before, list(looks))
-    return interpreter, held.now if held else None
+        held, _ = holding(pid, before, list(looks))
+    return interpreter, held[-1][1] if held else None
 
 
 @contextmanager
@@ -447,35 +444,15 @@ class DeviceWatch:
         return Look(processes=self._nvml.processes(), used=memory[1] - memory[0] if memory else None)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Holding:
-    """How much of a device a process held.
+def holding(pid: int, before: Look, looks: Iterable[tuple[float, Look]]) -> tuple[Series, str]:
+    """How much of a device a process held, and how that is known; empty if nothing can be told.
 
-    `measured_by` is "process", or "device" where NVML does not name it (in a container): all that the device
-    had in use, less what was in use before the process began.
+    Known by "process", or by "device" where NVML does not name it (in a container): all that the device had
+    in use, less what was in use before the process began.
     """
-
-    series: Series
-    measured_by: str
-
-    @property
-    def now(self) -> int:
-        """Bytes at the last look."""
-        return self.series[-1][1]
-
-    @property
-    def peak(self) -> int:
-        """The most bytes."""
-        return max(size for _, size in self.series)
-
-
-def holding(pid: int, before: Look, looks: Iterable[tuple[float, Look]]) -> Holding | None:
-    """What a process held; None if it never held anything that can be told."""
     taken = list(looks)
     named = [(moment, look.processes[pid]) for moment, look in taken if pid in look.processes]
-    if named:
-        return Holding(series=named, measured_by="process")
-    if before.used is None:
-        return None
+    if named or before.used is None:
+        return named, "process"
     used = [(moment, max(0, look.used - before.used)) for moment, look in taken if look.used is not None]
-    return Holding(series=used, measured_by="device") if any(size for _, size in used) else None
+    return (used if any(size for _, size in used) else []), "device"

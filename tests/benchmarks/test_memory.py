@@ -22,6 +22,7 @@ from latentrt.benchmarks.sides.watched import (
     REQUESTS,
     SETTLED,
     STEADY,
+    device_allocations,
     growth_per_step,
     watch_steps,
 )
@@ -146,14 +147,12 @@ def test_what_a_process_holds() -> None:
     before = Look(processes={1: 50}, used=400)
     named = [(0.0, Look(processes={1: 50}, used=410)), (1.0, Look(processes={1: 50, 7: 30}, used=480))]
     later = [*named, (2.0, Look(processes={7: 90}, used=520)), (3.0, Look(processes={7: 60}, used=500))]
-    found = holding(7, before, later)
-    assert found
-    assert (found.measured_by, found.now, found.peak) == ("process", 60, 90)
-    unnamed = holding(8, before, later)  # NVML numbers it otherwise, as in a container
-    assert unnamed
-    assert (unnamed.measured_by, unnamed.now, unnamed.peak) == ("device", 100, 120)
-    assert holding(8, Look(processes={}, used=None), later) is None
-    assert holding(8, Look(processes={}, used=600), later) is None, "it holds nothing that can be seen"
+    sizes, known_by = holding(7, before, later)
+    assert ([size for _, size in sizes], known_by) == ([30, 90, 60], "process")
+    sizes, known_by = holding(8, before, later)  # NVML numbers it otherwise, as in a container
+    assert ([size for _, size in sizes], known_by) == ([10, 80, 120, 100], "device")
+    assert not holding(8, Look(processes={}, used=None), later)[0]
+    assert not holding(8, Look(processes={}, used=600), later)[0], "it holds nothing that can be seen"
 
 
 def test_watch_asks_nvml() -> None:
@@ -308,7 +307,7 @@ def test_caches_that_fill_once_are_no_growth(pipe: Pipeline, monkeypatch: pytest
 def test_a_cache_that_fills_with_every_call_up_to_a_bound(
     pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = keeping(pipe, monkeypatch, lambda index: bytearray(400) if len(kept) < 60 else None)
+    kept = keeping(pipe, monkeypatch, lambda index: bytearray(400) if len(kept) < 48 else None)
     row = growth_row(pipe, 24)
     assert (row.status, row.reason) == ("ok", "")
     assert 1 < row.figures["requests"] <= REQUESTS, "it grew in one of them, but not in the next"
@@ -341,12 +340,14 @@ class Device(HostDevice):
 def test_the_device_loop_allocates_nothing_between_rows() -> None:
     device, case = Device(), replace(CASE, steps=8)
     with device_pipeline(PACKAGE, device) as (pipe, _):
-        sound = judge_growth(bench(), watch_steps(pipe, case))
+        sound = device_allocations(pipe, case)
         device.careless = True
-        careless = judge_growth(bench(), watch_steps(pipe, case))
-    assert (sound.status, sound.figures["device_allocations"]) == ("ok", 0)
-    assert careless.status == "FAILED"
-    assert "7 allocations on the device between rows" in careless.reason
+        careless = device_allocations(pipe, case)
+    still = {"traced": [5], "requests": 1}
+    row = judge_growth(bench(), {**still, "device_allocations": sound})
+    assert (row.status, row.figures["device_allocations"]) == ("ok", 0)
+    row = judge_growth(bench(), {**still, "device_allocations": careless})
+    assert (row.status, row.reason) == ("FAILED", "7 allocations on the device between rows")
 
 
 # ── all of it ──────────────────────────────────────────────────────────────────────────────────
