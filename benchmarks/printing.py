@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .intervals import ab_spread, ratio_by_round
@@ -12,7 +12,9 @@ from .sides.contract import AGAIN, OURS
 _COLUMNS = ("workload", "side", "p50", "p90", "p99", "n", "")
 _PREFIXES = ((1.0, ""), (1e-3, "m"), (1e-6, "u"), (1e-9, "n"))
 _BINARY = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
-_TOLD = 4  # figures on a line
+_FIRST = ("of_best_gemm", "of_floor", "non_engine_share", "non_engine_s_per_step", "relative_l2", "psnr_db")
+_NEVER = ("first_s", "max_error", "during", "axis")
+_MOST = 4  # figures on a line
 
 
 def lines(document: Document) -> list[str]:
@@ -24,29 +26,29 @@ def lines(document: Document) -> list[str]:
         "  ".join([*map(str.ljust, cells[:2], widths), *map(str.rjust, cells[2:6], widths[2:]), cells[6]])
         for cells in table
     ]
-    said = [
-        f"{row.workload}, {row.side}: {', '.join(filter(None, (row.status, row.reason, _told(row.figures))))}"
+    without = [
+        f"{row.workload}, {row.side}: {', '.join(filter(None, (row.status, row.reason, _notes(row))))}"
         for row in document.rows
         if not row.rounds
     ]
-    return [line.rstrip() for line in (*aligned, *said)]
+    return [line.rstrip() for line in (*aligned, *without)]
 
 
 def _cells(document: Document, row: Row) -> tuple[str, ...]:
-    found = row.summary
-    values = [amount(found[name], row.unit) for name in ("p50", "p90", "p99")]
-    notes = [_against(document, row), _told(row.figures)]
+    summary = row.summary
+    values = [amount(summary[name], row.unit) for name in ("p50", "p90", "p99")]
+    notes = [_against(document, row), _notes(row)]
     if row.status != "ok":
         notes.insert(0, f"{row.status}: {row.reason}")
-    what = f"{row.workload}{_asked(document, row)}"
-    return (what, row.side, *values, str(found["n"]), "  ".join(filter(None, notes)))
+    what = row.workload + case_note(row.case, (other.case for other in document.rows))
+    return (what, row.side, *values, str(summary["n"]), "  ".join(filter(None, notes)))
 
 
-def _asked(document: Document, row: Row) -> str:
-    """What tells this row's case from the others'."""
-    cases = [other.case for other in document.rows if other.case]
-    names = [name for name in row.case if len({str(case.get(name)) for case in cases}) > 1]
-    return "".join(f" {name}={row.case[name]}" for name in names)
+def case_note(case: Mapping[str, Any], cases: Iterable[Mapping[str, Any]]) -> str:
+    """What tells this case from the others: ` steps=20`."""
+    known = [other for other in cases if other]
+    names = [name for name in case if len({str(other.get(name)) for other in known}) > 1]
+    return "".join(f" {name}={case[name]}" for name in names)
 
 
 def _against(document: Document, row: Row) -> str:
@@ -58,23 +60,19 @@ def _against(document: Document, row: Row) -> str:
         return ""
     if row.side == AGAIN:
         return f"A/A spread {ab_spread(ours.rounds, row.rounds):.1%}"
-    found = ratio_by_round(row.rounds, ours.rounds)
-    return f"{found.value:.2f}x ours ({found.low:.2f} to {found.high:.2f})"
+    ratio = ratio_by_round(row.rounds, ours.rounds)
+    return f"{ratio.value:.2f}x ours ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
-def _told(figures: Mapping[str, Any]) -> str:
-    short = {name: value for name, value in figures.items() if isinstance(value, (int, float, str))}
-    known = [name for name in _FIRST if name in short]
-    names = [*known, *(name for name in short if name not in (*_FIRST, *_NEVER))][:_TOLD]
-    return "  ".join(f"{name} {_figure(short[name])}" for name in names)
-
-
-_FIRST = ("of_best_gemm", "of_floor", "non_engine_share", "non_engine_s_per_step", "relative_l2", "psnr_db")
-_NEVER = ("first_s", "max_error", "during", "axis")
-
-
-def _figure(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def _notes(row: Row) -> str:
+    """The figures that matter most."""
+    short = {name: value for name, value in row.figures.items() if isinstance(value, (int, float, str))}
+    first = [name for name in _FIRST if name in short]
+    names = [*first, *(name for name in short if name not in (*_FIRST, *_NEVER))][:_MOST]
+    return "  ".join(
+        f"{name} {short[name]:.3g}" if isinstance(short[name], float) else f"{name} {short[name]}"
+        for name in names
+    )
 
 
 def amount(value: float, unit: str) -> str:

@@ -8,7 +8,7 @@ not hold: Winograd's convolution, or weights that fit the last cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -63,60 +63,36 @@ def workload_parts(package: Package, workload: str, case: Case) -> Parts:
     Raises:
         LatentrtError: whatever `net_work` raises, or SamplerError for the case's sampler.
     """
-    makers: dict[str, Callable[[Package, Case], Parts]] = {
-        "text_encoder": lambda package, case: (_text_encoder(package, case, "text_encoder"),),
-        "invariants": lambda package, case: _invariants(package, case, case.batch, case.steps),
-        "unet": _unet,
-        "vae_decoder": _vae_decoder,
-        "picture": _picture,
-    }
-    return makers[workload](package, case) if workload in makers else ()
-
-
-def _prompts(case: Case) -> int:
-    return 2 if case.guided else 1
-
-
-def _text_encoder(package: Package, case: Case, net: str) -> Part:
-    return Part(work=net_work(package, net, {"P": _prompts(case), **_tokens(package)}))
-
-
-def _tokens(package: Package) -> dict[str, int]:
-    return {"T": package.manifest.max_tokens}
-
-
-def _latent(package: Package, case: Case) -> dict[str, int]:
+    texts, tokens = 2 if case.guided else 1, {"T": package.manifest.max_tokens}
     cell = package.manifest.latent_scale
-    return {"H/8": case.height // cell, "W/8": case.width // cell}
+    latent = {"H/8": case.height // cell, "W/8": case.width // cell}
 
+    def part(net: str, calls: int = 1, **sizes: int) -> Part:
+        return Part(work=net_work(package, net, {**tokens, **latent, **sizes}), calls=calls)
 
-def _invariants(package: Package, case: Case, texts: int, steps: int) -> Parts:
-    rows = steps * rows_per_step(case, package.manifest)
-    return (
-        Part(work=net_work(package, "unet_context", {"B": texts, **_tokens(package)})),
-        Part(work=net_work(package, "unet_time", {"S": rows})),
-    )
+    def invariants(rows: int, steps: int) -> Parts:
+        return part("unet_context", B=rows), part(
+            "unet_time", S=steps * rows_per_step(case, package.manifest)
+        )
 
-
-def _unet(package: Package, case: Case) -> Parts:
-    sizes = {"B": case.batch, **_tokens(package), **_latent(package, case)}
-    return (Part(work=net_work(package, "unet", sizes)),)
-
-
-def _vae_decoder(package: Package, case: Case) -> Parts:
-    return (Part(work=net_work(package, "vae_decoder", {"N": case.pictures, **_latent(package, case)})),)
-
-
-def _picture(package: Package, case: Case) -> Parts:
-    """Texts are encoded once, however many pictures; Heun and DPM2 call the UNet twice in a step."""
+    if workload == "text_encoder":
+        return (part("text_encoder", P=texts),)
+    if workload == "invariants":
+        return invariants(case.batch, case.steps)
+    if workload == "unet":
+        return (part("unet", B=case.batch),)
+    if workload == "vae_decoder":
+        return (part("vae_decoder", N=case.pictures),)
+    if workload != "picture":
+        return ()
+    # Texts are encoded once, however many pictures; Heun and DPM2 call the UNet twice in a step.
     request = make_request(package.manifest, case.prompt, **case.parameters)
     rows = len(make_table(request.sampler, case.steps))
-    (unet,) = _unet(package, case)
     return (
-        *(_text_encoder(package, case, net) for net in TEXT_ENCODERS if net in package.manifest.nets),
-        *_invariants(package, case, _prompts(case), rows),
-        replace(unet, calls=rows),
-        *_vae_decoder(package, case),
+        *(part(net, P=texts) for net in TEXT_ENCODERS if net in package.manifest.nets),
+        *invariants(texts, rows),
+        part("unet", calls=rows, B=case.batch),
+        part("vae_decoder", N=case.pictures),
     )
 
 

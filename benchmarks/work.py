@@ -61,49 +61,19 @@ class Work:
     Attributes:
         layers: in the order of the graph.
         parameters: numbers in its weights.
-        weights_bytes: of the weights as the layers read them, after the graph's own casts.
-        stored_bytes: of the weights as the package has them.
-        io_bytes: of the inputs and outputs.
-        least_bytes: what any implementation moves whose caches do not outlive the call: weights once (of a
-            table only the rows that are looked up), inputs and outputs once.
+        least_bytes: what any implementation moves whose caches do not outlive the call: weights once, as the
+            layers read them after the graph's own casts (of a table only the rows that are looked up),
+            inputs and outputs once.
     """
 
     layers: tuple[Layer, ...]
     parameters: int
-    weights_bytes: int
-    stored_bytes: int
-    io_bytes: int
     least_bytes: int
 
     @property
     def flops(self) -> int:
-        """Of all layers."""
+        """The sum over all layers."""
         return sum(layer.flops for layer in self.layers)
-
-    @property
-    def by_kind(self) -> dict[Kind, int]:
-        """FLOPs of each kind that has any."""
-        kinds: tuple[Kind, ...] = ("convolution", "linear", "attention")
-        return {
-            kind: sum(layer.flops for layer in self.layers if layer.kind == kind)
-            for kind in kinds
-            if any(layer.kind == kind for layer in self.layers)
-        }
-
-    @property
-    def layer_bytes(self) -> int:
-        """Where every layer is one kernel, and elementwise work is fused into its neighbours."""
-        return sum(layer.bytes for layer in self.layers)
-
-    @property
-    def matmul_layers(self) -> int:
-        """Convolutions, linear layers and attentions."""
-        return sum(layer.kind != "norm" for layer in self.layers)
-
-    @property
-    def norm_layers(self) -> int:
-        """Norms."""
-        return sum(layer.kind == "norm" for layer in self.layers)
 
 
 def net_work(package: Package, net: str, sizes: Mapping[str, int]) -> Work:
@@ -279,37 +249,31 @@ class _Count:
     def __init__(self, tensors: _Tensors, graph: Any) -> None:
         self._tensors, self._graph = tensors, graph
         self._layers: list[Layer] = []
-        self._scores: dict[
-            str, tuple[int, int]
-        ] = {}  # tensor -> layer that began an attention, its output's bytes
-        self._weights: dict[str, int] = {}  # root -> bytes of it as it is read
-        self._looked_up: dict[str, int] = {}  # root -> bytes of it that are needed
+        # tensor -> the layer that began an attention, and bytes of its output
+        self._scores: dict[str, tuple[int, int]] = {}
+        self._read: dict[str, int] = {}  # weight -> bytes of it that are needed, as they are read
 
     def work(self) -> Work:
         for node in self._graph.node:
             if node.output[0] not in self._tensors.roots:
                 self._read_weights(node)
                 self._add(node)
-        tensors, floats = self._tensors, [root for root in self._weights if self._tensors.is_float(root)]
-        io = sum(tensors.nbytes(value.name) for value in (*self._graph.input, *self._graph.output))
+        tensors = self._tensors
+        outside = sum(tensors.nbytes(value.name) for value in (*self._graph.input, *self._graph.output))
         return Work(
             layers=tuple(self._layers),
-            parameters=sum(prod(tensors.shape(root)) for root in floats),
-            weights_bytes=sum(self._weights.values()),
-            stored_bytes=sum(tensors.nbytes(root) for root in self._weights),
-            io_bytes=io,
-            least_bytes=io + sum(self._looked_up.values()),
+            parameters=sum(prod(tensors.shape(root)) for root in self._read if tensors.is_float(root)),
+            least_bytes=outside + sum(self._read.values()),
         )
 
     def _read_weights(self, node: Any) -> None:
         for position, name in enumerate(node.input):
             root = self._tensors.roots.get(name)
-            if root is None:
-                continue
-            size = self._tensors.nbytes(name)
-            rows = self._tensors.nbytes(node.output[0]) if (node.op_type, position) == ("Gather", 0) else size
-            self._weights[root] = max(size, self._weights.get(root, 0))
-            self._looked_up[root] = max(min(rows, size), self._looked_up.get(root, 0))
+            if root is not None:
+                size = self._tensors.nbytes(name)
+                looked_up = (node.op_type, position) == ("Gather", 0)
+                rows = self._tensors.nbytes(node.output[0]) if looked_up else size
+                self._read[root] = max(min(rows, size), self._read.get(root, 0))
 
     def _add(self, node: Any) -> None:
         if node.op_type in _NOT_COUNTED:

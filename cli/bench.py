@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Exit, Option, Typer
 
@@ -12,6 +13,7 @@ from .bench_options import (
     AsJson,
     Backend,
     Batch,
+    Budget,
     Checkpoint,
     Device,
     Guidance,
@@ -26,13 +28,17 @@ from .bench_options import (
     Width,
     counts,
     find,
-    finish,
     listed,
+    measured,
     pace_of,
-    peers_of,
-    saying,
+    progress_lines,
+    sides_of,
     task_of,
 )
+
+if TYPE_CHECKING:
+    from ..benchmarks.records import Document
+    from ..benchmarks.verbs.latency import Progress
 
 bench = Typer(
     help="Measure latency, memory and accuracy, beside other runtimes; every result is a JSON document.",
@@ -65,7 +71,7 @@ def latency(
     guidance_scale: Guidance = None,
     sampler: Sampler = "dpmpp_2m",
     threads: Threads = None,
-    budget: Annotated[float, Option(help="Seconds for all sides of one workload.")] = 60.0,
+    budget: Budget = 60.0,
     quick: Quick = False,
     out: Out = None,
     as_json: AsJson = False,
@@ -73,11 +79,12 @@ def latency(
     """Time every stage and the whole picture, in turns with peers and with a second run of ours."""
     from ..benchmarks.case import WORKLOADS, Case
     from ..benchmarks.sides.contract import REFERENCES
-    from ..benchmarks.verbs.latency import Sides, measure_latency
+    from ..benchmarks.verbs.latency import measure_latency
 
-    opened = find(model, checkpoint)
+    found = find(model, checkpoint)
+    sides = sides_of(task_of(found, backend, threads, device), peers, listed(references, REFERENCES))
     case = Case.of(
-        opened.package.manifest,
+        found.package.manifest,
         width=width,
         height=height,
         steps=steps,
@@ -85,21 +92,10 @@ def latency(
         guidance_scale=guidance_scale,
         sampler=sampler,
     )
-    sides = Sides(
-        task=task_of(opened, backend, threads, device),
-        peers=peers_of(peers),
-        references=listed(references, REFERENCES),
-    )
-    with saying(as_json=as_json) as said:
-        document = measure_latency(
-            opened.package,
-            sides,
-            [case],
-            workloads=listed(workloads, WORKLOADS) or WORKLOADS,
-            pace=pace_of(budget, quick=quick),
-            said=said,
-        )
-    finish(document, opened, out, as_json=as_json)
+    chosen = listed(workloads, WORKLOADS) or WORKLOADS
+    pace = pace_of(budget, quick=quick)
+    measure = partial(measure_latency, found.package, sides, [case], workloads=chosen, pace=pace)
+    measured(found, out, measure, as_json=as_json)
 
 
 @bench.command()
@@ -110,7 +106,7 @@ def scaling(
     width: Width = None,
     height: Height = None,
     threads: Threads = None,
-    budget: Annotated[float, Option(help="Seconds for one axis.")] = 60.0,
+    budget: Budget = 60.0,
     quick: Quick = False,
     out: Out = None,
     as_json: AsJson = False,
@@ -119,19 +115,13 @@ def scaling(
     from ..benchmarks.case import Case
     from ..benchmarks.verbs.scaling import AXES, measure_scaling
 
-    opened = find(model)
-    case = Case.of(opened.package.manifest, width=width, height=height)
-    chosen = listed(axes, AXES) or tuple(AXES)
-    with saying(as_json=as_json) as said:
-        document = measure_scaling(
-            opened.package,
-            task_of(opened, backend, threads),
-            case,
-            axes={name: AXES[name].values for name in chosen},
-            pace=pace_of(budget, quick=quick),
-            said=said,
-        )
-    finish(document, opened, out, as_json=as_json)
+    found = find(model)
+    task = task_of(found, backend, threads)
+    case = Case.of(found.package.manifest, width=width, height=height)
+    chosen = {name: AXES[name].values for name in listed(axes, AXES) or AXES}
+    pace = pace_of(budget, quick=quick)
+    measure = partial(measure_scaling, found.package, task, case, axes=chosen, pace=pace)
+    measured(found, out, measure, as_json=as_json)
 
 
 @bench.command()
@@ -151,15 +141,13 @@ def memory(
 ) -> None:
     """Peak memory beside peers, the ledger of every net, and memory over one request."""
     from ..benchmarks.case import Case
-    from ..benchmarks.verbs.latency import Sides
     from ..benchmarks.verbs.memory import measure_memory
 
-    opened = find(model, checkpoint)
-    case = Case.of(opened.package.manifest, width=width, height=height, steps=steps, pictures=batch)
-    sides = Sides(task=task_of(opened, backend, threads, device), peers=peers_of(peers), references=())
-    with saying(as_json=as_json) as said:
-        document = measure_memory(opened.package, sides, case, said=said)
-    finish(document, opened, out, as_json=as_json)
+    found = find(model, checkpoint)
+    sides = sides_of(task_of(found, backend, threads, device), peers, ())
+    case = Case.of(found.package.manifest, width=width, height=height, steps=steps, pictures=batch)
+    measure = partial(measure_memory, found.package, sides, case)
+    measured(found, out, measure, as_json=as_json)
 
 
 @bench.command()
@@ -167,47 +155,27 @@ def throughput(
     model: ModelName = "demo",
     backend: Backend = "auto",
     batches: Annotated[str, Option(help="Pictures per call, with commas.")] = "1,2,4,8",
-    rate: Annotated[
-        float | None, Option(min=1e-6, help="Server: queries per second, besides the search.")
-    ] = None,
-    deadline: Annotated[
-        float | None,
-        Option(min=1e-6, help="Server: seconds for 99 % of queries. Default: 4 times one query's median."),
-    ] = None,
-    together: Annotated[
-        int, Option(min=1, help="Server: so many waiting queries are drawn in one call.")
-    ] = 1,
     width: Width = None,
     height: Height = None,
     steps: Steps = 20,
     threads: Threads = None,
-    budget: Annotated[
-        float, Option(min=1.0, help="Seconds for each scenario, and for the search of Server's highest rate.")
-    ] = 240.0,
+    budget: Annotated[float, Option(min=1.0, help="Seconds for each scenario.")] = 240.0,
     quick: Quick = False,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Pictures per second by batch, and MLPerf's scenarios: SingleStream, Offline, Server."""
-    from dataclasses import replace
-
+    """Pictures per second by batch, and MLPerf's scenarios SingleStream and Offline."""
     from ..benchmarks.case import Case
     from ..benchmarks.verbs.throughput import Rules, measure_throughput
 
-    opened = find(model)
-    case = Case.of(opened.package.manifest, width=width, height=height, steps=steps)
+    found = find(model)
+    task = task_of(found, backend, threads)
+    case = Case.of(found.package.manifest, width=width, height=height, steps=steps)
+    sizes = counts(batches)
     rules = Rules.quick() if quick else Rules(budget=budget)
-    with saying(as_json=as_json) as said:
-        document = measure_throughput(
-            opened.package,
-            task_of(opened, backend, threads),
-            case,
-            batches=counts(batches),
-            rules=replace(rules, rate=rate, deadline=deadline, together=together),
-            pace=pace_of(60.0, quick=quick),
-            said=said,
-        )
-    finish(document, opened, out, as_json=as_json)
+    pace = pace_of(60.0, quick=quick)
+    measure = partial(measure_throughput, found.package, task, case, batches=sizes, rules=rules, pace=pace)
+    measured(found, out, measure, as_json=as_json)
 
 
 @bench.command("cold-start")
@@ -223,15 +191,14 @@ def cold_start(
     """Fresh processes: import, open, first and second picture, each by itself."""
     from ..benchmarks.verbs.cold_start import QUICK_REPEATS, measure_cold_start
 
-    opened = find(model)
-    with saying(as_json=as_json) as said:
-        document = measure_cold_start(
-            opened.package,
-            task_of(opened, backend, threads),
-            repeats=QUICK_REPEATS if quick else repeats,
-            said=said,
-        )
-    finish(document, opened, out, as_json=as_json)
+    found = find(model)
+    task = task_of(found, backend, threads)
+    times = QUICK_REPEATS if quick else repeats
+
+    def measure(progress: Progress) -> Document:
+        return measure_cold_start(found.package, task, repeats=times, said=progress)
+
+    measured(found, out, measure, as_json=as_json)
 
 
 @bench.command()
@@ -256,14 +223,19 @@ def build(
     from ..engines.profiles import Profile
     from ..engines.tensorrt.build import built_nets
 
-    opened = find(model)
-    multiple = opened.package.manifest.size_multiple
-    profiles = tuple(Profile.parse(text, multiple=multiple) for text in profile or ())
-    chosen = listed(nets, built_nets(opened.package))
-    with saying(as_json=as_json) as said:
-        builds = Builds(backend=backend, profiles=profiles, nets=chosen, repeats=repeats)
-        document = measure_build(opened.package, builds, said=said)
-    finish(document, opened, out, as_json=as_json)
+    found = find(model)
+    multiple = found.package.manifest.size_multiple
+    builds = Builds(
+        backend=backend,
+        profiles=tuple(Profile.parse(text, multiple=multiple) for text in profile or ()),
+        nets=listed(nets, built_nets(found.package)),
+        repeats=repeats,
+    )
+
+    def measure(progress: Progress) -> Document:
+        return measure_build(found.package, builds, said=progress)
+
+    measured(found, out, measure, as_json=as_json)
 
 
 @bench.command()
@@ -291,30 +263,29 @@ def parity(
     from ..benchmarks.case import Case
     from ..benchmarks.verbs.parity import Inputs, Reference, measure_parity
 
-    opened = find(model, checkpoint)
-    case = Case.of(opened.package.manifest, width=width, height=height, steps=steps)
+    found = find(model, checkpoint)
+    case = Case.of(found.package.manifest, width=width, height=height, steps=steps)
     inputs = Inputs(cases=(case,), samples=1 if quick else samples)
-    task = task_of(opened, backend, threads)
+    task = task_of(found, backend, threads)
     chosen = Reference.of(task, reference)
-    with saying(as_json=as_json) as said:
-        document = measure_parity(opened.package, task, inputs, reference=chosen, said=said)
-    finish(document, opened, out, as_json=as_json)
+    measure = partial(measure_parity, found.package, task, inputs, reference=chosen)
+    measured(found, out, measure, as_json=as_json)
 
 
 @bench.command()
 def compare(
     before: Annotated[Path, Argument(help="A document of `latentrt bench`.")],
-    after: Annotated[Path, Argument(help="Another of the same verb and model.")],
+    after: Annotated[Path, Argument(help="Another of the same verb, model and machine.")],
     threshold: Annotated[float, Option(help="The smallest change that counts: 0.05 is 5 %.")] = 0.05,
     as_json: AsJson = False,
 ) -> None:
-    """Ratios of two documents with their intervals. Exit code 1: ours is slower, beyond the noise."""
+    """Ratios of two documents with their intervals. Exit code 1: ours is slower, or nothing was compared."""
     from ..benchmarks.records import read_document
     from ..benchmarks.verbs.compare import compare as compare_documents
 
     found = compare_documents(read_document(before), read_document(after), threshold=threshold)
     print(json.dumps(found.to_json()) if as_json else found.format())
-    if found.regressed:
+    if found.regressed or not found.compared:
         raise Exit(1)
 
 
@@ -322,7 +293,10 @@ def compare(
 def report(
     results: Annotated[Path, Argument(help="A folder of documents.")] = Path("benchmarks/results"),
     readme: Annotated[
-        Path | None, Option(help="Its text between the markers bench:begin and bench:end is replaced.")
+        Path | None, Option(help="Gets the short table between bench-summary:begin and bench-summary:end.")
+    ] = None,
+    measurements: Annotated[
+        Path | None, Option(help="Gets all tables and figures between bench:begin and bench:end.")
     ] = None,
     figures: Annotated[
         Path | None, Option(help="Folder for the PNGs. Default: `figures` beside the documents.")
@@ -330,12 +304,12 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Draw every figure and table again, from the JSON documents alone. Needs the extra [bench]."""
-    from ..benchmarks.report.publish import write_report
+    from ..benchmarks.report.publish import Pages, write_report
 
-    found = write_report(results, readme, figures or results / "figures")
+    pages = Pages(readme=readme, measurements=measurements, figures=figures or results / "figures")
+    found = write_report(results, pages)
     if as_json:
-        told = {"documents": found.documents, "figures": found.figures, "changed": found.changed}
-        print(json.dumps({**told, "remarks": found.remarks}, default=str))
+        print(json.dumps(vars(found), default=str))
         return
     print(f"{found.documents} documents, {len(found.figures)} figures, {len(found.changed)} files changed")
     print("\n".join([*(f"  {path}" for path in found.changed), *found.remarks]))
@@ -353,14 +327,14 @@ def everything(
     quick: Quick = False,
 ) -> None:
     """Every verb that measures, one after the other; --quick ends within two minutes for the demo model."""
-    from ..benchmarks.verbs.latency import Sides
+    from ..benchmarks.sides.contract import REFERENCES
     from ..benchmarks.verbs.suite import measure_all
 
-    opened = find(model, checkpoint)
-    sides = Sides(task=task_of(opened, backend, threads, device), peers=peers_of(peers))
+    found = find(model, checkpoint)
+    sides = sides_of(task_of(found, backend, threads, device), peers, REFERENCES)
     failed = False
-    with saying(as_json=False) as said:
-        for path, document in measure_all(opened, sides, folder, quick=quick, said=said):
+    with progress_lines(enabled=True) as progress:
+        for path, document in measure_all(found, sides, folder, quick=quick, progress=progress):
             print(f"{path}: {len(document.rows)} rows{', of which some FAILED' if document.failed else ''}")
             failed = failed or document.failed
     if failed:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..benchmarks.records import Document
     from ..benchmarks.rounds import Pace
     from ..benchmarks.sides.contract import Task
+    from ..benchmarks.verbs.latency import Progress, Sides
 
 DEVICES = ("cpu", "cuda")
 
@@ -40,6 +41,7 @@ Steps = Annotated[int, Option(min=1, help="Number of inference steps.")]
 Batch = Annotated[int, Option(min=1, help="Pictures drawn at once.")]
 Guidance = Annotated[float | None, Option(help="Guidance scale; 1 is off. Default: the model's.")]
 Sampler = Annotated[str, Option(help="One that every side has: ddim, euler, dpmpp_2m, ….")]
+Budget = Annotated[float, Option(help="Seconds for all sides of one workload, or for one axis.")]
 Quick = Annotated[bool, Option("--quick", help="Few runs: minutes become seconds, and intervals wide.")]
 Out = Annotated[Path | None, Option("--out", help="Write the JSON document here.")]
 AsJson = Annotated[bool, Option("--json", help="Print the JSON document.")]
@@ -81,18 +83,20 @@ def device_of(backend: str, device: str) -> str:
     return "cpu"
 
 
+def sides_of(task: Task, peers: str, references: tuple[str, ...]) -> Sides:
+    """Ours, the peers of a list with commas, and the references. Raises UsageError for an unknown peer."""
+    from ..benchmarks.sides.contract import OURS, REFERENCES, SIDES, WATCHED
+    from ..benchmarks.verbs.latency import Sides
+
+    known = [name for name in SIDES if name not in (OURS, WATCHED, *REFERENCES)]
+    return Sides(task=task, peers=listed(peers, known), references=references)
+
+
 def pace_of(budget: float, *, quick: bool) -> Pace:
     """How often sides run; `quick` goes before the budget."""
     from ..benchmarks.rounds import Pace
 
     return Pace.quick() if quick else Pace(budget=budget)
-
-
-def peers_of(text: str) -> tuple[str, ...]:
-    """Names of peers. Raises UsageError for one that is not known."""
-    from ..benchmarks.sides.contract import OURS, REFERENCES, SIDES
-
-    return listed(text, [name for name in SIDES if name not in (OURS, *REFERENCES)])
 
 
 def listed(text: str, known: Iterable[str]) -> tuple[str, ...]:
@@ -122,18 +126,20 @@ def counts(text: str) -> tuple[int, ...]:
 
 
 @contextmanager
-def saying(*, as_json: bool) -> Generator[Callable[[str], None]]:
+def progress_lines(*, enabled: bool) -> Generator[Progress]:
     """A bar that says what is being done; how long it takes is not known."""
-    with progress_bar(enabled=not as_json) as advance:
+    with progress_bar(enabled=enabled) as advance:
         yield lambda line: advance(line, 0, 0)
 
 
-def finish(found: Document, model: Model, out: Path | None, *, as_json: bool) -> None:
-    """Print, write, and end with exit code 1 if a row failed."""
+def measured(model: Model, out: Path | None, measure: Callable[..., Document], *, as_json: bool) -> None:
+    """Measure with a progress bar, write and print the document; exit code 1 if a row failed."""
     from dataclasses import replace
 
     from ..benchmarks.printing import lines
 
+    with progress_lines(enabled=not as_json) as progress:
+        found = measure(progress=progress)
     # folders of this machine are nobody's business, and mean nothing elsewhere
     words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
     settings = {**found.settings, "command": " ".join(["latentrt", *words])}

@@ -1,17 +1,22 @@
-"""The README's tables and the figures are those of the documents that are committed."""
+"""The tables and the figures are those of the documents that are committed."""
 
 from pathlib import Path
 
 from latentrt.benchmarks.records import read_document
-from latentrt.benchmarks.report import outdated
+from latentrt.benchmarks.report import Pages, outdated
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
 def test_everything_shown_is_current() -> None:
-    """Else: `latentrt bench report --readme README.md`."""
-    assert outdated(RESULTS, ROOT / "README.md", RESULTS / "figures") == ()
+    """Else: `latentrt bench report --readme README.md --measurements docs/measurements.md`."""
+    pages = Pages(
+        readme=ROOT / "README.md",
+        measurements=ROOT / "docs" / "measurements.md",
+        figures=RESULTS / "figures",
+    )
+    assert outdated(RESULTS, pages) == ()
 
 
 def test_what_was_measured_is_stamped() -> None:

@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ...engines.errors import UsageError
-from .figures import draw_figures, planned_figures
-from .results import Results, read_results
-from .sheet import DIGEST
-from .tables import markdown
+from . import words
+from .ratio_bars import draw_ratios
+from .results import Result, Results, read_results
+from .roofline import draw_rooflines
+from .sheet import DIGEST, Sheet, house_style
+from .tables import full_tables, short_table
+from .waterfall import draw_waterfalls
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+SUMMARY_BEGIN, SUMMARY_END = "<!-- bench-summary:begin -->", "<!-- bench-summary:end -->"
+_DRAWERS = (draw_waterfalls, draw_ratios, draw_rooflines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pages:
+    """Where the report goes.
+
+    Attributes:
+        readme: a Markdown file with the markers SUMMARY_BEGIN and SUMMARY_END, for the short table.
+        measurements: a Markdown file with the markers BEGIN and END, for all tables and links to figures.
+        figures: a folder for PNGs, made where it is missing; no file in it is ever deleted.
+    """
+
+    readme: Path | None
+    measurements: Path | None
+    figures: Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,69 +55,94 @@ class Report:
     remarks: tuple[str, ...]
 
 
-def write_report(results: Path, readme: Path | None, figures: Path) -> Report:
-    """Draw every figure, and put the tables between the README's markers. A second time changes nothing.
+def write_report(results: Path, pages: Pages) -> Report:
+    """Draw every figure, and put the tables between the pages' markers. A second time changes nothing.
 
     Args:
         results: a folder of documents; nothing else is read.
-        readme: a Markdown file with the markers BEGIN and END; None writes figures only.
-        figures: a folder for PNGs, made where it is missing; no file in it is ever deleted.
+        pages: what is written; a page that is None is left out.
 
     Raises:
-        UsageError: no such folder, or a README without the markers.
+        UsageError: no such folder, or a page without its markers.
         PackageError: a document that is damaged, or of a newer schema.
         BackendError: matplotlib is not installed.
 
     Whatever is raised, nothing was written.
     """
     read = read_results(results)
-    text = _expected(read, readme, figures) if readme else ""
-    drawn = {figures / name: png for result in read.found for name, png in draw_figures(result)}
-    changed = [path for path, png in drawn.items() if _write(path, png)]
-    if readme and _write(readme, text.encode()):
-        changed.append(readme)
+    texts = _expected(read, pages)
+    drawn = {pages.figures / name: png for result in read.found for name, png in draw_figures(result)}
+    contents = {**drawn, **{path: text.encode() for path, text in texts.items()}}
     return Report(
         documents=len(read.found),
         figures=tuple(drawn),
-        changed=tuple(changed),
-        remarks=(*read.remarks, *_left_over(read, figures)),
+        changed=tuple(path for path, content in contents.items() if _write(path, content)),
+        remarks=(*read.remarks, *_left_over(read, pages.figures)),
     )
 
 
-def outdated(results: Path, readme: Path | None, figures: Path) -> tuple[str, ...]:
+def outdated(results: Path, pages: Pages) -> tuple[str, ...]:
     """What `write_report` would change, one sentence each; nothing is drawn, and matplotlib is not needed.
 
     A figure is current if the digest in its metadata is that of its document. Raises as `write_report` does.
     """
     read = read_results(results)
-    found: list[str] = []
-    if readme and _expected(read, readme, figures) != readme.read_text(encoding="utf-8"):
-        found.append(f"{readme.name} does not have the tables of the documents")
+    found = [
+        f"{path.name} does not have the tables of the documents"
+        for path, text in _expected(read, pages).items()
+        if path.read_text(encoding="utf-8") != text
+    ]
     for result in read.found:
         for name in planned_figures(result):
-            if _digest(figures / name) != result.digest:
+            if _digest(pages.figures / name) != result.digest:
                 found.append(f"{name} is missing, or was drawn from another document")
-    return (*found, *_left_over(read, figures))
+    return (*found, *_left_over(read, pages.figures))
 
 
-def report_is_current(results: Path, readme: Path | None, figures: Path) -> bool:
-    """Whether `write_report` would change nothing (see `outdated`)."""
-    return not outdated(results, readme, figures)
+def planned_figures(result: Result) -> dict[str, Callable[[], Sheet]]:
+    """How each figure of a document is drawn, by file name; to be called within `sheet.house_style`."""
+    document = result.document
+    source = words.source(document, result.name)
+    drawers = _DRAWERS if document.benchmark == "latency" else ()
+    planned = (item for draw in drawers for item in draw(document, source))
+    return {f"{result.name}-{name}.png": drawn for name, drawn in planned}
 
 
-def _expected(read: Results, readme: Path, figures: Path) -> str:
-    """The README as it should be."""
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    begin, end = text.find(BEGIN), text.find(END)
-    if (text.count(BEGIN), text.count(END)) != (1, 1) or end < begin:
+def draw_figures(result: Result) -> Iterator[tuple[str, bytes]]:
+    """(file name, PNG) of every figure of a document."""
+    for name, drawn in planned_figures(result).items():
+        with house_style():
+            yield name, drawn().png(result.digest)
+
+
+def _expected(read: Results, pages: Pages) -> dict[Path, str]:
+    """The pages as they should be."""
+    texts: dict[Path, str] = {}
+    if page := pages.measurements:
+        folder = _relative(pages.figures, page)
+        names = {result.name: planned_figures(result) for result in read.found}
+        links = {name: [f"{folder}/{figure}" for figure in figures] for name, figures in names.items()}
+        texts[page] = _between(page, (BEGIN, END), full_tables(read.found, links))
+    if page := pages.readme:
+        link = _relative(pages.measurements, page) if pages.measurements else ""
+        texts[page] = _between(page, (SUMMARY_BEGIN, SUMMARY_END), short_table(read.found, link))
+    return texts
+
+
+def _relative(target: Path, page: Path) -> str:
+    return Path(os.path.relpath(target, page.parent)).as_posix()
+
+
+def _between(page: Path, markers: tuple[str, str], table: str) -> str:
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    begin, end = (text.find(marker) for marker in markers)
+    if [text.count(marker) for marker in markers] != [1, 1] or end < begin:
         raise UsageError(
-            f"{readme} does not have the markers {BEGIN} and {END}, once and in this order",
+            f"{page} does not have the markers {markers[0]} and {markers[1]}, once and in this order",
             expected="both, around the place of the tables",
-            fix="Add them to the file, each on a line of its own, or leave out --readme.",
+            fix="Add them to the file, each on a line of its own, or leave the page out.",
         )
-    folder = Path(os.path.relpath(figures, readme.parent)).as_posix()
-    links = {result.name: [f"{folder}/{name}" for name in planned_figures(result)] for result in read.found}
-    return f"{text[:begin]}{BEGIN}\n\n{markdown(read.found, links)}\n\n{text[end:]}"
+    return f"{text[:begin]}{markers[0]}\n\n{table}\n\n{text[end:]}"
 
 
 def _write(path: Path, content: bytes) -> bool:
@@ -111,7 +157,7 @@ def _write(path: Path, content: bytes) -> bool:
 
 
 def _digest(path: Path) -> str | None:
-    """Of the document a PNG was drawn from; None for another file, or none."""
+    """That of the document a PNG was drawn from; None for another file, or none."""
     pictures: Any = import_module("PIL.Image")  # its `info` has no type
     try:
         with pictures.open(path) as image:

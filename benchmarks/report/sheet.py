@@ -72,27 +72,16 @@ def numbered(name: str, number: int) -> str:
 
 
 class Sheet:
-    """A figure with `panels` axes side by side. To be made and finished within `house_style`.
+    """A figure with one panel. To be made and finished within `house_style`.
 
     Args:
         heading: what it shows.
         subtitle: of whom: model, size, machine, date.
         source: where its numbers are.
-        height: of the panels with their labels, inches.
-        panels: how many.
-        widths: of the panels, relative to each other.
+        height: of the panel with its labels, inches.
     """
 
-    def __init__(
-        self,
-        heading: str,
-        subtitle: str,
-        source: str,
-        *,
-        height: float,
-        panels: int = 1,
-        widths: tuple[float, ...] | None = None,
-    ) -> None:
+    def __init__(self, heading: str, subtitle: str, source: str, *, height: float) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -100,30 +89,12 @@ class Sheet:
         self.figure: Any = Figure(figsize=(_WIDTH, tall), dpi=DPI, facecolor="white")
         self._canvas: Any = FigureCanvasAgg(self.figure)
         left, inside = _SIDE / _WIDTH, 1 - 2 * _SIDE / _WIDTH
-        self.figure.set_layout_engine(
-            "constrained", rect=(left, _FOOT / tall, inside, height / tall), wspace=0.06
-        )
+        place = left, _FOOT / tall, inside, height / tall
+        self.figure.set_layout_engine("constrained", rect=place)
         self.figure.text(left, 1 - 0.14 / tall, heading, size=13, weight="bold", va="top")
         self.figure.text(left, 1 - 0.45 / tall, subtitle, size=9, color=GREY, va="top")
         self.figure.text(left, 0.11 / tall, source, size=7, color=GREY, va="bottom")
-        self.axes: list[Axes] = list(self.figure.subplots(1, panels, squeeze=False, width_ratios=widths)[0])
-
-    def legend(self, handles: list[Any], labels: list[str]) -> None:
-        """One for all panels, at the right of the heading."""
-        tall, wide = self.figure.get_figheight(), self.figure.get_figwidth()
-        corner = 1 - _SIDE / wide, 1 - 0.08 / tall
-        legend = self.figure.legend(
-            handles, labels, loc="upper right", bbox_to_anchor=corner, ncols=len(labels), handlelength=1.6
-        )
-        legend.set_in_layout(False)
-
-    def settle(self) -> None:
-        """Lay out, so that `extent` is right."""
-        self.figure.get_layout_engine().execute(self.figure)
-
-    def extent(self, artist: Any) -> Any:
-        """A text's box in pixels."""
-        return artist.get_window_extent(self._canvas.get_renderer())
+        self.axes: Axes = self.figure.subplots()
 
     def png(self, digest: str) -> bytes:
         """The picture, without a date; `digest` of the document goes into its metadata."""
@@ -132,9 +103,9 @@ class Sheet:
         return file.getvalue()
 
 
-def ticks_by(said: Callable[[float], str]) -> Callable[[float, object], str]:
+def ticks_by(write: Callable[[float], str]) -> Callable[[float, object], str]:
     """A formatter of ticks that does not care where on the axis they are."""
-    return lambda value, _: said(value)
+    return lambda value, _: write(value)
 
 
 def tidy_bars(axes: Axes, names: list[str]) -> None:
@@ -159,6 +130,15 @@ def beside(axes: Axes, x: float, y: float, text: str, *, color: str = INK, weigh
         weight=weight,
         annotation_clip=False,
     )
+
+
+def whisker(axes: Axes, y: float, ends: tuple[float, float], *, arrow: bool, both: bool = False) -> None:
+    """A line with a cap at its right end, or an arrow where it goes on; with one at the left if `both`."""
+    axes.plot(ends, [y, y], color=INK, linewidth=1)
+    if arrow:
+        axes.plot(ends[1], y, marker=">", color=INK, markersize=4)
+    for x in (*ends[:1] * both, *ends[1:] * (not arrow)):
+        axes.plot([x, x], [y - 0.14, y + 0.14], color=INK, linewidth=1)
 
 
 # The name of a figure, and how to draw it.

@@ -88,13 +88,6 @@ def percent(value: float | None) -> str:
     return "<0.1 %" if 0 < abs(value) < 0.0005 else f"{100 * value:.1f} %"
 
 
-def value_of(value: float | None, unit: str) -> str:
-    """A sample in its row's unit."""
-    if unit == "s":
-        return seconds(value)
-    return f"{number(value)}/s" if unit == "1/s" else amount(value, unit)
-
-
 def workload(name: str) -> str:
     """For people."""
     return _WORKLOADS.get(name, name.replace("_", " "))

@@ -36,8 +36,10 @@ SIDES: Mapping[str, str] = {
     "openvino": "openvino_loop",
     "tensorrt": "tensorrt_loop",
     "ceiling": "ceiling",
+    "latentrt watched": "watched",
 }
 OURS = "latentrt"
+WATCHED = "latentrt watched"  # ours, while it watches its own memory; no peer
 AGAIN = "latentrt again"  # the other half of the A/A pair
 CEILING = "ceiling"  # what the machine can do at best
 YARDSTICK = "yardstick"  # ours over a network that is always the same, see `yardstick.py`

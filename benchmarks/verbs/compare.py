@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from ...engines.errors import UsageError
 from ..intervals import LEAST, Estimate, Interval, ab_spread, median_of, ratio_of_rounds
+from ..printing import case_note
 from ..records import Document, Rounds, Row
 from ..roofline import GEMM
 from ..sides.contract import AGAIN, CEILING, OURS, REFERENCES, YARDSTICK
@@ -32,9 +33,6 @@ LEVEL = 0.99  # a document has several rows: of 0.95, one in ten documents would
 Verdict = Literal["slower", "faster", "larger", "smaller", "same", "FAILED", "not compared"]
 _WORSE = ("slower", "larger", "FAILED")
 _RATES = ("1/s", "FLOP/s", "B/s")  # more is better
-_FACTS = ("cpu", "cores", "gpu", "system", "python")
-
-Key = tuple[str, str, str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +44,9 @@ class Compared:
         before, after: p50 of each, as measured.
         ratio: after / before with its interval; of seconds, the machine's own change is taken out where both
             documents have a yardstick or a matmul.
-        machine: that one's after / before; None without one.
+        machine: the yardstick's or the matmul's after / before; None without one.
         noise: what a change has to be larger than, beside its interval: 0.05 is 5 %.
-        verdict: what it comes to.
+        verdict: slower, faster, …
         reason: of a verdict that no ratio gave.
     """
 
@@ -75,7 +73,7 @@ class Comparison:
     """Two documents, row by row.
 
     Attributes:
-        before, after: date and commit of each.
+        before, after: date of each, and commit where it is known.
         rows: those in both.
         only_before, only_after: side and workload of those in one.
         remarks: what a reader has to know about the ratios.
@@ -95,16 +93,23 @@ class Comparison:
         """Whether any row of our own side did."""
         return any(row.regressed for row in self.rows)
 
+    @property
+    def compared(self) -> bool:
+        """Whether any row has a verdict."""
+        return any(row.verdict != "not compared" for row in self.rows)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return {**asdict(self), "regressed": self.regressed}
+        return {**asdict(self), "regressed": self.regressed, "compared": self.compared}
 
     def format(self) -> str:
         """A line for each row, then remarks and the rows of one document alone."""
         lines = [f"{_named(self.before)} -> {_named(self.after)}"]
-        lines += [_line(row, _asked(row.case, self.rows)) for row in self.rows]
+        lines += [_line(row, case_note(row.case, (other.case for other in self.rows))) for row in self.rows]
         lines += [f"only before: {name}" for name in self.only_before]
         lines += [f"only after: {name}" for name in self.only_after]
+        if not self.compared:
+            lines.append("nothing was compared: no row of both documents has a time, a size or a rate")
         return "\n".join([*lines, *self.remarks])
 
 
@@ -113,83 +118,91 @@ def compare(a: Document, b: Document, *, threshold: float = THRESHOLD) -> Compar
 
     Args:
         a: before.
-        b: after, of the same verb and model.
+        b: after, of the same verb, model and machine.
         threshold: the smallest change that counts, 0.05 is 5 %.
 
     Raises:
-        UsageError: documents of different verbs or models, or a threshold that is none.
+        UsageError: documents of different verbs, models or machines, or a threshold that is none.
     """
     _check(a, b, threshold)
     before, after = _by_key(a), _by_key(b)
-    pairs = [(before[key], after[key]) for key in before if key in after]
-    rows = [_Pair(a, b, old, new, threshold).compared() for old, new in pairs]
+    rows = [_compared((a, b), (before[key], after[key]), threshold) for key in before if key in after]
     return Comparison(
         before=_facts(a),
         after=_facts(b),
         rows=tuple(rows),
-        only_before=tuple(_label(row) for key, row in before.items() if key not in after),
-        only_after=tuple(_label(row) for key, row in after.items() if key not in before),
+        only_before=tuple(f"{row.side}, {row.workload}" for key, row in before.items() if key not in after),
+        only_after=tuple(f"{row.side}, {row.workload}" for key, row in after.items() if key not in before),
         remarks=(*_remarks(a, b), *_unclear(rows)),
         threshold=threshold,
     )
 
 
-class _Pair:
-    """A row of one document and the same row of another."""
-
-    def __init__(self, a: Document, b: Document, old: Row, new: Row, threshold: float) -> None:
-        self._documents, self._rows, self._threshold = (a, b), (old, new), threshold
-
-    def compared(self) -> Compared:
-        """The verdict."""
-        old, new = self._rows
-        facts: dict[str, Any] = {name: getattr(new, name) for name in ("side", "workload", "case", "unit")}
-        if old.status == "ok" and new.status == "FAILED":
-            return Compared(**facts, verdict="FAILED", reason=new.reason)
-        for row, when in ((old, "before"), (new, "after")):
-            if row.status != "ok" or not row.samples:
-                reason = f"{when}: {row.reason or row.status}" if row.status != "ok" else f"no samples {when}"
-                return Compared(**facts, verdict="not compared", reason=reason)
-        if reason := _incomparable(old, new):
-            return Compared(**facts, verdict="not compared", reason=reason)
-        ratio, machine = self._ratio()
-        noise = max(self._threshold, *self._spreads())
-        return Compared(
-            **facts,
-            verdict=_verdict(ratio, noise, new.unit),
-            before=old.summary["p50"],
-            after=new.summary["p50"],
-            ratio=ratio,
-            machine=machine,
-            noise=noise,
+def _check(a: Document, b: Document, threshold: float) -> None:
+    if not 0 < threshold < 1:
+        raise UsageError(
+            f"a threshold of {threshold}", expected="a share above 0 and below 1", fix="Try --threshold 0.05."
         )
+    same = {
+        "verbs": (a.benchmark, b.benchmark),
+        "models": (a.model, b.model),
+        "machines": (_hardware(a.machine), _hardware(b.machine)),
+    }
+    for what, (old, new) in same.items():
+        if _text(old) != _text(new):
+            raise UsageError(
+                f"the documents are of different {what}: {_text(old)} and {_text(new)}",
+                expected="two measurements of the same",
+                fix="Measure again as the other was: latentrt bench VERB MODEL --out FILE.",
+            )
 
-    def _ratio(self) -> tuple[Interval, float | None]:
-        sides = [
-            (document, row, seed)
-            for seed, (document, row) in enumerate(zip(self._documents, self._rows, strict=True))
-        ]
-        for measure in (_over_yardstick, _over_matmul):
-            old, new = (measure(*side) for side in sides)
-            if old and new:
-                return new.estimate.over(old.estimate).interval(LEVEL), new.machine / old.machine
-        plain = [median_of(_pooled(document, row), seed=seed) for document, row, seed in sides]
-        return plain[1].over(plain[0]).interval(LEVEL), None
 
-    def _spreads(self) -> Iterator[float]:
-        """What the A/A pairs differ by; 0 where there is none."""
-        for document, row in zip(self._documents, self._rows, strict=True):
-            halves = _beside_yardstick(document, row)
-            again = _again(document, row)
-            if len(halves) == 2:
-                one, other = (half.summary["p50"] for half in halves)
-                yield abs(one / other - 1)
-            else:
-                yield ab_spread(row.rounds, again) if again else 0.0
+def _hardware(machine: Mapping[str, Any]) -> list[Any]:
+    """What makes two machines different ones: processor, usable cores, GPU."""
+    gpu = machine.get("gpu")
+    return [machine.get("cpu"), machine.get("cores"), gpu.get("name") if gpu else None]
+
+
+def _by_key(document: Document) -> dict[tuple[str, ...], Row]:
+    """Rows that are compared: not the second half of the A/A pair, not the yardstick."""
+    return {
+        (row.side, row.workload, _text(row.case), row.unit): row
+        for row in document.rows
+        if row.side not in REFERENCES
+    }
+
+
+# ── one row ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _compared(documents: tuple[Document, Document], rows: tuple[Row, Row], threshold: float) -> Compared:
+    old, new = rows
+    facts: dict[str, Any] = {name: getattr(new, name) for name in ("side", "workload", "case", "unit")}
+    if old.status == "ok" and new.status == "FAILED":
+        return Compared(**facts, verdict="FAILED", reason=new.reason)
+    if reason := _incomparable(old, new):
+        return Compared(**facts, verdict="not compared", reason=reason)
+    sides = list(zip(documents, rows, strict=True))
+    ratio, machine = _ratio(sides)
+    noise = max(threshold, *(_spread(*side) for side in sides))
+    return Compared(
+        **facts,
+        verdict=_verdict(ratio, noise, new.unit),
+        before=old.summary["p50"],
+        after=new.summary["p50"],
+        ratio=ratio,
+        machine=machine,
+        noise=noise,
+    )
 
 
 def _incomparable(old: Row, new: Row) -> str:
     """Why no ratio of two rows would say anything; empty if it would."""
+    for row, when in ((old, "before"), (new, "after")):
+        if row.status != "ok":
+            return f"{when}: {row.reason or row.status}"
+        if not row.samples:
+            return f"no samples {when}"
     if new.unit not in ("s", "B", *_RATES):
         return f"in {new.unit}: its status says whether it is good enough"
     if min(*old.samples, *new.samples) <= 0:
@@ -210,51 +223,76 @@ def _verdict(ratio: Interval, noise: float, unit: str) -> Verdict:
     return "same"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Times:
-    """How many times as long as something else a row took, and how long that took: the machine."""
+def _ratio(sides: Sequence[tuple[Document, Row]]) -> tuple[Interval, float | None]:
+    """After / before, and the machine's; over the yardstick, else over the matmul, else as measured."""
+    for measure in (_over_yardstick, _over_matmul):
+        old, new = (measure(document, row, seed) for seed, (document, row) in enumerate(sides))
+        if old and new:
+            return new[0].over(old[0]).interval(LEVEL), new[1] / old[1]
+    old, new = (median_of(_pooled(*side), seed=seed) for seed, side in enumerate(sides))
+    return new.over(old).interval(LEVEL), None
 
-    estimate: Estimate
-    machine: float
 
-
-def _over_yardstick(document: Document, row: Row, seed: int) -> _Times | None:
+def _over_yardstick(document: Document, row: Row, seed: int) -> tuple[Estimate, float] | None:
+    """How many times as long as the yardstick our row took, and the yardstick's own seconds."""
     halves = _beside_yardstick(document, row)
     if not halves:
         return None
     rounds = _together([half.rounds for half in halves])
-    machine = median(float(half.figures["yardstick_p50_s"]) for half in halves)
-    return _Times(estimate=median_of(rounds, seed=seed), machine=machine)
+    return median_of(rounds, seed=seed), median(float(half.figures["yardstick_p50_s"]) for half in halves)
 
 
-def _over_matmul(document: Document, row: Row, seed: int) -> _Times | None:
-    """Of the matmul, seconds per operation: a side that looks for the fastest shape may not find the same."""
+def _over_matmul(document: Document, row: Row, seed: int) -> tuple[Estimate, float] | None:
+    """The same over the matmul's seconds per operation: a fastest shape may not be the same again."""
     matmul = _matmul(document, row)
     if matmul is None:
         return None
     flops = float(matmul.figures.get("flops", 1.0))
     rounds = tuple(tuple(seconds / flops for seconds in turn) for turn in matmul.rounds)
-    estimate = ratio_of_rounds(_pooled(document, row), rounds, seed=seed)
-    return _Times(estimate=estimate, machine=matmul.summary["p50"] / flops)
+    return ratio_of_rounds(_pooled(document, row), rounds, seed=seed), matmul.summary["p50"] / flops
+
+
+def _spread(document: Document, row: Row) -> float:
+    """What the A/A pair differs by; 0 where there is none."""
+    halves = [half.summary["p50"] for half in _beside_yardstick(document, row)]
+    if len(halves) == 2:
+        return abs(halves[0] / halves[1] - 1)
+    again = _again(document, row)
+    return ab_spread(row.rounds, again) if again else 0.0
 
 
 def _beside_yardstick(document: Document, row: Row) -> list[Row]:
     """The rows that tell how many times as long as the yardstick ours took, of each half of the A/A pair."""
     if row.unit != "s" or row.side != OURS:
         return []
-    found = (other for other in document.select(row.workload, YARDSTICK) if _same_case(other, row))
-    return [other for other in found if other.status == "ok" and other.rounds]
+    return [other for other in _counting(document, row, YARDSTICK) if other.rounds]
 
 
 def _matmul(document: Document, row: Row) -> Row | None:
     """The ceiling's, that took turns with a row of seconds."""
     if row.unit != "s" or row.side in REFERENCES:
         return None
-    for found in document.select(GEMM, CEILING):
-        same = found.figures.get("during") == row.workload and _alike(found, row)
-        if same and found.status == "ok" and len(found.rounds) == len(row.rounds):
+    for found in _counting(document, row, CEILING, GEMM):
+        if found.figures.get("during") == row.workload and _in_turns(found, row):
             return found
     return None
+
+
+def _again(document: Document, row: Row) -> Rounds | None:
+    """The other half of the A/A pair, if this row is the first and both took the same turns."""
+    found = _counting(document, row, AGAIN) if row.side == OURS else ()
+    return next((other.rounds for other in found if _in_turns(other, row)), None)
+
+
+def _counting(document: Document, row: Row, side: str, workload: str = "") -> Iterator[Row]:
+    """Rows of a side that count, of the same case, and of the same workload unless another is named."""
+    for other in document.select(workload or row.workload, side):
+        if other.status == "ok" and _text(other.case) == _text(row.case):
+            yield other
+
+
+def _in_turns(one: Row, other: Row) -> bool:
+    return one.unit == other.unit and len(one.rounds) == len(other.rounds)
 
 
 def _pooled(document: Document, row: Row) -> Rounds:
@@ -268,69 +306,30 @@ def _together(halves: Sequence[Rounds]) -> Rounds:
     return tuple(sum(turns, ()) for turns in zip(*halves, strict=False))
 
 
-def _again(document: Document, row: Row) -> Rounds | None:
-    """The other half of the A/A pair, if this row is the first and both took the same turns."""
-    if row.side != OURS:
-        return None
-    found = next((other for other in document.select(row.workload, AGAIN) if _alike(other, row)), None)
-    usable = found is not None and found.status == "ok" and len(found.rounds) == len(row.rounds)
-    return found.rounds if usable and found else None
-
-
-def _alike(one: Row, other: Row) -> bool:
-    return one.unit == other.unit and _same_case(one, other)
-
-
-def _same_case(one: Row, other: Row) -> bool:
-    return _text(one.case) == _text(other.case)
-
-
-def _by_key(document: Document) -> dict[Key, Row]:
-    """Rows that are compared: not the second half of the A/A pair, not the yardstick."""
-    return {
-        (row.side, row.workload, _text(row.case), row.unit): row
-        for row in document.rows
-        if row.side not in REFERENCES
-    }
-
-
-def _check(a: Document, b: Document, threshold: float) -> None:
-    if not 0 < threshold < 1:
-        raise UsageError(
-            f"a threshold of {threshold}", expected="a share above 0 and below 1", fix="Try --threshold 0.05."
-        )
-    for what, old, new in (("verbs", a.benchmark, b.benchmark), ("models", a.model, b.model)):
-        if _text(old) != _text(new):
-            raise UsageError(
-                f"the documents are of different {what}: {_text(old)} and {_text(new)}",
-                expected="two measurements of the same",
-                fix="Measure again as the other was: latentrt bench VERB MODEL --out FILE.",
-            )
+# ── words ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _remarks(a: Document, b: Document) -> Iterator[str]:
-    old, new = ({name: document.machine.get(name) for name in _FACTS} for document in (a, b))
-    yield from _differences("machines", old, new)
+    systems = ({name: item.machine.get(name) for name in ("system", "python")} for item in (a, b))
+    yield from _differences("systems", *systems)
     yield from _differences("settings", a.settings, b.settings)
     yield from _differences("versions", *(_versions(document) for document in (a, b)))
     ours = [(document, row) for document in (a, b) for row in document.select(side=OURS)]
-    found = [_matmul(document, row) for document, row in ours if not _beside_yardstick(document, row)]
-    shapes = {_text(row.figures.get("shape")) for row in found if row}
+    matmuls = [_matmul(document, row) for document, row in ours if not _beside_yardstick(document, row)]
+    shapes = {_text(row.figures.get("shape")) for row in matmuls if row}
     if len(shapes) > 1:
         yield f"the matmul had other shapes, each with a rate of its own: {', '.join(sorted(shapes))}"
-    rows = [(document, row) for document, row in ours if row.unit == "s" and row.rounds]
-    if not all(_beside_yardstick(document, row) or _matmul(document, row) for document, row in rows):
+    timed = [(document, row) for document, row in ours if row.unit == "s" and row.rounds]
+    if not all(_beside_yardstick(document, row) or _matmul(document, row) for document, row in timed):
         yield "no yardstick for some rows: their ratio has the machine's own change in it"
-    if any(_again(document, row) is None for document, row in rows):
+    if any(_again(document, row) is None for document, row in timed):
         yield "no A/A pair for some rows: their noise is the threshold and the interval alone"
 
 
 def _versions(document: Document) -> Mapping[str, Any]:
     """What did our work: the backend, and the layouts of its nets."""
-    for row in document.select(side=OURS):
-        if "side" in row.stamp:
-            return row.stamp["side"]
-    return {}
+    stamps = (row.stamp for row in document.select(side=OURS))
+    return next((stamp["side"] for stamp in stamps if "side" in stamp), {})
 
 
 def _unclear(rows: Sequence[Compared]) -> Iterator[str]:
@@ -348,30 +347,22 @@ def _differences(what: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> I
 
 
 def _facts(document: Document) -> dict[str, Any]:
-    return {"date": document.date, "commit": document.machine.get("commit")}
+    """An installed package knows no commit."""
+    commit = document.machine.get("commit")
+    return {"date": document.date, **({"commit": commit} if commit else {})}
 
 
 def _named(facts: Mapping[str, Any]) -> str:
-    return f"{facts['date']} ({facts['commit'] or 'no commit'})"
+    return f"{facts['date']} ({facts['commit']})" if "commit" in facts else str(facts["date"])
 
 
-def _label(row: Row) -> str:
-    return f"{row.side}, {row.workload}"
-
-
-def _line(row: Compared, asked: str) -> str:
-    head = f"{row.verdict:12}  {row.side}, {row.workload}{asked}"
+def _line(row: Compared, note: str) -> str:
+    head = f"{row.verdict:12}  {row.side}, {row.workload}{note}"
     if row.ratio is None or row.noise is None:
         return f"{head}: {row.reason}"
     machine = "" if row.machine is None else f", machine x {row.machine:.2f} taken out"
-    found = f"x {row.ratio.value:.3f} [{row.ratio.low:.3f}, {row.ratio.high:.3f}]"
-    return f"{head}: {found}, noise {row.noise:.1%}{machine}"
-
-
-def _asked(case: Mapping[str, Any], rows: Sequence[Compared]) -> str:
-    """What tells this row's case from the others'."""
-    names = [name for name in case if len({_text(row.case.get(name)) for row in rows if row.case}) > 1]
-    return "".join(f" {name}={case[name]}" for name in names)
+    ratio = f"x {row.ratio.value:.3f} [{row.ratio.low:.3f}, {row.ratio.high:.3f}]"
+    return f"{head}: {ratio}, noise {row.noise:.1%}{machine}"
 
 
 def _text(value: Any) -> str:

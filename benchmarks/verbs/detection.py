@@ -31,31 +31,21 @@ TURN = 0.1  # seconds
 Measure = Callable[[float], Document]
 
 
-def run_trials(measure: Measure, numbers: Iterable[int], threshold: float = THRESHOLD) -> Iterator[Row]:
+def run_trials(measure: Measure, numbers: Iterable[int]) -> Iterator[Row]:
     """Two rows for each trial, as soon as it is done: of the pair and of the planted slowdown.
 
     Args:
         measure: a fresh document, of ours slowed down by this share.
         numbers: of the trials; they decide on the order of the measurements.
-        threshold: of `compare`.
     """
     before = measure(0.0)
     for number in numbers:
         order = (PAIR, SLOWED) if number % 2 else (SLOWED, PAIR)
         found = {name: measure(PLANTED if name == SLOWED else 0.0) for name in order}
         for name in (PAIR, SLOWED):
-            comparison = compare(before, found[name], threshold=threshold)
+            comparison = compare(before, found[name])
             yield _row(name, number, comparison, comparison.regressed == (name == SLOWED))
         before = found[PAIR]
-
-
-def summary(document: Document) -> str:
-    """One line: how often it was right."""
-    counts: list[str] = []
-    for done, name in (("caught", SLOWED), ("passed", PAIR)):
-        rows = list(document.select(name))
-        counts.append(f"{done} {sum(row.status == 'ok' for row in rows)} of {len(rows)}")
-    return ", ".join(counts)
 
 
 def _row(name: str, number: int, comparison: Comparison, right: bool) -> Row:
@@ -72,8 +62,9 @@ def _row(name: str, number: int, comparison: Comparison, right: bool) -> Row:
     )
 
 
-def _measure_with(package: Package, pace: Pace) -> Measure:
+def _measure_with(package: Package) -> Measure:
     case = Case.of(package.manifest)
+    pace = Pace(runs=1, rounds=1_000_000, budget=SECONDS, turn=TURN, warm_up=2)
 
     def measure(slow_down: float) -> Document:
         task = Task(package=package.root, slow_down=slow_down)
@@ -83,41 +74,30 @@ def _measure_with(package: Package, pace: Pace) -> Measure:
     return measure
 
 
-def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+def main(arguments: Sequence[str] | None = None, measure: Measure | None = None) -> int:
+    """The exit code: 1 if `compare` was wrong even once. Tests measure with a function of their own."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the JSON document; trials are added to it")
     parser.add_argument("--pairs", type=int, default=20, help="trials")
     parser.add_argument("--first", type=int, default=0, help="number of the first")
-    parser.add_argument(
-        "--seconds", type=float, default=SECONDS, help="timed, for each workload of a document"
-    )
-    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="of `latentrt bench compare`")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None, measure: Measure | None = None) -> int:
-    """The exit code: 1 if `compare` was wrong even once. Tests measure with a function of their own."""
-    told = _arguments(arguments)
+    options = parser.parse_args(arguments)
     package = Package.open(SHIPPED["demo"])
     model = {**describe_model(package), "name": "demo"}
-    pace = Pace(runs=1, rounds=1_000_000, budget=told.seconds, turn=TURN, warm_up=2)
-    rows = list(read_document(told.out).rows) if told.out.is_file() else []
-    settings = {
-        "seconds": told.seconds,
-        "threshold": told.threshold,
-        "slow_down": PLANTED,
-        "workloads": WORKLOADS,
-    }
-    numbers = range(told.first, told.first + told.pairs)
-    document = Document(benchmark="detection", model=model, settings=settings, rows=tuple(rows))
-    for row in run_trials(measure or _measure_with(package, pace), numbers, told.threshold):
+    settings = {"seconds": SECONDS, "threshold": THRESHOLD, "slow_down": PLANTED, "workloads": WORKLOADS}
+    rows = list(read_document(options.out).rows) if options.out.is_file() else []
+    failed = False
+    numbers = range(options.first, options.first + options.pairs)
+    for row in run_trials(measure or _measure_with(package), numbers):
         rows.append(row)
         document = Document(benchmark="detection", model=model, settings=settings, rows=tuple(rows))
-        document.write(told.out)
+        document.write(options.out)
+        failed = document.failed
         ratios = ", ".join(f"x {ratio:.3f}" for ratio in row.samples)
         print(f"{row.case['trial']:3}  {row.workload}: {ratios}  {row.status} {row.reason}", flush=True)
-    print(summary(document))
-    return 1 if document.failed else 0
+    for name in (SLOWED, PAIR):
+        right = [row.status == "ok" for row in rows if row.workload == name]
+        print(f"{name}: right {sum(right)} of {len(right)} times")
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ ENGINE_STAGES = ("text_encoder", "invariants", "unet", "vae_decoder")
 
 SHORT = 1.0  # seconds: what takes longer than that has the machine's slow moments averaged already
 
-Said = Callable[[str], None]
+Progress = Callable[[str], None]
 
 
-def _silent(line: str) -> None:
-    pass
+def silent(line: str) -> None:
+    """Report no progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class Sides:
         again, ceiling = (name if name in self.references else None for name in (AGAIN, CEILING))
         return tuple(filter(None, (OURS, again, *self.peers, ceiling)))
 
-    def open(self, stack: ExitStack, said: Said = _silent) -> tuple[list[SideProcess], list[Row]]:
+    def open(self, stack: ExitStack, progress: Progress = silent) -> tuple[list[SideProcess], list[Row]]:
         """Those that can be opened, each in a fresh process, and a row for each other one.
 
         Raises:
@@ -61,7 +61,7 @@ class Sides:
         opened: list[SideProcess] = []
         missing: list[Row] = []
         for name in self.names:
-            said(f"opening {name}")
+            progress(f"opening {name}")
             module = OURS if name == AGAIN else name
             try:
                 opened.append(stack.enter_context(SideProcess(name, module, self.task)))
@@ -79,7 +79,7 @@ def measure_latency(
     *,
     workloads: Sequence[str] = WORKLOADS,
     pace: Pace | None = None,
-    said: Said = _silent,
+    progress: Progress = silent,
 ) -> Document:
     """Rows of every case, workload and side, which take turns (`rounds.py`).
 
@@ -89,10 +89,10 @@ def measure_latency(
         SideError: ours cannot be opened.
     """
     with ExitStack() as stack:
-        opened, rows = sides.open(stack, said)
+        opened, rows = sides.open(stack, progress)
         for case in cases:
             for workload in workloads:
-                bench = Bench(package=package, sides=sides, workload=workload, case=case, said=said)
+                bench = Bench(package=package, sides=sides, workload=workload, case=case, progress=progress)
                 rows += bench.measure(opened, pace or Pace())
     return Document(
         benchmark="latency",
@@ -104,8 +104,8 @@ def measure_latency(
 
 def settings_of(task: Task) -> dict[str, Any]:
     """What a document says of how sides were opened."""
-    told = {"backend": task.backend, "threads": task.threads, "device": task.device}
-    return {**told, "slow_down": task.slow_down} if task.slow_down else told
+    settings = {"backend": task.backend, "threads": task.threads, "device": task.device}
+    return {**settings, "slow_down": task.slow_down} if task.slow_down else settings
 
 
 def describe_model(package: Package) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class Beside:
     def time(self, runs: int) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
         """Figures are `own_s` and `beside_s`."""
         seconds, figures = self.side.time(runs, slot=self.side.name, beside=YARDSTICK)
-        pairs = [{"own_s": own, **told} for own, told in zip(seconds, figures, strict=True)]
+        pairs = [{"own_s": own, **other} for own, other in zip(seconds, figures, strict=True)]
         return tuple(pair["own_s"] + pair["beside_s"] for pair in pairs), pairs
 
 
@@ -160,7 +160,7 @@ class Bench:
     sides: Sides
     workload: str
     case: Case
-    said: Said
+    progress: Progress
 
     def measure(self, opened: Sequence[SideProcess], pace: Pace) -> list[Row]:
         """A row for each side, and for each ceiling."""
@@ -177,8 +177,10 @@ class Bench:
             figures[entry.name] = prepared
             ready.append(entry)
         beside = list(self._beside(ready, first))
-        told = f"{self.workload} {self.case.width}x{self.case.height} b{self.case.pictures}"
-        turns = interleave([*ready, *beside], first, pace, said=lambda line: self.said(f"{told}: {line}"))
+        about = f"{self.workload} {self.case.width}x{self.case.height} b{self.case.pictures}"
+        turns = interleave(
+            [*ready, *beside], first, pace, said=lambda line: self.progress(f"{about}: {line}")
+        )
         rows += [self._row(entry, turns[entry.name], figures[entry.name]) for entry in ready]
         rows = list(with_roofline(rows, workload_parts(self.package, self.workload, self.case)))
         return rows + [self._over_yardstick(item, turns[item.name]) for item in beside]
@@ -196,7 +198,7 @@ class Bench:
             return
         for entry in ready:
             if entry.name in (OURS, AGAIN) and first[entry.name] < SHORT:
-                self.said(f"{self.workload}: {entry.name} gets its yardstick")
+                self.progress(f"{self.workload}: {entry.name} gets its yardstick")
                 answer, _ = entry.side.prepare(YARDSTICK, self.case, slot=YARDSTICK)
                 found = Beside(side=entry.side)
                 first[found.name] = first[entry.name] + answer["seconds"]
@@ -206,7 +208,7 @@ class Bench:
         """Each one's first run: its seconds, and how like ours its output is; or why not."""
         wanted: Mapping[str, Array] | None = None
         for entry in entries:
-            self.said(f"{self.workload}: {entry.name} gets ready")
+            self.progress(f"{self.workload}: {entry.name} gets ready")
             try:
                 answer, outputs = entry.side.prepare(entry.workload, self.case, slot=entry.name)
                 alike = {} if entry.name == OURS or not outputs else self._check(outputs, wanted)
@@ -274,21 +276,22 @@ def check(found: Mapping[str, Array], wanted: Mapping[str, Array], package: Pack
 
 
 def medians(turns: Turns, steps: int) -> dict[str, Any]:
-    """Of what the runs told: the device's own seconds, the stages', and what no net took."""
+    """Of the runs' figures: the device's own seconds, the stages', and what no net took."""
     samples = [seconds for turn in turns.rounds for seconds in turn]
-    found: dict[str, Any] = {}
-    device = [item["device_s"] for item in turns.figures if "device_s" in item]
-    if device:
-        found["device_p50_s"] = median(device)
+    known = dict(turns.figures[0]) if turns.figures else {}
+    known.pop("device_s", None)
+    known.pop("stages_s", None)
+    if device := [item["device_s"] for item in turns.figures if "device_s" in item]:
+        known["device_p50_s"] = median(device)
     stages = [item["stages_s"] for item in turns.figures if "stages_s" in item]
-    if stages:
-        found["stages_p50_s"] = {name: median(item.get(name, 0.0) for item in stages) for name in stages[0]}
-    if stages and set(ENGINE_STAGES) <= set(stages[0]):
-        besides = [
+    if not stages:
+        return known
+    known["stages_p50_s"] = {name: median(item.get(name, 0.0) for item in stages) for name in stages[0]}
+    if set(ENGINE_STAGES) <= set(stages[0]):
+        outside = [
             seconds - sum(item[name] for name in ENGINE_STAGES)
             for seconds, item in zip(samples, stages, strict=True)
         ]
-        shares = [own / seconds for own, seconds in zip(besides, samples, strict=True)]
-        found |= {"non_engine_share": median(shares), "non_engine_s_per_step": median(besides) / steps}
-    known = {name: value for item in turns.figures[:1] for name, value in item.items()}
-    return {**{name: value for name, value in known.items() if name not in ("device_s", "stages_s")}, **found}
+        shares = [own / seconds for own, seconds in zip(outside, samples, strict=True)]
+        known |= {"non_engine_share": median(shares), "non_engine_s_per_step": median(outside) / steps}
+    return known

@@ -1,28 +1,51 @@
-"""`latentrt bench memory`: what each side holds, by stage, over one request, and from step to step."""
+"""`latentrt bench memory`: what each side holds, by stage, over one request, and from step to step.
+
+Memory is looked at from outside the process, every few milliseconds: resident memory in /proc, and what NVML
+says that the process holds on a GPU.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import math
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any, TypeVar
 
+from ...engines.cuda.facts import Nvml, available, facts
 from ...engines.net_weights import engine_bytes
 from ...engines.package import Package
 from ...engines.spec import TEXT_ENCODERS, Array
 from ...runtime.loop.open import HOST_NETS
 from ..case import Case
+from ..machine import clocks, describe_machine
 from ..process import SideError, SideProcess
-from ..records import Document, Row
-from ..sides.contract import AGAIN, CEILING, OURS
-from .latency import Said, Sides, check, describe_model, settings_of
-from .memory_request import AGAINST_STEPS, GROWTH, TIMELINE, against_steps, growth, timeline
-from .memory_rows import Bench, Looks, looking, measure_baselines
-from .memory_samples import INTERVAL, NO_PROC, DeviceWatch, Look, Resident, holding, resident
+from ..records import Document, Row, Status
+from ..sides.contract import AGAIN, CEILING, OURS, WATCHED, Task
+from ..sides.watched import GROWTH, SETTLED, STEADY, TIMELINE, growth_per_step
+from .latency import Progress, Sides, check, describe_model, settings_of, silent
 
 OPENED, FIRST, PEAK, LEDGER = "opened", "first picture", "peak", "ledger"
 ON_DEVICE = "device "  # before the first three, where there is a GPU
+STEPS = 100
+INTERVAL = 0.005  # seconds
 _PARTS = ("weights", "activations", "io")  # of a net's ledger
 _WARM = 2  # pictures after the first one, before the peak is read
-STEPS = (100, 20, 100)
+_SAMPLES = 1000  # of a timeline, at most; longer requests have longer intervals
+_SETTLE = 0.2  # seconds that an empty context is watched for
+_EMPTY = "print(flush=True); input()"
+_CONTEXT = f"from latentrt.engines.cuda.facts import load_runtime; load_runtime().cudaFree(0); {_EMPTY}"
+_PROC = Path("/proc")
+_NO_PROC = "only Linux tells another process's resident memory (/proc)"
+
+Sample = TypeVar("Sample")
+Series = Sequence[tuple[float, int]]  # (perf_counter, bytes)
 
 
 def measure_memory(
@@ -30,40 +53,46 @@ def measure_memory(
     sides: Sides,
     case: Case,
     *,
-    steps: Sequence[int] = STEPS,
+    steps: int = STEPS,
     interval: float = INTERVAL,
     watch: DeviceWatch | None = None,
-    said: Said = lambda line: None,
+    progress: Progress = silent,
 ) -> Document:
     """Every side in a fresh process, alone; then our timeline, and what our steps leave behind.
 
-    Rows are in bytes. "opened", "first picture" and "peak" are resident memory less an empty interpreter's;
-    "device opened" and so on what NVML says of the process, less an empty CUDA context's; "ledger" is what a
-    side counts itself; "timeline", "growth per step" and "peak against steps": `memory_request.py`. The
-    figure `over_weights` is bytes over those of the model's weights at the width of the arithmetic.
+    Rows are in bytes:
+
+        opened, first picture, peak    resident memory less an empty interpreter's
+        device opened, …               what NVML says of the process, less an empty CUDA context's
+        ledger                         what a side counts itself
+        timeline                       resident memory over the first request of a fresh process
+        growth per step                Python's and NumPy's allocations after every step of a request
+
+    The figure `over_weights` is bytes over those of the model's weights at the width of the arithmetic.
 
     Args:
-        package: of ours.
+        package: of our side.
         sides: who; each of them alone, one after the other.
         case: of every picture.
-        steps: of the request whose steps are watched, and of the two whose peaks are compared.
+        steps: of the request whose steps are watched.
         interval: seconds between samples.
-        watch: NVML; the first CUDA device's unless given.
-        said: is told how far it is.
+        watch: NVML; the first CUDA device's by default.
+        progress: called with a line at every stage.
 
     Raises:
-        SideError: ours cannot be opened.
+        SideError: our side cannot be opened.
     """
     watch = watch or DeviceWatch.open()
-    said("an empty interpreter" + (" and an empty CUDA context" if watch else ""))
-    baselines = measure_baselines(watch, interval)
-    drawing = {*HOST_NETS, *TEXT_ENCODERS}
+    progress("an empty interpreter" + (" and an empty CUDA context" if watch else ""))
+    interpreter, context = measure_baselines(watch, interval)
+    nets = {*HOST_NETS, *TEXT_ENCODERS} & package.manifest.nets.keys()
     bench = Bench(
         package=package,
         task=sides.task,
         case=case,
-        baselines=baselines,
-        weights=sum(engine_bytes(package, net) for net in drawing & package.manifest.nets.keys()),
+        interpreter=interpreter,
+        context=context,
+        weights=sum(engine_bytes(package, net) for net in nets),
         watch=watch,
         interval=interval,
     )
@@ -72,12 +101,16 @@ def measure_memory(
     for name in sides.names:
         if name == CEILING:  # holds no model
             continue
-        said(f"{name}: opens, and draws {1 + _WARM} pictures")
+        progress(f"{name}: opens, and draws {1 + _WARM} pictures")
         found, outputs = measure_side(bench, name, wanted)
         rows += found
         wanted = wanted or outputs
-    rows += _of_requests(bench, steps, said)
-    settings = {"interval_s": interval, "warm_pictures": _WARM, "baselines": vars(baselines)}
+    progress("our timeline of one request")
+    rows.append(bench.attempt(TIMELINE, lambda: timeline(bench)))
+    progress(f"our growth over {steps} steps")
+    rows.append(bench.attempt(GROWTH, lambda: growth(bench, steps)))
+    baselines = {"interpreter": interpreter, "context": context}
+    settings = {"interval_s": interval, "warm_pictures": _WARM, "baselines": baselines}
     return Document(
         benchmark="memory",
         model=describe_model(package),
@@ -86,14 +119,70 @@ def measure_memory(
     )
 
 
-def _of_requests(bench: Bench, steps: Sequence[int], said: Said) -> Iterator[Row]:
-    """Ours alone, over the steps of requests."""
-    said("our timeline of one request")
-    yield bench.attempt(TIMELINE, lambda: timeline(bench))
-    said(f"our growth over {steps[0]} steps")
-    yield bench.attempt(GROWTH, lambda: growth(bench, steps[0]))
-    said(f"our peaks with {steps[1]} and {steps[2]} steps")
-    yield bench.attempt(AGAINST_STEPS, lambda: against_steps(bench, *steps[1:]))
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What rows are made with.
+
+    Attributes:
+        interpreter: bytes of an empty interpreter; None but on Linux.
+        context: bytes of an empty CUDA context; None without a GPU or where NVML does not tell.
+        weights: bytes at the width of the arithmetic.
+        watch: None without a GPU.
+        interval: seconds between samples.
+    """
+
+    package: Package
+    task: Task
+    case: Case
+    interpreter: int | None
+    context: int | None
+    weights: int
+    watch: DeviceWatch | None
+    interval: float
+
+    def row(
+        self,
+        workload: str,
+        rounds: Sequence[Sequence[float]] = (),
+        figures: Mapping[str, Any] | None = None,
+        *,
+        side: str = OURS,
+        status: Status = "ok",
+        reason: str = "",
+        stamp: Mapping[str, Any] | None = None,
+    ) -> Row:
+        """In bytes, and the most of them over those of the weights."""
+        sizes = [size for turn in rounds for size in turn]
+        ratio = {"weights": self.weights, "over_weights": max(sizes) / self.weights} if sizes else {}
+        return Row(
+            side=side,
+            workload=workload,
+            case=self.case.to_json(),
+            unit="B",
+            rounds=tuple(tuple(map(float, turn)) for turn in rounds),
+            status=status,
+            reason=reason,
+            figures={**(figures or {}), **ratio},
+            stamp={**describe_machine(), **clocks()} if stamp is None else stamp,
+        )
+
+    def missing(self, workload: str, reason: str, **named: Any) -> Row:
+        """A row for what cannot be measured here."""
+        return self.row(workload, status="not available", reason=reason, **named)
+
+    def attempt(self, workload: str, measure: Callable[[], Row]) -> Row:
+        """The row, or one that says why there is none."""
+        try:
+            return measure()
+        except SideError as error:
+            return self.row(workload, status=error.status, reason=error.reason)
+
+    def look(self) -> Look | None:
+        """What NVML says now; None without a GPU."""
+        return self.watch.look() if self.watch else None
+
+
+# ── sides ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def measure_side(
@@ -102,16 +191,16 @@ def measure_side(
     """A side's rows, and its picture; a peer whose picture is not `wanted` has a row that FAILED.
 
     Raises:
-        SideError: ours cannot be opened.
+        SideError: our side cannot be opened.
     """
-    before = bench.watch.look() if bench.watch else None
-    stages: dict[str, tuple[int, Resident | None]] = {}  # looks until then, and what was resident
+    before = bench.look()
+    stages: dict[str, tuple[int, tuple[int, int] | None]] = {}  # looks until then, and what was resident
     try:
         with (
-            looking(bench.watch, bench.interval) as looks,
+            sampled(bench.look, bench.interval) as looks,
             SideProcess(name, OURS if name == AGAIN else name, bench.task) as item,
         ):
-            pid = number_of(item)
+            pid = item.pid
             stages[OPENED] = len(looks), resident(pid)
             outputs = item.prepare("picture", bench.case)[1]
             stages[FIRST] = len(looks), resident(pid)
@@ -126,43 +215,244 @@ def measure_side(
         return [bench.row(OPENED, side=name, status=error.status, reason=error.reason)], {}
     rows = [_host_row(bench, name, stage, found, stamp) for stage, (_, found) in stages.items()]
     if before is not None:
-        seen = {stage: looks[: max(count, 1)] for stage, (count, _) in stages.items()}
-        rows += [_device_row(bench, name, stage, pid, before, part, stamp) for stage, part in seen.items()]
+        for stage, (count, _) in stages.items():
+            series, known_by = holding(pid, before, looks[: max(count, 1)])
+            rows.append(_device_row(bench, name, stage, [size for _, size in series], known_by, stamp))
     return [*rows, _ledger_row(bench, name, own, stamp)], outputs
 
 
-def number_of(item: SideProcess) -> int:
-    """Of its process; tests have none."""
-    return item.pid
-
-
-def _host_row(bench: Bench, name: str, stage: str, found: Resident | None, stamp: Mapping[str, Any]) -> Row:
-    empty = bench.baselines.interpreter
-    if found is None or empty is None:
-        return bench.missing(stage, NO_PROC, side=name, stamp=stamp)
-    size = (found.peak if stage == PEAK else found.rss) - empty
-    return bench.row(stage, [(size,)], {**vars(found), "empty_interpreter": empty}, side=name, stamp=stamp)
+def _host_row(
+    bench: Bench, name: str, stage: str, found: tuple[int, int] | None, stamp: Mapping[str, Any]
+) -> Row:
+    if found is None or bench.interpreter is None:
+        return bench.missing(stage, _NO_PROC, side=name, stamp=stamp)
+    rss, peak = found
+    figures = {"rss": rss, "peak": peak, "empty_interpreter": bench.interpreter}
+    size = (peak if stage == PEAK else rss) - bench.interpreter
+    return bench.row(stage, [(size,)], figures, side=name, stamp=stamp)
 
 
 def _device_row(
-    bench: Bench, name: str, stage: str, pid: int, before: Look, looks: Looks, stamp: Mapping[str, Any]
+    bench: Bench, name: str, stage: str, sizes: Sequence[int], known_by: str, stamp: Mapping[str, Any]
 ) -> Row:
-    held, context = holding(pid, before, looks), bench.baselines.context
     workload = ON_DEVICE + stage
-    if held is None or context is None:
-        return bench.missing(
-            workload, "NVML does not tell what it holds, if anything", side=name, stamp=stamp
-        )
-    whole = held.peak if stage == PEAK else held.now
-    figures = {"whole": whole, "empty_context": context, "measured_by": held.measured_by}
-    return bench.row(workload, [(max(0, whole - context),)], figures, side=name, stamp=stamp)
+    if not sizes or bench.context is None:
+        reason = "NVML does not tell what it holds, if anything"
+        return bench.missing(workload, reason, side=name, stamp=stamp)
+    whole = max(sizes) if stage == PEAK else sizes[-1]
+    figures = {"whole": whole, "empty_context": bench.context, "measured_by": known_by}
+    return bench.row(workload, [(max(0, whole - bench.context),)], figures, side=name, stamp=stamp)
 
 
 def _ledger_row(bench: Bench, name: str, own: Mapping[str, Any], stamp: Mapping[str, Any]) -> Row:
-    """What the side counts itself, in total and by net; besides, whatever else it tells."""
+    """What the side counts itself, in total and by net, and whatever else it tells."""
     if not own:
         return bench.missing(LEDGER, "it does not tell what it holds", side=name, stamp=stamp)
     nets: Mapping[str, Mapping[str, int | None]] = own.get("ledger", {})
     known = sum(net.get(part) or 0 for net in nets.values() for part in _PARTS) + own.get("scratch", 0)
     figures = {"nets": nets, **{key: value for key, value in own.items() if key != "ledger"}}
     return bench.row(LEDGER, [(known,)] if nets else [], figures, side=name, stamp=stamp)
+
+
+# ── our requests ───────────────────────────────────────────────────────────────────────────────────
+
+
+def timeline(bench: Bench) -> Row:
+    """Resident memory less an empty interpreter's; `device` is the same of a GPU, less an empty context.
+
+    Figures: `interval_s`, `marks` ({"stage", "at_s"} since the request began), `seconds`.
+    """
+    if bench.interpreter is None:
+        return bench.missing(TIMELINE, _NO_PROC)
+    before = bench.look()
+    with sampled(bench.look, bench.interval) as looks, SideProcess(WATCHED, WATCHED, bench.task) as item:
+        pid = item.pid
+        with sampled(lambda: (resident(pid) or (None,))[0], bench.interval) as series:
+            seen = item.prepare(TIMELINE, bench.case)[0]["figures"]
+        held, known_by = holding(pid, before, list(looks)) if before else ([], "")
+        stamp = item.stamp
+    began, ended = seen["began"], seen["ended"]
+    interval = max(bench.interval, (ended - began) / _SAMPLES)
+
+    def over(sizes: Series, empty: int) -> list[int]:
+        return [max(0, size - empty) for size in on_a_grid(sizes, began, ended, interval)]
+
+    figures: dict[str, Any] = {"interval_s": interval, "seconds": ended - began}
+    figures["marks"] = [{"stage": stage, "at_s": moment - began} for stage, moment in seen["marks"]]
+    if held and bench.context is not None:
+        figures |= {"device": over(held, bench.context), "device_measured_by": known_by}
+    return bench.row(TIMELINE, [over(series, bench.interpreter)], figures, stamp=stamp)
+
+
+def growth(bench: Bench, steps: int) -> Row:
+    """Python's allocations after every step, by tracemalloc. FAILED if the steps leave anything behind."""
+    with SideProcess(WATCHED, WATCHED, bench.task) as item:
+        answer, _ = item.prepare(GROWTH, replace(bench.case, steps=steps))
+    return judge_growth(bench, answer["figures"])
+
+
+def judge_growth(bench: Bench, seen: Mapping[str, Any]) -> Row:
+    """The row of what `watched.watch_steps` saw.
+
+    Figures: `growth_per_step`, bytes, which is judged, in the last of `requests`; `traced_growth` over all
+    steps but the first few, caches that libraries fill once included; `device_allocations` of a device's
+    loop between its rows.
+    """
+    traced, on_device = seen["traced"], seen["device_allocations"]
+    first = min(SETTLED, len(traced) - 1)
+    grown, per_step = traced[-1] - traced[first], growth_per_step(traced)
+    figures = {
+        "steps": len(traced),
+        "from_step": first,
+        "growth_per_step": per_step,
+        "requests": seen["requests"],
+        "traced_growth": grown,
+        "device_allocations": sum(on_device) if on_device is not None else None,
+    }
+    problems: list[str] = []
+    if per_step > STEADY:
+        problems.append(f"{per_step:.0f} bytes per step, {grown} from step {first} to {len(traced)}")
+    if on_device and sum(on_device):
+        problems.append(f"{sum(on_device)} allocations on the device between rows")
+    status: Status = "FAILED" if problems else "ok"
+    return bench.row(GROWTH, [traced], figures, status=status, reason="; ".join(problems))
+
+
+# ── a process's memory ─────────────────────────────────────────────────────────────────────────────
+
+
+def resident(pid: int) -> tuple[int, int] | None:
+    """Bytes of a process that are resident now, and the most that ever were; None if that is not known.
+
+    The most is the kernel's VmHWM, not getrusage's ru_maxrss: that begins with what the process was forked
+    from, and a small child of a large parent shows the parent's.
+    """
+    try:
+        text = (_PROC / str(pid) / "status").read_text(encoding="utf-8")
+        lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+        now, peak = (int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    except (OSError, KeyError):  # a process that has just ended has no memory
+        return None
+    return now, max(now, peak)
+
+
+@contextmanager
+def sampled(read: Callable[[], Sample | None], interval: float) -> Generator[Sequence[tuple[float, Sample]]]:
+    """What `read` answers every `interval` seconds while the block runs, and once more at its end.
+
+    The sequence of (perf_counter, answer) grows; None is no sample.
+    """
+    samples: list[tuple[float, Sample]] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        last = False
+        while True:
+            if (value := read()) is not None:
+                samples.append((perf_counter(), value))
+            if last:
+                return
+            last = stop.wait(interval)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        stop.set()
+        thread.join()
+
+
+def on_a_grid(series: Series, began: float, ended: float, interval: float) -> tuple[int, ...]:
+    """The most in each interval between two moments; one without a sample has that of the one before it.
+
+    A peak survives however long the intervals are. Raises ValueError without any sample until `ended`.
+    """
+    values: list[int | None] = [None] * max(1, math.ceil((ended - began) / interval))
+    before: int | None = None
+    for moment, size in series:
+        if moment < began:
+            before = size
+        elif moment < ended:
+            place = min(int((moment - began) / interval), len(values) - 1)
+            values[place] = max(size, values[place] or 0)
+    known = before if before is not None else next((size for size in values if size is not None), None)
+    if known is None:
+        raise ValueError("no samples")
+    filled: list[int] = []
+    for value in values:
+        known = value if value is not None else known
+        filled.append(known)
+    return tuple(filled)
+
+
+def measure_baselines(watch: DeviceWatch | None, interval: float) -> tuple[int | None, int | None]:
+    """Bytes of an empty interpreter and of an empty CUDA context, as `Bench` has them."""
+    with _waiting(_EMPTY) as pid:
+        found = resident(pid)
+    interpreter = found[0] if found else None
+    if watch is None:
+        return interpreter, None
+    before = watch.look()
+    with sampled(watch.look, interval) as looks, _waiting(_CONTEXT) as pid:
+        time.sleep(_SETTLE)
+        held, _ = holding(pid, before, list(looks))
+    return interpreter, held[-1][1] if held else None
+
+
+@contextmanager
+def _waiting(code: str) -> Generator[int]:
+    """The number of a Python process that ran the code as far as it goes, and waits."""
+    with subprocess.Popen(  # noqa: S603
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process.pid
+        process.communicate("\n")
+
+
+# ── a GPU ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What NVML says at one moment, in bytes: of each process it names, and of the device as a whole."""
+
+    processes: Mapping[int, int]
+    used: int | None
+
+
+class DeviceWatch:
+    """NVML's view of the first CUDA device. Tests pass an `Nvml` of their own."""
+
+    def __init__(self, nvml: Nvml) -> None:
+        self._nvml = nvml
+
+    @classmethod
+    def open(cls) -> DeviceWatch | None:
+        """None where there is no CUDA device, or NVML tells nothing of it."""
+        if available():
+            return None
+        watch = cls(Nvml(facts().uuid))
+        look = watch.look()
+        return watch if look.processes or look.used is not None else None
+
+    def look(self) -> Look:
+        """Now."""
+        memory = self._nvml.memory()
+        return Look(processes=self._nvml.processes(), used=memory[1] - memory[0] if memory else None)
+
+
+def holding(pid: int, before: Look, looks: Iterable[tuple[float, Look]]) -> tuple[Series, str]:
+    """How much of a device a process held, and how that is known; empty if nothing can be told.
+
+    Known by "process", or by "device" where NVML does not name it (in a container): all that the device had
+    in use, less what was in use before the process began.
+    """
+    taken = list(looks)
+    named = [(moment, look.processes[pid]) for moment, look in taken if pid in look.processes]
+    if named or before.used is None:
+        return named, "process"
+    used = [(moment, max(0, look.used - before.used)) for moment, look in taken if look.used is not None]
+    return (used if any(size for _, size in used) else []), "device"

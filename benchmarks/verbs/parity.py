@@ -7,9 +7,9 @@ its PSNR; a row beyond the bar FAILED. Any side can be the reference, and ours m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -22,10 +22,8 @@ from ..case import NETS, PROMPT, Case
 from ..likeness import PICTURES_DB, RELATIVE_L2, WINDOW, difference, psnr, ssim
 from ..process import SideError, SideProcess
 from ..records import Document, Row, Status
-from ..sides.contract import OURS, REFERENCES, SIDES, Task
-from .latency import describe_model, settings_of
-
-Said = Callable[[str], None]
+from ..sides.contract import OURS, REFERENCES, SIDES, WATCHED, Task
+from .latency import Progress, describe_model, settings_of, silent
 
 # The last draws noise in every row; "heun" calls the UNet twice in a step.
 SAMPLERS = ("dpmpp_2m", "ddim", "unipc", "heun", "euler_a")
@@ -41,7 +39,7 @@ PROMPTS = (
 )
 
 
-class Asked(Protocol):
+class Prepares(Protocol):
     """A side that is open: a SideProcess."""
 
     @property
@@ -55,7 +53,7 @@ class Asked(Protocol):
         ...
 
     def prepare(self, workload: str, case: Case) -> tuple[Mapping[str, Any], Mapping[str, Array]]:
-        """Run a workload once; what it told, and the outputs. Raises SideError."""
+        """Run a workload once; its answer, and the outputs. Raises SideError."""
         ...
 
 
@@ -114,7 +112,7 @@ class Reference:
         Raises:
             UsageError: another name than those of sides that have nets.
         """
-        known = [side for side in SIDES if side not in REFERENCES]
+        known = [side for side in SIDES if side not in (*REFERENCES, WATCHED)]
         if name and name not in known:
             raise UsageError(
                 f"{name!r} cannot be the reference",
@@ -132,7 +130,7 @@ def measure_parity(
     inputs: Inputs,
     *,
     reference: Reference | None = None,
-    said: Said = lambda line: None,
+    progress: Progress = silent,
 ) -> Document:
     """A row for each net and for each sampler; samples are relative L2 (unit "1"), or PSNR (unit "dB").
 
@@ -141,80 +139,79 @@ def measure_parity(
         task: what ours opens; its backend is what is checked.
         inputs: what both are given.
         reference: default: `Reference.of(task)`.
-        said: is told how far it is.
+        progress: called with a line at every stage.
 
     Raises:
         SideError: ours cannot be opened.
     """
     chosen = reference or Reference.of(task)
     with ExitStack() as stack:
-        said(f"opening {OURS}")
+        progress(f"opening {OURS}")
         ours = stack.enter_context(SideProcess(OURS, OURS, task))
-        said(f"opening {chosen.name}")
+        progress(f"opening {chosen.name}")
         try:
             other = stack.enter_context(SideProcess(f"{chosen.name} (reference)", chosen.name, chosen.task))
         except SideError as error:
             rows = [Row(side=chosen.name, workload="open", status=error.status, reason=error.reason)]
         else:
-            rows = list(compare_sides(ours, other, inputs, package.manifest.dtype, said=said))
-    told = {"nets": inputs.nets, "samplers": inputs.samplers, "samples": inputs.samples}
+            rows = list(compare_sides(ours, other, inputs, package.manifest.dtype, progress=progress))
+    looked_at = {"nets": inputs.nets, "samplers": inputs.samplers, "samples": inputs.samples}
     return Document(
         benchmark="parity",
         model=describe_model(package),
-        settings={"reference": chosen.name, **told, **settings_of(task)},
+        settings={"reference": chosen.name, **looked_at, **settings_of(task)},
         rows=tuple(rows),
     )
 
 
 def compare_sides(
-    ours: Asked, reference: Asked, inputs: Inputs, dtype: str, *, said: Said = lambda line: None
+    ours: Prepares, reference: Prepares, inputs: Inputs, dtype: str, *, progress: Progress = silent
 ) -> Iterator[Row]:
     """The rows of `measure_parity`, of two sides that are open; `dtype` is that of the package's graphs."""
     for workload, case in inputs.rows():
-        told = f"{workload} {case.width}x{case.height}"
-        said(f"{told} {case.sampler}" if workload == "picture" else told)
+        sampler = f" {case.sampler}" if workload == "picture" else ""
+        progress(f"{workload} {case.width}x{case.height}{sampler}")
         yield _compare(ours, reference, workload, tuple(inputs.each(case)), dtype)
 
 
-@dataclass(kw_only=True)
-class _Found:
-    """What was found so far about a row."""
-
-    unit: str = "1"
-    values: list[float] = field(default_factory=list[float])
-    samples: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    problems: list[str] = field(default_factory=list[str])
+def _compare(ours: Prepares, reference: Prepares, workload: str, cases: Sequence[Case], dtype: str) -> Row:
+    """One row: a sample for each case; the first that fails to run ends it."""
     status: Status = "ok"
-
-
-def _compare(ours: Asked, reference: Asked, workload: str, cases: Sequence[Case], dtype: str) -> Row:
-    found = _Found()
+    problems: list[str] = []
+    samples: list[dict[str, Any]] = []
+    values: list[float] = []
+    unit, bar = "1", RELATIVE_L2[dtype]
     for case in cases:
         try:
             wanted = _outputs(reference, workload, case)
-            outputs = _outputs(ours, workload, case)
+            sample = {"seed": case.seed, **_worst(_outputs(ours, workload, case), wanted)}
         except SideError as error:
-            found.status, found.problems = error.status, [error.reason]
+            status, problems = error.status, [error.reason]
             break
-        sample = _worst(outputs, wanted)
-        found.samples.append({"seed": case.seed, **sample})
-        found.unit = "dB" if "ssim" in sample else "1"
-        _judge(found, sample, _bar(found, dtype))
+        samples.append(sample)
+        if "ssim" in sample:
+            unit, bar = "dB", PICTURES_DB[dtype]
+        value, problem = _judged(sample, bar)
+        if math.isfinite(value):  # what is infinitely far is a problem, and no number
+            values.append(value)
+        if problem:
+            status = "FAILED"
+            problems.append(f"{sample['output']}, seed {case.seed}: {problem}")
     alone = {name for name in ("sampler", "steps") if workload != "picture"}  # nets know no schedule
     return Row(
         side=ours.name,
         workload=workload,
         case={name: value for name, value in cases[0].to_json().items() if name not in alone},
-        unit=found.unit,
-        rounds=tuple((value,) for value in found.values),
-        status=found.status,
-        reason="; ".join(found.problems[:4]),
-        figures={"reference": reference.name, **_figures(found, _bar(found, dtype))},
+        unit=unit,
+        rounds=tuple((value,) for value in values),
+        status=status,
+        reason="; ".join(problems[:4]),
+        figures={"reference": reference.name, **_figures(samples, bar)},
         stamp={**ours.stamp, "reference": reference.stamp.get("side")},
     )
 
 
-def _outputs(side: Asked, workload: str, case: Case) -> Mapping[str, Array]:
+def _outputs(side: Prepares, workload: str, case: Case) -> Mapping[str, Array]:
     """Raises SideError, which says whose."""
     try:
         _, outputs = side.prepare(workload, case)
@@ -240,39 +237,28 @@ def _worst(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> dict[str,
     return worst
 
 
-def _bar(found: _Found, dtype: str) -> float:
-    """At least so many dB, or at most so large a relative L2."""
-    return (PICTURES_DB if found.unit == "dB" else RELATIVE_L2)[dtype]
+def _judged(sample: Mapping[str, Any], bar: float) -> tuple[float, str]:
+    """A sample's value, and what is wrong with it: a picture's bar is the least dB, a net's the most L2."""
+    if "ssim" in sample:
+        value = sample["psnr_db"]
+        return value, "" if value >= bar else f"{value:.1f} dB, below {bar:g}"
+    value = sample["relative_l2"]
+    return value, "" if value <= bar else f"relative L2 {value:.2e}, above {bar:g}"
 
 
-def _judge(found: _Found, sample: Mapping[str, Any], bar: float) -> None:
-    """One more sample; what is infinitely far is a problem, and no number."""
-    if found.unit == "dB":
-        value, good = sample["psnr_db"], sample["psnr_db"] >= bar
-        told = f"{value:.1f} dB, below {bar:g}"
-    else:
-        value, good = sample["relative_l2"], sample["relative_l2"] <= bar
-        told = f"relative L2 {value:.2e}, above {bar:g}"
-    if math.isfinite(value):
-        found.values.append(value)
-    if not good:
-        found.status = "FAILED"
-        found.problems.append(f"{sample['output']}, seed {found.samples[-1]['seed']}: {told}")
-
-
-def _figures(found: _Found, bar: float) -> dict[str, Any]:
+def _figures(samples: Sequence[Mapping[str, Any]], bar: float) -> dict[str, Any]:
     """The worst of all samples, and each of them."""
-    if not found.samples:
+    if not samples:
         return {}
     figures: dict[str, Any] = {
         "bar": bar,
-        "relative_l2": max(sample["relative_l2"] for sample in found.samples),
-        "max_error": max(sample["max_error"] for sample in found.samples),
-        "psnr_db": min(sample["psnr_db"] for sample in found.samples),
+        "relative_l2": max(sample["relative_l2"] for sample in samples),
+        "max_error": max(sample["max_error"] for sample in samples),
+        "psnr_db": min(sample["psnr_db"] for sample in samples),
     }
-    if found.unit == "dB":
-        figures["ssim"] = min(sample["ssim"] for sample in found.samples)
+    if "ssim" in samples[0]:
+        figures["ssim"] = min(sample["ssim"] for sample in samples)
         # of the reference, in shades: a flat picture is like any other
-        figures["contrast"] = min(sample["contrast"] for sample in found.samples)
-        figures["identical"] = sum(sample["max_error"] == 0 for sample in found.samples)
-    return {**figures, "samples": found.samples}
+        figures["contrast"] = min(sample["contrast"] for sample in samples)
+        figures["identical"] = sum(sample["max_error"] == 0 for sample in samples)
+    return {**figures, "samples": samples}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ...engines.package import Package
 from ..case import Case
@@ -14,7 +12,7 @@ from ..process import SideError, SideProcess, Slot
 from ..records import Document, Row
 from ..rounds import Pace, Turns, interleave
 from ..sides.contract import OURS, Task
-from .latency import Said, describe_model, settings_of
+from .latency import Progress, describe_model, settings_of, silent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +23,7 @@ class Axis:
         workload: what is timed along it.
         of: a case as a number on the axis.
         vary: the case with another value.
-        values: the default ones; sizes are factors of the case's own.
+        values: the default ones; sizes are percentages of the case's own.
     """
 
     workload: str
@@ -70,76 +68,70 @@ def measure_scaling(
     *,
     axes: Mapping[str, Sequence[int]] | None = None,
     pace: Pace | None = None,
-    said: Said = lambda line: None,
+    progress: Progress = silent,
 ) -> Document:
     """Rows for every point, which take turns, and for each axis one of workload "fit".
 
     Args:
-        package: of ours, in one fresh process.
+        package: of our side, in one fresh process.
         task: how it is opened.
         case: what is varied.
         axes: values by axis; None is all of AXES at their own.
         pace: of each axis.
-        said: is told how far it is.
+        progress: called with a line at every stage.
 
     Raises:
-        SideError: it cannot be opened, or a point cannot be run.
+        SideError: our side cannot be opened.
     """
     chosen = {name: axis.values for name, axis in AXES.items()} if axes is None else axes
     rows: list[Row] = []
-    with ExitStack() as stack:
-        side = stack.enter_context(SideProcess(OURS, OURS, task))
+    with SideProcess(OURS, OURS, task) as side:
         for name, values in chosen.items():
-            rows += _measure_axis(side, name, case, values, pace or Pace(), said)
+            axis = AXES[name]
+            points = {f"{name} {value}": axis.vary(case, value) for value in values}
+            timed = time_points(side, axis.workload, points, pace or Pace(), progress)
+            rows += [replace(row, figures={"axis": name}) for row in timed]
+            rows.append(_fit(name, case, timed))
     return Document(
         benchmark="scaling", model=describe_model(package), settings=settings_of(task), rows=tuple(rows)
     )
 
 
-def _measure_axis(
-    side: SideProcess, name: str, case: Case, values: Sequence[int], pace: Pace, said: Said
+def time_points(
+    side: SideProcess, workload: str, points: Mapping[str, Case], pace: Pace, progress: Progress
 ) -> list[Row]:
-    axis = AXES[name]
-    points = {f"{name} {value}": axis.vary(case, value) for value in values}
+    """A row for each case of one workload, by slot, in turns. One that cannot run leaves the others."""
     first: dict[str, float] = {}
-    failed: dict[str, Turns] = {}
-    for slot, point in points.items():
-        said(f"{slot}: gets ready")
+    turns: dict[str, Turns] = {}
+    for slot, case in points.items():
+        progress(f"{slot}: first run")
         try:
-            first[slot] = side.prepare(axis.workload, point, slot=slot)[0]["seconds"]
-        except SideError as error:  # beyond an engine's profile, or beyond memory: the others count
-            failed[slot] = Turns(status=error.status, reason=error.reason)
-    slots = [Slot(name=slot, side=side) for slot in first]
-    turns = failed | interleave(slots, first, pace, said=lambda line: said(f"{name}: {line}"))
-    rows = [
+            first[slot] = side.prepare(workload, case, slot=slot)[0]["seconds"]
+        except SideError as error:  # beyond an engine's profile, or beyond memory
+            turns[slot] = Turns(status=error.status, reason=error.reason)
+    turns |= interleave([Slot(name=slot, side=side) for slot in first], first, pace, said=progress)
+    return [
         Row(
             side=OURS,
-            workload=axis.workload,
-            case=point.to_json(),
+            workload=workload,
+            case=case.to_json(),
             rounds=turns[slot].frozen,
             status=turns[slot].status,
             reason=turns[slot].reason,
-            figures={"axis": name},
             stamp=side.stamp,
         )
-        for slot, point in points.items()
+        for slot, case in points.items()
     ]
-    return [*rows, _fit(name, axis, case, rows)]
 
 
-def _fit(name: str, axis: Axis, case: Case, rows: Sequence[Row]) -> Row:
+def _fit(name: str, case: Case, rows: Sequence[Row]) -> Row:
     """The line through the points' medians."""
-    good = [row for row in rows if row.status == "ok"]
-    points = [(axis.of(Case.from_json(row.case)), row.summary["p50"]) for row in good]
-    figures: dict[str, Any] = {"of": name, "workload": axis.workload, "points": points}
+    axis = AXES[name]
+    timed = [row for row in rows if row.status == "ok"]
+    points = [(axis.of(Case.from_json(row.case)), row.summary["p50"]) for row in timed]
+    figures = {"of": name, "workload": axis.workload, "points": points}
+    fit = Row(side=OURS, workload="fit", case=case.to_json(), figures=figures)
     if len(points) < 3:
-        return Row(
-            side=OURS,
-            workload="fit",
-            case=case.to_json(),
-            status="FAILED",
-            reason=f"{len(points)} points, a line with a residual needs 3",
-            figures=figures,
-        )
+        return replace(fit, status="FAILED", reason=f"{len(points)} points, a line with a residual needs 3")
     line = fit_line([x for x, _ in points], [y for _, y in points])
-    return Row(side=OURS, workload="fit", case=case.to_json(), figures={**figures, **line.to_json()})
+    return replace(fit, figures={**figures, **line.to_json()})

@@ -284,9 +284,18 @@ def test_a_row_whose_rounds_are_not_its_yardsticks_is_compared_as_it_is() -> Non
 # ── documents ──────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("changes", [{"model": {"name": "sd15"}}, {"benchmark": "memory"}])
-def test_documents_of_other_models_and_verbs_are_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=r"different (models|verbs)"):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"name": "sd15"}},
+        {"benchmark": "memory"},
+        {"machine": {**MACHINE, "cpu": "another processor"}},
+        {"machine": {**MACHINE, "cores": 4}},
+        {"machine": {**MACHINE, "gpu": {"name": "a GPU"}}},
+    ],
+)
+def test_documents_of_other_models_verbs_and_machines_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"different (models|verbs|machines)"):
         compare(document([]), document([], **changes))
 
 
@@ -296,15 +305,30 @@ def test_a_threshold_is_a_share(threshold: float) -> None:
         compare(document([]), document([]), threshold=threshold)
 
 
-def test_other_machines_and_settings_are_a_remark() -> None:
-    other = document([], machine={**MACHINE, "cores": 4, "commit": "4567def"}, settings={"threads": 1})
-    found = compare(document([]), other)
+def test_other_systems_and_settings_are_a_remark() -> None:
+    changed = {**MACHINE, "python": "3.13.1", "commit": "4567def"}
+    found = compare(document([]), document([], machine=changed, settings={"threads": 1}))
     assert found.remarks == (
-        "different machines: cores was 2, is 4",
+        'different systems: python was null, is "3.13.1"',
         "different settings: threads was null, is 1",
     )
     assert "(0123abc) -> " in found.format()
     assert "(4567def)" in found.format()
+
+
+def test_nothing_compared_is_said() -> None:
+    few = document([Row(side=OURS, workload="unet", rounds=((1.0,),))])
+    for found in (compare(document([]), document([])), compare(few, few)):
+        assert not found.compared
+        assert found.to_json()["compared"] is False
+        assert "nothing was compared" in found.format()
+    assert compare(simulated(0), simulated(1)).compared
+
+
+def test_an_installed_package_has_no_commit() -> None:
+    machine = {**MACHINE, "commit": None}
+    lines = compare(document([], machine=machine), document([], machine=machine)).format()
+    assert lines.splitlines()[0] == "2026-11-22T03:04:05+00:00 -> 2026-11-22T03:04:05+00:00"
 
 
 def test_a_comparison_is_plain_data_and_a_line_for_each_row() -> None:
@@ -337,7 +361,10 @@ def test_trials_in_pieces_are_one_document(tmp_path: Path, capsys: pytest.Captur
     path, measure = tmp_path / "detection.json", Simulation()
     assert detection.main(["--out", str(path), "--pairs", "2"], measure) == 0
     assert detection.main(["--out", str(path), "--pairs", "1", "--first", "2"], measure) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "caught 3 of 3, passed 3 of 3"
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "planted slowdown: right 3 of 3 times",
+        "A/A pair: right 3 of 3 times",
+    ]
     found = read_document(path)
     assert [row.case["trial"] for row in found.rows] == [0, 0, 1, 1, 2, 2]
     slow = detection.PLANTED
@@ -358,5 +385,8 @@ def test_a_slowdown_that_is_not_there_is_not_caught(
 ) -> None:
     path = tmp_path / "detection.json"
     assert detection.main(["--out", str(path), "--pairs", "1"], Simulation(times=1.0)) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "caught 0 of 1, passed 1 of 1"
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "planted slowdown: right 0 of 1 times",
+        "A/A pair: right 1 of 1 times",
+    ]
     assert [row.status for row in read_document(path).rows] == ["ok", "FAILED"]

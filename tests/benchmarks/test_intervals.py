@@ -43,10 +43,8 @@ def test_the_values_are_numpys() -> None:
 def test_resampled_medians_are_those_of_the_rounds_that_were_drawn() -> None:
     """Rounds of other lengths, whose samples are counted as often as their round is drawn."""
     a = [(1.0, 5.0), (2.0,), (3.0, 4.0, 9.0)]
-    drawn = np.random.default_rng(3).multinomial(3, [1 / 3] * 3, size=50)
-    wanted = [
-        np.median([x for turn, times in zip(a, row, strict=True) for x in turn * int(times)]) for row in drawn
-    ]
+    draws = np.random.default_rng(3).integers(3, size=(50, 3))
+    wanted = [np.median([x for turn in drawn for x in a[turn]]) for drawn in draws]
     assert median_of(a, resamples=50, seed=3).resampled == pytest.approx(wanted)
 
 
@@ -144,33 +142,17 @@ def test_lines_are_scipys() -> None:
     random = np.random.default_rng(7)
     x = np.array([1, 2, 4, 8, 8, 20], float)
     y = 0.3 + 2.5 * x + random.normal(0, 0.4, 6)
-    found, theirs, robust = (
-        fit_line(x.tolist(), y.tolist()),
-        scipy.stats.linregress(x, y),
-        scipy.stats.theilslopes(y, x),
-    )
+    found, theirs = fit_line(x.tolist(), y.tolist()), scipy.stats.linregress(x, y)
     assert (found.slope, found.intercept) == pytest.approx(np.polyfit(x, y, 1))
     assert (found.slope, found.intercept) == pytest.approx((theirs.slope, theirs.intercept))
     assert found.r_squared == pytest.approx(theirs.rvalue**2)
-    assert (found.robust_slope, found.robust_intercept) == pytest.approx((robust.slope, robust.intercept))
     rest = y - theirs.intercept - theirs.slope * x
     assert found.residual == pytest.approx(np.abs(rest).max() / np.abs(y).max())
 
 
-def test_one_bad_point_moves_the_line_but_not_the_robust_one() -> None:
-    x = list(range(1, 9))
-    y = [2.0 * value for value in x[:-1]] + [60.0]
-    found = fit_line(x, y)
-    assert found.robust_slope == pytest.approx(2.0)
-    assert found.slope > 4
-    assert found.residual > 0.2
-
-
 def test_a_line_without_a_slope() -> None:
     found = fit_line([1, 2, 3], [4.0, 4.0, 4.0])
-    assert found.to_json() == pytest.approx(
-        {"slope": 0, "intercept": 4, "residual": 0, "r_squared": 1, "robust_slope": 0, "robust_intercept": 4}
-    )
+    assert found.to_json() == pytest.approx({"slope": 0, "intercept": 4, "residual": 0, "r_squared": 1})
 
 
 @pytest.mark.parametrize(("x", "y"), [([1.0], [1.0]), ([2.0, 2.0], [1.0, 3.0]), ([1.0, 2.0], [1.0])])

@@ -23,7 +23,7 @@ PREDICTION = {"prediction": np.random.default_rng(0).standard_normal((2, 4, 8, 8
 
 def _bench(workload: str = "unet", references: tuple[str, ...] = (AGAIN,), device: str = "cpu") -> Bench:
     sides = Sides(task=Task(package=PACKAGE.root, device=device), references=references)
-    return Bench(package=PACKAGE, sides=sides, workload=workload, case=CASE, said=lambda line: None)
+    return Bench(package=PACKAGE, sides=sides, workload=workload, case=CASE, progress=lambda line: None)
 
 
 def _measure(*sides: StandInSide, workload: str = "unet") -> dict[str, Any]:

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from latentrt.benchmarks.records import Document, Row
-from latentrt.benchmarks.report import BEGIN, END, outdated, report_is_current, words, write_report
-from latentrt.benchmarks.report.figures import draw_figures
+from latentrt.benchmarks.report import Pages, outdated, words, write_report
+from latentrt.benchmarks.report.publish import BEGIN, END, SUMMARY_BEGIN, SUMMARY_END, draw_figures
 from latentrt.benchmarks.report.results import Result, read_results
-from latentrt.benchmarks.report.tables import markdown
+from latentrt.benchmarks.report.tables import full_tables, short_table
 from latentrt.engines.errors import PackageError, UsageError
 from tests.benchmarks import sample_documents
 from tests.benchmarks.sample_documents import SCALES, SMALL, VERBS, write_samples
@@ -28,7 +28,7 @@ def result(document: Document, name: str = "document") -> Result:
 
 @pytest.fixture(scope="module")
 def table() -> str:
-    return markdown(
+    return full_tables(
         [result(make(SMALL), verb) for verb, make in VERBS.items()], {"latency": ["a/latency-peers.png"]}
     )
 
@@ -36,11 +36,13 @@ def table() -> str:
 @pytest.mark.parametrize(
     "line",
     [
+        "| memory over the first request of a process | ",
+        "UNet: time: weights 2.00 MB, activations 420 kB, in and out 80.0 kB; ",
         "- openvino, whole picture: FAILED: image is not ours: relative L2 3.10e-01, 21.4 dB",
         "| time outside the engines, 128×128, 20 steps, guidance 5 | 0.4 % of a picture, 60.0 µs per step |",
-        "| whole picture against steps | 5.10 ms per step + 21.0 ms, largest residual 2.1 % |",
-        "| throughput, Server highest rate | not available: a run of Server takes about 900 s |",
-        "| throughput, Server | 5.45 queries/s, p99 141 ms, deadline 385 ms met, confidence 77.0 % |",
+        "| whole picture against steps | 5.10 ms per step + 21.0 ms, largest residual 2.1 % (5: 46.",
+        "| throughput, SingleStream | p90 132 ms, p50 128 ms, p99 141 ms |",
+        "| throughput, Offline | 8.65 pictures/s at batch 4 |",
         "| what each step leaves behind | 0 B, over 97 steps |",
         "| cold start, its parts | import 312 ms, open 425 ms, first picture 936 ms |",
         "| build of the engines | 6 of 6 nets in 3.24 s, peak 215 MB, engines 11.8 MB |",
@@ -75,7 +77,7 @@ def test_tables_are_whole(table: str) -> None:
 def test_the_newest_of_one_question_counts() -> None:
     old = replace(sample_documents.latency(SMALL), date="2026-11-01T00:00:00+00:00")
     new = sample_documents.latency(SMALL)
-    said = markdown([result(new, "a"), result(old, "b")], {"a": ["a-peers.png"], "b": ["b-peers.png"]})
+    said = full_tables([result(new, "a"), result(old, "b")], {"a": ["a-peers.png"], "b": ["b-peers.png"]})
     assert said.count("UNet step |") == 1
     assert "a-peers.png" in said
     assert "b-peers.png" not in said
@@ -83,20 +85,21 @@ def test_the_newest_of_one_question_counts() -> None:
 
 def test_a_document_cannot_break_the_page() -> None:
     row = Row(side="latentrt", workload="unet", case=SMALL.case, status="FAILED", reason=f"a|b {END} `c`\nd")
-    said = markdown([result(replace(sample_documents.latency(SMALL), rows=(row,)))], {})
+    said = full_tables([result(replace(sample_documents.latency(SMALL), rows=(row,)))], {})
     assert "a\\|b &lt;!-- bench:end --> `c` d" in said
     assert END not in said
 
 
 def test_what_is_not_known_is_a_dash() -> None:
     row = Row(side="latentrt", workload="unet", case=SMALL.case, rounds=((1.0,),))
-    said = markdown([result(replace(sample_documents.latency(SMALL), rows=(row,), machine={}))], {})
+    said = full_tables([result(replace(sample_documents.latency(SMALL), rows=(row,), machine={}))], {})
     assert "| UNet step | 1.00 s [1.00 s] | – | – | – |" in said
-    assert "on unknown processor; 22 Nov 2026; commit –" in said
+    assert "on unknown processor; 22 Nov 2026\n" in said
+    assert "commit" not in said
 
 
 def test_without_documents_the_table_says_how_to_measure() -> None:
-    assert "latentrt bench latency demo" in markdown([], {})
+    assert "latentrt bench latency demo" in full_tables([], {})
 
 
 @pytest.mark.parametrize(
@@ -121,66 +124,96 @@ def test_numbers_that_are_none_are_dashes() -> None:
     assert words.amount(999_999, "B") == "1.00 MB"
 
 
+def test_server_of_earlier_releases_is_not_shown(table: str) -> None:
+    assert any(row.workload == "Server" for row in sample_documents.throughput(SMALL).rows)
+    assert "Server" not in table
+
+
+def test_the_short_table() -> None:
+    documents = [make(scale) for scale in SCALES.values() for make in VERBS.values()]
+    lines = short_table([result(item, str(n)) for n, item in enumerate(documents)], "all.md").splitlines()
+    rows = [line for line in lines[2:] if line.startswith("|")]
+    assert len(rows) == 12, "no more, however many documents there are"
+    assert rows[0].startswith("| demo (SD 1.x, fp32): whole picture, 128×128, 20 steps, guidance 5 | ")
+    ours = next(sample_documents.latency(SMALL).select("picture", "latentrt"))
+    assert f"| {1e3 * np.percentile(ours.samples, 50):.0f} ms; diffusers takes 3.39× [" in rows[0]
+    assert "openvino" not in rows[0], "its picture is not ours: it has no time"
+    assert lines[-1].endswith("[All measurements, and how they were made](all.md).")
+
+
 # ── files ────────────────────────────────────────────────────────────────────────────────────────
+
+FIGURE = "box/latency-waterfall.png"
+ALONE = replace(SMALL, work={}, peers={})  # one figure
 
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """One document with a figure that is quick to draw, and files that are none."""
+    """One document with one figure, and files that are none."""
     folder = tmp_path / "results"
-    of_one_net = replace(SMALL, weights={"unet": 1e6})
-    sample_documents.memory(of_one_net).write(folder / "box" / "memory.json")
+    sample_documents.latency(ALONE).write(folder / "box" / "latency.json")
     (folder / "old.json").write_text('{"benchmark": "cold_start", "rows": []}')
     (folder / "text.json").write_text("{")
     return folder
 
 
-def page(folder: Path) -> Path:
-    path = folder / "README.md"
-    path.write_text(f"before\n{BEGIN}\nstale\n{END}\nbehind\n", encoding="utf-8")
-    return path
+@pytest.fixture
+def pages(tmp_path: Path) -> Pages:
+    """Both pages with stale tables."""
+    found = Pages(
+        readme=tmp_path / "README.md",
+        measurements=tmp_path / "docs" / "all.md",
+        figures=tmp_path / "figures",
+    )
+    (tmp_path / "docs").mkdir()
+    for path, begin, end in (
+        (found.readme, SUMMARY_BEGIN, SUMMARY_END),
+        (found.measurements, BEGIN, END),
+    ):
+        assert path
+        path.write_text(f"before\n{begin}\nstale\n{end}\nbehind\n", encoding="utf-8")
+    return found
 
 
-def test_a_second_time_changes_nothing(results: Path, tmp_path: Path) -> None:
-    readme, figures = page(tmp_path), tmp_path / "figures"
-    assert not report_is_current(results, readme, figures)
-    first = write_report(results, readme, figures)
-    assert {path.relative_to(figures).as_posix() for path in first.figures} == {
-        "box/memory-ledger.png",
-        "box/memory-timeline.png",
-    }
-    assert set(first.changed) == {*first.figures, readme}
+def test_a_second_time_changes_nothing(results: Path, pages: Pages) -> None:
+    assert pages.readme
+    assert pages.measurements
+    assert outdated(results, pages)
+    first = write_report(results, pages)
+    assert first.figures == (pages.figures / FIGURE,)
+    assert set(first.changed) == {*first.figures, pages.readme, pages.measurements}
     assert [remark.partition(" ")[0] for remark in first.remarks] == ["old.json", "text.json"]
-    text = readme.read_text(encoding="utf-8")
+    text = pages.measurements.read_text(encoding="utf-8")
     assert text.startswith(f"before\n{BEGIN}\n\n**demo")
     assert text.endswith(f"\n\n{END}\nbehind\n")
     assert "stale" not in text
-    assert "(figures/box/memory-ledger.png)" in text
-    assert report_is_current(results, readme, figures)
-    assert write_report(results, readme, figures).changed == ()
+    assert f"(../figures/{FIGURE})" in text
+    short = pages.readme.read_text(encoding="utf-8")
+    assert short.startswith(f"before\n{SUMMARY_BEGIN}\n\n")
+    assert short.endswith(f"\n\n{SUMMARY_END}\nbehind\n")
+    assert outdated(results, pages) == ()
+    assert write_report(results, pages).changed == ()
 
 
-def test_what_is_outdated_is_named(results: Path, tmp_path: Path) -> None:
-    readme, figures = page(tmp_path), tmp_path / "figures"
-    write_report(results, readme, figures)
-    path = results / "box" / "memory.json"
+def test_what_is_outdated_is_named(results: Path, pages: Pages) -> None:
+    write_report(results, pages)
+    path = results / "box" / "latency.json"
     data = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**data, "date": "2026-12-24T00:00:00+00:00"}), encoding="utf-8")
-    assert outdated(results, readme, figures) == (
-        "README.md does not have the tables of the documents",
-        "box/memory-ledger.png is missing, or was drawn from another document",
-        "box/memory-timeline.png is missing, or was drawn from another document",
+    assert outdated(results, pages) == (
+        "all.md does not have the tables of the documents",
+        f"{FIGURE} is missing, or was drawn from another document",
     )
     path.unlink()
-    assert "box/memory-ledger.png is of no document any more: delete it" in outdated(results, None, figures)
+    assert f"{FIGURE} is of no document any more: delete it" in outdated(results, pages)
 
 
 def test_a_png_has_no_date_and_the_documents_digest(results: Path, tmp_path: Path) -> None:
     found = read_results(results).found[0]
-    name, png = next(draw_figures(found))
+    ((name, png),) = draw_figures(found)
     path = tmp_path / "figure.png"
     path.write_bytes(png)
-    assert name == "box/memory-ledger.png"
+    assert name == FIGURE
     with Image.open(path) as image:
         assert image.info["latentrt-document"] == found.digest
         assert {"Software", "Creation Time"}.isdisjoint(image.info)
@@ -190,25 +223,25 @@ def test_a_png_has_no_date_and_the_documents_digest(results: Path, tmp_path: Pat
 
 def test_white_space_is_not_another_document(results: Path) -> None:
     before = read_results(results).found[0].digest
-    path = results / "box" / "memory.json"
+    path = results / "box" / "latency.json"
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8"))), encoding="utf-8")
     assert read_results(results).found[0].digest == before
 
 
 @pytest.mark.parametrize("text", ["", BEGIN, f"{END}\n{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])
 def test_a_page_without_markers_is_refused_before_anything_is_written(
-    results: Path, tmp_path: Path, text: str
+    results: Path, pages: Pages, text: str
 ) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(text, encoding="utf-8")
+    assert pages.measurements
+    pages.measurements.write_text(text, encoding="utf-8")
     with pytest.raises(UsageError, match=f"{BEGIN} and {END}"):
-        write_report(results, readme, tmp_path / "figures")
-    assert not (tmp_path / "figures").exists()
+        write_report(results, pages)
+    assert not pages.figures.exists()
 
 
 def test_a_page_that_is_not_there_is_refused(results: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="markers"):
-        outdated(results, tmp_path / "no.md", tmp_path)
+        outdated(results, Pages(readme=tmp_path / "no.md", measurements=None, figures=tmp_path))
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
@@ -218,7 +251,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", [{"schema": 99}, {"rows": [{}]}])
 def test_a_damaged_document_is_not_left_out_in_silence(results: Path, change: dict[str, Any]) -> None:
-    path = results / "box" / "memory.json"
+    path = results / "box" / "latency.json"
     data = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**data, **change}), encoding="utf-8")
     with pytest.raises(PackageError, match="no benchmark document"):

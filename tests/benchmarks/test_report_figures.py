@@ -6,25 +6,22 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
-import numpy as np
 import pytest
 from matplotlib.legend import Legend
 
 from latentrt.benchmarks.intervals import ratio_by_round
 from latentrt.benchmarks.records import Document, Row
-from latentrt.benchmarks.report.figures import planned_figures
-from latentrt.benchmarks.report.memory import first_of_each, ledger
-from latentrt.benchmarks.report.reading import against, stages
+from latentrt.benchmarks.report.publish import planned_figures
+from latentrt.benchmarks.report.reading import against, ceiling_rates, stages
 from latentrt.benchmarks.report.results import Result
-from latentrt.benchmarks.report.roofline import ceiling_rates, points
+from latentrt.benchmarks.report.roofline import points
 from latentrt.benchmarks.report.sheet import Sheet, house_style
 from latentrt.benchmarks.report.summary import summaries
-from latentrt.benchmarks.report.sweeps import line_of, sweeps
 from latentrt.engines.errors import BackendError
 from tests.benchmarks import sample_documents
 from tests.benchmarks.sample_documents import FULL, SCALES, SMALL, VERBS, Scale, of_memory
 
-KINDS = ("waterfall", "peers", "roofline", "scaling", "ledger", "timeline")
+KINDS = ("waterfall", "peers", "roofline")
 
 
 def result(document: Document, name: str = "document") -> Result:
@@ -33,16 +30,21 @@ def result(document: Document, name: str = "document") -> Result:
 
 def texts(sheet: Sheet) -> list[Any]:
     """Everything written on a sheet."""
-    sheet.settle()
+    sheet.figure.get_layout_engine().execute(sheet.figure)
     found = [*sheet.figure.texts]
     legends = sheet.figure.findobj(Legend)
     if legends:
         sheet.figure.draw_without_rendering()  # a legend has no place before
     found += [text for legend in legends for text in legend.get_texts()]
-    for axes in sheet.axes:
-        titles = [axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label]
-        found += [*axes.texts, *titles, *ticks(axes.xaxis, 0), *ticks(axes.yaxis, 1)]
+    axes = sheet.axes
+    labels = [axes.title, axes.xaxis.label, axes.yaxis.label]
+    found += [*axes.texts, *labels, *ticks(axes.xaxis, 0), *ticks(axes.yaxis, 1)]
     return [text for text in found if text.get_visible() and text.get_text().strip()]
+
+
+def extent(sheet: Sheet, text: Any) -> Any:
+    """A text's box in pixels."""
+    return text.get_window_extent(sheet.figure.canvas.get_renderer())
 
 
 def ticks(axis: Any, coordinate: int) -> list[Any]:
@@ -75,7 +77,7 @@ def test_every_figure_of_the_issue_is_there(sheets: dict[str, Sheet]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_text_covers_another_or_leaves_the_sheet(sheets: dict[str, Sheet], scale: str, kind: str) -> None:
     sheet = sheets[f"{scale}-{kind}"]
-    boxes = {text.get_text(): sheet.extent(text) for text in texts(sheet) if not text.get_rotation() % 90}
+    boxes = {text.get_text(): extent(sheet, text) for text in texts(sheet) if not text.get_rotation() % 90}
     assert len(boxes) > 8
     width, height = sheet.figure.bbox.max
     for text, box in boxes.items():
@@ -94,7 +96,7 @@ def test_a_figure_says_whose_it_is(sheets: dict[str, Sheet], kind: str) -> None:
     said = written(sheets[f"full-{kind}"])
     for fact in ("sd15 (SD 1.x, fp32)", "Made-up Processor, 2 cores", "22 Nov 2026", "commit 0123abc"):
         assert fact in said
-    assert any(axes.get_xlabel() for axes in sheets[f"full-{kind}"].axes)
+    assert sheets[f"full-{kind}"].axes.get_xlabel()
 
 
 def test_the_waterfall_says_what_the_stages_took(sheets: dict[str, Sheet]) -> None:
@@ -114,9 +116,9 @@ def test_a_ratio_of_the_figure_is_that_of_the_rounds(sheets: dict[str, Sheet]) -
 
 
 def test_bars_begin_at_one_and_end_at_the_ratio(sheets: dict[str, Sheet]) -> None:
-    ends = [bar.get_x() + bar.get_width() for bar in sheets["small-peers"].axes[0].patches]
+    ends = [bar.get_x() + bar.get_width() for bar in sheets["small-peers"].axes.patches]
     document = sample_documents.latency(SMALL)
-    wanted = [item.ratio.value for item in against(document, SMALL.case, "diffusers") if item.ratio]
+    wanted = [item.ratio.value for item in against(document, SMALL.case, "diffusers").values() if item.ratio]
     assert len(wanted) == 4
     for value in wanted:
         assert min(abs(end - value) for end in ends) < 1e-9
@@ -133,7 +135,7 @@ def test_a_tail_that_would_squeeze_everything_is_an_arrow_with_its_number() -> N
     with house_style():
         sheet = planned_figures(result(replace(document, rows=tuple(wild))))["document-waterfall.png"]()
         assert "p90 17." in written(sheet)  # seconds: forty times 0.44
-        assert sheet.axes[0].get_xlim()[1] < 2000  # ms
+        assert sheet.axes.get_xlim()[1] < 2000  # ms
 
 
 def test_the_rooflines_points_are_the_rows() -> None:
@@ -157,61 +159,41 @@ def test_without_ceilings_there_is_no_roofline_and_without_peers_no_bars() -> No
     assert list(planned_figures(result(replace(document, rows=ours)))) == ["document-waterfall.png"]
 
 
-def test_a_picture_nobody_timed_is_added_up_and_says_so() -> None:
-    document = sample_documents.latency(FULL)
-    rows = tuple(row for row in document.rows if row.workload != "picture")
-    found = stages(replace(document, rows=rows), FULL.case)
-    unet = next(document.select("unet", "latentrt"))
-    assert found is not None
-    assert found.total is None
-    assert found.seconds["unet"] == 20 * np.median(unet.samples)
-    with house_style():
-        drawn = planned_figures(result(replace(document, rows=rows)))["document-waterfall.png"]
-        assert "no whole picture was timed" in written(drawn())
-    assert stages(replace(document, rows=rows[:4]), FULL.case) is None
-
-
-def test_sweeps_are_the_rows_at_their_points() -> None:
-    document = sample_documents.scaling(SMALL)
-    batch = next(sweep for sweep in sweeps(document) if sweep.of == "batch")
-    assert [point[0] for point in batch.points] == [1, 2, 4, 8]
-    row = next(
-        row for row in document.rows if row.figures.get("axis") == "batch" and row.case["pictures"] == 4
-    )
-    p50, p90, p99 = np.percentile(row.samples, (50, 90, 99))
-    assert batch.points[2] == (4, pytest.approx(p50), pytest.approx(p90), pytest.approx(p99))
+def test_stages_are_in_order_and_finite() -> None:
+    known = {"else": 1.0, "vae_decoder": 2.0, "text_encoder": 3.0, "unet": float("nan")}
+    row = Row(side="latentrt", workload="picture", figures={"stages_p50_s": known})
+    assert list(stages(row).items()) == [("text_encoder", 3.0), ("vae_decoder", 2.0), ("else", 1.0)]
+    assert stages(None) == {}
 
 
 def test_a_fit_that_failed_is_no_line() -> None:
-    document = sample_documents.scaling(SMALL)
-    rows = tuple(replace(row, status="FAILED") if row.workload == "fit" else row for row in document.rows)
-    failed = replace(document, rows=rows)
-    assert {line_of(sweep) for sweep in sweeps(failed)} == {""}
-    assert list(summaries(failed)) == []
-    with house_style():
-        assert "per step" not in written(planned_figures(result(failed))["document-scaling.png"]())
+    row = Row(
+        side="latentrt",
+        workload="fit",
+        status="FAILED",
+        reason="2 points",
+        figures={"of": "steps", "workload": "picture", "points": [[5, 0.05], [10, 0.09]]},
+    )
+    lines = dict(summaries(replace(sample_documents.scaling(SMALL), rows=(row,))))
+    assert lines == {"whole picture against steps": "5: 50.0 ms; 10: 90.0 ms; FAILED: 2 points"}
 
 
 def test_the_ledger_adds_up_and_does_not_hide_what_is_not_told() -> None:
-    row = of_memory(SMALL, "ledger", nets={"unet": {"weights": 5, "activations": None, "io": 2}}, scratch=3)
-    unet, shared = ledger(row)
-    assert (unet.total, unet.activations, shared.total) == (7, None, 3)
-    document = sample_documents.memory(SMALL)
-    assert "of activations the library does not tell" in dict(summaries(document))["memory of the nets"]
+    nets = {"unet": {"weights": 5e6, "activations": None, "io": 2e6}}
+    row = of_memory(SMALL, "ledger", ((7e6,),), nets=nets, scratch=3e6)
+    lines = dict(summaries(replace(sample_documents.memory(SMALL), rows=(row,))))
+    assert lines["memory of the nets"] == "10.0 MB; of activations the library does not tell"
+    assert lines["memory by net"] == "UNet step: weights 5.00 MB, in and out 2.00 MB"
 
 
-def test_a_mark_is_where_a_stage_begins_first() -> None:
-    assert first_of_each([(0.0, "a"), (1.0, "b"), (2.0, "a")]) == ((0.0, "a"), (1.0, "b"))
-
-
-def test_a_timeline_on_a_device_is_a_figure_of_its_own() -> None:
-    document = sample_documents.memory(SMALL)
-    line = next(document.select("timeline"))
-    device = replace(line, figures={**line.figures, "device": [1e9, *[2e9] * 100]})
-    rows = tuple(device if row is line else row for row in document.rows)
-    with house_style():
-        drawn = planned_figures(result(replace(document, rows=rows)))["document-timeline-device.png"]
-        assert "peak 2.00 GB" in written(drawn())
+def test_a_timeline_says_where_its_peak_is() -> None:
+    marks = [{"stage": "unet", "at_s": 0.1}, {"stage": "vae_decoder", "at_s": 0.6}]
+    row = of_memory(SMALL, "timeline", ((1e6, 3e6, 9e6, 4e6),), interval_s=0.2, seconds=0.8, marks=marks)
+    lines = dict(summaries(replace(sample_documents.memory(SMALL), rows=(row,))))
+    assert lines == {
+        "memory over the first request of a process": "1.00 MB at its beginning, peak 9.00 MB after 400 ms"
+        " (VAE decoder) of 800 ms"
+    }
 
 
 def test_a_scale_of_one_stage_still_draws() -> None:

@@ -95,10 +95,7 @@ def test_every_workload_of_the_demo_but_the_update_calls_nets() -> None:
 
 def part(flops: int, size: int, calls: int = 1) -> Part:
     layer = Layer(kind="linear", flops=flops, bytes=size)
-    work = Work(
-        layers=(layer,), parameters=0, weights_bytes=0, stored_bytes=0, io_bytes=size, least_bytes=size
-    )
-    return Part(work=work, calls=calls)
+    return Part(work=Work(layers=(layer,), parameters=0, least_bytes=size), calls=calls)
 
 
 def row(side: str, workload: str, *rounds: tuple[float, ...], **figures: float) -> Row:

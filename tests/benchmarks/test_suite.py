@@ -1,14 +1,16 @@
+"""`latentrt bench all`: a quick run measures less of the same."""
+
 from typing import Any
 
 import pytest
 
 from latentrt.benchmarks.models.open import Model
 from latentrt.benchmarks.sides.contract import Task
+from latentrt.benchmarks.sides.watched import BLOCKS, SETTLED
 from latentrt.benchmarks.verbs import suite
-from latentrt.benchmarks.verbs.latency import Sides
-from latentrt.benchmarks.verbs.memory_timeline import BLOCKS, SETTLED
+from latentrt.benchmarks.verbs.latency import Sides, silent
 from latentrt.benchmarks.verbs.scaling import AXES
-from latentrt.benchmarks.verbs.suite import VERBS, Effort
+from latentrt.benchmarks.verbs.suite import VERBS
 from latentrt.engines.package import Package
 from latentrt.runtime.pipeline import SHIPPED
 
@@ -17,33 +19,27 @@ MODEL = Model(name="demo", package=PACKAGE, checkpoint=None)
 SIDES = Sides(task=Task(package=PACKAGE.root))
 
 
-def asked(monkeypatch: pytest.MonkeyPatch, verb: str, effort: Effort) -> dict[str, Any]:
+def options(monkeypatch: pytest.MonkeyPatch, verb: str, *, quick: bool) -> dict[str, Any]:
     """The keywords that the verb's function is called with."""
     found: dict[str, Any] = {}
     monkeypatch.setattr(suite, f"measure_{verb}", lambda *positional, **named: found.update(named))
-    VERBS[verb](MODEL, SIDES, effort, lambda line: None)
+    VERBS[verb](MODEL, SIDES, quick=quick, progress=silent)
     return found
 
 
 def test_quick_measures_less_of_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    quick, full = Effort.quick(), Effort.full()
-    axes = asked(monkeypatch, "scaling", quick)["axes"]
-    assert set(axes) == set(AXES)
-    for name, values in asked(monkeypatch, "scaling", full)["axes"].items():
+    def both(verb: str, name: str) -> tuple[Any, Any]:
+        quick, full = (options(monkeypatch, verb, quick=quick)[name] for quick in (True, False))
+        return quick, full
+
+    axes, all_axes = both("scaling", "axes")
+    assert set(axes) == set(all_axes) == set(AXES)
+    for name, values in all_axes.items():
         assert values == AXES[name].values
         assert axes[name] == values[:3], "the fewest that a line has a residual with"
-    watched = asked(monkeypatch, "memory", quick)["steps"]
-    assert watched < asked(monkeypatch, "memory", full)["steps"]
-    assert watched[0] - SETTLED >= 2 * BLOCKS, "what comes and goes with every other step is no growth"
-    assert asked(monkeypatch, "throughput", quick)["batches"] == (1, 4)
-    assert asked(monkeypatch, "throughput", full)["batches"] == (1, 2, 4, 8)
-    assert (
-        asked(monkeypatch, "latency", quick)["pace"].budget
-        < asked(monkeypatch, "latency", full)["pace"].budget
-    )
-
-
-def test_quick_has_a_row_of_server_all_the_same() -> None:
-    rules = Effort.quick().rules
-    assert (rules.rounds, rules.share) == (0, 0.5)
-    assert Effort.full().rules.rounds > 0
+    watched, all_watched = both("memory", "steps")
+    assert watched < all_watched
+    assert watched - SETTLED >= 2 * BLOCKS, "what comes and goes with every other step is no growth"
+    assert both("throughput", "batches") == ((1, 4), (1, 2, 4, 8))
+    pace, all_pace = both("latency", "pace")
+    assert pace.budget < all_pace.budget

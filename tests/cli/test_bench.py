@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +96,8 @@ def test_memory_and_throughput_are_told_everything(bench: Any, found: dict[str, 
         (),
         2,
     )
-    assert (
-        bench("throughput", "--batches", "1, 3", "--rate", "2.5", "--deadline", "0.5", "--together", "4")[0]
-        == 0
-    )
-    rules = found["rules"]
-    assert (found["batches"], rules.rate, rules.deadline, rules.together) == ((1, 3), 2.5, 0.5, 4)
+    assert bench("throughput", "--batches", "1, 3", "--budget", "7")[0] == 0
+    assert (found["batches"], found["rules"].budget) == ((1, 3), 7)
 
 
 def test_build_and_parity_are_told_everything(bench: Any, found: dict[str, Any]) -> None:
@@ -139,7 +136,7 @@ def test_wrong_usage(bench: Any, arguments: list[str], message: str) -> None:
 
 
 def test_a_failed_row_is_exit_code_1(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "measure_latency", lambda *given, **options: _document(GOOD, BAD))
+    monkeypatch.setattr(latency, "measure_latency", lambda *parts, **options: _document(GOOD, BAD))
     code, out, _ = bench("latency")
     assert code == 1
     assert "FAILED, not finite" in out
@@ -147,7 +144,7 @@ def test_a_failed_row_is_exit_code_1(bench: Any, monkeypatch: pytest.MonkeyPatch
 
 def test_all_of_them(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = {verb: BAD if verb == "parity" else GOOD for verb in suite.VERBS}
-    verbs = {verb: lambda *given, row=row: _document(row) for verb, row in rows.items()}
+    verbs = {verb: lambda *parts, row=row, **options: _document(row) for verb, row in rows.items()}
     monkeypatch.setattr(suite, "VERBS", verbs)
     code, out, _ = bench("all", str(tmp_path), "--quick")
     assert code == 1, "one failed, the others are there"
@@ -167,18 +164,37 @@ def test_compare(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert bench("compare", str(tmp_path / "a.json"), str(tmp_path / "none.json"))[0] == 3
 
 
+def test_comparing_nothing_is_a_failure(bench: Any, tmp_path: Path) -> None:
+    _document(GOOD).write(tmp_path / "a.json")
+    _document(replace(GOOD, workload="picture")).write(tmp_path / "b.json")
+    code, out, _ = bench("compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"))
+    assert code == 1
+    assert "nothing was compared" in out
+    other = {**_document().machine, "cpu": "another processor"}
+    replace(_document(GOOD), machine=other).write(tmp_path / "c.json")
+    code, _, err = bench("compare", str(tmp_path / "a.json"), str(tmp_path / "c.json"))
+    assert code == 2
+    assert "different machines" in err
+
+
 def test_report(bench: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     (tmp_path / "results").mkdir()
     _document(GOOD).write(tmp_path / "results" / "latency-x.json")
-    (tmp_path / "README.md").write_text("a\n<!-- bench:begin -->\n<!-- bench:end -->\nb\n")
-    arguments = ("report", str(tmp_path / "results"), "--readme", str(tmp_path / "README.md"))
+    pages = {"readme": "bench-summary", "measurements": "bench"}
+    arguments = ["report", str(tmp_path / "results")]
+    for name, marker in pages.items():
+        (tmp_path / f"{name}.md").write_text(f"a\n<!-- {marker}:begin -->\n<!-- {marker}:end -->\nb\n")
+        arguments += [f"--{name}", str(tmp_path / f"{name}.md")]
     code, out, _ = bench(*arguments)
     assert code == 0
     assert out.startswith("1 documents")
-    assert "**x (fp32)**" in (tmp_path / "README.md").read_text()
-    told = json.loads(bench(*arguments, "--json")[1])
-    assert told["changed"] == []
+    assert "**x (fp32)**" in (tmp_path / "measurements.md").read_text()
+    assert (
+        "[All measurements, and how they were made](measurements.md)"
+        not in (tmp_path / "readme.md").read_text()
+    ), "no row, no table"
+    assert json.loads(bench(*arguments, "--json")[1])["changed"] == []
 
 
 @pytest.mark.parametrize(
