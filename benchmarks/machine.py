@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..engines.cuda.facts import Nvml, available, facts
-from ..engines.onnxruntime.tuning.cpu_layouts import processor, usable_processors
+from ..engines.onnxruntime.session import usable_processors
+from ..engines.onnxruntime.tuning.cpu_layouts import processor
 
 _LIBRARIES = (
     "latentrt",

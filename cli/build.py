@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-from importlib import import_module
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from .progress import progress_bar
+from .progress import Advance, progress_bar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
+    from ..engines.backends import BackendRow
     from ..engines.cuda.facts import DeviceFacts
-    from ..engines.onnxruntime.tuning.cuda import TunedNet
     from ..engines.package import Package
     from ..engines.profiles import Profile
+    from ..engines.store.building import BuildProgress, BuiltEngine, OnProgress
     from ..engines.store.engine_store import EngineStore
-    from ..engines.tensorrt.build import BuildProgress, BuiltEngine, Planned
+    from ..engines.tensorrt.build import WantedEngine
 
 _TICKS = 100  # of the bar, per net
 _WEIGHTS, _LEVEL = "embedded", 3
@@ -40,7 +39,7 @@ def build(
             " Default: the model's size, :b1-4."
         ),
     ] = None,
-    weights: Annotated[str, Option(help="embedded, lora, stripped, streamed.")] = _WEIGHTS,
+    weights: Annotated[str, Option(help="embedded, stripped, streamed.")] = _WEIGHTS,
     optimization_level: Annotated[int, Option(help="0 (quick build) to 5 (long search).")] = _LEVEL,
     workspace: Annotated[int, Option(help="MiB of scratch memory a tactic may use. 0: no limit.")] = 0,
     hardware_compatibility: Annotated[
@@ -58,7 +57,7 @@ def build(
     For onnxruntime-cuda and onnxruntime (the CPU), measure here which layout of each net is the fastest; of
     the options, --nets, --store and --json count there.
     """
-    from ..engines.onnxruntime.tuning.choice import TUNERS
+    from ..engines.backends import BACKENDS
     from ..engines.package import Package
     from ..engines.profiles import Profile, default_profile
     from ..engines.store.engine_store import EngineStore
@@ -68,11 +67,10 @@ def build(
 
     opened = Package.open(SHIPPED.get(package, package))
     names = [name.strip() for name in nets.split(",") if name.strip()]
-    if (
-        backend is not None and backend in TUNERS
-    ):  # builds nothing, but measures which layout of a net is the fastest
+    row = BACKENDS.get(backend or "")
+    if row is not None and row.builds == "layouts":
         _check_for_layouts(
-            backend,
+            row.name,
             {
                 "--profile": bool(profile),
                 "--dry-run": dry_run,
@@ -82,7 +80,7 @@ def build(
                 "--hardware-compatibility": hardware_compatibility != "",
             },
         )
-        _tune(backend, opened, EngineStore(store), names, as_json=as_json)
+        _tune(row, opened, EngineStore(store), names, as_json=as_json)
         return
     multiple = opened.manifest.size_multiple
     profiles = [Profile.parse(text, multiple=multiple) for text in profile or ()]
@@ -99,20 +97,25 @@ def build(
         _print_plan(planned, chosen, profiles, as_json=as_json)
         return
     with progress_bar(enabled=not as_json) as advance:
-
-        def on_progress(now: BuildProgress) -> None:
-            done = int((now.index + now.fraction) * _TICKS)
-            advance(f"{now.net}: {now.phase.lower()}", done, now.total * _TICKS)
-
-        built = build_package(opened, chosen, profiles, options, target, on_progress, nets=names, gpu=gpu)
+        built = build_package(opened, chosen, profiles, options, target, _shown(advance), nets=names, gpu=gpu)
     _print_built(built, chosen, profiles, as_json=as_json)
 
 
-def _check_for_layouts(backend: str, given: Mapping[str, bool]) -> None:
-    """Raise UsageError if an option that makes no difference to layouts was given."""
+def _shown(advance: Advance) -> OnProgress:
+    """Shows the progress of a build in a bar."""
+
+    def on_progress(now: BuildProgress) -> None:
+        done = int((now.index + now.fraction) * _TICKS)
+        advance(f"{now.net}: {now.phase.lower()}", done, now.total * _TICKS)
+
+    return on_progress
+
+
+def _check_for_layouts(backend: str, options: Mapping[str, bool]) -> None:
+    """Raise UsageError for the first option that was used and makes no difference to layouts."""
     from ..engines.errors import UsageError
 
-    if option := next((name for name, there in given.items() if there), ""):
+    if option := next((name for name, used in options.items() if used), ""):
         raise UsageError(
             f"{option} was given with --backend {backend}, which measures layouts at the default size",
             expected="--nets, --store and --json at most",
@@ -120,36 +123,28 @@ def _check_for_layouts(backend: str, given: Mapping[str, bool]) -> None:
         )
 
 
-def _tune(backend: str, package: Package, store: EngineStore, nets: list[str], *, as_json: bool) -> None:
+def _tune(row: BackendRow, package: Package, store: EngineStore, nets: list[str], *, as_json: bool) -> None:
     """Measure the layouts of ONNX Runtime's nets, and print the medians and the choice."""
-    from ..engines.onnxruntime.tuning.choice import TUNERS
-
-    tune_package: Callable[..., tuple[TunedNet, ...]] = import_module(TUNERS[backend]).tune_package
     with progress_bar(enabled=not as_json) as advance:
-
-        def on_progress(now: BuildProgress) -> None:
-            advance(f"{now.net}: {now.phase}", int((now.index + now.fraction) * _TICKS), now.total * _TICKS)
-
-        tuned = tune_package(package, store, on_progress, nets=nets)
+        tuned: Sequence[BuiltEngine] = row.tune_package()(package, store, _shown(advance), nets=nets)
     if as_json:
         rows = [
             {
                 "net": item.net,
                 "path": str(item.entry.path),
-                "cached": not item.why,
+                "cached": item.cached,
                 "why": item.why,
                 "facts": dict(item.entry.facts),
             }
             for item in tuned
         ]
-        print(json.dumps({"backend": backend, "nets": rows}))
+        print(json.dumps({"backend": row.name, "nets": rows}))
         return
     for item in tuned:
         facts = item.entry.facts
         times = ", ".join(f"{name} {value:.3f} ms" for name, value in facts["milliseconds"].items())
-        print(
-            f"{item.net}  {item.layout}  ({times})  {f'measured: {item.why}' if item.why else 'in the store'}"
-        )
+        how = "in the store" if item.cached else f"measured: {item.why}"
+        print(f"{item.net}  {facts['layout']}  ({times})  {how}")
         for name, reason in facts["rejected"].items():
             print(f"  {name} is out: {reason}")
 
@@ -170,9 +165,9 @@ def _policy(name: str) -> Any:
 
 def _installed() -> str:
     """The best backend that is installed; if none is, the first, whose error says how to install it."""
-    from ..engines.tensorrt.flavour import BACKENDS, installed_backends
+    from ..engines.tensorrt.flavour import ENGINE_BACKENDS, installed_backends
 
-    return (*installed_backends(), *BACKENDS)[0]
+    return (*installed_backends(), *ENGINE_BACKENDS)[0]
 
 
 def _gpu() -> DeviceFacts | None:
@@ -182,7 +177,7 @@ def _gpu() -> DeviceFacts | None:
 
 
 def _print_plan(
-    planned: tuple[Planned, ...], backend: str, profiles: list[Profile], *, as_json: bool
+    planned: Sequence[WantedEngine], backend: str, profiles: list[Profile], *, as_json: bool
 ) -> None:
     rows = [
         {
@@ -202,12 +197,12 @@ def _print_plan(
 
 
 def _print_built(
-    built: tuple[BuiltEngine, ...], backend: str, profiles: list[Profile], *, as_json: bool
+    built: Sequence[BuiltEngine], backend: str, profiles: list[Profile], *, as_json: bool
 ) -> None:
     rows = [
         {
             "net": item.net,
-            "profiles": [profile.label for profile in item.profiles],
+            "profiles": item.entry.facts["labels"],
             "path": str(item.entry.path),
             "size": item.entry.size,
             "seconds": 0.0 if item.cached else item.entry.build_seconds,
@@ -221,6 +216,6 @@ def _print_built(
         print(json.dumps({"backend": backend, "profiles": list(map(str, profiles)), "nets": rows}))
         return
     for item in built:
-        labels = ", ".join(profile.label for profile in item.profiles)
+        labels = ", ".join(item.entry.facts["labels"])
         how = "in the store" if item.cached else f"built in {item.entry.build_seconds:.1f} s: {item.why}"
         print(f"{item.net}  {labels}  {item.entry.size / 1e6:.1f} MB  {how}")

@@ -15,8 +15,8 @@ from ..engines.errors import BackendError
 from .progress import progress_bar
 
 if TYPE_CHECKING:
-    from ..export.precision.ranges import Found
-    from ..export.progress import Progress
+    from ..export.export import Progress
+    from ..export.precision.islands import Found
     from ..export.verify import Comparison
 
 

@@ -11,8 +11,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, cast
 
-from typer import Context
-
 from ..engines.errors import UsageError
 from . import generate_options as options
 from .progress import progress_bar
@@ -23,68 +21,29 @@ if TYPE_CHECKING:
     from ..runtime.result import Result
 
 
+@options.with_parameters
 def generate(
-    context: Context,
     prompt: options.Prompts,
     output: options.Output = None,
     model: options.Model = "demo",
-    negative_prompt: options.NegativePrompt = None,
-    prompt_2: options.Prompt2 = None,
-    negative_prompt_2: options.NegativePrompt2 = None,
-    prompt_syntax: options.PromptSyntax = None,
-    clip_skip: options.ClipSkip = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    num_inference_steps: options.Steps = None,
-    guidance_scale: options.GuidanceScale = None,
-    guidance_rescale: options.GuidanceRescale = None,
-    sampler: options.Sampler = None,
-    eta: options.Eta = None,
-    seed: options.Seed = None,
-    rng: options.Rng = None,
-    num_images_per_prompt: options.Count = 1,
-    latents: options.Latents = None,
-    image: options.Image = None,
-    mask_image: options.Mask = None,
-    strength: options.Strength = None,
-    padding_mask_crop: options.PaddingMaskCrop = None,
-    mask_blur: options.MaskBlur = None,
-    resize_mode: options.ResizeMode = None,
-    noise_level: options.NoiseLevel = None,
-    denoising_start: options.DenoisingStart = None,
-    denoising_end: options.DenoisingEnd = None,
     refiner: options.Refiner = None,
     refiner_at: options.RefinerAt = None,
-    original_size: options.OriginalSize = None,
-    crops_coords_top_left: options.Crop = None,
-    target_size: options.TargetSize = None,
-    negative_original_size: options.NegativeOriginalSize = None,
-    negative_crops_coords_top_left: options.NegativeCrop = None,
-    negative_target_size: options.NegativeTargetSize = None,
-    aesthetic_score: options.AestheticScore = None,
-    negative_aesthetic_score: options.NegativeAestheticScore = None,
-    tile: options.Tile = None,
     grid: options.Grid = False,
     preview: options.Preview = None,
     backend: options.Backend = "auto",
     threads: options.Threads = None,
     no_metadata: options.NoMetadata = False,
     as_json: options.AsJson = False,
+    **parameters: Any,
 ) -> None:
     """Draw prompts and write the pictures."""
     from ..runtime.pipeline import Pipeline
-    from ..runtime.request.request import Given
 
     if refiner is None and refiner_at is not None:
         raise UsageError("--refiner-at alone", expected="a refiner", fix="Pass --refiner PACKAGE as well.")
     saver = _Saver(output, as_grid=grid, metadata=not no_metadata)
-    # What was given under a parameter's name is that parameter.
-    parameters = {
-        name: value
-        for name, value in context.params.items()
-        if name in Given.__dataclass_fields__ and value is not None
-    }
-    parameters |= {"output_type": saver.output_type}
+    chosen = {name: value for name, value in parameters.items() if value is not None}
+    chosen["output_type"] = saver.output_type
     began = perf_counter()
     with ExitStack() as stack:
         advance = stack.enter_context(progress_bar(enabled=not as_json))
@@ -94,7 +53,7 @@ def generate(
         # Someone who looks on costs a device one wait per step.
         watched = preview is not None or (sys.stderr.isatty() and not as_json)
         callback = _on_step(advance, preview) if watched else None
-        result = _draw(pipes, prompt, refiner_at, {**parameters, "callback_on_step_end": callback})
+        result = _draw(pipes, prompt, refiner_at, {**chosen, "callback_on_step_end": callback})
     saving = perf_counter()
     paths = saver.save(result)
     seconds = {"open": opened, **result.seconds, "save": perf_counter() - saving}

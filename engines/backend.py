@@ -1,55 +1,32 @@
-"""The seam between nets and what executes them: open, call with named arrays, close.
+"""The seam between nets and what executes them: what a backend can do, and the choice of one.
 
-A backend is a module that satisfies `HostBackend` (its nets are called with arrays) or `DeviceBackend` (its
-nets run on a device, see `device.py`). Nothing is imported before it is asked for.
+A `HostBackend` opens nets that are called with arrays, a `DeviceBackend` nets on a device (`device.py`).
+`backends.py` has the table of them.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib import import_module
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
+from .backends import BACKENDS
+from .device import Device, DeviceNet, MemoryLedger
 from .errors import BackendError
 from .package import Package
 from .spec import Array, NetSpec
-
-if TYPE_CHECKING:
-    from .device import Device, DeviceNet
-
-# The module that implements each, and the command that installs it.
-BACKENDS: Mapping[str, tuple[str, str]] = {
-    "onnxruntime": ("onnxruntime.backend", 'pip install "latentrt[cpu]"'),
-    "tensorrt": ("tensorrt.backend", 'pip install "latentrt[tensorrt]"'),
-    "tensorrt-rtx": ("tensorrt.rtx_backend", 'pip install "latentrt[tensorrt-rtx]"'),
-    "onnxruntime-cuda": ("onnxruntime.cuda_backend", 'pip install "latentrt[cuda]"'),
-}
-# What "auto" chooses from, best first. Not TensorRT: its engines must have been built for the request.
-_AUTO = ("onnxruntime-cuda", "onnxruntime")
-
 
 Log = Callable[[str], None]
 
 
 def to_stderr(line: str) -> None:
-    """Where remarks go unless the caller has a place for them."""
+    """Print a remark to stderr: the log of whoever passes none."""
     print(f"latentrt: {line}", file=sys.stderr)
 
 
-@dataclass(frozen=True, kw_only=True)
-class MemoryLedger:
-    """What one net holds, in bytes. Activations are None where the backend does not tell."""
-
-    weights: int
-    activations: int | None
-    io: int
-
-
 class Net(Protocol):
-    """A callable net. Nothing is allocated before `__enter__`; a closed net cannot be called."""
+    """A net that is called with arrays. A closed net cannot be called."""
 
     @property
     def spec(self) -> NetSpec:
@@ -62,7 +39,7 @@ class Net(Protocol):
         ...
 
     def __call__(self, **arrays: Array) -> dict[str, Array]:
-        """Run once. Inputs and outputs are named as in `spec`. Safe to call from several threads."""
+        """Run once. Inputs and outputs are named as in `spec`. Several threads may call at once."""
         ...
 
     def close(self) -> None:
@@ -81,14 +58,23 @@ class Net(Protocol):
 
 
 class Backend(Protocol):
-    """What every backend's module offers."""
+    """What every backend offers."""
 
     def available(self) -> str | None:
-        """None if nets can be opened here, else the reason why not."""
+        """None if nets can be opened here, else the reason why not. Never raises."""
         ...
 
     def describe(self) -> str:
-        """Name, version and device, for people."""
+        """Name, version and device, for people. Raises BackendError where `available` has a reason."""
+        ...
+
+
+@runtime_checkable
+class HostBackend(Backend, Protocol):
+    """A backend whose nets are called with arrays."""
+
+    def open_net(self, package: Package, name: str, *, threads: int | None) -> Net:
+        """Load one net of a package; `threads` is for one run, None is every processor."""
         ...
 
 
@@ -99,24 +85,19 @@ class DeviceBackend(Backend, Protocol):
     def open_device(
         self, package: Package, names: Sequence[str], *, log: Log
     ) -> tuple[Device, Mapping[str, DeviceNet]]:
-        """A device of its own for the caller, and nets of the package on it.
+        """A device of the caller's own, and nets of the package on it.
 
-        `log` is told what a user should know of the engines that were found, in a line each.
+        `log` gets, in a line each, what a user should know of the engines that were found.
         """
         ...
 
 
-@runtime_checkable
-class HostBackend(Backend, Protocol):
-    """A backend whose nets are called with arrays."""
-
-    def open_net(self, package: Package, name: str, *, threads: int | None) -> Net:
-        """Load one net of a package."""
-        ...
+# A request that no engine covers is an error, so whoever has built engines names the backend.
+_AUTO = tuple(row for row in BACKENDS.values() if row.builds == "layouts")
 
 
 def choose_backend(name: str = "auto") -> tuple[str, Backend]:
-    """The backend of that name, or with "auto" the best one that is present.
+    """The backend of that name, or with "auto" the best one that can run here.
 
     Raises:
         BackendError: an unknown name, or nothing of that name can run here.
@@ -128,15 +109,14 @@ def choose_backend(name: str = "auto") -> tuple[str, Backend]:
             fix="Choose one of these: --backend auto.",
         )
     reasons: list[str] = []
-    for candidate in _AUTO if name == "auto" else (name,):
-        module, install = BACKENDS[candidate]
-        backend: Backend = import_module(f".{module}", __package__)  # pyright: ignore[reportAssignmentType]
+    for row in _AUTO if name == "auto" else (BACKENDS[name],):
+        backend: Backend = row.load()
         reason = backend.available()
         if reason is None:
-            return candidate, backend
-        reasons.append(f"{candidate}: {reason} ({install})")
+            return row.name, backend
+        reasons.append(f"{row.name}: {reason} ({row.install})")
     raise BackendError(
         f"no backend can run here: {'; '.join(reasons)}",
         expected="an installed backend",
-        fix=f"Install one: {BACKENDS['onnxruntime' if name == 'auto' else name][1]}.",
+        fix=f"Install one: {BACKENDS['onnxruntime' if name == 'auto' else name].install}.",
     )

@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from .backend import MemoryLedger
 from .spec import Array, NetSpec
 
 Shapes = Mapping[str, tuple[int, ...]]  # tensor name -> shape
@@ -26,8 +25,17 @@ ALIGNMENT = 256
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryLedger:
+    """What one net holds, in bytes. `activations` is None where the backend does not tell."""
+
+    weights: int
+    activations: int | None
+    io: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class DeviceMemory:
-    """In bytes. `free` and `total` are the device's; `unified` devices share them with the host."""
+    """In bytes. `free` and `total` are the device's; a `unified` device shares its memory with the host."""
 
     free: int
     total: int

@@ -12,12 +12,6 @@ from .package import Package
 
 _HEADER_LIMIT = 100 * 2**20  # bytes; the format's own limit
 _WIDTHS = {"fp16": 2, "fp32": 4}  # bytes per value in an engine of that dtype
-# LoRA targets of the field's trainers: linear layers and convolutions, of the text encoder and the UNet.
-_LORA_NETS = ("text_encoder", "unet", "unet_context", "unet_time")
-_NO_LORA = (
-    "token_embedding.weight",
-    "position_embedding.weight",
-)  # tables that are looked up, not multiplied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +21,6 @@ class Tensor:
     name: str
     shape: tuple[int, ...]
     values: int
-
-    @property
-    def takes_lora(self) -> bool:
-        """Whether it is the weight of a linear layer or a convolution."""
-        return len(self.shape) in (2, 4) and not self.name.endswith(_NO_LORA)
 
 
 def net_tensors(package: Package, net: str, graph: bytes | None = None) -> tuple[Tensor, ...]:
@@ -56,13 +45,6 @@ def engine_bytes(package: Package, net: str, graph: bytes | None = None) -> int:
     """
     width = _WIDTHS[package.manifest.dtype]
     return sum(tensor.values * width for tensor in net_tensors(package, net, graph))
-
-
-def lora_targets(package: Package, net: str) -> tuple[str, ...]:
-    """The names of the net's weights that a LoRA may touch, sorted."""
-    if net not in _LORA_NETS:
-        return ()
-    return tuple(sorted(tensor.name for tensor in net_tensors(package, net) if tensor.takes_lora))
 
 
 def _names(graph: bytes, name: str) -> bool:

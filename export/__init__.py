@@ -1,6 +1,17 @@
 """checkpoint -> package. The only folder that imports torch, diffusers or transformers."""
 
-from .export import export_package
-from .progress import Progress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .export import Progress, export_package
 
 __all__ = ["Progress", "export_package"]
+
+
+def __getattr__(name: str) -> object:
+    """Import the exporter, and torch with it, on first use: `export.pickles` works without them."""
+    if name in __all__:
+        from . import export
+
+        return getattr(export, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

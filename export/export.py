@@ -1,7 +1,7 @@
 """Checkpoint -> package folder: the stages of an export, in order.
 
-One component at a time is in memory. The package is written beside its place and renamed at the end, so a
-failed export leaves nothing behind and what was there before stays.
+One net at a time is in memory. The package is written to a temporary folder beside its place and renamed at
+the end, so a failed export leaves nothing behind, and a package that was there before stays.
 """
 
 from __future__ import annotations
@@ -10,44 +10,57 @@ import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
+
+import onnx_ir as ir
+import torch
 
 from ..engines import spec
 from ..engines.errors import StorageError, UsageError
 from ..engines.package import MANIFEST, NetFile, Package, write_manifest
 from .checkpoint.open import Checkpoint
+from .graphs import passes, weights
+from .graphs.hoist import hoist
+from .graphs.step import write_step
+from .graphs.to_onnx import to_onnx
 from .manifest import make_manifest
-from .progress import Progress, Stages
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
-    from ..engines.spec import NetSpec
-    from .precision.calibration import Calibration
-    from .precision.ranges import Found
-    from .verify import Comparison
+from .nets.build import NETS, components
+from .nets.calibration import Calibration
+from .nets.torch_net import Net
+from .precision.islands import Found, find_islands, island_names, upcast_attention
+from .verify import Comparison, verify_component
 
 Dtype = Literal["fp16", "fp32"]
-
-# A net's folder -> the part of the checkpoint it is made of, in the order in which nets feed each other.
-_SOURCES = {
-    "text_encoder": "text_encoder",
-    "text_encoder_2": "text_encoder_2",
-    "image_encoder": "image_encoder",
-    "image_noiser": "image_normalizer",
-    "vae_encoder": "vae",
-    "unet": "unet",
-    "vae_decoder": "vae",
-    "preview_decoder": "tiny_vae",
-}
+_TORCH_TYPES = {"fp16": torch.float16, "fp32": torch.float32}
+_ONNX_TYPES = {"fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
 
 
-def components(source: Checkpoint) -> tuple[str, ...]:
-    """The folders of nets, with weights, that the package of this checkpoint has."""
-    return tuple(folder for folder, part in _SOURCES.items() if part in source.parts)
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """One stage begins: the `index`-th (from 0) of `total`."""
+
+    stage: str
+    index: int
+    total: int
+
+
+class _Stages:
+    """Counts the stages of one export and reports each as it begins."""
+
+    def __init__(self, total: int, report: Callable[[Progress], None] | None) -> None:
+        self._total = total
+        self._report = report
+        self._index = 0
+
+    def begin(self, stage: str) -> None:
+        if self._report is not None:
+            self._report(Progress(stage=stage, index=self._index, total=self._total))
+        self._index += 1
 
 
 def export_package(
@@ -72,10 +85,10 @@ def export_package(
         package: the folder to make. It may exist if it is empty.
         dtype: the arithmetic of the graphs.
         verify: compare every net with torch, and fail below the bars of `verify.py`.
-        progress: is told of each stage as it begins.
-        report: is told of each comparison that verifying makes.
-        report_islands: is told what measuring each component's ranges found (fp16 only).
-        note: is told what had to be assumed of the checkpoint, a line each.
+        progress: called with each stage as it begins.
+        report: called with each comparison that verifying makes.
+        report_islands: called with what measuring each component's ranges found (fp16 only).
+        note: called with each line on what had to be assumed about the checkpoint.
         overwrite: replace an existing package, once the new one is complete.
         vae: a folder or file of another autoencoder, in place of the checkpoint's.
         tiny_vae: a folder or file of a tiny autoencoder (TAESD): the net `preview_decoder`.
@@ -88,7 +101,7 @@ def export_package(
             fp16 where that is asked for.
         StorageError: the disk is full, or the folder cannot be written.
     """
-    if dtype not in ("fp16", "fp32"):
+    if dtype not in _TORCH_TYPES:
         raise UsageError(
             f"dtype is {dtype!r}", expected="fp16 or fp32", fix="Pass --dtype fp16 or --dtype fp32."
         )
@@ -103,118 +116,93 @@ def export_package(
     if note is not None:
         for line in source.notes:
             note(line)
-    calibration = _calibration(source) if dtype == "fp16" else None
-    each = 1 + (calibration is not None) + verify
-    stages = Stages(len(components(source)) * each + 1, progress)
+    calibration = Calibration(source) if dtype == "fp16" else None
+    stages = _Stages(len(components(source)) * (1 + (calibration is not None) + verify) + 1, progress)
     with _beside(package, overwrite) as folder:
         nets: dict[str, NetFile] = {}
         for component in components(source):
-            files = _component(source, component, folder, dtype, stages, calibration, report_islands)
+            files = _export_component(source, component, folder, dtype, stages, calibration, report_islands)
             if verify:
-                _verify(source, component, folder, files, dtype, stages, report)
+                stages.begin(f"verify {component}")
+                for comparison in verify_component(source, component, folder, files, dtype):
+                    if report is not None:
+                        report(comparison)
             nets |= files
         stages.begin("package")
-        nets |= _steps(folder, nets["unet"].spec)
+        nets |= _write_steps(folder, nets["unet"].spec)
         for name, tokenizer in source.tokenizers.items():
             tokenizer.write(folder / name)
         write_manifest(folder, make_manifest(source, dtype, nets))
     return Package.open(package)
 
 
-def _component(
+def _export_component(
     source: Checkpoint,
     component: str,
     folder: Path,
     dtype: Dtype,
-    stages: Stages,
+    stages: _Stages,
     calibration: Calibration | None,
     report_islands: Callable[[Found], None] | None,
 ) -> dict[str, NetFile]:
-    """Trace one torch net and write its weights and graphs."""
+    """Write the weights and the graphs of one torch net."""
     stages.begin(f"export {component}")
-    model, net, contract = _traced(source, component, folder / component, dtype)
-    if calibration is not None:
-        stages.begin(f"measure {component}")
-        _islands(source, component, folder / component, model, calibration, report_islands)
-    return _graphs(component, folder, model, net, contract, dtype)
-
-
-def _calibration(source: Checkpoint) -> Calibration:
-    from .precision.calibration import Calibration
-
-    return Calibration(source)
-
-
-def _traced(source: Checkpoint, component: str, target: Path, dtype: Dtype) -> tuple[ir.Model, str, NetSpec]:
-    """The graph, name and contract of a net. Its weights are written; the torch module is gone."""
-    import onnx_ir as ir
-    import torch
-
-    from .graphs import passes as surgery
-    from .graphs import weights
-    from .graphs.to_onnx import to_onnx
-    from .nets.build import BUILD
-
+    target = folder / component
     target.mkdir()
-    net = BUILD[component](source, torch.float16 if dtype == "fp16" else torch.float32)
-    compute = ir.DataType.FLOAT16 if dtype == "fp16" else ir.DataType.FLOAT
-    state = net.module.state_dict()
-    stored = {name: state[key] for key, (name, _) in net.tensors.items()}
-    types = {name: weights.stored_type(found, compute) for name, found in net.tensors.values()}
-    slots = weights.write_weights(target / weights.WEIGHTS, stored, types)
+    net = NETS[component].build(source, _TORCH_TYPES[dtype])
+    slots = _write_weights(net, target / weights.WEIGHTS, dtype)
     model = to_onnx(net)
     weights.attach(model, target, slots)
-    surgery.clean(model)
-    return model, net.name, net.spec
-
-
-def _islands(
-    source: Checkpoint,
-    component: str,
-    folder: Path,
-    model: ir.Model,
-    calibration: Calibration,
-    report: Callable[[Found], None] | None,
-) -> None:
-    """Let what needs it compute in float32. Before the UNet is cut, so that all its graphs agree."""
-    from .precision import islands
-    from .precision.ranges import find_islands
-
+    contract = net.spec
+    del net
     gc.collect()  # torch's weights and ONNX Runtime's need not be in memory together
-    if component == "unet" and source.unet.config.get("upcast_attention"):
-        islands.upcast_attention(model)
-    found = find_islands(model, component, folder, calibration.drive)
-    if report is not None:
-        report(found)
+    passes.clean(model)
+    if calibration is not None:
+        stages.begin(f"measure {component}")
+        if component == "unet" and source.unet.config.get("upcast_attention"):
+            upcast_attention(model)
+        found = find_islands(model, component, target, partial(NETS[component].calibrate, calibration))
+        if report_islands is not None:
+            report_islands(found)
+    return _write_graphs(component, folder, model, contract, dtype)
 
 
-def _graphs(
-    component: str, folder: Path, model: ir.Model, net: str, contract: NetSpec, dtype: Dtype
+def _write_weights(net: Net, path: Path, dtype: Dtype) -> dict[str, weights.Slot]:
+    """Write the tensors of `net`; returns where each lies in the file."""
+    state = net.module.state_dict()
+    stored = {name: state[key] for key, (name, _) in net.tensors.items()}
+    types = {name: weights.stored_type(found, _ONNX_TYPES[dtype]) for name, found in net.tensors.values()}
+    return weights.write_weights(path, stored, types)
+
+
+def _write_graphs(
+    component: str, folder: Path, model: ir.Model, contract: spec.NetSpec, dtype: Dtype
 ) -> dict[str, NetFile]:
-    """Write the graphs of a component."""
-    import onnx_ir as ir
-
-    from .graphs import passes as surgery
-    from .graphs import weights
-    from .precision import islands
-
+    """Write the graph of a component, or the four of the UNet, which is cut after its islands are set."""
+    graphs = {component: (model, contract, "model")}
+    if component == "unet":
+        split = hoist(model)
+        graphs = {
+            "unet_whole": (model, contract, "model"),
+            "unet": (split.loop, split.loop_spec, "loop"),
+            "unet_context": (split.context, split.context_spec, "context"),
+            "unet_time": (split.time, split.time_spec, "time"),
+        }
     files: dict[str, NetFile] = {}
-    for name, (graph, boundary, file) in _cut(net, model, contract).items():
-        surgery.forget_shapes(graph)
-        cast(Any, ir).save(graph, folder / component / file)
+    for name, (graph, boundary, file) in graphs.items():
+        passes.forget_shapes(graph)
+        cast(Any, ir).save(graph, folder / component / f"{file}.onnx")
         files[name] = NetFile(
-            graph=f"{component}/{file}",
+            graph=f"{component}/{file}.onnx",
             weights=f"{component}/{weights.WEIGHTS}",
             spec=boundary,
-            fp32_islands=islands.find(graph) if dtype == "fp16" else (),
+            fp32_islands=island_names(graph) if dtype == "fp16" else (),
         )
     return files
 
 
-def _steps(folder: Path, unet: NetSpec) -> dict[str, NetFile]:
-    """The row updates between two calls of that UNet: plain, and keeping a picture outside a mask."""
-    from .graphs.step import write_step
-
+def _write_steps(folder: Path, unet: spec.NetSpec) -> dict[str, NetFile]:
+    """Write the row updates between two calls of this UNet: plain, and keeping a picture outside a mask."""
     prediction = unet.outputs[0]
     channels = prediction.shape[1]
     assert isinstance(channels, int)
@@ -225,38 +213,6 @@ def _steps(folder: Path, unet: NetSpec) -> dict[str, NetFile]:
         write_step(folder / "step" / f"{file}.onnx", contract)
         files[name] = NetFile(graph=f"step/{file}.onnx", weights=None, spec=contract)
     return files
-
-
-def _verify(
-    source: Checkpoint,
-    component: str,
-    folder: Path,
-    files: Mapping[str, NetFile],
-    dtype: Dtype,
-    stages: Stages,
-    report: Callable[[Comparison], None] | None,
-) -> None:
-    from .verify import verify_component
-
-    stages.begin(f"verify {component}")
-    for comparison in verify_component(source, component, folder, files, dtype):
-        if report is not None:
-            report(comparison)
-
-
-def _cut(net: str, model: ir.Model, contract: NetSpec) -> dict[str, tuple[ir.Model, NetSpec, str]]:
-    """Net -> its graph, contract and file: four for the UNet."""
-    from .graphs.hoist import hoist
-
-    if net != "unet_whole":
-        return {net: (model, contract, "model.onnx")}
-    split = hoist(model)
-    return {
-        "unet_whole": (model, contract, "model.onnx"),
-        "unet": (split.loop, split.loop_spec, "loop.onnx"),
-        "unet_context": (split.context, split.context_spec, "context.onnx"),
-        "unet_time": (split.time, split.time_spec, "time.onnx"),
-    }
 
 
 def _check_target(package: Path, overwrite: bool) -> None:

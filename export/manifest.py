@@ -1,10 +1,11 @@
-"""What a package's manifest says, from its checkpoint and its nets."""
+"""The manifest of a package, made from its checkpoint and its nets."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -12,6 +13,7 @@ from ..engines import spec
 from ..engines.errors import CheckpointError
 from ..engines.package import Defaults, Manifest, NetFile
 from .checkpoint.open import Checkpoint
+from .nets.latent_rgb import fit_latent_rgb
 
 
 def make_manifest(
@@ -22,8 +24,6 @@ def make_manifest(
     Raises:
         CheckpointError: `recommended.json` is damaged.
     """
-    from .nets.latent_rgb import fit_latent_rgb
-
     contexts = [nets[name].spec.outputs[0].shape for name in spec.TEXT_ENCODERS if name in nets]
     scale = source.latent_scale
     image_processor, image_noise = (
@@ -63,8 +63,6 @@ def _jsonable(scheduler: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _producer() -> str:
-    from importlib.metadata import version
-
     packages = ("latentrt", "torch", "diffusers", "transformers", "onnxscript")
     return ", ".join(f"{name} {version(name)}" for name in packages)
 

@@ -16,14 +16,16 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from ..engines.errors import NumericError
 from ..engines.package import NetFile, Package
 from ..engines.spec import TEXT_ENCODERS, VECTORS, Array
 from .checkpoint.open import Checkpoint
 from .graphs.to_onnx import example
-from .nets.build import BUILD, Net
-from .precision.calibration import token_ids
+from .nets.build import NETS
+from .nets.calibration import token_ids
+from .nets.torch_net import Net
 
 BARS: Mapping[str, float] = {"fp32": 1e-4, "fp16": 5e-3}
 # uint8 pictures, dB: rounding alone gives 75 where one in a hundred shades flips; fp16 as above gives 50.
@@ -88,7 +90,7 @@ def verify_package(
         source = Checkpoint.open(checkpoint, prefer_fp16=package.manifest.dtype == "fp16")
     nets = package.manifest.nets
     found: list[Comparison] = []
-    for component in BUILD:
+    for component in NETS:
         files = {name: file for name, file in nets.items() if file.graph.startswith(f"{component}/")}
         if not files:
             continue
@@ -109,14 +111,12 @@ def verify_component(
     Raises:
         NumericError: a net is below its bar.
     """
-    import torch
-
     main = "unet_whole" if component == "unet" else component
     inputs = example(files[main].spec, _SIZES, seed)
     if component in TEXT_ENCODERS:  # the pooled embedding is found by the token that ends a prompt
         inputs["input_ids"] = torch.tensor(token_ids(source, component)[: _SIZES["P"]], dtype=torch.int32)
     arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-    wanted = _torch(BUILD[component](source, torch.float32), inputs)
+    wanted = _torch(NETS[component].build(source, torch.float32), inputs)
     gc.collect()
     outputs = [item.name for item in files[main].spec.outputs]
     checks = [
@@ -133,8 +133,6 @@ def verify_component(
 
 
 def _torch(net: Net, inputs: Mapping[str, Any]) -> list[Array]:
-    import torch
-
     wide = {name: item.float() if item.is_floating_point() else item for name, item in inputs.items()}
     with torch.no_grad():
         outputs: Any = net.module(**wide)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -20,14 +21,14 @@ from .conditioning import make_conditioning
 from .loop.clock import Clock
 from .loop.denoise import State
 from .loop.device.cuda_graphs import Graphs
-from .loop.job import Drawn, Job, Loop, LoopNet
+from .loop.job import Drawn, Job, JobRecorder, Loop, LoopNet
 from .loop.open import LoopOptions, open_loop
 from .pictures.tiling import Tiling, encode_tiled
-from .pictures.write import check_pictures, to_pil
 from .preview import check_finite, finished, preview
 from .prompts.encode import CACHE_BYTES, TextConditioner, TextEncoder
 from .prompts.tokenizer import ClipTokenizer
-from .request.request import Parameters, Request, make_request
+from .request.parameters import Parameters, spelled_out
+from .request.request import Request, make_request
 from .result import Result
 from .sampling.noise import NoiseSource
 from .sampling.span import make_span
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 SHIPPED = {"demo": Path(__file__).resolve().parent.parent / "demo" / "package"}
 
+Made = tuple["list[Image] | Array", "dict[str, str]"]  # what a result has for images, and what made them
 StepCallback = Callable[["Pipeline", int, float, dict[str, Any]], "dict[str, Any] | None"]
 
 
@@ -92,12 +94,18 @@ class Step:
 
 
 class Pipeline:
-    """An opened package. Safe to share between threads: nothing of it changes, and loops are."""
+    """An opened package. Threads may share it.
+
+    Attributes:
+        package: what was opened.
+        backend: what executes it, for people.
+        loop: runs its nets (`loop.job.Loop`); for measurements.
+    """
 
     def __init__(self, package: Package, text: TextConditioner, loop: Loop, backend: str) -> None:
         self.package = package
         self.backend = backend
-        self._loop = loop
+        self.loop = loop
         self._text = text
 
     @classmethod
@@ -157,6 +165,7 @@ class Pipeline:
         ]
         return cls(package, TextConditioner(encoders, cache_bytes=cache_bytes), loop, backend)
 
+    @spelled_out
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -165,28 +174,25 @@ class Pipeline:
         cancel: Event | None = None,
         **parameters: Unpack[Parameters],
     ) -> Result:
-        """Draw pictures; the keyword arguments are those of `request.Parameters`.
+        """Draw pictures; the keyword arguments are those of `request.parameters.Parameters`.
 
         `callback_on_step_end(pipe, index, timestep, {"latents": …, "total": …, "step": …})` may return other
         latents under the same name; `total` is the number of steps, `step` a `Step`.
         `cancel` is looked at before every step.
 
         Raises:
-            UsageError: a parameter is out of range (SamplerError for the sampler).
+            UsageError: a parameter is unknown or out of range (SamplerError for the sampler).
             NumericError: NaN or infinity in the latent or the picture, or a picture of one colour.
             CancelledError: `cancel` was set.
         """
-        request = make_request(self.package.manifest, prompt, **parameters)
-        clock = Clock()
-        if callback_on_step_end is None and cancel is None:
-            drawn = self._loop.draw(self._job(request, clock), clock, decode=request.output_type != "latent")
-        else:
-            drawn = self._watched(request, clock, cancel, callback_on_step_end)
-        images = self._finish(request, drawn)
-        return Result(
-            images=images, request=request, seconds=clock.seconds, producer=self._producer(drawn.profile)
-        )
+        request, clock = make_request(self.package.manifest, prompt, **parameters), Clock()
+        watched = callback_on_step_end is not None or cancel is not None
+        decode = request.output_type != "latent"
+        with closing(self._generate(request, clock, cancel, watched=watched, decode=decode)) as steps:
+            images, producer = _finish(steps, partial(self._tell, callback_on_step_end))
+        return Result(images=images, request=request, seconds=clock.seconds, producer=producer)
 
+    @spelled_out
     def stream(
         self, prompt: str | Sequence[str], *, cancel: Event | None = None, **parameters: Unpack[Parameters]
     ) -> Iterator[Step]:
@@ -195,18 +201,99 @@ class Pipeline:
         The last step's `preview()` is the finished pictures. Raises as `__call__`.
         """
         request = make_request(self.package.manifest, prompt, **parameters)
-        return self._steps(request, Clock(), cancel)
+        return self._generate(request, Clock(), cancel, watched=True, decode=False)
+
+    def _generate(
+        self,
+        request: Request,
+        clock: Clock,
+        cancel: Event | None,
+        *,
+        watched: bool,
+        decode: bool,
+        loop: Loop | None = None,
+    ) -> Generator[Step, None, Made]:
+        """The whole story: tokens -> context -> noise or a picture -> denoising loop -> pixels.
+
+        Args:
+            request: what to draw, N pictures.
+            clock: is charged with what each stage takes.
+            cancel: is looked at before every step.
+            watched: whether anyone looks at the steps; on a device nothing else has to wait for one.
+            decode: whether the latent becomes a picture.
+            loop: runs the nets; the pipeline's own by default.
+
+        Yields:
+            A step for each row of the schedule if it is watched.
+
+        Returns:
+            What a result has for images, and what made them.
+        """
+        manifest, loop = self.package.manifest, loop or self.loop
+        noise = NoiseSource(request.seeds, request.rng)
+        table = make_span(request)  # the schedule: a row of coefficients for each UNet call
+
+        # tokens -> context (P, T, D), each different text once, and what joins the time embedding
+        with clock.stage("text_encoder"):
+            conditioning = make_conditioning(request, manifest, self._text, noise, loop.call)
+        for text, dropped in conditioning.dropped.items():
+            warnings.warn(f"the prompt {text[:40]!r}… is too long; dropped: {dropped!r}", stacklevel=3)
+
+        # noise, or a picture with as much noise as the schedule begins with -> y (N, C, H/8, W/8)
+        start = make_start(request, manifest, table, noise, partial(self._encode, clock, request.tile))
+
+        # for each row of the table: m = guide(unet(y, t, context)), then y = a*y + sum(b_j * h_j) + c*noise
+        job = Job(
+            context=conditioning.context,
+            text_of_row=conditioning.text_of_row,
+            vectors=conditioning.vectors,
+            table=table,
+            guided=request.guided,
+            guidance_scale=request.guidance_scale,
+            guidance_rescale=request.guidance_rescale,
+            first=start.first,
+            noise=noise,
+            image_latents=start.image_latents,
+            kept=start.kept,
+            tile=request.tile,
+        )
+        if watched:
+            show = partial(preview, manifest=manifest, loop=loop, request=request)
+            latent, profile = job.first, ""
+            for state in loop.steps(job, clock, cancel):
+                yield Step(table=table, state=state, _preview=show)
+                latent, profile = state.latent, state.profile
+            drawn = Drawn(latent=latent, image=None, mean=None, profile=profile)
+        else:
+            drawn = loop.draw(job, clock, decode=decode)
+
+        # latent -> pixels (N, H, W, 3) uint8
+        producer = self._producer(drawn.profile)
+        if not decode:
+            return drawn.latent, producer
+        image, mean = drawn.image, drawn.mean
+        if image is None or mean is None:
+            with clock.stage("vae_decoder"):
+                image, mean = loop.decode(drawn.latent, tile=request.tile)
+        return finished(check_finite(image, mean), request), producer
+
+    def prepare(self, request: Request, clock: Clock | None = None) -> Job:
+        """All that the loop is given for a request, without running it: for measurements."""
+        recorder = JobRecorder(self.loop)
+        steps = self._generate(request, clock or Clock(), None, watched=False, decode=False, loop=recorder)
+        _finish(steps, lambda step: None)
+        return recorder.job
 
     def warmup(self, **parameters: Unpack[Parameters]) -> None:
         """Run every net once at the size and batch of these parameters, so that the next call is warm."""
         started = {"strength": 1.0} if parameters.get("image") is not None else {}
         whole: Any = {"num_inference_steps": 1, "seed": 0, **started, **parameters, "output_type": "latent"}
         latent = np.asarray(self("", **whole).images)
-        check_finite(*self._loop.decode(latent, tile=parameters.get("tile")))
+        check_finite(*self.loop.decode(latent, tile=parameters.get("tile")))
 
     def close(self) -> None:
         """Free every net. May be called twice."""
-        self._loop.close()
+        self.loop.close()
 
     def __enter__(self) -> Pipeline:
         """The pipeline itself."""
@@ -218,84 +305,42 @@ class Pipeline:
         """Close."""
         self.close()
 
-    # ── the stages ─────────────────────────────────────────────────────────────────────────────
+    def _tell(self, callback: StepCallback | None, step: Step) -> None:
+        """Call back after a step, and go on with the latents that come back."""
+        if callback is None:
+            return
+        # A copy: what a callback does to it counts only if it is returned.
+        values = {"latents": np.array(step.latent), "total": step.total, "step": step}
+        answer = callback(self, step.index, step.timestep, values) or {}
+        if "latents" in answer:
+            step.state.replace(answer["latents"])
 
-    def _job(self, request: Request, clock: Clock) -> Job:
-        """The request as numbers: everything before the loop."""
-        manifest, source = self.package.manifest, NoiseSource(request.seeds, request.rng)
-        table = make_span(request)
-        with clock.stage("text_encoder"):
-            conditions = make_conditioning(request, manifest, self._text, source, self._loop.call)
-        for text, dropped in conditions.dropped.items():
-            warnings.warn(f"the prompt {text[:40]!r}… is too long; dropped: {dropped!r}", stacklevel=4)
-        encode = partial(self._encode, clock, tile=request.tile)
-        start = make_start(request, manifest, table, source, encode)
-        return Job(
-            context=conditions.context,
-            text_of_row=conditions.text_of_row,
-            vectors=conditions.vectors,
-            table=table,
-            guided=request.guided,
-            guidance_scale=request.guidance_scale,
-            guidance_rescale=request.guidance_rescale,
-            first=start.first,
-            noise=source,
-            image_latents=start.image_latents,
-            kept=start.kept,
-            tile=request.tile,
-        )
-
-    def _encode(self, clock: Clock, image: Array, mask: Array, *, tile: int | None) -> tuple[Array, ...]:
+    def _encode(self, clock: Clock, tile: int | None, image: Array, mask: Array) -> tuple[Array, ...]:
         """(N, H, W, 3) and (N, H, W, 1) uint8 -> mean, and std if there is a posterior, (N, C, H/8, W/8)."""
 
         def whole(image: Array, mask: Array) -> tuple[Array, ...]:
-            return tuple(self._loop.call("vae_encoder", image=image, mask=mask).values())
+            return tuple(self.loop.call("vae_encoder", image=image, mask=mask).values())
 
         with clock.stage("vae_encoder"):
             if tile is None:
                 return whole(image, mask)
             return encode_tiled(whole, image, mask, Tiling(size=tile), self.package.manifest.latent_scale)
 
-    def _steps(self, request: Request, clock: Clock, cancel: Event | None) -> Iterator[Step]:
-        job = self._job(request, clock)
-        show = partial(preview, manifest=self.package.manifest, loop=self._loop, request=request)
-        for state in self._loop.steps(job, clock, cancel):
-            yield Step(table=job.table, state=state, _preview=show)
-
-    def _watched(
-        self, request: Request, clock: Clock, cancel: Event | None, callback: StepCallback | None
-    ) -> Drawn:
-        """Step by step, with whoever looks on."""
-        latent, profile = None, ""
-        for step in self._steps(request, clock, cancel):
-            if callback is not None:
-                # A copy: what a callback does to it counts only if it is returned.
-                values = {"latents": np.array(step.latent), "total": step.total, "step": step}
-                answer = callback(self, step.index, step.timestep, values) or {}
-                if "latents" in answer:
-                    step.state.replace(answer["latents"])
-            latent, profile = step.latent, step.state.profile
-        assert latent is not None  # a table has at least one row
-        if request.output_type == "latent":
-            return Drawn(latent=latent, image=None, mean=None, profile=profile)
-        with clock.stage("vae_decoder"):
-            image, mean = self._loop.decode(latent, tile=request.tile)
-        return Drawn(latent=latent, image=image, mean=mean, profile=profile)
-
-    @staticmethod
-    def _finish(request: Request, drawn: Drawn) -> list[Image] | Array:
-        if drawn.image is None or drawn.mean is None:
-            return drawn.latent
-        images = check_finite(drawn.image, drawn.mean)
-        check_pictures(images)
-        images = finished(images, request)
-        return images if request.output_type == "np" else [to_pil(image) for image in images]
-
     def _producer(self, profile: str) -> dict[str, str]:
-        said = {"profile": profile} if profile else {}
-        return {
+        made_by = {
             "model": self.package.manifest.name,
             "backend": self.backend,
             "latentrt": version("latentrt"),
-            **said,
         }
+        return made_by | ({"profile": profile} if profile else {})
+
+
+def _finish(steps: Generator[Step, None, Made], each: Callable[[Step], None]) -> Made:
+    """Run a generation to its end; what it returns."""
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as end:
+            made: Made = end.value
+            return made
+        each(step)

@@ -11,7 +11,7 @@ from ..engines.package import Manifest
 from ..engines.spec import DTYPES, Array
 from .loop.denoise import narrow
 from .loop.job import Loop
-from .pictures.write import Pixels, to_pil
+from .pictures.write import Pixels, check_pictures, to_pil
 from .request.request import Request
 from .request.source import Masked
 
@@ -32,7 +32,7 @@ def preview(latent: Array, kind: str, *, manifest: Manifest, loop: Loop, request
         kind = "tiny" if "preview_decoder" in manifest.nets else "rgb" if manifest.latent_rgb else "decoder"
     if kind == "decoder":
         images = check_finite(*loop.decode(latent, tile=request.tile))
-        return [to_pil(image) for image in finished(images, request)]
+        return [to_pil(image) for image in put_back(images, request)]
     if kind == "tiny" and "preview_decoder" in manifest.nets:
         dtype = DTYPES[manifest.net("preview_decoder").spec.inputs[0].dtype]
         decoded = loop.call("preview_decoder", latent=narrow(latent, dtype))
@@ -60,8 +60,19 @@ def project(latent: Array, latent_rgb: Array) -> Pixels:
     return np.rint(np.minimum(np.maximum(shades, 0), 1) * 255).astype(np.uint8)
 
 
-def finished(images: Array, request: Request) -> Array:
-    """Decoded pictures (N, H, W, 3) uint8 as a request returns them: what lies outside a mask is put back."""
+def finished(images: Array, request: Request) -> list[Image] | Array:
+    """Decoded pictures (N, H, W, 3) uint8 as the request's `output_type` returns them.
+
+    Raises:
+        NumericError: a picture of one colour.
+    """
+    check_pictures(images)
+    images = put_back(images, request)
+    return images if request.output_type == "np" else [to_pil(image) for image in images]
+
+
+def put_back(images: Array, request: Request) -> Array:
+    """What lies outside a request's mask, put back into decoded pictures (N, H, W, 3) uint8."""
     if not isinstance(request.source, Masked):
         return images
     return np.stack([request.source.inpainting.paste(image) for image in images])

@@ -11,25 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..engines.errors import UsageError
 from .pipeline import Pipeline
+from .request.parameters import PARAMETERS, Parameters
 from .result import Result
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from .request.request import Parameters
-
-# What the base alone has a use for, and the refiner alone.
-_BASE = (
-    "prompt_2",
-    "negative_prompt_2",
-    "image",
-    "strength",
-    "resize_mode",
-    "latents",
-    "target_size",
-    "negative_target_size",
-)
-_REFINER = ("aesthetic_score", "negative_aesthetic_score", "output_type")
 
 
 def refine(
@@ -59,29 +45,33 @@ def refine(
     """
     if isinstance(at, bool) or not isinstance(at, (int, float)) or not 0 < at < 1:
         raise UsageError(f"the refiner begins at {at!r}", expected="above 0, below 1", fix="Use at=0.8.")
-    given: dict[str, Any] = dict(parameters)
-    if given.get("mask_image") is not None:
+    if parameters.get("mask_image") is not None:
         raise UsageError(
             "a mask with a refiner",
             expected="a whole picture",
             fix="Repaint with the base, then refine the result.",
         )
-    base_only = {name: value for name, value in given.items() if name not in _REFINER}
+    of_base = {name: value for name, value in parameters.items() if _stage(name) != "refiner"}
+    of_refiner = {name: value for name, value in parameters.items() if _stage(name) != "base"}
     first: Any = base  # its parameters are checked where it is called
     second: Any = refiner
     drawn: Result = first(
         prompt,
-        **{**base_only, "denoising_end": at, "output_type": "latent"},
+        **{**of_base, "denoising_end": at, "output_type": "latent"},
         callback_on_step_end=callback_on_step_end,
     )
     request = drawn.request
     more = {"seed": request.seeds, "num_inference_steps": request.num_inference_steps}
-    both = {name: value for name, value in given.items() if name not in _BASE}
     refined: Result = second(
         prompt,
-        **{**both, **more, "image": drawn.images, "denoising_start": at},
+        **{**of_refiner, **more, "image": drawn.images, "denoising_start": at},
         callback_on_step_end=callback_on_step_end,
     )
     seconds = {f"base {name}": value for name, value in drawn.seconds.items()}
     producer = {**refined.producer, "base": drawn.producer["model"], "handed over at": f"{at:g}"}
     return replace(refined, seconds={**seconds, **refined.seconds}, producer=producer)
+
+
+def _stage(name: str) -> str:
+    """Which of the two models gets a parameter; one that does not exist is refused by the first."""
+    return PARAMETERS[name].stage if name in PARAMETERS else "base"

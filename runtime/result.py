@@ -44,11 +44,11 @@ def _sampler_record(config: SamplerConfig) -> dict[str, Any]:
 
 
 def _strength(request: Request) -> float | None:
-    """Of what the run started from; a latent that another model left has none."""
+    """The strength of what the run started from; a latent that another model left has none."""
     return None if request.denoising_start is not None else getattr(request.source, "strength", None)
 
 
-def _said(request: Request, index: int) -> dict[str, Any]:
+def _of_some(request: Request, index: int) -> dict[str, Any]:
     """What only some requests have, and this one does."""
     masked = request.source if isinstance(request.source, Masked) else None
     values: dict[str, Any] = {
@@ -59,6 +59,8 @@ def _said(request: Request, index: int) -> dict[str, Any]:
         "mask_region": masked.inpainting.region if masked else None,
         "mask_blur": masked.inpainting.blur or None if masked else None,
         "noise_level": request.noise_level if isinstance(request.source, Varied) else None,
+        "timesteps": request.timesteps,
+        "sigmas": request.sigmas,
         "denoising_start": request.denoising_start,
         "denoising_end": request.denoising_end,
         "sizes": dict(request.sizes.positive) or None,
@@ -103,7 +105,7 @@ class Result:
             "guidance_rescale": request.guidance_rescale,
             "height": request.height,
             "width": request.width,
-            **_said(request, index),
+            **_of_some(request, index),
             **self.producer,
         }
 

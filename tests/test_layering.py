@@ -1,16 +1,17 @@
-"""The house rules that a machine can check: import arrows, budgets, names."""
+"""The house rules that a machine can check: import arrows, lengths of functions, names, docstrings."""
 
 import ast
+import json
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
-import pytest
+from tests.structure import FOLDERS, Import, draw_files, draw_folder, entry_of, read_imports, sources
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("engines", "runtime", "export", "cli", "benchmarks", "demo")
-SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
-TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 # folder -> folders it may import from, besides itself
 ARROWS = {
@@ -21,78 +22,165 @@ ARROWS = {
     "benchmarks": {"engines", "runtime", "export", "demo"},
     "cli": {"engines", "runtime", "export", "benchmarks", "demo"},
 }
+# folder -> its rooms, from the ground up: a room may import from those on lower floors
+ROOMS: dict[str, list[set[str]]] = {
+    "runtime": [{"sampling", "pictures", "prompts"}, {"request"}, {"loop"}],
+    "runtime/loop": [{"device"}],
+    "engines": [{"cuda", "store"}, {"tensorrt"}, {"onnxruntime"}],
+    "engines/onnxruntime": [{"lowering"}, {"tuning"}],
+    "export": [{"checkpoint"}, {"nets", "pickles"}, {"graphs"}, {"precision"}],
+    "benchmarks": [{"models"}, {"gpu"}, {"sides"}, {"verbs"}, {"report"}],
+}
+# To go: imports that run back between rooms or close a circle.
+BACK_TO_GO = {
+    ("benchmarks/gpu/nets", "benchmarks/verbs/build"),
+    ("benchmarks/models/full_size", "benchmarks/sides/contract"),
+    ("benchmarks/sides/ours", "benchmarks/sides/ours_device"),
+    ("runtime/sampling/span", "runtime/request/request"),
+}
+
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir"}
-MAY_IMPORT = {  # folder -> heavy libraries it may import
+MAY_IMPORT = {  # folder or room -> heavy libraries it may import
     "export": HEAVY,
     "demo": {"torch", "diffusers", "transformers"},
     "benchmarks": HEAVY,
     "cli": {"torch"},
+    # Lowering a graph for one provider takes a graph library: `[cuda]` brings it, imported on first use.
+    "engines/onnxruntime/lowering": {"onnx_ir"},
 }
-# Lowering a graph for one provider takes a graph library: `[cuda]` brings it, imported on first use.
-LOWERING = "engines/onnxruntime/lowering/"
-# What checks and measures graphs at export time runs them.
-RUN_GRAPHS = {"export/verify.py", "export/precision/ranges.py"}
 ENGINE_LIBRARIES = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
+# What checks and measures graphs at export time runs them.
+MAY_RUN = ("engines/", "benchmarks/", "export/verify", "export/precision/ranges")
+
+# What a picture on the CPU does not load.
+NOT_FOR_CPU = tuple(
+    f"latentrt.{name}"
+    for name in ("engines.cuda", "engines.tensorrt", "engines.onnxruntime.cuda_backend", "benchmarks")
+)
+# To go: how many docstrings of a folder begin with "Of".
+OF_TO_GO = {"benchmarks": 48, "engines": 15, "export": 2, "runtime": 11, "tests": 4}
 
 
-def _imports(path: Path) -> set[str]:
-    """Absolute names of everything a file imports, lazily or not."""
-    package = path.relative_to(ROOT).parts[0]
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def _name(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").as_posix()
+
+
+@cache
+def _trees() -> dict[str, ast.Module]:
+    """The product's files and the tests', parsed, by their path without `.py`."""
+    paths = [*sources(ROOT), *sources(ROOT, ["tests"])]
+    return {_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+
+
+@cache
+def _imports() -> list[Import]:
+    return read_imports(ROOT)
+
+
+def _product() -> dict[str, ast.Module]:
+    return {name: tree for name, tree in _trees().items() if not name.startswith("tests/")}
+
+
+def _libraries(tree: ast.Module) -> Iterator[str]:
+    """The top names of the libraries a file imports, lazily or not."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            depth = len(path.relative_to(ROOT).parts) - 1
-            if node.level == 0:
-                names.add(node.module or "")
-            elif node.level <= depth:
-                names.add(f"latentrt.{package}")
-            else:
-                names |= {f"latentrt.{node.module or alias.name}" for alias in node.names}
-    return names
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield (node.module or "").split(".")[0]
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_import_arrows(path: Path) -> None:
-    folder = path.relative_to(ROOT).parts[0]
-    allowed = MAY_IMPORT.get(folder, set()) | (
-        {"onnx_ir"} if path.relative_to(ROOT).as_posix().startswith(LOWERING) else set()
-    )
-    for name in _imports(path):
-        top, *rest = name.split(".")
-        if top == "latentrt":
-            assert rest[0] == folder or rest[0] in ARROWS[folder], f"{path}: {name}"
-        assert top not in HEAVY or top in allowed, f"{path}: {name}"
-        if top in ENGINE_LIBRARIES:
-            runs_graphs = path.relative_to(ROOT).as_posix() in RUN_GRAPHS
-            assert folder in ("engines", "benchmarks") or runs_graphs, path
+def test_folders_import_one_way() -> None:
+    folders = ((one, one.source.split("/")[0], one.target.split("/")[0]) for one in _imports())
+    offenders = [str(one) for one, a, b in folders if a != b and b not in ARROWS[a]]
+    assert offenders == []
 
 
-@pytest.mark.parametrize("path", SOURCES + TESTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_budgets(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert text.count("\n") < 400, "a file of 400 lines or more is two things"
-    assert path.stem not in {"utils", "util", "helpers", "common", "misc"}
-    if "tests" in path.parts:
-        return
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            body = node.body[1:] if ast.get_docstring(node) else node.body
-            length = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
-            assert length < 50, f"{path}:{node.lineno} {node.name} has {length} lines of code"
+def test_rooms_import_one_way() -> None:
+    floors = {
+        f"{folder}/{room}": floor
+        for folder, order in ROOMS.items()
+        for floor, rooms in enumerate(order)
+        for room in rooms
+    }
+    rooms = {name.rpartition("/")[0] for name in _product()} - set(FOLDERS)
+    assert rooms - floors.keys() == set(), "rooms that stand on no floor"
+    offenders: list[str] = []
+    for folder in ROOMS:
+        for one in _imports():
+            a, b = entry_of(one.source, folder), entry_of(one.target, folder)
+            between_rooms = a != b and {f"{folder}/{a}", f"{folder}/{b}"} <= floors.keys()
+            if between_rooms and floors[f"{folder}/{b}"] >= floors[f"{folder}/{a}"]:
+                offenders += [str(one)] if (one.source, one.target) not in BACK_TO_GO else []
+    assert offenders == []
 
 
-BLOCKED = """
-import sys
-for name in ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir"):
+def test_nothing_imports_in_a_circle() -> None:
+    """No file, also through lazy imports and those for types, and no entry of a folder."""
+    imports = [one for one in _imports() if (one.source, one.target) not in BACK_TO_GO]
+    folders = {"", *(name.rpartition("/")[0] for name in _product())}
+    drawings = [draw_files(imports, _product())]
+    drawings += [draw_folder(folder, imports, _product()) for folder in sorted(folders)]
+    assert [circle for drawing in drawings for circle in drawing.circles] == []
+
+
+def test_heavy_libraries_stay_where_they_belong() -> None:
+    offenders: list[str] = []
+    for name, tree in _product().items():
+        allowed = {
+            lib for place, libs in MAY_IMPORT.items() if f"{name}/".startswith(f"{place}/") for lib in libs
+        }
+        found = set(_libraries(tree))
+        offenders += [f"{name}: {library}" for library in found & HEAVY - allowed]
+        if not name.startswith(MAY_RUN):
+            offenders += [f"{name}: {library}" for library in found & ENGINE_LIBRARIES]
+    assert offenders == []
+
+
+def test_functions_are_short_and_files_are_called_by_what_they_do() -> None:
+    vague = {"utils", "util", "helpers", "common", "misc"}
+    assert [name for name in _trees() if name.rpartition("/")[2] in vague] == []
+    offenders: list[str] = []
+    for name, tree in _product().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                length = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+                offenders += [f"{name}:{node.lineno} {node.name}: {length} lines"] if length >= 50 else []
+    assert offenders == []
+
+
+def test_docstrings_are_sentences() -> None:
+    """None says only whose it is: "Of the next run."."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    offenders = [
+        f"{name}: {text.splitlines()[0]}"
+        for name, tree in _trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and (text := ast.get_docstring(node) or "").startswith("Of ")
+    ]
+    counts = Counter(one.split("/")[0] for one in offenders)
+    assert not {folder for folder in counts if counts[folder] > OF_TO_GO.get(folder, 0)}, offenders
+
+
+PICTURE = f"""
+import json, sys
+for name in {sorted(HEAVY)}:
     sys.modules[name] = None  # an import of it raises ImportError
 from latentrt.runtime import Pipeline
 with Pipeline.open("demo") as pipe:
     result = pipe("a red circle on a blue background", num_inference_steps=2, seed=1, output_type="np")
 assert result.images.shape == (1, 128, 128, 3)
+print(json.dumps(sorted(sys.modules)))
 """
 
 
-def test_runtime_works_with_torch_blocked() -> None:
-    subprocess.run([sys.executable, "-W", "error", "-c", BLOCKED], check=True, timeout=60)
+def test_a_picture_on_the_cpu_needs_neither_torch_nor_the_gpus_modules() -> None:
+    command = [sys.executable, "-W", "error", "-c", PICTURE]
+    run = subprocess.run(command, check=True, timeout=60, stdout=subprocess.PIPE, text=True)
+    loaded: list[str] = json.loads(run.stdout)
+    assert [name for name in loaded if name.startswith(NOT_FOR_CPU)] == []
+
+
+def test_the_tables_name_every_folder() -> None:
+    assert set(ARROWS) == set(FOLDERS)

@@ -121,6 +121,20 @@ def test_eta(pair: Pair) -> None:
     assert psnr(wanted, found) >= BAR
 
 
+@pytest.mark.parametrize(
+    ("sampler", "levels"),
+    [
+        ("dpmpp_2m", {"timesteps": [999, 850, 545, 343, 124, 24]}),
+        ("euler", {"sigmas": [14.615, 6.475, 1.886, 0.652, 0.152, 0.0]}),
+    ],
+    ids=["timesteps", "sigmas"],
+)
+def test_steps_from_outside(pair: Pair, sampler: str, levels: dict[str, list[float]]) -> None:
+    """Parts of published lists (Align Your Steps, arXiv 2404.14507)."""
+    wanted, found = pair.draw(sampler, [4], prompt=PROMPTS[0], guidance_scale=5.0, **levels, **SIZE)
+    assert psnr(wanted, found) >= BAR
+
+
 def test_another_seed_is_another_picture(pair: Pair) -> None:
     wanted, _ = pair.draw("ddim", [1], prompt=PROMPTS[0], num_inference_steps=4, guidance_scale=5.0, **SIZE)
     _, found = pair.draw("ddim", [2], prompt=PROMPTS[0], num_inference_steps=4, guidance_scale=5.0, **SIZE)

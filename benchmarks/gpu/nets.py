@@ -12,13 +12,13 @@ import numpy as np
 from ...engines.cuda import facts as cuda_facts
 from ...engines.device import Device, DeviceNet
 from ...engines.errors import LatentrtError
-from ...engines.onnxruntime.backend import open_net
+from ...engines.onnxruntime.backend import ONNXRUNTIME
 from ...engines.package import Package
 from ...engines.profiles import Profile
 from ...engines.spec import DTYPES, Array, NetSpec
 from ...engines.store.engine_store import EngineStore
 from ...engines.tensorrt.build import build_package, built_nets
-from ...engines.tensorrt.flavour import BACKENDS as ENGINE_BACKENDS
+from ...engines.tensorrt.flavour import ENGINE_BACKENDS
 from ...engines.tensorrt.options import BuildOptions
 from ...runtime.loop.device.buffers import Sizes, shape_of
 from ...runtime.loop.device.programs import input_shapes
@@ -60,7 +60,7 @@ def _tune(opener: Opener) -> Iterator[Row]:
     for tuned in tune_package(opener.package, EngineStore()):
         told = tuned.entry.facts
         names = ("milliseconds", "relative_l2", "rejected")
-        figures = {"layout": tuned.layout, **{name: told[name] for name in names}}
+        figures = {"layout": told["layout"], **{name: told[name] for name in names}}
         yield judged(tuned.net, [], {**figures, "seconds": tuned.entry.build_seconds})
 
 
@@ -114,7 +114,7 @@ def parity(opener: Opener, scale: Scale) -> Iterator[Row]:
     bar = RELATIVE_L2[opener.package.manifest.dtype]
     with opener.nets() as (device, nets):
         for name in nets:
-            with open_net(opener.package, name, threads=scale.threads) as plain:
+            with ONNXRUNTIME.open_net(opener.package, name, threads=scale.threads) as plain:
                 for seed, sizes in enumerate(shapes(scale, opener.package)):
                     what = f"{name} {sizes['W']}x{sizes['H']} b{sizes['N']}"
                     arrays = random_inputs(plain.spec, sizes, seed)

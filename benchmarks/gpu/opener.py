@@ -14,12 +14,11 @@ from ...engines.cuda.device import CudaDevice
 from ...engines.cuda.facts import Nvml, facts
 from ...engines.device import Device, DeviceNet, Graph
 from ...engines.errors import BackendError
-from ...engines.onnxruntime import cuda_backend as onnxruntime_cuda_backend
+from ...engines.onnxruntime.cuda_backend import ONNXRUNTIME_CUDA
 from ...engines.onnxruntime.nets import OnnxRuntimeDeviceNet
 from ...engines.package import Manifest, Package
 from ...engines.tensorrt.build import built_nets
-from ...engines.tensorrt.flavour import BACKENDS as ENGINE_BACKENDS
-from ...engines.tensorrt.flavour import flavour
+from ...engines.tensorrt.flavour import ENGINE_BACKENDS, flavour
 from ...runtime.loop.device.cuda_graphs import Graphs
 from ...runtime.loop.device.loop import DeviceLoop
 from ...runtime.pipeline import Pipeline
@@ -208,9 +207,9 @@ def backend_opener(backend: str, package: Package) -> Opener:
     gpu = facts()
     sees = not gpu.unified and Nvml(gpu.uuid).memory() is not None
     only_onnxruntime: dict[str, Any] = {}
-    if engine is onnxruntime_cuda_backend:
+    if engine is ONNXRUNTIME_CUDA:
         only_onnxruntime = {
-            "open_capturing": partial(onnxruntime_cuda_backend.open_device, capture=True),
+            "open_capturing": partial(ONNXRUNTIME_CUDA.open_device, capture=True),
             "open_profiled": _open_profiled,
         }
     return Opener(
@@ -227,7 +226,7 @@ def backend_opener(backend: str, package: Package) -> Opener:
 def _open_profiled(
     package: Package, names: Sequence[str], folder: Path
 ) -> tuple[Device, Mapping[str, OnnxRuntimeDeviceNet]]:
-    device, nets = onnxruntime_cuda_backend.open_device(package, names, profile=folder)
+    device, nets = ONNXRUNTIME_CUDA.open_device(package, names, profile=folder)
     return device, cast("Mapping[str, OnnxRuntimeDeviceNet]", nets)
 
 

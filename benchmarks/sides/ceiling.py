@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ...engines.device import Device
-from ...engines.onnxruntime import backend as onnxruntime
+from ...engines.onnxruntime import session as onnxruntime
 from ...engines.onnxruntime.nets import CPU, CUDA, Submit, cuda_available, open_onnxruntime_net
 from ...engines.package import Manifest, NetFile, Package
 from ...engines.spec import DTYPES, Array, NetSpec, TensorSpec, tensor_bytes
@@ -168,7 +168,10 @@ def host_ceiling(threads: int | None, shapes: Sequence[Shape] = HOST_SHAPES, cop
     pool = resources.enter_context(ThreadPoolExecutor(count))
     folder = Path(resources.enter_context(TemporaryDirectory()))
     return Ceiling(
-        versions={"onnxruntime": onnxruntime.describe(), "threads": str(count)},
+        versions={
+            "onnxruntime": f"onnxruntime {onnxruntime.library().__version__} (CPU)",
+            "threads": str(count),
+        },
         makers={
             "gemm": lambda: [_host_gemm(shape, folder, count) for shape in shapes],
             "copy": lambda: [_host_copy(copied, pool, count)],

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from contextlib import ExitStack, closing
 
-from ...engines.onnxruntime.backend import library
 from ...engines.onnxruntime.nets import CUDA, cuda_available, open_onnxruntime_net
+from ...engines.onnxruntime.session import library
 from .contract import NotAvailableError, OpenSide, Task
 from .plain_device_loop import DEVICE_NETS, PlainDeviceSide
 from .requirements import open_plain_package

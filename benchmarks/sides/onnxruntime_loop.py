@@ -6,8 +6,8 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from ...engines.onnxruntime import backend
-from ...engines.onnxruntime.tuning.cpu_layouts import usable_processors
+from ...engines.onnxruntime import session as onnxruntime
+from ...engines.onnxruntime.session import usable_processors
 from .contract import NotAvailableError, OpenSide, Task
 from .plain_loop import PLAIN_NETS, Net, PlainSide
 from .requirements import missing_modules, open_plain_package
@@ -28,20 +28,20 @@ def open_side(task: Task) -> OpenSide:
             reason, expected="ONNX Runtime", fix='Install it: pip install "latentrt[cpu]".'
         )
     package = open_plain_package(task)
-    options = backend.library().SessionOptions()  # what a user gets: not the settings of our own sessions
+    options = onnxruntime.library().SessionOptions()  # what a user gets: not the settings of our own sessions
     options.log_severity_level = 3
     options.intra_op_num_threads = task.threads or usable_processors()
     nets: dict[str, Net] = {}
     for name in PLAIN_NETS:
         file = package.manifest.nets[name]
-        session = backend.open_session(
+        session = onnxruntime.open_session(
             package.path(file.graph), options, ["CPUExecutionProvider"], culprit=name
         )
         nets[name] = partial(_run, session, [output.name for output in file.spec.outputs])
     resources = ExitStack()
     resources.callback(nets.clear)
     versions = {
-        "onnxruntime": str(backend.library().__version__),
+        "onnxruntime": str(onnxruntime.library().__version__),
         "provider": "CPUExecutionProvider",
         "threads": str(options.intra_op_num_threads),
         "graph_optimization": str(options.graph_optimization_level.name),

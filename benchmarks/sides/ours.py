@@ -43,7 +43,7 @@ def available(task: Task) -> str | None:
 def open_side(task: Task) -> OpenSide:
     """The pipeline, with the loop that a user has."""
     pipe = open_pipeline(task.package, LoopOptions(backend=task.backend, threads=task.threads))
-    loop = pipe._loop  # pyright: ignore[reportPrivateUsage]
+    loop = pipe.loop
     if isinstance(loop, HostLoop):
         return HostSide(pipe, loop, task.slow_down)
     from ...runtime.loop.device.loop import DeviceLoop

@@ -29,7 +29,6 @@ from ...engines.errors import BackendError
 from ...engines.ledger import take_ledger
 from ...engines.spec import Array, NetSpec
 from ...runtime.loop import guidance
-from ...runtime.loop.clock import Clock
 from ...runtime.loop.device.buffers import Block, Layout, Scratch, Sizes
 from ...runtime.loop.device.loop import DeviceLoop
 from ...runtime.loop.device.programs import Canvas, Course, Frame, Program, Schedule, input_shapes
@@ -305,7 +304,7 @@ class DeviceSide:
         """The case's picture in `BETWEEN` steps."""
         parameters = replace(case, steps=BETWEEN).parameters
         request = make_request(self._manifest, case.prompt, **parameters)
-        return self._pipe._job(request, Clock())  # pyright: ignore[reportPrivateUsage]
+        return self._pipe.prepare(request)
 
     def _canvas(self, stack: ExitStack, job: Job, sizes: Sizes) -> tuple[Canvas, Schedule]:
         """The loop's own, with a UNet that does nothing."""

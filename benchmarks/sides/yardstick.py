@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ...engines.onnxruntime import backend as onnxruntime
+from ...engines.onnxruntime import session as onnxruntime
 from ...engines.onnxruntime.nets import CPU
 from ...engines.spec import Array
 from ..models.skeletons import fill_skeleton

@@ -9,19 +9,19 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ...engines.backends import BACKENDS
 from ...engines.cuda.facts import DeviceFacts, available, facts
 from ...engines.errors import BackendError, LatentrtError
 from ...engines.net_weights import engine_bytes
-from ...engines.onnxruntime.tuning.choice import TUNERS
-from ...engines.onnxruntime.tuning.cuda import tuned_nets
+from ...engines.onnxruntime.tuning.choice import tuned_nets
 from ...engines.package import Package
 from ...engines.profiles import Profile, default_profile
+from ...engines.store.building import BuiltEngine
 from ...engines.store.engine_store import EngineStore
-from ...engines.tensorrt.build import BuiltEngine, build_package, built_nets
+from ...engines.tensorrt.build import build_package, built_nets
 from ...engines.tensorrt.options import BuildOptions
 from ..machine import clocks, describe_machine
 from ..records import Document, Row, Status
@@ -54,7 +54,7 @@ class Builds:
     """What is built.
 
     Attributes:
-        backend: `tensorrt`, `tensorrt-rtx`, or one of TUNERS, which builds no engines.
+        backend: one of `engines.backends.BACKENDS`; ONNX Runtime builds layouts, not engines.
         profiles: the pictures that engines are for; none is the package's own size.
         options: of every build.
         nets: only these; none is all of them.
@@ -68,6 +68,11 @@ class Builds:
     nets: tuple[str, ...] = ()
     folder: Path | None = None
     repeats: int = 1
+
+    @property
+    def tunes(self) -> bool:
+        """Whether layouts are measured, and no engines built."""
+        return self.backend in BACKENDS and BACKENDS[self.backend].builds == "layouts"
 
     def profiles_of(self, package: Package) -> list[Profile]:
         """Those that were given, or the default one."""
@@ -94,7 +99,7 @@ def measure_build(package: Package, builds: Builds, *, said: Said = lambda line:
         UsageError: a net that the package does not have.
     """
     gpu = None if available() else facts()
-    names = tuned_nets if builds.backend in TUNERS else built_nets
+    names = tuned_nets if builds.tunes else built_nets
     found = [_Net(name=name) for name in names(package, builds.nets)]
     for number in range(builds.repeats):
         for item in found if number % 2 == 0 else reversed(found):
@@ -128,11 +133,11 @@ def _built(
     net: str, package: Package, builds: Builds, store: EngineStore, gpu: DeviceFacts | None
 ) -> dict[str, Any]:
     """`seconds`, and the figures of a row."""
-    if builds.backend in TUNERS:
-        (tuned,) = import_module(TUNERS[builds.backend]).tune_package(package, store, nets=[net])
-        names = ("milliseconds", "relative_l2", "rejected")
+    if builds.tunes:
+        (tuned,) = BACKENDS[builds.backend].tune_package()(package, store, nets=[net])
+        names = ("layout", "milliseconds", "relative_l2", "rejected")
         figures = {name: tuned.entry.facts[name] for name in names}
-        return {"seconds": tuned.entry.build_seconds, "layout": tuned.layout, **figures}
+        return {"seconds": tuned.entry.build_seconds, **figures}
     profiles = builds.profiles_of(package)
     (built,) = build_package(package, builds.backend, profiles, builds.options, store, nets=[net], gpu=gpu)
     figures = describe_engine(package, built)
@@ -149,7 +154,7 @@ def _told(item: _Net) -> str:
 
 
 def _case(package: Package, builds: Builds) -> dict[str, Any]:
-    if builds.backend in TUNERS:
+    if builds.tunes:
         return {"backend": builds.backend}
     profiles = [str(profile) for profile in builds.profiles_of(package)]
     return {"backend": builds.backend, "profiles": profiles, "weights": builds.options.weights.value}

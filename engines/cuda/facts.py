@@ -48,6 +48,11 @@ class DeviceFacts:
         return "sm_{}{}".format(*self.compute_capability)
 
     @property
+    def driver_line(self) -> str:
+        """The driver's major version, as keys of engines have it: "580", or "any" if it is not known."""
+        return (self.driver or "any").partition(".")[0]
+
+    @property
     def kind(self) -> str:
         """What engines are timed for. A name alone covers different GPUs: modules of Orin, the RTX 3060."""
         return f"{self.name}, {self.multiprocessors} SMs, {round(self.total / 2**30)} GiB"

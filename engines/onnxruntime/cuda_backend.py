@@ -1,7 +1,10 @@
 """ONNX Runtime on CUDA as a backend: nets on a device, each in the layout that was measured as the fastest.
 
-Opening never measures: it takes what `latentrt build PACKAGE --backend onnxruntime-cuda` has left in the
-engine store (`onnxruntime/tuning.py`), and without that the package's own graph, which needs no choice.
+Opening never measures. It takes what `latentrt build PACKAGE --backend onnxruntime-cuda` has left in the
+engine store (`tuning/cuda.py`), and without that the package's own graph, which needs no choice.
+
+"auto" asks this backend first at every start, so the modules of CUDA and of the store are imported only where
+ONNX Runtime has a CUDA provider.
 """
 
 from __future__ import annotations
@@ -14,77 +17,83 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from ..backend import Log, to_stderr
-from ..cuda import facts as cuda_facts
-from ..cuda.device import CudaDevice
 from ..device import Device, DeviceNet
 from ..package import Package
-from .backend import library
+from .lowering.files import lowering_missing
 from .nets import cuda_available, open_onnxruntime_net
+from .session import library
 
 if TYPE_CHECKING:
     from ..store.engine_store import EngineStore
-    from .tuning.cuda import StoredLayout
+    from .tuning.cuda_layouts import StoredLayout
 
 
-def available() -> str | None:
-    """None if ONNX Runtime can run nets on a CUDA device here, else the reason. Never raises."""
-    return cuda_available()
+class OnnxRuntimeCudaBackend:
+    """`DeviceBackend` of ONNX Runtime's CUDA provider."""
 
+    def available(self) -> str | None:
+        """None if ONNX Runtime can run nets on a CUDA device here, else the reason. Never raises."""
+        return cuda_available()
 
-def describe() -> str:
-    """Version and device, for people. Raises BackendError where `available` has a reason."""
-    facts = cuda_facts.facts()
-    return f"onnxruntime {library().__version__} CUDA ({facts.name}, {facts.sm})"
+    def describe(self) -> str:
+        """Version and device, for people. Raises BackendError where `available` has a reason."""
+        from ..cuda.facts import facts
 
+        gpu = facts()
+        return f"onnxruntime {library().__version__} CUDA ({gpu.name}, {gpu.sm})"
 
-def open_device(
-    package: Package,
-    names: Sequence[str],
-    *,
-    store: EngineStore | None = None,
-    log: Log = to_stderr,
-    capture: bool = False,
-    profile: Path | None = None,
-) -> tuple[Device, Mapping[str, DeviceNet]]:
-    """A device of its own for the caller, and nets of the package on it.
+    def open_device(
+        self,
+        package: Package,
+        names: Sequence[str],
+        *,
+        store: EngineStore | None = None,
+        log: Log = to_stderr,
+        capture: bool = False,
+        profile: Path | None = None,
+    ) -> tuple[Device, Mapping[str, DeviceNet]]:
+        """A device of the caller's own, and nets of the package on it.
 
-    Args:
-        package: the package.
-        names: of its nets.
-        store: where layouts are remembered; the user's own unless given.
-        log: told in one line which nets have no layout in the store, and the command that measures them;
-            prints to stderr unless given.
-        capture: let runs be captured, see `open_onnxruntime_net`.
-        profile: a folder for the library's profiles.
+        Args:
+            package: the package.
+            names: of its nets.
+            store: where layouts are remembered; the user's own unless given.
+            log: gets one line that names the nets without a layout in the store, and the command that
+                measures them.
+            capture: let runs be captured, see `open_onnxruntime_net`.
+            profile: a folder for the library's profiles.
 
-    Raises:
-        BackendError: no library, driver or device.
-        LatentrtError: whatever `open_onnxruntime_net` raises. Nothing stays open then.
-    """
-    # Here, not above: whoever asks only what is available, as every start on a CPU does, needs no store.
-    from ..store.engine_store import EngineStore
-    from .tuning.cuda import TUNED_NETS, stored_layout
+        Raises:
+            BackendError: no library, driver or device.
+            LatentrtError: whatever `open_onnxruntime_net` raises. Nothing stays open then.
+        """
+        from ..cuda.device import CudaDevice
+        from ..store.engine_store import EngineStore
+        from .tuning.choice import TUNED_NETS
+        from .tuning.cuda_layouts import stored_layout
 
-    device = CudaDevice()
-    with ExitStack() as stack:
-        stack.callback(device.close)
-        gpu, place = device.facts, store or EngineStore()
-        stored = {name: stored_layout(package, name, place, gpu) for name in names if name in TUNED_NETS}
-        nets: dict[str, DeviceNet] = {}
-        for name in names:
-            opened = partial(open_onnxruntime_net, package, name, device, capture=capture, profile=profile)
-            nets[name] = _open_net(opened, name, stored.get(name))
-            stack.callback(nets[name].close)
-        stack.pop_all()
-    if hint := _hint(package, stored):
-        log(hint)
-    return device, nets
+        device = CudaDevice()
+        with ExitStack() as stack:
+            stack.callback(device.close)
+            gpu, place = device.facts, store or EngineStore()
+            stored = {name: stored_layout(package, name, place, gpu) for name in names if name in TUNED_NETS}
+            nets: dict[str, DeviceNet] = {}
+            for name in names:
+                opened = partial(
+                    open_onnxruntime_net, package, name, device, capture=capture, profile=profile
+                )
+                nets[name] = _open_net(opened, name, stored.get(name))
+                stack.callback(nets[name].close)
+            stack.pop_all()
+        if hint := _hint(package, stored):
+            log(hint)
+        return device, nets
 
 
 def _open_net(opened: Callable[..., DeviceNet], name: str, stored: StoredLayout | None) -> DeviceNet:
     if stored is None or stored.graph is None:
         return opened()
-    # The library takes a path, the store has hashed bytes: so these very bytes go to a folder of our own.
+    # The library takes a path and the store has hashed bytes, so these very bytes go to a folder of our own.
     with TemporaryDirectory() as folder:
         graph = Path(folder) / f"{name}.onnx"
         graph.write_bytes(stored.graph)
@@ -93,8 +102,6 @@ def _open_net(opened: Callable[..., DeviceNet], name: str, stored: StoredLayout 
 
 def _hint(package: Package, stored: Mapping[str, StoredLayout]) -> str:
     """Why nets run as they were exported, and what to do about it; "" if every layout is known."""
-    from .tuning.cuda import lowering_missing, tuning_command
-
     unknown = {name: item.why for name, item in stored.items() if item.why}
     if not unknown:
         return ""
@@ -103,5 +110,8 @@ def _hint(package: Package, stored: Mapping[str, StoredLayout]) -> str:
     first = f' (first: pip install "latentrt[cuda]", for {missing})' if missing else ""
     return (
         f"{' and '.join(unknown)} run in the layout `plain`: {why};"
-        f" measure which is the fastest here: {tuning_command(package)}{first}"
+        f" measure which is the fastest here: latentrt build {package.root} --backend onnxruntime-cuda{first}"
     )
+
+
+ONNXRUNTIME_CUDA = OnnxRuntimeCudaBackend()

@@ -18,17 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import MemoryLedger
-from ..cuda.facts import available as cuda_device_available
-from ..device import ALIGNMENT, Addresses, Device, Shapes
+from ..device import ALIGNMENT, Addresses, Device, MemoryLedger, Shapes
 from ..errors import BackendError, LatentrtError, UsageError
 from ..net_weights import engine_bytes
 from ..package import Package
 from ..spec import DTYPES, NetSpec, TensorSpec, output_shapes
-from . import backend as onnxruntime_backend
-from .backend import check_boundary, library, open_session, run_error, session_options
-from .lowering.lower import session_entries
+from .lowering.files import session_entries
 from .runs import Runs, run_options, shrinking_options
+from .session import available, check_boundary, library, open_session, run_error, session_options
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
@@ -39,11 +36,13 @@ Submit = Callable[[Callable[[], None]], None]
 
 def cuda_available() -> str | None:
     """None if ONNX Runtime can run nets on a CUDA device here, else the reason. Never raises."""
-    if reason := onnxruntime_backend.available():
+    if reason := available():
         return reason
     if CUDA not in library().get_available_providers():
         return "the installed onnxruntime has no CUDA provider (onnxruntime-gpu has)"
-    return cuda_device_available()
+    from ..cuda import facts  # here: "auto" asks at every start, and a CPU needs nothing of CUDA
+
+    return facts.available()
 
 
 def open_onnxruntime_net(

@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import BackendError
-from .backend import library
+from .session import library
 
 # One run in so many waits for the stream: often enough for some MB of page-locked memory at most (an SD 1.5
 # UNet leaves 0.2 MB per run), rarely enough to cost nothing.

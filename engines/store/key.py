@@ -9,16 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-SCHEMA = 1  # of the key and of the store's manifest
+from ..backends import BACKENDS
+
+if TYPE_CHECKING:
+    from ..package import Package
+
+SCHEMA = 2  # of the key and of the store's manifest; 1 also had a field for weights that can be refitted
 RECIPE = 1  # of our own building code: raise it when the same graph and flags would give another engine
-BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime")
 
-_HASHES = {"graph": False, "weights": True, "contract": False, "refittable": True}  # name -> may be empty
+_HASHES = {"graph": False, "weights": True, "contract": False}  # name -> may be empty
 _MAY_BE_EMPTY = ("hardware_compatibility",)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -44,7 +50,7 @@ def _require(ok: bool, what: str) -> None:
 
 
 def _is_line(value: object) -> bool:
-    # A miss is told in one line, so no value may hold a line break or a terminal's control characters.
+    # A miss is reported in one line, so no value may hold a line break or a terminal's control characters.
     return isinstance(value, str) and bool(value) and value.isprintable()
 
 
@@ -56,8 +62,7 @@ class EngineKey:
     `contract` is `canonical_sha256` of the NetSpec; `backend_version` is exact; `compute_capability` is
     `sm_89`, or `portable` for an engine built ahead of time, or `ampere_plus`; `gpu` is `DeviceFacts.kind`,
     or `any`; `driver` is its major version, or `any`; `platform` is like `linux-x86_64`. `profiles` are
-    canonical texts in the engine's order, `flags` the builder's flags in alphabetical order. `refittable` is
-    `canonical_sha256` of the sorted names of the tensors that can be refitted ("" for none).
+    canonical texts in the engine's order, `flags` the builder's flags in alphabetical order.
     `workspace_limit` is in bytes, 0 for the library's own default; `hardware_compatibility` may be "".
     """
 
@@ -74,7 +79,6 @@ class EngineKey:
     platform: str
     profiles: tuple[str, ...]
     flags: tuple[str, ...]
-    refittable: str
     optimization_level: int
     workspace_limit: int
     hardware_compatibility: str
@@ -127,6 +131,54 @@ class EngineKey:
         return cls(**values)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """The device that an engine is for: three fields of its key."""
+
+    compute_capability: str
+    gpu: str
+    driver: str
+
+
+ANYWHERE = Target(compute_capability="portable", gpu="any", driver="any")
+
+
+def package_key(
+    package: Package,
+    net: str,
+    *,
+    backend: str,
+    version: str,
+    target: Target,
+    profiles: Iterable[str] = (),
+    flags: Iterable[str] = (),
+    optimization_level: int = 0,
+    workspace_limit: int = 0,
+    hardware_compatibility: str = "",
+) -> EngineKey:
+    """The key of a net of a package on this machine's platform; the other arguments are fields of the key."""
+    manifest = package.manifest
+    file = manifest.nets[net]
+    return EngineKey(
+        net=net,
+        graph=manifest.files[file.graph].sha256,
+        weights=manifest.files[file.weights].sha256 if file.weights else "",
+        dtype=manifest.dtype,
+        contract=canonical_sha256(file.spec.to_json()),
+        backend=backend,
+        backend_version=version,
+        compute_capability=target.compute_capability,
+        gpu=target.gpu,
+        driver=target.driver,
+        platform=f"{sys.platform}-{platform.machine().lower()}",
+        profiles=tuple(profiles),
+        flags=tuple(flags),
+        optimization_level=optimization_level,
+        workspace_limit=workspace_limit,
+        hardware_compatibility=hardware_compatibility,
+    )
+
+
 def miss_reason(wanted: EngineKey, built: Iterable[EngineKey]) -> str:
     """Say in one line why none of the `built` engines is the `wanted` one.
 
@@ -150,7 +202,7 @@ def miss_reason(wanted: EngineKey, built: Iterable[EngineKey]) -> str:
 
 
 def _shown(value: Any, other: Any) -> str:
-    """`value` in a few characters; of a tuple, only what `other` has not."""
+    """`value` in a few characters; a tuple without the items that `other` has too."""
     if isinstance(value, tuple):
         items = cast(tuple[str, ...], value)
         text = " ".join([item for item in items if item not in other] or items)

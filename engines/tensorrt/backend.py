@@ -1,51 +1,129 @@
-"""TensorRT as a backend: whether its engines can run here, what it is, and its nets on a device.
-
-`tensorrt/rtx_backend.py` is the same for the other library.
-"""
+"""TensorRT and TensorRT-RTX as backends: a package's engines on a CUDA device. One class serves both."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..backend import Log, to_stderr
 from ..cuda import facts as cuda_facts
+from ..cuda.device import CudaDevice
+from ..cuda.facts import DeviceFacts
 from ..device import Device, DeviceNet
 from ..errors import BackendError
 from ..package import Package
-from . import device as tensorrt_device
-from .flavour import flavour, installed_version
+from ..profiles import NetProfile
+from ..store.engine_store import EngineStore
+from ..store.entry import Entry
+from .build import find_engines
+from .choice import Candidate, ChosenNet
+from .flavour import Flavour, flavour, installed_version, load
+from .nets import open_entry
 
-BACKEND = "tensorrt"
-
-
-def available(backend: str = BACKEND, *, runtime: Any = None) -> str | None:
-    """None if engines of this backend can run here, else the reason; the library itself is not imported.
-
-    Args:
-        backend: `tensorrt` or `tensorrt-rtx`.
-        runtime: the CUDA runtime; `cuda.bindings.runtime` unless a test passes another.
-    """
-    try:
-        flavour(backend)
-    except BackendError as error:
-        return error.found
-    return cuda_facts.available(runtime)
+Engines = Sequence[tuple[Entry, tuple[NetProfile, ...]]]
 
 
-def describe(backend: str = BACKEND) -> str:
-    """Version and device, for people. Raises BackendError where `available` has a reason."""
-    row = flavour(backend)
-    facts = cuda_facts.facts()
-    return f"{row.module} {installed_version(backend)} ({facts.name}, {facts.sm})"
+class TensorRTBackend:
+    """`DeviceBackend` of one of the libraries; `name` is `tensorrt` or `tensorrt-rtx`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def available(self, *, runtime: Any = None) -> str | None:
+        """None if engines can run here, else the reason; the library itself is not imported. Never raises.
+
+        `runtime` is the CUDA runtime: `cuda.bindings.runtime` unless a test passes another.
+        """
+        try:
+            flavour(self.name)
+        except BackendError as error:
+            return error.found
+        return cuda_facts.available(runtime)
+
+    def describe(self) -> str:
+        """Version and device, for people. Raises BackendError where `available` has a reason."""
+        row = flavour(self.name)
+        gpu = cuda_facts.facts()
+        return f"{row.module} {installed_version(self.name)} ({gpu.name}, {gpu.sm})"
+
+    def open_device(
+        self,
+        package: Package,
+        names: Sequence[str],
+        *,
+        store: EngineStore | None = None,
+        log: Log = to_stderr,
+    ) -> tuple[Device, Mapping[str, DeviceNet]]:
+        """A device of the caller's own, and every net behind all of its engines.
+
+        Args:
+            package: the package.
+            names: of its nets.
+            store: where engines are; the user's own unless given.
+            log: called if the library does not list this kind of device, or finds an engine not the best for
+                it.
+
+        Raises:
+            BackendError: a net has no engine for this library and device, with the command that builds them.
+        """
+        row, place = flavour(self.name), store or EngineStore()
+        version = installed_version(self.name) or ""
+        device = CudaDevice()
+        try:
+            found = {
+                name: find_engines(package, name, row, version, place, gpu=device.facts) for name in names
+            }
+            if missing := [name for name, engines in found.items() if not engines]:
+                raise BackendError(
+                    f"{package.root} has no {self.name} {version} engines of {', '.join(missing)} for"
+                    f" {device.name} ({device.facts.sm})",
+                    expected="one of every net in the engine store (`latentrt cache ls`)",
+                    fix=f"Build them: latentrt build {package.root} --backend {self.name}.",
+                )
+            nets = {name: _net(row, package, name, device, engines, log) for name, engines in found.items()}
+        except BaseException:
+            device.close()
+            raise
+        if line := _remark(row, device.facts):
+            log(line)
+        return device, nets
 
 
-def open_device(
-    package: Package,
-    names: Sequence[str],
-    *,
-    backend: str = BACKEND,
-    log: Log = to_stderr,
-) -> tuple[Device, Mapping[str, DeviceNet]]:
-    """A device of its own for the caller, and nets on it. See `device.open_device`."""
-    return tensorrt_device.open_device(backend, package, names, log=log)
+def _remark(row: Flavour, gpu: DeviceFacts) -> str:
+    """A remark if portable engines are not meant for this GPU, though the library may run them; else ""."""
+    listed = [f"sm_{name.replace('.', '')}" for name in row.compute_capabilities]
+    if not row.portable or gpu.sm in listed:
+        return ""
+    return f"TensorRT-RTX lists {', '.join(listed)}; this is {gpu.sm}: trying"
+
+
+def _net(
+    row: Flavour, package: Package, name: str, device: CudaDevice, engines: Engines, log: Log
+) -> ChosenNet:
+    file, root = package.manifest.nets[name], str(package.root)
+
+    def opener(entry: Entry, profiles: tuple[NetProfile, ...]) -> Callable[[], DeviceNet]:
+        def open_engine() -> DeviceNet:
+            net = open_entry(
+                load(row),
+                row,
+                entry,
+                net=name,
+                spec=file.spec,
+                profiles=profiles,
+                device=device,
+                graph=package.path(file.graph),
+                package=root,
+            )
+            if net.remark:
+                log(f"the engine of {name!r}: {net.remark}")
+            return net
+
+        return open_engine
+
+    candidates = [Candidate(profiles=profiles, open=opener(entry, profiles)) for entry, profiles in engines]
+    return ChosenNet(file.spec, candidates, backend=row.backend, package=root)
+
+
+TENSORRT = TensorRTBackend("tensorrt")
+TENSORRT_RTX = TensorRTBackend("tensorrt-rtx")

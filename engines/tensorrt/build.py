@@ -2,56 +2,36 @@
 
 from __future__ import annotations
 
-import platform
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from ..cuda.facts import DeviceFacts, Nvml
 from ..errors import StorageError, UsageError
-from ..net_weights import engine_bytes, lora_targets
+from ..net_weights import engine_bytes
 from ..package import Package
 from ..profiles import NetProfile, Profile, net_profiles
 from ..spec import NETS
+from ..store.building import BuiltEngine, OnProgress, Report, build_missing
 from ..store.engine_store import EngineStore, Entry, Miss
-from ..store.key import EngineKey, canonical_sha256
-from .builder import Facts, Job, Report
+from ..store.key import ANYWHERE, EngineKey, Target, package_key
+from .builder import Facts, Job
 from .child import Started, run_builder
 from .flavour import Flavour, flavour, installed_version
-from .options import BuildOptions, Weights
+from .options import BuildOptions
 from .preflight import Room, check_room, read_room
 
 # Fields of a key that say how an engine was built, not for what model or device.
-_HOW = {
-    "profiles",
-    "flags",
-    "refittable",
-    "optimization_level",
-    "workspace_limit",
-}
+_HOW = {"profiles", "flags", "optimization_level", "workspace_limit"}
 _AMPERE = (8, 0)  # the oldest compute capability of engines for `ampere_plus`
 _NOT_BUILT = ("unet_whole",)  # for other tools
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildProgress:
-    """How far a build is: net `index` of `total`, and `fraction` (0 to 1) of that net."""
+class WantedEngine:
+    """An engine that is wanted: its profiles in the engine's order, and what the store has of it."""
 
     net: str
-    index: int
-    total: int
-    phase: str
-    fraction: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Planned:
-    """An engine that is wanted: its key, its profiles in the engine's order, and what the store has."""
-
-    net: str
-    key: EngineKey
     profiles: tuple[NetProfile, ...]
     found: Entry | Miss
 
@@ -61,65 +41,22 @@ class Planned:
         return self.found.reason if isinstance(self.found, Miss) else ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class BuiltEngine:
-    """An engine that is in the store now. `why` is "" where it was there before."""
-
-    net: str
-    entry: Entry
-    profiles: tuple[NetProfile, ...]
-    why: str
-
-    @property
-    def cached(self) -> bool:
-        """Whether nothing had to be built."""
-        return not self.why
-
-
-OnProgress = Callable[[BuildProgress], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """What an engine is for: the fields of its key that name a device."""
-
-    compute_capability: str
-    gpu: str
-    driver: str
-
-
-ANYWHERE = Target(compute_capability="portable", gpu="any", driver="any")
-
-
-class Kind(Protocol):
-    """What a key must know of a backend, such as a row of the table of flavours."""
-
-    @property
-    def backend(self) -> str:
-        """The name users know."""
-        ...
-
-    @property
-    def portable(self) -> bool:
-        """Whether an engine runs on several kinds of GPU."""
-        ...
-
-
-def target(row: Kind, gpu: DeviceFacts | None, hardware_compatibility: str = "") -> Target:
+def target(row: Flavour, gpu: DeviceFacts | None, hardware_compatibility: str = "") -> Target:
     """The device in an engine's key. Without a GPU only a portable engine can be built, or looked for.
 
     `hardware_compatibility` is as in BuildOptions: an engine for more than this GPU does not name it.
     """
     if row.portable or gpu is None:
         return ANYWHERE
-    driver = (gpu.driver or "any").partition(".")[0]
     if not hardware_compatibility:
-        return Target(compute_capability=gpu.sm, gpu=gpu.kind, driver=driver)
+        return Target(compute_capability=gpu.sm, gpu=gpu.kind, driver=gpu.driver_line)
     same = hardware_compatibility == "same_compute_capability"
-    return Target(compute_capability=gpu.sm if same else hardware_compatibility, gpu="any", driver=driver)
+    return Target(
+        compute_capability=gpu.sm if same else hardware_compatibility, gpu="any", driver=gpu.driver_line
+    )
 
 
-def _levels(row: Kind, gpu: DeviceFacts | None) -> tuple[str, ...]:
+def _levels(row: Flavour, gpu: DeviceFacts | None) -> tuple[str, ...]:
     """The values of `hardware_compatibility` that engines for this GPU may have, the closest fit first."""
     if row.portable or gpu is None:
         return ("",)
@@ -130,7 +67,7 @@ def _levels(row: Kind, gpu: DeviceFacts | None) -> tuple[str, ...]:
 def engine_key(
     package: Package,
     net: str,
-    row: Kind,
+    row: Flavour,
     version: str,
     profiles: Sequence[NetProfile],
     options: BuildOptions,
@@ -142,31 +79,20 @@ def engine_key(
     Args:
         package: the package.
         net: a net of it.
-        row: the backend.
+        row: the library.
         version: the library's exact version.
         profiles: of this net (`net_profiles`), in the engine's order.
         options: of the build.
         gpu: the device; needed where engines are not portable.
     """
-    manifest = package.manifest
-    file = manifest.nets[net]
-    names = lora_targets(package, net) if options.weights is Weights.lora else ()
-    device = target(row, gpu, options.hardware_compatibility)
-    return EngineKey(
-        net=net,
-        graph=manifest.files[file.graph].sha256,
-        weights=manifest.files[file.weights].sha256 if file.weights else "",
-        dtype=manifest.dtype,
-        contract=canonical_sha256(file.spec.to_json()),
+    return package_key(
+        package,
+        net,
         backend=row.backend,
-        backend_version=version,
-        compute_capability=device.compute_capability,
-        gpu=device.gpu,
-        driver=device.driver,
-        platform=f"{sys.platform}-{platform.machine().lower()}",
-        profiles=tuple(profile.text for profile in profiles),
+        version=version,
+        target=target(row, gpu, options.hardware_compatibility),
+        profiles=(profile.text for profile in profiles),
         flags=options.flags,
-        refittable=canonical_sha256(list(names)) if names else "",
         optimization_level=options.optimization_level,
         workspace_limit=options.workspace_limit,
         hardware_compatibility=options.hardware_compatibility,
@@ -230,7 +156,7 @@ def plan_build(
     *,
     nets: Iterable[str] = (),
     gpu: DeviceFacts | None = None,
-) -> tuple[Planned, ...]:
+) -> tuple[WantedEngine, ...]:
     """What `build_package` would do; nothing is built, and no library is loaded.
 
     Raises:
@@ -241,11 +167,11 @@ def plan_build(
     row = flavour(backend)
     options.check(row, has_gpu=gpu is not None)
     version = installed_version(backend) or ""
-    planned: list[Planned] = []
+    planned: list[WantedEngine] = []
     for net in built_nets(package, nets):
         expanded = net_profiles(net, package.manifest.nets[net].spec, profiles)
         key = engine_key(package, net, row, version, expanded, options, gpu=gpu)
-        planned.append(Planned(net=net, key=key, profiles=expanded, found=store.find(key)))
+        planned.append(WantedEngine(net=net, profiles=expanded, found=store.find(key)))
     return tuple(planned)
 
 
@@ -270,28 +196,28 @@ def build_package(
         profiles: which pictures the engines are for.
         options: how to build them.
         store: where they go.
-        progress: told how far it is.
+        progress: called with how far the build is.
         nets: only these.
         gpu: the device, if there is one.
-        room: what is free for a build in a folder; asked before each build.
-        started: told the process id of each builder.
+        room: reads what is free for a build in a folder; called before each build.
+        started: called with the process id of each builder.
 
     Raises:
         LatentrtError: as `plan_build`, `check_room` and `run_builder` raise. Engines that were complete stay.
     """
     planned = plan_build(package, backend, profiles, options, store, nets=nets, gpu=gpu)
+    row = flavour(backend)
     run = _Run(
         package=package,
-        row=flavour(backend),
+        row=row,
         options=options,
         store=store,
-        progress=progress,
-        room=room or _room_for(flavour(backend), gpu),
+        profiles={item.net: item.profiles for item in planned},
+        room=room or _room_for(row, gpu),
         started=started,
-        total=len(planned),
         gpu=gpu,
     )
-    return tuple(run.ensure(index, item) for index, item in enumerate(planned))
+    return build_missing(store, [item.found for item in planned], run.build, progress)
 
 
 def _room_for(row: Flavour, gpu: DeviceFacts | None) -> Callable[[Path], Room]:
@@ -307,67 +233,54 @@ def _room_for(row: Flavour, gpu: DeviceFacts | None) -> Callable[[Path], Room]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """One call of `build_package`."""
+    """One call of `build_package`; `profiles` are those of each net."""
 
     package: Package
     row: Flavour
     options: BuildOptions
     store: EngineStore
-    progress: OnProgress | None
+    profiles: Mapping[str, tuple[NetProfile, ...]]
     room: Callable[[Path], Room]
     started: Started | None
-    total: int
     gpu: DeviceFacts | None
 
-    def ensure(self, index: int, item: Planned) -> BuiltEngine:
-        """The engine of one net, built if it must be."""
-        entry = item.found
-        if isinstance(entry, Miss):
-
-            def report(phase: str, fraction: float) -> None:
-                if self.progress is not None:
-                    now = BuildProgress(
-                        net=item.net, index=index, total=self.total, phase=phase, fraction=fraction
-                    )
-                    self.progress(now)
-
-            entry = self.store.get_or_build(
-                item.key,
-                lambda path: self._build(item, path, report),
-                waiting=lambda said: report(said, 0.0),
-            )
-        return BuiltEngine(net=item.net, entry=entry, profiles=item.profiles, why=item.why)
-
-    def _build(self, item: Planned, path: Path, report: Report) -> Facts:
+    def build(self, net: str, path: Path, report: Report) -> Facts:
         """Run the builder for one net, with the timing cache where the library has one."""
-        check_room(item.net, engine_bytes(self.package, item.net), self.room(self.store.root))
-        file = self.package.manifest.nets[item.net]
+        check_room(net, engine_bytes(self.package, net), self.room(self.store.root))
+        file, profiles = self.package.manifest.nets[net], self.profiles[net]
         # The key says what the manifest says; whoever changed a file in place gets no engine of it.
         self.package.verify(name for name in (file.graph, file.weights) if name)
-        lora = self.options.weights is Weights.lora
         cache = path.with_name("timing.cache") if self.row.cache == "timing" else None
-        side = self.store.side_file("timing", _cache_name(item.key, target(self.row, self.gpu)))
+        side = self.store.side_file("timing", self._cache_name())
         if cache:
             cache.write_bytes(self.store.read_side_file(side))
         job = Job(
             backend=self.row.backend,
-            net=item.net,
+            net=net,
             graph=self.package.path(file.graph),
             spec=file.spec,
-            profiles=tuple(profile.shapes for profile in item.profiles),
+            profiles=tuple(profile.shapes for profile in profiles),
             options=self.options,
             engine=path,
-            refittable=lora_targets(self.package, item.net) if lora else (),
             timing_cache=cache,
         )
         facts = run_builder(job, report, started=self.started)
         if cache and (warning := self._keep(side, cache)):
             facts = {**facts, "warnings": [*facts.get("warnings", ()), warning]}
-        sources = dict.fromkeys(str(profile.source) for profile in item.profiles)
-        return {**facts, "labels": [profile.label for profile in item.profiles], "profiles": list(sources)}
+        sources = dict.fromkeys(str(profile.source) for profile in profiles)
+        return {**facts, "labels": [profile.label for profile in profiles], "profiles": list(sources)}
+
+    def _cache_name(self) -> str:
+        """The name of the timing cache. Another GPU's timings would make engines slower, so it names the GPU
+        also where engines do not.
+        """
+        device = target(self.row, self.gpu)
+        version = installed_version(self.row.backend)
+        name = f"{self.row.backend}-{version}-{device.compute_capability}-{device.gpu}"
+        return "".join(letter if letter.isalnum() and letter.isascii() else "_" for letter in name)
 
     def _keep(self, side: Path, cache: Path) -> str:
-        """Timings, for the next build; a warning if that fails, for the engine is built."""
+        """Keep the timings for the next build. Returns a warning if that fails: the engine is built."""
         try:
             data = cache.read_bytes() if cache.is_file() else b""
             cache.unlink(missing_ok=True)  # the folder becomes the engine's own
@@ -376,9 +289,3 @@ class _Run:
         except (OSError, StorageError) as error:
             return f"the timing cache was not kept: {error}"
         return ""
-
-
-def _cache_name(key: EngineKey, device: Target) -> str:
-    """Of a timing cache: another GPU's timings would make engines slower, also engines that name no GPU."""
-    name = f"{key.backend}-{key.backend_version}-{device.compute_capability}-{device.gpu}"
-    return "".join(letter if letter.isalnum() and letter.isascii() else "_" for letter in name)

@@ -18,31 +18,33 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import LatentrtError, MemoryLimitError, StorageError
 from ..spec import NetSpec
 from .flavour import Flavour, Trt, flavour, load
 from .log import failure, messages
-from .network import check_contract, mark_refittable, parse_graph
+from .network import check_contract, parse_graph
 from .options import BuildOptions
 
-Report = Callable[[str, float], None]  # (phase, fraction of the whole)
+if TYPE_CHECKING:
+    from ..store.building import Report  # not at run time: this process needs nothing of the store
+
 Facts = dict[str, Any]
 
-_SHOWN = 20  # warnings and names in the facts
+_SHOWN = 20  # warnings in the facts
 _DEEPEST = 8  # phases within phases
 _CHUNK = 1 << 24  # bytes per write
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What one build needs. `profiles` are (min, opt, max) per input; `refittable` are names of weights."""
+    """What one build needs. `profiles` are (min, opt, max) per input."""
 
     backend: str
     net: str
@@ -51,7 +53,6 @@ class Job:
     profiles: tuple[Mapping[str, tuple[tuple[int, ...], ...]], ...]
     options: BuildOptions
     engine: Path
-    refittable: tuple[str, ...] = ()
     timing_cache: Path | None = None  # read if it is there, and written; for libraries that have one
 
     def to_json(self) -> dict[str, Any]:
@@ -61,7 +62,6 @@ class Job:
             "spec": self.spec.to_json(),
             "profiles": [dict(profile) for profile in self.profiles],
             "options": self.options.to_json(),
-            "refittable": list(self.refittable),
             "timing_cache": str(self.timing_cache) if self.timing_cache else None,
         }
 
@@ -76,7 +76,6 @@ class Job:
             profiles=tuple(data["profiles"]),
             options=BuildOptions.from_json(data["options"]),
             engine=Path(data["engine"]),
-            refittable=tuple(data["refittable"]),
             timing_cache=Path(data["timing_cache"]) if data["timing_cache"] else None,
         )
 
@@ -163,7 +162,6 @@ def build(job: Job, report: Report) -> Facts:
     builder = trt.Builder(log.logger)
     network, parser = parse_graph(trt, row, builder, log.logger, job.graph)
     check_contract(trt, network, job.spec, graph=job.graph)
-    marked, refused = mark_refittable(network, job.refittable)
     layers = int(network.num_layers)
     parsed = perf_counter()
     config = _configure(trt, row, builder, job, _monitor(trt, Phases(report=report, share=row.told_share)))
@@ -184,8 +182,6 @@ def build(job: Job, report: Report) -> Facts:
         "seconds": round(perf_counter() - began, 3),
         "peak_rss": peak_rss(),
         "library": f"{row.module} {trt.__version__}",
-        "refittable": marked,
-        "not_refittable": list(refused)[:_SHOWN],
         "warnings": [*unsaved, *log.since(mark)][:_SHOWN],
     }
 

@@ -13,7 +13,8 @@ from typing import IO, Any, cast
 
 from .. import errors
 from ..errors import BackendError, LatentrtError, MemoryLimitError
-from .builder import Facts, Job, Report
+from ..store.building import Report
+from .builder import Facts, Job
 
 _COMMAND = (sys.executable, "-m", f"{__package__}.builder")
 _TAIL = 1000  # characters of stderr in a message

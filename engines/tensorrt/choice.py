@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from ..backend import MemoryLedger
-from ..device import Addresses, BoundNet, DeviceNet, Shapes
+from ..device import Addresses, BoundNet, DeviceNet, MemoryLedger, Shapes
 from ..profiles import NetProfile, choose
 from ..spec import NetSpec
 

@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from ..errors import StorageError
-from .flavour import Trt
+from .flavour import Engine, Trt
 
-Engine: TypeAlias = Any  # ICudaEngine
 Context: TypeAlias = Any  # IExecutionContext
 
 CACHE_KIND = "runtime"  # the store's folder of these side files

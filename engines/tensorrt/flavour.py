@@ -18,11 +18,13 @@ from importlib.metadata import version as distribution_version
 from importlib.util import find_spec
 from typing import Any, TypeAlias
 
+from ..backends import BACKENDS
 from ..errors import BackendError
 
-# The library, as a value. Its stubs are not installable beside every release, so the calls are checked
-# against them in a test of its own, by replacing this one alias.
+# The library, as a value. Its stubs are not installable beside every release, so a test of its own checks the
+# calls against them, by replacing this one alias.
 Trt: TypeAlias = Any
+Engine: TypeAlias = Any  # ICudaEngine
 
 Version = tuple[int, ...]
 
@@ -38,7 +40,6 @@ class Flavour:
         distributions: what may have installed the module, for its version without importing it.
         oldest: the first release that serves.
         before: the first release that does not any more.
-        install: the command that installs it.
         builds_without_gpu: whether the builder runs without a device. Loading an engine never does.
         needs_strongly_typed_flag: whether precision comes from the graph only when asked for; the newer
             libraries know nothing else, and accept the flag.
@@ -46,7 +47,7 @@ class Flavour:
             first 2 of 86 s (the UNet of SD 1.5) and then compiles in silence.
         cache: `timing` is kept in the store and speeds builds up, `runtime` belongs to the running engine.
         flags_needing_gpu: names in `BuilderFlag` that need a device even where the builder does not.
-            (REFIT_INDIVIDUAL builds without one as long as no tensor is marked, which is of no use.)
+            (REFIT_INDIVIDUAL builds without one only while no tensor is marked, which is of no use.)
         hardware_compatibility: whether `hardware_compatibility_level` has an effect.
         portable: whether an engine runs on several kinds of GPU; the key then says `portable`.
         compute_capabilities: of an engine that is portable; empty where it is the building device's.
@@ -58,7 +59,6 @@ class Flavour:
     distributions: tuple[str, ...]
     oldest: Version
     before: Version
-    install: str
     builds_without_gpu: bool
     needs_strongly_typed_flag: bool
     told_share: float
@@ -67,6 +67,11 @@ class Flavour:
     hardware_compatibility: bool
     portable: bool
     compute_capabilities: tuple[str, ...]
+
+    @property
+    def install(self) -> str:
+        """The command that installs the library."""
+        return BACKENDS[self.backend].install
 
 
 _TENSORRT = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu11")
@@ -81,7 +86,6 @@ FLAVOURS: tuple[Flavour, ...] = (
         distributions=_TENSORRT,
         oldest=(10, 14),
         before=(11,),
-        install='pip install "latentrt[tensorrt]"',
         builds_without_gpu=False,
         needs_strongly_typed_flag=True,
         told_share=1.0,
@@ -98,7 +102,6 @@ FLAVOURS: tuple[Flavour, ...] = (
         distributions=_TENSORRT,
         oldest=(11,),
         before=(12,),
-        install='pip install "latentrt[tensorrt]"',
         builds_without_gpu=False,
         needs_strongly_typed_flag=False,
         told_share=1.0,
@@ -115,7 +118,6 @@ FLAVOURS: tuple[Flavour, ...] = (
         distributions=_RTX,
         oldest=(1, 7),
         before=(2,),
-        install='pip install "latentrt[tensorrt-rtx]"',
         builds_without_gpu=True,
         needs_strongly_typed_flag=True,
         told_share=0.05,
@@ -127,7 +129,7 @@ FLAVOURS: tuple[Flavour, ...] = (
     ),
 )
 
-BACKENDS = ("tensorrt-rtx", "tensorrt")  # the one that pip alone installs, and that builds anywhere, first
+ENGINE_BACKENDS = tuple(row.name for row in BACKENDS.values() if row.builds == "engines")  # best first
 
 
 def installed_version(backend: str) -> str | None:
@@ -149,7 +151,7 @@ def installed_version(backend: str) -> str | None:
 
 def installed_backends() -> tuple[str, ...]:
     """The names whose library is installed, of whatever version, best first."""
-    return tuple(name for name in BACKENDS if find_spec(_rows(name)[0].module) is not None)
+    return tuple(name for name in ENGINE_BACKENDS if find_spec(_rows(name)[0].module) is not None)
 
 
 def flavour(backend: str, version: str | None = None) -> Flavour:
@@ -197,8 +199,8 @@ def _rows(backend: str) -> list[Flavour]:
     if not rows:
         raise BackendError(
             f"the backend {backend!r} builds no engines",
-            expected=" or ".join(BACKENDS),
-            fix=f"Choose one of these: --backend {BACKENDS[0]}.",
+            expected=" or ".join(ENGINE_BACKENDS),
+            fix=f"Choose one of these: --backend {ENGINE_BACKENDS[0]}.",
         )
     return rows
 

@@ -6,20 +6,20 @@ suits this machine, never whether somebody changed it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..device import Device
-from ..errors import BackendError, EngineError, LatentrtError, MemoryLimitError
+from ..errors import BackendError, LatentrtError, MemoryLimitError
 from ..profiles import NetProfile
-from ..spec import NetSpec, TensorSpec
+from ..spec import NetSpec
 from ..store.entry import Entry
-from .contexts import Engine, abilities
-from .flavour import Flavour, Trt
+from .contexts import abilities
+from .contract import check_engine
+from .flavour import Engine, Flavour, Trt
 from .log import failure, messages, reason
-from .shapes import TYPES, shape_fits
 
 # Names in EngineInvalidityDiagnostics: what each means, and the fix where building again is none.
 _DIAGNOSTICS = {
@@ -212,70 +212,3 @@ def _invalid(
         expected="an engine that this release built for this kind of GPU",
         fix=fixes[0] if fixes else build_command(flavour, package),
     )
-
-
-def check_engine(
-    trt: Trt, engine: Engine, spec: NetSpec, profiles: Sequence[NetProfile], *, net: str, fix: str
-) -> None:
-    """Compare an engine's boundary and profiles with what the package and the store say they are.
-
-    Raises:
-        EngineError: names, dtypes, dimensions, places, layouts or profiles differ; `fix` is its last part.
-    """
-    differences = [
-        *_boundary_differences(trt, engine, spec),
-        *_profile_differences(trt, engine, spec, profiles),
-    ]
-    if differences:
-        raise EngineError(
-            f"the engine of {net!r} differs from the net: {'; '.join(differences[:4])}",
-            expected="the boundary that the package's manifest records",
-            fix=fix,
-        )
-
-
-def _boundary_differences(trt: Trt, engine: Engine, spec: NetSpec) -> Iterator[str]:
-    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    inputs = {name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
-    for kind, found, tensors in (
-        ("inputs", inputs, spec.inputs),
-        ("outputs", set(names) - inputs, spec.outputs),
-    ):
-        if found != (expected := {tensor.name for tensor in tensors}):
-            yield f"{kind} {sorted(found ^ expected)}"
-            return  # the rest asks the engine for tensors by name
-    for tensor in (*spec.inputs, *spec.outputs):
-        yield from _tensor_differences(trt, engine, tensor)
-
-
-def _tensor_differences(trt: Trt, engine: Engine, tensor: TensorSpec) -> Iterator[str]:
-    name = tensor.name
-    kind = engine.get_tensor_dtype(name).name
-    if TYPES.get(kind) != tensor.dtype:
-        yield f"{name} is {TYPES.get(kind, kind)}, not {tensor.dtype}"
-    shape = tuple(engine.get_tensor_shape(name))
-    if not shape_fits(shape, tensor.shape, bounded=True, inferred=True):
-        yield f"{name} is {shape}, not ({', '.join(map(str, tensor.shape))})"
-    if engine.get_tensor_location(name) != trt.TensorLocation.DEVICE:
-        yield f"{name} has to lie in host memory"
-
-
-def _profile_differences(
-    trt: Trt, engine: Engine, spec: NetSpec, profiles: Sequence[NetProfile]
-) -> Iterator[str]:
-    if engine.num_optimization_profiles != len(profiles):
-        yield f"it has {engine.num_optimization_profiles} profiles, not {len(profiles)}"
-        return
-    names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
-    for index, profile in enumerate(profiles):
-        for tensor in (*spec.inputs, *spec.outputs):
-            if tensor.name in names and (
-                engine.get_tensor_format(tensor.name, index) != trt.TensorFormat.LINEAR
-            ):
-                yield f"{tensor.name} is not laid out in rows"
-        # An input of one fixed shape has no profile of its own.
-        moving = [t.name for t in spec.inputs if t.name in names and -1 in engine.get_tensor_shape(t.name)]
-        for name in moving:
-            found = tuple(tuple(shape) for shape in engine.get_tensor_profile_shape(name, index))
-            if found != profile.shapes[name]:
-                yield f"profile {index} ({profile.label}) takes {name} from {found[0]} to {found[-1]}"

@@ -18,21 +18,19 @@ from pathlib import Path
 from typing import cast
 from weakref import WeakSet
 
-from ..backend import MemoryLedger
-from ..device import ALIGNMENT, Addresses, Shapes
+from ..device import ALIGNMENT, Addresses, MemoryLedger, Shapes
 from ..errors import BackendError, LatentrtError, StorageError, UsageError
 from ..profiles import NetProfile, choose
 from ..spec import Array, NetSpec, output_shapes
 from ..store.entry import Entry
-from .bound import BoundTensorRTNet
 from .contexts import CacheFile, Context, Contexts, SideFiles, StoredCache, abilities
+from .contract import check_outputs
 from .flavour import Flavour, Trt
 from .loading import Loaded, StreamDevice, check_room, load_engine
 from .log import messages
 from .refit import refit, refit_identical
-from .shapes import check_outputs, io_bytes
 
-_Call = tuple[int, tuple[tuple[str, tuple[int, ...]], ...]]  # profile, and the sorted shapes
+_Binding = tuple[int, tuple[tuple[str, tuple[int, ...]], ...]]  # a profile, and the sorted shapes
 
 
 def open_entry(
@@ -125,7 +123,7 @@ class TensorRTNet:
         self._contexts = contexts
         # Was asked for the size of its scratch memory, and is not bound yet.
         self._spare: Context | None = None
-        self._asked: dict[_Call, int] = {}
+        self._asked: dict[_Binding, int] = {}
         self._bound: WeakSet[BoundTensorRTNet] = WeakSet()
         self._weights = _weight_bytes(loaded)
         self._largest = 0
@@ -175,7 +173,8 @@ class TensorRTNet:
         self._check_addresses(addresses, scratch)
         with self._context(loaded, call) as context:
             self._give(loaded, context, call, addresses, scratch)
-        io = io_bytes(self._spec, shapes)
+        every = {**shapes, **output_shapes(self._spec, shapes)}
+        io = sum(tensor.nbytes(every[tensor.name]) for tensor in (*self._spec.inputs, *self._spec.outputs))
         bound = BoundTensorRTNet(loaded, context, self._contexts, profile=self._profiles[call[0]], io=io)
         self._bound.add(bound)
         return bound
@@ -243,7 +242,7 @@ class TensorRTNet:
             )
         return self._loaded
 
-    def _call(self, shapes: Shapes) -> tuple[Loaded, _Call]:
+    def _call(self, shapes: Shapes) -> tuple[Loaded, _Binding]:
         loaded = self._opened()
         backend = loaded.flavour.backend
         index = choose(self._profiles, shapes, backend=backend, package=loaded.package)
@@ -251,7 +250,7 @@ class TensorRTNet:
         return loaded, (index, tuple(sorted((name, tuple(shape)) for name, shape in shapes.items())))
 
     @contextmanager
-    def _context(self, loaded: Loaded, call: _Call) -> Generator[Context]:
+    def _context(self, loaded: Loaded, call: _Binding) -> Generator[Context]:
         """A context with profile and shapes set: the spare one, or a new one."""
         mark = messages(loaded.trt).mark()
         context, self._spare = self._spare, None
@@ -268,7 +267,7 @@ class TensorRTNet:
                 loaded.device.synchronize()
             raise
 
-    def _shape(self, loaded: Loaded, context: Context, call: _Call, mark: int) -> None:
+    def _shape(self, loaded: Loaded, context: Context, call: _Binding, mark: int) -> None:
         index, shapes = call
         # In this order: a change of profile forgets all shapes.
         if not context.set_optimization_profile_async(index, loaded.device.stream):
@@ -286,7 +285,7 @@ class TensorRTNet:
         check_outputs(self._spec, dict(shapes), found, net=self._name, fix=loaded.rebuild)
 
     def _give(
-        self, loaded: Loaded, context: Context, call: _Call, addresses: Addresses, scratch: int
+        self, loaded: Loaded, context: Context, call: _Binding, addresses: Addresses, scratch: int
     ) -> None:
         """Scratch memory and addresses, to a context that has its shapes."""
         asked, needed = self._asked.get(call, 0), _needed(loaded, context, call[0])
@@ -334,6 +333,56 @@ class TensorRTNet:
                     expected=f"device memory at a multiple of {ALIGNMENT} bytes",
                     fix=f"Round the parts of a block up to {ALIGNMENT} bytes.",
                 )
+
+
+class BoundTensorRTNet:
+    """`BoundNet`: a context with everything set, only enqueued from now on. `io` is bytes in and out."""
+
+    def __init__(
+        self, loaded: Loaded, context: Context, contexts: Contexts, *, profile: NetProfile, io: int
+    ) -> None:
+        self._profile, self.io = profile, io
+        self._contexts: Contexts | None = contexts  # until the first run
+        self._held: tuple[Loaded, Context] | None = (loaded, context)
+        self._stream = loaded.device.stream
+
+    @property
+    def profile(self) -> str:
+        """What it was optimised for, for people."""
+        return self._profile.label
+
+    @property
+    def capturable(self) -> bool:
+        """Whether the library says that a run can be captured; True where it does not say."""
+        loaded, context = self._opened()
+        tells = abilities(loaded.trt).tells_capturable
+        return not tells or bool(context.is_stream_capturable(self._stream))
+
+    def enqueue(self) -> None:
+        """Put one run on the stream. Raises BackendError (also after `close`), MemoryLimitError."""
+        loaded, context = self._opened()
+        mark = messages(loaded.trt).mark()
+        if not context.execute_async_v3(self._stream):
+            raise loaded.failed(mark, "could not be enqueued")
+        if self._contexts is not None:
+            self._contexts.ran()
+            self._contexts = None
+
+    def close(self) -> None:
+        """Free the context, once the stream is done with it. May be called twice."""
+        held, self._held, self.io = self._held, None, 0
+        if held is not None:
+            # `held` has the last reference: destroying a context that still runs is undefined behaviour.
+            held[0].device.synchronize()
+
+    def _opened(self) -> tuple[Loaded, Context]:
+        if self._held is None:
+            raise BackendError(
+                f"a binding of the profile {self._profile.label!r} is closed",
+                expected="one that is open",
+                fix="Bind the net again; moving weights off the device closes all bindings.",
+            )
+        return self._held
 
 
 def _needed(loaded: Loaded, context: Context, profile: int) -> int:

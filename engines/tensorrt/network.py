@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import PackageError
 from ..spec import NetSpec, TensorSpec
+from .contract import TYPES, shape_fits
 from .flavour import Flavour, Trt
-from .shapes import TYPES, shape_fits
 
 _EXPORT_AGAIN = "Export the checkpoint again: latentrt export CHECKPOINT -o PACKAGE."
 _SHOWN = 5  # of a parser's errors: later ones follow from the first
@@ -96,9 +96,3 @@ def _differences(kind: str, tensors: Sequence[Trt], specs: Sequence[TensorSpec])
         if not shape_fits(shape, spec.shape, inferred=kind == "output"):
             wrong.append(f"{kind} {name!r} has the shape {shape}, not ({', '.join(map(str, spec.shape))})")
     return wrong
-
-
-def mark_refittable(network: Trt, names: Iterable[str]) -> tuple[int, tuple[str, ...]]:
-    """Mark weights as replaceable. Returns how many were taken, and the names of those that were not."""
-    answers = {name: bool(network.mark_weights_refittable(name)) for name in names}
-    return sum(answers.values()), tuple(name for name, taken in answers.items() if not taken)

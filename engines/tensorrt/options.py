@@ -15,16 +15,14 @@ class Weights(str, Enum):
     """Where an engine's weights are, and which of them may change afterwards."""
 
     embedded = "embedded"  # in the engine, for good: what the optimiser likes best
-    lora = "lora"  # in the engine; the tensors a LoRA may touch can be replaced
     stripped = "stripped"  # not in the engine, but taken from the package when it is loaded
     streamed = "streamed"  # in the engine; on the device only as far as a budget allows
 
 
 # Names in `BuilderFlag`. REFIT alone is in no policy: it costs fusions, and TensorRT 11.3 documents wrong
-# results with it; REFIT_IDENTICAL and REFIT_INDIVIDUAL do neither.
+# results with it; REFIT_IDENTICAL does neither.
 FLAGS: Mapping[Weights, tuple[str, ...]] = {
     Weights.embedded: (),
-    Weights.lora: ("REFIT_INDIVIDUAL",),
     Weights.stripped: ("REFIT_IDENTICAL", "STRIP_PLAN"),
     Weights.streamed: ("WEIGHT_STREAMING",),
 }

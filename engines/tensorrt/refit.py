@@ -14,8 +14,7 @@ import numpy as np
 
 from ..errors import BackendError, UsageError
 from ..spec import Array
-from .contexts import Engine
-from .flavour import Trt
+from .flavour import Engine, Trt
 from .log import failure, messages
 
 _REPORT = "Report this with the engine's manifest (`latentrt cache ls --json`)."

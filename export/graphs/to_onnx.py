@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 
 from ...engines.spec import NetSpec, TensorSpec
-from ..nets.build import Net
+from ..nets.torch_net import Net
 
 # 23 has Attention, and 21 GroupNormalization with statistics in float32: both reach engines as one operator.
 OPSET = 23

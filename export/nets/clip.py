@@ -51,17 +51,11 @@ def _transformer(net: nn.Module) -> Any:
     return getattr(net, "text_model", net)
 
 
-def text_encoder(checkpoint: Checkpoint, dtype: torch.dtype) -> Net:
-    """The first text encoder (OpenAI's ViT-L, or SD 2.x's OpenCLIP ViT-H)."""
-    return _text_encoder(checkpoint, checkpoint.parts["text_encoder"], dtype)
+def text_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> Net:
+    """A text encoder: OpenAI's ViT-L, OpenCLIP's ViT-H (SD 2.x), or its ViT-bigG (SDXL's second one).
 
-
-def text_encoder_2(checkpoint: Checkpoint, dtype: torch.dtype) -> Net:
-    """SDXL's second text encoder (OpenCLIP's ViT-bigG), with the pooled embedding."""
-    return _text_encoder(checkpoint, checkpoint.parts["text_encoder_2"], dtype)
-
-
-def _text_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> Net:
+    SDXL's second encoder has the pooled embedding too.
+    """
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     projected = part.name == "text_encoder_2"
@@ -92,7 +86,7 @@ def _text_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -
         pooled=config.projection_dim if projected else None,
         float_dtype=spelled(dtype),
     )
-    return make_net(part.name, TextEncoder(net, layers, normalised=normalised), contract, tensors, dtype)
+    return make_net(part, TextEncoder(net, layers, normalised=normalised), contract, tensors, dtype)
 
 
 def _text_names(part: Component, net: nn.Module) -> dict[str, str]:
@@ -121,22 +115,21 @@ class ImageEncoder(nn.Module):
         return cast(Any, self.net)(pixels.permute(0, 3, 1, 2).to(dtype)).image_embeds
 
 
-def image_encoder(checkpoint: Checkpoint, dtype: torch.dtype) -> Net:
-    """The image encoder (CLIP ViT-L or ViT-H)."""
+def image_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> Net:
+    """unCLIP's image encoder (CLIP ViT-L or ViT-H)."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    part = checkpoint.parts["image_encoder"]
     settings: dict[str, Any] = {**part.config, "attn_implementation": "sdpa"}
     config = CLIPVisionConfig(**settings)
     with torch.device("meta"):
         net: Any = CLIPVisionModelWithProjection(config)
     fill_buffers(net)
-    tensors = load(part, net, {name: name for name in net.state_dict()})
+    tensors = load(part, net)
     mean, std = _normalisation(checkpoint.configs["feature_extractor"])
     contract = spec.image_encoder(
         size=cast(int, config.image_size), width=config.projection_dim, float_dtype=spelled(dtype)
     )
-    return make_net("image_encoder", ImageEncoder(net, mean, std), contract, tensors, dtype)
+    return make_net(part, ImageEncoder(net, mean, std), contract, tensors, dtype)
 
 
 def _normalisation(processor: Mapping[str, Any]) -> tuple[list[float], list[float]]:
@@ -188,12 +181,11 @@ class _Normalizer(nn.Module):
         self.std = nn.Parameter(torch.ones(1, width))
 
 
-def image_noiser(checkpoint: Checkpoint, dtype: torch.dtype) -> Net:
+def image_noiser(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> Net:
     """Noise on the embedding of a picture, and the level of the noise: unCLIP's class labels."""
-    part = checkpoint.parts["image_normalizer"]
     width = int(part.config.get("embedding_dim", 768))
     with torch.device("meta"):
         net = _Normalizer(width)
-    tensors = load(part, net, {name: name for name in net.state_dict()})
+    tensors = load(part, net)
     contract = spec.image_noiser(width=width, float_dtype=spelled(dtype))
-    return make_net("image_noiser", ImageNoiser(net), contract, tensors, dtype)
+    return make_net(part, ImageNoiser(net), contract, tensors, dtype)

@@ -1,7 +1,7 @@
-"""What colour a latent cell has, nearly: a linear map for previews, fitted to the checkpoint's own encoder.
+"""The approximate colour of a latent cell: a linear map for previews, fitted to the checkpoint's own encoder.
 
-Such maps are known for the published autoencoders; a fit has one for any, and costs encoding a few small
-pictures in float32.
+Such maps are published for well-known autoencoders. Fitting one, by encoding a few small pictures in float32,
+works for any.
 """
 
 from __future__ import annotations
@@ -9,17 +9,20 @@ from __future__ import annotations
 from typing import Any, cast
 
 import numpy as np
+import torch
 
 from ...engines.errors import NumericError
 from ...engines.spec import Array
 from ..checkpoint.open import Checkpoint
+from .build import NETS
+from .calibration import colour_fields
 
 _PICTURES = 8
 _CELLS = 16  # a side
 
 
 def fit_latent_rgb(source: Checkpoint, seed: int = 0) -> tuple[tuple[float, ...], ...]:
-    """The linear map from a latent in the UNet's scale to shades 0 ... 1 of its cell, by least squares.
+    """The linear map from a latent cell, in the UNet's scale, to its colour in 0 ... 1, by least squares.
 
     Returns:
         (C + 1, 3): a row for each channel, then the offset.
@@ -44,25 +47,9 @@ def fit_latent_rgb(source: Checkpoint, seed: int = 0) -> tuple[tuple[float, ...]
     return tuple(tuple(float(f"{value:.6g}") for value in row) for row in fit)
 
 
-def colour_fields(count: int, side: int, seed: int) -> Array:
-    """Smooth pictures of every colour: (count, side, side, 3) uint8, sums of three waves in each channel."""
-    random = np.random.default_rng(seed)
-    along = np.linspace(0, 2 * np.pi, side)
-    waves = np.zeros((count, side, side, 3))
-    for _ in range(3):
-        across, down, phase = (random.uniform(-1.5, 1.5, (count, 1, 1, 3)) for _ in range(3))
-        waves += np.sin(across * along[None, None, :, None] + down * along[None, :, None, None] + 2 * phase)
-    low, high = (edge(waves, axis=(1, 2), keepdims=True) for edge in (np.min, np.max))
-    return ((waves - low) / (high - low) * 255).round().astype(np.uint8)
-
-
 def _encode(source: Checkpoint, pictures: Array) -> Array:
-    """The mean of each picture's latent, in torch and float32."""
-    import torch
-
-    from .build import BUILD
-
-    net = BUILD["vae_encoder"](source, torch.float32)
+    """The mean of each picture's latent, (N, C, H/8, W/8) float32, from torch."""
+    net = NETS["vae_encoder"].build(source, torch.float32)
     masks = np.zeros((*pictures.shape[:3], 1), np.uint8)
     with torch.no_grad():
         found: Any = net.module(*map(cast(Any, torch).from_numpy, (pictures, masks)))

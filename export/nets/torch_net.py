@@ -31,7 +31,6 @@ class Net:
     the name a package stores it under, and to the type (safetensors' name) the checkpoint has it in.
     """
 
-    name: str
     module: nn.Module
     spec: NetSpec
     tensors: Mapping[str, tuple[str, str]]
@@ -51,22 +50,26 @@ def fill_buffers(net: nn.Module) -> None:
 
 
 def make_net(
-    name: str, module: nn.Module, spec: NetSpec, tensors: Mapping[str, tuple[str, str]], dtype: torch.dtype
+    part: Component,
+    module: nn.Module,
+    spec: NetSpec,
+    tensors: Mapping[str, tuple[str, str]],
+    dtype: torch.dtype,
 ) -> Net:
-    """A Net of a wrapper whose attribute `net` is the module that has the tensors.
+    """The Net of a wrapper whose attribute `net` is the module with the tensors of `part`.
 
     Raises:
         CheckpointError: a weight has values that float16 cannot hold, and `dtype` is that.
     """
     module = module.eval().requires_grad_(False)
     if dtype == torch.float16:
-        _refuse_overflow(name, module, tensors)
+        _refuse_overflow(part, module, tensors)
     module = module.to(dtype)
     named = {f"net.{key}": found for key, found in tensors.items()}
-    return Net(name=name, module=module, spec=spec, tensors=named)
+    return Net(module=module, spec=spec, tensors=named)
 
 
-def _refuse_overflow(net: str, module: nn.Module, tensors: Mapping[str, tuple[str, str]]) -> None:
+def _refuse_overflow(part: Component, module: nn.Module, tensors: Mapping[str, tuple[str, str]]) -> None:
     """A weight is stored in fp16, islands or not: none may become infinite on the way."""
     largest = torch.finfo(torch.float16).max
     for key, tensor in module.state_dict().items():
@@ -77,21 +80,24 @@ def _refuse_overflow(net: str, module: nn.Module, tensors: Mapping[str, tuple[st
         if largest < found < math.inf:
             stored = tensors[key.removeprefix("net.")][0]
             raise CheckpointError(
-                f"{net}: the tensor {stored!r} has values up to {found:.3g}",
+                f"{part.folder}: the tensor {stored!r} has values up to {found:.3g}",
                 expected=f"at most {largest:.0f}, fp16's largest number",
                 fix="Export with --dtype fp32.",
             )
 
 
 def load(
-    part: Component, net: nn.Module, names: Mapping[str, str], ignored: tuple[str, ...] = ()
+    part: Component,
+    net: nn.Module,
+    names: Mapping[str, str] | None = None,
+    ignored: tuple[str, ...] = (),
 ) -> dict[str, tuple[str, str]]:
     """Give `net` the checkpoint's tensors.
 
     Args:
         part: has the tensors.
         net: on the meta device; gets all of its parameters.
-        names: a parameter of `net` -> the tensor of `part`.
+        names: a parameter of `net` -> the tensor of `part`; None where both have the same names.
         ignored: prefixes of tensors that `net` does not read.
 
     Returns:
@@ -101,6 +107,7 @@ def load(
         CheckpointError: tensors are missing, unknown, or of another shape.
     """
     wanted = net.state_dict()
+    names = {name: name for name in wanted} if names is None else names
     unread = {n for n in part.tensors if n.endswith(_UNREAD) or n.startswith(ignored or "\0")}
     missing = sorted(name for name in names.values() if name not in part.tensors)
     surplus = sorted(set(part.tensors) - set(names.values()) - unread)

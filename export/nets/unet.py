@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ...engines import spec
+from ..checkpoint.component import Component
 from ..checkpoint.open import Checkpoint
 from .torch_net import Net, load, make_net, spelled
 
@@ -17,8 +18,8 @@ class WholeUnet(nn.Module):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        # diffusers upsamples to the size of the skip connection only when the latent is no multiple of
-        # 2**num_upsamplers, else by two: one graph for all sizes needs the former always, which is equal.
+        # diffusers upsamples by two where the latent is a multiple of 2**num_upsamplers, else to the size of
+        # the skip connection. The latter works for all sizes, and gives the same numbers where both apply.
         cast(Any, net).num_upsamplers = 30
         self.net = net
 
@@ -34,7 +35,7 @@ class WholeUnet(nn.Module):
     ) -> torch.Tensor:
         """(B, C, H/8, W/8), (B,) float32, (B, T, width), and vectors (B, width) -> (B, 4, H/8, W/8).
 
-        Vectors are float32, and become what the UNet computes in where it reads them.
+        Vectors are float32, and are cast to the UNet's type where it reads them.
         """
         return cast(Any, self.net)(
             sample,
@@ -47,14 +48,13 @@ class WholeUnet(nn.Module):
         )[0]
 
 
-def unet(checkpoint: Checkpoint, dtype: torch.dtype) -> Net:
-    """The UNet with the checkpoint's weights, before hoisting."""
+def unet(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> Net:
+    """The whole UNet, before hoisting."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-    part = checkpoint.unet
     with torch.device("meta"):
         net: nn.Module = cast(Any, UNet2DConditionModel).from_config(dict(part.config))
-    tensors = load(part, net, {name: name for name in net.state_dict()})
+    tensors = load(part, net)
     config = cast(Any, net).config
     contract = spec.unet_whole(
         channels=config.in_channels,
@@ -62,4 +62,4 @@ def unet(checkpoint: Checkpoint, dtype: torch.dtype) -> Net:
         float_dtype=spelled(dtype),
         vectors=checkpoint.vectors,
     )
-    return make_net("unet_whole", WholeUnet(net), contract, tensors, dtype)
+    return make_net(part, WholeUnet(net), contract, tensors, dtype)

@@ -94,30 +94,20 @@ class VaeEncoder(nn.Module):
         return self.scaling.scaled(mean), std * scale
 
 
-def vae_decoder(checkpoint: Checkpoint, dtype: torch.dtype) -> Net:
-    """The autoencoder's decoder with the checkpoint's weights; its encoder is not even read."""
-    return _decoder("vae_decoder", checkpoint.vae, dtype)
+def vae_decoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> Net:
+    """The decoder of an autoencoder, full or tiny. Its encoder is not even read."""
+    net, tensors = _half(part, "decoder")
+    contract = spec.vae_decoder(channels=net.config.latent_channels, float_dtype=spelled(dtype))
+    return make_net(part, VaeDecoder(net, Scaling(net.config)), contract, tensors, dtype)
 
 
-def preview_decoder(checkpoint: Checkpoint, dtype: torch.dtype) -> Net:
-    """The decoder of the tiny autoencoder for previews."""
-    return _decoder("preview_decoder", checkpoint.parts["tiny_vae"], dtype)
-
-
-def vae_encoder(checkpoint: Checkpoint, dtype: torch.dtype) -> Net:
-    """The autoencoder's encoder; its decoder is not even read."""
-    part = checkpoint.vae
+def vae_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> Net:
+    """The encoder of an autoencoder, full or tiny. Its decoder is not even read."""
     net, tensors = _half(part, "encoder")
     posterior = not is_tiny(part)
     module = VaeEncoder(net, Scaling(net.config), posterior=posterior)
     contract = spec.vae_encoder(channels=net.config.latent_channels, posterior=posterior)
-    return make_net("vae_encoder", module, contract, tensors, dtype)
-
-
-def _decoder(name: str, part: Component, dtype: torch.dtype) -> Net:
-    net, tensors = _half(part, "decoder")
-    contract = spec.vae_decoder(channels=net.config.latent_channels, float_dtype=spelled(dtype))
-    return make_net(name, VaeDecoder(net, Scaling(net.config)), contract, tensors, dtype)
+    return make_net(part, module, contract, tensors, dtype)
 
 
 def _half(part: Component, half: str) -> tuple[Any, dict[str, tuple[str, str]]]:

@@ -1,23 +1,122 @@
-"""fp32 islands: nodes of an fp16 graph that compute in float32, named.
+"""fp32 islands: named nodes of an fp16 graph that compute in float32.
 
-A graph's precision is its own business since TensorRT 11 has no fp16 switch, so an island is written out: a
-Cast where a value enters, another where it leaves, and float32 between. Weights stay stored in fp16.
+TensorRT 11 has no fp16 switch, so a graph has to say its precision itself: a Cast where a value enters an
+island, another where it leaves, and float32 between. Weights stay stored in fp16.
+
+Which nodes need it is measured (`ranges.py`). A value beyond LIMIT is hot, and the nodes that write or read
+it become an island.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
+
+from ...engines.errors import NumericError
+from ..graphs.attention import score_values, write_out_attention
+from ..nets.calibration import Call
+from .ranges import measure
+
+FP16_MAX = 65504.0  # IEEE 754 binary16
+# How much further than the calibration picture a user's may reach. On the demo model, 18 pictures of 20 steps
+# (guidance 3 to 7.5, three sizes) reached at most 2.0 times as far in any value of the UNet beyond 30 (2.4
+# times in the decoder, 1.9 in the text encoder). This is twice the UNet's factor.
+MARGIN = 4.0
+LIMIT = FP16_MAX / MARGIN
 
 _HALF, _FULL = ir.DataType.FLOAT16, ir.DataType.FLOAT
 _PLUMBING = ("Cast", "Constant")
 
 
-def find(model: ir.Model) -> tuple[str, ...]:
-    """Names of the nodes that compute in float32, casts from and to it aside."""
+@dataclass(frozen=True, kw_only=True)
+class Island:
+    """A node that computes in float32, and the largest magnitude it was seen to read or write."""
+
+    node: str
+    largest: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What measuring one component found. `where` names the node that writes the largest value, if any."""
+
+    component: str
+    islands: tuple[Island, ...]
+    largest: float
+    where: str
+
+
+def find_islands(model: ir.Model, component: str, folder: Path, drive: Callable[[Call], None]) -> Found:
+    """Measure the fp16 graph of a component, and let the nodes around hot values compute in float32.
+
+    Args:
+        model: the graph after `passes.clean`, the UNet's before hoisting. It is changed in place.
+        component: the net's folder in the package, for messages.
+        folder: has the weights file.
+        drive: calls the graph with inputs of a picture (`nets.calibration`).
+
+    Raises:
+        NumericError: a value is not finite in float32, or an output is beyond fp16.
+    """
+    largest = measure(model, component, folder, drive)
+    _check_outputs(model, component, largest)
+    if not largest:  # the whole graph computes in float32 already
+        return Found(component=component, islands=(), largest=0.0, where="")
+    top = max(largest, key=lambda name: largest[name])
+    where = {value.name: node.name for node in model.graph for value in node.outputs}.get(top)
+    nodes = _around(model, {name for name, value in largest.items() if value > LIMIT})
+    found = Found(
+        component=component,
+        islands=tuple(Island(node=node.name or "", largest=_extent(node, largest)) for node in nodes),
+        largest=largest[top],
+        where=where or top.removesuffix(".out"),
+    )
+    run_in_fp32(model, [island.node for island in found.islands])
+    return found
+
+
+def _check_outputs(model: ir.Model, component: str, largest: Mapping[str, float]) -> None:
+    for value in model.graph.outputs:
+        found = largest.get(value.name or "", 0.0)
+        if found > FP16_MAX:
+            raise NumericError(
+                f"{component}: its output {value.name} reaches {found:.3g}",
+                expected=f"at most {FP16_MAX:.0f}, fp16's largest number",
+                fix="Export with --dtype fp32.",
+            )
+
+
+def _around(model: ir.Model, hot: set[str]) -> list[ir.Node]:
+    """The nodes that write or read a hot value. An Attention that does is written out, scores and all."""
+    reached = set(hot)
+    for node in [node for node in model.graph if node.op_type == "Attention"]:
+        values = [value.name for value in (*node.inputs, *node.outputs) if value is not None]
+        inner = score_values(node)
+        if hot.isdisjoint([*values, *inner]):
+            continue
+        write_out_attention(model.graph, node)
+        if not hot.isdisjoint([*values[:2], *inner]):  # the query, the key, the scores
+            reached.update(inner)
+    return [
+        node
+        for node in model.graph
+        if node.op_type not in _PLUMBING
+        and any(value is not None and value.name in reached for value in (*node.inputs, *node.outputs))
+    ]
+
+
+def _extent(node: ir.Node, largest: Mapping[str, float]) -> float:
+    return max(
+        largest.get(value.name or "", 0.0) for value in (*node.inputs, *node.outputs) if value is not None
+    )
+
+
+def island_names(model: ir.Model) -> tuple[str, ...]:
+    """Names of the nodes that compute in float32, not counting casts from and to it."""
     return tuple(
         node.name or ""
         for node in model.graph
@@ -28,7 +127,7 @@ def find(model: ir.Model) -> tuple[str, ...]:
 def run_in_fp32(model: ir.Model, names: Collection[str]) -> None:
     """Let the named nodes compute in float32, with casts around them and none between them.
 
-    Native Attention is written out first (see `write_out_attention`); then all of it is the island.
+    A native Attention among them is written out first, and all of its nodes join the island.
     """
     for node in [n for n in model.graph if n.name in names and n.op_type == "Attention"]:
         names = [*names, *write_out_attention(model.graph, node)]
@@ -48,7 +147,7 @@ def run_in_fp32(model: ir.Model, names: Collection[str]) -> None:
 
 
 def _enter(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
-    """`value` in float32. What an older island cast to fp16 is taken before the cast: it may not fit."""
+    """`value` in float32: cast here, or taken before the cast to fp16 that ended an earlier island."""
     cast = value.producer()
     if cast is not None and cast.op_type == "Cast":
         source = cast.inputs[0]
@@ -101,88 +200,3 @@ def upcast_attention(model: ir.Model) -> None:
     for node in [n for n in model.graph if n.op_type == "Attention"]:
         names += [name for name in write_out_attention(model.graph, node) if not name.endswith("/values")]
     run_in_fp32(model, names)
-
-
-def write_out_attention(graph: ir.Graph, node: ir.Node) -> list[str]:
-    """Replace a native Attention by MatMul and Softmax; returns the new nodes' names.
-
-    TensorRT-RTX has no kernel for a float32 Attention and refuses the graph. Only for attention without a
-    mask or with a causal one, on (B, heads, T, width) operands: all of Stable Diffusion's.
-    """
-    query, key, value = node.inputs[:3]
-    assert query is not None
-    assert key is not None
-    assert value is not None
-    assert len(node.inputs) == 3 or not any(node.inputs[3:])
-    new, scores = attention_scores(node)
-    if node.attributes.get_int("is_causal", 0):
-        masked = _causal(node, scores)
-        scores = masked.outputs[0]
-        new.append(masked)
-    shares = ir.node("Softmax", [scores], {"axis": -1}, name=f"{node.name}/shares")
-    result = ir.node("MatMul", [shares.outputs[0], value], name=f"{node.name}/values")
-    new += [shares, result]
-    _name_outputs(new, query)
-    result.outputs[0].name = node.outputs[0].name  # it may be an output of the graph
-    result.outputs[0].shape = node.outputs[0].shape
-    graph.insert_before(node, new)
-    ir.convenience.replace_all_uses_with(node.outputs[0], result.outputs[0], replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-    return [item.name or "" for item in new[2:]]
-
-
-def attention_scores(node: ir.Node) -> tuple[list[ir.Node], ir.Value]:
-    """The nodes that compute an Attention's scores, not yet in a graph, and the scores (B, heads, T, T)."""
-    query, key = node.inputs[:2]
-    assert query is not None
-    assert key is not None
-    assert key.shape is not None
-    assert query.dtype is not None
-    batch, heads, tokens, width = key.shape
-    assert isinstance(width, int)
-    scale = ir.node(
-        "Constant",
-        [],
-        {"value": ir.tensor(node.attributes.get_float("scale", width**-0.5), dtype=query.dtype)},
-        name=f"{node.name}/scale",
-    )
-    turned = ir.node("Transpose", [key], {"perm": [0, 1, 3, 2]}, name=f"{node.name}/turned")
-    scaled = ir.node("Mul", [query, scale.outputs[0]], name=f"{node.name}/scaled")
-    scores = ir.node("MatMul", [scaled.outputs[0], turned.outputs[0]], name=f"{node.name}/scores")
-    new = [scale, turned, scaled, scores]
-    _name_outputs(new, query)
-    turned.outputs[0].shape = ir.Shape([batch, heads, width, tokens])
-    scale.outputs[0].shape = ir.Shape([])
-    return new, scores.outputs[0]
-
-
-def score_values(node: ir.Node) -> tuple[str, ...]:
-    """Names of the values, up to the Softmax, that writing an Attention out would add."""
-    return tuple(f"{node.name}/{part}.out" for part in ("turned", "scaled", "scores", "masked"))
-
-
-def _causal(node: ir.Node, scores: ir.Value) -> ir.Node:
-    """Scores with minus infinity above the diagonal. The length is the text encoder's, a number."""
-    key = node.inputs[1]
-    assert key is not None
-    assert key.shape is not None
-    assert key.dtype is not None
-    tokens = key.shape[2]
-    assert isinstance(tokens, int)
-    mask = np.triu(np.full((tokens, tokens), -np.inf, np.float32), 1).astype(key.dtype.numpy())
-    graph = node.graph
-    assert isinstance(graph, ir.Graph)
-    constant = ir.Value(
-        name=f"{node.name}/mask",
-        type=ir.TensorType(key.dtype),
-        shape=ir.Shape(mask.shape),
-        const_value=ir.tensor(mask, name=f"{node.name}/mask"),
-    )
-    graph.register_initializer(constant)
-    return ir.node("Add", [scores, constant], name=f"{node.name}/masked")
-
-
-def _name_outputs(nodes: Collection[ir.Node], like: ir.Value) -> None:
-    assert like.dtype is not None
-    for node in nodes:
-        node.outputs[0].name, node.outputs[0].type = f"{node.name}.out", ir.TensorType(like.dtype)

@@ -1,9 +1,8 @@
-"""fp32 islands from measured ranges: which values of an fp16 graph need more than fp16 can hold.
+"""The largest magnitude of every fp16 value in a graph, measured while it draws a small picture.
 
-A float32 twin of the graph runs on a small picture (`calibration.py`) and gives the largest magnitude of
-every value. A value is hot beyond LIMIT; the nodes that write or read it become an island.
+A float32 twin of the graph runs on the inputs of `nets/calibration.py`.
 
-What counts is what is stored in fp16. Sums within a node do not: convolutions and products accumulate in
+Values that are stored in fp16 count. Sums within a node do not: convolutions and products accumulate in
 float32 in TensorRT and ONNX Runtime, and normalisations take their statistics in float32 (`stash_type` of
 the ONNX operators, 1 by default). Attention's scores do count: a fused kernel keeps them in float32, but
 nothing promises that an engine finds one.
@@ -12,7 +11,6 @@ nothing promises that an engine finds one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,79 +19,28 @@ import onnx_ir as ir
 
 from ...engines.errors import NumericError
 from ...engines.spec import Array
+from ..graphs.attention import attention_scores
 from ..graphs.passes import forget_shapes
 from ..graphs.weights import is_weight
-from . import islands
-from .calibration import Call
-
-FP16_MAX = 65504.0  # IEEE 754 binary16
-# How much further than the calibration picture a user's may reach. On the demo model 18 pictures of 20 steps
-# (guidance 3 to 7.5, three sizes) reached at most 2.0 times as far in any value of
-# the UNet beyond 30 (2.4 times in the decoder, 1.9 in the text encoder); twice the UNet's.
-MARGIN = 4.0
-LIMIT = FP16_MAX / MARGIN
+from ..nets.calibration import Call
 
 _HALF, _FULL = ir.DataType.FLOAT16, ir.DataType.FLOAT
-# Same numbers, other shape: measured at their source.
+# The same numbers in another shape: measured where they come from.
 _VIEWS = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Identity")
 _TWIN = "ranges.onnx"
 _RANGE = "range:"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Island:
-    """A node that computes in float32, and the largest magnitude it was seen to read or write."""
+def measure(model: ir.Model, component: str, folder: Path, drive: Callable[[Call], None]) -> dict[str, float]:
+    """The largest magnitude of every fp16 value that a node writes, by the value's name.
 
-    node: str
-    largest: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """What measuring one component found. `where` names the node that writes the largest, if any."""
-
-    component: str
-    islands: tuple[Island, ...]
-    largest: float
-    where: str
-
-
-def find_islands(model: ir.Model, component: str, folder: Path, drive: Callable[[str, Call], None]) -> Found:
-    """Measure the fp16 graph of a component, and let the nodes around hot values compute in float32.
+    An Attention's scores have the name that `write_out_attention` would give them.
 
     Args:
-        model: the graph after `surgery.clean`; changed in place.
-        component: the folder of the net; the UNet before hoisting.
-        folder: holds the weights file; the twin is there for a moment.
-        drive: calls the twin (`Calibration.drive`).
-
-    Raises:
-        NumericError: a value is not finite in float32, or an output is beyond fp16.
-    """
-    largest = measure(model, component, folder, drive)
-    _check_outputs(model, component, largest)
-    hot = {name for name, value in largest.items() if value > LIMIT}
-    if not largest:  # all of it is float32 already
-        return Found(component=component, islands=(), largest=0.0, where="")
-    top = max(largest, key=lambda name: largest[name])
-    where = {value.name: node.name for node in model.graph for value in node.outputs}.get(top)
-    nodes = _around(model, hot)
-    found = Found(
-        component=component,
-        islands=tuple(Island(node=node.name or "", largest=_extent(node, largest)) for node in nodes),
-        largest=largest[top],
-        where=where or top.removesuffix(".out"),
-    )
-    islands.run_in_fp32(model, [island.node for island in found.islands])
-    return found
-
-
-def measure(
-    model: ir.Model, component: str, folder: Path, drive: Callable[[str, Call], None]
-) -> dict[str, float]:
-    """The largest magnitude of every fp16 value that a node writes, by name.
-
-    An Attention's scores are named as `islands.write_out_attention` names them.
+        model: an fp16 graph; it stays as it is.
+        component: for messages.
+        folder: has the weights file. The twin is written there, and deleted.
+        drive: calls the twin once or more.
 
     Raises:
         NumericError: a value is not finite in float32.
@@ -117,11 +64,11 @@ def measure(
 
 
 def _watch(twin: ir.Model) -> list[str]:
-    """Add an output max|x| for every value to measure; returns their names, in the outputs' order."""
+    """Add an output max|x| for every value x to measure; returns their names in the outputs' order."""
     watched: list[ir.Value] = []
     for node in list(twin.graph):
         if node.op_type == "Attention":
-            new, scores = islands.attention_scores(node)
+            new, scores = attention_scores(node)
             twin.graph.insert_before(node, new)
             watched.append(scores)
         if node.op_type not in (*_VIEWS, "Constant") and not _is_widened_weight(node):
@@ -144,7 +91,7 @@ def _is_widened_weight(node: ir.Node) -> bool:
 
 
 def _widen(twin: ir.Model) -> None:
-    """Let everything compute in float32, boundary included. Weights stay stored as they are."""
+    """Make the whole graph float32, its inputs and outputs too. Weights stay stored as they are."""
     for value in list(twin.graph.initializers.values()):
         if value.dtype == _HALF:
             _widen_initializer(twin.graph, value)
@@ -180,9 +127,7 @@ def _widen_initializer(graph: ir.Graph, value: ir.Value) -> None:
     graph.insert_before(first, wide)
 
 
-def _run(
-    path: Path, watched: list[str], component: str, drive: Callable[[str, Call], None]
-) -> dict[str, float]:
+def _run(path: Path, watched: list[str], component: str, drive: Callable[[Call], None]) -> dict[str, float]:
     """The largest magnitude of every watched value over all calls that `drive` makes."""
     session = _session(path)
     outputs = [item.name for item in session.get_outputs() if not item.name.startswith(_RANGE)]
@@ -198,7 +143,7 @@ def _run(
             largest[name] = max(largest[name], float(peak))
         return found[: len(outputs)]
 
-    drive(component, call)
+    drive(call)
     return largest
 
 
@@ -222,39 +167,3 @@ def _session(path: Path) -> Any:
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.disable_prepacking", "1")
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def _check_outputs(model: ir.Model, component: str, largest: Mapping[str, float]) -> None:
-    for value in model.graph.outputs:
-        found = largest.get(value.name or "", 0.0)
-        if found > FP16_MAX:
-            raise NumericError(
-                f"{component}: its output {value.name} reaches {found:.3g}",
-                expected=f"at most {FP16_MAX:.0f}, fp16's largest number",
-                fix="Export with --dtype fp32.",
-            )
-
-
-def _around(model: ir.Model, hot: set[str]) -> list[ir.Node]:
-    """The nodes that write or read a hot value. An Attention that does is written out, scores and all."""
-    reached = set(hot)
-    for node in [node for node in model.graph if node.op_type == "Attention"]:
-        values = [value.name for value in (*node.inputs, *node.outputs) if value is not None]
-        inner = islands.score_values(node)
-        if hot.isdisjoint([*values, *inner]):
-            continue
-        islands.write_out_attention(model.graph, node)
-        if not hot.isdisjoint([*values[:2], *inner]):  # the query, the key, the scores
-            reached.update(inner)
-    return [
-        node
-        for node in model.graph
-        if node.op_type not in ("Cast", "Constant")
-        and any(value is not None and value.name in reached for value in (*node.inputs, *node.outputs))
-    ]
-
-
-def _extent(node: ir.Node, largest: Mapping[str, float]) -> float:
-    return max(
-        largest.get(value.name or "", 0.0) for value in (*node.inputs, *node.outputs) if value is not None
-    )

@@ -113,6 +113,20 @@ class Loop(Protocol):
         ...
 
 
+class JobRecorder:
+    """A loop that keeps the job it is to draw; the nets that prepare it are run by another loop."""
+
+    job: Job
+
+    def __init__(self, loop: Loop) -> None:
+        self.call, self.steps, self.decode, self.close = loop.call, loop.steps, loop.decode, loop.close
+
+    def draw(self, job: Job, clock: Clock, *, decode: bool) -> Drawn:
+        """Keep the job."""
+        self.job = job
+        return Drawn(latent=job.first, image=None, mean=None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoopNet:
     """A net of a loop as something to call; `spec` is its boundary."""

@@ -75,6 +75,27 @@ def read_image(source: ImageSource, *, name: str = "image", background: int = 25
             raise _unreadable(name, source, str(error) or type(error).__name__) from error
 
 
+def read_latents(path: str | os.PathLike[str]) -> npt.NDArray[Any]:
+    """An array that NumPy saved (.npy); a pickle is not read.
+
+    Raises:
+        ValueError: no such file, or its header does not fit its size.
+    """
+    try:
+        with open(path, "rb") as stream:
+            versions = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }
+            shape, _, dtype = versions[np.lib.format.read_magic(stream)](stream)
+            left = os.fstat(stream.fileno()).st_size - stream.tell()
+        if dtype.hasobject or math.prod(shape) * dtype.itemsize != left:
+            raise ValueError(f"{left} bytes for {dtype} {shape}")
+        return np.load(path, allow_pickle=False)
+    except Exception as error:  # the header is Python, and its reader raises whatever that may raise
+        raise ValueError(str(error)) from error
+
+
 @contextmanager
 def _quiet() -> Generator[None]:
     """Silence Pillow, which warns of damaged metadata, and of large pictures that we measure ourselves."""

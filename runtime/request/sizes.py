@@ -6,20 +6,14 @@ is the manifest's `time_ids`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from ...engines.package import Manifest
 from ...engines.spec import Array
-from . import checks as check
-
-if TYPE_CHECKING:
-    from .request import Given
-
-_MOST = 1000.0  # an aesthetic score; those of LAION's predictor lie between 0 and 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,34 +29,33 @@ class SizeConditions:
         return np.array([list(each.values()) for each in values], np.float32)
 
 
-def make_size_conditions(manifest: Manifest, given: Given, height: int, width: int) -> SizeConditions:
+def make_size_conditions(
+    manifest: Manifest, values: Mapping[str, Any], height: int, width: int
+) -> SizeConditions:
     """Sizes are the picture's unless given; what is not said of the negative ones is as the positive ones.
 
     (diffusers' image-to-image pipeline puts a negative crop that is not given at (0, 0) instead.)
 
-    Raises:
-        UsageError: a size or crop that is not two integers, or a score that is no number.
+    Args:
+        manifest: says which conditions the model takes.
+        values: the checked parameters.
+        height: of what is drawn.
+        width: of what is drawn.
     """
     here = (height, width)
-    original = check.pair("original_size", _or(given.original_size, here), 1)
-    crop = check.pair("crops_coords_top_left", given.crops_coords_top_left)
-    target = check.pair("target_size", _or(given.target_size, here), 1)
-    score = check.number("aesthetic_score", given.aesthetic_score, 0.0, _MOST)
-    positive = _named(original, crop, target, score)
+    original, target = values["original_size"] or here, values["target_size"] or here
+    crop = values["crops_coords_top_left"]
+    positive = _named(original, crop, target, values["aesthetic_score"])
     negative = _named(
-        check.pair("negative_original_size", _or(given.negative_original_size, original), 1),
-        check.pair("negative_crops_coords_top_left", _or(given.negative_crops_coords_top_left, crop)),
-        check.pair("negative_target_size", _or(given.negative_target_size, target), 1),
-        check.number("negative_aesthetic_score", given.negative_aesthetic_score, 0.0, _MOST),
+        values["negative_original_size"] or original,
+        values["negative_crops_coords_top_left"] or crop,
+        values["negative_target_size"] or target,
+        values["negative_aesthetic_score"],
     )
     return SizeConditions(
         positive={name: positive[name] for name in manifest.time_ids},
         negative={name: negative[name] for name in manifest.time_ids},
     )
-
-
-def _or(given: Sequence[int] | None, usual: tuple[int, int]) -> Sequence[int]:
-    return usual if given is None else given
 
 
 def _named(

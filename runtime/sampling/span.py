@@ -6,6 +6,8 @@ training timestep (`denoising_end`, `denoising_start`), so that their steps may 
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from ...engines.errors import UsageError
@@ -28,7 +30,10 @@ def make_span(request: Request) -> Table:
         SamplerError: as `make_table`.
     """
     steps = request.num_inference_steps
-    whole = make_table(request.sampler, steps)
+    table_from = partial(
+        make_table, request.sampler, steps, timesteps=request.timesteps, sigmas=request.sigmas
+    )
+    whole = table_from()
     calls = 2 if request.sampler.name in _TWO_CALLS else 1
     timesteps = whole.t[::calls]  # PLMS has one more than there are steps, and cuts count it, as in diffusers
     train = request.sampler.noise.num_train_timesteps
@@ -45,7 +50,7 @@ def make_span(request: Request) -> Table:
             expected="at least one step",
             fix="Raise strength or num_inference_steps, or widen the part of the schedule.",
         )
-    table = make_table(request.sampler, steps, start=start) if start else whole
+    table = table_from(start=start) if start else whole
     return table if stop == len(timesteps) else table.head((stop - start) * calls)
 
 

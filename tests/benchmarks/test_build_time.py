@@ -96,8 +96,14 @@ def test_layouts_are_timed_too(
     package: Package, monkeypatch: pytest.MonkeyPatch, backend: str, tuner: ModuleType
 ) -> None:
     def tune(package: Package, store: Any, *, nets: list[str]) -> tuple[Any]:
-        told = {"milliseconds": {"NCHW": 1.5}, "relative_l2": {"NCHW": 0.0}, "rejected": {}, "more": 1}
-        return (SimpleNamespace(layout="NCHW", entry=SimpleNamespace(facts=told, build_seconds=0.5)),)
+        told = {
+            "layout": "NCHW",
+            "milliseconds": {"NCHW": 1.5},
+            "relative_l2": {"NCHW": 0.0},
+            "rejected": {},
+            "more": 1,
+        }
+        return (SimpleNamespace(entry=SimpleNamespace(facts=told, build_seconds=0.5)),)
 
     monkeypatch.setattr(tuner, "tune_package", tune)
     document = measure_build(package, Builds(backend=backend))

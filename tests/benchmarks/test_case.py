@@ -13,7 +13,7 @@ from latentrt.benchmarks.sides.ours import HostSide
 from latentrt.benchmarks.sides.ours_device import DeviceSide
 from latentrt.benchmarks.sides.plain_loop import check_drawable
 from latentrt.engines import spec
-from latentrt.engines.onnxruntime import backend as onnxruntime
+from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import Package, write_manifest
 from latentrt.engines.spec import NetSpec, TensorSpec
@@ -74,7 +74,7 @@ def test_both_loops_compute_them(package: Package, workload: str) -> None:
         name: open_onnxruntime_net(package, name, device, provider=CPU, submit=device.submit, threads=1)
         for name in package.manifest.nets
     }
-    host_loop = HostLoop(package, onnxruntime, 1)
+    host_loop = HostLoop(package, ONNXRUNTIME, 1)
     for name in ("unet_context", "unet_time", "unet"):
         host_loop.net(name)
     host = HostSide(Pipeline.over(package, host_loop, "host", cache_bytes=0), host_loop)

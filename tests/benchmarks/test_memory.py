@@ -251,7 +251,7 @@ def pipe() -> Generator[Pipeline]:
 def keeping(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, make: Callable[[int], Any]) -> list[Any]:
     """Every step keeps what `make` returns for its number, unless that is None."""
     kept: list[Any] = []
-    loop = pipe._loop
+    loop = pipe.loop
     steps = loop.steps
 
     def keeps(*arguments: Any) -> Iterator[Any]:

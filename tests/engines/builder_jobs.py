@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from latentrt.engines.net_weights import lora_targets
 from latentrt.engines.package import Package
 from latentrt.engines.profiles import Profile, net_profiles
 from latentrt.engines.store.engine_store import EngineStore
@@ -23,7 +22,6 @@ def job_of(
     *,
     package: Package = DEMO,
     options: BuildOptions = BuildOptions(),  # noqa: B008
-    lora: bool = False,
 ) -> Job:
     file = package.manifest.nets[net]
     profiles = net_profiles(net, file.spec, SMALL)
@@ -35,7 +33,6 @@ def job_of(
         profiles=tuple(profile.shapes for profile in profiles),
         options=options,
         engine=engine,
-        refittable=lora_targets(package, net) if lora else (),
     )
 
 

@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 
 import latentrt.demo
-from latentrt.engines.onnxruntime import backend as onnxruntime_backend
+from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
 from latentrt.engines.package import Package
 from latentrt.engines.profiles import NetProfile, Profile, net_profiles
 from latentrt.engines.spec import NETS
-from latentrt.engines.tensorrt.bound import BoundTensorRTNet
 from latentrt.engines.tensorrt.flavour import Flavour, flavour
-from latentrt.engines.tensorrt.nets import TensorRTNet, open_engine
+from latentrt.engines.tensorrt.nets import BoundTensorRTNet, TensorRTNet, open_engine
 from tests.engines.host_device import HostDevice
 from tests.engines.net_inputs import input_shapes, random_inputs
 from tests.engines.simulated_tensorrt import SimulatedLibrary, simulated_engine
@@ -49,7 +48,7 @@ def inputs(net: str, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
 
 
 def reference(net: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    with onnxruntime_backend.open_net(PACKAGE, net, threads=1) as plain:
+    with ONNXRUNTIME.open_net(PACKAGE, net, threads=1) as plain:
         return plain(**arrays)
 
 

@@ -11,7 +11,9 @@ from safetensors.numpy import load_file
 
 from latentrt.engines.backend import choose_backend
 from latentrt.engines.errors import BackendError, MemoryLimitError, PackageError, UsageError
-from latentrt.engines.onnxruntime import backend as onnxruntime_backend
+from latentrt.engines.onnxruntime import session
+from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
+from latentrt.engines.onnxruntime.host_net import OnnxRuntimeNet
 from latentrt.engines.onnxruntime.lowering.winograd_kernels import kernels
 from latentrt.engines.onnxruntime.tuning.cpu import lower_for_cpu
 from latentrt.engines.package import Package, write_manifest
@@ -31,7 +33,7 @@ def test_unknown_backend() -> None:
 
 
 def test_nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxruntime_backend, "find_spec", lambda name: None)
+    monkeypatch.setattr(session, "find_spec", lambda name: None)
     with pytest.raises(BackendError, match=r"not installed.*pip install") as caught:
         choose_backend()
     assert caught.value.exit_code == 4
@@ -40,7 +42,7 @@ def test_nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_open_call_close(package: Package) -> None:
     x = np.ones((3, 4), np.float32)
-    with onnxruntime_backend.open_net(package, "unet", threads=1) as net:
+    with ONNXRUNTIME.open_net(package, "unet", threads=1) as net:
         assert net.spec == package.manifest.nets["unet"].spec
         np.testing.assert_array_equal(net(x=x)["y"], x + BIAS)
         assert net.memory.weights == BIAS.nbytes
@@ -53,7 +55,7 @@ def test_open_call_close(package: Package) -> None:
 def test_nets_that_share_a_file_count_each_weight_once() -> None:
     demo = Package.open(SHIPPED["demo"])
     names = "unet_context", "unet_time", "unet"
-    weights = [onnxruntime_backend.open_net(demo, name, threads=1).memory.weights for name in names]
+    weights = [ONNXRUNTIME.open_net(demo, name, threads=1).memory.weights for name in names]
     stored = demo.manifest.nets["unet"].weights
     assert stored is not None
     values = sum(array.size for array in load_file(demo.path(stored)).values())
@@ -69,7 +71,7 @@ def test_a_lowered_net_holds_its_kernels_in_place_of_their_weights(tmp_path: Pat
     lowered = lower_for_cpu(demo, "vae_decoder", "winograd", tmp_path)
     made = sum(array.nbytes for _, array in kernels(weights, lowered.kernels))
     replaced = sum(sizes[kernel.weight] for kernel in lowered.kernels)
-    net = onnxruntime_backend.OnnxRuntimeNet(demo, "vae_decoder", threads=1, lowered=lowered)
+    net = OnnxRuntimeNet(demo, "vae_decoder", threads=1, lowered=lowered)
     assert 0 < replaced < made
     assert net.memory.weights == sum(sizes.values()) - replaced + made
 
@@ -77,11 +79,11 @@ def test_a_lowered_net_holds_its_kernels_in_place_of_their_weights(tmp_path: Pat
 @pytest.mark.parametrize("threads", [0, -1])
 def test_too_few_threads(package: Package, threads: int) -> None:
     with pytest.raises(UsageError, match=f"threads is {threads}; expected at least 1"):
-        onnxruntime_backend.open_net(package, "unet", threads=threads)
+        ONNXRUNTIME.open_net(package, "unet", threads=threads)
 
 
 def test_threads_share_a_net(package: Package) -> None:
-    with onnxruntime_backend.open_net(package, "unet", threads=1) as net, ThreadPoolExecutor(4) as pool:
+    with ONNXRUNTIME.open_net(package, "unet", threads=1) as net, ThreadPoolExecutor(4) as pool:
         inputs = [np.full((2, 4), i, np.float32) for i in range(50)]
         for x, outputs in zip(inputs, pool.map(lambda x: net(x=x), inputs), strict=True):
             np.testing.assert_array_equal(outputs["y"], x + BIAS)
@@ -93,7 +95,7 @@ def test_a_graph_onnxruntime_refuses(package: Package) -> None:
     (package.root / "unet/loop.onnx").write_bytes(model.SerializeToString())
     package = write_manifest(package.root, package.manifest)
     with pytest.raises(PackageError, match=r"refuses .*loop\.onnx"):
-        onnxruntime_backend.open_net(package, "unet")
+        ONNXRUNTIME.open_net(package, "unet")
 
 
 def test_a_graph_with_another_boundary(package: Package) -> None:
@@ -103,11 +105,11 @@ def test_a_graph_with_another_boundary(package: Package) -> None:
     (package.root / "unet/loop.onnx").write_bytes(model.SerializeToString())
     package = write_manifest(package.root, package.manifest)
     with pytest.raises(PackageError, match="inputs differ from the manifest"):
-        onnxruntime_backend.open_net(package, "unet")
+        ONNXRUNTIME.open_net(package, "unet")
 
 
 def test_wrong_inputs_and_exhausted_memory(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
-    with onnxruntime_backend.open_net(package, "unet", threads=1) as net:
+    with ONNXRUNTIME.open_net(package, "unet", threads=1) as net:
         with pytest.raises(BackendError, match="'unet' failed on"):
             net(x=np.ones((3, 5), np.float32))
 
@@ -121,10 +123,13 @@ def test_wrong_inputs_and_exhausted_memory(package: Package, monkeypatch: pytest
         assert caught.value.exit_code == 5
 
 
-def test_a_start_on_a_cpu_loads_no_store_and_no_builder() -> None:
+def test_a_start_on_a_cpu_loads_no_store_and_no_other_backend() -> None:
     code = (
-        "import sys; from latentrt.engines.backend import choose_backend; choose_backend('auto')\n"
-        "late = {'filelock', 'latentrt.engines.tensorrt.build', 'latentrt.engines.store.engine_store'}\n"
-        "sys.exit(f'imported {late & set(sys.modules)}' if late & set(sys.modules) else 0)"
+        "import sys; from latentrt.runtime import Pipeline\n"
+        "with Pipeline.open('demo') as pipe: pipe('a red circle', num_inference_steps=1, seed=1)\n"
+        "late = ('filelock', 'cuda', 'pynvml', 'latentrt.engines.cuda', 'latentrt.engines.tensorrt',"
+        " 'latentrt.engines.store.engine_store', 'latentrt.benchmarks')\n"
+        "found = [name for name in sys.modules if any(f'{name}.'.startswith(f'{one}.') for one in late)]\n"
+        "sys.exit(f'imported {found}' if found else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

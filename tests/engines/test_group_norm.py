@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from latentrt.engines.onnxruntime.backend import OnnxRuntimeNet
+from latentrt.engines.onnxruntime.host_net import OnnxRuntimeNet
 from latentrt.engines.onnxruntime.lowering.geglu import lower_geglus
 from latentrt.engines.onnxruntime.lowering.group_norm import lower_group_norms
 from latentrt.engines.onnxruntime.tuning.choice import relative_l2

@@ -13,12 +13,17 @@ import pytest
 
 from latentrt import cli
 from latentrt.engines.backend import DeviceBackend, choose_backend
+from latentrt.engines.cuda import device as cuda_device
+from latentrt.engines.cuda import facts as cuda_facts
 from latentrt.engines.errors import BackendError, PackageError
-from latentrt.engines.onnxruntime import cuda_backend as backend
+from latentrt.engines.onnxruntime import cuda_backend
+from latentrt.engines.onnxruntime.cuda_backend import ONNXRUNTIME_CUDA
+from latentrt.engines.onnxruntime.lowering import files as lowering_files
 from latentrt.engines.onnxruntime.lowering.lower import lower
 from latentrt.engines.onnxruntime.tuning import cuda as tuning
-from latentrt.engines.onnxruntime.tuning.choice import LAYOUTS
-from latentrt.engines.onnxruntime.tuning.cuda import TUNED_NETS, layout_key, stored_layout, tune_package
+from latentrt.engines.onnxruntime.tuning.choice import TUNED_NETS
+from latentrt.engines.onnxruntime.tuning.cuda import tune_package
+from latentrt.engines.onnxruntime.tuning.cuda_layouts import CUDA_LAYOUTS, layout_key, stored_layout
 from latentrt.engines.package import Package
 from latentrt.engines.store.engine_store import EngineStore, Miss
 from latentrt.engines.store.key import EngineKey
@@ -53,11 +58,12 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineStore:
 def host(monkeypatch: pytest.MonkeyPatch) -> Generator[KnownHost]:
     """In place of the GPU, with nets on the CPU."""
     device = KnownHost()
-    for module in (backend, tuning):
+    for module in (cuda_device, tuning):
         monkeypatch.setattr(module, "CudaDevice", lambda: device)
+    for module in (cuda_backend, tuning):
         monkeypatch.setattr(module, "cuda_available", lambda: None)
         monkeypatch.setattr(module, "open_onnxruntime_net", open_on_cpu)
-    monkeypatch.setattr(backend.cuda_facts, "facts", lambda: GPU)
+    monkeypatch.setattr(cuda_facts, "facts", lambda: GPU)
     yield device
     assert not device.blocks, "memory that was not given back"
 
@@ -67,7 +73,7 @@ def remember(demo: Package, net: str, layout: str, store: EngineStore, **change:
     key = replace(layout_key(demo, net, GPU), **change)
 
     def build(path: Path) -> dict[str, Any]:
-        chosen = LAYOUTS.get(layout)
+        chosen = CUDA_LAYOUTS.get(layout)
         graph = demo.path(demo.manifest.nets[net].graph)
         if chosen and chosen.lowered:
             graph = lower(demo, net, path.parent / "lowered", convolutions=chosen.convolutions)
@@ -91,12 +97,12 @@ def test_a_choice_is_measured_once(demo: Package, store: EngineStore, tmp_path: 
     submitted = device.submitted
     again = tune_package(demo, store, device=device, open_net=opener)
     assert device.submitted == submitted
-    assert [(item.net, item.layout, item.why) for item in again] == [
-        (item.net, item.layout, "") for item in first
+    assert [(item.net, item.entry.facts["layout"], item.why) for item in again] == [
+        (item.net, item.entry.facts["layout"], "") for item in first
     ]
     for item in first:
         stored = stored_layout(demo, item.net, store, GPU)
-        assert (stored.layout.name, stored.why) == (item.layout, "")
+        assert (stored.layout.name, stored.why) == (item.entry.facts["layout"], "")
         assert stored.graph == (item.entry.read() if stored.layout.lowered else None)
     assert not device.blocks
 
@@ -134,7 +140,7 @@ def test_measured_elsewhere(
     stored = stored_layout(demo, "unet", store, GPU)
     assert (stored.layout.name, stored.graph) == ("plain", None)
     told = list[str]()
-    device, nets = backend.open_device(demo, ["unet"], log=told.append)
+    device, nets = ONNXRUNTIME_CUDA.open_device(demo, ["unet"], log=told.append)
     (line,) = told
     assert line.startswith("unet run in the layout `plain`: the nearest engine, of unet, differs in ")
     assert re.search(reason, line)
@@ -160,7 +166,7 @@ def test_a_choice_that_is_damaged_or_from_another_release(demo: Package, store: 
 
 
 def test_available_here() -> None:
-    if (reason := backend.available()) is None:
+    if (reason := ONNXRUNTIME_CUDA.available()) is None:
         pytest.skip("there is a CUDA device")
     assert reason
     with pytest.raises(BackendError, match="onnxruntime-cuda: "):
@@ -171,8 +177,8 @@ def test_it_is_a_device_backend(host: KnownHost) -> None:
     name, found = choose_backend("onnxruntime-cuda")
     assert name == "onnxruntime-cuda"
     assert isinstance(found, DeviceBackend)
-    assert backend.describe().startswith("onnxruntime 1.")
-    assert backend.describe().endswith(" CUDA (NVIDIA L4, sm_89)")
+    assert ONNXRUNTIME_CUDA.describe().startswith("onnxruntime 1.")
+    assert ONNXRUNTIME_CUDA.describe().endswith(" CUDA (NVIDIA L4, sm_89)")
 
 
 def test_each_net_opens_in_its_layout(
@@ -180,14 +186,14 @@ def test_each_net_opens_in_its_layout(
 ) -> None:
     (tmp_path / "graphs").mkdir()
     opened = list[tuple[str, bytes, bool]]()
-    monkeypatch.setattr(backend, "open_onnxruntime_net", oracle_opener(tmp_path / "graphs", opened))
+    monkeypatch.setattr(cuda_backend, "open_onnxruntime_net", oracle_opener(tmp_path / "graphs", opened))
     keys = {
         net: remember(demo, net, layout, store)
         for net, layout in (("unet", "groupnorm"), ("vae_decoder", "nhwc"))
     }
     graphs = {net: (store.engines / key.digest / "engine.bin").read_bytes() for net, key in keys.items()}
     told = list[str]()
-    device, nets = backend.open_device(demo, DEVICE_NETS, log=told.append)
+    device, nets = ONNXRUNTIME_CUDA.open_device(demo, DEVICE_NETS, log=told.append)
     assert told == []
     assert [item[0] for item in opened] == list(nets) == list(DEVICE_NETS)
     asked = {name: (graph, nhwc) for name, graph, nhwc in opened}
@@ -207,7 +213,7 @@ def test_the_hint_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def hint(*names: str) -> str:
-        device, nets = backend.open_device(demo, names)
+        device, nets = ONNXRUNTIME_CUDA.open_device(demo, names)
         for net in nets.values():
             net.close()
         device.close()
@@ -218,7 +224,7 @@ def test_the_hint_is_one_line(
         "latentrt: unet and vae_decoder run in the layout `plain`: no engine of unet for onnxruntime-cuda has"
         f" been built yet; measure which is the fastest here: {command}\n"
     )
-    monkeypatch.setattr(tuning, "find_spec", lambda name: None)
+    monkeypatch.setattr(lowering_files, "find_spec", lambda name: None)
     assert hint("unet").endswith(
         f'{command} (first: pip install "latentrt[cuda]", for onnx-ir is not installed)\n'
     )
@@ -237,9 +243,9 @@ def test_nothing_stays_open_after_an_error(
         opened.append(open_on_cpu(package, name, device, **options))
         return opened[0]
 
-    monkeypatch.setattr(backend, "open_onnxruntime_net", fails_later)
+    monkeypatch.setattr(cuda_backend, "open_onnxruntime_net", fails_later)
     with pytest.raises(PackageError):
-        backend.open_device(demo, ["step", "unet"], log=lambda line: None)
+        ONNXRUNTIME_CUDA.open_device(demo, ["step", "unet"], log=lambda line: None)
     assert host.closed
     with pytest.raises(BackendError, match="'step' is closed"):
         opened[0].session()
@@ -257,13 +263,13 @@ def test_it_draws_what_the_host_draws(
 ) -> None:
     """The lowered graphs, out of the store, as the oracle's functions."""
     (tmp_path / "graphs").mkdir()
-    monkeypatch.setattr(backend, "open_onnxruntime_net", oracle_opener(tmp_path / "graphs"))
+    monkeypatch.setattr(cuda_backend, "open_onnxruntime_net", oracle_opener(tmp_path / "graphs"))
     for net in TUNED_NETS if layout else ():
         remember(demo, net, str(layout), store)
     with Pipeline.open(demo.root, backend="onnxruntime") as pipe:
         wanted = pipe(PROMPT, **REQUEST).images.astype(int)
     with Pipeline.open(demo.root, backend="onnxruntime-cuda", graphs="off") as pipe:
-        assert pipe.backend == backend.describe()
+        assert pipe.backend == ONNXRUNTIME_CUDA.describe()
         found = pipe(PROMPT, **REQUEST).images.astype(int)
     assert found.shape == wanted.shape == (1, 64, 96, 3)
     assert np.abs(found - wanted).max() <= 1
@@ -290,7 +296,7 @@ def build(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], d
 
 
 def test_the_command_without_a_gpu(build: Any, store: EngineStore) -> None:
-    if backend.available() is None:
+    if ONNXRUNTIME_CUDA.available() is None:
         pytest.skip("there is a CUDA device")
     code, out, err = build()
     assert (code, out) == (4, "")
@@ -322,7 +328,7 @@ def test_the_command_prints_medians_and_choice(
     [
         (["--profile", "512x512"], "--profile was given with --backend onnxruntime-cuda"),
         (["--dry-run"], "--dry-run was given with --backend onnxruntime-cuda"),
-        (["--weights", "lora"], "--weights was given with --backend onnxruntime-cuda"),
+        (["--weights", "streamed"], "--weights was given with --backend onnxruntime-cuda"),
         (["--optimization-level", "5"], "--optimization-level was given with --backend onnxruntime-cuda"),
         (["--workspace", "16"], "--workspace was given with --backend onnxruntime-cuda"),
         (

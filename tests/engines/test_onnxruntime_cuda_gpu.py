@@ -9,12 +9,13 @@ import pytest
 
 from latentrt.engines.cuda.device import CudaDevice
 from latentrt.engines.device import BoundNet, Device, DeviceNet
-from latentrt.engines.onnxruntime import backend as onnxruntime_backend
-from latentrt.engines.onnxruntime.cuda_backend import available, open_device
+from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
+from latentrt.engines.onnxruntime.cuda_backend import ONNXRUNTIME_CUDA
 from latentrt.engines.onnxruntime.lowering.lower import lower
 from latentrt.engines.onnxruntime.nets import open_onnxruntime_net
-from latentrt.engines.onnxruntime.tuning.choice import LAYOUTS, relative_l2
-from latentrt.engines.onnxruntime.tuning.cuda import TUNED_NETS, tune_package
+from latentrt.engines.onnxruntime.tuning.choice import TUNED_NETS, relative_l2
+from latentrt.engines.onnxruntime.tuning.cuda import tune_package
+from latentrt.engines.onnxruntime.tuning.cuda_layouts import CUDA_LAYOUTS
 from latentrt.engines.package import Package
 from latentrt.engines.profiles import fixed_profile, net_profiles
 from latentrt.engines.spec import DTYPES, Array, output_shapes
@@ -23,7 +24,7 @@ from latentrt.runtime.pipeline import SHIPPED
 from tests.engines.net_inputs import random_inputs
 
 DEMO = Package.open(SHIPPED["demo"])
-REASON = available()
+REASON = ONNXRUNTIME_CUDA.available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 FP32 = 1e-3  # relative L2 to the CPU, with TF32 off
 
@@ -82,11 +83,11 @@ def opened(
     name: str, layout: str, device: CudaDevice, folder: Path
 ) -> Generator[tuple[Bound, dict[str, Array]]]:
     """A bound net in one of the layouts, and what the CPU makes of its inputs."""
-    how, graph = LAYOUTS[layout], None
+    how, graph = CUDA_LAYOUTS[layout], None
     if how.lowered:
         graph = lower(DEMO, name, folder, convolutions=how.convolutions)
     inputs = inputs_of(name)
-    with onnxruntime_backend.open_net(DEMO, name) as cpu:
+    with ONNXRUNTIME.open_net(DEMO, name) as cpu:
         wanted = cpu(**inputs)
     net = open_onnxruntime_net(DEMO, name, device, graph=graph, prefer_nhwc=how.prefer_nhwc, capture=True)
     bound = Bound(device, net, inputs)
@@ -100,7 +101,7 @@ def opened(
 CASES = [
     (name, layout)
     for name in DEMO.manifest.nets
-    for layout in (tuple(LAYOUTS) if name in TUNED_NETS else ("plain",))
+    for layout in (tuple(CUDA_LAYOUTS) if name in TUNED_NETS else ("plain",))
 ]
 
 
@@ -152,12 +153,12 @@ def test_measured_remembered_and_opened(tmp_path: Path) -> None:
     store, told = EngineStore(tmp_path), list[str]()
     for item in tune_package(DEMO, store):
         facts = item.entry.facts
-        print(item.net, item.layout, facts)  # `pytest -s` shows the figures
+        print(item.net, facts["layout"], facts)  # `pytest -s` shows the figures
         assert facts["rejected"] == {}
-        assert set(facts["milliseconds"]) == set(LAYOUTS)
+        assert set(facts["milliseconds"]) == set(CUDA_LAYOUTS)
         assert max(facts["relative_l2"].values()) <= FP32
     assert not any(item.why for item in tune_package(DEMO, store))
-    device, nets = open_device(DEMO, TUNED_NETS, store=store, log=told.append)
+    device, nets = ONNXRUNTIME_CUDA.open_device(DEMO, TUNED_NETS, store=store, log=told.append)
     assert (told, set(nets)) == ([], set(TUNED_NETS))
     for net in nets.values():
         net.close()

@@ -9,22 +9,25 @@ import numpy as np
 import pytest
 
 from latentrt.engines.errors import BackendError, MemoryLimitError, UsageError
+from latentrt.engines.onnxruntime.lowering import files as lowering_files
 from latentrt.engines.onnxruntime.tuning import cuda as onnxruntime_tuning
 from latentrt.engines.onnxruntime.tuning.choice import (
-    LAYOUTS,
     MARGIN,
     PARITY,
     ROUNDS,
+    TUNED_NETS,
     WARM_UP,
     Choice,
     Measured,
     choose_layout,
+    measured_profile,
     relative_l2,
 )
-from latentrt.engines.onnxruntime.tuning.cuda import TUNED_NETS, measured_profile, tune_package
+from latentrt.engines.onnxruntime.tuning.cuda import tune_package
+from latentrt.engines.onnxruntime.tuning.cuda_layouts import CUDA_LAYOUTS
 from latentrt.engines.package import Package
+from latentrt.engines.store.building import BuildProgress
 from latentrt.engines.store.engine_store import EngineStore
-from latentrt.engines.tensorrt.build import BuildProgress
 from latentrt.runtime.pipeline import SHIPPED
 from tests.engines.layout_setting import KnownHost, open_on_cpu, oracle_opener
 
@@ -55,7 +58,7 @@ class Bench:
         return Measured(outputs={"y": output}, run=run, close=lambda: self.closed.append(name))
 
     def choose(self, **options: Any) -> Choice:
-        return choose_layout(self.measure, **options)
+        return choose_layout(self.measure, tuple(CUDA_LAYOUTS), **options)
 
 
 def test_the_fastest_wins() -> None:
@@ -67,7 +70,7 @@ def test_the_fastest_wins() -> None:
         relative_l2={"groupnorm": 0.0, "nhwc": 0.0},
         rejected={},
     )
-    assert sorted(bench.closed) == sorted(LAYOUTS)
+    assert sorted(bench.closed) == sorted(CUDA_LAYOUTS)
     assert Bench(plain=3.0, groupnorm=1.0, nhwc=2.0).choose().layout == "groupnorm"
     assert Bench(plain=1.0, groupnorm=3.0, nhwc=2.0).choose().layout == "plain"
 
@@ -83,7 +86,7 @@ def test_the_fastest_wins() -> None:
     ],
 )
 def test_within_the_margin_the_simpler_one_wins(times: tuple[float, float, float], layout: str) -> None:
-    assert Bench(**dict(zip(LAYOUTS, times, strict=True))).choose().layout == layout
+    assert Bench(**dict(zip(CUDA_LAYOUTS, times, strict=True))).choose().layout == layout
 
 
 def test_turns_are_taken_and_turned_round() -> None:
@@ -94,7 +97,7 @@ def test_turns_are_taken_and_turned_round() -> None:
     bench = Bench(plain=1.0, groupnorm=1.0, nhwc=1.0)
     bench.choose()
     assert ROUNDS >= 20
-    assert {bench.runs.count(name) for name in LAYOUTS} == {ROUNDS + WARM_UP}
+    assert {bench.runs.count(name) for name in CUDA_LAYOUTS} == {ROUNDS + WARM_UP}
 
 
 def test_a_drifting_and_noisy_clock_misleads_nobody() -> None:
@@ -139,7 +142,7 @@ def test_a_candidate_that_fails_later() -> None:
     choice = bench.choose()
     assert (choice.layout, choice.rejected) == ("nhwc", {"groupnorm": "it broke"})
     assert (bench.runs.count("groupnorm"), bench.runs.count("nhwc")) == (8, ROUNDS + WARM_UP)
-    assert sorted(bench.closed) == sorted(LAYOUTS)
+    assert sorted(bench.closed) == sorted(CUDA_LAYOUTS)
 
 
 def test_a_candidate_that_computes_something_else() -> None:
@@ -174,7 +177,7 @@ def test_without_the_reference_there_is_no_choice() -> None:
     bench = Bench(plain=breaks, groupnorm=1.0, nhwc=1.0)
     with pytest.raises(MemoryLimitError, match="full"):
         bench.choose()
-    assert sorted(bench.closed) == sorted(LAYOUTS)
+    assert sorted(bench.closed) == sorted(CUDA_LAYOUTS)
 
 
 def test_relative_l2() -> None:
@@ -205,7 +208,7 @@ def test_the_cpu_has_no_kernels_for_lowered_graphs(demo: Package, tmp_path: Path
         demo, EngineStore(tmp_path), told.append, nets=[net], device=device, open_net=open_on_cpu, rounds=2
     )
     facts = tuned.entry.facts
-    assert (tuned.net, tuned.layout, set(facts["milliseconds"])) == (net, "plain", {"plain"})
+    assert (tuned.net, facts["layout"], set(facts["milliseconds"])) == (net, "plain", {"plain"})
     assert set(facts["rejected"]) == {"groupnorm", "nhwc"}
     assert all("onnxruntime" in reason and "refuses" in reason for reason in facts["rejected"].values())
     assert facts["milliseconds"]["plain"] > 0
@@ -225,7 +228,7 @@ def test_every_layout_for_real(demo: Package, tmp_path: Path) -> None:
     for item in tuned:
         facts = json.loads(json.dumps(dict(item.entry.facts)))
         assert facts["rejected"] == {}
-        assert set(facts["milliseconds"]) == set(LAYOUTS)
+        assert set(facts["milliseconds"]) == set(CUDA_LAYOUTS)
         assert 0 <= max(facts["relative_l2"].values()) < 1e-3
         assert set(facts["relative_l2"]) == {"groupnorm", "nhwc"}
 
@@ -247,6 +250,6 @@ def test_without_onnx_ir_or_a_gpu(demo: Package, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(onnxruntime_tuning, "cuda_available", lambda: "there is no NVIDIA GPU")
     with pytest.raises(BackendError, match="there is no NVIDIA GPU"):
         tune_package(demo, EngineStore(tmp_path))
-    monkeypatch.setattr(onnxruntime_tuning, "find_spec", lambda name: None)
+    monkeypatch.setattr(lowering_files, "find_spec", lambda name: None)
     with pytest.raises(BackendError, match=r"onnx-ir is not installed.*latentrt\[cuda\]"):
         tune_package(demo, EngineStore(tmp_path), device=KnownHost())

@@ -13,7 +13,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from latentrt.engines.errors import BackendError, PackageError
-from latentrt.engines.onnxruntime.lowering.lower import lower, session_entries
+from latentrt.engines.onnxruntime.lowering.files import session_entries
+from latentrt.engines.onnxruntime.lowering.lower import lower
 from latentrt.engines.package import Package
 from tests.engines.contrib_oracle import attribute, executable, relative_l2, session
 

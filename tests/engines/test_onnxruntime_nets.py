@@ -11,8 +11,9 @@ import pytest
 import latentrt.demo
 from latentrt.engines.device import ALIGNMENT, BoundNet, DeviceMemory, DeviceNet
 from latentrt.engines.errors import BackendError, MemoryLimitError, PackageError, UsageError
-from latentrt.engines.onnxruntime import backend as onnxruntime_backend
+from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
+from latentrt.engines.onnxruntime.session import library
 from latentrt.engines.package import Package
 from latentrt.engines.spec import DTYPES, NetSpec, output_shapes
 from tests.engines.net_inputs import input_shapes, random_inputs
@@ -95,7 +96,7 @@ def test_every_net_equals_a_plain_call_bit_by_bit(name: str) -> None:
     host = Host()
     net: Any = open_onnxruntime_net(DEMO, name, host, provider=CPU, threads=1)  # type: ignore[arg-type]
     bound = Bound(host, net)
-    with onnxruntime_backend.open_net(DEMO, name, threads=1) as plain:
+    with ONNXRUNTIME.open_net(DEMO, name, threads=1) as plain:
         for seed in (0, 1):  # the same addresses with other content
             inputs = inputs_of(net.spec, seed)
             bound.upload(inputs)
@@ -114,7 +115,7 @@ def test_two_bindings_of_one_net() -> None:
     a, b = inputs_of(net.spec, 0), inputs_of(net.spec, 1, {**SIZES, "N": 2, "H/8": 16})
     small.upload(a)
     large.upload(b)
-    with onnxruntime_backend.open_net(DEMO, "vae_decoder", threads=1) as plain:
+    with ONNXRUNTIME.open_net(DEMO, "vae_decoder", threads=1) as plain:
         for bound, inputs in ((large, b), (small, a), (large, b)):
             bound.bound.enqueue()
             np.testing.assert_array_equal(bound.outputs()["image"], plain(**inputs)["image"])
@@ -175,7 +176,7 @@ def test_a_lowered_graph_finds_the_packages_weights(tmp_path: Path) -> None:
     bound, inputs = Bound(host, net), inputs_of(net.spec, 0)
     bound.upload(inputs)
     bound.bound.enqueue()
-    with onnxruntime_backend.open_net(DEMO, "vae_decoder", threads=1) as plain:
+    with ONNXRUNTIME.open_net(DEMO, "vae_decoder", threads=1) as plain:
         np.testing.assert_array_equal(bound.outputs()["image"], plain(**inputs)["image"])
 
 
@@ -304,7 +305,7 @@ def test_weights_that_do_not_fit(package: Package, monkeypatch: pytest.MonkeyPat
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("Failed to allocate memory for requested buffer of size 3")
 
-    monkeypatch.setattr(onnxruntime_backend.library(), "InferenceSession", fail)
+    monkeypatch.setattr(library(), "InferenceSession", fail)
     with pytest.raises(MemoryLimitError, match=r"the weights of .*loop\.onnx do not fit") as failure:
         open_onnxruntime_net(package, "unet", Host(), provider=CPU)  # type: ignore[arg-type]
     assert failure.value.culprit == "unet"

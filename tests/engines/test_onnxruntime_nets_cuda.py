@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from latentrt.engines.cuda import facts as cuda_facts
 from latentrt.engines.errors import BackendError
-from latentrt.engines.onnxruntime import backend as onnxruntime_backend
 from latentrt.engines.onnxruntime import nets as onnxruntime_nets
 from latentrt.engines.onnxruntime import runs as onnxruntime_runs
+from latentrt.engines.onnxruntime import session as onnxruntime_session
 from latentrt.engines.onnxruntime.nets import CPU, CUDA, cuda_available, open_onnxruntime_net
 from latentrt.engines.onnxruntime.runs import WAIT_EVERY
 from latentrt.engines.package import Package
@@ -64,10 +65,10 @@ class Binding:
 
 @pytest.fixture
 def cuda_library(monkeypatch: pytest.MonkeyPatch) -> Library:
-    fake = Library(onnxruntime_backend.library(), [CUDA, CPU])
-    for module in (onnxruntime_backend, onnxruntime_nets, onnxruntime_runs):
+    fake = Library(onnxruntime_session.library(), [CUDA, CPU])
+    for module in (onnxruntime_session, onnxruntime_nets, onnxruntime_runs):
         monkeypatch.setattr(module, "library", lambda: fake)
-    monkeypatch.setattr(onnxruntime_nets, "cuda_device_available", lambda: None)
+    monkeypatch.setattr(cuda_facts, "available", lambda: None)
     onnxruntime_nets._load_libraries.cache_clear()
     return fake
 
@@ -199,13 +200,13 @@ def test_a_provider_that_does_not_load(package: Package, cuda_library: Library) 
 
 
 def test_cuda_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = Library(onnxruntime_backend.library(), [CUDA, CPU])
+    fake = Library(onnxruntime_session.library(), [CUDA, CPU])
     monkeypatch.setattr(onnxruntime_nets, "library", lambda: fake)
-    monkeypatch.setattr(onnxruntime_nets, "cuda_device_available", lambda: "there is no NVIDIA driver")
+    monkeypatch.setattr(cuda_facts, "available", lambda: "there is no NVIDIA driver")
     assert cuda_available() == "there is no NVIDIA driver"
     monkeypatch.setattr(fake, "get_available_providers", lambda: [CPU])
     assert "no CUDA provider" in str(cuda_available())
-    monkeypatch.setattr(onnxruntime_backend, "find_spec", lambda name: None)
+    monkeypatch.setattr(onnxruntime_session, "find_spec", lambda name: None)
     assert cuda_available() == "onnxruntime is not installed"
 
 

@@ -15,7 +15,7 @@ from tests.engines.test_onnxruntime_nets import DEMO, Bound, Host
 
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of three runs of a net on the CPU."""
+    """ONNX Runtime's profile of three runs of a net on the CPU."""
     host, folder = Host(), tmp_path_factory.mktemp("profile")
     net: Any = open_onnxruntime_net(
         DEMO,

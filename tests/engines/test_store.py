@@ -16,7 +16,7 @@ from latentrt.engines.errors import EngineError, LatentrtError, UsageError
 from latentrt.engines.store.engine_store import EngineStore, Entry, Miss
 from latentrt.engines.store.entry import seal
 from latentrt.engines.store.folder import default_root
-from latentrt.engines.store.key import EngineKey, canonical_sha256
+from latentrt.engines.store.key import SCHEMA, EngineKey, canonical_sha256
 from tests.engines.engine_keys import KEY, OTHER, builder, numbered
 
 CONTENT = random.Random(1).randbytes(2000)
@@ -95,8 +95,8 @@ def test_entries_are_listed_by_their_last_use(store: EngineStore) -> None:
 
 def test_an_entry_of_another_release_is_neither_used_nor_called_damaged(store: EngineStore) -> None:
     entry = store.get_or_build(KEY, builder(CONTENT))
-    other = replace(KEY, schema=2)
-    rewrite(entry, schema=2, key=other.to_json())
+    other = replace(KEY, schema=SCHEMA + 1)
+    rewrite(entry, schema=SCHEMA + 1, key=other.to_json())
     entry.path.rename(store.engines / other.digest)
     assert store.entries() == ()
     assert isinstance(store.find(other), Miss)

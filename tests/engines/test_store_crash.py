@@ -16,6 +16,7 @@ import pytest
 from latentrt.engines.errors import CancelledError
 from latentrt.engines.store.engine_store import EngineStore, Entry
 from tests.engines.engine_keys import builder, numbered
+from tests.sizes import a_tenth_of
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the children are forked")
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,14 +78,15 @@ def check_valid(store: EngineStore) -> None:
     assert not store.building.exists() or list(store.building.iterdir()) == []
 
 
-def test_50_kills_at_random_moments_leave_a_valid_store(worker: Worker) -> None:
+@a_tenth_of(50)
+def test_kills_at_random_moments_leave_a_valid_store(worker: Worker, count: int) -> None:
     generator = random.Random(4)
     pid = worker.start(0)
     began = time.monotonic()
     assert worker.wait(pid) == 0
     whole = time.monotonic() - began
     unfinished = halfway = 0
-    for number in range(1, 51):
+    for number in range(1, count + 1):
         pid = worker.start(number)
         time.sleep(generator.uniform(0, whole))
         os.kill(pid, signal.SIGKILL)
@@ -94,10 +96,11 @@ def test_50_kills_at_random_moments_leave_a_valid_store(worker: Worker) -> None:
         unfinished += numbered(number).digest not in {path.name for path in worker.store.folders()}
         halfway += bool(list(worker.store.building.iterdir()))
         check_valid(worker.store)
-        if number % 10 == 0:
+        if number % 5 == 0:
             assert worker.store.get_or_build(numbered(number), builder(b"again")).read()
-    assert unfinished > 10, "the kills came too late to show anything"
-    assert halfway > 5, "no kill came while an engine was being written"
+    if count == 50:  # a few may all come too early or too late
+        assert unfinished > 10, "the kills came too late to show anything"
+        assert halfway > 5, "no kill came while an engine was being written"
 
 
 @pytest.mark.parametrize("rebuild", [False, True])

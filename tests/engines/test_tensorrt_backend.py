@@ -4,7 +4,7 @@ from latentrt.engines.backend import DeviceBackend
 from latentrt.engines.cuda import facts as cuda_facts
 from latentrt.engines.errors import BackendError
 from latentrt.engines.tensorrt import backend as tensorrt_backend
-from latentrt.engines.tensorrt import rtx_backend as tensorrt_rtx_backend
+from latentrt.engines.tensorrt.backend import TENSORRT, TENSORRT_RTX, TensorRTBackend
 from tests.engines import tensorrt_setting as setting
 
 
@@ -21,19 +21,12 @@ class NoGpu:
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
 def test_the_reason_is_the_first_thing_that_is_missing(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("latentrt.engines.tensorrt.flavour.installed_version", lambda _: None)
-    assert "is not installed" in (tensorrt_backend.available(backend) or "")
+    assert "is not installed" in (TensorRTBackend(backend).available() or "")
     monkeypatch.setattr("latentrt.engines.tensorrt.flavour.installed_version", lambda _: "9.0")
-    assert "9.0 is installed" in (tensorrt_backend.available(backend) or "")
+    assert "9.0 is installed" in (TensorRTBackend(backend).available() or "")
     version = {"tensorrt": "10.14.1", "tensorrt-rtx": "1.7.1"}[backend]
     monkeypatch.setattr("latentrt.engines.tensorrt.flavour.installed_version", lambda _: version)
-    assert tensorrt_backend.available(backend, runtime=NoGpu()) == "there is no NVIDIA GPU"
-
-
-def test_the_second_module_is_the_first_with_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt_backend, "available", lambda backend="tensorrt": f"asked for {backend}")
-    monkeypatch.setattr(tensorrt_backend, "describe", lambda backend="tensorrt": f"is {backend}")
-    assert tensorrt_rtx_backend.available() == "asked for tensorrt-rtx"
-    assert tensorrt_rtx_backend.describe() == "is tensorrt-rtx"
+    assert TensorRTBackend(backend).available(runtime=NoGpu()) == "there is no NVIDIA GPU"
 
 
 def test_describe(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,18 +37,18 @@ def test_describe(monkeypatch: pytest.MonkeyPatch) -> None:
         name, sm = "a GPU", "sm_89"
 
     monkeypatch.setattr(cuda_facts, "facts", Facts)
-    assert tensorrt_backend.describe("tensorrt-rtx") == "tensorrt_rtx 1.7.1 (a GPU, sm_89)"
+    assert TENSORRT_RTX.describe() == "tensorrt_rtx 1.7.1 (a GPU, sm_89)"
 
 
 def test_an_unknown_backend() -> None:
-    assert tensorrt_backend.available("tensorrt-lean")
+    assert TensorRTBackend("tensorrt-lean").available()
     with pytest.raises(BackendError):
-        tensorrt_backend.describe("tensorrt-lean")
+        TensorRTBackend("tensorrt-lean").describe()
 
 
 def test_without_a_gpu_no_device_opens() -> None:
-    assert isinstance(tensorrt_backend, DeviceBackend)
-    assert isinstance(tensorrt_rtx_backend, DeviceBackend)
-    if cuda_facts.available() is not None and tensorrt_rtx_backend.available():
+    assert isinstance(TENSORRT, DeviceBackend)
+    assert isinstance(TENSORRT_RTX, DeviceBackend)
+    if cuda_facts.available() is not None and TENSORRT_RTX.available():
         with pytest.raises(BackendError):
-            tensorrt_rtx_backend.open_device(setting.PACKAGE, ("unet",))
+            TENSORRT_RTX.open_device(setting.PACKAGE, ("unet",))

@@ -7,16 +7,16 @@ import pytest
 
 from latentrt.engines.cuda.facts import DeviceFacts
 from latentrt.engines.errors import BackendError, PackageError, StorageError, UsageError
-from latentrt.engines.net_weights import engine_bytes, lora_targets, net_tensors
+from latentrt.engines.net_weights import engine_bytes, net_tensors
 from latentrt.engines.package import Package
 from latentrt.engines.profiles import Profile, net_profiles
+from latentrt.engines.store.building import BuildProgress
 from latentrt.engines.store.engine_store import EngineStore, Entry, Miss
+from latentrt.engines.store.key import ANYWHERE
 from latentrt.engines.tensorrt import build as build_module
 from latentrt.engines.tensorrt import child as build_process
 from latentrt.engines.tensorrt.build import (
-    ANYWHERE,
-    BuildProgress,
-    Planned,
+    WantedEngine,
     build_package,
     built_nets,
     engine_key,
@@ -26,8 +26,7 @@ from latentrt.engines.tensorrt.build import (
 )
 from latentrt.engines.tensorrt.builder import Job
 from latentrt.engines.tensorrt.child import run_builder
-from latentrt.engines.tensorrt.flavour import flavour, installed_version, load
-from latentrt.engines.tensorrt.network import mark_refittable, parse_graph
+from latentrt.engines.tensorrt.flavour import flavour, installed_version
 from latentrt.engines.tensorrt.options import BuildOptions, Weights
 from tests.engines.builder_jobs import DEMO, RTX, SMALL, build_small, job_of
 
@@ -157,7 +156,7 @@ def test_the_runtime_finds_engines_whatever_their_profiles_and_options(store: En
     (second,) = build_small(DEMO, store, options=BuildOptions(optimization_level=1))
     found = find_engines(DEMO, "unet_time", row, version, store)
     assert {entry.path for entry, _ in found} == {first.entry.path, second.entry.path}
-    assert all(profiles == first.profiles for _, profiles in found)
+    assert all([item.label for item in profiles] == first.entry.facts["labels"] for _, profiles in found)
     assert find_engines(DEMO, "unet", row, version, store) == ()
     assert find_engines(DEMO, "unet_time", row, "1.8", store) == ()
 
@@ -174,52 +173,20 @@ def test_options_reach_the_library(store: EngineStore) -> None:
 # ── weights ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("weights", [Weights.lora, Weights.stripped])
-def test_policies_that_need_a_gpu_say_so_before_building(store: EngineStore, weights: Weights) -> None:
-    with pytest.raises(BackendError, match=f"--weights {weights.value} .*needs a GPU"):
-        build_small(DEMO, store, options=BuildOptions(weights=weights))
+def test_stripped_engines_need_a_gpu_and_say_so_before_building(store: EngineStore) -> None:
+    with pytest.raises(BackendError, match=r"--weights stripped .*needs a GPU"):
+        build_small(DEMO, store, options=BuildOptions(weights=Weights.stripped))
     assert not store.root.exists()
 
 
-@pytest.mark.parametrize("weights", [Weights.lora, Weights.stripped])
-def test_the_library_itself_refuses_them_here(tmp_path: Path, weights: Weights) -> None:
+def test_the_library_itself_refuses_them_here(tmp_path: Path) -> None:
     """If this fails because the library builds them: take the flags out of `flags_needing_gpu`."""
-    job = job_of(
-        "unet_time", tmp_path / "e", options=BuildOptions(weights=weights), lora=weights is Weights.lora
-    )
+    job = job_of("unet_time", tmp_path / "e", options=BuildOptions(weights=Weights.stripped))
     with pytest.raises(BackendError, match="cannot build the net 'unet_time'"):
         run_builder(job, lambda phase, fraction: None)
 
 
-@pytest.mark.parametrize("net", ["text_encoder", "unet", "unet_context", "unet_time"])
-def test_every_weight_a_lora_may_touch_can_be_marked(net: str) -> None:
-    row = flavour(RTX)
-    trt = load(row)
-    logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
-    graph = DEMO.path(DEMO.manifest.nets[net].graph)
-    network, _parser = parse_graph(trt, row, builder, logger, graph)
-    names = lora_targets(DEMO, net)
-    assert mark_refittable(network, names) == (len(names), ())
-    assert {"text_encoder": 12, "unet": 65, "unet_context": 8, "unet_time": 10}[net] == len(names)
-    assert all(network.are_weights_marked_refittable(name) for name in names)
-
-
-def test_a_weight_that_is_not_there_is_told(capfd: pytest.CaptureFixture[str]) -> None:
-    row = flavour(RTX)
-    trt = load(row)
-    logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
-    builder = trt.Builder(logger)
-    network, _parser = parse_graph(
-        trt, row, builder, logger, DEMO.path(DEMO.manifest.nets["unet_time"].graph)
-    )
-    assert mark_refittable(network, ["nothing.weight"]) == (0, ("nothing.weight",))
-
-
-def test_what_a_lora_may_touch() -> None:
-    assert lora_targets(DEMO, "vae_encoder") == lora_targets(DEMO, "vae_decoder") == ()
-    names = lora_targets(DEMO, "text_encoder")
-    assert not [name for name in names if "embedding" in name or "bias" in name]
+def test_the_nets_of_the_loop_use_every_weight_of_the_whole_unet() -> None:
     used = {tensor.name for net in ("unet", "unet_context", "unet_time") for tensor in net_tensors(DEMO, net)}
     whole = {tensor.name for tensor in net_tensors(DEMO, "unet_whole")}
     assert used == whole
@@ -244,12 +211,9 @@ def test_a_portable_engine_names_no_device() -> None:
 def test_other_engines_name_the_device_and_the_driver() -> None:
     row = flavour("tensorrt", "11.4")
     profiles = net_profiles("unet", DEMO.manifest.nets["unet"].spec, SMALL)
-    options = BuildOptions(weights=Weights.lora)
-    key = engine_key(DEMO, "unet", row, "11.4.0", profiles, options, gpu=GPU)
+    key = engine_key(DEMO, "unet", row, "11.4.0", profiles, BuildOptions(), gpu=GPU)
     assert (key.compute_capability, key.gpu, key.driver) == ("sm_89", "NVIDIA L4, 58 SMs, 24 GiB", "580")
-    assert key.refittable
     assert key.weights == DEMO.manifest.files["unet/weights.safetensors"].sha256
-    assert not engine_key(DEMO, "unet", row, "11.4.0", profiles, BuildOptions(), gpu=GPU).refittable
 
 
 def test_a_library_with_a_timing_cache_gets_it_back_with_the_next_build(
@@ -310,7 +274,7 @@ def test_nets_can_be_picked() -> None:
 
 
 def test_a_plan_says_why(built: Any) -> None:
-    item: Planned = plan_build(DEMO, RTX, SMALL, BuildOptions(), built[0], nets=["unet"])[0]
+    item: WantedEngine = plan_build(DEMO, RTX, SMALL, BuildOptions(), built[0], nets=["unet"])[0]
     assert item.why
     assert [profile.label for profile in item.profiles] == ["64x64 b1 guided", "64x64 b1 unguided"]
 

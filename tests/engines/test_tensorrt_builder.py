@@ -14,10 +14,10 @@ import pytest
 from latentrt.engines.errors import BackendError, MemoryLimitError, NumericError, PackageError, StorageError
 from latentrt.engines.package import Package, write_manifest
 from latentrt.engines.spec import NetSpec, TensorSpec
+from latentrt.engines.store.building import BuildProgress
 from latentrt.engines.store.engine_store import EngineStore
 from latentrt.engines.tensorrt import builder as tensorrt_builder
 from latentrt.engines.tensorrt import child as build_process
-from latentrt.engines.tensorrt.build import BuildProgress
 from latentrt.engines.tensorrt.builder import Job, Phases, build
 from latentrt.engines.tensorrt.child import run_builder
 from latentrt.engines.tensorrt.flavour import flavour, load
@@ -134,7 +134,7 @@ def test_a_crashed_builder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 def test_a_builder_that_never_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(build_process, "_COMMAND", (sys.executable, "-c", "import os; os.close(0)"))
-    job = replace(job_of("unet_time", tmp_path / "engine"), refittable=("x" * 2**20,))
+    job = replace(job_of("unet_time", tmp_path / "engine"), net="x" * 2**20)
     with pytest.raises(BackendError, match="crashed with exit code 0"):
         run_builder(job, lambda phase, fraction: None)
 
@@ -167,7 +167,7 @@ def test_out_of_memory_is_its_own_error(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_a_job_survives_the_pipe(tmp_path: Path) -> None:
-    job = replace(job_of("unet", tmp_path / "e"), timing_cache=tmp_path / "t", refittable=("a",))
+    job = replace(job_of("unet", tmp_path / "e"), timing_cache=tmp_path / "t")
     text = json.dumps(job.to_json())
     assert json.dumps(Job.from_json(json.loads(text)).to_json()) == text
 

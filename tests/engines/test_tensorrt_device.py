@@ -12,8 +12,7 @@ from latentrt.engines.errors import BackendError
 from latentrt.engines.profiles import Profile, net_profiles
 from latentrt.engines.store.engine_store import EngineStore
 from latentrt.engines.tensorrt import backend as tensorrt_backend
-from latentrt.engines.tensorrt import device as tensorrt_device
-from latentrt.engines.tensorrt import rtx_backend as tensorrt_rtx_backend
+from latentrt.engines.tensorrt.backend import TENSORRT, TENSORRT_RTX
 from latentrt.engines.tensorrt.build import engine_key, find_engines
 from latentrt.engines.tensorrt.choice import Candidate, ChosenNet
 from latentrt.engines.tensorrt.options import BuildOptions
@@ -121,13 +120,13 @@ def test_what_compatible_engines_are_called() -> None:
 def device(monkeypatch: pytest.MonkeyPatch) -> HostDevice:
     device = HostDevice()
     device.facts = GPU  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setattr(tensorrt_device, "CudaDevice", lambda: device)
-    monkeypatch.setattr(tensorrt_device, "load", lambda row: setting.library(RTX, device))
+    monkeypatch.setattr(tensorrt_backend, "CudaDevice", lambda: device)
+    monkeypatch.setattr(tensorrt_backend, "load", lambda row: setting.library(RTX, device))
     monkeypatch.setattr(
-        tensorrt_device, "flavour", lambda backend: row(TRT if backend == "tensorrt" else RTX)
+        tensorrt_backend, "flavour", lambda backend: row(TRT if backend == "tensorrt" else RTX)
     )
     monkeypatch.setattr(
-        tensorrt_device, "installed_version", lambda backend: VARIANTS[TRT if backend == "tensorrt" else RTX]
+        tensorrt_backend, "installed_version", lambda backend: VARIANTS[TRT if backend == "tensorrt" else RTX]
     )
     return device
 
@@ -139,14 +138,14 @@ def test_a_gpu_that_the_library_does_not_list_is_tried_with_a_remark(
     put(EngineStore(), GPU, variant=RTX)
     put(EngineStore(), GPU, "ampere_plus")
     told: list[str] = []
-    tensorrt_rtx_backend.open_device(PACKAGE, [NET], log=told.append)
+    TENSORRT_RTX.open_device(PACKAGE, [NET], log=told.append)
     assert told == []
     device.facts = replace(GPU, compute_capability=(9, 0))
-    tensorrt_rtx_backend.open_device(PACKAGE, [NET], log=told.append)
+    TENSORRT_RTX.open_device(PACKAGE, [NET], log=told.append)
     assert told == ["TensorRT-RTX lists sm_80, sm_86, sm_89, sm_120; this is sm_90: trying"]
-    tensorrt_rtx_backend.open_device(PACKAGE, [NET])
+    TENSORRT_RTX.open_device(PACKAGE, [NET])
     assert capsys.readouterr().err == f"latentrt: {told[0]}\n"
-    tensorrt_backend.open_device(PACKAGE, [NET], log=told.append)
+    TENSORRT.open_device(PACKAGE, [NET], log=told.append)
     assert len(told) == 1, "its engines are built for this GPU, or for all since Ampere"
 
 

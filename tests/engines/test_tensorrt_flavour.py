@@ -116,7 +116,7 @@ def test_the_live_library_has_every_name(trt: Any, rtx: Flavour) -> None:
     for owner, methods in {
         "Builder": ("create_network", "create_builder_config", "build_serialized_network"),
         "IBuilderConfig": ("progress_monitor", "builder_optimization_level", "set_memory_pool_limit"),
-        "INetworkDefinition": ("mark_weights_refittable", "get_layer", "get_input", "get_output"),
+        "INetworkDefinition": ("get_layer", "get_input", "get_output"),
         "OnnxParser": ("parse_from_file", "num_errors", "get_error"),
         "ParserError": ("desc", "node_name", "node_operator"),
         "IProgressMonitor": ("phase_start", "step_complete", "phase_finish"),
@@ -145,12 +145,11 @@ def test_options_no_library_takes(values: dict[str, Any], found: str) -> None:
         BuildOptions(**values)
 
 
-@pytest.mark.parametrize("weights", [Weights.lora, Weights.stripped])
-def test_refitting_needs_a_gpu(rtx: Flavour, weights: Weights) -> None:
+def test_refitting_needs_a_gpu(rtx: Flavour) -> None:
     with pytest.raises(BackendError, match="needs a GPU") as caught:
-        BuildOptions(weights=weights).check(rtx, has_gpu=False)
+        BuildOptions(weights=Weights.stripped).check(rtx, has_gpu=False)
     assert "embedded, streamed" in caught.value.expected
-    BuildOptions(weights=weights).check(rtx, has_gpu=True)
+    BuildOptions(weights=Weights.stripped).check(rtx, has_gpu=True)
 
 
 def test_a_library_that_builds_on_its_gpu() -> None:

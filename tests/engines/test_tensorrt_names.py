@@ -17,7 +17,7 @@ from tests.engines.simulated_tensorrt_names import ONLY, VARIANTS
 from tests.engines.tensorrt_signatures import LIBRARIES, Declared, declared, signature
 
 FOLDER = Path(latentrt.engines.__path__[0])
-RUNNING = ("bound", "contexts", "loading", "log", "nets", "refit")  # what the simulation stands in for
+RUNNING = ("contexts", "contract", "loading", "log", "nets", "refit")  # what the simulation stands in for
 SOURCES = (*RUNNING, "builder", "network")
 # What our code calls its objects of the library -> their class; "" is the module.
 OBJECTS = {
@@ -211,7 +211,7 @@ class Calls:
         return (kind, True) if kind in self._declared else None
 
     def _owner(self, node: ast.expr) -> tuple[str, bool] | None:
-        """Of an attribute; None also where the library is known not to have it, and is not asked."""
+        """What an attribute belongs to; None also where the library is known to lack it and is not asked."""
         if not isinstance(node, ast.Attribute) or (node.attr.startswith("__") and node.attr != "__init__"):
             return None
         owner = self._kind(node.value)
@@ -283,7 +283,7 @@ WRONG = (
     ("network", "trt.OnnxParser(network, logger)", "trt.OnnxParser(network, log=logger)", "__init__ takes"),
     ("network", "trt.OnnxParser(network, logger)", "trt.ONNXParser(network, logger)", ".ONNXParser does not"),
     ("refit", "trt.Weights(held)", "trt.Weights(held, 0)", "Weights.__init__ takes"),
-    ("loading", "trt.TensorLocation.DEVICE", "trt.TensorLocation.GPU", "TensorLocation.GPU does not"),
+    ("contract", "trt.TensorLocation.DEVICE", "trt.TensorLocation.GPU", "TensorLocation.GPU does not"),
     ("nets", "engine.weight_streaming_budget_v2 =", "engine.streamable_weights_size =", "cannot be set"),
 )
 

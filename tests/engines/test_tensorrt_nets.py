@@ -7,8 +7,8 @@ import pytest
 
 from latentrt.engines.device import DeviceMemory, DeviceNet
 from latentrt.engines.errors import BackendError, EngineError, MemoryLimitError, UsageError
+from latentrt.engines.tensorrt.contract import check_outputs
 from latentrt.engines.tensorrt.nets import TensorRTNet
-from latentrt.engines.tensorrt.shapes import check_outputs
 from tests.engines import tensorrt_setting as setting
 from tests.engines.host_device import HostDevice
 from tests.engines.simulated_tensorrt_names import VARIANTS

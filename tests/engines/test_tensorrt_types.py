@@ -21,7 +21,7 @@ from tests.engines.test_tensorrt_names import ABSENT, FOLDER, LOCAL, OBJECTS, SO
 
 # What else has a type: (file, in the source, in the copy).
 TYPED = (
-    ("contexts", "Engine: TypeAlias = Any", 'Engine: TypeAlias = "lib.ICudaEngine"'),
+    ("flavour", "Engine: TypeAlias = Any", 'Engine: TypeAlias = "lib.ICudaEngine"'),
     ("contexts", "Context: TypeAlias = Any", 'Context: TypeAlias = "lib.IExecutionContext"'),
     ("contexts", "engine: Engine) -> Any", "engine: Engine) -> lib.IRuntimeConfig"),
     ("flavour", "Trt: TypeAlias = Any", "from lib import Trt as Trt"),

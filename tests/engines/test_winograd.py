@@ -14,8 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 from latentrt.engines.errors import BackendError, MemoryLimitError, PackageError, UsageError
-from latentrt.engines.onnxruntime.backend import OnnxRuntimeNet, open_net
-from latentrt.engines.onnxruntime.lowering import winograd_kernels
+from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
+from latentrt.engines.onnxruntime.host_net import OnnxRuntimeNet
 from latentrt.engines.onnxruntime.lowering.attention import lower_attention
 from latentrt.engines.onnxruntime.lowering.winograd import lower_convolutions
 from latentrt.engines.onnxruntime.lowering.winograd_kernels import TILES, Kernel, choose, kernels
@@ -252,7 +252,9 @@ def test_what_was_measured_is_opened(
     tuned = tune_package(
         demo, store, lambda now: said.append(f"{now.net} {now.phase}"), nets=["unet"], rounds=1
     )
-    assert [(item.net, item.layout, bool(item.why)) for item in tuned] == [("unet", layout, True)]
+    assert [(item.net, item.entry.facts["layout"], bool(item.why)) for item in tuned] == [
+        ("unet", layout, True)
+    ]
     facts = tuned[0].entry.facts
     assert set(facts["milliseconds"]) == {"plain", "fused", "winograd"}
     assert set(facts["relative_l2"]) == {"fused", "winograd"}
@@ -263,11 +265,11 @@ def test_what_was_measured_is_opened(
     assert found is not None
     assert found.graph == tuned[0].entry.read()
     plain = OnnxRuntimeNet(demo, "unet")
-    with open_net(demo, "unet") as net:
+    with ONNXRUNTIME.open_net(demo, "unet") as net:
         assert (net.memory.weights > plain.memory.weights) is (layout == "winograd")
         feeds = inputs_of(demo, "unet", 6, 7)
         assert far(net(**feeds)["prediction"], plain(**feeds)["prediction"]) < 1e-5
-    with open_net(demo, "vae_decoder") as net, OnnxRuntimeNet(demo, "vae_decoder") as other:
+    with ONNXRUNTIME.open_net(demo, "vae_decoder") as net, OnnxRuntimeNet(demo, "vae_decoder") as other:
         assert net.memory.weights == other.memory.weights
 
 
@@ -275,7 +277,7 @@ def test_plain_may_be_the_fastest(demo: Package, store: EngineStore, monkeypatch
     small(monkeypatch)
     decide(monkeypatch, "plain")
     (tuned,) = tune_package(demo, store, nets=["vae_decoder"], rounds=1)
-    assert tuned.layout == "plain"
+    assert tuned.entry.facts["layout"] == "plain"
     assert tuned.entry.read() == demo.path(demo.manifest.nets["vae_decoder"].graph).read_bytes()
     assert lowered_graph(demo, "vae_decoder", onnxruntime.__version__) is None
 
@@ -319,7 +321,7 @@ def test_a_miss_and_damage_are_plain(demo: Package, store: EngineStore) -> None:
     assert lowered_graph(demo, "text_encoder", version) is None
     (path / "engine.bin").write_bytes(b"grapH")
     assert lowered_graph(demo, "unet", version) is None
-    with open_net(demo, "unet") as net:
+    with ONNXRUNTIME.open_net(demo, "unet") as net:
         assert net.spec == demo.manifest.nets["unet"].spec
 
 
@@ -327,7 +329,7 @@ def test_a_miss_and_damage_are_plain(demo: Package, store: EngineStore) -> None:
 def test_a_graph_that_does_not_open_is_plain(demo: Package, store: EngineStore, weight: str) -> None:
     kernel = Kernel(name="k", weight=weight, m=4, left=True).to_json()
     remember(demo, store, b"no graph", {"layout": "winograd", "kernels": [kernel] if weight else []})
-    with open_net(demo, "unet") as net:
+    with ONNXRUNTIME.open_net(demo, "unet") as net:
         assert net.spec == demo.manifest.nets["unet"].spec
 
 
@@ -341,7 +343,7 @@ def test_weights_that_are_not_there(demo: Package, monkeypatch: pytest.MonkeyPat
     def full(*_: object) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(winograd_kernels, "kernels", full)
+    monkeypatch.setattr("latentrt.engines.onnxruntime.host_net.kernels", full)
     with pytest.raises(MemoryLimitError, match="do not fit"):
         OnnxRuntimeNet(demo, "unet", lowered=graph)
 
@@ -373,8 +375,8 @@ def test_an_empty_store_costs_no_import(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
         "from latentrt.engines.package import Package\n"
-        "from latentrt.engines.onnxruntime.backend import open_net\n"
-        f"open_net(Package.open(Path({str(DEMO)!r})), 'unet').close()\n"
+        "from latentrt.engines.onnxruntime.backend import ONNXRUNTIME\n"
+        f"ONNXRUNTIME.open_net(Package.open(Path({str(DEMO)!r})), 'unet').close()\n"
         "late = {'filelock', 'onnx_ir', 'latentrt.engines.tensorrt.build', "
         "'latentrt.engines.store.engine_store'}\n"
         "sys.exit(f'imported {late & set(sys.modules)}' if late & set(sys.modules) else 0)"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from latentrt.benchmarks.models.checkpoints import RECIPES, make_checkpoint, make_tiny_vae
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.checkpoint.open import Checkpoint
-from latentrt.export.nets.vae import preview_decoder, vae_decoder, vae_encoder
+from latentrt.export.nets.build import NETS
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -35,7 +35,7 @@ def test_another_autoencoder_takes_the_place_of_the_checkpoints(
     assert opened.family == "lcm"
     latent = torch.randn(1, 4, 5, 6)
     with torch.no_grad():
-        image, mean = vae_decoder(opened, torch.float32).module(latent)
+        image, mean = NETS["vae_decoder"].build(opened, torch.float32).module(latent)
         reference = AutoencoderKL.from_pretrained(other)
         pixels = reference.decode(latent / reference.config.scaling_factor).sample
     assert torch.allclose(mean, pixels.mean(dim=(1, 2, 3)), atol=1e-6)
@@ -55,7 +55,7 @@ def test_a_tiny_autoencoder_for_previews(checkpoint: Path, tiny: Path, tmp_path:
     opened = Checkpoint.open(checkpoint, tiny_vae=path)
     latent = torch.randn(2, 4, 3, 5)
     with torch.no_grad():
-        image, mean = preview_decoder(opened, torch.float32).module(latent)
+        image, mean = NETS["preview_decoder"].build(opened, torch.float32).module(latent)
         wanted = AutoencoderTiny.from_pretrained(tiny).decode(latent).sample
     assert torch.allclose(mean, wanted.mean(dim=(1, 2, 3)), atol=1e-6)
     assert image.shape == (2, 6, 10, 3)
@@ -63,7 +63,7 @@ def test_a_tiny_autoencoder_for_previews(checkpoint: Path, tiny: Path, tmp_path:
 
 def test_a_tiny_autoencoder_in_place_of_the_checkpoints(checkpoint: Path, tiny: Path) -> None:
     opened = Checkpoint.open(checkpoint, vae=tiny / WEIGHTS)
-    assert [item.name for item in vae_encoder(opened, torch.float32).spec.outputs] == ["mean"]
+    assert [item.name for item in NETS["vae_encoder"].build(opened, torch.float32).spec.outputs] == ["mean"]
 
 
 def test_a_decoder_alone_cannot_take_that_place(checkpoint: Path, tiny: Path, tmp_path: Path) -> None:

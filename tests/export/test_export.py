@@ -15,7 +15,7 @@ from latentrt.engines.errors import CheckpointError, NumericError, StorageError,
 from latentrt.engines.package import Defaults, Package
 from latentrt.export import export as package_writer
 from latentrt.export import export_package
-from latentrt.export.nets.build import BUILD
+from latentrt.export.nets.build import NETS
 from tests.export.conftest import Exported, relative_l2
 
 BARS = {"fp32": 1e-5, "fp16": 5e-3}
@@ -163,7 +163,7 @@ def test_the_unet_at_sizes_that_were_not_traced(
     sample = random.standard_normal((rows, 4, height, width)).astype(dtype)
     context = random.standard_normal((rows, tokens, manifest.context_width)).astype(dtype)
     timestep = np.array([999.0, 20.0, 500.0][:rows], np.float32)
-    reference = BUILD["unet"](exported.checkpoint, torch.float32).module
+    reference = NETS["unet"].build(exported.checkpoint, torch.float32).module
     with torch.no_grad():
         wanted = reference(*(torch.from_numpy(item).float() for item in (sample, timestep, context)))
     found = exported.run("unet_whole", sample=sample, timestep=timestep, encoder_hidden_states=context)
@@ -177,8 +177,10 @@ def test_the_text_encoder(exported: Exported, prompts: int) -> None:
     with torch.no_grad():
         no = np.zeros(1, np.int32)
     with torch.no_grad():
-        wanted = BUILD["text_encoder"](exported.checkpoint, torch.float32).module(
-            torch.from_numpy(ids), torch.from_numpy(no)
+        wanted = (
+            NETS["text_encoder"]
+            .build(exported.checkpoint, torch.float32)
+            .module(torch.from_numpy(ids), torch.from_numpy(no))
         )
     found = exported.run("text_encoder", input_ids=ids, clip_skip=no)["context"]
     assert relative_l2(found, wanted) < BARS[exported.package.manifest.dtype]
@@ -197,8 +199,10 @@ def test_the_decoder(exported: Exported, size: tuple[int, int, int]) -> None:
     rows, height, width = size
     latent = np.random.default_rng(0).standard_normal((rows, 4, height, width)).astype(dtype)
     with torch.no_grad():
-        image, mean = BUILD["vae_decoder"](exported.checkpoint, torch.float32).module(
-            torch.from_numpy(latent).float()
+        image, mean = (
+            NETS["vae_decoder"]
+            .build(exported.checkpoint, torch.float32)
+            .module(torch.from_numpy(latent).float())
         )
     found = exported.run("vae_decoder", latent=latent)
     scale = manifest.latent_scale
@@ -260,7 +264,7 @@ def instant(sd1: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
             key: net for key, net in sd1.package.manifest.nets.items() if net.graph.startswith(name + "/")
         }
 
-    monkeypatch.setattr(package_writer, "_component", component)
+    monkeypatch.setattr(package_writer, "_export_component", component)
 
 
 def write(checkpoint: Path, package: Path, **options: Any) -> Package:
@@ -359,7 +363,7 @@ def test_a_failed_export_leaves_nothing_and_changes_nothing(
 
     target = tmp_path / "package"
     shutil.copytree(sd1.package.root, target)
-    monkeypatch.setattr(package_writer, "_component", fail)
+    monkeypatch.setattr(package_writer, "_export_component", fail)
     with pytest.raises(type(error)):
         write(checkpoint, target, overwrite=True)
     assert os.listdir(tmp_path) == ["package"]
@@ -370,7 +374,7 @@ def test_a_full_disk(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monke
     def fail(*_: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(package_writer, "_component", fail)
+    monkeypatch.setattr(package_writer, "_export_component", fail)
     with pytest.raises(StorageError, match="No space left"):
         write(checkpoint, tmp_path / "package")
     assert not os.listdir(tmp_path)

@@ -20,10 +20,9 @@ from latentrt.engines.errors import CheckpointError
 from latentrt.engines.package import Defaults
 from latentrt.export import export_package
 from latentrt.export.checkpoint.open import Checkpoint
-from latentrt.export.export import components
 from latentrt.export.graphs.to_onnx import example
-from latentrt.export.nets.build import BUILD
-from latentrt.export.precision.calibration import Calibration, guidance_embedding
+from latentrt.export.nets.build import NETS, components
+from latentrt.export.nets.calibration import Calibration, guidance_embedding
 from tests.export.conftest import Exported, relative_l2
 from tests.export.ldm_files import one_file
 from tests.export.tensorrt_builds import build_every_net
@@ -247,7 +246,7 @@ def test_one_file_gives_the_same_nets_as_the_folder(tmp_path: Path) -> None:
         assert getattr(sources[0], name) == getattr(sources[1], name), name
     assert sources[1].tokenizers.keys() == sources[0].tokenizers.keys()
     for component in components(sources[0]):
-        one, other = (BUILD[component](source, torch.float32) for source in sources)
+        one, other = (NETS[component].build(source, torch.float32) for source in sources)
         assert one.tensors == other.tensors
         assert one.spec == other.spec
         left, right = one.module.state_dict(), other.module.state_dict()
@@ -304,18 +303,18 @@ def test_calibration_drives_the_nets_of_pictures(tmp_path: Path) -> None:
     assert [call["image_embeds"].shape for call in calls] == [(4, 40)] * 2
     calls.clear()
     calibration = Calibration(source)
-    calibration.drive("image_encoder", net(lambda arrays: np.full((4, 40), 0.5, np.float32)))
+    calibration.embed_pictures(net(lambda arrays: np.full((4, 40), 0.5, np.float32)))
     assert (calls[0]["image"].shape, calls[0]["image"].dtype) == ((4, 28, 28, 3), np.uint8)
     labels = np.arange(4, dtype=np.float32)[:, None] * np.ones((4, 80), np.float32)
-    calibration.drive("image_noiser", net(lambda _: labels))
+    calibration.noise_embeddings(net(lambda _: labels))
     assert (calls[1]["image_embeds"] == 0.5).all()
     for call in calls[1:3]:
         assert call["alpha"] ** 2 + call["sigma"] ** 2 == pytest.approx(1)
     calls.clear()
-    calibration.drive("unet", net(lambda arrays: arrays["sample"]))
+    calibration.denoise(net(lambda arrays: arrays["sample"]))
     assert [call["class_labels"][:, 0].tolist() for call in calls] == [[0, 1], [0, 1], [0, 1], [0, 1]]
     calls.clear()
-    calibration.drive("vae_encoder", net(lambda _: None))
+    calibration.encode_pictures(net(lambda _: None))
     assert [int(call["mask"].any()) for call in calls] == [0, 1, 0, 1]
     assert {call["image"].shape for call in calls} == {(1, 16, 16, 3)}
 
@@ -338,4 +337,4 @@ def test_a_processor_that_does_otherwise(tmp_path: Path, changed: dict[str, Any]
     folder = make_checkpoint(FAMILIES["unclip-tiny"], tmp_path / "unclip")
     change(folder / "feature_extractor" / "preprocessor_config.json", **changed)
     with pytest.raises(CheckpointError, match="the feature extractor has"):
-        BUILD["image_encoder"](Checkpoint.open(folder), torch.float32)
+        NETS["image_encoder"].build(Checkpoint.open(folder), torch.float32)

@@ -20,9 +20,9 @@ from latentrt.export import export as package_writer
 from latentrt.export.checkpoint.open import Checkpoint
 from latentrt.export.graphs import passes as surgery
 from latentrt.export.graphs.to_onnx import example
-from latentrt.export.nets.build import BUILD
+from latentrt.export.nets.build import NETS
 from latentrt.export.precision import islands
-from latentrt.export.precision.ranges import FP16_MAX, LIMIT, Found
+from latentrt.export.precision.islands import FP16_MAX, LIMIT, Found
 from latentrt.export.verify import compare
 from latentrt.runtime import Pipeline
 from latentrt.runtime.loop import open as loops
@@ -57,14 +57,13 @@ def hot(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     source = make_overflowing(folder / "checkpoint")
     before: dict[str, ir.Model] = {}
     found: list[Found] = []
-    measure = package_writer._islands
 
-    def keep(checkpoint: Any, component: str, path: Path, model: ir.Model, *rest: Any) -> None:
+    def keep(model: ir.Model, component: str, *rest: Any) -> Found:
         before[component] = model.clone()
-        measure(checkpoint, component, path, model, *rest)
+        return islands.find_islands(model, component, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(package_writer, "_islands", keep)
+        patch.setattr(package_writer, "find_islands", keep)
         package = package_writer.export_package(
             source, folder / "package", dtype="fp16", verify=False, report_islands=found.append
         )
@@ -72,7 +71,7 @@ def hot(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     nets: dict[str, Any] = {}
     for component, net in COMPONENTS.items():
         contract = package.manifest.nets[net].spec
-        nets |= package_writer._graphs(component, root, before[component], net, contract, "fp16")
+        nets |= package_writer._write_graphs(component, root, before[component], contract, "fp16")
     plain = with_nets(package, root, nets)
     return Exported(source, package, plain, {item.component: item for item in found})
 
@@ -83,7 +82,7 @@ def inputs(package: Package, net: str, seed: int = 5) -> dict[str, torch.Tensor]
 
 def wanted(source: Path, component: str, arrays: dict[str, torch.Tensor]) -> np.ndarray:
     """diffusers' or transformers' module in float32."""
-    net = BUILD[component](Checkpoint.open(source), torch.float32)
+    net = NETS[component].build(Checkpoint.open(source), torch.float32)
     with torch.no_grad():
         result = net.module(
             **{name: item.float() if item.is_floating_point() else item for name, item in arrays.items()}

@@ -6,6 +6,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from latentrt.export.graphs import passes as surgery
+from latentrt.export.graphs.attention import write_out_attention
 from latentrt.export.precision import islands
 
 HALF = ir.DataType.FLOAT16
@@ -36,7 +37,7 @@ def test_an_island_survives_what_fp16_does_not(tmp_path: Path) -> None:
     x = np.array([100.0, 2.0], np.float16)
     model = model_of(SQUARES, "float16[2] x", "float16[2] y")
     islands.run_in_fp32(model, ["n/b", "n/c"])
-    assert islands.find(model) == ("n/b", "n/c")
+    assert islands.island_names(model) == ("n/b", "n/c")
     # One cast in and one out, none between.
     assert [node.op_type for node in model.graph].count("Cast") == 2
     assert np.allclose(run(model, tmp_path, x=x), [200.0, 4.0], rtol=2e-3)
@@ -77,7 +78,7 @@ def by_hand(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 def test_written_out_attention_is_attention(tmp_path: Path) -> None:
     model = model_of(ATTENTION, OPERANDS, "float16[2,3,5,16] y")
-    names = islands.write_out_attention(model.graph, model.graph[0])
+    names = write_out_attention(model.graph, model.graph[0])
     assert "Attention" not in {node.op_type for node in model.graph}
     assert {node.name for node in model.graph} >= set(names)
     assert model.graph.outputs[0].name == "y"
@@ -87,7 +88,7 @@ def test_written_out_attention_is_attention(tmp_path: Path) -> None:
 def test_upcast_attention_holds_scores_beyond_fp16(tmp_path: Path) -> None:
     model = model_of(ATTENTION, OPERANDS, "float16[2,3,5,16] y")
     islands.upcast_attention(model)
-    assert islands.find(model) == ("n/y/scaled", "n/y/scores", "n/y/shares")
+    assert islands.island_names(model) == ("n/y/scaled", "n/y/scores", "n/y/shares")
     found = run(model, tmp_path, **operands(300.0))
     assert np.isfinite(found).all()
     assert np.allclose(found, by_hand(**operands(300.0)), atol=2e-3)
@@ -96,5 +97,5 @@ def test_upcast_attention_holds_scores_beyond_fp16(tmp_path: Path) -> None:
 def test_a_native_attention_in_an_island_is_written_out(tmp_path: Path) -> None:
     model = model_of(ATTENTION, OPERANDS, "float16[2,3,5,16] y")
     islands.run_in_fp32(model, ["n/y"])
-    assert islands.find(model) == ("n/y/scaled", "n/y/scores", "n/y/shares", "n/y/values")
+    assert islands.island_names(model) == ("n/y/scaled", "n/y/scores", "n/y/shares", "n/y/values")
     assert np.allclose(run(model, tmp_path, **operands()), by_hand(**operands()), atol=1e-3)

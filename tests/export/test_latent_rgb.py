@@ -1,7 +1,8 @@
 """The fitted colours of latent cells: exact where the encoder is linear, and close on the demo's."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -9,9 +10,12 @@ import torch
 from torch import nn
 
 from latentrt.engines.errors import NumericError
+from latentrt.export.checkpoint.component import Component
 from latentrt.export.checkpoint.open import Checkpoint
-from latentrt.export.nets import build as nets
-from latentrt.export.nets.latent_rgb import colour_fields, fit_latent_rgb
+from latentrt.export.nets.build import NETS
+from latentrt.export.nets.calibration import colour_fields
+from latentrt.export.nets.latent_rgb import fit_latent_rgb
+from latentrt.export.nets.torch_net import Net
 
 DEMO = Path(__file__).resolve().parents[2] / "demo" / "checkpoint"
 MIX = np.array([[0.5, -0.2, 0.1, 0.3], [0.1, 0.7, -0.4, 0.2], [0.2, 0.1, 0.6, -0.5]])  # of colours
@@ -32,10 +36,10 @@ class Broken(nn.Module):
 
 
 def with_encoder(monkeypatch: pytest.MonkeyPatch, module: nn.Module) -> None:
-    def build(source: Checkpoint, dtype: torch.dtype) -> Any:
-        return nets.Net(name="vae_encoder", module=module, spec=None, tensors={})  # type: ignore[arg-type]
+    def make(source: Checkpoint, part: Component, dtype: torch.dtype) -> Any:
+        return Net(module=module, spec=None, tensors={})  # type: ignore[arg-type]
 
-    monkeypatch.setattr(nets, "BUILD", {"vae_encoder": build})
+    monkeypatch.setitem(cast(dict[str, Any], NETS), "vae_encoder", replace(NETS["vae_encoder"], make=make))
 
 
 def test_a_linear_encoder_is_inverted(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +71,7 @@ def test_the_demos_colours_are_nearly_as_close_as_a_line_can_be() -> None:
     fit = np.array(fit_latent_rgb(source))
     pictures = colour_fields(8, 64, seed=99)
     with torch.no_grad():
-        net = nets.BUILD["vae_encoder"](source, torch.float32).module
+        net = NETS["vae_encoder"].build(source, torch.float32).module
         latent = net(torch.from_numpy(pictures), torch.zeros((8, 64, 64, 1), dtype=torch.uint8))[0].numpy()
     rows = np.hstack([np.moveaxis(latent, 1, 3).reshape(-1, 4), np.ones((8 * 64, 1))])
     cells = pictures.reshape(8, 8, 8, 8, 8, 3).mean(axis=(2, 4)).reshape(-1, 3) / 255

@@ -12,9 +12,8 @@ from torch import nn
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.checkpoint.open import Checkpoint
-from latentrt.export.nets.clip import text_encoder
-from latentrt.export.nets.unet import unet
-from latentrt.export.nets.vae import Scaling, VaeDecoder, VaeEncoder, vae_decoder
+from latentrt.export.nets.build import NETS
+from latentrt.export.nets.vae import Scaling, VaeDecoder, VaeEncoder
 
 
 def rename(path: Path, *pairs: tuple[str, str]) -> None:
@@ -29,21 +28,21 @@ def test_missing_and_unknown_tensors(copy: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"missing: \['conv_out.bias'.*unknown: \['conv_new.bias'.*; 4 in all"
     ):
-        unet(Checkpoint.open(copy), torch.float32)
+        NETS["unet"].build(Checkpoint.open(copy), torch.float32)
 
 
 def test_other_shapes(copy: Path) -> None:
     path = copy / "unet" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "in_channels": 9}))
     with pytest.raises(CheckpointError, match=r"conv_in.weight \(48, 4, 3, 3\)"):
-        unet(Checkpoint.open(copy), torch.float32)
+        NETS["unet"].build(Checkpoint.open(copy), torch.float32)
 
 
 def test_tensors_of_older_libraries_are_not_missed(copy: Path) -> None:
     path = copy / "text_encoder" / "model.safetensors"
     buffers = {"text_model.embeddings.position_ids": torch.arange(77)[None], "logit_scale": torch.ones(1)}
     save_file({**load_file(path), **buffers}, path)
-    net = text_encoder(Checkpoint.open(copy), torch.float32)
+    net = NETS["text_encoder"].build(Checkpoint.open(copy), torch.float32)
     names = [stored for stored, _ in net.tensors.values()]
     assert all(name.startswith("text_model.") for name in names)
     assert not [name for name in names if "position_ids" in name]
@@ -54,7 +53,7 @@ def test_the_text_encoder_equals_transformers(checkpoint: Path) -> None:
 
     reference = CLIPTextModel.from_pretrained(checkpoint / "text_encoder", dtype=torch.float32)
     ids = torch.randint(0, 300, (3, 77), dtype=torch.int32)
-    net = text_encoder(Checkpoint.open(checkpoint), torch.float32)
+    net = NETS["text_encoder"].build(Checkpoint.open(checkpoint), torch.float32)
     assert not [value for value in net.module.state_dict().values() if value.is_meta]
     with torch.no_grad():
         found = reference(ids, output_hidden_states=True)
@@ -64,11 +63,11 @@ def test_the_text_encoder_equals_transformers(checkpoint: Path) -> None:
 
 
 def test_old_names_of_the_vaes_attention(copy: Path) -> None:
-    wanted = vae_decoder(Checkpoint.open(copy), torch.float32)
+    wanted = NETS["vae_decoder"].build(Checkpoint.open(copy), torch.float32)
     path = copy / "vae" / "diffusion_pytorch_model.safetensors"
     pairs = [("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")]
     rename(path, *((f"attentions.0.{new}.", f"attentions.0.{old}.") for new, old in pairs))
-    found = vae_decoder(Checkpoint.open(copy), torch.float32)
+    found = NETS["vae_decoder"].build(Checkpoint.open(copy), torch.float32)
     assert found.tensors == wanted.tensors
     latent = torch.randn(1, 4, 5, 6)
     with torch.no_grad():

@@ -16,10 +16,11 @@ from latentrt.engines.errors import CheckpointError, NumericError
 from latentrt.export.checkpoint.open import Checkpoint
 from latentrt.export.graphs import passes as surgery
 from latentrt.export.graphs.hoist import hoist
-from latentrt.export.nets.build import BUILD
+from latentrt.export.nets.build import NETS
+from latentrt.export.nets.calibration import PROMPTS, STEPS, Calibration, token_ids
 from latentrt.export.precision import islands
-from latentrt.export.precision.calibration import PROMPTS, STEPS, Calibration, token_ids
-from latentrt.export.precision.ranges import LIMIT, find_islands, measure
+from latentrt.export.precision.islands import LIMIT, find_islands
+from latentrt.export.precision.ranges import measure
 
 from .test_islands import ATTENTION, HALF, OPERANDS, model_of, operands, run
 
@@ -33,7 +34,7 @@ class Drive:
         self.calls = [{name: np.asarray(array, np.float32) for name, array in call.items()} for call in calls]
         self.outputs: list[np.ndarray] = []
 
-    def __call__(self, component: str, call: Any) -> None:
+    def __call__(self, call: Any) -> None:
         self.outputs = [call(arrays)[0] for arrays in self.calls]
 
 
@@ -86,7 +87,7 @@ def test_an_island_begins_at_the_limit(tmp_path: Path, factor: float, count: int
     assert len(found.islands) == count
     assert found.largest == pytest.approx(LIMIT * factor)
     assert found.where == "n/a"
-    assert islands.find(model) == tuple(island.node for island in found.islands)
+    assert islands.island_names(model) == tuple(island.node for island in found.islands)
     assert all(island.largest == found.largest for island in found.islands)
 
 
@@ -115,7 +116,7 @@ def test_causal_attention_can_be_an_island(tmp_path: Path) -> None:
     model = model_of(body, OPERANDS.replace("7,16", "5,16"), "float16[2,3,5,16] y")
     arrays = {name: array[:, :, :5] for name, array in operands(30.0).items()}
     find_islands(model, "text_encoder", tmp_path, Drive({**arrays, "q": arrays["q"] * 12}))
-    assert "n/y/masked" in islands.find(model)
+    assert "n/y/masked" in islands.island_names(model)
     q, k, v = (torch.from_numpy(array).double() for array in arrays.values())
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25)
     assert np.allclose(run(model, tmp_path, **arrays), wanted.numpy(), atol=2e-3)
@@ -131,7 +132,7 @@ def test_islands_that_touch_have_no_cast_between(tmp_path: Path) -> None:
     arrays = {"x": [200], "k": [400], "small": [2**-13]}
     found = find_islands(model, "unet", tmp_path, Drive(arrays))
     assert [island.node for island in found.islands] == ["n/a", "n/b", "n/i"]
-    assert islands.find(model) == ("n/a", "n/r", "n/m", "n/b", "n/i")
+    assert islands.island_names(model) == ("n/a", "n/r", "n/m", "n/b", "n/i")
     wide = {value.name for node in model.graph for value in node.outputs if value.dtype == FULL}
     assert {"a", "m", "b"} <= wide
     assert [node.op_type for node in model.graph].count("Cast") == 4  # x, k, small on their way in; i out
@@ -161,8 +162,8 @@ def test_a_weight_that_fp16_cannot_hold(tmp_path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
     checkpoint = Checkpoint.open(source)
     with pytest.raises(CheckpointError, match=r"'decoder.conv_in.bias' has values up to 7e\+04"):
-        BUILD["vae_decoder"](checkpoint, torch.float16)
-    BUILD["vae_decoder"](checkpoint, torch.float32)
+        NETS["vae_decoder"].build(checkpoint, torch.float16)
+    NETS["vae_decoder"].build(checkpoint, torch.float32)
 
 
 def test_the_time_embedding_of_an_island_stays_a_table() -> None:
@@ -197,7 +198,7 @@ def test_calibration_draws_a_picture(checkpoint: Path) -> None:
     text, unet = Recorded(lambda _: contexts), Recorded(lambda arrays: arrays["sample"] * 0.5)
     vae = Recorded(lambda _: None)
     for component, net in {"text_encoder": text, "unet": unet, "vae_decoder": vae}.items():
-        calibration.drive(component, net)
+        NETS[component].calibrate(calibration, net)
     (ids,) = (call["input_ids"] for call in text.calls)
     assert (ids.shape, ids.dtype) == ((4, 77), np.int32)
     assert (ids[:, 0] == 698).all()
@@ -218,9 +219,9 @@ def test_calibration_draws_a_picture(checkpoint: Path) -> None:
 
 def test_calibration_without_the_net_before(checkpoint: Path) -> None:
     unet, vae = Recorded(lambda arrays: arrays["sample"]), Recorded(lambda _: None)
-    Calibration(Checkpoint.open(checkpoint)).drive("unet", unet)
+    Calibration(Checkpoint.open(checkpoint)).denoise(unet)
     assert unet.calls[0]["encoder_hidden_states"].shape == (2, 77, 80)
-    Calibration(Checkpoint.open(checkpoint)).drive("vae_decoder", vae)
+    Calibration(Checkpoint.open(checkpoint)).decode(vae)
     assert 0.9 < vae.calls[0]["latent"].std() < 1.1
 
 

@@ -170,13 +170,13 @@ def row_error(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.max(np.abs(ours - theirs).max(axis=1) / np.abs(theirs).max(axis=1)))
 
 
-def check(table: Table, scheduler, **options) -> None:
+def check(table: Table, scheduler, *, fractional: float = 5e-4, **options) -> None:
     times, rows, drawn = probe(scheduler, **options)
     assert len(times) == len(table)
     assert table.draws.tolist() == drawn
     # fractional timesteps come out of float32 logarithms in diffusers; whole ones must be equal
     np.testing.assert_allclose(
-        table.t, times, rtol=0, atol=5e-4 if scheduler.timesteps.is_floating_point() else 0
+        table.t, times, rtol=0, atol=fractional if scheduler.timesteps.is_floating_point() else 0
     )
     assert row_error(unroll(table), rows) <= TOLERANCE
 

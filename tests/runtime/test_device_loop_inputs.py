@@ -10,7 +10,7 @@ import pytest
 
 from latentrt.engines.device import DeviceNet
 from latentrt.engines.errors import MemoryLimitError, PackageError, UsageError
-from latentrt.engines.onnxruntime import backend as onnxruntime
+from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import Package
 from latentrt.runtime.loop.clock import Clock
@@ -43,7 +43,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Package]:
 
 @contextmanager
 def on_host(package: Package) -> Generator[HostLoop]:
-    loop = HostLoop(package, onnxruntime, 1)
+    loop = HostLoop(package, ONNXRUNTIME, 1)
     try:
         yield loop
     finally:
@@ -69,7 +69,7 @@ def on_device(
 
 
 def job_of(kind: str, *, masked: bool = False, seed: int = 0, **changes: Any) -> Job:
-    """Of the package of that name: two guided pictures, noise in every row, every UNet row another."""
+    """A job for the package of that name: two guided pictures, noise in every row, every UNet row another."""
     random = np.random.default_rng(seed)
 
     def normal(*shape: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from latentrt.engines.errors import UsageError
 from latentrt.runtime.pictures.infotext import DEFAULTS, format_infotext, parse_infotext
+from tests.sizes import a_tenth_of
 
 FIELDS = {
     "prompt": "a red circle,\n(blue:1.2) background",
@@ -155,9 +156,13 @@ def _kept(lines: list[str]) -> str:
     return "\n".join(stripped)
 
 
-@settings(max_examples=500, deadline=None)
-@given(PROMPTS, PROMPTS, st.dictionaries(NAMES, VALUES, min_size=3, max_size=12))
-def test_any_parameters_survive(prompt, negative, parameters):
+@a_tenth_of(500)
+def test_any_parameters_survive(count):
+    given_parameters = given(PROMPTS, PROMPTS, st.dictionaries(NAMES, VALUES, min_size=3, max_size=12))
+    settings(max_examples=count, deadline=None)(given_parameters(check_parameters_survive))()
+
+
+def check_parameters_survive(prompt, negative, parameters):
     parameters = {name: value for name, value in parameters.items() if name not in DEFAULTS} | ENOUGH
     fields = {"prompt": "\n".join(prompt), "negative_prompt": "\n".join(negative), **parameters}
     parsed = parse_infotext(format_infotext(fields))

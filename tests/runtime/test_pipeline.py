@@ -46,8 +46,8 @@ class FakeNet:
 
 
 def replace_net(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, name: str, change: Any) -> FakeNet:
-    fake = FakeNet(pipe._loop.nets[name], change)
-    monkeypatch.setattr(pipe._loop, "nets", {**pipe._loop.nets, name: fake})
+    fake = FakeNet(pipe.loop.nets[name], change)
+    monkeypatch.setattr(pipe.loop, "nets", {**pipe.loop.nets, name: fake})
     return fake
 
 
@@ -196,7 +196,7 @@ def test_the_real_decoder_reports_nan(pipe: Pipeline) -> None:
     latent = np.zeros((1, 4, 16, 16), np.float32)
     latent[0, 0, 5, 5] = np.nan
     with pytest.raises(NumericError, match="picture is not finite"):
-        check_finite(*pipe._loop.decode(latent))
+        check_finite(*pipe.loop.decode(latent))
 
 
 def test_a_plain_prompt_that_is_too_long_warns_and_names_what_was_dropped(pipe: Pipeline) -> None:
@@ -252,4 +252,4 @@ def test_a_closed_pipeline_says_so() -> None:
     with pytest.raises(BackendError, match="closed"):
         pipe(PROMPT)
     with pytest.raises(BackendError, match="closed"):
-        pipe._loop.call("step")
+        pipe.loop.call("step")

@@ -6,7 +6,8 @@ import pytest
 
 from latentrt.engines.errors import SamplerError, UsageError
 from latentrt.engines.package import Defaults, Manifest
-from latentrt.runtime.request.request import Given, Parameters, latent_shape, make_request
+from latentrt.runtime.request.parameters import PARAMETERS
+from latentrt.runtime.request.request import latent_shape, make_request
 
 MANIFEST = Manifest(
     name="m",
@@ -49,10 +50,30 @@ def test_guidance_off(scale: float) -> None:
     assert not make_request(MANIFEST, "a", guidance_scale=scale).guided
 
 
-def test_every_parameter_has_a_type_and_a_default() -> None:
-    assert list(Parameters.__annotations__) == [field.name for field in dataclasses.fields(Given)]
-    types = {field.name: field.type for field in dataclasses.fields(Given)}
-    assert types == {name: hint.__forward_arg__ for name, hint in Parameters.__annotations__.items()}
+def test_a_default_passes_its_own_check() -> None:
+    plain = make_request(MANIFEST, "a", seed=1)
+    said = {name: parameter.default for name, parameter in PARAMETERS.items() if name != "seed"}
+    assert make_request(MANIFEST, "a", seed=1, **said) == plain
+
+
+@pytest.mark.parametrize(
+    ("parameters", "match"),
+    [
+        ({"steps": 3}, "there is no parameter 'steps'; expected 'num_inference_steps'"),
+        ({"generator": 3}, "expected 'seed'"),
+        ({"guidance_scal": 3}, "expected 'guidance_scale'"),
+        ({"zzz": 3}, "expected one of negative_prompt, "),
+    ],
+)
+def test_another_name_is_answered_with_the_right_one(parameters: dict[str, Any], match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        make_request(MANIFEST, "a", **parameters)
+
+
+def test_timesteps_and_sigmas_set_the_number_of_steps() -> None:
+    assert make_request(MANIFEST, "a", timesteps=[900, 500, 100]).num_inference_steps == 3
+    request = make_request(MANIFEST, "a", sigmas=np.array([10.0, 1.0, 0.0]))
+    assert (request.num_inference_steps, request.sigmas) == (2, (10.0, 1.0, 0.0))
 
 
 @pytest.mark.parametrize(
@@ -77,6 +98,12 @@ def test_every_parameter_has_a_type_and_a_default() -> None:
         ({"guidance_scale": "7"}, "guidance_scale is '7'"),
         ({"guidance_rescale": 2}, "guidance_rescale is 2"),
         ({"eta": 2}, "eta is 2"),
+        ({"eta": None}, "eta is None"),
+        ({"timesteps": []}, r"timesteps is \[\]; expected a list of numbers"),
+        ({"timesteps": "900"}, "timesteps is '900'"),
+        ({"timesteps": [900, "x"]}, "timesteps is 'x'"),
+        ({"timesteps": [900], "sigmas": [1.0, 0.0]}, "timesteps with sigmas"),
+        ({"timesteps": [900], "num_inference_steps": 3}, "num_inference_steps with timesteps"),
         ({"rng": "numpy"}, "rng is 'numpy'; expected one of torch-cpu, torch-cuda"),
         ({"output_type": "pt"}, "output_type is 'pt'"),
         ({"seed": [1, 2]}, r"seed is \[1, 2\] for 1 pictures"),

@@ -35,6 +35,25 @@ def test_table_of_a_named_sampler(name: str, steps: int) -> None:
     check(make_table(resolve(name, SD), steps), scheduler, **step_options(name))
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_table_of_few_steps(name: str) -> None:
+    cls, options = CLASSES[name]
+    # its second stage is next to sigma = 0, and diffusers takes the logarithm in float32
+    fractional = 1e-2 if name == "dpm2_a" else 5e-4
+    for steps in range(1, 6):
+        scheduler = make_scheduler(cls, SD, **options)
+        set_steps(scheduler, steps)
+        check(make_table(resolve(name, SD), steps), scheduler, fractional=fractional, **step_options(name))
+
+
+@pytest.mark.parametrize("steps", range(1, 6))
+@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - set(CLASSES)))
+def test_few_steps_of_samplers_that_diffusers_has_not(name: str, steps: int) -> None:
+    table = make_table(resolve(name, SD), steps)
+    assert len(table) >= steps
+    assert np.isfinite(unroll(table)).all()
+
+
 def test_every_sampler_is_compared() -> None:
     """The two left out differ from diffusers, or are not in it; they have tests of their own below."""
     assert set(CLASSES) == set(SAMPLERS) - {"dpmpp_3m_sde", "dpmpp_2s_a"}

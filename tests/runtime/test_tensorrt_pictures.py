@@ -12,7 +12,7 @@ from latentrt.engines.errors import BackendError, EngineError, UsageError
 from latentrt.engines.package import NetFile, Package
 from latentrt.engines.profiles import Profile, net_profiles
 from latentrt.engines.store.engine_store import EngineStore
-from latentrt.engines.tensorrt import device as tensorrt_device
+from latentrt.engines.tensorrt import backend as tensorrt_backend
 from latentrt.engines.tensorrt.build import engine_key
 from latentrt.engines.tensorrt.options import BuildOptions
 from latentrt.runtime.loop.device.loop import DeviceLoop
@@ -61,13 +61,15 @@ class Bench:
         self.device.facts = GPU  # pyright: ignore[reportAttributeAccessIssue]
         self.trt = SimulatedLibrary(variant, self.device.submit)
         self.variant, self.backend = variant, variant.partition(" ")[0]
-        monkeypatch.setattr(tensorrt_device, "CudaDevice", lambda: self.device)
-        monkeypatch.setattr(tensorrt_device, "load", lambda row: self.trt)
-        monkeypatch.setattr(tensorrt_device, "flavour", lambda backend: row(variant))
-        monkeypatch.setattr(tensorrt_device, "installed_version", lambda backend: VARIANTS[variant])
+        monkeypatch.setattr(tensorrt_backend, "CudaDevice", lambda: self.device)
+        monkeypatch.setattr(tensorrt_backend, "load", lambda row: self.trt)
+        monkeypatch.setattr(tensorrt_backend, "flavour", lambda backend: row(variant))
+        monkeypatch.setattr(tensorrt_backend, "installed_version", lambda backend: VARIANTS[variant])
 
     def open(self, package: Package, store: EngineStore) -> Pipeline:
-        device, nets = tensorrt_device.open_device(self.backend, package, DEVICE_NETS, store=store)
+        device, nets = tensorrt_backend.TensorRTBackend(self.backend).open_device(
+            package, DEVICE_NETS, store=store
+        )
         loop = DeviceLoop(_as_device(device), nets, package.manifest, graphs="on")
         return Pipeline.over(package, loop, self.backend, cache_bytes=0)
 

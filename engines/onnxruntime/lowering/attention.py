@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .image_layouts import numbers_of
-from .lower import CONTRIB
+from .values import CONTRIB, numbers_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir

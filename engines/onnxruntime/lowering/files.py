@@ -1,16 +1,37 @@
-"""Reads graphs of a package to lower them, and writes what came of it. onnx-ir is imported on first use."""
+"""Lowered graphs: read from a package, written, and given to a session with the package's own weights.
+
+onnx-ir is imported on first use.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ...errors import BackendError, PackageError
 from ...package import Package
+from .winograd_kernels import Kernel
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoweredGraph:
+    """A graph in a layout other than `plain`: its bytes, and the weights that a session of it needs."""
+
+    layout: str
+    graph: bytes
+    kernels: tuple[Kernel, ...]
+
+
+def lowering_missing() -> str | None:
+    """None if graphs can be lowered here, else the reason."""
+    return None if find_spec("onnx_ir") else "onnx-ir is not installed"
 
 
 def read_graph(package: Package, net: str) -> ir.Model:
@@ -20,9 +41,9 @@ def read_graph(package: Package, net: str) -> ir.Model:
         BackendError: onnx-ir is not installed.
         PackageError: onnx-ir cannot read the graph.
     """
-    if find_spec("onnx_ir") is None:
+    if reason := lowering_missing():
         raise BackendError(
-            "onnx-ir is not installed",
+            reason,
             expected="the library that lowers graphs for ONNX Runtime",
             fix="Install it: pip install onnx-ir.",
         )
@@ -41,9 +62,19 @@ def read_graph(package: Package, net: str) -> ir.Model:
 
 
 def write_graph(model: ir.Model, path: Path) -> Path:
-    """Write a graph beside nothing: its weights stay where they are. Returns the path."""
+    """Write a graph whose weights stay in the package (see `session_entries`). Returns the path."""
     import onnx_ir
 
     path.parent.mkdir(parents=True, exist_ok=True)
     cast(Any, onnx_ir).save(model, path)
     return path
+
+
+def session_entries(package: Package, net: str) -> dict[str, str]:
+    """Session options (`add_session_config_entry`) that let a lowered graph find the package's weights.
+
+    ONNX Runtime 1.31 refuses external data outside the graph's folder, be it by `..`, an absolute path or a
+    symbolic link; this entry names another folder, so nothing is copied or linked.
+    """
+    weights = package.manifest.nets[net].weights
+    return {_WEIGHTS_FOLDER: str(package.path(weights).parent)} if weights else {}

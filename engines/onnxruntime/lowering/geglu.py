@@ -14,9 +14,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .image_layouts import Layouts
-from .lower import CONTRIB, weight_shape
-from .ranks import rank_of
+from .graph_images import GraphImages
+from .values import CONTRIB, rank_of, weight_shape
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -26,15 +25,15 @@ def lower_geglus(model: ir.Model) -> int:
     """Lower every GEGLU in float32 in place; how many those are."""
     import onnx_ir.passes.common as passes
 
-    layouts = Layouts(model.graph)
-    lowered = sum(_lower(layouts, node) for node in list(model.graph))
+    images = GraphImages(model.graph)
+    lowered = sum(_lower(images, node) for node in list(model.graph))
     if lowered:
         model.opset_imports[CONTRIB] = 1
         passes.RemoveUnusedNodesPass()(model)
     return lowered
 
 
-def _lower(layouts: Layouts, split: ir.Node) -> bool:
+def _lower(images: GraphImages, split: ir.Node) -> bool:
     import onnx_ir as ir
 
     biased = _biased_product(split)
@@ -45,17 +44,17 @@ def _lower(layouts: Layouts, split: ir.Node) -> bool:
     data, weight = product.inputs
     names = [output.name for output in split.outputs]
     assert weight is not None
-    columns = _halves(layouts, split, weight, 1)
-    biases = _halves(layouts, split, bias, 0)
+    columns = _halves(images, split, weight, 1)
+    biases = _halves(images, split, bias, 0)
     products = [
-        layouts.insert(split, "MatMul", [data, half], f"{name}/product")
+        images.insert(split, "MatMul", [data, half], f"{name}/product")
         for half, name in zip(columns, names, strict=True)
     ]
-    made = layouts.insert(split, "Add", [products[0], biases[0]], f"{names[0]}/biased")
+    made = images.insert(split, "Add", [products[0], biases[0]], f"{names[0]}/biased")
     fused = ir.node("BiasGelu", [products[1], biases[1]], domain=CONTRIB, name=f"{names[1]}/BiasGelu")
     fused.outputs[0].name = f"{names[1]}/gelu"
     fused.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-    layouts.graph.insert_before(split, fused)
+    images.graph.insert_before(split, fused)
     ir.convenience.replace_all_uses_with(split.outputs[0], made)
     ir.convenience.replace_all_uses_with(gelu.outputs[0], fused.outputs[0])
     return True
@@ -111,7 +110,7 @@ def _gelu_behind(split: ir.Node) -> ir.Node | None:
     return gelu if exact and alone and gelu.domain == "" else None
 
 
-def _halves(layouts: Layouts, before: ir.Node, value: ir.Value, axis: int) -> tuple[ir.Value, ir.Value]:
+def _halves(images: GraphImages, before: ir.Node, value: ir.Value, axis: int) -> tuple[ir.Value, ir.Value]:
     """Both halves of a weight along an axis; ONNX Runtime makes them when it opens the net."""
     import onnx_ir as ir
 
@@ -121,5 +120,5 @@ def _halves(layouts: Layouts, before: ir.Node, value: ir.Value, axis: int) -> tu
     for output, which in zip(node.outputs, ("first", "second"), strict=True):
         output.name = f"{name}/{which}"
         output.type = ir.TensorType(ir.DataType.FLOAT)
-    layouts.graph.insert_before(before, node)
+    images.graph.insert_before(before, node)
     return node.outputs[0], node.outputs[1]

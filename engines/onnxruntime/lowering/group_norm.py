@@ -33,9 +33,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .image_layouts import Layouts
-from .lower import weight_shape
-from .ranks import rank_of
+from .graph_images import GraphImages
+from .values import rank_of, weight_shape
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -49,14 +48,14 @@ def lower_group_norms(model: ir.Model) -> int:
 
     if model.opset_imports.get("", 0) < _OPSET:
         return 0
-    layouts = Layouts(model.graph)
-    lowered = sum(_lower(layouts, node) for node in list(model.graph))
+    images = GraphImages(model.graph)
+    lowered = sum(_lower(images, node) for node in list(model.graph))
     if lowered:
         passes.RemoveUnusedNodesPass()(model)
     return lowered
 
 
-def _lower(layouts: Layouts, node: ir.Node) -> bool:
+def _lower(images: GraphImages, node: ir.Node) -> bool:
     import onnx_ir as ir
 
     if node.domain != "" or node.op_type != "GroupNormalization":
@@ -69,24 +68,24 @@ def _lower(layouts: Layouts, node: ir.Node) -> bool:
     name = node.outputs[0].name
 
     def add(kind: str, what: str, inputs: Sequence[ir.Value | None], **attributes: object) -> ir.Value:
-        return layouts.insert(node, kind, inputs, f"{name}/{what}", **attributes)
+        return images.insert(node, kind, inputs, f"{name}/{what}", **attributes)
 
     # Of (N, C, H, W) the last dimension is copied both times, so the way back needs no computed shape.
     pixels = (-1,) if rank == 3 else (-1, 0)
-    one = layouts.tensor("group_norm/one", np.ones(1, np.float32))
+    one = images.tensor("group_norm/one", np.ones(1, np.float32))
     epsilon = node.attributes.get_float("epsilon", 1e-5)
-    value = add("Reshape", "groups", [data, layouts.constant(0, groups, *pixels)])
+    value = add("Reshape", "groups", [data, images.constant(0, groups, *pixels)])
     size = add("Shape", "size", [value], start=2)
     size.type = ir.TensorType(ir.DataType.INT64)
     ones = add("Expand", "ones", [one, size])
     value = add("LayerNormalization", "deviations", [value, ones], axis=2, epsilon=epsilon)
-    value = add("Reshape", "channels", [value, layouts.constant(0, channels[0], *pixels)])
-    behind = layouts.constant(*range(1, rank - 1))
+    value = add("Reshape", "channels", [value, images.constant(0, channels[0], *pixels)])
+    behind = images.constant(*range(1, rank - 1))
     value = add("Mul", "scaled", [value, add("Unsqueeze", "gamma", [gamma, behind])])
     value = add("Add", "normal", [value, add("Unsqueeze", "beta", [beta, behind])])
     old = node.outputs[0]
     value.shape = old.shape
     ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
     value.name, old.name = old.name, value.name
-    layouts.graph.remove(node, safe=True)
+    images.graph.remove(node, safe=True)
     return True

@@ -8,7 +8,7 @@ images between two of them may as well stay NHWC, which is what tensor cores wan
 
 The provider's own option `prefer_nhwc` uses the same convolution, but the optimiser behind it pushes no
 transpose through a Resize in a CUDA build, and weighs each one at a Concat. Here one walk over the graph
-decides the layout of every image (`onnxruntime/image_layouts.py`).
+decides the layout of every image (`onnxruntime/graph_images.py`).
 
 Only engines are lowered, never packages. Needs onnx-ir, which is imported on first use.
 """
@@ -21,13 +21,12 @@ from typing import TYPE_CHECKING
 
 from ...package import Package
 from .files import read_graph, write_graph
-from .image_layouts import FIRST, LAST, Image, Layouts, numbers_of
+from .graph_images import FIRST, LAST, GraphImages, Image
+from .values import CONTRIB, numbers_of, weight_shape
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-CONTRIB = "com.microsoft"
-_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _MOST_CHANNELS_PER_GROUP = 512  # kMaxSize in contrib_ops/cuda/diffusion/group_norm_common_base.h
 _ELEMENTWISE = (
     *("Add", "Sub", "Mul", "Div", "Max", "Min", "Clip", "Cast", "Round", "Identity"),
@@ -57,16 +56,6 @@ def lower(package: Package, net: str, folder: Path, *, convolutions: bool = True
     return write_graph(model, folder / f"{net}.onnx")
 
 
-def session_entries(package: Package, net: str) -> dict[str, str]:
-    """Session options (`add_session_config_entry`) that let a lowered graph find the package's weights.
-
-    ONNX Runtime 1.31 refuses external data outside the graph's folder, be it by `..`, an absolute path or a
-    symbolic link; this entry names another folder, so nothing is copied or linked.
-    """
-    weights = package.manifest.nets[net].weights
-    return {_WEIGHTS_FOLDER: str(package.path(weights).parent)} if weights else {}
-
-
 def lower_model(model: ir.Model, *, convolutions: bool = True) -> None:
     """The lowering itself, in place; see `lower`. What the CUDA kernels do not take stays as it is."""
     import onnx_ir.passes.common as passes
@@ -82,7 +71,7 @@ class _Walk:
 
     def __init__(self, model: ir.Model, convolutions: bool) -> None:
         self._graph = model.graph
-        self._layouts = Layouts(model.graph)
+        self._images = GraphImages(model.graph)
         self._convolutions = convolutions
         self._fused: set[ir.Node] = set()
         self._rules: dict[str, Callable[[ir.Node], bool]] = {
@@ -104,47 +93,47 @@ class _Walk:
             if node in self._fused or (rule is not None and rule(node)):
                 continue
             for index, value in enumerate(node.inputs):
-                if value is not None and self._layouts.is_turned(value):
-                    node.replace_input_with(index, self._layouts.first(node, value))
-        self._layouts.restore_outputs()
+                if value is not None and self._images.is_turned(value):
+                    node.replace_input_with(index, self._images.first(node, value))
+        self._images.restore_outputs()
 
     def _conv(self, node: ir.Node) -> bool:
         data, weight = node.inputs[:2]
         shape = weight_shape(weight)
         if data is None or weight is None or shape is None or len(shape) != 4:
             return False
-        self._layouts.learn(data, Image(4))
-        self._layouts.learn(weight, Image(4))
-        image = self._layouts.learn(node.outputs[0], Image(4, shape[0]))
+        self._images.learn(data, Image(4))
+        self._images.learn(weight, Image(4))
+        image = self._images.learn(node.outputs[0], Image(4, shape[0]))
         if not self._convolutions or not _cudnn_takes(node):
             return False
         # The weight turns like an image, (M, C, kH, kW) to (M, kH, kW, C); ONNX Runtime folds that at load.
-        inputs = [self._layouts.last(node, data), self._layouts.last(node, weight)]
+        inputs = [self._images.last(node, data), self._images.last(node, weight)]
         node.domain, node.op_type = CONTRIB, "NhwcConv"
-        return self._layouts.turn(node, inputs, image)
+        return self._images.turn(node, inputs, image)
 
     def _group_norm(self, node: ir.Node) -> bool:
         data, gamma, beta = node.inputs[:3]
-        image, shape = self._layouts.image(data), weight_shape(gamma)
+        image, shape = self._images.image(data), weight_shape(gamma)
         groups = node.attributes.get_int("num_groups", 0)
         if data is None or image is None or shape is None:
             return False
-        image = self._layouts.learn(node.outputs[0], Image(image.rank, shape[0]))
+        image = self._images.learn(node.outputs[0], Image(image.rank, shape[0]))
         if not _kernel_takes(data, shape[0], groups):
             return False
-        inputs = [self._layouts.last(node, data), self._float(node, gamma), self._float(node, beta)]
+        inputs = [self._images.last(node, data), self._float(node, gamma), self._float(node, beta)]
         self._to_contrib(node, groups)
         if image.rank == 4:
-            return self._layouts.turn(node, inputs, image)
+            return self._images.turn(node, inputs, image)
         # The kernel wants four dimensions: (B, L, C) as (B, 1, L, C).
-        one = self._layouts.constant(1)
-        inputs[0] = self._layouts.insert(node, "Unsqueeze", [inputs[0], one], f"{node.outputs[0].name}/row")
+        one = self._images.constant(1)
+        inputs[0] = self._images.insert(node, "Unsqueeze", [inputs[0], one], f"{node.outputs[0].name}/row")
         for index, value in enumerate(inputs):
             node.replace_input_with(index, value)
-        flat = self._layouts.behind(node, "Squeeze", [one], f"{node.outputs[0].name}/flat")
+        flat = self._images.behind(node, "Squeeze", [one], f"{node.outputs[0].name}/flat")
         squeeze = flat.producer()
         assert squeeze is not None
-        return self._layouts.turn(squeeze, [], image)
+        return self._images.turn(squeeze, [], image)
 
     def _to_contrib(self, node: ir.Node, groups: int) -> None:
         """Rename the operator and its attributes; take in the SiLU behind it."""
@@ -171,7 +160,7 @@ class _Walk:
         assert value is not None
         if value.dtype == ir.DataType.FLOAT:
             return value
-        full = self._layouts.insert(
+        full = self._images.insert(
             node, "Cast", [value], f"{node.outputs[0].name}/{value.name}", to=ir.DataType.FLOAT
         )
         full.dtype = ir.DataType.FLOAT
@@ -180,7 +169,7 @@ class _Walk:
     def _elementwise(self, node: ir.Node) -> bool:
         scalars = [value is None or _is_scalar(value) for value in node.inputs]
         images = [
-            self._layouts.image(value)
+            self._images.image(value)
             for value, scalar in zip(node.inputs, scalars, strict=True)
             if not scalar
         ]
@@ -192,19 +181,19 @@ class _Walk:
 
     def _turn_if_any(self, node: ir.Node, scalars: Sequence[bool], image: Image) -> bool:
         """Turn a node that works in either layout, if one of its inputs is there channels-last."""
-        if not any(self._layouts.has_last(value) for value in node.inputs):
-            self._layouts.learn(node.outputs[0], image)
+        if not any(self._images.has_last(value) for value in node.inputs):
+            self._images.learn(node.outputs[0], image)
             return False
         inputs = [
-            value if scalar else self._layouts.last(node, value)
+            value if scalar else self._images.last(node, value)
             for value, scalar in zip(node.inputs, scalars, strict=True)
         ]
-        return self._layouts.turn(node, inputs, image)
+        return self._images.turn(node, inputs, image)
 
     def _concat(self, node: ir.Node) -> bool:
         import onnx_ir as ir
 
-        images = [image for value in node.inputs if (image := self._layouts.image(value)) is not None]
+        images = [image for value in node.inputs if (image := self._images.image(value)) is not None]
         ranks = {image.rank for image in images}
         if node.attributes.get_int("axis", 0) != 1 or len(images) < len(node.inputs) or ranks != {4}:
             return False
@@ -220,88 +209,76 @@ class _Walk:
         data, roi, scales, sizes = (*node.inputs, None, None, None)[:4]
         nearest = node.attributes.get_string("mode", "nearest") == "nearest"
         mode = node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
-        image = self._layouts.image(data)
+        image = self._images.image(data)
         if image is None:
             return False
-        self._layouts.learn(node.outputs[0], image)
-        if not self._layouts.is_turned(data) or not nearest or roi is not None:
+        self._images.learn(node.outputs[0], image)
+        if not self._images.is_turned(data) or not nearest or roi is not None:
             return False
         if mode == "tf_crop_and_resize" or "axes" in node.attributes:
             return False
         inputs: list[ir.Value | None] = [data, None]
         for value, what in ((scales, "scales"), (sizes, "sizes")):
-            name, order = f"{node.outputs[0].name}/{what}", self._layouts.constant(*LAST[4])
-            inputs.append(value and self._layouts.insert(node, "Gather", [value, order], name))
-        return self._layouts.turn(node, inputs[: len(node.inputs)], image)
+            name, order = f"{node.outputs[0].name}/{what}", self._images.constant(*LAST[4])
+            inputs.append(value and self._images.insert(node, "Gather", [value, order], name))
+        return self._images.turn(node, inputs[: len(node.inputs)], image)
 
     def _reshape(self, node: ir.Node) -> bool:
         """Between (B, C, H, W) and (B, C, H * W), as around the attention of a VAE."""
-        image = self._layouts.image(node.inputs[0])
+        image = self._images.image(node.inputs[0])
         if image is None or image.channels is None:
             return False
         flat = image.rank == 4 and numbers_of(node.inputs[1]) == (0, image.channels, -1)
         parts = _unflattens(node.inputs[1], image.channels) if image.rank == 3 else ()
         if not flat and not parts:
             return False
-        if not self._layouts.has_last(node.inputs[0]):
-            self._layouts.learn(node.outputs[0], Image(7 - image.rank, image.channels))
+        if not self._images.has_last(node.inputs[0]):
+            self._images.learn(node.outputs[0], Image(7 - image.rank, image.channels))
             return False
-        count = self._layouts.constant(image.channels)
+        count = self._images.constant(image.channels)
         shape = (
-            self._layouts.constant(0, -1, image.channels)
+            self._images.constant(0, -1, image.channels)
             if flat
-            else self._layouts.insert(
-                node, "Concat", [*parts, count], f"{node.outputs[0].name}/shape", axis=0
-            )
+            else self._images.insert(node, "Concat", [*parts, count], f"{node.outputs[0].name}/shape", axis=0)
         )
-        inputs = [self._layouts.last(node, node.inputs[0]), shape]
-        return self._layouts.turn(node, inputs, Image(7 - image.rank, image.channels))
+        inputs = [self._images.last(node, node.inputs[0]), shape]
+        return self._images.turn(node, inputs, Image(7 - image.rank, image.channels))
 
     def _transpose(self, node: ir.Node) -> bool:
         """A change of layout that the graph itself writes: free, where the other layout is there."""
         data = node.inputs[0]
         perm = tuple(node.attributes.get_ints("perm", ()))
-        image = self._layouts.image(data)
+        image = self._images.image(data)
         if data is None or perm not in (*LAST.values(), *FIRST.values()):
             return False
         if image is not None and perm == LAST[image.rank]:
-            if not self._layouts.has_last(data):
-                self._layouts.same(data, node.outputs[0], image)
+            if not self._images.has_last(data):
+                self._images.same(data, node.outputs[0], image)
                 return False
-            node.replace_input_with(0, self._layouts.last(node, data))
+            node.replace_input_with(0, self._images.last(node, data))
             node.op_type = "Identity"
             node.attributes.clear()
             return True
-        if perm == FIRST[len(perm)] and not self._layouts.is_turned(data):
-            self._layouts.same(node.outputs[0], data, Image(len(perm), _last_size(data)))
+        if perm == FIRST[len(perm)] and not self._images.is_turned(data):
+            self._images.same(node.outputs[0], data, Image(len(perm), _last_size(data)))
         return False
 
     def _shape(self, node: ir.Node) -> bool:
-        image = self._layouts.image(node.inputs[0])
-        if image is None or not self._layouts.is_turned(node.inputs[0]):
+        image = self._images.image(node.inputs[0])
+        if image is None or not self._images.is_turned(node.inputs[0]):
             return False
         begin, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", image.rank)
         node.attributes.clear()
-        places = self._layouts.constant(*FIRST[image.rank][begin:end])
-        self._layouts.behind(node, "Gather", [places], f"{node.outputs[0].name}/nchw")
+        places = self._images.constant(*FIRST[image.rank][begin:end])
+        self._images.behind(node, "Gather", [places], f"{node.outputs[0].name}/nchw")
         return True
 
     def _reduce_mean(self, node: ir.Node) -> bool:
         """Over everything but the batch, the layout does not matter."""
-        image = self._layouts.image(node.inputs[0])
+        image = self._images.image(node.inputs[0])
         axes = numbers_of(node.inputs[1]) if len(node.inputs) > 1 else None
         whole = image is not None and axes is not None and sorted(axes) == list(range(1, image.rank))
-        return (
-            whole and self._layouts.is_turned(node.inputs[0]) and not node.attributes.get_int("keepdims", 1)
-        )
-
-
-def weight_shape(value: ir.Value | None) -> tuple[int, ...] | None:
-    """The shape of a weight, which may be stored narrower and cast; None for what is computed."""
-    maker = value.producer() if value is not None else None
-    stored = maker.inputs[0] if maker is not None and maker.op_type == "Cast" else value
-    tensor = stored.const_value if stored is not None else None
-    return tuple(size for size in tensor.shape if isinstance(size, int)) if tensor is not None else None
+        return whole and self._images.is_turned(node.inputs[0]) and not node.attributes.get_int("keepdims", 1)
 
 
 def _last_size(value: ir.Value) -> int | None:

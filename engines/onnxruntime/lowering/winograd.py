@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...spec import Array
-from .image_layouts import FIRST, LAST, Layouts
-from .lower import weight_shape
+from .graph_images import FIRST, LAST, GraphImages
+from .values import weight_shape
 from .winograd_kernels import TILES, Kernel, choose
 
 if TYPE_CHECKING:
@@ -43,13 +43,13 @@ def lower_convolutions(model: ir.Model, location: str) -> tuple[Kernel, ...]:
     """
     import onnx_ir.passes.common as passes
 
-    layouts = Layouts(model.graph)
+    images = GraphImages(model.graph)
     made: list[Kernel] = []
     for node in list(model.graph):
         shape, weight = _kernel_shape(node)
         chosen = choose(shape[1], shape[0]) if shape else None
         if chosen is not None:
-            made.append(_Lowered(layouts, node, location, shape, weight, *chosen).run())
+            made.append(_Lowered(images, node, location, shape, weight, *chosen).run())
     passes.RemoveUnusedNodesPass()(model)
     return tuple(made)
 
@@ -84,7 +84,7 @@ class _Lowered:
 
     def __init__(
         self,
-        layouts: Layouts,
+        images: GraphImages,
         node: ir.Node,
         location: str,
         shape: tuple[int, ...],
@@ -92,7 +92,7 @@ class _Lowered:
         m: int,
         left: bool,
     ) -> None:
-        self._layouts, self._node, self._tile = layouts, node, TILES[m]
+        self._images, self._node, self._tile = images, node, TILES[m]
         self._location = location
         self._made, self._channels = shape[:2]
         self._kernel = Kernel(name=f"{node.outputs[0].name}/winograd", weight=weight, m=m, left=left)
@@ -114,7 +114,7 @@ class _Lowered:
         out.shape = old.shape
         ir.convenience.replace_all_uses_with(old, out, replace_graph_outputs=True)
         out.name, old.name = old.name, out.name
-        self._layouts.graph.remove(self._node, safe=True)
+        self._images.graph.remove(self._node, safe=True)
         return self._kernel
 
     def _tiles(self, data: ir.Value, size: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -157,7 +157,7 @@ class _Lowered:
         name, size = self._kernel.name, 4 * self._tile.a**2 * pairs[0] * pairs[1]
         tensor = ir.ExternalTensor(self._location, 0, size, ir.DataType.FLOAT, shape=shape, name=name)
         value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
-        self._layouts.graph.register_initializer(value)
+        self._images.graph.register_initializer(value)
         return value
 
     def _image(self, parts: ir.Value, corners: ir.Value, size: ir.Value) -> ir.Value:
@@ -176,20 +176,20 @@ class _Lowered:
 
         self._count += 1
         name = f"{self._node.outputs[0].name}/winograd.{self._count}"
-        value = self._layouts.insert(self._node, kind, inputs, name, **attributes)
+        value = self._images.insert(self._node, kind, inputs, name, **attributes)
         if kind == "Shape":
             value.type = ir.TensorType(ir.DataType.INT64)
         return value
 
     def _ints(self, *numbers: int) -> ir.Value:
-        return self._layouts.constant(*numbers)
+        return self._images.constant(*numbers)
 
     def _scalar(self, number: int) -> ir.Value:
-        return self._layouts.tensor(f"scalar/{number}", np.array(number, np.int64))
+        return self._images.tensor(f"scalar/{number}", np.array(number, np.int64))
 
     def _matrix(self, which: str) -> ir.Value:
         """The Kronecker product of a matrix of the tile with itself."""
         matrix: Array = getattr(self._tile, which)
-        return self._layouts.tensor(
+        return self._images.tensor(
             f"winograd/{self._tile.m}/{which}", np.kron(matrix, matrix).astype(np.float32)
         )

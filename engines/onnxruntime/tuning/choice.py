@@ -1,18 +1,22 @@
-"""Which layout of a net is the fastest on a device: the decision, with the measuring left to the caller.
+"""Which layout of a net is the fastest here: the decision, with the measuring left to the caller.
 
 A clock on a GPU that others use, or that warms up, drifts by more than two layouts differ. So all candidates
-are open at once and take turns, in an order that is turned round in every round; and medians are compared.
+are open at once and take turns, in an order that is turned round in every round, and medians are compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import numpy as np
 
+from ...errors import UsageError
+from ...package import Package
+from ...profiles import NetProfile, fixed_profile, net_profiles
 from ...spec import Array
 
 WARM_UP = 3  # rounds that are not counted: arenas grow, clocks rise, cuDNN chooses
@@ -23,39 +27,6 @@ PARITY = 5e-3  # relative L2 to `plain`: what docs/design.md allows fp16
 # Two layouts of SD 1.5's decoder, 3e-7 apart before rounding, were 1.1e-4 apart in uint8.
 ROUNDED_PARITY = 1e-3
 TUNED_NETS = ("unet", "vae_decoder")  # those with convolutions and GroupNormalization
-# Modules whose `tune_package` measures the layouts of a backend.
-TUNERS: Mapping[str, str] = {
-    "onnxruntime": f"{__package__}.cpu",
-    "onnxruntime-cuda": f"{__package__}.cuda",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How a net may be laid out.
-
-    Attributes:
-        name: as the store remembers it.
-        lowered: whether `lowering.lower` makes the graph; else it is the package's own.
-        convolutions: of `lower`.
-        prefer_nhwc: of the CUDA provider.
-    """
-
-    name: str
-    lowered: bool
-    convolutions: bool
-    prefer_nhwc: bool
-
-
-# The simplest first. The first is also what the others are compared with.
-LAYOUTS: Mapping[str, Layout] = {
-    item.name: item
-    for item in (
-        Layout(name="plain", lowered=False, convolutions=False, prefer_nhwc=False),
-        Layout(name="groupnorm", lowered=True, convolutions=False, prefer_nhwc=True),
-        Layout(name="nhwc", lowered=True, convolutions=True, prefer_nhwc=False),
-    )
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +34,8 @@ class Measured:
     """A candidate that is open and has run once.
 
     Attributes:
-        outputs: of that run, by name; the same inputs for every candidate.
-        run: run it (again), waiting for the end; how long it took, in milliseconds.
+        outputs: the outputs of that run, by name; every candidate gets the same inputs.
+        run: runs it again, waits for the end, and returns the milliseconds that took.
         close: free it.
     """
 
@@ -92,7 +63,7 @@ class Choice:
 
 def choose_layout(
     measure: Callable[[str], Measured],
-    candidates: Sequence[str] = tuple(LAYOUTS),
+    candidates: Sequence[str],
     *,
     rounds: int = ROUNDS,
     warm_up: int = WARM_UP,
@@ -101,11 +72,11 @@ def choose_layout(
     """Measure the candidates against each other and choose.
 
     Args:
-        measure: opens a candidate. What it raises, or its `run` later, puts the candidate out; for the first
-            candidate it is raised on, because without that one there is nothing to compare with.
-        candidates: the simplest first; that one is the reference.
+        measure: opens a candidate. An error that it raises, or that `run` raises later, puts the candidate
+            out. An error of the first candidate is raised on: without it there is nothing to compare with.
+        candidates: names of layouts, the simplest first; that one is the reference.
         rounds: how often each is timed.
-        warm_up: how many rounds are run before, and not counted.
+        warm_up: how many rounds run before and are not counted.
         parity: the largest relative L2 to the first candidate's outputs that is no reason to reject.
 
     Raises:
@@ -129,7 +100,7 @@ def choose_layout(
 
 
 class _Contest:
-    """The candidates that are still in; the first is the reference."""
+    """The candidates that are still in. The first is the reference."""
 
     def __init__(self, name: str, reference: Measured, parity: float) -> None:
         self._first = name
@@ -145,7 +116,7 @@ class _Contest:
         try:
             self.open[name] = measure(name)
         except Exception as error:  # whatever goes wrong is the reason why it is out
-            self.rejected[name] = _said(error)
+            self.rejected[name] = _in_one_line(error)
             return
         outputs, wanted = self.open[name].outputs, self._reference.outputs
         self.times[name] = []
@@ -177,7 +148,7 @@ class _Contest:
             except Exception as error:
                 if name == self._first:
                     raise
-                self._reject(name, _said(error))
+                self._reject(name, _in_one_line(error))
                 continue
             if counted:
                 self.times[name].append(took)
@@ -204,7 +175,41 @@ def _finite(outputs: Mapping[str, Array]) -> bool:
     return all(bool(np.isfinite(array).all()) for array in outputs.values())
 
 
-def _said(error: Exception) -> str:
+def _in_one_line(error: Exception) -> str:
     """An error in one line."""
     text = str(getattr(error, "found", error)) or type(error).__name__
     return " ".join(text.split())
+
+
+def choice_facts(choice: Choice) -> dict[str, Any]:
+    """What the engine store keeps of a choice."""
+    return {
+        "layout": choice.layout,
+        "milliseconds": {name: round(value, 4) for name, value in choice.milliseconds.items()},
+        "relative_l2": {name: float(f"{value:.3g}") for name, value in choice.relative_l2.items()},
+        "rejected": dict(choice.rejected),
+    }
+
+
+def tuned_nets(package: Package, nets: Iterable[str]) -> tuple[str, ...]:
+    """Those of `nets` (none: all) that have a choice. Raises UsageError for one that has none."""
+    every = tuple(net for net in TUNED_NETS if net in package.manifest.nets)
+    wanted = tuple(nets)
+    if unknown := [name for name in wanted if name not in every]:
+        raise UsageError(
+            f"the net {unknown[0]!r} has no layouts to choose from",
+            expected=", ".join(every) or "a package with a UNet or a decoder",
+            fix="Leave --nets out to measure all of them.",
+        )
+    return tuple(net for net in every if not wanted or net in wanted)
+
+
+def measured_profile(package: Package, net: str) -> NetProfile:
+    """The shapes a net is measured with: one picture of the package's default size, with guidance.
+
+    `shapes[name][1]` is the shape of an input. Raises PackageError for a symbol this release does not know.
+    """
+    manifest = package.manifest
+    size = manifest.defaults.width, manifest.defaults.height
+    picture = fixed_profile(*size, batch=1, tokens=manifest.max_tokens)
+    return net_profiles(net, manifest.nets[net].spec, [picture])[0]

@@ -20,19 +20,18 @@ import numpy as np
 from ...errors import BackendError
 from ...package import Package
 from ...spec import DTYPES, Array
+from ...store.building import BuiltEngine, OnProgress, Report, build_missing
 from ...store.engine_store import EngineStore
-from ...tensorrt.build import OnProgress
-from ..backend import OnnxRuntimeNet, library
+from ..host_net import OnnxRuntimeNet
 from ..lowering.attention import lower_attention
-from ..lowering.files import read_graph, write_graph
+from ..lowering.files import LoweredGraph, read_graph, write_graph
 from ..lowering.geglu import lower_geglus
 from ..lowering.group_norm import lower_group_norms
 from ..lowering.winograd import lower_convolutions
 from ..lowering.winograd_kernels import Kernel
-from .choice import Measured, choose_layout
-from .cpu_layouts import CPU_LAYOUTS, LoweredGraph, cpu_key
-from .cuda import TunedNet, choice_facts, ensure_layouts, measured_profile, tuned_nets
-from .trials import Report
+from ..session import library
+from .choice import Measured, choice_facts, choose_layout, measured_profile, tuned_nets
+from .cpu_layouts import CPU_LAYOUTS, cpu_key
 
 CPU_ROUNDS = 4  # a UNet takes seconds: few rounds tell layouts apart that differ by a tenth
 _WARM_UP = 1
@@ -72,7 +71,7 @@ def tune_package(
     *,
     nets: Iterable[str] = (),
     rounds: int = CPU_ROUNDS,
-) -> tuple[TunedNet, ...]:
+) -> tuple[BuiltEngine, ...]:
     """Make sure that the store has the fastest layout of every net that has a choice, on this CPU.
 
     Takes a dozen runs of each net, and while it lasts the memory of three sessions of it.
@@ -80,7 +79,7 @@ def tune_package(
     Args:
         package: the package.
         store: where the choices go.
-        progress: told how far it is.
+        progress: called with how far it is.
         nets: only these of TUNED_NETS.
         rounds: how often each layout is timed.
 
@@ -95,8 +94,8 @@ def tune_package(
             return _Trials(package, net, Path(folder), report, rounds).choose(path)
 
     version = str(library().__version__)
-    names = tuned_nets(package, nets)
-    return ensure_layouts(store, names, lambda net: cpu_key(package, net, version), measure, progress)
+    found = [store.find(cpu_key(package, net, version)) for net in tuned_nets(package, nets)]
+    return build_missing(store, found, measure, progress)
 
 
 @dataclass
@@ -112,7 +111,7 @@ class _Trials:
     inputs: dict[str, Array] = field(default_factory=dict[str, Array])
 
     def choose(self, path: Path) -> dict[str, Any]:
-        """Write the graph of the fastest layout to `path`; the figures."""
+        """Write the graph of the fastest layout to `path`, and return the figures."""
         manifest = self.package.manifest
         spec = manifest.nets[self.net].spec
         shapes = {name: three[1] for name, three in measured_profile(self.package, self.net).shapes.items()}

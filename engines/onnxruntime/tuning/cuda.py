@@ -1,54 +1,35 @@
-"""The layouts of ONNX Runtime's CUDA nets, measured on the device at hand and remembered in the engine store.
-
-An entry of the store is one net on one kind of GPU, with one release of ONNX Runtime: `engine.bin` is the
-graph of the layout that won, whose weights are still the package's, and the facts are the figures. `latentrt
-build PACKAGE --backend onnxruntime-cuda` measures; opening a net only looks, so that it takes as long every
-time.
-"""
+"""Measures the layouts of ONNX Runtime's CUDA nets on the device at hand; the engine store remembers them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import perf_counter
+from types import TracebackType
 from typing import Any, Protocol
+
+import numpy as np
 
 from ...cuda.device import CudaDevice
 from ...cuda.facts import DeviceFacts
-from ...device import Device
-from ...errors import BackendError, LatentrtError, UsageError
+from ...device import BoundNet, Device, DeviceNet
+from ...errors import BackendError
 from ...package import Package
-from ...profiles import NetProfile, fixed_profile, net_profiles
-from ...store.engine_store import EngineStore, Miss
-from ...store.entry import Entry
-from ...store.key import EngineKey
-from ...tensorrt.build import BuildProgress, OnProgress, engine_key
-from ...tensorrt.options import BuildOptions
-from ..backend import library
+from ...profiles import NetProfile
+from ...spec import DTYPES, Array, output_shapes
+from ...store.building import BuiltEngine, OnProgress, Report, build_missing
+from ...store.engine_store import EngineStore
+from ..lowering.files import lowering_missing
+from ..lowering.lower import lower
 from ..nets import cuda_available, open_onnxruntime_net
-from .choice import LAYOUTS, ROUNDS, TUNED_NETS, WARM_UP, Choice, Layout, choose_layout
-from .trials import OpenNet, Report, Trials
+from .choice import ROUNDS, WARM_UP, Measured, choice_facts, choose_layout, measured_profile, tuned_nets
+from .cuda_layouts import CUDA_LAYOUTS, CudaLayout, layout_key
 
-BACKEND = "onnxruntime-cuda"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Kind:
-    """Of engine: what is fast on one GPU need not be on another."""
-
-    backend: str = BACKEND
-    portable: bool = False
-
-
-class Measure(Protocol):
-    """Finds the fastest layout of a net."""
-
-    def __call__(self, net: str, path: Path, report: Report) -> dict[str, Any]:
-        """Write its graph to `path`; the figures that led to it."""
-        ...
+RUNS = 4  # enqueued for one wait, as the loop enqueues them
+_SEED = 0
 
 
 class KnownDevice(Device, Protocol):
@@ -56,83 +37,24 @@ class KnownDevice(Device, Protocol):
 
     @property
     def facts(self) -> DeviceFacts:
-        """For the engine's key."""
+        """What the key of a layout is made of."""
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class TunedNet:
-    """A net whose layout is in the store now. `why` it had to be measured; "" where it was there before."""
+class OpenNet(Protocol):
+    """The part of `open_onnxruntime_net` that measuring calls."""
 
-    net: str
-    entry: Entry
-    why: str
-
-    @property
-    def layout(self) -> str:
-        """The one that was chosen."""
-        return str(self.entry.facts["layout"])
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredLayout:
-    """What the store knows of a net.
-
-    Attributes:
-        layout: the one that was chosen; `plain` where nothing is known.
-        graph: its graph; None where that is the package's own.
-        why: nothing is known; "" otherwise.
-    """
-
-    layout: Layout
-    graph: bytes | None
-    why: str
-
-
-def tuning_command(package: Package) -> str:
-    """The command that measures."""
-    return f"latentrt build {package.root} --backend {BACKEND}"
-
-
-def lowering_missing() -> str | None:
-    """None if graphs can be lowered here, else the reason."""
-    return None if find_spec("onnx_ir") else "onnx-ir is not installed"
-
-
-def measured_profile(package: Package, net: str) -> NetProfile:
-    """The shapes a net is measured with: one picture of the package's default size, with guidance.
-
-    `shapes[name][1]` is the shape of an input. Raises PackageError for a symbol this release does not know.
-    """
-    manifest = package.manifest
-    size = manifest.defaults.width, manifest.defaults.height
-    picture = fixed_profile(*size, batch=1, tokens=manifest.max_tokens)
-    return net_profiles(net, manifest.nets[net].spec, [picture])[0]
-
-
-def layout_key(package: Package, net: str, gpu: DeviceFacts, version: str | None = None) -> EngineKey:
-    """Under which the store has a net's layout; `version` is the installed onnxruntime's unless given."""
-    version = version or str(library().__version__)
-    profiles = [measured_profile(package, net)]
-    key = engine_key(package, net, _Kind(), version, profiles, BuildOptions(), gpu=gpu)
-    # A release that knows other layouts has to measure again; a level of optimisation there is none.
-    return replace(key, flags=tuple(sorted(LAYOUTS)), optimization_level=0)
-
-
-def stored_layout(package: Package, net: str, store: EngineStore, gpu: DeviceFacts) -> StoredLayout:
-    """What was measured here before; never raises for what is wrong with the store: `plain` needs none."""
-    plain = LAYOUTS["plain"]
-    try:
-        found = store.find(layout_key(package, net, gpu))
-        if isinstance(found, Miss):
-            return StoredLayout(layout=plain, graph=None, why=found.reason)
-        layout = LAYOUTS[str(found.facts.get("layout", ""))]
-        graph = found.read()  # also of `plain`: `prune` goes by when an entry was read last
-        return StoredLayout(layout=layout, graph=graph if layout.lowered else None, why="")
-    except LatentrtError as error:
-        return StoredLayout(layout=plain, graph=None, why=error.found)
-    except KeyError as error:
-        return StoredLayout(layout=plain, graph=None, why=f"the store names an unknown layout {error}")
+    def __call__(
+        self,
+        package: Package,
+        name: str,
+        device: Device,
+        *,
+        graph: Path | None = None,
+        prefer_nhwc: bool = False,
+    ) -> DeviceNet:
+        """Load one net of a package onto a device."""
+        ...
 
 
 def tune_package(
@@ -144,7 +66,7 @@ def tune_package(
     device: KnownDevice | None = None,
     open_net: OpenNet = open_onnxruntime_net,
     rounds: int = ROUNDS,
-) -> tuple[TunedNet, ...]:
+) -> tuple[BuiltEngine, ...]:
     """Make sure that the store has the fastest layout of every net that has a choice.
 
     Takes seconds, and while it lasts the memory of three sessions of one net.
@@ -152,7 +74,7 @@ def tune_package(
     Args:
         package: the package.
         store: where the choices go.
-        progress: told how far it is.
+        progress: called with how far it is.
         nets: only these of TUNED_NETS.
         device: to measure on, which stays open; the first CUDA device unless given.
         open_net: opens a net there.
@@ -176,57 +98,8 @@ def tune_package(
                 fix='Install it: pip install "latentrt[cuda]".',
             )
         bench = _Bench(package=package, device=device, open_net=open_net, rounds=rounds)
-        return ensure_layouts(
-            store, names, lambda net: layout_key(package, net, bench.device.facts), bench.measure, progress
-        )
-
-
-def ensure_layouts(
-    store: EngineStore,
-    names: Iterable[str],
-    key_of: Callable[[str], EngineKey],
-    measure: Measure,
-    progress: OnProgress | None,
-) -> tuple[TunedNet, ...]:
-    """Make sure that the store has a layout of every net of `names`; `measure` is asked for what it has not.
-
-    Raises:
-        StorageError: the store cannot be written.
-        LatentrtError: whatever `measure` raises.
-    """
-    nets = tuple(names)
-    tuned: list[TunedNet] = []
-    for index, net in enumerate(nets):
-
-        def report(phase: str, fraction: float, net: str = net, index: int = index) -> None:
-            if progress is not None:
-                progress(BuildProgress(net=net, index=index, total=len(nets), phase=phase, fraction=fraction))
-
-        key = key_of(net)
-        found = store.find(key)
-        if not isinstance(found, Miss):
-            tuned.append(TunedNet(net=net, entry=found, why=""))
-            continue
-
-        def build(path: Path, net: str = net, report: Report = report) -> dict[str, Any]:
-            return measure(net, path, report)
-
-        entry = store.get_or_build(key, build, waiting=lambda said, report=report: report(said, 0.0))
-        tuned.append(TunedNet(net=net, entry=entry, why=found.reason))
-    return tuple(tuned)
-
-
-def tuned_nets(package: Package, nets: Iterable[str]) -> tuple[str, ...]:
-    """Those of `nets` (none: all) that have a choice. Raises UsageError for one that has none."""
-    every = tuple(net for net in TUNED_NETS if net in package.manifest.nets)
-    wanted = tuple(nets)
-    if unknown := [name for name in wanted if name not in every]:
-        raise UsageError(
-            f"the net {unknown[0]!r} has no layouts to choose from",
-            expected=", ".join(every) or "a package with a UNet or a decoder",
-            fix="Leave --nets out to measure all of them.",
-        )
-    return tuple(net for net in every if not wanted or net in wanted)
+        found = [store.find(layout_key(package, net, device.facts)) for net in names]
+        return build_missing(store, found, bench.measure, progress)
 
 
 def _cuda_device() -> CudaDevice:
@@ -249,10 +122,10 @@ class _Bench:
     rounds: int
 
     def measure(self, net: str, path: Path, report: Report) -> dict[str, Any]:
-        """Write the graph of the fastest layout; the figures."""
+        """Write the graph of the fastest layout to `path`, and return the figures."""
         profile = measured_profile(self.package, net)
         with TemporaryDirectory() as folder:
-            trials = Trials(
+            trials = _Trials(
                 self.package,
                 profile,
                 self.device,
@@ -262,16 +135,117 @@ class _Bench:
                 rounds=self.rounds + WARM_UP,
             )
             with trials:
-                choice = choose_layout(trials.measure, rounds=self.rounds)
-            path.write_bytes(trials.graph(LAYOUTS[choice.layout]).read_bytes())
+                choice = choose_layout(trials.measure, tuple(CUDA_LAYOUTS), rounds=self.rounds)
+            path.write_bytes(trials.graph(CUDA_LAYOUTS[choice.layout]).read_bytes())
         return choice_facts(choice)
 
 
-def choice_facts(choice: Choice) -> dict[str, Any]:
-    """What the store keeps of a choice."""
-    return {
-        "layout": choice.layout,
-        "milliseconds": {name: round(value, 4) for name, value in choice.milliseconds.items()},
-        "relative_l2": {name: float(f"{value:.3g}") for name, value in choice.relative_l2.items()},
-        "rejected": dict(choice.rejected),
-    }
+class _Trials:
+    """Runs one net in each of its layouts: all share inputs and outputs on the device; a context manager.
+
+    Args:
+        package: the package.
+        profile: the net, and its shapes: the middle one of each input's.
+        device: where to run.
+        open_net: opens a net there.
+        folder: for lowered graphs.
+        report: called with what is being done.
+        rounds: how often each layout will run.
+    """
+
+    def __init__(
+        self,
+        package: Package,
+        profile: NetProfile,
+        device: Device,
+        open_net: OpenNet,
+        folder: Path,
+        *,
+        report: Report,
+        rounds: int,
+    ) -> None:
+        self._package = package
+        self._net = profile.net
+        self._spec = package.manifest.nets[profile.net].spec
+        self._device = device
+        self._open_net = open_net
+        self._folder = folder
+        self._report = report
+        self._total = rounds * len(CUDA_LAYOUTS)
+        self._done = 0
+        self._inputs = {name: shapes[1] for name, shapes in profile.shapes.items()}
+        self._shapes = {**self._inputs, **output_shapes(self._spec, self._inputs)}
+        self._addresses: dict[str, int] = {}
+        self._held = ExitStack()
+
+    def __enter__(self) -> _Trials:
+        """Allocate everything, and upload random inputs, the same each time. Raises MemoryLimitError."""
+        rng = np.random.default_rng(_SEED)
+        with ExitStack() as stack:
+            for tensor in (*self._spec.inputs, *self._spec.outputs):
+                address = self._device.allocate(tensor.nbytes(self._shapes[tensor.name]))
+                stack.callback(self._device.free, address)
+                self._addresses[tensor.name] = address
+            for tensor in self._spec.inputs:
+                content = rng.standard_normal(self._shapes[tensor.name]).astype(DTYPES[tensor.dtype])
+                self._device.upload(self._addresses[tensor.name], content)
+            self._held = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Free inputs and outputs; what `measure` opened must be closed before."""
+        self._held.close()
+
+    def graph(self, layout: CudaLayout) -> Path:
+        """The graph of a layout, lowered if the layout wants that. Raises BackendError, PackageError."""
+        if not layout.lowered:
+            return self._package.path(self._package.manifest.nets[self._net].graph)
+        path = self._folder / layout.name / f"{self._net}.onnx"
+        if path.exists():
+            return path
+        return lower(self._package, self._net, path.parent, convolutions=layout.convolutions)
+
+    def measure(self, name: str) -> Measured:
+        """Open the net in the layout of that name, and run it once.
+
+        Raises:
+            LatentrtError: it cannot be lowered, opened, bound or run.
+        """
+        layout = CUDA_LAYOUTS[name]
+        self._report(f"opening {name}", self._done / self._total)
+        graph = self.graph(layout) if layout.lowered else None
+        with ExitStack() as stack:
+            net = self._open_net(
+                self._package, self._net, self._device, graph=graph, prefer_nhwc=layout.prefer_nhwc
+            )
+            stack.callback(net.close)
+            scratch = net.scratch(self._inputs)
+            block = self._device.allocate(scratch) if scratch else 0
+            if block:
+                stack.callback(self._device.free, block)
+            bound = net.bind(self._inputs, self._addresses, block)
+            stack.callback(bound.close)
+            bound.enqueue()
+            outputs = self._read_outputs()
+            opened = stack.pop_all()
+        return Measured(outputs=outputs, run=lambda: self._time(name, bound), close=opened.close)
+
+    def _read_outputs(self) -> dict[str, Array]:
+        outputs: dict[str, Array] = {}
+        for tensor in self._spec.outputs:
+            outputs[tensor.name] = np.empty(self._shapes[tensor.name], DTYPES[tensor.dtype])
+            self._device.download(self._addresses[tensor.name], outputs[tensor.name])
+        self._device.synchronize()
+        return outputs
+
+    def _time(self, name: str, bound: BoundNet) -> float:
+        """Milliseconds of one run."""
+        self._done += 1
+        self._report(f"timing {name}", min(self._done / self._total, 1.0))
+        began = perf_counter()
+        for _ in range(RUNS):
+            bound.enqueue()
+        self._device.synchronize()
+        return 1000 * (perf_counter() - began) / RUNS

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...spec import Array
+from .values import numbers_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -30,7 +31,7 @@ class Image:
     channels: int | None = None
 
 
-class Layouts:
+class GraphImages:
     """The images of one graph, and the graph's edits that change their layout."""
 
     def __init__(self, graph: ir.Graph) -> None:
@@ -166,16 +167,6 @@ def _give_type(value: ir.Value, like: ir.Value | None) -> None:
 
     if like is not None and like.dtype is not None:
         value.type = ir.TensorType(like.dtype)
-
-
-def numbers_of(value: ir.Value | None) -> tuple[int, ...] | None:
-    """The integers of a small constant; None for what is computed, and for weights."""
-    import onnx_ir as ir
-
-    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    if tensor is None or tensor.dtype != ir.DataType.INT64 or len(tensor.shape) > 1:
-        return None
-    return tuple(np.atleast_1d(tensor.numpy()).tolist())
 
 
 def _over_pixels(value: ir.Value) -> ir.Value | None:

@@ -1,8 +1,8 @@
 """The inputs that activation ranges are measured on: one small picture, drawn by the nets being measured.
 
 Prompts go through the text encoders, their contexts and noise through a few DDIM steps with guidance, and the
-latent of the last step through the decoders, so that each net sees what it sees in use. Made-up inputs miss
-that: a UNet at timestep 0 has never met pure noise.
+latent of the last step through the decoders, so that each net sees what it sees in use. Random inputs would
+not do: a UNet never meets pure noise at timestep 0.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import numpy as np
 
 from ...engines.spec import TEXT_ENCODERS, Array
 from ..checkpoint.open import Checkpoint
-from ..nets.latent_rgb import colour_fields
 
-# Float arrays in float32, by name; the net's outputs, in float32 too.
+# A net in float32: inputs by name -> outputs in the contract's order.
 Call = Callable[[Mapping[str, Array]], list[Array]]
 
 # The empty prompt is half of every guided call. The others: a usual one, and one that fills all 77 tokens.
@@ -37,35 +36,22 @@ _BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "num_train
 
 
 class Calibration:
-    """Calls the nets of one checkpoint in the order of a picture; remembers what one hands to the next.
+    """Calls the nets of one checkpoint in the order of a picture, and keeps what one hands to the next.
 
-    A net that is asked for before the one that feeds it gets unit normal values instead.
+    Each method calls one net, once or more. Where the net that feeds it was not called, it gets unit normal
+    values.
     """
 
     def __init__(self, source: Checkpoint, seed: int = 0) -> None:
         self._source = source
         self._random = np.random.default_rng(seed)
         self._contexts: dict[str, Array] = {}  # by encoder, a row for each prompt
-        self._vectors: dict[str, Array] = {}  # of VECTORS, a row for each prompt
+        self._vectors: dict[str, Array] = {}  # some of VECTORS, a row for each prompt
         self._embeds: Array | None = None
         self._latent: Array | None = None
 
-    def drive(self, component: str, call: Call) -> None:
-        """Call a net once or more. `component`: a folder of the package; the UNet before hoisting."""
-        drives: dict[str, Callable[[Call], None]] = {
-            "text_encoder": lambda call: self._encode("text_encoder", call),
-            "text_encoder_2": lambda call: self._encode("text_encoder_2", call),
-            "image_encoder": self._embed,
-            "image_noiser": self._noise,
-            "vae_encoder": self._encode_pictures,
-            "unet": self._denoise,
-            "vae_decoder": self._decode,
-            "preview_decoder": self._decode,
-        }
-        drives[component](call)
-
-    def _encode(self, name: str, call: Call) -> None:
-        """Prompts, and one row of ids from the whole vocabulary: (4, T) int32."""
+    def encode_prompts(self, name: str, call: Call) -> None:
+        """Call the text encoder `name` with PROMPTS and a row of random ids: (4, T) int32."""
         ids = token_ids(self._source, name)
         ids = np.concatenate([ids, ids[:1]]).astype(np.int32)
         size = int(self._source.parts[name].config["vocab_size"])
@@ -75,13 +61,13 @@ class Calibration:
         if pooled:
             self._vectors["text_embeds"] = pooled[0]
 
-    def _embed(self, call: Call) -> None:
-        """Smooth pictures and noise, which reaches further: (4, size, size, 3) uint8."""
+    def embed_pictures(self, call: Call) -> None:
+        """Call the image encoder with smooth pictures and noise, whose values reach further."""
         side = int(self._source.parts["image_encoder"].config.get("image_size", 224))
         self._embeds = call({"image": self._pictures(4, side, side)})[0]
 
-    def _noise(self, call: Call) -> None:
-        """The same pictures at little noise and at much; alpha and sigma as on a cosine."""
+    def noise_embeddings(self, call: Call) -> None:
+        """Call unCLIP's noiser with their embeddings, without noise and with equal parts of both."""
         if self._embeds is None:
             self._embeds = self._normal(
                 4, int(self._source.parts["image_normalizer"].config["embedding_dim"])
@@ -96,8 +82,8 @@ class Calibration:
             }
             self._vectors["class_labels"] = call(rows)[0]
 
-    def _encode_pictures(self, call: Call) -> None:
-        """Smooth pictures and noise, with and without a mask, one at a time."""
+    def encode_pictures(self, call: Call) -> None:
+        """Call the VAE's encoder with smooth pictures and noise, each kind with and without a mask."""
         height, width = (side * self._source.latent_scale for side in _sides(self._source.unet.config))
         for number, picture in enumerate(self._pictures(4, height, width)):
             mask = np.zeros((1, height, width, 1), np.uint8)
@@ -105,13 +91,13 @@ class Calibration:
             call({"image": picture[None], "mask": mask})
 
     def _pictures(self, count: int, height: int, width: int) -> Array:
-        """Half of them noise: (count, height, width, 3) uint8."""
+        """Smooth pictures, then as many of noise: (count, height, width, 3) uint8."""
         smooth = colour_fields(count // 2, max(height, width), seed=0)[:, :height, :width]
         noise = self._random.integers(0, 256, (count - len(smooth), height, width, 3), np.uint8)
         return np.concatenate([smooth, noise])
 
-    def _denoise(self, call: Call) -> None:
-        """STEPS guided DDIM steps from noise, of rows (empty prompt, another)."""
+    def denoise(self, call: Call) -> None:
+        """Call the UNet in STEPS guided DDIM steps from noise; its rows are the empty prompt and another."""
         import torch
 
         config = self._source.unet.config
@@ -147,7 +133,7 @@ class Calibration:
         return self._normal(2, 77, int(self._source.unet.config.get("cross_attention_dim", 1280)))
 
     def _image_latents(self, latent: Array) -> list[Array]:
-        """What an inpainting UNet has behind the latent: the right half to be repainted, and a picture."""
+        """An inpainting UNet's extra channels: a mask of the right half, and a masked picture's latent."""
         if not self._source.image_latents:
             return []
         mask = np.zeros_like(latent[:, :1])
@@ -155,7 +141,7 @@ class Calibration:
         return [mask, self._normal(*latent.shape)]
 
     def _vector(self, name: str, width: int, prompts: list[int]) -> Array:
-        """Of VECTORS, a row for each of two prompts: (2, width)."""
+        """One of VECTORS for two prompts: (2, width)."""
         if name == "time_ids":
             height, wide = (side * self._source.latent_scale for side in _sides(self._source.unet.config))
             sizes = [height, wide, 0, 0, *([height, wide] if width == 6 else [6.0])]
@@ -165,8 +151,8 @@ class Calibration:
         found = self._vectors.get(name)
         return self._normal(2, width) if found is None else found[prompts]
 
-    def _decode(self, call: Call) -> None:
-        """The latent of the last step, and noise, which reaches further: (2, 4, H/8, W/8)."""
+    def decode(self, call: Call) -> None:
+        """Call a decoder with the latent of the last step, and with noise, whose values reach further."""
         noise = self._normal(1, int(self._source.vae.config.get("latent_channels", 4)), SIDE, SIDE)
         drawn = noise if self._latent is None else self._latent
         for latent in (drawn, noise[..., : drawn.shape[-2], : drawn.shape[-1]]):
@@ -177,12 +163,12 @@ class Calibration:
 
 
 def token_ids(source: Checkpoint, encoder: str) -> Array:
-    """PROMPTS as that encoder's tokenizer has them: (3, T) int64."""
+    """PROMPTS as the tokenizer of a text encoder reads them: (3, T) int64."""
     from transformers import CLIPTokenizer
 
     length = int(source.parts[encoder].config.get("max_position_embeddings", 77))
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of files that only other tokenizers need
+        warnings.simplefilter("ignore")  # about files that only other tokenizers need
         files = Path(folder) / "tokenizer"
         source.tokenizers[TEXT_ENCODERS[encoder]].write(files)
         tokenizer: Any = cast(Any, CLIPTokenizer).from_pretrained(str(files))
@@ -191,8 +177,20 @@ def token_ids(source: Checkpoint, encoder: str) -> Array:
         ).input_ids
 
 
+def colour_fields(count: int, side: int, seed: int) -> Array:
+    """Smooth pictures of many colours, sums of three waves in each channel: (count, side, side, 3) uint8."""
+    random = np.random.default_rng(seed)
+    along = np.linspace(0, 2 * np.pi, side)
+    waves = np.zeros((count, side, side, 3))
+    for _ in range(3):
+        across, down, phase = (random.uniform(-1.5, 1.5, (count, 1, 1, 3)) for _ in range(3))
+        waves += np.sin(across * along[None, None, :, None] + down * along[None, :, None, None] + 2 * phase)
+    low, high = (edge(waves, axis=(1, 2), keepdims=True) for edge in (np.min, np.max))
+    return ((waves - low) / (high - low) * 255).round().astype(np.uint8)
+
+
 def guidance_embedding(scale: float, width: int) -> Array:
-    """The vector `timestep_cond`: diffusers' `get_guidance_scale_embedding` of `scale` - 1, (1, width)."""
+    """The vector `timestep_cond`, (1, width): diffusers' `get_guidance_scale_embedding` of `scale` - 1."""
     import torch
     from diffusers.models.embeddings import get_timestep_embedding
 
@@ -200,14 +198,14 @@ def guidance_embedding(scale: float, width: int) -> Array:
 
 
 def _sides(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Height and width of the latent: the UNet's own, SIDE at most."""
+    """Height and width of the latent: what the UNet was trained at, but at most SIDE."""
     size = config.get("sample_size") or 64
     height, width = cast(list[int], size) if isinstance(size, list | tuple) else (size, size)
     return min(height, SIDE), min(width, SIDE)
 
 
 def _scheduler(config: Mapping[str, Any]) -> Any:
-    """DDIM with the checkpoint's betas and kind of prediction, set to STEPS steps over all its timesteps."""
+    """DDIM with the checkpoint's betas and prediction type, set to STEPS steps over all its timesteps."""
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     kept = {key: config[key] for key in (*_BETAS, "prediction_type") if config.get(key) is not None}

@@ -1,20 +1,39 @@
-"""How many dimensions a value of a graph has: graphs carry no shapes between their nodes.
+"""What is known of a value of a graph: its numbers, its shape as a weight, its rank.
 
-What is known comes from weights and operators. Needs onnx-ir, as what asks for it.
+Graphs carry no shapes between their nodes (`export/graphs/passes.py`), so a rank follows from weights and
+operators. Needs onnx-ir, which is imported on first use.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .image_layouts import numbers_of
-from .lower import weight_shape
+import numpy as np
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_FIRST = frozenset({"Cast", "Concat", "LayerNormalization", "Resize", "Sigmoid", "Split"})
+CONTRIB = "com.microsoft"
+_LIKE_FIRST_INPUT = frozenset({"Cast", "Concat", "LayerNormalization", "Resize", "Sigmoid", "Split"})
 _BROADCAST = frozenset({"Add", "Div", "Mul", "Sub"})
+
+
+def numbers_of(value: ir.Value | None) -> tuple[int, ...] | None:
+    """The integers of a small constant; None for what is computed, and for weights."""
+    import onnx_ir as ir
+
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    if tensor is None or tensor.dtype != ir.DataType.INT64 or len(tensor.shape) > 1:
+        return None
+    return tuple(np.atleast_1d(tensor.numpy()).tolist())
+
+
+def weight_shape(value: ir.Value | None) -> tuple[int, ...] | None:
+    """The shape of a weight, which may be stored narrower and cast; None for what is computed."""
+    maker = value.producer() if value is not None else None
+    stored = maker.inputs[0] if maker is not None and maker.op_type == "Cast" else value
+    tensor = stored.const_value if stored is not None else None
+    return tuple(size for size in tensor.shape if isinstance(size, int)) if tensor is not None else None
 
 
 def rank_of(value: ir.Value | None) -> int | None:
@@ -26,7 +45,7 @@ def rank_of(value: ir.Value | None) -> int | None:
     node = value.producer()
     if node is None or node.domain != "":
         return None
-    if node.op_type in _FIRST:
+    if node.op_type in _LIKE_FIRST_INPUT:
         return rank_of(node.inputs[0])
     if node.op_type in _BROADCAST:
         ranks = [rank_of(item) for item in node.inputs]
@@ -35,7 +54,7 @@ def rank_of(value: ir.Value | None) -> int | None:
 
 
 def _made_rank(node: ir.Node) -> int | None:
-    """Of the output of an operator that changes ranks, or tells one."""
+    """The rank of what an operator makes that changes ranks, or whose weights tell its rank."""
     if node.op_type == "Conv":
         return len(weight_shape(node.inputs[1]) or ()) or None
     if node.op_type == "Transpose":

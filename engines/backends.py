@@ -1,0 +1,86 @@
+"""The table of backends: everything that is said of each by name.
+
+A backend's module is imported when somebody loads the backend, not before; nor does this module import
+anything, because the command line and the engine store need no more than names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendRow:
+    """One row of the table of backends.
+
+    Attributes:
+        name: as users write it, and as the keys of engines have it.
+        extra: of latentrt, which installs the backend's libraries.
+        implementation: the module below this folder that holds the backend, and its name there.
+        on_device: whether it is a `DeviceBackend`; else it is a `HostBackend`.
+        builds: what `latentrt build` makes for it. Without engines that cover a request nothing runs; layouts
+            are measured choices that only make it faster.
+        tuner: the module below this folder whose `tune_package` measures layouts; "" where engines are built.
+    """
+
+    name: str
+    extra: str
+    implementation: tuple[str, str]
+    on_device: bool
+    builds: Literal["engines", "layouts"]
+    tuner: str = ""
+
+    @property
+    def install(self) -> str:
+        """The command that installs the backend's libraries."""
+        return f'pip install "latentrt[{self.extra}]"'
+
+    def load(self) -> Any:
+        """The backend (`backend.HostBackend` or `backend.DeviceBackend`); imports its module."""
+        module, name = self.implementation
+        return getattr(import_module(f".{module}", __package__), name)
+
+    def tune_package(self) -> Callable[..., Any]:
+        """The function that measures the layouts of a package's nets; imports its module."""
+        return import_module(f".{self.tuner}", __package__).tune_package
+
+
+# The best first.
+BACKENDS: Mapping[str, BackendRow] = {
+    row.name: row
+    for row in (
+        BackendRow(
+            name="onnxruntime-cuda",
+            extra="cuda",
+            implementation=("onnxruntime.cuda_backend", "ONNXRUNTIME_CUDA"),
+            on_device=True,
+            builds="layouts",
+            tuner="onnxruntime.tuning.cuda",
+        ),
+        BackendRow(
+            name="onnxruntime",
+            extra="cpu",
+            implementation=("onnxruntime.backend", "ONNXRUNTIME"),
+            on_device=False,
+            builds="layouts",
+            tuner="onnxruntime.tuning.cpu",
+        ),
+        BackendRow(  # before TensorRT, because pip alone installs it and it builds without a GPU
+            name="tensorrt-rtx",
+            extra="tensorrt-rtx",
+            implementation=("tensorrt.backend", "TENSORRT_RTX"),
+            on_device=True,
+            builds="engines",
+        ),
+        BackendRow(
+            name="tensorrt",
+            extra="tensorrt",
+            implementation=("tensorrt.backend", "TENSORRT"),
+            on_device=True,
+            builds="engines",
+        ),
+    )
+}

@@ -1,0 +1,123 @@
+"""Opens sessions of ONNX Runtime on any provider, compares them with the contract, and sorts their errors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..errors import BackendError, LatentrtError, MemoryLimitError, PackageError, UsageError
+from ..spec import NetSpec
+
+_ORT_TYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+    "tensor(uint8)": "uint8",
+}
+# How an exhausted memory reads: the CPU's and CUDA's arena (BFCArena), cuBLAS and cuDNN (…_ALLOC_FAILED).
+_OUT_OF_MEMORY = ("alloc", "out of memory", "bfcarena")
+
+
+def available() -> str | None:
+    """None if onnxruntime is installed, else the reason why nothing runs."""
+    return None if find_spec("onnxruntime") else "onnxruntime is not installed"
+
+
+def library() -> Any:
+    """The library, imported on first use (0.1 s); it has no type stubs, hence Any."""
+    return import_module("onnxruntime")
+
+
+def usable_processors() -> int:
+    """The processors this process may run on, which may be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def run_error(name: str, error: Exception, shapes: Mapping[str, tuple[int, ...]]) -> LatentrtError:
+    """What a failed run of the net `name` means: MemoryLimitError or BackendError."""
+    if _is_out_of_memory(error):
+        return MemoryLimitError(
+            f"the net {name!r} ran out of memory: {error}",
+            expected="a size and batch that fit",
+            fix="Draw fewer or smaller pictures at once.",
+            culprit=name,
+        )
+    return BackendError(
+        f"the net {name!r} failed on {dict(shapes)}: {error}",
+        expected="inputs as in the net's spec (`latentrt inspect PACKAGE --json`)",
+        fix="Check the inputs; if they are right, report this with the package's manifest.",
+    )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    # cudaMalloc is refused while a stream is captured, however much memory there is
+    return "captur" not in text and any(sign in text for sign in _OUT_OF_MEMORY)
+
+
+def check_boundary(session: Any, spec: NetSpec, path: Path) -> None:
+    """Raise PackageError unless the inputs and outputs of the graph at `path` are those of `spec`."""
+    for kind, found, expected in (
+        ("input", session.get_inputs(), spec.inputs),
+        ("output", session.get_outputs(), spec.outputs),
+    ):
+        graph = {item.name: (_ORT_TYPES.get(item.type, item.type), len(item.shape)) for item in found}
+        manifest = {item.name: (item.dtype, len(item.shape)) for item in expected}
+        if graph != manifest:
+            differing = sorted(set(graph.items()) ^ set(manifest.items()))
+            raise PackageError(
+                f"{path}: {kind}s differ from the manifest's: {differing[:4]}",
+                expected="the boundary that the manifest records",
+                fix="Export the package again: latentrt export CHECKPOINT -o PACKAGE.",
+            )
+
+
+def session_options(threads: int | None) -> Any:
+    """Quiet, with `threads` for one run (None: every processor). Raises UsageError for less than 1."""
+    if threads is not None and threads < 1:
+        raise UsageError(
+            f"threads is {threads}", expected="at least 1", fix="Leave it out to use every core."
+        )
+    options = library().SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or usable_processors()
+    # Else threads wait busily for a while after a run, and take the cores from the next net's session.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def open_session(
+    path: Path, options: Any, providers: Sequence[Any], *, culprit: str, content: bytes | None = None
+) -> Any:
+    """A session of the graph at `path`, on `providers` and no others. `culprit`: the net, for errors.
+
+    `content` is what to read in place of the file.
+
+    Raises:
+        PackageError: ONNX Runtime refuses the graph.
+        MemoryLimitError: its weights do not fit.
+    """
+    ort = library()
+    try:
+        # without fallback: it would print, and run on the CPU what was asked of another
+        return ort.InferenceSession(content or str(path), options, providers=providers, enable_fallback=0)
+    except Exception as error:  # onnxruntime raises a dozen classes of its own, all derived from it
+        if _is_out_of_memory(error):
+            raise MemoryLimitError(
+                f"the weights of {path} do not fit the memory: {error}",
+                expected="enough free memory",
+                fix="Close other programs, or use a package of less weights: latentrt export --dtype fp16.",
+                culprit=culprit,
+            ) from error
+        raise PackageError(
+            f"onnxruntime {ort.__version__} refuses {path}: {error}",
+            expected="a graph of opset 23 with its weights beside it",
+            fix="Upgrade it: pip install --upgrade onnxruntime; or export the package again.",
+        ) from error
