@@ -42,7 +42,8 @@ def _print_samplers(*, as_json: bool) -> None:
 
 
 def _print_table(package: Package, sampler: str, steps: int, *, as_json: bool) -> None:
-    from ..runtime.sampling.samplers import make_table, resolve
+    from ..runtime.sampling.names import resolve
+    from ..runtime.sampling.samplers import make_table
 
     table = make_table(resolve(sampler, package.manifest.scheduler), steps)
     print(json.dumps(table.to_json()) if as_json else table.format())

@@ -12,8 +12,8 @@ from ..engines.spec import Array
 from .prompts.encode import TextConditioner
 from .request.request import Request
 from .request.source import Varied
+from .sampling.names import resolve
 from .sampling.noise import NoiseSource
-from .sampling.samplers import resolve
 
 Call = Callable[..., dict[str, Array]]  # loop.call
 

@@ -31,7 +31,6 @@ from .request.parameters import Parameters, spelled_out
 from .request.request import Request, make_request
 from .result import Result
 from .sampling.noise import NoiseSource
-from .sampling.span import make_span
 from .sampling.table import Table
 from .start import make_start
 
@@ -231,7 +230,7 @@ class Pipeline:
         """
         manifest, loop = self.package.manifest, loop or self.loop
         noise = NoiseSource(request.seeds, request.rng)
-        table = make_span(request)  # the schedule: a row of coefficients for each UNet call
+        table = request.table()  # the schedule: a row of coefficients for each UNet call
 
         # tokens -> context (P, T, D), each different text once, and what joins the time embedding
         with clock.stage("text_encoder"):

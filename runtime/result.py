@@ -12,28 +12,11 @@ from .pictures.infotext import format_infotext
 from .pictures.write import save_picture
 from .request.request import Request
 from .request.source import Masked, Varied
-from .sampling.samplers import SamplerConfig
+from .sampling.config import SamplerConfig
+from .sampling.names import a1111_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-# What AUTOMATIC1111 calls them; other samplers keep our short name.
-_A1111_SAMPLERS = {
-    "ddim": "DDIM",
-    "plms": "PLMS",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "heun": "Heun",
-    "lms": "LMS",
-    "dpm2": "DPM2",
-    "dpm2_a": "DPM2 a",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "dpmpp_3m_sde": "DPM++ 3M SDE",
-    "unipc": "UniPC",
-    "lcm": "LCM",
-}
-_A1111_SCHEDULES = {"karras": "Karras", "exponential": "Exponential", "beta": "Beta"}
 
 
 def _sampler_record(config: SamplerConfig) -> dict[str, Any]:
@@ -45,7 +28,7 @@ def _sampler_record(config: SamplerConfig) -> dict[str, Any]:
 
 def _strength(request: Request) -> float | None:
     """The strength of what the run started from; a latent that another model left has none."""
-    return None if request.denoising_start is not None else getattr(request.source, "strength", None)
+    return None if request.denoising_start is not None else request.strength
 
 
 def _of_some(request: Request, index: int) -> dict[str, Any]:
@@ -112,13 +95,14 @@ class Result:
     def infotext(self, index: int = 0) -> str:
         """The `parameters` text of AUTOMATIC1111 for picture `index`."""
         request = self.request
+        sampler, schedule = a1111_name(request.sampler)
         return format_infotext(
             {
                 "prompt": request.prompts[index],
                 "negative_prompt": request.negative_prompts[index] or "",
                 "Steps": request.num_inference_steps,
-                "Sampler": _A1111_SAMPLERS.get(request.sampler.name, request.sampler.name),
-                "Schedule type": _A1111_SCHEDULES.get(request.sampler.sigma_schedule),
+                "Sampler": sampler,
+                "Schedule type": schedule,
                 "CFG scale": request.guidance_scale,
                 "Seed": request.seeds[index],
                 "Size": f"{request.width}x{request.height}",

@@ -232,7 +232,7 @@ class _Drawing:
         noises = np.zeros((len(table), *start.shape), np.float32)
         for row in np.flatnonzero(table.draws):
             noises[row] = noise()
-        self._upload_lines("rows", table.rows(case.guidance_scale, 0.0)[:, : len(ROW)])
+        self._upload_lines("rows", table.packed_rows(case.guidance_scale, 0.0)[:, : len(ROW)])
         self._upload_lines("timesteps", np.repeat(table.t.astype(np.float32)[:, None], case.batch, axis=1))
         if any(draws):
             self._upload_lines("noises", noises)

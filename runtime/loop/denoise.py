@@ -12,40 +12,45 @@ from ...engines.errors import NumericError, UsageError
 from ...engines.spec import Array
 from ..sampling.table import Table
 
-# NumPy would warn first; the loop looks at the result and says in which step it happened.
+# NumPy would only warn; the loop checks the result and says in which step it happened.
 _overflow_is_found_below = partial(np.errstate, over="ignore", invalid="ignore")
 Predict = Callable[[Array, int], Array]  # (state (N, C, h, w), row) -> model output (N, C, h, w), guided
 
 
 @dataclass(kw_only=True)
 class State:
-    """After one row: what the UNet was given, what it answered (guided), and the latent made of both.
+    """The loop after one row of the table. Arrays are (N, C, H/8, W/8) float32, variance-preserving.
 
-    All (N, C, H/8, W/8) float32, variance-preserving. `profile` is of the UNet's engine; "" on the host.
+    Attributes:
+        index: of the row.
+        unet_input: the state that the UNet saw.
+        prediction: its output after guidance.
+        latent: the state after the row; what the loop goes on with.
+        profile: the profile that the UNet's engine runs with; "" on the host.
     """
 
     index: int
-    given: Array
+    unet_input: Array
     prediction: Array
     latent: Array
     profile: str = ""
 
     def replace(self, latent: Array) -> None:
         """Let the loop go on with another latent. Raises UsageError for another shape."""
-        given = np.asarray(latent, np.float32)
-        if given.shape != self.latent.shape:
+        replacement = np.asarray(latent, np.float32)
+        if replacement.shape != self.latent.shape:
             raise UsageError(
-                f"latents of shape {given.shape} from a callback",
+                f"latents of shape {replacement.shape} from a callback",
                 expected=f"{self.latent.shape}",
                 fix="Return the latents with the shape they came in.",
             )
-        self.latent = given
+        self.latent = replacement
 
     def denoised(self, table: Table) -> Array:
-        """What the model takes the clean latent to be, solved from y = alpha * x0 + sigma * eps."""
+        """The clean latent x0 that the prediction stands for, solved from y = alpha * x0 + sigma * eps."""
         alpha_bar = float(table.alpha_bar[self.index])
         alpha, sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
-        y, m = self.given, self.prediction
+        y, m = self.unet_input, self.prediction
         if table.prediction_type == "epsilon":
             return (y - sigma * m) / alpha
         return alpha * y - sigma * m if table.prediction_type == "v_prediction" else m
@@ -53,12 +58,12 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """A picture that stays outside a mask: RePaint's step 8 (arXiv 2201.09865) without its resampling.
+    """A picture that stays as it is outside a mask (RePaint, arXiv 2201.09865, step 8; no resampling).
 
     Attributes:
         latent: (N, C, h, w) float32, clean.
         noise: (N, C, h, w) float32 unit noise, that of the first state.
-        mask: (N, 1, h, w) float32, 1 is repainted.
+        mask: (N, 1, h, w) float32, 1 where the picture is repainted.
     """
 
     latent: Array
@@ -90,31 +95,33 @@ def denoise(
         NumericError: the state is no longer finite.
     """
     y = first
-    keeps = table.keeps.tolist()
-    h: list[Array] = []
-    # Plain floats: they take the state's float32, where NumPy's own float64 scalars would widen it.
-    rows = zip(*(column.tolist() for column in (table.p, table.q, table.a, table.b, table.c)), strict=True)
-    for i, (p, q, a, b, c) in enumerate(rows):
-        given, m = y, predict(y, i)
+    history: list[Array] = []
+    for i, row in enumerate(table.rows()):
+        unet_input, m = y, predict(y, i)
         with _overflow_is_found_below():
-            h = [p * y + q * m, *h[: table.history - 1]]
-            y = a * y + sum(b_j * h_j for b_j, h_j in zip(b, h, strict=False) if b_j)
-            if table.draws[i]:
-                y = y + c * noise()
+            history = [row.p * y + row.q * m, *history[: table.history - 1]]
+            y = row.a * y + sum(b * h for b, h in zip(row.b, history, strict=False) if b)
+            if row.draws:
+                y = y + row.c * noise()
             if kept is not None:
-                y = kept.put_back(y, *keeps[i])
-        if not np.isfinite(y).all():
-            raise NumericError(
-                f"the latent is not finite after step {i + 1} of {len(table)}",
-                expected="finite numbers",
-                fix="An fp16 package may overflow: export it again with --dtype fp32.",
-            )
-        state = State(index=i, given=given, prediction=m, latent=y)
+                y = kept.put_back(y, *row.keep)
+        check_finite(y, f"after step {i + 1} of {len(table)}")
+        state = State(index=i, unet_input=unet_input, prediction=m, latent=y)
         yield state
         y = state.latent
 
 
+def check_finite(latent: Array, when: str) -> None:
+    """Raise NumericError if a latent, (N, C, H/8, W/8), holds NaN or infinity."""
+    if not np.isfinite(latent).all():
+        raise NumericError(
+            f"the latent is not finite {when}",
+            expected="finite numbers",
+            fix="An fp16 package may overflow: export it again with --dtype fp32.",
+        )
+
+
 def narrow(latent: Array, dtype: type[np.generic]) -> Array:
-    """The latent as a net wants it; what fp16 cannot hold becomes infinity, which the net's answer shows."""
+    """The latent in a net's dtype. What fp16 cannot hold becomes infinity, and shows in the net's output."""
     with np.errstate(over="ignore"):
         return latent.astype(dtype, copy=False)

@@ -5,7 +5,6 @@ NumPy is imported only where arrays are checked: the command line lists the para
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -217,6 +216,8 @@ def check_texts_for(name: str, value: Any, prompts: int) -> list[str | None]:
 def check_seeds(seed: Any, pictures: int) -> tuple[int, ...]:
     """An int seeds the first picture and counts up; a list has one seed per picture; None is random."""
     if seed is None:
+        import secrets
+
         seed = secrets.randbelow(2**32)
     if isinstance(seed, Integral) and not isinstance(seed, bool):
         first = check_integer("seed", seed, -(2**63), 2**64 - pictures)

@@ -9,11 +9,10 @@ Names are diffusers', except `seed`, `rng`, `sampler` and those that diffusers l
 NumPy: `latentrt --help` reads it.
 """
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypedDict, TypeVar, get_args
 
 from ...engines.errors import UsageError
 from . import kinds
@@ -252,12 +251,7 @@ def read_parameters(manifest: "Manifest", parameters: Mapping[str, Any]) -> dict
     """
     for name in parameters:
         if name not in PARAMETERS:
-            near = _ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, PARAMETERS, 1)), None)
-            raise UsageError(
-                f"there is no parameter {name!r}",
-                expected=f"{near!r}" if near else f"one of {', '.join(PARAMETERS)}",
-                fix=f"Write {near}=…" if near else f"Leave {name} out.",
-            )
+            _refuse_unknown(name)
     chosen = {name for name, value in parameters.items() if not PARAMETERS[name].is_default(value)}
     for name in PARAMETERS:
         if name in chosen:
@@ -266,6 +260,17 @@ def read_parameters(manifest: "Manifest", parameters: Mapping[str, Any]) -> dict
         name: _checked(name, parameter, parameters.get(name, parameter.default), manifest)
         for name, parameter in PARAMETERS.items()
     }
+
+
+def _refuse_unknown(name: str) -> NoReturn:
+    from difflib import get_close_matches
+
+    near = _ELSEWHERE.get(name) or next(iter(get_close_matches(name, PARAMETERS, 1)), None)
+    raise UsageError(
+        f"there is no parameter {name!r}",
+        expected=f"{near!r}" if near else f"one of {', '.join(PARAMETERS)}",
+        fix=f"Write {near}=…" if near else f"Leave {name} out.",
+    )
 
 
 def _checked(name: str, parameter: Parameter, value: Any, manifest: "Manifest") -> Any:

@@ -11,7 +11,11 @@ from ...engines.package import Manifest
 from ...engines.spec import Array
 from ..pictures.tiling import Tiling
 from ..pictures.write import MAX_PIXELS
-from ..sampling.samplers import SamplerConfig, resolve
+from ..sampling.config import SamplerConfig
+from ..sampling.names import resolve
+from ..sampling.samplers import count_steps
+from ..sampling.span import make_span
+from ..sampling.table import Table
 from . import kinds
 from .parameters import PARAMETERS, OutputType, Parameters, PromptSyntaxName, Rng, read_parameters
 from .sizes import SizeConditions, make_size_conditions
@@ -64,6 +68,23 @@ class Request:
     latents: Array | None = field(default=None, compare=False)
     source: Source | None = field(default=None, compare=False)
 
+    @property
+    def strength(self) -> float | None:
+        """How much of the schedule runs on what the request starts from; None where it starts from noise."""
+        return getattr(self.source, "strength", None)
+
+    def table(self) -> Table:
+        """The rows of the sampler's table that are run. Raises UsageError if none is left, SamplerError."""
+        return make_span(
+            self.sampler,
+            self.num_inference_steps,
+            timesteps=self.timesteps,
+            sigmas=self.sigmas,
+            strength=self.strength,
+            denoising_start=self.denoising_start,
+            denoising_end=self.denoising_end,
+        )
+
 
 def make_request(
     manifest: Manifest, prompt: str | Sequence[str], **parameters: Unpack[Parameters]
@@ -98,7 +119,11 @@ def make_request(
         "height": height,
         "width": width,
         "clip_skip": values["clip_skip"] or 0,
-        "num_inference_steps": _steps(manifest, values),
+        "num_inference_steps": count_steps(
+            values["num_inference_steps"] or defaults.num_inference_steps,
+            values["timesteps"],
+            values["sigmas"],
+        ),
         "guidance_scale": scale,
         "guided": scale > 1 and "timestep_cond" not in manifest.vectors,
         "sampler": replace(
@@ -136,15 +161,6 @@ def _size(manifest: Manifest, values: Mapping[str, Any]) -> tuple[int, int]:
             fix="Choose a smaller size.",
         )
     return height, width
-
-
-def _steps(manifest: Manifest, values: Mapping[str, Any]) -> int:
-    """The number of steps: as asked, one for each timestep or sigma (the last is the end), the model's."""
-    if values["timesteps"] is not None:
-        return len(values["timesteps"])
-    if values["sigmas"] is not None:
-        return max(len(values["sigmas"]) - 1, 1)
-    return values["num_inference_steps"] or manifest.defaults.num_inference_steps
 
 
 def _grid_share(manifest: Manifest, source: Source | None) -> float:

@@ -1,4 +1,4 @@
-"""What a sampler is asked to do, and how a diffusers `scheduler_config.json` says it.
+"""A sampler's options, and how a diffusers `scheduler_config.json` sets them.
 
 diffusers' `XScheduler.from_config(config)` keeps the keys that class X knows, gives the others X's defaults
 and drops the rest. The defaults are facts of diffusers 0.42 and are listed here as data, so that the runtime
@@ -109,18 +109,26 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 class SchedulerClass:
     """Facts about one diffusers scheduler class.
 
-    Args:
-        short_name: the sampler it stands for when the options do not say more.
+    Attributes:
         defaults: its constructor's keys and defaults, as far as they bear on the table.
+        levels: how it lays its noise levels, "k" or a key of `levels._VP_STEPS`.
+        solver_types: the values of `solver_type` that it knows, its own default first.
+        without: fields of `SamplerConfig` that have no meaning on it.
+        custom_timesteps: whether it takes timesteps of the caller's.
         sigma_space: whether it divides by alpha_bar, and so lifts a terminal alpha_bar of 0 to
             ZERO_SNR_FLOOR.
         no_sample_prediction: it has no prediction_type "sample".
+        rounds_karras: whether it rounds the timesteps of Karras sigmas.
     """
 
-    short_name: str
     defaults: Mapping[str, Any]
+    levels: str
+    solver_types: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    custom_timesteps: bool = False
     sigma_space: bool = False
     no_sample_prediction: bool = False
+    rounds_karras: bool = False
 
 
 _TRAINING: dict[str, Any] = {
@@ -147,22 +155,33 @@ _DPM: dict[str, Any] = {
     "variance_type": None,
 }
 _LCM = {"original_inference_steps": 50, "timestep_scaling": 10.0, "set_alpha_to_one": True}
+_DISTILLED: dict[str, Any] = {
+    "defaults": _LCM_TRAINING | _LEADING | _CLIPPED | {"clip_sample": False} | _LCM,
+    "levels": "lcm",
+    "without": ("sigma_schedule", "timestep_spacing"),
+    "custom_timesteps": True,
+}
 
 SCHEDULER_CLASSES: dict[str, SchedulerClass] = {
     "DDPMScheduler": SchedulerClass(
-        short_name="ddpm", defaults=_TRAINING | _LEADING | _CLIPPED | {"variance_type": "fixed_small"}
+        defaults=_TRAINING | _LEADING | _CLIPPED | {"variance_type": "fixed_small"},
+        levels="ddpm",
+        without=("sigma_schedule",),
+        custom_timesteps=True,
     ),
     "DDIMScheduler": SchedulerClass(
-        short_name="ddim", defaults=_TRAINING | _LEADING | _CLIPPED | {"set_alpha_to_one": True}
+        defaults=_TRAINING | _LEADING | _CLIPPED | {"set_alpha_to_one": True},
+        levels="ddim",
+        without=("sigma_schedule",),
     ),
     "PNDMScheduler": SchedulerClass(
-        short_name="pndm",
         defaults=_TRAINING | _LEADING | {"set_alpha_to_one": False, "skip_prk_steps": False},
+        levels="plms",
+        without=("sigma_schedule",),
         no_sample_prediction=True,
     ),
-    "LMSDiscreteScheduler": SchedulerClass(short_name="lms", defaults=_TRAINING | _LINSPACE | _RAMPS),
+    "LMSDiscreteScheduler": SchedulerClass(defaults=_TRAINING | _LINSPACE | _RAMPS, levels="k"),
     "EulerDiscreteScheduler": SchedulerClass(
-        short_name="euler",
         defaults=_TRAINING
         | _LINSPACE
         | _RAMPS
@@ -172,25 +191,34 @@ SCHEDULER_CLASSES: dict[str, SchedulerClass] = {
             "final_sigmas_type": "zero",
             "rescale_betas_zero_snr": False,
         },
+        levels="k",
+        custom_timesteps=True,
         sigma_space=True,
     ),
     "EulerAncestralDiscreteScheduler": SchedulerClass(
-        short_name="euler_a",
         defaults=_TRAINING | _LINSPACE | {"rescale_betas_zero_snr": False},
+        levels="k",
         sigma_space=True,
         no_sample_prediction=True,
     ),
     "HeunDiscreteScheduler": SchedulerClass(
-        short_name="heun", defaults=_K_TRAINING | _LINSPACE | _RAMPS | {"clip_sample": False}
+        defaults=_K_TRAINING | _LINSPACE | _RAMPS | {"clip_sample": False},
+        levels="k",
+        custom_timesteps=True,
     ),
     "KDPM2DiscreteScheduler": SchedulerClass(
-        short_name="dpm2", defaults=_K_TRAINING | _LINSPACE | _RAMPS, no_sample_prediction=True
+        defaults=_K_TRAINING | _LINSPACE | _RAMPS,
+        levels="k",
+        no_sample_prediction=True,
+        rounds_karras=True,
     ),
     "KDPM2AncestralDiscreteScheduler": SchedulerClass(
-        short_name="dpm2_a", defaults=_K_TRAINING | _LINSPACE | _RAMPS, no_sample_prediction=True
+        defaults=_K_TRAINING | _LINSPACE | _RAMPS,
+        levels="k",
+        no_sample_prediction=True,
+        rounds_karras=True,
     ),
     "DPMSolverMultistepScheduler": SchedulerClass(
-        short_name="dpmpp_2m",
         defaults=_TRAINING
         | _LINSPACE
         | _RAMPS
@@ -203,18 +231,23 @@ SCHEDULER_CLASSES: dict[str, SchedulerClass] = {
             "use_lu_lambdas": False,
             "rescale_betas_zero_snr": False,
         },
+        levels="dpm",
+        solver_types=("midpoint", "heun"),
+        custom_timesteps=True,
         sigma_space=True,
     ),
     "DPMSolverSinglestepScheduler": SchedulerClass(
-        short_name="dpmpp_2s",
         defaults=_TRAINING | _RAMPS | _FLOW | _SOLVER | _DPM | {"lower_order_final": False},
+        levels="dpm",
+        solver_types=("midpoint", "heun"),
+        without=("timestep_spacing",),
+        custom_timesteps=True,
     ),
     "DEISMultistepScheduler": SchedulerClass(
-        short_name="deis",
         defaults=_TRAINING | _LINSPACE | _RAMPS | _FLOW | _SOLVER | {"lower_order_final": True},
+        levels="dpm",
     ),
     "UniPCMultistepScheduler": SchedulerClass(
-        short_name="unipc",
         defaults=_TRAINING
         | _LINSPACE
         | _RAMPS
@@ -230,18 +263,15 @@ SCHEDULER_CLASSES: dict[str, SchedulerClass] = {
             "final_sigmas_type": "zero",
             "rescale_betas_zero_snr": False,
         },
+        levels="dpm",
+        solver_types=("bh2", "bh1"),
         sigma_space=True,
     ),
-    "LCMScheduler": SchedulerClass(
-        short_name="lcm", defaults=_LCM_TRAINING | _LEADING | _CLIPPED | {"clip_sample": False} | _LCM
-    ),
-    "TCDScheduler": SchedulerClass(
-        short_name="tcd", defaults=_LCM_TRAINING | _LEADING | _CLIPPED | {"clip_sample": False} | _LCM
-    ),
+    "LCMScheduler": SchedulerClass(**_DISTILLED),
+    "TCDScheduler": SchedulerClass(**_DISTILLED),
 }
 
-# Keys that must hold the given value; anything else makes the sampler non-linear, or is another kind of
-# model.
+# Keys that must hold these values: anything else makes the sampler non-linear, or is another kind of model.
 _REQUIRED: dict[str, Any] = {
     "clip_sample": False,
     "thresholding": False,
@@ -252,11 +282,6 @@ _REQUIRED: dict[str, Any] = {
     "skip_prk_steps": True,
 }
 # A solver type meant for another class falls back to the class's own, as diffusers does.
-_SOLVER_TYPES = {
-    "DPMSolverMultistepScheduler": ("midpoint", "heun"),
-    "DPMSolverSinglestepScheduler": ("midpoint", "heun"),
-    "UniPCMultistepScheduler": ("bh2", "bh1"),
-}
 _SOLVER_TYPE_NAMES = ("midpoint", "heun", "logrho", "bh1", "bh2")
 _RAMP_KEYS = {
     "use_karras_sigmas": "karras",
@@ -266,21 +291,21 @@ _RAMP_KEYS = {
 _NOISE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
 
 
-def config_for_class(scheduler: str, config: Mapping[str, Any], name: str | None = None) -> SamplerConfig:
+def config_for_class(scheduler: str, config: Mapping[str, Any], name: str) -> SamplerConfig:
     """The configuration that diffusers' `scheduler.from_config(config)` would run with.
 
     Args:
         scheduler: a key of SCHEDULER_CLASSES.
         config: a scheduler_config.json as a dict.
-        name: short name for the result; the class's own, refined by order and algorithm, when None.
+        name: short name for the result.
 
     Raises:
         SamplerError: an option outside the table form, or a value the class does not know.
     """
     facts = SCHEDULER_CLASSES[scheduler]
     skipped = {*config.get("_use_default_values", ()), "_use_default_values"}
-    given = {key: value for key, value in config.items() if key not in skipped}
-    options = dict(facts.defaults) | {key: given[key] for key in facts.defaults if key in given}
+    chosen = {key: value for key, value in config.items() if key not in skipped}
+    options = dict(facts.defaults) | {key: chosen[key] for key in facts.defaults if key in chosen}
     _refuse_unsupported(scheduler, options)
     _translate_solver(scheduler, options)
     noise_options = {key: options[key] for key in _NOISE_KEYS if key in options}
@@ -293,9 +318,9 @@ def config_for_class(scheduler: str, config: Mapping[str, Any], name: str | None
     fields = {key: value for key, value in options.items() if key in SamplerConfig.__dataclass_fields__}
     fields["disable_corrector"] = tuple(options.get("disable_corrector", ()))
     # diffusers reads these two wherever a ramp is made, also on classes that do not list them.
-    fields |= {key: given.get(key) for key in ("sigma_min", "sigma_max")}
+    fields |= {key: chosen.get(key) for key in ("sigma_min", "sigma_max")}
     fields["sigma_schedule"] = _sigma_schedule(options)
-    return SamplerConfig(name=name or _short_name(facts, options), scheduler=scheduler, noise=noise, **fields)
+    return SamplerConfig(name=name, scheduler=scheduler, noise=noise, **fields)
 
 
 def _refuse_unsupported(scheduler: str, options: dict[str, Any]) -> None:
@@ -315,10 +340,11 @@ def _refuse_unsupported(scheduler: str, options: dict[str, Any]) -> None:
 
 def _translate_solver(scheduler: str, options: dict[str, Any]) -> None:
     """Settle solver_type and algorithm_type the way the diffusers class does."""
-    if "solver_type" in options and options["solver_type"] not in _SOLVER_TYPES[scheduler]:
+    known = SCHEDULER_CLASSES[scheduler].solver_types
+    if "solver_type" in options and options["solver_type"] not in known:
         if options["solver_type"] not in _SOLVER_TYPE_NAMES:
-            raise _refusal(scheduler, "solver_type", options["solver_type"], _SOLVER_TYPES[scheduler])
-        options["solver_type"] = _SOLVER_TYPES[scheduler][0]
+            raise _refusal(scheduler, "solver_type", options["solver_type"], known)
+        options["solver_type"] = known[0]
     if "algorithm_type" not in options:
         return
     if options["algorithm_type"] == "deis":
@@ -339,15 +365,6 @@ def _sigma_schedule(options: Mapping[str, Any]) -> str:
     if options.get("use_lu_lambdas") and "karras" not in chosen:  # diffusers' precedence
         return "lu"
     return chosen[0] if chosen else "default"
-
-
-def _short_name(facts: SchedulerClass, options: Mapping[str, Any]) -> str:
-    if "algorithm_type" not in options:
-        return facts.short_name
-    family = "dpm_solver" if "++" not in options["algorithm_type"] else "dpmpp"
-    steps = facts.short_name[-1]  # s or m
-    sde = "_sde" if options["algorithm_type"].startswith("sde") else ""
-    return f"{family}_{options['solver_order']}{steps}{sde}"
 
 
 def _refusal(owner: str, option: str, found: object, allowed: tuple[Any, ...]) -> SamplerError:

@@ -1,4 +1,4 @@
-"""Which noise levels a sampler visits: from a configuration and a step count to a `Plan`.
+"""Which noise levels a sampler visits: from a configuration and a step count to a `Run`.
 
 The conventions differ between diffusers' classes and decide the picture, so each is followed: where the
 timesteps lie, whether they are rounded, what the last target is. "k" below is the k-diffusion family (Euler,
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...engines.errors import SamplerError
-from .config import SamplerConfig
+from .config import SCHEDULER_CLASSES, SamplerConfig
 from .schedule import Array, Level, sigma_ramp, timesteps
 
 Step: TypeAlias = tuple[Level, Level]
@@ -28,7 +28,7 @@ _NOWHERE = math.nan  # timestep of a level at which no model is asked
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Run:
     """What a formula walks along.
 
     Args:
@@ -46,60 +46,64 @@ class Plan:
     x_scale: float
     config: SamplerConfig
 
-    @property
-    def remaining(self) -> int:
-        """Number of steps that are run."""
-        return len(self.steps)
 
-
-def plan(
-    config: SamplerConfig, count: int, *, custom: Custom = None, sigmas: Custom = None, start: int = 0
-) -> Plan:
+def lay_levels(
+    config: SamplerConfig, count: int, *, timesteps: Custom = None, sigmas: Custom = None, start: int = 0
+) -> Run:
     """Lay the levels of a run.
 
     Args:
         config: the sampler.
         count: number of inference steps, already validated.
-        custom: timesteps to use instead of the configured spacing.
+        timesteps: timesteps to use instead of the configured spacing.
         sigmas: sigmas to use instead, the last being the final one (usually 0).
         start: steps to leave out at the noisy end.
 
     Raises:
-        SamplerError: the sampler takes no custom timesteps or sigmas, or the schedule leaves the training
+        SamplerError: the sampler takes no such timesteps or sigmas, or the schedule leaves the training
             range.
     """
-    _check_custom(config, custom, sigmas)
-    if config.scheduler in _K_CLASSES:
-        levels, x_scale = _k_levels(config, count, custom, sigmas)
+    _check_custom(config, timesteps, sigmas)
+    layer = SCHEDULER_CLASSES[config.scheduler].levels
+    if layer == "k":
+        levels, x_scale = _k_levels(config, count, timesteps, sigmas)
         steps = list(itertools.pairwise(levels))
     else:
-        steps, x_scale = _VP_STEPS[config.scheduler](config, count, custom), 1.0
-    cut = _plms_steps if config.scheduler == "PNDMScheduler" else _cut
-    run = cut(config, steps, start)
-    if start and run:  # image-to-image starts from an image with this much noise added
+        steps, x_scale = _VP_STEPS[layer](config, count, timesteps), 1.0
+    run = _cut_plms(config, steps, start) if layer == "plms" else tuple(steps[start:])
+    if start and run:  # image to image starts from an image with this much noise added
         x_scale = run[0][0].sigma
-    return Plan(steps=run, start=start, total=len(steps), x_scale=float(x_scale), config=config)
+    return Run(steps=run, start=start, total=len(steps), x_scale=float(x_scale), config=config)
 
 
-def _check_custom(config: SamplerConfig, custom: Custom, sigmas: Custom) -> None:
-    if sigmas is not None and (custom is not None or config.scheduler != "EulerDiscreteScheduler"):
-        raise SamplerError(
-            f"custom sigmas for sampler {config.name}",
-            expected="sampler 'euler', without timesteps",
-            fix="Drop sigmas.",
-        )
-    if custom is None:
+def _check_custom(config: SamplerConfig, timesteps: Custom, sigmas: Custom) -> None:
+    if sigmas is not None:
+        if timesteps is not None or config.scheduler != "EulerDiscreteScheduler":
+            raise SamplerError(
+                f"custom sigmas for sampler {config.name}",
+                expected="sampler 'euler', without timesteps",
+                fix="Drop sigmas.",
+            )
+        _check_order("sigmas", sigmas, math.inf)
+    if timesteps is None:
         return
-    if config.scheduler not in _CUSTOM_CLASSES or config.sigma_schedule != "default":
+    facts = SCHEDULER_CLASSES[config.scheduler]
+    if not facts.custom_timesteps or config.sigma_schedule != "default":
         raise SamplerError(
             f"custom timesteps for sampler {config.name} with {config.sigma_schedule} sigmas",
             expected="default sigmas and one of ddpm, euler, heun, lcm, tcd, dpm_solver, dpmpp",
             fix="Drop timesteps, or choose one of these samplers.",
         )
-    if any(later >= earlier for earlier, later in itertools.pairwise(custom)):
+    _check_order("timesteps", timesteps, config.noise.num_train_timesteps - 1)
+
+
+def _check_order(name: str, values: Sequence[float], highest: float) -> None:
+    """Refuse an order that no run has; written so that NaN is refused too."""
+    descending = all(earlier > later for earlier, later in itertools.pairwise(values))
+    if not (descending and values[-1] >= 0 and values[0] <= highest and math.isfinite(values[0])):
         raise SamplerError(
-            f"custom timesteps {list(custom)}",
-            expected="at least one, descending",
+            f"custom {name} {list(values)}",
+            expected=f"finite numbers from {highest:g} down to 0, each below the one before",
             fix="Sort them, largest first.",
         )
 
@@ -109,15 +113,16 @@ def _spaced(config: SamplerConfig, count: int, *, last: int | None = None, drop:
     return timesteps(config.timestep_spacing, count, train, offset=config.steps_offset, last=last, drop=drop)
 
 
-# --- the k-diffusion family
-# -------------------------------------------------------------------------------------
+# --- the k-diffusion family -------------------------------------------------------------------------------
 
 
-def _k_levels(config: SamplerConfig, count: int, custom: Custom, given: Custom) -> tuple[list[Level], float]:
+def _k_levels(
+    config: SamplerConfig, count: int, custom: Custom, custom_sigmas: Custom
+) -> tuple[list[Level], float]:
     """Variance-exploding levels, the final one included, and the standard deviation of the first x."""
     noise = config.noise
-    if given is not None:
-        sigmas = np.asarray(given, dtype=np.float64)
+    if custom_sigmas is not None:
+        sigmas = np.asarray(custom_sigmas, dtype=np.float64)
         t = noise.t_at(sigmas[:-1])
     else:
         t = _spaced(config, count) if custom is None else np.asarray(custom, dtype=np.float64)
@@ -130,7 +135,7 @@ def _k_levels(config: SamplerConfig, count: int, custom: Custom, given: Custom) 
         if config.sigma_schedule != "default":
             sigmas = _ramp(config, sigmas, count)
             t = noise.t_at(sigmas)
-            if config.sigma_schedule == "karras" and config.scheduler in _ROUNDS_KARRAS:
+            if config.sigma_schedule == "karras" and SCHEDULER_CLASSES[config.scheduler].rounds_karras:
                 t = np.round(t)
         last = noise.sigmas[0] if config.final_sigmas_type == "sigma_min" else 0.0
         sigmas = np.append(sigmas, last)
@@ -152,8 +157,7 @@ def _ramp(config: SamplerConfig, ends: Array, count: int) -> Array:
     return sigma_ramp(config.sigma_schedule, high, low, count)
 
 
-# --- DPM-Solver, DEIS, UniPC
-# ------------------------------------------------------------------------------------
+# --- DPM-Solver, DEIS, UniPC ------------------------------------------------------------------------------
 
 
 def _dpm_steps(config: SamplerConfig, count: int, custom: Custom) -> list[Step]:
@@ -201,8 +205,7 @@ def _dpm_final_sigma(config: SamplerConfig, sigmas: Array) -> float:
     return sigmas[-1] if ramped and config.scheduler == "UniPCMultistepScheduler" else config.noise.sigmas[0]
 
 
-# --- DDPM, DDIM, PNDM, LCM, TCD
-# ---------------------------------------------------------------------------------
+# --- DDPM, DDIM, PNDM, LCM, TCD ---------------------------------------------------------------------------
 
 
 def _final_level(config: SamplerConfig) -> Level:
@@ -226,8 +229,10 @@ def _ddpm_steps(config: SamplerConfig, count: int, custom: Custom) -> list[Step]
 
 
 def _ddim_steps(config: SamplerConfig, count: int, custom: Custom) -> list[Step]:
-    """Each timestep aims at t - T//N, which in "linspace" and "trailing" spacing need not be the next one."""
-    del custom  # refused by _check_custom
+    """Each timestep aims at t - T//N, which in "linspace" and "trailing" spacing need not be the next one.
+
+    Custom timesteps were refused before.
+    """
     stride = config.noise.num_train_timesteps // count
     pairs = [(time, time - stride) for time in _whole(np.round(_spaced(config, count)))]
     return [
@@ -236,12 +241,7 @@ def _ddim_steps(config: SamplerConfig, count: int, custom: Custom) -> list[Step]
     ]
 
 
-def _cut(config: SamplerConfig, steps: list[Step], start: int) -> tuple[Step, ...]:
-    del config
-    return tuple(steps[start:])
-
-
-def _plms_steps(config: SamplerConfig, steps: list[Step], start: int) -> tuple[Step, ...]:
+def _cut_plms(config: SamplerConfig, steps: list[Step], start: int) -> tuple[Step, ...]:
     """PLMS asks the model twice for its first step: again at the second timestep, to repeat the step with an
     average.
 
@@ -277,31 +277,11 @@ def _lcm_steps(config: SamplerConfig, count: int, custom: Custom) -> list[Step]:
     return _next_steps(config, t, config.noise.level(0))
 
 
+# A diffusers class's `levels` -> its steps; "k" is `_k_levels`.
 _VP_STEPS: dict[str, Callable[[SamplerConfig, int, Custom], list[Step]]] = {
-    "DDPMScheduler": _ddpm_steps,
-    "DDIMScheduler": _ddim_steps,
-    "PNDMScheduler": _ddim_steps,
-    "LCMScheduler": _lcm_steps,
-    "TCDScheduler": _lcm_steps,
-    "DPMSolverMultistepScheduler": _dpm_steps,
-    "DPMSolverSinglestepScheduler": _dpm_steps,
-    "DEISMultistepScheduler": _dpm_steps,
-    "UniPCMultistepScheduler": _dpm_steps,
+    "ddpm": _ddpm_steps,
+    "ddim": _ddim_steps,
+    "plms": _ddim_steps,
+    "lcm": _lcm_steps,
+    "dpm": _dpm_steps,
 }
-_ROUNDS_KARRAS = ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
-_K_CLASSES = (
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "LMSDiscreteScheduler",
-    *_ROUNDS_KARRAS,
-)
-_CUSTOM_CLASSES = (
-    "DDPMScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "LCMScheduler",
-    "TCDScheduler",
-)

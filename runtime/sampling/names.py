@@ -10,84 +10,38 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 from ...engines.errors import SamplerError
 from .config import SCHEDULER_CLASSES, SamplerConfig, config_for_class
-
-Preset: TypeAlias = tuple[str, dict[str, Any]]
-
-_MULTI, _SINGLE = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
+from .samplers import SAMPLERS
 
 
-def _dpm(scheduler: str, order: int, algorithm: str, **more: Any) -> Preset:
-    options: dict[str, Any] = {"solver_order": order, "algorithm_type": algorithm, **more}
-    if "++" not in algorithm:  # noise prediction divides by the final sigma
-        options["final_sigmas_type"] = "sigma_min"
-    return scheduler, options
+class _Spelling(NamedTuple):
+    """What a spelling means: a key of SAMPLERS, and options on top of the sampler's own."""
+
+    name: str
+    options: Mapping[str, Any]
 
 
-# short name -> (diffusers class, options it sets); everything else comes from the model's scheduler config
-PRESETS: dict[str, Preset] = {
-    "ddpm": ("DDPMScheduler", {}),
-    "ddim": ("DDIMScheduler", {}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "dpm2": ("KDPM2DiscreteScheduler", {}),
-    "dpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
-    "dpm_solver_1m": _dpm(_MULTI, 1, "dpmsolver"),
-    "dpm_solver_2m": _dpm(_MULTI, 2, "dpmsolver"),
-    "dpm_solver_3m": _dpm(_MULTI, 3, "dpmsolver"),
-    "dpm_solver_1s": _dpm(_SINGLE, 1, "dpmsolver"),
-    "dpm_solver_2s": _dpm(_SINGLE, 2, "dpmsolver"),
-    "dpm_solver_3s": _dpm(_SINGLE, 3, "dpmsolver"),
-    "dpm_solver_1m_sde": _dpm(_MULTI, 1, "sde-dpmsolver"),
-    "dpm_solver_2m_sde": _dpm(_MULTI, 2, "sde-dpmsolver"),
-    "dpmpp_1m": _dpm(_MULTI, 1, "dpmsolver++"),
-    "dpmpp_2m": _dpm(_MULTI, 2, "dpmsolver++"),
-    "dpmpp_3m": _dpm(_MULTI, 3, "dpmsolver++"),
-    "dpmpp_1s": _dpm(_SINGLE, 1, "dpmsolver++"),
-    "dpmpp_2s": _dpm(_SINGLE, 2, "dpmsolver++"),
-    "dpmpp_3s": _dpm(_SINGLE, 3, "dpmsolver++"),
-    "dpmpp_1m_sde": _dpm(_MULTI, 1, "sde-dpmsolver++"),
-    "dpmpp_2m_sde": _dpm(_MULTI, 2, "sde-dpmsolver++"),
-    "dpmpp_3m_sde": _dpm(_MULTI, 3, "sde-dpmsolver++"),
-    # not in diffusers; it visits the levels of the other ancestral sampler of k-diffusion
-    "dpmpp_2s_a": ("EulerAncestralDiscreteScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
-    "tcd": ("TCDScheduler", {}),
-}
+def _squeeze(name: str) -> str:
+    """Lower-case letters and digits; "++" becomes "pp"."""
+    return re.sub(r"[^a-z0-9]", "", name.lower().replace("++", "pp"))
 
-# Further spellings, squeezed (see `_squeeze`) -> (short name, options on top of its own)
-_ALIASES: dict[str, Preset] = {
-    "eulerancestral": ("euler_a", {}),
-    "dpm2ancestral": ("dpm2_a", {}),
-    "dpmpp2sancestral": ("dpmpp_2s_a", {}),
-    "dpmsolver1": ("dpm_solver_1m", {}),
-    "dpmsolver2": ("dpm_solver_2m", {}),
-    "dpmsolver3": ("dpm_solver_3m", {}),
-    "dpmsolverpp": ("dpmpp_2m", {}),
-    "dpmsolvermultistep": ("dpmpp_2m", {}),
-    "dpmsolversinglestep": ("dpmpp_2s", {}),
-    "dpmpp2mheun": ("dpmpp_2m", {"solver_type": "heun"}),
-    "dpmpp2msdeheun": ("dpmpp_2m_sde", {"solver_type": "heun"}),
-    "deis2": ("deis", {"solver_order": 2}),
-    "deis3": ("deis", {"solver_order": 3}),
-    "unipc2": ("unipc", {"solver_order": 2}),
-    "unipc3": ("unipc", {"solver_order": 3}),
-    "unipcbh1": ("unipc", {"solver_type": "bh1"}),
-    "unipcbh2": ("unipc", {"solver_type": "bh2"}),
-}
 
-# What may stand behind a name -> the field it sets; the empty suffix leaves the model's own.
+def _spellings() -> Iterator[tuple[str, _Spelling]]:
+    for name, sampler in SAMPLERS.items():
+        for spelled in (name, sampler.a1111 or name):
+            yield _squeeze(spelled), _Spelling(name, {})
+        for spelled, options in sampler.aliases.items():
+            yield _squeeze(spelled), _Spelling(name, options)
+
+
+_SPELLINGS = dict(_spellings())
+
+# What may follow a name -> the field it sets; the empty suffix leaves the model's own.
 _SUFFIXES: dict[str, dict[str, str]] = {
     "": {},
     "karras": {"sigma_schedule": "karras"},
@@ -96,18 +50,14 @@ _SUFFIXES: dict[str, dict[str, str]] = {
     "sgmuniform": {"timestep_spacing": "trailing"},
     "trailing": {"timestep_spacing": "trailing"},
 }
-# field -> classes on which it has no meaning
-_WITHOUT = {
-    "sigma_schedule": ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "LCMScheduler", "TCDScheduler"),
-    "timestep_spacing": (_SINGLE, "LCMScheduler", "TCDScheduler"),
-}
+_A1111_SCHEDULES = {"karras": "Karras", "exponential": "Exponential", "beta": "Beta"}
 
 _TWO_NOISES = "draws more than one noise per UNet call"
 _STAGE_NOISE = "would have to remember the noise of a stage"
 _ADAPTIVE = "chooses its steps while it runs"
 _GUIDED = "treats the unconditional prediction apart"
 # Squeezed name -> why no table can hold it.
-REFUSED: dict[str, str] = {
+_REFUSED: dict[str, str] = {
     "dpmppsde": _TWO_NOISES,
     "dpmsolversde": _TWO_NOISES,
     "restart": _TWO_NOISES,
@@ -139,8 +89,8 @@ def resolve(sampler: str | Mapping[str, Any] | None, model_config: Mapping[str, 
 
     Args:
         sampler: None for the model's own scheduler; a name, which behaves like diffusers'
-            `XScheduler.from_config(model_config)`; or a diffusers scheduler config. Of the latter, what the
-            model was trained with (betas, prediction type) may be left out.
+            `XScheduler.from_config(model_config)`; or a diffusers scheduler config, which may leave out what
+            the model was trained with (betas, prediction type).
         model_config: the checkpoint's scheduler_config.json.
 
     Raises:
@@ -161,6 +111,15 @@ def resolve(sampler: str | Mapping[str, Any] | None, model_config: Mapping[str, 
     return config
 
 
+def a1111_name(config: SamplerConfig) -> tuple[str, str | None]:
+    """What AUTOMATIC1111 writes as `Sampler` and `Schedule type`.
+
+    Samplers that it does not have keep our short name; None is its own choice of schedule.
+    """
+    name = SAMPLERS[config.name].a1111 or config.name
+    return name, _A1111_SCHEDULES.get(config.sigma_schedule)
+
+
 def _resolve(sampler: str | Mapping[str, Any] | None, model_config: Mapping[str, Any]) -> SamplerConfig:
     if sampler is None:
         return _from_config(model_config)
@@ -168,23 +127,23 @@ def _resolve(sampler: str | Mapping[str, Any] | None, model_config: Mapping[str,
         model = {key: model_config[key] for key in _MODEL_KEYS if key in model_config}
         return _from_config({**model, **sampler})
     if sampler in SCHEDULER_CLASSES:
-        return config_for_class(sampler, model_config)
+        return _of_class(sampler, model_config)
     return _from_name(sampler, model_config)
 
 
 def _from_name(spelled: str, model_config: Mapping[str, Any]) -> SamplerConfig:
-    name, options, suffix = _lookup(spelled)
-    scheduler, own = PRESETS[name]
+    (name, options), suffix = _lookup(spelled)
+    sampler = SAMPLERS[name]
     for field in suffix:
-        if scheduler in _WITHOUT[field]:
+        if field in SCHEDULER_CLASSES[sampler.scheduler].without:
             raise SamplerError(
                 f"sampler {spelled!r}: {name} has no {field}",
                 expected=f"{name} alone, or that {field} with another sampler",
                 fix=f"Use sampler={name!r}.",
             )
     # Latent models never clip: the class default of DDPM and DDIM is meant for pixels.
-    config = config_for_class(scheduler, {"clip_sample": False, **model_config, **own, **options}, name)
-    return replace(config, **suffix)
+    combined = {"clip_sample": False, **model_config, **sampler.options, **options}
+    return replace(config_for_class(sampler.scheduler, combined, name), **suffix)
 
 
 def _from_config(config: Mapping[str, Any]) -> SamplerConfig:
@@ -196,39 +155,44 @@ def _from_config(config: Mapping[str, Any]) -> SamplerConfig:
             expected=", ".join(SCHEDULER_CLASSES),
             fix="Pass a sampler by name, for example sampler='dpmpp_2m'.",
         )
-    return config_for_class(scheduler, config)
+    return _of_class(scheduler, config)
+
+
+def _of_class(scheduler: str, config: Mapping[str, Any]) -> SamplerConfig:
+    """A diffusers class with its options, under the short name of the sampler that they make."""
+    settled = config_for_class(scheduler, config, scheduler)
+    name = next(name for name, sampler in SAMPLERS.items() if sampler.scheduler == scheduler)
+    if "algorithm_type" in SCHEDULER_CLASSES[scheduler].defaults:
+        family = "dpmpp" if "++" in settled.algorithm_type else "dpm_solver"
+        kind = "s" if "Singlestep" in scheduler else "m"
+        sde = "_sde" if settled.algorithm_type.startswith("sde") else ""
+        name = f"{family}_{settled.solver_order}{kind}{sde}"  # may be one that `resolve` refuses
+    return replace(settled, name=name)
 
 
 def _refuse_outside(name: str) -> None:
-    reason = REFUSED.get(_squeeze(name))
+    reason = _REFUSED.get(_squeeze(name))
     if reason is not None:
         raise SamplerError(
             f"sampler {name!r}, which {reason}",
-            expected="one that can be written as a coefficient table: " + ", ".join(PRESETS),
+            expected="one that can be written as a coefficient table: " + ", ".join(SAMPLERS),
             fix="The nearest are dpmpp_2m_sde (with noise) and dpmpp_2m (without).",
         )
 
 
-def _squeeze(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower().replace("++", "pp"))
-
-
-_KNOWN: dict[str, Preset] = {_squeeze(name): (name, dict[str, Any]()) for name in PRESETS} | _ALIASES
-
-
-def _lookup(spelled: str) -> tuple[str, dict[str, Any], dict[str, str]]:
-    """Short name, options and suffix of a spelling; a schedule may follow the name, and a "k_" precede it."""
+def _lookup(spelled: str) -> tuple[_Spelling, dict[str, str]]:
+    """What a spelling means: a schedule may follow the name, and a "k_" precede it."""
     squeezed = _squeeze(spelled)
     for suffix, fields in _SUFFIXES.items():
         base = squeezed.removesuffix(suffix)
         for candidate in (base, base.removeprefix("k")):
-            if candidate in _KNOWN:
-                return *_KNOWN[candidate], fields
+            if candidate in _SPELLINGS:
+                return _SPELLINGS[candidate], fields
         _refuse_outside(base)
-    close = difflib.get_close_matches(squeezed, _KNOWN, n=3)
-    names = dict.fromkeys(_KNOWN[match][0] for match in close)
+    close = difflib.get_close_matches(squeezed, _SPELLINGS, n=3)
+    names = dict.fromkeys(_SPELLINGS[match].name for match in close)
     raise SamplerError(
         f"sampler {spelled!r}",
-        expected=", ".join(PRESETS),
+        expected=", ".join(SAMPLERS),
         fix=f"Did you mean {' or '.join(names)}?" if names else "Choose one of these.",
     )

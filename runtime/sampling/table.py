@@ -3,10 +3,10 @@
 ::
 
     y = init * unit_noise
-    for row in table:
-        m = guide(unet(y, t))
-        h = [p*y + q*m, *h[:K-1]]
-        y = a*y + sum(b_j * h_j) + c*noise
+    for row in table.rows():
+        m = guide(unet(y, row.t))
+        h = [row.p*y + row.q*m, *h[:K-1]]
+        y = row.a*y + sum(b_j * h_j) + row.c*noise
 
 `y` is the variance-preserving state, so it is also the UNet's input; the `y` of the last row is the final
 latent. A sampler without clipping is linear in its start, in the model's outputs and in its noise. So one run
@@ -29,13 +29,31 @@ from .schedule import Level
 Vector: TypeAlias = NDArray[np.float64]
 Predict: TypeAlias = Callable[[Vector, Level], Vector]
 Noise: TypeAlias = Callable[[], Vector]
-Formula: TypeAlias = Callable[[Vector, Predict, Noise], Vector]
+Traced: TypeAlias = Callable[[Vector, Predict, Noise], Vector]
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 # A traced coefficient is exact to about 1e-13; a sampler that is not in the form misses by its own size.
 _TRACE_TOLERANCE = 1e-9
 _NEGLIGIBLE = 1e-12
+_COLUMNS = ("t", "alpha_bar", "p", "q", "a", "b", "c", "draws")
+
+
+class Row(NamedTuple):
+    """One row of a table as plain floats, which take the dtype of the arrays they multiply.
+
+    The fields are the columns of `Table`. `keep` has the factors of a clean latent and of unit noise whose
+    sum is as noisy as the state after the row.
+    """
+
+    t: float
+    p: float
+    q: float
+    a: float
+    b: tuple[float, ...]
+    c: float
+    draws: bool
+    keep: tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +64,7 @@ class Table:
         name: short name of the sampler.
         prediction_type: what the model's output `m` is: "epsilon", "v_prediction" or "sample". Already folded
             into `p` and `q`; kept for previews.
-        t: (N,) model timesteps, fractional where the schedule is (Karras).
+        t: (N,) timesteps that the model is told, fractional where the schedule is (Karras).
         p: (N,) and
         q: (N,) turn the state and the model's output into what the history holds.
         a: (N,) factor of the state.
@@ -80,7 +98,7 @@ class Table:
     def __post_init__(self) -> None:
         """Check, copy and freeze the columns."""
         rows = len(np.atleast_1d(self.t))
-        for column in ("t", "p", "q", "a", "b", "c", "draws", "alpha_bar"):
+        for column in _COLUMNS:
             kind = np.bool_ if column == "draws" else np.float64
             values = np.array(getattr(self, column), dtype=kind)
             if values.shape[:1] != (rows,) or values.ndim != (2 if column == "b" else 1) or rows == 0:
@@ -118,8 +136,7 @@ class Table:
         """The first `rows` rows, 1 or more: a run that another model will finish."""
         if rows >= len(self):
             return self
-        columns = ("t", "p", "q", "a", "b", "c", "draws", "alpha_bar")
-        cut = {column: getattr(self, column)[:rows] for column in columns}
+        cut = {column: getattr(self, column)[:rows] for column in _COLUMNS}
         return replace(self, **cut, last_alpha_bar=float(self.alpha_bar[rows]))
 
     @property
@@ -128,8 +145,20 @@ class Table:
         after = np.append(self.alpha_bar[1:], self.last_alpha_bar)
         return np.sqrt(np.stack([after, 1 - after], axis=1))
 
-    def rows(self, guidance_scale: float, guidance_rescale: float) -> Array:
-        """(N, len(MASKED_ROW)) float32: each row as the net `step_masked` takes it; `step` has the first."""
+    def rows(self) -> list[Row]:
+        """The rows in order, for loops in NumPy."""
+        columns = (self.t, self.p, self.q, self.a, self.b, self.c, self.draws, self.keeps)
+        return [
+            Row(t, p, q, a, tuple(b), c, draws, (keep[0], keep[1]))
+            for t, p, q, a, b, c, draws, keep in zip(*(column.tolist() for column in columns), strict=True)
+        ]
+
+    def packed_rows(self, guidance_scale: float, guidance_rescale: float) -> Array:
+        """The rows as the net `step_masked` takes them; `step` takes the first `len(ROW)` numbers of each.
+
+        Returns:
+            (N, len(MASKED_ROW)) float32, guidance included.
+        """
         rows = np.zeros((len(self), len(MASKED_ROW)), np.float32)
         rows[:, len(ROW) :] = self.keeps
         values = {"p": self.p, "q": self.q, "a": self.a, "c": self.c}
@@ -142,37 +171,21 @@ class Table:
 
     def format(self) -> str:
         """The table as aligned text: one line per UNet call, columns in the order of the loop."""
-        names = [
-            "row",
-            "t",
-            "alpha_bar",
-            "p",
-            "q",
-            "a",
-            *(f"b{j}" for j in range(self.history)),
-            "c",
-            "noise",
-        ]
-        lines = [names]
-        for i in range(len(self)):
-            numbers = [self.alpha_bar[i], self.p[i], self.q[i], self.a[i], *self.b[i], self.c[i]]
-            cells = [f"{number:.6f}" for number in numbers]
-            lines.append(
-                [str(i), f"{self.t[i]:.3f}".rstrip("0").rstrip("."), *cells, "yes" if self.draws[i] else "-"]
-            )
-        widths = [max(len(line[k]) for line in lines) for k in range(len(names))]
+        factors = [f"b{j}" for j in range(self.history)]
+        lines = [["row", "t", "alpha_bar", "p", "q", "a", *factors, "c", "noise"]]
+        for i, (row, alpha_bar) in enumerate(zip(self.rows(), self.alpha_bar, strict=True)):
+            t = f"{row.t:.3f}".rstrip("0").rstrip(".")
+            numbers = [f"{number:.6f}" for number in (alpha_bar, row.p, row.q, row.a, *row.b, row.c)]
+            lines.append([str(i), t, *numbers, "yes" if row.draws else "-"])
+        widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+        body = ["  ".join(map(str.rjust, line, widths)) for line in lines]
         calls = f"{len(self)} UNet calls, history {self.history}"
-        head = f"{self.name}: {calls}, {self.prediction_type}, init {self.init:.6f}"
-        body = [
-            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
-        ]
-        return "\n".join([head, *body])
+        return "\n".join([f"{self.name}: {calls}, {self.prediction_type}, init {self.init:.6f}", *body])
 
     def to_json(self) -> dict[str, Any]:
         """The table as plain lists and numbers, in the order of the loop."""
-        columns = ("t", "alpha_bar", "p", "q", "a", "b", "c", "draws")
         head = {"name": self.name, "prediction_type": self.prediction_type, "init": float(self.init)}
-        return head | {column: getattr(self, column).tolist() for column in columns}
+        return head | {column: getattr(self, column).tolist() for column in _COLUMNS}
 
 
 class _Call(NamedTuple):
@@ -210,13 +223,13 @@ class _Recorder:
         self.noises[-1].append(self.used)
         return self._fresh()
 
-    def run(self, formula: Formula, x_scale: float) -> Vector:
+    def run(self, formula: Traced, x_scale: float) -> Vector:
         start = np.zeros(self.size)
         start[0] = x_scale
         return formula(start, self.predict, self.noise)
 
 
-def trace(formula: Formula, *, name: str, history: str, prediction_type: str, x_scale: float = 1.0) -> Table:
+def trace(formula: Traced, *, name: str, history: str, prediction_type: str, x_scale: float = 1.0) -> Table:
     """Run `formula` once on basis vectors and read its table off.
 
     Args:
@@ -235,9 +248,8 @@ def trace(formula: Formula, *, name: str, history: str, prediction_type: str, x_
         SamplerError: the sampler is outside the row form, its coefficients are not finite, or it asks for
             epsilon at a level without signal.
     """
-    with np.errstate(
-        all="ignore"
-    ):  # sigma = 0 gives infinite log-SNR, on purpose; Table refuses what stays infinite
+    # sigma = 0 gives infinite log-SNR, on purpose; Table refuses what stays infinite
+    with np.errstate(all="ignore"):
         count = _Recorder(size=1)
         count.run(formula, x_scale)
         recorder = _Recorder(size=count.used)

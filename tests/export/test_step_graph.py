@@ -10,7 +10,8 @@ from latentrt.engines import spec
 from latentrt.export.graphs.step import write_step
 from latentrt.runtime.loop import guidance
 from latentrt.runtime.loop.denoise import Kept, denoise
-from latentrt.runtime.sampling.samplers import make_table, resolve
+from latentrt.runtime.sampling.names import resolve
+from latentrt.runtime.sampling.samplers import make_table
 
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -55,7 +56,7 @@ def test_the_graph_draws_what_the_loop_draws(
     state[0] = table.init * start
     latent = guidance.batch(state[0], guided)
     draws = iter(noises[table.draws])
-    for i, row in enumerate(table.rows(scale, rescale)):
+    for i, row in enumerate(table.packed_rows(scale, rescale)):
         noise = next(draws) if table.draws[i] else np.zeros_like(start)
         feeds = {"prediction": _model(latent, i), "state": state, "noise": noise, "row": row}
         if masked:

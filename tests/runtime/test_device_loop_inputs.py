@@ -20,8 +20,9 @@ from latentrt.runtime.loop.device.loop import DeviceLoop, _need, _Remembered
 from latentrt.runtime.loop.device.memory_fallback import Plan
 from latentrt.runtime.loop.host import HostLoop
 from latentrt.runtime.loop.job import Job
+from latentrt.runtime.sampling.names import resolve
 from latentrt.runtime.sampling.noise import NoiseSource
-from latentrt.runtime.sampling.samplers import make_table, resolve
+from latentrt.runtime.sampling.samplers import make_table
 from tests.engines.host_device import HostDevice
 from tests.runtime.small_nets import IMAGE_CHANNELS, TOKENS, VECTORS, WIDTH, write_small_package
 

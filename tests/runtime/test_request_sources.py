@@ -13,7 +13,6 @@ from latentrt.engines.package import Defaults, Manifest, NetFile
 from latentrt.engines.spec import text_encoder, unet_time
 from latentrt.runtime.request.request import Request, make_request
 from latentrt.runtime.request.source import Latents, Masked, Pictures, Varied
-from latentrt.runtime.sampling.span import make_span
 
 SD = Manifest(
     name="sd",
@@ -250,7 +249,7 @@ def test_refused_by_name(manifest: Manifest, parameters: dict[str, Any], match: 
     ],
 )
 def test_the_part_of_the_schedule(parameters: dict[str, Any], rows: int) -> None:
-    assert len(make_span(ask(**parameters))) == rows
+    assert len(ask(**parameters).table()) == rows
 
 
 @pytest.mark.parametrize(
@@ -275,9 +274,9 @@ def test_a_schedule_from_a_stranger_takes_no_memory() -> None:
 
 
 def test_two_parts_are_the_whole() -> None:
-    whole = make_span(ask())
-    first = make_span(ask(denoising_end=0.6))
-    second = make_span(ask(image=np.ones((1, 4, 5, 7)), denoising_start=0.6))
+    whole = ask().table()
+    first = ask(denoising_end=0.6).table()
+    second = ask(image=np.ones((1, 4, 5, 7)), denoising_start=0.6).table()
     np.testing.assert_array_equal(np.concatenate([first.t, second.t]), whole.t)
     assert first.last_alpha_bar == pytest.approx(second.alpha_bar[0])
     assert (first.keeps[-1] ** 2).tolist() == pytest.approx([second.alpha_bar[0], 1 - second.alpha_bar[0]])
@@ -285,7 +284,7 @@ def test_two_parts_are_the_whole() -> None:
 
 def test_a_schedule_of_which_nothing_is_left() -> None:
     with pytest.raises(UsageError, match=r"none is left to run \(strength 0.05\)"):
-        make_span(ask(image=PICTURE, strength=0.05))
+        ask(image=PICTURE, strength=0.05).table()
 
 
 def test_a_samplers_own_refusal_stays() -> None:

@@ -1,15 +1,18 @@
 """Which sampler runs, with which options: names, diffusers configs, refusals."""
 
+import dataclasses
 import inspect
+import math
 
 import diffusers
 import numpy as np
 import pytest
 
 from latentrt.engines.errors import SamplerError
-from latentrt.runtime.sampling import names as sampler_names
+from latentrt.runtime.sampling import samplers
 from latentrt.runtime.sampling.config import SCHEDULER_CLASSES, SamplerConfig
-from latentrt.runtime.sampling.samplers import SAMPLERS, make_table, resolve
+from latentrt.runtime.sampling.names import a1111_name, resolve
+from latentrt.runtime.sampling.samplers import SAMPLERS, make_table
 from latentrt.runtime.sampling.schedule import NoiseSchedule
 
 SD15 = {
@@ -26,10 +29,6 @@ SD15 = {
     "clip_sample": False,
 }
 BARE = {"_class_name": "DPMSolverMultistepScheduler", "beta_schedule": "scaled_linear"}
-
-
-def test_presets_and_formulas_have_the_same_names() -> None:
-    assert set(sampler_names.PRESETS) == set(SAMPLERS)
 
 
 @pytest.mark.parametrize("name", SCHEDULER_CLASSES)
@@ -226,6 +225,35 @@ def test_eta_and_unknown_formulas_are_checked() -> None:
         make_table(stray, 8)
 
 
+@pytest.mark.parametrize(
+    ("spelled", "written"),
+    [
+        ("DPM++ 2M Karras", ("DPM++ 2M", "Karras")),
+        ("DPM++ 2M SDE Exponential", ("DPM++ 2M SDE", "Exponential")),
+        ("DPM++ 2S a", ("DPM++ 2S a", None)),
+        ("Euler a", ("Euler a", None)),
+        ("DPM2 a", ("DPM2 a", None)),
+        ("UniPC", ("UniPC", None)),
+        ("dpm_solver_2", ("dpm_solver_2m", None)),
+    ],
+)
+def test_automatic1111s_names(spelled: str, written: tuple[str, str | None]) -> None:
+    """As in the drop-down lists of AUTOMATIC1111's modules/sd_samplers_kdiffusion.py and sd_schedulers.py."""
+    assert a1111_name(resolve(spelled, SD15)) == written
+    assert resolve(written[0], SD15).name == resolve(spelled, SD15).name
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_declared_calls_are_those_of_the_formula(name: str) -> None:
+    """Cuts of image to image and hand-overs count on them; a declaration that is wrong must not be traced."""
+    declared = SAMPLERS[name]
+    wrong = dataclasses.replace(declared, calls=3 - declared.calls)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(samplers, "SAMPLERS", {name: wrong})
+        with pytest.raises(AssertionError, match=f"calls of {name}"):
+            make_table(resolve(name, SD15), 13)  # a step count of no other test: tables are cached
+
+
 @pytest.mark.parametrize("steps", [0, -1, 1001, 2.5, "20", None, True])
 def test_bad_step_counts(steps) -> None:
     with pytest.raises(SamplerError, match="num_inference_steps = "):
@@ -247,7 +275,15 @@ def test_step_counts_may_be_numpys() -> None:
         ("euler", {"sigmas": [10.0, 1.0, 0.0], "timesteps": [900, 100]}, "custom sigmas"),
         ("euler", {"start": 20}, "a start at step 20 of 20"),
         ("euler", {"start": -1}, "a start at step -1"),
-        ("ddpm", {"timesteps": [1200, 100]}, "asks for timestep 1200"),
+        ("ddpm", {"timesteps": [1200, 100]}, r"custom timesteps \[1200.0, 100.0\]"),
+        ("euler", {"timesteps": [900, -1]}, "custom timesteps"),
+        ("euler", {"timesteps": [900, math.nan, 100]}, "custom timesteps"),
+        ("euler", {"timesteps": ["a"]}, r"timesteps is \['a'\]"),
+        ("euler", {"timesteps": 900}, "timesteps is 900"),
+        ("euler", {"sigmas": [1.0, 10.0, 0.0]}, "custom sigmas"),
+        ("euler", {"sigmas": [math.inf, 1.0, 0.0]}, "custom sigmas"),
+        ("euler", {"sigmas": [10.0, 1.0, -1.0]}, "custom sigmas"),
+        ("euler", {"sigmas": [0.0]}, "num_inference_steps = 0"),
     ],
 )
 def test_bad_custom_schedules(name: str, kwargs: dict, message: str) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import pytest
 
 from latentrt.engines.errors import SamplerError
-from latentrt.runtime.sampling.samplers import make_table, resolve
+from latentrt.runtime.sampling.names import resolve
+from latentrt.runtime.sampling.samplers import make_table
 from tests.runtime.diffusers_oracle import SD, check, make_scheduler, set_steps, step_options
 from tests.sizes import EVERY_TENTH
 

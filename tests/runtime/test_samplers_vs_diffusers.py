@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from latentrt.runtime.sampling.samplers import SAMPLERS, make_table, resolve
+from latentrt.runtime.sampling.names import resolve
+from latentrt.runtime.sampling.samplers import SAMPLERS, make_table
 from tests.runtime.diffusers_oracle import (
     CLASSES,
     SD,

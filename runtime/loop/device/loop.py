@@ -113,7 +113,7 @@ class DeviceLoop:
                 _check_finite(latent, f"after step {row + 1} of {total}")
                 prediction = _prediction(job.table, row, given, remembered)
                 state = State(
-                    index=row, given=given, prediction=prediction, latent=latent, profile=canvas.profile
+                    index=row, unet_input=given, prediction=prediction, latent=latent, profile=canvas.profile
                 )
                 yield state
                 if state.latent is not latent:
