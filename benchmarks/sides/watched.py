@@ -24,7 +24,7 @@ from typing import Any
 from ...engines.spec import Array
 from ...runtime.loop.clock import Clock
 from ...runtime.loop.device.loop import DeviceLoop
-from ...runtime.loop.job import Job
+from ...runtime.loop.job import DenoiseJob
 from ...runtime.loop.open import LoopOptions
 from ...runtime.pipeline import Pipeline
 from ...runtime.request.request import make_request
@@ -116,12 +116,12 @@ def growth_per_step(traced: Sequence[int]) -> float:
 
 
 def _loop(pipe: Pipeline) -> Any:
-    return pipe._loop  # pyright: ignore[reportPrivateUsage]
+    return pipe.loop
 
 
-def _job(pipe: Pipeline, case: Case, clock: Clock | None = None) -> Job:
+def _job(pipe: Pipeline, case: Case, clock: Clock | None = None) -> DenoiseJob:
     request = make_request(pipe.package.manifest, case.prompt, **case.parameters)
-    return pipe._job(request, clock or Clock())  # pyright: ignore[reportPrivateUsage]
+    return pipe.prepare(request, clock or Clock())
 
 
 def _rows(pipe: Pipeline, case: Case) -> Iterator[int]:

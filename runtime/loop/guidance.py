@@ -31,7 +31,8 @@ def combine(prediction: Array, scale: float, rescale: float, guided: bool) -> Ar
     rows = prediction.astype(np.float32, copy=False)
     if not guided:
         return rows
-    unconditional, conditional = np.split(rows, 2)
+    half = len(rows) // 2
+    unconditional, conditional = rows[:half], rows[half:]
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # the loop checks the result
         combined: Array = unconditional + scale * (conditional - unconditional)
         if rescale:
