@@ -13,6 +13,9 @@ _GROUPS = {
     "parity of SD": ("test_parity.py", "test_parity_pictures.py"),
 }
 
+# torch's threads sleep while they wait for each other: where another program ran on their cores, spinning
+# made some tests take three times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if _WORKER and hasattr(os, "sched_setaffinity"):
     # Two libraries' thread pools on the same cores wait for each other by spinning: worse than one core each.
     _cores = sorted(os.sched_getaffinity(0))

@@ -185,3 +185,32 @@ def test_a_picture_on_the_cpu_needs_neither_torch_nor_the_gpus_modules() -> None
 
 def test_the_tables_name_every_folder() -> None:
     assert set(ARROWS) == set(FOLDERS)
+
+
+def test_circles_and_arrows_that_run_back_are_found(tmp_path: Path) -> None:
+    files = {
+        "engines/low.py": "",
+        "engines/room/__init__.py": "",
+        "engines/room/a.py": "from ..low import x",
+        "engines/room/b.py": "def late():\n    from ..top import x",
+        "engines/top.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .room.b import x, y",
+        "runtime/loose.py": "import latentrt.engines.top\nfrom latentrt.engines import low",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    names = [name.removesuffix(".py") for name in files]
+    imports = read_imports(tmp_path)
+    assert {str(one) for one in imports} == {
+        "engines/room/a -> engines/low: x",
+        "engines/room/b -> engines/top: x (lazy)",
+        "engines/top -> engines/room/b: x (types)",
+        "engines/top -> engines/room/b: y (types)",
+        "runtime/loose -> engines/low: low",
+        "runtime/loose -> engines/top: ",
+    }
+    drawing = draw_folder("engines", imports, names)
+    assert (drawing.entries, len(drawing.arrows)) == (["low", "room", "top"], 3)
+    assert (drawing.circles, drawing.back, drawing.floors) == ([{"room", "top"}], [("room", "top")], 3)
+    assert draw_files(imports, names).circles == [{"engines/room/b", "engines/top"}]
+    assert draw_folder("", imports, names).circles == []
