@@ -115,10 +115,7 @@ class SchedulerClass:
         solver_types: the values of `solver_type` that it knows, its own default first.
         without: fields of `SamplerConfig` that have no meaning on it.
         custom_timesteps: whether it takes timesteps of the caller's.
-        sigma_space: whether it divides by alpha_bar, and so lifts a terminal alpha_bar of 0 to
-            ZERO_SNR_FLOOR.
         no_sample_prediction: it has no prediction_type "sample".
-        rounds_karras: whether it rounds the timesteps of Karras sigmas.
     """
 
     defaults: Mapping[str, Any]
@@ -126,9 +123,7 @@ class SchedulerClass:
     solver_types: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     custom_timesteps: bool = False
-    sigma_space: bool = False
     no_sample_prediction: bool = False
-    rounds_karras: bool = False
 
 
 _TRAINING: dict[str, Any] = {
@@ -145,8 +140,10 @@ _LEADING = {"timestep_spacing": "leading", "steps_offset": 0}
 _LINSPACE = {"timestep_spacing": "linspace", "steps_offset": 0}
 _CLIPPED = {"clip_sample": True, "thresholding": False, "rescale_betas_zero_snr": False}
 _RAMPS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+_RAMPED = _TRAINING | _LINSPACE | _RAMPS
 _FLOW = {"use_flow_sigmas": False, "use_dynamic_shifting": False}
 _SOLVER = {"solver_order": 2, "thresholding": False}
+_DPM_FAMILY = _RAMPED | _FLOW | _SOLVER
 _DPM: dict[str, Any] = {
     "algorithm_type": "dpmsolver++",
     "solver_type": "midpoint",
@@ -180,11 +177,9 @@ SCHEDULER_CLASSES: dict[str, SchedulerClass] = {
         without=("sigma_schedule",),
         no_sample_prediction=True,
     ),
-    "LMSDiscreteScheduler": SchedulerClass(defaults=_TRAINING | _LINSPACE | _RAMPS, levels="k"),
+    "LMSDiscreteScheduler": SchedulerClass(defaults=_RAMPED, levels="k"),
     "EulerDiscreteScheduler": SchedulerClass(
-        defaults=_TRAINING
-        | _LINSPACE
-        | _RAMPS
+        defaults=_RAMPED
         | {
             "interpolation_type": "linear",
             "timestep_type": "discrete",
@@ -193,37 +188,23 @@ SCHEDULER_CLASSES: dict[str, SchedulerClass] = {
         },
         levels="k",
         custom_timesteps=True,
-        sigma_space=True,
     ),
     "EulerAncestralDiscreteScheduler": SchedulerClass(
         defaults=_TRAINING | _LINSPACE | {"rescale_betas_zero_snr": False},
         levels="k",
-        sigma_space=True,
         no_sample_prediction=True,
     ),
     "HeunDiscreteScheduler": SchedulerClass(
-        defaults=_K_TRAINING | _LINSPACE | _RAMPS | {"clip_sample": False},
-        levels="k",
-        custom_timesteps=True,
+        defaults=_K_TRAINING | _LINSPACE | _RAMPS | {"clip_sample": False}, levels="k", custom_timesteps=True
     ),
     "KDPM2DiscreteScheduler": SchedulerClass(
-        defaults=_K_TRAINING | _LINSPACE | _RAMPS,
-        levels="k",
-        no_sample_prediction=True,
-        rounds_karras=True,
+        defaults=_K_TRAINING | _LINSPACE | _RAMPS, levels="k", no_sample_prediction=True
     ),
     "KDPM2AncestralDiscreteScheduler": SchedulerClass(
-        defaults=_K_TRAINING | _LINSPACE | _RAMPS,
-        levels="k",
-        no_sample_prediction=True,
-        rounds_karras=True,
+        defaults=_K_TRAINING | _LINSPACE | _RAMPS, levels="k", no_sample_prediction=True
     ),
     "DPMSolverMultistepScheduler": SchedulerClass(
-        defaults=_TRAINING
-        | _LINSPACE
-        | _RAMPS
-        | _FLOW
-        | _SOLVER
+        defaults=_DPM_FAMILY
         | _DPM
         | {
             "lower_order_final": True,
@@ -234,7 +215,6 @@ SCHEDULER_CLASSES: dict[str, SchedulerClass] = {
         levels="dpm",
         solver_types=("midpoint", "heun"),
         custom_timesteps=True,
-        sigma_space=True,
     ),
     "DPMSolverSinglestepScheduler": SchedulerClass(
         defaults=_TRAINING | _RAMPS | _FLOW | _SOLVER | _DPM | {"lower_order_final": False},
@@ -244,15 +224,10 @@ SCHEDULER_CLASSES: dict[str, SchedulerClass] = {
         custom_timesteps=True,
     ),
     "DEISMultistepScheduler": SchedulerClass(
-        defaults=_TRAINING | _LINSPACE | _RAMPS | _FLOW | _SOLVER | {"lower_order_final": True},
-        levels="dpm",
+        defaults=_DPM_FAMILY | {"lower_order_final": True}, levels="dpm"
     ),
     "UniPCMultistepScheduler": SchedulerClass(
-        defaults=_TRAINING
-        | _LINSPACE
-        | _RAMPS
-        | _FLOW
-        | _SOLVER
+        defaults=_DPM_FAMILY
         | {
             "solver_type": "bh2",
             "predict_x0": True,
@@ -265,7 +240,6 @@ SCHEDULER_CLASSES: dict[str, SchedulerClass] = {
         },
         levels="dpm",
         solver_types=("bh2", "bh1"),
-        sigma_space=True,
     ),
     "LCMScheduler": SchedulerClass(**_DISTILLED),
     "TCDScheduler": SchedulerClass(**_DISTILLED),
@@ -313,7 +287,8 @@ def config_for_class(scheduler: str, config: Mapping[str, Any], name: str) -> Sa
     noise = NoiseSchedule(
         **noise_options,
         trained_betas=None if betas is None else tuple(float(beta) for beta in betas),
-        zero_snr_floor=ZERO_SNR_FLOOR if facts.sigma_space else 0.0,
+        # samplers of these levels divide by alpha_bar
+        zero_snr_floor=ZERO_SNR_FLOOR if facts.levels in ("k", "dpm") else 0.0,
     )
     fields = {key: value for key, value in options.items() if key in SamplerConfig.__dataclass_fields__}
     fields["disable_corrector"] = tuple(options.get("disable_corrector", ()))

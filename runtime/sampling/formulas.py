@@ -134,11 +134,10 @@ def _log_middle(run: Run, s: Level, sigma: float) -> Level:
 
 
 def lcm(x: Vector, predict: Predict, noise: Noise, run: Run) -> Vector:
-    """Latent consistency sampling (Luo et al. 2023, Algorithm 3): predict, then noise again; no noise at the
-    end.
+    """Latent consistency sampling (Luo et al. 2023, Algorithm 3): predict, then noise again, but at the end.
 
     c_skip and c_out are the boundary conditions of Song et al. 2023, eq. 25, with sigma_data = 0.5.
-    Departure, diffusers': the timestep in them is scaled by 10, which makes c_skip vanish.
+    Departure, as in diffusers: the timestep in them is scaled by 10, which makes c_skip vanish.
     """
     for i, (s, t) in enumerate(run.steps):
         scaled = s.t * run.config.timestep_scaling
@@ -162,22 +161,18 @@ def tcd(x: Vector, predict: Predict, noise: Noise, run: Run) -> Vector:
 
 
 # --- samplers with a memory, and the exponential integrators ----------------------------------------------
-#
 # Exponential integrators (DPM-Solver, DEIS, UniPC) solve the linear part of the diffusion ODE exactly and
 # expand the prediction in the half log-SNR lambda. All of them make the same step,
 #
 #     x_t = keep * x_s - weight * (phi1(z)*D0 + phi2(z)*D1 + phi3(z)*D2) [+ noise]
-#
 # where D0, D1, D2 are the prediction and its divided differences, and (keep, weight, z) depends on what is
 # predicted.
 
 
 def plms(x: Vector, predict: Predict, noise: Noise, run: Run) -> Vector:
-    """Pseudo linear multistep (Liu et al. 2022, eq. 9 and 12) with the first step made twice instead of
-    Runge-Kutta.
+    """Pseudo linear multistep (Liu et al. 2022, eq. 9, 12); its first step is made twice, no Runge-Kutta.
 
-    Departure, diffusers': the model's raw outputs are mixed, and a v-prediction mix is turned into noise
-    afterwards.
+    Departure, as in diffusers: raw outputs are mixed, and a mix of v-predictions is turned into noise after.
     """
     outputs: list[Vector] = []
     first = x
@@ -253,8 +248,7 @@ def _phi(z: float) -> tuple[float, float, float]:
 
 
 def dpm_multistep(x: Vector, predict: Predict, noise: Noise, run: Run) -> Vector:
-    """DPM-Solver(++) multistep, orders 1 to 3 (Lu et al. 2022b, Algorithm 2; the SDE variants in their
-    Appendix).
+    """DPM-Solver(++) multistep, orders 1 to 3 (Lu et al. 2022b, Algorithm 2; SDE variants in the appendix).
 
     Departure from diffusers: its third-order SDE update has the wrong sign on the constant of phi3, so that
     the second difference does not vanish with the step. This follows k-diffusion's `sample_dpmpp_3m_sde`.
@@ -264,9 +258,8 @@ def dpm_multistep(x: Vector, predict: Predict, noise: Noise, run: Run) -> Vector
     for i, (s, t) in enumerate(run.steps):
         past = [(s, predict(x, s)), *past[:2]]
         jump = _jump(s, t, config.algorithm_type)
-        x = jump.keep * x - jump.weight * _differences(
-            past[: _multistep_order(run, i)], t, jump.z, config.solver_type
-        )
+        used = past[: _multistep_order(run, i)]
+        x = jump.keep * x - jump.weight * _differences(used, t, jump.z, config.solver_type)
         if config.algorithm_type.startswith("sde"):
             x = x + jump.noise * noise()
     return x
@@ -301,8 +294,7 @@ def _differences(past: Past, t: Level, z: float, solver_type: str) -> Vector:
 def dpm_singlestep(x: Vector, predict: Predict, noise: Noise, run: Run) -> Vector:
     """DPM-Solver(++) singlestep: groups of 1 to 3 steps start again from the group's first state.
 
-    Lu et al. 2022a, Algorithms 1 and 2, with the grid's own levels as intermediate points, as diffusers has
-    it.
+    Lu et al. 2022a, Algorithms 1 and 2, with the grid's own levels between, as in diffusers.
     """
     config = run.config
     orders = _singlestep_orders(run)

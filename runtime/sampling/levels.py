@@ -135,7 +135,7 @@ def _k_levels(
         if config.sigma_schedule != "default":
             sigmas = _ramp(config, sigmas, count)
             t = noise.t_at(sigmas)
-            if config.sigma_schedule == "karras" and SCHEDULER_CLASSES[config.scheduler].rounds_karras:
+            if config.sigma_schedule == "karras" and config.scheduler.startswith("KDPM2"):
                 t = np.round(t)
         last = noise.sigmas[0] if config.final_sigmas_type == "sigma_min" else 0.0
         sigmas = np.append(sigmas, last)

@@ -264,6 +264,23 @@ def test_step_counts_may_be_numpys() -> None:
     assert len(make_table(resolve("ddim", SD15), np.int64(8))) == 8
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_state_without_noise_stays_on_the_clean_latent(name: str) -> None:
+    """Where eps is 0 everywhere the ODE's solution is x = alpha * x0, and so is the mean of every SDE's.
+
+    All solvers are exact there, with any number of steps. LCM's boundary conditions are only nearly so.
+    """
+    for steps in (1, 2, 3, 4, 5):
+        table = make_table(resolve(name, SD15), steps)
+        y, history = np.sqrt(table.alpha_bar[0]), []
+        for row, alpha_bar in zip(table.rows(), [*table.alpha_bar[1:], None], strict=True):
+            history = [row.p * y, *history[: table.history - 1]]
+            y = row.a * y + sum(b * h for b, h in zip(row.b, history, strict=False))
+            # the last level is the lowest of the training schedule, or has no noise at all
+            levels = [alpha_bar] if alpha_bar else [1, resolve(name, SD15).noise.alpha_bar[0]]
+            assert min(abs(y - np.sqrt(level)) for level in levels) <= 1e-5
+
+
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [

@@ -28,7 +28,7 @@ from ..denoise import State, check_finite
 from ..job import DenoiseJob, Drawn, check_cancelled
 from .cuda_graphs import Graphs, Replay
 from .memory_fallback import MemoryNeed, MemoryPlan, fit_in_memory
-from .pool import CheckOut, ProgramPool
+from .pool import ProgramPool
 from .programs import (
     BoundProgram,
     DenoiseProgram,
@@ -256,29 +256,30 @@ class DeviceLoop:
         ]
         calls: list[tuple[str, Shapes]] = [(net, input_shapes(nets[net].spec, sizes)) for net, sizes in sized]
         self.pool.reserve([*calls, ("vae_decoder", latents)] if decoder else calls)
-        with self.pool.returning_on_error() as check_out:
-            schedule = check_out(
-                schedule_shape, "unet_time", partial(ScheduleProgram, device, nets, schedule_shape)
-            )
-            denoiser = check_out(shape, "unet", partial(DenoiseProgram, device, nets, shape))
-            last = self._check_out_net(check_out, "vae_decoder", latents) if decoder else None
+        with ExitStack() as until_failure:
+            make_schedule = partial(ScheduleProgram, device, nets, schedule_shape)
+            schedule = self.pool.check_out(until_failure, schedule_shape, "unet_time", make_schedule)
+            make_denoiser = partial(DenoiseProgram, device, nets, shape)
+            denoiser = self.pool.check_out(until_failure, shape, "unet", make_denoiser)
+            last = self._check_out_net(until_failure, "vae_decoder", latents) if decoder else None
             denoiser.begin(job)
             schedule.enqueue(job)
+            until_failure.pop_all()
         return denoiser, schedule, last
 
-    def _check_out_net(self, check_out: CheckOut, net: str, shapes: Shapes) -> NetProgram:
-        return check_out(tuple(shapes.items()), net, partial(NetProgram, self.device, self.nets[net], shapes))
+    def _check_out_net(self, until: ExitStack, net: str, shapes: Shapes) -> NetProgram:
+        make = partial(NetProgram, self.device, self.nets[net], shapes)
+        return self.pool.check_out(until, tuple(shapes.items()), net, make)
 
     def _call(self, net: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """One attempt at running a net; arrays are converted to its dtypes."""
         shapes = {item.name: arrays[item.name].shape for item in self.nets[net].spec.inputs}
         self.pool.reserve([(net, shapes)])
-        with self.pool.returning_on_error() as check_out:
-            program = self._check_out_net(check_out, net, shapes)
+        with ExitStack() as until_done:
+            program = self._check_out_net(until_done, net, shapes)
             program.upload(arrays)
             outputs = program.enqueue()
             self.device.synchronize()
-        self.pool.give_back(program)
         return outputs
 
     def _begin_rows(self, denoiser: DenoiseProgram) -> Replay:

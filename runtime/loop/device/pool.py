@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Iterable
 from contextlib import ExitStack, contextmanager
-from typing import Protocol, TypeVar, cast
+from typing import TypeVar, cast
 
 from ....engines.device import Device, Shapes
 from ....engines.errors import MemoryLimitError
@@ -13,14 +13,6 @@ from .programs import BoundProgram, Nets
 
 P = TypeVar("P", bound=BoundProgram)
 Calls = Iterable[tuple[str, Shapes]]  # nets, and the shapes of their inputs
-
-
-class CheckOut(Protocol):
-    """Check out the idle program of a key, or make a new one; `net` is blamed if that does not fit."""
-
-    def __call__(self, key: Hashable, net: str, make: Callable[[Scratch], P]) -> P:
-        """The program."""
-        ...
 
 
 # Idle programs kept for requests of the same shape; the oldest goes first.
@@ -75,25 +67,18 @@ class ProgramPool:
         with blame(name):
             return self._nets[name].scratch(shapes)
 
-    @contextmanager
-    def returning_on_error(self) -> Generator[CheckOut]:
-        """Yield the function that checks programs out; if the block fails, all of them are given back."""
-        taken: list[BoundProgram] = []
+    def check_out(self, until: ExitStack, key: Hashable, net: str, make: Callable[[Scratch], P]) -> P:
+        """Check out the idle program of a key, or make one; `until` gives it back when it closes.
 
-        def check_out(key: Hashable, net: str, make: Callable[[Scratch], P]) -> P:
-            program = self._idle.pop((net, key), None)
-            if program is None:
-                with blame(net):
-                    program = make(self._scratch)
-                self._keys[program] = (net, key)
-            taken.append(program)
-            return cast(P, program)
-
-        try:
-            yield check_out
-        except BaseException:
-            self.give_back(*taken)
-            raise
+        Raises MemoryLimitError, which blames `net`, and whatever else `make` raises.
+        """
+        program = self._idle.pop((net, key), None)
+        if program is None:
+            with blame(net):
+                program = make(self._scratch)
+            self._keys[program] = (net, key)
+        until.callback(self.give_back, program)
+        return cast(P, program)
 
     def give_back(self, *programs: BoundProgram) -> None:
         """Keep programs for the next request of their shape, unless they are outdated or too many."""
