@@ -16,7 +16,7 @@ OTHER = "Use a checkpoint of one of these families; others are not supported."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class PipelineFolder:
     """What the folder of a diffusers pipeline consists of.
 
     Attributes:
@@ -40,8 +40,8 @@ class Layout:
 
 _PARTS = {"text_encoder": TRANSFORMERS, "unet": DIFFUSERS, "vae": DIFFUSERS}
 _SCHEDULER = {"scheduler": "scheduler_config.json"}
-_SD = Layout(parts=_PARTS, configs=_SCHEDULER)
-_SDXL = Layout(
+_SD = PipelineFolder(parts=_PARTS, configs=_SCHEDULER)
+_SDXL = PipelineFolder(
     parts={**_PARTS, "text_encoder_2": TRANSFORMERS},
     optional=("text_encoder",),
     configs=_SCHEDULER,
@@ -49,8 +49,8 @@ _SDXL = Layout(
     strength=0.3,
     zero_empty_prompt=True,
 )
-_LCM = Layout(parts=_PARTS, configs=_SCHEDULER, steps=4, guidance_scale=8.5)
-_UNCLIP = Layout(
+_LCM = PipelineFolder(parts=_PARTS, configs=_SCHEDULER, steps=4, guidance_scale=8.5)
+_UNCLIP = PipelineFolder(
     parts={**_PARTS, "image_encoder": TRANSFORMERS, "image_normalizer": DIFFUSERS},
     configs={
         **_SCHEDULER,
@@ -62,7 +62,7 @@ _UNCLIP = Layout(
 )
 
 # diffusers' pipeline class -> what its folder holds.
-PIPELINES: Mapping[str, Layout] = {
+PIPELINES: Mapping[str, PipelineFolder] = {
     "StableDiffusionPipeline": _SD,
     "StableDiffusionImg2ImgPipeline": _SD,
     "StableDiffusionInpaintPipeline": _SD,
@@ -111,7 +111,7 @@ _UNET_OPTIONS: Mapping[str, tuple[str, tuple[object, ...]]] = {
 _TURBO_SCHEDULERS = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 
 
-def layout_of(pipeline: str, where: object) -> Layout:
+def layout_of(pipeline: str, where: object) -> PipelineFolder:
     """The layout of a pipeline class. Raises CheckpointError that names the family where it is refused."""
     if pipeline in PIPELINES:
         return PIPELINES[pipeline]
@@ -119,7 +119,7 @@ def layout_of(pipeline: str, where: object) -> Layout:
     raise CheckpointError(f"{where} holds {family} ({pipeline})", expected=SUPPORTED, fix=OTHER)
 
 
-def defaults(layout: Layout, scheduler: Mapping[str, Any]) -> tuple[int, float, float]:
+def defaults(layout: PipelineFolder, scheduler: Mapping[str, Any]) -> tuple[int, float, float]:
     """The default steps, guidance scale and strength of a checkpoint with this scheduler."""
     if _is_turbo(scheduler):
         return 1, 0.0, 1.0  # a single step has no part that could be run alone

@@ -9,7 +9,7 @@ import torch
 
 from ..checkpoint.component import Component
 from ..checkpoint.open import Checkpoint
-from .calibration import Calibration, Call
+from .calibration import Calibration, NetCall
 from .clip import image_encoder, image_noiser, text_encoder
 from .torch_net import Net
 from .unet import unet
@@ -28,7 +28,7 @@ class ExportedNet:
 
     part: str
     make: Callable[[Checkpoint, Component, torch.dtype], Net]
-    calibrate: Callable[[Calibration, Call], None]
+    calibrate: Callable[[Calibration, NetCall], None]
 
     def build(self, checkpoint: Checkpoint, dtype: torch.dtype) -> Net:
         """The net with the checkpoint's weights.
@@ -40,7 +40,7 @@ class ExportedNet:
 
 
 def _text_encoder(name: str) -> ExportedNet:
-    def calibrate(calibration: Calibration, call: Call) -> None:
+    def calibrate(calibration: Calibration, call: NetCall) -> None:
         calibration.encode_prompts(name, call)
 
     return ExportedNet(part=name, make=text_encoder, calibrate=calibrate)

@@ -19,7 +19,8 @@ from ...engines.spec import TEXT_ENCODERS, Array
 from ..checkpoint.open import Checkpoint
 
 # A net in float32: inputs by name -> outputs in the contract's order.
-Call = Callable[[Mapping[str, Array]], list[Array]]
+NetCall = Callable[[Mapping[str, Array]], list[Array]]
+Drive = Callable[[NetCall], None]  # calls a net once or more
 
 # The empty prompt is half of every guided call. The others: a usual one, and one that fills all 77 tokens.
 PROMPTS = (
@@ -50,7 +51,7 @@ class Calibration:
         self._embeds: Array | None = None
         self._latent: Array | None = None
 
-    def encode_prompts(self, name: str, call: Call) -> None:
+    def encode_prompts(self, name: str, call: NetCall) -> None:
         """Call the text encoder `name` with PROMPTS and a row of random ids: (4, T) int32."""
         ids = token_ids(self._source, name)
         ids = np.concatenate([ids, ids[:1]]).astype(np.int32)
@@ -61,12 +62,12 @@ class Calibration:
         if pooled:
             self._vectors["text_embeds"] = pooled[0]
 
-    def embed_pictures(self, call: Call) -> None:
+    def embed_pictures(self, call: NetCall) -> None:
         """Call the image encoder with smooth pictures and noise, whose values reach further."""
         side = int(self._source.parts["image_encoder"].config.get("image_size", 224))
         self._embeds = call({"image": self._pictures(4, side, side)})[0]
 
-    def noise_embeddings(self, call: Call) -> None:
+    def noise_embeddings(self, call: NetCall) -> None:
         """Call unCLIP's noiser with their embeddings, without noise and with equal parts of both."""
         if self._embeds is None:
             self._embeds = self._normal(
@@ -82,7 +83,7 @@ class Calibration:
             }
             self._vectors["class_labels"] = call(rows)[0]
 
-    def encode_pictures(self, call: Call) -> None:
+    def encode_pictures(self, call: NetCall) -> None:
         """Call the VAE's encoder with smooth pictures and noise, each kind with and without a mask."""
         height, width = (side * self._source.latent_scale for side in _sides(self._source.unet.config))
         for number, picture in enumerate(self._pictures(4, height, width)):
@@ -96,7 +97,7 @@ class Calibration:
         noise = self._random.integers(0, 256, (count - len(smooth), height, width, 3), np.uint8)
         return np.concatenate([smooth, noise])
 
-    def denoise(self, call: Call) -> None:
+    def denoise(self, call: NetCall) -> None:
         """Call the UNet in STEPS guided DDIM steps from noise; its rows are the empty prompt and another."""
         import torch
 
@@ -151,7 +152,7 @@ class Calibration:
         found = self._vectors.get(name)
         return self._normal(2, width) if found is None else found[prompts]
 
-    def decode(self, call: Call) -> None:
+    def decode(self, call: NetCall) -> None:
         """Call a decoder with the latent of the last step, and with noise, whose values reach further."""
         noise = self._normal(1, int(self._source.vae.config.get("latent_channels", 4)), SIDE, SIDE)
         drawn = noise if self._latent is None else self._latent

@@ -17,7 +17,7 @@ from .torch_net import Net, fill_buffers, load, make_net, spelled
 _TEXT_PREFIX = "text_model."  # transformers before 5, and packages
 
 
-class TextEncoder(nn.Module):
+class ClipText(nn.Module):
     """`CLIPTextModel` or `CLIPTextModelWithProjection` from transformers, up to a chosen layer.
 
     The context of SD 1.x and 2.x is the last layer's output after the final norm; that of SDXL is the output
@@ -87,7 +87,7 @@ def text_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) ->
         pooled=config.projection_dim if projected else None,
         float_dtype=spelled(dtype),
     )
-    return make_net(part, TextEncoder(net, layers, normalised=normalised), contract, tensors, dtype)
+    return make_net(part, ClipText(net, layers, normalised=normalised), contract, tensors, dtype)
 
 
 def _text_names(part: Component, net: nn.Module) -> dict[str, str]:

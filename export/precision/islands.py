@@ -18,7 +18,7 @@ import onnx_ir.passes.common as common
 
 from ...engines.errors import EXPORT_IN_FP32, NumericError
 from ..graphs.attention import score_values, write_out_attention
-from ..nets.calibration import Call
+from ..nets.calibration import Drive
 from .ranges import measure
 
 FP16_MAX = 65504.0  # IEEE 754 binary16
@@ -50,7 +50,7 @@ class Found:
     where: str
 
 
-def find_islands(model: ir.Model, component: str, folder: Path, drive: Callable[[Call], None]) -> Found:
+def find_islands(model: ir.Model, component: str, folder: Path, drive: Drive) -> Found:
     """Measure the fp16 graph of a component, and let the nodes around hot values compute in float32.
 
     Args:

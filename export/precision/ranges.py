@@ -10,7 +10,7 @@ nothing promises that an engine finds one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from ...engines.spec import Array
 from ..graphs.attention import attention_scores
 from ..graphs.passes import forget_shapes
 from ..graphs.weights import is_weight
-from ..nets.calibration import Call
+from ..nets.calibration import Drive
 
 _HALF, _FULL = ir.DataType.FLOAT16, ir.DataType.FLOAT
 # The same numbers in another shape: measured where they come from.
@@ -31,7 +31,7 @@ _TWIN = "ranges.onnx"
 _RANGE = "range:"
 
 
-def measure(model: ir.Model, component: str, folder: Path, drive: Callable[[Call], None]) -> dict[str, float]:
+def measure(model: ir.Model, component: str, folder: Path, drive: Drive) -> dict[str, float]:
     """The largest magnitude of every fp16 value that a node writes, by the value's name.
 
     An Attention's scores have the name that `write_out_attention` would give them.
@@ -127,7 +127,7 @@ def _widen_initializer(graph: ir.Graph, value: ir.Value) -> None:
     graph.insert_before(first, wide)
 
 
-def _run(path: Path, watched: list[str], component: str, drive: Callable[[Call], None]) -> dict[str, float]:
+def _run(path: Path, watched: list[str], component: str, drive: Drive) -> dict[str, float]:
     """The largest magnitude of every watched value over all calls that `drive` makes."""
     session = _session(path)
     outputs = [item.name for item in session.get_outputs() if not item.name.startswith(_RANGE)]

@@ -224,7 +224,7 @@ def test_one_bad_value_shows_in_the_mean(exported: Exported, bad: float) -> None
 
 def test_the_manifest(sd1: Exported, sd2: Exported) -> None:
     one, two = sd1.package.manifest, sd2.package.manifest
-    assert (one.name, one.family, one.dtype, one.latent_scale) == ("tiny1", "sd1", "fp32", 2)
+    assert (one.name, one.family, one.dtype, one.latent_scale) == ("checkpoint", "sd1", "fp32", 2)
     assert (two.name, two.family, two.dtype, two.latent_scale) == ("tiny2", "sd2", "fp16", 4)
     assert one.defaults == Defaults(height=16, width=16)
     assert two.defaults == Defaults(height=48, width=32)
