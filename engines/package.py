@@ -26,7 +26,7 @@ from .spec import NETS, TEXT_ENCODERS, VECTORS, NetSpec
 
 SCHEMA = 2  # 1 had no pictures to start from, and only Stable Diffusion 1.x and 2.x
 MANIFEST = "manifest.json"
-# What a UNet may be told in the vector `time_ids` (SDXL, sections 2.2 and 2.3 of arXiv 2307.01952).
+# What a UNet may see in the vector `time_ids` (SDXL, sections 2.2 and 2.3 of arXiv 2307.01952).
 TIME_IDS = (
     "original_height",
     "original_width",
@@ -204,7 +204,7 @@ class Manifest:
     def net(self, name: str) -> NetFile:
         """A net of the package. Raises PackageError if it has none of that name."""
         if name not in self.nets:
-            use = NETS.get(name, "unknown to this release")
+            use = NETS[name].use if name in NETS else "unknown to this release"
             raise PackageError(
                 f"the package {self.name!r} has no net {name!r} ({use})",
                 expected=f"one of {', '.join(self.nets)}",

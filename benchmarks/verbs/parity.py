@@ -18,8 +18,9 @@ import numpy as np
 from ...engines.errors import UsageError
 from ...engines.package import Package
 from ...engines.spec import Array
+from ...engines.tolerances import NET_RELATIVE_L2, PICTURE_DB
 from ..case import NETS, PROMPT, Case
-from ..likeness import PICTURES_DB, RELATIVE_L2, WINDOW, difference, psnr, ssim
+from ..likeness import WINDOW, difference, psnr, ssim
 from ..process import SideError, SideProcess
 from ..records import Document, Row, Status
 from ..sides.contract import OURS, REFERENCES, SIDES, Task
@@ -242,7 +243,7 @@ def _worst(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> dict[str,
 
 def _bar(found: _Found, dtype: str) -> float:
     """At least so many dB, or at most so large a relative L2."""
-    return (PICTURES_DB if found.unit == "dB" else RELATIVE_L2)[dtype]
+    return (PICTURE_DB if found.unit == "dB" else NET_RELATIVE_L2)[dtype]
 
 
 def _judge(found: _Found, sample: Mapping[str, Any], bar: float) -> None:

@@ -97,7 +97,7 @@ class EngineStore(StoreFolder):
         Args:
             key: which engine.
             build: writes the engine to the path it is given, and returns facts worth keeping (plain JSON).
-            waiting: is told about every second what this process waits for; it may raise to give up.
+            waiting: called about every second with what this process waits for; it may raise to give up.
             rebuild: build even if there is an engine. The old one stays until the new one is complete.
 
         Raises:

@@ -69,7 +69,7 @@ class StoreFolder:
 
     @contextmanager
     def lock(self, key: EngineKey, waiting: Callable[[str], None] | None) -> Generator[None]:
-        """Hold the lock of a key, however long another process builds; `waiting` is told every second."""
+        """Hold the lock of a key, however long another process builds; `waiting` is called every second."""
         lock, owner = self._file_lock(key.digest), self.locks / f"{key.digest}.owner"
         started, timeout = time.monotonic(), 0.0
         while not self._acquire(lock, timeout):

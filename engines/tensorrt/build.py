@@ -24,7 +24,6 @@ from .preflight import Room, check_room, read_room
 # Fields of a key that say how an engine was built, not for what model or device.
 _HOW = {"profiles", "flags", "optimization_level", "workspace_limit"}
 _AMPERE = (8, 0)  # the oldest compute capability of engines for `ampere_plus`
-_NOT_BUILT = ("unet_whole",)  # for other tools
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +135,7 @@ def built_nets(package: Package, names: Iterable[str] = ()) -> tuple[str, ...]:
     Raises:
         UsageError: a name that is none of them.
     """
-    every = tuple(net for net in NETS if net in package.manifest.nets and net not in _NOT_BUILT)
+    every = tuple(net for net, row in NETS.items() if net in package.manifest.nets and not row.for_others)
     wanted = tuple(names)
     if unknown := [name for name in wanted if name not in every]:
         raise UsageError(

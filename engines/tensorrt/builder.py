@@ -105,21 +105,21 @@ class Phases:
         """A phase begins; `parent` is "" for the outermost."""
         with self._lock:
             self._open[name] = _Phase(parent=parent, steps=max(steps, 1))
-            self._tell(name)
+            self._report(name)
 
     def step(self, name: str, index: int) -> None:
         """Step `index`, counted from 0, is complete."""
         with self._lock:
             if name in self._open:
                 self._open[name].done = index + 1
-                self._tell(name)
+                self._report(name)
 
     def finish(self, name: str) -> None:
-        """A phase is over, whether or not all of its steps were told."""
+        """A phase is over, whether or not all of its steps were reported."""
         with self._lock:
             self._open.pop(name, None)
 
-    def _tell(self, name: str) -> None:
+    def _report(self, name: str) -> None:
         roots = [root for root, phase in self._open.items() if phase.parent not in self._open]
         fraction = max((self._fraction(root, depth=0) for root in roots), default=0.0)
         if fraction >= self._best + 0.005:
@@ -269,7 +269,7 @@ def _write(path: Path, plan: Trt) -> None:
 
 
 def _monitor(trt: Trt, phases: Phases) -> Trt:
-    """TensorRT's progress, told to `phases`."""
+    """A monitor that hands TensorRT's progress to `phases`."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:

@@ -90,7 +90,7 @@ class StoredCache:
 
     @property
     def name(self) -> str:
-        """Of the file."""
+        """The file's name."""
         return f"{self.digest[:32]}-{re.sub(r'[^A-Za-z0-9]+', '_', self.device)}"
 
     def read(self) -> bytes:

@@ -87,14 +87,14 @@ def failure(
     Returns:
         MemoryLimitError if the lines speak of memory, else BackendError.
     """
-    said = reason(lines)
+    words = reason(lines)
     if any(map(_MEMORY.search, lines)):
         return MemoryLimitError(
-            f"{what}{said}{f' ({memory})' if memory else ''}",
+            f"{what}{words}{f' ({memory})' if memory else ''}",
             expected="a size, a batch and nets that fit",
             fix="Draw fewer or smaller pictures at once, or close what else uses the device.",
             culprit=net,
         )
     if any(map(_DRIVER.search, lines)):
         fix = "Install or update the NVIDIA driver; `nvidia-smi` shows the one in use."
-    return BackendError(f"{what}{said}", expected=expected, fix=fix)
+    return BackendError(f"{what}{words}", expected=expected, fix=fix)
