@@ -56,7 +56,7 @@ class ChosenNet:
         )
 
     def scratch(self, shapes: Shapes) -> int:
-        """Bytes for the engine that these shapes choose. Raises UsageError if there is none, with the command."""
+        """Bytes for the engine that these shapes choose. Raises UsageError if no engine covers them."""
         return self._net(shapes).scratch(shapes)
 
     def bind(self, shapes: Shapes, addresses: Addresses, scratch: int) -> BoundNet:

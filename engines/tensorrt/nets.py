@@ -12,7 +12,7 @@ The library is the parameter `trt`; where its kinds differ is in `tensorrt/conte
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import cast
@@ -25,92 +25,51 @@ from ..spec import Array, NetSpec, output_shapes
 from ..store.entry import Entry
 from .contexts import CacheFile, Context, Contexts, SideFiles, StoredCache, abilities
 from .contract import check_outputs
-from .flavour import Flavour, Trt
-from .loading import Loaded, StreamDevice, check_room, load_engine
+from .loading import EngineOf, Loaded, check_room, load_engine
 from .log import messages
 from .refit import refit, refit_identical
 
 _Binding = tuple[int, tuple[tuple[str, tuple[int, ...]], ...]]  # a profile, and the sorted shapes
 
 
-def open_entry(
-    trt: Trt,
-    flavour: Flavour,
-    entry: Entry,
-    *,
-    net: str,
-    spec: NetSpec,
-    profiles: Sequence[NetProfile],
-    device: StreamDevice,
-    graph: Path,
-    package: str = "PACKAGE",
-) -> TensorRTNet:
+def open_entry(of: EngineOf, entry: Entry, graph: Path) -> TensorRTNet:
     """`open_engine` for an engine of the store: its bytes are hashed first, and kernels are cached beside it.
 
-    Args:
-        graph: the net's own, in the package; read only if the engine was built without its weights.
+    `graph` is the net's own, in the package; it is read only if the engine was built without its weights.
 
     Raises:
         EngineError: the entry is damaged (it is in quarantine then), or is another net's.
         StorageError: others could have changed it.
         BackendError, MemoryLimitError: as `open_engine`; or its bytes would not fit beside it.
     """
-    check_room(entry, device, net=net)
+    check_room(entry, of.device, net=of.net)
     data = entry.read()
     files = cast(SideFiles, entry.store)  # whatever finds entries is an EngineStore
-    cache = StoredCache(store=files, digest=entry.key.digest, device=device.name)
-    return open_engine(
-        trt,
-        flavour,
-        data,
-        net=net,
-        spec=spec,
-        profiles=profiles,
-        device=device,
-        cache=cache,
-        graph=graph if "STRIP_PLAN" in entry.key.flags else None,
-        package=package,
-    )
+    cache = StoredCache(store=files, digest=entry.key.digest, device=of.device.name)
+    stripped = "STRIP_PLAN" in entry.key.flags
+    return open_engine(of, data, cache=cache, graph=graph if stripped else None)
 
 
 def open_engine(
-    trt: Trt,
-    flavour: Flavour,
-    data: bytes,
-    *,
-    net: str,
-    spec: NetSpec,
-    profiles: Sequence[NetProfile],
-    device: StreamDevice,
-    cache: CacheFile | None = None,
-    graph: Path | None = None,
-    package: str = "PACKAGE",
+    of: EngineOf, data: bytes, *, cache: CacheFile | None = None, graph: Path | None = None
 ) -> TensorRTNet:
     """Put an engine on the device.
 
     Args:
-        trt: the library, of `flavour.load`.
-        flavour: its row.
+        of: what it is of, and where it goes.
         data: the engine, already checked against its sha256. An engine is code.
-        net: the net's name.
-        spec: its boundary.
-        profiles: the engine's own, in its order.
-        device: where it runs.
         cache: where kernels compiled at run time are kept; libraries that compile none ignore it.
-        graph: of a stripped engine: the graph it was built from, whose weights it gets.
-        package: for messages.
+        graph: for a stripped engine, the graph it was built from, whose weights it gets.
 
     Raises:
         BackendError: the engine does not suit the library, driver or device, or refuses the graph's weights.
         EngineError: its boundary or profiles are not those of the net.
         MemoryLimitError: it does not fit.
     """
-    loaded = load_engine(
-        trt, flavour, data, net=net, spec=spec, profiles=profiles, device=device, package=package
-    )
+    loaded = load_engine(of, data)
     if graph is not None:
-        refit_identical(trt, loaded.engine, device.stream, graph, net=net, fix=loaded.rebuild)
-    return TensorRTNet(loaded, Contexts(trt, loaded.engine, cache))
+        refit_identical(of.trt, loaded.engine, of.device.stream, graph, net=of.net, fix=of.rebuild)
+    return TensorRTNet(loaded, Contexts(of.trt, loaded.engine, cache))
 
 
 class TensorRTNet:
