@@ -125,7 +125,7 @@ class FileRecord:
 class Manifest:
     """What a package says of itself.
 
-    What differs between families stands here and in the nets' contracts; nothing asks for the family's name.
+    What differs between families stands here and in the nets' contracts; no code looks at the family's name.
 
     Attributes:
         family: for people: sd1, sd2, sdxl, sdxl-refiner, …
@@ -186,7 +186,7 @@ class Manifest:
         _require(all(isfinite(value) for row in self.latent_rgb for value in row), "latent_rgb")
 
     def _check_conditions(self) -> None:
-        """Raise ValueError unless what is said of the UNet's conditions is what its nets take."""
+        """Raise ValueError unless the manifest's conditions of the UNet are those that its nets take."""
         time = self.nets["unet_time"].spec.inputs if "unet_time" in self.nets else ()
         vectors = {item.name: item.shape for item in time if item.name in VECTORS}
         for name, shape in vectors.items():

@@ -111,7 +111,7 @@ def find_engines(
 
     Those of this GPU alone come before those of its compute capability, and these before those of Ampere and
     later; of each kind, the most recently used comes first. Which profiles a user has built, and with which
-    options, only the store knows: so the runtime asks for all of them, each with its profiles in the engine's
+    options, only the store knows. So the runtime gets all of them, each with its profiles in the engine's
     order, and chooses.
     """
     spec = package.manifest.nets[net].spec
@@ -226,8 +226,8 @@ def _room_for(row: Flavour, gpu: DeviceFacts | None) -> Callable[[Path], Room]:
         memory = Nvml(gpu.uuid).memory() if gpu else None
         return memory[0] if memory else None
 
-    asks = vram if gpu and not gpu.unified and not row.builds_without_gpu else None
-    return lambda folder: read_room(folder, vram=asks)
+    reader = vram if gpu and not gpu.unified and not row.builds_without_gpu else None
+    return lambda folder: read_room(folder, vram=reader)
 
 
 @dataclass(frozen=True, kw_only=True)

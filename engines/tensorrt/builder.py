@@ -96,7 +96,7 @@ class Phases:
     """
 
     report: Report
-    share: float = 1.0  # of the whole that the phases tell of
+    share: float = 1.0  # of the whole that the phases cover
     _open: dict[str, _Phase] = field(default_factory=dict[str, _Phase])
     _best: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -150,7 +150,7 @@ def build(job: Job, report: Report) -> Facts:
     Raises:
         PackageError: the graph cannot be parsed, or does not keep its contract.
         BackendError: the library is missing, or refuses the network.
-        MemoryLimitError: the builder ran out of memory and said so.
+        MemoryLimitError: the builder ran out of memory and reported it.
         StorageError: the engine cannot be written.
     """
     row = flavour(job.backend)
@@ -164,7 +164,9 @@ def build(job: Job, report: Report) -> Facts:
     check_contract(trt, network, job.spec, graph=job.graph)
     layers = int(network.num_layers)
     parsed = perf_counter()
-    config = _configure(trt, row, builder, job, _monitor(trt, Phases(report=report, share=row.told_share)))
+    config = _configure(
+        trt, row, builder, job, _monitor(trt, Phases(report=report, share=row.reported_share))
+    )
     # As one block of the library's memory: a stream writer gets the engine as one `bytes`, a second copy.
     plan = builder.build_serialized_network(network, config)
     if plan is None:

@@ -61,7 +61,7 @@ class CacheFile(Protocol):
 
 
 class SideFiles(Protocol):
-    """What is asked of the engine store (`EngineStore`)."""
+    """The part of the engine store (`EngineStore`) that keeps caches."""
 
     def side_file(self, kind: str, name: str) -> Path:
         """Where a cache lies."""

@@ -90,7 +90,7 @@ class Loaded(EngineOf):
     def failed(self, mark: int, what: str) -> LatentrtError:
         """The error of a call that the library refused after `mark` (`Messages.mark`)."""
         memory = ""
-        with suppress(LatentrtError):  # a device that fails to answer must not hide why this was asked
+        with suppress(LatentrtError):  # a device that fails to answer must not hide the first error
             now = self.device.memory()
             memory = f"{now.free} of {now.total} bytes free"
         return failure(
@@ -167,7 +167,7 @@ def _keep_resident(engine: Engine) -> int:
     """
     size = int(engine.streamable_weights_size)
     if size <= 0:
-        return 0  # not built for it: the library asks that the rest is left alone then
+        return 0  # not built for it; the documentation wants the rest left alone then
     with suppress(RuntimeError):  # no room for all of them: it streams what it must
         engine.weight_streaming_budget_v2 = size
     return size

@@ -6,8 +6,8 @@ because they run in order on one stream: whatever one leaves there is dead befor
 library documents that the block is in use until execution completes, and that contexts which overlap in time
 must not share it.)
 
-The library is the parameter `trt`; where its kinds differ is in `tensorrt/contexts.py` and
-`tensorrt/flavour.py`.
+The library is the parameter `trt`; where its kinds differ is in `contexts.py` and
+`flavour.py`.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ class TensorRTNet:
         self.remark = loaded.remark
         self._loaded: Loaded | None = loaded
         self._contexts = contexts
-        # Was asked for the size of its scratch memory, and is not bound yet.
+        # `scratch` has made it to learn the size of its scratch memory, and it is not bound yet.
         self._spare: Context | None = None
-        self._asked: dict[_Binding, int] = {}
+        self._scratch_sizes: dict[_Binding, int] = {}
         self._bound: WeakSet[BoundTensorRTNet] = WeakSet()
         self._weights = _weight_bytes(loaded)
         self._largest = 0
@@ -96,8 +96,9 @@ class TensorRTNet:
     def memory(self) -> MemoryLedger:
         """What it holds now, in bytes.
 
-        Weights are as the library counts them (else the engine's size), less what is streamed; activations
-        are the largest scratch memory asked for, which nets share; inputs and outputs the open bindings'.
+        Weights are as the library counts them (else the engine's size), less what is streamed. Activations
+        are the largest scratch memory that `scratch` returned; nets share it. Inputs and outputs are those of
+        the open bindings.
         """
         if self._loaded is None:
             return MemoryLedger(weights=0, activations=0, io=0)
@@ -113,15 +114,15 @@ class TensorRTNet:
             MemoryLimitError: no memory for a context.
         """
         loaded, call = self._call(shapes)
-        if call not in self._asked:
+        if call not in self._scratch_sizes:
             with self._context(loaded, call) as context:
-                self._asked[call] = _needed(loaded, context, call[0])
+                self._scratch_sizes[call] = _needed(loaded, context, call[0])
             self._spare = context
-        self._largest = max(self._largest, self._asked[call])
-        return self._asked[call]
+        self._largest = max(self._largest, self._scratch_sizes[call])
+        return self._scratch_sizes[call]
 
     def bind(self, shapes: Shapes, addresses: Addresses, scratch: int) -> BoundTensorRTNet:
-        """Set shapes and addresses for good. See DeviceNet; `scratch` is a block as large as `scratch` said.
+        """Set shapes and addresses for good. See DeviceNet; `scratch` is a block as large as it returned.
 
         Raises:
             UsageError: as `scratch`; or addresses of other names, or not aligned.
@@ -247,11 +248,11 @@ class TensorRTNet:
         self, loaded: Loaded, context: Context, call: _Binding, addresses: Addresses, scratch: int
     ) -> None:
         """Scratch memory and addresses, to a context that has its shapes."""
-        asked, needed = self._asked.get(call, 0), _needed(loaded, context, call[0])
-        if needed > asked or (needed and not scratch):
+        known, needed = self._scratch_sizes.get(call, 0), _needed(loaded, context, call[0])
+        if needed > known or (needed and not scratch):
             raise BackendError(
                 f"the net {self._name!r} needs {needed} bytes of scratch memory for {dict(call[1])}",
-                expected=f"at most the {asked if scratch else 0} bytes that it was given",
+                expected=f"at most the {known if scratch else 0} bytes that it was given",
                 fix="Ask scratch(shapes) first, again after weights were moved, and allocate that much.",
             )
         log = messages(loaded.trt)
@@ -266,7 +267,7 @@ class TensorRTNet:
             raise loaded.failed(mark, f"refuses the addresses of {refused or 'its scratch memory'}")
 
     def _close_contexts(self, loaded: Loaded) -> None:
-        self._asked.clear()
+        self._scratch_sizes.clear()
         with ExitStack() as stack:  # every one, also when the device reports an old error at the first
             for bound in list(self._bound):
                 stack.callback(bound.close)
