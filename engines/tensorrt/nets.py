@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import cast
 from weakref import WeakSet
 
 from ..device import ALIGNMENT, Addresses, MemoryLedger, Shapes
@@ -23,7 +22,7 @@ from ..errors import BackendError, LatentrtError, StorageError, UsageError
 from ..profiles import NetProfile, choose
 from ..spec import Array, NetSpec, output_shapes
 from ..store.entry import Entry
-from .contexts import CacheFile, Context, Contexts, SideFiles, StoredCache, abilities
+from .contexts import CacheFile, Context, Contexts, StoredCache, abilities
 from .contract import check_outputs
 from .loading import EngineOf, Loaded, check_room, load_engine
 from .log import messages
@@ -44,8 +43,7 @@ def open_entry(of: EngineOf, entry: Entry, graph: Path) -> TensorRTNet:
     """
     check_room(entry, of.device, net=of.net)
     data = entry.read()
-    files = cast(SideFiles, entry.store)  # whatever finds entries is an EngineStore
-    cache = StoredCache(store=files, digest=entry.key.digest, device=of.device.name)
+    cache = StoredCache(store=entry.store, digest=entry.key.digest, device=of.device.name)
     stripped = "STRIP_PLAN" in entry.key.flags
     return open_engine(of, data, cache=cache, graph=graph if stripped else None)
 
