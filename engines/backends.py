@@ -1,4 +1,4 @@
-"""The table of backends: everything that is said of each by name.
+"""The table of backends: everything that is known of each by name.
 
 A backend's module is imported when somebody loads the backend, not before; nor does this module import
 anything, because the command line and the engine store need no more than names.

@@ -55,18 +55,18 @@ class Graph(Protocol):
 
 
 class Stopwatch(Protocol):
-    """The time between two places in the stream, by the device. Its waiting for the host is part of that."""
+    """Measures the time between two places in the stream by the device's clock, with waits for the host."""
 
     def start(self) -> None:
-        """Begin here: with what is enqueued next. Once more begins anew."""
+        """Begin with what is enqueued next. A second call begins anew."""
         ...
 
     def stop(self) -> None:
-        """End here: with what was enqueued last."""
+        """End with what was enqueued last."""
         ...
 
     def seconds(self) -> float:
-        """What lay between, once `synchronize` has waited for it. Raises BackendError before `stop`."""
+        """The seconds between, once `synchronize` has waited for them. Raises BackendError before `stop`."""
         ...
 
     def close(self) -> None:
@@ -175,18 +175,18 @@ class DeviceNet(Protocol):
         ...
 
     def settle(self) -> None:
-        """The stream is idle: a moment for what must not be timed, such as saving compiled kernels."""
+        """Do what must not be timed, such as saving compiled kernels. Called while the stream is idle."""
         ...
 
     def release(self) -> None:
-        """Give back memory that only speeds the next call up. Nothing is bound to a captured graph now."""
+        """Give back memory that only makes the next call faster. No captured graph uses the net now."""
         ...
 
     def stream_weights(self) -> int:
         """Keep as little of the weights on the device as possible; the bytes that this frees, or 0.
 
-        Closes all bindings of the net, also those in use: to be called between requests alone, and `scratch`
-        is to be asked again.
+        Closes all bindings of the net, also those in use. Call it between requests only, and call `scratch`
+        again afterwards.
         """
         ...
 

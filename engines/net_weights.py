@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
 
 from .errors import PackageError
 from .package import Package
-from .safetensors_format import read_header
+from .safetensors_format import TensorRange, read_header
 
 _WIDTHS = {"fp16": 2, "fp32": 4}  # bytes per value in an engine of that dtype
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tensor:
-    """One stored tensor, as the weights file's header has it."""
-
-    name: str
-    shape: tuple[int, ...]
-    values: int
-
-
-def net_tensors(package: Package, net: str, graph: bytes | None = None) -> tuple[Tensor, ...]:
+def net_tensors(package: Package, net: str, graph: bytes | None = None) -> dict[str, TensorRange]:
     """The tensors of the weights file that the net's graph names, in the file's order.
 
     `graph` is what runs in place of the package's.
@@ -31,14 +21,10 @@ def net_tensors(package: Package, net: str, graph: bytes | None = None) -> tuple
     """
     file = package.manifest.nets[net]
     if file.weights is None:
-        return ()
+        return {}
     content = package.path(file.graph).read_bytes() if graph is None else graph
     stored = read_header(package.path(file.weights), error=PackageError).tensors
-    return tuple(
-        Tensor(name=name, shape=place.shape, values=prod(place.shape))
-        for name, place in stored.items()
-        if _names(content, name)
-    )
+    return {name: place for name, place in stored.items() if _names(content, name)}
 
 
 def engine_bytes(package: Package, net: str, graph: bytes | None = None) -> int:
@@ -46,8 +32,8 @@ def engine_bytes(package: Package, net: str, graph: bytes | None = None) -> int:
 
     `graph` and errors as in `net_tensors`.
     """
-    width = _WIDTHS[package.manifest.dtype]
-    return sum(tensor.values * width for tensor in net_tensors(package, net, graph))
+    values = sum(prod(place.shape) for place in net_tensors(package, net, graph).values())
+    return values * _WIDTHS[package.manifest.dtype]
 
 
 def _names(graph: bytes, name: str) -> bool:

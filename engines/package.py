@@ -26,7 +26,7 @@ from .spec import NETS, TEXT_ENCODERS, VECTORS, NetSpec
 
 SCHEMA = 2  # 1 had no pictures to start from, and only Stable Diffusion 1.x and 2.x
 MANIFEST = "manifest.json"
-# What a UNet may be told in the vector `time_ids` (SDXL, sections 2.2 and 2.3 of arXiv 2307.01952).
+# What a UNet may see in the vector `time_ids` (SDXL, sections 2.2 and 2.3 of arXiv 2307.01952).
 TIME_IDS = (
     "original_height",
     "original_width",
@@ -125,7 +125,7 @@ class FileRecord:
 class Manifest:
     """What a package says of itself.
 
-    What differs between families stands here and in the nets' contracts; nothing asks for the family's name.
+    What differs between families stands here and in the nets' contracts; no code looks at the family's name.
 
     Attributes:
         family: for people: sd1, sd2, sdxl, sdxl-refiner, …
@@ -186,7 +186,7 @@ class Manifest:
         _require(all(isfinite(value) for row in self.latent_rgb for value in row), "latent_rgb")
 
     def _check_conditions(self) -> None:
-        """Raise ValueError unless what is said of the UNet's conditions is what its nets take."""
+        """Raise ValueError unless the manifest's conditions of the UNet are those that its nets take."""
         time = self.nets["unet_time"].spec.inputs if "unet_time" in self.nets else ()
         vectors = {item.name: item.shape for item in time if item.name in VECTORS}
         for name, shape in vectors.items():
@@ -204,7 +204,7 @@ class Manifest:
     def net(self, name: str) -> NetFile:
         """A net of the package. Raises PackageError if it has none of that name."""
         if name not in self.nets:
-            use = NETS.get(name, "unknown to this release")
+            use = NETS[name].use if name in NETS else "unknown to this release"
             raise PackageError(
                 f"the package {self.name!r} has no net {name!r} ({use})",
                 expected=f"one of {', '.join(self.nets)}",

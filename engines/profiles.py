@@ -22,15 +22,13 @@ from typing import TypeVar
 
 from .errors import PackageError, UsageError
 from .package import Manifest
-from .spec import VECTORS, Dim, NetSpec
+from .spec import NETS, VECTORS, Dim, NetSpec
 
 GRAMMAR = (
     "WIDTHxHEIGHT[:bN][:tT], each LOW[-HIGH][@OPT], such as 512x512:b1-4 or 512-1024@768x512-1024@768:b1-2"
 )
 
 # Nets that are called once per step, with one row per picture or, with guidance, two.
-LOOP_NETS = ("unet", "step", "step_masked", "unet_whole")
-_CODERS = ("vae_encoder", "vae_decoder", "preview_decoder")  # they can run in tiles
 
 _RANGE = r"([0-9]+)(?:-([0-9]+))?(?:@([0-9]+))?"
 _PROFILE = re.compile(rf"{_RANGE}x{_RANGE}(?::b{_RANGE})?(?::t{_RANGE})?", re.ASCII)
@@ -199,7 +197,7 @@ def net_profiles(net: str, spec: NetSpec, profiles: Sequence[Profile]) -> tuple[
     symbols = {dim for shape in dims.values() for dim in shape if isinstance(dim, str)}
     expanded: list[NetProfile] = []
     for profile in profiles:
-        for guided in (True, False) if net in LOOP_NETS else (None,):
+        for guided in (True, False) if net in NETS and NETS[net].in_loop else (None,):
             known = _axes(net, profile, guided=guided, vectors=not VECTORS.keys().isdisjoint(dims))
             if symbols - set(known):
                 raise _unknown_symbol(net, min(symbols - set(known)), known)
@@ -228,7 +226,7 @@ def _axes(net: str, profile: Profile, *, guided: bool | None, vectors: bool) -> 
     `guided` is None for nets outside the loop; with `vectors` a net is called once for each row of the UNet.
     """
     width, height, pictures = profile.width, profile.height, profile.batch
-    if net in _CODERS:
+    if net in NETS and NETS[net].tiled:
         width, height = (replace(axis, low=min(axis.low, SMALLEST_TILE)) for axis in (width, height))
     both = pictures * 2
     rows = replace(both, low=1)  # of both halves of guidance, or of one

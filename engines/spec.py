@@ -14,7 +14,7 @@ Symbols in shapes:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -165,23 +165,6 @@ def _numbers(tensor: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
         )
     return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in tensor.shape)
 
-
-# The nets of a package, in the order of the data flow, with what each is for. No package has all of them.
-NETS: Mapping[str, str] = {
-    "text_encoder": "token ids -> context, once per prompt",
-    "text_encoder_2": "token ids -> more features of the context, and the pooled embedding, once per prompt",
-    "image_encoder": "uint8 picture -> its embedding, once per picture to vary",
-    "image_noiser": "embedding, noise and noise level -> class labels, once per picture to vary",
-    "vae_encoder": "uint8 picture -> latent's mean and deviation, once per picture to start from",
-    "unet_context": "context -> cross-attention keys and values, once per prompt",
-    "unet_time": "timesteps -> time-embedding projections of the whole schedule, once per schedule",
-    "unet": "latent and invariants -> prediction, once per step",
-    "step": "guidance and the sampler's row update, once per step where the loop stays on a device",
-    "step_masked": "the same, keeping a picture outside a mask",
-    "vae_decoder": "latent -> uint8 picture, once",
-    "preview_decoder": "latent -> uint8 picture, nearly: a tiny autoencoder, for previews",
-    "unet_whole": "the UNet before hoisting, under diffusers' names, for other tools",
-}
 
 # The text encoders in the order in which their features are joined to the context; each one's tokenizer.
 TEXT_ENCODERS: Mapping[str, str] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
@@ -384,3 +367,126 @@ def vae_decoder(*, channels: int, float_dtype: str) -> NetSpec:
             TensorSpec(name="mean", dtype="float32", shape=("N",)),
         ),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetRow:
+    """What is known of a net by its name.
+
+    Attributes:
+        contract: makes its boundary.
+        use: what it computes of what, and how often.
+        words: what people call it, in tables.
+        part: the part of a checkpoint that its weights come from; "" for a net without weights.
+        present: when a package has it; "" for a net without which nothing can be drawn.
+        in_loop: whether it is called once per step, with a row per picture, or two with guidance.
+        tiled: whether it may be called with tiles of a picture.
+        for_others: whether it is in the package for other tools alone, and never runs here.
+    """
+
+    contract: Callable[..., NetSpec]
+    use: str
+    words: str
+    part: str = ""
+    present: str = ""
+    in_loop: bool = False
+    tiled: bool = False
+    for_others: bool = False
+
+
+# The nets of a package, in the order of the data flow. No package has all of them.
+NETS: Mapping[str, NetRow] = {
+    "text_encoder": NetRow(
+        contract=text_encoder,
+        use="token ids -> context, once per prompt",
+        words="text encoder",
+        part="text_encoder",
+        present="the checkpoint has this text encoder; SDXL's refiner does not",
+    ),
+    "text_encoder_2": NetRow(
+        contract=text_encoder,
+        use="token ids -> more features of the context, and the pooled embedding, once per prompt",
+        words="text encoder 2",
+        part="text_encoder_2",
+        present="SDXL and its refiner",
+    ),
+    "image_encoder": NetRow(
+        contract=image_encoder,
+        use="uint8 picture -> its embedding, once per picture to vary",
+        words="image encoder",
+        part="image_encoder",
+        present="unCLIP",
+    ),
+    "image_noiser": NetRow(
+        contract=image_noiser,
+        use="embedding, noise and noise level -> class labels, once per picture to vary",
+        words="image noiser",
+        part="image_normalizer",
+        present="unCLIP",
+    ),
+    "vae_encoder": NetRow(
+        contract=vae_encoder,
+        use="uint8 picture -> latent's mean and deviation, once per picture to start from",
+        words="VAE encoder",
+        part="vae",
+        present="the checkpoint's autoencoder has an encoder",
+        tiled=True,
+    ),
+    "unet_context": NetRow(
+        contract=unet_context,
+        use="context -> cross-attention keys and values, once per prompt",
+        words="UNet: context",
+        part="unet",
+    ),
+    "unet_time": NetRow(
+        contract=unet_time,
+        use="timesteps -> time-embedding projections of the whole schedule, once per schedule",
+        words="UNet: time",
+        part="unet",
+    ),
+    "unet": NetRow(
+        contract=unet,
+        use="latent and invariants -> prediction, once per step",
+        words="UNet step",
+        part="unet",
+        in_loop=True,
+    ),
+    "step": NetRow(
+        contract=step,
+        use="guidance and the sampler's row update, once per step where the loop stays on a device",
+        words="update",
+        present="always; only a loop on a device needs it",
+        in_loop=True,
+    ),
+    "step_masked": NetRow(
+        contract=step_masked,
+        use="the same, keeping a picture outside a mask",
+        words="update, masked",
+        present="always; only inpainting on a device needs it",
+        in_loop=True,
+    ),
+    "vae_decoder": NetRow(
+        contract=vae_decoder,
+        use="latent -> uint8 picture, once",
+        words="VAE decoder",
+        part="vae",
+        tiled=True,
+    ),
+    "preview_decoder": NetRow(
+        contract=vae_decoder,
+        use="latent -> uint8 picture, nearly: a tiny autoencoder, for previews",
+        words="preview decoder",
+        part="tiny_vae",
+        present="exported with --tiny-vae",
+        tiled=True,
+    ),
+    "unet_whole": NetRow(
+        contract=unet_whole,
+        use="the UNet before hoisting, under diffusers' names, for other tools",
+        words="UNet, uncut",
+        part="unet",
+        present="always; nothing here runs it",
+        in_loop=True,
+        for_others=True,
+    ),
+}

@@ -1,8 +1,6 @@
 """Compares each net of a package with torch in float32, on random inputs.
 
-The bars are on the relative L2 error |a - b| / |b| over a whole output. fp32: 1e-4. Two correct programs
-differ only by the order of their sums, 1e-7 to 1e-6 on these nets; the commonest mistake, tanh-GELU for GELU,
-makes 1e-3. fp16: 5e-3, an fp16 rounding error (5e-4) grown tenfold over some hundred layers.
+The bars are in `engines/tolerances.py`: relative L2 over a whole output, and dB of the decoder's picture.
 """
 
 from __future__ import annotations
@@ -20,16 +18,14 @@ import torch
 from ..engines.errors import EXPORT_IN_FP32, NumericError
 from ..engines.package import NetFile
 from ..engines.spec import TEXT_ENCODERS, VECTORS, Array
+from ..engines.tolerances import DECODED_DB, NET_RELATIVE_L2
 from .checkpoint.open import Checkpoint
 from .graphs.to_onnx import example
 from .nets.build import NETS
 from .nets.calibration import token_ids
 from .nets.torch_net import Net
 
-BARS: Mapping[str, float] = {"fp32": 1e-4, "fp16": 5e-3}
-# For uint8 pictures, in dB: rounding alone gives 75 if one value in a hundred flips; fp16 as above gives 50.
-PICTURE_BARS: Mapping[str, float] = {"fp32": 60.0, "fp16": 45.0}
-# Other sizes than were traced, so that a size frozen into the graph shows.
+# Not the sizes that were traced: a size frozen into the graph shows.
 _SIZES: Mapping[str, int] = {"B": 2, "N": 1, "P": 2, "T": 77, "H/8": 24, "W/8": 40, "H": 192, "W": 320}
 # Outputs that may be close to zero: their error is relative to what they are added to, pixels and latents of
 # magnitude one.
@@ -60,7 +56,7 @@ def compare(net: str, output: str, found: Array, wanted: Array, dtype: str) -> C
     peak = {"image": 255.0, "mean": 2.0}.get(output, float(b.max() - b.min()))
     psnr = math.inf if error == 0 else 20 * math.log10(max(peak, 1e-30) * math.sqrt(a.size) / error)
     relative = error / max(size, 1e-30)
-    passed = psnr >= PICTURE_BARS[dtype] if found.dtype == np.uint8 else relative <= BARS[dtype]
+    passed = psnr >= DECODED_DB[dtype] if found.dtype == np.uint8 else relative <= NET_RELATIVE_L2[dtype]
     return Comparison(
         net=net,
         output=output,
@@ -150,6 +146,6 @@ def _below(check: Comparison, dtype: str) -> NumericError:
     return NumericError(
         f"{check.net}: {check.output} differs from torch by {check.relative_l2:.2e} relative L2"
         f" (largest error {check.max_error:.2e}, PSNR {check.psnr:.1f} dB)",
-        expected=f"at most {BARS[dtype]:.0e} ({PICTURE_BARS[dtype]:.0f} dB for pictures) in {dtype}",
+        expected=f"at most {NET_RELATIVE_L2[dtype]:.0e} ({DECODED_DB[dtype]:.0f} dB for pictures) in {dtype}",
         fix=EXPORT_IN_FP32 if dtype == "fp16" else "Report the checkpoint: its graph is computed wrongly.",
     )

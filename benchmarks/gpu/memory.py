@@ -13,7 +13,8 @@ from ...engines.device import Device
 from ...engines.errors import MemoryLimitError
 from ...engines.ledger import Ledger, take_ledger
 from ...engines.spec import Array
-from ..likeness import PICTURE_DB, psnr
+from ...engines.tolerances import PICTURE_DB
+from ..likeness import psnr
 from .opener import Opened, Opener, Scale
 from .pictures import draw
 from .rows import Row, attempt, judged, mebibytes
@@ -246,7 +247,7 @@ def _rung(line: str) -> str:
 
 
 def _bar(opened: Opened) -> float:
-    return TILED_DB if any(re.search(r"tile=\d", line) for line in opened.log) else PICTURE_DB
+    return TILED_DB if any(re.search(r"tile=\d", line) for line in opened.log) else PICTURE_DB["fp16"]
 
 
 def _warm_up(opened: Opened, scale: Scale) -> None:

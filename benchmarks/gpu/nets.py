@@ -20,9 +20,10 @@ from ...engines.store.engine_store import EngineStore
 from ...engines.tensorrt.build import build_package, built_nets
 from ...engines.tensorrt.flavour import ENGINE_BACKENDS
 from ...engines.tensorrt.options import BuildOptions
+from ...engines.tolerances import DECODED_DB, NET_RELATIVE_L2
 from ...runtime.loop.device.buffers import Sizes, shape_of
 from ...runtime.loop.device.programs import input_shapes
-from ..likeness import PICTURE_DB, RELATIVE_L2, difference
+from ..likeness import difference
 from ..verbs.build import describe_engine
 from .opener import Opener, Scale
 from .rows import Row, attempt, failed, judged, mebibytes
@@ -111,7 +112,7 @@ def shapes(scale: Scale, package: Package) -> tuple[Sizes, Sizes]:
 
 def parity(opener: Opener, scale: Scale) -> Iterator[Row]:
     """Every net at two shapes against ONNX Runtime on the CPU, the same seeded random inputs."""
-    bar = RELATIVE_L2[opener.package.manifest.dtype]
+    dtype = opener.package.manifest.dtype
     with opener.nets() as (device, nets):
         for name in nets:
             with ONNXRUNTIME.open_net(opener.package, name, threads=scale.threads) as plain:
@@ -122,7 +123,7 @@ def parity(opener: Opener, scale: Scale) -> Iterator[Row]:
                     yield attempt(
                         what,
                         lambda what=what, net=nets[name], arrays=arrays, wanted=wanted: _parity(
-                            what, device, net, arrays, wanted, bar
+                            what, device, net, arrays, wanted, dtype
                         ),
                     )
 
@@ -133,15 +134,15 @@ def _parity(
     net: DeviceNet,
     arrays: Mapping[str, Array],
     wanted: Mapping[str, Array],
-    bar: float,
+    dtype: str,
 ) -> Row:
     found, profile = run_once(device, net, arrays, wanted)
-    problems: list[str] = []
+    bar, problems = NET_RELATIVE_L2[dtype], list[str]()
     worst: dict[str, Any] = {"relative_l2": -1.0}
     for name, b in wanted.items():
         figures = difference(name, found[name], b)
         shades = b.dtype == np.uint8
-        good = figures["psnr_db"] >= PICTURE_DB if shades else figures["relative_l2"] <= bar
+        good = figures["psnr_db"] >= DECODED_DB[dtype] if shades else figures["relative_l2"] <= bar
         if not good:
             problems.append(f"{name}: relative L2 {figures['relative_l2']:.2e}, {figures['psnr_db']:.1f} dB")
         if figures["relative_l2"] > worst["relative_l2"]:

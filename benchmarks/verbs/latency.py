@@ -12,8 +12,9 @@ import numpy as np
 
 from ...engines.package import Package
 from ...engines.spec import Array
+from ...engines.tolerances import NET_RELATIVE_L2, PICTURE_DB
 from ..case import WORKLOADS, Case
-from ..likeness import PICTURES_DB, RELATIVE_L2, difference
+from ..likeness import difference
 from ..process import SideError, SideProcess
 from ..records import Document, Row
 from ..roofline import COPY, GEMM, with_roofline, workload_parts
@@ -263,8 +264,8 @@ def check(found: Mapping[str, Array], wanted: Mapping[str, Array], package: Pack
             continue
         figures = difference(name, found[name], wanted[name])
         dtype, shades = package.manifest.dtype, wanted[name].dtype == np.uint8
-        like = figures["psnr_db"] >= PICTURES_DB[dtype]
-        good = like if shades else figures["relative_l2"] <= RELATIVE_L2[dtype]
+        like = figures["psnr_db"] >= PICTURE_DB[dtype]
+        good = like if shades else figures["relative_l2"] <= NET_RELATIVE_L2[dtype]
         if not good:
             raise SideError(
                 "FAILED",

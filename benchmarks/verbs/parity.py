@@ -19,7 +19,7 @@ from ...engines.errors import UsageError
 from ...engines.package import Package
 from ...engines.spec import Array
 from ..case import NETS, PROMPT, Case
-from ..likeness import PICTURES_DB, RELATIVE_L2, WINDOW, difference, psnr, ssim
+from ..likeness import WINDOW, difference, psnr, ssim
 from ..process import SideError, SideProcess
 from ..records import Document, Row, Status
 from ..sides.contract import OURS, REFERENCES, SIDES, WATCHED, Task
@@ -180,7 +180,7 @@ def _compare(ours: Prepares, reference: Prepares, workload: str, cases: Sequence
     problems: list[str] = []
     samples: list[dict[str, Any]] = []
     values: list[float] = []
-    unit, bar = "1", RELATIVE_L2[dtype]
+    unit, bar = "1", NET_RELATIVE_L2[dtype]
     for case in cases:
         try:
             wanted = _outputs(reference, workload, case)
@@ -190,7 +190,7 @@ def _compare(ours: Prepares, reference: Prepares, workload: str, cases: Sequence
             break
         samples.append(sample)
         if "ssim" in sample:
-            unit, bar = "dB", PICTURES_DB[dtype]
+            unit, bar = "dB", PICTURE_DB[dtype]
         value, problem = _judged(sample, bar)
         if math.isfinite(value):  # what is infinitely far is a problem, and no number
             values.append(value)

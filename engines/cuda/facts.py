@@ -227,13 +227,13 @@ class Nvml:
         """In MHz `sm` and `memory`, `temperature` in degrees Celsius and `power` in milliwatts, if known."""
         if self._handle is None:
             return {}
-        asked = {
+        queries = {
             "sm": ("nvmlDeviceGetClockInfo", _NVML_CLOCK_SM),
             "memory": ("nvmlDeviceGetClockInfo", _NVML_CLOCK_MEM),
             "temperature": ("nvmlDeviceGetTemperature", _NVML_TEMPERATURE_GPU),
             "power": ("nvmlDeviceGetPowerUsage",),
         }
-        answers = {name: self._ask(function, self._handle, *of) for name, (function, *of) in asked.items()}
+        answers = {name: self._ask(function, self._handle, *of) for name, (function, *of) in queries.items()}
         return {name: int(answer) for name, answer in answers.items() if answer is not None}
 
     def process_memory(self, pid: int | None = None) -> int | None:

@@ -45,7 +45,7 @@ class CudaStopwatch:
         self._stopped = True
 
     def seconds(self) -> float:
-        """Between the two, to be asked after `synchronize`.
+        """The seconds between start and stop; call it after `synchronize`.
 
         Raises:
             BackendError: it was not stopped, never started or is closed, or the stream is not there yet.

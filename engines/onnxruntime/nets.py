@@ -76,7 +76,7 @@ def open_onnxruntime_net(
         capture: let runs on CUDA be captured. Not by default: a graph reads page-locked buffers of the
             session (`onnxruntime/runs.py`), and no GPU run has shown yet that replaying it is right. The GPU
             check captures, to find out.
-        profile: a folder for the library's profile of every run (`onnxruntime/placement.py` reads it).
+        profile: a folder for the library's profile of every run.
 
     Raises:
         BackendError: the provider cannot run here, or `device` has no stream for it.
@@ -168,7 +168,7 @@ class OnnxRuntimeDeviceNet:
         Raises:
             UsageError: shapes or names that are not the net's, or an address that is 0 or not aligned.
             BackendError: the net is closed, or ONNX Runtime refuses.
-            MemoryLimitError: ONNX Runtime says so.
+            MemoryLimitError: ONNX Runtime runs out of memory.
         """
         del scratch
         session = self.session()
@@ -209,7 +209,7 @@ class OnnxRuntimeDeviceNet:
         return self._runs is None or self._runs.capture
 
     def run_options(self) -> Any:
-        """For OnnxRuntimeBoundNet: of the next run. Raises BackendError if it is captured and may not be."""
+        """For OnnxRuntimeBoundNet: the options of the next run. Raises BackendError for a captured run."""
         if self._runs is None:
             return self._on_host
         return self._runs.next(capturing=bool(getattr(self._device, "capturing", False)))

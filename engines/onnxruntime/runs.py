@@ -26,7 +26,7 @@ _RETURN_AT_ONCE = "disable_synchronize_execution_providers"
 
 
 class Runs:
-    """Of one session on CUDA: the options of each run.
+    """The options of each run of one session on CUDA.
 
     Args:
         name: of the net.
@@ -42,7 +42,7 @@ class Runs:
         self._captured = False
 
     def next(self, *, capturing: bool) -> Any:
-        """Options of the next run. `capturing`: it is recorded. Raises BackendError if it may not be."""
+        """Options of the next run. Raises BackendError if it is recorded (`capturing`) and may not be."""
         if capturing and not self.capture:
             raise BackendError(
                 f"a run of {self._name!r} is being captured: onnxruntime may free what the graph would read",
@@ -57,20 +57,20 @@ class Runs:
         return self._waiting if waits else self._at_once
 
     def restart(self) -> None:
-        """No graph is left that was captured: the next run waits, and frees what there is."""
+        """No captured graph is left, so the next run waits and frees what there is."""
         self._count = 0
         self._captured = False
 
 
 def run_options() -> Any:
-    """Quiet."""
+    """Options of a run that logs nothing but errors."""
     options = library().RunOptions()
     options.log_severity_level = 3
     return options
 
 
 def shrinking_options(arena: str) -> Any:
-    """Of a run that ends before its first node, and gives the free memory of an arena ("gpu:0") back.
+    """Options of a run that ends before its first node and gives back the free memory of an arena ("gpu:0").
 
     InferenceSession::Run shrinks arenas however the run has ended, so that no net has to be computed for it.
     """

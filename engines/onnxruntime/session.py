@@ -106,7 +106,7 @@ def open_session(
     """
     ort = library()
     try:
-        # without fallback: it would print, and run on the CPU what was asked of another
+        # A fallback would print, and run on the CPU what was meant for another provider.
         return ort.InferenceSession(content or str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime raises a dozen classes of its own, all derived from it
         if _is_out_of_memory(error):

@@ -12,8 +12,6 @@ The layout on disk is in `store/folder.py`. Nothing but the standard library and
 
 from __future__ import annotations
 
-import os
-import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,17 +20,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import EngineError, LatentrtError, UsageError
+from ..errors import EngineError, LatentrtError
 from . import files
 from .entry import ENGINE, MANIFEST, Entry, seal
-from .folder import SIDE, StoreFolder
+from .folder import StoreFolder
 from .key import SCHEMA, EngineKey, miss_reason
 
 if TYPE_CHECKING:
     from .upkeep import Pruned, Verdict
 
 Builder = Callable[[Path], dict[str, Any]]
-_SIDE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +94,7 @@ class EngineStore(StoreFolder):
         Args:
             key: which engine.
             build: writes the engine to the path it is given, and returns facts worth keeping (plain JSON).
-            waiting: is told about every second what this process waits for; it may raise to give up.
+            waiting: called about every second with what this process waits for; it may raise to give up.
             rebuild: build even if there is an engine. The old one stays until the new one is complete.
 
         Raises:
@@ -194,33 +191,3 @@ class EngineStore(StoreFolder):
         from .upkeep import prune
 
         return prune(self, keep_bytes, older_than_days, everything=everything, dry_run=dry_run)
-
-    def side_file(self, kind: str, name: str) -> Path:
-        """Where a timing cache or runtime cache lies. Raises UsageError for what is no plain name."""
-        if not (_SIDE_NAME.fullmatch(kind) and _SIDE_NAME.fullmatch(name)):
-            raise UsageError(
-                f"a side file called {kind!r}, {name!r}",
-                expected="letters, digits, '.', '_' and '-', and no '.' or '-' in front",
-                fix="Replace the other characters.",
-            )
-        return self.caches / kind / name
-
-    def read_side_file(self, path: Path) -> bytes:
-        """What `write_side_file` wrote; b"" if it is missing, damaged, a link, or open to others."""
-        with suppress(LatentrtError):
-            self.check()
-            return files.unpack_side(files.read_file(path))
-        return b""
-
-    def write_side_file(self, path: Path, data: bytes) -> None:
-        """Replace a side file at once. Raises StorageError, and the old one stays, if that fails."""
-        self.make()
-        with (
-            self.side_lock(),
-            self.temporary(SIDE) as folder,
-            files.storage_errors(self.root, f"{path} could not be written"),
-        ):
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            files.write_synced(folder / path.name, files.pack_side(data))
-            os.replace(folder / path.name, path)
-            files.sync_folder(path.parent)

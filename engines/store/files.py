@@ -1,4 +1,4 @@
-"""What the engine store asks of the file system: safe reads, durable writes, errors with numbers.
+"""What the engine store needs of the file system: safe reads, durable writes, errors with numbers.
 
 A library that deserialises an engine trusts it, so files are opened without following links, and refused
 when others could have written them. On Windows permissions are not looked at: a user's profile is private.
@@ -41,7 +41,7 @@ def default_root() -> Path:
 
 @contextmanager
 def storage_errors(root: Path, what: str, *, only_full: bool = False) -> Generator[None]:
-    """Turn an OSError into a StorageError that says `what` failed; of a full disk, with the numbers.
+    """Turn an OSError into a StorageError that says `what` failed, with the numbers if the disk is full.
 
     With `only_full`, other errors than a full disk pass: they are the builder's own.
     """

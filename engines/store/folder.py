@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -23,11 +24,12 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from ..errors import LatentrtError
+from ..errors import LatentrtError, UsageError
 from . import files
 from .files import default_root
 from .key import EngineKey, is_sha256
 
+_SIDE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 SIDE = "side"  # the lock of all side files, and the prefix of their temporary folders
 
 
@@ -69,7 +71,7 @@ class StoreFolder:
 
     @contextmanager
     def lock(self, key: EngineKey, waiting: Callable[[str], None] | None) -> Generator[None]:
-        """Hold the lock of a key, however long another process builds; `waiting` is told every second."""
+        """Hold the lock of a key, however long another process builds; `waiting` is called every second."""
         lock, owner = self._file_lock(key.digest), self.locks / f"{key.digest}.owner"
         started, timeout = time.monotonic(), 0.0
         while not self._acquire(lock, timeout):
@@ -185,3 +187,33 @@ class StoreFolder:
             with suppress(OSError):  # killed between the two renames of `place`
                 os.rename(folder / "old", self.engines / name)
         shutil.rmtree(folder, ignore_errors=True)
+
+    def side_file(self, kind: str, name: str) -> Path:
+        """Where a timing cache or runtime cache lies. Raises UsageError for what is no plain name."""
+        if not (_SIDE_NAME.fullmatch(kind) and _SIDE_NAME.fullmatch(name)):
+            raise UsageError(
+                f"a side file called {kind!r}, {name!r}",
+                expected="letters, digits, '.', '_' and '-', and no '.' or '-' in front",
+                fix="Replace the other characters.",
+            )
+        return self.caches / kind / name
+
+    def read_side_file(self, path: Path) -> bytes:
+        """What `write_side_file` wrote; b"" if it is missing, damaged, a link, or open to others."""
+        with suppress(LatentrtError):
+            self.check()
+            return files.unpack_side(files.read_file(path))
+        return b""
+
+    def write_side_file(self, path: Path, data: bytes) -> None:
+        """Replace a side file at once. Raises StorageError, and the old one stays, if that fails."""
+        self.make()
+        with (
+            self.side_lock(),
+            self.temporary(SIDE) as folder,
+            files.storage_errors(self.root, f"{path} could not be written"),
+        ):
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            files.write_synced(folder / path.name, files.pack_side(data))
+            os.replace(folder / path.name, path)
+            files.sync_folder(path.parent)

@@ -18,6 +18,7 @@ from ..store.entry import Entry
 from .build import find_engines
 from .choice import Candidate, ChosenNet
 from .flavour import Flavour, flavour, installed_version, load
+from .loading import EngineOf
 from .nets import open_entry
 
 Engines = Sequence[tuple[Entry, tuple[NetProfile, ...]]]
@@ -104,17 +105,16 @@ def _net(
 
     def opener(entry: Entry, profiles: tuple[NetProfile, ...]) -> Callable[[], DeviceNet]:
         def open_engine() -> DeviceNet:
-            net = open_entry(
-                load(row),
-                row,
-                entry,
+            of = EngineOf(
+                trt=load(row),
+                flavour=row,
                 net=name,
                 spec=file.spec,
                 profiles=profiles,
                 device=device,
-                graph=package.path(file.graph),
                 package=root,
             )
+            net = open_entry(of, entry, package.path(file.graph))
             if net.remark:
                 log(f"the engine of {name!r}: {net.remark}")
             return net

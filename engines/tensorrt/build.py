@@ -24,7 +24,6 @@ from .preflight import Room, check_room, read_room
 # Fields of a key that say how an engine was built, not for what model or device.
 _HOW = {"profiles", "flags", "optimization_level", "workspace_limit"}
 _AMPERE = (8, 0)  # the oldest compute capability of engines for `ampere_plus`
-_NOT_BUILT = ("unet_whole",)  # for other tools
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +111,7 @@ def find_engines(
 
     Those of this GPU alone come before those of its compute capability, and these before those of Ampere and
     later; of each kind, the most recently used comes first. Which profiles a user has built, and with which
-    options, only the store knows: so the runtime asks for all of them, each with its profiles in the engine's
+    options, only the store knows. So the runtime gets all of them, each with its profiles in the engine's
     order, and chooses.
     """
     spec = package.manifest.nets[net].spec
@@ -136,7 +135,7 @@ def built_nets(package: Package, names: Iterable[str] = ()) -> tuple[str, ...]:
     Raises:
         UsageError: a name that is none of them.
     """
-    every = tuple(net for net in NETS if net in package.manifest.nets and net not in _NOT_BUILT)
+    every = tuple(net for net, row in NETS.items() if net in package.manifest.nets and not row.for_others)
     wanted = tuple(names)
     if unknown := [name for name in wanted if name not in every]:
         raise UsageError(
@@ -227,8 +226,8 @@ def _room_for(row: Flavour, gpu: DeviceFacts | None) -> Callable[[Path], Room]:
         memory = Nvml(gpu.uuid).memory() if gpu else None
         return memory[0] if memory else None
 
-    asks = vram if gpu and not gpu.unified and not row.builds_without_gpu else None
-    return lambda folder: read_room(folder, vram=asks)
+    reader = vram if gpu and not gpu.unified and not row.builds_without_gpu else None
+    return lambda folder: read_room(folder, vram=reader)
 
 
 @dataclass(frozen=True, kw_only=True)

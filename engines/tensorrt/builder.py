@@ -96,7 +96,7 @@ class Phases:
     """
 
     report: Report
-    share: float = 1.0  # of the whole that the phases tell of
+    share: float = 1.0  # of the whole that the phases cover
     _open: dict[str, _Phase] = field(default_factory=dict[str, _Phase])
     _best: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -105,21 +105,21 @@ class Phases:
         """A phase begins; `parent` is "" for the outermost."""
         with self._lock:
             self._open[name] = _Phase(parent=parent, steps=max(steps, 1))
-            self._tell(name)
+            self._report(name)
 
     def step(self, name: str, index: int) -> None:
         """Step `index`, counted from 0, is complete."""
         with self._lock:
             if name in self._open:
                 self._open[name].done = index + 1
-                self._tell(name)
+                self._report(name)
 
     def finish(self, name: str) -> None:
-        """A phase is over, whether or not all of its steps were told."""
+        """A phase is over, whether or not all of its steps were reported."""
         with self._lock:
             self._open.pop(name, None)
 
-    def _tell(self, name: str) -> None:
+    def _report(self, name: str) -> None:
         roots = [root for root, phase in self._open.items() if phase.parent not in self._open]
         fraction = max((self._fraction(root, depth=0) for root in roots), default=0.0)
         if fraction >= self._best + 0.005:
@@ -150,7 +150,7 @@ def build(job: Job, report: Report) -> Facts:
     Raises:
         PackageError: the graph cannot be parsed, or does not keep its contract.
         BackendError: the library is missing, or refuses the network.
-        MemoryLimitError: the builder ran out of memory and said so.
+        MemoryLimitError: the builder ran out of memory and reported it.
         StorageError: the engine cannot be written.
     """
     row = flavour(job.backend)
@@ -164,7 +164,9 @@ def build(job: Job, report: Report) -> Facts:
     check_contract(trt, network, job.spec, graph=job.graph)
     layers = int(network.num_layers)
     parsed = perf_counter()
-    config = _configure(trt, row, builder, job, _monitor(trt, Phases(report=report, share=row.told_share)))
+    config = _configure(
+        trt, row, builder, job, _monitor(trt, Phases(report=report, share=row.reported_share))
+    )
     # As one block of the library's memory: a stream writer gets the engine as one `bytes`, a second copy.
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -269,7 +271,7 @@ def _write(path: Path, plan: Trt) -> None:
 
 
 def _monitor(trt: Trt, phases: Phases) -> Trt:
-    """TensorRT's progress, told to `phases`."""
+    """A monitor that hands TensorRT's progress to `phases`."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:

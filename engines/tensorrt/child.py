@@ -31,8 +31,8 @@ def run_builder(job: Job, report: Report, *, started: Started | None = None) -> 
 
     Args:
         job: what to build.
-        report: told the phase, and how much of the whole is done (0 to 1, never falling).
-        started: told the child's process id.
+        report: called with the phase, and how much of the whole is done (0 to 1, never falling).
+        started: called with the child's process id.
 
     Raises:
         LatentrtError: what the child raised; MemoryLimitError if it was killed, BackendError if it crashed.
@@ -70,34 +70,34 @@ def _follow(child: subprocess.Popen[bytes], job: Job, report: Report) -> dict[st
     last: dict[str, Any] = {}
     for line in child.stdout:
         try:
-            said = cast(dict[str, Any], json.loads(line))
+            message = cast(dict[str, Any], json.loads(line))
         except ValueError:  # cut short by a signal
             continue
-        if "fraction" in said:
-            report(str(said["phase"]), float(said["fraction"]))
+        if "fraction" in message:
+            report(str(message["phase"]), float(message["fraction"]))
         else:
-            last = said
+            last = message
     return last
 
 
 def _failure(job: Job, code: int, last: Mapping[str, Any], noise: str) -> LatentrtError:
     if "error" in last:
-        told = cast(dict[str, str], last["error"])
-        kind = _ERRORS.get(told["type"], BackendError)
-        parts = {"expected": told["expected"], "fix": told["fix"]}
+        record = cast(dict[str, str], last["error"])
+        kind = _ERRORS.get(record["type"], BackendError)
+        parts = {"expected": record["expected"], "fix": record["fix"]}
         if kind is MemoryLimitError:
-            return MemoryLimitError(told["found"], **parts, culprit=job.net)
-        return kind(told["found"], **parts)
-    said = f": {noise}" if noise else ""
+            return MemoryLimitError(record["found"], **parts, culprit=job.net)
+        return kind(record["found"], **parts)
+    words = f": {noise}" if noise else ""
     if code in (-getattr(signal, "SIGKILL", 9), 137):
         return MemoryLimitError(
-            f"the builder of the net {job.net!r} was killed, most likely for want of memory{said}",
+            f"the builder of the net {job.net!r} was killed, most likely for want of memory{words}",
             expected="a builder that may finish",
             fix="Close other programs, or limit it: --workspace 2048 (MiB), or a smaller --profile.",
             culprit=job.net,
         )
     return BackendError(
-        f"the builder of the net {job.net!r} crashed with exit code {code}{said}",
+        f"the builder of the net {job.net!r} crashed with exit code {code}{words}",
         expected="an engine, or an error that says why not",
         fix="Try --optimization-level 2 or a smaller --profile, and report it with the package's manifest.",
     )

@@ -46,7 +46,7 @@ class ChosenNet:
 
     @property
     def memory(self) -> MemoryLedger:
-        """Of all engines that are open."""
+        """What all open engines hold together."""
         parts = [net.memory for net in self._open.values()]
         activations = [part.activations for part in parts if part.activations is not None]
         return MemoryLedger(
@@ -56,25 +56,25 @@ class ChosenNet:
         )
 
     def scratch(self, shapes: Shapes) -> int:
-        """Of the engine that these shapes choose. Raises UsageError with the command that builds one."""
+        """Bytes for the engine that these shapes choose. Raises UsageError if no engine covers them."""
         return self._net(shapes).scratch(shapes)
 
     def bind(self, shapes: Shapes, addresses: Addresses, scratch: int) -> BoundNet:
-        """With the engine that these shapes choose. Raises UsageError, MemoryLimitError."""
+        """Bind the engine that these shapes choose. Raises UsageError, MemoryLimitError."""
         return self._net(shapes).bind(shapes, addresses, scratch)
 
     def settle(self) -> None:
-        """Of all engines that are open."""
+        """Settle every open engine."""
         for net in self._open.values():
             net.settle()
 
     def release(self) -> None:
-        """Of all engines that are open."""
+        """Release what every open engine can spare."""
         for net in self._open.values():
             net.release()
 
     def stream_weights(self) -> int:
-        """Of all engines that are open."""
+        """Stream the weights of every open engine; the bytes that this frees."""
         return sum(net.stream_weights() for net in self._open.values())
 
     def close(self) -> None:

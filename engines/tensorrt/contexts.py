@@ -17,10 +17,10 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from ..errors import StorageError
+from ..store.folder import StoreFolder
 from .flavour import Engine, Trt
 
 Context: TypeAlias = Any  # IExecutionContext
@@ -60,22 +60,6 @@ class CacheFile(Protocol):
         ...
 
 
-class SideFiles(Protocol):
-    """What is asked of the engine store (`EngineStore`)."""
-
-    def side_file(self, kind: str, name: str) -> Path:
-        """Where a cache lies."""
-        ...
-
-    def read_side_file(self, path: Path) -> bytes:
-        """What was written there; b"" if nothing, or nothing sound."""
-        ...
-
-    def write_side_file(self, path: Path, data: bytes) -> None:
-        """Replace it. Raises StorageError."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class StoredCache:
     """A runtime cache among the store's side files: one per engine and kind of GPU.
@@ -84,13 +68,13 @@ class StoredCache:
     other's.
     """
 
-    store: SideFiles
+    store: StoreFolder
     digest: str  # of the engine's key
     device: str  # its name
 
     @property
     def name(self) -> str:
-        """Of the file."""
+        """The file's name."""
         return f"{self.digest[:32]}-{re.sub(r'[^A-Za-z0-9]+', '_', self.device)}"
 
     def read(self) -> bytes:

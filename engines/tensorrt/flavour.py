@@ -41,9 +41,9 @@ class Flavour:
         oldest: the first release that serves.
         before: the first release that does not any more.
         builds_without_gpu: whether the builder runs without a device. Loading an engine never does.
-        needs_strongly_typed_flag: whether precision comes from the graph only when asked for; the newer
+        needs_strongly_typed_flag: whether precision comes from the graph only with this flag; the newer
             libraries know nothing else, and accept the flag.
-        told_share: how much of a build's time the library's progress tells of. TensorRT-RTX tells of the
+        reported_share: how much of a build's time the library's progress covers. TensorRT-RTX reports the
             first 2 of 86 s (the UNet of SD 1.5) and then compiles in silence.
         cache: `timing` is kept in the store and speeds builds up, `runtime` belongs to the running engine.
         flags_needing_gpu: names in `BuilderFlag` that need a device even where the builder does not.
@@ -61,7 +61,7 @@ class Flavour:
     before: Version
     builds_without_gpu: bool
     needs_strongly_typed_flag: bool
-    told_share: float
+    reported_share: float
     cache: str
     flags_needing_gpu: tuple[str, ...]
     hardware_compatibility: bool
@@ -88,7 +88,7 @@ FLAVOURS: tuple[Flavour, ...] = (
         before=(11,),
         builds_without_gpu=False,
         needs_strongly_typed_flag=True,
-        told_share=1.0,
+        reported_share=1.0,
         cache="timing",
         flags_needing_gpu=_REFIT,
         hardware_compatibility=True,
@@ -104,7 +104,7 @@ FLAVOURS: tuple[Flavour, ...] = (
         before=(12,),
         builds_without_gpu=False,
         needs_strongly_typed_flag=False,
-        told_share=1.0,
+        reported_share=1.0,
         cache="timing",
         flags_needing_gpu=_REFIT,
         hardware_compatibility=True,
@@ -120,7 +120,7 @@ FLAVOURS: tuple[Flavour, ...] = (
         before=(2,),
         builds_without_gpu=True,
         needs_strongly_typed_flag=True,
-        told_share=0.05,
+        reported_share=0.05,
         cache="runtime",
         flags_needing_gpu=_REFIT,
         hardware_compatibility=False,

@@ -6,7 +6,6 @@ suits this machine, never whether somebody changed it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -33,11 +32,6 @@ _DIAGNOSTICS = {
 }
 
 
-def build_command(flavour: Flavour, package: str) -> str:
-    """The command that makes an engine anew."""
-    return f"Build it again: latentrt build {package} --backend {flavour.backend}."
-
-
 class StreamDevice(Device, Protocol):
     """A device whose stream a library can be handed."""
 
@@ -48,12 +42,17 @@ class StreamDevice(Device, Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Loaded:
-    """An engine on a device, and everything that is said of it.
+class EngineOf:
+    """What an engine is of, and where it goes.
 
-    `size` is the engine's, in bytes, and `streamable` of it are weights that the library could stream, 0
-    unless it was built so; `remark` is the library's, on an engine that is not the best for this device.
-    `runtime` is the library's, and must live as long as the engine.
+    Attributes:
+        trt: the library, of `flavour.load`.
+        flavour: its row.
+        net: the net's name.
+        spec: the net's boundary.
+        profiles: the engine's own, in its order.
+        device: where it runs.
+        package: for messages.
     """
 
     trt: Trt
@@ -62,22 +61,36 @@ class Loaded:
     spec: NetSpec
     profiles: tuple[NetProfile, ...]
     device: StreamDevice
-    package: str
+    package: str = "PACKAGE"
+
+    @property
+    def rebuild(self) -> str:
+        """The command that makes the engine anew."""
+        return f"Build it again: latentrt build {self.package} --backend {self.flavour.backend}."
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Loaded(EngineOf):
+    """An engine on a device.
+
+    Attributes:
+        size: of the engine, in bytes.
+        streamable: bytes of weights that the library could stream; 0 unless the engine was built so.
+        runtime: the library's, which must live as long as the engine.
+        engine: the library's object.
+        remark: the library's, on an engine that is not the best for this device; "" for others.
+    """
+
     size: int
     streamable: int
     runtime: Any
     engine: Engine
     remark: str
 
-    @property
-    def rebuild(self) -> str:
-        """The command that makes the engine anew."""
-        return build_command(self.flavour, self.package)
-
     def failed(self, mark: int, what: str) -> LatentrtError:
         """The error of a call that the library refused after `mark` (`Messages.mark`)."""
         memory = ""
-        with suppress(LatentrtError):  # a device that fails to answer must not hide why this was asked
+        with suppress(LatentrtError):  # a device that fails to answer must not hide the first error
             now = self.device.memory()
             memory = f"{now.free} of {now.total} bytes free"
         return failure(
@@ -107,17 +120,7 @@ def check_room(entry: Entry, device: Device, *, net: str) -> None:
         )
 
 
-def load_engine(
-    trt: Trt,
-    flavour: Flavour,
-    data: bytes,
-    *,
-    net: str,
-    spec: NetSpec,
-    profiles: Sequence[NetProfile],
-    device: StreamDevice,
-    package: str,
-) -> Loaded:
+def load_engine(of: EngineOf, data: bytes) -> Loaded:
     """Deserialise an engine and check its boundary.
 
     Raises:
@@ -125,34 +128,29 @@ def load_engine(
         EngineError: its boundary or profiles are not those of the net.
         MemoryLimitError: it does not fit on the device.
     """
-    log = messages(trt)
+    trt, log = of.trt, messages(of.trt)
     mark = log.mark()
     runtime = trt.Runtime(log.logger)
+    library = f"{of.flavour.module} {trt.__version__}"
     if runtime.engine_host_code_allowed:
         raise BackendError(
-            f"{flavour.module} {trt.__version__} would run host code out of engines",
+            f"{library} would run host code out of engines",
             expected="a runtime that does not (its default)",
-            fix=f"Install a release that latentrt knows: {flavour.install}.",
+            fix=f"Install a release that latentrt knows: {of.flavour.install}.",
         )
-    remark = _validity(trt, flavour, runtime, data, net=net, package=package)
+    remark = _validity(of, trt, runtime, data)
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         raise failure(
             log.since(mark),
-            f"{flavour.module} {trt.__version__} refuses the engine of {net!r} on {device.name}",
-            net=net,
+            f"{library} refuses the engine of {of.net!r} on {of.device.name}",
+            net=of.net,
             expected="an engine that this release built for this kind of GPU",
-            fix=build_command(flavour, package),
+            fix=of.rebuild,
         )
-    check_engine(trt, engine, spec, profiles, net=net, fix=build_command(flavour, package))
+    check_engine(trt, engine, of.spec, of.profiles, net=of.net, fix=of.rebuild)
     return Loaded(
-        trt=trt,
-        flavour=flavour,
-        net=net,
-        spec=spec,
-        profiles=tuple(profiles),
-        device=device,
-        package=package,
+        **vars(of),
         size=len(data),
         streamable=_keep_resident(engine),
         runtime=runtime,
@@ -169,13 +167,13 @@ def _keep_resident(engine: Engine) -> int:
     """
     size = int(engine.streamable_weights_size)
     if size <= 0:
-        return 0  # not built for it: the library asks that the rest is left alone then
+        return 0  # not built for it; the documentation wants the rest left alone then
     with suppress(RuntimeError):  # no room for all of them: it streams what it must
         engine.weight_streaming_budget_v2 = size
     return size
 
 
-def _validity(trt: Trt, flavour: Flavour, runtime: Any, data: bytes, *, net: str, package: str) -> str:
+def _validity(of: EngineOf, trt: Trt, runtime: Any, data: bytes) -> str:
     """The library's remark on an engine that it will run, where it makes one."""
     if not abilities(trt).validity:
         return ""
@@ -188,27 +186,27 @@ def _validity(trt: Trt, flavour: Flavour, runtime: Any, data: bytes, *, net: str
     found = [name for name in _DIAGNOSTICS if int(bits) & int(getattr(kinds, name))]
     why = ", ".join(_DIAGNOSTICS[name][0] for name in found)
     if validity == trt.EngineValidity.SUBOPTIMAL:
-        return f"the engine of {net!r} is not the best for this GPU{f' ({why})' if why else ''}"
-    what = f"{flavour.module} {trt.__version__} finds the engine of {net!r} invalid"
+        return f"the engine of {of.net!r} is not the best for this GPU{f' ({why})' if why else ''}"
+    what = f"{of.flavour.module} {trt.__version__} finds the engine of {of.net!r} invalid"
     what = f"{what}{f' ({why})' if why else ''}"
-    raise _invalid(found, what, log.since(mark), flavour, net=net, package=package)
+    raise _invalid(of, found, what, log.since(mark))
 
 
-def _invalid(
-    found: list[str], what: str, lines: list[str], flavour: Flavour, *, net: str, package: str
-) -> LatentrtError:
-    fixes = [_DIAGNOSTICS[name][1].format(install=flavour.install) for name in found if _DIAGNOSTICS[name][1]]
+def _invalid(of: EngineOf, found: list[str], what: str, lines: list[str]) -> LatentrtError:
+    fixes = [
+        _DIAGNOSTICS[name][1].format(install=of.flavour.install) for name in found if _DIAGNOSTICS[name][1]
+    ]
     if "INSUFFICIENT_GPU_MEMORY" in found:
         return MemoryLimitError(
             f"{what}{reason(lines)}",
             expected="an engine that fits",
             fix="Free memory of the device, or build for smaller pictures: --profile 512x512:b1.",
-            culprit=net,
+            culprit=of.net,
         )
     return failure(
         lines,
         what,
-        net=net,
+        net=of.net,
         expected="an engine that this release built for this kind of GPU",
-        fix=fixes[0] if fixes else build_command(flavour, package),
+        fix=fixes[0] if fixes else of.rebuild,
     )

@@ -1,4 +1,4 @@
-"""What TensorRT says of itself: it returns None or False, and the reason goes to a logger.
+"""What TensorRT logs: a call that fails returns None or False, and the reason goes to a logger.
 
 The library keeps the first logger of a process for everything it cannot attribute, so there is one per
 library.
@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import BackendError, LatentrtError, MemoryLimitError
 from .flavour import Trt
 
-_KEPT = 200  # messages; a failure says what it has to say in fewer than ten
+_KEPT = 200  # messages; a failure takes fewer than ten
 _SHOWN = 3  # lines of one error message
 _PROBLEMS = ("INTERNAL_ERROR", "ERROR", "WARNING")
 _ERRORS = ("INTERNAL_ERROR", "ERROR")
@@ -38,7 +38,7 @@ class Messages:
             self._kept.append((self._count, severity, text))
 
     def mark(self) -> int:
-        """The present: to be given to `since` later."""
+        """The present, for a later `since`."""
         return self._count
 
     def since(self, mark: int, *, errors_only: bool = False) -> list[str]:
@@ -67,7 +67,7 @@ def _listener(trt: Trt, keep: Callable[[str, str], None]) -> Any:
 
 
 def reason(lines: list[str]) -> str:
-    """The library's own words, for the end of a sentence; "" if it said nothing."""
+    """The library's own words, for the end of a sentence; "" if it logged nothing."""
     return f": {' | '.join(lines[:_SHOWN])}" if lines else ""
 
 
@@ -87,14 +87,14 @@ def failure(
     Returns:
         MemoryLimitError if the lines speak of memory, else BackendError.
     """
-    said = reason(lines)
+    words = reason(lines)
     if any(map(_MEMORY.search, lines)):
         return MemoryLimitError(
-            f"{what}{said}{f' ({memory})' if memory else ''}",
+            f"{what}{words}{f' ({memory})' if memory else ''}",
             expected="a size, a batch and nets that fit",
             fix="Draw fewer or smaller pictures at once, or close what else uses the device.",
             culprit=net,
         )
     if any(map(_DRIVER.search, lines)):
         fix = "Install or update the NVIDIA driver; `nvidia-smi` shows the one in use."
-    return BackendError(f"{what}{said}", expected=expected, fix=fix)
+    return BackendError(f"{what}{words}", expected=expected, fix=fix)

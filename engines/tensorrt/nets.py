@@ -6,16 +6,15 @@ because they run in order on one stream: whatever one leaves there is dead befor
 library documents that the block is in use until execution completes, and that contexts which overlap in time
 must not share it.)
 
-The library is the parameter `trt`; where its kinds differ is in `tensorrt/contexts.py` and
-`tensorrt/flavour.py`.
+The library is the parameter `trt`; where its kinds differ is in `contexts.py` and
+`flavour.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import cast
 from weakref import WeakSet
 
 from ..device import ALIGNMENT, Addresses, MemoryLedger, Shapes
@@ -23,94 +22,52 @@ from ..errors import BackendError, LatentrtError, StorageError, UsageError
 from ..profiles import NetProfile, choose
 from ..spec import Array, NetSpec, output_shapes
 from ..store.entry import Entry
-from .contexts import CacheFile, Context, Contexts, SideFiles, StoredCache, abilities
+from .contexts import CacheFile, Context, Contexts, StoredCache, abilities
 from .contract import check_outputs
-from .flavour import Flavour, Trt
-from .loading import Loaded, StreamDevice, check_room, load_engine
+from .loading import EngineOf, Loaded, check_room, load_engine
 from .log import messages
 from .refit import refit, refit_identical
 
 _Binding = tuple[int, tuple[tuple[str, tuple[int, ...]], ...]]  # a profile, and the sorted shapes
 
 
-def open_entry(
-    trt: Trt,
-    flavour: Flavour,
-    entry: Entry,
-    *,
-    net: str,
-    spec: NetSpec,
-    profiles: Sequence[NetProfile],
-    device: StreamDevice,
-    graph: Path,
-    package: str = "PACKAGE",
-) -> TensorRTNet:
+def open_entry(of: EngineOf, entry: Entry, graph: Path) -> TensorRTNet:
     """`open_engine` for an engine of the store: its bytes are hashed first, and kernels are cached beside it.
 
-    Args:
-        graph: the net's own, in the package; read only if the engine was built without its weights.
+    `graph` is the net's own, in the package; it is read only if the engine was built without its weights.
 
     Raises:
         EngineError: the entry is damaged (it is in quarantine then), or is another net's.
         StorageError: others could have changed it.
         BackendError, MemoryLimitError: as `open_engine`; or its bytes would not fit beside it.
     """
-    check_room(entry, device, net=net)
+    check_room(entry, of.device, net=of.net)
     data = entry.read()
-    files = cast(SideFiles, entry.store)  # whatever finds entries is an EngineStore
-    cache = StoredCache(store=files, digest=entry.key.digest, device=device.name)
-    return open_engine(
-        trt,
-        flavour,
-        data,
-        net=net,
-        spec=spec,
-        profiles=profiles,
-        device=device,
-        cache=cache,
-        graph=graph if "STRIP_PLAN" in entry.key.flags else None,
-        package=package,
-    )
+    cache = StoredCache(store=entry.store, digest=entry.key.digest, device=of.device.name)
+    stripped = "STRIP_PLAN" in entry.key.flags
+    return open_engine(of, data, cache=cache, graph=graph if stripped else None)
 
 
 def open_engine(
-    trt: Trt,
-    flavour: Flavour,
-    data: bytes,
-    *,
-    net: str,
-    spec: NetSpec,
-    profiles: Sequence[NetProfile],
-    device: StreamDevice,
-    cache: CacheFile | None = None,
-    graph: Path | None = None,
-    package: str = "PACKAGE",
+    of: EngineOf, data: bytes, *, cache: CacheFile | None = None, graph: Path | None = None
 ) -> TensorRTNet:
     """Put an engine on the device.
 
     Args:
-        trt: the library, of `flavour.load`.
-        flavour: its row.
+        of: what it is of, and where it goes.
         data: the engine, already checked against its sha256. An engine is code.
-        net: the net's name.
-        spec: its boundary.
-        profiles: the engine's own, in its order.
-        device: where it runs.
         cache: where kernels compiled at run time are kept; libraries that compile none ignore it.
-        graph: of a stripped engine: the graph it was built from, whose weights it gets.
-        package: for messages.
+        graph: for a stripped engine, the graph it was built from, whose weights it gets.
 
     Raises:
         BackendError: the engine does not suit the library, driver or device, or refuses the graph's weights.
         EngineError: its boundary or profiles are not those of the net.
         MemoryLimitError: it does not fit.
     """
-    loaded = load_engine(
-        trt, flavour, data, net=net, spec=spec, profiles=profiles, device=device, package=package
-    )
+    loaded = load_engine(of, data)
     if graph is not None:
-        refit_identical(trt, loaded.engine, device.stream, graph, net=net, fix=loaded.rebuild)
-    return TensorRTNet(loaded, Contexts(trt, loaded.engine, cache))
+        refit_identical(of.trt, loaded.engine, of.device.stream, graph, net=of.net, fix=of.rebuild)
+    return TensorRTNet(loaded, Contexts(of.trt, loaded.engine, cache))
 
 
 class TensorRTNet:
@@ -121,9 +78,9 @@ class TensorRTNet:
         self.remark = loaded.remark
         self._loaded: Loaded | None = loaded
         self._contexts = contexts
-        # Was asked for the size of its scratch memory, and is not bound yet.
+        # `scratch` has made it to learn the size of its scratch memory, and it is not bound yet.
         self._spare: Context | None = None
-        self._asked: dict[_Binding, int] = {}
+        self._scratch_sizes: dict[_Binding, int] = {}
         self._bound: WeakSet[BoundTensorRTNet] = WeakSet()
         self._weights = _weight_bytes(loaded)
         self._largest = 0
@@ -137,8 +94,9 @@ class TensorRTNet:
     def memory(self) -> MemoryLedger:
         """What it holds now, in bytes.
 
-        Weights are as the library counts them (else the engine's size), less what is streamed; activations
-        are the largest scratch memory asked for, which nets share; inputs and outputs the open bindings'.
+        Weights are as the library counts them (else the engine's size), less what is streamed. Activations
+        are the largest scratch memory that `scratch` returned; nets share it. Inputs and outputs are those of
+        the open bindings.
         """
         if self._loaded is None:
             return MemoryLedger(weights=0, activations=0, io=0)
@@ -154,15 +112,15 @@ class TensorRTNet:
             MemoryLimitError: no memory for a context.
         """
         loaded, call = self._call(shapes)
-        if call not in self._asked:
+        if call not in self._scratch_sizes:
             with self._context(loaded, call) as context:
-                self._asked[call] = _needed(loaded, context, call[0])
+                self._scratch_sizes[call] = _needed(loaded, context, call[0])
             self._spare = context
-        self._largest = max(self._largest, self._asked[call])
-        return self._asked[call]
+        self._largest = max(self._largest, self._scratch_sizes[call])
+        return self._scratch_sizes[call]
 
     def bind(self, shapes: Shapes, addresses: Addresses, scratch: int) -> BoundTensorRTNet:
-        """Set shapes and addresses for good. See DeviceNet; `scratch` is a block as large as `scratch` said.
+        """Set shapes and addresses for good. See DeviceNet; `scratch` is a block as large as it returned.
 
         Raises:
             UsageError: as `scratch`; or addresses of other names, or not aligned.
@@ -288,11 +246,11 @@ class TensorRTNet:
         self, loaded: Loaded, context: Context, call: _Binding, addresses: Addresses, scratch: int
     ) -> None:
         """Scratch memory and addresses, to a context that has its shapes."""
-        asked, needed = self._asked.get(call, 0), _needed(loaded, context, call[0])
-        if needed > asked or (needed and not scratch):
+        known, needed = self._scratch_sizes.get(call, 0), _needed(loaded, context, call[0])
+        if needed > known or (needed and not scratch):
             raise BackendError(
                 f"the net {self._name!r} needs {needed} bytes of scratch memory for {dict(call[1])}",
-                expected=f"at most the {asked if scratch else 0} bytes that it was given",
+                expected=f"at most the {known if scratch else 0} bytes that it was given",
                 fix="Ask scratch(shapes) first, again after weights were moved, and allocate that much.",
             )
         log = messages(loaded.trt)
@@ -307,7 +265,7 @@ class TensorRTNet:
             raise loaded.failed(mark, f"refuses the addresses of {refused or 'its scratch memory'}")
 
     def _close_contexts(self, loaded: Loaded) -> None:
-        self._asked.clear()
+        self._scratch_sizes.clear()
         with ExitStack() as stack:  # every one, also when the device reports an old error at the first
             for bound in list(self._bound):
                 stack.callback(bound.close)

@@ -21,7 +21,7 @@ def parse_graph(trt: Trt, row: Flavour, builder: Trt, logger: Trt, path: Path) -
         The network, and the parser, which must live as long: the network's weights are its memory.
 
     Raises:
-        PackageError: the parser refuses the graph, with what it said.
+        PackageError: the parser refuses the graph, with its reasons.
     """
     strongly_typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(strongly_typed if row.needs_strongly_typed_flag else 0)

@@ -43,7 +43,7 @@ def read_room(
 
     Args:
         folder: where the engine is written; it never lies on two file systems at once.
-        vram: asked for free device memory where the builder needs it.
+        vram: reads the free device memory, where the builder needs it.
         proc: the proc file system.
         cgroups: the control groups' file system, for containers.
     """

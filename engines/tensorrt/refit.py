@@ -70,9 +70,9 @@ def refit_identical(trt: Trt, engine: Engine, stream: int, graph: Path, *, net: 
     names = list(refitter.get_all_weights()) if refitter is not None else []
     parser = trt.OnnxParserRefitter(refitter, log.logger) if names else None
     if parser is None or not parser.refit_from_file(str(graph)):
-        said = [str(parser.get_error(index).desc()) for index in range(parser.num_errors)] if parser else []
+        errors = [str(parser.get_error(index).desc()) for index in range(parser.num_errors)] if parser else []
         raise failure(
-            said + log.since(mark),
+            errors + log.since(mark),
             f"the engine of {net!r} does not take the weights of {graph.name}",
             net=net,
             expected=f"the graph it was built from ({len(names)} weights)",

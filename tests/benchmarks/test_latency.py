@@ -33,7 +33,7 @@ def _measure(*sides: StandInSide, workload: str = "unet") -> dict[str, Any]:
 
 def test_peers_count_only_where_they_compute_what_ours_does() -> None:
     wrong = {"prediction": PREDICTION["prediction"] * 1.01}
-    nearly = {"prediction": PREDICTION["prediction"] * 1.0001}
+    nearly = {"prediction": PREDICTION["prediction"] * 1.00005}
     rows = _measure(
         StandInSide(OURS, lambda workload, case: 0.01, PREDICTION),
         StandInSide("onnxruntime", lambda workload, case: 0.02, nearly),
@@ -47,7 +47,7 @@ def test_peers_count_only_where_they_compute_what_ours_does() -> None:
     )
     assert (rows[OURS].status, rows[OURS].summary["p50"]) == ("ok", 0.01)
     assert rows["onnxruntime"].summary["p50"] == 0.02
-    assert rows["onnxruntime"].figures["relative_l2"] == pytest.approx(1e-4, rel=0.01)
+    assert rows["onnxruntime"].figures["relative_l2"] == pytest.approx(5e-5, rel=0.01)
     assert (rows["openvino"].status, rows["openvino"].rounds) == ("FAILED", ())
     assert "relative L2 1.00e-02" in rows["openvino"].reason
     assert (rows["diffusers"].status, rows["diffusers"].reason) == ("not available", "no torch")

@@ -12,6 +12,7 @@ from latentrt.engines.package import Package
 from latentrt.engines.profiles import NetProfile, Profile, net_profiles
 from latentrt.engines.spec import NETS
 from latentrt.engines.tensorrt.flavour import Flavour, flavour
+from latentrt.engines.tensorrt.loading import EngineOf
 from latentrt.engines.tensorrt.nets import BoundTensorRTNet, TensorRTNet, open_engine
 from tests.engines.host_device import HostDevice
 from tests.engines.net_inputs import input_shapes, random_inputs
@@ -59,19 +60,17 @@ def library(variant: str, device: HostDevice) -> SimulatedLibrary:
 def open_simulated(
     trt: SimulatedLibrary, variant: str, net: str, device: HostDevice, *, options: Any = None, **extra: Any
 ) -> TensorRTNet:
-    """A net of the demo package. `options` go to `open_engine`, `extra` into the engine."""
-    return open_engine(
-        trt,
-        row(variant),
-        simulated_engine(variant, graph(net), profiles(net), **extra),
-        net=net,
-        **{
-            "spec": PACKAGE.manifest.nets[net].spec,
-            "profiles": profiles(net),
-            "device": device,
-            **(options or {}),
-        },
-    )
+    """A net of the demo package. `options` go to `engine_of` and `open_engine`, `extra` into the engine."""
+    own = {name: value for name, value in (options or {}).items() if name in ("cache", "graph")}
+    more = {name: value for name, value in (options or {}).items() if name not in own}
+    data = simulated_engine(variant, graph(net), profiles(net), **extra)
+    return open_engine(engine_of(trt, row(variant), net, device, **more), data, **own)
+
+
+def engine_of(trt: Any, flavour: Flavour, net: str, device: HostDevice, **change: Any) -> EngineOf:
+    """What an engine of the demo package is of."""
+    known = {"spec": PACKAGE.manifest.nets[net].spec, "profiles": profiles(net), "device": device}
+    return EngineOf(trt=trt, flavour=flavour, net=net, **{**known, **change})
 
 
 class Buffers:

@@ -1,3 +1,4 @@
+import os
 import shutil
 import subprocess
 import sys
@@ -123,7 +124,7 @@ def test_wrong_inputs_and_exhausted_memory(package: Package, monkeypatch: pytest
         assert caught.value.exit_code == 5
 
 
-def test_a_start_on_a_cpu_loads_no_store_and_no_other_backend() -> None:
+def test_a_start_on_a_cpu_loads_no_store_and_no_other_backend(tmp_path: Path) -> None:
     code = (
         "import sys; from latentrt.runtime import Pipeline\n"
         "with Pipeline.open('demo') as pipe: pipe('a red circle', num_inference_steps=1, seed=1)\n"
@@ -132,4 +133,5 @@ def test_a_start_on_a_cpu_loads_no_store_and_no_other_backend() -> None:
         "found = [name for name in sys.modules if any(f'{name}.'.startswith(f'{one}.') for one in late)]\n"
         "sys.exit(f'imported {found}' if found else 0)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    nothing_measured = {**os.environ, "LATENTRT_CACHE": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=nothing_measured)

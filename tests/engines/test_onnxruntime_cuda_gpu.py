@@ -20,13 +20,14 @@ from latentrt.engines.package import Package
 from latentrt.engines.profiles import fixed_profile, net_profiles
 from latentrt.engines.spec import DTYPES, Array, output_shapes
 from latentrt.engines.store.engine_store import EngineStore
+from latentrt.engines.tolerances import NET_RELATIVE_L2
 from latentrt.runtime.pipeline import SHIPPED
 from tests.engines.net_inputs import random_inputs
 
 DEMO = Package.open(SHIPPED["demo"])
 REASON = ONNXRUNTIME_CUDA.available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
-FP32 = 1e-3  # relative L2 to the CPU, with TF32 off
+FP32 = NET_RELATIVE_L2["fp32"]  # to the CPU, with TF32 off
 
 
 @pytest.fixture

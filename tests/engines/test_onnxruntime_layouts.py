@@ -12,7 +12,6 @@ from latentrt.engines.onnxruntime.lowering import files as lowering_files
 from latentrt.engines.onnxruntime.tuning import cuda as onnxruntime_tuning
 from latentrt.engines.onnxruntime.tuning.choice import (
     MARGIN,
-    PARITY,
     ROUNDS,
     TUNED_NETS,
     WARM_UP,
@@ -27,9 +26,11 @@ from latentrt.engines.onnxruntime.tuning.cuda_layouts import CUDA_LAYOUTS
 from latentrt.engines.package import Package
 from latentrt.engines.store.building import BuildProgress
 from latentrt.engines.store.engine_store import EngineStore
+from latentrt.engines.tolerances import NET_RELATIVE_L2
 from latentrt.runtime.pipeline import SHIPPED
 from tests.engines.layout_setting import KnownHost, open_on_cpu
 
+PARITY = NET_RELATIVE_L2["fp16"]
 WANTED = np.linspace(-1, 1, 1000, dtype=np.float32)
 Clock = Callable[[int], float]
 
@@ -57,7 +58,7 @@ class Bench:
         return Measured(outputs={"y": output}, run=run, close=lambda: self.closed.append(name))
 
     def choose(self, **options: Any) -> Choice:
-        return choose_layout(self.measure, tuple(CUDA_LAYOUTS), **options)
+        return choose_layout(self.measure, tuple(CUDA_LAYOUTS), parity=PARITY, **options)
 
 
 def test_the_fastest_wins() -> None:

@@ -187,8 +187,8 @@ def test_the_library_itself_refuses_them_here(tmp_path: Path) -> None:
 
 
 def test_the_nets_of_the_loop_use_every_weight_of_the_whole_unet() -> None:
-    used = {tensor.name for net in ("unet", "unet_context", "unet_time") for tensor in net_tensors(DEMO, net)}
-    whole = {tensor.name for tensor in net_tensors(DEMO, "unet_whole")}
+    used = {name for net in ("unet", "unet_context", "unet_time") for name in net_tensors(DEMO, net)}
+    whole = set(net_tensors(DEMO, "unet_whole"))
     assert used == whole
     assert len(whole) > 200
 

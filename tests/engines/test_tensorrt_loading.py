@@ -94,8 +94,7 @@ def test_deserialising_fails_in_the_librarys_words(variant: str, device: HostDev
 
 
 def _open(trt: Any, variant: str, data: bytes, device: HostDevice, **options: Any) -> TensorRTNet:
-    given = {"spec": SPEC, "profiles": setting.profiles(NET), "device": device, **options}
-    return open_engine(trt, setting.row(variant), data, net=NET, **given)
+    return open_engine(setting.engine_of(trt, setting.row(variant), NET, device, **options), data)
 
 
 def test_host_code_is_never_allowed(device: HostDevice) -> None:
@@ -172,16 +171,8 @@ def _stored(folder: Path, **extra: Any) -> Entry:
 
 
 def _open_entry(trt: SimulatedLibrary, entry: Entry, device: HostDevice) -> TensorRTNet:
-    return open_entry(
-        trt,
-        setting.row(RTX),
-        entry,
-        net=NET,
-        spec=SPEC,
-        profiles=setting.profiles(NET),
-        device=device,
-        graph=setting.graph(NET),
-    )
+    of = setting.engine_of(trt, setting.row(RTX), NET, device)
+    return open_entry(of, entry, setting.graph(NET))
 
 
 def test_a_tampered_engine_never_reaches_the_library(tmp_path: Path, device: HostDevice) -> None:
@@ -336,7 +327,7 @@ def live() -> Any:
 def test_the_real_library_refuses_what_is_no_engine(live: Any, device: HostDevice) -> None:
     row = flavour(RTX)
     with pytest.raises(BackendError, match=r"tensorrt_rtx .* finds the engine of 'vae_decoder' invalid"):
-        open_engine(live, row, b"x" * 1000, net=NET, spec=SPEC, profiles=setting.profiles(NET), device=device)
+        open_engine(setting.engine_of(live, row, NET, device), b"x" * 1000)
 
 
 def test_the_real_library_says_that_there_is_no_driver(live: Any, device: HostDevice) -> None:
@@ -346,9 +337,7 @@ def test_the_real_library_says_that_there_is_no_driver(live: Any, device: HostDe
         pytest.skip("there is a GPU")
     data = _tiny_engine(live)
     with pytest.raises(BackendError, match=r"driver version is insufficient.*update the NVIDIA driver"):
-        open_engine(
-            live, flavour(RTX), data, net=NET, spec=SPEC, profiles=setting.profiles(NET), device=device
-        )
+        open_engine(setting.engine_of(live, flavour(RTX), NET, device), data)
 
 
 def _tiny_engine(trt: Any) -> bytes:

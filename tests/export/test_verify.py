@@ -82,7 +82,7 @@ def test_every_net_is_compared(which: str, bar: float, request: pytest.FixtureRe
 
 @pytest.mark.parametrize(("dtype", "fix"), [("fp16", "fp32"), ("fp32", "Report")])
 def test_a_net_below_its_bar(sd1: Exported, monkeypatch: pytest.MonkeyPatch, dtype: str, fix: str) -> None:
-    monkeypatch.setattr(verify, "BARS", {"fp32": 1e-12, "fp16": 1e-12})
+    monkeypatch.setattr(verify, "NET_RELATIVE_L2", {"fp32": 1e-12, "fp16": 1e-12})
     files = sd1.package.manifest.nets
     with pytest.raises(NumericError, match="text_encoder: context differs from torch by") as error:
         verify.verify_component(

@@ -150,7 +150,7 @@ class GraphImages:
         return self.tensor("nhwc/" + ",".join(map(str, numbers)), np.array(numbers, dtype=np.int64))
 
     def tensor(self, name: str, content: Array) -> ir.Value:
-        """An initializer of that name, made once; who asks again for a name wants the same content."""
+        """An initializer of that name, made once; a second call with the name must have the same content."""
         import onnx_ir as ir
 
         if name not in self.graph.initializers:  # another lowering of this graph may have made it

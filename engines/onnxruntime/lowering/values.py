@@ -37,7 +37,7 @@ def weight_shape(value: ir.Value | None) -> tuple[int, ...] | None:
 
 
 def rank_of(value: ir.Value | None) -> int | None:
-    """The rank of a value, where it says so or what made it does; else None."""
+    """The rank of a value if its own shape or its maker tells it, else None."""
     if value is None:
         return None
     if value.shape is not None:

@@ -1,7 +1,7 @@
 """Winograd's algorithms for 3x3 convolutions, and the weights that they need, made when a net is opened.
 
 F(m x m, 3 x 3) makes m x m pixels from a tile of a x a, a = m + 2 (Lavin and Gray 2015, arXiv 1509.09308,
-equation 8): Y = A^T [(G g G^T) * (B^T d B)] A. The graphs are written by `onnxruntime/winograd.py`; here is
+equation 8): Y = A^T [(G g G^T) * (B^T d B)] A. The graphs are written by `lowering/winograd.py`; here is
 G g G^T. It has a^2 values where a kernel g has 9, so it is made in memory from the package's own weights: an
 engine in the store would be 4 GB. ONNX Runtime could fold it, but keeps every intermediate until all are
 folded: opening the UNet of SD 1.5 so took 16.6 GB.

@@ -18,14 +18,11 @@ from ...errors import UsageError
 from ...package import Package
 from ...profiles import NetProfile, fixed_profile, net_profiles
 from ...spec import Array
+from ...tolerances import ROUNDED_RELATIVE_L2
 
 WARM_UP = 3  # rounds that are not counted: arenas grow, clocks rise, cuDNN chooses
 ROUNDS = 20
 MARGIN = 0.02  # within this share of the fastest, the simpler layout wins
-PARITY = 5e-3  # relative L2 to `plain`: what docs/design.md allows fp16
-# At least this is allowed an output of whole numbers: a value beside a half may be rounded to its other side.
-# Two layouts of SD 1.5's decoder, 3e-7 apart before rounding, were 1.1e-4 apart in uint8.
-ROUNDED_PARITY = 1e-3
 TUNED_NETS = ("unet", "vae_decoder")  # those with convolutions and GroupNormalization
 
 
@@ -65,9 +62,9 @@ def choose_layout(
     measure: Callable[[str], Measured],
     candidates: Sequence[str],
     *,
+    parity: float,
     rounds: int = ROUNDS,
     warm_up: int = WARM_UP,
-    parity: float = PARITY,
 ) -> Choice:
     """Measure the candidates against each other and choose.
 
@@ -75,9 +72,9 @@ def choose_layout(
         measure: opens a candidate. An error that it raises, or that `run` raises later, puts the candidate
             out. An error of the first candidate is raised on: without it there is nothing to compare with.
         candidates: names of layouts, the simplest first; that one is the reference.
+        parity: the largest relative L2 to the first candidate's outputs that is no reason to reject.
         rounds: how often each is timed.
         warm_up: how many rounds run before and are not counted.
-        parity: the largest relative L2 to the first candidate's outputs that is no reason to reject.
 
     Raises:
         Exception: whatever the first candidate's `measure` and `run` raise.
@@ -138,7 +135,7 @@ class _Contest:
                     return
 
     def _allowed(self, wanted: Array) -> float:
-        return max(self._parity, ROUNDED_PARITY) if wanted.dtype.kind in "iu" else self._parity
+        return max(self._parity, ROUNDED_RELATIVE_L2) if wanted.dtype.kind in "iu" else self._parity
 
     def take_turns(self, *, backwards: bool, counted: bool) -> None:
         """Run each candidate once."""

@@ -22,6 +22,7 @@ from ...package import Package
 from ...spec import DTYPES, Array
 from ...store.building import BuiltEngine, OnProgress, Report, build_missing
 from ...store.engine_store import EngineStore
+from ...tolerances import NET_RELATIVE_L2
 from ..host_net import OnnxRuntimeNet
 from ..lowering.attention import lower_attention
 from ..lowering.files import LoweredGraph, read_graph, write_graph
@@ -35,7 +36,6 @@ from .cpu_layouts import CPU_LAYOUTS, cpu_key
 
 CPU_ROUNDS = 4  # a UNet takes seconds: few rounds tell layouts apart that differ by a tenth
 _WARM_UP = 1
-_PARITY = {"fp32": 1e-4, "fp16": 5e-3}  # relative L2 to `plain`, as docs/design.md has it for exports
 _LONG = 0.5  # seconds: of shorter runs the median of several is taken, the first left out
 _MOST = 40
 _SEED = 0
@@ -123,7 +123,7 @@ class _Trials:
             CPU_LAYOUTS,
             rounds=self.rounds,
             warm_up=_WARM_UP,
-            parity=_PARITY[manifest.dtype],
+            parity=NET_RELATIVE_L2[manifest.dtype],
         )
         facts = choice_facts(choice)
         if choice.layout != "plain":

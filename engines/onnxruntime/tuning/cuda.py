@@ -22,6 +22,7 @@ from ...profiles import NetProfile
 from ...spec import DTYPES, Array, output_shapes
 from ...store.building import BuiltEngine, OnProgress, Report, build_missing
 from ...store.engine_store import EngineStore
+from ...tolerances import NET_RELATIVE_L2
 from ..lowering.files import lowering_missing
 from ..lowering.lower import lower
 from ..nets import cuda_available, open_onnxruntime_net
@@ -135,7 +136,14 @@ class _Bench:
                 rounds=self.rounds + WARM_UP,
             )
             with trials:
-                choice = choose_layout(trials.measure, tuple(CUDA_LAYOUTS), rounds=self.rounds)
+                choice = choose_layout(
+                    trials.measure,
+                    tuple(CUDA_LAYOUTS),
+                    # Also in fp32: what `plain` makes of group normalisation is itself up to 7e-4 off
+                    # (`lowering/group_norm.py`), so a better layout may be 1e-4 away from it.
+                    parity=NET_RELATIVE_L2["fp16"],
+                    rounds=self.rounds,
+                )
             path.write_bytes(trials.graph(CUDA_LAYOUTS[choice.layout]).read_bytes())
         return choice_facts(choice)
 

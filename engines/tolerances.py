@@ -1,0 +1,24 @@
+"""How far two computations of the same thing may be apart: every bar that the project holds itself to.
+
+Each is by the arithmetic of the graph, fp32 or fp16. A relative L2 is |found - wanted| / |wanted| over a
+whole output; dB are the peak signal-to-noise ratio of uint8 pictures, 20 log10(255 / root mean square error).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+# Relative L2 of one output of a net, on the same inputs and weights as the reference. fp32: two correct
+# programs differ only by the order of their sums, 1e-7 to 1e-5 on these nets; the commonest mistake,
+# tanh-GELU for GELU, is 1e-3, and so is TF32. fp16: a rounding (5e-4) grown tenfold over a hundred layers.
+NET_RELATIVE_L2: Mapping[str, float] = {"fp32": 1e-4, "fp16": 5e-3}
+# At least this much is allowed where a net's output is rounded to whole numbers, because a value beside a
+# half may go to its other side: two layouts of SD 1.5's decoder, 3e-7 apart before rounding, were 1.1e-4
+# apart in uint8.
+ROUNDED_RELATIVE_L2 = 1e-3
+# dB of a picture that one net makes of the same latent. Rounding alone gives 75 where one in a hundred shades
+# flips; fp16 as above gives 50.
+DECODED_DB: Mapping[str, float] = {"fp32": 60.0, "fp16": 45.0}
+# dB of a whole picture of the same prompt and seed: differences grow from step to step. All pixels off by one
+# shade are 48.1 dB; pictures of other seeds came to 45 dB where they were small and unguided.
+PICTURE_DB: Mapping[str, float] = {"fp32": 48.0, "fp16": 40.0}
