@@ -175,12 +175,12 @@ def schedule_bytes(pipe: Pipeline, case: Case) -> int:
 
 def _job(pipe: Pipeline, case: Case, clock: Clock | None = None) -> Job:
     request = make_request(pipe.package.manifest, case.prompt, **case.parameters)
-    return pipe._job(request, clock or Clock())  # pyright: ignore[reportPrivateUsage]
+    return pipe.prepare(request, clock)
 
 
 def _rows(pipe: Pipeline, case: Case) -> Iterator[int]:
     """The index of every row, when it is done. Nothing of the state is kept here."""
-    loop = pipe._loop  # pyright: ignore[reportPrivateUsage]
+    loop = pipe.loop
     for state in loop.steps(_job(pipe, case), Clock(), None):
         index = state.index
         del state
@@ -208,7 +208,7 @@ def _grown(pipe: Pipeline, case: Case, steps: int) -> list[tuple[str, int]]:
 @contextmanager
 def _counted_allocations(pipe: Pipeline) -> Generator[list[int]]:
     """Of a device's loop, how many allocations there were at each synchronisation; empty on the host."""
-    loop = pipe._loop  # pyright: ignore[reportPrivateUsage]
+    loop = pipe.loop
     counts: list[int] = []
     if not isinstance(loop, DeviceLoop):
         yield counts
