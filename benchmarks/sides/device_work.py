@@ -130,7 +130,7 @@ class TimedDevice:
         self.copy = device.copy  # what a row calls is the device's own
         self._device = device
         self._watch = device.stopwatch()
-        self._started = False
+        self._timing = self._started = False
         self._launches_before = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -138,12 +138,12 @@ class TimedDevice:
         return getattr(self._device, name)
 
     def restart(self) -> None:
-        """The next upload is a picture's first."""
-        self._started, self._launches_before = False, self.launches
+        """The next upload is the first of a picture that is timed."""
+        self._timing, self._started, self._launches_before = True, False, self.launches
 
     def upload(self, address: int, array: Array) -> None:
         """As the device's own."""
-        if not self._started:
+        if self._timing and not self._started:
             self._started = True
             self._watch.start()
         self._device.upload(address, array)
@@ -168,7 +168,8 @@ class TimedDevice:
         return {"device_s": self._watch.seconds(), "replayed": self.launches > self._launches_before}
 
     def stop_timing(self) -> None:
-        """Free the events."""
+        """Free the events; pictures are no longer timed."""
+        self._timing = self._started = False
         self._watch.close()
 
 

@@ -183,7 +183,8 @@ def test_a_child_that_ends_badly_says_how_after_its_lines(code: str, reason: str
 def test_a_child_that_hangs_is_ended_with_what_it_started(tmp_path: Path) -> None:
     sign = tmp_path / "alive"
     grandchild = f"import time; time.sleep(3); open({str(sign)!r}, 'w')"
-    code = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {grandchild!r}])\ntime.sleep(99)"
+    start = f"subprocess.Popen([sys.executable, '-c', {grandchild!r}])"
+    code = f"import subprocess, sys, time\n{start}\ntime.sleep(99)"
     began = time.perf_counter()
     with pytest.raises(SideError, match="it did not end within 1 s"):
         run(["-c", code], limit=1)
