@@ -120,12 +120,12 @@ def median_of(rounds: Rounds, *, resamples: int = RESAMPLES, seed: int = SEED) -
     draws = np.random.default_rng(seed).integers(count, size=(resamples, count))
     value = float(np.median(np.concatenate(rounds)))
     if len({len(turn) for turn in rounds}) > 1:
-        medians = [np.median(np.concatenate([rounds[turn] for turn in drawn])) for drawn in draws]
-        return Estimate(value=value, resampled=np.array(medians, np.float64))
+        pooled = (np.concatenate([rounds[turn] for turn in drawn.tolist()]) for drawn in draws)
+        return Estimate(value=value, resampled=np.array([np.median(samples) for samples in pooled]))
     table = np.asarray(rounds, np.float64)
     blocks = np.array_split(draws, max(1, resamples * table.size // _AT_ONCE))
-    medians = [np.median(table[block].reshape(len(block), -1), axis=1) for block in blocks]
-    return Estimate(value=value, resampled=np.concatenate(medians))
+    resampled = [np.median(table[block], axis=(1, 2)) for block in blocks]
+    return Estimate(value=value, resampled=np.concatenate(resampled))
 
 
 def ab_spread(a: Rounds, b: Rounds) -> float:

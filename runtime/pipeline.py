@@ -179,7 +179,9 @@ class Pipeline:
         request = make_request(self.package.manifest, prompt, **parameters)
         clock = Clock()
         if callback_on_step_end is None and cancel is None:
-            drawn = self._loop.draw(self._job(request, clock), clock, decode=request.output_type != "latent")
+            drawn = self._loop.draw(
+                self.prepare(request, clock), clock, decode=request.output_type != "latent"
+            )
         else:
             drawn = self._watched(request, clock, cancel, callback_on_step_end)
         images = self._finish(request, drawn)
@@ -218,10 +220,16 @@ class Pipeline:
         """Close."""
         self.close()
 
-    # ── the stages ─────────────────────────────────────────────────────────────────────────────
+    # ── a look inside, for measurements ────────────────────────────────────────────────────────
 
-    def _job(self, request: Request, clock: Clock) -> Job:
-        """The request as numbers: everything before the loop."""
+    @property
+    def loop(self) -> Loop:
+        """What denoises: the host's loop or a device's, with its nets."""
+        return self._loop
+
+    def prepare(self, request: Request, clock: Clock | None = None) -> Job:
+        """The request as numbers: everything before the loop. Raises UsageError, NumericError."""
+        clock = clock or Clock()
         manifest, source = self.package.manifest, NoiseSource(request.seeds, request.rng)
         table = make_span(request)
         with clock.stage("text_encoder"):
@@ -245,6 +253,8 @@ class Pipeline:
             tile=request.tile,
         )
 
+    # ── the stages ─────────────────────────────────────────────────────────────────────────────
+
     def _encode(self, clock: Clock, image: Array, mask: Array, *, tile: int | None) -> tuple[Array, ...]:
         """(N, H, W, 3) and (N, H, W, 1) uint8 -> mean, and std if there is a posterior, (N, C, H/8, W/8)."""
 
@@ -257,7 +267,7 @@ class Pipeline:
             return encode_tiled(whole, image, mask, Tiling(size=tile), self.package.manifest.latent_scale)
 
     def _steps(self, request: Request, clock: Clock, cancel: Event | None) -> Iterator[Step]:
-        job = self._job(request, clock)
+        job = self.prepare(request, clock)
         show = partial(preview, manifest=self.package.manifest, loop=self._loop, request=request)
         for state in self._loop.steps(job, clock, cancel):
             yield Step(table=job.table, state=state, _preview=show)
