@@ -25,7 +25,7 @@ _AT_ONCE = 4_000_000  # samples that are resampled at once
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A figure and the interval it lies in, of the confidence level that was asked for."""
+    """A figure and its confidence interval."""
 
     value: float
     low: float
@@ -115,7 +115,7 @@ def ratio_of_rounds(
 
 
 def median_of(rounds: Rounds, *, resamples: int = RESAMPLES, seed: int = SEED) -> Estimate:
-    """Of all samples; whole rounds are drawn. Raises ValueError without rounds."""
+    """The median of all samples; whole rounds are drawn. Raises ValueError without rounds."""
     count = _same_count(rounds, rounds)
     draws = np.random.default_rng(seed).integers(count, size=(resamples, count))
     value = float(np.median(np.concatenate(rounds)))

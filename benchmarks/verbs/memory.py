@@ -434,7 +434,7 @@ class DeviceWatch:
 
 
 def holding(pid: int, before: Look, looks: Iterable[tuple[float, Look]]) -> tuple[Series, str]:
-    """How much of a device a process held, and how that is known; empty if nothing can be told.
+    """How much of a device a process held, and how that is known; empty if it cannot be known.
 
     Known by "process", or by "device" where NVML does not name it (in a container): all that the device had
     in use, less what was in use before the process began.
