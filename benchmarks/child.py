@@ -25,9 +25,9 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import perf_counter
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -36,17 +36,19 @@ from ..engines.spec import Array
 from .case import Case
 from .machine import resident_bytes
 from .records import short
-from .sides.contract import YARDSTICK, Held, NotAvailableError, OpenSide, Prepared, Repeated, Task, side
+from .sides.contract import YARDSTICK, NotAvailableError, OpenSide, Task, Work, open_side
+
+Reply = Callable[[Mapping[str, Any]], None]
 
 _SET_PDEATHSIG = 1
 
 
-class Child:
+class Server:
     """An open side, and what was prepared, by slot."""
 
     def __init__(self, opened: OpenSide, task: Task) -> None:
         self._opened, self._task = opened, task
-        self._slots: dict[str | None, Prepared] = {}
+        self._slots: dict[str | None, Work] = {}
 
     def answer(self, command: Mapping[str, Any]) -> dict[str, Any]:
         """Carry one command out."""
@@ -59,18 +61,18 @@ class Child:
         return verbs[command["do"]](command)
 
     def _prepare(self, command: Mapping[str, Any]) -> dict[str, Any]:
-        if isinstance(before := self._slots.pop(command["slot"], None), Held):
+        if before := self._slots.pop(command["slot"], None):
             before.close()
-        prepared = self._prepared(command["workload"], Case.from_json(command["case"]))
-        seconds = _seconds(prepared)
-        outputs = prepared.outputs()
+        work = self._work(command["workload"], Case.from_json(command["case"]))
+        seconds = _seconds(work)
+        outputs = work.outputs()
         if command.get("save"):
             arrays: dict[str, Any] = {name: np.asarray(array) for name, array in outputs.items()}
             np.savez(command["save"], **arrays)
-        self._slots[command["slot"]] = prepared
-        return {"seconds": seconds, "finite": finite(outputs), "figures": dict(prepared.figures())}
+        self._slots[command["slot"]] = work
+        return {"seconds": seconds, "finite": _finite(outputs), "figures": dict(work.figures())}
 
-    def _prepared(self, workload: str, case: Case) -> Prepared:
+    def _work(self, workload: str, case: Case) -> Work:
         if workload != YARDSTICK:
             return self._opened.prepare(workload, case)
         from .sides.yardstick import open_yardstick
@@ -78,22 +80,21 @@ class Child:
         return open_yardstick(self._task)
 
     def _time(self, command: Mapping[str, Any]) -> dict[str, Any]:
-        prepared = self._slots[command["slot"]]
-        beside = self._slots.get(command.get("beside"))
+        work, beside = self._slots[command["slot"]], self._slots.get(command.get("beside"))
         seconds: list[float] = []
         figures: list[dict[str, Any]] = []
         collecting = gc.isenabled()
         gc.disable()  # a collection would be some run's bad luck
         try:
             for _ in range(command["runs"]):
-                seconds.append(_seconds(prepared))
-                figures.append(dict(prepared.figures()))
+                seconds.append(_seconds(work))
+                figures.append(dict(work.figures()))
                 if beside:
                     figures[-1]["beside_s"] = _seconds(beside)
         finally:
             if collecting:
                 gc.enable()
-        return {"seconds": seconds, "finite": finite(prepared.outputs()), "figures": figures}
+        return {"seconds": seconds, "finite": _finite(work.outputs()), "figures": figures}
 
     def _memory(self, command: Mapping[str, Any]) -> dict[str, Any]:
         now, peak = resident_bytes()
@@ -104,29 +105,23 @@ class Child:
         return {}
 
 
-def _seconds(prepared: Prepared) -> float:
-    """Of one run, or of one of its repetitions."""
+def _seconds(work: Work) -> float:
+    """The time of one run, or of one of its repetitions."""
     began = perf_counter()
-    prepared.run()
-    return (perf_counter() - began) / repeats(prepared)
+    work.run()
+    return (perf_counter() - began) / work.repeats
 
 
-def repeats(prepared: Prepared) -> int:
-    """How often one run does the workload."""
-    return prepared.repeats if isinstance(prepared, Repeated) else 1
-
-
-def finite(outputs: Mapping[str, Array]) -> bool:
-    """Whether every number is."""
+def _finite(outputs: Mapping[str, Array]) -> bool:
     return all(bool(np.isfinite(array).all()) for array in outputs.values())
 
 
-def serve(commands: Iterator[str], child: Child, reply: Callable[[dict[str, Any]], None]) -> None:
+def serve(commands: Iterable[str], server: Server, reply: Reply) -> None:
     """Answer every command, until `close` or the end of them."""
     for line in commands:
         command = json.loads(line)
         try:
-            reply(child.answer(command))
+            reply(server.answer(command))
         except Exception as error:  # whatever a library raises is a result
             reply(_error(error))
         if command["do"] == "close":
@@ -139,49 +134,41 @@ def _error(error: Exception) -> dict[str, Any]:
     return {"error": short(text), "kind": kind}
 
 
-def end_with_parent() -> None:
-    """Have Linux end this process when its parent dies.
+def become_child() -> Reply:
+    """What a child does first; returns what writes a line of JSON to its real stdout.
 
-    A parent that was killed cannot, and this process may be stopped then: it would stay so, with all its
-    memory (prctl(2), PR_SET_PDEATHSIG).
+    From now on whoever prints, prints to stderr. Linux ends this process when its parent dies: a parent that
+    was killed cannot, and this process may be stopped then and would stay so, with all its memory (prctl(2),
+    PR_SET_PDEATHSIG).
     """
     if sys.platform == "linux":
         parent = os.getppid()
         ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died before that
             sys.exit(1)
-
-
-def _open_replies() -> IO[str]:
-    """The real stdout; whoever prints, prints to stderr from now on."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    return replies
+
+    def reply(answer: Mapping[str, Any]) -> None:
+        replies.write(json.dumps(answer) + "\n")
+        replies.flush()
+
+    return reply
 
 
 def main(arguments: Sequence[str]) -> None:
     """Open the side and serve."""
-    end_with_parent()
-    replies = _open_replies()
-
-    def reply(answer: dict[str, Any]) -> None:
-        replies.write(json.dumps(answer) + "\n")
-        replies.flush()
-
+    reply = become_child()
     name, task = arguments[0], Task.from_json(json.loads(arguments[1]))
     began = perf_counter()
     try:
-        module = side(name)
-        if reason := module.available(task):
-            reply({"error": short(reason), "kind": "not available"})
-            return
-        opened = module.open_side(task)
+        opened = open_side(name, task)
     except Exception as error:  # whatever a library raises is a result
         reply(_error(error))
         return
     took = perf_counter() - began
     reply({"opened": took, "versions": dict(opened.versions), "rss": resident_bytes()[0]})
-    serve(iter(sys.stdin), Child(opened, task), reply)
+    serve(sys.stdin, Server(opened, task), reply)
 
 
 if __name__ == "__main__":

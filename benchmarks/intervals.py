@@ -25,7 +25,7 @@ _AT_ONCE = 4_000_000  # samples that are resampled at once
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A figure and the interval it lies in, of the confidence level that was asked for."""
+    """A figure and its confidence interval."""
 
     value: float
     low: float
@@ -115,17 +115,17 @@ def ratio_of_rounds(
 
 
 def median_of(rounds: Rounds, *, resamples: int = RESAMPLES, seed: int = SEED) -> Estimate:
-    """Of all samples; whole rounds are drawn. Raises ValueError without rounds."""
+    """The median of all samples; whole rounds are drawn. Raises ValueError without rounds."""
     count = _same_count(rounds, rounds)
     draws = np.random.default_rng(seed).integers(count, size=(resamples, count))
     value = float(np.median(np.concatenate(rounds)))
     if len({len(turn) for turn in rounds}) > 1:
-        medians = [np.median(np.concatenate([rounds[turn] for turn in drawn])) for drawn in draws]
-        return Estimate(value=value, resampled=np.array(medians, np.float64))
+        pooled = (np.concatenate([rounds[turn] for turn in drawn.tolist()]) for drawn in draws)
+        return Estimate(value=value, resampled=np.array([np.median(samples) for samples in pooled]))
     table = np.asarray(rounds, np.float64)
     blocks = np.array_split(draws, max(1, resamples * table.size // _AT_ONCE))
-    medians = [np.median(table[block].reshape(len(block), -1), axis=1) for block in blocks]
-    return Estimate(value=value, resampled=np.concatenate(medians))
+    resampled = [np.median(table[block], axis=(1, 2)) for block in blocks]
+    return Estimate(value=value, resampled=np.concatenate(resampled))
 
 
 def ab_spread(a: Rounds, b: Rounds) -> float:

@@ -43,7 +43,7 @@ def ssim(found: Array, wanted: Array, peak: float = 255.0) -> float:
 
 
 def _mean_ssim(x: Array, y: Array, peak: float) -> float:
-    """Of one picture (H, W, C) float64."""
+    """The mean structural similarity of one picture (H, W, C) float64."""
     c1, c2 = (_K1 * peak) ** 2, (_K2 * peak) ** 2
     mean_x, mean_y = _weighted(x), _weighted(y)
     covariance = _weighted(x * y) - mean_x * mean_y

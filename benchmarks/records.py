@@ -39,7 +39,7 @@ class Row:
     Attributes:
         side: who was measured, a name of `sides.contract.SIDES`, or that with " again" behind it (A/A).
         workload: what was measured.
-        case: what was asked for: size, batch, steps, … (`case.Case`).
+        case: what was drawn: size, batch, steps, … (`case.Case`).
         unit: of the samples: "s", "B" (bytes), "1" (a ratio), "dB".
         rounds: samples, one tuple for each turn of the side; the turns of all sides are interleaved, so
             that round i of one is to be compared with round i of another.
@@ -61,7 +61,7 @@ class Row:
 
     @property
     def samples(self) -> tuple[float, ...]:
-        """Of all rounds."""
+        """The samples of all rounds."""
         return tuple(sample for turn in self.rounds for sample in turn)
 
     @property
@@ -104,7 +104,7 @@ class Document:
     Attributes:
         benchmark: the verb: "latency", "memory", ….
         model: name, family, dtype and net sizes of what was drawn with.
-        settings: what the run was told, as on the command line.
+        settings: the options of the run.
         rows: see Row.
         date: UTC, ISO 8601 to the second.
         machine: `machine.describe_machine()`.

@@ -228,7 +228,7 @@ class _Tensors:
         return shape
 
     def nbytes(self, name: str) -> int:
-        """Of all its elements."""
+        """Bytes of all its elements."""
         return prod(self.shape(name)) * self._widths[self._types[name][1]]
 
     def is_float(self, name: str) -> bool:

@@ -4,13 +4,15 @@ The sections are those of `python -m latentrt.benchmarks.gpu.check`, which also 
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
-from latentrt.benchmarks.gpu.check import BACKENDS
-from latentrt.benchmarks.gpu.child import NEEDED, SECTIONS
+from latentrt.benchmarks.gpu.check import BACKENDS, line_of
+from latentrt.benchmarks.gpu.judge import collect
 from latentrt.benchmarks.gpu.opener import Opener, Scale, backend_opener
-from latentrt.benchmarks.gpu.rows import Row, collect
+from latentrt.benchmarks.gpu.sections import NEEDED, SECTIONS
+from latentrt.benchmarks.records import Row
 from latentrt.engines.cuda.facts import available
 from latentrt.engines.errors import BackendError
 from latentrt.engines.package import Package
@@ -22,7 +24,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str
 
 def run(section: str, opener: Opener) -> list[Row]:
     rows = list(collect(SECTIONS[section].run(opener, Scale.of(opener.package.manifest))))
-    lines = [row.format() for row in rows]
+    case = {"backend": opener.task.backend}
+    lines = [line_of(replace(row, workload=section, case={**case, "what": row.workload})) for row in rows]
     print("\n".join(lines))
     assert rows
     assert not [line for row, line in zip(rows, lines, strict=True) if row.status == "FAILED"]

@@ -6,32 +6,22 @@
 
 Prints a line per row. The exit code is 0 only if nothing FAILED, 1 if something did, and 4 where there is
 no GPU. Backends that cannot run here are "not available", with the reason: that is no failure. Every section
-runs in a process of its own with a time limit (`gpu_child.py`); other processes on the GPU disturb the
+runs in a process of its own with a time limit (`sections.py`); other processes on the GPU disturb the
 sections `memory` and `ladder`, and the last takes all of the GPU's memory for a moment.
 
-The document::
-
-    benchmark   "gpu_check"
-    schema      1
-    date        of the run, UTC, "2026-11-21"
-    machine     as every benchmark's (machine.py); `gpu` has name, compute_capability, driver, cuda, total_mib
-    package     name and dtype
-    profile     what engines were built for
-    seconds     of the whole run
-    summary     {"ok": …, "FAILED": …, "not available": …} rows
-    sections    [{backend, section, seconds}]    of each process, with its start
-    rows        [{backend, section, what, status, reason, figures}]
-
-`status` is "ok", "FAILED" or "not available", and `reason` is "" where it is ok. `figures` by section:
+The document is one as every verb writes (`records.py`), with the benchmark "gpu_check". Its settings are
+`backends`, the `profile` engines were built for, and the `limit` in seconds. A row's workload is the section,
+its case has `backend` and `what` was looked at; samples are seconds, where something was timed. The row
+`process` of each section has the seconds of its process, with its start. Figures by section:
 
     available   is: name, version, device
-    build       seconds, engine_mb, peak_rss_gb, profiles, layers, … of each net (`build_time.py`);
+    build       engine_mb, peak_rss_gb, profiles, layers, … of each net (`verbs/build.py`);
                 onnxruntime-cuda: layout, milliseconds and relative_l2 of each layout, rejected ones
     open        device, weights_mib
     placement   nodes that ran, and on_cpu those that ran there; no floating-point node and no copy may be one
     parity      relative_l2 (bar 1e-3 for fp32, 5e-3 for fp16), max_error, psnr_db, of the worst output of a
                 net at one shape, against ONNX Runtime on the CPU; uint8 is judged by psnr_db (bar 40)
-    picture     psnr_db (bar 40) of the worst of three pictures, identical, seconds, cpu_seconds
+    picture     psnr_db (bar 40) of the worst of three pictures, identical, cpu_seconds
     graphs      psnr_db (bar 50) between plain and replayed loops, identical, plain_p50_s, graph_p50_s,
                 launches; "not available" with the reason where the loop cannot be captured
     memory      opened_mib, peak_mib, closed_mib since the baseline, of all processes, as `measured_by` tells:
@@ -40,6 +30,7 @@ The document::
     host_memory resident_mib, and by how much it has grown over so many pictures of plain loops (at most 8)
     ladder      need_mib; then, with less and less free_mib: drawn, rungs, psnr_db, or what was refused
     timing      p50_s and p90_s of a guided picture of `steps` steps, stages_p50_s; nothing is judged
+    peers       a picture by ours and by a plain loop over the same library, as in `latentrt bench latency`
 
 "inf" and "-inf" are text. The peak is that of samples taken every 2 ms.
 """
@@ -51,9 +42,9 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -62,58 +53,44 @@ from ...engines.cuda.facts import available
 from ...engines.errors import BackendError, LatentrtError
 from ...engines.package import Package
 from ...runtime.pipeline import SHIPPED
-from ..machine import describe_machine
-from .child import NEEDED, SECTIONS, run_child, section_command
+from ..machine import clocks
+from ..process import Child, SideError
+from ..records import Document, Row, short
+from ..sides.contract import OURS
+from ..verbs.latency import describe_model
 from .opener import Scale
-from .rows import Row
+from .sections import NEEDED, SECTIONS
 
 BACKENDS = ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
-SCHEMA = 1
 LIMIT = 570.0  # seconds of the whole run
 
-RunSection = Callable[[str, str, float], list[Row]]  # backend, section, seconds it may take
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """What a run has so far; `sections` and `rows` are as in the document."""
-
-    sections: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    rows: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-
-    def count(self, status: str) -> int:
-        """Rows of that status."""
-        return sum(row["status"] == status for row in self.rows)
+RunSection = Callable[[str, str, float], Iterator[Row]]  # backend, section, seconds it may take
 
 
 def check(
     backends: Sequence[str], run: RunSection, *, limit: float = LIMIT, said: Callable[[str], None] = print
-) -> Iterator[Found]:
-    """All sections of all backends, one after the other; the same `Found` after each, with one more.
+) -> Iterator[list[Row]]:
+    """All sections of all backends, one after the other; after each, every row so far, in the same list.
 
     Args:
         backends: their names.
         run: runs a section.
-        limit: seconds for all of it; what finds none left is a failed row.
-        said: is told a line per row.
+        limit: seconds for all of it; a section that finds none left is a failed row.
+        said: gets a line for each row.
     """
-    found, began = Found(), perf_counter()
+    rows: list[Row] = []
+    began = perf_counter()
     for backend in backends:
         for section, settings in SECTIONS.items():
-            left, started = limit - (perf_counter() - began), perf_counter()
-            rows = run(backend, section, min(settings.limit, left)) if left > 0 else [_late(limit)]
-            took = round(perf_counter() - started, 2)
-            found.sections.append({"backend": backend, "section": section, "seconds": took})
-            for row in rows:
-                found.rows.append({"backend": backend, "section": section, **row.to_json()})
-                said(f"{backend:<16} {section:<9} {row.format()}")
-            yield found
-            if section in NEEDED and not _can_go_on(section, rows):
+            left, first = limit - (perf_counter() - began), len(rows)
+            late = _process_row(0.0, f"no time is left of {limit:.0f} s")
+            for row in run(backend, section, min(settings.limit, left)) if left > 0 else [late]:
+                case = {**row.case, "backend": backend, "what": row.workload}
+                rows.append(replace(row, workload=section, case=case, stamp=row.stamp or clocks()))
+                said(line_of(rows[-1]))
+            yield rows
+            if section in NEEDED and not _can_go_on(section, rows[first:]):
                 break
-
-
-def _late(limit: float) -> Row:
-    return Row(what="process", status="FAILED", reason=f"no time is left of {limit:.0f} s")
 
 
 def _can_go_on(section: str, rows: Sequence[Row]) -> bool:
@@ -123,21 +100,45 @@ def _can_go_on(section: str, rows: Sequence[Row]) -> bool:
     return all(row.status == "ok" for row in rows)
 
 
-def document(found: Found, package: Package, date: str, seconds: float) -> dict[str, Any]:
-    """What is written; see the module's docstring."""
-    manifest = package.manifest
-    return {
-        "benchmark": "gpu_check",
-        "schema": SCHEMA,
-        "date": date,
-        "machine": describe_machine(),
-        "package": {"name": manifest.name, "dtype": manifest.dtype},
-        "profile": Scale.of(manifest).profile,
-        "seconds": round(seconds, 1),
-        "summary": {status: found.count(status) for status in ("ok", "FAILED", "not available")},
-        "sections": found.sections,
-        "rows": found.rows,
-    }
+def run_section(
+    arguments: Sequence[str], limit: float, environment: Mapping[str, str] | None = None
+) -> Iterator[Row]:
+    """The rows that `python ARGUMENTS` writes, as it writes them; then one of the process.
+
+    That one is FAILED if the process crashed, did not end within `limit` seconds, or wrote no row.
+    """
+    began, count, problem = perf_counter(), 0, ""
+    with Child(*arguments, environment=environment) as child:
+        try:
+            for line in child.lines(limit):
+                with suppress(ValueError, KeyError, TypeError):  # a line that a crash cut short
+                    yield Row.from_json(json.loads(line))
+                    count += 1
+        except SideError as error:
+            problem = error.reason
+    yield _process_row(perf_counter() - began, problem or ("" if count else "it ended without a row"))
+
+
+def _process_row(seconds: float, problem: str) -> Row:
+    status = "FAILED" if problem else "ok"
+    return Row(side=OURS, workload="process", rounds=((seconds,),), status=status, reason=problem)
+
+
+def line_of(row: Row) -> str:
+    """A row for people, on one line."""
+    reason = f": {short(row.reason)}" if row.reason else ""
+    figures = {**({"seconds": row.summary["p50"]} if row.samples else {}), **row.figures}
+    shown = "  ".join(f"{name} {_figure(value)}" for name, value in figures.items() if _fits(value))
+    what = f"{row.case['backend']:<16} {row.workload:<11} {row.case['what']}"
+    return f"{what}: {row.status}{reason}  {shown}".rstrip()
+
+
+def _fits(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str)) and len(str(value)) < 60
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def default_file(gpu: str, date: str) -> Path:
@@ -147,7 +148,7 @@ def default_file(gpu: str, date: str) -> Path:
     return (results if results.is_dir() else Path()) / name
 
 
-def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -160,32 +161,39 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check, print, write; the exit code."""
-    given = _arguments(arguments)
+    options = _options(arguments)
     if reason := available():
         print(f"gpu_check: {reason}. Run it where an NVIDIA GPU and its driver are.", file=sys.stderr)
         return BackendError.exit_code
     try:
-        package = Package.open(SHIPPED.get(given.package, Path(given.package)))
+        package = Package.open(SHIPPED.get(options.package, Path(options.package)))
     except LatentrtError as error:
         print(f"gpu_check: {error}", file=sys.stderr)
         return error.exit_code
-    began, date = perf_counter(), datetime.now(timezone.utc).strftime("%Y-%m-%d")
-    out: Path = given.out or default_file(describe_machine()["gpu"]["name"], date)
-    found = Found()
+    profile = Scale.of(package.manifest).profile
+    document = Document(
+        benchmark="gpu_check",
+        model=describe_model(package),
+        settings={"backends": options.backends, "profile": profile, "limit": options.limit},
+        rows=(),
+    )
+    out: Path = options.out or default_file(document.machine["gpu"]["name"], document.date[:10])
     with tempfile.TemporaryDirectory() as store:
 
-        def run(backend: str, section: str, limit: float) -> list[Row]:
-            command = section_command(backend, section, package.root)
-            return run_child(command, limit, {"LATENTRT_CACHE": store})
+        def run(backend: str, section: str, limit: float) -> Iterator[Row]:
+            module = ["-X", "faulthandler", "-m", f"{__package__}.sections"]
+            command = [*module, backend, section, str(package.root)]
+            return run_section(command, limit, {"LATENTRT_CACHE": store})
 
-        for found in check(given.backends, run, limit=given.limit):
+        for rows in check(options.backends, run, limit=options.limit):
             # after each section: whatever ends this process, the rest is written
-            data = document(found, package, date, perf_counter() - began)
-            out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    failures = found.count("FAILED")
-    told = "nothing failed" if not failures else f"{failures} FAILED"
-    print(f"{told}, {found.count('ok')} ok, {found.count('not available')} not available: {out}")
-    return 1 if failures else 0
+            document = replace(document, rows=tuple(rows))
+            document.write(out)
+    count = {status: sum(row.status == status for row in document.rows) for status in ("FAILED", "ok")}
+    failures = f"{count['FAILED']} FAILED" if document.failed else "nothing failed"
+    rest = len(document.rows) - sum(count.values())
+    print(f"{failures}, {count['ok']} ok, {rest} not available: {out}")
+    return 1 if document.failed else 0
 
 
 if __name__ == "__main__":

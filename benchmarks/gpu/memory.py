@@ -1,23 +1,25 @@
-"""Of the GPU check: memory comes back; where it is scarce a request is lowered, or refused with numbers."""
+"""Sections of the GPU check: memory comes back; where it is scarce a request is lowered, or refused."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from threading import Event, Thread
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
+from threading import Event
 from typing import Any
 
 from ...engines.device import Device
 from ...engines.errors import MemoryLimitError
-from ...engines.ledger import Ledger, take_ledger
 from ...engines.spec import Array
 from ...engines.tolerances import PICTURE_DB
 from ..likeness import psnr
+from ..records import Row
+from ..sides.device_work import ledger_of
+from .judge import attempt, judged, mebibytes, not_available
 from .opener import Opened, Opener, Scale
 from .pictures import draw
-from .rows import Row, attempt, judged, mebibytes
 
 MIB = 2**20
 BACK = 64 * MIB  # how near to the baseline memory must come back
@@ -28,39 +30,29 @@ _SMALLEST = MIB // 4  # pieces of the ballast
 _NUMBERS = re.compile(r"\d+ MiB of \d+ free")
 
 
-class Lowest:
-    """The least free memory seen meanwhile, in bytes."""
+@contextmanager
+def lowest_free(device: Device) -> Generator[list[int], None, None]:
+    """The least free memory in bytes, one number, as a thread of its own sees it until the block is left.
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self._stop = Event()
-        self._error: Exception | None = None
-        self.free = device.memory().free
+    Raises what the device raises, at the end of the block.
+    """
+    free, stop = [device.memory().free], Event()
 
-    def look(self) -> None:
-        """Once."""
-        self.free = min(self.free, self._device.memory().free)
+    def look() -> None:
+        free[0] = min(free[0], device.memory().free)
 
-    def _watch(self) -> None:
+    def watch() -> None:
+        while not stop.wait(_PERIOD):
+            look()
+
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(watch)
         try:
-            while not self._stop.wait(_PERIOD):
-                self.look()
-        except Exception as error:  # for the thread that waits
-            self._error = error
-
-    @contextmanager
-    def watching(self) -> Generator[None, None, None]:
-        """Look all the time, from a thread of its own."""
-        thread = Thread(target=self._watch, daemon=True)
-        thread.start()
-        try:
-            yield
+            yield free
         finally:
-            self._stop.set()
-            thread.join()
-        self.look()
-        if self._error is not None:
-            raise self._error
+            stop.set()
+        watching.result()
+    look()
 
 
 # ── back to the baseline ───────────────────────────────────────────────────────────────────────
@@ -68,86 +60,66 @@ class Lowest:
 
 @dataclass(frozen=True, kw_only=True)
 class _Cycle:
-    """Free bytes before opening, once open, at the lowest while drawing, and once closed."""
+    """Free bytes before opening, once open, at the lowest while drawing, and once closed; and the ledger."""
 
     before: int
     opened: int
     lowest: int
     after: int
-    ledger: Ledger
+    ledger: dict[str, Any]
+
+    def figures(self, baseline: int) -> dict[str, float]:
+        """MiB taken since the baseline."""
+        return {
+            "opened_mib": mebibytes(baseline - self.opened),
+            "peak_mib": mebibytes(baseline - self.lowest),
+            "closed_mib": mebibytes(baseline - self.after),
+        }
 
 
 def memory(opener: Opener, scale: Scale) -> Iterator[Row]:
     """Open, draw, close, several times: what is free afterwards is what was free before.
 
-    The first cycle is told and not judged: the libraries load their kernels in it, and keep them until the
-    process ends. The baseline is what is free after it.
+    The first cycle is reported and not judged: the libraries load their kernels in it, and keep them until
+    the process ends. The baseline is what is free after it.
     """
-    with opener.watching() as watch:
+    with closing(opener.watch()) as watch:
         first = _cycle(opener, scale, watch)
-        yield judged(
-            "first cycle",
-            [],
-            {**_figures(first, first.before), "kept_by_libraries_mib": mebibytes(first.before - first.after)},
-        )
-        baseline = first.after
+        kept = {"kept_by_libraries_mib": mebibytes(first.before - first.after)}
+        yield judged("first cycle", [], {**first.figures(first.before), **kept})
         cycles: list[_Cycle] = []
         for number in range(1, scale.cycles + 1):
             cycles.append(_cycle(opener, scale, watch))
-            missing = baseline - cycles[-1].after
-            problems = (
-                [f"{mebibytes(missing)} MiB did not come back, more than {mebibytes(BACK)}"]
-                if missing > BACK
-                else []
-            )
-            figures = {**_figures(cycles[-1], baseline), "measured_by": opener.measured_by}
-            yield judged(f"cycle {number}", problems, figures)
+            missing = first.after - cycles[-1].after
+            late = f"{mebibytes(missing)} MiB did not come back, more than {mebibytes(BACK)}"
+            figures = {**cycles[-1].figures(first.after), "measured_by": opener.measured_by}
+            yield judged(f"cycle {number}", [late] if missing > BACK else [], figures)
         grown = cycles[0].after - cycles[-1].after
-        problems = (
-            [f"{mebibytes(grown)} MiB less are free than after the first cycle"] if grown > GROWTH else []
-        )
-        yield judged("no growth", problems, {"growth_mib": mebibytes(grown), "cycles": scale.cycles})
-        yield _ledger(opener, cycles[-1])
+        less = f"{mebibytes(grown)} MiB less are free than after the first cycle"
+        figures = {"growth_mib": mebibytes(grown), "cycles": scale.cycles}
+        yield judged("no growth", [less] if grown > GROWTH else [], figures)
+        yield _ledger(opener, cycles[-1].ledger)
 
 
 def _cycle(opener: Opener, scale: Scale, watch: Device) -> _Cycle:
     before = watch.memory().free
     with opener.pipeline("on") as opened:
         after_opening = watch.memory().free
-        lowest = Lowest(watch)
-        with lowest.watching():
+        with lowest_free(watch) as lowest:
             for _ in range(3):  # plain, captured, replayed
-                draw(opened.pipe, scale.request(num_images_per_prompt=2))
-        told = getattr(watch, "process_memory", None)
-        ledger = take_ledger(
-            watch.name,
-            opened.loop.nets,
-            watch.memory(),
-            process=told() if told else None,
-            scratch=opened.loop.pool.scratch_size,
-        )
+                draw(opened.pipe, replace(scale.case, pictures=2))
+        ledger = ledger_of(opened.loop)
     return _Cycle(
-        before=before, opened=after_opening, lowest=lowest.free, after=watch.memory().free, ledger=ledger
+        before=before, opened=after_opening, lowest=lowest[0], after=watch.memory().free, ledger=ledger
     )
 
 
-def _figures(cycle: _Cycle, baseline: int) -> dict[str, float]:
-    """MiB taken since the baseline."""
-    return {
-        "opened_mib": mebibytes(baseline - cycle.opened),
-        "peak_mib": mebibytes(baseline - cycle.lowest),
-        "closed_mib": mebibytes(baseline - cycle.after),
-    }
-
-
-def _ledger(opener: Opener, cycle: _Cycle) -> Row:
+def _ledger(opener: Opener, ledger: dict[str, Any]) -> Row:
     """What each net holds, as it says itself; a net with weights that has none on the device is a lie."""
     files = opener.package.manifest.nets
-    empty = [row.name for row in cycle.ledger.nets if files[row.name].weights and row.weights <= 0]
+    empty = [name for name, row in ledger["ledger"].items() if files[name].weights and row["weights"] <= 0]
     problems = [f"no weights of {', '.join(empty)} are counted"] if empty else []
-    told = cycle.ledger.to_json()
-    figures = {"known_mib": mebibytes(cycle.ledger.known), "nets": told["nets"], "scratch": told["scratch"]}
-    return judged("ledger", problems, {**figures, "process": told["process"], "rest": told["rest"]})
+    return judged("ledger", problems, {"known_mib": mebibytes(ledger["known"]), **ledger})
 
 
 # ── the ladder ─────────────────────────────────────────────────────────────────────────────────
@@ -155,109 +127,88 @@ def _ledger(opener: Opener, cycle: _Cycle) -> Row:
 
 def ladder(opener: Opener, scale: Scale) -> Iterator[Row]:
     """A large request with memory to spare, with less and less, with none, and with all of it back."""
-    with opener.watching() as watch:
+    with closing(opener.watch()) as watch:
         if watch.memory().unified:
-            yield Row(
-                what="scarce memory",
-                status="not available",
-                reason="the device shares its memory with the host: to make it scarce would stop the machine",
-            )
+            reason = "the device shares its memory with the host: to make it scarce would stop the machine"
+            yield not_available("scarce memory", reason)
             return
         _ample(opener, scale, watch)  # the libraries load their kernels
         wanted, need = _ample(opener, scale, watch)
-        yield judged("memory to spare", [], {"need_mib": mebibytes(need), **_size(scale)})
-        lowered: list[str] = []
+        size = {"size": f"{scale.large}x{scale.large}", "pictures": scale.many}
+        yield judged("memory to spare", [], {"need_mib": mebibytes(need), **size})
+        lowered: set[str] = set()
         for share in scale.shares:
-            rungs: list[str] = []
+            what, margin = f"{share:.0%} of that free", int(need * share)
             row = attempt(
-                f"{share:.0%} of that free",
-                lambda share=share, rungs=rungs: _scarce(opener, scale, watch, wanted, need, share, rungs),
+                what, lambda what=what, margin=margin: _scarce(what, opener, scale, watch, wanted, margin)
             )
             yield row
-            lowered += rungs if row.figures.get("drawn") else []
+            lowered.update(row.figures.get("rungs", ()))
             if row.status == "FAILED" or not row.figures.get("drawn"):
                 break  # it only gets scarcer
         problems = [] if lowered else ["no request was drawn that needed a rung"]
-        yield judged("a rung helped", problems, {"rungs": sorted(set(lowered))})
-        yield from _refused_then_drawn(opener, scale, watch, wanted)
+        yield judged("a rung helped", problems, {"rungs": sorted(lowered)})
+        with opener.pipeline() as opened:
+            _warm_up(opened, scale)
+            with ballast(watch, 0):
+                yield attempt("nothing free", lambda: _refused(opened, scale, watch))
+            yield attempt("free again", lambda: _alike("free again", opened, scale, wanted, {}))
 
 
 def _ample(opener: Opener, scale: Scale, watch: Device) -> tuple[Array, int]:
     """The pictures, and how many bytes they took beyond a pipeline that is warm."""
     with opener.pipeline() as opened:
         _warm_up(opened, scale)
-        lowest = Lowest(watch)
-        before = lowest.free
-        with lowest.watching():
-            images, _ = draw(opened.pipe, scale.large_request)
-        return images, before - lowest.free
+        before = watch.memory().free
+        with lowest_free(watch) as lowest:
+            images, _ = draw(opened.pipe, scale.large_case)
+        return images, before - lowest[0]
 
 
-def _scarce(
-    opener: Opener, scale: Scale, watch: Device, wanted: Array, need: int, share: float, rungs: list[str]
-) -> Row:
-    what = f"{share:.0%} of that free"
+def _scarce(what: str, opener: Opener, scale: Scale, watch: Device, wanted: Array, margin: int) -> Row:
     with opener.pipeline() as opened:
         _warm_up(opened, scale)
-        with ballast(watch, int(need * share)):
+        with ballast(watch, margin):
             figures = {"free_mib": mebibytes(watch.memory().free)}
             try:
-                found, seconds = draw(opened.pipe, scale.large_request)
+                return _alike(what, opened, scale, wanted, figures)
             except MemoryLimitError as error:
                 return judged(what, _numbers(error), {**figures, "drawn": False, "refused": error.found})
-        rungs += [_rung(line) for line in opened.log]
-        likeness, bar = psnr(found, wanted), _bar(opened)
-        problems = [] if likeness >= bar else [f"{likeness:.1f} dB, below {bar:g}"]
-        told = {"drawn": True, "psnr_db": likeness, "seconds": seconds, "rungs": list(rungs)}
-        return judged(what, problems, {**figures, **told})
 
 
-def _refused_then_drawn(opener: Opener, scale: Scale, watch: Device, wanted: Array) -> Iterator[Row]:
-    with opener.pipeline() as opened:
-        _warm_up(opened, scale)
-        with ballast(watch, 0):
-            yield attempt("nothing free", lambda: _refused(opened, scale, watch))
-        yield attempt("free again", lambda: _recovered(opened, scale, wanted))
+def _alike(what: str, opened: Opened, scale: Scale, wanted: Array, figures: dict[str, Any]) -> Row:
+    """The large request, judged by the pictures. Raises MemoryLimitError."""
+    found, seconds = draw(opened.pipe, scale.large_case)
+    tiled = any(re.search(r"tile=\d", line) for line in opened.log)
+    likeness, bar = psnr(found, wanted), TILED_DB if tiled else PICTURE_DB["fp16"]
+    problems = [] if likeness >= bar else [f"{likeness:.1f} dB, below {bar:g}"]
+    figures = {**figures, "drawn": True, "psnr_db": likeness, "rungs": _rungs(opened)}
+    return judged(what, problems, figures, [seconds])
 
 
 def _refused(opened: Opened, scale: Scale, watch: Device) -> Row:
-    figures = {"free_mib": mebibytes(watch.memory().free), "message": ""}
+    figures: dict[str, Any] = {"free_mib": mebibytes(watch.memory().free), "message": ""}
     try:
-        draw(opened.pipe, scale.large_request)
+        draw(opened.pipe, scale.large_case)
     except MemoryLimitError as error:
-        told = {**figures, "message": error.found, "rungs": [_rung(line) for line in opened.log]}
-        return judged("nothing free", _numbers(error), told)
+        figures |= {"message": error.found, "rungs": _rungs(opened)}
+        return judged("nothing free", _numbers(error), figures)
     return judged("nothing free", ["it was drawn, although no memory was free"], figures)
-
-
-def _recovered(opened: Opened, scale: Scale, wanted: Array) -> Row:
-    found, seconds = draw(opened.pipe, scale.large_request)
-    likeness, bar = psnr(found, wanted), _bar(opened)
-    problems = [] if likeness >= bar else [f"{likeness:.1f} dB, below {bar:g}"]
-    return judged("free again", problems, {"psnr_db": likeness, "seconds": seconds})
 
 
 def _numbers(error: MemoryLimitError) -> list[str]:
     return [] if _NUMBERS.search(error.found) else [f"the refusal has no numbers: {error.found}"]
 
 
-def _rung(line: str) -> str:
-    """`out of memory (WHY): RUNG -> PLAN`; what else the loop says stays as it is."""
-    return line.rpartition("): ")[2].partition(" -> ")[0]
-
-
-def _bar(opened: Opened) -> float:
-    return TILED_DB if any(re.search(r"tile=\d", line) for line in opened.log) else PICTURE_DB["fp16"]
+def _rungs(opened: Opened) -> list[str]:
+    """What the loop logged as `out of memory (WHY): RUNG -> PLAN`."""
+    return [line.rpartition("): ")[2].partition(" -> ")[0] for line in opened.log]
 
 
 def _warm_up(opened: Opened, scale: Scale) -> None:
     """Let engines be opened by a small picture, and keep nothing of it that could be given up later."""
-    draw(opened.pipe, scale.request(width=scale.short, height=scale.short, num_inference_steps=2))
+    draw(opened.pipe, replace(scale.case, width=scale.short, height=scale.short, steps=2))
     opened.loop.free_idle()
-
-
-def _size(scale: Scale) -> dict[str, Any]:
-    return {"size": f"{scale.large}x{scale.large}", "pictures": scale.many}
 
 
 @contextmanager

@@ -1,113 +1,102 @@
-"""Of the GPU check: engines are built, opened, and compute what ONNX Runtime computes on the CPU."""
+"""Sections of the GPU check over single nets: built, opened, on the GPU, and right."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
+from ...engines.backends import BACKENDS
 from ...engines.cuda import facts as cuda_facts
 from ...engines.device import Device, DeviceNet
 from ...engines.errors import LatentrtError
 from ...engines.onnxruntime.backend import ONNXRUNTIME
+from ...engines.onnxruntime.nets import OnnxRuntimeDeviceNet
+from ...engines.onnxruntime.tuning.choice import tuned_nets
 from ...engines.package import Package
 from ...engines.profiles import Profile
 from ...engines.spec import DTYPES, Array, NetSpec
 from ...engines.store.engine_store import EngineStore
-from ...engines.tensorrt.build import build_package, built_nets
-from ...engines.tensorrt.flavour import ENGINE_BACKENDS
-from ...engines.tensorrt.options import BuildOptions
+from ...engines.tensorrt.build import built_nets
 from ...engines.tolerances import DECODED_DB, NET_RELATIVE_L2
 from ...runtime.loop.device.buffers import Sizes, shape_of
 from ...runtime.loop.device.programs import input_shapes
+from ..case import sizes_of
 from ..likeness import difference
-from ..verbs.build import describe_engine
+from ..records import Row
+from ..sides.device_work import DeviceNets, upload
+from ..verbs.build import Builds, build_net
+from .judge import attempt, failed, judged, mebibytes, not_available
 from .opener import Opener, Scale
-from .rows import Row, attempt, failed, judged, mebibytes
+from .placement import read_placement
 
-# ── building ───────────────────────────────────────────────────────────────────────────────────
+_NAMED = 4  # nodes, or outputs, in a reason
 
 
 def build(opener: Opener, scale: Scale) -> Iterator[Row]:
     """Engines of every net, or the layouts of ONNX Runtime's, into the store (LATENTRT_CACHE)."""
-    if opener.backend == "onnxruntime-cuda":
-        yield from _tune(opener)
-    elif opener.backend in ENGINE_BACKENDS:
-        for net in built_nets(opener.package):
-            yield attempt(net, lambda net=net: _build(opener, scale, net))
-    else:
-        yield Row(what="engines", status="not available", reason=f"{opener.backend} builds nothing")
-
-
-def _build(opener: Opener, scale: Scale, net: str) -> Row:
-    package = opener.package
+    backend, package = opener.task.backend, opener.package
+    if backend not in BACKENDS:
+        yield not_available("engines", f"{backend} builds nothing")
+        return
     gpu = None if cuda_facts.available() else cuda_facts.facts()
     profile = Profile.parse(scale.profile, multiple=package.manifest.size_multiple)
-    (built,) = build_package(
-        package, opener.backend, [profile], BuildOptions(), EngineStore(), nets=[net], gpu=gpu
-    )
-    figures = describe_engine(package, built)
-    figures.pop("net")
-    return judged(net, [] if figures["engine_mb"] > 0 else ["the engine is empty"], figures)
+    builds = Builds(backend=backend, profiles=(profile,))
 
+    def built(net: str) -> Row:
+        figures = build_net(net, package, builds, EngineStore(), gpu)
+        problems = [] if figures.get("engine_mb", 1) > 0 else ["the engine is empty"]
+        return judged(net, problems, figures, [figures.pop("seconds")])
 
-def _tune(opener: Opener) -> Iterator[Row]:
-    """Which layout of each net is the fastest here."""
-    from ...engines.onnxruntime.tuning.cuda import tune_package
-
-    for tuned in tune_package(opener.package, EngineStore()):
-        told = tuned.entry.facts
-        names = ("milliseconds", "relative_l2", "rejected")
-        figures = {"layout": told["layout"], **{name: told[name] for name in names}}
-        yield judged(tuned.net, [], {**figures, "seconds": tuned.entry.build_seconds})
-
-
-# ── opening ────────────────────────────────────────────────────────────────────────────────────
+    nets = tuned_nets(package, ()) if builds.tunes else built_nets(package)
+    for net in nets:
+        yield attempt(net, lambda net=net: built(net))
 
 
 def opens(opener: Opener, scale: Scale) -> Iterator[Row]:
-    """Every net on the device. A GPU that the library does not list may be refused: it is tried, and told."""
+    """Every net on the device. A GPU that the library does not list may be refused: that is no failure."""
     try:
         with opener.nets() as (device, nets):
             sizes = shapes(scale, opener.package)[0]
             for net in nets.values():
                 net.scratch(input_shapes(net.spec, sizes))  # engines are opened by their first request
             weights = sum(net.memory.weights for net in nets.values())
-            figures = {"device": device.name, "weights_mib": mebibytes(weights)}
-            yield judged("every net", [], figures)
+            yield judged("every net", [], {"device": device.name, "weights_mib": mebibytes(weights)})
     except LatentrtError as error:
         row = failed("every net", error)
-        if not opener.unsupported:
-            yield row
-        else:
-            yield replace(row, status="not available", reason=f"{opener.unsupported}: {row.reason}")
+        if opener.unsupported:
+            row = replace(row, status="not available", reason=f"{opener.unsupported}: {row.reason}")
+        yield row
 
 
-# ── parity ─────────────────────────────────────────────────────────────────────────────────────
+def placement(opener: Opener, scale: Scale) -> Iterator[Row]:
+    """ONNX Runtime ran all floating-point nodes of each net on the GPU, and copied nothing to or from it."""
+    if opener.open_profiled is None:
+        yield not_available("every net", "engines run on the GPU as a whole")
+        return
+    sizes = shapes(scale, opener.package)[0]
+    with TemporaryDirectory() as folder, opener.nets(Path(folder)) as (device, nets):
+        for name, net in nets.items():
+            yield attempt(name, lambda name=name, net=net: _placed(name, device, net, sizes))
 
 
-def shapes(scale: Scale, package: Package) -> tuple[Sizes, Sizes]:
-    """The contract's symbols as numbers, for one guided picture, and for three that are not square."""
-    manifest = package.manifest
-
-    def sizes(pictures: int, steps: int, width: int, height: int) -> Sizes:
-        cell = manifest.latent_scale
-        return {
-            "N": pictures,
-            "B": 2 * pictures,
-            "P": pictures + 1,
-            "S": steps * (2 * pictures if manifest.vectors else 1),
-            "T": manifest.max_tokens,
-            "H": height,
-            "W": width,
-            "H/8": height // cell,
-            "W/8": width // cell,
-        }
-
-    return sizes(1, 20, scale.width, scale.height), sizes(3, 7, scale.width, scale.short)
+def _placed(name: str, device: Device, net: OnnxRuntimeDeviceNet, sizes: Sizes) -> Row:
+    run_once(device, net, sizes, 0)
+    found = read_placement(net.end_profile())
+    problems = [
+        f"{len(nodes)} {what}: {', '.join(nodes[:_NAMED])}"
+        for nodes, what in (
+            (found.copies, "copies between CPU and GPU"),
+            (found.floats, "floating-point nodes on the CPU"),
+        )
+        if nodes
+    ]
+    return judged(name, problems, {"nodes": found.nodes, "on_cpu": found.on_cpu})
 
 
 def parity(opener: Opener, scale: Scale) -> Iterator[Row]:
@@ -118,36 +107,43 @@ def parity(opener: Opener, scale: Scale) -> Iterator[Row]:
             with ONNXRUNTIME.open_net(opener.package, name, threads=scale.threads) as plain:
                 for seed, sizes in enumerate(shapes(scale, opener.package)):
                     what = f"{name} {sizes['W']}x{sizes['H']} b{sizes['N']}"
-                    arrays = random_inputs(plain.spec, sizes, seed)
-                    wanted = plain(**arrays)
-                    yield attempt(
-                        what,
-                        lambda what=what, net=nets[name], arrays=arrays, wanted=wanted: _parity(
-                            what, device, net, arrays, wanted, dtype
-                        ),
-                    )
+                    wanted = plain(**random_inputs(plain.spec, sizes, seed))
+
+                    def compared(
+                        what: str = what,
+                        net: DeviceNet = nets[name],
+                        sizes: Sizes = sizes,
+                        seed: int = seed,
+                        wanted: Mapping[str, Array] = wanted,
+                    ) -> Row:
+                        found, profile = run_once(device, net, sizes, seed)
+                        return _compared(what, found, wanted, dtype, profile)
+
+                    yield attempt(what, compared)
 
 
-def _parity(
-    what: str,
-    device: Device,
-    net: DeviceNet,
-    arrays: Mapping[str, Array],
-    wanted: Mapping[str, Array],
-    dtype: str,
+def _compared(
+    what: str, found: Mapping[str, Array], wanted: Mapping[str, Array], dtype: str, profile: str
 ) -> Row:
-    found, profile = run_once(device, net, arrays, wanted)
+    """Figures are of the worst output."""
     bar, problems = NET_RELATIVE_L2[dtype], list[str]()
     worst: dict[str, Any] = {"relative_l2": -1.0}
-    for name, b in wanted.items():
-        figures = difference(name, found[name], b)
-        shades = b.dtype == np.uint8
+    for name, array in wanted.items():
+        figures = difference(name, found[name], array)
+        shades = array.dtype == np.uint8
         good = figures["psnr_db"] >= DECODED_DB[dtype] if shades else figures["relative_l2"] <= bar
         if not good:
             problems.append(f"{name}: relative L2 {figures['relative_l2']:.2e}, {figures['psnr_db']:.1f} dB")
         if figures["relative_l2"] > worst["relative_l2"]:
             worst = {**figures, "output": name}
-    return judged(what, problems[:4], {**worst, "bar": bar, "outputs": len(wanted), "profile": profile})
+    return judged(what, problems[:_NAMED], {**worst, "bar": bar, "outputs": len(wanted), "profile": profile})
+
+
+def shapes(scale: Scale, package: Package) -> tuple[Sizes, Sizes]:
+    """The contract's symbols as numbers, for one guided picture, and for three that are not square."""
+    several = replace(scale.case, pictures=3, steps=7, height=scale.short)
+    manifest = package.manifest
+    return sizes_of(scale.timed, manifest), {**sizes_of(several, manifest), "P": 4}
 
 
 def random_inputs(spec: NetSpec, sizes: Sizes, seed: int) -> dict[str, Array]:
@@ -168,31 +164,16 @@ def random_inputs(spec: NetSpec, sizes: Sizes, seed: int) -> dict[str, Array]:
     return arrays
 
 
-def run_once(
-    device: Device, net: DeviceNet, arrays: Mapping[str, Array], outputs: Mapping[str, Array]
-) -> tuple[dict[str, Array], str]:
-    """What a net makes of `arrays`, and the profile that served. `outputs` have the outputs' shapes.
+def run_once(device: Device, net: DeviceNet, sizes: Sizes, seed: int) -> tuple[dict[str, Array], str]:
+    """What a net makes of `random_inputs`, and the profile that served.
 
     Raises:
         LatentrtError: whatever the net and the device raise; the memory is free then.
     """
-    found = {name: np.empty_like(array) for name, array in outputs.items()}
-    called = {name: array.shape for name, array in arrays.items()}
     with ExitStack() as stack:
-
-        def allocate(size: int) -> int:
-            address = device.allocate(size)
-            stack.callback(device.free, address)
-            return address
-
-        needed = net.scratch(called)
-        addresses = {name: allocate(array.nbytes) for name, array in (*arrays.items(), *outputs.items())}
-        bound = net.bind(called, addresses, allocate(needed) if needed else 0)
-        stack.callback(bound.close)
-        for name, array in arrays.items():
-            device.upload(addresses[name], array)
+        block, (bound,) = DeviceNets(device=device, nets={"net": net}).bind(stack, ("net", sizes))
+        upload(block, random_inputs(net.spec, sizes, seed))
         bound.enqueue()
-        for name, array in found.items():
-            device.download(addresses[name], array)
+        found = {item.name: block.download(item.name) for item in net.spec.outputs}
         device.synchronize()
         return found, bound.profile

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +12,7 @@ from typing import Any, cast
 from ...engines.backend import DeviceBackend, choose_backend, to_stderr
 from ...engines.cuda.device import CudaDevice
 from ...engines.cuda.facts import Nvml, facts
-from ...engines.device import Device, DeviceNet, Graph
+from ...engines.device import Device, DeviceNet
 from ...engines.errors import BackendError
 from ...engines.onnxruntime.cuda_backend import ONNXRUNTIME_CUDA
 from ...engines.onnxruntime.nets import OnnxRuntimeDeviceNet
@@ -22,11 +22,15 @@ from ...engines.tensorrt.flavour import ENGINE_BACKENDS, flavour
 from ...runtime.loop.device.cuda_graphs import Graphs
 from ...runtime.loop.device.loop import DeviceLoop
 from ...runtime.pipeline import Pipeline
-
-PROMPT = "a red circle on a blue background"
+from ..case import Case
+from ..sides.contract import Task
+from ..sides.device_work import TimedDevice
 
 OpenDevice = Callable[[Package, Sequence[str]], tuple[Device, Mapping[str, DeviceNet]]]
 OpenProfiled = Callable[[Package, Sequence[str], Path], tuple[Device, Mapping[str, OnnxRuntimeDeviceNet]]]
+
+# backend -> the plain loop over the same library, which ours is timed against
+_PEERS = {"onnxruntime-cuda": ("onnxruntime-cuda",), "tensorrt": ("tensorrt",)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +38,9 @@ class Scale:
     """How much work the sections do. Pixels are multiples of the package's `size_multiple`.
 
     Attributes:
-        width, height: of the usual picture.
-        short: the other side of a picture that is not square.
+        case: the usual guided picture, with few steps: it counts how it looks, not how long it takes.
+        short: height of a picture that is not square.
         large, many: side and number of pictures of the request that must not fit (the ladder).
-        guidance: the scale wherever guidance is on.
-        steps: where the picture counts, not the time.
         timed_steps, runs: of what is timed.
         shares: of what the large request takes with memory to spare: how much is left free, in turn.
         pictures: that must leave the host's memory as it is.
@@ -46,13 +48,10 @@ class Scale:
         threads: of ONNX Runtime's CPU nets, which say what is right; None is every processor.
     """
 
-    width: int
-    height: int
+    case: Case
     short: int
     large: int
-    guidance: float
     many: int = 16
-    steps: int = 8
     timed_steps: int = 20
     runs: int = 12
     cycles: int = 3
@@ -64,73 +63,38 @@ class Scale:
     def of(cls, manifest: Manifest) -> Scale:
         """For a GPU: the package's own size, and up to twice that."""
         defaults, multiple = manifest.defaults, manifest.size_multiple
+        guidance = defaults.guidance_scale if defaults.guidance_scale > 1 else 5.0
         return cls(
-            width=defaults.width,
-            height=defaults.height,
+            case=Case.of(manifest, guidance_scale=guidance, steps=8, seed=1),
             short=max(defaults.height * 3 // 4 // multiple, 1) * multiple,
             large=2 * max(defaults.width, defaults.height),
-            guidance=defaults.guidance_scale if defaults.guidance_scale > 1 else 5.0,
         )
 
     @property
     def profile(self) -> str:
         """What engines are built for, in the grammar of profiles: all that the sections draw."""
-        low = min(self.width, self.height, self.short)
-        high = max(self.large, self.width, self.height)
-        sides = [f"{low}-{high}@{side}" for side in (self.width, self.height)]
-        return f"{'x'.join(sides)}:b1-{self.many}"
-
-    def request(self, **changes: Any) -> dict[str, Any]:
-        """Parameters of a picture."""
-        usual = {"width": self.width, "height": self.height, "num_inference_steps": self.steps, "seed": 1}
-        return {**usual, "guidance_scale": self.guidance, "output_type": "np", **changes}
+        sizes = self.case.width, self.case.height
+        low, high = min(*sizes, self.short), max(*sizes, self.large)
+        return f"{'x'.join(f'{low}-{high}@{side}' for side in sizes)}:b1-{self.many}"
 
     @property
-    def large_request(self) -> dict[str, Any]:
-        """Parameters of the request that must not fit."""
-        side = {"width": self.large, "height": self.large}
-        return self.request(**side, num_images_per_prompt=self.many, num_inference_steps=3)
+    def timed(self) -> Case:
+        """What is timed."""
+        return replace(self.case, steps=self.timed_steps)
 
-
-class CountedDevice:
-    """A device of which is known how often captured work was launched."""
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self.launches = 0
-
-    def __getattr__(self, name: str) -> Any:
-        """What is not counted."""
-        return getattr(self._device, name)
-
-    @contextmanager
-    def capture(self) -> Generator[list[Graph], None, None]:
-        """As the device's own."""
-        graphs: list[Graph] = []
-        with self._device.capture() as captured:
-            yield graphs
-        graphs += [_CountedGraph(self, graph) for graph in captured]
-
-
-class _CountedGraph:
-    def __init__(self, device: CountedDevice, graph: Graph) -> None:
-        self._device, self._graph = device, graph
-
-    def launch(self) -> None:
-        self._device.launches += 1
-        self._graph.launch()
-
-    def close(self) -> None:
-        self._graph.close()
+    @property
+    def large_case(self) -> Case:
+        """The pictures that must not fit."""
+        return replace(self.case, width=self.large, height=self.large, pictures=self.many, steps=3)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """An open pipeline, and what is behind it. `log` has what the loop said."""
+    """An open pipeline, and what is behind it. `log` has the loop's messages."""
 
     pipe: Pipeline
     loop: DeviceLoop
-    device: CountedDevice
+    device: TimedDevice
     log: list[str]
 
 
@@ -139,29 +103,34 @@ class Opener:
     """One backend, ready to open.
 
     Attributes:
-        backend: its name.
+        task: the backend's name and the package, as a side opens them.
         package: what is drawn with.
         open_device: a device, and nets on it.
         watch: the same device for an onlooker: it reads the free memory, and takes memory away.
         measured_by: who says how much is free.
-        open_capturing: as `open_device`, where runs may be captured for the asking alone.
+        peers: sides that ours is timed against.
+        open_capturing: as `open_device`, where runs are captured only if that is asked for.
         open_profiled: as `open_device`, with a folder for profiles; where nodes may be left to the CPU.
         unsupported: why this GPU is none of the backend's, so that being refused is no failure; "" if it is.
     """
 
-    backend: str
+    task: Task
     package: Package
     open_device: OpenDevice
     watch: Callable[[], Device]
     measured_by: str
+    peers: tuple[str, ...] = ()
     open_capturing: OpenDevice | None = None
     open_profiled: OpenProfiled | None = None
     unsupported: str = ""
 
     @contextmanager
-    def nets(self) -> Generator[tuple[Device, Mapping[str, DeviceNet]], None, None]:
-        """A device and every net of the loop."""
-        device, nets = self.open_device(self.package, built_nets(self.package))
+    def nets(self, profiles: Path | None = None) -> Generator[tuple[Device, Mapping[str, Any]], None, None]:
+        """A device and every net of the loop; with a folder for profiles, nets that write them."""
+        if profiles is not None and self.open_profiled is not None:
+            device, nets = self.open_profiled(self.package, built_nets(self.package), profiles)
+        else:
+            device, nets = self.open_device(self.package, built_nets(self.package))
         with ExitStack() as stack:
             stack.callback(device.close)
             for net in nets.values():
@@ -173,22 +142,13 @@ class Opener:
         """A pipeline on the device. With graphs "on", runs may be captured, whatever the default is."""
         opened = (graphs == "on" and self.open_capturing) or self.open_device
         device, nets = opened(self.package, built_nets(self.package))
-        counted, log = CountedDevice(device), list[str]()
-        loop = DeviceLoop(cast(Device, counted), nets, self.package.manifest, graphs=graphs, log=log.append)
-        try:
-            pipe = Pipeline.over(self.package, loop, self.backend, cache_bytes=0)
-            yield Opened(pipe=pipe, loop=loop, device=counted, log=log)
-        finally:
-            loop.close()
-
-    @contextmanager
-    def watching(self) -> Generator[Device, None, None]:
-        """The onlooker's device."""
-        device = self.watch()
-        try:
-            yield device
-        finally:
-            device.close()
+        timed, log = TimedDevice(device), list[str]()
+        loop = DeviceLoop(cast(Device, timed), nets, self.package.manifest, graphs=graphs, log=log.append)
+        with ExitStack() as stack:
+            stack.enter_context(closing(loop))
+            stack.callback(timed.stop_timing)
+            pipe = Pipeline.over(self.package, loop, self.task.backend, cache_bytes=0)
+            yield Opened(pipe=pipe, loop=loop, device=timed, log=log)
 
 
 def backend_opener(backend: str, package: Package) -> Opener:
@@ -205,7 +165,7 @@ def backend_opener(backend: str, package: Package) -> Opener:
             fix="Leave --backends out to check all of them.",
         )
     gpu = facts()
-    sees = not gpu.unified and Nvml(gpu.uuid).memory() is not None
+    nvml_sees = not gpu.unified and Nvml(gpu.uuid).memory() is not None
     only_onnxruntime: dict[str, Any] = {}
     if engine is ONNXRUNTIME_CUDA:
         only_onnxruntime = {
@@ -213,11 +173,12 @@ def backend_opener(backend: str, package: Package) -> Opener:
             "open_profiled": _open_profiled,
         }
     return Opener(
-        backend=name,
+        task=Task(package=package.root, backend=name, device="cuda"),
         package=package,
         open_device=partial(engine.open_device, log=to_stderr),
         watch=CudaDevice,
-        measured_by="NVML, all processes" if sees else "cudaMemGetInfo",
+        measured_by="NVML, all processes" if nvml_sees else "cudaMemGetInfo",
+        peers=_PEERS.get(name, ()),
         unsupported=_unsupported(name, gpu.compute_capability, gpu.sm),
         **only_onnxruntime,
     )

@@ -136,7 +136,7 @@ def ceiling_rates(document: Document, workload: str) -> list[float]:
 
 def stages(row: Row | None) -> dict[str, float]:
     """Where our picture's time goes, seconds in order; `unet` and `update` are all steps together."""
-    known = mapping(row.figures.get("stages_p50_s")) if row else {}
+    known = mapping(row.figures.get("stages_p50_s") if row else None)
     seconds = {name: taken for name, value in known.items() if (taken := finite(value)) is not None}
     places = {name: place for place, name in enumerate(WORKLOADS)}
     return dict(sorted(seconds.items(), key=lambda item: places.get(item[0], len(places))))

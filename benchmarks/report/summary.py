@@ -37,7 +37,7 @@ def _latency(document: Document) -> Lines:
 
 
 def _scaling(document: Document) -> Lines:
-    """Of each axis the points, and the line through them."""
+    """The line through the points of each axis, and the points."""
     for row in document.select("fit", OURS):
         of = str(row.figures.get("of"))
         what = f"{words.workload(str(row.figures.get('workload')))} against {of}"
@@ -111,12 +111,12 @@ def _ledger(row: Row) -> Lines:
     total, untold = figure(row, "scratch") or 0.0, False
     nets: list[str] = []
     for name, facts in mapping(row.figures.get("nets")).items():
-        sizes = {said: finite(mapping(facts).get(part)) for part, said in _LEDGER.items()}
+        sizes = {label: finite(mapping(facts).get(part)) for part, label in _LEDGER.items()}
         untold = untold or sizes["activations"] is None
-        known = {said: size for said, size in sizes.items() if size}
+        known = {label: size for label, size in sizes.items() if size}
         total += sum(known.values())
         if known:
-            parts = ", ".join(f"{said} {words.amount(size, 'B')}" for said, size in known.items())
+            parts = ", ".join(f"{label} {words.amount(size, 'B')}" for label, size in known.items())
             nets.append(f"{words.workload(name)}: {parts}")
     if nets:
         without = "; of activations the library does not tell" if untold else ""

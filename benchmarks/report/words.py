@@ -82,7 +82,7 @@ def round_amount(value: float, unit: str) -> str:
 
 
 def percent(value: float | None) -> str:
-    """Of a fraction: `0.6 %`; what would be rounded to nothing is `<0.1 %`."""
+    """A fraction as `0.6 %`; what would be rounded to nothing is `<0.1 %`."""
     if value is None or not math.isfinite(value):
         return DASH
     return "<0.1 %" if 0 < abs(value) < 0.0005 else f"{100 * value:.1f} %"
@@ -136,7 +136,7 @@ def case(facts: Mapping[str, Any]) -> str:
 
 
 def about(document: Document, facts: Mapping[str, Any]) -> str:
-    """A figure's second line: model, what was asked for, machine, date."""
+    """A figure's second line: model, case, machine, date."""
     subject = ", ".join(part for part in (model(document), case(facts)) if part)
     return f"{subject} · {machine(document)} · {day(document)}"
 

@@ -9,10 +9,11 @@ On a device a run is several launches (`repeats`); figures are of one, `device_s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -25,10 +26,10 @@ from ...engines.device import Device
 from ...engines.onnxruntime import session as onnxruntime
 from ...engines.onnxruntime.nets import CPU, CUDA, Submit, cuda_available, open_onnxruntime_net
 from ...engines.package import Manifest, NetFile, Package
-from ...engines.spec import DTYPES, Array, NetSpec, TensorSpec, tensor_bytes
+from ...engines.spec import DTYPES, Array, NetSpec, TensorSpec
 from ..case import Case
-from .contract import OpenSide, Prepared, Task, not_available
-from .matmul_graph import matmul_graph
+from .contract import CEILING, OpenSide, Task, Work
+from .device_work import DeviceNets
 
 Shape = tuple[int, int, int]  # rows of the left side, columns of it, columns of the right side
 
@@ -67,77 +68,10 @@ def open_side(task: Task) -> OpenSide:
     return device_ceiling(CudaDevice(), Package.open(task.package).manifest.dtype)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Exercise:
-    """A `Prepared` without outputs.
-
-    Attributes:
-        call: one run.
-        facts: `flops` or `bytes` of each of its repeats, and what it consists of.
-        repeats: how often a run does it.
-        device_s: seconds of the last run, by the device.
-        release: frees what it holds.
-    """
-
-    call: Callable[[], object]
-    facts: Mapping[str, Any]
-    repeats: int = 1
-    device_s: Callable[[], float] | None = None
-    release: Callable[[], None] = lambda: None
-
-    def run(self) -> None:
-        """Once."""
-        self.call()
-
-    def outputs(self) -> Mapping[str, Array]:
-        """None."""
-        return {}
-
-    def figures(self) -> Mapping[str, Any]:
-        """What a repeat does, and how long the device took for it."""
-        return {**self.facts, **({"device_s": self.device_s() / self.repeats} if self.device_s else {})}
-
-
-@dataclass(kw_only=True)
-class Ceiling:
-    """An `OpenSide`. What was prepared once is kept, so that its shape stays the same.
-
-    Attributes:
-        versions: of the library, and the device.
-        makers: workload -> candidates, of which the fastest is prepared.
-        resources: closed with it.
-    """
-
-    versions: Mapping[str, str]
-    makers: Mapping[str, Callable[[], Sequence[Exercise]]]
-    resources: ExitStack
-    prepared: dict[str, Exercise] = field(default_factory=dict[str, Exercise])
-
-    def prepare(self, workload: str, case: Case) -> Prepared:
-        """The same for every case. Raises NotAvailableError for other workloads."""
-        del case
-        if workload not in self.makers:
-            raise not_available("ceiling", workload)
-        if workload not in self.prepared:
-            self.prepared[workload] = fastest(self.makers[workload]())
-        return self.prepared[workload]
-
-    def memory(self) -> Mapping[str, Any]:
-        """Nothing that would be compared."""
-        return {}
-
-    def close(self) -> None:
-        """Free everything. May be called twice."""
-        for exercise in self.prepared.values():
-            exercise.release()
-        self.prepared.clear()
-        self.resources.close()
-
-
 def fastest(
-    candidates: Sequence[Exercise], trials: int = TRIALS, clock: Callable[[], float] = perf_counter
-) -> Exercise:
-    """The one with the most FLOP/s at the median of its trials, which take turns; the others are released.
+    candidates: Sequence[Work], trials: int = TRIALS, clock: Callable[[], float] = perf_counter
+) -> Work:
+    """The one with the most FLOP/s at the median of its trials, which take turns; the others are closed.
 
     At the median, for that is what its rounds are judged by: one lucky run has chosen a shape that was a
     third slower than another from then on.
@@ -149,38 +83,54 @@ def fastest(
         for candidate, found in zip(candidates, rates, strict=True):
             began = clock()
             candidate.run()
-            found.append(candidate.facts["flops"] / (clock() - began))
+            found.append(candidate.figures()["flops"] / (clock() - began))
     medians = list(map(median, rates))
     chosen = candidates[medians.index(max(medians))]
     for candidate in candidates:
         if candidate is not chosen:
-            candidate.release()
+            candidate.close()
     return chosen
+
+
+def _ceiling(
+    versions: dict[str, str],
+    gemm: Callable[[], Sequence[Work]],
+    copy: Callable[[], Sequence[Work]],
+    resources: ExitStack,
+) -> OpenSide:
+    """A side whose workloads are the same for every case: each is chosen once, of its candidates."""
+    kept: dict[str, Work] = {}
+
+    def prepare(name: str, candidates: Callable[[], Sequence[Work]], case: Case, stack: ExitStack) -> Work:
+        if name not in kept:
+            kept[name] = fastest(candidates())
+            resources.callback(kept[name].close)
+        return replace(kept[name], held=ExitStack())  # it stays when this one is closed
+
+    makers = {"gemm": partial(prepare, "gemm", gemm), "copy": partial(prepare, "copy", copy)}
+    return OpenSide(name=CEILING, versions=versions, makers=makers, resources=resources)
 
 
 # ── on the CPU ─────────────────────────────────────────────────────────────────────────────────
 
 
-def host_ceiling(threads: int | None, shapes: Sequence[Shape] = HOST_SHAPES, copied: int = COPIED) -> Ceiling:
+def host_ceiling(
+    threads: int | None, shapes: Sequence[Shape] = HOST_SHAPES, copied: int = COPIED
+) -> OpenSide:
     """On the CPU, with the threads that our own nets have. Raises UsageError for less than one."""
     count: int = onnxruntime.session_options(threads).intra_op_num_threads
     resources = ExitStack()
     pool = resources.enter_context(ThreadPoolExecutor(count))
     folder = Path(resources.enter_context(TemporaryDirectory()))
-    return Ceiling(
-        versions={
-            "onnxruntime": f"onnxruntime {onnxruntime.library().__version__} (CPU)",
-            "threads": str(count),
-        },
-        makers={
-            "gemm": lambda: [_host_gemm(shape, folder, count) for shape in shapes],
-            "copy": lambda: [_host_copy(copied, pool, count)],
-        },
-        resources=resources,
+    return _ceiling(
+        {"onnxruntime": f"onnxruntime {onnxruntime.library().__version__} (CPU)", "threads": str(count)},
+        lambda: [_host_gemm(shape, folder, count) for shape in shapes],
+        lambda: [_host_copy(copied, pool, count)],
+        resources,
     )
 
 
-def _host_gemm(shape: Shape, folder: Path, threads: int) -> Exercise:
+def _host_gemm(shape: Shape, folder: Path, threads: int) -> Work:
     """Bound once, like a net on a device: neither the answer's allocation nor its copy is in the time."""
     left, right = _sides(shape, "float32")
     product = np.empty((shape[0], shape[2]), np.float32)
@@ -190,24 +140,27 @@ def _host_gemm(shape: Shape, folder: Path, threads: int) -> Exercise:
     binding = session.io_binding()
     binding.bind_input("left", "cpu", 0, np.float32, left.shape, left.ctypes.data)
     binding.bind_output("product", "cpu", 0, np.float32, product.shape, product.ctypes.data)
-    kept = left, product  # the binding has their addresses alone
+    kept = {"left": left, "product": product}  # the binding has their addresses alone
 
-    def call() -> object:
+    def call() -> dict[str, Array]:
         session.run_with_iobinding(binding)
         return kept
 
-    return Exercise(call=call, facts=_facts(shape, "float32"))
+    return Work(call=call, fetch=dict[str, Array], figures=partial(_facts, shape, "float32"))
 
 
-def _host_copy(size: int, pool: ThreadPoolExecutor, threads: int) -> Exercise:
+def _host_copy(size: int, pool: ThreadPoolExecutor, threads: int) -> Work:
     """NumPy lets go of the interpreter while it copies, so the threads work side by side."""
     source = np.resize(_random_bytes(min(size, _TILE)), size)
     target = np.zeros_like(source)
     target.fill(1)  # pages of zeros are not there until they are written
     parts = np.array_split(target, threads), np.array_split(source, threads)
-    return Exercise(
-        call=lambda: list(pool.map(np.copyto, *parts)), facts={"bytes": 2 * size, "threads": threads}
-    )
+
+    def call() -> dict[str, Array]:
+        list(pool.map(np.copyto, *parts))
+        return {}
+
+    return Work(call=call, figures=lambda: {"bytes": 2 * size, "threads": threads})
 
 
 # ── on a device ────────────────────────────────────────────────────────────────────────────────
@@ -221,7 +174,7 @@ def device_ceiling(
     copied: int = DEVICE_COPIED,
     provider: str = CUDA,
     submit: Submit | None = None,
-) -> Ceiling:
+) -> OpenSide:
     """On a device, which is closed with it.
 
     Args:
@@ -235,80 +188,58 @@ def device_ceiling(
     resources = ExitStack()
     resources.callback(device.close)
     folder = Path(resources.enter_context(TemporaryDirectory()))
-    float_dtype = _FLOAT_OF[dtype]
-    return Ceiling(
-        versions={"onnxruntime": onnxruntime.library().__version__, "device": device.name},
-        makers={
-            "gemm": lambda: [
-                _device_gemm(shape, float_dtype, folder, device, provider, submit) for shape in shapes
-            ],
-            "copy": lambda: [_device_copy(min(copied, device.memory().free // 4), device)],
-        },
-        resources=resources,
+    open_net = partial(open_onnxruntime_net, provider=provider, submit=submit)
+    return _ceiling(
+        {"onnxruntime": onnxruntime.library().__version__, "device": device.name},
+        lambda: [_device_gemm(shape, _FLOAT_OF[dtype], folder, device, open_net) for shape in shapes],
+        lambda: [_device_copy(min(copied, device.memory().free // 4), device)],
+        resources,
     )
 
 
 def _device_gemm(
-    shape: Shape, dtype: str, folder: Path, device: Device, provider: str, submit: Submit | None
-) -> Exercise:
+    shape: Shape, dtype: str, folder: Path, device: Device, open_net: Callable[..., Any]
+) -> Work:
     left, right = _sides(shape, dtype)
     spec = NetSpec(
         inputs=(TensorSpec(name="left", dtype=dtype, shape=left.shape),),
         outputs=(TensorSpec(name="product", dtype=dtype, shape=(shape[0], shape[2])),),
     )
-    path = _write_matmul(folder, left.shape, right)
-    package = _package(path, spec)
-    net = open_onnxruntime_net(package, "gemm", device, provider=provider, submit=submit)
-    addresses = {
-        "left": device.allocate(left.nbytes),
-        "product": device.allocate(tensor_bytes(dtype, (shape[0], shape[2]))),
-    }
-    device.upload(addresses["left"], left)
-    bound = net.bind({"left": left.shape}, addresses, 0)
-
-    def release() -> None:
-        bound.close()
-        net.close()
-        for address in addresses.values():
-            device.free(address)
-
-    return _launched(device, bound.enqueue, _facts(shape, dtype), release)
+    package = _package(_write_matmul(folder, left.shape, right), spec)
+    with ExitStack() as stack:
+        net = open_net(package, "gemm", device)
+        stack.callback(net.close)
+        nets = DeviceNets(device=device, nets={"gemm": net})
+        block, (bound,) = nets.bind(stack, ("gemm", {}))
+        block.upload("left", left)
+        return _launched(nets, stack, bound.enqueue, _facts(shape, dtype))
 
 
-def _device_copy(size: int, device: Device) -> Exercise:
+def _device_copy(size: int, device: Device) -> Work:
     tile = _random_bytes(min(size, _TILE))
     size = size // tile.nbytes * tile.nbytes
-    source, target = device.allocate(size), device.allocate(size)
-    device.upload(source, tile)
-    if size > tile.nbytes:
-        rows = size // tile.nbytes - 1
-        device.copy(source + tile.nbytes, source, tile.nbytes, rows=rows, to_pitch=tile.nbytes)
+    with ExitStack() as stack:
+        source, target = device.allocate(size), device.allocate(size)
+        for address in (source, target):
+            stack.callback(device.free, address)
+        device.upload(source, tile)
+        if size > tile.nbytes:
+            rows = size // tile.nbytes - 1
+            device.copy(source + tile.nbytes, source, tile.nbytes, rows=rows, to_pitch=tile.nbytes)
+        nets = DeviceNets(device=device, nets={})
+        return _launched(nets, stack, lambda: device.copy(target, source, size), {"bytes": 2 * size})
 
-    def release() -> None:
-        device.free(source)
-        device.free(target)
 
-    return _launched(device, lambda: device.copy(target, source, size), {"bytes": 2 * size}, release)
+def _launched(nets: DeviceNets, stack: ExitStack, enqueue: Callable[[], None], facts: dict[str, Any]) -> Work:
+    """`LAUNCHES` in a row, and one wait. What the stack holds is the work's from now on."""
 
-
-def _launched(
-    device: Device, enqueue: Callable[[], None], facts: Mapping[str, Any], release: Callable[[], None]
-) -> Exercise:
-    """`LAUNCHES` in a row, and one wait."""
-    stopwatch = device.stopwatch()
-
-    def call() -> None:
-        stopwatch.start()
+    def launch() -> None:
         for _ in range(LAUNCHES):
             enqueue()
-        stopwatch.stop()
-        device.synchronize()
 
-    def close() -> None:
-        stopwatch.close()
-        release()
-
-    return Exercise(call=call, facts=facts, repeats=LAUNCHES, device_s=stopwatch.seconds, release=close)
+    work = nets.work(stack, launch, repeats=LAUNCHES, figures=facts)
+    work.held = stack.pop_all()
+    return work
 
 
 # ── the matmul ──────────────────────────────────────────────────────────────────────
@@ -334,8 +265,26 @@ def _facts(shape: Shape, dtype: str) -> dict[str, Any]:
 
 
 def _write_matmul(folder: Path, left: tuple[int, ...], right: Array) -> Path:
+    """The model `product = left @ right`; `right` is a constant, so that a runtime may lay it out anew.
+
+    Args:
+        folder: where.
+        left: its shape (M, K).
+        right: (K, N) float32 or float16; `left` and `product` have its dtype.
+    """
+    from onnx import helper, numpy_helper
+
+    kind = helper.np_dtype_to_tensor_dtype(right.dtype)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["left", "right"], ["product"])],
+        "gemm",
+        [helper.make_tensor_value_info("left", kind, left)],
+        [helper.make_tensor_value_info("product", kind, (left[0], right.shape[1]))],
+        [numpy_helper.from_array(right, "right")],
+    )
+    model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 13)])
     path = folder / f"{'x'.join(map(str, (*left, right.shape[1])))}.onnx"
-    path.write_bytes(matmul_graph(left, right))
+    path.write_bytes(model.SerializeToString())
     return path
 
 

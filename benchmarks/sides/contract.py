@@ -16,11 +16,13 @@ is imported by `open_side`, not before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from time import perf_counter
+from typing import Any, Protocol
 
 from ...engines.errors import BackendError, UsageError
 from ...engines.spec import Array
@@ -85,60 +87,89 @@ class Task:
         return cls(**values)
 
 
-class Prepared(Protocol):
-    """A workload with its inputs in place, ready to be timed."""
+@dataclass(kw_only=True)
+class Work:
+    """A workload with its inputs in place, ready to be timed.
+
+    Attributes:
+        call: one run, which returns when the results are there (`picture`: as pixels in the host's memory).
+            Its answer are the outputs, unless `fetch` gets them.
+        fetch: the outputs of the last run, where getting them is not to be timed.
+        figures: what is known of the last run: `device_s` by the device's own events, `stages_s` by name, …
+        repeats: how often one run does the workload; reported seconds and figures are of one of them.
+        held: what it holds until it is closed, such as a device's memory.
+        slow_down: as `Task` has it.
+    """
+
+    call: Callable[[], Mapping[str, Array]]
+    fetch: Callable[[], Mapping[str, Array]] | None = None
+    figures: Callable[[], Mapping[str, Any]] = dict[str, Any]
+    repeats: int = 1
+    held: ExitStack = field(default_factory=ExitStack)
+    slow_down: float = 0.0
+    _left: Mapping[str, Array] = field(default_factory=dict[str, Array])
 
     def run(self) -> None:
-        """Once; returns when the results are there (of `picture`: as pixels in the host's memory)."""
-        ...
+        """Once, and then busy for as long as it is to be slowed down."""
+        began = perf_counter()
+        self._left = self.call()
+        if self.slow_down:
+            until = began + (perf_counter() - began) * (1 + self.slow_down)
+            while perf_counter() < until:
+                pass
 
     def outputs(self) -> Mapping[str, Array]:
-        """Of the last run, by the names above."""
-        ...
-
-    def figures(self) -> Mapping[str, Any]:
-        """Of the last run: `device_s` by the device's own events, `stages_s` by name; empty where unknown."""
-        ...
-
-
-@runtime_checkable
-class Repeated(Protocol):
-    """What a `Prepared` is besides if one run does the workload several times."""
-
-    @property
-    def repeats(self) -> int:
-        """How often. Figures are of one of them, and so are the seconds that are reported."""
-        ...
-
-
-@runtime_checkable
-class Held(Protocol):
-    """What a `Prepared` is besides if it holds memory of a device."""
+        """The outputs of the last run, by the names above."""
+        return self.fetch() if self.fetch else self._left
 
     def close(self) -> None:
-        """Free it, once nobody runs it any more. May be called twice."""
-        ...
+        """Free what it holds, once nobody runs it any more. May be called twice."""
+        self.held.close()
 
 
-class OpenSide(Protocol):
-    """A side with its nets loaded."""
+Make = Callable[[Case, ExitStack], Work]  # whatever is entered into the stack is the work's
 
-    @property
-    def versions(self) -> Mapping[str, str]:
-        """Of the libraries that do the work, and what they run on."""
-        ...
 
-    def prepare(self, workload: str, case: Case) -> Prepared:
-        """Raises NotAvailableError for a workload this side does not have."""
-        ...
+@dataclass(kw_only=True)
+class OpenSide:
+    """A side with its nets loaded.
 
-    def memory(self) -> Mapping[str, Any]:
-        """What it knows of its own memory, in bytes: a ledger, an allocator's peak; may be empty."""
-        ...
+    Attributes:
+        name: of the side, for errors.
+        versions: of the libraries that do the work, and what they run on.
+        makers: prepare a workload, by name. May raise NotAvailableError, MemoryLimitError, UsageError.
+        resources: what is freed with it.
+        memory: what it knows of its own memory, in bytes: a ledger, an allocator's peak; may be empty.
+        slow_down: of everything it prepares.
+    """
+
+    name: str
+    versions: Mapping[str, str]
+    makers: Mapping[str, Make]
+    resources: ExitStack = field(default_factory=ExitStack)
+    memory: Callable[[], Mapping[str, Any]] = dict[str, Any]
+    slow_down: float = 0.0
+
+    def prepare(self, workload: str, case: Case) -> Work:
+        """A workload, which is freed when it is closed or the side is.
+
+        Raises:
+            NotAvailableError: this side does not have it, or not for this case.
+            MemoryLimitError: it does not fit; nothing of it is left.
+            UsageError: no engine covers the case's shapes.
+        """
+        if workload not in self.makers:
+            raise not_available(self.name, workload)
+        with ExitStack() as stack:
+            work = self.makers[workload](case, stack)
+            work.held = stack.pop_all()
+        work.slow_down = self.slow_down
+        self.resources.callback(work.held.close)  # not `work.close`: what nobody runs may go
+        return work
 
     def close(self) -> None:
-        """Free everything."""
-        ...
+        """Free what was prepared, then everything else, whatever fails on the way. May be called twice."""
+        self.resources.close()
 
 
 class Side(Protocol):
@@ -149,7 +180,7 @@ class Side(Protocol):
         ...
 
     def open_side(self, task: Task) -> OpenSide:
-        """Load every net. Raises NotAvailableError or LatentrtError."""
+        """Load every net; asked only where it is available. Raises NotAvailableError or LatentrtError."""
         ...
 
 
@@ -163,6 +194,14 @@ def side(name: str) -> Side:
         )
     found: Side = import_module(f".{SIDES[name]}", __package__)  # pyright: ignore[reportAssignmentType]
     return found
+
+
+def open_side(name: str, task: Task) -> OpenSide:
+    """The side of that name, open. Raises UsageError, NotAvailableError, or other LatentrtErrors."""
+    module = side(name)
+    if reason := module.available(task):
+        raise NotAvailableError(reason, expected=f"all that {name} needs", fix=f"Leave {name} out.")
+    return module.open_side(task)
 
 
 def not_available(name: str, workload: str) -> NotAvailableError:

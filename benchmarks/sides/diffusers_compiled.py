@@ -12,9 +12,8 @@ import shutil
 from typing import Any
 
 from . import diffusers_eager
-from .contract import NotAvailableError, OpenSide, Task
-from .diffusers_eager import DiffusersSide
-from .requirements import first_reason, missing_modules
+from .contract import OpenSide, Task
+from .requirements import missing_modules
 
 NAME = "diffusers-compile"
 # Beyond so many shapes of one function torch would give up compiling; a sweep over sizes has more than its 8.
@@ -23,8 +22,9 @@ _SHAPES = 256
 
 def available(task: Task) -> str | None:
     """None if it can run here, else the reason."""
-    needs = missing_modules("triton") if task.device == "cuda" else _missing_compiler()
-    return first_reason(diffusers_eager.available(task), needs)
+    if reason := diffusers_eager.available(task):
+        return reason
+    return missing_modules("triton") if task.device == "cuda" else _missing_compiler()
 
 
 def _missing_compiler() -> str | None:
@@ -35,13 +35,13 @@ def _missing_compiler() -> str | None:
 
 
 def open_side(task: Task) -> OpenSide:
-    """Every net loaded; compiled is what the first run of a shape needs. Raises NotAvailableError."""
-    if reason := available(task):
-        raise NotAvailableError(reason, expected="all that torch.compile needs", fix=f"Leave {NAME} out.")
+    """Every net loaded; compiled is what the first run of a shape needs."""
     package, pipe = diffusers_eager.load(task)
     mode = "max-autotune" if task.device == "cuda" else "default"
     compile_nets(pipe, mode)
-    return DiffusersSide(NAME, package, pipe, {"compile": f"{mode}, fullgraph, static shapes"})
+    return diffusers_eager.diffusers_side(
+        NAME, package, pipe, {"compile": f"{mode}, fullgraph, static shapes"}
+    )
 
 
 def compile_nets(pipe: Any, mode: str) -> None:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from time import perf_counter
@@ -24,11 +26,11 @@ from ...engines.package import Package
 from ...engines.spec import Array
 from ...runtime.prompts.tokenizer import ClipTokenizer
 from ..case import Case, net_inputs
-from .contract import NotAvailableError, OpenSide, Prepared, Task, not_available
-from .ours import Work
-from .requirements import first_reason, missing_checkpoint, missing_modules, version_of
+from .contract import NotAvailableError, OpenSide, Task, Work
+from .requirements import missing_checkpoint, missing_modules, version_of
 
 NAME = "diffusers"
+Call = Callable[[Case], Callable[[], Mapping[str, Any]]]  # what one run of a workload calls
 # our sampler -> diffusers' class, and the options that make it the same one
 SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
@@ -46,30 +48,24 @@ SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 def available(task: Task) -> str | None:
     """None if it can run here, else the reason."""
-    reason = first_reason(missing_modules("torch", "diffusers", "transformers"), missing_checkpoint(task))
-    return reason or _missing_device(task)
-
-
-def _missing_device(task: Task) -> str | None:
-    if task.device != "cuda":
-        return None
+    reason = missing_modules("torch", "diffusers", "transformers") or missing_checkpoint(task)
+    if reason or task.device != "cuda":
+        return reason
     import torch
 
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
 def open_side(task: Task) -> OpenSide:
-    """Every net loaded. Raises NotAvailableError."""
+    """Every net loaded."""
     package, pipe = load(task)
     # On a GPU a net's work is not done when its call returns.
-    stages = Stages.of(pipe) if task.device == "cpu" else None
-    return DiffusersSide(NAME, package, pipe, {"compile": "no"}, stages)
+    stages = watched_stages(pipe) if task.device == "cpu" else None
+    return diffusers_side(NAME, package, pipe, {"compile": "no"}, stages)
 
 
 def load(task: Task) -> tuple[Package, Any]:
-    """The package, for its inputs, and diffusers' pipeline on the task's device. Raises NotAvailableError."""
-    if reason := available(task):
-        raise NotAvailableError(reason, expected="all that diffusers needs", fix="Leave diffusers out.")
+    """The package, for its inputs, and diffusers' pipeline on the task's device."""
     import torch
 
     package = Package.open(task.package)
@@ -109,36 +105,31 @@ def assemble(checkpoint: Path) -> Any:
     )
 
 
-class Stages:
-    """Seconds of a picture by net: two clock readings for each call of one."""
+def watched_stages(pipe: Any) -> dict[str, float]:
+    """Seconds by net, to which every call of a net adds from now on: two clock readings for each."""
+    seconds: dict[str, float] = {}
+    nets = {"text_encoder": pipe.text_encoder, "unet": pipe.unet, "vae_decoder": pipe.vae.decoder}
+    for name, module in nets.items():
+        began: list[float] = []
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._began = 0.0
+        def before(*_: Any, began: list[float] = began) -> None:
+            began.append(perf_counter())
 
-    @classmethod
-    def of(cls, pipe: Any) -> Stages:
-        """Watching the nets of a pipeline."""
-        stages = cls()
-        nets = {"text_encoder": pipe.text_encoder, "unet": pipe.unet, "vae_decoder": pipe.vae.decoder}
-        for name, module in nets.items():
-            stages.watch(name, module)
-        return stages
-
-    def watch(self, name: str, module: Any) -> None:
-        """Charge the calls of a torch module to `name`."""
-
-        def before(*_: Any) -> None:
-            self._began = perf_counter()
-
-        def after(*_: Any) -> None:
-            self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - self._began
+        def after(*_: Any, name: str = name, began: list[float] = began) -> None:
+            seconds[name] = seconds.get(name, 0.0) + perf_counter() - began.pop()
 
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after)
+    return seconds
 
 
-class DiffusersSide:
+def diffusers_side(
+    name: str,
+    package: Package,
+    pipe: Any,
+    settings: Mapping[str, str],
+    stages: dict[str, float] | None = None,
+) -> OpenSide:
     """A diffusers pipeline, eager or compiled.
 
     Args:
@@ -146,82 +137,72 @@ class DiffusersSide:
         package: whose inputs it gets.
         pipe: `StableDiffusionPipeline`.
         settings: what was set, for the row's stamp.
-        stages: which watches the nets, if anything does.
+        stages: `watched_stages` of the pipeline, if anything watches it.
     """
+    import torch
 
-    def __init__(
-        self,
-        name: str,
-        package: Package,
-        pipe: Any,
-        settings: Mapping[str, str],
-        stages: Stages | None = None,
-    ) -> None:
-        self._name, self._package = name, package
-        self._pipe: Any = pipe
-        self._settings, self._stages, self._watched = settings, stages or Stages(), stages is not None
-        self._own_scheduler = pipe.scheduler
-        self._device, self._dtype = str(pipe.device.type), pipe.unet.dtype
+    peer = _Diffusers(name, package, pipe)
+    on_cuda = pipe.device.type == "cuda"
 
-    @property
-    def versions(self) -> Mapping[str, str]:
-        """Libraries, and what was set."""
-        import torch
-
-        weight, last = self._pipe.unet.conv_in.weight, torch.channels_last
-        return {
-            "torch": str(torch.__version__),
-            "diffusers": version_of("diffusers"),
-            "transformers": version_of("transformers"),
-            "device": self._device,
-            "dtype": str(self._dtype).removeprefix("torch."),
-            "threads": str(torch.get_num_threads()),
-            "attention": type(
-                self._pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor
-            ).__name__,
-            "memory_format": "channels_last" if weight.is_contiguous(memory_format=last) else "contiguous",
-            **self._settings,
-        }
-
-    def prepare(self, workload: str, case: Case) -> Prepared:
-        """Raises NotAvailableError, also for a sampler that is not in SAMPLERS."""
-        makers: Mapping[str, Callable[[Case], Callable[[], Mapping[str, Any]]]] = {
-            "text_encoder": self._text_encoder,
-            "unet": self._unet,
-            "vae_decoder": self._vae_decoder,
-            "picture": self._picture,
-        }
-        if workload not in makers:
-            raise not_available(self._name, workload)
-        call = makers[workload](case)
-        seconds = self._stages.seconds
+    def make(workload: Call, case: Case, stack: ExitStack) -> Work:
+        call, left = workload(case), dict[str, Any]()
 
         def run() -> Mapping[str, Array]:
-            import torch
-
-            seconds.clear()
+            if stages is not None:
+                stages.clear()
             with torch.inference_mode():
-                found = call()
-            if self._device == "cuda":
+                left.update(call())
+            if on_cuda:
                 torch.cuda.synchronize()
-            return found
-
-        told = workload == "picture" and self._watched
-        return TorchWork(call=run, told=lambda: {"stages_s": dict(seconds)} if told else {})
-
-    def memory(self) -> Mapping[str, Any]:
-        """The peak of torch's allocator on CUDA."""
-        if self._device != "cuda":
             return {}
-        import torch
 
-        return {"allocator_peak": int(torch.cuda.max_memory_reserved())}
+        # Outputs become arrays when they are asked for: on a GPU that is a copy nobody should time.
+        return Work(
+            call=run,
+            fetch=lambda: {name: np.asarray(torch.as_tensor(value).cpu()) for name, value in left.items()},
+            figures=lambda: {"stages_s": dict(stages)} if stages and workload == peer.picture else {},
+        )
 
-    def close(self) -> None:
-        """Free everything."""
-        self._pipe = None
+    workloads = {
+        "text_encoder": peer.text_encoder,
+        "unet": peer.unet,
+        "vae_decoder": peer.vae_decoder,
+        "picture": peer.picture,
+    }
+    return OpenSide(
+        name=name,
+        versions={**_versions(pipe), **settings},
+        makers={name: partial(make, workload) for name, workload in workloads.items()},
+        memory=lambda: {"allocator_peak": int(torch.cuda.max_memory_reserved())} if on_cuda else {},
+    )
 
-    # ── the workloads ──────────────────────────────────────────────────────────────────────────
+
+def _versions(pipe: Any) -> dict[str, str]:
+    """Libraries, and how the UNet runs."""
+    import torch
+
+    weight = pipe.unet.conv_in.weight
+    attention = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    last = weight.is_contiguous(memory_format=torch.channels_last)
+    return {
+        "torch": str(torch.__version__),
+        "diffusers": version_of("diffusers"),
+        "transformers": version_of("transformers"),
+        "device": str(pipe.device.type),
+        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
+        "threads": str(torch.get_num_threads()),
+        "attention": type(attention.processor).__name__,
+        "memory_format": "channels_last" if last else "contiguous",
+    }
+
+
+class _Diffusers:
+    """What one run of each workload calls, by the names of the contract."""
+
+    def __init__(self, name: str, package: Package, pipe: Any) -> None:
+        self._name, self._package, self._pipe = name, package, pipe
+        self._own_scheduler = pipe.scheduler
+        self._device, self._dtype = str(pipe.device.type), pipe.unet.dtype
 
     def _inputs(self, workload: str, case: Case) -> dict[str, Any]:
         """The same as everyone's, as tensors on the device."""
@@ -231,11 +212,11 @@ class DiffusersSide:
         arrays = net_inputs(workload, case, self._package.manifest, tokenizer)
         return {name: torch.as_tensor(array, device=self._device) for name, array in arrays.items()}
 
-    def _text_encoder(self, case: Case) -> Callable[[], Mapping[str, Any]]:
+    def text_encoder(self, case: Case) -> Callable[[], Mapping[str, Any]]:
         ids, encoder = self._inputs("text_encoder", case)["input_ids"].long(), self._pipe.text_encoder
         return lambda: {"context": encoder(ids, attention_mask=None)[0]}
 
-    def _unet(self, case: Case) -> Callable[[], Mapping[str, Any]]:
+    def unet(self, case: Case) -> Callable[[], Mapping[str, Any]]:
         inputs, unet = self._inputs("unet", case), self._pipe.unet
         latent, context = inputs["latent"].to(self._dtype), inputs["context"].to(self._dtype)
         # A whole number, as most schedulers have it: for another dtype everything would be compiled again.
@@ -244,7 +225,7 @@ class DiffusersSide:
             "prediction": unet(latent, timestep, encoder_hidden_states=context, return_dict=False)[0]
         }
 
-    def _vae_decoder(self, case: Case) -> Callable[[], Mapping[str, Any]]:
+    def vae_decoder(self, case: Case) -> Callable[[], Mapping[str, Any]]:
         latent = self._inputs("vae_decoder", case)["latent"].to(self._dtype)
         vae, processor = self._pipe.vae, self._pipe.image_processor
 
@@ -254,7 +235,7 @@ class DiffusersSide:
 
         return call
 
-    def _picture(self, case: Case) -> Callable[[], Mapping[str, Any]]:
+    def picture(self, case: Case) -> Callable[[], Mapping[str, Any]]:
         import torch
 
         pipe = self._pipe
@@ -287,17 +268,6 @@ class DiffusersSide:
             )
         kind, options = SAMPLERS[sampler]
         return getattr(import_module("diffusers"), kind).from_config(self._own_scheduler.config, **options)
-
-
-class TorchWork(Work):
-    """Outputs become arrays when they are asked for: on a GPU that is a copy nobody should time."""
-
-    def outputs(self) -> Mapping[str, Array]:
-        """Of the last run."""
-        return {
-            name: value if isinstance(value, np.ndarray) else value.cpu().numpy()
-            for name, value in self.left.items()
-        }
 
 
 def _pixels(images: Array) -> Array:

@@ -10,8 +10,8 @@ from contextlib import ExitStack, closing
 
 from ...engines.onnxruntime.nets import CUDA, cuda_available, open_onnxruntime_net
 from ...engines.onnxruntime.session import library
-from .contract import NotAvailableError, OpenSide, Task
-from .plain_device_loop import DEVICE_NETS, PlainDeviceSide
+from .contract import OpenSide, Task
+from .plain_device_loop import DEVICE_NETS, plain_device_side
 from .requirements import open_plain_package
 
 NAME = "onnxruntime-cuda"
@@ -25,11 +25,7 @@ def available(task: Task) -> str | None:
 
 
 def open_side(task: Task) -> OpenSide:
-    """A session for each net. Raises NotAvailableError, BackendError, PackageError, MemoryLimitError."""
-    if reason := available(task):
-        raise NotAvailableError(
-            reason, expected="onnxruntime-gpu and a CUDA device", fix='pip install "latentrt[cuda]"'
-        )
+    """A session for each net. Raises BackendError, PackageError, MemoryLimitError."""
     from ...engines.cuda.device import CudaDevice
 
     package = open_plain_package(task)
@@ -52,4 +48,4 @@ def open_side(task: Task) -> OpenSide:
             "prefer_nhwc": "0",
             "use_tf32": "0",
         }
-        return PlainDeviceSide(NAME, package, device, nets, versions, stack.pop_all())
+        return plain_device_side(NAME, package, device, nets, versions, stack.pop_all())

@@ -8,8 +8,8 @@ from typing import Any
 
 from ...engines.onnxruntime import session as onnxruntime
 from ...engines.onnxruntime.session import usable_processors
-from .contract import NotAvailableError, OpenSide, Task
-from .plain_loop import PLAIN_NETS, Net, PlainSide
+from .contract import OpenSide, Task
+from .plain_loop import PLAIN_NETS, Net, plain_side
 from .requirements import missing_modules, open_plain_package
 
 NAME = "onnxruntime"
@@ -23,10 +23,6 @@ def available(task: Task) -> str | None:
 
 def open_side(task: Task) -> OpenSide:
     """A session for each net: default options but for the threads. Raises NotAvailableError, PackageError."""
-    if reason := available(task):
-        raise NotAvailableError(
-            reason, expected="ONNX Runtime", fix='Install it: pip install "latentrt[cpu]".'
-        )
     package = open_plain_package(task)
     options = onnxruntime.library().SessionOptions()  # what a user gets: not the settings of our own sessions
     options.log_severity_level = 3
@@ -46,7 +42,7 @@ def open_side(task: Task) -> OpenSide:
         "threads": str(options.intra_op_num_threads),
         "graph_optimization": str(options.graph_optimization_level.name),
     }
-    return PlainSide(NAME, package, lambda name, case: nets[name], versions, resources)
+    return plain_side(NAME, package, lambda name, case: nets[name], versions, resources)
 
 
 def _run(session: Any, outputs: list[str], feeds: Any) -> dict[str, Any]:

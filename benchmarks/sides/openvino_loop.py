@@ -16,8 +16,8 @@ from ...engines.package import Package
 from ...engines.spec import Array
 from ...runtime.loop.device.buffers import shape_of
 from ..case import Case, sizes_of
-from .contract import NotAvailableError, OpenSide, Task
-from .plain_loop import PlainSide
+from .contract import OpenSide, Task
+from .plain_loop import plain_side
 from .requirements import missing_modules, open_plain_package
 
 NAME = "openvino"
@@ -32,8 +32,6 @@ def available(task: Task) -> str | None:
 
 def open_side(task: Task) -> OpenSide:
     """The package, to be compiled case by case. Raises NotAvailableError, PackageError."""
-    if reason := available(task):
-        raise NotAvailableError(reason, expected="OpenVINO", fix="Install it: pip install openvino.")
     import openvino
 
     package = open_plain_package(task)
@@ -49,7 +47,7 @@ def open_side(task: Task) -> OpenSide:
     }
     compiler, resources = Compiler(core, package, settings), ExitStack()
     resources.callback(compiler.close)
-    return PlainSide(NAME, package, compiler, versions, resources)
+    return plain_side(NAME, package, compiler, versions, resources)
 
 
 class Compiler:

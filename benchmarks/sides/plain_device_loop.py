@@ -6,7 +6,7 @@ has to come back to the host between steps: the most that a user of the engine c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 import numpy as np
@@ -16,202 +16,107 @@ from ...engines.package import Package
 from ...engines.spec import ROW, Array, TensorSpec
 from ...runtime.loop import guidance
 from ...runtime.loop.denoise import narrow
-from ...runtime.loop.device.buffers import Block, BlockLayout, Sizes, aligned
-from ...runtime.loop.device.programs import input_shapes
+from ...runtime.loop.device.buffers import Block, aligned
 from ...runtime.prompts.tokenizer import ClipTokenizer
 from ..case import Case, net_inputs, sizes_of, whole_inputs
-from .contract import Prepared, not_available
+from .contract import OpenSide, Work
+from .device_work import DeviceNets, upload
 from .ours import schedule_of
-from .ours_device import DeviceWork
 from .plain_loop import PLAIN_NETS, check_drawable
 
 DEVICE_NETS = (*PLAIN_NETS, "step")
-# What lies at one address: where the UNet reads, `step` writes and the decoder reads in the end.
-_SAME = {
-    "step/prediction": "unet_whole/out_sample",
-    "step/latent": "unet_whole/sample",
-    "vae_decoder/latent": "unet_whole/sample",
-}
 
 
-class PlainDeviceSide:
-    """Nets of an engine on a device, and the loop around them.
+def plain_device_side(
+    name: str,
+    package: Package,
+    device: Device,
+    nets: Mapping[str, DeviceNet],
+    versions: Mapping[str, str],
+    resources: ExitStack,
+) -> OpenSide:
+    """Nets of an engine on a device, DEVICE_NETS, and the loop around them; arguments as of `plain_side`."""
+    plain = _PlainDeviceLoop(name, package, DeviceNets(device=device, nets=nets))
+    makers = {
+        "text_encoder": plain.text_encoder,
+        "unet": plain.unet,
+        "vae_decoder": plain.vae_decoder,
+        "picture": plain.picture,
+    }
+    return OpenSide(
+        name=name,
+        versions=versions,
+        makers=makers,
+        resources=resources,
+        memory=lambda: {"ledger": {name: vars(net.memory) for name, net in nets.items()}},
+    )
 
-    Args:
-        name: of the side, for errors.
-        package: the graphs are from.
-        device: where the nets are.
-        nets: DEVICE_NETS.
-        versions: of the engine, and what was set.
-        resources: what is freed at the end.
-    """
 
-    def __init__(
-        self,
-        name: str,
-        package: Package,
-        device: Device,
-        nets: Mapping[str, DeviceNet],
-        versions: Mapping[str, str],
-        resources: ExitStack,
-    ) -> None:
-        self._name, self._package, self._device, self._nets = name, package, device, nets
-        self._versions, self._resources = versions, resources
-        self._tokenizer = ClipTokenizer.open(package.root / "tokenizer")
+class _PlainDeviceLoop:
+    """The workloads, by the names of the contract."""
 
-    @property
-    def versions(self) -> Mapping[str, str]:
-        """Of the engine, and what was set."""
-        return self._versions
-
-    def memory(self) -> Mapping[str, object]:
-        """The nets' ledger."""
-        return {"ledger": {name: vars(net.memory) for name, net in self._nets.items()}}
-
-    def close(self) -> None:
-        """Free what was prepared, then nets and device. May be called twice."""
-        self._resources.close()
-
-    def prepare(self, workload: str, case: Case) -> Prepared:
-        """Raises NotAvailableError, MemoryLimitError."""
-        makers: Mapping[str, Callable[[Case, ExitStack], DeviceWork]] = {
-            "text_encoder": self._text_encoder,
-            "unet": self._unet,
-            "vae_decoder": self._vae_decoder,
-            "picture": self._picture,
-        }
-        if workload not in makers:
-            raise not_available(self._name, workload)
-        with ExitStack() as stack:
-            work = makers[workload](case, stack)
-            self._device.synchronize()
-            work.held = stack.pop_all()
-        self._resources.callback(work.close)
-        return work
-
-    # ── one net ────────────────────────────────────────────────────────────────────────────────
-
-    def _text_encoder(self, case: Case, stack: ExitStack) -> DeviceWork:
-        inputs = self._inputs("text_encoder", case)
-        return self._net(stack, "text_encoder", case, inputs, {"context": "context"})
-
-    def _unet(self, case: Case, stack: ExitStack) -> DeviceWork:
-        feeds = whole_inputs(case, self._package.manifest, self._inputs("unet", case))
-        return self._net(stack, "unet_whole", case, feeds, {"prediction": "out_sample"})
-
-    def _vae_decoder(self, case: Case, stack: ExitStack) -> DeviceWork:
-        inputs = self._inputs("vae_decoder", case)
-        return self._net(stack, "vae_decoder", case, inputs, {"image": "image"})
+    def __init__(self, name: str, package: Package, nets: DeviceNets) -> None:
+        self._name, self.manifest, self.nets = name, package.manifest, nets
+        self.tokenizer = ClipTokenizer.open(package.root / "tokenizer")
 
     def _inputs(self, workload: str, case: Case) -> dict[str, Array]:
-        return net_inputs(workload, case, self._package.manifest, self._tokenizer)
+        return net_inputs(workload, case, self.manifest, self.tokenizer)
 
-    def _net(
-        self,
-        stack: ExitStack,
-        name: str,
-        case: Case,
-        feeds: Mapping[str, Array],
-        outputs: Mapping[str, str],
-    ) -> DeviceWork:
-        """One call of a net, timed by the device too; `outputs` are canonical names -> the net's own."""
-        sizes = sizes_of(case, self._package.manifest)
-        block, bound = self._bind(stack, [name], sizes)
-        for tensor, array in feeds.items():
-            block.upload(f"{name}/{tensor}", array)
-        watch, device = self._device.stopwatch(), self._device
-        stack.callback(watch.close)
+    def text_encoder(self, case: Case, stack: ExitStack) -> Work:
+        return self._net(stack, "text_encoder", case, self._inputs("text_encoder", case), "context")
 
-        def call() -> Mapping[str, Array]:
-            watch.start()
-            bound[name].enqueue()
-            watch.stop()
-            device.synchronize()
-            return {}
+    def unet(self, case: Case, stack: ExitStack) -> Work:
+        feeds = whole_inputs(case, self.manifest, self._inputs("unet", case))
+        feeds["latent"] = feeds.pop("sample")  # the block has our names
+        return self._net(stack, "unet_whole", case, feeds, "prediction")
 
-        def download() -> Mapping[str, Array]:
-            found = {ours: block.download(f"{name}/{theirs}") for ours, theirs in outputs.items()}
-            device.synchronize()
-            return found
+    def vae_decoder(self, case: Case, stack: ExitStack) -> Work:
+        return self._net(stack, "vae_decoder", case, self._inputs("vae_decoder", case), "image")
 
-        return DeviceWork(call=call, told=lambda: {"device_s": watch.seconds()}, download=download)
+    def _net(self, stack: ExitStack, name: str, case: Case, feeds: Mapping[str, Array], output: str) -> Work:
+        """One call of a net, timed by the device too."""
+        block, (bound,) = self.nets.bind(stack, (name, sizes_of(case, self.manifest)))
+        upload(block, feeds)
+        return self.nets.work(stack, bound.enqueue, lambda: {output: block.download(output)})
 
-    def _bind(
-        self, stack: ExitStack, names: Iterable[str], sizes: Sizes, more: Iterable[TensorSpec] = ()
-    ) -> tuple[Block, dict[str, BoundNet]]:
-        """A block with every tensor of these nets under "net/tensor", and the nets bound to it."""
-        layout = BlockLayout()
-        names = tuple(names)
-        tensors = {name: (*self._nets[name].spec.inputs, *self._nets[name].spec.outputs) for name in names}
-        for name in names:
-            own = [item for item in tensors[name] if _place(name, item, names) == f"{name}/{item.name}"]
-            layout.add_tensors(own, sizes, f"{name}/")
-        layout.add_tensors(more, sizes)
-        block = Block(self._device, layout)
-        stack.callback(block.close)
-        found: dict[str, BoundNet] = {}
-        for name in names:
-            addresses = {item.name: block.address(_place(name, item, names)) for item in tensors[name]}
-            spec = self._nets[name].spec
-            found[name] = self._nets[name].bind(input_shapes(spec, sizes), addresses, 0)
-            stack.callback(found[name].close)
-        return block, found
-
-    # ── all of it ──────────────────────────────────────────────────────────────────────────────
-
-    def _picture(self, case: Case, stack: ExitStack) -> DeviceWork:
-        manifest = self._package.manifest
-        check_drawable(self._name, manifest)
-        sizes = sizes_of(case, manifest)
-        table, noise = schedule_of(case, manifest)
-        schedule = {"rows": 4 * len(ROW), "timesteps": 4 * case.batch, "noises": noise().nbytes}
-        more = [
-            TensorSpec(name=name, dtype="uint8", shape=(len(table), aligned(size)))
+    def picture(self, case: Case, stack: ExitStack) -> Work:
+        check_drawable(self._name, self.manifest)
+        sizes = sizes_of(case, self.manifest)
+        table, noise = schedule_of(case, self.manifest)
+        # What differs from row to row, each row's at an aligned place of its own.
+        schedule = {"rows": len(ROW), "timesteps": case.batch, "noises": noise().size}
+        lines = [
+            TensorSpec(name=name, dtype="float32", shape=(len(table), aligned(4 * size) // 4))
             for name, size in schedule.items()
         ]
-        block, bound = self._bind(stack, DEVICE_NETS, sizes, more)
-        drawing = _Drawing(self._package, self._tokenizer, self._device, block, bound, case)
-        images: dict[str, Array] = {}
-
-        def call() -> Mapping[str, Array]:
-            images["image"] = drawing.draw()
-            return {}
-
-        return DeviceWork(call=call, download=lambda: images)
+        block, bound = self.nets.bind(stack, *((name, sizes) for name in DEVICE_NETS), more=lines)
+        drawing = _Drawing(self, block, dict(zip(DEVICE_NETS, bound, strict=True)), case)
+        return Work(call=lambda: {"image": drawing.draw()})
 
 
 class _Drawing:
     """A picture's buffers, and how it is drawn in them."""
 
     def __init__(
-        self,
-        package: Package,
-        tokenizer: ClipTokenizer,
-        device: Device,
-        block: Block,
-        bound: Mapping[str, BoundNet],
-        case: Case,
+        self, loop: _PlainDeviceLoop, block: Block, bound: Mapping[str, BoundNet], case: Case
     ) -> None:
-        self._manifest, self._tokenizer, self._device = package.manifest, tokenizer, device
+        self._manifest, self._tokenizer, self._device = loop.manifest, loop.tokenizer, loop.nets.device
         self._block, self._bound, self._case = block, bound, case
 
     def draw(self) -> Array:
         """Prompt to (N, H, W, 3) uint8."""
-        case, block, device = self._case, self._block, self._device
-        draws = self._start()
-        for row, noisy in enumerate(draws):
-            self._copy("timesteps", row, "unet_whole/timestep")
-            self._copy("rows", row, "step/row")
+        block, device = self._block, self._device
+        for row, noisy in enumerate(self._start()):
+            self._copy("timesteps", row, "timestep")
+            self._copy("rows", row, "row")
             if noisy:
-                self._copy("noises", row, "step/noise")
+                self._copy("noises", row, "noise")
             self._bound["unet_whole"].enqueue()
             self._bound["step"].enqueue()
-            state = block.place("step/state").size
-            device.copy(block.address("step/state"), block.address("step/next_state"), state)
+            device.copy(block.address("state"), block.address("next_state"), block.place("state").size)
         self._bound["vae_decoder"].enqueue()
-        image = block.download("vae_decoder/image")
+        image = block.download("image")
         device.synchronize()
-        assert len(image) == case.pictures
         return image
 
     def _start(self) -> list[bool]:
@@ -219,53 +124,37 @@ class _Drawing:
         case, block = self._case, self._block
         table, noise = schedule_of(case, self._manifest)
         start = table.init * noise()
-        inputs = net_inputs("text_encoder", case, self._manifest, self._tokenizer)
-        for name, array in inputs.items():
-            block.upload(f"text_encoder/{name}", array)
+        upload(block, net_inputs("text_encoder", case, self._manifest, self._tokenizer))
         self._bound["text_encoder"].enqueue()
         self._spread_context()
-        state = np.zeros(block.place("step/state").shape, np.float32)
+        state = np.zeros(block.place("state").shape, np.float32)
         state[0] = start
-        block.upload("step/state", state)
-        block.upload("unet_whole/sample", narrow(guidance.batch(start, case.guided), np.float32))
-        draws = [bool(drawn) for drawn in table.draws]
+        block.upload("state", state)
+        block.upload("latent", narrow(guidance.batch(start, case.guided), np.float32))
         noises = np.zeros((len(table), *start.shape), np.float32)
         for row in np.flatnonzero(table.draws):
             noises[row] = noise()
         self._upload_lines("rows", table.packed_rows(case.guidance_scale, 0.0)[:, : len(ROW)])
-        self._upload_lines("timesteps", np.repeat(table.t.astype(np.float32)[:, None], case.batch, axis=1))
-        if any(draws):
+        self._upload_lines("timesteps", np.repeat(table.t[:, None], case.batch, axis=1))
+        if table.draws.any():
             self._upload_lines("noises", noises)
-        return draws
+        return [bool(drawn) for drawn in table.draws]
 
     def _spread_context(self) -> None:
         """(P, T, D) -> (B, T, D): a text's context for each of the pictures."""
-        block, pictures = self._block, self._case.pictures
-        place = block.place("text_encoder/context")
+        block, place = self._block, self._block.place("context")
+        source, target = block.address("context"), block.address("encoder_hidden_states")
         width = place.size // place.shape[0]
-        source, target = (
-            block.address("text_encoder/context"),
-            block.address("unet_whole/encoder_hidden_states"),
-        )
         for row in range(self._case.batch):
-            self._device.copy(target + row * width, source + row // pictures * width, width)
+            self._device.copy(target + row * width, source + row // self._case.pictures * width, width)
 
     def _upload_lines(self, name: str, lines: Array) -> None:
-        """(S, …) float32, each line at an aligned place of its own."""
-        padded = np.zeros(self._block.place(name).shape, np.uint8)
-        for place, line in zip(padded, lines, strict=True):
-            content = np.frombuffer(np.ascontiguousarray(line, np.float32).data, np.uint8)
-            place[: content.size] = content
+        """(S, …), each line at its aligned place."""
+        padded = np.zeros(self._block.place(name).shape, np.float32)
+        padded[:, : lines[0].size] = np.reshape(lines, (len(lines), -1))
         self._block.upload(name, padded)
 
     def _copy(self, lines: str, row: int, to: str) -> None:
-        block = self._block
-        source = block.address(lines) + row * block.place(lines).shape[1]
+        block, place = self._block, self._block.place(lines)
+        source = block.address(lines) + row * (place.size // place.shape[0])
         self._device.copy(block.address(to), source, block.place(to).size)
-
-
-def _place(net: str, tensor: TensorSpec, names: tuple[str, ...]) -> str:
-    """Where a tensor of a net lies, in the company of these nets."""
-    own = f"{net}/{tensor.name}"
-    other = _SAME.get(own, own)
-    return other if other.partition("/")[0] in names else own

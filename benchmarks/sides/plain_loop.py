@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any
 
 import numpy as np
 
@@ -19,8 +18,8 @@ from ...runtime.loop.clock import Clock
 from ...runtime.loop.denoise import denoise, narrow
 from ...runtime.prompts.tokenizer import ClipTokenizer
 from ..case import Case, net_inputs, whole_inputs
-from .contract import Prepared, not_available
-from .ours import Work, schedule_of
+from .contract import OpenSide, Work, not_available
+from .ours import schedule_of
 
 PLAIN_NETS = ("text_encoder", "unet_whole", "vae_decoder")
 Net = Callable[[Mapping[str, Array]], Mapping[str, Array]]  # inputs by name -> outputs by name
@@ -28,12 +27,14 @@ OpenNet = Callable[[str, Case], Net]  # of PLAIN_NETS, for the shapes of a case
 
 
 def check_drawable(name: str, manifest: Manifest) -> None:
-    """Raise NotAvailableError for a model that is told more than a prompt: these loops do not know how."""
+    """Raise NotAvailableError for a model that needs more than a prompt: these loops do not know how."""
     if manifest.vectors or manifest.image_latents:
         raise not_available(name, "picture")
 
 
-class PlainSide:
+def plain_side(
+    name: str, package: Package, open_net: OpenNet, versions: Mapping[str, str], resources: ExitStack
+) -> OpenSide:
     """Nets of an engine on the host, and the loop around them.
 
     Args:
@@ -43,66 +44,45 @@ class PlainSide:
         versions: of the engine, and what was set.
         resources: what is freed at the end.
     """
+    plain = _PlainLoop(name, package, open_net)
+    makers = {
+        "text_encoder": plain.text_encoder,
+        "unet": plain.unet,
+        "vae_decoder": plain.vae_decoder,
+        "picture": plain.picture,
+    }
+    return OpenSide(name=name, versions=versions, makers=makers, resources=resources)
 
-    def __init__(
-        self,
-        name: str,
-        package: Package,
-        open_net: OpenNet,
-        versions: Mapping[str, str],
-        resources: ExitStack,
-    ) -> None:
-        self._name, self._package, self._open_net = name, package, open_net
-        self._versions, self._resources = versions, resources
+
+class _PlainLoop:
+    """The workloads, by the names of the contract."""
+
+    def __init__(self, name: str, package: Package, open_net: OpenNet) -> None:
+        self._name, self._manifest, self._open_net = name, package.manifest, open_net
         self._tokenizer = ClipTokenizer.open(package.root / "tokenizer")
         self._dtype = DTYPES[package.manifest.nets["unet_whole"].spec.inputs[0].dtype]
 
-    @property
-    def versions(self) -> Mapping[str, str]:
-        """Of the engine, and what was set."""
-        return self._versions
-
-    def memory(self) -> Mapping[str, Any]:
-        """Nothing: the engine does not say."""
-        return {}
-
-    def close(self) -> None:
-        """Free the nets. May be called twice."""
-        self._resources.close()
-
-    def prepare(self, workload: str, case: Case) -> Prepared:
-        """Raises NotAvailableError."""
-        makers = {
-            "text_encoder": self._text_encoder,
-            "unet": self._unet,
-            "vae_decoder": self._vae_decoder,
-            "picture": self._picture,
-        }
-        if workload not in makers:
-            raise not_available(self._name, workload)
-        return makers[workload](case)
-
     def _inputs(self, workload: str, case: Case) -> dict[str, Array]:
-        return net_inputs(workload, case, self._package.manifest, self._tokenizer)
+        return net_inputs(workload, case, self._manifest, self._tokenizer)
 
-    def _text_encoder(self, case: Case) -> Work:
+    def text_encoder(self, case: Case, stack: ExitStack) -> Work:
         inputs, net = self._inputs("text_encoder", case), self._open_net("text_encoder", case)
         return Work(call=lambda: net(inputs))
 
-    def _unet(self, case: Case) -> Work:
-        feeds = whole_inputs(case, self._package.manifest, self._inputs("unet", case))
+    def unet(self, case: Case, stack: ExitStack) -> Work:
+        feeds = whole_inputs(case, self._manifest, self._inputs("unet", case))
         for name in ("sample", "encoder_hidden_states"):  # the others stay float32
             feeds[name] = narrow(feeds[name], self._dtype)
         net = self._open_net("unet_whole", case)
         return Work(call=lambda: {"prediction": net(feeds)["out_sample"]})
 
-    def _vae_decoder(self, case: Case) -> Work:
+    def vae_decoder(self, case: Case, stack: ExitStack) -> Work:
         feeds = {"latent": narrow(self._inputs("vae_decoder", case)["latent"], self._dtype)}
         net = self._open_net("vae_decoder", case)
         return Work(call=lambda: {"image": net(feeds)["image"]})
 
-    def _picture(self, case: Case) -> Work:
-        check_drawable(self._name, self._package.manifest)
+    def picture(self, case: Case, stack: ExitStack) -> Work:
+        check_drawable(self._name, self._manifest)
         seconds: dict[str, float] = {}
         nets = {name: self._open_net(name, case) for name in PLAIN_NETS}
 
@@ -113,11 +93,11 @@ class PlainSide:
             seconds.update(clock.seconds)
             return {"image": image}
 
-        return Work(call=call, told=lambda: {"stages_s": dict(seconds)})
+        return Work(call=call, figures=lambda: {"stages_s": dict(seconds)})
 
     def _draw(self, case: Case, nets: Mapping[str, Net], clock: Clock) -> Array:
         """Prompt to (N, H, W, 3) uint8."""
-        table, noise = schedule_of(case, self._package.manifest)
+        table, noise = schedule_of(case, self._manifest)
         start = noise()
         with clock.stage("text_encoder"):
             context = nets["text_encoder"](self._inputs("text_encoder", case))["context"]  # (P, T, D)

@@ -24,19 +24,12 @@ def missing_checkpoint(task: Task) -> str | None:
     return None
 
 
-def first_reason(*reasons: str | None) -> str | None:
-    """The first that is one."""
-    return next(filter(None, reasons), None)
-
-
-def version_of(*distributions: str) -> str:
-    """Of the first of these distributions that is installed; "unknown" if it came by other means than pip."""
-    for name in distributions:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return "unknown"
+def version_of(distribution: str) -> str:
+    """The version of a distribution; "unknown" if it came by other means than pip."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def open_plain_package(task: Task) -> Package:

@@ -19,9 +19,9 @@ from ...engines.net_weights import engine_bytes
 from ...engines.package import Package
 from ...engines.spec import NetSpec, output_shapes
 from ...engines.tensorrt.flavour import flavour, installed_version
-from .contract import NotAvailableError, OpenSide, Task
-from .plain_device_loop import DEVICE_NETS, PlainDeviceSide
-from .requirements import first_reason, missing_modules, open_plain_package, version_of
+from .contract import OpenSide, Task
+from .plain_device_loop import DEVICE_NETS, plain_device_side
+from .requirements import missing_modules, open_plain_package, version_of
 
 NAME = "tensorrt"
 
@@ -29,7 +29,7 @@ NAME = "tensorrt"
 def available(task: Task) -> str | None:
     """None if it can run here, else the reason."""
     del task
-    if reason := first_reason(missing_modules("tensorrt", "polygraphy"), facts.available()):
+    if reason := missing_modules("tensorrt", "polygraphy") or facts.available():
         return reason
     try:
         flavour("tensorrt")
@@ -39,13 +39,7 @@ def available(task: Task) -> str | None:
 
 
 def open_side(task: Task) -> OpenSide:
-    """The package; engines are built case by case. Raises NotAvailableError, BackendError, PackageError."""
-    if reason := available(task):
-        raise NotAvailableError(
-            reason,
-            expected="TensorRT, Polygraphy and an NVIDIA GPU",
-            fix='Install them: pip install "latentrt[tensorrt]" polygraphy.',
-        )
+    """The package; engines are built case by case. Raises BackendError, PackageError."""
     from ...engines.cuda.device import CudaDevice
 
     package = open_plain_package(task)
@@ -61,7 +55,7 @@ def open_side(task: Task) -> OpenSide:
             "precision": "strongly typed",
             "profile": "min = opt = max, the case's shapes",
         }
-        return PlainDeviceSide(NAME, package, device, nets, versions, stack.pop_all())
+        return plain_device_side(NAME, package, device, nets, versions, stack.pop_all())
 
 
 class PolygraphyNet:

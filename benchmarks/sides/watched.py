@@ -13,9 +13,7 @@ import gc
 import tracemalloc
 from array import array
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from statistics import median_low
 from time import perf_counter
@@ -30,7 +28,7 @@ from ...runtime.pipeline import Pipeline
 from ...runtime.request.request import make_request
 from ..case import Case
 from ..opening import open_pipeline
-from .contract import OpenSide, Prepared, Task, not_available
+from .contract import WATCHED, Make, OpenSide, Task, Work
 from .ours import available as available
 
 TIMELINE, GROWTH = "timeline", "growth per step"  # workloads
@@ -58,7 +56,7 @@ class Marks(Clock):
 
 def draw(pipe: Pipeline, case: Case) -> dict[str, Any]:
     """One picture, step by step: the figures of "timeline"."""
-    loop, clock = _loop(pipe), Marks()
+    loop, clock = pipe.loop, Marks()
     began = perf_counter()
     *_, last = loop.steps(_job(pipe, case, clock), clock, None)
     with clock.stage("vae_decoder"):
@@ -115,18 +113,13 @@ def growth_per_step(traced: Sequence[int]) -> float:
     return median_low((after - before) / (end - begin) for (begin, before), (end, after) in pairwise(least))
 
 
-def _loop(pipe: Pipeline) -> Any:
-    return pipe.loop
-
-
 def _job(pipe: Pipeline, case: Case, clock: Clock | None = None) -> DenoiseJob:
-    request = make_request(pipe.package.manifest, case.prompt, **case.parameters)
-    return pipe.prepare(request, clock or Clock())
+    return pipe.prepare(make_request(pipe.package.manifest, case.prompt, **case.parameters), clock)
 
 
 def _rows(pipe: Pipeline, case: Case) -> Iterator[int]:
     """The index of every row, when it is done. Nothing of the state is kept here."""
-    for state in _loop(pipe).steps(_job(pipe, case), Clock(), None):
+    for state in pipe.loop.steps(_job(pipe, case), Clock(), None):
         index = state.index
         del state
         yield index
@@ -134,7 +127,7 @@ def _rows(pipe: Pipeline, case: Case) -> Iterator[int]:
 
 def device_allocations(pipe: Pipeline, case: Case) -> list[int] | None:
     """Calls of `Device.allocate` between the rows of a request that was prepared before; None on the host."""
-    loop = _loop(pipe)
+    loop = pipe.loop
     if not isinstance(loop, DeviceLoop):
         return None
     _job(pipe, case)
@@ -163,48 +156,28 @@ def device_allocations(pipe: Pipeline, case: Case) -> list[int] | None:
 
 # ── the side ───────────────────────────────────────────────────────────────────────────────────────
 
-_WATCHES: Mapping[str, Callable[[Pipeline, Case], dict[str, Any]]] = {TIMELINE: draw, GROWTH: watch_steps}
-
 
 def open_side(task: Task) -> OpenSide:
     """The pipeline, with the loop that a user has."""
-    return _Watched(open_pipeline(task.package, LoopOptions(backend=task.backend, threads=task.threads)))
+    pipe = open_pipeline(task.package, LoopOptions(backend=task.backend, threads=task.threads))
 
+    def watching(watch: Callable[[Pipeline, Case], dict[str, Any]]) -> Make:
+        def make(case: Case, stack: ExitStack) -> Work:
+            seen: dict[str, Any] = {}
 
-@dataclass(frozen=True)
-class _Watched:
-    """An `OpenSide`."""
+            def call() -> Mapping[str, Array]:
+                seen.update(watch(pipe, case))
+                return {}
 
-    pipe: Pipeline
+            return Work(call=call, figures=lambda: seen)
 
-    @property
-    def versions(self) -> Mapping[str, str]:
-        return {"backend": self.pipe.backend}
+        return make
 
-    def prepare(self, workload: str, case: Case) -> Prepared:
-        if workload not in _WATCHES:
-            raise not_available("latentrt watched", workload)
-        return _Watch(partial(_WATCHES[workload], self.pipe, case))
-
-    def memory(self) -> Mapping[str, Any]:
-        return {}
-
-    def close(self) -> None:
-        self.pipe.close()
-
-
-@dataclass
-class _Watch:
-    """A `Prepared` whose figures are what was seen."""
-
-    watch: Callable[[], dict[str, Any]]
-    seen: dict[str, Any] = field(default_factory=dict[str, Any])
-
-    def run(self) -> None:
-        self.seen = self.watch()
-
-    def outputs(self) -> Mapping[str, Array]:
-        return {}
-
-    def figures(self) -> Mapping[str, Any]:
-        return self.seen
+    resources = ExitStack()
+    resources.callback(pipe.close)
+    return OpenSide(
+        name=WATCHED,
+        versions={"backend": pipe.backend},
+        makers={TIMELINE: watching(draw), GROWTH: watching(watch_steps)},
+        resources=resources,
+    )

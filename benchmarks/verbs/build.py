@@ -19,7 +19,6 @@ from ...engines.net_weights import engine_bytes
 from ...engines.onnxruntime.tuning.choice import tuned_nets
 from ...engines.package import Package
 from ...engines.profiles import Profile, default_profile
-from ...engines.store.building import BuiltEngine
 from ...engines.store.engine_store import EngineStore
 from ...engines.tensorrt.build import build_package, built_nets
 from ...engines.tensorrt.options import BuildOptions
@@ -31,22 +30,6 @@ from .latency import describe_model
 Said = Callable[[str], None]
 
 TOGETHER = "every net"
-
-
-def describe_engine(package: Package, built: BuiltEngine) -> dict[str, Any]:
-    """One engine: seconds, peak memory of the builder, and sizes in bytes."""
-    told = built.entry.facts
-    return {
-        "net": built.net,
-        "profiles": told["labels"],
-        "seconds": built.entry.build_seconds,
-        "parse_seconds": told["parse_seconds"],
-        "peak_rss_gb": round((told["peak_rss"] or 0) / 1e9, 3),
-        "weights_mb": round(engine_bytes(package, built.net) / 1e6, 2),
-        "engine_mb": round(built.entry.size / 1e6, 2),
-        "layers": told["layers"],
-        "library": told["library"],
-    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +88,7 @@ def measure_build(package: Package, builds: Builds, *, said: Said = lambda line:
         for item in found if number % 2 == 0 else reversed(found):
             if item.status == "ok":
                 _build(item, package, builds, gpu)
-                said(f"{item.name}: {_told(item)}")
+                said(f"{item.name}: {_line(item)}")
     machine, case = {**describe_machine(), **clocks()}, _case(package, builds)
     return Document(
         benchmark="build",
@@ -118,21 +101,25 @@ def measure_build(package: Package, builds: Builds, *, said: Said = lambda line:
 def _build(item: _Net, package: Package, builds: Builds, gpu: DeviceFacts | None) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=builds.folder) as folder:
-            told = _built(item.name, package, builds, EngineStore(Path(folder) / "store"), gpu)
+            figures = build_net(item.name, package, builds, EngineStore(Path(folder) / "store"), gpu)
     except BackendError as error:
         item.status, item.reason = "not available", error.found
     except LatentrtError as error:
         item.status, item.reason = "FAILED", error.found
     else:
-        item.seconds.append(told.pop("seconds"))
-        peak = max(told.get("peak_rss_gb", 0.0), item.figures.get("peak_rss_gb", 0.0))
-        item.figures = {**told, "peak_rss_gb": peak} if peak else told
+        item.seconds.append(figures.pop("seconds"))
+        peak = max(figures.get("peak_rss_gb", 0.0), item.figures.get("peak_rss_gb", 0.0))
+        item.figures = {**figures, "peak_rss_gb": peak} if peak else figures
 
 
-def _built(
+def build_net(
     net: str, package: Package, builds: Builds, store: EngineStore, gpu: DeviceFacts | None
 ) -> dict[str, Any]:
-    """`seconds`, and the figures of a row."""
+    """Build the engine of one net, or choose its layout: `seconds`, and the figures of its row.
+
+    Raises:
+        LatentrtError: whatever building raises.
+    """
     if builds.tunes:
         (tuned,) = BACKENDS[builds.backend].tune_package()(package, store, nets=[net])
         names = ("layout", "milliseconds", "relative_l2", "rejected")
@@ -140,12 +127,20 @@ def _built(
         return {"seconds": tuned.entry.build_seconds, **figures}
     profiles = builds.profiles_of(package)
     (built,) = build_package(package, builds.backend, profiles, builds.options, store, nets=[net], gpu=gpu)
-    figures = describe_engine(package, built)
-    figures.pop("net")
-    return figures
+    facts_of_build = built.entry.facts
+    return {
+        "profiles": facts_of_build["labels"],
+        "seconds": built.entry.build_seconds,
+        "parse_seconds": facts_of_build["parse_seconds"],
+        "peak_rss_gb": round((facts_of_build["peak_rss"] or 0) / 1e9, 3),
+        "weights_mb": round(engine_bytes(package, net) / 1e6, 2),
+        "engine_mb": round(built.entry.size / 1e6, 2),
+        "layers": facts_of_build["layers"],
+        "library": facts_of_build["library"],
+    }
 
 
-def _told(item: _Net) -> str:
+def _line(item: _Net) -> str:
     if item.status != "ok":
         return f"{item.status}: {item.reason}"
     sizes = f", peak {item.figures['peak_rss_gb']:.2f} GB" if "peak_rss_gb" in item.figures else ""

@@ -18,9 +18,6 @@ Torch is blocked, and files are in the system's cache: a round before the first 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -30,7 +27,8 @@ from typing import Any
 from ...engines.package import Package
 from ..case import Case
 from ..machine import clocks, describe_machine
-from ..records import Document, Row, Status, short
+from ..process import SideError, run
+from ..records import Document, Row, Status
 from ..sides.contract import OURS, Task
 from .latency import describe_model
 
@@ -62,7 +60,6 @@ with Pipeline.open(**task) as pipe:
         marks.append(perf_counter())
 print(json.dumps({"marks": marks, "backend": pipe.backend}))
 """
-_TAIL = 400  # characters of what a process printed
 _LIMIT = 900.0  # seconds for a process
 
 
@@ -82,23 +79,15 @@ class _Variant:
         if self.reason:
             return
         began = perf_counter()
-        # PYTHONSAFEPATH: `-c` would otherwise put the current folder first, and take modules from there.
-        environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-        command = [sys.executable, *self.arguments]
         try:
-            done = subprocess.run(  # noqa: S603
-                command, capture_output=True, text=True, env=environment, timeout=_LIMIT, check=False
-            )
-        except subprocess.TimeoutExpired:
-            self.reason = f"it did not end within {_LIMIT:.0f} s"
+            lines = run(self.arguments, limit=_LIMIT)
+        except SideError as error:
+            self.reason = error.reason
             return
         seconds = [perf_counter() - began]
-        if done.returncode:
-            self.reason = f"exit code {done.returncode}: {short(done.stderr)[-_TAIL:]}"
-            return
         if len(self.workloads) > 1:
-            told = json.loads(done.stdout.splitlines()[-1])
-            self.backend, marks = told["backend"], told["marks"]
+            answer = json.loads(lines[-1])
+            self.backend, marks = answer["backend"], answer["marks"]
             seconds += [after - before for before, after in pairwise(marks)]
         if counted:
             self.rounds.append(tuple(seconds))
@@ -158,7 +147,7 @@ def measure_cold_start(
 
 def _variants(package: Package, task: Task, case: Case) -> list[_Variant]:
     opened = {"model": str(package.root), "backend": task.backend, "threads": task.threads}
-    told = json.dumps([opened, case.prompt, case.parameters])
+    request = json.dumps([opened, case.prompt, case.parameters])
     return [
         _Variant(workloads=("bare interpreter",), arguments=["-c", "pass"]),
         _Variant(workloads=("import numpy",), arguments=["-c", "import numpy"]),
@@ -167,6 +156,6 @@ def _variants(package: Package, task: Task, case: Case) -> list[_Variant]:
         ),
         _Variant(workloads=("--help",), arguments=["-m", "latentrt.cli", "--help"]),
         _Variant(
-            workloads=(WHOLE, *PARTS), arguments=["-c", f"{_BLOCKED}{_DRAW}", told], case=case.to_json()
+            workloads=(WHOLE, *PARTS), arguments=["-c", f"{_BLOCKED}{_DRAW}", request], case=case.to_json()
         ),
     ]

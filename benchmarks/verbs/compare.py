@@ -328,8 +328,10 @@ def _remarks(a: Document, b: Document) -> Iterator[str]:
 
 def _versions(document: Document) -> Mapping[str, Any]:
     """What did our work: the backend, and the layouts of its nets."""
-    stamps = (row.stamp for row in document.select(side=OURS))
-    return next((stamp["side"] for stamp in stamps if "side" in stamp), {})
+    for row in document.select(side=OURS):
+        if "side" in row.stamp:
+            return row.stamp["side"]
+    return {}
 
 
 def _unclear(rows: Sequence[Compared]) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """Does `compare` find a slowdown, and pass an A/A pair? `python -m latentrt.benchmarks.verbs.detection`.
 
 Each trial measures two documents of the demo model afresh, in an order that flips from trial to trial: ours,
-and ours made slower (`Task.slow_down`). The real `compare` is asked about each of them and the unslowed one
-of the trial before. It is right if it reports no regression of the pair, and one of the planted slowdown.
+and ours made slower (`Task.slow_down`). `compare` judges each of them against the unslowed one of the
+trial before. It is right if it reports no regression of the pair, and one of the planted slowdown.
 
 Trials are added to --out FILE if it is there, so that a long run can be done in pieces: --first says where.
 """

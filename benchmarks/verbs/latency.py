@@ -49,7 +49,7 @@ class Sides:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the rows, in the order of the first round."""
+        """Sides as rows name them, in the order of the first round."""
         again, ceiling = (name if name in self.references else None for name in (AGAIN, CEILING))
         return tuple(filter(None, (OURS, again, *self.peers, ceiling)))
 
@@ -277,7 +277,7 @@ def check(found: Mapping[str, Array], wanted: Mapping[str, Array], package: Pack
 
 
 def medians(turns: Turns, steps: int) -> dict[str, Any]:
-    """Of the runs' figures: the device's own seconds, the stages', and what no net took."""
+    """Medians of the runs' figures: the device's own seconds, the stages', and what no net took."""
     samples = [seconds for turn in turns.rounds for seconds in turn]
     known = dict(turns.figures[0]) if turns.figures else {}
     known.pop("device_s", None)

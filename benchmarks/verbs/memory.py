@@ -7,8 +7,6 @@ says that the process holds on a GPU.
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -25,7 +23,7 @@ from ...engines.spec import TEXT_ENCODERS, Array
 from ...runtime.loop.open import HOST_NETS
 from ..case import Case
 from ..machine import clocks, describe_machine
-from ..process import SideError, SideProcess
+from ..process import LIMIT, Child, SideError, SideProcess
 from ..records import Document, Row, Status
 from ..sides.contract import AGAIN, CEILING, OURS, WATCHED, Task
 from ..sides.watched import GROWTH, SETTLED, STEADY, TIMELINE, growth_per_step
@@ -269,7 +267,8 @@ def timeline(bench: Bench) -> Row:
         pid = item.pid
         with sampled(lambda: (resident(pid) or (None,))[0], bench.interval) as series:
             seen = item.prepare(TIMELINE, bench.case)[0]["figures"]
-        held, known_by = holding(pid, before, list(looks)) if before else ([], "")
+        nothing: tuple[Series, str] = ((), "")
+        held, known_by = holding(pid, before, list(looks)) if before else nothing
         stamp = item.stamp
     began, ended = seen["began"], seen["ended"]
     interval = max(bench.interval, (ended - began) / _SAMPLES)
@@ -388,28 +387,18 @@ def on_a_grid(series: Series, began: float, ended: float, interval: float) -> tu
 
 def measure_baselines(watch: DeviceWatch | None, interval: float) -> tuple[int | None, int | None]:
     """Bytes of an empty interpreter and of an empty CUDA context, as `Bench` has them."""
-    with _waiting(_EMPTY) as pid:
-        found = resident(pid)
+    with Child("-c", _EMPTY) as child:
+        next(child.lines(LIMIT))
+        found = resident(child.pid)
     interpreter = found[0] if found else None
     if watch is None:
         return interpreter, None
     before = watch.look()
-    with sampled(watch.look, interval) as looks, _waiting(_CONTEXT) as pid:
+    with sampled(watch.look, interval) as looks, Child("-c", _CONTEXT) as child:
+        next(child.lines(LIMIT))
         time.sleep(_SETTLE)
-        held, _ = holding(pid, before, list(looks))
+        held, _ = holding(child.pid, before, list(looks))
     return interpreter, held[-1][1] if held else None
-
-
-@contextmanager
-def _waiting(code: str) -> Generator[int]:
-    """The number of a Python process that ran the code as far as it goes, and waits."""
-    with subprocess.Popen(  # noqa: S603
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        yield process.pid
-        process.communicate("\n")
 
 
 # ── a GPU ──────────────────────────────────────────────────────────────────────────────────────────
@@ -445,7 +434,7 @@ class DeviceWatch:
 
 
 def holding(pid: int, before: Look, looks: Iterable[tuple[float, Look]]) -> tuple[Series, str]:
-    """How much of a device a process held, and how that is known; empty if nothing can be told.
+    """How much of a device a process held, and how that is known; empty if it cannot be known.
 
     Known by "process", or by "device" where NVML does not name it (in a container): all that the device had
     in use, less what was in use before the process began.

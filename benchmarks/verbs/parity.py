@@ -11,13 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from ...engines.errors import UsageError
 from ...engines.package import Package
 from ...engines.spec import Array
+from ...engines.tolerances import NET_RELATIVE_L2, PICTURE_DB
 from ..case import NETS, PROMPT, Case
 from ..likeness import WINDOW, difference, psnr, ssim
 from ..process import SideError, SideProcess
@@ -39,27 +40,9 @@ PROMPTS = (
 )
 
 
-class Prepares(Protocol):
-    """A side that is open: a SideProcess."""
-
-    @property
-    def name(self) -> str:
-        """Of the row."""
-        ...
-
-    @property
-    def stamp(self) -> Mapping[str, Any]:
-        """What it runs on."""
-        ...
-
-    def prepare(self, workload: str, case: Case) -> tuple[Mapping[str, Any], Mapping[str, Array]]:
-        """Run a workload once; its answer, and the outputs. Raises SideError."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What both sides are given.
+    """What both sides draw.
 
     Attributes:
         cases: sizes, batches and guidance; each net and each sampler is looked at for all of them.
@@ -137,7 +120,7 @@ def measure_parity(
     Args:
         package: the model.
         task: what ours opens; its backend is what is checked.
-        inputs: what both are given.
+        inputs: what both draw.
         reference: default: `Reference.of(task)`.
         progress: called with a line at every stage.
 
@@ -165,7 +148,7 @@ def measure_parity(
 
 
 def compare_sides(
-    ours: Prepares, reference: Prepares, inputs: Inputs, dtype: str, *, progress: Progress = silent
+    ours: SideProcess, reference: SideProcess, inputs: Inputs, dtype: str, *, progress: Progress = silent
 ) -> Iterator[Row]:
     """The rows of `measure_parity`, of two sides that are open; `dtype` is that of the package's graphs."""
     for workload, case in inputs.rows():
@@ -174,7 +157,9 @@ def compare_sides(
         yield _compare(ours, reference, workload, tuple(inputs.each(case)), dtype)
 
 
-def _compare(ours: Prepares, reference: Prepares, workload: str, cases: Sequence[Case], dtype: str) -> Row:
+def _compare(
+    ours: SideProcess, reference: SideProcess, workload: str, cases: Sequence[Case], dtype: str
+) -> Row:
     """One row: a sample for each case; the first that fails to run ends it."""
     status: Status = "ok"
     problems: list[str] = []
@@ -211,7 +196,7 @@ def _compare(ours: Prepares, reference: Prepares, workload: str, cases: Sequence
     )
 
 
-def _outputs(side: Prepares, workload: str, case: Case) -> Mapping[str, Array]:
+def _outputs(side: SideProcess, workload: str, case: Case) -> Mapping[str, Array]:
     """Raises SideError, which says whose."""
     try:
         _, outputs = side.prepare(workload, case)

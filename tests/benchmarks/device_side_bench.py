@@ -3,7 +3,8 @@
 from collections import Counter
 from typing import Any
 
-from latentrt.benchmarks.sides.ours_device import DeviceSide
+from latentrt.benchmarks.sides.contract import OpenSide
+from latentrt.benchmarks.sides.ours_device import device_side
 from latentrt.engines.backend import MemoryLedger
 from latentrt.engines.device import Addresses, BoundNet, DeviceNet, Shapes
 from latentrt.engines.package import Package
@@ -57,16 +58,6 @@ class SpiedRun:
         self.bound.enqueue()
 
 
-class Bench:
-    def __init__(
-        self, device: HostDevice, side: DeviceSide, nets: dict[str, Spied], runs: Counter[str]
-    ) -> None:
-        self.device, self.side, self.nets, self.runs = device, side, nets, runs
-
-
-def device_side(
-    device: HostDevice, nets: dict[str, Any], graphs: Graphs = "auto", slow_down: float = 0.0
-) -> DeviceSide:
+def open_on(device: HostDevice, nets: dict[str, Any], graphs: Graphs = "auto") -> tuple[OpenSide, DeviceLoop]:
     loop = DeviceLoop(device, nets, PACKAGE.manifest, graphs=graphs)
-    pipe = Pipeline.over(PACKAGE, loop, "stand-in", cache_bytes=0)
-    return DeviceSide(pipe, loop, slow_down)
+    return device_side(Pipeline.over(PACKAGE, loop, "stand-in", cache_bytes=0), loop), loop

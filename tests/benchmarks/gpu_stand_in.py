@@ -6,7 +6,9 @@ Nets are ONNX Runtime's on the CPU at the device's addresses; they claim scratch
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from latentrt.benchmarks.case import Case
 from latentrt.benchmarks.gpu.opener import Opener, Scale
+from latentrt.benchmarks.sides.contract import Task
 from latentrt.engines.backend import MemoryLedger
 from latentrt.engines.device import Addresses, BoundNet, DeviceNet, Shapes
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
@@ -16,13 +18,10 @@ from tests.engines.host_device import HostDevice
 
 MIB = 2**20
 SCALE = Scale(
-    width=64,
-    height=64,
+    case=Case(width=64, height=64, guidance_scale=3.0, steps=2, seed=1),
     short=48,
     large=64,
-    guidance=3.0,
     many=4,
-    steps=2,
     timed_steps=2,
     runs=3,
     pictures=6,
@@ -89,5 +88,6 @@ def stand_in(
             nets[name] = wrap(name, Hungry(net, 2 * MIB if name in ("unet", "vae_decoder") else 0))
         return on, nets
 
-    settings = {"backend": "stand-in", "package": package, "measured_by": "its own count", **changes}
+    task = Task(package=package.root, backend=changes.pop("backend", "stand-in"), threads=1)
+    settings = {"task": task, "package": package, "measured_by": "its own count", **changes}
     return Opener(open_device=open_device, watch=lambda: on, **settings)  # pyright: ignore[reportArgumentType]

@@ -220,67 +220,30 @@ def of_memory(
 
 def _timeline(scale: Scale, peak: float) -> Row:
     """Steps alternate between two stages, of which each begins many times."""
-    ends = np.cumsum(list(scale.stages.values()))
-    begins = dict(zip(scale.stages, [0.0, *ends[:-1].tolist()], strict=True))
-    marks = [{"stage": name, "at_s": begins[name]} for name in ("text_encoder", "invariants")]
     each = scale.seconds["unet"] + scale.seconds["update"]
-    for step in range(scale.steps):
-        began = begins["unet"] + step * each
-        marks += [
-            {"stage": "unet", "at_s": began},
-            {"stage": "update", "at_s": began + scale.seconds["unet"]},
-        ]
-    marks.append({"stage": "vae_decoder", "at_s": begins["vae_decoder"]})
-    interval = float(ends[-1]) / 240
-    times = np.arange(241) * interval
-    sizes = peak * (0.8 - 0.15 * np.exp(-times / (0.02 * ends[-1])))
-    sizes[times > begins["vae_decoder"]] += 0.2 * peak
-    rounds = (tuple(sizes.tolist()),)
-    return of_memory(scale, "timeline", rounds, interval_s=interval, seconds=float(ends[-1]), marks=marks)
+    marks = [
+        {"stage": name, "at_s": step * each} for step in range(scale.steps) for name in ("unet", "update")
+    ]
+    end = scale.steps * each
+    marks.append({"stage": "vae_decoder", "at_s": end})
+    sizes = (*(0.8 * peak for _ in range(200)), peak)
+    return of_memory(scale, "timeline", (sizes,), interval_s=end / 200, seconds=1.05 * end, marks=marks)
 
 
 def scaling(scale: Scale) -> Document:
-    """Three axes, four points each."""
-    values: Mapping[str, tuple[str, Callable[[int], dict[str, Any]], tuple[int, ...], float, float]] = {
-        "steps": (
-            "picture",
-            lambda x: {"steps": x},
-            (5, 10, 20, 40),
-            scale.seconds["unet"],
-            scale.seconds["vae_decoder"],
-        ),
-        "batch": ("unet", lambda x: {"pictures": x}, (1, 2, 4, 8), scale.seconds["unet"], 0.0),
-        "pixels": (
-            "unet",
-            lambda x: {"width": x, "height": x},
-            tuple(scale.size * part // 2 for part in (1, 2, 3, 4)),
-            scale.seconds["unet"] / scale.size**2,
-            -0.02 * scale.seconds["unet"],
-        ),
+    """The lines through three axes, four points each."""
+    unet, decoder = scale.seconds["unet"], scale.seconds["vae_decoder"]
+    axes: Mapping[str, tuple[str, tuple[int, ...], float, float]] = {
+        "steps": ("picture", (5, 10, 20, 40), unet, decoder),
+        "batch": ("unet", (1, 2, 4, 8), unet, 0.0),
+        "pixels": ("unet", (4096, 16384, 36864, 65536), unet / 16384, -0.02 * unet),
     }
     rows: list[Row] = []
-    for seed, (name, (workload, vary, points, slope, intercept)) in enumerate(values.items()):
-        found: list[list[float]] = []
-        for number, value in enumerate(points):
-            x = value**2 if name == "pixels" else value
-            rounds = turns(slope * x + intercept, seed=10 * seed + number, noise=0.03)
-            row = Row(
-                side="latentrt",
-                workload=workload,
-                case={**scale.case, **vary(value)},
-                rounds=rounds,
-                figures={"axis": name},
-            )
-            rows.append(row)
-            found.append([x, row.summary["p50"]])
-        fit = {
-            "of": name,
-            "workload": workload,
-            "points": found,
-            "slope": slope * 1.02,
-            "intercept": intercept,
-        }
-        rows.append(Row(side="latentrt", workload="fit", case=scale.case, figures={**fit, "residual": 0.021}))
+    for name, (workload, values, slope, intercept) in axes.items():
+        points = [[x, slope * x + intercept] for x in values]
+        line = {"slope": slope * 1.02, "intercept": intercept, "residual": 0.021}
+        fit = {"of": name, "workload": workload, "points": points, **line}
+        rows.append(Row(side="latentrt", workload="fit", case=scale.case, figures=fit))
     return document("scaling", scale, rows)
 
 

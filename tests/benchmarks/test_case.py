@@ -9,8 +9,8 @@ import pytest
 
 from latentrt.benchmarks.case import Case, net_inputs, time_inputs, whole_inputs
 from latentrt.benchmarks.sides.contract import NotAvailableError
-from latentrt.benchmarks.sides.ours import HostSide
-from latentrt.benchmarks.sides.ours_device import DeviceSide
+from latentrt.benchmarks.sides.ours import host_side
+from latentrt.benchmarks.sides.ours_device import device_side
 from latentrt.benchmarks.sides.plain_loop import check_drawable
 from latentrt.engines import spec
 from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
@@ -77,9 +77,9 @@ def test_both_loops_compute_them(package: Package, workload: str) -> None:
     host_loop = HostLoop(package, ONNXRUNTIME, 1)
     for name in ("unet_context", "unet_time", "unet"):
         host_loop.net(name)
-    host = HostSide(Pipeline.over(package, host_loop, "host", cache_bytes=0), host_loop)
+    host = host_side(Pipeline.over(package, host_loop, "host", cache_bytes=0), host_loop)
     loop = DeviceLoop(device, nets, package.manifest)
-    side = DeviceSide(Pipeline.over(package, loop, "device", cache_bytes=0), loop)
+    side = device_side(Pipeline.over(package, loop, "device", cache_bytes=0), loop)
     found, wanted = side.prepare(workload, CASE), host.prepare(workload, CASE)
     for prepared in (found, wanted):
         prepared.run()

@@ -10,13 +10,13 @@ import onnxruntime
 import pytest
 
 from latentrt.benchmarks.case import Case
-from latentrt.benchmarks.child import Child, repeats
+from latentrt.benchmarks.child import Server
 from latentrt.benchmarks.sides import ceiling
-from latentrt.benchmarks.sides.contract import NotAvailableError, Task, side
-from latentrt.benchmarks.sides.matmul_graph import matmul_graph
+from latentrt.benchmarks.sides.contract import NotAvailableError, OpenSide, Task, Work, side
 from latentrt.engines.cuda import device as cuda_device
 from latentrt.engines.errors import UsageError
 from latentrt.engines.onnxruntime.nets import CPU
+from latentrt.runtime.loop.device.buffers import aligned
 from latentrt.runtime.pipeline import SHIPPED
 from tests.engines.host_device import HostDevice
 from tests.engines.simulated_cuda import SimulatedRuntime
@@ -28,15 +28,12 @@ SMALL = [(32, 48, 16), (300, 7, 129)]
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("shape", [(3, 5, 2), (1, 1, 1), (130, 300, 129)])
-def test_the_graph_is_the_one_that_onnx_would_write(shape: tuple[int, int, int], dtype: type) -> None:
+def test_the_graph_is_a_matmul(tmp_path: Path, shape: tuple[int, int, int], dtype: type) -> None:
     random = np.random.default_rng(3)
     left, right = (random.standard_normal(size).astype(dtype) for size in (shape[:2], shape[1:]))
-    graph = matmul_graph(left.shape, right)
-    model = onnx.load_from_string(graph)
-    onnx.checker.check_model(model, full_check=True)
-    assert model.SerializeToString(deterministic=True) == graph
-    session = onnxruntime.InferenceSession(graph, providers=[CPU])
-    (product,) = session.run(None, {"left": left})
+    path = ceiling._write_matmul(tmp_path, left.shape, right)
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    (product,) = onnxruntime.InferenceSession(path, providers=[CPU]).run(None, {"left": left})
     expected = left.astype(np.float64) @ right.astype(np.float64)
     assert np.allclose(product, expected, rtol=1e-5 if dtype is np.float32 else 1e-2, atol=0.02)
 
@@ -47,8 +44,7 @@ def test_the_graph_is_the_one_that_onnx_would_write(shape: tuple[int, int, int],
 def test_a_matmul_on_the_cpu() -> None:
     opened = ceiling.host_ceiling(1, SMALL[:1])
     exercise = opened.prepare("gemm", CASE)
-    assert isinstance(exercise, ceiling.Exercise)
-    left, product = exercise.call()  # pyright: ignore[reportGeneralTypeIssues]
+    left, product = exercise.call().values()
     right = ceiling._sides(SMALL[0], "float32")[1]
     assert np.allclose(product, left @ right, rtol=1e-5, atol=1e-5)
     assert left.std() > 0.2, "zeros take less power, and less time"
@@ -85,7 +81,7 @@ def test_a_copy_on_the_cpu_moves_what_it_says(size: int, threads: int) -> None:
 def test_it_speaks_with_the_benchmark() -> None:
     opened = ceiling.host_ceiling(2, SMALL, copied=4096)
     assert opened.versions["threads"] == "2"
-    child = Child(opened, Task(package=SHIPPED["demo"]))
+    child = Server(opened, Task(package=SHIPPED["demo"]))
     for workload, figure in (("gemm", "flops"), ("copy", "bytes"), ("gemm", "flops")):
         command = {"do": "prepare", "workload": workload, "case": CASE.to_json(), "slot": workload}
         first = child.answer(command)
@@ -102,7 +98,9 @@ def test_it_speaks_with_the_benchmark() -> None:
 
 def test_the_choice_is_made_once() -> None:
     opened = ceiling.host_ceiling(1, SMALL, copied=64)
-    assert opened.prepare("gemm", CASE) is opened.prepare("gemm", CASE)
+    first = opened.prepare("gemm", CASE)
+    first.close()
+    assert opened.prepare("gemm", CASE).call is first.call
     opened.close()
 
 
@@ -115,15 +113,17 @@ def test_the_fastest_at_its_median_is_kept() -> None:
     now = 0.0
     released: list[str] = []
 
-    def candidate(name: str, flops: int, *seconds: float) -> ceiling.Exercise:
+    def candidate(name: str, flops: int, *seconds: float) -> Work:
         left = iter(seconds)
 
-        def call() -> None:
+        def call() -> dict[str, np.ndarray]:
             nonlocal now
             now += next(left)
+            return {}
 
-        facts = {"flops": flops, "name": name}
-        return ceiling.Exercise(call=call, facts=facts, release=lambda: released.append(name))
+        work = Work(call=call, figures=lambda: {"flops": flops})
+        work.held.callback(released.append, name)
+        return work
 
     steady, spiked, slow = (
         candidate("steady", 100, 1.0, 1.0, 1.1),
@@ -143,7 +143,7 @@ def device() -> HostDevice:
     return HostDevice(2**24)
 
 
-def on(device: HostDevice, **changes: Any) -> ceiling.Ceiling:
+def on(device: HostDevice, **changes: Any) -> OpenSide:
     settings: dict[str, Any] = {"shapes": SMALL, "provider": CPU, "submit": device.submit, **changes}
     return ceiling.device_ceiling(device, "fp32", **settings)
 
@@ -156,14 +156,13 @@ def test_a_matmul_on_a_device(device: HostDevice, shape: tuple[int, int, int]) -
     exercise.run()
     assert device.submitted == ceiling.LAUNCHES + 2  # and the stopwatch's two
     assert exercise.figures()["flops"] == 2 * np.prod(shape)
-    assert repeats(exercise) == ceiling.LAUNCHES
+    assert exercise.repeats == ceiling.LAUNCHES
     assert 0 < exercise.figures()["device_s"] < 10
     left, right = ceiling._sides(shape, "float32")
-    *_, address = device.sizes  # the product was allocated last
-    product = np.empty((shape[0], shape[2]), np.float32)
-    device.download(address, product)
-    device.synchronize()
-    assert np.allclose(product, left @ right, rtol=1e-5, atol=1e-4)
+    (address,) = device.sizes
+    used = aligned(left.nbytes) // 4, left.shape[0] * right.shape[1]
+    product = read(device, address, 4 * sum(used)).view(np.float32)[used[0] :]
+    assert np.allclose(product.reshape(shape[0], shape[2]), left @ right, rtol=1e-5, atol=1e-4)
     opened.close()
     assert device.used == 0
     assert not device.stopwatches
@@ -172,7 +171,7 @@ def test_a_matmul_on_a_device(device: HostDevice, shape: tuple[int, int, int]) -
 def test_of_several_shapes_one_stays_on_the_device(device: HostDevice) -> None:
     opened = on(device)
     rows, inner, columns = opened.prepare("gemm", CASE).figures()["shape"]
-    assert device.used == 4 * (rows * inner + rows * columns)
+    assert device.used == aligned(4 * rows * inner) + aligned(4 * rows * columns)
     opened.close()
 
 

@@ -2,22 +2,23 @@
 
 import json
 import re
-import sys
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 
 from latentrt.benchmarks.gpu import check as gpu_check
-from latentrt.benchmarks.gpu import child as gpu_child
-from latentrt.benchmarks.gpu.child import SECTIONS, run_child, section_command
-from latentrt.benchmarks.gpu.memory import Lowest
+from latentrt.benchmarks.gpu import sections as gpu_sections
+from latentrt.benchmarks.gpu.check import run_section
+from latentrt.benchmarks.gpu.judge import collect, judged
+from latentrt.benchmarks.gpu.memory import lowest_free
 from latentrt.benchmarks.gpu.opener import backend_opener
-from latentrt.benchmarks.gpu.rows import Row, collect
+from latentrt.benchmarks.gpu.sections import SECTIONS
 from latentrt.benchmarks.machine import describe_gpu, describe_machine
-from latentrt.benchmarks.records import short
+from latentrt.benchmarks.records import Document, Row, Status, read_document, short
 from latentrt.engines.cuda.facts import available
 from latentrt.engines.device import DeviceMemory
 from latentrt.engines.errors import BackendError
@@ -35,66 +36,41 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
     return package_with_step(tmp_path_factory.mktemp("demo") / "package")
 
 
-def child(code: str) -> list[str]:
-    return [sys.executable, "-X", "faulthandler", "-c", f"import json, os, sys, time\n{code}"]
-
-
-ROW = """with open(sys.argv[1], 'a') as rows:
-    print(json.dumps(dict(what='a', status='ok', reason='', figures={})), file=rows)
-"""
+PRINTED = json.dumps(Row(side="latentrt", workload="a").to_json())
 
 
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
-        ("os.abort()", r"it crashed with SIGABRT: .*Fatal Python error: Aborted"),
-        ("raise ValueError('a defect')", r"it ended with exit code 1: .*ValueError: a defect"),
-        ("sys.exit(3)", r"it ended with exit code 3"),
+        (f"print({PRINTED!r})", None),
+        (f"print({PRINTED!r}, flush=True); os.abort()", "it ended with SIGABRT: Fatal Python error: Aborted"),
+        (f"print({PRINTED!r}, flush=True); time.sleep(99)", "it did not end within 2 s"),
+        ("pass", "it ended without a row"),
+        ("print('{\"what\": ', flush=True); sys.exit(3)", "it ended with exit code 3"),
     ],
 )
-def test_a_child_that_ends_badly_is_a_row_after_its_own(code: str, reason: str) -> None:
-    done, last = run_child(child(f"{ROW}\n{code}"), 30)
-    assert done.what == "a"
-    assert last.status == "FAILED"
-    assert re.match(reason, last.reason)
-
-
-def test_a_child_that_hangs_is_ended_with_what_it_started(tmp_path: Path) -> None:
-    sign = tmp_path / "alive"
-    grandchild = f"import time; time.sleep(4); open({str(sign)!r}, 'w')"
-    code = (
-        f"{ROW}\nimport subprocess\nsubprocess.Popen([sys.executable, '-c', {grandchild!r}])\ntime.sleep(99)"
-    )
-    began = time.perf_counter()
-    done, last = run_child(child(code), 2)
-    assert done.what == "a"
-    assert last.reason == "it did not end within 2 s"
-    assert time.perf_counter() - began < 4
-    time.sleep(4)
-    assert not sign.exists()
-
-
-def test_a_child_without_rows_and_one_with_half_a_row() -> None:
-    (row,) = run_child(child("pass"), 30)
-    assert row.reason == "it ended without a row"
-    (row,) = run_child(child("open(sys.argv[1], 'w').write('{\"what\": ')"), 30)
-    assert row.reason == "it ended without a row"
-    (row,) = run_child(
-        child(f"assert os.environ['LATENTRT_CACHE'] == 'here'\n{ROW}"), 30, {"LATENTRT_CACHE": "here"}
-    )
-    assert row.status == "ok"
+def test_a_process_is_its_rows_and_one_more(code: str, reason: str | None) -> None:
+    command = ["-X", "faulthandler", "-c", f"import os, sys, time\n{code}"]
+    *rows, last = run_section(command, 2)
+    assert [row.workload for row in rows] == (["a"] if PRINTED in code else [])
+    assert last.workload == "process"
+    assert (last.status == "ok") == (reason is None)
+    assert last.reason.startswith(reason or "")
+    assert last.samples[0] > 0
 
 
 @WITHOUT_GPU
 def test_a_real_child_says_that_the_backend_cannot_run_here(package: Package) -> None:
-    (row,) = run_child(section_command("tensorrt-rtx", "available", package.root), 60)
+    module = ["-m", "latentrt.benchmarks.gpu.sections", "tensorrt-rtx", "available", str(package.root)]
+    row, process = run_section(module, 60)
+    assert process.status == "ok", process.reason
     assert row.status == "not available", row.reason
     assert "NVIDIA" in row.reason
 
 
 def test_an_error_in_a_section_is_a_row() -> None:
     def section() -> Iterator[Row]:
-        yield Row(what="first", status="ok")
+        yield judged("first", [], {})
         raise ZeroDivisionError("by zero")
 
     first, last = collect(section())
@@ -102,32 +78,39 @@ def test_an_error_in_a_section_is_a_row() -> None:
     assert re.fullmatch(r"ZeroDivisionError: by zero \(test_gpu_check\.py:\d+\)", last.reason)
 
 
-def test_a_childs_main_writes_rows(tmp_path: Path, package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_child, "backend_opener", lambda backend, package: stand_in(package))
-    monkeypatch.setattr(gpu_child.Scale, "of", classmethod(lambda cls, manifest: SCALE))
-    gpu_child.main(["stand-in", "open", str(package.root), str(tmp_path / "rows")])
-    assert json.loads((tmp_path / "rows").read_text())["status"] == "ok"
+def test_a_sections_main_writes_rows(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Any] = []
+    monkeypatch.setattr(gpu_sections, "backend_opener", lambda backend, package: stand_in(package))
+    monkeypatch.setattr(gpu_sections, "become_child", lambda: written.append)
+    monkeypatch.setattr(gpu_sections.Scale, "of", classmethod(lambda cls, manifest: SCALE))
+    gpu_sections.main(["stand-in", "open", str(package.root)])
+    assert [Row.from_json(data).status for data in written] == ["ok"]
 
 
 # ── the whole ────────────────────────────────────────────────────────────────────────────────────
 
-OK, FAILED, NOT = (Row(what="w", status=status, reason="") for status in ("ok", "FAILED", "not available"))
+STATUSES: tuple[Status, ...] = ("ok", "FAILED", "not available")
+OK, FAILED, NOT = (Row(side="latentrt", workload="w", status=status) for status in STATUSES)
 
 
-def checked(rows: dict[str, list[Row]], limit: float = 99) -> tuple[gpu_check.Found, list[str]]:
+def checked(rows: dict[str, list[Row]], limit: float = 99) -> tuple[list[Row], list[str]]:
     lines: list[str] = []
     *_, found = gpu_check.check(
-        ["tensorrt"], lambda backend, section, left: rows.get(section, [OK]), limit=limit, said=lines.append
+        ["tensorrt"],
+        lambda backend, section, left: iter(rows.get(section, [OK])),
+        limit=limit,
+        said=lines.append,
     )
     return found, lines
 
 
-def test_every_section_is_run_and_told() -> None:
+def test_every_section_is_run_and_printed() -> None:
     found, lines = checked({"graphs": [NOT], "ladder": [OK, FAILED]})
-    assert [row["section"] for row in found.sections] == list(SECTIONS)
-    assert len(lines) == len(found.rows) == len(SECTIONS) + 1
-    assert found.count("FAILED") == 1
-    assert lines[0] == "tensorrt         available w: ok"
+    assert list(dict.fromkeys(row.workload for row in found)) == list(SECTIONS)
+    assert len(lines) == len(found) == len(SECTIONS) + 1
+    assert [row.case for row in found if row.status == "FAILED"] == [{"backend": "tensorrt", "what": "w"}]
+    assert lines[0] == "tensorrt         available   w: ok"
+    assert "load_1min" in found[0].stamp
 
 
 @pytest.mark.parametrize(
@@ -135,23 +118,24 @@ def test_every_section_is_run_and_told() -> None:
     [
         ("available", NOT, "available"),
         ("build", FAILED, "build"),
-        ("build", NOT, "timing"),
+        ("build", NOT, "peers"),
         ("open", NOT, "open"),
         ("open", FAILED, "open"),
-        ("parity", FAILED, "timing"),
+        ("parity", FAILED, "peers"),
     ],
 )
 def test_where_a_backend_ends(section: str, row: Row, last: str) -> None:
-    assert checked({section: [row]})[0].sections[-1]["section"] == last
+    assert checked({section: [row]})[0][-1].workload == last
 
 
 def test_no_time_left() -> None:
-    assert checked({}, limit=0)[0].rows[0]["reason"] == "no time is left of 0 s"
+    assert checked({}, limit=0)[0][0].reason == "no time is left of 0 s"
 
 
 def test_sections_together_are_limited() -> None:
     given: list[float] = []
-    list(gpu_check.check(["tensorrt"], lambda b, s, left: given.append(left) or [OK], limit=100, said=str))
+    run = lambda b, s, left: given.append(left) or iter([OK])  # noqa: E731
+    list(gpu_check.check(["tensorrt"], run, limit=100, said=str))
     assert max(given) <= 100
 
 
@@ -165,17 +149,16 @@ def test_the_document(
 ) -> None:
     gpu = {"gpu": {"name": "NVIDIA H200 (x)"}}
     monkeypatch.setattr(gpu_check, "available", lambda: None)
-    monkeypatch.setattr(gpu_check, "describe_machine", lambda: gpu)
-    monkeypatch.setattr(gpu_check, "run_child", lambda command, limit, environment: [row])
+    monkeypatch.setattr(gpu_check, "Document", partial(Document, machine=gpu))
+    monkeypatch.setattr(gpu_check, "run_section", lambda command, limit, environment: iter([row]))
     out = tmp_path / "found.json"
     assert gpu_check.main(["--out", str(out), "--backends", "tensorrt"]) == code
-    data = json.loads(out.read_text())
-    assert data["machine"] == gpu
-    assert data["schema"] == gpu_check.SCHEMA
-    assert data["summary"][row.status] == len(data["rows"])
-    assert set(data["rows"][0]) == {"backend", "section", "what", "status", "reason", "figures"}
+    document = read_document(out)
+    assert document.benchmark == "gpu_check"
+    assert document.machine == gpu
+    assert {item.status for item in document.rows} == {row.status}
     named = set(re.findall(r"^    ([a-z_]+) +\S", str(gpu_check.__doc__), re.MULTILINE))
-    assert set(data) | set(SECTIONS) <= named, "what the docstring does not describe"
+    assert set(SECTIONS) <= named, "what the docstring does not describe"
     assert "FAILED" in capsys.readouterr().out or code == 0
 
 
@@ -249,7 +232,7 @@ def test_what_fails_while_memory_is_watched_is_raised() -> None:
             return super().memory()
 
     device = Failing(MIB)
-    with pytest.raises(BackendError, match="the device is lost"), Lowest(device).watching():
+    with pytest.raises(BackendError, match="the device is lost"), lowest_free(device):
         assert device.failed.wait(30)
 
 

@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentrt.benchmarks.gpu import host as gpu_host
-from latentrt.benchmarks.gpu.host import host_memory, placement
-from latentrt.benchmarks.gpu.rows import collect
+from latentrt.benchmarks.gpu import nets as gpu_nets
+from latentrt.benchmarks.gpu import pictures as gpu_pictures
+from latentrt.benchmarks.gpu.judge import collect
+from latentrt.benchmarks.gpu.nets import placement
+from latentrt.benchmarks.gpu.pictures import host_memory
+from latentrt.benchmarks.gpu.placement import Placement
 from latentrt.engines.device import Device
 from latentrt.engines.onnxruntime.nets import CPU, OnnxRuntimeDeviceNet, open_onnxruntime_net
-from latentrt.engines.onnxruntime.placement import Placement
 from latentrt.engines.package import Package
 from latentrt.engines.tensorrt.build import built_nets
 from tests.benchmarks.gpu_stand_in import SCALE, Hungry, WatchedDevice, stand_in
@@ -37,7 +39,7 @@ def open_profiled(
 
 def test_placement_fails_for_nets_on_the_cpu(package: Package) -> None:
     rows = list(collect(placement(stand_in(package, open_profiled=open_profiled), SCALE)))
-    assert [row.what for row in rows] == list(built_nets(package))
+    assert [row.workload for row in rows] == list(built_nets(package))
     for row in rows:
         assert row.status == "FAILED"
         assert "floating-point nodes on the CPU: " in row.reason
@@ -57,7 +59,7 @@ def test_placement_fails_for_nets_on_the_cpu(package: Package) -> None:
 def test_placement_is_judged(
     package: Package, monkeypatch: pytest.MonkeyPatch, found: Placement, reason: str
 ) -> None:
-    monkeypatch.setattr(gpu_host, "read_placement", lambda path: found)
+    monkeypatch.setattr(gpu_nets, "read_placement", lambda path: found)
     for row in collect(placement(stand_in(package, open_profiled=open_profiled), SCALE)):
         assert (row.status, row.reason) == ("FAILED" if reason else "ok", reason)
 
@@ -67,7 +69,7 @@ def test_engines_have_no_placement(package: Package) -> None:
     assert row.status == "not available"
 
 
-@pytest.mark.skipif(not gpu_host._STATM.exists(), reason="tells resident memory on Linux alone")
+@pytest.mark.skipif(not gpu_pictures._STATM.exists(), reason="tells resident memory on Linux alone")
 def test_host_memory_stays_and_a_leak_shows(package: Package) -> None:
     kept: list[np.ndarray] = []
 
@@ -87,7 +89,7 @@ def test_host_memory_stays_and_a_leak_shows(package: Package) -> None:
 def test_without_a_system_that_tells(
     package: Package, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(gpu_host, "_STATM", tmp_path / "none")
+    monkeypatch.setattr(gpu_pictures, "_STATM", tmp_path / "none")
     (row,) = collect(host_memory(stand_in(package), SCALE))
     assert row.status == "not available"
 

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from latentrt.benchmarks.gpu import nets as gpu_nets
+from latentrt.benchmarks.gpu.check import line_of
+from latentrt.benchmarks.gpu.judge import collect
 from latentrt.benchmarks.gpu.memory import ballast, ladder, memory
 from latentrt.benchmarks.gpu.nets import build, opens, parity
 from latentrt.benchmarks.gpu.opener import Opener, Scale
-from latentrt.benchmarks.gpu.pictures import graphs, picture, timing
-from latentrt.benchmarks.gpu.rows import Row, collect
+from latentrt.benchmarks.gpu.pictures import graphs, peers, picture, timing
+from latentrt.benchmarks.records import Row
 from latentrt.engines.backend import MemoryLedger
 from latentrt.engines.device import Addresses, DeviceMemory, Graph, Shapes
 from latentrt.engines.errors import BackendError, MemoryLimitError
@@ -34,13 +36,13 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
 def run(section: Callable[[Opener, Scale], Iterator[Row]], opener: Opener, scale: Scale = SCALE) -> list[Row]:
     rows = list(collect(section(opener, scale)))
     for row in rows:  # what is printed and written is made of every row
-        assert row.what in row.format()
+        assert row.workload in line_of(replace(row, case={"backend": "b", "what": row.workload}))
         json.loads(json.dumps(row.to_json(), allow_nan=False))
     return rows
 
 
 def failures(rows: list[Row]) -> list[str]:
-    return [f"{row.what}: {row.reason}" for row in rows if row.status == "FAILED"]
+    return [f"{row.workload}: {row.reason}" for row in rows if row.status == "FAILED"]
 
 
 # ── without a defect ─────────────────────────────────────────────────────────────────────────────
@@ -51,14 +53,16 @@ def test_parity(package: Package) -> None:
     rows = run(parity, stand_in(package, device))
     assert not failures(rows)
     sizes = "64x64 b1", "64x48 b3"
-    assert [row.what for row in rows] == [f"{net} {size}" for net in built_nets(package) for size in sizes]
+    assert [row.workload for row in rows] == [
+        f"{net} {size}" for net in built_nets(package) for size in sizes
+    ]
     assert all(row.figures["relative_l2"] < 1e-5 for row in rows)
     assert not device.blocks
 
 
 def test_pictures(package: Package) -> None:
     rows = run(picture, stand_in(package))
-    assert [row.what for row in rows] == [
+    assert [row.workload for row in rows] == [
         f"{sampler} {kind}" for sampler in ("dpmpp_2m", "ddim", "euler_a") for kind in ("guided", "unguided")
     ]
     assert not failures(rows)
@@ -84,7 +88,7 @@ def test_a_loop_that_cannot_be_captured_says_why(package: Package) -> None:
 def test_memory(package: Package) -> None:
     rows = run(memory, stand_in(package))
     assert not failures(rows)
-    assert [row.what for row in rows] == [
+    assert [row.workload for row in rows] == [
         "first cycle",
         *[f"cycle {n}" for n in (1, 2, 3)],
         "no growth",
@@ -94,13 +98,13 @@ def test_memory(package: Package) -> None:
     assert cycle["peak_mib"] > 4
     assert cycle["closed_mib"] == 0
     assert cycle["measured_by"] == "its own count"
-    assert {row["name"] for row in ledger["nets"]} >= {"unet", "step", "vae_decoder"}
+    assert set(ledger["ledger"]) >= {"unet", "step", "vae_decoder"}
     assert ledger["scratch"] >= 4 * MIB
 
 
 def test_the_ladder(package: Package) -> None:
     device = WatchedDevice(2**28)
-    rows = {row.what: row for row in run(ladder, stand_in(package, device))}
+    rows = {row.workload: row for row in run(ladder, stand_in(package, device))}
     assert not failures(list(rows.values()))
     assert "split the batch" in rows["a rung helped"].figures["rungs"]
     assert rows["memory to spare"].figures["need_mib"] > 8
@@ -123,6 +127,21 @@ def test_timing(package: Package) -> None:
     assert row.status == "ok"
     assert 0 < row.figures["p50_s"] <= row.figures["p90_s"]
     assert {"text_encoder", "prepare", "enqueue", "wait"} <= set(row.figures["stages_p50_s"])
+
+
+def test_peers_are_timed_beside_ours(package: Package) -> None:
+    (row,) = run(peers, stand_in(package))
+    assert row.reason == "no peer runs on stand-in"
+    small = replace(SCALE, case=replace(SCALE.case, width=96, height=72, steps=4))
+    rows = run(peers, stand_in(package, backend="onnxruntime", peers=("onnxruntime",)), small)
+    assert [(row.side, row.workload, row.status) for row in rows] == [
+        ("latentrt", "picture by latentrt", "ok"),
+        ("onnxruntime", "picture by onnxruntime", "ok"),
+    ]
+    assert all(row.samples for row in rows)
+    (row,) = run(peers, stand_in(package, peers=("onnxruntime",)))
+    assert row.status == "FAILED"
+    assert "unknown backend 'stand-in'" in row.reason
 
 
 def test_ballast_leaves_the_margin_and_comes_back() -> None:
@@ -348,7 +367,7 @@ def test_the_profile_covers_all_that_is_drawn(package: Package) -> None:
 
     scale = Scale.of(package.manifest)
     profile = Profile.parse(scale.profile, multiple=package.manifest.size_multiple)
-    assert (scale.width, scale.short, scale.large) == (128, 96, 256)
+    assert (scale.case.width, scale.short, scale.large) == (128, 96, 256)
     for name in ("text_encoder", "unet_context", "unet_time", "unet", "step", "vae_decoder"):
         spec = package.manifest.nets[name].spec
         built = net_profiles(name, spec, [profile])

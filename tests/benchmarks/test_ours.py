@@ -9,12 +9,15 @@ from safetensors.numpy import load_file
 
 from latentrt.benchmarks import child
 from latentrt.benchmarks.case import WORKLOADS, Case, net_inputs
-from latentrt.benchmarks.sides import ours
-from latentrt.benchmarks.sides.contract import NotAvailableError, Prepared, Task
-from latentrt.benchmarks.sides.ours import BETWEEN, HostSide, Work
+from latentrt.benchmarks.opening import open_pipeline
+from latentrt.benchmarks.sides import contract, ours
+from latentrt.benchmarks.sides.contract import NotAvailableError, OpenSide, Task, Work
+from latentrt.benchmarks.sides.ours import BETWEEN, host_side
 from latentrt.engines.backend import Net
 from latentrt.engines.package import Package
-from latentrt.runtime.pipeline import SHIPPED
+from latentrt.runtime.loop.host import HostLoop
+from latentrt.runtime.loop.open import LoopOptions
+from latentrt.runtime.pipeline import SHIPPED, Pipeline
 from latentrt.runtime.prompts.tokenizer import ClipTokenizer
 
 PACKAGE = Package.open(SHIPPED["demo"])
@@ -24,14 +27,23 @@ PLAIN = Case.of(PACKAGE.manifest, width=48, height=64, steps=3, guidance_scale=1
 
 
 @pytest.fixture(scope="module")
-def side() -> Generator[HostSide]:
-    opened = ours.open_side(Task(package=PACKAGE.root, backend="onnxruntime", threads=1))
-    assert isinstance(opened, HostSide)
+def pipe() -> Pipeline:
+    return open_pipeline(PACKAGE.root, LoopOptions(backend="onnxruntime", threads=1))
+
+
+def side_of(pipe: Pipeline, slow_down: float = 0.0) -> OpenSide:
+    assert isinstance(pipe.loop, HostLoop)
+    return host_side(pipe, pipe.loop, slow_down)
+
+
+@pytest.fixture(scope="module")
+def side(pipe: Pipeline) -> Generator[OpenSide]:
+    opened = side_of(pipe)
     yield opened
     opened.close()
 
 
-def ran(prepared: Prepared) -> Mapping[str, np.ndarray]:
+def ran(prepared: Work) -> Mapping[str, np.ndarray]:
     prepared.run()
     return prepared.outputs()
 
@@ -40,7 +52,7 @@ def ran(prepared: Prepared) -> Mapping[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("case", [GUIDED, PLAIN], ids=["guided", "plain"])
-def test_every_workload_has_the_contracts_outputs(side: HostSide, case: Case) -> None:
+def test_every_workload_has_the_contracts_outputs(side: OpenSide, case: Case) -> None:
     rows, latent = case.batch, (4, case.height // 8, case.width // 8)
     expected: dict[str, dict[str, Any]] = {
         "text_encoder": {"context": ((2 if case.guided else 1, 77, 96), np.float32)},
@@ -70,7 +82,7 @@ def whole() -> Any:
 
 
 @pytest.mark.parametrize("case", [GUIDED, PLAIN], ids=["guided", "plain"])
-def test_unet_is_the_graph_before_hoisting(side: HostSide, whole: Any, case: Case) -> None:
+def test_unet_is_the_graph_before_hoisting(side: OpenSide, whole: Any, case: Case) -> None:
     inputs = net_inputs("unet", case, PACKAGE.manifest, TOKENIZER)
     feeds = {
         "sample": inputs["latent"],
@@ -82,9 +94,9 @@ def test_unet_is_the_graph_before_hoisting(side: HostSide, whole: Any, case: Cas
     assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 1e-5
 
 
-def test_a_picture_is_the_pipelines_and_tells_its_stages(side: HostSide) -> None:
+def test_a_picture_is_the_pipelines_and_tells_its_stages(side: OpenSide, pipe: Pipeline) -> None:
     picture = side.prepare("picture", GUIDED)
-    wanted = side._pipe(GUIDED.prompt, **GUIDED.parameters).images
+    wanted = pipe(GUIDED.prompt, **GUIDED.parameters).images
     np.testing.assert_array_equal(ran(picture)["image"], wanted)
     stages = picture.figures()["stages_s"]
     assert {"text_encoder", "invariants", "unet", "update", "vae_decoder"} <= set(stages)
@@ -102,8 +114,11 @@ class Refuses:
         raise AssertionError("a net was called")
 
 
-def test_update_calls_no_net_and_repeats_itself(side: HostSide, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(side._loop, "nets", {name: Refuses(net) for name, net in side._loop.nets.items()})
+def test_update_calls_no_net_and_repeats_itself(
+    side: OpenSide, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop: Any = pipe.loop
+    monkeypatch.setattr(loop, "nets", {name: Refuses(net) for name, net in loop.nets.items()})
     update = side.prepare("update", GUIDED)
     first = ran(update)["latent"]
     np.testing.assert_array_equal(ran(update)["latent"], first)
@@ -112,7 +127,7 @@ def test_update_calls_no_net_and_repeats_itself(side: HostSide, monkeypatch: pyt
         side.prepare("text_encoder", GUIDED).run()
 
 
-def test_memory_and_versions(side: HostSide) -> None:
+def test_memory_and_versions(side: OpenSide) -> None:
     ledger = side.memory()["ledger"]
     assert set(ledger) == {"text_encoder", "unet_context", "unet_time", "unet", "vae_decoder"}
     files = {PACKAGE.manifest.nets[name].weights for name in ledger}
@@ -150,51 +165,29 @@ class Clock:
 @pytest.mark.parametrize(("slow_down", "ratio"), [(0.0, 1.0), (0.1, 1.1), (0.5, 1.5)])
 def test_a_planted_slowdown(monkeypatch: pytest.MonkeyPatch, slow_down: float, ratio: float) -> None:
     clock = Clock()
-    monkeypatch.setattr(ours, "perf_counter", clock)
+    monkeypatch.setattr(contract, "perf_counter", clock)
     work = Work(call=lambda: clock.spend(2.0), slow_down=slow_down)
     began = clock.now
     work.run()
     assert (clock.now - began) / 2.0 == pytest.approx(ratio, abs=0.01)
 
 
-def test_a_slowdown_reaches_every_workload(side: HostSide, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(side, "_slow_down", 0.5)
-    assert [side.prepare(workload, GUIDED).slow_down for workload in WORKLOADS] == [0.5] * len(WORKLOADS)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-class Fixed:
-    """A side whose only workload is at hand."""
-
-    versions: Mapping[str, str] = {}
-
-    def __init__(self, prepared: Prepared) -> None:
-        self.prepared = prepared
-
-    def prepare(self, workload: str, case: Case) -> Prepared:
-        return self.prepared
-
-    def memory(self) -> Mapping[str, Any]:
-        return {}
-
-    def close(self) -> None:
-        pass
+def test_a_slowdown_reaches_every_workload(pipe: Pipeline) -> None:
+    slow = side_of(pipe, 0.5)
+    assert [slow.prepare(workload, GUIDED).slow_down for workload in WORKLOADS] == [0.5] * len(WORKLOADS)
 
 
 @pytest.mark.parametrize("repeats", [1, 4])
 def test_seconds_are_of_one_of_the_repetitions(monkeypatch: pytest.MonkeyPatch, repeats: int) -> None:
     clock = Clock()
     monkeypatch.setattr(child, "perf_counter", clock)
-    asked = child.Child(
-        Fixed(Work(call=lambda: clock.spend(2.0), repeats=repeats)), Task(package=SHIPPED["demo"])
-    )
+    makers: Any = {"any": lambda case, stack: Work(call=lambda: clock.spend(2.0), repeats=repeats)}
+    asked = child.Server(OpenSide(name="it", versions={}, makers=makers), Task(package=SHIPPED["demo"]))
     first = asked.answer({"do": "prepare", "workload": "any", "case": GUIDED.to_json(), "slot": ""})
     timed = asked.answer({"do": "time", "slot": "", "runs": 3})
     assert [first["seconds"], *timed["seconds"]] == pytest.approx([2.0 / repeats] * 4, rel=1e-2)
 
 
-def test_update_is_reported_by_the_step(side: HostSide) -> None:
-    asked = child.Child(side, Task(package=SHIPPED["demo"]))
-    asked.answer({"do": "prepare", "workload": "update", "case": GUIDED.to_json(), "slot": ""})
-    assert child.repeats(asked._slots[""]) == BETWEEN
-    assert child.repeats(side.prepare("unet", GUIDED)) == 1
-    assert child.repeats(Fixed(Work(call=dict))) == 1  # pyright: ignore[reportArgumentType]
+def test_update_is_reported_by_the_step(side: OpenSide) -> None:
+    assert side.prepare("update", GUIDED).repeats == BETWEEN
+    assert side.prepare("unet", GUIDED).repeats == 1

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -12,17 +13,17 @@ import pytest
 
 from latentrt.benchmarks import child
 from latentrt.benchmarks.case import WORKLOADS, Case
-from latentrt.benchmarks.sides import ours
-from latentrt.benchmarks.sides.contract import Held, NotAvailableError, Prepared, Task
-from latentrt.benchmarks.sides.ours import BETWEEN, HostSide
-from latentrt.benchmarks.sides.ours_device import DeviceSide
+from latentrt.benchmarks.sides import contract, ours
+from latentrt.benchmarks.sides.contract import NotAvailableError, OpenSide, Task, Work
+from latentrt.benchmarks.sides.ours import BETWEEN
 from latentrt.engines.errors import MemoryLimitError, UsageError
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import Package
 from latentrt.runtime.loop import open as loops
 from latentrt.runtime.loop.device.cuda_graphs import Graphs
+from latentrt.runtime.loop.device.loop import DeviceLoop
 from latentrt.runtime.loop.open import DEVICE_NETS
-from tests.benchmarks.device_side_bench import PACKAGE, Bench, Spied, device_side
+from tests.benchmarks.device_side_bench import PACKAGE, Spied, open_on
 from tests.engines.host_device import HostDevice, HostStopwatch
 from tests.engines.tensorrt_setting import library, open_simulated
 
@@ -30,6 +31,15 @@ GUIDED = Case.of(PACKAGE.manifest, width=64, height=64, steps=4)
 PLAIN = Case.of(PACKAGE.manifest, width=48, height=64, steps=3, guidance_scale=1.0, pictures=2)
 NOISY = Case.of(PACKAGE.manifest, width=64, height=64, steps=4, sampler="euler_a", pictures=2)
 KIB = 1024
+
+
+@dataclass
+class Bench:
+    device: HostDevice
+    side: OpenSide
+    loop: DeviceLoop
+    nets: dict[str, Spied]
+    runs: Counter[str]
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +54,8 @@ def opened() -> Generator[Bench]:
         )
         for place, name in enumerate(DEVICE_NETS)
     }
-    side = device_side(device, nets)
-    yield Bench(device, side, nets, runs)
+    side, loop = open_on(device, nets)
+    yield Bench(device, side, loop, nets, runs)
     side.prepare("unet", GUIDED)  # and is left open
     side.close()
     side.close()
@@ -54,14 +64,13 @@ def opened() -> Generator[Bench]:
 
 
 @pytest.fixture(scope="module")
-def host() -> Generator[HostSide]:
+def host() -> Generator[OpenSide]:
     opened = ours.open_side(Task(package=PACKAGE.root, backend="onnxruntime", threads=1))
-    assert isinstance(opened, HostSide)
     yield opened
     opened.close()
 
 
-def check_alike(found: Prepared, wanted: Prepared) -> None:
+def check_alike(found: Work, wanted: Work) -> None:
     a, b = found.outputs(), wanted.outputs()
     assert set(a) == set(b)
     for name, array in b.items():
@@ -73,18 +82,13 @@ def check_alike(found: Prepared, wanted: Prepared) -> None:
             assert np.linalg.norm(a[name] - array) / np.linalg.norm(array) < 1e-4
 
 
-def close(prepared: Prepared) -> None:
-    assert isinstance(prepared, Held)
-    prepared.close()
-
-
 # ── what is computed, and how long it takes ────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("case", [GUIDED, PLAIN], ids=["guided", "plain"])
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_the_device_computes_what_the_host_does(
-    opened: Bench, host: HostSide, workload: str, case: Case
+    opened: Bench, host: OpenSide, workload: str, case: Case
 ) -> None:
     found, wanted = opened.side.prepare(workload, case), host.prepare(workload, case)
     began = perf_counter()
@@ -93,16 +97,16 @@ def test_the_device_computes_what_the_host_does(
     wanted.run()
     check_alike(found, wanted)
     assert 0 < found.figures()["device_s"] < seconds
-    assert child.repeats(found) == child.repeats(wanted)
-    close(found)
+    assert found.repeats == wanted.repeats
+    found.close()
 
 
-def test_update_draws_noise(opened: Bench, host: HostSide) -> None:
+def test_update_draws_noise(opened: Bench, host: OpenSide) -> None:
     found, wanted = opened.side.prepare("update", NOISY), host.prepare("update", NOISY)
     found.run()
     wanted.run()
     check_alike(found, wanted)
-    close(found)
+    found.close()
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
@@ -117,7 +121,7 @@ def test_a_run_allocates_nothing_and_waits_as_often_as_it_must(opened: Bench, wo
     each = 2 if workload == "picture" else 1  # its prompt's context comes back before the rows begin
     assert (device.sizes, device.allocations) == (sizes, allocations)
     assert device.synchronisations == waits + 3 * each
-    close(prepared)
+    prepared.close()
 
 
 def test_which_nets_run(opened: Bench) -> None:
@@ -133,7 +137,7 @@ def test_which_nets_run(opened: Bench) -> None:
         opened.runs.clear()
         prepared.run()
         assert opened.runs == wanted, workload
-        close(prepared)
+        prepared.close()
 
 
 def test_update_begins_anew_each_time(opened: Bench) -> None:
@@ -144,7 +148,7 @@ def test_update_begins_anew_each_time(opened: Bench) -> None:
         update.run()
     np.testing.assert_array_equal(update.outputs()["latent"], first)
     assert first.std() > 0
-    close(update)
+    update.close()
 
 
 def test_the_devices_seconds_are_of_a_step_too(opened: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +157,7 @@ def test_the_devices_seconds_are_of_a_step_too(opened: Bench, monkeypatch: pytes
         prepared = opened.side.prepare(workload, GUIDED)
         prepared.run()
         assert prepared.figures()["device_s"] == seconds
-        close(prepared)
+        prepared.close()
 
 
 def test_a_planted_slowdown(opened: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,14 +167,14 @@ def test_a_planted_slowdown(opened: Bench, monkeypatch: pytest.MonkeyPatch) -> N
         readings.append(float(len(readings)))  # each look takes a second
         return readings[-1]
 
-    monkeypatch.setattr(opened.side, "_slow_down", 10.0)
+    monkeypatch.setattr(opened.side, "slow_down", 10.0)
     prepared = [opened.side.prepare(workload, GUIDED) for workload in ("unet", "picture")]
-    monkeypatch.setattr(ours, "perf_counter", clock)
+    monkeypatch.setattr(contract, "perf_counter", clock)
     for item in prepared:
         readings.clear()
         item.run()
         assert readings[-1] >= 11
-        close(item)
+        item.close()
 
 
 # ── captured graphs ────────────────────────────────────────────────────────────────────────────────
@@ -185,7 +189,7 @@ def test_the_unets_captured_run_is_told_too(opened: Bench) -> None:
     prepared.run()
     assert opened.device.launches == launches, "what is timed is as it is enqueued"
     assert prepared.figures()["captured_device_s"] > 0
-    close(prepared)
+    prepared.close()
 
 
 def test_why_the_unet_is_not_captured(opened: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,20 +197,20 @@ def test_why_the_unet_is_not_captured(opened: Bench, monkeypatch: pytest.MonkeyP
     found = opened.side.prepare("unet", GUIDED)
     found.run()
     assert found.figures()["not_captured"] == "the stream cannot be captured"
-    close(found)
+    found.close()
     monkeypatch.setattr(opened.nets["unet"], "capturable", False)
     found = opened.side.prepare("unet", GUIDED)
     found.run()
     assert found.figures()["not_captured"].startswith("the library says")
     assert "captured_device_s" not in found.figures()
-    close(found)
+    found.close()
 
 
 @pytest.mark.parametrize("graphs", ["on", "off"])
 def test_a_picture_tells_whether_it_was_replayed(
     opened: Bench, monkeypatch: pytest.MonkeyPatch, graphs: Graphs
 ) -> None:
-    loop = opened.side._loop
+    loop = opened.loop
     loop.free_idle()
     monkeypatch.setattr(loop, "_graphs", graphs)
     picture = opened.side.prepare("picture", GUIDED)
@@ -220,7 +224,7 @@ def test_a_picture_tells_whether_it_was_replayed(
 
 
 def test_a_picture_has_settled_before_it_is_timed(opened: Bench) -> None:
-    loop = opened.side._loop
+    loop = opened.loop
     loop.free_idle()
     before = opened.device.launches
     opened.side.prepare("picture", GUIDED)
@@ -232,9 +236,9 @@ def test_a_picture_has_settled_before_it_is_timed(opened: Bench) -> None:
 # ── memory ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_what_is_prepared_has_its_own_buffers_until_it_is_closed(opened: Bench, host: HostSide) -> None:
+def test_what_is_prepared_has_its_own_buffers_until_it_is_closed(opened: Bench, host: OpenSide) -> None:
     device = opened.device
-    opened.side._loop.free_idle()
+    opened.loop.free_idle()
     before = dict(device.sizes)
     small, large = (opened.side.prepare("unet", case) for case in (GUIDED, PLAIN))
     for _ in range(2):  # in turns, as scaling has them
@@ -243,31 +247,31 @@ def test_what_is_prepared_has_its_own_buffers_until_it_is_closed(opened: Bench, 
             wanted = host.prepare("unet", case)
             wanted.run()
             check_alike(prepared, wanted)
-    close(small)
+    small.close()
     large.run()
-    close(large)
-    close(large)
+    large.close()
+    large.close()
     assert device.sizes == before
     with pytest.raises(AssertionError):
         large.run()
 
 
 def test_a_slot_that_is_prepared_again_frees_what_it_had(opened: Bench) -> None:
-    asked = child.Child(opened.side, Task(package=Path("demo")))
+    asked = child.Server(opened.side, Task(package=Path("demo")))
     command = {"do": "prepare", "workload": "vae_decoder", "case": GUIDED.to_json(), "slot": "a"}
     asked.answer(command)
     sizes = sorted(opened.device.sizes.values())
     for _ in range(2):
         asked.answer(command)
         assert sorted(opened.device.sizes.values()) == sizes
-    close(asked._slots["a"])
+    asked._slots["a"].close()
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_what_cannot_be_prepared_leaves_nothing(
     opened: Bench, monkeypatch: pytest.MonkeyPatch, workload: str
 ) -> None:
-    device, loop = opened.device, opened.side._loop
+    device, loop = opened.device, opened.loop
     loop.free_idle()
     blocks, stopwatches = dict(device.sizes), len(device.stopwatches)
     for room in (500, 3 * KIB, 9 * KIB):  # not even the scratch block; not the buffers
@@ -292,7 +296,7 @@ def test_memory_is_the_ledger(opened: Bench) -> None:
     opened.device.process_memory = lambda: 12345  # pyright: ignore[reportAttributeAccessIssue]
     assert opened.side.memory()["process"] == 12345
     assert json.loads(json.dumps(found)) == found
-    close(picture)
+    picture.close()
 
 
 # ── opening ────────────────────────────────────────────────────────────────────────────────────────
@@ -323,25 +327,24 @@ def test_a_pipeline_on_a_device_gets_this_side(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(loops, "choose_backend", lambda name: (name, Engine()))
     side = ours.open_side(Task(package=PACKAGE.root, backend="engine", slow_down=0.25))
-    assert isinstance(side, DeviceSide)
     assert side.versions == {"backend": "engine 1.0", "device": "host memory"}
-    assert side.prepare("vae_decoder", GUIDED).slow_down == 0.25  # pyright: ignore[reportAttributeAccessIssue]
+    assert side.prepare("vae_decoder", GUIDED).slow_down == 0.25
     side.close()
     assert not device.blocks
 
 
-def test_engines_with_scratch_memory_of_their_own(host: HostSide) -> None:
+def test_engines_with_scratch_memory_of_their_own(host: OpenSide) -> None:
     device, variant = HostDevice(), "tensorrt 10"
     trt = library(variant, device)
     names = ("text_encoder", "unet_context", "unet_time", "unet", "step")
-    side = device_side(device, {name: open_simulated(trt, variant, name, device) for name in names}, "on")
+    side, _ = open_on(device, {name: open_simulated(trt, variant, name, device) for name in names}, "on")
     for workload in ("unet", "update"):
         found, wanted = side.prepare(workload, GUIDED), host.prepare(workload, GUIDED)
         found.run()
         wanted.run()
         check_alike(found, wanted)
         assert found.figures()["device_s"] > 0
-        close(found)
+        found.close()
     with pytest.raises(UsageError, match="profile"):
         side.prepare("unet", Case.of(PACKAGE.manifest, width=256))
     side.close()

@@ -22,8 +22,8 @@ from latentrt.benchmarks.sides import (
     tensorrt_loop,
 )
 from latentrt.benchmarks.sides.contract import NotAvailableError, OpenSide, Task
-from latentrt.benchmarks.sides.diffusers_eager import DiffusersSide
-from latentrt.benchmarks.sides.plain_device_loop import DEVICE_NETS, PlainDeviceSide
+from latentrt.benchmarks.sides.diffusers_eager import diffusers_side
+from latentrt.benchmarks.sides.plain_device_loop import DEVICE_NETS, plain_device_side
 from latentrt.benchmarks.sides.requirements import open_plain_package, version_of
 from latentrt.engines.device import DeviceNet
 from latentrt.engines.errors import BackendError
@@ -57,7 +57,7 @@ def refuses(name: str, task: Task, why: str) -> None:
     side = contract.side(name)
     assert why in (side.available(task) or "")
     with pytest.raises(NotAvailableError) as caught:
-        side.open_side(task)
+        contract.open_side(name, task)
     assert why in caught.value.found
 
 
@@ -104,7 +104,7 @@ def test_a_package_without_the_plain_unet_is_told(tmp_path: Path) -> None:
 
 
 def test_a_library_that_pip_does_not_know_has_no_version() -> None:
-    assert version_of("no-such-library", "numpy") == np.__version__
+    assert version_of("numpy") == np.__version__
     assert version_of("no-such-library") == "unknown"
 
 
@@ -117,7 +117,10 @@ class FakePipe:
     def __init__(self, device: str = "cpu") -> None:
         import torch
 
-        self.unet = torch.nn.Conv2d(4, 4, 3)
+        self.unet = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3))
+        self.unet.conv_in = self.unet[0]
+        block = SimpleNamespace(attn1=SimpleNamespace(processor=None))
+        self.unet.mid_block = SimpleNamespace(attentions=[SimpleNamespace(transformer_blocks=[block])])  # type: ignore[assignment]
         self.unet.dtype = torch.float16  # type: ignore[assignment]
         self.vae = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3))
         self.vae.decoder = self.vae[0]
@@ -173,7 +176,7 @@ def test_on_cuda_a_run_ends_when_the_device_is_done(monkeypatch: pytest.MonkeyPa
     library.DDIMScheduler = SimpleNamespace(from_config=lambda config, **options: {**config, **options})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "diffusers", library)
     pipe = FakePipe("cuda")
-    side = DiffusersSide("diffusers", PACKAGE, pipe, {})
+    side = diffusers_side("diffusers", PACKAGE, pipe, {})
     prepared = side.prepare("picture", replace(CASES[1], sampler="ddim"))
     prepared.run()
     assert pipe.scheduler == {"clip_sample": False}
@@ -184,7 +187,7 @@ def test_on_cuda_a_run_ends_when_the_device_is_done(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_sampler_that_diffusers_is_not_set_up_for() -> None:
-    side = DiffusersSide("diffusers", PACKAGE, FakePipe(), {})
+    side = diffusers_side("diffusers", PACKAGE, FakePipe(), {})
     with pytest.raises(NotAvailableError, match="dpm2_a"):
         side.prepare("picture", replace(CASES[0], sampler="dpm2_a"))
 
@@ -289,7 +292,7 @@ def open_on(device: HostDevice, make: Callable[[HostDevice], Mapping[str, Device
     resources = ExitStack()
     for net in nets.values():
         resources.callback(net.close)
-    return PlainDeviceSide("it", PACKAGE, device, nets, {"made": "here"}, resources)
+    return plain_device_side("it", PACKAGE, device, nets, {"made": "here"}, resources)
 
 
 def run(side: OpenSide, workload: str, case: Case) -> Mapping[str, Array]:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from latentrt.benchmarks.case import Case
-from latentrt.benchmarks.child import Child, serve
-from latentrt.benchmarks.process import SideError, SideProcess, Slot
+from latentrt.benchmarks.child import Server, serve
+from latentrt.benchmarks.process import Child, SideError, SideProcess, Slot, run
 from latentrt.benchmarks.sides import contract
-from latentrt.benchmarks.sides.contract import Task
+from latentrt.benchmarks.sides.contract import OpenSide, Task, Work
 from latentrt.engines.errors import UsageError
 from latentrt.runtime.pipeline import SHIPPED
 
@@ -32,43 +32,36 @@ CASE = Case(width=64, height=64, guidance_scale=3.0, steps=2)
 TASK = Task(package=SHIPPED["demo"], threads=1)
 
 
-class Prepared:
-    def __init__(self, value: float) -> None:
-        self.value, self.runs, self.repeats = value, 0, 1
+def _work(value: float) -> Work:
+    runs: list[int] = []
 
-    def run(self) -> None:
-        self.runs += 1
+    def call() -> Mapping[str, Any]:
+        runs.append(1)
+        return {"image": np.array([1.0, value])}
 
-    def outputs(self) -> Mapping[str, Any]:
-        return {"image": np.array([1.0, self.value])}
-
-    def figures(self) -> Mapping[str, Any]:
-        return {"run": self.runs}
+    return Work(call=call, figures=lambda: {"run": len(runs)})
 
 
-class Opened:
-    """A side that computes what its workload is called."""
+class Words(dict[str, Any]):
+    """Makers of every workload: it computes what it is called."""
 
-    versions: Mapping[str, str] = {}
-    closed = False
+    def __contains__(self, workload: object) -> bool:
+        return workload != "none"
 
-    def prepare(self, workload: str, case: Case) -> Prepared:
-        if workload == "none":
-            raise contract.not_available("it", workload)
-        return Prepared(float(workload))
-
-    def memory(self) -> Mapping[str, Any]:
-        return {"ledger": 3}
-
-    def close(self) -> None:
-        self.closed = True
+    def __getitem__(self, workload: str) -> Any:
+        return lambda case, stack: _work(float(workload))
 
 
-def _serve(*commands: Mapping[str, Any]) -> tuple[list[dict[str, Any]], Opened]:
-    opened, answers = Opened(), list[dict[str, Any]]()
-    child = Child(opened, TASK)
-    serve((json.dumps(command) for command in commands), child, answers.append)
-    return answers, opened
+def _opened(closed: list[str]) -> OpenSide:
+    side = OpenSide(name="it", versions={}, makers=Words(), memory=lambda: {"ledger": 3})
+    side.resources.callback(closed.append, "closed")
+    return side
+
+
+def _serve(*commands: Mapping[str, Any]) -> tuple[list[Any], list[str]]:
+    closed, answers = list[str](), list[Any]()
+    serve((json.dumps(command) for command in commands), Server(_opened(closed), TASK), answers.append)
+    return answers, closed
 
 
 def _prepare(workload: str, slot: str = "") -> dict[str, Any]:
@@ -76,7 +69,7 @@ def _prepare(workload: str, slot: str = "") -> dict[str, Any]:
 
 
 def test_a_child_answers() -> None:
-    answers, opened = _serve(
+    answers, was_closed = _serve(
         _prepare("1"),
         {"do": "time", "runs": 3, "slot": ""},
         {"do": "memory"},
@@ -91,7 +84,7 @@ def test_a_child_answers() -> None:
     assert memory["peak_rss"] >= memory["rss"] > 10**6
     assert memory["own"] == {"ledger": 3}
     assert closed == {}
-    assert opened.closed
+    assert was_closed == ["closed"]
 
 
 def test_slots_are_apart() -> None:
@@ -110,7 +103,7 @@ def test_a_child_tells_errors_and_lives_on() -> None:
 def test_the_garbage_collector_is_as_it_was() -> None:
     import gc
 
-    child = Child(Opened(), TASK)
+    child = Server(_opened([]), TASK)
     child.answer(_prepare("1"))
     assert gc.isenabled()
     child.answer({"do": "time", "runs": 1, "slot": ""})
@@ -131,10 +124,10 @@ def test_a_process_of_its_own() -> None:
         with pytest.raises(SideError, match="no workload 'gemm'") as error:
             side.prepare("gemm", CASE)
         assert error.value.status == "not available"
-        side._child.kill()
-        with pytest.raises(SideError, match="ended with exit code -9"):
+        side._process.kill()
+        with pytest.raises(SideError, match="it ended with SIGKILL"):
             side.time(1)
-        with pytest.raises(SideError, match="ended with exit code -9"):
+        with pytest.raises(SideError, match="it ended with SIGKILL"):
             side.time(1)
 
 
@@ -158,7 +151,7 @@ def test_numbers_that_are_not_finite_are_no_result(monkeypatch: pytest.MonkeyPat
                 side.prepare("unet", CASE)
             with pytest.raises(SideError, match="the output is not finite"):
                 side.time(1)
-        monkeypatch.setattr("latentrt.benchmarks.process.ANSWERING", 0.0)
+        monkeypatch.setattr("latentrt.benchmarks.process.LIMIT", 0.0)
         with pytest.raises(SideError, match="no answer within 0 s"):
             side.ask(do="memory")
 
@@ -169,6 +162,40 @@ def test_tasks_travel() -> None:
     assert Case.from_json(json.loads(json.dumps(CASE.to_json()))) == CASE
     with pytest.raises(UsageError, match="unknown side 'x'"):
         contract.side("x")
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import os; os.abort()", r"it ended with SIGABRT: .*Fatal Python error: Aborted"),
+        ("raise ValueError('a defect in /home/me/x')", r"it ended with exit code 1: .*a defect in …/x"),
+        ("import sys; sys.exit(3)", r"it ended with exit code 3;"),
+    ],
+)
+def test_a_child_that_ends_badly_says_how_after_its_lines(code: str, reason: str) -> None:
+    with Child("-X", "faulthandler", "-c", f"print('a', flush=True)\n{code}") as child:
+        lines = child.lines(30)
+        assert next(lines) == "a"
+        with pytest.raises(SideError, match=reason):
+            next(lines)
+
+
+def test_a_child_that_hangs_is_ended_with_what_it_started(tmp_path: Path) -> None:
+    sign = tmp_path / "alive"
+    grandchild = f"import time; time.sleep(3); open({str(sign)!r}, 'w')"
+    start = f"subprocess.Popen([sys.executable, '-c', {grandchild!r}])"
+    code = f"import subprocess, sys, time\n{start}\ntime.sleep(99)"
+    began = time.perf_counter()
+    with pytest.raises(SideError, match="it did not end within 1 s"):
+        run(["-c", code], limit=1)
+    assert time.perf_counter() - began < 3
+    time.sleep(3)
+    assert not sign.exists()
+
+
+def test_a_child_that_ends_well() -> None:
+    code = "import os; print(os.environ['HERE']); print('b')"
+    assert run(["-c", code], environment={"HERE": "a"}) == ["a", "b"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")

@@ -40,7 +40,7 @@ def table() -> str:
         "UNet: time: weights 2.00 MB, activations 420 kB, in and out 80.0 kB; ",
         "- openvino, whole picture: FAILED: image is not ours: relative L2 3.10e-01, 21.4 dB",
         "| time outside the engines, 128×128, 20 steps, guidance 5 | 0.4 % of a picture, 60.0 µs per step |",
-        "| whole picture against steps | 5.10 ms per step + 21.0 ms, largest residual 2.1 % (5: 46.",
+        "| whole picture against steps | 5.10 ms per step + 21.0 ms, largest residual 2.1 % (5: 46.0 ms; ",
         "| throughput, SingleStream | p90 132 ms, p50 128 ms, p99 141 ms |",
         "| throughput, Offline | 8.65 pictures/s at batch 4 |",
         "| what each step leaves behind | 0 B, over 97 steps |",

@@ -101,7 +101,6 @@ def test_it_tells_who_it_is_and_what_took_how_long(peer: OpenSide) -> None:
     prepared.run()
     stages = prepared.figures()["stages_s"]
     assert {"text_encoder", "unet", "vae_decoder"} <= set(stages)
-    assert stages["unet"] == max(stages.values())
     assert peer.memory() == {}
 
 

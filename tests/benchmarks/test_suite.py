@@ -10,7 +10,7 @@ from latentrt.benchmarks.sides.watched import BLOCKS, SETTLED
 from latentrt.benchmarks.verbs import suite
 from latentrt.benchmarks.verbs.latency import Sides, silent
 from latentrt.benchmarks.verbs.scaling import AXES
-from latentrt.benchmarks.verbs.suite import VERBS
+from latentrt.benchmarks.verbs.suite import planned
 from latentrt.engines.package import Package
 from latentrt.runtime.pipeline import SHIPPED
 
@@ -23,7 +23,7 @@ def options(monkeypatch: pytest.MonkeyPatch, verb: str, *, quick: bool) -> dict[
     """The keywords that the verb's function is called with."""
     found: dict[str, Any] = {}
     monkeypatch.setattr(suite, f"measure_{verb}", lambda *positional, **named: found.update(named))
-    VERBS[verb](MODEL, SIDES, quick=quick, progress=silent)
+    planned(MODEL, SIDES, quick=quick)[verb](silent)
     return found
 
 

@@ -22,7 +22,7 @@ def test_it_is_what_it_always_was() -> None:
 def test_it_computes_the_same_finite_numbers_in_every_process() -> None:
     task = Task(package=SHIPPED["demo"], threads=1)
     one, other = (open_yardstick(task) for _ in range(2))
-    (found,), (again,) = one.call(), other.call()  # pyright: ignore[reportGeneralTypeIssues]
+    found, again = one.call()["prediction"], other.call()["prediction"]
     assert found.shape == (SIZES["B"], 4, SIZES["H/8"], SIZES["W/8"])
     assert np.array_equal(found, again)
     assert 0.01 < found.std() < 100

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from ..errors import BackendError
+from ...engines.errors import BackendError
 
 _CPU = "CPUExecutionProvider"
 _FLOATS = frozenset({"float", "float16", "double", "bfloat16"})
@@ -40,10 +40,15 @@ def read_placement(profile: Path) -> Placement:
     try:
         events = cast("list[Mapping[str, Any]]", json.loads(profile.read_bytes()))
         nodes = dict(_nodes(events))
+        problem = "" if nodes else f"{profile} has no node that ran"
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise _unreadable(f"{profile} is no profile of onnxruntime: {error}") from error
-    if not nodes:
-        raise _unreadable(f"{profile} has no node that ran")
+        nodes, problem = {}, f"{profile} is no profile of onnxruntime: {error}"
+    if problem:
+        raise BackendError(
+            problem,
+            expected="the JSON file that end_profiling() of an open session names, after a run",
+            fix="Open the net with a folder for its profile, run it once, and try again.",
+        )
     on_cpu = {name: args for name, args in nodes.items() if args.get("provider") == _CPU}
     copies = (name for name, args in nodes.items() if str(args.get("op_name")).startswith("Memcpy"))
     floats = (name for name, args in on_cpu.items() if _types(args) & _FLOATS)
@@ -62,14 +67,6 @@ def _nodes(events: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, Mapping[s
 
 
 def _types(args: Mapping[str, Any]) -> set[str]:
-    """Of inputs and outputs, which are listed like [{"float": [2, 4]}, {"int64": []}]."""
+    """The types of inputs and outputs, which are listed like [{"float": [2, 4]}, {"int64": []}]."""
     tensors = [*args.get("input_type_shape", ()), *args.get("output_type_shape", ())]
     return {kind for tensor in tensors for kind in tensor}
-
-
-def _unreadable(found: str) -> BackendError:
-    return BackendError(
-        found,
-        expected="the JSON file that end_profiling() of an open session names, after a run",
-        fix="Open the net with a folder for its profile, run it once, and try again.",
-    )

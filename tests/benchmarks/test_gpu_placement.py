@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
+from latentrt.benchmarks.gpu.placement import read_placement
 from latentrt.engines.errors import BackendError
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
-from latentrt.engines.onnxruntime.placement import read_placement
-from latentrt.engines.package import Package
 from tests.engines.test_onnxruntime_nets import DEMO, Bound, Host
 
 
@@ -83,7 +82,7 @@ def test_what_is_no_profile(tmp_path: Path, content: str) -> None:
         read_placement(path)
 
 
-def test_a_net_that_was_not_profiled(package: Package) -> None:
-    net: Any = open_onnxruntime_net(package, "unet", Host(), provider=CPU, threads=1)  # type: ignore[arg-type]
+def test_a_net_that_was_not_profiled() -> None:
+    net: Any = open_onnxruntime_net(DEMO, "unet", Host(), provider=CPU, threads=1)  # type: ignore[arg-type]
     with pytest.raises(BackendError, match=r"'unet' has no profile.*Pass `profile`"):
         net.end_profile()
