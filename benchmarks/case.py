@@ -17,6 +17,8 @@ PROMPT = "a red circle on a blue background"
 NEGATIVE = "a small yellow star"
 # One call each, of nets; `update` is guidance and the row update; `picture` is all of it, prompt to pixels.
 NETS = ("text_encoder", "unet", "vae_decoder")
+# The nets that a picture is drawn with from a prompt, on the host; a device has `step` besides.
+HOST_NETS = ("text_encoder", "unet_context", "unet_time", "unet", "vae_decoder")
 WORKLOADS = ("text_encoder", "invariants", "unet", "update", "vae_decoder", "picture")
 
 

@@ -1,4 +1,4 @@
-"""Random-weight checkpoints in diffusers' layout: tiny ones of odd shapes for tests, and full-size ones.
+"""Random-weight checkpoints in diffusers' layout.
 
     python -m latentrt.benchmarks.models.checkpoints sd15 /somewhere/sd15        # 2.1 GB, fp16
     python -m latentrt.benchmarks.models.checkpoints sd21 /somewhere/sd21        # 2.6 GB, fp16
@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 from transformers import (
@@ -29,8 +28,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from . import recipes
-from .recipes import SCHEDULER, Recipe
+from .recipes import IMAGE_NOISE, RECIPES, Recipe
 
 SAFETENSORS = {torch.float16: "F16", torch.float32: "F32", torch.bfloat16: "BF16"}
 # Colours of the pictures that OpenAI's CLIP was trained on.
@@ -41,61 +39,6 @@ _PROCESSOR = {
     "resample": 3,
     "do_rescale": True,
     "rescale_factor": 1 / 255,
-}
-
-RECIPES: Mapping[str, Recipe] = {
-    "sd15": Recipe(
-        unet=recipes.unet(
-            (320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8, sample_size=64
-        ),
-        text=recipes.text(768, 12, 12, hidden_act="quick_gelu"),
-        vae=recipes.SD_VAE,
-    ),
-    "sd21": Recipe(
-        unet=recipes.unet(
-            (320, 640, 1280, 1280),
-            cross_attention_dim=1024,
-            attention_head_dim=[5, 10, 20, 20],
-            sample_size=96,
-            use_linear_projection=True,
-            upcast_attention=True,
-        ),
-        text=recipes.text(1024, 16, 23, hidden_act="gelu", projection_dim=512),
-        vae={**recipes.SD_VAE, "sample_size": 768},
-        scheduler={**SCHEDULER, "prediction_type": "v_prediction"},
-    ),
-    # Like 1.x: convolutional projections, one head count for all blocks, three heads of 16 to 32.
-    "tiny1": Recipe(
-        unet=recipes.unet(
-            (48, 96),
-            cross_attention_dim=80,
-            attention_head_dim=3,
-            sample_size=8,
-            layers_per_block=1,
-            norm_num_groups=6,
-        ),
-        text=recipes.text(80, 5, 2, hidden_act="quick_gelu", **recipes.TINY_TEXT),
-        vae=recipes.vae((16, 32), layers_per_block=1, norm_num_groups=4, sample_size=16),
-    ),
-    # Like 2.x: linear projections, heads by block, upcast attention, v-prediction; three levels.
-    "tiny2": Recipe(
-        unet=recipes.unet(
-            (32, 48, 48),
-            cross_attention_dim=64,
-            attention_head_dim=[2, 3, 1],
-            sample_size=[12, 8],
-            layers_per_block=1,
-            norm_num_groups=8,
-            use_linear_projection=True,
-            upcast_attention=True,
-        ),
-        text=recipes.text(64, 4, 1, hidden_act="gelu", **recipes.TINY_TEXT),
-        vae=recipes.vae(
-            (16, 16, 32), layers_per_block=1, norm_num_groups=4, sample_size=32, scaling_factor=0.5
-        ),
-        scheduler={**SCHEDULER, "prediction_type": "v_prediction"},
-    ),
-    **recipes.FAMILIES,
 }
 
 
@@ -154,7 +97,7 @@ def _parts(recipe: Recipe) -> Iterator[Part]:
     for name, config, net in clips:
         yield name, "model", net, dict(config)
     for name, net in nets:
-        yield name, "diffusion_pytorch_model", net, _config(net)
+        yield name, "diffusion_pytorch_model", net, config_of(net)
 
 
 def _normalizer(width: int) -> nn.Module:
@@ -166,7 +109,8 @@ def _normalizer(width: int) -> nn.Module:
     return StableUnCLIPImageNormalizer(embedding_dim=width)
 
 
-def _config(net: Any) -> dict[str, Any]:
+def config_of(net: Any) -> dict[str, Any]:
+    """What diffusers writes as a module's config.json."""
     return {"_class_name": type(net).__name__, **dict(net.config)}
 
 
@@ -191,7 +135,7 @@ def make_checkpoint(
         index[name] = [_LIBRARIES.get(name, library), type(net).__name__]
         prefix = "text_model." if name == "text_encoder" and old_names else ""
         shapes = {prefix + key: value.shape for key, value in net.state_dict().items()}
-        _write_part(root / name, stem, config, shapes, dtype, seed * 10 + number)
+        write_part(root / name, stem, config, shapes, dtype, seed * 10 + number)
     _write_json(root / "scheduler" / "scheduler_config.json", recipe.scheduler)
     for name, config in (("tokenizer", recipe.text), ("tokenizer_2", recipe.text_2)):
         if config:
@@ -207,16 +151,7 @@ def make_checkpoint(
 _LIBRARIES = {"image_normalizer": "stable_diffusion"}
 
 
-def make_tiny_vae(root: Path, *, dtype: torch.dtype = torch.float16, seed: int = 0) -> Path:
-    """Write the folder of an AutoencoderTiny that fits the tiny recipes of two levels."""
-    with torch.device("meta"):
-        net = AutoencoderTiny(**recipes.TINY_VAE)
-    shapes = {key: value.shape for key, value in net.state_dict().items()}
-    _write_part(root, "diffusion_pytorch_model", _config(net), shapes, dtype, seed)
-    return root
-
-
-def _write_part(
+def write_part(
     folder: Path,
     stem: str,
     config: Mapping[str, Any],
@@ -224,6 +159,7 @@ def _write_part(
     dtype: torch.dtype,
     seed: int,
 ) -> None:
+    """Write the folder of one part: its config, and random tensors of these shapes."""
     folder.mkdir(parents=True)
     _write_json(folder / "config.json", config)
     _save(folder / f"{stem}.safetensors", shapes, dtype, seed)
@@ -238,7 +174,7 @@ def _write_image_configs(root: Path, size: int) -> dict[str, list[str]]:
     """What unCLIP reads pictures and noises their embeddings with; returns its part of the index."""
     sizes = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
     _write_json(root / "feature_extractor" / "preprocessor_config.json", {**_PROCESSOR, **sizes})
-    _write_json(root / "image_noising_scheduler" / "scheduler_config.json", recipes.IMAGE_NOISE)
+    _write_json(root / "image_noising_scheduler" / "scheduler_config.json", IMAGE_NOISE)
     return {
         "feature_extractor": ["transformers", "CLIPImageProcessor"],
         "image_noising_scheduler": ["diffusers", "DDPMScheduler"],

@@ -8,8 +8,7 @@ from typing import Any
 from ...engines.net_weights import engine_bytes
 from ...engines.package import Package
 from ...engines.spec import TEXT_ENCODERS, Array
-from ...runtime.loop.open import HOST_NETS
-from ..case import Case
+from ..case import HOST_NETS, Case
 from ..process import SideError, SideProcess
 from ..records import Document, Row
 from ..sides.contract import AGAIN, CEILING, OURS

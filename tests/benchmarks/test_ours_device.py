@@ -22,9 +22,8 @@ from latentrt.engines.package import Package
 from latentrt.runtime.loop import open as loops
 from latentrt.runtime.loop.device.cuda_graphs import Graphs
 from latentrt.runtime.loop.device.loop import DeviceLoop
-from latentrt.runtime.loop.open import DEVICE_NETS
 from tests.benchmarks.device_side_bench import PACKAGE, Spied, open_on
-from tests.engines.host_device import HostDevice, HostStopwatch
+from tests.engines.host_device import DEVICE_NETS, HostDevice, HostStopwatch
 from tests.engines.tensorrt_setting import library, open_simulated
 
 GUIDED = Case.of(PACKAGE.manifest, width=64, height=64, steps=4)
