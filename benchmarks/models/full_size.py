@@ -12,7 +12,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -135,21 +135,18 @@ def measure_export(
 
 
 def _rows(workload: str, case: Mapping[str, Any], stage: Stage, machine: Mapping[str, Any]) -> list[Row]:
-    stamp = {**machine, **clocks()}
-    figures = {**stage.figures, "cpu_seconds": stage.cpu_seconds}
-    return [
-        Row(
-            side=OURS, workload=workload, case=case, rounds=((stage.seconds,),), figures=figures, stamp=stamp
-        ),
-        Row(
-            side=OURS,
-            workload=f"{workload} peak memory",
-            case=case,
-            unit="B",
-            rounds=((float(stage.peak_rss),),),
-            stamp=stamp,
-        ),
-    ]
+    row = Row(
+        side=OURS,
+        workload=workload,
+        case=case,
+        rounds=((stage.seconds,),),
+        figures={**stage.figures, "cpu_seconds": stage.cpu_seconds},
+        stamp={**machine, **clocks()},
+    )
+    peak = replace(
+        row, workload=f"{workload} peak memory", unit="B", rounds=((float(stage.peak_rss),),), figures={}
+    )
+    return [row, peak]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

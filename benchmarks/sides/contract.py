@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 from ...engines.errors import BackendError, UsageError
 from ...engines.spec import Array
-from ..case import Case
+from ..case import WORKLOADS, Case
 
 # The module that implements each. "latentrt" is measured twice where it stands against itself.
 SIDES: Mapping[str, str] = {
@@ -168,6 +168,11 @@ class OpenSide:
     def close(self) -> None:
         """Free what was prepared, then everything else, whatever fails on the way. May be called twice."""
         self.resources.close()
+
+
+def makers_of(workloads: object) -> dict[str, Make]:
+    """The methods that are called like a workload."""
+    return {name: getattr(workloads, name) for name in WORKLOADS if hasattr(workloads, name)}
 
 
 class Side(Protocol):

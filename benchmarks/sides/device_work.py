@@ -102,6 +102,14 @@ class DeviceNets:
             repeats=repeats,
         )
 
+    def one_call(
+        self, stack: ExitStack, name: str, sizes: Sizes, inputs: Mapping[str, Array], output: str
+    ) -> Work:
+        """One call of a net; inputs and output by the names that the block has."""
+        block, (bound,) = self.bind(stack, (name, sizes))
+        upload(block, inputs)
+        return self.work(stack, bound.enqueue, lambda: {output: block.download(output)})
+
 
 def _our_name(tensor: TensorSpec) -> str:
     return _OUR_NAMES.get(tensor.name, tensor.name)

@@ -4,6 +4,7 @@ Nets are ONNX Runtime's on the CPU at the device's addresses; they claim scratch
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from latentrt.benchmarks.case import Case
@@ -80,11 +81,15 @@ def stand_in(
     """An opener on host memory. `wrap` gets each net, `opened` the device each time it is opened."""
     on = device or WatchedDevice(2**30)
 
-    def open_device(package: Package, names: Sequence[str]) -> tuple[HostDevice, Mapping[str, DeviceNet]]:
+    def open_device(
+        package: Package, names: Sequence[str], profile: Path | None = None, capture: bool = True
+    ) -> tuple[HostDevice, Mapping[str, DeviceNet]]:
         opened(on)
         nets = {}
         for name in names:
-            net = open_onnxruntime_net(package, name, on, provider=CPU, submit=on.submit, threads=1)
+            net = open_onnxruntime_net(
+                package, name, on, provider=CPU, submit=on.submit, threads=1, profile=profile
+            )
             nets[name] = wrap(name, Hungry(net, 2 * MIB if name in ("unet", "vae_decoder") else 0))
         return on, nets
 

@@ -1,7 +1,8 @@
 """The sections `placement` and `host_memory`, on host memory, with defects planted in it."""
 
-from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +13,9 @@ from latentrt.benchmarks.gpu.judge import collect
 from latentrt.benchmarks.gpu.nets import placement
 from latentrt.benchmarks.gpu.pictures import host_memory
 from latentrt.benchmarks.gpu.placement import Placement
-from latentrt.engines.device import Device
-from latentrt.engines.onnxruntime.nets import CPU, OnnxRuntimeDeviceNet, open_onnxruntime_net
 from latentrt.engines.package import Package
 from latentrt.engines.tensorrt.build import built_nets
-from tests.benchmarks.gpu_stand_in import SCALE, Hungry, WatchedDevice, stand_in
+from tests.benchmarks.gpu_stand_in import SCALE, Hungry, stand_in
 from tests.runtime.device_bench import package_with_step
 
 
@@ -25,20 +24,8 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
     return package_with_step(tmp_path_factory.mktemp("demo") / "package")
 
 
-def open_profiled(
-    package: Package, names: Sequence[str], folder: Path
-) -> tuple[Device, Mapping[str, OnnxRuntimeDeviceNet]]:
-    device = WatchedDevice(2**30)
-    return device, {
-        name: open_onnxruntime_net(
-            package, name, device, provider=CPU, submit=device.submit, threads=1, profile=folder
-        )
-        for name in names
-    }
-
-
 def test_placement_fails_for_nets_on_the_cpu(package: Package) -> None:
-    rows = list(collect(placement(stand_in(package, open_profiled=open_profiled), SCALE)))
+    rows = list(collect(placement(stand_in(package, onnxruntime=True), SCALE)))
     assert [row.workload for row in rows] == list(built_nets(package))
     for row in rows:
         assert row.status == "FAILED"
@@ -60,7 +47,7 @@ def test_placement_is_judged(
     package: Package, monkeypatch: pytest.MonkeyPatch, found: Placement, reason: str
 ) -> None:
     monkeypatch.setattr(gpu_nets, "read_placement", lambda path: found)
-    for row in collect(placement(stand_in(package, open_profiled=open_profiled), SCALE)):
+    for row in collect(placement(stand_in(package, onnxruntime=True), SCALE)):
         assert (row.status, row.reason) == ("FAILED" if reason else "ok", reason)
 
 
@@ -95,15 +82,14 @@ def test_without_a_system_that_tells(
 
 
 def test_captured_pipelines_are_opened_for_it(package: Package) -> None:
-    asked: list[str] = []
-    opener = stand_in(package)
+    options: list[dict[str, Any]] = []
+    opener = stand_in(package, onnxruntime=True)
 
-    def capturing(package: Package, names: Sequence[str]) -> object:
-        asked.append("capturing")
-        return opener.open_device(package, names)
+    def open_device(*arguments: Any, **asked: Any) -> Any:
+        options.append(asked)
+        return opener.open_device(*arguments)
 
-    other = stand_in(package, open_capturing=capturing)
     for graphs in ("off", "auto", "on"):
-        with other.pipeline(graphs):
+        with replace(opener, open_device=open_device).pipeline(graphs):
             pass
-    assert asked == ["capturing"]
+    assert options == [{}, {}, {"capture": True}]
