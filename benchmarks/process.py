@@ -39,7 +39,7 @@ _TAIL = 400  # characters of what a child printed, in an error
 
 
 class SideError(BackendError):
-    """A child could not do what it was asked; `status` is that of its row, and `reason` the row's."""
+    """A child could not carry out a command; its row has this `status` and `reason`."""
 
     def __init__(self, status: Status, reason: str) -> None:
         super().__init__(

@@ -43,7 +43,7 @@ class Model:
     Attributes:
         package: opened, its files' sizes checked.
         checkpoint: the diffusers folder it was exported from; None where that is not at hand.
-        name: as it was asked for; of a package's folder its last part.
+        name: that `find_model` got; of a package's folder its last part.
     """
 
     package: Package
@@ -104,7 +104,7 @@ def find_model(
 
 
 def _demo_checkpoint() -> Path | None:
-    """In the repository beside the package; an installed wheel does not have it."""
+    """The demo's checkpoint, in a checkout beside the package; an installed wheel does not have it."""
     folder = SHIPPED["demo"].parent / "checkpoint"
     return folder if (folder / _INDEX).is_file() else None
 

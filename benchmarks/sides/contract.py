@@ -183,7 +183,7 @@ class Side(Protocol):
         ...
 
     def open_side(self, task: Task) -> OpenSide:
-        """Load every net; asked only where it is available. Raises NotAvailableError or LatentrtError."""
+        """Load every net, where it is available. Raises NotAvailableError or LatentrtError."""
         ...
 
 

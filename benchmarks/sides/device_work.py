@@ -172,7 +172,7 @@ class TimedDevice:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """Of the picture: `device_s`, and whether its rows were those of a captured graph."""
+        """`device_s` of the last picture, and whether its rows were those of a captured graph."""
         return {"device_s": self._watch.seconds(), "replayed": self.launches > self._launches_before}
 
     def stop_timing(self) -> None:

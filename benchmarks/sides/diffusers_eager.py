@@ -156,7 +156,7 @@ def diffusers_side(
                 torch.cuda.synchronize()
             return {}
 
-        # Outputs become arrays when they are asked for: on a GPU that is a copy nobody should time.
+        # Outputs become arrays in `fetch`: on a GPU that is a copy nobody should time.
         return Work(
             call=run,
             fetch=lambda: {name: np.asarray(torch.as_tensor(value).cpu()) for name, value in left.items()},

@@ -1,6 +1,6 @@
 """The package's graphs in OpenVINO on the CPU, set as for one request at a time.
 
-float32, asked for: where a processor has them (AMX, AVX512-BF16) the default is bfloat16, which is another
+float32 is set: where a processor has bfloat16 (AMX, AVX512-BF16) that is the default, which is another
 arithmetic than everyone else's in the same table. Shapes are fixed before compiling, which OpenVINO's own
 guide to Stable Diffusion advises, so that a net is compiled when a case asks for it.
 """

@@ -54,7 +54,7 @@ class Builds:
     repeats: int = 1
 
     def profiles_of(self, package: Package) -> list[Profile]:
-        """Those that were given, or the default one."""
+        """The profiles, or the default one."""
         return list(self.profiles) or [default_profile(package.manifest)]
 
 

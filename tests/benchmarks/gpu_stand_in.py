@@ -15,9 +15,11 @@ from latentrt.engines.device import Addresses, BoundNet, DeviceNet, Shapes
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import Package
 from latentrt.engines.spec import NetSpec
+from latentrt.runtime.pipeline import SHIPPED
 from tests.engines.host_device import HostDevice
 
 MIB = 2**20
+PACKAGE = Package.open(SHIPPED["demo"])
 SCALE = Scale(
     case=Case(width=64, height=64, guidance_scale=3.0, steps=2, seed=1),
     short=48,
@@ -71,7 +73,6 @@ class Hungry:
 
 
 def stand_in(
-    package: Package,
     device: HostDevice | None = None,
     *,
     wrap: Wrap = lambda name, net: net,
@@ -93,6 +94,6 @@ def stand_in(
             nets[name] = wrap(name, Hungry(net, 2 * MIB if name in ("unet", "vae_decoder") else 0))
         return on, nets
 
-    task = Task(package=package.root, backend=changes.pop("backend", "stand-in"), threads=1)
-    settings = {"task": task, "package": package, "measured_by": "its own count", **changes}
+    task = Task(package=PACKAGE.root, backend=changes.pop("backend", "stand-in"), threads=1)
+    settings = {"task": task, "package": PACKAGE, "measured_by": "its own count", **changes}
     return Opener(open_device=open_device, watch=lambda: on, **settings)  # pyright: ignore[reportArgumentType]
