@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from latentrt.benchmarks.models.checkpoints import config_of, make_checkpoint, write_part
+from latentrt.benchmarks.models import checkpoints
+from latentrt.benchmarks.models.checkpoints import config_of, parts_of, write_json, write_part
 from latentrt.benchmarks.models.recipes import (
     EULER,
-    IMAGE_NOISE,
     REFINER,
     SCHEDULER,
+    Config,
     Recipe,
     text,
     text_2,
@@ -24,7 +27,27 @@ from latentrt.benchmarks.models.recipes import (
     xl,
 )
 
-__all__ = ["FAMILIES", "IMAGE_NOISE", "RECIPES", "Recipe", "make_checkpoint", "make_tiny_vae"]
+# Of unCLIP's noise on embeddings.
+IMAGE_NOISE: dict[str, Any] = {
+    "_class_name": "DDPMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "squaredcos_cap_v2",
+}
+# Colours of the pictures that OpenAI's CLIP was trained on.
+_PROCESSOR = {
+    "image_processor_type": "CLIPImageProcessor",
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnclipRecipe(Recipe):
+    vision: Config  # of the image encoder
+
 
 TURBO: dict[str, Any] = {**EULER, "timestep_spacing": "trailing"}
 XL_TURBO: dict[str, Any] = {**TURBO, "_class_name": "EulerAncestralDiscreteScheduler"}
@@ -64,10 +87,9 @@ _SMALL_XL = Recipe(
 )
 
 
-def _unclip(width: int, hidden_act: str) -> Recipe:
+def _unclip(width: int, hidden_act: str) -> UnclipRecipe:
     """Stable unCLIP with an image encoder whose embeddings have this width."""
-    return replace(
-        _SMALL,
+    return UnclipRecipe(
         unet={
             **_SMALL_UNET,
             "class_embed_type": "projection",
@@ -75,6 +97,7 @@ def _unclip(width: int, hidden_act: str) -> Recipe:
             "use_linear_projection": True,
         },
         text=text(32, 2, 2, hidden_act="gelu", **TINY_TEXT),
+        vae=_SMALL_VAE,
         vision={
             "hidden_size": 48,
             "intermediate_size": 96,
@@ -160,6 +183,36 @@ TINY_VAE: dict[str, Any] = {
     "num_encoder_blocks": (1, 2),
     "num_decoder_blocks": (2, 1),
 }
+
+
+def make_checkpoint(recipe: Recipe, root: Path, **options: Any) -> Path:
+    """`checkpoints.make_checkpoint`, for unCLIP too."""
+    if not isinstance(recipe, UnclipRecipe):
+        return checkpoints.make_checkpoint(recipe, root, **options)
+    # this module imports pipelines, and with them everything they can be
+    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import (
+        StableUnCLIPImageNormalizer,
+    )
+
+    text_encoder, *rest = parts_of(recipe)
+    with torch.device("meta"):
+        encoder: Any = CLIPVisionModelWithProjection(CLIPVisionConfig(**recipe.vision))
+        normalizer: Any = StableUnCLIPImageNormalizer(embedding_dim=recipe.vision["projection_dim"])
+    image_encoder = "image_encoder", "model", encoder, dict(recipe.vision)
+    last = "image_normalizer", "diffusion_pytorch_model", normalizer, config_of(normalizer)
+    checkpoints.make_checkpoint(recipe, root, **options, parts=[text_encoder, image_encoder, *rest, last])
+    size = recipe.vision["image_size"]
+    sizes = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+    write_json(root / "feature_extractor" / "preprocessor_config.json", {**_PROCESSOR, **sizes})
+    write_json(root / "image_noising_scheduler" / "scheduler_config.json", IMAGE_NOISE)
+    index = json.loads((root / "model_index.json").read_text())
+    index |= {
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "image_noising_scheduler": ["diffusers", "DDPMScheduler"],
+        "image_normalizer": ["stable_diffusion", "StableUnCLIPImageNormalizer"],
+    }
+    write_json(root / "model_index.json", index)
+    return root
 
 
 def make_tiny_vae(root: Path, *, dtype: torch.dtype = torch.float16, seed: int = 0) -> Path:

@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +24,11 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
 )
 
-from .recipes import IMAGE_NOISE, RECIPES, Recipe
+from .recipes import RECIPES, Recipe
 
 SAFETENSORS = {torch.float16: "F16", torch.float32: "F32", torch.bfloat16: "BF16"}
-# Colours of the pictures that OpenAI's CLIP was trained on.
-_PROCESSOR = {
-    "image_processor_type": "CLIPImageProcessor",
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "resample": 3,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-}
 
 
 def _init(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -77,36 +66,23 @@ def _save(path: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype, seed
 Part = tuple[str, str, nn.Module, dict[str, Any]]
 
 
-def _parts(recipe: Recipe) -> Iterator[Part]:
-    """Folder, stem of the weights file, module and config of each part with weights."""
-    encoders: list[tuple[str, Any, Any, Any]] = [
-        ("text_encoder", recipe.text, CLIPTextConfig, CLIPTextModel),
-        ("text_encoder_2", recipe.text_2, CLIPTextConfig, CLIPTextModelWithProjection),
-        ("image_encoder", recipe.vision, CLIPVisionConfig, CLIPVisionModelWithProjection),
+def parts_of(recipe: Recipe) -> list[Part]:
+    """Folder, stem of the weights file, module (without memory) and config of each part with weights."""
+    encoders: list[tuple[str, Any, Any]] = [
+        ("text_encoder", recipe.text, CLIPTextModel),
+        ("text_encoder_2", recipe.text_2, CLIPTextModelWithProjection),
     ]
     with torch.device("meta"):
-        nets: list[tuple[str, nn.Module]] = [
-            ("unet", UNet2DConditionModel(**recipe.unet)),
-            ("vae", AutoencoderKL(**recipe.vae)),
+        parts: list[Part] = [
+            (name, "model", kind(CLIPTextConfig(**config)), dict(config))
+            for name, config, kind in encoders
+            if config
         ]
-        clips: list[tuple[str, Any, Any]] = [
-            (name, config, kind(shape(**config))) for name, config, shape, kind in encoders if config
-        ]
-        if recipe.vision:
-            nets.append(("image_normalizer", _normalizer(recipe.vision["projection_dim"])))
-    for name, config, net in clips:
-        yield name, "model", net, dict(config)
-    for name, net in nets:
-        yield name, "diffusion_pytorch_model", net, config_of(net)
-
-
-def _normalizer(width: int) -> nn.Module:
-    # this module imports pipelines, and with them everything they can be
-    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import (
-        StableUnCLIPImageNormalizer,
-    )
-
-    return StableUnCLIPImageNormalizer(embedding_dim=width)
+        nets: dict[str, nn.Module] = {
+            "unet": UNet2DConditionModel(**recipe.unet),
+            "vae": AutoencoderKL(**recipe.vae),
+        }
+    return parts + [(name, "diffusion_pytorch_model", net, config_of(net)) for name, net in nets.items()]
 
 
 def config_of(net: Any) -> dict[str, Any]:
@@ -115,9 +91,24 @@ def config_of(net: Any) -> dict[str, Any]:
 
 
 def make_checkpoint(
-    recipe: Recipe, root: Path, *, dtype: torch.dtype = torch.float16, seed: int = 0, old_names: bool = True
+    recipe: Recipe,
+    root: Path,
+    *,
+    dtype: torch.dtype = torch.float16,
+    seed: int = 0,
+    old_names: bool = True,
+    parts: Iterable[Part] | None = None,
 ) -> Path:
-    """Write the folder. `old_names`: the text encoder's tensors as transformers before 5 named them."""
+    """Write the folder.
+
+    Args:
+        recipe: what it consists of.
+        root: the folder; it must not exist yet.
+        dtype: of the weights.
+        seed: of the weights.
+        old_names: whether the text encoder's tensors are called as transformers before 5 named them.
+        parts: with weights; default: `parts_of(recipe)`.
+    """
     root.mkdir(parents=True)
     empty = [None, None]
     index: dict[str, Any] = {
@@ -130,25 +121,19 @@ def make_checkpoint(
         **dict.fromkeys(() if recipe.text_2 else ("safety_checker",), empty),
         **recipe.index,
     }
-    for number, (name, stem, net, config) in enumerate(_parts(recipe)):
+    for number, (name, stem, net, config) in enumerate(parts or parts_of(recipe)):
         library = "transformers" if stem == "model" else "diffusers"
-        index[name] = [_LIBRARIES.get(name, library), type(net).__name__]
+        index[name] = [library, type(net).__name__]
         prefix = "text_model." if name == "text_encoder" and old_names else ""
         shapes = {prefix + key: value.shape for key, value in net.state_dict().items()}
         write_part(root / name, stem, config, shapes, dtype, seed * 10 + number)
-    _write_json(root / "scheduler" / "scheduler_config.json", recipe.scheduler)
+    write_json(root / "scheduler" / "scheduler_config.json", recipe.scheduler)
     for name, config in (("tokenizer", recipe.text), ("tokenizer_2", recipe.text_2)):
         if config:
             index[name] = ["transformers", "CLIPTokenizer"]
             _tokenizer(root / name, config["vocab_size"], "!" if name == "tokenizer_2" else "<|endoftext|>")
-    if recipe.vision:
-        index |= _write_image_configs(root, recipe.vision["image_size"])
-    _write_json(root / "model_index.json", index)
+    write_json(root / "model_index.json", index)
     return root
-
-
-# The library that model_index.json names, where it is not the one that wrote the weights.
-_LIBRARIES = {"image_normalizer": "stable_diffusion"}
 
 
 def write_part(
@@ -161,24 +146,14 @@ def write_part(
 ) -> None:
     """Write the folder of one part: its config, and random tensors of these shapes."""
     folder.mkdir(parents=True)
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     _save(folder / f"{stem}.safetensors", shapes, dtype, seed)
 
 
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a config into a folder that may not be there yet."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(dict(data)))
-
-
-def _write_image_configs(root: Path, size: int) -> dict[str, list[str]]:
-    """What unCLIP reads pictures and noises their embeddings with; returns its part of the index."""
-    sizes = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
-    _write_json(root / "feature_extractor" / "preprocessor_config.json", {**_PROCESSOR, **sizes})
-    _write_json(root / "image_noising_scheduler" / "scheduler_config.json", IMAGE_NOISE)
-    return {
-        "feature_extractor": ["transformers", "CLIPImageProcessor"],
-        "image_noising_scheduler": ["diffusers", "DDPMScheduler"],
-    }
 
 
 def _tokenizer(folder: Path, size: int, pad: str) -> None:

@@ -27,12 +27,6 @@ EULER = {
     **{key: SCHEDULER[key] for key in SCHEDULER if key.startswith(("beta", "num", "pred", "steps"))},
     "timestep_spacing": "leading",
 }
-# Of unCLIP's noise on embeddings.
-IMAGE_NOISE: dict[str, Any] = {
-    "_class_name": "DDPMScheduler",
-    "num_train_timesteps": 1000,
-    "beta_schedule": "squaredcos_cap_v2",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +37,6 @@ class Recipe:
     vae: Config
     text: Config | None
     text_2: Config | None = None
-    vision: Config | None = None
     scheduler: Config = field(default_factory=lambda: SCHEDULER)
     pipeline: str = "StableDiffusionPipeline"
     index: Config = field(default_factory=dict[str, Any])
