@@ -120,7 +120,7 @@ def _addresses(spec: NetSpec, block: Block) -> dict[str, int]:
 
 
 def upload(block: Block, arrays: Mapping[str, Array]) -> None:
-    """Fill tensors of a block, by name, from the host."""
+    """Fill tensors of a block from the host."""
     for name, array in arrays.items():
         block.upload(name, array)
 
