@@ -2,7 +2,7 @@
 
     demo                     the shipped package; its checkpoint where the repository is at hand
     a package's folder       with the checkpoint it was exported from, if the caller has it
-    sd15-fp32, sdxl-fp16, …  exact shapes with random weights, made once into a cache folder; never downloaded
+    sd15-fp32, sd21-fp16, …  exact shapes with random weights, made once into a cache folder; never downloaded
 
 A full-size model is exported from a checkpoint that `checkpoints.py` makes. Without the extra [export] it is
 filled from a skeleton (`skeletons.py`), which a checkout has for some of them; then no peer that needs a
@@ -28,9 +28,9 @@ from . import full_size, skeletons
 Said = Callable[[str], None]
 
 # Recipes, and what each takes in the cache as checkpoint, and about as much again as package of any dtype:
-# weights are stored as fp16. Measured with `du -sb`: sd15 2.13 and 2.07 GB, sdxl 6.94 GB. sd21 was counted
+# weights are stored as fp16. Measured with `du -sb`: sd15 2.13 and 2.07 GB. sd21 was counted
 # from its shapes: 2.58 GB, or 2.51 without the VAE's encoder.
-SIZES: Mapping[str, str] = {"sd15": "2.1 GB", "sd21": "2.6 GB", "sdxl": "6.9 GB"}
+SIZES: Mapping[str, str] = {"sd15": "2.1 GB", "sd21": "2.6 GB"}
 DTYPES = ("fp32", "fp16")
 _INDEX = "model_index.json"
 _EXPORT_NEEDS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "onnxruntime")

@@ -44,9 +44,11 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         find_model("demo", checkpoint=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd15-int8", "no/such/folder"])
+@pytest.mark.parametrize("name", ["sd15", "sd15-int8", "sdxl-fp16", "no/such/folder"])
 def test_an_unknown_name_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match=r"expected demo, sd15-fp32, .*, sdxl-fp16, or a package's folder"):
+    with pytest.raises(
+        UsageError, match=r"expected demo, sd15-fp32, sd15-fp16, sd21-fp32, sd21-fp16, or a package's folder"
+    ):
         find_model(name)
 
 
