@@ -120,7 +120,8 @@ def median_of(rounds: Rounds, *, resamples: int = RESAMPLES, seed: int = SEED) -
     draws = np.random.default_rng(seed).integers(count, size=(resamples, count))
     value = float(np.median(np.concatenate(rounds)))
     if len({len(turn) for turn in rounds}) > 1:
-        pooled = (np.concatenate([rounds[turn] for turn in drawn.tolist()]) for drawn in draws)
+        picked: list[list[int]] = draws.tolist()
+        pooled = [np.concatenate([rounds[turn] for turn in turns]) for turns in picked]
         return Estimate(value=value, resampled=np.array([np.median(samples) for samples in pooled]))
     table = np.asarray(rounds, np.float64)
     blocks = np.array_split(draws, max(1, resamples * table.size // _AT_ONCE))

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 
 from ...engines.backend import choose_backend
 from ...engines.errors import LatentrtError
-from ...engines.package import Manifest
 from ...engines.spec import DTYPES, Array
 from ...runtime.loop import guidance
 from ...runtime.loop.denoise import denoise, narrow
 from ...runtime.loop.host import HostLoop
 from ...runtime.loop.open import LoopOptions
 from ...runtime.pipeline import Pipeline
-from ...runtime.prompts.tokenizer import ClipTokenizer
-from ...runtime.request.request import latent_shape, make_request
-from ...runtime.sampling.noise import NoiseSource
-from ...runtime.sampling.samplers import make_table
-from ...runtime.sampling.table import Table
-from ..case import Case, net_inputs, time_inputs
-from ..opening import open_pipeline
-from .contract import OURS, OpenSide, Task, Work
-
-BETWEEN = 20  # steps of the loop in one run of `update`
+from ..case import Case, time_inputs
+from ..opening import BETWEEN, inputs_of, open_pipeline, schedule_of
+from .contract import OURS, OpenSide, Task, Work, makers_of
 
 
 def available(task: Task) -> str | None:
@@ -51,20 +42,6 @@ def open_side(task: Task) -> OpenSide:
     return device_side(pipe, pipe.loop, task.slow_down)
 
 
-def inputs_of(pipe: Pipeline, workload: str, case: Case) -> dict[str, Array]:
-    """`case.net_inputs` with the package's own tokenizer."""
-    tokenizer = ClipTokenizer.open(pipe.package.root / "tokenizer")
-    return net_inputs(workload, case, pipe.package.manifest, tokenizer)
-
-
-def schedule_of(case: Case, manifest: Manifest) -> tuple[Table, Callable[[], Array]]:
-    """The sampler's table, and what draws unit noise (N, C, H/8, W/8) float32, from the seeds on."""
-    request = make_request(manifest, case.prompt, **case.parameters)
-    source = NoiseSource(request.seeds, request.rng)
-    shape = latent_shape(manifest, case.height, case.width)
-    return make_table(request.sampler, request.num_inference_steps), partial(source.draw, shape)
-
-
 def host_side(pipe: Pipeline, loop: HostLoop, slow_down: float = 0.0) -> OpenSide:
     """A pipeline on the CPU, whose nets are called with arrays. It is closed with the side."""
     ours, resources = _OnHost(pipe, loop), ExitStack()
@@ -74,14 +51,7 @@ def host_side(pipe: Pipeline, loop: HostLoop, slow_down: float = 0.0) -> OpenSid
     return OpenSide(
         name=OURS,
         versions={"backend": pipe.backend, "layouts": named or "plain"},
-        makers={
-            "text_encoder": ours.text_encoder,
-            "invariants": ours.invariants,
-            "unet": ours.unet,
-            "update": ours.update,
-            "vae_decoder": ours.vae_decoder,
-            "picture": ours.picture,
-        },
+        makers=makers_of(ours),
         resources=resources,
         memory=lambda: {"ledger": {name: vars(net.memory) for name, net in loop.nets.items()}},
         slow_down=slow_down,

@@ -12,7 +12,7 @@ from latentrt.benchmarks.likeness import difference, psnr, ssim
 
 
 def scipy_ssim(x: np.ndarray, y: np.ndarray) -> float:
-    """Of (H, W, C): Wang's index written with the variances as second moments about the local mean."""
+    """SSIM of (H, W, C): Wang's index written with the variances as second moments about the local mean."""
     values: list[float] = []
     for a, b in zip(np.moveaxis(x, -1, 0).astype(float), np.moveaxis(y, -1, 0).astype(float), strict=True):
 

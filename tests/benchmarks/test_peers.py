@@ -242,7 +242,7 @@ class Context:
 
 
 class Polygraphy(ModuleType):
-    """Of `polygraphy.backend.trt`, what the side calls; it counts engines."""
+    """The part of `polygraphy.backend.trt` that the side calls; it counts engines."""
 
     def __init__(self, device: HostDevice) -> None:
         super().__init__("polygraphy.backend.trt")

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from latentrt.benchmarks.case import WORKLOADS, Case
-from latentrt.benchmarks.models.skeletons import FOLDER
 from latentrt.benchmarks.records import Row
 from latentrt.benchmarks.roofline import (
     CEILING,
@@ -19,6 +18,7 @@ from latentrt.benchmarks.roofline import (
     with_roofline,
     workload_parts,
 )
+from latentrt.benchmarks.skeletons import FOLDER
 from latentrt.benchmarks.work import Layer, Work
 from latentrt.engines.package import Manifest, Package
 from latentrt.runtime.pipeline import SHIPPED

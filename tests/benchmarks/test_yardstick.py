@@ -5,7 +5,7 @@ from hashlib import sha256
 import numpy as np
 import pytest
 
-from latentrt.benchmarks.models import skeletons
+from latentrt.benchmarks import skeletons
 from latentrt.benchmarks.sides.contract import Task
 from latentrt.benchmarks.sides.yardstick import GRAPH, SIZES, SKELETON, open_yardstick
 from latentrt.engines.errors import UsageError

@@ -1,6 +1,7 @@
 """Packages of the families beyond 1.x and 2.x, against diffusers' and transformers' own modules."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,6 @@ from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from latentrt.benchmarks.models.checkpoints import make_checkpoint, make_tiny_vae
-from latentrt.benchmarks.models.recipes import FAMILIES, IMAGE_NOISE, Recipe
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.package import Defaults, Package
 from latentrt.export import export_package
@@ -28,6 +27,7 @@ from tests.export.conftest import Exported, relative_l2
 from tests.export.ldm_files import one_file
 from tests.export.tensorrt_builds import build_every_net
 from tests.parity_pair import exported
+from tests.recipes import FAMILIES, IMAGE_NOISE, make_checkpoint, make_tiny_vae
 
 NO = np.zeros(1, np.int32)
 
@@ -55,7 +55,7 @@ def unclip(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Stable unCLIP with a guidance embedding besides, and tiny autoencoders; in fp32."""
     folder = tmp_path_factory.mktemp("unclip")
     base = FAMILIES["unclip-tiny"]
-    recipe = Recipe(**{**vars(base), "unet": {**base.unet, "time_cond_proj_dim": 24}})
+    recipe = replace(base, unet={**base.unet, "time_cond_proj_dim": 24})
     source = make_checkpoint(recipe, folder / "unclip", dtype=torch.float32)
     tiny = make_tiny_vae(folder / "taesd", dtype=torch.float32)
     return _export(source, folder, "fp32", vae=tiny, tiny_vae=tiny)

@@ -146,7 +146,7 @@ def refused(content: bytes, tmp_path: Path, message: str) -> None:
 
 
 def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of operations, of a pickle's size, and of an archive's directory: made small, so that files are."""
+    """Limits on operations, a pickle's size and an archive's directory; they are small here, so files are."""
     content = archive(dumps({"w": tensor()}))
     for module, limit, message in (
         (pickles, "_OPCODE_LIMIT", "more than 9 operations"),
