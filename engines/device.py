@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from .errors import UsageError
 from .spec import Array, NetSpec
 
 Shapes = Mapping[str, tuple[int, ...]]  # tensor name -> shape
@@ -193,3 +194,21 @@ class DeviceNet(Protocol):
     def close(self) -> None:
         """Free everything. May be called twice."""
         ...
+
+
+def check_addresses(net: str, spec: NetSpec, addresses: Addresses, scratch: int = 0) -> None:
+    """Raise UsageError unless every input and output has an aligned address; `scratch` may be 0."""
+    names = {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
+    if set(addresses) != names:
+        raise UsageError(
+            f"the net {net!r} was bound with addresses for {sorted(addresses)}",
+            expected=f"exactly {sorted(names)}",
+            fix="Check the call against the net's spec (`latentrt inspect PACKAGE`).",
+        )
+    for name, address in (*addresses.items(), ("the scratch memory", scratch)):
+        if address < 0 or address % ALIGNMENT or (not address and name in names):
+            raise UsageError(
+                f"the address of {name} of the net {net!r} is {address:#x}",
+                expected=f"device memory at a multiple of {ALIGNMENT} bytes",
+                fix=f"Take addresses from Device.allocate, and round offsets up to {ALIGNMENT} bytes.",
+            )

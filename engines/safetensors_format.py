@@ -13,7 +13,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
@@ -152,12 +152,7 @@ def write_file(
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    places = {
-        name: TensorRange(
-            dtype=place.dtype, shape=place.shape, offset=start + place.offset, length=place.length
-        )
-        for name, place in places.items()
-    }
+    places = {name: replace(place, offset=start + place.offset) for name, place in places.items()}
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with open(descriptor, "wb") as stream:

@@ -169,7 +169,7 @@ def _export_component(
     return _write_graphs(component, folder, model, contract, dtype)
 
 
-def _write_weights(net: Net, path: Path, dtype: Dtype) -> dict[str, weights.Slot]:
+def _write_weights(net: Net, path: Path, dtype: Dtype) -> dict[str, weights.TensorRange]:
     """Write the tensors of `net`; returns where each lies in the file."""
     state = net.module.state_dict()
     stored = {name: state[key] for key, (name, _) in net.tensors.items()}

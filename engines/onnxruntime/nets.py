@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from ..device import ALIGNMENT, Addresses, Device, MemoryLedger, Shapes
+from ..device import Addresses, Device, MemoryLedger, Shapes, check_addresses
 from ..errors import BackendError, LatentrtError, UsageError
 from ..net_weights import engine_bytes
 from ..package import Package
-from ..spec import DTYPES, NetSpec, TensorSpec, output_shapes
+from ..spec import DTYPES, NetSpec, output_shapes
 from .lowering.files import session_entries
 from .runs import Runs, run_options, shrinking_options
 from .session import available, check_boundary, library, open_session, run_error, session_options
@@ -173,8 +173,7 @@ class OnnxRuntimeDeviceNet:
         del scratch
         session = self.session()
         every = {**shapes, **output_shapes(self.spec, shapes)}
-        tensors = (*self.spec.inputs, *self.spec.outputs)
-        _check_addresses(tensors, addresses)
+        check_addresses(self.name, self.spec, addresses)
         binding = session.io_binding()
         try:
             for bind, group in (
@@ -187,7 +186,10 @@ class OnnxRuntimeDeviceNet:
         except Exception as error:  # onnxruntime raises a dozen classes of its own, all derived from it
             raise run_error(self.name, error, shapes) from error
         bound = OnnxRuntimeBoundNet(self, binding, dict(shapes))
-        self._bound[bound] = {addresses[item.name]: item.nbytes(every[item.name]) for item in tensors}
+        self._bound[bound] = {
+            addresses[item.name]: item.nbytes(every[item.name])
+            for item in (*self.spec.inputs, *self.spec.outputs)
+        }
         return bound
 
     def session(self) -> Any:
@@ -310,23 +312,6 @@ def _at_once(work: Callable[[], None]) -> None:
 
 def _index(device: Device) -> int:
     return int(getattr(device, "index", 0))
-
-
-def _check_addresses(tensors: tuple[TensorSpec, ...], addresses: Addresses) -> None:
-    names = [item.name for item in tensors]
-    if sorted(addresses) != sorted(names):
-        raise UsageError(
-            f"addresses of {sorted(set(addresses) ^ set(names))} are missing, or are none of the net's",
-            expected=f"exactly {names}",
-            fix="Check the call against the net's spec (`latentrt inspect PACKAGE`).",
-        )
-    wrong = [name for name, address in addresses.items() if address <= 0 or address % ALIGNMENT]
-    if wrong:
-        raise UsageError(
-            f"{wrong[0]} lies at {addresses[wrong[0]]:#x}",
-            expected=f"a multiple of {ALIGNMENT}, and not 0",
-            fix="Take addresses from Device.allocate, and round offsets up.",
-        )
 
 
 def _check_inputs_stay(session: Any, name: str) -> None:

@@ -17,8 +17,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from weakref import WeakSet
 
-from ..device import ALIGNMENT, Addresses, MemoryLedger, Shapes
-from ..errors import BackendError, LatentrtError, StorageError, UsageError
+from ..device import Addresses, MemoryLedger, Shapes, check_addresses
+from ..errors import BackendError, LatentrtError, StorageError
 from ..profiles import NetProfile, choose
 from ..spec import Array, NetSpec, output_shapes
 from ..store.entry import Entry
@@ -128,7 +128,7 @@ class TensorRTNet:
             MemoryLimitError: no memory for a context.
         """
         loaded, call = self._call(shapes)
-        self._check_addresses(addresses, scratch)
+        check_addresses(self._name, self._spec, addresses, scratch)
         with self._context(loaded, call) as context:
             self._give(loaded, context, call, addresses, scratch)
         every = {**shapes, **output_shapes(self._spec, shapes)}
@@ -275,22 +275,6 @@ class TensorRTNet:
         spare, self._spare = self._spare, None
         if spare is not None:
             loaded.device.synchronize()  # its change of profile may still be under way
-
-    def _check_addresses(self, addresses: Addresses, scratch: int) -> None:
-        names = {tensor.name for tensor in (*self._spec.inputs, *self._spec.outputs)}
-        if set(addresses) != names:
-            raise UsageError(
-                f"the net {self._name!r} was bound with addresses for {sorted(addresses)}",
-                expected=f"exactly {sorted(names)}",
-                fix="Check the call against the net's spec (`latentrt inspect PACKAGE`).",
-            )
-        for name, address in (*addresses.items(), ("the scratch memory", scratch)):
-            if address % ALIGNMENT or (not address and name in names):
-                raise UsageError(
-                    f"the address of {name} of the net {self._name!r} is {address:#x}",
-                    expected=f"device memory at a multiple of {ALIGNMENT} bytes",
-                    fix=f"Round the parts of a block up to {ALIGNMENT} bytes.",
-                )
 
 
 class BoundTensorRTNet:

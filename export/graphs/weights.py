@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import onnx_ir as ir
 
 from ...engines.errors import DAMAGED_WEIGHTS, EXPORT_IN_FP32, CheckpointError
-from ...engines.safetensors_format import write_file
+from ...engines.safetensors_format import TensorRange, write_file
 
 if TYPE_CHECKING:
     import torch
@@ -33,19 +32,9 @@ def stored_type(source: str, compute: ir.DataType) -> ir.DataType:
     return found if found.itemsize < compute.itemsize else compute
 
 
-@dataclass(frozen=True)
-class Slot:
-    """Where one tensor lies in a weights file."""
-
-    dtype: ir.DataType
-    shape: tuple[int, ...]
-    offset: int
-    length: int
-
-
 def write_weights(
     path: Path, tensors: Mapping[str, torch.Tensor], types: Mapping[str, ir.DataType]
-) -> dict[str, Slot]:
+) -> dict[str, TensorRange]:
     """Write `tensors`, each converted to its type, one at a time.
 
     Returns:
@@ -55,10 +44,7 @@ def write_weights(
         CheckpointError: a tensor has a finite value that its stored type cannot hold.
     """
     described = {name: (_NAMES[types[name]], tuple(tensor.shape)) for name, tensor in tensors.items()}
-    places = write_file(path, described, lambda name: _bytes(name, tensors[name], types[name]))
-    return {
-        name: Slot(types[name], place.shape, place.offset, place.length) for name, place in places.items()
-    }
+    return write_file(path, described, lambda name: _bytes(name, tensors[name], types[name]))
 
 
 def _bytes(name: str, tensor: torch.Tensor, dtype: ir.DataType) -> memoryview:
@@ -80,8 +66,8 @@ def _bytes(name: str, tensor: torch.Tensor, dtype: ir.DataType) -> memoryview:
     return memoryview(cast(Any, stored.reshape(-1).view(torch.uint8).numpy()))
 
 
-def attach(model: ir.Model, folder: Path, slots: Mapping[str, Slot]) -> None:
-    """Let the initializers that are checkpoint tensors point into `folder`'s weights file.
+def attach(model: ir.Model, folder: Path, slots: Mapping[str, TensorRange]) -> None:
+    """Make the initializers that are checkpoint tensors external data in `folder`'s weights file.
 
     Where the stored type is not the graph's, a Cast follows the initializer. Engines fold it when they load,
     and the file holds no tensor twice, or wider than the checkpoint did.
@@ -90,19 +76,19 @@ def attach(model: ir.Model, folder: Path, slots: Mapping[str, Slot]) -> None:
         if name not in slots:
             continue
         slot = slots[name]
-        compute = value.dtype
+        stored, compute = STORED[slot.dtype], value.dtype
         value.const_value = ir.ExternalTensor(
             WEIGHTS,
             slot.offset,
             slot.length,
-            slot.dtype,
+            stored,
             name=name,
             shape=ir.Shape(slot.shape),
             base_dir=folder,
         )
         value.shape = ir.Shape(slot.shape)
-        if compute is None or compute == slot.dtype:
-            value.dtype = slot.dtype
+        if compute is None or compute == stored:
+            value.dtype = stored
             continue
         widen = ir.node("Cast", [value], {"to": compute}, name=f"{name}/cast")
         widen.outputs[0].name = f"{name}/{_NAMES[compute]}"
@@ -110,7 +96,7 @@ def attach(model: ir.Model, folder: Path, slots: Mapping[str, Slot]) -> None:
         widen.outputs[0].dtype = compute
         ir.convenience.replace_all_uses_with(value, widen.outputs[0])
         widen.replace_input_with(0, value)
-        value.dtype = slot.dtype
+        value.dtype = stored
         model.graph.insert_before(model.graph[0], widen)
 
 
