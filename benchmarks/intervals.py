@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,8 +121,8 @@ def median_of(rounds: Rounds, *, resamples: int = RESAMPLES, seed: int = SEED) -
     draws = np.random.default_rng(seed).integers(count, size=(resamples, count))
     value = float(np.median(np.concatenate(rounds)))
     if len({len(turn) for turn in rounds}) > 1:
-        pooled = (np.concatenate([rounds[turn] for turn in drawn.tolist()]) for drawn in draws)
-        return Estimate(value=value, resampled=np.array([np.median(samples) for samples in pooled]))
+        pooled = ([sample for turn in drawn.tolist() for sample in rounds[turn]] for drawn in draws)
+        return Estimate(value=value, resampled=np.array([median(samples) for samples in pooled]))
     table = np.asarray(rounds, np.float64)
     blocks = np.array_split(draws, max(1, resamples * table.size // _AT_ONCE))
     resampled = [np.median(table[block], axis=(1, 2)) for block in blocks]
