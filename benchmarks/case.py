@@ -1,4 +1,4 @@
-"""What is asked of every side, and the inputs that all of them get."""
+"""The request that every side carries out, and the inputs that all of them get."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ PROMPT = "a red circle on a blue background"
 NEGATIVE = "a small yellow star"
 # One call each, of nets; `update` is guidance and the row update; `picture` is all of it, prompt to pixels.
 NETS = ("text_encoder", "unet", "vae_decoder")
+# The nets that a picture is drawn with from a prompt, on the host; a device has `step` besides.
+HOST_NETS = ("text_encoder", "unet_context", "unet_time", "unet", "vae_decoder")
 WORKLOADS = ("text_encoder", "invariants", "unet", "update", "vae_decoder", "picture")
 
 
@@ -36,12 +38,9 @@ class Case:
 
     @classmethod
     def of(cls, manifest: Manifest, **changes: Any) -> Case:
-        """The package's own size and guidance, with `changes`."""
-        defaults = manifest.defaults
-        own = {"width": defaults.width, "height": defaults.height, "guidance_scale": defaults.guidance_scale}
-        given = {name: value for name, value in changes.items() if value is not None}
-        values: dict[str, Any] = {**own, **given}
-        return cls(**values)
+        """The package's own size and guidance, with `changes`; None changes nothing."""
+        values = {name: getattr(manifest.defaults, name) for name in ("width", "height", "guidance_scale")}
+        return cls(**values | {name: value for name, value in changes.items() if value is not None})
 
     @property
     def guided(self) -> bool:
@@ -114,13 +113,13 @@ def net_inputs(workload: str, case: Case, manifest: Manifest, tokenizer: ClipTok
     latent = manifest.latent_channels, case.height // cell, case.width // cell
     if workload == "text_encoder":
         texts = [case.negative_prompt, case.prompt] if case.guided else [case.prompt]
-        asked = {item.name for item in manifest.net("text_encoder").spec.inputs}
-        skip = {"clip_skip": np.zeros(1, np.int32)} if "clip_skip" in asked else {}
+        inputs = {item.name for item in manifest.net("text_encoder").spec.inputs}
+        skip = {"clip_skip": np.zeros(1, np.int32)} if "clip_skip" in inputs else {}
         return {"input_ids": tokenizer.encode(texts, length=manifest.max_tokens).ids, **skip}
     if workload == "vae_decoder":
         return {"latent": random.standard_normal((case.pictures, *latent), np.float32)}
     context = case.batch, manifest.max_tokens, manifest.context_width
-    told = {
+    arrays = {
         "latent": random.standard_normal((case.batch, *latent), np.float32),
         "timestep": random.integers(1, 1000, 1).astype(np.float32),
         "context": random.standard_normal(context, np.float32),
@@ -131,7 +130,7 @@ def net_inputs(workload: str, case: Case, manifest: Manifest, tokenizer: ClipTok
         for item in manifest.net("unet").spec.inputs
         if item.name == "image_latents"
     }
-    return told | {name: random.standard_normal(shape, np.float32) for name, shape in more.items()}
+    return arrays | {name: random.standard_normal(shape, np.float32) for name, shape in more.items()}
 
 
 def time_inputs(

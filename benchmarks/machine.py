@@ -14,25 +14,10 @@ from ..engines.cuda.facts import Nvml, available, facts
 from ..engines.onnxruntime.tuning.cpu_layouts import processor, usable_processors
 
 _LIBRARIES = (
-    "latentrt",
-    "numpy",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "onnx-ir",
-    "torch",
-    "diffusers",
-    "openvino",
-    "polygraphy",
-    "tensorrt",
-    "tensorrt-cu12",
-    "tensorrt-cu13",
-    "tensorrt-rtx",
-    "tensorrt-rtx-cu12",
-    "tensorrt-rtx-cu13",
-    "cuda-bindings",
-    "nvidia-ml-py",
-    "nvidia-cudnn-cu12",
-    "nvidia-cudnn-cu13",
+    *("latentrt", "numpy", "onnxruntime", "onnxruntime-gpu", "onnx-ir", "torch", "diffusers", "openvino"),
+    *("polygraphy", "tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
+    *("tensorrt-rtx", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13"),
+    *("cuda-bindings", "nvidia-ml-py", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
 )
 
 
@@ -56,7 +41,7 @@ def clocks() -> dict[str, Any]:
 
 
 def resident_bytes() -> tuple[int, int]:
-    """Of this process's memory what is resident now, and the most that ever was.
+    """Bytes of this process that are resident now, and the most that ever were.
 
     Linux tells both (proc(5)); elsewhere getrusage's peak stands for both. On Linux that one would not do: a
     child's begins with what its parent had resident when it was forked. Windows tells neither: (0, 0).
@@ -104,7 +89,7 @@ def _load() -> float | None:
 
 
 def _cpu_mhz() -> list[int]:
-    """Of every processor now, as Linux tells it; empty elsewhere."""
+    """The clock of every processor now, as Linux tells it; empty elsewhere."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     return [round(float(line.partition(":")[2])) for line in lines if line.startswith("cpu MHz")]

@@ -39,7 +39,7 @@ _TAIL = 400  # characters of what a child printed, in an error
 
 
 class SideError(BackendError):
-    """A child could not do what it was asked; `status` is that of its row, and `reason` the row's."""
+    """A child could not carry out a command; its row has this `status` and `reason`."""
 
     def __init__(self, status: Status, reason: str) -> None:
         super().__init__(
@@ -69,6 +69,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=self._noise,
             encoding="utf-8",
+            errors="replace",
             # PYTHONSAFEPATH: `-m` would otherwise put the current folder first, and take modules from there.
             env={**os.environ, "PYTHONSAFEPATH": "1", **(environment or {})},
             start_new_session=True,
@@ -92,8 +93,10 @@ class Child:
 
     def answer(self) -> dict[str, Any]:
         """The next line as JSON. Raises SideError if there is none, or if it is {"error", "kind"}."""
-        line = self._next(LIMIT, f"no answer within {LIMIT:.0f} s")
+        late = f"no answer within {LIMIT:.0f} s"
+        line = self._next(LIMIT, late)
         if not line:
+            self._wait(LIMIT, late)
             raise SideError("FAILED", self._ending())
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
@@ -106,9 +109,13 @@ class Child:
         Raises SideError if it ends badly, or not within `limit` seconds: it is killed then.
         """
         end, late = monotonic() + (limit or 0.0), f"it did not end within {limit or 0.0:.0f} s"
-        while line := self._next(None if limit is None else end - monotonic(), late):
+
+        def left() -> float | None:
+            return None if limit is None else max(end - monotonic(), 0.0)
+
+        while line := self._next(left(), late):
             yield line.rstrip("\n")
-        if self._process.wait():
+        if self._wait(left(), late):  # a library may hang in its last clean-up, after the last line
             raise SideError("FAILED", self._ending())
 
     def close(self) -> None:
@@ -139,13 +146,21 @@ class Child:
     def _next(self, seconds: float | None, late: str) -> str:
         """The next line, "" at the end. Where none comes in time it is killed: raises SideError(`late`)."""
         try:
-            line = self._lines.get(timeout=None if seconds is None else max(seconds, 0.0))
+            line = self._lines.get(timeout=seconds)
         except queue.Empty:
             self._kill()
             raise SideError("FAILED", late) from None
         if not line:
             self._lines.put("")  # for whoever asks again
         return line
+
+    def _wait(self, seconds: float | None, late: str) -> int:
+        """The exit code. Where it does not end in time it is killed: raises SideError(`late`)."""
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._kill()
+            raise SideError("FAILED", late) from None
 
     def _kill(self) -> None:
         if self._process.poll() is None:

@@ -45,7 +45,7 @@ class Timed(Protocol):
 
     @property
     def name(self) -> str:
-        """Of the row."""
+        """The side of the row."""
         ...
 
     def time(self, runs: int) -> tuple[tuple[float, ...], list[dict[str, Any]]]:

@@ -239,6 +239,17 @@ def build(
 
 
 @bench.command()
+def gpu(
+    package: Annotated[str, Option(help="The shipped model, demo, or a package folder.")] = "demo",
+    out: Out = None,
+) -> None:
+    """All that only a GPU can show, in under ten minutes. Exit code 4: there is none."""
+    from ..benchmarks.gpu.check import main
+
+    raise Exit(main(["--package", package, *(["--out", str(out)] if out else [])]))
+
+
+@bench.command()
 def parity(
     model: ModelName = "demo",
     checkpoint: Checkpoint = None,

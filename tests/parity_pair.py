@@ -11,9 +11,9 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from latentrt.benchmarks.models.checkpoints import RECIPES, make_checkpoint
 from latentrt.export.export import export_package
 from latentrt.runtime import Pipeline
+from tests.recipes import RECIPES, make_checkpoint
 
 # dB. Random weights answer weakly to their conditions: a wrong crop or picture still leaves 45 to 49.
 BAR = 60.0

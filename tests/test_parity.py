@@ -14,9 +14,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from latentrt.benchmarks.models.checkpoints import RECIPES
 from latentrt.runtime import Pipeline
 from tests.parity_pair import PROMPTS, exported, psnr
+from tests.recipes import RECIPES
 
 # torch tensors lack keywords that NumPy 2 asks for when diffusers' schedulers call np.array(tensor); and
 # diffusers announces that DPM-Solver's algorithms will move

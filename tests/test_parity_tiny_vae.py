@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from latentrt.benchmarks.models.checkpoints import RECIPES, make_checkpoint, make_tiny_vae
 from latentrt.export.export import export_package
 from latentrt.runtime import Pipeline
 from tests.parity_pair import BAR, PROMPTS, drawn, ours, psnr
+from tests.recipes import RECIPES, make_checkpoint, make_tiny_vae
 
 pytestmark = [
     pytest.mark.slow,

@@ -76,11 +76,11 @@ def opens(opener: Opener, scale: Scale) -> Iterator[Row]:
 
 def placement(opener: Opener, scale: Scale) -> Iterator[Row]:
     """ONNX Runtime ran all floating-point nodes of each net on the GPU, and copied nothing to or from it."""
-    if opener.open_profiled is None:
+    if not opener.onnxruntime:
         yield not_available("every net", "engines run on the GPU as a whole")
         return
     sizes = shapes(scale, opener.package)[0]
-    with TemporaryDirectory() as folder, opener.nets(Path(folder)) as (device, nets):
+    with TemporaryDirectory() as folder, opener.nets(profile=Path(folder)) as (device, nets):
         for name, net in nets.items():
             yield attempt(name, lambda name=name, net=net: _placed(name, device, net, sizes))
 

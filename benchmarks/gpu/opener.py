@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 from ...engines.backend import DeviceBackend, choose_backend, to_stderr
 from ...engines.cuda.device import CudaDevice
 from ...engines.cuda.facts import Nvml, facts
-from ...engines.device import Device, DeviceNet
+from ...engines.device import Device
 from ...engines.errors import BackendError
-from ...engines.onnxruntime import cuda_backend as onnxruntime_cuda_backend
-from ...engines.onnxruntime.nets import OnnxRuntimeDeviceNet
 from ...engines.package import Manifest, Package
 from ...engines.tensorrt.build import built_nets
 from ...engines.tensorrt.flavour import BACKENDS as ENGINE_BACKENDS
@@ -27,8 +24,7 @@ from ..case import Case
 from ..sides.contract import Task
 from ..sides.device_work import TimedDevice
 
-OpenDevice = Callable[[Package, Sequence[str]], tuple[Device, Mapping[str, DeviceNet]]]
-OpenProfiled = Callable[[Package, Sequence[str], Path], tuple[Device, Mapping[str, OnnxRuntimeDeviceNet]]]
+OpenDevice = Callable[..., tuple[Device, Mapping[str, Any]]]  # package, names of nets; options
 
 # backend -> the plain loop over the same library, which ours is timed against
 _PEERS = {"onnxruntime-cuda": ("onnxruntime-cuda",), "tensorrt": ("tensorrt",)}
@@ -106,12 +102,12 @@ class Opener:
     Attributes:
         task: the backend's name and the package, as a side opens them.
         package: what is drawn with.
-        open_device: a device, and nets on it.
+        open_device: a device, and nets on it. Only ONNX Runtime's has options: `capture`, runs may be
+            captured; `profile`, a folder for profiles of where nodes ran.
         watch: the same device for an onlooker: it reads the free memory, and takes memory away.
         measured_by: who says how much is free.
         peers: sides that ours is timed against.
-        open_capturing: as `open_device`, where runs are captured only if that is asked for.
-        open_profiled: as `open_device`, with a folder for profiles; where nodes may be left to the CPU.
+        onnxruntime: whether it takes these options.
         unsupported: why this GPU is none of the backend's, so that being refused is no failure; "" if it is.
     """
 
@@ -121,17 +117,13 @@ class Opener:
     watch: Callable[[], Device]
     measured_by: str
     peers: tuple[str, ...] = ()
-    open_capturing: OpenDevice | None = None
-    open_profiled: OpenProfiled | None = None
+    onnxruntime: bool = False
     unsupported: str = ""
 
     @contextmanager
-    def nets(self, profiles: Path | None = None) -> Generator[tuple[Device, Mapping[str, Any]], None, None]:
-        """A device and every net of the loop; with a folder for profiles, nets that write them."""
-        if profiles is not None and self.open_profiled is not None:
-            device, nets = self.open_profiled(self.package, built_nets(self.package), profiles)
-        else:
-            device, nets = self.open_device(self.package, built_nets(self.package))
+    def nets(self, **options: Any) -> Generator[tuple[Device, Mapping[str, Any]], None, None]:
+        """A device and every net of the loop."""
+        device, nets = self.open_device(self.package, built_nets(self.package), **options)
         with ExitStack() as stack:
             stack.callback(device.close)
             for net in nets.values():
@@ -141,8 +133,8 @@ class Opener:
     @contextmanager
     def pipeline(self, graphs: Graphs = "off") -> Generator[Opened, None, None]:
         """A pipeline on the device. With graphs "on", runs may be captured, whatever the default is."""
-        opened = (graphs == "on" and self.open_capturing) or self.open_device
-        device, nets = opened(self.package, built_nets(self.package))
+        options = {"capture": True} if graphs == "on" and self.onnxruntime else {}
+        device, nets = self.open_device(self.package, built_nets(self.package), **options)
         timed, log = TimedDevice(device), list[str]()
         loop = DeviceLoop(cast(Device, timed), nets, self.package.manifest, graphs=graphs, log=log.append)
         with ExitStack() as stack:
@@ -167,12 +159,6 @@ def backend_opener(backend: str, package: Package) -> Opener:
         )
     gpu = facts()
     nvml_sees = not gpu.unified and Nvml(gpu.uuid).memory() is not None
-    only_onnxruntime: dict[str, Any] = {}
-    if engine is onnxruntime_cuda_backend:
-        only_onnxruntime = {
-            "open_capturing": partial(onnxruntime_cuda_backend.open_device, capture=True),
-            "open_profiled": _open_profiled,
-        }
     return Opener(
         task=Task(package=package.root, backend=name, device="cuda"),
         package=package,
@@ -181,15 +167,8 @@ def backend_opener(backend: str, package: Package) -> Opener:
         measured_by="NVML, all processes" if nvml_sees else "cudaMemGetInfo",
         peers=_PEERS.get(name, ()),
         unsupported=_unsupported(name, gpu.compute_capability, gpu.sm),
-        **only_onnxruntime,
+        onnxruntime=name == "onnxruntime-cuda",
     )
-
-
-def _open_profiled(
-    package: Package, names: Sequence[str], folder: Path
-) -> tuple[Device, Mapping[str, OnnxRuntimeDeviceNet]]:
-    device, nets = onnxruntime_cuda_backend.open_device(package, names, profile=folder)
-    return device, cast("Mapping[str, OnnxRuntimeDeviceNet]", nets)
 
 
 def _unsupported(backend: str, capability: tuple[int, int], sm: str) -> str:

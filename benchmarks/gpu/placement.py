@@ -1,4 +1,4 @@
-"""Where ONNX Runtime ran the nodes of a net: one without a CUDA kernel goes to the CPU, and nobody is told.
+"""Where ONNX Runtime ran the nodes of a net: one without a CUDA kernel goes to the CPU silently.
 
 A node on the CPU waits for the GPU and makes it wait; what moves between them passes through Memcpy nodes.
 Integer arithmetic on shapes belongs on the CPU. Floats there are activations that left the GPU.

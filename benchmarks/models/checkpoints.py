@@ -1,4 +1,4 @@
-"""Random-weight checkpoints in diffusers' layout: tiny ones of odd shapes for tests, and full-size ones.
+"""Random-weight checkpoints in diffusers' layout.
 
     python -m latentrt.benchmarks.models.checkpoints sd15 /somewhere/sd15        # 2.1 GB, fp16
     python -m latentrt.benchmarks.models.checkpoints sd21 /somewhere/sd21        # 2.6 GB, fp16
@@ -12,91 +12,23 @@ import argparse
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
 )
 
-from . import recipes
-from .recipes import SCHEDULER, Recipe
+from .recipes import RECIPES, Recipe
 
 SAFETENSORS = {torch.float16: "F16", torch.float32: "F32", torch.bfloat16: "BF16"}
-# Colours of the pictures that OpenAI's CLIP was trained on.
-_PROCESSOR = {
-    "image_processor_type": "CLIPImageProcessor",
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "resample": 3,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-}
-
-RECIPES: Mapping[str, Recipe] = {
-    "sd15": Recipe(
-        unet=recipes.unet(
-            (320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8, sample_size=64
-        ),
-        text=recipes.text(768, 12, 12, hidden_act="quick_gelu"),
-        vae=recipes.SD_VAE,
-    ),
-    "sd21": Recipe(
-        unet=recipes.unet(
-            (320, 640, 1280, 1280),
-            cross_attention_dim=1024,
-            attention_head_dim=[5, 10, 20, 20],
-            sample_size=96,
-            use_linear_projection=True,
-            upcast_attention=True,
-        ),
-        text=recipes.text(1024, 16, 23, hidden_act="gelu", projection_dim=512),
-        vae={**recipes.SD_VAE, "sample_size": 768},
-        scheduler={**SCHEDULER, "prediction_type": "v_prediction"},
-    ),
-    # Like 1.x: convolutional projections, one head count for all blocks, three heads of 16 to 32.
-    "tiny1": Recipe(
-        unet=recipes.unet(
-            (48, 96),
-            cross_attention_dim=80,
-            attention_head_dim=3,
-            sample_size=8,
-            layers_per_block=1,
-            norm_num_groups=6,
-        ),
-        text=recipes.text(80, 5, 2, hidden_act="quick_gelu", **recipes.TINY_TEXT),
-        vae=recipes.vae((16, 32), layers_per_block=1, norm_num_groups=4, sample_size=16),
-    ),
-    # Like 2.x: linear projections, heads by block, upcast attention, v-prediction; three levels.
-    "tiny2": Recipe(
-        unet=recipes.unet(
-            (32, 48, 48),
-            cross_attention_dim=64,
-            attention_head_dim=[2, 3, 1],
-            sample_size=[12, 8],
-            layers_per_block=1,
-            norm_num_groups=8,
-            use_linear_projection=True,
-            upcast_attention=True,
-        ),
-        text=recipes.text(64, 4, 1, hidden_act="gelu", **recipes.TINY_TEXT),
-        vae=recipes.vae(
-            (16, 16, 32), layers_per_block=1, norm_num_groups=4, sample_size=32, scaling_factor=0.5
-        ),
-        scheduler={**SCHEDULER, "prediction_type": "v_prediction"},
-    ),
-    **recipes.FAMILIES,
-}
 
 
 def _init(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -134,46 +66,49 @@ def _save(path: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype, seed
 Part = tuple[str, str, nn.Module, dict[str, Any]]
 
 
-def _parts(recipe: Recipe) -> Iterator[Part]:
-    """Folder, stem of the weights file, module and config of each part with weights."""
-    encoders: list[tuple[str, Any, Any, Any]] = [
-        ("text_encoder", recipe.text, CLIPTextConfig, CLIPTextModel),
-        ("text_encoder_2", recipe.text_2, CLIPTextConfig, CLIPTextModelWithProjection),
-        ("image_encoder", recipe.vision, CLIPVisionConfig, CLIPVisionModelWithProjection),
+def parts_of(recipe: Recipe) -> list[Part]:
+    """Folder, stem of the weights file, module (without memory) and config of each part with weights."""
+    encoders: list[tuple[str, Any, Any]] = [
+        ("text_encoder", recipe.text, CLIPTextModel),
+        ("text_encoder_2", recipe.text_2, CLIPTextModelWithProjection),
     ]
     with torch.device("meta"):
-        nets: list[tuple[str, nn.Module]] = [
-            ("unet", UNet2DConditionModel(**recipe.unet)),
-            ("vae", AutoencoderKL(**recipe.vae)),
+        parts: list[Part] = [
+            (name, "model", kind(CLIPTextConfig(**config)), dict(config))
+            for name, config, kind in encoders
+            if config
         ]
-        clips: list[tuple[str, Any, Any]] = [
-            (name, config, kind(shape(**config))) for name, config, shape, kind in encoders if config
-        ]
-        if recipe.vision:
-            nets.append(("image_normalizer", _normalizer(recipe.vision["projection_dim"])))
-    for name, config, net in clips:
-        yield name, "model", net, dict(config)
-    for name, net in nets:
-        yield name, "diffusion_pytorch_model", net, _config(net)
+        nets: dict[str, nn.Module] = {
+            "unet": UNet2DConditionModel(**recipe.unet),
+            "vae": AutoencoderKL(**recipe.vae),
+        }
+    return parts + [(name, "diffusion_pytorch_model", net, config_of(net)) for name, net in nets.items()]
 
 
-def _normalizer(width: int) -> nn.Module:
-    # this module imports pipelines, and with them everything they can be
-    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import (
-        StableUnCLIPImageNormalizer,
-    )
-
-    return StableUnCLIPImageNormalizer(embedding_dim=width)
-
-
-def _config(net: Any) -> dict[str, Any]:
+def config_of(net: Any) -> dict[str, Any]:
+    """What diffusers writes as a module's config.json."""
     return {"_class_name": type(net).__name__, **dict(net.config)}
 
 
 def make_checkpoint(
-    recipe: Recipe, root: Path, *, dtype: torch.dtype = torch.float16, seed: int = 0, old_names: bool = True
+    recipe: Recipe,
+    root: Path,
+    *,
+    dtype: torch.dtype = torch.float16,
+    seed: int = 0,
+    old_names: bool = True,
+    parts: Iterable[Part] | None = None,
 ) -> Path:
-    """Write the folder. `old_names`: the text encoder's tensors as transformers before 5 named them."""
+    """Write the folder.
+
+    Args:
+        recipe: what it consists of.
+        root: the folder; it must not exist yet.
+        dtype: of the weights.
+        seed: of the weights.
+        old_names: whether the text encoder's tensors are called as transformers before 5 named them.
+        parts: with weights; default: `parts_of(recipe)`.
+    """
     root.mkdir(parents=True)
     empty = [None, None]
     index: dict[str, Any] = {
@@ -186,37 +121,22 @@ def make_checkpoint(
         **dict.fromkeys(() if recipe.text_2 else ("safety_checker",), empty),
         **recipe.index,
     }
-    for number, (name, stem, net, config) in enumerate(_parts(recipe)):
+    for number, (name, stem, net, config) in enumerate(parts or parts_of(recipe)):
         library = "transformers" if stem == "model" else "diffusers"
-        index[name] = [_LIBRARIES.get(name, library), type(net).__name__]
+        index[name] = [library, type(net).__name__]
         prefix = "text_model." if name == "text_encoder" and old_names else ""
         shapes = {prefix + key: value.shape for key, value in net.state_dict().items()}
-        _write_part(root / name, stem, config, shapes, dtype, seed * 10 + number)
-    _write_json(root / "scheduler" / "scheduler_config.json", recipe.scheduler)
+        write_part(root / name, stem, config, shapes, dtype, seed * 10 + number)
+    write_json(root / "scheduler" / "scheduler_config.json", recipe.scheduler)
     for name, config in (("tokenizer", recipe.text), ("tokenizer_2", recipe.text_2)):
         if config:
             index[name] = ["transformers", "CLIPTokenizer"]
             _tokenizer(root / name, config["vocab_size"], "!" if name == "tokenizer_2" else "<|endoftext|>")
-    if recipe.vision:
-        index |= _write_image_configs(root, recipe.vision["image_size"])
-    _write_json(root / "model_index.json", index)
+    write_json(root / "model_index.json", index)
     return root
 
 
-# The library that model_index.json names, where it is not the one that wrote the weights.
-_LIBRARIES = {"image_normalizer": "stable_diffusion"}
-
-
-def make_tiny_vae(root: Path, *, dtype: torch.dtype = torch.float16, seed: int = 0) -> Path:
-    """Write the folder of an AutoencoderTiny that fits the tiny recipes of two levels."""
-    with torch.device("meta"):
-        net = AutoencoderTiny(**recipes.TINY_VAE)
-    shapes = {key: value.shape for key, value in net.state_dict().items()}
-    _write_part(root, "diffusion_pytorch_model", _config(net), shapes, dtype, seed)
-    return root
-
-
-def _write_part(
+def write_part(
     folder: Path,
     stem: str,
     config: Mapping[str, Any],
@@ -224,25 +144,16 @@ def _write_part(
     dtype: torch.dtype,
     seed: int,
 ) -> None:
+    """Write the folder of one part: its config, and random tensors of these shapes."""
     folder.mkdir(parents=True)
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     _save(folder / f"{stem}.safetensors", shapes, dtype, seed)
 
 
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a config into a folder that may not be there yet."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(dict(data)))
-
-
-def _write_image_configs(root: Path, size: int) -> dict[str, list[str]]:
-    """What unCLIP reads pictures and noises their embeddings with; returns its part of the index."""
-    sizes = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
-    _write_json(root / "feature_extractor" / "preprocessor_config.json", {**_PROCESSOR, **sizes})
-    _write_json(root / "image_noising_scheduler" / "scheduler_config.json", recipes.IMAGE_NOISE)
-    return {
-        "feature_extractor": ["transformers", "CLIPImageProcessor"],
-        "image_noising_scheduler": ["diffusers", "DDPMScheduler"],
-    }
 
 
 def _tokenizer(folder: Path, size: int, pad: str) -> None:

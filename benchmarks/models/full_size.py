@@ -9,74 +9,66 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from ...engines.errors import ModelError
 from ..machine import clocks, describe_machine
-from ..records import Document, Row, short
+from ..process import SideError, run
+from ..records import Document, Row
 from ..sides.contract import OURS
 
 Said = Callable[[str], None]
 
 RECIPE = "sd15"
-_TAIL = 400  # characters of what a stage printed
 # resource's high-water mark covers all children so far, so each stage runs below a child of its own
 _WATCH = """
 import json, resource, subprocess, sys
 done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, text=True)
+if done.returncode:
+    sys.exit(max(done.returncode, 1))
 used = resource.getrusage(resource.RUSAGE_CHILDREN)
 unit = 1 if sys.platform == "darwin" else 1024
-cpu = used.ru_utime + used.ru_stime
-print(json.dumps([done.returncode, used.ru_maxrss * unit, cpu, done.stdout]))
+print(json.dumps([used.ru_maxrss * unit, used.ru_utime + used.ru_stime, done.stdout]))
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A process: seconds by the clock and of the CPU, its peak memory in bytes, and what it told as JSON."""
+    """A process: seconds by the clock and of the CPU, its peak memory in bytes, and the JSON it printed."""
 
     seconds: float
     cpu_seconds: float
     peak_rss: int
-    told: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    figures: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 def run_stage(name: str, arguments: Sequence[str]) -> Stage:
-    """Run `python ARGUMENTS`; if the last line it prints is a JSON object, that is what it told.
+    """Run `python ARGUMENTS`; if the last line it prints is a JSON object, those are its figures.
 
     Raises:
         ModelError: it failed; with the end of what it printed on stderr.
     """
-    command = [sys.executable, "-c", _WATCH, sys.executable, *arguments]
-    # PYTHONSAFEPATH: `-m` would otherwise put the current folder first, and take modules from there.
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    with tempfile.TemporaryFile() as noise:
-        began = perf_counter()
-        found = subprocess.run(  # noqa: S603
-            command, stdout=subprocess.PIPE, stderr=noise, text=True, check=True, env=environment
-        )
-        seconds = perf_counter() - began
-        code, peak, cpu, output = json.loads(found.stdout)
-        if code:
-            noise.seek(0)
-            tail = short(noise.read().decode("utf-8", errors="replace"))[-_TAIL:]
-            raise ModelError(
-                f"{name} failed with exit code {code}: {tail}",
-                expected="a stage that ends well",
-                fix="Mend what it names, and run it again; stages that were complete stay.",
-            )
-    lines = str(output).strip().splitlines()
-    told: dict[str, Any] = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
-    told.pop("package", None)  # a path of this machine
-    return Stage(seconds=seconds, cpu_seconds=cpu, peak_rss=peak, told=told)
+    began = perf_counter()
+    try:
+        lines = run(["-c", _WATCH, sys.executable, *arguments])
+    except SideError as error:
+        raise ModelError(
+            f"{name} failed: {error.reason}",
+            expected="a stage that ends well",
+            fix="Mend what it names, and run it again; stages that were complete stay.",
+        ) from error
+    seconds = perf_counter() - began
+    peak, cpu, output = json.loads(lines[-1])
+    printed = str(output).strip().splitlines()
+    figures: dict[str, Any] = json.loads(printed[-1]) if printed and printed[-1].startswith("{") else {}
+    figures.pop("package", None)  # a path of this machine
+    return Stage(seconds=seconds, cpu_seconds=cpu, peak_rss=peak, figures=figures)
 
 
 def make_checkpoint(recipe: str, checkpoint: Path) -> Stage:
@@ -111,7 +103,7 @@ def measure_export(
         recipe: of `checkpoints.py`.
         dtypes: of the packages.
         flags: of `latentrt export`.
-        said: is told of each stage.
+        said: gets a line for each stage.
 
     Raises:
         ModelError: the checkpoint cannot be made.
@@ -143,21 +135,18 @@ def measure_export(
 
 
 def _rows(workload: str, case: Mapping[str, Any], stage: Stage, machine: Mapping[str, Any]) -> list[Row]:
-    stamp = {**machine, **clocks()}
-    figures = {**stage.told, "cpu_seconds": stage.cpu_seconds}
-    return [
-        Row(
-            side=OURS, workload=workload, case=case, rounds=((stage.seconds,),), figures=figures, stamp=stamp
-        ),
-        Row(
-            side=OURS,
-            workload=f"{workload} peak memory",
-            case=case,
-            unit="B",
-            rounds=((float(stage.peak_rss),),),
-            stamp=stamp,
-        ),
-    ]
+    row = Row(
+        side=OURS,
+        workload=workload,
+        case=case,
+        rounds=((stage.seconds,),),
+        figures={**stage.figures, "cpu_seconds": stage.cpu_seconds},
+        stamp={**machine, **clocks()},
+    )
+    peak = replace(
+        row, workload=f"{workload} peak memory", unit="B", rounds=((float(stage.peak_rss),),), figures={}
+    )
+    return [row, peak]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -5,12 +5,12 @@
     sd15-fp32, sd21-fp16, …  exact shapes with random weights, made once into a cache folder; never downloaded
 
 A full-size model is exported from a checkpoint that `checkpoints.py` makes. Without the extra [export] it is
-filled from a skeleton (`skeletons.py`) where there is one; then no peer that needs a checkpoint can run.
+filled from a skeleton (`skeletons.py`), which a checkout has for some of them; then no peer that needs a
+checkpoint can run.
 """
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,11 +27,10 @@ from . import full_size, skeletons
 
 Said = Callable[[str], None]
 
-# Recipes of `checkpoints.py`, and what each takes in the cache as checkpoint, and about as much again as
-# package of any dtype: weights are stored as fp16. Measured with `du -sb`, checkpoint and package: sd15 2.13
-# and 2.07 GB, tiny1 4.4 and 4.8 MB, tiny2 2.6 and 3.1 MB. sd21 was counted from its shapes: 2.58 GB, or 2.51
-# without the VAE's encoder.
-RECIPES: Mapping[str, str] = {"sd15": "2.1 GB", "sd21": "2.6 GB", "tiny1": "4.8 MB", "tiny2": "3.1 MB"}
+# Recipes, and what each takes in the cache as checkpoint, and about as much again as package of any dtype:
+# weights are stored as fp16. Measured with `du -sb`: sd15 2.13 and 2.07 GB. sd21 was counted
+# from its shapes: 2.58 GB, or 2.51 without the VAE's encoder.
+SIZES: Mapping[str, str] = {"sd15": "2.1 GB", "sd21": "2.6 GB"}
 DTYPES = ("fp32", "fp16")
 _INDEX = "model_index.json"
 _EXPORT_NEEDS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
@@ -44,7 +43,7 @@ class Model:
     Attributes:
         package: opened, its files' sizes checked.
         checkpoint: the diffusers folder it was exported from; None where that is not at hand.
-        name: as it was asked for; of a package's folder its last part.
+        name: that `find_model` got; of a package's folder its last part.
     """
 
     package: Package
@@ -59,7 +58,7 @@ def default_cache() -> Path:
 
 def model_names() -> tuple[str, ...]:
     """Every name that is no folder."""
-    return ("demo", *(f"{recipe}-{dtype}" for recipe in RECIPES for dtype in DTYPES))
+    return ("demo", *(f"{recipe}-{dtype}" for recipe in SIZES for dtype in DTYPES))
 
 
 def find_model(
@@ -75,10 +74,10 @@ def find_model(
         name: of `model_names`, or a package's folder.
         checkpoint: what a package was exported from; default: what this module knows of.
         cache: where full-size models lie; default: `default_cache()`.
-        said: is told what making one costs, before it is made.
+        said: gets a line about what making one costs, before it is made.
 
     Raises:
-        UsageError: no such model, or one that cannot be exported yet.
+        UsageError: no such model.
         CheckpointError: `checkpoint` is none.
         BackendError: it would have to be made, and the extra [export] is not installed.
         ModelError: it cannot be made, or the package is damaged.
@@ -96,33 +95,18 @@ def find_model(
     elif Path(name).is_dir():
         model = Model(package=Package.open(name), checkpoint=None, name=Path(name).resolve().name)
     else:
-        raise _unknown(name)
+        raise UsageError(
+            f"there is no model {name!r}",
+            expected=f"{', '.join(model_names())}, or a package's folder",
+            fix="Choose one of these, or export one: latentrt export CHECKPOINT -o PACKAGE.",
+        )
     return Model(package=model.package, checkpoint=checkpoint or model.checkpoint, name=model.name)
 
 
 def _demo_checkpoint() -> Path | None:
-    """In the repository beside the package; an installed wheel does not have it."""
+    """The demo's checkpoint, in a checkout beside the package; an installed wheel does not have it."""
     folder = SHIPPED["demo"].parent / "checkpoint"
     return folder if (folder / _INDEX).is_file() else None
-
-
-def _is_sdxl(name: str) -> bool:
-    return re.fullmatch(r"sdxl(-\w+)*", name.lower()) is not None
-
-
-def _unknown(name: str) -> UsageError:
-    known = ", ".join(name for name in model_names() if not name.startswith("tiny"))
-    if _is_sdxl(name):
-        return UsageError(
-            f"{name!r} cannot be measured: SDXL is not exported yet",
-            expected=f"{known}, or a package's folder",
-            fix="Choose one of these: --model sd15-fp32.",
-        )
-    return UsageError(
-        f"there is no model {name!r}",
-        expected=f"{known}, or a package's folder",
-        fix="Choose one of these, or export one: latentrt export CHECKPOINT -o PACKAGE.",
-    )
 
 
 def _full_size(name: str, cache: Path, said: Said) -> Model:
@@ -134,8 +118,9 @@ def _full_size(name: str, cache: Path, said: Said) -> Model:
         if missing and not _exists(filled) and not _has_skeleton(name):
             raise BackendError(
                 f"{name} must be exported first, which needs {', '.join(missing)}",
-                expected="the extras [cpu,export]",
-                fix='Install them: pip install "latentrt[cpu,export]", or ".[cpu,export]" in a checkout.',
+                expected=f"the extras [cpu,export], or its skeleton {skeletons.FOLDER / name}",
+                fix='Install them: pip install "latentrt[cpu,export]". A checkout of the repository has the'
+                " skeletons of sd15-fp16 and sd21-fp16 there; an installed wheel has none.",
             )
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / ".making.lock"):
@@ -158,7 +143,7 @@ def _has_skeleton(name: str) -> bool:
 
 def _make(recipe: str, dtype: str, checkpoint: Path, package: Path, said: Said) -> None:
     """Checkpoint and package, each of them complete or not there."""
-    size = RECIPES[recipe]
+    size = SIZES[recipe]
     if not (checkpoint / _INDEX).is_file():
         said(f"making {checkpoint}: a checkpoint with random weights, {size} of disk, once")
         full_size.make_checkpoint(recipe, checkpoint)
@@ -170,7 +155,7 @@ def _make(recipe: str, dtype: str, checkpoint: Path, package: Path, said: Said) 
 def _fill(name: str, filled: Path, said: Said) -> Package:
     """The package of a skeleton: under another name, for no checkpoint has its weights."""
     if not _exists(filled):
-        size = RECIPES[name.rpartition("-")[0]]
+        size = SIZES[name.rpartition("-")[0]]
         said(f"making {filled}: random weights without torch, {size} of disk and less than a minute, once")
         with tempfile.TemporaryDirectory(prefix=f".{filled.name}-", dir=filled.parent) as folder:
             skeletons.fill_skeleton(name, Path(folder) / filled.name)

@@ -1,8 +1,9 @@
 """Full-size models without torch: `python -m latentrt.benchmarks.models.skeletons sd15 PACKAGE`.
 
 A skeleton is a package without its weights: manifest, graphs, and the header of every weights file, under
-`benchmarks/skeletons/`. Filled with random numbers it has the real model's shapes, so its engines, times and
-memory are the real model's, and its pictures mean nothing. `--from PACKAGE` makes one of an exported package.
+`benchmarks/models/skeletons/` of a checkout (a wheel has the yardstick alone). Filled with random numbers it
+has the real model's shapes, so its engines, times and memory are the real model's, and its pictures mean
+nothing. `--from PACKAGE` makes one of an exported package.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def fill_skeleton(name: str, folder: Path, *, seed: int = 0) -> Package:
     """Write the package of a skeleton with random weights: about 1/sqrt(inputs), so that values stay finite.
 
     Args:
-        name: of a folder in `benchmarks/skeletons`.
+        name: of a folder in `benchmarks/models/skeletons`.
         folder: the package to write; it must not exist yet.
         seed: of the weights.
 

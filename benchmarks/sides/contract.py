@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 from ...engines.errors import BackendError, UsageError
 from ...engines.spec import Array
-from ..case import Case
+from ..case import WORKLOADS, Case
 
 # The module that implements each. "latentrt" is measured twice where it stands against itself.
 SIDES: Mapping[str, str] = {
@@ -92,13 +92,13 @@ class Work:
     """A workload with its inputs in place, ready to be timed.
 
     Attributes:
-        call: one run, which returns when the results are there (`picture`: as pixels in the host's memory).
-            Its answer are the outputs, unless `fetch` gets them.
+        call: one run; returns the outputs once they are there (of `picture` in the host's memory).
+            Where `fetch` gets them, it returns nothing of use.
         fetch: the outputs of the last run, where getting them is not to be timed.
         figures: what is known of the last run: `device_s` by the device's own events, `stages_s` by name, …
         repeats: how often one run does the workload; reported seconds and figures are of one of them.
         held: what it holds until it is closed, such as a device's memory.
-        slow_down: as `Task` has it.
+        slow_down: by how much a run is to take longer, 0.1 is 10 %.
     """
 
     call: Callable[[], Mapping[str, Array]]
@@ -127,7 +127,7 @@ class Work:
         self.held.close()
 
 
-Make = Callable[[Case, ExitStack], Work]  # whatever is entered into the stack is the work's
+Make = Callable[[Case, ExitStack], Work]  # the stack frees what the work holds
 
 
 @dataclass(kw_only=True)
@@ -172,6 +172,11 @@ class OpenSide:
         self.resources.close()
 
 
+def makers_of(workloads: object) -> dict[str, Make]:
+    """The methods that are called like a workload."""
+    return {name: getattr(workloads, name) for name in WORKLOADS if hasattr(workloads, name)}
+
+
 class Side(Protocol):
     """What a module of this folder offers."""
 
@@ -180,7 +185,7 @@ class Side(Protocol):
         ...
 
     def open_side(self, task: Task) -> OpenSide:
-        """Load every net; asked only where it is available. Raises NotAvailableError or LatentrtError."""
+        """Load every net, where it is available. Raises NotAvailableError or LatentrtError."""
         ...
 
 

@@ -102,6 +102,14 @@ class DeviceNets:
             repeats=repeats,
         )
 
+    def one_call(
+        self, stack: ExitStack, name: str, sizes: Sizes, inputs: Mapping[str, Array], output: str
+    ) -> Work:
+        """One call of a net; inputs and output by the names that the block has."""
+        block, (bound,) = self.bind(stack, (name, sizes))
+        upload(block, inputs)
+        return self.work(stack, bound.enqueue, lambda: {output: block.download(output)})
+
 
 def _our_name(tensor: TensorSpec) -> str:
     return _OUR_NAMES.get(tensor.name, tensor.name)
@@ -112,7 +120,7 @@ def _addresses(spec: NetSpec, block: Block) -> dict[str, int]:
 
 
 def upload(block: Block, arrays: Mapping[str, Array]) -> None:
-    """Fill tensors of a block, by name, from the host."""
+    """Fill tensors of a block from the host."""
     for name, array in arrays.items():
         block.upload(name, array)
 
@@ -164,7 +172,7 @@ class TimedDevice:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """Of the picture: `device_s`, and whether its rows were those of a captured graph."""
+        """`device_s` of the last picture, and whether its rows were those of a captured graph."""
         return {"device_s": self._watch.seconds(), "replayed": self.launches > self._launches_before}
 
     def stop_timing(self) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 from ...engines.package import Package
 from ...engines.spec import Array
 from ...runtime.prompts.tokenizer import ClipTokenizer
-from ..case import Case, net_inputs
+from ..case import NETS, Case, net_inputs
 from .contract import NotAvailableError, OpenSide, Task, Work
 from .requirements import missing_checkpoint, missing_modules, version_of
 
@@ -156,23 +156,17 @@ def diffusers_side(
                 torch.cuda.synchronize()
             return {}
 
-        # Outputs become arrays when they are asked for: on a GPU that is a copy nobody should time.
+        # Outputs become arrays in `fetch`: on a GPU that is a copy nobody should time.
         return Work(
             call=run,
             fetch=lambda: {name: np.asarray(torch.as_tensor(value).cpu()) for name, value in left.items()},
             figures=lambda: {"stages_s": dict(stages)} if stages and workload == peer.picture else {},
         )
 
-    workloads = {
-        "text_encoder": peer.text_encoder,
-        "unet": peer.unet,
-        "vae_decoder": peer.vae_decoder,
-        "picture": peer.picture,
-    }
     return OpenSide(
         name=name,
         versions={**_versions(pipe), **settings},
-        makers={name: partial(make, workload) for name, workload in workloads.items()},
+        makers={name: partial(make, getattr(peer, name)) for name in (*NETS, "picture")},
         memory=lambda: {"allocator_peak": int(torch.cuda.max_memory_reserved())} if on_cuda else {},
     )
 

@@ -25,7 +25,7 @@ from ...runtime.sampling.samplers import make_table
 from ...runtime.sampling.table import Table
 from ..case import Case, net_inputs, time_inputs
 from ..opening import open_pipeline
-from .contract import OURS, OpenSide, Task, Work
+from .contract import OURS, OpenSide, Task, Work, makers_of
 
 BETWEEN = 20  # steps of the loop in one run of `update`
 
@@ -74,14 +74,7 @@ def host_side(pipe: Pipeline, loop: HostLoop, slow_down: float = 0.0) -> OpenSid
     return OpenSide(
         name=OURS,
         versions={"backend": pipe.backend, "layouts": named or "plain"},
-        makers={
-            "text_encoder": ours.text_encoder,
-            "invariants": ours.invariants,
-            "unet": ours.unet,
-            "update": ours.update,
-            "vae_decoder": ours.vae_decoder,
-            "picture": ours.picture,
-        },
+        makers=makers_of(ours),
         resources=resources,
         memory=lambda: {"ledger": {name: vars(net.memory) for name, net in loop.nets.items()}},
         slow_down=slow_down,

@@ -37,7 +37,7 @@ from ...runtime.loop.job import Job
 from ...runtime.pipeline import Pipeline
 from ...runtime.request.request import make_request
 from ..case import Case, sizes_of, time_inputs
-from .contract import OURS, OpenSide, Work
+from .contract import OURS, OpenSide, Work, makers_of
 from .device_work import DeviceNets, TimedDevice, ledger_of, upload
 from .ours import BETWEEN, inputs_of
 
@@ -58,14 +58,7 @@ def device_side(pipe: Pipeline, loop: DeviceLoop, slow_down: float = 0.0) -> Ope
     return OpenSide(
         name=OURS,
         versions={"backend": pipe.backend, "device": loop.device.name},
-        makers={
-            "text_encoder": partial(ours.one_net, "text_encoder", "context"),
-            "invariants": ours.invariants,
-            "unet": ours.unet,
-            "update": ours.update,
-            "vae_decoder": partial(ours.one_net, "vae_decoder", "image"),
-            "picture": ours.picture,
-        },
+        makers=makers_of(ours),
         resources=resources,
         memory=lambda: ledger_of(loop),
         slow_down=slow_down,
@@ -100,11 +93,13 @@ class _OnDevice:
         self._manifest = pipe.package.manifest
         self._device = nets.device
 
-    def one_net(self, name: str, output: str, case: Case, stack: ExitStack) -> Work:
-        """A call of a net that stands outside the rows."""
-        block, (bound,) = self._nets.bind(stack, (name, sizes_of(case, self._manifest)))
-        upload(block, inputs_of(self._pipe, name, case))
-        return self._nets.work(stack, bound.enqueue, lambda: {output: block.download(output)})
+    def text_encoder(self, case: Case, stack: ExitStack) -> Work:
+        inputs = inputs_of(self._pipe, "text_encoder", case)
+        return self._nets.one_call(stack, "text_encoder", sizes_of(case, self._manifest), inputs, "context")
+
+    def vae_decoder(self, case: Case, stack: ExitStack) -> Work:
+        inputs = inputs_of(self._pipe, "vae_decoder", case)
+        return self._nets.one_call(stack, "vae_decoder", sizes_of(case, self._manifest), inputs, "image")
 
     def invariants(self, case: Case, stack: ExitStack) -> Work:
         """Keys and values of all rows, and the time embeddings of every row of the table."""

@@ -19,7 +19,7 @@ from ...runtime.loop.denoise import narrow
 from ...runtime.loop.device.buffers import Block, aligned
 from ...runtime.prompts.tokenizer import ClipTokenizer
 from ..case import Case, net_inputs, sizes_of, whole_inputs
-from .contract import OpenSide, Work
+from .contract import OpenSide, Work, makers_of
 from .device_work import DeviceNets, upload
 from .ours import schedule_of
 from .plain_loop import PLAIN_NETS, check_drawable
@@ -37,16 +37,10 @@ def plain_device_side(
 ) -> OpenSide:
     """Nets of an engine on a device, DEVICE_NETS, and the loop around them; arguments as of `plain_side`."""
     plain = _PlainDeviceLoop(name, package, DeviceNets(device=device, nets=nets))
-    makers = {
-        "text_encoder": plain.text_encoder,
-        "unet": plain.unet,
-        "vae_decoder": plain.vae_decoder,
-        "picture": plain.picture,
-    }
     return OpenSide(
         name=name,
         versions=versions,
-        makers=makers,
+        makers=makers_of(plain),
         resources=resources,
         memory=lambda: {"ledger": {name: vars(net.memory) for name, net in nets.items()}},
     )
@@ -63,21 +57,17 @@ class _PlainDeviceLoop:
         return net_inputs(workload, case, self.manifest, self.tokenizer)
 
     def text_encoder(self, case: Case, stack: ExitStack) -> Work:
-        return self._net(stack, "text_encoder", case, self._inputs("text_encoder", case), "context")
+        sizes = sizes_of(case, self.manifest)
+        return self.nets.one_call(stack, "text_encoder", sizes, self._inputs("text_encoder", case), "context")
 
     def unet(self, case: Case, stack: ExitStack) -> Work:
         feeds = whole_inputs(case, self.manifest, self._inputs("unet", case))
         feeds["latent"] = feeds.pop("sample")  # the block has our names
-        return self._net(stack, "unet_whole", case, feeds, "prediction")
+        return self.nets.one_call(stack, "unet_whole", sizes_of(case, self.manifest), feeds, "prediction")
 
     def vae_decoder(self, case: Case, stack: ExitStack) -> Work:
-        return self._net(stack, "vae_decoder", case, self._inputs("vae_decoder", case), "image")
-
-    def _net(self, stack: ExitStack, name: str, case: Case, feeds: Mapping[str, Array], output: str) -> Work:
-        """One call of a net, timed by the device too."""
-        block, (bound,) = self.nets.bind(stack, (name, sizes_of(case, self.manifest)))
-        upload(block, feeds)
-        return self.nets.work(stack, bound.enqueue, lambda: {output: block.download(output)})
+        sizes = sizes_of(case, self.manifest)
+        return self.nets.one_call(stack, "vae_decoder", sizes, self._inputs("vae_decoder", case), "image")
 
     def picture(self, case: Case, stack: ExitStack) -> Work:
         check_drawable(self._name, self.manifest)

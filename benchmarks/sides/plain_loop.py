@@ -18,7 +18,7 @@ from ...runtime.loop.clock import Clock
 from ...runtime.loop.denoise import denoise, narrow
 from ...runtime.prompts.tokenizer import ClipTokenizer
 from ..case import Case, net_inputs, whole_inputs
-from .contract import OpenSide, Work, not_available
+from .contract import OpenSide, Work, makers_of, not_available
 from .ours import schedule_of
 
 PLAIN_NETS = ("text_encoder", "unet_whole", "vae_decoder")
@@ -45,13 +45,7 @@ def plain_side(
         resources: what is freed at the end.
     """
     plain = _PlainLoop(name, package, open_net)
-    makers = {
-        "text_encoder": plain.text_encoder,
-        "unet": plain.unet,
-        "vae_decoder": plain.vae_decoder,
-        "picture": plain.picture,
-    }
-    return OpenSide(name=name, versions=versions, makers=makers, resources=resources)
+    return OpenSide(name=name, versions=versions, makers=makers_of(plain), resources=resources)
 
 
 class _PlainLoop:

@@ -7,8 +7,8 @@ its own. TensorRT-RTX builds without a GPU. For ONNX Runtime the choice of layou
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -54,19 +54,8 @@ class Builds:
     repeats: int = 1
 
     def profiles_of(self, package: Package) -> list[Profile]:
-        """Those that were given, or the default one."""
+        """The profiles, or the default one."""
         return list(self.profiles) or [default_profile(package.manifest)]
-
-
-@dataclass(kw_only=True)
-class _Net:
-    """What was found about one net."""
-
-    name: str
-    seconds: list[float] = field(default_factory=list[float])
-    figures: dict[str, Any] = field(default_factory=dict[str, Any])
-    status: Status = "ok"
-    reason: str = ""
 
 
 def measure_build(package: Package, builds: Builds, *, said: Said = lambda line: None) -> Document:
@@ -78,34 +67,39 @@ def measure_build(package: Package, builds: Builds, *, said: Said = lambda line:
         UsageError: a net that the package does not have.
     """
     gpu = None if available() else facts()
+    case: dict[str, Any] = {"backend": builds.backend}
+    if builds.backend not in TUNERS:
+        profiles = [str(profile) for profile in builds.profiles_of(package)]
+        case |= {"profiles": profiles, "weights": builds.options.weights.value}
     names = tuned_nets if builds.backend in TUNERS else built_nets
-    found = [_Net(name=name) for name in names(package, builds.nets)]
+    rows = {name: Row(side=OURS, workload=name, case=case) for name in names(package, builds.nets)}
     for number in range(builds.repeats):
-        for item in found if number % 2 == 0 else reversed(found):
-            if item.status == "ok":
-                _build(item, package, builds, gpu)
-                said(f"{item.name}: {_line(item)}")
-    machine, case = {**describe_machine(), **clocks()}, _case(package, builds)
+        for name in rows if number % 2 == 0 else reversed(rows):
+            if rows[name].status == "ok":
+                rows[name] = _built(rows[name], package, builds, gpu)
+                said(f"{name}: {_line(rows[name])}")
+    found = [*rows.values(), _together(tuple(rows.values()))]
+    stamp = {**describe_machine(), **clocks()}
     return Document(
         benchmark="build",
         model=describe_model(package),
         settings={"backend": builds.backend, "repeats": builds.repeats, "options": builds.options.to_json()},
-        rows=tuple(_row(item, case, machine) for item in (*found, _together(found))),
+        rows=tuple(replace(row, case=case, stamp=stamp) for row in found),
     )
 
 
-def _build(item: _Net, package: Package, builds: Builds, gpu: DeviceFacts | None) -> None:
+def _built(row: Row, package: Package, builds: Builds, gpu: DeviceFacts | None) -> Row:
+    """The row with one more sample, or why there is none. The peak memory is that of all rounds."""
     try:
         with tempfile.TemporaryDirectory(dir=builds.folder) as folder:
-            figures = build_net(item.name, package, builds, EngineStore(Path(folder) / "store"), gpu)
-    except BackendError as error:
-        item.status, item.reason = "not available", error.found
+            figures = build_net(row.workload, package, builds, EngineStore(Path(folder) / "store"), gpu)
     except LatentrtError as error:
-        item.status, item.reason = "FAILED", error.found
-    else:
-        item.seconds.append(figures.pop("seconds"))
-        peak = max(figures.get("peak_rss_gb", 0.0), item.figures.get("peak_rss_gb", 0.0))
-        item.figures = {**figures, "peak_rss_gb": peak} if peak else figures
+        status: Status = "not available" if isinstance(error, BackendError) else "FAILED"
+        return replace(row, status=status, reason=error.found, rounds=())
+    rounds = (*row.rounds, (figures.pop("seconds"),))
+    if peak := max(figures.get("peak_rss_gb", 0.0), row.figures.get("peak_rss_gb", 0.0)):
+        figures["peak_rss_gb"] = peak
+    return replace(row, rounds=rounds, figures=figures)
 
 
 def build_net(
@@ -136,42 +130,25 @@ def build_net(
     }
 
 
-def _line(item: _Net) -> str:
-    if item.status != "ok":
-        return f"{item.status}: {item.reason}"
-    sizes = f", peak {item.figures['peak_rss_gb']:.2f} GB" if "peak_rss_gb" in item.figures else ""
-    sizes += f", engine {item.figures['engine_mb']:.1f} MB" if "engine_mb" in item.figures else ""
-    return f"{item.seconds[-1]:.1f} s{sizes}"
+def _line(row: Row) -> str:
+    if row.status != "ok":
+        return f"{row.status}: {row.reason}"
+    sizes = f", peak {row.figures['peak_rss_gb']:.2f} GB" if "peak_rss_gb" in row.figures else ""
+    sizes += f", engine {row.figures['engine_mb']:.1f} MB" if "engine_mb" in row.figures else ""
+    return f"{row.samples[-1]:.1f} s{sizes}"
 
 
-def _case(package: Package, builds: Builds) -> dict[str, Any]:
-    if builds.backend in TUNERS:
-        return {"backend": builds.backend}
-    profiles = [str(profile) for profile in builds.profiles_of(package)]
-    return {"backend": builds.backend, "profiles": profiles, "weights": builds.options.weights.value}
-
-
-def _together(found: Sequence[_Net]) -> _Net:
-    """One after the other, as `latentrt build` does it: times add up, the largest peak counts."""
-    missing = [item for item in found if item.status != "ok"]
-    if missing:
-        reason = f"{missing[0].name}: {missing[0].reason}"
-        return _Net(name=TOGETHER, status=missing[0].status, reason=reason)
-    seconds = [sum(turn, 0.0) for turn in zip(*(item.seconds for item in found), strict=True)]
-    peaks = [item.figures["peak_rss_gb"] for item in found if "peak_rss_gb" in item.figures]
-    sizes = [item.figures["engine_mb"] for item in found if "engine_mb" in item.figures]
-    figures = {"peak_rss_gb": max(peaks), "engine_mb": round(sum(sizes), 2)} if peaks else {}
-    return _Net(name=TOGETHER, seconds=seconds, figures=figures)
-
-
-def _row(item: _Net, case: Mapping[str, Any], machine: Mapping[str, Any]) -> Row:
+def _together(rows: Sequence[Row]) -> Row:
+    """One net after the other, as `latentrt build` does it: times add up, the largest peak counts."""
+    for row in rows:
+        if row.status != "ok":
+            reason = f"{row.workload}: {row.reason}"
+            return Row(side=OURS, workload=TOGETHER, status=row.status, reason=reason)
+    peaks = [row.figures["peak_rss_gb"] for row in rows if "peak_rss_gb" in row.figures]
+    sizes = [row.figures["engine_mb"] for row in rows if "engine_mb" in row.figures]
     return Row(
         side=OURS,
-        workload=item.name,
-        case=case,
-        rounds=tuple((seconds,) for seconds in item.seconds) if item.status == "ok" else (),
-        status=item.status,
-        reason=item.reason,
-        figures=item.figures,
-        stamp=machine,
+        workload=TOGETHER,
+        rounds=tuple((sum(turn, 0.0),) for turn in zip(*(row.samples for row in rows), strict=True)),
+        figures={"peak_rss_gb": max(peaks), "engine_mb": round(sum(sizes), 2)} if peaks else {},
     )

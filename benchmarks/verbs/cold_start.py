@@ -94,22 +94,17 @@ class _Variant:
 
     def rows(self, machine: Mapping[str, Any]) -> list[Row]:
         """One for each workload."""
-        found = {**machine, **({"side": {"backend": self.backend}} if self.backend else {})}
+        stamp = {**machine, **({"side": {"backend": self.backend}} if self.backend else {})}
         status: Status = "FAILED" if self.reason else "ok"
         rows: list[Row] = []
         for index, workload in enumerate(self.workloads):
-            row = Row(
-                side=OURS,
-                workload=workload,
-                case=self.case,
-                rounds=() if self.reason else tuple((turn[index],) for turn in self.rounds),
-                status=status,
-                reason=self.reason,
-                stamp=found,
-            )
-            bar = BARS.get(workload)
-            judged = {} if self.reason or bar is None else {"bar_s": bar, "met": row.summary["p50"] < bar}
-            rows.append(replace(row, figures=judged))
+            rounds = () if self.reason else tuple((turn[index],) for turn in self.rounds)
+            row = Row(side=OURS, workload=workload, case=self.case, rounds=rounds, stamp=stamp)
+            row = replace(row, status=status, reason=self.reason)
+            if rounds and workload in BARS:
+                bar = BARS[workload]
+                row = replace(row, figures={"bar_s": bar, "met": row.summary["p50"] < bar})
+            rows.append(row)
         return rows
 
 
@@ -128,7 +123,7 @@ def measure_cold_start(
         task: backend and threads it is opened with.
         case: the pictures; default: one as the package wants it.
         repeats: rounds that count.
-        said: is told how far it is.
+        said: gets a line for each round.
     """
     case = case or Case.of(package.manifest)
     variants = _variants(package, task, case)

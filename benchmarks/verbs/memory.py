@@ -20,8 +20,7 @@ from ...engines.cuda.facts import Nvml, available, facts
 from ...engines.net_weights import engine_bytes
 from ...engines.package import Package
 from ...engines.spec import TEXT_ENCODERS, Array
-from ...runtime.loop.open import HOST_NETS
-from ..case import Case
+from ..case import HOST_NETS, Case
 from ..machine import clocks, describe_machine
 from ..process import LIMIT, Child, SideError, SideProcess
 from ..records import Document, Row, Status

@@ -12,10 +12,6 @@ from .device.cuda_graphs import Graphs
 from .host import HostLoop
 from .job import Loop
 
-# The nets of a picture drawn from a prompt with one text encoder, as benchmarks take them apart.
-HOST_NETS = ("text_encoder", "unet_context", "unet_time", "unet", "vae_decoder")
-DEVICE_NETS = ("text_encoder", "unet_context", "unet_time", "unet", "step", "vae_decoder")
-
 # Without these there is no loop. Other nets of a package are for some requests only, or for other tools.
 _REQUIRED = ("unet_context", "unet_time", "unet", "vae_decoder")
 _ELSEWHERE = ("unet_whole",)

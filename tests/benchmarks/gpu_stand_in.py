@@ -4,6 +4,7 @@ Nets are ONNX Runtime's on the CPU at the device's addresses; they claim scratch
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from latentrt.benchmarks.case import Case
@@ -14,9 +15,11 @@ from latentrt.engines.device import Addresses, BoundNet, DeviceNet, Shapes
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import Package
 from latentrt.engines.spec import NetSpec
+from latentrt.runtime.pipeline import SHIPPED
 from tests.engines.host_device import HostDevice
 
 MIB = 2**20
+PACKAGE = Package.open(SHIPPED["demo"])
 SCALE = Scale(
     case=Case(width=64, height=64, guidance_scale=3.0, steps=2, seed=1),
     short=48,
@@ -70,7 +73,6 @@ class Hungry:
 
 
 def stand_in(
-    package: Package,
     device: HostDevice | None = None,
     *,
     wrap: Wrap = lambda name, net: net,
@@ -80,14 +82,18 @@ def stand_in(
     """An opener on host memory. `wrap` gets each net, `opened` the device each time it is opened."""
     on = device or WatchedDevice(2**30)
 
-    def open_device(package: Package, names: Sequence[str]) -> tuple[HostDevice, Mapping[str, DeviceNet]]:
+    def open_device(
+        package: Package, names: Sequence[str], profile: Path | None = None, capture: bool = True
+    ) -> tuple[HostDevice, Mapping[str, DeviceNet]]:
         opened(on)
         nets = {}
         for name in names:
-            net = open_onnxruntime_net(package, name, on, provider=CPU, submit=on.submit, threads=1)
+            net = open_onnxruntime_net(
+                package, name, on, provider=CPU, submit=on.submit, threads=1, profile=profile
+            )
             nets[name] = wrap(name, Hungry(net, 2 * MIB if name in ("unet", "vae_decoder") else 0))
         return on, nets
 
-    task = Task(package=package.root, backend=changes.pop("backend", "stand-in"), threads=1)
-    settings = {"task": task, "package": package, "measured_by": "its own count", **changes}
+    task = Task(package=PACKAGE.root, backend=changes.pop("backend", "stand-in"), threads=1)
+    settings = {"task": task, "package": PACKAGE, "measured_by": "its own count", **changes}
     return Opener(open_device=open_device, watch=lambda: on, **settings)  # pyright: ignore[reportArgumentType]

@@ -9,23 +9,23 @@ from latentrt.benchmarks.models.full_size import Stage, main, make_checkpoint, m
 from latentrt.benchmarks.records import read_document
 from latentrt.engines.errors import ModelError
 
-STAGE = Stage(seconds=2.0, cpu_seconds=3.0, peak_rss=5_000, told={"seconds": 1.5})
+STAGE = Stage(seconds=2.0, cpu_seconds=3.0, peak_rss=5_000, figures={"seconds": 1.5})
 
 
 def test_a_stage_has_figures_and_the_last_line_it_printed() -> None:
     stage = run_stage("print", ["-c", 'print(\'noise\'); print(\'{"a": 1, "package": "/x"}\')'])
-    assert stage.told == {"a": 1}
+    assert stage.figures == {"a": 1}
     assert stage.seconds > 0
     assert 1e6 < stage.peak_rss < 1e9
 
 
 def test_a_stage_without_json_tells_nothing() -> None:
-    assert run_stage("quiet", ["-c", "pass"]).told == {}
+    assert run_stage("quiet", ["-c", "pass"]).figures == {}
 
 
 def test_a_stage_that_fails_is_named_with_what_it_said() -> None:
     code = "import sys; sys.stderr.write('no room in /home/someone/x'); sys.exit(3)"
-    with pytest.raises(ModelError, match=r"^export fp16 failed with exit code 3: no room in …/x;"):
+    with pytest.raises(ModelError, match=r"^export fp16 failed: it ended with exit code 3: no room in …/x;"):
         run_stage("export fp16", ["-c", code])
 
 

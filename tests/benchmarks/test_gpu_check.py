@@ -22,18 +22,11 @@ from latentrt.benchmarks.records import Document, Row, Status, read_document, sh
 from latentrt.engines.cuda.facts import available
 from latentrt.engines.device import DeviceMemory
 from latentrt.engines.errors import BackendError
-from latentrt.engines.package import Package
-from tests.benchmarks.gpu_stand_in import MIB, SCALE, Hungry, WatchedDevice, stand_in
-from tests.runtime.device_bench import package_with_step
+from tests.benchmarks.gpu_stand_in import MIB, PACKAGE, SCALE, Hungry, WatchedDevice, stand_in
 
 WITHOUT_GPU = pytest.mark.skipif(available() is None, reason="there is a GPU")
 
 # ── processes ────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
-    return package_with_step(tmp_path_factory.mktemp("demo") / "package")
 
 
 PRINTED = json.dumps(Row(side="latentrt", workload="a").to_json())
@@ -60,8 +53,8 @@ def test_a_process_is_its_rows_and_one_more(code: str, reason: str | None) -> No
 
 
 @WITHOUT_GPU
-def test_a_real_child_says_that_the_backend_cannot_run_here(package: Package) -> None:
-    module = ["-m", "latentrt.benchmarks.gpu.sections", "tensorrt-rtx", "available", str(package.root)]
+def test_a_real_child_says_that_the_backend_cannot_run_here() -> None:
+    module = ["-m", "latentrt.benchmarks.gpu.sections", "tensorrt-rtx", "available", str(PACKAGE.root)]
     row, process = run_section(module, 60)
     assert process.status == "ok", process.reason
     assert row.status == "not available", row.reason
@@ -78,12 +71,12 @@ def test_an_error_in_a_section_is_a_row() -> None:
     assert re.fullmatch(r"ZeroDivisionError: by zero \(test_gpu_check\.py:\d+\)", last.reason)
 
 
-def test_a_sections_main_writes_rows(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sections_main_writes_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[Any] = []
-    monkeypatch.setattr(gpu_sections, "backend_opener", lambda backend, package: stand_in(package))
+    monkeypatch.setattr(gpu_sections, "backend_opener", lambda backend, package: stand_in())
     monkeypatch.setattr(gpu_sections, "become_child", lambda: written.append)
     monkeypatch.setattr(gpu_sections.Scale, "of", classmethod(lambda cls, manifest: SCALE))
-    gpu_sections.main(["stand-in", "open", str(package.root)])
+    gpu_sections.main(["stand-in", "open", str(PACKAGE.root)])
     assert [Row.from_json(data).status for data in written] == ["ok"]
 
 
@@ -189,12 +182,12 @@ def test_what_is_published_names_no_folder() -> None:
     assert text == "File …/a.py, and …/store.lock; 3/4 of 16x16"
 
 
-def test_a_backend_without_a_device(package: Package) -> None:
+def test_a_backend_without_a_device() -> None:
     with pytest.raises(BackendError, match="'onnxruntime' runs on no device"):
-        backend_opener("onnxruntime", package)
+        backend_opener("onnxruntime", PACKAGE)
 
 
-def test_nets_and_device_are_closed_also_where_one_fails(package: Package) -> None:
+def test_nets_and_device_are_closed_also_where_one_fails() -> None:
     class Once(WatchedDevice):
         closed = 0
 
@@ -210,7 +203,7 @@ def test_nets_and_device_are_closed_also_where_one_fails(package: Package) -> No
 
     closed: list[Failing] = []
     device = Once(2**30)
-    opener = stand_in(package, device, wrap=lambda name, net: Failing(net, 0))
+    opener = stand_in(device, wrap=lambda name, net: Failing(net, 0))
     with pytest.raises(BackendError, match="this one fails"), opener.nets() as (_, nets):
         pass
     assert len(closed) == len(nets)

@@ -1,7 +1,9 @@
 """The sections `placement` and `host_memory`, on host memory, with defects planted in it."""
 
-from collections.abc import Mapping, Sequence
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,35 +13,17 @@ from latentrt.benchmarks.gpu import pictures as gpu_pictures
 from latentrt.benchmarks.gpu.judge import collect
 from latentrt.benchmarks.gpu.nets import placement
 from latentrt.benchmarks.gpu.pictures import host_memory
-from latentrt.benchmarks.gpu.placement import Placement
-from latentrt.engines.device import Device
-from latentrt.engines.onnxruntime.nets import CPU, OnnxRuntimeDeviceNet, open_onnxruntime_net
-from latentrt.engines.package import Package
+from latentrt.benchmarks.gpu.placement import Placement, read_placement
+from latentrt.engines.errors import BackendError
+from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.tensorrt.build import built_nets
-from tests.benchmarks.gpu_stand_in import SCALE, Hungry, WatchedDevice, stand_in
-from tests.runtime.device_bench import package_with_step
+from tests.benchmarks.gpu_stand_in import PACKAGE, SCALE, Hungry, stand_in
+from tests.engines.test_onnxruntime_nets import DEMO, Bound, Host
 
 
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
-    return package_with_step(tmp_path_factory.mktemp("demo") / "package")
-
-
-def open_profiled(
-    package: Package, names: Sequence[str], folder: Path
-) -> tuple[Device, Mapping[str, OnnxRuntimeDeviceNet]]:
-    device = WatchedDevice(2**30)
-    return device, {
-        name: open_onnxruntime_net(
-            package, name, device, provider=CPU, submit=device.submit, threads=1, profile=folder
-        )
-        for name in names
-    }
-
-
-def test_placement_fails_for_nets_on_the_cpu(package: Package) -> None:
-    rows = list(collect(placement(stand_in(package, open_profiled=open_profiled), SCALE)))
-    assert [row.workload for row in rows] == list(built_nets(package))
+def test_placement_fails_for_nets_on_the_cpu() -> None:
+    rows = list(collect(placement(stand_in(onnxruntime=True), SCALE)))
+    assert [row.workload for row in rows] == list(built_nets(PACKAGE))
     for row in rows:
         assert row.status == "FAILED"
         assert "floating-point nodes on the CPU: " in row.reason
@@ -56,54 +40,126 @@ def test_placement_fails_for_nets_on_the_cpu(package: Package) -> None:
         ),
     ],
 )
-def test_placement_is_judged(
-    package: Package, monkeypatch: pytest.MonkeyPatch, found: Placement, reason: str
-) -> None:
+def test_placement_is_judged(monkeypatch: pytest.MonkeyPatch, found: Placement, reason: str) -> None:
     monkeypatch.setattr(gpu_nets, "read_placement", lambda path: found)
-    for row in collect(placement(stand_in(package, open_profiled=open_profiled), SCALE)):
+    for row in collect(placement(stand_in(onnxruntime=True), SCALE)):
         assert (row.status, row.reason) == ("FAILED" if reason else "ok", reason)
 
 
-def test_engines_have_no_placement(package: Package) -> None:
-    (row,) = collect(placement(stand_in(package), SCALE))
+def test_engines_have_no_placement() -> None:
+    (row,) = collect(placement(stand_in(), SCALE))
     assert row.status == "not available"
 
 
 @pytest.mark.skipif(not gpu_pictures._STATM.exists(), reason="tells resident memory on Linux alone")
-def test_host_memory_stays_and_a_leak_shows(package: Package) -> None:
+def test_host_memory_stays_and_a_leak_shows() -> None:
     kept: list[np.ndarray] = []
 
     class Leaking(Hungry):
         def settle(self) -> None:
             kept.append(np.ones(4 * 2**20, np.uint8))
 
-    (row,) = collect(host_memory(stand_in(package), SCALE))
+    (row,) = collect(host_memory(stand_in(), SCALE))
     assert (row.status, row.reason) == ("ok", "")
-    (row,) = collect(
-        host_memory(stand_in(package, wrap=lambda name, net: Leaking(net.net, net.per_row)), SCALE)
-    )
+    (row,) = collect(host_memory(stand_in(wrap=lambda name, net: Leaking(net.net, net.per_row)), SCALE))
     assert row.status == "FAILED"
     assert "MiB more" in row.reason
 
 
-def test_without_a_system_that_tells(
-    package: Package, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_a_system_that_tells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu_pictures, "_STATM", tmp_path / "none")
-    (row,) = collect(host_memory(stand_in(package), SCALE))
+    (row,) = collect(host_memory(stand_in(), SCALE))
     assert row.status == "not available"
 
 
-def test_captured_pipelines_are_opened_for_it(package: Package) -> None:
-    asked: list[str] = []
-    opener = stand_in(package)
+def test_captured_pipelines_are_opened_for_it() -> None:
+    options: list[dict[str, Any]] = []
+    opener = stand_in(onnxruntime=True)
 
-    def capturing(package: Package, names: Sequence[str]) -> object:
-        asked.append("capturing")
-        return opener.open_device(package, names)
+    def open_device(*arguments: Any, **asked: Any) -> Any:
+        options.append(asked)
+        return opener.open_device(*arguments)
 
-    other = stand_in(package, open_capturing=capturing)
     for graphs in ("off", "auto", "on"):
-        with other.pipeline(graphs):
+        with replace(opener, open_device=open_device).pipeline(graphs):
             pass
-    assert asked == ["capturing"]
+    assert options == [{}, {}, {"capture": True}]
+
+
+# ── reading a profile ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of three runs of a net on the CPU."""
+    host, folder = Host(), tmp_path_factory.mktemp("profile")
+    net: Any = open_onnxruntime_net(
+        DEMO,
+        "unet_time",
+        host,  # type: ignore[arg-type]
+        provider=CPU,
+        threads=1,
+        profile=folder,
+    )
+    bound = Bound(host, net)
+    for _ in range(3):
+        bound.bound.enqueue()
+    path: Path = net.end_profile()
+    net.close()
+    assert path.parent == folder
+    return path
+
+
+def changed(profile: Path, folder: Path, change: Any) -> Path:
+    """The profile with `change` applied to the arguments of each node's event."""
+    events = json.loads(profile.read_bytes())
+    for event in events:
+        if event.get("cat") == "Node":
+            change(event["args"])
+    path = folder / "changed.json"
+    path.write_text(json.dumps(events))
+    return path
+
+
+def test_a_real_profile(profile: Path) -> None:
+    found = read_placement(profile)
+    assert found.nodes == found.on_cpu > 10
+    assert found.copies == ()
+    assert any(name.endswith(("(Sin)", "(Cos)")) for name in found.floats)
+    assert len(set(found.floats)) == len(found.floats)
+    assert 0 < len(found.floats) <= found.nodes
+
+
+def test_all_on_the_gpu(profile: Path, tmp_path: Path) -> None:
+    def move(args: dict[str, Any]) -> None:
+        args["provider"] = "CUDAExecutionProvider"
+
+    found = read_placement(changed(profile, tmp_path, move))
+    assert (found.on_cpu, found.copies, found.floats) == (0, (), ())
+
+
+def test_shapes_may_stay_on_the_cpu_and_copies_are_named(profile: Path, tmp_path: Path) -> None:
+    def turn(args: dict[str, Any]) -> None:
+        args.update(input_type_shape=[{"int64": [4]}], output_type_shape=[{"bool": []}])
+        if args["op_name"] in ("Sin", "Cos"):
+            args.update(op_name="MemcpyToHost", provider="CUDAExecutionProvider")
+
+    found = read_placement(changed(profile, tmp_path, turn))
+    assert found.on_cpu > 0
+    assert found.floats == ()
+    assert found.copies
+    assert all(name.endswith("(MemcpyToHost)") for name in found.copies)
+
+
+@pytest.mark.parametrize("content", ["", "[{]", "3", "[3]", '[{"cat": "Session", "name": "model_run"}]'])
+def test_what_is_no_profile(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(content)
+    with pytest.raises(BackendError, match=r"expected the JSON file that end_profiling"):
+        read_placement(path)
+
+
+def test_a_net_that_was_not_profiled() -> None:
+    net: Any = open_onnxruntime_net(DEMO, "unet", Host(), provider=CPU, threads=1)  # type: ignore[arg-type]
+    with pytest.raises(BackendError, match=r"'unet' has no profile.*Pass `profile`"):
+        net.end_profile()

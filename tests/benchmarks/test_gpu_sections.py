@@ -21,16 +21,9 @@ from latentrt.benchmarks.records import Row
 from latentrt.engines.backend import MemoryLedger
 from latentrt.engines.device import Addresses, DeviceMemory, Graph, Shapes
 from latentrt.engines.errors import BackendError, MemoryLimitError
-from latentrt.engines.package import Package
 from latentrt.engines.tensorrt.build import built_nets
-from tests.benchmarks.gpu_stand_in import MIB, SCALE, Hungry, WatchedDevice, stand_in
+from tests.benchmarks.gpu_stand_in import MIB, PACKAGE, SCALE, Hungry, WatchedDevice, stand_in
 from tests.engines.host_device import HostDevice
-from tests.runtime.device_bench import package_with_step
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
-    return package_with_step(tmp_path_factory.mktemp("demo") / "package")
 
 
 def run(section: Callable[[Opener, Scale], Iterator[Row]], opener: Opener, scale: Scale = SCALE) -> list[Row]:
@@ -48,28 +41,28 @@ def failures(rows: list[Row]) -> list[str]:
 # ── without a defect ─────────────────────────────────────────────────────────────────────────────
 
 
-def test_parity(package: Package) -> None:
+def test_parity() -> None:
     device = WatchedDevice(2**30)
-    rows = run(parity, stand_in(package, device))
+    rows = run(parity, stand_in(device))
     assert not failures(rows)
     sizes = "64x64 b1", "64x48 b3"
     assert [row.workload for row in rows] == [
-        f"{net} {size}" for net in built_nets(package) for size in sizes
+        f"{net} {size}" for net in built_nets(PACKAGE) for size in sizes
     ]
     assert all(row.figures["relative_l2"] < 1e-5 for row in rows)
     assert not device.blocks
 
 
-def test_pictures(package: Package) -> None:
-    rows = run(picture, stand_in(package))
+def test_pictures() -> None:
+    rows = run(picture, stand_in())
     assert [row.workload for row in rows] == [
         f"{sampler} {kind}" for sampler in ("dpmpp_2m", "ddim", "euler_a") for kind in ("guided", "unguided")
     ]
     assert not failures(rows)
 
 
-def test_graphs(package: Package) -> None:
-    rows = run(graphs, stand_in(package))
+def test_graphs() -> None:
+    rows = run(graphs, stand_in())
     assert not failures(rows)
     for row in rows:
         assert row.figures["identical"]
@@ -78,15 +71,15 @@ def test_graphs(package: Package) -> None:
         assert row.figures["graph_p50_s"] > 0
 
 
-def test_a_loop_that_cannot_be_captured_says_why(package: Package) -> None:
-    rows = run(graphs, stand_in(package, WatchedDevice(2**30, capturable=False)))
+def test_a_loop_that_cannot_be_captured_says_why() -> None:
+    rows = run(graphs, stand_in(WatchedDevice(2**30, capturable=False)))
     assert {row.status for row in rows} == {"not available"}
     assert rows[0].reason == "the stream cannot be captured"
     assert rows[0].figures["launches"] == 0
 
 
-def test_memory(package: Package) -> None:
-    rows = run(memory, stand_in(package))
+def test_memory() -> None:
+    rows = run(memory, stand_in())
     assert not failures(rows)
     assert [row.workload for row in rows] == [
         "first cycle",
@@ -102,9 +95,9 @@ def test_memory(package: Package) -> None:
     assert ledger["scratch"] >= 4 * MIB
 
 
-def test_the_ladder(package: Package) -> None:
+def test_the_ladder() -> None:
     device = WatchedDevice(2**28)
-    rows = {row.workload: row for row in run(ladder, stand_in(package, device))}
+    rows = {row.workload: row for row in run(ladder, stand_in(device))}
     assert not failures(list(rows.values()))
     assert "split the batch" in rows["a rung helped"].figures["rungs"]
     assert rows["memory to spare"].figures["need_mib"] > 8
@@ -113,33 +106,33 @@ def test_the_ladder(package: Package) -> None:
     assert not device.blocks
 
 
-def test_a_device_that_shares_memory_with_the_host_keeps_it(package: Package) -> None:
+def test_a_device_that_shares_memory_with_the_host_keeps_it() -> None:
     class Unified(WatchedDevice):
         def memory(self) -> DeviceMemory:
             return replace(super().memory(), unified=True)
 
-    (row,) = run(ladder, stand_in(package, Unified(2**28)))
+    (row,) = run(ladder, stand_in(Unified(2**28)))
     assert row.status == "not available"
 
 
-def test_timing(package: Package) -> None:
-    (row,) = run(timing, stand_in(package))
+def test_timing() -> None:
+    (row,) = run(timing, stand_in())
     assert row.status == "ok"
     assert 0 < row.figures["p50_s"] <= row.figures["p90_s"]
     assert {"text_encoder", "prepare", "enqueue", "wait"} <= set(row.figures["stages_p50_s"])
 
 
-def test_peers_are_timed_beside_ours(package: Package) -> None:
-    (row,) = run(peers, stand_in(package))
+def test_peers_are_timed_beside_ours() -> None:
+    (row,) = run(peers, stand_in())
     assert row.reason == "no peer runs on stand-in"
     small = replace(SCALE, case=replace(SCALE.case, width=96, height=72, steps=4))
-    rows = run(peers, stand_in(package, backend="onnxruntime", peers=("onnxruntime",)), small)
+    rows = run(peers, stand_in(backend="onnxruntime", peers=("onnxruntime",)), small)
     assert [(row.side, row.workload, row.status) for row in rows] == [
         ("latentrt", "picture by latentrt", "ok"),
         ("onnxruntime", "picture by onnxruntime", "ok"),
     ]
     assert all(row.samples for row in rows)
-    (row,) = run(peers, stand_in(package, peers=("onnxruntime",)))
+    (row,) = run(peers, stand_in(peers=("onnxruntime",)))
     assert row.status == "FAILED"
     assert "unknown backend 'stand-in'" in row.reason
 
@@ -203,28 +196,28 @@ def wrong(
     return lambda name, hungry: Wrong(hungry, output, add, when) if name == net else hungry
 
 
-def test_parity_fails_for_a_wrong_output(package: Package) -> None:
+def test_parity_fails_for_a_wrong_output() -> None:
     for add in (0.02, float("nan")):
-        rows = run(parity, stand_in(package, wrap=wrong("unet", "prediction", add)))
+        rows = run(parity, stand_in(wrap=wrong("unet", "prediction", add)))
         assert [text.partition(":")[0] for text in failures(rows)] == ["unet 64x64 b1", "unet 64x48 b3"]
 
 
-def test_parity_goes_on_after_a_net_that_fails(package: Package) -> None:
+def test_parity_goes_on_after_a_net_that_fails() -> None:
     class Refusing(Hungry):
         def bind(self, shapes: Shapes, addresses: Addresses, scratch: int) -> Any:
             raise BackendError("refused", expected="", fix="")
 
     device = WatchedDevice(2**30)
     wrap = lambda name, net: Refusing(net.net, 0) if name == "unet_time" else net  # noqa: E731
-    rows = run(parity, stand_in(package, device, wrap=wrap))
+    rows = run(parity, stand_in(device, wrap=wrap))
     assert [row.status for row in rows].count("FAILED") == 2
-    assert len(rows) == 2 * len(built_nets(package))
+    assert len(rows) == 2 * len(built_nets(PACKAGE))
     assert not device.blocks
 
 
-def test_pictures_fail_for_one_that_differs(package: Package) -> None:
+def test_pictures_fail_for_one_that_differs() -> None:
     guided = lambda shapes: shapes["prediction"][0] == 6  # noqa: E731
-    rows = run(picture, stand_in(package, wrap=wrong("step", "latent", 0.5, guided)))
+    rows = run(picture, stand_in(wrap=wrong("step", "latent", 0.5, guided)))
     assert [text.partition(":")[0].partition(" ")[2] for text in failures(rows)] == ["guided"] * 3
 
 
@@ -251,71 +244,71 @@ class Partial:
         self.launch, self.close = graph.launch, graph.close
 
 
-def test_graphs_fail_where_something_else_is_replayed(package: Package) -> None:
-    rows = run(graphs, stand_in(package, Graphs(Partial)))
+def test_graphs_fail_where_something_else_is_replayed() -> None:
+    rows = run(graphs, stand_in(Graphs(Partial)))
     assert [row.status for row in rows] == ["FAILED"] * 2
     assert "dB between plain and replayed" in rows[0].reason
 
 
-def test_graphs_fail_where_nothing_is_replayed(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_fail_where_nothing_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     def silent(self: Any, *arguments: Any) -> None:
         """Gives up, for a reason that nobody hears of."""
 
     monkeypatch.setattr("latentrt.runtime.loop.device.cuda_graphs.Replay._capture", silent)
-    rows = run(graphs, stand_in(package))
+    rows = run(graphs, stand_in())
     assert "launched in 0 of 3 runs, and nothing says why" in rows[0].reason
 
 
 @pytest.mark.parametrize(
     ("size", "expected"), [(30, ["cycle 3", "no growth"]), (9, ["no growth"]), (80, ["cycle 1"])]
 )
-def test_memory_fails_for_a_leak(package: Package, size: int, expected: list[str]) -> None:
+def test_memory_fails_for_a_leak(size: int, expected: list[str]) -> None:
     def leak(device: HostDevice) -> None:
         device.allocate(size * MIB)
 
-    found = [text.partition(":")[0] for text in failures(run(memory, stand_in(package, opened=leak)))]
+    found = [text.partition(":")[0] for text in failures(run(memory, stand_in(opened=leak)))]
     assert found[: len(expected)] == expected
     assert found[-1] == "no growth"
 
 
-def test_memory_fails_for_a_ledger_without_weights(package: Package) -> None:
+def test_memory_fails_for_a_ledger_without_weights() -> None:
     class Forgetful(Hungry):
         @property
         def memory(self) -> MemoryLedger:
             return replace(self.net.memory, weights=0)
 
-    rows = run(memory, stand_in(package, wrap=lambda name, net: Forgetful(net.net, net.per_row)))
+    rows = run(memory, stand_in(wrap=lambda name, net: Forgetful(net.net, net.per_row)))
     names = "text_encoder, vae_encoder, unet_context, unet_time, unet, vae_decoder"
     assert failures(rows) == [f"ledger: no weights of {names} are counted"]
 
 
-def test_the_ladder_fails_where_a_rung_draws_something_else(package: Package) -> None:
+def test_the_ladder_fails_where_a_rung_draws_something_else() -> None:
     apart = lambda shapes: shapes["latent"][0] in (1, 4)  # noqa: E731
-    rows = run(ladder, stand_in(package, WatchedDevice(2**28), wrap=wrong("unet", "prediction", 0.5, apart)))
+    rows = run(ladder, stand_in(WatchedDevice(2**28), wrap=wrong("unet", "prediction", 0.5, apart)))
     assert any("of that free" in text and "dB, below 40" in text for text in failures(rows))
 
 
-def test_the_ladder_fails_where_no_rung_helps(package: Package) -> None:
+def test_the_ladder_fails_where_no_rung_helps() -> None:
     class Constant(Hungry):
         def scratch(self, shapes: Shapes) -> int:
             return 40 * MIB if shapes["latent"][-1] == 8 else 0
 
     wrap = lambda name, net: Constant(net.net, 0) if name == "unet" else net  # noqa: E731
-    rows = run(ladder, stand_in(package, WatchedDevice(2**28), wrap=wrap))
+    rows = run(ladder, stand_in(WatchedDevice(2**28), wrap=wrap))
     assert "a rung helped: no request was drawn that needed a rung" in failures(rows)
 
 
-def test_the_ladder_fails_where_memory_never_runs_out(package: Package) -> None:
+def test_the_ladder_fails_where_memory_never_runs_out() -> None:
     class Endless(WatchedDevice):
         def memory(self) -> DeviceMemory:
             return replace(super().memory(), free=max(0, self.limit // 2 - self.used))
 
-    rows = failures(run(ladder, stand_in(package, Endless(2**29))))
+    rows = failures(run(ladder, stand_in(Endless(2**29))))
     assert "nothing free: it was drawn, although no memory was free" in rows
     assert "a rung helped: no request was drawn that needed a rung" in rows
 
 
-def test_the_ladder_fails_for_another_error(package: Package) -> None:
+def test_the_ladder_fails_for_another_error() -> None:
     class Breaking(WatchedDevice):
         def allocate(self, size: int) -> int:
             try:
@@ -323,7 +316,7 @@ def test_the_ladder_fails_for_another_error(package: Package) -> None:
             except MemoryLimitError as error:
                 raise BackendError("the context is spoilt", expected="", fix="") from error
 
-    rows = failures(run(ladder, stand_in(package, Breaking(2**28))))
+    rows = failures(run(ladder, stand_in(Breaking(2**28))))
     assert any("BackendError: the context is spoilt" in text for text in rows)
 
 
@@ -334,43 +327,41 @@ def refuse(device: HostDevice) -> None:
     raise BackendError("the engine is not for this GPU", expected="", fix="")
 
 
-def test_opening(package: Package) -> None:
-    (row,) = run(opens, stand_in(package))
+def test_opening() -> None:
+    (row,) = run(opens, stand_in())
     assert row.status == "ok"
     assert row.figures["weights_mib"] > 1
-    (row,) = run(opens, stand_in(package, opened=refuse))
+    (row,) = run(opens, stand_in(opened=refuse))
     assert row.status == "FAILED"
-    (row,) = run(opens, stand_in(package, opened=refuse, unsupported="sm_90 is none of 8.9"))
+    (row,) = run(opens, stand_in(opened=refuse, unsupported="sm_90 is none of 8.9"))
     assert row.status == "not available"
     assert row.reason.startswith("sm_90 is none of 8.9: BackendError: the engine is not for this GPU")
 
 
-def test_a_backend_that_builds_nothing(package: Package) -> None:
-    (row,) = run(build, stand_in(package))
+def test_a_backend_that_builds_nothing() -> None:
+    (row,) = run(build, stand_in())
     assert row.status == "not available"
 
 
-def test_engines_are_built_into_the_store(
-    package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_engines_are_built_into_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path / "store"))
     monkeypatch.setattr(gpu_nets, "built_nets", lambda package: ("step",))
-    (row,) = run(build, stand_in(package, backend="tensorrt-rtx"))
+    (row,) = run(build, stand_in(backend="tensorrt-rtx"))
     assert row.status == "ok", row.reason
     assert row.figures["engine_mb"] > 0
     assert list((tmp_path / "store" / "engines").iterdir())
 
 
-def test_the_profile_covers_all_that_is_drawn(package: Package) -> None:
+def test_the_profile_covers_all_that_is_drawn() -> None:
     from latentrt.engines.profiles import Profile, net_profiles
 
-    scale = Scale.of(package.manifest)
-    profile = Profile.parse(scale.profile, multiple=package.manifest.size_multiple)
+    scale = Scale.of(PACKAGE.manifest)
+    profile = Profile.parse(scale.profile, multiple=PACKAGE.manifest.size_multiple)
     assert (scale.case.width, scale.short, scale.large) == (128, 96, 256)
     for name in ("text_encoder", "unet_context", "unet_time", "unet", "step", "vae_decoder"):
-        spec = package.manifest.nets[name].spec
+        spec = PACKAGE.manifest.nets[name].spec
         built = net_profiles(name, spec, [profile])
-        for sizes in gpu_nets.shapes(scale, package):
+        for sizes in gpu_nets.shapes(scale, PACKAGE):
             arrays = gpu_nets.random_inputs(spec, sizes, 0)
             assert any(item.covers({key: array.shape for key, array in arrays.items()}) for item in built)

@@ -1,7 +1,6 @@
 """Models by name; making one is watched on stages that only write a file: the real ones take minutes."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from latentrt.benchmarks.models import full_size, skeletons
 from latentrt.benchmarks.models import open as models
 from latentrt.benchmarks.models.full_size import Stage
 from latentrt.benchmarks.models.open import default_cache, find_model, model_names
+from latentrt.benchmarks.models.recipes import RECIPES
 from latentrt.benchmarks.models.skeletons import save_skeleton
 from latentrt.engines.errors import BackendError, CheckpointError, ModelError, UsageError
 from latentrt.engines.package import Package
@@ -44,21 +44,16 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         find_model("demo", checkpoint=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd15-int8", "no/such/folder"])
+@pytest.mark.parametrize("name", ["sd15", "sd15-int8", "sdxl-fp16", "no/such/folder"])
 def test_an_unknown_name_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match=r"expected demo, sd15-fp32, sd15-fp16, sd21-fp32, sd21-fp16, or a"):
-        find_model(name)
-
-
-@pytest.mark.parametrize("name", ["sdxl", "SDXL-fp16", "sdxl-turbo-fp16"])
-def test_sdxl_is_not_exported_yet(name: str) -> None:
-    with pytest.raises(UsageError, match="SDXL is not exported yet"):
+    with pytest.raises(
+        UsageError, match=r"expected demo, sd15-fp32, sd15-fp16, sd21-fp32, sd21-fp16, or a package's folder"
+    ):
         find_model(name)
 
 
 def test_names_are_recipes() -> None:
-    source = Path(models.__file__).with_name("checkpoints.py").read_text(encoding="utf-8")  # imports torch
-    assert list(models.RECIPES) == re.findall(r'^    "(\w+)": Recipe\($', source, re.MULTILINE)
+    assert set(models.SIZES) <= set(RECIPES)
     assert model_names()[:3] == ("demo", "sd15-fp32", "sd15-fp16")
 
 
@@ -144,7 +139,8 @@ def test_without_torch_a_skeleton_is_filled(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("without_torch")
 def test_without_torch_and_skeleton_it_says_what_to_install(tmp_path: Path) -> None:
     with pytest.raises(
-        BackendError, match=r"sd15-fp32 must be exported first, which needs torch; .*\[cpu,export\]"
+        BackendError,
+        match=r"must be exported first, which needs torch; .*\[cpu,export\], or its skeleton .*/sd15-fp32",
     ):
         find_model("sd15-fp32", cache=tmp_path / "cache")
 
@@ -168,14 +164,22 @@ def test_the_size_that_is_said_is_the_skeletons() -> None:
         max(tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__")
         for header in (json.loads(path.read_bytes()) for path in folder.rglob("*.header.json"))
     ]
-    assert models.RECIPES["sd15"] == f"{(sum(ends) + bytes_of(folder)) / 1e9:.1f} GB"
+    assert models.SIZES["sd15"] == f"{(sum(ends) + bytes_of(folder)) / 1e9:.1f} GB"
 
 
 @pytest.mark.slow  # a minute: two imports of torch, and all of an export
-def test_a_small_one_is_really_made(tmp_path: Path) -> None:
-    model = find_model("tiny1-fp32", cache=tmp_path)
+def test_a_small_one_is_really_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_stage = full_size.run_stage
+
+    def tiny(name: str, arguments: list[str]) -> Stage:
+        if name == "make checkpoint":
+            code = "import sys; from pathlib import Path; from tests.recipes import RECIPES, make_checkpoint"
+            arguments = ["-c", f"{code}; make_checkpoint(RECIPES['tiny1'], Path(sys.argv[1]))", arguments[-1]]
+        return run_stage(name, arguments)
+
+    monkeypatch.setattr(full_size, "run_stage", tiny)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    model = find_model("sd15-fp32", cache=tmp_path)
     assert model.package.manifest.dtype == "fp32"
-    assert model.checkpoint == tmp_path / "tiny1"
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["tiny1", "tiny1-fp32"]
-    size = max(bytes_of(path) for path in (tmp_path / "tiny1", tmp_path / "tiny1-fp32"))
-    assert models.RECIPES["tiny1"] == f"{size / 1e6:.1f} MB"
+    assert model.checkpoint == tmp_path / "sd15"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["sd15", "sd15-fp32"]

@@ -193,6 +193,15 @@ def test_a_child_that_hangs_is_ended_with_what_it_started(tmp_path: Path) -> Non
     assert not sign.exists()
 
 
+def test_a_child_that_hangs_after_its_last_line_is_ended() -> None:
+    code = "import os, time; print('a', flush=True); os.close(1); time.sleep(99)"
+    with Child("-c", code) as child:
+        lines = child.lines(1)
+        assert next(lines) == "a"
+        with pytest.raises(SideError, match="it did not end within 1 s"):
+            next(lines)
+
+
 def test_a_child_that_ends_well() -> None:
     code = "import os; print(os.environ['HERE']); print('b')"
     assert run(["-c", code], environment={"HERE": "a"}) == ["a", "b"]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from latentrt.benchmarks.models.checkpoints import RECIPES, make_checkpoint
+from latentrt.benchmarks.models.checkpoints import make_checkpoint
+from latentrt.benchmarks.models.recipes import RECIPES
 from latentrt.benchmarks.models.skeletons import FOLDER, fill_skeleton, save_skeleton
 from latentrt.engines.errors import UsageError
 from latentrt.engines.package import Package

@@ -135,6 +135,12 @@ def test_wrong_usage(bench: Any, arguments: list[str], message: str) -> None:
     assert message in err
 
 
+def test_the_gpu_check_is_a_verb(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latentrt.benchmarks.gpu.check.main", lambda arguments: len(arguments))
+    assert bench("gpu", "--package", "demo", "--out", "x.json")[0] == 4
+    assert bench("gpu")[0] == 2
+
+
 def test_a_failed_row_is_exit_code_1(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "measure_latency", lambda *parts, **options: _document(GOOD, BAD))
     code, out, _ = bench("latency")

@@ -14,6 +14,9 @@ import numpy as np
 from latentrt.engines.device import ALIGNMENT, DeviceMemory, Graph
 from latentrt.engines.errors import BackendError, MemoryLimitError
 
+# The nets that a device draws a picture with, from a prompt.
+DEVICE_NETS = ("text_encoder", "unet_context", "unet_time", "unet", "step", "vae_decoder")
+
 
 class HostGraph:
     def __init__(self, device: "HostDevice", work: list[Callable[[], None]]) -> None:

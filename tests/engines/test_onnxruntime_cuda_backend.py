@@ -22,8 +22,8 @@ from latentrt.engines.onnxruntime.tuning.cuda import TUNED_NETS, layout_key, sto
 from latentrt.engines.package import Package
 from latentrt.engines.store.engine_store import EngineStore, Miss
 from latentrt.engines.store.key import EngineKey
-from latentrt.runtime.loop.open import DEVICE_NETS
 from latentrt.runtime.pipeline import Pipeline
+from tests.engines.host_device import DEVICE_NETS
 from tests.engines.layout_setting import GPU, KnownHost, open_on_cpu, oracle_opener
 from tests.runtime.device_bench import package_with_step
 

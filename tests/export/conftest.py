@@ -9,11 +9,11 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from latentrt.benchmarks.models.checkpoints import RECIPES, make_checkpoint
 from latentrt.engines.package import Package
 from latentrt.export import Progress, export_package
 from latentrt.export.checkpoint.open import Checkpoint
 from latentrt.export.verify import Comparison
+from tests.recipes import RECIPES, make_checkpoint
 
 
 @dataclass(frozen=True)

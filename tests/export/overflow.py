@@ -10,10 +10,10 @@ import onnxruntime as ort
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentrt.benchmarks.models.checkpoints import Recipe, make_checkpoint
 from latentrt.engines.backend import MemoryLedger
 from latentrt.engines.package import Package, write_manifest
 from latentrt.engines.spec import NetSpec
+from tests.recipes import Recipe, make_checkpoint
 
 # One level each, so that tracing takes seconds: a resnet, attention to itself and to the text, a resample.
 RECIPE = Recipe(

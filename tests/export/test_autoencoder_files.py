@@ -8,10 +8,10 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
-from latentrt.benchmarks.models.checkpoints import RECIPES, make_checkpoint, make_tiny_vae
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.checkpoint.open import Checkpoint
 from latentrt.export.nets.vae import preview_decoder, vae_decoder, vae_encoder
+from tests.recipes import RECIPES, make_checkpoint, make_tiny_vae
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -14,8 +14,6 @@ from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from latentrt.benchmarks.models.checkpoints import make_checkpoint, make_tiny_vae
-from latentrt.benchmarks.models.recipes import FAMILIES, IMAGE_NOISE, Recipe
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.package import Defaults
 from latentrt.export import export_package
@@ -27,6 +25,7 @@ from latentrt.export.precision.calibration import Calibration, guidance_embeddin
 from tests.export.conftest import Exported, relative_l2
 from tests.export.ldm_files import one_file
 from tests.export.tensorrt_builds import build_every_net
+from tests.recipes import FAMILIES, IMAGE_NOISE, Recipe, make_checkpoint, make_tiny_vae
 
 NO = np.zeros(1, np.int32)
 

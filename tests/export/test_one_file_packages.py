@@ -11,9 +11,9 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from latentrt.benchmarks.models.checkpoints import RECIPES, make_checkpoint
 from latentrt.export.export import export_package
 from tests.export.ldm_files import one_file
+from tests.recipes import RECIPES, make_checkpoint
 
 KINDS = {
     "unet": UNet2DConditionModel,

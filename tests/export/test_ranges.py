@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentrt.benchmarks.models.checkpoints import RECIPES, make_checkpoint
 from latentrt.engines.errors import CheckpointError, NumericError
 from latentrt.export.checkpoint.open import Checkpoint
 from latentrt.export.graphs import passes as surgery
@@ -20,6 +19,7 @@ from latentrt.export.nets.build import BUILD
 from latentrt.export.precision import islands
 from latentrt.export.precision.calibration import PROMPTS, STEPS, Calibration, token_ids
 from latentrt.export.precision.ranges import LIMIT, find_islands, measure
+from tests.recipes import RECIPES, make_checkpoint
 
 from .test_islands import ATTENTION, HALF, OPERANDS, model_of, operands, run
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from latentrt.benchmarks.case import HOST_NETS
 from latentrt.engines.errors import BackendError, CancelledError, NumericError, PackageError, UsageError
 from latentrt.engines.package import write_manifest
 from latentrt.runtime import Pipeline
-from latentrt.runtime.loop.open import HOST_NETS
 from latentrt.runtime.preview import check_finite
 
 PROMPT = "a red circle on a blue background"

@@ -16,9 +16,8 @@ from latentrt.engines.tensorrt import device as tensorrt_device
 from latentrt.engines.tensorrt.build import engine_key
 from latentrt.engines.tensorrt.options import BuildOptions
 from latentrt.runtime.loop.device.loop import DeviceLoop
-from latentrt.runtime.loop.open import DEVICE_NETS
 from latentrt.runtime.pipeline import Pipeline
-from tests.engines.host_device import HostDevice
+from tests.engines.host_device import DEVICE_NETS, HostDevice
 from tests.engines.simulated_tensorrt import SimulatedLibrary, simulated_engine
 from tests.engines.simulated_tensorrt_names import VARIANTS
 from tests.engines.tensorrt_setting import row
