@@ -121,8 +121,9 @@ def median_of(rounds: Rounds, *, resamples: int = RESAMPLES, seed: int = SEED) -
     draws = np.random.default_rng(seed).integers(count, size=(resamples, count))
     value = float(np.median(np.concatenate(rounds)))
     if len({len(turn) for turn in rounds}) > 1:
-        pooled = ([sample for turn in drawn.tolist() for sample in rounds[turn]] for drawn in draws)
-        return Estimate(value=value, resampled=np.array([median(samples) for samples in pooled]))
+        chosen: list[list[int]] = draws.tolist()
+        medians = [median(sample for turn in drawn for sample in rounds[turn]) for drawn in chosen]
+        return Estimate(value=value, resampled=np.array(medians))
     table = np.asarray(rounds, np.float64)
     blocks = np.array_split(draws, max(1, resamples * table.size // _AT_ONCE))
     resampled = [np.median(table[block], axis=(1, 2)) for block in blocks]
