@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,9 +121,9 @@ def median_of(rounds: Rounds, *, resamples: int = RESAMPLES, seed: int = SEED) -
     draws = np.random.default_rng(seed).integers(count, size=(resamples, count))
     value = float(np.median(np.concatenate(rounds)))
     if len({len(turn) for turn in rounds}) > 1:
-        picked: list[list[int]] = draws.tolist()
-        pooled = [np.concatenate([rounds[turn] for turn in turns]) for turns in picked]
-        return Estimate(value=value, resampled=np.array([np.median(samples) for samples in pooled]))
+        chosen: list[list[int]] = draws.tolist()
+        medians = [median(sample for turn in drawn for sample in rounds[turn]) for drawn in chosen]
+        return Estimate(value=value, resampled=np.array(medians))
     table = np.asarray(rounds, np.float64)
     blocks = np.array_split(draws, max(1, resamples * table.size // _AT_ONCE))
     resampled = [np.median(table[block], axis=(1, 2)) for block in blocks]

@@ -46,8 +46,8 @@ def measure_all(
 def planned(model: Model, sides: Sides, *, quick: bool) -> Mapping[str, Callable[[Progress], Document]]:
     """How each verb measures the model's default case.
 
-    `quick` measures the same, only fewer times and at fewer points: the demo model in less than two minutes
-    on two cores.
+    `quick` measures the same, only fewer times and at fewer points: the demo model within two minutes on two
+    cores.
     """
     package, task = model.package, sides.task
     case, pace = Case.of(package.manifest), Pace.quick() if quick else Pace()

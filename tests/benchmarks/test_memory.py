@@ -26,21 +26,17 @@ from latentrt.benchmarks.sides.watched import (
     growth_per_step,
     watch_steps,
 )
-from latentrt.benchmarks.verbs import memory
+from latentrt.benchmarks.verbs import memory, memory_watch
 from latentrt.benchmarks.verbs.latency import Sides
-from latentrt.benchmarks.verbs.memory import (
-    Bench,
+from latentrt.benchmarks.verbs.memory import Bench, judge_growth, measure_memory, measure_side, timeline
+from latentrt.benchmarks.verbs.memory_watch import (
     DeviceWatch,
     Look,
     holding,
-    judge_growth,
     measure_baselines,
-    measure_memory,
-    measure_side,
     on_a_grid,
     resident,
     sampled,
-    timeline,
 )
 from latentrt.engines.cuda.facts import Nvml
 from latentrt.engines.package import Package
@@ -200,7 +196,7 @@ def test_rows_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_empty_context_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_CONTEXT", "print(flush=True); input()")
+    monkeypatch.setattr(memory_watch, "_CONTEXT", "print(flush=True); input()")
     watched: Any = Growing()
     _, context = measure_baselines(watched, 0.01)
     assert context
