@@ -132,8 +132,8 @@ def export_package(
             nets |= files
         stages.begin("package")
         nets |= _write_steps(folder, nets["unet"].spec)
-        for name, tokenizer in source.tokenizers.items():
-            tokenizer.write(folder / name)
+        for name, write_tokenizer in source.tokenizers.items():
+            write_tokenizer(folder / name)
         write_manifest(folder, make_manifest(source, dtype, nets))
     return Package.open(package)
 

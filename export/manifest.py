@@ -73,9 +73,7 @@ def _defaults(source: Checkpoint, scale: int) -> Defaults:
     size = source.unet.config.get("sample_size") or 64
     height, width = cast(list[int], size) if isinstance(size, list) else (size, size)
     values: dict[str, Any] = {
-        "num_inference_steps": source.steps,
-        "guidance_scale": source.guidance_scale,
-        "strength": source.strength,
+        **source.defaults,
         "height": height * scale,
         "width": width * scale,
     }

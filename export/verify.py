@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from .checkpoint.open import Checkpoint
 from .graphs.to_onnx import example
 from .nets.build import NETS
 from .nets.calibration import token_ids
-from .nets.torch_net import Net
+from .precision.ranges import open_session
 
 # Not the sizes that were traced: a size frozen into the graph shows.
 _SIZES: Mapping[str, int] = {"B": 2, "N": 1, "P": 2, "T": 77, "H/8": 24, "W/8": 40, "H": 192, "W": 320}
@@ -82,7 +81,7 @@ def verify_component(
     if component in TEXT_ENCODERS:  # the token that ends a prompt marks the pooled embedding
         inputs["input_ids"] = torch.tensor(token_ids(source, component)[: _SIZES["P"]], dtype=torch.int32)
     arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-    wanted = _torch(NETS[component].build(source, torch.float32), inputs)
+    wanted = NETS[component].build(source, torch.float32).run(arrays)
     gc.collect()
     checks = [
         compare(main, output, found, b, dtype)
@@ -93,16 +92,16 @@ def verify_component(
         checks.append(compare("unet", "prediction", prediction, wanted[0], dtype))
     for check in checks:
         if not check.passed:
-            raise _below(check, dtype)
+            raise NumericError(
+                f"{check.net}: {check.output} differs from torch by {check.relative_l2:.2e} relative L2"
+                f" (largest error {check.max_error:.2e}, PSNR {check.psnr:.1f} dB)",
+                expected=f"at most {NET_RELATIVE_L2[dtype]:.0e} ({DECODED_DB[dtype]:.0f} dB for pictures) in"
+                f" {dtype}",
+                fix=EXPORT_IN_FP32
+                if dtype == "fp16"
+                else "Report the checkpoint: its graph is computed wrongly.",
+            )
     return checks
-
-
-def _torch(net: Net, inputs: Mapping[str, Any]) -> list[Array]:
-    wide = {name: item.float() if item.is_floating_point() else item for name, item in inputs.items()}
-    with torch.no_grad():
-        outputs: Any = net.module(**wide)
-    several = cast(tuple[Any, ...], outputs) if isinstance(outputs, tuple) else (outputs,)
-    return [item.numpy() for item in several]
 
 
 def _hoisted(root: Path, files: Mapping[str, NetFile], arrays: Mapping[str, Array]) -> Array:
@@ -121,31 +120,6 @@ def _hoisted(root: Path, files: Mapping[str, NetFile], arrays: Mapping[str, Arra
 
 def _run(root: Path, file: NetFile, *calls: Mapping[str, Array]) -> list[dict[str, Array]]:
     """The outputs of each call on ONNX Runtime, by name."""
-    session = _session(root / file.graph)
+    session = open_session(root / file.graph)
     names = [item.name for item in file.spec.outputs]
     return [dict(zip(names, session.run(names, dict(call)), strict=True)) for call in calls]
-
-
-def _session(path: Path) -> Any:
-    """A session on the CPU. Arena, prepacking and folding would each keep another copy of the weights."""
-    import onnxruntime
-
-    ort = cast(Any, onnxruntime)  # its own stubs are incomplete
-    options = ort.SessionOptions()
-    options.enable_cpu_mem_arena = False
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    return ort.InferenceSession(
-        str(path),
-        options,
-        providers=["CPUExecutionProvider"],
-        disabled_optimizers=["ConstantFolding"],
-    )
-
-
-def _below(check: Comparison, dtype: str) -> NumericError:
-    return NumericError(
-        f"{check.net}: {check.output} differs from torch by {check.relative_l2:.2e} relative L2"
-        f" (largest error {check.max_error:.2e}, PSNR {check.psnr:.1f} dB)",
-        expected=f"at most {NET_RELATIVE_L2[dtype]:.0e} ({DECODED_DB[dtype]:.0f} dB for pictures) in {dtype}",
-        fix=EXPORT_IN_FP32 if dtype == "fp16" else "Report the checkpoint: its graph is computed wrongly.",
-    )

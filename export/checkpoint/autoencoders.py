@@ -7,10 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...engines.errors import CheckpointError
-from .component import DIFFUSERS, Component, read_component
-from .file_kinds import refuse_pickle
+from .component import DIFFUSERS, Component, TensorHeader, read_component, read_headers
+from .families import refuse_pickle
 from .single_file import open_vae_file
-from .tensors import TensorHeader, read_headers
 
 TINY = "AutoencoderTiny"
 _KINDS = ("AutoencoderKL", TINY)
@@ -38,14 +37,14 @@ def open_vae(path: Path, *, scaling_factor: float, prefer_fp16: bool = False) ->
     Raises:
         CheckpointError: it is missing, damaged or of another kind, or has no encoder.
     """
-    found = _file(path, scaling_factor) if path.is_file() else _folder(path, prefer_fp16)
+    found = _open(path, "vae", scaling_factor, prefer_fp16)
     if is_tiny(found) and not any(name.startswith("encoder.") for name in found.tensors):
         raise CheckpointError(
             f"{path} has a decoder and no encoder",
             expected="both, in place of the checkpoint's autoencoder",
             fix="Pass it as --tiny-vae, for previews, or use a file with both.",
         )
-    return replace(found, name="vae")
+    return found
 
 
 def open_tiny_vae(path: Path, *, prefer_fp16: bool = False) -> Component:
@@ -54,40 +53,28 @@ def open_tiny_vae(path: Path, *, prefer_fp16: bool = False) -> Component:
     Raises:
         CheckpointError: it is missing or damaged, or no tiny autoencoder.
     """
-    found = _file(path, 1.0) if path.is_file() else _folder(path, prefer_fp16)
+    found = _open(path, "tiny_vae", 1.0, prefer_fp16)
     if not is_tiny(found):
-        raise _refused(path, "a full autoencoder", "a tiny one")
-    return replace(found, name="tiny_vae")
+        raise CheckpointError(f"{path} holds a full autoencoder", expected="a tiny one", fix=_FIX)
+    return found
 
 
-def _refused(path: Path, what: str, expected: str) -> CheckpointError:
-    return CheckpointError(f"{path} holds {what}", expected=expected, fix=_FIX)
-
-
-def _folder(path: Path, prefer_fp16: bool) -> Component:
-    part = read_component(path, "vae", DIFFUSERS, prefer_fp16=prefer_fp16)
-    kind = part.config.get("_class_name", _KINDS[0])
-    if kind not in _KINDS:
-        raise _refused(path, f"an {kind}", " or ".join(_KINDS))
-    return part
-
-
-def _file(path: Path, scaling_factor: float) -> Component:
+def _open(path: Path, name: str, scaling_factor: float, prefer_fp16: bool) -> Component:
+    if not path.is_file():
+        part = read_component(path, name, DIFFUSERS, prefer_fp16=prefer_fp16)
+        kind = part.config.get("_class_name", _KINDS[0])
+        if kind not in _KINDS:
+            raise CheckpointError(f"{path} holds an {kind}", expected=" or ".join(_KINDS), fix=_FIX)
+        return part
     refuse_pickle(path)
     headers = read_headers(path)
     if _TINY_NAMES.isdisjoint(headers):
-        return open_vae_file(path, scaling_factor=scaling_factor)
-    return _tiny_file(path, headers)
-
-
-def _tiny_file(path: Path, headers: dict[str, TensorHeader]) -> Component:
-    """A tiny autoencoder's file by diffusers' names, or TAESD's decoder by its places in torch's Sequential.
-
-    In the latter the clamp is the first layer. diffusers does not count it among its layers.
-    """
+        return replace(open_vae_file(path, scaling_factor=scaling_factor), name=name)
     if "decoder.layers.0.weight" not in headers:
-        headers = {f"decoder.layers.{_one_less(name)}": header for name, header in headers.items()}
-    return Component(name="tiny_vae", folder=path, config=_tiny_config(headers), tensors=headers)
+        # TAESD's decoder by its places in torch's Sequential, whose first layer, the clamp, diffusers does
+        # not count among its layers.
+        headers = {f"decoder.layers.{_one_less(old)}": header for old, header in headers.items()}
+    return Component(name=name, folder=path, config=_tiny_config(headers), tensors=headers)
 
 
 def _one_less(name: str) -> str:

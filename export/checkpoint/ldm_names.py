@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from .tensors import TensorHeader
+from .component import TensorHeader
 
 Tensors = Mapping[str, TensorHeader]
 

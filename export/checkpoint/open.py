@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from .autoencoders import open_tiny_vae, open_vae, vae_scale
 from .component import DOWNLOAD, SUPPORTED, Component, missing, read_component, read_json, refuse_quantised
 from .families import OTHER, PIPELINES, defaults, layout_of, refuse_unet
 from .single_file import check_prediction_type, open_single_file
-from .tokenizers import ClipVocabulary, CopiedTokenizer, TokenizerSource
+from .tokenizers import WriteTokenizer, copy_tokenizer, write_clip_tokenizer
 
 # The width of a UNet's `time_ids` -> its numbers, in the order of diffusers' `_get_add_time_ids`.
 _TIME_IDS = {6: TIME_IDS[:6], 5: (*TIME_IDS[:4], "aesthetic_score")}
@@ -38,23 +39,19 @@ class Checkpoint:
         root: the folder or file.
         parts: `unet` and `vae`, and some of `text_encoder`, `text_encoder_2`, `image_encoder`,
             `image_normalizer`, `tiny_vae`.
-        tokenizers: by their folders' names.
+        tokenizers: by their folders' names, what writes them.
         configs: JSON objects by their folders' names: `scheduler`, and for unCLIP `feature_extractor` and
             `image_noising_scheduler`.
-        steps: a request's default.
-        guidance_scale: a request's default.
-        strength: the default of image to image.
+        defaults: a request's steps, guidance scale and strength, by the names of `engines.package.Defaults`.
         zero_empty_prompt: as in `engines.package.Manifest`.
         notes: for the user: what was assumed about a one-file checkpoint, and which tensors are not used.
     """
 
     root: Path
     parts: Mapping[str, Component]
-    tokenizers: Mapping[str, TokenizerSource]
+    tokenizers: Mapping[str, WriteTokenizer]
     configs: Mapping[str, Mapping[str, Any]]
-    steps: int = 50
-    guidance_scale: float = 7.5
-    strength: float = 0.8
+    defaults: Mapping[str, float]
     zero_empty_prompt: bool = False
     notes: tuple[str, ...] = ()
 
@@ -63,8 +60,15 @@ class Checkpoint:
         refuse_unet(self.unet)
         for part in self.parts.values():
             refuse_quantised(part)
-        _vectors(self.parts)
-        _check_context(self.parts)
+        _ = self.vectors  # raises where a part is missing
+        context = sum(int(part.config.get("hidden_size", 512)) for part in self.text_encoders)
+        wanted = int(self.unet.config.get("cross_attention_dim", 1280))
+        if context != wanted:
+            raise CheckpointError(
+                f"{self.unet.folder} wants a context of width {wanted}",
+                expected=f"{context}, the width of {' and '.join(part.name for part in self.text_encoders)}",
+                fix=DOWNLOAD,
+            )
         _check_latents(self.vae, self.latent_scale)
 
     @classmethod
@@ -129,8 +133,38 @@ class Checkpoint:
 
     @property
     def vectors(self) -> Mapping[str, int]:
-        """The UNet's conditions besides the prompt (`engines.spec.VECTORS`) and their widths."""
-        return _vectors(self.parts)
+        """The UNet's conditions besides the prompt (`engines.spec.VECTORS`) and their widths.
+
+        Raises:
+            CheckpointError: the part that makes one is missing, or makes another width.
+        """
+        config = self.unet.config
+        vectors: dict[str, int] = {}
+        if config.get("time_cond_proj_dim"):
+            vectors["timestep_cond"] = int(config["time_cond_proj_dim"])
+        joined = int(config.get("projection_class_embeddings_input_dim") or 0)
+        if config.get("class_embed_type") == "projection":
+            vectors["class_labels"] = joined
+            self._require("image_encoder", joined == 2 * self._width("image_encoder"), joined)
+        if config.get("addition_embed_type") == "text_time":
+            pooled = self._width("text_encoder_2")
+            count, rest = divmod(joined - pooled, int(config.get("addition_time_embed_dim") or 1))
+            self._require("text_encoder_2", count in _TIME_IDS and not rest, joined)
+            vectors |= {"text_embeds": pooled, "time_ids": count}
+        return vectors
+
+    def _width(self, name: str) -> int:
+        """The width of a part's projected embedding; 0 where there is no such part."""
+        return int(self.parts[name].config.get("projection_dim", 512)) if name in self.parts else 0
+
+    def _require(self, name: str, ok: bool, joined: int) -> None:
+        if not ok:
+            found = f"one of width {self._width(name)}" if name in self.parts else "none"
+            raise CheckpointError(
+                f"{self.unet.folder} is conditioned by {joined} values from the {name}, and there is {found}",
+                expected=SUPPORTED,
+                fix=OTHER,
+            )
 
     @property
     def family(self) -> str:
@@ -183,15 +217,12 @@ def _open_folder(root: Path, prefer_fp16: bool) -> Checkpoint:
         if not folder.is_dir():
             missing(folder)
     configs = {name: read_json(root / name / file) for name, file in layout.configs.items()}
-    steps, guidance_scale, strength = defaults(layout, configs["scheduler"])
     return Checkpoint(
         root=root,
         parts=parts,
-        tokenizers={name: CopiedTokenizer(folder=folder) for name, folder in tokenizers.items()},
+        tokenizers={name: partial(copy_tokenizer, folder=folder) for name, folder in tokenizers.items()},
         configs=configs,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        strength=strength,
+        defaults=defaults(layout, configs["scheduler"]),
         zero_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", layout.zero_empty_prompt)),
     )
 
@@ -199,68 +230,17 @@ def _open_folder(root: Path, prefer_fp16: bool) -> Checkpoint:
 def _open_file(path: Path, prediction_type: str | None) -> Checkpoint:
     found = open_single_file(path, prediction_type=prediction_type)
     layout = PIPELINES[_FILE_PIPELINES[found.family]]
-    steps, guidance_scale, strength = defaults(layout, found.scheduler)
+    pads = found.tokenizers.items()
     return Checkpoint(
         root=path,
         parts=found.components,
-        tokenizers={name: ClipVocabulary(pad_token=pad) for name, pad in found.tokenizers.items()},
+        tokenizers={name: partial(write_clip_tokenizer, pad_token=pad) for name, pad in pads},
         configs={"scheduler": found.scheduler},
-        steps=steps,
-        guidance_scale=guidance_scale,
-        strength=strength,
+        defaults=defaults(layout, found.scheduler),
         # As in the folder that the refiner is published in.
         zero_empty_prompt=layout.zero_empty_prompt and found.family != "sdxl-refiner",
         notes=found.notes,
     )
-
-
-def _vectors(parts: Mapping[str, Component]) -> dict[str, int]:
-    """The UNet's conditions besides the prompt -> their widths.
-
-    Raises:
-        CheckpointError: the part that makes one is missing, or makes another width.
-    """
-    config = parts["unet"].config
-    vectors: dict[str, int] = {}
-    if config.get("time_cond_proj_dim"):
-        vectors["timestep_cond"] = int(config["time_cond_proj_dim"])
-    joined = int(config.get("projection_class_embeddings_input_dim") or 0)
-    if config.get("class_embed_type") == "projection":
-        vectors["class_labels"] = joined
-        _require(parts, "image_encoder", joined == 2 * _width(parts, "image_encoder"), joined)
-    if config.get("addition_embed_type") == "text_time":
-        pooled = _width(parts, "text_encoder_2")
-        count, rest = divmod(joined - pooled, int(config.get("addition_time_embed_dim") or 1))
-        _require(parts, "text_encoder_2", count in _TIME_IDS and not rest, joined)
-        vectors |= {"text_embeds": pooled, "time_ids": count}
-    return vectors
-
-
-def _width(parts: Mapping[str, Component], name: str) -> int:
-    """The width of a part's projected embedding; 0 where there is no such part."""
-    return int(parts[name].config.get("projection_dim", 512)) if name in parts else 0
-
-
-def _require(parts: Mapping[str, Component], name: str, ok: bool, joined: int) -> None:
-    if not ok:
-        found = f"one of width {_width(parts, name)}" if name in parts else "none"
-        raise CheckpointError(
-            f"{parts['unet'].folder} is conditioned by {joined} values from the {name}, and there is {found}",
-            expected=SUPPORTED,
-            fix=OTHER,
-        )
-
-
-def _check_context(parts: Mapping[str, Component]) -> None:
-    encoders = [parts[name] for name in TEXT_ENCODERS if name in parts]
-    found = sum(int(part.config.get("hidden_size", 512)) for part in encoders)
-    wanted = int(parts["unet"].config.get("cross_attention_dim", 1280))
-    if found != wanted:
-        raise CheckpointError(
-            f"{parts['unet'].folder} wants a context of width {wanted}",
-            expected=f"{found}, the width of {' and '.join(part.name for part in encoders)}",
-            fix=DOWNLOAD,
-        )
 
 
 def _check_latents(part: Component, scale: int) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from ...engines import spec
 from ..checkpoint.component import Component
 from ..checkpoint.open import Checkpoint
 from .calibration import Calibration, NetCall
@@ -34,32 +36,24 @@ class ExportedNet:
         """The net with the checkpoint's weights.
 
         Raises:
-            CheckpointError: the weights do not fit the part's config, or float16 if `dtype` is that.
+            CheckpointError: the weights do not fit the part's config, or `dtype`.
         """
         return self.make(checkpoint, checkpoint.parts[self.part], dtype)
 
 
-def _text_encoder(name: str) -> ExportedNet:
-    def calibrate(calibration: Calibration, call: NetCall) -> None:
-        calibration.encode_prompts(name, call)
-
-    return ExportedNet(part=name, make=text_encoder, calibrate=calibrate)
-
-
-# A net's folder in a package -> how it is made, in the order in which nets feed each other.
+# A net's folder in a package -> how it is made and calibrated, in the order in which nets feed each other.
 NETS: Mapping[str, ExportedNet] = {
-    "text_encoder": _text_encoder("text_encoder"),
-    "text_encoder_2": _text_encoder("text_encoder_2"),
-    "image_encoder": ExportedNet(
-        part="image_encoder", make=image_encoder, calibrate=Calibration.embed_pictures
-    ),
-    "image_noiser": ExportedNet(
-        part="image_normalizer", make=image_noiser, calibrate=Calibration.noise_embeddings
-    ),
-    "vae_encoder": ExportedNet(part="vae", make=vae_encoder, calibrate=Calibration.encode_pictures),
-    "unet": ExportedNet(part="unet", make=unet, calibrate=Calibration.denoise),
-    "vae_decoder": ExportedNet(part="vae", make=vae_decoder, calibrate=Calibration.decode),
-    "preview_decoder": ExportedNet(part="tiny_vae", make=vae_decoder, calibrate=Calibration.decode),
+    name: ExportedNet(part=spec.NETS[name].part, make=make, calibrate=calibrate)
+    for name, make, calibrate in (
+        ("text_encoder", text_encoder, partial(Calibration.encode_prompts, name="text_encoder")),
+        ("text_encoder_2", text_encoder, partial(Calibration.encode_prompts, name="text_encoder_2")),
+        ("image_encoder", image_encoder, Calibration.embed_pictures),
+        ("image_noiser", image_noiser, Calibration.noise_embeddings),
+        ("vae_encoder", vae_encoder, Calibration.encode_pictures),
+        ("unet", unet, Calibration.denoise),
+        ("vae_decoder", vae_decoder, Calibration.decode),
+        ("preview_decoder", vae_decoder, Calibration.decode),
+    )
 }
 
 

@@ -6,8 +6,6 @@ works for any.
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import numpy as np
 import torch
 
@@ -31,7 +29,9 @@ def fit_latent_rgb(source: Checkpoint, seed: int = 0) -> tuple[tuple[float, ...]
         NumericError: a latent is not finite.
     """
     pictures = colour_fields(_PICTURES, _CELLS * source.latent_scale, seed)
-    latents = _encode(source, pictures)  # (N, C, h, w)
+    masks = np.zeros((*pictures.shape[:3], 1), np.uint8)
+    encoder = NETS["vae_encoder"].build(source, torch.float32)
+    latents, *_ = encoder.run({"image": pictures, "mask": masks})  # the mean: (N, C, h, w)
     if not np.isfinite(latents).all():
         raise NumericError(
             f"{source.vae.folder}: the encoder's latents are not finite in float32",
@@ -45,12 +45,3 @@ def fit_latent_rgb(source: Checkpoint, seed: int = 0) -> tuple[tuple[float, ...]
     ones = np.ones((len(rows), 1))
     fit: list[list[float]] = np.linalg.lstsq(np.hstack([rows, ones]), cells, rcond=None)[0].tolist()
     return tuple(tuple(float(f"{value:.6g}") for value in row) for row in fit)
-
-
-def _encode(source: Checkpoint, pictures: Array) -> Array:
-    """The mean of each picture's latent, (N, C, H/8, W/8) float32, from torch."""
-    net = NETS["vae_encoder"].build(source, torch.float32)
-    masks = np.zeros((*pictures.shape[:3], 1), np.uint8)
-    with torch.no_grad():
-        found: Any = net.module(*map(cast(Any, torch).from_numpy, (pictures, masks)))
-    return (cast(tuple[Any, ...], found)[0] if isinstance(found, tuple) else found).numpy()

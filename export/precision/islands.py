@@ -9,7 +9,7 @@ it become an island.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,38 +63,34 @@ def find_islands(model: ir.Model, component: str, folder: Path, drive: Drive) ->
         NumericError: a value is not finite in float32, or an output is beyond fp16.
     """
     largest = measure(model, component, folder, drive)
-    _check_outputs(model, component, largest)
+    for value in model.graph.outputs:
+        if (reached := largest.get(value.name or "", 0.0)) > FP16_MAX:
+            raise NumericError(
+                f"{component}: its output {value.name} reaches {reached:.3g}",
+                expected=f"at most {FP16_MAX:.0f}, fp16's largest number",
+                fix=EXPORT_IN_FP32,
+            )
     if not largest:  # the whole graph computes in float32 already
         return Found(component=component, islands=(), largest=0.0, where="")
     top = max(largest, key=lambda name: largest[name])
     where = {value.name: node.name for node in model.graph for value in node.outputs}.get(top)
-    nodes = _around(model, {name for name, value in largest.items() if value > LIMIT})
-    found = Found(
-        component=component,
-        islands=tuple(Island(node=node.name or "", largest=_extent(node, largest)) for node in nodes),
-        largest=largest[top],
-        where=where or top.removesuffix(".out"),
+    islands = tuple(
+        Island(
+            node=node.name or "",
+            largest=max(largest.get(value.name or "", 0.0) for value in _values(node)),
+        )
+        for node in _around(model, {name for name, value in largest.items() if value > LIMIT})
     )
-    run_in_fp32(model, [island.node for island in found.islands])
-    return found
-
-
-def _check_outputs(model: ir.Model, component: str, largest: Mapping[str, float]) -> None:
-    for value in model.graph.outputs:
-        found = largest.get(value.name or "", 0.0)
-        if found > FP16_MAX:
-            raise NumericError(
-                f"{component}: its output {value.name} reaches {found:.3g}",
-                expected=f"at most {FP16_MAX:.0f}, fp16's largest number",
-                fix=EXPORT_IN_FP32,
-            )
+    run_in_fp32(model, [island.node for island in islands])
+    where = where or top.removesuffix(".out")
+    return Found(component=component, islands=islands, largest=largest[top], where=where)
 
 
 def _around(model: ir.Model, hot: set[str]) -> list[ir.Node]:
     """The nodes that write or read a hot value. An Attention that does is written out, scores and all."""
     reached = set(hot)
     for node in [node for node in model.graph if node.op_type == "Attention"]:
-        values = [value.name for value in (*node.inputs, *node.outputs) if value is not None]
+        values = [value.name for value in _values(node)]
         inner = score_values(node)
         if hot.isdisjoint([*values, *inner]):
             continue
@@ -104,15 +100,13 @@ def _around(model: ir.Model, hot: set[str]) -> list[ir.Node]:
     return [
         node
         for node in model.graph
-        if node.op_type not in _PLUMBING
-        and any(value is not None and value.name in reached for value in (*node.inputs, *node.outputs))
+        if node.op_type not in _PLUMBING and any(value.name in reached for value in _values(node))
     ]
 
 
-def _extent(node: ir.Node, largest: Mapping[str, float]) -> float:
-    return max(
-        largest.get(value.name or "", 0.0) for value in (*node.inputs, *node.outputs) if value is not None
-    )
+def _values(node: ir.Node) -> list[ir.Value]:
+    """What a node reads and writes."""
+    return [value for value in (*node.inputs, *node.outputs) if value is not None]
 
 
 def island_names(model: ir.Model) -> tuple[str, ...]:
@@ -148,12 +142,14 @@ def run_in_fp32(model: ir.Model, names: Collection[str]) -> None:
 
 def _enter(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
     """`value` in float32: cast here, or taken before the cast to fp16 that ended an earlier island."""
-    cast = value.producer()
-    if cast is not None and cast.op_type == "Cast":
-        source = cast.inputs[0]
+    earlier = value.producer()
+    if earlier is not None and earlier.op_type == "Cast":
+        source = earlier.inputs[0]
         if source is not None and source.dtype == _FULL:
             return source
-    return _cast(graph.insert_before, node, value, _FULL)
+    wide = _cast(value, _FULL)
+    graph.insert_before(node, wide)
+    return wide.outputs[0]
 
 
 def _leave(graph: ir.Graph, nodes: Collection[ir.Node], value: ir.Value) -> None:
@@ -170,7 +166,9 @@ def _leave(graph: ir.Graph, nodes: Collection[ir.Node], value: ir.Value) -> None
             graph.remove(use.node, safe=True)
     if not outside and not value.is_graph_output():
         return
-    back = _cast(graph.insert_after, producer, value, _HALF)
+    narrow = _cast(value, _HALF)
+    graph.insert_after(producer, narrow)
+    back = narrow.outputs[0]
     for use in outside:
         use.node.replace_input_with(use.idx, back)
     for index, output in enumerate(graph.outputs):
@@ -180,14 +178,10 @@ def _leave(graph: ir.Graph, nodes: Collection[ir.Node], value: ir.Value) -> None
             graph.outputs[index] = back
 
 
-def _cast(
-    insert: Callable[[ir.Node, ir.Node], None], at: ir.Node, value: ir.Value, target: ir.DataType
-) -> ir.Value:
+def _cast(value: ir.Value, target: ir.DataType) -> ir.Node:
     name = f"{value.name}/{'float32' if target == _FULL else 'float16'}"
-    node = ir.node("Cast", [value], {"to": target}, name=f"{name}/Cast")
-    node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = name, target, value.shape
-    insert(at, node)
-    return node.outputs[0]
+    output = ir.val(name, target, value.shape)
+    return ir.node("Cast", [value], {"to": target}, name=f"{name}/Cast", outputs=[output])
 
 
 def upcast_attention(model: ir.Model) -> None:
@@ -196,7 +190,6 @@ def upcast_attention(model: ir.Model) -> None:
     Stable Diffusion 2.1's scores overflow fp16. As in diffusers' `Attention.get_attention_scores`, the
     probabilities go back to fp16 before they weight the values.
     """
-    names: list[str] = []
-    for node in [n for n in model.graph if n.op_type == "Attention"]:
-        names += [name for name in write_out_attention(model.graph, node) if not name.endswith("/values")]
-    run_in_fp32(model, names)
+    attentions = [node for node in model.graph if node.op_type == "Attention"]
+    names = [name for node in attentions for name in write_out_attention(model.graph, node)]
+    run_in_fp32(model, [name for name in names if not name.endswith("/values")])

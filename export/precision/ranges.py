@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from ...engines.errors import DAMAGED_WEIGHTS, NumericError
 from ...engines.spec import Array
-from ..graphs.attention import attention_scores
+from ..graphs.attention import score_nodes
 from ..graphs.passes import forget_shapes
 from ..graphs.weights import is_weight
 from ..nets.calibration import Drive
@@ -38,7 +38,7 @@ def measure(model: ir.Model, component: str, folder: Path, drive: Drive) -> dict
 
     Args:
         model: an fp16 graph; it stays as it is.
-        component: for messages.
+        component: its name in messages.
         folder: has the weights file. The twin is written there, and deleted.
         drive: calls the twin once or more.
 
@@ -68,17 +68,22 @@ def _watch(twin: ir.Model) -> list[str]:
     watched: list[ir.Value] = []
     for node in list(twin.graph):
         if node.op_type == "Attention":
-            new, scores = attention_scores(node)
+            new = score_nodes(node)
             twin.graph.insert_before(node, new)
-            watched.append(scores)
-        if node.op_type not in (*_VIEWS, "Constant") and not _is_widened_weight(node):
+            watched += new[-1].outputs
+        widens_weight = node.op_type == "Cast" and is_weight(node.inputs[0])
+        if node.op_type not in (*_VIEWS, "Constant") and not widens_weight:
             watched += [value for value in node.outputs if value.dtype == _HALF]
     for value in watched:
-        size = ir.node("Abs", [value], name=f"{_RANGE}{value.name}/Abs")
-        peak = ir.node("ReduceMax", size.outputs, {"keepdims": 0}, name=f"{_RANGE}{value.name}/ReduceMax")
-        size.outputs[0].name, peak.outputs[0].name = f"{_RANGE}{value.name}/abs", f"{_RANGE}{value.name}"
-        size.outputs[0].dtype = peak.outputs[0].dtype = _HALF
-        peak.outputs[0].shape = ir.Shape([])
+        name = f"{_RANGE}{value.name}"
+        size = ir.node("Abs", [value], name=f"{name}/Abs", outputs=[ir.val(f"{name}/abs", _HALF)])
+        peak = ir.node(
+            "ReduceMax",
+            size.outputs,
+            {"keepdims": 0},
+            name=f"{name}/ReduceMax",
+            outputs=[ir.val(name, _HALF, [])],
+        )
         producer = value.producer()
         assert producer is not None
         twin.graph.insert_after(producer, [size, peak])
@@ -86,50 +91,40 @@ def _watch(twin: ir.Model) -> list[str]:
     return [value.name or "" for value in watched]
 
 
-def _is_widened_weight(node: ir.Node) -> bool:
-    return node.op_type == "Cast" and is_weight(node.inputs[0])
-
-
 def _widen(twin: ir.Model) -> None:
     """Make the whole graph float32, its inputs and outputs too. Weights stay stored as they are."""
     for value in list(twin.graph.initializers.values()):
-        if value.dtype == _HALF:
-            _widen_initializer(twin.graph, value)
+        if value.dtype == _HALF and is_weight(value):
+            _widen_weight(twin.graph, value)
+        elif value.dtype == _HALF:
+            assert value.const_value is not None
+            value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
+            value.type = ir.TensorType(_FULL)
     for node in twin.graph:
-        _widen_attributes(node)
+        for name, attribute in list(node.attributes.items()):
+            if name == "to" and attribute.as_int() == _HALF:
+                node.attributes[name] = ir.AttrInt64(name, _FULL)
+            elif attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == _HALF:
+                wide = ir.tensor(attribute.as_tensor().numpy().astype(np.float32))
+                node.attributes[name] = ir.AttrTensor(name, wide)
     for value in [*twin.graph.inputs, *(value for node in twin.graph for value in node.outputs)]:
         if value.dtype == _HALF:
             value.type = ir.TensorType(_FULL)  # a new one: clones of a graph share their types
 
 
-def _widen_attributes(node: ir.Node) -> None:
-    for name, attribute in list(node.attributes.items()):
-        if name == "to" and attribute.as_int() == _HALF:
-            node.attributes[name] = ir.AttrInt64(name, _FULL)
-        elif attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == _HALF:
-            wide = ir.tensor(attribute.as_tensor().numpy().astype(np.float32))
-            node.attributes[name] = ir.AttrTensor(name, wide)
-
-
-def _widen_initializer(graph: ir.Graph, value: ir.Value) -> None:
-    if not is_weight(value):
-        assert value.const_value is not None
-        value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
-        value.type = ir.TensorType(_FULL)
-        return
+def _widen_weight(graph: ir.Graph, value: ir.Value) -> None:
+    """Cast a weight right before its first user: one layer's float32 weights are in memory at a time."""
     users = {use.node for use in value.uses()}
-    # Right before its first user, so that one layer's float32 weights are in memory at a time.
     first = next(node for node in graph if node in users)
-    wide = ir.node("Cast", [value], {"to": _FULL}, name=f"{value.name}/widened")
-    wide.outputs[0].name, wide.outputs[0].dtype = f"{value.name}/widened.out", _FULL
-    ir.convenience.replace_all_uses_with(value, wide.outputs[0])
-    wide.replace_input_with(0, value)
-    graph.insert_before(first, wide)
+    wide = ir.val(f"{value.name}/widened.out", _FULL)
+    ir.convenience.replace_all_uses_with(value, wide)
+    cast_node = ir.node("Cast", [value], {"to": _FULL}, name=f"{value.name}/widened", outputs=[wide])
+    graph.insert_before(first, cast_node)
 
 
 def _run(path: Path, watched: list[str], component: str, drive: Drive) -> dict[str, float]:
     """The largest magnitude of every watched value over all calls that `drive` makes."""
-    session = _session(path)
+    session = open_session(path, as_written=True)
     outputs = [item.name for item in session.get_outputs() if not item.name.startswith(_RANGE)]
     largest = dict.fromkeys(watched, 0.0)
 
@@ -138,7 +133,11 @@ def _run(path: Path, watched: list[str], component: str, drive: Drive) -> dict[s
         # ReduceMax may overlook a NaN, but a NaN that counts reaches an output
         for name, array in zip([*watched, *outputs], [*found[len(outputs) :], *found], strict=False):
             if not np.isfinite(array).all():
-                raise _not_finite(component, name)
+                raise NumericError(
+                    f"{component}: {name} is not finite in float32",
+                    expected="finite activations on a small picture",
+                    fix=DAMAGED_WEIGHTS,
+                )
         for name, peak in zip(watched, found[len(outputs) :], strict=True):
             largest[name] = max(largest[name], float(peak))
         return found[: len(outputs)]
@@ -147,23 +146,22 @@ def _run(path: Path, watched: list[str], component: str, drive: Drive) -> dict[s
     return largest
 
 
-def _not_finite(component: str, name: str) -> NumericError:
-    return NumericError(
-        f"{component}: {name} is not finite in float32",
-        expected="finite activations on a small picture",
-        fix=DAMAGED_WEIGHTS,
-    )
+def open_session(path: Path, *, as_written: bool = False) -> Any:
+    """ONNX Runtime on CPU, without arena, prepacking and folding: each keeps another copy of the weights.
 
-
-def _session(path: Path) -> Any:
-    """ONNX Runtime on CPU, in the graph's own order and without anything that keeps a copy of the weights."""
+    `as_written` runs the nodes unchanged, in the graph's own order.
+    """
     import onnxruntime
 
     ort = cast(Any, onnxruntime)  # its own stubs are incomplete
     options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.enable_cpu_mem_arena = False
-    options.enable_mem_pattern = False
     options.add_session_config_entry("session.disable_prepacking", "1")
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    if as_written:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+        options.enable_mem_pattern = False
+    providers = ["CPUExecutionProvider"]
+    return ort.InferenceSession(
+        str(path), options, providers=providers, disabled_optimizers=["ConstantFolding"]
+    )

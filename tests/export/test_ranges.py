@@ -166,6 +166,19 @@ def test_a_weight_that_fp16_cannot_hold(tmp_path: Path) -> None:
     NETS["vae_decoder"].build(checkpoint, torch.float32)
 
 
+@pytest.mark.parametrize(("dtype", "fix"), [(torch.float16, "--dtype fp32"), (torch.float32, "damaged")])
+def test_a_weight_that_float32_cannot_hold(tmp_path: Path, dtype: torch.dtype, fix: str) -> None:
+    source = make_checkpoint(RECIPES["tiny1"], tmp_path / "tiny1", dtype=torch.float32)
+    path = source / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["decoder.conv_in.bias"] = tensors["decoder.conv_in.bias"].double()
+    tensors["decoder.conv_in.bias"][3] = -1e39
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"'decoder.conv_in.bias' has values up to 1e\+39") as error:
+        NETS["vae_decoder"].build(Checkpoint.open(source), dtype)
+    assert fix in error.value.fix
+
+
 def test_the_time_embedding_of_an_island_stays_a_table() -> None:
     """A cast for a hot sum does not become an invariant of its own."""
     body = "t = Cast <to = 10> (timestep) e = Neg(t) u = Unsqueeze(e, axes) c = Neg(encoder_hidden_states)"
