@@ -157,8 +157,6 @@ UNET = "model.diffusion_model."
 _CONV_IN = f"{UNET}input_blocks.0.0.weight"
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _FILE = "UNet, text encoders and autoencoder of Stable Diffusion 1.x or 2.x, SDXL or its refiner in one file"
-    "UNet, text encoders and autoencoder of Stable Diffusion 1.x or 2.x, SDXL or its refiner in one file"
-)
 
 # A pattern that only this kind's tensor names match -> the kind's name. First match wins.
 _FILE_KINDS = {
