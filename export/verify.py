@@ -31,7 +31,7 @@ _SIZES: Mapping[str, int] = {"B": 2, "N": 1, "P": 2, "T": 77, "H/8": 24, "W/8": 
 _SUMMANDS = (("vae_decoder", "mean"), ("preview_decoder", "mean"), ("vae_encoder", "std"))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Comparison:
     """One output of one net compared with torch. `psnr` (dB) is infinite for equal arrays."""
 
@@ -47,23 +47,14 @@ def compare(net: str, output: str, found: Array, wanted: Array, dtype: str) -> C
     """Compare `found` (ONNX Runtime) with `wanted` (torch in float32), at the bar of `dtype`."""
     a, b = found.astype(np.float64), wanted.astype(np.float64)
     if a.shape != b.shape or not np.isfinite(a).all():
-        return Comparison(
-            net=net, output=output, relative_l2=math.inf, max_error=math.inf, psnr=-math.inf, passed=False
-        )
+        return Comparison(net, output, math.inf, math.inf, -math.inf, passed=False)
     error = float(np.linalg.norm(a - b))
     size = math.sqrt(b.size) if (net, output) in _SUMMANDS else float(np.linalg.norm(b))
     peak = {"image": 255.0, "mean": 2.0}.get(output, float(b.max() - b.min()))
     psnr = math.inf if error == 0 else 20 * math.log10(max(peak, 1e-30) * math.sqrt(a.size) / error)
     relative = error / max(size, 1e-30)
     passed = psnr >= DECODED_DB[dtype] if found.dtype == np.uint8 else relative <= NET_RELATIVE_L2[dtype]
-    return Comparison(
-        net=net,
-        output=output,
-        relative_l2=relative,
-        max_error=float(np.abs(a - b).max()),
-        psnr=psnr,
-        passed=passed,
-    )
+    return Comparison(net, output, relative, float(np.abs(a - b).max()), psnr, passed)
 
 
 def verify_component(
@@ -77,10 +68,9 @@ def verify_component(
         NumericError: a net is below its bar.
     """
     main = "unet_whole" if component == "unet" else component
-    inputs = example(files[main].spec, _SIZES)
+    arrays: dict[str, Array] = {n: tensor.numpy() for n, tensor in example(files[main].spec, _SIZES).items()}
     if component in TEXT_ENCODERS:  # the token that ends a prompt marks the pooled embedding
-        inputs["input_ids"] = torch.tensor(token_ids(source, component)[: _SIZES["P"]], dtype=torch.int32)
-    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+        arrays["input_ids"] = token_ids(source, component)[: _SIZES["P"]].astype(np.int32)
     wanted = NETS[component].build(source, torch.float32).run(arrays)
     gc.collect()
     checks = [

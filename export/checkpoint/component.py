@@ -69,21 +69,16 @@ class Component:
 
 
 def read_component(folder: Path, name: str, stem: str, *, prefer_fp16: bool = False) -> Component:
-    """Read a part that has a folder of its own.
+    """Read a part from a folder with `config.json` and weights.
 
-    Args:
-        folder: has `config.json` and weights.
-        name: the part's.
-        stem: DIFFUSERS or TRANSFORMERS, by the library that wrote it.
-        prefer_fp16: take the `.fp16.safetensors` variant where both are there.
+    `stem` is DIFFUSERS or TRANSFORMERS; `prefer_fp16` takes the `.fp16` variant where both are there.
 
     Raises:
         CheckpointError: the config or the weights are missing or damaged, or the weights are pickles.
     """
     config = read_json(folder / "config.json")
-    tensors: dict[str, TensorHeader] = {}
-    for file in _weight_files(folder, stem, prefer_fp16):
-        tensors.update(read_headers(file))
+    files = _weight_files(folder, stem, prefer_fp16)
+    tensors = {name: header for file in files for name, header in read_headers(file).items()}
     return Component(name=name, folder=folder, config=config, tensors=tensors)
 
 
@@ -120,14 +115,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _weight_files(folder: Path, stem: str, prefer_fp16: bool) -> list[Path]:
     """The safetensors files of a component: one, or the shards of an index."""
-    plain = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
-    half = [
-        f"{stem}.fp16.safetensors",
-        f"{stem}.safetensors.index.fp16.json",
-        f"{stem}.fp16.safetensors.index.json",
-    ]
-    for candidate in half + plain if prefer_fp16 else plain + half:
-        path = folder / candidate
+    plain = ["safetensors", "safetensors.index.json"]
+    half = ["fp16.safetensors", "safetensors.index.fp16.json", "fp16.safetensors.index.json"]
+    for ending in half + plain if prefer_fp16 else plain + half:
+        path = folder / f"{stem}.{ending}"
         if path.is_file():
             return [path] if path.suffix == ".safetensors" else _shards(path)
     pickles = sorted(path.name for pattern in ("*.bin", "*.ckpt", "*.pt") for path in folder.glob(pattern))
@@ -142,19 +133,15 @@ def _weight_files(folder: Path, stem: str, prefer_fp16: bool) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
-    names = (
-        set(map(str, cast(dict[str, object], weight_map).values())) if isinstance(weight_map, dict) else {""}
-    )
+    shards = cast(dict[str, object], weight_map).values() if isinstance(weight_map, dict) else [""]
+    names = sorted(set(map(str, shards)))
     if any(not name or Path(name).name != name for name in names):
-        raise CheckpointError(
-            f"{index} has no weight_map of plain file names",
-            expected="shards in the same folder",
-            fix=DOWNLOAD,
-        )
+        found = f"{index} has no weight_map of plain file names"
+        raise CheckpointError(found, expected="shards in the same folder", fix=DOWNLOAD)
     for name in names:
         if not (index.parent / name).is_file():
             missing(index.parent / name)
-    return [index.parent / name for name in sorted(names)]
+    return [index.parent / name for name in names]
 
 
 def read_headers(path: Path) -> dict[str, TensorHeader]:
@@ -168,55 +155,34 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
 
 
 def read_tensors(headers: Mapping[str, TensorHeader]) -> dict[str, torch.Tensor]:
-    """The tensors that `headers` describe, by the mapping's names.
+    """The tensors that `headers` describe, in types of weights (`refuse_quantised`), by the mapping's names.
 
     All are views of the mapped files, slices and transposes too: memory is taken by the pages that are used.
 
     Raises:
         CheckpointError: a file changed since its headers were read.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    for file in {header.file for header in headers.values()}:
-        wanted = {name: header for name, header in headers.items() if header.file == file}
-        tensors |= _read_file(file, wanted)
-    return {name: tensors[name] for name in headers}
-
-
-def _read_file(file: Path, wanted: Mapping[str, TensorHeader]) -> dict[str, torch.Tensor]:
     import torch
 
-    dtypes = {
-        "BOOL": torch.bool,
-        "U8": torch.uint8,
-        "I8": torch.int8,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E5M2": torch.float8_e5m2,
-        "I16": torch.int16,
-        "U16": torch.uint16,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "I32": torch.int32,
-        "U32": torch.uint32,
-        "F32": torch.float32,
-        "I64": torch.int64,
-        "U64": torch.uint64,
-        "F64": torch.float64,
-    }
-    found, content = map_tensors(file, writable=True)  # torch warns of arrays that it could not write to
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     tensors: dict[str, torch.Tensor] = {}
-    try:
-        for name, header in wanted.items():
-            place = found.tensors[header.name]
-            if place.dtype != header.dtype:
-                raise ValueError(f"{header.name} was {header.dtype}")
-            flat = torch.from_numpy(content[header.name])  # pyright: ignore[reportUnknownMemberType]
-            stored = flat.view(dtypes[place.dtype]).reshape(place.shape)
-            part = stored if header.rows is None else stored[slice(*header.rows)]
-            tensors[name] = (part.T if header.transposed else part).reshape(header.shape)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{file} changed while it was read ({error})",
-            expected="a file nobody writes to",
-            fix="Download the file again, or have it written again by the safetensors library.",
-        ) from error
-    return tensors
+    for file in {header.file for header in headers.values()}:
+        found, content = map_tensors(file, writable=True)  # torch warns of arrays that it could not write to
+        try:
+            for name, header in headers.items():
+                if header.file != file:
+                    continue
+                place = found.tensors[header.name]
+                if place.dtype != header.dtype:
+                    raise ValueError(f"{header.name} was {header.dtype}")
+                flat = torch.from_numpy(content[header.name])  # pyright: ignore[reportUnknownMemberType]
+                stored = flat.view(dtypes[place.dtype]).reshape(place.shape)
+                part = stored if header.rows is None else stored[slice(*header.rows)]
+                tensors[name] = (part.T if header.transposed else part).reshape(header.shape)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{file} changed while it was read ({error})",
+                expected="a file nobody writes to",
+                fix="Download the file again, or have it written again by the safetensors library.",
+            ) from error
+    return {name: tensors[name] for name in headers}

@@ -198,6 +198,13 @@ class Checkpoint:
         return IMAGE_LATENTS if self.unet.config.get("in_channels", 4) == 9 else ()
 
     @property
+    def sample_size(self) -> tuple[int, int]:
+        """Height and width of the latents that the UNet was trained at."""
+        size = self.unet.config.get("sample_size") or 64
+        height, width = size if isinstance(size, list) else (size, size)
+        return int(height), int(width)
+
+    @property
     def latent_scale(self) -> int:
         """Pixels per latent cell."""
         return vae_scale(self.vae)

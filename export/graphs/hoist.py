@@ -8,7 +8,10 @@ graphs into the loop are the invariants.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import cast
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
@@ -44,7 +47,7 @@ def hoist(whole: ir.Model) -> dict[str, tuple[ir.Model, spec.NetSpec]]:
     vectors = {value.name or "": _size(value, 1) for value in rest}
     # Vectors differ between the rows of a call, timesteps do not.
     rows = "B" if vectors else 1
-    called = [spec.TensorSpec(name=s.name, dtype=s.dtype, shape=(rows, *s.shape[1:])) for s in time_specs]
+    called = [replace(tensor, shape=(rows, *tensor.shape[1:])) for tensor in time_specs]
     unet = spec.unet(
         channels=_LATENT_CHANNELS,
         float_dtype=float_dtype,
@@ -71,9 +74,7 @@ def _size(value: ir.Value, axis: int) -> int:
 
 def _dtype(value: ir.Value) -> str:
     """The contract's spelling of a value's type."""
-    names = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16"}
-    assert value.dtype is not None
-    return names[value.dtype]
+    return {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16"}[cast(ir.DataType, value.dtype)]
 
 
 def _dependencies(graph: ir.Graph) -> Dependencies:
@@ -128,13 +129,11 @@ def _in_loop(node: ir.Node, depends: Dependencies) -> bool:
 def _names(crossing: Mapping[ir.Value, str]) -> dict[str, str]:
     """A value's name in the whole graph -> the invariant's name, after the module whose weights made it."""
     names: dict[str, str] = {}
+    taken: Counter[str] = Counter()
     for value, prefix in crossing.items():
-        name = base = prefix + _module(value)
-        serial = 1
-        while name in names.values():
-            serial += 1
-            name = f"{base}.{serial}"
-        names[value.name or ""] = name
+        base = prefix + _module(value)
+        taken[base] += 1
+        names[value.name or ""] = base if taken[base] == 1 else f"{base}.{taken[base]}"
     return names
 
 
@@ -201,7 +200,7 @@ def _join_latents(graph: ir.Graph) -> None:
     assert whole.shape is not None
     rows, _, *size = whole.shape
     counts = {LATENT: _LATENT_CHANNELS, "image_latents": _size(whole, 1) - _LATENT_CHANNELS}
-    parts = [ir.val(name, whole.dtype, [rows, count, *size]) for name, count in counts.items()]
+    parts = [ir.val(name, whole.dtype, ir.Shape([rows, count, *size])) for name, count in counts.items()]
     joined = ir.val("image_latents/joined", whole.dtype, whole.shape)
     ir.convenience.replace_all_uses_with(whole, joined)
     graph.inputs[0:1] = parts

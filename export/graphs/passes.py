@@ -51,14 +51,17 @@ def fold(model: ir.Model) -> None:
 
     Weights are not folded: a transposed weight would be a second copy without a name.
     """
+
+    def may_fold(node: ir.Node) -> bool | None:  # None leaves it to onnxscript
+        return False if any(map(is_weight, node.inputs)) else None
+
     fold_constants = cast(Any, optimizer).fold_constants  # onnxscript's own types are incomplete
     fold_constants(
         model,
         onnx_shape_inference=False,
         input_size_limit=_SMALL,
         output_size_limit=_SMALL,
-        # False forbids folding, None leaves it to onnxscript.
-        should_fold=lambda node: False if any(map(is_weight, cast(ir.Node, node).inputs)) else None,
+        should_fold=may_fold,
     )
     common.RemoveUnusedNodesPass()(model)
 

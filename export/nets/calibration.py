@@ -49,6 +49,8 @@ class Calibration:
         self._vectors: dict[str, Array] = {}  # some of VECTORS, a row for each prompt
         self._embeds: Array | None = None
         self._latent: Array | None = None
+        # Height and width of the latent: what the UNet was trained at, but at most SIDE.
+        self._sides = tuple(min(side, SIDE) for side in source.sample_size)
 
     def encode_prompts(self, call: NetCall, *, name: str) -> None:
         """Call the text encoder `name` with PROMPTS and a row of random ids: (4, T) int32."""
@@ -83,7 +85,7 @@ class Calibration:
 
     def encode_pictures(self, call: NetCall) -> None:
         """Call the VAE's encoder with smooth pictures and noise, each kind with and without a mask."""
-        height, width = (side * self._source.latent_scale for side in _sides(self._source.unet.config))
+        height, width = (side * self._source.latent_scale for side in self._sides)
         for number, picture in enumerate(self._pictures(4, height, width)):
             mask = np.zeros((1, height, width, 1), np.uint8)
             mask[:, : height // 2] = 255 * (number % 2)
@@ -101,7 +103,7 @@ class Calibration:
 
         contexts = self._joined_contexts()
         scheduler = _scheduler(self._source.scheduler)
-        latent = self._normal(1, 4, *_sides(self._source.unet.config))
+        latent = self._normal(1, 4, *self._sides)
         # An inpainting UNet's extra channels: a mask of the right half, and a masked picture's latent.
         behind: list[Array] = []
         if self._source.image_latents:
@@ -136,7 +138,7 @@ class Calibration:
     def _vector(self, name: str, width: int, prompts: list[int]) -> Array:
         """One of VECTORS for two prompts: (2, width)."""
         if name == "time_ids":
-            height, wide = (side * self._source.latent_scale for side in _sides(self._source.unet.config))
+            height, wide = (side * self._source.latent_scale for side in self._sides)
             sizes = [height, wide, 0, 0, *([height, wide] if width == 6 else [6.0])]
             return np.array([sizes, sizes], np.float32)
         if name == "timestep_cond":
@@ -188,13 +190,6 @@ def guidance_embedding(scale: float, width: int) -> Array:
     from diffusers.models.embeddings import get_timestep_embedding
 
     return get_timestep_embedding(torch.tensor([(scale - 1) * 1000]), width).numpy()
-
-
-def _sides(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Height and width of the latent: what the UNet was trained at, but at most SIDE."""
-    size = config.get("sample_size") or 64
-    height, width = cast(list[int], size) if isinstance(size, list | tuple) else (size, size)
-    return min(height, SIDE), min(width, SIDE)
 
 
 def _scheduler(config: Mapping[str, Any]) -> Any:

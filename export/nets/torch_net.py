@@ -22,17 +22,17 @@ from ..checkpoint.component import Component, read_tensors
 _UNREAD = ("position_ids", "text_projection.weight", "logit_scale")
 
 
+# A parameter's name -> the tensor's name (a checkpoint's, then a package's), and its type in the checkpoint.
+Tensors = Mapping[str, tuple[str, str]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Net:
-    """A torch module that satisfies `spec`, and where its tensors come from.
-
-    `module` is called with the spec's inputs by name. `tensors` maps the name of a parameter in `module` to
-    the name that the package stores it under, and to its type in the checkpoint (safetensors' name).
-    """
+    """A torch module that satisfies `spec`, called with inputs by name, and where its tensors come from."""
 
     module: nn.Module
     spec: NetSpec
-    tensors: Mapping[str, tuple[str, str]]
+    tensors: Tensors
 
     def run(self, inputs: Mapping[str, Array]) -> list[Array]:
         """The outputs of a net in float32, in the contract's order; float16 inputs are widened."""
@@ -57,13 +57,7 @@ def fill_buffers(net: nn.Module) -> None:
             cast(Any, module).position_ids = torch.arange(positions.shape[-1])[None]
 
 
-def make_net(
-    part: Component,
-    module: nn.Module,
-    spec: NetSpec,
-    tensors: Mapping[str, tuple[str, str]],
-    dtype: torch.dtype,
-) -> Net:
+def make_net(part: Component, module: nn.Module, spec: NetSpec, tensors: Tensors, dtype: torch.dtype) -> Net:
     """The Net of a wrapper whose attribute `net` is the module with the tensors of `part`.
 
     Raises:
@@ -91,13 +85,9 @@ def load(
     names: Mapping[str, str] | None = None,
     ignored: tuple[str, ...] = (),
 ) -> dict[str, tuple[str, str]]:
-    """Give `net`, which is on the meta device, the tensors of `part`.
+    """Give all parameters of `net`, which is on the meta device, tensors of `part`.
 
-    Args:
-        part: has the tensors.
-        net: gets all of its parameters.
-        names: a parameter of `net` -> the tensor of `part`; None where both have the same names.
-        ignored: prefixes of tensors that `net` does not read.
+    `names` has a parameter's tensor where the names differ; `ignored` are prefixes of tensors not to read.
 
     Returns:
         A parameter of `net` -> the tensor's name and type.

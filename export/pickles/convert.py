@@ -35,14 +35,7 @@ Places = dict[str, tuple[int, int]]
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """What a conversion wrote.
-
-    Attributes:
-        path: the safetensors file.
-        tensors: how many it has.
-        size: its bytes.
-        left_out: how many entries of the state dict were no tensors.
-    """
+    """A safetensors file: its tensors and bytes, and how many entries of the state dict were no tensors."""
 
     path: Path
     tensors: int

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from latentrt.engines.errors import CheckpointError, StorageError, UsageError
-from latentrt.export.pickles import machine as pickles
 from latentrt.export.pickles import convert
+from latentrt.export.pickles import machine as pickles
 from latentrt.export.pickles.convert import convert_pickle
 from tests.export.hostile_pickles import archive, dumps, hostile, tensor
 

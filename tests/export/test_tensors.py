@@ -12,10 +12,8 @@ TENSORS = {
     "unet.weight": torch.arange(6.0).reshape(2, 3),
     "bias": torch.tensor([1, 2, 3], dtype=torch.float16),
     "brain": torch.tensor([1, 2, 3], dtype=torch.bfloat16),
-    "eight": torch.tensor([1, 2, 3]).to(torch.float8_e4m3fn),
-    "flags": torch.tensor([True, False]),
     "empty": torch.empty(0, 4),
-    "scalar": torch.tensor(3, dtype=torch.int64),
+    "scalar": torch.tensor(3, dtype=torch.float64),
 }
 
 
