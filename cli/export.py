@@ -15,7 +15,7 @@ from ..engines.errors import BackendError
 from .progress import progress_bar
 
 if TYPE_CHECKING:
-    from ..export.precision.islands import Found
+    from ..export.precision import Found
     from ..export.verify import Comparison
 
 

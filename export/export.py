@@ -32,7 +32,7 @@ from .graphs.to_onnx import to_onnx
 from .manifest import make_manifest
 from .nets.build import NETS, components
 from .nets.calibration import Calibration
-from .precision.islands import Found, find_islands, island_names, upcast_attention
+from .precision import Found, find_islands, island_names, upcast_attention
 from .verify import Comparison, verify_component
 
 Dtype = Literal["fp16", "fp32"]

@@ -22,7 +22,7 @@ from .checkpoint.open import Checkpoint
 from .graphs.to_onnx import example
 from .nets.build import NETS
 from .nets.calibration import token_ids
-from .precision.ranges import open_session
+from .precision import open_session
 
 # Not the sizes that were traced: a size frozen into the graph shows.
 _SIZES: Mapping[str, int] = {"B": 2, "N": 1, "P": 2, "T": 77, "H/8": 24, "W/8": 40, "H": 192, "W": 320}

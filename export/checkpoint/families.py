@@ -26,9 +26,7 @@ class PipelineFolder:
         parts: folders with weights -> the stem of the weights file.
         optional: parts that a checkpoint may do without (the SDXL refiner has one text encoder).
         configs: the folder of each JSON config -> its file.
-        steps: a request's default.
-        guidance_scale: a request's default.
-        strength: the default of image to image.
+        steps, guidance_scale, strength: a request's defaults.
         zero_empty_prompt: `force_zeros_for_empty_prompt` where model_index.json does not say.
     """
 

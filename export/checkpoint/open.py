@@ -14,10 +14,20 @@ from typing import Any, cast
 from ...engines.errors import CheckpointError
 from ...engines.package import IMAGE_LATENTS, TIME_IDS
 from ...engines.spec import TEXT_ENCODERS
-from .autoencoders import open_tiny_vae, open_vae, vae_scale
-from .component import DOWNLOAD, SUPPORTED, Component, missing, read_component, read_json, refuse_quantised
-from .families import OTHER, PIPELINES, defaults, layout_of, refuse_unet
-from .single_file import check_prediction_type, open_single_file
+from .component import (
+    DIFFUSERS,
+    DOWNLOAD,
+    SUPPORTED,
+    Component,
+    TensorHeader,
+    missing,
+    read_component,
+    read_headers,
+    read_json,
+    refuse_quantised,
+)
+from .families import OTHER, PIPELINES, defaults, layout_of, refuse_pickle, refuse_unet
+from .single_file import check_prediction_type, open_single_file, open_vae_file
 from .tokenizers import WriteTokenizer, copy_tokenizer, write_clip_tokenizer
 
 # The width of a UNet's `time_ids` -> its numbers, in the order of diffusers' `_get_add_time_ids`.
@@ -29,6 +39,11 @@ _FILE_PIPELINES = {
     "sdxl": "StableDiffusionXLPipeline",
     "sdxl-refiner": "StableDiffusionXLImg2ImgPipeline",
 }
+TINY = "AutoencoderTiny"
+_VAE_KINDS = ("AutoencoderKL", TINY)
+# A tiny decoder's first convolution, by diffusers' names and in TAESD's own files.
+_TINY_NAMES = {"decoder.layers.0.weight", "1.weight"}
+_VAE_FIX = "Use the folder or file of an AutoencoderKL, or of an AutoencoderTiny (TAESD)."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +121,10 @@ class Checkpoint:
             scheduler = {**found.scheduler, "prediction_type": prediction_type}
             found = replace(found, configs={**found.configs, "scheduler": scheduler})
         parts = dict(found.parts)
-        if vae is not None:
-            scale = float(found.vae.config.get("scaling_factor", 0.18215))
-            parts["vae"] = open_vae(vae, scaling_factor=scale, prefer_fp16=prefer_fp16)
-        if tiny_vae is not None:
-            parts["tiny_vae"] = open_tiny_vae(tiny_vae, prefer_fp16=prefer_fp16)
-        for name in ("vae", "tiny_vae"):
-            if name in parts:
+        scale = float(found.vae.config.get("scaling_factor", 0.18215))
+        for name, place in (("vae", vae), ("tiny_vae", tiny_vae)):
+            if place is not None:
+                parts[name] = _open_vae(place, name, scaling_factor=scale, prefer_fp16=prefer_fp16)
                 _check_latents(parts[name], found.latent_scale)
         return replace(found, parts=parts)
 
@@ -200,9 +212,9 @@ class Checkpoint:
     @property
     def sample_size(self) -> tuple[int, int]:
         """Height and width of the latents that the UNet was trained at."""
-        size = self.unet.config.get("sample_size") or 64
-        height, width = size if isinstance(size, list) else (size, size)
-        return int(height), int(width)
+        size: Any = self.unet.config.get("sample_size") or 64
+        height, width = cast(list[int], size) if isinstance(size, list | tuple) else (size, size)
+        return height, width
 
     @property
     def latent_scale(self) -> int:
@@ -259,3 +271,80 @@ def _check_latents(part: Component, scale: int) -> None:
             expected=f"4 channels and {scale} pixels, as this checkpoint's",
             fix="Use an autoencoder of the same family.",
         )
+
+
+def is_tiny(vae: Component) -> bool:
+    """Whether it is an AutoencoderTiny: it has no posterior, and is fast enough for a preview each step."""
+    return vae.config.get("_class_name") == TINY
+
+
+def vae_scale(vae: Component) -> int:
+    """Pixels per latent cell, as diffusers' pipelines compute it."""
+    widths = vae.config.get("decoder_block_out_channels" if is_tiny(vae) else "block_out_channels")
+    return int(2 ** (len(widths or (0,) * 4) - 1))
+
+
+def _open_vae(path: Path, name: str, *, scaling_factor: float, prefer_fp16: bool) -> Component:
+    """The autoencoder in a diffusers folder or a `.safetensors` file, as the part "vae" or "tiny_vae".
+
+    `scaling_factor` is for files, which do not have it.
+
+    Raises:
+        CheckpointError: it is missing or damaged, no tiny one for "tiny_vae", or without encoder for "vae".
+    """
+    if path.is_file():
+        part = _open_vae_file(path, name, scaling_factor)
+    else:
+        part = read_component(path, name, DIFFUSERS, prefer_fp16=prefer_fp16)
+        kind = part.config.get("_class_name", _VAE_KINDS[0])
+        if kind not in _VAE_KINDS:
+            raise CheckpointError(f"{path} holds an {kind}", expected=" or ".join(_VAE_KINDS), fix=_VAE_FIX)
+    if name == "tiny_vae" and not is_tiny(part):
+        raise CheckpointError(f"{path} holds a full autoencoder", expected="a tiny one", fix=_VAE_FIX)
+    if name == "vae" and is_tiny(part) and not any(tensor.startswith("encoder.") for tensor in part.tensors):
+        raise CheckpointError(
+            f"{path} has a decoder and no encoder",
+            expected="both, in place of the checkpoint's autoencoder",
+            fix="Pass it as --tiny-vae, for previews, or use a file with both.",
+        )
+    return part
+
+
+def _open_vae_file(path: Path, name: str, scaling_factor: float) -> Component:
+    refuse_pickle(path)
+    headers = read_headers(path)
+    if _TINY_NAMES.isdisjoint(headers):
+        return replace(open_vae_file(path, scaling_factor=scaling_factor), name=name)
+    if "decoder.layers.0.weight" not in headers:
+        # TAESD's decoder by its places in torch's Sequential, whose first layer, the clamp, diffusers does
+        # not count among its layers.
+        headers = {f"decoder.layers.{_one_less(old)}": header for old, header in headers.items()}
+    return Component(name=name, folder=path, config=_tiny_config(headers), tensors=headers)
+
+
+def _one_less(name: str) -> str:
+    place, _, rest = name.partition(".")
+    return f"{int(place) - 1}.{rest}" if place.isdecimal() else name
+
+
+def _tiny_config(headers: Mapping[str, TensorHeader]) -> dict[str, object]:
+    """AutoencoderTiny's config from the decoder's tensors: a level is some blocks and a bare convolution."""
+    blocks, levels = 0, list[int]()
+    places = {name.split(".")[2] for name in headers if name.startswith("decoder.layers.")}
+    layers = sorted(map(int, filter(str.isdecimal, places)))
+    for place in layers[1:]:  # the first convolution takes the latent
+        if f"decoder.layers.{place}.conv.0.weight" in headers:
+            blocks += 1
+        else:
+            levels.append(blocks)
+            blocks = 0
+    first = headers["decoder.layers.0.weight"].shape
+    widths = [first[0]] * len(levels)
+    return {
+        "_class_name": TINY,
+        "latent_channels": first[1],
+        "decoder_block_out_channels": widths,
+        "encoder_block_out_channels": widths,
+        "num_decoder_blocks": levels,
+        "num_encoder_blocks": levels[::-1],
+    }

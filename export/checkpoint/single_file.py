@@ -18,6 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +117,17 @@ def _open_clip(prefix: str, naming: Naming, *, projects: bool) -> _Encoder:
     return _Encoder(f"{prefix}.model.", naming, "gelu", "!", projects)
 
 
-_EULER: Mapping[str, Any] = {
-    "_class_name": "EulerDiscreteScheduler",
-    "interpolation_type": "linear",
-    "sample_max_value": 1.0,
-    "use_karras_sigmas": False,
-}
+_xl = partial(
+    _Family,
+    scheduler={
+        "_class_name": "EulerDiscreteScheduler",
+        "interpolation_type": "linear",
+        "sample_max_value": 1.0,
+        "use_karras_sigmas": False,
+    },
+    sample_size=128,
+    scaling_factor=0.13025,
+)
 _FAMILIES: Mapping[str, _Family] = {
     "sd1": _Family(
         encoders={"text_encoder": _clip("cond_stage_model")},
@@ -133,21 +139,15 @@ _FAMILIES: Mapping[str, _Family] = {
         scheduler={"_class_name": "DDIMScheduler"},
         unet={"upcast_attention": True},
     ),
-    "sdxl": _Family(
+    "sdxl": _xl(
         encoders={
             "text_encoder": _clip("conditioner.embedders.0"),
             "text_encoder_2": _open_clip("conditioner.embedders.1", open_clip_tensors, projects=True),
-        },
-        scheduler=_EULER,
-        sample_size=128,
-        scaling_factor=0.13025,
+        }
     ),
-    "sdxl-refiner": _Family(
+    "sdxl-refiner": _xl(
         encoders={"text_encoder_2": _open_clip("conditioner.embedders.0", open_clip_tensors, projects=True)},
-        scheduler=_EULER,
-        sample_size=128,
         ids=5,
-        scaling_factor=0.13025,
     ),
 }
 
@@ -265,13 +265,10 @@ def _parts(path: Path, tensors: Tensors, family: _Family) -> dict[str, dict[str,
         "unet": (UNET, unet_tensors),
         "vae": (VAE, vae_tensors),
     }
-    lacking = [
-        f"{name} ({prefix}*)" for name, (prefix, _) in places.items() if not _any_under(tensors, prefix)
-    ]
+    lacking = [f"{name} ({place}*)" for name, (place, _) in places.items() if not _any_under(tensors, place)]
     if lacking:
-        raise CheckpointError(
-            f"{path} has no {', '.join(lacking)}", expected=f"{', '.join(places)} in one file", fix=_FIX
-        )
+        found, expected = f"{path} has no {', '.join(lacking)}", f"{', '.join(places)} in one file"
+        raise CheckpointError(found, expected=expected, fix=_FIX)
     parts = {name: naming(_under(tensors, prefix)) for name, (prefix, naming) in places.items()}
     known = {tensor.name for tensor in parts["unet"].values()}
     if surplus := [name for name in tensors if name.startswith(UNET) and name not in known]:
@@ -366,6 +363,7 @@ def _depths(tensors: Tensors, levels: int, layers: int) -> tuple[list[int], int]
 def _vae_config(tensors: Tensors) -> dict[str, Any]:
     """The config of AutoencoderKL without its scaling factor, which no shape says."""
     levels = max(_count(tensors, "encoder.down_blocks."), 1)
+    firsts = [f"encoder.down_blocks.{level}.resnets.0.conv1.weight" for level in range(levels)]
     config: dict[str, Any] = {
         "_class_name": "AutoencoderKL",
         "in_channels": _shape(tensors, "encoder.conv_in.weight", 4)[1],
@@ -373,10 +371,7 @@ def _vae_config(tensors: Tensors) -> dict[str, Any]:
         "latent_channels": _shape(tensors, "decoder.conv_in.weight", 4)[1],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "block_out_channels": [
-            _shape(tensors, f"encoder.down_blocks.{level}.resnets.0.conv1.weight", 4)[0]
-            for level in range(levels)
-        ],
+        "block_out_channels": [_shape(tensors, first, 4)[0] for first in firsts],
         "layers_per_block": _count(tensors, "encoder.down_blocks.0.resnets."),
         "norm_num_groups": 32,
         "act_fn": "silu",

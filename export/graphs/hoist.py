@@ -185,7 +185,6 @@ def _loop(whole: ir.Model, names: Mapping[str, str], invariants: list[spec.Tenso
         value = ir.val(item.name, shape=item.shape, type=old.type)
         graph.inputs.append(value)
         ir.convenience.replace_all_uses_with(old, value)
-    common.RemoveUnusedNodesPass()(model)
     _keep_inputs(graph, lambda name: name not in TIME and name != CONTEXT)
     if _size(graph.inputs[0], 1) > _LATENT_CHANNELS:
         _join_latents(graph)

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from ...engines import spec
-from ..checkpoint.autoencoders import is_tiny
 from ..checkpoint.component import Component
-from ..checkpoint.open import Checkpoint
+from ..checkpoint.open import Checkpoint, is_tiny
 from .torch_net import Net, load, make_net, spelled
 
 # diffusers before 0.15 named the VAE's attention so; `AutoencoderKL` still converts it on load.

@@ -12,14 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentrt.engines.errors import CheckpointError, NumericError
+from latentrt.export import precision as islands
 from latentrt.export.checkpoint.open import Checkpoint
 from latentrt.export.graphs import passes as surgery
 from latentrt.export.graphs.hoist import hoist
 from latentrt.export.nets.build import NETS
 from latentrt.export.nets.calibration import PROMPTS, STEPS, Calibration, token_ids
-from latentrt.export.precision import islands
-from latentrt.export.precision.islands import LIMIT, find_islands
-from latentrt.export.precision.ranges import measure
+from latentrt.export.precision import LIMIT, find_islands, measure
 from tests.recipes import RECIPES, make_checkpoint
 
 from .test_islands import ATTENTION, HALF, OPERANDS, model_of, operands, run
