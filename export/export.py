@@ -39,7 +39,7 @@ Dtype = Literal["fp16", "fp32"]
 _TORCH_TYPES = {"fp16": torch.float16, "fp32": torch.float32}
 _ONNX_TYPES = {"fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
 # The file of a net's graph, where it is not "model".
-_FILES = {"unet": "loop", "unet_context": "context", "unet_time": "time"}
+_FILES = {"unet": "loop", "unet_context": "context", "unet_time": "time", "step_masked": "masked"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,14 +193,13 @@ def _write_graphs(
 def _write_steps(folder: Path, unet: spec.NetSpec) -> dict[str, NetFile]:
     """Write the row updates between two calls of this UNet: plain, and keeping a picture outside a mask."""
     prediction = unet.outputs[0]
-    channels = prediction.shape[1]
-    assert isinstance(channels, int)
     (folder / "step").mkdir()
     files: dict[str, NetFile] = {}
-    for name, make, file in (("step", spec.step, "model"), ("step_masked", spec.step_masked, "masked")):
-        contract = make(channels=channels, float_dtype=prediction.dtype)
-        write_step(folder / "step" / f"{file}.onnx", contract)
-        files[name] = NetFile(graph=f"step/{file}.onnx", weights=None, spec=contract)
+    for name in ("step", "step_masked"):
+        contract = spec.NETS[name].contract(channels=prediction.shape[1], float_dtype=prediction.dtype)
+        path = f"step/{_FILES.get(name, 'model')}.onnx"
+        write_step(folder / path, contract)
+        files[name] = NetFile(graph=path, weights=None, spec=contract)
     return files
 
 

@@ -136,7 +136,7 @@ def _normalisation(processor: Mapping[str, Any]) -> tuple[list[float], list[floa
             expected="a mean and a deviation for each colour, of values in 0 ... 1",
             fix="Take preprocessor_config.json from the CLIP model that the checkpoint was trained with.",
         )
-    return [float(value) for value in cast(list[Any], mean)], [float(value) for value in cast(list[Any], std)]
+    return list(map(float, cast(list[Any], mean))), list(map(float, cast(list[Any], std)))
 
 
 class ImageNoiser(nn.Module):
