@@ -222,7 +222,7 @@ def _beside(package: Path, overwrite: bool) -> Generator[Path]:
         with tempfile.TemporaryDirectory(
             prefix=f".{package.name}-", dir=package.parent, ignore_cleanup_errors=True
         ) as name:
-            folder = Path(name) / package.name
+            folder = Path(name) / "package"
             folder.mkdir()
             yield folder
             _replace(folder, package, overwrite)
