@@ -45,7 +45,7 @@ _TWIN = "ranges.onnx"
 _RANGE = "range:"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Island:
     """A node that computes in float32, and the largest magnitude it was seen to read or write."""
 
@@ -87,12 +87,10 @@ def find_islands(model: ir.Model, component: str, folder: Path, drive: Drive) ->
         return Found(component=component, islands=(), largest=0.0, where="")
     top = max(largest, key=lambda name: largest[name])
     where = {value.name: node.name for node in model.graph for value in node.outputs}.get(top)
+    hot = {name for name, value in largest.items() if value > LIMIT}
     islands = tuple(
-        Island(
-            node=node.name or "",
-            largest=max(largest.get(value.name or "", 0.0) for value in _values(node)),
-        )
-        for node in _around(model, {name for name, value in largest.items() if value > LIMIT})
+        Island(node.name or "", max(largest.get(value.name or "", 0.0) for value in _values(node)))
+        for node in _around(model, hot)
     )
     run_in_fp32(model, [island.node for island in islands])
     where = where or top.removesuffix(".out")
@@ -211,13 +209,8 @@ def upcast_attention(model: ir.Model) -> None:
 def measure(model: ir.Model, component: str, folder: Path, drive: Drive) -> dict[str, float]:
     """The largest magnitude of every fp16 value that a node writes, by the value's name.
 
-    An Attention's scores have the name that `write_out_attention` would give them.
-
-    Args:
-        model: an fp16 graph; it stays as it is.
-        component: its name in messages.
-        folder: has the weights file. The twin is written there, and deleted.
-        drive: calls the twin once or more.
+    An Attention's scores have the name that `write_out_attention` would give them. `model` stays as it is;
+    `drive` calls a float32 twin of it, which lies in `folder`, beside the weights, until it has been measured.
 
     Raises:
         NumericError: a value is not finite in float32.
