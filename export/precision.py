@@ -210,7 +210,7 @@ def measure(model: ir.Model, component: str, folder: Path, drive: Drive) -> dict
     """The largest magnitude of every fp16 value that a node writes, by the value's name.
 
     An Attention's scores have the name that `write_out_attention` would give them. `model` stays as it is;
-    `drive` calls a float32 twin of it, which lies in `folder`, beside the weights, until it has been measured.
+    `drive` calls its float32 twin, which lies beside the weights in `folder` until it has been measured.
 
     Raises:
         NumericError: a value is not finite in float32.
