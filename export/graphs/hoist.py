@@ -8,9 +8,9 @@ graphs into the loop are the invariants.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import chain, count
 from typing import cast
 
 import onnx_ir as ir
@@ -129,11 +129,10 @@ def _in_loop(node: ir.Node, depends: Dependencies) -> bool:
 def _names(crossing: Mapping[ir.Value, str]) -> dict[str, str]:
     """A value's name in the whole graph -> the invariant's name, after the module whose weights made it."""
     names: dict[str, str] = {}
-    taken: Counter[str] = Counter()
     for value, prefix in crossing.items():
         base = prefix + _module(value)
-        taken[base] += 1
-        names[value.name or ""] = base if taken[base] == 1 else f"{base}.{taken[base]}"
+        numbered = (f"{base}.{serial}" for serial in count(2))
+        names[value.name or ""] = next(name for name in chain([base], numbered) if name not in names.values())
     return names
 
 
