@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from enum import Enum
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Argument, Option
 
@@ -15,22 +15,8 @@ from ..engines.errors import BackendError
 from .progress import progress_bar
 
 if TYPE_CHECKING:
-    from ..export.precision.islands import Found
+    from ..export.precision import Found
     from ..export.verify import Comparison
-
-
-class Dtype(str, Enum):
-    """Arithmetic of the exported graphs."""
-
-    fp16 = "fp16"
-    fp32 = "fp32"
-
-
-class Prediction(str, Enum):
-    """What a UNet was trained to predict."""
-
-    epsilon = "epsilon"
-    v_prediction = "v_prediction"
 
 
 def export(
@@ -42,7 +28,7 @@ def export(
         ),
     ],
     output: Annotated[Path, Option("--output", "-o", help="The package folder to write.")],
-    dtype: Annotated[Dtype, Option(help="fp16 for GPUs, fp32 for CPUs.")] = Dtype.fp16,
+    dtype: Annotated[Literal["fp16", "fp32"], Option(help="fp16 for GPUs, fp32 for CPUs.")] = "fp16",
     verify: Annotated[
         bool, Option("--verify", help="Compare each net with torch; below the bar fails.")
     ] = False,
@@ -53,7 +39,8 @@ def export(
         Path | None, Option(help="A tiny autoencoder (TAESD) for previews: a folder or a file.")
     ] = None,
     prediction_type: Annotated[
-        Prediction | None, Option(help="What the UNet predicts, if a .safetensors file does not say it.")
+        Literal["epsilon", "v_prediction"] | None,
+        Option(help="What the UNet predicts, if a .safetensors file does not say it."),
     ] = None,
     overwrite: Annotated[
         bool, Option("--overwrite", help="Replace an existing package once the new one is complete.")
@@ -62,7 +49,7 @@ def export(
 ) -> None:
     """Turn a checkpoint into a package of graphs and weights. Needs the extra [export]."""
     needed = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir")
-    runs = verify or dtype is Dtype.fp16  # fp16 measures ranges
+    runs = verify or dtype == "fp16"  # fp16 measures ranges
     missing = [name for name in (*needed, *(["onnxruntime"] if runs else [])) if find_spec(name) is None]
     if missing:
         raise BackendError(
@@ -80,12 +67,12 @@ def export(
         package = export_package(
             checkpoint,
             output,
-            dtype=dtype.value,
+            dtype=dtype,
             verify=verify,
             overwrite=overwrite,
             vae=vae,
             tiny_vae=tiny_vae,
-            prediction_type=prediction_type and prediction_type.value,
+            prediction_type=prediction_type,
             progress=lambda stage: advance(stage.stage, stage.index, stage.total),
             report=comparisons.append,
             report_islands=ranges.append,
@@ -93,10 +80,8 @@ def export(
         )
     seconds = perf_counter() - began
     if as_json:
-        checks = [vars(found) for found in comparisons]
-        measured = [{**vars(found), "islands": [vars(node) for node in found.islands]} for found in ranges]
-        record = {"package": str(output), "seconds": seconds, "ranges": measured, "verify": checks}
-        print(json.dumps({**record, "notes": notes}))
+        found = {"ranges": list(map(asdict, ranges)), "verify": list(map(asdict, comparisons))}
+        print(json.dumps({"package": str(output), "seconds": seconds, **found, "notes": notes}))
         return
     for line in (*notes, *map(_range_line, ranges), *map(_comparison_line, comparisons)):
         print(line)

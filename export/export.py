@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -31,15 +32,14 @@ from .graphs.to_onnx import to_onnx
 from .manifest import make_manifest
 from .nets.build import NETS, components
 from .nets.calibration import Calibration
-from .nets.torch_net import Net
-from .precision.islands import Found, find_islands, island_names, upcast_attention
+from .precision import Found, find_islands, island_names, upcast_attention
 from .verify import Comparison, verify_component
 
 Dtype = Literal["fp16", "fp32"]
 _TORCH_TYPES = {"fp16": torch.float16, "fp32": torch.float32}
 _ONNX_TYPES = {"fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
 # The file of a net's graph, where it is not "model".
-_FILES = {"unet": "loop", "unet_context": "context", "unet_time": "time"}
+_FILES = {"unet": "loop", "unet_context": "context", "unet_time": "time", "step_masked": "masked"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,20 +49,6 @@ class Progress:
     stage: str
     index: int
     total: int
-
-
-class _Stages:
-    """Counts the stages of one export and reports each as it begins."""
-
-    def __init__(self, total: int, report: Callable[[Progress], None] | None) -> None:
-        self._total = total
-        self._report = report
-        self._index = 0
-
-    def begin(self, stage: str) -> None:
-        if self._report is not None:
-            self._report(Progress(stage=stage, index=self._index, total=self._total))
-        self._index += 1
 
 
 def export_package(
@@ -119,23 +105,34 @@ def export_package(
         for line in source.notes:
             note(line)
     calibration = Calibration(source) if dtype == "fp16" else None
-    stages = _Stages(len(components(source)) * (1 + (calibration is not None) + verify) + 1, progress)
+    begin = _stages(len(components(source)) * (1 + (calibration is not None) + verify) + 1, progress)
     with _beside(package, overwrite) as folder:
         nets: dict[str, NetFile] = {}
         for component in components(source):
-            files = _export_component(source, component, folder, dtype, stages, calibration, report_islands)
+            files = _export_component(source, component, folder, dtype, begin, calibration, report_islands)
             if verify:
-                stages.begin(f"verify {component}")
+                begin(f"verify {component}")
                 for comparison in verify_component(source, component, folder, files, dtype):
                     if report is not None:
                         report(comparison)
             nets |= files
-        stages.begin("package")
+        begin("package")
         nets |= _write_steps(folder, nets["unet"].spec)
-        for name, tokenizer in source.tokenizers.items():
-            tokenizer.write(folder / name)
+        for name, write_tokenizer in source.tokenizers.items():
+            write_tokenizer(folder / name)
         write_manifest(folder, make_manifest(source, dtype, nets))
     return Package.open(package)
+
+
+def _stages(total: int, report: Callable[[Progress], None] | None) -> Callable[[str], None]:
+    """A function that reports each stage of one export as it begins."""
+    numbers = count()
+
+    def begin(stage: str) -> None:
+        if report is not None:
+            report(Progress(stage=stage, index=next(numbers), total=total))
+
+    return begin
 
 
 def _export_component(
@@ -143,38 +140,33 @@ def _export_component(
     component: str,
     folder: Path,
     dtype: Dtype,
-    stages: _Stages,
+    begin: Callable[[str], None],
     calibration: Calibration | None,
     report_islands: Callable[[Found], None] | None,
 ) -> dict[str, NetFile]:
     """Write the weights and the graphs of one torch net."""
-    stages.begin(f"export {component}")
+    begin(f"export {component}")
     target = folder / component
     target.mkdir()
     net = NETS[component].build(source, _TORCH_TYPES[dtype])
-    slots = _write_weights(net, target / weights.WEIGHTS, dtype)
+    state = net.module.state_dict()
+    tensors = {name: state[key] for key, (name, _) in net.tensors.items()}
+    types = {name: weights.stored_type(found, _ONNX_TYPES[dtype]) for name, found in net.tensors.values()}
+    slots = weights.write_weights(target / weights.WEIGHTS, tensors, types)
     model = to_onnx(net)
     weights.attach(model, target, slots)
     contract = net.spec
-    del net
+    del net, state, tensors
     gc.collect()  # torch's weights and ONNX Runtime's need not be in memory together
     passes.clean(model)
     if calibration is not None:
-        stages.begin(f"measure {component}")
+        begin(f"measure {component}")
         if component == "unet" and source.unet.config.get("upcast_attention"):
             upcast_attention(model)
         found = find_islands(model, component, target, partial(NETS[component].calibrate, calibration))
         if report_islands is not None:
             report_islands(found)
     return _write_graphs(component, folder, model, contract, dtype)
-
-
-def _write_weights(net: Net, path: Path, dtype: Dtype) -> dict[str, weights.TensorRange]:
-    """Write the tensors of `net`; returns where each lies in the file."""
-    state = net.module.state_dict()
-    stored = {name: state[key] for key, (name, _) in net.tensors.items()}
-    types = {name: weights.stored_type(found, _ONNX_TYPES[dtype]) for name, found in net.tensors.values()}
-    return weights.write_weights(path, stored, types)
 
 
 def _write_graphs(
@@ -201,31 +193,24 @@ def _write_graphs(
 def _write_steps(folder: Path, unet: spec.NetSpec) -> dict[str, NetFile]:
     """Write the row updates between two calls of this UNet: plain, and keeping a picture outside a mask."""
     prediction = unet.outputs[0]
-    channels = prediction.shape[1]
-    assert isinstance(channels, int)
     (folder / "step").mkdir()
     files: dict[str, NetFile] = {}
-    for name, make, file in (("step", spec.step, "model"), ("step_masked", spec.step_masked, "masked")):
-        contract = make(channels=channels, float_dtype=prediction.dtype)
-        write_step(folder / "step" / f"{file}.onnx", contract)
-        files[name] = NetFile(graph=f"step/{file}.onnx", weights=None, spec=contract)
+    for name in ("step", "step_masked"):
+        contract = spec.NETS[name].contract(channels=prediction.shape[1], float_dtype=prediction.dtype)
+        path = f"step/{_FILES.get(name, 'model')}.onnx"
+        write_step(folder / path, contract)
+        files[name] = NetFile(graph=path, weights=None, spec=contract)
     return files
 
 
 def _check_target(package: Path, overwrite: bool) -> None:
-    if not package.exists() or (package.is_dir() and not any(package.iterdir())):
-        return
-    if not (package / MANIFEST).is_file():
+    is_package = (package / MANIFEST).is_file()
+    empty = not package.exists() or (package.is_dir() and not any(package.iterdir()))
+    if not empty and not (is_package and overwrite):
         raise UsageError(
-            f"{package} exists and is no package",
+            f"{package} {'is a package already' if is_package else 'exists and is no package'}",
             expected="a folder that does not exist yet, or an empty one",
-            fix="Choose another path.",
-        )
-    if not overwrite:
-        raise UsageError(
-            f"{package} is a package already",
-            expected="a folder that does not exist yet, or an empty one",
-            fix="Choose another path, or pass --overwrite.",
+            fix=f"Choose another path{', or pass --overwrite' if is_package else ''}.",
         )
 
 
@@ -234,18 +219,19 @@ def _beside(package: Path, overwrite: bool) -> Generator[Path]:
     """A temporary folder next to `package` that takes its place if the block succeeds."""
     try:
         package.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{package.name}-", dir=package.parent))
-    except OSError as error:
-        raise _storage(package, error) from error
-    try:
-        try:
+        with tempfile.TemporaryDirectory(
+            prefix=f".{package.name}-", dir=package.parent, ignore_cleanup_errors=True
+        ) as name:
+            folder = Path(name) / "package"
+            folder.mkdir()
             yield folder
-            folder.chmod(0o755)
             _replace(folder, package, overwrite)
-        except OSError as error:
-            raise _storage(package, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise StorageError(
+            f"{package} cannot be written ({error.strerror or error})",
+            expected="a writable folder with room for twice the checkpoint",
+            fix="Free some space, or choose another path.",
+        ) from error
 
 
 def _replace(folder: Path, package: Path, overwrite: bool) -> None:
@@ -262,11 +248,3 @@ def _replace(folder: Path, package: Path, overwrite: bool) -> None:
         raise
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _storage(package: Path, error: OSError) -> StorageError:
-    return StorageError(
-        f"{package} cannot be written ({error.strerror or error})",
-        expected="a writable folder with room for twice the checkpoint",
-        fix="Free some space, or choose another path.",
-    )

@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from .checkpoint.open import Checkpoint
 from .graphs.to_onnx import example
 from .nets.build import NETS
 from .nets.calibration import token_ids
-from .nets.torch_net import Net
+from .precision import open_session
 
 # Not the sizes that were traced: a size frozen into the graph shows.
 _SIZES: Mapping[str, int] = {"B": 2, "N": 1, "P": 2, "T": 77, "H/8": 24, "W/8": 40, "H": 192, "W": 320}
@@ -32,7 +31,7 @@ _SIZES: Mapping[str, int] = {"B": 2, "N": 1, "P": 2, "T": 77, "H/8": 24, "W/8": 
 _SUMMANDS = (("vae_decoder", "mean"), ("preview_decoder", "mean"), ("vae_encoder", "std"))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Comparison:
     """One output of one net compared with torch. `psnr` (dB) is infinite for equal arrays."""
 
@@ -48,23 +47,14 @@ def compare(net: str, output: str, found: Array, wanted: Array, dtype: str) -> C
     """Compare `found` (ONNX Runtime) with `wanted` (torch in float32), at the bar of `dtype`."""
     a, b = found.astype(np.float64), wanted.astype(np.float64)
     if a.shape != b.shape or not np.isfinite(a).all():
-        return Comparison(
-            net=net, output=output, relative_l2=math.inf, max_error=math.inf, psnr=-math.inf, passed=False
-        )
+        return Comparison(net, output, math.inf, math.inf, -math.inf, passed=False)
     error = float(np.linalg.norm(a - b))
     size = math.sqrt(b.size) if (net, output) in _SUMMANDS else float(np.linalg.norm(b))
     peak = {"image": 255.0, "mean": 2.0}.get(output, float(b.max() - b.min()))
     psnr = math.inf if error == 0 else 20 * math.log10(max(peak, 1e-30) * math.sqrt(a.size) / error)
     relative = error / max(size, 1e-30)
     passed = psnr >= DECODED_DB[dtype] if found.dtype == np.uint8 else relative <= NET_RELATIVE_L2[dtype]
-    return Comparison(
-        net=net,
-        output=output,
-        relative_l2=relative,
-        max_error=float(np.abs(a - b).max()),
-        psnr=psnr,
-        passed=passed,
-    )
+    return Comparison(net, output, relative, float(np.abs(a - b).max()), psnr, passed)
 
 
 def verify_component(
@@ -78,11 +68,10 @@ def verify_component(
         NumericError: a net is below its bar.
     """
     main = "unet_whole" if component == "unet" else component
-    inputs = example(files[main].spec, _SIZES)
+    arrays: dict[str, Array] = {n: tensor.numpy() for n, tensor in example(files[main].spec, _SIZES).items()}
     if component in TEXT_ENCODERS:  # the token that ends a prompt marks the pooled embedding
-        inputs["input_ids"] = torch.tensor(token_ids(source, component)[: _SIZES["P"]], dtype=torch.int32)
-    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-    wanted = _torch(NETS[component].build(source, torch.float32), inputs)
+        arrays["input_ids"] = token_ids(source, component)[: _SIZES["P"]].astype(np.int32)
+    wanted = NETS[component].build(source, torch.float32).run(arrays)
     gc.collect()
     checks = [
         compare(main, output, found, b, dtype)
@@ -93,16 +82,16 @@ def verify_component(
         checks.append(compare("unet", "prediction", prediction, wanted[0], dtype))
     for check in checks:
         if not check.passed:
-            raise _below(check, dtype)
+            raise NumericError(
+                f"{check.net}: {check.output} differs from torch by {check.relative_l2:.2e} relative L2"
+                f" (largest error {check.max_error:.2e}, PSNR {check.psnr:.1f} dB)",
+                expected=f"at most {NET_RELATIVE_L2[dtype]:.0e} ({DECODED_DB[dtype]:.0f} dB for pictures) in"
+                f" {dtype}",
+                fix=EXPORT_IN_FP32
+                if dtype == "fp16"
+                else "Report the checkpoint: its graph is computed wrongly.",
+            )
     return checks
-
-
-def _torch(net: Net, inputs: Mapping[str, Any]) -> list[Array]:
-    wide = {name: item.float() if item.is_floating_point() else item for name, item in inputs.items()}
-    with torch.no_grad():
-        outputs: Any = net.module(**wide)
-    several = cast(tuple[Any, ...], outputs) if isinstance(outputs, tuple) else (outputs,)
-    return [item.numpy() for item in several]
 
 
 def _hoisted(root: Path, files: Mapping[str, NetFile], arrays: Mapping[str, Array]) -> Array:
@@ -121,31 +110,6 @@ def _hoisted(root: Path, files: Mapping[str, NetFile], arrays: Mapping[str, Arra
 
 def _run(root: Path, file: NetFile, *calls: Mapping[str, Array]) -> list[dict[str, Array]]:
     """The outputs of each call on ONNX Runtime, by name."""
-    session = _session(root / file.graph)
+    session = open_session(root / file.graph)
     names = [item.name for item in file.spec.outputs]
     return [dict(zip(names, session.run(names, dict(call)), strict=True)) for call in calls]
-
-
-def _session(path: Path) -> Any:
-    """A session on the CPU. Arena, prepacking and folding would each keep another copy of the weights."""
-    import onnxruntime
-
-    ort = cast(Any, onnxruntime)  # its own stubs are incomplete
-    options = ort.SessionOptions()
-    options.enable_cpu_mem_arena = False
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    return ort.InferenceSession(
-        str(path),
-        options,
-        providers=["CPUExecutionProvider"],
-        disabled_optimizers=["ConstantFolding"],
-    )
-
-
-def _below(check: Comparison, dtype: str) -> NumericError:
-    return NumericError(
-        f"{check.net}: {check.output} differs from torch by {check.relative_l2:.2e} relative L2"
-        f" (largest error {check.max_error:.2e}, PSNR {check.psnr:.1f} dB)",
-        expected=f"at most {NET_RELATIVE_L2[dtype]:.0e} ({DECODED_DB[dtype]:.0f} dB for pictures) in {dtype}",
-        fix=EXPORT_IN_FP32 if dtype == "fp16" else "Report the checkpoint: its graph is computed wrongly.",
-    )

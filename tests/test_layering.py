@@ -28,7 +28,7 @@ ROOMS: dict[str, list[set[str]]] = {
     "runtime/loop": [{"device"}],
     "engines": [{"cuda", "store"}, {"tensorrt"}, {"onnxruntime"}],
     "engines/onnxruntime": [{"lowering"}, {"tuning"}],
-    "export": [{"checkpoint"}, {"nets", "pickles"}, {"graphs"}, {"precision"}],
+    "export": [{"checkpoint"}, {"nets", "pickles"}, {"graphs"}],
     "benchmarks": [{"sides"}, {"models"}, {"verbs"}, {"gpu", "report"}],
 }
 # To go: imports that run back between rooms or close a circle.
@@ -45,7 +45,7 @@ MAY_IMPORT = {  # folder or room -> heavy libraries it may import
 }
 ENGINE_LIBRARIES = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
 # What checks and measures graphs at export time runs them.
-MAY_RUN = ("engines/", "benchmarks/", "export/verify", "export/precision/ranges")
+MAY_RUN = ("engines/", "benchmarks/", "export/verify", "export/precision")
 
 # What a picture on the CPU does not load.
 NOT_FOR_CPU = tuple(

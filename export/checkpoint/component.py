@@ -1,4 +1,7 @@
-"""One part of a checkpoint, such as its UNet: a config, and the headers of its tensors."""
+"""One part of a checkpoint, such as its UNet: a config, and tensors.
+
+Tensors are described from their files' headers, and read as views of the mapped files.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from ...engines.errors import CheckpointError
-from .tensors import TensorHeader, read_headers
+from ...engines.safetensors_format import map_tensors, read_header
+
+if TYPE_CHECKING:
+    import torch
 
 DOWNLOAD = "Download the checkpoint again: hf download REPOSITORY --local-dir FOLDER."
 SUPPORTED = (
@@ -28,6 +34,28 @@ DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
 
 
 @dataclass(frozen=True, kw_only=True)
+class TensorHeader:
+    """Where a tensor lies in a safetensors file, and how it is read from there.
+
+    Attributes:
+        file: the safetensors file.
+        name: the tensor's name in `file`.
+        dtype: safetensors' name of the type, "F16".
+        shape: what results after `rows`, `transposed`, and after dropping axes of size 1 at the end (a 1x1
+            convolution that is read as a linear layer).
+        rows: only these rows of the first axis, begin and end (OpenCLIP stores query, key and value as one).
+        transposed: stored as (in, out), read as (out, in) (OpenCLIP's `text_projection`).
+    """
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Component:
     """One part of a checkpoint: its config, and its tensors by diffusers' or transformers' names.
 
@@ -41,21 +69,16 @@ class Component:
 
 
 def read_component(folder: Path, name: str, stem: str, *, prefer_fp16: bool = False) -> Component:
-    """Read a part that has a folder of its own.
+    """Read a part from a folder with `config.json` and weights.
 
-    Args:
-        folder: has `config.json` and weights.
-        name: the part's.
-        stem: DIFFUSERS or TRANSFORMERS, by the library that wrote it.
-        prefer_fp16: take the `.fp16.safetensors` variant where both are there.
+    `stem` is DIFFUSERS or TRANSFORMERS; `prefer_fp16` takes the `.fp16` variant where both are there.
 
     Raises:
         CheckpointError: the config or the weights are missing or damaged, or the weights are pickles.
     """
     config = read_json(folder / "config.json")
-    tensors: dict[str, TensorHeader] = {}
-    for file in _weight_files(folder, stem, prefer_fp16):
-        tensors.update(read_headers(file))
+    files = _weight_files(folder, stem, prefer_fp16)
+    tensors = {name: header for file in files for name, header in read_headers(file).items()}
     return Component(name=name, folder=folder, config=config, tensors=tensors)
 
 
@@ -92,14 +115,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _weight_files(folder: Path, stem: str, prefer_fp16: bool) -> list[Path]:
     """The safetensors files of a component: one, or the shards of an index."""
-    plain = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
-    half = [
-        f"{stem}.fp16.safetensors",
-        f"{stem}.safetensors.index.fp16.json",
-        f"{stem}.fp16.safetensors.index.json",
-    ]
-    for candidate in half + plain if prefer_fp16 else plain + half:
-        path = folder / candidate
+    plain = ["safetensors", "safetensors.index.json"]
+    half = ["fp16.safetensors", "safetensors.index.fp16.json", "fp16.safetensors.index.json"]
+    for ending in half + plain if prefer_fp16 else plain + half:
+        path = folder / f"{stem}.{ending}"
         if path.is_file():
             return [path] if path.suffix == ".safetensors" else _shards(path)
     pickles = sorted(path.name for pattern in ("*.bin", "*.ckpt", "*.pt") for path in folder.glob(pattern))
@@ -114,16 +133,56 @@ def _weight_files(folder: Path, stem: str, prefer_fp16: bool) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
-    names = (
-        set(map(str, cast(dict[str, object], weight_map).values())) if isinstance(weight_map, dict) else {""}
-    )
+    shards = cast(dict[str, object], weight_map).values() if isinstance(weight_map, dict) else [""]
+    names = sorted(set(map(str, shards)))
     if any(not name or Path(name).name != name for name in names):
-        raise CheckpointError(
-            f"{index} has no weight_map of plain file names",
-            expected="shards in the same folder",
-            fix=DOWNLOAD,
-        )
+        found = f"{index} has no weight_map of plain file names"
+        raise CheckpointError(found, expected="shards in the same folder", fix=DOWNLOAD)
     for name in names:
         if not (index.parent / name).is_file():
             missing(index.parent / name)
-    return [index.parent / name for name in sorted(names)]
+    return [index.parent / name for name in names]
+
+
+def read_headers(path: Path) -> dict[str, TensorHeader]:
+    """The tensors of a file by name, in the order of the header. Nothing but the header is read.
+
+    Raises:
+        CheckpointError: no such file, or one that breaks a rule of the format.
+    """
+    tensors = read_header(path).tensors.items()
+    return {name: TensorHeader(file=path, name=name, dtype=t.dtype, shape=t.shape) for name, t in tensors}
+
+
+def read_tensors(headers: Mapping[str, TensorHeader]) -> dict[str, torch.Tensor]:
+    """The tensors that `headers` describe, in types of weights (`refuse_quantised`), by the mapping's names.
+
+    All are views of the mapped files, slices and transposes too: memory is taken by the pages that are used.
+
+    Raises:
+        CheckpointError: a file changed since its headers were read.
+    """
+    import torch
+
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    tensors: dict[str, torch.Tensor] = {}
+    for file in {header.file for header in headers.values()}:
+        found, content = map_tensors(file, writable=True)  # torch warns of arrays that it could not write to
+        try:
+            for name, header in headers.items():
+                if header.file != file:
+                    continue
+                place = found.tensors[header.name]
+                if place.dtype != header.dtype:
+                    raise ValueError(f"{header.name} was {header.dtype}")
+                flat = torch.from_numpy(content[header.name])  # pyright: ignore[reportUnknownMemberType]
+                stored = flat.view(dtypes[place.dtype]).reshape(place.shape)
+                part = stored if header.rows is None else stored[slice(*header.rows)]
+                tensors[name] = (part.T if header.transposed else part).reshape(header.shape)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{file} changed while it was read ({error})",
+                expected="a file nobody writes to",
+                fix="Download the file again, or have it written again by the safetensors library.",
+            ) from error
+    return {name: tensors[name] for name in headers}

@@ -1,16 +1,19 @@
-"""What a checkpoint of each family consists of, and a request's defaults for it.
+"""What a checkpoint of each family consists of, a request's defaults for it, and what is refused by name.
 
 Steps and guidance are the defaults of diffusers' pipelines of the same name.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from ...engines.errors import CheckpointError
-from .component import DIFFUSERS, REFUSED_CHANNELS, SUPPORTED, TRANSFORMERS, Component
+from .component import DIFFUSERS, REFUSED_CHANNELS, SUPPORTED, TRANSFORMERS, Component, TensorHeader
 
 OTHER = "Use a checkpoint of one of these families; others are not supported."
 
@@ -23,9 +26,7 @@ class PipelineFolder:
         parts: folders with weights -> the stem of the weights file.
         optional: parts that a checkpoint may do without (the SDXL refiner has one text encoder).
         configs: the folder of each JSON config -> its file.
-        steps: a request's default.
-        guidance_scale: a request's default.
-        strength: the default of image to image.
+        steps, guidance_scale, strength: a request's defaults.
         zero_empty_prompt: `force_zeros_for_empty_prompt` where model_index.json does not say.
     """
 
@@ -107,7 +108,7 @@ _UNET_OPTIONS: Mapping[str, tuple[str, tuple[object, ...]]] = {
 
 # The schedulers of sd-turbo and sdxl-turbo as published. Turbo (arXiv 2311.17042) is trained at the last
 # timestep, where `trailing` spacing begins. Models fine-tuned for zero terminal SNR have the same spacing and
-# are not distilled: `_is_turbo` tells them apart.
+# are not distilled: `defaults` tells them apart.
 _TURBO_SCHEDULERS = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 
 
@@ -119,41 +120,96 @@ def layout_of(pipeline: str, where: object) -> PipelineFolder:
     raise CheckpointError(f"{where} holds {family} ({pipeline})", expected=SUPPORTED, fix=OTHER)
 
 
-def defaults(layout: PipelineFolder, scheduler: Mapping[str, Any]) -> tuple[int, float, float]:
-    """The default steps, guidance scale and strength of a checkpoint with this scheduler."""
-    if _is_turbo(scheduler):
-        return 1, 0.0, 1.0  # a single step has no part that could be run alone
-    return layout.steps, layout.guidance_scale, layout.strength
-
-
-def _is_turbo(scheduler: Mapping[str, Any]) -> bool:
-    return (
+def defaults(layout: PipelineFolder, scheduler: Mapping[str, Any]) -> dict[str, float]:
+    """The defaults of a checkpoint with this scheduler, by the names of `engines.package.Defaults`."""
+    is_turbo = (
         scheduler.get("_class_name") in _TURBO_SCHEDULERS
         and scheduler.get("timestep_spacing") == "trailing"
         and scheduler.get("prediction_type", "epsilon") == "epsilon"
         and not scheduler.get("rescale_betas_zero_snr")
     )
+    if is_turbo:  # its strength is 1 because a single step has no part that could be run alone
+        return {"num_inference_steps": 1, "guidance_scale": 0.0, "strength": 1.0}
+    steps, scale, strength = layout.steps, layout.guidance_scale, layout.strength
+    return {"num_inference_steps": steps, "guidance_scale": scale, "strength": strength}
 
 
 def refuse_unet(unet: Component) -> None:
     """Raise CheckpointError, naming the family, for a UNet with inputs or parts that are not exported."""
+    found = None
     channels = unet.config.get("in_channels", 4)
     if channels not in (4, 9):
-        kind = "another family"
-        if isinstance(channels, int):
-            kind = REFUSED_CHANNELS.get(channels, kind)
-        raise CheckpointError(
-            f"{unet.folder} is the UNet of {kind} (in_channels {channels})", expected=SUPPORTED, fix=OTHER
-        )
-    if not isinstance(unet.config.get("cross_attention_dim", 1280), int):
-        raise CheckpointError(
-            f"{unet.folder} has a cross_attention_dim of its own for each block",
-            expected=SUPPORTED,
-            fix=OTHER,
-        )
+        kind = (isinstance(channels, int) and REFUSED_CHANNELS.get(channels)) or "another family"
+        found = f"is the UNet of {kind} (in_channels {channels})"
+    elif not isinstance(unet.config.get("cross_attention_dim", 1280), int):
+        found = "has a cross_attention_dim of its own for each block"
     for option, (family, accepted) in _UNET_OPTIONS.items():
         value = unet.config.get(option, accepted[0])
         if value not in accepted:
-            raise CheckpointError(
-                f"{unet.folder} is the UNet of {family} ({option} {value!r})", expected=SUPPORTED, fix=OTHER
-            )
+            found = found or f"is the UNet of {family} ({option} {value!r})"
+    if found is not None:
+        raise CheckpointError(f"{unet.folder} {found}", expected=SUPPORTED, fix=OTHER)
+
+
+UNET = "model.diffusion_model."
+_CONV_IN = f"{UNET}input_blocks.0.0.weight"
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+_FILE = "UNet, text encoders and autoencoder of Stable Diffusion 1.x or 2.x, SDXL or its refiner in one file"
+
+# A pattern that only this kind's tensor names match -> the kind's name. First match wins.
+_FILE_KINDS = {
+    r"^lora_|\.lora(_down|_up|_A|_B|_linear_layer|\.down|\.up)\.|\.hada_w1_|\.lokr_w1": "a LoRA",
+    r"^control_model\.|^controlnet_cond_embedding\.|^input_hint_block\.": "a ControlNet",
+    r"^(model\.diffusion_model\.)?double_blocks\.0\.img_attn\.": "Flux",
+    r"^(model\.diffusion_model\.)?joint_blocks\.0\.": "Stable Diffusion 3",
+    r"^edm_mean$": "Playground 2.5",
+    r"^(embedder|noise_augmentor)\.": "Stable unCLIP",
+    r"\bmotion_modules\.": "AnimateDiff",
+}
+# The same for files with one part of a checkpoint.
+_FILE_PARTS = {
+    r"^first_stage_model\.|^(vae\.)?(encoder|decoder)\.conv_in\.weight$": "an autoencoder alone",
+    r"^(emb_params|clip_l|clip_g)$": "a textual inversion",
+    r"^input_blocks\.0\.0\.weight$|^down_blocks\.0\.": "a UNet alone",
+    r"^(cond_stage_model|conditioner|text_model|embeddings|transformer)\.": "a text encoder alone",
+}
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise CheckpointError for a file that is a pickle by its name or its first bytes."""
+    start = b""
+    with suppress(OSError):  # the next reader reports it
+        if path.is_file():
+            with path.open("rb") as stream:
+                start = stream.read(4)
+    if path.suffix in _PICKLES or start == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x04"):
+        raise CheckpointError(
+            f"{path} is a pickle: reading one can run code",
+            expected="a .safetensors file or a diffusers folder",
+            fix=f"Convert it: latentrt convert {path} -o {path.with_suffix('.safetensors')}",
+        )
+
+
+def refuse_other_kinds(path: Path, tensors: Mapping[str, TensorHeader]) -> None:
+    """Raise CheckpointError for a file without a Stable Diffusion UNet of 4 or 9 input channels."""
+    names = "\n".join(tensors)
+    for pattern, kind in _FILE_KINDS.items():
+        if re.search(pattern, names, re.MULTILINE):
+            _refuse_file(path, kind)
+    if _CONV_IN not in tensors:
+        found = (kind for pattern, kind in _FILE_PARTS.items() if re.search(pattern, names, re.MULTILINE))
+        _refuse_file(path, next(found, f"no kind that is known ({', '.join(list(tensors)[:3])} …)"[:200]))
+    shape = tensors[_CONV_IN].shape
+    channels = shape[1] if len(shape) == 4 else 0
+    if channels not in (4, 9):
+        _refuse_file(path, REFUSED_CHANNELS.get(channels, f"a UNet of {channels} input channels"))
+    if f"{UNET}label_emb.0.0.weight" in tensors and "\ncond_stage_model." in names:
+        _refuse_file(path, "a class-conditioned model, such as Stable unCLIP")
+
+
+def _refuse_file(path: Path, kind: str) -> NoReturn:
+    raise CheckpointError(
+        f"{path} is {kind}",
+        expected=_FILE,
+        fix="Export the checkpoint that it belongs to, or another one.",
+    )

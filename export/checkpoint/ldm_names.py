@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from .tensors import TensorHeader
+from .component import TensorHeader
 
 Tensors = Mapping[str, TensorHeader]
 
@@ -39,21 +39,12 @@ _RESNET = {
 _RESAMPLE = {"op": "downsamplers.0.conv", "conv": "upsamplers.0.conv"}
 _TRANSFORMER = re.compile(r"norm|proj_in|proj_out|transformer_blocks\.\d{1,3}\..+")
 
-_VAE_ENDS = {
-    "quant_conv": "quant_conv",
-    "post_quant_conv": "post_quant_conv",
-    **{
-        f"{side}.{end}": f"{side}.{end}" for side in ("encoder", "decoder") for end in ("conv_in", "conv_out")
-    },
-    **{f"{side}.norm_out": f"{side}.conv_norm_out" for side in ("encoder", "decoder")},
-}
+_VAE_ENDS = re.compile(r"(?:post_)?quant_conv|(?:encoder|decoder)\.(?:conv_in|conv_out|norm_out)")
 _VAE_LEVEL = re.compile(
     r"(encoder\.down|decoder\.up)\.(\d{1,3})\.(?:block\.(\d{1,3})\.(\w+)|(downsample|upsample)\.conv)"
 )
 _VAE_MIDDLE = re.compile(r"(encoder|decoder)\.mid\.(?:block_([12])\.(\w+)|attn_1\.(\w+))")
-_VAE_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {
-    "nin_shortcut": "conv_shortcut"
-}
+_VAE_RESNET = {**{n: n for n in ("norm1", "conv1", "norm2", "conv2")}, "nin_shortcut": "conv_shortcut"}
 _VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
 _OPEN_CLIP_ENDS = {
@@ -76,13 +67,10 @@ _OPEN_CLIP_PARTS = {
 def unet_tensors(stored: Tensors) -> dict[str, TensorHeader]:
     """A latent-diffusion UNet's tensors (`input_blocks…`) by UNet2DConditionModel's names."""
     # Blocks are numbered across levels; a level is its residual blocks and the downsampler behind them.
-    ends = [
-        int(name.split(".")[1])
-        for name in stored
-        if re.fullmatch(r"input_blocks\.\d{1,3}\.0\.op\.weight", name)
-    ]
-    blocks = [int(name.split(".")[1]) for name in stored if re.match(r"input_blocks\.\d{1,3}\.", name)]
-    period = min(ends, default=max(blocks, default=0) + 1)
+    blocks = [name for name in stored if re.match(r"input_blocks\.\d{1,3}\.", name)]
+    numbers = {name: int(name.split(".")[1]) for name in blocks}
+    ends = [number for name, number in numbers.items() if name == f"input_blocks.{number}.0.op.weight"]
+    period = min(ends, default=max(numbers.values(), default=0) + 1)
     return _renamed(stored, lambda module: _unet_module(module, max(period, 1)))
 
 
@@ -107,9 +95,8 @@ def _unet_module(module: str, period: int) -> str | None:
 
 def vae_tensors(stored: Tensors) -> dict[str, TensorHeader]:
     """A latent-diffusion autoencoder's tensors by AutoencoderKL's names, 1x1 convolutions as linear."""
-    top = max(
-        (int(name.split(".")[2]) for name in stored if re.match(r"decoder\.up\.\d{1,3}\.", name)), default=0
-    )
+    levels = [int(name.split(".")[2]) for name in stored if re.match(r"decoder\.up\.\d{1,3}\.", name)]
+    top = max(levels, default=0)
     renamed = _renamed(stored, lambda module: _vae_module(module, top))
     return {
         name: replace(tensor, shape=tensor.shape[:2]) if ".attentions." in name else tensor
@@ -119,8 +106,8 @@ def vae_tensors(stored: Tensors) -> dict[str, TensorHeader]:
 
 def _vae_module(module: str, top: int) -> str | None:
     """diffusers' name of a VAE's module. It counts the decoder's levels down from `top`, the highest."""
-    if module in _VAE_ENDS:
-        return _VAE_ENDS[module]
+    if _VAE_ENDS.fullmatch(module):
+        return module.replace(".norm_out", ".conv_norm_out")
     if match := _VAE_LEVEL.fullmatch(module):
         side, level, index, part, resample = match.groups()
         place = f"{side}_blocks.{level if side == 'encoder.down' else top - int(level)}"
@@ -167,9 +154,8 @@ def open_clip_tensors(stored: Tensors) -> dict[str, TensorHeader]:
             place = f"text_model.encoder.layers.{layer}"
             if part in _OPEN_CLIP_PARTS:
                 tensors[f"{place}.{_OPEN_CLIP_PARTS[part]}.{kind}"] = tensor
-            elif (
-                part == "attn.in_proj" and tensor.shape
-            ):  # query, key and value below each other: (3 C, C) or (3 C,)
+            elif part == "attn.in_proj" and tensor.shape:
+                # Query, key and value below each other: (3 C, C) or (3 C,).
                 rows = tensor.shape[0] // 3
                 for i, letter in enumerate("qkv"):
                     third = replace(tensor, rows=(i * rows, (i + 1) * rows), shape=(rows, *tensor.shape[1:]))

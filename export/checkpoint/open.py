@@ -7,17 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from ...engines.errors import CheckpointError
 from ...engines.package import IMAGE_LATENTS, TIME_IDS
 from ...engines.spec import TEXT_ENCODERS
-from .autoencoders import open_tiny_vae, open_vae, vae_scale
-from .component import DOWNLOAD, SUPPORTED, Component, missing, read_component, read_json, refuse_quantised
-from .families import OTHER, PIPELINES, defaults, layout_of, refuse_unet
-from .single_file import check_prediction_type, open_single_file
-from .tokenizers import ClipVocabulary, CopiedTokenizer, TokenizerSource
+from .component import (
+    DIFFUSERS,
+    DOWNLOAD,
+    SUPPORTED,
+    Component,
+    TensorHeader,
+    missing,
+    read_component,
+    read_headers,
+    read_json,
+    refuse_quantised,
+)
+from .families import OTHER, PIPELINES, defaults, layout_of, refuse_pickle, refuse_unet
+from .single_file import check_prediction_type, open_single_file, open_vae_file
+from .tokenizers import WriteTokenizer, copy_tokenizer, write_clip_tokenizer
 
 # The width of a UNet's `time_ids` -> its numbers, in the order of diffusers' `_get_add_time_ids`.
 _TIME_IDS = {6: TIME_IDS[:6], 5: (*TIME_IDS[:4], "aesthetic_score")}
@@ -28,6 +39,11 @@ _FILE_PIPELINES = {
     "sdxl": "StableDiffusionXLPipeline",
     "sdxl-refiner": "StableDiffusionXLImg2ImgPipeline",
 }
+TINY = "AutoencoderTiny"
+_VAE_KINDS = ("AutoencoderKL", TINY)
+# A tiny decoder's first convolution, by diffusers' names and in TAESD's own files.
+_TINY_NAMES = {"decoder.layers.0.weight", "1.weight"}
+_VAE_FIX = "Use the folder or file of an AutoencoderKL, or of an AutoencoderTiny (TAESD)."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,23 +54,19 @@ class Checkpoint:
         root: the folder or file.
         parts: `unet` and `vae`, and some of `text_encoder`, `text_encoder_2`, `image_encoder`,
             `image_normalizer`, `tiny_vae`.
-        tokenizers: by their folders' names.
+        tokenizers: by their folders' names, what writes them.
         configs: JSON objects by their folders' names: `scheduler`, and for unCLIP `feature_extractor` and
             `image_noising_scheduler`.
-        steps: a request's default.
-        guidance_scale: a request's default.
-        strength: the default of image to image.
+        defaults: a request's steps, guidance scale and strength, by the names of `engines.package.Defaults`.
         zero_empty_prompt: as in `engines.package.Manifest`.
         notes: for the user: what was assumed about a one-file checkpoint, and which tensors are not used.
     """
 
     root: Path
     parts: Mapping[str, Component]
-    tokenizers: Mapping[str, TokenizerSource]
+    tokenizers: Mapping[str, WriteTokenizer]
     configs: Mapping[str, Mapping[str, Any]]
-    steps: int = 50
-    guidance_scale: float = 7.5
-    strength: float = 0.8
+    defaults: Mapping[str, float]
     zero_empty_prompt: bool = False
     notes: tuple[str, ...] = ()
 
@@ -63,8 +75,15 @@ class Checkpoint:
         refuse_unet(self.unet)
         for part in self.parts.values():
             refuse_quantised(part)
-        _vectors(self.parts)
-        _check_context(self.parts)
+        _ = self.vectors  # raises where a part is missing
+        context = sum(int(part.config.get("hidden_size", 512)) for part in self.text_encoders)
+        wanted = int(self.unet.config.get("cross_attention_dim", 1280))
+        if context != wanted:
+            raise CheckpointError(
+                f"{self.unet.folder} wants a context of width {wanted}",
+                expected=f"{context}, the width of {' and '.join(part.name for part in self.text_encoders)}",
+                fix=DOWNLOAD,
+            )
         _check_latents(self.vae, self.latent_scale)
 
     @classmethod
@@ -102,13 +121,10 @@ class Checkpoint:
             scheduler = {**found.scheduler, "prediction_type": prediction_type}
             found = replace(found, configs={**found.configs, "scheduler": scheduler})
         parts = dict(found.parts)
-        if vae is not None:
-            scale = float(found.vae.config.get("scaling_factor", 0.18215))
-            parts["vae"] = open_vae(vae, scaling_factor=scale, prefer_fp16=prefer_fp16)
-        if tiny_vae is not None:
-            parts["tiny_vae"] = open_tiny_vae(tiny_vae, prefer_fp16=prefer_fp16)
-        for name in ("vae", "tiny_vae"):
-            if name in parts:
+        scale = float(found.vae.config.get("scaling_factor", 0.18215))
+        for name, place in (("vae", vae), ("tiny_vae", tiny_vae)):
+            if place is not None:
+                parts[name] = _open_vae(place, name, scaling_factor=scale, prefer_fp16=prefer_fp16)
                 _check_latents(parts[name], found.latent_scale)
         return replace(found, parts=parts)
 
@@ -129,8 +145,38 @@ class Checkpoint:
 
     @property
     def vectors(self) -> Mapping[str, int]:
-        """The UNet's conditions besides the prompt (`engines.spec.VECTORS`) and their widths."""
-        return _vectors(self.parts)
+        """The UNet's conditions besides the prompt (`engines.spec.VECTORS`) and their widths.
+
+        Raises:
+            CheckpointError: the part that makes one is missing, or makes another width.
+        """
+        config = self.unet.config
+        vectors: dict[str, int] = {}
+        if config.get("time_cond_proj_dim"):
+            vectors["timestep_cond"] = int(config["time_cond_proj_dim"])
+        joined = int(config.get("projection_class_embeddings_input_dim") or 0)
+        if config.get("class_embed_type") == "projection":
+            vectors["class_labels"] = joined
+            self._require("image_encoder", joined == 2 * self._width("image_encoder"), joined)
+        if config.get("addition_embed_type") == "text_time":
+            pooled = self._width("text_encoder_2")
+            count, rest = divmod(joined - pooled, int(config.get("addition_time_embed_dim") or 1))
+            self._require("text_encoder_2", count in _TIME_IDS and not rest, joined)
+            vectors |= {"text_embeds": pooled, "time_ids": count}
+        return vectors
+
+    def _width(self, name: str) -> int:
+        """The width of a part's projected embedding; 0 where there is no such part."""
+        return int(self.parts[name].config.get("projection_dim", 512)) if name in self.parts else 0
+
+    def _require(self, name: str, ok: bool, joined: int) -> None:
+        if not ok:
+            found = f"one of width {self._width(name)}" if name in self.parts else "none"
+            raise CheckpointError(
+                f"{self.unet.folder} is conditioned by {joined} values from the {name}, and there is {found}",
+                expected=SUPPORTED,
+                fix=OTHER,
+            )
 
     @property
     def family(self) -> str:
@@ -164,6 +210,13 @@ class Checkpoint:
         return IMAGE_LATENTS if self.unet.config.get("in_channels", 4) == 9 else ()
 
     @property
+    def sample_size(self) -> tuple[int, int]:
+        """Height and width of the latents that the UNet was trained at."""
+        size: Any = self.unet.config.get("sample_size") or 64
+        height, width = cast(list[int], size) if isinstance(size, list | tuple) else (size, size)
+        return height, width
+
+    @property
     def latent_scale(self) -> int:
         """Pixels per latent cell."""
         return vae_scale(self.vae)
@@ -183,15 +236,12 @@ def _open_folder(root: Path, prefer_fp16: bool) -> Checkpoint:
         if not folder.is_dir():
             missing(folder)
     configs = {name: read_json(root / name / file) for name, file in layout.configs.items()}
-    steps, guidance_scale, strength = defaults(layout, configs["scheduler"])
     return Checkpoint(
         root=root,
         parts=parts,
-        tokenizers={name: CopiedTokenizer(folder=folder) for name, folder in tokenizers.items()},
+        tokenizers={name: partial(copy_tokenizer, folder=folder) for name, folder in tokenizers.items()},
         configs=configs,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        strength=strength,
+        defaults=defaults(layout, configs["scheduler"]),
         zero_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", layout.zero_empty_prompt)),
     )
 
@@ -199,68 +249,17 @@ def _open_folder(root: Path, prefer_fp16: bool) -> Checkpoint:
 def _open_file(path: Path, prediction_type: str | None) -> Checkpoint:
     found = open_single_file(path, prediction_type=prediction_type)
     layout = PIPELINES[_FILE_PIPELINES[found.family]]
-    steps, guidance_scale, strength = defaults(layout, found.scheduler)
+    pads = found.tokenizers.items()
     return Checkpoint(
         root=path,
         parts=found.components,
-        tokenizers={name: ClipVocabulary(pad_token=pad) for name, pad in found.tokenizers.items()},
+        tokenizers={name: partial(write_clip_tokenizer, pad_token=pad) for name, pad in pads},
         configs={"scheduler": found.scheduler},
-        steps=steps,
-        guidance_scale=guidance_scale,
-        strength=strength,
+        defaults=defaults(layout, found.scheduler),
         # As in the folder that the refiner is published in.
         zero_empty_prompt=layout.zero_empty_prompt and found.family != "sdxl-refiner",
         notes=found.notes,
     )
-
-
-def _vectors(parts: Mapping[str, Component]) -> dict[str, int]:
-    """The UNet's conditions besides the prompt -> their widths.
-
-    Raises:
-        CheckpointError: the part that makes one is missing, or makes another width.
-    """
-    config = parts["unet"].config
-    vectors: dict[str, int] = {}
-    if config.get("time_cond_proj_dim"):
-        vectors["timestep_cond"] = int(config["time_cond_proj_dim"])
-    joined = int(config.get("projection_class_embeddings_input_dim") or 0)
-    if config.get("class_embed_type") == "projection":
-        vectors["class_labels"] = joined
-        _require(parts, "image_encoder", joined == 2 * _width(parts, "image_encoder"), joined)
-    if config.get("addition_embed_type") == "text_time":
-        pooled = _width(parts, "text_encoder_2")
-        count, rest = divmod(joined - pooled, int(config.get("addition_time_embed_dim") or 1))
-        _require(parts, "text_encoder_2", count in _TIME_IDS and not rest, joined)
-        vectors |= {"text_embeds": pooled, "time_ids": count}
-    return vectors
-
-
-def _width(parts: Mapping[str, Component], name: str) -> int:
-    """The width of a part's projected embedding; 0 where there is no such part."""
-    return int(parts[name].config.get("projection_dim", 512)) if name in parts else 0
-
-
-def _require(parts: Mapping[str, Component], name: str, ok: bool, joined: int) -> None:
-    if not ok:
-        found = f"one of width {_width(parts, name)}" if name in parts else "none"
-        raise CheckpointError(
-            f"{parts['unet'].folder} is conditioned by {joined} values from the {name}, and there is {found}",
-            expected=SUPPORTED,
-            fix=OTHER,
-        )
-
-
-def _check_context(parts: Mapping[str, Component]) -> None:
-    encoders = [parts[name] for name in TEXT_ENCODERS if name in parts]
-    found = sum(int(part.config.get("hidden_size", 512)) for part in encoders)
-    wanted = int(parts["unet"].config.get("cross_attention_dim", 1280))
-    if found != wanted:
-        raise CheckpointError(
-            f"{parts['unet'].folder} wants a context of width {wanted}",
-            expected=f"{found}, the width of {' and '.join(part.name for part in encoders)}",
-            fix=DOWNLOAD,
-        )
 
 
 def _check_latents(part: Component, scale: int) -> None:
@@ -272,3 +271,80 @@ def _check_latents(part: Component, scale: int) -> None:
             expected=f"4 channels and {scale} pixels, as this checkpoint's",
             fix="Use an autoencoder of the same family.",
         )
+
+
+def is_tiny(vae: Component) -> bool:
+    """Whether it is an AutoencoderTiny: it has no posterior, and is fast enough for a preview each step."""
+    return vae.config.get("_class_name") == TINY
+
+
+def vae_scale(vae: Component) -> int:
+    """Pixels per latent cell, as diffusers' pipelines compute it."""
+    widths = vae.config.get("decoder_block_out_channels" if is_tiny(vae) else "block_out_channels")
+    return int(2 ** (len(widths or (0,) * 4) - 1))
+
+
+def _open_vae(path: Path, name: str, *, scaling_factor: float, prefer_fp16: bool) -> Component:
+    """The autoencoder in a diffusers folder or a `.safetensors` file, as the part "vae" or "tiny_vae".
+
+    `scaling_factor` is for files, which do not have it.
+
+    Raises:
+        CheckpointError: it is missing or damaged, no tiny one for "tiny_vae", or without encoder for "vae".
+    """
+    if path.is_file():
+        part = _open_vae_file(path, name, scaling_factor)
+    else:
+        part = read_component(path, name, DIFFUSERS, prefer_fp16=prefer_fp16)
+        kind = part.config.get("_class_name", _VAE_KINDS[0])
+        if kind not in _VAE_KINDS:
+            raise CheckpointError(f"{path} holds an {kind}", expected=" or ".join(_VAE_KINDS), fix=_VAE_FIX)
+    if name == "tiny_vae" and not is_tiny(part):
+        raise CheckpointError(f"{path} holds a full autoencoder", expected="a tiny one", fix=_VAE_FIX)
+    if name == "vae" and is_tiny(part) and not any(tensor.startswith("encoder.") for tensor in part.tensors):
+        raise CheckpointError(
+            f"{path} has a decoder and no encoder",
+            expected="both, in place of the checkpoint's autoencoder",
+            fix="Pass it as --tiny-vae, for previews, or use a file with both.",
+        )
+    return part
+
+
+def _open_vae_file(path: Path, name: str, scaling_factor: float) -> Component:
+    refuse_pickle(path)
+    headers = read_headers(path)
+    if _TINY_NAMES.isdisjoint(headers):
+        return replace(open_vae_file(path, scaling_factor=scaling_factor), name=name)
+    if "decoder.layers.0.weight" not in headers:
+        # TAESD's decoder by its places in torch's Sequential, whose first layer, the clamp, diffusers does
+        # not count among its layers.
+        headers = {f"decoder.layers.{_one_less(old)}": header for old, header in headers.items()}
+    return Component(name=name, folder=path, config=_tiny_config(headers), tensors=headers)
+
+
+def _one_less(name: str) -> str:
+    place, _, rest = name.partition(".")
+    return f"{int(place) - 1}.{rest}" if place.isdecimal() else name
+
+
+def _tiny_config(headers: Mapping[str, TensorHeader]) -> dict[str, object]:
+    """AutoencoderTiny's config from the decoder's tensors: a level is some blocks and a bare convolution."""
+    blocks, levels = 0, list[int]()
+    places = {name.split(".")[2] for name in headers if name.startswith("decoder.layers.")}
+    layers = sorted(map(int, filter(str.isdecimal, places)))
+    for place in layers[1:]:  # the first convolution takes the latent
+        if f"decoder.layers.{place}.conv.0.weight" in headers:
+            blocks += 1
+        else:
+            levels.append(blocks)
+            blocks = 0
+    first = headers["decoder.layers.0.weight"].shape
+    widths = [first[0]] * len(levels)
+    return {
+        "_class_name": TINY,
+        "latent_channels": first[1],
+        "decoder_block_out_channels": widths,
+        "encoder_block_out_channels": widths,
+        "num_decoder_blocks": levels,
+        "num_encoder_blocks": levels[::-1],
+    }

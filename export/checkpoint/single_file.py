@@ -14,17 +14,20 @@ No tensor says
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ...engines.errors import CheckpointError, UsageError
-from .component import Component
-from .derived_configs import text_config, unet_config, vae_config
-from .file_kinds import UNET, refuse_other_kinds, refuse_pickle
+from ...engines.safetensors_format import read_header
+from ...engines.spec import TEXT_ENCODERS
+from .component import Component, TensorHeader, read_headers
+from .families import UNET, refuse_other_kinds, refuse_pickle
 from .ldm_names import clip_tensors, open_clip_tensors, unet_tensors, vae_tensors
-from .tensors import TensorHeader, read_headers, read_metadata
 
 Tensors = Mapping[str, TensorHeader]
 Naming = Callable[[Tensors], dict[str, TensorHeader]]
@@ -35,6 +38,10 @@ _SD_SCALING = 0.18215
 _FIX = "Use the complete checkpoint; other tools also write files without text encoders or autoencoder."
 _MODELSPEC_PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 _MODELSPEC_2 = {"stable-diffusion-v2-512": "epsilon", "stable-diffusion-v2-768-v": "v_prediction"}
+_CLIP_HEAD = 64  # channels of an attention head in ViT-L, ViT-H and ViT-bigG
+_WHOLE = "Use a complete checkpoint of Stable Diffusion 1.x, 2.x or XL."
+_ATTENTION_BLOCK = re.compile(r"(.+\.attentions\.\d{1,3})\.transformer_blocks\.(\d{1,3})\.")
+_MIDDLE = "mid_block.attentions.0"
 _SCHEDULE: Mapping[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -68,7 +75,7 @@ class SingleFile:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Encoder:
     """Where a text encoder lies in a family's file, and what its tensors do not say."""
 
@@ -102,31 +109,25 @@ def _penultimate(stored: Tensors) -> dict[str, TensorHeader]:
 
 def _clip(prefix: str) -> _Encoder:
     """The place of a ViT-L."""
-    return _Encoder(
-        prefix=f"{prefix}.transformer.",
-        naming=clip_tensors,
-        hidden_act="quick_gelu",
-        pad_token="<|endoftext|>",  # noqa: S106 (no password)
-    )
+    return _Encoder(f"{prefix}.transformer.", clip_tensors, "quick_gelu", "<|endoftext|>")
 
 
 def _open_clip(prefix: str, naming: Naming, *, projects: bool) -> _Encoder:
     """The place of a ViT-H or ViT-bigG. OpenCLIP fills short prompts with id 0, the token "!"."""
-    return _Encoder(
-        prefix=f"{prefix}.model.",
-        naming=naming,
-        hidden_act="gelu",
-        pad_token="!",  # noqa: S106
-        projects=projects,
-    )
+    return _Encoder(f"{prefix}.model.", naming, "gelu", "!", projects)
 
 
-_EULER: Mapping[str, Any] = {
-    "_class_name": "EulerDiscreteScheduler",
-    "interpolation_type": "linear",
-    "sample_max_value": 1.0,
-    "use_karras_sigmas": False,
-}
+_xl = partial(
+    _Family,
+    scheduler={
+        "_class_name": "EulerDiscreteScheduler",
+        "interpolation_type": "linear",
+        "sample_max_value": 1.0,
+        "use_karras_sigmas": False,
+    },
+    sample_size=128,
+    scaling_factor=0.13025,
+)
 _FAMILIES: Mapping[str, _Family] = {
     "sd1": _Family(
         encoders={"text_encoder": _clip("cond_stage_model")},
@@ -138,21 +139,15 @@ _FAMILIES: Mapping[str, _Family] = {
         scheduler={"_class_name": "DDIMScheduler"},
         unet={"upcast_attention": True},
     ),
-    "sdxl": _Family(
+    "sdxl": _xl(
         encoders={
             "text_encoder": _clip("conditioner.embedders.0"),
             "text_encoder_2": _open_clip("conditioner.embedders.1", open_clip_tensors, projects=True),
-        },
-        scheduler=_EULER,
-        sample_size=128,
-        scaling_factor=0.13025,
+        }
     ),
-    "sdxl-refiner": _Family(
+    "sdxl-refiner": _xl(
         encoders={"text_encoder_2": _open_clip("conditioner.embedders.0", open_clip_tensors, projects=True)},
-        scheduler=_EULER,
-        sample_size=128,
         ids=5,
-        scaling_factor=0.13025,
     ),
 }
 
@@ -188,7 +183,7 @@ def open_single_file(path: Path, *, prediction_type: str | None = None) -> Singl
     notes: list[str] = []
     if averages := sum(tensor.startswith("model_ema.") for tensor in tensors):
         notes.append(f"{averages} tensors model_ema.* (averaged weights) are not used")
-    prediction_type = prediction_type or _stated_prediction(tensors, read_metadata(path))
+    prediction_type = prediction_type or _stated_prediction(tensors, read_header(path).metadata)
     if prediction_type is None:
         inpaints = tensors[f"{UNET}input_blocks.0.0.weight"].shape[1] == 9
         prediction_type = "v_prediction" if name == "sd2" and not inpaints else "epsilon"
@@ -198,22 +193,19 @@ def open_single_file(path: Path, *, prediction_type: str | None = None) -> Singl
         configs = _configs(parts, family, v_768=(name, prediction_type) == ("sd2", "v_prediction"))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error.found}", expected=error.expected, fix=error.fix) from error
+    components = {
+        part: Component(name=part, folder=path, config=configs[part], tensors=found)
+        for part, found in parts.items()
+    }
+    scheduler = {**_SCHEDULE, **family.scheduler, "prediction_type": prediction_type}
+    if "ztsnr" in tensors:
+        scheduler["rescale_betas_zero_snr"] = True
+    tokenizers = {TEXT_ENCODERS[part]: encoder.pad_token for part, encoder in family.encoders.items()}
     return SingleFile(
         family=name,
-        components={
-            part: Component(name=part, folder=path, config=configs[part], tensors=parts[part])
-            for part in parts
-        },
-        scheduler={
-            **_SCHEDULE,
-            **family.scheduler,
-            "prediction_type": prediction_type,
-            **({"rescale_betas_zero_snr": True} if "ztsnr" in tensors else {}),
-        },
-        tokenizers={
-            part.replace("text_encoder", "tokenizer"): encoder.pad_token
-            for part, encoder in family.encoders.items()
-        },
+        components=components,
+        scheduler=scheduler,
+        tokenizers=tokenizers,
         notes=tuple(notes),
     )
 
@@ -230,21 +222,19 @@ def open_vae_file(path: Path, *, scaling_factor: float = _SD_SCALING) -> Compone
     """
     refuse_pickle(path)
     stored = read_headers(path)
-    prefix = next((p for p in (VAE, "vae.") if any(name.startswith(p) for name in stored)), "")
-    tensors = _under(stored, prefix)
-    if not any(name.startswith("encoder.down_blocks.") for name in tensors):
+    tensors = _under(stored, next((prefix for prefix in (VAE, "vae.") if _any_under(stored, prefix)), ""))
+    if not _any_under(tensors, "encoder.down_blocks."):
         tensors = vae_tensors(tensors)
     try:
-        config = vae_config(tensors)
+        config = _vae_config(tensors)
     except CheckpointError as error:
         raise CheckpointError(
             f"{path} is no autoencoder ({error.found})",
             expected="the AutoencoderKL of a Stable Diffusion checkpoint",
             fix="Check which file it is; pass tiny autoencoders as --tiny-vae.",
         ) from error
-    return Component(
-        name="vae", folder=path, config={**config, "scaling_factor": scaling_factor}, tensors=tensors
-    )
+    config["scaling_factor"] = scaling_factor
+    return Component(name="vae", folder=path, config=config, tensors=tensors)
 
 
 def _under(tensors: Tensors, prefix: str) -> dict[str, TensorHeader]:
@@ -275,13 +265,10 @@ def _parts(path: Path, tensors: Tensors, family: _Family) -> dict[str, dict[str,
         "unet": (UNET, unet_tensors),
         "vae": (VAE, vae_tensors),
     }
-    lacking = [
-        f"{name} ({prefix}*)" for name, (prefix, _) in places.items() if not _any_under(tensors, prefix)
-    ]
+    lacking = [f"{name} ({place}*)" for name, (place, _) in places.items() if not _any_under(tensors, place)]
     if lacking:
-        raise CheckpointError(
-            f"{path} has no {', '.join(lacking)}", expected=f"{', '.join(places)} in one file", fix=_FIX
-        )
+        found, expected = f"{path} has no {', '.join(lacking)}", f"{', '.join(places)} in one file"
+        raise CheckpointError(found, expected=expected, fix=_FIX)
     parts = {name: naming(_under(tensors, prefix)) for name, (prefix, naming) in places.items()}
     known = {tensor.name for tensor in parts["unet"].values()}
     if surplus := [name for name in tensors if name.startswith(UNET) and name not in known]:
@@ -295,19 +282,12 @@ def _parts(path: Path, tensors: Tensors, family: _Family) -> dict[str, dict[str,
 
 def _configs(parts: Mapping[str, Tensors], family: _Family, *, v_768: bool) -> dict[str, dict[str, Any]]:
     """The parts' configs. `v_768`: the model is like 2.1, which predicts v and was trained at 768 pixels."""
-    configs = {
-        name: text_config(parts[name], hidden_act=encoder.hidden_act, projects=encoder.projects)
-        for name, encoder in family.encoders.items()
-    }
+    configs = {name: _text_config(parts[name], encoder) for name, encoder in family.encoders.items()}
     pooled = configs.get("text_encoder_2", {}).get("projection_dim", 0)
     size = 96 if v_768 else family.sample_size
-    unet = unet_config(parts["unet"], head_size=family.head_size, ids=family.ids, pooled=pooled)
-    vae = vae_config(parts["vae"])
-    return {
-        **configs,
-        "unet": {**unet, **family.unet, "sample_size": size},
-        "vae": {**vae, "sample_size": 8 * size, "scaling_factor": family.scaling_factor},
-    }
+    unet = {**_unet_config(parts["unet"], family, pooled), **family.unet, "sample_size": size}
+    vae = {**_vae_config(parts["vae"]), "sample_size": 8 * size, "scaling_factor": family.scaling_factor}
+    return {**configs, "unet": unet, "vae": vae}
 
 
 def _stated_prediction(tensors: Tensors, metadata: Mapping[str, str]) -> str | None:
@@ -315,3 +295,133 @@ def _stated_prediction(tensors: Tensors, metadata: Mapping[str, str]) -> str | N
         return "v_prediction"
     stated = _MODELSPEC_PREDICTIONS.get(metadata.get("modelspec.prediction_type", "").lower())
     return stated or _MODELSPEC_2.get(metadata.get("modelspec.architecture", "").lower())
+
+
+def _unet_config(tensors: Tensors, family: _Family, pooled: int) -> dict[str, Any]:
+    """The config of UNet2DConditionModel. `pooled` is the width of the pooled text embedding, 0 for none.
+
+    Raises:
+        CheckpointError: a tensor is missing, or no config can describe how the blocks are arranged.
+    """
+    head_size, ids = family.head_size, family.ids
+    levels = max(_count(tensors, "down_blocks."), 1)
+    widths = [_shape(tensors, f"down_blocks.{i}.resnets.0.conv1.weight", 4)[0] for i in range(levels)]
+    layers = _count(tensors, "down_blocks.0.resnets.")
+    depths, middle = _depths(tensors, levels, layers)
+    per_level = [*(depth or 1 for depth in depths[:-1]), middle]
+    uniform = len({middle, *filter(None, depths)}) == 1
+    config: dict[str, Any] = {
+        "_class_name": "UNet2DConditionModel",
+        "in_channels": _shape(tensors, "conv_in.weight", 4)[1],
+        "out_channels": _shape(tensors, "conv_out.weight", 4)[0],
+        "down_block_types": [f"{'CrossAttn' if depth else ''}DownBlock2D" for depth in depths],
+        "up_block_types": [f"{'CrossAttn' if depth else ''}UpBlock2D" for depth in reversed(depths)],
+        "block_out_channels": widths,
+        "layers_per_block": layers,
+        "norm_num_groups": 32,
+        "cross_attention_dim": _shape(tensors, f"{_MIDDLE}.transformer_blocks.0.attn2.to_k.weight", 2)[1],
+        "transformer_layers_per_block": middle if uniform else per_level,
+        "attention_head_dim": 8 if head_size is None else [max(width // head_size, 1) for width in widths],
+        "use_linear_projection": len(_shape(tensors, f"{_MIDDLE}.proj_in.weight")) == 2,
+    }
+    if "add_embedding.linear_1.weight" in tensors:
+        added = _shape(tensors, "add_embedding.linear_1.weight", 2)[1]
+        if added <= pooled or (added - pooled) % ids:
+            raise CheckpointError(
+                f"the UNet's added embedding takes {added} numbers",
+                expected=f"the pooled text embedding's {pooled} and {ids} ids of equal width",
+                fix=_WHOLE,
+            )
+        config |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": (added - pooled) // ids,
+            "projection_class_embeddings_input_dim": added,
+        }
+    return config
+
+
+def _depths(tensors: Tensors, levels: int, layers: int) -> tuple[list[int], int]:
+    """The transformer blocks of an attention: in each level (0 without attention), and in the middle."""
+    blocks = {match.groups() for match in map(_ATTENTION_BLOCK.match, tensors) if match}
+    found = Counter(place for place, _ in blocks)
+    depths = [found[f"down_blocks.{level}.attentions.0"] for level in range(levels)]
+    middle = found[_MIDDLE]
+    expected = Counter({_MIDDLE: middle})
+    for level, depth in enumerate(depths):
+        expected.update({f"down_blocks.{level}.attentions.{i}": depth for i in range(layers)})
+        expected.update({f"up_blocks.{levels - 1 - level}.attentions.{i}": depth for i in range(layers + 1)})
+    if found != expected or middle == 0 or depths[-1] not in (0, middle):
+        raise CheckpointError(
+            f"the UNet's transformer blocks are arranged otherwise ({levels} levels of {layers} layers,"
+            f" depths {depths}, {middle} in the middle)",
+            expected="one depth in each level and its counterpart above (SSD-1B and Vega have several)",
+            fix=_WHOLE,
+        )
+    return depths, middle
+
+
+def _vae_config(tensors: Tensors) -> dict[str, Any]:
+    """The config of AutoencoderKL without its scaling factor, which no shape says."""
+    levels = max(_count(tensors, "encoder.down_blocks."), 1)
+    firsts = [f"encoder.down_blocks.{level}.resnets.0.conv1.weight" for level in range(levels)]
+    config: dict[str, Any] = {
+        "_class_name": "AutoencoderKL",
+        "in_channels": _shape(tensors, "encoder.conv_in.weight", 4)[1],
+        "out_channels": _shape(tensors, "decoder.conv_out.weight", 4)[0],
+        "latent_channels": _shape(tensors, "decoder.conv_in.weight", 4)[1],
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "block_out_channels": [_shape(tensors, first, 4)[0] for first in firsts],
+        "layers_per_block": _count(tensors, "encoder.down_blocks.0.resnets."),
+        "norm_num_groups": 32,
+        "act_fn": "silu",
+    }
+    optional = ("quant_conv", "post_quant_conv")
+    return config | {f"use_{name}": False for name in optional if f"{name}.weight" not in tensors}
+
+
+def _text_config(tensors: Tensors, encoder: _Encoder) -> dict[str, Any]:
+    """The config of CLIPTextModel, or of CLIPTextModelWithProjection."""
+    words, width = _shape(tensors, "text_model.embeddings.token_embedding.weight", 2)
+    first = "text_model.encoder.layers.0"
+    query = _shape(tensors, f"{first}.self_attn.q_proj.weight", 2)
+    if query != (width, width):
+        raise CheckpointError(
+            f"a text encoder of width {width} has query projections of the shape {query}",
+            expected=f"{(width, width)}",
+            fix=_WHOLE,
+        )
+    return {
+        "architectures": [f"CLIPTextModel{'WithProjection' if encoder.projects else ''}"],
+        "model_type": "clip_text_model",
+        "vocab_size": words,
+        "hidden_size": width,
+        "intermediate_size": _shape(tensors, f"{first}.mlp.fc1.weight", 2)[0],
+        "num_hidden_layers": _count(tensors, "text_model.encoder.layers."),
+        "num_attention_heads": max(width // _CLIP_HEAD, 1),
+        "max_position_embeddings": _shape(tensors, "text_model.embeddings.position_embedding.weight", 2)[0],
+        "hidden_act": encoder.hidden_act,
+        "layer_norm_eps": 1e-5,
+        "projection_dim": _shape(tensors, "text_projection.weight", 2)[0] if encoder.projects else width,
+        # As in the published configs. 2 means to transformers that the highest id of a prompt is its end.
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+    }
+
+
+def _count(tensors: Tensors, prefix: str) -> int:
+    """How many different numbers follow `prefix` in the names."""
+    return len({name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)})
+
+
+def _shape(tensors: Tensors, name: str, rank: int | None = None) -> tuple[int, ...]:
+    """The shape of a tensor that must be there."""
+    if name not in tensors:
+        raise CheckpointError(f"the tensor {name!r} is missing", expected="a complete checkpoint", fix=_WHOLE)
+    shape = tensors[name].shape
+    if rank is not None and len(shape) != rank:
+        raise CheckpointError(
+            f"the tensor {name!r} has the shape {shape}", expected=f"{rank} axes", fix=_WHOLE
+        )
+    return shape

@@ -9,18 +9,12 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 from ...engines.errors import CheckpointError, UsageError
 
-_FILES = (
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer_config.json",
-)
+_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
 _VOCABULARY = Path(__file__).parent / "clip_vocabulary" / "bpe_simple_vocab_16e6.txt.gz"
 _MERGES = 49152 - 256 - 2  # CLIP uses the first of the file's (simple_tokenizer.py)
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
@@ -29,42 +23,26 @@ _PAD_TOKENS = (_EOS, "!")
 _PRINTABLE = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))
 
 
-@dataclass(frozen=True, kw_only=True)
-class CopiedTokenizer:
-    """A checkpoint's own tokenizer folder."""
-
-    folder: Path
-
-    def write(self, target: Path) -> None:
-        """Copy contents, not links: Hugging Face's cache consists of links, which a package must not hold.
-
-        Raises:
-            CheckpointError: the vocabulary is missing.
-        """
-        found = [name for name in _FILES if (self.folder / name).is_file()]
-        if "tokenizer.json" not in found and not {"vocab.json", "merges.txt"} <= set(found):
-            raise CheckpointError(
-                f"{self.folder} holds {found}",
-                expected="tokenizer.json, or vocab.json and merges.txt",
-                fix="Download the checkpoint's tokenizer folder again.",
-            )
-        target.mkdir()
-        for name in found:
-            shutil.copyfile(self.folder / name, target / name)
+# Writes a package's tokenizer folder, which does not exist yet.
+WriteTokenizer = Callable[[Path], object]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClipVocabulary:
-    """CLIP's own vocabulary, for checkpoints in one file. Families differ in what fills a short prompt."""
+def copy_tokenizer(target: Path, *, folder: Path) -> None:
+    """Copy a checkpoint's tokenizer, not its links: Hugging Face's cache has them, a package must not.
 
-    pad_token: str
-
-    def write(self, target: Path) -> None:
-        """Write the folder."""
-        write_clip_tokenizer(target, pad_token=self.pad_token)
-
-
-TokenizerSource = CopiedTokenizer | ClipVocabulary
+    Raises:
+        CheckpointError: the vocabulary is missing.
+    """
+    found = [name for name in _FILES if (folder / name).is_file()]
+    if "tokenizer.json" not in found and not {"vocab.json", "merges.txt"} <= set(found):
+        raise CheckpointError(
+            f"{folder} holds {found}",
+            expected="tokenizer.json, or vocab.json and merges.txt",
+            fix="Download the checkpoint's tokenizer folder again.",
+        )
+    target.mkdir()
+    for name in found:
+        shutil.copyfile(folder / name, target / name)
 
 
 def write_clip_tokenizer(folder: str | Path, pad_token: str = _EOS) -> Path:

@@ -6,7 +6,8 @@ Stable Diffusion's.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -14,51 +15,34 @@ import onnx_ir as ir
 
 def write_out_attention(graph: ir.Graph, node: ir.Node) -> list[str]:
     """Replace a native Attention by MatMul and Softmax; returns the names of the nodes that compute them."""
-    query, key, value = node.inputs[:3]
-    assert query is not None
-    assert key is not None
-    assert value is not None
-    assert len(node.inputs) == 3 or not any(node.inputs[3:])
-    new, scores = attention_scores(node)
+    assert not any(node.inputs[3:])
+    new = score_nodes(node)
     if node.attributes.get_int("is_causal", 0):
-        masked = _causal(node, scores)
-        scores = masked.outputs[0]
-        new.append(masked)
-    shares = ir.node("Softmax", [scores], {"axis": -1}, name=f"{node.name}/shares")
-    result = ir.node("MatMul", [shares.outputs[0], value], name=f"{node.name}/values")
-    new += [shares, result]
-    _name_outputs(new, query)
+        mask = _causal_mask(graph, node)
+        new.append(_part(node, "masked", "Add", [new[-1].outputs[0], mask]))
+    shares = _part(node, "shares", "Softmax", new[-1].outputs, {"axis": -1})
+    result = _part(node, "values", "MatMul", [shares.outputs[0], _operand(node, 2)])
     result.outputs[0].name = node.outputs[0].name  # it may be an output of the graph
     result.outputs[0].shape = node.outputs[0].shape
+    new += [shares, result]
     graph.insert_before(node, new)
     ir.convenience.replace_all_uses_with(node.outputs[0], result.outputs[0], replace_graph_outputs=True)
     graph.remove(node, safe=True)
     return [item.name or "" for item in new[2:]]
 
 
-def attention_scores(node: ir.Node) -> tuple[list[ir.Node], ir.Value]:
-    """The nodes that compute an Attention's scores, not yet in a graph, and the scores (B, heads, T, T)."""
-    query, key = node.inputs[:2]
-    assert query is not None
-    assert key is not None
+def score_nodes(node: ir.Node) -> list[ir.Node]:
+    """The nodes, not yet in a graph, that compute an Attention's scores: (B, heads, T, T), from the last."""
+    query, key = _operand(node, 0), _operand(node, 1)
     assert key.shape is not None
-    assert query.dtype is not None
     batch, heads, tokens, width = key.shape
     assert isinstance(width, int)
-    scale = ir.node(
-        "Constant",
-        [],
-        {"value": ir.tensor(node.attributes.get_float("scale", width**-0.5), dtype=query.dtype)},
-        name=f"{node.name}/scale",
-    )
-    turned = ir.node("Transpose", [key], {"perm": [0, 1, 3, 2]}, name=f"{node.name}/turned")
-    scaled = ir.node("Mul", [query, scale.outputs[0]], name=f"{node.name}/scaled")
-    scores = ir.node("MatMul", [scaled.outputs[0], turned.outputs[0]], name=f"{node.name}/scores")
-    new = [scale, turned, scaled, scores]
-    _name_outputs(new, query)
-    turned.outputs[0].shape = ir.Shape([batch, heads, width, tokens])
-    scale.outputs[0].shape = ir.Shape([])
-    return new, scores.outputs[0]
+    factor = ir.tensor(node.attributes.get_float("scale", width**-0.5), dtype=query.dtype)
+    scale = _part(node, "scale", "Constant", [], {"value": factor}, [])
+    turned = _part(node, "turned", "Transpose", [key], {"perm": [0, 1, 3, 2]}, [batch, heads, width, tokens])
+    scaled = _part(node, "scaled", "Mul", [query, scale.outputs[0]])
+    scores = _part(node, "scores", "MatMul", [scaled.outputs[0], turned.outputs[0]])
+    return [scale, turned, scaled, scores]
 
 
 def score_values(node: ir.Node) -> tuple[str, ...]:
@@ -66,28 +50,35 @@ def score_values(node: ir.Node) -> tuple[str, ...]:
     return tuple(f"{node.name}/{part}.out" for part in ("turned", "scaled", "scores", "masked"))
 
 
-def _causal(node: ir.Node, scores: ir.Value) -> ir.Node:
-    """Scores with minus infinity above the diagonal. The length is the text encoder's, a number."""
-    key = node.inputs[1]
-    assert key is not None
+def _operand(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+def _part(
+    attention: ir.Node,
+    part: str,
+    operator: str,
+    inputs: Sequence[ir.Value],
+    attributes: dict[str, Any] | None = None,
+    shape: Sequence[Any] | None = None,
+) -> ir.Node:
+    """A node that computes a part of `attention`, in the type of its operands."""
+    name = f"{attention.name}/{part}"
+    output = ir.val(f"{name}.out", _operand(attention, 0).dtype, shape)
+    return ir.node(operator, inputs, attributes, name=name, outputs=[output])
+
+
+def _causal_mask(graph: ir.Graph, node: ir.Node) -> ir.Value:
+    """Minus infinity above the diagonal, as an initializer. The length is the text encoder's, a number."""
+    key = _operand(node, 1)
     assert key.shape is not None
     assert key.dtype is not None
     tokens = key.shape[2]
     assert isinstance(tokens, int)
     mask = np.triu(np.full((tokens, tokens), -np.inf, np.float32), 1).astype(key.dtype.numpy())
-    graph = node.graph
-    assert isinstance(graph, ir.Graph)
-    constant = ir.Value(
-        name=f"{node.name}/mask",
-        type=ir.TensorType(key.dtype),
-        shape=ir.Shape(mask.shape),
-        const_value=ir.tensor(mask, name=f"{node.name}/mask"),
-    )
+    name = f"{node.name}/mask"
+    constant = ir.val(name, const_value=ir.tensor(mask, name=name))
     graph.register_initializer(constant)
-    return ir.node("Add", [scores, constant], name=f"{node.name}/masked")
-
-
-def _name_outputs(nodes: Collection[ir.Node], like: ir.Value) -> None:
-    assert like.dtype is not None
-    for node in nodes:
-        node.outputs[0].name, node.outputs[0].type = f"{node.name}.out", ir.TensorType(like.dtype)
+    return constant

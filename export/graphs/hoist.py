@@ -9,6 +9,9 @@ graphs into the loop are the invariants.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import chain, count
+from typing import cast
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
@@ -19,6 +22,7 @@ from .weights import is_weight
 
 LATENT, TIMESTEP, CONTEXT = "sample", "timestep", "encoder_hidden_states"
 TIME = frozenset([TIMESTEP, *spec.VECTORS])
+Dependencies = Mapping[ir.Value | None, frozenset[str]]
 _LATENT_CHANNELS = 4  # the input's further channels are image latents
 
 
@@ -33,17 +37,17 @@ def hoist(whole: ir.Model) -> dict[str, tuple[ir.Model, spec.NetSpec]]:
     """
     crossing = _crossing(whole.graph)
     names = _names(crossing)
-    invariants = {name: _invariant(value, name) for value, name in zip(crossing, names.values(), strict=True)}
     context = {old: new for old, new in names.items() if new.startswith(spec.CONTEXT_INVARIANT)}
     time = {old: new for old, new in names.items() if new.startswith(spec.TIME_INVARIANT)}
-    context_specs = [invariants[name] for name in context.values()]
-    time_specs = [invariants[name] for name in time.values()]
+    values = {value.name: value for value in crossing}
+    context_specs = [_invariant(values[old], new, "B") for old, new in context.items()]
+    time_specs = [_invariant(values[old], new, "S") for old, new in time.items()]
     sample, _, encoder, *rest = whole.graph.inputs
     float_dtype = _dtype(sample)
     vectors = {value.name or "": _size(value, 1) for value in rest}
     # Vectors differ between the rows of a call, timesteps do not.
     rows = "B" if vectors else 1
-    called = [spec.TensorSpec(name=s.name, dtype=s.dtype, shape=(rows, *s.shape[1:])) for s in time_specs]
+    called = [replace(tensor, shape=(rows, *tensor.shape[1:])) for tensor in time_specs]
     unet = spec.unet(
         channels=_LATENT_CHANNELS,
         float_dtype=float_dtype,
@@ -70,20 +74,17 @@ def _size(value: ir.Value, axis: int) -> int:
 
 def _dtype(value: ir.Value) -> str:
     """The contract's spelling of a value's type."""
-    names = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16"}
-    assert value.dtype is not None
-    return names[value.dtype]
+    return {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16"}[cast(ir.DataType, value.dtype)]
 
 
-def _dependencies(graph: ir.Graph) -> dict[ir.Value, frozenset[str]]:
+def _dependencies(graph: ir.Graph) -> Dependencies:
     """Each value -> the names of the graph's inputs that it depends on."""
-    found: dict[ir.Value, frozenset[str]] = {value: frozenset([value.name or ""]) for value in graph.inputs}
+    found: dict[ir.Value | None, frozenset[str]] = {
+        value: frozenset([value.name or ""]) for value in graph.inputs
+    }
     for node in graph:
-        union: frozenset[str] = frozenset()
-        for value in node.inputs:
-            union |= found.get(value, frozenset()) if value is not None else frozenset()
-        for value in node.outputs:
-            found[value] = union
+        union = frozenset[str]().union(*(found.get(value, ()) for value in node.inputs))
+        found |= dict.fromkeys(node.outputs, union)
     return found
 
 
@@ -92,10 +93,10 @@ def _crossing(graph: ir.Graph) -> dict[ir.Value, str]:
     depends = _dependencies(graph)
     crossing: dict[ir.Value, str] = {}
     for node in graph:
-        if LATENT not in depends[node.outputs[0]] and not _is_view(node, depends):
+        if not _in_loop(node, depends):
             continue
         for value in node.inputs:
-            inputs = depends.get(value, frozenset[str]()) if value is not None else frozenset[str]()
+            inputs = depends.get(value, frozenset[str]())
             if value is None or not inputs or LATENT in inputs or _is_view(value.producer(), depends):
                 continue
             if CONTEXT in inputs and inputs & TIME:
@@ -108,7 +109,7 @@ def _crossing(graph: ir.Graph) -> dict[ir.Value, str]:
     return crossing
 
 
-def _is_view(node: ir.Node | None, depends: Mapping[ir.Value, frozenset[str]]) -> bool:
+def _is_view(node: ir.Node | None, depends: Dependencies) -> bool:
     """Whether a hoistable node only adds axes of size 1 for the loop to broadcast, or casts for an island.
 
     Such a node costs nothing in the loop and stays there, so that a time invariant is a plain (S, C) table.
@@ -118,10 +119,10 @@ def _is_view(node: ir.Node | None, depends: Mapping[ir.Value, frozenset[str]]) -
     widens = node.op_type == "Cast" and node.outputs[0].dtype == ir.DataType.FLOAT
     if node.op_type != "Unsqueeze" and not widens:
         return False
-    return all(_uses_latent(use.node, depends) for use in node.outputs[0].uses())
+    return all(_in_loop(use.node, depends) for use in node.outputs[0].uses())
 
 
-def _uses_latent(node: ir.Node, depends: Mapping[ir.Value, frozenset[str]]) -> bool:
+def _in_loop(node: ir.Node, depends: Dependencies) -> bool:
     return LATENT in depends[node.outputs[0]] or _is_view(node, depends)
 
 
@@ -129,12 +130,9 @@ def _names(crossing: Mapping[ir.Value, str]) -> dict[str, str]:
     """A value's name in the whole graph -> the invariant's name, after the module whose weights made it."""
     names: dict[str, str] = {}
     for value, prefix in crossing.items():
-        name = base = prefix + _module(value)
-        serial = 1
-        while name in names.values():
-            serial += 1
-            name = f"{base}.{serial}"
-        names[value.name or ""] = name
+        base = prefix + _module(value)
+        numbered = (f"{base}.{serial}" for serial in count(2))
+        names[value.name or ""] = next(name for name in chain([base], numbered) if name not in names.values())
     return names
 
 
@@ -151,8 +149,7 @@ def _module(value: ir.Value) -> str:
     return value.name or "value"
 
 
-def _invariant(value: ir.Value, name: str) -> spec.TensorSpec:
-    rows = "S" if name.startswith(spec.TIME_INVARIANT) else "B"
+def _invariant(value: ir.Value, name: str, rows: str) -> spec.TensorSpec:
     assert value.shape is not None
     dims = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape[1:]]
     return spec.TensorSpec(name=name, dtype=_dtype(value), shape=(rows, *dims))
@@ -181,12 +178,12 @@ def _loop(whole: ir.Model, names: Mapping[str, str], invariants: list[spec.Tenso
     model = whole.clone()
     graph = model.graph
     values = {value.name: value for node in graph for value in node.outputs}
-    boundary = {item.name: item for item in invariants}
-    for old, new in sorted(names.items(), key=lambda item: list(boundary).index(item[1])):
-        value = ir.Value(name=new, shape=ir.Shape(boundary[new].shape), type=values[old].type)
+    olds = {new: old for old, new in names.items()}
+    for item in invariants:
+        old = values[olds[item.name]]
+        value = ir.val(item.name, shape=item.shape, type=old.type)
         graph.inputs.append(value)
-        ir.convenience.replace_all_uses_with(values[old], value)
-    common.RemoveUnusedNodesPass()(model)
+        ir.convenience.replace_all_uses_with(old, value)
     _keep_inputs(graph, lambda name: name not in TIME and name != CONTEXT)
     if _size(graph.inputs[0], 1) > _LATENT_CHANNELS:
         _join_latents(graph)
@@ -199,18 +196,14 @@ def _join_latents(graph: ir.Graph) -> None:
     """Replace the input by two: the latent, and the image latents that stand behind it."""
     whole = graph.inputs[0]
     assert whole.shape is not None
-    rows, channels, *size = whole.shape
-    assert isinstance(channels, int)
-    parts = [
-        ir.Value(name=name, shape=ir.Shape([rows, count, *size]), type=whole.type)
-        for name, count in ((LATENT, _LATENT_CHANNELS), ("image_latents", channels - _LATENT_CHANNELS))
-    ]
-    joined = ir.node("Concat", parts, {"axis": 1}, name="image_latents/Concat")
-    joined.outputs[0].name, joined.outputs[0].type = "image_latents/joined", whole.type
-    joined.outputs[0].shape = whole.shape
-    ir.convenience.replace_all_uses_with(whole, joined.outputs[0])
+    rows, _, *size = whole.shape
+    counts = {LATENT: _LATENT_CHANNELS, "image_latents": _size(whole, 1) - _LATENT_CHANNELS}
+    parts = [ir.val(name, whole.dtype, ir.Shape([rows, count, *size])) for name, count in counts.items()]
+    joined = ir.val("image_latents/joined", whole.dtype, whole.shape)
+    ir.convenience.replace_all_uses_with(whole, joined)
     graph.inputs[0:1] = parts
-    graph.insert_before(graph[0], joined)
+    concat = ir.node("Concat", parts, {"axis": 1}, name="image_latents/Concat", outputs=[joined])
+    graph.insert_before(graph[0], concat)
 
 
 def _keep_inputs(graph: ir.Graph, keep: Callable[[str], bool]) -> None:

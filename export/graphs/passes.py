@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -22,21 +22,9 @@ _SMALL = 1024  # bytes of a constant that may stay in a graph
 
 def clean(model: ir.Model) -> None:
     """Run all passes in order, some twice because others feed them."""
-    passes: tuple[Callable[[ir.Model], None], ...] = (
-        infer_types,
-        fold,
-        constant_reshapes,
-        drop_identities,
-        fold,
-        drop_identities,
-        causal_masks,
-        merge_unsqueezes,
-        share,
-        lift,
-        tidy,
-        name_nodes,
-    )
-    for run in passes:
+    for run in (infer_types, fold, constant_reshapes, drop_identities, fold, drop_identities):
+        run(model)
+    for run in (causal_masks, merge_unsqueezes, share, lift, tidy, name_nodes):
         run(model)
 
 
@@ -44,8 +32,7 @@ def infer_types(model: ir.Model) -> None:
     """Give every value its type: torch leaves it open within the operators it takes apart."""
     for node in model.graph:
         for value in node.outputs:
-            found = _type(node) if value.dtype is None else None
-            if found is not None:
+            if value.dtype is None and (found := _type(node)) is not None:
                 value.dtype = found
 
 
@@ -64,20 +51,19 @@ def fold(model: ir.Model) -> None:
 
     Weights are not folded: a transposed weight would be a second copy without a name.
     """
+
+    def may_fold(node: ir.Node) -> bool | None:  # None leaves it to onnxscript
+        return False if any(map(is_weight, node.inputs)) else None
+
     fold_constants = cast(Any, optimizer).fold_constants  # onnxscript's own types are incomplete
     fold_constants(
         model,
         onnx_shape_inference=False,
         input_size_limit=_SMALL,
         output_size_limit=_SMALL,
-        should_fold=_unless_weight,
+        should_fold=may_fold,
     )
     common.RemoveUnusedNodesPass()(model)
-
-
-def _unless_weight(node: ir.Node) -> bool | None:
-    """False forbids folding, None leaves it to onnxscript."""
-    return False if any(map(is_weight, node.inputs)) else None
 
 
 def constant_reshapes(model: ir.Model) -> None:
@@ -87,26 +73,20 @@ def constant_reshapes(model: ir.Model) -> None:
     cross-attention depend on the latent. Constant shapes also halve the number of nodes.
     """
     for node in model.graph:
-        if node.op_type == "Reshape" and node.inputs[0] is not None and node.inputs[0].shape is not None:
-            _constant_reshape(model.graph, node, node.inputs[0].shape)
-
-
-def _constant_reshape(graph: ir.Graph, node: ir.Node, source: ir.Shape) -> None:
-    target = node.outputs[0].shape
-    if target is None:
-        return
-    dims = [_known(dim, source, axis) for axis, dim in enumerate(target)]
-    unknown = [axis for axis, dim in enumerate(dims) if dim is None]
-    if unknown:
-        dims[unknown[-1]] = -1
-    if len(unknown) <= 1:
-        shape = _constant(graph, node, np.array(dims, dtype=np.int64))
-    else:
-        shape = _partial_shape(graph, node, dims)
-    if shape is None:
-        return
-    node.replace_input_with(1, shape)
-    node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
+        source, target = node.inputs[0] if node.inputs else None, node.outputs[0].shape
+        if node.op_type != "Reshape" or source is None or source.shape is None or target is None:
+            continue
+        dims = [_known(dim, source.shape, axis) for axis, dim in enumerate(target)]
+        unknown = [axis for axis, dim in enumerate(dims) if dim is None]
+        if unknown:
+            dims[unknown[-1]] = -1
+        if len(unknown) <= 1:
+            shape = _constant(model.graph, node, dims)
+        else:
+            shape = _partial_shape(model.graph, node, dims)
+        if shape is not None:
+            node.replace_input_with(1, shape)
+            node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
 
 
 def _known(dim: int | ir.SymbolicDim, source: ir.Shape, axis: int) -> int | None:
@@ -122,22 +102,18 @@ def _partial_shape(graph: ir.Graph, node: ir.Node, dims: Sequence[int | None]) -
     if concat is None or concat.op_type != "Concat" or len(concat.inputs) != len(dims):
         return None
     parts = [
-        _constant(graph, node, np.array([dim], dtype=np.int64)) if dim is not None else part
+        _constant(graph, node, [dim]) if dim is not None else part
         for dim, part in zip(dims, concat.inputs, strict=True)
     ]
-    joined = ir.node("Concat", parts, {"axis": 0}, name=f"{node.name}/shape")
-    joined.outputs[0].name = f"{node.name}/shape"
-    joined.outputs[0].dtype = ir.DataType.INT64
-    graph.insert_before(node, joined)
-    return joined.outputs[0]
+    joined = ir.val(f"{node.name}/shape", ir.DataType.INT64)
+    graph.insert_before(node, ir.node("Concat", parts, {"axis": 0}, name=joined.name, outputs=[joined]))
+    return joined
 
 
-def _constant(graph: ir.Graph, before: ir.Node, array: npt.NDArray[np.int64]) -> ir.Value:
-    node = ir.node("Constant", [], {"value": ir.tensor(array)}, name=None)
-    value = node.outputs[0]
-    value.dtype, value.shape = ir.DataType(ir.tensor(array).dtype), ir.Shape(array.shape)
-    value.const_value = ir.tensor(array)
-    graph.insert_before(before, node)
+def _constant(graph: ir.Graph, before: ir.Node, numbers: Sequence[int | None]) -> ir.Value:
+    tensor = ir.tensor(np.array(numbers, np.int64))
+    value = ir.val(None, const_value=tensor)
+    graph.insert_before(before, ir.node("Constant", [], {"value": tensor}, outputs=[value]))
     return value
 
 
@@ -149,18 +125,16 @@ def drop_identities(model: ir.Model) -> None:
     are one.
     """
     for node in list(model.graph):
-        keeps = node.op_type in ("Expand", "Cast", "Slice") or (
-            node.op_type == "Div" and _is_one(node.inputs[1])
-        )
-        if keeps and _same(node.inputs[0], node.outputs[0]):
-            _bypass(model, node)
+        keeps = node.op_type in ("Expand", "Cast", "Slice")
+        if node.op_type == "Div":
+            divisor = _array(node.inputs[1])
+            keeps = divisor is not None and divisor.size == 1 and float(divisor.item()) == 1.0
+        source, target = node.inputs[0] if keeps else None, node.outputs[0]
+        if source is not None and not target.is_graph_output() and _same(source, target):
+            ir.convenience.replace_all_uses_with(target, source)
+            model.graph.remove(node, safe=True)
     common.IdentityEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
-
-
-def _is_one(value: ir.Value | None) -> bool:
-    array = _array(value)
-    return array is not None and array.size == 1 and float(array.item()) == 1.0
 
 
 def _array(value: ir.Value | None) -> npt.NDArray[Any] | None:
@@ -169,20 +143,11 @@ def _array(value: ir.Value | None) -> npt.NDArray[Any] | None:
     return None if tensor is None else tensor.numpy()
 
 
-def _same(source: ir.Value | None, target: ir.Value) -> bool:
-    if source is None or source.shape is None or target.shape is None or source.dtype != target.dtype:
+def _same(source: ir.Value, target: ir.Value) -> bool:
+    if source.shape is None or source.dtype != target.dtype:
         return False
     known = all(isinstance(dim, int) or dim.value is not None for dim in source.shape)
     return known and source.shape == target.shape
-
-
-def _bypass(model: ir.Model, node: ir.Node) -> None:
-    source = node.inputs[0]
-    assert source is not None
-    if node.outputs[0].is_graph_output():
-        return
-    ir.convenience.replace_all_uses_with(node.outputs[0], source)
-    model.graph.remove(node, safe=True)
 
 
 def causal_masks(model: ir.Model) -> None:
@@ -214,9 +179,8 @@ def _mask(value: ir.Value) -> npt.NDArray[np.bool_] | None:
 def merge_unsqueezes(model: ir.Model) -> None:
     """Replace a chain of Unsqueezes, as behind each projection of the time embedding, by one."""
     for node in model.graph:
-        before = (
-            node.inputs[0].producer() if node.op_type == "Unsqueeze" and node.inputs[0] is not None else None
-        )
+        source = node.inputs[0] if node.op_type == "Unsqueeze" else None
+        before = source.producer() if source is not None else None
         if before is None or before.op_type != "Unsqueeze" or node.outputs[0].shape is None:
             continue
         inner, outer = _array(before.inputs[1]), _array(node.inputs[1])
@@ -227,9 +191,7 @@ def merge_unsqueezes(model: ir.Model) -> None:
         kept = [axis for axis in range(rank) if axis not in second]
         first = [kept[int(axis) % (rank - len(second))] for axis in np.atleast_1d(inner)]
         node.replace_input_with(0, before.inputs[0])
-        node.replace_input_with(
-            1, _constant(model.graph, node, np.array(sorted(first + second), dtype=np.int64))
-        )
+        node.replace_input_with(1, _constant(model.graph, node, sorted(first + second)))
     common.RemoveUnusedNodesPass()(model)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from typing import Any, cast
 
 import onnx_ir as ir
@@ -15,8 +15,7 @@ import torch
 from ...engines.spec import NetSpec, TensorSpec
 from ..nets.torch_net import Net
 
-# 23 has Attention, and 21 has GroupNormalization with statistics in float32: each reaches engines as one
-# operator.
+# 23 has Attention, 21 GroupNormalization with statistics in float32: each reaches engines as one operator.
 OPSET = 23
 
 # Sizes to trace with. They are odd and all different, so that the tracer can take no two for the same and
@@ -87,17 +86,11 @@ def _name_sizes(model: ir.Model, contract: NetSpec) -> None:
         for found, dim in zip(value.shape or (), item.shape, strict=True):
             if isinstance(found, ir.SymbolicDim) and isinstance(dim, str):
                 symbols[str(found.value)] = dim
-    for value in _values(model):
+    for value in (*model.graph.inputs, *(value for node in model.graph for value in node.outputs)):
         if value.shape is not None:
             value.shape = ir.Shape([_renamed(dim, symbols) for dim in value.shape])
     for value, item in zip(model.graph.outputs, contract.outputs, strict=True):
         value.shape = ir.Shape(item.shape)
-
-
-def _values(model: ir.Model) -> Iterator[ir.Value]:
-    yield from model.graph.inputs
-    for node in model.graph:
-        yield from node.outputs
 
 
 def _renamed(dim: int | ir.SymbolicDim, symbols: Mapping[str, str]) -> int | str | None:
@@ -109,19 +102,15 @@ def _renamed(dim: int | ir.SymbolicDim, symbols: Mapping[str, str]) -> int | str
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
     """Silence torch's messages about torchvision's operators and its own deprecations."""
-    loggers: Sequence[logging.Logger] = [
-        logging.getLogger("torch.onnx._internal.exporter._registration"),
-        logging.getLogger("torch.utils._sympy.interp"),
-    ]
-    levels = [logger.level for logger in loggers]
+    names = ("torch.onnx._internal.exporter._registration", "torch.utils._sympy.interp")
+    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in names}
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning
-            )
+            deprecation = r".*isinstance\(treespec, LeafSpec\)"
+            warnings.filterwarnings("ignore", message=deprecation, category=FutureWarning)
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in loggers.items():
             logger.setLevel(level)

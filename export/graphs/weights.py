@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import onnx_ir as ir
+import torch
 
-from ...engines.errors import DAMAGED_WEIGHTS, EXPORT_IN_FP32, CheckpointError
 from ...engines.safetensors_format import TensorRange, write_file
-
-if TYPE_CHECKING:
-    import torch
 
 WEIGHTS = "weights.safetensors"
 
@@ -28,42 +25,25 @@ _NAMES = {dtype: name for name, dtype in STORED.items()}
 
 def stored_type(source: str, compute: ir.DataType) -> ir.DataType:
     """The type a package stores a tensor in: the graph's, unless the checkpoint's (`source`) is narrower."""
-    found = STORED[source]
-    return found if found.itemsize < compute.itemsize else compute
+    return min(compute, STORED[source], key=lambda dtype: dtype.itemsize)
 
 
 def write_weights(
     path: Path, tensors: Mapping[str, torch.Tensor], types: Mapping[str, ir.DataType]
 ) -> dict[str, TensorRange]:
-    """Write `tensors`, each converted to its type, one at a time.
+    """Write `tensors`, each converted to its type (which can hold it: `make_net`), one at a time.
 
     Returns:
         Name -> where the tensor lies in the file.
-
-    Raises:
-        CheckpointError: a tensor has a finite value that its stored type cannot hold.
     """
     described = {name: (_NAMES[types[name]], tuple(tensor.shape)) for name, tensor in tensors.items()}
-    return write_file(path, described, lambda name: _bytes(name, tensors[name], types[name]))
 
+    def content(name: str) -> memoryview:
+        dtype = getattr(torch, types[name].name.lower())  # torch's names too: float16, float, …
+        flat = tensors[name].detach().to(dtype).contiguous().reshape(-1)
+        return memoryview(cast(Any, flat.view(torch.uint8).numpy()))
 
-def _bytes(name: str, tensor: torch.Tensor, dtype: ir.DataType) -> memoryview:
-    import torch
-
-    target = {
-        ir.DataType.DOUBLE: torch.float64,
-        ir.DataType.FLOAT: torch.float32,
-        ir.DataType.FLOAT16: torch.float16,
-        ir.DataType.BFLOAT16: torch.bfloat16,
-    }[dtype]
-    stored = tensor.detach().to(target).contiguous()
-    if target is not tensor.dtype and bool((stored.isinf() & tensor.isfinite()).any()):
-        raise CheckpointError(
-            f"the tensor {name!r} has values up to {float(tensor.abs().max()):.3g}",
-            expected=f"values that {_NAMES[dtype]} can hold",
-            fix=EXPORT_IN_FP32 if target is torch.float16 else DAMAGED_WEIGHTS,
-        )
-    return memoryview(cast(Any, stored.reshape(-1).view(torch.uint8).numpy()))
+    return write_file(path, described, content)
 
 
 def attach(model: ir.Model, folder: Path, slots: Mapping[str, TensorRange]) -> None:
@@ -75,29 +55,17 @@ def attach(model: ir.Model, folder: Path, slots: Mapping[str, TensorRange]) -> N
     for name, value in list(model.graph.initializers.items()):
         if name not in slots:
             continue
-        slot = slots[name]
-        stored, compute = STORED[slot.dtype], value.dtype
+        slot, compute = slots[name], value.dtype
+        shape, stored = ir.Shape(slot.shape), STORED[slot.dtype]
         value.const_value = ir.ExternalTensor(
-            WEIGHTS,
-            slot.offset,
-            slot.length,
-            stored,
-            name=name,
-            shape=ir.Shape(slot.shape),
-            base_dir=folder,
+            WEIGHTS, slot.offset, slot.length, stored, name=name, shape=shape, base_dir=folder
         )
-        value.shape = ir.Shape(slot.shape)
-        if compute is None or compute == stored:
-            value.dtype = stored
-            continue
-        widen = ir.node("Cast", [value], {"to": compute}, name=f"{name}/cast")
-        widen.outputs[0].name = f"{name}/{_NAMES[compute]}"
-        widen.outputs[0].shape = value.shape
-        widen.outputs[0].dtype = compute
-        ir.convenience.replace_all_uses_with(value, widen.outputs[0])
-        widen.replace_input_with(0, value)
-        value.dtype = stored
-        model.graph.insert_before(model.graph[0], widen)
+        value.shape, value.dtype = shape, stored
+        if compute is not None and compute != stored:
+            wide = ir.val(f"{name}/{_NAMES[compute]}", compute, shape)
+            ir.convenience.replace_all_uses_with(value, wide)
+            widen = ir.node("Cast", [value], {"to": compute}, name=f"{name}/cast", outputs=[wide])
+            model.graph.insert_before(model.graph[0], widen)
 
 
 def is_weight(value: ir.Value | None) -> bool:

@@ -1,19 +1,74 @@
-"""The torch nets of a package, one row a net."""
+"""The torch nets of a package, one row a net, and the UNet of every family."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
 
 import torch
+from torch import nn
 
+from ...engines import spec
 from ..checkpoint.component import Component
 from ..checkpoint.open import Checkpoint
 from .calibration import Calibration, NetCall
 from .clip import image_encoder, image_noiser, text_encoder
-from .torch_net import Net
-from .unet import unet
+from .torch_net import Net, load, make_net, spelled
 from .vae import vae_decoder, vae_encoder
+
+
+class WholeUnet(nn.Module):
+    """`UNet2DConditionModel` from diffusers."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        # diffusers upsamples by two where the latent is a multiple of 2**num_upsamplers, else to the size of
+        # the skip connection. The latter works for all sizes, and gives the same numbers where both apply.
+        cast(Any, net).num_upsamplers = 30
+        self.net = net
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        timestep_cond: torch.Tensor | None = None,
+        class_labels: torch.Tensor | None = None,
+        text_embeds: torch.Tensor | None = None,
+        time_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(B, C, H/8, W/8), (B,) float32, (B, T, width), and vectors (B, width) -> (B, 4, H/8, W/8).
+
+        Vectors are float32, and are cast to the UNet's type where it reads them.
+        """
+        return cast(Any, self.net)(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            timestep_cond=None if timestep_cond is None else timestep_cond.to(sample.dtype),
+            class_labels=None if class_labels is None else class_labels.to(sample.dtype),
+            added_cond_kwargs={"text_embeds": text_embeds, "time_ids": time_ids},
+            return_dict=False,
+        )[0]
+
+
+def unet(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> Net:
+    """The whole UNet, before hoisting."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    with torch.device("meta"):
+        net: nn.Module = cast(Any, UNet2DConditionModel).from_config(dict(part.config))
+    tensors = load(part, net)
+    config = cast(Any, net).config
+    contract = spec.unet_whole(
+        channels=config.in_channels,
+        width=config.cross_attention_dim,
+        float_dtype=spelled(dtype),
+        vectors=checkpoint.vectors,
+    )
+    return make_net(part, WholeUnet(net), contract, tensors, dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,32 +89,24 @@ class ExportedNet:
         """The net with the checkpoint's weights.
 
         Raises:
-            CheckpointError: the weights do not fit the part's config, or float16 if `dtype` is that.
+            CheckpointError: the weights do not fit the part's config, or `dtype`.
         """
         return self.make(checkpoint, checkpoint.parts[self.part], dtype)
 
 
-def _text_encoder(name: str) -> ExportedNet:
-    def calibrate(calibration: Calibration, call: NetCall) -> None:
-        calibration.encode_prompts(name, call)
-
-    return ExportedNet(part=name, make=text_encoder, calibrate=calibrate)
-
-
-# A net's folder in a package -> how it is made, in the order in which nets feed each other.
+# A net's folder in a package -> how it is made and calibrated, in the order in which nets feed each other.
 NETS: Mapping[str, ExportedNet] = {
-    "text_encoder": _text_encoder("text_encoder"),
-    "text_encoder_2": _text_encoder("text_encoder_2"),
-    "image_encoder": ExportedNet(
-        part="image_encoder", make=image_encoder, calibrate=Calibration.embed_pictures
-    ),
-    "image_noiser": ExportedNet(
-        part="image_normalizer", make=image_noiser, calibrate=Calibration.noise_embeddings
-    ),
-    "vae_encoder": ExportedNet(part="vae", make=vae_encoder, calibrate=Calibration.encode_pictures),
-    "unet": ExportedNet(part="unet", make=unet, calibrate=Calibration.denoise),
-    "vae_decoder": ExportedNet(part="vae", make=vae_decoder, calibrate=Calibration.decode),
-    "preview_decoder": ExportedNet(part="tiny_vae", make=vae_decoder, calibrate=Calibration.decode),
+    name: ExportedNet(part=spec.NETS[name].part, make=make, calibrate=calibrate)
+    for name, make, calibrate in (
+        ("text_encoder", text_encoder, partial(Calibration.encode_prompts, name="text_encoder")),
+        ("text_encoder_2", text_encoder, partial(Calibration.encode_prompts, name="text_encoder_2")),
+        ("image_encoder", image_encoder, Calibration.embed_pictures),
+        ("image_noiser", image_noiser, Calibration.noise_embeddings),
+        ("vae_encoder", vae_encoder, Calibration.encode_pictures),
+        ("unet", unet, Calibration.denoise),
+        ("vae_decoder", vae_decoder, Calibration.decode),
+        ("preview_decoder", vae_decoder, Calibration.decode),
+    )
 }
 
 

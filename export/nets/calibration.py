@@ -39,8 +39,7 @@ _BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "num_train
 class Calibration:
     """Calls the nets of one checkpoint in the order of a picture, and keeps what one hands to the next.
 
-    Each method calls one net, once or more. Where the net that feeds it was not called, it gets unit normal
-    values.
+    Each method calls one net, once or more; with unit normal values where the net before was not called.
     """
 
     def __init__(self, source: Checkpoint, seed: int = 0) -> None:
@@ -50,8 +49,10 @@ class Calibration:
         self._vectors: dict[str, Array] = {}  # some of VECTORS, a row for each prompt
         self._embeds: Array | None = None
         self._latent: Array | None = None
+        # Height and width of the latent: what the UNet was trained at, but at most SIDE.
+        self._sides = tuple(min(side, SIDE) for side in source.sample_size)
 
-    def encode_prompts(self, name: str, call: NetCall) -> None:
+    def encode_prompts(self, call: NetCall, *, name: str) -> None:
         """Call the text encoder `name` with PROMPTS and a row of random ids: (4, T) int32."""
         ids = token_ids(self._source, name)
         ids = np.concatenate([ids, ids[:1]]).astype(np.int32)
@@ -70,9 +71,8 @@ class Calibration:
     def noise_embeddings(self, call: NetCall) -> None:
         """Call unCLIP's noiser with their embeddings, without noise and with equal parts of both."""
         if self._embeds is None:
-            self._embeds = self._normal(
-                4, int(self._source.parts["image_normalizer"].config["embedding_dim"])
-            )
+            width = int(self._source.parts["image_normalizer"].config["embedding_dim"])
+            self._embeds = self._normal(4, width)
         for level, angle in ((0.0, 0.0), (500.0, np.pi / 4)):
             rows = {
                 "image_embeds": self._embeds,
@@ -85,7 +85,7 @@ class Calibration:
 
     def encode_pictures(self, call: NetCall) -> None:
         """Call the VAE's encoder with smooth pictures and noise, each kind with and without a mask."""
-        height, width = (side * self._source.latent_scale for side in _sides(self._source.unet.config))
+        height, width = (side * self._source.latent_scale for side in self._sides)
         for number, picture in enumerate(self._pictures(4, height, width)):
             mask = np.zeros((1, height, width, 1), np.uint8)
             mask[:, : height // 2] = 255 * (number % 2)
@@ -101,11 +101,15 @@ class Calibration:
         """Call the UNet in STEPS guided DDIM steps from noise; its rows are the empty prompt and another."""
         import torch
 
-        config = self._source.unet.config
         contexts = self._joined_contexts()
         scheduler = _scheduler(self._source.scheduler)
-        latent = self._normal(1, 4, *_sides(config))
-        behind = self._image_latents(latent)
+        latent = self._normal(1, 4, *self._sides)
+        # An inpainting UNet's extra channels: a mask of the right half, and a masked picture's latent.
+        behind: list[Array] = []
+        if self._source.image_latents:
+            mask = np.zeros_like(latent[:, :1])
+            mask[..., mask.shape[-1] // 2 :] = 1
+            behind = [mask, self._normal(*latent.shape)]
         for step, timestep in enumerate(scheduler.timesteps.tolist()):
             # Trained nets keep the variance at one; guidance, and random weights, may not.
             latent = latent / max(1.0, float(latent.std()))
@@ -126,25 +130,15 @@ class Calibration:
 
     def _joined_contexts(self) -> Array:
         """The encoders' features side by side: (prompts, T, width)."""
-        found = [
-            self._contexts[part.name] for part in self._source.text_encoders if part.name in self._contexts
-        ]
-        if len(found) == len(self._source.text_encoders):
-            return np.concatenate(found, axis=2)
+        names = [part.name for part in self._source.text_encoders]
+        if self._contexts.keys() >= set(names):
+            return np.concatenate([self._contexts[name] for name in names], axis=2)
         return self._normal(2, 77, int(self._source.unet.config.get("cross_attention_dim", 1280)))
-
-    def _image_latents(self, latent: Array) -> list[Array]:
-        """An inpainting UNet's extra channels: a mask of the right half, and a masked picture's latent."""
-        if not self._source.image_latents:
-            return []
-        mask = np.zeros_like(latent[:, :1])
-        mask[..., mask.shape[-1] // 2 :] = 1
-        return [mask, self._normal(*latent.shape)]
 
     def _vector(self, name: str, width: int, prompts: list[int]) -> Array:
         """One of VECTORS for two prompts: (2, width)."""
         if name == "time_ids":
-            height, wide = (side * self._source.latent_scale for side in _sides(self._source.unet.config))
+            height, wide = (side * self._source.latent_scale for side in self._sides)
             sizes = [height, wide, 0, 0, *([height, wide] if width == 6 else [6.0])]
             return np.array([sizes, sizes], np.float32)
         if name == "timestep_cond":
@@ -154,7 +148,7 @@ class Calibration:
 
     def decode(self, call: NetCall) -> None:
         """Call a decoder with the latent of the last step, and with noise, whose values reach further."""
-        noise = self._normal(1, int(self._source.vae.config.get("latent_channels", 4)), SIDE, SIDE)
+        noise = self._normal(1, 4, SIDE, SIDE)
         drawn = noise if self._latent is None else self._latent
         for latent in (drawn, noise[..., : drawn.shape[-2], : drawn.shape[-1]]):
             call({"latent": latent})
@@ -171,7 +165,7 @@ def token_ids(source: Checkpoint, encoder: str) -> Array:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about files that only other tokenizers need
         files = Path(folder) / "tokenizer"
-        source.tokenizers[TEXT_ENCODERS[encoder]].write(files)
+        source.tokenizers[TEXT_ENCODERS[encoder]](files)
         tokenizer: Any = cast(Any, CLIPTokenizer).from_pretrained(str(files))
         return tokenizer(
             list(PROMPTS), padding="max_length", max_length=length, truncation=True, return_tensors="np"
@@ -196,13 +190,6 @@ def guidance_embedding(scale: float, width: int) -> Array:
     from diffusers.models.embeddings import get_timestep_embedding
 
     return get_timestep_embedding(torch.tensor([(scale - 1) * 1000]), width).numpy()
-
-
-def _sides(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Height and width of the latent: what the UNet was trained at, but at most SIDE."""
-    size = config.get("sample_size") or 64
-    height, width = cast(list[int], size) if isinstance(size, list | tuple) else (size, size)
-    return min(height, SIDE), min(width, SIDE)
 
 
 def _scheduler(config: Mapping[str, Any]) -> Any:

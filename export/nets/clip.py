@@ -21,8 +21,7 @@ class ClipText(nn.Module):
     """`CLIPTextModel` or `CLIPTextModelWithProjection` from transformers, up to a chosen layer.
 
     The context of SD 1.x and 2.x is the last layer's output after the final norm; that of SDXL is the output
-    of the layer before, without it. `clip_skip` goes back from there, as in diffusers' `encode_prompt` of
-    both.
+    of the layer before, without it. `clip_skip` goes back from there, as in diffusers' `encode_prompt`.
     """
 
     def __init__(self, net: nn.Module, layers: int, *, normalised: bool) -> None:
@@ -53,17 +52,12 @@ def _transformer(net: nn.Module) -> Any:
 
 
 def text_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> Net:
-    """A text encoder: OpenAI's ViT-L, OpenCLIP's ViT-H (SD 2.x), or its ViT-bigG (SDXL's second one).
-
-    SDXL's second encoder has the pooled embedding too.
-    """
+    """OpenAI's ViT-L, OpenCLIP's ViT-H (SD 2.x), or its ViT-bigG (SDXL's second, with a pooled embedding)."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     projected = part.name == "text_encoder_2"
     normalised = not checkpoint.skips_last_layer
-    # sdpa becomes the ONNX operator Attention; the eager form would not.
-    settings: dict[str, Any] = {**part.config, "attn_implementation": "sdpa"}
-    config = CLIPTextConfig(**settings)
+    config = CLIPTextConfig(**_settings(part))
     layers = config.num_hidden_layers
     unread_last = not (normalised or projected)  # SDXL's first encoder gives the context alone
     config.num_hidden_layers = layers - unread_last
@@ -75,11 +69,16 @@ def text_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) ->
         _transformer(net).final_layer_norm = nn.Identity()
         unread = (f"encoder.layers.{layers - 1}.", "final_layer_norm.")
         unread += tuple(_TEXT_PREFIX + name for name in unread)
-    tensors = load(part, net, _text_names(part, net), ignored=unread)
-    # The package stores the names of published checkpoints, whatever this one's are.
+    # Releases of transformers differ in the prefix, here and in the checkpoint. The package stores the names
+    # of published checkpoints.
+    bare = {name: name.removeprefix(_TEXT_PREFIX) for name in net.state_dict()}
+    names = {
+        name: next((found for found in (_TEXT_PREFIX + rest, rest) if found in part.tensors), name)
+        for name, rest in bare.items()
+    }
     tensors = {
-        name: (name if projected else _TEXT_PREFIX + name.removeprefix(_TEXT_PREFIX), found[1])
-        for name, found in tensors.items()
+        name: (name if projected else _TEXT_PREFIX + bare[name], dtype)
+        for name, (_, dtype) in load(part, net, names, ignored=unread).items()
     }
     contract = spec.text_encoder(
         tokens=config.max_position_embeddings,
@@ -90,13 +89,9 @@ def text_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) ->
     return make_net(part, ClipText(net, layers, normalised=normalised), contract, tensors, dtype)
 
 
-def _text_names(part: Component, net: nn.Module) -> dict[str, str]:
-    """Parameter -> tensor. Releases of transformers differ in the prefix, here and in the checkpoint."""
-    found: dict[str, str] = {}
-    for name in net.state_dict():
-        bare = name.removeprefix(_TEXT_PREFIX)
-        found[name] = next((n for n in (_TEXT_PREFIX + bare, bare) if n in part.tensors), name)
-    return found
+def _settings(part: Component) -> dict[str, Any]:
+    """The config, with sdpa, which becomes the ONNX operator Attention; the eager form would not."""
+    return {**part.config, "attn_implementation": "sdpa"}
 
 
 class ImageEncoder(nn.Module):
@@ -120,17 +115,15 @@ def image_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -
     """unCLIP's image encoder (CLIP ViT-L or ViT-H)."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    settings: dict[str, Any] = {**part.config, "attn_implementation": "sdpa"}
-    config = CLIPVisionConfig(**settings)
+    config = CLIPVisionConfig(**_settings(part))
     with torch.device("meta"):
         net: Any = CLIPVisionModelWithProjection(config)
     fill_buffers(net)
-    tensors = load(part, net)
     mean, std = _normalisation(checkpoint.configs["feature_extractor"])
     contract = spec.image_encoder(
         size=cast(int, config.image_size), width=config.projection_dim, float_dtype=spelled(dtype)
     )
-    return make_net(part, ImageEncoder(net, mean, std), contract, tensors, dtype)
+    return make_net(part, ImageEncoder(net, mean, std), contract, load(part, net), dtype)
 
 
 def _normalisation(processor: Mapping[str, Any]) -> tuple[list[float], list[float]]:
@@ -143,7 +136,7 @@ def _normalisation(processor: Mapping[str, Any]) -> tuple[list[float], list[floa
             expected="a mean and a deviation for each colour, of values in 0 ... 1",
             fix="Take preprocessor_config.json from the CLIP model that the checkpoint was trained with.",
         )
-    return [float(value) for value in cast(list[Any], mean)], [float(value) for value in cast(list[Any], std)]
+    return list(map(float, cast(list[Any], mean))), list(map(float, cast(list[Any], std)))
 
 
 class ImageNoiser(nn.Module):
@@ -187,6 +180,5 @@ def image_noiser(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) ->
     width = int(part.config.get("embedding_dim", 768))
     with torch.device("meta"):
         net = _Normalizer(width)
-    tensors = load(part, net)
     contract = spec.image_noiser(width=width, float_dtype=spelled(dtype))
-    return make_net(part, ImageNoiser(net), contract, tensors, dtype)
+    return make_net(part, ImageNoiser(net), contract, load(part, net), dtype)

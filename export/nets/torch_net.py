@@ -14,26 +14,34 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ...engines.errors import EXPORT_IN_FP32, CheckpointError
-from ...engines.spec import NetSpec
-from ..checkpoint.component import Component
-from ..checkpoint.tensors import read_tensors
+from ...engines.errors import DAMAGED_WEIGHTS, EXPORT_IN_FP32, CheckpointError
+from ...engines.spec import Array, NetSpec
+from ..checkpoint.component import Component, read_tensors
 
 # Tensors that old checkpoints hold and no net reads: buffers, and the projections of the full CLIP.
 _UNREAD = ("position_ids", "text_projection.weight", "logit_scale")
 
 
+# A parameter's name -> the tensor's name (a checkpoint's, then a package's), and its type in the checkpoint.
+Tensors = Mapping[str, tuple[str, str]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Net:
-    """A torch module that satisfies `spec`, and where its tensors come from.
-
-    `module` is called with the spec's inputs by name. `tensors` maps the name of a parameter in `module` to
-    the name that the package stores it under, and to its type in the checkpoint (safetensors' name).
-    """
+    """A torch module that satisfies `spec`, called with inputs by name, and where its tensors come from."""
 
     module: nn.Module
     spec: NetSpec
-    tensors: Mapping[str, tuple[str, str]]
+    tensors: Tensors
+
+    def run(self, inputs: Mapping[str, Array]) -> list[Array]:
+        """The outputs of a net in float32, in the contract's order; float16 inputs are widened."""
+        tensors = {name: torch.as_tensor(array) for name, array in inputs.items()}
+        wide = {name: item.float() if item.is_floating_point() else item for name, item in tensors.items()}
+        with torch.no_grad():
+            found: Any = self.module(**wide)
+        outputs = cast(tuple[Any, ...], found) if isinstance(found, tuple) else (found,)
+        return [item.numpy() for item in outputs]
 
 
 def spelled(dtype: torch.dtype) -> str:
@@ -49,41 +57,26 @@ def fill_buffers(net: nn.Module) -> None:
             cast(Any, module).position_ids = torch.arange(positions.shape[-1])[None]
 
 
-def make_net(
-    part: Component,
-    module: nn.Module,
-    spec: NetSpec,
-    tensors: Mapping[str, tuple[str, str]],
-    dtype: torch.dtype,
-) -> Net:
+def make_net(part: Component, module: nn.Module, spec: NetSpec, tensors: Tensors, dtype: torch.dtype) -> Net:
     """The Net of a wrapper whose attribute `net` is the module with the tensors of `part`.
 
     Raises:
-        CheckpointError: a weight has values that float16 cannot hold, and `dtype` is that.
+        CheckpointError: a weight has finite values beyond `dtype`. (An island's are stored in fp16 too.)
     """
-    module = module.eval().requires_grad_(False)
-    if dtype == torch.float16:
-        _refuse_overflow(part, module, tensors)
-    module = module.to(dtype)
+    largest = torch.finfo(dtype).max
     named = {f"net.{key}": found for key, found in tensors.items()}
-    return Net(module=module, spec=spec, tensors=named)
-
-
-def _refuse_overflow(part: Component, module: nn.Module, tensors: Mapping[str, tuple[str, str]]) -> None:
-    """Raise CheckpointError for a weight beyond fp16: weights are stored in fp16 even within islands."""
-    largest = torch.finfo(torch.float16).max
     for key, tensor in module.state_dict().items():
-        if tensor.dtype == torch.float16 or not tensor.is_floating_point():
+        if not tensor.is_floating_point() or torch.finfo(tensor.dtype).max <= largest:
             continue
         low, high = torch.aminmax(tensor)
         found = max(-float(low), float(high))
         if largest < found < math.inf:
-            stored = tensors[key.removeprefix("net.")][0]
             raise CheckpointError(
-                f"{part.folder}: the tensor {stored!r} has values up to {found:.3g}",
-                expected=f"at most {largest:.0f}, fp16's largest number",
-                fix=EXPORT_IN_FP32,
+                f"{part.folder}: the tensor {named[key][0]!r} has values up to {found:.3g}",
+                expected=f"at most {largest:.5g}, the largest number of {spelled(dtype)}",
+                fix=EXPORT_IN_FP32 if dtype == torch.float16 else DAMAGED_WEIGHTS,
             )
+    return Net(module=module.eval().requires_grad_(False).to(dtype), spec=spec, tensors=named)
 
 
 def load(
@@ -92,13 +85,9 @@ def load(
     names: Mapping[str, str] | None = None,
     ignored: tuple[str, ...] = (),
 ) -> dict[str, tuple[str, str]]:
-    """Give `net` the checkpoint's tensors.
+    """Give all parameters of `net`, which is on the meta device, tensors of `part`.
 
-    Args:
-        part: has the tensors.
-        net: on the meta device; gets all of its parameters.
-        names: a parameter of `net` -> the tensor of `part`; None where both have the same names.
-        ignored: prefixes of tensors that `net` does not read.
+    `names` has a parameter's tensor where the names differ; `ignored` are prefixes of tensors not to read.
 
     Returns:
         A parameter of `net` -> the tensor's name and type.

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from ...engines import spec
-from ..checkpoint.autoencoders import is_tiny
 from ..checkpoint.component import Component
-from ..checkpoint.open import Checkpoint
+from ..checkpoint.open import Checkpoint, is_tiny
 from .torch_net import Net, load, make_net, spelled
 
 # diffusers before 0.15 named the VAE's attention so; `AutoencoderKL` still converts it on load.
@@ -90,8 +89,7 @@ class VaeEncoder(nn.Module):
         mean, log_variance = found.parameters.float().chunk(2, dim=1)
         # DiagonalGaussianDistribution of diffusers, in float32
         std = (0.5 * log_variance.clamp(-30.0, 20.0)).exp()
-        scale = self.scaling.scale
-        return self.scaling.scaled(mean), std * scale
+        return self.scaling.scaled(mean), std * self.scaling.scale
 
 
 def vae_decoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> Net:
@@ -105,8 +103,8 @@ def vae_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> 
     """The encoder of an autoencoder, full or tiny. Its decoder is not even read."""
     net, tensors = _half(part, "encoder")
     posterior = not is_tiny(part)
-    module = VaeEncoder(net, Scaling(net.config), posterior=posterior)
     contract = spec.vae_encoder(channels=net.config.latent_channels, posterior=posterior)
+    module = VaeEncoder(net, Scaling(net.config), posterior=posterior)
     return make_net(part, module, contract, tensors, dtype)
 
 
@@ -116,25 +114,20 @@ def _half(part: Component, half: str) -> tuple[Any, dict[str, tuple[str, str]]]:
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
     kind: Any = AutoencoderTiny if is_tiny(part) else AutoencoderKL
+    config = dict(part.config)
+    if is_tiny(part):
+        config.pop("block_out_channels", None)  # which AutoencoderTiny writes for pipelines, and refuses
     with torch.device("meta"):
-        net: Any = kind.from_config(_arguments(part))
-    (other,) = (prefixes for name, prefixes in _HALVES.items() if name != half)
+        net: Any = kind.from_config(config)
+    other = _HALVES["decoder" if half == "encoder" else "encoder"]
     for prefix in other:
         if hasattr(net, prefix.removesuffix(".")):
             setattr(net, prefix.removesuffix("."), None)
-    names: dict[str, str] = {name: name for name in net.state_dict()}
-    if any(".query." in name for name in part.tensors):
-        new = {_modern(name): name for name in part.tensors}
-        names = {name: new.get(name, name) for name in names}
+    stored = {_modern(name): name for name in part.tensors}
+    names = {name: stored.get(name, name) for name in cast(nn.Module, net).state_dict()}
     tensors = load(part, net, names, ignored=other)
     # The package stores today's names, whatever the checkpoint's are.
-    return net, {name: (name, found[1]) for name, found in tensors.items()}
-
-
-def _arguments(part: Component) -> dict[str, Any]:
-    """The config without `block_out_channels`, which AutoencoderTiny writes for pipelines and refuses."""
-    ignored = ("block_out_channels",) if is_tiny(part) else ()
-    return {name: value for name, value in part.config.items() if name not in ignored}
+    return net, {name: (name, dtype) for name, (_, dtype) in tensors.items()}
 
 
 def _modern(name: str) -> str:

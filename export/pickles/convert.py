@@ -1,32 +1,41 @@
-"""Rewrites a pickled checkpoint as safetensors. Nothing else reads pickles."""
+"""Rewrites files of `torch.save`, in both of its formats, as safetensors. Nothing else reads pickles.
+
+Since 1.6 torch writes a ZIP archive without compression: `NAME/data.pkl`, and `NAME/data/KEY` for each
+storage. Before, it wrote five pickles (a magic number, a version, facts of the system, the value, the keys of
+the storages), then each storage as its length and its bytes.
+"""
 
 from __future__ import annotations
 
+import io
+import struct
+import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
 from ...engines.errors import CheckpointError, StorageError, UsageError
 from ...engines.safetensors_format import ITEM_SIZES, write_file
-from .machine import FIX, StoredTensor
-from .torch_files import TorchFile, open_torch_file
+from .machine import PICKLE_LIMIT, Storage, StoredTensor, read_pickle, refuse
 
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # numbers are copied, not computed with
+_MAGIC = 0x1950A86A20F9469CFC6C
+_DIRECTORY_LIMIT = 2**23  # bytes; SD 1.5 with averaged weights and Adam's state has 0.24 MB
+_DAMAGED = (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError, struct.error)
+_WRAPPERS = ("state_dict", "model")
+
+# A storage's key -> where its bytes begin in the file, and how many there are.
+Places = dict[str, tuple[int, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """What a conversion wrote.
-
-    Attributes:
-        path: the safetensors file.
-        tensors: how many it has.
-        size: its bytes.
-        left_out: how many entries of the state dict were no tensors.
-    """
+    """A safetensors file: its tensors and bytes, and how many entries of the state dict were no tensors."""
 
     path: Path
     tensors: int
@@ -53,35 +62,44 @@ def convert_pickle(source: Path, output: Path, *, overwrite: bool = False) -> Co
         )
     if output.exists() and not overwrite:
         raise UsageError(f"{output} exists", expected="a new file", fix="Pass --overwrite to replace it.")
-    with open_torch_file(source) as opened:
-        written = sum(_size(tensor) for tensor in opened.tensors.values())
-        if written > 2 * source.stat().st_size:
-            raise CheckpointError(
-                f"it would become {written} bytes of tensors, because many share the same numbers",
-                expected="at most twice the size of the file",
-                fix=FIX,
-            )
+    try:
+        stream = source.open("rb")
+    except OSError as error:
+        raise CheckpointError(
+            f"{source} cannot be read ({error.strerror})",
+            expected="a file of torch.save (.ckpt, .pt, .pth, .bin)",
+            fix="Check the path.",
+        ) from error
+    with stream:
         try:
-            _write(output, opened)
+            tensors, places, left_out = _open(source, stream)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{source}: {error.found}", expected=error.expected, fix=error.fix
+            ) from error
+        written = sum(map(_size, tensors.values()))
+        try:
+            _write(output, tensors, stream, places)
         except OSError as error:
             raise StorageError(
                 f"{output} cannot be written ({error.strerror})",
                 expected=f"a folder with {written} bytes free",
                 fix="Choose another place with -o.",
             ) from error
-    return Converted(
-        path=output, tensors=len(opened.tensors), size=output.stat().st_size, left_out=opened.left_out
-    )
+    return Converted(path=output, tensors=len(tensors), size=output.stat().st_size, left_out=left_out)
 
 
 def _size(tensor: StoredTensor) -> int:
     return prod(tensor.shape) * ITEM_SIZES[tensor.storage.dtype]
 
 
-def _write(output: Path, opened: TorchFile) -> None:
+def _write(output: Path, tensors: Mapping[str, StoredTensor], stream: BinaryIO, places: Places) -> None:
     """One tensor at a time; those that share a storage follow each other, so that it is read once."""
-    tensors = dict(sorted(opened.tensors.items(), key=lambda item: item[1].storage.key))
-    read = lru_cache(maxsize=1)(opened.read)
+    tensors = dict(sorted(tensors.items(), key=lambda item: item[1].storage.key))
+
+    @lru_cache(maxsize=1)
+    def read(storage: Storage) -> bytes:
+        return _read(stream, places[storage.key])
 
     def content(name: str) -> memoryview:
         tensor = tensors[name]
@@ -93,3 +111,116 @@ def _write(output: Path, opened: TorchFile) -> None:
 
     described = {name: (tensor.storage.dtype, tensor.shape) for name, tensor in tensors.items()}
     write_file(output, described, content, durable=True)
+
+
+def _open(path: Path, stream: BinaryIO) -> tuple[dict[str, StoredTensor], Places, int]:
+    """Tensors by name, where the bytes of their storages are, and how many entries were no tensors."""
+    start = stream.read(4)
+    size = stream.seek(0, 2)
+    value, places = _zip(path) if start == b"PK\x03\x04" else _legacy(stream, size)
+    tensors, left_out = _tensors(value)
+    total = 0
+    for storage in {tensor.storage for tensor in tensors.values()}:
+        wanted = storage.length * ITEM_SIZES[storage.dtype]
+        begin, length = places.get(storage.key, (0, -1))
+        if length != wanted or begin + length > size:
+            refuse(f"no {wanted} bytes for the storage {storage.key[:40]!r}", "as many as it says")
+        total += wanted
+    if total > size:
+        refuse(f"storages of {total} bytes, one over the other", f"less than the file's {size} bytes")
+    written = sum(map(_size, tensors.values()))
+    if written > 2 * size:
+        refuse(
+            f"{written} bytes of tensors, because many share the same numbers",
+            "at most twice the size of the file",
+        )
+    return tensors, places, left_out
+
+
+def _tensors(value: object) -> tuple[dict[str, StoredTensor], int]:
+    """The state dict's tensors, and how many of its entries are no tensors."""
+    items = _items(value)
+    for name in _WRAPPERS * 2:  # a loop until there is none would not end: a dict can hold itself
+        items = _items(items.get(name)) or items
+    tensors = {name: found for name, found in items.items() if isinstance(found, StoredTensor)}
+    if not tensors:
+        refuse("no tensors by name", "a state dict, by itself or as `state_dict` or `model`")
+    if "__metadata__" in tensors or any("\ud800" <= letter <= "\udfff" for letter in "".join(tensors)):
+        refuse("a tensor whose name safetensors cannot have", "a name in UTF-8, other than __metadata__")
+    return tensors, len(items) - len(tensors)
+
+
+def _items(value: object) -> dict[str, Any]:
+    return cast(dict[str, Any], value) if isinstance(value, dict) else {}
+
+
+class _DirectoryReader(io.FileIO):
+    """Limits reads: `zipfile` reads an archive's directory at once, however long it claims to be."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _DIRECTORY_LIMIT:
+            raise zipfile.BadZipFile(f"a directory of {size} bytes")
+        return super().read(size)
+
+
+def _zip(path: Path) -> tuple[object, Places]:
+    """The pickled value, and each storage's place and length in bytes, of a ZIP archive."""
+    try:
+        with _DirectoryReader(path) as stream, zipfile.ZipFile(cast(Any, stream)) as archive:
+            entries = archive.infolist()
+            pickles = [entry.filename for entry in entries if entry.filename.split("/")[1:] == ["data.pkl"]]
+            if len(pickles) != 1 or len({entry.filename for entry in entries}) < len(entries):
+                refuse(f"an archive with {len(pickles)} data.pkl, or names twice", "an archive of torch.save")
+            root = pickles[0].removesuffix("data.pkl")
+            places = {entry.filename.removeprefix(root): _place(stream, entry) for entry in entries}
+            value, _ = read_pickle(io.BytesIO(_small(stream, places["data.pkl"])))
+            order = _small(stream, places["byteorder"]) if "byteorder" in places else b"little"
+    except (*_DAMAGED, OSError) as error:
+        refuse(f"a damaged archive ({str(error)[:100]})", "an archive of torch.save")
+    if order != b"little":
+        refuse(f"numbers in the byte order {order[:10]!r}", "little")
+    return value, {name.removeprefix("data/"): place for name, place in places.items()}
+
+
+def _place(stream: BinaryIO, entry: zipfile.ZipInfo) -> tuple[int, int]:
+    """Where an entry's bytes begin, and how many there are. A compressed entry could become any size."""
+    stored = entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
+    if not stored or entry.flag_bits & 1:
+        refuse(f"compressed or encrypted data ({entry.filename[:60]!r})", "an archive of torch.save")
+    stream.seek(entry.header_offset)
+    names, extra = struct.unpack("<26xHH", stream.read(30))
+    return entry.header_offset + 30 + names + extra, entry.file_size
+
+
+def _small(stream: BinaryIO, place: tuple[int, int]) -> bytes:
+    if place[1] > PICKLE_LIMIT:
+        refuse(f"a pickle of {place[1]} bytes", f"at most {PICKLE_LIMIT}")
+    return _read(stream, place)
+
+
+def _read(stream: BinaryIO, place: tuple[int, int]) -> bytes:
+    stream.seek(place[0])
+    return stream.read(place[1])
+
+
+def _legacy(stream: BinaryIO, size: int) -> tuple[object, Places]:
+    """The same of a file in the format before torch 1.6."""
+    stream.seek(0)
+    head = io.BytesIO(stream.read(PICKLE_LIMIT))
+    if read_pickle(head)[0] != _MAGIC:
+        refuse("a pickle that torch did not write", "a file of torch.save")
+    read_pickle(head)
+    if _items(read_pickle(head)[0]).get("little_endian") is not True:
+        refuse("numbers in another byte order", "little")
+    value, storages = read_pickle(head)
+    keys, _ = read_pickle(head)
+    position = head.tell()
+    places: Places = {}
+    for key in cast(list[Any], keys) if isinstance(keys, list) else []:
+        storage = storages.get(key) if isinstance(key, str) else None
+        stream.seek(position)
+        if storage is None or stream.read(8) != struct.pack("<q", storage.length):
+            refuse("other storages than its tensors have", "each, with its length in front")
+        places[storage.key] = (position + 8, storage.length * ITEM_SIZES[storage.dtype])
+        position = min(sum(places[storage.key]), size)
+    return value, places

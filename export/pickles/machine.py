@@ -15,6 +15,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NoReturn, cast
 
 from ...engines.errors import CheckpointError
@@ -23,7 +24,6 @@ from ...engines.errors import CheckpointError
 PICKLE_LIMIT = 2**25  # bytes
 _OPCODE_LIMIT = 2_000_000  # each makes at most one object
 _RANK_LIMIT = 32
-FIX = "Do not open it with other tools; get the .safetensors file of this model, or another copy."
 
 _STORAGES = {
     "DoubleStorage": "F64",
@@ -109,7 +109,8 @@ def read_pickle(stream: io.BytesIO) -> tuple[object, dict[str, Storage]]:
 
 def refuse(found: str, expected: str) -> NoReturn:
     """Raise the CheckpointError for a pickled file that holds `found`."""
-    raise CheckpointError(f"it holds {found}", expected=expected, fix=FIX)
+    fix = "Do not open it with other tools; get the .safetensors file of this model, or another copy."
+    raise CheckpointError(f"it holds {found}", expected=expected, fix=fix)
 
 
 class _Machine:
@@ -216,9 +217,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> StoredTensor
     )
     if len(view.shape) != len(view.strides) or len(view.shape) > _RANK_LIMIT:
         raise ValueError(f"a tensor of {len(view.shape)} axes and {len(view.strides)} strides")
-    elements = 1
-    for extent in view.shape:
-        elements *= extent
+    elements = prod(view.shape)
     last = sum((extent - 1) * stride for extent, stride in zip(view.shape, view.strides, strict=True))
     # A stride of 0 repeats elements: one number could become any number of gigabytes.
     if elements and (view.offset + last >= storage.length or elements > storage.length):
@@ -232,11 +231,6 @@ def _natural(number: Any) -> int:
     if type(number) is not int or not 0 <= number < 2**62:
         raise ValueError("a size that is no number of 62 bits")
     return number
-
-
-def _pair(argument: str) -> list[str]:
-    """Split two names that `pickletools` has joined."""
-    return argument.split(" ", 1)
 
 
 # github.com/python/cpython/blob/main/Lib/pickletools.py describes the opcodes. torch.save writes protocol 2
@@ -256,10 +250,6 @@ _CONSTANTS: Mapping[str, Callable[[], object]] = {
     "EMPTY_DICT": dict,
     "EMPTY_SET": _Inert,
 }
-
-
-def _reduce(machine: _Machine, _: Any) -> None:
-    machine.push(_call(*machine.pop_some(2)))
 
 
 def _inert(pops: Callable[[_Machine], object]) -> Callable[[_Machine, Any], None]:
@@ -289,10 +279,10 @@ _ACTIONS: Mapping[str, Callable[[_Machine, Any], object]] = {
     **{name: lambda machine, place: machine.remember(place) for name in ("PUT", "BINPUT", "LONG_BINPUT")},
     "MEMOIZE": lambda machine, _: machine.remember(None),
     **{name: lambda machine, place: machine.recall(place) for name in ("GET", "BINGET", "LONG_BINGET")},
-    "GLOBAL": lambda machine, names: machine.push(_global(*_pair(names))),
+    "GLOBAL": lambda machine, names: machine.push(_global(*names.split(" ", 1))),
     "STACK_GLOBAL": lambda machine, _: machine.push(_global(*machine.pop_some(2))),
     "BINPERSID": lambda machine, _: machine.name_storage(machine.pop()),
-    "REDUCE": _reduce,
+    "REDUCE": lambda machine, _: machine.push(_call(*machine.pop_some(2))),
     "BUILD": lambda machine, _: machine.pop(),  # the state of a dict or of something inert
     "NEWOBJ": _inert(lambda machine: machine.pop_some(2)),
     "NEWOBJ_EX": _inert(lambda machine: machine.pop_some(3)),

@@ -139,8 +139,9 @@ def test_turbo_is_known_by_its_scheduler(
 ) -> None:
     change(copy / "scheduler" / "scheduler_config.json", **changed)
     found = Checkpoint.open(copy)
-    assert (found.steps, found.guidance_scale) == defaults
-    assert found.strength == (1.0 if found.steps == 1 else 0.8), "of one step no part can be run"
+    steps, scale = found.defaults["num_inference_steps"], found.defaults["guidance_scale"]
+    assert (steps, scale) == defaults
+    assert found.defaults["strength"] == (1.0 if steps == 1 else 0.8), "of one step no part can be run"
 
 
 def test_what_the_unet_predicts_may_be_told(copy: Path) -> None:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from latentrt.cli import app
 from latentrt.export import export as package_writer
-from latentrt.export.precision.islands import Found
+from latentrt.export.precision import Found
 
 
 @pytest.fixture

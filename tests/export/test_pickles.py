@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from latentrt.engines.errors import CheckpointError, StorageError, UsageError
+from latentrt.export.pickles import convert
 from latentrt.export.pickles import machine as pickles
-from latentrt.export.pickles import torch_files
 from latentrt.export.pickles.convert import convert_pickle
 from tests.export.hostile_pickles import archive, dumps, hostile, tensor
 
@@ -150,8 +150,8 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = archive(dumps({"w": tensor()}))
     for module, limit, message in (
         (pickles, "_OPCODE_LIMIT", "more than 9 operations"),
-        (torch_files, "PICKLE_LIMIT", r"a pickle of \d+ bytes"),
-        (torch_files, "_DIRECTORY_LIMIT", r"a directory of \d+ bytes"),
+        (convert, "PICKLE_LIMIT", r"a pickle of \d+ bytes"),
+        (convert, "_DIRECTORY_LIMIT", r"a directory of \d+ bytes"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(module, limit, 9)

@@ -12,14 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentrt.engines.errors import CheckpointError, NumericError
+from latentrt.export import precision as islands
 from latentrt.export.checkpoint.open import Checkpoint
 from latentrt.export.graphs import passes as surgery
 from latentrt.export.graphs.hoist import hoist
 from latentrt.export.nets.build import NETS
 from latentrt.export.nets.calibration import PROMPTS, STEPS, Calibration, token_ids
-from latentrt.export.precision import islands
-from latentrt.export.precision.islands import LIMIT, find_islands
-from latentrt.export.precision.ranges import measure
+from latentrt.export.precision import LIMIT, find_islands, measure
 from tests.recipes import RECIPES, make_checkpoint
 
 from .test_islands import ATTENTION, HALF, OPERANDS, model_of, operands, run
@@ -164,6 +163,19 @@ def test_a_weight_that_fp16_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"'decoder.conv_in.bias' has values up to 7e\+04"):
         NETS["vae_decoder"].build(checkpoint, torch.float16)
     NETS["vae_decoder"].build(checkpoint, torch.float32)
+
+
+@pytest.mark.parametrize(("dtype", "fix"), [(torch.float16, "--dtype fp32"), (torch.float32, "damaged")])
+def test_a_weight_that_float32_cannot_hold(tmp_path: Path, dtype: torch.dtype, fix: str) -> None:
+    source = make_checkpoint(RECIPES["tiny1"], tmp_path / "tiny1", dtype=torch.float32)
+    path = source / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["decoder.conv_in.bias"] = tensors["decoder.conv_in.bias"].double()
+    tensors["decoder.conv_in.bias"][3] = -1e39
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"'decoder.conv_in.bias' has values up to 1e\+39") as error:
+        NETS["vae_decoder"].build(Checkpoint.open(source), dtype)
+    assert fix in error.value.fix
 
 
 def test_the_time_embedding_of_an_island_stays_a_table() -> None:

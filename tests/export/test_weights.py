@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latentrt.engines.errors import CheckpointError
 from latentrt.export.graphs.weights import WEIGHTS, attach, is_weight, stored_type, write_weights
 
 HALF, FULL, BRAIN = ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.BFLOAT16
@@ -45,19 +44,6 @@ def test_the_file_is_safetensors_and_slots_point_into_it(tmp_path: Path) -> None
         assert slots[name].offset % types[name].itemsize == 0
     full = np.fromfile(tmp_path / WEIGHTS, np.float32, 4, offset=slots["full"].offset)
     assert np.array_equal(full, tensors["full"].numpy())
-
-
-def test_values_beyond_fp16(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"'big' has values up to 7e\+04"):
-        write_weights(tmp_path / WEIGHTS, {"big": torch.tensor([7e4])}, {"big": HALF})
-
-
-@pytest.mark.parametrize(("value", "stored", "fix"), [(7e4, HALF, "--dtype fp32"), (1e39, FULL, "damaged")])
-def test_the_advice_fits_the_type(tmp_path: Path, value: float, stored: ir.DataType, fix: str) -> None:
-    wide = torch.tensor([value], dtype=torch.float64)
-    with pytest.raises(CheckpointError, match="'wide' has values up to") as error:
-        write_weights(tmp_path / WEIGHTS, {"wide": wide}, {"wide": stored})
-    assert fix in error.value.fix
 
 
 def test_narrow_weights_are_widened_in_the_graph(tmp_path: Path) -> None:

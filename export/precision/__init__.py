@@ -1,1 +1,0 @@
-"""Which values fp16 cannot hold, and the nodes that compute in float32 for them."""
