@@ -13,12 +13,11 @@ from .progress import Advance, progress_bar
 
 if TYPE_CHECKING:
     from ..engines.backends import BackendRow
-    from ..engines.cuda.facts import DeviceFacts
     from ..engines.package import Package
     from ..engines.profiles import Profile
-    from ..engines.store.building import BuildProgress, BuiltEngine, OnProgress
-    from ..engines.store.engine_store import EngineStore
+    from ..engines.store.engine_store import BuildProgress, BuiltEngine, EngineStore, OnProgress
     from ..engines.tensorrt.build import WantedEngine
+    from ..engines.tensorrt.builder import Weights
 
 _TICKS = 100  # of the bar, per net
 _WEIGHTS, _LEVEL = "embedded", 3
@@ -58,11 +57,13 @@ def build(
     the options, --nets, --store and --json count there.
     """
     from ..engines.backends import BACKENDS
+    from ..engines.cuda.facts import available, facts
     from ..engines.package import Package
     from ..engines.profiles import Profile, default_profile
     from ..engines.store.engine_store import EngineStore
     from ..engines.tensorrt.build import build_package, plan_build
-    from ..engines.tensorrt.options import BuildOptions
+    from ..engines.tensorrt.builder import BuildOptions
+    from ..engines.tensorrt.flavour import ENGINE_BACKENDS, installed_backends
     from ..runtime.pipeline import SHIPPED
 
     opened = Package.open(SHIPPED.get(package, package))
@@ -91,7 +92,9 @@ def build(
         workspace_limit=workspace * 2**20,
         hardware_compatibility=hardware_compatibility,
     )
-    chosen, gpu, target = backend or _installed(), _gpu(), EngineStore(store)
+    # Without a backend that is installed the first one, whose error says how to install it.
+    chosen = backend or (*installed_backends(), *ENGINE_BACKENDS)[0]
+    gpu, target = None if available() else facts(), EngineStore(store)
     if dry_run:
         planned = plan_build(opened, chosen, profiles, options, target, nets=names, gpu=gpu)
         _print_plan(planned, chosen, profiles, as_json=as_json)
@@ -128,30 +131,31 @@ def _tune(row: BackendRow, package: Package, store: EngineStore, nets: list[str]
     with progress_bar(enabled=not as_json) as advance:
         tuned: Sequence[BuiltEngine] = row.tune_package()(package, store, _shown(advance), nets=nets)
     if as_json:
-        rows = [
-            {
-                "net": item.net,
-                "path": str(item.entry.path),
-                "cached": item.cached,
-                "why": item.why,
-                "facts": dict(item.entry.facts),
-            }
-            for item in tuned
-        ]
-        print(json.dumps({"backend": row.name, "nets": rows}))
+        print(json.dumps({"backend": row.name, "nets": list(map(_record, tuned))}))
         return
     for item in tuned:
         facts = item.entry.facts
         times = ", ".join(f"{name} {value:.3f} ms" for name, value in facts["milliseconds"].items())
-        how = "in the store" if item.cached else f"measured: {item.why}"
+        how = f"measured: {item.why}" if item.why else "in the store"
         print(f"{item.net}  {facts['layout']}  ({times})  {how}")
         for name, reason in facts["rejected"].items():
             print(f"  {name} is out: {reason}")
 
 
-def _policy(name: str) -> Any:
+def _record(item: BuiltEngine) -> dict[str, Any]:
+    """What --json says of an entry, of whatever kind."""
+    return {
+        "net": item.net,
+        "path": str(item.entry.path),
+        "cached": not item.why,
+        "why": item.why,
+        "facts": dict(item.entry.facts),
+    }
+
+
+def _policy(name: str) -> Weights:
     from ..engines.errors import UsageError
-    from ..engines.tensorrt.options import Weights
+    from ..engines.tensorrt.builder import Weights
 
     try:
         return Weights(name)
@@ -163,59 +167,37 @@ def _policy(name: str) -> Any:
         ) from None
 
 
-def _installed() -> str:
-    """The best backend that is installed; if none is, the first, whose error says how to install it."""
-    from ..engines.tensorrt.flavour import ENGINE_BACKENDS, installed_backends
-
-    return (*installed_backends(), *ENGINE_BACKENDS)[0]
-
-
-def _gpu() -> DeviceFacts | None:
-    from ..engines.cuda.facts import available, facts
-
-    return None if available() else facts()
-
-
 def _print_plan(
     planned: Sequence[WantedEngine], backend: str, profiles: list[Profile], *, as_json: bool
 ) -> None:
-    rows = [
-        {
-            "net": item.net,
-            "profiles": [profile.label for profile in item.profiles],
-            "cached": not item.why,
-            "why": item.why,
-        }
-        for item in planned
-    ]
+    labels = [[profile.label for profile in item.profiles] for item in planned]
     if as_json:
+        rows = [
+            {"net": item.net, "profiles": names, "cached": not item.why, "why": item.why}
+            for item, names in zip(planned, labels, strict=True)
+        ]
         print(json.dumps({"backend": backend, "profiles": list(map(str, profiles)), "nets": rows}))
         return
-    for item in planned:
-        labels = ", ".join(profile.label for profile in item.profiles)
-        print(f"{item.net}  {labels}  {f'to build: {item.why}' if item.why else 'in the store'}")
+    for item, names in zip(planned, labels, strict=True):
+        print(f"{item.net}  {', '.join(names)}  {f'to build: {item.why}' if item.why else 'in the store'}")
 
 
 def _print_built(
     built: Sequence[BuiltEngine], backend: str, profiles: list[Profile], *, as_json: bool
 ) -> None:
-    rows = [
-        {
-            "net": item.net,
-            "profiles": item.entry.facts["labels"],
-            "path": str(item.entry.path),
-            "size": item.entry.size,
-            "seconds": 0.0 if item.cached else item.entry.build_seconds,
-            "cached": item.cached,
-            "why": item.why,
-            "facts": dict(item.entry.facts),
-        }
-        for item in built
-    ]
     if as_json:
+        rows = [
+            {
+                **_record(item),
+                "profiles": item.entry.facts["labels"],
+                "size": item.entry.size,
+                "seconds": item.entry.build_seconds if item.why else 0.0,
+            }
+            for item in built
+        ]
         print(json.dumps({"backend": backend, "profiles": list(map(str, profiles)), "nets": rows}))
         return
     for item in built:
         labels = ", ".join(item.entry.facts["labels"])
-        how = "in the store" if item.cached else f"built in {item.entry.build_seconds:.1f} s: {item.why}"
+        how = f"built in {item.entry.build_seconds:.1f} s: {item.why}" if item.why else "in the store"
         print(f"{item.net}  {labels}  {item.entry.size / 1e6:.1f} MB  {how}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Protocol, runtime_checkable
 
 from .backends import BACKENDS
@@ -28,10 +27,7 @@ def to_stderr(line: str) -> None:
 class Net(Protocol):
     """A net that is called with arrays. A closed net cannot be called."""
 
-    @property
-    def spec(self) -> NetSpec:
-        """Inputs and outputs."""
-        ...
+    spec: NetSpec
 
     @property
     def memory(self) -> MemoryLedger:
@@ -44,16 +40,6 @@ class Net(Protocol):
 
     def close(self) -> None:
         """Free everything. May be called twice."""
-        ...
-
-    def __enter__(self) -> Net:
-        """The net itself."""
-        ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close."""
         ...
 
 

@@ -129,10 +129,7 @@ class Device(Protocol):
 class BoundNet(Protocol):
     """A net whose shapes and addresses are set, once; ready to enqueue any number of times."""
 
-    @property
-    def profile(self) -> str:
-        """What it was optimised for, for people."""
-        ...
+    profile: str  # what it was optimised for, for people
 
     @property
     def capturable(self) -> bool:
@@ -151,10 +148,7 @@ class BoundNet(Protocol):
 class DeviceNet(Protocol):
     """A net on a device."""
 
-    @property
-    def spec(self) -> NetSpec:
-        """Inputs and outputs."""
-        ...
+    spec: NetSpec
 
     @property
     def memory(self) -> MemoryLedger:

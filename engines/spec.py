@@ -14,7 +14,7 @@ Symbols in shapes:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -152,18 +152,18 @@ def output_shapes(spec: NetSpec, shapes: Mapping[str, tuple[int, ...]]) -> dict[
             sizes.setdefault(stem, size * int(divisor))
         elif symbol in _PIXELS:
             sizes.setdefault(f"{symbol}/8", size // 8)
-    return {tensor.name: _numbers(tensor, sizes) for tensor in spec.outputs}
-
-
-def _numbers(tensor: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    unknown = [dim for dim in tensor.shape if isinstance(dim, str) and dim not in sizes]
-    if unknown:
-        raise PackageError(
-            f"no input decides the size {unknown[0]!r} of the output {tensor.name!r}",
-            expected=f"one of {', '.join(sorted(sizes))}",
-            fix="Export the package again with this release.",
-        )
-    return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in tensor.shape)
+    wanted = {tensor.name: tensor.shape for tensor in spec.outputs}
+    for name, shape in wanted.items():
+        if unknown := [dim for dim in shape if isinstance(dim, str) and dim not in sizes]:
+            raise PackageError(
+                f"no input decides the size {unknown[0]!r} of the output {name!r}",
+                expected=f"one of {', '.join(sorted(sizes))}",
+                fix="Export the package again with this release.",
+            )
+    return {
+        name: tuple(dim if isinstance(dim, int) else sizes[dim] for dim in shape)
+        for name, shape in wanted.items()
+    }
 
 
 # The text encoders in the order in which their features are joined to the context; each one's tokenizer.
@@ -302,40 +302,34 @@ def step(*, channels: int, float_dtype: str) -> NetSpec:
     `state` is the latent followed by the last HISTORY - 1 remembered predictions, newest first. `latent` is
     the new latent as the next UNet call wants it: once, or twice with guidance.
     """
+    picture: tuple[Dim, ...] = (channels, "H/8", "W/8")
     return NetSpec(
-        inputs=_step_inputs(channels, float_dtype, ROW), outputs=_step_outputs(channels, float_dtype)
+        inputs=(
+            TensorSpec(name="prediction", dtype=float_dtype, shape=("B", *picture)),
+            TensorSpec(name="state", dtype="float32", shape=(HISTORY, "N", *picture)),
+            TensorSpec(name="noise", dtype="float32", shape=("N", *picture)),
+            TensorSpec(name="row", dtype="float32", shape=(len(ROW),)),
+        ),
+        outputs=(
+            TensorSpec(name="next_state", dtype="float32", shape=(HISTORY, "N", *picture)),
+            TensorSpec(name="latent", dtype=float_dtype, shape=("B", *picture)),
+        ),
     )
 
 
 def step_masked(*, channels: int, float_dtype: str) -> NetSpec:
     """`step`, after which the latent is that of `kept`, noised, wherever `mask` is 0 (1 is repainted)."""
-    picture: tuple[Dim, ...] = (channels, "H/8", "W/8")
+    plain = step(channels=channels, float_dtype=float_dtype)
+    picture: tuple[Dim, ...] = ("N", channels, "H/8", "W/8")
     return NetSpec(
         inputs=(
-            *_step_inputs(channels, float_dtype, MASKED_ROW),
-            TensorSpec(name="kept", dtype="float32", shape=("N", *picture)),
-            TensorSpec(name="kept_noise", dtype="float32", shape=("N", *picture)),
+            *plain.inputs[:-1],
+            TensorSpec(name="row", dtype="float32", shape=(len(MASKED_ROW),)),
+            TensorSpec(name="kept", dtype="float32", shape=picture),
+            TensorSpec(name="kept_noise", dtype="float32", shape=picture),
             TensorSpec(name="mask", dtype="float32", shape=("N", 1, "H/8", "W/8")),
         ),
-        outputs=_step_outputs(channels, float_dtype),
-    )
-
-
-def _step_inputs(channels: int, float_dtype: str, row: Sequence[str]) -> tuple[TensorSpec, ...]:
-    picture: tuple[Dim, ...] = (channels, "H/8", "W/8")
-    return (
-        TensorSpec(name="prediction", dtype=float_dtype, shape=("B", *picture)),
-        TensorSpec(name="state", dtype="float32", shape=(HISTORY, "N", *picture)),
-        TensorSpec(name="noise", dtype="float32", shape=("N", *picture)),
-        TensorSpec(name="row", dtype="float32", shape=(len(row),)),
-    )
-
-
-def _step_outputs(channels: int, float_dtype: str) -> tuple[TensorSpec, ...]:
-    picture: tuple[Dim, ...] = (channels, "H/8", "W/8")
-    return (
-        TensorSpec(name="next_state", dtype="float32", shape=(HISTORY, "N", *picture)),
-        TensorSpec(name="latent", dtype=float_dtype, shape=("B", *picture)),
+        outputs=plain.outputs,
     )
 
 
@@ -374,21 +368,13 @@ class NetRow:
     """What is known of a net by its name.
 
     Attributes:
-        contract: makes its boundary.
         use: what it computes of what, and how often.
-        words: what people call it, in tables.
-        part: the part of a checkpoint that its weights come from; "" for a net without weights.
-        present: when a package has it; "" for a net without which nothing can be drawn.
         in_loop: whether it is called once per step, with a row per picture, or two with guidance.
         tiled: whether it may be called with tiles of a picture.
         for_others: whether it is in the package for other tools alone, and never runs here.
     """
 
-    contract: Callable[..., NetSpec]
     use: str
-    words: str
-    part: str = ""
-    present: str = ""
     in_loop: bool = False
     tiled: bool = False
     for_others: bool = False
@@ -396,96 +382,31 @@ class NetRow:
 
 # The nets of a package, in the order of the data flow. No package has all of them.
 NETS: Mapping[str, NetRow] = {
-    "text_encoder": NetRow(
-        contract=text_encoder,
-        use="token ids -> context, once per prompt",
-        words="text encoder",
-        part="text_encoder",
-        present="the checkpoint has this text encoder; SDXL's refiner does not",
-    ),
+    "text_encoder": NetRow(use="token ids -> context, once per prompt"),
     "text_encoder_2": NetRow(
-        contract=text_encoder,
-        use="token ids -> more features of the context, and the pooled embedding, once per prompt",
-        words="text encoder 2",
-        part="text_encoder_2",
-        present="SDXL and its refiner",
+        use="token ids -> more features of the context, and the pooled embedding, once per prompt"
     ),
-    "image_encoder": NetRow(
-        contract=image_encoder,
-        use="uint8 picture -> its embedding, once per picture to vary",
-        words="image encoder",
-        part="image_encoder",
-        present="unCLIP",
-    ),
-    "image_noiser": NetRow(
-        contract=image_noiser,
-        use="embedding, noise and noise level -> class labels, once per picture to vary",
-        words="image noiser",
-        part="image_normalizer",
-        present="unCLIP",
-    ),
+    "image_encoder": NetRow(use="uint8 picture -> its embedding, once per picture to vary"),
+    "image_noiser": NetRow(use="embedding, noise and noise level -> class labels, once per picture to vary"),
     "vae_encoder": NetRow(
-        contract=vae_encoder,
-        use="uint8 picture -> latent's mean and deviation, once per picture to start from",
-        words="VAE encoder",
-        part="vae",
-        present="the checkpoint's autoencoder has an encoder",
-        tiled=True,
+        use="uint8 picture -> latent's mean and deviation, once per picture to start from", tiled=True
     ),
-    "unet_context": NetRow(
-        contract=unet_context,
-        use="context -> cross-attention keys and values, once per prompt",
-        words="UNet: context",
-        part="unet",
-    ),
+    "unet_context": NetRow(use="context -> cross-attention keys and values, once per prompt"),
     "unet_time": NetRow(
-        contract=unet_time,
-        use="timesteps -> time-embedding projections of the whole schedule, once per schedule",
-        words="UNet: time",
-        part="unet",
+        use="timesteps -> time-embedding projections of the whole schedule, once per schedule"
     ),
-    "unet": NetRow(
-        contract=unet,
-        use="latent and invariants -> prediction, once per step",
-        words="UNet step",
-        part="unet",
-        in_loop=True,
-    ),
+    "unet": NetRow(use="latent and invariants -> prediction, once per step", in_loop=True),
     "step": NetRow(
-        contract=step,
         use="guidance and the sampler's row update, once per step where the loop stays on a device",
-        words="update",
-        present="always; only a loop on a device needs it",
         in_loop=True,
     ),
-    "step_masked": NetRow(
-        contract=step_masked,
-        use="the same, keeping a picture outside a mask",
-        words="update, masked",
-        present="always; only inpainting on a device needs it",
-        in_loop=True,
-    ),
-    "vae_decoder": NetRow(
-        contract=vae_decoder,
-        use="latent -> uint8 picture, once",
-        words="VAE decoder",
-        part="vae",
-        tiled=True,
-    ),
+    "step_masked": NetRow(use="the same, keeping a picture outside a mask", in_loop=True),
+    "vae_decoder": NetRow(use="latent -> uint8 picture, once", tiled=True),
     "preview_decoder": NetRow(
-        contract=vae_decoder,
-        use="latent -> uint8 picture, nearly: a tiny autoencoder, for previews",
-        words="preview decoder",
-        part="tiny_vae",
-        present="exported with --tiny-vae",
-        tiled=True,
+        use="latent -> uint8 picture, nearly: a tiny autoencoder, for previews", tiled=True
     ),
     "unet_whole": NetRow(
-        contract=unet_whole,
         use="the UNet before hoisting, under diffusers' names, for other tools",
-        words="UNet, uncut",
-        part="unet",
-        present="always; nothing here runs it",
         in_loop=True,
         for_others=True,
     ),

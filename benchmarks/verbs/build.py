@@ -21,7 +21,7 @@ from ...engines.package import Package
 from ...engines.profiles import Profile, default_profile
 from ...engines.store.engine_store import EngineStore
 from ...engines.tensorrt.build import build_package, built_nets
-from ...engines.tensorrt.options import BuildOptions
+from ...engines.tensorrt.builder import BuildOptions
 from ..machine import clocks, describe_machine
 from ..records import Document, Row, Status
 from ..sides.contract import OURS

@@ -5,14 +5,14 @@ other libraries do on theirs does not delay this one. ONNX Runtime and TensorRT 
 (`CudaDevice.stream`).
 
 The functions are those of NVIDIA's "CUDA Runtime API", chapters Memory Management, Stream Management and
-Graph Management (Event Management: `stopwatch.py`); its chapter "API synchronization behavior" says what an
+Graph Management and Event Management; its chapter "API synchronization behavior" says what an
 asynchronous copy promises.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,7 +23,72 @@ from ..device import ALIGNMENT, DeviceMemory, Graph
 from ..errors import BackendError, LatentrtError, MemoryLimitError, UsageError
 from ..spec import Array
 from .facts import DeviceFacts, Nvml, checked, facts, load_runtime
-from .stopwatch import CudaStopwatch
+
+
+class CudaStopwatch:
+    """`Stopwatch` on CUDA; made by `CudaDevice.stopwatch`.
+
+    "In milliseconds with a resolution of around 0.5 microseconds", its documentation says of
+    cudaEventElapsedTime.
+    """
+
+    def __init__(self, runtime: Any, stream: Any, enter: Callable[[str], None]) -> None:
+        self._runtime, self._stream, self._enter = runtime, stream, enter
+        self._events: list[Any] = []
+        self._stopped = False
+        try:
+            for _ in range(2):
+                self._events.append(checked(runtime, runtime.cudaEventCreate(), "making a stopwatch"))
+        except LatentrtError:
+            self.close()
+            raise
+
+    def start(self) -> None:
+        """Begin with what is enqueued next. Raises BackendError."""
+        self._record(0, "starting a stopwatch")
+        self._stopped = False
+
+    def stop(self) -> None:
+        """End with what was enqueued last. Raises BackendError."""
+        self._record(1, "stopping a stopwatch")
+        self._stopped = True
+
+    def seconds(self) -> float:
+        """The seconds between start and stop; call it after `synchronize`.
+
+        Raises:
+            BackendError: it was not stopped, never started or is closed, or the stream is not there yet.
+        """
+        begin, end = self._open("reading a stopwatch")
+        if not self._stopped:
+            raise BackendError(
+                "reading a stopwatch that was not stopped",
+                expected="start, stop, and a wait for the stream before",
+                fix="Call stop and Device.synchronize first.",
+            )
+        result = self._runtime.cudaEventElapsedTime(begin, end)
+        return float(checked(self._runtime, result, "reading a stopwatch")) / 1000  # CUDA has milliseconds
+
+    def close(self) -> None:
+        """Free both events. May be called twice; never raises: a spoiled context refuses it."""
+        events, self._events = self._events, []
+        for event in events:
+            self._runtime.cudaEventDestroy(event)
+        if events:
+            self._runtime.cudaGetLastError()
+
+    def _record(self, which: int, doing: str) -> None:
+        event = self._open(doing)[which]
+        checked(self._runtime, self._runtime.cudaEventRecord(event, self._stream), doing)
+
+    def _open(self, doing: str) -> list[Any]:
+        self._enter(doing)
+        if not self._events:
+            raise BackendError(
+                f"{doing} that is closed", expected="an open stopwatch", fix="Make another: Device.stopwatch."
+            )
+        return self._events
+
 
 # Bytes of page-locked memory that uploads pass through. A request uploads 1 to 10 MB; what is longer goes in
 # pieces, with a wait in between.
@@ -86,9 +151,7 @@ class CudaDevice:
         self._closed = False
         self._enter("opening the device")
         flag = self._runtime.cudaStreamNonBlocking
-        self._stream: Any = checked(
-            self._runtime, self._runtime.cudaStreamCreateWithFlags(flag), "making a stream"
-        )
+        self._stream: Any = self._call("cudaStreamCreateWithFlags", flag, doing="making a stream")
         self.stream = int(self._stream)
 
     @property
@@ -101,11 +164,11 @@ class CudaDevice:
     def allocate(self, size: int) -> int:
         """The address of `size` bytes of zeros. Raises MemoryLimitError with the numbers, BackendError."""
         self._enter("allocating", recorded=False)
-        runtime, doing = self._runtime, f"allocating {size} bytes"
-        address = int(checked(runtime, runtime.cudaMalloc(max(size, 1)), doing))
+        doing = f"allocating {size} bytes"
+        address = int(self._call("cudaMalloc", max(size, 1), doing=doing))
         self._sizes[address] = size
         try:
-            checked(runtime, runtime.cudaMemsetAsync(address, 0, size, self._stream), doing)
+            self._call("cudaMemsetAsync", address, 0, size, self._stream, doing=doing)
         except LatentrtError:
             self.free(address)
             raise
@@ -127,16 +190,14 @@ class CudaDevice:
         try:
             self.synchronize()
         finally:
-            checked(self._runtime, self._runtime.cudaFree(address), "freeing memory")
+            self._call("cudaFree", address, doing="freeing memory")
 
     def memory(self) -> DeviceMemory:
         """Now, and of all processes: from NVML, or CUDA where NVML has no answer."""
         self._enter("asking for the free memory")
         # NVML knows nothing of memory that is shared with the host
         numbers = None if self.facts.unified else self._nvml.memory()
-        free, total = numbers or checked(
-            self._runtime, self._runtime.cudaMemGetInfo(), "asking for the free memory"
-        )
+        free, total = numbers or self._call("cudaMemGetInfo", doing="asking for the free memory")
         return DeviceMemory(free=int(free), total=int(total), unified=self.facts.unified)
 
     def process_memory(self) -> int | None:
@@ -167,9 +228,7 @@ class CudaDevice:
     def _room(self) -> tuple[int, int]:
         """The next free address of the page-locked block, and how many bytes are free there."""
         if not self._staging:
-            self._staging = int(
-                checked(self._runtime, self._runtime.cudaMallocHost(STAGING), "locking memory for uploads")
-            )
+            self._staging = int(self._call("cudaMallocHost", STAGING, doing="locking memory for uploads"))
         if self._staged >= STAGING:
             self.synchronize()
         return self._staging + self._staged, STAGING - self._staged
@@ -200,21 +259,19 @@ class CudaDevice:
         A `pitch` of 0 repeats the one run. The two areas may not overlap. Raises BackendError.
         """
         self._enter("copying")
-        runtime = self._runtime
-        kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         if rows > 1 and all(width <= item <= _MOST_PITCH for item in (to_pitch, pitch)):
-            result = runtime.cudaMemcpy2DAsync(to, to_pitch, source, pitch, width, rows, kind, self._stream)
-            checked(runtime, result, f"copying {rows} runs of {width} bytes")
+            kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+            stream, doing = self._stream, f"copying {rows} runs of {width} bytes"
+            self._call(
+                "cudaMemcpy2DAsync", to, to_pitch, source, pitch, width, rows, kind, stream, doing=doing
+            )
             return
         for row in range(rows):  # pitches that cudaMemcpy2DAsync refuses
             self._copy(to + row * to_pitch, source + row * pitch, width, "cudaMemcpyDeviceToDevice")
 
     def _copy(self, to: int, source: int, size: int, kind: str) -> None:
-        runtime = self._runtime
-        result = runtime.cudaMemcpyAsync(
-            to, source, size, getattr(runtime.cudaMemcpyKind, kind), self._stream
-        )
-        checked(runtime, result, f"copying {size} bytes")
+        way = getattr(self._runtime.cudaMemcpyKind, kind)
+        self._call("cudaMemcpyAsync", to, source, size, way, self._stream, doing=f"copying {size} bytes")
 
     # ── the stream ─────────────────────────────────────────────────────────────────────────────
 
@@ -222,9 +279,7 @@ class CudaDevice:
         """Wait for the stream. Raises BackendError or MemoryLimitError for what failed there meanwhile."""
         self._enter("synchronising", recorded=False)
         try:
-            checked(
-                self._runtime, self._runtime.cudaStreamSynchronize(self._stream), "the work on the device"
-            )
+            self._call("cudaStreamSynchronize", self._stream, doing="the work on the device")
         finally:
             self._staged = 0
             self._downloads.clear()
@@ -264,9 +319,7 @@ class CudaDevice:
     def _begin_capture(self) -> None:
         # ThreadLocal: other threads may allocate meanwhile, this one may not
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        checked(
-            self._runtime, self._runtime.cudaStreamBeginCapture(self._stream, mode), "beginning a capture"
-        )
+        self._call("cudaStreamBeginCapture", self._stream, mode, doing="beginning a capture")
         self._capturing = True
 
     def _discard_capture(self) -> None:
@@ -277,17 +330,16 @@ class CudaDevice:
         self._runtime.cudaGetLastError()
 
     def _end_capture(self) -> CudaGraph:
-        runtime = self._runtime
-        graph = checked(runtime, runtime.cudaStreamEndCapture(self._stream), "capturing")
+        graph = self._call("cudaStreamEndCapture", self._stream, doing="capturing")
         try:
-            executable = checked(runtime, runtime.cudaGraphInstantiate(graph, 0), "making a CUDA graph")
+            executable = self._call("cudaGraphInstantiate", graph, 0, doing="making a CUDA graph")
         finally:
-            runtime.cudaGraphDestroy(graph)
+            self._runtime.cudaGraphDestroy(graph)
         captured = CudaGraph(self, executable)
         self._graphs[captured] = executable
         try:
             # else the first launch would pay for it
-            checked(runtime, runtime.cudaGraphUpload(executable, self._stream), "uploading a CUDA graph")
+            self._call("cudaGraphUpload", executable, self._stream, doing="uploading a CUDA graph")
         except LatentrtError:
             captured.close()
             raise
@@ -296,8 +348,7 @@ class CudaDevice:
     def launch(self, executable: Any) -> None:
         """For CudaGraph: enqueue it."""
         self._enter("launching a CUDA graph", recorded=False)
-        result = self._runtime.cudaGraphLaunch(executable, self._stream)
-        checked(self._runtime, result, "launching a CUDA graph")
+        self._call("cudaGraphLaunch", executable, self._stream, doing="launching a CUDA graph")
 
     def discard(self, graph: CudaGraph, executable: Any) -> None:
         """For CudaGraph: destroy it, once the stream is done with it."""
@@ -314,6 +365,10 @@ class CudaDevice:
         made = CudaStopwatch(self._runtime, self._stream, partial(self._enter, recorded=False))
         self._stopwatches.append(made)
         return made
+
+    def _call(self, name: str, *arguments: Any, doing: str) -> Any:
+        """A call of the CUDA runtime. Raises BackendError, MemoryLimitError, that begin with `doing`."""
+        return checked(self._runtime, getattr(self._runtime, name)(*arguments), doing)
 
     def close(self) -> None:
         """Free the stream, and whatever still lies on the device. May be called twice; never raises.
@@ -353,4 +408,4 @@ class CudaDevice:
                 fix="Do it before or after the capture.",
             )
         if not self._capturing:  # each thread has a current device of its own, 0 at first
-            checked(self._runtime, self._runtime.cudaSetDevice(self.index), doing)
+            self._call("cudaSetDevice", self.index, doing=doing)

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from ..errors import MemoryLimitError, PackageError
 from ..package import Package
-from .host_net import OnnxRuntimeNet
+from .nets import OnnxRuntimeNet
 from .session import available, library
 from .tuning.cpu_layouts import lowered_graph
 

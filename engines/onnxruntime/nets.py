@@ -1,4 +1,4 @@
-"""ONNX Runtime behind the seam: nets bound to a device's addresses once, and run on its stream.
+"""Nets of ONNX Runtime: on the CPU called with arrays, or bound to a device's addresses once and run there.
 
 With the CUDA provider the session gets the device's own stream, so that copies and nets are ordered without a
 wait, and a run returns before the GPU is done. With the CPU provider the same code runs on host addresses.
@@ -12,23 +12,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..device import Addresses, Device, MemoryLedger, Shapes, check_addresses
-from ..errors import BackendError, LatentrtError, UsageError
+from ..errors import BackendError, LatentrtError, MemoryLimitError, PackageError, UsageError
 from ..net_weights import engine_bytes
 from ..package import Package
-from ..spec import DTYPES, NetSpec, output_shapes
-from .lowering.files import session_entries
-from .runs import Runs, run_options, shrinking_options
-from .session import available, check_boundary, library, open_session, run_error, session_options
+from ..spec import DTYPES, Array, NetSpec, output_shapes
+from .lowering.files import LoweredGraph, session_entries
+from .lowering.winograd import kernels
+from .session import (
+    CPU,
+    Runs,
+    available,
+    check_boundary,
+    library,
+    open_session,
+    run_error,
+    run_options,
+    session_options,
+    shrinking_options,
+)
 
 CUDA = "CUDAExecutionProvider"
-CPU = "CPUExecutionProvider"
 CONV_SEARCHES = ("HEURISTIC", "EXHAUSTIVE", "DEFAULT")
 
 Submit = Callable[[Callable[[], None]], None]
@@ -43,6 +53,128 @@ def cuda_available() -> str | None:
     from ..cuda import facts  # here: "auto" asks at every start, and a CPU needs nothing of CUDA
 
     return facts.available()
+
+
+class OnnxRuntimeNet:
+    """A net on the CPU: one session, which several threads may call at once because it has no state.
+
+    Args:
+        package: where the net is from; its manifest has the boundary.
+        name: the net's name.
+        threads: for one run; None is every processor.
+        lowered: a graph to run in place of the package's, with the same boundary.
+
+    Raises:
+        PackageError: ONNX Runtime refuses the graph, or its boundary is not the manifest's.
+        MemoryLimitError: the weights do not fit.
+        UsageError: `threads` is less than 1.
+    """
+
+    def __init__(
+        self,
+        package: Package,
+        name: str,
+        *,
+        threads: int | None = None,
+        lowered: LoweredGraph | None = None,
+    ) -> None:
+        self.name = name
+        self.layout = lowered.layout if lowered else "plain"  # one of `tuning.cpu_layouts.CPU_LAYOUTS`
+        self._package, self._graph = package, lowered.graph if lowered else None
+        file = package.manifest.nets[name]
+        self.spec: NetSpec = file.spec
+        graph = package.path(file.graph)
+        options = session_options(threads)
+        kernels = _give_kernels(options, package, name, lowered) if lowered else []
+        self._session: Any = open_session(graph, options, [CPU], culprit=name, content=self._graph)
+        # ONNX Runtime reads the kernels where they are, so they must live as long as the session, and a call
+        # that still runs may hold the session longer than this net does.
+        self._session.kernels = kernels
+        self._outputs = [output.name for output in self.spec.outputs]
+        self._kernels = sum(int(value.tensor_size_in_bytes()) for value in kernels)
+        self._io = 0
+        try:
+            check_boundary(self._session, self.spec, graph)
+        except PackageError:
+            self.close()
+            raise
+
+    @property
+    def memory(self) -> MemoryLedger:
+        """Weights at the width of the arithmetic, and the inputs and outputs of the last call.
+
+        Raises PackageError if the weights file's header cannot be read any more.
+        """
+        return MemoryLedger(weights=self._weights + self._kernels, activations=None, io=self._io)
+
+    @cached_property
+    def _weights(self) -> int:
+        """Bytes of the tensors that its graph names. They are counted on demand, not at every start."""
+        return engine_bytes(self._package, self.name, self._graph)
+
+    def __call__(self, **arrays: Array) -> dict[str, Array]:
+        """Run once. Raises BackendError after `close` or for wrong inputs, MemoryLimitError."""
+        session = self._session
+        if session is None:
+            raise BackendError(
+                f"the net {self.name!r} is closed",
+                expected="an open net",
+                fix="Call it inside its `with` block.",
+            )
+        results = self._run(session, arrays)
+        self._io = sum(array.nbytes for array in (*arrays.values(), *results))
+        return dict(zip(self._outputs, results, strict=True))
+
+    def _run(self, session: Any, arrays: dict[str, Array]) -> list[Any]:
+        try:
+            return session.run(self._outputs, arrays)
+        except Exception as error:  # onnxruntime raises a dozen classes of its own, all derived from it
+            shapes = {name: array.shape for name, array in arrays.items()}
+            raise run_error(self.name, error, shapes) from error
+
+    def close(self) -> None:
+        """Free the session. May be called twice."""
+        self._session = None
+
+    def __enter__(self) -> OnnxRuntimeNet:
+        """The net itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+
+def _give_kernels(options: Any, package: Package, name: str, lowered: LoweredGraph) -> list[Any]:
+    """Let a session have the package's weights, and the transformed ones of a lowered graph.
+
+    Returns the transformed weights, which must live as long as the session.
+    """
+    for key, value in session_entries(package, name).items():
+        options.add_session_config_entry(key, value)
+    weights = package.manifest.nets[name].weights
+    if not lowered.kernels or weights is None:
+        return []
+    make = library().OrtValue.ortvalue_from_numpy
+    values = list[Any]()
+    try:
+        for kernel, array in kernels(package.path(weights), lowered.kernels):
+            values.append(make(array))
+            options.add_initializer(kernel.name, values[-1])
+    except MemoryError as error:
+        raise MemoryLimitError(
+            f"the weights of {name!r} for Winograd's convolutions do not fit the memory",
+            expected="enough free memory",
+            fix="Close other programs, or forget the layout: latentrt cache prune --all.",
+            culprit=name,
+        ) from error
+    except (ValueError, KeyError) as error:
+        raise PackageError(
+            f"{weights} has no weights for the layout of {name!r} ({type(error).__name__}: {error})",
+            expected="the weights that the layout was measured with",
+            fix="Forget the layout: latentrt cache prune --all; then measure again: latentrt build.",
+        ) from error
+    return values
 
 
 def open_onnxruntime_net(
@@ -74,8 +206,8 @@ def open_onnxruntime_net(
         threads: for what runs on the CPU; None is every processor.
         submit: takes each run in place of calling it: how a device without a CUDA stream orders it.
         capture: let runs on CUDA be captured. Not by default: a graph reads page-locked buffers of the
-            session (`onnxruntime/runs.py`), and no GPU run has shown yet that replaying it is right. The GPU
-            check captures, to find out.
+            session (see `Runs`), and no GPU run has shown yet that replaying it is right. The GPU check
+            captures, to find out.
         profile: a folder for the library's profile of every run.
 
     Raises:
@@ -130,7 +262,7 @@ class OnnxRuntimeDeviceNet:
     ) -> None:
         self.name = name
         self.submit: Submit = submit or _at_once
-        self._spec = spec
+        self.spec = spec
         self._session = session
         self._device = device
         self._weights = weights
@@ -139,11 +271,6 @@ class OnnxRuntimeDeviceNet:
         self._kind = "cuda" if runs else "cpu"
         self._index = _index(device) if runs else 0
         self._bound: dict[OnnxRuntimeBoundNet, dict[int, int]] = {}  # with bytes by address
-
-    @property
-    def spec(self) -> NetSpec:
-        """Inputs and outputs, as the manifest has them."""
-        return self._spec
 
     @property
     def memory(self) -> MemoryLedger:
@@ -221,7 +348,7 @@ class OnnxRuntimeDeviceNet:
         self._bound.pop(bound, None)
 
     def settle(self) -> None:
-        """Nothing: what a run leaves behind goes in one of the next runs (`onnxruntime/runs.py`)."""
+        """Nothing: what a run leaves behind goes in one of the next runs (`onnxruntime/session.py`)."""
 
     def release(self) -> None:
         """Give back what the arena holds beyond its blocks in use: activations of earlier calls.
@@ -268,16 +395,8 @@ class OnnxRuntimeBoundNet:
         self._net = net
         self._binding = binding
         self._shapes = shapes
-
-    @property
-    def profile(self) -> str:
-        """ONNX Runtime has one for all shapes."""
-        return f"onnxruntime {self._net.provider}, any shape"
-
-    @property
-    def capturable(self) -> bool:
-        """Whether the net was opened so that runs may be captured."""
-        return self._net.capturable
+        self.profile = f"onnxruntime {net.provider}, any shape"
+        self.capturable = net.capturable
 
     def enqueue(self) -> None:
         """Put one run on the device's stream. Raises BackendError, also once closed, MemoryLimitError."""

@@ -12,24 +12,146 @@ The layout on disk is in `store/folder.py`. Nothing but the standard library and
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import shutil
+import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 from ..errors import EngineError, LatentrtError
 from . import files
-from .entry import ENGINE, MANIFEST, Entry, seal
+from .files import folder_bytes, storage_errors
 from .folder import StoreFolder
-from .key import SCHEMA, EngineKey, miss_reason
+from .key import SCHEMA, EngineKey, canonical_json, canonical_sha256, miss_reason
 
-if TYPE_CHECKING:
-    from .upkeep import Pruned, Verdict
+ENGINE, MANIFEST = "engine.bin", "manifest.json"
+_MANIFEST_LIMIT = 2**20  # bytes; one with fifty profiles has 5 kB
+_DAY = 86400.0  # seconds
 
-Builder = Callable[[Path], dict[str, Any]]
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """An engine in the store.
+
+    `size` is in bytes; `created` is UTC (ISO 8601); `facts` is what the builder thought worth keeping.
+    """
+
+    path: Path
+    key: EngineKey
+    size: int
+    sha256: str
+    created: str
+    build_seconds: float
+    producer: str
+    facts: Mapping[str, Any]
+    store: StoreFolder = field(repr=False, compare=False)
+
+    @classmethod
+    def load(cls, store: StoreFolder, path: Path) -> Entry | None:
+        """The entry in a folder; None if there is none, or one whose key only another release understands.
+
+        Raises:
+            EngineError: it is damaged. The engine's own bytes are not read.
+            StorageError: it is a link, or others can write it.
+        """
+        try:
+            files.check_private(path, path.lstat(), stat.S_IFDIR)
+        except FileNotFoundError:
+            return None
+        content = files.read_file(path / MANIFEST, limit=_MANIFEST_LIMIT)
+        try:
+            manifest = _unseal(content)
+            if canonical_sha256(manifest["key"]) != path.name:
+                raise ValueError("it describes another engine")
+            if manifest.pop("schema") != SCHEMA:
+                return None
+            key = EngineKey.from_json(manifest.pop("key"))
+            entry = cls(path=path, key=key, store=store, **manifest)
+            status = (path / ENGINE).lstat()
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise files.damaged(f"{path / MANIFEST} is damaged ({error})", "a manifest as written") from error
+        files.check_private(path / ENGINE, status, stat.S_IFREG)
+        if status.st_size != entry.size:
+            raise files.damaged(f"{path / ENGINE} has {status.st_size} bytes", f"{entry.size} bytes")
+        return entry
+
+    def read(self) -> bytes:
+        """The engine, read once and checked: exactly these bytes have the manifest's sha256.
+
+        Raises:
+            EngineError: it is damaged, and now in quarantine, so that the next `get_or_build` builds it.
+            StorageError: it is a link, or others can write it.
+        """
+        self.store.check()
+        try:
+            data = self.checked_bytes()
+        except EngineError as error:
+            data = self._built_since(error)
+        with suppress(OSError):
+            os.utime(self.path / MANIFEST)  # for `prune`
+        return data
+
+    def _built_since(self, error: EngineError) -> bytes:
+        """The engine, if it was built again since this was found; else set it aside and raise `error`."""
+        with self.store.try_lock(self.path.name) as held:
+            with suppress(EngineError):
+                fresh = Entry.load(self.store, self.path)
+                if fresh is not None and fresh != self:
+                    return fresh.checked_bytes()
+            if held:
+                self.store.set_aside(self.path, error.found)
+        raise error
+
+    def checked_bytes(self) -> bytes:
+        """What `read` returns, or the same errors; the store stays as it is."""
+        data = files.read_file(self.path / ENGINE, size=self.size)
+        found = hashlib.sha256(data).hexdigest()
+        if found != self.sha256:
+            wanted = f"{self.sha256[:12]}… as its manifest says"
+            raise files.damaged(f"{self.path / ENGINE} has sha256 {found[:12]}…", wanted)
+        return data
+
+    @property
+    def last_used(self) -> float:
+        """Seconds since the epoch at which the engine was last read (or built); 0 if it is gone."""
+        return _last_used(self.path)
+
+    def to_json(self) -> dict[str, Any]:
+        """What the manifest says, without its check sum."""
+        names = ("size", "sha256", "created", "build_seconds", "producer")
+        plain = {name: getattr(self, name) for name in names}
+        return {"schema": self.key.schema, "key": self.key.to_json(), **plain, "facts": dict(self.facts)}
+
+
+def _last_used(path: Path) -> float:
+    for name in (path / MANIFEST, path):
+        with suppress(OSError):
+            return name.lstat().st_mtime
+    return 0.0
+
+
+def seal(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest's bytes. Raises TypeError or ValueError for what JSON cannot express."""
+    return canonical_json({**manifest, "check": canonical_sha256(manifest)}) + b"\n"
+
+
+def _unseal(content: bytes) -> dict[str, Any]:
+    """The manifest, if no byte of it has changed. Raises ValueError otherwise."""
+    manifest = cast(dict[str, Any], json.loads(content))
+    if not isinstance(manifest, dict):
+        raise ValueError("it is no JSON object")
+    manifest.pop("check", None)
+    # Its one spelling is written again, so that a changed blank or a repeated name is seen too.
+    if seal(manifest) != content:
+        raise ValueError("its check sum is wrong")
+    return manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +160,34 @@ class Miss:
 
     key: EngineKey
     reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What hashing found: good entries, and (folder's name, what is wrong) of each damaged one."""
+
+    good: tuple[Entry, ...]
+    damaged: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removed:
+    """One entry that went: its folder's name, its net ("" if unreadable), bytes, and why."""
+
+    name: str
+    net: str
+    size: int
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """What `prune` removed. `freed_bytes` counts also quarantine, side files and killed builders' rests."""
+
+    removed: tuple[Removed, ...]
+    freed_bytes: int
+    kept: int
+    kept_bytes: int
 
 
 class EngineStore(StoreFolder):
@@ -84,7 +234,7 @@ class EngineStore(StoreFolder):
     def get_or_build(
         self,
         key: EngineKey,
-        build: Builder,
+        build: Callable[[Path], dict[str, Any]],
         *,
         waiting: Callable[[str], None] | None = None,
         rebuild: bool = False,
@@ -116,7 +266,7 @@ class EngineStore(StoreFolder):
                 return entry
             with self.temporary(key.digest) as folder:
                 self._build(key, build, folder)
-                with files.storage_errors(self.root, f"{path} could not be written"):
+                with storage_errors(self.root, f"{path} could not be written"):
                     self.place(folder, path)
             entry = Entry.load(self, path)
         assert entry is not None
@@ -129,14 +279,14 @@ class EngineStore(StoreFolder):
             self.set_aside(path, error.found)
             return None
 
-    def _build(self, key: EngineKey, build: Builder, folder: Path) -> None:
+    def _build(self, key: EngineKey, build: Callable[[Path], dict[str, Any]], folder: Path) -> None:
         """Fill a temporary folder: the engine first, its manifest last, both on the disk."""
         from importlib.metadata import version
 
         engine = folder / ENGINE
         failed = f"the engine of {key.net} could not be written"
         started = time.perf_counter()
-        with files.storage_errors(self.root, failed, only_full=True):
+        with storage_errors(self.root, failed, only_full=True):
             facts = build(engine)
         seconds = round(time.perf_counter() - started, 3)
         if engine.is_symlink() or not engine.is_file() or not engine.stat().st_size:
@@ -145,7 +295,7 @@ class EngineStore(StoreFolder):
                 expected=f"a file that is not empty at {engine}",
                 fix="Report it: this is a mistake in latentrt, or in the backend.",
             )
-        with files.storage_errors(self.root, failed):
+        with storage_errors(self.root, failed):
             engine.chmod(0o600)
             size, sha256 = files.hash_and_sync(engine)
             manifest = {
@@ -161,11 +311,23 @@ class EngineStore(StoreFolder):
             files.write_synced(folder / MANIFEST, seal(manifest))
             files.sync_folder(folder)
 
+    # ── upkeep ───────────────────────────────────────────────────────────────────────────────────
+
     def verify(self) -> Verdict:
         """Hash every engine, which reads every byte; damaged ones are moved to quarantine."""
-        from .upkeep import verify
-
-        return verify(self)
+        good: list[Entry] = []
+        damaged: list[tuple[str, str]] = []
+        for path in self.folders():
+            try:
+                if (entry := Entry.load(self, path)) is not None:
+                    entry.checked_bytes()
+                    good.append(entry)
+            except LatentrtError as error:
+                damaged.append((path.name, error.found))
+                with self.try_lock(path.name) as held:
+                    if held:
+                        self.set_aside(path, error.found)
+        return Verdict(good=tuple(good), damaged=tuple(damaged))
 
     def prune(
         self,
@@ -188,6 +350,118 @@ class EngineStore(StoreFolder):
         Raises:
             StorageError: an entry cannot be removed.
         """
-        from .upkeep import prune
+        paths = sorted(self.folders(), key=_last_used)
+        sizes = {path: folder_bytes(path) for path in paths}
+        total = sum(sizes.values())
+        oldest = None if older_than_days is None else time.time() - older_than_days * _DAY
+        removed: list[Removed] = []
+        for path, size in sizes.items():
+            net, usable = self._net_of(path)
+            if not usable:
+                why = "damaged"
+            elif everything:
+                why = "all"
+            elif oldest is not None and _last_used(path) < oldest:
+                why = f"not used for {older_than_days:g} days"
+            elif keep_bytes is not None and total > keep_bytes:
+                why = "least recently used"
+            else:
+                continue
+            if self._remove_unless_locked(path, dry_run):
+                total -= size
+                removed.append(Removed(name=path.name, net=net, size=size, why=why))
+        freed = sum(item.size for item in removed) + self._remove_rests(everything, dry_run)
+        kept = len(paths) - len(removed)
+        return Pruned(removed=tuple(removed), freed_bytes=freed, kept=kept, kept_bytes=total)
 
-        return prune(self, keep_bytes, older_than_days, everything=everything, dry_run=dry_run)
+    def _net_of(self, path: Path) -> tuple[str, bool]:
+        """The net of the entry in a folder ("" if this release cannot tell), and whether it is undamaged."""
+        try:
+            entry = Entry.load(self, path)
+        except LatentrtError:
+            return "", False
+        return entry.key.net if entry is not None else "", True
+
+    def _remove_unless_locked(self, path: Path, dry_run: bool) -> bool:
+        with self.try_lock(path.name) as free:
+            if free and not dry_run:
+                with storage_errors(self.root, f"{path} could not be removed"):
+                    self.remove(path)
+            return free
+
+    def _remove_rests(self, everything: bool, dry_run: bool) -> int:
+        """Bytes in quarantine, side files and abandoned temporary folders, which are removed."""
+        folders = [self.quarantine, *([self.caches] if everything else [])]
+        before = sum(map(folder_bytes, [*folders, self.building]))
+        if not dry_run:
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+            self.sweep()
+            with suppress(OSError):
+                self.quarantine.mkdir(mode=0o700)
+            before -= sum(map(folder_bytes, [*folders, self.building]))
+        return before
+
+
+# ── engines of several nets, one net after the other ─────────────────────────────────────────────
+
+Report = Callable[[str, float], None]  # what is being done, and how much of one net is done (0 to 1)
+Build = Callable[[str, Path, Report], dict[str, Any]]  # net, where its engine goes -> facts for the store
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildProgress:
+    """How far a build is: net `index` of `total`, and `fraction` (0 to 1) of that net."""
+
+    net: str
+    index: int
+    total: int
+    phase: str
+    fraction: float
+
+
+OnProgress = Callable[[BuildProgress], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltEngine:
+    """An entry that is in the store now. `why` it had to be built; "" where it was there before."""
+
+    entry: Entry
+    why: str
+
+    @property
+    def net(self) -> str:
+        """The net's name."""
+        return self.entry.key.net
+
+
+def build_missing(
+    store: EngineStore, found: Sequence[Entry | Miss], build: Build, progress: OnProgress | None = None
+) -> tuple[BuiltEngine, ...]:
+    """An entry for each of `found`, which `EngineStore.find` returned; `build` makes what was missed.
+
+    Raises:
+        StorageError: the store cannot be written.
+        Exception: whatever `build` raises. Entries that were complete stay.
+    """
+
+    def ensure(index: int, item: Entry | Miss) -> BuiltEngine:
+        if isinstance(item, Entry):
+            return BuiltEngine(entry=item, why="")
+        net = item.key.net
+
+        def report(phase: str, fraction: float) -> None:
+            if progress is not None:
+                progress(
+                    BuildProgress(net=net, index=index, total=len(found), phase=phase, fraction=fraction)
+                )
+
+        entry = store.get_or_build(
+            item.key,
+            lambda path: build(net, path, report),
+            waiting=lambda message: report(message, 0.0),
+        )
+        return BuiltEngine(entry=entry, why=item.reason)
+
+    return tuple(ensure(index, item) for index, item in enumerate(found))

@@ -21,7 +21,6 @@ from ..errors import EngineError, StorageError
 POSIX = os.name == "posix"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, the user's quota, or the file size limit
 _OPEN = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-_FOOTER = b"latentrt"  # then the sha256 of everything before it
 _CHUNK = 1 << 20  # bytes
 
 
@@ -58,18 +57,14 @@ def storage_errors(root: Path, what: str, *, only_full: bool = False) -> Generat
                 expected=f"a folder that this user can write at {root}",
                 fix="Mend its permissions, or set LATENTRT_CACHE to another folder.",
             ) from error
-        written = sum(folder_bytes(path) for path in root.glob("building/*"))
+        written, free = sum(folder_bytes(path) for path in root.glob("building/*")), 0
+        with suppress(OSError):
+            free = shutil.disk_usage(root).free
         raise StorageError(
-            f"{what}: {reason}, with {written} bytes of it written and {_free(root)} bytes free in {root}",
+            f"{what}: {reason}, with {written} bytes of it written and {free} bytes free in {root}",
             expected="room for the whole engine",
             fix="Free disk space (latentrt cache prune --all), or set LATENTRT_CACHE to another disk.",
         ) from error
-
-
-def _free(root: Path) -> int:
-    with suppress(OSError):
-        return shutil.disk_usage(root).free
-    return 0
 
 
 def folder_bytes(path: Path) -> int:
@@ -163,17 +158,6 @@ def sync_folder(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def pack_side(data: bytes) -> bytes:
-    """A side file's content: `data` and a footer that vouches for it."""
-    return data + _FOOTER + hashlib.sha256(data).digest()
-
-
-def unpack_side(content: bytes) -> bytes:
-    """The reverse of `pack_side`; b"" for anything it did not write."""
-    data, footer = content[:-40], content[-40:]
-    return data if footer == _FOOTER + hashlib.sha256(data).digest() else b""
 
 
 def read_note(path: Path) -> str:

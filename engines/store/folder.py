@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ from .files import default_root
 from .key import EngineKey, is_sha256
 
 _SIDE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_FOOTER = b"latentrt"  # of a side file; then the sha256 of everything before it
 SIDE = "side"  # the lock of all side files, and the prefix of their temporary folders
 
 
@@ -100,16 +102,6 @@ class StoreFolder:
         finally:
             if held:
                 lock.release()
-
-    @contextmanager
-    def side_lock(self) -> Generator[None]:
-        """Hold the lock of the side files, which nobody holds for long."""
-        lock = self._file_lock(SIDE)
-        self._acquire(lock, -1.0)
-        try:
-            yield
-        finally:
-            lock.release()
 
     def _file_lock(self, name: str) -> BaseFileLock:
         return FileLock(self.locks / f"{name}.lock", mode=0o600)
@@ -202,18 +194,22 @@ class StoreFolder:
         """What `write_side_file` wrote; b"" if it is missing, damaged, a link, or open to others."""
         with suppress(LatentrtError):
             self.check()
-            return files.unpack_side(files.read_file(path))
+            content = files.read_file(path)
+            data, footer = content[:-40], content[-40:]
+            return data if footer == _FOOTER + hashlib.sha256(data).digest() else b""
         return b""
 
     def write_side_file(self, path: Path, data: bytes) -> None:
         """Replace a side file at once. Raises StorageError, and the old one stays, if that fails."""
         self.make()
-        with (
-            self.side_lock(),
-            self.temporary(SIDE) as folder,
-            files.storage_errors(self.root, f"{path} could not be written"),
-        ):
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            files.write_synced(folder / path.name, files.pack_side(data))
-            os.replace(folder / path.name, path)
-            files.sync_folder(path.parent)
+        lock = self._file_lock(SIDE)
+        self._acquire(lock, -1.0)  # however long it takes: nobody holds it for long
+        failed = files.storage_errors(self.root, f"{path} could not be written")
+        try:
+            with self.temporary(SIDE) as folder, failed:
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                files.write_synced(folder / path.name, data + _FOOTER + hashlib.sha256(data).digest())
+                os.replace(folder / path.name, path)
+                files.sync_folder(path.parent)
+        finally:
+            lock.release()

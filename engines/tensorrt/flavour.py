@@ -213,3 +213,26 @@ def _numbers(version: str) -> Version:
     """The leading numbers of a version: 10.14.1.48.post1 is (10, 14, 1, 48)."""
     found = re.match(r"[0-9]+(?:\.[0-9]+)*", version)
     return tuple(map(int, found.group().split("."))) if found else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Abilities:
+    """What a library can do when an engine runs; it tells by itself, so this needs no version numbers.
+
+    `compiles`: it makes its kernels at run time, and can keep them.
+    """
+
+    validity: bool
+    statistics: bool
+    compiles: bool
+    tells_capturable: bool
+
+
+def abilities(trt: Trt) -> Abilities:
+    """Only tensorrt_rtx has all of these; tensorrt 11 has statistics, tensorrt 10 none."""
+    return Abilities(
+        validity=hasattr(trt, "EngineValidity"),
+        statistics=hasattr(trt, "EngineStat"),
+        compiles=hasattr(trt, "CudaGraphStrategy"),
+        tells_capturable=hasattr(trt.IExecutionContext, "is_stream_capturable"),
+    )

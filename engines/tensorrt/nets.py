@@ -6,27 +6,121 @@ because they run in order on one stream: whatever one leaves there is dead befor
 library documents that the block is in use until execution completes, and that contexts which overlap in time
 must not share it.)
 
-The library is the parameter `trt`; where its kinds differ is in `contexts.py` and
-`flavour.py`.
+The library is the parameter `trt`; where its kinds differ is in `flavour.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+import re
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 from weakref import WeakSet
 
 from ..device import Addresses, MemoryLedger, Shapes, check_addresses
 from ..errors import BackendError, LatentrtError, StorageError
 from ..profiles import NetProfile, choose
-from ..spec import Array, NetSpec, output_shapes
-from ..store.entry import Entry
-from .contexts import CacheFile, Context, Contexts, StoredCache, abilities
+from ..spec import NetSpec, output_shapes
+from ..store.engine_store import Entry
+from ..store.folder import StoreFolder
 from .contract import check_outputs
-from .loading import EngineOf, Loaded, check_room, load_engine
+from .flavour import Engine, Trt, abilities
+from .loading import EngineOf, Loaded, check_room, load_engine, refit_stripped
 from .log import messages
-from .refit import refit, refit_identical
+
+Context: TypeAlias = Any  # IExecutionContext
+
+CACHE_KIND = "runtime"  # the store's folder of these side files
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredCache:
+    """A runtime cache among the store's side files: one per engine and kind of GPU.
+
+    The library takes a cache back on the same kind of GPU alone, so two kinds must not overwrite each
+    other's.
+    """
+
+    store: StoreFolder
+    digest: str  # of the engine's key
+    device: str  # its name
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return f"{self.digest[:32]}-{re.sub(r'[^A-Za-z0-9]+', '_', self.device)}"
+
+    def read(self) -> bytes:
+        """What was written last; b"" if nothing, or nothing sound."""
+        return self.store.read_side_file(self.store.side_file(CACHE_KIND, self.name))
+
+    def write(self, data: bytes) -> None:
+        """Replace it. Raises StorageError."""
+        self.store.write_side_file(self.store.side_file(CACHE_KIND, self.name), data)
+
+
+class Contexts:
+    """Makes the execution contexts of one engine."""
+
+    def __init__(self, trt: Trt, engine: Engine, file: StoredCache | None) -> None:
+        self._trt, self._file = trt, file
+        self._config: Any = None
+        self._cache: Any = None
+        self._stored = b""
+        self._new = False  # kernels may have been compiled since `settle`
+        if abilities(trt).compiles:
+            self._config = self._configure(engine)
+
+    def make(self, engine: Engine) -> Context | None:
+        """A context that owns no activations: whoever binds it brings them. None if the library cannot."""
+        if self._config is not None:
+            return engine.create_execution_context(self._config)
+        return engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+
+    def ran(self) -> None:
+        """A context has been enqueued for the first time, which is when kernels are compiled."""
+        self._new = True
+
+    def settle(self) -> None:
+        """Save, if there may be something new. That fails in silence: it would only have saved time."""
+        new, self._new = self._new, False
+        if new:
+            with suppress(StorageError):
+                self.save()
+
+    def save(self) -> None:
+        """Keep the kernels compiled so far, if any are new. Raises StorageError."""
+        cache, file = self._cache, self._file
+        if cache is None or file is None:
+            return
+        data = bytes(cache.serialize())
+        if data != self._stored:
+            file.write(data)
+            self._stored = data
+
+    def close(self) -> None:
+        """Let go of the engine. May be called twice."""
+        self._cache = self._config = None
+
+    def _configure(self, engine: Engine) -> Any:
+        trt, config = self._trt, engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        # Rows are captured by us; a graph of the library's own inside would be a second one.
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
+        # Otherwise the first pictures run on fallback kernels, several times slower (NVIDIA's demo of 1.5).
+        config.dynamic_shapes_kernel_specialization_strategy = (
+            trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        )
+        cache = config.create_runtime_cache()
+        if self._file is not None and (stored := self._file.read()):
+            # Refused after an update of the driver or the library: then everything is compiled once more.
+            self._stored = stored if cache.deserialize(stored) else b""
+        config.set_runtime_cache(cache)
+        self._cache = cache
+        return config
+
 
 _Binding = tuple[int, tuple[tuple[str, tuple[int, ...]], ...]]  # a profile, and the sorted shapes
 
@@ -49,7 +143,7 @@ def open_entry(of: EngineOf, entry: Entry, graph: Path) -> TensorRTNet:
 
 
 def open_engine(
-    of: EngineOf, data: bytes, *, cache: CacheFile | None = None, graph: Path | None = None
+    of: EngineOf, data: bytes, *, cache: StoredCache | None = None, graph: Path | None = None
 ) -> TensorRTNet:
     """Put an engine on the device.
 
@@ -66,7 +160,7 @@ def open_engine(
     """
     loaded = load_engine(of, data)
     if graph is not None:
-        refit_identical(of.trt, loaded.engine, of.device.stream, graph, net=of.net, fix=of.rebuild)
+        refit_stripped(of, loaded.engine, graph)
     return TensorRTNet(loaded, Contexts(of.trt, loaded.engine, cache))
 
 
@@ -74,7 +168,8 @@ class TensorRTNet:
     """One engine on one device. Not safe to share between threads without a lock, as its device is not."""
 
     def __init__(self, loaded: Loaded, contexts: Contexts) -> None:
-        self._name, self._spec, self._profiles = loaded.net, loaded.spec, loaded.profiles
+        self.spec: NetSpec = loaded.spec
+        self._name, self._profiles = loaded.net, loaded.profiles
         self.remark = loaded.remark
         self._loaded: Loaded | None = loaded
         self._contexts = contexts
@@ -84,11 +179,6 @@ class TensorRTNet:
         self._bound: WeakSet[BoundTensorRTNet] = WeakSet()
         self._weights = _weight_bytes(loaded)
         self._largest = 0
-
-    @property
-    def spec(self) -> NetSpec:
-        """Inputs and outputs."""
-        return self._spec
 
     @property
     def memory(self) -> MemoryLedger:
@@ -128,11 +218,11 @@ class TensorRTNet:
             MemoryLimitError: no memory for a context.
         """
         loaded, call = self._call(shapes)
-        check_addresses(self._name, self._spec, addresses, scratch)
+        check_addresses(self._name, self.spec, addresses, scratch)
         with self._context(loaded, call) as context:
             self._give(loaded, context, call, addresses, scratch)
-        every = {**shapes, **output_shapes(self._spec, shapes)}
-        io = sum(tensor.nbytes(every[tensor.name]) for tensor in (*self._spec.inputs, *self._spec.outputs))
+        every = {**shapes, **output_shapes(self.spec, shapes)}
+        io = sum(tensor.nbytes(every[tensor.name]) for tensor in (*self.spec.inputs, *self.spec.outputs))
         bound = BoundTensorRTNet(loaded, context, self._contexts, profile=self._profiles[call[0]], io=io)
         self._bound.add(bound)
         return bound
@@ -170,17 +260,6 @@ class TensorRTNet:
                 return freed
         return 0
 
-    def refit(self, weights: Mapping[str, Array]) -> None:
-        """Replace weights by name, in the stream's order; bindings stay valid, captured graphs may not.
-
-        Raises:
-            UsageError: a name the engine was not built to refit, or an array of another dtype or size.
-            BackendError: after `close`, or the library refuses.
-            MemoryLimitError: no memory for the copies.
-        """
-        loaded = self._opened()
-        refit(loaded.trt, loaded.engine, loaded.device.stream, weights, net=self._name, fix=loaded.rebuild)
-
     def close(self) -> None:
         """Free contexts, then the engine. May be called twice."""
         loaded, self._loaded = self._loaded, None
@@ -204,7 +283,7 @@ class TensorRTNet:
         loaded = self._opened()
         backend = loaded.flavour.backend
         index = choose(self._profiles, shapes, backend=backend, package=loaded.package)
-        output_shapes(self._spec, shapes)  # `choose` looks at each shape by itself
+        output_shapes(self.spec, shapes)  # `choose` looks at each shape by itself
         return loaded, (index, tuple(sorted((name, tuple(shape)) for name, shape in shapes.items())))
 
     @contextmanager
@@ -239,8 +318,8 @@ class TensorRTNet:
             raise loaded.failed(mark, f"finds the shapes {dict(shapes)} inconsistent ({error})") from error
         if unknown:
             raise loaded.failed(mark, f"does not know the shapes of {unknown}")
-        found = {item.name: tuple(context.get_tensor_shape(item.name)) for item in self._spec.outputs}
-        check_outputs(self._spec, dict(shapes), found, net=self._name, fix=loaded.rebuild)
+        found = {item.name: tuple(context.get_tensor_shape(item.name)) for item in self.spec.outputs}
+        check_outputs(self.spec, dict(shapes), found, net=self._name, fix=loaded.rebuild)
 
     def _give(
         self, loaded: Loaded, context: Context, call: _Binding, addresses: Addresses, scratch: int
@@ -283,15 +362,10 @@ class BoundTensorRTNet:
     def __init__(
         self, loaded: Loaded, context: Context, contexts: Contexts, *, profile: NetProfile, io: int
     ) -> None:
-        self._profile, self.io = profile, io
+        self.profile, self.io = profile.label, io
         self._contexts: Contexts | None = contexts  # until the first run
         self._held: tuple[Loaded, Context] | None = (loaded, context)
         self._stream = loaded.device.stream
-
-    @property
-    def profile(self) -> str:
-        """What it was optimised for, for people."""
-        return self._profile.label
 
     @property
     def capturable(self) -> bool:
@@ -320,7 +394,7 @@ class BoundTensorRTNet:
     def _opened(self) -> tuple[Loaded, Context]:
         if self._held is None:
             raise BackendError(
-                f"a binding of the profile {self._profile.label!r} is closed",
+                f"a binding of the profile {self.profile!r} is closed",
                 expected="one that is open",
                 fix="Bind the net again; moving weights off the device closes all bindings.",
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from threading import Event, Lock
 
@@ -47,7 +47,7 @@ class HostLoop:
                 )
             if name not in self.nets:
                 self._package.manifest.net(name)
-                self.nets[name] = self._resources.enter_context(self._open(name))
+                self.nets[name] = self._resources.enter_context(closing(self._open(name)))
             return self.nets[name]
 
     def call(self, net: str, **arrays: Array) -> dict[str, Array]:

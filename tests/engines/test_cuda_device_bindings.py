@@ -10,7 +10,6 @@ import pytest
 
 from latentrt.engines.cuda import device as cuda_device
 from latentrt.engines.cuda import facts as cuda_facts
-from latentrt.engines.cuda import stopwatch as cuda_stopwatch
 from latentrt.engines.cuda.device import CudaDevice
 from latentrt.engines.errors import BackendError, MemoryLimitError
 from tests.engines.simulated_cuda import SimulatedRuntime
@@ -18,20 +17,24 @@ from tests.engines.simulated_nvml import SimulatedNvml
 
 
 def sources() -> list[ast.AST]:
-    modules = cuda_device, cuda_facts, cuda_stopwatch
+    modules = cuda_device, cuda_facts
     return [ast.parse(Path(module.__file__).read_text("utf-8")) for module in modules]
 
 
 def calls() -> set[tuple[str, int]]:
     """Every call of the CUDA runtime in the sources: the function's name and how many arguments it gets."""
-    return {
-        (node.func.attr, len(node.args))
-        for tree in sources()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr.startswith("cuda")
-    }
+    found = set[tuple[str, int]]()
+    for node in (node for tree in sources() for node in ast.walk(tree)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            assert not any(isinstance(item, ast.Starred) for item in node.args) or node.func.attr != "_call"
+            match node.func.attr, node.args:
+                case "_call", [ast.Constant(value=str(name)), *arguments]:
+                    found.add((name, len(arguments)))
+                case name, arguments if name.startswith("cuda"):
+                    found.add((name, len(arguments)))
+                case _:
+                    pass
+    return found
 
 
 @pytest.mark.parametrize("real", [True, False])

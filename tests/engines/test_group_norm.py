@@ -11,9 +11,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from latentrt.engines.onnxruntime.host_net import OnnxRuntimeNet
-from latentrt.engines.onnxruntime.lowering.geglu import lower_geglus
-from latentrt.engines.onnxruntime.lowering.group_norm import lower_group_norms
+from latentrt.engines.onnxruntime.lowering.fused import lower_geglus, lower_group_norms
+from latentrt.engines.onnxruntime.nets import OnnxRuntimeNet
 from latentrt.engines.onnxruntime.tuning.choice import relative_l2
 from latentrt.engines.onnxruntime.tuning.cpu import lower_for_cpu
 from latentrt.engines.onnxruntime.tuning.cpu_layouts import CPU_LAYOUTS

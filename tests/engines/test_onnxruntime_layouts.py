@@ -24,8 +24,7 @@ from latentrt.engines.onnxruntime.tuning.choice import (
 from latentrt.engines.onnxruntime.tuning.cuda import tune_package
 from latentrt.engines.onnxruntime.tuning.cuda_layouts import CUDA_LAYOUTS
 from latentrt.engines.package import Package
-from latentrt.engines.store.building import BuildProgress
-from latentrt.engines.store.engine_store import EngineStore
+from latentrt.engines.store.engine_store import BuildProgress, EngineStore
 from latentrt.engines.tolerances import NET_RELATIVE_L2
 from latentrt.runtime.pipeline import SHIPPED
 from tests.engines.layout_setting import KnownHost, open_on_cpu

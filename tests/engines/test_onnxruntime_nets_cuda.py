@@ -9,10 +9,10 @@ import pytest
 from latentrt.engines.cuda import facts as cuda_facts
 from latentrt.engines.errors import BackendError
 from latentrt.engines.onnxruntime import nets as onnxruntime_nets
-from latentrt.engines.onnxruntime import runs as onnxruntime_runs
+from latentrt.engines.onnxruntime import session as onnxruntime_runs
 from latentrt.engines.onnxruntime import session as onnxruntime_session
 from latentrt.engines.onnxruntime.nets import CPU, CUDA, cuda_available, open_onnxruntime_net
-from latentrt.engines.onnxruntime.runs import WAIT_EVERY
+from latentrt.engines.onnxruntime.session import WAIT_EVERY
 from latentrt.engines.package import Package
 
 HOST = SimpleNamespace(name="host memory")

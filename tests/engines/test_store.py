@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from latentrt.engines.errors import EngineError, LatentrtError, UsageError
-from latentrt.engines.store.engine_store import EngineStore, Entry, Miss
-from latentrt.engines.store.entry import seal
+from latentrt.engines.store.engine_store import EngineStore, Entry, Miss, seal
 from latentrt.engines.store.folder import default_root
 from latentrt.engines.store.key import SCHEMA, EngineKey, canonical_sha256
 from tests.engines.engine_keys import KEY, OTHER, builder, numbered

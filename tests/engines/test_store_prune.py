@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from latentrt.engines.errors import StorageError
-from latentrt.engines.store.engine_store import EngineStore, Entry
-from latentrt.engines.store.upkeep import Pruned
+from latentrt.engines.store.engine_store import EngineStore, Entry, Pruned
 from tests.engines.engine_keys import KEY, builder, numbered
 
 DAY = 86400

@@ -10,11 +10,10 @@ from latentrt.engines.errors import BackendError, PackageError, StorageError, Us
 from latentrt.engines.net_weights import engine_bytes, net_tensors
 from latentrt.engines.package import Package
 from latentrt.engines.profiles import Profile, net_profiles
-from latentrt.engines.store.building import BuildProgress
-from latentrt.engines.store.engine_store import EngineStore, Entry, Miss
+from latentrt.engines.store.engine_store import BuildProgress, EngineStore, Entry, Miss
 from latentrt.engines.store.key import ANYWHERE
 from latentrt.engines.tensorrt import build as build_module
-from latentrt.engines.tensorrt import child as build_process
+from latentrt.engines.tensorrt import build as build_process
 from latentrt.engines.tensorrt.build import (
     WantedEngine,
     build_package,
@@ -22,12 +21,11 @@ from latentrt.engines.tensorrt.build import (
     engine_key,
     find_engines,
     plan_build,
+    run_builder,
     target,
 )
-from latentrt.engines.tensorrt.builder import Job
-from latentrt.engines.tensorrt.child import run_builder
+from latentrt.engines.tensorrt.builder import BuildOptions, Job, Weights
 from latentrt.engines.tensorrt.flavour import flavour, installed_version
-from latentrt.engines.tensorrt.options import BuildOptions, Weights
 from tests.engines.builder_jobs import DEMO, RTX, SMALL, build_small, job_of
 
 NETS = (
@@ -85,7 +83,7 @@ def test_every_net_of_the_demo_builds(built: Any) -> None:
         assert 0 < facts["peak_rss"] < 2e9
         assert facts["seconds"] > facts["parse_seconds"] > 0
         assert facts["library"].startswith("tensorrt_rtx 1.")
-        assert not item.cached
+        assert item.why
         assert "has been built yet" in item.why
     names = sorted(path.name for path in store.root.glob("engines/*/*"))
     assert names == ["engine.bin"] * len(NETS) + ["manifest.json"] * len(NETS)
@@ -129,7 +127,7 @@ def test_a_second_build_builds_nothing(built: Any, monkeypatch: pytest.MonkeyPat
     progress: list[BuildProgress] = []
     again = build_package(DEMO, RTX, USUAL, BuildOptions(), store, progress.append)
     assert [item.entry for item in again] == [item.entry for item in first]
-    assert all(item.cached for item in again)
+    assert not any(item.why for item in again)
     assert progress == []
 
 

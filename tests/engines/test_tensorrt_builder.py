@@ -14,14 +14,12 @@ import pytest
 from latentrt.engines.errors import BackendError, MemoryLimitError, NumericError, PackageError, StorageError
 from latentrt.engines.package import Package, write_manifest
 from latentrt.engines.spec import NetSpec, TensorSpec
-from latentrt.engines.store.building import BuildProgress
-from latentrt.engines.store.engine_store import EngineStore
+from latentrt.engines.store.engine_store import BuildProgress, EngineStore
+from latentrt.engines.tensorrt import build as build_process
 from latentrt.engines.tensorrt import builder as tensorrt_builder
-from latentrt.engines.tensorrt import child as build_process
-from latentrt.engines.tensorrt.builder import Job, Phases, build
-from latentrt.engines.tensorrt.child import run_builder
+from latentrt.engines.tensorrt.build import run_builder
+from latentrt.engines.tensorrt.builder import Job, Phases, build, check_contract, parse_graph
 from latentrt.engines.tensorrt.flavour import flavour, load
-from latentrt.engines.tensorrt.network import check_contract, parse_graph
 from latentrt.engines.tensorrt.preflight import Room
 from tests.engines.builder_jobs import DEMO, RTX, assert_clean, build_small, job_of
 

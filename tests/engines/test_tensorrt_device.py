@@ -12,10 +12,9 @@ from latentrt.engines.errors import BackendError
 from latentrt.engines.profiles import Profile, net_profiles
 from latentrt.engines.store.engine_store import EngineStore
 from latentrt.engines.tensorrt import backend as tensorrt_backend
-from latentrt.engines.tensorrt.backend import TENSORRT, TENSORRT_RTX
+from latentrt.engines.tensorrt.backend import TENSORRT, TENSORRT_RTX, Candidate, ChosenNet
 from latentrt.engines.tensorrt.build import engine_key, find_engines
-from latentrt.engines.tensorrt.choice import Candidate, ChosenNet
-from latentrt.engines.tensorrt.options import BuildOptions
+from latentrt.engines.tensorrt.builder import BuildOptions
 from tests.engines import tensorrt_setting as setting
 from tests.engines.host_device import HostDevice
 from tests.engines.simulated_tensorrt import simulated_engine

@@ -9,6 +9,7 @@ import pytest
 
 from latentrt.engines.errors import BackendError, UsageError
 from latentrt.engines.tensorrt import flavour as tensorrt_flavour
+from latentrt.engines.tensorrt.builder import FLAGS, BuildOptions, Weights
 from latentrt.engines.tensorrt.flavour import (
     FLAVOURS,
     Flavour,
@@ -17,7 +18,6 @@ from latentrt.engines.tensorrt.flavour import (
     installed_version,
     load,
 )
-from latentrt.engines.tensorrt.options import FLAGS, BuildOptions, Weights
 
 
 @pytest.fixture(scope="module")

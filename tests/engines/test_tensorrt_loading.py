@@ -7,12 +7,10 @@ import pytest
 from latentrt.engines.device import DeviceMemory
 from latentrt.engines.errors import BackendError, EngineError, MemoryLimitError, StorageError
 from latentrt.engines.spec import TensorSpec
-from latentrt.engines.store.engine_store import EngineStore
-from latentrt.engines.store.entry import Entry
-from latentrt.engines.tensorrt.contexts import StoredCache
+from latentrt.engines.store.engine_store import EngineStore, Entry
 from latentrt.engines.tensorrt.flavour import flavour
 from latentrt.engines.tensorrt.log import messages
-from latentrt.engines.tensorrt.nets import TensorRTNet, open_engine, open_entry
+from latentrt.engines.tensorrt.nets import StoredCache, TensorRTNet, open_engine, open_entry
 from tests.engines import engine_keys
 from tests.engines import tensorrt_setting as setting
 from tests.engines.host_device import HostDevice

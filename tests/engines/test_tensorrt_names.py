@@ -17,7 +17,7 @@ from tests.engines.simulated_tensorrt_names import ONLY, VARIANTS
 from tests.engines.tensorrt_signatures import LIBRARIES, Declared, declared, signature
 
 FOLDER = Path(latentrt.engines.__path__[0])
-RUNNING = ("contexts", "contract", "loading", "log", "nets", "refit")  # what the simulation stands in for
+RUNNING = ("contract", "loading", "log", "nets")  # what the simulation stands in for
 SOURCES = (*RUNNING, "builder", "network")
 # What our code calls its objects of the library -> their class; "" is the module.
 OBJECTS = {
@@ -26,14 +26,13 @@ OBJECTS = {
     "engine": "ICudaEngine",
     "context": "IExecutionContext",
     "refitter": "Refitter",
-    "prototype": "Weights",
     "builder": "Builder",
     "network": "INetworkDefinition",
 }
 # … and what only one file calls so.
 LOCAL = {
-    "contexts": {"config": "IRuntimeConfig", "cache": "IRuntimeCache"},
-    "refit": {"parser": "OnnxParserRefitter"},
+    "nets": {"config": "IRuntimeConfig", "cache": "IRuntimeCache"},
+    "loading": {"parser": "OnnxParserRefitter"},
     "builder": {
         "config": "IBuilderConfig",
         "profile": "IOptimizationProfile",
@@ -49,7 +48,7 @@ LOCAL = {
 }
 _RTX_ALONE = {name for name, variants in ONLY.items() if variants == ("tensorrt-rtx",)}
 _RTX_MEMBERS = {"get_engine_validity", "is_stream_capturable"}
-# What our code asks for only where a library has it (`tensorrt_contexts.abilities`, `parse_graph`).
+# What our code asks for only where a library has it (`flavour.abilities`, `parse_graph`).
 _NEWER = {
     *((name, "") for name in _RTX_ALONE - {"IRuntimeConfig"}),
     ("Runtime", "get_engine_validity"),
@@ -281,8 +280,12 @@ WRONG = (
     ("builder", "phase_name: str, step: int", "phase_name: str", "step_complete overrides"),
     ("builder", "trt.Builder(log.logger)", "trt.Builder()", "Builder.__init__ takes"),
     ("network", "trt.OnnxParser(network, logger)", "trt.OnnxParser(network, log=logger)", "__init__ takes"),
-    ("network", "trt.OnnxParser(network, logger)", "trt.ONNXParser(network, logger)", ".ONNXParser does not"),
-    ("refit", "trt.Weights(held)", "trt.Weights(held, 0)", "Weights.__init__ takes"),
+    (
+        "network",
+        "trt.OnnxParser(network, logger)",
+        "trt.ONNXParser(network, logger)",
+        ".ONNXParser does not",
+    ),
     ("contract", "trt.TensorLocation.DEVICE", "trt.TensorLocation.GPU", "TensorLocation.GPU does not"),
     ("nets", "engine.weight_streaming_budget_v2 =", "engine.streamable_weights_size =", "cannot be set"),
 )

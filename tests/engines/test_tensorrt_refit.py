@@ -1,11 +1,9 @@
-from pathlib import Path
-
 import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
 
-from latentrt.engines.errors import BackendError, MemoryLimitError, UsageError
+from latentrt.engines.errors import BackendError
 from latentrt.engines.tensorrt.log import messages
 from latentrt.engines.tensorrt.nets import TensorRTNet
 from tests.engines import tensorrt_setting as setting
@@ -30,78 +28,6 @@ def device() -> HostDevice:
 def opened(device: HostDevice, variant: str = RTX, **extra: object) -> tuple[TensorRTNet, SimulatedLibrary]:
     trt = setting.library(variant, device)
     return open_simulated(trt, variant, NET, device, **extra), trt
-
-
-def with_weights(changed: dict[str, np.ndarray], folder: Path) -> dict[str, np.ndarray]:
-    """What ONNX Runtime computes with these weights."""
-    import onnxruntime
-
-    model = onnx.ModelProto()
-    model.CopyFrom(MODEL)
-    for item in model.graph.initializer:
-        if item.name in changed:
-            item.CopyFrom(numpy_helper.from_array(changed[item.name], item.name))
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    names = [item.name for item in session.get_outputs()]
-    return dict(zip(names, session.run(names, setting.inputs(NET, SMALL)), strict=True))
-
-
-# ── refitting by name ────────────────────────────────────────────────────────────────────────────
-
-
-@every_variant
-def test_refitting_changes_the_net_in_place(variant: str, device: HostDevice, tmp_path: Path) -> None:
-    net, trt = opened(device, variant, refittable=[FIRST, SECOND])
-    run, buffers, before = bound(net, device, NET, SMALL)
-    changed = {FIRST: (WEIGHTS[FIRST] * 1.5).astype(np.float16)}
-    net.refit(changed)
-    changed[FIRST][:] = 0  # the library has taken the content
-    run.enqueue()
-    expected = with_weights({FIRST: (WEIGHTS[FIRST] * 1.5).astype(np.float16)}, tmp_path)
-    difference = 0.0
-    for name, array in buffers.read().items():
-        np.testing.assert_allclose(array, expected[name], rtol=1e-5, atol=1e-6)
-        difference += float(np.abs(array - before[name]).sum())
-    assert difference > 0
-    assert trt._world.counts["contexts"] == 1, "the binding is still the same"
-
-
-def test_names_that_the_engine_cannot_change(device: HostDevice) -> None:
-    net, _ = opened(device, refittable=[FIRST])
-    with pytest.raises(UsageError, match=rf"cannot change the weight '{SECOND}' \(1 such.*latentrt build"):
-        net.refit({FIRST: WEIGHTS[FIRST], SECOND: WEIGHTS[SECOND]})
-    frozen, _ = opened(device)
-    with pytest.raises(UsageError, match=r"names it was built to refit .0."):
-        frozen.refit({FIRST: WEIGHTS[FIRST]})
-
-
-def test_arrays_that_do_not_fit(device: HostDevice) -> None:
-    net, _ = opened(device, refittable=[FIRST])
-    for wrong in (WEIGHTS[FIRST].astype(np.float32), WEIGHTS[FIRST].reshape(-1)[1:]):
-        with pytest.raises(UsageError, match=rf"the weight '{FIRST}' .* expected float16 with"):
-            net.refit({FIRST: wrong})
-
-
-def test_weights_that_belong_together(device: HostDevice) -> None:
-    net, _ = opened(device, refittable=[FIRST, SECOND], merged=[FIRST, SECOND])
-    with pytest.raises(BackendError, match=rf"misses 1 weights .* first '{SECOND}'"):
-        net.refit({FIRST: WEIGHTS[FIRST]})
-    net.refit({FIRST: WEIGHTS[FIRST], SECOND: WEIGHTS[SECOND]})
-
-
-def test_refusals_of_the_library(device: HostDevice) -> None:
-    net, trt = opened(device, refittable=[FIRST])
-    for call, message in (("set_named_weights", "refuses the weight"), ("refit", "could not be replaced")):
-        trt._world.failing[call] = "the library's reason"
-        with pytest.raises(BackendError, match=rf"{message}.*the library's reason"):
-            net.refit({FIRST: WEIGHTS[FIRST]})
-        trt._world.failing[call] = "out of memory"
-        with pytest.raises(MemoryLimitError, match=message) as caught:
-            net.refit({FIRST: WEIGHTS[FIRST]})
-        assert caught.value.culprit == NET
-    net.close()
-    with pytest.raises(BackendError, match="closed"):
-        net.refit({FIRST: WEIGHTS[FIRST]})
 
 
 # ── stripped engines ─────────────────────────────────────────────────────────────────────────────

@@ -22,8 +22,8 @@ from tests.engines.test_tensorrt_names import ABSENT, FOLDER, LOCAL, OBJECTS, SO
 # What else has a type: (file, in the source, in the copy).
 TYPED = (
     ("flavour", "Engine: TypeAlias = Any", 'Engine: TypeAlias = "lib.ICudaEngine"'),
-    ("contexts", "Context: TypeAlias = Any", 'Context: TypeAlias = "lib.IExecutionContext"'),
-    ("contexts", "engine: Engine) -> Any", "engine: Engine) -> lib.IRuntimeConfig"),
+    ("nets", "Context: TypeAlias = Any", 'Context: TypeAlias = "lib.IExecutionContext"'),
+    ("nets", "engine: Engine) -> Any", "engine: Engine) -> lib.IRuntimeConfig"),
     ("flavour", "Trt: TypeAlias = Any", "from lib import Trt as Trt"),
     ("log", "self.logger: Any", "self.logger: lib.ILogger"),
     ("log", "str], None]) -> Any", "str], None]) -> lib.ILogger"),
@@ -32,7 +32,7 @@ TYPED = (
     ("builder", "(config: Trt, path", "(config: lib.IBuilderConfig, path"),
     # Without a refitter there are no names to refit, which no checker follows.
     (
-        "refit",
+        "loading",
         "trt.Refitter(engine, log.logger) if engine.refittable else None",
         "trt.Refitter(engine, log.logger)",
     ),

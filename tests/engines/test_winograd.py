@@ -15,10 +15,9 @@ from safetensors.numpy import save_file
 
 from latentrt.engines.errors import BackendError, MemoryLimitError, PackageError, UsageError
 from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
-from latentrt.engines.onnxruntime.host_net import OnnxRuntimeNet
-from latentrt.engines.onnxruntime.lowering.attention import lower_attention
-from latentrt.engines.onnxruntime.lowering.winograd import lower_convolutions
-from latentrt.engines.onnxruntime.lowering.winograd_kernels import TILES, Kernel, choose, kernels
+from latentrt.engines.onnxruntime.nets import OnnxRuntimeNet
+from latentrt.engines.onnxruntime.lowering.fused import lower_attention
+from latentrt.engines.onnxruntime.lowering.winograd import TILES, Kernel, choose, kernels, lower_convolutions
 from latentrt.engines.onnxruntime.tuning import cpu as cpu_tuning
 from latentrt.engines.onnxruntime.tuning import cpu_layouts
 from latentrt.engines.onnxruntime.tuning.choice import Choice, Measured, choose_layout
@@ -343,7 +342,7 @@ def test_weights_that_are_not_there(demo: Package, monkeypatch: pytest.MonkeyPat
     def full(*_: object) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr("latentrt.engines.onnxruntime.host_net.kernels", full)
+    monkeypatch.setattr("latentrt.engines.onnxruntime.nets.kernels", full)
     with pytest.raises(MemoryLimitError, match="do not fit"):
         OnnxRuntimeNet(demo, "unet", lowered=graph)
 

@@ -14,7 +14,7 @@ from latentrt.engines.profiles import Profile, net_profiles
 from latentrt.engines.store.engine_store import EngineStore
 from latentrt.engines.tensorrt import backend as tensorrt_backend
 from latentrt.engines.tensorrt.build import engine_key
-from latentrt.engines.tensorrt.options import BuildOptions
+from latentrt.engines.tensorrt.builder import BuildOptions
 from latentrt.runtime.loop.device.loop import DeviceLoop
 from latentrt.runtime.pipeline import Pipeline
 from tests.engines.host_device import DEVICE_NETS, HostDevice

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ...errors import BackendError, PackageError
 from ...package import Package
-from .winograd_kernels import Kernel
+from .winograd import Kernel
 
 if TYPE_CHECKING:
     import onnx_ir as ir

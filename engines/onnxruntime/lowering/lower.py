@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING
 
 from ...package import Package
 from .files import read_graph, write_graph
-from .graph_images import FIRST, LAST, GraphImages, Image
-from .values import CONTRIB, numbers_of, weight_shape
+from .graph_images import CONTRIB, FIRST, LAST, GraphImages, Image, numbers_of, weight_shape
 
 if TYPE_CHECKING:
     import onnx_ir as ir

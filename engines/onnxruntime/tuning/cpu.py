@@ -20,16 +20,12 @@ import numpy as np
 from ...errors import BackendError
 from ...package import Package
 from ...spec import DTYPES, Array
-from ...store.building import BuiltEngine, OnProgress, Report, build_missing
-from ...store.engine_store import EngineStore
+from ...store.engine_store import BuiltEngine, EngineStore, OnProgress, Report, build_missing
 from ...tolerances import NET_RELATIVE_L2
-from ..host_net import OnnxRuntimeNet
-from ..lowering.attention import lower_attention
 from ..lowering.files import LoweredGraph, read_graph, write_graph
-from ..lowering.geglu import lower_geglus
-from ..lowering.group_norm import lower_group_norms
-from ..lowering.winograd import lower_convolutions
-from ..lowering.winograd_kernels import Kernel
+from ..lowering.fused import lower_attention, lower_geglus, lower_group_norms
+from ..lowering.winograd import Kernel, lower_convolutions
+from ..nets import OnnxRuntimeNet
 from ..session import library
 from .choice import Measured, choice_facts, choose_layout, measured_profile, tuned_nets
 from .cpu_layouts import CPU_LAYOUTS, cpu_key

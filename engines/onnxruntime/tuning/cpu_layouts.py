@@ -1,8 +1,8 @@
 """What the engine store knows of the layouts of nets on the CPU, looked up when one is opened.
 
 There are three: `plain`, the package's own graph; `fused`, in which group normalisation, GEGLU and
-self-attention are lowered (`lowering/group_norm.py`, `geglu.py`, `attention.py`); and `winograd`, in which
-3x3 convolutions are lowered too (`winograd.py`). `tuning/cpu.py` measures which is the fastest. Every start
+self-attention are lowered (`lowering/fused.py`); and `winograd`, in which 3x3 convolutions are lowered too
+(`winograd.py`). `tuning/cpu.py` measures which is the fastest. Every start
 passes here and most machines have measured nothing, so the store is imported only where it has entries.
 """
 
@@ -19,7 +19,7 @@ from ...errors import LatentrtError
 from ...package import Package
 from ...store.files import default_root
 from ..lowering.files import LoweredGraph
-from ..lowering.winograd_kernels import Kernel
+from ..lowering.winograd import Kernel
 from ..session import usable_processors
 from .choice import TUNED_NETS
 

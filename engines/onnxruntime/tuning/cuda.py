@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from ...cuda.device import CudaDevice
-from ...cuda.facts import DeviceFacts
 from ...device import BoundNet, Device, DeviceNet
 from ...errors import BackendError
 from ...package import Package
-from ...profiles import NetProfile
 from ...spec import DTYPES, Array, output_shapes
-from ...store.building import BuiltEngine, OnProgress, Report, build_missing
-from ...store.engine_store import EngineStore
+from ...store.engine_store import BuiltEngine, EngineStore, OnProgress, Report, build_missing
 from ...tolerances import NET_RELATIVE_L2
 from ..lowering.files import lowering_missing
 from ..lowering.lower import lower
@@ -33,39 +29,14 @@ RUNS = 4  # enqueued for one wait, as the loop enqueues them
 _SEED = 0
 
 
-class KnownDevice(Device, Protocol):
-    """A device that knows what it is."""
-
-    @property
-    def facts(self) -> DeviceFacts:
-        """What the key of a layout is made of."""
-        ...
-
-
-class OpenNet(Protocol):
-    """The part of `open_onnxruntime_net` that measuring calls."""
-
-    def __call__(
-        self,
-        package: Package,
-        name: str,
-        device: Device,
-        *,
-        graph: Path | None = None,
-        prefer_nhwc: bool = False,
-    ) -> DeviceNet:
-        """Load one net of a package onto a device."""
-        ...
-
-
 def tune_package(
     package: Package,
     store: EngineStore,
     progress: OnProgress | None = None,
     *,
     nets: Iterable[str] = (),
-    device: KnownDevice | None = None,
-    open_net: OpenNet = open_onnxruntime_net,
+    device: CudaDevice | None = None,
+    open_net: Callable[..., DeviceNet] = open_onnxruntime_net,
     rounds: int = ROUNDS,
 ) -> tuple[BuiltEngine, ...]:
     """Make sure that the store has the fastest layout of every net that has a choice.
@@ -98,9 +69,13 @@ def tune_package(
                 expected="onnx-ir, which lowers graphs, beside onnxruntime-gpu",
                 fix='Install it: pip install "latentrt[cuda]".',
             )
-        bench = _Bench(package=package, device=device, open_net=open_net, rounds=rounds)
+
+        def measure(net: str, path: Path, report: Report) -> dict[str, Any]:
+            with TemporaryDirectory() as folder:
+                return _Trials(package, net, device, open_net, Path(folder), report, rounds).choose(path)
+
         found = [store.find(layout_key(package, net, device.facts)) for net in names]
-        return build_missing(store, found, bench.measure, progress)
+        return build_missing(store, found, measure, progress)
 
 
 def _cuda_device() -> CudaDevice:
@@ -113,107 +88,56 @@ def _cuda_device() -> CudaDevice:
     return CudaDevice()
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Bench:
-    """One call of `tune_package`."""
+@dataclass
+class _Trials:
+    """The layouts of one net on one device: all share the same random inputs, and the outputs."""
 
     package: Package
-    device: KnownDevice
-    open_net: OpenNet
+    net: str
+    device: Device
+    open_net: Callable[..., DeviceNet]
+    folder: Path
+    report: Report
     rounds: int
+    done: int = 0
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    addresses: dict[str, int] = field(default_factory=dict[str, int])
 
-    def measure(self, net: str, path: Path, report: Report) -> dict[str, Any]:
+    def choose(self, path: Path) -> dict[str, Any]:
         """Write the graph of the fastest layout to `path`, and return the figures."""
-        profile = measured_profile(self.package, net)
-        with TemporaryDirectory() as folder:
-            trials = _Trials(
-                self.package,
-                profile,
-                self.device,
-                self.open_net,
-                Path(folder),
-                report=report,
-                rounds=self.rounds + WARM_UP,
-            )
-            with trials:
-                choice = choose_layout(
-                    trials.measure,
-                    tuple(CUDA_LAYOUTS),
-                    # Also in fp32: what `plain` makes of group normalisation is itself up to 7e-4 off
-                    # (`lowering/group_norm.py`), so a better layout may be 1e-4 away from it.
-                    parity=NET_RELATIVE_L2["fp16"],
-                    rounds=self.rounds,
-                )
-            path.write_bytes(trials.graph(CUDA_LAYOUTS[choice.layout]).read_bytes())
-        return choice_facts(choice)
-
-
-class _Trials:
-    """Runs one net in each of its layouts: all share inputs and outputs on the device; a context manager.
-
-    Args:
-        package: the package.
-        profile: the net, and its shapes: the middle one of each input's.
-        device: where to run.
-        open_net: opens a net there.
-        folder: for lowered graphs.
-        report: called with what is being done.
-        rounds: how often each layout will run.
-    """
-
-    def __init__(
-        self,
-        package: Package,
-        profile: NetProfile,
-        device: Device,
-        open_net: OpenNet,
-        folder: Path,
-        *,
-        report: Report,
-        rounds: int,
-    ) -> None:
-        self._package = package
-        self._net = profile.net
-        self._spec = package.manifest.nets[profile.net].spec
-        self._device = device
-        self._open_net = open_net
-        self._folder = folder
-        self._report = report
-        self._total = rounds * len(CUDA_LAYOUTS)
-        self._done = 0
-        self._inputs = {name: shapes[1] for name, shapes in profile.shapes.items()}
-        self._shapes = {**self._inputs, **output_shapes(self._spec, self._inputs)}
-        self._addresses: dict[str, int] = {}
-        self._held = ExitStack()
-
-    def __enter__(self) -> _Trials:
-        """Allocate everything, and upload random inputs, the same each time. Raises MemoryLimitError."""
+        spec = self.package.manifest.nets[self.net].spec
+        self.shapes = {
+            name: shapes[1] for name, shapes in measured_profile(self.package, self.net).shapes.items()
+        }
         rng = np.random.default_rng(_SEED)
+        every = {**self.shapes, **output_shapes(spec, self.shapes)}
         with ExitStack() as stack:
-            for tensor in (*self._spec.inputs, *self._spec.outputs):
-                address = self._device.allocate(tensor.nbytes(self._shapes[tensor.name]))
-                stack.callback(self._device.free, address)
-                self._addresses[tensor.name] = address
-            for tensor in self._spec.inputs:
-                content = rng.standard_normal(self._shapes[tensor.name]).astype(DTYPES[tensor.dtype])
-                self._device.upload(self._addresses[tensor.name], content)
-            self._held = stack.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Free inputs and outputs; what `measure` opened must be closed before."""
-        self._held.close()
+            for tensor in (*spec.inputs, *spec.outputs):
+                address = self.device.allocate(tensor.nbytes(every[tensor.name]))
+                stack.callback(self.device.free, address)
+                self.addresses[tensor.name] = address
+            for tensor in spec.inputs:
+                content = rng.standard_normal(every[tensor.name]).astype(DTYPES[tensor.dtype])
+                self.device.upload(self.addresses[tensor.name], content)
+            choice = choose_layout(
+                self.measure,
+                tuple(CUDA_LAYOUTS),
+                # Also in fp32: what `plain` makes of group normalisation is itself up to 7e-4 off
+                # (`lowering/fused.py`), so a better layout may be 1e-4 away from it.
+                parity=NET_RELATIVE_L2["fp16"],
+                rounds=self.rounds,
+            )
+        path.write_bytes(self.graph(CUDA_LAYOUTS[choice.layout]).read_bytes())
+        return choice_facts(choice)
 
     def graph(self, layout: CudaLayout) -> Path:
         """The graph of a layout, lowered if the layout wants that. Raises BackendError, PackageError."""
         if not layout.lowered:
-            return self._package.path(self._package.manifest.nets[self._net].graph)
-        path = self._folder / layout.name / f"{self._net}.onnx"
+            return self.package.path(self.package.manifest.nets[self.net].graph)
+        path = self.folder / layout.name / f"{self.net}.onnx"
         if path.exists():
             return path
-        return lower(self._package, self._net, path.parent, convolutions=layout.convolutions)
+        return lower(self.package, self.net, path.parent, convolutions=layout.convolutions)
 
     def measure(self, name: str) -> Measured:
         """Open the net in the layout of that name, and run it once.
@@ -222,38 +146,39 @@ class _Trials:
             LatentrtError: it cannot be lowered, opened, bound or run.
         """
         layout = CUDA_LAYOUTS[name]
-        self._report(f"opening {name}", self._done / self._total)
+        self.report(f"opening {name}", self.done / self._total)
         graph = self.graph(layout) if layout.lowered else None
         with ExitStack() as stack:
-            net = self._open_net(
-                self._package, self._net, self._device, graph=graph, prefer_nhwc=layout.prefer_nhwc
+            net = self.open_net(
+                self.package, self.net, self.device, graph=graph, prefer_nhwc=layout.prefer_nhwc
             )
             stack.callback(net.close)
-            scratch = net.scratch(self._inputs)
-            block = self._device.allocate(scratch) if scratch else 0
-            if block:
-                stack.callback(self._device.free, block)
-            bound = net.bind(self._inputs, self._addresses, block)
+            block = 0
+            if scratch := net.scratch(self.shapes):
+                block = self.device.allocate(scratch)
+                stack.callback(self.device.free, block)
+            bound = net.bind(self.shapes, self.addresses, block)
             stack.callback(bound.close)
             bound.enqueue()
-            outputs = self._read_outputs()
+            outputs: dict[str, Array] = {}
+            shapes = output_shapes(net.spec, self.shapes)
+            for tensor in net.spec.outputs:
+                outputs[tensor.name] = np.empty(shapes[tensor.name], DTYPES[tensor.dtype])
+                self.device.download(self.addresses[tensor.name], outputs[tensor.name])
+            self.device.synchronize()
             opened = stack.pop_all()
-        return Measured(outputs=outputs, run=lambda: self._time(name, bound), close=opened.close)
+        return Measured(outputs=outputs, run=lambda: self.time(name, bound), close=opened.close)
 
-    def _read_outputs(self) -> dict[str, Array]:
-        outputs: dict[str, Array] = {}
-        for tensor in self._spec.outputs:
-            outputs[tensor.name] = np.empty(self._shapes[tensor.name], DTYPES[tensor.dtype])
-            self._device.download(self._addresses[tensor.name], outputs[tensor.name])
-        self._device.synchronize()
-        return outputs
+    @property
+    def _total(self) -> int:
+        return (self.rounds + WARM_UP) * len(CUDA_LAYOUTS)
 
-    def _time(self, name: str, bound: BoundNet) -> float:
+    def time(self, name: str, bound: BoundNet) -> float:
         """Milliseconds of one run."""
-        self._done += 1
-        self._report(f"timing {name}", min(self._done / self._total, 1.0))
+        self.done += 1
+        self.report(f"timing {name}", min(self.done / self._total, 1.0))
         began = perf_counter()
         for _ in range(RUNS):
             bound.enqueue()
-        self._device.synchronize()
+        self.device.synchronize()
         return 1000 * (perf_counter() - began) / RUNS
