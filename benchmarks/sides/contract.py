@@ -20,11 +20,14 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
 
 from ...engines.errors import BackendError, UsageError
+from ...engines.package import Package
 from ...engines.spec import Array
 from ..case import WORKLOADS, Case
 
@@ -127,6 +130,18 @@ class Work:
         self.held.close()
 
 
+def staged(draw: Callable[[], tuple[Array, Mapping[str, Any]]]) -> Work:
+    """The work of `picture`: what `draw` returns is the image (N, H, W, 3) uint8 and the run's figures."""
+    figures: dict[str, Any] = {}
+
+    def call() -> Mapping[str, Array]:
+        image, found = draw()
+        figures.update(found)
+        return {"image": image}
+
+    return Work(call=call, figures=lambda: dict(figures))
+
+
 Make = Callable[[Case, ExitStack], Work]  # the stack frees what the work holds
 
 
@@ -215,4 +230,42 @@ def not_available(name: str, workload: str) -> NotAvailableError:
         f"{name} has no workload {workload!r}",
         expected="another workload",
         fix=f"Leave {name} out, or choose other workloads.",
+    )
+
+
+# ── what peers need before they can be opened, looked for without importing anything ───────────────
+
+
+def missing_modules(*names: str) -> str | None:
+    """None if all of these modules are installed, else which are not."""
+    missing = [name for name in names if find_spec(name) is None]
+    return f"not installed: {', '.join(missing)}" if missing else None
+
+
+def missing_checkpoint(task: Task) -> str | None:
+    """None if the diffusers folder that the package was exported from is at hand, else the reason."""
+    if task.checkpoint is None:
+        return "needs the diffusers checkpoint that the package was exported from; none was given"
+    if not (task.checkpoint / "model_index.json").is_file():
+        return f"{task.checkpoint.name} holds no diffusers checkpoint: there is no model_index.json"
+    return None
+
+
+def version_of(distribution: str) -> str:
+    """The version of a distribution; "unknown" if it came by other means than pip."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def open_plain_package(task: Task) -> Package:
+    """The package with the UNet before hoisting. Raises PackageError, NotAvailableError if it has none."""
+    package = Package.open(task.package)
+    if "unet_whole" in package.manifest.nets:
+        return package
+    raise NotAvailableError(
+        f"{package.manifest.name} has no UNet before hoisting (unet_whole)",
+        expected="a package that `latentrt export` of this release wrote",
+        fix="Export the checkpoint again: latentrt export CHECKPOINT -o PACKAGE.",
     )

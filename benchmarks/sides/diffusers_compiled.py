@@ -12,8 +12,7 @@ import shutil
 from typing import Any
 
 from . import diffusers_eager
-from .contract import OpenSide, Task
-from .requirements import missing_modules
+from .contract import OpenSide, Task, missing_modules
 
 NAME = "diffusers-compile"
 # Beyond so many shapes of one function torch would give up compiling; a sweep over sizes has more than its 8.

@@ -26,8 +26,7 @@ from ...engines.package import Package
 from ...engines.spec import Array
 from ...runtime.prompts.tokenizer import ClipTokenizer
 from ..case import NETS, Case, net_inputs
-from .contract import NotAvailableError, OpenSide, Task, Work
-from .requirements import missing_checkpoint, missing_modules, version_of
+from .contract import NotAvailableError, OpenSide, Task, Work, missing_checkpoint, missing_modules, version_of
 
 NAME = "diffusers"
 Call = Callable[[Case], Callable[[], Mapping[str, Any]]]  # what one run of a workload calls
@@ -130,14 +129,9 @@ def diffusers_side(
     settings: Mapping[str, str],
     stages: dict[str, float] | None = None,
 ) -> OpenSide:
-    """A diffusers pipeline, eager or compiled.
+    """A `StableDiffusionPipeline`, eager or compiled, that gets the inputs of a package.
 
-    Args:
-        name: of the side, for errors.
-        package: whose inputs it gets.
-        pipe: `StableDiffusionPipeline`.
-        settings: what was set, for the row's stamp.
-        stages: `watched_stages` of the pipeline, if anything watches it.
+    The `settings` go to the row's stamp; `stages` are the pipeline's `watched_stages`, if anything watches it.
     """
     import torch
 

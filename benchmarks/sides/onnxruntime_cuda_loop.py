@@ -6,15 +6,13 @@ Its convolutions are searched by measuring, in the first run of a shape; ours ta
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing
+from functools import partial
 
 from ...engines.onnxruntime.nets import CUDA, cuda_available, open_onnxruntime_net
 from ...engines.onnxruntime.session import library
 from .contract import OpenSide, Task
-from .plain_device_loop import DEVICE_NETS, plain_device_side
-from .requirements import open_plain_package
+from .plain_device_loop import open_on_cuda
 
-NAME = "onnxruntime-cuda"
 _SEARCH = "EXHAUSTIVE"
 
 
@@ -26,26 +24,13 @@ def available(task: Task) -> str | None:
 
 def open_side(task: Task) -> OpenSide:
     """A session for each net. Raises BackendError, PackageError, MemoryLimitError."""
-    from ...engines.cuda.device import CudaDevice
-
-    package = open_plain_package(task)
-    with ExitStack() as stack:
-        device = stack.enter_context(closing(CudaDevice()))
-        nets = {
-            name: stack.enter_context(
-                closing(
-                    open_onnxruntime_net(package, name, device, conv_search=_SEARCH, threads=task.threads)
-                )
-            )
-            for name in DEVICE_NETS
-        }
-        versions = {
-            "onnxruntime": str(library().__version__),
-            "provider": CUDA,
-            "device": device.name,
-            "io_binding": "one stream, one wait for a picture",
-            "cudnn_conv_algo_search": _SEARCH,
-            "prefer_nhwc": "0",
-            "use_tf32": "0",
-        }
-        return plain_device_side(NAME, package, device, nets, versions, stack.pop_all())
+    versions = {
+        "onnxruntime": str(library().__version__),
+        "provider": CUDA,
+        "io_binding": "one stream, one wait for a picture",
+        "cudnn_conv_algo_search": _SEARCH,
+        "prefer_nhwc": "0",
+        "use_tf32": "0",
+    }
+    open_net = partial(open_onnxruntime_net, conv_search=_SEARCH, threads=task.threads)
+    return open_on_cuda("onnxruntime-cuda", task, open_net, versions)

@@ -7,10 +7,9 @@ from functools import partial
 from typing import Any
 
 from ...engines.onnxruntime import session as onnxruntime
-from ...engines.onnxruntime.session import usable_processors
-from .contract import OpenSide, Task
+from ...engines.onnxruntime.nets import CPU
+from .contract import OpenSide, Task, missing_modules, open_plain_package
 from .plain_loop import PLAIN_NETS, Net, plain_side
-from .requirements import missing_modules, open_plain_package
 
 NAME = "onnxruntime"
 
@@ -26,19 +25,17 @@ def open_side(task: Task) -> OpenSide:
     package = open_plain_package(task)
     options = onnxruntime.library().SessionOptions()  # what a user gets: not the settings of our own sessions
     options.log_severity_level = 3
-    options.intra_op_num_threads = task.threads or usable_processors()
+    options.intra_op_num_threads = task.threads or onnxruntime.usable_processors()
     nets: dict[str, Net] = {}
     for name in PLAIN_NETS:
         file = package.manifest.nets[name]
-        session = onnxruntime.open_session(
-            package.path(file.graph), options, ["CPUExecutionProvider"], culprit=name
-        )
+        session = onnxruntime.open_session(package.path(file.graph), options, [CPU], culprit=name)
         nets[name] = partial(_run, session, [output.name for output in file.spec.outputs])
     resources = ExitStack()
     resources.callback(nets.clear)
     versions = {
         "onnxruntime": str(onnxruntime.library().__version__),
-        "provider": "CPUExecutionProvider",
+        "provider": CPU,
         "threads": str(options.intra_op_num_threads),
         "graph_optimization": str(options.graph_optimization_level.name),
     }

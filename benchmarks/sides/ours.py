@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from ...runtime.loop.open import LoopOptions
 from ...runtime.pipeline import Pipeline
 from ..case import Case, time_inputs
 from ..opening import BETWEEN, inputs_of, open_pipeline, schedule_of
-from .contract import OURS, OpenSide, Task, Work, makers_of
+from .contract import OURS, OpenSide, Task, Work, makers_of, staged
 
 
 def available(task: Task) -> str | None:
@@ -116,12 +117,8 @@ class _OnHost:
         return Work(call=call, repeats=BETWEEN)
 
     def picture(self, case: Case, stack: ExitStack) -> Work:
-        seconds: dict[str, float] = {}
-
-        def call() -> Mapping[str, Array]:
+        def draw() -> tuple[Array, Mapping[str, Any]]:
             result = self._pipe(case.prompt, **case.parameters)
-            seconds.clear()
-            seconds.update(result.seconds)
-            return {"image": np.asarray(result.images)}
+            return np.asarray(result.images), {"stages_s": dict(result.seconds)}
 
-        return Work(call=call, figures=lambda: {"stages_s": dict(seconds)})
+        return staged(draw)

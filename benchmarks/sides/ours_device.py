@@ -38,7 +38,7 @@ from ...runtime.pipeline import Pipeline
 from ...runtime.request.request import make_request
 from ..case import Case, sizes_of, time_inputs
 from ..opening import BETWEEN, inputs_of
-from .contract import OURS, OpenSide, Work, makers_of
+from .contract import OURS, OpenSide, Work, makers_of, staged
 from .device_work import DeviceNets, TimedDevice, ledger_of, upload
 
 # Pictures until the loop has chosen how to run its rows: cold, timed, captured, and timed again.
@@ -93,13 +93,15 @@ class _OnDevice:
         self._manifest = pipe.package.manifest
         self._device = nets.device
 
+    def _one_call(self, net: str, output: str, case: Case, stack: ExitStack) -> Work:
+        inputs = inputs_of(self._pipe, net, case)
+        return self._nets.one_call(stack, net, sizes_of(case, self._manifest), inputs, output)
+
     def text_encoder(self, case: Case, stack: ExitStack) -> Work:
-        inputs = inputs_of(self._pipe, "text_encoder", case)
-        return self._nets.one_call(stack, "text_encoder", sizes_of(case, self._manifest), inputs, "context")
+        return self._one_call("text_encoder", "context", case, stack)
 
     def vae_decoder(self, case: Case, stack: ExitStack) -> Work:
-        inputs = inputs_of(self._pipe, "vae_decoder", case)
-        return self._nets.one_call(stack, "vae_decoder", sizes_of(case, self._manifest), inputs, "image")
+        return self._one_call("vae_decoder", "image", case, stack)
 
     def invariants(self, case: Case, stack: ExitStack) -> Work:
         """Keys and values of all rows, and the time embeddings of every row of the table."""
@@ -107,10 +109,7 @@ class _OnDevice:
         block, (context, time) = self._nets.bind(stack, ("unet_context", sizes), ("unet_time", sizes))
         inputs = inputs_of(self._pipe, "unet", case)
         steps = np.linspace(999, 0, case.steps, dtype=np.float32)
-        upload(
-            block,
-            {"context": inputs["context"], **time_inputs(case, self._manifest, inputs, steps)},
-        )
+        upload(block, {"context": inputs["context"], **time_inputs(case, self._manifest, inputs, steps)})
 
         def enqueue() -> None:
             context.enqueue()
@@ -192,14 +191,8 @@ class _OnDevice:
         self, stack: ExitStack, job: DenoiseJob, sizes: Sizes
     ) -> tuple[DenoiseProgram, ScheduleProgram]:
         """The loop's own, with a UNet that does nothing."""
-        frame = DenoiseShape(
-            pictures=job.pictures,
-            guided=job.guided,
-            height=sizes["H/8"],
-            width=sizes["W/8"],
-            tokens=sizes["T"],
-            rows=sizes["B"],
-        )
+        size = {"height": sizes["H/8"], "width": sizes["W/8"], "tokens": sizes["T"], "rows": sizes["B"]}
+        frame = DenoiseShape(pictures=job.pictures, guided=job.guided, **size)
         nets = {**self._nets.nets, "unet": cast(DeviceNet, _NoNet(self._nets.nets["unet"]))}
         scratch = self._nets.scratch(stack, [(name, sizes) for name in ("step", "unet_context", "unet_time")])
         canvas = DenoiseProgram(self._device, nets, frame, scratch)
@@ -210,15 +203,12 @@ class _OnDevice:
 
     def picture(self, case: Case, stack: ExitStack) -> Work:
         """The whole pipeline; the loop has the buffers, and keeps them."""
-        stages: dict[str, float] = {}
 
-        def call() -> Mapping[str, Array]:
+        def draw() -> tuple[Array, Mapping[str, Any]]:
             self._timer.restart()
             result = self._pipe(case.prompt, **case.parameters)
-            stages.clear()
-            stages.update(result.seconds)
-            return {"image": np.asarray(result.images)}
+            return np.asarray(result.images), {"stages_s": dict(result.seconds), **self._timer.figures}
 
         for _ in range(_SETTLING):
-            call()
-        return Work(call=call, figures=lambda: {"stages_s": dict(stages), **self._timer.figures})
+            draw()
+        return staged(draw)

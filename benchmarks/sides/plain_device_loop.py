@@ -6,8 +6,8 @@ has to come back to the host between steps: the most that a user of the engine c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 
 import numpy as np
 
@@ -20,11 +20,28 @@ from ...runtime.loop.device.buffers import Block, aligned
 from ...runtime.prompts.tokenizer import ClipTokenizer
 from ..case import Case, net_inputs, sizes_of, whole_inputs
 from ..opening import schedule_of
-from .contract import OpenSide, Work, makers_of
+from .contract import OpenSide, Task, Work, makers_of, open_plain_package
 from .device_work import DeviceNets, upload
 from .plain_loop import PLAIN_NETS, check_drawable
 
 DEVICE_NETS = (*PLAIN_NETS, "step")
+
+
+def open_on_cuda(
+    name: str,
+    task: Task,
+    open_net: Callable[[Package, str, Device], DeviceNet],
+    versions: Mapping[str, str],
+) -> OpenSide:
+    """The nets that `open_net` opens on the first CUDA device. Raises NotAvailableError, LatentrtError."""
+    from ...engines.cuda.device import CudaDevice
+
+    package = open_plain_package(task)
+    with ExitStack() as stack:
+        device = stack.enter_context(closing(CudaDevice()))
+        nets = {net: stack.enter_context(closing(open_net(package, net, device))) for net in DEVICE_NETS}
+        found = {**versions, "device": device.name}
+        return plain_device_side(name, package, device, nets, found, stack.pop_all())
 
 
 def plain_device_side(
@@ -53,21 +70,21 @@ class _PlainDeviceLoop:
         self._name, self.manifest, self.nets = name, package.manifest, nets
         self.tokenizer = ClipTokenizer.open(package.root / "tokenizer")
 
-    def _inputs(self, workload: str, case: Case) -> dict[str, Array]:
-        return net_inputs(workload, case, self.manifest, self.tokenizer)
+    def _one_call(self, net: str, output: str, case: Case, stack: ExitStack) -> Work:
+        inputs = net_inputs(net, case, self.manifest, self.tokenizer)
+        return self.nets.one_call(stack, net, sizes_of(case, self.manifest), inputs, output)
 
     def text_encoder(self, case: Case, stack: ExitStack) -> Work:
-        sizes = sizes_of(case, self.manifest)
-        return self.nets.one_call(stack, "text_encoder", sizes, self._inputs("text_encoder", case), "context")
+        return self._one_call("text_encoder", "context", case, stack)
 
     def unet(self, case: Case, stack: ExitStack) -> Work:
-        feeds = whole_inputs(case, self.manifest, self._inputs("unet", case))
+        inputs = net_inputs("unet", case, self.manifest, self.tokenizer)
+        feeds = whole_inputs(case, self.manifest, inputs)
         feeds["latent"] = feeds.pop("sample")  # the block has our names
         return self.nets.one_call(stack, "unet_whole", sizes_of(case, self.manifest), feeds, "prediction")
 
     def vae_decoder(self, case: Case, stack: ExitStack) -> Work:
-        sizes = sizes_of(case, self.manifest)
-        return self.nets.one_call(stack, "vae_decoder", sizes, self._inputs("vae_decoder", case), "image")
+        return self._one_call("vae_decoder", "image", case, stack)
 
     def picture(self, case: Case, stack: ExitStack) -> Work:
         check_drawable(self._name, self.manifest)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from ...runtime.loop.denoise import denoise, narrow
 from ...runtime.prompts.tokenizer import ClipTokenizer
 from ..case import Case, net_inputs, whole_inputs
 from ..opening import schedule_of
-from .contract import OpenSide, Work, makers_of, not_available
+from .contract import OpenSide, Work, makers_of, not_available, staged
 
 PLAIN_NETS = ("text_encoder", "unet_whole", "vae_decoder")
 Net = Callable[[Mapping[str, Array]], Mapping[str, Array]]  # inputs by name -> outputs by name
@@ -37,12 +38,7 @@ def plain_side(
 ) -> OpenSide:
     """Nets of an engine on the host, and the loop around them.
 
-    Args:
-        name: of the side, for errors.
-        package: the graphs are from.
-        open_net: gives a net, callable with arrays; what it returns must stay as it is at the next call.
-        versions: of the engine, and what was set.
-        resources: what is freed at the end.
+    What a net of `open_net` returns must stay as it is at its next call; `resources` are freed at the end.
     """
     plain = _PlainLoop(name, package, open_net)
     return OpenSide(name=name, versions=versions, makers=makers_of(plain), resources=resources)
@@ -77,17 +73,13 @@ class _PlainLoop:
 
     def picture(self, case: Case, stack: ExitStack) -> Work:
         check_drawable(self._name, self._manifest)
-        seconds: dict[str, float] = {}
         nets = {name: self._open_net(name, case) for name in PLAIN_NETS}
 
-        def call() -> Mapping[str, Array]:
+        def draw() -> tuple[Array, Mapping[str, Any]]:
             clock = Clock()
-            image = self._draw(case, nets, clock)
-            seconds.clear()
-            seconds.update(clock.seconds)
-            return {"image": image}
+            return self._draw(case, nets, clock), {"stages_s": clock.seconds}
 
-        return Work(call=call, figures=lambda: {"stages_s": dict(seconds)})
+        return staged(draw)
 
     def _draw(self, case: Case, nets: Mapping[str, Net], clock: Clock) -> Array:
         """Prompt to (N, H, W, 3) uint8."""

@@ -21,10 +21,15 @@ from latentrt.benchmarks.sides import (
     onnxruntime_cuda_loop,
     tensorrt_loop,
 )
-from latentrt.benchmarks.sides.contract import NotAvailableError, OpenSide, Task
+from latentrt.benchmarks.sides.contract import (
+    NotAvailableError,
+    OpenSide,
+    Task,
+    open_plain_package,
+    version_of,
+)
 from latentrt.benchmarks.sides.diffusers_eager import diffusers_side
 from latentrt.benchmarks.sides.plain_device_loop import DEVICE_NETS, plain_device_side
-from latentrt.benchmarks.sides.requirements import open_plain_package, version_of
 from latentrt.engines.device import DeviceNet
 from latentrt.engines.errors import BackendError
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
