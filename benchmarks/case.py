@@ -64,15 +64,11 @@ class Case:
     @property
     def parameters(self) -> dict[str, Any]:
         """For `Pipeline.__call__`, whose answer is then (N, H, W, 3) uint8."""
+        names = ("width", "height", "guidance_scale", "negative_prompt", "sampler", "seed")
         return {
-            "width": self.width,
-            "height": self.height,
-            "guidance_scale": self.guidance_scale,
-            "negative_prompt": self.negative_prompt,
+            **{name: getattr(self, name) for name in names},
             "num_images_per_prompt": self.pictures,
             "num_inference_steps": self.steps,
-            "sampler": self.sampler,
-            "seed": self.seed,
             "output_type": "np",
         }
 

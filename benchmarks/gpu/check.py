@@ -54,9 +54,8 @@ from ...engines.cuda.facts import available
 from ...engines.errors import BackendError, LatentrtError
 from ...engines.package import Package
 from ...runtime.pipeline import SHIPPED
-from ..child import become_child
 from ..machine import clocks
-from ..process import Child, SideError
+from ..process import Child, SideError, become_child
 from ..records import Document, Row, short
 from ..sides.contract import OURS
 from ..verbs.latency import describe_model

@@ -1,7 +1,7 @@
 """The seam between a benchmark and whom it measures: open, prepare a workload, run it, look at the outputs.
 
-A side is a module with `available` and `open_side`; it runs in a process of its own (`child.py`). Its library
-is imported by `open_side`, not before.
+A side is a module with `available` and `open_side`. It runs in a process of its own (`process.py`), and its
+library is imported by `open_side`, not before.
 
     workload       outputs, the same from every side
     text_encoder   context (P, T, D) float
@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
@@ -130,16 +129,20 @@ class Work:
         self.held.close()
 
 
-def staged(draw: Callable[[], tuple[Array, Mapping[str, Any]]]) -> Work:
-    """The work of `picture`: what `draw` returns is the image (N, H, W, 3) uint8 and the run's figures."""
-    figures: dict[str, Any] = {}
+def staged(
+    draw: Callable[[], tuple[Array, Mapping[str, float]]],
+    more: Callable[[], Mapping[str, Any]] = dict[str, Any],
+) -> Work:
+    """The work of `picture`: `draw` gives the image (N, H, W, 3) uint8 and the seconds of each stage."""
+    stages: dict[str, float] = {}
 
     def call() -> Mapping[str, Array]:
         image, found = draw()
-        figures.update(found)
+        stages.clear()
+        stages.update(found)
         return {"image": image}
 
-    return Work(call=call, figures=lambda: dict(figures))
+    return Work(call=call, figures=lambda: {"stages_s": dict(stages), **more()})
 
 
 Make = Callable[[Case, ExitStack], Work]  # the stack frees what the work holds
@@ -193,15 +196,15 @@ def makers_of(workloads: object) -> dict[str, Make]:
 
 
 class Side(Protocol):
-    """What a module of this folder offers."""
+    """What a module of this folder offers.
 
-    def available(self, task: Task) -> str | None:
-        """None if it can run here, else the reason: a library or a checkpoint that is missing."""
-        ...
+    `available` returns None if it can run here, else the reason: a library or a checkpoint that is missing.
+    `open_side` loads every net, where it is available, and raises NotAvailableError or LatentrtError.
+    """
 
-    def open_side(self, task: Task) -> OpenSide:
-        """Load every net, where it is available. Raises NotAvailableError or LatentrtError."""
-        ...
+    def available(self, task: Task) -> str | None: ...  # noqa: D102
+
+    def open_side(self, task: Task) -> OpenSide: ...  # noqa: D102
 
 
 def side(name: str) -> Side:
@@ -249,14 +252,6 @@ def missing_checkpoint(task: Task) -> str | None:
     if not (task.checkpoint / "model_index.json").is_file():
         return f"{task.checkpoint.name} holds no diffusers checkpoint: there is no model_index.json"
     return None
-
-
-def version_of(distribution: str) -> str:
-    """The version of a distribution; "unknown" if it came by other means than pip."""
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def open_plain_package(task: Task) -> Package:

@@ -26,7 +26,8 @@ from ...engines.package import Package
 from ...engines.spec import Array
 from ...runtime.prompts.tokenizer import ClipTokenizer
 from ..case import NETS, Case, net_inputs
-from .contract import NotAvailableError, OpenSide, Task, Work, missing_checkpoint, missing_modules, version_of
+from ..machine import version_of
+from .contract import NotAvailableError, OpenSide, Task, Work, missing_checkpoint, missing_modules
 
 NAME = "diffusers"
 Call = Callable[[Case], Callable[[], Mapping[str, Any]]]  # what one run of a workload calls
@@ -131,7 +132,7 @@ def diffusers_side(
 ) -> OpenSide:
     """A `StableDiffusionPipeline`, eager or compiled, that gets the inputs of a package.
 
-    The `settings` go to the row's stamp; `stages` are the pipeline's `watched_stages`, if anything watches it.
+    The `settings` go to the row's stamp; `stages` are the pipeline's `watched_stages`, if it is watched.
     """
     import torch
 
@@ -174,8 +175,8 @@ def _versions(pipe: Any) -> dict[str, str]:
     last = weight.is_contiguous(memory_format=torch.channels_last)
     return {
         "torch": str(torch.__version__),
-        "diffusers": version_of("diffusers"),
-        "transformers": version_of("transformers"),
+        "diffusers": version_of("diffusers") or "unknown",
+        "transformers": version_of("transformers") or "unknown",
         "device": str(pipe.device.type),
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         "threads": str(torch.get_num_threads()),

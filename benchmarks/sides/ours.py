@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -117,8 +116,8 @@ class _OnHost:
         return Work(call=call, repeats=BETWEEN)
 
     def picture(self, case: Case, stack: ExitStack) -> Work:
-        def draw() -> tuple[Array, Mapping[str, Any]]:
+        def draw() -> tuple[Array, Mapping[str, float]]:
             result = self._pipe(case.prompt, **case.parameters)
-            return np.asarray(result.images), {"stages_s": dict(result.seconds)}
+            return np.asarray(result.images), result.seconds
 
         return staged(draw)

@@ -18,7 +18,7 @@ A net that does not fit raises MemoryLimitError: only `picture` has the loop's w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from statistics import median
@@ -146,10 +146,8 @@ class _OnDevice:
         except BackendError as error:
             return {"not_captured": error.found}
         seconds: list[float] = []
-        with ExitStack() as stack:
-            (graph,) = graphs
-            stack.callback(graph.close)
-            watch = self._nets.stopwatch(stack)
+        (graph,) = graphs
+        with closing(graph), closing(device.stopwatch()) as watch:
             for _ in range(_LAUNCHES):
                 watch.start()
                 graph.launch()
@@ -170,8 +168,7 @@ class _OnDevice:
         place, state = canvas.block.place("state"), canvas.block.address("state")
         layout = BlockLayout()
         layout.add("state", place.dtype, place.shape)
-        first = Block(self._device, layout)
-        stack.callback(first.close)
+        first = stack.enter_context(closing(Block(self._device, layout)))
         self._device.copy(first.address("state"), state, place.size)
 
         def enqueue() -> None:
@@ -195,20 +192,18 @@ class _OnDevice:
         frame = DenoiseShape(pictures=job.pictures, guided=job.guided, **size)
         nets = {**self._nets.nets, "unet": cast(DeviceNet, _NoNet(self._nets.nets["unet"]))}
         scratch = self._nets.scratch(stack, [(name, sizes) for name in ("step", "unet_context", "unet_time")])
-        canvas = DenoiseProgram(self._device, nets, frame, scratch)
-        stack.callback(canvas.close)
+        canvas = stack.enter_context(closing(DenoiseProgram(self._device, nets, frame, scratch)))
         schedule = ScheduleProgram(self._device, nets, ScheduleShape.of(job, frame), scratch)
-        stack.callback(schedule.close)
-        return canvas, schedule
+        return canvas, stack.enter_context(closing(schedule))
 
     def picture(self, case: Case, stack: ExitStack) -> Work:
         """The whole pipeline; the loop has the buffers, and keeps them."""
 
-        def draw() -> tuple[Array, Mapping[str, Any]]:
+        def draw() -> tuple[Array, Mapping[str, float]]:
             self._timer.restart()
             result = self._pipe(case.prompt, **case.parameters)
-            return np.asarray(result.images), {"stages_s": dict(result.seconds), **self._timer.figures}
+            return np.asarray(result.images), result.seconds
 
         for _ in range(_SETTLING):
             draw()
-        return staged(draw)
+        return staged(draw, lambda: self._timer.figures)

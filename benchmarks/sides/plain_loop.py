@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any
 
 import numpy as np
 
@@ -75,9 +74,9 @@ class _PlainLoop:
         check_drawable(self._name, self._manifest)
         nets = {name: self._open_net(name, case) for name in PLAIN_NETS}
 
-        def draw() -> tuple[Array, Mapping[str, Any]]:
+        def draw() -> tuple[Array, Mapping[str, float]]:
             clock = Clock()
-            return self._draw(case, nets, clock), {"stages_s": clock.seconds}
+            return self._draw(case, nets, clock), clock.seconds
 
         return staged(draw)
 

@@ -18,7 +18,8 @@ from ...engines.net_weights import engine_bytes
 from ...engines.package import Package
 from ...engines.spec import NetSpec, output_shapes
 from ...engines.tensorrt.flavour import flavour, installed_version
-from .contract import OpenSide, Task, missing_modules, version_of
+from ..machine import version_of
+from .contract import OpenSide, Task, missing_modules
 from .plain_device_loop import open_on_cuda
 
 
@@ -38,7 +39,7 @@ def open_side(task: Task) -> OpenSide:
     """The package; engines are built case by case. Raises BackendError, PackageError."""
     versions = {
         "tensorrt": installed_version("tensorrt") or "unknown",
-        "polygraphy": version_of("polygraphy"),
+        "polygraphy": version_of("polygraphy") or "unknown",
         "precision": "strongly typed",
         "profile": "min = opt = max, the case's shapes",
     }

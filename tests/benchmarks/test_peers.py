@@ -14,6 +14,7 @@ import pytest
 import latentrt.demo
 from latentrt.benchmarks.case import Case
 from latentrt.benchmarks.likeness import difference, psnr
+from latentrt.benchmarks.machine import version_of
 from latentrt.benchmarks.sides import (
     contract,
     diffusers_compiled,
@@ -26,7 +27,6 @@ from latentrt.benchmarks.sides.contract import (
     OpenSide,
     Task,
     open_plain_package,
-    version_of,
 )
 from latentrt.benchmarks.sides.diffusers_eager import diffusers_side
 from latentrt.benchmarks.sides.plain_device_loop import DEVICE_NETS, plain_device_side
@@ -110,7 +110,7 @@ def test_a_package_without_the_plain_unet_is_told(tmp_path: Path) -> None:
 
 def test_a_library_that_pip_does_not_know_has_no_version() -> None:
     assert version_of("numpy") == np.__version__
-    assert version_of("no-such-library") == "unknown"
+    assert version_of("no-such-library") is None
 
 
 # ── diffusers, as far as it goes without a model or a GPU ──────────────────────────────────────
