@@ -19,11 +19,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ...engines.safetensors_format import write_file
 from .recipes import RECIPES, Recipe
@@ -42,17 +38,6 @@ def _init(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torc
         return base + torch.randn(shape, generator=generator) * 0.05
     bound = 1 / math.sqrt(math.prod(shape[1:])) if len(shape) > 1 else 0.02
     return (torch.rand(shape, generator=generator) * 2 - 1) * bound
-
-
-def _save(path: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype, seed: int) -> None:
-    """Write a safetensors file tensor by tensor: a full-size UNet never is in memory."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def content(name: str) -> bytes:
-        tensor = _init(name, tuple(shapes[name]), generator).to(dtype)
-        return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-
-    write_file(path, {name: (SAFETENSORS[dtype], shape) for name, shape in shapes.items()}, content)
 
 
 Part = tuple[str, str, nn.Module, dict[str, Any]]
@@ -91,15 +76,10 @@ def make_checkpoint(
     old_names: bool = True,
     parts: Iterable[Part] | None = None,
 ) -> Path:
-    """Write the folder.
+    """Write the folder, which must not exist yet.
 
-    Args:
-        recipe: what it consists of.
-        root: the folder; it must not exist yet.
-        dtype: of the weights.
-        seed: of the weights.
-        old_names: whether the text encoder's tensors are called as transformers before 5 named them.
-        parts: with weights; default: `parts_of(recipe)`.
+    With `old_names` the text encoder's tensors are called as transformers before 5 named them. `parts` are
+    `parts_of(recipe)` by default.
     """
     root.mkdir(parents=True)
     empty = [None, None]
@@ -136,10 +116,17 @@ def write_part(
     dtype: torch.dtype,
     seed: int,
 ) -> None:
-    """Write the folder of one part: its config, and random tensors of these shapes."""
+    """Write the folder of one part: its config, and random tensors one by one, never all in memory."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def content(name: str) -> bytes:
+        tensor = _init(name, tuple(shapes[name]), generator).to(dtype)
+        return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
     folder.mkdir(parents=True)
     write_json(folder / "config.json", config)
-    _save(folder / f"{stem}.safetensors", shapes, dtype, seed)
+    entries = {name: (SAFETENSORS[dtype], shape) for name, shape in shapes.items()}
+    write_file(folder / f"{stem}.safetensors", entries, content)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -168,7 +168,7 @@ def device_ceiling(
 ) -> OpenSide:
     """On a device, which is closed with it: a matmul of "fp16" or "fp32", and a copy of `copied` bytes.
 
-    It copies no more than a quarter of what is free then. `provider` and `submit` are `open_onnxruntime_net`'s.
+    It copies no more than a quarter of what is free. `provider` and `submit` go to `open_onnxruntime_net`.
     """
     resources = ExitStack()
     resources.callback(device.close)

@@ -30,11 +30,11 @@ from ...engines.package import Package
 from ...engines.spec import Array
 from ..case import WORKLOADS, Case
 
-# The module that implements each. "latentrt" is measured twice where it stands against itself.
+# The module that implements each, or a class in it. "latentrt" is measured twice, to stand against itself.
 SIDES: Mapping[str, str] = {
     "latentrt": "ours",
-    "diffusers": "diffusers_eager",
-    "diffusers-compile": "diffusers_compiled",
+    "diffusers": "diffusers_pipeline",
+    "diffusers-compile": "diffusers_pipeline.Compiled",
     "onnxruntime": "onnxruntime_loop",
     "onnxruntime-cuda": "onnxruntime_cuda_loop",
     "openvino": "openvino_loop",
@@ -196,7 +196,7 @@ def makers_of(workloads: object) -> dict[str, Make]:
 
 
 class Side(Protocol):
-    """What a module of this folder offers.
+    """What a module of this folder offers, or a class in one.
 
     `available` returns None if it can run here, else the reason: a library or a checkpoint that is missing.
     `open_side` loads every net, where it is available, and raises NotAvailableError or LatentrtError.
@@ -215,8 +215,9 @@ def side(name: str) -> Side:
             expected=", ".join(SIDES),
             fix=f"Choose of these: --peers {list(SIDES)[1]}.",
         )
-    found: Side = import_module(f".{SIDES[name]}", __package__)  # pyright: ignore[reportAssignmentType]
-    return found
+    module, _, part = SIDES[name].partition(".")
+    found: Any = import_module(f".{module}", __package__)
+    return getattr(found, part) if part else found
 
 
 def open_side(name: str, task: Task) -> OpenSide:

@@ -33,7 +33,7 @@ class DeviceNets:
     def bind(
         self, stack: ExitStack, *calls: tuple[str, Sizes], more: Iterable[TensorSpec] = ()
     ) -> tuple[Block, list[BoundNet]]:
-        """Nets bound to one block, until the stack frees it; what one writes under a name, the others read there.
+        """Nets bound to one block, which the stack frees; what one writes, the others read by its name.
 
         A tensor has the size of the first call that has it; `more` are tensors that the block has besides.
         Raises MemoryLimitError, BackendError and UsageError as the device and the nets do.

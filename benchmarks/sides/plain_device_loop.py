@@ -53,11 +53,10 @@ def plain_device_side(
     resources: ExitStack,
 ) -> OpenSide:
     """Nets of an engine on a device, DEVICE_NETS, and the loop around them; arguments as of `plain_side`."""
-    plain = _PlainDeviceLoop(name, package, DeviceNets(device=device, nets=nets))
     return OpenSide(
         name=name,
         versions=versions,
-        makers=makers_of(plain),
+        makers=makers_of(_PlainDeviceLoop(name, package, DeviceNets(device=device, nets=nets))),
         resources=resources,
         memory=lambda: {"ledger": {name: vars(net.memory) for name, net in nets.items()}},
     )
@@ -138,13 +137,11 @@ class _Drawing:
         state[0] = start
         block.upload("state", state)
         block.upload("latent", narrow(guidance.batch(start, case.guided), np.float32))
-        noises = np.zeros((len(table), *start.shape), np.float32)
-        for row in np.flatnonzero(table.draws):
-            noises[row] = noise()
         self._upload_lines("rows", table.packed_rows(case.guidance_scale, 0.0)[:, : len(ROW)])
         self._upload_lines("timesteps", np.repeat(table.t[:, None], case.batch, axis=1))
         if table.draws.any():
-            self._upload_lines("noises", noises)
+            noises = [noise() if drawn else np.zeros_like(start) for drawn in table.draws]
+            self._upload_lines("noises", np.stack(noises))
         return [bool(drawn) for drawn in table.draws]
 
     def _spread_context(self) -> None:

@@ -17,8 +17,7 @@ from latentrt.benchmarks.likeness import difference, psnr
 from latentrt.benchmarks.machine import version_of
 from latentrt.benchmarks.sides import (
     contract,
-    diffusers_compiled,
-    diffusers_eager,
+    diffusers_pipeline,
     onnxruntime_cuda_loop,
     tensorrt_loop,
 )
@@ -28,7 +27,7 @@ from latentrt.benchmarks.sides.contract import (
     Task,
     open_plain_package,
 )
-from latentrt.benchmarks.sides.diffusers_eager import diffusers_side
+from latentrt.benchmarks.sides.diffusers_pipeline import diffusers_side
 from latentrt.benchmarks.sides.plain_device_loop import DEVICE_NETS, plain_device_side
 from latentrt.engines.device import DeviceNet
 from latentrt.engines.errors import BackendError
@@ -160,12 +159,12 @@ def test_half_precision_is_for_cuda_and_channels_come_last_where_that_is_faster(
     import torch
 
     pipe = FakePipe()
-    monkeypatch.setattr(diffusers_eager, "assemble", lambda checkpoint: pipe)
-    monkeypatch.setattr(diffusers_eager, "available", lambda task: None)
+    monkeypatch.setattr(diffusers_pipeline, "assemble", lambda checkpoint: pipe)
+    monkeypatch.setattr(diffusers_pipeline, "available", lambda task: None)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     manifest = replace(PACKAGE.manifest, dtype=dtype)
-    monkeypatch.setattr(diffusers_eager.Package, "open", lambda root: replace(PACKAGE, manifest=manifest))
-    diffusers_eager.load(replace(TASK, device=device))
+    monkeypatch.setattr(diffusers_pipeline.Package, "open", lambda root: replace(PACKAGE, manifest=manifest))
+    diffusers_pipeline.load(replace(TASK, device=device))
     assert pipe.moved == (device, torch.float16 if half else torch.float32)
     assert is_channels_last(pipe.unet) == is_channels_last(pipe.vae) == last
     assert torch.backends.cudnn.benchmark == half
@@ -203,7 +202,7 @@ def test_unet_and_decoder_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     config: Any = torch._dynamo.config
     monkeypatch.setattr(config, "recompile_limit", 8)
     pipe = FakePipe()
-    diffusers_compiled.compile_nets(pipe, "default")
+    diffusers_pipeline.compile_nets(pipe, "default")
     assert pipe.unet._compiled_call_impl is not None
     assert pipe.vae.decoder._compiled_call_impl is not None
     assert pipe.text_encoder._compiled_call_impl is None
