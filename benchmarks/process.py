@@ -36,7 +36,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, perf_counter
-from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -146,9 +145,7 @@ class Child:
         """The child itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Close."""
         self.close()
 
@@ -312,7 +309,12 @@ class Server:
     def _prepare(self, command: Mapping[str, Any]) -> dict[str, Any]:
         if before := self._slots.pop(command["slot"], None):
             before.close()
-        work = self._work(command["workload"], Case.from_json(command["case"]))
+        if command["workload"] == YARDSTICK:
+            from .sides.yardstick import open_yardstick
+
+            work = open_yardstick(self._task)
+        else:
+            work = self._opened.prepare(command["workload"], Case.from_json(command["case"]))
         seconds = _seconds(work)
         outputs = work.outputs()
         if command.get("save"):
@@ -320,13 +322,6 @@ class Server:
             np.savez(command["save"], **arrays)
         self._slots[command["slot"]] = work
         return {"seconds": seconds, "finite": _finite(outputs), "figures": dict(work.figures())}
-
-    def _work(self, workload: str, case: Case) -> Work:
-        if workload != YARDSTICK:
-            return self._opened.prepare(workload, case)
-        from .sides.yardstick import open_yardstick
-
-        return open_yardstick(self._task)
 
     def _time(self, command: Mapping[str, Any]) -> dict[str, Any]:
         work, beside = self._slots[command["slot"]], self._slots.get(command.get("beside"))

@@ -146,8 +146,8 @@ def ladder(opener: Opener, scale: Scale) -> Iterator[Row]:
         with opener.pipeline() as opened:
             _warm_up(opened, scale)
             with ballast(watch, 0):
-                yield attempt("nothing free", lambda: _refused(opened, scale, watch))
-            yield attempt("free again", lambda: _alike("free again", opened, scale, wanted, {}))
+                yield attempt("nothing free", partial(_refused, opened, scale, watch))
+            yield attempt("free again", partial(_alike, "free again", opened, scale, wanted, {}))
 
 
 def _ample(opener: Opener, scale: Scale, watch: Device) -> tuple[Array, int]:
