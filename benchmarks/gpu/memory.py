@@ -183,12 +183,13 @@ def _alike(what: str, opened: Opened, scale: Scale, wanted: Array, figures: dict
 
 def _refused(opened: Opened, scale: Scale, watch: Device) -> Row:
     figures: dict[str, Any] = {"free_mib": mebibytes(watch.memory().free), "message": ""}
+    problems = ["it was drawn, although no memory was free"]
     try:
         draw(opened.pipe, scale.large_case)
     except MemoryLimitError as error:
         figures |= {"message": error.found, "rungs": _rungs(opened)}
-        return judged("nothing free", _numbers(error), figures)
-    return judged("nothing free", ["it was drawn, although no memory was free"], figures)
+        problems = _numbers(error)
+    return judged("nothing free", problems, figures)
 
 
 def _numbers(error: MemoryLimitError) -> list[str]:

@@ -90,10 +90,7 @@ def placement(opener: Opener, scale: Scale) -> Iterator[Row]:
 def _placed(name: str, device: Device, net: OnnxRuntimeDeviceNet, sizes: Sizes) -> Row:
     run_once(device, net, sizes, 0)
     found = read_placement(net.end_profile())
-    misplaced = {
-        "copies between CPU and GPU": found.copies,
-        "floating-point nodes on the CPU": found.floats,
-    }
+    misplaced = {"copies between CPU and GPU": found.copies, "floating-point nodes on the CPU": found.floats}
     problems = [
         f"{len(nodes)} {what}: {', '.join(nodes[:_NAMED])}" for what, nodes in misplaced.items() if nodes
     ]

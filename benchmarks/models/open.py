@@ -63,11 +63,7 @@ def model_names() -> tuple[str, ...]:
 
 
 def find_model(
-    name: str,
-    *,
-    checkpoint: Path | None = None,
-    cache: Path | None = None,
-    said: Said = lambda line: None,
+    name: str, *, checkpoint: Path | None = None, cache: Path | None = None, said: Said = lambda line: None
 ) -> Model:
     """The model of that name, made if it is not in the cache yet.
 

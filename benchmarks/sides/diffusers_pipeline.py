@@ -31,8 +31,7 @@ import numpy as np
 
 from ...engines.package import Package
 from ...engines.spec import Array
-from ...runtime.prompts.tokenizer import ClipTokenizer
-from ..case import NETS, Case, net_inputs
+from ..case import NETS, Case, inputs_of
 from ..machine import version_of
 from .contract import NotAvailableError, OpenSide, Task, Work, missing_checkpoint, missing_modules
 
@@ -240,8 +239,7 @@ class _Diffusers:
         """The same as everyone's, as tensors on the device."""
         import torch
 
-        tokenizer = ClipTokenizer.open(self._package.root / "tokenizer")
-        arrays = net_inputs(workload, case, self._package.manifest, tokenizer)
+        arrays = inputs_of(self._package, workload, case)
         return {name: torch.as_tensor(array, device=self._device) for name, array in arrays.items()}
 
     def text_encoder(self, case: Case) -> Callable[[], Mapping[str, Any]]:

@@ -36,8 +36,7 @@ from ...runtime.loop.device.programs import DenoiseProgram, DenoiseShape, Schedu
 from ...runtime.loop.job import DenoiseJob
 from ...runtime.pipeline import Pipeline
 from ...runtime.request.request import make_request
-from ..case import Case, sizes_of, time_inputs
-from ..opening import BETWEEN, inputs_of
+from ..case import BETWEEN, Case, inputs_of, sizes_of, time_inputs
 from .contract import OURS, OpenSide, Work, makers_of, staged
 from .device_work import DeviceNets, TimedDevice, ledger_of, upload
 
@@ -94,7 +93,7 @@ class _OnDevice:
         self._device = nets.device
 
     def _one_call(self, net: str, output: str, case: Case, stack: ExitStack) -> Work:
-        inputs = inputs_of(self._pipe, net, case)
+        inputs = inputs_of(self._pipe.package, net, case)
         return self._nets.one_call(stack, net, sizes_of(case, self._manifest), inputs, output)
 
     def text_encoder(self, case: Case, stack: ExitStack) -> Work:
@@ -107,7 +106,7 @@ class _OnDevice:
         """Keys and values of all rows, and the time embeddings of every row of the table."""
         sizes = sizes_of(case, self._manifest)
         block, (context, time) = self._nets.bind(stack, ("unet_context", sizes), ("unet_time", sizes))
-        inputs = inputs_of(self._pipe, "unet", case)
+        inputs = inputs_of(self._pipe.package, "unet", case)
         steps = np.linspace(999, 0, case.steps, dtype=np.float32)
         upload(block, {"context": inputs["context"], **time_inputs(case, self._manifest, inputs, steps)})
 
@@ -122,7 +121,7 @@ class _OnDevice:
         sizes = sizes_of(replace(case, steps=1), self._manifest)
         calls = [(name, sizes) for name in ("unet_context", "unet_time", "unet")]
         block, (context, time, unet) = self._nets.bind(stack, *calls)
-        inputs = inputs_of(self._pipe, "unet", case)
+        inputs = inputs_of(self._pipe.package, "unet", case)
         upload(block, {**inputs, **time_inputs(case, self._manifest, inputs, inputs["timestep"])})
         context.enqueue()
         time.enqueue()

@@ -2,29 +2,56 @@
 
 The UNet is the one before hoisting. Guidance and the row update are the package's net `step`, so that nothing
 has to come back to the host between steps: the most that a user of the engine could ask of it.
+
+The side here is ONNX Runtime on CUDA, on one stream, as the library is by default but for TF32, which would
+be another arithmetic than everyone else's in fp32. Its convolutions are searched by measuring, in the first
+run of a shape; ours take its quick choice. TensorRT shares the loop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
+from functools import partial
 
 import numpy as np
 
 from ...engines.device import BoundNet, Device, DeviceNet
+from ...engines.onnxruntime.nets import CUDA, cuda_available, open_onnxruntime_net
+from ...engines.onnxruntime.session import library
 from ...engines.package import Package
 from ...engines.spec import ROW, Array, TensorSpec
 from ...runtime.loop import guidance
 from ...runtime.loop.denoise import narrow
 from ...runtime.loop.device.buffers import Block, aligned
 from ...runtime.prompts.tokenizer import ClipTokenizer
-from ..case import Case, net_inputs, sizes_of, whole_inputs
-from ..opening import schedule_of
+from ..case import Case, net_inputs, schedule_of, sizes_of, whole_inputs
 from .contract import OpenSide, Task, Work, makers_of, open_plain_package
 from .device_work import DeviceNets, upload
 from .plain_loop import PLAIN_NETS, check_drawable
 
 DEVICE_NETS = (*PLAIN_NETS, "step")
+_SEARCH = "EXHAUSTIVE"
+
+
+def available(task: Task) -> str | None:
+    """None if it can run here, else the reason."""
+    del task
+    return cuda_available()
+
+
+def open_side(task: Task) -> OpenSide:
+    """A session for each net. Raises BackendError, PackageError, MemoryLimitError."""
+    versions = {
+        "onnxruntime": str(library().__version__),
+        "provider": CUDA,
+        "io_binding": "one stream, one wait for a picture",
+        "cudnn_conv_algo_search": _SEARCH,
+        "prefer_nhwc": "0",
+        "use_tf32": "0",
+    }
+    open_net = partial(open_onnxruntime_net, conv_search=_SEARCH, threads=task.threads)
+    return open_on_cuda("onnxruntime-cuda", task, open_net, versions)
 
 
 def open_on_cuda(

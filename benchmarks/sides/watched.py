@@ -24,13 +24,12 @@ from ...engines.spec import Array
 from ...runtime.loop.clock import Clock
 from ...runtime.loop.device.loop import DeviceLoop
 from ...runtime.loop.job import DenoiseJob
-from ...runtime.loop.open import LoopOptions
 from ...runtime.pipeline import Pipeline
 from ...runtime.request.request import make_request
 from ..case import Case
-from ..opening import open_pipeline
 from .contract import WATCHED, OpenSide, Task, Work
 from .ours import available as available
+from .ours import open_pipeline
 
 TIMELINE, GROWTH = "timeline", "growth per step"  # workloads
 SETTLED = 5  # steps after which every buffer of the loop is there: no sampler remembers more than 5
@@ -160,7 +159,7 @@ def device_allocations(pipe: Pipeline, case: Case) -> list[int] | None:
 
 def open_side(task: Task) -> OpenSide:
     """The pipeline, with the loop that a user has."""
-    pipe = open_pipeline(task.package, LoopOptions(backend=task.backend, threads=task.threads))
+    pipe = open_pipeline(task)
 
     def make(watch: Callable[[Pipeline, Case], dict[str, Any]], case: Case, stack: ExitStack) -> Work:
         seen: dict[str, Any] = {}

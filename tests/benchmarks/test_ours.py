@@ -9,14 +9,12 @@ from safetensors.numpy import load_file
 
 from latentrt.benchmarks import process
 from latentrt.benchmarks.case import WORKLOADS, Case, net_inputs
-from latentrt.benchmarks.opening import open_pipeline
 from latentrt.benchmarks.sides import contract, ours
 from latentrt.benchmarks.sides.contract import NotAvailableError, OpenSide, Task, Work
-from latentrt.benchmarks.sides.ours import BETWEEN, host_side
+from latentrt.benchmarks.sides.ours import BETWEEN, host_side, open_pipeline
 from latentrt.engines.backend import Net
 from latentrt.engines.package import Package
 from latentrt.runtime.loop.host import HostLoop
-from latentrt.runtime.loop.open import LoopOptions
 from latentrt.runtime.pipeline import SHIPPED, Pipeline
 from latentrt.runtime.prompts.tokenizer import ClipTokenizer
 
@@ -28,7 +26,7 @@ PLAIN = Case.of(PACKAGE.manifest, width=48, height=64, steps=3, guidance_scale=1
 
 @pytest.fixture(scope="module")
 def pipe() -> Pipeline:
-    return open_pipeline(PACKAGE.root, LoopOptions(backend="onnxruntime", threads=1))
+    return open_pipeline(Task(package=PACKAGE.root, backend="onnxruntime", threads=1))
 
 
 def side_of(pipe: Pipeline, slow_down: float = 0.0) -> OpenSide:

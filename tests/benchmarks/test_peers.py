@@ -18,7 +18,7 @@ from latentrt.benchmarks.machine import version_of
 from latentrt.benchmarks.sides import (
     contract,
     diffusers_pipeline,
-    onnxruntime_cuda_loop,
+    plain_device_loop,
     tensorrt_loop,
 )
 from latentrt.benchmarks.sides.contract import (
@@ -82,7 +82,7 @@ def test_a_missing_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refuses("diffusers", ON_CUDA, "no CUDA device")
-    monkeypatch.setattr(onnxruntime_cuda_loop, "cuda_available", lambda: "no driver")
+    monkeypatch.setattr(plain_device_loop, "cuda_available", lambda: "no driver")
     refuses("onnxruntime-cuda", TASK, "no driver")
     monkeypatch.setattr(tensorrt_loop, "missing_modules", lambda *names: None)
     monkeypatch.setattr(tensorrt_loop.facts, "available", lambda: "no driver")
