@@ -49,7 +49,7 @@ def save_skeleton(package: Package, folder: Path) -> None:
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def fill_skeleton(name: str, folder: Path, *, seed: int = 0) -> Package:
+def fill_skeleton(name: str, folder: Path) -> Package:
     """Write the package of a skeleton with random weights: about 1/sqrt(inputs), so that values stay finite.
 
     Raises UsageError if there is no skeleton of that name, or the folder exists.
@@ -67,7 +67,7 @@ def fill_skeleton(name: str, folder: Path, *, seed: int = 0) -> Package:
     for net, tokenizer in TEXT_ENCODERS.items():
         if net in data["nets"]:
             shutil.copytree(SHIPPED["demo"] / "tokenizer", folder / tokenizer)
-    drawn = np.random.default_rng(seed).standard_normal(_DRAWN, np.float32)
+    drawn = np.random.default_rng(0).standard_normal(_DRAWN, np.float32)
     for path in sorted(skeleton.rglob(f"*{_HEADER}")):
         target = folder / path.relative_to(skeleton)
         _write_weights(target.with_name(target.name.removesuffix(_HEADER)), path, drawn)

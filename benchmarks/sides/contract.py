@@ -83,8 +83,10 @@ class Task:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Task:
         """The reverse of `to_json`."""
-        checkpoint = Path(data["checkpoint"]) if data["checkpoint"] else None
-        return cls(**{**data, "package": Path(data["package"]), "checkpoint": checkpoint})
+        values: dict[str, Any] = dict(data)
+        values["package"] = Path(values["package"])
+        values["checkpoint"] = Path(values["checkpoint"]) if values["checkpoint"] else None
+        return cls(**values)
 
 
 @dataclass(kw_only=True)

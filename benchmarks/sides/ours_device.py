@@ -187,8 +187,14 @@ class _OnDevice:
         self, stack: ExitStack, job: DenoiseJob, sizes: Sizes
     ) -> tuple[DenoiseProgram, ScheduleProgram]:
         """The loop's own, with a UNet that does nothing."""
-        size = {"height": sizes["H/8"], "width": sizes["W/8"], "tokens": sizes["T"], "rows": sizes["B"]}
-        frame = DenoiseShape(pictures=job.pictures, guided=job.guided, **size)
+        frame = DenoiseShape(
+            pictures=job.pictures,
+            guided=job.guided,
+            height=sizes["H/8"],
+            width=sizes["W/8"],
+            tokens=sizes["T"],
+            rows=sizes["B"],
+        )
         nets = {**self._nets.nets, "unet": cast(DeviceNet, _NoNet(self._nets.nets["unet"]))}
         scratch = self._nets.scratch(stack, [(name, sizes) for name in ("step", "unet_context", "unet_time")])
         canvas = stack.enter_context(closing(DenoiseProgram(self._device, nets, frame, scratch)))
