@@ -67,6 +67,9 @@ from .pictures import graphs, host_memory, peers, picture, timing
 BACKENDS = ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 LIMIT = 570.0  # seconds of the whole run
 
+RunInChild = Callable[[Opener, Scale], Iterator[Row]]
+RunSection = Callable[[str, str, float], Iterator[Row]]  # backend, section, seconds it may take
+
 
 def describe(opener: Opener, scale: Scale) -> Iterator[Row]:
     """What the backend says it is. (Where it cannot run there is no opener, and `section_rows` says why.)"""
@@ -75,8 +78,9 @@ def describe(opener: Opener, scale: Scale) -> Iterator[Row]:
     yield judged("backend", [], {"is": engine.describe()})
 
 
-# In this order. Without those that are needed, or if one of them fails, the rest has nothing to run on.
-SECTIONS: Mapping[str, tuple[Callable[[Opener, Scale], Iterator[Row]], float]] = {  # and its limit in seconds
+# What is run, in this order, and for how many seconds at most. Without those that are needed, or if one of
+# them fails, the rest has nothing to run on.
+SECTIONS: Mapping[str, tuple[RunInChild, float]] = {
     "available": (describe, 60),
     "build": (build, 300),
     "open": (opens, 60),
@@ -110,9 +114,6 @@ def write_rows(section: str, backend: str, root: Path) -> None:
     reply = become_child()
     for row in collect(section_rows(section, backend, root)):
         reply(row.to_json())
-
-
-RunSection = Callable[[str, str, float], Iterator[Row]]  # backend, section, seconds it may take
 
 
 def check(
