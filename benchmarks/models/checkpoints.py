@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterable, Mapping
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +83,13 @@ def make_checkpoint(
     `parts_of(recipe)` by default.
     """
     root.mkdir(parents=True)
-    empty = [None, None]
+    absent = ["text_encoder", "tokenizer", "feature_extractor", "image_encoder"]
+    absent += [] if recipe.text_2 else ["safety_checker"]
     index: dict[str, Any] = {
         "_class_name": recipe.pipeline,
         "_diffusers_version": "0.42.1",
         "scheduler": ["diffusers", recipe.scheduler["_class_name"]],
-        "text_encoder": empty,
-        "tokenizer": empty,
-        **dict.fromkeys(("feature_extractor", "image_encoder"), empty),
-        **dict.fromkeys(() if recipe.text_2 else ("safety_checker",), empty),
+        **{part: [None, None] for part in absent},
         **recipe.index,
     }
     for number, (name, stem, net, config) in enumerate(parts or parts_of(recipe)):
@@ -140,17 +139,11 @@ def _tokenizer(folder: Path, size: int, pad: str) -> None:
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(code) for code in visible] + [chr(256 + code) for code in range(256 - len(visible))]
     vocabulary = (letters + [letter + "</w>" for letter in letters])[: size - 2]
-    merges: list[str] = []
-    for first in letters:
-        for second in letters:
-            if len(vocabulary) == size - 2:
-                break
-            merges.append(f"{first} {second}")
-            vocabulary.append(first + second)
-    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    pairs = list(islice(product(letters, repeat=2), size - 2 - len(vocabulary)))
+    vocabulary += [*map("".join, pairs), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir()
     (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(vocabulary)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, pairs)]) + "\n")
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": pad}
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
     (folder / "tokenizer_config.json").write_text(json.dumps({**special, "model_max_length": 77}))

@@ -30,7 +30,7 @@ from ...engines.device import Addresses, BoundNet, Device, DeviceNet, Shapes
 from ...engines.errors import BackendError
 from ...engines.spec import Array, NetSpec
 from ...runtime.loop import guidance
-from ...runtime.loop.device.buffers import Block, BlockLayout, Sizes
+from ...runtime.loop.device.buffers import Sizes
 from ...runtime.loop.device.loop import DeviceLoop
 from ...runtime.loop.device.programs import DenoiseProgram, DenoiseShape, ScheduleProgram, ScheduleShape
 from ...runtime.loop.job import DenoiseJob
@@ -165,10 +165,9 @@ class _OnDevice:
         canvas.block.upload("prediction", guidance.batch(job.first / job.table.init, case.guided))
         # What a run leaves is no fit start for the next: it would grow beyond all bounds.
         place, state = canvas.block.place("state"), canvas.block.address("state")
-        layout = BlockLayout()
-        layout.add("state", place.dtype, place.shape)
-        first = stack.enter_context(closing(Block(self._device, layout)))
-        self._device.copy(first.address("state"), state, place.size)
+        first = self._device.allocate(place.size)
+        stack.callback(self._device.free, first)
+        self._device.copy(first, state, place.size)
 
         def enqueue() -> None:
             for row in range(BETWEEN):
@@ -179,7 +178,7 @@ class _OnDevice:
             stack,
             enqueue,
             lambda: {"latent": canvas.read_state()[0]},
-            before=partial(self._device.copy, state, first.address("state"), place.size),
+            before=partial(self._device.copy, state, first, place.size),
             repeats=BETWEEN,
         )
 
