@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ..engines.package import Manifest
+from ..engines.package import Manifest, Package
 from ..engines.spec import Array
 from ..runtime.loop.device.buffers import shape_of
 from ..runtime.prompts.tokenizer import ClipTokenizer
+from ..runtime.request.request import latent_shape, make_request
+from ..runtime.sampling.noise import NoiseSource
+from ..runtime.sampling.samplers import make_table
+from ..runtime.sampling.table import Table
 
 PROMPT = "a red circle on a blue background"
 NEGATIVE = "a small yellow star"
@@ -20,6 +25,7 @@ NETS = ("text_encoder", "unet", "vae_decoder")
 # The nets that a picture is drawn with from a prompt, on the host; a device has `step` besides.
 HOST_NETS = ("text_encoder", "unet_context", "unet_time", "unet", "vae_decoder")
 WORKLOADS = ("text_encoder", "invariants", "unet", "update", "vae_decoder", "picture")
+BETWEEN = 20  # steps of the loop in one run of `update`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,15 +70,11 @@ class Case:
     @property
     def parameters(self) -> dict[str, Any]:
         """For `Pipeline.__call__`, whose answer is then (N, H, W, 3) uint8."""
+        names = ("width", "height", "guidance_scale", "negative_prompt", "sampler", "seed")
         return {
-            "width": self.width,
-            "height": self.height,
-            "guidance_scale": self.guidance_scale,
-            "negative_prompt": self.negative_prompt,
+            **{name: getattr(self, name) for name in names},
             "num_images_per_prompt": self.pictures,
             "num_inference_steps": self.steps,
-            "sampler": self.sampler,
-            "seed": self.seed,
             "output_type": "np",
         }
 
@@ -131,6 +133,20 @@ def net_inputs(workload: str, case: Case, manifest: Manifest, tokenizer: ClipTok
         if item.name == "image_latents"
     }
     return arrays | {name: random.standard_normal(shape, np.float32) for name, shape in more.items()}
+
+
+def inputs_of(package: Package, workload: str, case: Case) -> dict[str, Array]:
+    """`net_inputs` with the package's own tokenizer."""
+    tokenizer = ClipTokenizer.open(package.root / "tokenizer")
+    return net_inputs(workload, case, package.manifest, tokenizer)
+
+
+def schedule_of(case: Case, manifest: Manifest) -> tuple[Table, Callable[[], Array]]:
+    """The sampler's table, and what draws unit noise (N, C, H/8, W/8) float32, from the seeds on."""
+    request = make_request(manifest, case.prompt, **case.parameters)
+    source = NoiseSource(request.seeds, request.rng)
+    shape = latent_shape(manifest, case.height, case.width)
+    return make_table(request.sampler, request.num_inference_steps), partial(source.draw, shape)
 
 
 def time_inputs(

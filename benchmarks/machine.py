@@ -31,7 +31,7 @@ def describe_machine() -> dict[str, Any]:
         "gpu": describe_gpu(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "libraries": {name: found for name in _LIBRARIES if (found := _version(name))},
+        "libraries": {name: found for name in _LIBRARIES if (found := version_of(name))},
         "commit": _commit(),
     }
 
@@ -96,16 +96,16 @@ def _cpu_mhz() -> list[int]:
     return [round(float(line.partition(":")[2])) for line in lines if line.startswith("cpu MHz")]
 
 
-def _version(name: str) -> str | None:
+def version_of(distribution: str) -> str | None:
+    """Its version; None if it is not installed, or came by other means than pip."""
     try:
-        return version(name)
+        return version(distribution)
     except PackageNotFoundError:
         return None
 
 
 def _commit() -> str | None:
-    root = Path(__file__).resolve().parent.parent
-    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    command = ["git", "-C", str(Path(__file__).resolve().parents[1]), "rev-parse", "--short", "HEAD"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     except OSError:

@@ -1,11 +1,28 @@
-"""Processes of their own, for whatever is measured: every child of the benchmarks is started here.
+"""Processes of their own, for whatever is measured, and what is said between them and this one.
 
 `run` waits for a process and returns what it printed; `Child` talks with one in lines of JSON; `SideProcess`
-is a child with one side open (`child.py`).
+is a child with one side open: `python -m latentrt.benchmarks.process SIDE TASK`, commands on stdin. Each
+command gets one line back, and what libraries print goes to stderr:
+
+    {"do": "prepare", "workload", "case", "slot", "save"}   first run; outputs go to the .npz file `save`;
+                                                            what was in the slot before is forgotten
+                                                            -> {"seconds", "finite", "figures"}
+                                                            the workload "yardstick" is every side's
+    {"do": "time", "slot", "runs", "beside"}        -> {"seconds": [...], "finite", "figures": [...]}
+                                                    seconds of a run, or of one of its repetitions; where
+                                                    "beside" names a slot, that one runs after each run, and
+                                                    "beside_s" of its figures says how long
+    {"do": "memory"}                                -> {"rss", "peak_rss", "own": {...}}
+    {"do": "close"}                                 -> {}
+
+The first line, which nobody asks for, is {"opened": seconds, "versions", "rss"}. An error is {"error": text,
+"kind": "not available" or "FAILED"}; the process lives on.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import queue
@@ -14,28 +31,28 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
-from types import TracebackType
+from time import monotonic, perf_counter
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..engines.errors import BackendError
+from ..engines.errors import BackendError, LatentrtError
 from ..engines.spec import Array
 from .case import Case
-from .machine import clocks, describe_machine
+from .machine import clocks, describe_machine, resident_bytes
 from .records import Status, short
-from .sides.contract import Task
+from .sides.contract import YARDSTICK, NotAvailableError, OpenSide, Task, Work, open_side
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 LIMIT = 900.0  # seconds for a process to open, or to answer
 _TAIL = 400  # characters of what a child printed, in an error
+_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 class SideError(BackendError):
@@ -55,10 +72,6 @@ class Child:
     """A Python process that writes lines to stdout. A context manager, which ends it.
 
     It leads a session of its own, so that whatever it started is killed with it.
-
-    Args:
-        arguments: of the interpreter.
-        environment: variables besides this process's own.
     """
 
     def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
@@ -132,9 +145,7 @@ class Child:
         """The child itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Close."""
         self.close()
 
@@ -190,19 +201,13 @@ def run(
 
 
 class SideProcess(Child):
-    """A fresh process with one side open; `ask` once for each command of `child.py`.
+    """A fresh process with the side `module` of `SIDES` open. Raises SideError if it cannot be opened.
 
-    Args:
-        name: of the row; a name of `SIDES`, or `AGAIN` for ours a second time.
-        module: the name in `SIDES`.
-        task: what it opens.
-
-    Raises:
-        SideError: it could not be opened, or died.
+    Its rows have the `name`: the same, or `AGAIN` for ours a second time.
     """
 
     def __init__(self, name: str, module: str, task: Task) -> None:
-        super().__init__("-m", f"{__package__}.child", module, json.dumps(task.to_json()))
+        super().__init__("-m", f"{__package__}.process", module, json.dumps(task.to_json()))
         self.name = name
         self._folder = tempfile.TemporaryDirectory()
         try:
@@ -234,8 +239,7 @@ class SideProcess(Child):
     ) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
         """Seconds of each run, and its figures: `beside_s` of a second slot that runs after each run.
 
-        Raises:
-            SideError: also for an output that is not finite.
+        Raises SideError, also for an output that is not finite.
         """
         answer = self.ask(do="time", runs=runs, slot=slot, beside=beside)
         if not answer["finite"]:
@@ -278,3 +282,128 @@ class Slot:
     def time(self, runs: int) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
         """As `SideProcess.time`."""
         return self.side.time(runs, slot=self.name)
+
+
+# ── in the child ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class Server:
+    """An open side, and what was prepared, by slot."""
+
+    def __init__(self, opened: OpenSide, task: Task) -> None:
+        self._opened, self._task = opened, task
+        self._slots: dict[str | None, Work] = {}
+
+    def answer(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        """Carry one command out."""
+        if command["do"] == "prepare":
+            return self._prepare(command)
+        if command["do"] == "time":
+            return self._time(command)
+        if command["do"] == "memory":
+            now, peak = resident_bytes()
+            return {"rss": now, "peak_rss": peak, "own": dict(self._opened.memory())}
+        self._opened.close()
+        return {}
+
+    def _prepare(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        if before := self._slots.pop(command["slot"], None):
+            before.close()
+        if command["workload"] == YARDSTICK:
+            from .sides.yardstick import open_yardstick
+
+            work = open_yardstick(self._task)
+        else:
+            work = self._opened.prepare(command["workload"], Case.from_json(command["case"]))
+        seconds = _seconds(work)
+        outputs = work.outputs()
+        if command.get("save"):
+            arrays: dict[str, Any] = {name: np.asarray(array) for name, array in outputs.items()}
+            np.savez(command["save"], **arrays)
+        self._slots[command["slot"]] = work
+        return {"seconds": seconds, "finite": _finite(outputs), "figures": dict(work.figures())}
+
+    def _time(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        work, beside = self._slots[command["slot"]], self._slots.get(command.get("beside"))
+        seconds: list[float] = []
+        figures: list[dict[str, Any]] = []
+        gc.disable()  # a collection would be some run's bad luck
+        try:
+            for _ in range(command["runs"]):
+                seconds.append(_seconds(work))
+                figures.append(dict(work.figures()))
+                if beside:
+                    figures[-1]["beside_s"] = _seconds(beside)
+        finally:
+            gc.enable()
+        return {"seconds": seconds, "finite": _finite(work.outputs()), "figures": figures}
+
+
+def _seconds(work: Work) -> float:
+    """The time of one run, or of one of its repetitions."""
+    began = perf_counter()
+    work.run()
+    return (perf_counter() - began) / work.repeats
+
+
+def _finite(outputs: Mapping[str, Array]) -> bool:
+    return all(bool(np.isfinite(array).all()) for array in outputs.values())
+
+
+def serve(commands: Iterable[str], server: Server, reply: Callable[[Mapping[str, Any]], None]) -> None:
+    """Answer every command, until `close` or the end of them."""
+    for line in commands:
+        command = json.loads(line)
+        try:
+            reply(server.answer(command))
+        except Exception as error:  # whatever a library raises is a result
+            reply(_error(error))
+        if command["do"] == "close":
+            return
+
+
+def _error(error: Exception) -> dict[str, Any]:
+    kind = "not available" if isinstance(error, NotAvailableError) else "FAILED"
+    text = error.found if isinstance(error, LatentrtError) else f"{type(error).__name__}: {error}"
+    return {"error": short(text), "kind": kind}
+
+
+def become_child() -> Callable[[Mapping[str, Any]], None]:
+    """What a child does first; returns what writes a line of JSON to its real stdout.
+
+    From now on whoever prints, prints to stderr. Linux ends this process when its parent dies: a parent that
+    was killed cannot, and this process may be stopped then and would stay so, with all its memory (prctl(2),
+    PR_SET_PDEATHSIG).
+    """
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before that
+            sys.exit(1)
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def reply(answer: Mapping[str, Any]) -> None:
+        replies.write(json.dumps(answer) + "\n")
+        replies.flush()
+
+    return reply
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Open the side and serve."""
+    reply = become_child()
+    name, task = arguments[0], Task.from_json(json.loads(arguments[1]))
+    began = perf_counter()
+    try:
+        opened = open_side(name, task)
+    except Exception as error:  # whatever a library raises is a result
+        reply(_error(error))
+        return
+    took = perf_counter() - began
+    reply({"opened": took, "versions": dict(opened.versions), "rss": resident_bytes()[0]})
+    serve(sys.stdin, Server(opened, task), reply)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -41,16 +41,12 @@ class Pace:
 
 
 class Timed(Protocol):
-    """What takes turns: a SideProcess with a workload prepared."""
+    """What takes turns: a SideProcess with a workload prepared. `time` is as there."""
 
     @property
-    def name(self) -> str:
-        """The side of the row."""
-        ...
+    def name(self) -> str: ...  # noqa: D102
 
-    def time(self, runs: int) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
-        """Seconds of each run, and its figures. Raises SideError."""
-        ...
+    def time(self, runs: int) -> tuple[tuple[float, ...], list[dict[str, Any]]]: ...  # noqa: D102
 
 
 @dataclass(kw_only=True)
@@ -78,23 +74,20 @@ def interleave(
 ) -> dict[str, Turns]:
     """Time every side; a side that fails drops out, and the others go on.
 
-    Args:
-        sides: in the order of the first round.
-        first: seconds that each side's first run took, by name.
-        pace: how often.
-        said: is told how far it is.
-        clock: of the budget.
+    `first` has the seconds that each side's first run took, by name; `said` gets a line about how far it is.
     """
     found = {item.name: Turns() for item in sides}
     began = clock()
     for item in sides:  # the first run took longer than any after it: look again at how long a turn is
         _turn(item, found[item.name], min(pace.warm_up, _per_turn(first[item.name], pace)))
-    per_turn = {name: _per_turn(_shortest(turns, first[name]), pace) for name, turns in found.items()}
-    if {OURS, AGAIN} <= per_turn.keys():  # the halves of an A/A pair do the same
-        per_turn[AGAIN] = per_turn[OURS]
-    for turns in found.values():
+    per_turn: dict[str, int] = {}
+    for name, turns in found.items():
+        shortest = min((seconds for turn in turns.rounds for seconds in turn), default=first[name])
+        per_turn[name] = _per_turn(shortest, pace)
         turns.rounds.clear()
         turns.figures.clear()
+    if {OURS, AGAIN} <= per_turn.keys():  # the halves of an A/A pair do the same
+        per_turn[AGAIN] = per_turn[OURS]
     fewest = min(per_turn.values(), default=1)
     total = max(pace.rounds, pace.least, math.ceil(pace.runs / fewest))
     for number in range(total):
@@ -124,10 +117,6 @@ def _turn(item: Timed, turns: Turns, runs: int) -> None:
         return
     turns.rounds.append(seconds[lead:])
     turns.figures += figures[lead:]
-
-
-def _shortest(turns: Turns, first: float) -> float:
-    return min((seconds for turn in turns.rounds for seconds in turn), default=first)
 
 
 def _per_turn(seconds: float, pace: Pace) -> int:

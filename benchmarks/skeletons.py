@@ -1,4 +1,4 @@
-"""Full-size models without torch: `python -m latentrt.benchmarks.models.skeletons sd15 PACKAGE`.
+"""Full-size models without torch: `python -m latentrt.benchmarks.skeletons sd15 PACKAGE`.
 
 A skeleton is a package without its weights: manifest, graphs, and the header of every weights file, under
 `benchmarks/models/skeletons/` of a checkout (a wheel has the yardstick alone). Filled with random numbers it
@@ -49,16 +49,10 @@ def save_skeleton(package: Package, folder: Path) -> None:
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def fill_skeleton(name: str, folder: Path, *, seed: int = 0) -> Package:
+def fill_skeleton(name: str, folder: Path) -> Package:
     """Write the package of a skeleton with random weights: about 1/sqrt(inputs), so that values stay finite.
 
-    Args:
-        name: of a folder in `benchmarks/models/skeletons`.
-        folder: the package to write; it must not exist yet.
-        seed: of the weights.
-
-    Raises:
-        UsageError: there is no such skeleton, or the folder exists.
+    Raises UsageError if there is no skeleton of that name, or the folder exists.
     """
     skeleton = FOLDER / name
     if not (skeleton / MANIFEST).is_file() or folder.exists():
@@ -73,7 +67,7 @@ def fill_skeleton(name: str, folder: Path, *, seed: int = 0) -> Package:
     for net, tokenizer in TEXT_ENCODERS.items():
         if net in data["nets"]:
             shutil.copytree(SHIPPED["demo"] / "tokenizer", folder / tokenizer)
-    drawn = np.random.default_rng(seed).standard_normal(_DRAWN, np.float32)
+    drawn = np.random.default_rng(0).standard_normal(_DRAWN, np.float32)
     for path in sorted(skeleton.rglob(f"*{_HEADER}")):
         target = folder / path.relative_to(skeleton)
         _write_weights(target.with_name(target.name.removesuffix(_HEADER)), path, drawn)

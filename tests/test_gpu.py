@@ -8,10 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from latentrt.benchmarks.gpu.check import BACKENDS, line_of
-from latentrt.benchmarks.gpu.judge import collect
-from latentrt.benchmarks.gpu.opener import Opener, Scale, backend_opener
-from latentrt.benchmarks.gpu.sections import NEEDED, SECTIONS
+from latentrt.benchmarks.gpu.check import BACKENDS, NEEDED, SECTIONS, line_of
+from latentrt.benchmarks.gpu.opener import Opener, Scale, backend_opener, collect
 from latentrt.benchmarks.records import Row
 from latentrt.engines.cuda.facts import available
 from latentrt.engines.errors import BackendError
@@ -23,7 +21,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str
 
 
 def run(section: str, opener: Opener) -> list[Row]:
-    rows = list(collect(SECTIONS[section].run(opener, Scale.of(opener.package.manifest))))
+    run, _ = SECTIONS[section]
+    rows = list(collect(run(opener, Scale.of(opener.package.manifest))))
     case = {"backend": opener.task.backend}
     lines = [line_of(replace(row, workload=section, case={**case, "what": row.workload})) for row in rows]
     print("\n".join(lines))

@@ -6,8 +6,8 @@
 
 Prints a line per row. The exit code is 0 only if nothing FAILED, 1 if something did, and 4 where there is
 no GPU. Backends that cannot run here are "not available", with the reason: that is no failure. Every section
-runs in a process of its own with a time limit (`sections.py`); other processes on the GPU disturb the
-sections `memory` and `ladder`, and the last takes all of the GPU's memory for a moment.
+runs in a process of its own with a time limit. Other processes on the GPU disturb the sections `memory` and
+`ladder`, and the last takes all of the GPU's memory for a moment.
 
 The document is one as every verb writes (`records.py`), with the benchmark "gpu_check". Its settings are
 `backends`, the `profile` engines were built for, and the `limit` in seconds. A row's workload is the section,
@@ -42,29 +42,78 @@ import json
 import re
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
+from ...engines.backend import choose_backend
 from ...engines.cuda.facts import available
 from ...engines.errors import BackendError, LatentrtError
 from ...engines.package import Package
 from ...runtime.pipeline import SHIPPED
 from ..machine import clocks
-from ..process import Child, SideError
+from ..process import Child, SideError, become_child
 from ..records import Document, Row, short
 from ..sides.contract import OURS
 from ..verbs.latency import describe_model
-from .opener import Scale
-from .sections import NEEDED, SECTIONS
+from .memory import ladder, memory
+from .nets import build, opens, parity, placement
+from .opener import Opener, Scale, backend_opener, collect, judged, not_available
+from .pictures import graphs, host_memory, peers, picture, timing
 
 BACKENDS = ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 LIMIT = 570.0  # seconds of the whole run
 
+RunInChild = Callable[[Opener, Scale], Iterator[Row]]
 RunSection = Callable[[str, str, float], Iterator[Row]]  # backend, section, seconds it may take
+
+
+def describe(opener: Opener, scale: Scale) -> Iterator[Row]:
+    """What the backend says it is. (Where it cannot run there is no opener, and `section_rows` says why.)"""
+    del scale
+    _, engine = choose_backend(opener.task.backend)
+    yield judged("backend", [], {"is": engine.describe()})
+
+
+# What is run, in this order, and for how many seconds at most. Without those that are needed, or if one of
+# them fails, the rest has nothing to run on.
+SECTIONS: Mapping[str, tuple[RunInChild, float]] = {
+    "available": (describe, 60),
+    "build": (build, 300),
+    "open": (opens, 60),
+    "placement": (placement, 60),
+    "parity": (parity, 90),
+    "picture": (picture, 120),
+    "graphs": (graphs, 90),
+    "memory": (memory, 90),
+    "host_memory": (host_memory, 120),
+    "ladder": (ladder, 120),
+    "timing": (timing, 60),
+    "peers": (peers, 90),
+}
+NEEDED = ("available", "build", "open")
+
+
+def section_rows(section: str, backend: str, root: Path) -> Iterator[Row]:
+    """The rows of a section; "not available" where the backend cannot run here. Raises LatentrtError."""
+    package = Package.open(root)
+    try:
+        opener = backend_opener(backend, package)
+    except BackendError as error:
+        yield not_available("backend", error.found)
+        return
+    run, _ = SECTIONS[section]
+    yield from run(opener, Scale.of(package.manifest))
+
+
+def write_rows(section: str, backend: str, root: Path) -> None:
+    """What the child of a section does: each row is a line of JSON on stdout, as soon as it is known."""
+    reply = become_child()
+    for row in collect(section_rows(section, backend, root)):
+        reply(row.to_json())
 
 
 def check(
@@ -72,19 +121,15 @@ def check(
 ) -> Iterator[list[Row]]:
     """All sections of all backends, one after the other; after each, every row so far, in the same list.
 
-    Args:
-        backends: their names.
-        run: runs a section.
-        limit: seconds for all of it; a section that finds none left is a failed row.
-        said: gets a line for each row.
+    A section that finds none of the `limit` in seconds left is a failed row. `said` gets a line for each row.
     """
     rows: list[Row] = []
     began = perf_counter()
     for backend in backends:
-        for section, settings in SECTIONS.items():
+        for section, (_, most) in SECTIONS.items():
             left, first = limit - (perf_counter() - began), len(rows)
             late = _process_row(0.0, f"no time is left of {limit:.0f} s")
-            for row in run(backend, section, min(settings.limit, left)) if left > 0 else [late]:
+            for row in run(backend, section, min(most, left)) if left > 0 else [late]:
                 case = {**row.case, "backend": backend, "what": row.workload}
                 rows.append(replace(row, workload=section, case=case, stamp=row.stamp or clocks()))
                 said(line_of(rows[-1]))
@@ -128,17 +173,12 @@ def line_of(row: Row) -> str:
     """A row for people, on one line."""
     reason = f": {short(row.reason)}" if row.reason else ""
     figures = {**({"seconds": row.summary["p50"]} if row.samples else {}), **row.figures}
-    shown = "  ".join(f"{name} {_figure(value)}" for name, value in figures.items() if _fits(value))
+    shown = ""
+    for name, value in figures.items():
+        if isinstance(value, (bool, int, float, str)) and len(str(value)) < 60:
+            shown += f"  {name} {value:.4g}" if isinstance(value, float) else f"  {name} {value}"
     what = f"{row.case['backend']:<16} {row.workload:<11} {row.case['what']}"
-    return f"{what}: {row.status}{reason}  {shown}".rstrip()
-
-
-def _fits(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, str)) and len(str(value)) < 60
-
-
-def _figure(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{what}: {row.status}{reason}{shown}".rstrip()
 
 
 def default_file(gpu: str, date: str) -> Path:
@@ -156,12 +196,16 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of the whole run")
+    parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)  # in the child
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check, print, write; the exit code."""
     options = _options(arguments)
+    if options.section:
+        write_rows(options.section, options.backends[0], Path(options.package))
+        return 0
     if reason := available():
         print(f"gpu_check: {reason}. Run it where an NVIDIA GPU and its driver are.", file=sys.stderr)
         return BackendError.exit_code
@@ -181,18 +225,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as store:
 
         def run(backend: str, section: str, limit: float) -> Iterator[Row]:
-            module = ["-X", "faulthandler", "-m", f"{__package__}.sections"]
-            command = [*module, backend, section, str(package.root)]
+            command = ["-X", "faulthandler", "-m", f"{__package__}.check", "--section", section]
+            command += ["--backends", backend, "--package", str(package.root)]
             return run_section(command, limit, {"LATENTRT_CACHE": store})
 
         for rows in check(options.backends, run, limit=options.limit):
             # after each section: whatever ends this process, the rest is written
             document = replace(document, rows=tuple(rows))
             document.write(out)
-    count = {status: sum(row.status == status for row in document.rows) for status in ("FAILED", "ok")}
+    count = Counter(row.status for row in document.rows)
     failures = f"{count['FAILED']} FAILED" if document.failed else "nothing failed"
-    rest = len(document.rows) - sum(count.values())
-    print(f"{failures}, {count['ok']} ok, {rest} not available: {out}")
+    print(f"{failures}, {count['ok']} ok, {count['not available']} not available: {out}")
     return 1 if document.failed else 0
 
 

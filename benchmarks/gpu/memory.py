@@ -6,9 +6,10 @@ import re
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from threading import Event
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...engines.device import Device
 from ...engines.errors import MemoryLimitError
@@ -17,8 +18,7 @@ from ...engines.tolerances import PICTURE_DB
 from ..likeness import psnr
 from ..records import Row
 from ..sides.device_work import ledger_of
-from .judge import attempt, judged, mebibytes, not_available
-from .opener import Opened, Opener, Scale
+from .opener import Opened, Opener, Scale, attempt, judged, mebibytes, not_available, too_far
 from .pictures import draw
 
 MIB = 2**20
@@ -58,8 +58,7 @@ def lowest_free(device: Device) -> Generator[list[int], None, None]:
 # ── back to the baseline ───────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Cycle:
+class _Cycle(NamedTuple):
     """Free bytes before opening, once open, at the lowest while drawing, and once closed; and the ledger."""
 
     before: int
@@ -109,9 +108,7 @@ def _cycle(opener: Opener, scale: Scale, watch: Device) -> _Cycle:
             for _ in range(3):  # plain, captured, replayed
                 draw(opened.pipe, replace(scale.case, pictures=2))
         ledger = ledger_of(opened.loop)
-    return _Cycle(
-        before=before, opened=after_opening, lowest=lowest[0], after=watch.memory().free, ledger=ledger
-    )
+    return _Cycle(before, after_opening, lowest[0], watch.memory().free, ledger)
 
 
 def _ledger(opener: Opener, ledger: dict[str, Any]) -> Row:
@@ -138,10 +135,8 @@ def ladder(opener: Opener, scale: Scale) -> Iterator[Row]:
         yield judged("memory to spare", [], {"need_mib": mebibytes(need), **size})
         lowered: set[str] = set()
         for share in scale.shares:
-            what, margin = f"{share:.0%} of that free", int(need * share)
-            row = attempt(
-                what, lambda what=what, margin=margin: _scarce(what, opener, scale, watch, wanted, margin)
-            )
+            what = f"{share:.0%} of that free"
+            row = attempt(what, partial(_scarce, what, opener, scale, watch, wanted, int(need * share)))
             yield row
             lowered.update(row.figures.get("rungs", ()))
             if row.status == "FAILED" or not row.figures.get("drawn"):
@@ -151,8 +146,8 @@ def ladder(opener: Opener, scale: Scale) -> Iterator[Row]:
         with opener.pipeline() as opened:
             _warm_up(opened, scale)
             with ballast(watch, 0):
-                yield attempt("nothing free", lambda: _refused(opened, scale, watch))
-            yield attempt("free again", lambda: _alike("free again", opened, scale, wanted, {}))
+                yield attempt("nothing free", partial(_refused, opened, scale, watch))
+            yield attempt("free again", partial(_alike, "free again", opened, scale, wanted, {}))
 
 
 def _ample(opener: Opener, scale: Scale, watch: Device) -> tuple[Array, int]:
@@ -180,20 +175,21 @@ def _alike(what: str, opened: Opened, scale: Scale, wanted: Array, figures: dict
     """The large request, judged by the pictures. Raises MemoryLimitError."""
     found, seconds = draw(opened.pipe, scale.large_case)
     tiled = any(re.search(r"tile=\d", line) for line in opened.log)
-    likeness, bar = psnr(found, wanted), TILED_DB if tiled else PICTURE_DB["fp16"]
-    problems = [] if likeness >= bar else [f"{likeness:.1f} dB, below {bar:g}"]
+    likeness = psnr(found, wanted)
+    problems = too_far(likeness, TILED_DB if tiled else PICTURE_DB["fp16"])
     figures = {**figures, "drawn": True, "psnr_db": likeness, "rungs": _rungs(opened)}
     return judged(what, problems, figures, [seconds])
 
 
 def _refused(opened: Opened, scale: Scale, watch: Device) -> Row:
     figures: dict[str, Any] = {"free_mib": mebibytes(watch.memory().free), "message": ""}
+    problems = ["it was drawn, although no memory was free"]
     try:
         draw(opened.pipe, scale.large_case)
     except MemoryLimitError as error:
         figures |= {"message": error.found, "rungs": _rungs(opened)}
-        return judged("nothing free", _numbers(error), figures)
-    return judged("nothing free", ["it was drawn, although no memory was free"], figures)
+        problems = _numbers(error)
+    return judged("nothing free", problems, figures)
 
 
 def _numbers(error: MemoryLimitError) -> list[str]:

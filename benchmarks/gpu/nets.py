@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from ...engines.backends import BACKENDS
 from ...engines.cuda import facts as cuda_facts
 from ...engines.device import Device, DeviceNet
-from ...engines.errors import LatentrtError
+from ...engines.errors import BackendError, LatentrtError
 from ...engines.onnxruntime.backend import ONNXRUNTIME
 from ...engines.onnxruntime.nets import OnnxRuntimeDeviceNet
 from ...engines.onnxruntime.tuning.choice import tuned_nets
@@ -31,11 +33,12 @@ from ..likeness import difference
 from ..records import Row
 from ..sides.device_work import DeviceNets, upload
 from ..verbs.build import Builds, build_net
-from .judge import attempt, failed, judged, mebibytes, not_available
-from .opener import Opener, Scale
-from .placement import read_placement
+from .opener import Opener, Scale, attempt, failed, judged, mebibytes, not_available
 
 _NAMED = 4  # nodes, or outputs, in a reason
+_CPU = "CPUExecutionProvider"
+_FLOATS = frozenset({"float", "float16", "double", "bfloat16"})
+_KERNEL = "_kernel_time"  # the event of a node's run is called by its name and this
 
 
 def build(opener: Opener, scale: Scale) -> Iterator[Row]:
@@ -53,9 +56,8 @@ def build(opener: Opener, scale: Scale) -> Iterator[Row]:
         problems = [] if figures.get("engine_mb", 1) > 0 else ["the engine is empty"]
         return judged(net, problems, figures, [figures.pop("seconds")])
 
-    nets = tuned_nets(package, ()) if builds.tunes else built_nets(package)
-    for net in nets:
-        yield attempt(net, lambda net=net: built(net))
+    for net in tuned_nets(package, ()) if builds.tunes else built_nets(package):
+        yield attempt(net, partial(built, net))
 
 
 def opens(opener: Opener, scale: Scale) -> Iterator[Row]:
@@ -82,21 +84,66 @@ def placement(opener: Opener, scale: Scale) -> Iterator[Row]:
     sizes = shapes(scale, opener.package)[0]
     with TemporaryDirectory() as folder, opener.nets(profile=Path(folder)) as (device, nets):
         for name, net in nets.items():
-            yield attempt(name, lambda name=name, net=net: _placed(name, device, net, sizes))
+            yield attempt(name, partial(_placed, name, device, net, sizes))
 
 
 def _placed(name: str, device: Device, net: OnnxRuntimeDeviceNet, sizes: Sizes) -> Row:
     run_once(device, net, sizes, 0)
     found = read_placement(net.end_profile())
+    misplaced = {"copies between CPU and GPU": found.copies, "floating-point nodes on the CPU": found.floats}
     problems = [
-        f"{len(nodes)} {what}: {', '.join(nodes[:_NAMED])}"
-        for nodes, what in (
-            (found.copies, "copies between CPU and GPU"),
-            (found.floats, "floating-point nodes on the CPU"),
-        )
-        if nodes
+        f"{len(nodes)} {what}: {', '.join(nodes[:_NAMED])}" for what, nodes in misplaced.items() if nodes
     ]
     return judged(name, problems, {"nodes": found.nodes, "on_cpu": found.on_cpu})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Nodes that ran, each once: how many, and by name and operator those that should not be.
+
+    `copies` moved a tensor between CPU and GPU. `floats` ran on the CPU with floating-point tensors: those
+    are activations that left the GPU, while integer arithmetic on shapes belongs on the CPU.
+    """
+
+    nodes: int
+    on_cpu: int
+    copies: tuple[str, ...]
+    floats: tuple[str, ...]
+
+
+def read_placement(profile: Path) -> Placement:
+    """What the profile of a session says (SessionOptions.enable_profiling, InferenceSession.end_profiling).
+
+    Raises BackendError for a file that is none, or in which no node has run.
+    """
+    nodes: dict[str, Mapping[str, Any]] = {}  # by name with operator: what the profile has about its run
+    problem = f"{profile} has no node that ran"
+    try:
+        for event in cast("list[Mapping[str, Any]]", json.loads(profile.read_bytes())):
+            name = str(event.get("name"))
+            if event.get("cat") == "Node" and name.endswith(_KERNEL):
+                args = cast("Mapping[str, Any]", event.get("args", {}))
+                nodes[f"{name.removesuffix(_KERNEL)} ({args.get('op_name')})"] = args
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        nodes, problem = {}, f"{profile} is no profile of onnxruntime: {error}"
+    if not nodes:
+        raise BackendError(
+            problem,
+            expected="the JSON file that end_profiling() of an open session names, after a run",
+            fix="Open the net with a folder for its profile, run it once, and try again.",
+        )
+    on_cpu = {name: args for name, args in nodes.items() if args.get("provider") == _CPU}
+    copies = (name for name, args in nodes.items() if str(args.get("op_name")).startswith("Memcpy"))
+    floats = (name for name, args in on_cpu.items() if _types(args) & _FLOATS)
+    return Placement(
+        nodes=len(nodes), on_cpu=len(on_cpu), copies=tuple(sorted(copies)), floats=tuple(sorted(floats))
+    )
+
+
+def _types(args: Mapping[str, Any]) -> set[str]:
+    """The types of inputs and outputs, which are listed like [{"float": [2, 4]}, {"int64": []}]."""
+    tensors = [*args.get("input_type_shape", ()), *args.get("output_type_shape", ())]
+    return {kind for tensor in tensors for kind in tensor}
 
 
 def parity(opener: Opener, scale: Scale) -> Iterator[Row]:
@@ -108,24 +155,15 @@ def parity(opener: Opener, scale: Scale) -> Iterator[Row]:
                 for seed, sizes in enumerate(shapes(scale, opener.package)):
                     what = f"{name} {sizes['W']}x{sizes['H']} b{sizes['N']}"
                     wanted = plain(**random_inputs(plain.spec, sizes, seed))
-
-                    def compared(
-                        what: str = what,
-                        net: DeviceNet = nets[name],
-                        sizes: Sizes = sizes,
-                        seed: int = seed,
-                        wanted: Mapping[str, Array] = wanted,
-                    ) -> Row:
-                        found, profile = run_once(device, net, sizes, seed)
-                        return _compared(what, found, wanted, dtype, profile)
-
-                    yield attempt(what, compared)
+                    run = partial(run_once, device, nets[name], sizes, seed)
+                    yield attempt(what, partial(_compared, what, run, wanted, dtype))
 
 
 def _compared(
-    what: str, found: Mapping[str, Array], wanted: Mapping[str, Array], dtype: str, profile: str
+    what: str, run: Callable[[], tuple[dict[str, Array], str]], wanted: Mapping[str, Array], dtype: str
 ) -> Row:
     """Figures are of the worst output."""
+    found, profile = run()
     bar, problems = NET_RELATIVE_L2[dtype], list[str]()
     worst: dict[str, Any] = {"relative_l2": -1.0}
     for name, array in wanted.items():
@@ -165,11 +203,7 @@ def random_inputs(spec: NetSpec, sizes: Sizes, seed: int) -> dict[str, Array]:
 
 
 def run_once(device: Device, net: DeviceNet, sizes: Sizes, seed: int) -> tuple[dict[str, Array], str]:
-    """What a net makes of `random_inputs`, and the profile that served.
-
-    Raises:
-        LatentrtError: whatever the net and the device raise; the memory is free then.
-    """
+    """What a net makes of `random_inputs`, and the profile that served."""
     with ExitStack() as stack:
         block, (bound,) = DeviceNets(device=device, nets={"net": net}).bind(stack, ("net", sizes))
         upload(block, random_inputs(net.spec, sizes, seed))

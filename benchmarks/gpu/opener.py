@@ -1,18 +1,24 @@
-"""What the GPU check runs on: a backend's nets on a device. A parameter, so that tests can pass another."""
+"""What every section of the GPU check uses: a backend's nets on a device, and rows that tell what was found.
+
+The opener is a parameter of every section, so that tests can pass one of their own. A section names what it
+looked at in a row's `workload`; `check.py` moves that to the case, beside the backend.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+import traceback
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 from ...engines.backend import DeviceBackend, choose_backend, to_stderr
 from ...engines.cuda.device import CudaDevice
 from ...engines.cuda.facts import Nvml, facts
 from ...engines.device import Device
-from ...engines.errors import BackendError
+from ...engines.errors import BackendError, LatentrtError
 from ...engines.package import Manifest, Package
 from ...engines.tensorrt.build import built_nets
 from ...engines.tensorrt.flavour import ENGINE_BACKENDS, flavour
@@ -20,13 +26,9 @@ from ...runtime.loop.device.cuda_graphs import Graphs
 from ...runtime.loop.device.loop import DeviceLoop
 from ...runtime.pipeline import Pipeline
 from ..case import Case
-from ..sides.contract import Task
+from ..records import Figures, Row
+from ..sides.contract import OURS, SIDES, Task
 from ..sides.device_work import TimedDevice
-
-OpenDevice = Callable[..., tuple[Device, Mapping[str, Any]]]  # package, names of nets; options
-
-# backend -> the plain loop over the same library, which ours is timed against
-_PEERS = {"onnxruntime-cuda": ("onnxruntime-cuda",), "tensorrt": ("tensorrt",)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,18 +103,18 @@ class Opener:
     Attributes:
         task: the backend's name and the package, as a side opens them.
         package: what is drawn with.
-        open_device: a device, and nets on it. Only ONNX Runtime's has options: `capture`, runs may be
-            captured; `profile`, a folder for profiles of where nodes ran.
+        open_device: from the package and names of nets, a device and the nets on it. Only ONNX Runtime's
+            has options: `capture`, runs may be captured; `profile`, a folder for profiles of where nodes ran.
         watch: the same device for an onlooker: it reads the free memory, and takes memory away.
         measured_by: who says how much is free.
-        peers: sides that ours is timed against.
+        peers: plain loops over the same library, which ours is timed against.
         onnxruntime: whether it takes these options.
         unsupported: why this GPU is none of the backend's, so that being refused is no failure; "" if it is.
     """
 
     task: Task
     package: Package
-    open_device: OpenDevice
+    open_device: Callable[..., tuple[Device, Mapping[str, Any]]]
     watch: Callable[[], Device]
     measured_by: str
     peers: tuple[str, ...] = ()
@@ -157,6 +159,8 @@ def backend_opener(backend: str, package: Package) -> Opener:
             fix="Leave --backends out to check all of them.",
         )
     gpu = facts()
+    listed = flavour(name).compute_capabilities if name in ENGINE_BACKENDS else ()
+    supported = not listed or "{}.{}".format(*gpu.compute_capability) in listed
     nvml_sees = not gpu.unified and Nvml(gpu.uuid).memory() is not None
     return Opener(
         task=Task(package=package.root, backend=name, device="cuda"),
@@ -164,14 +168,61 @@ def backend_opener(backend: str, package: Package) -> Opener:
         open_device=partial(engine.open_device, log=to_stderr),
         watch=CudaDevice,
         measured_by="NVML, all processes" if nvml_sees else "cudaMemGetInfo",
-        peers=_PEERS.get(name, ()),
-        unsupported=_unsupported(name, gpu.compute_capability, gpu.sm),
+        peers=(name,) if name in SIDES else (),
+        unsupported="" if supported else f"{gpu.sm} is none of {', '.join(listed)}",
         onnxruntime=name == "onnxruntime-cuda",
     )
 
 
-def _unsupported(backend: str, capability: tuple[int, int], sm: str) -> str:
-    listed = flavour(backend).compute_capabilities if backend in ENGINE_BACKENDS else ()
-    if not listed or "{}.{}".format(*capability) in listed:
-        return ""
-    return f"{sm} is none of {', '.join(listed)}"
+# ── rows ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def judged(what: str, problems: Sequence[str], figures: Figures, samples: Sequence[float] = ()) -> Row:
+    """A row that is ok if there are no problems; samples are seconds."""
+    return Row(
+        side=OURS,
+        workload=what,
+        rounds=(tuple(samples),) if samples else (),
+        status="FAILED" if problems else "ok",
+        reason="; ".join(problems),
+        figures=figures,
+    )
+
+
+def too_far(likeness_db: float, bar_db: float) -> list[str]:
+    """The problem of pictures that are not alike enough, if they are not."""
+    return [] if likeness_db >= bar_db else [f"{likeness_db:.1f} dB, below {bar_db:g}"]
+
+
+def not_available(what: str, reason: str, figures: Figures | None = None) -> Row:
+    """The row of what cannot be looked at here."""
+    return Row(side=OURS, workload=what, status="not available", reason=reason, figures=figures or {})
+
+
+def failed(what: str, error: BaseException) -> Row:
+    """The row of an exception: our own errors in their words, others with the line that raised them."""
+    where = ""
+    if not isinstance(error, LatentrtError) and (frames := traceback.extract_tb(error.__traceback__)):
+        where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
+    return judged(what, [f"{type(error).__name__}: {error}{where}"], {})
+
+
+def attempt(what: str, make: Callable[[], Row]) -> Row:
+    """The row that `make` returns, or the row of what it raises: the rows after it are still wanted."""
+    try:
+        return make()
+    except Exception as error:  # whatever a library raises is a result
+        return failed(what, error)
+
+
+def collect(rows: Iterable[Row]) -> Iterator[Row]:
+    """`rows`; an exception among them becomes a last row."""
+    try:
+        yield from rows
+    except Exception as error:  # whatever a library raises is a result
+        yield failed("the section", error)
+
+
+def mebibytes(size: int) -> float:
+    """Bytes as MiB, for people."""
+    return round(size / 2**20, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -20,8 +21,7 @@ from ..process import SideError
 from ..records import Row
 from ..rounds import Pace
 from ..verbs.latency import Sides, measure_latency
-from .judge import attempt, judged, mebibytes, not_available
-from .opener import Opened, Opener, Scale
+from .opener import Opened, Opener, Scale, attempt, judged, mebibytes, not_available, too_far
 
 SAMPLERS = ("dpmpp_2m", "ddim", "euler_a")  # the last draws noise in every row
 REPLAY_DB = 50.0  # the same kernels in the same order: a few shades by one, where a library sums atomically
@@ -50,15 +50,14 @@ def picture(opener: Opener, scale: Scale) -> Iterator[Row]:
                 case = replace(scale.case, sampler=sampler, guidance_scale=guidance)
                 case = replace(case, pictures=3, height=scale.short)
                 what = f"{sampler} {'guided' if case.guided else 'unguided'}"
-                yield attempt(what, lambda what=what, case=case: _picture(what, opened.pipe, host, case))
+                yield attempt(what, partial(_picture, what, opened.pipe, host, case))
 
 
 def _picture(what: str, pipe: Pipeline, host: Pipeline, case: Case) -> Row:
     wanted, host_s = draw(host, case)
     found, seconds = draw(pipe, case)
     likeness = psnr(found, wanted)
-    bar = PICTURE_DB["fp16"]
-    problems = [] if likeness >= bar else [f"{likeness:.1f} dB, below {bar:g}"]
+    problems = too_far(likeness, PICTURE_DB["fp16"])
     figures = {"psnr_db": likeness, "identical": bool(np.array_equal(found, wanted)), "cpu_seconds": host_s}
     return judged(what, problems, figures, [seconds])
 
@@ -70,7 +69,7 @@ def graphs(opener: Opener, scale: Scale) -> Iterator[Row]:
     """
     with opener.pipeline("off") as plain, opener.pipeline("on") as replayed:
         for sampler in (SAMPLERS[0], SAMPLERS[-1]):
-            yield attempt(sampler, lambda sampler=sampler: _graphs(sampler, plain, replayed, scale))
+            yield attempt(sampler, partial(_graphs, sampler, plain, replayed, scale))
 
 
 def _graphs(sampler: str, plain: Opened, replayed: Opened, scale: Scale) -> Row:

@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterable, Mapping
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ...engines.safetensors_format import write_file
 from .recipes import RECIPES, Recipe
@@ -42,17 +39,6 @@ def _init(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torc
         return base + torch.randn(shape, generator=generator) * 0.05
     bound = 1 / math.sqrt(math.prod(shape[1:])) if len(shape) > 1 else 0.02
     return (torch.rand(shape, generator=generator) * 2 - 1) * bound
-
-
-def _save(path: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype, seed: int) -> None:
-    """Write a safetensors file tensor by tensor: a full-size UNet never is in memory."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def content(name: str) -> bytes:
-        tensor = _init(name, tuple(shapes[name]), generator).to(dtype)
-        return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-
-    write_file(path, {name: (SAFETENSORS[dtype], shape) for name, shape in shapes.items()}, content)
 
 
 Part = tuple[str, str, nn.Module, dict[str, Any]]
@@ -91,26 +77,19 @@ def make_checkpoint(
     old_names: bool = True,
     parts: Iterable[Part] | None = None,
 ) -> Path:
-    """Write the folder.
+    """Write the folder, which must not exist yet.
 
-    Args:
-        recipe: what it consists of.
-        root: the folder; it must not exist yet.
-        dtype: of the weights.
-        seed: of the weights.
-        old_names: whether the text encoder's tensors are called as transformers before 5 named them.
-        parts: with weights; default: `parts_of(recipe)`.
+    With `old_names` the text encoder's tensors are called as transformers before 5 named them. `parts` are
+    `parts_of(recipe)` by default.
     """
     root.mkdir(parents=True)
-    empty = [None, None]
+    absent = ["text_encoder", "tokenizer", "feature_extractor", "image_encoder"]
+    absent += [] if recipe.text_2 else ["safety_checker"]
     index: dict[str, Any] = {
         "_class_name": recipe.pipeline,
         "_diffusers_version": "0.42.1",
         "scheduler": ["diffusers", recipe.scheduler["_class_name"]],
-        "text_encoder": empty,
-        "tokenizer": empty,
-        **dict.fromkeys(("feature_extractor", "image_encoder"), empty),
-        **dict.fromkeys(() if recipe.text_2 else ("safety_checker",), empty),
+        **{part: [None, None] for part in absent},
         **recipe.index,
     }
     for number, (name, stem, net, config) in enumerate(parts or parts_of(recipe)):
@@ -136,10 +115,17 @@ def write_part(
     dtype: torch.dtype,
     seed: int,
 ) -> None:
-    """Write the folder of one part: its config, and random tensors of these shapes."""
+    """Write the folder of one part: its config, and random tensors one by one, never all in memory."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def content(name: str) -> bytes:
+        tensor = _init(name, tuple(shapes[name]), generator).to(dtype)
+        return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
     folder.mkdir(parents=True)
     write_json(folder / "config.json", config)
-    _save(folder / f"{stem}.safetensors", shapes, dtype, seed)
+    entries = {name: (SAFETENSORS[dtype], shape) for name, shape in shapes.items()}
+    write_file(folder / f"{stem}.safetensors", entries, content)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -153,17 +139,11 @@ def _tokenizer(folder: Path, size: int, pad: str) -> None:
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(code) for code in visible] + [chr(256 + code) for code in range(256 - len(visible))]
     vocabulary = (letters + [letter + "</w>" for letter in letters])[: size - 2]
-    merges: list[str] = []
-    for first in letters:
-        for second in letters:
-            if len(vocabulary) == size - 2:
-                break
-            merges.append(f"{first} {second}")
-            vocabulary.append(first + second)
-    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    pairs = list(islice(product(letters, repeat=2), size - 2 - len(vocabulary)))
+    vocabulary += [*map("".join, pairs), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir()
     (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(vocabulary)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, pairs)]) + "\n")
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": pad}
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
     (folder / "tokenizer_config.json").write_text(json.dumps({**special, "model_max_length": 77}))

@@ -23,9 +23,8 @@ from ..process import SideError, run
 from ..records import Document, Row
 from ..sides.contract import OURS
 
-Said = Callable[[str], None]
-
 RECIPE = "sd15"
+FLAGS = ("--verify", "--overwrite")  # of `latentrt export`
 # resource's high-water mark covers all children so far, so each stage runs below a child of its own
 _WATCH = """
 import json, resource, subprocess, sys
@@ -51,8 +50,7 @@ class Stage:
 def run_stage(name: str, arguments: Sequence[str]) -> Stage:
     """Run `python ARGUMENTS`; if the last line it prints is a JSON object, those are its figures.
 
-    Raises:
-        ModelError: it failed; with the end of what it printed on stderr.
+    Raises ModelError if it fails, with the end of what it printed on stderr.
     """
     began = perf_counter()
     try:
@@ -93,20 +91,11 @@ def measure_export(
     recipe: str = RECIPE,
     dtypes: Sequence[str] = ("fp16", "fp32"),
     *,
-    flags: Sequence[str] = ("--verify", "--overwrite"),
-    said: Said = lambda line: None,
+    said: Callable[[str], None] = lambda line: None,
 ) -> Document:
     """Rows of time and of peak memory: of making the checkpoint, if it is not there yet, and of each export.
 
-    Args:
-        folder: where models go.
-        recipe: of `checkpoints.py`.
-        dtypes: of the packages.
-        flags: of `latentrt export`.
-        said: gets a line for each stage.
-
-    Raises:
-        ModelError: the checkpoint cannot be made.
+    Models go to `folder`; `said` gets a line for each stage. Raises ModelError if no checkpoint can be made.
     """
     rows: list[Row] = []
     machine = describe_machine()
@@ -115,20 +104,19 @@ def measure_export(
         said(f"making the checkpoint {recipe}")
         rows += _rows("make checkpoint", {"recipe": recipe}, make_checkpoint(recipe, checkpoint), machine)
     for dtype in dtypes:
-        case = {"recipe": recipe, "dtype": dtype, "flags": list(flags)}
+        case = {"recipe": recipe, "dtype": dtype, "flags": list(FLAGS)}
         said(f"exporting {recipe} as {dtype}")
         try:
-            stage = export(checkpoint, folder / f"{recipe}-{dtype}", dtype, *flags)
+            stage = export(checkpoint, folder / f"{recipe}-{dtype}", dtype, *FLAGS)
+            rows += _rows("export", case, stage, machine)
         except ModelError as error:
             row = Row(side=OURS, workload="export", case=case, status="FAILED", reason=error.found)
             rows.append(row)
-            continue
-        rows += _rows("export", case, stage, machine)
     size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
     return Document(
         benchmark="export",
         model={"name": recipe, "checkpoint_bytes": size},
-        settings={"recipe": recipe, "dtypes": list(dtypes), "flags": list(flags)},
+        settings={"recipe": recipe, "dtypes": list(dtypes), "flags": list(FLAGS)},
         rows=tuple(rows),
         machine=machine,
     )
@@ -143,10 +131,8 @@ def _rows(workload: str, case: Mapping[str, Any], stage: Stage, machine: Mapping
         figures={**stage.figures, "cpu_seconds": stage.cpu_seconds},
         stamp={**machine, **clocks()},
     )
-    peak = replace(
-        row, workload=f"{workload} peak memory", unit="B", rounds=((float(stage.peak_rss),),), figures={}
-    )
-    return [row, peak]
+    peak = float(stage.peak_rss)
+    return [row, replace(row, workload=f"{workload} peak memory", unit="B", rounds=((peak,),), figures={})]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -63,11 +63,7 @@ def model_names() -> tuple[str, ...]:
 
 
 def find_model(
-    name: str,
-    *,
-    checkpoint: Path | None = None,
-    cache: Path | None = None,
-    said: Said = lambda line: None,
+    name: str, *, checkpoint: Path | None = None, cache: Path | None = None, said: Said = lambda line: None
 ) -> Model:
     """The model of that name, made if it is not in the cache yet.
 
@@ -89,57 +85,46 @@ def find_model(
             expected="the diffusers folder that the package was exported from",
             fix="Name another one: --checkpoint FOLDER.",
         )
-    if name == "demo":
-        model = Model(package=Package.open(SHIPPED["demo"]), checkpoint=_demo_checkpoint(), name=name)
+    own: Path | None = None
+    if name == "demo":  # a checkout has its checkpoint, an installed wheel has not
+        package, own = SHIPPED["demo"], SHIPPED["demo"].parent / "checkpoint"
     elif name in model_names():
-        model = _full_size(name, cache or default_cache(), said)
+        package, own = _full_size(name, cache or default_cache(), said)
     elif Path(name).is_dir():
-        model = Model(package=Package.open(name), checkpoint=None, name=Path(name).resolve().name)
+        package, name = Path(name), Path(name).resolve().name
     else:
         raise UsageError(
             f"there is no model {name!r}",
             expected=f"{', '.join(model_names())}, or a package's folder",
             fix="Choose one of these, or export one: latentrt export CHECKPOINT -o PACKAGE.",
         )
-    return Model(package=model.package, checkpoint=checkpoint or model.checkpoint, name=model.name)
+    if own and not (own / _INDEX).is_file():
+        own = None
+    return Model(package=Package.open(package), checkpoint=checkpoint or own, name=name)
 
 
-def _demo_checkpoint() -> Path | None:
-    """The demo's checkpoint, in a checkout beside the package; an installed wheel does not have it."""
-    folder = SHIPPED["demo"].parent / "checkpoint"
-    return folder if (folder / _INDEX).is_file() else None
-
-
-def _full_size(name: str, cache: Path, said: Said) -> Model:
-    """From the cache, or made into it by one process while others wait."""
+def _full_size(name: str, cache: Path, said: Said) -> tuple[Path, Path | None]:
+    """Package and checkpoint from the cache, or made into it by one process while others wait."""
     recipe, _, dtype = name.rpartition("-")
     checkpoint, package, filled = cache / recipe, cache / name, cache / f"{name}-skeleton"
-    if not _exists(package):
-        missing = [library for library in _EXPORT_NEEDS if find_spec(library) is None]
-        if missing and not _exists(filled) and not _has_skeleton(name):
-            raise BackendError(
-                f"{name} must be exported first, which needs {', '.join(missing)}",
-                expected=f"the extras [cpu,export], or its skeleton {skeletons.FOLDER / name}",
-                fix='Install them: pip install "latentrt[cpu,export]". A checkout of the repository has the'
-                " skeletons of sd15-fp16 and sd21-fp16 there; an installed wheel has none.",
-            )
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / ".making.lock"):
-            if missing:
-                return Model(package=_fill(name, filled, said), checkpoint=None, name=name)
-            _make(recipe, dtype, checkpoint, package, said)
-    opened = Package.open(package)
-    return Model(
-        package=opened, checkpoint=checkpoint if (checkpoint / _INDEX).is_file() else None, name=name
-    )
-
-
-def _exists(package: Path) -> bool:
-    return (package / MANIFEST).is_file()
-
-
-def _has_skeleton(name: str) -> bool:
-    return (skeletons.FOLDER / name / MANIFEST).is_file()
+    if (package / MANIFEST).is_file():
+        return package, checkpoint
+    missing = [library for library in _EXPORT_NEEDS if find_spec(library) is None]
+    folders = filled, skeletons.FOLDER / name
+    if missing and not any((folder / MANIFEST).is_file() for folder in folders):
+        raise BackendError(
+            f"{name} must be exported first, which needs {', '.join(missing)}",
+            expected=f"the extras [cpu,export], or its skeleton {skeletons.FOLDER / name}",
+            fix='Install them: pip install "latentrt[cpu,export]". A checkout of the repository has the'
+            " skeletons of sd15-fp16 and sd21-fp16 there; an installed wheel has none.",
+        )
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / ".making.lock"):
+        if missing:
+            _fill(name, filled, said)
+            return filled, None  # no checkpoint has its weights
+        _make(recipe, dtype, checkpoint, package, said)
+    return package, checkpoint
 
 
 def _make(recipe: str, dtype: str, checkpoint: Path, package: Path, said: Said) -> None:
@@ -148,17 +133,16 @@ def _make(recipe: str, dtype: str, checkpoint: Path, package: Path, said: Said) 
     if not (checkpoint / _INDEX).is_file():
         said(f"making {checkpoint}: a checkpoint with random weights, {size} of disk, once")
         full_size.make_checkpoint(recipe, checkpoint)
-    if not _exists(package):  # another process may have been here meanwhile
+    if not (package / MANIFEST).is_file():  # another process may have been here meanwhile
         said(f"making {package}: exported from {checkpoint}, {size} of disk and minutes at full size, once")
         full_size.export(checkpoint, package, dtype)
 
 
-def _fill(name: str, filled: Path, said: Said) -> Package:
-    """The package of a skeleton: under another name, for no checkpoint has its weights."""
-    if not _exists(filled):
+def _fill(name: str, filled: Path, said: Said) -> None:
+    """The package of a skeleton, complete or not there."""
+    if not (filled / MANIFEST).is_file():
         size = SIZES[name.rpartition("-")[0]]
         said(f"making {filled}: random weights without torch, {size} of disk and less than a minute, once")
         with tempfile.TemporaryDirectory(prefix=f".{filled.name}-", dir=filled.parent) as folder:
             skeletons.fill_skeleton(name, Path(folder) / filled.name)
             (Path(folder) / filled.name).rename(filled)
-    return Package.open(filled)

@@ -93,25 +93,19 @@ def fastest(
 
 
 def _ceiling(
-    versions: dict[str, str],
-    gemm: Callable[[], Sequence[Work]],
-    copy: Callable[[], Sequence[Work]],
-    resources: ExitStack,
+    versions: dict[str, str], resources: ExitStack, **candidates: Callable[[], Sequence[Work]]
 ) -> OpenSide:
     """A side whose workloads are the same for every case: each is chosen once, of its candidates."""
     kept: dict[str, Work] = {}
 
-    def prepare(name: str, candidates: Callable[[], Sequence[Work]], case: Case, stack: ExitStack) -> Work:
+    def prepare(name: str, case: Case, stack: ExitStack) -> Work:
         if name not in kept:
-            kept[name] = fastest(candidates())
+            kept[name] = fastest(candidates[name]())
             resources.callback(kept[name].close)
         return replace(kept[name], held=ExitStack())  # it stays when this one is closed
 
-    makers = {"gemm": partial(prepare, "gemm", gemm), "copy": partial(prepare, "copy", copy)}
+    makers = {name: partial(prepare, name) for name in candidates}
     return OpenSide(name=CEILING, versions=versions, makers=makers, resources=resources)
-
-
-# ── on the CPU ─────────────────────────────────────────────────────────────────────────────────
 
 
 def host_ceiling(
@@ -124,9 +118,9 @@ def host_ceiling(
     folder = Path(resources.enter_context(TemporaryDirectory()))
     return _ceiling(
         {"onnxruntime": f"onnxruntime {onnxruntime.library().__version__} (CPU)", "threads": str(count)},
-        lambda: [_host_gemm(shape, folder, count) for shape in shapes],
-        lambda: [_host_copy(copied, pool, count)],
         resources,
+        gemm=lambda: [_host_gemm(shape, folder, count) for shape in shapes],
+        copy=lambda: [_host_copy(copied, pool, count)],
     )
 
 
@@ -151,7 +145,7 @@ def _host_gemm(shape: Shape, folder: Path, threads: int) -> Work:
 
 def _host_copy(size: int, pool: ThreadPoolExecutor, threads: int) -> Work:
     """NumPy lets go of the interpreter while it copies, so the threads work side by side."""
-    source = np.resize(_random_bytes(min(size, _TILE)), size)
+    source = np.resize(_random_bytes(size), size)
     target = np.zeros_like(source)
     target.fill(1)  # pages of zeros are not there until they are written
     parts = np.array_split(target, threads), np.array_split(source, threads)
@@ -163,9 +157,6 @@ def _host_copy(size: int, pool: ThreadPoolExecutor, threads: int) -> Work:
     return Work(call=call, figures=lambda: {"bytes": 2 * size, "threads": threads})
 
 
-# ── on a device ────────────────────────────────────────────────────────────────────────────────
-
-
 def device_ceiling(
     device: Device,
     dtype: str,
@@ -175,15 +166,9 @@ def device_ceiling(
     provider: str = CUDA,
     submit: Submit | None = None,
 ) -> OpenSide:
-    """On a device, which is closed with it.
+    """On a device, which is closed with it: a matmul of "fp16" or "fp32", and a copy of `copied` bytes.
 
-    Args:
-        device: where.
-        dtype: "fp16" or "fp32", of the matmul.
-        shapes: of it.
-        copied: bytes; at most a quarter of what is free then.
-        provider: of ONNX Runtime, see `open_onnxruntime_net`.
-        submit: see there.
+    It copies no more than a quarter of what is free. `provider` and `submit` go to `open_onnxruntime_net`.
     """
     resources = ExitStack()
     resources.callback(device.close)
@@ -191,9 +176,9 @@ def device_ceiling(
     open_net = partial(open_onnxruntime_net, provider=provider, submit=submit)
     return _ceiling(
         {"onnxruntime": onnxruntime.library().__version__, "device": device.name},
-        lambda: [_device_gemm(shape, _FLOAT_OF[dtype], folder, device, open_net) for shape in shapes],
-        lambda: [_device_copy(min(copied, device.memory().free // 4), device)],
         resources,
+        gemm=lambda: [_device_gemm(shape, _FLOAT_OF[dtype], folder, device, open_net) for shape in shapes],
+        copy=lambda: [_device_copy(min(copied, device.memory().free // 4), device)],
     )
 
 
@@ -205,9 +190,18 @@ def _device_gemm(
         inputs=(TensorSpec(name="left", dtype=dtype, shape=left.shape),),
         outputs=(TensorSpec(name="product", dtype=dtype, shape=(shape[0], shape[2])),),
     )
-    package = _package(_write_matmul(folder, left.shape, right), spec)
+    graph = _write_matmul(folder, left.shape, right).name
+    manifest = Manifest(  # nothing but its one net is looked at
+        name="ceiling",
+        family="none",
+        dtype="fp32",
+        latent_channels=1,
+        context_width=1,
+        scheduler={},
+        nets={"gemm": NetFile(graph=graph, weights=None, spec=spec)},
+    )
     with ExitStack() as stack:
-        net = open_net(package, "gemm", device)
+        net = open_net(Package(root=folder, manifest=manifest), "gemm", device)
         stack.callback(net.close)
         nets = DeviceNets(device=device, nets={"gemm": net})
         block, (bound,) = nets.bind(stack, ("gemm", {}))
@@ -216,7 +210,7 @@ def _device_gemm(
 
 
 def _device_copy(size: int, device: Device) -> Work:
-    tile = _random_bytes(min(size, _TILE))
+    tile = _random_bytes(size)
     size = size // tile.nbytes * tile.nbytes
     with ExitStack() as stack:
         source, target = device.allocate(size), device.allocate(size)
@@ -242,9 +236,6 @@ def _launched(nets: DeviceNets, stack: ExitStack, enqueue: Callable[[], None], f
     return work
 
 
-# ── the matmul ──────────────────────────────────────────────────────────────────────
-
-
 def _sides(shape: Shape, dtype: str) -> tuple[Array, Array]:
     """(M, K) and (K, N), evenly spread from -0.5 to 0.5: with a K of thousands float16 holds the sums."""
     random = np.random.default_rng(shape)
@@ -256,6 +247,7 @@ def _sides(shape: Shape, dtype: str) -> tuple[Array, Array]:
 
 
 def _random_bytes(size: int) -> Array:
+    size = min(size, _TILE)
     return np.random.default_rng(size).integers(0, 256, size, np.uint8)
 
 
@@ -265,12 +257,9 @@ def _facts(shape: Shape, dtype: str) -> dict[str, Any]:
 
 
 def _write_matmul(folder: Path, left: tuple[int, ...], right: Array) -> Path:
-    """The model `product = left @ right`; `right` is a constant, so that a runtime may lay it out anew.
+    """The model `product = left @ right`, `left` (M, K), `right` (K, N) float32 or float16.
 
-    Args:
-        folder: where.
-        left: its shape (M, K).
-        right: (K, N) float32 or float16; `left` and `product` have its dtype.
+    `right` is a constant, so that a runtime may lay it out anew.
     """
     from onnx import helper, numpy_helper
 
@@ -286,17 +275,3 @@ def _write_matmul(folder: Path, left: tuple[int, ...], right: Array) -> Path:
     path = folder / f"{'x'.join(map(str, (*left, right.shape[1])))}.onnx"
     path.write_bytes(model.SerializeToString())
     return path
-
-
-def _package(path: Path, spec: NetSpec) -> Package:
-    """What a net is opened from; nothing but its one net is looked at."""
-    manifest = Manifest(
-        name="ceiling",
-        family="none",
-        dtype="fp32",
-        latent_channels=1,
-        context_width=1,
-        scheduler={},
-        nets={"gemm": NetFile(graph=path.name, weights=None, spec=spec)},
-    )
-    return Package(root=path.parent, manifest=manifest)

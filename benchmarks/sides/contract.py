@@ -1,7 +1,7 @@
 """The seam between a benchmark and whom it measures: open, prepare a workload, run it, look at the outputs.
 
-A side is a module with `available` and `open_side`; it runs in a process of its own (`child.py`). Its library
-is imported by `open_side`, not before.
+A side is a module with `available` and `open_side`. It runs in a process of its own (`process.py`), and its
+library is imported by `open_side`, not before.
 
     workload       outputs, the same from every side
     text_encoder   context (P, T, D) float
@@ -20,21 +20,23 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
 
 from ...engines.errors import BackendError, UsageError
+from ...engines.package import Package
 from ...engines.spec import Array
 from ..case import WORKLOADS, Case
 
-# The module that implements each. "latentrt" is measured twice where it stands against itself.
+# The module that implements each, or a class in it. "latentrt" is measured twice, to stand against itself.
 SIDES: Mapping[str, str] = {
     "latentrt": "ours",
-    "diffusers": "diffusers_eager",
-    "diffusers-compile": "diffusers_compiled",
-    "onnxruntime": "onnxruntime_loop",
-    "onnxruntime-cuda": "onnxruntime_cuda_loop",
+    "diffusers": "diffusers_pipeline",
+    "diffusers-compile": "diffusers_pipeline.Compiled",
+    "onnxruntime": "plain_loop",
+    "onnxruntime-cuda": "plain_device_loop",
     "openvino": "openvino_loop",
     "tensorrt": "tensorrt_loop",
     "ceiling": "ceiling",
@@ -127,6 +129,22 @@ class Work:
         self.held.close()
 
 
+def staged(
+    draw: Callable[[], tuple[Array, Mapping[str, float]]],
+    more: Callable[[], Mapping[str, Any]] = dict[str, Any],
+) -> Work:
+    """The work of `picture`: `draw` gives the image (N, H, W, 3) uint8 and the seconds of each stage."""
+    stages: dict[str, float] = {}
+
+    def call() -> Mapping[str, Array]:
+        image, found = draw()
+        stages.clear()
+        stages.update(found)
+        return {"image": image}
+
+    return Work(call=call, figures=lambda: {"stages_s": dict(stages), **more()})
+
+
 Make = Callable[[Case, ExitStack], Work]  # the stack frees what the work holds
 
 
@@ -178,15 +196,15 @@ def makers_of(workloads: object) -> dict[str, Make]:
 
 
 class Side(Protocol):
-    """What a module of this folder offers."""
+    """What a module of this folder offers, or a class in one.
 
-    def available(self, task: Task) -> str | None:
-        """None if it can run here, else the reason: a library or a checkpoint that is missing."""
-        ...
+    `available` returns None if it can run here, else the reason: a library or a checkpoint that is missing.
+    `open_side` loads every net, where it is available, and raises NotAvailableError or LatentrtError.
+    """
 
-    def open_side(self, task: Task) -> OpenSide:
-        """Load every net, where it is available. Raises NotAvailableError or LatentrtError."""
-        ...
+    def available(self, task: Task) -> str | None: ...  # noqa: D102
+
+    def open_side(self, task: Task) -> OpenSide: ...  # noqa: D102
 
 
 def side(name: str) -> Side:
@@ -197,8 +215,9 @@ def side(name: str) -> Side:
             expected=", ".join(SIDES),
             fix=f"Choose of these: --peers {list(SIDES)[1]}.",
         )
-    found: Side = import_module(f".{SIDES[name]}", __package__)  # pyright: ignore[reportAssignmentType]
-    return found
+    module, _, part = SIDES[name].partition(".")
+    found: Any = import_module(f".{module}", __package__)
+    return getattr(found, part) if part else found
 
 
 def open_side(name: str, task: Task) -> OpenSide:
@@ -215,4 +234,34 @@ def not_available(name: str, workload: str) -> NotAvailableError:
         f"{name} has no workload {workload!r}",
         expected="another workload",
         fix=f"Leave {name} out, or choose other workloads.",
+    )
+
+
+# ── what peers need before they can be opened, looked for without importing anything ───────────────
+
+
+def missing_modules(*names: str) -> str | None:
+    """None if all of these modules are installed, else which are not."""
+    missing = [name for name in names if find_spec(name) is None]
+    return f"not installed: {', '.join(missing)}" if missing else None
+
+
+def missing_checkpoint(task: Task) -> str | None:
+    """None if the diffusers folder that the package was exported from is at hand, else the reason."""
+    if task.checkpoint is None:
+        return "needs the diffusers checkpoint that the package was exported from; none was given"
+    if not (task.checkpoint / "model_index.json").is_file():
+        return f"{task.checkpoint.name} holds no diffusers checkpoint: there is no model_index.json"
+    return None
+
+
+def open_plain_package(task: Task) -> Package:
+    """The package with the UNet before hoisting. Raises PackageError, NotAvailableError if it has none."""
+    package = Package.open(task.package)
+    if "unet_whole" in package.manifest.nets:
+        return package
+    raise NotAvailableError(
+        f"{package.manifest.name} has no UNet before hoisting (unet_whole)",
+        expected="a package that `latentrt export` of this release wrote",
+        fix="Export the checkpoint again: latentrt export CHECKPOINT -o PACKAGE.",
     )

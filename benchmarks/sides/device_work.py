@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ...engines.device import BoundNet, Device, DeviceNet, Graph, Stopwatch
-from ...engines.spec import Array, NetSpec, TensorSpec
+from ...engines.device import BoundNet, Device, DeviceNet, Graph
+from ...engines.spec import Array, TensorSpec
 from ...runtime.loop.device.buffers import Block, BlockLayout, Scratch, Sizes
 from ...runtime.loop.device.loop import DeviceLoop
 from ...runtime.loop.device.programs import input_shapes
@@ -28,22 +28,15 @@ class DeviceNets:
     def scratch(self, stack: ExitStack, calls: Iterable[tuple[str, Sizes]]) -> Scratch:
         """Room for the activations of any of these calls. Raises MemoryLimitError."""
         needed = [self.nets[name].scratch(input_shapes(self.nets[name].spec, sizes)) for name, sizes in calls]
-        scratch = Scratch(self.device, max(needed))
-        stack.callback(scratch.close)
-        return scratch
+        return stack.enter_context(closing(Scratch(self.device, max(needed))))
 
     def bind(
         self, stack: ExitStack, *calls: tuple[str, Sizes], more: Iterable[TensorSpec] = ()
     ) -> tuple[Block, list[BoundNet]]:
-        """Nets bound to one block; what one writes under a name, the others read there.
+        """Nets bound to one block, which the stack frees; what one writes, the others read by its name.
 
-        Args:
-            stack: frees all of it.
-            calls: nets by name, and the sizes they are called with; a tensor has the size of the first call.
-            more: tensors that the block has besides.
-
-        Raises:
-            MemoryLimitError, BackendError, UsageError: as the device and the nets do.
+        A tensor has the size of the first call that has it; `more` are tensors that the block has besides.
+        Raises MemoryLimitError, BackendError and UsageError as the device and the nets do.
         """
         layout = BlockLayout()
         for name, sizes in calls:
@@ -52,21 +45,14 @@ class DeviceNets:
             layout.add_tensors([item for item in named if item.name not in layout.places], sizes)
         layout.add_tensors(more, {})
         scratch = self.scratch(stack, calls)
-        block = Block(self.device, layout)
-        stack.callback(block.close)
+        block = stack.enter_context(closing(Block(self.device, layout)))
         found: list[BoundNet] = []
         for name, sizes in calls:
             spec = self.nets[name].spec
-            shapes, addresses = input_shapes(spec, sizes), _addresses(spec, block)
-            found.append(self.nets[name].bind(shapes, addresses, scratch.address))
+            addresses = {item.name: block.address(_our_name(item)) for item in (*spec.inputs, *spec.outputs)}
+            found.append(self.nets[name].bind(input_shapes(spec, sizes), addresses, scratch.address))
             stack.callback(found[-1].close)
         return block, found
-
-    def stopwatch(self, stack: ExitStack) -> Stopwatch:
-        """A stopwatch that the stack frees."""
-        watch = self.device.stopwatch()
-        stack.callback(watch.close)
-        return watch
 
     def work(
         self,
@@ -79,7 +65,8 @@ class DeviceNets:
         figures: Mapping[str, Any] | None = None,
     ) -> Work:
         """What is enqueued after `before` is timed, by the device, and waited for; `fetch` downloads."""
-        watch, device = self.stopwatch(stack), self.device
+        device = self.device
+        watch = stack.enter_context(closing(device.stopwatch()))
         device.synchronize()
 
         def call() -> Mapping[str, Array]:
@@ -113,10 +100,6 @@ class DeviceNets:
 
 def _our_name(tensor: TensorSpec) -> str:
     return _OUR_NAMES.get(tensor.name, tensor.name)
-
-
-def _addresses(spec: NetSpec, block: Block) -> dict[str, int]:
-    return {item.name: block.address(_our_name(item)) for item in (*spec.inputs, *spec.outputs)}
 
 
 def upload(block: Block, arrays: Mapping[str, Array]) -> None:

@@ -14,9 +14,8 @@ from typing import Any
 from ...engines.spec import Array
 from ...runtime.loop.device.buffers import shape_of
 from ..case import Case, sizes_of
-from .contract import OpenSide, Task
+from .contract import OpenSide, Task, missing_modules, open_plain_package
 from .plain_loop import Net, plain_side
-from .requirements import missing_modules, open_plain_package
 
 NAME = "openvino"
 _DEVICE = "CPU"

@@ -10,15 +10,15 @@ import numpy as np
 
 from ...engines.backend import choose_backend
 from ...engines.errors import LatentrtError
+from ...engines.package import Package
 from ...engines.spec import DTYPES, Array
 from ...runtime.loop import guidance
 from ...runtime.loop.denoise import denoise, narrow
 from ...runtime.loop.host import HostLoop
-from ...runtime.loop.open import LoopOptions
+from ...runtime.loop.open import LoopOptions, open_loop
 from ...runtime.pipeline import Pipeline
-from ..case import Case, time_inputs
-from ..opening import BETWEEN, inputs_of, open_pipeline, schedule_of
-from .contract import OURS, OpenSide, Task, Work, makers_of
+from ..case import BETWEEN, Case, inputs_of, schedule_of, time_inputs
+from .contract import OURS, OpenSide, Task, Work, makers_of, staged
 
 
 def available(task: Task) -> str | None:
@@ -30,9 +30,16 @@ def available(task: Task) -> str | None:
     return None
 
 
+def open_pipeline(task: Task) -> Pipeline:
+    """As `Pipeline.open`, but prompts are not cached: a user draws another one each time."""
+    package = Package.open(task.package)
+    loop = open_loop(package, LoopOptions(backend=task.backend, threads=task.threads))
+    return Pipeline.over(package, *loop, cache_bytes=0)
+
+
 def open_side(task: Task) -> OpenSide:
     """The pipeline, with the loop that a user has."""
-    pipe = open_pipeline(task.package, LoopOptions(backend=task.backend, threads=task.threads))
+    pipe = open_pipeline(task)
     if isinstance(pipe.loop, HostLoop):
         return host_side(pipe, pipe.loop, task.slow_down)
     from ...runtime.loop.device.loop import DeviceLoop
@@ -67,17 +74,17 @@ class _OnHost:
         self._dtype = DTYPES[loop.nets["unet"].spec.inputs[0].dtype]
 
     def text_encoder(self, case: Case, stack: ExitStack) -> Work:
-        inputs = inputs_of(self._pipe, "text_encoder", case)
+        inputs = inputs_of(self._pipe.package, "text_encoder", case)
         return Work(call=lambda: self._loop.nets["text_encoder"](**inputs))
 
     def vae_decoder(self, case: Case, stack: ExitStack) -> Work:
-        latent = narrow(inputs_of(self._pipe, "vae_decoder", case)["latent"], self._dtype)
+        latent = narrow(inputs_of(self._pipe.package, "vae_decoder", case)["latent"], self._dtype)
         return Work(call=lambda: {"image": self._loop.nets["vae_decoder"](latent=latent)["image"]})
 
     def invariants(self, case: Case, stack: ExitStack) -> Work:
         """Keys and values of the prompts, and the time embeddings of every row of the table."""
         texts = 2 if case.guided else 1  # however many pictures: the loop encodes each text once
-        inputs = inputs_of(self._pipe, "unet", case)
+        inputs = inputs_of(self._pipe.package, "unet", case)
         context = narrow(inputs["context"][:texts], self._dtype)
         steps = np.linspace(999, 0, case.steps, dtype=np.float32)
         schedule = time_inputs(case, self._manifest, inputs, steps)
@@ -92,7 +99,7 @@ class _OnHost:
 
     def unet(self, case: Case, stack: ExitStack) -> Work:
         """One call, with what does not change from step to step computed before."""
-        inputs, nets = inputs_of(self._pipe, "unet", case), self._loop.nets
+        inputs, nets = inputs_of(self._pipe.package, "unet", case), self._loop.nets
         stays = nets["unet_context"](context=narrow(inputs["context"], self._dtype))
         stays |= nets["unet_time"](**time_inputs(case, self._manifest, inputs, inputs["timestep"]))
         seen = ("latent", "image_latents")
@@ -116,12 +123,8 @@ class _OnHost:
         return Work(call=call, repeats=BETWEEN)
 
     def picture(self, case: Case, stack: ExitStack) -> Work:
-        seconds: dict[str, float] = {}
-
-        def call() -> Mapping[str, Array]:
+        def draw() -> tuple[Array, Mapping[str, float]]:
             result = self._pipe(case.prompt, **case.parameters)
-            seconds.clear()
-            seconds.update(result.seconds)
-            return {"image": np.asarray(result.images)}
+            return np.asarray(result.images), result.seconds
 
-        return Work(call=call, figures=lambda: {"stages_s": dict(seconds)})
+        return staged(draw)

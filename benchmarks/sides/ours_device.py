@@ -18,7 +18,7 @@ A net that does not fit raises MemoryLimitError: only `picture` has the loop's w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from statistics import median
@@ -30,15 +30,14 @@ from ...engines.device import Addresses, BoundNet, Device, DeviceNet, Shapes
 from ...engines.errors import BackendError
 from ...engines.spec import Array, NetSpec
 from ...runtime.loop import guidance
-from ...runtime.loop.device.buffers import Block, BlockLayout, Sizes
+from ...runtime.loop.device.buffers import Sizes
 from ...runtime.loop.device.loop import DeviceLoop
 from ...runtime.loop.device.programs import DenoiseProgram, DenoiseShape, ScheduleProgram, ScheduleShape
 from ...runtime.loop.job import DenoiseJob
 from ...runtime.pipeline import Pipeline
 from ...runtime.request.request import make_request
-from ..case import Case, sizes_of, time_inputs
-from ..opening import BETWEEN, inputs_of
-from .contract import OURS, OpenSide, Work, makers_of
+from ..case import BETWEEN, Case, inputs_of, sizes_of, time_inputs
+from .contract import OURS, OpenSide, Work, makers_of, staged
 from .device_work import DeviceNets, TimedDevice, ledger_of, upload
 
 # Pictures until the loop has chosen how to run its rows: cold, timed, captured, and timed again.
@@ -93,24 +92,23 @@ class _OnDevice:
         self._manifest = pipe.package.manifest
         self._device = nets.device
 
+    def _one_call(self, net: str, output: str, case: Case, stack: ExitStack) -> Work:
+        inputs = inputs_of(self._pipe.package, net, case)
+        return self._nets.one_call(stack, net, sizes_of(case, self._manifest), inputs, output)
+
     def text_encoder(self, case: Case, stack: ExitStack) -> Work:
-        inputs = inputs_of(self._pipe, "text_encoder", case)
-        return self._nets.one_call(stack, "text_encoder", sizes_of(case, self._manifest), inputs, "context")
+        return self._one_call("text_encoder", "context", case, stack)
 
     def vae_decoder(self, case: Case, stack: ExitStack) -> Work:
-        inputs = inputs_of(self._pipe, "vae_decoder", case)
-        return self._nets.one_call(stack, "vae_decoder", sizes_of(case, self._manifest), inputs, "image")
+        return self._one_call("vae_decoder", "image", case, stack)
 
     def invariants(self, case: Case, stack: ExitStack) -> Work:
         """Keys and values of all rows, and the time embeddings of every row of the table."""
         sizes = sizes_of(case, self._manifest)
         block, (context, time) = self._nets.bind(stack, ("unet_context", sizes), ("unet_time", sizes))
-        inputs = inputs_of(self._pipe, "unet", case)
+        inputs = inputs_of(self._pipe.package, "unet", case)
         steps = np.linspace(999, 0, case.steps, dtype=np.float32)
-        upload(
-            block,
-            {"context": inputs["context"], **time_inputs(case, self._manifest, inputs, steps)},
-        )
+        upload(block, {"context": inputs["context"], **time_inputs(case, self._manifest, inputs, steps)})
 
         def enqueue() -> None:
             context.enqueue()
@@ -123,7 +121,7 @@ class _OnDevice:
         sizes = sizes_of(replace(case, steps=1), self._manifest)
         calls = [(name, sizes) for name in ("unet_context", "unet_time", "unet")]
         block, (context, time, unet) = self._nets.bind(stack, *calls)
-        inputs = inputs_of(self._pipe, "unet", case)
+        inputs = inputs_of(self._pipe.package, "unet", case)
         upload(block, {**inputs, **time_inputs(case, self._manifest, inputs, inputs["timestep"])})
         context.enqueue()
         time.enqueue()
@@ -147,10 +145,8 @@ class _OnDevice:
         except BackendError as error:
             return {"not_captured": error.found}
         seconds: list[float] = []
-        with ExitStack() as stack:
-            (graph,) = graphs
-            stack.callback(graph.close)
-            watch = self._nets.stopwatch(stack)
+        (graph,) = graphs
+        with closing(graph), closing(device.stopwatch()) as watch:
             for _ in range(_LAUNCHES):
                 watch.start()
                 graph.launch()
@@ -169,11 +165,9 @@ class _OnDevice:
         canvas.block.upload("prediction", guidance.batch(job.first / job.table.init, case.guided))
         # What a run leaves is no fit start for the next: it would grow beyond all bounds.
         place, state = canvas.block.place("state"), canvas.block.address("state")
-        layout = BlockLayout()
-        layout.add("state", place.dtype, place.shape)
-        first = Block(self._device, layout)
-        stack.callback(first.close)
-        self._device.copy(first.address("state"), state, place.size)
+        first = self._device.allocate(place.size)
+        stack.callback(self._device.free, first)
+        self._device.copy(first, state, place.size)
 
         def enqueue() -> None:
             for row in range(BETWEEN):
@@ -184,7 +178,7 @@ class _OnDevice:
             stack,
             enqueue,
             lambda: {"latent": canvas.read_state()[0]},
-            before=partial(self._device.copy, state, first.address("state"), place.size),
+            before=partial(self._device.copy, state, first, place.size),
             repeats=BETWEEN,
         )
 
@@ -202,23 +196,18 @@ class _OnDevice:
         )
         nets = {**self._nets.nets, "unet": cast(DeviceNet, _NoNet(self._nets.nets["unet"]))}
         scratch = self._nets.scratch(stack, [(name, sizes) for name in ("step", "unet_context", "unet_time")])
-        canvas = DenoiseProgram(self._device, nets, frame, scratch)
-        stack.callback(canvas.close)
+        canvas = stack.enter_context(closing(DenoiseProgram(self._device, nets, frame, scratch)))
         schedule = ScheduleProgram(self._device, nets, ScheduleShape.of(job, frame), scratch)
-        stack.callback(schedule.close)
-        return canvas, schedule
+        return canvas, stack.enter_context(closing(schedule))
 
     def picture(self, case: Case, stack: ExitStack) -> Work:
         """The whole pipeline; the loop has the buffers, and keeps them."""
-        stages: dict[str, float] = {}
 
-        def call() -> Mapping[str, Array]:
+        def draw() -> tuple[Array, Mapping[str, float]]:
             self._timer.restart()
             result = self._pipe(case.prompt, **case.parameters)
-            stages.clear()
-            stages.update(result.seconds)
-            return {"image": np.asarray(result.images)}
+            return np.asarray(result.images), result.seconds
 
         for _ in range(_SETTLING):
-            call()
-        return Work(call=call, figures=lambda: {"stages_s": dict(stages), **self._timer.figures})
+            draw()
+        return staged(draw, lambda: self._timer.figures)

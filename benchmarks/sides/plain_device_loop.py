@@ -2,29 +2,73 @@
 
 The UNet is the one before hoisting. Guidance and the row update are the package's net `step`, so that nothing
 has to come back to the host between steps: the most that a user of the engine could ask of it.
+
+The side here is ONNX Runtime on CUDA, on one stream, as the library is by default but for TF32, which would
+be another arithmetic than everyone else's in fp32. Its convolutions are searched by measuring, in the first
+run of a shape; ours take its quick choice. TensorRT shares the loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
+from functools import partial
 
 import numpy as np
 
 from ...engines.device import BoundNet, Device, DeviceNet
+from ...engines.onnxruntime.nets import CUDA, cuda_available, open_onnxruntime_net
+from ...engines.onnxruntime.session import library
 from ...engines.package import Package
 from ...engines.spec import ROW, Array, TensorSpec
 from ...runtime.loop import guidance
 from ...runtime.loop.denoise import narrow
 from ...runtime.loop.device.buffers import Block, aligned
 from ...runtime.prompts.tokenizer import ClipTokenizer
-from ..case import Case, net_inputs, sizes_of, whole_inputs
-from ..opening import schedule_of
-from .contract import OpenSide, Work, makers_of
+from ..case import Case, net_inputs, schedule_of, sizes_of, whole_inputs
+from .contract import OpenSide, Task, Work, makers_of, open_plain_package
 from .device_work import DeviceNets, upload
 from .plain_loop import PLAIN_NETS, check_drawable
 
 DEVICE_NETS = (*PLAIN_NETS, "step")
+_SEARCH = "EXHAUSTIVE"
+
+
+def available(task: Task) -> str | None:
+    """None if it can run here, else the reason."""
+    del task
+    return cuda_available()
+
+
+def open_side(task: Task) -> OpenSide:
+    """A session for each net. Raises BackendError, PackageError, MemoryLimitError."""
+    versions = {
+        "onnxruntime": str(library().__version__),
+        "provider": CUDA,
+        "io_binding": "one stream, one wait for a picture",
+        "cudnn_conv_algo_search": _SEARCH,
+        "prefer_nhwc": "0",
+        "use_tf32": "0",
+    }
+    open_net = partial(open_onnxruntime_net, conv_search=_SEARCH, threads=task.threads)
+    return open_on_cuda("onnxruntime-cuda", task, open_net, versions)
+
+
+def open_on_cuda(
+    name: str,
+    task: Task,
+    open_net: Callable[[Package, str, Device], DeviceNet],
+    versions: Mapping[str, str],
+) -> OpenSide:
+    """The nets that `open_net` opens on the first CUDA device. Raises NotAvailableError, LatentrtError."""
+    from ...engines.cuda.device import CudaDevice
+
+    package = open_plain_package(task)
+    with ExitStack() as stack:
+        device = stack.enter_context(closing(CudaDevice()))
+        nets = {net: stack.enter_context(closing(open_net(package, net, device))) for net in DEVICE_NETS}
+        found = {**versions, "device": device.name}
+        return plain_device_side(name, package, device, nets, found, stack.pop_all())
 
 
 def plain_device_side(
@@ -36,11 +80,10 @@ def plain_device_side(
     resources: ExitStack,
 ) -> OpenSide:
     """Nets of an engine on a device, DEVICE_NETS, and the loop around them; arguments as of `plain_side`."""
-    plain = _PlainDeviceLoop(name, package, DeviceNets(device=device, nets=nets))
     return OpenSide(
         name=name,
         versions=versions,
-        makers=makers_of(plain),
+        makers=makers_of(_PlainDeviceLoop(name, package, DeviceNets(device=device, nets=nets))),
         resources=resources,
         memory=lambda: {"ledger": {name: vars(net.memory) for name, net in nets.items()}},
     )
@@ -53,21 +96,21 @@ class _PlainDeviceLoop:
         self._name, self.manifest, self.nets = name, package.manifest, nets
         self.tokenizer = ClipTokenizer.open(package.root / "tokenizer")
 
-    def _inputs(self, workload: str, case: Case) -> dict[str, Array]:
-        return net_inputs(workload, case, self.manifest, self.tokenizer)
+    def _one_call(self, net: str, output: str, case: Case, stack: ExitStack) -> Work:
+        inputs = net_inputs(net, case, self.manifest, self.tokenizer)
+        return self.nets.one_call(stack, net, sizes_of(case, self.manifest), inputs, output)
 
     def text_encoder(self, case: Case, stack: ExitStack) -> Work:
-        sizes = sizes_of(case, self.manifest)
-        return self.nets.one_call(stack, "text_encoder", sizes, self._inputs("text_encoder", case), "context")
+        return self._one_call("text_encoder", "context", case, stack)
 
     def unet(self, case: Case, stack: ExitStack) -> Work:
-        feeds = whole_inputs(case, self.manifest, self._inputs("unet", case))
+        inputs = net_inputs("unet", case, self.manifest, self.tokenizer)
+        feeds = whole_inputs(case, self.manifest, inputs)
         feeds["latent"] = feeds.pop("sample")  # the block has our names
         return self.nets.one_call(stack, "unet_whole", sizes_of(case, self.manifest), feeds, "prediction")
 
     def vae_decoder(self, case: Case, stack: ExitStack) -> Work:
-        sizes = sizes_of(case, self.manifest)
-        return self.nets.one_call(stack, "vae_decoder", sizes, self._inputs("vae_decoder", case), "image")
+        return self._one_call("vae_decoder", "image", case, stack)
 
     def picture(self, case: Case, stack: ExitStack) -> Work:
         check_drawable(self._name, self.manifest)
@@ -121,13 +164,11 @@ class _Drawing:
         state[0] = start
         block.upload("state", state)
         block.upload("latent", narrow(guidance.batch(start, case.guided), np.float32))
-        noises = np.zeros((len(table), *start.shape), np.float32)
-        for row in np.flatnonzero(table.draws):
-            noises[row] = noise()
         self._upload_lines("rows", table.packed_rows(case.guidance_scale, 0.0)[:, : len(ROW)])
         self._upload_lines("timesteps", np.repeat(table.t[:, None], case.batch, axis=1))
         if table.draws.any():
-            self._upload_lines("noises", noises)
+            noises = [noise() if drawn else np.zeros_like(start) for drawn in table.draws]
+            self._upload_lines("noises", np.stack(noises))
         return [bool(drawn) for drawn in table.draws]
 
     def _spread_context(self) -> None:

@@ -1,29 +1,74 @@
 """The loop that a user writes around exported graphs: the UNet as it is, everything between nets in NumPy.
 
 Nothing is hoisted out of the UNet and nothing is lowered; the sampler's table and guidance are latentrt's
-own, so that whatever differs from ours is the engine's doing and the graph's.
+own, so that whatever differs from ours is the engine's doing and the graph's. The side here is around plain
+ONNX Runtime sessions on the CPU, as anyone would open them; other engines on the host share the loop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
 import numpy as np
 
+from ...engines.onnxruntime import session as onnxruntime
+from ...engines.onnxruntime.nets import CPU
 from ...engines.package import Manifest, Package
 from ...engines.spec import DTYPES, Array
 from ...runtime.loop import guidance
 from ...runtime.loop.clock import Clock
 from ...runtime.loop.denoise import denoise, narrow
 from ...runtime.prompts.tokenizer import ClipTokenizer
-from ..case import Case, net_inputs, whole_inputs
-from ..opening import schedule_of
-from .contract import OpenSide, Work, makers_of, not_available
+from ..case import Case, net_inputs, schedule_of, whole_inputs
+from .contract import (
+    OpenSide,
+    Task,
+    Work,
+    makers_of,
+    missing_modules,
+    not_available,
+    open_plain_package,
+    staged,
+)
 
 PLAIN_NETS = ("text_encoder", "unet_whole", "vae_decoder")
 Net = Callable[[Mapping[str, Array]], Mapping[str, Array]]  # inputs by name -> outputs by name
 OpenNet = Callable[[str, Case], Net]  # of PLAIN_NETS, for the shapes of a case
+
+
+def available(task: Task) -> str | None:
+    """None if it can run here, else the reason."""
+    del task
+    return missing_modules("onnxruntime")
+
+
+def open_side(task: Task) -> OpenSide:
+    """A session for each net: default options but for the threads. Raises NotAvailableError, PackageError."""
+    package = open_plain_package(task)
+    options = onnxruntime.library().SessionOptions()  # what a user gets: not the settings of our own sessions
+    options.log_severity_level = 3
+    options.intra_op_num_threads = task.threads or onnxruntime.usable_processors()
+    nets: dict[str, Net] = {}
+    for name in PLAIN_NETS:
+        file = package.manifest.nets[name]
+        session = onnxruntime.open_session(package.path(file.graph), options, [CPU], culprit=name)
+        nets[name] = partial(_run, session, [output.name for output in file.spec.outputs])
+    resources = ExitStack()
+    resources.callback(nets.clear)
+    versions = {
+        "onnxruntime": str(onnxruntime.library().__version__),
+        "provider": CPU,
+        "threads": str(options.intra_op_num_threads),
+        "graph_optimization": str(options.graph_optimization_level.name),
+    }
+    return plain_side("onnxruntime", package, lambda name, case: nets[name], versions, resources)
+
+
+def _run(session: Any, outputs: list[str], feeds: Any) -> dict[str, Any]:
+    return dict(zip(outputs, session.run(outputs, feeds), strict=True))
 
 
 def check_drawable(name: str, manifest: Manifest) -> None:
@@ -37,12 +82,7 @@ def plain_side(
 ) -> OpenSide:
     """Nets of an engine on the host, and the loop around them.
 
-    Args:
-        name: of the side, for errors.
-        package: the graphs are from.
-        open_net: gives a net, callable with arrays; what it returns must stay as it is at the next call.
-        versions: of the engine, and what was set.
-        resources: what is freed at the end.
+    What a net of `open_net` returns must stay as it is at its next call; `resources` are freed at the end.
     """
     plain = _PlainLoop(name, package, open_net)
     return OpenSide(name=name, versions=versions, makers=makers_of(plain), resources=resources)
@@ -77,17 +117,13 @@ class _PlainLoop:
 
     def picture(self, case: Case, stack: ExitStack) -> Work:
         check_drawable(self._name, self._manifest)
-        seconds: dict[str, float] = {}
         nets = {name: self._open_net(name, case) for name in PLAIN_NETS}
 
-        def call() -> Mapping[str, Array]:
+        def draw() -> tuple[Array, Mapping[str, float]]:
             clock = Clock()
-            image = self._draw(case, nets, clock)
-            seconds.clear()
-            seconds.update(clock.seconds)
-            return {"image": image}
+            return self._draw(case, nets, clock), clock.seconds
 
-        return Work(call=call, figures=lambda: {"stages_s": dict(seconds)})
+        return staged(draw)
 
     def _draw(self, case: Case, nets: Mapping[str, Net], clock: Clock) -> Array:
         """Prompt to (N, H, W, 3) uint8."""

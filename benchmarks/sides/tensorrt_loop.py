@@ -7,7 +7,6 @@ runner, which waits after every call.
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing
 from importlib import import_module
 from typing import Any
 
@@ -19,11 +18,9 @@ from ...engines.net_weights import engine_bytes
 from ...engines.package import Package
 from ...engines.spec import NetSpec, output_shapes
 from ...engines.tensorrt.flavour import flavour, installed_version
-from .contract import OpenSide, Task
-from .plain_device_loop import DEVICE_NETS, plain_device_side
-from .requirements import missing_modules, open_plain_package, version_of
-
-NAME = "tensorrt"
+from ..machine import version_of
+from .contract import OpenSide, Task, missing_modules
+from .plain_device_loop import open_on_cuda
 
 
 def available(task: Task) -> str | None:
@@ -40,22 +37,13 @@ def available(task: Task) -> str | None:
 
 def open_side(task: Task) -> OpenSide:
     """The package; engines are built case by case. Raises BackendError, PackageError."""
-    from ...engines.cuda.device import CudaDevice
-
-    package = open_plain_package(task)
-    with ExitStack() as stack:
-        device = stack.enter_context(closing(CudaDevice()))
-        nets = {
-            name: stack.enter_context(closing(PolygraphyNet(package, name, device))) for name in DEVICE_NETS
-        }
-        versions = {
-            "tensorrt": installed_version("tensorrt") or "unknown",
-            "polygraphy": version_of("polygraphy"),
-            "device": device.name,
-            "precision": "strongly typed",
-            "profile": "min = opt = max, the case's shapes",
-        }
-        return plain_device_side(NAME, package, device, nets, versions, stack.pop_all())
+    versions = {
+        "tensorrt": installed_version("tensorrt") or "unknown",
+        "polygraphy": version_of("polygraphy") or "unknown",
+        "precision": "strongly typed",
+        "profile": "min = opt = max, the case's shapes",
+    }
+    return open_on_cuda("tensorrt", task, PolygraphyNet, versions)
 
 
 class PolygraphyNet:
@@ -85,9 +73,9 @@ class PolygraphyNet:
         if key not in self._engines:
             self._engines[key] = build_engine(str(self._graph), shapes)
         context = self._engines[key].create_execution_context()
+        tensors = (*shapes, *output_shapes(self.spec, shapes))
         taken = [context.set_input_shape(name, tuple(shape)) for name, shape in shapes.items()]
-        for name in (*shapes, *output_shapes(self.spec, shapes)):
-            taken.append(context.set_tensor_address(name, addresses[name]))
+        taken += [context.set_tensor_address(name, addresses[name]) for name in tensors]
         if not all(taken):
             raise _refused(f"TensorRT refuses the shapes {dict(shapes)} or the addresses of a net")
         return BoundEngine(context, int(getattr(self._device, "stream", 0)))

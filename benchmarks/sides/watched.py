@@ -14,6 +14,7 @@ import tracemalloc
 from array import array
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import pairwise
 from statistics import median_low
 from time import perf_counter
@@ -23,13 +24,12 @@ from ...engines.spec import Array
 from ...runtime.loop.clock import Clock
 from ...runtime.loop.device.loop import DeviceLoop
 from ...runtime.loop.job import DenoiseJob
-from ...runtime.loop.open import LoopOptions
 from ...runtime.pipeline import Pipeline
 from ...runtime.request.request import make_request
 from ..case import Case
-from ..opening import open_pipeline
-from .contract import WATCHED, Make, OpenSide, Task, Work
+from .contract import WATCHED, OpenSide, Task, Work
 from .ours import available as available
+from .ours import open_pipeline
 
 TIMELINE, GROWTH = "timeline", "growth per step"  # workloads
 SETTLED = 5  # steps after which every buffer of the loop is there: no sampler remembers more than 5
@@ -159,25 +159,18 @@ def device_allocations(pipe: Pipeline, case: Case) -> list[int] | None:
 
 def open_side(task: Task) -> OpenSide:
     """The pipeline, with the loop that a user has."""
-    pipe = open_pipeline(task.package, LoopOptions(backend=task.backend, threads=task.threads))
+    pipe = open_pipeline(task)
 
-    def watching(watch: Callable[[Pipeline, Case], dict[str, Any]]) -> Make:
-        def make(case: Case, stack: ExitStack) -> Work:
-            seen: dict[str, Any] = {}
+    def make(watch: Callable[[Pipeline, Case], dict[str, Any]], case: Case, stack: ExitStack) -> Work:
+        seen: dict[str, Any] = {}
 
-            def call() -> Mapping[str, Array]:
-                seen.update(watch(pipe, case))
-                return {}
+        def call() -> Mapping[str, Array]:
+            seen.update(watch(pipe, case))
+            return {}
 
-            return Work(call=call, figures=lambda: seen)
-
-        return make
+        return Work(call=call, figures=lambda: seen)
 
     resources = ExitStack()
     resources.callback(pipe.close)
-    return OpenSide(
-        name=WATCHED,
-        versions={"backend": pipe.backend},
-        makers={TIMELINE: watching(draw), GROWTH: watching(watch_steps)},
-        resources=resources,
-    )
+    makers = {TIMELINE: partial(make, draw), GROWTH: partial(make, watch_steps)}
+    return OpenSide(name=WATCHED, versions={"backend": pipe.backend}, makers=makers, resources=resources)

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 
 from latentrt.benchmarks.case import Case
-from latentrt.benchmarks.child import Server
+from latentrt.benchmarks.process import Server
 from latentrt.benchmarks.sides import ceiling
 from latentrt.benchmarks.sides.contract import NotAvailableError, OpenSide, Task, Work, side
 from latentrt.engines.cuda import device as cuda_device

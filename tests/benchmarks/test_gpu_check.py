@@ -11,12 +11,9 @@ from typing import Any
 import pytest
 
 from latentrt.benchmarks.gpu import check as gpu_check
-from latentrt.benchmarks.gpu import sections as gpu_sections
-from latentrt.benchmarks.gpu.check import run_section
-from latentrt.benchmarks.gpu.judge import collect, judged
+from latentrt.benchmarks.gpu.check import SECTIONS, run_section
 from latentrt.benchmarks.gpu.memory import lowest_free
-from latentrt.benchmarks.gpu.opener import backend_opener
-from latentrt.benchmarks.gpu.sections import SECTIONS
+from latentrt.benchmarks.gpu.opener import backend_opener, collect, judged
 from latentrt.benchmarks.machine import describe_gpu, describe_machine
 from latentrt.benchmarks.records import Document, Row, Status, read_document, short
 from latentrt.engines.cuda.facts import available
@@ -54,8 +51,8 @@ def test_a_process_is_its_rows_and_one_more(code: str, reason: str | None) -> No
 
 @WITHOUT_GPU
 def test_a_real_child_says_that_the_backend_cannot_run_here() -> None:
-    module = ["-m", "latentrt.benchmarks.gpu.sections", "tensorrt-rtx", "available", str(PACKAGE.root)]
-    row, process = run_section(module, 60)
+    module = ["-m", "latentrt.benchmarks.gpu.check", "--section", "available", "--backends", "tensorrt-rtx"]
+    row, process = run_section([*module, "--package", str(PACKAGE.root)], 60)
     assert process.status == "ok", process.reason
     assert row.status == "not available", row.reason
     assert "NVIDIA" in row.reason
@@ -73,10 +70,10 @@ def test_an_error_in_a_section_is_a_row() -> None:
 
 def test_a_sections_main_writes_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[Any] = []
-    monkeypatch.setattr(gpu_sections, "backend_opener", lambda backend, package: stand_in())
-    monkeypatch.setattr(gpu_sections, "become_child", lambda: written.append)
-    monkeypatch.setattr(gpu_sections.Scale, "of", classmethod(lambda cls, manifest: SCALE))
-    gpu_sections.main(["stand-in", "open", str(PACKAGE.root)])
+    monkeypatch.setattr(gpu_check, "backend_opener", lambda backend, package: stand_in())
+    monkeypatch.setattr(gpu_check, "become_child", lambda: written.append)
+    monkeypatch.setattr(gpu_check.Scale, "of", classmethod(lambda cls, manifest: SCALE))
+    gpu_check.write_rows("open", "stand-in", PACKAGE.root)
     assert [Row.from_json(data).status for data in written] == ["ok"]
 
 

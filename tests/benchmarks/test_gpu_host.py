@@ -10,10 +10,9 @@ import pytest
 
 from latentrt.benchmarks.gpu import nets as gpu_nets
 from latentrt.benchmarks.gpu import pictures as gpu_pictures
-from latentrt.benchmarks.gpu.judge import collect
-from latentrt.benchmarks.gpu.nets import placement
+from latentrt.benchmarks.gpu.nets import Placement, placement, read_placement
+from latentrt.benchmarks.gpu.opener import collect
 from latentrt.benchmarks.gpu.pictures import host_memory
-from latentrt.benchmarks.gpu.placement import Placement, read_placement
 from latentrt.engines.errors import BackendError
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.tensorrt.build import built_nets

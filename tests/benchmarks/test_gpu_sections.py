@@ -12,10 +12,9 @@ import pytest
 
 from latentrt.benchmarks.gpu import nets as gpu_nets
 from latentrt.benchmarks.gpu.check import line_of
-from latentrt.benchmarks.gpu.judge import collect
 from latentrt.benchmarks.gpu.memory import ballast, ladder, memory
 from latentrt.benchmarks.gpu.nets import build, opens, parity
-from latentrt.benchmarks.gpu.opener import Opener, Scale
+from latentrt.benchmarks.gpu.opener import Opener, Scale, collect
 from latentrt.benchmarks.gpu.pictures import graphs, peers, picture, timing
 from latentrt.benchmarks.records import Row
 from latentrt.engines.backend import MemoryLedger

@@ -7,16 +7,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from latentrt.benchmarks import child
+from latentrt.benchmarks import process
 from latentrt.benchmarks.case import WORKLOADS, Case, net_inputs
-from latentrt.benchmarks.opening import open_pipeline
 from latentrt.benchmarks.sides import contract, ours
 from latentrt.benchmarks.sides.contract import NotAvailableError, OpenSide, Task, Work
-from latentrt.benchmarks.sides.ours import BETWEEN, host_side
+from latentrt.benchmarks.sides.ours import BETWEEN, host_side, open_pipeline
 from latentrt.engines.backend import Net
 from latentrt.engines.package import Package
 from latentrt.runtime.loop.host import HostLoop
-from latentrt.runtime.loop.open import LoopOptions
 from latentrt.runtime.pipeline import SHIPPED, Pipeline
 from latentrt.runtime.prompts.tokenizer import ClipTokenizer
 
@@ -28,7 +26,7 @@ PLAIN = Case.of(PACKAGE.manifest, width=48, height=64, steps=3, guidance_scale=1
 
 @pytest.fixture(scope="module")
 def pipe() -> Pipeline:
-    return open_pipeline(PACKAGE.root, LoopOptions(backend="onnxruntime", threads=1))
+    return open_pipeline(Task(package=PACKAGE.root, backend="onnxruntime", threads=1))
 
 
 def side_of(pipe: Pipeline, slow_down: float = 0.0) -> OpenSide:
@@ -180,9 +178,9 @@ def test_a_slowdown_reaches_every_workload(pipe: Pipeline) -> None:
 @pytest.mark.parametrize("repeats", [1, 4])
 def test_seconds_are_of_one_of_the_repetitions(monkeypatch: pytest.MonkeyPatch, repeats: int) -> None:
     clock = Clock()
-    monkeypatch.setattr(child, "perf_counter", clock)
+    monkeypatch.setattr(process, "perf_counter", clock)
     makers: Any = {"any": lambda case, stack: Work(call=lambda: clock.spend(2.0), repeats=repeats)}
-    asked = child.Server(OpenSide(name="it", versions={}, makers=makers), Task(package=SHIPPED["demo"]))
+    asked = process.Server(OpenSide(name="it", versions={}, makers=makers), Task(package=SHIPPED["demo"]))
     first = asked.answer({"do": "prepare", "workload": "any", "case": GUIDED.to_json(), "slot": ""})
     timed = asked.answer({"do": "time", "slot": "", "runs": 3})
     assert [first["seconds"], *timed["seconds"]] == pytest.approx([2.0 / repeats] * 4, rel=1e-2)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.benchmarks import child
+from latentrt.benchmarks import process
 from latentrt.benchmarks.case import WORKLOADS, Case
 from latentrt.benchmarks.sides import contract, ours
 from latentrt.benchmarks.sides.contract import NotAvailableError, OpenSide, Task, Work
@@ -301,7 +301,7 @@ def test_what_is_prepared_has_its_own_buffers_until_it_is_closed(opened: Bench, 
 
 
 def test_a_slot_that_is_prepared_again_frees_what_it_had(opened: Bench) -> None:
-    asked = child.Server(opened.side, Task(package=Path("demo")))
+    asked = process.Server(opened.side, Task(package=Path("demo")))
     command = {"do": "prepare", "workload": "vae_decoder", "case": GUIDED.to_json(), "slot": "a"}
     asked.answer(command)
     sizes = sorted(opened.device.sizes.values())

@@ -14,17 +14,21 @@ import pytest
 import latentrt.demo
 from latentrt.benchmarks.case import Case
 from latentrt.benchmarks.likeness import difference, psnr
+from latentrt.benchmarks.machine import version_of
 from latentrt.benchmarks.sides import (
     contract,
-    diffusers_compiled,
-    diffusers_eager,
-    onnxruntime_cuda_loop,
+    diffusers_pipeline,
+    plain_device_loop,
     tensorrt_loop,
 )
-from latentrt.benchmarks.sides.contract import NotAvailableError, OpenSide, Task
-from latentrt.benchmarks.sides.diffusers_eager import diffusers_side
+from latentrt.benchmarks.sides.contract import (
+    NotAvailableError,
+    OpenSide,
+    Task,
+    open_plain_package,
+)
+from latentrt.benchmarks.sides.diffusers_pipeline import diffusers_side
 from latentrt.benchmarks.sides.plain_device_loop import DEVICE_NETS, plain_device_side
-from latentrt.benchmarks.sides.requirements import open_plain_package, version_of
 from latentrt.engines.device import DeviceNet
 from latentrt.engines.errors import BackendError
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
@@ -78,7 +82,7 @@ def test_a_missing_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refuses("diffusers", ON_CUDA, "no CUDA device")
-    monkeypatch.setattr(onnxruntime_cuda_loop, "cuda_available", lambda: "no driver")
+    monkeypatch.setattr(plain_device_loop, "cuda_available", lambda: "no driver")
     refuses("onnxruntime-cuda", TASK, "no driver")
     monkeypatch.setattr(tensorrt_loop, "missing_modules", lambda *names: None)
     monkeypatch.setattr(tensorrt_loop.facts, "available", lambda: "no driver")
@@ -105,7 +109,7 @@ def test_a_package_without_the_plain_unet_is_told(tmp_path: Path) -> None:
 
 def test_a_library_that_pip_does_not_know_has_no_version() -> None:
     assert version_of("numpy") == np.__version__
-    assert version_of("no-such-library") == "unknown"
+    assert version_of("no-such-library") is None
 
 
 # ── diffusers, as far as it goes without a model or a GPU ──────────────────────────────────────
@@ -155,12 +159,12 @@ def test_half_precision_is_for_cuda_and_channels_come_last_where_that_is_faster(
     import torch
 
     pipe = FakePipe()
-    monkeypatch.setattr(diffusers_eager, "assemble", lambda checkpoint: pipe)
-    monkeypatch.setattr(diffusers_eager, "available", lambda task: None)
+    monkeypatch.setattr(diffusers_pipeline, "assemble", lambda checkpoint: pipe)
+    monkeypatch.setattr(diffusers_pipeline, "available", lambda task: None)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     manifest = replace(PACKAGE.manifest, dtype=dtype)
-    monkeypatch.setattr(diffusers_eager.Package, "open", lambda root: replace(PACKAGE, manifest=manifest))
-    diffusers_eager.load(replace(TASK, device=device))
+    monkeypatch.setattr(diffusers_pipeline.Package, "open", lambda root: replace(PACKAGE, manifest=manifest))
+    diffusers_pipeline.load(replace(TASK, device=device))
     assert pipe.moved == (device, torch.float16 if half else torch.float32)
     assert is_channels_last(pipe.unet) == is_channels_last(pipe.vae) == last
     assert torch.backends.cudnn.benchmark == half
@@ -198,7 +202,7 @@ def test_unet_and_decoder_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     config: Any = torch._dynamo.config
     monkeypatch.setattr(config, "recompile_limit", 8)
     pipe = FakePipe()
-    diffusers_compiled.compile_nets(pipe, "default")
+    diffusers_pipeline.compile_nets(pipe, "default")
     assert pipe.unet._compiled_call_impl is not None
     assert pipe.vae.decoder._compiled_call_impl is not None
     assert pipe.text_encoder._compiled_call_impl is None

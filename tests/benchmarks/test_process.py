@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from latentrt.benchmarks.case import Case
-from latentrt.benchmarks.child import Server, serve
-from latentrt.benchmarks.process import Child, SideError, SideProcess, Slot, run
+from latentrt.benchmarks.process import Child, Server, SideError, SideProcess, Slot, run, serve
 from latentrt.benchmarks.sides import contract
 from latentrt.benchmarks.sides.contract import OpenSide, Task, Work
 from latentrt.engines.errors import UsageError

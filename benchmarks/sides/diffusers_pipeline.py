@@ -1,4 +1,8 @@
-"""diffusers' own pipeline as a side, run as its documentation says: SDPA, inference mode, no safety checker.
+"""diffusers' own pipeline, run as its documentation says: SDPA, inference mode, no safety checker.
+
+`Compiled` has torch.compile on the UNet and the decoder, which the documentation advises for speed: whole
+graphs, and code of its own for every shape, as what is compiled for any shape is slower. On CUDA the mode
+also tunes kernels and captures graphs.
 
 On the CPU everything is float32, whatever the package's dtype: torch's fp16 is slower there. On CUDA it is
 the package's dtype. Convolutions are in channels_last (huggingface.co/docs/diffusers, "Reduce memory usage"
@@ -12,6 +16,9 @@ turns: no difference.
 from __future__ import annotations
 
 import json
+import os
+import platform
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -24,12 +31,12 @@ import numpy as np
 
 from ...engines.package import Package
 from ...engines.spec import Array
-from ...runtime.prompts.tokenizer import ClipTokenizer
-from ..case import NETS, Case, net_inputs
-from .contract import NotAvailableError, OpenSide, Task, Work
-from .requirements import missing_checkpoint, missing_modules, version_of
+from ..case import NETS, Case, inputs_of
+from ..machine import version_of
+from .contract import NotAvailableError, OpenSide, Task, Work, missing_checkpoint, missing_modules
 
-NAME = "diffusers"
+# Beyond so many shapes of one function torch would give up compiling; a sweep over sizes has more than its 8.
+_SHAPES = 256
 Call = Callable[[Case], Callable[[], Mapping[str, Any]]]  # what one run of a workload calls
 # our sampler -> diffusers' class, and the options that make it the same one
 SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -61,7 +68,42 @@ def open_side(task: Task) -> OpenSide:
     package, pipe = load(task)
     # On a GPU a net's work is not done when its call returns.
     stages = watched_stages(pipe) if task.device == "cpu" else None
-    return diffusers_side(NAME, package, pipe, {"compile": "no"}, stages)
+    return diffusers_side("diffusers", package, pipe, {"compile": "no"}, stages)
+
+
+class Compiled:
+    """The pipeline with compiled nets, a side of its own."""
+
+    @staticmethod
+    def available(task: Task) -> str | None:
+        """None if it can run here, else the reason."""
+        if reason := available(task):
+            return reason
+        if task.device == "cuda":
+            return missing_modules("triton")
+        # what inductor would call (torch._inductor.config.cpp.cxx)
+        usual = {"Darwin": "clang++", "Windows": "cl"}.get(platform.system(), "g++")
+        compiler = os.environ.get("CXX", usual)
+        return None if shutil.which(compiler) else f"torch.compile needs the C++ compiler {compiler}"
+
+    @staticmethod
+    def open_side(task: Task) -> OpenSide:
+        """Every net loaded; the first run of a shape compiles."""
+        package, pipe = load(task)
+        mode = "max-autotune" if task.device == "cuda" else "default"
+        compile_nets(pipe, mode)
+        settings = {"compile": f"{mode}, fullgraph, static shapes"}
+        return diffusers_side("diffusers-compile", package, pipe, settings)
+
+
+def compile_nets(pipe: Any, mode: str) -> None:
+    """Have the UNet and the decoder compiled, in place."""
+    import torch
+
+    config: Any = torch._dynamo.config  # pyright: ignore[reportPrivateUsage]
+    config.recompile_limit = _SHAPES
+    for net in (pipe.unet, pipe.vae.decoder):
+        net.compile(mode=mode, fullgraph=True, dynamic=False)
 
 
 def load(task: Task) -> tuple[Package, Any]:
@@ -130,14 +172,9 @@ def diffusers_side(
     settings: Mapping[str, str],
     stages: dict[str, float] | None = None,
 ) -> OpenSide:
-    """A diffusers pipeline, eager or compiled.
+    """A `StableDiffusionPipeline`, eager or compiled, that gets the inputs of a package.
 
-    Args:
-        name: of the side, for errors.
-        package: whose inputs it gets.
-        pipe: `StableDiffusionPipeline`.
-        settings: what was set, for the row's stamp.
-        stages: `watched_stages` of the pipeline, if anything watches it.
+    The `settings` go to the row's stamp; `stages` are the pipeline's `watched_stages`, if it is watched.
     """
     import torch
 
@@ -180,8 +217,8 @@ def _versions(pipe: Any) -> dict[str, str]:
     last = weight.is_contiguous(memory_format=torch.channels_last)
     return {
         "torch": str(torch.__version__),
-        "diffusers": version_of("diffusers"),
-        "transformers": version_of("transformers"),
+        "diffusers": version_of("diffusers") or "unknown",
+        "transformers": version_of("transformers") or "unknown",
         "device": str(pipe.device.type),
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         "threads": str(torch.get_num_threads()),
@@ -202,8 +239,7 @@ class _Diffusers:
         """The same as everyone's, as tensors on the device."""
         import torch
 
-        tokenizer = ClipTokenizer.open(self._package.root / "tokenizer")
-        arrays = net_inputs(workload, case, self._package.manifest, tokenizer)
+        arrays = inputs_of(self._package, workload, case)
         return {name: torch.as_tensor(array, device=self._device) for name, array in arrays.items()}
 
     def text_encoder(self, case: Case) -> Callable[[], Mapping[str, Any]]:
@@ -215,9 +251,8 @@ class _Diffusers:
         latent, context = inputs["latent"].to(self._dtype), inputs["context"].to(self._dtype)
         # A whole number, as most schedulers have it: for another dtype everything would be compiled again.
         timestep = inputs["timestep"][0].long()
-        return lambda: {
-            "prediction": unet(latent, timestep, encoder_hidden_states=context, return_dict=False)[0]
-        }
+        call = partial(unet, latent, timestep, encoder_hidden_states=context, return_dict=False)
+        return lambda: {"prediction": call()[0]}
 
     def vae_decoder(self, case: Case) -> Callable[[], Mapping[str, Any]]:
         latent = self._inputs("vae_decoder", case)["latent"].to(self._dtype)
@@ -232,24 +267,16 @@ class _Diffusers:
     def picture(self, case: Case) -> Callable[[], Mapping[str, Any]]:
         import torch
 
-        pipe = self._pipe
-        scheduler = self._scheduler(case.sampler)
+        pipe, scheduler = self._pipe, self._scheduler(case.sampler)
+        parameters = {
+            name: value for name, value in case.parameters.items() if name not in ("sampler", "seed")
+        }
 
         def call() -> Mapping[str, Any]:
             pipe.scheduler = scheduler
             seeds = range(case.seed, case.seed + case.pictures)
-            images = pipe(
-                case.prompt,
-                negative_prompt=case.negative_prompt,
-                width=case.width,
-                height=case.height,
-                guidance_scale=case.guidance_scale,
-                num_inference_steps=case.steps,
-                num_images_per_prompt=case.pictures,
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-                output_type="np",
-            ).images
-            return {"image": _pixels(images)}
+            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+            return {"image": _pixels(pipe(case.prompt, generator=generators, **parameters).images)}
 
         return call
 
