@@ -7,7 +7,7 @@ its own. TensorRT-RTX builds without a GPU. For ONNX Runtime the choice of layou
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,7 @@ from ...engines.tensorrt.options import BuildOptions
 from ..machine import clocks, describe_machine
 from ..records import Document, Row, Status
 from ..sides.contract import OURS
-from .latency import describe_model
-
-Said = Callable[[str], None]
+from .latency import Progress, describe_model, silent
 
 TOGETHER = "every net"
 
@@ -62,7 +60,7 @@ class Builds:
         return list(self.profiles) or [default_profile(package.manifest)]
 
 
-def measure_build(package: Package, builds: Builds, *, said: Said = lambda line: None) -> Document:
+def measure_build(package: Package, builds: Builds, *, progress: Progress = silent) -> Document:
     """A row for each net, with a sample for each round; and one for all nets together.
 
     A net that cannot be built has a row that FAILED (not available: its library or device is missing).
@@ -81,7 +79,7 @@ def measure_build(package: Package, builds: Builds, *, said: Said = lambda line:
         for name in rows if number % 2 == 0 else reversed(rows):
             if rows[name].status == "ok":
                 rows[name] = _built(rows[name], package, builds, gpu)
-                said(f"{name}: {_line(rows[name])}")
+                progress(f"{name}: {_line(rows[name])}")
     found = [*rows.values(), _together(tuple(rows.values()))]
     stamp = {**describe_machine(), **clocks()}
     return Document(

@@ -18,7 +18,7 @@ Torch is blocked, and files are in the system's cache: a round before the first 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from time import perf_counter
@@ -30,9 +30,7 @@ from ..machine import clocks, describe_machine
 from ..process import SideError, run
 from ..records import Document, Row, Status
 from ..sides.contract import OURS, Task
-from .latency import describe_model
-
-Said = Callable[[str], None]
+from .latency import Progress, describe_model, silent
 
 REPEATS, QUICK_REPEATS = 7, 2
 # Seconds, of medians: what the README promises.
@@ -114,7 +112,7 @@ def measure_cold_start(
     case: Case | None = None,
     *,
     repeats: int = REPEATS,
-    said: Said = lambda line: None,
+    progress: Progress = silent,
 ) -> Document:
     """Rows of every process and part, one sample for each round; the order flips from round to round.
 
@@ -123,12 +121,12 @@ def measure_cold_start(
         task: backend and threads it is opened with.
         case: the pictures; default: one as the package wants it.
         repeats: rounds that count.
-        said: gets a line for each round.
+        progress: gets a line for each round.
     """
     case = case or Case.of(package.manifest)
     variants = _variants(package, task, case)
     for number in range(repeats + 1):
-        said(f"round {number} of {repeats}" if number else "a first round, not counted")
+        progress(f"round {number} of {repeats}" if number else "a first round, not counted")
         for variant in variants if number % 2 == 0 else reversed(variants):
             variant.start(counted=number > 0)
     machine = {**describe_machine(), **clocks()}
