@@ -17,13 +17,20 @@ from ..engines.package import Package
 from ..engines.spec import TEXT_ENCODERS
 from ..runtime.request.request import make_request
 from ..runtime.sampling.samplers import make_table
-from .case import Case, rows_per_step
+from .case import Case, rows_per_step, sizes_of
 from .records import Row
 from .sides.contract import CEILING
 from .work import Work, net_work
 
 GEMM, COPY = "gemm", "copy"  # the workloads of the ceiling
 _UNITS = {GEMM: "flop", COPY: "byte"}
+# The nets that a workload calls once.
+_NETS = {
+    "text_encoder": ("text_encoder",),
+    "invariants": ("unet_context", "unet_time"),
+    "unet": ("unet",),
+    "vae_decoder": ("vae_decoder",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,50 +70,42 @@ def workload_parts(package: Package, workload: str, case: Case) -> Parts:
     Raises:
         LatentrtError: whatever `net_work` raises, or SamplerError for the case's sampler.
     """
-    texts, tokens = 2 if case.guided else 1, {"T": package.manifest.max_tokens}
-    cell = package.manifest.latent_scale
-    latent = {"H/8": case.height // cell, "W/8": case.width // cell}
+    manifest = package.manifest
+    sizes = sizes_of(case, manifest)
 
-    def part(net: str, calls: int = 1, **sizes: int) -> Part:
-        return Part(work=net_work(package, net, {**tokens, **latent, **sizes}), calls=calls)
+    def part(net: str, calls: int = 1, **changes: int) -> Part:
+        return Part(work=net_work(package, net, {**sizes, **changes}), calls=calls)
 
-    def invariants(rows: int, steps: int) -> Parts:
-        return part("unet_context", B=rows), part(
-            "unet_time", S=steps * rows_per_step(case, package.manifest)
-        )
-
-    if workload == "text_encoder":
-        return (part("text_encoder", P=texts),)
-    if workload == "invariants":
-        return invariants(case.batch, case.steps)
-    if workload == "unet":
-        return (part("unet", B=case.batch),)
-    if workload == "vae_decoder":
-        return (part("vae_decoder", N=case.pictures),)
+    if workload in _NETS:
+        return tuple(map(part, _NETS[workload]))
     if workload != "picture":
         return ()
     # Texts are encoded once, however many pictures; Heun and DPM2 call the UNet twice in a step.
-    request = make_request(package.manifest, case.prompt, **case.parameters)
+    request = make_request(manifest, case.prompt, **case.parameters)
     rows = len(make_table(request.sampler, case.steps))
     return (
-        *(part(net, P=texts) for net in TEXT_ENCODERS if net in package.manifest.nets),
-        *invariants(texts, rows),
-        part("unet", calls=rows, B=case.batch),
-        part("vae_decoder", N=case.pictures),
+        *(part(net) for net in TEXT_ENCODERS if net in manifest.nets),
+        part("unet_context", B=sizes["P"]),
+        part("unet_time", S=rows * rows_per_step(case, manifest)),
+        part("unet", calls=rows),
+        part("vae_decoder"),
     )
 
 
 def floor(parts: Parts, *, flop_per_s: float, byte_per_s: float) -> Floor:
     """The floors of some parts on a machine with these ceilings."""
-    compute = [part.calls * part.work.flops / flop_per_s for part in parts]
-    moving = [part.calls * part.work.least_bytes / byte_per_s for part in parts]
-    layers = sum(
-        part.calls
-        * sum(max(layer.flops / flop_per_s, layer.bytes / byte_per_s) for layer in part.work.layers)
-        for part in parts
+
+    def least(flops: int, size: int) -> tuple[float, float]:
+        return flops / flop_per_s, size / byte_per_s
+
+    nets = [(part.calls, least(part.work.flops, part.work.least_bytes)) for part in parts]
+    layers = [(part.calls, least(layer.flops, layer.bytes)) for part in parts for layer in part.work.layers]
+    return Floor(
+        compute_s=sum(calls * compute for calls, (compute, _) in nets),
+        bytes_s=sum(calls * moving for calls, (_, moving) in nets),
+        floor_s=sum(calls * max(pair) for calls, pair in nets),
+        layers_s=sum(calls * max(pair) for calls, pair in layers),
     )
-    largest = sum(max(pair) for pair in zip(compute, moving, strict=True))
-    return Floor(compute_s=sum(compute), bytes_s=sum(moving), floor_s=largest, layers_s=layers)
 
 
 def with_roofline(rows: Sequence[Row], parts: Parts) -> tuple[Row, ...]:
@@ -121,9 +120,8 @@ def with_roofline(rows: Sequence[Row], parts: Parts) -> tuple[Row, ...]:
         of_floor             floor_s over the time
 
     and a ceiling's own row, whose figures have the `flops` or `bytes` of a run, `flop_per_s` or `byte_per_s`.
-    The two ratios are medians of those of each round,
-    where both sides have as many rounds: a slow minute then falls on both and leaves their ratio. What no
-    ceiling was measured for is left out.
+    The two ratios are medians over rounds where both sides have as many: a slow minute then falls on both
+    and leaves their ratio. What no ceiling was measured for is left out.
 
     Args:
         rows: rows that are not "ok", or not in seconds, stay as they are.
@@ -138,12 +136,11 @@ def _counts(row: Row) -> bool:
 
 
 def _with_figures(row: Row, parts: Parts, ceilings: Mapping[str, Row]) -> Row:
+    found: dict[str, Any] = {}
     if row.side == CEILING:
         found = {f"{_UNITS[row.workload]}_per_s": _amount(row) / row.summary["p50"]}
     elif parts:
         found = _figures(row, parts, ceilings.get(GEMM), ceilings.get(COPY))
-    else:
-        found = {}
     return replace(row, figures={**row.figures, **found})
 
 
@@ -156,24 +153,22 @@ def _figures(row: Row, parts: Parts, gemm: Row | None, copy: Row | None) -> dict
     flops = sum(part.calls * part.work.flops for part in parts)
     size = sum(part.calls * part.work.least_bytes for part in parts)
     found: dict[str, Any] = {"flops": flops, "bytes": size, "flop_per_s": flops / row.summary["p50"]}
-    if gemm is not None:
+    if gemm:
         per_run = flops / _amount(gemm)
         found["of_best_gemm"] = median(per_run * ceiling / own for own, ceiling in _turns(row, gemm))
         found["floor_compute_s"] = per_run * gemm.summary["p50"]
-    if copy is not None:
+    if copy:
         found["floor_bytes_s"] = size / _amount(copy) * copy.summary["p50"]
-    if gemm is not None and copy is not None:
-        found |= _floors(row, parts, gemm, copy)
+    if gemm and copy:
+        work, moved = _amount(gemm), _amount(copy)
+
+        def at(gemm_s: float, copy_s: float) -> Floor:
+            return floor(parts, flop_per_s=work / gemm_s, byte_per_s=moved / copy_s)
+
+        whole = at(gemm.summary["p50"], copy.summary["p50"])
+        shares = [at(gemm_s, copy_s).floor_s / own for own, gemm_s, copy_s in _turns(row, gemm, copy)]
+        found |= {"floor_s": whole.floor_s, "floor_layers_s": whole.layers_s, "of_floor": median(shares)}
     return found
-
-
-def _floors(row: Row, parts: Parts, gemm: Row, copy: Row) -> dict[str, float]:
-    def at(gemm_s: float, copy_s: float) -> Floor:
-        return floor(parts, flop_per_s=_amount(gemm) / gemm_s, byte_per_s=_amount(copy) / copy_s)
-
-    whole = at(gemm.summary["p50"], copy.summary["p50"])
-    shares = [at(gemm_s, copy_s).floor_s / own for own, gemm_s, copy_s in _turns(row, gemm, copy)]
-    return {"floor_s": whole.floor_s, "floor_layers_s": whole.layers_s, "of_floor": median(shares)}
 
 
 def _turns(*rows: Row) -> list[tuple[float, ...]]:

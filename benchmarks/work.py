@@ -21,13 +21,7 @@ from ..engines.package import Package
 
 Kind = Literal["convolution", "linear", "attention", "norm"]
 
-_NORMS = (
-    "GroupNormalization",
-    "LayerNormalization",
-    "InstanceNormalization",
-    "BatchNormalization",
-    "RMSNormalization",
-)
+_NORMS = [f"{kind}Normalization" for kind in ("Group", "Layer", "Instance", "Batch", "RMS")]
 # What attention without an operator of its own has between its two matmuls: the scores are never stored.
 _ON_SCORES = ("Softmax", "Cast", "Mul", "Div", "Add", "Sub", "Where")
 _LONGEST = 300  # characters of a library's message: inference names every node behind the first it fails at
@@ -90,7 +84,7 @@ def net_work(package: Package, net: str, sizes: Mapping[str, int]) -> Work:
         BackendError: the library `onnx` is not installed.
     """
     graph, sized = _sized(package.path(package.manifest.nets[net].graph), sizes)
-    return _Count(_Tensors(sized), graph).work()
+    return _Count(_Tensors(sized)).work(graph)
 
 
 def _library() -> Any:
@@ -158,10 +152,10 @@ def _size_value(node: Any, shapes: Mapping[str, tuple[int, ...] | None], known: 
     """The int64 array that a node gives, None where it depends on more than sizes."""
     if node.op_type == "Shape":
         shape = shapes.get(node.input[0])
+        if shape is None:
+            return None
         limits = {item.name: item.i for item in node.attribute}
-        return (
-            None if shape is None else np.array(shape[limits.get("start", 0) : limits.get("end")], np.int64)
-        )
+        return np.array(shape[limits.get("start", 0) : limits.get("end")], np.int64)
     if not node.input or len(node.output) != 1 or any(name not in known for name in node.input):
         return None
     evaluator = import_module("onnx.reference").ReferenceEvaluator(node)
@@ -194,23 +188,24 @@ def _set_sizes(graph: Any, sizes: Mapping[str, int]) -> None:
         value.type.tensor_type.ClearField("shape")
 
 
+def _shape(kind: Any) -> tuple[int, ...] | None:
+    if not kind.HasField("shape") or any(not dim.HasField("dim_value") for dim in kind.shape.dim):
+        return None
+    return tuple(dim.dim_value for dim in kind.shape.dim)
+
+
 class _Tensors:
-    """Shape and width of every tensor of a model, and of which weight each constant is made."""
+    """Shape and type of every tensor of a model, and of which weight each constant is made."""
 
     def __init__(self, model: Any) -> None:
-        helper = import_module("onnx.helper")
-        self._widths = {
-            kind: helper.tensor_dtype_to_np_dtype(kind).itemsize
-            for kind in _library().TensorProto.DataType.values()
-            if kind
-        }
+        graph = model.graph
         self._types: dict[str, tuple[tuple[int, ...] | None, int]] = {}
-        for value in (*model.graph.input, *model.graph.value_info, *model.graph.output):
+        for value in (*graph.input, *graph.value_info, *graph.output):
             self._types[value.name] = _shape(value.type.tensor_type), value.type.tensor_type.elem_type
-        for weight in model.graph.initializer:
+        for weight in graph.initializer:
             self._types[weight.name] = tuple(weight.dims), weight.data_type
-        self.roots: dict[str, str] = {weight.name: weight.name for weight in model.graph.initializer}
-        for node in model.graph.node:
+        self.roots: dict[str, str] = {weight.name: weight.name for weight in graph.initializer}
+        for node in graph.node:
             sources = [name for name in node.input if name]
             if all(name in self.roots for name in sources):
                 root = self.roots[sources[0]] if sources else node.output[0]
@@ -227,9 +222,10 @@ class _Tensors:
             )
         return shape
 
-    def nbytes(self, name: str) -> int:
-        """Bytes of all its elements."""
-        return prod(self.shape(name)) * self._widths[self._types[name][1]]
+    def nbytes(self, *names: str) -> int:
+        """Bytes of all their elements."""
+        width = import_module("onnx.helper").tensor_dtype_to_np_dtype
+        return sum(prod(self.shape(name)) * width(self._types[name][1]).itemsize for name in names)
 
     def is_float(self, name: str) -> bool:
         """Whether it is a parameter, not an index or a shape."""
@@ -237,33 +233,27 @@ class _Tensors:
         return self._types[name][1] in (proto.FLOAT, proto.FLOAT16, proto.BFLOAT16, proto.DOUBLE)
 
 
-def _shape(kind: Any) -> tuple[int, ...] | None:
-    if not kind.HasField("shape") or any(not dim.HasField("dim_value") for dim in kind.shape.dim):
-        return None
-    return tuple(dim.dim_value for dim in kind.shape.dim)
-
-
 class _Count:
     """Goes through a graph once."""
 
-    def __init__(self, tensors: _Tensors, graph: Any) -> None:
-        self._tensors, self._graph = tensors, graph
+    def __init__(self, tensors: _Tensors) -> None:
+        self._tensors = tensors
         self._layers: list[Layer] = []
         # tensor -> the layer that began an attention, and bytes of its output
         self._scores: dict[str, tuple[int, int]] = {}
         self._read: dict[str, int] = {}  # weight -> bytes of it that are needed, as they are read
 
-    def work(self) -> Work:
-        for node in self._graph.node:
-            if node.output[0] not in self._tensors.roots:
+    def work(self, graph: Any) -> Work:
+        tensors = self._tensors
+        for node in graph.node:
+            if node.output[0] not in tensors.roots:
                 self._read_weights(node)
                 self._add(node)
-        tensors = self._tensors
-        outside = sum(tensors.nbytes(value.name) for value in (*self._graph.input, *self._graph.output))
         return Work(
             layers=tuple(self._layers),
             parameters=sum(prod(tensors.shape(root)) for root in self._read if tensors.is_float(root)),
-            least_bytes=outside + sum(self._read.values()),
+            least_bytes=tensors.nbytes(*(value.name for value in (*graph.input, *graph.output)))
+            + sum(self._read.values()),
         )
 
     def _read_weights(self, node: Any) -> None:
@@ -276,34 +266,29 @@ class _Count:
                 self._read[root] = max(min(rows, size), self._read.get(root, 0))
 
     def _add(self, node: Any) -> None:
+        tensors, written = self._tensors, node.output[0]
         if node.op_type in _NOT_COUNTED:
             raise PackageError(
-                f"the work of the operator {node.op_type} ({node.name or node.output[0]}) is not counted",
+                f"the work of the operator {node.op_type} ({node.name or written}) is not counted",
                 expected="Conv, Gemm, MatMul and Attention",
                 fix="Export the package again with this release, or teach `benchmarks/work.py` the operator.",
             )
         if node.op_type in _NORMS:
-            read, written = node.input[0], node.output[0]
-            size = self._tensors.nbytes(read) + self._tensors.nbytes(written)
-            self._layers.append(Layer(kind="norm", flops=0, bytes=size))
-        elif node.op_type == "MatMul" and not self._has_weight(node):
+            self._layers.append(Layer(kind="norm", flops=0, bytes=tensors.nbytes(node.input[0], written)))
+        elif node.op_type == "MatMul" and not any(name in tensors.roots for name in node.input):
             self._add_matmul_of_attention(node)
         elif node.op_type in _MATMULS:
             kind, flops = _MATMULS[node.op_type]
-            size = sum(self._tensors.nbytes(name) for name in (*node.input, node.output[0]) if name)
-            self._layers.append(Layer(kind=kind, flops=flops(node, self._tensors), bytes=size))
+            size = tensors.nbytes(*filter(None, node.input), written)
+            self._layers.append(Layer(kind=kind, flops=flops(node, tensors), bytes=size))
         elif node.op_type in _ON_SCORES:
             begun = [self._scores[name] for name in node.input if name in self._scores]
             if begun:
-                self._scores[node.output[0]] = begun[0]
-
-    def _has_weight(self, node: Any) -> bool:
-        return any(name in self._tensors.roots for name in node.input)
+                self._scores[written] = begun[0]
 
     def _add_matmul_of_attention(self, node: Any) -> None:
         """Scores begin a layer; shares times values end it, and then the scores need not be stored."""
-        left, right = (self._tensors.nbytes(name) for name in node.input)
-        written = self._tensors.nbytes(node.output[0])
+        left, right, written = map(self._tensors.nbytes, (*node.input, node.output[0]))
         flops = _matmul(node, self._tensors)
         if node.input[0] in self._scores:
             index, scores = self._scores[node.input[0]]
