@@ -11,12 +11,10 @@ from typing import Any
 
 from ...engines.errors import UsageError
 from . import words
-from .ratio_bars import draw_ratios
+from .figures import draw_ratios, draw_rooflines, draw_waterfalls
 from .results import Result, Results, read_results
-from .roofline import draw_rooflines
 from .sheet import DIGEST, Sheet, house_style
 from .tables import full_tables, short_table
-from .waterfall import draw_waterfalls
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SUMMARY_BEGIN, SUMMARY_END = "<!-- bench-summary:begin -->", "<!-- bench-summary:end -->"

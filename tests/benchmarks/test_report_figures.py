@@ -11,10 +11,10 @@ from matplotlib.legend import Legend
 
 from latentrt.benchmarks.intervals import ratio_by_round
 from latentrt.benchmarks.records import Document, Row
+from latentrt.benchmarks.report.figures import points
 from latentrt.benchmarks.report.publish import planned_figures
 from latentrt.benchmarks.report.reading import against, ceiling_rates, stages
 from latentrt.benchmarks.report.results import Result
-from latentrt.benchmarks.report.roofline import points
 from latentrt.benchmarks.report.sheet import Sheet, house_style
 from latentrt.benchmarks.report.summary import summaries
 from latentrt.engines.errors import BackendError
