@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from ..sides.contract import OURS
 from .latency import Progress, describe_model, silent
 
 TOGETHER = "every net"
+OPTIONS = BuildOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,6 @@ class Builds:
     Attributes:
         backend: one of `engines.backends.BACKENDS`; ONNX Runtime builds layouts, not engines.
         profiles: the pictures that engines are for; none is the package's own size.
-        options: of every build.
         nets: only these; none is all of them.
         folder: where the store lies meanwhile; None is the system's temporary folder.
         repeats: rounds, each into an empty store.
@@ -45,7 +45,6 @@ class Builds:
 
     backend: str = "tensorrt-rtx"
     profiles: tuple[Profile, ...] = ()
-    options: BuildOptions = field(default_factory=BuildOptions)
     nets: tuple[str, ...] = ()
     folder: Path | None = None
     repeats: int = 1
@@ -72,7 +71,7 @@ def measure_build(package: Package, builds: Builds, *, progress: Progress = sile
     case: dict[str, Any] = {"backend": builds.backend}
     if not builds.tunes:
         profiles = [str(profile) for profile in builds.profiles_of(package)]
-        case |= {"profiles": profiles, "weights": builds.options.weights.value}
+        case |= {"profiles": profiles, "weights": OPTIONS.weights.value}
     names = tuned_nets if builds.tunes else built_nets
     rows = {name: Row(side=OURS, workload=name, case=case) for name in names(package, builds.nets)}
     for number in range(builds.repeats):
@@ -85,7 +84,7 @@ def measure_build(package: Package, builds: Builds, *, progress: Progress = sile
     return Document(
         benchmark="build",
         model=describe_model(package),
-        settings={"backend": builds.backend, "repeats": builds.repeats, "options": builds.options.to_json()},
+        settings={"backend": builds.backend, "repeats": builds.repeats, "options": OPTIONS.to_json()},
         rows=tuple(replace(row, case=case, stamp=stamp) for row in found),
     )
 
@@ -118,7 +117,7 @@ def build_net(
         figures = {name: tuned.entry.facts[name] for name in names}
         return {"seconds": tuned.entry.build_seconds, **figures}
     profiles = builds.profiles_of(package)
-    (built,) = build_package(package, builds.backend, profiles, builds.options, store, nets=[net], gpu=gpu)
+    (built,) = build_package(package, builds.backend, profiles, OPTIONS, store, nets=[net], gpu=gpu)
     facts_of_build = built.entry.facts
     return {
         "profiles": facts_of_build["labels"],

@@ -28,7 +28,7 @@ from ...engines.package import Package
 from ..case import Case
 from ..machine import clocks, describe_machine
 from ..process import SideError, run
-from ..records import Document, Row, Status
+from ..records import Document, Row
 from ..sides.contract import OURS, Task
 from .latency import Progress, describe_model, silent
 
@@ -93,13 +93,14 @@ class _Variant:
     def rows(self, machine: Mapping[str, Any]) -> list[Row]:
         """One for each workload."""
         stamp = {**machine, **({"side": {"backend": self.backend}} if self.backend else {})}
-        status: Status = "FAILED" if self.reason else "ok"
         rows: list[Row] = []
         for index, workload in enumerate(self.workloads):
-            rounds = () if self.reason else tuple((turn[index],) for turn in self.rounds)
-            row = Row(side=OURS, workload=workload, case=self.case, rounds=rounds, stamp=stamp)
-            row = replace(row, status=status, reason=self.reason)
-            if rounds and workload in BARS:
+            row = Row(side=OURS, workload=workload, case=self.case, stamp=stamp)
+            if self.reason:
+                row = replace(row, status="FAILED", reason=self.reason)
+            else:
+                row = replace(row, rounds=tuple((turn[index],) for turn in self.rounds))
+            if row.rounds and workload in BARS:
                 bar = BARS[workload]
                 row = replace(row, figures={"bar_s": bar, "met": row.summary["p50"] < bar})
             rows.append(row)
@@ -116,12 +117,7 @@ def measure_cold_start(
 ) -> Document:
     """Rows of every process and part, one sample for each round; the order flips from round to round.
 
-    Args:
-        package: the model.
-        task: backend and threads it is opened with.
-        case: the pictures; default: one as the package wants it.
-        repeats: rounds that count.
-        progress: gets a line for each round.
+    `task` says backend and threads; without a `case` pictures are as the package wants them.
     """
     case = case or Case.of(package.manifest)
     variants = _variants(package, task, case)
