@@ -163,7 +163,7 @@ class Bench:
 
     def measure(self, opened: Sequence[SideProcess], pace: Pace) -> list[Row]:
         """A row for each side, and for each ceiling."""
-        figures: dict[Entry, dict[str, Any]] = {}
+        ready: list[tuple[Entry, dict[str, Any]]] = []
         rows: list[Row] = []
         wanted: Mapping[str, Array] | None = None
         for entry in self._entries(opened):
@@ -175,14 +175,15 @@ class Bench:
                 rows.append(self._row(entry, Turns(status=error.status, reason=error.reason), {}))
                 continue
             wanted = outputs if entry.name == OURS else wanted
-            figures[entry] = {"first_s": answer["seconds"], **alike}
-        first = {entry.name: float(known["first_s"]) for entry, known in figures.items()}
-        beside = list(self._beside(list(figures), first))
+            ready.append((entry, {"first_s": answer["seconds"], **alike}))
+        entries = [entry for entry, _ in ready]
+        first = {entry.name: float(figures["first_s"]) for entry, figures in ready}
+        beside = list(self._beside(entries, first))
         about = f"{self.workload} {self.case.width}x{self.case.height} b{self.case.pictures}"
         turns = interleave(
-            [*figures, *beside], first, pace, said=lambda line: self.progress(f"{about}: {line}")
+            [*entries, *beside], first, pace, said=lambda line: self.progress(f"{about}: {line}")
         )
-        rows += [self._row(entry, turns[entry.name], known) for entry, known in figures.items()]
+        rows += [self._row(entry, turns[entry.name], figures) for entry, figures in ready]
         rows = list(with_roofline(rows, workload_parts(self.package, self.workload, self.case)))
         return rows + [self._over_yardstick(item, turns[item.name]) for item in beside]
 
