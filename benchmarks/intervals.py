@@ -8,8 +8,8 @@ percentile intervals (section 13.3), and the same for the same data: the generat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from statistics import median
+from dataclasses import dataclass
+from statistics import linear_regression, median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,18 +37,12 @@ class Interval:
         """In the unit of the value."""
         return (self.high - self.low) / 2
 
-    def to_json(self) -> dict[str, float]:
-        """Plain data."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
     """y = intercept + slope x, by least squares.
 
     Attributes:
-        slope: see above.
-        intercept: see above.
         residual: the largest |y - line|, as a share of the largest |y|.
         r_squared: coefficient of determination; 1 where y is constant and the line goes through it.
     """
@@ -57,10 +51,6 @@ class Line:
     intercept: float
     residual: float
     r_squared: float
-
-    def to_json(self) -> dict[str, float]:
-        """Plain data."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,11 +139,8 @@ def fit_line(x: Sequence[float], y: Sequence[float]) -> Line:
     xs, ys = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if xs.shape != ys.shape or len(np.unique(xs)) < 2:
         raise ValueError(f"a line needs two different x and a y for each, not {len(xs)} x and {len(ys)} y")
-    dx, dy = xs - xs.mean(), ys - ys.mean()
-    slope = float(dx @ dy / (dx @ dx))
-    intercept = float(ys.mean() - slope * xs.mean())
-    rest = ys - (intercept + slope * xs)
-    total = float(dy @ dy)
+    slope, intercept = linear_regression(xs.tolist(), ys.tolist())
+    rest, total = ys - (intercept + slope * xs), float(((ys - ys.mean()) ** 2).sum())
     return Line(
         slope=slope,
         intercept=intercept,

@@ -26,7 +26,7 @@ Status = Literal["ok", "FAILED", "not available"]
 Figures = Mapping[str, Any]
 Rounds = tuple[tuple[float, ...], ...]
 
-PERCENTILES = (50, 90, 95, 99)
+_FIELDS = ("side", "workload", "case", "unit", "status", "reason", "figures", "stamp")  # of a Row, and rounds
 _LONGEST = 600  # characters of a reason
 # A folder's path in a message: results are published, and name no path of the machine they are from.
 _FOLDERS = re.compile(r"(?<![\w.])(?:/[\w.+~-]+)+/")
@@ -39,7 +39,7 @@ class Row:
     Attributes:
         side: who was measured, a name of `sides.contract.SIDES`, or that with " again" behind it (A/A).
         workload: what was measured.
-        case: what was drawn: size, batch, steps, … (`case.Case`).
+        case: what was drawn (`case.Case`).
         unit: of the samples: "s", "B" (bytes), "1" (a ratio), "dB".
         rounds: samples, one tuple for each turn of the side; the turns of all sides are interleaved, so
             that round i of one is to be compared with round i of another.
@@ -70,31 +70,21 @@ class Row:
         samples = self.samples
         if not samples:
             return {}
-        found = {f"p{p}": float(np.percentile(samples, p)) for p in PERCENTILES}
+        found = {f"p{p}": float(np.percentile(samples, p)) for p in (50, 90, 95, 99)}
         extremes = {"min": min(samples), "max": max(samples), "mean": float(np.mean(samples))}
         return {"n": len(samples), **found, **extremes}
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with the summary for people who do not compute it themselves."""
-        return {
-            "side": self.side,
-            "workload": self.workload,
-            "case": plain(self.case),
-            "unit": self.unit,
-            "status": self.status,
-            "reason": short(self.reason),
-            "summary": self.summary,
-            "figures": plain(self.figures),
-            "stamp": plain(self.stamp),
-            "rounds": [[_rounded(sample) for sample in turn] for turn in self.rounds],
-        }
+        fields = {name: plain(getattr(self, name)) for name in _FIELDS}
+        rounds = [[_rounded(sample) for sample in turn] for turn in self.rounds]
+        return {**fields, "summary": self.summary, "rounds": rounds}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Row:
         """The reverse of `to_json`. Raises KeyError, TypeError or ValueError for other data."""
-        names = ("side", "workload", "case", "unit", "status", "reason", "figures", "stamp")
         rounds = tuple(tuple(float(sample) for sample in turn) for turn in data["rounds"])
-        return cls(**{name: data[name] for name in names}, rounds=rounds)
+        return cls(**{name: data[name] for name in _FIELDS}, rounds=rounds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,14 +126,19 @@ class Document:
         return {**head, **plain(facts), "rows": [row.to_json() for row in self.rows]}
 
     def write(self, path: Path) -> None:
-        """As JSON, in one piece: a reader never sees half of it."""
+        """As JSON."""
         data = self.to_json()
         rows = ",\n".join(_lines(row) for row in data.pop("rows"))
         head = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False).removesuffix("\n}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        unfinished.write_text(f'{head},\n "rows": [\n{rows}\n ]\n}}\n', encoding="utf-8")
-        unfinished.replace(path)
+        write_whole(path, f'{head},\n "rows": [\n{rows}\n ]\n}}\n'.encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file in one piece: a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)
 
 
 def read_document(path: Path) -> Document:

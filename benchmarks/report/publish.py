@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ...engines.errors import UsageError
+from ..records import write_whole
 from . import words
-from .ratio_bars import draw_ratios
-from .results import Result, Results, read_results
-from .roofline import draw_rooflines
-from .sheet import DIGEST, Sheet, house_style
+from .figures import DIGEST, Sheet, draw_ratios, draw_rooflines, draw_waterfalls, house_style
+from .reading import Result, Results, read_results
 from .tables import full_tables, short_table
-from .waterfall import draw_waterfalls
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SUMMARY_BEGIN, SUMMARY_END = "<!-- bench-summary:begin -->", "<!-- bench-summary:end -->"
@@ -100,11 +98,11 @@ def outdated(results: Path, pages: Pages) -> tuple[str, ...]:
 
 
 def planned_figures(result: Result) -> dict[str, Callable[[], Sheet]]:
-    """How each figure of a document is drawn, by file name; to be called within `sheet.house_style`."""
+    """How each figure of a document is drawn, by file name; to be called within `figures.house_style`."""
     document = result.document
-    source = words.source(document, result.name)
-    drawers = _DRAWERS if document.benchmark == "latency" else ()
-    planned = (item for draw in drawers for item in draw(document, source))
+    if document.benchmark != "latency":
+        return {}
+    planned = (item for draw in _DRAWERS for item in draw(document, words.source(document, result.name)))
     return {f"{result.name}-{name}.png": drawn for name, drawn in planned}
 
 
@@ -146,13 +144,10 @@ def _between(page: Path, markers: tuple[str, str], table: str) -> str:
 
 
 def _write(path: Path, content: bytes) -> bool:
-    """Whether the file was not that before. A reader never sees half of it."""
+    """Whether the file was not that before."""
     if path.is_file() and path.read_bytes() == content:
         return False
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
+    write_whole(path, content)
     return True
 
 

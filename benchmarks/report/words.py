@@ -12,20 +12,14 @@ from ..records import Document
 DASH = "–"
 _SCALES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 _SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
-_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+_MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"]
 _FAMILIES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
-_WORKLOADS = {
-    "text_encoder": "text encoder",
-    "invariants": "invariants",
+_WORKLOADS = {  # all others are their names without underscores
     "unet": "UNet step",
     "update": "guidance + update",
     "vae_decoder": "VAE decoder",
     "picture": "whole picture",
-    "text_encoder_2": "text encoder 2",
-    "image_encoder": "image encoder",
-    "image_noiser": "image noiser",
     "vae_encoder": "VAE encoder",
-    "preview_decoder": "preview decoder",
     "unet_context": "UNet: context",
     "unet_time": "UNet: time",
     "unet_whole": "UNet, uncut",
@@ -47,10 +41,8 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def seconds(value: float | None) -> str:
     """`9.93 s`, `98.2 ms`, `12.3 µs`."""
-    if value is None or not math.isfinite(value):
-        return DASH
-    if value == 0:
-        return "0 s"
+    if not value or not math.isfinite(value):
+        return "0 s" if value == 0 else DASH
     scale, unit = seconds_unit(value)
     return f"{number(value / scale)} {unit}"
 
@@ -142,8 +134,7 @@ def about(document: Document, facts: Mapping[str, Any]) -> str:
 
 
 def source(document: Document, name: str) -> str:
-    """Where a figure's numbers are: the document, the commit, the library that drew."""
-    libraries: Mapping[str, Any] = dict(document.machine.get("libraries") or ())
-    commit = document.machine.get("commit")
-    parts = [f"{name}.json", f"latentrt {libraries['latentrt']}" if "latentrt" in libraries else ""]
-    return " · ".join(part for part in [*parts, f"commit {commit}" if commit else ""] if part)
+    """Where a figure's numbers are: the document, the commit, the release that was measured."""
+    libraries: Mapping[str, Any] = document.machine.get("libraries") or {}
+    known = {"latentrt": libraries.get("latentrt"), "commit": document.machine.get("commit")}
+    return " · ".join([f"{name}.json", *(f"{what} {value}" for what, value in known.items() if value)])

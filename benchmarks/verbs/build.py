@@ -7,8 +7,8 @@ its own. TensorRT-RTX builds without a GPU. For ONNX Runtime the choice of layou
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,10 @@ from ...engines.tensorrt.builder import BuildOptions
 from ..machine import clocks, describe_machine
 from ..records import Document, Row, Status
 from ..sides.contract import OURS
-from .latency import describe_model
-
-Said = Callable[[str], None]
+from .latency import Progress, describe_model, silent
 
 TOGETHER = "every net"
+OPTIONS = BuildOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,6 @@ class Builds:
     Attributes:
         backend: one of `engines.backends.BACKENDS`; ONNX Runtime builds layouts, not engines.
         profiles: the pictures that engines are for; none is the package's own size.
-        options: of every build.
         nets: only these; none is all of them.
         folder: where the store lies meanwhile; None is the system's temporary folder.
         repeats: rounds, each into an empty store.
@@ -47,7 +45,6 @@ class Builds:
 
     backend: str = "tensorrt-rtx"
     profiles: tuple[Profile, ...] = ()
-    options: BuildOptions = field(default_factory=BuildOptions)
     nets: tuple[str, ...] = ()
     folder: Path | None = None
     repeats: int = 1
@@ -62,7 +59,7 @@ class Builds:
         return list(self.profiles) or [default_profile(package.manifest)]
 
 
-def measure_build(package: Package, builds: Builds, *, said: Said = lambda line: None) -> Document:
+def measure_build(package: Package, builds: Builds, *, progress: Progress = silent) -> Document:
     """A row for each net, with a sample for each round; and one for all nets together.
 
     A net that cannot be built has a row that FAILED (not available: its library or device is missing).
@@ -74,20 +71,20 @@ def measure_build(package: Package, builds: Builds, *, said: Said = lambda line:
     case: dict[str, Any] = {"backend": builds.backend}
     if not builds.tunes:
         profiles = [str(profile) for profile in builds.profiles_of(package)]
-        case |= {"profiles": profiles, "weights": builds.options.weights.value}
+        case |= {"profiles": profiles, "weights": OPTIONS.weights.value}
     names = tuned_nets if builds.tunes else built_nets
     rows = {name: Row(side=OURS, workload=name, case=case) for name in names(package, builds.nets)}
     for number in range(builds.repeats):
         for name in rows if number % 2 == 0 else reversed(rows):
             if rows[name].status == "ok":
                 rows[name] = _built(rows[name], package, builds, gpu)
-                said(f"{name}: {_line(rows[name])}")
+                progress(f"{name}: {_line(rows[name])}")
     found = [*rows.values(), _together(tuple(rows.values()))]
     stamp = {**describe_machine(), **clocks()}
     return Document(
         benchmark="build",
         model=describe_model(package),
-        settings={"backend": builds.backend, "repeats": builds.repeats, "options": builds.options.to_json()},
+        settings={"backend": builds.backend, "repeats": builds.repeats, "options": OPTIONS.to_json()},
         rows=tuple(replace(row, case=case, stamp=stamp) for row in found),
     )
 
@@ -120,7 +117,7 @@ def build_net(
         figures = {name: tuned.entry.facts[name] for name in names}
         return {"seconds": tuned.entry.build_seconds, **figures}
     profiles = builds.profiles_of(package)
-    (built,) = build_package(package, builds.backend, profiles, builds.options, store, nets=[net], gpu=gpu)
+    (built,) = build_package(package, builds.backend, profiles, OPTIONS, store, nets=[net], gpu=gpu)
     facts_of_build = built.entry.facts
     return {
         "profiles": facts_of_build["labels"],

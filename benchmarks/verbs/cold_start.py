@@ -18,7 +18,7 @@ Torch is blocked, and files are in the system's cache: a round before the first 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from time import perf_counter
@@ -28,11 +28,9 @@ from ...engines.package import Package
 from ..case import Case
 from ..machine import clocks, describe_machine
 from ..process import SideError, run
-from ..records import Document, Row, Status
+from ..records import Document, Row
 from ..sides.contract import OURS, Task
-from .latency import describe_model
-
-Said = Callable[[str], None]
+from .latency import Progress, describe_model, silent
 
 REPEATS, QUICK_REPEATS = 7, 2
 # Seconds, of medians: what the README promises.
@@ -95,13 +93,14 @@ class _Variant:
     def rows(self, machine: Mapping[str, Any]) -> list[Row]:
         """One for each workload."""
         stamp = {**machine, **({"side": {"backend": self.backend}} if self.backend else {})}
-        status: Status = "FAILED" if self.reason else "ok"
         rows: list[Row] = []
         for index, workload in enumerate(self.workloads):
-            rounds = () if self.reason else tuple((turn[index],) for turn in self.rounds)
-            row = Row(side=OURS, workload=workload, case=self.case, rounds=rounds, stamp=stamp)
-            row = replace(row, status=status, reason=self.reason)
-            if rounds and workload in BARS:
+            row = Row(side=OURS, workload=workload, case=self.case, stamp=stamp)
+            if self.reason:
+                row = replace(row, status="FAILED", reason=self.reason)
+            else:
+                row = replace(row, rounds=tuple((turn[index],) for turn in self.rounds))
+            if row.rounds and workload in BARS:
                 bar = BARS[workload]
                 row = replace(row, figures={"bar_s": bar, "met": row.summary["p50"] < bar})
             rows.append(row)
@@ -114,21 +113,16 @@ def measure_cold_start(
     case: Case | None = None,
     *,
     repeats: int = REPEATS,
-    said: Said = lambda line: None,
+    progress: Progress = silent,
 ) -> Document:
     """Rows of every process and part, one sample for each round; the order flips from round to round.
 
-    Args:
-        package: the model.
-        task: backend and threads it is opened with.
-        case: the pictures; default: one as the package wants it.
-        repeats: rounds that count.
-        said: gets a line for each round.
+    `task` says backend and threads; without a `case` pictures are as the package wants them.
     """
     case = case or Case.of(package.manifest)
     variants = _variants(package, task, case)
     for number in range(repeats + 1):
-        said(f"round {number} of {repeats}" if number else "a first round, not counted")
+        progress(f"round {number} of {repeats}" if number else "a first round, not counted")
         for variant in variants if number % 2 == 0 else reversed(variants):
             variant.start(counted=number > 0)
     machine = {**describe_machine(), **clocks()}

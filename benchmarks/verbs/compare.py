@@ -40,13 +40,11 @@ class Compared:
     """One row of both documents.
 
     Attributes:
-        side, workload, case, unit: as in `records.Row`.
         before, after: p50 of each, as measured.
-        ratio: after / before with its interval; of seconds, the machine's own change is taken out where both
-            documents have a yardstick or a matmul.
+        ratio: after / before; of seconds, the machine's own change is taken out where both documents have a
+            yardstick or a matmul.
         machine: the yardstick's or the matmul's after / before; None without one.
         noise: what a change has to be larger than, beside its interval: 0.05 is 5 %.
-        verdict: slower, faster, …
         reason: of a verdict that no ratio gave.
     """
 
@@ -76,8 +74,6 @@ class Comparison:
         before, after: date of each, and commit where it is known.
         rows: those in both.
         only_before, only_after: side and workload of those in one.
-        remarks: what a reader has to know about the ratios.
-        threshold: the smallest change that counts.
     """
 
     before: Mapping[str, Any]
@@ -114,12 +110,7 @@ class Comparison:
 
 
 def compare(a: Document, b: Document, *, threshold: float = THRESHOLD) -> Comparison:
-    """What changed from document `a` to document `b`.
-
-    Args:
-        a: before.
-        b: after, of the same verb, model and machine.
-        threshold: the smallest change that counts, 0.05 is 5 %.
+    """What changed from document `a` to document `b`; `threshold` is the smallest change that counts.
 
     Raises:
         UsageError: documents of different verbs, models or machines, or a threshold that is none.
@@ -235,21 +226,19 @@ def _ratio(sides: Sequence[tuple[Document, Row]]) -> tuple[Interval, float | Non
 
 def _over_yardstick(document: Document, row: Row, seed: int) -> tuple[Estimate, float] | None:
     """How many times as long as the yardstick our row took, and the yardstick's own seconds."""
-    halves = _beside_yardstick(document, row)
-    if not halves:
-        return None
-    rounds = _together([half.rounds for half in halves])
-    return median_of(rounds, seed=seed), median(float(half.figures["yardstick_p50_s"]) for half in halves)
+    if halves := _beside_yardstick(document, row):
+        rounds = _together([half.rounds for half in halves])
+        return median_of(rounds, seed=seed), median(float(half.figures["yardstick_p50_s"]) for half in halves)
+    return None
 
 
 def _over_matmul(document: Document, row: Row, seed: int) -> tuple[Estimate, float] | None:
     """The same over the matmul's seconds per operation: a fastest shape may not be the same again."""
-    matmul = _matmul(document, row)
-    if matmul is None:
-        return None
-    flops = float(matmul.figures.get("flops", 1.0))
-    rounds = tuple(tuple(seconds / flops for seconds in turn) for turn in matmul.rounds)
-    return ratio_of_rounds(_pooled(document, row), rounds, seed=seed), matmul.summary["p50"] / flops
+    if matmul := _matmul(document, row):
+        flops = float(matmul.figures.get("flops", 1.0))
+        rounds = tuple(tuple(seconds / flops for seconds in turn) for turn in matmul.rounds)
+        return ratio_of_rounds(_pooled(document, row), rounds, seed=seed), matmul.summary["p50"] / flops
+    return None
 
 
 def _spread(document: Document, row: Row) -> float:
@@ -258,7 +247,7 @@ def _spread(document: Document, row: Row) -> float:
     if len(halves) == 2:
         return abs(halves[0] / halves[1] - 1)
     again = _again(document, row)
-    return ab_spread(row.rounds, again) if again else 0.0
+    return ab_spread(row.rounds, again.rounds) if again else 0.0
 
 
 def _beside_yardstick(document: Document, row: Row) -> list[Row]:
@@ -272,16 +261,14 @@ def _matmul(document: Document, row: Row) -> Row | None:
     """The ceiling's, that took turns with a row of seconds."""
     if row.unit != "s" or row.side in REFERENCES:
         return None
-    for found in _counting(document, row, CEILING, GEMM):
-        if found.figures.get("during") == row.workload and _in_turns(found, row):
-            return found
-    return None
+    found = _counting(document, row, CEILING, GEMM)
+    return next((it for it in found if it.figures.get("during") == row.workload and _in_turns(it, row)), None)
 
 
-def _again(document: Document, row: Row) -> Rounds | None:
+def _again(document: Document, row: Row) -> Row | None:
     """The other half of the A/A pair, if this row is the first and both took the same turns."""
     found = _counting(document, row, AGAIN) if row.side == OURS else ()
-    return next((other.rounds for other in found if _in_turns(other, row)), None)
+    return next((other for other in found if _in_turns(other, row)), None)
 
 
 def _counting(document: Document, row: Row, side: str, workload: str = "") -> Iterator[Row]:
@@ -298,7 +285,7 @@ def _in_turns(one: Row, other: Row) -> bool:
 def _pooled(document: Document, row: Row) -> Rounds:
     """Its rounds, with those of the other half of the A/A pair."""
     again = _again(document, row)
-    return _together([row.rounds, again]) if again else row.rounds
+    return _together([row.rounds, again.rounds]) if again else row.rounds
 
 
 def _together(halves: Sequence[Rounds]) -> Rounds:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -95,18 +95,21 @@ def measure_latency(
             for workload in workloads:
                 bench = Bench(package=package, sides=sides, workload=workload, case=case, progress=progress)
                 rows += bench.measure(opened, pace or Pace())
+    return document_of("latency", package, sides.task, rows, {"peers": sides.peers, "workloads": workloads})
+
+
+def document_of(
+    verb: str, package: Package, task: Task, rows: Iterable[Row], settings: Mapping[str, Any] | None = None
+) -> Document:
+    """The document of a verb: its rows, the package, and how sides were opened."""
+    opened = {"backend": task.backend, "threads": task.threads, "device": task.device}
+    slowed = {"slow_down": task.slow_down} if task.slow_down else {}
     return Document(
-        benchmark="latency",
+        benchmark=verb,
         model=describe_model(package),
-        settings={"peers": sides.peers, "workloads": workloads, **settings_of(sides.task)},
+        settings={**(settings or {}), **opened, **slowed},
         rows=tuple(rows),
     )
-
-
-def settings_of(task: Task) -> dict[str, Any]:
-    """What a document says of how sides were opened."""
-    settings = {"backend": task.backend, "threads": task.threads, "device": task.device}
-    return {**settings, "slow_down": task.slow_down} if task.slow_down else settings
 
 
 def describe_model(package: Package) -> dict[str, Any]:
@@ -120,35 +123,30 @@ def describe_model(package: Package) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A side with something to time: the workload, or what the ceiling does while it is timed."""
+    """A side with something to time: the workload, or what the ceiling does while it is timed.
+
+    `beside`: each run is followed by one of the yardstick in the same process, and seconds are of a pair.
+    """
 
     side: SideProcess
     workload: str
+    beside: bool = False
 
     @property
-    def name(self) -> str:
-        """What tells it from the others; also the slot it is prepared in."""
+    def slot(self) -> str:
+        """Where the side has it prepared."""
         return self.side.name if self.side.name != CEILING else f"{CEILING} {self.workload}"
-
-    def time(self, runs: int) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
-        """As `SideProcess.time`."""
-        return self.side.time(runs, slot=self.name)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Beside:
-    """Ours, run by run beside the yardstick in the same process. Seconds are of a pair."""
-
-    side: SideProcess
 
     @property
     def name(self) -> str:
         """What tells it from the others."""
-        return f"{self.side.name} beside {YARDSTICK}"
+        return f"{self.slot} beside {YARDSTICK}" if self.beside else self.slot
 
     def time(self, runs: int) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
-        """Figures are `own_s` and `beside_s`."""
-        seconds, figures = self.side.time(runs, slot=self.side.name, beside=YARDSTICK)
+        """As `SideProcess.time`; with a yardstick, figures are `own_s` and `beside_s`."""
+        if not self.beside:
+            return self.side.time(runs, slot=self.slot)
+        seconds, figures = self.side.time(runs, slot=self.slot, beside=YARDSTICK)
         pairs = [{"own_s": own, **other} for own, other in zip(seconds, figures, strict=True)]
         return tuple(pair["own_s"] + pair["beside_s"] for pair in pairs), pairs
 
@@ -165,24 +163,27 @@ class Bench:
 
     def measure(self, opened: Sequence[SideProcess], pace: Pace) -> list[Row]:
         """A row for each side, and for each ceiling."""
-        ready: list[Entry] = []
-        first: dict[str, float] = {}
-        figures: dict[str, dict[str, Any]] = {}
+        ready: list[tuple[Entry, dict[str, Any]]] = []
         rows: list[Row] = []
-        for entry, prepared in self._prepare(list(self._entries(opened))):
-            if isinstance(prepared, SideError):
-                failed = Turns(status=prepared.status, reason=prepared.reason)
-                rows.append(self._row(entry, failed, {}))
+        wanted: Mapping[str, Array] | None = None
+        for entry in self._entries(opened):
+            self.progress(f"{self.workload}: {entry.name} gets ready")
+            try:
+                answer, outputs = entry.side.prepare(entry.workload, self.case, slot=entry.slot)
+                alike = {} if entry.name == OURS or not outputs else self._check(outputs, wanted)
+            except SideError as error:
+                rows.append(self._row(entry, Turns(status=error.status, reason=error.reason), {}))
                 continue
-            first[entry.name] = prepared["first_s"]
-            figures[entry.name] = prepared
-            ready.append(entry)
-        beside = list(self._beside(ready, first))
+            wanted = outputs if entry.name == OURS else wanted
+            ready.append((entry, {"first_s": answer["seconds"], **alike}))
+        entries = [entry for entry, _ in ready]
+        first = {entry.name: float(figures["first_s"]) for entry, figures in ready}
+        beside = list(self._beside(entries, first))
         about = f"{self.workload} {self.case.width}x{self.case.height} b{self.case.pictures}"
         turns = interleave(
-            [*ready, *beside], first, pace, said=lambda line: self.progress(f"{about}: {line}")
+            [*entries, *beside], first, pace, said=lambda line: self.progress(f"{about}: {line}")
         )
-        rows += [self._row(entry, turns[entry.name], figures[entry.name]) for entry in ready]
+        rows += [self._row(entry, turns[entry.name], figures) for entry, figures in ready]
         rows = list(with_roofline(rows, workload_parts(self.package, self.workload, self.case)))
         return rows + [self._over_yardstick(item, turns[item.name]) for item in beside]
 
@@ -193,7 +194,7 @@ class Bench:
             elif self.workload in (*ENGINE_STAGES, "picture"):  # what no net takes part in has no ceiling
                 yield from (Entry(side=side, workload=workload) for workload in (GEMM, COPY))
 
-    def _beside(self, ready: Sequence[Entry], first: dict[str, float]) -> Iterator[Beside]:
+    def _beside(self, ready: Sequence[Entry], first: dict[str, float]) -> Iterator[Entry]:
         """Our short runs with the yardstick, whose first seconds are added to `first`."""
         if YARDSTICK not in self.sides.references or self.sides.task.device != "cpu":
             return
@@ -201,23 +202,9 @@ class Bench:
             if entry.name in (OURS, AGAIN) and first[entry.name] < SHORT:
                 self.progress(f"{self.workload}: {entry.name} gets its yardstick")
                 answer, _ = entry.side.prepare(YARDSTICK, self.case, slot=YARDSTICK)
-                found = Beside(side=entry.side)
+                found = replace(entry, beside=True)
                 first[found.name] = first[entry.name] + answer["seconds"]
                 yield found
-
-    def _prepare(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, SideError | dict[str, Any]]]:
-        """Each one's first run: its seconds, and how like ours its output is; or why not."""
-        wanted: Mapping[str, Array] | None = None
-        for entry in entries:
-            self.progress(f"{self.workload}: {entry.name} gets ready")
-            try:
-                answer, outputs = entry.side.prepare(entry.workload, self.case, slot=entry.name)
-                alike = {} if entry.name == OURS or not outputs else self._check(outputs, wanted)
-            except SideError as error:
-                yield entry, error
-                continue
-            wanted = outputs if entry.name == OURS else wanted
-            yield entry, {"first_s": answer["seconds"], **alike}
 
     def _check(self, found: Mapping[str, Array], wanted: Mapping[str, Array] | None) -> dict[str, float]:
         if wanted is None:
@@ -237,22 +224,17 @@ class Bench:
             stamp=entry.side.stamp,
         )
 
-    def _over_yardstick(self, item: Beside, turns: Turns) -> Row:
+    def _over_yardstick(self, entry: Entry, turns: Turns) -> Row:
         """What each run took over what the yardstick's next to it did."""
         figures = iter(turns.figures)
         pairs = [[next(figures) for _ in turn] for turn in turns.rounds]
-        rounds = tuple(tuple(pair["own_s"] / pair["beside_s"] for pair in turn) for turn in pairs)
         seconds = [pair["beside_s"] for turn in pairs for pair in turn]
-        return Row(
+        return replace(
+            self._row(entry, turns, {}),
             side=YARDSTICK,
-            workload=self.workload,
-            case=self.case.to_json(),
             unit="1",
-            rounds=rounds,
-            status=turns.status,
-            reason=turns.reason,
-            figures={"of": item.side.name, "yardstick_p50_s": median(seconds) if seconds else None},
-            stamp=item.side.stamp,
+            rounds=tuple(tuple(pair["own_s"] / pair["beside_s"] for pair in turn) for turn in pairs),
+            figures={"of": entry.side.name, "yardstick_p50_s": median(seconds) if seconds else None},
         )
 
 
@@ -265,12 +247,9 @@ def check(found: Mapping[str, Array], wanted: Mapping[str, Array], package: Pack
         figures = difference(name, found[name], wanted[name])
         dtype, shades = package.manifest.dtype, wanted[name].dtype == np.uint8
         like = figures["psnr_db"] >= PICTURE_DB[dtype]
-        good = like if shades else figures["relative_l2"] <= NET_RELATIVE_L2[dtype]
-        if not good:
-            raise SideError(
-                "FAILED",
-                f"{name} is not ours: relative L2 {figures['relative_l2']:.2e}, {figures['psnr_db']:.1f} dB",
-            )
+        if not (like if shades else figures["relative_l2"] <= NET_RELATIVE_L2[dtype]):
+            sizes = f"relative L2 {figures['relative_l2']:.2e}, {figures['psnr_db']:.1f} dB"
+            raise SideError("FAILED", f"{name} is not ours: {sizes}")
         if figures["relative_l2"] >= worst.get("relative_l2", 0.0):
             worst = figures
     return worst
@@ -279,9 +258,8 @@ def check(found: Mapping[str, Array], wanted: Mapping[str, Array], package: Pack
 def medians(turns: Turns, steps: int) -> dict[str, Any]:
     """Medians of the runs' figures: the device's own seconds, the stages', and what no net took."""
     samples = [seconds for turn in turns.rounds for seconds in turn]
-    known = dict(turns.figures[0]) if turns.figures else {}
-    known.pop("device_s", None)
-    known.pop("stages_s", None)
+    one = turns.figures[0] if turns.figures else {}
+    known = {name: value for name, value in one.items() if name not in ("device_s", "stages_s")}
     if device := [item["device_s"] for item in turns.figures if "device_s" in item]:
         known["device_p50_s"] = median(device)
     stages = [item["stages_s"] for item in turns.figures if "stages_s" in item]

@@ -19,7 +19,7 @@ from ..process import SideError, SideProcess
 from ..records import Document, Row, Status
 from ..sides.contract import AGAIN, CEILING, OURS, WATCHED, Task
 from ..sides.watched import GROWTH, SETTLED, STEADY, TIMELINE, growth_per_step
-from .latency import Progress, Sides, check, describe_model, settings_of, silent
+from .latency import Progress, Sides, check, document_of, silent
 from .memory_watch import (
     DeviceWatch,
     Look,
@@ -65,9 +65,9 @@ def measure_memory(
 
     Args:
         package: of our side.
-        sides: who; each of them alone, one after the other.
-        case: of every picture.
-        steps: of the request whose steps are watched.
+        sides: who is measured, one after the other.
+        case: what every picture is.
+        steps: of the request whose growth is looked at.
         interval: seconds between samples.
         watch: NVML; the first CUDA device's by default.
         progress: called with a line at every stage.
@@ -103,13 +103,8 @@ def measure_memory(
     progress(f"our growth over {steps} steps")
     rows.append(bench.attempt(GROWTH, lambda: growth(bench, steps)))
     baselines = {"interpreter": interpreter, "context": context}
-    settings = {"interval_s": interval, "warm_pictures": _WARM, "baselines": baselines}
-    return Document(
-        benchmark="memory",
-        model=describe_model(package),
-        settings={"peers": sides.peers, **settings, **settings_of(sides.task)},
-        rows=tuple(rows),
-    )
+    settings = {"peers": sides.peers, "interval_s": interval, "warm_pictures": _WARM, "baselines": baselines}
+    return document_of("memory", package, sides.task, rows, settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,8 +266,8 @@ def timeline(bench: Bench) -> Row:
     def over(sizes: Series, empty: int) -> list[int]:
         return [max(0, size - empty) for size in on_a_grid(sizes, began, ended, interval)]
 
-    figures: dict[str, Any] = {"interval_s": interval, "seconds": ended - began}
-    figures["marks"] = [{"stage": stage, "at_s": moment - began} for stage, moment in seen["marks"]]
+    marks = [{"stage": stage, "at_s": moment - began} for stage, moment in seen["marks"]]
+    figures: dict[str, Any] = {"interval_s": interval, "seconds": ended - began, "marks": marks}
     if held and bench.context is not None:
         figures |= {"device": over(held, bench.context), "device_measured_by": known_by}
     return bench.row(TIMELINE, [over(series, bench.interpreter)], figures, stamp=stamp)
@@ -295,18 +290,13 @@ def judge_growth(bench: Bench, seen: Mapping[str, Any]) -> Row:
     traced, on_device = seen["traced"], seen["device_allocations"]
     first = min(SETTLED, len(traced) - 1)
     grown, per_step = traced[-1] - traced[first], growth_per_step(traced)
-    figures = {
-        "steps": len(traced),
-        "from_step": first,
-        "growth_per_step": per_step,
-        "requests": seen["requests"],
-        "traced_growth": grown,
-        "device_allocations": sum(on_device) if on_device is not None else None,
-    }
+    allocated = None if on_device is None else sum(on_device)
+    figures = {"steps": len(traced), "from_step": first, "growth_per_step": per_step}
+    figures |= {"requests": seen["requests"], "traced_growth": grown, "device_allocations": allocated}
     problems: list[str] = []
     if per_step > STEADY:
         problems.append(f"{per_step:.0f} bytes per step, {grown} from step {first} to {len(traced)}")
-    if on_device and sum(on_device):
-        problems.append(f"{sum(on_device)} allocations on the device between rows")
+    if allocated:
+        problems.append(f"{allocated} allocations on the device between rows")
     status: Status = "FAILED" if problems else "ok"
     return bench.row(GROWTH, [traced], figures, status=status, reason="; ".join(problems))

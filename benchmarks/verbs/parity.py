@@ -24,7 +24,7 @@ from ..likeness import WINDOW, difference, psnr, ssim
 from ..process import SideError, SideProcess
 from ..records import Document, Row, Status
 from ..sides.contract import OURS, REFERENCES, SIDES, WATCHED, Task
-from .latency import Progress, describe_model, settings_of, silent
+from .latency import Progress, document_of, silent
 
 # The last draws noise in every row; "heun" calls the UNet twice in a step.
 SAMPLERS = ("dpmpp_2m", "ddim", "unipc", "heun", "euler_a")
@@ -117,12 +117,7 @@ def measure_parity(
 ) -> Document:
     """A row for each net and for each sampler; samples are relative L2 (unit "1"), or PSNR (unit "dB").
 
-    Args:
-        package: the model.
-        task: what ours opens; its backend is what is checked.
-        inputs: what both draw.
-        reference: default: `Reference.of(task)`.
-        progress: called with a line at every stage.
+    What is checked is the backend of `task`; without a `reference` it is `Reference.of(task)`.
 
     Raises:
         SideError: ours cannot be opened.
@@ -139,12 +134,7 @@ def measure_parity(
         else:
             rows = list(compare_sides(ours, other, inputs, package.manifest.dtype, progress=progress))
     looked_at = {"nets": inputs.nets, "samplers": inputs.samplers, "samples": inputs.samples}
-    return Document(
-        benchmark="parity",
-        model=describe_model(package),
-        settings={"reference": chosen.name, **looked_at, **settings_of(task)},
-        rows=tuple(rows),
-    )
+    return document_of("parity", package, task, rows, {"reference": chosen.name, **looked_at})
 
 
 def compare_sides(
@@ -214,8 +204,8 @@ def _worst(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> dict[str,
         other = found.get(name, np.empty(0, array.dtype))
         figures: dict[str, Any] = {"output": name, **difference(name, other, array)}
         if array.dtype == np.uint8:  # (N, H, W, 3): the worst of N counts
-            shades = {"psnr_db": psnr(other, array), "ssim": ssim(other, array)}
-            figures |= {**shades, "contrast": float(array.std())}
+            figures |= {"psnr_db": psnr(other, array), "ssim": ssim(other, array)}
+            figures["contrast"] = float(array.std())
         figures["psnr_db"] = min(figures["psnr_db"], IDENTICAL_DB)
         if not worst or figures["relative_l2"] > worst["relative_l2"]:
             worst = figures
@@ -235,15 +225,13 @@ def _figures(samples: Sequence[Mapping[str, Any]], bar: float) -> dict[str, Any]
     """The worst of all samples, and each of them."""
     if not samples:
         return {}
+    # contrast is the reference's, in shades: a flat picture is like any other
+    worst = {"relative_l2": max, "max_error": max, "psnr_db": min, "ssim": min, "contrast": min}
     figures: dict[str, Any] = {
-        "bar": bar,
-        "relative_l2": max(sample["relative_l2"] for sample in samples),
-        "max_error": max(sample["max_error"] for sample in samples),
-        "psnr_db": min(sample["psnr_db"] for sample in samples),
+        name: function(sample[name] for sample in samples)
+        for name, function in worst.items()
+        if name in samples[0]
     }
     if "ssim" in samples[0]:
-        figures["ssim"] = min(sample["ssim"] for sample in samples)
-        # of the reference, in shades: a flat picture is like any other
-        figures["contrast"] = min(sample["contrast"] for sample in samples)
         figures["identical"] = sum(sample["max_error"] == 0 for sample in samples)
-    return {**figures, "samples": samples}
+    return {"bar": bar, **figures, "samples": samples}

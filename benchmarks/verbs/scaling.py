@@ -12,7 +12,7 @@ from ..process import SideError, SideProcess, Slot
 from ..records import Document, Row
 from ..rounds import Pace, Turns, interleave
 from ..sides.contract import OURS, Task
-from .latency import Progress, describe_model, settings_of, silent
+from .latency import Progress, document_of, silent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +72,7 @@ def measure_scaling(
 ) -> Document:
     """Rows for every point, which take turns, and for each axis one of workload "fit".
 
-    Args:
-        package: of our side, in one fresh process.
-        task: how it is opened.
-        case: what is varied.
-        axes: values by axis; None is all of AXES at their own.
-        pace: of each axis.
-        progress: called with a line at every stage.
+    Our side is one fresh process; `axes` has the values by axis, and None is all of AXES at their own.
 
     Raises:
         SideError: our side cannot be opened.
@@ -92,9 +86,7 @@ def measure_scaling(
             timed = time_points(side, axis.workload, points, pace or Pace(), progress)
             rows += [replace(row, figures={"axis": name}) for row in timed]
             rows.append(_fit(name, case, timed))
-    return Document(
-        benchmark="scaling", model=describe_model(package), settings=settings_of(task), rows=tuple(rows)
-    )
+    return document_of("scaling", package, task, rows)
 
 
 def time_points(
@@ -134,4 +126,4 @@ def _fit(name: str, case: Case, rows: Sequence[Row]) -> Row:
     if len(points) < 3:
         return replace(fit, status="FAILED", reason=f"{len(points)} points, a line with a residual needs 3")
     line = fit_line([x for x, _ in points], [y for _, y in points])
-    return replace(fit, figures={**figures, **line.to_json()})
+    return replace(fit, figures={**figures, **vars(line)})

@@ -36,14 +36,14 @@ def measure_all(
         def within(line: str, verb: str = verb) -> None:
             progress(f"{verb}: {line}")
 
-        found = measure(within)
+        found = measure(progress=within)
         document = replace(found, model={**found.model, "name": model.name})
         path = folder / f"{verb}-{re.sub(r'[^a-z0-9]+', '-', model.name.lower()).strip('-')}.json"
         document.write(path)
         yield path, document
 
 
-def planned(model: Model, sides: Sides, *, quick: bool) -> Mapping[str, Callable[[Progress], Document]]:
+def planned(model: Model, sides: Sides, *, quick: bool) -> Mapping[str, Callable[..., Document]]:
     """How each verb measures the model's default case.
 
     `quick` measures the same, only fewer times and at fewer points: the demo model within two minutes on two
@@ -51,46 +51,16 @@ def planned(model: Model, sides: Sides, *, quick: bool) -> Mapping[str, Callable
     """
     package, task = model.package, sides.task
     case, pace = Case.of(package.manifest), Pace.quick() if quick else Pace()
-    measures = {
-        "latency": partial(measure_latency, package, sides, [case], pace=pace),
-        "memory": partial(
-            measure_memory,
-            package,
-            replace(sides, references=()),
-            case,
-            steps=WATCHED_STEPS if quick else STEPS,
-        ),
-        "throughput": partial(
-            measure_throughput,
-            package,
-            task,
-            case,
-            batches=(1, 4) if quick else (1, 2, 4, 8),
-            rules=Rules.quick() if quick else Rules(),
-            pace=pace,
-        ),
-        "scaling": partial(
-            measure_scaling,
-            package,
-            task,
-            case,
-            axes={name: axis.values[: 3 if quick else None] for name, axis in AXES.items()},  # a line needs 3
-            pace=pace,
-        ),
-        "parity": partial(
-            measure_parity,
-            package,
-            task,
-            Inputs(cases=(replace(case, steps=8),), samples=QUICK_SAMPLES if quick else SAMPLES),
-        ),
-    }
-    repeats = QUICK_REPEATS if quick else REPEATS
+    alone = replace(sides, references=())
+    axes = {name: axis.values[: 3 if quick else None] for name, axis in AXES.items()}  # a line needs 3
+    sweep = {"batches": (1, 4) if quick else (1, 2, 4, 8), "rules": Rules.quick() if quick else Rules()}
+    inputs = Inputs(cases=(replace(case, steps=8),), samples=QUICK_SAMPLES if quick else SAMPLES)
     return {
-        **{verb: _reporting(measure) for verb, measure in measures.items()},
-        "cold-start": lambda progress: measure_cold_start(package, task, repeats=repeats, said=progress),
-        "build": lambda progress: measure_build(package, Builds(), said=progress),
+        "latency": partial(measure_latency, package, sides, [case], pace=pace),
+        "memory": partial(measure_memory, package, alone, case, steps=WATCHED_STEPS if quick else STEPS),
+        "throughput": partial(measure_throughput, package, task, case, **sweep, pace=pace),
+        "scaling": partial(measure_scaling, package, task, case, axes=axes, pace=pace),
+        "parity": partial(measure_parity, package, task, inputs),
+        "cold-start": partial(measure_cold_start, package, task, repeats=QUICK_REPEATS if quick else REPEATS),
+        "build": partial(measure_build, package, Builds()),
     }
-
-
-def _reporting(measure: Callable[..., Document]) -> Callable[[Progress], Document]:
-    return lambda progress: measure(progress=progress)

@@ -9,7 +9,7 @@ durations, model and data are not kept to: no result is a submission.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -22,7 +22,7 @@ from ..process import SideError, SideProcess
 from ..records import Document, Row
 from ..rounds import Pace
 from ..sides.contract import OURS, Task
-from .latency import Progress, describe_model, settings_of, silent
+from .latency import Progress, document_of, silent
 from .scaling import time_points
 
 SWEEP, SINGLE_STREAM, OFFLINE = "batch sweep", "SingleStream", "Offline"
@@ -66,16 +66,7 @@ def measure_throughput(
 ) -> Document:
     """Rows "batch sweep" for every batch, then "SingleStream" and "Offline", of our side in a fresh process.
 
-    Samples are seconds: of a call in the sweep, of a query in a scenario.
-
-    Args:
-        package: of our side.
-        task: how it is opened.
-        case: the request; `pictures` is varied.
-        batches: pictures per call.
-        rules: of the scenarios.
-        pace: of the sweep.
-        progress: called with a line at every stage.
+    Samples are seconds: of a call in the sweep, of a query in a scenario. `batches` are pictures per call.
 
     Raises:
         SideError: our side cannot be opened.
@@ -89,12 +80,7 @@ def measure_throughput(
         rows.append(bench.attempt(SINGLE_STREAM, bench.single_stream))
         rows.append(bench.attempt(OFFLINE, lambda: bench.offline(best_batch(rows))))
     settings = {"batches": list(batches), "rules": asdict(rules), "submission": NO_SUBMISSION}
-    return Document(
-        benchmark="throughput",
-        model=describe_model(package),
-        settings={**settings, **settings_of(task)},
-        rows=tuple(rows),
-    )
+    return document_of("throughput", package, task, rows, settings)
 
 
 def _with_rates(row: Row) -> Row:
@@ -170,18 +156,12 @@ class _Scenarios:
 
     def _row(self, scenario: str, latencies: Sequence[float], *, batch: int, samples: int) -> Row:
         seconds = sum(latencies)
-        figures: Mapping[str, Any] = {
-            "scenario": scenario,
-            "batch": batch,
-            "samples": samples,
-            "samples_per_s": samples / seconds,
-            "seconds": seconds,
-        }
+        figures = {"scenario": scenario, "batch": batch, "samples": samples}
         return Row(
             side=OURS,
             workload=scenario,
             case=replace(self.case, pictures=batch).to_json(),
             rounds=(tuple(latencies),),
-            figures=figures,
+            figures={**figures, "samples_per_s": samples / seconds, "seconds": seconds},
             stamp=self.side.stamp,
         )

@@ -29,7 +29,7 @@ def test_two_nets_by_tensorrt_rtx(package: Package, tmp_path: Path) -> None:
     said: list[str] = []
     profile = Profile.parse("64x64:b1", multiple=package.manifest.size_multiple)
     builds = Builds(profiles=(profile,), nets=NETS, folder=tmp_path)
-    document = measure_build(package, builds, said=said.append)
+    document = measure_build(package, builds, progress=said.append)
     document.write(tmp_path / "build.json")
     rows = {row.workload: row for row in read_document(tmp_path / "build.json").rows}
     assert list(rows) == [*NETS, "every net"]

@@ -162,7 +162,7 @@ def test_a_change_within_its_own_interval_is_no_change() -> None:
     assert found.remarks[-1] == "latentrt, unet: known within 20.0% only; more rounds would say more"
     assert row.ratio is not None
     assert row.machine == 1.0
-    assert row.ratio.to_json() == pytest.approx({"value": 1.15, "low": 0.8, "high": 1.2})
+    assert vars(row.ratio) == pytest.approx({"value": 1.15, "low": 0.8, "high": 1.2})
     assert row.verdict == "same"
 
 

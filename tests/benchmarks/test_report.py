@@ -12,7 +12,7 @@ from PIL import Image
 from latentrt.benchmarks.records import Document, Row
 from latentrt.benchmarks.report import Pages, outdated, words, write_report
 from latentrt.benchmarks.report.publish import BEGIN, END, SUMMARY_BEGIN, SUMMARY_END, draw_figures
-from latentrt.benchmarks.report.results import Result, read_results
+from latentrt.benchmarks.report.reading import Result, read_results
 from latentrt.benchmarks.report.tables import full_tables, short_table
 from latentrt.engines.errors import PackageError, UsageError
 from tests.benchmarks import sample_documents

@@ -11,12 +11,10 @@ from matplotlib.legend import Legend
 
 from latentrt.benchmarks.intervals import ratio_by_round
 from latentrt.benchmarks.records import Document, Row
+from latentrt.benchmarks.report.figures import Sheet, house_style, points
 from latentrt.benchmarks.report.publish import planned_figures
-from latentrt.benchmarks.report.reading import against, ceiling_rates, stages
-from latentrt.benchmarks.report.results import Result
-from latentrt.benchmarks.report.roofline import points
-from latentrt.benchmarks.report.sheet import Sheet, house_style
-from latentrt.benchmarks.report.summary import summaries
+from latentrt.benchmarks.report.reading import Result, against, ceiling_rates, stages
+from latentrt.benchmarks.report.tables import summaries
 from latentrt.engines.errors import BackendError
 from tests.benchmarks import sample_documents
 from tests.benchmarks.sample_documents import FULL, SCALES, SMALL, VERBS, Scale, of_memory

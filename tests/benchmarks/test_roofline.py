@@ -12,14 +12,15 @@ from latentrt.benchmarks.roofline import (
     CEILING,
     COPY,
     GEMM,
+    Layer,
     Part,
     Parts,
+    Work,
     floor,
     with_roofline,
     workload_parts,
 )
 from latentrt.benchmarks.skeletons import FOLDER
-from latentrt.benchmarks.work import Layer, Work
 from latentrt.engines.package import Manifest, Package
 from latentrt.runtime.pipeline import SHIPPED
 

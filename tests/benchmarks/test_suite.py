@@ -23,7 +23,7 @@ def options(monkeypatch: pytest.MonkeyPatch, verb: str, *, quick: bool) -> dict[
     """The keywords that the verb's function is called with."""
     found: dict[str, Any] = {}
     monkeypatch.setattr(suite, f"measure_{verb}", lambda *positional, **named: found.update(named))
-    planned(MODEL, SIDES, quick=quick)[verb](silent)
+    planned(MODEL, SIDES, quick=quick)[verb](progress=silent)
     return found
 
 

@@ -12,7 +12,7 @@ from latentrt import cli
 from latentrt.benchmarks.records import Document, Row, read_document
 from latentrt.benchmarks.verbs import build as build_time
 from latentrt.benchmarks.verbs import latency, memory, parity, scaling, suite, throughput
-from latentrt.cli.bench_options import device_of
+from latentrt.cli.bench import device_of
 from latentrt.engines.backend import choose_backend
 from latentrt.engines.errors import UsageError
 
