@@ -10,7 +10,7 @@ import numpy as np
 
 from ..engines.package import Manifest
 from ..engines.spec import Array
-from ..runtime.loop.device.buffers import shape_of
+from ..runtime.loop.device.programs import shape_of
 from ..runtime.prompts.tokenizer import ClipTokenizer
 
 PROMPT = "a red circle on a blue background"

@@ -14,9 +14,8 @@ import numpy as np
 from ...engines.device import BoundNet, Device, DeviceNet
 from ...engines.package import Package
 from ...engines.spec import ROW, Array, TensorSpec
-from ...runtime.loop import guidance
-from ...runtime.loop.denoise import narrow
-from ...runtime.loop.device.buffers import Block, aligned
+from ...runtime.loop.denoise import guided_batch, narrow
+from ...runtime.loop.device.programs import Block, aligned
 from ...runtime.prompts.tokenizer import ClipTokenizer
 from ..case import Case, net_inputs, sizes_of, whole_inputs
 from ..opening import schedule_of
@@ -120,7 +119,7 @@ class _Drawing:
         state = np.zeros(block.place("state").shape, np.float32)
         state[0] = start
         block.upload("state", state)
-        block.upload("latent", narrow(guidance.batch(start, case.guided), np.float32))
+        block.upload("latent", narrow(guided_batch(start, case.guided), np.float32))
         noises = np.zeros((len(table), *start.shape), np.float32)
         for row in np.flatnonzero(table.draws):
             noises[row] = noise()

@@ -12,10 +12,8 @@ from ...engines.errors import BackendError
 from ...engines.package import Package
 from ...engines.spec import DTYPES, Array
 from ..pictures.tiling import Tiling, decode_tiled
-from . import guidance
-from .clock import Clock
-from .denoise import State, denoise, narrow
-from .job import DenoiseJob, Drawn, check_cancelled
+from .denoise import State, denoise, guide, guided_batch, narrow
+from .job import Clock, DenoiseJob, Drawn, check_cancelled
 
 
 class HostLoop:
@@ -67,11 +65,11 @@ class HostLoop:
 
         def predict(latent: Array, row: int) -> Array:
             check_cancelled(cancel, row, len(job.table))
-            batch = narrow(guidance.batch(latent, job.guided), self._dtype)  # (B, C, H/8, W/8)
+            batch = narrow(guided_batch(latent, job.guided), self._dtype)  # (B, C, H/8, W/8)
             times = {name: rows[row * each : (row + 1) * each] for name, rows in schedule.items()}
             with clock.stage("unet"):
                 prediction = unet(latent=batch, **constant, **times)["prediction"]
-            return guidance.combine(prediction, job.guidance_scale, job.guidance_rescale, job.guided)
+            return guide(prediction, job.guidance_scale, job.guidance_rescale, job.guided)
 
         states = denoise(job.table, lambda: source.draw(job.shape), predict, job.first, job.kept, dtype)
         yield from clock.timed("update", states)

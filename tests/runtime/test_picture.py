@@ -20,7 +20,8 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from latentrt.engines.errors import NumericError, StorageError, UsageError
 from latentrt.runtime.pictures import write as picture
-from latentrt.runtime.pictures.write import check_pictures, grid, read_metadata, save_picture, to_pil
+from latentrt.runtime.pictures.write import grid, read_metadata, save_picture, to_pil
+from latentrt.runtime.result import check_pictures
 from tests.sizes import a_tenth_of
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)
