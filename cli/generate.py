@@ -23,28 +23,13 @@ if TYPE_CHECKING:
     from ..runtime.request.request import Request
     from ..runtime.result import Result
 
-Prompts = Annotated[list[str], Argument(help="What to draw; several prompts are one batch.")]
-Output = Annotated[
-    Path | None,
-    Option(
-        "--output",
-        "-o",
-        help="File to write (.png, .jpg, .webp; .npy for the latents). Default: prompt and seed.",
-    ),
-]
-Model = Annotated[str, Option("--model", "-m", help="The shipped model `demo`, or a package folder.")]
-Refiner = Annotated[str | None, Option(help="A second package, which ends what --model begins.")]
-RefinerAt = Annotated[
-    float | None, Option(help="The share of the schedule at which the refiner takes over. Default: 0.8.")
-]
-Grid = Annotated[bool, Option("--grid", help="Write one file with all pictures side by side.")]
-Preview = Annotated[
-    Path | None, Option(metavar="FILE", help="Write what can be seen so far to this file, after every step.")
-]
-Backend = Annotated[str, Option(help="auto, onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx.")]
-Threads = Annotated[int | None, Option(help="CPU threads. Default: all.")]
-NoMetadata = Annotated[bool, Option("--no-metadata", help="Leave prompt and parameters out of the file.")]
-AsJson = Annotated[bool, Option("--json", help="Print one JSON object.")]
+
+_OUTPUT = "File to write (.png, .jpg, .webp; .npy for the latents). Default: prompt and seed."
+_MODEL = "The shipped model `demo`, or a package folder."
+_REFINER_AT = "The share of the schedule at which the refiner takes over. Default: 0.8."
+_PREVIEW = "Write what can be seen so far to this file, after every step."
+_BACKEND = "auto, onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx."
+_NO_METADATA = "Leave prompt and parameters out of the file."
 
 
 def with_parameters(command: Callable[..., None]) -> Callable[..., None]:
@@ -71,17 +56,17 @@ def _option(parameter: Parameter) -> Any:
 
 @with_parameters
 def generate(
-    prompt: Prompts,
-    output: Output = None,
-    model: Model = "demo",
-    refiner: Refiner = None,
-    refiner_at: RefinerAt = None,
-    grid: Grid = False,
-    preview: Preview = None,
-    backend: Backend = "auto",
-    threads: Threads = None,
-    no_metadata: NoMetadata = False,
-    as_json: AsJson = False,
+    prompt: Annotated[list[str], Argument(help="What to draw; several prompts are one batch.")],
+    output: Annotated[Path | None, Option("--output", "-o", help=_OUTPUT)] = None,
+    model: Annotated[str, Option("--model", "-m", help=_MODEL)] = "demo",
+    refiner: Annotated[str | None, Option(help="A second package, which ends what --model begins.")] = None,
+    refiner_at: Annotated[float | None, Option(help=_REFINER_AT)] = None,
+    grid: Annotated[bool, Option("--grid", help="Write one file with all pictures side by side.")] = False,
+    preview: Annotated[Path | None, Option(metavar="FILE", help=_PREVIEW)] = None,
+    backend: Annotated[str, Option(help=_BACKEND)] = "auto",
+    threads: Annotated[int | None, Option(help="CPU threads. Default: all.")] = None,
+    no_metadata: Annotated[bool, Option("--no-metadata", help=_NO_METADATA)] = False,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
     **parameters: Any,
 ) -> None:
     """Draw prompts and write the pictures."""

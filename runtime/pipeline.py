@@ -22,7 +22,7 @@ from .loop.denoise import State
 from .loop.device.cuda_graphs import Graphs
 from .loop.job import Clock, DenoiseJob, Drawn, JobRecorder, Loop
 from .loop.open import LoopOptions, open_loop
-from .pictures.tiling import Tiling, encode_tiled
+from .pictures.tiling import encode_tiled
 from .prompts.encode import CACHE_BYTES, TextConditioner, TextEncoder
 from .prompts.tokenizer import ClipTokenizer
 from .request.parameters import Parameters, spelled_out
@@ -323,7 +323,7 @@ class Pipeline:
         with clock.stage("vae_encoder"):
             if tile is None:
                 return whole(image, mask)
-            return encode_tiled(whole, image, mask, Tiling(size=tile), self.package.manifest.latent_scale)
+            return encode_tiled(whole, image, mask, tile, self.package.manifest.latent_scale)
 
     def _producer(self, profile: str) -> dict[str, str]:
         made_by = {

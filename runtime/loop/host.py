@@ -11,7 +11,7 @@ from ...engines.backend import HostBackend, Net
 from ...engines.errors import BackendError
 from ...engines.package import Package
 from ...engines.spec import DTYPES, Array
-from ..pictures.tiling import Tiling, decode_tiled
+from ..pictures.tiling import decode_tiled
 from .denoise import State, denoise, guide, guided_batch, narrow
 from .job import Clock, DenoiseJob, Drawn, check_cancelled
 
@@ -92,7 +92,7 @@ class HostLoop:
 
         if tile is None:
             return whole(latent)
-        return decode_tiled(whole, latent, Tiling(size=tile), self._package.manifest.latent_scale)
+        return decode_tiled(whole, latent, tile, self._package.manifest.latent_scale)
 
     def close(self) -> None:
         """Free every net. May be called twice."""

@@ -15,7 +15,7 @@ The rules are those of its ``modules/infotext_utils.py``, which is the format's 
 
 - values with ``,``, ``:`` or a line break are JSON strings;
 - a last line with fewer than three ``key: value`` pairs belongs to the prompt;
-- no ``RNG`` means GPU (`noise.RNGS`: "torch-cuda"), no ``Clip skip`` means 1, the text encoder's last layer.
+- no ``RNG`` means GPU ("torch-cuda" in `noise.py`), no ``Clip skip`` means 1, the text encoder's last layer.
 
 Prompts are not escaped. Spaces around their lines and empty lines before them are lost, and a line of the
 prompt that begins with "Negative prompt:" starts the negative prompt. The exact prompts are in the picture's
@@ -119,27 +119,16 @@ def to_pil(image: Pixels) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image))
 
 
-def grid(images: Sequence[Pixels], columns: int | None = None) -> Pixels:
-    """Lay pictures out in rows; the rest of the last row is black.
+def grid(images: Sequence[Pixels]) -> Pixels:
+    """Lay pictures out in rows, as square as can be; the rest of the last row is black.
 
     Args:
         images: N pictures ``(H, W, 3)`` uint8, all of one size.
-        columns: pictures in a row; by default the grid is as square as it can be.
 
     Returns:
         ``(ceil(N / columns) * H, columns * W, 3)`` uint8.
-
-    Raises:
-        UsageError: no pictures, pictures of different sizes, or ``columns`` below 1.
     """
-    sizes = sorted({tuple(image.shape) for image in images})
-    if len(sizes) != 1:
-        raise UsageError(
-            f"pictures of sizes {sizes}", expected="pictures of one size", fix="Make one grid for each size."
-        )
-    columns = math.ceil(math.sqrt(len(images))) if columns is None else columns
-    if columns < 1:
-        raise UsageError(f"a grid of {columns} columns", expected="1 or more", fix="Use columns=4.")
+    columns = math.ceil(math.sqrt(len(images)))
     height, width, channels = images[0].shape
     rows = math.ceil(len(images) / columns)
     sheet = np.zeros((rows, height, columns, width, channels), np.uint8)

@@ -13,7 +13,7 @@ import numpy as np
 from ...engines.errors import UsageError
 from ...engines.package import Manifest
 from ...engines.spec import Array
-from ..pictures.tiling import Tiling
+from ..pictures.tiling import tile_stride
 from ..pictures.write import MAX_PIXELS
 from ..sampling.config import SamplerConfig
 from ..sampling.names import resolve
@@ -161,7 +161,7 @@ def make_request(
         "source": source,
     }
     if values["tile"] is not None:  # a tile too small is refused before anything is drawn
-        Tiling(size=values["tile"]).stride(manifest.latent_scale)
+        tile_stride(values["tile"], manifest.latent_scale)
     return Request(**{**checked, **resolved})
 
 
