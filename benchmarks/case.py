@@ -11,7 +11,7 @@ import numpy as np
 
 from ..engines.package import Manifest, Package
 from ..engines.spec import Array
-from ..runtime.loop.device.buffers import shape_of
+from ..runtime.loop.device.programs import shape_of
 from ..runtime.prompts.tokenizer import ClipTokenizer
 from ..runtime.request.request import latent_shape, make_request
 from ..runtime.sampling.noise import NoiseSource

@@ -23,8 +23,7 @@ from .cache import cache
 from .convert import convert
 from .export import export
 from .generate import generate
-from .inspect import inspect
-from .metadata import metadata
+from .inspect import inspect, metadata
 
 app = typer.Typer(
     name="latentrt",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
@@ -9,10 +10,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+from typer import Argument, Option
 
 from ..engines.errors import UsageError
-from . import generate_options as options
+from ..runtime.request.parameters import PARAMETERS, Parameter
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -21,19 +24,49 @@ if TYPE_CHECKING:
     from ..runtime.result import Result
 
 
-@options.with_parameters
+_OUTPUT = "File to write (.png, .jpg, .webp; .npy for the latents). Default: prompt and seed."
+_MODEL = "The shipped model `demo`, or a package folder."
+_REFINER_AT = "The share of the schedule at which the refiner takes over. Default: 0.8."
+_PREVIEW = "Write what can be seen so far to this file, after every step."
+_BACKEND = "auto, onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx."
+_NO_METADATA = "Leave prompt and parameters out of the file."
+
+
+def with_parameters(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command that takes `**parameters` an option for each of `PARAMETERS`.
+
+    typer reads a command's signature; an option that was not given is None, and left to the pipeline.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    own = [item for item in signature.parameters.values() if item.kind is not item.VAR_KEYWORD]
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(parameter))
+        for name, parameter in PARAMETERS.items()
+        if parameter.flags is not None
+    ]
+    setattr(command, "__signature__", signature.replace(parameters=[*own, *options]))  # noqa: B010
+    return command
+
+
+def _option(parameter: Parameter) -> Any:
+    kind = parameter.kind
+    option = Option(*(parameter.flags or ()), help=parameter.help, parser=kind.read, metavar=kind.metavar)
+    return Annotated[kind.text | None, option]
+
+
+@with_parameters
 def generate(
-    prompt: options.Prompts,
-    output: options.Output = None,
-    model: options.Model = "demo",
-    refiner: options.Refiner = None,
-    refiner_at: options.RefinerAt = None,
-    grid: options.Grid = False,
-    preview: options.Preview = None,
-    backend: options.Backend = "auto",
-    threads: options.Threads = None,
-    no_metadata: options.NoMetadata = False,
-    as_json: options.AsJson = False,
+    prompt: Annotated[list[str], Argument(help="What to draw; several prompts are one batch.")],
+    output: Annotated[Path | None, Option("--output", "-o", help=_OUTPUT)] = None,
+    model: Annotated[str, Option("--model", "-m", help=_MODEL)] = "demo",
+    refiner: Annotated[str | None, Option(help="A second package, which ends what --model begins.")] = None,
+    refiner_at: Annotated[float | None, Option(help=_REFINER_AT)] = None,
+    grid: Annotated[bool, Option("--grid", help="Write one file with all pictures side by side.")] = False,
+    preview: Annotated[Path | None, Option(metavar="FILE", help=_PREVIEW)] = None,
+    backend: Annotated[str, Option(help=_BACKEND)] = "auto",
+    threads: Annotated[int | None, Option(help="CPU threads. Default: all.")] = None,
+    no_metadata: Annotated[bool, Option("--no-metadata", help=_NO_METADATA)] = False,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
     **parameters: Any,
 ) -> None:
     """Draw prompts and write the pictures."""

@@ -1,8 +1,9 @@
-"""`latentrt inspect`: what a package holds, and what a sampler's table says."""
+"""`latentrt inspect` and `latentrt metadata`: what a package, a sampler's table or a picture's file says."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
@@ -74,3 +75,20 @@ def _print_tensors(kind: str, specs: list[dict[str, Any]]) -> None:
         print(f"  {kind} {spec['name']}  {spec['dtype']} ({', '.join(map(str, spec['shape']))})")
     if len(specs) > 4:
         print(f"  {kind} … {len(specs) - 4} more (--json has all)")
+
+
+def metadata(
+    picture: Annotated[Path, Argument(help="A .png, .jpg or .webp file.")],
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print the parameters stored in a picture (AUTOMATIC1111's text, and our own record)."""
+    from ..runtime.pictures.write import parse_infotext, read_metadata
+
+    found = read_metadata(picture)
+    if as_json:
+        fields = parse_infotext(found.parameters) if found.parameters else None
+        print(json.dumps({"parameters": fields, "record": found.record}))
+        return
+    print(found.parameters or "no parameters")
+    if found.record:
+        print(json.dumps(found.record, indent=1))

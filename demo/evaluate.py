@@ -19,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ..runtime import Pipeline
-from .score import Score, score
+from .checker import Score, score
 from .shapes import SIZES, Scene, generator, held_out_scenes
 
 FOLDER = Path(__file__).resolve().parent

@@ -5,8 +5,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -144,3 +149,36 @@ def standardise(model: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     after_bias += after[:, :, 0, 0] @ mean
     after /= gain.view(1, 4, 1, 1)
     return (latents - mean.view(1, 4, 1, 1)) * gain.view(1, 4, 1, 1)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The three nets and the tokenizer."""
+
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    text_encoder: CLIPTextModel
+    tokenizer: Tokenizer
+
+
+def encode(parts: Parts, prompts: list[str]) -> torch.Tensor:
+    """Text context, (N, 77, 96) float32."""
+    ids = torch.tensor([encoding.ids for encoding in parts.tokenizer.encode_batch(prompts)])
+    return parts.text_encoder(input_ids=ids).last_hidden_state
+
+
+@torch.no_grad()
+def generate(
+    parts: Parts, prompts: list[str], seeds: list[int], steps: int, guidance: float
+) -> npt.NDArray[np.uint8]:
+    """Pictures (N, 128, 128, 3) uint8 with classifier-free guidance; one seed per picture."""
+    context = encode(parts, [""] * len(prompts) + prompts)
+    sampler = scheduler()
+    sampler.set_timesteps(steps)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    latents = torch.cat([torch.randn((1, 4, 16, 16), generator=generator) for generator in generators])
+    for t in sampler.timesteps:
+        without, conditional = parts.unet(torch.cat([latents, latents]), t, context).sample.chunk(2)
+        latents = sampler.step(without + guidance * (conditional - without), t, latents).prev_sample
+    pictures = torch.cat([parts.vae.decode(part / SCALING).sample for part in latents.split(10)])
+    return pictures.add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()

@@ -23,8 +23,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from . import model, shapes, tokenizer, train_unet, train_vae
+from .model import Parts
 from .parallel import WORKERS, log, start
-from .sampling import Parts
 
 _PORT = 29517
 

@@ -11,9 +11,9 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from . import model, shapes, tokenizer
+from .checker import score
+from .model import Parts, encode, generate
 from .parallel import WORKERS, Stage, cosine, log, total
-from .sampling import Parts, encode, generate
-from .score import score
 from .train_vae import CACHED_PICTURES, cached_scene
 
 # (steps, peak learning rate) of each cosine cycle. In the second, more than half of the scenes are small, as

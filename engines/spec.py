@@ -369,12 +369,14 @@ class NetRow:
 
     Attributes:
         use: what it computes of what, and how often.
+        part: the part of a checkpoint that its weights come from; "" for a net without weights.
         in_loop: whether it is called once per step, with a row per picture, or two with guidance.
         tiled: whether it may be called with tiles of a picture.
         for_others: whether it is in the package for other tools alone, and never runs here.
     """
 
     use: str
+    part: str = ""
     in_loop: bool = False
     tiled: bool = False
     for_others: bool = False
@@ -382,31 +384,40 @@ class NetRow:
 
 # The nets of a package, in the order of the data flow. No package has all of them.
 NETS: Mapping[str, NetRow] = {
-    "text_encoder": NetRow(use="token ids -> context, once per prompt"),
+    "text_encoder": NetRow(use="token ids -> context, once per prompt", part="text_encoder"),
     "text_encoder_2": NetRow(
-        use="token ids -> more features of the context, and the pooled embedding, once per prompt"
+        use="token ids -> more features of the context, and the pooled embedding, once per prompt",
+        part="text_encoder_2",
     ),
-    "image_encoder": NetRow(use="uint8 picture -> its embedding, once per picture to vary"),
-    "image_noiser": NetRow(use="embedding, noise and noise level -> class labels, once per picture to vary"),
+    "image_encoder": NetRow(
+        use="uint8 picture -> its embedding, once per picture to vary", part="image_encoder"
+    ),
+    "image_noiser": NetRow(
+        use="embedding, noise and noise level -> class labels, once per picture to vary",
+        part="image_normalizer",
+    ),
     "vae_encoder": NetRow(
-        use="uint8 picture -> latent's mean and deviation, once per picture to start from", tiled=True
+        use="uint8 picture -> latent's mean and deviation, once per picture to start from",
+        part="vae",
+        tiled=True,
     ),
-    "unet_context": NetRow(use="context -> cross-attention keys and values, once per prompt"),
+    "unet_context": NetRow(use="context -> cross-attention keys and values, once per prompt", part="unet"),
     "unet_time": NetRow(
-        use="timesteps -> time-embedding projections of the whole schedule, once per schedule"
+        use="timesteps -> time-embedding projections of the whole schedule, once per schedule", part="unet"
     ),
-    "unet": NetRow(use="latent and invariants -> prediction, once per step", in_loop=True),
+    "unet": NetRow(use="latent and invariants -> prediction, once per step", part="unet", in_loop=True),
     "step": NetRow(
         use="guidance and the sampler's row update, once per step where the loop stays on a device",
         in_loop=True,
     ),
     "step_masked": NetRow(use="the same, keeping a picture outside a mask", in_loop=True),
-    "vae_decoder": NetRow(use="latent -> uint8 picture, once", tiled=True),
+    "vae_decoder": NetRow(use="latent -> uint8 picture, once", part="vae", tiled=True),
     "preview_decoder": NetRow(
-        use="latent -> uint8 picture, nearly: a tiny autoencoder, for previews", tiled=True
+        use="latent -> uint8 picture, nearly: a tiny autoencoder, for previews", part="tiny_vae", tiled=True
     ),
     "unet_whole": NetRow(
         use="the UNet before hoisting, under diffusers' names, for other tools",
+        part="unet",
         in_loop=True,
         for_others=True,
     ),

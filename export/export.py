@@ -195,8 +195,10 @@ def _write_steps(folder: Path, unet: spec.NetSpec) -> dict[str, NetFile]:
     prediction = unet.outputs[0]
     (folder / "step").mkdir()
     files: dict[str, NetFile] = {}
-    for name in ("step", "step_masked"):
-        contract = spec.NETS[name].contract(channels=prediction.shape[1], float_dtype=prediction.dtype)
+    channels = prediction.shape[1]
+    assert isinstance(channels, int)
+    for name, make in (("step", spec.step), ("step_masked", spec.step_masked)):
+        contract = make(channels=channels, float_dtype=prediction.dtype)
         path = f"step/{_FILES.get(name, 'model')}.onnx"
         write_step(folder / path, contract)
         files[name] = NetFile(graph=path, weights=None, spec=contract)

@@ -18,18 +18,16 @@ import numpy as np
 from ..engines.package import Package
 from ..engines.spec import TEXT_ENCODERS, Array
 from .conditioning import make_conditioning
-from .loop.clock import Clock
 from .loop.denoise import State
 from .loop.device.cuda_graphs import Graphs
-from .loop.job import DenoiseJob, Drawn, JobRecorder, Loop
+from .loop.job import Clock, DenoiseJob, Drawn, JobRecorder, Loop
 from .loop.open import LoopOptions, open_loop
-from .pictures.tiling import Tiling, encode_tiled
-from .preview import check_finite, finished, preview
+from .pictures.tiling import encode_tiled
 from .prompts.encode import CACHE_BYTES, TextConditioner, TextEncoder
 from .prompts.tokenizer import ClipTokenizer
 from .request.parameters import Parameters, spelled_out
 from .request.request import Request, make_request
-from .result import Result
+from .result import Result, check_finite, finished, preview
 from .sampling.noise import NoiseSource
 from .sampling.table import Table
 from .start import make_start
@@ -325,7 +323,7 @@ class Pipeline:
         with clock.stage("vae_encoder"):
             if tile is None:
                 return whole(image, mask)
-            return encode_tiled(whole, image, mask, Tiling(size=tile), self.package.manifest.latent_scale)
+            return encode_tiled(whole, image, mask, tile, self.package.manifest.latent_scale)
 
     def _producer(self, profile: str) -> dict[str, str]:
         made_by = {

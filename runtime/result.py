@@ -1,4 +1,4 @@
-"""What a generation returns: pictures, and the record of how they were made."""
+"""Latents as pictures, for looking on and for the end, and the record of how they were made."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..engines.spec import Array
-from .pictures.infotext import format_infotext
-from .pictures.write import save_picture
+import numpy as np
+
+from ..engines.errors import NumericError, UsageError, numeric_fix
+from ..engines.package import Manifest
+from ..engines.spec import DTYPES, Array
+from .loop.denoise import narrow
+from .loop.job import Loop
+from .pictures.write import Pixels, format_infotext, save_picture, to_pil
 from .request.request import Request
 from .request.source import Masked, Varied
 from .sampling.config import SamplerConfig
@@ -17,6 +22,8 @@ from .sampling.names import a1111_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+PREVIEWS = ("decoder", "tiny", "rgb", "fast")
 
 
 def _sampler_record(config: SamplerConfig) -> dict[str, Any]:
@@ -123,3 +130,102 @@ class Result:
         """
         infotext, record = (self.infotext(index), self.record(index)) if metadata else (None, None)
         save_picture(path, self.images[index], infotext=infotext, record=record)
+
+
+def preview(latent: Array, kind: str, *, manifest: Manifest, loop: Loop, request: Request) -> list[Image]:
+    """Clean latents (N, C, H/8, W/8) as pictures; `kind` as `Step.preview` explains.
+
+    Raises:
+        UsageError: an unknown kind, or one that the package does not have.
+        NumericError: the picture is not finite.
+    """
+    if kind == "fast":
+        kind = "tiny" if "preview_decoder" in manifest.nets else "rgb" if manifest.latent_rgb else "decoder"
+    if kind == "decoder":
+        images = check_finite(*loop.decode(latent, tile=request.tile), manifest.dtype)
+        return [to_pil(image) for image in put_back(images, request)]
+    if kind == "tiny" and "preview_decoder" in manifest.nets:
+        dtype = DTYPES[manifest.net("preview_decoder").spec.inputs[0].dtype]
+        decoded = loop.call("preview_decoder", latent=narrow(latent, dtype))
+        images = check_finite(decoded["image"], decoded["mean"], manifest.dtype)
+        return [to_pil(image) for image in images]
+    if kind == "rgb" and manifest.latent_rgb:
+        return [to_pil(image) for image in project(latent, np.array(manifest.latent_rgb, np.float32))]
+    raise UsageError(
+        f"the preview {kind!r} of {manifest.name!r}",
+        expected=f"one of {', '.join(PREVIEWS)}, with a tiny autoencoder for `tiny`",
+        fix="Export with --tiny-vae, or choose another kind.",
+    )
+
+
+def project(latent: Array, latent_rgb: Array) -> Pixels:
+    """One pixel per latent cell.
+
+    Args:
+        latent: (N, C, h, w).
+        latent_rgb: (C + 1, 3): shades 0 ... 1 per unit of each channel, the offset last.
+
+    Returns:
+        (N, h, w, 3) uint8.
+    """
+    shades: Array = np.einsum("nchw,cs->nhws", latent, latent_rgb[:-1]) + latent_rgb[-1]
+    return np.rint(np.minimum(np.maximum(shades, 0), 1) * 255).astype(np.uint8)
+
+
+def finished(images: Array, request: Request, dtype: str) -> list[Image] | Array:
+    """Decoded pictures (N, H, W, 3) uint8 as the request's `output_type` returns them.
+
+    `dtype` is the package's, for the error's advice.
+
+    Raises:
+        NumericError: a picture of one colour.
+    """
+    check_pictures(images, dtype)
+    images = put_back(images, request)
+    return images if request.output_type == "np" else [to_pil(image) for image in images]
+
+
+def put_back(images: Array, request: Request) -> Array:
+    """What lies outside a request's mask, put back into decoded pictures (N, H, W, 3) uint8."""
+    if not isinstance(request.source, Masked):
+        return images
+    return np.stack([request.source.inpainting.paste(image) for image in images])
+
+
+def check_finite(image: Array, mean: Array, dtype: str) -> Array:
+    """The image (N, H, W, 3); its mean (N,), taken before clamping, shows what uint8 cannot.
+
+    `dtype` is the package's, for the error's advice.
+
+    Raises:
+        NumericError: a mean is NaN or infinite.
+    """
+    if not np.isfinite(mean).all():
+        raise NumericError(
+            "the decoded picture is not finite",
+            expected="finite numbers",
+            fix=numeric_fix(dtype),
+        )
+    return image
+
+
+def check_pictures(images: Pixels, dtype: str) -> None:
+    """Refuse pictures of one colour: NaN or an overflow in the nets looks like this after the decoder.
+
+    Args:
+        images: ``(H, W, 3)`` or ``(B, H, W, 3)`` uint8.
+        dtype: the package's, for the error's advice.
+
+    Raises:
+        NumericError: every pixel of a picture is the same; says which pictures of the batch.
+    """
+    batch = images if images.ndim == 4 else images[None]
+    constant = (batch == batch[:, :1, :1]).all(axis=(1, 2, 3))
+    if constant.any():
+        numbers = ", ".join(str(index) for index in np.flatnonzero(constant))
+        colour = tuple(int(value) for value in batch[int(constant.argmax()), 0, 0])
+        raise NumericError(
+            f"picture {numbers} of a batch of {len(batch)} (counted from 0) is a single colour, {colour}",
+            expected="pixels that differ",
+            fix=numeric_fix(dtype),
+        )

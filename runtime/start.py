@@ -13,8 +13,7 @@ import numpy as np
 
 from ..engines.package import Manifest
 from ..engines.spec import Array
-from .loop import guidance
-from .loop.denoise import Kept
+from .loop.denoise import Kept, guided_batch
 from .pictures.mask import latent_mask
 from .request.request import Request, latent_shape
 from .request.source import Latents, Masked, Pictures, Varied
@@ -102,7 +101,7 @@ def _with_channels(
     channels = np.concatenate([parts[name] for name in manifest.image_latents], axis=1)
     return Start(
         first=table.init * drawn if clean is None else _noised(clean, drawn, table),
-        image_latents=guidance.batch(channels, request.guided),
+        image_latents=guided_batch(channels, request.guided),
     )
 
 

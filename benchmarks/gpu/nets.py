@@ -26,8 +26,7 @@ from ...engines.spec import DTYPES, Array, NetSpec
 from ...engines.store.engine_store import EngineStore
 from ...engines.tensorrt.build import built_nets
 from ...engines.tolerances import DECODED_DB, NET_RELATIVE_L2
-from ...runtime.loop.device.buffers import Sizes, shape_of
-from ...runtime.loop.device.programs import input_shapes
+from ...runtime.loop.device.programs import Sizes, input_shapes, shape_of
 from ..case import sizes_of
 from ..likeness import difference
 from ..records import Row

@@ -9,9 +9,8 @@ from typing import Any
 
 from ...engines.device import BoundNet, Device, DeviceNet, Graph
 from ...engines.spec import Array, TensorSpec
-from ...runtime.loop.device.buffers import Block, BlockLayout, Scratch, Sizes
 from ...runtime.loop.device.loop import DeviceLoop
-from ...runtime.loop.device.programs import input_shapes
+from ...runtime.loop.device.programs import Block, BlockLayout, Scratch, Sizes, input_shapes
 from .contract import Work
 
 # The UNet before hoisting has diffusers' names; here it reads and writes what other nets do.

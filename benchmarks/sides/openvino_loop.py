@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from ...engines.spec import Array
-from ...runtime.loop.device.buffers import shape_of
+from ...runtime.loop.device.programs import shape_of
 from ..case import Case, sizes_of
 from .contract import OpenSide, Task, missing_modules, open_plain_package
 from .plain_loop import Net, plain_side

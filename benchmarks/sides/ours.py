@@ -12,8 +12,7 @@ from ...engines.backend import choose_backend
 from ...engines.errors import LatentrtError
 from ...engines.package import Package
 from ...engines.spec import DTYPES, Array
-from ...runtime.loop import guidance
-from ...runtime.loop.denoise import denoise, narrow
+from ...runtime.loop.denoise import denoise, guide, guided_batch, narrow
 from ...runtime.loop.host import HostLoop
 from ...runtime.loop.open import LoopOptions, open_loop
 from ...runtime.pipeline import Pipeline
@@ -110,11 +109,11 @@ class _OnHost:
         """The loop of `BETWEEN` steps around a UNet that answers at once: all that is not an engine's."""
         table, noise = schedule_of(replace(case, steps=BETWEEN), self._manifest)
         start = noise()
-        answer = guidance.batch(start, case.guided)
+        answer = guided_batch(start, case.guided)
 
         def predict(latent: Array, row: int) -> Array:
-            narrow(guidance.batch(latent, case.guided), self._dtype)
-            return guidance.combine(answer, case.guidance_scale, 0.0, case.guided)
+            narrow(guided_batch(latent, case.guided), self._dtype)
+            return guide(answer, case.guidance_scale, 0.0, case.guided)
 
         def call() -> Mapping[str, Array]:
             *_, last = denoise(table, noise, predict, table.init * start)

@@ -29,10 +29,15 @@ import numpy as np
 from ...engines.device import Addresses, BoundNet, Device, DeviceNet, Shapes
 from ...engines.errors import BackendError
 from ...engines.spec import Array, NetSpec
-from ...runtime.loop import guidance
-from ...runtime.loop.device.buffers import Sizes
+from ...runtime.loop.denoise import guided_batch
 from ...runtime.loop.device.loop import DeviceLoop
-from ...runtime.loop.device.programs import DenoiseProgram, DenoiseShape, ScheduleProgram, ScheduleShape
+from ...runtime.loop.device.programs import (
+    DenoiseProgram,
+    DenoiseShape,
+    ScheduleProgram,
+    ScheduleShape,
+    Sizes,
+)
 from ...runtime.loop.job import DenoiseJob
 from ...runtime.pipeline import Pipeline
 from ...runtime.request.request import make_request
@@ -162,7 +167,7 @@ class _OnDevice:
         canvas, schedule = self._canvas(stack, job, sizes_of(case, self._manifest))
         canvas.begin(job)
         schedule.enqueue(job)
-        canvas.block.upload("prediction", guidance.batch(job.first / job.table.init, case.guided))
+        canvas.block.upload("prediction", guided_batch(job.first / job.table.init, case.guided))
         # What a run leaves is no fit start for the next: it would grow beyond all bounds.
         place, state = canvas.block.place("state"), canvas.block.address("state")
         first = self._device.allocate(place.size)

@@ -21,9 +21,8 @@ from ...engines.onnxruntime.nets import CUDA, cuda_available, open_onnxruntime_n
 from ...engines.onnxruntime.session import library
 from ...engines.package import Package
 from ...engines.spec import ROW, Array, TensorSpec
-from ...runtime.loop import guidance
-from ...runtime.loop.denoise import narrow
-from ...runtime.loop.device.buffers import Block, aligned
+from ...runtime.loop.denoise import guided_batch, narrow
+from ...runtime.loop.device.programs import Block, aligned
 from ...runtime.prompts.tokenizer import ClipTokenizer
 from ..case import Case, net_inputs, schedule_of, sizes_of, whole_inputs
 from .contract import OpenSide, Task, Work, makers_of, open_plain_package
@@ -163,7 +162,7 @@ class _Drawing:
         state = np.zeros(block.place("state").shape, np.float32)
         state[0] = start
         block.upload("state", state)
-        block.upload("latent", narrow(guidance.batch(start, case.guided), np.float32))
+        block.upload("latent", narrow(guided_batch(start, case.guided), np.float32))
         self._upload_lines("rows", table.packed_rows(case.guidance_scale, 0.0)[:, : len(ROW)])
         self._upload_lines("timesteps", np.repeat(table.t[:, None], case.batch, axis=1))
         if table.draws.any():

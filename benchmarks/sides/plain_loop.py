@@ -18,9 +18,8 @@ from ...engines.onnxruntime import session as onnxruntime
 from ...engines.onnxruntime.nets import CPU
 from ...engines.package import Manifest, Package
 from ...engines.spec import DTYPES, Array
-from ...runtime.loop import guidance
-from ...runtime.loop.clock import Clock
-from ...runtime.loop.denoise import denoise, narrow
+from ...runtime.loop.denoise import denoise, guide, guided_batch, narrow
+from ...runtime.loop.job import Clock
 from ...runtime.prompts.tokenizer import ClipTokenizer
 from ..case import Case, net_inputs, schedule_of, whole_inputs
 from .contract import (
@@ -135,13 +134,13 @@ class _PlainLoop:
 
         def predict(latent: Array, row: int) -> Array:
             feeds = {
-                "sample": narrow(guidance.batch(latent, case.guided), self._dtype),
+                "sample": narrow(guided_batch(latent, case.guided), self._dtype),
                 "timestep": np.full(case.batch, table.t[row], np.float32),
                 "encoder_hidden_states": context,
             }
             with clock.stage("unet"):
                 prediction = nets["unet_whole"](feeds)["out_sample"]
-            return guidance.combine(prediction, case.guidance_scale, 0.0, case.guided)
+            return guide(prediction, case.guidance_scale, 0.0, case.guided)
 
         *_, last = clock.timed("update", denoise(table, noise, predict, table.init * start))
         with clock.stage("vae_decoder"):

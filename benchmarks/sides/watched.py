@@ -21,9 +21,8 @@ from time import perf_counter
 from typing import Any
 
 from ...engines.spec import Array
-from ...runtime.loop.clock import Clock
 from ...runtime.loop.device.loop import DeviceLoop
-from ...runtime.loop.job import DenoiseJob
+from ...runtime.loop.job import Clock, DenoiseJob
 from ...runtime.pipeline import Pipeline
 from ...runtime.request.request import make_request
 from ..case import Case

@@ -11,11 +11,9 @@ from ...engines.backend import HostBackend, Net
 from ...engines.errors import BackendError
 from ...engines.package import Package
 from ...engines.spec import DTYPES, Array
-from ..pictures.tiling import Tiling, decode_tiled
-from . import guidance
-from .clock import Clock
-from .denoise import State, denoise, narrow
-from .job import DenoiseJob, Drawn, check_cancelled
+from ..pictures.tiling import decode_tiled
+from .denoise import State, denoise, guide, guided_batch, narrow
+from .job import Clock, DenoiseJob, Drawn, check_cancelled
 
 
 class HostLoop:
@@ -67,11 +65,11 @@ class HostLoop:
 
         def predict(latent: Array, row: int) -> Array:
             check_cancelled(cancel, row, len(job.table))
-            batch = narrow(guidance.batch(latent, job.guided), self._dtype)  # (B, C, H/8, W/8)
+            batch = narrow(guided_batch(latent, job.guided), self._dtype)  # (B, C, H/8, W/8)
             times = {name: rows[row * each : (row + 1) * each] for name, rows in schedule.items()}
             with clock.stage("unet"):
                 prediction = unet(latent=batch, **constant, **times)["prediction"]
-            return guidance.combine(prediction, job.guidance_scale, job.guidance_rescale, job.guided)
+            return guide(prediction, job.guidance_scale, job.guidance_rescale, job.guided)
 
         states = denoise(job.table, lambda: source.draw(job.shape), predict, job.first, job.kept, dtype)
         yield from clock.timed("update", states)
@@ -94,7 +92,7 @@ class HostLoop:
 
         if tile is None:
             return whole(latent)
-        return decode_tiled(whole, latent, Tiling(size=tile), self._package.manifest.latent_scale)
+        return decode_tiled(whole, latent, tile, self._package.manifest.latent_scale)
 
     def close(self) -> None:
         """Free every net. May be called twice."""

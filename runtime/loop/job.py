@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Event
-from typing import Protocol
+from time import perf_counter
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -13,8 +15,9 @@ from ...engines.errors import CancelledError
 from ...engines.spec import Array
 from ..sampling.noise import NoiseSource
 from ..sampling.table import Table
-from .clock import Clock
 from .denoise import Kept, State
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +29,8 @@ class DenoiseJob:
         text_of_row: (B,) the index of each UNet row's text, unconditional rows first.
         table: the rows that are run.
         guided: whether half of the UNet rows are unconditional.
-        guidance_scale: see `guidance.combine`.
-        guidance_rescale: see `guidance.combine`.
+        guidance_scale: see `denoise.guide`.
+        guidance_rescale: see `denoise.guide`.
         first: (N, C, H/8, W/8) float32, the variance-preserving state that enters the first row.
         noise: draws the noise that rows add; each attempt at the job works on a fork of it.
         vectors: (B, width) float32 by name (`spec.VECTORS`), added to the time embedding.
@@ -95,6 +98,34 @@ class Drawn:
     image: Array | None
     mean: Array | None
     profile: str = ""
+
+
+class Clock:
+    """Adds up the seconds of a generation's stages. A stage inside another counts for the inner one only."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._inner = 0.0  # seconds counted already for stages inside the one that is running
+
+    @contextmanager
+    def stage(self, name: str) -> Generator[None]:
+        """Count the block's time for `name`."""
+        outer, self._inner, began = self._inner, 0.0, perf_counter()
+        try:
+            yield
+        finally:
+            spent = perf_counter() - began
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent - self._inner
+            self._inner = outer + spent
+
+    def timed(self, name: str, items: Iterator[Item]) -> Iterator[Item]:
+        """Yield the items. The time to make each counts for `name`; the consumer's time does not."""
+        while True:
+            with self.stage(name):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
 
 
 class Loop(Protocol):

@@ -14,8 +14,6 @@ from PIL import Image
 from ...engines.errors import PackageError, UsageError
 from .write import MAX_PIXELS, Pixels, to_pil
 
-RESIZE_MODES = ("default", "fill", "crop")
-
 
 def resize(pixels: Pixels, height: int, width: int, mode: str = "default") -> Pixels:
     """Resize with a Lanczos filter, as diffusers' `VaeImageProcessor.resize`.
@@ -31,15 +29,9 @@ def resize(pixels: Pixels, height: int, width: int, mode: str = "default") -> Pi
         (height, width, 3) uint8.
 
     Raises:
-        UsageError: no picture, another mode, or a picture so slim that keeping its aspect ratio leaves
+        UsageError: a picture so slim that keeping its aspect ratio leaves
             nothing of it, or takes more than `MAX_PIXELS`.
     """
-    if mode not in RESIZE_MODES:
-        raise UsageError(
-            f"the resize mode is {mode!r}",
-            expected=f"one of {', '.join(RESIZE_MODES)}",
-            fix="Use crop to keep the aspect ratio.",
-        )
     image = to_pil(pixels)
     if mode == "default":
         return np.array(image.resize((width, height), Image.Resampling.LANCZOS))

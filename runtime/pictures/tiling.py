@@ -19,8 +19,6 @@ tiled picture differs from the untiled one in tone, and the fade turns the step 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from numbers import Real
 
 import numpy as np
 
@@ -31,61 +29,32 @@ Decode = Callable[[Array], tuple[Array, Array]]
 Encode = Callable[[Array, Array], tuple[Array, ...]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tiling:
-    """How a picture is cut.
+# The share of a tile that the next one covers too: diffusers' `tile_overlap_factor`.
+OVERLAP = 0.25
 
-    Attributes:
-        size: side of a tile in pixels, a multiple of the latent scale (8). diffusers' `tile_sample_min_size`
-            is the `sample_size` of the VAE's config: 512 for Stable Diffusion 1.x.
-        overlap: the share of a tile that the next one covers too, 0 to 0.5; diffusers' `tile_overlap_factor`.
-            The stride is rounded down to whole latent values, so the real share may be a little larger; then
-            diffusers fades over less than tiles share, and its picture gets another size.
+
+def tile_stride(size: int, scale: int, overlap: float = OVERLAP) -> int:
+    """Pixels from one tile to the next: diffusers' `overlap_size`, times `scale`.
+
+    Rounded down to whole latent values, so the real overlap may be a little larger; then diffusers fades over
+    less than tiles share, and its picture gets another size.
 
     Raises:
-        UsageError: either is out of range.
+        UsageError: `size` is no multiple of `scale`, or too small to leave a stride of one latent value.
     """
-
-    size: int = 512
-    overlap: float = 0.25
-
-    def __post_init__(self) -> None:
-        """Raise UsageError for values out of range."""
-        if isinstance(self.size, bool) or not isinstance(self.size, (int, np.integer)) or self.size < 1:
-            raise UsageError(
-                f"the tile size is {self.size!r}",
-                expected="a positive integer, in pixels",
-                fix="Use the sample size of the model, such as 512.",
-            )
-        # beyond a half, three or more tiles would lie over each other: work without a gain
-        if (
-            isinstance(self.overlap, bool)
-            or not isinstance(self.overlap, Real)
-            or not 0 <= self.overlap <= 0.5
-        ):
-            raise UsageError(
-                f"the overlap of tiles is {self.overlap!r}",
-                expected="a number from 0 to 0.5",
-                fix="Use 0.25.",
-            )
-
-    def stride(self, scale: int) -> int:
-        """Pixels from one tile to the next: diffusers' `overlap_size`, times `scale`.
-
-        Raises:
-            UsageError: `size` is no multiple of `scale`, or too small to leave a stride of one latent value.
-        """
-        stride = int(self.size // scale * (1 - self.overlap)) * scale
-        if self.size % scale or not stride:
-            raise UsageError(
-                f"tiles of {self.size} pixels with an overlap of {self.overlap}",
-                expected=f"a multiple of {scale} pixels, and {2 * scale} or more where tiles overlap",
-                fix=f"Use {max(2, self.size // scale) * scale}.",
-            )
-        return stride
+    stride = int(size // scale * (1 - overlap)) * scale
+    if size % scale or not stride:
+        raise UsageError(
+            f"tiles of {size} pixels with an overlap of {overlap}",
+            expected=f"a multiple of {scale} pixels, and {2 * scale} or more where tiles overlap",
+            fix=f"Use {max(2, size // scale) * scale}.",
+        )
+    return stride
 
 
-def decode_tiled(decode: Decode, latent: Array, tiling: Tiling, scale: int = 8) -> tuple[Array, Array]:
+def decode_tiled(
+    decode: Decode, latent: Array, size: int, scale: int = 8, overlap: float = OVERLAP
+) -> tuple[Array, Array]:
     """Decode tile by tile, and blend.
 
     The work is linear in the number of tiles. Besides what one call of `decode` takes, memory holds the
@@ -96,28 +65,22 @@ def decode_tiled(decode: Decode, latent: Array, tiling: Tiling, scale: int = 8) 
         decode: (N, C, h, w) -> image (N, h * scale, w * scale, 3) uint8 and mean (N,) float32, as the net
             `vae_decoder`. All calls have one shape: the tile's, or the picture's where that is shorter.
         latent: (N, C, H / scale, W / scale), any float dtype; passed on as it is.
-        tiling: the size of tiles. A picture no larger than one is decoded by a single call.
+        size: the side of tiles in pixels. A picture no larger than one takes a single call.
         scale: pixels per latent value along each axis.
+        overlap: the share of a tile that the next one covers too, 0 to 0.5.
 
     Returns:
         The picture (N, H, W, 3) uint8, and (N,) float32, the mean of the tiles' means, each weighted with the
         area that its tile has in the picture. It is not finite when any tile's mean is not.
 
     Raises:
-        UsageError: no latent, a scale below 1, a tile that does not fit the scale, or a decoder that returns
-            another shape or dtype.
+        UsageError: a tile that does not fit the scale, or a decoder that returns another shape or dtype.
     """
-    if latent.ndim != 4 or not latent.size or scale < 1:
-        raise UsageError(
-            f"a latent of shape {latent.shape} with {scale} pixels per value",
-            expected="(N, C, H / scale, W / scale), none of them 0, and a scale of 1 or more",
-            fix="Pass the latents of N pictures as one array.",
-        )
     count, _, rows, columns = latent.shape
-    height, width, stride = rows * scale, columns * scale, tiling.stride(scale)
-    if max(height, width) <= tiling.size:
+    height, width, stride = rows * scale, columns * scale, tile_stride(size, scale, overlap)
+    if max(height, width) <= size:
         return _call(decode, latent, scale)
-    down, across = axis_tiles(height, tiling.size, stride), axis_tiles(width, tiling.size, stride)
+    down, across = axis_tiles(height, size, stride), axis_tiles(width, size, stride)
     # the unfinished part of the picture, from row `top` on
     strip = np.zeros((count, len(down[0][1]), width, 3), np.float32)
     image = np.empty((count, height, width, 3), np.uint8)
@@ -139,7 +102,7 @@ def decode_tiled(decode: Decode, latent: Array, tiling: Tiling, scale: int = 8) 
 
 
 def encode_tiled(
-    encode: Encode, image: Array, mask: Array, tiling: Tiling, scale: int = 8
+    encode: Encode, image: Array, mask: Array, size: int, scale: int = 8, overlap: float = OVERLAP
 ) -> tuple[Array, ...]:
     """Encode tile by tile, and blend; the tiles are those of `decode_tiled`.
 
@@ -149,31 +112,24 @@ def encode_tiled(
             shape: the tile's, or the picture's where that is shorter.
         image: (N, H, W, 3), passed on as it is.
         mask: (N, H, W, 1), likewise.
-        tiling: the size of tiles. A picture no larger than one is decoded by a single call.
+        size: the side of tiles in pixels. A picture no larger than one takes a single call.
         scale: pixels per latent value along each axis.
+        overlap: as in `decode_tiled`.
 
     Returns:
         What `encode` returns, for the whole picture: (N, C, H / scale, W / scale) float32 each.
 
     Raises:
-        UsageError: no picture, or a mask of other size; sides that `scale` does not divide; a tile that does
-            not fit the scale; an encoder that returns another shape or dtype.
+        UsageError: a tile that does not fit the scale, or an encoder that returns another shape or dtype.
     """
-    divided = scale > 0 and image.ndim == 4 and not any(side % scale for side in image.shape[1:3])
-    if not divided or not image.size or mask.shape[:3] != image.shape[:3]:
-        raise UsageError(
-            f"a picture of shape {image.shape}, a mask of {mask.shape}, {scale} pixels per latent value",
-            expected="(N, H, W, 3) and (N, H, W, 1), none of them 0, H and W multiples of the scale",
-            fix="Resize the picture to the size that is drawn.",
-        )
     count, rows, columns = image.shape[0], image.shape[1] // scale, image.shape[2] // scale
-    size, stride = tiling.size // scale, tiling.stride(scale) // scale  # in latent values from here on
-    if max(rows, columns) <= size:
+    side, stride = size // scale, tile_stride(size, scale, overlap) // scale  # in latent values from here on
+    if max(rows, columns) <= side:
         return _encode_tile(encode, image, mask, scale)
     blended: tuple[Array, ...] = ()
-    for top, along_y in axis_tiles(rows, size, stride):
+    for top, along_y in axis_tiles(rows, side, stride):
         bottom = top + len(along_y)
-        for left, along_x in axis_tiles(columns, size, stride):
+        for left, along_x in axis_tiles(columns, side, stride):
             right = left + len(along_x)
             cut = np.s_[:, top * scale : bottom * scale, left * scale : right * scale]
             tiles = _encode_tile(encode, image[cut], mask[cut], scale)

@@ -1,7 +1,25 @@
 """Writes picture files that say how they were made, and reads that record back.
 
-PNG: text chunks ``parameters`` (AUTOMATIC1111's text, see `infotext`) and ``latentrt`` (our JSON). JPEG and
-WebP: EXIF UserComment with the text, where AUTOMATIC1111 keeps it, and MakerNote with the JSON.
+PNG: text chunks ``parameters`` (AUTOMATIC1111's text) and ``latentrt`` (our JSON). JPEG and WebP: EXIF
+UserComment with the text, where AUTOMATIC1111 keeps it, and MakerNote with the JSON.
+
+AUTOMATIC1111's ``parameters`` text: what other programs read from a picture to make it again.
+
+::
+
+    the prompt, over any number of lines
+    Negative prompt: the negative prompt, likewise
+    Steps: 20, Sampler: DPM++ 2M, CFG scale: 7, Seed: 1, Size: 512x512, Model: "a, b", Version: latentrt 0.1.0
+
+The rules are those of its ``modules/infotext_utils.py``, which is the format's only specification:
+
+- values with ``,``, ``:`` or a line break are JSON strings;
+- a last line with fewer than three ``key: value`` pairs belongs to the prompt;
+- no ``RNG`` means GPU ("torch-cuda" in `noise.py`), no ``Clip skip`` means 1, the text encoder's last layer.
+
+Prompts are not escaped. Spaces around their lines and empty lines before them are lost, and a line of the
+prompt that begins with "Negative prompt:" starts the negative prompt. The exact prompts are in the picture's
+own record.
 """
 
 from __future__ import annotations
@@ -11,6 +29,7 @@ import io
 import json
 import math
 import os
+import re
 import secrets
 import struct
 import zlib
@@ -23,7 +42,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, PngImagePlugin
 
-from ...engines.errors import NumericError, StorageError, UsageError, numeric_fix
+from ...engines.errors import StorageError, UsageError
 
 MAX_PIXELS = 8192 * 8192
 
@@ -37,6 +56,26 @@ _RECORD_PREFIX = b"latentrt\0"
 _UNICODE_PREFIX = b"UNICODE\0"  # EXIF 2.3, 4.6.5: the eight bytes before a UserComment name its encoding
 
 Pixels = npt.NDArray[np.uint8]
+
+PROMPT, NEGATIVE_PROMPT = "prompt", "negative_prompt"
+
+# what a missing parameter means, and so need not be written
+DEFAULTS = {"RNG": "GPU", "Clip skip": "1"}
+
+_NEGATIVE = "Negative prompt:"
+_FEWEST_PAIRS = 3
+_NAME = re.compile(r"\w[-/ \w]+")
+_PAIR = re.compile(
+    r"""
+    (?<! [-/\ \w] ) [-/\ ]*              # from the start of a run, for a linear search
+    (\w [-/\ \w]+) : \s*
+    ( " (?: [^"\\] | \\. )+ " (?= ,|$ )   # a JSON string, or
+    | [^,]* ) ,?                        # whatever stands before the next comma
+    """,
+    re.VERBOSE,
+)
+
+Value = str | int | float | None
 
 
 # what Pillow's readers and the record's JSON raise on damaged files
@@ -61,7 +100,7 @@ class PictureMetadata:
     """How a picture was made; None if the file does not say.
 
     Attributes:
-        parameters: AUTOMATIC1111's text, for `infotext.parse_infotext`.
+        parameters: AUTOMATIC1111's text, for `parse_infotext`.
         record: our own values, as they were saved.
     """
 
@@ -80,55 +119,22 @@ def to_pil(image: Pixels) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image))
 
 
-def grid(images: Sequence[Pixels], columns: int | None = None) -> Pixels:
-    """Lay pictures out in rows; the rest of the last row is black.
+def grid(images: Sequence[Pixels]) -> Pixels:
+    """Lay pictures out in rows, as square as can be; the rest of the last row is black.
 
     Args:
         images: N pictures ``(H, W, 3)`` uint8, all of one size.
-        columns: pictures in a row; by default the grid is as square as it can be.
 
     Returns:
         ``(ceil(N / columns) * H, columns * W, 3)`` uint8.
-
-    Raises:
-        UsageError: no pictures, pictures of different sizes, or ``columns`` below 1.
     """
-    sizes = sorted({tuple(image.shape) for image in images})
-    if len(sizes) != 1:
-        raise UsageError(
-            f"pictures of sizes {sizes}", expected="pictures of one size", fix="Make one grid for each size."
-        )
-    columns = math.ceil(math.sqrt(len(images))) if columns is None else columns
-    if columns < 1:
-        raise UsageError(f"a grid of {columns} columns", expected="1 or more", fix="Use columns=4.")
+    columns = math.ceil(math.sqrt(len(images)))
     height, width, channels = images[0].shape
     rows = math.ceil(len(images) / columns)
     sheet = np.zeros((rows, height, columns, width, channels), np.uint8)
     for index, image in enumerate(images):
         sheet[index // columns, :, index % columns] = image
     return np.reshape(sheet, (rows * height, columns * width, channels))
-
-
-def check_pictures(images: Pixels, dtype: str) -> None:
-    """Refuse pictures of one colour: NaN or an overflow in the nets looks like this after the decoder.
-
-    Args:
-        images: ``(H, W, 3)`` or ``(B, H, W, 3)`` uint8.
-        dtype: the package's, for the error's advice.
-
-    Raises:
-        NumericError: every pixel of a picture is the same; says which pictures of the batch.
-    """
-    batch = images if images.ndim == 4 else images[None]
-    constant = (batch == batch[:, :1, :1]).all(axis=(1, 2, 3))
-    if constant.any():
-        numbers = ", ".join(str(index) for index in np.flatnonzero(constant))
-        colour = tuple(int(value) for value in batch[int(constant.argmax()), 0, 0])
-        raise NumericError(
-            f"picture {numbers} of a batch of {len(batch)} (counted from 0) is a single colour, {colour}",
-            expected="pixels that differ",
-            fix=numeric_fix(dtype),
-        )
 
 
 def save_picture(
@@ -143,7 +149,7 @@ def save_picture(
     Args:
         path: ends in .png, .jpg, .jpeg or .webp, which decides the format.
         image: ``(H, W, 3)`` uint8, or a Pillow image.
-        infotext: AUTOMATIC1111's text (see `infotext`); None leaves it out.
+        infotext: AUTOMATIC1111's text (`format_infotext`); None leaves it out.
         record: our own values, of types that JSON has; None leaves it out.
 
     Raises:
@@ -299,3 +305,86 @@ def _parse_record(text: str | None) -> dict[str, Any] | None:
     if not isinstance(record, dict):
         raise ValueError(f"its latentrt record is no JSON object but {text[:40]!r}")
     return cast("dict[str, Any]", record)
+
+
+# ── AUTOMATIC1111's text ──────────────────────────────────────────────────────────────────────────────
+
+
+def format_infotext(fields: Mapping[str, Value]) -> str:
+    """Write the text.
+
+    Args:
+        fields: ``"prompt"`` and ``"negative_prompt"``, and the parameters under AUTOMATIC1111's names,
+            written in the order given: ``Steps``, ``Sampler`` (its display name), ``Schedule type``,
+            ``CFG scale``, ``Seed``, ``Size`` ("512x768"), ``Model hash``, ``Model``, ``RNG`` ("CPU", "GPU"),
+            ``Clip skip`` (1: the last layer), ``Version``. None leaves a field out.
+
+    Raises:
+        UsageError: a name the format cannot hold, or fewer than three parameters, which would be read as
+            prompt.
+    """
+    prompt, negative = (str(fields.get(name) or "") for name in (PROMPT, NEGATIVE_PROMPT))
+    parameters = {
+        name: _text(value)
+        for name, value in fields.items()
+        if value is not None and name not in (PROMPT, NEGATIVE_PROMPT)
+    }
+    wrong = [name for name in parameters if not _NAME.fullmatch(name) or name != name.strip()]
+    if wrong:
+        raise UsageError(
+            f"parameters named {wrong}",
+            expected="two or more letters, digits, spaces, - or /, and no space at an end",
+            fix="Rename them.",
+        )
+    parameters = {name: value for name, value in parameters.items() if DEFAULTS.get(name) != value}
+    if len(parameters) < _FEWEST_PAIRS:
+        raise UsageError(
+            f"{len(parameters)} parameters besides the prompts and the defaults {DEFAULTS}",
+            expected="three or more: a shorter last line is read as prompt",
+            fix="Pass Steps, Sampler and Seed.",
+        )
+    lines = [prompt, f"{_NEGATIVE} {negative}"] if negative else [prompt]
+    pairs = ", ".join(f"{name}: {_quote(value)}" for name, value in parameters.items())
+    return "\n".join([*lines, pairs]).strip()
+
+
+def parse_infotext(text: str) -> dict[str, str]:
+    """Read the text, whoever wrote it; never raises.
+
+    Returns:
+        ``"prompt"`` and ``"negative_prompt"``, always; every parameter under its own name, as text; and
+        `DEFAULTS` for what is missing.
+    """
+    *lines, last = text.strip().split("\n")
+    pairs = _PAIR.findall(last)
+    if len(pairs) < _FEWEST_PAIRS:
+        lines, pairs = [*lines, last], []
+    prompts: dict[str, list[str]] = {PROMPT: [], NEGATIVE_PROMPT: []}
+    reading = PROMPT
+    for line in map(str.strip, lines):
+        if line.startswith(_NEGATIVE):
+            reading, line = NEGATIVE_PROMPT, line[len(_NEGATIVE) :].strip()
+        if line or prompts[reading]:
+            prompts[reading].append(line)
+    fields = {name: "\n".join(part) for name, part in prompts.items()}
+    return {**DEFAULTS, **{name: _unquote(value) for name, value in pairs}, **fields}
+
+
+def _text(value: str | int | float) -> str:
+    # a guidance scale of 7.0 is "7" in AUTOMATIC1111's files
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _quote(value: str) -> str:
+    """Quote as AUTOMATIC1111 does, and also what it would write plainly but not read back."""
+    plain = value == value.strip() and value != "" and not value.startswith('"') and value.isprintable()
+    return value if plain and not set(",:") & set(value) else json.dumps(value, ensure_ascii=False)
+
+
+def _unquote(value: str) -> str:
+    if not (value.startswith('"') and value.endswith('"')):
+        return value
+    try:
+        return str(json.loads(value))
+    except ValueError:
+        return value

@@ -15,7 +15,7 @@ from operator import itemgetter
 from typing import Literal, NamedTuple
 
 from ...engines.errors import UsageError
-from .fragments import Fragment, checked, refuse_wildcards, unsupported
+from .chunks import Fragment, checked, refuse_wildcards, unsupported
 
 _MORE, _LESS = 1.1, 1 / 1.1
 # So many brackets around a fragment have their factors multiplied one by one, as the reference does for all.

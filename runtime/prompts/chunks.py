@@ -1,26 +1,71 @@
-"""Weighted fragments to chunks of up to 75 tokens between bos and eos, as many as a prompt needs.
+"""Weighted fragments of a prompt: cut into chunks of up to 75 tokens; the weights, applied to the context.
 
-Sources of the behaviour: `modules/sd_hijack_clip.py` of stable-diffusion-webui (`tokenize_line`) and
-`comfy/sd1_clip.py` of ComfyUI (`tokenize_with_weights`).
+Sources of the behaviour: `modules/sd_hijack_clip.py` (`tokenize_line`) and `modules/sd_emphasis.py`
+(`EmphasisOriginal`) of stable-diffusion-webui; `comfy/sd1_clip.py` of ComfyUI (`tokenize_with_weights`,
+`encode_token_weights`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from .fragments import Fragment
+from ...engines.errors import UsageError
+from ...engines.spec import Array
 from .tokenizer import ClipTokenizer
 
+_LARGEST_WEIGHT = float(np.finfo(np.float32).max)
+# `__name__` and `__folder/name*__`, of the wildcard extensions of both AUTOMATIC1111's web UI and ComfyUI
+_WILDCARD = re.compile(r"__[^\W_][\w/*.\-]*?__")
 # AUTOMATIC1111's `comma_padding_backtrack`: a chunk ends behind a comma if that is among its last 20 tokens
 _COMMA_BACKTRACK = 20
 # ComfyUI's `max_word_length`: fragments of fewer tokens are kept in one chunk
 _LONG_FRAGMENT = 8
 
 _Token = tuple[int, float]  # id and weight
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fragment:
+    """A piece of a prompt and its weight; 1 leaves it as it is."""
+
+    text: str
+    weight: float = 1.0
+
+    @property
+    def ends_chunk(self) -> bool:
+        """Whether this is AUTOMATIC1111's `BREAK`, which its parser marks by this text and weight."""
+        return self.weight == -1 and self.text == "BREAK"
+
+
+def checked(weight: float, text: str) -> float:
+    """The weight of `text`. Raises UsageError for one that float32 cannot hold."""
+    if not abs(weight) <= _LARGEST_WEIGHT:  # written so that NaN is refused too
+        raise UsageError(
+            f"the prompt gives {text!r:.40} the weight {weight}",
+            expected="weights that float32 can hold",
+            fix="Write a smaller weight, or fewer brackets.",
+        )
+    return weight
+
+
+def unsupported(what: str, found: str, fix: str) -> UsageError:
+    """The error for syntax that has a meaning in other programs and none here."""
+    return UsageError(
+        f"the prompt has {what}: {found!r:.60}",
+        expected="text, weights in brackets and escapes",
+        fix=f'{fix} With the prompt syntax "plain" every character is text.',
+    )
+
+
+def refuse_wildcards(text: str) -> None:
+    """Raise UsageError for `__name__`."""
+    if match := _WILDCARD.search(text):
+        raise unsupported("a wildcard", match[0], "Write one of its words.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,3 +149,60 @@ def _rows(chunks: Sequence[Sequence[_Token]], tokenizer: ClipTokenizer) -> Promp
         row_weights[1:end] = [weight for _, weight in chunk]
         row[end] = tokenizer.eos_id
     return PromptChunks(ids=ids, weights=weights)
+
+
+def scale_and_restore_mean(context: Array, weights: Array) -> Array:
+    """AUTOMATIC1111's weighting: z * w, then scaled so that every chunk keeps its mean.
+
+    Args:
+        context: (K, T, D) float, the chunks of one prompt. Means are taken chunk by chunk, so that a picture
+            does not depend on its batch.
+        weights: (K, T) float32.
+
+    Returns:
+        (K, T, D) in the dtype of `context`; a chunk of weights 1 is as it was, to the bit.
+
+    Raises:
+        UsageError: a weight so large that the result is beyond its dtype.
+    """
+    weighted = np.array(context)
+    for index in np.flatnonzero((weights != 1).any(axis=1)):
+        z = context[index].astype(np.float32)  # (T, D)
+        with np.errstate(over="ignore", invalid="ignore"):
+            scaled = z * weights[index, :, None]
+            mean = scaled.mean(dtype=np.float64)
+            ratio = z.mean(dtype=np.float64) / mean if mean else 1.0
+            weighted[index] = scaled * np.float32(ratio)
+    return _finite(weighted, weights)
+
+
+def interpolate_from_empty(context: Array, weights: Array, empty: Array) -> Array:
+    """ComfyUI's weighting: from the empty prompt's context (weight 0) to the prompt's (weight 1), and beyond.
+
+    Args:
+        context: (K, T, D) float, the chunks of one prompt.
+        weights: (K, T) float32.
+        empty: (T, D), the context of the empty prompt.
+
+    Returns:
+        (K, T, D) in the dtype of `context`; tokens of weight 1 are as they were, to the bit.
+
+    Raises:
+        UsageError: a weight so large that the result is beyond its dtype.
+    """
+    weighted = np.array(context)
+    chunk, token = np.nonzero(weights != 1)
+    z, origin = context[chunk, token].astype(np.float32), empty[token].astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        weighted[chunk, token] = (z - origin) * weights[chunk, token, None] + origin
+    return _finite(weighted, weights)
+
+
+def _finite(weighted: Array, weights: Array) -> Array:
+    if not np.isfinite(weighted).all():
+        raise UsageError(
+            f"the prompt's largest weight is {np.abs(weights).max():g}",
+            expected=f"weights whose effect {weighted.dtype} can hold",
+            fix="Write smaller weights: (word:1.5) is a strong one.",
+        )
+    return weighted

@@ -10,7 +10,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator
 
-from .fragments import Fragment, checked, refuse_wildcards, unsupported
+from .chunks import Fragment, checked, refuse_wildcards, unsupported
 
 _MORE = 1.1
 # how the reference hides escaped brackets from its parser; the second pair of each row puts them back

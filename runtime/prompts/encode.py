@@ -12,11 +12,51 @@ import numpy as np
 
 from ...engines.errors import UsageError
 from ...engines.spec import Array, NetSpec
-from .chunks import PromptChunks
-from .syntax import PROMPT_SYNTAXES, prompt_syntax
+from .a1111 import parse_a1111
+from .chunks import (
+    Fragment,
+    PromptChunks,
+    a1111_chunks,
+    comfyui_chunks,
+    interpolate_from_empty,
+    scale_and_restore_mean,
+    truncated_chunk,
+)
+from .comfyui import parse_comfyui
 from .tokenizer import ClipTokenizer
 
 CACHE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSyntax:
+    """One way of writing prompts.
+
+    Attributes:
+        parse: prompt -> fragments. Raises UsageError for syntax that nothing here carries out.
+        cut: fragments -> chunks.
+        weigh: context (K, T, D), weights (K, T) and the empty prompt's context (T, D) -> weighted context.
+    """
+
+    parse: Callable[[str], Sequence[Fragment]]
+    cut: Callable[[Sequence[Fragment], ClipTokenizer], PromptChunks]
+    weigh: Callable[[Array, Array, Array], Array]
+
+
+PROMPT_SYNTAXES: Mapping[str, PromptSyntax] = {
+    # the text as it is, as diffusers reads it
+    "plain": PromptSyntax(
+        parse=lambda prompt: (Fragment(text=prompt),),
+        cut=truncated_chunk,
+        weigh=lambda context, weights, empty: context,
+    ),
+    "a1111": PromptSyntax(
+        parse=parse_a1111,
+        cut=a1111_chunks,
+        weigh=lambda context, weights, empty: scale_and_restore_mean(context, weights),
+    ),
+    "comfyui": PromptSyntax(parse=parse_comfyui, cut=comfyui_chunks, weigh=interpolate_from_empty),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,12 +186,17 @@ class TextConditioner:
             clip_skip: number of the encoders' last layers that are left out (0: none).
 
         Raises:
-            UsageError: no list of texts, texts_2 of another length or without a second encoder, an unknown
-                syntax, a prompt that its syntax refuses, or clip_skip where a graph cannot leave layers out.
+            UsageError: a prompt that its syntax refuses, or clip_skip where a graph cannot leave layers out.
         """
-        prompt_syntax(syntax)
-        self._check_clip_skip(clip_skip)
-        keys = [_Key(each, syntax, clip_skip) for each in self._texts(texts, texts_2)]
+        if clip_skip and not all(encoder.takes_clip_skip for encoder in self._encoders):
+            raise UsageError(
+                f"clip_skip is {clip_skip}",
+                expected="0: this package's text encoder has one output, behind its usual layer",
+                fix="Export the checkpoint again, or leave clip_skip out.",
+            )
+        seconds = [None] * len(texts) if texts_2 is None else texts_2
+        pairs = [(one, one if two is None else two) for one, two in zip(texts, seconds, strict=True)]
+        keys = [_Key(pair[: len(self._encoders)], syntax, clip_skip) for pair in pairs]
         encoded = self._encoded(keys)
         rows = [encoded[key] for key in keys]
         count = max(row.context.shape[0] for row in rows)
@@ -164,35 +209,6 @@ class TextConditioner:
             pooled=np.stack(pooled) if pooled else None,
             dropped=tuple(row.dropped for row in rows),
         )
-
-    def _texts(self, texts: Sequence[str], texts_2: Sequence[str | None] | None) -> list[tuple[str, ...]]:
-        """The texts of each prompt, one for each encoder."""
-        if isinstance(texts, str) or not texts:
-            raise UsageError(f"texts is {texts!r:.40}", expected="a list of texts", fix="Pass [prompt].")
-        seconds = [None] * len(texts) if texts_2 is None else texts_2
-        if len(seconds) != len(texts):
-            raise UsageError(
-                f"{len(seconds)} second texts",
-                expected=f"as many as first ones: {len(texts)}",
-                fix="Pass one for each, or None.",
-            )
-        if len(self._encoders) > 1:
-            return [(one, one if two is None else two) for one, two in zip(texts, seconds, strict=True)]
-        if any(two is not None for two in seconds):
-            raise UsageError(
-                "a second prompt", expected="none: this model has one text encoder", fix="Leave prompt_2 out."
-            )
-        return [(one,) for one in texts]
-
-    def _check_clip_skip(self, clip_skip: int) -> None:
-        if clip_skip < 0:
-            raise UsageError(f"clip_skip is {clip_skip}", expected="0 or more layers", fix="Use clip_skip=0.")
-        if clip_skip and not all(encoder.takes_clip_skip for encoder in self._encoders):
-            raise UsageError(
-                f"clip_skip is {clip_skip}",
-                expected="0: this package's text encoder has one output, behind its usual layer",
-                fix="Export the checkpoint again, or leave clip_skip out.",
-            )
 
     def _empty(self, key: _Key) -> _Key:
         return key._replace(texts=("",) * len(self._encoders))
@@ -222,7 +238,7 @@ class TextConditioner:
         """The chunks of one text, by each encoder's tokenizer."""
         syntax = PROMPT_SYNTAXES[key.syntax]
         return tuple(
-            syntax.chunks(text, encoder.tokenizer)
+            syntax.cut(syntax.parse(text), encoder.tokenizer)
             for text, encoder in zip(key.texts, self._encoders, strict=True)
         )
 

@@ -12,10 +12,10 @@ NumPy: `latentrt --help` reads it.
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypedDict, TypeVar, get_args
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypedDict, TypeVar, cast, get_args
 
 from ...engines.errors import UsageError
-from . import kinds
 
 if TYPE_CHECKING:
     from ...engines.package import Manifest
@@ -27,6 +27,155 @@ PromptSyntaxName = Literal["a1111", "comfyui", "plain"]
 Rng = Literal["torch-cpu", "torch-cuda"]
 ResizeMode = Literal["default", "fill", "crop"]
 OutputType = Literal["pil", "np", "latent"]
+
+
+Bound = int | Callable[["Manifest"], int]  # of every model, or of one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """Values of one kind.
+
+    Attributes:
+        check: (parameter name, value, manifest) -> the value in its own type. Raises UsageError.
+        text: the type of its text on the command line.
+        read: text -> value, where it is more than that type. Raises ValueError.
+        metavar: what `--help` calls the text.
+    """
+
+    check: Callable[[str, Any, "Manifest"], Any] = lambda name, value, manifest: value
+    text: type = str
+    read: Callable[[str], Any] | None = None
+    metavar: str | None = None
+
+
+# ── kinds ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_integer(name: str, value: Any, low: int, high: int) -> int:
+    """A whole number from `low` to `high`; neither a bool nor a float."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
+        raise UsageError(
+            f"{name} is {value!r}", expected=f"an integer from {low} to {high}", fix=f"Change {name}."
+        )
+    return int(value)
+
+
+def check_number(name: str, value: Any, low: float, high: float) -> float:
+    """A number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) <= high:
+        raise UsageError(
+            f"{name} is {value!r}", expected=f"a number from {low:g} to {high:g}", fix=f"Change {name}."
+        )
+    return float(value)
+
+
+def items(value: Any) -> list[Any] | None:
+    """The items of a list, a tuple or an array; None for anything else."""
+    plain = value.tolist() if hasattr(value, "tolist") else value
+    return list(cast(Any, plain)) if isinstance(plain, (list, tuple)) else None
+
+
+def _check_pair(name: str, value: Any, low: int) -> tuple[int, int]:
+    found = items(value)
+    if found is None or len(found) != 2:
+        raise UsageError(f"{name} is {value!r}", expected="two integers", fix=f"Pass {name}=(1024, 1024).")
+    first, second = (check_integer(name, item, low, 16384) for item in found)
+    return first, second
+
+
+def integer(low: int, high: Bound, metavar: str | None = None) -> Kind:
+    """Whole numbers from `low` to `high`."""
+
+    def check(name: str, value: Any, manifest: "Manifest") -> int:
+        return check_integer(name, value, low, high(manifest) if callable(high) else high)
+
+    return Kind(check=check, text=int, metavar=metavar)
+
+
+def number(low: float, high: float, metavar: str | None = None) -> Kind:
+    """Numbers from `low` to `high`."""
+    return Kind(
+        check=lambda name, value, _: check_number(name, value, low, high), text=float, metavar=metavar
+    )
+
+
+def choice(literal: Any) -> Kind:
+    """One of a Literal's names."""
+    names = get_args(literal)
+
+    def check(name: str, value: Any, manifest: "Manifest") -> str:
+        if value not in names:
+            raise UsageError(
+                f"{name} is {value!r}", expected=f"one of {', '.join(names)}", fix=f"Change {name}."
+            )
+        return value
+
+    return Kind(check=check)
+
+
+def _check_pixels(name: str, value: Any, manifest: "Manifest") -> int:
+    step = manifest.size_multiple
+    side = check_integer(name, value, step, 16384)
+    if side % step:
+        lower, upper = side // step * step, (side // step + 1) * step
+        raise UsageError(
+            f"{name} is {side}", expected=f"a multiple of {step}", fix=f"Use {lower} or {upper}."
+        )
+    return side
+
+
+def _check_levels(name: str, value: Any, manifest: "Manifest") -> tuple[float, ...]:
+    found = items(value)
+    if not found:
+        raise UsageError(f"{name} is {value!r}", expected="a list of numbers", fix=f"Leave {name} out.")
+    return tuple(check_number(name, item, 0.0, 1e6) for item in found)
+
+
+def _integers(text: str, separator: str) -> list[int]:
+    parts = text.split(separator)
+    if not all(part.strip().lstrip("-").isdigit() for part in parts):
+        raise ValueError(text)
+    return [int(part) for part in parts]
+
+
+def _read_size(text: str) -> tuple[int, int]:
+    width, height = _integers(text, "x")
+    return height, width
+
+
+def _read_offset(text: str) -> tuple[int, int]:
+    left, top = _integers(text, ",")
+    return top, left
+
+
+def _read_seeds(text: str) -> int | list[int]:
+    found = _integers(text, ",")
+    return found[0] if len(found) == 1 else found
+
+
+def _read_latents(text: str) -> "Array":
+    from ..pictures.read import read_latents
+
+    return read_latents(text)
+
+
+# A side of a picture or a tile: a multiple of what the model's latents need.
+PIXELS = Kind(check=_check_pixels, text=int, metavar="PIXELS")
+# (height, width) and (top, left) in pixels.
+SIZE = Kind(check=lambda name, value, _: _check_pair(name, value, 1), read=_read_size, metavar="WIDTHxHEIGHT")
+OFFSET = Kind(check=lambda name, value, _: _check_pair(name, value, 0), read=_read_offset, metavar="LEFT,TOP")
+# Descending timesteps or sigmas; what a sampler makes of them is checked where its table is made.
+LEVELS = Kind(
+    check=_check_levels, read=lambda text: [float(part) for part in text.split(",")], metavar="N,N…"
+)
+# The next three are checked where the pictures are counted (request.py, source.py).
+SEEDS = Kind(read=_read_seeds, metavar="N[,N…]")
+LATENTS = Kind(read=_read_latents, metavar="FILE.npy")
+IMAGE = Kind(read=lambda text: _read_latents(text) if text.endswith(".npy") else text, metavar="FILE")
+
+
+# ── declarations ───────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -71,7 +220,7 @@ class Parameter:
     """
 
     help: str
-    kind: kinds.Kind = kinds.ANY
+    kind: Kind = Kind()
     default: Any = None
     flags: tuple[str, ...] | None = ()
     model: Need | None = None
@@ -83,14 +232,10 @@ class Parameter:
         """Whether the value says nothing: the default, or a list or an array equal to it."""
         if value is None or self.default is None:
             return value is None
-        several = kinds.items(self.default)
+        several = items(self.default)
         if several is not None:
-            return kinds.items(value) == several
+            return items(value) == several
         return not isinstance(value, bool) and value == self.default
-
-
-def _names(literal: Any) -> kinds.Kind:
-    return kinds.choice(get_args(literal))
 
 
 def _last_noise_level(manifest: "Manifest") -> int:
@@ -111,93 +256,93 @@ class Parameters(TypedDict, total=False):
         help="Likewise.", model=TWO_ENCODERS, stage="base")]
     prompt_syntax: Annotated[PromptSyntaxName, Parameter(
         help="How prompts are weighted: a1111 (the default), comfyui, plain.",
-        kind=_names(PromptSyntaxName), default="a1111")]
+        kind=choice(PromptSyntaxName), default="a1111")]
     clip_skip: Annotated[int | None, Parameter(
         help="Leave out so many of the text encoder's last layers.",
-        kind=kinds.integer(0, lambda manifest: manifest.max_clip_skip))]
+        kind=integer(0, lambda manifest: manifest.max_clip_skip))]
     height: Annotated[int | None, Parameter(
-        help="Pixels. Default: the picture's or the model's.", kind=kinds.pixels(), flags=("--height", "-H"))]
+        help="Pixels. Default: the picture's or the model's.", kind=PIXELS, flags=("--height", "-H"))]
     width: Annotated[int | None, Parameter(
-        help="Pixels. Default: the picture's or the model's.", kind=kinds.pixels(), flags=("--width", "-W"))]
+        help="Pixels. Default: the picture's or the model's.", kind=PIXELS, flags=("--width", "-W"))]
     num_inference_steps: Annotated[int | None, Parameter(
         help="Number of inference steps. Default: the model's.",
-        kind=kinds.integer(1, 1000), flags=("--steps",), excludes=("timesteps", "sigmas"))]
+        kind=integer(1, 1000), flags=("--steps",), excludes=("timesteps", "sigmas"))]
     timesteps: Annotated[Sequence[float] | None, Parameter(
         help="Descending timesteps, in place of the sampler's own.",
-        kind=kinds.levels(), excludes=("sigmas",))]
+        kind=LEVELS, excludes=("sigmas",))]
     sigmas: Annotated[Sequence[float] | None, Parameter(
-        help="Descending sigmas with a final 0, in place of Euler's own.", kind=kinds.levels())]
+        help="Descending sigmas with a final 0, in place of Euler's own.", kind=LEVELS)]
     guidance_scale: Annotated[float | None, Parameter(
         help="1 or less is off. Default: the model's.",
-        kind=kinds.number(0.0, 1000.0), flags=("--guidance-scale", "--cfg-scale"))]
+        kind=number(0.0, 1000.0), flags=("--guidance-scale", "--cfg-scale"))]
     guidance_rescale: Annotated[float, Parameter(
         help="0 (off) to 1, against overexposure (Lin et al. 2023).",
-        kind=kinds.number(0.0, 1.0), default=0.0)]
+        kind=number(0.0, 1.0), default=0.0)]
     sampler: Annotated[str | Mapping[str, Any] | None, Parameter(
         help="`latentrt inspect --samplers` lists them. Default: the model's.")]
     eta: Annotated[float, Parameter(
-        help="DDIM's noise: 0 is deterministic, 1 is DDPM.", kind=kinds.number(0.0, 1.0), default=0.0)]
+        help="DDIM's noise: 0 is deterministic, 1 is DDPM.", kind=number(0.0, 1.0), default=0.0)]
     seed: Annotated[int | Sequence[int] | None, Parameter(
-        help="One, or one a picture. Default: random.", kind=kinds.seeds(), flags=("--seed", "-s"))]
+        help="One, or one a picture. Default: random.", kind=SEEDS, flags=("--seed", "-s"))]
     rng: Annotated[Rng, Parameter(
         help="Whose noise the seed means: torch-cpu (default), torch-cuda.",
-        kind=_names(Rng), default="torch-cpu")]
+        kind=choice(Rng), default="torch-cpu")]
     num_images_per_prompt: Annotated[int, Parameter(
         help="Pictures to draw of every prompt, with seeds counting up.",
-        kind=kinds.integer(1, 1024), default=1, flags=("--count", "-b"))]
+        kind=integer(1, 1024), default=1, flags=("--count", "-b"))]
     latents: Annotated["Array | None", Parameter(
         help="Unit noise (N, C, H/8, W/8), in place of the seed's.",
-        kind=kinds.latents(), excludes=("denoising_start",), stage="base")]
+        kind=LATENTS, excludes=("denoising_start",), stage="base")]
     image: Annotated["ImageSource | Sequence[ImageSource] | None", Parameter(
-        help="Picture to start from, or to vary.", kind=kinds.image(), flags=("--image", "-i"), stage="base")]
+        help="Picture to start from, or to vary.", kind=IMAGE, flags=("--image", "-i"), stage="base")]
     mask_image: Annotated["ImageSource | None", Parameter(
-        help="White is repainted, the rest stays as it is.", kind=kinds.Kind(metavar="FILE"),
+        help="White is repainted, the rest stays as it is.", kind=Kind(metavar="FILE"),
         flags=("--mask",), model=STARTS, needs=("image",), excludes=("denoising_start",))]
     strength: Annotated[float | None, Parameter(
-        help="0 to 1: how much of the schedule runs on the picture.", kind=kinds.number(0.0, 1.0),
+        help="0 to 1: how much of the schedule runs on the picture.", kind=number(0.0, 1.0),
         model=STARTS, needs=("image",), excludes=("denoising_start",), stage="base")]
     padding_mask_crop: Annotated[int | None, Parameter(
         help="Draw only the mask and so much around it, at full size.",
-        kind=kinds.integer(0, 16384, "PIXELS"), model=STARTS, needs=("image", "mask_image"))]
+        kind=integer(0, 16384, "PIXELS"), model=STARTS, needs=("image", "mask_image"))]
     mask_blur: Annotated[float, Parameter(
         help="Soften the edge of what is repainted.",
-        kind=kinds.number(0.0, 1000.0, "PIXELS"), default=0.0, model=STARTS, needs=("mask_image",))]
+        kind=number(0.0, 1000.0, "PIXELS"), default=0.0, model=STARTS, needs=("mask_image",))]
     resize_mode: Annotated[ResizeMode, Parameter(
-        help="Of the picture: default (stretch), fill, crop.", kind=_names(ResizeMode), default="default",
+        help="Of the picture: default (stretch), fill, crop.", kind=choice(ResizeMode), default="default",
         model=STARTS, excludes=("mask_image",), stage="base")]
     noise_level: Annotated[int, Parameter(
         help="0 to 999: how far a variation departs from its picture.",
-        kind=kinds.integer(0, _last_noise_level), default=0, model=VARIES)]
+        kind=integer(0, _last_noise_level), default=0, model=VARIES)]
     denoising_start: Annotated[float | None, Parameter(
         help="Go on from a latent (--image FILE.npy) at this share of the schedule.",
-        kind=kinds.number(0.0, 1.0), model=STARTS, needs=("image",))]
+        kind=number(0.0, 1.0), model=STARTS, needs=("image",))]
     denoising_end: Annotated[float | None, Parameter(
         help="Stop at this share of the schedule; with -o FILE.npy, for another model.",
-        kind=kinds.number(0.0, 1.0))]
+        kind=number(0.0, 1.0))]
     original_size: Annotated[Sequence[int] | None, Parameter(
-        help="SDXL: (height, width) that the picture once had.", kind=kinds.size(), model=SIZES)]
+        help="SDXL: (height, width) that the picture once had.", kind=SIZE, model=SIZES)]
     crops_coords_top_left: Annotated[Sequence[int], Parameter(
         help="SDXL: where it was cut off.",
-        kind=kinds.offset(), default=(0, 0), flags=("--crop",), model=SIZES)]
+        kind=OFFSET, default=(0, 0), flags=("--crop",), model=SIZES)]
     target_size: Annotated[Sequence[int] | None, Parameter(
-        help="SDXL: (height, width) that it is to have.", kind=kinds.size(), model=TARGETS, stage="base")]
+        help="SDXL: (height, width) that it is to have.", kind=SIZE, model=TARGETS, stage="base")]
     negative_original_size: Annotated[Sequence[int] | None, Parameter(
-        help="SDXL: the same, to avoid.", kind=kinds.size(), model=SIZES)]
+        help="SDXL: the same, to avoid.", kind=SIZE, model=SIZES)]
     negative_crops_coords_top_left: Annotated[Sequence[int] | None, Parameter(
-        help="SDXL: the same, to avoid.", kind=kinds.offset(), flags=("--negative-crop",), model=SIZES)]
+        help="SDXL: the same, to avoid.", kind=OFFSET, flags=("--negative-crop",), model=SIZES)]
     negative_target_size: Annotated[Sequence[int] | None, Parameter(
-        help="SDXL: the same, to avoid.", kind=kinds.size(), model=TARGETS, stage="base")]
+        help="SDXL: the same, to avoid.", kind=SIZE, model=TARGETS, stage="base")]
     aesthetic_score: Annotated[float, Parameter(
         help="SDXL refiner: how beautiful. Default: 6.",  # those of LAION's predictor lie between 0 and 10
-        kind=kinds.number(0.0, 1000.0), default=6.0, model=SCORES, stage="refiner")]
+        kind=number(0.0, 1000.0), default=6.0, model=SCORES, stage="refiner")]
     negative_aesthetic_score: Annotated[float, Parameter(
         help="SDXL refiner: to avoid. Default: 2.5.",
-        kind=kinds.number(0.0, 1000.0), default=2.5, model=SCORES, stage="refiner")]
+        kind=number(0.0, 1000.0), default=2.5, model=SCORES, stage="refiner")]
     tile: Annotated[int | None, Parameter(
-        help="Encode and decode in tiles of this side, for less memory.", kind=kinds.pixels())]
+        help="Encode and decode in tiles of this side, for less memory.", kind=PIXELS)]
     output_type: Annotated[OutputType, Parameter(
         help="PIL images, one uint8 array, or the latents.",
-        kind=_names(OutputType), default="pil", flags=None, stage="refiner")]
+        kind=choice(OutputType), default="pil", flags=None, stage="refiner")]
 
 # fmt: on
 

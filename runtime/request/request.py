@@ -4,25 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from numbers import Integral
+from secrets import randbelow
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
 
 from ...engines.errors import UsageError
 from ...engines.package import Manifest
 from ...engines.spec import Array
-from ..pictures.tiling import Tiling
+from ..pictures.tiling import tile_stride
 from ..pictures.write import MAX_PIXELS
 from ..sampling.config import SamplerConfig
 from ..sampling.names import resolve
-from ..sampling.samplers import count_steps
-from ..sampling.span import make_span
+from ..sampling.samplers import count_steps, make_span
 from ..sampling.table import Table
-from . import kinds
-from .parameters import PARAMETERS, OutputType, Parameters, PromptSyntaxName, Rng, read_parameters
-from .sizes import SizeConditions, make_size_conditions
-from .source import Source, load_images, make_source, natural_size
+from .parameters import (
+    PARAMETERS,
+    OutputType,
+    Parameters,
+    PromptSyntaxName,
+    Rng,
+    check_integer,
+    read_parameters,
+)
+from .source import Source, check_latents, load_images, make_source, natural_size
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeConditions:
+    """What SDXL's UNets see besides the prompt, in the order of the manifest's `time_ids`.
+
+    Sizes, crop and aesthetic score: Podell et al. 2023 (arXiv 2307.01952), sections 2.2 and 2.3.
+    """
+
+    positive: Mapping[str, float]
+    negative: Mapping[str, float]
+
+    def rows(self, *, guided: bool) -> Array:
+        """(2, count) float32 with guidance, negative first, else (1, count)."""
+        values = (self.negative, self.positive) if guided else (self.positive,)
+        return np.array([list(each.values()) for each in values], np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +122,7 @@ def make_request(
     values = read_parameters(manifest, parameters)
     values["image"] = load_images(values["image"])
     _check_span(values)
-    prompts, count = kinds.check_texts("prompt", prompt), values["num_images_per_prompt"]
+    prompts, count = check_texts("prompt", prompt), values["num_images_per_prompt"]
     height, width = _size(manifest, values)
     shape = (len(prompts) * count, *latent_shape(manifest, height, width))  # (N, C, H/8, W/8)
     source = make_source(manifest, values, height, width, shape, prompts=len(prompts))
@@ -106,7 +131,7 @@ def make_request(
 
     def each(name: str) -> tuple[str | None, ...]:
         """The texts of a parameter, one per picture."""
-        found = kinds.check_texts_for(name, values[name], len(prompts))
+        found = check_texts_for(name, values[name], len(prompts))
         return tuple(text for text in found for _ in range(count))
 
     checked = {item.name: values[item.name] for item in fields(Request) if item.name in PARAMETERS}
@@ -115,7 +140,7 @@ def make_request(
         "negative_prompts": each("negative_prompt"),
         "prompts_2": each("prompt_2"),
         "negative_prompts_2": each("negative_prompt_2"),
-        "seeds": kinds.check_seeds(values["seed"], shape[0]),
+        "seeds": check_seeds(values["seed"], shape[0]),
         "height": height,
         "width": width,
         "clip_skip": values["clip_skip"] or 0,
@@ -132,14 +157,90 @@ def make_request(
             grid_share=_grid_share(manifest, source),
         ),
         "sizes": make_size_conditions(manifest, values, height, width),
-        "latents": None
-        if values["latents"] is None
-        else kinds.check_latents("latents", values["latents"], shape),
+        "latents": None if values["latents"] is None else check_latents("latents", values["latents"], shape),
         "source": source,
     }
     if values["tile"] is not None:  # a tile too small is refused before anything is drawn
-        Tiling(size=values["tile"]).stride(manifest.latent_scale)
+        tile_stride(values["tile"], manifest.latent_scale)
     return Request(**{**checked, **resolved})
+
+
+def check_texts(name: str, value: Any) -> list[str]:
+    """One text or several, as a list."""
+    found = (
+        [value] if isinstance(value, str) else list(cast(Any, value)) if isinstance(value, Sequence) else []
+    )
+    if not found or not all(isinstance(text, str) for text in found):
+        raise UsageError(f"{name} is {value!r}", expected="a text or a list of texts", fix="Pass a str.")
+    return found
+
+
+def check_texts_for(name: str, value: Any, prompts: int) -> list[str | None]:
+    """One text for every prompt; None stands for itself."""
+    if value is None:
+        return [None] * prompts
+    found = check_texts(name, value)
+    if len(found) not in (1, prompts):
+        raise UsageError(
+            f"{name} has {len(found)} texts for {prompts} prompts",
+            expected="one text, or as many as prompts",
+            fix=f"Pass one {name} for all of them.",
+        )
+    return [*found] * prompts if len(found) == 1 else [*found]
+
+
+def check_seeds(seed: Any, pictures: int) -> tuple[int, ...]:
+    """An int seeds the first picture and counts up; a list has one seed per picture; None is random."""
+    if seed is None:
+        seed = randbelow(2**32)
+    if isinstance(seed, Integral) and not isinstance(seed, bool):
+        first = check_integer("seed", seed, -(2**63), 2**64 - pictures)
+        return tuple(range(first, first + pictures))
+    found: list[Any] = list(cast(Any, seed)) if isinstance(seed, Sequence) else []
+    if len(found) != pictures or isinstance(seed, str):
+        raise UsageError(
+            f"seed is {seed!r} for {pictures} pictures",
+            expected="an integer, or a list with one integer per picture",
+            fix="Pass one integer: pictures get seed, seed + 1, …",
+        )
+    return tuple(check_integer("seed", value, -(2**63), 2**64 - 1) for value in found)
+
+
+def make_size_conditions(
+    manifest: Manifest, values: Mapping[str, Any], height: int, width: int
+) -> SizeConditions:
+    """Sizes are the picture's unless given; what is not said of the negative ones is as the positive ones.
+
+    (diffusers' image-to-image pipeline puts a negative crop that is not given at (0, 0) instead.)
+    """
+    here = (height, width)
+    original, target = values["original_size"] or here, values["target_size"] or here
+    crop = values["crops_coords_top_left"]
+    positive = _named(original, crop, target, values["aesthetic_score"])
+    negative = _named(
+        values["negative_original_size"] or original,
+        values["negative_crops_coords_top_left"] or crop,
+        values["negative_target_size"] or target,
+        values["negative_aesthetic_score"],
+    )
+    return SizeConditions(
+        positive={name: positive[name] for name in manifest.time_ids},
+        negative={name: negative[name] for name in manifest.time_ids},
+    )
+
+
+def _named(
+    original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int], score: float
+) -> dict[str, float]:
+    return {
+        "original_height": original[0],
+        "original_width": original[1],
+        "crop_top": crop[0],
+        "crop_left": crop[1],
+        "target_height": target[0],
+        "target_width": target[1],
+        "aesthetic_score": score,
+    }
 
 
 def latent_shape(manifest: Manifest, height: int, width: int) -> tuple[int, int, int]:

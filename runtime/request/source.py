@@ -15,7 +15,6 @@ from ..pictures.mask import Inpainting, plan_inpainting
 from ..pictures.read import read_image
 from ..pictures.resize import clip_pixels, resize
 from ..pictures.write import Pixels
-from . import kinds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +130,7 @@ def make_source(
     if strength is None:
         strength = manifest.defaults.strength if mask is None else 1.0
     if isinstance(image, np.ndarray):
-        return Latents(latents=kinds.check_latents("image", image, shape), strength=strength)
+        return Latents(latents=check_latents("image", image, shape), strength=strength)
     if mask is None:
         pixels = [resize(one, height, width, values["resize_mode"]) for one in image]
         return Pictures(pixels=_spread(pixels, shape[0]), strength=strength)
@@ -175,6 +174,21 @@ def _refuse_missing(manifest: Manifest, values: Mapping[str, Any]) -> None:
             expected="one picture, and its mask",
             fix="Call once for each picture.",
         )
+
+
+def check_latents(name: str, value: Any, shape: tuple[int, ...]) -> Array:
+    """Finite float32 numbers of that shape."""
+    try:
+        array = np.asarray(value, np.float32)
+    except (TypeError, ValueError):
+        array = np.empty(0, np.float32)
+    if array.shape != shape or not np.isfinite(array).all():
+        raise UsageError(
+            f"{name} have shape {array.shape}" + ("" if array.shape != shape else " and are not all finite"),
+            expected=f"finite numbers of shape {shape}",
+            fix="Pass numbers of that shape, or a seed.",
+        )
+    return array
 
 
 def _spread(images: list[Pixels], pictures: int) -> Array:

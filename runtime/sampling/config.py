@@ -159,91 +159,51 @@ _DISTILLED: dict[str, Any] = {
     "custom_timesteps": True,
 }
 
+_ZERO_SNR = {"rescale_betas_zero_snr": False}
+
+# fmt: off
 SCHEDULER_CLASSES: dict[str, SchedulerClass] = {
     "DDPMScheduler": SchedulerClass(
-        defaults=_TRAINING | _LEADING | _CLIPPED | {"variance_type": "fixed_small"},
-        levels="ddpm",
-        without=("sigma_schedule",),
-        custom_timesteps=True,
-    ),
+        levels="ddpm", without=("sigma_schedule",), custom_timesteps=True,
+        defaults=_TRAINING | _LEADING | _CLIPPED | {"variance_type": "fixed_small"}),
     "DDIMScheduler": SchedulerClass(
-        defaults=_TRAINING | _LEADING | _CLIPPED | {"set_alpha_to_one": True},
-        levels="ddim",
-        without=("sigma_schedule",),
-    ),
+        levels="ddim", without=("sigma_schedule",),
+        defaults=_TRAINING | _LEADING | _CLIPPED | {"set_alpha_to_one": True}),
     "PNDMScheduler": SchedulerClass(
-        defaults=_TRAINING | _LEADING | {"set_alpha_to_one": False, "skip_prk_steps": False},
-        levels="plms",
-        without=("sigma_schedule",),
-        no_sample_prediction=True,
-    ),
-    "LMSDiscreteScheduler": SchedulerClass(defaults=_RAMPED, levels="k"),
+        levels="plms", without=("sigma_schedule",), no_sample_prediction=True,
+        defaults=_TRAINING | _LEADING | {"set_alpha_to_one": False, "skip_prk_steps": False}),
+    "LMSDiscreteScheduler": SchedulerClass(levels="k", defaults=_RAMPED),
     "EulerDiscreteScheduler": SchedulerClass(
-        defaults=_RAMPED
-        | {
-            "interpolation_type": "linear",
-            "timestep_type": "discrete",
-            "final_sigmas_type": "zero",
-            "rescale_betas_zero_snr": False,
-        },
-        levels="k",
-        custom_timesteps=True,
-    ),
+        levels="k", custom_timesteps=True,
+        defaults=_RAMPED | _ZERO_SNR
+        | {"interpolation_type": "linear", "timestep_type": "discrete", "final_sigmas_type": "zero"}),
     "EulerAncestralDiscreteScheduler": SchedulerClass(
-        defaults=_TRAINING | _LINSPACE | {"rescale_betas_zero_snr": False},
-        levels="k",
-        no_sample_prediction=True,
-    ),
+        levels="k", no_sample_prediction=True, defaults=_TRAINING | _LINSPACE | _ZERO_SNR),
     "HeunDiscreteScheduler": SchedulerClass(
-        defaults=_K_TRAINING | _LINSPACE | _RAMPS | {"clip_sample": False}, levels="k", custom_timesteps=True
-    ),
+        levels="k", custom_timesteps=True,
+        defaults=_K_TRAINING | _LINSPACE | _RAMPS | {"clip_sample": False}),
     "KDPM2DiscreteScheduler": SchedulerClass(
-        defaults=_K_TRAINING | _LINSPACE | _RAMPS, levels="k", no_sample_prediction=True
-    ),
+        levels="k", no_sample_prediction=True, defaults=_K_TRAINING | _LINSPACE | _RAMPS),
     "KDPM2AncestralDiscreteScheduler": SchedulerClass(
-        defaults=_K_TRAINING | _LINSPACE | _RAMPS, levels="k", no_sample_prediction=True
-    ),
+        levels="k", no_sample_prediction=True, defaults=_K_TRAINING | _LINSPACE | _RAMPS),
     "DPMSolverMultistepScheduler": SchedulerClass(
-        defaults=_DPM_FAMILY
-        | _DPM
-        | {
-            "lower_order_final": True,
-            "euler_at_final": False,
-            "use_lu_lambdas": False,
-            "rescale_betas_zero_snr": False,
-        },
-        levels="dpm",
-        solver_types=("midpoint", "heun"),
-        custom_timesteps=True,
-    ),
+        levels="dpm", solver_types=("midpoint", "heun"), custom_timesteps=True,
+        defaults=_DPM_FAMILY | _DPM | _ZERO_SNR
+        | {"lower_order_final": True, "euler_at_final": False, "use_lu_lambdas": False}),
     "DPMSolverSinglestepScheduler": SchedulerClass(
-        defaults=_TRAINING | _RAMPS | _FLOW | _SOLVER | _DPM | {"lower_order_final": False},
-        levels="dpm",
-        solver_types=("midpoint", "heun"),
-        without=("timestep_spacing",),
-        custom_timesteps=True,
-    ),
+        levels="dpm", solver_types=("midpoint", "heun"), without=("timestep_spacing",), custom_timesteps=True,
+        defaults=_TRAINING | _RAMPS | _FLOW | _SOLVER | _DPM | {"lower_order_final": False}),
     "DEISMultistepScheduler": SchedulerClass(
-        defaults=_DPM_FAMILY | {"lower_order_final": True}, levels="dpm"
-    ),
+        levels="dpm", defaults=_DPM_FAMILY | {"lower_order_final": True}),
     "UniPCMultistepScheduler": SchedulerClass(
-        defaults=_DPM_FAMILY
-        | {
-            "solver_type": "bh2",
-            "predict_x0": True,
-            "lower_order_final": True,
-            "disable_corrector": (),
-            "solver_p": None,
-            "shift_terminal": None,
-            "final_sigmas_type": "zero",
-            "rescale_betas_zero_snr": False,
-        },
-        levels="dpm",
-        solver_types=("bh2", "bh1"),
-    ),
+        levels="dpm", solver_types=("bh2", "bh1"),
+        defaults=_DPM_FAMILY | _ZERO_SNR
+        | {"solver_type": "bh2", "predict_x0": True, "lower_order_final": True, "disable_corrector": (),
+           "solver_p": None, "shift_terminal": None, "final_sigmas_type": "zero"}),
     "LCMScheduler": SchedulerClass(**_DISTILLED),
     "TCDScheduler": SchedulerClass(**_DISTILLED),
 }
+# fmt: on
 
 # Keys that must hold these values: anything else makes the sampler non-linear, or is another kind of model.
 _REQUIRED: dict[str, Any] = {

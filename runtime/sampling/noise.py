@@ -16,23 +16,17 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from ...engines.errors import UsageError
-
-RNGS = ("torch-cpu", "torch-cuda")
 
 Reals = npt.NDArray[np.floating[Any]]
 Words = npt.NDArray[np.uint64]
 
 # Philox counters worked on at once: the temporaries stay in the processor's second-level cache
 _CHUNK = 16384
-_SEED_LOW, _SEED_HIGH = -(2**63), 2**64 - 1
 _LOW_32 = np.uint64(0xFFFFFFFF)
 _SHIFT_32 = np.uint64(32)
 
@@ -58,12 +52,6 @@ _PHILOX_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-class _Stream(Protocol):
-    def normal(self, count: int, *, half: bool) -> Reals:
-        """Return the next ``count`` normals; ``half``: with the word count of an fp16 draw."""
-        ...
-
-
 class NoiseSource:
     """One independent generator per image, so a picture does not depend on the batch it is made in.
 
@@ -73,70 +61,33 @@ class NoiseSource:
     Args:
         seeds: one whole number per image, -2**63 to 2**64 - 1; negative ones wrap to 64 bits as in torch, and
             ``torch-cpu`` uses the low 32 bits only, as torch does.
-        rng: one of `RNGS`.
-
-    Raises:
-        UsageError: an unknown ``rng``, no seeds, or a seed that is no whole number of that range.
+        rng: "torch-cpu" or "torch-cuda".
     """
 
     def __init__(self, seeds: Sequence[int], rng: str = "torch-cpu") -> None:
-        if rng not in _STREAMS:
-            raise UsageError(f"rng is {rng!r}", expected=" or ".join(RNGS), fix=f"Use rng={RNGS[0]!r}.")
-        if not len(seeds):
-            raise UsageError(
-                "no seeds", expected="one seed per image", fix="Pass seed=0, or a list such as [0, 1]."
-            )
         self.rng = rng
-        self.seeds = tuple(_checked_seed(seed) for seed in seeds)
+        self.seeds = tuple(int(seed) for seed in seeds)
         self._streams = [_STREAMS[rng](seed % 2**64) for seed in self.seeds]
 
     def fork(self) -> NoiseSource:
         """An independent source that will draw what this one would."""
         return copy.deepcopy(self)
 
-    def draw(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Reals:
+    def draw(self, shape: tuple[int, ...]) -> Reals:
         """Draw standard normals for every image.
 
         Args:
             shape: of one image, without the batch axis, e.g. ``(4, H / 8, W / 8)``.
-            dtype: float32, or float16 for what an fp16 ``torch.randn`` gives: the fp32 numbers, rounded. On
-                ``torch-cpu``, if the element count is above 16 and no multiple of 16, an fp16 draw also takes
-                fewer words than an fp32 draw, so its last 16 elements and all later draws differ.
 
         Returns:
-            ``(B, *shape)`` of ``dtype``, B being the number of seeds.
-
-        Raises:
-            UsageError: a negative dimension, or another dtype.
+            ``(B, *shape)`` float32, B being the number of seeds.
         """
-        kind: np.dtype[Any] = np.dtype(dtype)
-        if kind not in (np.dtype(np.float32), np.dtype(np.float16)):
-            raise UsageError(
-                f"noise of dtype {kind}", expected="float32 or float16", fix="Draw float32 and cast."
-            )
-        if any(size < 0 for size in shape):
-            raise UsageError(
-                f"noise of shape {shape}", expected="no negative size", fix="Check height and width."
-            )
-        count, half = math.prod(shape), kind == np.dtype(np.float16)
-        noise: Reals = np.empty((len(self.seeds), count), kind)
+        count = math.prod(shape)
+        noise: Reals = np.empty((len(self.seeds), count), np.float32)
         for row, stream in zip(noise, self._streams, strict=True):
             if count:
-                row[:] = stream.normal(count, half=half)
+                row[:] = stream.normal(count)
         return np.reshape(noise, (len(self.seeds), *shape))
-
-
-def _checked_seed(seed: object) -> int:
-    # torch refuses booleans too: a flag in the place of a seed is a mistake
-    if isinstance(seed, (int, np.integer)) and not isinstance(seed, bool):
-        value = operator.index(cast(int, seed))
-        if _SEED_LOW <= value <= _SEED_HIGH:
-            return value
-    raise UsageError(
-        f"seed is {seed!r}",
-        expected="a whole number from -2**63 to 2**64 - 1",
-        fix="Pass for example seed=7.",
-    )
 
 
 class _TorchCpu:
@@ -147,12 +98,11 @@ class _TorchCpu:
         self._words = np.random.RandomState(seed & 0xFFFFFFFF)
         self._spare: float | None = None
 
-    def normal(self, count: int, *, half: bool) -> Reals:
+    def normal(self, count: int) -> Reals:
         if count < 16:
             return np.array([self._one() for _ in range(count)], np.float32)
         tail = count % 16
-        # fp32 writes a uniform to every element before transforming, the tail's too; fp16 does without
-        used = self._uniform(count if not half else count - tail)
+        used = self._uniform(count)  # torch writes a uniform to every element first, the tail's too
         noise = np.empty(count, np.float32)
         noise[: count - tail] = _box_muller_16(used[: count - tail])
         if tail:
@@ -232,8 +182,7 @@ class _TorchCuda:
         self._key = (seed & 0xFFFFFFFF, seed >> 32)
         self._offset = 0
 
-    def normal(self, count: int, *, half: bool) -> Reals:
-        del half  # CUDA computes fp16 draws in fp32 from the same words
+    def normal(self, count: int) -> Reals:
         counter = np.zeros((4, count), np.uint64)
         counter[0] = self._offset & 0xFFFFFFFF
         counter[2] = np.arange(count, dtype=np.uint64)
@@ -279,4 +228,4 @@ def _philox_rounds(words: Words, key: tuple[int, int]) -> None:
         np.bitwise_and(product0, _LOW_32, out=c3)
 
 
-_STREAMS: dict[str, Callable[[int], _Stream]] = {"torch-cpu": _TorchCpu, "torch-cuda": _TorchCuda}
+_STREAMS: dict[str, type[_TorchCpu | _TorchCuda]] = {"torch-cpu": _TorchCpu, "torch-cuda": _TorchCuda}

@@ -1,7 +1,7 @@
 """The samplers: one declaration each, and the tables they trace to.
 
 Everything that the package knows of a sampler stands in its declaration. Spellings, AUTOMATIC1111's names and
-the cuts of image to image are derived from it (`names.py`, `span.py`).
+the cuts of image to image are derived from it (`names.py`, `make_span`).
 """
 
 from __future__ import annotations
@@ -14,27 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from ...engines.errors import SamplerError
+from ...engines.errors import SamplerError, UsageError
+from . import formulas
 from .config import SamplerConfig
-from .formulas import (
-    Formula,
-    ddim,
-    ddpm,
-    deis,
-    dpm2,
-    dpm2_ancestral,
-    dpm_multistep,
-    dpm_singlestep,
-    dpmpp_2s_ancestral,
-    euler,
-    euler_ancestral,
-    heun,
-    lcm,
-    lms,
-    plms,
-    tcd,
-    unipc,
-)
+from .formulas import Formula
 from .levels import lay_levels
 from .table import Table, trace
 
@@ -73,7 +56,9 @@ def _dpm(order: int, kind: str, algorithm: str, **names: Any) -> Sampler:
     options: dict[str, Any] = {"solver_order": order, "algorithm_type": algorithm}
     if "++" not in algorithm:  # noise prediction divides by the final sigma
         options["final_sigmas_type"] = "sigma_min"
-    word, formula = ("multistep", dpm_multistep) if kind == "m" else ("singlestep", dpm_singlestep)
+    word, formula = (
+        ("multistep", formulas.dpm_multistep) if kind == "m" else ("singlestep", formulas.dpm_singlestep)
+    )
     return Sampler(
         formula,
         "x0" if "++" in algorithm else "eps",
@@ -86,121 +71,70 @@ def _dpm(order: int, kind: str, algorithm: str, **names: Any) -> Sampler:
 
 _PLMS: dict[str, Any] = {"skip_prk_steps": True}
 _HEUN: dict[str, Any] = {"solver_type": "heun"}
+_ORDERS: dict[str, Any] = {str(order): {"solver_order": order} for order in (2, 3)}
+_UNIPC: dict[str, Any] = {f"unipc {name}": option for name, option in _ORDERS.items()} | {
+    f"unipc {kind}": {"solver_type": kind} for kind in ("bh1", "bh2")
+}
+
+# fmt: off
+_SAMPLERS = {
+    "ddpm": Sampler(formulas.ddpm, "x0", "DDPMScheduler", "ancestral sampling, Ho et al. 2020"),
+    "ddim": Sampler(formulas.ddim, "x0", "DDIMScheduler", "DDIM with eta, Song et al. 2021", a1111="DDIM"),
+    "pndm": Sampler(formulas.plms, "output", "PNDMScheduler",
+        "PNDM without Runge-Kutta steps, which is PLMS", options=_PLMS),
+    "plms": Sampler(formulas.plms, "output", "PNDMScheduler",
+        "pseudo linear multistep, Liu et al. 2022", options=_PLMS, a1111="PLMS"),
+    "euler": Sampler(formulas.euler, "x0", "EulerDiscreteScheduler",
+        "Euler in sigma, Karras et al. 2022", a1111="Euler"),
+    "euler_a": Sampler(formulas.euler_ancestral, "x0", "EulerAncestralDiscreteScheduler",
+        "Euler with ancestral noise, k-diffusion", a1111="Euler a", aliases={"euler ancestral": {}}),
+    "heun": Sampler(formulas.heun, "eps", "HeunDiscreteScheduler",
+        "Heun, two calls per step, Karras et al. 2022", calls=2, a1111="Heun"),
+    "lms": Sampler(formulas.lms, "eps", "LMSDiscreteScheduler",
+        "linear multistep of order 4, k-diffusion", a1111="LMS"),
+    "dpm2": Sampler(formulas.dpm2, "eps", "KDPM2DiscreteScheduler",
+        "midpoint in log sigma, two calls per step, k-diffusion", calls=2, a1111="DPM2"),
+    "dpm2_a": Sampler(formulas.dpm2_ancestral, "eps", "KDPM2AncestralDiscreteScheduler",
+        "dpm2 with ancestral noise, k-diffusion", calls=2, a1111="DPM2 a", aliases={"dpm2 ancestral": {}}),
+    "dpm_solver_1m": _dpm(1, "m", "dpmsolver", aliases={"dpm solver 1": {}}),
+    "dpm_solver_1s": _dpm(1, "s", "dpmsolver"),
+    "dpm_solver_2m": _dpm(2, "m", "dpmsolver", aliases={"dpm solver 2": {}}),
+    "dpm_solver_2s": _dpm(2, "s", "dpmsolver"),
+    "dpm_solver_3m": _dpm(3, "m", "dpmsolver", aliases={"dpm solver 3": {}}),
+    "dpm_solver_3s": _dpm(3, "s", "dpmsolver"),
+    "dpmpp_1m": _dpm(1, "m", "dpmsolver++"),
+    "dpmpp_1s": _dpm(1, "s", "dpmsolver++"),
+    "dpmpp_2m": _dpm(2, "m", "dpmsolver++", a1111="DPM++ 2M",
+        aliases={"dpm solver++": {}, "dpm solver multistep": {}, "dpm++ 2m heun": _HEUN}),
+    "dpmpp_2s": _dpm(2, "s", "dpmsolver++", aliases={"dpm solver singlestep": {}}),
+    "dpmpp_3m": _dpm(3, "m", "dpmsolver++"),
+    "dpmpp_3s": _dpm(3, "s", "dpmsolver++"),
+    # Singlestep solvers have no variant with noise: a stage's noise would have to be remembered.
+    "dpmpp_1m_sde": _dpm(1, "m", "sde-dpmsolver++"),
+    "dpmpp_2m_sde": _dpm(2, "m", "sde-dpmsolver++", a1111="DPM++ 2M SDE",
+        aliases={"dpm++ 2m sde heun": _HEUN}),
+    "dpmpp_3m_sde": _dpm(3, "m", "sde-dpmsolver++", a1111="DPM++ 3M SDE"),
+    "dpm_solver_1m_sde": _dpm(1, "m", "sde-dpmsolver"),
+    "dpm_solver_2m_sde": _dpm(2, "m", "sde-dpmsolver"),
+    # Not in diffusers; it visits the levels of k-diffusion's other ancestral sampler.
+    "dpmpp_2s_a": Sampler(formulas.dpmpp_2s_ancestral, "x0", "EulerAncestralDiscreteScheduler",
+        "dpmpp_2s with ancestral noise, k-diffusion", calls=2, a1111="DPM++ 2S a",
+        aliases={"dpm++ 2s ancestral": {}}),
+    "deis": Sampler(formulas.deis, "eps", "DEISMultistepScheduler",
+        "DEIS in log rho, Zhang & Chen 2023",
+        aliases={f"deis {name}": option for name, option in _ORDERS.items()}),
+    "unipc": Sampler(formulas.unipc, "x0", "UniPCMultistepScheduler",
+        "UniPC predictor-corrector, Zhao et al. 2023", a1111="UniPC", aliases=_UNIPC),
+    "lcm": Sampler(formulas.lcm, "x0", "LCMScheduler",
+        "latent consistency models, Luo et al. 2023", a1111="LCM"),
+    "tcd": Sampler(formulas.tcd, "x0", "TCDScheduler",
+        "trajectory consistency distillation, Zheng et al. 2024"),
+}
+# fmt: on
 
 # A diffusers config that names a class means the first sampler of that class; for DPM-Solver's classes, the
 # one of its order and algorithm.
-SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
-    {
-        "ddpm": Sampler(ddpm, "x0", "DDPMScheduler", "ancestral sampling, Ho et al. 2020"),
-        "ddim": Sampler(ddim, "x0", "DDIMScheduler", "DDIM with eta, Song et al. 2021", a1111="DDIM"),
-        "pndm": Sampler(
-            plms, "output", "PNDMScheduler", "PNDM without Runge-Kutta steps, which is PLMS", options=_PLMS
-        ),
-        "plms": Sampler(
-            plms,
-            "output",
-            "PNDMScheduler",
-            "pseudo linear multistep, Liu et al. 2022",
-            options=_PLMS,
-            a1111="PLMS",
-        ),
-        "euler": Sampler(
-            euler, "x0", "EulerDiscreteScheduler", "Euler in sigma, Karras et al. 2022", a1111="Euler"
-        ),
-        "euler_a": Sampler(
-            euler_ancestral,
-            "x0",
-            "EulerAncestralDiscreteScheduler",
-            "Euler with ancestral noise, k-diffusion",
-            a1111="Euler a",
-            aliases={"euler ancestral": {}},
-        ),
-        "heun": Sampler(
-            heun,
-            "eps",
-            "HeunDiscreteScheduler",
-            "Heun, two calls per step, Karras et al. 2022",
-            calls=2,
-            a1111="Heun",
-        ),
-        "lms": Sampler(
-            lms, "eps", "LMSDiscreteScheduler", "linear multistep of order 4, k-diffusion", a1111="LMS"
-        ),
-        "dpm2": Sampler(
-            dpm2,
-            "eps",
-            "KDPM2DiscreteScheduler",
-            "midpoint in log sigma, two calls per step, k-diffusion",
-            calls=2,
-            a1111="DPM2",
-        ),
-        "dpm2_a": Sampler(
-            dpm2_ancestral,
-            "eps",
-            "KDPM2AncestralDiscreteScheduler",
-            "dpm2 with ancestral noise, k-diffusion",
-            calls=2,
-            a1111="DPM2 a",
-            aliases={"dpm2 ancestral": {}},
-        ),
-        "dpm_solver_1m": _dpm(1, "m", "dpmsolver", aliases={"dpm solver 1": {}}),
-        "dpm_solver_1s": _dpm(1, "s", "dpmsolver"),
-        "dpm_solver_2m": _dpm(2, "m", "dpmsolver", aliases={"dpm solver 2": {}}),
-        "dpm_solver_2s": _dpm(2, "s", "dpmsolver"),
-        "dpm_solver_3m": _dpm(3, "m", "dpmsolver", aliases={"dpm solver 3": {}}),
-        "dpm_solver_3s": _dpm(3, "s", "dpmsolver"),
-        "dpmpp_1m": _dpm(1, "m", "dpmsolver++"),
-        "dpmpp_1s": _dpm(1, "s", "dpmsolver++"),
-        "dpmpp_2m": _dpm(
-            2,
-            "m",
-            "dpmsolver++",
-            a1111="DPM++ 2M",
-            aliases={"dpm solver++": {}, "dpm solver multistep": {}, "dpm++ 2m heun": _HEUN},
-        ),
-        "dpmpp_2s": _dpm(2, "s", "dpmsolver++", aliases={"dpm solver singlestep": {}}),
-        "dpmpp_3m": _dpm(3, "m", "dpmsolver++"),
-        "dpmpp_3s": _dpm(3, "s", "dpmsolver++"),
-        # Singlestep solvers have no variant with noise: a stage's noise would have to be remembered.
-        "dpmpp_1m_sde": _dpm(1, "m", "sde-dpmsolver++"),
-        "dpmpp_2m_sde": _dpm(
-            2, "m", "sde-dpmsolver++", a1111="DPM++ 2M SDE", aliases={"dpm++ 2m sde heun": _HEUN}
-        ),
-        "dpmpp_3m_sde": _dpm(3, "m", "sde-dpmsolver++", a1111="DPM++ 3M SDE"),
-        "dpm_solver_1m_sde": _dpm(1, "m", "sde-dpmsolver"),
-        "dpm_solver_2m_sde": _dpm(2, "m", "sde-dpmsolver"),
-        "dpmpp_2s_a": Sampler(
-            dpmpp_2s_ancestral,
-            "x0",
-            # not in diffusers; it visits the levels of k-diffusion's other ancestral sampler
-            "EulerAncestralDiscreteScheduler",
-            "dpmpp_2s with ancestral noise, k-diffusion",
-            calls=2,
-            a1111="DPM++ 2S a",
-            aliases={"dpm++ 2s ancestral": {}},
-        ),
-        "deis": Sampler(
-            deis,
-            "eps",
-            "DEISMultistepScheduler",
-            "DEIS in log rho, Zhang & Chen 2023",
-            aliases={f"deis {order}": {"solver_order": order} for order in (2, 3)},
-        ),
-        "unipc": Sampler(
-            unipc,
-            "x0",
-            "UniPCMultistepScheduler",
-            "UniPC predictor-corrector, Zhao et al. 2023",
-            a1111="UniPC",
-            aliases={
-                **{f"unipc {order}": {"solver_order": order} for order in (2, 3)},
-                **{f"unipc {kind}": {"solver_type": kind} for kind in ("bh1", "bh2")},
-            },
-        ),
-        "lcm": Sampler(lcm, "x0", "LCMScheduler", "latent consistency models, Luo et al. 2023", a1111="LCM"),
-        "tcd": Sampler(tcd, "x0", "TCDScheduler", "trajectory consistency distillation, Zheng et al. 2024"),
-    }
-)
+SAMPLERS: Mapping[str, Sampler] = MappingProxyType(_SAMPLERS)
 
 
 def make_table(
@@ -282,7 +216,71 @@ def _trace(
         prediction_type=config.prediction_type,
         x_scale=run.x_scale,
     )
-    # `span` cuts tables after whole steps, so a declaration that disagrees with its formula must not pass.
+    # `make_span` cuts whole steps, so a declaration that disagrees with its formula must not pass.
     steps = len(run.steps)
     assert sampler.calls * (steps - 1) < len(table) <= sampler.calls * steps, f"calls of {config.name}"
     return table
+
+
+def make_span(
+    config: SamplerConfig,
+    num_inference_steps: int,
+    *,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+    strength: float | None = None,
+    denoising_start: float | None = None,
+    denoising_end: float | None = None,
+) -> Table:
+    """The rows of the sampler's table that are run, at least one.
+
+    Image to image leaves out the noisy end (`strength`); a hand-over between two models cuts the schedule at
+    a training timestep (`denoising_end`, `denoising_start`), so that their steps may differ.
+
+    The numbers of steps are diffusers': `int(steps * strength)` for pictures, and for a hand-over the
+    timesteps below, or from, `round(T - share * T)`. Of samplers with two UNet calls a step, whole steps are
+    cut (diffusers may cut between the two calls).
+
+    Args:
+        config: the sampler; one with `grid_share` below 1 has its strength in its grid, and is not cut by it.
+        num_inference_steps: steps of the whole schedule.
+        timesteps: see `make_table`.
+        sigmas: see `make_table`.
+        strength: 0 to 1, how much of the schedule is run; None is all of it. Ignored beside
+            `denoising_start`.
+        denoising_start: share of the schedule, 0 to 1, that another model has done already.
+        denoising_end: share of the schedule after which another model goes on.
+
+    Raises:
+        UsageError: nothing is left to run.
+        SamplerError: as `make_table`.
+    """
+    whole = make_table(config, num_inference_steps, timesteps=timesteps, sigmas=sigmas)
+    steps = count_steps(num_inference_steps, timesteps, sigmas)
+    calls = SAMPLERS[config.name].calls
+    visited = whole.t[::calls]  # PLMS has one more than there are steps, and cuts count it, as in diffusers
+    train = config.noise.num_train_timesteps
+    start, stop = 0, len(visited)
+    if denoising_end is not None:
+        stop = _steps_before(visited, denoising_end, train)
+    if denoising_start is not None:
+        start = _steps_before(visited, denoising_start, train)
+    elif config.grid_share == 1 and strength is not None:
+        start = steps - min(int(steps * strength), steps)
+    if start >= stop:
+        cuts = {"strength": strength, "denoising_start": denoising_start, "denoising_end": denoising_end}
+        words = ", ".join(f"{name} {value:g}" for name, value in cuts.items() if value is not None)
+        raise UsageError(
+            f"{steps} steps, of which none is left to run ({words})",
+            expected="at least one step",
+            fix="Raise strength or num_inference_steps, or widen the part of the schedule.",
+        )
+    table = whole
+    if start:
+        table = make_table(config, num_inference_steps, timesteps=timesteps, sigmas=sigmas, start=start)
+    return table if stop == len(visited) else table.head((stop - start) * calls)
+
+
+def _steps_before(timesteps: np.ndarray, share: float, train: int) -> int:
+    """How many steps come before a share of the schedule."""
+    return int((timesteps >= round(train - share * train)).sum())

@@ -16,7 +16,7 @@ from latentrt.benchmarks.sides.contract import NotAvailableError, OpenSide, Task
 from latentrt.engines.cuda import device as cuda_device
 from latentrt.engines.errors import UsageError
 from latentrt.engines.onnxruntime.nets import CPU
-from latentrt.runtime.loop.device.buffers import aligned
+from latentrt.runtime.loop.device.programs import aligned
 from latentrt.runtime.pipeline import SHIPPED
 from tests.engines.host_device import HostDevice
 from tests.engines.simulated_cuda import SimulatedRuntime

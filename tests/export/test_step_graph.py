@@ -8,8 +8,7 @@ import pytest
 
 from latentrt.engines import spec
 from latentrt.export.graphs.step import write_step
-from latentrt.runtime.loop import guidance
-from latentrt.runtime.loop.denoise import Kept, denoise
+from latentrt.runtime.loop.denoise import Kept, denoise, guide, guided_batch
 from latentrt.runtime.sampling.names import resolve
 from latentrt.runtime.sampling.samplers import make_table
 
@@ -46,7 +45,7 @@ def test_the_graph_draws_what_the_loop_draws(
     noises = random.standard_normal((len(table), *start.shape)).astype(np.float32)
 
     draws = iter(noises[table.draws])
-    predict = lambda y, i: guidance.combine(_model(guidance.batch(y, guided), i), scale, rescale, guided)  # noqa: E731
+    predict = lambda y, i: guide(_model(guided_batch(y, guided), i), scale, rescale, guided)  # noqa: E731
     mask = random.uniform(-0.5, 1.5, (2, 1, 6, 10)).clip(0, 1).astype(np.float32)
     picture = random.standard_normal(start.shape, np.float32)
     kept = Kept(latent=picture, noise=start, mask=mask) if masked else None
@@ -54,7 +53,7 @@ def test_the_graph_draws_what_the_loop_draws(
 
     state = np.zeros((spec.HISTORY, *start.shape), np.float32)
     state[0] = table.init * start
-    latent = guidance.batch(state[0], guided)
+    latent = guided_batch(state[0], guided)
     draws = iter(noises[table.draws])
     for i, row in enumerate(table.packed_rows(scale, rescale)):
         noise = next(draws) if table.draws[i] else np.zeros_like(start)
@@ -65,7 +64,7 @@ def test_the_graph_draws_what_the_loop_draws(
             feeds["row"] = row[: len(spec.ROW)]
         state, latent = session.run(["next_state", "latent"], feeds)
     assert np.linalg.norm(state[0] - wanted.latent) <= 2e-6 * np.linalg.norm(wanted.latent)
-    np.testing.assert_array_equal(latent, guidance.batch(state[0], guided))
+    np.testing.assert_array_equal(latent, guided_batch(state[0], guided))
 
 
 def test_without_guidance_the_prediction_counts_to_the_bit(tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentrt.engines.errors import UsageError
-from latentrt.runtime.sampling.noise import RNGS, NoiseSource, philox4x32_10
+from latentrt.runtime.sampling.noise import NoiseSource, philox4x32_10
 
 SEEDS = (0, 1, 2**31, 2**32 - 1, 2**32 + 7, 2**63 - 1, 2**64 - 1, -1, -(2**63), 1234567)
 # below 16, multiples of 16, and above 16 with a tail, mixed so that a kept second normal crosses other draws
@@ -29,23 +28,22 @@ SHAPES = (
     (7,),
     (4, 64, 64),
 )
-DTYPES = ((np.float32, torch.float32), (np.float16, torch.float16))
+
+RNGS = ("torch-cpu", "torch-cuda")
 
 # torch's AVX2 and AVX-512 builds share one kernel, ours; its other kernels differ from it by 1.8e-6
 SAME_KERNEL = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
-@pytest.mark.parametrize(("dtype", "torch_dtype"), DTYPES, ids=("fp32", "fp16"))
 @pytest.mark.parametrize("seed", SEEDS)
-def test_consecutive_draws_equal_torch_cpu(seed, dtype, torch_dtype):
+def test_consecutive_draws_equal_torch_cpu(seed):
     source, generator = NoiseSource([seed], "torch-cpu"), torch.Generator("cpu").manual_seed(seed)
     for shape in SHAPES:
-        ours = source.draw(shape, dtype)
-        torchs = torch.randn(shape, generator=generator, dtype=torch_dtype).numpy()
+        ours = source.draw(shape)
+        torchs = torch.randn(shape, generator=generator).numpy()
         assert ours.shape == (1, *shape)
-        assert ours.dtype == dtype
-        tolerance = 0 if SAME_KERNEL else 3e-6 if dtype == np.float32 else 3e-3
-        np.testing.assert_allclose(ours[0], torchs, rtol=0, atol=tolerance)
+        assert ours.dtype == np.float32
+        np.testing.assert_allclose(ours[0], torchs, rtol=0, atol=0 if SAME_KERNEL else 3e-6)
 
 
 def test_bfloat16_draw_is_the_rounded_fp32_draw():
@@ -136,11 +134,6 @@ def test_cuda_counts_draws_and_elements(seed):
             )
 
 
-def test_cuda_half_draw_is_the_rounded_fp32_draw():
-    half = NoiseSource([4], "torch-cuda").draw((4, 9, 9), np.float16)
-    np.testing.assert_array_equal(half, NoiseSource([4], "torch-cuda").draw((4, 9, 9)).astype(np.float16))
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("shape", [(4, 64, 64), (4, 65, 65), (4, 128, 128)])
@@ -160,29 +153,3 @@ def test_a_1024_pixel_latent_is_fast(rng):
         source.draw((4, 128, 128))
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.05  # 4 to 6 ms on one idle core; the margin is for a busy one
-
-
-@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 1.0, "7", None, True])
-def test_seed_that_torch_refuses(seed):
-    with pytest.raises(UsageError, match="seed is"):
-        NoiseSource([seed])
-
-
-def test_unknown_rng():
-    with pytest.raises(UsageError, match="rng is 'cuda'; expected torch-cpu or torch-cuda"):
-        NoiseSource([0], "cuda")
-
-
-def test_no_seeds():
-    with pytest.raises(UsageError, match="no seeds"):
-        NoiseSource([])
-
-
-def test_negative_size():
-    with pytest.raises(UsageError, match="noise of shape"):
-        NoiseSource([0]).draw((4, -1))
-
-
-def test_other_dtype():
-    with pytest.raises(UsageError, match="noise of dtype float64"):
-        NoiseSource([0]).draw((4,), np.float64)

@@ -23,7 +23,7 @@ from latentrt.engines.errors import (
 )
 from latentrt.engines.package import write_manifest
 from latentrt.runtime import Pipeline
-from latentrt.runtime.preview import check_finite
+from latentrt.runtime.result import check_finite
 
 PROMPT = "a red circle on a blue background"
 

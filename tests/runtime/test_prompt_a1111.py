@@ -9,7 +9,7 @@ import pytest
 
 from latentrt.engines.errors import UsageError
 from latentrt.runtime.prompts.a1111 import parse_a1111
-from latentrt.runtime.prompts.fragments import Fragment
+from latentrt.runtime.prompts.chunks import Fragment
 from tests.runtime.prompt_references import a1111
 
 SCHEDULING = json.loads((Path(__file__).parent / "data" / "prompts_scheduling.json").read_text("utf-8"))

@@ -7,8 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from latentrt.runtime.prompts.chunks import a1111_chunks, comfyui_chunks, truncated_chunk
-from latentrt.runtime.prompts.fragments import Fragment
+from latentrt.runtime.prompts.chunks import Fragment, a1111_chunks, comfyui_chunks, truncated_chunk
 from tests.runtime import prompt_references as reference
 from tests.runtime.prompt_references import clip_tokenizer
 

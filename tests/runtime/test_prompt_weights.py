@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from latentrt.engines.errors import UsageError
-from latentrt.runtime.prompts.weights import interpolate_from_empty, scale_and_restore_mean
+from latentrt.runtime.prompts.chunks import interpolate_from_empty, scale_and_restore_mean
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from latentrt.engines.errors import PackageError, UsageError
-from latentrt.runtime.pictures.resize import RESIZE_MODES, clip_pixels, resize
+from latentrt.runtime.pictures.resize import clip_pixels, resize
 
 # (H, W): square, both orientations, odd, smaller and larger than the target, slim
 SIZES = [(64, 64), (48, 80), (80, 48), (33, 57), (57, 33), (200, 131), (7, 61), (61, 7), (1, 1), (3, 2)]
@@ -23,7 +23,7 @@ def noise(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, 3), np.uint8)
 
 
-@pytest.mark.parametrize("mode", RESIZE_MODES)
+@pytest.mark.parametrize("mode", ["default", "fill", "crop"])
 @pytest.mark.parametrize("size", SIZES)
 def test_resize_is_diffusers(size: tuple[int, int], mode: str) -> None:
     pixels = noise(*size)
@@ -40,13 +40,6 @@ def test_resize_is_diffusers(size: tuple[int, int], mode: str) -> None:
 def test_slim_pictures_take_no_memory(size: tuple[int, int], mode: str) -> None:
     with pytest.raises(UsageError, match=r"pixels become .* at the same aspect ratio"):
         resize(noise(*size), 1024, 1024, mode)
-
-
-def test_other_modes() -> None:
-    with pytest.raises(UsageError, match="the resize mode is 'stretch'; expected one of default, fill, crop"):
-        resize(noise(8, 8), 8, 8, "stretch")
-    with pytest.raises(UsageError, match="a picture of shape"):
-        resize(noise(8, 8)[..., 0], 8, 8)
 
 
 CONFIGS: list[dict[str, Any]] = [

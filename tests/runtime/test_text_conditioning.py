@@ -197,18 +197,11 @@ def test_threads_share_one():
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        (("a cat",), {}, "texts is 'a cat'; expected a list of texts"),
-        (([],), {}, r"texts is \[\]; expected a list of texts"),
-        ((["a"], ["b", "c"]), {}, "2 second texts; expected as many as first ones: 1"),
-        ((["a"], ["b"]), {}, "a second prompt; expected none"),
-        ((["a"],), {"clip_skip": -1}, "clip_skip is -1; expected 0 or more"),
         (
             (["a"],),
             {"clip_skip": 1},
             "clip_skip is 1; expected 0: this package's text encoder has one output",
         ),
-        ((["a"],), {"syntax": "x"}, "unknown prompt syntax 'x'"),
-        (([None],), {}, "the prompt None; expected a str"),
         ((["rock AND roll"],), {"syntax": "a1111"}, "composition of several prompts"),
     ],
 )

@@ -22,10 +22,9 @@ from ....engines.backend import MemoryLedger
 from ....engines.device import Device, Shapes
 from ....engines.package import Manifest
 from ....engines.spec import Array
-from ...pictures.tiling import Tiling, decode_tiled
-from ..clock import Clock
+from ...pictures.tiling import decode_tiled
 from ..denoise import State, check_finite
-from ..job import DenoiseJob, Drawn, check_cancelled
+from ..job import Clock, DenoiseJob, Drawn, check_cancelled
 from .cuda_graphs import Graphs, Replay
 from .memory_fallback import MemoryNeed, MemoryPlan, fit_in_memory
 from .pool import ProgramPool
@@ -339,7 +338,7 @@ class DeviceLoop:
         def picture(part: Array) -> tuple[Array, Array]:
             if plan.tile is None:
                 return whole(part)
-            return decode_tiled(whole, part, Tiling(size=plan.tile), self._scale)
+            return decode_tiled(whole, part, plan.tile, self._scale)
 
         count = plan.decoder_pictures or len(latent)
         parts = [picture(latent[i : i + count]) for i in range(0, len(latent), count)]

@@ -8,8 +8,7 @@ from typing import TypeVar, cast
 
 from ....engines.device import Device, Shapes
 from ....engines.errors import MemoryLimitError
-from .buffers import Scratch
-from .programs import BoundProgram, Nets
+from .programs import BoundProgram, Nets, Scratch
 
 P = TypeVar("P", bound=BoundProgram)
 Calls = Iterable[tuple[str, Shapes]]  # nets, and the shapes of their inputs
