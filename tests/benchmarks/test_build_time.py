@@ -80,44 +80,24 @@ def test_a_net_that_fails_has_no_time_and_the_others_go_on(
     assert rows["every net"].reason == "unet_time: it broke"
 
 
-def test_a_library_that_is_missing_is_not_available(
-    package: Package, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    document = measure_build(package, Builds(backend="abacus", nets=NETS))
-    assert {row.status for row in document.rows} == {"not available"}
-    assert "abacus" in document.rows[0].reason
-    assert not document.failed
-
-
 @pytest.mark.parametrize(
     ("backend", "tuner"), [("onnxruntime-cuda", tuning), ("onnxruntime", cpu_tuning)], ids=["cuda", "cpu"]
 )
 def test_layouts_are_timed_too(
     package: Package, monkeypatch: pytest.MonkeyPatch, backend: str, tuner: ModuleType
 ) -> None:
-    def tune(package: Package, store: Any, *, nets: list[str]) -> tuple[Any]:
-        told = {
-            "layout": "NCHW",
-            "milliseconds": {"NCHW": 1.5},
-            "relative_l2": {"NCHW": 0.0},
-            "rejected": {},
-            "more": 1,
-        }
-        return (SimpleNamespace(entry=SimpleNamespace(facts=told, build_seconds=0.5)),)
-
-    monkeypatch.setattr(tuner, "tune_package", tune)
-    document = measure_build(package, Builds(backend=backend))
-    row = document.rows[0]
-    assert row.samples == (0.5,)
-    assert row.figures == {
-        "layout": "NCHW",
-        "milliseconds": {"NCHW": 1.5},
-        "relative_l2": {"NCHW": 0.0},
-        "rejected": {},
-    }
-    assert document.rows[-1].samples == (1.0,)
+    facts = {"layout": "NCHW", "milliseconds": {"NCHW": 1.5}, "relative_l2": {"NCHW": 0.0}, "rejected": {}}
+    entry = SimpleNamespace(facts={**facts, "more": 1}, build_seconds=0.5)
+    monkeypatch.setattr(tuner, "tune_package", lambda *arguments, nets: (SimpleNamespace(entry=entry),))
+    first, *_, last = measure_build(package, Builds(backend=backend)).rows
+    assert (first.samples, first.figures) == ((0.5,), facts)
+    assert last.samples == (1.0,)
 
 
-def test_an_unknown_net_is_refused(package: Package) -> None:
+def test_what_cannot_be_built(package: Package) -> None:
+    document = measure_build(package, Builds(backend="abacus", nets=NETS))
+    assert {row.status for row in document.rows} == {"not available"}
+    assert "abacus" in document.rows[0].reason
+    assert not document.failed
     with pytest.raises(UsageError, match="no net 'nerve'"):
         measure_build(package, Builds(nets=("nerve",)))

@@ -1,7 +1,6 @@
 """What a case's nets are called with, where a UNet is told more than a prompt."""
 
 import shutil
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from latentrt.engines import spec
 from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import Package, write_manifest
-from latentrt.engines.spec import NetSpec, TensorSpec
 from latentrt.runtime.loop.device.loop import DeviceLoop
 from latentrt.runtime.loop.host import HostLoop
 from latentrt.runtime.pipeline import SHIPPED, Pipeline
@@ -50,23 +48,6 @@ def test_the_inputs_are_the_contracts(package: Package) -> None:
     whole.check(whole_inputs(CASE, manifest, inputs))
 
 
-def test_layers_are_skipped_only_where_the_encoder_asks() -> None:
-    demo = Package.open(SHIPPED["demo"]).manifest
-    ids = TensorSpec(name="input_ids", dtype="int32", shape=("P", 77))
-    skip = TensorSpec(name="clip_skip", dtype="int32", shape=(1,))
-    for inputs in ((ids,), (ids, skip)):
-        contract = NetSpec(inputs=inputs, outputs=())
-        manifest: Any = SimpleNamespace(
-            net=lambda name, contract=contract: SimpleNamespace(spec=contract),
-            max_tokens=demo.max_tokens,
-            latent_channels=4,
-            latent_scale=8,
-        )
-        found = net_inputs("text_encoder", CASE, manifest, ClipTokenizer.open(TOKENIZER))
-        contract.check(found)
-        assert not found.get("clip_skip", np.zeros(1)).any()
-
-
 @pytest.mark.parametrize("workload", ["invariants", "unet"])
 def test_both_loops_compute_them(package: Package, workload: str) -> None:
     device = HostDevice()
@@ -93,6 +74,5 @@ def test_both_loops_compute_them(package: Package, workload: str) -> None:
 
 
 def test_plain_loops_draw_no_such_pictures(package: Package) -> None:
-    check_drawable("it", Package.open(SHIPPED["demo"]).manifest)
     with pytest.raises(NotAvailableError, match="picture"):
         check_drawable("it", package.manifest)

@@ -17,9 +17,6 @@ def test_a_stage_has_figures_and_the_last_line_it_printed() -> None:
     assert stage.figures == {"a": 1}
     assert stage.seconds > 0
     assert 1e6 < stage.peak_rss < 1e9
-
-
-def test_a_stage_without_json_tells_nothing() -> None:
     assert run_stage("quiet", ["-c", "pass"]).figures == {}
 
 

@@ -1,7 +1,6 @@
 """The sections `placement` and `host_memory`, on host memory, with defects planted in it."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +29,14 @@ def test_placement_fails_for_nets_on_the_cpu() -> None:
         assert row.figures["nodes"] == row.figures["on_cpu"] > 0
 
 
-@pytest.mark.parametrize(
-    ("found", "reason"),
-    [
-        (Placement(nodes=9, on_cpu=2, copies=(), floats=()), ""),
-        (
-            Placement(nodes=9, on_cpu=2, copies=("a (MemcpyToHost)",), floats=()),
-            "1 copies between CPU and GPU: a (MemcpyToHost)",
-        ),
-    ],
-)
-def test_placement_is_judged(monkeypatch: pytest.MonkeyPatch, found: Placement, reason: str) -> None:
-    monkeypatch.setattr(gpu_nets, "read_placement", lambda path: found)
-    for row in collect(placement(stand_in(onnxruntime=True), SCALE)):
-        assert (row.status, row.reason) == ("FAILED" if reason else "ok", reason)
-
-
-def test_engines_have_no_placement() -> None:
+def test_placement_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    for copies, reason in ((), ""), (("a (MemcpyToHost)",), "1 copies between CPU and GPU: a (MemcpyToHost)"):
+        found = Placement(nodes=9, on_cpu=2, copies=copies, floats=())
+        monkeypatch.setattr(gpu_nets, "read_placement", lambda path, found=found: found)
+        for row in collect(placement(stand_in(onnxruntime=True), SCALE)):
+            assert (row.status, row.reason) == ("FAILED" if reason else "ok", reason)
     (row,) = collect(placement(stand_in(), SCALE))
-    assert row.status == "not available"
+    assert row.status == "not available", "engines have none"
 
 
 @pytest.mark.skipif(not gpu_pictures._STATM.exists(), reason="tells resident memory on Linux alone")
@@ -72,18 +60,23 @@ def test_without_a_system_that_tells(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert row.status == "not available"
 
 
-def test_captured_pipelines_are_opened_for_it() -> None:
-    options: list[dict[str, Any]] = []
-    opener = stand_in(onnxruntime=True)
+def test_shapes_may_stay_on_the_cpu_and_copies_are_named(profile: Path, tmp_path: Path) -> None:
+    def move(args: dict[str, Any]) -> None:
+        args["provider"] = "CUDAExecutionProvider"
 
-    def open_device(*arguments: Any, **asked: Any) -> Any:
-        options.append(asked)
-        return opener.open_device(*arguments)
+    found = read_placement(changed(profile, tmp_path, move))
+    assert (found.on_cpu, found.copies, found.floats) == (0, (), ())
 
-    for graphs in ("off", "auto", "on"):
-        with replace(opener, open_device=open_device).pipeline(graphs):
-            pass
-    assert options == [{}, {}, {"capture": True}]
+    def turn(args: dict[str, Any]) -> None:
+        args.update(input_type_shape=[{"int64": [4]}], output_type_shape=[{"bool": []}])
+        if args["op_name"] in ("Sin", "Cos"):
+            args.update(op_name="MemcpyToHost", provider="CUDAExecutionProvider")
+
+    found = read_placement(changed(profile, tmp_path, turn))
+    assert found.on_cpu > 0
+    assert found.floats == ()
+    assert found.copies
+    assert all(name.endswith("(MemcpyToHost)") for name in found.copies)
 
 
 # ── reading a profile ────────────────────────────────────────────────────────────────────────────
@@ -130,36 +123,12 @@ def test_a_real_profile(profile: Path) -> None:
     assert 0 < len(found.floats) <= found.nodes
 
 
-def test_all_on_the_gpu(profile: Path, tmp_path: Path) -> None:
-    def move(args: dict[str, Any]) -> None:
-        args["provider"] = "CUDAExecutionProvider"
-
-    found = read_placement(changed(profile, tmp_path, move))
-    assert (found.on_cpu, found.copies, found.floats) == (0, (), ())
-
-
-def test_shapes_may_stay_on_the_cpu_and_copies_are_named(profile: Path, tmp_path: Path) -> None:
-    def turn(args: dict[str, Any]) -> None:
-        args.update(input_type_shape=[{"int64": [4]}], output_type_shape=[{"bool": []}])
-        if args["op_name"] in ("Sin", "Cos"):
-            args.update(op_name="MemcpyToHost", provider="CUDAExecutionProvider")
-
-    found = read_placement(changed(profile, tmp_path, turn))
-    assert found.on_cpu > 0
-    assert found.floats == ()
-    assert found.copies
-    assert all(name.endswith("(MemcpyToHost)") for name in found.copies)
-
-
-@pytest.mark.parametrize("content", ["", "[{]", "3", "[3]", '[{"cat": "Session", "name": "model_run"}]'])
-def test_what_is_no_profile(tmp_path: Path, content: str) -> None:
+def test_what_is_no_profile(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
-    path.write_text(content)
-    with pytest.raises(BackendError, match=r"expected the JSON file that end_profiling"):
-        read_placement(path)
-
-
-def test_a_net_that_was_not_profiled() -> None:
+    for content in ("", "[{]", "3", "[3]", '[{"cat": "Session", "name": "model_run"}]'):
+        path.write_text(content)
+        with pytest.raises(BackendError, match=r"expected the JSON file that end_profiling"):
+            read_placement(path)
     net: Any = open_onnxruntime_net(DEMO, "unet", Host(), provider=CPU, threads=1)  # type: ignore[arg-type]
     with pytest.raises(BackendError, match=r"'unet' has no profile.*Pass `profile`"):
         net.end_profile()

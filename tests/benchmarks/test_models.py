@@ -9,8 +9,7 @@ from latentrt.benchmarks import skeletons
 from latentrt.benchmarks.models import full_size
 from latentrt.benchmarks.models import open as models
 from latentrt.benchmarks.models.full_size import Stage
-from latentrt.benchmarks.models.open import default_cache, find_model, model_names
-from latentrt.benchmarks.models.recipes import RECIPES
+from latentrt.benchmarks.models.open import find_model
 from latentrt.benchmarks.skeletons import save_skeleton
 from latentrt.engines.errors import BackendError, CheckpointError, ModelError, UsageError
 from latentrt.engines.package import Package
@@ -40,27 +39,13 @@ def test_a_package_by_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    known = r"expected demo, sd15-fp32, sd15-fp16, sd21-fp32, sd21-fp16, or a package's folder"
+    for name in ("sd15", "sd15-int8", "sdxl-fp16", "no/such/folder"):
+        with pytest.raises(UsageError, match=known):
+            find_model(name)
     with pytest.raises(CheckpointError, match=r"has no model_index\.json"):
         find_model("demo", checkpoint=tmp_path)
-
-
-@pytest.mark.parametrize("name", ["sd15", "sd15-int8", "sdxl-fp16", "no/such/folder"])
-def test_an_unknown_name_is_refused(name: str) -> None:
-    with pytest.raises(
-        UsageError, match=r"expected demo, sd15-fp32, sd15-fp16, sd21-fp32, sd21-fp16, or a package's folder"
-    ):
-        find_model(name)
-
-
-def test_names_are_recipes() -> None:
-    assert set(models.SIZES) <= set(RECIPES)
-    assert model_names()[:3] == ("demo", "sd15-fp32", "sd15-fp16")
-
-
-def test_the_cache_lies_in_the_stores_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path))
-    assert default_cache() == tmp_path / "benchmarks"
 
 
 @pytest.fixture
@@ -87,29 +72,22 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
-def test_a_full_size_model_is_made_once_and_said_beforehand(tmp_path: Path, stages: list[str]) -> None:
-    said: list[str] = []
-
-    def say(line: str) -> None:
-        said.append(f"after {stages}: {line}")
-
-    cache = tmp_path / "cache"
-    model = find_model("sd21-fp32", cache=cache, said=say)
-    assert (model.name, model.checkpoint) == ("sd21-fp32", cache / "sd21")
-    assert model.package.manifest == Package.open(DEMO).manifest
-    assert said[0].startswith(f"after []: making {cache / 'sd21'}: ")
-    assert said[1].startswith(f"after ['sd21']: making {cache / 'sd21-fp32'}: ")
-    assert all("2.6 GB" in line for line in said)
-    again = find_model("sd21-fp32", cache=cache, said=say)
-    assert again.checkpoint == model.checkpoint
-    assert stages == ["sd21", "sd21-fp32"]
-    assert len(said) == 2
-
-
-def test_a_model_that_cannot_be_made(tmp_path: Path, stages: list[str]) -> None:
+def test_a_full_size_model_is_made_once_and_said_beforehand(
+    tmp_path: Path, stages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path))
+    cache, printed = tmp_path / "benchmarks", list[str]()
+    for _ in range(2):
+        model = find_model("sd21-fp32", said=lambda line: printed.append(f"after {stages}: {line}"))
+        assert (model.name, model.checkpoint) == ("sd21-fp32", cache / "sd21")
+        assert model.package.manifest == Package.open(DEMO).manifest
+        assert stages == ["sd21", "sd21-fp32"]
+    first, second = printed
+    assert first.startswith(f"after []: making {cache / 'sd21'}: ")
+    assert second.startswith(f"after ['sd21']: making {cache / 'sd21-fp32'}: ")
+    assert "2.6 GB" in first
     with pytest.raises(ModelError, match="it broke"):
-        find_model("sd15-fp16", cache=tmp_path)
-    assert stages == ["sd15"]
+        find_model("sd15-fp16")
 
 
 @pytest.fixture
@@ -123,21 +101,6 @@ def without_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("without_torch")
-def test_without_torch_a_skeleton_is_filled(tmp_path: Path) -> None:
-    said: list[str] = []
-    model = find_model("sd15-fp16", cache=tmp_path / "cache", said=said.append)
-    assert model.checkpoint is None
-    assert model.package.root.name == "sd15-fp16-skeleton", "no checkpoint has its weights"
-    assert len(said) == 1
-    find_model("sd15-fp16", cache=tmp_path / "cache", said=said.append)
-    assert len(said) == 1
-    assert not list((tmp_path / "cache").glob(".sd15*")), "what it was made in is gone"
-    with Pipeline.open(model.package.root, threads=1) as pipe:
-        latent = pipe("a star", width=16, height=16, num_inference_steps=1, output_type="latent").images
-    assert latent.shape == (1, 4, 2, 2)
-
-
-@pytest.mark.usefixtures("without_torch")
 def test_without_torch_and_skeleton_it_says_what_to_install(tmp_path: Path) -> None:
     with pytest.raises(
         BackendError,
@@ -147,25 +110,31 @@ def test_without_torch_and_skeleton_it_says_what_to_install(tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("without_torch")
-def test_a_checkpoint_beside_a_filled_skeleton_is_not_taken_for_its_own(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "cache" / "sd15"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "model_index.json").write_text("{}")
-    assert find_model("sd15-fp16", cache=tmp_path / "cache").checkpoint is None
-
-
-def bytes_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def test_without_torch_a_skeleton_is_filled(tmp_path: Path) -> None:
+    cache, printed = tmp_path / "cache", list[str]()
+    (cache / "sd15").mkdir(parents=True)
+    (cache / "sd15" / "model_index.json").write_text("{}")
+    for _ in range(2):
+        model = find_model("sd15-fp16", cache=cache, said=printed.append)
+        assert model.checkpoint is None, "no checkpoint has its weights"
+        assert model.package.root.name == "sd15-fp16-skeleton"
+    assert len(printed) == 1
+    assert not list(cache.glob(".sd15*")), "what it was made in is gone"
+    with Pipeline.open(model.package.root, threads=1) as pipe:
+        latent = pipe("a star", width=16, height=16, num_inference_steps=1, output_type="latent").images
+    assert latent.shape == (1, 4, 2, 2)
 
 
 def test_the_size_that_is_said_is_the_skeletons() -> None:
     """A digest of the weights' headers and the graphs."""
-    folder = skeletons.FOLDER / "sd15-fp16"
+    files = [path for path in (skeletons.FOLDER / "sd15-fp16").rglob("*") if path.is_file()]
+    headers = [json.loads(path.read_bytes()) for path in files if path.name.endswith(".header.json")]
     ends = [
         max(tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__")
-        for header in (json.loads(path.read_bytes()) for path in folder.rglob("*.header.json"))
+        for header in headers
     ]
-    assert models.SIZES["sd15"] == f"{(sum(ends) + bytes_of(folder)) / 1e9:.1f} GB"
+    total = sum(ends) + sum(path.stat().st_size for path in files)
+    assert models.SIZES["sd15"] == f"{total / 1e9:.1f} GB"
 
 
 @pytest.mark.slow  # a minute: two imports of torch, and all of an export

@@ -51,33 +51,21 @@ def test_percentiles_are_numpys() -> None:
     assert Row(side="a", workload="b").summary == {}
 
 
-def test_select() -> None:
-    other = Row(side="openvino", workload="unet")
-    document = _document(ROW, other, Row(side="openvino", workload="picture"))
-    assert list(document.select("unet")) == [ROW, other]
-    assert list(document.select(side="openvino", workload="unet")) == [other]
-    assert len(list(document.select())) == 3
-
-
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
+        (None, "FileNotFoundError"),
         ("{", "JSONDecodeError"),
         ("[]", "TypeError"),
         ('{"schema": 1}', "KeyError"),
         (json.dumps({"schema": SCHEMA + 1}), f"its schema is {SCHEMA + 1}"),
-        ('{"schema": "one"}', "TypeError"),
     ],
 )
-def test_other_files_are_refused(tmp_path: Path, text: str, reason: str) -> None:
-    (tmp_path / "a.json").write_text(text)
+def test_other_files_are_refused(tmp_path: Path, text: str | None, reason: str) -> None:
+    if text is not None:
+        (tmp_path / "a.json").write_text(text)
     with pytest.raises(PackageError, match=reason):
         read_document(tmp_path / "a.json")
-
-
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PackageError, match="FileNotFoundError"):
-        read_document(tmp_path / "none.json")
 
 
 def test_nothing_of_this_machine_is_published() -> None:

@@ -1,8 +1,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
-
 from latentrt.benchmarks.process import SideError
 from latentrt.benchmarks.rounds import Pace, interleave
 
@@ -66,17 +64,17 @@ def test_long_runs_get_as_many_rounds_as_runs_or_the_budget_allow() -> None:
     assert len(interleave(sides, {"a": 1000.0}, PACE, clock=clock)["a"].rounds) == 3, "never fewer"
 
 
-def test_a_slow_first_run_does_not_shorten_the_turns() -> None:
+def test_a_turn_has_a_limit_and_a_slow_first_run_does_not_shorten_it() -> None:
+    lines: list[str] = []
     sides, clock, _ = _sides(0.01)
-    found = interleave(sides, {"a": 5.0}, PACE, clock=clock)
+    found = interleave(sides, {"a": 5.0}, PACE, said=lines.append, clock=clock)
     assert [len(turn) for turn in found["a"].rounds] == [25] * 4
-
-
-def test_a_turn_has_a_limit() -> None:
+    assert lines == [f"round {i} of at most 4" for i in (1, 2, 3, 4)]
     sides, clock, _ = _sides(1e-6)
-    assert sides[0].runs == []
     interleave(sides, {"a": 1e-6}, PACE, clock=clock)
     assert sides[0].runs == [6, 41, 41, 41, 41], "the first of a turn is not counted"
+    assert interleave([], {}, PACE) == {}
+    assert Pace.quick().budget < Pace().budget
 
 
 def test_a_side_that_fails_drops_out() -> None:
@@ -86,17 +84,3 @@ def test_a_side_that_fails_drops_out() -> None:
     assert (found["a"].status, found["a"].reason, len(found["a"].rounds)) == ("FAILED", "it broke", 1)
     assert (found["b"].status, len(found["b"].rounds)) == ("ok", 4)
     assert calls == ["a", "b", "a", *"bbbb"]
-
-
-def test_the_rounds_are_told() -> None:
-    sides, clock, _ = _sides(0.01)
-    told: list[str] = []
-    interleave(sides, {"a": 0.01}, PACE, said=told.append, clock=clock)
-    assert told == [f"round {i} of at most 4" for i in (1, 2, 3, 4)]
-
-
-def test_nothing_to_time() -> None:
-    assert interleave([], {}, PACE) == {}
-    assert Pace.quick().budget < Pace().budget
-    with pytest.raises(KeyError):
-        interleave(_sides(1.0)[0], {}, PACE)

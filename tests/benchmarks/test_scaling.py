@@ -4,6 +4,7 @@ import pytest
 
 from latentrt.benchmarks.case import Case
 from latentrt.benchmarks.process import SideError
+from latentrt.benchmarks.records import Document
 from latentrt.benchmarks.rounds import Pace
 from latentrt.benchmarks.sides.contract import OURS, Task
 from latentrt.benchmarks.verbs import scaling
@@ -25,48 +26,38 @@ def _cost(workload: str, case: Case) -> float:
     return 1e-3 * case.pictures * (case.width * case.height / 24576) ** 2
 
 
-def _fits(monkeypatch: pytest.MonkeyPatch, **axes: Any) -> dict[str, Any]:
-    def opened(name: str, module: str, task: Task) -> StandInSide:
-        return StandInSide(name, _cost)
+class Small(StandInSide):
+    """Has memory for six pictures."""
 
-    monkeypatch.setattr(scaling, "SideProcess", opened)
-    document = measure_scaling(PACKAGE, TASK, CASE, axes=axes or None, pace=PACE)
-    return {row.figures["of"]: row for row in document.select("fit")}
+    def prepare(self, workload: str, case: Case, *, slot: str = "") -> Any:
+        if case.pictures > 6:
+            raise SideError("FAILED", "out of memory")
+        return super().prepare(workload, case, slot=slot)
+
+
+def _measured(monkeypatch: pytest.MonkeyPatch, axes: Any = None) -> tuple[Document, dict[str, Any]]:
+    monkeypatch.setattr(scaling, "SideProcess", lambda name, module, task: Small(name, _cost))
+    document = measure_scaling(PACKAGE, TASK, CASE, axes=axes, pace=PACE)
+    return document, {row.figures["of"]: row for row in document.select("fit")}
 
 
 def test_the_line_is_the_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = _fits(monkeypatch)
+    document, rows = _measured(monkeypatch)
     assert set(rows) == set(AXES)
     steps, batch, pixels = (rows[name].figures for name in ("steps", "batch", "pixels"))
     assert steps["slope"] == pytest.approx(0.003)
     assert steps["intercept"] == pytest.approx(0.005)
     assert steps["residual"] == pytest.approx(0, abs=1e-9)
-    assert batch["points"] == [(n, pytest.approx(1e-3 * n)) for n in (1, 2, 4, 8)]
     assert pixels["residual"] > 0.05, "a parabola is no line"
     assert [x for x, _ in pixels["points"]] == [64 * 128, 128 * 192, 192 * 256, 256 * 384]
+    assert batch["points"] == [(n, pytest.approx(1e-3 * n)) for n in (1, 2, 4)]
+    failed = [(row.case["pictures"], row.reason) for row in document.rows if row.status == "FAILED"]
+    assert failed == [(8, "out of memory")], "a point that cannot be run leaves the others"
 
 
 def test_two_points_are_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = _fits(monkeypatch, steps=(1, 2))["steps"]
+    row = _measured(monkeypatch, {"steps": (1, 2)})[1]["steps"]
     assert (row.status, row.reason) == ("FAILED", "2 points, a line with a residual needs 3")
-
-
-class Small(StandInSide):
-    """Has memory for four pictures."""
-
-    def prepare(self, workload: str, case: Case, *, slot: str = "") -> Any:
-        if case.pictures > 4:
-            raise SideError("FAILED", "out of memory")
-        return super().prepare(workload, case, slot=slot)
-
-
-def test_a_point_that_cannot_be_run_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaling, "SideProcess", lambda name, module, task: Small(name, _cost))
-    document = measure_scaling(PACKAGE, TASK, CASE, axes={"batch": (1, 2, 4, 8)}, pace=PACE)
-    *points, fit = document.rows
-    assert [row.status for row in points] == ["ok", "ok", "ok", "FAILED"]
-    assert points[-1].reason == "out of memory"
-    assert len(fit.figures["points"]) == 3
 
 
 def test_the_demo_model_for_real() -> None:

@@ -19,27 +19,21 @@ MODEL = Model(name="demo", package=PACKAGE, checkpoint=None)
 SIDES = Sides(task=Task(package=PACKAGE.root))
 
 
-def options(monkeypatch: pytest.MonkeyPatch, verb: str, *, quick: bool) -> dict[str, Any]:
-    """The keywords that the verb's function is called with."""
-    found: dict[str, Any] = {}
-    monkeypatch.setattr(suite, f"measure_{verb}", lambda *positional, **named: found.update(named))
-    planned(MODEL, SIDES, quick=quick)[verb](silent)
-    return found
-
-
 def test_quick_measures_less_of_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    def both(verb: str, name: str) -> tuple[Any, Any]:
-        quick, full = (options(monkeypatch, verb, quick=quick)[name] for quick in (True, False))
-        return quick, full
-
-    axes, all_axes = both("scaling", "axes")
-    assert set(axes) == set(all_axes) == set(AXES)
-    for name, values in all_axes.items():
-        assert values == AXES[name].values
-        assert axes[name] == values[:3], "the fewest that a line has a residual with"
-    watched, all_watched = both("memory", "steps")
+    found: dict[str, list[dict[str, Any]]] = {}  # the keywords of each verb's function: quick, and in full
+    for verb in ("scaling", "memory", "throughput", "latency"):
+        calls = found.setdefault(verb, [])
+        monkeypatch.setattr(
+            suite, f"measure_{verb}", lambda *positional, calls=calls, **named: calls.append(named)
+        )
+        for quick in (True, False):
+            planned(MODEL, SIDES, quick=quick)[verb](silent)
+    axes, all_axes = (call["axes"] for call in found["scaling"])
+    assert all_axes == {name: axis.values for name, axis in AXES.items()}
+    assert axes == {name: values[:3] for name, values in all_axes.items()}, "as few as a residual needs"
+    watched, all_watched = (call["steps"] for call in found["memory"])
     assert watched < all_watched
     assert watched - SETTLED >= 2 * BLOCKS, "what comes and goes with every other step is no growth"
-    assert both("throughput", "batches") == ((1, 4), (1, 2, 4, 8))
-    pace, all_pace = both("latency", "pace")
+    assert [call["batches"] for call in found["throughput"]] == [(1, 4), (1, 2, 4, 8)]
+    pace, all_pace = (call["pace"] for call in found["latency"])
     assert pace.budget < all_pace.budget

@@ -12,7 +12,7 @@ from latentrt.benchmarks.records import Document, Row
 from latentrt.benchmarks.rounds import Pace
 from latentrt.benchmarks.sides.contract import OURS, Task
 from latentrt.benchmarks.verbs import throughput
-from latentrt.benchmarks.verbs.throughput import SWEEP, Rules, best_batch, measure_throughput
+from latentrt.benchmarks.verbs.throughput import SWEEP, Rules, measure_throughput
 from latentrt.engines.package import Package
 from latentrt.runtime.pipeline import SHIPPED
 from tests.benchmarks.stand_in_side import StandInSide
@@ -82,34 +82,27 @@ def test_sweep_and_scenarios(monkeypatch: pytest.MonkeyPatch) -> None:
     assert document.settings["rules"]["queries"] == 20
 
 
-def test_single_stream_lasts_as_long_as_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_stream_lasts_as_long_as_it_should_and_the_budget_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rules = Rules(queries=1, seconds=0.1, samples=1, budget=5.0)
     single = row(measured(monkeypatch, rules=rules)[0], "SingleStream")
     assert sum(single.samples) >= 0.1
     assert single.figures["seconds"] < 0.3
-
-
-def test_a_budget_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     document = measured(monkeypatch, rules=Rules(queries=500, seconds=0.0, samples=400, budget=0.05))[0]
     assert len(row(document, "SingleStream").samples) < 100
     assert row(document, "Offline").figures["samples"] < 200
 
 
-def test_a_batch_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_or_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     document = measured(monkeypatch, kind=NoMoreThanTwo)[0]
     status = [(found.status, found.reason) for found in document.select(SWEEP)]
     assert status == [("ok", ""), ("ok", ""), ("FAILED", "out of memory")]
     assert row(document, "Offline").figures["batch"] == 2
-
-
-def test_a_side_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = measured(monkeypatch, kind=Broken)[0].rows
-    assert [(found.workload, found.status) for found in rows[-2:]] == [
-        ("SingleStream", "FAILED"),
-        ("Offline", "FAILED"),
-    ]
-    assert rows[-1].reason == "the output is not finite"
-    assert best_batch(rows) == 1
+    document = measured(monkeypatch, kind=Broken)[0]
+    for workload in ("SingleStream", "Offline"):
+        found = row(document, workload)
+        assert (found.status, found.reason) == ("FAILED", "the output is not finite")
 
 
 def test_the_demo_model() -> None:

@@ -3,12 +3,10 @@
 from hashlib import sha256
 
 import numpy as np
-import pytest
 
 from latentrt.benchmarks import skeletons
 from latentrt.benchmarks.sides.contract import Task
 from latentrt.benchmarks.sides.yardstick import GRAPH, SIZES, SKELETON, open_yardstick
-from latentrt.engines.errors import UsageError
 from latentrt.runtime.pipeline import SHIPPED
 
 # Times of documents that it stands in are alike only as long as its graph is.
@@ -27,8 +25,3 @@ def test_it_computes_the_same_finite_numbers_in_every_process() -> None:
     assert np.array_equal(found, again)
     assert 0.01 < found.std() < 100
     assert one.figures() == {"sizes": SIZES}
-
-
-def test_no_threads() -> None:
-    with pytest.raises(UsageError, match="threads is 0"):
-        open_yardstick(Task(package=SHIPPED["demo"], threads=0))

@@ -141,13 +141,6 @@ def test_the_gpu_check_is_a_verb(bench: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert bench("gpu")[0] == 2
 
 
-def test_a_failed_row_is_exit_code_1(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "measure_latency", lambda *parts, **options: _document(GOOD, BAD))
-    code, out, _ = bench("latency")
-    assert code == 1
-    assert "FAILED, not finite" in out
-
-
 def test_all_of_them(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = {verb: BAD if verb == "parity" else GOOD for verb in ("latency", "parity", "build")}
     verbs = {verb: lambda progress, row=row: _document(row) for verb, row in rows.items()}
@@ -156,29 +149,33 @@ def test_all_of_them(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert code == 1, "one failed, the others are there"
     assert {path.name for path in tmp_path.iterdir()} == {f"{verb}-demo.json" for verb in verbs}
     assert out.count("FAILED") == 1
+    monkeypatch.setattr(latency, "measure_latency", lambda *parts, **options: _document(GOOD, BAD))
+    code, out, _ = bench("latency")
+    assert code == 1
+    assert "FAILED, not finite" in out
 
 
-def test_compare(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    slower = Row(side="latentrt", workload="unet", rounds=tuple((0.02,) * 9 for _ in range(12)))
-    faster = Row(side="latentrt", workload="unet", rounds=tuple((0.01,) * 9 for _ in range(12)))
-    _document(faster).write(tmp_path / "a.json")
-    _document(slower).write(tmp_path / "b.json")
-    assert bench("compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"))[0] == 1
-    code, out, _ = bench("compare", str(tmp_path / "b.json"), str(tmp_path / "a.json"), "--json")
-    assert code == 0
-    assert json.loads(out)
-    assert bench("compare", str(tmp_path / "a.json"), str(tmp_path / "none.json"))[0] == 3
+def test_compare(bench: Any, tmp_path: Path) -> None:
+    documents = {
+        "fast": _document(replace(GOOD, rounds=((0.01,) * 9,) * 12)),
+        "slow": _document(replace(GOOD, rounds=((0.02,) * 9,) * 12)),
+        "other": _document(replace(GOOD, workload="picture")),
+        "elsewhere": replace(_document(GOOD), machine={**_document().machine, "cpu": "another processor"}),
+    }
+    for name, document in documents.items():
+        document.write(tmp_path / name)
 
+    def compare(before: str, after: str, *options: str) -> tuple[int, str, str]:
+        return bench("compare", str(tmp_path / before), str(tmp_path / after), *options)
 
-def test_comparing_nothing_is_a_failure(bench: Any, tmp_path: Path) -> None:
-    _document(GOOD).write(tmp_path / "a.json")
-    _document(replace(GOOD, workload="picture")).write(tmp_path / "b.json")
-    code, out, _ = bench("compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"))
+    assert compare("fast", "slow")[0] == 1
+    code, out, _ = compare("slow", "fast", "--json")
+    assert (code, json.loads(out)["regressed"]) == (0, False)
+    assert compare("fast", "none")[0] == 3
+    code, out, _ = compare("fast", "other")
     assert code == 1
     assert "nothing was compared" in out
-    other = {**_document().machine, "cpu": "another processor"}
-    replace(_document(GOOD), machine=other).write(tmp_path / "c.json")
-    code, _, err = bench("compare", str(tmp_path / "a.json"), str(tmp_path / "c.json"))
+    code, _, err = compare("fast", "elsewhere")
     assert code == 2
     assert "different machines" in err
 
@@ -220,8 +217,5 @@ def test_peers_run_where_our_backend_does(
 
     monkeypatch.setattr("latentrt.engines.backend.choose_backend", choose)
     assert device_of(backend, device) == found
-
-
-def test_an_unknown_device_is_refused() -> None:
     with pytest.raises(UsageError, match="unknown device 'gpu'"):
         device_of("auto", "gpu")
