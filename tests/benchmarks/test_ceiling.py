@@ -1,16 +1,19 @@
-"""The ceiling: what it computes is a matmul and a copy, of the sizes it says, on the CPU and on a device."""
+"""The references: a ceiling of matmuls and copies, on the CPU and on a device, and a yardstick."""
 
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from latentrt.benchmarks import skeletons
 from latentrt.benchmarks.case import Case
 from latentrt.benchmarks.child import Server
 from latentrt.benchmarks.sides import ceiling
 from latentrt.benchmarks.sides.contract import NotAvailableError, OpenSide, Task, Work, side
+from latentrt.benchmarks.sides.yardstick import GRAPH, SIZES, SKELETON, open_yardstick
 from latentrt.engines.cuda import device as cuda_device
 from latentrt.engines.errors import UsageError
 from latentrt.engines.onnxruntime.nets import CPU
@@ -71,9 +74,6 @@ def test_a_copy_on_the_cpu_moves_what_it_says(monkeypatch: pytest.MonkeyPatch) -
     opened.close()
 
 
-# ── on the CPU ─────────────────────────────────────────────────────────────────────────────────────
-
-
 def test_no_threads() -> None:
     with pytest.raises(UsageError, match="threads is 0"):
         ceiling.host_ceiling(0)
@@ -103,9 +103,6 @@ def test_the_fastest_at_its_median_is_kept() -> None:
     found = ceiling.fastest([steady, spiked, slow], trials=3, clock=lambda: now)
     assert found is steady
     assert released == ["lucky", "slow"]
-
-
-# ── on a device ────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
@@ -177,9 +174,6 @@ def test_it_is_a_side_that_can_run_here() -> None:
     opened.close()
 
 
-# ── as a side ──────────────────────────────────────────────────────────────────────────────────────
-
-
 def test_on_cuda_it_takes_the_packages_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     task = Task(package=SHIPPED["demo"], device="cuda")
     monkeypatch.setattr(ceiling, "cuda_available", lambda: "no CUDA device")
@@ -199,3 +193,21 @@ def test_on_cuda_it_takes_the_packages_dtype(monkeypatch: pytest.MonkeyPatch) ->
     assert copy.figures()["device_s"] >= 0
     opened.close()
     assert not runtime.blocks
+
+
+# Times of documents that it stands in are alike only as long as its graph is.
+FROZEN = "95b5dc17080686f98afbf7d3179d42f4707185d60f505cbe49fdcddaf0817cb5"
+
+
+def test_it_is_what_it_always_was() -> None:
+    assert sha256((skeletons.FOLDER / SKELETON / GRAPH).read_bytes()).hexdigest() == FROZEN
+
+
+def test_it_computes_the_same_finite_numbers_in_every_process() -> None:
+    task = Task(package=SHIPPED["demo"], threads=1)
+    one, other = (open_yardstick(task) for _ in range(2))
+    found, again = one.call()["prediction"], other.call()["prediction"]
+    assert found.shape == (SIZES["B"], 4, SIZES["H/8"], SIZES["W/8"])
+    assert np.array_equal(found, again)
+    assert 0.01 < found.std() < 100
+    assert one.figures() == {"sizes": SIZES}

@@ -24,8 +24,6 @@ from tests.benchmarks.gpu_stand_in import MIB, PACKAGE, Hungry, WatchedDevice, s
 
 WITHOUT_GPU = pytest.mark.skipif(available() is None, reason="there is a GPU")
 
-# ── processes ────────────────────────────────────────────────────────────────────────────────────
-
 
 PRINTED = json.dumps(Row(side="latentrt", workload="a").to_json())
 
@@ -83,8 +81,6 @@ def test_sections_together_are_limited() -> None:
     assert checked({}, limit=0)[0][0].reason == "no time is left of 0 s"
 
 
-# ── the whole ────────────────────────────────────────────────────────────────────────────────────
-
 STATUSES: tuple[Status, ...] = ("ok", "FAILED", "not available")
 OK, FAILED, NOT = (Row(side="latentrt", workload="w", status=status) for status in STATUSES)
 
@@ -124,11 +120,7 @@ def test_where_a_backend_ends(section: str, row: Row, last: str) -> None:
 
 @pytest.mark.parametrize(("row", "code"), [(OK, 0), (NOT, 0), (FAILED, 1)])
 def test_the_document(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    row: Row,
-    code: int,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], row: Row, code: int
 ) -> None:
     gpu = {"gpu": {"name": "NVIDIA H200 (x)"}}
     monkeypatch.setattr(gpu_check, "available", lambda: None)
@@ -169,10 +161,8 @@ def test_a_backend_without_a_device() -> None:
 
 def test_nets_and_device_are_closed_also_where_one_fails() -> None:
     class Once(WatchedDevice):
-        closed = 0
-
         def close(self) -> None:
-            self.closed += 1
+            closed.append(self)
             super().close()
 
     class Failing(Hungry):
@@ -181,25 +171,23 @@ def test_nets_and_device_are_closed_also_where_one_fails() -> None:
             super().close()
             raise BackendError("this one fails", expected="closing", fix="None.")
 
-    closed: list[Failing] = []
-    device = Once(2**30)
-    opener = stand_in(device, wrap=lambda name, net: Failing(net, 0))
-    with pytest.raises(BackendError, match="this one fails"), opener.nets() as (_, nets):
+    closed: list[object] = []
+    opener = stand_in(Once(2**30), wrap=lambda name, net: Failing(net, 0))
+    with pytest.raises(BackendError, match="this one fails"), opener.nets() as (device, nets):
         pass
-    assert len(closed) == len(nets)
-    assert device.closed == 1
+    assert closed == [*reversed(nets.values()), device]
 
 
 def test_what_fails_while_memory_is_watched_is_raised() -> None:
     class Failing(WatchedDevice):
         """Its second answer, the first of the thread's, is an error."""
 
-        asked = 0
+        looks = 0
         failed = Event()
 
         def memory(self) -> DeviceMemory:
-            self.asked += 1
-            if self.asked == 2:
+            self.looks += 1
+            if self.looks == 2:
                 self.failed.set()
                 raise BackendError("the device is lost", expected="an answer", fix="None.")
             return super().memory()

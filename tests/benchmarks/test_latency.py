@@ -10,7 +10,7 @@ from latentrt.benchmarks.records import read_document
 from latentrt.benchmarks.rounds import Pace, Turns
 from latentrt.benchmarks.sides.contract import AGAIN, OURS, YARDSTICK, Task
 from latentrt.benchmarks.verbs import latency
-from latentrt.benchmarks.verbs.latency import Bench, Sides, check, measure_latency, medians
+from latentrt.benchmarks.verbs.latency import Bench, Sides, measure_latency, medians
 from latentrt.engines.package import Package
 from latentrt.runtime.pipeline import SHIPPED
 from tests.benchmarks.stand_in_side import StandInSide
@@ -83,28 +83,14 @@ def test_ours_over_the_yardstick_are_rows_of_their_own() -> None:
         assert row.figures["yardstick_p50_s"] == 0.002
 
 
-@pytest.mark.parametrize(
-    ("seconds", "references", "device"),
-    [(1.5, (AGAIN, YARDSTICK), "cpu"), (0.01, (AGAIN, YARDSTICK), "cuda"), (0.01, (AGAIN,), "cpu")],
-)
-def test_long_runs_and_devices_have_no_yardstick(
-    seconds: float, references: tuple[str, ...], device: str
-) -> None:
-    rows = _bench(references=references, device=device).measure(_ours(seconds), PACE)
-    assert [row.side for row in rows] == [OURS, AGAIN]
-
-
-def test_pictures_are_judged_by_their_shades() -> None:
-    image = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3)).astype(np.uint8)
-    found = check({"image": image}, {"image": image}, PACKAGE)
-    assert found["relative_l2"] == 0
-    one_off = image ^ np.uint8(1)
-    assert check({"image": one_off}, {"image": image}, PACKAGE)["psnr_db"] == pytest.approx(48.13, abs=0.01)
-    with pytest.raises(SideError, match="image is not ours"):
-        check({"image": image ^ np.uint8(4)}, {"image": image}, PACKAGE)
-    with pytest.raises(SideError, match="image is not ours"):
-        check({"image": image[:, :4]}, {"image": image}, PACKAGE)
-    assert check({}, {"image": image}, PACKAGE) == {}, "a workload without outputs"
+def test_long_runs_and_devices_have_no_yardstick() -> None:
+    for seconds, references, device in (
+        (1.5, (AGAIN, YARDSTICK), "cpu"),
+        (0.01, (AGAIN, YARDSTICK), "cuda"),
+        (0.01, (AGAIN,), "cpu"),
+    ):
+        rows = _bench(references=references, device=device).measure(_ours(seconds), PACE)
+        assert [row.side for row in rows] == [OURS, AGAIN]
 
 
 def test_what_no_net_took() -> None:

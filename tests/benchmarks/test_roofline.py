@@ -32,8 +32,6 @@ def sd15() -> Package:
     return Package(root=FOLDER / "sd15-fp16", manifest=Manifest.from_json(data))
 
 
-# ── what a workload consists of ────────────────────────────────────────────────────────────────────
-
 # Milliseconds on an H200: reading the weights, all FLOPs at the best rate, every layer a kernel whose tiles
 # are quantised over 132 SMs. The last is therefore an upper bound of `layers_s`, which knows no tiles.
 FLOORS = [
@@ -77,9 +75,6 @@ def test_a_whole_picture_has_the_published_floor(sd15: Package, steps: int, mill
     assert floor(parts, **H200).compute_s * 1e3 == pytest.approx(milliseconds, rel=0.005)
     assert workload_parts(sd15, "picture", replace(GUIDED, steps=10, sampler="heun"))[3].calls == 19
     assert [name for name in (*WORKLOADS, GEMM) if not workload_parts(sd15, name, GUIDED)] == ["update", GEMM]
-
-
-# ── rows ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def part(flops: int, size: int, calls: int = 1) -> Part:

@@ -219,15 +219,14 @@ def test_a_weight_that_is_cast_is_read_wider_than_it_is_stored(tmp_path: Path) -
     work = counted(tmp_path, nodes, {"x": (2, 6)}, "y", weights={"w": np.zeros((4, 6), np.float16)})
     assert work.parameters == 24
     assert work.least_bytes == 24 * 4 + 4 * (2 * 6 + 2 * 6), "read as float32, stored as float16"
-    assert [layer.kind for layer in work.layers] == ["linear", "linear"]
 
 
 def test_a_function_of_the_model_is_counted(tmp_path: Path) -> None:
     body = [helper.make_node("MatMul", ["a", "b"], ["c"])]
     function = helper.make_function("own", "Twice", ["a", "b"], ["c"], body, [helper.make_opsetid("", 23)])
-    nodes = [helper.make_node("Twice", ["x", "w"], ["y"], domain="own")]
+    node = helper.make_node("Twice", ["x", "w"], ["y"], domain="own")
     weights = {"w": np.zeros((6, 6), np.float32)}
-    work = counted(tmp_path, nodes, {"x": (2, 6)}, "y", weights=weights, functions=[function])
+    work = counted(tmp_path, [node], {"x": (2, 6)}, "y", weights=weights, functions=[function])
     assert work.flops == MAC * 2 * 6 * 6
 
 

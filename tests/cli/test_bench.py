@@ -9,12 +9,19 @@ from typing import Any
 import pytest
 
 from latentrt import cli
+from latentrt.benchmarks.models.open import Model
 from latentrt.benchmarks.records import Document, Row, read_document
+from latentrt.benchmarks.sides.contract import Task
+from latentrt.benchmarks.sides.watched import BLOCKS, SETTLED
 from latentrt.benchmarks.verbs import build as build_time
 from latentrt.benchmarks.verbs import latency, memory, parity, scaling, suite, throughput
+from latentrt.benchmarks.verbs.latency import Sides, silent
+from latentrt.benchmarks.verbs.scaling import AXES
 from latentrt.cli.bench_options import device_of
 from latentrt.engines.backend import choose_backend
 from latentrt.engines.errors import UsageError
+from latentrt.engines.package import Package
+from latentrt.runtime.pipeline import SHIPPED
 
 GOOD = Row(side="latentrt", workload="unet", rounds=((0.01, 0.02), (0.01, 0.03)))
 BAD = Row(side="latentrt", workload="unet", status="FAILED", reason="not finite")
@@ -153,6 +160,28 @@ def test_all_of_them(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     code, out, _ = bench("latency")
     assert code == 1
     assert "FAILED, not finite" in out
+
+
+def test_quick_measures_less_of_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = Package.open(SHIPPED["demo"])
+    about = Model(name="demo", package=package, checkpoint=None), Sides(task=Task(package=package.root))
+    found: dict[str, list[dict[str, Any]]] = {}  # the keywords of each verb's function: quick, and in full
+    for verb in ("scaling", "memory", "throughput", "latency"):
+        calls = found.setdefault(verb, [])
+        monkeypatch.setattr(
+            suite, f"measure_{verb}", lambda *positional, calls=calls, **named: calls.append(named)
+        )
+        for quick in (True, False):
+            suite.planned(*about, quick=quick)[verb](silent)
+    axes, all_axes = (call["axes"] for call in found["scaling"])
+    assert all_axes == {name: axis.values for name, axis in AXES.items()}
+    assert axes == {name: values[:3] for name, values in all_axes.items()}, "as few as a residual needs"
+    watched, all_watched = (call["steps"] for call in found["memory"])
+    assert watched < all_watched
+    assert watched - SETTLED >= 2 * BLOCKS, "what comes and goes with every other step is no growth"
+    assert [call["batches"] for call in found["throughput"]] == [(1, 4), (1, 2, 4, 8)]
+    pace, all_pace = (call["pace"] for call in found["latency"])
+    assert pace.budget < all_pace.budget
 
 
 def test_compare(bench: Any, tmp_path: Path) -> None:
