@@ -127,46 +127,20 @@ def test_the_short_table_has_no_more_than_twelve_rows() -> None:
     assert lines[-1].endswith("[All measurements, and how they were made](all.md).")
 
 
-MARKS = [{"stage": "unet", "at_s": 0.1}, {"stage": "vae_decoder", "at_s": 0.6}]
+def test_lines_whose_answers_are_known() -> None:
+    def line(name: str, workload: str, **facts: Any) -> str:
+        return tables(Row(side="latentrt", workload=workload, unit="B", **facts), of=f"{name}-demo")
 
-
-@pytest.mark.parametrize(
-    ("of", "facts", "line"),
-    [
-        (
-            "scaling-demo",
-            {
-                "workload": "fit",
-                "status": "FAILED",
-                "reason": "2 points",
-                "figures": {"of": "steps", "workload": "picture", "points": [[5, 0.05], [10, 0.09]]},
-            },
-            "| whole picture against steps | 5: 50.0 ms; 10: 90.0 ms; FAILED: 2 points |",
-        ),
-        (
-            "memory-demo",
-            {
-                "workload": "ledger",
-                "figures": {
-                    "nets": {"unet": {"weights": 5e6, "activations": None, "io": 2e6}},
-                    "scratch": 3e6,
-                },
-            },
-            "| memory of the nets | 10.0 MB; of activations the library does not tell |",
-        ),
-        (
-            "memory-demo",
-            {
-                "workload": "timeline",
-                "rounds": ((1e6, 3e6, 9e6, 4e6),),
-                "figures": {"interval_s": 0.2, "seconds": 0.8, "marks": MARKS},
-            },
-            "| 1.00 MB at its beginning, peak 9.00 MB after 400 ms (VAE decoder) of 800 ms |",
-        ),
-    ],
-)
-def test_a_line_whose_answer_is_known(of: str, facts: dict[str, Any], line: str) -> None:
-    assert line in tables(Row(side="latentrt", unit="B", **facts), of=of)
+    fit = {"of": "steps", "workload": "picture", "points": [[5, 0.05], [10, 0.09]]}
+    found = line("scaling", "fit", status="FAILED", reason="2 points", figures=fit)
+    assert "| whole picture against steps | 5: 50.0 ms; 10: 90.0 ms; FAILED: 2 points |" in found
+    nets = {"unet": {"weights": 5e6, "activations": None, "io": 2e6}}
+    found = line("memory", "ledger", figures={"nets": nets, "scratch": 3e6})
+    assert "| memory of the nets | 10.0 MB; of activations the library does not tell |" in found
+    marks = [{"stage": "unet", "at_s": 0.1}, {"stage": "vae_decoder", "at_s": 0.6}]
+    figures = {"interval_s": 0.2, "seconds": 0.8, "marks": marks}
+    found = line("memory", "timeline", rounds=((1e6, 3e6, 9e6, 4e6),), figures=figures)
+    assert "| 1.00 MB at its beginning, peak 9.00 MB after 400 ms (VAE decoder) of 800 ms |" in found
 
 
 # ── figures ──────────────────────────────────────────────────────────────────────────────────────
