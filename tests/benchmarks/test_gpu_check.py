@@ -135,6 +135,8 @@ def test_the_document(
     named = set(re.findall(r"^    ([a-z_]+) +\S", str(gpu_check.__doc__), re.MULTILINE))
     assert set(SECTIONS) <= named, "what the docstring does not describe"
     assert "FAILED" in capsys.readouterr().out or code == 0
+    path = gpu_check.default_file("NVIDIA H200 (x)", "2026-11-21")
+    assert (path.parent.name, path.name) == ("results", "gpu_check-nvidia-h200-x-2026-11-21.json")
 
 
 @WITHOUT_GPU

@@ -452,3 +452,16 @@ def test_what_is_no_profile(tmp_path: Path) -> None:
     net: Any = open_onnxruntime_net(DEMO, "unet", Host(), provider=CPU, threads=1)  # type: ignore[arg-type]
     with pytest.raises(BackendError, match=r"'unet' has no profile.*Pass `profile`"):
         net.end_profile()
+
+
+def test_captured_pipelines_are_opened_for_it() -> None:
+    opener, options = stand_in(onnxruntime=True), list[dict[str, Any]]()
+
+    def open_device(*arguments: Any, **more: Any) -> Any:
+        options.append(more)
+        return opener.open_device(*arguments)
+
+    for graphs in ("off", "auto", "on"):
+        with replace(opener, open_device=open_device).pipeline(graphs):
+            pass
+    assert options == [{}, {}, {"capture": True}]

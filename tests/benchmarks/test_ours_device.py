@@ -288,3 +288,11 @@ def test_a_pipeline_on_a_device_gets_this_side(monkeypatch: pytest.MonkeyPatch) 
     assert side.prepare("vae_decoder", GUIDED).slow_down == 0.25
     side.close()
     assert not device.blocks
+
+
+def test_a_picture_has_settled_before_it_is_timed(opened: Bench) -> None:
+    opened.loop.free_idle()
+    before = opened.device.launches
+    opened.side.prepare("picture", GUIDED)
+    assert opened.device.launches - before == 2 * GUIDED.steps, "both ways were timed"
+    opened.loop.free_idle()

@@ -1,7 +1,7 @@
 """Peers draw our pictures, else no time of theirs counts; and when one cannot run it says why.
 
-diffusers is the oracle that nobody here wrote; `test_another_seed_is_another_picture` is the control. Peers that
-need a GPU draw on stand-ins of their libraries.
+diffusers is the oracle that nobody here wrote; `test_another_seed_is_another_picture` is the control. Peers
+that need a GPU draw on stand-ins of their libraries.
 """
 
 import sys

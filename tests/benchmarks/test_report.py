@@ -85,6 +85,12 @@ def test_failures_are_told_and_have_no_time() -> None:
         assert "FAILED: image is not ours" in written(drawn(document, "waterfall"))
 
 
+def test_tables_are_whole() -> None:
+    for block in full_tables(list(RESULTS.values()), {}).split("\n\n"):
+        rows = [line for line in block.splitlines() if line.startswith("|")]
+        assert len({row.replace("\\|", "").count("|") for row in rows}) <= 1, block
+
+
 def test_the_newest_of_one_question_counts() -> None:
     old = replace(LATENCY, date="2026-11-01T00:00:00+00:00")
     links = {"a": ["a-peers.png"], "b": ["b-peers.png"]}

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -32,13 +33,6 @@ class Slow(StandInSide):
     def time(self, runs: int, *, slot: str = "") -> tuple[tuple[float, ...], list[dict[str, Any]]]:
         time.sleep(self.slots[slot] * runs)
         return super().time(runs, slot=slot)
-
-
-class NoMoreThanTwo(Slow):
-    def prepare(self, workload: str, case: Case, *, slot: str = "") -> Any:
-        if case.pictures > 2:
-            raise SideError("FAILED", "out of memory")
-        return super().prepare(workload, case, slot=slot)
 
 
 class Broken(Slow):
@@ -96,7 +90,7 @@ def test_single_stream_lasts_as_long_as_it_should_and_the_budget_allows(
 
 
 def test_what_does_not_fit_or_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    document = measured(monkeypatch, kind=NoMoreThanTwo)[0]
+    document = measured(monkeypatch, kind=partial(Slow, most=2))[0]
     status = [(found.status, found.reason) for found in document.select(SWEEP)]
     assert status == [("ok", ""), ("ok", ""), ("FAILED", "out of memory")]
     assert row(document, "Offline").figures["batch"] == 2
@@ -125,17 +119,8 @@ def _cost(workload: str, case: Case) -> float:
     return 1e-3 * case.pictures * (case.width * case.height / 24576) ** 2
 
 
-class Small(StandInSide):
-    """Has memory for six pictures."""
-
-    def prepare(self, workload: str, case: Case, *, slot: str = "") -> Any:
-        if case.pictures > 6:
-            raise SideError("FAILED", "out of memory")
-        return super().prepare(workload, case, slot=slot)
-
-
 def _measured(monkeypatch: pytest.MonkeyPatch, axes: Any = None) -> tuple[Document, dict[str, Any]]:
-    monkeypatch.setattr(scaling, "SideProcess", lambda name, module, task: Small(name, _cost))
+    monkeypatch.setattr(scaling, "SideProcess", lambda name, module, task: StandInSide(name, _cost, most=6))
     document = measure_scaling(PACKAGE, TASK, WIDE, axes=axes, pace=PACE)
     return document, {row.figures["of"]: row for row in document.select("fit")}
 
