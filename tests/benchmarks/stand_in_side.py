@@ -19,19 +19,25 @@ def _nothing() -> dict[str, Any]:
 
 @dataclass
 class StandInSide:
-    """`seconds` of a workload and case; `outputs` of any; `figures` of each run; the yardstick takes 2 ms."""
+    """`seconds` of a workload and case; `outputs` of any; `figures` of each run; memory for `most` pictures.
+
+    The yardstick takes 2 ms.
+    """
 
     name: str
     seconds: Callable[[str, Case], float]
     outputs: Outputs = field(default_factory=dict[str, np.ndarray])
     figures: Callable[[], dict[str, Any]] = _nothing
     error: SideError | None = None
+    most: int = 100
     stamp: Mapping[str, Any] = field(default_factory=dict[str, Any])
     slots: dict[str, float] = field(default_factory=dict[str, float])
 
     def prepare(self, workload: str, case: Case, *, slot: str = "") -> tuple[dict[str, Any], Outputs]:
         if self.error is not None:
             raise self.error
+        if case.pictures > self.most:
+            raise SideError("FAILED", "out of memory")
         own = workload != YARDSTICK
         self.slots[slot] = self.seconds(workload, case) if own else 0.002
         answer = {"seconds": self.slots[slot], "finite": True, "figures": {}}
@@ -40,8 +46,8 @@ class StandInSide:
     def time(
         self, runs: int, *, slot: str = "", beside: str | None = None
     ) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
-        told = {"beside_s": self.slots[beside]} if beside else {}
-        return (self.slots[slot],) * runs, [{**self.figures(), **told} for _ in range(runs)]
+        beside_s = {"beside_s": self.slots[beside]} if beside else {}
+        return (self.slots[slot],) * runs, [{**self.figures(), **beside_s} for _ in range(runs)]
 
     def __enter__(self) -> "StandInSide":
         return self

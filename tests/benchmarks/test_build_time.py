@@ -1,4 +1,4 @@
-"""Building is timed: two small nets by TensorRT-RTX, which needs no GPU, and what cannot be built."""
+"""What happens once: builds, of two small nets by TensorRT-RTX, and fresh processes, few times."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 
-from latentrt.benchmarks.records import read_document
+from latentrt.benchmarks.case import Case
+from latentrt.benchmarks.records import Document, read_document
+from latentrt.benchmarks.sides.contract import Task
 from latentrt.benchmarks.verbs import build as build_time
+from latentrt.benchmarks.verbs import cold_start
 from latentrt.benchmarks.verbs.build import Builds, measure_build
+from latentrt.benchmarks.verbs.cold_start import PARTS, measure_cold_start
 from latentrt.engines.errors import EngineError, UsageError
 from latentrt.engines.onnxruntime.tuning import cpu as cpu_tuning
 from latentrt.engines.onnxruntime.tuning import cuda as tuning
@@ -80,44 +84,72 @@ def test_a_net_that_fails_has_no_time_and_the_others_go_on(
     assert rows["every net"].reason == "unet_time: it broke"
 
 
-def test_a_library_that_is_missing_is_not_available(
-    package: Package, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    document = measure_build(package, Builds(backend="abacus", nets=NETS))
-    assert {row.status for row in document.rows} == {"not available"}
-    assert "abacus" in document.rows[0].reason
-    assert not document.failed
-
-
 @pytest.mark.parametrize(
     ("backend", "tuner"), [("onnxruntime-cuda", tuning), ("onnxruntime", cpu_tuning)], ids=["cuda", "cpu"]
 )
 def test_layouts_are_timed_too(
     package: Package, monkeypatch: pytest.MonkeyPatch, backend: str, tuner: ModuleType
 ) -> None:
-    def tune(package: Package, store: Any, *, nets: list[str]) -> tuple[Any]:
-        told = {
-            "layout": "NCHW",
-            "milliseconds": {"NCHW": 1.5},
-            "relative_l2": {"NCHW": 0.0},
-            "rejected": {},
-            "more": 1,
-        }
-        return (SimpleNamespace(entry=SimpleNamespace(facts=told, build_seconds=0.5)),)
-
-    monkeypatch.setattr(tuner, "tune_package", tune)
-    document = measure_build(package, Builds(backend=backend))
-    row = document.rows[0]
-    assert row.samples == (0.5,)
-    assert row.figures == {
-        "layout": "NCHW",
-        "milliseconds": {"NCHW": 1.5},
-        "relative_l2": {"NCHW": 0.0},
-        "rejected": {},
-    }
-    assert document.rows[-1].samples == (1.0,)
+    facts = {"layout": "NCHW", "milliseconds": {"NCHW": 1.5}, "relative_l2": {"NCHW": 0.0}, "rejected": {}}
+    entry = SimpleNamespace(facts={**facts, "more": 1}, build_seconds=0.5)
+    monkeypatch.setattr(tuner, "tune_package", lambda *arguments, nets: (SimpleNamespace(entry=entry),))
+    first, *_, last = measure_build(package, Builds(backend=backend)).rows
+    assert (first.samples, first.figures) == ((0.5,), facts)
+    assert last.samples == (1.0,)
 
 
-def test_an_unknown_net_is_refused(package: Package) -> None:
+def test_what_cannot_be_built(package: Package) -> None:
+    document = measure_build(package, Builds(backend="abacus", nets=NETS))
+    assert {row.status for row in document.rows} == {"not available"}
+    assert "abacus" in document.rows[0].reason
+    assert not document.failed
     with pytest.raises(UsageError, match="no net 'nerve'"):
         measure_build(package, Builds(nets=("nerve",)))
+
+
+def measure(package: Package, said: list[str], **task: str) -> Document:
+    case = Case.of(package.manifest, width=64, height=64, steps=2)
+    opened = Task(package=package.root, threads=1, **task)  # pyright: ignore[reportArgumentType]
+    return measure_cold_start(package, opened, case, repeats=1, said=said.append)
+
+
+def test_processes_and_their_parts(package: Package, tmp_path: Path) -> None:
+    said: list[str] = []
+    document = measure(package, said)
+    document.write(tmp_path / "cold.json")
+    assert len(read_document(tmp_path / "cold.json").rows) == len(document.rows)
+    assert said == ["a first round, not counted", "round 1 of 1"]
+    assert not document.failed, [row.reason for row in document.rows]
+    rows = {row.workload: row for row in document.rows}
+    whole = ["bare interpreter", "import numpy", "import latentrt.runtime", "--help", "whole process"]
+    assert list(rows) == [*whole, *PARTS]
+    assert all(len(row.rounds) == len(row.samples) == 1 for row in document.rows)
+    inside, total = sum(rows[name].samples[0] for name in PARTS), rows["whole process"].samples[0]
+    assert total / 2 < inside < total
+    assert min(rows["import numpy"].samples) > min(rows["bare interpreter"].samples)
+    assert rows["--help"].figures == {"bar_s": 0.2, "met": rows["--help"].samples[0] <= 0.2}
+    assert rows["first picture"].case["width"] == 64
+    assert rows["first picture"].stamp["side"]["backend"].startswith("onnxruntime ")
+
+
+def test_a_process_that_fails_says_why_and_is_not_started_again(package: Package) -> None:
+    variants = cold_start._variants(  # pyright: ignore[reportPrivateUsage]
+        package, Task(package=package.root, backend="abacus"), Case.of(package.manifest)
+    )
+    failing = variants[-1]
+    failing.start(counted=False)
+    failing.arguments = ["-c", "pass"]
+    failing.start(counted=True)
+    rows = failing.rows({})
+    assert {row.status for row in rows} == {"FAILED"}
+    assert "unknown backend 'abacus'" in rows[0].reason
+    assert not any(row.rounds for row in rows)
+
+
+def test_a_process_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cold_start, "_LIMIT", 0.2)
+    variant = cold_start._Variant(  # pyright: ignore[reportPrivateUsage]
+        arguments=["-c", "import time; time.sleep(60)"], workloads=("import",)
+    )
+    variant.start(counted=True)
+    assert variant.reason == "it did not end within 0 s"

@@ -6,24 +6,23 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 import pytest
 
 from latentrt.benchmarks.gpu import check as gpu_check
-from latentrt.benchmarks.gpu.check import SECTIONS, run_section
+from latentrt.benchmarks.gpu.check import run_section
+from latentrt.benchmarks.gpu.judge import collect, judged
 from latentrt.benchmarks.gpu.memory import lowest_free
-from latentrt.benchmarks.gpu.opener import backend_opener, collect, judged
-from latentrt.benchmarks.machine import describe_gpu, describe_machine
-from latentrt.benchmarks.records import Document, Row, Status, read_document, short
+from latentrt.benchmarks.gpu.opener import backend_opener
+from latentrt.benchmarks.gpu.sections import SECTIONS
+from latentrt.benchmarks.machine import describe_machine
+from latentrt.benchmarks.records import Document, Row, Status, read_document
 from latentrt.engines.cuda.facts import available
 from latentrt.engines.device import DeviceMemory
 from latentrt.engines.errors import BackendError
-from tests.benchmarks.gpu_stand_in import MIB, PACKAGE, SCALE, Hungry, WatchedDevice, stand_in
+from tests.benchmarks.gpu_stand_in import MIB, PACKAGE, Hungry, WatchedDevice, stand_in
 
 WITHOUT_GPU = pytest.mark.skipif(available() is None, reason="there is a GPU")
-
-# ── processes ────────────────────────────────────────────────────────────────────────────────────
 
 
 PRINTED = json.dumps(Row(side="latentrt", workload="a").to_json())
@@ -32,21 +31,27 @@ PRINTED = json.dumps(Row(side="latentrt", workload="a").to_json())
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
-        (f"print({PRINTED!r})", None),
-        (f"print({PRINTED!r}, flush=True); os.abort()", "it ended with SIGABRT: Fatal Python error: Aborted"),
-        (f"print({PRINTED!r}, flush=True); time.sleep(99)", "it did not end within 2 s"),
-        ("pass", "it ended without a row"),
-        ("print('{\"what\": ', flush=True); sys.exit(3)", "it ended with exit code 3"),
+        ("", None),
+        ("os.abort()", "it ended with SIGABRT: Fatal Python error: Aborted"),
+        ("time.sleep(99)", "it did not end within 2 s"),
     ],
 )
 def test_a_process_is_its_rows_and_one_more(code: str, reason: str | None) -> None:
-    command = ["-X", "faulthandler", "-c", f"import os, sys, time\n{code}"]
-    *rows, last = run_section(command, 2)
-    assert [row.workload for row in rows] == (["a"] if PRINTED in code else [])
-    assert last.workload == "process"
+    command = ["-X", "faulthandler", "-c", f"import os, time\nprint({PRINTED!r}, flush=True)\n{code}"]
+    row, last = run_section(command, 2)
+    assert (row.workload, last.workload) == ("a", "process")
     assert (last.status == "ok") == (reason is None)
     assert last.reason.startswith(reason or "")
     assert last.samples[0] > 0
+
+
+def test_a_process_without_a_row_has_failed() -> None:
+    for code, reason in (
+        ("pass", "it ended without a row"),
+        ("print('{\"what\": ', flush=True); raise SystemExit(3)", "it ended with exit code 3"),
+    ):
+        (last,) = run_section(["-c", code], 30)
+        assert last.reason.startswith(reason)
 
 
 @WITHOUT_GPU
@@ -68,16 +73,13 @@ def test_an_error_in_a_section_is_a_row() -> None:
     assert re.fullmatch(r"ZeroDivisionError: by zero \(test_gpu_check\.py:\d+\)", last.reason)
 
 
-def test_a_sections_main_writes_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    written: list[Any] = []
-    monkeypatch.setattr(gpu_check, "backend_opener", lambda backend, package: stand_in())
-    monkeypatch.setattr(gpu_check, "become_child", lambda: written.append)
-    monkeypatch.setattr(gpu_check.Scale, "of", classmethod(lambda cls, manifest: SCALE))
-    gpu_check.write_rows("open", "stand-in", PACKAGE.root)
-    assert [Row.from_json(data).status for data in written] == ["ok"]
+def test_sections_together_are_limited() -> None:
+    allowed: list[float] = []
+    run = lambda b, s, left: allowed.append(left) or iter([OK])  # noqa: E731
+    list(gpu_check.check(["tensorrt"], run, limit=100, said=str))
+    assert max(allowed) <= 100
+    assert checked({}, limit=0)[0][0].reason == "no time is left of 0 s"
 
-
-# ── the whole ────────────────────────────────────────────────────────────────────────────────────
 
 STATUSES: tuple[Status, ...] = ("ok", "FAILED", "not available")
 OK, FAILED, NOT = (Row(side="latentrt", workload="w", status=status) for status in STATUSES)
@@ -108,8 +110,6 @@ def test_every_section_is_run_and_printed() -> None:
     [
         ("available", NOT, "available"),
         ("build", FAILED, "build"),
-        ("build", NOT, "peers"),
-        ("open", NOT, "open"),
         ("open", FAILED, "open"),
         ("parity", FAILED, "peers"),
     ],
@@ -118,24 +118,9 @@ def test_where_a_backend_ends(section: str, row: Row, last: str) -> None:
     assert checked({section: [row]})[0][-1].workload == last
 
 
-def test_no_time_left() -> None:
-    assert checked({}, limit=0)[0][0].reason == "no time is left of 0 s"
-
-
-def test_sections_together_are_limited() -> None:
-    given: list[float] = []
-    run = lambda b, s, left: given.append(left) or iter([OK])  # noqa: E731
-    list(gpu_check.check(["tensorrt"], run, limit=100, said=str))
-    assert max(given) <= 100
-
-
 @pytest.mark.parametrize(("row", "code"), [(OK, 0), (NOT, 0), (FAILED, 1)])
 def test_the_document(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    row: Row,
-    code: int,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], row: Row, code: int
 ) -> None:
     gpu = {"gpu": {"name": "NVIDIA H200 (x)"}}
     monkeypatch.setattr(gpu_check, "available", lambda: None)
@@ -150,20 +135,17 @@ def test_the_document(
     named = set(re.findall(r"^    ([a-z_]+) +\S", str(gpu_check.__doc__), re.MULTILINE))
     assert set(SECTIONS) <= named, "what the docstring does not describe"
     assert "FAILED" in capsys.readouterr().out or code == 0
-
-
-def test_where_the_document_goes() -> None:
     path = gpu_check.default_file("NVIDIA H200 (x)", "2026-11-21")
-    assert path.name == "gpu_check-nvidia-h200-x-2026-11-21.json"
-    assert path.parent.name == "results"
+    assert (path.parent.name, path.name) == ("results", "gpu_check-nvidia-h200-x-2026-11-21.json")
 
 
 @WITHOUT_GPU
 def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_check.main([]) == 4
-    told = capsys.readouterr()
-    assert re.match(r"gpu_check: .*NVIDIA.*\. Run it where", told.err)
-    assert not told.out
+    printed = capsys.readouterr()
+    assert re.match(r"gpu_check: .*NVIDIA.*\. Run it where", printed.err)
+    assert not printed.out
+    assert describe_machine()["gpu"] is None
 
 
 def test_a_package_that_is_none(
@@ -174,11 +156,6 @@ def test_a_package_that_is_none(
     assert "manifest.json" in capsys.readouterr().err
 
 
-def test_what_is_published_names_no_folder() -> None:
-    text = short("File /home/someone/x-1/lib/python3.11/a.py, and\n  /tmp/store.lock; 3/4 of 16x16")
-    assert text == "File …/a.py, and …/store.lock; 3/4 of 16x16"
-
-
 def test_a_backend_without_a_device() -> None:
     with pytest.raises(BackendError, match="'onnxruntime' runs on no device"):
         backend_opener("onnxruntime", PACKAGE)
@@ -186,10 +163,8 @@ def test_a_backend_without_a_device() -> None:
 
 def test_nets_and_device_are_closed_also_where_one_fails() -> None:
     class Once(WatchedDevice):
-        closed = 0
-
         def close(self) -> None:
-            self.closed += 1
+            closed.append(self)
             super().close()
 
     class Failing(Hungry):
@@ -198,25 +173,23 @@ def test_nets_and_device_are_closed_also_where_one_fails() -> None:
             super().close()
             raise BackendError("this one fails", expected="closing", fix="None.")
 
-    closed: list[Failing] = []
-    device = Once(2**30)
-    opener = stand_in(device, wrap=lambda name, net: Failing(net, 0))
-    with pytest.raises(BackendError, match="this one fails"), opener.nets() as (_, nets):
+    closed: list[object] = []
+    opener = stand_in(Once(2**30), wrap=lambda name, net: Failing(net, 0))
+    with pytest.raises(BackendError, match="this one fails"), opener.nets() as (device, nets):
         pass
-    assert len(closed) == len(nets)
-    assert device.closed == 1
+    assert closed == [*reversed(nets.values()), device]
 
 
 def test_what_fails_while_memory_is_watched_is_raised() -> None:
     class Failing(WatchedDevice):
         """Its second answer, the first of the thread's, is an error."""
 
-        asked = 0
+        looks = 0
         failed = Event()
 
         def memory(self) -> DeviceMemory:
-            self.asked += 1
-            if self.asked == 2:
+            self.looks += 1
+            if self.looks == 2:
                 self.failed.set()
                 raise BackendError("the device is lost", expected="an answer", fix="None.")
             return super().memory()
@@ -224,9 +197,3 @@ def test_what_fails_while_memory_is_watched_is_raised() -> None:
     device = Failing(MIB)
     with pytest.raises(BackendError, match="the device is lost"), lowest_free(device):
         assert device.failed.wait(30)
-
-
-@WITHOUT_GPU
-def test_a_machine_without_a_gpu() -> None:
-    assert describe_machine()["gpu"] is None
-    assert describe_gpu() is None

@@ -1,6 +1,8 @@
-"""Intervals, spreads and lines, against SciPy, NumPy and data whose answer is known."""
+"""Sides that take turns; intervals, spreads and lines of them against SciPy, NumPy and known answers."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,6 @@ import scipy.stats
 from latentrt.benchmarks.intervals import (
     LEAST,
     Estimate,
-    Interval,
     Rounds,
     ab_spread,
     fit_line,
@@ -17,6 +18,8 @@ from latentrt.benchmarks.intervals import (
     of_rounds,
     ratio_by_round,
 )
+from latentrt.benchmarks.process import SideError
+from latentrt.benchmarks.rounds import Pace, interleave
 
 Pair = tuple[Rounds, Rounds]
 
@@ -27,9 +30,6 @@ def drifting(seed: int, rounds: int = 40, runs: int = 5, times: float = 1.0) -> 
     slow = random.uniform(1, 2, (rounds, 1))
     a, b = (slow * random.lognormal(0, 0.05, (rounds, runs)) for _ in range(2))
     return (times * a).tolist(), b.tolist()
-
-
-# ── ratios ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_values_are_numpys() -> None:
@@ -61,51 +61,15 @@ def test_the_interval_is_scipys() -> None:
     assert ours.high == pytest.approx(theirs.high, abs=0.15 * width)
 
 
-def held(function: Callable[..., Interval], level: float) -> int:
-    """How many of 100 intervals hold the truth."""
-    found = [function(*drifting(seed, rounds=24, runs=3, times=1.2), level=level) for seed in range(100)]
-    return sum(item.low <= 1.2 <= item.high for item in found)
-
-
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
-    """Binomial counts beyond these bounds have a probability of 1 in 1000."""
-    assert 88 <= held(ratio_by_round, 0.95) <= 100
-    assert 35 <= held(ratio_by_round, 0.5) <= 65
-
-
-def test_the_pooled_interval_holds_the_truth_at_least_as_often_as_it_says() -> None:
-    """The median of all samples jumps from round to round where they drift: wider than it need be."""
-    intervals = [median_of(drifting(seed, rounds=24, runs=3)[0]).interval(0.95) for seed in range(100)]
-    assert sum(item.low <= 1.5 <= item.high for item in intervals) >= 88
-
-
-def test_whole_rounds_are_drawn() -> None:
-    """Samples of a round that are all the same say no more than one of them: the interval stays as wide."""
-    random = np.random.default_rng(5)
-    one = random.lognormal(0, 0.1, (30, 1))
-    alone = median_of(one.tolist()).interval()
-    copies = median_of(np.repeat(one, 20, axis=1).tolist()).interval()
-    assert copies.high - copies.low == pytest.approx(alone.high - alone.low, rel=0.1)
-
-
-def test_a_seed_gives_the_same_interval_again() -> None:
-    a, b = drifting(2)
-    assert ratio_by_round(a, b) == ratio_by_round(a, b)
-    assert not np.array_equal(median_of(a).resampled, median_of(a, seed=1).resampled)
-    assert ratio_by_round(a, b, level=0.5).low > ratio_by_round(a, b, level=0.99).low
-
-
-def test_drift_between_rounds_does_not_widen_the_interval_by_round() -> None:
-    a, b = drifting(3)
-    assert np.std(np.median(a, axis=1)) > 0.2
-    assert ratio_by_round(a, b).half_width < 0.03
-
-
-def test_blocks_of_resamples_are_one_bootstrap(monkeypatch: pytest.MonkeyPatch) -> None:
-    a, _ = drifting(4)
-    whole = median_of(a)
-    monkeypatch.setattr("latentrt.benchmarks.intervals._AT_ONCE", 7000)
-    assert median_of(a).resampled == pytest.approx(whole.resampled)
+    """Of 100; binomial counts beyond these bounds have a probability of 1 in 1000."""
+    pairs = [drifting(seed, rounds=24, runs=3, times=1.2) for seed in range(100)]
+    for level, low, high in ((0.95, 88, 100), (0.5, 35, 65)):
+        found = [ratio_by_round(*pair, level=level) for pair in pairs]
+        assert low <= sum(item.low <= 1.2 <= item.high for item in found) <= high
+    # the median of all samples jumps from round to round where they drift: wider than it need be
+    pooled = [median_of(b).interval(0.95) for _, b in pairs]
+    assert sum(item.low <= 1.5 <= item.high for item in pooled) >= 88
 
 
 def test_estimates_of_two_runs_are_divided() -> None:
@@ -114,28 +78,26 @@ def test_estimates_of_two_runs_are_divided() -> None:
     assert found.value == pytest.approx(np.median(a) / np.median(b))
     two = Estimate(value=2.0, resampled=np.array([1.0, 2.0, 3.0]))
     assert two.over(two).resampled == pytest.approx([1.0, 1.0, 1.0])
-    assert vars(two.interval(level=1.0)) == {"value": 2.0, "low": 1.0, "high": 3.0}
+
+
+def test_drift_between_rounds_does_not_widen_the_interval_by_round() -> None:
+    a, b = drifting(3)
+    assert np.std(np.median(a, axis=1)) > 0.2
+    assert ratio_by_round(a, b).half_width < 0.03
+    assert ratio_by_round(a, b) == ratio_by_round(a, b), "seeded"
 
 
 @pytest.mark.parametrize("function", [ratio_by_round, ab_spread])
-@pytest.mark.parametrize(("a", "b"), [([], []), ([(1.0,)], [(1.0,), (2.0,)])])
-def test_sides_that_did_not_take_turns_are_refused(
-    function: Callable[..., object], a: Rounds, b: Rounds
-) -> None:
-    with pytest.raises(ValueError, match="same number of rounds"):
-        function(a, b)
-
-
-# ── A/A pairs ───────────────────────────────────────────────────────────────────────────────────
+def test_sides_that_did_not_take_turns_are_refused(function: Callable[..., object]) -> None:
+    for a, b in (([], []), ([(1.0,)], [(1.0,), (2.0,)])):
+        with pytest.raises(ValueError, match="same number of rounds"):
+            function(a, b)
 
 
 def test_a_spread_is_a_share_whichever_half_is_slower() -> None:
     assert ab_spread([(1.0, 1.2), (2.0, 2.4)], [(1.1, 1.1), (2.2, 2.2)]) == pytest.approx(0.0)
     assert ab_spread([(1.0,)], [(0.8,)]) == pytest.approx(0.25)
     assert ab_spread([(0.8,)], [(1.0,)]) == pytest.approx(0.2)
-
-
-# ── lines ────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_lines_are_scipys() -> None:
@@ -150,15 +112,12 @@ def test_lines_are_scipys() -> None:
     assert found.residual == pytest.approx(np.abs(rest).max() / np.abs(y).max())
 
 
-def test_a_line_without_a_slope() -> None:
-    found = fit_line([1, 2, 3], [4.0, 4.0, 4.0])
-    assert vars(found) == pytest.approx({"slope": 0, "intercept": 4, "residual": 0, "r_squared": 1})
-
-
-@pytest.mark.parametrize(("x", "y"), [([1.0], [1.0]), ([2.0, 2.0], [1.0, 3.0]), ([1.0, 2.0], [1.0])])
-def test_points_that_make_no_line_are_refused(x: list[float], y: list[float]) -> None:
-    with pytest.raises(ValueError, match="two different x"):
-        fit_line(x, y)
+def test_points_that_make_no_line_are_refused() -> None:
+    flat = fit_line([1, 2, 3], [4.0, 4.0, 4.0])
+    assert flat.to_json() == pytest.approx({"slope": 0, "intercept": 4, "residual": 0, "r_squared": 1})
+    for x, y in (([1.0], [1.0]), ([2.0, 2.0], [1.0, 3.0]), ([1.0, 2.0], [1.0])):
+        with pytest.raises(ValueError, match="two different x"):
+            fit_line(x, y)
 
 
 @pytest.mark.parametrize("rounds", [3, LEAST - 1])
@@ -168,3 +127,84 @@ def test_of_few_rounds_the_interval_is_their_range(rounds: int) -> None:
     values = np.median(a, axis=1) / np.median(b, axis=1)
     assert (found.low, found.high) == pytest.approx((values.min(), values.max()))
     assert found.value == pytest.approx(np.median(values))
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Side:
+    """Takes `seconds` for a run, on a clock that all sides share; fails in its turn number `fails`."""
+
+    name: str
+    seconds: float
+    clock: Clock
+    calls: list[str]
+    fails: int | None = None
+    turns: int = 0
+    runs: list[int] = field(default_factory=list[int])
+
+    def time(self, runs: int) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
+        self.turns += 1
+        if self.turns == self.fails:
+            raise SideError("FAILED", "it broke")
+        self.calls.append(self.name)
+        self.runs.append(runs)
+        self.clock.now += runs * self.seconds
+        return (self.seconds,) * runs, [{"turn": self.turns}] * runs
+
+
+def _sides(*seconds: float, **more: Any) -> tuple[list[Side], Clock, list[str]]:
+    clock, calls = Clock(), list[str]()
+    return [Side("abc"[i], value, clock, calls, **more) for i, value in enumerate(seconds)], clock, calls
+
+
+PACE = Pace(runs=50, rounds=4, budget=100.0, turn=0.25, most=40, warm_up=5)
+
+
+def test_sides_take_turns_in_an_order_that_flips() -> None:
+    sides, clock, calls = _sides(0.01, 0.02)
+    found = interleave(sides, {"a": 0.01, "b": 0.02}, PACE, clock=clock)
+    assert calls == ["a", "b", *"abbabaabab"], "warm-up, then as many rounds as 50 runs of b take"
+    assert [len(turn) for turn in found["a"].rounds] == [25] * 5, "a quarter of a second"
+    assert [len(turn) for turn in found["b"].rounds] == [12] * 5
+    assert len(found["a"].figures) == 125, "one for each sample, without the warm-up's"
+    assert {item["turn"] for item in found["a"].figures} == {2, 3, 4, 5, 6}
+
+
+def test_long_runs_get_as_many_rounds_as_runs_or_the_budget_allow() -> None:
+    sides, clock, _ = _sides(1.0, 1.0)
+    found = interleave(sides, {"a": 1.0, "b": 1.0}, PACE, clock=clock)
+    assert len(found["a"].rounds) == 50
+    sides, clock, _ = _sides(10.0, 10.0)
+    found = interleave(sides, {"a": 10.0, "b": 10.0}, PACE, clock=clock)
+    assert len(found["a"].rounds) == len(found["b"].rounds) == 5, "100 s: five rounds, besides a warm-up"
+    sides, clock, _ = _sides(1000.0)
+    assert len(interleave(sides, {"a": 1000.0}, PACE, clock=clock)["a"].rounds) == 3, "never fewer"
+
+
+def test_a_turn_has_a_limit_and_a_slow_first_run_does_not_shorten_it() -> None:
+    lines: list[str] = []
+    sides, clock, _ = _sides(0.01)
+    found = interleave(sides, {"a": 5.0}, PACE, said=lines.append, clock=clock)
+    assert [len(turn) for turn in found["a"].rounds] == [25] * 4
+    assert lines == [f"round {i} of at most 4" for i in (1, 2, 3, 4)]
+    sides, clock, _ = _sides(1e-6)
+    interleave(sides, {"a": 1e-6}, PACE, clock=clock)
+    assert sides[0].runs == [6, 41, 41, 41, 41], "the first of a turn is not counted"
+    assert interleave([], {}, PACE) == {}
+    assert Pace.quick().budget < Pace().budget
+
+
+def test_a_side_that_fails_drops_out() -> None:
+    sides, clock, calls = _sides(0.01, 0.01)
+    sides[0].fails = 3
+    found = interleave(sides, {"a": 0.01, "b": 0.01}, PACE, clock=clock)
+    assert (found["a"].status, found["a"].reason, len(found["a"].rounds)) == ("FAILED", "it broke", 1)
+    assert (found["b"].status, len(found["b"].rounds)) == ("ok", 4)
+    assert calls == ["a", "b", "a", *"bbbb"]

@@ -10,7 +10,7 @@ from latentrt.benchmarks.records import read_document
 from latentrt.benchmarks.rounds import Pace, Turns
 from latentrt.benchmarks.sides.contract import AGAIN, OURS, YARDSTICK, Task
 from latentrt.benchmarks.verbs import latency
-from latentrt.benchmarks.verbs.latency import Bench, Sides, check, measure_latency, medians
+from latentrt.benchmarks.verbs.latency import Bench, Sides, measure_latency, medians
 from latentrt.engines.package import Package
 from latentrt.runtime.pipeline import SHIPPED
 from tests.benchmarks.stand_in_side import StandInSide
@@ -26,23 +26,26 @@ def _bench(workload: str = "unet", references: tuple[str, ...] = (AGAIN,), devic
     return Bench(package=PACKAGE, sides=sides, workload=workload, case=CASE, progress=lambda line: None)
 
 
-def _measure(*sides: StandInSide, workload: str = "unet") -> dict[str, Any]:
-    rows = _bench(workload).measure(cast("list[SideProcess]", list(sides)), PACE)
+def _measure(*sides: StandInSide) -> dict[str, Any]:
+    rows = _bench().measure(cast("list[SideProcess]", list(sides)), PACE)
     return {row.workload if row.side == "ceiling" else row.side: row for row in rows}
 
 
+def _side(name: str, seconds: float = 0.01, times: float = 1.0, **more: Any) -> StandInSide:
+    """A side that takes so long, and predicts `times` what ours does."""
+    outputs = {"prediction": PREDICTION["prediction"] * np.float32(times)}
+    return StandInSide(name, lambda workload, case: seconds, outputs, **more)
+
+
 def test_peers_count_only_where_they_compute_what_ours_does() -> None:
-    wrong = {"prediction": PREDICTION["prediction"] * 1.01}
-    nearly = {"prediction": PREDICTION["prediction"] * 1.00005}
+    best = {"gemm": 0.004, "copy": 0.002}
     rows = _measure(
-        StandInSide(OURS, lambda workload, case: 0.01, PREDICTION),
-        StandInSide("onnxruntime", lambda workload, case: 0.02, nearly),
-        StandInSide("openvino", lambda workload, case: 0.001, wrong),
-        StandInSide("diffusers", lambda workload, case: 0.001, error=SideError("not available", "no torch")),
+        _side(OURS),
+        _side("onnxruntime", 0.02, 1.00005),
+        _side("openvino", 0.001, 1.01),
+        _side("diffusers", error=SideError("not available", "no torch")),
         StandInSide(
-            "ceiling",
-            lambda workload, case: {"gemm": 0.004, "copy": 0.002}[workload],
-            figures=lambda: {"flops": 10**9, "bytes": 10**8},
+            "ceiling", lambda workload, case: best[workload], figures=lambda: {"flops": 10**9, "bytes": 10**8}
         ),
     )
     assert (rows[OURS].status, rows[OURS].summary["p50"]) == ("ok", 0.01)
@@ -56,11 +59,13 @@ def test_peers_count_only_where_they_compute_what_ours_does() -> None:
     flops = rows[OURS].figures["flops"]
     assert rows[OURS].figures["of_best_gemm"] == pytest.approx(flops / 0.01 / (10**9 / 0.004))
     assert {len(row.rounds) for row in rows.values() if row.rounds} == {6}
+    rows = _measure(_side(OURS, error=SideError("FAILED", "out of memory")), _side(AGAIN), _side("openvino"))
+    assert [row.status for row in rows.values()] == ["FAILED", "not available", "not available"]
+    assert rows["openvino"].reason == "ours failed: there is nothing to compare with"
 
 
 def _ours(seconds: float) -> "list[SideProcess]":
-    sides = [StandInSide(name, lambda workload, case: seconds, PREDICTION) for name in (OURS, AGAIN)]
-    return cast("list[SideProcess]", sides)
+    return cast("list[SideProcess]", [_side(OURS, seconds), _side(AGAIN, seconds)])
 
 
 def test_ours_over_the_yardstick_are_rows_of_their_own() -> None:
@@ -78,43 +83,14 @@ def test_ours_over_the_yardstick_are_rows_of_their_own() -> None:
         assert row.figures["yardstick_p50_s"] == 0.002
 
 
-@pytest.mark.parametrize(
-    ("seconds", "references", "device"),
-    [(1.5, (AGAIN, YARDSTICK), "cpu"), (0.01, (AGAIN, YARDSTICK), "cuda"), (0.01, (AGAIN,), "cpu")],
-)
-def test_long_runs_and_devices_have_no_yardstick(
-    seconds: float, references: tuple[str, ...], device: str
-) -> None:
-    rows = _bench(references=references, device=device).measure(_ours(seconds), PACE)
-    assert [row.side for row in rows] == [OURS, AGAIN]
-
-
-def test_where_ours_failed_a_peer_has_nothing_to_be_like() -> None:
-    broken = SideError("FAILED", "out of memory")
-    rows = _measure(
-        StandInSide(OURS, lambda workload, case: 0.01, error=broken),
-        StandInSide(AGAIN, lambda workload, case: 0.01, PREDICTION),
-        StandInSide("openvino", lambda workload, case: 0.01, PREDICTION),
-    )
-    assert {name: row.status for name, row in rows.items()} == {
-        OURS: "FAILED",
-        AGAIN: "not available",
-        "openvino": "not available",
-    }
-    assert rows["openvino"].reason == "ours failed: there is nothing to compare with"
-
-
-def test_pictures_are_judged_by_their_shades() -> None:
-    image = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3)).astype(np.uint8)
-    found = check({"image": image}, {"image": image}, PACKAGE)
-    assert found["relative_l2"] == 0
-    one_off = image ^ np.uint8(1)
-    assert check({"image": one_off}, {"image": image}, PACKAGE)["psnr_db"] == pytest.approx(48.13, abs=0.01)
-    with pytest.raises(SideError, match="image is not ours"):
-        check({"image": image ^ np.uint8(4)}, {"image": image}, PACKAGE)
-    with pytest.raises(SideError, match="image is not ours"):
-        check({"image": image[:, :4]}, {"image": image}, PACKAGE)
-    assert check({}, {"image": image}, PACKAGE) == {}, "a workload without outputs"
+def test_long_runs_and_devices_have_no_yardstick() -> None:
+    for seconds, references, device in (
+        (1.5, (AGAIN, YARDSTICK), "cpu"),
+        (0.01, (AGAIN, YARDSTICK), "cuda"),
+        (0.01, (AGAIN,), "cpu"),
+    ):
+        rows = _bench(references=references, device=device).measure(_ours(seconds), PACE)
+        assert [row.side for row in rows] == [OURS, AGAIN]
 
 
 def test_what_no_net_took() -> None:
@@ -130,20 +106,17 @@ def test_what_no_net_took() -> None:
     assert medians(Turns(), steps=1) == {}
 
 
-def test_who_takes_part() -> None:
-    task = Task(package=PACKAGE.root)
-    assert Sides(task=task, peers=("openvino",)).names == (OURS, AGAIN, "openvino", "ceiling")
-    assert Sides(task=task, references=()).names == (OURS,)
-
-
-def test_without_ours_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(name: str, module: str, task: Task) -> StandInSide:
         if module == missing:
             raise SideError("not available", "not installed")
-        return StandInSide(name, lambda workload, case: 0.01)
+        return _side(name)
 
     monkeypatch.setattr(latency, "SideProcess", opened)
-    sides = Sides(task=Task(package=PACKAGE.root), peers=("openvino",))
+    task = Task(package=PACKAGE.root)
+    assert Sides(task=task, references=()).names == (OURS,)
+    sides = Sides(task=task, peers=("openvino",))
+    assert sides.names == (OURS, AGAIN, "openvino", "ceiling")
     missing = "openvino"
     with ExitStack() as stack:
         found, rows = sides.open(stack)

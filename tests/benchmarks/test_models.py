@@ -1,6 +1,8 @@
-"""Models by name; making one is watched on stages that only write a file: the real ones take minutes."""
+"""Models by name, and skeletons of full-size ones; making one is watched on stages that only write a file."""
 
 import json
+import shutil
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -8,16 +10,27 @@ import pytest
 from latentrt.benchmarks import skeletons
 from latentrt.benchmarks.models import full_size
 from latentrt.benchmarks.models import open as models
-from latentrt.benchmarks.models.full_size import Stage
-from latentrt.benchmarks.models.open import default_cache, find_model, model_names
+from latentrt.benchmarks.models.checkpoints import make_checkpoint
+from latentrt.benchmarks.models.full_size import Stage, main, measure_export, run_stage
+from latentrt.benchmarks.models.open import find_model
 from latentrt.benchmarks.models.recipes import RECIPES
-from latentrt.benchmarks.skeletons import save_skeleton
+from latentrt.benchmarks.records import read_document
+from latentrt.benchmarks.skeletons import FOLDER, fill_skeleton, save_skeleton
 from latentrt.engines.errors import BackendError, CheckpointError, ModelError, UsageError
 from latentrt.engines.package import Package
+from latentrt.engines.profiles import default_profile
+from latentrt.engines.store.engine_store import EngineStore
+from latentrt.engines.tensorrt.build import build_package, find_engines
+from latentrt.engines.tensorrt.flavour import flavour, installed_version
+from latentrt.engines.tensorrt.options import BuildOptions
+from latentrt.engines.tensorrt.preflight import read_room
+from latentrt.export import export_package
 from latentrt.runtime import Pipeline
 from latentrt.runtime.pipeline import SHIPPED
 
-STAGE = Stage(seconds=1.0, cpu_seconds=1.0, peak_rss=1)
+STAGE = Stage(seconds=2.0, cpu_seconds=3.0, peak_rss=5_000, figures={"seconds": 1.5})
+
+
 DEMO = SHIPPED["demo"]
 
 
@@ -40,32 +53,18 @@ def test_a_package_by_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    known = r"expected demo, sd15-fp32, sd15-fp16, sd21-fp32, sd21-fp16, or a package's folder"
+    for name in ("sd15", "sd15-int8", "sdxl-fp16", "no/such/folder"):
+        with pytest.raises(UsageError, match=known):
+            find_model(name)
     with pytest.raises(CheckpointError, match=r"has no model_index\.json"):
         find_model("demo", checkpoint=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd15-int8", "sdxl-fp16", "no/such/folder"])
-def test_an_unknown_name_is_refused(name: str) -> None:
-    with pytest.raises(
-        UsageError, match=r"expected demo, sd15-fp32, sd15-fp16, sd21-fp32, sd21-fp16, or a package's folder"
-    ):
-        find_model(name)
-
-
-def test_names_are_recipes() -> None:
-    assert set(models.SIZES) <= set(RECIPES)
-    assert model_names()[:3] == ("demo", "sd15-fp32", "sd15-fp16")
-
-
-def test_the_cache_lies_in_the_stores_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path))
-    assert default_cache() == tmp_path / "benchmarks"
-
-
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was made; checkpoints are one file, packages the demo's."""
+    """What was made; checkpoints are one file, packages the demo's, and exporting to fp16 fails."""
     done: list[str] = []
 
     def make(recipe: str, checkpoint: Path) -> Stage:
@@ -74,12 +73,13 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         done.append(recipe)
         return STAGE
 
-    def export(checkpoint: Path, package: Path, dtype: str) -> Stage:
+    def export(checkpoint: Path, package: Path, dtype: str, *flags: str) -> Stage:
         assert (checkpoint / "model_index.json").is_file()
         if dtype == "fp16":
             raise ModelError("it broke", expected="a stage", fix="Mend it.")
-        package.symlink_to(DEMO)
-        done.append(package.name)
+        if not package.exists():
+            package.symlink_to(DEMO)
+        done.append(" ".join([package.name, *flags]))
         return STAGE
 
     monkeypatch.setattr(full_size, "make_checkpoint", make)
@@ -87,29 +87,22 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
-def test_a_full_size_model_is_made_once_and_said_beforehand(tmp_path: Path, stages: list[str]) -> None:
-    said: list[str] = []
-
-    def say(line: str) -> None:
-        said.append(f"after {stages}: {line}")
-
-    cache = tmp_path / "cache"
-    model = find_model("sd21-fp32", cache=cache, said=say)
-    assert (model.name, model.checkpoint) == ("sd21-fp32", cache / "sd21")
-    assert model.package.manifest == Package.open(DEMO).manifest
-    assert said[0].startswith(f"after []: making {cache / 'sd21'}: ")
-    assert said[1].startswith(f"after ['sd21']: making {cache / 'sd21-fp32'}: ")
-    assert all("2.6 GB" in line for line in said)
-    again = find_model("sd21-fp32", cache=cache, said=say)
-    assert again.checkpoint == model.checkpoint
-    assert stages == ["sd21", "sd21-fp32"]
-    assert len(said) == 2
-
-
-def test_a_model_that_cannot_be_made(tmp_path: Path, stages: list[str]) -> None:
+def test_a_full_size_model_is_made_once_and_said_beforehand(
+    tmp_path: Path, stages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path))
+    cache, printed = tmp_path / "benchmarks", list[str]()
+    for _ in range(2):
+        model = find_model("sd21-fp32", said=lambda line: printed.append(f"after {stages}: {line}"))
+        assert (model.name, model.checkpoint) == ("sd21-fp32", cache / "sd21")
+        assert model.package.manifest == Package.open(DEMO).manifest
+        assert stages == ["sd21", "sd21-fp32"]
+    first, second = printed
+    assert first.startswith(f"after []: making {cache / 'sd21'}: ")
+    assert second.startswith(f"after ['sd21']: making {cache / 'sd21-fp32'}: ")
+    assert "2.6 GB" in first
     with pytest.raises(ModelError, match="it broke"):
-        find_model("sd15-fp16", cache=tmp_path)
-    assert stages == ["sd15"]
+        find_model("sd15-fp16")
 
 
 @pytest.fixture
@@ -123,21 +116,6 @@ def without_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("without_torch")
-def test_without_torch_a_skeleton_is_filled(tmp_path: Path) -> None:
-    said: list[str] = []
-    model = find_model("sd15-fp16", cache=tmp_path / "cache", said=said.append)
-    assert model.checkpoint is None
-    assert model.package.root.name == "sd15-fp16-skeleton", "no checkpoint has its weights"
-    assert len(said) == 1
-    find_model("sd15-fp16", cache=tmp_path / "cache", said=said.append)
-    assert len(said) == 1
-    assert not list((tmp_path / "cache").glob(".sd15*")), "what it was made in is gone"
-    with Pipeline.open(model.package.root, threads=1) as pipe:
-        latent = pipe("a star", width=16, height=16, num_inference_steps=1, output_type="latent").images
-    assert latent.shape == (1, 4, 2, 2)
-
-
-@pytest.mark.usefixtures("without_torch")
 def test_without_torch_and_skeleton_it_says_what_to_install(tmp_path: Path) -> None:
     with pytest.raises(
         BackendError,
@@ -147,25 +125,31 @@ def test_without_torch_and_skeleton_it_says_what_to_install(tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("without_torch")
-def test_a_checkpoint_beside_a_filled_skeleton_is_not_taken_for_its_own(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "cache" / "sd15"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "model_index.json").write_text("{}")
-    assert find_model("sd15-fp16", cache=tmp_path / "cache").checkpoint is None
-
-
-def bytes_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def test_without_torch_a_skeleton_is_filled(tmp_path: Path) -> None:
+    cache, printed = tmp_path / "cache", list[str]()
+    (cache / "sd15").mkdir(parents=True)
+    (cache / "sd15" / "model_index.json").write_text("{}")
+    for _ in range(2):
+        model = find_model("sd15-fp16", cache=cache, said=printed.append)
+        assert model.checkpoint is None, "no checkpoint has its weights"
+        assert model.package.root.name == "sd15-fp16-skeleton"
+    assert len(printed) == 1
+    assert not list(cache.glob(".sd15*")), "what it was made in is gone"
+    with Pipeline.open(model.package.root, threads=1) as pipe:
+        latent = pipe("a star", width=16, height=16, num_inference_steps=1, output_type="latent").images
+    assert latent.shape == (1, 4, 2, 2)
 
 
 def test_the_size_that_is_said_is_the_skeletons() -> None:
     """A digest of the weights' headers and the graphs."""
-    folder = skeletons.FOLDER / "sd15-fp16"
+    files = [path for path in (skeletons.FOLDER / "sd15-fp16").rglob("*") if path.is_file()]
+    headers = [json.loads(path.read_bytes()) for path in files if path.name.endswith(".header.json")]
     ends = [
         max(tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__")
-        for header in (json.loads(path.read_bytes()) for path in folder.rglob("*.header.json"))
+        for header in headers
     ]
-    assert models.SIZES["sd15"] == f"{(sum(ends) + bytes_of(folder)) / 1e9:.1f} GB"
+    total = sum(ends) + sum(path.stat().st_size for path in files)
+    assert models.SIZES["sd15"] == f"{total / 1e9:.1f} GB"
 
 
 @pytest.mark.slow  # a minute: two imports of torch, and all of an export
@@ -184,3 +168,123 @@ def test_a_small_one_is_really_made(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert model.package.manifest.dtype == "fp32"
     assert model.checkpoint == tmp_path / "sd15"
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["sd15", "sd15-fp32"]
+
+
+def test_a_stage_has_figures_and_the_last_line_it_printed() -> None:
+    stage = run_stage("print", ["-c", 'print(\'noise\'); print(\'{"a": 1, "package": "/x"}\')'])
+    assert stage.figures == {"a": 1}
+    assert stage.seconds > 0
+    assert 1e6 < stage.peak_rss < 1e9
+    assert run_stage("quiet", ["-c", "pass"]).figures == {}
+
+
+def test_a_stage_that_fails_is_named_with_what_it_said() -> None:
+    code = "import sys; sys.stderr.write('no room in /home/someone/x'); sys.exit(3)"
+    with pytest.raises(ModelError, match=r"^export fp16 failed: it ended with exit code 3: no room in …/x;"):
+        run_stage("export fp16", ["-c", code])
+
+
+def test_a_checkpoint_is_complete_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stage(name: str, arguments: list[str]) -> Stage:
+        folder = Path(arguments[-1])
+        assert folder.parent.parent == tmp_path, "beside the place it is for: a rename does not copy"
+        folder.mkdir()
+        (folder / "model_index.json").write_text("{}")
+        if arguments[-2] == "breaks":
+            raise ModelError("it broke", expected="a stage", fix="Mend it.")
+        return STAGE
+
+    monkeypatch.setattr(full_size, "run_stage", stage)
+    with pytest.raises(ModelError, match="it broke"):
+        full_size.make_checkpoint("breaks", tmp_path / "sd15")
+    assert not list(tmp_path.iterdir())
+    assert full_size.make_checkpoint("sd15", tmp_path / "sd15") == STAGE
+    assert [path.name for path in tmp_path.rglob("*")] == ["sd15", "model_index.json"]
+
+
+def test_the_script_makes_exports_and_writes(
+    tmp_path: Path, stages: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([str(tmp_path), "--dtypes", "fp32", "--out", str(tmp_path / "export.json")])
+    main([str(tmp_path), "--dtypes", "fp32"])
+    once = "sd15-fp32 --verify --overwrite"
+    assert stages == ["sd15", once, once], "the checkpoint is made once"
+    document = read_document(tmp_path / "export.json")
+    assert document.benchmark == "export"
+    assert document.model == {"name": "sd15", "checkpoint_bytes": 2}
+    assert [(row.workload, row.unit, row.samples) for row in document.rows] == [
+        ("make checkpoint", "s", (2.0,)),
+        ("make checkpoint peak memory", "B", (5000.0,)),
+        ("export", "s", (2.0,)),
+        ("export peak memory", "B", (5000.0,)),
+    ]
+    assert document.rows[2].figures == {"seconds": 1.5, "cpu_seconds": 3.0}
+    assert "export peak memory           fp32  5000 B" in capsys.readouterr().out
+
+
+def test_an_export_that_fails_is_a_row_and_the_exit_code(tmp_path: Path, stages: list[str]) -> None:
+    document = measure_export(tmp_path, dtypes=("fp16", "fp32"))
+    assert [row.status for row in document.rows] == ["ok", "ok", "FAILED", "ok", "ok"]
+    assert document.rows[2].reason == "it broke"
+    with pytest.raises(SystemExit, match="1"):
+        main([str(tmp_path), "--dtypes", "fp16"])
+
+
+BACKEND = "tensorrt-rtx"
+
+
+@pytest.fixture
+def roomy(tmp_path: Path) -> Generator[Path]:
+    """A folder for 4 GB of weights and engines, on a machine with the 6 GB that the UNet's build takes."""
+    room = read_room(tmp_path)
+    if (room.ram or 2**40) < 8e9 or (room.disk or 2**40) < 6e9:
+        pytest.skip(f"{room.ram} bytes of memory and {room.disk} of disk are too little")
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+@pytest.mark.slow
+def test_every_net_of_full_size_sd15_builds_without_a_gpu(roomy: Path) -> None:
+    package = fill_skeleton("sd15-fp16", roomy / "package")
+    package.verify()
+    store = EngineStore(roomy / "store")
+    built = build_package(package, BACKEND, [default_profile(package.manifest)], BuildOptions(), store)
+    assert [item.net for item in built] == [name for name in package.manifest.nets if name != "unet_whole"]
+    for item in built:
+        spec, facts = package.manifest.nets[item.net].spec, item.entry.facts
+        assert facts["inputs"] == [tensor.name for tensor in spec.inputs]
+        assert facts["outputs"] == [tensor.name for tensor in spec.outputs]
+        assert facts["peak_rss"] < 10e9
+        row, version = flavour(BACKEND), installed_version(BACKEND) or ""
+        ((entry, profiles),) = find_engines(package, item.net, row, version, store)
+        assert entry.key == item.entry.key
+        assert len(profiles) == (2 if item.net in ("unet", "step") else 1)
+    unet = next(item for item in built if item.net == "unet")
+    assert 1.6e9 < unet.entry.size < 1.8e9, "two profiles share the weights of 859.5 M parameters"
+
+
+def test_an_unknown_skeleton_or_a_folder_that_exists(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"expected one of .*sd15-fp16"):
+        fill_skeleton("sd0", tmp_path / "package")
+    with pytest.raises(UsageError, match="a folder that does not exist yet"):
+        fill_skeleton("sd15-fp16", tmp_path)
+
+
+def test_the_header_of_a_skeleton_is_the_packages_own(tmp_path: Path) -> None:
+    package = Package.open(SHIPPED["demo"])
+    save_skeleton(package, tmp_path / "skeleton")
+    with package.path("unet/weights.safetensors").open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        assert (tmp_path / "skeleton/unet/weights.safetensors.header.json").read_bytes() == file.read(size)
+
+
+@pytest.mark.slow
+def test_the_skeleton_is_what_the_exporter_makes(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(RECIPES["sd15"], tmp_path / "checkpoint")
+    save_skeleton(export_package(checkpoint, tmp_path / "package", verify=False), tmp_path / "skeleton")
+    for path in (FOLDER / "sd15-fp16").rglob("*.*"):
+        if path.name != "manifest.json":
+            assert (
+                path.read_bytes()
+                == (tmp_path / "skeleton" / path.relative_to(FOLDER / "sd15-fp16")).read_bytes()
+            )

@@ -1,5 +1,6 @@
-"""latentrt's own side on the host: what each workload computes, and in which unit it is reported."""
+"""latentrt's own side on the host: what each workload is called with, and what it computes."""
 
+import shutil
 from collections.abc import Generator, Mapping
 from typing import Any
 
@@ -7,16 +8,25 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from latentrt.benchmarks import process
-from latentrt.benchmarks.case import WORKLOADS, Case, net_inputs
-from latentrt.benchmarks.sides import contract, ours
+from latentrt.benchmarks import child
+from latentrt.benchmarks.case import WORKLOADS, Case, net_inputs, time_inputs, whole_inputs
+from latentrt.benchmarks.opening import open_pipeline
+from latentrt.benchmarks.sides import contract
 from latentrt.benchmarks.sides.contract import NotAvailableError, OpenSide, Task, Work
-from latentrt.benchmarks.sides.ours import BETWEEN, host_side, open_pipeline
+from latentrt.benchmarks.sides.ours import BETWEEN, host_side
+from latentrt.benchmarks.sides.ours_device import device_side
+from latentrt.benchmarks.sides.plain_loop import check_drawable
+from latentrt.engines import spec
 from latentrt.engines.backend import Net
-from latentrt.engines.package import Package
+from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
+from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
+from latentrt.engines.package import Package, write_manifest
+from latentrt.runtime.loop.device.loop import DeviceLoop
 from latentrt.runtime.loop.host import HostLoop
 from latentrt.runtime.pipeline import SHIPPED, Pipeline
 from latentrt.runtime.prompts.tokenizer import ClipTokenizer
+from tests.engines.host_device import HostDevice
+from tests.runtime.small_nets import IMAGE_CHANNELS, VECTORS, WIDTH, write_small_package
 
 PACKAGE = Package.open(SHIPPED["demo"])
 TOKENIZER = ClipTokenizer.open(PACKAGE.root / "tokenizer")
@@ -44,9 +54,6 @@ def side(pipe: Pipeline) -> Generator[OpenSide]:
 def ran(prepared: Work) -> Mapping[str, np.ndarray]:
     prepared.run()
     return prepared.outputs()
-
-
-# ── the workloads ──────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("case", [GUIDED, PLAIN], ids=["guided", "plain"])
@@ -135,16 +142,6 @@ def test_memory_and_versions(side: OpenSide) -> None:
     assert side.versions["backend"].startswith("onnxruntime")
 
 
-def test_a_backend_that_cannot_run_has_a_reason() -> None:
-    assert ours.available(Task(package=PACKAGE.root, backend="onnxruntime")) is None
-    reason = ours.available(Task(package=PACKAGE.root, backend="imagined"))
-    assert reason is not None
-    assert "unknown backend 'imagined'" in reason
-
-
-# ── time ───────────────────────────────────────────────────────────────────────────────────────────
-
-
 class Clock:
     """Advances a little whenever it is read, and by what `spend` says."""
 
@@ -160,32 +157,81 @@ class Clock:
         return {}
 
 
-@pytest.mark.parametrize(("slow_down", "ratio"), [(0.0, 1.0), (0.1, 1.1), (0.5, 1.5)])
-def test_a_planted_slowdown(monkeypatch: pytest.MonkeyPatch, slow_down: float, ratio: float) -> None:
+@pytest.mark.parametrize("slow_down", [0.0, 0.1, 0.5])
+def test_a_planted_slowdown(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, slow_down: float) -> None:
     clock = Clock()
     monkeypatch.setattr(contract, "perf_counter", clock)
-    work = Work(call=lambda: clock.spend(2.0), slow_down=slow_down)
     began = clock.now
-    work.run()
-    assert (clock.now - began) / 2.0 == pytest.approx(ratio, abs=0.01)
-
-
-def test_a_slowdown_reaches_every_workload(pipe: Pipeline) -> None:
-    slow = side_of(pipe, 0.5)
-    assert [slow.prepare(workload, GUIDED).slow_down for workload in WORKLOADS] == [0.5] * len(WORKLOADS)
+    Work(call=lambda: clock.spend(2.0), slow_down=slow_down).run()
+    assert (clock.now - began) / 2.0 == pytest.approx(1 + slow_down, abs=0.01)
+    slow = side_of(pipe, slow_down)
+    assert {slow.prepare(workload, GUIDED).slow_down for workload in WORKLOADS} == {slow_down}
 
 
 @pytest.mark.parametrize("repeats", [1, 4])
-def test_seconds_are_of_one_of_the_repetitions(monkeypatch: pytest.MonkeyPatch, repeats: int) -> None:
+def test_seconds_are_of_one_of_the_repetitions(
+    side: OpenSide, monkeypatch: pytest.MonkeyPatch, repeats: int
+) -> None:
     clock = Clock()
     monkeypatch.setattr(process, "perf_counter", clock)
     makers: Any = {"any": lambda case, stack: Work(call=lambda: clock.spend(2.0), repeats=repeats)}
-    asked = process.Server(OpenSide(name="it", versions={}, makers=makers), Task(package=SHIPPED["demo"]))
-    first = asked.answer({"do": "prepare", "workload": "any", "case": GUIDED.to_json(), "slot": ""})
-    timed = asked.answer({"do": "time", "slot": "", "runs": 3})
+    server = child.Server(OpenSide(name="it", versions={}, makers=makers), Task(package=SHIPPED["demo"]))
+    first = server.answer({"do": "prepare", "workload": "any", "case": GUIDED.to_json(), "slot": ""})
+    timed = server.answer({"do": "time", "slot": "", "runs": 3})
     assert [first["seconds"], *timed["seconds"]] == pytest.approx([2.0 / repeats] * 4, rel=1e-2)
+    assert (side.prepare("update", GUIDED).repeats, side.prepare("unet", GUIDED).repeats) == (BETWEEN, 1)
 
 
-def test_update_is_reported_by_the_step(side: OpenSide) -> None:
-    assert side.prepare("update", GUIDED).repeats == BETWEEN
-    assert side.prepare("unet", GUIDED).repeats == 1
+SMALL = Case(width=64, height=48, guidance_scale=2.0, pictures=2, steps=3)
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
+    """Whose UNet has vectors, and a picture behind the latent."""
+    root = tmp_path_factory.mktemp("told") / "package"
+    small = write_small_package(root, vectors=True, image=True)
+    shutil.copytree(PACKAGE.root / "tokenizer", root / "tokenizer")
+    return write_manifest(root, small.manifest)
+
+
+def test_the_inputs_are_the_contracts(package: Package) -> None:
+    manifest = package.manifest
+    inputs = net_inputs("unet", SMALL, manifest, TOKENIZER)
+    steps = np.linspace(999, 0, 3, dtype=np.float32)
+    schedule = time_inputs(SMALL, manifest, inputs, steps)
+    manifest.nets["unet_time"].spec.check(schedule)
+    np.testing.assert_array_equal(schedule["timestep"], np.repeat(steps, 4))
+    for name in VECTORS:
+        np.testing.assert_array_equal(schedule[name][4:8], inputs[name])
+    whole = spec.unet_whole(channels=4 + IMAGE_CHANNELS, width=WIDTH, float_dtype="float32", vectors=VECTORS)
+    whole.check(whole_inputs(SMALL, manifest, inputs))
+
+
+@pytest.mark.parametrize("workload", ["invariants", "unet"])
+def test_both_loops_compute_them(package: Package, workload: str) -> None:
+    device = HostDevice()
+    nets: Any = {
+        name: open_onnxruntime_net(package, name, device, provider=CPU, submit=device.submit, threads=1)
+        for name in package.manifest.nets
+    }
+    host_loop = HostLoop(package, ONNXRUNTIME, 1)
+    for name in ("unet_context", "unet_time", "unet"):
+        host_loop.net(name)
+    host = host_side(Pipeline.over(package, host_loop, "host", cache_bytes=0), host_loop)
+    loop = DeviceLoop(device, nets, package.manifest)
+    side = device_side(Pipeline.over(package, loop, "device", cache_bytes=0), loop)
+    found, wanted = side.prepare(workload, SMALL), host.prepare(workload, SMALL)
+    for prepared in (found, wanted):
+        prepared.run()
+    assert set(found.outputs()) == set(wanted.outputs())
+    for name, array in wanted.outputs().items():
+        assert array.std() > 0
+        np.testing.assert_allclose(found.outputs()[name], array, rtol=1e-4, atol=1e-5)
+    side.close()
+    host.close()
+    assert not device.blocks
+
+
+def test_plain_loops_draw_no_such_pictures(package: Package) -> None:
+    with pytest.raises(NotAvailableError, match="picture"):
+        check_drawable("it", package.manifest)

@@ -13,22 +13,20 @@ import pytest
 
 from latentrt.benchmarks import process
 from latentrt.benchmarks.case import WORKLOADS, Case
-from latentrt.benchmarks.sides import contract, ours
-from latentrt.benchmarks.sides.contract import NotAvailableError, OpenSide, Task, Work
+from latentrt.benchmarks.sides import ours
+from latentrt.benchmarks.sides.contract import OpenSide, Task, Work
 from latentrt.benchmarks.sides.ours import BETWEEN
 from latentrt.benchmarks.sides.ours_device import device_side
-from latentrt.engines.backend import MemoryLedger
-from latentrt.engines.device import Addresses, BoundNet, DeviceNet, Shapes
-from latentrt.engines.errors import MemoryLimitError, UsageError
+from latentrt.engines.device import Addresses, DeviceNet, Shapes
+from latentrt.engines.errors import MemoryLimitError
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import Package
-from latentrt.engines.spec import NetSpec
 from latentrt.runtime.loop import open as loops
 from latentrt.runtime.loop.device.cuda_graphs import Graphs
 from latentrt.runtime.loop.device.loop import DeviceLoop
 from latentrt.runtime.pipeline import SHIPPED, Pipeline
+from tests.benchmarks.gpu_stand_in import Hungry
 from tests.engines.host_device import DEVICE_NETS, HostDevice, HostStopwatch
-from tests.engines.tensorrt_setting import library, open_simulated
 
 PACKAGE = Package.open(SHIPPED["demo"])
 GUIDED = Case.of(PACKAGE.manifest, width=64, height=64, steps=4)
@@ -37,50 +35,29 @@ NOISY = Case.of(PACKAGE.manifest, width=64, height=64, steps=4, sampler="euler_a
 KIB = 1024
 
 
-class Spied:
-    """A net on a device that claims scratch memory, and counts its runs under its name."""
+class Spied(Hungry):
+    """Claims as much scratch memory for every call, and counts its runs under its name."""
 
-    def __init__(self, name: str, net: DeviceNet, runs: Counter[str], scratch: int) -> None:
-        self.name, self.net, self.runs, self.size = name, net, runs, scratch
-        self.capturable = True
+    capturable = True
 
-    @property
-    def spec(self) -> NetSpec:
-        return self.net.spec
-
-    @property
-    def memory(self) -> MemoryLedger:
-        return self.net.memory
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.net, name)
+    def __init__(self, name: str, net: DeviceNet, runs: Counter[str], size: int) -> None:
+        super().__init__(net, 0)
+        self.name, self.runs, self.size = name, runs, size
 
     def scratch(self, shapes: Shapes) -> int:
         return self.size
 
-    def bind(self, shapes: Shapes, addresses: Addresses, scratch: int) -> "SpiedRun":
+    def bind(self, shapes: Shapes, addresses: Addresses, scratch: int) -> Any:
         assert scratch, "bound without the scratch memory it asked for"
-        return SpiedRun(self, self.net.bind(shapes, addresses, scratch))
+        bound: Any = super().bind(shapes, addresses, scratch)
+        plain = bound.enqueue
 
+        def enqueue() -> None:
+            self.runs[self.name] += 1
+            plain()
 
-class SpiedRun:
-    profile = "spied"
-
-    def __init__(self, net: Spied, bound: BoundNet) -> None:
-        self.net, self.bound, self.close = net, bound, bound.close
-
-    @property
-    def capturable(self) -> bool:
-        return self.net.capturable
-
-    def enqueue(self) -> None:
-        self.net.runs[self.net.name] += 1
-        self.bound.enqueue()
-
-
-def open_on(device: HostDevice, nets: dict[str, Any], graphs: Graphs = "auto") -> tuple[OpenSide, DeviceLoop]:
-    loop = DeviceLoop(device, nets, PACKAGE.manifest, graphs=graphs)
-    return device_side(Pipeline.over(PACKAGE, loop, "stand-in", cache_bytes=0), loop), loop
+        bound.enqueue, bound.capturable = enqueue, self.capturable
+        return bound
 
 
 @dataclass
@@ -95,16 +72,13 @@ class Bench:
 @pytest.fixture(scope="module")
 def opened() -> Generator[Bench]:
     device, runs = HostDevice(), Counter[str]()
-    nets = {
-        name: Spied(
-            name,
-            open_onnxruntime_net(PACKAGE, name, device, provider=CPU, submit=device.submit, threads=1),
-            runs,
-            (1 + place) * KIB,
-        )
-        for place, name in enumerate(DEVICE_NETS)
-    }
-    side, loop = open_on(device, nets)
+    nets: dict[str, Any] = {}
+    for place, name in enumerate(DEVICE_NETS, start=1):
+        net = open_onnxruntime_net(PACKAGE, name, device, provider=CPU, submit=device.submit, threads=1)
+        nets[name] = Spied(name, net, runs, place * KIB)
+    loop = DeviceLoop(device, nets, PACKAGE.manifest)
+    side = device_side(Pipeline.over(PACKAGE, loop, "stand-in", cache_bytes=0), loop)
+    assert side.versions == {"backend": "stand-in", "device": "host memory"}
     yield Bench(device, side, loop, nets, runs)
     side.prepare("unet", GUIDED)  # and is left open
     side.close()
@@ -153,78 +127,44 @@ def test_the_device_computes_what_the_host_does(
     found.close()
 
 
+RUNS = {
+    "text_encoder": {"text_encoder": 1},
+    "invariants": {"unet_context": 1, "unet_time": 1},
+    "unet": {"unet": 1},
+    "update": {"step": BETWEEN},
+    "vae_decoder": {"vae_decoder": 1},
+    "picture": {"text_encoder": 1, "unet_context": 1, "unet_time": 1, "unet": 4, "step": 4, "vae_decoder": 1},
+}
+
+
 @pytest.mark.parametrize("workload", WORKLOADS)
-def test_a_run_allocates_nothing_and_waits_as_often_as_it_must(opened: Bench, workload: str) -> None:
+def test_a_run_repeats_itself_allocates_nothing_and_waits_as_often_as_it_must(
+    opened: Bench, workload: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HostStopwatch, "seconds", lambda self: 2.0)
+    monkeypatch.setattr(opened.loop, "_graphs", "off")
     prepared = opened.side.prepare(workload, GUIDED)
+    opened.runs.clear()
     prepared.run()
+    assert opened.runs == RUNS[workload]
+    first = {name: array.copy() for name, array in prepared.outputs().items()}
     device = opened.device
     sizes, allocations, waits = dict(device.sizes), device.allocations, device.synchronisations
     for _ in range(3):
         prepared.run()
-        prepared.figures()
+        assert prepared.figures()["device_s"] == (2.0 / BETWEEN if workload == "update" else 2.0)
     each = 2 if workload == "picture" else 1  # its prompt's context comes back before the rows begin
     assert (device.sizes, device.allocations) == (sizes, allocations)
     assert device.synchronisations == waits + 3 * each
+    for name, array in prepared.outputs().items():
+        np.testing.assert_array_equal(array, first[name])
     prepared.close()
-
-
-def test_which_nets_run(opened: Bench) -> None:
-    expected = {
-        "text_encoder": {"text_encoder": 1},
-        "invariants": {"unet_context": 1, "unet_time": 1},
-        "unet": {"unet": 1},
-        "update": {"step": BETWEEN},
-        "vae_decoder": {"vae_decoder": 1},
-    }
-    for workload, wanted in expected.items():
-        prepared = opened.side.prepare(workload, GUIDED)
-        opened.runs.clear()
-        prepared.run()
-        assert opened.runs == wanted, workload
-        prepared.close()
-
-
-def test_update_begins_anew_each_time(opened: Bench) -> None:
-    update = opened.side.prepare("update", GUIDED)
-    update.run()
-    first = update.outputs()["latent"].copy()
-    for _ in range(3):
-        update.run()
-    np.testing.assert_array_equal(update.outputs()["latent"], first)
-    assert first.std() > 0
-    update.close()
-
-
-def test_the_devices_seconds_are_of_a_step_too(opened: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HostStopwatch, "seconds", lambda self: 2.0)
-    for workload, seconds in (("update", 2.0 / BETWEEN), ("unet", 2.0), ("picture", 2.0)):
-        prepared = opened.side.prepare(workload, GUIDED)
-        prepared.run()
-        assert prepared.figures()["device_s"] == seconds
-        prepared.close()
-
-
-def test_a_planted_slowdown(opened: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    readings: list[float] = []
-
-    def clock() -> float:
-        readings.append(float(len(readings)))  # each look takes a second
-        return readings[-1]
-
-    monkeypatch.setattr(opened.side, "slow_down", 10.0)
-    prepared = [opened.side.prepare(workload, GUIDED) for workload in ("unet", "picture")]
-    monkeypatch.setattr(contract, "perf_counter", clock)
-    for item in prepared:
-        readings.clear()
-        item.run()
-        assert readings[-1] >= 11
-        item.close()
 
 
 # ── captured graphs ────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_unets_captured_run_is_told_too(opened: Bench) -> None:
+def test_the_unets_captured_run_is_timed_too(opened: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     launches, graphs = opened.device.launches, set(opened.device.graphs)
     prepared = opened.side.prepare("unet", GUIDED)
     assert opened.device.launches > launches
@@ -234,20 +174,16 @@ def test_the_unets_captured_run_is_told_too(opened: Bench) -> None:
     assert opened.device.launches == launches, "what is timed is as it is enqueued"
     assert prepared.figures()["captured_device_s"] > 0
     prepared.close()
-
-
-def test_why_the_unet_is_not_captured(opened: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opened.device, "capturable", False)
-    found = opened.side.prepare("unet", GUIDED)
-    found.run()
-    assert found.figures()["not_captured"] == "the stream cannot be captured"
-    found.close()
-    monkeypatch.setattr(opened.nets["unet"], "capturable", False)
-    found = opened.side.prepare("unet", GUIDED)
-    found.run()
-    assert found.figures()["not_captured"].startswith("the library says")
-    assert "captured_device_s" not in found.figures()
-    found.close()
+    for where, reason in (
+        (opened.nets["unet"], "the library says"),
+        (opened.device, "the stream cannot be captured"),
+    ):
+        monkeypatch.setattr(where, "capturable", False)
+        prepared = opened.side.prepare("unet", GUIDED)
+        prepared.run()
+        assert prepared.figures()["not_captured"].startswith(reason)
+        assert "captured_device_s" not in prepared.figures()
+        prepared.close()
 
 
 @pytest.mark.parametrize("graphs", ["on", "off"])
@@ -265,16 +201,6 @@ def test_a_picture_tells_whether_it_was_replayed(
     assert figures["replayed"] is (graphs == "on")
     assert {"prepare", "enqueue", "wait"} <= set(figures["stages_s"])
     loop.free_idle()
-
-
-def test_a_picture_has_settled_before_it_is_timed(opened: Bench) -> None:
-    loop = opened.loop
-    loop.free_idle()
-    before = opened.device.launches
-    opened.side.prepare("picture", GUIDED)
-    (replay,) = loop._replays.values()
-    assert float("inf") not in (replay._plain_s, replay._graph_s), "both ways were timed"
-    assert opened.device.launches - before == 2 * GUIDED.steps
 
 
 # ── memory ─────────────────────────────────────────────────────────────────────────────────────────
@@ -298,17 +224,12 @@ def test_what_is_prepared_has_its_own_buffers_until_it_is_closed(opened: Bench, 
     assert device.sizes == before
     with pytest.raises(AssertionError):
         large.run()
-
-
-def test_a_slot_that_is_prepared_again_frees_what_it_had(opened: Bench) -> None:
-    asked = process.Server(opened.side, Task(package=Path("demo")))
-    command = {"do": "prepare", "workload": "vae_decoder", "case": GUIDED.to_json(), "slot": "a"}
-    asked.answer(command)
-    sizes = sorted(opened.device.sizes.values())
-    for _ in range(2):
-        asked.answer(command)
-        assert sorted(opened.device.sizes.values()) == sizes
-    asked._slots["a"].close()
+    server = child.Server(opened.side, Task(package=Path("demo")))
+    sizes: list[list[int]] = []
+    for _ in range(3):  # in the same slot
+        server.answer({"do": "prepare", "workload": "vae_decoder", "case": GUIDED.to_json(), "slot": "a"})
+        sizes.append(sorted(device.sizes.values()))
+    assert sizes[0] == sizes[1] == sizes[2]
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
@@ -327,29 +248,21 @@ def test_what_cannot_be_prepared_leaves_nothing(
         assert len(device.stopwatches) == stopwatches
 
 
-def test_memory_is_the_ledger(opened: Bench) -> None:
+def test_memory_is_the_ledger(opened: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     picture = opened.side.prepare("picture", GUIDED)
+    monkeypatch.setattr(opened.device, "process_memory", lambda: 12345, raising=False)
     found = opened.side.memory()
-    assert set(found["ledger"]) == set(DEVICE_NETS)
     weights = {name: row["weights"] for name, row in found["ledger"].items()}
-    assert weights == {name: net.memory.weights for name, net in opened.nets.items()}
+    assert weights == {name: opened.nets[name].memory.weights for name in DEVICE_NETS}
     assert found["scratch"] == len(DEVICE_NETS) * KIB, "the largest of the nets'"
     assert found["known"] == sum(row["total"] for row in found["ledger"].values()) + found["scratch"]
     assert found["memory"] == {"free": 2**40 - opened.device.used, "total": 2**40, "unified": False}
-    assert found["process"] is None
-    opened.device.process_memory = lambda: 12345  # pyright: ignore[reportAttributeAccessIssue]
-    assert opened.side.memory()["process"] == 12345
+    assert found["process"] == 12345
     assert json.loads(json.dumps(found)) == found
     picture.close()
 
 
 # ── opening ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_versions_and_unknown_workloads(opened: Bench) -> None:
-    assert opened.side.versions == {"backend": "stand-in", "device": "host memory"}
-    with pytest.raises(NotAvailableError, match="latentrt has no workload 'copy'"):
-        opened.side.prepare("copy", GUIDED)
 
 
 def test_a_pipeline_on_a_device_gets_this_side(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,20 +290,9 @@ def test_a_pipeline_on_a_device_gets_this_side(monkeypatch: pytest.MonkeyPatch) 
     assert not device.blocks
 
 
-def test_engines_with_scratch_memory_of_their_own(host: OpenSide) -> None:
-    device, variant = HostDevice(), "tensorrt 10"
-    trt = library(variant, device)
-    names = ("text_encoder", "unet_context", "unet_time", "unet", "step")
-    side, _ = open_on(device, {name: open_simulated(trt, variant, name, device) for name in names}, "on")
-    for workload in ("unet", "update"):
-        found, wanted = side.prepare(workload, GUIDED), host.prepare(workload, GUIDED)
-        found.run()
-        wanted.run()
-        check_alike(found, wanted)
-        assert found.figures()["device_s"] > 0
-        found.close()
-    with pytest.raises(UsageError, match="profile"):
-        side.prepare("unet", Case.of(PACKAGE.manifest, width=256))
-    side.close()
-    assert not device.blocks
-    assert not device.stopwatches
+def test_a_picture_has_settled_before_it_is_timed(opened: Bench) -> None:
+    opened.loop.free_idle()
+    before = opened.device.launches
+    opened.side.prepare("picture", GUIDED)
+    assert opened.device.launches - before == 2 * GUIDED.steps, "both ways were timed"
+    opened.loop.free_idle()

@@ -1,3 +1,4 @@
+import gc
 import json
 import subprocess
 import sys
@@ -11,10 +12,9 @@ import numpy as np
 import pytest
 
 from latentrt.benchmarks.case import Case
-from latentrt.benchmarks.process import Child, Server, SideError, SideProcess, Slot, run, serve
-from latentrt.benchmarks.sides import contract
+from latentrt.benchmarks.child import Server, serve
+from latentrt.benchmarks.process import Child, SideError, SideProcess, Slot, run
 from latentrt.benchmarks.sides.contract import OpenSide, Task, Work
-from latentrt.engines.errors import UsageError
 from latentrt.runtime.pipeline import SHIPPED
 
 ORPHAN = """
@@ -41,25 +41,13 @@ def _work(value: float) -> Work:
     return Work(call=call, figures=lambda: {"run": len(runs)})
 
 
-class Words(dict[str, Any]):
-    """Makers of every workload: it computes what it is called."""
-
-    def __contains__(self, workload: object) -> bool:
-        return workload != "none"
-
-    def __getitem__(self, workload: str) -> Any:
-        return lambda case, stack: _work(float(workload))
-
-
-def _opened(closed: list[str]) -> OpenSide:
-    side = OpenSide(name="it", versions={}, makers=Words(), memory=lambda: {"ledger": 3})
-    side.resources.callback(closed.append, "closed")
-    return side
-
-
 def _serve(*commands: Mapping[str, Any]) -> tuple[list[Any], list[str]]:
+    """The answers of a side whose workloads compute what they are called, and what it closed."""
     closed, answers = list[str](), list[Any]()
-    serve((json.dumps(command) for command in commands), Server(_opened(closed), TASK), answers.append)
+    makers: Any = {word: lambda case, stack, word=word: _work(float(word)) for word in ("1", "nan", "a word")}
+    side = OpenSide(name="it", versions={}, makers=makers, memory=lambda: {"ledger": 3})
+    side.resources.callback(closed.append, "closed")
+    serve((json.dumps(command) for command in commands), Server(side, TASK), answers.append)
     return answers, closed
 
 
@@ -67,14 +55,12 @@ def _prepare(workload: str, slot: str = "") -> dict[str, Any]:
     return {"do": "prepare", "workload": workload, "case": CASE.to_json(), "slot": slot}
 
 
+def _time(runs: int, slot: str = "", **more: Any) -> dict[str, Any]:
+    return {"do": "time", "runs": runs, "slot": slot, **more}
+
+
 def test_a_child_answers() -> None:
-    answers, was_closed = _serve(
-        _prepare("1"),
-        {"do": "time", "runs": 3, "slot": ""},
-        {"do": "memory"},
-        {"do": "close"},
-        {"do": "time", "runs": 1, "slot": ""},
-    )
+    answers, was_closed = _serve(_prepare("1"), _time(3), {"do": "memory"}, {"do": "close"}, _time(1))
     prepared, timed, memory, closed = answers
     assert prepared["finite"]
     assert prepared["figures"] == {"run": 1}
@@ -84,29 +70,31 @@ def test_a_child_answers() -> None:
     assert memory["own"] == {"ledger": 3}
     assert closed == {}
     assert was_closed == ["closed"]
-
-
-def test_slots_are_apart() -> None:
-    answers, _ = _serve(_prepare("1", "a"), _prepare("nan", "b"), {"do": "time", "runs": 1, "slot": "a"})
-    assert [answer["finite"] for answer in answers] == [True, False, True]
+    assert gc.isenabled()
 
 
 def test_a_child_tells_errors_and_lives_on() -> None:
-    answers, _ = _serve(_prepare("none"), _prepare("a word"), _prepare("1"))
+    answers, _ = _serve(
+        _prepare("none"), _prepare("a word"), _prepare("1", "a"), _prepare("nan"), _time(1, "a")
+    )
     assert answers[0] == {"error": "it has no workload 'none'", "kind": "not available"}
     assert answers[1]["kind"] == "FAILED"
     assert "ValueError" in answers[1]["error"]
-    assert answers[2]["finite"]
+    assert [answer["finite"] for answer in answers[2:]] == [True, False, True], "slots are apart"
 
 
-def test_the_garbage_collector_is_as_it_was() -> None:
-    import gc
-
-    child = Server(_opened([]), TASK)
-    child.answer(_prepare("1"))
-    assert gc.isenabled()
-    child.answer({"do": "time", "runs": 1, "slot": ""})
-    assert gc.isenabled()
+def test_a_slot_that_runs_beside_another_has_its_seconds() -> None:
+    """And the yardstick is a workload of every side."""
+    answers, _ = _serve(
+        _prepare("1", "own"),
+        _prepare("yardstick", "yardstick"),
+        _time(3, "own", beside="yardstick"),
+        _time(1, "own", beside=None),
+    )
+    beside, alone = answers[2:4]
+    assert [item["run"] for item in beside["figures"]] == [2, 3, 4]
+    assert all(item["beside_s"] > 1e-4 for item in beside["figures"])
+    assert alone["figures"] == [{"run": 5}]
 
 
 def test_a_process_of_its_own() -> None:
@@ -155,14 +143,6 @@ def test_numbers_that_are_not_finite_are_no_result(monkeypatch: pytest.MonkeyPat
             side.ask(do="memory")
 
 
-def test_tasks_travel() -> None:
-    task = replace(TASK, checkpoint=SHIPPED["demo"].parent, slow_down=0.1)
-    assert Task.from_json(json.loads(json.dumps(task.to_json()))) == task
-    assert Case.from_json(json.loads(json.dumps(CASE.to_json()))) == CASE
-    with pytest.raises(UsageError, match="unknown side 'x'"):
-        contract.side("x")
-
-
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
@@ -193,17 +173,12 @@ def test_a_child_that_hangs_is_ended_with_what_it_started(tmp_path: Path) -> Non
 
 
 def test_a_child_that_hangs_after_its_last_line_is_ended() -> None:
-    code = "import os, time; print('a', flush=True); os.close(1); time.sleep(99)"
-    with Child("-c", code) as child:
+    code = "import os, time; print(os.environ['HERE'], flush=True); os.close(1); time.sleep(99)"
+    with Child("-c", code, environment={"HERE": "a"}) as child:
         lines = child.lines(1)
         assert next(lines) == "a"
         with pytest.raises(SideError, match="it did not end within 1 s"):
             next(lines)
-
-
-def test_a_child_that_ends_well() -> None:
-    code = "import os; print(os.environ['HERE']); print('b')"
-    assert run(["-c", code], environment={"HERE": "a"}) == ["a", "b"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
@@ -219,17 +194,3 @@ def test_a_stopped_process_ends_with_a_parent_that_was_killed() -> None:
             return
         time.sleep(0.05)
     pytest.fail("it is still there")
-
-
-def test_a_slot_that_runs_beside_another_has_its_seconds() -> None:
-    """And the yardstick is a workload of every side."""
-    answers, _ = _serve(
-        _prepare("1", "own"),
-        _prepare("yardstick", "yardstick"),
-        {"do": "time", "runs": 3, "slot": "own", "beside": "yardstick"},
-        {"do": "time", "runs": 1, "slot": "own", "beside": None},
-    )
-    beside, alone = answers[2:4]
-    assert [item["run"] for item in beside["figures"]] == [2, 3, 4]
-    assert all(item["beside_s"] > 1e-4 for item in beside["figures"])
-    assert alone["figures"] == [{"run": 5}]

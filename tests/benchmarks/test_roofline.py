@@ -22,7 +22,6 @@ from latentrt.benchmarks.roofline import (
 )
 from latentrt.benchmarks.skeletons import FOLDER
 from latentrt.engines.package import Manifest, Package
-from latentrt.runtime.pipeline import SHIPPED
 
 H200: dict[str, float] = {"flop_per_s": 790e12, "byte_per_s": 4.3e12}  # measured rates behind the table
 GUIDED = Case(width=512, height=512, guidance_scale=7.5)
@@ -33,8 +32,6 @@ def sd15() -> Package:
     data = json.loads((FOLDER / "sd15-fp16" / "manifest.json").read_text(encoding="utf-8"))
     return Package(root=FOLDER / "sd15-fp16", manifest=Manifest.from_json(data))
 
-
-# ── what a workload consists of ────────────────────────────────────────────────────────────────────
 
 # Milliseconds on an H200: reading the weights, all FLOPs at the best rate, every layer a kernel whose tiles
 # are quantised over 132 SMs. The last is therefore an upper bound of `layers_s`, which knows no tiles.
@@ -61,12 +58,6 @@ def test_the_floors_are_the_published_ones(
     assert found.floor_s < found.layers_s < layers * 1e-3
 
 
-@pytest.mark.parametrize(("steps", "milliseconds"), [(20, 43.9), (50, 104.9)])
-def test_a_whole_picture_has_the_published_floor(sd15: Package, steps: int, milliseconds: float) -> None:
-    parts = workload_parts(sd15, "picture", replace(GUIDED, steps=steps))
-    assert floor(parts, **H200).compute_s * 1e3 == pytest.approx(milliseconds, rel=0.005)
-
-
 def test_a_picture_is_the_sum_of_its_nets(sd15: Package) -> None:
     case = replace(GUIDED, pictures=2, steps=10)
     text, context, time, unet, decoder = workload_parts(sd15, "picture", case)
@@ -79,19 +70,12 @@ def test_a_picture_is_the_sum_of_its_nets(sd15: Package) -> None:
     assert context.work.flops * 2 == rows[0].work.flops  # texts are encoded once, the workload has every row
 
 
-def test_samplers_that_call_the_unet_twice(sd15: Package) -> None:
-    case = replace(GUIDED, steps=10, sampler="heun")
-    assert workload_parts(sd15, "picture", case)[3].calls == 19
-
-
-def test_every_workload_of_the_demo_but_the_update_calls_nets() -> None:
-    package = Package.open(SHIPPED["demo"])
-    case = Case.of(package.manifest)
-    assert [workload for workload in WORKLOADS if not workload_parts(package, workload, case)] == ["update"]
-    assert workload_parts(package, GEMM, case) == ()
-
-
-# ── rows ───────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize(("steps", "milliseconds"), [(20, 43.9), (50, 104.9)])
+def test_a_whole_picture_has_the_published_floor(sd15: Package, steps: int, milliseconds: float) -> None:
+    parts = workload_parts(sd15, "picture", replace(GUIDED, steps=steps))
+    assert floor(parts, **H200).compute_s * 1e3 == pytest.approx(milliseconds, rel=0.005)
+    assert workload_parts(sd15, "picture", replace(GUIDED, steps=10, sampler="heun"))[3].calls == 19
+    assert [name for name in (*WORKLOADS, GEMM) if not workload_parts(sd15, name, GUIDED)] == ["update", GEMM]
 
 
 def part(flops: int, size: int, calls: int = 1) -> Part:
@@ -152,19 +136,8 @@ def test_one_round_in_which_somebody_disturbed_the_row_does_not_count() -> None:
     )
     assert found["of_best_gemm"] == pytest.approx(0.5)
     assert "floor_s" not in found, "no copy was measured"
-
-
-def test_rounds_that_do_not_match_are_compared_as_a_whole() -> None:
-    """A side that dropped out early."""
-    found, _ = rooflines(
-        row("latentrt", "unet", (24.2,)), row(CEILING, GEMM, (1.0,), (2.0,), (3.0,), flops=200)
-    )
-    assert found["of_best_gemm"] == pytest.approx(0.5)
-
-
-def test_without_a_matmul_there_are_bytes_alone() -> None:
-    found, _ = rooflines(row("latentrt", "unet", (24.2,)), row(CEILING, COPY, (0.5,), bytes=20))
-    assert found == pytest.approx({"flops": 1210, "bytes": 100, "flop_per_s": 50, "floor_bytes_s": 2.5})
+    dropped_out = row("latentrt", "unet", (24.2,)), row(CEILING, GEMM, (1.0,), (2.0,), (3.0,), flops=200)
+    assert rooflines(*dropped_out)[0]["of_best_gemm"] == pytest.approx(0.5)
 
 
 def test_rows_without_a_time_stay_as_they_are() -> None:
@@ -172,14 +145,11 @@ def test_rows_without_a_time_stay_as_they_are() -> None:
     rate = replace(row("latentrt", "unet", (1.0,)), unit="1/s")
     empty = row("openvino", "unet")
     broken = replace(row(CEILING, GEMM), status="not available")
-    ours = row("latentrt", "unet", (24.2,))
-    *same, found = with_roofline((failed, rate, empty, broken, ours), PARTS)
+    ours, copy = row("latentrt", "unet", (24.2,)), row(CEILING, COPY, (0.5,), bytes=20)
+    *same, found, _ = with_roofline((failed, rate, empty, broken, ours, copy), PARTS)
     assert same == [failed, rate, empty, broken]
-    assert dict(found.figures) == pytest.approx({"flops": 1210, "bytes": 100, "flop_per_s": 50})
-
-
-def test_a_workload_without_nets_has_no_floor() -> None:
-    rows = (row("latentrt", "update", (1.0,)), row(CEILING, GEMM, (2.0,), flops=200))
-    update, gemm = with_roofline(rows, ())
-    assert dict(update.figures) == {}
+    bytes_alone = {"flops": 1210, "bytes": 100, "flop_per_s": 50, "floor_bytes_s": 2.5}
+    assert dict(found.figures) == pytest.approx(bytes_alone)
+    update, gemm = with_roofline((ours, row(CEILING, GEMM, (2.0,), flops=200)), ())
+    assert dict(update.figures) == {}, "it has no nets"
     assert gemm.figures["flop_per_s"] == 100

@@ -1,7 +1,8 @@
-"""Throughput with sides that take a known time, in real time; and once with the demo model."""
+"""Scaling and throughput with sides that take a known time; and once each with the demo model."""
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from latentrt.benchmarks.process import SideError
 from latentrt.benchmarks.records import Document, Row
 from latentrt.benchmarks.rounds import Pace
 from latentrt.benchmarks.sides.contract import OURS, Task
-from latentrt.benchmarks.verbs import throughput
-from latentrt.benchmarks.verbs.throughput import SWEEP, Rules, best_batch, measure_throughput
+from latentrt.benchmarks.verbs import scaling, throughput
+from latentrt.benchmarks.verbs.scaling import AXES, measure_scaling
+from latentrt.benchmarks.verbs.throughput import SWEEP, Rules, measure_throughput
 from latentrt.engines.package import Package
 from latentrt.runtime.pipeline import SHIPPED
 from tests.benchmarks.stand_in_side import StandInSide
@@ -31,13 +33,6 @@ class Slow(StandInSide):
     def time(self, runs: int, *, slot: str = "") -> tuple[tuple[float, ...], list[dict[str, Any]]]:
         time.sleep(self.slots[slot] * runs)
         return super().time(runs, slot=slot)
-
-
-class NoMoreThanTwo(Slow):
-    def prepare(self, workload: str, case: Case, *, slot: str = "") -> Any:
-        if case.pictures > 2:
-            raise SideError("FAILED", "out of memory")
-        return super().prepare(workload, case, slot=slot)
 
 
 class Broken(Slow):
@@ -82,34 +77,27 @@ def test_sweep_and_scenarios(monkeypatch: pytest.MonkeyPatch) -> None:
     assert document.settings["rules"]["queries"] == 20
 
 
-def test_single_stream_lasts_as_long_as_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_stream_lasts_as_long_as_it_should_and_the_budget_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rules = Rules(queries=1, seconds=0.1, samples=1, budget=5.0)
     single = row(measured(monkeypatch, rules=rules)[0], "SingleStream")
     assert sum(single.samples) >= 0.1
     assert single.figures["seconds"] < 0.3
-
-
-def test_a_budget_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     document = measured(monkeypatch, rules=Rules(queries=500, seconds=0.0, samples=400, budget=0.05))[0]
     assert len(row(document, "SingleStream").samples) < 100
     assert row(document, "Offline").figures["samples"] < 200
 
 
-def test_a_batch_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    document = measured(monkeypatch, kind=NoMoreThanTwo)[0]
+def test_what_does_not_fit_or_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    document = measured(monkeypatch, kind=partial(Slow, most=2))[0]
     status = [(found.status, found.reason) for found in document.select(SWEEP)]
     assert status == [("ok", ""), ("ok", ""), ("FAILED", "out of memory")]
     assert row(document, "Offline").figures["batch"] == 2
-
-
-def test_a_side_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = measured(monkeypatch, kind=Broken)[0].rows
-    assert [(found.workload, found.status) for found in rows[-2:]] == [
-        ("SingleStream", "FAILED"),
-        ("Offline", "FAILED"),
-    ]
-    assert rows[-1].reason == "the output is not finite"
-    assert best_batch(rows) == 1
+    document = measured(monkeypatch, kind=Broken)[0]
+    for workload in ("SingleStream", "Offline"):
+        found = row(document, workload)
+        assert (found.status, found.reason) == ("FAILED", "the output is not finite")
 
 
 def test_the_demo_model() -> None:
@@ -119,3 +107,47 @@ def test_the_demo_model() -> None:
     single = row(document, "SingleStream")
     sweep = next(document.select(SWEEP))
     assert min(single.samples) > 0.5 * min(sweep.samples), "queries draw pictures"
+
+
+WIDE = Case(width=128, height=192, guidance_scale=3.0)
+
+
+def _cost(workload: str, case: Case) -> float:
+    """Linear in steps (3 ms each, 5 ms besides) and in pictures; quadratic in pixels."""
+    if workload == "picture":
+        return 0.005 + 0.003 * case.steps
+    return 1e-3 * case.pictures * (case.width * case.height / 24576) ** 2
+
+
+def _measured(monkeypatch: pytest.MonkeyPatch, axes: Any = None) -> tuple[Document, dict[str, Any]]:
+    monkeypatch.setattr(scaling, "SideProcess", lambda name, module, task: StandInSide(name, _cost, most=6))
+    document = measure_scaling(PACKAGE, TASK, WIDE, axes=axes, pace=PACE)
+    return document, {row.figures["of"]: row for row in document.select("fit")}
+
+
+def test_the_line_is_the_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    document, rows = _measured(monkeypatch)
+    assert set(rows) == set(AXES)
+    steps, batch, pixels = (rows[name].figures for name in ("steps", "batch", "pixels"))
+    assert steps["slope"] == pytest.approx(0.003)
+    assert steps["intercept"] == pytest.approx(0.005)
+    assert steps["residual"] == pytest.approx(0, abs=1e-9)
+    assert pixels["residual"] > 0.05, "a parabola is no line"
+    assert [x for x, _ in pixels["points"]] == [64 * 128, 128 * 192, 192 * 256, 256 * 384]
+    assert batch["points"] == [(n, pytest.approx(1e-3 * n)) for n in (1, 2, 4)]
+    failed = [(row.case["pictures"], row.reason) for row in document.rows if row.status == "FAILED"]
+    assert failed == [(8, "out of memory")], "a point that cannot be run leaves the others"
+
+
+def test_two_points_are_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = _measured(monkeypatch, {"steps": (1, 2)})[1]["steps"]
+    assert (row.status, row.reason) == ("FAILED", "2 points, a line with a residual needs 3")
+
+
+def test_scaling_of_the_demo_model() -> None:
+    case = Case(width=64, height=64, guidance_scale=3.0)
+    document = measure_scaling(PACKAGE, TASK, case, axes={"steps": (1, 8, 16)}, pace=PACE)
+    *points, fit = document.rows
+    assert [row.case["steps"] for row in points] == [1, 8, 16]
+    assert fit.side == OURS
+    assert fit.figures["slope"] > 0

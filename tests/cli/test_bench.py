@@ -9,12 +9,19 @@ from typing import Any
 import pytest
 
 from latentrt import cli
+from latentrt.benchmarks.models.open import Model
 from latentrt.benchmarks.records import Document, Row, read_document
+from latentrt.benchmarks.sides.contract import Task
+from latentrt.benchmarks.sides.watched import BLOCKS, SETTLED
 from latentrt.benchmarks.verbs import build as build_time
 from latentrt.benchmarks.verbs import latency, memory, parity, scaling, suite, throughput
-from latentrt.cli.bench import device_of
+from latentrt.benchmarks.verbs.latency import Sides, silent
+from latentrt.benchmarks.verbs.scaling import AXES
+from latentrt.cli.bench_options import device_of
 from latentrt.engines.backend import choose_backend
 from latentrt.engines.errors import UsageError
+from latentrt.engines.package import Package
+from latentrt.runtime.pipeline import SHIPPED
 
 GOOD = Row(side="latentrt", workload="unet", rounds=((0.01, 0.02), (0.01, 0.03)))
 BAD = Row(side="latentrt", workload="unet", status="FAILED", reason="not finite")
@@ -141,13 +148,6 @@ def test_the_gpu_check_is_a_verb(bench: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert bench("gpu")[0] == 2
 
 
-def test_a_failed_row_is_exit_code_1(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "measure_latency", lambda *parts, **options: _document(GOOD, BAD))
-    code, out, _ = bench("latency")
-    assert code == 1
-    assert "FAILED, not finite" in out
-
-
 def test_all_of_them(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = {verb: BAD if verb == "parity" else GOOD for verb in ("latency", "parity", "build")}
     verbs = {verb: lambda progress, row=row: _document(row) for verb, row in rows.items()}
@@ -156,29 +156,55 @@ def test_all_of_them(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert code == 1, "one failed, the others are there"
     assert {path.name for path in tmp_path.iterdir()} == {f"{verb}-demo.json" for verb in verbs}
     assert out.count("FAILED") == 1
+    monkeypatch.setattr(latency, "measure_latency", lambda *parts, **options: _document(GOOD, BAD))
+    code, out, _ = bench("latency")
+    assert code == 1
+    assert "FAILED, not finite" in out
 
 
-def test_compare(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    slower = Row(side="latentrt", workload="unet", rounds=tuple((0.02,) * 9 for _ in range(12)))
-    faster = Row(side="latentrt", workload="unet", rounds=tuple((0.01,) * 9 for _ in range(12)))
-    _document(faster).write(tmp_path / "a.json")
-    _document(slower).write(tmp_path / "b.json")
-    assert bench("compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"))[0] == 1
-    code, out, _ = bench("compare", str(tmp_path / "b.json"), str(tmp_path / "a.json"), "--json")
-    assert code == 0
-    assert json.loads(out)
-    assert bench("compare", str(tmp_path / "a.json"), str(tmp_path / "none.json"))[0] == 3
+def test_quick_measures_less_of_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = Package.open(SHIPPED["demo"])
+    about = Model(name="demo", package=package, checkpoint=None), Sides(task=Task(package=package.root))
+    found: dict[str, list[dict[str, Any]]] = {}  # the keywords of each verb's function: quick, and in full
+    for verb in ("scaling", "memory", "throughput", "latency"):
+        calls = found.setdefault(verb, [])
+        monkeypatch.setattr(
+            suite, f"measure_{verb}", lambda *positional, calls=calls, **named: calls.append(named)
+        )
+        for quick in (True, False):
+            suite.planned(*about, quick=quick)[verb](silent)
+    axes, all_axes = (call["axes"] for call in found["scaling"])
+    assert all_axes == {name: axis.values for name, axis in AXES.items()}
+    assert axes == {name: values[:3] for name, values in all_axes.items()}, "as few as a residual needs"
+    watched, all_watched = (call["steps"] for call in found["memory"])
+    assert watched < all_watched
+    assert watched - SETTLED >= 2 * BLOCKS, "what comes and goes with every other step is no growth"
+    assert [call["batches"] for call in found["throughput"]] == [(1, 4), (1, 2, 4, 8)]
+    pace, all_pace = (call["pace"] for call in found["latency"])
+    assert pace.budget < all_pace.budget
 
 
-def test_comparing_nothing_is_a_failure(bench: Any, tmp_path: Path) -> None:
-    _document(GOOD).write(tmp_path / "a.json")
-    _document(replace(GOOD, workload="picture")).write(tmp_path / "b.json")
-    code, out, _ = bench("compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"))
+def test_compare(bench: Any, tmp_path: Path) -> None:
+    documents = {
+        "fast": _document(replace(GOOD, rounds=((0.01,) * 9,) * 12)),
+        "slow": _document(replace(GOOD, rounds=((0.02,) * 9,) * 12)),
+        "other": _document(replace(GOOD, workload="picture")),
+        "elsewhere": replace(_document(GOOD), machine={**_document().machine, "cpu": "another processor"}),
+    }
+    for name, document in documents.items():
+        document.write(tmp_path / name)
+
+    def compare(before: str, after: str, *options: str) -> tuple[int, str, str]:
+        return bench("compare", str(tmp_path / before), str(tmp_path / after), *options)
+
+    assert compare("fast", "slow")[0] == 1
+    code, out, _ = compare("slow", "fast", "--json")
+    assert (code, json.loads(out)["regressed"]) == (0, False)
+    assert compare("fast", "none")[0] == 3
+    code, out, _ = compare("fast", "other")
     assert code == 1
     assert "nothing was compared" in out
-    other = {**_document().machine, "cpu": "another processor"}
-    replace(_document(GOOD), machine=other).write(tmp_path / "c.json")
-    code, _, err = bench("compare", str(tmp_path / "a.json"), str(tmp_path / "c.json"))
+    code, _, err = compare("fast", "elsewhere")
     assert code == 2
     assert "different machines" in err
 
@@ -220,8 +246,5 @@ def test_peers_run_where_our_backend_does(
 
     monkeypatch.setattr("latentrt.engines.backend.choose_backend", choose)
     assert device_of(backend, device) == found
-
-
-def test_an_unknown_device_is_refused() -> None:
     with pytest.raises(UsageError, match="unknown device 'gpu'"):
         device_of("auto", "gpu")
