@@ -104,11 +104,8 @@ def save_grid(pictures: Pictures, file: Path) -> None:
 def evaluate(pipe: Pipeline, scenes: list[Scene], out: Path, samplers: list[str]) -> None:
     """Print the table and write accuracy.json and grid.png."""
     defaults = pipe.package.manifest.defaults
-    steps, guidance, sampler = (
-        defaults.num_inference_steps,
-        defaults.guidance_scale,
-        defaults.sampler or "ddim",
-    )
+    steps, guidance = defaults.num_inference_steps, defaults.guidance_scale
+    sampler = defaults.sampler or "ddim"
     print("| sampler | guidance | steps | background | colour | size | shape | semantic | strict |")
     print("|" + "---|" * 9)
     settings = [Setting(sampler, guidance, steps)]

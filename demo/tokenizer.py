@@ -12,14 +12,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, processors
+
+from ..runtime.prompts.tokenizer import byte_level
 
 BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"
 LENGTH = 77
 
 _WORD_END = "</w>"
-_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 Pair = tuple[str, str]
 
@@ -65,19 +66,7 @@ def build(words: list[str]) -> Tokenizer:
     """A fast tokenizer that pads and truncates to 77 ids, as transformers' CLIPTokenizer does."""
     merges = learn_merges(words)
     ids = vocabulary_of(merges)
-    model = models.BPE(
-        vocab=ids, merges=merges, unk_token=EOS, continuing_subword_prefix="", end_of_word_suffix=_WORD_END
-    )
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_PATTERN), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    tokenizer = byte_level(ids, merges, EOS)
     tokenizer.post_processor = processors.RobertaProcessing(
         (EOS, ids[EOS]), (BOS, ids[BOS]), trim_offsets=False, add_prefix_space=False
     )

@@ -20,13 +20,9 @@ CallNet = Callable[..., dict[str, Array]]  # `Loop.call`
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """The conditions of B UNet rows, unconditional ones first.
+    """The conditions of B UNet rows, as `job.DenoiseJob` has them.
 
-    Attributes:
-        context: see `job.DenoiseJob`.
-        text_of_row: see `job.DenoiseJob`.
-        vectors: see `job.DenoiseJob`.
-        dropped: by prompt, the end of it that found no room.
+    `dropped` has, by prompt, the end of it that found no room.
     """
 
     context: Array
@@ -45,12 +41,7 @@ def make_conditioning(
 ) -> Conditioning:
     """Encode the texts that are not cached, and compute the vectors.
 
-    Args:
-        request: what to draw.
-        manifest: says what the model is conditioned on.
-        text: its text encoders.
-        source: draws noise for the embeddings of pictures to vary, which advances it.
-        call: runs a net of the package.
+    `source` draws noise for the embeddings of pictures to vary, which advances it.
 
     Raises:
         UsageError: a prompt whose syntax nothing here executes, or more layers skipped than there are.

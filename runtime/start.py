@@ -36,15 +36,7 @@ class Start:
 def make_start(
     request: Request, manifest: Manifest, table: Table, source: NoiseSource, encode: Encode
 ) -> Start:
-    """Make the first latent, and what stays the same in every step.
-
-    Args:
-        request: what to draw.
-        manifest: says which channels the UNet sees behind the latent.
-        table: the rows that will be run.
-        source: draws the noise, which advances it.
-        encode: encodes pictures into the mean and standard deviation of their latents.
-    """
+    """Make the first latent, and what stays the same in every step; drawing noise advances `source`."""
     shape = latent_shape(manifest, request.height, request.width)
 
     def noise() -> Array:

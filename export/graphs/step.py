@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from ...engines import spec
 
-# The arithmetic of `guidance.py` and `denoise.py` in `runtime/loop`, in the same order, for N pictures and B
+# The arithmetic of `runtime/loop/denoise.py`, guidance included, in the same order, for N pictures and B
 # rows of the UNet. Where B = N both halves of `prediction` are the same rows, so u + scale * (c - u) is u to
 # the bit. The rescaling's two standard deviations are over equally many values, so their number cancels.
 _TEXT = Template("""

@@ -19,10 +19,8 @@ from .job import Clock, DenoiseJob, Drawn, check_cancelled
 class HostLoop:
     """Implements `job.Loop`. Threads may share it: all that changes is which nets are open, under a lock.
 
-    Args:
-        package: nets are opened from it, each when it is first called.
-        backend: opens them.
-        threads: how many the backend uses; None is one for every processor this process may use.
+    A net is opened when it is first called. `threads` are the backend's; None is one for every processor this
+    process may use.
     """
 
     def __init__(self, package: Package, backend: HostBackend, threads: int | None) -> None:

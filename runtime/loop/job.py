@@ -29,8 +29,7 @@ class DenoiseJob:
         text_of_row: (B,) the index of each UNet row's text, unconditional rows first.
         table: the rows that are run.
         guided: whether half of the UNet rows are unconditional.
-        guidance_scale: see `denoise.guide`.
-        guidance_rescale: see `denoise.guide`.
+        guidance_scale, guidance_rescale: see `denoise.guide`.
         first: (N, C, H/8, W/8) float32, the variance-preserving state that enters the first row.
         noise: draws the noise that rows add; each attempt at the job works on a fork of it.
         vectors: (B, width) float32 by name (`spec.VECTORS`), added to the time embedding.

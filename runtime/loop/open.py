@@ -46,8 +46,9 @@ def open_loop(package: Package, options: LoopOptions) -> tuple[Loop, str]:
     """
     name, engine = choose_backend(options.backend)
     nets = package.manifest.nets
+    for net in (*_REQUIRED, "step") if isinstance(engine, DeviceBackend) else _REQUIRED:
+        package.manifest.net(net)  # raises PackageError
     if isinstance(engine, DeviceBackend):
-        _check_nets(package, (*_REQUIRED, "step"))
         from .device.loop import DeviceLoop
 
         log = options.log or to_stderr
@@ -56,7 +57,6 @@ def open_loop(package: Package, options: LoopOptions) -> tuple[Loop, str]:
         loop = DeviceLoop(device, opened, package.manifest, graphs=options.graphs, log=log)
         return loop, engine.describe()
     assert isinstance(engine, HostBackend), name
-    _check_nets(package, _REQUIRED)
     with ExitStack() as stack:
         loop = stack.enter_context(closing(HostLoop(package, engine, options.threads)))
         for net in nets:
@@ -64,8 +64,3 @@ def open_loop(package: Package, options: LoopOptions) -> tuple[Loop, str]:
                 loop.net(net)  # opened now, so that the first picture does not wait for it
         stack.pop_all()
         return loop, engine.describe()
-
-
-def _check_nets(package: Package, wanted: tuple[str, ...]) -> None:
-    for net in wanted:
-        package.manifest.net(net)

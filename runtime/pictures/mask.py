@@ -77,8 +77,7 @@ def plan_inpainting(
     Args:
         image: the picture, as `read_image` takes it.
         mask_image: white where the picture is repainted; of its size, or at least its aspect ratio.
-        height: of what is drawn, in pixels.
-        width: of what is drawn, in pixels.
+        height, width: of what is drawn, in pixels.
         padding_mask_crop: draw only the masked part and this many pixels around it, enlarged to height and
             width; the result has the picture's own size. None resizes the picture first.
         mask_blur: radius of the Gaussian blur that softens the edge of what is pasted.
@@ -120,8 +119,7 @@ def read_mask(
 
     Args:
         source: as `read_image` takes it; mid-grey and lighter is repainted.
-        height: of the result.
-        width: of the result.
+        height, width: of the result.
         image_size: (H, W) of the picture that it belongs to; (height, width) where None.
         name: what errors call it.
 
@@ -150,26 +148,15 @@ def read_mask(
 def latent_mask(mask: Mask, scale: int = 8) -> Array:
     """One value per latent cell: its first pixel's, as `torch.nn.functional.interpolate` (nearest) takes it.
 
-    Args:
-        mask: (H, W).
-        scale: pixels per latent cell along each axis.
-
-    Returns:
-        (H / scale, W / scale) float32, 1 where the picture is repainted.
+    Returns (H / scale, W / scale) float32, 1 where the picture is repainted.
     """
     return mask[::scale, ::scale].astype(np.float32)
 
 
 def crop_region(mask: Mask, width: int, height: int, pad: int = 0) -> Region:
-    """The part of a picture to draw: around the mask, and if it fits of the aspect ratio of what is drawn.
+    """The part of a picture to draw: around a mask (H, W), not empty, in the aspect ratio of what is drawn.
 
-    diffusers' `VaeImageProcessor.get_crop_region`.
-
-    Args:
-        mask: (H, W), not empty.
-        width: of what is drawn.
-        height: of what is drawn.
-        pad: pixels of surroundings on each side, before the aspect ratio is settled.
+    `pad` pixels of surroundings are added first; then as diffusers' `VaeImageProcessor.get_crop_region`.
     """
     rows, columns = mask.shape
     left, right = _extent(np.flatnonzero(mask.any(axis=0)), pad, columns)

@@ -20,8 +20,7 @@ def resize(pixels: Pixels, height: int, width: int, mode: str = "default") -> Pi
 
     Args:
         pixels: (H, W, 3) uint8.
-        height: of the result.
-        width: of the result.
+        height, width: of the result.
         mode: "default" stretches; "fill" keeps the aspect ratio, shows all of the picture, and repeats its
             outermost rows or columns in the rest; "crop" keeps it and cuts off what does not fit.
 

@@ -78,21 +78,13 @@ _PAIR = re.compile(
 Value = str | int | float | None
 
 
+# fmt: off
 # what Pillow's readers and the record's JSON raise on damaged files
 _DAMAGE = (
-    OSError,
-    ValueError,
-    TypeError,
-    SyntaxError,
-    ArithmeticError,
-    LookupError,
-    RecursionError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
+    OSError, ValueError, TypeError, SyntaxError, ArithmeticError, LookupError, RecursionError, EOFError,
+    struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
 )
+# fmt: on
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -204,14 +204,14 @@ def _read_tokenizer(folder: Path, special: Mapping[str, AddedToken]) -> Tokenize
         if not (vocabulary.is_file() and merges.is_file()):
             raise _broken(folder, "holds neither tokenizer.json nor vocab.json with merges.txt")
         path = vocabulary
-        return _byte_level(*models.BPE.read_file(str(vocabulary), str(merges)), special["unk_token"].content)
+        return byte_level(*models.BPE.read_file(str(vocabulary), str(merges)), special["unk_token"].content)
     except PackageError:
         raise
     except Exception as error:  # the Rust library raises bare Exception
         raise _broken(path, error) from error
 
 
-def _byte_level(vocabulary: dict[str, int], merges: list[tuple[str, str]], unknown: str) -> Tokenizer:
+def byte_level(vocabulary: dict[str, int], merges: list[tuple[str, str]], unknown: str) -> Tokenizer:
     """Build what transformers' ``CLIPTokenizer`` builds from the two older files."""
     tokenizer = Tokenizer(
         models.BPE(

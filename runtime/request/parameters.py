@@ -3,7 +3,7 @@
 An entry of `Parameters` has its type, for type checkers and editors, and a `Parameter` with all the rest:
 default, range, which models have a use for it, what it goes together with, a line of help, and its spelling
 on the command line. From these come the keyword arguments of `Pipeline` and their checks (`read_parameters`),
-the options of `latentrt generate` (cli/generate_options.py), and what each of two models gets (`refine.py`).
+the options of `latentrt generate` (cli/generate.py), and what each of two models gets (`refine.py`).
 
 Names are diffusers', except `seed`, `rng`, `sampler` and those that diffusers lacks. This module imports no
 NumPy: `latentrt --help` reads it.

@@ -106,10 +106,9 @@ def make_source(
     Args:
         manifest: says what the model needs.
         values: the checked parameters, `image` as `load_images` returns it.
-        height: of what is drawn.
-        width: of what is drawn.
+        height, width: of what is drawn.
         shape: (N, C, H/8, W/8) of the latents.
-        prompts: how many there are, each for as many pictures.
+        prompts: their number.
 
     Raises:
         UsageError: a picture that does not fit, or a model that needs a picture or a mask and has none.

@@ -1,8 +1,8 @@
-"""A sampler's options, and how a diffusers `scheduler_config.json` sets them.
+"""A sampler's options, and what diffusers' scheduler classes make of them.
 
 diffusers' `XScheduler.from_config(config)` keeps the keys that class X knows, gives the others X's defaults
-and drops the rest. The defaults are facts of diffusers 0.42 and are listed here as data, so that the runtime
-needs no diffusers.
+and drops the rest (`names.py`). The defaults are facts of diffusers 0.42 and are listed here as data, so that
+the runtime needs no diffusers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...engines.errors import SamplerError
-from .schedule import SIGMA_SCHEDULES, SPACINGS, ZERO_SNR_FLOOR, NoiseSchedule
+from .schedule import SIGMA_SCHEDULES, SPACINGS, NoiseSchedule
 from .table import PREDICTION_TYPES
 
 
@@ -84,7 +84,7 @@ class SamplerConfig:
         """Check the values."""
         for option, allowed in _ALLOWED.items():
             if getattr(self, option) not in allowed:
-                raise _refusal(self.name, option, getattr(self, option), allowed)
+                raise refusal(self.name, option, getattr(self, option), allowed)
         if not 0 <= self.eta <= 1:
             raise SamplerError(
                 f"eta = {self.eta:g}", expected="0 (deterministic) to 1", fix="Pass an eta in that range."
@@ -205,104 +205,9 @@ SCHEDULER_CLASSES: dict[str, SchedulerClass] = {
 }
 # fmt: on
 
-# Keys that must hold these values: anything else makes the sampler non-linear, or is another kind of model.
-_REQUIRED: dict[str, Any] = {
-    "clip_sample": False,
-    "thresholding": False,
-    "use_flow_sigmas": False,
-    "use_dynamic_shifting": False,
-    "solver_p": None,
-    "shift_terminal": None,
-    "skip_prk_steps": True,
-}
-# A solver type meant for another class falls back to the class's own, as diffusers does.
-_SOLVER_TYPE_NAMES = ("midpoint", "heun", "logrho", "bh1", "bh2")
-_RAMP_KEYS = {
-    "use_karras_sigmas": "karras",
-    "use_exponential_sigmas": "exponential",
-    "use_beta_sigmas": "beta",
-}
-_NOISE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
 
-
-def config_for_class(scheduler: str, config: Mapping[str, Any], name: str) -> SamplerConfig:
-    """The configuration that diffusers' `scheduler.from_config(config)` would run with.
-
-    Args:
-        scheduler: a key of SCHEDULER_CLASSES.
-        config: a scheduler_config.json as a dict.
-        name: short name for the result.
-
-    Raises:
-        SamplerError: an option outside the table form, or a value the class does not know.
-    """
-    facts = SCHEDULER_CLASSES[scheduler]
-    skipped = {*config.get("_use_default_values", ()), "_use_default_values"}
-    chosen = {key: value for key, value in config.items() if key not in skipped}
-    options = dict(facts.defaults) | {key: chosen[key] for key in facts.defaults if key in chosen}
-    _refuse_unsupported(scheduler, options)
-    _translate_solver(scheduler, options)
-    noise_options = {key: options[key] for key in _NOISE_KEYS if key in options}
-    betas = options["trained_betas"]
-    noise = NoiseSchedule(
-        **noise_options,
-        trained_betas=None if betas is None else tuple(float(beta) for beta in betas),
-        # samplers of these levels divide by alpha_bar
-        zero_snr_floor=ZERO_SNR_FLOOR if facts.levels in ("k", "dpm") else 0.0,
-    )
-    fields = {key: value for key, value in options.items() if key in SamplerConfig.__dataclass_fields__}
-    fields["disable_corrector"] = tuple(options.get("disable_corrector", ()))
-    # diffusers reads these two wherever a ramp is made, also on classes that do not list them.
-    fields |= {key: chosen.get(key) for key in ("sigma_min", "sigma_max")}
-    fields["sigma_schedule"] = _sigma_schedule(options)
-    return SamplerConfig(name=name, scheduler=scheduler, noise=noise, **fields)
-
-
-def _refuse_unsupported(scheduler: str, options: dict[str, Any]) -> None:
-    for option, required in _REQUIRED.items():
-        if option in options and options[option] != required:
-            fix = "Use sampler='plms'." if option == "skip_prk_steps" else f"Set {option} to {required!r}."
-            raise SamplerError(
-                f"{scheduler} with {option} = {options[option]!r}",
-                expected=f"{required!r}: the rest cannot be written as a coefficient table",
-                fix=fix,
-            )
-    if SCHEDULER_CLASSES[scheduler].no_sample_prediction and options["prediction_type"] == "sample":
-        raise _refusal(scheduler, "prediction_type", "sample", PREDICTION_TYPES[:2])
-    if options.get("variance_type", "") is None:
-        del options["variance_type"]
-
-
-def _translate_solver(scheduler: str, options: dict[str, Any]) -> None:
-    """Settle solver_type and algorithm_type the way the diffusers class does."""
-    known = SCHEDULER_CLASSES[scheduler].solver_types
-    if "solver_type" in options and options["solver_type"] not in known:
-        if options["solver_type"] not in _SOLVER_TYPE_NAMES:
-            raise _refusal(scheduler, "solver_type", options["solver_type"], known)
-        options["solver_type"] = known[0]
-    if "algorithm_type" not in options:
-        return
-    if options["algorithm_type"] == "deis":
-        options["algorithm_type"] = "dpmsolver++"
-    noise_prediction = options["algorithm_type"] in ("dpmsolver", "sde-dpmsolver")
-    if noise_prediction and options["final_sigmas_type"] == "zero":
-        raise _refusal(scheduler, "final_sigmas_type", "zero", ("sigma_min",))
-
-
-def _sigma_schedule(options: Mapping[str, Any]) -> str:
-    chosen = [schedule for key, schedule in _RAMP_KEYS.items() if options.get(key)]
-    if len(chosen) > 1:
-        raise SamplerError(
-            f"sigma schedules {' and '.join(chosen)} at once",
-            expected="at most one",
-            fix="Set the others to false.",
-        )
-    if options.get("use_lu_lambdas") and "karras" not in chosen:  # diffusers' precedence
-        return "lu"
-    return chosen[0] if chosen else "default"
-
-
-def _refusal(owner: str, option: str, found: object, allowed: tuple[Any, ...]) -> SamplerError:
+def refusal(owner: str, option: str, found: object, allowed: tuple[Any, ...]) -> SamplerError:
+    """The error for an option of a sampler or of a scheduler class."""
     expected = " or ".join(str(value) for value in allowed)
     return SamplerError(
         f"{owner} with {option} = {found!r}", expected=expected, fix=f"Set {option} to one of these."

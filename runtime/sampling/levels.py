@@ -50,14 +50,7 @@ class Run:
 def lay_levels(
     config: SamplerConfig, count: int, *, timesteps: Custom = None, sigmas: Custom = None, start: int = 0
 ) -> Run:
-    """Lay the levels of a run.
-
-    Args:
-        config: the sampler.
-        count: number of inference steps, already validated.
-        timesteps: timesteps to use instead of the configured spacing.
-        sigmas: sigmas to use instead, the last being the final one (usually 0).
-        start: steps to leave out at the noisy end.
+    """Lay the levels of a run; the arguments are those of `samplers.make_table`, already validated.
 
     Raises:
         SamplerError: the sampler takes no such timesteps or sigmas, or the schedule leaves the training

@@ -1,4 +1,4 @@
-"""How people spell samplers, and what each spelling means.
+"""How people spell samplers, and what each spelling, or a diffusers `scheduler_config.json`, means.
 
 Accepted: the short names of this package, AUTOMATIC1111's ("DPM++ 2M Karras"), diffusers' classes
 ("EulerDiscreteScheduler"), ComfyUI's and stable-diffusion.cpp's ("dpm++2m", "euler_a", "ddim_trailing"), in
@@ -15,8 +15,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ...engines.errors import SamplerError
-from .config import SCHEDULER_CLASSES, SamplerConfig, config_for_class
+from .config import SCHEDULER_CLASSES, SamplerConfig, refusal
 from .samplers import SAMPLERS
+from .schedule import ZERO_SNR_FLOOR, NoiseSchedule
+from .table import PREDICTION_TYPES
 
 
 class _Spelling(NamedTuple):
@@ -83,6 +85,25 @@ _MODEL_KEYS = (
     "rescale_betas_zero_snr",
 )
 
+# Keys that must hold these values: anything else makes the sampler non-linear, or is another kind of model.
+_REQUIRED: dict[str, Any] = {
+    "clip_sample": False,
+    "thresholding": False,
+    "use_flow_sigmas": False,
+    "use_dynamic_shifting": False,
+    "solver_p": None,
+    "shift_terminal": None,
+    "skip_prk_steps": True,
+}
+# A solver type meant for another class falls back to the class's own, as diffusers does.
+_SOLVER_TYPE_NAMES = ("midpoint", "heun", "logrho", "bh1", "bh2")
+_RAMP_KEYS = {
+    "use_karras_sigmas": "karras",
+    "use_exponential_sigmas": "exponential",
+    "use_beta_sigmas": "beta",
+}
+_NOISE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
+
 
 def resolve(sampler: str | Mapping[str, Any] | None, model_config: Mapping[str, Any]) -> SamplerConfig:
     """Settle which sampler runs, with which options.
@@ -143,7 +164,7 @@ def _from_name(spelled: str, model_config: Mapping[str, Any]) -> SamplerConfig:
             )
     # Latent models never clip: the class default of DDPM and DDIM is meant for pixels.
     combined = {"clip_sample": False, **model_config, **sampler.options, **options}
-    return replace(config_for_class(sampler.scheduler, combined, name), **suffix)
+    return replace(_config_for_class(sampler.scheduler, combined, name), **suffix)
 
 
 def _from_config(config: Mapping[str, Any]) -> SamplerConfig:
@@ -160,7 +181,7 @@ def _from_config(config: Mapping[str, Any]) -> SamplerConfig:
 
 def _of_class(scheduler: str, config: Mapping[str, Any]) -> SamplerConfig:
     """A diffusers class with its options, under the short name of the sampler that they make."""
-    settled = config_for_class(scheduler, config, scheduler)
+    settled = _config_for_class(scheduler, config, scheduler)
     name = next(name for name, sampler in SAMPLERS.items() if sampler.scheduler == scheduler)
     if "algorithm_type" in SCHEDULER_CLASSES[scheduler].defaults:
         family = "dpmpp" if "++" in settled.algorithm_type else "dpm_solver"
@@ -168,6 +189,77 @@ def _of_class(scheduler: str, config: Mapping[str, Any]) -> SamplerConfig:
         sde = "_sde" if settled.algorithm_type.startswith("sde") else ""
         name = f"{family}_{settled.solver_order}{kind}{sde}"  # may be one that `resolve` refuses
     return replace(settled, name=name)
+
+
+def _config_for_class(scheduler: str, config: Mapping[str, Any], name: str) -> SamplerConfig:
+    """The configuration that diffusers' `scheduler.from_config(config)` would run with, under a short name.
+
+    Raises SamplerError for an option outside the table form, or a value the class does not know.
+    """
+    facts = SCHEDULER_CLASSES[scheduler]
+    skipped = {*config.get("_use_default_values", ()), "_use_default_values"}
+    chosen = {key: value for key, value in config.items() if key not in skipped}
+    options = dict(facts.defaults) | {key: chosen[key] for key in facts.defaults if key in chosen}
+    _refuse_unsupported(scheduler, options)
+    _translate_solver(scheduler, options)
+    noise_options = {key: options[key] for key in _NOISE_KEYS if key in options}
+    betas = options["trained_betas"]
+    noise = NoiseSchedule(
+        **noise_options,
+        trained_betas=None if betas is None else tuple(float(beta) for beta in betas),
+        # samplers of these levels divide by alpha_bar
+        zero_snr_floor=ZERO_SNR_FLOOR if facts.levels in ("k", "dpm") else 0.0,
+    )
+    fields = {key: value for key, value in options.items() if key in SamplerConfig.__dataclass_fields__}
+    fields["disable_corrector"] = tuple(options.get("disable_corrector", ()))
+    # diffusers reads these two wherever a ramp is made, also on classes that do not list them.
+    fields |= {key: chosen.get(key) for key in ("sigma_min", "sigma_max")}
+    fields["sigma_schedule"] = _sigma_schedule(options)
+    return SamplerConfig(name=name, scheduler=scheduler, noise=noise, **fields)
+
+
+def _refuse_unsupported(scheduler: str, options: dict[str, Any]) -> None:
+    for option, required in _REQUIRED.items():
+        if option in options and options[option] != required:
+            fix = "Use sampler='plms'." if option == "skip_prk_steps" else f"Set {option} to {required!r}."
+            raise SamplerError(
+                f"{scheduler} with {option} = {options[option]!r}",
+                expected=f"{required!r}: the rest cannot be written as a coefficient table",
+                fix=fix,
+            )
+    if SCHEDULER_CLASSES[scheduler].no_sample_prediction and options["prediction_type"] == "sample":
+        raise refusal(scheduler, "prediction_type", "sample", PREDICTION_TYPES[:2])
+    if options.get("variance_type", "") is None:
+        del options["variance_type"]
+
+
+def _translate_solver(scheduler: str, options: dict[str, Any]) -> None:
+    """Settle solver_type and algorithm_type the way the diffusers class does."""
+    known = SCHEDULER_CLASSES[scheduler].solver_types
+    if "solver_type" in options and options["solver_type"] not in known:
+        if options["solver_type"] not in _SOLVER_TYPE_NAMES:
+            raise refusal(scheduler, "solver_type", options["solver_type"], known)
+        options["solver_type"] = known[0]
+    if "algorithm_type" not in options:
+        return
+    if options["algorithm_type"] == "deis":
+        options["algorithm_type"] = "dpmsolver++"
+    noise_prediction = options["algorithm_type"] in ("dpmsolver", "sde-dpmsolver")
+    if noise_prediction and options["final_sigmas_type"] == "zero":
+        raise refusal(scheduler, "final_sigmas_type", "zero", ("sigma_min",))
+
+
+def _sigma_schedule(options: Mapping[str, Any]) -> str:
+    chosen = [schedule for key, schedule in _RAMP_KEYS.items() if options.get(key)]
+    if len(chosen) > 1:
+        raise SamplerError(
+            f"sigma schedules {' and '.join(chosen)} at once",
+            expected="at most one",
+            fix="Set the others to false.",
+        )
+    if options.get("use_lu_lambdas") and "karras" not in chosen:  # diffusers' precedence
+        return "lu"
+    return chosen[0] if chosen else "default"
 
 
 def _refuse_outside(name: str) -> None:

@@ -244,8 +244,7 @@ def make_span(
     Args:
         config: the sampler; one with `grid_share` below 1 has its strength in its grid, and is not cut by it.
         num_inference_steps: steps of the whole schedule.
-        timesteps: see `make_table`.
-        sigmas: see `make_table`.
+        timesteps, sigmas: see `make_table`.
         strength: 0 to 1, how much of the schedule is run; None is all of it. Ignored beside
             `denoising_start`.
         denoising_start: share of the schedule, 0 to 1, that another model has done already.

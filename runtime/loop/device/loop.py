@@ -57,8 +57,7 @@ class DeviceLoop:
     """Implements `job.Loop` over the seam `engines/device.py`. Threads may share it: they take turns.
 
     Args:
-        device: where the nets run; closed with the loop.
-        nets: the package's, by name; closed with the loop.
+        device, nets: where the package's nets run, and they by name; both are closed with the loop.
         manifest: the package's.
         graphs: whether to replay rows as CUDA graphs: "on", "off", or "auto", where that is faster.
         log: is passed a line for everything given up when memory was short, and why a row is not captured.

@@ -51,8 +51,7 @@ class MemoryNeed:
         batch: B, the UNet rows of a step; 0 where nothing is denoised.
         guided: whether half of them are unconditional.
         pictures: N.
-        height: of a picture, in pixels.
-        width: of a picture, in pixels.
+        height, width: of a picture, in pixels.
         tile: side of the decoder's tiles that the request itself asks for, in pixels.
         call: of a single call of a net, its description; the other fields are unset then.
     """
@@ -142,15 +141,8 @@ def fit_in_memory(
 ) -> tuple[Result, MemoryPlan]:
     """Attempt the plan, and after every MemoryLimitError the next lower one.
 
-    Args:
-        attempt: carries the plan out.
-        plan: the first one.
-        need: what the request asks of the memory.
-        actions: what fallbacks may do.
-        log: is passed a line for every fallback.
-
     Returns:
-        What `attempt` returned, and the plan that fitted.
+        What `attempt` returned, and the plan that fitted. `log` is passed a line for every fallback.
 
     Raises:
         MemoryLimitError: nothing is left to give up. Whatever else `attempt` raises passes through.

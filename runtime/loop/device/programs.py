@@ -146,8 +146,7 @@ class DenoiseShape:
     Attributes:
         pictures: N.
         guided: whether half of a step's rows are unconditional.
-        height: of the latent.
-        width: of the latent.
+        height, width: of the latent.
         tokens: T, the length of the context.
         rows: UNet rows of one call, at most.
         step: the net that ends a row, "step" or "step_masked".
