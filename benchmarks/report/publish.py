@@ -38,13 +38,9 @@ class Pages:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was written.
+    """How many documents were read, every figure, which files changed, and remarks of one sentence each.
 
-    Attributes:
-        documents: how many were read.
-        figures: every figure, whether it changed or not.
-        changed: files that are not what they were before.
-        remarks: JSON that was left out, and figures no document has any more, one sentence each.
+    Remarks name JSON that was left out, and figures that no document has any more.
     """
 
     documents: int
@@ -56,16 +52,12 @@ class Report:
 def write_report(results: Path, pages: Pages) -> Report:
     """Draw every figure, and put the tables between the pages' markers. A second time changes nothing.
 
-    Args:
-        results: a folder of documents; nothing else is read.
-        pages: what is written; a page that is None is left out.
+    Whatever is raised, nothing was written.
 
     Raises:
         UsageError: no such folder, or a page without its markers.
         PackageError: a document that is damaged, or of a newer schema.
         BackendError: matplotlib is not installed.
-
-    Whatever is raised, nothing was written.
     """
     read = read_results(results)
     texts = _expected(read, pages)

@@ -45,11 +45,9 @@ NOTHING = "Nothing was measured yet: `latentrt bench latency demo`."
 
 
 def full_tables(results: Sequence[Result], figures: Mapping[str, Sequence[str]]) -> str:
-    """For each model and machine: latencies, everything else, and links to the figures.
+    """For each model and machine: latencies, everything else, and links to the figures by `Result.name`.
 
-    Args:
-        results: all documents; of those that answer the same question the newest counts.
-        figures: links by `Result.name`.
+    Of documents that answer the same question the newest counts.
     """
     sections: dict[tuple[str, str], list[Result]] = {}
     for result in _newest(results):

@@ -64,9 +64,9 @@ def measure_memory(
     The figure `over_weights` is bytes over those of the model's weights at the width of the arithmetic.
 
     Args:
-        package: of our side.
+        package: the model.
         sides: who is measured, one after the other.
-        case: what every picture is.
+        case: every picture.
         steps: of the request whose growth is looked at.
         interval: seconds between samples.
         watch: NVML; the first CUDA device's by default.
