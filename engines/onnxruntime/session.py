@@ -131,12 +131,7 @@ _RETURN_AT_ONCE = "disable_synchronize_execution_providers"
 
 
 class Runs:
-    """The options of each run of one session on CUDA.
-
-    Args:
-        name: of the net.
-        capture: whether runs may be captured.
-    """
+    """The options of each run of one session on CUDA."""
 
     def __init__(self, name: str, *, capture: bool) -> None:
         self._name = name

@@ -14,8 +14,8 @@ from latentrt.engines.backend import choose_backend
 from latentrt.engines.errors import BackendError, MemoryLimitError, PackageError, UsageError
 from latentrt.engines.onnxruntime import session
 from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
-from latentrt.engines.onnxruntime.nets import OnnxRuntimeNet
 from latentrt.engines.onnxruntime.lowering.winograd import kernels
+from latentrt.engines.onnxruntime.nets import OnnxRuntimeNet
 from latentrt.engines.onnxruntime.tuning.cpu import lower_for_cpu
 from latentrt.engines.package import Package, write_manifest
 from latentrt.runtime.pipeline import SHIPPED

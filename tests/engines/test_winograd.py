@@ -15,9 +15,9 @@ from safetensors.numpy import save_file
 
 from latentrt.engines.errors import BackendError, MemoryLimitError, PackageError, UsageError
 from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
-from latentrt.engines.onnxruntime.nets import OnnxRuntimeNet
 from latentrt.engines.onnxruntime.lowering.fused import lower_attention
 from latentrt.engines.onnxruntime.lowering.winograd import TILES, Kernel, choose, kernels, lower_convolutions
+from latentrt.engines.onnxruntime.nets import OnnxRuntimeNet
 from latentrt.engines.onnxruntime.tuning import cpu as cpu_tuning
 from latentrt.engines.onnxruntime.tuning import cpu_layouts
 from latentrt.engines.onnxruntime.tuning.choice import Choice, Measured, choose_layout
