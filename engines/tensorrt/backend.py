@@ -32,7 +32,10 @@ class Candidate:
 
 
 class ChosenNet:
-    """`DeviceNet` over candidates, at least one."""
+    """`DeviceNet` over candidates, at least one: each call's shapes choose the engine and its profile.
+
+    An engine is opened when a request first chooses it, and stays open.
+    """
 
     def __init__(self, spec: NetSpec, candidates: Sequence[Candidate], *, backend: str, package: str) -> None:
         self.spec = spec
