@@ -28,8 +28,6 @@ GRAMMAR = (
     "WIDTHxHEIGHT[:bN][:tT], each LOW[-HIGH][@OPT], such as 512x512:b1-4 or 512-1024@768x512-1024@768:b1-2"
 )
 
-# Nets that are called once per step, with one row per picture or, with guidance, two.
-
 _RANGE = r"([0-9]+)(?:-([0-9]+))?(?:@([0-9]+))?"
 _PROFILE = re.compile(rf"{_RANGE}x{_RANGE}(?::b{_RANGE})?(?::t{_RANGE})?", re.ASCII)
 _DIGITS = 5  # of a number; TensorRT's dimensions are 64 bits wide, its volumes are what runs out first
@@ -302,11 +300,7 @@ def choose(
 ) -> int:
     """Which profile of an engine serves a call: of those that cover it, the one tuned for the nearest shapes.
 
-    Args:
-        profiles: all of the engine's, in its order; at least one.
-        shapes: the shape of every input.
-        backend: for the message.
-        package: for the message.
+    `profiles` are all of the engine's, in its order; `backend` and `package` are for the message.
 
     Raises:
         UsageError: no profile covers the shapes, with the command that builds one; or the shapes are none of

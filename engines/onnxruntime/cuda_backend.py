@@ -58,8 +58,7 @@ class OnnxRuntimeCudaBackend:
             package: the package.
             names: of its nets.
             store: where layouts are remembered; the user's own unless given.
-            log: gets one line that names the nets without a layout in the store, and the command that
-                measures them.
+            log: gets one line on the nets without a layout in the store, and the command that measures them.
             capture: let runs be captured, see `open_onnxruntime_net`.
             profile: a folder for the library's profiles.
 

@@ -58,11 +58,7 @@ def cuda_available() -> str | None:
 class OnnxRuntimeNet:
     """A net on the CPU: one session, which several threads may call at once because it has no state.
 
-    Args:
-        package: where the net is from; its manifest has the boundary.
-        name: the net's name.
-        threads: for one run; None is every processor.
-        lowered: a graph to run in place of the package's, with the same boundary.
+    `threads` are for one run (None is every processor); `lowered` runs in place of the package's graph.
 
     Raises:
         PackageError: ONNX Runtime refuses the graph, or its boundary is not the manifest's.

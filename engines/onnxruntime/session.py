@@ -133,9 +133,19 @@ _RETURN_AT_ONCE = "disable_synchronize_execution_providers"
 class Runs:
     """The options of each run of one session on CUDA.
 
-    Args:
-        name: of the net.
-        capture: whether runs may be captured.
+    Nearly all runs return at once, a few only when the stream is done.
+
+    `disable_synchronize_execution_providers` is what makes a run return before the GPU is done. It also
+    takes away the only moment at which page-locked buffers go back. Concat and Split of unequal parts,
+    among others, upload their tables through such buffers (CudaAsyncBuffer in
+    core/providers/cuda/cuda_kernel.h), which the stream collects (CudaStream::EnqueDeferredCPUBuffer) and
+    frees in CudaStream::CleanUpOnRunEnd. That is called by DeviceStreamCollection::CleanUp, and
+    InferenceSession::Run calls it with `sync_streams` false whenever the option is set. The stream's
+    object outlives the run (SessionState::RecycleDeviceStreamCollection). So without any run that waits,
+    page-locked memory grows with every run until the session goes.
+
+    A captured graph reads those very buffers each time it is launched. After a capture no run of the
+    session may wait, then: it would free what the graph still reads.
     """
 
     def __init__(self, name: str, *, capture: bool) -> None:
@@ -155,7 +165,7 @@ class Runs:
                 fix="Leave graphs off for onnxruntime-cuda.",
             )
         self._captured = self._captured or capturing
-        if self._captured:  # also afterwards: see above
+        if self._captured:  # also afterwards: see the class
             return self._at_once
         waits = self._count % WAIT_EVERY == 0
         self._count += 1

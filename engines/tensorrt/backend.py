@@ -32,13 +32,9 @@ class Candidate:
 
 
 class ChosenNet:
-    """`DeviceNet` over candidates, at least one.
+    """`DeviceNet` over candidates, at least one: each call's shapes choose the engine and its profile.
 
-    Args:
-        spec: the net's boundary, the same for all of them.
-        candidates: the engines.
-        backend: for messages.
-        package: for messages.
+    An engine is opened when a request first chooses it, and stays open.
     """
 
     def __init__(self, spec: NetSpec, candidates: Sequence[Candidate], *, backend: str, package: str) -> None:
@@ -132,12 +128,8 @@ class TensorRTBackend:
     ) -> tuple[Device, Mapping[str, DeviceNet]]:
         """A device of the caller's own, and every net behind all of its engines.
 
-        Args:
-            package: the package.
-            names: of its nets.
-            store: where engines are; the user's own unless given.
-            log: called if the library does not list this kind of device, or finds an engine not the best for
-                it.
+        `log` is called if the library does not list this kind of device, or finds an engine not the best for
+        it. `store` is the user's own unless given.
 
         Raises:
             BackendError: a net has no engine for this library and device, with the command that builds them.

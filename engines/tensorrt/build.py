@@ -181,14 +181,8 @@ def engine_key(
 ) -> EngineKey:
     """The key under which the store has this engine; builder and runtime both ask here.
 
-    Args:
-        package: the package.
-        net: a net of it.
-        row: the library.
-        version: the library's exact version.
-        profiles: of this net (`net_profiles`), in the engine's order.
-        options: of the build.
-        gpu: the device; needed where engines are not portable.
+    `version` is the library's exact one, `profiles` are the net's own in the engine's order, and `gpu` is
+    needed where engines are not portable.
     """
     return package_key(
         package,
@@ -295,17 +289,8 @@ def build_package(
 ) -> tuple[BuiltEngine, ...]:
     """Make sure that the store has an engine of every net; each is built in a process of its own.
 
-    Args:
-        package: the package.
-        backend: `tensorrt` or `tensorrt-rtx`.
-        profiles: which pictures the engines are for.
-        options: how to build them.
-        store: where they go.
-        progress: called with how far the build is.
-        nets: only these.
-        gpu: the device, if there is one.
-        room: reads what is free for a build in a folder; called before each build.
-        started: called with the process id of each builder.
+    `room` reads what is free for a build in a folder, before each build; `started` gets the process id of
+    each builder.
 
     Raises:
         LatentrtError: as `plan_build`, `check_room` and `run_builder` raise. Engines that were complete stay.

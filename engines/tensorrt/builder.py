@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import BackendError, LatentrtError, MemoryLimitError, StorageError, UsageError
 from ..spec import NetSpec
-from .flavour import Flavour, Trt, flavour, load
+from .flavour import FLAGS_NEEDING_GPU, Flavour, Trt, flavour, load
 from .log import failure, messages
 from .network import check_contract, parse_graph
 
@@ -111,7 +111,7 @@ class BuildOptions:
                 expected="an NVIDIA GPU and its driver",
                 fix="Build on the machine that has it, or here with: latentrt build --backend tensorrt-rtx.",
             )
-        needing = [flag for flag in self.flags if flag in row.flags_needing_gpu]
+        needing = [flag for flag in self.flags if flag in FLAGS_NEEDING_GPU]
         if needing and not has_gpu:
             raise BackendError(
                 f"--weights {self.weights.value} ({', '.join(needing)}) needs a GPU with {name}; none found",

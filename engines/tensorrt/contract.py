@@ -19,11 +19,8 @@ def shape_fits(
 ) -> bool:
     """Whether the library's shape, with -1 for what is open, can be the contract's.
 
-    Args:
-        shape: the library's.
-        dims: the contract's.
-        bounded: a symbol may be a number, as in an engine whose profiles leave it no choice.
-        inferred: a number may be open, as in what the library works out.
+    With `bounded` a symbol may be a number, as in an engine whose profiles leave it no choice; with
+    `inferred` a number may be open, as in what the library works out.
     """
     return len(shape) == len(dims) and all(
         bounded or size == -1 if isinstance(dim, str) else size == dim or (inferred and size == -1)

@@ -46,8 +46,6 @@ class Flavour:
         reported_share: how much of a build's time the library's progress covers. TensorRT-RTX reports the
             first 2 of 86 s (the UNet of SD 1.5) and then compiles in silence.
         cache: `timing` is kept in the store and speeds builds up, `runtime` belongs to the running engine.
-        flags_needing_gpu: names in `BuilderFlag` that need a device even where the builder does not.
-            (REFIT_INDIVIDUAL builds without one only while no tensor is marked, which is of no use.)
         hardware_compatibility: whether `hardware_compatibility_level` has an effect.
         portable: whether an engine runs on several kinds of GPU; the key then says `portable`.
         compute_capabilities: of an engine that is portable; empty where it is the building device's.
@@ -63,10 +61,9 @@ class Flavour:
     needs_strongly_typed_flag: bool
     reported_share: float
     cache: str
-    flags_needing_gpu: tuple[str, ...]
     hardware_compatibility: bool
     portable: bool
-    compute_capabilities: tuple[str, ...]
+    compute_capabilities: tuple[str, ...] = ()
 
     @property
     def install(self) -> str:
@@ -76,7 +73,8 @@ class Flavour:
 
 _TENSORRT = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu11")
 _RTX = ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12")
-_REFIT = ("REFIT", "REFIT_IDENTICAL", "REFIT_INDIVIDUAL", "STRIP_PLAN")
+# Names in `BuilderFlag` that need a device even where the builder does not.
+FLAGS_NEEDING_GPU = ("REFIT_IDENTICAL", "STRIP_PLAN")
 
 FLAVOURS: tuple[Flavour, ...] = (
     Flavour(
@@ -90,10 +88,8 @@ FLAVOURS: tuple[Flavour, ...] = (
         needs_strongly_typed_flag=True,
         reported_share=1.0,
         cache="timing",
-        flags_needing_gpu=_REFIT,
         hardware_compatibility=True,
         portable=False,
-        compute_capabilities=(),
     ),
     Flavour(
         backend="tensorrt",
@@ -106,10 +102,8 @@ FLAVOURS: tuple[Flavour, ...] = (
         needs_strongly_typed_flag=False,
         reported_share=1.0,
         cache="timing",
-        flags_needing_gpu=_REFIT,
         hardware_compatibility=True,
         portable=False,
-        compute_capabilities=(),
     ),
     Flavour(
         backend="tensorrt-rtx",
@@ -122,7 +116,6 @@ FLAVOURS: tuple[Flavour, ...] = (
         needs_strongly_typed_flag=True,
         reported_share=0.05,
         cache="runtime",
-        flags_needing_gpu=_REFIT,
         hardware_compatibility=False,
         portable=True,
         compute_capabilities=("8.0", "8.6", "8.9", "12.0"),

@@ -43,17 +43,7 @@ class StreamDevice(Device, Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EngineOf:
-    """What an engine is of, and where it goes.
-
-    Attributes:
-        trt: the library, of `flavour.load`.
-        flavour: its row.
-        net: the net's name.
-        spec: the net's boundary.
-        profiles: the engine's own, in its order.
-        device: where it runs.
-        package: for messages.
-    """
+    """What an engine is of, and where it goes; `profiles` are in the engine's order."""
 
     trt: Trt
     flavour: Flavour
@@ -73,12 +63,9 @@ class EngineOf:
 class Loaded(EngineOf):
     """An engine on a device.
 
-    Attributes:
-        size: of the engine, in bytes.
-        streamable: bytes of weights that the library could stream; 0 unless the engine was built so.
-        runtime: the library's, which must live as long as the engine.
-        engine: the library's object.
-        remark: the library's, on an engine that is not the best for this device; "" for others.
+    `size` is in bytes, `streamable` the bytes of weights that the library could stream (0 unless the engine
+    was built so). `runtime` must live as long as the engine. `remark` is the library's on an engine that is
+    not the best for this device, else "".
     """
 
     size: int

@@ -76,16 +76,11 @@ def failure(
 ) -> LatentrtError:
     """The error of a call that TensorRT refused, from what it logged meanwhile.
 
-    Args:
-        lines: of `Messages.since`.
-        what: was refused, as a sentence without its end.
-        net: whose call it was: the culprit, where memory is to blame.
-        expected: what would have been accepted.
-        fix: where neither memory nor the driver is to blame.
-        memory: the device's numbers, for people.
+    `lines` are of `Messages.since`, `what` is a sentence without its end, `fix` is for where neither memory
+    nor the driver is to blame, and `memory` are the device's numbers.
 
     Returns:
-        MemoryLimitError if the lines speak of memory, else BackendError.
+        MemoryLimitError, with the net as its culprit, if the lines speak of memory; else BackendError.
     """
     words = reason(lines)
     if any(map(_MEMORY.search, lines)):

@@ -41,11 +41,8 @@ def read_room(
 ) -> Room:
     """What is free for a build in `folder`, which need not exist yet.
 
-    Args:
-        folder: where the engine is written; it never lies on two file systems at once.
-        vram: reads the free device memory, where the builder needs it.
-        proc: the proc file system.
-        cgroups: the control groups' file system, for containers.
+    The engine never lies on two file systems at once. `vram` reads the free device memory, where the builder
+    needs it; the control groups are those of containers.
     """
     known = [size for size in (_available(proc), _within_limit(proc, cgroups)) if size is not None]
     return Room(disk=_free_disk(folder), ram=min(known, default=None), vram=vram() if vram else None)

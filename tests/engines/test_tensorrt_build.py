@@ -178,7 +178,7 @@ def test_stripped_engines_need_a_gpu_and_say_so_before_building(store: EngineSto
 
 
 def test_the_library_itself_refuses_them_here(tmp_path: Path) -> None:
-    """If this fails because the library builds them: take the flags out of `flags_needing_gpu`."""
+    """If this fails because the library builds them: take the flags out of `FLAGS_NEEDING_GPU`."""
     job = job_of("unet_time", tmp_path / "e", options=BuildOptions(weights=Weights.stripped))
     with pytest.raises(BackendError, match="cannot build the net 'unet_time'"):
         run_builder(job, lambda phase, fraction: None)

@@ -11,6 +11,7 @@ from latentrt.engines.errors import BackendError, UsageError
 from latentrt.engines.tensorrt import flavour as tensorrt_flavour
 from latentrt.engines.tensorrt.builder import FLAGS, BuildOptions, Weights
 from latentrt.engines.tensorrt.flavour import (
+    FLAGS_NEEDING_GPU,
     FLAVOURS,
     Flavour,
     flavour,
@@ -102,7 +103,7 @@ def test_rows_of_a_backend_follow_each_other_without_gap() -> None:
 
 
 def test_the_live_library_has_every_name(trt: Any, rtx: Flavour) -> None:
-    flags = {flag for names in FLAGS.values() for flag in names} | set(rtx.flags_needing_gpu) | {"TF32"}
+    flags = {flag for names in FLAGS.values() for flag in names} | set(FLAGS_NEEDING_GPU) | {"TF32"}
     assert flags <= set(trt.BuilderFlag.__members__)
     assert "STRONGLY_TYPED" in trt.NetworkDefinitionCreationFlag.__members__
     assert "ATTENTION_INPUT" in trt.LayerType.__members__

@@ -11,8 +11,12 @@ on all cores, and no step moves less than a pixel's channels at once:
 
     d (a^2, tiles, C)       Gather of pixels from the padded image, channels last
     v = (B^T x B^T) d       one matrix product, x the Kronecker product
-    p[k] = v[k] u[k]        a^2 matrix products, (tiles, C) by (C, M); u from the weights, folded at load
+    p[k] = v[k] u[k]        a^2 matrix products, (tiles, C) by (C, M); u from the weights, made at load
     y = (A^T x A^T) p       one matrix product, (m^2, tiles, M), and the tiles are put together
+
+The weights u = G g G^T have a^2 values where a kernel g has 9, so they are made in memory when a net is
+opened, from the package's own: an engine in the store would be 4 GB. ONNX Runtime could fold them, but keeps
+every intermediate until all are folded: opening the UNet of SD 1.5 so took 16.6 GB.
 
 Sizes are read in the graph, so one graph serves every batch and picture. Only engines are lowered, never
 packages. Needs onnx-ir, which is imported on first use.

@@ -72,13 +72,6 @@ def tune_package(
 
     Takes a dozen runs of each net, and while it lasts the memory of three sessions of it.
 
-    Args:
-        package: the package.
-        store: where the choices go.
-        progress: called with how far it is.
-        nets: only these of TUNED_NETS.
-        rounds: how often each layout is timed.
-
     Raises:
         UsageError: a name in `nets` that has no choice.
         StorageError: the store cannot be written.

@@ -43,14 +43,7 @@ def tune_package(
 
     Takes seconds, and while it lasts the memory of three sessions of one net.
 
-    Args:
-        package: the package.
-        store: where the choices go.
-        progress: called with how far it is.
-        nets: only these of TUNED_NETS.
-        device: to measure on, which stays open; the first CUDA device unless given.
-        open_net: opens a net there.
-        rounds: how often each layout is timed.
+    `nets` picks some of TUNED_NETS; `device` stays open, and is the first CUDA device unless given.
 
     Raises:
         BackendError: there is no GPU, or onnx-ir is not installed.
