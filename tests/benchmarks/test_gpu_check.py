@@ -11,7 +11,7 @@ import pytest
 
 from latentrt.benchmarks.gpu import check as gpu_check
 from latentrt.benchmarks.gpu.check import run_section
-from latentrt.benchmarks.gpu.judge import collect, judged
+from latentrt.benchmarks.gpu.opener import collect, judged
 from latentrt.benchmarks.gpu.memory import lowest_free
 from latentrt.benchmarks.gpu.opener import backend_opener
 from latentrt.benchmarks.gpu.sections import SECTIONS

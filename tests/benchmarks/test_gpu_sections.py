@@ -18,7 +18,7 @@ from latentrt.benchmarks.gpu.memory import ballast, ladder, memory
 from latentrt.benchmarks.gpu.nets import build, opens, parity, placement
 from latentrt.benchmarks.gpu.opener import Opener, Scale
 from latentrt.benchmarks.gpu.pictures import graphs, host_memory, peers, picture, timing
-from latentrt.benchmarks.gpu.placement import Placement, read_placement
+from latentrt.benchmarks.gpu.nets import Placement, read_placement
 from latentrt.benchmarks.records import Row
 from latentrt.engines.backend import MemoryLedger
 from latentrt.engines.device import Addresses, DeviceMemory, Graph, Shapes

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from latentrt.benchmarks import child
+from latentrt.benchmarks import process as child
 from latentrt.benchmarks.case import WORKLOADS, Case, net_inputs, time_inputs, whole_inputs
 from latentrt.benchmarks.opening import open_pipeline
 from latentrt.benchmarks.sides import contract

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.benchmarks import process
 from latentrt.benchmarks.case import WORKLOADS, Case
 from latentrt.benchmarks.sides import ours
 from latentrt.benchmarks.sides.contract import OpenSide, Task, Work

@@ -18,7 +18,7 @@ import pytest
 import latentrt.demo
 from latentrt.benchmarks.case import Case
 from latentrt.benchmarks.likeness import difference, psnr
-from latentrt.benchmarks.sides import contract, diffusers_eager, onnxruntime_cuda_loop, tensorrt_loop
+from latentrt.benchmarks.sides import contract, onnxruntime_cuda_loop, tensorrt_loop
 from latentrt.benchmarks.sides.contract import NotAvailableError, OpenSide, Task
 from latentrt.benchmarks.sides.diffusers_eager import diffusers_side
 from latentrt.benchmarks.sides.plain_device_loop import DEVICE_NETS, plain_device_side

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from latentrt.benchmarks.case import Case
-from latentrt.benchmarks.child import Server, serve
+from latentrt.benchmarks.process import Server, serve
 from latentrt.benchmarks.process import Child, SideError, SideProcess, Slot, run
 from latentrt.benchmarks.sides.contract import OpenSide, Task, Work
 from latentrt.runtime.pipeline import SHIPPED

@@ -28,7 +28,7 @@ from latentrt.benchmarks.report.publish import (
     draw_figures,
     planned_figures,
 )
-from latentrt.benchmarks.report.results import Result, read_results
+from latentrt.benchmarks.report.reading import Result, read_results
 from latentrt.benchmarks.report.sheet import Sheet, house_style
 from latentrt.benchmarks.report.tables import full_tables, short_table
 from latentrt.engines.errors import BackendError, PackageError, UsageError

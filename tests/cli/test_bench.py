@@ -17,7 +17,7 @@ from latentrt.benchmarks.verbs import build as build_time
 from latentrt.benchmarks.verbs import latency, memory, parity, scaling, suite, throughput
 from latentrt.benchmarks.verbs.latency import Sides, silent
 from latentrt.benchmarks.verbs.scaling import AXES
-from latentrt.cli.bench_options import device_of
+from latentrt.cli.bench import device_of
 from latentrt.engines.backend import choose_backend
 from latentrt.engines.errors import UsageError
 from latentrt.engines.package import Package
