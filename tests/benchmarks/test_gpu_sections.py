@@ -460,7 +460,7 @@ def test_captured_pipelines_are_opened_for_it() -> None:
         options.append(more)
         return opener.open_device(*arguments)
 
-    for graphs in ("off", "auto", "on"):
-        with replace(opener, open_device=open_device).pipeline(graphs):
+    for mode in ("off", "auto", "on"):
+        with replace(opener, open_device=open_device).pipeline(mode):
             pass
     assert options == [{}, {}, {"capture": True}]
