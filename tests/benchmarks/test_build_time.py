@@ -110,7 +110,7 @@ def test_what_cannot_be_built(package: Package) -> None:
 def measure(package: Package, said: list[str], **task: str) -> Document:
     case = Case.of(package.manifest, width=64, height=64, steps=2)
     opened = Task(package=package.root, threads=1, **task)  # pyright: ignore[reportArgumentType]
-    return measure_cold_start(package, opened, case, repeats=1, said=said.append)
+    return measure_cold_start(package, opened, case, repeats=1, progress=said.append)
 
 
 def test_processes_and_their_parts(package: Package, tmp_path: Path) -> None:

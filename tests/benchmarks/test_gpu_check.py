@@ -10,11 +10,9 @@ from threading import Event
 import pytest
 
 from latentrt.benchmarks.gpu import check as gpu_check
-from latentrt.benchmarks.gpu.check import run_section
-from latentrt.benchmarks.gpu.opener import collect, judged
+from latentrt.benchmarks.gpu.check import SECTIONS, run_section
 from latentrt.benchmarks.gpu.memory import lowest_free
-from latentrt.benchmarks.gpu.opener import backend_opener
-from latentrt.benchmarks.gpu.sections import SECTIONS
+from latentrt.benchmarks.gpu.opener import backend_opener, collect, judged
 from latentrt.benchmarks.machine import describe_machine
 from latentrt.benchmarks.records import Document, Row, Status, read_document
 from latentrt.engines.cuda.facts import available

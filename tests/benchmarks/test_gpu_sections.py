@@ -15,10 +15,9 @@ from latentrt.benchmarks.gpu import nets as gpu_nets
 from latentrt.benchmarks.gpu import pictures as gpu_pictures
 from latentrt.benchmarks.gpu.check import line_of
 from latentrt.benchmarks.gpu.memory import ballast, ladder, memory
-from latentrt.benchmarks.gpu.nets import build, opens, parity, placement
-from latentrt.benchmarks.gpu.opener import Opener, Scale
+from latentrt.benchmarks.gpu.nets import Placement, build, opens, parity, placement, read_placement
+from latentrt.benchmarks.gpu.opener import Opener, Scale, collect
 from latentrt.benchmarks.gpu.pictures import graphs, host_memory, peers, picture, timing
-from latentrt.benchmarks.gpu.nets import Placement, read_placement
 from latentrt.benchmarks.records import Row
 from latentrt.engines.backend import MemoryLedger
 from latentrt.engines.device import Addresses, DeviceMemory, Graph, Shapes

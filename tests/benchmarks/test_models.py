@@ -21,8 +21,8 @@ from latentrt.engines.package import Package
 from latentrt.engines.profiles import default_profile
 from latentrt.engines.store.engine_store import EngineStore
 from latentrt.engines.tensorrt.build import build_package, find_engines
-from latentrt.engines.tensorrt.flavour import flavour, installed_version
 from latentrt.engines.tensorrt.builder import BuildOptions
+from latentrt.engines.tensorrt.flavour import flavour, installed_version
 from latentrt.engines.tensorrt.preflight import read_room
 from latentrt.export import export_package
 from latentrt.runtime import Pipeline

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from latentrt.benchmarks import process as child
+from latentrt.benchmarks import process
 from latentrt.benchmarks.case import WORKLOADS, Case, net_inputs, time_inputs, whole_inputs
-from latentrt.benchmarks.opening import open_pipeline
 from latentrt.benchmarks.sides import contract
 from latentrt.benchmarks.sides.contract import NotAvailableError, OpenSide, Task, Work
-from latentrt.benchmarks.sides.ours import BETWEEN, host_side
+from latentrt.benchmarks.sides.ours import BETWEEN, host_side, open_pipeline
 from latentrt.benchmarks.sides.ours_device import device_side
 from latentrt.benchmarks.sides.plain_loop import check_drawable
 from latentrt.engines import spec
@@ -175,7 +174,7 @@ def test_seconds_are_of_one_of_the_repetitions(
     clock = Clock()
     monkeypatch.setattr(process, "perf_counter", clock)
     makers: Any = {"any": lambda case, stack: Work(call=lambda: clock.spend(2.0), repeats=repeats)}
-    server = child.Server(OpenSide(name="it", versions={}, makers=makers), Task(package=SHIPPED["demo"]))
+    server = process.Server(OpenSide(name="it", versions={}, makers=makers), Task(package=SHIPPED["demo"]))
     first = server.answer({"do": "prepare", "workload": "any", "case": GUIDED.to_json(), "slot": ""})
     timed = server.answer({"do": "time", "slot": "", "runs": 3})
     assert [first["seconds"], *timed["seconds"]] == pytest.approx([2.0 / repeats] * 4, rel=1e-2)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from latentrt.benchmarks import process
 from latentrt.benchmarks.case import WORKLOADS, Case
 from latentrt.benchmarks.sides import ours
 from latentrt.benchmarks.sides.contract import OpenSide, Task, Work
@@ -225,7 +226,7 @@ def test_what_is_prepared_has_its_own_buffers_until_it_is_closed(opened: Bench, 
     assert device.sizes == before
     with pytest.raises(AssertionError):
         large.run()
-    server = child.Server(opened.side, Task(package=Path("demo")))
+    server = process.Server(opened.side, Task(package=Path("demo")))
     sizes: list[list[int]] = []
     for _ in range(3):  # in the same slot
         server.answer({"do": "prepare", "workload": "vae_decoder", "case": GUIDED.to_json(), "slot": "a"})

@@ -18,11 +18,10 @@ import pytest
 import latentrt.demo
 from latentrt.benchmarks.case import Case
 from latentrt.benchmarks.likeness import difference, psnr
-from latentrt.benchmarks.sides import contract, onnxruntime_cuda_loop, tensorrt_loop
-from latentrt.benchmarks.sides.contract import NotAvailableError, OpenSide, Task
-from latentrt.benchmarks.sides.diffusers_eager import diffusers_side
+from latentrt.benchmarks.sides import contract, diffusers_pipeline, plain_device_loop, tensorrt_loop
+from latentrt.benchmarks.sides.contract import NotAvailableError, OpenSide, Task, open_plain_package
+from latentrt.benchmarks.sides.diffusers_pipeline import diffusers_side
 from latentrt.benchmarks.sides.plain_device_loop import DEVICE_NETS, plain_device_side
-from latentrt.benchmarks.sides.requirements import open_plain_package
 from latentrt.engines.device import DeviceNet
 from latentrt.engines.errors import BackendError
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
@@ -94,7 +93,7 @@ def test_a_missing_gpu_compiler_or_release_is_told(monkeypatch: pytest.MonkeyPat
     refuses("diffusers-compile", TASK, "no-such-compiler")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refuses("diffusers", replace(TASK, device="cuda"), "no CUDA device")
-    monkeypatch.setattr(onnxruntime_cuda_loop, "cuda_available", lambda: "no driver")
+    monkeypatch.setattr(plain_device_loop, "cuda_available", lambda: "no driver")
     refuses("onnxruntime-cuda", TASK, "no driver")
     monkeypatch.setattr(tensorrt_loop, "missing_modules", lambda *names: None)
     monkeypatch.setattr(tensorrt_loop.facts, "available", lambda: "no driver")

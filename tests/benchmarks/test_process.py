@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from latentrt.benchmarks.case import Case
-from latentrt.benchmarks.process import Server, serve
-from latentrt.benchmarks.process import Child, SideError, SideProcess, Slot, run
+from latentrt.benchmarks.process import Child, Server, SideError, SideProcess, Slot, run, serve
 from latentrt.benchmarks.sides.contract import OpenSide, Task, Work
 from latentrt.runtime.pipeline import SHIPPED
 

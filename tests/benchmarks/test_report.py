@@ -20,6 +20,7 @@ from PIL import Image
 from latentrt.benchmarks.intervals import ratio_by_round
 from latentrt.benchmarks.records import Document, Row
 from latentrt.benchmarks.report import Pages, outdated, words, write_report
+from latentrt.benchmarks.report.figures import Sheet, house_style
 from latentrt.benchmarks.report.publish import (
     BEGIN,
     END,
@@ -29,7 +30,6 @@ from latentrt.benchmarks.report.publish import (
     planned_figures,
 )
 from latentrt.benchmarks.report.reading import Result, read_results
-from latentrt.benchmarks.report.sheet import Sheet, house_style
 from latentrt.benchmarks.report.tables import full_tables, short_table
 from latentrt.engines.errors import BackendError, PackageError, UsageError
 
