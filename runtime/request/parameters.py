@@ -125,11 +125,20 @@ def _check_pixels(name: str, value: Any, manifest: "Manifest") -> int:
     return side
 
 
-def _check_levels(name: str, value: Any, manifest: "Manifest") -> tuple[float, ...]:
-    found = items(value)
-    if not found:
-        raise UsageError(f"{name} is {value!r}", expected="a list of numbers", fix=f"Leave {name} out.")
-    return tuple(check_number(name, item, 0.0, 1e6) for item in found)
+def levels(least: int) -> Kind:
+    """Descending timesteps or sigmas; what a sampler makes of them is checked where its table is made."""
+
+    def check(name: str, value: Any, manifest: "Manifest") -> tuple[float, ...]:
+        found = items(value) or []
+        if len(found) < least:
+            raise UsageError(
+                f"{name} is {value!r}",
+                expected=f"a list of {least} numbers or more",
+                fix=f"Leave {name} out.",
+            )
+        return tuple(check_number(name, item, 0.0, 1e6) for item in found)
+
+    return Kind(check=check, read=lambda text: [float(part) for part in text.split(",")], metavar="N,N…")
 
 
 def _integers(text: str, separator: str) -> list[int]:
@@ -165,11 +174,7 @@ PIXELS = Kind(check=_check_pixels, text=int, metavar="PIXELS")
 # (height, width) and (top, left) in pixels.
 SIZE = Kind(check=lambda name, value, _: _check_pair(name, value, 1), read=_read_size, metavar="WIDTHxHEIGHT")
 OFFSET = Kind(check=lambda name, value, _: _check_pair(name, value, 0), read=_read_offset, metavar="LEFT,TOP")
-# Descending timesteps or sigmas; what a sampler makes of them is checked where its table is made.
-LEVELS = Kind(
-    check=_check_levels, read=lambda text: [float(part) for part in text.split(",")], metavar="N,N…"
-)
-# The next three are checked where the pictures are counted (request.py, source.py).
+# These three are checked where the pictures are counted (request.py, source.py).
 SEEDS = Kind(read=_read_seeds, metavar="N[,N…]")
 LATENTS = Kind(read=_read_latents, metavar="FILE.npy")
 IMAGE = Kind(read=lambda text: _read_latents(text) if text.endswith(".npy") else text, metavar="FILE")
@@ -215,6 +220,7 @@ class Parameter:
         flags: its options of `latentrt generate`; () for one made of the name, None for no option.
         model: what a model must have for it.
         needs: parameters without which it has no use.
+        with_it: what must come along, in words, where that is another thing than usual.
         excludes: parameters that it cannot go with.
         stage: which of two models gets it when one draws on where the other stopped.
     """
@@ -225,6 +231,7 @@ class Parameter:
     flags: tuple[str, ...] | None = ()
     model: Need | None = None
     needs: tuple[str, ...] = ()
+    with_it: str = ""
     excludes: tuple[str, ...] = ()
     stage: Literal["both", "base", "refiner"] = "both"
 
@@ -269,9 +276,9 @@ class Parameters(TypedDict, total=False):
         kind=integer(1, 1000), flags=("--steps",), excludes=("timesteps", "sigmas"))]
     timesteps: Annotated[Sequence[float] | None, Parameter(
         help="Descending timesteps, in place of the sampler's own.",
-        kind=LEVELS, excludes=("sigmas",))]
+        kind=levels(1), excludes=("sigmas",))]
     sigmas: Annotated[Sequence[float] | None, Parameter(
-        help="Descending sigmas with a final 0, in place of Euler's own.", kind=LEVELS)]
+        help="Descending sigmas with a final 0, in place of Euler's own.", kind=levels(2))]
     guidance_scale: Annotated[float | None, Parameter(
         help="1 or less is off. Default: the model's.",
         kind=number(0.0, 1000.0), flags=("--guidance-scale", "--cfg-scale"))]
@@ -288,7 +295,7 @@ class Parameters(TypedDict, total=False):
         help="Whose noise the seed means: torch-cpu (default), torch-cuda.",
         kind=choice(Rng), default="torch-cpu")]
     num_images_per_prompt: Annotated[int, Parameter(
-        help="Pictures to draw of every prompt, with seeds counting up.",
+        help="Pictures to draw of every prompt, with seeds counting up. Default: 1.",
         kind=integer(1, 1024), default=1, flags=("--count", "-b"))]
     latents: Annotated["Array | None", Parameter(
         help="Unit noise (N, C, H/8, W/8), in place of the seed's.",
@@ -315,17 +322,18 @@ class Parameters(TypedDict, total=False):
         kind=integer(0, _last_noise_level), default=0, model=VARIES)]
     denoising_start: Annotated[float | None, Parameter(
         help="Go on from a latent (--image FILE.npy) at this share of the schedule.",
-        kind=number(0.0, 1.0), model=STARTS, needs=("image",))]
+        kind=number(0.0, 1.0), model=STARTS, needs=("image",),
+        with_it="as image, the latent that another model drew with denoising_end and output_type='latent'")]
     denoising_end: Annotated[float | None, Parameter(
         help="Stop at this share of the schedule; with -o FILE.npy, for another model.",
         kind=number(0.0, 1.0))]
     original_size: Annotated[Sequence[int] | None, Parameter(
-        help="SDXL: (height, width) that the picture once had.", kind=SIZE, model=SIZES)]
+        help="SDXL: the size that the picture once had.", kind=SIZE, model=SIZES)]
     crops_coords_top_left: Annotated[Sequence[int], Parameter(
         help="SDXL: where it was cut off.",
         kind=OFFSET, default=(0, 0), flags=("--crop",), model=SIZES)]
     target_size: Annotated[Sequence[int] | None, Parameter(
-        help="SDXL: (height, width) that it is to have.", kind=SIZE, model=TARGETS, stage="base")]
+        help="SDXL: the size that it is to have.", kind=SIZE, model=TARGETS, stage="base")]
     negative_original_size: Annotated[Sequence[int] | None, Parameter(
         help="SDXL: the same, to avoid.", kind=SIZE, model=SIZES)]
     negative_crops_coords_top_left: Annotated[Sequence[int] | None, Parameter(
@@ -359,7 +367,12 @@ def spelled_out(method: Method) -> Method:
     signature = inspect.signature(method)
     own = [item for item in signature.parameters.values() if item.kind is not item.VAR_KEYWORD]
     declared = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=item.default)
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=item.default,
+            annotation=Parameters.__annotations__[name].__origin__,
+        )
         for name, item in PARAMETERS.items()
     ]
     setattr(method, "__signature__", signature.replace(parameters=[*own, *declared]))  # noqa: B010
@@ -378,6 +391,10 @@ _ELSEWHERE = {
     "init_image": "image",
 }
 _NOUNS = {"image": "an image", "mask_image": "a mask"}
+_WANTED = {
+    "image": "a picture to start from",
+    "mask_image": "mask_image, white where the picture is to be repainted",
+}
 
 
 def read_parameters(manifest: "Manifest", parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -438,7 +455,7 @@ def _refuse_unfitting(manifest: "Manifest", name: str, value: Any, chosen: set[s
         if other not in chosen:
             raise UsageError(
                 f"{name} without {_NOUNS.get(other, other)}",
-                expected=f"{other}: {PARAMETERS[other].help}",
+                expected=parameter.with_it or _WANTED.get(other, other),
                 fix=f"Pass {other}=… ({_flag(other)}), or leave {name} out.",
             )
     for other in parameter.excludes:

@@ -71,10 +71,11 @@ def lay_levels(
 
 def _check_custom(config: SamplerConfig, timesteps: Custom, sigmas: Custom) -> None:
     if sigmas is not None:
-        if timesteps is not None or config.scheduler != "EulerDiscreteScheduler":
+        own = config.sigma_schedule == "default"
+        if timesteps is not None or config.scheduler != "EulerDiscreteScheduler" or not own:
             raise SamplerError(
-                f"custom sigmas for sampler {config.name}",
-                expected="sampler 'euler', without timesteps",
+                f"custom sigmas for sampler {config.name} with {config.sigma_schedule} sigmas",
+                expected="sampler 'euler' with default sigmas, without timesteps",
                 fix="Drop sigmas.",
             )
         _check_order("sigmas", sigmas, math.inf)

@@ -214,7 +214,11 @@ def test_texts_of_one_and_of_each() -> None:
         (SD, {"prompt_syntax": "midjourney"}, "expected one of a1111, comfyui, plain"),
         (SD, {"tile": 100}, "tile is 100; expected a multiple of 8"),
         (SD, {"denoising_end": 1.5}, "denoising_end is 1.5"),
-        (SD, {"denoising_start": 0.5}, "denoising_start without an image"),
+        (
+            SD,
+            {"denoising_start": 0.5},
+            "denoising_start without an image; expected as image, the latent that another model",
+        ),
         (SD, {"denoising_start": 0.5, "denoising_end": 0.5, "image": PICTURE}, "0.5 is not before"),
     ],
 )

@@ -298,6 +298,7 @@ def test_a_state_without_noise_stays_on_the_clean_latent(name: str) -> None:
         ("euler", {"timesteps": ["a"]}, r"timesteps is \['a'\]"),
         ("euler", {"timesteps": 900}, "timesteps is 900"),
         ("euler", {"sigmas": [1.0, 10.0, 0.0]}, "custom sigmas"),
+        ("euler karras", {"sigmas": [10.0, 1.0, 0.0]}, "custom sigmas for sampler euler with karras sigmas"),
         ("euler", {"sigmas": [math.inf, 1.0, 0.0]}, "custom sigmas"),
         ("euler", {"sigmas": [10.0, 1.0, -1.0]}, "custom sigmas"),
         ("euler", {"sigmas": [0.0]}, "num_inference_steps = 0"),
