@@ -217,7 +217,7 @@ def test_texts_of_one_and_of_each() -> None:
         (
             SD,
             {"denoising_start": 0.5},
-            "denoising_start without an image; expected as image, the latent that another model",
+            "without an image; expected as image, the latent",
         ),
         (SD, {"denoising_start": 0.5, "denoising_end": 0.5, "image": PICTURE}, "0.5 is not before"),
     ],
