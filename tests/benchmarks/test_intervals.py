@@ -62,7 +62,7 @@ def test_the_interval_is_scipys() -> None:
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
-    """Counts of 100: binomial counts beyond these bounds have a probability of 1 in 1000."""
+    """Binomial counts of 100 beyond these bounds have a probability of 1 in 1000."""
     pairs = [drifting(seed, rounds=24, runs=3, times=1.2) for seed in range(100)]
     for level, low, high in ((0.95, 88, 100), (0.5, 35, 65)):
         found = [ratio_by_round(*pair, level=level) for pair in pairs]
