@@ -267,7 +267,7 @@ def test_one_file_gives_the_same_nets_as_the_folder(tmp_path: Path) -> None:
     save_file(stored, tmp_path / "xl.safetensors")
     sources = [Checkpoint.open(folder), Checkpoint.open(tmp_path / "xl.safetensors")]
     assert sources[0].family == sources[1].family == "sdxl"
-    for name in ("vectors", "time_ids", "image_latents", "zero_empty_prompt", "latent_scale", "steps"):
+    for name in ("vectors", "time_ids", "image_latents", "zero_empty_prompt", "latent_scale", "defaults"):
         assert getattr(sources[0], name) == getattr(sources[1], name), name
     assert sources[1].tokenizers.keys() == sources[0].tokenizers.keys()
     for component in components(sources[0]):
