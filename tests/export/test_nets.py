@@ -128,3 +128,11 @@ def test_pictures_are_read_and_masked_as_diffusers_does() -> None:
     wanted = (pixels * (painted < 0.5) - 0.25) * 0.5
     assert torch.allclose(mean, wanted, atol=1e-6)
     assert torch.equal(std, torch.full_like(std, 0.5))
+
+
+def test_the_exporter_is_listed_and_nothing_else_is_there() -> None:
+    import latentrt.export
+
+    assert "export_package" in dir(latentrt.export)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = latentrt.export.nothing

@@ -262,3 +262,12 @@ def test_a_closed_pipeline_says_so() -> None:
         pipe(PROMPT)
     with pytest.raises(BackendError, match="closed"):
         pipe.loop.call("step")
+
+
+def test_what_the_runtime_offers_is_listed_and_nothing_else_is_there() -> None:
+    import latentrt.runtime
+
+    assert dir(latentrt.runtime) == ["Pipeline", "Result", "Step"]
+    assert latentrt.runtime.Pipeline is Pipeline
+    with pytest.raises(AttributeError, match="has no attribute 'Given'"):
+        _ = latentrt.runtime.Given
