@@ -18,9 +18,8 @@ import numpy as np
 from ..engines.package import Package
 from ..engines.spec import TEXT_ENCODERS, Array
 from .conditioning import make_conditioning
-from .loop.denoise import State
 from .loop.device.cuda_graphs import Graphs
-from .loop.job import Clock, DenoiseJob, Drawn, JobRecorder, Loop
+from .loop.job import Clock, DenoiseJob, Drawn, JobRecorder, Loop, State
 from .loop.open import LoopOptions, open_loop
 from .pictures.tiling import encode_tiled
 from .prompts.encode import CACHE_BYTES, TextConditioner, TextEncoder

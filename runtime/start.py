@@ -13,7 +13,8 @@ import numpy as np
 
 from ..engines.package import Manifest
 from ..engines.spec import Array
-from .loop.denoise import Kept, guided_batch
+from .loop.denoise import guided_batch
+from .loop.job import Kept
 from .pictures.mask import latent_mask
 from .request.request import Request, latent_shape
 from .request.source import Latents, Masked, Pictures, Varied

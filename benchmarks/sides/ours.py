@@ -12,8 +12,7 @@ from ...engines.backend import choose_backend
 from ...engines.errors import LatentrtError
 from ...engines.package import Package
 from ...engines.spec import DTYPES, Array
-from ...runtime.loop.denoise import denoise, guide, guided_batch, narrow
-from ...runtime.loop.host import HostLoop
+from ...runtime.loop.denoise import HostLoop, denoise, guide, guided_batch, narrow
 from ...runtime.loop.open import LoopOptions, open_loop
 from ...runtime.pipeline import Pipeline
 from ..case import BETWEEN, Case, inputs_of, schedule_of, time_inputs

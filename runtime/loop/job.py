@@ -11,13 +11,31 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from ...engines.errors import CancelledError
+from ...engines.errors import CancelledError, UsageError
 from ...engines.spec import Array
 from ..sampling.noise import NoiseSource
 from ..sampling.table import Table
-from .denoise import Kept, State
 
 Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A picture that stays as it is outside a mask (RePaint, arXiv 2201.09865, step 8; no resampling).
+
+    Attributes:
+        latent: (N, C, h, w) float32, clean.
+        noise: (N, C, h, w) float32 unit noise, that of the first state.
+        mask: (N, 1, h, w) float32, 1 where the picture is repainted.
+    """
+
+    latent: Array
+    noise: Array
+    mask: Array
+
+    def put_back(self, y: Array, signal: float, noise: float) -> Array:
+        """`y` inside the mask; outside, the kept latent at the same noise."""
+        return (1 - self.mask) * (signal * self.latent + noise * self.noise) + self.mask * y
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +100,45 @@ class DenoiseJob:
         return noises
 
 
+@dataclass(kw_only=True)
+class State:
+    """The loop after one row of the table. Arrays are (N, C, H/8, W/8) float32, variance-preserving.
+
+    Attributes:
+        index: of the row.
+        unet_input: the state that the UNet saw.
+        prediction: its output after guidance.
+        latent: the state after the row; what the loop goes on with.
+        profile: the profile that the UNet's engine runs with; "" on the host.
+    """
+
+    index: int
+    unet_input: Array
+    prediction: Array
+    latent: Array
+    profile: str = ""
+
+    def replace(self, latent: Array) -> None:
+        """Let the loop go on with another latent. Raises UsageError for another shape."""
+        replacement = np.asarray(latent, np.float32)
+        if replacement.shape != self.latent.shape:
+            raise UsageError(
+                f"latents of shape {replacement.shape} from a callback",
+                expected=f"{self.latent.shape}",
+                fix="Return the latents with the shape they came in.",
+            )
+        self.latent = replacement
+
+    def denoised(self, table: Table) -> Array:
+        """The clean latent x0 that the prediction stands for, solved from y = alpha * x0 + sigma * eps."""
+        alpha_bar = float(table.alpha_bar[self.index])
+        alpha, sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+        y, m = self.unet_input, self.prediction
+        if table.prediction_type == "epsilon":
+            return (y - sigma * m) / alpha
+        return alpha * y - sigma * m if table.prediction_type == "v_prediction" else m
+
+
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
     """The result of a job.
@@ -128,7 +185,7 @@ class Clock:
 
 
 class Loop(Protocol):
-    """Calls nets, denoises and decodes, on the host (`host.py`) or on a device (`device/loop.py`)."""
+    """Calls nets, denoises and decodes, on the host (`denoise.py`) or on a device (`device/loop.py`)."""
 
     def call(self, net: str, **arrays: Array) -> dict[str, Array]:
         """Run a net outside the loop once. Raises PackageError if the package has none of that name."""

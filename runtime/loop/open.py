@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from ...engines.backend import DeviceBackend, HostBackend, Log, choose_backend, to_stderr
 from ...engines.package import Package
 from ...engines.spec import TEXT_ENCODERS
+from .denoise import HostLoop
 from .device.cuda_graphs import Graphs
-from .host import HostLoop
 from .job import Loop
 
 # Every loop needs these. Other nets of a package are for some requests only.

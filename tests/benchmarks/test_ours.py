@@ -20,8 +20,8 @@ from latentrt.engines.backend import Net
 from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import Package, write_manifest
+from latentrt.runtime.loop.denoise import HostLoop
 from latentrt.runtime.loop.device.loop import DeviceLoop
-from latentrt.runtime.loop.host import HostLoop
 from latentrt.runtime.pipeline import SHIPPED, Pipeline
 from latentrt.runtime.prompts.tokenizer import ClipTokenizer
 from tests.engines.host_device import HostDevice

@@ -8,7 +8,8 @@ import pytest
 
 from latentrt.engines import spec
 from latentrt.export.graphs.step import write_step
-from latentrt.runtime.loop.denoise import Kept, denoise, guide, guided_batch
+from latentrt.runtime.loop.denoise import denoise, guide, guided_batch
+from latentrt.runtime.loop.job import Kept
 from latentrt.runtime.sampling.names import resolve
 from latentrt.runtime.sampling.samplers import make_table
 

@@ -13,12 +13,11 @@ from latentrt.engines.errors import MemoryLimitError, PackageError, UsageError
 from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import Package
-from latentrt.runtime.loop.denoise import Kept
+from latentrt.runtime.loop.denoise import HostLoop
 from latentrt.runtime.loop.device.cuda_graphs import Graphs
 from latentrt.runtime.loop.device.loop import DeviceLoop, _need, _RememberedPlan
 from latentrt.runtime.loop.device.memory_fallback import MemoryPlan
-from latentrt.runtime.loop.host import HostLoop
-from latentrt.runtime.loop.job import Clock, DenoiseJob
+from latentrt.runtime.loop.job import Clock, DenoiseJob, Kept
 from latentrt.runtime.sampling.names import resolve
 from latentrt.runtime.sampling.noise import NoiseSource
 from latentrt.runtime.sampling.samplers import make_table

@@ -23,8 +23,8 @@ from ....engines.device import Device, Shapes
 from ....engines.package import Manifest
 from ....engines.spec import Array
 from ...pictures.tiling import decode_tiled
-from ..denoise import State, check_finite
-from ..job import Clock, DenoiseJob, Drawn, check_cancelled
+from ..denoise import check_finite
+from ..job import Clock, DenoiseJob, Drawn, State, check_cancelled
 from .cuda_graphs import Graphs, Replay
 from .memory_fallback import MemoryNeed, MemoryPlan, fit_in_memory
 from .pool import ProgramPool
