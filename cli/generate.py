@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 import sys
+import unicodedata
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import chain, count
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
 
 
 _OUTPUT = "File to write (.png, .jpg, .webp; .npy for the latents). Default: prompt and seed."
-_MODEL = "The shipped model `demo`, or a package folder."
+_MODEL = "The shipped model `demo` (the default), or a package folder."
+_FROM = "Draw a picture again, from what its file says; other options change it."
 _REFINER_AT = "The share of the schedule at which the refiner takes over. Default: 0.8."
 _PREVIEW = "Write what can be seen so far to this file, after every step."
 _BACKEND = "auto, onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx."
+_LONGEST_NAME = 60  # bytes of a prompt in a file name; file systems end at 255
 _NO_METADATA = "Leave prompt and parameters out of the file."
 
 
@@ -56,9 +59,10 @@ def _option(parameter: Parameter) -> Any:
 
 @with_parameters
 def generate(
-    prompt: Annotated[list[str], Argument(help="What to draw; several prompts are one batch.")],
+    prompt: Annotated[list[str] | None, Argument(help="What to draw; several prompts are one batch.")] = None,
     output: Annotated[Path | None, Option("--output", "-o", help=_OUTPUT)] = None,
-    model: Annotated[str, Option("--model", "-m", help=_MODEL)] = "demo",
+    model: Annotated[str | None, Option("--model", "-m", help=_MODEL)] = None,
+    source: Annotated[Path | None, Option("--from", metavar="PICTURE", help=_FROM)] = None,
     refiner: Annotated[str | None, Option(help="A second package, which ends what --model begins.")] = None,
     refiner_at: Annotated[float | None, Option(help=_REFINER_AT)] = None,
     grid: Annotated[bool, Option("--grid", help="Write one file with all pictures side by side.")] = False,
@@ -72,6 +76,10 @@ def generate(
     """Draw prompts and write the pictures."""
     from ..runtime.pipeline import Pipeline
 
+    if not prompt and source is None:
+        raise UsageError(
+            "no prompt", expected="a prompt, or --from PICTURE", fix='Try: latentrt generate "a red circle"'
+        )
     if refiner is None and refiner_at is not None:
         raise UsageError("--refiner-at alone", expected="a refiner", fix="Pass --refiner PACKAGE as well.")
     saver = _Saver(output, as_grid=grid, metadata=not no_metadata)
@@ -80,13 +88,18 @@ def generate(
     began = perf_counter()
     with ExitStack() as stack:
         advance = stack.enter_context(progress_bar(enabled=not as_json))
-        names = [model] if refiner is None else [model, refiner]
+        first = model or (_model_of(source) if source else "demo")
+        names = [first] if refiner is None else [first, refiner]
         pipes = [stack.enter_context(Pipeline.open(name, backend=backend, threads=threads)) for name in names]
         opened = perf_counter() - began
         # Someone who looks on costs a device one wait per step.
         watched = preview is not None or (sys.stderr.isatty() and not as_json)
         callback = _on_step(advance, preview) if watched else None
-        result = _draw(pipes, prompt, refiner_at, {**chosen, "callback_on_step_end": callback})
+        chosen["callback_on_step_end"] = callback
+        if source is not None:
+            result = _redraw(pipes, source, prompt or [], chosen)
+        else:
+            result = _draw(pipes, prompt or [], refiner_at, chosen)
     saving = perf_counter()
     paths = saver.save(result)
     seconds = {"open": opened, **result.seconds, "save": perf_counter() - saving}
@@ -99,6 +112,33 @@ def _draw(pipes: list[Pipeline], prompts: list[str], at: float | None, parameter
     if len(pipes) == 1:
         return pipes[0](prompts, **parameters)
     return refine(pipes[0], pipes[1], prompts, **({} if at is None else {"at": at}), **parameters)
+
+
+def _redraw(pipes: list[Pipeline], source: Path, prompts: list[str], changes: dict[str, Any]) -> Result:
+    from ..runtime.redraw import redraw
+
+    base, *refiner = pipes
+    if prompts:
+        changes = {**changes, "prompt": prompts[0]}
+    return redraw(base, source, refiner=refiner[0] if refiner else None, **changes)
+
+
+def _model_of(source: Path) -> str:
+    """The shipped model that drew a picture. Raises UsageError if it was another one."""
+    from ..engines.package import Package
+    from ..runtime.pictures.write import read_metadata
+    from ..runtime.pipeline import SHIPPED
+
+    record = read_metadata(source).record or {}
+    record = record.get("base_record", record)
+    for name, folder in SHIPPED.items():
+        if record.get("model_sha256") == Package.open(folder).manifest.sha256:
+            return name
+    raise UsageError(
+        f"{source} was drawn with {record.get('model', 'a model of another program')!r}",
+        expected="the package that drew it, or the one that shall draw it now",
+        fix="Pass it: --model PACKAGE",
+    )
 
 
 def _on_step(advance: Callable[[str, int, int], None], preview: Path | None) -> Callable[..., None]:
@@ -128,8 +168,10 @@ class _Saver:
         self._latents = output is not None and output.suffix == ".npy"
         if self._latents and as_grid:
             raise UsageError("a grid of latents", expected="a picture file", fix="Leave --grid out.")
-        if output is not None:  # before minutes of drawing
-            check_target(output.with_suffix(".png") if self._latents else output)
+        # before minutes of drawing
+        check_target(
+            Path("picture.png") if output is None else output.with_suffix(".png") if self._latents else output
+        )
 
     @property
     def output_type(self) -> str:
@@ -146,7 +188,7 @@ class _Saver:
             save_latents(self._output, cast(Any, result.images))
             return [self._output]
         if self._as_grid:
-            path = self._output or _named(request.prompts[0], request.seeds[0])
+            path = self._output or _free(_stem(request.prompts[0], request.seeds[0]))
             infotext, record = (result.infotext(), result.record()) if self._metadata else (None, None)
             save_picture(path, grid(cast(Any, result.images)), infotext=infotext, record=record)
             return [path]
@@ -163,14 +205,28 @@ class _Saver:
         distinct = len(set(seeds)) == len(seeds)
         paths: list[Path] = []
         for index, (prompt, seed) in enumerate(zip(request.prompts, seeds, strict=True)):
-            path = _named(prompt, seed) if output is None else output.with_stem(f"{output.stem}-{seed}")
-            paths.append(path if distinct else path.with_stem(f"{path.stem}-{index}"))
+            stem = _stem(prompt, seed) if output is None else f"{output.stem}-{seed}"
+            stem = stem if distinct else f"{stem}-{index}"
+            paths.append(_free(stem) if output is None else output.with_stem(stem))
         return paths
 
 
-def _named(prompt: str, seed: int) -> Path:
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "picture"
-    return Path(f"{words}-{seed}.png")
+def _stem(prompt: str, seed: int) -> str:
+    """A file's name after its prompt, in letters of any script."""
+    letters = (
+        c if unicodedata.category(c)[0] in "LMN" else " " for c in unicodedata.normalize("NFC", prompt)
+    )
+    short = (
+        "-".join("".join(letters).lower().split()).encode()[:_LONGEST_NAME].decode(errors="ignore").strip("-")
+        or "picture"
+    )
+    return f"{short}-{seed}"
+
+
+def _free(stem: str) -> Path:
+    """A picture of that name, or of the first number behind it that is no file yet."""
+    stems = chain([stem], (f"{stem}-no{number}" for number in count(2)))
+    return next(path for name in stems if not (path := Path(f"{name}.png")).exists())
 
 
 def _report(result: Result, paths: list[Path], seconds: dict[str, float], *, as_json: bool) -> None:

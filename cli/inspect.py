@@ -82,7 +82,8 @@ def metadata(
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Print the parameters stored in a picture (AUTOMATIC1111's text, and our own record)."""
-    from ..runtime.pictures.write import parse_infotext, read_metadata
+    from ..runtime.pictures.infotext import parse_infotext
+    from ..runtime.pictures.write import read_metadata
 
     found = read_metadata(picture)
     if as_json:

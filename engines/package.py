@@ -16,6 +16,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from math import isfinite
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
@@ -217,6 +218,12 @@ class Manifest:
         """Name (`spec.VECTORS`) and width of what joins the UNet's time embedding; none for most models."""
         inputs = self.nets["unet_time"].spec.inputs if "unet_time" in self.nets else ()
         return {item.name: cast(int, item.shape[1]) for item in inputs if item.name in VECTORS}
+
+    @cached_property
+    def sha256(self) -> str:
+        """What tells this package from any other that draws something else: all but its name and producer."""
+        data = {key: value for key, value in self.to_json().items() if key not in ("name", "producer")}
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """As `manifest.json` stores it."""

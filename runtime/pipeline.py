@@ -327,6 +327,7 @@ class Pipeline:
     def _producer(self, profile: str) -> dict[str, str]:
         made_by = {
             "model": self.package.manifest.name,
+            "model_sha256": self.package.manifest.sha256,
             "backend": self.backend,
             "latentrt": version("latentrt"),
         }

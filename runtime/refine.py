@@ -69,7 +69,7 @@ def refine(
     )
     seconds = {f"base {name}": value for name, value in drawn.seconds.items()}
     producer = {**refined.producer, "base": drawn.producer["model"], "handed over at": f"{at:g}"}
-    return replace(refined, seconds={**seconds, **refined.seconds}, producer=producer)
+    return replace(refined, seconds={**seconds, **refined.seconds}, producer=producer, base=drawn)
 
 
 def _stage(name: str) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,11 +14,11 @@ from ..engines.package import Manifest
 from ..engines.spec import DTYPES, Array
 from .loop.denoise import narrow
 from .loop.job import Loop
-from .pictures.write import Pixels, format_infotext, save_picture, to_pil
+from .pictures.infotext import format_infotext
+from .pictures.write import Pixels, encode_picture, save_picture, to_pil
+from .record import a1111_parameters, make_record
 from .request.request import Request
-from .request.source import Masked, Varied
-from .sampling.config import SamplerConfig
-from .sampling.names import a1111_name
+from .request.source import Masked
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,110 +26,83 @@ if TYPE_CHECKING:
 PREVIEWS = ("decoder", "tiny", "rgb", "fast")
 
 
-def _sampler_record(config: SamplerConfig) -> dict[str, Any]:
-    """Name, diffusers class, and every option that differs from our default; the betas are the model's."""
-    options = {item.name: getattr(config, item.name) for item in fields(config) if item.name != "noise"}
-    defaults = {item.name: item.default for item in fields(config)}
-    return {name: value for name, value in options.items() if name == "eta" or value != defaults[name]}
-
-
-def _strength(request: Request) -> float | None:
-    """The strength of what the run started from; a latent that another model left has none."""
-    return None if request.denoising_start is not None else request.strength
-
-
-def _of_some(request: Request, index: int) -> dict[str, Any]:
-    """What only some requests have, and this one does."""
-    masked = request.source if isinstance(request.source, Masked) else None
-    values: dict[str, Any] = {
-        "prompt_2": request.prompts_2[index],
-        "negative_prompt_2": request.negative_prompts_2[index],
-        "clip_skip": request.clip_skip or None,
-        "strength": _strength(request),
-        "mask_region": masked.inpainting.region if masked else None,
-        "mask_blur": masked.inpainting.blur or None if masked else None,
-        "noise_level": request.noise_level if isinstance(request.source, Varied) else None,
-        "timesteps": request.timesteps,
-        "sigmas": request.sigmas,
-        "denoising_start": request.denoising_start,
-        "denoising_end": request.denoising_end,
-        "sizes": dict(request.sizes.positive) or None,
-        "negative_sizes": dict(request.sizes.negative) or None,
-        "tile": request.tile,
-    }
-    return {name: value for name, value in values.items() if value is not None}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """Pictures of one call.
 
     Attributes:
-        images: N PIL images (`output_type="pil"`), or an array: (N, H, W, 3) uint8 for "np",
-            (N, C, H/8, W/8) float32 for "latent".
+        images: N PIL images (`output_type="pil"`), or an array: (N, H, W, 3) uint8 for "np", float32 from 0
+            to 1 for "float" (diffusers' "np"), (N, C, H/8, W/8) float32 for "latent".
         request: what was asked, with every default filled in.
         seconds: wall time per stage.
         producer: package, backend and release, for the record.
+        base: what a refiner went on with.
     """
 
     images: list[Image] | Array
     request: Request
     seconds: Mapping[str, float]
     producer: Mapping[str, str]
+    base: Result | None = None
 
     def record(self, index: int = 0) -> dict[str, Any]:
-        """How picture `index` was made, as JSON: every parameter that was given as a value.
-
-        Pictures, latents and callbacks are not in it, nor the betas of a scheduler config with its own.
-        """
-        request = self.request
-        return {
-            "prompt": request.prompts[index],
-            "negative_prompt": request.negative_prompts[index],
-            "prompt_syntax": request.prompt_syntax,
-            "seed": request.seeds[index],
-            "rng": request.rng,
-            "sampler": _sampler_record(request.sampler),
-            "num_inference_steps": request.num_inference_steps,
-            "guidance_scale": request.guidance_scale,
-            "guidance_rescale": request.guidance_rescale,
-            "height": request.height,
-            "width": request.width,
-            **_of_some(request, index),
-            **self.producer,
-        }
+        """How picture `index` was made, as JSON: see `record.make_record`. `redraw` draws it again."""
+        extra = {"base_record": self.base.record(index)} if self.base else {}
+        return make_record(self.request, index, {**self.producer, **extra})
 
     def infotext(self, index: int = 0) -> str:
         """The `parameters` text of AUTOMATIC1111 for picture `index`."""
-        request = self.request
-        sampler, schedule = a1111_name(request.sampler)
-        return format_infotext(
-            {
-                "prompt": request.prompts[index],
-                "negative_prompt": request.negative_prompts[index] or "",
-                "Steps": request.num_inference_steps,
-                "Sampler": sampler,
-                "Schedule type": schedule,
-                "CFG scale": request.guidance_scale,
-                "Seed": request.seeds[index],
-                "Size": f"{request.width}x{request.height}",
-                "Model": self.producer["model"],
-                "Denoising strength": _strength(request),
-                "Clip skip": request.clip_skip + 1,  # 1 is the last layer there
-                "RNG": "CPU" if request.rng == "torch-cpu" else "GPU",
-                "Version": f"latentrt {self.producer['latentrt']}",
-            }
-        )
+        return format_infotext(a1111_parameters(self.request, index, self.producer))
 
-    def save(self, path: str | Path, index: int = 0, *, metadata: bool = True) -> None:
-        """Write picture `index` with its record; the format follows the suffix (.png, .jpg, .webp).
+    def save(
+        self,
+        file: str | Path | IO[bytes],
+        index: int = 0,
+        *,
+        format: str | None = None,
+        quality: int | None = None,
+        metadata: bool = True,
+    ) -> None:
+        """Write picture `index` with its record.
+
+        Args:
+            file: a path whose suffix is the format (.png, .jpg, .webp), or a binary file to write to.
+            index: of the picture.
+            format: "PNG", "JPEG" or "WEBP", for a binary file; None is PNG.
+            quality: of JPEG and WebP, 1 to 100; None is 95.
+            metadata: whether prompt and parameters go into the file.
 
         Raises:
             StorageError: the file cannot be written; an existing one stays as it was.
-            UsageError: the suffix is unknown, or the result holds latents.
+            UsageError: an unknown format or suffix, a quality out of range, or a result that holds latents.
         """
-        infotext, record = (self.infotext(index), self.record(index)) if metadata else (None, None)
-        save_picture(path, self.images[index], infotext=infotext, record=record)
+        if isinstance(file, (str, Path)):
+            options: dict[str, Any] = {**self._metadata(index, metadata), "quality": quality}
+            save_picture(file, self._pixels(index), **options)
+        else:
+            file.write(self.to_bytes(format or "PNG", index, quality=quality, metadata=metadata))
+
+    def to_bytes(
+        self,
+        format: str = "PNG",
+        index: int = 0,
+        *,
+        quality: int | None = None,
+        metadata: bool = True,
+    ) -> bytes:
+        """The content of picture `index`'s file, for a network or a database; see `save`."""
+        options: dict[str, Any] = {**self._metadata(index, metadata), "quality": quality}
+        return encode_picture(self._pixels(index), format.upper().replace("JPG", "JPEG"), **options)
+
+    def _metadata(self, index: int, wanted: bool) -> dict[str, Any]:
+        return {"infotext": self.infotext(index), "record": self.record(index)} if wanted else {}
+
+    def _pixels(self, index: int) -> Any:
+        """Picture `index`: uint8 whatever the output type."""
+        image = self.images[index]
+        if self.request.output_type == "float":
+            return np.rint(np.asarray(image) * np.float32(255)).astype(np.uint8)
+        return image
 
 
 def preview(latent: Array, kind: str, *, manifest: Manifest, loop: Loop, request: Request) -> list[Image]:
@@ -182,7 +155,9 @@ def finished(images: Array, request: Request, dtype: str) -> list[Image] | Array
     """
     check_pictures(images, dtype)
     images = put_back(images, request)
-    return images if request.output_type == "np" else [to_pil(image) for image in images]
+    if request.output_type == "pil":
+        return [to_pil(image) for image in images]
+    return images if request.output_type == "np" else images.astype(np.float32) / np.float32(255)
 
 
 def put_back(images: Array, request: Request) -> Array:

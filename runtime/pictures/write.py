@@ -2,24 +2,6 @@
 
 PNG: text chunks ``parameters`` (AUTOMATIC1111's text) and ``latentrt`` (our JSON). JPEG and WebP: EXIF
 UserComment with the text, where AUTOMATIC1111 keeps it, and MakerNote with the JSON.
-
-AUTOMATIC1111's ``parameters`` text: what other programs read from a picture to make it again.
-
-::
-
-    the prompt, over any number of lines
-    Negative prompt: the negative prompt, likewise
-    Steps: 20, Sampler: DPM++ 2M, CFG scale: 7, Seed: 1, Size: 512x512, Model: "a, b", Version: latentrt 0.1.0
-
-The rules are those of its ``modules/infotext_utils.py``, which is the format's only specification:
-
-- values with ``,``, ``:`` or a line break are JSON strings;
-- a last line with fewer than three ``key: value`` pairs belongs to the prompt;
-- no ``RNG`` means GPU ("torch-cuda" in `noise.py`), no ``Clip skip`` means 1, the text encoder's last layer.
-
-Prompts are not escaped. Spaces around their lines and empty lines before them are lost, and a line of the
-prompt that begins with "Negative prompt:" starts the negative prompt. The exact prompts are in the picture's
-own record.
 """
 
 from __future__ import annotations
@@ -29,8 +11,8 @@ import io
 import json
 import math
 import os
-import re
 import secrets
+import shlex
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -47,36 +29,12 @@ from ...engines.errors import StorageError, UsageError
 MAX_PIXELS = 8192 * 8192
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-_SAVE_OPTIONS: dict[str, dict[str, Any]] = {
-    "PNG": {},
-    "JPEG": {"quality": 95, "subsampling": 0},
-    "WEBP": {"quality": 95},
-}
+FORMATS = tuple(dict.fromkeys(_FORMATS.values()))
+QUALITY = 95  # of JPEG and WebP, 1 to 100; JPEG keeps the colours' full resolution
 _RECORD_PREFIX = b"latentrt\0"
 _UNICODE_PREFIX = b"UNICODE\0"  # EXIF 2.3, 4.6.5: the eight bytes before a UserComment name its encoding
 
 Pixels = npt.NDArray[np.uint8]
-
-PROMPT, NEGATIVE_PROMPT = "prompt", "negative_prompt"
-
-# what a missing parameter means, and so need not be written
-DEFAULTS = {"RNG": "GPU", "Clip skip": "1"}
-
-_NEGATIVE = "Negative prompt:"
-_FEWEST_PAIRS = 3
-_NAME = re.compile(r"\w[-/ \w]+")
-_PAIR = re.compile(
-    r"""
-    (?<! [-/\ \w] ) [-/\ ]*              # from the start of a run, for a linear search
-    (\w [-/\ \w]+) : \s*
-    ( " (?: [^"\\] | \\. )+ " (?= ,|$ )   # a JSON string, or
-    | [^,]* ) ,?                        # whatever stands before the next comma
-    """,
-    re.VERBOSE,
-)
-
-Value = str | int | float | None
-
 
 # fmt: off
 # what Pillow's readers and the record's JSON raise on damaged files
@@ -135,6 +93,7 @@ def save_picture(
     *,
     infotext: str | None = None,
     record: Mapping[str, Any] | None = None,
+    quality: int | None = None,
 ) -> None:
     """Write a picture. A file of that name is replaced whole, or stays as it was.
 
@@ -143,25 +102,51 @@ def save_picture(
         image: ``(H, W, 3)`` uint8, or a Pillow image.
         infotext: AUTOMATIC1111's text (`format_infotext`); None leaves it out.
         record: our own values, of types that JSON has; None leaves it out.
+        quality: of JPEG and WebP, 1 to 100; None is QUALITY.
 
     Raises:
-        UsageError: another file name, a picture that cannot be written, or metadata the format cannot hold.
+        UsageError: another file name, a quality out of range, a picture that cannot be written, or metadata
+            that the format cannot hold.
         StorageError: a full disk, or a folder that cannot be written.
     """
-    path = Path(path)
-    kind = check_target(path)
+    kind = check_target(Path(path))
+    data = encode_picture(image, kind, infotext=infotext, record=record, quality=quality)
+    _replace_file(Path(path), memoryview(data))
+
+
+def encode_picture(
+    image: Pixels | Image.Image,
+    kind: str = "PNG",
+    *,
+    infotext: str | None = None,
+    record: Mapping[str, Any] | None = None,
+    quality: int | None = None,
+) -> bytes:
+    """The content of a picture's file; `kind` is one of FORMATS. For the rest see `save_picture`."""
+    if kind not in FORMATS:
+        raise UsageError(f"format {kind!r}", expected=", ".join(FORMATS), fix="Use PNG.")
+    if quality is not None and (
+        kind == "PNG" or isinstance(quality, bool) or not isinstance(quality, int) or not 1 <= quality <= 100
+    ):
+        raise UsageError(
+            f"quality {quality!r} of {kind}",
+            expected="1 to 100, of JPEG and WEBP; PNG keeps every pixel as it is",
+            fix="Leave quality out.",
+        )
+    lossy: dict[str, Any] = {} if kind == "PNG" else {"quality": quality or QUALITY}
+    if kind == "JPEG":
+        lossy["subsampling"] = 0
     picture = image if isinstance(image, Image.Image) else to_pil(image)
     data = io.BytesIO()
     try:
-        metadata = _metadata_options(kind, infotext, record)
-        picture.save(data, kind, **_SAVE_OPTIONS[kind], **metadata)
+        picture.save(data, kind, **lossy, **_metadata_options(kind, infotext, record))
     except (ValueError, TypeError, OSError, RecursionError) as error:
         raise UsageError(
-            f"{path.name} cannot be written as {kind}: {error}",
+            f"a picture cannot be written as {kind}: {error}",
             expected="a picture, text and JSON values that the format can hold (JPEG: 64 kB of them)",
             fix="Save as .png, or without metadata.",
         ) from error
-    _replace_file(path, data.getbuffer())
+    return data.getvalue()
 
 
 def check_target(path: Path) -> str:
@@ -169,7 +154,7 @@ def check_target(path: Path) -> str:
 
     Raises:
         UsageError: another file name.
-        StorageError: its folder does not exist.
+        StorageError: its folder does not exist, or cannot be written.
     """
     kind = _FORMATS.get(path.suffix.lower())
     if kind is None:
@@ -180,7 +165,13 @@ def check_target(path: Path) -> str:
         raise StorageError(
             f"the folder {path.parent} does not exist",
             expected="an existing folder",
-            fix=f"Make it: mkdir -p {path.parent}.",
+            fix=f"Make it: mkdir -p {shlex.quote(str(path.parent))}",
+        )
+    if not os.access(path.parent, os.W_OK):
+        raise StorageError(
+            f"the folder {path.parent.resolve()} cannot be written",
+            expected="a folder that this user may write to",
+            fix="Choose another one: --output FILE",
         )
     return kind
 
@@ -263,8 +254,10 @@ def _unreadable(path: Path, reason: object) -> UsageError:
 
 
 def _text_chunks(picture: Image.Image) -> tuple[str | None, str | None]:
+    """What a PNG says; some programs leave its text chunks out, and write EXIF as in a JPEG."""
     texts = cast("dict[str, str]", getattr(picture, "text", {}))
-    return texts.get("parameters"), texts.get("latentrt")
+    parameters, record = _exif_texts(picture)
+    return texts.get("parameters", parameters), texts.get("latentrt", record)
 
 
 def _exif_texts(picture: Image.Image) -> tuple[str | None, str | None]:
@@ -297,86 +290,3 @@ def _parse_record(text: str | None) -> dict[str, Any] | None:
     if not isinstance(record, dict):
         raise ValueError(f"its latentrt record is no JSON object but {text[:40]!r}")
     return cast("dict[str, Any]", record)
-
-
-# ── AUTOMATIC1111's text ──────────────────────────────────────────────────────────────────────────────
-
-
-def format_infotext(fields: Mapping[str, Value]) -> str:
-    """Write the text.
-
-    Args:
-        fields: ``"prompt"`` and ``"negative_prompt"``, and the parameters under AUTOMATIC1111's names,
-            written in the order given: ``Steps``, ``Sampler`` (its display name), ``Schedule type``,
-            ``CFG scale``, ``Seed``, ``Size`` ("512x768"), ``Model hash``, ``Model``, ``RNG`` ("CPU", "GPU"),
-            ``Clip skip`` (1: the last layer), ``Version``. None leaves a field out.
-
-    Raises:
-        UsageError: a name the format cannot hold, or fewer than three parameters, which would be read as
-            prompt.
-    """
-    prompt, negative = (str(fields.get(name) or "") for name in (PROMPT, NEGATIVE_PROMPT))
-    parameters = {
-        name: _text(value)
-        for name, value in fields.items()
-        if value is not None and name not in (PROMPT, NEGATIVE_PROMPT)
-    }
-    wrong = [name for name in parameters if not _NAME.fullmatch(name) or name != name.strip()]
-    if wrong:
-        raise UsageError(
-            f"parameters named {wrong}",
-            expected="two or more letters, digits, spaces, - or /, and no space at an end",
-            fix="Rename them.",
-        )
-    parameters = {name: value for name, value in parameters.items() if DEFAULTS.get(name) != value}
-    if len(parameters) < _FEWEST_PAIRS:
-        raise UsageError(
-            f"{len(parameters)} parameters besides the prompts and the defaults {DEFAULTS}",
-            expected="three or more: a shorter last line is read as prompt",
-            fix="Pass Steps, Sampler and Seed.",
-        )
-    lines = [prompt, f"{_NEGATIVE} {negative}"] if negative else [prompt]
-    pairs = ", ".join(f"{name}: {_quote(value)}" for name, value in parameters.items())
-    return "\n".join([*lines, pairs]).strip()
-
-
-def parse_infotext(text: str) -> dict[str, str]:
-    """Read the text, whoever wrote it; never raises.
-
-    Returns:
-        ``"prompt"`` and ``"negative_prompt"``, always; every parameter under its own name, as text; and
-        `DEFAULTS` for what is missing.
-    """
-    *lines, last = text.strip().split("\n")
-    pairs = _PAIR.findall(last)
-    if len(pairs) < _FEWEST_PAIRS:
-        lines, pairs = [*lines, last], []
-    prompts: dict[str, list[str]] = {PROMPT: [], NEGATIVE_PROMPT: []}
-    reading = PROMPT
-    for line in map(str.strip, lines):
-        if line.startswith(_NEGATIVE):
-            reading, line = NEGATIVE_PROMPT, line[len(_NEGATIVE) :].strip()
-        if line or prompts[reading]:
-            prompts[reading].append(line)
-    fields = {name: "\n".join(part) for name, part in prompts.items()}
-    return {**DEFAULTS, **{name: _unquote(value) for name, value in pairs}, **fields}
-
-
-def _text(value: str | int | float) -> str:
-    # a guidance scale of 7.0 is "7" in AUTOMATIC1111's files
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def _quote(value: str) -> str:
-    """Quote as AUTOMATIC1111 does, and also what it would write plainly but not read back."""
-    plain = value == value.strip() and value != "" and not value.startswith('"') and value.isprintable()
-    return value if plain and not set(",:") & set(value) else json.dumps(value, ensure_ascii=False)
-
-
-def _unquote(value: str) -> str:
-    if not (value.startswith('"') and value.endswith('"')):
-        return value
-    try:
-        return str(json.loads(value))
-    except ValueError:
-        return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,8 +92,9 @@ class TextConditioning:
     """P encoded texts.
 
     Attributes:
-        context: (P, 77*K, sum of D), the features of the encoders side by side. The longest text has K
-            chunks; shorter ones end with empty chunks.
+        context: (P, 77*K, sum of D), the features of the encoders side by side. K is a multiple of every
+            text's number of chunks, and each is repeated as a whole: attention weighs a key and its copies
+            as it weighs the key alone, so no text changes with the others of its batch.
         pooled: (P, E), for each text's first chunk the pooled output of the last encoder that has one; None
             if none has.
         dropped: for each text the end that found no room; "" where all of it did.
@@ -199,10 +201,9 @@ class TextConditioner:
         keys = [_Key(pair[: len(self._encoders)], syntax, clip_skip) for pair in pairs]
         encoded = self._encoded(keys)
         rows = [encoded[key] for key in keys]
-        count = max(row.context.shape[0] for row in rows)
-        text = encoded.get(self._empty(keys[0]))
-        empty = None if text is None else text.context
-        context = np.stack([_padded(row.context, count, empty) for row in rows])  # (P, K, 77, D)
+        count = math.lcm(*(len(row.context) for row in rows))
+        repeated = [np.tile(row.context, (count // len(row.context), 1, 1)) for row in rows]
+        context = np.stack(repeated)  # (P, K, 77, D)
         pooled = [row.pooled for row in rows if row.pooled is not None]
         return TextConditioning(
             context=np.reshape(context, (len(rows), -1, context.shape[-1])),
@@ -214,21 +215,20 @@ class TextConditioner:
         return key._replace(texts=("",) * len(self._encoders))
 
     def _encoded(self, keys: Sequence[_Key]) -> Mapping[_Key, _Encoded]:
-        """These texts, and the empty one if another is padded or weighted with it."""
+        """These texts, and the empty one if another is weighted with it, or filled up for one encoder."""
         known = {key: text for key in keys if (text := self._cache.get(key))}
         chunked = {key: self._chunks(key) for key in keys if key not in known}
-        counts = {text.context.shape[0] for text in known.values()}
-        counts |= {len(chunks.ids) for each in chunked.values() for chunks in each}
         weighted = any(chunks.weighted for each in chunked.values() for chunks in each)
+        uneven = any(len({len(chunks.ids) for chunks in each}) > 1 for each in chunked.values())
         empty = self._empty(keys[0])
-        if (len(counts) > 1 or weighted) and empty not in known:
+        if (weighted or uneven) and empty not in known:
             if text := self._cache.get(empty):
                 known[empty] = text
             else:
                 chunked[empty] = self._chunks(empty)
         if chunked:
             outputs = _Outputs(self._encoders, chunked, keys[0].clip_skip)
-            # the empty text first, because others are padded with it
+            # the empty text first, because others need it
             for key in sorted(chunked, key=lambda key: key != empty):
                 known[key] = outputs.text(key, known.get(empty))
                 self._cache.put(key, known[key])

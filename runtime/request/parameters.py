@@ -26,7 +26,7 @@ Texts = str | Sequence[str]  # one for all prompts, or one for each
 PromptSyntaxName = Literal["a1111", "comfyui", "plain"]
 Rng = Literal["torch-cpu", "torch-cuda"]
 ResizeMode = Literal["default", "fill", "crop"]
-OutputType = Literal["pil", "np", "latent"]
+OutputType = Literal["pil", "np", "float", "latent"]
 
 
 Bound = int | Callable[["Manifest"], int]  # of every model, or of one
@@ -290,7 +290,7 @@ class Parameters(TypedDict, total=False):
     eta: Annotated[float, Parameter(
         help="DDIM's noise: 0 is deterministic, 1 is DDPM.", kind=number(0.0, 1.0), default=0.0)]
     seed: Annotated[int | Sequence[int] | None, Parameter(
-        help="One, or one a picture. Default: random.", kind=SEEDS, flags=("--seed", "-s"))]
+        help="One, or one a picture. Default: random, as is -1.", kind=SEEDS, flags=("--seed", "-s"))]
     rng: Annotated[Rng, Parameter(
         help="Whose noise the seed means: torch-cpu (default), torch-cuda.",
         kind=choice(Rng), default="torch-cpu")]
@@ -349,7 +349,7 @@ class Parameters(TypedDict, total=False):
     tile: Annotated[int | None, Parameter(
         help="Encode and decode in tiles of this side, for less memory.", kind=PIXELS)]
     output_type: Annotated[OutputType, Parameter(
-        help="PIL images, one uint8 array, or the latents.",
+        help="PIL images; one array, uint8 (np) or 0 to 1 (float: diffusers' np); or the latents.",
         kind=choice(OutputType), default="pil", flags=None, stage="refiner")]
 
 # fmt: on

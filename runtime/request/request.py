@@ -19,6 +19,7 @@ from ..sampling.config import SamplerConfig
 from ..sampling.names import resolve
 from ..sampling.samplers import count_steps, make_span
 from ..sampling.table import Table
+from .inputs import INPUTS, Input, describe_inputs, read_mask
 from .parameters import (
     PARAMETERS,
     OutputType,
@@ -65,6 +66,8 @@ class Request:
         latents: (N, C, H/8, W/8) float32 unit noise to start from, in place of the seeds' own.
         source: the pictures it starts from, if it does.
         sizes: SDXL's conditions; empty for models without.
+        chosen: the parameters that are not their defaults, checked, but for pictures and latents.
+        inputs: the pictures and latents it starts from, by parameter: one for all pictures, or one each.
     """
 
     prompts: tuple[str, ...]
@@ -92,6 +95,10 @@ class Request:
     output_type: OutputType
     latents: Array | None = field(default=None, compare=False)
     source: Source | None = field(default=None, compare=False)
+    chosen: Mapping[str, Any] = field(default_factory=dict[str, Any], compare=False)
+    inputs: Mapping[str, tuple[Input, ...]] = field(
+        default_factory=dict[str, "tuple[Input, ...]"], compare=False
+    )
 
     @property
     def strength(self) -> float | None:
@@ -120,12 +127,15 @@ def make_request(
         UsageError: naming the parameter, what it was, and what it may be (SamplerError for the sampler).
     """
     values = read_parameters(manifest, parameters)
-    values["image"] = load_images(values["image"])
+    chosen = {name: value for name, value in values.items() if not PARAMETERS[name].is_default(value)}
+    values["image"], values["mask_image"] = load_images(values["image"]), read_mask(values["mask_image"])
     _check_span(values)
     prompts, count = check_texts("prompt", prompt), values["num_images_per_prompt"]
     height, width = _size(manifest, values)
     shape = (len(prompts) * count, *latent_shape(manifest, height, width))  # (N, C, H/8, W/8)
     source = make_source(manifest, values, height, width, shape, prompts=len(prompts))
+    if values["latents"] is not None:
+        values["latents"] = check_latents("latents", values["latents"], shape)
     defaults = manifest.defaults
     scale = defaults.guidance_scale if values["guidance_scale"] is None else values["guidance_scale"]
 
@@ -157,8 +167,10 @@ def make_request(
             grid_share=_grid_share(manifest, source),
         ),
         "sizes": make_size_conditions(manifest, values, height, width),
-        "latents": None if values["latents"] is None else check_latents("latents", values["latents"], shape),
+        "latents": values["latents"],
         "source": source,
+        "chosen": {name: value for name, value in chosen.items() if name not in INPUTS},
+        "inputs": describe_inputs(chosen, values),
     }
     if values["tile"] is not None:  # a tile too small is refused before anything is drawn
         tile_stride(values["tile"], manifest.latent_scale)
@@ -190,8 +202,11 @@ def check_texts_for(name: str, value: Any, prompts: int) -> list[str | None]:
 
 
 def check_seeds(seed: Any, pictures: int) -> tuple[int, ...]:
-    """An int seeds the first picture and counts up; a list has one seed per picture; None is random."""
-    if seed is None:
+    """An int seeds the first picture and counts up; a list has one seed per picture; None and -1 are random.
+
+    AUTOMATIC1111, ComfyUI's front ends and stable-diffusion.cpp draw a random seed for -1.
+    """
+    if _is_random(seed):
         seed = randbelow(2**32)
     if isinstance(seed, Integral) and not isinstance(seed, bool):
         first = check_integer("seed", seed, -(2**63), 2**64 - pictures)
@@ -203,7 +218,12 @@ def check_seeds(seed: Any, pictures: int) -> tuple[int, ...]:
             expected="an integer, or a list with one integer per picture",
             fix="Pass one integer: pictures get seed, seed + 1, …",
         )
-    return tuple(check_integer("seed", value, -(2**63), 2**64 - 1) for value in found)
+    chosen = [randbelow(2**32) if _is_random(value) else value for value in found]
+    return tuple(check_integer("seed", value, -(2**63), 2**64 - 1) for value in chosen)
+
+
+def _is_random(seed: Any) -> bool:
+    return seed is None or (isinstance(seed, Integral) and not isinstance(seed, bool) and int(seed) == -1)
 
 
 def make_size_conditions(

@@ -176,7 +176,7 @@ def _refuse_missing(manifest: Manifest, values: Mapping[str, Any]) -> None:
 
 
 def check_latents(name: str, value: Any, shape: tuple[int, ...]) -> Array:
-    """Finite float32 numbers of that shape."""
+    """Finite float32 numbers of that shape. Raises UsageError."""
     try:
         array = np.asarray(value, np.float32)
     except (TypeError, ValueError):

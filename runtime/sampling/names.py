@@ -2,8 +2,8 @@
 
 Accepted: the short names of this package, AUTOMATIC1111's ("DPM++ 2M Karras"), diffusers' classes
 ("EulerDiscreteScheduler"), ComfyUI's and stable-diffusion.cpp's ("dpm++2m", "euler_a", "ddim_trailing"), in
-any case, with or without spaces, and a sigma schedule behind the name ("karras", "exponential", "beta", "sgm
-uniform").
+any case, with or without spaces, and a schedule behind the name ("karras", "exponential", "beta",
+"sgm uniform"; "linspace", "leading", "trailing").
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from ...engines.errors import SamplerError
 from .config import SCHEDULER_CLASSES, SamplerConfig, refusal
@@ -50,9 +50,11 @@ _SUFFIXES: dict[str, dict[str, str]] = {
     "exponential": {"sigma_schedule": "exponential"},
     "beta": {"sigma_schedule": "beta"},
     "sgmuniform": {"timestep_spacing": "trailing"},
+    "simple": {"timestep_spacing": "trailing"},
     "trailing": {"timestep_spacing": "trailing"},
+    "linspace": {"timestep_spacing": "linspace"},
+    "leading": {"timestep_spacing": "leading"},
 }
-_A1111_SCHEDULES = {"karras": "Karras", "exponential": "Exponential", "beta": "Beta"}
 
 _TWO_NOISES = "draws more than one noise per UNet call"
 _STAGE_NOISE = "would have to remember the noise of a stage"
@@ -110,8 +112,8 @@ def resolve(sampler: str | Mapping[str, Any] | None, model_config: Mapping[str, 
 
     Args:
         sampler: None for the model's own scheduler; a name, which behaves like diffusers'
-            `XScheduler.from_config(model_config)`; or a diffusers scheduler config, which may leave out what
-            the model was trained with (betas, prediction type).
+            `XScheduler.from_config(model_config)`; a diffusers scheduler config, which may leave out what
+            the model was trained with (betas, prediction type); or what a picture's record has.
         model_config: the checkpoint's scheduler_config.json.
 
     Raises:
@@ -122,7 +124,7 @@ def resolve(sampler: str | Mapping[str, Any] | None, model_config: Mapping[str, 
         config = _resolve(sampler, model_config)
         hash(config)
         _ = config.noise.alpha_bar  # the betas are read here, not in the middle of a request
-    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise SamplerError(
             f"sampler {sampler!r:.80} with the model's scheduler config: {error}",
             expected="a sampler's name, or a scheduler_config.json of diffusers",
@@ -132,18 +134,11 @@ def resolve(sampler: str | Mapping[str, Any] | None, model_config: Mapping[str, 
     return config
 
 
-def a1111_name(config: SamplerConfig) -> tuple[str, str | None]:
-    """What AUTOMATIC1111 writes as `Sampler` and `Schedule type`.
-
-    Samplers that it does not have keep our short name; None is its own choice of schedule.
-    """
-    name = SAMPLERS[config.name].a1111 or config.name
-    return name, _A1111_SCHEDULES.get(config.sigma_schedule)
-
-
 def _resolve(sampler: str | Mapping[str, Any] | None, model_config: Mapping[str, Any]) -> SamplerConfig:
     if sampler is None:
         return _from_config(model_config)
+    if isinstance(sampler, Mapping) and "name" in sampler:
+        return _from_record(sampler)
     if isinstance(sampler, Mapping):
         model = {key: model_config[key] for key in _MODEL_KEYS if key in model_config}
         return _from_config({**model, **sampler})
@@ -165,6 +160,18 @@ def _from_name(spelled: str, model_config: Mapping[str, Any]) -> SamplerConfig:
     # Latent models never clip: the class default of DDPM and DDIM is meant for pixels.
     combined = {"clip_sample": False, **model_config, **sampler.options, **options}
     return replace(_config_for_class(sampler.scheduler, combined, name), **suffix)
+
+
+def _from_record(record: Mapping[str, Any]) -> SamplerConfig:
+    """A sampler as a picture's record has it: what differs from our defaults, of the noise schedule too."""
+
+    def hashable(values: Mapping[str, Any]) -> dict[str, Any]:
+        lists = {key: tuple(cast(Any, value)) for key, value in values.items() if isinstance(value, list)}
+        return {**values, **lists}
+
+    options = hashable(record)
+    noise = NoiseSchedule(**hashable(options.pop("noise")))
+    return SamplerConfig(noise=noise, **options)
 
 
 def _from_config(config: Mapping[str, Any]) -> SamplerConfig:

@@ -36,6 +36,7 @@ class Sampler:
         options: what it sets of that class's options; all others come from the model's scheduler config.
         calls: UNet calls per step; a step into sigma = 0 may need fewer.
         a1111: the name that AUTOMATIC1111 writes; None where it has no such sampler.
+        a1111_grid: the one timestep spacing that it has for it; None where its schedule types count.
         aliases: further spellings, each with the options that it sets on top. Case, spaces and punctuation do
             not matter.
     """
@@ -48,6 +49,7 @@ class Sampler:
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     calls: int = 1
     a1111: str | None = None
+    a1111_grid: str | None = None
     aliases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
 
 
@@ -79,11 +81,12 @@ _UNIPC: dict[str, Any] = {f"unipc {name}": option for name, option in _ORDERS.it
 # fmt: off
 _SAMPLERS = {
     "ddpm": Sampler(formulas.ddpm, "x0", "DDPMScheduler", "ancestral sampling, Ho et al. 2020"),
-    "ddim": Sampler(formulas.ddim, "x0", "DDIMScheduler", "DDIM with eta, Song et al. 2021", a1111="DDIM"),
+    "ddim": Sampler(formulas.ddim, "x0", "DDIMScheduler", "DDIM with eta, Song et al. 2021", a1111="DDIM",
+        a1111_grid="leading"),
     "pndm": Sampler(formulas.plms, "output", "PNDMScheduler",
-        "PNDM without Runge-Kutta steps, which is PLMS", options=_PLMS),
+        "PNDM without Runge-Kutta steps, which is PLMS", options=_PLMS, a1111="PLMS", a1111_grid="leading"),
     "plms": Sampler(formulas.plms, "output", "PNDMScheduler",
-        "pseudo linear multistep, Liu et al. 2022", options=_PLMS, a1111="PLMS"),
+        "pseudo linear multistep, Liu et al. 2022", options=_PLMS, a1111="PLMS", a1111_grid="leading"),
     "euler": Sampler(formulas.euler, "x0", "EulerDiscreteScheduler",
         "Euler in sigma, Karras et al. 2022", a1111="Euler"),
     "euler_a": Sampler(formulas.euler_ancestral, "x0", "EulerAncestralDiscreteScheduler",
@@ -124,9 +127,11 @@ _SAMPLERS = {
         "DEIS in log rho, Zhang & Chen 2023",
         aliases={f"deis {name}": option for name, option in _ORDERS.items()}),
     "unipc": Sampler(formulas.unipc, "x0", "UniPCMultistepScheduler",
-        "UniPC predictor-corrector, Zhao et al. 2023", a1111="UniPC", aliases=_UNIPC),
+        "UniPC predictor-corrector, Zhao et al. 2023", a1111="UniPC", a1111_grid="linspace",
+        aliases=_UNIPC),
     "lcm": Sampler(formulas.lcm, "x0", "LCMScheduler",
-        "latent consistency models, Luo et al. 2023", a1111="LCM"),
+        "latent consistency models, Luo et al. 2023", a1111="LCM",
+        a1111_grid="leading"),
     "tcd": Sampler(formulas.tcd, "x0", "TCDScheduler",
         "trajectory consistency distillation, Zheng et al. 2024"),
 }

@@ -58,8 +58,8 @@ PARAMETERS: dict[str, tuple[list[str], str, Any]] = {
 }
 # Those of the command itself; the tests below are about them.
 OWN = {
-    "--output", "--model", "--refiner", "--refiner-at", "--grid", "--preview", "--backend", "--threads",
-    "--no-metadata", "--json",
+    "--output", "--model", "--from", "--refiner", "--refiner-at", "--grid", "--preview", "--backend",
+    "--threads", "--no-metadata", "--json",
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentrt.engines.errors import UsageError
-from latentrt.runtime.pictures.write import DEFAULTS, format_infotext, parse_infotext
+from latentrt.runtime.pictures.infotext import DEFAULTS, format_infotext, parse_infotext
 from tests.sizes import a_tenth_of
 
 FIELDS = {

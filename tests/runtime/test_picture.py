@@ -245,7 +245,7 @@ def test_other_file_name(tmp_path, name):
     ],
 )
 def test_metadata_that_the_format_cannot_hold(tmp_path, name, options):
-    with pytest.raises(UsageError, match=f"{name} cannot be written as"):
+    with pytest.raises(UsageError, match="a picture cannot be written as"):
         save_picture(tmp_path / name, IMAGE, **options)
     assert not os.listdir(tmp_path)
 

@@ -11,7 +11,7 @@ import pytest
 from latentrt.engines.errors import SamplerError
 from latentrt.runtime.sampling import samplers
 from latentrt.runtime.sampling.config import SCHEDULER_CLASSES, SamplerConfig
-from latentrt.runtime.sampling.names import a1111_name, resolve
+from latentrt.runtime.sampling.names import resolve
 from latentrt.runtime.sampling.samplers import SAMPLERS, make_table
 from latentrt.runtime.sampling.schedule import NoiseSchedule
 
@@ -223,24 +223,6 @@ def test_eta_and_unknown_formulas_are_checked() -> None:
     stray = SamplerConfig(name="stray", scheduler="DDIMScheduler", noise=NoiseSchedule())
     with pytest.raises(SamplerError, match="sampler 'stray'"):
         make_table(stray, 8)
-
-
-@pytest.mark.parametrize(
-    ("spelled", "written"),
-    [
-        ("DPM++ 2M Karras", ("DPM++ 2M", "Karras")),
-        ("DPM++ 2M SDE Exponential", ("DPM++ 2M SDE", "Exponential")),
-        ("DPM++ 2S a", ("DPM++ 2S a", None)),
-        ("Euler a", ("Euler a", None)),
-        ("DPM2 a", ("DPM2 a", None)),
-        ("UniPC", ("UniPC", None)),
-        ("dpm_solver_2", ("dpm_solver_2m", None)),
-    ],
-)
-def test_automatic1111s_names(spelled: str, written: tuple[str, str | None]) -> None:
-    """As in the drop-down lists of AUTOMATIC1111's modules/sd_samplers_kdiffusion.py and sd_schedulers.py."""
-    assert a1111_name(resolve(spelled, SD15)) == written
-    assert resolve(written[0], SD15).name == resolve(spelled, SD15).name
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -122,23 +122,30 @@ def test_a_text_does_not_depend_on_its_company(syntax):
     nets = StandInNet(8), StandInNet(12, pooled=5)
     together = _conditioner(*nets).encode(texts, syntax=syntax)
     assert together.context.shape == (4, 2 * 77, 20)
-    empty = _conditioner(*nets).encode([""], syntax=syntax).context[0]
     for text, context, pooled in zip(texts, together.context, together.pooled, strict=True):
         alone = _conditioner(*nets).encode([text], syntax=syntax)
-        padding = [empty] * (2 - alone.context.shape[1] // 77)
-        np.testing.assert_array_equal(context, np.concatenate([alone.context[0], *padding]))
+        copies = [alone.context[0]] * (2 * 77 // alone.context.shape[1])
+        np.testing.assert_array_equal(context, np.concatenate(copies))
         np.testing.assert_array_equal(pooled, alone.pooled[0])
 
 
-def test_cached_texts_are_padded_by_a_cached_empty_one():
+def test_texts_of_two_and_three_chunks_are_repeated_to_six():
+    conditioner = _conditioner(StandInNet(8))
+    texts = ["cat", LONG, "cat " * 200]
+    together = conditioner.encode(texts, syntax="a1111").context
+    assert together.shape == (3, 6 * 77, 8)
+    for text, context in zip(texts, together, strict=True):
+        alone = conditioner.encode([text], syntax="a1111").context[0]
+        np.testing.assert_array_equal(context, np.tile(alone, (len(context) // len(alone), 1)))
+
+
+def test_a_cached_text_needs_no_empty_one():
     net = StandInNet(8)
     conditioner = _conditioner(net)
     conditioner.encode(["a cat"], syntax="a1111")
     conditioner.encode([LONG], syntax="a1111")
     assert conditioner.encode(["a cat", LONG], syntax="a1111").context.shape == (2, 154, 8)
-    assert net.rows == [1, 2, 1]  # the empty chunk was still missing
-    conditioner.encode([LONG, "a cat", ""], syntax="a1111")
-    assert net.rows == [1, 2, 1]
+    assert net.rows == [1, 2]
 
 
 def test_encoders_that_disagree_on_the_number_of_chunks():

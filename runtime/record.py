@@ -1,0 +1,190 @@
+"""The record of how a picture was made: a request as values in its file, and such values as parameters.
+
+Our own record has every parameter by its name, so that it can be passed again; pictures that it started from
+are in it as their names and hashes. AUTOMATIC1111's text has what that program would need to draw the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .pictures.infotext import NEGATIVE_PROMPT, PROMPT, Value
+from .request.inputs import INPUTS
+from .request.parameters import PARAMETERS
+from .request.request import Request
+from .request.source import Masked
+from .sampling.a1111 import a1111_fields, spelled_by_a1111
+from .sampling.config import SamplerConfig
+from .sampling.schedule import NoiseSchedule
+
+# Of the call, not of one of its pictures.
+_OF_THE_CALL = ("num_images_per_prompt", "output_type")
+# Brackets have a meaning in AUTOMATIC1111's prompts alone; behind a backslash they are text.
+_BRACKETS = {
+    "plain": re.compile(r"[()\[\]\\]"),
+    "comfyui": re.compile(r"[\[\]]"),
+    "a1111": re.compile(r"(?!)"),
+}
+
+
+# ── written ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def make_record(request: Request, index: int, producer: Mapping[str, Any]) -> dict[str, Any]:
+    """How picture `index` was made, as JSON: `producer`, and every parameter that is not its default.
+
+    `image`, `mask_image` and `latents` are {"name", "sha256"} (`request.inputs.Input`); other values can be
+    passed again as they are. `mask_region` is the part of the picture that was drawn.
+    """
+    masked = request.source if isinstance(request.source, Masked) else None
+    record: dict[str, Any] = {
+        "prompt": request.prompts[index],
+        "negative_prompt": request.negative_prompts[index],
+        "prompt_syntax": request.prompt_syntax,
+        "seed": request.seeds[index],
+        "rng": request.rng,
+        "sampler": _sampler_record(request.sampler),
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "guidance_rescale": request.guidance_rescale,
+        "height": request.height,
+        "width": request.width,
+    }
+    some = {
+        "prompt_2": request.prompts_2[index],
+        "negative_prompt_2": request.negative_prompts_2[index],
+        "strength": _strength(request),
+        "mask_region": masked.inpainting.region if masked else None,
+        **{name: found[index % len(found)].to_json() for name, found in request.inputs.items()},
+    }
+    record |= {name: value for name, value in some.items() if value is not None}
+    record |= {name: value for name, value in request.chosen.items() if name not in (*record, *_OF_THE_CALL)}
+    return record | dict(producer)
+
+
+def a1111_parameters(request: Request, index: int, producer: Mapping[str, Any]) -> dict[str, Value]:
+    """The same under AUTOMATIC1111's names, for `infotext.format_infotext`.
+
+    Prompts are written so that it reads what was drawn: where brackets were text, they are escaped.
+    """
+    escaped = _BRACKETS[request.prompt_syntax]
+
+    def written(prompt: str | None) -> str:
+        return escaped.sub(r"\\\g<0>", prompt or "")
+
+    masked = request.source if isinstance(request.source, Masked) else None
+    custom = request.timesteps is not None or request.sigmas is not None
+    return {
+        PROMPT: written(request.prompts[index]),
+        NEGATIVE_PROMPT: written(request.negative_prompts[index]),
+        "Steps": request.num_inference_steps,
+        **a1111_fields(request.sampler, request.num_inference_steps, custom=custom),
+        "CFG scale": request.guidance_scale,
+        "Seed": request.seeds[index],
+        "Size": f"{request.width}x{request.height}",
+        "Model": producer.get("base") or producer["model"],
+        "Denoising strength": _strength(request),
+        "Mask blur": (masked.inpainting.blur or None) if masked else None,
+        "Clip skip": request.clip_skip + 1,  # 1 is the last layer there
+        "RNG": "CPU" if request.rng == "torch-cpu" else "GPU",
+        "Refiner": producer["model"] if "base" in producer else None,
+        "Refiner switch at": producer.get("handed over at"),
+        "Version": f"latentrt {producer['latentrt']}",
+    }
+
+
+def _strength(request: Request) -> float | None:
+    """The strength of what the run started from; a latent that another model left has none."""
+    return None if request.denoising_start is not None else request.strength
+
+
+def _sampler_record(config: SamplerConfig) -> dict[str, Any]:
+    """Name, diffusers class, and all that differs from our defaults, of the noise schedule too."""
+    options = {name: value for name, value in _not_default(config).items() if name != "noise"}
+    noise = _not_default(config.noise)
+    return {"name": config.name, "scheduler": config.scheduler, "eta": config.eta, **options, "noise": noise}
+
+
+def _not_default(instance: SamplerConfig | NoiseSchedule) -> dict[str, Any]:
+    values = {item.name: (getattr(instance, item.name), item.default) for item in fields(instance)}
+    return {name: value for name, (value, default) in values.items() if value != default}
+
+
+# ── read ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """A picture's parameters, as a pipeline takes them.
+
+    Attributes:
+        prompt: what was drawn.
+        parameters: keyword arguments.
+        inputs: the hashes of pictures that must be passed as well, by parameter.
+        left: what the record has besides, one "name: value" each.
+    """
+
+    prompt: str
+    parameters: Mapping[str, Any]
+    inputs: Mapping[str, Mapping[str, str]]
+    left: tuple[str, ...] = ()
+
+
+def read_record(record: Mapping[str, Any]) -> Recorded:
+    """The parameters of our own record."""
+    found = {name: record[name] for name in PARAMETERS if record.get(name) is not None}
+    if "timesteps" in found or "sigmas" in found:
+        found.pop("num_inference_steps", None)  # as many as there are levels
+    inputs = {name: found.pop(name) for name in INPUTS if name in found}
+    return Recorded(prompt=str(record.get("prompt", "")), parameters=found, inputs=inputs)
+
+
+_RNG = {"CPU": "torch-cpu", "GPU": "torch-cuda", "NV": "torch-cuda"}
+_EMPHASIS = {"Original": "a1111", "None": "plain"}
+
+
+def _size(text: str) -> dict[str, Any]:
+    width, height = text.split("x")
+    return {"width": int(width), "height": int(height)}
+
+
+# AUTOMATIC1111's names -> parameters. Any ValueError or KeyError means that a value is not carried over.
+_READERS: Mapping[str, Callable[[str], dict[str, Any]]] = {
+    "Steps": lambda text: {"num_inference_steps": int(text)},
+    "CFG scale": lambda text: {"guidance_scale": float(text)},
+    "Seed": lambda text: {"seed": int(text)},
+    "Size": _size,
+    "Clip skip": lambda text: {"clip_skip": int(text) - 1},
+    "RNG": lambda text: {"rng": _RNG[text]},
+    "Emphasis": lambda text: {"prompt_syntax": _EMPHASIS[text]},
+    "Eta DDIM": lambda text: {"eta": float(text)},
+    "Denoising strength": lambda text: {"strength": float(text)},
+    "Mask blur": lambda text: {"mask_blur": float(text)},
+}
+# Beside an input picture only; texts have them too where a picture was enlarged.
+_WITH = {"Denoising strength": "image", "Mask blur": "mask_image"}
+_READ_WITH_SAMPLER = ("Sampler", "Schedule type", "UniPC variant", "UniPC order", "Version")
+
+
+def read_a1111(text: Mapping[str, str], inputs: tuple[str, ...] = ()) -> Recorded:
+    """The parameters of AUTOMATIC1111's text (`infotext.parse_infotext`), as far as they mean anything here.
+
+    `inputs` are the parameters of INPUTS that the caller passes as well.
+    """
+    parameters: dict[str, Any] = {"negative_prompt": text[NEGATIVE_PROMPT]} if text[NEGATIVE_PROMPT] else {}
+    left: list[str] = []
+    if "Sampler" in text:
+        parameters["sampler"] = spelled_by_a1111(text)
+    for name, value in text.items():
+        if name in (PROMPT, NEGATIVE_PROMPT, *_READ_WITH_SAMPLER):
+            continue
+        try:
+            if _WITH.get(name, "") not in ("", *inputs):
+                raise ValueError(name)
+            parameters |= _READERS[name](value)
+        except (ValueError, KeyError):
+            left.append(f"{name}: {value}")
+    return Recorded(prompt=text[PROMPT], parameters=parameters, inputs={}, left=tuple(left))

@@ -1,0 +1,153 @@
+"""A picture once more, from what its file says of how it was made."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..engines.errors import SamplerError, UsageError
+from .pictures.infotext import parse_infotext
+from .pictures.write import PictureMetadata, read_metadata
+from .pipeline import Pipeline
+from .record import Recorded, read_a1111, read_record
+from .refine import refine
+from .request.inputs import INPUTS, find_input
+from .request.parameters import Parameters
+from .result import Result
+from .sampling.names import resolve
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Source = (
+    str | Path | PictureMetadata | Mapping[str, Any]
+)  # a file, what `read_metadata` says of one, a record
+
+_LOG = logging.getLogger(__name__)
+
+
+def redraw(
+    pipe: Pipeline,
+    source: Source,
+    *,
+    prompt: str | None = None,
+    refiner: Pipeline | None = None,
+    callback_on_step_end: Any = None,
+    **parameters: Unpack[Parameters],
+) -> Result:
+    """Draw a picture again: with the same package, and nothing changed, to the byte.
+
+    What is not carried over from another program's text, and a model that is another one, is logged.
+
+    Args:
+        pipe: draws; the base's, where a refiner ended the picture.
+        source: a picture's file, or its record (`Result.record`).
+        prompt: another one than the picture's.
+        refiner: of a picture that a refiner ended.
+        callback_on_step_end: as `Pipeline` calls it.
+        parameters: those that are to be others than the picture's. `image`, `mask_image` and `latents` are
+            what it started from; a file's are looked for beside it, by name and then by hash.
+
+    Raises:
+        UsageError: the file says nothing, an input is missing or another one, or whatever `Pipeline` raises.
+    """
+    given = {"prompt": prompt, **{name: parameters.get(name) for name in INPUTS}}
+    changes = {name: value for name, value in parameters.items() if name not in INPUTS}
+    changes["callback_on_step_end"] = callback_on_step_end
+    metadata = read_metadata(source) if isinstance(source, (str, Path)) else source
+    record = metadata.record if isinstance(metadata, PictureMetadata) else metadata
+    folder = Path(source).parent if isinstance(source, (str, Path)) else None
+    if record is None:
+        assert isinstance(metadata, PictureMetadata)
+        return _of_text(pipe, metadata, source, given, changes)
+    _check_model(pipe, record.get("base_record") or record)
+    if "base_record" in record:
+        return _refined(pipe, refiner, record, folder, given, changes)
+    return _drawn(pipe, read_record(record), folder, given, changes)
+
+
+def _drawn(
+    pipe: Any, recorded: Recorded, folder: Path | None, given: Mapping[str, Any], changes: Mapping[str, Any]
+) -> Result:
+    inputs = _inputs(recorded, folder, given)
+    return pipe(_prompt(recorded, given), **{**recorded.parameters, **inputs, **changes})
+
+
+def _prompt(recorded: Recorded, given: Mapping[str, Any]) -> str:
+    return recorded.prompt if given["prompt"] is None else given["prompt"]
+
+
+def _refined(
+    pipe: Pipeline,
+    refiner: Pipeline | None,
+    record: Mapping[str, Any],
+    folder: Path | None,
+    given: Mapping[str, Any],
+    changes: Mapping[str, Any],
+) -> Result:
+    if refiner is None:
+        raise UsageError(
+            f"the picture was ended by the refiner {record['model']!r}",
+            expected="that refiner as well as the base",
+            fix="Pass refiner=…, or --refiner PACKAGE.",
+        )
+    _check_model(refiner, record)
+    base = read_record(record["base_record"])
+    parameters: dict[str, Any] = {**base.parameters, **read_record(record).parameters}
+    at = parameters.pop("denoising_end")
+    parameters.pop("denoising_start", None)
+    together: Any = {**parameters, **_inputs(base, folder, given), **changes}
+    return refine(pipe, refiner, _prompt(base, given), at=at, **together)
+
+
+def _of_text(
+    pipe: Any,
+    metadata: PictureMetadata,
+    source: Source,
+    given: Mapping[str, Any],
+    changes: Mapping[str, Any],
+) -> Result:
+    """From AUTOMATIC1111's text, or one like it."""
+    if metadata.parameters is None:
+        raise UsageError(
+            f"{source} does not say how it was made",
+            expected="a picture with latentrt's record, or with AUTOMATIC1111's text",
+            fix="Pass its prompt and parameters instead.",
+        )
+    passed = {name: given[name] for name in INPUTS if given[name] is not None}
+    recorded = read_a1111(parse_infotext(metadata.parameters), tuple(passed))
+    parameters, left = dict(recorded.parameters), list(recorded.left)
+    try:
+        resolve(parameters.get("sampler"), pipe.package.manifest.scheduler)
+    except SamplerError:
+        left.append(f"Sampler: {parameters.pop('sampler')}")
+    if left:
+        _LOG.warning("not carried over from %s: %s", getattr(source, "name", source), "; ".join(left))
+    return pipe(_prompt(recorded, given), **{**parameters, **passed, **changes})
+
+
+def _check_model(pipe: Pipeline, record: Mapping[str, Any]) -> None:
+    """Say so if another package drew the picture."""
+    package = pipe.package
+    if record.get("model_sha256") != package.manifest.sha256:
+        _LOG.warning(
+            "the picture was drawn with %r, sha256 %.12s; this is %r, %.12s: it will differ",
+            record.get("model"),
+            record.get("model_sha256", "unknown"),
+            package.manifest.name,
+            package.manifest.sha256,
+        )
+
+
+def _inputs(recorded: Recorded, folder: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The pictures that it started from, as they were passed or found. Raises UsageError."""
+    extra = [name for name in INPUTS if given[name] is not None and name not in recorded.inputs]
+    if extra:
+        raise UsageError(
+            f"{' and '.join(extra)} for a picture that did not start from one",
+            expected="none",
+            fix="Leave it out, or draw a new picture from it.",
+        )
+    return {name: find_input(name, wanted, given[name], folder) for name, wanted in recorded.inputs.items()}

@@ -1,0 +1,191 @@
+"""Pictures drawn again from their files: byte-equal whatever they started from, and other programs' texts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from latentrt.engines.errors import UsageError
+from latentrt.runtime.pictures.write import read_metadata
+from latentrt.runtime.pipeline import Pipeline
+from latentrt.runtime.redraw import redraw
+from latentrt.runtime.refine import refine
+from latentrt.runtime.result import Result
+
+FAST: dict[str, Any] = {"num_inference_steps": 4, "height": 64, "width": 64}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Iterator[Pipeline]:
+    with Pipeline.open("demo", threads=1) as opened:
+        yield opened
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shades = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(shades).save(tmp_path / "start.png")
+    mask = np.zeros((64, 64), np.uint8)
+    mask[16:48, 16:40] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    np.save(tmp_path / "noise.npy", np.random.default_rng(1).standard_normal((2, 4, 8, 8), np.float32))
+    return tmp_path
+
+
+def same(one: Result, other: Result, index: int = 0) -> bool:
+    return bool(np.array_equal(np.asarray(one.images[0]), np.asarray(other.images[index])))
+
+
+STARTS: dict[str, dict[str, Any]] = {
+    "noise": {"negative_prompt": "blue", "sampler": "Euler a", "eta": 0.0},
+    "another sampler": {"sampler": "ddim", "eta": 0.5, "guidance_rescale": 0.3},
+    "a scheduler config": {"sampler": {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}},
+    "timesteps": {"sampler": "euler", "timesteps": [900, 600, 300, 1]},
+    "a picture": {"image": "start.png", "strength": 0.7, "resize_mode": "crop"},
+    "a mask": {"image": "start.png", "mask_image": "mask.png", "mask_blur": 1.5},
+    "a region": {"image": "start.png", "mask_image": "mask.png", "padding_mask_crop": 4},
+    "latents": {"latents": "noise.npy"},
+    "tiles": {"tile": 64, "prompt_syntax": "plain", "rng": "torch-cuda"},
+    "part of the schedule": {"denoising_end": 0.5},
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_the_file_alone_draws_the_same(pipe: Any, folder: Path, start: str, suffix: str) -> None:
+    chosen = {**FAST, **STARTS[start]}
+    for name in ("image", "mask_image"):
+        if name in chosen:
+            chosen[name] = folder / chosen[name]
+    if "latents" in chosen:
+        chosen["latents"] = np.load(folder / chosen["latents"])
+    if "timesteps" in chosen:
+        del chosen["num_inference_steps"]
+    prompts = ["a red (circle:1.2)", "a green star"] if start != "a mask" else ["a red circle"]
+    drawn = pipe(prompts, seed=[3, 8][: len(prompts)], **chosen)
+    last = len(prompts) - 1
+    drawn.save(folder / f"picture{suffix}", last)
+    again = redraw(pipe, folder / f"picture{suffix}")
+    assert same(again, drawn, last)
+    assert again.record() == drawn.record(last)
+    by_record = redraw(pipe, drawn.record(last), **_given(folder, chosen, last))
+    assert same(by_record, drawn, last)
+
+
+def _given(folder: Path, chosen: dict[str, Any], index: int) -> dict[str, Any]:
+    """The inputs as a caller passes them: another file of the same pixels, or the whole array."""
+    found: dict[str, Any] = {}
+    for name in ("image", "mask_image"):
+        if name in chosen:
+            copy = folder / f"copy of {name}.webp"
+            Image.open(chosen[name]).convert("RGB").save(copy, lossless=True)
+            found[name] = copy
+    if "latents" in chosen:
+        found["latents"] = chosen["latents"][index : index + 1]
+    return found
+
+
+def test_several_pictures_to_start_from(pipe: Any, folder: Path) -> None:
+    second = Image.open(folder / "start.png").rotate(90)
+    second.save(folder / "second.png")
+    drawn = pipe(["a", "b"], image=[folder / "start.png", folder / "second.png"], seed=1, **FAST)
+    assert [drawn.record(i)["image"]["name"] for i in (0, 1)] == ["start.png", "second.png"]
+    for index in (0, 1):
+        drawn.save(folder / "picture.png", index)
+        assert same(redraw(pipe, folder / "picture.png"), drawn, index)
+
+
+def test_a_refined_picture(pipe: Any, folder: Path) -> None:
+    drawn = refine(pipe, pipe, "a red star", at=0.5, image=folder / "start.png", strength=1.0, seed=4, **FAST)
+    drawn.save(folder / "refined.png")
+    assert same(redraw(pipe, folder / "refined.png", refiner=pipe), drawn)
+    with pytest.raises(UsageError, match="ended by the refiner 'demo'"):
+        redraw(pipe, folder / "refined.png")
+    text = read_metadata(folder / "refined.png").parameters or ""
+    assert "Refiner: demo, Refiner switch at: 0.5" in text
+
+
+def test_changes(pipe: Any, folder: Path) -> None:
+    pipe("a red star", seed=4, **FAST).save(folder / "a.png")
+    again = redraw(pipe, folder / "a.png", seed=5, prompt="a blue star")
+    assert same(again, pipe("a blue star", seed=5, **FAST))
+
+
+def test_inputs_are_found_by_what_they_show(pipe: Any, folder: Path) -> None:
+    drawn = pipe("a", image=np.asarray(Image.open(folder / "start.png")), seed=1, **FAST)
+    drawn.save(folder / "a.png")
+    (folder / "start.png").rename(folder / "renamed.png")
+    assert same(redraw(pipe, folder / "a.png"), drawn)
+    (folder / "renamed.png").unlink()
+    with pytest.raises(UsageError, match=r"the image that the picture started from is missing"):
+        redraw(pipe, folder / "a.png")
+    with pytest.raises(UsageError, match=r"image is not what the picture started from"):
+        redraw(pipe, folder / "a.png", image=folder / "mask.png")
+    with pytest.raises(UsageError, match=r"image is missing|started from is missing"):
+        redraw(pipe, drawn.record())
+    pipe("a", seed=1, **FAST).save(folder / "b.png")
+    with pytest.raises(UsageError, match=r"mask_image for a picture that did not start from one"):
+        redraw(pipe, folder / "b.png", mask_image=folder / "mask.png")
+
+
+def test_another_model_is_named(pipe: Any, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    drawn = pipe("a red star", seed=4, **FAST)
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("latentrt").addHandler(handler)
+    try:
+        redraw(pipe, {**drawn.record(), "model": "dreamshaper", "model_sha256": "0" * 64})
+        redraw(pipe, drawn.record())
+    finally:
+        logging.getLogger("latentrt").removeHandler(handler)
+    (line,) = heard
+    assert "drawn with 'dreamshaper', sha256 000000000000; this is 'demo'" in line
+
+
+def _of_a1111(path: Path, text: str) -> Path:
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("parameters", text)
+    Image.new("RGB", (64, 64)).save(path, pnginfo=chunks)
+    return path
+
+
+def test_a_picture_of_automatic1111(pipe: Any, folder: Path) -> None:
+    text = (
+        "a red (circle:1.2)\nNegative prompt: blue\nSteps: 4, Sampler: DPM++ 2M, Schedule type: Karras, "
+        "CFG scale: 5, Seed: 17, Size: 64x72, Model hash: 6ce0161689, Model: v1-5, RNG: CPU, Clip skip: 1, "
+        "Hires upscale: 2, Denoising strength: 0.7, Version: v1.10.1"
+    )
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("latentrt").addHandler(handler)
+    try:
+        again = redraw(pipe, _of_a1111(folder / "theirs.png", text))
+    finally:
+        logging.getLogger("latentrt").removeHandler(handler)
+    wanted = pipe(
+        "a red (circle:1.2)", negative_prompt="blue", num_inference_steps=4, sampler="DPM++ 2M Karras",
+        guidance_scale=5, seed=17, width=64, height=72,
+    )  # fmt: skip
+    assert same(again, wanted)
+    (line,) = heard
+    assert "Hires upscale: 2" in line
+    assert "Denoising strength: 0.7" in line
+    assert "Model: v1-5" in line
+
+
+def test_a_sampler_that_is_not_here(pipe: Any, folder: Path) -> None:
+    text = "a\nSteps: 4, Sampler: DPM++ SDE, Schedule type: Karras, Seed: 1, Size: 64x64, RNG: CPU"
+    assert same(redraw(pipe, _of_a1111(folder / "a.png", text)), pipe("a", seed=1, **FAST))
+
+
+def test_a_picture_that_says_nothing(pipe: Any, folder: Path) -> None:
+    with pytest.raises(UsageError, match="does not say how it was made"):
+        redraw(pipe, folder / "start.png")
