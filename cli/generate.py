@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from itertools import chain, count
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
@@ -106,15 +106,18 @@ def generate(
     _report(result, paths, {**seconds, "total": perf_counter() - began}, as_json=as_json)
 
 
-def _draw(pipes: list[Pipeline], prompts: list[str], at: float | None, parameters: dict[str, Any]) -> Result:
+def _draw(
+    pipes: list[Pipeline], prompts: list[str], at: float | None, parameters: dict[str, Any]
+) -> Result[Any]:
     from ..runtime.refine import refine
 
+    first: Any = pipes[0]  # its parameters are checked where it is called
     if len(pipes) == 1:
-        return pipes[0](prompts, **parameters)
+        return first(prompts, **parameters)
     return refine(pipes[0], pipes[1], prompts, **({} if at is None else {"at": at}), **parameters)
 
 
-def _redraw(pipes: list[Pipeline], source: Path, prompts: list[str], changes: dict[str, Any]) -> Result:
+def _redraw(pipes: list[Pipeline], source: Path, prompts: list[str], changes: dict[str, Any]) -> Result[Any]:
     from ..runtime.redraw import redraw
 
     base, *refiner = pipes
@@ -178,19 +181,19 @@ class _Saver:
         """What the pipeline is to return."""
         return "latent" if self._latents else "np" if self._as_grid else "pil"
 
-    def save(self, result: Result) -> list[Path]:
+    def save(self, result: Result[Any]) -> list[Path]:
         """Write everything; the paths, one per picture or one for all."""
         from ..runtime.pictures.write import grid, save_latents, save_picture
 
         request = result.request
         if self._latents:
             assert self._output is not None
-            save_latents(self._output, cast(Any, result.images))
+            save_latents(self._output, result.images)
             return [self._output]
         if self._as_grid:
             path = self._output or _free(_stem(request.prompts[0], request.seeds[0]))
             infotext, record = (result.infotext(), result.record()) if self._metadata else (None, None)
-            save_picture(path, grid(cast(Any, result.images)), infotext=infotext, record=record)
+            save_picture(path, grid(result.images), infotext=infotext, record=record)
             return [path]
         paths = self._paths(request)
         for index, path in enumerate(paths):
@@ -229,7 +232,7 @@ def _free(stem: str) -> Path:
     return next(path for name in stems if not (path := Path(f"{name}.png")).exists())
 
 
-def _report(result: Result, paths: list[Path], seconds: dict[str, float], *, as_json: bool) -> None:
+def _report(result: Result[Any], paths: list[Path], seconds: dict[str, float], *, as_json: bool) -> None:
     request = result.request
     if as_json:
         files = paths if len(paths) == len(request.seeds) else paths * len(request.seeds)

@@ -54,9 +54,10 @@ def draw(pipe: Pipeline, scenes: list[Scene], setting: Setting, first_seed: int 
             seed=first_seed + first,
             height=128,
             width=128,
+            output_type="np",
             **asdict(setting),
         )
-        pictures += [np.asarray(image) for image in result.images]
+        pictures += list(result.images)
     return pictures
 
 

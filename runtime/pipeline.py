@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from threading import Event
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
@@ -19,12 +21,12 @@ from ..engines.package import Package
 from ..engines.spec import TEXT_ENCODERS, Array
 from .conditioning import make_conditioning
 from .loop.device.cuda_graphs import Graphs
-from .loop.job import Clock, DenoiseJob, Drawn, JobRecorder, Loop, State
+from .loop.job import NEVER, Clock, DenoiseJob, Drawn, JobRecorder, Loop, State, Stop
 from .loop.open import LoopOptions, open_loop
 from .pictures.tiling import encode_tiled
 from .prompts.encode import CACHE_BYTES, TextConditioner, TextEncoder
 from .prompts.tokenizer import ClipTokenizer
-from .request.parameters import Parameters, spelled_out
+from .request.parameters import OutputType, Parameters, check_number, spelled_out
 from .request.request import Request, make_request
 from .result import Result, check_finite, finished, preview
 from .sampling.noise import NoiseSource
@@ -113,6 +115,7 @@ class Pipeline:
         threads: int | None = None,
         graphs: Graphs = "auto",
         log: Callable[[str], None] | None = None,
+        cache_bytes: int = CACHE_BYTES,
     ) -> Pipeline:
         """Open the shipped model ("demo") or a package folder.
 
@@ -123,6 +126,7 @@ class Pipeline:
             graphs: on a device, whether rows are replayed as a captured graph: "on", "off", or "auto",
                 where that is faster.
             log: on a device, is told what was given up when memory was short; None prints to stderr.
+            cache_bytes: what encoded prompts may take; 0 encodes every prompt anew.
 
         Raises:
             PackageError: no package there, or a damaged, unsafe or newer one.
@@ -132,7 +136,7 @@ class Pipeline:
         options = LoopOptions(backend=backend, threads=threads, graphs=graphs, log=log)
         loop, description = open_loop(package, options)
         try:
-            return cls.over(package, loop, description)
+            return cls.over(package, loop, description, cache_bytes=cache_bytes)
         except BaseException:
             loop.close()
             raise
@@ -162,49 +166,109 @@ class Pipeline:
         ]
         return cls(package, TextConditioner(encoders, cache_bytes=cache_bytes), loop, backend)
 
+    @overload
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        output_type: Literal["pil"] = "pil",
+        callback_on_step_end: StepCallback | None = None,
+        cancel: Event | None = None,
+        timeout: float | None = None,
+        **parameters: Unpack[Parameters],
+    ) -> Result[list[Image]]: ...
+    @overload
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        output_type: Literal["np", "float", "latent"],
+        callback_on_step_end: StepCallback | None = None,
+        cancel: Event | None = None,
+        timeout: float | None = None,
+        **parameters: Unpack[Parameters],
+    ) -> Result[Array]: ...
     @spelled_out
     def __call__(
         self,
         prompt: str | Sequence[str],
         *,
+        output_type: OutputType = "pil",
         callback_on_step_end: StepCallback | None = None,
         cancel: Event | None = None,
+        timeout: float | None = None,
         **parameters: Unpack[Parameters],
-    ) -> Result:
-        """Draw pictures; the keyword arguments are those of `request.parameters.Parameters`.
+    ) -> Result[Any]:
+        """Draw pictures; the other keyword arguments are those of `request.parameters.Parameters`.
 
-        `callback_on_step_end(pipe, index, timestep, {"latents": …, "total": …, "step": …})` may return other
-        latents under the same name; `total` is the number of steps, `step` a `Step`.
-        `cancel` is looked at before every step.
+        Args:
+            prompt: one, or several, which are one batch.
+            output_type: what `Result.images` is: "pil" a list of Pillow images, "np" (N, H, W, 3) uint8,
+                "float" the same from 0 to 1 (float32; diffusers' "np"), "latent" (N, C, H/8, W/8) float32.
+            callback_on_step_end: `(pipe, index, timestep, {"latents": …, "total": …, "step": …})` may return
+                other latents under the same name; `total` is the number of steps, `step` a `Step`.
+            cancel: is looked at before every step, and before every tile of a picture in tiles.
+            timeout: seconds after which it ends as if cancelled, at the same moments.
+            parameters: see `latentrt generate --help`.
 
         Raises:
             UsageError: a parameter is unknown or out of range (SamplerError for the sampler).
             NumericError: NaN or infinity in the latent or the picture, or a picture of one colour.
-            CancelledError: `cancel` was set.
+            CancelledError: `cancel` was set, or the time is over.
         """
-        request, clock = make_request(self.package.manifest, prompt, **parameters), Clock()
-        watched = callback_on_step_end is not None or cancel is not None
-        decode = request.output_type != "latent"
-        with closing(self._generate(request, clock, cancel, watched=watched, decode=decode)) as steps:
+        values: Any = {**parameters, "output_type": output_type}
+        request, clock = make_request(self.package.manifest, prompt, **values), Clock()
+        stop = _stop(cancel, timeout)
+        watched = callback_on_step_end is not None or stop is not NEVER
+        decode = output_type != "latent"
+        with closing(self._generate(request, clock, stop, watched=watched, decode=decode)) as steps:
             images, producer = _finish(steps, partial(self._tell, callback_on_step_end))
         return Result(images=images, request=request, seconds=clock.seconds, producer=producer)
 
     @spelled_out
     def stream(
-        self, prompt: str | Sequence[str], *, cancel: Event | None = None, **parameters: Unpack[Parameters]
-    ) -> Iterator[Step]:
+        self,
+        prompt: str | Sequence[str],
+        *,
+        cancel: Event | None = None,
+        timeout: float | None = None,
+        **parameters: Unpack[Parameters],
+    ) -> Generator[Step, None, Any]:
         """The same generation as an iterator, one item per step; close it to stop.
 
         The last step's `preview()` is the finished pictures. Raises as `__call__`.
         """
         request = make_request(self.package.manifest, prompt, **parameters)
-        return self._generate(request, Clock(), cancel, watched=True, decode=False)
+        return self._generate(request, Clock(), _stop(cancel, timeout), watched=True, decode=False)
+
+    @spelled_out
+    async def stream_async(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        cancel: Event | None = None,
+        timeout: float | None = None,
+        **parameters: Unpack[Parameters],
+    ) -> AsyncGenerator[Step, None]:
+        """`stream` for asyncio: steps are drawn in a thread. Leaving the loop ends it within a step."""
+        left = Event()
+        request = make_request(self.package.manifest, prompt, **parameters)
+        stop = _stop(cancel, timeout, left)
+        steps = self._generate(request, Clock(), stop, watched=True, decode=False)
+        thread = ThreadPoolExecutor(1)
+        try:
+            while (step := await asyncio.wrap_future(thread.submit(next, steps, None))) is not None:
+                yield step
+        finally:
+            left.set()
+            thread.submit(steps.close)  # behind the step that is being drawn
+            thread.shutdown(wait=False)
 
     def _generate(
         self,
         request: Request,
         clock: Clock,
-        cancel: Event | None,
+        stop: Stop,
         *,
         watched: bool,
         decode: bool,
@@ -215,7 +279,7 @@ class Pipeline:
         Args:
             request: what to draw, N pictures.
             clock: is charged with what each stage takes.
-            cancel: is looked at before every step.
+            stop: is looked at before every call of a large net.
             watched: whether anyone looks at the steps; on a device nothing else has to wait for one.
             decode: whether the latent becomes a picture.
             loop: runs the nets; the pipeline's own by default.
@@ -237,7 +301,8 @@ class Pipeline:
             warnings.warn(f"the prompt {text[:40]!r}… is too long; dropped: {dropped!r}", stacklevel=3)
 
         # noise, or a picture with as much noise as the schedule begins with -> y (N, C, H/8, W/8)
-        start = make_start(request, manifest, table, noise, partial(self._encode, clock, request.tile))
+        encode = partial(self._encode, clock, stop, request.tile)
+        start = make_start(request, manifest, table, noise, encode)
 
         # for each row of the table: m = guide(unet(y, t, context)), then y = a*y + sum(b_j * h_j) + c*noise
         job = DenoiseJob(
@@ -257,7 +322,7 @@ class Pipeline:
         if watched:
             show = partial(preview, manifest=manifest, loop=loop, request=request)
             latent, profile = job.first, ""
-            for state in loop.steps(job, clock, cancel):
+            for state in loop.steps(job, clock, stop):
                 yield Step(table=table, state=state, _preview=show)
                 latent, profile = state.latent, state.profile
             drawn = Drawn(latent=latent, image=None, mean=None, profile=profile)
@@ -271,22 +336,22 @@ class Pipeline:
         image, mean = drawn.image, drawn.mean
         if image is None or mean is None:
             with clock.stage("vae_decoder"):
-                image, mean = loop.decode(drawn.latent, tile=request.tile)
+                image, mean = loop.decode(drawn.latent, tile=request.tile, stop=stop)
         images = check_finite(image, mean, manifest.dtype)
         return finished(images, request, manifest.dtype), producer
 
     def prepare(self, request: Request, clock: Clock | None = None) -> DenoiseJob:
         """All that the loop is given for a request, without running it: for measurements."""
         recorder = JobRecorder(self.loop)
-        steps = self._generate(request, clock or Clock(), None, watched=False, decode=False, loop=recorder)
+        steps = self._generate(request, clock or Clock(), NEVER, watched=False, decode=False, loop=recorder)
         _finish(steps, lambda step: None)
         return recorder.job
 
     def warmup(self, **parameters: Unpack[Parameters]) -> None:
         """Run every net once at the size and batch of these parameters, so that the next call is warm."""
         started = {"strength": 1.0} if parameters.get("image") is not None else {}
-        whole: Any = {"num_inference_steps": 1, "seed": 0, **started, **parameters, "output_type": "latent"}
-        latent = np.asarray(self("", **whole).images)
+        whole: Any = {"num_inference_steps": 1, "seed": 0, **started, **parameters}
+        latent = self("", output_type="latent", **whole).images
         check_finite(*self.loop.decode(latent, tile=parameters.get("tile")), self.package.manifest.dtype)
 
     def close(self) -> None:
@@ -313,10 +378,13 @@ class Pipeline:
         if "latents" in answer:
             step.state.replace(answer["latents"])
 
-    def _encode(self, clock: Clock, tile: int | None, image: Array, mask: Array) -> tuple[Array, ...]:
+    def _encode(
+        self, clock: Clock, stop: Stop, tile: int | None, image: Array, mask: Array
+    ) -> tuple[Array, ...]:
         """(N, H, W, 3) and (N, H, W, 1) uint8 -> mean, and std if there is a posterior, (N, C, H/8, W/8)."""
 
         def whole(image: Array, mask: Array) -> tuple[Array, ...]:
+            stop.check("before the encoder")
             return tuple(self.loop.call("vae_encoder", image=image, mask=mask).values())
 
         with clock.stage("vae_encoder"):
@@ -332,6 +400,15 @@ class Pipeline:
             "latentrt": version("latentrt"),
         }
         return made_by | ({"profile": profile} if profile else {})
+
+
+def _stop(cancel: Event | None, timeout: float | None, *events: Event) -> Stop:
+    """When to end early. Raises UsageError for a limit that is no time."""
+    if cancel is None and timeout is None and not events:
+        return NEVER
+    if timeout is not None:
+        check_number("timeout", timeout, 0.0, 1e9)
+    return Stop(events=(*events, cancel) if cancel else events, seconds=timeout)
 
 
 def _finish(steps: Generator[Step, None, Made], each: Callable[[Step], None]) -> Made:

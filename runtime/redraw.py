@@ -14,7 +14,7 @@ from .pipeline import Pipeline
 from .record import Recorded, read_a1111, read_record
 from .refine import refine
 from .request.inputs import INPUTS, find_input
-from .request.parameters import Parameters
+from .request.parameters import CallParameters
 from .result import Result
 from .sampling.names import resolve
 
@@ -35,8 +35,8 @@ def redraw(
     prompt: str | None = None,
     refiner: Pipeline | None = None,
     callback_on_step_end: Any = None,
-    **parameters: Unpack[Parameters],
-) -> Result:
+    **parameters: Unpack[CallParameters],
+) -> Result[Any]:
     """Draw a picture again: with the same package, and nothing changed, to the byte.
 
     What is not carried over from another program's text, and a model that is another one, is logged.
@@ -70,7 +70,7 @@ def redraw(
 
 def _drawn(
     pipe: Any, recorded: Recorded, folder: Path | None, given: Mapping[str, Any], changes: Mapping[str, Any]
-) -> Result:
+) -> Result[Any]:
     inputs = _inputs(recorded, folder, given)
     return pipe(_prompt(recorded, given), **{**recorded.parameters, **inputs, **changes})
 
@@ -86,7 +86,7 @@ def _refined(
     folder: Path | None,
     given: Mapping[str, Any],
     changes: Mapping[str, Any],
-) -> Result:
+) -> Result[Any]:
     if refiner is None:
         raise UsageError(
             f"the picture was ended by the refiner {record['model']!r}",
@@ -108,7 +108,7 @@ def _of_text(
     source: Source,
     given: Mapping[str, Any],
     changes: Mapping[str, Any],
-) -> Result:
+) -> Result[Any]:
     """From AUTOMATIC1111's text, or one like it."""
     if metadata.parameters is None:
         raise UsageError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..engines.errors import UsageError
 from .pipeline import Pipeline
-from .request.parameters import PARAMETERS, Parameters
+from .request.parameters import PARAMETERS, CallParameters
 from .result import Result
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ def refine(
     *,
     at: float = 0.8,
     callback_on_step_end: Any = None,
-    **parameters: Unpack[Parameters],
-) -> Result:
+    **parameters: Unpack[CallParameters],
+) -> Result[Any]:
     """Draw with `base` until the share `at` of the schedule, and with `refiner` from there.
 
     Args:
@@ -55,14 +55,14 @@ def refine(
     of_refiner = {name: value for name, value in parameters.items() if _stage(name) != "base"}
     first: Any = base  # its parameters are checked where it is called
     second: Any = refiner
-    drawn: Result = first(
+    drawn: Result[Any] = first(
         prompt,
         **{**of_base, "denoising_end": at, "output_type": "latent"},
         callback_on_step_end=callback_on_step_end,
     )
     request = drawn.request
     more = {"seed": request.seeds, "num_inference_steps": request.num_inference_steps}
-    refined: Result = second(
+    refined: Result[Any] = second(
         prompt,
         **{**of_refiner, **more, "image": drawn.images, "denoising_start": at},
         callback_on_step_end=callback_on_step_end,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import numpy as np
 
@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 PREVIEWS = ("decoder", "tiny", "rgb", "fast")
 
 
+Images = TypeVar("Images")  # list[PIL.Image.Image], or an array
+
+
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class Result(Generic[Images]):
     """Pictures of one call.
 
     Attributes:
@@ -39,11 +42,11 @@ class Result:
         base: what a refiner went on with.
     """
 
-    images: list[Image] | Array
+    images: Images
     request: Request
     seconds: Mapping[str, float]
     producer: Mapping[str, str]
-    base: Result | None = None
+    base: Result[Any] | None = None
 
     def record(self, index: int = 0) -> dict[str, Any]:
         """How picture `index` was made, as JSON: see `record.make_record`. `redraw` draws it again."""
@@ -99,7 +102,7 @@ class Result:
 
     def _pixels(self, index: int) -> Any:
         """Picture `index`: uint8 whatever the output type."""
-        image = self.images[index]
+        image = cast(Any, self.images)[index]
         if self.request.output_type == "float":
             return np.rint(np.asarray(image) * np.float32(255)).astype(np.uint8)
         return image

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
-from threading import Event, Lock
+from threading import Lock
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from ...engines.package import Package
 from ...engines.spec import DTYPES, Array
 from ..pictures.tiling import decode_tiled
 from ..sampling.table import Table
-from .job import Clock, DenoiseJob, Drawn, Kept, State, check_cancelled
+from .job import NEVER, Clock, DenoiseJob, Drawn, Kept, State, Stop
 
 # NumPy would only warn; the loop checks the result and says in which step it happened.
 _overflow_is_found_below = partial(np.errstate, over="ignore", invalid="ignore")
@@ -96,7 +96,7 @@ class HostLoop:
         """Run one net once; see `job.Loop`."""
         return self.net(net)(**arrays)
 
-    def steps(self, job: DenoiseJob, clock: Clock, cancel: Event | None) -> Iterator[State]:
+    def steps(self, job: DenoiseJob, clock: Clock, stop: Stop | None) -> Iterator[State]:
         """Yield the state after every row of the table. Raises CancelledError, NumericError."""
         with clock.stage("invariants"):
             keys_and_values = self.call("unet_context", context=job.context)
@@ -108,7 +108,7 @@ class HostLoop:
         unet, source, each = self.net("unet"), job.noise.fork(), job.rows_per_step
 
         def predict(latent: Array, row: int) -> Array:
-            check_cancelled(cancel, row, len(job.table))
+            (stop or NEVER).check(f"before step {row + 1} of {len(job.table)}")
             batch = narrow(guided_batch(latent, job.guided), self._dtype)  # (B, C, H/8, W/8)
             times = {name: rows[row * each : (row + 1) * each] for name, rows in schedule.items()}
             with clock.stage("unet"):
@@ -127,10 +127,11 @@ class HostLoop:
             image, mean = self.decode(last.latent, tile=job.tile)
         return Drawn(latent=last.latent, image=image, mean=mean)
 
-    def decode(self, latent: Array, *, tile: int | None = None) -> tuple[Array, Array]:
+    def decode(self, latent: Array, *, tile: int | None = None, stop: Stop = NEVER) -> tuple[Array, Array]:
         """Pictures of latents; see `job.Loop`."""
 
         def whole(part: Array) -> tuple[Array, Array]:
+            stop.check("before the decoder")
             decoded = self.call("vae_decoder", latent=narrow(part, self._dtype))
             return decoded["image"], decoded["mean"]
 

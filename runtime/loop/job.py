@@ -184,6 +184,31 @@ class Clock:
             yield item
 
 
+@dataclass(frozen=True)
+class Stop:
+    """When a generation ends early: as soon as one of `events` is set, or `seconds` are over."""
+
+    events: tuple[Event, ...] = ()
+    seconds: float | None = None
+    _began: float = field(default_factory=perf_counter)
+
+    def check(self, when: str) -> None:
+        """Raise CancelledError if it is to end; `when` says what comes next."""
+        if any(event.is_set() for event in self.events):
+            raise CancelledError(
+                f"cancelled {when}", expected="an unset cancel event", fix="Call again to start over."
+            )
+        if self.seconds is not None and perf_counter() - self._began > self.seconds:
+            raise CancelledError(
+                f"the time limit of {self.seconds:g} s was over {when}",
+                expected="a picture within that time",
+                fix="Pass a larger timeout, or draw fewer or smaller pictures at once.",
+            )
+
+
+NEVER = Stop()
+
+
 class Loop(Protocol):
     """Calls nets, denoises and decodes, on the host (`denoise.py`) or on a device (`device/loop.py`)."""
 
@@ -191,20 +216,21 @@ class Loop(Protocol):
         """Run a net outside the loop once. Raises PackageError if the package has none of that name."""
         ...
 
-    def steps(self, job: DenoiseJob, clock: Clock, cancel: Event | None) -> Iterator[State]:
-        """Yield the state after every row of the table; `cancel` is looked at before each."""
+    def steps(self, job: DenoiseJob, clock: Clock, stop: Stop | None) -> Iterator[State]:
+        """Yield the state after every row of the table; `stop` is looked at before each."""
         ...
 
     def draw(self, job: DenoiseJob, clock: Clock, *, decode: bool) -> Drawn:
         """Denoise and, with `decode`, decode, without yielding in between."""
         ...
 
-    def decode(self, latent: Array, *, tile: int | None = None) -> tuple[Array, Array]:
+    def decode(self, latent: Array, *, tile: int | None = None, stop: Stop = NEVER) -> tuple[Array, Array]:
         """Pictures of latents.
 
         Args:
             latent: (N, C, H/8, W/8) float32.
             tile: side in pixels of the decoder's tiles; None decodes all at once.
+            stop: is looked at before every tile.
 
         Returns:
             (N, H, W, 3) uint8, and (N,) float32: each picture's mean before clamping, which is not finite if
@@ -229,13 +255,3 @@ class JobRecorder:
         """Keep the job."""
         self.job = job
         return Drawn(latent=job.first, image=None, mean=None)
-
-
-def check_cancelled(cancel: Event | None, row: int, rows: int) -> None:
-    """Raise CancelledError if the caller asked to stop before row `row`."""
-    if cancel is not None and cancel.is_set():
-        raise CancelledError(
-            f"cancelled before step {row + 1} of {rows}",
-            expected="an unset cancel event",
-            fix="Call again to start over.",
-        )

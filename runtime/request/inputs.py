@@ -85,8 +85,8 @@ def _names(passed: Any, count: int) -> list[str | None]:
 
 def _name(passed: Any) -> str | None:
     """The name of the file that was passed, or that a Pillow image was read from."""
-    file: Any = passed if isinstance(passed, (str, os.PathLike)) else getattr(passed, "filename", None)
-    return Path(file).name or None if isinstance(file, (str, os.PathLike)) else None
+    file: Any = getattr(passed, "filename", passed)
+    return Path(cast(str, file)).name or None if isinstance(file, (str, os.PathLike)) else None
 
 
 def find_input(name: str, wanted: Mapping[str, str], given: Any, folder: Path | None) -> Path | Array:

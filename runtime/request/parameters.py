@@ -348,6 +348,11 @@ class Parameters(TypedDict, total=False):
         kind=number(0.0, 1000.0), default=2.5, model=SCORES, stage="refiner")]
     tile: Annotated[int | None, Parameter(
         help="Encode and decode in tiles of this side, for less memory.", kind=PIXELS)]
+
+
+class CallParameters(Parameters, total=False):
+    """The same with what the type of a result depends on."""
+
     output_type: Annotated[OutputType, Parameter(
         help="PIL images; one array, uint8 (np) or 0 to 1 (float: diffusers' np); or the latents.",
         kind=choice(OutputType), default="pil", flags=None, stage="refiner")]
@@ -356,7 +361,7 @@ class Parameters(TypedDict, total=False):
 
 
 PARAMETERS: Mapping[str, Parameter] = {
-    name: annotation.__metadata__[0] for name, annotation in Parameters.__annotations__.items()
+    name: annotation.__metadata__[0] for name, annotation in CallParameters.__annotations__.items()
 }
 
 Method = TypeVar("Method", bound=Callable[..., object])
@@ -371,9 +376,10 @@ def spelled_out(method: Method) -> Method:
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=item.default,
-            annotation=Parameters.__annotations__[name].__origin__,
+            annotation=CallParameters.__annotations__[name].__origin__,
         )
         for name, item in PARAMETERS.items()
+        if name not in signature.parameters and name in Parameters.__annotations__
     ]
     setattr(method, "__signature__", signature.replace(parameters=[*own, *declared]))  # noqa: B010
     return method

@@ -22,8 +22,8 @@ from ..sampling.table import Table
 from .inputs import INPUTS, Input, describe_inputs, read_mask
 from .parameters import (
     PARAMETERS,
+    CallParameters,
     OutputType,
-    Parameters,
     PromptSyntaxName,
     Rng,
     check_integer,
@@ -119,7 +119,7 @@ class Request:
 
 
 def make_request(
-    manifest: Manifest, prompt: str | Sequence[str], **parameters: Unpack[Parameters]
+    manifest: Manifest, prompt: str | Sequence[str], **parameters: Unpack[CallParameters]
 ) -> Request:
     """Check the parameters, and take what is left out from the package or from the picture to start from.
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from threading import Event, RLock
+from threading import RLock
 from time import perf_counter
 from typing import TypeVar
 
@@ -24,7 +24,7 @@ from ....engines.package import Manifest
 from ....engines.spec import Array
 from ...pictures.tiling import decode_tiled
 from ..denoise import check_finite
-from ..job import Clock, DenoiseJob, Drawn, State, check_cancelled
+from ..job import NEVER, Clock, DenoiseJob, Drawn, State, Stop
 from .cuda_graphs import Graphs, Replay
 from .memory_fallback import MemoryNeed, MemoryPlan, fit_in_memory
 from .pool import ProgramPool
@@ -102,7 +102,7 @@ class DeviceLoop:
         with self._lock:
             return self._fit(need, lambda plan: self._call(net, arrays))
 
-    def steps(self, job: DenoiseJob, clock: Clock, cancel: Event | None) -> Iterator[State]:
+    def steps(self, job: DenoiseJob, clock: Clock, stop: Stop | None) -> Iterator[State]:
         """Yield the state after every row of the table. Raises as `draw`, and CancelledError."""
         with self._lock, clock.stage("prepare"):
             need = _need(job, self._scale)
@@ -113,7 +113,7 @@ class DeviceLoop:
                 replay = self._begin_rows(denoiser)
             unet_input = job.first
             for index, row in enumerate(job.table.rows()):
-                check_cancelled(cancel, index, total)
+                (stop or NEVER).check(f"before step {index + 1} of {total}")
                 with self._lock, clock.stage("unet"):
                     denoiser.feed_row(schedule, index)
                     replay.enqueue(denoiser.enqueue_row)
@@ -157,10 +157,10 @@ class DeviceLoop:
             self._settle()
             return drawn
 
-    def decode(self, latent: Array, *, tile: int | None = None) -> tuple[Array, Array]:
+    def decode(self, latent: Array, *, tile: int | None = None, stop: Stop = NEVER) -> tuple[Array, Array]:
         """Pictures of latents; see `job.Loop`. Raises UsageError, MemoryLimitError, BackendError."""
         with self._lock:
-            decoded = self._decode(latent, tile)
+            decoded = self._decode(latent, tile, stop=stop)
             self._settle()
             return decoded
 
@@ -318,19 +318,20 @@ class DeviceLoop:
         return Drawn(latent=latent, image=image, mean=mean, profile=denoiser.profile)
 
     def _decode(
-        self, latent: Array, tile: int | None, start: MemoryPlan | None = None
+        self, latent: Array, tile: int | None, start: MemoryPlan | None = None, stop: Stop = NEVER
     ) -> tuple[Array, Array]:
         """Decode with what memory allows, beginning with `start`, or as the request asks for it."""
         pictures, _, height, width = latent.shape
         need = MemoryNeed(
             pictures=pictures, height=height * self._scale, width=width * self._scale, tile=tile
         )
-        return self._fit(need, lambda plan: self._decode_by(plan, latent), start)
+        return self._fit(need, lambda plan: self._decode_by(plan, latent, stop), start)
 
-    def _decode_by(self, plan: MemoryPlan, latent: Array) -> tuple[Array, Array]:
+    def _decode_by(self, plan: MemoryPlan, latent: Array, stop: Stop) -> tuple[Array, Array]:
         """One attempt at decoding: all pictures at once, one by one, or in tiles, as the plan says."""
 
         def whole(part: Array) -> tuple[Array, Array]:
+            stop.check("before the decoder")
             decoded = self._call("vae_decoder", {"latent": part})
             return decoded["image"], decoded["mean"]
 

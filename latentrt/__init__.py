@@ -1,0 +1,109 @@
+"""Stable Diffusion as exported graphs, driven by a small runtime without torch.
+
+    import latentrt
+
+    with latentrt.Pipeline.open("demo") as pipe:
+        result = pipe("a red circle on a blue background", seed=1)
+        result.save("circle.png")
+
+`dir(latentrt)` is the table of contents, docs/api.md has an example of each name. Nothing is imported before
+it is asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .engines.errors import BackendError as BackendError
+    from .engines.errors import CancelledError as CancelledError
+    from .engines.errors import CheckpointError as CheckpointError
+    from .engines.errors import EngineError as EngineError
+    from .engines.errors import LatentrtError as LatentrtError
+    from .engines.errors import MemoryLimitError as MemoryLimitError
+    from .engines.errors import ModelError as ModelError
+    from .engines.errors import NumericError as NumericError
+    from .engines.errors import PackageError as PackageError
+    from .engines.errors import SamplerError as SamplerError
+    from .engines.errors import StorageError as StorageError
+    from .engines.errors import UsageError as UsageError
+    from .engines.package import Package as Package
+    from .export.export import export_package as export_package
+    from .runtime.pictures.infotext import parse_infotext as parse_infotext
+    from .runtime.pictures.write import PictureMetadata as PictureMetadata
+    from .runtime.pictures.write import read_metadata as read_metadata
+    from .runtime.pipeline import Pipeline as Pipeline
+    from .runtime.pipeline import Step as Step
+    from .runtime.redraw import redraw as redraw
+    from .runtime.refine import refine as refine
+    from .runtime.request.parameters import Parameters as Parameters
+    from .runtime.result import Result as Result
+    from .runtime.sampling.samplers import SAMPLERS as SAMPLERS
+
+    __version__: str
+
+_HOMES = {
+    "Pipeline": "runtime.pipeline",
+    "Step": "runtime.pipeline",
+    "Result": "runtime.result",
+    "Parameters": "runtime.request.parameters",
+    "refine": "runtime.refine",
+    "redraw": "runtime.redraw",
+    "read_metadata": "runtime.pictures.write",
+    "PictureMetadata": "runtime.pictures.write",
+    "parse_infotext": "runtime.pictures.infotext",
+    "SAMPLERS": "runtime.sampling.samplers",
+    "Package": "engines.package",
+    "export_package": "export.export",
+    "LatentrtError": "engines.errors",
+    "UsageError": "engines.errors",
+    "SamplerError": "engines.errors",
+    "ModelError": "engines.errors",
+    "CheckpointError": "engines.errors",
+    "PackageError": "engines.errors",
+    "EngineError": "engines.errors",
+    "BackendError": "engines.errors",
+    "MemoryLimitError": "engines.errors",
+    "CancelledError": "engines.errors",
+    "StorageError": "engines.errors",
+    "NumericError": "engines.errors",
+}
+
+__all__ = [
+    "SAMPLERS",
+    "BackendError",
+    "CancelledError",
+    "CheckpointError",
+    "EngineError",
+    "LatentrtError",
+    "MemoryLimitError",
+    "ModelError",
+    "NumericError",
+    "Package",
+    "PackageError",
+    "Parameters",
+    "PictureMetadata",
+    "Pipeline",
+    "Result",
+    "SamplerError",
+    "Step",
+    "StorageError",
+    "UsageError",
+    "__version__",
+    "export_package",
+    "parse_infotext",
+    "read_metadata",
+    "redraw",
+    "refine",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("latentrt")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
