@@ -80,6 +80,10 @@ def generate(
         raise UsageError(
             "no prompt", expected="a prompt, or --from PICTURE", fix='Try: latentrt generate "a red circle"'
         )
+    if source is not None and refiner_at is not None:
+        raise UsageError(
+            "--refiner-at with --from", expected="the picture's own", fix="Leave --refiner-at out."
+        )
     if refiner is None and refiner_at is not None:
         raise UsageError("--refiner-at alone", expected="a refiner", fix="Pass --refiner PACKAGE as well.")
     saver = _Saver(output, as_grid=grid, metadata=not no_metadata)

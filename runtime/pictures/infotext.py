@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from typing import Any, cast
 
 from ...engines.errors import UsageError
 
@@ -85,12 +86,14 @@ def format_infotext(fields: Mapping[str, Value]) -> str:
 
 
 def parse_infotext(text: str) -> dict[str, str]:
-    """Read the text, whoever wrote it; never raises.
+    """Read the text, whoever wrote it; never raises. Fooocus and SwarmUI write JSON in its place.
 
     Returns:
         ``"prompt"`` and ``"negative_prompt"``, always; every parameter under its own name, as text; and
         `DEFAULTS` for what is missing.
     """
+    if (values := _json_object(text)) is not None:
+        return _fields_of_json(values)
     *lines, last = text.strip().split("\n")
     pairs = _PAIR.findall(last)
     if len(pairs) < _FEWEST_PAIRS:
@@ -104,6 +107,51 @@ def parse_infotext(text: str) -> dict[str, str]:
             prompts[reading].append(line)
     fields = {name: "\n".join(part) for name, part in prompts.items()}
     return {**DEFAULTS, **{name: _unquote(value) for name, value in pairs}, **fields}
+
+
+# Fooocus' and SwarmUI's names; both draw with ComfyUI, whose noise is the CPU's.
+_OTHER_NAMES = {
+    "prompt": PROMPT,
+    "negative_prompt": NEGATIVE_PROMPT,
+    "negativeprompt": NEGATIVE_PROMPT,
+    "steps": "Steps",
+    "guidance_scale": "CFG scale",
+    "cfgscale": "CFG scale",
+    "sampler": "Sampler",
+    "scheduler": "Schedule type",
+    "seed": "Seed",
+    "resolution": "Size",
+    "base_model": "Model",
+    "model": "Model",
+    "version": "Version",
+}
+_RESOLUTION = re.compile(r"\D*(\d+)\D+(\d+)\D*")  # "(1152, 896)"
+
+
+def _json_object(text: str) -> Mapping[str, Any] | None:
+    if not text.lstrip().startswith("{"):
+        return None
+    try:
+        values: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return cast("dict[str, Any]", values) if isinstance(values, dict) else None
+
+
+def _fields_of_json(values: Mapping[str, Any]) -> dict[str, str]:
+    nested = values.get("sui_image_params")
+    if isinstance(nested, dict):
+        values = cast("dict[str, Any]", nested)
+    fields = {_OTHER_NAMES.get(name, name): _plain(value) for name, value in values.items()}
+    if "width" in fields and "height" in fields:
+        fields["Size"] = f"{fields.pop('width')}x{fields.pop('height')}"
+    if size := _RESOLUTION.fullmatch(fields.get("Size", "")):
+        fields["Size"] = f"{size[1]}x{size[2]}"
+    return {**DEFAULTS, "RNG": "CPU", PROMPT: "", NEGATIVE_PROMPT: "", **fields}
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _text(value: str | int | float) -> str:

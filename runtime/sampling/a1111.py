@@ -108,8 +108,9 @@ def spelled_by_a1111(fields: Mapping[str, str]) -> str:
     if name == "UniPC":
         order = fields.get(_UNIPC["order"], "3")
         name = f"unipc {fields.get(_UNIPC['variant'], 'bh1') if order == '2' else order}"
-    if sampler is None:
-        return name
+    if sampler is None:  # ComfyUI's names, for one
+        plain = schedule in ("Uniform", "Automatic", "normal")
+        return name if plain else f"{name} {schedule}"
     without = SCHEDULER_CLASSES[sampler.scheduler].without
     if sampler.a1111_grid is not None:
         return name if "timestep_spacing" in without else f"{name} {sampler.a1111_grid}"

@@ -216,3 +216,66 @@ def test_a_latent_goes_from_one_model_to_the_other(
     assert np.abs(refined - whole).max() <= 1
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert json.loads(printed[0])["pictures"][0]["base"] == "demo"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("ein Fuchs, größer", "ein-fuchs-größer-3.png"),
+        ("一只狐狸", "一只狐狸-3.png"),
+        ("एक लोमड़ी", "एक-लोमड़ी-3.png"),
+        ("лиса " * 30, None),
+        ("🦊", "picture-3.png"),
+        ("../../etc/x", "etc-x-3.png"),
+    ],
+)
+def test_names_keep_letters_of_any_script(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, prompt: str, name: str | None
+) -> None:
+    before = set(folder.iterdir())
+    run(monkeypatch, prompt, *FAST)
+    (found,) = set(folder.iterdir()) - before
+    assert len(found.name.encode()) <= 80
+    assert found.name == name if name else found.name.startswith("лиса-лиса-")
+
+
+def test_no_picture_is_overwritten(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Nor is one of another prompt whose name is the same."""
+    for prompt in ("a red circle", "a red circle", "A red, circle!"):
+        run(monkeypatch, prompt, *FAST)
+    names = {path.name for path in folder.glob("a-red*.png")}
+    assert names == {"a-red-circle-3.png", "a-red-circle-3-no2.png", "a-red-circle-3-no3.png"}
+    run(monkeypatch, "a", "a", "--seed", "3,3", *FAST[:2])
+    run(monkeypatch, "a", "a", "--seed", "3,3", *FAST[:2])
+    assert {path.name for path in folder.glob("a-3*.png")} == {
+        "a-3-0.png", "a-3-1.png", "a-3-0-no2.png", "a-3-1-no2.png",
+    }  # fmt: skip
+
+
+def test_from_a_picture(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    run(monkeypatch, "a red star", "-i", "start.png", "--strength", "0.9", *FAST, "-o", "first.jpg")
+    run(monkeypatch, "--from", "first.jpg", "-o", "again.jpg")
+    assert (folder / "again.jpg").read_bytes() == (folder / "first.jpg").read_bytes()
+    run(monkeypatch, "a blue star", "--from", "first.jpg", "--seed", "9", "-o", "other.png")
+    record = read_metadata("other.png").record or {}
+    assert (record["prompt"], record["seed"], record["strength"]) == ("a blue star", 9, 0.9)
+    run(monkeypatch, "a", *FAST, "--refiner", "demo", "--refiner-at", "0.5", "-o", "refined.png")
+    run(monkeypatch, "--from", "refined.png", "--refiner", "demo", "-o", "refined-again.png")
+    np.testing.assert_array_equal(*(np.asarray(Image.open(f"refined{i}.png")) for i in ("", "-again")))
+
+
+def test_from_a_picture_of_another_model(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    run(monkeypatch, "a red star", *FAST, "-o", "first.png")
+    monkeypatch.setattr("latentrt.runtime.pipeline.SHIPPED", {})
+    monkeypatch.setattr(sys, "argv", ["latentrt", "generate", "--from", "first.png"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+
+
+@pytest.mark.parametrize("words", [[], ["--from", "x.png", "--refiner", "demo", "--refiner-at", "0.5"]])
+def test_what_is_drawn_must_be_said(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["latentrt", "generate", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2

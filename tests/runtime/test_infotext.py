@@ -215,3 +215,43 @@ def test_name_that_the_format_cannot_hold(name):
 def test_too_few_parameters():
     with pytest.raises(UsageError, match="2 parameters besides the prompts"):
         format_infotext({"prompt": "x", "Steps": 1, "Seed": 2, "RNG": "GPU"})
+
+
+def test_fooocus_json():
+    """As Fooocus 2.5's modules/meta_parser.py writes it with the scheme `fooocus`, shortened."""
+    text = json.dumps(
+        {
+            "adm_guidance": "(1.5, 0.8, 0.3)",
+            "base_model": "juggernautXL_v8",
+            "guidance_scale": 4.0,
+            "loras": [["offset_0.2.safetensors", 0.1]],
+            "negative_prompt": "",
+            "performance": "Speed",
+            "prompt": "a fox, (red:1.2)",
+            "resolution": "(1152, 896)",
+            "sampler": "dpmpp_2m_sde_gpu",
+            "scheduler": "karras",
+            "seed": "6312640235219440617",
+            "steps": 30,
+            "version": "Fooocus v2.5.0",
+        }
+    )
+    fields = parse_infotext(text)
+    assert (fields["prompt"], fields["Size"], fields["Steps"]) == ("a fox, (red:1.2)", "1152x896", "30")
+    assert (fields["CFG scale"], fields["Seed"]) == ("4.0", "6312640235219440617")
+    assert (fields["Sampler"], fields["Schedule type"]) == ("dpmpp_2m_sde_gpu", "karras")
+    assert fields["RNG"] == "CPU"
+    assert fields["loras"] == '[["offset_0.2.safetensors", 0.1]]'
+
+
+def test_swarmui_json():
+    values = {"prompt": "a fox", "negativeprompt": "blurry", "model": "sdxl", "seed": 5, "steps": 20}
+    text = json.dumps({"sui_image_params": {**values, "cfgscale": 7.5, "width": 1024, "height": 768}})
+    fields = parse_infotext(text)
+    assert (fields["prompt"], fields["negative_prompt"], fields["Seed"]) == ("a fox", "blurry", "5")
+    assert (fields["Size"], fields["CFG scale"], fields["Model"]) == ("1024x768", "7.5", "sdxl")
+
+
+@pytest.mark.parametrize("text", ["{a|b} fox", "{", '["a"]', "{" * 3000, '{"prompt": NaN}', "1"])
+def test_braces_are_no_json(text):
+    assert isinstance(parse_infotext(text)["prompt"], str)

@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from latentrt.engines.errors import NumericError, StorageError, UsageError
 from latentrt.runtime.pictures import write as picture
-from latentrt.runtime.pictures.write import grid, read_metadata, save_picture, to_pil
+from latentrt.runtime.pictures.write import encode_picture, grid, read_metadata, save_picture, to_pil
 from latentrt.runtime.result import check_pictures
 from tests.sizes import a_tenth_of
 
@@ -343,3 +343,37 @@ def test_constant_pictures_are_named():
     almost = np.zeros_like(IMAGE)
     almost[-1, -1, 2] = 1
     check_pictures(almost, "fp16")
+
+
+def test_exif_text_of_a_png(tmp_path):
+    """Some programs write AUTOMATIC1111's text into a PNG as EXIF, and leave the text chunk out."""
+    exif = Image.Exif()
+    comment = b"UNICODE\0" + "a fox\nSteps: 1".encode("utf-16-be")
+    exif[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: comment}
+    Image.fromarray(IMAGE).save(tmp_path / "p.png", exif=exif)
+    assert read_metadata(tmp_path / "p.png").parameters == "a fox\nSteps: 1"
+
+
+@pytest.mark.parametrize(("kind", "name"), [("PNG", "p.png"), ("JPEG", "p.jpg"), ("WEBP", "p.webp")])
+def test_bytes_are_the_files(tmp_path, kind, name):
+    save_picture(tmp_path / name, IMAGE, infotext="x", record={"a": 1})
+    assert encode_picture(IMAGE, kind, infotext="x", record={"a": 1}) == (tmp_path / name).read_bytes()
+
+
+def test_quality():
+    shades = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    for kind in ("JPEG", "WEBP"):
+        sizes = [len(encode_picture(shades, kind, quality=quality)) for quality in (10, 60, 95, 100)]
+        assert sizes == sorted(sizes)
+        assert len(encode_picture(shades, kind)) == sizes[2]
+    for kind, quality in (("JPEG", 0), ("WEBP", 101), ("JPEG", True), ("JPEG", 2.5), ("PNG", 90)):
+        with pytest.raises(UsageError, match="quality"):
+            encode_picture(shades, kind, quality=quality)
+    with pytest.raises(UsageError, match="format 'TIFF'"):
+        encode_picture(shades, "TIFF")
+
+
+def test_folder_that_this_user_may_not_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(StorageError, match="cannot be written"):
+        save_picture(tmp_path / "p.png", IMAGE)

@@ -1,7 +1,10 @@
 """The pipeline on the shipped model: batching, streaming, cancelling, sharing, failing."""
 
+import asyncio
+import io
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from latentrt.benchmarks.case import HOST_NETS
 from latentrt.engines.errors import (
@@ -147,6 +151,103 @@ def test_cancel_stops_within_a_step_and_leaves_nothing_behind(pipe: Pipeline) ->
     assert seen == [0, 1]
     assert caught.value.exit_code == 6
     np.testing.assert_array_equal(draw(pipe), clean)
+
+
+def test_a_time_limit_ends_like_a_cancel(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(count: int, answer: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        time.sleep(0.3 if count == 2 else 0)
+        return answer
+
+    clean = draw(pipe, timeout=60)
+    unet = replace_net(pipe, monkeypatch, "unet", late)
+    with pytest.raises(CancelledError, match=r"the time limit of 0\.25 s was over before step 3 of 4"):
+        draw(pipe, timeout=0.25)
+    assert len(unet.calls) == 2
+    with pytest.raises(UsageError, match="timeout is -1"):
+        draw(pipe, timeout=-1)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(draw(pipe), clean)
+
+
+@pytest.mark.parametrize("net", ["vae_encoder", "vae_decoder"])
+def test_cancel_is_looked_at_between_tiles(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, net: str) -> None:
+    cancel = threading.Event()
+
+    def stop(count: int, answer: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if count == 2:
+            cancel.set()
+        return answer
+
+    image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
+    draw(pipe, image=image, tile=64)  # every net is open
+    fake = replace_net(pipe, monkeypatch, net, stop)
+    with pytest.raises(CancelledError, match=f"before the {net.removeprefix('vae_')}"):
+        draw(pipe, image=image, tile=64, cancel=cancel)
+    assert len(fake.calls) == 2
+
+
+def test_asyncio(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = draw(pipe)
+
+    async def all_of_it() -> tuple[list[int], np.ndarray, int]:
+        ticks, seen, last = 0, [], None
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                ticks += 1
+                await asyncio.sleep(0)
+
+        ticking = asyncio.create_task(tick())
+        async for step in pipe.stream_async(PROMPT, num_inference_steps=4, seed=3):
+            seen.append(step.index)
+            last = step
+        ticking.cancel()
+        assert last is not None
+        return seen, np.asarray(last.preview()[0]), ticks
+
+    seen, picture, ticks = asyncio.run(all_of_it())
+    assert seen == [0, 1, 2, 3]
+    np.testing.assert_array_equal(picture, wanted[0])
+    assert ticks > 4, "the event loop was blocked while steps were drawn"
+
+    unet = replace_net(pipe, monkeypatch, "unet", lambda call, answer: answer)
+
+    async def left_early() -> None:
+        async for step in pipe.stream_async(PROMPT, num_inference_steps=200, seed=3):
+            if step.index == 1:
+                break
+
+    asyncio.run(left_early())
+    time.sleep(0.2)
+    assert len(unet.calls) < 8
+
+    async def failing() -> None:
+        async for _ in pipe.stream_async(PROMPT, steps=3):  # type: ignore[call-arg]
+            pass
+
+    with pytest.raises(UsageError, match="num_inference_steps"):
+        asyncio.run(failing())
+
+
+def test_what_images_are(pipe: Pipeline) -> None:
+    shades = draw(pipe)
+    parameters: dict[str, Any] = {"num_inference_steps": 4, "seed": 3}
+    floats = pipe(PROMPT, output_type="float", **parameters)
+    assert floats.images.dtype == np.float32
+    np.testing.assert_array_equal(np.rint(floats.images * 255), shades)
+    pictures = pipe(PROMPT, **parameters)
+    for result in (floats, pictures, pipe(PROMPT, output_type="np", **parameters)):
+        file = io.BytesIO()
+        result.save(file)
+        with Image.open(file) as image:
+            np.testing.assert_array_equal(np.asarray(image), shades[0])
+    data = pictures.to_bytes("webp", quality=50)
+    assert data[8:12] == b"WEBP"
+    assert len(data) < len(pictures.to_bytes("WEBP"))
+    assert pictures.to_bytes("jpg")[:2] == b"\xff\xd8"
+    pictures.save(file := io.BytesIO(), format="JPEG", metadata=False)
+    assert b"red circle".hex() not in file.getvalue().hex()
 
 
 def test_a_callback_may_change_the_latents(pipe: Pipeline) -> None:

@@ -41,6 +41,14 @@ def test_pictures_are_prompts_times_count_each_with_its_seed() -> None:
     assert make_request(MANIFEST, "a", seed=np.int64(3)).seeds == (3,)
 
 
+def test_minus_one_is_random_as_in_other_programs() -> None:
+    found = {make_request(MANIFEST, "a", seed=seed).seeds for seed in (-1, np.int64(-1), [-1]) * 3}
+    assert len(found) > 1
+    assert all(seed >= 0 for (seed,) in found)
+    assert make_request(MANIFEST, ["a", "b"], seed=[-1, 5]).seeds[1] == 5
+    assert make_request(MANIFEST, "a", seed=-2).seeds == (-2,)  # as torch takes it
+
+
 def test_a_missing_seed_is_random_and_recorded() -> None:
     assert len({make_request(MANIFEST, "a").seeds for _ in range(8)}) > 1
 
