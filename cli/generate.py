@@ -6,7 +6,7 @@ import inspect
 import json
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import chain, count
 from pathlib import Path
@@ -106,6 +106,8 @@ def generate(
             result = _draw(pipes, prompt or [], refiner_at, chosen)
     saving = perf_counter()
     paths = saver.save(result)
+    if first == "demo":
+        _say_what_the_demo_knows(result.request.prompts)
     seconds = {"open": opened, **result.seconds, "save": perf_counter() - saving}
     _report(result, paths, {**seconds, "total": perf_counter() - began}, as_json=as_json)
 
@@ -119,6 +121,17 @@ def _draw(
     if len(pipes) == 1:
         return first(prompts, **parameters)
     return refine(pipes[0], pipes[1], prompts, **({} if at is None else {"at": at}), **parameters)
+
+
+def _say_what_the_demo_knows(prompts: Sequence[str]) -> None:
+    from ..demo.shapes import unknown_words
+
+    if words := [word for prompt in dict.fromkeys(prompts) for word in unknown_words(prompt)]:
+        print(
+            f"the demo model draws one coloured shape on a background, 128x128; it does not know"
+            f" {', '.join(words[:5])}: other pictures need a model of yours (docs/models.md)",
+            file=sys.stderr,
+        )
 
 
 def _redraw(pipes: list[Pipeline], source: Path, prompts: list[str], changes: dict[str, Any]) -> Result[Any]:

@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,6 +52,10 @@ COLOUR_JITTER = 6
 QUOTED = frozenset({("red", "circle", "blue"), ("yellow", "star", "green")})
 HELD_OUT_COUNT = 70
 
+# What else the sentences of training have.
+OTHER_WORDS = ("a", "an", "on", "the", "background", "tiny", "little", "big", "huge", "grey")
+_WORDS = re.compile(r"[^\W\d_]+")
+
 _OVERSAMPLING = 4
 _STAR_INNER = 0.55
 _RING_HOLE = 0.5
@@ -86,6 +91,12 @@ class Placement:
 def generator(key: int | str) -> random.Random:
     """A generator whose numbers depend on the key alone."""
     return random.Random(key)  # noqa: S311 (pictures, not secrets)
+
+
+def unknown_words(prompt: str) -> list[str]:
+    """The words of a prompt that no picture of training went with."""
+    known = {*RGB, *SHAPES, *SIZES, *OTHER_WORDS}
+    return list(dict.fromkeys(word for word in _WORDS.findall(prompt.lower()) if word not in known))
 
 
 def _article(following: str) -> str:

@@ -259,7 +259,8 @@ def test_from_a_picture(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     run(monkeypatch, "a blue star", "--from", "first.jpg", "--seed", "9", "-o", "other.png")
     record = read_metadata("other.png").record or {}
     assert (record["prompt"], record["seed"], record["strength"]) == ("a blue star", 9, 0.9)
-    run(monkeypatch, "a", *FAST, "--refiner", "demo", "--refiner-at", "0.5", "-o", "refined.png")
+    four = ["--steps", "4", "--seed", "3", "--threads", "1"]
+    run(monkeypatch, "a", *four, "--refiner", "demo", "--refiner-at", "0.5", "-o", "refined.png")
     run(monkeypatch, "--from", "refined.png", "--refiner", "demo", "-o", "refined-again.png")
     np.testing.assert_array_equal(*(np.asarray(Image.open(f"refined{i}.png")) for i in ("", "-again")))
 
@@ -279,3 +280,19 @@ def test_what_is_drawn_must_be_said(monkeypatch: pytest.MonkeyPatch, words: list
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("a large grey ring on a pink background", ""),
+        ("a photo of a fox", "it does not know photo, of, fox:"),
+    ],
+)
+def test_the_demo_says_what_it_does_not_know(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], prompt: str, said: str
+) -> None:
+    run(monkeypatch, prompt, *FAST)
+    found = capfd.readouterr().err
+    assert said in found
+    assert bool(said) == ("the demo model" in found)
