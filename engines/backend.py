@@ -6,8 +6,7 @@ A `HostBackend` opens nets that are called with arrays, a `DeviceBackend` nets o
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from .backends import BACKENDS
@@ -15,13 +14,6 @@ from .device import Device, DeviceNet, MemoryLedger
 from .errors import BackendError
 from .package import Package
 from .spec import Array, NetSpec
-
-Log = Callable[[str], None]
-
-
-def to_stderr(line: str) -> None:
-    """Print a remark to stderr: the log of whoever passes none."""
-    print(f"latentrt: {line}", file=sys.stderr)
 
 
 class Net(Protocol):
@@ -68,12 +60,10 @@ class HostBackend(Backend, Protocol):
 class DeviceBackend(Backend, Protocol):
     """A backend whose nets run on a device, driven by the device loop."""
 
-    def open_device(
-        self, package: Package, names: Sequence[str], *, log: Log
-    ) -> tuple[Device, Mapping[str, DeviceNet]]:
+    def open_device(self, package: Package, names: Sequence[str]) -> tuple[Device, Mapping[str, DeviceNet]]:
         """A device of the caller's own, and nets of the package on it.
 
-        `log` gets, in a line each, what a user should know of the engines that were found.
+        What a user should know of the engines that were found is logged.
         """
         ...
 

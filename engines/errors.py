@@ -18,7 +18,6 @@
 
 from __future__ import annotations
 
-import copyreg
 from typing import Any
 
 
@@ -48,7 +47,11 @@ class LatentrtError(Exception):
         state = {**self.__dict__, "__suppress_context__": self.__suppress_context__}
         if self.__cause__ is not None:
             state["__cause__"] = _portable(self.__cause__)
-        return copyreg.__newobj__, (type(self), *self.args), state
+        return _remake, (type(self), self.args), state
+
+
+def _remake(kind: type[LatentrtError], args: tuple[Any, ...]) -> LatentrtError:
+    return kind.__new__(kind, *args)  # which sets `args`; attributes and cause follow as the state
 
 
 def _portable(cause: BaseException) -> BaseException:

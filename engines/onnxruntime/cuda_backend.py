@@ -9,6 +9,7 @@ ONNX Runtime has a CUDA provider.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -16,7 +17,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from ..backend import Log, to_stderr
 from ..device import Device, DeviceNet
 from ..package import Package
 from .lowering.files import lowering_missing
@@ -26,6 +26,8 @@ from .session import library
 if TYPE_CHECKING:
     from ..store.engine_store import EngineStore
     from .tuning.cuda_layouts import StoredLayout
+
+_LOG = logging.getLogger(__name__)
 
 
 class OnnxRuntimeCudaBackend:
@@ -48,17 +50,17 @@ class OnnxRuntimeCudaBackend:
         names: Sequence[str],
         *,
         store: EngineStore | None = None,
-        log: Log = to_stderr,
         capture: bool = False,
         profile: Path | None = None,
     ) -> tuple[Device, Mapping[str, DeviceNet]]:
         """A device of the caller's own, and nets of the package on it.
 
+        One line is logged on the nets without a layout in the store, with the command that measures them.
+
         Args:
             package: the package.
             names: of its nets.
             store: where layouts are remembered; the user's own unless given.
-            log: gets one line on the nets without a layout in the store, and the command that measures them.
             capture: let runs be captured, see `open_onnxruntime_net`.
             profile: a folder for the library's profiles.
 
@@ -85,7 +87,7 @@ class OnnxRuntimeCudaBackend:
                 stack.callback(nets[name].close)
             stack.pop_all()
         if hint := _hint(package, stored):
-            log(hint)
+            _LOG.info(hint)
         return device, nets
 
 

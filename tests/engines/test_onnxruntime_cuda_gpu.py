@@ -150,8 +150,8 @@ def test_activations_go_back(device: CudaDevice, tmp_path: Path) -> None:
             assert relative_l2(array, wanted[output]) <= FP32, output
 
 
-def test_measured_remembered_and_opened(tmp_path: Path) -> None:
-    store, told = EngineStore(tmp_path), list[str]()
+def test_measured_remembered_and_opened(tmp_path: Path, logged: list[str]) -> None:
+    store = EngineStore(tmp_path)
     for item in tune_package(DEMO, store):
         facts = item.entry.facts
         print(item.net, facts["layout"], facts)  # `pytest -s` shows the figures
@@ -159,8 +159,8 @@ def test_measured_remembered_and_opened(tmp_path: Path) -> None:
         assert set(facts["milliseconds"]) == set(CUDA_LAYOUTS)
         assert max(facts["relative_l2"].values()) <= FP32
     assert not any(item.why for item in tune_package(DEMO, store))
-    device, nets = ONNXRUNTIME_CUDA.open_device(DEMO, TUNED_NETS, store=store, log=told.append)
-    assert (told, set(nets)) == ([], set(TUNED_NETS))
+    device, nets = ONNXRUNTIME_CUDA.open_device(DEMO, TUNED_NETS, store=store)
+    assert (logged, set(nets)) == ([], set(TUNED_NETS))
     for net in nets.values():
         net.close()
     device.close()
