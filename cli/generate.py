@@ -64,7 +64,9 @@ def generate(
     grid: Annotated[bool, Option("--grid", help="Write one file with all pictures side by side.")] = False,
     preview: Annotated[Path | None, Option(metavar="FILE", help=_PREVIEW)] = None,
     backend: Annotated[str, Option(help=_BACKEND)] = "auto",
-    threads: Annotated[int | None, Option(help="CPU threads. Default: all.")] = None,
+    threads: Annotated[
+        int | None, Option(help="CPU threads. Default, and at most: one for each processor that may be used.")
+    ] = None,
     no_metadata: Annotated[bool, Option("--no-metadata", help=_NO_METADATA)] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
     **parameters: Any,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import BackendError, LatentrtError, MemoryLimitError, PackageError, UsageError
+from ..errors import BackendError, LatentrtError, MemoryLimitError, PackageError
+from ..processors import thread_count
 from ..spec import NetSpec
 
 CPU = "CPUExecutionProvider"
@@ -32,13 +32,6 @@ def available() -> str | None:
 def library() -> Any:
     """The library, imported on first use (0.1 s); it has no type stubs, hence Any."""
     return import_module("onnxruntime")
-
-
-def usable_processors() -> int:
-    """The processors this process may run on, which may be fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def run_error(name: str, error: Exception, shapes: Mapping[str, tuple[int, ...]]) -> LatentrtError:
@@ -81,14 +74,10 @@ def check_boundary(session: Any, spec: NetSpec, path: Path) -> None:
 
 
 def session_options(threads: int | None) -> Any:
-    """Quiet, with `threads` for one run (None: every processor). Raises UsageError for less than 1."""
-    if threads is not None and threads < 1:
-        raise UsageError(
-            f"threads is {threads}", expected="at least 1", fix="Leave it out to use every core."
-        )
+    """Quiet, with `thread_count(threads)` threads for one run. Raises UsageError for less than 1."""
     options = library().SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads or usable_processors()
+    options.intra_op_num_threads = thread_count(threads)
     # Else threads wait busily for a while after a run, and take the cores from the next net's session.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
