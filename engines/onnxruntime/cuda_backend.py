@@ -18,9 +18,11 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from ..device import Device, DeviceNet
+from ..errors import BackendError
+from ..installed import install_command
 from ..package import Package
 from .lowering.files import lowering_missing
-from .nets import cuda_available, open_onnxruntime_net
+from .nets import cuda_refusal, open_onnxruntime_net
 from .session import library
 
 if TYPE_CHECKING:
@@ -33,12 +35,12 @@ _LOG = logging.getLogger(__name__)
 class OnnxRuntimeCudaBackend:
     """`DeviceBackend` of ONNX Runtime's CUDA provider."""
 
-    def available(self) -> str | None:
-        """None if ONNX Runtime can run nets on a CUDA device here, else the reason. Never raises."""
-        return cuda_available()
+    def refusal(self) -> BackendError | None:
+        """None if ONNX Runtime can run nets on a CUDA device here, else the error. Never raises."""
+        return cuda_refusal()
 
     def describe(self) -> str:
-        """Version and device, for people. Raises BackendError where `available` has a reason."""
+        """Version and device, for people. Raises BackendError where `refusal` has an error."""
         from ..cuda.facts import facts
 
         gpu = facts()
@@ -108,7 +110,7 @@ def _hint(package: Package, stored: Mapping[str, StoredLayout]) -> str:
         return ""
     why = next(iter(unknown.values()))
     missing = lowering_missing()
-    first = f' (first: pip install "latentrt[cuda]", for {missing})' if missing else ""
+    first = f" (first: {install_command('cuda')}, for {missing})" if missing else ""
     return (
         f"{' and '.join(unknown)} run in the layout `plain`: {why};"
         f" measure which is the fastest here: latentrt build {package.root} --backend onnxruntime-cuda{first}"

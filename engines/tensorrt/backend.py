@@ -103,19 +103,19 @@ class TensorRTBackend:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def available(self, *, runtime: Any = None) -> str | None:
-        """None if engines can run here, else the reason; the library itself is not imported. Never raises.
+    def refusal(self, *, runtime: Any = None) -> BackendError | None:
+        """None if engines can run here, else the error; the library itself is not imported. Never raises.
 
         `runtime` is the CUDA runtime: `cuda.bindings.runtime` unless a test passes another.
         """
         try:
             flavour(self.name)
         except BackendError as error:
-            return error.found
-        return cuda_facts.available(runtime)
+            return error
+        return cuda_facts.refusal(runtime)
 
     def describe(self) -> str:
-        """Version and device, for people. Raises BackendError where `available` has a reason."""
+        """Version and device, for people. Raises BackendError where `refusal` has an error."""
         row = flavour(self.name)
         gpu = cuda_facts.facts()
         return f"{row.module} {installed_version(self.name)} ({gpu.name}, {gpu.sm})"

@@ -271,7 +271,7 @@ def test_a_pipeline_on_a_device_gets_this_side(monkeypatch: pytest.MonkeyPatch) 
     device = HostDevice()
 
     class Engine:
-        def available(self) -> None:
+        def refusal(self) -> None:
             return None
 
         def describe(self) -> str:

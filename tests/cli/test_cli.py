@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from latentrt import cli
+from latentrt.engines.installed import install_command
 
 PROMPT = "a red circle on a blue background"
 QUICK = ["--steps", "2", "--seed", "7", "--threads", "1"]
@@ -187,7 +188,7 @@ def test_wrong_words_as_json(latentrt: Any, words: list[str], found: str, comman
 def test_json_behind_two_dashes_is_a_prompt(latentrt: Any) -> None:
     code, out, err = latentrt("generate", "--sampler", "eulr", "--", "--json")
     assert (code, out) == (2, "")
-    assert err.startswith("error: ")
+    assert err.splitlines()[-1].startswith("error: ")
 
 
 def test_what_the_library_logs_is_printed(latentrt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +206,7 @@ def test_export_without_torch_names_the_extra(latentrt: Any, monkeypatch: pytest
     code, _, err = latentrt("export", "checkpoint", "-o", "package")
     assert code == 4
     assert "export needs torch;" in err
-    assert 'pip install "latentrt[cpu,export]"' in err
+    assert err.endswith(f"Install them: {install_command('cpu,export')}\n")
 
 
 @pytest.mark.parametrize("verb", [[], ["generate"], ["export"], ["inspect"], ["metadata"]])
@@ -238,5 +239,8 @@ def test_a_signal_ends_with_exit_code_6_and_leaves_no_picture(name: str, tmp_pat
     running.send_signal(getattr(signal, name))
     _, said = running.communicate(timeout=60)
     assert running.returncode == 6
-    assert said == f"error: stopped by {name}; expected to be left to finish. Run it again to start over.\n"
+    assert (
+        said.splitlines(keepends=True)[-1]
+        == f"error: stopped by {name}; expected to be left to finish. Run it again to start over.\n"
+    )
     assert not list(tmp_path.iterdir())

@@ -16,6 +16,7 @@ from latentrt.engines.backend import DeviceBackend, choose_backend
 from latentrt.engines.cuda import device as cuda_device
 from latentrt.engines.cuda import facts as cuda_facts
 from latentrt.engines.errors import BackendError, PackageError
+from latentrt.engines.installed import install_command
 from latentrt.engines.onnxruntime import cuda_backend
 from latentrt.engines.onnxruntime.cuda_backend import ONNXRUNTIME_CUDA
 from latentrt.engines.onnxruntime.lowering import files as lowering_files
@@ -61,7 +62,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Generator[KnownHost]:
     for module in (cuda_device, tuning):
         monkeypatch.setattr(module, "CudaDevice", lambda: device)
     for module in (cuda_backend, tuning):
-        monkeypatch.setattr(module, "cuda_available", lambda: None)
+        monkeypatch.setattr(module, "cuda_refusal", lambda: None)
         monkeypatch.setattr(module, "open_onnxruntime_net", open_on_cpu)
     monkeypatch.setattr(cuda_facts, "facts", lambda: GPU)
     yield device
@@ -173,10 +174,9 @@ def test_a_choice_that_is_damaged_or_from_another_release(demo: Package, store: 
 
 
 def test_available_here() -> None:
-    if (reason := ONNXRUNTIME_CUDA.available()) is None:
+    if ONNXRUNTIME_CUDA.refusal() is None:
         pytest.skip("there is a CUDA device")
-    assert reason
-    with pytest.raises(BackendError, match="onnxruntime-cuda: "):
+    with pytest.raises(BackendError, match="backend onnxruntime-cuda cannot run here: "):
         choose_backend("onnxruntime-cuda")
 
 
@@ -239,7 +239,7 @@ def test_the_hint_is_one_line(
     )
     monkeypatch.setattr(lowering_files, "find_spec", lambda name: None)
     assert hint("unet").endswith(
-        f'{command} (first: pip install "latentrt[cuda]", for onnx-ir is not installed)'
+        f"{command} (first: {install_command('cuda')}, for onnx-ir is not installed)"
     )
     remember(demo, "unet", "plain", store)
     assert hint("step", "unet") == ""
@@ -309,7 +309,7 @@ def build(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], d
 
 
 def test_the_command_without_a_gpu(build: Any, store: EngineStore) -> None:
-    if ONNXRUNTIME_CUDA.available() is None:
+    if ONNXRUNTIME_CUDA.refusal() is None:
         pytest.skip("there is a CUDA device")
     code, out, err = build()
     assert (code, out) == (4, "")

@@ -12,7 +12,7 @@ from latentrt.engines.device import BoundNet, Device, DeviceNet
 from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
 from latentrt.engines.onnxruntime.cuda_backend import ONNXRUNTIME_CUDA
 from latentrt.engines.onnxruntime.lowering.lower import lower
-from latentrt.engines.onnxruntime.nets import open_onnxruntime_net
+from latentrt.engines.onnxruntime.nets import cuda_available, open_onnxruntime_net
 from latentrt.engines.onnxruntime.tuning.choice import TUNED_NETS, relative_l2
 from latentrt.engines.onnxruntime.tuning.cuda import tune_package
 from latentrt.engines.onnxruntime.tuning.cuda_layouts import CUDA_LAYOUTS
@@ -25,7 +25,7 @@ from latentrt.runtime.pipeline import SHIPPED
 from tests.engines.net_inputs import random_inputs
 
 DEMO = Package.open(SHIPPED["demo"])
-REASON = ONNXRUNTIME_CUDA.available()
+REASON = cuda_available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 FP32 = NET_RELATIVE_L2["fp32"]  # to the CPU, with TF32 off
 
