@@ -1,22 +1,23 @@
 """The command `latentrt`: one thin module per verb, nothing heavy imported before a verb runs.
 
 Exit codes: 0 done, 2 usage, 3 bad model, 4 no backend or device, 5 out of memory, 6 cancelled,
-7 disk, 8 NaN or a constant picture, 1 anything else (engines/errors.py).
+7 disk, 8 NaN or a constant picture, 1 anything else (engines/errors.py); 141 nobody reads the output.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NoReturn
+from typing import Any, Protocol, runtime_checkable
 
 import typer
 
-from ..engines.errors import CancelledError, LatentrtError
+from ..engines.errors import CancelledError, LatentrtError, StorageError, UsageError
 from .bench import bench
 from .build import build
 from .cache import cache
@@ -24,6 +25,7 @@ from .convert import convert
 from .export import export
 from .generate import generate
 from .inspect import inspect, metadata
+from .streams import ReaderGoneError, standard_streams
 
 app = typer.Typer(
     name="latentrt",
@@ -38,6 +40,8 @@ for verb in (generate, export, build, inspect, metadata, convert):
     app.command()(verb)
 app.add_typer(bench, name="bench")
 app.add_typer(cache, name="cache")
+
+_READER_GONE = 128 + 13  # what a shell reports of a program that SIGPIPE ended
 
 
 class _StoppedError(BaseException):
@@ -61,23 +65,89 @@ def _stoppable() -> Generator[None]:
 
 def main() -> None:
     """Run the command line; an error latentrt raises on purpose becomes a message and an exit code."""
+    words = sys.argv[1:]
+    as_json = "--json" in (words[: words.index("--")] if "--" in words else words)
+    try:
+        with standard_streams() as output_lost, _remarks(logging.WARNING if as_json else logging.INFO):
+            try:
+                code = _run()
+            except LatentrtError as error:
+                code = _tell(error, as_json=as_json, output_lost=output_lost)
+    except ReaderGoneError:
+        code = _READER_GONE
+    raise SystemExit(code)
+
+
+def _run() -> int:
+    """Run the verb; what click says of the words of a command becomes a UsageError. Raises LatentrtError."""
     try:
         with _stoppable():
-            app()
-    except LatentrtError as error:
-        _fail(error)
+            code = app(prog_name="latentrt", standalone_mode=False)
+            sys.stdout.flush()
     except _StoppedError as stopped:
-        _fail(
-            CancelledError(
-                f"stopped by {stopped}", expected="to be left to finish", fix="Run it again to start over."
-            )
+        raise CancelledError(
+            f"stopped by {stopped}", expected="to be left to finish", fix="Run it again to start over."
+        ) from None
+    except Exception as error:
+        if isinstance(error, _ClickError):
+            raise _WordsError(error) from error
+        raise
+    return code if isinstance(code, int) else 0
+
+
+@runtime_checkable
+class _ClickError(Protocol):
+    """What click raises about the words of a command. typer has a copy of click, or the real one."""
+
+    def format_message(self) -> str: ...
+    def show(self) -> None: ...
+
+
+class _WordsError(UsageError):
+    """An unknown option or verb, a missing argument, a value that is none of its option's."""
+
+    def __init__(self, error: Any) -> None:
+        command = getattr(getattr(error, "ctx", None), "command_path", "latentrt")
+        super().__init__(
+            " ".join(error.format_message().split()).rstrip("."),
+            expected="the arguments and options that the help lists",
+            fix=f"See: {command} --help",
         )
+        self.show = error.show
 
 
-def _fail(error: LatentrtError) -> NoReturn:
-    if "--json" in sys.argv:
-        parts = {"type": type(error).__name__, "found": error.found, "expected": error.expected}
-        print(json.dumps({"error": {**parts, "fix": error.fix, "exit_code": error.exit_code}}))
-    else:
+def _tell(error: LatentrtError, *, as_json: bool, output_lost: Callable[[], bool]) -> int:
+    """Print an error; where JSON is asked for but cannot be printed, as text. Returns the exit code."""
+    if as_json:
+        kind = UsageError if isinstance(error, _WordsError) else type(error)
+        parts = {"type": kind.__name__, "found": error.found, "expected": error.expected, "fix": error.fix}
+        with suppress(StorageError):
+            print(json.dumps({"error": {**parts, "exit_code": error.exit_code}}))
+            sys.stdout.flush()
+    if isinstance(error, _WordsError) and not as_json:
+        error.show()  # click's own way: with the usage above
+    elif not as_json or output_lost():
         print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(error.exit_code) from None
+    return error.exit_code
+
+
+class _Remarks(logging.Handler):
+    """Prints what the library logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line; on the stream of this moment, because a progress bar puts its own there."""
+        print(f"latentrt: {record.getMessage()}", file=sys.stderr)
+
+
+@contextmanager
+def _remarks(level: int) -> Generator[None]:
+    """Print what the library logs from that level on, while the block runs."""
+    logger, handler = logging.getLogger("latentrt"), _Remarks()
+    before = logger.level
+    logger.setLevel(level)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)

@@ -90,13 +90,14 @@ class Call:
     def task(self) -> Task:
         """What every side opens. Raises UsageError for an unknown device."""
         from ..benchmarks.sides.contract import Task
+        from ..engines.processors import thread_count
 
-        backend = self.options["backend"]
+        backend, threads = self.options["backend"], self.options["threads"]
         return Task(
             package=self.package.root,
             checkpoint=self.model.checkpoint,
             backend=backend,
-            threads=self.options["threads"],
+            threads=None if threads is None else thread_count(threads),
             device=device_of(backend, self.options.get("device", "auto")),
         )
 

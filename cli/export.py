@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from typer import Argument, Option
 
 from ..engines.errors import BackendError
+from ..engines.installed import install_command
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def export(
         raise BackendError(
             f"export needs {', '.join(missing)}",
             expected="the extras [cpu,export]",
-            fix='Install them: pip install "latentrt[cpu,export]", or ".[cpu,export]" in a checkout.',
+            fix=f"Install them: {install_command('cpu,export')}",
         )
     from ..export.export import export_package
 

@@ -32,6 +32,7 @@ _REFINER_AT = "The share of the schedule at which the refiner takes over. Defaul
 _PREVIEW = "Write what can be seen so far to this file, after every step."
 _BACKEND = "auto, onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx."
 _LONGEST_NAME = 60  # bytes of a prompt in a file name; file systems end at 255
+_THREADS = "CPU threads; at most, and by default, one for each processor that may be used."
 _NO_METADATA = "Leave prompt and parameters out of the file."
 
 
@@ -68,7 +69,7 @@ def generate(
     grid: Annotated[bool, Option("--grid", help="Write one file with all pictures side by side.")] = False,
     preview: Annotated[Path | None, Option(metavar="FILE", help=_PREVIEW)] = None,
     backend: Annotated[str, Option(help=_BACKEND)] = "auto",
-    threads: Annotated[int | None, Option(help="CPU threads. Default: all.")] = None,
+    threads: Annotated[int | None, Option(help=_THREADS)] = None,
     no_metadata: Annotated[bool, Option("--no-metadata", help=_NO_METADATA)] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
     **parameters: Any,

@@ -6,8 +6,8 @@ A `HostBackend` opens nets that are called with arrays, a `DeviceBackend` nets o
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from .backends import BACKENDS
@@ -15,13 +15,6 @@ from .device import Device, DeviceNet, MemoryLedger
 from .errors import BackendError
 from .package import Package
 from .spec import Array, NetSpec
-
-Log = Callable[[str], None]
-
-
-def to_stderr(line: str) -> None:
-    """Print a remark to stderr: the log of whoever passes none."""
-    print(f"latentrt: {line}", file=sys.stderr)
 
 
 class Net(Protocol):
@@ -46,12 +39,12 @@ class Net(Protocol):
 class Backend(Protocol):
     """What every backend offers."""
 
-    def available(self) -> str | None:
-        """None if nets can be opened here, else the reason why not. Never raises."""
+    def refusal(self) -> BackendError | None:
+        """None if nets can be opened here, else the error that says why not. Never raises."""
         ...
 
     def describe(self) -> str:
-        """Name, version and device, for people. Raises BackendError where `available` has a reason."""
+        """Name, version and device, for people. Raises BackendError where `refusal` has an error."""
         ...
 
 
@@ -68,15 +61,15 @@ class HostBackend(Backend, Protocol):
 class DeviceBackend(Backend, Protocol):
     """A backend whose nets run on a device, driven by the device loop."""
 
-    def open_device(
-        self, package: Package, names: Sequence[str], *, log: Log
-    ) -> tuple[Device, Mapping[str, DeviceNet]]:
+    def open_device(self, package: Package, names: Sequence[str]) -> tuple[Device, Mapping[str, DeviceNet]]:
         """A device of the caller's own, and nets of the package on it.
 
-        `log` gets, in a line each, what a user should know of the engines that were found.
+        What a user should know of the engines that were found is logged.
         """
         ...
 
+
+_LOG = logging.getLogger(__name__)
 
 # A request that no engine covers is an error, so whoever has built engines names the backend.
 _AUTO = tuple(row for row in BACKENDS.values() if row.builds == "layouts")
@@ -85,6 +78,8 @@ _AUTO = tuple(row for row in BACKENDS.values() if row.builds == "layouts")
 def choose_backend(name: str = "auto") -> tuple[str, Backend]:
     """The backend of that name, or with "auto" the best one that can run here.
 
+    What "auto" takes is logged, with the reasons against the better ones.
+
     Raises:
         BackendError: an unknown name, or nothing of that name can run here.
     """
@@ -92,17 +87,26 @@ def choose_backend(name: str = "auto") -> tuple[str, Backend]:
         raise BackendError(
             f"unknown backend {name!r}",
             expected=f"auto, {', '.join(BACKENDS)}",
-            fix="Choose one of these: --backend auto.",
+            fix="Let it be chosen: --backend auto",
         )
-    reasons: list[str] = []
-    for row in _AUTO if name == "auto" else (BACKENDS[name],):
-        backend: Backend = row.load()
-        reason = backend.available()
-        if reason is None:
+    if name != "auto":
+        backend: Backend = BACKENDS[name].load()
+        if (refused := backend.refusal()) is None:
+            return name, backend
+        raise BackendError(
+            f"the backend {name} cannot run here: {refused.found}", expected=refused.expected, fix=refused.fix
+        )
+    refusals = dict[str, BackendError]()
+    for row in _AUTO:
+        backend = row.load()
+        if (refused := backend.refusal()) is None:
+            reasons = "".join(f"; not {better}: {why.found}" for better, why in refusals.items())
+            _LOG.info("auto takes %s: %s%s", row.name, backend.describe(), reasons)
             return row.name, backend
-        reasons.append(f"{row.name}: {reason} ({row.install})")
+        refusals[row.name] = refused
+    last = refusals[_AUTO[-1].name]  # the one that runs on every machine
     raise BackendError(
-        f"no backend can run here: {'; '.join(reasons)}",
-        expected="an installed backend",
-        fix=f"Install one: {BACKENDS['onnxruntime' if name == 'auto' else name].install}.",
+        "no backend can run here: " + "; ".join(f"{name}: {why.found}" for name, why in refusals.items()),
+        expected=last.expected,
+        fix=last.fix,
     )

@@ -36,7 +36,9 @@ class BackendRow:
     @property
     def install(self) -> str:
         """The command that installs the backend's libraries."""
-        return f'pip install "latentrt[{self.extra}]"'
+        from .installed import install_command
+
+        return install_command(self.extra)
 
     def load(self) -> Any:
         """The backend (`backend.HostBackend` or `backend.DeviceBackend`); imports its module."""

@@ -18,6 +18,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class LatentrtError(Exception):
     """A message in three parts, each also an attribute.
@@ -35,6 +37,32 @@ class LatentrtError(Exception):
         self.found = found
         self.expected = expected
         self.fix = fix
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What `pickle` and `copy` take: the message, every attribute and the cause.
+
+        `Exception` would call the class with the message alone, which these classes refuse: a process pool
+        that cannot read an error breaks, with all jobs that wait in it.
+        """
+        state = {**self.__dict__, "__suppress_context__": self.__suppress_context__}
+        if self.__cause__ is not None:
+            state["__cause__"] = _portable(self.__cause__)
+        return _remake, (type(self), self.args), state
+
+
+def _remake(kind: type[LatentrtError], args: tuple[Any, ...]) -> LatentrtError:
+    return kind.__new__(kind, *args)  # which sets `args`; attributes and cause follow as the state
+
+
+def _portable(cause: BaseException) -> BaseException:
+    """A cause that every process can read: itself, or its text where it does not pickle."""
+    import pickle
+
+    try:
+        pickle.loads(pickle.dumps(cause))  # noqa: S301 (of what this process has just written)
+    except Exception:  # whatever a foreign class raises
+        return RuntimeError(f"{type(cause).__name__}: {cause}")
+    return cause
 
 
 class UsageError(LatentrtError):

@@ -24,6 +24,7 @@ import torch
 from ..engines import spec
 from ..engines.errors import StorageError, UsageError
 from ..engines.package import MANIFEST, NetFile, Package, write_manifest
+from ..engines.processors import usable_processors
 from .checkpoint.open import Checkpoint
 from .graphs import passes, weights
 from .graphs.hoist import hoist
@@ -106,7 +107,7 @@ def export_package(
             note(line)
     calibration = Calibration(source) if dtype == "fp16" else None
     begin = _stages(len(components(source)) * (1 + (calibration is not None) + verify) + 1, progress)
-    with _beside(package, overwrite) as folder:
+    with _beside(package, overwrite) as folder, _torch_threads():
         nets: dict[str, NetFile] = {}
         for component in components(source):
             files = _export_component(source, component, folder, dtype, begin, calibration, report_islands)
@@ -122,6 +123,17 @@ def export_package(
             write_tokenizer(folder / name)
         write_manifest(folder, make_manifest(source, dtype, nets))
     return Package.open(package)
+
+
+@contextmanager
+def _torch_threads() -> Generator[None]:
+    """No more threads than there are processors for them: torch does not look at quotas."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, usable_processors()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _stages(total: int, report: Callable[[Progress], None] | None) -> Callable[[str], None]:

@@ -24,6 +24,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from ..engines.errors import DAMAGED_WEIGHTS, EXPORT_IN_FP32, NumericError
+from ..engines.processors import thread_count
 from ..engines.spec import Array
 from .graphs.attention import score_nodes, score_values, write_out_attention
 from .graphs.passes import forget_shapes
@@ -325,6 +326,7 @@ def open_session(path: Path, *, as_written: bool = False) -> Any:
 
     ort = cast(Any, onnxruntime)  # its own stubs are incomplete
     options = ort.SessionOptions()
+    options.intra_op_num_threads = thread_count(None)
     options.enable_cpu_mem_arena = False
     options.add_session_config_entry("session.disable_prepacking", "1")
     if as_written:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import warnings
+import logging
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 SHIPPED = {"demo": Path(__file__).resolve().parent.parent / "demo" / "package"}
 
+_LOG = logging.getLogger(__name__)
 Made = tuple["list[Image] | Array", "dict[str, str]"]  # what a result has for images, and what made them
 StepCallback = Callable[["Pipeline", int, float, dict[str, Any]], "dict[str, Any] | None"]
 
@@ -114,7 +115,6 @@ class Pipeline:
         backend: str = "auto",
         threads: int | None = None,
         graphs: Graphs = "auto",
-        log: Callable[[str], None] | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> Pipeline:
         """Open the shipped model ("demo") or a package folder.
@@ -125,7 +125,6 @@ class Pipeline:
             threads: of the CPU backend; None is every processor this process may use.
             graphs: on a device, whether rows are replayed as a captured graph: "on", "off", or "auto",
                 where that is faster.
-            log: on a device, is told what was given up when memory was short; None prints to stderr.
             cache_bytes: what encoded prompts may take; 0 encodes every prompt anew.
 
         Raises:
@@ -133,7 +132,7 @@ class Pipeline:
             BackendError: nothing installed can execute it, or there are no engines for it.
         """
         package = Package.open(SHIPPED.get(str(model), Path(model)))
-        options = LoopOptions(backend=backend, threads=threads, graphs=graphs, log=log)
+        options = LoopOptions(backend=backend, threads=threads, graphs=graphs)
         loop, description = open_loop(package, options)
         try:
             return cls.over(package, loop, description, cache_bytes=cache_bytes)
@@ -298,7 +297,7 @@ class Pipeline:
         with clock.stage("text_encoder"):
             conditioning = make_conditioning(request, manifest, self._text, noise, loop.call)
         for text, dropped in conditioning.dropped.items():
-            warnings.warn(f"the prompt {text[:40]!r}… is too long; dropped: {dropped!r}", stacklevel=3)
+            _LOG.warning("the prompt %r… is too long; dropped: %r", text[:40], dropped)
 
         # noise, or a picture with as much noise as the schedule begins with -> y (N, C, H/8, W/8)
         encode = partial(self._encode, clock, stop, request.tile)

@@ -1,6 +1,8 @@
 """How the tests share a machine when they run side by side (`-n`): by folder or file, a processor each."""
 
+import logging
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -20,6 +22,28 @@ if _WORKER and hasattr(os, "sched_setaffinity"):
     # Two libraries' thread pools on the same cores wait for each other by spinning: worse than one core each.
     _cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {_cores[int(_WORKER.removeprefix("gw")) % len(_cores)]})
+
+
+class _Lines(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines = list[str]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """What latentrt logs during a test, a line each (pytest's own plugin for that is switched off)."""
+    handler, logger = _Lines(), logging.getLogger("latentrt")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield handler.lines
+    logger.removeHandler(handler)
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the marks

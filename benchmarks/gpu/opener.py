@@ -10,11 +10,10 @@ import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from ...engines.backend import DeviceBackend, choose_backend, to_stderr
+from ...engines.backend import DeviceBackend, choose_backend
 from ...engines.cuda.device import CudaDevice
 from ...engines.cuda.facts import Nvml, facts
 from ...engines.device import Device
@@ -165,7 +164,7 @@ def backend_opener(backend: str, package: Package) -> Opener:
     return Opener(
         task=Task(package=package.root, backend=name, device="cuda"),
         package=package,
-        open_device=partial(engine.open_device, log=to_stderr),
+        open_device=engine.open_device,
         watch=CudaDevice,
         measured_by="NVML, all processes" if nvml_sees else "cudaMemGetInfo",
         peers=(name,) if name in SIDES else (),

@@ -17,6 +17,7 @@ import numpy as np
 from ...engines.onnxruntime import session as onnxruntime
 from ...engines.onnxruntime.nets import CPU
 from ...engines.package import Manifest, Package
+from ...engines.processors import thread_count
 from ...engines.spec import DTYPES, Array
 from ...runtime.loop.denoise import denoise, guide, guided_batch, narrow
 from ...runtime.loop.job import Clock
@@ -49,7 +50,7 @@ def open_side(task: Task) -> OpenSide:
     package = open_plain_package(task)
     options = onnxruntime.library().SessionOptions()  # what a user gets: not the settings of our own sessions
     options.log_severity_level = 3
-    options.intra_op_num_threads = task.threads or onnxruntime.usable_processors()
+    options.intra_op_num_threads = thread_count(task.threads)
     nets: dict[str, Net] = {}
     for name in PLAIN_NETS:
         file = package.manifest.nets[name]

@@ -19,6 +19,8 @@ _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 _INSUFFICIENT_DRIVER = 35  # cudaErrorInsufficientDriver: also the answer where there is no driver at all
 _NO_DEVICE = 100  # cudaErrorNoDevice
 _NVML_CLOCK_SM, _NVML_CLOCK_MEM, _NVML_TEMPERATURE_GPU = 1, 2, 0
+_ON_CPU = "Without one, run on the CPU: --backend onnxruntime"
+_LOOK = f"See what `nvidia-smi` says. {_ON_CPU}"
 _FEWER = "Draw fewer or smaller pictures at once, or close what else uses the GPU (`nvidia-smi` lists it)."
 
 
@@ -70,7 +72,7 @@ def load_runtime() -> Any:
         raise BackendError(
             f"cuda-bindings cannot be loaded: {error}",
             expected="the package cuda-bindings",
-            fix="Install it: pip install cuda-bindings.",
+            fix="Install it: pip install cuda-bindings",
         ) from error
 
 
@@ -121,31 +123,44 @@ def _room(runtime: Any) -> str:
     return f"{free} of {total} bytes are free"
 
 
-def available(runtime: Any = None) -> str | None:
-    """None if a CUDA device can be used here, else the reason. Never raises."""
+def refusal(runtime: Any = None) -> BackendError | None:
+    """None if a CUDA device can be used here, else the error that says why not. Never raises."""
     try:
         runtime = runtime or load_runtime()
         error, count = runtime.cudaGetDeviceCount()
-        if not int(error):
-            return None if count else "there is no NVIDIA GPU"
-        return _reason(runtime, error)
+        if int(error):
+            return _refusal(runtime, error)
+        return None if count else _without("there is no NVIDIA GPU", _ON_CPU)
+    except BackendError as error:
+        return error
     except Exception as error:  # whatever goes wrong while asking is itself the answer
-        return getattr(error, "found", f"the CUDA runtime fails: {error}")
+        return _without(f"the CUDA runtime fails: {error}", _LOOK)
 
 
-def _reason(runtime: Any, error: Any) -> str:
+def available(runtime: Any = None) -> str | None:
+    """None if a CUDA device can be used here, else the reason. Never raises."""
+    found = refusal(runtime)
+    return None if found is None else found.found
+
+
+def _refusal(runtime: Any, error: Any) -> BackendError:
     runtime.cudaGetLastError()
     if int(error) == _NO_DEVICE:
-        return "there is no NVIDIA GPU"
+        return _without("there is no NVIDIA GPU", _ON_CPU)
     if int(error) != _INSUFFICIENT_DRIVER:
-        return f"CUDA cannot start: {_text(runtime.cudaGetErrorName(error))}"
+        return _without(f"CUDA cannot start: {_text(runtime.cudaGetErrorName(error))}", _LOOK)
     _, newest = runtime.cudaDriverGetVersion()
     if not newest:
-        return "there is no NVIDIA driver"
+        return _without("there is no NVIDIA driver", f"With an NVIDIA GPU, install its driver. {_ON_CPU}")
     _, needed = runtime.cudaRuntimeGetVersion()
-    return (
-        f"the NVIDIA driver is too old: it speaks CUDA {_version(newest)}, cuda-bindings {_version(needed)}"
+    return _without(
+        f"the NVIDIA driver is too old: it speaks CUDA {_version(newest)}, cuda-bindings {_version(needed)}",
+        f"Update the NVIDIA driver. {_ON_CPU}",
     )
+
+
+def _without(found: str, fix: str) -> BackendError:
+    return BackendError(found, expected="an NVIDIA GPU that CUDA can use", fix=fix)
 
 
 def _version(number: int) -> str:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from ..errors import MemoryLimitError, PackageError
+from ..errors import BackendError, MemoryLimitError, PackageError
 from ..package import Package
 from .nets import OnnxRuntimeNet
-from .session import available, library
+from .session import library, refusal
 from .tuning.cpu_layouts import lowered_graph
 
 
 class OnnxRuntimeBackend:
     """`HostBackend` of ONNX Runtime."""
 
-    def available(self) -> str | None:
-        """None if onnxruntime is installed, else the reason."""
-        return available()
+    def refusal(self) -> BackendError | None:
+        """None if onnxruntime works, else the error that says why not."""
+        return refusal()
 
     def describe(self) -> str:
         """Version and device."""

@@ -9,6 +9,7 @@ ONNX Runtime has a CUDA provider.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -16,27 +17,30 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from ..backend import Log, to_stderr
 from ..device import Device, DeviceNet
+from ..errors import BackendError
+from ..installed import install_command
 from ..package import Package
 from .lowering.files import lowering_missing
-from .nets import cuda_available, open_onnxruntime_net
+from .nets import cuda_refusal, open_onnxruntime_net
 from .session import library
 
 if TYPE_CHECKING:
     from ..store.engine_store import EngineStore
     from .tuning.cuda_layouts import StoredLayout
 
+_LOG = logging.getLogger(__name__)
+
 
 class OnnxRuntimeCudaBackend:
     """`DeviceBackend` of ONNX Runtime's CUDA provider."""
 
-    def available(self) -> str | None:
-        """None if ONNX Runtime can run nets on a CUDA device here, else the reason. Never raises."""
-        return cuda_available()
+    def refusal(self) -> BackendError | None:
+        """None if ONNX Runtime can run nets on a CUDA device here, else the error. Never raises."""
+        return cuda_refusal()
 
     def describe(self) -> str:
-        """Version and device, for people. Raises BackendError where `available` has a reason."""
+        """Version and device, for people. Raises BackendError where `refusal` has an error."""
         from ..cuda.facts import facts
 
         gpu = facts()
@@ -48,17 +52,17 @@ class OnnxRuntimeCudaBackend:
         names: Sequence[str],
         *,
         store: EngineStore | None = None,
-        log: Log = to_stderr,
         capture: bool = False,
         profile: Path | None = None,
     ) -> tuple[Device, Mapping[str, DeviceNet]]:
         """A device of the caller's own, and nets of the package on it.
 
+        One line is logged on the nets without a layout in the store, with the command that measures them.
+
         Args:
             package: the package.
             names: of its nets.
             store: where layouts are remembered; the user's own unless given.
-            log: gets one line on the nets without a layout in the store, and the command that measures them.
             capture: let runs be captured, see `open_onnxruntime_net`.
             profile: a folder for the library's profiles.
 
@@ -85,7 +89,7 @@ class OnnxRuntimeCudaBackend:
                 stack.callback(nets[name].close)
             stack.pop_all()
         if hint := _hint(package, stored):
-            log(hint)
+            _LOG.info(hint)
         return device, nets
 
 
@@ -106,7 +110,7 @@ def _hint(package: Package, stored: Mapping[str, StoredLayout]) -> str:
         return ""
     why = next(iter(unknown.values()))
     missing = lowering_missing()
-    first = f' (first: pip install "latentrt[cuda]", for {missing})' if missing else ""
+    first = f" (first: {install_command('cuda')}, for {missing})" if missing else ""
     return (
         f"{' and '.join(unknown)} run in the layout `plain`: {why};"
         f" measure which is the fastest here: latentrt build {package.root} --backend onnxruntime-cuda{first}"

@@ -20,6 +20,7 @@ import numpy as np
 
 from ..device import Addresses, Device, MemoryLedger, Shapes, check_addresses
 from ..errors import BackendError, LatentrtError, MemoryLimitError, PackageError, UsageError
+from ..installed import install_command
 from ..net_weights import engine_bytes
 from ..package import Package
 from ..spec import DTYPES, Array, NetSpec, output_shapes
@@ -28,15 +29,16 @@ from .lowering.winograd import kernels
 from .session import (
     CPU,
     Runs,
-    available,
     check_boundary,
     library,
     open_session,
+    refusal,
     run_error,
     run_options,
     session_options,
     shrinking_options,
 )
+from .wheels import reinstall_command
 
 CUDA = "CUDAExecutionProvider"
 CONV_SEARCHES = ("HEURISTIC", "EXHAUSTIVE", "DEFAULT")
@@ -44,15 +46,25 @@ CONV_SEARCHES = ("HEURISTIC", "EXHAUSTIVE", "DEFAULT")
 Submit = Callable[[Callable[[], None]], None]
 
 
-def cuda_available() -> str | None:
-    """None if ONNX Runtime can run nets on a CUDA device here, else the reason. Never raises."""
-    if reason := available():
-        return reason
+def cuda_refusal() -> BackendError | None:
+    """None if ONNX Runtime can run nets on a CUDA device here, else the error. Never raises."""
+    if found := refusal():
+        return found
     if CUDA not in library().get_available_providers():
-        return "the installed onnxruntime has no CUDA provider (onnxruntime-gpu has)"
+        return BackendError(
+            "the installed onnxruntime has no CUDA provider",
+            expected="the wheel onnxruntime-gpu, alone",
+            fix=f"Install it: {reinstall_command(gpu=True)}",
+        )
     from ..cuda import facts  # here: "auto" asks at every start, and a CPU needs nothing of CUDA
 
-    return facts.available()
+    return facts.refusal()
+
+
+def cuda_available() -> str | None:
+    """None if ONNX Runtime can run nets on a CUDA device here, else the reason. Never raises."""
+    found = cuda_refusal()
+    return None if found is None else found.found
 
 
 class OnnxRuntimeNet:
@@ -452,15 +464,16 @@ def _load_libraries() -> None:
 
 
 def _open_cuda_session(path: Path, options: Any, device: Device, settings: dict[str, str], name: str) -> Any:
-    stream: object = getattr(device, "stream", None)
-    reason = cuda_available()
-    if reason is None and not (isinstance(stream, int) and stream):
-        reason = f"{device.name} has no CUDA stream"
-    if reason is not None:
+    if found := cuda_refusal():
         raise BackendError(
-            f"onnxruntime cannot run on CUDA: {reason}",
-            expected="onnxruntime-gpu, an NVIDIA driver, and a CUDA device",
-            fix='Install it: pip install "latentrt[cuda]", or use --backend onnxruntime.',
+            f"onnxruntime cannot run on CUDA: {found.found}", expected=found.expected, fix=found.fix
+        )
+    stream: object = getattr(device, "stream", None)
+    if not (isinstance(stream, int) and stream):
+        raise BackendError(
+            f"onnxruntime cannot run on CUDA: {device.name} has no CUDA stream",
+            expected="a CUDA device",
+            fix="Run on the CPU: --backend onnxruntime",
         )
     _load_libraries()
     # The second run of a shape would allocate one block for the pattern that the first one left
@@ -480,6 +493,6 @@ def _open_cuda_session(path: Path, options: Any, device: Device, settings: dict[
         raise BackendError(
             "onnxruntime's CUDA provider did not load, and the CPU would run the net",
             expected="the CUDA and cuDNN libraries of its own version",
-            fix='Install them: pip install "onnxruntime-gpu[cuda,cudnn]".',
+            fix=f"Install them: {install_command('cuda')}",
         )
     return session

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import os
+import logging
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import BackendError, LatentrtError, MemoryLimitError, PackageError, UsageError
+from ..errors import BackendError, LatentrtError, MemoryLimitError, PackageError
+from ..installed import install_command
+from ..processors import thread_count
 from ..spec import NetSpec
+from .wheels import installed_wheels, reinstall_command, several_wheels
+
+_LOG = logging.getLogger(__name__)
 
 CPU = "CPUExecutionProvider"
 _ORT_TYPES = {
@@ -24,21 +30,45 @@ _ORT_TYPES = {
 _OUT_OF_MEMORY = ("alloc", "out of memory", "bfcarena")
 
 
+def refusal() -> BackendError | None:
+    """None if onnxruntime can open sessions, else the error that says why not. Never raises.
+
+    A second wheel in the same folder is no error, but is logged.
+    """
+    try:
+        if find_spec("onnxruntime") is None:
+            return BackendError(
+                "onnxruntime is not installed",
+                expected="the library that runs nets on any CPU",
+                fix=f"Install it: {install_command('cpu')}",
+            )
+        library().InferenceSession  # noqa: B018 (an empty folder imports as well)
+    except Exception as error:  # ImportError, OSError, AttributeError and others
+        wheels = " and ".join(installed_wheels()) or "no wheel that pip knows"
+        return BackendError(
+            f"onnxruntime is installed ({wheels}) and broken: {type(error).__name__}: {error}",
+            expected="all files of one wheel",
+            fix=f"Install it anew: {reinstall_command()}",
+        )
+    _tell_several_wheels()
+    return None
+
+
 def available() -> str | None:
-    """None if onnxruntime is installed, else the reason why nothing runs."""
-    return None if find_spec("onnxruntime") else "onnxruntime is not installed"
+    """None if onnxruntime can open sessions, else the reason why nothing runs. Never raises."""
+    found = refusal()
+    return None if found is None else found.found
+
+
+@cache
+def _tell_several_wheels() -> None:
+    if text := several_wheels():
+        _LOG.warning("%s", text)
 
 
 def library() -> Any:
     """The library, imported on first use (0.1 s); it has no type stubs, hence Any."""
     return import_module("onnxruntime")
-
-
-def usable_processors() -> int:
-    """The processors this process may run on, which may be fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def run_error(name: str, error: Exception, shapes: Mapping[str, tuple[int, ...]]) -> LatentrtError:
@@ -81,14 +111,10 @@ def check_boundary(session: Any, spec: NetSpec, path: Path) -> None:
 
 
 def session_options(threads: int | None) -> Any:
-    """Quiet, with `threads` for one run (None: every processor). Raises UsageError for less than 1."""
-    if threads is not None and threads < 1:
-        raise UsageError(
-            f"threads is {threads}", expected="at least 1", fix="Leave it out to use every core."
-        )
+    """Quiet, with `thread_count(threads)` threads for one run. Raises UsageError for less than 1."""
     options = library().SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads or usable_processors()
+    options.intra_op_num_threads = thread_count(threads)
     # Else threads wait busily for a while after a run, and take the cores from the next net's session.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options

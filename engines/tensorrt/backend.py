@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from ..backend import Log, to_stderr
 from ..cuda import facts as cuda_facts
 from ..cuda.device import CudaDevice
 from ..cuda.facts import DeviceFacts
@@ -21,6 +21,8 @@ from .build import find_engines
 from .flavour import Flavour, flavour, installed_version, load
 from .loading import EngineOf
 from .nets import open_entry
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,19 +103,19 @@ class TensorRTBackend:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def available(self, *, runtime: Any = None) -> str | None:
-        """None if engines can run here, else the reason; the library itself is not imported. Never raises.
+    def refusal(self, *, runtime: Any = None) -> BackendError | None:
+        """None if engines can run here, else the error; the library itself is not imported. Never raises.
 
         `runtime` is the CUDA runtime: `cuda.bindings.runtime` unless a test passes another.
         """
         try:
             flavour(self.name)
         except BackendError as error:
-            return error.found
-        return cuda_facts.available(runtime)
+            return error
+        return cuda_facts.refusal(runtime)
 
     def describe(self) -> str:
-        """Version and device, for people. Raises BackendError where `available` has a reason."""
+        """Version and device, for people. Raises BackendError where `refusal` has an error."""
         row = flavour(self.name)
         gpu = cuda_facts.facts()
         return f"{row.module} {installed_version(self.name)} ({gpu.name}, {gpu.sm})"
@@ -124,11 +126,10 @@ class TensorRTBackend:
         names: Sequence[str],
         *,
         store: EngineStore | None = None,
-        log: Log = to_stderr,
     ) -> tuple[Device, Mapping[str, DeviceNet]]:
         """A device of the caller's own, and every net behind all of its engines.
 
-        `log` is called if the library does not list this kind of device, or finds an engine not the best for
+        A line is logged if the library does not list this kind of device, or finds an engine not the best for
         it. `store` is the user's own unless given.
 
         Raises:
@@ -148,12 +149,12 @@ class TensorRTBackend:
                     expected="one of every net in the engine store (`latentrt cache ls`)",
                     fix=f"Build them: latentrt build {package.root} --backend {self.name}.",
                 )
-            nets = {name: _net(row, package, name, device, engines, log) for name, engines in found.items()}
+            nets = {name: _net(row, package, name, device, engines) for name, engines in found.items()}
         except BaseException:
             device.close()
             raise
         if line := _remark(row, device.facts):
-            log(line)
+            _LOG.warning(line)
         return device, nets
 
 
@@ -165,9 +166,7 @@ def _remark(row: Flavour, gpu: DeviceFacts) -> str:
     return f"TensorRT-RTX lists {', '.join(listed)}; this is {gpu.sm}: trying"
 
 
-def _net(
-    row: Flavour, package: Package, name: str, device: CudaDevice, engines: Engines, log: Log
-) -> ChosenNet:
+def _net(row: Flavour, package: Package, name: str, device: CudaDevice, engines: Engines) -> ChosenNet:
     file, root = package.manifest.nets[name], str(package.root)
 
     def opener(entry: Entry, profiles: tuple[NetProfile, ...]) -> Callable[[], DeviceNet]:
@@ -183,7 +182,7 @@ def _net(
             )
             net = open_entry(of, entry, package.path(file.graph))
             if net.remark:
-                log(f"the engine of {name!r}: {net.remark}")
+                _LOG.warning("the engine of %r: %s", name, net.remark)
             return net
 
         return open_engine

@@ -159,7 +159,7 @@ def flavour(backend: str, version: str | None = None) -> Flavour:
         raise BackendError(
             f"the backend {backend} needs the library {rows[0].module}, which is not installed",
             expected=f"{rows[0].module} {_lines(rows)}",
-            fix=f"Install it: {rows[0].install}.",
+            fix=f"Install it: {rows[0].install}",
         )
     for row in rows:
         if row.oldest <= _numbers(version) < row.before:
@@ -167,7 +167,7 @@ def flavour(backend: str, version: str | None = None) -> Flavour:
     raise BackendError(
         f"{rows[0].module} {version} is installed",
         expected=f"a release this version of latentrt knows: {_lines(rows)}",
-        fix=f"Install one: {rows[0].install.replace('install', 'install --upgrade', 1)}.",
+        fix=f"Install one: {rows[0].install.replace('install', 'install --upgrade', 1)}",
     )
 
 
@@ -183,7 +183,7 @@ def load(row: Flavour) -> Trt:
         raise BackendError(
             f"{row.module} cannot be imported ({error})",
             expected=f"a working installation of {row.module}",
-            fix=f"Install it again: {row.install.replace('install', 'install --force-reinstall', 1)}.",
+            fix=f"Install it again: {row.install.replace('install', 'install --force-reinstall', 1)}",
         ) from error
 
 

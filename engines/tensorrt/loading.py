@@ -25,7 +25,7 @@ _DIAGNOSTICS = {
     "VERSION_MISMATCH": ("another release of the library built it", ""),
     "UNSUPPORTED_CC": ("it was not built for the compute capability of this GPU", ""),
     "OLD_CUDA_DRIVER": ("the NVIDIA driver is too old for it", "Update the NVIDIA driver."),
-    "OLD_CUDA_RUNTIME": ("the CUDA runtime is too old for it", "Install it again: {install}."),
+    "OLD_CUDA_RUNTIME": ("the CUDA runtime is too old for it", "Install it again: {install}"),
     "INSUFFICIENT_GPU_MEMORY": ("it does not fit into the memory of this GPU", ""),
     "MALFORMED_ENGINE": ("it is no engine of this library", ""),
     "CUDA_ERROR": ("the device reported an error", "See whether `nvidia-smi` shows the GPU."),
@@ -123,7 +123,7 @@ def load_engine(of: EngineOf, data: bytes) -> Loaded:
         raise BackendError(
             f"{library} would run host code out of engines",
             expected="a runtime that does not (its default)",
-            fix=f"Install a release that latentrt knows: {of.flavour.install}.",
+            fix=f"Install a release that latentrt knows: {of.flavour.install}",
         )
     remark = _validity(of, trt, runtime, data)
     engine = runtime.deserialize_cuda_engine(data)

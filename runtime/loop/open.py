@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
-from ...engines.backend import DeviceBackend, HostBackend, Log, choose_backend, to_stderr
+from ...engines.backend import DeviceBackend, HostBackend, choose_backend
 from ...engines.package import Package
 from ...engines.spec import TEXT_ENCODERS
 from .denoise import HostLoop
@@ -19,19 +19,17 @@ _FOR_OTHER_TOOLS = ("unet_whole",)
 
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
-    """How a loop is opened. The last two count on a device only.
+    """How a loop is opened. `threads` count on the host only, `graphs` on a device.
 
     Attributes:
         backend: a name of `engines.backend.BACKENDS`, or "auto".
         threads: of a CPU backend; None is one for every processor this process may use.
         graphs: whether rows are replayed as a CUDA graph: "on", "off", or "auto", where that is faster.
-        log: is passed a line for everything given up when memory was short, and for what cannot be captured.
     """
 
     backend: str = "auto"
     threads: int | None = None
     graphs: Graphs = "auto"
-    log: Log | None = None
 
 
 def open_loop(package: Package, options: LoopOptions) -> tuple[Loop, str]:
@@ -51,10 +49,9 @@ def open_loop(package: Package, options: LoopOptions) -> tuple[Loop, str]:
     if isinstance(engine, DeviceBackend):
         from .device.loop import DeviceLoop
 
-        log = options.log or to_stderr
         used = [net for net in nets if net not in _FOR_OTHER_TOOLS]
-        device, opened = engine.open_device(package, used, log=log)
-        loop = DeviceLoop(device, opened, package.manifest, graphs=options.graphs, log=log)
+        device, opened = engine.open_device(package, used)
+        loop = DeviceLoop(device, opened, package.manifest, graphs=options.graphs)
         return loop, engine.describe()
     assert isinstance(engine, HostBackend), name
     with ExitStack() as stack:

@@ -14,6 +14,7 @@ from latentrt.benchmarks.process import Server
 from latentrt.benchmarks.sides import ceiling
 from latentrt.benchmarks.sides.contract import NotAvailableError, OpenSide, Task, Work, side
 from latentrt.benchmarks.sides.yardstick import GRAPH, SIZES, SKELETON, open_yardstick
+from latentrt.engines import processors
 from latentrt.engines.cuda import device as cuda_device
 from latentrt.engines.errors import UsageError
 from latentrt.engines.onnxruntime.nets import CPU
@@ -66,6 +67,7 @@ def test_a_copy_on_the_cpu_moves_what_it_says(monkeypatch: pytest.MonkeyPatch) -
         target[:] = source
         moved.append(source.nbytes)
 
+    monkeypatch.setattr(processors, "usable_processors", lambda: 3)
     opened = ceiling.host_ceiling(3, SMALL, copied=1000)
     monkeypatch.setattr(np, "copyto", copy)
     opened.prepare("copy", CASE).run()

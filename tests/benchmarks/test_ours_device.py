@@ -271,13 +271,13 @@ def test_a_pipeline_on_a_device_gets_this_side(monkeypatch: pytest.MonkeyPatch) 
     device = HostDevice()
 
     class Engine:
-        def available(self) -> None:
+        def refusal(self) -> None:
             return None
 
         def describe(self) -> str:
             return "engine 1.0"
 
-        def open_device(self, package: Package, names: tuple[str, ...], *, log: Any) -> Any:
+        def open_device(self, package: Package, names: tuple[str, ...]) -> Any:
             assert set(DEVICE_NETS) <= set(names) == set(PACKAGE.manifest.nets) - {"unet_whole"}
             return device, {
                 name: open_onnxruntime_net(package, name, device, provider=CPU, submit=device.submit)

@@ -21,6 +21,7 @@ from latentrt.cli.bench import device_of
 from latentrt.engines.backend import choose_backend
 from latentrt.engines.errors import UsageError
 from latentrt.engines.package import Package
+from latentrt.engines.processors import usable_processors
 from latentrt.runtime.pipeline import SHIPPED
 
 GOOD = Row(side="latentrt", workload="unet", rounds=((0.01, 0.02), (0.01, 0.03)))
@@ -86,6 +87,11 @@ def test_latency_is_told_everything(bench: Any, found: dict[str, Any], tmp_path:
     assert sides.task.checkpoint is not None, "the demo's own, in a checkout"
     assert found["pace"].budget == 9
     assert read_document(tmp_path / "a.json").model["name"] == "demo"
+
+
+def test_no_side_gets_more_threads_than_processors(bench: Any, found: dict[str, Any]) -> None:
+    assert bench("latency", "demo", "--threads", "9999")[0] == 0
+    assert found["what"].task.threads == usable_processors()
 
 
 def test_json_is_the_document(bench: Any, found: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from latentrt import cli
 from latentrt.cli import build as build_verb
+from latentrt.engines.installed import install_command
 from latentrt.engines.tensorrt.flavour import flavour
 
 QUICK = ["--nets", "unet_time", "--profile", "64x64:b1"]
@@ -92,7 +93,7 @@ def test_a_dry_run_builds_nothing(latentrt: Any, tmp_path: Path) -> None:
         (["--optimization-level", "9"], 2, "optimization level is 9"),
         (["--nets", "unet,vae"], 2, "no net 'vae' to build"),
         (["--backend", "auto"], 4, "'auto' builds no engines"),
-        (["--backend", "tensorrt"], 4, 'pip install "latentrt[tensorrt]"'),
+        (["--backend", "tensorrt"], 4, install_command("tensorrt")),
         (["--hardware-compatibility", "ampere_plus"], 4, "ignores the hardware compatibility"),
         (["nowhere"], 3, "nowhere does not exist"),
     ],

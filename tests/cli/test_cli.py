@@ -1,6 +1,8 @@
 """The command line, as a person or a script calls it."""
 
 import json
+import logging
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pytest
 from PIL import Image
 
 from latentrt import cli
+from latentrt.engines.installed import install_command
 
 PROMPT = "a red circle on a blue background"
 QUICK = ["--steps", "2", "--seed", "7", "--threads", "1"]
@@ -153,13 +156,58 @@ def test_errors_as_json(latentrt: Any) -> None:
     assert all(error[part] for part in ("found", "expected", "fix"))
 
 
+@pytest.mark.parametrize(
+    ("words", "found", "command"),
+    [
+        (["generate", "x", "--stepz", "2"], "No such option", "latentrt generate --help"),
+        (["generate"], "Missing argument", "latentrt generate --help"),
+        (["generate", "x", "--threads", "many"], "Invalid value", "latentrt generate --help"),
+        (["export", "x", "-o", "p", "--dtype", "fp8"], "Invalid value", "latentrt export --help"),
+        (["export", "x"], "Missing option", "latentrt export --help"),
+        (["build", "--workspace", "x"], "Invalid value", "latentrt build --help"),
+        (["inspect", "a", "b"], "unexpected extra argument", "latentrt inspect --help"),
+        (["metadata"], "Missing argument", "latentrt metadata --help"),
+        (["convert"], "Missing argument", "latentrt convert --help"),
+        (["cache", "prune", "--older-than", "-1"], "Invalid value", "latentrt cache prune --help"),
+        (["cache", "nothing"], "No such command", "latentrt cache --help"),
+        (["bench", "latency", "--threads", "0"], "Invalid value", "latentrt bench latency --help"),
+        (["bench", "compare"], "Missing argument", "latentrt bench compare --help"),
+        (["nothing"], "No such command", "latentrt --help"),
+    ],
+)
+def test_wrong_words_as_json(latentrt: Any, words: list[str], found: str, command: str) -> None:
+    code, out, err = latentrt(*words, "--json")
+    error = json.loads(out)["error"]
+    assert (code, error["exit_code"], error["type"], err) == (2, 2, "UsageError", "")
+    assert found.lower() in error["found"].lower()
+    assert error["expected"]
+    assert error["fix"].endswith(f": {command}")
+    assert latentrt(*words)[0] == 2
+    assert latentrt(*command.split()[1:])[0] == 0, "the advice runs as it is printed"
+
+
+def test_json_behind_two_dashes_is_a_prompt(latentrt: Any) -> None:
+    code, out, err = latentrt("generate", "--sampler", "eulr", "--", "--json")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith("error: ")
+
+
+def test_what_the_library_logs_is_printed(latentrt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["generate", "red " * 80 + "star", *QUICK, "--prompt-syntax", "plain", "-o", "x.png"]
+    for asked in ([], ["--json"]):
+        code, _, err = latentrt(*words, *asked)
+        assert code == 0
+        assert len(re.findall("^latentrt: the prompt .* is too long; dropped: .*star", err, re.M)) == 1
+    assert all(type(one) is logging.NullHandler for one in logging.getLogger("latentrt").handlers)
+
+
 def test_export_without_torch_names_the_extra(latentrt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["latentrt.cli.export"]  # the attribute of that name is the verb
     monkeypatch.setattr(module, "find_spec", lambda name: None if name == "torch" else name)
     code, _, err = latentrt("export", "checkpoint", "-o", "package")
     assert code == 4
     assert "export needs torch;" in err
-    assert 'pip install "latentrt[cpu,export]"' in err
+    assert err.endswith(f"Install them: {install_command('cpu,export')}\n")
 
 
 @pytest.mark.parametrize("verb", [[], ["generate"], ["export"], ["inspect"], ["metadata"]])
@@ -192,5 +240,8 @@ def test_a_signal_ends_with_exit_code_6_and_leaves_no_picture(name: str, tmp_pat
     running.send_signal(getattr(signal, name))
     _, said = running.communicate(timeout=60)
     assert running.returncode == 6
-    assert said == f"error: stopped by {name}; expected to be left to finish. Run it again to start over.\n"
+    assert (
+        said.splitlines(keepends=True)[-1]
+        == f"error: stopped by {name}; expected to be left to finish. Run it again to start over.\n"
+    )
     assert not list(tmp_path.iterdir())

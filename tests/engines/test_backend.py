@@ -79,7 +79,7 @@ def test_a_lowered_net_holds_its_kernels_in_place_of_their_weights(tmp_path: Pat
 
 @pytest.mark.parametrize("threads", [0, -1])
 def test_too_few_threads(package: Package, threads: int) -> None:
-    with pytest.raises(UsageError, match=f"threads is {threads}; expected at least 1"):
+    with pytest.raises(UsageError, match=f"threads is {threads}; expected a whole number, at least 1"):
         ONNXRUNTIME.open_net(package, "unet", threads=threads)
 
 

@@ -16,6 +16,7 @@ from latentrt.engines.backend import DeviceBackend, choose_backend
 from latentrt.engines.cuda import device as cuda_device
 from latentrt.engines.cuda import facts as cuda_facts
 from latentrt.engines.errors import BackendError, PackageError
+from latentrt.engines.installed import install_command
 from latentrt.engines.onnxruntime import cuda_backend
 from latentrt.engines.onnxruntime.cuda_backend import ONNXRUNTIME_CUDA
 from latentrt.engines.onnxruntime.lowering import files as lowering_files
@@ -61,7 +62,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Generator[KnownHost]:
     for module in (cuda_device, tuning):
         monkeypatch.setattr(module, "CudaDevice", lambda: device)
     for module in (cuda_backend, tuning):
-        monkeypatch.setattr(module, "cuda_available", lambda: None)
+        monkeypatch.setattr(module, "cuda_refusal", lambda: None)
         monkeypatch.setattr(module, "open_onnxruntime_net", open_on_cpu)
     monkeypatch.setattr(cuda_facts, "facts", lambda: GPU)
     yield device
@@ -140,15 +141,15 @@ def test_measured_elsewhere(
     demo: Package,
     store: EngineStore,
     host: KnownHost,
+    logged: list[str],
     change: dict[str, str],
     reason: str,
 ) -> None:
     remember(demo, "unet", "nhwc", store, **change)
     stored = stored_layout(demo, "unet", store, GPU)
     assert (stored.layout.name, stored.graph) == ("plain", None)
-    told = list[str]()
-    device, nets = ONNXRUNTIME_CUDA.open_device(demo, ["unet"], log=told.append)
-    (line,) = told
+    device, nets = ONNXRUNTIME_CUDA.open_device(demo, ["unet"])
+    (line,) = logged
     assert line.startswith("unet run in the layout `plain`: the nearest engine, of unet, differs in ")
     assert re.search(reason, line)
     assert f"latentrt build {demo.root} --backend onnxruntime-cuda" in line
@@ -173,10 +174,9 @@ def test_a_choice_that_is_damaged_or_from_another_release(demo: Package, store: 
 
 
 def test_available_here() -> None:
-    if (reason := ONNXRUNTIME_CUDA.available()) is None:
+    if ONNXRUNTIME_CUDA.refusal() is None:
         pytest.skip("there is a CUDA device")
-    assert reason
-    with pytest.raises(BackendError, match="onnxruntime-cuda: "):
+    with pytest.raises(BackendError, match="backend onnxruntime-cuda cannot run here: "):
         choose_backend("onnxruntime-cuda")
 
 
@@ -189,7 +189,12 @@ def test_it_is_a_device_backend(host: KnownHost) -> None:
 
 
 def test_each_net_opens_in_its_layout(
-    demo: Package, store: EngineStore, host: KnownHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    demo: Package,
+    store: EngineStore,
+    host: KnownHost,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    logged: list[str],
 ) -> None:
     (tmp_path / "graphs").mkdir()
     opened = list[tuple[str, bytes, bool]]()
@@ -199,9 +204,8 @@ def test_each_net_opens_in_its_layout(
         for net, layout in (("unet", "groupnorm"), ("vae_decoder", "nhwc"))
     }
     graphs = {net: (store.engines / key.digest / "engine.bin").read_bytes() for net, key in keys.items()}
-    told = list[str]()
-    device, nets = ONNXRUNTIME_CUDA.open_device(demo, DEVICE_NETS, log=told.append)
-    assert told == []
+    device, nets = ONNXRUNTIME_CUDA.open_device(demo, DEVICE_NETS)
+    assert logged == []
     assert [item[0] for item in opened] == list(nets) == list(DEVICE_NETS)
     asked = {name: (graph, nhwc) for name, graph, nhwc in opened}
     assert asked.pop("unet") == (graphs["unet"], True)
@@ -217,23 +221,25 @@ def test_the_hint_is_one_line(
     store: EngineStore,
     host: KnownHost,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    logged: list[str],
 ) -> None:
     def hint(*names: str) -> str:
         device, nets = ONNXRUNTIME_CUDA.open_device(demo, names)
         for net in nets.values():
             net.close()
         device.close()
-        return capsys.readouterr().err
+        lines = "; ".join(logged)
+        logged.clear()
+        return lines
 
     command = f"latentrt build {demo.root} --backend onnxruntime-cuda"
     assert hint("step", "unet", "vae_decoder") == (
-        "latentrt: unet and vae_decoder run in the layout `plain`: no engine of unet for onnxruntime-cuda has"
-        f" been built yet; measure which is the fastest here: {command}\n"
+        "unet and vae_decoder run in the layout `plain`: no engine of unet for onnxruntime-cuda has"
+        f" been built yet; measure which is the fastest here: {command}"
     )
     monkeypatch.setattr(lowering_files, "find_spec", lambda name: None)
     assert hint("unet").endswith(
-        f'{command} (first: pip install "latentrt[cuda]", for onnx-ir is not installed)\n'
+        f"{command} (first: {install_command('cuda')}, for onnx-ir is not installed)"
     )
     remember(demo, "unet", "plain", store)
     assert hint("step", "unet") == ""
@@ -252,7 +258,7 @@ def test_nothing_stays_open_after_an_error(
 
     monkeypatch.setattr(cuda_backend, "open_onnxruntime_net", fails_later)
     with pytest.raises(PackageError):
-        ONNXRUNTIME_CUDA.open_device(demo, ["step", "unet"], log=lambda line: None)
+        ONNXRUNTIME_CUDA.open_device(demo, ["step", "unet"])
     assert host.closed
     with pytest.raises(BackendError, match="'step' is closed"):
         opened[0].session()
@@ -265,7 +271,7 @@ def test_it_draws_what_the_host_draws(
     host: KnownHost,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    logged: list[str],
     layout: str | None,
 ) -> None:
     """The lowered graphs, out of the store, as the oracle's functions."""
@@ -281,7 +287,7 @@ def test_it_draws_what_the_host_draws(
     assert found.shape == wanted.shape == (1, 64, 96, 3)
     assert np.abs(found - wanted).max() <= 1
     assert host.closed
-    assert bool(capsys.readouterr().err) == (layout is None)
+    assert bool(logged) == (layout is None)
 
 
 # ── the command ─────────────────────────────────────────────────────────────────────────────────────────
@@ -303,7 +309,7 @@ def build(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], d
 
 
 def test_the_command_without_a_gpu(build: Any, store: EngineStore) -> None:
-    if ONNXRUNTIME_CUDA.available() is None:
+    if ONNXRUNTIME_CUDA.refusal() is None:
         pytest.skip("there is a CUDA device")
     code, out, err = build()
     assert (code, out) == (4, "")

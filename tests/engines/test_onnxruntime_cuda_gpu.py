@@ -12,7 +12,7 @@ from latentrt.engines.device import BoundNet, Device, DeviceNet
 from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
 from latentrt.engines.onnxruntime.cuda_backend import ONNXRUNTIME_CUDA
 from latentrt.engines.onnxruntime.lowering.lower import lower
-from latentrt.engines.onnxruntime.nets import open_onnxruntime_net
+from latentrt.engines.onnxruntime.nets import cuda_available, open_onnxruntime_net
 from latentrt.engines.onnxruntime.tuning.choice import TUNED_NETS, relative_l2
 from latentrt.engines.onnxruntime.tuning.cuda import tune_package
 from latentrt.engines.onnxruntime.tuning.cuda_layouts import CUDA_LAYOUTS
@@ -25,7 +25,7 @@ from latentrt.runtime.pipeline import SHIPPED
 from tests.engines.net_inputs import random_inputs
 
 DEMO = Package.open(SHIPPED["demo"])
-REASON = ONNXRUNTIME_CUDA.available()
+REASON = cuda_available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 FP32 = NET_RELATIVE_L2["fp32"]  # to the CPU, with TF32 off
 
@@ -150,8 +150,8 @@ def test_activations_go_back(device: CudaDevice, tmp_path: Path) -> None:
             assert relative_l2(array, wanted[output]) <= FP32, output
 
 
-def test_measured_remembered_and_opened(tmp_path: Path) -> None:
-    store, told = EngineStore(tmp_path), list[str]()
+def test_measured_remembered_and_opened(tmp_path: Path, logged: list[str]) -> None:
+    store = EngineStore(tmp_path)
     for item in tune_package(DEMO, store):
         facts = item.entry.facts
         print(item.net, facts["layout"], facts)  # `pytest -s` shows the figures
@@ -159,8 +159,8 @@ def test_measured_remembered_and_opened(tmp_path: Path) -> None:
         assert set(facts["milliseconds"]) == set(CUDA_LAYOUTS)
         assert max(facts["relative_l2"].values()) <= FP32
     assert not any(item.why for item in tune_package(DEMO, store))
-    device, nets = ONNXRUNTIME_CUDA.open_device(DEMO, TUNED_NETS, store=store, log=told.append)
-    assert (told, set(nets)) == ([], set(TUNED_NETS))
+    device, nets = ONNXRUNTIME_CUDA.open_device(DEMO, TUNED_NETS, store=store)
+    assert (logged, set(nets)) == ([], set(TUNED_NETS))
     for net in nets.values():
         net.close()
     device.close()

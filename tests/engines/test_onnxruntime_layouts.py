@@ -233,9 +233,10 @@ def test_nets_without_a_choice(demo: Package, tmp_path: Path) -> None:
 
 
 def test_without_onnx_ir_or_a_gpu(demo: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxruntime_tuning, "cuda_available", lambda: "there is no NVIDIA GPU")
+    refused = BackendError("there is no NVIDIA GPU", expected="one", fix="Buy one.")
+    monkeypatch.setattr(onnxruntime_tuning, "cuda_refusal", lambda: refused)
     with pytest.raises(BackendError, match="there is no NVIDIA GPU"):
         tune_package(demo, EngineStore(tmp_path))
     monkeypatch.setattr(lowering_files, "find_spec", lambda name: None)
-    with pytest.raises(BackendError, match=r"onnx-ir is not installed.*latentrt\[cuda\]"):
+    with pytest.raises(BackendError, match=r"onnx-ir is not installed.*pip install onnx-ir$"):
         tune_package(demo, EngineStore(tmp_path), device=KnownHost())

@@ -11,7 +11,7 @@ from latentrt.engines.errors import BackendError
 from latentrt.engines.onnxruntime import nets as onnxruntime_nets
 from latentrt.engines.onnxruntime import session as onnxruntime_runs
 from latentrt.engines.onnxruntime import session as onnxruntime_session
-from latentrt.engines.onnxruntime.nets import CPU, CUDA, cuda_available, open_onnxruntime_net
+from latentrt.engines.onnxruntime.nets import CPU, CUDA, cuda_available, cuda_refusal, open_onnxruntime_net
 from latentrt.engines.onnxruntime.session import WAIT_EVERY
 from latentrt.engines.package import Package
 
@@ -68,7 +68,7 @@ def cuda_library(monkeypatch: pytest.MonkeyPatch) -> Library:
     fake = Library(onnxruntime_session.library(), [CUDA, CPU])
     for module in (onnxruntime_session, onnxruntime_nets, onnxruntime_runs):
         monkeypatch.setattr(module, "library", lambda: fake)
-    monkeypatch.setattr(cuda_facts, "available", lambda: None)
+    monkeypatch.setattr(cuda_facts, "refusal", lambda: None)
     onnxruntime_nets._load_libraries.cache_clear()
     return fake
 
@@ -202,10 +202,12 @@ def test_a_provider_that_does_not_load(package: Package, cuda_library: Library) 
 def test_cuda_available(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Library(onnxruntime_session.library(), [CUDA, CPU])
     monkeypatch.setattr(onnxruntime_nets, "library", lambda: fake)
-    monkeypatch.setattr(cuda_facts, "available", lambda: "there is no NVIDIA driver")
+    refused = BackendError("there is no NVIDIA driver", expected="one", fix="Install it.")
+    monkeypatch.setattr(cuda_facts, "refusal", lambda: refused)
     assert cuda_available() == "there is no NVIDIA driver"
     monkeypatch.setattr(fake, "get_available_providers", lambda: [CPU])
     assert "no CUDA provider" in str(cuda_available())
+    assert "pip install" in str(cuda_refusal())
     monkeypatch.setattr(onnxruntime_session, "find_spec", lambda name: None)
     assert cuda_available() == "onnxruntime is not installed"
 

@@ -21,12 +21,15 @@ class NoGpu:
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
 def test_the_reason_is_the_first_thing_that_is_missing(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("latentrt.engines.tensorrt.flavour.installed_version", lambda _: None)
-    assert "is not installed" in (TensorRTBackend(backend).available() or "")
+    assert "is not installed" in str(TensorRTBackend(backend).refusal())
     monkeypatch.setattr("latentrt.engines.tensorrt.flavour.installed_version", lambda _: "9.0")
-    assert "9.0 is installed" in (TensorRTBackend(backend).available() or "")
+    assert "9.0 is installed" in str(TensorRTBackend(backend).refusal())
     version = {"tensorrt": "10.14.1", "tensorrt-rtx": "1.7.1"}[backend]
     monkeypatch.setattr("latentrt.engines.tensorrt.flavour.installed_version", lambda _: version)
-    assert TensorRTBackend(backend).available(runtime=NoGpu()) == "there is no NVIDIA GPU"
+    refused = TensorRTBackend(backend).refusal(runtime=NoGpu())
+    assert refused is not None
+    assert refused.found == "there is no NVIDIA GPU"
+    assert "pip" not in refused.fix, "the library is there"
 
 
 def test_describe(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +44,7 @@ def test_describe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_backend() -> None:
-    assert TensorRTBackend("tensorrt-lean").available()
+    assert TensorRTBackend("tensorrt-lean").refusal()
     with pytest.raises(BackendError):
         TensorRTBackend("tensorrt-lean").describe()
 
@@ -49,6 +52,6 @@ def test_an_unknown_backend() -> None:
 def test_without_a_gpu_no_device_opens() -> None:
     assert isinstance(TENSORRT, DeviceBackend)
     assert isinstance(TENSORRT_RTX, DeviceBackend)
-    if cuda_facts.available() is not None and TENSORRT_RTX.available():
+    if cuda_facts.available() is not None and TENSORRT_RTX.refusal():
         with pytest.raises(BackendError):
             TENSORRT_RTX.open_device(setting.PACKAGE, ("unet",))

@@ -146,7 +146,7 @@ class Rounded:
 class RoundedBackend:
     """For `Pipeline`, in the place of a HostBackend."""
 
-    def available(self) -> str | None:
+    def refusal(self) -> None:
         return None
 
     def describe(self) -> str:

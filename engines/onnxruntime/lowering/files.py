@@ -34,6 +34,16 @@ def lowering_missing() -> str | None:
     return None if find_spec("onnx_ir") else "onnx-ir is not installed"
 
 
+def check_lowering() -> None:
+    """Raise BackendError where graphs cannot be lowered, so that there is no layout but `plain`."""
+    if reason := lowering_missing():
+        raise BackendError(
+            f"there is no layout but `plain`: {reason}",
+            expected="the library that lowers graphs for ONNX Runtime",
+            fix="Install it: pip install onnx-ir",
+        )
+
+
 def read_graph(package: Package, net: str) -> ir.Model:
     """The graph of one net, with its weights still in the package.
 
@@ -41,12 +51,7 @@ def read_graph(package: Package, net: str) -> ir.Model:
         BackendError: onnx-ir is not installed.
         PackageError: onnx-ir cannot read the graph.
     """
-    if reason := lowering_missing():
-        raise BackendError(
-            reason,
-            expected="the library that lowers graphs for ONNX Runtime",
-            fix="Install it: pip install onnx-ir.",
-        )
+    check_lowering()
     import onnx_ir
 
     ir = cast(Any, onnx_ir)  # its own types of load and save are incomplete

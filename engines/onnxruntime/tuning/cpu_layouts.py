@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import LatentrtError
 from ...package import Package
+from ...processors import usable_processors
 from ...store.files import default_root
 from ..lowering.files import LoweredGraph
 from ..lowering.winograd import Kernel
-from ..session import usable_processors
 from .choice import TUNED_NETS
 
 if TYPE_CHECKING:

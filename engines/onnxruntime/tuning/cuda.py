@@ -19,9 +19,9 @@ from ...package import Package
 from ...spec import DTYPES, Array, output_shapes
 from ...store.engine_store import BuiltEngine, EngineStore, OnProgress, Report, build_missing
 from ...tolerances import NET_RELATIVE_L2
-from ..lowering.files import lowering_missing
+from ..lowering.files import check_lowering
 from ..lowering.lower import lower
-from ..nets import cuda_available, open_onnxruntime_net
+from ..nets import cuda_refusal, open_onnxruntime_net
 from .choice import ROUNDS, WARM_UP, Measured, choice_facts, choose_layout, measured_profile, tuned_nets
 from .cuda_layouts import CUDA_LAYOUTS, CudaLayout, layout_key
 
@@ -56,12 +56,7 @@ def tune_package(
         if device is None:
             device = _cuda_device()
             stack.callback(device.close)
-        if reason := lowering_missing():
-            raise BackendError(
-                f"there is no layout but `plain` to measure: {reason}",
-                expected="onnx-ir, which lowers graphs, beside onnxruntime-gpu",
-                fix='Install it: pip install "latentrt[cuda]".',
-            )
+        check_lowering()
 
         def measure(net: str, path: Path, report: Report) -> dict[str, Any]:
             with TemporaryDirectory() as folder:
@@ -72,11 +67,11 @@ def tune_package(
 
 
 def _cuda_device() -> CudaDevice:
-    if reason := cuda_available():
+    if found := cuda_refusal():
         raise BackendError(
-            f"layouts are measured on the GPU that runs them, and onnxruntime cannot use one here: {reason}",
-            expected="onnxruntime-gpu, an NVIDIA driver and a CUDA device",
-            fix='Run it on the machine that has the GPU, after: pip install "latentrt[cuda]".',
+            f"layouts are measured on the GPU that runs them, and here is none to use: {found.found}",
+            expected=found.expected,
+            fix=found.fix,
         )
     return CudaDevice()
 

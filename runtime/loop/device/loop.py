@@ -8,6 +8,7 @@ before its rows, such as its prompts' contexts, is a `call` each, with a synchro
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -39,6 +40,7 @@ from .programs import (
     input_shapes,
 )
 
+_LOG = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 # A plan that fitted is tried first for so many requests of its size; then one starts from the top again.
@@ -70,7 +72,7 @@ class DeviceLoop:
         manifest: Manifest,
         *,
         graphs: Graphs = "auto",
-        log: Callable[[str], None] = lambda line: None,
+        log: Callable[[str], None] = _LOG.warning,
     ) -> None:
         self.device = device
         self.nets = nets
