@@ -18,6 +18,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 
 class LatentrtError(Exception):
     """A message in three parts, each also an attribute.
@@ -97,6 +99,11 @@ class NumericError(LatentrtError):
     """NaN, infinity or a constant picture."""
 
     exit_code = 8
+
+
+def command(*words: object) -> str:
+    """A command as a shell takes it, for the end of a `fix`: whatever follows it would stick to it."""
+    return shlex.join(map(str, words))
 
 
 # What to do about numbers that fp16 cannot hold, or that are not finite.

@@ -36,7 +36,7 @@ def make_manifest(
     scale = source.latent_scale
     image_noise = source.configs.get("image_noising_scheduler")
     return Manifest(
-        name=source.root.resolve().stem if source.root.is_file() else source.root.resolve().name,
+        name=source.name,
         family=source.family,
         dtype=dtype,
         latent_channels=_size(nets["vae_decoder"].spec.inputs[0].shape[1]),
