@@ -55,7 +55,7 @@ def export(
         raise BackendError(
             f"export needs {', '.join(missing)}",
             expected="the extras [cpu,export]",
-            fix='Install them: pip install "latentrt[cpu,export]", or ".[cpu,export]" in a checkout.',
+            fix='Install them: pip install "latentrt[cpu,export]"',
         )
     from ..export.export import export_package
 

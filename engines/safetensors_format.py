@@ -50,6 +50,14 @@ ITEM_SIZES: Mapping[str, int] = {
 # Types of the format that no net computes with; some are smaller than a byte.
 _QUANTISED = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _OTHER_WEIGHTS = "Use the model's fp16 or fp32 weights."
+# The exponent's bits, all set in what is not finite; as unsigned numbers.
+_EXPONENTS: Mapping[str, tuple[type[np.unsignedinteger[Any]], int]] = {
+    "F16": (np.uint16, 0x7C00),
+    "BF16": (np.uint16, 0x7F80),
+    "F32": (np.uint32, 0x7F800000),
+    "F64": (np.uint64, 0x7FF0000000000000),
+}
+_CHUNK = 2**22  # numbers that are looked at together
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _METADATA = "__metadata__"
 
@@ -118,6 +126,24 @@ def map_tensors(
         whole: Bytes = np.memmap(stream, np.uint8, mode="c" if writable else "r")
     places = header.tensors.items()
     return header, {name: whole[place.offset : place.offset + place.length] for name, place in places}
+
+
+def first_not_finite(path: Path, *, error: type[ModelError] = CheckpointError) -> str | None:
+    """The first tensor with NaN or infinity in it, by name. Reads the whole file.
+
+    Raises:
+        ModelError: as `read_header`.
+    """
+    header, tensors = map_tensors(path, error=error)
+    for name, content in tensors.items():
+        if header.tensors[name].dtype not in _EXPONENTS:
+            continue
+        kind, exponent = _EXPONENTS[header.tensors[name].dtype]
+        bits = content.view(kind)
+        for begin in range(0, len(bits), _CHUNK):
+            if ((bits[begin : begin + _CHUNK] & kind(exponent)) == exponent).any():
+                return name
+    return None
 
 
 def write_file(
