@@ -89,7 +89,7 @@ def convert_pickle(source: Path | Sequence[Path], output: Path, *, overwrite: bo
             raise StorageError(
                 f"{output} cannot be written ({error.strerror})",
                 expected=f"a folder with {written} bytes free",
-                fix="Choose another place with the option -o.",
+                fix="Pass -o with another place.",
             ) from error
     return Converted(
         path=output,
