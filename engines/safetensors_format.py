@@ -139,7 +139,7 @@ def first_not_finite(path: Path, *, error: type[ModelError] = CheckpointError) -
         if header.tensors[name].dtype not in _EXPONENTS:
             continue
         kind, exponent = _EXPONENTS[header.tensors[name].dtype]
-        bits = content.view(kind)
+        bits = np.frombuffer(content, kind)
         for begin in range(0, len(bits), _CHUNK):
             if ((bits[begin : begin + _CHUNK] & kind(exponent)) == exponent).any():
                 return name
@@ -219,7 +219,8 @@ class _Reader:
         text, data_size = self._text(stream)
         entries = self._parse(text)
         metadata = entries.pop(_METADATA, None)
-        metadata = {} if metadata is None else metadata  # the library takes null for none
+        if metadata is None:
+            metadata = dict[str, object]()  # the library takes null for none
         if not isinstance(metadata, dict) or not all(
             isinstance(value, str) for value in cast(dict[str, object], metadata).values()
         ):
