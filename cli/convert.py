@@ -10,9 +10,13 @@ from typer import Argument, Option
 
 
 def convert(
-    source: Annotated[Path, Argument(help="A .ckpt, .pt, .pth or .bin file that torch.save wrote.")],
+    source: Annotated[
+        list[Path],
+        Argument(help="A .ckpt, .pt, .pth or .bin file that torch.save wrote, or all shards of one."),
+    ],
     output: Annotated[
-        Path | None, Option("--output", "-o", help="The .safetensors file; by default beside the source.")
+        Path | None,
+        Option("--output", "-o", help="The .safetensors file; by default beside the source."),
     ] = None,
     overwrite: Annotated[
         bool, Option("--overwrite", help="Replace an existing file once the new one is complete.")
@@ -22,7 +26,7 @@ def convert(
     """Write the weights of a pickled checkpoint as safetensors. Nothing that the pickle asks for is run."""
     from ..export.pickles.convert import convert_pickle
 
-    done = convert_pickle(source, output or source.with_suffix(".safetensors"), overwrite=overwrite)
+    done = convert_pickle(source, output or source[0].with_suffix(".safetensors"), overwrite=overwrite)
     if as_json:
         print(json.dumps({**vars(done), "path": str(done.path)}))
         return

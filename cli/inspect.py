@@ -17,7 +17,9 @@ def inspect(
     sampler: Annotated[str | None, Option("--sampler", help="Print this sampler's table.")] = None,
     steps: Annotated[int, Option("--steps", help="Number of inference steps of the table.")] = 20,
     samplers: Annotated[bool, Option("--samplers", help="List the samplers.")] = False,
-    verify: Annotated[bool, Option("--verify", help="Hash every file against the manifest.")] = False,
+    verify: Annotated[
+        bool, Option("--verify", help="Hash every file, and look for NaN in the weights.")
+    ] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show a package, the list of samplers, or a sampler's table for that package's schedule."""
@@ -29,6 +31,7 @@ def inspect(
     opened = Package.open(SHIPPED.get(package, package))
     if verify:
         opened.verify()
+        opened.check_weights()
     if sampler is not None:
         return _print_table(opened, sampler, steps, as_json=as_json)
     return _print_package(opened, as_json=as_json)

@@ -23,6 +23,8 @@ from typing import Any, cast
 
 from .errors import PackageError
 from .external_data import check_external_data
+from .lfs import refuse_pointer
+from .safetensors_format import first_not_finite
 from .spec import NETS, TEXT_ENCODERS, VECTORS, NetSpec
 
 SCHEMA = 2  # 1 had no pictures to start from, and only Stable Diffusion 1.x and 2.x
@@ -298,6 +300,16 @@ class Package:
                     fix=_EXPORT_AGAIN,
                 )
 
+    def check_weights(self) -> None:
+        """Read every weight. Raises PackageError for the first tensor that is not finite."""
+        for name in dict.fromkeys(net.weights for net in self.manifest.nets.values() if net.weights):
+            if tensor := first_not_finite(self.path(name), error=PackageError):
+                raise PackageError(
+                    f"{self.root / name}: the tensor {tensor!r:.80} has values that are NaN or infinite",
+                    expected="finite weights",
+                    fix="Export another copy of the checkpoint; this one's weights are damaged.",
+                )
+
     def _check_file(self, name: str, record: FileRecord) -> None:
         check_inside(name)
         path = self.root / name
@@ -309,6 +321,7 @@ class Package:
                 fix=_EXPORT_AGAIN,
             )
         if path.stat().st_size != record.size:
+            refuse_pointer(path, PackageError)
             raise PackageError(
                 f"{path} has {path.stat().st_size} bytes",
                 expected=f"{record.size} bytes (an interrupted copy?)",
@@ -370,6 +383,7 @@ def _read_manifest(root: Path) -> Manifest:
             expected="a folder that `latentrt export` wrote, or the name of the shipped model, `demo`",
             fix=f"Make one: latentrt export {root} -o PACKAGE." if looks[0] == "a" else _EXPORT_AGAIN,
         )
+    refuse_pointer(path, PackageError)
     try:
         if path.stat().st_size > _MANIFEST_LIMIT:
             raise ValueError(f"it has {path.stat().st_size} bytes")

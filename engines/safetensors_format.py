@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import CheckpointError, ModelError
+from .lfs import refuse_pointer
 
 _HEADER_LIMIT = 100_000_000  # bytes; the safetensors library's own
 # A parsed value takes up to 64 bytes of memory, so values are counted before they are parsed. A tensor has
@@ -46,6 +47,17 @@ ITEM_SIZES: Mapping[str, int] = {
     "U64": 8,
     "F64": 8,
 }
+# Types of the format that no net computes with; some are smaller than a byte.
+_QUANTISED = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+_OTHER_WEIGHTS = "Use the model's fp16 or fp32 weights."
+# The exponent's bits, all set in what is not finite; as unsigned numbers.
+_EXPONENTS: Mapping[str, tuple[type[np.unsignedinteger[Any]], int]] = {
+    "F16": (np.uint16, 0x7C00),
+    "BF16": (np.uint16, 0x7F80),
+    "F32": (np.uint32, 0x7F800000),
+    "F64": (np.uint64, 0x7FF0000000000000),
+}
+_CHUNK = 2**22  # numbers that are looked at together
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _METADATA = "__metadata__"
 
@@ -114,6 +126,24 @@ def map_tensors(
         whole: Bytes = np.memmap(stream, np.uint8, mode="c" if writable else "r")
     places = header.tensors.items()
     return header, {name: whole[place.offset : place.offset + place.length] for name, place in places}
+
+
+def first_not_finite(path: Path, *, error: type[ModelError] = CheckpointError) -> str | None:
+    """The first tensor with NaN or infinity in it, by name. Reads the whole file.
+
+    Raises:
+        ModelError: as `read_header`.
+    """
+    header, tensors = map_tensors(path, error=error)
+    for name, content in tensors.items():
+        if header.tensors[name].dtype not in _EXPONENTS:
+            continue
+        kind, exponent = _EXPONENTS[header.tensors[name].dtype]
+        bits = np.frombuffer(content, kind)
+        for begin in range(0, len(bits), _CHUNK):
+            if ((bits[begin : begin + _CHUNK] & kind(exponent)) == exponent).any():
+                return name
+    return None
 
 
 def write_file(
@@ -188,7 +218,9 @@ class _Reader:
     def header(self, stream: BinaryIO) -> Header:
         text, data_size = self._text(stream)
         entries = self._parse(text)
-        metadata = entries.pop(_METADATA, {})
+        metadata = entries.pop(_METADATA, None)
+        if metadata is None:
+            metadata = dict[str, object]()  # the library takes null for none
         if not isinstance(metadata, dict) or not all(
             isinstance(value, str) for value in cast(dict[str, object], metadata).values()
         ):
@@ -213,6 +245,7 @@ class _Reader:
                 self._refuse(f"has {size} bytes", "the 8 bytes of the header's length")
             (length,) = struct.unpack("<Q", word)
             if length > _HEADER_LIMIT:
+                refuse_pointer(self._path, self._error)
                 self._refuse(f"says its header has {length} bytes", f"at most {_HEADER_LIMIT}")
             if length > size - 8:
                 self._refuse(f"ends after {size} bytes, inside its header", f"{length + 8} bytes or more")
@@ -247,7 +280,9 @@ class _Reader:
         fields = cast(dict[str, Any], entry)
         dtype = fields["dtype"]
         if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
-            self._refuse(f"stores {_short(name)} as {_short(dtype)}", f"one of {', '.join(ITEM_SIZES)}")
+            known = f"one of {', '.join(ITEM_SIZES)}"
+            other = _OTHER_WEIGHTS if dtype in _QUANTISED else None
+            self._refuse(f"stores {_short(name)} as {_short(dtype)}", known, fix=other)
         shape = self._naturals(name, "shape", fields["shape"])
         if len(shape) > _RANK_LIMIT:
             self._refuse(f"has {len(shape)} axes in {_short(name)}", f"at most {_RANK_LIMIT}")
@@ -285,11 +320,11 @@ class _Reader:
         if position != data_size:
             self._refuse(f"has {data_size} bytes of tensors", f"{position}: as its header says")
 
-    def _refuse(self, found: str, expected: str) -> NoReturn:
-        fix = "Copy the package again, or export it again: latentrt export CHECKPOINT -o PACKAGE."
+    def _refuse(self, found: str, expected: str, fix: str | None = None) -> NoReturn:
+        usual = "Copy the package again, or export it again: latentrt export CHECKPOINT -o PACKAGE"
         if self._error is CheckpointError:
-            fix = "Download the file again, or have it written again by the safetensors library."
-        raise self._error(f"{self._path} {found}", expected=expected, fix=fix)
+            usual = "Download the file again, or have it written again by the safetensors library."
+        raise self._error(f"{self._path} {found}", expected=expected, fix=fix or usual)
 
     def _unreadable(self, error: OSError) -> ModelError:
         found = f"{self._path} cannot be read ({error})"

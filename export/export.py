@@ -1,15 +1,12 @@
 """Checkpoint -> package folder: the stages of an export, in order.
 
 One net at a time is in memory. The package is written to a temporary folder beside its place and renamed at
-the end, so a failed export leaves nothing behind, and a package that was there before stays.
+the end, so a failed export leaves nothing behind, and a package that was there before stays (`beside.py`).
 """
 
 from __future__ import annotations
 
 import gc
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,12 +22,13 @@ from ..engines import spec
 from ..engines.errors import StorageError, UsageError
 from ..engines.package import MANIFEST, NetFile, Package, write_manifest
 from ..engines.processors import usable_processors
+from .beside import beside, put
 from .checkpoint.open import Checkpoint
 from .graphs import passes, weights
 from .graphs.hoist import hoist
 from .graphs.step import write_step
 from .graphs.to_onnx import to_onnx
-from .manifest import make_manifest
+from .manifest import make_manifest, request_defaults
 from .nets.build import NETS, components
 from .nets.calibration import Calibration
 from .precision import Found, find_islands, island_names, upcast_attention
@@ -92,7 +90,7 @@ def export_package(
     """
     if dtype not in _TORCH_TYPES:
         raise UsageError(
-            f"dtype is {dtype!r}", expected="fp16 or fp32", fix="Pass --dtype fp16 or --dtype fp32."
+            f"dtype is {dtype!r}", expected="fp16 or fp32", fix="Pass --dtype with one of these."
         )
     source = Checkpoint.open(
         checkpoint,
@@ -101,13 +99,16 @@ def export_package(
         tiny_vae=tiny_vae,
         prediction_type=prediction_type,
     )
+    defaults = request_defaults(source)
     _check_target(package, overwrite)
     if note is not None:
         for line in source.notes:
             note(line)
     calibration = Calibration(source) if dtype == "fp16" else None
     begin = _stages(len(components(source)) * (1 + (calibration is not None) + verify) + 1, progress)
-    with _beside(package, overwrite) as folder, _torch_threads():
+    with _complete(package, overwrite) as folder, _torch_threads():
+        for name, write_tokenizer in source.tokenizers.items():
+            write_tokenizer(folder / name)
         nets: dict[str, NetFile] = {}
         for component in components(source):
             files = _export_component(source, component, folder, dtype, begin, calibration, report_islands)
@@ -119,9 +120,7 @@ def export_package(
             nets |= files
         begin("package")
         nets |= _write_steps(folder, nets["unet"].spec)
-        for name, write_tokenizer in source.tokenizers.items():
-            write_tokenizer(folder / name)
-        write_manifest(folder, make_manifest(source, dtype, nets))
+        write_manifest(folder, make_manifest(source, dtype, nets, defaults))
     return Package.open(package)
 
 
@@ -224,41 +223,22 @@ def _check_target(package: Path, overwrite: bool) -> None:
         raise UsageError(
             f"{package} {'is a package already' if is_package else 'exists and is no package'}",
             expected="a folder that does not exist yet, or an empty one",
-            fix=f"Choose another path{', or pass --overwrite' if is_package else ''}.",
+            fix=f"{'Pass --overwrite to replace it, or choose' if is_package else 'Choose'} another path.",
         )
 
 
 @contextmanager
-def _beside(package: Path, overwrite: bool) -> Generator[Path]:
-    """A temporary folder next to `package` that takes its place if the block succeeds."""
+def _complete(package: Path, overwrite: bool) -> Generator[Path]:
+    """A folder that takes the place of `package` if the block succeeds."""
     try:
         package.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f".{package.name}-", dir=package.parent, ignore_cleanup_errors=True
-        ) as name:
-            folder = Path(name) / "package"
-            folder.mkdir()
+        with beside(package) as folder:
             yield folder
-            _replace(folder, package, overwrite)
+            _check_target(package, overwrite)  # once more: minutes have passed
+            put(folder, package, folder)
     except OSError as error:
         raise StorageError(
             f"{package} cannot be written ({error.strerror or error})",
             expected="a writable folder with room for twice the checkpoint",
             fix="Free some space, or choose another path.",
         ) from error
-
-
-def _replace(folder: Path, package: Path, overwrite: bool) -> None:
-    _check_target(package, overwrite)  # once more: minutes have passed
-    old = None
-    if package.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{package.name}-old-", dir=package.parent))
-        os.replace(package, old)
-    try:
-        os.replace(folder, package)
-    except OSError:
-        if old is not None:
-            os.replace(old, package)
-        raise
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)

@@ -13,6 +13,7 @@ import torch
 
 from ..engines import spec
 from ..engines.errors import DAMAGED_WEIGHTS, CheckpointError, NumericError
+from ..engines.lfs import refuse_pointer
 from ..engines.package import Defaults, Manifest, NetFile
 from .checkpoint.open import Checkpoint
 from .nets.build import NETS
@@ -24,26 +25,25 @@ _PICTURES, _CELLS = 8, 16
 
 
 def make_manifest(
-    source: Checkpoint, dtype: Literal["fp16", "fp32"], nets: Mapping[str, NetFile]
+    source: Checkpoint, dtype: Literal["fp16", "fp32"], nets: Mapping[str, NetFile], defaults: Defaults
 ) -> Manifest:
     """The manifest of a package with these nets, before its files are recorded.
 
     Raises:
-        CheckpointError: `recommended.json` is damaged.
         NumericError: the VAE's encoder is not finite on small pictures.
     """
     contexts = [nets[name].spec.outputs[0].shape for name in spec.TEXT_ENCODERS if name in nets]
     scale = source.latent_scale
     image_noise = source.configs.get("image_noising_scheduler")
     return Manifest(
-        name=source.root.resolve().stem if source.root.is_file() else source.root.resolve().name,
+        name=source.name,
         family=source.family,
         dtype=dtype,
         latent_channels=_size(nets["vae_decoder"].spec.inputs[0].shape[1]),
         context_width=sum(_size(shape[2]) for shape in contexts),
         scheduler=_jsonable(source.scheduler),
         nets={name: nets[name] for name in spec.NETS if name in nets},
-        defaults=_defaults(source),
+        defaults=defaults,
         latent_scale=scale,
         size_multiple=max(8, scale),
         max_tokens=_size(contexts[0][1]),
@@ -68,12 +68,17 @@ def _jsonable(scheduler: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in scheduler.items() if value != -math.inf}
 
 
-def _defaults(source: Checkpoint) -> Defaults:
-    """The family's defaults, overridden by the checkpoint's `recommended.json` if there is one."""
+def request_defaults(source: Checkpoint) -> Defaults:
+    """The family's defaults, overridden by the checkpoint's `recommended.json` if there is one.
+
+    Raises:
+        CheckpointError: `recommended.json` is damaged.
+    """
     height, width = (side * source.latent_scale for side in source.sample_size)
     values: dict[str, Any] = {**source.defaults, "height": height, "width": width}
     path = source.root / "recommended.json"
     if path.is_file():
+        refuse_pointer(path)
         try:
             recommended = dict(json.loads(path.read_text(encoding="utf-8")))
             Defaults(**recommended)

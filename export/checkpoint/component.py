@@ -6,18 +6,20 @@ Tensors are described from their files' headers, and read as views of the mapped
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from ...engines.errors import CheckpointError
+from ...engines.errors import CheckpointError, command
+from ...engines.lfs import refuse_pointer
 from ...engines.safetensors_format import map_tensors, read_header
 
 if TYPE_CHECKING:
     import torch
 
-DOWNLOAD = "Download the checkpoint again: hf download REPOSITORY --local-dir FOLDER."
+DOWNLOAD = "Download the checkpoint again: hf download REPOSITORY --local-dir FOLDER"
 SUPPORTED = (
     "Stable Diffusion 1.x or 2.x, SDXL or its refiner, a latent consistency model, or Stable unCLIP 2.1"
     " (image variations)"
@@ -82,12 +84,12 @@ def read_component(folder: Path, name: str, stem: str, *, prefer_fp16: bool = Fa
     return Component(name=name, folder=folder, config=config, tensors=tensors)
 
 
-def refuse_quantised(part: Component) -> None:
+def refuse_quantised(folder: Path, tensors: Mapping[str, TensorHeader]) -> None:
     """Raise CheckpointError for weights in fp8 or integers: dequantising them needs more than the tensor."""
-    for name, tensor in part.tensors.items():
+    for name, tensor in tensors.items():
         if tensor.dtype not in _WEIGHT_TYPES and not name.endswith("position_ids"):  # CLIP's buffer
             raise CheckpointError(
-                f"{part.folder} stores the weight {name[:80]!r} as {tensor.dtype}",
+                f"{folder} stores the weight {name[:80]!r} as {tensor.dtype}",
                 expected=f"one of {', '.join(_WEIGHT_TYPES)}",
                 fix="Use the checkpoint's fp16 or fp32 weights.",
             )
@@ -102,6 +104,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises CheckpointError if it is missing, damaged or something else."""
     if not path.is_file():
         missing(path)
+    refuse_pointer(path)
     try:
         data: object = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -114,21 +117,76 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _weight_files(folder: Path, stem: str, prefer_fp16: bool) -> list[Path]:
-    """The safetensors files of a component: one, or the shards of an index."""
-    plain = ["safetensors", "safetensors.index.json"]
-    half = ["fp16.safetensors", "safetensors.index.fp16.json", "fp16.safetensors.index.json"]
-    for ending in half + plain if prefer_fp16 else plain + half:
-        path = folder / f"{stem}.{ending}"
-        if path.is_file():
-            return [path] if path.suffix == ".safetensors" else _shards(path)
-    pickles = sorted(path.name for pattern in ("*.bin", "*.ckpt", "*.pt") for path in folder.glob(pattern))
+    """The safetensors files of a component: one, or the shards of an index.
+
+    Of several variants (`STEM.VARIANT.safetensors`), `fp16` and the one without a name are known; another is
+    taken where it is the only one.
+    """
+    found = _variants(folder, stem)
+    order = ("fp16", "") if prefer_fp16 else ("", "fp16")
+    if not found:
+        _refuse_without_weights(folder, stem)
+    variant = next((name for name in order if name in found), next(iter(found)))
+    if variant not in order and len(found) > 1:
+        first = next(iter(found.values()))
+        raise CheckpointError(
+            f"{folder} has its weights as {' and '.join(path.name for path in found.values())}",
+            expected=f"one of them as {stem}{_ending(first)}",
+            fix=f"Rename the one to use: {command('mv', first, folder / f'{stem}{_ending(first)}')}",
+        )
+    path = found[variant]
+    return [path] if path.suffix == ".safetensors" else _shards(path)
+
+
+def _variants(folder: Path, stem: str) -> dict[str, Path]:
+    """A variant's name, "" for the one without, -> its file or index. A file goes before an index."""
+    # As transformers, diffusers and recent diffusers name them.
+    forms = (r"(\.[\w-]+)?\.safetensors", r"\.safetensors\.index(\.[\w-]+)?\.json")
+    forms = (*forms, r"(\.[\w-]+)\.safetensors\.index\.json")
+    names = sorted(path.name for path in folder.glob(f"{stem}*") if path.is_file())
+    found: dict[str, Path] = {}
+    for form in forms:
+        for name in names:
+            match = re.fullmatch(re.escape(stem) + form, name)
+            if match and not re.search(r"-\d{5}-of-\d{5}", name):
+                found.setdefault((match[1] or "").removeprefix("."), folder / name)
+    return found
+
+
+def _ending(path: Path) -> str:
+    return ".safetensors" if path.suffix == ".safetensors" else ".safetensors.index.json"
+
+
+def _refuse_without_weights(folder: Path, stem: str) -> NoReturn:
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    pickles = [name for name in names if Path(name).suffix in (".bin", ".ckpt", ".pt", ".pth")]
+    expected = f"{stem}.safetensors"
     if pickles:
+        for name in pickles:
+            refuse_pointer(folder / name)
+        whole = _one_of_pickles(pickles)
+        convert = command("latentrt", "convert", *(folder / name for name in whole), "-o", folder / expected)
         raise CheckpointError(
             f"{folder} has its weights as pickles ({', '.join(pickles)}): reading them can run code",
-            expected=f"{stem}.safetensors",
-            fix=f"Convert them: latentrt convert {folder / pickles[0]} -o {folder / stem}.safetensors.",
+            expected=expected,
+            fix=f"Convert them: {convert}",
         )
-    raise CheckpointError(f"{folder} has no weights", expected=f"{stem}.safetensors", fix=DOWNLOAD)
+    weights = [name for name in names if name.endswith(".safetensors")]
+    fix = DOWNLOAD
+    if len(weights) == 1:
+        fix = f"Rename them, if they are its weights: {command('mv', folder / weights[0], folder / expected)}"
+    others = [name for name in names if name != "config.json"]
+    there = f", only {', '.join(others)}" if others else ""
+    raise CheckpointError(f"{folder} has no weights that are known{there}"[:500], expected=expected, fix=fix)
+
+
+def _one_of_pickles(names: list[str]) -> list[str]:
+    """The names of one set of weights: the plainest file that is whole, or all shards of one kind."""
+    kinds = [re.sub(r"-\d{5}(?=-of-\d{5})", "", name) for name in names]
+    whole = [name for name, kind in zip(names, kinds, strict=True) if name == kind]
+    if whole:
+        return [min(whole, key=lambda name: (name.count("."), name))]
+    return [name for name, kind in zip(names, kinds, strict=True) if kind == min(kinds, key=len)]
 
 
 def _shards(index: Path) -> list[Path]:

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
-from ...engines.errors import CheckpointError
-from .component import DIFFUSERS, REFUSED_CHANNELS, SUPPORTED, TRANSFORMERS, Component, TensorHeader
+from ...engines.errors import CheckpointError, command
+from ...engines.lfs import refuse_pointer
+from .component import DIFFUSERS, DOWNLOAD, REFUSED_CHANNELS, SUPPORTED, TRANSFORMERS, Component, TensorHeader
 
 OTHER = "Use a checkpoint of one of these families; others are not supported."
 
@@ -112,8 +113,35 @@ _UNET_OPTIONS: Mapping[str, tuple[str, tuple[object, ...]]] = {
 _TURBO_SCHEDULERS = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 
 
+# What schedulers can draw with, of what a config may say its UNet predicts.
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+# A part -> the classes that are exported as it.
+CLASSES: Mapping[str, tuple[str, ...]] = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "image_encoder": ("CLIPVisionModelWithProjection",),
+    "image_normalizer": ("StableUnCLIPImageNormalizer",),
+    "feature_extractor": ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtractor"),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
+# The prefix of a scheduler's class -> how a model that has it was trained.
+_CONVENTIONS = {
+    "EDM": "EDM's convention, as CosXL and Playground 2.5 are",
+    "FlowMatch": "flow matching",
+    "CMStochastic": "consistency over sigmas",
+    "KarrasVe": "exploding variance",
+    "ScoreSde": "score matching",
+    "Cosine": "a cosine schedule over sigmas",
+    "VQDiffusion": "discrete diffusion",
+}
+
+
 def layout_of(pipeline: str, where: object) -> PipelineFolder:
     """The layout of a pipeline class. Raises CheckpointError that names the family where it is refused."""
+    pipeline = pipeline.removeprefix("Flax")
     if pipeline in PIPELINES:
         return PIPELINES[pipeline]
     family = next((name for prefix, name in _NAMES.items() if pipeline.startswith(prefix)), "another family")
@@ -132,6 +160,53 @@ def defaults(layout: PipelineFolder, scheduler: Mapping[str, Any]) -> dict[str, 
         return {"num_inference_steps": 1, "guidance_scale": 0.0, "strength": 1.0}
     steps, scale, strength = layout.steps, layout.guidance_scale, layout.strength
     return {"num_inference_steps": steps, "guidance_scale": scale, "strength": strength}
+
+
+def class_of(index: Mapping[str, Any], name: str, default: object) -> str:
+    """The class of a part: what model_index.json names, as in diffusers; `default` where it names none.
+
+    Flax classes are those of the same name without it.
+
+    Raises:
+        CheckpointError: the index has something else than a library and a class.
+    """
+    entry: Any = index.get(name)
+    if entry is None:
+        return str(default).removeprefix("Flax")
+    if not isinstance(entry, list) or [type(word) for word in cast(list[object], entry)] != [str, str]:
+        raise CheckpointError(
+            f"model_index.json says {str(cast(object, entry))[:100]} of {name}",
+            expected='a library and a class, such as ["diffusers", "AutoencoderKL"]',
+            fix=DOWNLOAD,
+        )
+    return str(cast(list[str], entry)[1]).removeprefix("Flax")
+
+
+def refuse_class(name: str, found: str, where: Path) -> None:
+    """Raise CheckpointError for a part of a class that is not exported."""
+    if name in CLASSES and found not in CLASSES[name]:
+        kinds = " or ".join(CLASSES[name])
+        raise CheckpointError(f"{where} holds a {found}", expected=f"a {kinds} as {name}", fix=OTHER)
+
+
+def refuse_scheduler(scheduler: Mapping[str, Any], where: Path) -> None:
+    """Raise CheckpointError for a model trained by another convention than that of discrete timesteps.
+
+    A sampler's name would not tell: it takes what it knows from the config, and draws noise.
+    """
+    kind = str(scheduler.get("_class_name"))
+    found = next((name for prefix, name in _CONVENTIONS.items() if kind.startswith(prefix)), None)
+    predicts = scheduler.get("prediction_type", "epsilon")
+    if scheduler.get("use_flow_sigmas") or predicts == "flow_prediction":
+        found = found or "flow matching"
+    if found is not None:
+        raise CheckpointError(f"{where} is trained by {found} ({kind})", expected=SUPPORTED, fix=OTHER)
+    if predicts not in PREDICTIONS:
+        raise CheckpointError(
+            f"{where} says that its UNet predicts {predicts!r:.80}",
+            expected=" or ".join(PREDICTIONS),
+            fix="Pass --prediction-type if you know better.",
+        )
 
 
 def refuse_unet(unet: Component) -> None:
@@ -162,7 +237,8 @@ _FILE_KINDS = {
     r"^control_model\.|^controlnet_cond_embedding\.|^input_hint_block\.": "a ControlNet",
     r"^(model\.diffusion_model\.)?double_blocks\.0\.img_attn\.": "Flux",
     r"^(model\.diffusion_model\.)?joint_blocks\.0\.": "Stable Diffusion 3",
-    r"^edm_mean$": "Playground 2.5",
+    r"^edm_(mean|std)$": "Playground 2.5",
+    r"^edm_vpred\.sigma_(max|min)$": "CosXL, or another model trained by EDM's convention",
     r"^(embedder|noise_augmentor)\.": "Stable unCLIP",
     r"\bmotion_modules\.": "AnimateDiff",
 }
@@ -175,8 +251,17 @@ _FILE_PARTS = {
 }
 
 
+def _converted(path: Path) -> Path:
+    """Where a converted pickle goes: beside it, under a name that is free."""
+    free = path.with_suffix(".safetensors")
+    while free.exists():
+        free = free.with_stem(f"{free.stem}-converted")
+    return free
+
+
 def refuse_pickle(path: Path) -> None:
     """Raise CheckpointError for a file that is a pickle by its name or its first bytes."""
+    refuse_pointer(path)
     start = b""
     with suppress(OSError):  # the next reader reports it
         if path.is_file():
@@ -186,7 +271,7 @@ def refuse_pickle(path: Path) -> None:
         raise CheckpointError(
             f"{path} is a pickle: reading one can run code",
             expected="a .safetensors file or a diffusers folder",
-            fix=f"Convert it: latentrt convert {path} -o {path.with_suffix('.safetensors')}",
+            fix=f"Convert it: {command('latentrt', 'convert', path, '-o', _converted(path))}",
         )
 
 

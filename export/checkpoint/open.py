@@ -5,7 +5,10 @@ Only JSON and safetensors headers are read. Nothing here imports torch or unpick
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +29,18 @@ from .component import (
     read_json,
     refuse_quantised,
 )
-from .families import OTHER, PIPELINES, defaults, layout_of, refuse_pickle, refuse_unet
+from .families import (
+    CLASSES,
+    OTHER,
+    PIPELINES,
+    class_of,
+    defaults,
+    layout_of,
+    refuse_class,
+    refuse_pickle,
+    refuse_scheduler,
+    refuse_unet,
+)
 from .single_file import check_prediction_type, open_single_file, open_vae_file
 from .tokenizers import WriteTokenizer, copy_tokenizer, write_clip_tokenizer
 
@@ -40,9 +54,10 @@ _FILE_PIPELINES = {
     "sdxl-refiner": "StableDiffusionXLImg2ImgPipeline",
 }
 TINY = "AutoencoderTiny"
-_VAE_KINDS = ("AutoencoderKL", TINY)
 # A tiny decoder's first convolution, by diffusers' names and in TAESD's own files.
 _TINY_NAMES = {"decoder.layers.0.weight", "1.weight"}
+_SCALING = 0.18215  # of 1.x and 2.x; the default of AutoencoderKL
+_COMMIT_OR_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _VAE_FIX = "Use the folder or file of an AutoencoderKL, or of an AutoencoderTiny (TAESD)."
 
 
@@ -73,8 +88,9 @@ class Checkpoint:
     def __post_init__(self) -> None:
         """Check that the parts fit each other; raises CheckpointError."""
         refuse_unet(self.unet)
+        refuse_scheduler(self.scheduler, self.root)
         for part in self.parts.values():
-            refuse_quantised(part)
+            refuse_quantised(part.folder, part.tensors)
         _ = self.vectors  # raises where a part is missing
         context = sum(int(part.config.get("hidden_size", 512)) for part in self.text_encoders)
         wanted = int(self.unet.config.get("cross_attention_dim", 1280))
@@ -116,17 +132,32 @@ class Checkpoint:
                 f"{root} does not exist", expected=SUPPORTED, fix="Check the path; downloads are up to you."
             )
         check_prediction_type(prediction_type)
-        found = _open_file(root, prediction_type) if root.is_file() else _open_folder(root, prefer_fp16)
-        if prediction_type is not None:
-            scheduler = {**found.scheduler, "prediction_type": prediction_type}
-            found = replace(found, configs={**found.configs, "scheduler": scheduler})
-        parts = dict(found.parts)
-        scale = float(found.vae.config.get("scaling_factor", 0.18215))
-        for name, place in (("vae", vae), ("tiny_vae", tiny_vae)):
-            if place is not None:
-                parts[name] = _open_vae(place, name, scaling_factor=scale, prefer_fp16=prefer_fp16)
-                _check_latents(parts[name], found.latent_scale)
-        return replace(found, parts=parts)
+        other_vae = None if vae is None else partial(_replace_vae, path=vae, prefer_fp16=prefer_fp16)
+        if root.is_file():
+            found = _open_file(root, prediction_type, other_vae)
+        else:
+            found = _open_folder(root, prefer_fp16, prediction_type, other_vae)
+        if tiny_vae is None:
+            return found
+        scale = float(found.vae.config.get("scaling_factor", _SCALING))
+        tiny = _open_vae(tiny_vae, "tiny_vae", scaling_factor=scale, prefer_fp16=prefer_fp16)
+        _check_latents(tiny, found.latent_scale)
+        return replace(found, parts={**found.parts, "tiny_vae": tiny})
+
+    @property
+    def name(self) -> str:
+        """What people call the checkpoint: the file's or folder's name, or in a hub cache its repository's.
+
+        Links are not followed: Hugging Face's cache has `models--OWNER--NAME/snapshots/COMMIT/FILE`, where a
+        file is a link to one that is called by its hash.
+        """
+        path = Path(os.path.abspath(self.root))
+        name = path.stem if path.is_file() else path.name
+        if _COMMIT_OR_BLOB.fullmatch(name):
+            for parent in path.parents:
+                if parent.name.startswith("models--"):
+                    return parent.name.rpartition("--")[2]
+        return name
 
     @property
     def unet(self) -> Component:
@@ -219,23 +250,40 @@ class Checkpoint:
     @property
     def latent_scale(self) -> int:
         """Pixels per latent cell."""
-        return vae_scale(self.vae)
+        return vae_scale(self.vae.config)
 
 
-def _open_folder(root: Path, prefer_fp16: bool) -> Checkpoint:
+# Opens the autoencoder that takes the place of the checkpoint's: of its config, if there is one, and the
+# scaling factor of its family.
+_OtherVae = Callable[[Mapping[str, Any] | None, float], Component]
+
+
+def _open_folder(
+    root: Path, prefer_fp16: bool, prediction_type: str | None, other_vae: _OtherVae | None
+) -> Checkpoint:
     index = read_json(root / "model_index.json")
     layout = layout_of(str(index.get("_class_name")), root)
     left_out = {name for name in layout.optional if index.get(name) == [None, None]}
-    parts = {
-        name: read_component(root / name, name, stem, prefer_fp16=prefer_fp16)
-        for name, stem in layout.parts.items()
-        if name not in left_out
-    }
+    parts: dict[str, Component] = {}
+    for name, stem in layout.parts.items():
+        if name == "vae" and other_vae is not None:
+            own = None
+            with suppress(CheckpointError):  # whatever is wrong with it, it is not used
+                own = read_json(root / name / "config.json")
+            parts[name] = other_vae(own, 0.13025 if "text_encoder_2" in layout.parts else _SCALING)
+        elif name not in left_out:
+            parts[name] = _read_part(root / name, name, stem, index, prefer_fp16=prefer_fp16)
     tokenizers = {folder: root / folder for name, folder in TEXT_ENCODERS.items() if name in parts}
-    for folder in tokenizers.values():
+    for name, folder in tokenizers.items():
         if not folder.is_dir():
             missing(folder)
+        refuse_class(name, class_of(index, name, "CLIPTokenizer"), folder)
     configs = {name: read_json(root / name / file) for name, file in layout.configs.items()}
+    for name, config in configs.items():
+        if "scheduler" in name:
+            config["_class_name"] = class_of(index, name, config.get("_class_name"))
+    if prediction_type is not None:
+        configs["scheduler"]["prediction_type"] = prediction_type
     return Checkpoint(
         root=root,
         parts=parts,
@@ -246,13 +294,26 @@ def _open_folder(root: Path, prefer_fp16: bool) -> Checkpoint:
     )
 
 
-def _open_file(path: Path, prediction_type: str | None) -> Checkpoint:
-    found = open_single_file(path, prediction_type=prediction_type)
+def _read_part(
+    folder: Path, name: str, stem: str, index: Mapping[str, Any], *, prefer_fp16: bool
+) -> Component:
+    """A part of the class that the index names, or its config where the index names none."""
+    part = read_component(folder, name, stem, prefer_fp16=prefer_fp16)
+    named = class_of(index, name, part.config.get("_class_name", CLASSES[name][0]))
+    refuse_class(name, named, folder)
+    return replace(part, config={**part.config, "_class_name": named}) if stem == DIFFUSERS else part
+
+
+def _open_file(path: Path, prediction_type: str | None, other_vae: _OtherVae | None) -> Checkpoint:
+    found = open_single_file(path, prediction_type=prediction_type, without_vae=other_vae is not None)
     layout = PIPELINES[_FILE_PIPELINES[found.family]]
+    parts = dict(found.components)
+    if other_vae is not None:
+        parts["vae"] = other_vae(parts["vae"].config if "vae" in parts else None, found.scaling_factor)
     pads = found.tokenizers.items()
     return Checkpoint(
         root=path,
-        parts=found.components,
+        parts=parts,
         tokenizers={name: partial(write_clip_tokenizer, pad_token=pad) for name, pad in pads},
         configs={"scheduler": found.scheduler},
         defaults=defaults(layout, found.scheduler),
@@ -262,12 +323,22 @@ def _open_file(path: Path, prediction_type: str | None) -> Checkpoint:
     )
 
 
+def _replace_vae(
+    own: Mapping[str, Any] | None, scaling_factor: float, *, path: Path, prefer_fp16: bool
+) -> Component:
+    """The autoencoder at `path`. Its latents must be like those of `own`, the config of the checkpoint's."""
+    scale = float((own or {}).get("scaling_factor", scaling_factor))
+    part = _open_vae(path, "vae", scaling_factor=scale, prefer_fp16=prefer_fp16)
+    _check_latents(part, 8 if own is None else vae_scale(own))  # 8 is that of every family
+    return part
+
+
 def _check_latents(part: Component, scale: int) -> None:
     """Raise CheckpointError unless latents have four channels and `scale` pixels a cell."""
-    channels = cast(object, part.config.get("latent_channels", 4))
-    if channels != 4 or vae_scale(part) != scale:
+    channels, found = cast(object, part.config.get("latent_channels", 4)), vae_scale(part.config)
+    if channels != 4 or found != scale:
         raise CheckpointError(
-            f"{part.folder} has latents of {channels} channels, {vae_scale(part)} pixels a cell",
+            f"{part.folder} has latents of {channels} channels, {found} pixels a cell",
             expected=f"4 channels and {scale} pixels, as this checkpoint's",
             fix="Use an autoencoder of the same family.",
         )
@@ -278,9 +349,10 @@ def is_tiny(vae: Component) -> bool:
     return vae.config.get("_class_name") == TINY
 
 
-def vae_scale(vae: Component) -> int:
-    """Pixels per latent cell, as diffusers' pipelines compute it."""
-    widths = vae.config.get("decoder_block_out_channels" if is_tiny(vae) else "block_out_channels")
+def vae_scale(config: Mapping[str, Any]) -> int:
+    """Pixels per latent cell of an autoencoder, as diffusers' pipelines compute it."""
+    is_tiny = config.get("_class_name") == TINY
+    widths = config.get("decoder_block_out_channels" if is_tiny else "block_out_channels")
     return int(2 ** (len(widths or (0,) * 4) - 1))
 
 
@@ -296,9 +368,7 @@ def _open_vae(path: Path, name: str, *, scaling_factor: float, prefer_fp16: bool
         part = _open_vae_file(path, name, scaling_factor)
     else:
         part = read_component(path, name, DIFFUSERS, prefer_fp16=prefer_fp16)
-        kind = part.config.get("_class_name", _VAE_KINDS[0])
-        if kind not in _VAE_KINDS:
-            raise CheckpointError(f"{path} holds an {kind}", expected=" or ".join(_VAE_KINDS), fix=_VAE_FIX)
+        refuse_class("vae", class_of({}, "vae", part.config.get("_class_name", CLASSES["vae"][0])), path)
     if name == "tiny_vae" and not is_tiny(part):
         raise CheckpointError(f"{path} holds a full autoencoder", expected="a tiny one", fix=_VAE_FIX)
     if name == "vae" and is_tiny(part) and not any(tensor.startswith("encoder.") for tensor in part.tensors):

@@ -6,9 +6,10 @@ that stay where they are in the file. The keys that tell families apart are thos
 
 No tensor says
 
-- whether 2.x predicts the noise or v. `modelspec.*` metadata and the marker tensor `v_pred` are believed.
+- whether 2.x predicts the noise or v. The marker tensor `v_pred` and the metadata of trainers are believed.
   Without them v is assumed, except for inpainting, as in diffusers (whose configs are the 768-pixel 2.1's);
-- the noise schedule. All families were trained with the same betas; the marker `ztsnr` rescales them;
+- the noise schedule. All families were trained with the same betas; the marker `ztsnr` rescales them.
+  Markers of EDM's convention (CosXL, Playground 2.5) are refused: no sampler here starts at their sigmas;
 - attention's precision in 2.x. 2.1 needs float32 scores and 2.0 is not harmed, so `upcast_attention` is on.
 """
 
@@ -17,15 +18,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...engines.errors import CheckpointError, UsageError
+from ...engines.errors import CheckpointError, UsageError, command
 from ...engines.safetensors_format import read_header
 from ...engines.spec import TEXT_ENCODERS
-from .component import Component, TensorHeader, read_headers
+from .component import Component, TensorHeader, read_headers, refuse_quantised
 from .families import UNET, refuse_other_kinds, refuse_pickle
 from .ldm_names import clip_tensors, open_clip_tensors, unet_tensors, vae_tensors
 
@@ -33,15 +35,24 @@ Tensors = Mapping[str, TensorHeader]
 Naming = Callable[[Tensors], dict[str, TensorHeader]]
 
 VAE = "first_stage_model."
+_UNET_START = "input_blocks.0.0.weight"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 _SD_SCALING = 0.18215
 _FIX = "Use the complete checkpoint; other tools also write files without text encoders or autoencoder."
-_MODELSPEC_PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+# Under these keys tools note what the UNet predicts: Stability's ModelSpec (sd-scripts, OneTrainer), ComfyUI,
+# others.
+_NOTED = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type", "ss_v_parameterization")
+_NOTED_PREDICTIONS = {
+    **dict.fromkeys(("epsilon", "eps", "false"), "epsilon"),
+    **dict.fromkeys(("v", "v_prediction", "v-prediction", "v_pred", "vpred", "true"), "v_prediction"),
+}
 _MODELSPEC_2 = {"stable-diffusion-v2-512": "epsilon", "stable-diffusion-v2-768-v": "v_prediction"}
 _CLIP_HEAD = 64  # channels of an attention head in ViT-L, ViT-H and ViT-bigG
 _WHOLE = "Use a complete checkpoint of Stable Diffusion 1.x, 2.x or XL."
 _ATTENTION_BLOCK = re.compile(r"(.+\.attentions\.\d{1,3})\.transformer_blocks\.(\d{1,3})\.")
 _MIDDLE = "mid_block.attentions.0"
+# What is equal in every published scheduler_config.json of 1.x, 2.x and XL. A key more would overrule the own
+# default of a sampler that a request names: only XL's configs have a `timestep_spacing`.
 _SCHEDULE: Mapping[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -52,7 +63,6 @@ _SCHEDULE: Mapping[str, Any] = {
     "set_alpha_to_one": False,
     "skip_prk_steps": True,
     "steps_offset": 1,
-    "timestep_spacing": "leading",
 }
 
 
@@ -62,7 +72,9 @@ class SingleFile:
 
     Attributes:
         family: "sd1", "sd2", "sdxl" or "sdxl-refiner".
-        components: "unet", "vae", and the family's text encoders: "text_encoder", "text_encoder_2".
+        components: "unet", "vae" (it may be missing where another takes its place), and the family's text
+            encoders: "text_encoder", "text_encoder_2".
+        scaling_factor: of the family's autoencoders.
         scheduler: what a folder would have as `scheduler_config.json`.
         tokenizers: a tokenizer's folder -> the token that fills short prompts. CLIP's vocabulary is implied.
         notes: for the user: what was assumed, and which weights are not used.
@@ -70,6 +82,7 @@ class SingleFile:
 
     family: str
     components: Mapping[str, Component]
+    scaling_factor: float
     scheduler: Mapping[str, Any]
     tokenizers: Mapping[str, str]
     notes: tuple[str, ...]
@@ -123,6 +136,7 @@ _xl = partial(
         "_class_name": "EulerDiscreteScheduler",
         "interpolation_type": "linear",
         "sample_max_value": 1.0,
+        "timestep_spacing": "leading",
         "use_karras_sigmas": False,
     },
     sample_size=128,
@@ -162,12 +176,15 @@ def check_prediction_type(value: str | None) -> None:
         )
 
 
-def open_single_file(path: Path, *, prediction_type: str | None = None) -> SingleFile:
+def open_single_file(
+    path: Path, *, prediction_type: str | None = None, without_vae: bool = False
+) -> SingleFile:
     """Read the header of a one-file checkpoint.
 
     Args:
         path: a `.safetensors` file with UNet, text encoders and autoencoder.
         prediction_type: "epsilon" or "v_prediction"; None is what the file says, or its family's default.
+        without_vae: another autoencoder will take the place of the file's, which may be missing or damaged.
 
     Raises:
         CheckpointError: a damaged file, a pickle, another family or kind (named), or a part that is missing.
@@ -175,15 +192,18 @@ def open_single_file(path: Path, *, prediction_type: str | None = None) -> Singl
     """
     check_prediction_type(prediction_type)
     refuse_pickle(path)
-    tensors = read_headers(path)
+    tensors = _named_usually(read_headers(path))
     refuse_other_kinds(path, tensors)
+    refuse_quantised(path, _under(tensors, UNET))  # its scales would be named as surplus
     name = _family(tensors)
     family = _FAMILIES[name]
-    parts = _parts(path, tensors, family)
+    parts = _parts(path, tensors, family, without_vae=without_vae)
+    if without_vae and not _is_vae(parts.get("vae", {})):
+        parts.pop("vae", None)
     notes: list[str] = []
     if averages := sum(tensor.startswith("model_ema.") for tensor in tensors):
         notes.append(f"{averages} tensors model_ema.* (averaged weights) are not used")
-    prediction_type = prediction_type or _stated_prediction(tensors, read_header(path).metadata)
+    prediction_type = prediction_type or _stated_prediction(path, tensors, read_header(path).metadata)
     if prediction_type is None:
         inpaints = tensors[f"{UNET}input_blocks.0.0.weight"].shape[1] == 9
         prediction_type = "v_prediction" if name == "sd2" and not inpaints else "epsilon"
@@ -204,6 +224,7 @@ def open_single_file(path: Path, *, prediction_type: str | None = None) -> Singl
     return SingleFile(
         family=name,
         components=components,
+        scaling_factor=family.scaling_factor,
         scheduler=scheduler,
         tokenizers=tokenizers,
         notes=tuple(notes),
@@ -231,7 +252,7 @@ def open_vae_file(path: Path, *, scaling_factor: float = _SD_SCALING) -> Compone
         raise CheckpointError(
             f"{path} is no autoencoder ({error.found})",
             expected="the AutoencoderKL of a Stable Diffusion checkpoint",
-            fix="Check which file it is; pass tiny autoencoders as --tiny-vae.",
+            fix="Check which file it is; a tiny autoencoder goes with --tiny-vae instead.",
         ) from error
     config["scaling_factor"] = scaling_factor
     return Component(name="vae", folder=path, config=config, tensors=tensors)
@@ -243,6 +264,22 @@ def _under(tensors: Tensors, prefix: str) -> dict[str, TensorHeader]:
 
 def _any_under(tensors: Tensors, prefix: str) -> bool:
     return any(name.startswith(prefix) for name in tensors)
+
+
+def _named_usually(stored: Tensors) -> dict[str, TensorHeader]:
+    """The tensors by the names that latent-diffusion's checkpoints have, where a tool wrote others.
+
+    The UNet may lie under `diffusion_model.` without `model.`, and everything under one more prefix.
+    """
+    end = f"diffusion_model.{_UNET_START}"
+    unet = next((name.removesuffix(_UNET_START) for name in stored if f".{name}".endswith(f".{end}")), UNET)
+    if unet == UNET or f"{UNET}{_UNET_START}" in stored:
+        return dict(stored)
+    outer = unet.removesuffix(UNET if unet.endswith(f".{UNET}") else UNET.removeprefix("model."))
+    return {
+        UNET + name.removeprefix(unet) if name.startswith(unet) else name.removeprefix(outer): tensor
+        for name, tensor in stored.items()
+    }
 
 
 def _family(tensors: Tensors) -> str:
@@ -258,20 +295,30 @@ def _family(tensors: Tensors) -> str:
     return "sd2" if context is not None and context.shape[-1:] == (1024,) else "sd1"
 
 
-def _parts(path: Path, tensors: Tensors, family: _Family) -> dict[str, dict[str, TensorHeader]]:
+def _parts(
+    path: Path, tensors: Tensors, family: _Family, *, without_vae: bool
+) -> dict[str, dict[str, TensorHeader]]:
     """Each part's tensors by diffusers' names. Raises CheckpointError for missing parts, unknown tensors."""
     places: dict[str, tuple[str, Naming]] = {
         **{name: (encoder.prefix, encoder.naming) for name, encoder in family.encoders.items()},
         "unet": (UNET, unet_tensors),
         "vae": (VAE, vae_tensors),
     }
-    lacking = [f"{name} ({place}*)" for name, (place, _) in places.items() if not _any_under(tensors, place)]
+    lacking = {name: place for name, (place, _) in places.items() if not _any_under(tensors, place)}
+    if without_vae and lacking.pop("vae", None):
+        del places["vae"]
     if lacking:
-        found, expected = f"{path} has no {', '.join(lacking)}", f"{', '.join(places)} in one file"
-        raise CheckpointError(found, expected=expected, fix=_FIX)
+        words = ", ".join(f"{name} ({place}*)" for name, place in lacking.items())
+        another = command("latentrt", "export", path, "-o", "PACKAGE", "--vae", "VAE")
+        raise CheckpointError(
+            f"{path} has no {words}",
+            expected=f"{', '.join(places)} in one file",
+            fix=f"Name an autoencoder: {another}" if list(lacking) == ["vae"] else _FIX,
+        )
     parts = {name: naming(_under(tensors, prefix)) for name, (prefix, naming) in places.items()}
     known = {tensor.name for tensor in parts["unet"].values()}
-    if surplus := [name for name in tensors if name.startswith(UNET) and name not in known]:
+    surplus = [tensor.name for name, tensor in tensors.items() if name.startswith(UNET)]
+    if surplus := [name for name in surplus if name not in known]:
         raise CheckpointError(
             f"{path} has {len(surplus)} tensors that no Stable Diffusion UNet has ({surplus[0][:200]})",
             expected="a UNet without additions",
@@ -286,15 +333,27 @@ def _configs(parts: Mapping[str, Tensors], family: _Family, *, v_768: bool) -> d
     pooled = configs.get("text_encoder_2", {}).get("projection_dim", 0)
     size = 96 if v_768 else family.sample_size
     unet = {**_unet_config(parts["unet"], family, pooled), **family.unet, "sample_size": size}
-    vae = {**_vae_config(parts["vae"]), "sample_size": 8 * size, "scaling_factor": family.scaling_factor}
-    return {**configs, "unet": unet, "vae": vae}
+    configs["unet"] = unet
+    if "vae" in parts:
+        sizes = {"sample_size": 8 * size, "scaling_factor": family.scaling_factor}
+        configs["vae"] = {**_vae_config(parts["vae"]), **sizes}
+    return configs
 
 
-def _stated_prediction(tensors: Tensors, metadata: Mapping[str, str]) -> str | None:
+def _stated_prediction(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> str | None:
+    """What a file says that its UNet predicts. Raises CheckpointError for what no sampler is for."""
     if "v_pred" in tensors:
         return "v_prediction"
-    stated = _MODELSPEC_PREDICTIONS.get(metadata.get("modelspec.prediction_type", "").lower())
-    return stated or _MODELSPEC_2.get(metadata.get("modelspec.architecture", "").lower())
+    for key in _NOTED:
+        if noted := metadata.get(key, "").strip().lower():
+            if noted not in _NOTED_PREDICTIONS:
+                raise CheckpointError(
+                    f"{path} says {noted[:80]!r} under {key}, where a file says what its UNet predicts",
+                    expected=" or ".join(PREDICTION_TYPES),
+                    fix="Pass --prediction-type if you know better.",
+                )
+            return _NOTED_PREDICTIONS[noted]
+    return _MODELSPEC_2.get(metadata.get("modelspec.architecture", "").lower())
 
 
 def _unet_config(tensors: Tensors, family: _Family, pooled: int) -> dict[str, Any]:
@@ -378,6 +437,12 @@ def _vae_config(tensors: Tensors) -> dict[str, Any]:
     }
     optional = ("quant_conv", "post_quant_conv")
     return config | {f"use_{name}": False for name in optional if f"{name}.weight" not in tensors}
+
+
+def _is_vae(tensors: Tensors) -> bool:
+    with suppress(CheckpointError):
+        return bool(_vae_config(tensors))
+    return False
 
 
 def _text_config(tensors: Tensors, encoder: _Encoder) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...engines.errors import CheckpointError, UsageError
+from ...engines.lfs import refuse_pointer
 
 _FILES = ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
 _VOCABULARY = Path(__file__).parent / "clip_vocabulary" / "bpe_simple_vocab_16e6.txt.gz"
@@ -40,6 +41,8 @@ def copy_tokenizer(target: Path, *, folder: Path) -> None:
             expected="tokenizer.json, or vocab.json and merges.txt",
             fix="Download the checkpoint's tokenizer folder again.",
         )
+    for name in found:
+        refuse_pointer(folder / name)
     target.mkdir()
     for name in found:
         shutil.copyfile(folder / name, target / name)

@@ -57,25 +57,34 @@ def fill_buffers(net: nn.Module) -> None:
             cast(Any, module).position_ids = torch.arange(positions.shape[-1])[None]
 
 
+def _check_values(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    low, high = map(float, torch.aminmax(tensor))  # NaN, if there is one
+    if not (math.isfinite(low) and math.isfinite(high)):
+        bad = tensor.numel() - int(tensor.isfinite().sum())
+        raise CheckpointError(
+            f"{name} has {bad} values of {tensor.numel()} that are NaN or infinite",
+            expected="finite weights",
+            fix="Download the checkpoint again, or use another; no --dtype mends a broken merge.",
+        )
+    largest, found = torch.finfo(dtype).max, max(-low, high)
+    if found > largest:
+        raise CheckpointError(
+            f"{name} has values up to {found:.3g}",
+            expected=f"at most {largest:.5g}, the largest number of {spelled(dtype)}",
+            fix=EXPORT_IN_FP32 if dtype == torch.float16 else DAMAGED_WEIGHTS,
+        )
+
+
 def make_net(part: Component, module: nn.Module, spec: NetSpec, tensors: Tensors, dtype: torch.dtype) -> Net:
     """The Net of a wrapper whose attribute `net` is the module with the tensors of `part`.
 
     Raises:
-        CheckpointError: a weight has finite values beyond `dtype`. (An island's are stored in fp16 too.)
+        CheckpointError: a weight is not finite, or beyond `dtype`. (An island's are stored in fp16 too.)
     """
-    largest = torch.finfo(dtype).max
     named = {f"net.{key}": found for key, found in tensors.items()}
     for key, tensor in module.state_dict().items():
-        if not tensor.is_floating_point() or torch.finfo(tensor.dtype).max <= largest:
-            continue
-        low, high = torch.aminmax(tensor)
-        found = max(-float(low), float(high))
-        if largest < found < math.inf:
-            raise CheckpointError(
-                f"{part.folder}: the tensor {named[key][0]!r} has values up to {found:.3g}",
-                expected=f"at most {largest:.5g}, the largest number of {spelled(dtype)}",
-                fix=EXPORT_IN_FP32 if dtype == torch.float16 else DAMAGED_WEIGHTS,
-            )
+        if tensor.is_floating_point() and tensor.numel():
+            _check_values(f"{part.folder}: the tensor {named[key][0]!r}", tensor, dtype)
     return Net(module=module.eval().requires_grad_(False).to(dtype), spec=spec, tensors=named)
 
 

@@ -8,9 +8,11 @@ the storages), then each storage as its length and its bytes.
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -20,7 +22,9 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from ...engines.errors import CheckpointError, StorageError, UsageError
+from ...engines.lfs import refuse_pointer
 from ...engines.safetensors_format import ITEM_SIZES, write_file
+from ..beside import beside
 from .machine import PICKLE_LIMIT, Storage, StoredTensor, read_pickle, refuse
 
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # numbers are copied, not computed with
@@ -43,73 +47,111 @@ class Converted:
     left_out: int
 
 
-def convert_pickle(source: Path, output: Path, *, overwrite: bool = False) -> Converted:
-    """Write the tensors of a file of `torch.save` to a safetensors file, which appears once it is complete.
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """An open file of torch.save: its tensors, and where the bytes of their storages are."""
+
+    stream: BinaryIO
+    tensors: Mapping[str, StoredTensor]
+    places: Places
+    left_out: int
+
+
+def convert_pickle(source: Path | Sequence[Path], output: Path, *, overwrite: bool = False) -> Converted:
+    """Write the tensors of files of `torch.save` to a safetensors file, which appears once it is complete.
 
     Args:
-        source: a `.ckpt`, `.pt`, `.pth` or `.bin`; nothing in it is run.
+        source: a `.ckpt`, `.pt`, `.pth` or `.bin`, or all shards of one; nothing in it is run.
         output: ends in `.safetensors`.
         overwrite: replace an existing `output`.
 
     Raises:
-        CheckpointError: `source` is damaged or hostile, or holds no tensors.
+        CheckpointError: a source is damaged or hostile, or holds no tensors; or two hold the same.
         UsageError: `output` exists, or has another ending.
         StorageError: `output` cannot be written.
     """
     if output.suffix != ".safetensors":
         raise UsageError(
-            f"the output is {output}", expected="a .safetensors file", fix="Pass -o NAME.safetensors."
+            f"the output is {output}", expected="a .safetensors file", fix="Pass one with -o NAME.safetensors"
         )
     if output.exists() and not overwrite:
         raise UsageError(f"{output} exists", expected="a new file", fix="Pass --overwrite to replace it.")
-    try:
-        stream = source.open("rb")
-    except OSError as error:
-        raise CheckpointError(
-            f"{source} cannot be read ({error.strerror})",
-            expected="a file of torch.save (.ckpt, .pt, .pth, .bin)",
-            fix="Check the path.",
-        ) from error
-    with stream:
+    sources = [source] if isinstance(source, Path) else source
+    with ExitStack() as stack:
+        opened = [_opened(path, stack) for path in sources]
+        _refuse_twice(sources, opened)
+        written = sum(_size(tensor) for one in opened for tensor in one.tensors.values())
         try:
-            tensors, places, left_out = _open(source, stream)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{source}: {error.found}", expected=error.expected, fix=error.fix
-            ) from error
-        written = sum(map(_size, tensors.values()))
-        try:
-            _write(output, tensors, stream, places)
+            with beside(output) as work:
+                _write(work / output.name, opened)
+                os.replace(work / output.name, output)
         except OSError as error:
             raise StorageError(
                 f"{output} cannot be written ({error.strerror})",
                 expected=f"a folder with {written} bytes free",
-                fix="Choose another place with -o.",
+                fix="Pass -o with another place.",
             ) from error
-    return Converted(path=output, tensors=len(tensors), size=output.stat().st_size, left_out=left_out)
+    return Converted(
+        path=output,
+        tensors=sum(len(one.tensors) for one in opened),
+        size=output.stat().st_size,
+        left_out=sum(one.left_out for one in opened),
+    )
+
+
+def _opened(path: Path, stack: ExitStack) -> _Opened:
+    refuse_pointer(path)
+    try:
+        stream = stack.enter_context(path.open("rb"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror})",
+            expected="a file of torch.save (.ckpt, .pt, .pth, .bin)",
+            fix="Check the path.",
+        ) from error
+    try:
+        tensors, places, left_out = _open(path, stream)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error.found}", expected=error.expected, fix=error.fix) from error
+    return _Opened(stream=stream, tensors=tensors, places=places, left_out=left_out)
+
+
+def _refuse_twice(sources: Sequence[Path], opened: Sequence[_Opened]) -> None:
+    """Raise CheckpointError for a tensor in two files: they are no shards of one."""
+    seen: dict[str, Path] = {}
+    for path, one in zip(sources, opened, strict=True):
+        if twice := seen.keys() & one.tensors.keys():
+            name = min(twice)
+            raise CheckpointError(
+                f"{seen[name]} and {path} both hold the tensor {name[:80]!r}",
+                expected="shards of one checkpoint",
+                fix="Convert each of them by itself.",
+            )
+        seen |= dict.fromkeys(one.tensors, path)
 
 
 def _size(tensor: StoredTensor) -> int:
     return prod(tensor.shape) * ITEM_SIZES[tensor.storage.dtype]
 
 
-def _write(output: Path, tensors: Mapping[str, StoredTensor], stream: BinaryIO, places: Places) -> None:
+def _write(output: Path, opened: Sequence[_Opened]) -> None:
     """One tensor at a time; those that share a storage follow each other, so that it is read once."""
-    tensors = dict(sorted(tensors.items(), key=lambda item: item[1].storage.key))
+    stored = {name: (i, tensor) for i, one in enumerate(opened) for name, tensor in one.tensors.items()}
+    names = sorted(stored, key=lambda name: (stored[name][0], stored[name][1].storage.key))
 
     @lru_cache(maxsize=1)
-    def read(storage: Storage) -> bytes:
-        return _read(stream, places[storage.key])
+    def read(number: int, storage: Storage) -> bytes:
+        return _read(opened[number].stream, opened[number].places[storage.key])
 
     def content(name: str) -> memoryview:
-        tensor = tensors[name]
+        number, tensor = stored[name]
         bits = _BITS[ITEM_SIZES[tensor.storage.dtype]]
-        flat = np.frombuffer(read(tensor.storage), bits)[tensor.offset :]
+        flat = np.frombuffer(read(number, tensor.storage), bits)[tensor.offset :]
         strides = [stride * flat.itemsize for stride in tensor.strides]
         view = np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
         return np.ascontiguousarray(view).data
 
-    described = {name: (tensor.storage.dtype, tensor.shape) for name, tensor in tensors.items()}
+    described = {name: (stored[name][1].storage.dtype, stored[name][1].shape) for name in names}
     write_file(output, described, content, durable=True)
 
 

@@ -3,11 +3,16 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from latentrt.engines.errors import PackageError
 from latentrt.engines.package import MANIFEST, Manifest, Package, check_inside
+from latentrt.engines.safetensors_format import first_not_finite
 
 
 def edit(package: Package, change: Callable[[dict], object]) -> None:
@@ -173,3 +178,28 @@ def test_a_file_is_no_package_and_says_how_to_make_one(tmp_path: Path, name: str
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(PackageError, match=fix):
         Package.open(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "unet/weights.safetensors", "unet/loop.onnx"])
+def test_git_lfs_pointers_are_named(package: Package, name: str) -> None:
+    (package.root / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n")
+    refused(package, f"{re.escape(name)} is a git-lfs pointer")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, "BF16"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite(package: Package, dtype: Any, bad: float) -> None:
+    """As numpy and torch say; integers with the same bits are numbers."""
+    weights = package.root / "unet" / "weights.safetensors"
+    values = torch.full((5000,), torch.finfo(torch.bfloat16).max, dtype=torch.float64)
+    kind = torch.bfloat16 if dtype == "BF16" else torch.from_numpy(np.zeros(1, dtype)).dtype
+    values = values.clamp(max=torch.finfo(kind).max).to(kind)
+    whole = torch.full((3,), -1, dtype=torch.int64)
+    save_file({"a": values, "ids": whole}, weights)
+    package.check_weights()
+    assert first_not_finite(weights) is None
+    values[4321] = bad
+    save_file({"a": values, "ids": whole}, weights)
+    assert not torch.isfinite(values).all()
+    with pytest.raises(PackageError, match="the tensor 'a' has values that are NaN or infinite"):
+        package.check_weights()

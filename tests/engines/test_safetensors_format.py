@@ -2,6 +2,7 @@
 
 import json
 import random
+import shlex
 import struct
 import tracemalloc
 from collections.abc import Callable
@@ -88,7 +89,6 @@ MALFORMED: dict[str, bytes] = {
     "metadata is a list": file({"__metadata__": []}, data=b""),
     "metadata of numbers": file({"__metadata__": {"a": 1}}, data=b""),
     "metadata of objects": file({"__metadata__": {"a": {}}}, data=b""),
-    "metadata is null": file({"__metadata__": None}, data=b""),
     "entry is a list": file({"a": ["U8", [1], [0, 1]]}),
     "entry is null": file({"a": None}),
     "no dtype": raw(b'"shape":[1],"data_offsets":[0,1]'),
@@ -374,3 +374,26 @@ def test_a_file_that_is_not_finished_leaves_the_old_one(tmp_path: Path) -> None:
         write_file(path, {"a": ("F32", (1,))}, lambda name: b"abc")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_metadata_of_null_are_none(write: Any) -> None:
+    content = file({"__metadata__": None, "a": entry()})
+    assert theirs(content) == ours(write(content)) == {"a": ("U8", (1,))}
+    assert read_header(write(content)).metadata == {}
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"])
+def test_quantised_types_that_no_net_has_are_named(dtype: str, write: Any) -> None:
+    with pytest.raises(CheckpointError, match=f"stores 'a' as '{dtype}'.*Use the model's fp16 or fp32"):
+        read_header(write(file({"a": entry(dtype)})))
+
+
+@pytest.mark.parametrize("error", [CheckpointError, PackageError])
+def test_a_git_lfs_pointer_is_named(error: Any, tmp_path: Path) -> None:
+    """As in git-lfs' docs/spec.md."""
+    path = tmp_path / "my models" / "x.safetensors"
+    path.parent.mkdir()
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n")
+    with pytest.raises(error, match="is a git-lfs pointer") as caught:
+        read_header(path, error=error)
+    assert shlex.split(caught.value.fix.partition(": ")[2])[:3] == ["git", "-C", str(path.parent)]

@@ -81,7 +81,7 @@ def test_a_full_autoencoder_is_not_tiny(checkpoint: Path) -> None:
 def test_other_kinds_of_autoencoders(checkpoint: Path, tmp_path: Path) -> None:
     folder = make_tiny_vae(tmp_path / "vq")
     (folder / "config.json").write_text(json.dumps({"_class_name": "VQModel"}))
-    with pytest.raises(CheckpointError, match="holds an VQModel"):
+    with pytest.raises(CheckpointError, match="holds a VQModel"):
         Checkpoint.open(checkpoint, vae=folder)
 
 

@@ -138,6 +138,7 @@ def test_turbo_is_known_by_its_scheduler(
     copy: Path, changed: dict[str, Any], defaults: tuple[int, float]
 ) -> None:
     change(copy / "scheduler" / "scheduler_config.json", **changed)
+    change(copy / "model_index.json", scheduler=["diffusers", changed.get("_class_name", "DDIMScheduler")])
     found = Checkpoint.open(copy)
     steps, scale = found.defaults["num_inference_steps"], found.defaults["guidance_scale"]
     assert (steps, scale) == defaults

@@ -332,7 +332,7 @@ def test_what_appears_during_an_export_is_left_alone(tmp_path: Path, overwrite: 
     target = tmp_path / "package"
 
     def export() -> None:
-        with package_writer._beside(target, overwrite=overwrite):
+        with package_writer._complete(target, overwrite=overwrite):
             target.mkdir()
             (target / "thesis.txt").write_text("years of work")
 

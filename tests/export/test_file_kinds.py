@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from latentrt.engines.errors import CheckpointError, UsageError
+from latentrt.export.checkpoint.open import Checkpoint
 from latentrt.export.checkpoint.single_file import open_single_file, open_vae_file
 from tests.export.ldm_files import (
     TINY,
@@ -81,6 +83,14 @@ def test_tokenizers(family: str, tokenizers: dict[str, str], files: dict[str, Te
         ("sd2", [], {}, "epsilon", "epsilon"),
         ("sdxl", [], {}, None, "epsilon"),
         ("sdxl", ["v_pred"], {}, None, "v_prediction"),
+        ("sdxl", ["v_pred"], {"modelspec.prediction_type": "epsilon"}, None, "v_prediction"),
+        ("sdxl", [], {"modelspec.predict_key": "v"}, None, "v_prediction"),  # ComfyUI's
+        ("sd1", [], {"modelspec.predict_key": "v"}, None, "v_prediction"),
+        ("sd2", [], {"modelspec.predict_key": "epsilon"}, None, "epsilon"),
+        ("sd1", [], {"prediction_type": "v_prediction"}, None, "v_prediction"),
+        ("sdxl", [], {"ss_v_parameterization": "True"}, None, "v_prediction"),
+        ("sdxl", [], {"ss_v_parameterization": "False"}, None, "epsilon"),
+        ("sdxl", [], {"modelspec.prediction_type": "rectified flow"}, "epsilon", "epsilon"),
         ("sdxl", ["v_pred", "ztsnr"], {}, "epsilon", "epsilon"),
     ],
 )
@@ -108,6 +118,76 @@ def test_prediction_type(
 def test_another_prediction_type_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="'sample'; expected epsilon or v_prediction"):
         open_single_file(tmp_path / "x.safetensors", prediction_type="sample")
+
+
+@pytest.mark.parametrize("key", ["modelspec.prediction_type", "modelspec.predict_key", "prediction_type"])
+def test_what_no_sampler_is_for_is_refused(key: str, files: dict[str, Tensors], write: Any) -> None:
+    with pytest.raises(CheckpointError, match=f"says 'flow' under {key}.*--prediction-type"):
+        open_single_file(write(files["sdxl"], {key: "Flow"}))
+
+
+# ComfyUI's supported_models.SDXL.model_type reads these.
+@pytest.mark.parametrize(
+    ("markers", "kind"),
+    [
+        (["edm_mean", "edm_std"], "Playground 2.5"),
+        (["edm_std"], "Playground 2.5"),
+        (["edm_vpred.sigma_max", "edm_vpred.sigma_min"], "CosXL"),
+        (["edm_vpred.sigma_max"], "CosXL"),
+        (["v_pred", "edm_vpred.sigma_max"], "CosXL"),
+    ],
+)
+@pytest.mark.parametrize("argument", [None, "v_prediction"])
+def test_edm_markers_are_refused_by_name(
+    markers: list[str], kind: str, argument: str | None, files: dict[str, Tensors], write: Any
+) -> None:
+    path = write(files["sdxl"] | {name: meta() for name in markers})
+    with pytest.raises(CheckpointError, match=f"is {kind}"):
+        open_single_file(path, prediction_type=argument)
+
+
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("prefix", ["", "module.", "state_dict."])
+def test_a_unet_under_another_prefix(family: str, prefix: str, files: dict[str, Tensors], write: Any) -> None:
+    """Tools drop `model.`, or wrap the whole: the parts are those of the usual names."""
+    wanted = open_single_file(write(files[family]))
+    for unet in ("diffusion_model.", UNET):
+        renamed = {prefix + name.replace(UNET, unet, 1): tensor for name, tensor in files[family].items()}
+        found = open_single_file(write(renamed))
+        assert found.family == family
+        for part, component in wanted.components.items():
+            assert found.components[part].config == component.config
+            assert {
+                name: tensor.name.replace(unet, UNET, 1).removeprefix(prefix)
+                for name, tensor in found.components[part].tensors.items()
+            } == {name: tensor.name for name, tensor in component.tensors.items()}
+    surplus = write(renamed | {f"{prefix}{UNET}time_embed.cond_proj.weight": meta(4)})
+    with pytest.raises(CheckpointError, match=f"no Stable Diffusion UNet has .{prefix}{UNET}time_embed"):
+        open_single_file(surplus)
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "I8", "U8", "I32", "BOOL"])
+@pytest.mark.parametrize("part", [UNET, "cond_stage_model.", "first_stage_model."])
+def test_quantised_weights_are_named(
+    dtype: str, part: str, files: dict[str, Tensors], tmp_path: Path
+) -> None:
+    """Whatever part they are in, with the scales that ComfyUI and bitsandbytes write beside them."""
+    names = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8}
+    kinds = {**names, "U8": torch.uint8, "I32": torch.int32, "BOOL": torch.bool}
+    stored = {name: torch.zeros(t.shape, dtype=torch.float16) for name, t in files["sd1"].items()}
+    changed = (
+        next(name for name in stored if name.startswith(part) and name.endswith("proj_in.weight"))
+        if (part == UNET)
+        else next(
+            name for name in stored if name.startswith(part) and "norm" not in name and "ids" not in name
+        )
+    )
+    stored[changed] = stored[changed].to(kinds[dtype])
+    stored[changed.replace(".weight", ".scale_weight")] = torch.ones(())
+    stored[f"{UNET}scaled_fp8"] = torch.zeros(0, dtype=kinds[dtype])
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"stores the weight .* as {dtype}; expected one of F64, F32"):
+        Checkpoint.open(tmp_path / "model.safetensors")
 
 
 def test_averaged_weights_are_named_and_not_used(files: dict[str, Tensors], write: Any) -> None:
@@ -245,7 +325,8 @@ def test_pickles_are_to_be_converted(opens: Any, name: str, start: bytes, tmp_pa
     (tmp_path / name).write_bytes(start)
     with pytest.raises(CheckpointError, match="a pickle: reading one can run code") as error:
         opens(tmp_path / name)
-    assert f"latentrt convert {tmp_path / name} -o {tmp_path}/x.safetensors" in error.value.fix
+    target = "x.safetensors" if name != "x.safetensors" else "x-converted.safetensors"
+    assert error.value.fix.endswith(f": latentrt convert {tmp_path / name} -o {tmp_path / target}")
 
 
 def test_no_file(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Ranges are measured where values are stored in fp16, and what reaches too far becomes an island."""
 
 import json
+import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from latentrt.export import precision as islands
 from latentrt.export.checkpoint.open import Checkpoint
 from latentrt.export.graphs import passes as surgery
 from latentrt.export.graphs.hoist import hoist
-from latentrt.export.nets.build import NETS
+from latentrt.export.nets.build import NETS, components
 from latentrt.export.nets.calibration import PROMPTS, STEPS, Calibration, token_ids
 from latentrt.export.precision import LIMIT, find_islands, measure
 from tests.recipes import RECIPES, make_checkpoint
@@ -248,3 +250,26 @@ def test_the_prompts_of_calibration(checkpoint: Path) -> None:
     assert ids[0].tolist() == [first, *[last] * 76]
     assert list(ids[:, 0]) == [first] * 3
     assert last not in ids[2, :-1]  # the long one fills it
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_that_are_not_finite_are_named_at_export(
+    checkpoint: Path, tmp_path: Path, part: str, bad: float, dtype: torch.dtype
+) -> None:
+    """A broken merge: one value. The advice is not another dtype."""
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    (weights,) = (copy / part).glob("*.safetensors")
+    tensors = load_file(weights)
+    name = next(
+        name for name in tensors if name.endswith("norm1.weight" if part != "vae" else "conv_in.bias")
+    )
+    tensors[name].view(-1)[3] = bad
+    save_file(tensors, weights)
+    opened = Checkpoint.open(copy)
+    nets = components(opened)
+    with pytest.raises(CheckpointError, match=f"'{re.escape(name)}' has 1 values of") as error:
+        _ = [NETS[net].build(opened, dtype) for net in nets]
+    assert str(copy / part) in error.value.found
+    assert "--dtype fp32" not in error.value.fix

@@ -1,0 +1,91 @@
+"""Writes that appear when they are complete: into a hidden folder beside the target, renamed at the end.
+
+A run that is killed leaves its folder behind, and the next one for the same target removes it. A folder in
+use is told by the lock file in it: the system lets go of a lock when the process dies that held it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+_LOCK, _OLD = "lock", "old"
+
+
+@contextmanager
+def beside(target: Path) -> Generator[Path]:
+    """An empty folder on the file system of `target`; what is left in it is removed at the end.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    sweep(target)
+    work, lock = _claim(target)
+    try:
+        (work / "new").mkdir()
+        yield work / "new"
+    finally:
+        lock.release()
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def put(new: Path, target: Path, work: Path) -> None:
+    """Rename `new`, which was written into the folder `work` of `beside`, to `target`, and remove the old.
+
+    Raises:
+        OSError: it cannot be done; what was there before still is.
+    """
+    old = work.parent / _OLD
+    if target.exists():
+        os.replace(target, old)
+    try:
+        os.replace(new, target)
+    except OSError:
+        if old.exists():
+            os.replace(old, target)
+        raise
+
+
+def sweep(target: Path) -> None:
+    """Remove the folders of killed runs for `target`; one killed between the renames of `put` is undone."""
+    with suppress(OSError):
+        for work in sorted(target.parent.iterdir()):
+            if work.name.startswith(_prefix(target)) and work.is_dir() and not work.is_symlink():
+                _sweep_one(work, target)
+
+
+def _sweep_one(work: Path, target: Path) -> None:
+    lock = FileLock(work / _LOCK)
+    try:
+        lock.acquire(timeout=0)  # pyright: ignore[reportUnknownMemberType]
+    except (Timeout, OSError):  # in use, or another user's
+        return
+    if (work / _OLD).exists() and not target.exists():
+        with suppress(OSError):
+            os.replace(work / _OLD, target)
+    shutil.rmtree(work, ignore_errors=True)
+    lock.release()
+    if os.name == "nt":  # which keeps a file that is open
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _claim(target: Path) -> tuple[Path, FileLock]:
+    """A new folder and its lock, held. Another run may sweep a folder before its lock is."""
+    while True:
+        work = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+        lock = FileLock(work / _LOCK)
+        with suppress(Timeout):
+            lock.acquire(timeout=0)  # pyright: ignore[reportUnknownMemberType]
+            if (work / _LOCK).exists():
+                return work, lock
+            lock.release()
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.latentrt-"
