@@ -79,7 +79,9 @@ def generate(
 
     if not prompt and source is None:
         raise UsageError(
-            "no prompt", expected="a prompt, or --from PICTURE", fix='Try: latentrt generate "a red circle"'
+            "no prompt",
+            expected="a prompt, or --from PICTURE",
+            fix="See all that can be said: latentrt generate --help",
         )
     if source is not None and refiner_at is not None:
         raise UsageError(

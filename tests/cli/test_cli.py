@@ -160,7 +160,7 @@ def test_errors_as_json(latentrt: Any) -> None:
     ("words", "found", "command"),
     [
         (["generate", "x", "--stepz", "2"], "No such option", "latentrt generate --help"),
-        (["generate"], "Missing argument", "latentrt generate --help"),
+        (["generate"], "no prompt", "latentrt generate --help"),
         (["generate", "x", "--threads", "many"], "Invalid value", "latentrt generate --help"),
         (["export", "x", "-o", "p", "--dtype", "fp8"], "Invalid value", "latentrt export --help"),
         (["export", "x"], "Missing option", "latentrt export --help"),
