@@ -36,11 +36,9 @@ _MODEL = "`demo`, a package folder, or a full-size model of random weights: sd15
 _JSON = Annotated[bool, Option("--json", help="Print the JSON document.")]
 
 
-def _option(
-    kind: Any, default: Any, text: str, *flags: str, least: float | None = None, most: float | None = None
-) -> tuple[Any, Any]:
+def _option(kind: Any, default: Any, text: str, *flags: str, least: int | None = None) -> tuple[Any, Any]:
     """What typer makes of an option, and its default."""
-    return Annotated[kind, Option(*flags, help=text, min=least, max=most)], default
+    return Annotated[kind, Option(*flags, help=text, min=least)], default
 
 
 # The options that verbs share.
@@ -73,11 +71,8 @@ class Call:
         from ..benchmarks.models.open import find_model
 
         self.options = options
-        self.model = find_model(
-            options["model"],
-            checkpoint=options.get("checkpoint"),
-            said=lambda line: print(line, file=sys.stderr),
-        )
+        said = partial(print, file=sys.stderr)
+        self.model = find_model(options["model"], checkpoint=options.get("checkpoint"), said=said)
         self.package = self.model.package
         self.quick = bool(options.get("quick"))
 
@@ -85,14 +80,10 @@ class Call:
         """What every side opens."""
         from ..benchmarks.sides.contract import Task
 
-        backend = self.options["backend"]
-        return Task(
-            package=self.package.root,
-            checkpoint=self.model.checkpoint,
-            backend=backend,
-            threads=self.options["threads"],
-            device=device_of(backend, self.options.get("device", "auto")),
-        )
+        backend, threads = self.options["backend"], self.options["threads"]
+        device = device_of(backend, self.options.get("device", "auto"))
+        root, checkpoint = self.package.root, self.model.checkpoint
+        return Task(package=root, checkpoint=checkpoint, backend=backend, threads=threads, device=device)
 
     def sides(self, references: tuple[str, ...] = ()) -> Sides:
         """Ours, the peers that are named, and the references. Raises UsageError for an unknown peer."""
@@ -152,14 +143,14 @@ def _measures(*shared: str, **own: tuple[Any, Any]) -> Callable[[Callable[[Call]
 def _show(call: Call, measure: _Measure) -> None:
     from ..benchmarks.words import lines
 
-    as_json = call.options["as_json"]
+    as_json, out = call.options["as_json"], call.options["out"]
     with _progress_lines(enabled=not as_json) as progress:
         found = measure(progress=progress)
     # folders of this machine are nobody's business, and mean nothing elsewhere
     words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
     settings = {**found.settings, "command": " ".join(["latentrt", *words])}
     document = replace(found, model={**found.model, "name": call.model.name}, settings=settings)
-    if out := call.options["out"]:
+    if out:
         document.write(out)
     print(json.dumps(document.to_json()) if as_json else "\n".join(lines(document)))
     if document.failed:
@@ -180,11 +171,7 @@ def _progress_lines(*, enabled: bool) -> Generator[Progress]:
     *("checkpoint", "backend", "device", "peers", "width", "height", "steps", "batch"),
     *("threads", "budget", "quick"),
     workloads=_option(str, "", "With commas: text_encoder, invariants, unet, update, vae_decoder, picture."),
-    references=_option(
-        str,
-        "latentrt again,yardstick,ceiling",
-        'With commas: "latentrt again", yardstick, ceiling. The first takes as much memory as ours.',
-    ),
+    references=_option(str, "latentrt again,yardstick,ceiling", "The first takes as much memory as ours."),
     guidance_scale=_option(float | None, None, "Guidance scale; 1 is off. Default: the model's."),
     sampler=_option(str, "dpmpp_2m", "One that every side has: ddim, euler, dpmpp_2m, …."),
 )
@@ -236,10 +223,7 @@ def throughput(call: Call) -> _Measure:
     )
 
 
-@_measures(
-    *("backend", "threads", "quick"),
-    repeats=_option(int, 7, "Fresh processes of each kind.", least=1),
-)
+@_measures("backend", "threads", "quick", repeats=_option(int, 7, "Fresh processes of each kind.", least=1))
 def cold_start(call: Call) -> _Measure:
     """Fresh processes: import, open, first and second picture, each by itself."""
     from ..benchmarks.verbs.cold_start import QUICK_REPEATS, measure_cold_start
@@ -272,12 +256,7 @@ def build(call: Call) -> _Measure:
 
 @_measures(
     *("checkpoint", "backend", "width", "height", "threads", "quick"),
-    reference=_option(
-        str,
-        "",
-        "latentrt on ONNX Runtime's CPU, diffusers, onnxruntime, openvino, …."
-        " Default: diffusers, or without it or a checkpoint onnxruntime.",
-    ),
+    reference=_option(str, "", "latentrt, onnxruntime, openvino, …. Default: diffusers, else onnxruntime."),
     samples=_option(int, 3, "Seeds and prompts of every row.", least=1),
     steps=_option(int, 8, "Number of inference steps.", least=1),
 )
@@ -309,9 +288,7 @@ def gpu(
 def compare(
     before: Annotated[Path, Argument(help="A document of `latentrt bench`.")],
     after: Annotated[Path, Argument(help="Another of the same verb, model and machine.")],
-    threshold: Annotated[
-        float, Option(min=0.0, max=1.0, help="The smallest change that counts: 0.05 is 5 %.")
-    ] = 0.05,
+    threshold: Annotated[float, Option(min=0, max=1, help="The smallest change that counts.")] = 0.05,
     as_json: _JSON = False,
 ) -> None:
     """Ratios of two documents with their intervals. Exit code 1: ours is slower, or nothing was compared."""
@@ -327,15 +304,9 @@ def compare(
 @bench.command()
 def report(
     results: Annotated[Path, Argument(help="A folder of documents.")] = Path("benchmarks/results"),
-    readme: Annotated[
-        Path | None, Option(help="Gets the short table between bench-summary:begin and bench-summary:end.")
-    ] = None,
-    measurements: Annotated[
-        Path | None, Option(help="Gets all tables and figures between bench:begin and bench:end.")
-    ] = None,
-    figures: Annotated[
-        Path | None, Option(help="Folder for the PNGs. Default: `figures` beside the documents.")
-    ] = None,
+    readme: Annotated[Path | None, Option(help="Gets the short table, between its markers.")] = None,
+    measurements: Annotated[Path | None, Option(help="Gets all tables, between its markers.")] = None,
+    figures: Annotated[Path | None, Option(help="Of the PNGs. Default: `figures` in the folder.")] = None,
     as_json: _JSON = False,
 ) -> None:
     """Draw every figure and table again, from the JSON documents alone. Needs the extra [bench]."""

@@ -1,13 +1,13 @@
 """The figures: where a picture's time goes, ours against the peers, each net under the machine's ceilings.
 
-Each `draw_…` yields a figure's name and how to draw it, for every case of a latency document that has it.
+Each `plan_…` answers how to draw a figure of one case of a latency document; None where it has none.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -26,7 +26,6 @@ from .reading import (
     Case,
     Result,
     against,
-    cases,
     ceiling_rates,
     figure,
     our_rows,
@@ -75,8 +74,7 @@ _LEAST = 1e-4  # of the total: a rest below that is the medians' rounding
 _REASON = 70  # characters
 _TICKS = (1.05, 1.1, 1.15, 1.25, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 100, 200)
 _PICTURE_TAIL, _RATIO_TAIL = 1.5, 2.0  # times the bar, up to which a whisker is drawn in full
-# The name of a figure, and how to draw it.
-Planned: TypeAlias = "tuple[str, Callable[[], Sheet]]"
+Draw: TypeAlias = "Callable[[], Sheet]"
 
 
 @contextmanager
@@ -132,11 +130,6 @@ class Sheet:
         return file.getvalue()
 
 
-def _numbered(name: str, number: int) -> str:
-    """The first is called by the name alone, the next ones `name-2`, …."""
-    return f"{name}-{number + 1}" if number else name
-
-
 def _tidy_bars(axes: Axes, names: list[str]) -> None:
     """Horizontal bars: the first on top, their names at the left, a grid to read lengths by."""
     axes.set_yticks(range(len(names)), names)
@@ -164,12 +157,11 @@ def _whisker(axes: Axes, y: float, ends: tuple[float, float], *, arrow: bool, bo
 # ── one picture, stage after stage, above what the peers take for it ──────────────────────────────
 
 
-def draw_waterfalls(result: Result) -> Iterator[Planned]:
-    """A sheet for each case whose picture's stages are known."""
-    for number, case in enumerate(cases(result.document)):
-        picture = our_rows(result.document, case).get("picture")
-        if picture and picture.status == "ok" and stages(picture):
-            yield _numbered("waterfall", number), partial(_draw_waterfall, result, case, picture)
+def plan_waterfall(result: Result, case: Case) -> Draw | None:
+    """For a case whose picture's stages are known."""
+    picture = our_rows(result.document, case).get("picture")
+    known = picture and picture.status == "ok" and stages(picture)
+    return partial(_draw_waterfall, result, case, picture) if picture and known else None
 
 
 def _draw_waterfall(result: Result, case: Case, picture: Row) -> Sheet:
@@ -225,19 +217,16 @@ def _whole(
 # ── ours against the peers: ratios with their confidence intervals ─────────────────────────────────
 
 
-def draw_ratios(result: Result) -> Iterator[Planned]:
-    """A sheet for each case with a peer in it, of the workloads that peers have."""
-    document = result.document
-    for number, case in enumerate(cases(document)):
-        sides = {side: against(document, case, side) for side in (AGAIN, *peers(document))}
-        bars: list[tuple[str, Against | None]] = []
-        for name, row in our_rows(document, case).items():
-            found = {side: rows[name] for side, rows in sides.items() if name in rows and rows[name].ratio}
-            if found.keys() - {AGAIN}:
-                bars.append((f"{words.workload(name)}, ours {words.seconds(summary(row))}", None))
-                bars += [("A/A: latentrt again" if side == AGAIN else side, it) for side, it in found.items()]
-        if bars:
-            yield _numbered("peers", number), partial(_draw_ratios, result, case, bars)
+def plan_ratios(result: Result, case: Case) -> Draw | None:
+    """For a case with a peer in it, of the workloads that peers have."""
+    sides = {side: against(result.document, case, side) for side in (AGAIN, *peers(result.document))}
+    bars: list[tuple[str, Against | None]] = []
+    for name, row in our_rows(result.document, case).items():
+        found = {side: rows[name] for side, rows in sides.items() if name in rows and rows[name].ratio}
+        if found.keys() - {AGAIN}:
+            bars.append((f"{words.workload(name)}, ours {words.seconds(summary(row))}", None))
+            bars += [("A/A: latentrt again" if side == AGAIN else side, it) for side, it in found.items()]
+    return partial(_draw_ratios, result, case, bars) if bars else None
 
 
 def _draw_ratios(result: Result, case: Case, bars: Sequence[tuple[str, Against | None]]) -> Sheet:
@@ -245,60 +234,53 @@ def _draw_ratios(result: Result, case: Case, bars: Sequence[tuple[str, Against |
     sheet = Sheet(heading, result, case, height=0.27 * len(bars) + 0.8)
     axes = sheet.axes
     axes.set_xscale("log")
-    ratios = [item.ratio for _, item in bars if item and item.ratio]
+    low, high = 0.93, 1.1
     for y, (_, item) in enumerate(bars):
         if item and item.ratio:
-            _bar(axes, y, item.row, item.ratio)
+            end = _bar(axes, y, item.row, item.ratio)
+            low, high = min(low, item.ratio.low / 1.03), max(high, end * 1.03)
     _tidy_bars(axes, [name for name, _ in bars])
     for tick, (_, item) in zip(axes.get_yticklabels(), bars, strict=True):
         tick.set_weight("bold" if item is None else "normal")
     axes.axvline(1, color=INK, linewidth=1)
-    _limit(axes, ratios)
+    axes.set_xlim(low, high)
+    axes.set_xticks(_spaced(low, high))
+    axes.set_xticks([], minor=True)
+    axes.xaxis.set_major_formatter("{x:g}×")
     axes.set_xlabel("time ÷ ours, median of interleaved rounds (log scale); whiskers: 95 % interval")
     return sheet
 
 
-def _bar(axes: Axes, y: int, row: Row, ratio: Interval) -> None:
+def _bar(axes: Axes, y: int, row: Row, ratio: Interval) -> float:
+    """Draw one, and answer where its whisker ends; how far the interval goes is in the label."""
     even = row.side == AGAIN or ratio.low <= 1 <= ratio.high
     color = GREY if even else BLUE if ratio.low > 1 else RED
     axes.barh(y, ratio.value - 1, left=1, height=0.6, color=color, alpha=0.85)
-    end = _shown(ratio)
+    end = min(ratio.high, _RATIO_TAIL * max(ratio.value, 1))
     _whisker(axes, y, (ratio.low, end), arrow=end < ratio.high, both=True)
     label = f"{words.ratio(ratio.value)}×  {words.interval(ratio)}  {words.seconds(summary(row))}"
     _beside(axes, max(end, 1), y, label)
+    return end
 
 
-def _shown(ratio: Interval) -> float:
-    """Where a whisker ends; how far the interval goes is in the label."""
-    return min(ratio.high, _RATIO_TAIL * max(ratio.value, 1))
-
-
-def _limit(axes: Axes, ratios: list[Interval]) -> None:
-    """Limits with all bars inside, and ticks that keep their distance on a log scale, 1 among them."""
-    low = min(0.93, min(ratio.low for ratio in ratios) / 1.03)
-    high = max(1.1, max(map(_shown, ratios)) * 1.03)
-    axes.set_xlim(low, high)
-    ticks = [tick for tick in (*_TICKS, *(round(1 / tick, 2) for tick in _TICKS)) if low <= tick <= high]
+def _spaced(low: float, high: float) -> list[float]:
+    """Ticks that keep their distance on a log scale, 1 among them."""
     kept = [1.0]
-    for tick in sorted(ticks, key=lambda tick: abs(math.log(tick))):
-        if all(abs(math.log(tick / other)) >= math.log(high / low) / 14 for other in kept):
-            kept.append(tick)
-    axes.set_xticks(sorted(kept))
-    axes.set_xticks([], minor=True)
-    axes.xaxis.set_major_formatter("{x:g}×")
+    for tick in sorted((*_TICKS, *(round(1 / tick, 2) for tick in _TICKS)), key=lambda it: abs(math.log(it))):
+        far = all(abs(math.log(tick / other)) >= math.log(high / low) / 14 for other in kept)
+        kept += [tick] if far and low <= tick <= high else []
+    return sorted(kept)
 
 
 # ── nets under the machine's two ceilings, measured in the same run (Williams et al. 2009) ─────────
 
 
-def draw_rooflines(result: Result) -> Iterator[Planned]:
-    """A sheet for each case with a net whose FLOPs and bytes are known, if both ceilings are."""
+def plan_roofline(result: Result, case: Case) -> Draw | None:
+    """For a case with a net whose FLOPs and bytes are known, if both ceilings are."""
     ceilings = [ceiling_rates(result.document, name) for name in (GEMM, COPY)]
-    for number, case in enumerate(cases(result.document)):
-        rows = [row for name, row in our_rows(result.document, case).items() if name != "picture"]
-        nets = [row for row in rows if row.status == "ok" and row.figures.get("flop_per_s")]
-        if nets and all(ceilings):
-            yield _numbered("roofline", number), partial(_draw_roofline, result, case, nets, *ceilings)
+    rows = [row for name, row in our_rows(result.document, case).items() if name != "picture"]
+    nets = [row for row in rows if row.status == "ok" and row.figures.get("flop_per_s")]
+    return partial(_draw_roofline, result, case, nets, *ceilings) if nets and all(ceilings) else None
 
 
 def _draw_roofline(

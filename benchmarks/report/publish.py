@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -11,13 +11,13 @@ from typing import Any
 
 from ...engines.errors import UsageError
 from ..records import write_whole
-from .figures import DIGEST, Sheet, draw_ratios, draw_rooflines, draw_waterfalls, house_style
-from .reading import Result, Results, read_results
+from .figures import DIGEST, Draw, house_style, plan_ratios, plan_roofline, plan_waterfall
+from .reading import Result, Results, cases, read_results
 from .tables import full_tables, short_table
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SUMMARY_BEGIN, SUMMARY_END = "<!-- bench-summary:begin -->", "<!-- bench-summary:end -->"
-_DRAWERS = (draw_waterfalls, draw_ratios, draw_rooflines)
+_PLANS = {"waterfall": plan_waterfall, "peers": plan_ratios, "roofline": plan_roofline}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,17 +94,24 @@ def outdated(results: Path, pages: Pages) -> tuple[str, ...]:
     return (*found, *_left_over(read, pages.figures))
 
 
-def planned_figures(result: Result) -> dict[str, Callable[[], Sheet]]:
-    """How each figure of a document is drawn, by file name; to be called within `figures.house_style`."""
-    drawers = _DRAWERS if result.document.benchmark == "latency" else ()
-    return {f"{result.name}-{name}.png": drawn for draw in drawers for name, drawn in draw(result)}
+def planned_figures(result: Result) -> dict[str, Draw]:
+    """How each figure of a document is drawn, by file name; to be called within `figures.house_style`.
+
+    Those of a second case are called `…-2.png`.
+    """
+    planned: dict[str, Draw] = {}
+    for kind, plan in _PLANS.items() if result.document.benchmark == "latency" else ():
+        for number, case in enumerate(cases(result.document), start=1):
+            if draw := plan(result, case):
+                planned[f"{result.name}-{kind}{f'-{number}' if number > 1 else ''}.png"] = draw
+    return planned
 
 
 def draw_figures(result: Result) -> Iterator[tuple[str, bytes]]:
     """(file name, PNG) of every figure of a document."""
-    for name, drawn in planned_figures(result).items():
+    for name, draw in planned_figures(result).items():
         with house_style():
-            yield name, drawn().png(result.digest)
+            yield name, draw().png(result.digest)
 
 
 def _expected(read: Results, pages: Pages) -> dict[Path, str]:
