@@ -232,20 +232,16 @@ def _throughput(document: Document) -> Lines:
     if good:
         rates = [f"{row.case['pictures']}: {words.number(figure(row, 'samples_per_s'))}" for row in good]
         yield "throughput by batch, pictures per second", "; ".join(rates)
-    for scenario, write in ((SINGLE_STREAM, _tails), (OFFLINE, _rate)):
-        for row in document.select(scenario, OURS):
-            yield (
-                f"throughput, {scenario}",
-                write(row) if row.status == "ok" else f"{row.status}: {row.reason}",
-            )
+    for scenario in (SINGLE_STREAM, OFFLINE):
+        yield from ((f"throughput, {scenario}", _scenario(row)) for row in document.select(scenario, OURS))
 
 
-def _tails(row: Row) -> str:
-    """The scenario's own metric first."""
-    return ", ".join(f"{name} {words.seconds(figure(row, name))}" for name in ("p90", "p50", "p99"))
-
-
-def _rate(row: Row) -> str:
+def _scenario(row: Row) -> str:
+    """SingleStream's own metric is p90, Offline's the rate."""
+    if row.status != "ok":
+        return f"{row.status}: {row.reason}"
+    if row.workload == SINGLE_STREAM:
+        return ", ".join(f"{name} {words.seconds(figure(row, name))}" for name in ("p90", "p50", "p99"))
     return f"{words.number(figure(row, 'samples_per_s'))} pictures/s at batch {row.figures['batch']}"
 
 
@@ -306,19 +302,15 @@ def _cold_start(document: Document) -> Lines:
 
 
 def _build(document: Document) -> Lines:
-    """All nets; the row "every net", where there is one, has what they take together."""
-    rows = {row.workload: row for row in document.select(side=OURS) if row.unit == "s"}
-    together = rows.pop(TOGETHER, None)
-    nets = [row for row in rows.values() if row.samples and row.status == "ok"]
-    if not nets:
-        return
-    taken = summary(together) or sum(row.summary["p50"] for row in nets)
-    sizes = [size for row in nets if (size := figure(row, "engine_mb")) is not None]
-    peaks = [size for row in nets if (size := figure(row, "peak_rss_gb")) is not None]
-    parts = [f"{len(nets)} of {len(rows)} nets in {words.seconds(taken)}"]
-    parts += [f"peak {words.amount(max(peaks) * 1e9, 'B')}"] if peaks else []
-    parts += [f"engines {words.amount(sum(sizes) * 1e6, 'B')}"] if sizes else []
-    yield "build of the engines", ", ".join(parts)
+    """All nets together."""
+    nets = [row for row in document.select(side=OURS) if row.workload != TOGETHER]
+    good = f"{sum(row.status == 'ok' for row in nets)} of {len(nets)} nets"
+    for row in document.select(TOGETHER, OURS):
+        result = f"{good} in {words.seconds(summary(row))}" if row.samples else f"{good}; {row.reason}"
+        if row.figures:
+            peak, size = row.figures["peak_rss_gb"] * 1e9, row.figures["engine_mb"] * 1e6
+            result += f", peak {words.amount(peak, 'B')}, engines {words.amount(size, 'B')}"
+        yield "build of the engines", result
 
 
 def _export(document: Document) -> Lines:
