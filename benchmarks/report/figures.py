@@ -62,13 +62,7 @@ _STYLE: Mapping[str, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 8.5,
 }
-_STAGES = {
-    "text_encoder": ORANGE,
-    "invariants": PURPLE,
-    "unet": SKY,
-    "update": RED,
-    "vae_decoder": GREEN,
-}
+_STAGES = {"text_encoder": ORANGE, "invariants": PURPLE, "unet": SKY, "update": RED, "vae_decoder": GREEN}
 _REST = "everything else"
 _LEAST = 1e-4  # of the total: a rest below that is the medians' rounding
 _REASON = 70  # characters
