@@ -32,7 +32,7 @@ _WORKLOADS = {  # all others are their names without underscores
 _SHOWN = (
     *("of_best_gemm", "of_floor", "non_engine_share", "non_engine_s_per_step"),
     *("relative_l2", "psnr_db", "ssim", "over_weights", "growth_per_step", "samples_per_s"),
-    *("slope", "intercept", "residual", "peak_rss_gb", "engine_mb"),
+    *("slope", "intercept", "residual", "peak_rss_gb", "engine_mb", "flop_per_s", "byte_per_s"),
 )
 
 
@@ -143,7 +143,9 @@ def lines(document: Document) -> list[str]:
     without: list[str] = []
     for row in document.rows:
         problem = "" if row.status == "ok" else f"{row.status}: {row.reason}"
-        figures = (f"{name} {row.figures[name]:.3g}" for name in _SHOWN if row.figures.get(name) is not None)
+        figures = (
+            f"{name} {float(row.figures[name]):.3g}" for name in _SHOWN if row.figures.get(name) is not None
+        )
         notes = "  ".join(filter(None, (problem, _against(document, row), *figures)))
         if not row.rounds:
             without.append(f"{row.workload}, {row.side}: {notes or row.status}")

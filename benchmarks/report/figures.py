@@ -86,7 +86,9 @@ def house_style() -> Generator[None]:
             expected="matplotlib, which draws the figures",
             fix='Install it: pip install "latentrt[bench]".',
         ) from error
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
         yield
 
 

@@ -77,11 +77,14 @@ def test_a_terminal_shows_ratios_and_failures() -> None:
     document = _document(
         row(side="latentrt", rounds=ours, figures={"of_best_gemm": 0.9512}),
         row(side="latentrt again", rounds=again),
-        row(side="diffusers", rounds=theirs, figures={"relative_l2": 1.5e-6}),
+        row(side="diffusers", rounds=theirs, figures={"relative_l2": 1.5e-6, "psnr_db": "inf"}),
         row(side="openvino", status="FAILED", reason="its picture is another"),
         Row(side="latentrt", workload="peak", unit="B", rounds=((3.5 * 2**30,),)),
     )
-    shown = ("p50", "10.5 ms", "A/A spread 2.4 %", "2.00x ours [2.00, 2.00]  relative_l2 1.5e-06", "3.76 GB")
+    shown = (
+        *("p50", "10.5 ms", "A/A spread 2.4 %"),
+        *("2.00x ours [2.00, 2.00]  relative_l2 1.5e-06  psnr_db inf", "3.76 GB"),
+    )
     found = lines(document)
     assert "of_best_gemm 0.951" in found[1]
     assert [text for text, line in zip(shown, found, strict=False) if text not in line] == []
