@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +29,7 @@ def describe_machine() -> dict[str, Any]:
         "cpu": processor(),
         "cores": usable_processors(),
         "load_1min": _load(),
-        "gpu": describe_gpu(),
+        "gpu": _gpu(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "libraries": {name: found for name in _LIBRARIES if (found := version_of(name))},
@@ -38,7 +39,8 @@ def describe_machine() -> dict[str, Any]:
 
 def clocks() -> dict[str, Any]:
     """What changes from one row to the next: the load and every clock, now."""
-    return {"load_1min": _load(), "cpu_mhz": _cpu_mhz(), "gpu_clocks": gpu_clocks()}
+    gpu = None if available() else Nvml(facts().uuid).clocks()
+    return {"load_1min": _load(), "cpu_mhz": _cpu_mhz(), "gpu_clocks": gpu}
 
 
 def resident_bytes() -> tuple[int, int]:
@@ -60,14 +62,19 @@ def resident_bytes() -> tuple[int, int]:
     return peak, peak
 
 
-def describe_gpu(*, runtime: Any = None, nvml: Any = None) -> dict[str, Any] | None:
-    """The first CUDA device, its driver and the newest CUDA that speaks; None where there is none.
-
-    Tests pass a CUDA runtime and an NVML of their own.
-    """
-    if available(runtime):
+def version_of(distribution: str) -> str | None:
+    """Its version; None if it is not installed, or came by other means than pip."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
         return None
-    found = facts(runtime=runtime, nvml=nvml)
+
+
+def _gpu() -> dict[str, Any] | None:
+    """The first CUDA device, its driver and the newest CUDA that it speaks; None where there is none."""
+    if available():
+        return None
+    found = facts()
     return {
         "name": found.name,
         "compute_capability": "{}.{}".format(*found.compute_capability),
@@ -76,13 +83,6 @@ def describe_gpu(*, runtime: Any = None, nvml: Any = None) -> dict[str, Any] | N
         "total_mib": found.total // 2**20,
         "unified_memory": found.unified,
     }
-
-
-def gpu_clocks(*, runtime: Any = None, nvml: Any = None) -> dict[str, int] | None:
-    """Clocks, temperature and power of the first CUDA device now (`Nvml.clocks`); None without one."""
-    if available(runtime):
-        return None
-    return Nvml(facts(runtime=runtime, nvml=nvml).uuid, nvml).clocks()
 
 
 def _load() -> float | None:
@@ -96,18 +96,9 @@ def _cpu_mhz() -> list[int]:
     return [round(float(line.partition(":")[2])) for line in lines if line.startswith("cpu MHz")]
 
 
-def version_of(distribution: str) -> str | None:
-    """Its version; None if it is not installed, or came by other means than pip."""
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
 def _commit() -> str | None:
     command = ["git", "-C", str(Path(__file__).resolve().parents[1]), "rev-parse", "--short", "HEAD"]
-    try:
+    with suppress(OSError):  # there is no git
         found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    except OSError:
-        return None
-    return found.stdout.strip() or None
+        return found.stdout.strip() or None
+    return None
