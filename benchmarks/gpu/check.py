@@ -23,7 +23,7 @@ its case has `backend` and `what` was looked at; samples are seconds, where some
     parity      as in `latentrt bench parity`, against ONNX Runtime on the CPU: relative_l2 (bar 1e-4 for
                 fp32, 5e-3 for fp16) and psnr_db of a net at one shape; the decoder's bar is 60 and 45 dB
     picture     the same of whole pictures: psnr_db of the worst of three (bar 48 for fp32, 40 for fp16), …
-    graphs      psnr_db (bar 50) between plain and replayed loops, identical, plain_p50_s, graph_p50_s,
+    graphs      psnr_db (bar 50) between plain and replayed loops, plain_p50_s, graph_p50_s,
                 launches; "not available" with the reason where the loop cannot be captured
     memory      opened_mib, peak_mib, closed_mib since the baseline, of all processes on the GPU: at most 64
                 may be missing once closed, and 16 more after the last cycle than after the first; what the
@@ -58,10 +58,9 @@ from ..machine import clocks
 from ..process import Child, SideError, become_child
 from ..records import Document, Row, short
 from ..verbs.latency import describe_model
-from .memory import ladder, memory
-from .nets import build, placement
+from .memory import host_memory, ladder, memory
 from .opener import Opener, Scale, backend_opener, collect, row_of
-from .pictures import graphs, host_memory, parity, picture, timing
+from .sections import build, graphs, parity, picture, placement, timing
 
 BACKENDS = ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 LIMIT = 570.0  # seconds of the whole run

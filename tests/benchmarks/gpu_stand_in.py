@@ -5,6 +5,7 @@ Nets are ONNX Runtime's on the CPU at the device's addresses; they claim scratch
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,11 +29,11 @@ from tests.engines.host_device import HostDevice
 
 MIB = 2**20
 PACKAGE = Package.open(SHIPPED["demo"])
+CASE = Case(width=64, height=64, guidance_scale=3.0, steps=2, seed=1)
 SCALE = Scale(
-    case=Case(width=64, height=64, guidance_scale=3.0, steps=2, seed=1),
-    short=48,
-    large=64,
-    many=4,
+    case=CASE,
+    several=replace(CASE, pictures=3, height=48),
+    large=replace(CASE, pictures=4, steps=3),
     steps=2,
     runs=3,
     pictures=6,

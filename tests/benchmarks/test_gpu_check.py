@@ -10,11 +10,10 @@ import pytest
 
 from latentrt.benchmarks.gpu import check as gpu_check
 from latentrt.benchmarks.gpu.check import SECTIONS, run_section
-from latentrt.benchmarks.gpu.opener import backend_opener, collect, row_of
+from latentrt.benchmarks.gpu.opener import collect, row_of
 from latentrt.benchmarks.machine import describe_machine
 from latentrt.benchmarks.records import Document, Row, Status, read_document
 from latentrt.engines.cuda.facts import available
-from latentrt.engines.errors import BackendError
 from tests.benchmarks.gpu_stand_in import PACKAGE
 
 WITHOUT_GPU = pytest.mark.skipif(available() is None, reason="there is a GPU")
@@ -148,8 +147,3 @@ def test_a_package_that_is_none(
     monkeypatch.setattr(gpu_check, "available", lambda: None)
     assert gpu_check.main(["--package", str(tmp_path)]) == 3
     assert "manifest.json" in capsys.readouterr().err
-
-
-def test_a_backend_without_a_device() -> None:
-    with pytest.raises(BackendError, match="'onnxruntime' runs on no device"):
-        backend_opener("onnxruntime", PACKAGE)
