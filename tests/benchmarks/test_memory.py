@@ -57,9 +57,7 @@ on_linux = pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
 
 
 def bench(**changes: Any) -> Bench:
-    known: dict[str, Any] = {"package": PACKAGE, "task": TASK, "case": CASE, "weights": 10 * MIB}
-    nothing = {"interpreter": 1, "context": 0, "watch": lambda: None}
-    return Bench(**{**known, **nothing, "interval": 0.002, **changes})
+    return Bench(PACKAGE, TASK, CASE, watch=lambda: None, interpreter=1, context=0)._replace(**changes)
 
 
 # ── resident memory ────────────────────────────────────────────────────────────────────────────
@@ -185,7 +183,6 @@ def test_rows_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     # the last but that of closing; on a busy machine the sampler may look once more before it is told to end
     assert watched.looks - 5 < number < watched.looks
     assert peak.figures["measured_by"] == "device"
-    assert peak.figures["over_weights"] == peak.samples[0] / (10 * MIB)
     assert found["device opened"].samples[0] < peak.samples[0]
     assert found["ledger"].samples == (12.0,), "a total is not counted besides its parts"
     assert found["ledger"].figures["nets"]["unet"]["io"] == 4
@@ -194,8 +191,8 @@ def test_rows_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @on_linux
 def test_an_empty_interpreter_and_context(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_watch, "_CONTEXT", "print(flush=True); input()")
-    watched = Growing()
-    interpreter, context = measure_baselines(watched, 0.01)
+    monkeypatch.setattr(memory_watch, "device_watch", Growing)
+    _, interpreter, context = measure_baselines(0.01)
     assert interpreter
     assert 2 * MIB < interpreter < 40 * MIB
     assert context
@@ -253,7 +250,7 @@ def keeping(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, make: Callable[[int
 
 
 def growth_row(pipe: Pipeline, steps: int) -> Row:
-    return judge_growth(bench(), watch_steps(pipe, replace(CASE, steps=steps)))
+    return judge_growth(watch_steps(pipe, replace(CASE, steps=steps)))
 
 
 def test_one_small_array_kept_per_step_is_found(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,7 +316,7 @@ def test_the_device_loop_allocates_nothing_between_rows() -> None:
                 "requests": 1,
                 "device_allocations": device_allocations(pipe, replace(CASE, steps=8)),
             }
-            row = judge_growth(bench(), found)
+            row = judge_growth(found)
             assert (row.status, row.reason) == (status, reason)
 
 
@@ -328,7 +325,7 @@ def test_the_device_loop_allocates_nothing_between_rows() -> None:
 
 @pytest.fixture(scope="module")
 def document() -> Document:
-    return measure_memory(PACKAGE, Sides(task=TASK, references=()), CASE, steps=16, interval=0.002)
+    return measure_memory(PACKAGE, Sides(task=TASK, references=()), CASE, steps=16)
 
 
 def row_of(document: Document, workload: str) -> Row:
