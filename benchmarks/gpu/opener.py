@@ -96,8 +96,7 @@ class Opener:
     """One backend, ready to open.
 
     Attributes:
-        task: the backend's name and the package, as a side opens them.
-        package: what is drawn with.
+        task, package: as a side opens them.
         open_device: a device with every net of the package. Only ONNX Runtime's has options: `capture`, runs
             may be captured; `profile`, a folder for profiles of where nodes ran.
         watch: the same device for an onlooker: it reads the free memory, and takes memory away.
