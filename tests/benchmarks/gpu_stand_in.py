@@ -17,12 +17,10 @@ from latentrt.benchmarks.gpu.opener import Opener, Scale
 from latentrt.benchmarks.process import SideError
 from latentrt.benchmarks.sides.contract import OURS, Task, open_side
 from latentrt.benchmarks.sides.ours_device import device_side
-from latentrt.engines.backend import MemoryLedger
 from latentrt.engines.device import Addresses, BoundNet, DeviceNet, Shapes
 from latentrt.engines.errors import LatentrtError
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import Package
-from latentrt.engines.spec import NetSpec
 from latentrt.engines.tensorrt.build import built_nets
 from latentrt.runtime.pipeline import SHIPPED
 from tests.engines.host_device import HostDevice
@@ -56,14 +54,6 @@ class Hungry:
     def __init__(self, net: DeviceNet, per_row: int) -> None:
         self.net, self.per_row = net, per_row
 
-    @property
-    def spec(self) -> NetSpec:
-        return self.net.spec
-
-    @property
-    def memory(self) -> MemoryLedger:
-        return self.net.memory
-
     def __getattr__(self, name: str) -> Any:
         return getattr(self.net, name)
 
@@ -72,12 +62,6 @@ class Hungry:
 
     def bind(self, shapes: Shapes, addresses: Addresses, scratch: int) -> BoundNet:
         return self.net.bind(shapes, addresses, scratch)
-
-    def stream_weights(self) -> int:
-        return 0
-
-    def close(self) -> None:
-        self.net.close()
 
 
 def stand_in(

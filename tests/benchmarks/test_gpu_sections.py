@@ -409,13 +409,10 @@ def test_a_net_without_a_profile() -> None:
 
 
 def test_captured_pipelines_are_opened_for_it() -> None:
-    opener, options = stand_in(backend="onnxruntime-cuda"), list[dict[str, Any]]()
-
-    def open_device(**more: Any) -> Any:
-        options.append(more)
-        return opener.open_device()
-
+    options: list[dict[str, Any]] = []
+    opener = stand_in(backend="onnxruntime-cuda")
+    recording = replace(opener, open_device=lambda **more: options.append(more) or opener.open_device())
     for mode in ("off", "auto", "on"):
-        with replace(opener, open_device=open_device).pipeline(mode):
+        with recording.pipeline(mode):
             pass
     assert options == [{}, {}, {"capture": True}]

@@ -1,11 +1,9 @@
 """Memory from outside against processes that hold a known amount, and planted growth that must be found."""
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -16,7 +14,7 @@ import pytest
 
 from latentrt.benchmarks.case import Case
 from latentrt.benchmarks.machine import resident_bytes
-from latentrt.benchmarks.process import SideError
+from latentrt.benchmarks.process import Child, SideError
 from latentrt.benchmarks.records import Document, Row
 from latentrt.benchmarks.sides.contract import OURS, Task
 from latentrt.benchmarks.sides.watched import (
@@ -63,46 +61,25 @@ def bench(**changes: Any) -> Bench:
 # ── resident memory ────────────────────────────────────────────────────────────────────────────
 
 HOLDING = """
-import sys
 block = bytearray(b"x") * (64 << 20)  # written, so that it is resident
-print(flush=True); input()
+print("{}", flush=True); input()
 del block
-print(flush=True); input()
+print("{}", flush=True); input()
 """
-
-
-@contextmanager
-def holder() -> Generator[tuple[int, Callable[[], None]]]:
-    """A process with 64 MiB, and how it gives them back."""
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin
-        assert process.stdout
-        process.stdout.readline()
-
-        def release() -> None:
-            process.stdin.write("\n")
-            process.stdin.flush()
-            process.stdout.readline()
-
-        yield process.pid, release
-        process.communicate("\n")
 
 
 @on_linux
 def test_resident_memory_of_another_process() -> None:
     own = np.ones(200 * MIB, np.uint8)  # ru_maxrss of a child would begin with this
-    with holder() as (pid, release):
-        full = resident_bytes(pid)
-        release()
-        freed = resident_bytes(pid)
+    with Child("-c", HOLDING) as child:
+        child.answer()
+        full = resident_bytes(child.pid)
+        child.ask()
+        freed = resident_bytes(child.pid)
     assert own[-1]
-    assert full
-    assert freed
     assert full[0] - freed[0] == pytest.approx(64 * MIB, rel=0.02)
     assert 0.99 * full[0] < freed[1] < 120 * MIB, "outlives what was held, and is not the parent's"
-    assert resident_bytes(pid) == (0, 0), "it ended"
+    assert resident_bytes(child.pid) == (0, 0), "it ended"
 
 
 def test_a_grid_keeps_peaks_and_fills_gaps() -> None:
@@ -306,18 +283,10 @@ class Careless(HostDevice):
 def test_the_device_loop_allocates_nothing_between_rows() -> None:
     device = Careless()
     with device_pipeline(PACKAGE, device) as (pipe, _):
-        for careless, status, reason in (
-            (False, "ok", ""),
-            (True, "FAILED", "7 allocations on the device between rows"),
-        ):
-            device.careless = careless
-            found = {
-                "traced": [5],
-                "requests": 1,
-                "device_allocations": device_allocations(pipe, replace(CASE, steps=8)),
-            }
-            row = judge_growth(found)
-            assert (row.status, row.reason) == (status, reason)
+        for device.careless, reason in (False, ""), (True, "7 allocations on the device between rows"):
+            between = device_allocations(pipe, replace(CASE, steps=8))
+            row = judge_growth({"traced": [5], "requests": 1, "device_allocations": between})
+            assert (row.status, row.reason) == ("FAILED" if reason else "ok", reason)
 
 
 # ── all of it ──────────────────────────────────────────────────────────────────────────────────
