@@ -74,12 +74,9 @@ class Scale:
     @property
     def profile(self) -> str:
         """What engines are built for, in the grammar of profiles: all that the sections draw."""
-        low, high, (width, height) = (
-            self.several.height,
-            self.large.width,
-            (self.case.width, self.case.height),
-        )
-        return f"{low}-{high}@{width}x{low}-{high}@{height}:b1-{self.large.pictures}"
+        low, high = min(self.case.width, self.several.height), self.large.width
+        width, height = (f"{low}-{high}@{side}" for side in (self.case.width, self.case.height))
+        return f"{width}x{height}:b1-{self.large.pictures}"
 
 
 class Opened(NamedTuple):
@@ -124,9 +121,8 @@ class Opener:
         loop = DeviceLoop(cast(Device, timed), nets, self.package.manifest, graphs=graphs, log=log.append)
         with closing(loop):
             timed.stop_timing()  # launches are counted all the same
-            yield Opened(
-                Pipeline.over(self.package, loop, self.task.backend, cache_bytes=0), loop, timed, log
-            )
+            pipe = Pipeline.over(self.package, loop, self.task.backend, cache_bytes=0)
+            yield Opened(pipe, loop, timed, log)
 
 
 def backend_opener(backend: str, package: Package) -> Opener:
@@ -145,10 +141,10 @@ def backend_opener(backend: str, package: Package) -> Opener:
     )
 
 
-def draw(pipe: Pipeline, case: Case, **more: Any) -> tuple[Array, float]:
+def draw(pipe: Pipeline, case: Case) -> tuple[Array, float]:
     """Pictures (N, H, W, 3) uint8 and the seconds they took."""
     began = perf_counter()
-    images = np.asarray(pipe(case.prompt, **case.parameters, **more).images)
+    images = np.asarray(pipe(case.prompt, **case.parameters).images)
     return images, perf_counter() - began
 
 

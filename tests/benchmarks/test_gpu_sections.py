@@ -342,6 +342,8 @@ def test_the_profile_covers_all_that_is_drawn() -> None:
     from latentrt.engines.profiles import Profile, net_profiles
 
     scale = Scale.of(PACKAGE.manifest)
+    portrait = replace(scale, case=replace(scale.case, width=64))
+    assert portrait.profile == "64-256@64x64-256@128:b1-16"
     profile = Profile.parse(scale.profile, multiple=PACKAGE.manifest.size_multiple)
     assert (scale.case.width, scale.several.height, scale.large.width) == (128, 96, 256)
     for case in (scale.case, scale.several, scale.large):
