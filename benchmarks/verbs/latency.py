@@ -184,7 +184,7 @@ class Bench:
             [*entries, *beside], first, pace, said=lambda line: self.progress(f"{about}: {line}")
         )
         rows += [self._row(entry, turns[entry.name], figures) for entry, figures in ready]
-        rows = list(with_roofline(rows, workload_parts(self.package, self.workload, self.case)))
+        rows = with_roofline(rows, workload_parts(self.package, self.workload, self.case))
         return rows + [self._over_yardstick(item, turns[item.name]) for item in beside]
 
     def _entries(self, opened: Sequence[SideProcess]) -> Iterator[Entry]:
