@@ -32,11 +32,10 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from time import monotonic, perf_counter
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -46,9 +45,6 @@ from .case import Case
 from .machine import clocks, describe_machine, resident_bytes
 from .records import Status, short
 from .sides.contract import YARDSTICK, NotAvailableError, OpenSide, Task, Work, open_side
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 LIMIT = 900.0  # seconds for a process to open, or to answer
 _TAIL = 400  # characters of what a child printed, in an error
@@ -68,14 +64,15 @@ class SideError(BackendError):
         self.reason = reason
 
 
-class Child:
-    """A Python process that writes lines to stdout. A context manager, which ends it.
+class Child(ExitStack):
+    """A Python process that writes lines to stdout; closing it kills the process and all that it started.
 
     It leads a session of its own, so that whatever it started is killed with it.
     """
 
     def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
-        self._noise = tempfile.TemporaryFile()  # noqa: SIM115
+        super().__init__()
+        self._noise = self.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         self._process = subprocess.Popen(  # noqa: S603
             [sys.executable, *arguments],
             stdin=subprocess.PIPE,
@@ -90,6 +87,7 @@ class Child:
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True)
         self._reader.start()
+        self.callback(self._end)
 
     @property
     def pid(self) -> int:
@@ -131,24 +129,6 @@ class Child:
         if self._wait(left(), late):  # a library may hang in its last clean-up, after the last line
             raise SideError("FAILED", self._ending())
 
-    def close(self) -> None:
-        """Kill the process and all that it started. May be called twice."""
-        self._kill()
-        self._reader.join()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                with suppress(BrokenPipeError):
-                    stream.close()
-        self._noise.close()
-
-    def __enter__(self) -> Self:
-        """The child itself."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Close."""
-        self.close()
-
     def _read(self, stream: IO[str]) -> None:
         for line in stream:
             self._lines.put(line)
@@ -172,6 +152,13 @@ class Child:
         except subprocess.TimeoutExpired:
             self._kill()
             raise SideError("FAILED", late) from None
+
+    def _end(self) -> None:
+        self._kill()
+        self._reader.join()
+        for stream in (self._process.stdin, self._process.stdout):
+            with suppress(BrokenPipeError):
+                cast("IO[str]", stream).close()
 
     def _kill(self) -> None:
         if self._process.poll() is None:
@@ -209,7 +196,8 @@ class SideProcess(Child):
     def __init__(self, name: str, module: str, task: Task) -> None:
         super().__init__("-m", f"{__package__}.process", module, json.dumps(task.to_json()))
         self.name = name
-        self._folder = tempfile.TemporaryDirectory()
+        self._folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
+        self.callback(self._close_side)
         try:
             self.opened = self.answer()
         except SideError:
@@ -227,7 +215,7 @@ class SideProcess(Child):
         self, workload: str, case: Case, *, slot: str = ""
     ) -> tuple[dict[str, Any], Mapping[str, Array]]:
         """Have a workload prepared and run once; the answer and the outputs. Raises SideError."""
-        path = Path(self._folder.name) / "outputs.npz"
+        path = self._folder / "outputs.npz"
         answer = self.ask(do="prepare", workload=workload, case=case.to_json(), slot=slot, save=str(path))
         if not answer["finite"]:
             raise SideError("FAILED", f"{workload}: the output is not finite")
@@ -263,25 +251,10 @@ class SideProcess(Child):
         if hasattr(signal, "SIGSTOP") and self._process.poll() is None:  # not on Windows
             self._process.send_signal(signal.SIGSTOP if now else signal.SIGCONT)
 
-    def close(self) -> None:
-        """Have the side closed, then end the process. May be called twice."""
+    def _close_side(self) -> None:
         if self._process.poll() is None:
             with suppress(SideError):
                 self.ask(do="close")
-        super().close()
-        self._folder.cleanup()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Slot:
-    """One of several workloads that a side has ready at once. It is `rounds.Timed`."""
-
-    name: str
-    side: SideProcess
-
-    def time(self, runs: int) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
-        """As `SideProcess.time`."""
-        return self.side.time(runs, slot=self.name)
 
 
 # ── in the child ─────────────────────────────────────────────────────────────────────────────────────
@@ -317,8 +290,8 @@ class Server:
             work = self._opened.prepare(command["workload"], Case.from_json(command["case"]))
         seconds = _seconds(work)
         outputs = work.outputs()
-        if command.get("save"):
-            arrays: dict[str, Any] = {name: np.asarray(array) for name, array in outputs.items()}
+        if "save" in command:
+            arrays: dict[str, Any] = dict(outputs)
             np.savez(command["save"], **arrays)
         self._slots[command["slot"]] = work
         return {"seconds": seconds, "finite": _finite(outputs), "figures": dict(work.figures())}

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from ...engines.package import Package
 from ..case import Case
 from ..intervals import fit_line
-from ..process import SideError, SideProcess, Slot
+from ..process import SideError, SideProcess
 from ..records import Document, Row
-from ..rounds import Pace, Turns, interleave
+from ..rounds import Pace, Slot, Turns, interleave
 from ..sides.contract import OURS, Task
 from .latency import Progress, document_of, silent
 
@@ -101,13 +101,14 @@ def time_points(
             first[slot] = side.prepare(workload, case, slot=slot)[0]["seconds"]
         except SideError as error:  # beyond an engine's profile, or beyond memory
             turns[slot] = Turns(status=error.status, reason=error.reason)
-    turns |= interleave([Slot(name=slot, side=side) for slot in first], first, pace, said=progress)
+    slots = [Slot(side=side, slot=slot, workload=workload) for slot in first]
+    turns |= interleave(slots, first, pace, said=progress)
     return [
         Row(
             side=OURS,
             workload=workload,
             case=case.to_json(),
-            rounds=turns[slot].frozen,
+            rounds=tuple(turns[slot].rounds),
             status=turns[slot].status,
             reason=turns[slot].reason,
             stamp=side.stamp,

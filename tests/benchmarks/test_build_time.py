@@ -1,5 +1,6 @@
 """What happens once: builds, of two small nets by TensorRT-RTX, and fresh processes, few times."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -132,24 +133,17 @@ def test_processes_and_their_parts(package: Package, tmp_path: Path) -> None:
     assert rows["first picture"].stamp["side"]["backend"].startswith("onnxruntime ")
 
 
-def test_a_process_that_fails_says_why_and_is_not_started_again(package: Package) -> None:
-    variants = cold_start._variants(  # pyright: ignore[reportPrivateUsage]
-        package, Task(package=package.root, backend="abacus"), Case.of(package.manifest)
-    )
-    failing = variants[-1]
-    failing.start(counted=False)
-    failing.arguments = ["-c", "pass"]
-    failing.start(counted=True)
-    rows = failing.rows({})
-    assert {row.status for row in rows} == {"FAILED"}
-    assert "unknown backend 'abacus'" in rows[0].reason
-    assert not any(row.rounds for row in rows)
-
-
-def test_a_process_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cold_start, "_LIMIT", 0.2)
-    variant = cold_start._Variant(  # pyright: ignore[reportPrivateUsage]
-        arguments=["-c", "import time; time.sleep(60)"], workloads=("import",)
-    )
-    variant.start(counted=True)
-    assert variant.reason == "it did not end within 0 s"
+def test_a_process_that_fails_or_hangs_says_why_and_is_not_started_again(
+    package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cold_start, "_BLOCKED", "import time; time.sleep(60)\n")
+    monkeypatch.setattr(cold_start, "LIMIT", 1.0)
+    began = time.perf_counter()
+    rows = {row.workload: row for row in measure(package, []).rows}
+    assert time.perf_counter() - began < 15
+    assert rows["bare interpreter"].status == "ok"
+    for name in ("import latentrt.runtime", "whole process", *PARTS):
+        assert (rows[name].status, rows[name].rounds) == ("FAILED", ())
+        assert rows[name].reason == "it did not end within 1 s"
+    monkeypatch.undo()
+    assert "unknown backend 'abacus'" in measure(package, [], backend="abacus").rows[-1].reason
