@@ -17,14 +17,8 @@ from .latency import Progress, document_of, silent
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """What is varied.
-
-    Attributes:
-        workload: what is timed along it.
-        of: a case as a number on the axis.
-        vary: the case with another value.
-        values: the default ones; sizes are percentages of the case's own.
-    """
+    """What is varied: the `workload` timed along it, a case as a number `of` the axis, and the case with
+    another value, `vary`. Sizes among the default `values` are percentages of the case's own."""
 
     workload: str
     of: Callable[[Case], float]

@@ -68,9 +68,9 @@ def test_sweep_and_scenarios(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(single.samples) == 20
     assert 0.005 <= single.figures["p50"] < 0.015
     offline = row(document, "Offline")
-    assert (offline.figures["samples"], offline.figures["batch"]) == (10, 4)  # calls of 4, 4 and 2
-    assert offline.figures["seconds"] >= 2 * 0.008 + 0.006
-    assert offline.figures["samples_per_s"] == pytest.approx(10 / offline.figures["seconds"])
+    assert (offline.figures["samples"], offline.figures["batch"]) == (8, 4), "of 10, whole calls"
+    assert offline.figures["seconds"] >= 2 * 0.008
+    assert offline.figures["samples_per_s"] == pytest.approx(8 / offline.figures["seconds"])
     assert "p99" not in offline.figures, "one query has no distribution"
     assert lines[0] == document.settings["submission"]
     assert "not a submission" in lines[0]
