@@ -25,17 +25,16 @@ import ctypes
 import gc
 import json
 import os
-import queue
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from time import monotonic, perf_counter
-from typing import IO, Any, cast
+from time import perf_counter
+from typing import Any
 
 import numpy as np
 
@@ -84,9 +83,9 @@ class Child(ExitStack):
             env={**os.environ, "PYTHONSAFEPATH": "1", **(environment or {})},
             start_new_session=True,
         )
-        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._reader = threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True)
-        self._reader.start()
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
         self.callback(self._end)
 
     @property
@@ -96,18 +95,18 @@ class Child(ExitStack):
 
     def ask(self, **command: Any) -> dict[str, Any]:
         """The answer to one command. Raises SideError."""
-        assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # it died: the missing answer says so
-            self._process.stdin.write(json.dumps(command) + "\n")
-            self._process.stdin.flush()
+            self._stdin.write(json.dumps(command) + "\n")
+            self._stdin.flush()
         return self.answer()
 
     def answer(self) -> dict[str, Any]:
         """The next line as JSON. Raises SideError if there is none, or if it is {"error", "kind"}."""
-        late = f"no answer within {LIMIT:.0f} s"
-        line = self._next(LIMIT, late)
+        with self._at_most(LIMIT, f"no answer within {LIMIT:.0f} s"):
+            line = self._stdout.readline()
+            if not line:
+                self._process.wait()
         if not line:
-            self._wait(LIMIT, late)
             raise SideError("FAILED", self._ending())
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
@@ -119,53 +118,45 @@ class Child(ExitStack):
 
         Raises SideError if it ends badly, or not within `limit` seconds: it is killed then.
         """
-        end, late = monotonic() + (limit or 0.0), f"it did not end within {limit or 0.0:.0f} s"
-
-        def left() -> float | None:
-            return None if limit is None else max(end - monotonic(), 0.0)
-
-        while line := self._next(left(), late):
-            yield line.rstrip("\n")
-        if self._wait(left(), late):  # a library may hang in its last clean-up, after the last line
+        with self._at_most(limit, f"it did not end within {limit or 0.0:.0f} s"):
+            for line in self._stdout:
+                yield line.rstrip("\n")
+            code = self._process.wait()  # a library may hang in its last clean-up, after the last line
+        if code:
             raise SideError("FAILED", self._ending())
 
-    def _read(self, stream: IO[str]) -> None:
-        for line in stream:
-            self._lines.put(line)
-        self._lines.put("")  # the end
+    @contextmanager
+    def _at_most(self, seconds: float | None, late: str) -> Generator[None]:
+        """Kill the process where the block takes longer, and raise SideError(`late`) then."""
+        killed = threading.Event()
 
-    def _next(self, seconds: float | None, late: str) -> str:
-        """The next line, "" at the end. Where none comes in time it is killed: raises SideError(`late`)."""
-        try:
-            line = self._lines.get(timeout=seconds)
-        except queue.Empty:
+        def kill() -> None:
+            killed.set()
             self._kill()
-            raise SideError("FAILED", late) from None
-        if not line:
-            self._lines.put("")  # for whoever asks again
-        return line
 
-    def _wait(self, seconds: float | None, late: str) -> int:
-        """The exit code. Where it does not end in time it is killed: raises SideError(`late`)."""
+        timer = threading.Timer(threading.TIMEOUT_MAX if seconds is None else seconds, kill)
+        timer.daemon = True
+        timer.start()
         try:
-            return self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self._kill()
-            raise SideError("FAILED", late) from None
+            yield
+        finally:
+            timer.cancel()
+        if killed.is_set():
+            raise SideError("FAILED", late)
 
     def _end(self) -> None:
         self._kill()
-        self._reader.join()
-        for stream in (self._process.stdin, self._process.stdout):
-            with suppress(BrokenPipeError):
-                cast("IO[str]", stream).close()
+        self._stdout.close()
+        with suppress(BrokenPipeError):
+            self._stdin.close()
 
     def _kill(self) -> None:
         if self._process.poll() is None:
-            if hasattr(os, "killpg"):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            else:
-                self._process.kill()
+            with suppress(ProcessLookupError):  # it ended just now
+                if hasattr(os, "killpg"):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+                else:
+                    self._process.kill()
             self._process.wait()
 
     def _ending(self) -> str:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
+from ..engines.spec import Array
+from .case import Case
 from .process import SideError, SideProcess
-from .records import Status
+from .records import Row, Status
 from .sides.contract import AGAIN, OURS, YARDSTICK
 
 
@@ -40,7 +42,7 @@ class Pace:
         return cls(rounds=8, budget=2.0, turn=0.1, warm_up=2)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # a key: each is itself alone
 class Slot:
     """A workload that a side has ready under a name, to be timed in turns with others.
 
@@ -50,12 +52,18 @@ class Slot:
     side: SideProcess
     slot: str
     workload: str
+    case: Case
     beside: bool = False
 
     @property
     def name(self) -> str:
         """What tells it from the others."""
         return f"{self.slot} beside {YARDSTICK}" if self.beside else self.slot
+
+    def prepare(self) -> tuple[float, Mapping[str, Array]]:
+        """Get it ready: seconds of the first run, and its outputs. Raises SideError."""
+        answer, outputs = self.side.prepare(self.workload, self.case, slot=self.slot)
+        return float(answer["seconds"]), outputs
 
     def time(self, runs: int) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
         """As `SideProcess.time`; with a yardstick, figures are `own_s` and `beside_s`."""
@@ -64,6 +72,19 @@ class Slot:
         seconds, figures = self.side.time(runs, slot=self.slot, beside=YARDSTICK)
         pairs = [{"own_s": own, **other} for own, other in zip(seconds, figures, strict=True)]
         return tuple(pair["own_s"] + pair["beside_s"] for pair in pairs), pairs
+
+    def row(self, turns: Turns, figures: Mapping[str, Any] | None = None) -> Row:
+        """What its turns found."""
+        return Row(
+            side=self.side.name,
+            workload=self.workload,
+            case=self.case.to_json(),
+            rounds=tuple(turns.rounds),
+            status=turns.status,
+            reason=turns.reason,
+            figures=figures or {},
+            stamp=self.side.stamp,
+        )
 
 
 @dataclass(kw_only=True)

@@ -133,47 +133,47 @@ class Bench:
 
     def measure(self, opened: Sequence[SideProcess], pace: Pace) -> list[Row]:
         """A row for each side, and for each ceiling."""
-        ready: list[tuple[Slot, dict[str, Any]]] = []
+        ready: dict[Slot, dict[str, Any]] = {}
         rows: list[Row] = []
         wanted: Mapping[str, Array] | None = None
-        for entry in self._entries(opened):
-            self.progress(f"{self.workload}: {entry.name} gets ready")
+        for slot in self._slots(opened):
+            self.progress(f"{self.workload}: {slot.name} gets ready")
             try:
-                answer, outputs = entry.side.prepare(entry.workload, self.case, slot=entry.slot)
-                alike = {} if entry.name == OURS or not outputs else self._check(outputs, wanted)
+                seconds, outputs = slot.prepare()
+                alike = {} if slot.name == OURS or not outputs else self._check(outputs, wanted)
             except SideError as error:
-                rows.append(self._row(entry, Turns(status=error.status, reason=error.reason), {}))
+                rows.append(self._row(slot, Turns(status=error.status, reason=error.reason), {}))
                 continue
-            wanted = outputs if entry.name == OURS else wanted
-            ready.append((entry, {"first_s": answer["seconds"], **alike}))
-        entries = [entry for entry, _ in ready]
-        first = {entry.name: float(figures["first_s"]) for entry, figures in ready}
-        beside = list(self._beside(entries, first))
+            wanted = outputs if slot.name == OURS else wanted
+            ready[slot] = {"first_s": seconds, **alike}
+        first = {slot.name: float(figures["first_s"]) for slot, figures in ready.items()}
+        beside = list(self._beside(list(ready), first))
         about = f"{self.workload} {self.case.width}x{self.case.height} b{self.case.pictures}"
         turns = interleave(
-            [*entries, *beside], first, pace, said=lambda line: self.progress(f"{about}: {line}")
+            [*ready, *beside], first, pace, said=lambda line: self.progress(f"{about}: {line}")
         )
-        rows += [self._row(entry, turns[entry.name], figures) for entry, figures in ready]
+        rows += [self._row(slot, turns[slot.name], figures) for slot, figures in ready.items()]
         rows = with_roofline(rows, workload_parts(self.package, self.workload, self.case))
-        return rows + [self._over_yardstick(item, turns[item.name]) for item in beside]
+        return rows + [_over_yardstick(slot, turns[slot.name]) for slot in beside]
 
-    def _entries(self, opened: Sequence[SideProcess]) -> Iterator[Slot]:
+    def _slots(self, opened: Sequence[SideProcess]) -> Iterator[Slot]:
         for side in opened:
             if side.name != CEILING:
-                yield Slot(side=side, slot=side.name, workload=self.workload)
+                yield Slot(side=side, slot=side.name, workload=self.workload, case=self.case)
             elif self.workload in (*ENGINE_STAGES, "picture"):  # what no net takes part in has no ceiling
-                yield from (Slot(side=side, slot=f"{CEILING} {name}", workload=name) for name in (GEMM, COPY))
+                for name in (GEMM, COPY):
+                    yield Slot(side=side, slot=f"{CEILING} {name}", workload=name, case=self.case)
 
     def _beside(self, ready: Sequence[Slot], first: dict[str, float]) -> Iterator[Slot]:
         """Our short runs with the yardstick, whose first seconds are added to `first`."""
         if YARDSTICK not in self.sides.references or self.sides.task.device != "cpu":
             return
-        for entry in ready:
-            if entry.name in (OURS, AGAIN) and first[entry.name] < SHORT:
-                self.progress(f"{self.workload}: {entry.name} gets its yardstick")
-                answer, _ = entry.side.prepare(YARDSTICK, self.case, slot=YARDSTICK)
-                found = replace(entry, beside=True)
-                first[found.name] = first[entry.name] + answer["seconds"]
+        for slot in ready:
+            if slot.name in (OURS, AGAIN) and first[slot.name] < SHORT:
+                self.progress(f"{self.workload}: {slot.name} gets its yardstick")
+                seconds, _ = replace(slot, slot=YARDSTICK, workload=YARDSTICK).prepare()
+                found = replace(slot, beside=True)
+                first[found.name] = first[slot.name] + seconds
                 yield found
 
     def _check(self, found: Mapping[str, Array], wanted: Mapping[str, Array] | None) -> dict[str, float]:
@@ -181,31 +181,22 @@ class Bench:
             raise SideError("not available", "ours failed: there is nothing to compare with")
         return check(found, wanted, self.package)
 
-    def _row(self, entry: Slot, turns: Turns, figures: Mapping[str, Any]) -> Row:
-        during = {"during": self.workload} if entry.side.name == CEILING else {}
-        return Row(
-            side=entry.side.name,
-            workload=entry.workload,
-            case=self.case.to_json(),
-            rounds=tuple(turns.rounds),
-            status=turns.status,
-            reason=turns.reason,
-            figures={**during, **figures, **medians(turns, self.case.steps)},
-            stamp=entry.side.stamp,
-        )
+    def _row(self, slot: Slot, turns: Turns, figures: Mapping[str, Any]) -> Row:
+        during = {"during": self.workload} if slot.side.name == CEILING else {}
+        return slot.row(turns, {**during, **figures, **medians(turns, self.case.steps)})
 
-    def _over_yardstick(self, entry: Slot, turns: Turns) -> Row:
-        """What each run took over what the yardstick's next to it did."""
-        figures = iter(turns.figures)
-        pairs = [[next(figures) for _ in turn] for turn in turns.rounds]
-        seconds = [pair["beside_s"] for turn in pairs for pair in turn]
-        return replace(
-            self._row(entry, turns, {}),
-            side=YARDSTICK,
-            unit="1",
-            rounds=tuple(tuple(pair["own_s"] / pair["beside_s"] for pair in turn) for turn in pairs),
-            figures={"of": entry.side.name, "yardstick_p50_s": median(seconds) if seconds else None},
-        )
+
+def _over_yardstick(slot: Slot, turns: Turns) -> Row:
+    """What each run took over what the yardstick's next to it did."""
+    figures = iter(turns.figures)
+    pairs = [[next(figures) for _ in turn] for turn in turns.rounds]
+    seconds = [pair["beside_s"] for turn in pairs for pair in turn]
+    return replace(
+        slot.row(turns, {"of": slot.side.name, "yardstick_p50_s": median(seconds) if seconds else None}),
+        side=YARDSTICK,
+        unit="1",
+        rounds=tuple(tuple(pair["own_s"] / pair["beside_s"] for pair in turn) for turn in pairs),
+    )
 
 
 def judge(name: str, found: Array, wanted: Array, dtype: str) -> tuple[dict[str, float], str]:

@@ -89,26 +89,15 @@ def time_points(
     """A row for each case of one workload, by slot, in turns. One that cannot run leaves the others."""
     first: dict[str, float] = {}
     turns: dict[str, Turns] = {}
-    for slot, case in points.items():
-        progress(f"{slot}: first run")
+    slots = [Slot(side=side, slot=name, workload=workload, case=case) for name, case in points.items()]
+    for slot in slots:
+        progress(f"{slot.name}: first run")
         try:
-            first[slot] = side.prepare(workload, case, slot=slot)[0]["seconds"]
+            first[slot.name], _ = slot.prepare()
         except SideError as error:  # beyond an engine's profile, or beyond memory
-            turns[slot] = Turns(status=error.status, reason=error.reason)
-    slots = [Slot(side=side, slot=slot, workload=workload) for slot in first]
-    turns |= interleave(slots, first, pace, said=progress)
-    return [
-        Row(
-            side=OURS,
-            workload=workload,
-            case=case.to_json(),
-            rounds=tuple(turns[slot].rounds),
-            status=turns[slot].status,
-            reason=turns[slot].reason,
-            stamp=side.stamp,
-        )
-        for slot, case in points.items()
-    ]
+            turns[slot.name] = Turns(status=error.status, reason=error.reason)
+    turns |= interleave([slot for slot in slots if slot.name in first], first, pace, said=progress)
+    return [slot.row(turns[slot.name]) for slot in slots]
 
 
 def _fit(name: str, case: Case, rows: Sequence[Row]) -> Row:
