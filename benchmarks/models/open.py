@@ -22,7 +22,8 @@ from ...engines.errors import BackendError, CheckpointError, UsageError
 from ...engines.package import MANIFEST, Package
 from ...engines.store.folder import default_root
 from ...runtime.pipeline import SHIPPED
-from . import full_size, skeletons
+from .. import skeletons
+from . import full_size
 
 Said = Callable[[str], None]
 

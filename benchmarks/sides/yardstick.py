@@ -17,7 +17,7 @@ import numpy as np
 
 from ...engines.onnxruntime import session as onnxruntime
 from ...engines.onnxruntime.nets import CPU
-from ..models.skeletons import fill_skeleton
+from ..skeletons import fill_skeleton
 from .contract import Task, Work
 
 SKELETON, GRAPH = "yardstick", Path("unet") / "loop.onnx"

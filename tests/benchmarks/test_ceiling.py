@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from latentrt.benchmarks import skeletons
 from latentrt.benchmarks.case import Case
-from latentrt.benchmarks.models import skeletons
 from latentrt.benchmarks.process import Server
 from latentrt.benchmarks.sides import ceiling
 from latentrt.benchmarks.sides.contract import NotAvailableError, OpenSide, Task, Work, side

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 
-from latentrt.benchmarks.models import full_size, skeletons
+from latentrt.benchmarks import skeletons
+from latentrt.benchmarks.models import full_size
 from latentrt.benchmarks.models import open as models
 from latentrt.benchmarks.models.checkpoints import make_checkpoint
 from latentrt.benchmarks.models.full_size import main, measure_export, run_stage
 from latentrt.benchmarks.models.open import find_model
 from latentrt.benchmarks.models.recipes import RECIPES
-from latentrt.benchmarks.models.skeletons import FOLDER, fill_skeleton, save_skeleton
 from latentrt.benchmarks.records import read_document
+from latentrt.benchmarks.skeletons import FOLDER, fill_skeleton, save_skeleton
 from latentrt.engines.errors import BackendError, CheckpointError, ModelError, UsageError
 from latentrt.engines.package import Package
 from latentrt.engines.profiles import default_profile

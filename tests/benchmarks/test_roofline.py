@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from latentrt.benchmarks.case import WORKLOADS, Case
-from latentrt.benchmarks.models.skeletons import FOLDER
 from latentrt.benchmarks.records import Row
 from latentrt.benchmarks.roofline import (
     CEILING,
@@ -20,6 +19,7 @@ from latentrt.benchmarks.roofline import (
     with_roofline,
     workload_parts,
 )
+from latentrt.benchmarks.skeletons import FOLDER
 from latentrt.engines.package import Manifest, Package
 
 H200: dict[str, float] = {"flop_per_s": 790e12, "byte_per_s": 4.3e12}  # measured rates behind the table

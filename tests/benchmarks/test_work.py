@@ -9,8 +9,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from latentrt.benchmarks.models.skeletons import FOLDER
 from latentrt.benchmarks.roofline import Layer, Work, net_work
+from latentrt.benchmarks.skeletons import FOLDER
 from latentrt.engines.errors import BackendError, PackageError, UsageError
 from latentrt.engines.package import Manifest, NetFile, Package
 from latentrt.engines.spec import NetSpec

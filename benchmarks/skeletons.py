@@ -1,4 +1,4 @@
-"""Full-size models without torch: `python -m latentrt.benchmarks.models.skeletons sd15-fp16 PACKAGE`.
+"""Full-size models without torch: `python -m latentrt.benchmarks.skeletons sd15-fp16 PACKAGE`.
 
 A skeleton is a package without its weights: manifest, graphs, and the header of every weights file, under
 `benchmarks/models/skeletons/` of a checkout (a wheel has the yardstick alone). Filled with random numbers it
@@ -19,13 +19,13 @@ from zlib import crc32
 
 import numpy as np
 
-from ...engines.errors import PackageError, UsageError
-from ...engines.package import MANIFEST, Manifest, Package, write_manifest
-from ...engines.safetensors_format import read_header, write_file
-from ...engines.spec import TEXT_ENCODERS
-from ...runtime.pipeline import SHIPPED
+from ..engines.errors import PackageError, UsageError
+from ..engines.package import MANIFEST, Manifest, Package, write_manifest
+from ..engines.safetensors_format import read_header, write_file
+from ..engines.spec import TEXT_ENCODERS
+from ..runtime.pipeline import SHIPPED
 
-FOLDER = Path(__file__).resolve().parent / "skeletons"
+FOLDER = Path(__file__).resolve().parent / "models" / "skeletons"
 _HEADER = ".header.json"
 # Numbers drawn once and used over and over: no kernel's time depends on more.
 _DRAWN = 1 << 24
