@@ -170,11 +170,9 @@ class Child(ExitStack):
         return f"it ended with {how}" + (f": {text}" if text else "")
 
 
-def run(
-    arguments: Sequence[str], *, limit: float | None = None, environment: Mapping[str, str] | None = None
-) -> list[str]:
+def run(arguments: Sequence[str], *, limit: float | None = None) -> list[str]:
     """The lines that `python ARGUMENTS` printed. Raises SideError as `Child.lines`."""
-    with Child(*arguments, environment=environment) as child:
+    with Child(*arguments) as child:
         return list(child.lines(limit))
 
 

@@ -26,19 +26,12 @@ from ..engines.package import Package
 from ..engines.spec import TEXT_ENCODERS
 from ..runtime.request.request import make_request
 from ..runtime.sampling.samplers import make_table
-from .case import Case, rows_per_step, sizes_of
+from .case import NETS, Case, rows_per_step, sizes_of
 from .records import Row
 from .sides.contract import CEILING
 
 GEMM, COPY = "gemm", "copy"  # the workloads of the ceiling
 _UNITS = {GEMM: "flop", COPY: "byte"}
-# The nets that a workload calls once.
-_NETS = {
-    "text_encoder": ("text_encoder",),
-    "invariants": ("unet_context", "unet_time"),
-    "unet": ("unet",),
-    "vae_decoder": ("vae_decoder",),
-}
 Kind = Literal["convolution", "linear", "attention", "norm"]
 
 # All that multiplies matrices. A MatMul of two tensors that are no weights is one of attention, too.
@@ -155,8 +148,10 @@ def workload_parts(package: Package, workload: str, case: Case) -> Parts:
     def part(net: str, calls: int = 1, **changes: int) -> tuple[int, Work]:
         return calls, net_work(package, net, {**sizes, **changes})
 
+    if workload == "invariants":
+        return [part("unet_context"), part("unet_time")]
     if workload != "picture":
-        return [part(net) for net in _NETS.get(workload, ())]
+        return [part(workload)] if workload in NETS else []
     # Texts are encoded once, however many pictures; Heun and DPM2 call the UNet twice in a step.
     rows = len(make_table(make_request(manifest, case.prompt, **case.parameters).sampler, case.steps))
     return [
@@ -178,34 +173,29 @@ def floors(parts: Parts, *, flop_per_s: float, byte_per_s: float) -> dict[str, f
         floor_layers_s: the larger of the two, layer by layer: each is one kernel, and elementwise work is
             free.
     """
+
     nets = [(calls, work.flops / flop_per_s, work.least_bytes / byte_per_s) for calls, work in parts]
-    layers = [
-        (calls, layer.flops / flop_per_s, layer.bytes / byte_per_s)
-        for calls, work in parts
-        for layer in work.layers
-    ]
     return {
         "floor_compute_s": sum(calls * compute for calls, compute, _ in nets),
         "floor_bytes_s": sum(calls * moving for calls, _, moving in nets),
         "floor_s": sum(calls * max(both) for calls, *both in nets),
-        "floor_layers_s": sum(calls * max(both) for calls, *both in layers),
+        "floor_layers_s": sum(
+            calls * max(layer.flops / flop_per_s, layer.bytes / byte_per_s)
+            for calls, work in parts
+            for layer in work.layers
+        ),
     }
 
 
 def with_roofline(rows: Sequence[Row], parts: Parts) -> list[Row]:
     """Rows of one workload and case, and those of the ceilings that took turns with them, with more figures.
 
-    Each side's row in seconds gets
-
-        flops, bytes         of one run: `Work.flops` and `Work.least_bytes`
-        flop_per_s           at the median
-        of_best_gemm         that, over the rate of the best matmul
-        floor_…              see `floors`; ceilings at their medians
-        of_floor             floor_s over the time
-
-    and a ceiling's own row, whose figures have the `flops` or `bytes` of a run, `flop_per_s` or `byte_per_s`.
-    The two ratios are medians over rounds where both sides have as many: a slow minute then falls on both
-    and leaves their ratio. What no ceiling was measured for is left out.
+    A side's row in seconds gets `flops` and `bytes` of a run (`Work`), `flop_per_s` at its median, and
+    `of_best_gemm`, that over the rate of the best matmul; the `floors` at the ceilings' medians, and
+    `of_floor`, `floor_s` over the time. A ceiling's own row, whose figures have the `flops` or `bytes` of a
+    run, gets `flop_per_s` or `byte_per_s`. The two ratios are medians over rounds where both sides have as
+    many: a slow minute then falls on both and leaves their ratio. What no ceiling was measured for is left
+    out.
 
     Args:
         rows: rows that are not "ok", or not in seconds, stay as they are.

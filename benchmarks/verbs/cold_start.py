@@ -1,9 +1,6 @@
 """`latentrt bench cold-start`: how long a fresh process takes to its first picture, and where the time goes.
 
-Two views of it. Whole processes, by the parent's clock, beside a bare interpreter and one that imports NumPy:
-
-    bare interpreter, import numpy, import latentrt.runtime, --help, whole process
-
+Two views of it: whole processes by the parent's clock, beside a bare interpreter and one that imports NumPy;
 and the parts of the last one, by its own clock:
 
     import          of latentrt.runtime
@@ -30,7 +27,7 @@ from ..machine import clocks, describe_machine
 from ..process import LIMIT, SideError, run
 from ..records import Document, Row
 from ..sides.contract import OURS, Task
-from .latency import Progress, describe_model, silent
+from .latency import Progress, document_of, silent
 
 REPEATS, QUICK_REPEATS = 7, 2
 # Seconds, of medians: what the README promises.
@@ -89,12 +86,8 @@ def measure_cold_start(
         progress(f"round {number} of {repeats}" if number else "a first round, not counted")
         for name in processes if number % 2 == 0 else reversed(processes):
             rows[name] = _start(rows[name], processes[name], counted=number > 0)
-    return Document(
-        benchmark="cold-start",
-        model=describe_model(package),
-        settings={"repeats": repeats, "backend": task.backend, "threads": task.threads},
-        rows=tuple(_with_bar(row) for group in rows.values() for row in group),
-    )
+    found = [_with_bar(row) for group in rows.values() for row in group]
+    return document_of("cold-start", package, task, found, {"repeats": repeats})
 
 
 def _start(rows: list[Row], arguments: Sequence[str], *, counted: bool) -> list[Row]:

@@ -7,7 +7,7 @@ its PSNR; a row beyond the bar FAILED. Any side can be the reference, and ours m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -31,14 +31,6 @@ SAMPLERS = ("dpmpp_2m", "ddim", "unipc", "heun", "euler_a")
 SAMPLES, QUICK_SAMPLES = 3, 1
 # JSON has no infinity. One shade in one of a 4K picture's values is 122 dB.
 IDENTICAL_DB = 150.0
-# The worst of a row's samples; `contrast` is the reference's, in shades: a flat picture is like any other.
-_WORST: Mapping[str, Callable[[Sequence[float]], float]] = {
-    "relative_l2": max,
-    "max_error": max,
-    "psnr_db": min,
-    "ssim": min,
-    "contrast": min,
-}
 # Text encoders see no seed: sample i encodes line i. From one token to about forty.
 PROMPTS = (
     PROMPT,
@@ -179,8 +171,10 @@ def _compare(
         unit, bar, judged = "dB", PICTURE_DB[dtype], "psnr_db"
         figures["identical"] = sum(sample["max_error"] == 0 for sample in samples)
     if samples:
-        of_all = {name: [sample[name] for sample in samples] for name in _WORST if name in samples[0]}
-        figures |= {name: _WORST[name](values) for name, values in of_all.items()}
+        figures |= {name: max(sample[name] for sample in samples) for name in ("relative_l2", "max_error")}
+        # contrast is the reference's, in shades: a flat picture is like any other
+        least = [name for name in ("psnr_db", "ssim", "contrast") if name in samples[0]]
+        figures |= {name: min(sample[name] for sample in samples) for name in least}
         figures |= {"bar": bar, "samples": samples}
     alone = {name for name in ("sampler", "steps") if workload != "picture"}  # nets know no schedule
     return Row(
