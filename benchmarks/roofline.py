@@ -173,7 +173,6 @@ def floors(parts: Parts, *, flop_per_s: float, byte_per_s: float) -> dict[str, f
         floor_layers_s: the larger of the two, layer by layer: each is one kernel, and elementwise work is
             free.
     """
-
     nets = [(calls, work.flops / flop_per_s, work.least_bytes / byte_per_s) for calls, work in parts]
     return {
         "floor_compute_s": sum(calls * compute for calls, compute, _ in nets),

@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +16,6 @@ from latentrt.benchmarks.verbs import cold_start
 from latentrt.benchmarks.verbs.build import Builds, measure_build
 from latentrt.benchmarks.verbs.cold_start import PARTS, measure_cold_start
 from latentrt.engines.errors import EngineError, UsageError
-from latentrt.engines.onnxruntime.tuning import cpu as cpu_tuning
 from latentrt.engines.onnxruntime.tuning import cuda as tuning
 from latentrt.engines.package import Package
 from latentrt.engines.profiles import Profile
@@ -85,16 +84,11 @@ def test_a_net_that_fails_has_no_time_and_the_others_go_on(
     assert rows["every net"].reason == "unet_time: it broke"
 
 
-@pytest.mark.parametrize(
-    ("backend", "tuner"), [("onnxruntime-cuda", tuning), ("onnxruntime", cpu_tuning)], ids=["cuda", "cpu"]
-)
-def test_layouts_are_timed_too(
-    package: Package, monkeypatch: pytest.MonkeyPatch, backend: str, tuner: ModuleType
-) -> None:
+def test_layouts_are_timed_too(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = {"layout": "NCHW", "milliseconds": {"NCHW": 1.5}, "relative_l2": {"NCHW": 0.0}, "rejected": {}}
     entry = SimpleNamespace(facts={**facts, "more": 1}, build_seconds=0.5)
-    monkeypatch.setattr(tuner, "tune_package", lambda *arguments, nets: (SimpleNamespace(entry=entry),))
-    first, *_, last = measure_build(package, Builds(backend=backend)).rows
+    monkeypatch.setattr(tuning, "tune_package", lambda *arguments, nets: (SimpleNamespace(entry=entry),))
+    first, *_, last = measure_build(package, Builds(backend="onnxruntime-cuda")).rows
     assert (first.samples, first.figures) == ((0.5,), facts)
     assert last.samples == (1.0,)
 

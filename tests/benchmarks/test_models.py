@@ -12,7 +12,7 @@ from latentrt.benchmarks import skeletons
 from latentrt.benchmarks.models import full_size
 from latentrt.benchmarks.models import open as models
 from latentrt.benchmarks.models.checkpoints import make_checkpoint
-from latentrt.benchmarks.models.full_size import main, measure_export, run_stage
+from latentrt.benchmarks.models.full_size import main, run_stage
 from latentrt.benchmarks.models.open import find_model
 from latentrt.benchmarks.models.recipes import RECIPES
 from latentrt.benchmarks.records import read_document
@@ -188,49 +188,40 @@ def test_a_stage_has_its_memory_and_what_it_printed_last(
         run_stage("export fp16", "does", "sys.exit('no room in /home/someone/x')")
 
 
-def test_a_checkpoint_is_complete_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stage(name: str, module: str, recipe: str, folder: str) -> dict[str, Any]:
-        assert Path(folder).parent.parent == tmp_path, "beside the place it is for: a rename does not copy"
-        Path(folder).mkdir()
-        (Path(folder) / "model_index.json").write_text("{}")
-        if recipe == "breaks":
-            raise ModelError("it broke", expected="a stage", fix="Mend it.")
-        return STAGE
+def test_a_folder_is_complete_or_not_there(tmp_path: Path) -> None:
+    def make(error: Exception | None) -> None:
+        with full_size.complete(tmp_path / "sd15") as folder:
+            assert folder.parent.parent == tmp_path, "beside the place it is for: a rename does not copy"
+            folder.mkdir()
+            if error:
+                raise error
 
-    monkeypatch.setattr(full_size, "run_stage", stage)
-    with pytest.raises(ModelError, match="it broke"):
-        full_size.make_checkpoint("breaks", tmp_path / "sd15")
+    with pytest.raises(OSError, match="no room"):
+        make(OSError("no room"))
     assert not list(tmp_path.iterdir())
-    assert full_size.make_checkpoint("sd15", tmp_path / "sd15") == STAGE
-    assert [path.name for path in tmp_path.rglob("*")] == ["sd15", "model_index.json"]
+    make(None)
+    assert [path.name for path in tmp_path.rglob("*")] == ["sd15"]
 
 
 def test_the_script_makes_exports_and_writes(
     tmp_path: Path, stages: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main([str(tmp_path), "--dtypes", "fp32", "--out", str(tmp_path / "export.json")])
     main([str(tmp_path), "--dtypes", "fp32"])
+    with pytest.raises(SystemExit, match="1"):
+        main([str(tmp_path), "--out", str(tmp_path / "export.json")])
     once = "sd15-fp32 --verify --overwrite"
     assert stages == ["sd15", once, once], "the checkpoint is made once"
+    assert "make checkpoint peak memory" in capsys.readouterr().out
     document = read_document(tmp_path / "export.json")
     assert document.benchmark == "export"
     assert document.model == {"name": "sd15", "checkpoint_bytes": 2}
-    assert [(row.workload, row.unit, row.samples) for row in document.rows] == [
-        ("make checkpoint", "s", (2.0,)),
-        ("make checkpoint peak memory", "B", (5000.0,)),
-        ("export", "s", (2.0,)),
-        ("export peak memory", "B", (5000.0,)),
+    assert [(row.workload, row.case["dtype"], row.unit, row.samples) for row in document.rows] == [
+        ("export", "fp16", "s", ()),
+        ("export", "fp32", "s", (2.0,)),
+        ("export peak memory", "fp32", "B", (5000.0,)),
     ]
-    assert document.rows[2].figures == {"seconds": 1.5, "cpu_seconds": 3.0}
-    assert "export peak memory" in capsys.readouterr().out
-
-
-def test_an_export_that_fails_is_a_row_and_the_exit_code(tmp_path: Path, stages: list[str]) -> None:
-    document = measure_export(tmp_path, dtypes=("fp16", "fp32"))
-    assert [row.status for row in document.rows] == ["ok", "ok", "FAILED", "ok", "ok"]
-    assert document.rows[2].reason == "it broke"
-    with pytest.raises(SystemExit, match="1"):
-        main([str(tmp_path), "--dtypes", "fp16"])
+    assert (document.rows[0].status, document.rows[0].reason) == ("FAILED", "it broke")
+    assert document.rows[1].figures == {"seconds": 1.5, "cpu_seconds": 3.0}
 
 
 BACKEND = "tensorrt-rtx"
