@@ -17,8 +17,10 @@ from .latency import Progress, document_of, silent
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """What is varied: the `workload` timed along it, a case as a number `of` the axis, and the case with
-    another value, `vary`. Sizes among the default `values` are percentages of the case's own."""
+    """What is varied: `vary` gives the case another value, `of` tells a case's.
+
+    `workload` is timed along it. Sizes among the default `values` are percentages of the case's own.
+    """
 
     workload: str
     of: Callable[[Case], float]
@@ -60,21 +62,20 @@ def measure_scaling(
     task: Task,
     case: Case,
     *,
-    axes: Mapping[str, Sequence[int]] | None = None,
+    axes: Mapping[str, Sequence[int]],
     pace: Pace | None = None,
     progress: Progress = silent,
 ) -> Document:
     """Rows for every point, which take turns, and for each axis one of workload "fit".
 
-    Our side is one fresh process; `axes` has the values by axis, and None is all of AXES at their own.
+    Our side is one fresh process; `axes` has the values by axis, of AXES.
 
     Raises:
         SideError: our side cannot be opened.
     """
-    chosen = {name: axis.values for name, axis in AXES.items()} if axes is None else axes
     rows: list[Row] = []
     with SideProcess(OURS, OURS, task) as side:
-        for name, values in chosen.items():
+        for name, values in axes.items():
             axis = AXES[name]
             points = {f"{name} {value}": axis.vary(case, value) for value in values}
             timed = time_points(side, axis.workload, points, pace or Pace(), progress)
