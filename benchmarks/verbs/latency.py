@@ -215,7 +215,7 @@ def judge(name: str, found: Array, wanted: Array, dtype: str) -> tuple[dict[str,
 def check(found: Mapping[str, Array], wanted: Mapping[str, Array], package: Package) -> dict[str, float]:
     """How like ours a peer's outputs are, the worst of them. Raises SideError beyond the bar."""
     judged: list[dict[str, float]] = []
-    for name in wanted.keys() & found.keys():
+    for name in filter(found.__contains__, wanted):
         figures, problem = judge(name, found[name], wanted[name], package.manifest.dtype)
         if problem:
             raise SideError("FAILED", f"{name} is not ours: {problem}")
