@@ -180,7 +180,7 @@ def test_a_stage_has_its_memory_and_what_it_printed_last(
     (tmp_path / "does.py").write_text("import sys; exec(sys.argv[1])")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     found = run_stage("print", "does", 'print("noise"); print(\'{"a": 1, "package": "/x"}\'); sys.exit(0)')
-    assert found.pop("wall_seconds") > found.pop("cpu_seconds") > 0
+    assert min(found.pop("wall_seconds"), found.pop("cpu_seconds")) > 0  # libraries have threads
     assert 1e6 < found.pop("peak_rss") < 1e9
     assert found == {"a": 1}
     assert set(run_stage("quiet", "does", "pass")) == {"wall_seconds", "cpu_seconds", "peak_rss"}
