@@ -25,18 +25,16 @@ import ctypes
 import gc
 import json
 import os
-import queue
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from time import monotonic, perf_counter
-from typing import IO, TYPE_CHECKING, Any
+from time import perf_counter
+from typing import Any
 
 import numpy as np
 
@@ -46,9 +44,6 @@ from .case import Case
 from .machine import clocks, describe_machine, resident_bytes
 from .records import Status, short
 from .sides.contract import YARDSTICK, NotAvailableError, OpenSide, Task, Work, open_side
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 LIMIT = 900.0  # seconds for a process to open, or to answer
 _TAIL = 400  # characters of what a child printed, in an error
@@ -68,14 +63,15 @@ class SideError(BackendError):
         self.reason = reason
 
 
-class Child:
-    """A Python process that writes lines to stdout. A context manager, which ends it.
+class Child(ExitStack):
+    """A Python process that writes lines to stdout; closing it kills the process and all that it started.
 
     It leads a session of its own, so that whatever it started is killed with it.
     """
 
     def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
-        self._noise = tempfile.TemporaryFile()  # noqa: SIM115
+        super().__init__()
+        self._noise = self.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         self._process = subprocess.Popen(  # noqa: S603
             [sys.executable, *arguments],
             stdin=subprocess.PIPE,
@@ -87,9 +83,10 @@ class Child:
             env={**os.environ, "PYTHONSAFEPATH": "1", **(environment or {})},
             start_new_session=True,
         )
-        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._reader = threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True)
-        self._reader.start()
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        self.callback(self._end)
 
     @property
     def pid(self) -> int:
@@ -98,18 +95,18 @@ class Child:
 
     def ask(self, **command: Any) -> dict[str, Any]:
         """The answer to one command. Raises SideError."""
-        assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # it died: the missing answer says so
-            self._process.stdin.write(json.dumps(command) + "\n")
-            self._process.stdin.flush()
+            self._stdin.write(json.dumps(command) + "\n")
+            self._stdin.flush()
         return self.answer()
 
     def answer(self) -> dict[str, Any]:
         """The next line as JSON. Raises SideError if there is none, or if it is {"error", "kind"}."""
-        late = f"no answer within {LIMIT:.0f} s"
-        line = self._next(LIMIT, late)
+        with self._at_most(LIMIT, f"no answer within {LIMIT:.0f} s"):
+            line = self._stdout.readline()
+            if not line:
+                self._process.wait()
         if not line:
-            self._wait(LIMIT, late)
             raise SideError("FAILED", self._ending())
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
@@ -121,64 +118,45 @@ class Child:
 
         Raises SideError if it ends badly, or not within `limit` seconds: it is killed then.
         """
-        end, late = monotonic() + (limit or 0.0), f"it did not end within {limit or 0.0:.0f} s"
-
-        def left() -> float | None:
-            return None if limit is None else max(end - monotonic(), 0.0)
-
-        while line := self._next(left(), late):
-            yield line.rstrip("\n")
-        if self._wait(left(), late):  # a library may hang in its last clean-up, after the last line
+        with self._at_most(limit, f"it did not end within {limit or 0.0:.0f} s"):
+            for line in self._stdout:
+                yield line.rstrip("\n")
+            code = self._process.wait()  # a library may hang in its last clean-up, after the last line
+        if code:
             raise SideError("FAILED", self._ending())
 
-    def close(self) -> None:
-        """Kill the process and all that it started. May be called twice."""
+    @contextmanager
+    def _at_most(self, seconds: float | None, late: str) -> Generator[None]:
+        """Kill the process where the block takes longer, and raise SideError(`late`) then."""
+        killed = threading.Event()
+
+        def kill() -> None:
+            killed.set()
+            self._kill()
+
+        timer = threading.Timer(threading.TIMEOUT_MAX if seconds is None else seconds, kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+        if killed.is_set():
+            raise SideError("FAILED", late)
+
+    def _end(self) -> None:
         self._kill()
-        self._reader.join()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                with suppress(BrokenPipeError):
-                    stream.close()
-        self._noise.close()
-
-    def __enter__(self) -> Self:
-        """The child itself."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Close."""
-        self.close()
-
-    def _read(self, stream: IO[str]) -> None:
-        for line in stream:
-            self._lines.put(line)
-        self._lines.put("")  # the end
-
-    def _next(self, seconds: float | None, late: str) -> str:
-        """The next line, "" at the end. Where none comes in time it is killed: raises SideError(`late`)."""
-        try:
-            line = self._lines.get(timeout=seconds)
-        except queue.Empty:
-            self._kill()
-            raise SideError("FAILED", late) from None
-        if not line:
-            self._lines.put("")  # for whoever asks again
-        return line
-
-    def _wait(self, seconds: float | None, late: str) -> int:
-        """The exit code. Where it does not end in time it is killed: raises SideError(`late`)."""
-        try:
-            return self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self._kill()
-            raise SideError("FAILED", late) from None
+        self._stdout.close()
+        with suppress(BrokenPipeError):
+            self._stdin.close()
 
     def _kill(self) -> None:
         if self._process.poll() is None:
-            if hasattr(os, "killpg"):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            else:
-                self._process.kill()
+            with suppress(ProcessLookupError):  # it ended just now
+                if hasattr(os, "killpg"):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+                else:
+                    self._process.kill()
             self._process.wait()
 
     def _ending(self) -> str:
@@ -192,11 +170,9 @@ class Child:
         return f"it ended with {how}" + (f": {text}" if text else "")
 
 
-def run(
-    arguments: Sequence[str], *, limit: float | None = None, environment: Mapping[str, str] | None = None
-) -> list[str]:
+def run(arguments: Sequence[str], *, limit: float | None = None) -> list[str]:
     """The lines that `python ARGUMENTS` printed. Raises SideError as `Child.lines`."""
-    with Child(*arguments, environment=environment) as child:
+    with Child(*arguments) as child:
         return list(child.lines(limit))
 
 
@@ -209,7 +185,8 @@ class SideProcess(Child):
     def __init__(self, name: str, module: str, task: Task) -> None:
         super().__init__("-m", f"{__package__}.process", module, json.dumps(task.to_json()))
         self.name = name
-        self._folder = tempfile.TemporaryDirectory()
+        self._folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
+        self.callback(self._close_side)
         try:
             self.opened = self.answer()
         except SideError:
@@ -227,7 +204,7 @@ class SideProcess(Child):
         self, workload: str, case: Case, *, slot: str = ""
     ) -> tuple[dict[str, Any], Mapping[str, Array]]:
         """Have a workload prepared and run once; the answer and the outputs. Raises SideError."""
-        path = Path(self._folder.name) / "outputs.npz"
+        path = self._folder / "outputs.npz"
         answer = self.ask(do="prepare", workload=workload, case=case.to_json(), slot=slot, save=str(path))
         if not answer["finite"]:
             raise SideError("FAILED", f"{workload}: the output is not finite")
@@ -263,25 +240,10 @@ class SideProcess(Child):
         if hasattr(signal, "SIGSTOP") and self._process.poll() is None:  # not on Windows
             self._process.send_signal(signal.SIGSTOP if now else signal.SIGCONT)
 
-    def close(self) -> None:
-        """Have the side closed, then end the process. May be called twice."""
+    def _close_side(self) -> None:
         if self._process.poll() is None:
             with suppress(SideError):
                 self.ask(do="close")
-        super().close()
-        self._folder.cleanup()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Slot:
-    """One of several workloads that a side has ready at once. It is `rounds.Timed`."""
-
-    name: str
-    side: SideProcess
-
-    def time(self, runs: int) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
-        """As `SideProcess.time`."""
-        return self.side.time(runs, slot=self.name)
 
 
 # ── in the child ─────────────────────────────────────────────────────────────────────────────────────
@@ -317,8 +279,8 @@ class Server:
             work = self._opened.prepare(command["workload"], Case.from_json(command["case"]))
         seconds = _seconds(work)
         outputs = work.outputs()
-        if command.get("save"):
-            arrays: dict[str, Any] = {name: np.asarray(array) for name, array in outputs.items()}
+        if "save" in command:
+            arrays: dict[str, Any] = dict(outputs)
             np.savez(command["save"], **arrays)
         self._slots[command["slot"]] = work
         return {"seconds": seconds, "finite": _finite(outputs), "figures": dict(work.figures())}

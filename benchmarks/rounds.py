@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
-from .process import SideError
-from .records import Rounds, Status
-from .sides.contract import AGAIN, OURS
+from ..engines.spec import Array
+from .case import Case
+from .process import SideError, SideProcess
+from .records import Row, Status
+from .sides.contract import AGAIN, OURS, YARDSTICK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +42,49 @@ class Pace:
         return cls(rounds=8, budget=2.0, turn=0.1, warm_up=2)
 
 
-class Timed(Protocol):
-    """What takes turns: a SideProcess with a workload prepared. `time` is as there."""
+@dataclass(frozen=True, kw_only=True, eq=False)  # a key: each is itself alone
+class Slot:
+    """A workload that a side has ready under a name, to be timed in turns with others.
+
+    `beside`: each run is followed by one of the yardstick in the same process, and seconds are of a pair.
+    """
+
+    side: SideProcess
+    slot: str
+    workload: str
+    case: Case
+    beside: bool = False
 
     @property
-    def name(self) -> str: ...  # noqa: D102
+    def name(self) -> str:
+        """What tells it from the others."""
+        return f"{self.slot} beside {YARDSTICK}" if self.beside else self.slot
 
-    def time(self, runs: int) -> tuple[tuple[float, ...], list[dict[str, Any]]]: ...  # noqa: D102
+    def prepare(self) -> tuple[float, Mapping[str, Array]]:
+        """Get it ready: seconds of the first run, and its outputs. Raises SideError."""
+        answer, outputs = self.side.prepare(self.workload, self.case, slot=self.slot)
+        return float(answer["seconds"]), outputs
+
+    def time(self, runs: int) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
+        """As `SideProcess.time`; with a yardstick, figures are `own_s` and `beside_s`."""
+        if not self.beside:
+            return self.side.time(runs, slot=self.slot)
+        seconds, figures = self.side.time(runs, slot=self.slot, beside=YARDSTICK)
+        pairs = [{"own_s": own, **other} for own, other in zip(seconds, figures, strict=True)]
+        return tuple(pair["own_s"] + pair["beside_s"] for pair in pairs), pairs
+
+    def row(self, turns: Turns, figures: Mapping[str, Any] | None = None) -> Row:
+        """What its turns found."""
+        return Row(
+            side=self.side.name,
+            workload=self.workload,
+            case=self.case.to_json(),
+            rounds=tuple(turns.rounds),
+            status=turns.status,
+            reason=turns.reason,
+            figures=figures or {},
+            stamp=self.side.stamp,
+        )
 
 
 @dataclass(kw_only=True)
@@ -58,14 +96,9 @@ class Turns:
     status: Status = "ok"
     reason: str = ""
 
-    @property
-    def frozen(self) -> Rounds:
-        """As a row has it."""
-        return tuple(self.rounds)
-
 
 def interleave(
-    sides: Sequence[Timed],
+    sides: Sequence[Slot],
     first: Mapping[str, float],
     pace: Pace,
     *,
@@ -100,14 +133,14 @@ def interleave(
     return found
 
 
-def _order(sides: Sequence[Timed], number: int) -> Sequence[Timed]:
+def _order(sides: Sequence[Slot], number: int) -> Sequence[Slot]:
     """Flipped in every other round; who is at the ends, and so has two turns in a row, goes round."""
     first = number // 2 % max(len(sides), 1)
     order = [*sides[first:], *sides[:first]]
     return order if number % 2 == 0 else order[::-1]
 
 
-def _turn(item: Timed, turns: Turns, runs: int) -> None:
+def _turn(item: Slot, turns: Turns, runs: int) -> None:
     """One turn. Of short runs the first is not counted: it finds the caches as another side left them."""
     lead = 1 if runs > 1 else 0
     try:

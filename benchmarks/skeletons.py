@@ -1,4 +1,4 @@
-"""Full-size models without torch: `python -m latentrt.benchmarks.skeletons sd15 PACKAGE`.
+"""Full-size models without torch: `python -m latentrt.benchmarks.skeletons sd15-fp16 PACKAGE`.
 
 A skeleton is a package without its weights: manifest, graphs, and the header of every weights file, under
 `benchmarks/models/skeletons/` of a checkout (a wheel has the yardstick alone). Filled with random numbers it
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -80,25 +79,17 @@ def _write_weights(path: Path, header: Path, drawn: np.ndarray[Any, Any]) -> Non
     entries.pop("__metadata__", None)
 
     def content(name: str) -> bytes:
-        entry = entries[name]
-        kind = {"F16": np.float16, "F32": np.float32}[entry["dtype"]]
-        return b"".join(part.astype(kind).tobytes() for part in _values(name, tuple(entry["shape"]), drawn))
+        """Norms near one, biases near zero, the rest by their fan-in."""
+        shape, kind = entries[name]["shape"], {"F16": np.float16, "F32": np.float32}[entries[name]["dtype"]]
+        size = prod(shape)
+        base = 1.0 if len(shape) == 1 and name.endswith("weight") else 0.0
+        # 0.58: the deviation of torch's uniform initialisation
+        spread = 0.05 if len(shape) < 2 else 0.02 if "embedding" in name else 0.58 * prod(shape[1:]) ** -0.5
+        start = crc32(name.encode()) % (_DRAWN // 2)  # all differ: TensorRT stores equal constants once
+        values = base + spread * np.resize(drawn[start : start + size], size)
+        return values.astype(kind).tobytes()
 
     write_file(path, {name: (entry["dtype"], entry["shape"]) for name, entry in entries.items()}, content)
-
-
-def _values(name: str, shape: tuple[int, ...], drawn: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
-    """The numbers of one tensor, in parts: norms near one, biases near zero, the rest by their fan-in."""
-    size = prod(shape)
-    base = 1.0 if len(shape) == 1 and name.endswith("weight") else 0.0
-    # 0.58: the deviation of torch's uniform initialisation
-    spread = 0.05 if len(shape) < 2 else 0.02 if "embedding" in name else 0.58 * (size // shape[0]) ** -0.5
-    start = crc32(name.encode()) % (_DRAWN // 2)  # all differ: TensorRT stores equal constants once
-    while size:
-        part = drawn[start : start + min(size, _DRAWN)]
-        yield base + spread * part
-        size -= len(part)
-        start = 0
 
 
 def main() -> None:

@@ -46,21 +46,23 @@ Part = tuple[str, str, nn.Module, dict[str, Any]]
 
 def parts_of(recipe: Recipe) -> list[Part]:
     """Folder, stem of the weights file, module (without memory) and config of each part with weights."""
-    encoders: list[tuple[str, Any, Any]] = [
-        ("text_encoder", recipe.text, CLIPTextModel),
-        ("text_encoder_2", recipe.text_2, CLIPTextModelWithProjection),
-    ]
+    encoders: dict[str, tuple[Any, Any]] = {
+        "text_encoder": (CLIPTextModel, recipe.text),
+        "text_encoder_2": (CLIPTextModelWithProjection, recipe.text_2),
+    }
     with torch.device("meta"):
-        parts: list[Part] = [
-            (name, "model", kind(CLIPTextConfig(**config)), dict(config))
-            for name, config, kind in encoders
-            if config
-        ]
         nets: dict[str, nn.Module] = {
             "unet": UNet2DConditionModel(**recipe.unet),
             "vae": AutoencoderKL(**recipe.vae),
         }
-    return parts + [(name, "diffusion_pytorch_model", net, config_of(net)) for name, net in nets.items()]
+        return [
+            *(
+                (name, "model", kind(CLIPTextConfig(**config)), dict(config))
+                for name, (kind, config) in encoders.items()
+                if config
+            ),
+            *((name, "diffusion_pytorch_model", net, config_of(net)) for name, net in nets.items()),
+        ]
 
 
 def config_of(net: Any) -> dict[str, Any]:
@@ -154,11 +156,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", choices=sorted(RECIPES))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--fp32", action="store_true", help="store float32 weights")
     options = parser.parse_args()
-    dtype = torch.float32 if options.fp32 else torch.float16
-    make_checkpoint(RECIPES[options.recipe], options.folder, dtype=dtype, seed=options.seed)
+    make_checkpoint(RECIPES[options.recipe], options.folder)
 
 
 if __name__ == "__main__":

@@ -9,87 +9,89 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from ...engines.errors import ModelError
 from ..machine import clocks, describe_machine
+from ..printing import lines
 from ..process import SideError, run
 from ..records import Document, Row
 from ..sides.contract import OURS
 
 RECIPE = "sd15"
+DTYPES = ("fp16", "fp32")
 FLAGS = ("--verify", "--overwrite")  # of `latentrt export`
-# resource's high-water mark covers all children so far, so each stage runs below a child of its own
-_WATCH = """
-import json, resource, subprocess, sys
-done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, text=True)
-if done.returncode:
-    sys.exit(max(done.returncode, 1))
-used = resource.getrusage(resource.RUSAGE_CHILDREN)
-unit = 1 if sys.platform == "darwin" else 1024
-print(json.dumps([used.ru_maxrss * unit, used.ru_utime + used.ru_stime, done.stdout]))
+# `python -m`, and then a line about the process itself
+_STAGE = """
+import json, runpy, sys, time
+from latentrt.benchmarks.machine import resident_bytes
+module, *sys.argv[1:] = sys.argv[1:]
+try:
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    if end.code:
+        raise
+print(json.dumps({"cpu_seconds": time.process_time(), "peak_rss": resident_bytes()[1]}))
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A process: seconds by the clock and of the CPU, its peak memory in bytes, and the JSON it printed."""
+def run_stage(name: str, module: str, *arguments: str) -> dict[str, Any]:
+    """Run `python -m MODULE ARGUMENTS`.
 
-    seconds: float
-    cpu_seconds: float
-    peak_rss: int
-    figures: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    Returns:
+        `wall_seconds`; `cpu_seconds` and `peak_rss`, in bytes, of the process; and what is in the last line
+        it printed, if that is a JSON object.
 
-
-def run_stage(name: str, arguments: Sequence[str]) -> Stage:
-    """Run `python ARGUMENTS`; if the last line it prints is a JSON object, those are its figures.
-
-    Raises ModelError if it fails, with the end of what it printed on stderr.
+    Raises:
+        ModelError: it failed; with the end of what it printed on stderr.
     """
     began = perf_counter()
     try:
-        lines = run(["-c", _WATCH, sys.executable, *arguments])
+        *printed, last = run(["-c", _STAGE, module, *arguments])
     except SideError as error:
         raise ModelError(
             f"{name} failed: {error.reason}",
             expected="a stage that ends well",
             fix="Mend what it names, and run it again; stages that were complete stay.",
         ) from error
-    seconds = perf_counter() - began
-    peak, cpu, output = json.loads(lines[-1])
-    printed = str(output).strip().splitlines()
-    figures: dict[str, Any] = json.loads(printed[-1]) if printed and printed[-1].startswith("{") else {}
-    figures.pop("package", None)  # a path of this machine
-    return Stage(seconds=seconds, cpu_seconds=cpu, peak_rss=peak, figures=figures)
+    own: dict[str, Any] = json.loads(printed[-1]) if printed and printed[-1].startswith("{") else {}
+    own.pop("package", None)  # a path of this machine
+    return {"wall_seconds": perf_counter() - began, **own, **json.loads(last)}
 
 
-def make_checkpoint(recipe: str, checkpoint: Path) -> Stage:
-    """Write the folder of a recipe of `checkpoints.py`, complete or not at all. Raises ModelError."""
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{checkpoint.name}-", dir=checkpoint.parent) as folder:
-        unfinished = Path(folder) / checkpoint.name
-        arguments = ["-m", "latentrt.benchmarks.models.checkpoints", recipe, str(unfinished)]
-        stage = run_stage("make checkpoint", arguments)
-        unfinished.rename(checkpoint)
-    return stage
+@contextmanager
+def complete(folder: Path) -> Generator[Path]:
+    """A place to make the folder in; it is moved here if the block ends well, else nothing is left."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
+        unfinished = Path(beside) / folder.name
+        yield unfinished
+        unfinished.rename(folder)
 
 
-def export(checkpoint: Path, package: Path, dtype: str, *flags: str) -> Stage:
-    """`latentrt export`, which writes the package completely or not at all. Raises ModelError."""
-    verb = ["-m", "latentrt.cli", "export", str(checkpoint), "-o", str(package), "--dtype", dtype, "--json"]
-    return run_stage(f"export {dtype}", [*verb, *flags])
+def make_checkpoint(recipe: str, checkpoint: Path) -> dict[str, Any]:
+    """Write the folder of a recipe of `checkpoints.py`, complete or not at all. As `run_stage`."""
+    with complete(checkpoint) as unfinished:
+        module = "latentrt.benchmarks.models.checkpoints"
+        return run_stage("make checkpoint", module, recipe, str(unfinished))
+
+
+def export(checkpoint: Path, package: Path, dtype: str, *flags: str) -> dict[str, Any]:
+    """`latentrt export`, which writes the package completely or not at all. As `run_stage`."""
+    arguments = ["export", str(checkpoint), "-o", str(package), "--dtype", dtype, "--json", *flags]
+    return run_stage(f"export {dtype}", "latentrt.cli", *arguments)
 
 
 def measure_export(
     folder: Path,
     recipe: str = RECIPE,
-    dtypes: Sequence[str] = ("fp16", "fp32"),
+    dtypes: Sequence[str] = DTYPES,
     *,
     said: Callable[[str], None] = lambda line: None,
 ) -> Document:
@@ -104,11 +106,11 @@ def measure_export(
         said(f"making the checkpoint {recipe}")
         rows += _rows("make checkpoint", {"recipe": recipe}, make_checkpoint(recipe, checkpoint), machine)
     for dtype in dtypes:
-        case = {"recipe": recipe, "dtype": dtype, "flags": list(FLAGS)}
         said(f"exporting {recipe} as {dtype}")
+        case = {"recipe": recipe, "dtype": dtype, "flags": list(FLAGS)}
         try:
-            stage = export(checkpoint, folder / f"{recipe}-{dtype}", dtype, *FLAGS)
-            rows += _rows("export", case, stage, machine)
+            found = export(checkpoint, folder / f"{recipe}-{dtype}", dtype, *FLAGS)
+            rows += _rows("export", case, found, machine)
         except ModelError as error:
             row = Row(side=OURS, workload="export", case=case, status="FAILED", reason=error.found)
             rows.append(row)
@@ -122,17 +124,16 @@ def measure_export(
     )
 
 
-def _rows(workload: str, case: Mapping[str, Any], stage: Stage, machine: Mapping[str, Any]) -> list[Row]:
-    row = Row(
-        side=OURS,
-        workload=workload,
-        case=case,
-        rounds=((stage.seconds,),),
-        figures={**stage.figures, "cpu_seconds": stage.cpu_seconds},
-        stamp={**machine, **clocks()},
-    )
-    peak = float(stage.peak_rss)
-    return [row, replace(row, workload=f"{workload} peak memory", unit="B", rounds=((peak,),), figures={})]
+def _rows(
+    workload: str, case: Mapping[str, Any], stage: Mapping[str, Any], machine: Mapping[str, Any]
+) -> list[Row]:
+    figures = dict(stage)
+    seconds, peak = figures.pop("wall_seconds"), float(figures.pop("peak_rss"))
+    row = Row(side=OURS, workload=workload, case=case, stamp={**machine, **clocks()})
+    return [
+        replace(row, rounds=((seconds,),), figures=figures),
+        replace(row, workload=f"{workload} peak memory", unit="B", rounds=((peak,),)),
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -140,13 +141,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--recipe", default=RECIPE)
-    parser.add_argument("--dtypes", nargs="+", default=["fp16", "fp32"])
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     document = measure_export(options.folder, options.recipe, options.dtypes, said=print)
-    for row in document.rows:
-        found = f"{row.samples[0]:.4g} {row.unit}" if row.samples else f"{row.status}: {row.reason}"
-        print(f"{row.workload:<28} {row.case.get('dtype', ''):<5} {found}")
+    print("\n".join(lines(document)))
     if options.out:
         document.write(options.out)
     if document.failed:

@@ -11,7 +11,6 @@ checkpoint can run.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -32,7 +31,7 @@ Said = Callable[[str], None]
 # weights are stored as fp16. Measured with `du -sb`: sd15 2.13 and 2.07 GB. sd21 was counted
 # from its shapes: 2.58 GB, or 2.51 without the VAE's encoder.
 SIZES: Mapping[str, str] = {"sd15": "2.1 GB", "sd21": "2.6 GB"}
-DTYPES = ("fp32", "fp16")
+NAMES = ("demo", *(f"{recipe}-{dtype}" for recipe in SIZES for dtype in ("fp32", "fp16")))
 _INDEX = "model_index.json"
 _EXPORT_NEEDS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
 
@@ -52,25 +51,15 @@ class Model:
     name: str
 
 
-def default_cache() -> Path:
-    """`benchmarks` in the folder of the engine store: LATENTRT_CACHE, or the user's cache folder."""
-    return default_root() / "benchmarks"
-
-
-def model_names() -> tuple[str, ...]:
-    """Every name that is no folder."""
-    return ("demo", *(f"{recipe}-{dtype}" for recipe in SIZES for dtype in DTYPES))
-
-
 def find_model(
     name: str, *, checkpoint: Path | None = None, cache: Path | None = None, said: Said = lambda line: None
 ) -> Model:
     """The model of that name, made if it is not in the cache yet.
 
     Args:
-        name: of `model_names`, or a package's folder.
+        name: of `NAMES`, or a package's folder.
         checkpoint: what a package was exported from; default: what this module knows of.
-        cache: where full-size models lie; default: `default_cache()`.
+        cache: where full-size models lie; default: `benchmarks` in the engine store's folder.
         said: gets a line about what making one costs, before it is made.
 
     Raises:
@@ -88,14 +77,14 @@ def find_model(
     own: Path | None = None
     if name == "demo":  # a checkout has its checkpoint, an installed wheel has not
         package, own = SHIPPED["demo"], SHIPPED["demo"].parent / "checkpoint"
-    elif name in model_names():
-        package, own = _full_size(name, cache or default_cache(), said)
+    elif name in NAMES:
+        package, own = _full_size(name, cache or default_root() / "benchmarks", said)
     elif Path(name).is_dir():
         package, name = Path(name), Path(name).resolve().name
     else:
         raise UsageError(
             f"there is no model {name!r}",
-            expected=f"{', '.join(model_names())}, or a package's folder",
+            expected=f"{', '.join(NAMES)}, or a package's folder",
             fix="Choose one of these, or export one: latentrt export CHECKPOINT -o PACKAGE.",
         )
     if own and not (own / _INDEX).is_file():
@@ -119,30 +108,19 @@ def _full_size(name: str, cache: Path, said: Said) -> tuple[Path, Path | None]:
             " skeletons of sd15-fp16 and sd21-fp16 there; an installed wheel has none.",
         )
     cache.mkdir(parents=True, exist_ok=True)
+    size = SIZES[recipe]
+    # what is there by now is complete; another process may have made it meanwhile
     with FileLock(cache / ".making.lock"):
         if missing:
-            _fill(name, filled, said)
+            if not filled.exists():
+                said(f"making {filled}: random weights without torch, {size} of disk and a minute, once")
+                with full_size.complete(filled) as unfinished:
+                    skeletons.fill_skeleton(name, unfinished)
             return filled, None  # no checkpoint has its weights
-        _make(recipe, dtype, checkpoint, package, said)
+        if not (checkpoint / _INDEX).is_file():
+            said(f"making {checkpoint}: a checkpoint with random weights, {size} of disk, once")
+            full_size.make_checkpoint(recipe, checkpoint)
+        if not (package / MANIFEST).is_file():
+            said(f"making {package}: exported from {checkpoint}, {size} of disk and minutes, once")
+            full_size.export(checkpoint, package, dtype)
     return package, checkpoint
-
-
-def _make(recipe: str, dtype: str, checkpoint: Path, package: Path, said: Said) -> None:
-    """Checkpoint and package, each of them complete or not there."""
-    size = SIZES[recipe]
-    if not (checkpoint / _INDEX).is_file():
-        said(f"making {checkpoint}: a checkpoint with random weights, {size} of disk, once")
-        full_size.make_checkpoint(recipe, checkpoint)
-    if not (package / MANIFEST).is_file():  # another process may have been here meanwhile
-        said(f"making {package}: exported from {checkpoint}, {size} of disk and minutes at full size, once")
-        full_size.export(checkpoint, package, dtype)
-
-
-def _fill(name: str, filled: Path, said: Said) -> None:
-    """The package of a skeleton, complete or not there."""
-    if not (filled / MANIFEST).is_file():
-        size = SIZES[name.rpartition("-")[0]]
-        said(f"making {filled}: random weights without torch, {size} of disk and less than a minute, once")
-        with tempfile.TemporaryDirectory(prefix=f".{filled.name}-", dir=filled.parent) as folder:
-            skeletons.fill_skeleton(name, Path(folder) / filled.name)
-            (Path(folder) / filled.name).rename(filled)

@@ -73,19 +73,18 @@ def measure_build(package: Package, builds: Builds, *, progress: Progress = sile
         profiles = [str(profile) for profile in builds.profiles_of(package)]
         case |= {"profiles": profiles, "weights": OPTIONS.weights.value}
     names = tuned_nets if builds.tunes else built_nets
-    rows = {name: Row(side=OURS, workload=name, case=case) for name in names(package, builds.nets)}
+    row = Row(side=OURS, workload=TOGETHER, case=case, stamp={**describe_machine(), **clocks()})
+    rows = {name: replace(row, workload=name) for name in names(package, builds.nets)}
     for number in range(builds.repeats):
         for name in rows if number % 2 == 0 else reversed(rows):
             if rows[name].status == "ok":
-                rows[name] = _built(rows[name], package, builds, gpu)
-                progress(f"{name}: {_line(rows[name])}")
-    found = [*rows.values(), _together(tuple(rows.values()))]
-    stamp = {**describe_machine(), **clocks()}
+                rows[name] = found = _built(rows[name], package, builds, gpu)
+                progress(f"{name}: {found.reason or f'{found.samples[-1]:.1f} s'}")
     return Document(
         benchmark="build",
         model=describe_model(package),
         settings={"backend": builds.backend, "repeats": builds.repeats, "options": OPTIONS.to_json()},
-        rows=tuple(replace(row, case=case, stamp=stamp) for row in found),
+        rows=(*rows.values(), _together(row, tuple(rows.values()))),
     )
 
 
@@ -98,8 +97,8 @@ def _built(row: Row, package: Package, builds: Builds, gpu: DeviceFacts | None) 
         status: Status = "not available" if isinstance(error, BackendError) else "FAILED"
         return replace(row, status=status, reason=error.found, rounds=())
     rounds = (*row.rounds, (figures.pop("seconds"),))
-    if peak := max(figures.get("peak_rss_gb", 0.0), row.figures.get("peak_rss_gb", 0.0)):
-        figures["peak_rss_gb"] = peak
+    if "peak_rss_gb" in figures:
+        figures["peak_rss_gb"] = max(figures["peak_rss_gb"], row.figures.get("peak_rss_gb", 0.0))
     return replace(row, rounds=rounds, figures=figures)
 
 
@@ -118,38 +117,26 @@ def build_net(
         return {"seconds": tuned.entry.build_seconds, **figures}
     profiles = builds.profiles_of(package)
     (built,) = build_package(package, builds.backend, profiles, OPTIONS, store, nets=[net], gpu=gpu)
-    facts_of_build = built.entry.facts
+    known = built.entry.facts
     return {
-        "profiles": facts_of_build["labels"],
+        **{name: known[name] for name in ("parse_seconds", "layers", "library")},
+        "profiles": known["labels"],
         "seconds": built.entry.build_seconds,
-        "parse_seconds": facts_of_build["parse_seconds"],
-        "peak_rss_gb": round((facts_of_build["peak_rss"] or 0) / 1e9, 3),
+        "peak_rss_gb": round((known["peak_rss"] or 0) / 1e9, 3),
         "weights_mb": round(engine_bytes(package, net) / 1e6, 2),
         "engine_mb": round(built.entry.size / 1e6, 2),
-        "layers": facts_of_build["layers"],
-        "library": facts_of_build["library"],
     }
 
 
-def _line(row: Row) -> str:
-    if row.status != "ok":
-        return f"{row.status}: {row.reason}"
-    sizes = f", peak {row.figures['peak_rss_gb']:.2f} GB" if "peak_rss_gb" in row.figures else ""
-    sizes += f", engine {row.figures['engine_mb']:.1f} MB" if "engine_mb" in row.figures else ""
-    return f"{row.samples[-1]:.1f} s{sizes}"
-
-
-def _together(rows: Sequence[Row]) -> Row:
+def _together(row: Row, nets: Sequence[Row]) -> Row:
     """One net after the other, as `latentrt build` does it: times add up, the largest peak counts."""
-    for row in rows:
-        if row.status != "ok":
-            reason = f"{row.workload}: {row.reason}"
-            return Row(side=OURS, workload=TOGETHER, status=row.status, reason=reason)
-    peaks = [row.figures["peak_rss_gb"] for row in rows if "peak_rss_gb" in row.figures]
-    sizes = [row.figures["engine_mb"] for row in rows if "engine_mb" in row.figures]
-    return Row(
-        side=OURS,
-        workload=TOGETHER,
-        rounds=tuple((sum(turn, 0.0),) for turn in zip(*(row.samples for row in rows), strict=True)),
-        figures={"peak_rss_gb": max(peaks), "engine_mb": round(sum(sizes), 2)} if peaks else {},
-    )
+    for net in nets:
+        if net.status != "ok":
+            return replace(row, status=net.status, reason=f"{net.workload}: {net.reason}")
+    rounds = tuple((sum(turn, 0.0),) for turn in zip(*(net.samples for net in nets), strict=True))
+    engines = [net.figures for net in nets if "engine_mb" in net.figures]
+    if not engines:
+        return replace(row, rounds=rounds)
+    peak = max(figures["peak_rss_gb"] for figures in engines)
+    size = round(sum(figures["engine_mb"] for figures in engines), 2)
+    return replace(row, rounds=rounds, figures={"peak_rss_gb": peak, "engine_mb": size})

@@ -1,9 +1,6 @@
 """`latentrt bench cold-start`: how long a fresh process takes to its first picture, and where the time goes.
 
-Two views of it. Whole processes, by the parent's clock, beside a bare interpreter and one that imports NumPy:
-
-    bare interpreter, import numpy, import latentrt.runtime, --help, whole process
-
+Two views of it: whole processes by the parent's clock, beside a bare interpreter and one that imports NumPy;
 and the parts of the last one, by its own clock:
 
     import          of latentrt.runtime
@@ -18,8 +15,8 @@ Torch is blocked, and files are in the system's cache: a round before the first 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from time import perf_counter
 from typing import Any
@@ -27,10 +24,10 @@ from typing import Any
 from ...engines.package import Package
 from ..case import Case
 from ..machine import clocks, describe_machine
-from ..process import SideError, run
+from ..process import LIMIT, SideError, run
 from ..records import Document, Row
 from ..sides.contract import OURS, Task
-from .latency import Progress, describe_model, silent
+from .latency import Progress, document_of, silent
 
 REPEATS, QUICK_REPEATS = 7, 2
 # Seconds, of medians: what the README promises.
@@ -58,53 +55,6 @@ with Pipeline.open(**task) as pipe:
         marks.append(perf_counter())
 print(json.dumps({"marks": marks, "backend": pipe.backend}))
 """
-_LIMIT = 900.0  # seconds for a process
-
-
-@dataclass(kw_only=True)
-class _Variant:
-    """A process that is started over and over, and what was found: samples by workload."""
-
-    arguments: list[str]
-    workloads: tuple[str, ...]
-    case: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    rounds: list[tuple[float, ...]] = field(default_factory=list[tuple[float, ...]])
-    backend: str = ""
-    reason: str = ""
-
-    def start(self, *, counted: bool) -> None:
-        """Once, until it ends. One that failed is not started again."""
-        if self.reason:
-            return
-        began = perf_counter()
-        try:
-            lines = run(self.arguments, limit=_LIMIT)
-        except SideError as error:
-            self.reason = error.reason
-            return
-        seconds = [perf_counter() - began]
-        if len(self.workloads) > 1:
-            answer = json.loads(lines[-1])
-            self.backend, marks = answer["backend"], answer["marks"]
-            seconds += [after - before for before, after in pairwise(marks)]
-        if counted:
-            self.rounds.append(tuple(seconds))
-
-    def rows(self, machine: Mapping[str, Any]) -> list[Row]:
-        """One for each workload."""
-        stamp = {**machine, **({"side": {"backend": self.backend}} if self.backend else {})}
-        rows: list[Row] = []
-        for index, workload in enumerate(self.workloads):
-            row = Row(side=OURS, workload=workload, case=self.case, stamp=stamp)
-            if self.reason:
-                row = replace(row, status="FAILED", reason=self.reason)
-            else:
-                row = replace(row, rounds=tuple((turn[index],) for turn in self.rounds))
-            if row.rounds and workload in BARS:
-                bar = BARS[workload]
-                row = replace(row, figures={"bar_s": bar, "met": row.summary["p50"] < bar})
-            rows.append(row)
-        return rows
 
 
 def measure_cold_start(
@@ -120,32 +70,48 @@ def measure_cold_start(
     `task` says backend and threads; without a `case` pictures are as the package wants them.
     """
     case = case or Case.of(package.manifest)
-    variants = _variants(package, task, case)
-    for number in range(repeats + 1):
-        progress(f"round {number} of {repeats}" if number else "a first round, not counted")
-        for variant in variants if number % 2 == 0 else reversed(variants):
-            variant.start(counted=number > 0)
-    machine = {**describe_machine(), **clocks()}
-    return Document(
-        benchmark="cold-start",
-        model=describe_model(package),
-        settings={"repeats": repeats, "backend": task.backend, "threads": task.threads},
-        rows=tuple(row for variant in variants for row in variant.rows(machine)),
-    )
-
-
-def _variants(package: Package, task: Task, case: Case) -> list[_Variant]:
     opened = {"model": str(package.root), "backend": task.backend, "threads": task.threads}
     request = json.dumps([opened, case.prompt, case.parameters])
+    processes = {
+        "bare interpreter": ["-c", "pass"],
+        "import numpy": ["-c", "import numpy"],
+        "import latentrt.runtime": ["-c", f"{_BLOCKED}from latentrt.runtime import Pipeline"],  # loads it
+        "--help": ["-m", "latentrt.cli", "--help"],
+        WHOLE: ["-c", f"{_BLOCKED}{_DRAW}", request],
+    }
+    stamp = {**describe_machine(), **clocks()}
+    rows = {name: [Row(side=OURS, workload=name, stamp=stamp)] for name in processes}
+    rows[WHOLE] = [replace(rows[WHOLE][0], workload=name, case=case.to_json()) for name in (WHOLE, *PARTS)]
+    for number in range(repeats + 1):
+        progress(f"round {number} of {repeats}" if number else "a first round, not counted")
+        for name in processes if number % 2 == 0 else reversed(processes):
+            rows[name] = _start(rows[name], processes[name], counted=number > 0)
+    found = [_with_bar(row) for group in rows.values() for row in group]
+    return document_of("cold-start", package, task, found, {"repeats": repeats})
+
+
+def _start(rows: list[Row], arguments: Sequence[str], *, counted: bool) -> list[Row]:
+    """The rows of a process and its parts with one more sample. One that failed is not started again."""
+    if rows[0].status != "ok":
+        return rows
+    began = perf_counter()
+    try:
+        lines = run(arguments, limit=LIMIT)
+    except SideError as error:
+        return [replace(row, status="FAILED", reason=error.reason, rounds=()) for row in rows]
+    seconds, side = [perf_counter() - began], dict[str, Any]()
+    if len(rows) > 1:
+        answer = json.loads(lines[-1])
+        seconds += [after - before for before, after in pairwise(answer["marks"])]
+        side = {"side": {"backend": answer["backend"]}}
     return [
-        _Variant(workloads=("bare interpreter",), arguments=["-c", "pass"]),
-        _Variant(workloads=("import numpy",), arguments=["-c", "import numpy"]),
-        _Variant(
-            workloads=("import latentrt.runtime",),
-            arguments=["-c", f"{_BLOCKED}from latentrt.runtime import Pipeline"],  # loaded when asked for
-        ),
-        _Variant(workloads=("--help",), arguments=["-m", "latentrt.cli", "--help"]),
-        _Variant(
-            workloads=(WHOLE, *PARTS), arguments=["-c", f"{_BLOCKED}{_DRAW}", request], case=case.to_json()
-        ),
+        replace(row, rounds=(*row.rounds, (taken,)) if counted else (), stamp={**row.stamp, **side})
+        for row, taken in zip(rows, seconds, strict=True)
     ]
+
+
+def _with_bar(row: Row) -> Row:
+    if row.workload not in BARS or not row.rounds:
+        return row
+    bar = BARS[row.workload]
+    return replace(row, figures={"bar_s": bar, "met": row.summary["p50"] < bar})

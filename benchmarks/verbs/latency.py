@@ -14,11 +14,11 @@ from ...engines.package import Package
 from ...engines.spec import Array
 from ...engines.tolerances import NET_RELATIVE_L2, PICTURE_DB
 from ..case import WORKLOADS, Case
-from ..likeness import difference
+from ..likeness import difference, psnr
 from ..process import SideError, SideProcess
 from ..records import Document, Row
 from ..roofline import COPY, GEMM, with_roofline, workload_parts
-from ..rounds import Pace, Turns, interleave
+from ..rounds import Pace, Slot, Turns, interleave
 from ..sides.contract import AGAIN, CEILING, OURS, REFERENCES, YARDSTICK, Task
 
 # What a picture spends in nets, by the stages of the host's loop; the rest is scheduler, guidance and Python.
@@ -122,36 +122,6 @@ def describe_model(package: Package) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
-    """A side with something to time: the workload, or what the ceiling does while it is timed.
-
-    `beside`: each run is followed by one of the yardstick in the same process, and seconds are of a pair.
-    """
-
-    side: SideProcess
-    workload: str
-    beside: bool = False
-
-    @property
-    def slot(self) -> str:
-        """Where the side has it prepared."""
-        return self.side.name if self.side.name != CEILING else f"{CEILING} {self.workload}"
-
-    @property
-    def name(self) -> str:
-        """What tells it from the others."""
-        return f"{self.slot} beside {YARDSTICK}" if self.beside else self.slot
-
-    def time(self, runs: int) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
-        """As `SideProcess.time`; with a yardstick, figures are `own_s` and `beside_s`."""
-        if not self.beside:
-            return self.side.time(runs, slot=self.slot)
-        seconds, figures = self.side.time(runs, slot=self.slot, beside=YARDSTICK)
-        pairs = [{"own_s": own, **other} for own, other in zip(seconds, figures, strict=True)]
-        return tuple(pair["own_s"] + pair["beside_s"] for pair in pairs), pairs
-
-
-@dataclass(frozen=True, kw_only=True)
 class Bench:
     """One workload of one case: sides are prepared and compared one by one, then timed in turns."""
 
@@ -163,47 +133,47 @@ class Bench:
 
     def measure(self, opened: Sequence[SideProcess], pace: Pace) -> list[Row]:
         """A row for each side, and for each ceiling."""
-        ready: list[tuple[Entry, dict[str, Any]]] = []
+        ready: dict[Slot, dict[str, Any]] = {}
         rows: list[Row] = []
         wanted: Mapping[str, Array] | None = None
-        for entry in self._entries(opened):
-            self.progress(f"{self.workload}: {entry.name} gets ready")
+        for slot in self._slots(opened):
+            self.progress(f"{self.workload}: {slot.name} gets ready")
             try:
-                answer, outputs = entry.side.prepare(entry.workload, self.case, slot=entry.slot)
-                alike = {} if entry.name == OURS or not outputs else self._check(outputs, wanted)
+                seconds, outputs = slot.prepare()
+                alike = {} if slot.name == OURS or not outputs else self._check(outputs, wanted)
             except SideError as error:
-                rows.append(self._row(entry, Turns(status=error.status, reason=error.reason), {}))
+                rows.append(self._row(slot, Turns(status=error.status, reason=error.reason), {}))
                 continue
-            wanted = outputs if entry.name == OURS else wanted
-            ready.append((entry, {"first_s": answer["seconds"], **alike}))
-        entries = [entry for entry, _ in ready]
-        first = {entry.name: float(figures["first_s"]) for entry, figures in ready}
-        beside = list(self._beside(entries, first))
+            wanted = outputs if slot.name == OURS else wanted
+            ready[slot] = {"first_s": seconds, **alike}
+        first = {slot.name: float(figures["first_s"]) for slot, figures in ready.items()}
+        beside = list(self._beside(list(ready), first))
         about = f"{self.workload} {self.case.width}x{self.case.height} b{self.case.pictures}"
         turns = interleave(
-            [*entries, *beside], first, pace, said=lambda line: self.progress(f"{about}: {line}")
+            [*ready, *beside], first, pace, said=lambda line: self.progress(f"{about}: {line}")
         )
-        rows += [self._row(entry, turns[entry.name], figures) for entry, figures in ready]
-        rows = list(with_roofline(rows, workload_parts(self.package, self.workload, self.case)))
-        return rows + [self._over_yardstick(item, turns[item.name]) for item in beside]
+        rows += [self._row(slot, turns[slot.name], figures) for slot, figures in ready.items()]
+        rows = with_roofline(rows, workload_parts(self.package, self.workload, self.case))
+        return rows + [_over_yardstick(slot, turns[slot.name]) for slot in beside]
 
-    def _entries(self, opened: Sequence[SideProcess]) -> Iterator[Entry]:
+    def _slots(self, opened: Sequence[SideProcess]) -> Iterator[Slot]:
         for side in opened:
             if side.name != CEILING:
-                yield Entry(side=side, workload=self.workload)
+                yield Slot(side=side, slot=side.name, workload=self.workload, case=self.case)
             elif self.workload in (*ENGINE_STAGES, "picture"):  # what no net takes part in has no ceiling
-                yield from (Entry(side=side, workload=workload) for workload in (GEMM, COPY))
+                for name in (GEMM, COPY):
+                    yield Slot(side=side, slot=f"{CEILING} {name}", workload=name, case=self.case)
 
-    def _beside(self, ready: Sequence[Entry], first: dict[str, float]) -> Iterator[Entry]:
+    def _beside(self, ready: Sequence[Slot], first: dict[str, float]) -> Iterator[Slot]:
         """Our short runs with the yardstick, whose first seconds are added to `first`."""
         if YARDSTICK not in self.sides.references or self.sides.task.device != "cpu":
             return
-        for entry in ready:
-            if entry.name in (OURS, AGAIN) and first[entry.name] < SHORT:
-                self.progress(f"{self.workload}: {entry.name} gets its yardstick")
-                answer, _ = entry.side.prepare(YARDSTICK, self.case, slot=YARDSTICK)
-                found = replace(entry, beside=True)
-                first[found.name] = first[entry.name] + answer["seconds"]
+        for slot in ready:
+            if slot.name in (OURS, AGAIN) and first[slot.name] < SHORT:
+                self.progress(f"{self.workload}: {slot.name} gets its yardstick")
+                seconds, _ = replace(slot, slot=YARDSTICK, workload=YARDSTICK).prepare()
+                found = replace(slot, beside=True)
+                first[found.name] = first[slot.name] + seconds
                 yield found
 
     def _check(self, found: Mapping[str, Array], wanted: Mapping[str, Array] | None) -> dict[str, float]:
@@ -211,48 +181,46 @@ class Bench:
             raise SideError("not available", "ours failed: there is nothing to compare with")
         return check(found, wanted, self.package)
 
-    def _row(self, entry: Entry, turns: Turns, figures: Mapping[str, Any]) -> Row:
-        during = {"during": self.workload} if entry.side.name == CEILING else {}
-        return Row(
-            side=entry.side.name,
-            workload=entry.workload,
-            case=self.case.to_json(),
-            rounds=turns.frozen,
-            status=turns.status,
-            reason=turns.reason,
-            figures={**during, **figures, **medians(turns, self.case.steps)},
-            stamp=entry.side.stamp,
-        )
+    def _row(self, slot: Slot, turns: Turns, figures: Mapping[str, Any]) -> Row:
+        during = {"during": self.workload} if slot.side.name == CEILING else {}
+        return slot.row(turns, {**during, **figures, **medians(turns, self.case.steps)})
 
-    def _over_yardstick(self, entry: Entry, turns: Turns) -> Row:
-        """What each run took over what the yardstick's next to it did."""
-        figures = iter(turns.figures)
-        pairs = [[next(figures) for _ in turn] for turn in turns.rounds]
-        seconds = [pair["beside_s"] for turn in pairs for pair in turn]
-        return replace(
-            self._row(entry, turns, {}),
-            side=YARDSTICK,
-            unit="1",
-            rounds=tuple(tuple(pair["own_s"] / pair["beside_s"] for pair in turn) for turn in pairs),
-            figures={"of": entry.side.name, "yardstick_p50_s": median(seconds) if seconds else None},
-        )
+
+def _over_yardstick(slot: Slot, turns: Turns) -> Row:
+    """What each run took over what the yardstick's next to it did."""
+    figures = iter(turns.figures)
+    pairs = [[next(figures) for _ in turn] for turn in turns.rounds]
+    seconds = [pair["beside_s"] for turn in pairs for pair in turn]
+    return replace(
+        slot.row(turns, {"of": slot.side.name, "yardstick_p50_s": median(seconds) if seconds else None}),
+        side=YARDSTICK,
+        unit="1",
+        rounds=tuple(tuple(pair["own_s"] / pair["beside_s"] for pair in turn) for turn in pairs),
+    )
+
+
+def judge(name: str, found: Array, wanted: Array, dtype: str) -> tuple[dict[str, float], str]:
+    """The figures of `difference`, and what is wrong with an output, "" for nothing.
+
+    The bar of a picture is the least dB that the worst of a batch may have, a net's the most relative L2.
+    """
+    figures = difference(name, found, wanted)
+    if wanted.dtype == np.uint8:  # (N, H, W, 3)
+        figures["psnr_db"] = value = psnr(found, wanted)
+        return figures, "" if value >= PICTURE_DB[dtype] else f"{value:.1f} dB, below {PICTURE_DB[dtype]:g}"
+    value, bar = figures["relative_l2"], NET_RELATIVE_L2[dtype]
+    return figures, "" if value <= bar else f"relative L2 {value:.2e}, above {bar:g}"
 
 
 def check(found: Mapping[str, Array], wanted: Mapping[str, Array], package: Package) -> dict[str, float]:
     """How like ours a peer's outputs are, the worst of them. Raises SideError beyond the bar."""
-    worst: dict[str, float] = {}
-    for name in wanted:
-        if name not in found:
-            continue
-        figures = difference(name, found[name], wanted[name])
-        dtype, shades = package.manifest.dtype, wanted[name].dtype == np.uint8
-        like = figures["psnr_db"] >= PICTURE_DB[dtype]
-        if not (like if shades else figures["relative_l2"] <= NET_RELATIVE_L2[dtype]):
-            sizes = f"relative L2 {figures['relative_l2']:.2e}, {figures['psnr_db']:.1f} dB"
-            raise SideError("FAILED", f"{name} is not ours: {sizes}")
-        if figures["relative_l2"] >= worst.get("relative_l2", 0.0):
-            worst = figures
-    return worst
+    judged: list[dict[str, float]] = []
+    for name in filter(found.__contains__, wanted):
+        figures, problem = judge(name, found[name], wanted[name], package.manifest.dtype)
+        if problem:
+            raise SideError("FAILED", f"{name} is not ours: {problem}")
+        judged.append(figures)
+    return max(judged, key=lambda figures: figures["relative_l2"], default=dict[str, float]())
 
 
 def medians(turns: Turns, steps: int) -> dict[str, Any]:

@@ -20,11 +20,11 @@ from ...engines.package import Package
 from ...engines.spec import Array
 from ...engines.tolerances import NET_RELATIVE_L2, PICTURE_DB
 from ..case import NETS, PROMPT, Case
-from ..likeness import WINDOW, difference, psnr, ssim
+from ..likeness import WINDOW, ssim
 from ..process import SideError, SideProcess
 from ..records import Document, Row, Status
 from ..sides.contract import OURS, REFERENCES, SIDES, WATCHED, Task
-from .latency import Progress, document_of, silent
+from .latency import Progress, document_of, judge, silent
 
 # The last draws noise in every row; "heun" calls the UNet twice in a step.
 SAMPLERS = ("dpmpp_2m", "ddim", "unipc", "heun", "euler_a")
@@ -154,34 +154,39 @@ def _compare(
     status: Status = "ok"
     problems: list[str] = []
     samples: list[dict[str, Any]] = []
-    values: list[float] = []
-    unit, bar = "1", NET_RELATIVE_L2[dtype]
     for case in cases:
         try:
             wanted = _outputs(reference, workload, case)
-            sample = {"seed": case.seed, **_worst(_outputs(ours, workload, case), wanted)}
+            sample, problem = _worst(_outputs(ours, workload, case), wanted, dtype)
         except SideError as error:
             status, problems = error.status, [error.reason]
             break
-        samples.append(sample)
-        if "ssim" in sample:
-            unit, bar = "dB", PICTURE_DB[dtype]
-        value, problem = _judged(sample, bar)
-        if math.isfinite(value):  # what is infinitely far is a problem, and no number
-            values.append(value)
+        samples.append({"seed": case.seed, **sample})
         if problem:
             status = "FAILED"
             problems.append(f"{sample['output']}, seed {case.seed}: {problem}")
+    figures: dict[str, Any] = {"reference": reference.name}
+    unit, bar, judged = "1", NET_RELATIVE_L2[dtype], "relative_l2"
+    if samples and "ssim" in samples[0]:
+        unit, bar, judged = "dB", PICTURE_DB[dtype], "psnr_db"
+        figures["identical"] = sum(sample["max_error"] == 0 for sample in samples)
+    if samples:
+        figures |= {name: max(sample[name] for sample in samples) for name in ("relative_l2", "max_error")}
+        # contrast is the reference's, in shades: a flat picture is like any other
+        least = [name for name in ("psnr_db", "ssim", "contrast") if name in samples[0]]
+        figures |= {name: min(sample[name] for sample in samples) for name in least}
+        figures |= {"bar": bar, "samples": samples}
     alone = {name for name in ("sampler", "steps") if workload != "picture"}  # nets know no schedule
     return Row(
         side=ours.name,
         workload=workload,
         case={name: value for name, value in cases[0].to_json().items() if name not in alone},
         unit=unit,
-        rounds=tuple((value,) for value in values),
+        # what is infinitely far is a problem, and no number
+        rounds=tuple((sample[judged],) for sample in samples if math.isfinite(sample[judged])),
         status=status,
         reason="; ".join(problems[:4]),
-        figures={"reference": reference.name, **_figures(samples, bar)},
+        figures=figures,
         stamp={**ours.stamp, "reference": reference.stamp.get("side")},
     )
 
@@ -197,41 +202,14 @@ def _outputs(side: SideProcess, workload: str, case: Case) -> Mapping[str, Array
     return outputs
 
 
-def _worst(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> dict[str, Any]:
-    """The figures of that output of the reference which is the furthest from ours."""
-    worst: dict[str, Any] = {}
+def _worst(found: Mapping[str, Array], wanted: Mapping[str, Array], dtype: str) -> tuple[dict[str, Any], str]:
+    """The figures of that output of the reference which is the furthest from ours, and what is wrong."""
+    judged: list[tuple[dict[str, Any], str]] = []
     for name, array in wanted.items():
         other = found.get(name, np.empty(0, array.dtype))
-        figures: dict[str, Any] = {"output": name, **difference(name, other, array)}
-        if array.dtype == np.uint8:  # (N, H, W, 3): the worst of N counts
-            figures |= {"psnr_db": psnr(other, array), "ssim": ssim(other, array)}
-            figures["contrast"] = float(array.std())
-        figures["psnr_db"] = min(figures["psnr_db"], IDENTICAL_DB)
-        if not worst or figures["relative_l2"] > worst["relative_l2"]:
-            worst = figures
-    return worst
-
-
-def _judged(sample: Mapping[str, Any], bar: float) -> tuple[float, str]:
-    """A sample's value, and what is wrong with it: a picture's bar is the least dB, a net's the most L2."""
-    if "ssim" in sample:
-        value = sample["psnr_db"]
-        return value, "" if value >= bar else f"{value:.1f} dB, below {bar:g}"
-    value = sample["relative_l2"]
-    return value, "" if value <= bar else f"relative L2 {value:.2e}, above {bar:g}"
-
-
-def _figures(samples: Sequence[Mapping[str, Any]], bar: float) -> dict[str, Any]:
-    """The worst of all samples, and each of them."""
-    if not samples:
-        return {}
-    # contrast is the reference's, in shades: a flat picture is like any other
-    worst = {"relative_l2": max, "max_error": max, "psnr_db": min, "ssim": min, "contrast": min}
-    figures: dict[str, Any] = {
-        name: function(sample[name] for sample in samples)
-        for name, function in worst.items()
-        if name in samples[0]
-    }
-    if "ssim" in samples[0]:
-        figures["identical"] = sum(sample["max_error"] == 0 for sample in samples)
-    return {"bar": bar, **figures, "samples": samples}
+        figures, problem = judge(name, other, array, dtype)
+        one: dict[str, Any] = {"output": name, **figures, "psnr_db": min(figures["psnr_db"], IDENTICAL_DB)}
+        if array.dtype == np.uint8:
+            one |= {"ssim": ssim(other, array), "contrast": float(array.std())}
+        judged.append((one, problem))
+    return max(judged, key=lambda item: item[0]["relative_l2"])

@@ -8,22 +8,18 @@ from dataclasses import dataclass, replace
 from ...engines.package import Package
 from ..case import Case
 from ..intervals import fit_line
-from ..process import SideError, SideProcess, Slot
+from ..process import SideError, SideProcess
 from ..records import Document, Row
-from ..rounds import Pace, Turns, interleave
+from ..rounds import Pace, Slot, Turns, interleave
 from ..sides.contract import OURS, Task
 from .latency import Progress, document_of, silent
 
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """What is varied.
+    """What is varied: `vary` gives the case another value, `of` tells a case's.
 
-    Attributes:
-        workload: what is timed along it.
-        of: a case as a number on the axis.
-        vary: the case with another value.
-        values: the default ones; sizes are percentages of the case's own.
+    `workload` is timed along it. Sizes among the default `values` are percentages of the case's own.
     """
 
     workload: str
@@ -66,21 +62,20 @@ def measure_scaling(
     task: Task,
     case: Case,
     *,
-    axes: Mapping[str, Sequence[int]] | None = None,
+    axes: Mapping[str, Sequence[int]],
     pace: Pace | None = None,
     progress: Progress = silent,
 ) -> Document:
     """Rows for every point, which take turns, and for each axis one of workload "fit".
 
-    Our side is one fresh process; `axes` has the values by axis, and None is all of AXES at their own.
+    Our side is one fresh process; `axes` has the values by axis, of AXES.
 
     Raises:
         SideError: our side cannot be opened.
     """
-    chosen = {name: axis.values for name, axis in AXES.items()} if axes is None else axes
     rows: list[Row] = []
     with SideProcess(OURS, OURS, task) as side:
-        for name, values in chosen.items():
+        for name, values in axes.items():
             axis = AXES[name]
             points = {f"{name} {value}": axis.vary(case, value) for value in values}
             timed = time_points(side, axis.workload, points, pace or Pace(), progress)
@@ -95,25 +90,15 @@ def time_points(
     """A row for each case of one workload, by slot, in turns. One that cannot run leaves the others."""
     first: dict[str, float] = {}
     turns: dict[str, Turns] = {}
-    for slot, case in points.items():
-        progress(f"{slot}: first run")
+    slots = [Slot(side=side, slot=name, workload=workload, case=case) for name, case in points.items()]
+    for slot in slots:
+        progress(f"{slot.name}: first run")
         try:
-            first[slot] = side.prepare(workload, case, slot=slot)[0]["seconds"]
+            first[slot.name], _ = slot.prepare()
         except SideError as error:  # beyond an engine's profile, or beyond memory
-            turns[slot] = Turns(status=error.status, reason=error.reason)
-    turns |= interleave([Slot(name=slot, side=side) for slot in first], first, pace, said=progress)
-    return [
-        Row(
-            side=OURS,
-            workload=workload,
-            case=case.to_json(),
-            rounds=turns[slot].frozen,
-            status=turns[slot].status,
-            reason=turns[slot].reason,
-            stamp=side.stamp,
-        )
-        for slot, case in points.items()
-    ]
+            turns[slot.name] = Turns(status=error.status, reason=error.reason)
+    turns |= interleave([slot for slot in slots if slot.name in first], first, pace, said=progress)
+    return [slot.row(turns[slot.name]) for slot in slots]
 
 
 def _fit(name: str, case: Case, rows: Sequence[Row]) -> Row:

@@ -9,7 +9,7 @@ durations, model and data are not kept to: no result is a submission.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -76,9 +76,20 @@ def measure_throughput(
     with SideProcess(OURS, OURS, task) as side:
         points = {str(batch): replace(case, pictures=batch) for batch in batches}
         rows = [_with_rates(row) for row in time_points(side, "picture", points, pace or Pace(), progress)]
-        bench = _Scenarios(side=side, case=case, rules=rules, progress=progress)
-        rows.append(bench.attempt(SINGLE_STREAM, bench.single_stream))
-        rows.append(bench.attempt(OFFLINE, lambda: bench.offline(best_batch(rows))))
+        best = max(rows, key=lambda row: row.figures.get("samples_per_s", 0.0)).figures["batch"]
+        for scenario, measure, batch in ((SINGLE_STREAM, _single_stream, 1), (OFFLINE, _offline, best)):
+            progress(f"{scenario}: {batch} a call")
+            row = Row(
+                side=OURS,
+                workload=scenario,
+                case=replace(case, pictures=batch).to_json(),
+                figures={"scenario": scenario, "batch": batch},
+                stamp=side.stamp,
+            )
+            try:
+                rows.append(measure(row, side, rules))
+            except SideError as error:
+                rows.append(replace(row, status=error.status, reason=error.reason))
     settings = {"batches": list(batches), "rules": asdict(rules), "submission": NO_SUBMISSION}
     return document_of("throughput", package, task, rows, settings)
 
@@ -96,72 +107,39 @@ def _percentiles(row: Row) -> dict[str, float]:
     return {name: row.summary[name] for name in ("p50", "p90", "p99")}
 
 
-def best_batch(rows: Sequence[Row]) -> int:
-    """The batch of the sweep with the most samples per second; 1 if none was timed."""
-    timed = [row.figures for row in rows if row.workload == SWEEP and row.status == "ok" and row.samples]
-    return int(max(timed, key=lambda figures: figures["samples_per_s"])["batch"]) if timed else 1
+def _single_stream(row: Row, side: SideProcess, rules: Rules) -> Row:
+    """One query after the other, until there are enough of them and enough time is over."""
+    _prepare(row, side)
+    latencies: list[float] = []
+    while (total := sum(latencies)) < rules.budget and (
+        len(latencies) < rules.queries or total < rules.seconds
+    ):
+        latencies.append(_draw(side))
+    row = _of_queries(row, latencies, len(latencies))
+    return replace(row, figures={**row.figures, **_percentiles(row)})
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Scenarios:
-    side: SideProcess
-    case: Case
-    rules: Rules
-    progress: Progress
+def _offline(row: Row, side: SideProcess, rules: Rules) -> Row:
+    """One query of as many whole calls as there are samples for, or fewer if time is short."""
+    batch = row.figures["batch"]
+    calls = max(1, min(rules.samples // batch, int(rules.budget / _prepare(row, side))))
+    return _of_queries(row, [sum(_draw(side) for _ in range(calls))], calls * batch)
 
-    def single_stream(self) -> Row:
-        """One query after the other, until there are enough of them and enough time is over."""
-        rules = self.rules
-        self.progress(f"{SINGLE_STREAM}: at least {rules.queries} queries and {rules.seconds:g} s")
-        self._prepare(1)
-        latencies: list[float] = []
-        total = 0.0
-        while total < rules.budget and (len(latencies) < rules.queries or total < rules.seconds):
-            latencies.append(self._draw(1))
-            total = sum(latencies)
-        row = self._row(SINGLE_STREAM, latencies, batch=1, samples=len(latencies))
-        return replace(row, figures={**row.figures, **_percentiles(row)})
 
-    def offline(self, batch: int) -> Row:
-        """One query of all samples; the last call may have fewer, and so may the query if time is short."""
-        fit = batch * max(1, int(self.rules.budget / max(self._prepare(batch), 1e-9)))
-        samples = min(max(self.rules.samples, batch), fit)
-        calls = [batch] * (samples // batch) + [samples % batch] * bool(samples % batch)
-        for size in {*calls} - {batch}:
-            self._prepare(size)
-        self.progress(f"{OFFLINE}: one query of {samples} samples, {batch} a call")
-        began = perf_counter()
-        for size in calls:
-            self._draw(size)
-        return self._row(OFFLINE, [perf_counter() - began], batch=batch, samples=samples)
+def _prepare(row: Row, side: SideProcess) -> float:
+    """Seconds of a first call, before a clock runs."""
+    answer, _ = side.prepare("picture", Case.from_json(row.case))
+    return float(answer["seconds"])
 
-    def attempt(self, workload: str, measure: Callable[[], Row]) -> Row:
-        """The row, or one that says why there is none."""
-        try:
-            return measure()
-        except SideError as error:
-            row = Row(side=OURS, workload=workload, case=self.case.to_json(), stamp=self.side.stamp)
-            return replace(row, status=error.status, reason=error.reason, figures={"scenario": workload})
 
-    def _prepare(self, pictures: int) -> float:
-        """Seconds of a first picture call of that batch, before a clock runs."""
-        answer, _ = self.side.prepare("picture", replace(self.case, pictures=pictures), slot=str(pictures))
-        return float(answer["seconds"])
+def _draw(side: SideProcess) -> float:
+    """Seconds until the pixels are in the host's memory, by this process's clock: a query's latency."""
+    began = perf_counter()
+    side.time(1)
+    return perf_counter() - began
 
-    def _draw(self, pictures: int) -> float:
-        """Seconds until the pixels are in the host's memory, by this process's clock: a query's latency."""
-        began = perf_counter()
-        self.side.time(1, slot=str(pictures))
-        return perf_counter() - began
 
-    def _row(self, scenario: str, latencies: Sequence[float], *, batch: int, samples: int) -> Row:
-        seconds = sum(latencies)
-        figures = {"scenario": scenario, "batch": batch, "samples": samples}
-        return Row(
-            side=OURS,
-            workload=scenario,
-            case=replace(self.case, pictures=batch).to_json(),
-            rounds=(tuple(latencies),),
-            figures={**figures, "samples_per_s": samples / seconds, "seconds": seconds},
-            stamp=self.side.stamp,
-        )
+def _of_queries(row: Row, latencies: Sequence[float], samples: int) -> Row:
+    seconds = sum(latencies)
+    rates = {"samples": samples, "samples_per_s": samples / seconds, "seconds": seconds}
+    return replace(row, rounds=(tuple(latencies),), figures={**row.figures, **rates})

@@ -1,8 +1,9 @@
 """What happens once: builds, of two small nets by TensorRT-RTX, and fresh processes, few times."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,6 @@ from latentrt.benchmarks.verbs import cold_start
 from latentrt.benchmarks.verbs.build import Builds, measure_build
 from latentrt.benchmarks.verbs.cold_start import PARTS, measure_cold_start
 from latentrt.engines.errors import EngineError, UsageError
-from latentrt.engines.onnxruntime.tuning import cpu as cpu_tuning
 from latentrt.engines.onnxruntime.tuning import cuda as tuning
 from latentrt.engines.package import Package
 from latentrt.engines.profiles import Profile
@@ -84,16 +84,11 @@ def test_a_net_that_fails_has_no_time_and_the_others_go_on(
     assert rows["every net"].reason == "unet_time: it broke"
 
 
-@pytest.mark.parametrize(
-    ("backend", "tuner"), [("onnxruntime-cuda", tuning), ("onnxruntime", cpu_tuning)], ids=["cuda", "cpu"]
-)
-def test_layouts_are_timed_too(
-    package: Package, monkeypatch: pytest.MonkeyPatch, backend: str, tuner: ModuleType
-) -> None:
+def test_layouts_are_timed_too(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = {"layout": "NCHW", "milliseconds": {"NCHW": 1.5}, "relative_l2": {"NCHW": 0.0}, "rejected": {}}
     entry = SimpleNamespace(facts={**facts, "more": 1}, build_seconds=0.5)
-    monkeypatch.setattr(tuner, "tune_package", lambda *arguments, nets: (SimpleNamespace(entry=entry),))
-    first, *_, last = measure_build(package, Builds(backend=backend)).rows
+    monkeypatch.setattr(tuning, "tune_package", lambda *arguments, nets: (SimpleNamespace(entry=entry),))
+    first, *_, last = measure_build(package, Builds(backend="onnxruntime-cuda")).rows
     assert (first.samples, first.figures) == ((0.5,), facts)
     assert last.samples == (1.0,)
 
@@ -132,24 +127,17 @@ def test_processes_and_their_parts(package: Package, tmp_path: Path) -> None:
     assert rows["first picture"].stamp["side"]["backend"].startswith("onnxruntime ")
 
 
-def test_a_process_that_fails_says_why_and_is_not_started_again(package: Package) -> None:
-    variants = cold_start._variants(  # pyright: ignore[reportPrivateUsage]
-        package, Task(package=package.root, backend="abacus"), Case.of(package.manifest)
-    )
-    failing = variants[-1]
-    failing.start(counted=False)
-    failing.arguments = ["-c", "pass"]
-    failing.start(counted=True)
-    rows = failing.rows({})
-    assert {row.status for row in rows} == {"FAILED"}
-    assert "unknown backend 'abacus'" in rows[0].reason
-    assert not any(row.rounds for row in rows)
-
-
-def test_a_process_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cold_start, "_LIMIT", 0.2)
-    variant = cold_start._Variant(  # pyright: ignore[reportPrivateUsage]
-        arguments=["-c", "import time; time.sleep(60)"], workloads=("import",)
-    )
-    variant.start(counted=True)
-    assert variant.reason == "it did not end within 0 s"
+def test_a_process_that_fails_or_hangs_says_why_and_is_not_started_again(
+    package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cold_start, "_BLOCKED", "import time; time.sleep(60)\n")
+    monkeypatch.setattr(cold_start, "LIMIT", 1.0)
+    began = time.perf_counter()
+    rows = {row.workload: row for row in measure(package, []).rows}
+    assert time.perf_counter() - began < 15
+    assert rows["bare interpreter"].status == "ok"
+    for name in ("import latentrt.runtime", "whole process", *PARTS):
+        assert (rows[name].status, rows[name].rounds) == ("FAILED", ())
+        assert rows[name].reason == "it did not end within 1 s"
+    monkeypatch.undo()
+    assert "unknown backend 'abacus'" in measure(package, [], backend="abacus").rows[-1].reason

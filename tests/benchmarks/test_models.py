@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from latentrt.benchmarks import skeletons
 from latentrt.benchmarks.models import full_size
 from latentrt.benchmarks.models import open as models
 from latentrt.benchmarks.models.checkpoints import make_checkpoint
-from latentrt.benchmarks.models.full_size import Stage, main, measure_export, run_stage
+from latentrt.benchmarks.models.full_size import main, run_stage
 from latentrt.benchmarks.models.open import find_model
 from latentrt.benchmarks.models.recipes import RECIPES
 from latentrt.benchmarks.records import read_document
@@ -28,9 +29,7 @@ from latentrt.export import export_package
 from latentrt.runtime import Pipeline
 from latentrt.runtime.pipeline import SHIPPED
 
-STAGE = Stage(seconds=2.0, cpu_seconds=3.0, peak_rss=5_000, figures={"seconds": 1.5})
-
-
+STAGE = {"wall_seconds": 2.0, "cpu_seconds": 3.0, "peak_rss": 5_000, "seconds": 1.5}
 DEMO = SHIPPED["demo"]
 
 
@@ -67,13 +66,13 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was made; checkpoints are one file, packages the demo's, and exporting to fp16 fails."""
     done: list[str] = []
 
-    def make(recipe: str, checkpoint: Path) -> Stage:
+    def make(recipe: str, checkpoint: Path) -> dict[str, Any]:
         checkpoint.mkdir()
         (checkpoint / "model_index.json").write_text("{}")
         done.append(recipe)
         return STAGE
 
-    def export(checkpoint: Path, package: Path, dtype: str, *flags: str) -> Stage:
+    def export(checkpoint: Path, package: Path, dtype: str, *flags: str) -> dict[str, Any]:
         assert (checkpoint / "model_index.json").is_file()
         if dtype == "fp16":
             raise ModelError("it broke", expected="a stage", fix="Mend it.")
@@ -154,80 +153,75 @@ def test_the_size_that_is_said_is_the_skeletons() -> None:
 
 @pytest.mark.slow  # a minute: two imports of torch, and all of an export
 def test_a_small_one_is_really_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_stage = full_size.run_stage
+    tiny = """if True:
+        import sys
+        from pathlib import Path
+        from tests.recipes import RECIPES, make_checkpoint
+        make_checkpoint(RECIPES["tiny1"], Path(sys.argv[2]))
+        """
+    (tmp_path / "tiny.py").write_text(tiny)
+    stage = full_size.run_stage
 
-    def tiny(name: str, arguments: list[str]) -> Stage:
-        if name == "make checkpoint":
-            code = "import sys; from pathlib import Path; from tests.recipes import RECIPES, make_checkpoint"
-            arguments = ["-c", f"{code}; make_checkpoint(RECIPES['tiny1'], Path(sys.argv[1]))", arguments[-1]]
-        return run_stage(name, arguments)
+    def run_tiny(name: str, module: str, *arguments: str) -> dict[str, Any]:
+        return stage(name, "tiny" if name == "make checkpoint" else module, *arguments)
 
-    monkeypatch.setattr(full_size, "run_stage", tiny)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    model = find_model("sd15-fp32", cache=tmp_path)
+    monkeypatch.setattr(full_size, "run_stage", run_tiny)
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parents[2]}:{tmp_path}")
+    model = find_model("sd15-fp32", cache=tmp_path / "cache")
     assert model.package.manifest.dtype == "fp32"
-    assert model.checkpoint == tmp_path / "sd15"
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["sd15", "sd15-fp32"]
+    assert model.checkpoint == tmp_path / "cache" / "sd15"
+    made = sorted(path.name for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    assert made == ["sd15", "sd15-fp32"]
 
 
-def test_a_stage_has_figures_and_the_last_line_it_printed() -> None:
-    stage = run_stage("print", ["-c", 'print(\'noise\'); print(\'{"a": 1, "package": "/x"}\')'])
-    assert stage.figures == {"a": 1}
-    assert stage.seconds > 0
-    assert 1e6 < stage.peak_rss < 1e9
-    assert run_stage("quiet", ["-c", "pass"]).figures == {}
+def test_a_stage_has_its_memory_and_what_it_printed_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "does.py").write_text("import sys; exec(sys.argv[1])")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = run_stage("print", "does", 'print("noise"); print(\'{"a": 1, "package": "/x"}\'); sys.exit(0)')
+    assert min(found.pop("wall_seconds"), found.pop("cpu_seconds")) > 0  # libraries have threads
+    assert 1e6 < found.pop("peak_rss") < 1e9
+    assert found == {"a": 1}
+    assert set(run_stage("quiet", "does", "pass")) == {"wall_seconds", "cpu_seconds", "peak_rss"}
+    with pytest.raises(ModelError, match=r"^export fp16 failed: it ended with exit code 1: no room in …/x;"):
+        run_stage("export fp16", "does", "sys.exit('no room in /home/someone/x')")
 
 
-def test_a_stage_that_fails_is_named_with_what_it_said() -> None:
-    code = "import sys; sys.stderr.write('no room in /home/someone/x'); sys.exit(3)"
-    with pytest.raises(ModelError, match=r"^export fp16 failed: it ended with exit code 3: no room in …/x;"):
-        run_stage("export fp16", ["-c", code])
+def test_a_folder_is_complete_or_not_there(tmp_path: Path) -> None:
+    def make(error: Exception | None) -> None:
+        with full_size.complete(tmp_path / "sd15") as folder:
+            assert folder.parent.parent == tmp_path, "beside the place it is for: a rename does not copy"
+            folder.mkdir()
+            if error:
+                raise error
 
-
-def test_a_checkpoint_is_complete_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stage(name: str, arguments: list[str]) -> Stage:
-        folder = Path(arguments[-1])
-        assert folder.parent.parent == tmp_path, "beside the place it is for: a rename does not copy"
-        folder.mkdir()
-        (folder / "model_index.json").write_text("{}")
-        if arguments[-2] == "breaks":
-            raise ModelError("it broke", expected="a stage", fix="Mend it.")
-        return STAGE
-
-    monkeypatch.setattr(full_size, "run_stage", stage)
-    with pytest.raises(ModelError, match="it broke"):
-        full_size.make_checkpoint("breaks", tmp_path / "sd15")
+    with pytest.raises(OSError, match="no room"):
+        make(OSError("no room"))
     assert not list(tmp_path.iterdir())
-    assert full_size.make_checkpoint("sd15", tmp_path / "sd15") == STAGE
-    assert [path.name for path in tmp_path.rglob("*")] == ["sd15", "model_index.json"]
+    make(None)
+    assert [path.name for path in tmp_path.rglob("*")] == ["sd15"]
 
 
 def test_the_script_makes_exports_and_writes(
     tmp_path: Path, stages: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main([str(tmp_path), "--dtypes", "fp32", "--out", str(tmp_path / "export.json")])
     main([str(tmp_path), "--dtypes", "fp32"])
+    with pytest.raises(SystemExit, match="1"):
+        main([str(tmp_path), "--out", str(tmp_path / "export.json")])
     once = "sd15-fp32 --verify --overwrite"
     assert stages == ["sd15", once, once], "the checkpoint is made once"
+    assert "make checkpoint peak memory" in capsys.readouterr().out
     document = read_document(tmp_path / "export.json")
     assert document.benchmark == "export"
     assert document.model == {"name": "sd15", "checkpoint_bytes": 2}
-    assert [(row.workload, row.unit, row.samples) for row in document.rows] == [
-        ("make checkpoint", "s", (2.0,)),
-        ("make checkpoint peak memory", "B", (5000.0,)),
-        ("export", "s", (2.0,)),
-        ("export peak memory", "B", (5000.0,)),
+    assert [(row.workload, row.case["dtype"], row.unit, row.samples) for row in document.rows] == [
+        ("export", "fp16", "s", ()),
+        ("export", "fp32", "s", (2.0,)),
+        ("export peak memory", "fp32", "B", (5000.0,)),
     ]
-    assert document.rows[2].figures == {"seconds": 1.5, "cpu_seconds": 3.0}
-    assert "export peak memory           fp32  5000 B" in capsys.readouterr().out
-
-
-def test_an_export_that_fails_is_a_row_and_the_exit_code(tmp_path: Path, stages: list[str]) -> None:
-    document = measure_export(tmp_path, dtypes=("fp16", "fp32"))
-    assert [row.status for row in document.rows] == ["ok", "ok", "FAILED", "ok", "ok"]
-    assert document.rows[2].reason == "it broke"
-    with pytest.raises(SystemExit, match="1"):
-        main([str(tmp_path), "--dtypes", "fp16"])
+    assert (document.rows[0].status, document.rows[0].reason) == ("FAILED", "it broke")
+    assert document.rows[1].figures == {"seconds": 1.5, "cpu_seconds": 3.0}
 
 
 BACKEND = "tensorrt-rtx"

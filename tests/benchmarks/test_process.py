@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from latentrt.benchmarks.case import Case
-from latentrt.benchmarks.process import Child, Server, SideError, SideProcess, Slot, run, serve
+from latentrt.benchmarks.process import Child, Server, SideError, SideProcess, run, serve
 from latentrt.benchmarks.sides.contract import OpenSide, Task, Work
 from latentrt.runtime.pipeline import SHIPPED
 
@@ -105,7 +105,7 @@ def test_a_process_of_its_own() -> None:
         assert outputs["image"].shape == (1, 64, 64, 3)
         assert answer["seconds"] > 0
         side.prepare("unet", CASE, slot="small")
-        seconds, figures = Slot(name="small", side=side).time(2)
+        seconds, figures = side.time(2, slot="small")
         assert len(seconds) == len(figures) == 2
         with pytest.raises(SideError, match="no workload 'gemm'") as error:
             side.prepare("gemm", CASE)
