@@ -24,20 +24,26 @@ from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from ...engines.package import Package
 from ...engines.spec import Array
-from ..case import NETS, Case, inputs_of
+from ..case import Case, inputs_of
 from ..machine import version_of
-from .contract import NotAvailableError, OpenSide, Task, Work, missing_checkpoint, missing_modules
+from .contract import (
+    NotAvailableError,
+    OpenSide,
+    Task,
+    Work,
+    makers_of,
+    missing_checkpoint,
+    missing_modules,
+)
 
 # Beyond so many shapes of one function torch would give up compiling; a sweep over sizes has more than its 8.
 _SHAPES = 256
-Call = Callable[[Case], Callable[[], Mapping[str, Any]]]  # what one run of a workload calls
 # our sampler -> diffusers' class, and the options that make it the same one
 SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
@@ -65,10 +71,7 @@ def available(task: Task) -> str | None:
 
 def open_side(task: Task) -> OpenSide:
     """Every net loaded."""
-    package, pipe = load(task)
-    # On a GPU a net's work is not done when its call returns.
-    stages = watched_stages(pipe) if task.device == "cpu" else None
-    return diffusers_side("diffusers", package, pipe, {"compile": "no"}, stages)
+    return diffusers_side("diffusers", *load(task), {"compile": "no"})
 
 
 class Compiled:
@@ -89,21 +92,16 @@ class Compiled:
     @staticmethod
     def open_side(task: Task) -> OpenSide:
         """Every net loaded; the first run of a shape compiles."""
+        import torch
+
         package, pipe = load(task)
         mode = "max-autotune" if task.device == "cuda" else "default"
-        compile_nets(pipe, mode)
+        config: Any = torch._dynamo.config  # pyright: ignore[reportPrivateUsage]
+        config.recompile_limit = _SHAPES
+        for net in (pipe.unet, pipe.vae.decoder):
+            net.compile(mode=mode, fullgraph=True, dynamic=False)
         settings = {"compile": f"{mode}, fullgraph, static shapes"}
         return diffusers_side("diffusers-compile", package, pipe, settings)
-
-
-def compile_nets(pipe: Any, mode: str) -> None:
-    """Have the UNet and the decoder compiled, in place."""
-    import torch
-
-    config: Any = torch._dynamo.config  # pyright: ignore[reportPrivateUsage]
-    config.recompile_limit = _SHAPES
-    for net in (pipe.unet, pipe.vae.decoder):
-        net.compile(mode=mode, fullgraph=True, dynamic=False)
 
 
 def load(task: Task) -> tuple[Package, Any]:
@@ -147,65 +145,13 @@ def assemble(checkpoint: Path) -> Any:
     )
 
 
-def watched_stages(pipe: Any) -> dict[str, float]:
-    """Seconds by net, to which every call of a net adds from now on: two clock readings for each."""
-    seconds: dict[str, float] = {}
-    nets = {"text_encoder": pipe.text_encoder, "unet": pipe.unet, "vae_decoder": pipe.vae.decoder}
-    for name, module in nets.items():
-        began: list[float] = []
-
-        def before(*_: Any, began: list[float] = began) -> None:
-            began.append(perf_counter())
-
-        def after(*_: Any, name: str = name, began: list[float] = began) -> None:
-            seconds[name] = seconds.get(name, 0.0) + perf_counter() - began.pop()
-
-        module.register_forward_pre_hook(before)
-        module.register_forward_hook(after)
-    return seconds
-
-
-def diffusers_side(
-    name: str,
-    package: Package,
-    pipe: Any,
-    settings: Mapping[str, str],
-    stages: dict[str, float] | None = None,
-) -> OpenSide:
+def diffusers_side(name: str, package: Package, pipe: Any, settings: Mapping[str, str]) -> OpenSide:
     """A `StableDiffusionPipeline`, eager or compiled, that gets the inputs of a package.
 
-    The `settings` go to the row's stamp; `stages` are the pipeline's `watched_stages`, if it is watched.
+    The `settings` go to the row's stamp.
     """
-    import torch
-
-    peer = _Diffusers(name, package, pipe)
-    on_cuda = pipe.device.type == "cuda"
-
-    def make(workload: Call, case: Case, stack: ExitStack) -> Work:
-        call, left = workload(case), dict[str, Any]()
-
-        def run() -> Mapping[str, Array]:
-            if stages is not None:
-                stages.clear()
-            with torch.inference_mode():
-                left.update(call())
-            if on_cuda:
-                torch.cuda.synchronize()
-            return {}
-
-        # Outputs become arrays in `fetch`: on a GPU that is a copy nobody should time.
-        return Work(
-            call=run,
-            fetch=lambda: {name: np.asarray(torch.as_tensor(value).cpu()) for name, value in left.items()},
-            figures=lambda: {"stages_s": dict(stages)} if stages and workload == peer.picture else {},
-        )
-
-    return OpenSide(
-        name=name,
-        versions={**_versions(pipe), **settings},
-        makers={name: partial(make, getattr(peer, name)) for name in (*NETS, "picture")},
-        memory=lambda: {"allocator_peak": int(torch.cuda.max_memory_reserved())} if on_cuda else {},
-    )
+    makers = makers_of(_Diffusers(name, package, pipe))
+    return OpenSide(name=name, versions={**_versions(pipe), **settings}, makers=makers)
 
 
 def _versions(pipe: Any) -> dict[str, str]:
@@ -228,7 +174,7 @@ def _versions(pipe: Any) -> dict[str, str]:
 
 
 class _Diffusers:
-    """What one run of each workload calls, by the names of the contract."""
+    """The workloads, by the names of the contract."""
 
     def __init__(self, name: str, package: Package, pipe: Any) -> None:
         self._name, self._package, self._pipe = name, package, pipe
@@ -242,29 +188,45 @@ class _Diffusers:
         arrays = inputs_of(self._package, workload, case)
         return {name: torch.as_tensor(array, device=self._device) for name, array in arrays.items()}
 
-    def text_encoder(self, case: Case) -> Callable[[], Mapping[str, Any]]:
-        ids, encoder = self._inputs("text_encoder", case)["input_ids"].long(), self._pipe.text_encoder
-        return lambda: {"context": encoder(ids, attention_mask=None)[0]}
+    def _work(self, output: str, call: Callable[[], Any]) -> Work:
+        """What `call` computes is the output, a tensor or an array."""
+        import torch
 
-    def unet(self, case: Case) -> Callable[[], Mapping[str, Any]]:
+        left: list[Any] = [None]
+
+        def run() -> dict[str, Array]:
+            with torch.inference_mode():
+                left[0] = call()
+            if self._device == "cuda":
+                torch.cuda.synchronize()
+            return {}
+
+        # The output becomes an array in `fetch`: on a GPU that is a copy nobody should time.
+        return Work(call=run, fetch=lambda: {output: np.asarray(torch.as_tensor(left[0]).cpu())})
+
+    def text_encoder(self, case: Case, stack: ExitStack) -> Work:
+        ids, encoder = self._inputs("text_encoder", case)["input_ids"].long(), self._pipe.text_encoder
+        return self._work("context", lambda: encoder(ids, attention_mask=None)[0])
+
+    def unet(self, case: Case, stack: ExitStack) -> Work:
         inputs, unet = self._inputs("unet", case), self._pipe.unet
         latent, context = inputs["latent"].to(self._dtype), inputs["context"].to(self._dtype)
         # A whole number, as most schedulers have it: for another dtype everything would be compiled again.
         timestep = inputs["timestep"][0].long()
         call = partial(unet, latent, timestep, encoder_hidden_states=context, return_dict=False)
-        return lambda: {"prediction": call()[0]}
+        return self._work("prediction", lambda: call()[0])
 
-    def vae_decoder(self, case: Case) -> Callable[[], Mapping[str, Any]]:
+    def vae_decoder(self, case: Case, stack: ExitStack) -> Work:
         latent = self._inputs("vae_decoder", case)["latent"].to(self._dtype)
         vae, processor = self._pipe.vae, self._pipe.image_processor
 
-        def call() -> Mapping[str, Any]:
+        def call() -> Array:
             image = vae.decode(latent / vae.config.scaling_factor, return_dict=False)[0]
-            return {"image": _pixels(processor.postprocess(image, output_type="np"))}
+            return _pixels(processor.postprocess(image, output_type="np"))
 
-        return call
+        return self._work("image", call)
 
-    def picture(self, case: Case) -> Callable[[], Mapping[str, Any]]:
+    def picture(self, case: Case, stack: ExitStack) -> Work:
         import torch
 
         pipe, scheduler = self._pipe, self._scheduler(case.sampler)
@@ -272,13 +234,13 @@ class _Diffusers:
             name: value for name, value in case.parameters.items() if name not in ("sampler", "seed")
         }
 
-        def call() -> Mapping[str, Any]:
+        def call() -> Array:
             pipe.scheduler = scheduler
             seeds = range(case.seed, case.seed + case.pictures)
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-            return {"image": _pixels(pipe(case.prompt, generator=generators, **parameters).images)}
+            return _pixels(pipe(case.prompt, generator=generators, **parameters).images)
 
-        return call
+        return self._work("image", call)
 
     def _scheduler(self, sampler: str) -> Any:
         if sampler not in SAMPLERS:

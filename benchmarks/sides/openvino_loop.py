@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from ...engines.spec import Array
-from ...runtime.loop.device.programs import shape_of
+from ...runtime.loop.device.programs import input_shapes
 from ..case import Case, sizes_of
 from .contract import OpenSide, Task, missing_modules, open_plain_package
 from .plain_loop import Net, plain_side
@@ -39,8 +39,8 @@ def open_side(task: Task) -> OpenSide:
     latest: dict[str, tuple[dict[str, Any], Net]] = {}  # of each net the shapes, and it compiled for them
 
     def open_net(name: str, case: Case) -> Net:
-        file, sizes = package.manifest.nets[name], sizes_of(case, package.manifest)
-        shapes = {item.name: shape_of(item.shape, sizes) for item in file.spec.inputs}
+        file = package.manifest.nets[name]
+        shapes = input_shapes(file.spec, sizes_of(case, package.manifest))
         if name not in latest or latest[name][0] != shapes:
             latest.pop(name, None)  # before there are two in memory
             model = core.read_model(str(package.path(file.graph)))

@@ -40,15 +40,15 @@ def open_side(task: Task) -> OpenSide:
     """The pipeline, with the loop that a user has."""
     pipe = open_pipeline(task)
     if isinstance(pipe.loop, HostLoop):
-        return host_side(pipe, pipe.loop, task.slow_down)
+        return host_side(pipe, pipe.loop)
     from ...runtime.loop.device.loop import DeviceLoop
     from .ours_device import device_side
 
     assert isinstance(pipe.loop, DeviceLoop)
-    return device_side(pipe, pipe.loop, task.slow_down)
+    return device_side(pipe, pipe.loop)
 
 
-def host_side(pipe: Pipeline, loop: HostLoop, slow_down: float = 0.0) -> OpenSide:
+def host_side(pipe: Pipeline, loop: HostLoop) -> OpenSide:
     """A pipeline on the CPU, whose nets are called with arrays. It is closed with the side."""
     ours, resources = _OnHost(pipe, loop), ExitStack()
     resources.callback(pipe.close)
@@ -60,7 +60,6 @@ def host_side(pipe: Pipeline, loop: HostLoop, slow_down: float = 0.0) -> OpenSid
         makers=makers_of(ours),
         resources=resources,
         memory=lambda: {"ledger": {name: vars(net.memory) for name, net in loop.nets.items()}},
-        slow_down=slow_down,
     )
 
 

@@ -2,15 +2,13 @@
 
     text_encoder   the net, at the loop's shapes and in buffers of its own
     invariants     unet_context for all B rows, and unet_time for all S
-    unet           the net, with its invariants computed where it reads them
-    update         the loop's own canvas around a UNet that does nothing: the net `step` and the copies
+    unet           the net as it is enqueued, with its invariants computed where it reads them
+    update         the loop's own program around a UNet that does nothing: the net `step` and the copies
     vae_decoder    the net
     picture        the pipeline as a user has it
 
 A row of the loop may be replayed as a captured graph (`runtime/loop/device/cuda_graphs.py`). `picture` does
 what the loop does: it is prepared by drawing until the loop has chosen, and tells what it chose (`replayed`).
-`unet` is timed as it is enqueued, also by the host's clock, and tells what the device takes for a captured
-run (`captured_device_s`): where the two differ, it is the host that cannot enqueue as fast.
 
 A net that does not fit raises MemoryLimitError: only `picture` has the loop's ways to do with less.
 """
@@ -20,25 +18,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from functools import partial
-from statistics import median
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 
-from ...engines.device import Addresses, BoundNet, Device, DeviceNet, Shapes
-from ...engines.errors import BackendError
-from ...engines.spec import Array, NetSpec
+from ...engines.device import Addresses, Device, Shapes
+from ...engines.spec import Array
 from ...runtime.loop.denoise import guided_batch
 from ...runtime.loop.device.loop import DeviceLoop
-from ...runtime.loop.device.programs import (
-    DenoiseProgram,
-    DenoiseShape,
-    ScheduleProgram,
-    ScheduleShape,
-    Sizes,
-)
-from ...runtime.loop.job import DenoiseJob
+from ...runtime.loop.device.programs import DenoiseProgram, DenoiseShape, ScheduleProgram, ScheduleShape
 from ...runtime.pipeline import Pipeline
 from ...runtime.request.request import make_request
 from ..case import BETWEEN, Case, inputs_of, sizes_of, time_inputs
@@ -47,10 +36,9 @@ from .device_work import DeviceNets, TimedDevice, ledger_of, upload
 
 # Pictures until the loop has chosen how to run its rows: cold, timed, captured, and timed again.
 _SETTLING = 4
-_LAUNCHES = 9  # of a captured run; the first is not counted
 
 
-def device_side(pipe: Pipeline, loop: DeviceLoop, slow_down: float = 0.0) -> OpenSide:
+def device_side(pipe: Pipeline, loop: DeviceLoop) -> OpenSide:
     """A pipeline on a device; it is closed with the side, and what was prepared before it."""
     resources = ExitStack()
     resources.callback(pipe.close)
@@ -58,35 +46,13 @@ def device_side(pipe: Pipeline, loop: DeviceLoop, slow_down: float = 0.0) -> Ope
     timer = TimedDevice(loop.device)
     resources.callback(timer.stop_timing)
     loop.device = cast(Device, timer)
-    ours = _OnDevice(pipe, nets, timer)
     return OpenSide(
         name=OURS,
         versions={"backend": pipe.backend, "device": loop.device.name},
-        makers=makers_of(ours),
+        makers=makers_of(_OnDevice(pipe, nets, timer)),
         resources=resources,
         memory=lambda: ledger_of(loop),
-        slow_down=slow_down,
     )
-
-
-class _NoNet:
-    """A net that does nothing when it is enqueued, bound as if it did."""
-
-    profile = "none"
-    capturable = False
-
-    def __init__(self, net: DeviceNet) -> None:
-        self.spec: NetSpec = net.spec
-
-    def bind(self, shapes: Shapes, addresses: Addresses, scratch: int) -> _NoNet:
-        del shapes, addresses, scratch
-        return self
-
-    def enqueue(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 class _OnDevice:
@@ -97,15 +63,16 @@ class _OnDevice:
         self._manifest = pipe.package.manifest
         self._device = nets.device
 
-    def _one_call(self, net: str, output: str, case: Case, stack: ExitStack) -> Work:
-        inputs = inputs_of(self._pipe.package, net, case)
-        return self._nets.one_call(stack, net, sizes_of(case, self._manifest), inputs, output)
-
     def text_encoder(self, case: Case, stack: ExitStack) -> Work:
-        return self._one_call("text_encoder", "context", case, stack)
+        return self._one_net("text_encoder", "context", case, stack)
 
     def vae_decoder(self, case: Case, stack: ExitStack) -> Work:
-        return self._one_call("vae_decoder", "image", case, stack)
+        return self._one_net("vae_decoder", "image", case, stack)
+
+    def _one_net(self, net: str, output: str, case: Case, stack: ExitStack) -> Work:
+        block, (bound,) = self._nets.bind(stack, (net, sizes_of(case, self._manifest)))
+        upload(block, inputs_of(self._pipe.package, net, case))
+        return self._nets.work(stack, bound.enqueue, lambda: {output: block.download(output)})
 
     def invariants(self, case: Case, stack: ExitStack) -> Work:
         """Keys and values of all rows, and the time embeddings of every row of the table."""
@@ -130,80 +97,44 @@ class _OnDevice:
         upload(block, {**inputs, **time_inputs(case, self._manifest, inputs, inputs["timestep"])})
         context.enqueue()
         time.enqueue()
-        return self._nets.work(
-            stack,
-            unet.enqueue,
-            lambda: {"prediction": block.download("prediction")},
-            figures=self._captured(unet),
-        )
-
-    def _captured(self, bound: BoundNet) -> dict[str, Any]:
-        """Seconds that the device takes for a run as a captured graph, or why it cannot be captured."""
-        if not bound.capturable:
-            return {"not_captured": "the library says that its runs cannot be"}
-        device = self._device
-        bound.enqueue()  # libraries allocate in the first run, which a capture may not
-        device.synchronize()
-        try:
-            with device.capture() as graphs:
-                bound.enqueue()
-        except BackendError as error:
-            return {"not_captured": error.found}
-        seconds: list[float] = []
-        (graph,) = graphs
-        with closing(graph), closing(device.stopwatch()) as watch:
-            for _ in range(_LAUNCHES):
-                watch.start()
-                graph.launch()
-                watch.stop()
-                device.synchronize()
-                seconds.append(watch.seconds())
-        return {"captured_device_s": median(seconds[1:])}
+        return self._nets.work(stack, unet.enqueue, lambda: {"prediction": block.download("prediction")})
 
     def update(self, case: Case, stack: ExitStack) -> Work:
         """`BETWEEN` rows of the loop, all of which begin with the same noise and see the same prediction."""
-        case = replace(case, steps=BETWEEN)
-        job = self._pipe.prepare(make_request(self._manifest, case.prompt, **case.parameters))
-        canvas, schedule = self._canvas(stack, job, sizes_of(case, self._manifest))
-        canvas.begin(job)
-        schedule.enqueue(job)
-        canvas.block.upload("prediction", guided_batch(job.first / job.table.init, case.guided))
-        # What a run leaves is no fit start for the next: it would grow beyond all bounds.
-        place, state = canvas.block.place("state"), canvas.block.address("state")
-        first = self._device.allocate(place.size)
-        stack.callback(self._device.free, first)
-        self._device.copy(first, state, place.size)
-
-        def enqueue() -> None:
-            for row in range(BETWEEN):
-                canvas.feed_row(schedule, row)
-                canvas.enqueue_row()
-
-        return self._nets.work(
-            stack,
-            enqueue,
-            lambda: {"latent": canvas.read_state()[0]},
-            before=partial(self._device.copy, state, first, place.size),
-            repeats=BETWEEN,
+        job = self._pipe.prepare(
+            make_request(self._manifest, case.prompt, **replace(case, steps=BETWEEN).parameters)
         )
-
-    def _canvas(
-        self, stack: ExitStack, job: DenoiseJob, sizes: Sizes
-    ) -> tuple[DenoiseProgram, ScheduleProgram]:
-        """The loop's own, with a UNet that does nothing."""
-        frame = DenoiseShape(
-            pictures=job.pictures,
-            guided=job.guided,
+        sizes, nets = sizes_of(case, self._manifest), self._nets.nets
+        shape = DenoiseShape(
+            pictures=case.pictures,
+            guided=case.guided,
             height=sizes["H/8"],
             width=sizes["W/8"],
             tokens=sizes["T"],
-            rows=sizes["B"],
+            rows=case.batch,
         )
-        nets = {**self._nets.nets, "unet": cast(DeviceNet, _NoNet(self._nets.nets["unet"]))}
-        scratch = self._nets.scratch(stack, [(name, sizes) for name in ("step", "unet_context", "unet_time")])
-        canvas = stack.enter_context(closing(DenoiseProgram(self._device, nets, frame, scratch)))
-        schedule = ScheduleProgram(self._device, nets, ScheduleShape.of(job, frame), scratch)
-        return canvas, stack.enter_context(closing(schedule))
+        schedule_shape = ScheduleShape.of(job, shape)
+        calls = [("step", sizes), ("unet_context", sizes), ("unet_time", schedule_shape.sizes)]
+        around = self._device, {**nets, "unet": _does_nothing(nets["unet"])}
+        scratch = self._nets.scratch(stack, calls)
+        program = stack.enter_context(closing(DenoiseProgram(*around, shape, scratch)))
+        schedule = stack.enter_context(closing(ScheduleProgram(*around, schedule_shape, scratch)))
+        program.begin(job)
+        schedule.enqueue(job)
+        block, size = program.block, program.block.place("state").size
+        block.upload("prediction", guided_batch(job.first / job.table.init, case.guided))
+        # What a run leaves is no fit start for the next: it would grow beyond all bounds.
+        first = self._device.allocate(size)
+        stack.callback(self._device.free, first)
+        self._device.copy(first, block.address("state"), size)
+
+        def enqueue() -> None:
+            self._device.copy(block.address("state"), first, size)
+            for row in range(BETWEEN):
+                program.feed_row(schedule, row)
+                program.enqueue_row()
+
+        return self._nets.work(stack, enqueue, lambda: {"latent": program.read_state()[0]}, repeats=BETWEEN)
 
     def picture(self, case: Case, stack: ExitStack) -> Work:
         """The whole pipeline; the loop has the buffers, and keeps them."""
@@ -216,3 +147,14 @@ class _OnDevice:
         for _ in range(_SETTLING):
             draw()
         return staged(draw, lambda: self._timer.figures)
+
+
+def _does_nothing(net: Any) -> Any:
+    """A net to be bound like another one, whose runs do nothing."""
+    bound = SimpleNamespace(enqueue=lambda: None, close=lambda: None)
+
+    def bind(shapes: Shapes, addresses: Addresses, scratch: int) -> Any:
+        del shapes, addresses, scratch
+        return bound
+
+    return SimpleNamespace(spec=net.spec, bind=bind)

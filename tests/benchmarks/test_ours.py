@@ -2,6 +2,8 @@
 
 import shutil
 from collections.abc import Generator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,11 +12,10 @@ from safetensors.numpy import load_file
 
 from latentrt.benchmarks import process
 from latentrt.benchmarks.case import WORKLOADS, Case, net_inputs, time_inputs, whole_inputs
-from latentrt.benchmarks.sides import contract
 from latentrt.benchmarks.sides.contract import NotAvailableError, OpenSide, Task, Work
 from latentrt.benchmarks.sides.ours import BETWEEN, host_side, open_pipeline
 from latentrt.benchmarks.sides.ours_device import device_side
-from latentrt.benchmarks.sides.plain_loop import check_drawable
+from latentrt.benchmarks.sides.plain_loop import plain_side
 from latentrt.engines import spec
 from latentrt.engines.backend import Net
 from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
@@ -38,9 +39,9 @@ def pipe() -> Pipeline:
     return open_pipeline(Task(package=PACKAGE.root, backend="onnxruntime", threads=1))
 
 
-def side_of(pipe: Pipeline, slow_down: float = 0.0) -> OpenSide:
+def side_of(pipe: Pipeline) -> OpenSide:
     assert isinstance(pipe.loop, HostLoop)
-    return host_side(pipe, pipe.loop, slow_down)
+    return host_side(pipe, pipe.loop)
 
 
 @pytest.fixture(scope="module")
@@ -156,17 +157,6 @@ class Clock:
         return {}
 
 
-@pytest.mark.parametrize("slow_down", [0.0, 0.1, 0.5])
-def test_a_planted_slowdown(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, slow_down: float) -> None:
-    clock = Clock()
-    monkeypatch.setattr(contract, "perf_counter", clock)
-    began = clock.now
-    Work(call=lambda: clock.spend(2.0), slow_down=slow_down).run()
-    assert (clock.now - began) / 2.0 == pytest.approx(1 + slow_down, abs=0.01)
-    slow = side_of(pipe, slow_down)
-    assert {slow.prepare(workload, GUIDED).slow_down for workload in WORKLOADS} == {slow_down}
-
-
 @pytest.mark.parametrize("repeats", [1, 4])
 def test_seconds_are_of_one_of_the_repetitions(
     side: OpenSide, monkeypatch: pytest.MonkeyPatch, repeats: int
@@ -232,5 +222,8 @@ def test_both_loops_compute_them(package: Package, workload: str) -> None:
 
 
 def test_plain_loops_draw_no_such_pictures(package: Package) -> None:
-    with pytest.raises(NotAvailableError, match="picture"):
-        check_drawable("it", package.manifest)
+    nets = {**package.manifest.nets, "unet_whole": package.manifest.nets["unet"]}
+    whole = replace(package, manifest=replace(package.manifest, nets=nets))
+    side = plain_side("it", whole, lambda name, case: dict, {}, ExitStack())
+    with pytest.raises(NotAvailableError, match="it has no workload 'picture'"):
+        side.prepare("picture", SMALL)
