@@ -28,7 +28,7 @@ from ...runtime.pipeline import Pipeline
 from ..case import Case
 from ..records import Figures, Row
 from ..sides.contract import OURS, SIDES, Task
-from ..sides.device_work import TimedDevice
+from ..sides.device_work import CountedDevice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class Opened:
 
     pipe: Pipeline
     loop: DeviceLoop
-    device: TimedDevice
+    device: CountedDevice
     log: list[str]
 
 
@@ -136,13 +136,12 @@ class Opener:
         """A pipeline on the device. With graphs "on", runs may be captured, whatever the default is."""
         options = {"capture": True} if graphs == "on" and self.onnxruntime else {}
         device, nets = self.open_device(self.package, built_nets(self.package), **options)
-        timed, log = TimedDevice(device), list[str]()
-        loop = DeviceLoop(cast(Device, timed), nets, self.package.manifest, graphs=graphs, log=log.append)
+        counted, log = CountedDevice(device), list[str]()
+        loop = DeviceLoop(cast(Device, counted), nets, self.package.manifest, graphs=graphs, log=log.append)
         with ExitStack() as stack:
             stack.enter_context(closing(loop))
-            stack.callback(timed.stop_timing)
             pipe = Pipeline.over(self.package, loop, self.task.backend, cache_bytes=0)
-            yield Opened(pipe=pipe, loop=loop, device=timed, log=log)
+            yield Opened(pipe=pipe, loop=loop, device=counted, log=log)
 
 
 def backend_opener(backend: str, package: Package) -> Opener:

@@ -73,15 +73,13 @@ class Task:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for the child."""
-        checkpoint = str(self.checkpoint) if self.checkpoint else None
-        return {**vars(self), "package": str(self.package), "checkpoint": checkpoint}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Task:
         """The reverse of `to_json`."""
-        values: dict[str, Any] = dict(data)
-        values["package"] = Path(values["package"])
-        values["checkpoint"] = Path(values["checkpoint"]) if values["checkpoint"] else None
+        values = dict(data)
+        values |= {name: Path(data[name]) for name in ("package", "checkpoint") if data[name]}
         return cls(**values)
 
 
@@ -116,22 +114,6 @@ class Work:
     def close(self) -> None:
         """Free what it holds, once nobody runs it any more. May be called twice."""
         self.held.close()
-
-
-def staged(
-    draw: Callable[[], tuple[Array, Mapping[str, float]]],
-    more: Callable[[], Mapping[str, Any]] = dict[str, Any],
-) -> Work:
-    """The work of `picture`: `draw` gives the image (N, H, W, 3) uint8 and the seconds of each stage."""
-    stages: dict[str, float] = {}
-
-    def call() -> Mapping[str, Array]:
-        image, found = draw()
-        stages.clear()
-        stages.update(found)
-        return {"image": image}
-
-    return Work(call=call, figures=lambda: {"stages_s": dict(stages), **more()})
 
 
 Make = Callable[[Case, ExitStack], Work]  # the stack frees what the work holds

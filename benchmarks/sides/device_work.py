@@ -92,42 +92,17 @@ def upload(block: Block, arrays: Mapping[str, Array]) -> None:
         block.upload(name, array)
 
 
-class TimedDevice:
-    """A loop's device that times pictures and counts launches of captured work, from outside the loop.
-
-    A picture takes from its first upload after `restart` to the last work before its last wait: what the host
-    does before and after is not in it; what it does in between is, if the stream has to wait. Two events a
-    picture are all that this adds to the stream.
-    """
+class CountedDevice:
+    """A loop's device that counts launches of captured work, from outside the loop."""
 
     def __init__(self, device: Device) -> None:
         self.launches = 0
-        self.copy = device.copy  # what a row calls is the device's own
         self._device = device
-        self._watch = device.stopwatch()
-        self._begins = self._running = False  # the next upload begins a picture; a picture is being drawn
-        self._launches_before = 0
+        self.copy = device.copy  # what a row calls is the device's own
 
     def __getattr__(self, name: str) -> Any:
         """Everything else is the device's."""
         return getattr(self._device, name)
-
-    def restart(self) -> None:
-        """The next upload is the first of a picture that is timed."""
-        self._begins, self._running, self._launches_before = True, False, self.launches
-
-    def upload(self, address: int, array: Array) -> None:
-        """As the device's own."""
-        if self._begins:
-            self._begins, self._running = False, True
-            self._watch.start()
-        self._device.upload(address, array)
-
-    def synchronize(self) -> None:
-        """As the device's own."""
-        if self._running:
-            self._watch.stop()
-        self._device.synchronize()
 
     @contextmanager
     def capture(self) -> Generator[list[Graph], None, None]:
@@ -137,19 +112,9 @@ class TimedDevice:
             yield graphs
         graphs += [_CountedGraph(self, graph) for graph in captured]
 
-    @property
-    def figures(self) -> dict[str, Any]:
-        """`device_s` of the last picture, and whether its rows were those of a captured graph."""
-        return {"device_s": self._watch.seconds(), "replayed": self.launches > self._launches_before}
-
-    def stop_timing(self) -> None:
-        """Free the events; pictures are no longer timed."""
-        self._begins = self._running = False
-        self._watch.close()
-
 
 class _CountedGraph:
-    def __init__(self, device: TimedDevice, graph: Graph) -> None:
+    def __init__(self, device: CountedDevice, graph: Graph) -> None:
         self._device, self._graph, self.close = device, graph, graph.close
 
     def launch(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from ...runtime.loop.host import HostLoop
 from ...runtime.loop.open import LoopOptions, open_loop
 from ...runtime.pipeline import Pipeline
 from ..case import BETWEEN, Case, inputs_of, schedule_of, time_inputs
-from .contract import OURS, OpenSide, Task, Work, makers_of, staged
+from .contract import OURS, OpenSide, Task, Work, makers_of
 
 
 def available(task: Task) -> str | None:
@@ -121,8 +122,11 @@ class _OnHost:
         return Work(call=call, repeats=BETWEEN)
 
     def picture(self, case: Case, stack: ExitStack) -> Work:
-        def draw() -> tuple[Array, Mapping[str, float]]:
-            result = self._pipe(case.prompt, **case.parameters)
-            return np.asarray(result.images), result.seconds
+        figures: dict[str, Any] = {}
 
-        return staged(draw)
+        def draw() -> dict[str, Array]:
+            result = self._pipe(case.prompt, **case.parameters)
+            figures["stages_s"] = result.seconds
+            return {"image": np.asarray(result.images)}
+
+        return Work(call=draw, figures=lambda: figures)

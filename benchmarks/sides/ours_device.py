@@ -1,4 +1,4 @@
-"""latentrt's own runtime as a side where its loop runs on a device: bound once, timed by the device's events.
+"""latentrt's own runtime as a side where its loop runs on a device.
 
     text_encoder   the net, at the loop's shapes and in buffers of its own
     invariants     unet_context for all B rows, and unet_time for all S
@@ -6,6 +6,8 @@
     update         the loop's own program around a UNet that does nothing: the net `step` and the copies
     vae_decoder    the net
     picture        the pipeline as a user has it
+
+Everything but `picture` is bound once, and timed by the device's events too (`device_s`).
 
 A row of the loop may be replayed as a captured graph (`runtime/loop/device/cuda_graphs.py`). `picture` does
 what the loop does: it is prepared by drawing until the loop has chosen, and tells what it chose (`replayed`).
@@ -15,7 +17,6 @@ A net that does not fit raises MemoryLimitError: only `picture` has the loop's w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from types import SimpleNamespace
@@ -31,8 +32,8 @@ from ...runtime.loop.device.programs import DenoiseProgram, DenoiseShape, Schedu
 from ...runtime.pipeline import Pipeline
 from ...runtime.request.request import make_request
 from ..case import BETWEEN, Case, inputs_of, sizes_of, time_inputs
-from .contract import OURS, OpenSide, Work, makers_of, staged
-from .device_work import DeviceNets, TimedDevice, ledger_of, upload
+from .contract import OURS, OpenSide, Work, makers_of
+from .device_work import CountedDevice, DeviceNets, ledger_of, upload
 
 # Pictures until the loop has chosen how to run its rows: cold, timed, captured, and timed again.
 _SETTLING = 4
@@ -43,13 +44,12 @@ def device_side(pipe: Pipeline, loop: DeviceLoop) -> OpenSide:
     resources = ExitStack()
     resources.callback(pipe.close)
     nets = DeviceNets(device=loop.device, nets=loop.nets)
-    timer = TimedDevice(loop.device)
-    resources.callback(timer.stop_timing)
-    loop.device = cast(Device, timer)
+    counted = CountedDevice(loop.device)
+    loop.device = cast(Device, counted)
     return OpenSide(
         name=OURS,
         versions={"backend": pipe.backend, "device": loop.device.name},
-        makers=makers_of(_OnDevice(pipe, nets, timer)),
+        makers=makers_of(_OnDevice(pipe, nets, counted)),
         resources=resources,
         memory=lambda: ledger_of(loop),
     )
@@ -58,8 +58,8 @@ def device_side(pipe: Pipeline, loop: DeviceLoop) -> OpenSide:
 class _OnDevice:
     """The workloads, by the names of the contract. What each has prepared has buffers of its own."""
 
-    def __init__(self, pipe: Pipeline, nets: DeviceNets, timer: TimedDevice) -> None:
-        self._pipe, self._nets, self._timer = pipe, nets, timer
+    def __init__(self, pipe: Pipeline, nets: DeviceNets, counted: CountedDevice) -> None:
+        self._pipe, self._nets, self._counted = pipe, nets, counted
         self._manifest = pipe.package.manifest
         self._device = nets.device
 
@@ -138,15 +138,17 @@ class _OnDevice:
 
     def picture(self, case: Case, stack: ExitStack) -> Work:
         """The whole pipeline; the loop has the buffers, and keeps them."""
+        figures: dict[str, Any] = {}
 
-        def draw() -> tuple[Array, Mapping[str, float]]:
-            self._timer.restart()
+        def draw() -> dict[str, Array]:
+            before = self._counted.launches
             result = self._pipe(case.prompt, **case.parameters)
-            return np.asarray(result.images), result.seconds
+            figures.update(stages_s=result.seconds, replayed=self._counted.launches > before)
+            return {"image": np.asarray(result.images)}
 
         for _ in range(_SETTLING):
             draw()
-        return staged(draw, lambda: self._timer.figures)
+        return Work(call=draw, figures=lambda: figures)
 
 
 def _does_nothing(net: Any) -> Any:

@@ -19,19 +19,21 @@ from typing import Any
 
 import numpy as np
 
+from ...engines.device import Shapes
 from ...engines.errors import BackendError
 from ...engines.onnxruntime import session as onnxruntime
 from ...engines.onnxruntime.nets import CPU, CUDA, cuda_available
 from ...engines.package import Package
 from ...engines.spec import DTYPES, Array
 from ...runtime.loop.denoise import denoise, guide, guided_batch, narrow
-from ...runtime.prompts.tokenizer import ClipTokenizer
-from ..case import Case, net_inputs, schedule_of, whole_inputs
+from ...runtime.loop.device.programs import input_shapes
+from ..case import Case, inputs_of, schedule_of, sizes_of, whole_inputs
 from .contract import OpenSide, Task, Work, makers_of, missing_modules, not_available, open_plain_package
 
 PLAIN_NETS = ("text_encoder", "unet_whole", "vae_decoder")
-Net = Callable[[Mapping[str, Array]], Mapping[str, Array]]  # inputs by name -> outputs by name
-OpenNet = Callable[[str, Case], Net]  # of PLAIN_NETS, for the shapes of a case
+# From inputs by name to outputs by name, which stay as they are at the next call.
+Net = Callable[[Mapping[str, Array]], Mapping[str, Array]]
+OpenNet = Callable[[str, Shapes], Net]  # one of PLAIN_NETS, for inputs of these shapes
 
 
 def available(task: Task) -> str | None:
@@ -83,7 +85,7 @@ def _onnxruntime_side(name: str, task: Task, provider: str, settings: Mapping[st
         "graph_optimization": str(options.graph_optimization_level.name),
         **settings,
     }
-    return plain_side(name, package, lambda net, case: nets[net], versions, resources)
+    return plain_side(name, package, lambda net, shapes: nets[net], versions, resources)
 
 
 def open_on(
@@ -120,10 +122,7 @@ def _run(session: Any, outputs: list[str], feeds: Any) -> dict[str, Any]:
 def plain_side(
     name: str, package: Package, open_net: OpenNet, versions: Mapping[str, str], resources: ExitStack
 ) -> OpenSide:
-    """Nets of an engine, and the loop around them.
-
-    What a net of `open_net` returns must stay as it is at its next call; `resources` are freed at the end.
-    """
+    """Nets of an engine, and the loop around them; `resources` are freed with the side."""
     plain = _PlainLoop(name, package, open_net)
     return OpenSide(name=name, versions=versions, makers=makers_of(plain), resources=resources)
 
@@ -132,40 +131,45 @@ class _PlainLoop:
     """The workloads, by the names of the contract."""
 
     def __init__(self, name: str, package: Package, open_net: OpenNet) -> None:
-        self._name, self._manifest, self._open_net = name, package.manifest, open_net
-        self._tokenizer = ClipTokenizer.open(package.root / "tokenizer")
+        self._name, self._package, self._open_net = name, package, open_net
+        self._manifest = package.manifest
         self._dtype = DTYPES[package.manifest.nets["unet_whole"].spec.inputs[0].dtype]
+        self._latest: dict[str, tuple[Shapes, Net]] = {}  # by net: the shapes, and it open for them
 
-    def _inputs(self, workload: str, case: Case) -> dict[str, Array]:
-        return net_inputs(workload, case, self._manifest, self._tokenizer)
+    def _net(self, name: str, case: Case) -> Net:
+        shapes = input_shapes(self._manifest.nets[name].spec, sizes_of(case, self._manifest))
+        if name not in self._latest or self._latest[name][0] != shapes:
+            self._latest.pop(name, None)  # before there are two in memory
+            self._latest[name] = shapes, self._open_net(name, shapes)
+        return self._latest[name][1]
 
     def text_encoder(self, case: Case, stack: ExitStack) -> Work:
-        inputs, net = self._inputs("text_encoder", case), self._open_net("text_encoder", case)
+        inputs, net = inputs_of(self._package, "text_encoder", case), self._net("text_encoder", case)
         return Work(call=lambda: net(inputs))
 
     def unet(self, case: Case, stack: ExitStack) -> Work:
-        feeds = whole_inputs(case, self._manifest, self._inputs("unet", case))
+        feeds = whole_inputs(case, self._manifest, inputs_of(self._package, "unet", case))
         for name in ("sample", "encoder_hidden_states"):  # the others stay float32
             feeds[name] = narrow(feeds[name], self._dtype)
-        net = self._open_net("unet_whole", case)
+        net = self._net("unet_whole", case)
         return Work(call=lambda: {"prediction": net(feeds)["out_sample"]})
 
     def vae_decoder(self, case: Case, stack: ExitStack) -> Work:
-        feeds = {"latent": narrow(self._inputs("vae_decoder", case)["latent"], self._dtype)}
-        net = self._open_net("vae_decoder", case)
+        feeds = {"latent": narrow(inputs_of(self._package, "vae_decoder", case)["latent"], self._dtype)}
+        net = self._net("vae_decoder", case)
         return Work(call=lambda: {"image": net(feeds)["image"]})
 
     def picture(self, case: Case, stack: ExitStack) -> Work:
         if self._manifest.vectors or self._manifest.image_latents:  # it needs more than a prompt
             raise not_available(self._name, "picture")
-        nets = {name: self._open_net(name, case) for name in PLAIN_NETS}
+        nets = {name: self._net(name, case) for name in PLAIN_NETS}
         return Work(call=lambda: {"image": self._draw(case, nets)})
 
     def _draw(self, case: Case, nets: Mapping[str, Net]) -> Array:
         """Prompt to (N, H, W, 3) uint8."""
         table, noise = schedule_of(case, self._manifest)
         start = noise()
-        context = nets["text_encoder"](self._inputs("text_encoder", case))["context"]  # (P, T, D)
+        context = nets["text_encoder"](inputs_of(self._package, "text_encoder", case))["context"]  # (P, T, D)
         context = np.repeat(context, case.pictures, axis=0)  # (B, T, D)
 
         def predict(latent: Array, row: int) -> Array:

@@ -17,16 +17,13 @@ from typing import Any
 import numpy as np
 
 from ...engines.cuda import facts
+from ...engines.device import Shapes
 from ...engines.errors import BackendError
 from ...engines.spec import Array
 from ...engines.tensorrt.flavour import flavour, installed_version
-from ...runtime.loop.device.programs import input_shapes
-from ..case import Case, sizes_of
 from ..machine import version_of
 from .contract import OpenSide, Task, missing_modules, open_plain_package
 from .plain_loop import Net, plain_side
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def available(task: Task) -> str | None:
@@ -44,17 +41,11 @@ def available(task: Task) -> str | None:
 def open_side(task: Task) -> OpenSide:
     """The package; engines are built case by case. Raises NotAvailableError, PackageError."""
     package = open_plain_package(task)
-    runners: dict[tuple[Any, ...], Net] = {}  # by net and shapes
     resources = ExitStack()
 
-    def open_net(name: str, case: Case) -> Net:
-        file = package.manifest.nets[name]
-        shapes = input_shapes(file.spec, sizes_of(case, package.manifest))
-        key = name, *shapes.items()
-        if key not in runners:
-            runner = resources.enter_context(open_runner(package.path(file.graph), shapes))
-            runners[key] = partial(_run, runner)
-        return runners[key]
+    def open_net(name: str, shapes: Shapes) -> Net:
+        graph = package.path(package.manifest.nets[name].graph)
+        return partial(_run, resources.enter_context(open_runner(graph, shapes)))
 
     versions = {
         "tensorrt": installed_version("tensorrt") or "unknown",

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from latentrt.benchmarks import process
-from latentrt.benchmarks.case import WORKLOADS, Case, net_inputs, time_inputs, whole_inputs
+from latentrt.benchmarks.case import WORKLOADS, Case, inputs_of, time_inputs, whole_inputs
 from latentrt.benchmarks.sides.contract import NotAvailableError, OpenSide, Task, Work
 from latentrt.benchmarks.sides.ours import BETWEEN, host_side, open_pipeline
 from latentrt.benchmarks.sides.ours_device import device_side
@@ -24,12 +24,10 @@ from latentrt.engines.package import Package, write_manifest
 from latentrt.runtime.loop.device.loop import DeviceLoop
 from latentrt.runtime.loop.host import HostLoop
 from latentrt.runtime.pipeline import SHIPPED, Pipeline
-from latentrt.runtime.prompts.tokenizer import ClipTokenizer
 from tests.engines.host_device import HostDevice
 from tests.runtime.small_nets import IMAGE_CHANNELS, VECTORS, WIDTH, write_small_package
 
 PACKAGE = Package.open(SHIPPED["demo"])
-TOKENIZER = ClipTokenizer.open(PACKAGE.root / "tokenizer")
 GUIDED = Case.of(PACKAGE.manifest, width=64, height=48, steps=4)
 PLAIN = Case.of(PACKAGE.manifest, width=48, height=64, steps=3, guidance_scale=1.0, pictures=2)
 
@@ -88,7 +86,7 @@ def whole() -> Any:
 
 @pytest.mark.parametrize("case", [GUIDED, PLAIN], ids=["guided", "plain"])
 def test_unet_is_the_graph_before_hoisting(side: OpenSide, whole: Any, case: Case) -> None:
-    inputs = net_inputs("unet", case, PACKAGE.manifest, TOKENIZER)
+    inputs = inputs_of(PACKAGE, "unet", case)
     feeds = {
         "sample": inputs["latent"],
         "timestep": np.repeat(inputs["timestep"], case.batch),
@@ -185,7 +183,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
 
 def test_the_inputs_are_the_contracts(package: Package) -> None:
     manifest = package.manifest
-    inputs = net_inputs("unet", SMALL, manifest, TOKENIZER)
+    inputs = inputs_of(package, "unet", SMALL)
     steps = np.linspace(999, 0, 3, dtype=np.float32)
     schedule = time_inputs(SMALL, manifest, inputs, steps)
     manifest.nets["unet_time"].spec.check(schedule)
@@ -224,6 +222,6 @@ def test_both_loops_compute_them(package: Package, workload: str) -> None:
 def test_plain_loops_draw_no_such_pictures(package: Package) -> None:
     nets = {**package.manifest.nets, "unet_whole": package.manifest.nets["unet"]}
     whole = replace(package, manifest=replace(package.manifest, nets=nets))
-    side = plain_side("it", whole, lambda name, case: dict, {}, ExitStack())
+    side = plain_side("it", whole, lambda name, shapes: dict, {}, ExitStack())
     with pytest.raises(NotAvailableError, match="it has no workload 'picture'"):
         side.prepare("picture", SMALL)
