@@ -13,7 +13,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -27,6 +29,7 @@ Figures = Mapping[str, Any]
 Rounds = tuple[tuple[float, ...], ...]
 
 _FIELDS = ("side", "workload", "case", "unit", "status", "reason", "figures", "stamp")  # of a Row, and rounds
+_HEAD = ("benchmark", "schema", "date", "machine", "model", "settings")  # of a Document, and rows
 _LONGEST = 600  # characters of a reason
 # A folder's path in a message: results are published, and name no path of the machine they are from.
 _FOLDERS = re.compile(r"(?<![\w.])(?:/[\w.+~-]+)+/")
@@ -70,9 +73,8 @@ class Row:
         samples = self.samples
         if not samples:
             return {}
-        found = {f"p{p}": float(np.percentile(samples, p)) for p in (50, 90, 95, 99)}
-        extremes = {"min": min(samples), "max": max(samples), "mean": float(np.mean(samples))}
-        return {"n": len(samples), **found, **extremes}
+        values = {f"p{p}": float(np.percentile(samples, p)) for p in (50, 90, 95, 99)}
+        return {"n": len(samples), **values, "min": min(samples), "max": max(samples), "mean": fmean(samples)}
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with the summary for people who do not compute it themselves."""
@@ -108,10 +110,12 @@ class Document:
     machine: Mapping[str, Any] = field(default_factory=describe_machine)
     schema: int = SCHEMA
 
-    def select(self, workload: str | None = None, side: str | None = None) -> Iterator[Row]:
-        """The rows of a workload, of a side, or of both."""
+    def select(
+        self, workload: str | None = None, side: str | None = None, case: Mapping[str, Any] | None = None
+    ) -> Iterator[Row]:
+        """The rows that have all that is named."""
         for row in self.rows:
-            if workload in (None, row.workload) and side in (None, row.side):
+            if workload in (None, row.workload) and side in (None, row.side) and case in (None, row.case):
                 yield row
 
     @property
@@ -121,16 +125,20 @@ class Document:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        head = {"benchmark": self.benchmark, "schema": self.schema, "date": self.date}
-        facts = {"machine": self.machine, "model": self.model, "settings": self.settings}
-        return {**head, **plain(facts), "rows": [row.to_json() for row in self.rows]}
+        head = {name: plain(getattr(self, name)) for name in _HEAD}
+        return {**head, "rows": [row.to_json() for row in self.rows]}
 
     def write(self, path: Path) -> None:
-        """As JSON."""
+        """As JSON; a row has one line for each of its fields, for samples are many."""
         data = self.to_json()
-        rows = ",\n".join(_lines(row) for row in data.pop("rows"))
-        head = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False).removesuffix("\n}")
-        write_whole(path, f'{head},\n "rows": [\n{rows}\n ]\n}}\n'.encode())
+        write = partial(json.dumps, ensure_ascii=False, allow_nan=False)
+        rows = [
+            ",\n".join(f'   "{name}": {write(value)}' for name, value in row.items())
+            for row in data.pop("rows")
+        ]
+        head = write(data, indent=1).removesuffix("\n}")
+        text = ",\n".join(f"  {{\n{row}\n  }}" for row in rows)
+        write_whole(path, f'{head},\n "rows": [\n{text}\n ]\n}}\n'.encode())
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -151,9 +159,8 @@ def read_document(path: Path) -> Document:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["schema"] > SCHEMA:
             raise ValueError(f"its schema is {data['schema']}, this release reads up to {SCHEMA}")
-        names = ("benchmark", "model", "settings", "date", "machine", "schema")
         rows = tuple(Row.from_json(row) for row in data["rows"])
-        return Document(**{name: data[name] for name in names}, rows=rows)
+        return Document(**{name: data[name] for name in _HEAD}, rows=rows)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PackageError(
             f"{path} is no benchmark document ({type(error).__name__}: {error})",
@@ -184,12 +191,3 @@ def plain(value: Any) -> Any:
 def _rounded(sample: float) -> float:
     """To six digits, more than any clock is good for; bytes stay as they are."""
     return sample if float(sample).is_integer() else float(f"{sample:.6g}")
-
-
-def _lines(row: Mapping[str, Any]) -> str:
-    """A row, one line for each of its fields: samples are many."""
-    fields = (
-        f"   {json.dumps(name)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}"
-        for name, value in row.items()
-    )
-    return "  {\n" + ",\n".join(fields) + "\n  }"

@@ -11,7 +11,6 @@ from typing import Any
 
 from ...engines.errors import UsageError
 from ..records import write_whole
-from . import words
 from .figures import DIGEST, Sheet, draw_ratios, draw_rooflines, draw_waterfalls, house_style
 from .reading import Result, Results, read_results
 from .tables import full_tables, short_table
@@ -60,13 +59,17 @@ def write_report(results: Path, pages: Pages) -> Report:
         BackendError: matplotlib is not installed.
     """
     read = read_results(results)
-    texts = _expected(read, pages)
+    texts = {path: text.encode() for path, text in _expected(read, pages).items()}
     drawn = {pages.figures / name: png for result in read.found for name, png in draw_figures(result)}
-    contents = {**drawn, **{path: text.encode() for path, text in texts.items()}}
+    changed: list[Path] = []
+    for path, content in {**drawn, **texts}.items():
+        if not path.is_file() or path.read_bytes() != content:
+            write_whole(path, content)
+            changed.append(path)
     return Report(
         documents=len(read.found),
         figures=tuple(drawn),
-        changed=tuple(path for path, content in contents.items() if _write(path, content)),
+        changed=tuple(changed),
         remarks=(*read.remarks, *_left_over(read, pages.figures)),
     )
 
@@ -82,20 +85,19 @@ def outdated(results: Path, pages: Pages) -> tuple[str, ...]:
         for path, text in _expected(read, pages).items()
         if path.read_text(encoding="utf-8") != text
     ]
-    for result in read.found:
-        for name in planned_figures(result):
-            if _digest(pages.figures / name) != result.digest:
-                found.append(f"{name} is missing, or was drawn from another document")
+    found += [
+        f"{name} is missing, or was drawn from another document"
+        for result in read.found
+        for name in planned_figures(result)
+        if _digest(pages.figures / name) != result.digest
+    ]
     return (*found, *_left_over(read, pages.figures))
 
 
 def planned_figures(result: Result) -> dict[str, Callable[[], Sheet]]:
     """How each figure of a document is drawn, by file name; to be called within `figures.house_style`."""
-    document = result.document
-    if document.benchmark != "latency":
-        return {}
-    planned = (item for draw in _DRAWERS for item in draw(document, words.source(document, result.name)))
-    return {f"{result.name}-{name}.png": drawn for name, drawn in planned}
+    drawers = _DRAWERS if result.document.benchmark == "latency" else ()
+    return {f"{result.name}-{name}.png": drawn for draw in drawers for name, drawn in draw(result)}
 
 
 def draw_figures(result: Result) -> Iterator[tuple[str, bytes]]:
@@ -109,9 +111,10 @@ def _expected(read: Results, pages: Pages) -> dict[Path, str]:
     """The pages as they should be."""
     texts: dict[Path, str] = {}
     if page := pages.measurements:
-        folder = _relative(pages.figures, page)
-        names = {result.name: planned_figures(result) for result in read.found}
-        links = {name: [f"{folder}/{figure}" for figure in figures] for name, figures in names.items()}
+        links = {
+            result.name: [_relative(pages.figures / name, page) for name in planned_figures(result)]
+            for result in read.found
+        }
         texts[page] = _between(page, (BEGIN, END), full_tables(read.found, links))
     if page := pages.readme:
         link = _relative(pages.measurements, page) if pages.measurements else ""
@@ -135,23 +138,14 @@ def _between(page: Path, markers: tuple[str, str], table: str) -> str:
     return f"{text[:begin]}{markers[0]}\n\n{table}\n\n{text[end:]}"
 
 
-def _write(path: Path, content: bytes) -> bool:
-    """Whether the file was not that before."""
-    if path.is_file() and path.read_bytes() == content:
-        return False
-    write_whole(path, content)
-    return True
-
-
 def _digest(path: Path) -> str | None:
     """That of the document a PNG was drawn from; None for another file, or none."""
     pictures: Any = import_module("PIL.Image")  # its `info` has no type
     try:
         with pictures.open(path) as image:
-            digest = image.info.get(DIGEST)
+            return image.info.get(DIGEST)
     except OSError:  # PIL's error for what is no picture is one, too
         return None
-    return digest if isinstance(digest, str) else None
 
 
 def _left_over(read: Results, figures: Path) -> list[str]:

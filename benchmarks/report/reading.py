@@ -1,14 +1,13 @@
-"""What documents say, read liberally: what one does not hold is None, and nothing is made up for it."""
+"""What the report reads in documents: sides beside ours, ceilings, stages. What is not there is None."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 from ...engines.errors import UsageError
 from ..case import WORKLOADS
@@ -16,17 +15,13 @@ from ..intervals import Interval, ab_spread, ratio_by_round
 from ..records import Document, Row, read_document
 from ..sides.contract import AGAIN, CEILING, OURS, REFERENCES
 
+Case = Mapping[str, Any]
+
 
 def figure(row: Row | None, name: str) -> float | None:
-    """A row's figure, if it is a finite number."""
-    return finite(row.figures.get(name)) if row else None
-
-
-def finite(value: object) -> float | None:
-    """A number that is one."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)
+    """A row's figure, if it is a number; what is not finite stands in JSON as text."""
+    value = row.figures.get(name) if row else None
+    return value if isinstance(value, (int, float)) else None
 
 
 def summary(row: Row | None, name: str = "p50") -> float | None:
@@ -34,41 +29,19 @@ def summary(row: Row | None, name: str = "p50") -> float | None:
     return row.summary.get(name) if row and row.status == "ok" else None
 
 
-def mapping(value: object) -> Mapping[str, Any]:
-    """The mapping itself; an empty one for anything else."""
-    return cast("Mapping[str, Any]", value) if isinstance(value, Mapping) else {}
-
-
-def items(value: object) -> list[Any]:
-    """The items of a list; none for anything else."""
-    return list(cast("Sequence[Any]", value)) if isinstance(value, (list, tuple)) else []
-
-
-def case_key(case: Mapping[str, Any]) -> str:
-    """Equal for equal cases."""
-    return json.dumps(dict(case), sort_keys=True)
-
-
-def cases(document: Document) -> list[Mapping[str, Any]]:
+def cases(document: Document) -> list[Case]:
     """The different cases of our rows, in their order."""
-    seen: dict[str, Mapping[str, Any]] = {}
+    found: list[Case] = []
     for row in document.select(side=OURS):
-        if row.case:
-            seen.setdefault(case_key(row.case), row.case)
-    return list(seen.values())
+        if row.case and row.case not in found:
+            found.append(row.case)
+    return found
 
 
-def row_of(document: Document, workload: str, side: str, case: Mapping[str, Any]) -> Row | None:
-    """The last such row."""
-    found = [row for row in document.select(workload, side) if case_key(row.case) == case_key(case)]
-    return found[-1] if found else None
-
-
-def workloads(document: Document, case: Mapping[str, Any]) -> list[str]:
-    """The workloads of our rows of a case, in the order of a picture, others behind."""
-    names = [row.workload for row in document.select(side=OURS) if case_key(row.case) == case_key(case)]
-    order = {name: place for place, name in enumerate(WORKLOADS)}
-    return sorted(dict.fromkeys(names), key=lambda name: order.get(name, len(order)))
+def our_rows(document: Document, case: Case) -> dict[str, Row]:
+    """Our rows of a case by workload, in the order of a picture, others behind."""
+    rows = {row.workload: row for row in document.select(None, OURS, case)}
+    return {name: rows[name] for name in (*WORKLOADS, *rows) if name in rows}
 
 
 def peers(document: Document) -> list[str]:
@@ -79,70 +52,45 @@ def peers(document: Document) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Against:
-    """A side at one workload, against ours. `ratio` is its time over ours: above 1 we are faster."""
+    """A side's row at one workload, and its time over ours: above 1 we are faster."""
 
-    side: str
-    workload: str
-    seconds: float | None
-    p90: float | None
+    row: Row
     ratio: Interval | None
-    status: str
-    reason: str
 
 
-def against(document: Document, case: Mapping[str, Any], side: str) -> dict[str, Against]:
+def against(document: Document, case: Case, side: str) -> dict[str, Against]:
     """A side's rows of a case beside ours, by workload; or the row that says why it was not opened."""
     unopened = next(document.select("open", side), None)
     found: dict[str, Against] = {}
-    for workload in workloads(document, case):
-        row = row_of(document, workload, side, case) or unopened
-        ours = row_of(document, workload, OURS, case)
-        if row is None:
-            continue
-        found[workload] = Against(
-            side=side,
-            workload=workload,
-            seconds=summary(row),
-            p90=summary(row, "p90"),
-            ratio=ratio_by_round(row.rounds, ours.rounds) if ours and _took_turns(row, ours) else None,
-            status=row.status,
-            reason=row.reason,
-        )
+    for workload, ours in our_rows(document, case).items():
+        if row := next(document.select(workload, side, case), unopened):
+            ratio = ratio_by_round(row.rounds, ours.rounds) if _took_turns(row, ours) else None
+            found[workload] = Against(row=row, ratio=ratio)
     return found
 
 
-def spread(document: Document, case: Mapping[str, Any], workload: str) -> float | None:
+def spread(document: Document, ours: Row) -> float | None:
     """By how much the A/A pair differs, round by round, as a fraction."""
-    ours, again = (row_of(document, workload, side, case) for side in (OURS, AGAIN))
-    if ours is None or again is None or not _took_turns(ours, again):
-        return None
-    return ab_spread(ours.rounds, again.rounds)
+    again = next(document.select(ours.workload, AGAIN, ours.case), None)
+    return ab_spread(ours.rounds, again.rounds) if again and _took_turns(ours, again) else None
 
 
 def _took_turns(one: Row, other: Row) -> bool:
     """Whether their rounds can be compared one by one."""
     timed = one.status == other.status == "ok" and one.unit == other.unit == "s"
-    return timed and len(one.rounds) == len(other.rounds) > 0 and all((*one.rounds, *other.rounds))
+    return timed and len(one.rounds) == len(other.rounds) > 0
 
 
 def ceiling_rates(document: Document, workload: str) -> list[float]:
     """FLOP/s of "gemm" or B/s of "copy", of every time it was measured in the run."""
-    found: list[float] = []
-    for row in document.select(workload, CEILING):
-        work, taken = figure(row, "flops") or figure(row, "bytes"), summary(row)
-        if taken and row.unit in ("FLOP/s", "B/s"):
-            found.append(taken)
-        elif taken and work and row.unit == "s":
-            found.append(work / taken)
-    return found
+    rows = [row for row in document.select(workload, CEILING) if row.status == "ok"]
+    return [(row.figures.get("flops") or row.figures["bytes"]) / row.summary["p50"] for row in rows]
 
 
-def stages(row: Row | None) -> dict[str, float]:
+def stages(row: Row) -> dict[str, float]:
     """Where our picture's time goes, seconds in order; `unet` and `update` are all steps together."""
-    known = mapping(row.figures.get("stages_p50_s") if row else None)
-    seconds = {name: taken for name, value in known.items() if (taken := finite(value)) is not None}
-    places = {name: place for place, name in enumerate(WORKLOADS)}
-    return dict(sorted(seconds.items(), key=lambda item: places.get(item[0], len(places))))
+    known = row.figures.get("stages_p50_s", {})
+    return {name: known[name] for name in WORKLOADS if name in known}
 
 
 # ── the documents of a folder ──────────────────────────────────────────────────────────────────────
@@ -171,9 +119,7 @@ class Results:
 
 
 def read_results(folder: Path) -> Results:
-    """Read every document below a folder.
-
-    JSON that is no document (`records.Document`) is left out with a remark.
+    """Read every document below a folder; JSON that is none (`records.Document`) is left out with a remark.
 
     Raises:
         UsageError: no such folder.
@@ -188,24 +134,14 @@ def read_results(folder: Path) -> Results:
     found: list[Result] = []
     remarks: list[str] = []
     for path in sorted(folder.rglob("*.json")):
-        name = path.relative_to(folder)
-        data = _document(path)
-        if data is None:
-            remarks.append(f"{name.as_posix()} left out: it is no document of `latentrt bench`")
-            continue
-        canonical = json.dumps(data, sort_keys=True).encode()
-        stem = str(PurePosixPath(name.as_posix()).with_suffix(""))
-        digest = hashlib.sha256(canonical).hexdigest()
-        found.append(Result(name=stem, digest=digest, document=read_document(path)))
+        name = path.relative_to(folder).as_posix()
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:  # not JSON, or not text
+            data = None
+        if isinstance(data, dict) and {"benchmark", "schema"} <= data.keys():
+            digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+            found.append(Result(name=name.removesuffix(".json"), digest=digest, document=read_document(path)))
+        else:
+            remarks.append(f"{name} left out: it is no document of `latentrt bench`")
     return Results(found=tuple(found), remarks=tuple(remarks))
-
-
-def _document(path: Path) -> dict[str, Any] | None:
-    """The JSON of a file that claims to be a document; None for any other."""
-    try:
-        data: object = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # not JSON, or not text
-        return None
-    if not isinstance(data, dict) or not {"benchmark", "schema"} <= data.keys():
-        return None
-    return cast("dict[str, Any]", data)

@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
+from .. import words
 from ..intervals import LEAST
 from ..records import Document, Row
 from ..roofline import GEMM
 from ..sides.contract import OURS
 from ..verbs.build import TOGETHER
 from ..verbs.cold_start import PARTS
-from ..verbs.detection import PAIR, SLOWED
 from ..verbs.throughput import OFFLINE, SINGLE_STREAM, SWEEP
-from . import words
 from .reading import (
     Against,
+    Case,
     Result,
     against,
-    case_key,
     cases,
     ceiling_rates,
     figure,
-    finite,
-    items,
-    mapping,
+    our_rows,
     peers,
-    row_of,
     spread,
     summary,
-    workloads,
 )
 
 Lines = Iterator[tuple[str, str]]
 _AXES = {"steps": (1, "step"), "batch": (1, "picture"), "pixels": (1e6, "megapixel")}
 _LEDGER = {"weights": "weights", "activations": "activations", "io": "in and out"}
-_KINDS = ("latency", "scaling", "throughput", "memory", "cold-start", "build", "parity", "detection")
 _FIGURES = {"waterfall": "one picture, stage by stage", "peers": "ours against peers", "roofline": "roofline"}
 _HEAD = ("| what | result | reproduce |", "|---|---|---|")
 # What the short table takes from a document besides latencies: the beginnings of `summaries`' lines.
@@ -64,7 +58,7 @@ def short_table(results: Sequence[Result], link: str = "") -> str:
     """
     newest = _newest(results)
     lines = [
-        _line(f"{words.model(result.document)}: {what}", found, _command(result.document))
+        _line(f"{words.model(result.document)}: {what}", found, result.document)
         for result in newest
         for what, found in _highlights(result.document)
     ]
@@ -75,18 +69,19 @@ def short_table(results: Sequence[Result], link: str = "") -> str:
     return "\n".join([*_HEAD, *lines[:_ROWS], "", f"Measured on {machines}.{where}"])
 
 
-def _highlights(document: Document) -> Iterator[tuple[str, str]]:
+def _highlights(document: Document) -> Lines:
     for case in cases(document) if document.benchmark == "latency" and peers(document) else ():
-        timed = workloads(document, case)
-        for name in ("picture",) if "picture" in timed else ("unet", "vae_decoder"):
-            ours = summary(row_of(document, name, OURS, case))
+        rows = our_rows(document, case)
+        sides = {side: against(document, case, side) for side in peers(document)}
+        for name in ("picture",) if "picture" in rows else ("unet", "vae_decoder"):
+            ours = summary(rows.get(name))
             if ours is not None:
-                found = [against(document, case, side).get(name) for side in peers(document)]
-                ratios = [f"; {item.side} takes {_ratio(item)}" for item in found if item and item.ratio]
+                found = {side: rows[name] for side, rows in sides.items() if name in rows}
+                ratios = [f"; {side} takes {_ratio(item)}" for side, item in found.items() if item.ratio]
                 yield f"{words.workload(name)}, {words.case(case)}", words.seconds(ours) + "".join(ratios)
-    for what, found in summaries(document):
+    for what, result in summaries(document):
         if what.startswith(_SHORT):
-            yield what, found
+            yield what, result
 
 
 def _newest(results: Iterable[Result]) -> list[Result]:
@@ -96,15 +91,14 @@ def _newest(results: Iterable[Result]) -> list[Result]:
         document = result.document
         question = {
             "about": [document.benchmark, words.model(document), words.machine(document)],
-            "peers": list(document.settings.get("peers", ())),
+            "peers": document.settings.get("peers", []),
             "timed": sorted({row.workload for row in document.select(side=OURS)}),
-            "cases": sorted(map(case_key, cases(document))),
+            "cases": sorted(json.dumps(case, sort_keys=True) for case in cases(document)),
         }
-        kept[case_key(question)] = result
-    places = {name: place for place, name in enumerate(_KINDS)}
-    return sorted(
-        kept.values(), key=lambda item: (places.get(item.document.benchmark, len(places)), item.name)
-    )
+        kept[json.dumps(question)] = result
+    places = {name: place for place, name in enumerate(_SUMMARIES)}
+    last = len(places)
+    return sorted(kept.values(), key=lambda item: (places.get(item.document.benchmark, last), item.name))
 
 
 def _section(
@@ -112,46 +106,41 @@ def _section(
 ) -> Iterator[str]:
     documents = [result.document for result in results]
     days = dict.fromkeys(map(words.day, sorted(documents, key=lambda document: document.date)))
-    known = [document.machine.get("commit") for document in documents]
-    commits = ", ".join(dict.fromkeys(str(commit) for commit in known if commit))
+    known = dict.fromkeys(document.machine.get("commit") for document in documents)
+    commits = ", ".join(filter(None, known))
     commit = f"; commit {commits}" if commits else ""
     yield f"**{_safe(model)}** on {_safe(machine)}; {', '.join(days)}{commit}"
     for document in documents:
         if document.benchmark == "latency":
-            for case in cases(document):
-                yield _latency(document, case)
+            yield from (_latency(document, case) for case in cases(document))
             if missing := _missing(document):
                 yield missing
-    lines = [_line(*pair, _command(document)) for document in documents for pair in summaries(document)]
+    lines = [_line(*pair, document) for document in documents for pair in summaries(document)]
     if lines:
         yield "\n".join([*_HEAD, *lines])
     if links := [_link(link) for result in results for link in figures.get(result.name, ())]:
         yield "Figures: " + " · ".join(links)
 
 
-def _latency(document: Document, case: Mapping[str, Any]) -> str:
+def _latency(document: Document, case: Case) -> str:
     """Rows of one case: ours, every peer's time over ours, the share of the ceiling, the A/A pair."""
     sides = [side for side in peers(document) if any(row.rounds for row in document.select(side=side))]
     found = {side: against(document, case, side) for side in sides}
     versus = [f"{side} ÷ ours" for side in sides]
     head = [words.case(case), "ours: p50 [p90]", *versus, "of best GEMM", "of floor", "A/A"]
     lines = [_row(head), "|" + "---|" * len(head)]
-    few: dict[str, int] = {}
-    timed = 0
-    for name in workloads(document, case):
-        ours = row_of(document, name, OURS, case)
-        if ours and ours.rounds:
-            timed += 1
-            if len(ours.rounds) < LEAST:
-                few[words.workload(name)] = len(ours.rounds)
-        p90 = f" [{words.seconds(summary(ours, 'p90'))}]" if summary(ours) is not None else ""
+    rows = our_rows(document, case)
+    for name, ours in rows.items():
+        time = ours.status
+        if ours.status == "ok":
+            time = f"{words.seconds(summary(ours))} [{words.seconds(summary(ours, 'p90'))}]"
         ratios = [_ratio(found[side].get(name)) for side in sides]
         shares = [words.number(figure(ours, share), 2) for share in ("of_best_gemm", "of_floor")]
-        time = ours.status if ours and ours.status != "ok" else words.seconds(summary(ours)) + p90
-        again = words.percent(spread(document, case, name))
+        again = words.percent(spread(document, ours))
         lines.append(_row([words.workload(name), time, *ratios, *shares, again]))
-    brackets = ["95 % interval"] if len(few) < timed else []
-    brackets += [f"{name}: range of {count} rounds" for name, count in few.items()]
+    counts = {words.workload(name): len(row.rounds) for name, row in rows.items() if row.rounds}
+    few = [f"{name}: range of {count} rounds" for name, count in counts.items() if count < LEAST]
+    brackets = ["95 % interval", *few] if len(few) < len(counts) else few
     rates = ceiling_rates(document, GEMM)
     best = f"; best GEMM: {words.amount(max(rates), 'FLOP/s')}" if rates else ""
     note = f"square brackets after a ratio: {', '.join(brackets)}{best}"
@@ -160,47 +149,39 @@ def _latency(document: Document, case: Mapping[str, Any]) -> str:
 
 def _ratio(item: Against | None) -> str:
     if item is None or item.ratio is None:
-        return item.status if item and item.status == "FAILED" else words.DASH
-    ratio = item.ratio
-    return f"{words.ratio(ratio.value)}× [{words.ratio(ratio.low)}, {words.ratio(ratio.high)}]"
+        return "FAILED" if item and item.row.status == "FAILED" else words.DASH
+    return f"{words.ratio(item.ratio.value)}× {words.interval(item.ratio)}"
 
 
 def _missing(document: Document) -> str:
     """Why rows have no time, once for each reason; a workload that a peer does not have is no news."""
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, dict[str, None]] = {}
     for row in document.rows:
         expected = row.status == "not available" and "no workload" in row.reason
-        if row.status == "ok" or not row.reason or expected:
-            continue
-        what = row.side if row.workload == "open" else f"{row.side}, {words.workload(row.workload)}"
-        names = reasons.setdefault(f"{row.status}: {row.reason}", [])
-        if what not in names:
-            names.append(what)
+        if row.status != "ok" and row.reason and not expected:
+            what = row.side if row.workload == "open" else f"{row.side}, {words.workload(row.workload)}"
+            reasons.setdefault(f"{row.status}: {row.reason}", {})[what] = None
     return "\n".join(f"- {_safe('; '.join(names))}: {_safe(reason)}" for reason, names in reasons.items())
 
 
 def _command(document: Document) -> str:
     """As the document says it was called; else its verb with the model and the peers."""
-    if document.benchmark == "detection":
-        return "python -m latentrt.benchmarks.verbs.detection --out FILE"
+    settings = document.settings
     if document.benchmark == "export":
-        dtypes = " ".join(map(str, document.settings.get("dtypes", ())))
-        model = f"--recipe {document.settings.get('recipe')} --dtypes {dtypes}"
+        model = f"--recipe {settings['recipe']} --dtypes {' '.join(settings['dtypes'])}"
         return f"python -m latentrt.benchmarks.models.full_size FOLDER {model} --out FILE"
-    names = items(document.settings.get("peers"))
-    peers_option = f" --peers {','.join(map(str, names))}" if names else ""
-    verb = f"latentrt bench {document.benchmark} {document.model.get('name')}{peers_option}"
-    return " ".join(str(document.settings.get("command") or verb).replace("`", "").split())
+    names = settings.get("peers")
+    verb = f"latentrt bench {document.benchmark} {document.model.get('name')}"
+    return settings.get("command") or verb + (f" --peers {','.join(names)}" if names else "")
 
 
 def _link(target: str) -> str:
-    stem = target.rpartition("/")[2].removesuffix(".png")
-    kind = next((name for name in _FIGURES if stem.endswith(f"-{name}") or f"-{name}-" in stem), "")
-    return f"[{_FIGURES.get(kind, stem)}]({target.replace(' ', '%20')})"
+    label = next(text for name, text in _FIGURES.items() if f"-{name}." in target or f"-{name}-" in target)
+    return f"[{label}]({target.replace(' ', '%20')})"
 
 
-def _line(what: str, found: str, command: str) -> str:
-    return _row([what, found, f"`{command}`"])
+def _line(what: str, found: str, document: Document) -> str:
+    return _row([what, found, f"`{_command(document)}`"])
 
 
 def _row(cells: Iterable[str]) -> str:
@@ -217,118 +198,101 @@ def _safe(text: str) -> str:
 
 def summaries(document: Document) -> Lines:
     """(what, result) of a document, in Markdown."""
-    return _SUMMARIES.get(document.benchmark, lambda document: iter(()))(document)
+    summarise = _SUMMARIES.get(document.benchmark)
+    return summarise(document) if summarise else iter(())
 
 
 def _outside(document: Document) -> Lines:
     for case in cases(document):
-        row = row_of(document, "picture", OURS, case)
+        row = our_rows(document, case).get("picture")
         share, each = figure(row, "non_engine_share"), figure(row, "non_engine_s_per_step")
         if share is not None:
-            step = f", {words.seconds(each)} per step" if each is not None else ""
             what = f"time outside the engines, {words.case(case)}"
-            yield what, f"{words.percent(share)} of a picture{step}"
+            yield what, f"{words.percent(share)} of a picture, {words.seconds(each)} per step"
 
 
 def _scaling(document: Document) -> Lines:
     """The line through the points of each axis, and the points."""
     for row in document.select("fit", OURS):
-        of = str(row.figures.get("of"))
-        what = f"{words.workload(str(row.figures.get('workload')))} against {of}"
-        points = [
-            f"{x / _AXES.get(of, (1, ''))[0]:.3g}: {words.seconds(taken)}"
-            for point in items(row.figures.get("points"))
-            for x, taken in [map(finite, items(point))]
-            if x is not None and taken is not None
-        ]
-        slope, intercept, left = (figure(row, name) for name in ("slope", "intercept", "residual"))
-        if slope is None or intercept is None:
-            yield what, f"{'; '.join(points)}; {row.status}: {row.reason}"
+        facts = row.figures
+        scale, unit = _AXES[facts["of"]]
+        points = "; ".join(f"{x / scale:.3g}: {words.seconds(taken)}" for x, taken in facts["points"])
+        what = f"{words.workload(facts['workload'])} against {facts['of']}"
+        if row.status != "ok":
+            yield what, f"{points}; {row.status}: {row.reason}"
             continue
-        scale, unit = _AXES.get(of, (1, of))
-        sign = "−" if intercept < 0 else "+"
-        line = f"{words.seconds(slope * scale)} per {unit} {sign} {words.seconds(abs(intercept))}"
-        yield what, f"{line}, largest residual {words.percent(left)} ({'; '.join(points)})"
+        sign = "−" if facts["intercept"] < 0 else "+"
+        rest = f"{sign} {words.seconds(abs(facts['intercept']))}"
+        line = f"{words.seconds(facts['slope'] * scale)} per {unit} {rest}"
+        yield what, f"{line}, largest residual {words.percent(facts['residual'])} ({points})"
 
 
 def _throughput(document: Document) -> Lines:
-    sweep = [
-        f"{row.case.get('pictures')}: {words.number(rate)}"
-        for row in document.select(SWEEP, OURS)
-        if row.status == "ok" and (rate := figure(row, "samples_per_s")) is not None
-    ]
-    if sweep:
-        yield "throughput by batch, pictures per second", "; ".join(sweep)
+    good = [row for row in document.select(SWEEP, OURS) if row.status == "ok"]
+    if good:
+        rates = [f"{row.case['pictures']}: {words.number(figure(row, 'samples_per_s'))}" for row in good]
+        yield "throughput by batch, pictures per second", "; ".join(rates)
     for scenario, write in ((SINGLE_STREAM, _tails), (OFFLINE, _rate)):
         for row in document.select(scenario, OURS):
-            good = row.status == "ok"
-            yield f"throughput, {scenario}", write(row) if good else f"{row.status}: {row.reason}"
+            yield (
+                f"throughput, {scenario}",
+                write(row) if row.status == "ok" else f"{row.status}: {row.reason}",
+            )
 
 
 def _tails(row: Row) -> str:
     """The scenario's own metric first."""
-    tails = {name: figure(row, name) for name in ("p90", "p50", "p99")}
-    return ", ".join(f"{name} {words.seconds(value)}" for name, value in tails.items() if value is not None)
+    return ", ".join(f"{name} {words.seconds(figure(row, name))}" for name in ("p90", "p50", "p99"))
 
 
 def _rate(row: Row) -> str:
-    batch = figure(row, "batch")
-    at = f" at batch {batch:.0f}" if batch else ""
-    return f"{words.number(figure(row, 'samples_per_s'))} pictures/s{at}"
+    return f"{words.number(figure(row, 'samples_per_s'))} pictures/s at batch {row.figures['batch']}"
 
 
 def _memory(document: Document) -> Lines:
     for workload, where in (("peak", "peak in host memory"), ("device peak", "peak on the device")):
         sizes = [
-            f"{side} {words.amount(size, 'B')}"
+            f"{side} {words.amount(summary(row), 'B')}"
             for side in (OURS, *peers(document))
             for row in document.select(workload, side)
-            if row.unit == "B" and (size := summary(row)) is not None
+            if row.samples
         ]
         if sizes:
             yield where, ", ".join(sizes)
-    for row in document.select("ledger", OURS):
-        if row.status == "ok":
-            yield from _ledger(row)
-    for row in document.select("timeline", OURS):
-        if row.status == "ok" and row.samples:
-            yield "memory over the first request of a process", _timeline(row)
+    for workload, write in (("ledger", _ledger), ("timeline", _timeline)):
+        for row in document.select(workload, OURS):
+            if row.status == "ok" and row.samples:
+                yield from write(row)
     for row in document.select("growth per step", OURS):
-        grown, steps = figure(row, "growth_per_step"), figure(row, "steps")
-        if grown is not None and steps is not None:
-            after = figure(row, "from_step") or 0
-            yield "what each step leaves behind", f"{grown:.2g} B, over {steps - after:.0f} steps"
+        if (grown := figure(row, "growth_per_step")) is not None:
+            steps = row.figures["steps"] - row.figures["from_step"]
+            yield "what each step leaves behind", f"{grown:.2g} B, over {steps} steps"
 
 
 def _ledger(row: Row) -> Lines:
     """What the library says that each net holds."""
-    total, untold = figure(row, "scratch") or 0.0, False
+    total = row.figures.get("scratch") or 0
     nets: list[str] = []
-    for name, facts in mapping(row.figures.get("nets")).items():
-        sizes = {label: finite(mapping(facts).get(part)) for part, label in _LEDGER.items()}
-        untold = untold or sizes["activations"] is None
-        known = {label: size for label, size in sizes.items() if size}
+    for name, facts in row.figures["nets"].items():
+        known = {label: facts[part] for part, label in _LEDGER.items() if facts[part]}
         total += sum(known.values())
-        if known:
-            parts = ", ".join(f"{label} {words.amount(size, 'B')}" for label, size in known.items())
-            nets.append(f"{words.workload(name)}: {parts}")
-    if nets:
-        without = "; of activations the library does not tell" if untold else ""
-        yield "memory of the nets", words.amount(total, "B") + without
-        yield "memory by net", "; ".join(nets)
+        parts = ", ".join(f"{label} {words.amount(size, 'B')}" for label, size in known.items())
+        nets += [f"{words.workload(name)}: {parts}"] if parts else []
+    untold = any(facts["activations"] is None for facts in row.figures["nets"].values())
+    without = "; of activations the library does not tell" if untold else ""
+    yield "memory of the nets", words.amount(total, "B") + without
+    yield "memory by net", "; ".join(nets)
 
 
-def _timeline(row: Row) -> str:
+def _timeline(row: Row) -> Lines:
     """How much at the beginning, and at most during which stage."""
-    every, sizes = figure(row, "interval_s") or 0.0, row.samples
+    every, sizes = row.figures["interval_s"], row.samples
     top = max(range(len(sizes)), key=sizes.__getitem__)
-    stage = ""
-    for mark in map(mapping, items(row.figures.get("marks"))):
-        if (finite(mark.get("at_s")) or 0.0) <= every * (top + 1):
-            stage = f" ({words.workload(str(mark.get('stage')))})"
+    begun = [mark["stage"] for mark in row.figures["marks"] if mark["at_s"] <= every * (top + 1)]
+    stage = f" ({words.workload(begun[-1])})" if begun else ""
     begin, peak = words.amount(sizes[0], "B"), words.amount(sizes[top], "B")
-    seconds = words.seconds(every * len(sizes))
-    return f"{begin} at its beginning, peak {peak} after {words.seconds(every * top)}{stage} of {seconds}"
+    when = f"after {words.seconds(every * top)}{stage} of {words.seconds(every * len(sizes))}"
+    yield "memory over the first request of a process", f"{begin} at its beginning, peak {peak} {when}"
 
 
 def _cold_start(document: Document) -> Lines:
@@ -338,18 +302,17 @@ def _cold_start(document: Document) -> Lines:
         if (middle := summary(row)) is not None:
             what = "cold start, its parts" if row.workload in PARTS else "cold start, whole processes"
             found.setdefault(what, []).append(f"{row.workload} {words.seconds(middle)}")
-    for what, parts in found.items():
-        yield what, ", ".join(parts)
+    yield from ((what, ", ".join(parts)) for what, parts in found.items())
 
 
 def _build(document: Document) -> Lines:
     """All nets; the row "every net", where there is one, has what they take together."""
     rows = {row.workload: row for row in document.select(side=OURS) if row.unit == "s"}
     together = rows.pop(TOGETHER, None)
-    nets = [row for row in rows.values() if summary(row) is not None]
+    nets = [row for row in rows.values() if row.samples and row.status == "ok"]
     if not nets:
         return
-    taken = summary(together) or sum(summary(row) or 0.0 for row in nets)
+    taken = summary(together) or sum(row.summary["p50"] for row in nets)
     sizes = [size for row in nets if (size := figure(row, "engine_mb")) is not None]
     peaks = [size for row in nets if (size := figure(row, "peak_rss_gb")) is not None]
     parts = [f"{len(nets)} of {len(rows)} nets in {words.seconds(taken)}"]
@@ -361,48 +324,37 @@ def _build(document: Document) -> Lines:
 def _export(document: Document) -> Lines:
     """Each package: time, CPU time and peak memory."""
     for case in cases(document):
-        row, peak = row_of(document, "export", OURS, case), row_of(document, "export peak memory", OURS, case)
-        if summary(row) is None:
-            continue
-        cpu, memory = figure(row, "cpu_seconds"), summary(peak)
-        parts = [words.seconds(summary(row))]
-        parts += [f"{words.seconds(cpu)} of CPU time"] if cpu is not None else []
-        parts += [f"peak {words.amount(memory, 'B')}"] if memory is not None else []
-        yield f"export with `--verify`, {case.get('dtype', '')}", ", ".join(parts)
+        rows = our_rows(document, case)
+        seconds, peak = (summary(rows.get(name)) for name in ("export", "export peak memory"))
+        if seconds is not None:
+            cpu = f"{words.seconds(figure(rows['export'], 'cpu_seconds'))} of CPU time"
+            what = f"export with `--verify`, {case['dtype']}"
+            yield what, f"{words.seconds(seconds)}, {cpu}, peak {words.amount(peak, 'B')}"
 
 
 def _parity(document: Document) -> Lines:
     """The worst of all nets, and of all pictures."""
     for what, pictures in (("nets", False), ("pictures", True)):
         rows = [row for row in document.select(side=OURS) if (row.workload == "picture") == pictures]
-        known = {
-            name: [value for row in rows if (value := figure(row, name)) is not None]
+        error, decibels, likeness = (
+            [value for row in rows if (value := figure(row, name)) is not None]
             for name in ("relative_l2", "psnr_db", "ssim")
-        }
-        if not known["relative_l2"]:
+        )
+        if not error:
             continue
-        references = [row.figures["reference"] for row in rows if row.figures.get("reference")]
         failed = sum(row.status == "FAILED" for row in rows)
-        parts = [f"{len(known['relative_l2'])} compared{f', {failed} FAILED' if failed else ''}"]
-        if worst := max(known["relative_l2"]):
+        parts = [f"{len(error)} compared{f', {failed} FAILED' if failed else ''}"]
+        if worst := max(error):
             parts += [f"largest relative L2 {worst:.1e}"]
-            parts += [f"lowest PSNR {min(known['psnr_db']):.1f} dB"] if known["psnr_db"] else []
-            parts += [f"lowest SSIM {min(known['ssim']):.4f}"] if known["ssim"] else []
+            parts += [f"lowest PSNR {min(decibels):.1f} dB"] if decibels else []
+            parts += [f"lowest SSIM {min(likeness):.4f}"] if likeness else []
         else:
             parts.append("identical")
+        references = [row.figures["reference"] for row in rows if "reference" in row.figures]
         yield f"parity of {what} with {next(iter(references), 'the reference')}", ", ".join(parts)
 
 
-def _detection(document: Document) -> Lines:
-    named = ((SLOWED, "`compare` finds a planted slowdown"), (PAIR, "`compare` passes an A/A pair"))
-    for workload, what in named:
-        rows = list(document.select(workload))
-        if rows:
-            slower = finite(rows[0].case.get("slow_down"))
-            size = f" of {100 * slower:g} %" if slower else ""
-            yield f"{what}{size}", f"{sum(row.status == 'ok' for row in rows)} of {len(rows)} times"
-
-
+# In the order in which documents are shown.
 _SUMMARIES: Mapping[str, Callable[[Document], Lines]] = {
     "latency": _outside,
     "scaling": _scaling,
@@ -410,7 +362,6 @@ _SUMMARIES: Mapping[str, Callable[[Document], Lines]] = {
     "memory": _memory,
     "cold-start": _cold_start,
     "build": _build,
-    "export": _export,
     "parity": _parity,
-    "detection": _detection,
+    "export": _export,
 }

@@ -3,21 +3,21 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from latentrt.benchmarks.records import Document, Rounds, Row, read_document
-from latentrt.benchmarks.sides.contract import AGAIN, OURS, REFERENCES, YARDSTICK
-from latentrt.benchmarks.verbs import detection
+from latentrt.benchmarks.records import Document, Rounds, Row
+from latentrt.benchmarks.sides.contract import AGAIN, OURS, YARDSTICK
 from latentrt.benchmarks.verbs.compare import Comparison, compare
 from latentrt.engines.errors import UsageError
 
 MACHINE = {"cpu": "a processor", "cores": 2, "gpu": None, "commit": "0123abc"}
 CASE = {"width": 64, "height": 64, "steps": 20}
 SECONDS = {"unet": 0.013, "vae_decoder": 0.019}
+FLAT: Rounds = ((1.0,), (1.0,), (1.0,))
+UNSURE: Rounds = ((0.8,), (1.15,), (1.2,))
 
 
 def simulated(
@@ -49,13 +49,7 @@ def simulated(
                     side=YARDSTICK, workload=workload, case=CASE, unit="1", rounds=over, figures=figures
                 )
                 rows.append(row)
-        rows.append(matmul(workload, turns(0.05)))
     return document(rows)
-
-
-def matmul(workload: str, rounds: Rounds, **figures: Any) -> Row:
-    facts = {"during": workload, "flops": 1e9, **figures}
-    return Row(side="ceiling", workload="gemm", case=CASE, rounds=rounds, figures=facts)
 
 
 def document(rows: Sequence[Row], **changes: Any) -> Document:
@@ -79,31 +73,26 @@ def verdicts(found: Comparison) -> dict[str, str]:
 # ── what it is for ──────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("beside", [True, False])
 @pytest.mark.parametrize(("times", "verdict"), [(1.1, "slower"), (1.0, "same"), (1 / 1.1, "faster")])
-def test_a_planted_change_is_found_20_times_of_20(times: float, verdict: str, *, beside: bool) -> None:
-    """20 pairs; the second machine is from half as fast to twice as fast."""
-    for seed, machine in enumerate(2 ** np.linspace(-1, 1, 20)):
-        before = simulated(2 * seed, beside=beside)
-        found = compare(before, simulated(2 * seed + 1, times=times, machine=machine, beside=beside))
+def test_a_planted_change_is_found_10_times_of_10(times: float, verdict: str) -> None:
+    """The second machine is from half as fast to twice as fast; of nothing planted nothing is found."""
+    for seed, machine in enumerate(2 ** np.linspace(-1, 1, 10)):
+        found = compare(simulated(2 * seed), simulated(2 * seed + 1, times=times, machine=machine))
         assert found.regressed == (verdict == "slower")
         assert verdicts(found) == {"latentrt, unet": verdict, "latentrt, vae_decoder": verdict}
-        if verdict == "slower":
-            ratios = [row.ratio for row in found.rows if row.ratio]
-            assert len(ratios) == 2
-            assert all(ratio.low < 1.1 * 1.03 and ratio.high > 1.1 / 1.03 for ratio in ratios)
+        for row in found.rows:
+            assert row.machine == pytest.approx(machine, rel=0.2)
+            assert row.ratio
+            assert row.ratio.low < times * 1.03
+            assert row.ratio.high > times / 1.03
 
 
 def test_without_the_yardstick_a_slow_minute_is_taken_for_a_slow_program() -> None:
-    """What it is there for."""
-    a, b = (
-        replace(found, rows=tuple(row for row in found.rows if row.side not in REFERENCES))
-        for found in (simulated(0), simulated(1, machine=1.6))
-    )
-    found = compare(a, b)
+    """What it is there for: such rows are compared as they were measured, and a remark says so."""
+    found = compare(simulated(0, beside=False), simulated(1, machine=1.6, beside=False))
     assert found.regressed
+    assert [row.machine for row in found.rows] == [None, None]
     assert "no yardstick for some rows: their ratio has the machine's own change in it" in found.remarks
-    assert not compare(simulated(0), simulated(1, machine=1.6)).regressed
 
 
 # ── noise ──────────────────────────────────────────────────────────────────────────────────────
@@ -131,39 +120,13 @@ def test_what_an_aa_pair_differs_by_is_no_change() -> None:
 
 def test_a_change_within_its_own_interval_is_no_change() -> None:
     """Six rounds that say 0.8, 1.15 and 1.2, twice."""
-    flat: Rounds = ((1.0,),) * 6
-    a = document([Row(side=OURS, workload="unet", rounds=flat), matmul("unet", flat)])
-    b = document(
-        [Row(side=OURS, workload="unet", rounds=((0.8,), (1.15,), (1.2,)) * 2), matmul("unet", flat)]
-    )
-    a, b = (change(found, "gemm", "ceiling", case={}) for found in (a, b))
+    a, b = (document([Row(side=OURS, workload="unet", rounds=turns * 2)]) for turns in (FLAT, UNSURE))
     found = compare(a, b)
     (row,) = found.rows
-    assert found.remarks[-1] == "latentrt, unet: known within 20.0% only; more rounds would say more"
+    assert found.remarks[-1] == "latentrt, unet: known within 20.0%; more rounds would say more"
     assert row.ratio is not None
-    assert row.machine == 1.0
     assert vars(row.ratio) == pytest.approx({"value": 1.15, "low": 0.8, "high": 1.2})
     assert row.verdict == "same"
-
-
-def test_a_yardstick_of_another_shape_counts_by_the_operation() -> None:
-    a, b = simulated(0, beside=False), simulated(1, beside=False)
-    longer = [
-        replace(
-            row,
-            rounds=tuple(tuple(3 * seconds for seconds in turn) for turn in row.rounds),
-            figures={**row.figures, "flops": 3e9, "shape": [3]},
-        )
-        if row.workload == "gemm"
-        else row
-        for row in b.rows
-    ]
-    found = compare(a, replace(b, rows=tuple(longer)))
-    for one, other in zip(found.rows, compare(a, b).rows, strict=True):
-        assert one.ratio
-        assert other.ratio
-        assert (one.ratio.value, one.machine) == pytest.approx((other.ratio.value, other.machine))
-    assert any("[3]" in remark for remark in found.remarks)
 
 
 # ── other rows ─────────────────────────────────────────────────────────────────────────────────
@@ -201,9 +164,8 @@ def test_rows_of_one_document_alone_are_named() -> None:
     a = replace(a, rows=(*a.rows, Row(side="diffusers", workload="unet", case=CASE, rounds=((1.0,),))))
     b = change(b, "unet", OURS, case={**CASE, "steps": 21})
     found = compare(a, b)
-    assert found.only_before == ("latentrt, unet", "diffusers, unet")
-    assert found.only_after == ("latentrt, unet",)
-    assert "only before: diffusers, unet" in found.format()
+    alone = ("only before: latentrt, unet", "only before: diffusers, unet", "only after: latentrt, unet")
+    assert found.remarks[:3] == alone
     assert verdicts(found) == {"latentrt, vae_decoder": "same"}
 
 
@@ -212,19 +174,14 @@ def one_row(unit: str, rounds: Rounds) -> Document:
 
 
 @pytest.mark.parametrize(
-    ("unit", "before", "after", "verdict"),
-    [
-        ("B", 1000.0, 1200.0, "larger"),
-        ("B", 1200.0, 1000.0, "smaller"),
-        ("1/s", 10.0, 8.0, "slower"),
-        ("FLOP/s", 8.0, 7.9, "same"),
-    ],
+    ("before", "after", "verdict"),
+    [(1000.0, 1200.0, "larger"), (1200.0, 1000.0, "smaller"), (1000.0, 1010.0, "same")],
 )
-def test_bytes_and_rates_are_compared_directly(unit: str, before: float, after: float, verdict: str) -> None:
-    found = compare(one_row(unit, ((before,),) * 6), one_row(unit, ((after,),) * 6))
+def test_bytes_are_compared_directly(before: float, after: float, verdict: str) -> None:
+    found = compare(one_row("B", ((before,),)), one_row("B", ((after,),)))
     assert verdicts(found) == {"latentrt, memory": verdict}
     assert found.rows[0].machine is None
-    assert found.regressed == (verdict in ("larger", "slower"))
+    assert found.regressed == (verdict == "larger")
 
 
 @pytest.mark.parametrize(
@@ -241,14 +198,6 @@ def test_rows_that_cannot_be_compared_say_why(unit: str, rounds: Rounds, reason:
     assert (row.verdict, row.reason) == ("not compared", reason)
 
 
-def test_a_row_whose_rounds_are_not_its_yardsticks_is_compared_as_it_is() -> None:
-    a, b = simulated(0, beside=False), simulated(1, beside=False)
-    b = change(b, "unet", OURS, rounds=next(b.select("unet", OURS)).rounds[:-1])
-    rows = {row.workload: row for row in compare(a, b).rows}
-    assert rows["unet"].machine is None
-    assert rows["vae_decoder"].machine is not None
-
-
 # ── documents ──────────────────────────────────────────────────────────────────────────────────
 
 
@@ -259,12 +208,6 @@ def test_documents_of_other_models_verbs_and_machines_are_refused(other: dict[st
             compare(document([]), document([], **changes))
 
 
-def test_a_threshold_is_a_share() -> None:
-    for threshold in (0.0, 1.0, -0.1):
-        with pytest.raises(UsageError, match="threshold"):
-            compare(document([]), document([]), threshold=threshold)
-
-
 def test_other_systems_and_settings_are_a_remark() -> None:
     changed = {**MACHINE, "python": "3.13.1", "commit": "4567def"}
     found = compare(document([]), document([], machine=changed, settings={"threads": 1}))
@@ -272,8 +215,7 @@ def test_other_systems_and_settings_are_a_remark() -> None:
         'different systems: python was null, is "3.13.1"',
         "different settings: threads was null, is 1",
     )
-    assert "(0123abc) -> " in found.format()
-    assert "(4567def)" in found.format()
+    assert found.format().startswith("2026-11-22T03:04:05+00:00 0123abc -> 2026-11-22T03:04:05+00:00 4567def")
 
 
 def test_a_comparison_is_plain_data() -> None:
@@ -283,30 +225,3 @@ def test_a_comparison_is_plain_data() -> None:
     assert ratio["low"] < ratio["value"] < ratio["high"]
     few = document([Row(side=OURS, workload="unet", rounds=((1.0,),))])
     assert not compare(few, few).compared
-
-
-# ── the experiment ─────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(("times", "caught"), [(1.1, 3), (1.0, 0)])
-def test_trials_in_pieces_are_one_document(
-    times: float, caught: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A slowdown that is not there is not caught."""
-    path, asked = tmp_path / "detection.json", list[float]()
-
-    def measure(slow_down: float) -> Document:
-        asked.append(slow_down)
-        return simulated(len(asked), times=times if slow_down else 1.0)
-
-    code = 0 if caught else 1
-    assert detection.main(["--out", str(path), "--pairs", "2"], measure) == code
-    assert detection.main(["--out", str(path), "--pairs", "1", "--first", "2"], measure) == code
-    assert capsys.readouterr().out.splitlines()[-2:] == [
-        f"planted slowdown: right {caught} of 3 times",
-        "A/A pair: right 3 of 3 times",
-    ]
-    assert [row.case["trial"] for row in read_document(path).rows] == [0, 0, 1, 1, 2, 2]
-    slow = detection.PLANTED
-    # trial 0: slow first; 1: last; 2 in a new run
-    assert asked == [0.0, slow, 0.0, 0.0, slow, 0.0, slow, 0.0]
