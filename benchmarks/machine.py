@@ -41,17 +41,22 @@ def clocks() -> dict[str, Any]:
     return {"load_1min": _load(), "cpu_mhz": _cpu_mhz(), "gpu_clocks": gpu_clocks()}
 
 
-def resident_bytes() -> tuple[int, int]:
-    """Bytes of this process that are resident now, and the most that ever were.
+def resident_bytes(pid: int | None = None) -> tuple[int, int]:
+    """Bytes of a process, this one by default, that are resident now, and the most that ever were.
 
-    Linux tells both (proc(5)); elsewhere getrusage's peak stands for both. On Linux that one would not do: a
-    child's begins with what its parent had resident when it was forked. Windows tells neither: (0, 0).
+    Linux tells both (proc(5)). Elsewhere getrusage's peak of this process stands for both; on Linux that one
+    would not do: a child's begins with what its parent had resident when it was forked. What nobody tells is
+    (0, 0): on Windows, of another process elsewhere, and of one that has ended.
     """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        lines = dict(line.split(":", 1) for line in status.read_text(encoding="ascii").splitlines())
+    try:
+        text = Path("/proc", str(pid or "self"), "status").read_text(encoding="utf-8", errors="replace")
+        lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
         now, peak = (int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
-        return now, peak
+    except (OSError, KeyError):  # no /proc; or it is ending, and has no memory any more
+        if pid:
+            return 0, 0
+    else:
+        return now, max(now, peak)
     if find_spec("resource") is None:
         return 0, 0
     import resource

@@ -43,7 +43,7 @@ def opener(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         patch.setenv("LATENTRT_CACHE", str(tmp_path_factory.mktemp("store")))
         for section in NEEDED:
             rows = run(section, opener)
-            if section == "open" and rows[0].status == "not available":
+            if section == "placement" and rows[0].status == "not available":
                 pytest.skip(rows[0].reason)
         yield opener
 

@@ -2,7 +2,7 @@
 
     --package demo                                      the shipped model, or a package folder
     --backends onnxruntime-cuda tensorrt tensorrt-rtx   which; all of them by default
-    --out FILE                                          default: results/gpu_check-<gpu>-<date>.json
+    --out FILE                                          default: gpu_check-<date>.json
 
 Prints a line per row. The exit code is 0 only if nothing FAILED, 1 if something did, and 4 where there is
 no GPU. Backends that cannot run here are "not available", with the reason: that is no failure. Every section
@@ -17,20 +17,21 @@ its case has `backend` and `what` was looked at; samples are seconds, where some
     available   is: name, version, device
     build       engine_mb, peak_rss_gb, profiles, layers, … of each net (`verbs/build.py`);
                 onnxruntime-cuda: layout, milliseconds and relative_l2 of each layout, rejected ones
-    open        device, weights_mib
-    placement   nodes that ran, and on_cpu those that ran there; no floating-point node and no copy may be one
-    parity      relative_l2 (bar 1e-3 for fp32, 5e-3 for fp16), max_error, psnr_db, of the worst output of a
-                net at one shape, against ONNX Runtime on the CPU; uint8 is judged by psnr_db (bar 40)
-    picture     psnr_db (bar 40) of the worst of three pictures, identical, cpu_seconds
+    placement   `every net` opens: device, weights_mib; "not available" where the library does not list this
+                GPU and refuses it. ONNX Runtime besides, of each net: nodes that ran, and on_cpu those that
+                ran there; no floating-point node and no copy may be one
+    parity      as in `latentrt bench parity`, against ONNX Runtime on the CPU: relative_l2 (bar 1e-4 for
+                fp32, 5e-3 for fp16) and psnr_db of a net at one shape; the decoder's bar is 60 and 45 dB
+    picture     the same of whole pictures: psnr_db of the worst of three (bar 48 for fp32, 40 for fp16), …
     graphs      psnr_db (bar 50) between plain and replayed loops, identical, plain_p50_s, graph_p50_s,
                 launches; "not available" with the reason where the loop cannot be captured
-    memory      opened_mib, peak_mib, closed_mib since the baseline, of all processes, as `measured_by` tells:
-                at most 64 may be missing once closed, and 16 more after the last cycle than after the first;
-                kept_by_libraries_mib after the first cycle, which is not judged; and the ledger of the nets
+    memory      opened_mib, peak_mib, closed_mib since the baseline, of all processes on the GPU: at most 64
+                may be missing once closed, and 16 more after the last cycle than after the first; what the
+                first cycle leaves is the libraries', and not judged; and the ledger of the nets
     host_memory resident_mib, and by how much it has grown over so many pictures of plain loops (at most 8)
-    ladder      need_mib; then, with less and less free_mib: drawn, rungs, psnr_db, or what was refused
-    timing      p50_s and p90_s of a guided picture of `steps` steps, stages_p50_s; nothing is judged
-    peers       a picture by ours and by a plain loop over the same library, as in `latentrt bench latency`
+    ladder      need_mib; then, with less and less free_mib: drawn, rungs, psnr_db, or how it was refused
+    timing      a picture by ours, and by a plain loop over the same library where there is one, in turns, as
+                in `latentrt bench latency`: stages_p50_s, device_p50_s, replayed, …; no time is too long
 
 "inf" and "-inf" are text. The peak is that of samples taken every 2 ms.
 """
@@ -39,7 +40,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import tempfile
 from collections import Counter
@@ -57,12 +57,11 @@ from ...runtime.pipeline import SHIPPED
 from ..machine import clocks
 from ..process import Child, SideError, become_child
 from ..records import Document, Row, short
-from ..sides.contract import OURS
 from ..verbs.latency import describe_model
 from .memory import ladder, memory
-from .nets import build, opens, parity, placement
-from .opener import Opener, Scale, backend_opener, collect, judged, not_available
-from .pictures import graphs, host_memory, peers, picture, timing
+from .nets import build, placement
+from .opener import Opener, Scale, backend_opener, collect, row_of
+from .pictures import graphs, host_memory, parity, picture, timing
 
 BACKENDS = ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 LIMIT = 570.0  # seconds of the whole run
@@ -72,47 +71,39 @@ RunSection = Callable[[str, str, float], Iterator[Row]]  # backend, section, sec
 
 
 def describe(opener: Opener, scale: Scale) -> Iterator[Row]:
-    """What the backend says it is. (Where it cannot run there is no opener, and `section_rows` says why.)"""
+    """What the backend says it is. (Where it cannot run there is no opener, and `run_in_child` says why.)"""
     del scale
     _, engine = choose_backend(opener.task.backend)
-    yield judged("backend", [], {"is": engine.describe()})
+    yield row_of("backend", {"is": engine.describe()})
 
 
-# What is run, in this order, and for how many seconds at most. Without those that are needed, or if one of
-# them fails, the rest has nothing to run on.
+# What is run, in this order, and for how many seconds at most. Where the first row of one that is needed is
+# not ok, the rest has nothing to run on.
 SECTIONS: Mapping[str, tuple[RunInChild, float]] = {
     "available": (describe, 60),
     "build": (build, 300),
-    "open": (opens, 60),
-    "placement": (placement, 60),
+    "placement": (placement, 90),
     "parity": (parity, 90),
     "picture": (picture, 120),
     "graphs": (graphs, 90),
     "memory": (memory, 90),
     "host_memory": (host_memory, 120),
     "ladder": (ladder, 120),
-    "timing": (timing, 60),
-    "peers": (peers, 90),
+    "timing": (timing, 120),
 }
-NEEDED = ("available", "build", "open")
+NEEDED = ("available", "build", "placement")
 
 
-def section_rows(section: str, backend: str, root: Path) -> Iterator[Row]:
-    """The rows of a section; "not available" where the backend cannot run here. Raises LatentrtError."""
-    package = Package.open(root)
+def run_in_child(section: str, backend: str, root: Path) -> None:
+    """What the child of a section does: each row is a line of JSON on stdout, as soon as it is known."""
+    reply, package = become_child(), Package.open(root)
     try:
         opener = backend_opener(backend, package)
     except BackendError as error:
-        yield not_available("backend", error.found)
+        reply(row_of("backend", missing=error.found).to_json())
         return
     run, _ = SECTIONS[section]
-    yield from run(opener, Scale.of(package.manifest))
-
-
-def write_rows(section: str, backend: str, root: Path) -> None:
-    """What the child of a section does: each row is a line of JSON on stdout, as soon as it is known."""
-    reply = become_child()
-    for row in collect(section_rows(section, backend, root)):
+    for row in collect(run(opener, Scale.of(package.manifest))):
         reply(row.to_json())
 
 
@@ -128,21 +119,17 @@ def check(
     for backend in backends:
         for section, (_, most) in SECTIONS.items():
             left, first = limit - (perf_counter() - began), len(rows)
-            late = _process_row(0.0, f"no time is left of {limit:.0f} s")
+            late = row_of("process", problems=[f"no time is left of {limit:.0f} s"])
             for row in run(backend, section, min(most, left)) if left > 0 else [late]:
                 case = {**row.case, "backend": backend, "what": row.workload}
                 rows.append(replace(row, workload=section, case=case, stamp=row.stamp or clocks()))
                 said(line_of(rows[-1]))
             yield rows
-            if section in NEEDED and not _can_go_on(section, rows[first:]):
+            # What was not built need not have been; of the others the first row says it.
+            looked_at = rows[first:] if section == "build" else rows[first : first + 1]
+            fine = ("ok", "not available") if section == "build" else ("ok",)
+            if section in NEEDED and any(row.status not in fine for row in looked_at):
                 break
-
-
-def _can_go_on(section: str, rows: Sequence[Row]) -> bool:
-    """Whether later sections have anything to run on. What was not built need not have been."""
-    if section == "build":
-        return not any(row.status == "FAILED" for row in rows)
-    return all(row.status == "ok" for row in rows)
 
 
 def run_section(
@@ -161,31 +148,21 @@ def run_section(
                     count += 1
         except SideError as error:
             problem = error.reason
-    yield _process_row(perf_counter() - began, problem or ("" if count else "it ended without a row"))
-
-
-def _process_row(seconds: float, problem: str) -> Row:
-    status = "FAILED" if problem else "ok"
-    return Row(side=OURS, workload="process", rounds=((seconds,),), status=status, reason=problem)
+    problem = problem or ("" if count else "it ended without a row")
+    yield row_of("process", problems=[problem] if problem else (), samples=[perf_counter() - began])
 
 
 def line_of(row: Row) -> str:
     """A row for people, on one line."""
     reason = f": {short(row.reason)}" if row.reason else ""
     figures = {**({"seconds": row.summary["p50"]} if row.samples else {}), **row.figures}
-    shown = ""
-    for name, value in figures.items():
-        if isinstance(value, (bool, int, float, str)) and len(str(value)) < 60:
-            shown += f"  {name} {value:.4g}" if isinstance(value, float) else f"  {name} {value}"
+    shown = [
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in figures.items()
+        if isinstance(value, (int, float, str)) and len(str(value)) < 60
+    ]
     what = f"{row.case['backend']:<16} {row.workload:<11} {row.case['what']}"
-    return f"{what}: {row.status}{reason}{shown}".rstrip()
-
-
-def default_file(gpu: str, date: str) -> Path:
-    """Beside the other results in a checkout, else in the current folder."""
-    results = Path(__file__).resolve().parents[1] / "results"
-    name = f"gpu_check-{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}-{date}.json"
-    return (results if results.is_dir() else Path()) / name
+    return "  ".join([f"{what}: {row.status}{reason}", *shown])
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -204,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Check, print, write; the exit code."""
     options = _options(arguments)
     if options.section:
-        write_rows(options.section, options.backends[0], Path(options.package))
+        run_in_child(options.section, options.backends[0], Path(options.package))
         return 0
     if reason := available():
         print(f"gpu_check: {reason}. Run it where an NVIDIA GPU and its driver are.", file=sys.stderr)
@@ -221,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings={"backends": options.backends, "profile": profile, "limit": options.limit},
         rows=(),
     )
-    out: Path = options.out or default_file(document.machine["gpu"]["name"], document.date[:10])
+    out: Path = options.out or Path(f"gpu_check-{document.date[:10]}.json")
     with tempfile.TemporaryDirectory() as store:
 
         def run(backend: str, section: str, limit: float) -> Iterator[Row]:

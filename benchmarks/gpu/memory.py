@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
-from functools import partial
-from threading import Event
-from typing import Any, NamedTuple
+from typing import Any
 
 from ...engines.device import Device
 from ...engines.errors import MemoryLimitError
@@ -18,62 +15,19 @@ from ...engines.tolerances import PICTURE_DB
 from ..likeness import psnr
 from ..records import Row
 from ..sides.device_work import ledger_of
-from .opener import Opened, Opener, Scale, attempt, judged, mebibytes, not_available, too_far
-from .pictures import draw
+from ..verbs.memory_watch import sampled
+from .opener import Opened, Opener, Scale, attempt, draw, mebibytes, row_of
 
 MIB = 2**20
-BACK = 64 * MIB  # how near to the baseline memory must come back
-GROWTH = 16 * MIB  # how much more may be missing after the last cycle than after the first
+BACK = 64.0  # MiB that may be missing from the baseline
+GROWTH = 16.0  # MiB that may be missing after the last cycle beyond those after the first
 TILED_DB = 15.0  # tiles cannot see each other: the same picture, no more
 _PERIOD = 0.002  # seconds between two looks at the free memory
 _SMALLEST = MIB // 4  # pieces of the ballast
 _NUMBERS = re.compile(r"\d+ MiB of \d+ free")
 
 
-@contextmanager
-def lowest_free(device: Device) -> Generator[list[int], None, None]:
-    """The least free memory in bytes, one number, as a thread of its own sees it until the block is left.
-
-    Raises what the device raises, at the end of the block.
-    """
-    free, stop = [device.memory().free], Event()
-
-    def look() -> None:
-        free[0] = min(free[0], device.memory().free)
-
-    def watch() -> None:
-        while not stop.wait(_PERIOD):
-            look()
-
-    with ThreadPoolExecutor(1) as pool:
-        watching = pool.submit(watch)
-        try:
-            yield free
-        finally:
-            stop.set()
-        watching.result()
-    look()
-
-
 # ── back to the baseline ───────────────────────────────────────────────────────────────────────
-
-
-class _Cycle(NamedTuple):
-    """Free bytes before opening, once open, at the lowest while drawing, and once closed; and the ledger."""
-
-    before: int
-    opened: int
-    lowest: int
-    after: int
-    ledger: dict[str, Any]
-
-    def figures(self, baseline: int) -> dict[str, float]:
-        """MiB taken since the baseline."""
-        return {
-            "opened_mib": mebibytes(baseline - self.opened),
-            "peak_mib": mebibytes(baseline - self.lowest),
-            "closed_mib": mebibytes(baseline - self.after),
-        }
 
 
 def memory(opener: Opener, scale: Scale) -> Iterator[Row]:
@@ -83,40 +37,37 @@ def memory(opener: Opener, scale: Scale) -> Iterator[Row]:
     the process ends. The baseline is what is free after it.
     """
     with closing(opener.watch()) as watch:
-        first = _cycle(opener, scale, watch)
-        kept = {"kept_by_libraries_mib": mebibytes(first.before - first.after)}
-        yield judged("first cycle", [], {**first.figures(first.before), **kept})
-        cycles: list[_Cycle] = []
+        figures, ledger = _cycle(opener, scale, watch, watch.memory().free)
+        yield row_of("first cycle", figures)
+        baseline, missing = watch.memory().free, list[float]()
         for number in range(1, scale.cycles + 1):
-            cycles.append(_cycle(opener, scale, watch))
-            missing = first.after - cycles[-1].after
-            late = f"{mebibytes(missing)} MiB did not come back, more than {mebibytes(BACK)}"
-            figures = {**cycles[-1].figures(first.after), "measured_by": opener.measured_by}
-            yield judged(f"cycle {number}", [late] if missing > BACK else [], figures)
-        grown = cycles[0].after - cycles[-1].after
-        less = f"{mebibytes(grown)} MiB less are free than after the first cycle"
-        figures = {"growth_mib": mebibytes(grown), "cycles": scale.cycles}
-        yield judged("no growth", [less] if grown > GROWTH else [], figures)
-        yield _ledger(opener, cycles[-1].ledger)
+            figures, ledger = _cycle(opener, scale, watch, baseline)
+            missing.append(figures["closed_mib"])
+            late = f"{missing[-1]} MiB did not come back, more than {BACK:g}"
+            yield row_of(f"cycle {number}", figures, [late] if missing[-1] > BACK else [])
+        grown = round(missing[-1] - missing[0], 2)
+        less = f"{grown} MiB less are free than after the first cycle"
+        yield row_of("no growth", {"growth_mib": grown}, [less] if grown > GROWTH else [])
+        # A net with weights that counts none on the device says what is not so.
+        nets, counted = opener.package.manifest.nets, ledger["ledger"]
+        empty = [name for name, row in counted.items() if nets[name].weights and row["weights"] <= 0]
+        problems = [f"no weights of {', '.join(empty)} are counted"] if empty else []
+        yield row_of("ledger", {"known_mib": mebibytes(ledger["known"]), **ledger}, problems)
 
 
-def _cycle(opener: Opener, scale: Scale, watch: Device) -> _Cycle:
-    before = watch.memory().free
+def _cycle(
+    opener: Opener, scale: Scale, watch: Device, baseline: int
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """MiB taken since the baseline once open, at most while drawing, and once closed; and the ledger."""
     with opener.pipeline("on") as opened:
-        after_opening = watch.memory().free
-        with lowest_free(watch) as lowest:
+        free = {"opened_mib": watch.memory().free}
+        with sampled(lambda: watch.memory().free, _PERIOD) as looks:
             for _ in range(3):  # plain, captured, replayed
                 draw(opened.pipe, replace(scale.case, pictures=2))
+        free["peak_mib"] = min(size for _, size in looks)
         ledger = ledger_of(opened.loop)
-    return _Cycle(before, after_opening, lowest[0], watch.memory().free, ledger)
-
-
-def _ledger(opener: Opener, ledger: dict[str, Any]) -> Row:
-    """What each net holds, as it says itself; a net with weights that has none on the device is a lie."""
-    files = opener.package.manifest.nets
-    empty = [name for name, row in ledger["ledger"].items() if files[name].weights and row["weights"] <= 0]
-    problems = [f"no weights of {', '.join(empty)} are counted"] if empty else []
-    return judged("ledger", problems, {"known_mib": mebibytes(ledger["known"]), **ledger})
+    free["closed_mib"] = watch.memory().free
+    return {name: mebibytes(baseline - size) for name, size in free.items()}, ledger
 
 
 # ── the ladder ─────────────────────────────────────────────────────────────────────────────────
@@ -127,27 +78,26 @@ def ladder(opener: Opener, scale: Scale) -> Iterator[Row]:
     with closing(opener.watch()) as watch:
         if watch.memory().unified:
             reason = "the device shares its memory with the host: to make it scarce would stop the machine"
-            yield not_available("scarce memory", reason)
+            yield row_of("scarce memory", missing=reason)
             return
         _ample(opener, scale, watch)  # the libraries load their kernels
         wanted, need = _ample(opener, scale, watch)
         size = {"size": f"{scale.large}x{scale.large}", "pictures": scale.many}
-        yield judged("memory to spare", [], {"need_mib": mebibytes(need), **size})
+        yield row_of("memory to spare", {"need_mib": mebibytes(need), **size})
         lowered: set[str] = set()
         for share in scale.shares:
-            what = f"{share:.0%} of that free"
-            row = attempt(what, partial(_scarce, what, opener, scale, watch, wanted, int(need * share)))
+            row = attempt(f"{share:.0%} of that free", _scarce, opener, scale, watch, wanted, need * share)
             yield row
-            lowered.update(row.figures.get("rungs", ()))
-            if row.status == "FAILED" or not row.figures.get("drawn"):
+            lowered.update(row.figures.get("rungs", ()) if row.figures.get("drawn") else ())
+            if row.status == "FAILED" or not row.figures["drawn"]:
                 break  # it only gets scarcer
         problems = [] if lowered else ["no request was drawn that needed a rung"]
-        yield judged("a rung helped", problems, {"rungs": sorted(lowered)})
+        yield row_of("a rung helped", {"rungs": sorted(lowered)}, problems)
         with opener.pipeline() as opened:
             _warm_up(opened, scale)
             with ballast(watch, 0):
-                yield attempt("nothing free", partial(_refused, opened, scale, watch))
-            yield attempt("free again", partial(_alike, "free again", opened, scale, wanted, {}))
+                yield attempt("nothing free", _large, opened, scale, watch, wanted, False)
+            yield attempt("free again", _large, opened, scale, watch, wanted, True)
 
 
 def _ample(opener: Opener, scale: Scale, watch: Device) -> tuple[Array, int]:
@@ -155,50 +105,43 @@ def _ample(opener: Opener, scale: Scale, watch: Device) -> tuple[Array, int]:
     with opener.pipeline() as opened:
         _warm_up(opened, scale)
         before = watch.memory().free
-        with lowest_free(watch) as lowest:
+        with sampled(lambda: watch.memory().free, _PERIOD) as looks:
             images, _ = draw(opened.pipe, scale.large_case)
-        return images, before - lowest[0]
+        return images, before - min(size for _, size in looks)
 
 
-def _scarce(what: str, opener: Opener, scale: Scale, watch: Device, wanted: Array, margin: int) -> Row:
+def _scarce(what: str, opener: Opener, scale: Scale, watch: Device, wanted: Array, margin: float) -> Row:
     with opener.pipeline() as opened:
         _warm_up(opened, scale)
-        with ballast(watch, margin):
-            figures = {"free_mib": mebibytes(watch.memory().free)}
-            try:
-                return _alike(what, opened, scale, wanted, figures)
-            except MemoryLimitError as error:
-                return judged(what, _numbers(error), {**figures, "drawn": False, "refused": error.found})
+        with ballast(watch, int(margin)):
+            return _large(what, opened, scale, watch, wanted, None)
 
 
-def _alike(what: str, opened: Opened, scale: Scale, wanted: Array, figures: dict[str, Any]) -> Row:
-    """The large request, judged by the pictures. Raises MemoryLimitError."""
-    found, seconds = draw(opened.pipe, scale.large_case)
-    tiled = any(re.search(r"tile=\d", line) for line in opened.log)
-    likeness = psnr(found, wanted)
-    problems = too_far(likeness, TILED_DB if tiled else PICTURE_DB["fp16"])
-    figures = {**figures, "drawn": True, "psnr_db": likeness, "rungs": _rungs(opened)}
-    return judged(what, problems, figures, [seconds])
+def _large(
+    what: str, opened: Opened, scale: Scale, watch: Device, wanted: Array, expected: bool | None
+) -> Row:
+    """The large request, judged by its pictures, or its refusal by its words.
 
-
-def _refused(opened: Opened, scale: Scale, watch: Device) -> Row:
-    figures: dict[str, Any] = {"free_mib": mebibytes(watch.memory().free), "message": ""}
-    problems = ["it was drawn, although no memory was free"]
+    `expected` tells whether it has to be drawn; None: either will do.
+    """
+    figures: dict[str, Any] = {"free_mib": mebibytes(watch.memory().free)}
+    samples: list[float] = []
     try:
-        draw(opened.pipe, scale.large_case)
+        found, seconds = draw(opened.pipe, scale.large_case)
     except MemoryLimitError as error:
-        figures |= {"message": error.found, "rungs": _rungs(opened)}
-        problems = _numbers(error)
-    return judged("nothing free", problems, figures)
-
-
-def _numbers(error: MemoryLimitError) -> list[str]:
-    return [] if _NUMBERS.search(error.found) else [f"the refusal has no numbers: {error.found}"]
-
-
-def _rungs(opened: Opened) -> list[str]:
-    """What the loop logged as `out of memory (WHY): RUNG -> PLAN`."""
-    return [line.rpartition("): ")[2].partition(" -> ")[0] for line in opened.log]
+        figures |= {"drawn": False, "refused": error.found}
+        problems = [] if _NUMBERS.search(error.found) else [f"the refusal has no numbers: {error.found}"]
+        problems += [f"it was refused: {error.found}"] if expected else []
+    else:
+        samples.append(seconds)
+        tiled = any(re.search(r"tile=\d", line) for line in opened.log)
+        likeness, bar = psnr(found, wanted), TILED_DB if tiled else PICTURE_DB["fp16"]
+        figures |= {"drawn": True, "psnr_db": likeness}
+        problems = [] if likeness >= bar else [f"{likeness:.1f} dB, below {bar:g}"]
+        problems += ["it was drawn, although no memory was free"] if expected is False else []
+    # What the loop logged as `out of memory (WHY): RUNG -> PLAN`.
+    rungs = [line.rpartition("): ")[2].partition(" -> ")[0] for line in opened.log]
+    return row_of(what, {**figures, "rungs": rungs}, problems, samples)
 
 
 def _warm_up(opened: Opened, scale: Scale) -> None:

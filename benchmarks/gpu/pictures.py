@@ -1,65 +1,72 @@
-"""Sections of the GPU check over pictures: right, replayed as drawn, no leak, how fast, beside whom."""
+"""Sections of the GPU check that draw: right, replayed as drawn, no leak, how fast and beside whom."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from statistics import median
-from time import perf_counter
+from typing import Any
 
 import numpy as np
 
-from ...engines.spec import Array
-from ...engines.tolerances import PICTURE_DB
+from ...engines.tolerances import DECODED_DB, PICTURE_DB
 from ...runtime.pipeline import Pipeline
 from ..case import Case
 from ..likeness import psnr
-from ..process import SideError
+from ..machine import resident_bytes
 from ..records import Row
 from ..rounds import Pace
+from ..sides.contract import SIDES
 from ..verbs.latency import Sides, measure_latency
-from .opener import Opened, Opener, Scale, attempt, judged, mebibytes, not_available, too_far
+from ..verbs.parity import Inputs, Reference, measure_parity
+from .opener import Opened, Opener, Scale, attempt, draw, mebibytes, row_of, start_of
 
 SAMPLERS = ("dpmpp_2m", "ddim", "euler_a")  # the last draws noise in every row
 REPLAY_DB = 50.0  # the same kernels in the same order: a few shades by one, where a library sums atomically
 FLAT = 8 * 2**20  # bytes of growth over all pictures: a leak in each run of the UNet is many times that
 _WARM = 2  # runs: the first is plain, the second is captured
 _REFUSED = "the loop is not captured: "
-_STATM = Path("/proc/self/statm")
 _PACE = Pace(runs=20, rounds=5, budget=15.0, warm_up=2)
 
 
-def draw(pipe: Pipeline, case: Case) -> tuple[Array, float]:
-    """Pictures (N, H, W, 3) uint8 and the seconds they took."""
-    began = perf_counter()
-    images = np.asarray(pipe(case.prompt, **case.parameters).images)
-    return images, perf_counter() - began
+def parity(opener: Opener, scale: Scale) -> Iterator[Row]:
+    """Single nets, for one guided picture and for three that are not square, against the CPU's."""
+    for row in _against_the_cpu(opener, cases=(scale.case, scale.several), samplers=()):
+        # One net makes a picture of the same latent: that is held to more than a whole generation.
+        likeness, bar = row.figures.get("psnr_db", 0.0), DECODED_DB[opener.package.manifest.dtype]
+        if row.unit == "dB" and row.status == "ok" and likeness < bar:
+            row = replace(row, status="FAILED", reason=f"{likeness:.1f} dB, below {bar:g}")
+        yield row
 
 
 def picture(opener: Opener, scale: Scale) -> Iterator[Row]:
-    """Three pictures at once, not square: three samplers, guidance on and off, against the CPU's."""
+    """Three pictures at once, not square: three samplers, guidance on and off; and one from a picture."""
+    cases = scale.several, replace(scale.several, guidance_scale=1.0)
+    yield from _against_the_cpu(opener, cases=cases, nets=(), samplers=SAMPLERS)
     with (
-        Pipeline.open(opener.package.root, backend="onnxruntime", threads=scale.threads) as host,
+        Pipeline.open(opener.package.root, backend="onnxruntime", threads=opener.task.threads) as host,
         opener.pipeline() as opened,
     ):
-        for sampler in SAMPLERS:
-            for guidance in (scale.case.guidance_scale, 1.0):
-                case = replace(scale.case, sampler=sampler, guidance_scale=guidance)
-                case = replace(case, pictures=3, height=scale.short)
-                what = f"{sampler} {'guided' if case.guided else 'unguided'}"
-                yield attempt(what, partial(_picture, what, opened.pipe, host, case))
+        yield attempt("from a picture", _from_a_picture, opened.pipe, host, scale.case)
 
 
-def _picture(what: str, pipe: Pipeline, host: Pipeline, case: Case) -> Row:
-    wanted, host_s = draw(host, case)
-    found, seconds = draw(pipe, case)
-    likeness = psnr(found, wanted)
-    problems = too_far(likeness, PICTURE_DB["fp16"])
-    figures = {"psnr_db": likeness, "identical": bool(np.array_equal(found, wanted)), "cpu_seconds": host_s}
-    return judged(what, problems, figures, [seconds])
+def _against_the_cpu(opener: Opener, **inputs: Any) -> Iterator[Row]:
+    """The rows of `latentrt bench parity`; the reference is the plain loop over ONNX Runtime."""
+    reference = Reference.of(opener.task, "onnxruntime")
+    wanted = Inputs(samples=1, **inputs)
+    for row in measure_parity(opener.package, opener.task, wanted, reference=reference).rows:
+        names = ("sampler", "width", "height", "pictures", "guidance_scale")
+        what = [f"{name} {row.case[name]}" for name in names if name in row.case]
+        yield replace(row, workload=", ".join([row.workload, *what]))
+
+
+def _from_a_picture(what: str, pipe: Pipeline, host: Pipeline, case: Case) -> Row:
+    start, bar = start_of(pipe.package, case), PICTURE_DB[pipe.package.manifest.dtype]
+    if not start:
+        return row_of(what, missing="the package has no encoder of pictures")
+    likeness = psnr(draw(pipe, case, **start)[0], draw(host, case, **start)[0])
+    problems = [] if likeness >= bar else [f"{likeness:.1f} dB, below {bar:g}"]
+    return row_of(what, {"psnr_db": likeness}, problems)
 
 
 def graphs(opener: Opener, scale: Scale) -> Iterator[Row]:
@@ -69,104 +76,67 @@ def graphs(opener: Opener, scale: Scale) -> Iterator[Row]:
     """
     with opener.pipeline("off") as plain, opener.pipeline("on") as replayed:
         for sampler in (SAMPLERS[0], SAMPLERS[-1]):
-            yield attempt(sampler, partial(_graphs, sampler, plain, replayed, scale))
+            yield attempt(sampler, _graphs, plain, replayed, scale)
 
 
 def _graphs(sampler: str, plain: Opened, replayed: Opened, scale: Scale) -> Row:
-    launches, worst, same = replayed.device.launches, float("inf"), True
+    before, worst, same = replayed.device.launches, float("inf"), True
     plain_s: list[float] = []
     graph_s: list[float] = []
     for run in range(_WARM + scale.runs):
-        case = replace(scale.timed, sampler=sampler, seed=100 + run)
+        case = replace(scale.case, sampler=sampler, seed=100 + run)
         wanted, plain_took = draw(plain.pipe, case)
         found, graph_took = draw(replayed.pipe, case)
         worst, same = min(worst, psnr(found, wanted)), same and bool(np.array_equal(found, wanted))
         plain_s.append(plain_took)
         graph_s.append(graph_took)
-    launches = replayed.device.launches - launches
-    medians = {"plain_p50_s": median(plain_s[_WARM:]), "graph_p50_s": median(graph_s[_WARM:])}
-    figures = {"psnr_db": worst, "identical": same, **medians, "launches": launches, "runs": scale.runs}
-    problems: list[str] = []
+    launches = replayed.device.launches - before
+    figures = {
+        "psnr_db": worst,
+        "identical": same,
+        "plain_p50_s": median(plain_s[_WARM:]),
+        "graph_p50_s": median(graph_s[_WARM:]),
+        "launches": launches,
+        "runs": scale.runs,
+    }
     if worst < REPLAY_DB:
-        problems.append(f"{worst:.1f} dB between plain and replayed, below {REPLAY_DB:g}")
-    reasons = [line.removeprefix(_REFUSED) for line in replayed.log if line.startswith(_REFUSED)]
-    if launches < scale.runs and not reasons:
-        problems.append(f"the graph was launched in {launches} of {scale.runs} runs, and nothing says why")
-    if launches < scale.runs and reasons and not problems:  # plain loops are what the loop falls back on
-        return not_available(sampler, reasons[0], figures)
-    return judged(sampler, problems, figures, graph_s[_WARM:])
+        problem = f"{worst:.1f} dB between plain and replayed, below {REPLAY_DB:g}"
+        return row_of(sampler, figures, [problem])
+    if launches < scale.runs:  # plain loops are what the loop falls back on, and it says why
+        for line in replayed.log:
+            if line.startswith(_REFUSED):
+                return row_of(sampler, figures, missing=line.removeprefix(_REFUSED))
+        problem = f"the graph was launched in {launches} of {scale.runs} runs, and nothing says why"
+        return row_of(sampler, figures, [problem])
+    return row_of(sampler, figures, samples=graph_s[_WARM:])
 
 
 def host_memory(opener: Opener, scale: Scale) -> Iterator[Row]:
     """Plain loops draw many pictures, and the process's resident memory stays as it is."""
-    if not _STATM.exists():
-        yield not_available("pictures", "the system does not tell resident memory")
+    if not resident_bytes()[0]:
+        yield row_of("pictures", missing="the system does not tell resident memory")
         return
     with opener.pipeline("off") as opened:
         for seed in range(max(scale.pictures // 5, 2)):  # arenas grow, and libraries compile
             draw(opened.pipe, replace(scale.case, seed=seed))
-        size, resident = _process()
+        before = resident_bytes()[0]
         for seed in range(scale.pictures):
             draw(opened.pipe, replace(scale.case, seed=seed))
-        size, grown = _process()[0] - size, _process()[1] - resident
+        grown = resident_bytes()[0] - before
     problems = [f"{mebibytes(grown)} MiB more, which is over {mebibytes(FLAT)}"] if grown > FLAT else []
-    figures = {
-        "pictures": scale.pictures,
-        "steps": scale.case.steps,
-        "resident_mib": mebibytes(resident),
-        "grown_mib": mebibytes(grown),
-        "address_space_grown_mib": mebibytes(size),
-    }
-    yield judged("pictures", problems, figures)
-
-
-def _process() -> tuple[int, int]:
-    """Bytes of this process's address space, and of it what is resident."""
-    size, resident = _STATM.read_text(encoding="ascii").split()[:2]
-    page = os.sysconf("SC_PAGE_SIZE")
-    return int(size) * page, int(resident) * page
+    figures = {"pictures": scale.pictures, "steps": scale.case.steps}
+    sizes = {"resident_mib": mebibytes(before), "grown_mib": mebibytes(grown)}
+    yield row_of("pictures", {**figures, **sizes}, problems)
 
 
 def timing(opener: Opener, scale: Scale) -> Iterator[Row]:
-    """Seconds of one guided picture, and of its stages. Information: no time is too long."""
-    with opener.pipeline("auto") as opened:
-        yield attempt("one picture", lambda: _timing(opened, scale))
+    """Seconds of one guided picture, in turns with the plain loop over the same library, if there is one.
 
-
-def _timing(opened: Opened, scale: Scale) -> Row:
-    totals: list[float] = []
-    stages: dict[str, list[float]] = {}
-    for run in range(4 + scale.runs):  # "auto" has chosen after four
-        case = replace(scale.timed, seed=run)
-        began = perf_counter()
-        result = opened.pipe(case.prompt, **case.parameters)
-        if run >= 4:
-            totals.append(perf_counter() - began)
-            for name, seconds in result.seconds.items():
-                stages.setdefault(name, []).append(seconds)
-    figures = {
-        "p50_s": float(np.percentile(totals, 50)),
-        "p90_s": float(np.percentile(totals, 90)),
-        "runs": scale.runs,
-        "steps": scale.timed_steps,
-        "size": f"{scale.case.width}x{scale.case.height}",
-        "launches": opened.device.launches,
-        "stages_p50_s": {name: median(seconds) for name, seconds in stages.items()},
-        "log": list(opened.log),
-    }
-    return judged("one picture", [], figures, totals)
-
-
-def peers(opener: Opener, scale: Scale) -> Iterator[Row]:
-    """A picture beside the plain loop over the same library, in turns; what peers draw must be ours."""
-    if not opener.peers:
-        yield not_available("picture", f"no peer runs on {opener.task.backend}")
-        return
-    sides = Sides(task=opener.task, peers=opener.peers, references=())
-    try:
-        document = measure_latency(opener.package, sides, [scale.timed], workloads=["picture"], pace=_PACE)
-    except SideError as error:  # ours cannot be opened
-        yield judged("picture", [error.reason], {})
-        return
+    The rows are those of `latentrt bench latency`: what the peer draws must be ours, and no time is too long.
+    """
+    backend = opener.task.backend
+    sides = Sides(task=opener.task, peers=(backend,) if backend in SIDES else (), references=())
+    case = replace(scale.case, steps=scale.steps)
+    document = measure_latency(opener.package, sides, [case], workloads=["picture"], pace=_PACE)
     for row in document.rows:
         yield replace(row, workload=f"{row.workload} by {row.side}")

@@ -1,10 +1,11 @@
 """Our pipeline as a side that watches itself: when its stages begin, and what its steps leave in memory.
 
-    timeline            one picture; figures `began`, `ended`, and `marks`, [stage, moment] in order, by
-                        `time.perf_counter()`, which on Linux is one clock for all processes
+    timeline            one picture; figures `began`, by `time.perf_counter()`, which on Linux is one clock
+                        for all processes, `seconds`, and `marks`: {stage, at_s since it began}, in order
     growth per step     what the steps of a request leave behind (`watch_steps`)
 
-Neither has outputs. `latentrt bench memory` opens it and samples its process from outside.
+Both are done once, as they are prepared, and have no outputs. `latentrt bench memory` opens the side and
+samples its process from outside.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from __future__ import annotations
 import gc
 import tracemalloc
 from array import array
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from itertools import pairwise
 from statistics import median_low
 from time import perf_counter
 from typing import Any
+
+import numpy as np
 
 from ...engines.spec import Array
 from ...runtime.loop.device.loop import DeviceLoop
@@ -26,7 +27,7 @@ from ...runtime.loop.job import Clock, DenoiseJob
 from ...runtime.pipeline import Pipeline
 from ...runtime.request.request import make_request
 from ..case import Case
-from .contract import WATCHED, OpenSide, Task, Work
+from .contract import WATCHED, Make, OpenSide, Task, Work
 from .ours import available as available
 from .ours import open_pipeline
 
@@ -42,25 +43,25 @@ class Marks(Clock):
 
     def __init__(self) -> None:
         super().__init__()
-        self.marks: list[tuple[str, float]] = []
+        self.began = perf_counter()
+        self.marks: list[dict[str, Any]] = []
 
     @contextmanager
     def stage(self, name: str) -> Generator[None]:
         """Charge the block to `name`, and note the moment."""
         if name != "update":  # it begins with the unet's stage
-            self.marks.append((name, perf_counter()))
+            self.marks.append({"stage": name, "at_s": perf_counter() - self.began})
         with super().stage(name):
             yield
 
 
 def draw(pipe: Pipeline, case: Case) -> dict[str, Any]:
     """One picture, step by step: the figures of "timeline"."""
-    loop, clock = pipe.loop, Marks()
-    began = perf_counter()
-    *_, last = loop.steps(_job(pipe, case, clock), clock, None)
+    clock = Marks()
+    *_, last = pipe.loop.steps(_job(pipe, case, clock), clock, None)
     with clock.stage("vae_decoder"):
-        loop.decode(last.latent)
-    return {"began": began, "ended": perf_counter(), "marks": clock.marks}
+        pipe.loop.decode(last.latent)
+    return {"began": clock.began, "seconds": perf_counter() - clock.began, "marks": clock.marks}
 
 
 def watch_steps(pipe: Pipeline, case: Case) -> dict[str, Any]:
@@ -103,13 +104,12 @@ def growth_per_step(traced: Sequence[int]) -> float:
     with every other step. What is kept in every step, or once in every block, is in the median; what is kept
     once, however much, is in one difference: libraries fill a cache now and then.
     """
-    settled = traced[min(SETTLED, len(traced) - 1) :]
+    settled = np.asarray(traced[min(SETTLED, len(traced) - 1) :])
     if len(settled) < 2:
         return 0.0
-    blocks = min(BLOCKS, max(2, len(settled) // 2))
-    edges = [round(number * len(settled) / blocks) for number in range(blocks + 1)]
-    least = [(begin, min(settled[begin:end])) for begin, end in pairwise(edges)]
-    return median_low((after - before) / (end - begin) for (begin, before), (end, after) in pairwise(least))
+    blocks = np.array_split(settled, min(BLOCKS, max(2, len(settled) // 2)))
+    least, lengths = [block.min() for block in blocks], [len(block) for block in blocks]
+    return float(median_low(np.diff(least) / lengths[:-1]))
 
 
 def _job(pipe: Pipeline, case: Case, clock: Clock | None = None) -> DenoiseJob:
@@ -124,33 +124,26 @@ def _rows(pipe: Pipeline, case: Case) -> Iterator[int]:
         yield index
 
 
-def device_allocations(pipe: Pipeline, case: Case) -> list[int] | None:
+def device_allocations(pipe: Pipeline, case: Case) -> int | None:
     """Calls of `Device.allocate` between the rows of a request that was prepared before; None on the host."""
-    loop = pipe.loop
-    if not isinstance(loop, DeviceLoop):
+    if not isinstance(pipe.loop, DeviceLoop):
         return None
     _job(pipe, case)
-    counts: list[int] = []  # of allocations so far, at each synchronisation
-    device, calls = loop.device, 0
-    allocate, synchronize = device.allocate, device.synchronize
+    device, calls = pipe.loop.device, 0
+    allocate = device.allocate
 
     def counting(size: int) -> int:
         nonlocal calls
         calls += 1
         return allocate(size)
 
-    def noting() -> None:
-        synchronize()
-        counts.append(calls)
-
-    device.allocate, device.synchronize = counting, noting
+    device.allocate = counting
     try:
-        for _ in _rows(pipe, case):
-            pass
         # The first row's allocations are those of the whole request: a step's are counted from the second on.
-        return [after - before for before, after in pairwise(counts)]
+        after_rows = [calls for _ in _rows(pipe, case)]
     finally:
-        device.allocate, device.synchronize = allocate, synchronize
+        device.allocate = allocate
+    return after_rows[-1] - after_rows[0]
 
 
 # ── the side ───────────────────────────────────────────────────────────────────────────────────────
@@ -158,18 +151,15 @@ def device_allocations(pipe: Pipeline, case: Case) -> list[int] | None:
 
 def open_side(task: Task) -> OpenSide:
     """The pipeline, with the loop that a user has."""
-    pipe = open_pipeline(task)
-
-    def make(watch: Callable[[Pipeline, Case], dict[str, Any]], case: Case, stack: ExitStack) -> Work:
-        seen: dict[str, Any] = {}
-
-        def call() -> Mapping[str, Array]:
-            seen.update(watch(pipe, case))
-            return {}
-
-        return Work(call=call, figures=lambda: seen)
-
-    resources = ExitStack()
+    pipe, resources = open_pipeline(task), ExitStack()
     resources.callback(pipe.close)
-    makers = {TIMELINE: partial(make, draw), GROWTH: partial(make, watch_steps)}
+
+    def maker(watch: Callable[[Pipeline, Case], dict[str, Any]]) -> Make:
+        def make(case: Case, stack: ExitStack) -> Work:
+            seen = watch(pipe, case)
+            return Work(call=dict[str, Array], figures=lambda: seen)
+
+        return make
+
+    makers = {TIMELINE: maker(draw), GROWTH: maker(watch_steps)}
     return OpenSide(name=WATCHED, versions={"backend": pipe.backend}, makers=makers, resources=resources)

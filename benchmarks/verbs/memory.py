@@ -6,30 +6,22 @@ says that the process holds on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from ...engines.net_weights import engine_bytes
 from ...engines.package import Package
 from ...engines.spec import TEXT_ENCODERS, Array
 from ..case import HOST_NETS, Case
-from ..machine import clocks, describe_machine
+from ..machine import clocks, describe_machine, resident_bytes
 from ..process import SideError, SideProcess
 from ..records import Document, Row, Status
 from ..sides.contract import AGAIN, CEILING, OURS, WATCHED, Task
 from ..sides.watched import GROWTH, SETTLED, STEADY, TIMELINE, growth_per_step
 from .latency import Progress, Sides, check, document_of, silent
-from .memory_watch import (
-    DeviceWatch,
-    Look,
-    Series,
-    holding,
-    measure_baselines,
-    on_a_grid,
-    resident,
-    sampled,
-)
+from .memory_watch import Watch, device_watch, holding, measure_baselines, on_a_grid, sampled
 
 OPENED, FIRST, PEAK, LEDGER = "opened", "first picture", "peak", "ledger"
 ON_DEVICE = "device "  # before the first three, where there is a GPU
@@ -48,7 +40,6 @@ def measure_memory(
     *,
     steps: int = STEPS,
     interval: float = INTERVAL,
-    watch: DeviceWatch | None = None,
     progress: Progress = silent,
 ) -> Document:
     """Every side in a fresh process, alone; then our timeline, and what our steps leave behind.
@@ -69,14 +60,13 @@ def measure_memory(
         case: every picture.
         steps: of the request whose growth is looked at.
         interval: seconds between samples.
-        watch: NVML; the first CUDA device's by default.
         progress: called with a line at every stage.
 
     Raises:
         SideError: our side cannot be opened.
     """
-    watch = watch or DeviceWatch.open()
-    progress("an empty interpreter" + (" and an empty CUDA context" if watch else ""))
+    progress("an empty interpreter, and on a GPU an empty CUDA context")
+    watch = device_watch()
     interpreter, context = measure_baselines(watch, interval)
     nets = {*HOST_NETS, *TEXT_ENCODERS} & package.manifest.nets.keys()
     bench = Bench(
@@ -98,10 +88,12 @@ def measure_memory(
         found, outputs = measure_side(bench, name, wanted)
         rows += found
         wanted = wanted or outputs
-    progress("our timeline of one request")
-    rows.append(bench.attempt(TIMELINE, lambda: timeline(bench)))
-    progress(f"our growth over {steps} steps")
-    rows.append(bench.attempt(GROWTH, lambda: growth(bench, steps)))
+    for workload, measure in ((TIMELINE, timeline), (GROWTH, partial(growth, steps=steps))):
+        progress(f"our {workload}")
+        try:
+            rows.append(measure(bench))
+        except SideError as error:
+            rows.append(bench.row(workload, status=error.status, reason=error.reason))
     baselines = {"interpreter": interpreter, "context": context}
     settings = {"peers": sides.peers, "interval_s": interval, "warm_pictures": _WARM, "baselines": baselines}
     return document_of("memory", package, sides.task, rows, settings)
@@ -112,26 +104,26 @@ class Bench:
     """What rows are made with.
 
     Attributes:
-        interpreter: bytes of an empty interpreter; None but on Linux.
+        interpreter: bytes of an empty interpreter; 0 but on Linux.
         context: bytes of an empty CUDA context; None without a GPU or where NVML does not tell.
         weights: bytes at the width of the arithmetic.
-        watch: None without a GPU.
+        watch: looks at the GPU.
         interval: seconds between samples.
     """
 
     package: Package
     task: Task
     case: Case
-    interpreter: int | None
+    interpreter: int
     context: int | None
     weights: int
-    watch: DeviceWatch | None
+    watch: Watch
     interval: float
 
     def row(
         self,
         workload: str,
-        rounds: Sequence[Sequence[float]] = (),
+        sizes: Sequence[float] = (),
         figures: Mapping[str, Any] | None = None,
         *,
         side: str = OURS,
@@ -140,34 +132,18 @@ class Bench:
         stamp: Mapping[str, Any] | None = None,
     ) -> Row:
         """In bytes, and the most of them over those of the weights."""
-        sizes = [size for turn in rounds for size in turn]
         ratio = {"weights": self.weights, "over_weights": max(sizes) / self.weights} if sizes else {}
         return Row(
             side=side,
             workload=workload,
             case=self.case.to_json(),
             unit="B",
-            rounds=tuple(tuple(map(float, turn)) for turn in rounds),
+            rounds=(tuple(map(float, sizes)),) if sizes else (),
             status=status,
             reason=reason,
             figures={**(figures or {}), **ratio},
-            stamp={**describe_machine(), **clocks()} if stamp is None else stamp,
+            stamp=stamp or {**describe_machine(), **clocks()},
         )
-
-    def missing(self, workload: str, reason: str, **named: Any) -> Row:
-        """A row for what cannot be measured here."""
-        return self.row(workload, status="not available", reason=reason, **named)
-
-    def attempt(self, workload: str, measure: Callable[[], Row]) -> Row:
-        """The row, or one that says why there is none."""
-        try:
-            return measure()
-        except SideError as error:
-            return self.row(workload, status=error.status, reason=error.reason)
-
-    def look(self) -> Look | None:
-        """What NVML says now; None without a GPU."""
-        return self.watch.look() if self.watch else None
 
 
 # ── sides ──────────────────────────────────────────────────────────────────────────────────────────
@@ -181,19 +157,19 @@ def measure_side(
     Raises:
         SideError: our side cannot be opened.
     """
-    before = bench.look()
-    stages: dict[str, tuple[int, tuple[int, int] | None]] = {}  # looks until then, and what was resident
+    before = bench.watch()
+    stages: dict[str, tuple[int, tuple[int, int]]] = {}  # looks until then, and what was resident
     try:
         with (
-            sampled(bench.look, bench.interval) as looks,
+            sampled(bench.watch, bench.interval) as looks,
             SideProcess(name, OURS if name == AGAIN else name, bench.task) as item,
         ):
             pid = item.pid
-            stages[OPENED] = len(looks), resident(pid)
+            stages[OPENED] = len(looks), resident_bytes(pid)
             outputs = item.prepare("picture", bench.case)[1]
-            stages[FIRST] = len(looks), resident(pid)
+            stages[FIRST] = len(looks), resident_bytes(pid)
             item.time(_WARM)
-            stages[PEAK] = len(looks), resident(pid)
+            stages[PEAK] = len(looks), resident_bytes(pid)
             own, stamp = item.ask(do="memory")["own"], item.stamp
         if wanted:
             check(outputs, wanted, bench.package)
@@ -201,45 +177,30 @@ def measure_side(
         if name == OURS and not stages:
             raise
         return [bench.row(OPENED, side=name, status=error.status, reason=error.reason)], {}
-    rows = [_host_row(bench, name, stage, found, stamp) for stage, (_, found) in stages.items()]
-    if before is not None:
-        for stage, (count, _) in stages.items():
-            series, known_by = holding(pid, before, looks[: max(count, 1)])
-            rows.append(_device_row(bench, name, stage, [size for _, size in series], known_by, stamp))
-    return [*rows, _ledger_row(bench, name, own, stamp)], outputs
-
-
-def _host_row(
-    bench: Bench, name: str, stage: str, found: tuple[int, int] | None, stamp: Mapping[str, Any]
-) -> Row:
-    if found is None or bench.interpreter is None:
-        return bench.missing(stage, _NO_PROC, side=name, stamp=stamp)
-    rss, peak = found
-    figures = {"rss": rss, "peak": peak, "empty_interpreter": bench.interpreter}
-    size = (peak if stage == PEAK else rss) - bench.interpreter
-    return bench.row(stage, [(size,)], figures, side=name, stamp=stamp)
-
-
-def _device_row(
-    bench: Bench, name: str, stage: str, sizes: Sequence[int], known_by: str, stamp: Mapping[str, Any]
-) -> Row:
-    workload = ON_DEVICE + stage
-    if not sizes or bench.context is None:
-        reason = "NVML does not tell what it holds, if anything"
-        return bench.missing(workload, reason, side=name, stamp=stamp)
-    whole = max(sizes) if stage == PEAK else sizes[-1]
-    figures = {"whole": whole, "empty_context": bench.context, "measured_by": known_by}
-    return bench.row(workload, [(max(0, whole - bench.context),)], figures, side=name, stamp=stamp)
-
-
-def _ledger_row(bench: Bench, name: str, own: Mapping[str, Any], stamp: Mapping[str, Any]) -> Row:
-    """What the side counts itself, in total and by net, and whatever else it tells."""
+    row = partial(bench.row, side=name, stamp=stamp)
+    missing = partial(row, status="not available")
+    rows: list[Row] = []
+    for stage, (count, (rss, peak)) in stages.items():
+        if rss and bench.interpreter:
+            figures: dict[str, Any] = {"rss": rss, "peak": peak, "empty_interpreter": bench.interpreter}
+            rows.append(row(stage, [(peak if stage == PEAK else rss) - bench.interpreter], figures))
+        else:
+            rows.append(missing(stage, reason=_NO_PROC))
+        if before is None:
+            continue
+        held, known_by = holding(pid, before, looks[: max(count, 1)])
+        if held and bench.context is not None:
+            whole = max(size for _, size in held) if stage == PEAK else held[-1][1]
+            figures = {"whole": whole, "empty_context": bench.context, "measured_by": known_by}
+            rows.append(row(ON_DEVICE + stage, [max(0, whole - bench.context)], figures))
+        else:
+            rows.append(missing(ON_DEVICE + stage, reason="NVML does not tell what it holds, if anything"))
     if not own:
-        return bench.missing(LEDGER, "it does not tell what it holds", side=name, stamp=stamp)
-    nets: Mapping[str, Mapping[str, int | None]] = own.get("ledger", {})
+        return [*rows, missing(LEDGER, reason="it does not tell what it holds")], outputs
+    # What the side counts itself, in total and by net, and whatever else it tells.
+    nets: Mapping[str, Mapping[str, int | None]] = own.pop("ledger", {})
     known = sum(net.get(part) or 0 for net in nets.values() for part in _PARTS) + own.get("scratch", 0)
-    figures = {"nets": nets, **{key: value for key, value in own.items() if key != "ledger"}}
-    return bench.row(LEDGER, [(known,)] if nets else [], figures, side=name, stamp=stamp)
+    return [*rows, row(LEDGER, [known] if nets else [], {"nets": nets, **own})], outputs
 
 
 # ── our requests ───────────────────────────────────────────────────────────────────────────────────
@@ -250,27 +211,23 @@ def timeline(bench: Bench) -> Row:
 
     Figures: `interval_s`, `marks` ({"stage", "at_s"} since the request began), `seconds`.
     """
-    if bench.interpreter is None:
-        return bench.missing(TIMELINE, _NO_PROC)
-    before = bench.look()
-    with sampled(bench.look, bench.interval) as looks, SideProcess(WATCHED, WATCHED, bench.task) as item:
-        pid = item.pid
-        with sampled(lambda: (resident(pid) or (None,))[0], bench.interval) as series:
-            seen = item.prepare(TIMELINE, bench.case)[0]["figures"]
-        nothing: tuple[Series, str] = ((), "")
-        held, known_by = holding(pid, before, list(looks)) if before else nothing
+    if not bench.interpreter:
+        return bench.row(TIMELINE, status="not available", reason=_NO_PROC)
+    before = bench.watch()
+    with sampled(bench.watch, bench.interval) as looks, SideProcess(WATCHED, WATCHED, bench.task) as item:
+        with sampled(lambda: resident_bytes(item.pid)[0] or None, bench.interval) as series:
+            figures = dict(item.prepare(TIMELINE, bench.case)[0]["figures"])
+        held, known_by = holding(item.pid, before, list(looks)) if before else ((), "")
         stamp = item.stamp
-    began, ended = seen["began"], seen["ended"]
-    interval = max(bench.interval, (ended - began) / _SAMPLES)
+    began, seconds = figures.pop("began"), figures["seconds"]
+    figures["interval_s"] = interval = max(bench.interval, seconds / _SAMPLES)
 
-    def over(sizes: Series, empty: int) -> list[int]:
-        return [max(0, size - empty) for size in on_a_grid(sizes, began, ended, interval)]
+    def over(sizes: Sequence[tuple[float, int]], empty: int) -> list[int]:
+        return [max(0, size - empty) for size in on_a_grid(sizes, began, began + seconds, interval)]
 
-    marks = [{"stage": stage, "at_s": moment - began} for stage, moment in seen["marks"]]
-    figures: dict[str, Any] = {"interval_s": interval, "seconds": ended - began, "marks": marks}
     if held and bench.context is not None:
         figures |= {"device": over(held, bench.context), "device_measured_by": known_by}
-    return bench.row(TIMELINE, [over(series, bench.interpreter)], figures, stamp=stamp)
+    return bench.row(TIMELINE, over(series, bench.interpreter), figures, stamp=stamp)
 
 
 def growth(bench: Bench, steps: int) -> Row:
@@ -287,16 +244,21 @@ def judge_growth(bench: Bench, seen: Mapping[str, Any]) -> Row:
     steps but the first few, caches that libraries fill once included; `device_allocations` of a device's
     loop between its rows.
     """
-    traced, on_device = seen["traced"], seen["device_allocations"]
+    traced, allocated = seen["traced"], seen["device_allocations"]
     first = min(SETTLED, len(traced) - 1)
-    grown, per_step = traced[-1] - traced[first], growth_per_step(traced)
-    allocated = None if on_device is None else sum(on_device)
-    figures = {"steps": len(traced), "from_step": first, "growth_per_step": per_step}
-    figures |= {"requests": seen["requests"], "traced_growth": grown, "device_allocations": allocated}
+    figures = {
+        "steps": len(traced),
+        "from_step": first,
+        "growth_per_step": growth_per_step(traced),
+        "requests": seen["requests"],
+        "traced_growth": traced[-1] - traced[first],
+        "device_allocations": allocated,
+    }
     problems: list[str] = []
-    if per_step > STEADY:
-        problems.append(f"{per_step:.0f} bytes per step, {grown} from step {first} to {len(traced)}")
+    if figures["growth_per_step"] > STEADY:
+        over = f"{figures['traced_growth']} from step {first} to {len(traced)}"
+        problems.append(f"{figures['growth_per_step']:.0f} bytes per step, {over}")
     if allocated:
         problems.append(f"{allocated} allocations on the device between rows")
     status: Status = "FAILED" if problems else "ok"
-    return bench.row(GROWTH, [traced], figures, status=status, reason="; ".join(problems))
+    return bench.row(GROWTH, traced, figures, status=status, reason="; ".join(problems))

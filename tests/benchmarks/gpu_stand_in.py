@@ -3,18 +3,26 @@
 Nets are ONNX Runtime's on the CPU at the device's addresses; they claim scratch memory as a GPU library does.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import numpy as np
 
 from latentrt.benchmarks.case import Case
 from latentrt.benchmarks.gpu.opener import Opener, Scale
-from latentrt.benchmarks.sides.contract import Task
+from latentrt.benchmarks.process import SideError
+from latentrt.benchmarks.sides.contract import OURS, Task, open_side
+from latentrt.benchmarks.sides.ours_device import device_side
 from latentrt.engines.backend import MemoryLedger
 from latentrt.engines.device import Addresses, BoundNet, DeviceNet, Shapes
+from latentrt.engines.errors import LatentrtError
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import Package
 from latentrt.engines.spec import NetSpec
+from latentrt.engines.tensorrt.build import built_nets
 from latentrt.runtime.pipeline import SHIPPED
 from tests.engines.host_device import HostDevice
 
@@ -25,11 +33,10 @@ SCALE = Scale(
     short=48,
     large=64,
     many=4,
-    timed_steps=2,
+    steps=2,
     runs=3,
     pictures=6,
     shares=(0.5, 0.3, 0.1),
-    threads=1,
 )
 Wrap = Callable[[str, "Hungry"], DeviceNet]
 
@@ -77,23 +84,44 @@ def stand_in(
     *,
     wrap: Wrap = lambda name, net: net,
     opened: Callable[[HostDevice], None] = lambda device: None,
-    **changes: Any,
+    backend: str = "stand-in",
+    unsupported: str = "",
 ) -> Opener:
     """An opener on host memory. `wrap` gets each net, `opened` the device each time it is opened."""
     on = device or WatchedDevice(2**30)
 
-    def open_device(
-        package: Package, names: Sequence[str], profile: Path | None = None, capture: bool = True
-    ) -> tuple[HostDevice, Mapping[str, DeviceNet]]:
+    def open_device(profile: Path | None = None, capture: bool = True) -> Any:
         opened(on)
         nets = {}
-        for name in names:
+        for name in built_nets(PACKAGE):
             net = open_onnxruntime_net(
-                package, name, on, provider=CPU, submit=on.submit, threads=1, profile=profile
+                PACKAGE, name, on, provider=CPU, submit=on.submit, threads=1, profile=profile
             )
             nets[name] = wrap(name, Hungry(net, 2 * MIB if name in ("unet", "vae_decoder") else 0))
         return on, nets
 
-    task = Task(package=PACKAGE.root, backend=changes.pop("backend", "stand-in"), threads=1)
-    settings = {"task": task, "package": PACKAGE, "measured_by": "its own count", **changes}
-    return Opener(open_device=open_device, watch=lambda: on, **settings)  # pyright: ignore[reportArgumentType]
+    task = Task(package=PACKAGE.root, backend=backend, threads=1)
+    watch: Any = lambda: on  # noqa: E731
+    return Opener(task=task, package=PACKAGE, open_device=open_device, watch=watch, unsupported=unsupported)
+
+
+@contextmanager
+def in_process(opener: Opener, name: str, module: str, task: Task) -> Iterator[Any]:
+    """What a verb needs of a `SideProcess`, in this process; ours is what the opener opens."""
+    with ExitStack() as stack:
+        if module == OURS:
+            opened = stack.enter_context(opener.pipeline())
+            side = device_side(opened.pipe, opened.loop)
+        else:
+            side = open_side(module, task)
+        stack.callback(side.close)
+
+        def prepare(workload: str, case: Case) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+            try:
+                with closing(side.prepare(workload, case)) as work:
+                    work.run()
+                    return {}, {output: array.copy() for output, array in work.outputs().items()}
+            except LatentrtError as error:
+                raise SideError("FAILED", error.found) from error
+
+        yield SimpleNamespace(name=name, stamp={}, prepare=prepare)

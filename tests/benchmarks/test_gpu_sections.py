@@ -5,26 +5,31 @@ import re
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from latentrt.benchmarks.case import HOST_NETS, sizes_of
 from latentrt.benchmarks.gpu import nets as gpu_nets
 from latentrt.benchmarks.gpu import pictures as gpu_pictures
 from latentrt.benchmarks.gpu.check import line_of
 from latentrt.benchmarks.gpu.memory import ballast, ladder, memory
-from latentrt.benchmarks.gpu.nets import Placement, build, opens, parity, placement, read_placement
+from latentrt.benchmarks.gpu.nets import build, placement, read_profile
 from latentrt.benchmarks.gpu.opener import Opener, Scale, collect
-from latentrt.benchmarks.gpu.pictures import graphs, host_memory, peers, picture, timing
+from latentrt.benchmarks.gpu.pictures import graphs, host_memory, parity, picture, timing
 from latentrt.benchmarks.records import Row
+from latentrt.benchmarks.rounds import Pace
+from latentrt.benchmarks.verbs import parity as parity_verb
 from latentrt.engines.backend import MemoryLedger
 from latentrt.engines.device import Addresses, DeviceMemory, Graph, Shapes
 from latentrt.engines.errors import BackendError, MemoryLimitError
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
-from latentrt.engines.tensorrt.build import built_nets
-from tests.benchmarks.gpu_stand_in import MIB, PACKAGE, SCALE, Hungry, WatchedDevice, stand_in
+from latentrt.runtime.loop.device.programs import input_shapes
+from tests.benchmarks.gpu_stand_in import MIB, PACKAGE, SCALE, Hungry, WatchedDevice, in_process, stand_in
 from tests.engines.host_device import HostDevice
 from tests.engines.test_onnxruntime_nets import DEMO, Bound, Host
 
@@ -44,22 +49,39 @@ def failures(rows: list[Row]) -> list[str]:
 # ── without a defect ─────────────────────────────────────────────────────────────────────────────
 
 
-def test_parity() -> None:
+@pytest.fixture
+def run_verb(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Row]]:
+    """A section whose verb opens its sides in this process."""
+
+    def run_it(section: Callable[[Opener, Scale], Iterator[Row]], opener: Opener) -> list[Row]:
+        monkeypatch.setattr(parity_verb, "SideProcess", partial(in_process, opener))
+        return run(section, opener)
+
+    return run_it
+
+
+def test_parity(run_verb: Callable[..., list[Row]]) -> None:
     device = WatchedDevice(2**30)
-    rows = run(parity, stand_in(device))
+    rows = run_verb(parity, stand_in(device))
     assert not failures(rows)
-    sizes = "64x64 b1", "64x48 b3"
+    sizes = "width 64, height 64, pictures 1", "width 64, height 48, pictures 3"
+    nets = "text_encoder", "unet", "vae_decoder"
     assert [row.workload for row in rows] == [
-        f"{net} {size}" for net in built_nets(PACKAGE) for size in sizes
+        f"{net}, {size}, guidance_scale 3.0" for size in sizes for net in nets
     ]
     assert all(row.figures["relative_l2"] < 1e-5 for row in rows)
     assert not device.blocks
 
 
-def test_pictures() -> None:
-    rows = run(picture, stand_in())
+def test_pictures(run_verb: Callable[..., list[Row]]) -> None:
+    rows = run_verb(picture, stand_in())
     assert [row.workload for row in rows] == [
-        f"{sampler} {kind}" for sampler in ("dpmpp_2m", "ddim", "euler_a") for kind in ("guided", "unguided")
+        *(
+            f"picture, sampler {sampler}, width 64, height 48, pictures 3, guidance_scale {scale}"
+            for scale in (3.0, 1.0)
+            for sampler in ("dpmpp_2m", "ddim", "euler_a")
+        ),
+        "from a picture",
     ]
     assert not failures(rows)
 
@@ -88,7 +110,6 @@ def test_memory() -> None:
     cycle, ledger = rows[1].figures, rows[-1].figures
     assert cycle["peak_mib"] > 4
     assert cycle["closed_mib"] == 0
-    assert cycle["measured_by"] == "its own count"
     assert set(ledger["ledger"]) >= {"unet", "step", "vae_decoder"}
     assert ledger["scratch"] >= 4 * MIB
 
@@ -99,7 +120,7 @@ def test_the_ladder() -> None:
     assert not failures(list(rows.values()))
     assert "split the batch" in rows["a rung helped"].figures["rungs"]
     assert rows["memory to spare"].figures["need_mib"] > 8
-    assert re.search(r"0 MiB of 256 free", rows["nothing free"].figures["message"])
+    assert re.search(r"0 MiB of 256 free", rows["nothing free"].figures["refused"])
     assert rows["free again"].figures["psnr_db"] >= 40
     assert not device.blocks
 
@@ -113,21 +134,17 @@ def test_a_device_that_shares_memory_with_the_host_keeps_it() -> None:
     assert row.status == "not available"
 
 
-def test_timing_alone_and_beside_peers() -> None:
-    (row,) = run(timing, stand_in())
-    assert row.status == "ok"
-    assert 0 < row.figures["p50_s"] <= row.figures["p90_s"]
-    assert {"text_encoder", "prepare", "enqueue", "wait"} <= set(row.figures["stages_p50_s"])
-    (row,) = run(peers, stand_in())
-    assert row.reason == "no peer runs on stand-in"
-    small = replace(SCALE, case=replace(SCALE.case, width=96, height=72, steps=4))
-    rows = run(peers, stand_in(backend="onnxruntime", peers=("onnxruntime",)), small)
+def test_timing_beside_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_pictures, "_PACE", Pace(runs=2, rounds=3, warm_up=1))
+    small = replace(SCALE, case=replace(SCALE.case, width=96, height=72), steps=4)
+    rows = run(timing, stand_in(backend="onnxruntime"), small)
     assert [(row.side, row.workload, row.status) for row in rows] == [
         ("latentrt", "picture by latentrt", "ok"),
         ("onnxruntime", "picture by onnxruntime", "ok"),
     ]
     assert all(row.samples for row in rows)
-    (row,) = run(peers, stand_in(peers=("onnxruntime",)))
+    assert rows[0].figures["stages_p50_s"]["text_encoder"] > 0
+    (row,) = run(timing, stand_in())
     assert row.status == "FAILED"
     assert "unknown backend 'stand-in'" in row.reason
 
@@ -185,29 +202,41 @@ def wrong(
     return lambda name, hungry: Wrong(hungry, output, add, when) if name == net else hungry
 
 
-def test_parity_fails_for_a_wrong_output() -> None:
+def test_parity_fails_for_a_wrong_output(run_verb: Callable[..., list[Row]]) -> None:
     for add in (0.02, float("nan")):
-        rows = run(parity, stand_in(wrap=wrong("unet", "prediction", add)))
-        assert [text.partition(":")[0] for text in failures(rows)] == ["unet 64x64 b1", "unet 64x48 b3"]
+        rows = run_verb(parity, stand_in(wrap=wrong("unet", "prediction", add)))
+        assert [text.partition(",")[0] for text in failures(rows)] == ["unet", "unet"]
 
 
-def test_parity_goes_on_after_a_net_that_fails() -> None:
+def test_parity_goes_on_after_a_net_that_fails(run_verb: Callable[..., list[Row]]) -> None:
     class Refusing(Hungry):
         def bind(self, shapes: Shapes, addresses: Addresses, scratch: int) -> Any:
             raise BackendError("refused", expected="", fix="")
 
     device = WatchedDevice(2**30)
     wrap = lambda name, net: Refusing(net.net, 0) if name == "unet_time" else net  # noqa: E731
-    rows = run(parity, stand_in(device, wrap=wrap))
-    assert [row.status for row in rows].count("FAILED") == 2
-    assert len(rows) == 2 * len(built_nets(PACKAGE))
+    rows = run_verb(parity, stand_in(device, wrap=wrap))
+    assert [row.status for row in rows] == ["ok", "FAILED", "ok"] * 2
+    assert rows[1].reason == "latentrt: refused"
     assert not device.blocks
 
 
-def test_pictures_fail_for_one_that_differs() -> None:
+def test_the_decoder_alone_is_held_to_more_than_a_whole_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        Row(side="latentrt", workload="vae_decoder", unit="dB", figures={"psnr_db": db}) for db in (59, 61)
+    ]
+    answer = SimpleNamespace(rows=rows)
+    monkeypatch.setattr(gpu_pictures, "measure_parity", lambda *arguments, **named: answer)
+    assert [row.reason for row in run(parity, stand_in())] == ["59.0 dB, below 60", ""]
+
+
+def test_pictures_fail_for_one_that_differs(run_verb: Callable[..., list[Row]]) -> None:
     guided = lambda shapes: shapes["prediction"][0] == 6  # noqa: E731
-    rows = run(picture, stand_in(wrap=wrong("step", "latent", 0.5, guided)))
-    assert [text.partition(":")[0].partition(" ")[2] for text in failures(rows)] == ["guided"] * 3
+    step, encoder = wrong("step", "latent", 0.5, guided), wrong("vae_encoder", "mean")
+    wrap = lambda name, net: encoder(name, step(name, net))  # noqa: E731
+    *rows, last = failures(run_verb(picture, stand_in(wrap=wrap)))
+    assert ["guidance_scale 3.0: " in text for text in rows] == [True] * 3
+    assert re.match(r"from a picture: \d+\.\d dB, below 48", last)
 
 
 class Graphs(WatchedDevice):
@@ -311,12 +340,12 @@ def refuse(device: HostDevice) -> None:
 
 
 def test_opening() -> None:
-    (row,) = run(opens, stand_in())
+    (row,) = run(placement, stand_in())
     assert row.status == "ok"
     assert row.figures["weights_mib"] > 1
-    (row,) = run(opens, stand_in(opened=refuse))
+    (row,) = run(placement, stand_in(opened=refuse))
     assert row.status == "FAILED"
-    (row,) = run(opens, stand_in(opened=refuse, unsupported="sm_90 is none of 8.9"))
+    (row,) = run(placement, stand_in(opened=refuse, unsupported="sm_90 is none of 8.9"))
     assert row.status == "not available"
     assert row.reason.startswith("sm_90 is none of 8.9: BackendError: the engine is not for this GPU")
 
@@ -339,17 +368,18 @@ def test_the_profile_covers_all_that_is_drawn() -> None:
     scale = Scale.of(PACKAGE.manifest)
     profile = Profile.parse(scale.profile, multiple=PACKAGE.manifest.size_multiple)
     assert (scale.case.width, scale.short, scale.large) == (128, 96, 256)
-    for name in ("text_encoder", "unet_context", "unet_time", "unet", "step", "vae_decoder"):
-        spec = PACKAGE.manifest.nets[name].spec
-        built = net_profiles(name, spec, [profile])
-        for sizes in gpu_nets.shapes(scale, PACKAGE):
-            arrays = gpu_nets.random_inputs(spec, sizes, 0)
-            assert any(item.covers({key: array.shape for key, array in arrays.items()}) for item in built)
+    for case in (scale.case, scale.several, scale.large_case):
+        for net in ("unet", "vae_decoder"):
+            shapes = input_shapes(PACKAGE.manifest.nets[net].spec, sizes_of(case, PACKAGE.manifest))
+            assert any(
+                item.covers(shapes) for item in net_profiles(net, PACKAGE.manifest.nets[net].spec, [profile])
+            )
 
 
 def test_placement_fails_for_nets_on_the_cpu() -> None:
-    rows = list(collect(placement(stand_in(onnxruntime=True), SCALE)))
-    assert [row.workload for row in rows] == list(built_nets(PACKAGE))
+    first, *rows = run(placement, stand_in(backend="onnxruntime-cuda"))
+    assert first.status == "ok"
+    assert {row.workload for row in rows} == {*HOST_NETS, "vae_encoder", "step"}
     for row in rows:
         assert row.status == "FAILED"
         assert "floating-point nodes on the CPU: " in row.reason
@@ -357,16 +387,15 @@ def test_placement_fails_for_nets_on_the_cpu() -> None:
 
 
 def test_placement_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    for copies, reason in ((), ""), (("a (MemcpyToHost)",), "1 copies between CPU and GPU: a (MemcpyToHost)"):
-        found = Placement(nodes=9, on_cpu=2, copies=copies, floats=())
-        monkeypatch.setattr(gpu_nets, "read_placement", lambda path, found=found: found)
-        for row in collect(placement(stand_in(onnxruntime=True), SCALE)):
+    shape = {"provider": "CPUExecutionProvider", "input_type_shape": [{"int64": [4]}]}
+    copied = "1 copies between CPU and GPU: a (MemcpyToHost)"
+    for node, reason in ("a (Shape)", ""), ("a (MemcpyToHost)", copied):
+        monkeypatch.setattr(gpu_nets, "read_profile", lambda path, node=node: {node: shape, "b (Add)": {}})
+        for row in run(placement, stand_in(backend="onnxruntime-cuda"))[1:]:
             assert (row.status, row.reason) == ("FAILED" if reason else "ok", reason)
-    (row,) = collect(placement(stand_in(), SCALE))
-    assert row.status == "not available", "engines have none"
+            assert (row.figures["nodes"], row.figures["on_cpu"]) == (2, 1)
 
 
-@pytest.mark.skipif(not gpu_pictures._STATM.exists(), reason="tells resident memory on Linux alone")
 def test_host_memory_stays_and_a_leak_shows() -> None:
     kept: list[np.ndarray] = []
 
@@ -379,25 +408,6 @@ def test_host_memory_stays_and_a_leak_shows() -> None:
     (row,) = collect(host_memory(stand_in(wrap=lambda name, net: Leaking(net.net, net.per_row)), SCALE))
     assert row.status == "FAILED"
     assert "MiB more" in row.reason
-
-
-def test_shapes_may_stay_on_the_cpu_and_copies_are_named(profile: Path, tmp_path: Path) -> None:
-    def move(args: dict[str, Any]) -> None:
-        args["provider"] = "CUDAExecutionProvider"
-
-    found = read_placement(changed(profile, tmp_path, move))
-    assert (found.on_cpu, found.copies, found.floats) == (0, (), ())
-
-    def turn(args: dict[str, Any]) -> None:
-        args.update(input_type_shape=[{"int64": [4]}], output_type_shape=[{"bool": []}])
-        if args["op_name"] in ("Sin", "Cos"):
-            args.update(op_name="MemcpyToHost", provider="CUDAExecutionProvider")
-
-    found = read_placement(changed(profile, tmp_path, turn))
-    assert found.on_cpu > 0
-    assert found.floats == ()
-    assert found.copies
-    assert all(name.endswith("(MemcpyToHost)") for name in found.copies)
 
 
 @pytest.fixture(scope="module")
@@ -421,24 +431,12 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def changed(profile: Path, folder: Path, change: Any) -> Path:
-    """The profile with `change` applied to the arguments of each node's event."""
-    events = json.loads(profile.read_bytes())
-    for event in events:
-        if event.get("cat") == "Node":
-            change(event["args"])
-    path = folder / "changed.json"
-    path.write_text(json.dumps(events))
-    return path
-
-
 def test_a_real_profile(profile: Path) -> None:
-    found = read_placement(profile)
-    assert found.nodes == found.on_cpu > 10
-    assert found.copies == ()
-    assert any(name.endswith(("(Sin)", "(Cos)")) for name in found.floats)
-    assert len(set(found.floats)) == len(found.floats)
-    assert 0 < len(found.floats) <= found.nodes
+    nodes = read_profile(profile)
+    assert len(nodes) > 10
+    assert {args["provider"] for args in nodes.values()} == {CPU}
+    (sine,) = (args for node, args in nodes.items() if node.endswith("(Sin)"))
+    assert gpu_nets._types(sine) == {"float"}
 
 
 def test_what_is_no_profile(tmp_path: Path) -> None:
@@ -446,18 +444,18 @@ def test_what_is_no_profile(tmp_path: Path) -> None:
     for content in ("", "[{]", "3", "[3]", '[{"cat": "Session", "name": "model_run"}]'):
         path.write_text(content)
         with pytest.raises(BackendError, match=r"expected the JSON file that end_profiling"):
-            read_placement(path)
+            read_profile(path)
     net: Any = open_onnxruntime_net(DEMO, "unet", Host(), provider=CPU, threads=1)  # type: ignore[arg-type]
     with pytest.raises(BackendError, match=r"'unet' has no profile.*Pass `profile`"):
         net.end_profile()
 
 
 def test_captured_pipelines_are_opened_for_it() -> None:
-    opener, options = stand_in(onnxruntime=True), list[dict[str, Any]]()
+    opener, options = stand_in(backend="onnxruntime-cuda"), list[dict[str, Any]]()
 
-    def open_device(*arguments: Any, **more: Any) -> Any:
+    def open_device(**more: Any) -> Any:
         options.append(more)
-        return opener.open_device(*arguments)
+        return opener.open_device()
 
     for mode in ("off", "auto", "on"):
         with replace(opener, open_device=open_device).pipeline(mode):

@@ -8,12 +8,14 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
 import pytest
 
 from latentrt.benchmarks.case import Case
+from latentrt.benchmarks.machine import resident_bytes
 from latentrt.benchmarks.process import SideError
 from latentrt.benchmarks.records import Document, Row
 from latentrt.benchmarks.sides.contract import OURS, Task
@@ -30,14 +32,15 @@ from latentrt.benchmarks.verbs import memory, memory_watch
 from latentrt.benchmarks.verbs.latency import Sides
 from latentrt.benchmarks.verbs.memory import Bench, judge_growth, measure_memory, measure_side, timeline
 from latentrt.benchmarks.verbs.memory_watch import (
-    DeviceWatch,
     Look,
     holding,
+    look,
     measure_baselines,
     on_a_grid,
-    resident,
+    sampled,
 )
 from latentrt.engines.cuda.facts import Nvml
+from latentrt.engines.errors import BackendError
 from latentrt.engines.package import Package
 from latentrt.runtime.pipeline import SHIPPED, Pipeline
 from tests.benchmarks.stand_in_side import StandInSide
@@ -55,7 +58,7 @@ on_linux = pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
 
 def bench(**changes: Any) -> Bench:
     known: dict[str, Any] = {"package": PACKAGE, "task": TASK, "case": CASE, "weights": 10 * MIB}
-    nothing = {"interpreter": 0, "context": 0, "watch": None}
+    nothing = {"interpreter": 1, "context": 0, "watch": lambda: None}
     return Bench(**{**known, **nothing, "interval": 0.002, **changes})
 
 
@@ -93,24 +96,36 @@ def holder() -> Generator[tuple[int, Callable[[], None]]]:
 def test_resident_memory_of_another_process() -> None:
     own = np.ones(200 * MIB, np.uint8)  # ru_maxrss of a child would begin with this
     with holder() as (pid, release):
-        full = resident(pid)
+        full = resident_bytes(pid)
         release()
-        freed = resident(pid)
+        freed = resident_bytes(pid)
     assert own[-1]
     assert full
     assert freed
     assert full[0] - freed[0] == pytest.approx(64 * MIB, rel=0.02)
     assert 0.99 * full[0] < freed[1] < 120 * MIB, "outlives what was held, and is not the parent's"
-    assert resident(pid) is None, "it ended"
+    assert resident_bytes(pid) == (0, 0), "it ended"
 
 
 def test_a_grid_keeps_peaks_and_fills_gaps() -> None:
     series = [(9.0, 5), (10.01, 7), (10.05, 99), (10.09, 3), (10.31, 8), (10.62, 1)]
     # intervals of 0.1 s: the most in the first, nothing new in two, then 8, then nothing new
-    assert on_a_grid(series, 10.0, 10.5, 0.1) == (99, 99, 99, 8, 8)
-    assert on_a_grid(series[:1], 10.0, 10.2, 0.1) == (5, 5), "from before it began"
-    with pytest.raises(ValueError, match="no samples"):
-        on_a_grid([], 10.0, 10.5, 0.1)
+    assert on_a_grid(series, 10.0, 10.5, 0.1) == [99, 3, 3, 8, 8]
+    assert on_a_grid(series[:1], 10.0, 10.2, 0.1) == [5, 5], "from before it began"
+    assert on_a_grid([(10.15, 7)], 10.0, 10.2, 0.1) == [7, 7], "nothing was seen before"
+
+
+def test_what_fails_while_memory_is_watched_is_raised() -> None:
+    answers, failed = iter([1]), Event()
+
+    def read() -> int:
+        if (answer := next(answers, None)) is None:
+            failed.set()
+            raise BackendError("the device is lost", expected="an answer", fix="None.")
+        return answer
+
+    with pytest.raises(BackendError, match="the device is lost"), sampled(read, 0.001):
+        assert failed.wait(30)
 
 
 # ── a GPU, simulated ───────────────────────────────────────────────────────────────────────────
@@ -130,10 +145,9 @@ def test_what_a_process_holds() -> None:
 
 def test_watch_asks_nvml() -> None:
     listed = [Numbers(pid=7, usedGpuMemory=30)]
-    look = DeviceWatch(Nvml(IDENTITY, SimulatedNvml(processes=listed))).look()
-    assert look == Look(processes={7: 30}, used=400)
+    assert look(Nvml(IDENTITY, SimulatedNvml(processes=listed))) == Look(processes={7: 30}, used=400)
     silent = SimulatedNvml(unknown=("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetComputeRunningProcesses"))
-    assert DeviceWatch(Nvml(IDENTITY, silent)).look() == Look(processes={}, used=None)
+    assert look(Nvml(IDENTITY, silent)) is None
 
 
 class Growing:
@@ -142,7 +156,7 @@ class Growing:
     def __init__(self) -> None:
         self.looks = 0
 
-    def look(self) -> Look:
+    def __call__(self) -> Look:
         self.looks += 1
         return Look(processes={}, used=90 * MIB + 10 * MIB * self.looks)
 
@@ -160,16 +174,16 @@ def imagined(monkeypatch: pytest.MonkeyPatch, name: str, **ledger: Any) -> Any:
 def test_rows_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     nets = {"unet": {"weights": 3, "activations": None, "io": 4, "total": 7}}
     imagined(monkeypatch, OURS, ledger=nets, scratch=5)
-    watched: Any = Growing()
-    rows, outputs = measure_side(bench(watch=watched, interpreter=None, context=5 * MIB), OURS, {})
+    watched = Growing()
+    rows, outputs = measure_side(bench(watch=watched, interpreter=0, context=5 * MIB), OURS, {})
     found = {row.workload: row for row in rows}
     assert outputs["image"].shape == (1, 8, 8, 3)
     assert found["peak"].status == "not available"
     peak = found["device peak"]
-    look = (peak.samples[0] + 5 * MIB) / (10 * MIB)
-    assert look.is_integer()
+    number = (peak.samples[0] + 5 * MIB) / (10 * MIB)
+    assert number.is_integer()
     # the last but that of closing; on a busy machine the sampler may look once more before it is told to end
-    assert watched.looks - 5 < look < watched.looks
+    assert watched.looks - 5 < number < watched.looks
     assert peak.figures["measured_by"] == "device"
     assert peak.figures["over_weights"] == peak.samples[0] / (10 * MIB)
     assert found["device opened"].samples[0] < peak.samples[0]
@@ -180,7 +194,7 @@ def test_rows_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @on_linux
 def test_an_empty_interpreter_and_context(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_watch, "_CONTEXT", "print(flush=True); input()")
-    watched: Any = Growing()
+    watched = Growing()
     interpreter, context = measure_baselines(watched, 0.01)
     assert interpreter
     assert 2 * MIB < interpreter < 40 * MIB
@@ -208,10 +222,9 @@ def test_sides_and_pipelines_that_cannot_be_opened(tmp_path: Path) -> None:
     missing = bench(task=replace(TASK, package=TASK.package / "none"))
     with pytest.raises(SideError, match="does not exist"):
         measure_side(missing, OURS, {})
-    row = missing.attempt("timeline", lambda: timeline(missing))
-    assert row.status == "FAILED"
-    assert "none" in row.reason
-    assert timeline(bench(interpreter=None)).status == "not available"
+    with pytest.raises(SideError, match="none"):
+        timeline(missing)
+    assert timeline(bench(interpreter=0)).status == "not available"
 
 
 # ── steps ──────────────────────────────────────────────────────────────────────────────────────
