@@ -133,7 +133,7 @@ class Opener:
         with ExitStack() as stack:
             stack.enter_context(closing(loop))
             pipe = Pipeline.over(self.package, loop, self.task.backend, cache_bytes=0)
-            yield Opened(pipe, loop, timed, log)
+            yield Opened(pipe, loop, counted, log)
 
 
 def backend_opener(backend: str, package: Package) -> Opener:

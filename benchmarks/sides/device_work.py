@@ -1,95 +1,14 @@
-"""What the sides on a device share: nets bound to one block, timed by the device; and what they hold."""
+"""What is seen of a loop on a device from outside: launches of captured work, and what it holds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
-from ...engines.device import BoundNet, Device, DeviceNet, Graph
-from ...engines.spec import Array
+from ...engines.device import Device, Graph
 from ...runtime.loop.device.loop import DeviceLoop
-from ...runtime.loop.device.programs import (
-    Block,
-    BlockLayout,
-    BoundProgram,
-    Scratch,
-    Sizes,
-    input_shapes,
-)
-from .contract import Work
-
-Call = tuple[str, Sizes]  # a net, and the symbols of its shapes
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeviceNets:
-    """Nets on a device, to be bound and timed."""
-
-    device: Device
-    nets: Mapping[str, DeviceNet]
-
-    def scratch(self, stack: ExitStack, calls: Iterable[Call]) -> Scratch:
-        """Room for the activations of any of these calls. Raises MemoryLimitError."""
-        needed = [self.nets[name].scratch(input_shapes(self.nets[name].spec, sizes)) for name, sizes in calls]
-        return stack.enter_context(closing(Scratch(self.device, max(needed))))
-
-    def bind(self, stack: ExitStack, *calls: Call) -> tuple[Block, list[BoundNet]]:
-        """Nets bound to one block, which the stack frees; what one writes, the others read by its name.
-
-        Raises MemoryLimitError, BackendError and UsageError as the device and the nets do.
-        """
-        layout = BlockLayout()
-        for name, sizes in calls:
-            spec = self.nets[name].spec
-            tensors = (*spec.inputs, *spec.outputs)
-            layout.add_tensors([item for item in tensors if item.name not in layout.places], sizes)
-        program = BoundProgram(self.device, layout, self.scratch(stack, calls))
-        stack.enter_context(closing(program))
-        found: list[BoundNet] = []
-        for name, sizes in calls:
-            net = self.nets[name]
-            found.append(program.bind(net, input_shapes(net.spec, sizes), program.addresses(net.spec)))
-        return program.block, found
-
-    def work(
-        self,
-        stack: ExitStack,
-        enqueue: Callable[[], None],
-        fetch: Callable[[], Mapping[str, Array]] = dict[str, Array],
-        *,
-        repeats: int = 1,
-    ) -> Work:
-        """What is enqueued is timed, by the device too, and waited for; `fetch` downloads."""
-        device = self.device
-        watch = stack.enter_context(closing(device.stopwatch()))
-        device.synchronize()
-
-        def call() -> Mapping[str, Array]:
-            watch.start()
-            enqueue()
-            watch.stop()
-            device.synchronize()
-            return {}
-
-        def outputs() -> Mapping[str, Array]:
-            found = fetch()
-            device.synchronize()
-            return found
-
-        return Work(
-            call=call,
-            fetch=outputs,
-            figures=lambda: {"device_s": watch.seconds() / repeats},
-            repeats=repeats,
-        )
-
-
-def upload(block: Block, arrays: Mapping[str, Array]) -> None:
-    """Fill tensors of a block from the host."""
-    for name, array in arrays.items():
-        block.upload(name, array)
 
 
 class CountedDevice:

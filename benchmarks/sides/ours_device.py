@@ -17,6 +17,7 @@ A net that does not fit raises MemoryLimitError: only `picture` has the loop's w
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from types import SimpleNamespace
@@ -24,16 +25,27 @@ from typing import Any, cast
 
 import numpy as np
 
-from ...engines.device import Addresses, Device, Shapes
+from ...engines.device import Addresses, BoundNet, Device, Shapes
 from ...engines.spec import Array
 from ...runtime.loop.denoise import guided_batch
 from ...runtime.loop.device.loop import DeviceLoop
-from ...runtime.loop.device.programs import DenoiseProgram, DenoiseShape, ScheduleProgram, ScheduleShape
+from ...runtime.loop.device.programs import (
+    Block,
+    BlockLayout,
+    BoundProgram,
+    DenoiseProgram,
+    DenoiseShape,
+    ScheduleProgram,
+    ScheduleShape,
+    Scratch,
+    Sizes,
+    input_shapes,
+)
 from ...runtime.pipeline import Pipeline
 from ...runtime.request.request import make_request
 from ..case import BETWEEN, Case, inputs_of, sizes_of, time_inputs
 from .contract import OURS, OpenSide, Work, makers_of
-from .device_work import CountedDevice, DeviceNets, ledger_of, upload
+from .device_work import CountedDevice, ledger_of
 
 # Pictures until the loop has chosen how to run its rows: cold, timed, captured, and timed again.
 _SETTLING = 4
@@ -43,13 +55,10 @@ def device_side(pipe: Pipeline, loop: DeviceLoop) -> OpenSide:
     """A pipeline on a device; it is closed with the side, and what was prepared before it."""
     resources = ExitStack()
     resources.callback(pipe.close)
-    nets = DeviceNets(device=loop.device, nets=loop.nets)
-    counted = CountedDevice(loop.device)
-    loop.device = cast(Device, counted)
     return OpenSide(
         name=OURS,
         versions={"backend": pipe.backend, "device": loop.device.name},
-        makers=makers_of(_OnDevice(pipe, nets, counted)),
+        makers=makers_of(_OnDevice(pipe, loop)),
         resources=resources,
         memory=lambda: ledger_of(loop),
     )
@@ -58,10 +67,11 @@ def device_side(pipe: Pipeline, loop: DeviceLoop) -> OpenSide:
 class _OnDevice:
     """The workloads, by the names of the contract. What each has prepared has buffers of its own."""
 
-    def __init__(self, pipe: Pipeline, nets: DeviceNets, counted: CountedDevice) -> None:
-        self._pipe, self._nets, self._counted = pipe, nets, counted
+    def __init__(self, pipe: Pipeline, loop: DeviceLoop) -> None:
+        self._pipe, self._nets, self._device = pipe, loop.nets, loop.device
         self._manifest = pipe.package.manifest
-        self._device = nets.device
+        self._counted = CountedDevice(loop.device)
+        loop.device = cast(Device, self._counted)
 
     def text_encoder(self, case: Case, stack: ExitStack) -> Work:
         return self._one_net("text_encoder", "context", case, stack)
@@ -70,41 +80,39 @@ class _OnDevice:
         return self._one_net("vae_decoder", "image", case, stack)
 
     def _one_net(self, net: str, output: str, case: Case, stack: ExitStack) -> Work:
-        block, (bound,) = self._nets.bind(stack, (net, sizes_of(case, self._manifest)))
-        upload(block, inputs_of(self._pipe.package, net, case))
-        return self._nets.work(stack, bound.enqueue, lambda: {output: block.download(output)})
+        inputs = inputs_of(self._pipe.package, net, case)
+        block, (bound,) = self._bind(stack, sizes_of(case, self._manifest), [net], inputs)
+        return self._timed(stack, bound.enqueue, lambda: {output: block.download(output)})
 
     def invariants(self, case: Case, stack: ExitStack) -> Work:
         """Keys and values of all rows, and the time embeddings of every row of the table."""
-        sizes = sizes_of(case, self._manifest)
-        block, (context, time) = self._nets.bind(stack, ("unet_context", sizes), ("unet_time", sizes))
         inputs = inputs_of(self._pipe.package, "unet", case)
         steps = np.linspace(999, 0, case.steps, dtype=np.float32)
-        upload(block, {"context": inputs["context"], **time_inputs(case, self._manifest, inputs, steps)})
+        arrays = {"context": inputs["context"], **time_inputs(case, self._manifest, inputs, steps)}
+        nets = ["unet_context", "unet_time"]
+        _, (context, time) = self._bind(stack, sizes_of(case, self._manifest), nets, arrays)
 
         def enqueue() -> None:
             context.enqueue()
             time.enqueue()
 
-        return self._nets.work(stack, enqueue)
+        return self._timed(stack, enqueue)
 
     def unet(self, case: Case, stack: ExitStack) -> Work:
         """One call, with what does not change from step to step computed before."""
-        sizes = sizes_of(replace(case, steps=1), self._manifest)
-        calls = [(name, sizes) for name in ("unet_context", "unet_time", "unet")]
-        block, (context, time, unet) = self._nets.bind(stack, *calls)
         inputs = inputs_of(self._pipe.package, "unet", case)
-        upload(block, {**inputs, **time_inputs(case, self._manifest, inputs, inputs["timestep"])})
+        arrays = {**inputs, **time_inputs(case, self._manifest, inputs, inputs["timestep"])}
+        sizes = sizes_of(replace(case, steps=1), self._manifest)
+        block, (context, time, unet) = self._bind(stack, sizes, ["unet_context", "unet_time", "unet"], arrays)
         context.enqueue()
         time.enqueue()
-        return self._nets.work(stack, unet.enqueue, lambda: {"prediction": block.download("prediction")})
+        return self._timed(stack, unet.enqueue, lambda: {"prediction": block.download("prediction")})
 
     def update(self, case: Case, stack: ExitStack) -> Work:
         """`BETWEEN` rows of the loop, all of which begin with the same noise and see the same prediction."""
-        job = self._pipe.prepare(
-            make_request(self._manifest, case.prompt, **replace(case, steps=BETWEEN).parameters)
-        )
-        sizes, nets = sizes_of(case, self._manifest), self._nets.nets
+        case = replace(case, steps=BETWEEN)
+        job = self._pipe.prepare(make_request(self._manifest, case.prompt, **case.parameters))
+        sizes = sizes_of(case, self._manifest)
         shape = DenoiseShape(
             pictures=case.pictures,
             guided=case.guided,
@@ -113,12 +121,11 @@ class _OnDevice:
             tokens=sizes["T"],
             rows=case.batch,
         )
-        schedule_shape = ScheduleShape.of(job, shape)
-        calls = [("step", sizes), ("unet_context", sizes), ("unet_time", schedule_shape.sizes)]
-        around = self._device, {**nets, "unet": _does_nothing(nets["unet"])}
-        scratch = self._nets.scratch(stack, calls)
+        around = self._device, {**self._nets, "unet": _does_nothing(self._nets["unet"])}
+        scratch = self._scratch(stack, sizes, ["step", "unet_context", "unet_time"])
         program = stack.enter_context(closing(DenoiseProgram(*around, shape, scratch)))
-        schedule = stack.enter_context(closing(ScheduleProgram(*around, schedule_shape, scratch)))
+        of_rows = ScheduleShape.of(job, shape)
+        schedule = stack.enter_context(closing(ScheduleProgram(*around, of_rows, scratch)))
         program.begin(job)
         schedule.enqueue(job)
         block, size = program.block, program.block.place("state").size
@@ -134,7 +141,7 @@ class _OnDevice:
                 program.feed_row(schedule, row)
                 program.enqueue_row()
 
-        return self._nets.work(stack, enqueue, lambda: {"latent": program.read_state()[0]}, repeats=BETWEEN)
+        return self._timed(stack, enqueue, lambda: {"latent": program.read_state()[0]}, BETWEEN)
 
     def picture(self, case: Case, stack: ExitStack) -> Work:
         """The whole pipeline; the loop has the buffers, and keeps them."""
@@ -149,6 +156,63 @@ class _OnDevice:
         for _ in range(_SETTLING):
             draw()
         return Work(call=draw, figures=lambda: figures)
+
+    def _scratch(self, stack: ExitStack, sizes: Sizes, names: list[str]) -> Scratch:
+        """Room for the activations of any of these nets. Raises MemoryLimitError."""
+        nets = [self._nets[name] for name in names]
+        size = max(net.scratch(input_shapes(net.spec, sizes)) for net in nets)
+        return stack.enter_context(closing(Scratch(self._device, size)))
+
+    def _bind(
+        self, stack: ExitStack, sizes: Sizes, names: list[str], arrays: Mapping[str, Array]
+    ) -> tuple[Block, list[BoundNet]]:
+        """Nets bound to one block that holds `arrays`; what one writes, the others read by its name.
+
+        Raises MemoryLimitError, BackendError and UsageError as the device and the nets do.
+        """
+        nets, layout = [self._nets[name] for name in names], BlockLayout()
+        for net in nets:
+            tensors = (*net.spec.inputs, *net.spec.outputs)
+            layout.add_tensors([item for item in tensors if item.name not in layout.places], sizes)
+        program = BoundProgram(self._device, layout, self._scratch(stack, sizes, names))
+        stack.enter_context(closing(program))
+        bound = [
+            program.bind(net, input_shapes(net.spec, sizes), program.addresses(net.spec)) for net in nets
+        ]
+        for name, array in arrays.items():
+            program.block.upload(name, array)
+        return program.block, bound
+
+    def _timed(
+        self,
+        stack: ExitStack,
+        enqueue: Callable[[], None],
+        fetch: Callable[[], Mapping[str, Array]] = dict[str, Array],
+        repeats: int = 1,
+    ) -> Work:
+        """What is enqueued is timed, by the device too, and waited for; `fetch` downloads."""
+        device = self._device
+        watch = stack.enter_context(closing(device.stopwatch()))
+        device.synchronize()
+
+        def call() -> Mapping[str, Array]:
+            watch.start()
+            enqueue()
+            watch.stop()
+            device.synchronize()
+            return {}
+
+        def outputs() -> Mapping[str, Array]:
+            found = fetch()
+            device.synchronize()
+            return found
+
+        return Work(
+            call=call,
+            fetch=outputs,
+            figures=lambda: {"device_s": watch.seconds() / repeats},
+            repeats=repeats,
+        )
 
 
 def _does_nothing(net: Any) -> Any:
