@@ -5,12 +5,10 @@ graphs, and code of its own for every shape, as what is compiled for any shape i
 also tunes kernels and captures graphs.
 
 On the CPU everything is float32, whatever the package's dtype: torch's fp16 is slower there. On CUDA it is
-the package's dtype. Convolutions are in channels_last (huggingface.co/docs/diffusers, "Reduce memory usage"
-and "Accelerate inference") for fp16, as tensor cores take it without a transposition, and on the CPU. There,
-against contiguous ones on two cores of a Xeon (torch 2.13), the demo model's UNet is 1.1 to 1.2 times as fast
-at 128x96 and 256x256 and its decoder 1.2 to 1.3 times. SD 1.5's decoder at 256x256 takes 14 % less of the
-CPU's time; its UNet at 512x512 and batch 2 took 9.8 to 12.6 s and contiguous 10.4 to 12.3 s, three runs in
-turns: no difference.
+the package's dtype. Convolutions are in channels_last (huggingface.co/docs/diffusers, "Accelerate inference")
+for fp16, as tensor cores take it without a transposition, and on the CPU. There, on two cores of a Xeon
+(torch 2.13), the demo model is 1.1 to 1.3 times as fast so, SD 1.5's decoder at 256x256 takes 14 % less of
+the CPU's time, and its UNet at 512x512 takes as long as with contiguous ones.
 """
 
 from __future__ import annotations
@@ -71,7 +69,7 @@ def available(task: Task) -> str | None:
 
 def open_side(task: Task) -> OpenSide:
     """Every net loaded."""
-    return diffusers_side("diffusers", *load(task), {"compile": "no"})
+    return _open("diffusers", task, compiled="")
 
 
 class Compiled:
@@ -92,39 +90,47 @@ class Compiled:
     @staticmethod
     def open_side(task: Task) -> OpenSide:
         """Every net loaded; the first run of a shape compiles."""
-        import torch
-
-        package, pipe = load(task)
         mode = "max-autotune" if task.device == "cuda" else "default"
-        config: Any = torch._dynamo.config  # pyright: ignore[reportPrivateUsage]
-        config.recompile_limit = _SHAPES
-        for net in (pipe.unet, pipe.vae.decoder):
-            net.compile(mode=mode, fullgraph=True, dynamic=False)
-        settings = {"compile": f"{mode}, fullgraph, static shapes"}
-        return diffusers_side("diffusers-compile", package, pipe, settings)
+        return _open("diffusers-compile", task, compiled=mode)
 
 
-def load(task: Task) -> tuple[Package, Any]:
-    """The package, for its inputs, and diffusers' pipeline on the task's device."""
+def _open(name: str, task: Task, *, compiled: str) -> OpenSide:
+    """The pipeline on the task's device, and the mode its nets are compiled in, if they are."""
     import torch
 
     package = Package.open(task.package)
     if task.threads:
         torch.set_num_threads(task.threads)
     half = task.device == "cuda" and package.manifest.dtype == "fp16"
-    dtype = torch.float16 if half else torch.float32
+    last = half or task.device == "cpu"
     assert task.checkpoint is not None, "it is available"
     pipe = assemble(task.checkpoint)
     pipe.set_progress_bar_config(disable=True)
-    pipe.to(task.device, dtype)
-    if half or task.device == "cpu":
-        pipe.unet.to(memory_format=torch.channels_last)
-        pipe.vae.to(memory_format=torch.channels_last)
+    pipe.to(task.device, torch.float16 if half else torch.float32)
+    for net in (pipe.unet, pipe.vae):
+        net.to(memory_format=torch.channels_last if last else torch.contiguous_format)
     if half:
         torch.backends.cudnn.benchmark = True
     else:
         torch.backends.cudnn.allow_tf32 = False  # it is on by default, and another arithmetic
-    return package, pipe
+    if compiled:
+        config: Any = torch._dynamo.config  # pyright: ignore[reportPrivateUsage]
+        config.recompile_limit = _SHAPES
+        for net in (pipe.unet, pipe.vae.decoder):
+            net.compile(mode=compiled, fullgraph=True, dynamic=False)
+    attention = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    versions = {
+        "torch": str(torch.__version__),
+        "diffusers": version_of("diffusers") or "unknown",
+        "transformers": version_of("transformers") or "unknown",
+        "device": task.device,
+        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
+        "threads": str(torch.get_num_threads()),
+        "attention": type(attention.processor).__name__,
+        "memory_format": "channels_last" if last else "contiguous",
+        "compile": f"{compiled}, fullgraph, static shapes" if compiled else "no",
+    }
+    return OpenSide(name=name, versions=versions, makers=makers_of(_Diffusers(name, package, pipe)))
 
 
 def assemble(checkpoint: Path) -> Any:
@@ -143,34 +149,6 @@ def assemble(checkpoint: Path) -> Any:
     return diffusers.StableDiffusionPipeline(
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
-
-
-def diffusers_side(name: str, package: Package, pipe: Any, settings: Mapping[str, str]) -> OpenSide:
-    """A `StableDiffusionPipeline`, eager or compiled, that gets the inputs of a package.
-
-    The `settings` go to the row's stamp.
-    """
-    makers = makers_of(_Diffusers(name, package, pipe))
-    return OpenSide(name=name, versions={**_versions(pipe), **settings}, makers=makers)
-
-
-def _versions(pipe: Any) -> dict[str, str]:
-    """Libraries, and how the UNet runs."""
-    import torch
-
-    weight = pipe.unet.conv_in.weight
-    attention = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
-    last = weight.is_contiguous(memory_format=torch.channels_last)
-    return {
-        "torch": str(torch.__version__),
-        "diffusers": version_of("diffusers") or "unknown",
-        "transformers": version_of("transformers") or "unknown",
-        "device": str(pipe.device.type),
-        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
-        "threads": str(torch.get_num_threads()),
-        "attention": type(attention.processor).__name__,
-        "memory_format": "channels_last" if last else "contiguous",
-    }
 
 
 class _Diffusers:

@@ -23,7 +23,6 @@ from latentrt.benchmarks.case import Case
 from latentrt.benchmarks.likeness import difference, psnr
 from latentrt.benchmarks.sides import contract, diffusers_pipeline, plain_loop, tensorrt_loop
 from latentrt.benchmarks.sides.contract import NotAvailableError, OpenSide, Task, open_plain_package
-from latentrt.benchmarks.sides.diffusers_pipeline import diffusers_side
 from latentrt.engines.errors import BackendError
 from latentrt.engines.onnxruntime.nets import CPU, CUDA
 from latentrt.engines.package import Package
@@ -114,19 +113,16 @@ def test_a_package_without_the_plain_unet_is_told(tmp_path: Path) -> None:
 
 
 class FakePipe:
-    """What `DiffusersSide` uses of a StableDiffusionPipeline."""
+    """What is used of a StableDiffusionPipeline."""
 
     def __init__(self, device: str = "cpu") -> None:
         import torch
 
         self.unet = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3))
-        self.unet.conv_in = self.unet[0]
         block = SimpleNamespace(attn1=SimpleNamespace(processor=None))
         self.unet.mid_block = SimpleNamespace(attentions=[SimpleNamespace(transformer_blocks=[block])])  # type: ignore[assignment]
         self.unet.dtype = torch.float16  # type: ignore[assignment]
         self.vae = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3))
-        self.vae.decoder = self.vae[0]
-        self.text_encoder = torch.nn.Linear(2, 2)
         self.device = SimpleNamespace(type=device)
         self.scheduler = SimpleNamespace(config={})
         self.moved: tuple[Any, ...] = ()
@@ -158,11 +154,10 @@ def test_half_precision_is_for_cuda_and_channels_come_last_where_that_is_faster(
 
     pipe = FakePipe()
     monkeypatch.setattr(diffusers_pipeline, "assemble", lambda checkpoint: pipe)
-    monkeypatch.setattr(diffusers_pipeline, "available", lambda task: None)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     manifest = replace(PACKAGE.manifest, dtype=dtype)
     monkeypatch.setattr(diffusers_pipeline.Package, "open", lambda root: replace(PACKAGE, manifest=manifest))
-    diffusers_pipeline.load(replace(TASK, device=device))
+    diffusers_pipeline.open_side(replace(TASK, device=device))
     assert pipe.moved == (device, torch.float16 if half else torch.float32)
     assert is_channels_last(pipe.unet) == is_channels_last(pipe.vae) == last
     assert torch.backends.cudnn.benchmark == half
@@ -177,7 +172,8 @@ def test_on_cuda_a_run_ends_when_the_device_is_done(monkeypatch: pytest.MonkeyPa
     library.DDIMScheduler = SimpleNamespace(from_config=lambda config, **options: {**config, **options})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "diffusers", library)
     pipe = FakePipe("cuda")
-    side = diffusers_side("diffusers", PACKAGE, pipe, {})
+    monkeypatch.setattr(diffusers_pipeline, "assemble", lambda checkpoint: pipe)
+    side = diffusers_pipeline.open_side(replace(TASK, device="cuda"))
     prepared = side.prepare("picture", replace(CASES[1], sampler="ddim"))
     prepared.run()
     assert pipe.scheduler == {"clip_sample": False}
@@ -274,12 +270,13 @@ def test_on_a_gpu_the_loop_is_the_plain_one(
     with closing(opened(name)) as side:
         for index in range(len(CASES)):
             test_every_output_is_ours(side, ours, index)
+        test_what_is_prepared_stays_beside_something_else(side)
         settings = {"cudnn_conv_algo_search": "EXHAUSTIVE", "use_tf32": "0"}
         assert asked == [[(CUDA, settings), CPU]] * len(asked)
         versions = {"provider": CUDA, **settings} if asked else {"precision": "strongly typed"}
         assert side.versions.items() >= versions.items()
-        # of each net and each case's shapes one engine, however often it is asked for
-        assert len(built.graphs) == (0 if asked else 6)
+        # Three nets for two cases, then the UNet for them again: only the latest shapes of a net are kept.
+        assert len(built.graphs) == (0 if asked else 3 * 2 + 2)
     assert not any(runner.active for runner in built.runners)
 
 
@@ -330,11 +327,12 @@ def test_another_seed_is_another_picture(peer: OpenSide, ours: Pictures) -> None
 
 
 def test_what_is_prepared_stays_beside_something_else(peer: OpenSide) -> None:
-    first, second = (peer.prepare("unet", case) for case in CASES)
+    first, *others = (peer.prepare("unet", case) for case in (GUIDED, replace(GUIDED, seed=8), UNGUIDED))
     first.run()
     before = np.array(first.outputs()["prediction"])
-    second.run()
-    np.testing.assert_array_equal(first.outputs()["prediction"], before)
+    for other in others:
+        other.run()
+        np.testing.assert_array_equal(first.outputs()["prediction"], before)
     first.run()
     np.testing.assert_allclose(first.outputs()["prediction"], before, atol=1e-6)
 
