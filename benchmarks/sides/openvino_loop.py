@@ -8,7 +8,7 @@ guide to Stable Diffusion advises, so that a net is compiled when a case asks fo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from ...engines.device import Shapes
@@ -40,7 +40,7 @@ def open_side(task: Task) -> OpenSide:
         model = core.read_model(str(package.path(file.graph)))
         model.reshape(dict(shapes))
         compiled = core.compile_model(model, _DEVICE, settings)
-        return _runner(compiled, [output.name for output in file.spec.outputs])
+        return partial(_run, compiled, [output.name for output in file.spec.outputs])
 
     versions = {
         "openvino": str(openvino.__version__),
@@ -48,16 +48,10 @@ def open_side(task: Task) -> OpenSide:
         "shapes": "static",
         **{name: str(value) for name, value in settings.items()},
     }
-    return plain_side("openvino", package, open_net, versions, ExitStack())
+    return plain_side("openvino", package, open_net, versions)
 
 
-def _runner(compiled: Any, outputs: list[str]) -> Net:
-    """Runs a compiled net by its one request; inputs are read where they lie, outputs are copies."""
-    request = compiled.create_infer_request()
-    ports = {name: compiled.output(name) for name in outputs}
-
-    def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
-        results = request.infer(dict(feeds), share_inputs=True)
-        return {name: results[port] for name, port in ports.items()}
-
-    return run
+def _run(compiled: Any, outputs: list[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """By the one request of a compiled net; inputs are read where they lie, outputs are copies."""
+    results = compiled(dict(feeds), share_inputs=True)
+    return {name: results[name] for name in outputs}

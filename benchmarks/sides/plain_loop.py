@@ -76,8 +76,6 @@ def _onnxruntime_side(name: str, task: Task, provider: str, settings: Mapping[st
         file = package.manifest.nets[net]
         session = open_on(provider, package.path(file.graph), options, settings, culprit=net)
         nets[net] = partial(_run, session, [output.name for output in file.spec.outputs])
-    resources = ExitStack()
-    resources.callback(nets.clear)
     versions = {
         "onnxruntime": str(onnxruntime.library().__version__),
         "provider": provider,
@@ -85,7 +83,7 @@ def _onnxruntime_side(name: str, task: Task, provider: str, settings: Mapping[st
         "graph_optimization": str(options.graph_optimization_level.name),
         **settings,
     }
-    return plain_side(name, package, lambda net, shapes: nets[net], versions, resources)
+    return plain_side(name, package, lambda net, shapes: nets[net], versions)
 
 
 def open_on(
@@ -119,12 +117,9 @@ def _run(session: Any, outputs: list[str], feeds: Any) -> dict[str, Any]:
     return dict(zip(outputs, session.run(outputs, feeds), strict=True))
 
 
-def plain_side(
-    name: str, package: Package, open_net: OpenNet, versions: Mapping[str, str], resources: ExitStack
-) -> OpenSide:
-    """Nets of an engine, and the loop around them; `resources` are freed with the side."""
-    plain = _PlainLoop(name, package, open_net)
-    return OpenSide(name=name, versions=versions, makers=makers_of(plain), resources=resources)
+def plain_side(name: str, package: Package, open_net: OpenNet, versions: Mapping[str, str]) -> OpenSide:
+    """Nets of an engine, and the loop around them."""
+    return OpenSide(name=name, versions=versions, makers=makers_of(_PlainLoop(name, package, open_net)))
 
 
 class _PlainLoop:

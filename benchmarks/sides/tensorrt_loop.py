@@ -8,7 +8,6 @@ what lies between two nets goes through the host's memory.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -41,11 +40,10 @@ def available(task: Task) -> str | None:
 def open_side(task: Task) -> OpenSide:
     """The package; engines are built case by case. Raises NotAvailableError, PackageError."""
     package = open_plain_package(task)
-    resources = ExitStack()
 
     def open_net(name: str, shapes: Shapes) -> Net:
         graph = package.path(package.manifest.nets[name].graph)
-        return partial(_run, resources.enter_context(open_runner(graph, shapes)))
+        return partial(_run, side.resources.enter_context(open_runner(graph, shapes)))
 
     versions = {
         "tensorrt": installed_version("tensorrt") or "unknown",
@@ -53,7 +51,8 @@ def open_side(task: Task) -> OpenSide:
         "precision": "strongly typed",
         "profile": "min = opt = max, the case's shapes",
     }
-    return plain_side("tensorrt", package, open_net, versions, resources)
+    side = plain_side("tensorrt", package, open_net, versions)
+    return side
 
 
 def open_runner(graph: Path, shapes: Shapes) -> Any:

@@ -133,4 +133,3 @@ def test_it_computes_the_same_finite_numbers_in_every_process() -> None:
     assert found.shape == (SIZES["B"], 4, SIZES["H/8"], SIZES["W/8"])
     assert np.array_equal(found, again)
     assert 0.01 < found.std() < 100
-    assert one.figures() == {"sizes": SIZES}

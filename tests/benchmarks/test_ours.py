@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Generator, Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -222,6 +221,6 @@ def test_both_loops_compute_them(package: Package, workload: str) -> None:
 def test_plain_loops_draw_no_such_pictures(package: Package) -> None:
     nets = {**package.manifest.nets, "unet_whole": package.manifest.nets["unet"]}
     whole = replace(package, manifest=replace(package.manifest, nets=nets))
-    side = plain_side("it", whole, lambda name, shapes: dict, {}, ExitStack())
+    side = plain_side("it", whole, lambda name, shapes: dict, {})
     with pytest.raises(NotAvailableError, match="it has no workload 'picture'"):
         side.prepare("picture", SMALL)
