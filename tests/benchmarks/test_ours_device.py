@@ -39,8 +39,6 @@ KIB = 1024
 class Spied(Hungry):
     """Claims as much scratch memory for every call, and counts its runs under its name."""
 
-    capturable = True
-
     def __init__(self, name: str, net: DeviceNet, runs: Counter[str], size: int) -> None:
         super().__init__(net, 0)
         self.name, self.runs, self.size = name, runs, size
@@ -56,9 +54,7 @@ class Spied(Hungry):
             self.runs[self.name] += 1
             bound.enqueue()
 
-        return SimpleNamespace(
-            enqueue=enqueue, close=bound.close, capturable=self.capturable, profile="spied"
-        )
+        return SimpleNamespace(enqueue=enqueue, close=bound.close, capturable=True, profile="spied")
 
 
 @dataclass
@@ -167,20 +163,26 @@ def test_a_run_repeats_itself_allocates_nothing_and_waits_as_often_as_it_must(
 # ── captured graphs ────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("graphs", ["on", "off"])
-def test_a_picture_tells_whether_it_was_replayed(
-    opened: Bench, monkeypatch: pytest.MonkeyPatch, graphs: Graphs
+def test_a_picture_has_settled_before_it_is_timed_and_tells_whether_it_was_replayed(
+    opened: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loop = opened.loop
-    loop.free_idle()
-    monkeypatch.setattr(loop, "_graphs", graphs)
-    picture = opened.side.prepare("picture", GUIDED)
-    before = opened.device.launches
-    picture.run()
-    figures = picture.figures()
-    assert opened.device.launches - before == (GUIDED.steps if graphs == "on" else 0)
-    assert figures["replayed"] is (graphs == "on")
-    assert {"prepare", "enqueue", "wait"} <= set(figures["stages_s"])
+    loop, device, steps = opened.loop, opened.device, GUIDED.steps
+    launches: dict[Graphs, tuple[int, int]] = {
+        "auto": (2 * steps, -1),
+        "on": (3 * steps, steps),
+        "off": (0, 0),
+    }
+    for graphs, (before, of_run) in launches.items():  # with "auto" both ways are timed
+        loop.free_idle()
+        monkeypatch.setattr(loop, "_graphs", graphs)
+        device.launches = 0
+        picture = opened.side.prepare("picture", GUIDED)
+        assert device.launches == before
+        picture.run()
+        figures = picture.figures()
+        assert figures["replayed"] is (device.launches > before)
+        assert graphs == "auto" or device.launches - before == (steps if graphs == "on" else 0)
+        assert {"prepare", "enqueue", "wait"} <= set(figures["stages_s"])
     loop.free_idle()
 
 
@@ -266,11 +268,3 @@ def test_a_pipeline_on_a_device_gets_this_side(monkeypatch: pytest.MonkeyPatch) 
     assert side.versions == {"backend": "engine 1.0", "device": "host memory"}
     side.close()
     assert not device.blocks
-
-
-def test_a_picture_has_settled_before_it_is_timed(opened: Bench) -> None:
-    opened.loop.free_idle()
-    before = opened.device.launches
-    opened.side.prepare("picture", GUIDED)
-    assert opened.device.launches - before == 2 * GUIDED.steps, "both ways were timed"
-    opened.loop.free_idle()
