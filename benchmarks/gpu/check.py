@@ -23,7 +23,7 @@ its case has `backend` and `what` was looked at; samples are seconds, where some
     parity      as in `latentrt bench parity`, against ONNX Runtime on the CPU: relative_l2 (bar 1e-4 for
                 fp32, 5e-3 for fp16) and psnr_db of a net at one shape; the decoder's bar is 60 and 45 dB
     picture     the same of whole pictures: psnr_db of the worst of three (bar 48 for fp32, 40 for fp16), …
-    graphs      psnr_db (bar 50) between plain and replayed loops, identical, plain_p50_s, graph_p50_s,
+    graphs      psnr_db (bar 50) between plain and replayed loops, plain_p50_s, graph_p50_s,
                 launches; "not available" with the reason where the loop cannot be captured
     memory      opened_mib, peak_mib, closed_mib since the baseline, of all processes on the GPU: at most 64
                 may be missing once closed, and 16 more after the last cycle than after the first; what the
@@ -58,10 +58,9 @@ from ..machine import clocks
 from ..process import Child, SideError, become_child
 from ..records import Document, Row, short
 from ..verbs.latency import describe_model
-from .memory import ladder, memory
-from .nets import build, placement
+from .memory import host_memory, ladder, memory
 from .opener import Opener, Scale, backend_opener, collect, row_of
-from .pictures import graphs, host_memory, parity, picture, timing
+from .sections import build, graphs, parity, picture, placement, timing
 
 BACKENDS = ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 LIMIT = 570.0  # seconds of the whole run
@@ -77,8 +76,8 @@ def describe(opener: Opener, scale: Scale) -> Iterator[Row]:
     yield row_of("backend", {"is": engine.describe()})
 
 
-# What is run, in this order, and for how many seconds at most. Where the first row of one that is needed is
-# not ok, the rest has nothing to run on.
+# What is run, in this order, and for how many seconds at most. Where one that is needed fails, the rest has
+# nothing to run on.
 SECTIONS: Mapping[str, tuple[RunInChild, float]] = {
     "available": (describe, 60),
     "build": (build, 300),
@@ -125,10 +124,9 @@ def check(
                 rows.append(replace(row, workload=section, case=case, stamp=row.stamp or clocks()))
                 said(line_of(rows[-1]))
             yield rows
-            # What was not built need not have been; of the others the first row says it.
-            looked_at = rows[first:] if section == "build" else rows[first : first + 1]
-            fine = ("ok", "not available") if section == "build" else ("ok",)
-            if section in NEEDED and any(row.status not in fine for row in looked_at):
+            found = [row.status for row in rows[first:]]
+            # What was not built need not have been; of the other sections the first row says it.
+            if section in NEEDED and ("FAILED" in found if section == "build" else found[0] != "ok"):
                 break
 
 
@@ -165,7 +163,8 @@ def line_of(row: Row) -> str:
     return "  ".join([f"{what}: {row.status}{reason}", *shown])
 
 
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check, print, write; the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -174,12 +173,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of the whole run")
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)  # in the child
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Check, print, write; the exit code."""
-    options = _options(arguments)
+    options = parser.parse_args(arguments)
     if options.section:
         run_in_child(options.section, options.backends[0], Path(options.package))
         return 0
@@ -192,12 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gpu_check: {error}", file=sys.stderr)
         return error.exit_code
     profile = Scale.of(package.manifest).profile
-    document = Document(
-        benchmark="gpu_check",
-        model=describe_model(package),
-        settings={"backends": options.backends, "profile": profile, "limit": options.limit},
-        rows=(),
-    )
+    settings = {"backends": options.backends, "profile": profile, "limit": options.limit}
+    document = Document(benchmark="gpu_check", model=describe_model(package), settings=settings, rows=())
     out: Path = options.out or Path(f"gpu_check-{document.date[:10]}.json")
     with tempfile.TemporaryDirectory() as store:
 

@@ -1,4 +1,4 @@
-"""Sections of the GPU check: memory comes back; where it is scarce a request is lowered, or refused."""
+"""Sections of the GPU check: memory comes back, none leaks; what does not fit is lowered, or refused."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ...engines.errors import MemoryLimitError
 from ...engines.spec import Array
 from ...engines.tolerances import PICTURE_DB
 from ..likeness import psnr
+from ..machine import resident_bytes
 from ..records import Row
 from ..sides.device_work import ledger_of
 from ..verbs.memory_watch import sampled
@@ -21,6 +22,7 @@ from .opener import Opened, Opener, Scale, attempt, draw, mebibytes, row_of
 MIB = 2**20
 BACK = 64.0  # MiB that may be missing from the baseline
 GROWTH = 16.0  # MiB that may be missing after the last cycle beyond those after the first
+FLAT = 8 * MIB  # bytes of growth over all pictures: a leak in each run of the UNet is many times that
 TILED_DB = 15.0  # tiles cannot see each other: the same picture, no more
 _PERIOD = 0.002  # seconds between two looks at the free memory
 _SMALLEST = MIB // 4  # pieces of the ballast
@@ -70,6 +72,23 @@ def _cycle(
     return {name: mebibytes(baseline - size) for name, size in free.items()}, ledger
 
 
+def host_memory(opener: Opener, scale: Scale) -> Iterator[Row]:
+    """Plain loops draw many pictures, and the process's resident memory stays as it is."""
+    if not resident_bytes()[0]:
+        yield row_of("pictures", missing="the system does not tell resident memory")
+        return
+    with opener.pipeline("off") as opened:
+        for seed in range(max(scale.pictures // 5, 2)):  # arenas grow, and libraries compile
+            draw(opened.pipe, replace(scale.case, seed=seed))
+        before = resident_bytes()[0]
+        for seed in range(scale.pictures):
+            draw(opened.pipe, replace(scale.case, seed=seed))
+        grown = resident_bytes()[0] - before
+    problems = [f"{mebibytes(grown)} MiB more, which is over {mebibytes(FLAT)}"] if grown > FLAT else []
+    sizes = {"resident_mib": mebibytes(before), "grown_mib": mebibytes(grown)}
+    yield row_of("pictures", {"pictures": scale.pictures, **sizes}, problems)
+
+
 # ── the ladder ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -82,8 +101,7 @@ def ladder(opener: Opener, scale: Scale) -> Iterator[Row]:
             return
         _ample(opener, scale, watch)  # the libraries load their kernels
         wanted, need = _ample(opener, scale, watch)
-        size = {"size": f"{scale.large}x{scale.large}", "pictures": scale.many}
-        yield row_of("memory to spare", {"need_mib": mebibytes(need), **size})
+        yield row_of("memory to spare", {"need_mib": mebibytes(need)})
         lowered: set[str] = set()
         for share in scale.shares:
             row = attempt(f"{share:.0%} of that free", _scarce, opener, scale, watch, wanted, need * share)
@@ -106,7 +124,7 @@ def _ample(opener: Opener, scale: Scale, watch: Device) -> tuple[Array, int]:
         _warm_up(opened, scale)
         before = watch.memory().free
         with sampled(lambda: watch.memory().free, _PERIOD) as looks:
-            images, _ = draw(opened.pipe, scale.large_case)
+            images, _ = draw(opened.pipe, scale.large)
         return images, before - min(size for _, size in looks)
 
 
@@ -127,7 +145,7 @@ def _large(
     figures: dict[str, Any] = {"free_mib": mebibytes(watch.memory().free)}
     samples: list[float] = []
     try:
-        found, seconds = draw(opened.pipe, scale.large_case)
+        found, seconds = draw(opened.pipe, scale.large)
     except MemoryLimitError as error:
         figures |= {"drawn": False, "refused": error.found}
         problems = [] if _NUMBERS.search(error.found) else [f"the refusal has no numbers: {error.found}"]
@@ -146,7 +164,7 @@ def _large(
 
 def _warm_up(opened: Opened, scale: Scale) -> None:
     """Let engines be opened by a small picture, and keep nothing of it that could be given up later."""
-    draw(opened.pipe, replace(scale.case, width=scale.short, height=scale.short, steps=2))
+    draw(opened.pipe, replace(scale.several, pictures=1, steps=2))
     opened.loop.free_idle()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from ...engines.backend import DeviceBackend, choose_backend, to_stderr
 from ...engines.cuda.device import CudaDevice
 from ...engines.cuda.facts import facts
 from ...engines.device import Device
-from ...engines.errors import BackendError, LatentrtError
+from ...engines.errors import LatentrtError
 from ...engines.package import Manifest, Package
 from ...engines.spec import Array
 from ...engines.tensorrt.build import built_nets
@@ -41,18 +41,17 @@ class Scale:
 
     Attributes:
         case: the usual guided picture, with few steps: it counts how it looks, not how long it takes.
-        short: height of a picture that is not square.
-        large, many: side and number of pictures of the request that must not fit (the ladder).
-        steps, runs: of what is timed.
+        several: three pictures at once that are not square.
+        large: the request that must not fit (the ladder).
+        steps, runs: of what is timed, and how often loops are compared.
         shares: of what the large request takes with memory to spare: how much is left free, in turn.
         pictures: that must leave the host's memory as it is.
         cycles: of opening, drawing and closing, after a first one that is not judged.
     """
 
     case: Case
-    short: int
-    large: int
-    many: int = 16
+    several: Case
+    large: Case
     steps: int = 20
     runs: int = 12
     cycles: int = 3
@@ -64,28 +63,20 @@ class Scale:
         """For a GPU: the package's own size, and up to twice that."""
         defaults, multiple = manifest.defaults, manifest.size_multiple
         guidance = defaults.guidance_scale if defaults.guidance_scale > 1 else 5.0
+        case = Case.of(manifest, guidance_scale=guidance, steps=8, seed=1)
+        short, large = max(case.height * 3 // 4 // multiple, 1) * multiple, 2 * max(case.width, case.height)
         return cls(
-            case=Case.of(manifest, guidance_scale=guidance, steps=8, seed=1),
-            short=max(defaults.height * 3 // 4 // multiple, 1) * multiple,
-            large=2 * max(defaults.width, defaults.height),
+            case=case,
+            several=replace(case, pictures=3, height=short),
+            large=replace(case, width=large, height=large, pictures=16, steps=3),
         )
 
     @property
     def profile(self) -> str:
         """What engines are built for, in the grammar of profiles: all that the sections draw."""
-        sizes = self.case.width, self.case.height
-        low, high = min(*sizes, self.short), max(*sizes, self.large)
-        return f"{'x'.join(f'{low}-{high}@{side}' for side in sizes)}:b1-{self.many}"
-
-    @property
-    def large_case(self) -> Case:
-        """The pictures that must not fit."""
-        return replace(self.case, width=self.large, height=self.large, pictures=self.many, steps=3)
-
-    @property
-    def several(self) -> Case:
-        """Three pictures at once that are not square."""
-        return replace(self.case, pictures=3, height=self.short)
+        low, high = min(self.case.width, self.several.height), self.large.width
+        width, height = (f"{low}-{high}@{side}" for side in (self.case.width, self.case.height))
+        return f"{width}x{height}:b1-{self.large.pictures}"
 
 
 class Opened(NamedTuple):
@@ -102,9 +93,7 @@ class Opener:
     """One backend, ready to open.
 
     Attributes:
-        task: the backend's name and the package, as a side opens them; its threads are the CPU's, which says
-            what is right.
-        package: what is drawn with.
+        task, package: as a side opens them.
         open_device: a device with every net of the package. Only ONNX Runtime's has options: `capture`, runs
             may be captured; `profile`, a folder for profiles of where nodes ran.
         watch: the same device for an onlooker: it reads the free memory, and takes memory away.
@@ -130,52 +119,43 @@ class Opener:
         device, nets = self.open_device(**options)
         counted, log = CountedDevice(device), list[str]()
         loop = DeviceLoop(cast(Device, counted), nets, self.package.manifest, graphs=graphs, log=log.append)
-        with ExitStack() as stack:
-            stack.enter_context(closing(loop))
+        with closing(loop):
             pipe = Pipeline.over(self.package, loop, self.task.backend, cache_bytes=0)
             yield Opened(pipe, loop, counted, log)
 
 
 def backend_opener(backend: str, package: Package) -> Opener:
-    """For a backend on the first CUDA device.
-
-    Raises:
-        BackendError: it cannot run here, with the reason; or it runs on no device.
-    """
+    """For a backend on the first CUDA device. Raises BackendError, with the reason, if it cannot run here."""
     name, engine = choose_backend(backend)
-    if not isinstance(engine, DeviceBackend):
-        raise BackendError(
-            f"the backend {name!r} runs on no device",
-            expected="onnxruntime-cuda, tensorrt or tensorrt-rtx",
-            fix="Leave --backends out to check all of them.",
-        )
     gpu = facts()
     listed = flavour(name).compute_capabilities if name in ENGINE_BACKENDS else ()
     supported = not listed or "{}.{}".format(*gpu.compute_capability) in listed
+    open_device = cast(DeviceBackend, engine).open_device
     return Opener(
         task=Task(package=package.root, backend=name, device="cuda"),
         package=package,
-        open_device=partial(engine.open_device, package, built_nets(package), log=to_stderr),
+        open_device=partial(open_device, package, built_nets(package), log=to_stderr),
         watch=CudaDevice,
         unsupported="" if supported else f"{gpu.sm} is none of {', '.join(listed)}",
     )
 
 
-def draw(pipe: Pipeline, case: Case, **more: Any) -> tuple[Array, float]:
+def draw(pipe: Pipeline, case: Case) -> tuple[Array, float]:
     """Pictures (N, H, W, 3) uint8 and the seconds they took."""
     began = perf_counter()
-    images = np.asarray(pipe(case.prompt, **case.parameters, **more).images)
+    images = np.asarray(pipe(case.prompt, **case.parameters).images)
     return images, perf_counter() - began
 
 
-def start_of(package: Package, case: Case) -> dict[str, Any]:
-    """Random blocks for a picture to start from, so that its encoder runs too; nothing if there is none."""
-    if "vae_encoder" not in package.manifest.nets:
-        return {}
-    blocks = np.random.default_rng(case.seed).integers(
-        0, 256, (case.height // 8, case.width // 8, 3), np.uint8
-    )
-    return {"image": blocks.repeat(8, axis=0).repeat(8, axis=1)}
+def encoder_inputs(case: Case) -> dict[str, Array]:
+    """What the encoder of pictures is called with: random blocks of 8x8 pixels, nothing masked."""
+    shape = 1, case.height // 8, case.width // 8, 3
+    blocks = np.random.default_rng(case.seed).integers(0, 256, shape, np.uint8)
+    mask = np.zeros((1, case.height, case.width, 1), np.uint8)
+    return {"image": blocks.repeat(8, axis=1).repeat(8, axis=2), "mask": mask}
+
+
+# ── rows ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def row_of(

@@ -15,6 +15,7 @@ import tracemalloc
 from array import array
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from statistics import median_low
 from time import perf_counter
 from typing import Any
@@ -27,7 +28,7 @@ from ...runtime.loop.job import Clock, DenoiseJob
 from ...runtime.pipeline import Pipeline
 from ...runtime.request.request import make_request
 from ..case import Case
-from .contract import WATCHED, Make, OpenSide, Task, Work
+from .contract import WATCHED, OpenSide, Task, Work
 from .ours import available as available
 from .ours import open_pipeline
 
@@ -153,13 +154,12 @@ def open_side(task: Task) -> OpenSide:
     """The pipeline, with the loop that a user has."""
     pipe, resources = open_pipeline(task), ExitStack()
     resources.callback(pipe.close)
-
-    def maker(watch: Callable[[Pipeline, Case], dict[str, Any]]) -> Make:
-        def make(case: Case, stack: ExitStack) -> Work:
-            seen = watch(pipe, case)
-            return Work(call=dict[str, Array], figures=lambda: seen)
-
-        return make
-
-    makers = {TIMELINE: maker(draw), GROWTH: maker(watch_steps)}
+    makers = {TIMELINE: partial(_once, draw, pipe), GROWTH: partial(_once, watch_steps, pipe)}
     return OpenSide(name=WATCHED, versions={"backend": pipe.backend}, makers=makers, resources=resources)
+
+
+def _once(
+    watch: Callable[[Pipeline, Case], dict[str, Any]], pipe: Pipeline, case: Case, stack: ExitStack
+) -> Work:
+    seen = watch(pipe, case)
+    return Work(call=dict[str, Array], figures=lambda: seen)

@@ -66,18 +66,19 @@ def on_a_grid(series: Series, began: float, ended: float, interval: float) -> li
     return [max(sizes[max(a - 1, 0) : max(b, 1)]) for a, b in pairwise(places.tolist())]
 
 
-def measure_baselines(watch: Watch, interval: float) -> tuple[int, int | None]:
-    """Bytes of an empty interpreter and of an empty CUDA context, as `verbs.memory.Bench` has them."""
+def measure_baselines(interval: float) -> tuple[Watch, int, int | None]:
+    """What looks at the GPU; bytes of an empty interpreter and CUDA context, as `memory.Bench` has them."""
+    watch = device_watch()
     with Child("-c", _EMPTY) as child:
         next(child.lines(LIMIT))
         interpreter, _ = resident_bytes(child.pid)
     if (before := watch()) is None:
-        return interpreter, None
+        return watch, interpreter, None
     with sampled(watch, interval) as looks, Child("-c", _CONTEXT) as child:
         next(child.lines(LIMIT))
         time.sleep(_SETTLE)
         held, _ = holding(child.pid, before, list(looks))
-    return interpreter, held[-1][1] if held else None
+    return watch, interpreter, held[-1][1] if held else None
 
 
 # ── a GPU ──────────────────────────────────────────────────────────────────────────────────────────

@@ -5,6 +5,7 @@ Nets are ONNX Runtime's on the CPU at the device's addresses; they claim scratch
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,23 +17,21 @@ from latentrt.benchmarks.gpu.opener import Opener, Scale
 from latentrt.benchmarks.process import SideError
 from latentrt.benchmarks.sides.contract import OURS, Task, open_side
 from latentrt.benchmarks.sides.ours_device import device_side
-from latentrt.engines.backend import MemoryLedger
 from latentrt.engines.device import Addresses, BoundNet, DeviceNet, Shapes
 from latentrt.engines.errors import LatentrtError
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import Package
-from latentrt.engines.spec import NetSpec
 from latentrt.engines.tensorrt.build import built_nets
 from latentrt.runtime.pipeline import SHIPPED
 from tests.engines.host_device import HostDevice
 
 MIB = 2**20
 PACKAGE = Package.open(SHIPPED["demo"])
+CASE = Case(width=64, height=64, guidance_scale=3.0, steps=2, seed=1)
 SCALE = Scale(
-    case=Case(width=64, height=64, guidance_scale=3.0, steps=2, seed=1),
-    short=48,
-    large=64,
-    many=4,
+    case=CASE,
+    several=replace(CASE, pictures=3, height=48),
+    large=replace(CASE, pictures=4, steps=3),
     steps=2,
     runs=3,
     pictures=6,
@@ -55,14 +54,6 @@ class Hungry:
     def __init__(self, net: DeviceNet, per_row: int) -> None:
         self.net, self.per_row = net, per_row
 
-    @property
-    def spec(self) -> NetSpec:
-        return self.net.spec
-
-    @property
-    def memory(self) -> MemoryLedger:
-        return self.net.memory
-
     def __getattr__(self, name: str) -> Any:
         return getattr(self.net, name)
 
@@ -71,12 +62,6 @@ class Hungry:
 
     def bind(self, shapes: Shapes, addresses: Addresses, scratch: int) -> BoundNet:
         return self.net.bind(shapes, addresses, scratch)
-
-    def stream_weights(self) -> int:
-        return 0
-
-    def close(self) -> None:
-        self.net.close()
 
 
 def stand_in(

@@ -10,43 +10,34 @@ import pytest
 
 from latentrt.benchmarks.gpu import check as gpu_check
 from latentrt.benchmarks.gpu.check import SECTIONS, run_section
-from latentrt.benchmarks.gpu.opener import backend_opener, collect, row_of
+from latentrt.benchmarks.gpu.opener import collect, row_of
 from latentrt.benchmarks.machine import describe_machine
 from latentrt.benchmarks.records import Document, Row, Status, read_document
 from latentrt.engines.cuda.facts import available
-from latentrt.engines.errors import BackendError
 from tests.benchmarks.gpu_stand_in import PACKAGE
 
 WITHOUT_GPU = pytest.mark.skipif(available() is None, reason="there is a GPU")
 
 
-PRINTED = json.dumps(Row(side="latentrt", workload="a").to_json())
+PRINTED = f"print({json.dumps(Row(side='latentrt', workload='a').to_json())!r}, flush=True)"
 
 
 @pytest.mark.parametrize(
-    ("code", "reason"),
+    ("code", "workloads", "reason"),
     [
-        ("", None),
-        ("os.abort()", "it ended with SIGABRT: Fatal Python error: Aborted"),
-        ("time.sleep(99)", "it did not end within 2 s"),
+        (PRINTED, ["a", "process"], ""),
+        (f"{PRINTED}; import os; os.abort()", ["a", "process"], "it ended with SIGABRT: Fatal Python error"),
+        (f"{PRINTED}; import time; time.sleep(99)", ["a", "process"], "it did not end within 2 s"),
+        ("pass", ["process"], "it ended without a row"),
+        ("print('{', flush=True); raise SystemExit(3)", ["process"], "it ended with exit code 3"),
     ],
 )
-def test_a_process_is_its_rows_and_one_more(code: str, reason: str | None) -> None:
-    command = ["-X", "faulthandler", "-c", f"import os, time\nprint({PRINTED!r}, flush=True)\n{code}"]
-    row, last = run_section(command, 2)
-    assert (row.workload, last.workload) == ("a", "process")
-    assert (last.status == "ok") == (reason is None)
-    assert last.reason.startswith(reason or "")
-    assert last.samples[0] > 0
-
-
-def test_a_process_without_a_row_has_failed() -> None:
-    for code, reason in (
-        ("pass", "it ended without a row"),
-        ("print('{\"what\": ', flush=True); raise SystemExit(3)", "it ended with exit code 3"),
-    ):
-        (last,) = run_section(["-c", code], 30)
-        assert last.reason.startswith(reason)
+def test_a_process_is_its_rows_and_one_more(code: str, workloads: list[str], reason: str) -> None:
+    rows = list(run_section(["-X", "faulthandler", "-c", code], 2))
+    assert [row.workload for row in rows] == workloads
+    assert rows[-1].status == ("FAILED" if reason else "ok")
+    assert rows[-1].reason.startswith(reason)
+    assert rows[-1].samples[0] > 0
 
 
 @WITHOUT_GPU
@@ -148,8 +139,3 @@ def test_a_package_that_is_none(
     monkeypatch.setattr(gpu_check, "available", lambda: None)
     assert gpu_check.main(["--package", str(tmp_path)]) == 3
     assert "manifest.json" in capsys.readouterr().err
-
-
-def test_a_backend_without_a_device() -> None:
-    with pytest.raises(BackendError, match="'onnxruntime' runs on no device"):
-        backend_opener("onnxruntime", PACKAGE)

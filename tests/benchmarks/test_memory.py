@@ -1,11 +1,9 @@
 """Memory from outside against processes that hold a known amount, and planted growth that must be found."""
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -16,7 +14,7 @@ import pytest
 
 from latentrt.benchmarks.case import Case
 from latentrt.benchmarks.machine import resident_bytes
-from latentrt.benchmarks.process import SideError
+from latentrt.benchmarks.process import Child, SideError
 from latentrt.benchmarks.records import Document, Row
 from latentrt.benchmarks.sides.contract import OURS, Task
 from latentrt.benchmarks.sides.watched import (
@@ -57,54 +55,31 @@ on_linux = pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
 
 
 def bench(**changes: Any) -> Bench:
-    known: dict[str, Any] = {"package": PACKAGE, "task": TASK, "case": CASE, "weights": 10 * MIB}
-    nothing = {"interpreter": 1, "context": 0, "watch": lambda: None}
-    return Bench(**{**known, **nothing, "interval": 0.002, **changes})
+    return Bench(PACKAGE, TASK, CASE, watch=lambda: None, interpreter=1, context=0)._replace(**changes)
 
 
 # ── resident memory ────────────────────────────────────────────────────────────────────────────
 
 HOLDING = """
-import sys
 block = bytearray(b"x") * (64 << 20)  # written, so that it is resident
-print(flush=True); input()
+print("{}", flush=True); input()
 del block
-print(flush=True); input()
+print("{}", flush=True); input()
 """
-
-
-@contextmanager
-def holder() -> Generator[tuple[int, Callable[[], None]]]:
-    """A process with 64 MiB, and how it gives them back."""
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin
-        assert process.stdout
-        process.stdout.readline()
-
-        def release() -> None:
-            process.stdin.write("\n")
-            process.stdin.flush()
-            process.stdout.readline()
-
-        yield process.pid, release
-        process.communicate("\n")
 
 
 @on_linux
 def test_resident_memory_of_another_process() -> None:
     own = np.ones(200 * MIB, np.uint8)  # ru_maxrss of a child would begin with this
-    with holder() as (pid, release):
-        full = resident_bytes(pid)
-        release()
-        freed = resident_bytes(pid)
+    with Child("-c", HOLDING) as child:
+        child.answer()
+        full = resident_bytes(child.pid)
+        child.ask()
+        freed = resident_bytes(child.pid)
     assert own[-1]
-    assert full
-    assert freed
     assert full[0] - freed[0] == pytest.approx(64 * MIB, rel=0.02)
     assert 0.99 * full[0] < freed[1] < 120 * MIB, "outlives what was held, and is not the parent's"
-    assert resident_bytes(pid) == (0, 0), "it ended"
+    assert resident_bytes(child.pid) == (0, 0), "it ended"
 
 
 def test_a_grid_keeps_peaks_and_fills_gaps() -> None:
@@ -185,7 +160,6 @@ def test_rows_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     # the last but that of closing; on a busy machine the sampler may look once more before it is told to end
     assert watched.looks - 5 < number < watched.looks
     assert peak.figures["measured_by"] == "device"
-    assert peak.figures["over_weights"] == peak.samples[0] / (10 * MIB)
     assert found["device opened"].samples[0] < peak.samples[0]
     assert found["ledger"].samples == (12.0,), "a total is not counted besides its parts"
     assert found["ledger"].figures["nets"]["unet"]["io"] == 4
@@ -194,8 +168,8 @@ def test_rows_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @on_linux
 def test_an_empty_interpreter_and_context(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_watch, "_CONTEXT", "print(flush=True); input()")
-    watched = Growing()
-    interpreter, context = measure_baselines(watched, 0.01)
+    monkeypatch.setattr(memory_watch, "device_watch", Growing)
+    _, interpreter, context = measure_baselines(0.01)
     assert interpreter
     assert 2 * MIB < interpreter < 40 * MIB
     assert context
@@ -253,7 +227,7 @@ def keeping(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, make: Callable[[int
 
 
 def growth_row(pipe: Pipeline, steps: int) -> Row:
-    return judge_growth(bench(), watch_steps(pipe, replace(CASE, steps=steps)))
+    return judge_growth(watch_steps(pipe, replace(CASE, steps=steps)))
 
 
 def test_one_small_array_kept_per_step_is_found(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,18 +283,10 @@ class Careless(HostDevice):
 def test_the_device_loop_allocates_nothing_between_rows() -> None:
     device = Careless()
     with device_pipeline(PACKAGE, device) as (pipe, _):
-        for careless, status, reason in (
-            (False, "ok", ""),
-            (True, "FAILED", "7 allocations on the device between rows"),
-        ):
-            device.careless = careless
-            found = {
-                "traced": [5],
-                "requests": 1,
-                "device_allocations": device_allocations(pipe, replace(CASE, steps=8)),
-            }
-            row = judge_growth(bench(), found)
-            assert (row.status, row.reason) == (status, reason)
+        for device.careless, reason in (False, ""), (True, "7 allocations on the device between rows"):
+            between = device_allocations(pipe, replace(CASE, steps=8))
+            row = judge_growth({"traced": [5], "requests": 1, "device_allocations": between})
+            assert (row.status, row.reason) == ("FAILED" if reason else "ok", reason)
 
 
 # ── all of it ──────────────────────────────────────────────────────────────────────────────────
@@ -328,7 +294,7 @@ def test_the_device_loop_allocates_nothing_between_rows() -> None:
 
 @pytest.fixture(scope="module")
 def document() -> Document:
-    return measure_memory(PACKAGE, Sides(task=TASK, references=()), CASE, steps=16, interval=0.002)
+    return measure_memory(PACKAGE, Sides(task=TASK, references=()), CASE, steps=16)
 
 
 def row_of(document: Document, workload: str) -> Row:

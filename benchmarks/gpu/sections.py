@@ -1,0 +1,197 @@
+"""Sections of the GPU check over nets and pictures: built, on the GPU, right, replayed as drawn, how fast."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ...engines.backends import BACKENDS
+from ...engines.cuda import facts as cuda_facts
+from ...engines.errors import LatentrtError
+from ...engines.onnxruntime.backend import ONNXRUNTIME
+from ...engines.onnxruntime.tuning.choice import tuned_nets
+from ...engines.profiles import Profile
+from ...engines.spec import TEXT_ENCODERS
+from ...engines.store.engine_store import EngineStore
+from ...engines.tensorrt.build import built_nets
+from ...engines.tolerances import DECODED_DB
+from ...runtime.loop.device.programs import input_shapes
+from ..case import HOST_NETS, Case, sizes_of
+from ..likeness import psnr
+from ..process import SideProcess
+from ..records import Row
+from ..rounds import Pace
+from ..sides.contract import OURS, SIDES
+from ..verbs.build import Builds, build_net
+from ..verbs.latency import Sides, check, measure_latency
+from ..verbs.parity import Inputs, Reference, compare_sides
+from .opener import Opened, Opener, Scale, attempt, draw, encoder_inputs, failed, mebibytes, row_of
+
+SAMPLERS = ("dpmpp_2m", "ddim", "euler_a")  # the last draws noise in every row
+REPLAY_DB = 50.0  # the same kernels in the same order: a few shades by one, where a library sums atomically
+_WARM = 2  # runs: the first is plain, the second is captured
+_REFUSED = "the loop is not captured: "  # begins the line that says why
+_PACE = Pace(runs=20, rounds=5, budget=15.0, warm_up=2)
+_RUN = {*HOST_NETS, *TEXT_ENCODERS, "step", "vae_encoder"}  # nets that `placement` runs
+_FLOATS = {"float", "float16", "double", "bfloat16"}
+_KERNEL = "_kernel_time"  # the event of a node's run is called by its name and this
+
+
+def build(opener: Opener, scale: Scale) -> Iterator[Row]:
+    """Engines of every net, or the layouts of ONNX Runtime's, into the store (LATENTRT_CACHE)."""
+    backend, package = opener.task.backend, opener.package
+    if backend not in BACKENDS:
+        yield row_of("engines", missing=f"{backend} builds nothing")
+        return
+    gpu = None if cuda_facts.available() else cuda_facts.facts()
+    profile = Profile.parse(scale.profile, multiple=package.manifest.size_multiple)
+    builds = Builds(backend=backend, profiles=(profile,))
+
+    def built(net: str) -> Row:
+        figures = build_net(net, package, builds, EngineStore(), gpu)
+        problems = [] if figures.get("engine_mb", 1) > 0 else ["the engine is empty"]
+        return row_of(net, figures, problems, [figures.pop("seconds")])
+
+    for net in tuned_nets(package, ()) if builds.tunes else built_nets(package):
+        yield attempt(net, built)
+
+
+def placement(opener: Opener, scale: Scale) -> Iterator[Row]:
+    """Every net opens; ONNX Runtime runs floating-point nodes on the GPU, and copies nothing to or from it.
+
+    Engines run on the GPU as a whole. A GPU that the library does not list may be refused: no failure.
+    """
+    with TemporaryDirectory() as folder:
+        options: dict[str, Any] = {"profile": Path(folder)} if opener.onnxruntime else {}
+        try:
+            with opener.pipeline(**options) as opened:
+                nets, sizes = opened.loop.nets, sizes_of(scale.case, opener.package.manifest)
+                for net in nets.values():
+                    net.scratch(input_shapes(net.spec, sizes))  # engines are opened by their first request
+                weights = mebibytes(sum(net.memory.weights for net in nets.values()))
+                yield row_of("every net", {"device": opened.device.name, "weights_mib": weights})
+                if opener.onnxruntime:
+                    draw(opened.pipe, scale.case)
+                    if "vae_encoder" in nets:
+                        opened.loop.call("vae_encoder", **encoder_inputs(scale.case))
+                    for name in sorted(_RUN & nets.keys()):
+                        yield attempt(name, _placed, nets[name])
+        except LatentrtError as error:
+            row = failed("every net", error)
+            if opener.unsupported:
+                row = replace(row, status="not available", reason=f"{opener.unsupported}: {row.reason}")
+            yield row
+
+
+def _placed(name: str, net: Any) -> Row:
+    """What the library's profile says of each node that ran: its event has `args` with types and provider."""
+    events: list[dict[str, Any]] = json.loads(net.end_profile().read_bytes())
+    nodes = {
+        f"{event['name'].removesuffix(_KERNEL)} ({event['args']['op_name']})": event["args"]
+        for event in events
+        if event.get("cat") == "Node" and event["name"].endswith(_KERNEL)
+    }
+    on_cpu = {node for node, args in nodes.items() if args.get("provider") == "CPUExecutionProvider"}
+    misplaced = {
+        "copies between CPU and GPU": [node for node in nodes if "(Memcpy" in node],
+        # activations that left the GPU; integer arithmetic on shapes belongs on the CPU
+        "floating-point nodes on the CPU": [node for node in on_cpu if _FLOATS & _types(nodes[node])],
+    }
+    found = {what: sorted(those) for what, those in misplaced.items() if those}
+    problems = [f"{len(those)} {what}: {', '.join(those[:4])}" for what, those in found.items()]
+    problems += [] if nodes else ["the profile has no node that ran"]
+    return row_of(name, {"nodes": len(nodes), "on_cpu": len(on_cpu)}, problems)
+
+
+def _types(args: dict[str, Any]) -> set[str]:
+    """The types of inputs and outputs, which are listed like [{"float": [2, 4]}, {"int64": []}]."""
+    tensors = [*args.get("input_type_shape", ()), *args.get("output_type_shape", ())]
+    return {kind for tensor in tensors for kind in tensor}
+
+
+def parity(opener: Opener, scale: Scale) -> Iterator[Row]:
+    """Single nets, for one guided picture and for three that are not square, against the CPU's."""
+    inputs = Inputs(cases=(scale.case, scale.several), samplers=(), samples=1)
+    for row in _against_the_cpu(opener, inputs):
+        # One net makes a picture of the same latent: that is held to more than a whole generation.
+        likeness, bar = row.figures.get("psnr_db", 0.0), DECODED_DB[opener.package.manifest.dtype]
+        if row.unit == "dB" and row.status == "ok" and likeness < bar:
+            row = replace(row, status="FAILED", reason=f"{likeness:.1f} dB, below {bar:g}")
+        yield row
+    if "vae_encoder" in opener.package.manifest.nets:  # no workload of the benchmarks runs it
+        yield attempt("vae_encoder", _encoder, opener, scale.case)
+
+
+def _encoder(what: str, opener: Opener, case: Case) -> Row:
+    inputs, threads = encoder_inputs(case), opener.task.threads
+    with ONNXRUNTIME.open_net(opener.package, what, threads=threads) as host, opener.pipeline() as opened:
+        return row_of(what, check(opened.loop.call(what, **inputs), host(**inputs), opener.package))
+
+
+def picture(opener: Opener, scale: Scale) -> Iterator[Row]:
+    """Three pictures at once, not square: three samplers, guidance on and off."""
+    cases = scale.several, replace(scale.several, guidance_scale=1.0)
+    yield from _against_the_cpu(opener, Inputs(cases=cases, nets=(), samplers=SAMPLERS, samples=1))
+
+
+def _against_the_cpu(opener: Opener, inputs: Inputs) -> Iterator[Row]:
+    """The rows of `latentrt bench parity`; the reference is the plain loop over ONNX Runtime."""
+    reference = Reference.of(opener.task, "onnxruntime")
+    with (
+        SideProcess(OURS, OURS, opener.task) as ours,
+        SideProcess(f"{reference.name} (reference)", reference.name, reference.task) as other,
+    ):
+        for row in compare_sides(ours, other, inputs, opener.package.manifest.dtype):
+            names = ("sampler", "width", "height", "pictures", "guidance_scale")
+            what = [f"{name} {row.case[name]}" for name in names if name in row.case]
+            yield replace(row, workload=", ".join([row.workload, *what]))
+
+
+def graphs(opener: Opener, scale: Scale) -> Iterator[Row]:
+    """Loops replayed as captured graphs draw what plain ones draw; the time of each, interleaved.
+
+    Each run has a seed of its own, and noise in every row: a graph that replays yesterday's data shows.
+    """
+    with opener.pipeline("off") as plain, opener.pipeline("on") as replayed:
+        for sampler in (SAMPLERS[0], SAMPLERS[-1]):
+            yield attempt(sampler, _graphs, plain, replayed, scale)
+
+
+def _graphs(sampler: str, plain: Opened, replayed: Opened, scale: Scale) -> Row:
+    before, likeness = replayed.device.launches, list[float]()
+    seconds: dict[str, list[float]] = {"plain": [], "graph": []}
+    for run in range(_WARM + scale.runs):
+        case = replace(scale.case, sampler=sampler, seed=100 + run)
+        wanted, plain_s = draw(plain.pipe, case)
+        found, graph_s = draw(replayed.pipe, case)
+        likeness.append(psnr(found, wanted))
+        seconds["plain"].append(plain_s)
+        seconds["graph"].append(graph_s)
+    launches, worst = replayed.device.launches - before, min(likeness)
+    figures: dict[str, Any] = {"psnr_db": worst, "launches": launches, "runs": scale.runs}
+    figures |= {f"{name}_p50_s": median(taken[_WARM:]) for name, taken in seconds.items()}
+    problem = missing = ""
+    if worst < REPLAY_DB:
+        problem = f"{worst:.1f} dB between plain and replayed, below {REPLAY_DB:g}"
+    elif launches < scale.runs:  # plain loops are what the loop falls back on, and it says why
+        missing = next((line for line in replayed.log if line.startswith(_REFUSED)), "")
+        problem = "" if missing else f"launched in {launches} of {scale.runs} runs, and nothing says why"
+    return row_of(sampler, figures, [problem] if problem else (), seconds["graph"][_WARM:], missing)
+
+
+def timing(opener: Opener, scale: Scale) -> Iterator[Row]:
+    """Seconds of one guided picture, in turns with the plain loop over the same library, if there is one.
+
+    The rows are those of `latentrt bench latency`: what the peer draws must be ours, and no time is too long.
+    """
+    backend = opener.task.backend
+    sides = Sides(task=opener.task, peers=(backend,) if backend in SIDES else (), references=())
+    case = replace(scale.case, steps=scale.steps)
+    document = measure_latency(opener.package, sides, [case], workloads=["picture"], pace=_PACE)
+    for row in document.rows:
+        yield replace(row, workload=f"{row.workload} by {row.side}")
