@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,13 +70,12 @@ class Case:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """For `Pipeline.__call__`, whose answer is then (N, H, W, 3) uint8."""
+        """For `Pipeline.__call__`."""
         names = ("width", "height", "guidance_scale", "negative_prompt", "sampler", "seed")
         return {
             **{name: getattr(self, name) for name in names},
             "num_images_per_prompt": self.pictures,
             "num_inference_steps": self.steps,
-            "output_type": "np",
         }
 
 
@@ -100,7 +100,7 @@ def sizes_of(case: Case, manifest: Manifest) -> dict[str, int]:
     }
 
 
-def net_inputs(workload: str, case: Case, manifest: Manifest, tokenizer: ClipTokenizer) -> dict[str, Array]:
+def inputs_of(package: Package, workload: str, case: Case) -> dict[str, Array]:
     """The inputs of one call of a net, float32 where they are floats; never zeros, the same for every side.
 
     Returns:
@@ -110,14 +110,15 @@ def net_inputs(workload: str, case: Case, manifest: Manifest, tokenizer: ClipTok
             them, `image_latents` (B, C', H/8, W/8) and vectors (B, width) by name.
         vae_decoder: `latent` (N, C, H/8, W/8), in the units of the UNet (before the scaling factor).
     """
-    random = np.random.default_rng(case.seed)
-    cell = manifest.latent_scale
-    latent = manifest.latent_channels, case.height // cell, case.width // cell
+    manifest, random = package.manifest, np.random.default_rng(case.seed)
+    spec, latent = manifest.net(workload).spec, latent_shape(manifest, case.height, case.width)
     if workload == "text_encoder":
         texts = [case.negative_prompt, case.prompt] if case.guided else [case.prompt]
-        inputs = {item.name for item in manifest.net("text_encoder").spec.inputs}
-        skip = {"clip_skip": np.zeros(1, np.int32)} if "clip_skip" in inputs else {}
-        return {"input_ids": tokenizer.encode(texts, length=manifest.max_tokens).ids, **skip}
+        skip = (
+            {"clip_skip": np.zeros(1, np.int32)} if "clip_skip" in {item.name for item in spec.inputs} else {}
+        )
+        ids = _tokenizer(package.root / "tokenizer").encode(texts, length=manifest.max_tokens).ids
+        return {"input_ids": ids, **skip}
     if workload == "vae_decoder":
         return {"latent": random.standard_normal((case.pictures, *latent), np.float32)}
     context = case.batch, manifest.max_tokens, manifest.context_width
@@ -129,16 +130,15 @@ def net_inputs(workload: str, case: Case, manifest: Manifest, tokenizer: ClipTok
     more = {name: (case.batch, width) for name, width in manifest.vectors.items()}
     more |= {
         item.name: shape_of(item.shape, sizes_of(case, manifest))
-        for item in manifest.net("unet").spec.inputs
+        for item in spec.inputs
         if item.name == "image_latents"
     }
     return arrays | {name: random.standard_normal(shape, np.float32) for name, shape in more.items()}
 
 
-def inputs_of(package: Package, workload: str, case: Case) -> dict[str, Array]:
-    """`net_inputs` with the package's own tokenizer."""
-    tokenizer = ClipTokenizer.open(package.root / "tokenizer")
-    return net_inputs(workload, case, package.manifest, tokenizer)
+@cache
+def _tokenizer(folder: Path) -> ClipTokenizer:
+    return ClipTokenizer.open(folder)
 
 
 def schedule_of(case: Case, manifest: Manifest) -> tuple[Table, Callable[[], Array]]:

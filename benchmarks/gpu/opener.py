@@ -32,7 +32,7 @@ from ...runtime.pipeline import Pipeline
 from ..case import Case
 from ..records import Figures, Row
 from ..sides.contract import OURS, Task
-from ..sides.device_work import TimedDevice
+from ..sides.device_work import CountedDevice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class Opened(NamedTuple):
 
     pipe: Pipeline
     loop: DeviceLoop
-    device: TimedDevice
+    device: CountedDevice
     log: list[str]
 
 
@@ -117,12 +117,11 @@ class Opener:
         if graphs == "on" and self.onnxruntime:
             options["capture"] = True
         device, nets = self.open_device(**options)
-        timed, log = TimedDevice(device), list[str]()
-        loop = DeviceLoop(cast(Device, timed), nets, self.package.manifest, graphs=graphs, log=log.append)
+        counted, log = CountedDevice(device), list[str]()
+        loop = DeviceLoop(cast(Device, counted), nets, self.package.manifest, graphs=graphs, log=log.append)
         with closing(loop):
-            timed.stop_timing()  # launches are counted all the same
             pipe = Pipeline.over(self.package, loop, self.task.backend, cache_bytes=0)
-            yield Opened(pipe, loop, timed, log)
+            yield Opened(pipe, loop, counted, log)
 
 
 def backend_opener(backend: str, package: Package) -> Opener:
@@ -144,7 +143,7 @@ def backend_opener(backend: str, package: Package) -> Opener:
 def draw(pipe: Pipeline, case: Case) -> tuple[Array, float]:
     """Pictures (N, H, W, 3) uint8 and the seconds they took."""
     began = perf_counter()
-    images = np.asarray(pipe(case.prompt, **case.parameters).images)
+    images = np.asarray(pipe(case.prompt, output_type="np", **case.parameters).images)
     return images, perf_counter() - began
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from ...engines.errors import ModelError
 from ..machine import clocks, describe_machine
-from ..printing import lines
+from ..words import lines
 from ..process import SideError, run
 from ..records import Document, Row
 from ..sides.contract import OURS

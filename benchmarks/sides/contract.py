@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Protocol
 
 from ...engines.errors import BackendError, UsageError
@@ -36,7 +35,7 @@ SIDES: Mapping[str, str] = {
     "diffusers": "diffusers_pipeline",
     "diffusers-compile": "diffusers_pipeline.Compiled",
     "onnxruntime": "plain_loop",
-    "onnxruntime-cuda": "plain_device_loop",
+    "onnxruntime-cuda": "plain_loop.OnCuda",
     "openvino": "openvino_loop",
     "tensorrt": "tensorrt_loop",
     "ceiling": "ceiling",
@@ -64,8 +63,6 @@ class Task:
         threads: of a CPU; None is every processor this process may use.
         backend: which of latentrt's own (`engines.backend.BACKENDS`, or "auto").
         device: "cpu" or "cuda", of the peers that can do both.
-        slow_down: what latentrt's own runs are made to take longer by, 0.1 is 10 %: to see whether a
-            comparison finds it.
     """
 
     package: Path
@@ -73,19 +70,16 @@ class Task:
     threads: int | None = None
     backend: str = "auto"
     device: str = "cpu"
-    slow_down: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for the child."""
-        checkpoint = str(self.checkpoint) if self.checkpoint else None
-        return {**vars(self), "package": str(self.package), "checkpoint": checkpoint}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Task:
         """The reverse of `to_json`."""
-        values: dict[str, Any] = dict(data)
-        values["package"] = Path(values["package"])
-        values["checkpoint"] = Path(values["checkpoint"]) if values["checkpoint"] else None
+        values = dict(data)
+        values |= {name: Path(data[name]) for name in ("package", "checkpoint") if data[name]}
         return cls(**values)
 
 
@@ -100,7 +94,6 @@ class Work:
         figures: what is known of the last run: `device_s` by the device's own events, `stages_s` by name, …
         repeats: how often one run does the workload; reported seconds and figures are of one of them.
         held: what it holds until it is closed, such as a device's memory.
-        slow_down: by how much a run is to take longer, 0.1 is 10 %.
     """
 
     call: Callable[[], Mapping[str, Array]]
@@ -108,17 +101,11 @@ class Work:
     figures: Callable[[], Mapping[str, Any]] = dict[str, Any]
     repeats: int = 1
     held: ExitStack = field(default_factory=ExitStack)
-    slow_down: float = 0.0
     _left: Mapping[str, Array] = field(default_factory=dict[str, Array])
 
     def run(self) -> None:
-        """Once, and then busy for as long as it is to be slowed down."""
-        began = perf_counter()
+        """Once."""
         self._left = self.call()
-        if self.slow_down:
-            until = began + (perf_counter() - began) * (1 + self.slow_down)
-            while perf_counter() < until:
-                pass
 
     def outputs(self) -> Mapping[str, Array]:
         """The outputs of the last run, by the names above."""
@@ -127,22 +114,6 @@ class Work:
     def close(self) -> None:
         """Free what it holds, once nobody runs it any more. May be called twice."""
         self.held.close()
-
-
-def staged(
-    draw: Callable[[], tuple[Array, Mapping[str, float]]],
-    more: Callable[[], Mapping[str, Any]] = dict[str, Any],
-) -> Work:
-    """The work of `picture`: `draw` gives the image (N, H, W, 3) uint8 and the seconds of each stage."""
-    stages: dict[str, float] = {}
-
-    def call() -> Mapping[str, Array]:
-        image, found = draw()
-        stages.clear()
-        stages.update(found)
-        return {"image": image}
-
-    return Work(call=call, figures=lambda: {"stages_s": dict(stages), **more()})
 
 
 Make = Callable[[Case, ExitStack], Work]  # the stack frees what the work holds
@@ -158,7 +129,6 @@ class OpenSide:
         makers: prepare a workload, by name. May raise NotAvailableError, MemoryLimitError, UsageError.
         resources: what is freed with it.
         memory: what it knows of its own memory, in bytes: a ledger, an allocator's peak; may be empty.
-        slow_down: of everything it prepares.
     """
 
     name: str
@@ -166,7 +136,6 @@ class OpenSide:
     makers: Mapping[str, Make]
     resources: ExitStack = field(default_factory=ExitStack)
     memory: Callable[[], Mapping[str, Any]] = dict[str, Any]
-    slow_down: float = 0.0
 
     def prepare(self, workload: str, case: Case) -> Work:
         """A workload, which is freed when it is closed or the side is.
@@ -181,7 +150,6 @@ class OpenSide:
         with ExitStack() as stack:
             work = self.makers[workload](case, stack)
             work.held = stack.pop_all()
-        work.slow_down = self.slow_down
         self.resources.callback(work.held.close)  # not `work.close`: what nobody runs may go
         return work
 

@@ -5,12 +5,10 @@ graphs, and code of its own for every shape, as what is compiled for any shape i
 also tunes kernels and captures graphs.
 
 On the CPU everything is float32, whatever the package's dtype: torch's fp16 is slower there. On CUDA it is
-the package's dtype. Convolutions are in channels_last (huggingface.co/docs/diffusers, "Reduce memory usage"
-and "Accelerate inference") for fp16, as tensor cores take it without a transposition, and on the CPU. There,
-against contiguous ones on two cores of a Xeon (torch 2.13), the demo model's UNet is 1.1 to 1.2 times as fast
-at 128x96 and 256x256 and its decoder 1.2 to 1.3 times. SD 1.5's decoder at 256x256 takes 14 % less of the
-CPU's time; its UNet at 512x512 and batch 2 took 9.8 to 12.6 s and contiguous 10.4 to 12.3 s, three runs in
-turns: no difference.
+the package's dtype. Convolutions are in channels_last (huggingface.co/docs/diffusers, "Accelerate inference")
+for fp16, as tensor cores take it without a transposition, and on the CPU. There, on two cores of a Xeon
+(torch 2.13), the demo model is 1.1 to 1.3 times as fast so, SD 1.5's decoder at 256x256 takes 14 % less of
+the CPU's time, and its UNet at 512x512 takes as long as with contiguous ones.
 """
 
 from __future__ import annotations
@@ -24,20 +22,26 @@ from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from ...engines.package import Package
 from ...engines.spec import Array
-from ..case import NETS, Case, inputs_of
+from ..case import Case, inputs_of
 from ..machine import version_of
-from .contract import NotAvailableError, OpenSide, Task, Work, missing_checkpoint, missing_modules
+from .contract import (
+    NotAvailableError,
+    OpenSide,
+    Task,
+    Work,
+    makers_of,
+    missing_checkpoint,
+    missing_modules,
+)
 
 # Beyond so many shapes of one function torch would give up compiling; a sweep over sizes has more than its 8.
 _SHAPES = 256
-Call = Callable[[Case], Callable[[], Mapping[str, Any]]]  # what one run of a workload calls
 # our sampler -> diffusers' class, and the options that make it the same one
 SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
@@ -65,10 +69,7 @@ def available(task: Task) -> str | None:
 
 def open_side(task: Task) -> OpenSide:
     """Every net loaded."""
-    package, pipe = load(task)
-    # On a GPU a net's work is not done when its call returns.
-    stages = watched_stages(pipe) if task.device == "cpu" else None
-    return diffusers_side("diffusers", package, pipe, {"compile": "no"}, stages)
+    return _open("diffusers", task, compiled="")
 
 
 class Compiled:
@@ -89,44 +90,47 @@ class Compiled:
     @staticmethod
     def open_side(task: Task) -> OpenSide:
         """Every net loaded; the first run of a shape compiles."""
-        package, pipe = load(task)
         mode = "max-autotune" if task.device == "cuda" else "default"
-        compile_nets(pipe, mode)
-        settings = {"compile": f"{mode}, fullgraph, static shapes"}
-        return diffusers_side("diffusers-compile", package, pipe, settings)
+        return _open("diffusers-compile", task, compiled=mode)
 
 
-def compile_nets(pipe: Any, mode: str) -> None:
-    """Have the UNet and the decoder compiled, in place."""
-    import torch
-
-    config: Any = torch._dynamo.config  # pyright: ignore[reportPrivateUsage]
-    config.recompile_limit = _SHAPES
-    for net in (pipe.unet, pipe.vae.decoder):
-        net.compile(mode=mode, fullgraph=True, dynamic=False)
-
-
-def load(task: Task) -> tuple[Package, Any]:
-    """The package, for its inputs, and diffusers' pipeline on the task's device."""
+def _open(name: str, task: Task, *, compiled: str) -> OpenSide:
+    """The pipeline on the task's device, and the mode its nets are compiled in, if they are."""
     import torch
 
     package = Package.open(task.package)
     if task.threads:
         torch.set_num_threads(task.threads)
     half = task.device == "cuda" and package.manifest.dtype == "fp16"
-    dtype = torch.float16 if half else torch.float32
+    last = half or task.device == "cpu"
     assert task.checkpoint is not None, "it is available"
     pipe = assemble(task.checkpoint)
     pipe.set_progress_bar_config(disable=True)
-    pipe.to(task.device, dtype)
-    if half or task.device == "cpu":
-        pipe.unet.to(memory_format=torch.channels_last)
-        pipe.vae.to(memory_format=torch.channels_last)
+    pipe.to(task.device, torch.float16 if half else torch.float32)
+    for net in (pipe.unet, pipe.vae):
+        net.to(memory_format=torch.channels_last if last else torch.contiguous_format)
     if half:
         torch.backends.cudnn.benchmark = True
     else:
         torch.backends.cudnn.allow_tf32 = False  # it is on by default, and another arithmetic
-    return package, pipe
+    if compiled:
+        config: Any = torch._dynamo.config  # pyright: ignore[reportPrivateUsage]
+        config.recompile_limit = _SHAPES
+        for net in (pipe.unet, pipe.vae.decoder):
+            net.compile(mode=compiled, fullgraph=True, dynamic=False)
+    attention = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    versions = {
+        "torch": str(torch.__version__),
+        "diffusers": version_of("diffusers") or "unknown",
+        "transformers": version_of("transformers") or "unknown",
+        "device": task.device,
+        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
+        "threads": str(torch.get_num_threads()),
+        "attention": type(attention.processor).__name__,
+        "memory_format": "channels_last" if last else "contiguous",
+        "compile": f"{compiled}, fullgraph, static shapes" if compiled else "no",
+    }
+    return OpenSide(name=name, versions=versions, makers=makers_of(_Diffusers(name, package, pipe)))
 
 
 def assemble(checkpoint: Path) -> Any:
@@ -147,88 +151,8 @@ def assemble(checkpoint: Path) -> Any:
     )
 
 
-def watched_stages(pipe: Any) -> dict[str, float]:
-    """Seconds by net, to which every call of a net adds from now on: two clock readings for each."""
-    seconds: dict[str, float] = {}
-    nets = {"text_encoder": pipe.text_encoder, "unet": pipe.unet, "vae_decoder": pipe.vae.decoder}
-    for name, module in nets.items():
-        began: list[float] = []
-
-        def before(*_: Any, began: list[float] = began) -> None:
-            began.append(perf_counter())
-
-        def after(*_: Any, name: str = name, began: list[float] = began) -> None:
-            seconds[name] = seconds.get(name, 0.0) + perf_counter() - began.pop()
-
-        module.register_forward_pre_hook(before)
-        module.register_forward_hook(after)
-    return seconds
-
-
-def diffusers_side(
-    name: str,
-    package: Package,
-    pipe: Any,
-    settings: Mapping[str, str],
-    stages: dict[str, float] | None = None,
-) -> OpenSide:
-    """A `StableDiffusionPipeline`, eager or compiled, that gets the inputs of a package.
-
-    The `settings` go to the row's stamp; `stages` are the pipeline's `watched_stages`, if it is watched.
-    """
-    import torch
-
-    peer = _Diffusers(name, package, pipe)
-    on_cuda = pipe.device.type == "cuda"
-
-    def make(workload: Call, case: Case, stack: ExitStack) -> Work:
-        call, left = workload(case), dict[str, Any]()
-
-        def run() -> Mapping[str, Array]:
-            if stages is not None:
-                stages.clear()
-            with torch.inference_mode():
-                left.update(call())
-            if on_cuda:
-                torch.cuda.synchronize()
-            return {}
-
-        # Outputs become arrays in `fetch`: on a GPU that is a copy nobody should time.
-        return Work(
-            call=run,
-            fetch=lambda: {name: np.asarray(torch.as_tensor(value).cpu()) for name, value in left.items()},
-            figures=lambda: {"stages_s": dict(stages)} if stages and workload == peer.picture else {},
-        )
-
-    return OpenSide(
-        name=name,
-        versions={**_versions(pipe), **settings},
-        makers={name: partial(make, getattr(peer, name)) for name in (*NETS, "picture")},
-        memory=lambda: {"allocator_peak": int(torch.cuda.max_memory_reserved())} if on_cuda else {},
-    )
-
-
-def _versions(pipe: Any) -> dict[str, str]:
-    """Libraries, and how the UNet runs."""
-    import torch
-
-    weight = pipe.unet.conv_in.weight
-    attention = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
-    last = weight.is_contiguous(memory_format=torch.channels_last)
-    return {
-        "torch": str(torch.__version__),
-        "diffusers": version_of("diffusers") or "unknown",
-        "transformers": version_of("transformers") or "unknown",
-        "device": str(pipe.device.type),
-        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
-        "threads": str(torch.get_num_threads()),
-        "attention": type(attention.processor).__name__,
-        "memory_format": "channels_last" if last else "contiguous",
-    }
-
-
 class _Diffusers:
-    """What one run of each workload calls, by the names of the contract."""
+    """The workloads, by the names of the contract."""
 
     def __init__(self, name: str, package: Package, pipe: Any) -> None:
         self._name, self._package, self._pipe = name, package, pipe
@@ -242,43 +166,58 @@ class _Diffusers:
         arrays = inputs_of(self._package, workload, case)
         return {name: torch.as_tensor(array, device=self._device) for name, array in arrays.items()}
 
-    def text_encoder(self, case: Case) -> Callable[[], Mapping[str, Any]]:
-        ids, encoder = self._inputs("text_encoder", case)["input_ids"].long(), self._pipe.text_encoder
-        return lambda: {"context": encoder(ids, attention_mask=None)[0]}
+    def _work(self, output: str, call: Callable[[], Any]) -> Work:
+        """What `call` computes is the output, a tensor or an array."""
+        import torch
 
-    def unet(self, case: Case) -> Callable[[], Mapping[str, Any]]:
+        left: list[Any] = [None]
+
+        def run() -> dict[str, Array]:
+            with torch.inference_mode():
+                left[0] = call()
+            if self._device == "cuda":
+                torch.cuda.synchronize()
+            return {}
+
+        # The output becomes an array in `fetch`: on a GPU that is a copy nobody should time.
+        return Work(call=run, fetch=lambda: {output: np.asarray(torch.as_tensor(left[0]).cpu())})
+
+    def text_encoder(self, case: Case, stack: ExitStack) -> Work:
+        ids, encoder = self._inputs("text_encoder", case)["input_ids"].long(), self._pipe.text_encoder
+        return self._work("context", lambda: encoder(ids, attention_mask=None)[0])
+
+    def unet(self, case: Case, stack: ExitStack) -> Work:
         inputs, unet = self._inputs("unet", case), self._pipe.unet
         latent, context = inputs["latent"].to(self._dtype), inputs["context"].to(self._dtype)
         # A whole number, as most schedulers have it: for another dtype everything would be compiled again.
         timestep = inputs["timestep"][0].long()
         call = partial(unet, latent, timestep, encoder_hidden_states=context, return_dict=False)
-        return lambda: {"prediction": call()[0]}
+        return self._work("prediction", lambda: call()[0])
 
-    def vae_decoder(self, case: Case) -> Callable[[], Mapping[str, Any]]:
+    def vae_decoder(self, case: Case, stack: ExitStack) -> Work:
         latent = self._inputs("vae_decoder", case)["latent"].to(self._dtype)
         vae, processor = self._pipe.vae, self._pipe.image_processor
 
-        def call() -> Mapping[str, Any]:
+        def call() -> Array:
             image = vae.decode(latent / vae.config.scaling_factor, return_dict=False)[0]
-            return {"image": _pixels(processor.postprocess(image, output_type="np"))}
+            return _pixels(processor.postprocess(image, output_type="np"))
 
-        return call
+        return self._work("image", call)
 
-    def picture(self, case: Case) -> Callable[[], Mapping[str, Any]]:
+    def picture(self, case: Case, stack: ExitStack) -> Work:
         import torch
 
         pipe, scheduler = self._pipe, self._scheduler(case.sampler)
-        parameters = {
-            name: value for name, value in case.parameters.items() if name not in ("sampler", "seed")
-        }
+        parameters: dict[str, Any] = {**case.parameters, "output_type": "np"}
+        del parameters["sampler"], parameters["seed"]
 
-        def call() -> Mapping[str, Any]:
+        def call() -> Array:
             pipe.scheduler = scheduler
             seeds = range(case.seed, case.seed + case.pictures)
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-            return {"image": _pixels(pipe(case.prompt, generator=generators, **parameters).images)}
+            return _pixels(pipe(case.prompt, generator=generators, **parameters).images)
 
-        return call
+        return self._work("image", call)
 
     def _scheduler(self, sampler: str) -> Any:
         if sampler not in SAMPLERS:

@@ -7,17 +7,15 @@ guide to Stable Diffusion advises, so that a net is compiled when a case asks fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+from ...engines.device import Shapes
 from ...engines.spec import Array
-from ...runtime.loop.device.programs import shape_of
-from ..case import Case, sizes_of
 from .contract import OpenSide, Task, missing_modules, open_plain_package
 from .plain_loop import Net, plain_side
 
-NAME = "openvino"
 _DEVICE = "CPU"
 
 
@@ -36,18 +34,13 @@ def open_side(task: Task) -> OpenSide:
     if task.threads:
         settings["INFERENCE_NUM_THREADS"] = task.threads
     core: Any = openvino.Core()
-    latest: dict[str, tuple[dict[str, Any], Net]] = {}  # of each net the shapes, and it compiled for them
 
-    def open_net(name: str, case: Case) -> Net:
-        file, sizes = package.manifest.nets[name], sizes_of(case, package.manifest)
-        shapes = {item.name: shape_of(item.shape, sizes) for item in file.spec.inputs}
-        if name not in latest or latest[name][0] != shapes:
-            latest.pop(name, None)  # before there are two in memory
-            model = core.read_model(str(package.path(file.graph)))
-            model.reshape(shapes)
-            compiled = core.compile_model(model, _DEVICE, settings)
-            latest[name] = shapes, _runner(compiled, [output.name for output in file.spec.outputs])
-        return latest[name][1]
+    def open_net(name: str, shapes: Shapes) -> Net:
+        file = package.manifest.nets[name]
+        model = core.read_model(str(package.path(file.graph)))
+        model.reshape(dict(shapes))
+        compiled = core.compile_model(model, _DEVICE, settings)
+        return partial(_run, compiled, [output.name for output in file.spec.outputs])
 
     versions = {
         "openvino": str(openvino.__version__),
@@ -55,18 +48,10 @@ def open_side(task: Task) -> OpenSide:
         "shapes": "static",
         **{name: str(value) for name, value in settings.items()},
     }
-    resources = ExitStack()
-    resources.callback(latest.clear)
-    return plain_side(NAME, package, open_net, versions, resources)
+    return plain_side("openvino", package, open_net, versions)
 
 
-def _runner(compiled: Any, outputs: list[str]) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
-    """Runs a compiled net by its one request; inputs are read where they lie, outputs are copies."""
-    request = compiled.create_infer_request()
-    ports = {name: compiled.output(name) for name in outputs}
-
-    def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
-        results = request.infer(dict(feeds), share_inputs=True)
-        return {name: results[port] for name, port in ports.items()}
-
-    return run
+def _run(compiled: Any, outputs: list[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """By the one request of a compiled net; inputs are read where they lie, outputs are copies."""
+    results = compiled(dict(feeds), share_inputs=True)
+    return {name: results[name] for name in outputs}

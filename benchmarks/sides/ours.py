@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from ...runtime.loop.denoise import HostLoop, denoise, guide, guided_batch, narr
 from ...runtime.loop.open import LoopOptions, open_loop
 from ...runtime.pipeline import Pipeline
 from ..case import BETWEEN, Case, inputs_of, schedule_of, time_inputs
-from .contract import OURS, OpenSide, Task, Work, makers_of, staged
+from .contract import OURS, OpenSide, Task, Work, makers_of
 
 
 def available(task: Task) -> str | None:
@@ -39,15 +40,15 @@ def open_side(task: Task) -> OpenSide:
     """The pipeline, with the loop that a user has."""
     pipe = open_pipeline(task)
     if isinstance(pipe.loop, HostLoop):
-        return host_side(pipe, pipe.loop, task.slow_down)
+        return host_side(pipe, pipe.loop)
     from ...runtime.loop.device.loop import DeviceLoop
     from .ours_device import device_side
 
     assert isinstance(pipe.loop, DeviceLoop)
-    return device_side(pipe, pipe.loop, task.slow_down)
+    return device_side(pipe, pipe.loop)
 
 
-def host_side(pipe: Pipeline, loop: HostLoop, slow_down: float = 0.0) -> OpenSide:
+def host_side(pipe: Pipeline, loop: HostLoop) -> OpenSide:
     """A pipeline on the CPU, whose nets are called with arrays. It is closed with the side."""
     ours, resources = _OnHost(pipe, loop), ExitStack()
     resources.callback(pipe.close)
@@ -59,7 +60,6 @@ def host_side(pipe: Pipeline, loop: HostLoop, slow_down: float = 0.0) -> OpenSid
         makers=makers_of(ours),
         resources=resources,
         memory=lambda: {"ledger": {name: vars(net.memory) for name, net in loop.nets.items()}},
-        slow_down=slow_down,
     )
 
 
@@ -121,8 +121,11 @@ class _OnHost:
         return Work(call=call, repeats=BETWEEN)
 
     def picture(self, case: Case, stack: ExitStack) -> Work:
-        def draw() -> tuple[Array, Mapping[str, float]]:
-            result = self._pipe(case.prompt, **case.parameters)
-            return np.asarray(result.images), result.seconds
+        figures: dict[str, Any] = {}
 
-        return staged(draw)
+        def draw() -> dict[str, Array]:
+            result = self._pipe(case.prompt, output_type="np", **case.parameters)
+            figures["stages_s"] = result.seconds
+            return {"image": np.asarray(result.images)}
+
+        return Work(call=draw, figures=lambda: figures)

@@ -17,6 +17,7 @@ import numpy as np
 
 from ...engines.onnxruntime import session as onnxruntime
 from ...engines.onnxruntime.nets import CPU
+from ...runtime.loop.device.programs import shape_of
 from ..skeletons import fill_skeleton
 from .contract import Task, Work
 
@@ -38,11 +39,8 @@ def open_yardstick(task: Task) -> Work:
         fill_skeleton(SKELETON, root)
         session = onnxruntime.open_session(root / GRAPH, options, [CPU], culprit=SKELETON)
     random = np.random.default_rng(1)
-    shapes: dict[str, list[int | str]] = {item.name: item.shape for item in session.get_inputs()}
     inputs = {
-        name: random.standard_normal(
-            [SIZES[size] if isinstance(size, str) else size for size in shape], np.float32
-        )
-        for name, shape in shapes.items()
+        item.name: random.standard_normal(shape_of(item.shape, SIZES), np.float32)
+        for item in session.get_inputs()
     }
-    return Work(call=lambda: {"prediction": session.run(None, inputs)[0]}, figures=lambda: {"sizes": SIZES})
+    return Work(call=lambda: {"prediction": session.run(None, inputs)[0]})

@@ -51,7 +51,7 @@ pipeline.open_loop = opening
 with Pipeline.open(**task) as pipe:
     marks.append(perf_counter())
     for text in (prompt, prompt + " again"):  # encoded prompts are cached
-        pipe(text, **parameters)
+        pipe(text, output_type="np", **parameters)
         marks.append(perf_counter())
 print(json.dumps({"marks": marks, "backend": pipe.backend}))
 """

@@ -103,11 +103,10 @@ def document_of(
 ) -> Document:
     """The document of a verb: its rows, the package, and how sides were opened."""
     opened = {"backend": task.backend, "threads": task.threads, "device": task.device}
-    slowed = {"slow_down": task.slow_down} if task.slow_down else {}
     return Document(
         benchmark=verb,
         model=describe_model(package),
-        settings={**(settings or {}), **opened, **slowed},
+        settings={**(settings or {}), **opened},
         rows=tuple(rows),
     )
 

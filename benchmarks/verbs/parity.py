@@ -104,7 +104,7 @@ class Reference:
             )
         torch = all(find_spec(library) is not None for library in ("torch", "diffusers"))
         usual = "diffusers" if task.checkpoint is not None and torch else "onnxruntime"
-        return cls(name=name or usual, task=replace(task, backend="onnxruntime", device="cpu", slow_down=0.0))
+        return cls(name=name or usual, task=replace(task, backend="onnxruntime", device="cpu"))
 
 
 def measure_parity(

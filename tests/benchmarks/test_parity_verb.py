@@ -169,9 +169,7 @@ def test_pictures_below_the_window_of_ssim_are_refused() -> None:
 
 
 def test_the_reference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    task = Task(
-        package=tmp_path, checkpoint=tmp_path, backend="tensorrt", device="cuda", threads=2, slow_down=0.1
-    )
+    task = Task(package=tmp_path, checkpoint=tmp_path, backend="tensorrt", device="cuda", threads=2)
     chosen = Reference.of(task)
     assert chosen.name == "diffusers"
     assert chosen.task == Task(package=tmp_path, checkpoint=tmp_path, backend="onnxruntime", threads=2)

@@ -5,29 +5,28 @@ that need a GPU draw on stand-ins of their libraries.
 """
 
 import sys
-from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, closing
-from dataclasses import replace
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from inspect import signature
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
+from polygraphy.backend import trt
 
 import latentrt.demo
 from latentrt.benchmarks.case import Case
 from latentrt.benchmarks.likeness import difference, psnr
-from latentrt.benchmarks.sides import contract, diffusers_pipeline, plain_device_loop, tensorrt_loop
+from latentrt.benchmarks.sides import contract, diffusers_pipeline, plain_loop, tensorrt_loop
 from latentrt.benchmarks.sides.contract import NotAvailableError, OpenSide, Task, open_plain_package
-from latentrt.benchmarks.sides.diffusers_pipeline import diffusers_side
-from latentrt.benchmarks.sides.plain_device_loop import DEVICE_NETS, plain_device_side
-from latentrt.engines.device import DeviceNet
 from latentrt.engines.errors import BackendError
-from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
+from latentrt.engines.onnxruntime.nets import CPU, CUDA
 from latentrt.engines.package import Package
 from latentrt.engines.spec import Array
-from tests.engines.host_device import HostDevice
 from tests.tiny_package import write_tiny_package
 
 DEMO = Path(latentrt.demo.__path__[0])
@@ -54,6 +53,7 @@ WORKLOADS = ("text_encoder", "unet", "vae_decoder", "picture")
 Pictures = Mapping[tuple[str, int], Mapping[str, Array]]  # by workload and case
 BAR = 45.0  # dB
 PEERS = ("onnxruntime", "openvino", "diffusers")
+TRT_RUNNER = trt.TrtRunner
 
 
 def run(side: OpenSide, workload: str, case: Case) -> Mapping[str, Array]:
@@ -93,7 +93,7 @@ def test_a_missing_gpu_compiler_or_release_is_told(monkeypatch: pytest.MonkeyPat
     refuses("diffusers-compile", TASK, "no-such-compiler")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refuses("diffusers", replace(TASK, device="cuda"), "no CUDA device")
-    monkeypatch.setattr(plain_device_loop, "cuda_available", lambda: "no driver")
+    monkeypatch.setattr(plain_loop, "cuda_available", lambda: "no driver")
     refuses("onnxruntime-cuda", TASK, "no driver")
     monkeypatch.setattr(tensorrt_loop, "missing_modules", lambda *names: None)
     monkeypatch.setattr(tensorrt_loop.facts, "available", lambda: "no driver")
@@ -113,19 +113,16 @@ def test_a_package_without_the_plain_unet_is_told(tmp_path: Path) -> None:
 
 
 class FakePipe:
-    """What `DiffusersSide` uses of a StableDiffusionPipeline."""
+    """What is used of a StableDiffusionPipeline."""
 
     def __init__(self, device: str = "cpu") -> None:
         import torch
 
         self.unet = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3))
-        self.unet.conv_in = self.unet[0]
         block = SimpleNamespace(attn1=SimpleNamespace(processor=None))
         self.unet.mid_block = SimpleNamespace(attentions=[SimpleNamespace(transformer_blocks=[block])])  # type: ignore[assignment]
         self.unet.dtype = torch.float16  # type: ignore[assignment]
         self.vae = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3))
-        self.vae.decoder = self.vae[0]
-        self.text_encoder = torch.nn.Linear(2, 2)
         self.device = SimpleNamespace(type=device)
         self.scheduler = SimpleNamespace(config={})
         self.moved: tuple[Any, ...] = ()
@@ -157,11 +154,10 @@ def test_half_precision_is_for_cuda_and_channels_come_last_where_that_is_faster(
 
     pipe = FakePipe()
     monkeypatch.setattr(diffusers_pipeline, "assemble", lambda checkpoint: pipe)
-    monkeypatch.setattr(diffusers_pipeline, "available", lambda task: None)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     manifest = replace(PACKAGE.manifest, dtype=dtype)
     monkeypatch.setattr(diffusers_pipeline.Package, "open", lambda root: replace(PACKAGE, manifest=manifest))
-    diffusers_pipeline.load(replace(TASK, device=device))
+    diffusers_pipeline.open_side(replace(TASK, device=device))
     assert pipe.moved == (device, torch.float16 if half else torch.float32)
     assert is_channels_last(pipe.unet) == is_channels_last(pipe.vae) == last
     assert torch.backends.cudnn.benchmark == half
@@ -172,171 +168,125 @@ def test_on_cuda_a_run_ends_when_the_device_is_done(monkeypatch: pytest.MonkeyPa
 
     waits: list[int] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 123)
     library = ModuleType("diffusers")
     library.DDIMScheduler = SimpleNamespace(from_config=lambda config, **options: {**config, **options})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "diffusers", library)
     pipe = FakePipe("cuda")
-    side = diffusers_side("diffusers", PACKAGE, pipe, {})
+    monkeypatch.setattr(diffusers_pipeline, "assemble", lambda checkpoint: pipe)
+    side = diffusers_pipeline.open_side(replace(TASK, device="cuda"))
     prepared = side.prepare("picture", replace(CASES[1], sampler="ddim"))
     prepared.run()
     assert pipe.scheduler == {"clip_sample": False}
     assert waits == [1]
     assert (prepared.outputs()["image"] == 128).all()
-    assert side.memory() == {"allocator_peak": 123}
     with pytest.raises(NotAvailableError, match="dpm2_a"):
         side.prepare("picture", replace(CASES[0], sampler="dpm2_a"))
 
 
-# ── the loop on a device, on host memory ───────────────────────────────────────────────────────
+# ── the plain loop around libraries that need a GPU, which are stood in for ────────────────────
 
 
-def onnxruntime_nets(device: HostDevice) -> Mapping[str, DeviceNet]:
-    return {
-        name: open_onnxruntime_net(PACKAGE, name, device, provider=CPU, submit=device.submit, threads=1)
-        for name in DEVICE_NETS
-    }
+def no_gpu(monkeypatch: pytest.MonkeyPatch, providers: Sequence[str] = (CUDA, CPU)) -> list[Any]:
+    """Have CUDA sessions run on the CPU, and say they have `providers`; returns what they were asked for."""
+    asked: list[Any] = []
+
+    def open_session(path: Path, options: Any, wanted: list[Any], **more: Any) -> Any:
+        asked.append(wanted)
+        session = open_on_cpu(path, options, [CPU], **more)
+        return SimpleNamespace(run=session.run, get_providers=lambda: providers)
+
+    open_on_cpu = plain_loop.onnxruntime.open_session
+    monkeypatch.setattr(plain_loop.onnxruntime, "open_session", open_session)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    return asked
 
 
-class Context:
-    """An execution context that ONNX Runtime stands in for, at the addresses it was given."""
+class Runner:
+    """Polygraphy's runner over ONNX Runtime: its outputs are buffers that the next run writes anew."""
 
-    def __init__(self, graph: str, device: HostDevice, failing: set[str]) -> None:
-        name = next(
-            net for net, file in PACKAGE.manifest.nets.items() if graph == str(PACKAGE.path(file.graph))
-        )
-        self.net = open_onnxruntime_net(PACKAGE, name, device, provider=CPU, submit=device.submit, threads=1)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.addresses: dict[str, int] = {}
-        self.failing = failing
+    def __init__(self, engine: str) -> None:
+        assert signature(TRT_RUNNER).bind(engine)
+        self.session = onnxruntime.InferenceSession(engine, providers=[CPU])
+        self.buffers: dict[str, Array] = {}
+        self.active = False
 
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        self.shapes[name] = shape
-        return "set_input_shape" not in self.failing
+    def __enter__(self) -> "Runner":
+        self.active = True
+        return self
 
-    def set_tensor_address(self, name: str, memory: int) -> bool:
-        self.addresses[name] = memory
-        return True
+    def __exit__(self, *error: object) -> None:
+        self.active = False
 
-    def execute_async_v3(self, stream_handle: int) -> bool:
-        assert stream_handle == HostDevice.stream
-        self.net.bind(self.shapes, self.addresses, 0).enqueue()
-        return "execute_async_v3" not in self.failing
+    def infer(self, feeds: dict[str, Array], *, check_inputs: bool) -> dict[str, Array]:
+        assert self.active
+        names = [output.name for output in self.session.get_outputs()]
+        for name, array in zip(names, self.session.run(names, feeds), strict=True):
+            self.buffers.setdefault(name, np.empty_like(array))[...] = array
+        return self.buffers
 
 
-class Polygraphy(ModuleType):
-    """The part of `polygraphy.backend.trt` that the side calls; it counts engines."""
+@dataclass
+class Built:
+    """Graphs that engines were built of, and the runners around them."""
 
-    def __init__(self, device: HostDevice) -> None:
-        super().__init__("polygraphy.backend.trt")
-        self.device, self.built, self.failing = device, list[str](), set[str]()
-        self.Profile, self.CreateConfig = Profile, SimpleNamespace
+    graphs: list[str] = field(default_factory=list[str])
+    runners: list[Runner] = field(default_factory=list[Runner])
 
-    def network_from_onnx_path(self, path: str, *, strongly_typed: bool) -> str:
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> Built:
+    """Polygraphy's own profiles and configurations, but no network, engine or runner of TensorRT."""
+    found = Built()
+
+    def network(path: str, *, strongly_typed: bool) -> str:
         assert strongly_typed
         return path
 
-    def set_decomposable_attentions(self, network: str) -> tuple[str, str]:
-        return network, "decomposable"
-
-    def engine_from_network(self, network: tuple[str, str], *, config: Any) -> Any:
+    def engine(network: tuple[str, str], *, config: Any) -> str:
         graph, attention = network
         assert attention == "decomposable"
         (profile,) = config.profiles
         assert profile
-        self.built.append(graph)
-        return SimpleNamespace(
-            create_execution_context=lambda: Context(graph, self.device, self.failing),
-            device_memory_size_v2=1000,
-        )
+        assert all(item.min == item.opt == item.max for item in profile.values())
+        found.graphs.append(graph)
+        return graph
+
+    def runner(engine: str) -> Runner:
+        found.runners.append(Runner(engine))
+        return found.runners[-1]
+
+    monkeypatch.setattr(trt, "network_from_onnx_path", network)
+    monkeypatch.setattr(trt, "set_decomposable_attentions", lambda network: (network, "decomposable"))
+    monkeypatch.setattr(trt, "engine_from_network", engine)
+    monkeypatch.setattr(trt, "TrtRunner", runner)
+    return found
 
 
-class Profile(dict[str, tuple[int, ...]]):
-    def add(self, name: str, *, min: Any, opt: Any, max: Any) -> None:
-        assert min == opt == max
-        self[name] = opt
-
-
-def polygraphy_nets(device: HostDevice) -> Mapping[str, DeviceNet]:
-    return {name: tensorrt_loop.PolygraphyNet(PACKAGE, name, device) for name in DEVICE_NETS}
-
-
-@pytest.fixture
-def polygraphy(monkeypatch: pytest.MonkeyPatch) -> Polygraphy:
-    module = Polygraphy(HostDevice())
-    monkeypatch.setitem(sys.modules, "polygraphy", ModuleType("polygraphy"))
-    monkeypatch.setitem(sys.modules, "polygraphy.backend", ModuleType("polygraphy.backend"))
-    monkeypatch.setitem(sys.modules, "polygraphy.backend.trt", module)
-    return module
-
-
-def open_on(device: HostDevice, make: Callable[[HostDevice], Mapping[str, DeviceNet]]) -> OpenSide:
-    nets = make(device)
-    resources = ExitStack()
-    for net in nets.values():
-        resources.callback(net.close)
-    return plain_device_side("it", PACKAGE, device, nets, {"made": "here"}, resources)
-
-
-@pytest.fixture(scope="module")
-def plain() -> Pictures:
-    with closing(contract.side("onnxruntime").open_side(TASK)) as side:
-        return {(w, index): run(side, w, case) for index, case in enumerate(CASES) for w in WORKLOADS}
-
-
-@pytest.mark.parametrize("make", [onnxruntime_nets, polygraphy_nets])
-def test_on_a_device_it_draws_what_it_draws_on_the_host(
-    make: Callable[[HostDevice], Mapping[str, DeviceNet]],
-    plain: Pictures,
-    polygraphy: Polygraphy,
+@pytest.mark.parametrize("name", ["onnxruntime-cuda", "tensorrt"])
+def test_on_a_gpu_the_loop_is_the_plain_one(
+    name: str, ours: Pictures, built: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    device = polygraphy.device
-    with closing(open_on(device, make)) as side:
-        for (workload, index), wanted in plain.items():
-            found = run(side, workload, CASES[index])
-            (name,) = found
-            if wanted[name].dtype == np.uint8:
-                assert psnr(found[name], wanted[name]) > 60, workload
-            else:
-                assert difference(name, found[name], wanted[name])["relative_l2"] < 1e-5, workload
-    assert not device.blocks, "memory that was not given back"
+    asked = no_gpu(monkeypatch) if name == "onnxruntime-cuda" else []
+    with closing(opened(name)) as side:
+        for index in range(len(CASES)):
+            test_every_output_is_ours(side, ours, index)
+        test_what_is_prepared_stays_beside_something_else(side)
+        settings = {"cudnn_conv_algo_search": "EXHAUSTIVE", "use_tf32": "0"}
+        assert asked == [[(CUDA, settings), CPU]] * len(asked)
+        versions = {"provider": CUDA, **settings} if asked else {"precision": "strongly typed"}
+        assert side.versions.items() >= versions.items()
+        # Three nets for two cases, then the UNet for them again: only the latest shapes of a net are kept.
+        assert len(built.graphs) == (0 if asked else 3 * 2 + 2)
+    assert not any(runner.active for runner in built.runners)
 
 
-def test_a_picture_is_waited_for_once() -> None:
-    device = HostDevice()
-    with closing(open_on(device, onnxruntime_nets)) as side:
-        prepared = side.prepare("picture", CASES[0])
-        before = device.synchronisations
-        prepared.run()
-        assert device.synchronisations == before + 1
-        assert set(side.memory()["ledger"]) == set(DEVICE_NETS)
-        one = side.prepare("unet", CASES[0])
-        one.run()
-        assert one.figures()["device_s"] > 0
-        with pytest.raises(NotAvailableError, match="update"):
-            side.prepare("update", CASES[0])
+def test_the_cpu_does_not_stand_in_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    no_gpu(monkeypatch, [CPU])
+    with pytest.raises(BackendError, match="CUDA provider did not load"):
+        opened("onnxruntime-cuda")
 
 
-def test_an_engine_is_built_once_for_its_shapes(polygraphy: Polygraphy) -> None:
-    with closing(open_on(polygraphy.device, polygraphy_nets)) as side:
-        for case in (CASES[0], CASES[0], CASES[1]):
-            side.prepare("unet", case)
-        assert len(polygraphy.built) == 2
-        ledger = side.memory()["ledger"]
-        assert ledger["unet_whole"]["activations"] == 2000
-        assert ledger["vae_decoder"]["weights"] == 0
-    assert not polygraphy.device.blocks
-
-
-@pytest.mark.parametrize("call", ["set_input_shape", "execute_async_v3"])
-def test_what_tensorrt_refuses_is_an_error(polygraphy: Polygraphy, call: str) -> None:
-    polygraphy.failing.add(call)
-    with (
-        closing(open_on(polygraphy.device, polygraphy_nets)) as side,
-        pytest.raises(BackendError, match="TensorRT"),
-    ):
-        run(side, "text_encoder", CASES[0])
-    assert not polygraphy.device.blocks
+# ── peers draw our pictures ────────────────────────────────────────────────────────────────────
 
 
 def opened(name: str) -> OpenSide:
@@ -377,25 +327,20 @@ def test_another_seed_is_another_picture(peer: OpenSide, ours: Pictures) -> None
 
 
 def test_what_is_prepared_stays_beside_something_else(peer: OpenSide) -> None:
-    first, second = (peer.prepare("unet", case) for case in CASES)
+    first, *others = (peer.prepare("unet", case) for case in (GUIDED, replace(GUIDED, seed=8), UNGUIDED))
     first.run()
     before = np.array(first.outputs()["prediction"])
-    second.run()
-    np.testing.assert_array_equal(first.outputs()["prediction"], before)
+    for other in others:
+        other.run()
+        np.testing.assert_array_equal(first.outputs()["prediction"], before)
     first.run()
     np.testing.assert_allclose(first.outputs()["prediction"], before, atol=1e-6)
 
 
-def test_it_tells_who_it_is_and_what_took_how_long(peer: OpenSide) -> None:
+def test_it_tells_who_it_is(peer: OpenSide) -> None:
     assert all(isinstance(text, str) and text for text in peer.versions.values())
     assert "1" in (peer.versions.get("threads") or peer.versions["INFERENCE_NUM_THREADS"])
     assert peer.versions.get("memory_format", "channels_last") == "channels_last"
-    prepared = peer.prepare("picture", UNGUIDED)
-    prepared.run()
-    prepared.run()
-    stages = prepared.figures()["stages_s"]
-    assert {"text_encoder", "unet", "vae_decoder"} <= set(stages)
-    assert peer.memory() == {}
 
 
 def test_other_workloads_are_not_available(peer: OpenSide) -> None:
