@@ -26,6 +26,7 @@ VERBS: dict[str, tuple[list[str], int]] = {
     "cache ls": (["cache", "ls"], 0),
     "cache verify": (["cache", "verify", "--json"], 0),
     "cache prune": (["cache", "prune", "--dry-run"], 0),
+    "doctor": (["doctor"], 0),
     "convert": (["convert", "nowhere.ckpt", "--json"], 3),
     "export": (["export", "--json"], 2),
     "build": (["build", "nowhere", "--json"], 3),
