@@ -22,6 +22,7 @@ from typing import Any, cast
 
 from .errors import PackageError
 from .external_data import check_external_data
+from .installed import upgrade_command
 from .spec import NETS, TEXT_ENCODERS, VECTORS, NetSpec
 
 SCHEMA = 2  # 1 had no pictures to start from, and only Stable Diffusion 1.x and 2.x
@@ -379,5 +380,5 @@ def _read_manifest(root: Path) -> Manifest:
     raise PackageError(
         f"{path} has schema {schema}",
         expected=f"at most {SCHEMA}, the newest this release reads",
-        fix="Upgrade: pip install --upgrade latentrt.",
+        fix=f"Upgrade: {upgrade_command()}",
     )

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 from latentrt.engines import installed
 from latentrt.engines.backends import BACKENDS
-from latentrt.engines.installed import install_command
+from latentrt.engines.installed import install_command, upgrade_command
 
 
 @pytest.fixture
@@ -25,10 +25,10 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
                 return content if content is None or isinstance(content, str) else json.dumps(content)
 
         monkeypatch.setattr("importlib.metadata.distribution", lambda name: Distribution())
-        installed._requirement.cache_clear()  # pyright: ignore[reportPrivateUsage]
+        installed._source.cache_clear()  # pyright: ignore[reportPrivateUsage]
 
     yield note
-    installed._requirement.cache_clear()  # pyright: ignore[reportPrivateUsage]
+    installed._source.cache_clear()  # pyright: ignore[reportPrivateUsage]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,14 @@ def test_from_elsewhere(noted: Callable[[Any], None], note: dict[str, Any], url:
     *command, word = shlex.split(install_command("tensorrt"))
     assert command == ["pip", "install"]
     assert (Requirement(word).url, Requirement(word).extras) == (url, {"tensorrt"})
+
+
+def test_a_newer_release(noted: Callable[[Any], None], tmp_path: Path) -> None:
+    noted(None)
+    assert upgrade_command() == 'pip install --upgrade "latentrt"'
+    (tmp_path / "pyproject.toml").touch()
+    noted({"url": tmp_path.as_uri(), "dir_info": {}})
+    assert shlex.split(upgrade_command()) == ["git", "-C", str(tmp_path), "pull"]
 
 
 def test_backends_say_the_same(noted: Callable[[Any], None]) -> None:

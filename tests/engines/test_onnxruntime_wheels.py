@@ -13,8 +13,8 @@ from latentrt.engines.backend import choose_backend
 from latentrt.engines.errors import BackendError
 from latentrt.engines.installed import install_command
 from latentrt.engines.onnxruntime import session
-from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
-from latentrt.engines.onnxruntime.cuda_backend import ONNXRUNTIME_CUDA
+from latentrt.engines.onnxruntime.backend import ONNXRUNTIME, OnnxRuntimeBackend
+from latentrt.engines.onnxruntime.cuda_backend import ONNXRUNTIME_CUDA, OnnxRuntimeCudaBackend
 from latentrt.engines.onnxruntime.nets import cuda_available
 from latentrt.engines.onnxruntime.wheels import imported_wheel, installed_wheels, reinstall_command
 from latentrt.runtime import Pipeline
@@ -126,6 +126,32 @@ def test_auto_says_what_it_takes_and_why(logged: list[str]) -> None:
     assert logged == [f"auto takes {name}: {backend.describe()}; not onnxruntime-cuda: {cuda_available()}"]
     choose_backend("onnxruntime")
     assert len(logged) == 1, "whoever names a backend knows it"
+
+
+def test_auto_goes_on_where_the_best_does_not_open(
+    monkeypatch: pytest.MonkeyPatch, logged: list[str]
+) -> None:
+    """A CUDA provider without cuDNN is listed, and fails when a session is opened."""
+    broken = BackendError("the CUDA provider did not load", expected="cuDNN", fix="Install it.")
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise broken
+
+    monkeypatch.setattr(OnnxRuntimeCudaBackend, "refusal", lambda self: None)
+    monkeypatch.setattr(OnnxRuntimeCudaBackend, "describe", lambda self: "a GPU")
+    monkeypatch.setattr(OnnxRuntimeCudaBackend, "open_device", fails)
+    with Pipeline.open("demo", threads=1) as pipe:
+        assert pipe.backend == ONNXRUNTIME.describe()
+    assert logged == [
+        "auto takes onnxruntime-cuda: a GPU",
+        f"onnxruntime-cuda does not open: {broken}",
+        f"auto takes onnxruntime: {ONNXRUNTIME.describe()}; not onnxruntime-cuda: {broken.found}",
+    ]
+    with pytest.raises(BackendError, match="did not load"):
+        Pipeline.open("demo", backend="onnxruntime-cuda")
+    monkeypatch.setattr(OnnxRuntimeBackend, "open_net", fails)
+    with pytest.raises(BackendError, match=r"no backend can run here.*cuda: .*; onnxruntime: the CUDA"):
+        Pipeline.open("demo")
 
 
 def test_the_error_of_a_named_backend_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
