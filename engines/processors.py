@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
+from operator import index
 from pathlib import Path, PurePosixPath
 
 from .errors import UsageError
@@ -42,16 +43,20 @@ def thread_count(asked: int | None) -> int:
     """
     if asked is None:
         return usable_processors()
-    if not isinstance(asked, int) or isinstance(asked, bool) or asked < 1:
+    try:
+        count = 0 if isinstance(asked, bool) else index(asked)  # NumPy's integers too
+    except TypeError:
+        count = 0
+    if count < 1:
         raise UsageError(
             f"threads is {asked!r}",
             expected="a whole number, at least 1",
             fix="Leave it out to use every processor.",
         )
     usable = usable_processors()
-    if asked > usable:
-        _tell_fewer(asked, usable)
-    return min(asked, usable)
+    if count > usable:
+        _tell_fewer(count, usable)
+    return min(count, usable)
 
 
 @cache

@@ -78,6 +78,19 @@ def test_a_picture_is_drawn_all_the_same(command: Any, tmp_path: Path, redirecti
         assert picture.size == (128, 128)
 
 
+def test_the_library_needs_no_standard_streams(tmp_path: Path) -> None:
+    """What a service under pythonw has: `sys.stderr` is None, and the prompt is one that is remarked on."""
+    code = (
+        "import sys; from latentrt.runtime import Pipeline\n"
+        "assert sys.stdout is sys.stderr is None\n"
+        "with Pipeline.open('demo', threads=9999) as pipe:\n"
+        "    pipe('red ' * 90, prompt_syntax='plain', num_inference_steps=1, seed=1).save('x.png')"
+    )
+    words = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-W", "error", "-c", code]
+    subprocess.run(words, cwd=tmp_path, check=True, timeout=60)
+    Image.open(tmp_path / "x.png").verify()
+
+
 @pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
 @every_verb
 def test_a_full_standard_output_is_an_error_of_the_disk(command: Any, words: list[str], code: int) -> None:
