@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engines.cuda.facts import Nvml, available, facts
-from ..engines.onnxruntime.tuning.cpu_layouts import processor
-from ..engines.processors import usable_processors
+from ..engines.processors import processor, usable_processors
 
 _LIBRARIES = (
     *("latentrt", "numpy", "onnxruntime", "onnxruntime-gpu", "onnx-ir", "torch", "diffusers", "openvino"),

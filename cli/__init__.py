@@ -22,6 +22,7 @@ from .bench import bench
 from .build import build
 from .cache import cache
 from .convert import convert
+from .doctor import doctor
 from .export import export
 from .generate import generate
 from .inspect import inspect, metadata
@@ -36,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (generate, export, build, inspect, metadata, convert):
+for verb in (generate, export, build, inspect, metadata, convert, doctor):
     app.command()(verb)
 app.add_typer(bench, name="bench")
 app.add_typer(cache, name="cache")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 from .backends import BACKENDS
@@ -75,8 +76,10 @@ _LOG = logging.getLogger(__name__)
 _AUTO = tuple(row for row in BACKENDS.values() if row.builds == "layouts")
 
 
-def choose_backend(name: str = "auto") -> tuple[str, Backend]:
-    """The backend of that name, or with "auto" the best one that can run here.
+def choose_backend(
+    name: str = "auto", failed: Mapping[str, BackendError] = MappingProxyType({})
+) -> tuple[str, Backend]:
+    """The backend of that name, or with "auto" the best one that can run here and is not among `failed`.
 
     What "auto" takes is logged, with the reasons against the better ones.
 
@@ -99,7 +102,7 @@ def choose_backend(name: str = "auto") -> tuple[str, Backend]:
     refusals = dict[str, BackendError]()
     for row in _AUTO:
         backend = row.load()
-        if (refused := backend.refusal()) is None:
+        if (refused := failed.get(row.name) or backend.refusal()) is None:
             reasons = "".join(f"; not {better}: {why.found}" for better, why in refusals.items())
             _LOG.info("auto takes %s: %s%s", row.name, backend.describe(), reasons)
             return row.name, backend

@@ -13,12 +13,18 @@ def install_command(extras: str, *flags: str) -> str:
 
     pip keeps where a distribution came from, but for those of an index (PEP 610, `direct_url.json`).
     """
-    return " ".join(["pip install", *flags, _requirement().replace("[]", f"[{extras}]")])
+    return " ".join(["pip install", *flags, _source()[0].replace("[]", f"[{extras}]" if extras else "")])
+
+
+def upgrade_command() -> str:
+    """The command that installs a newer release, or in a checkout pulls what is newer."""
+    checkout = _source()[1]
+    return f'git -C "{checkout}" pull' if checkout else install_command("", "--upgrade")
 
 
 @cache
-def _requirement() -> str:
-    """What to pass to pip, with [] where the extras go."""
+def _source() -> tuple[str, Path | None]:
+    """What to pass to pip, with [] where the extras go, and the checkout if there is one."""
     from importlib.metadata import distribution
     from urllib.parse import urlsplit
     from urllib.request import url2pathname
@@ -30,8 +36,8 @@ def _requirement() -> str:
         if "dir_info" not in note:
             if vcs := note.get("vcs_info"):
                 url = f"{vcs['vcs']}+{url}@{vcs.get('requested_revision') or vcs['commit_id']}"
-            return f'"latentrt[] @ {url}"'
+            return f'"latentrt[] @ {url}"', None
         folder = Path(url2pathname(urlsplit(url).path))
         if (folder / "pyproject.toml").is_file():
-            return f'{"-e " if note["dir_info"].get("editable") else ""}"{folder}[]"'
-    return '"latentrt[]"'
+            return f'{"-e " if note["dir_info"].get("editable") else ""}"{folder}[]"', folder
+    return '"latentrt[]"', None

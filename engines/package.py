@@ -23,6 +23,7 @@ from typing import Any, cast
 
 from .errors import PackageError
 from .external_data import check_external_data
+from .installed import upgrade_command
 from .lfs import refuse_pointer
 from .safetensors_format import first_not_finite
 from .spec import NETS, TEXT_ENCODERS, VECTORS, NetSpec
@@ -400,5 +401,5 @@ def _read_manifest(root: Path) -> Manifest:
     raise PackageError(
         f"{path} has schema {schema}",
         expected=f"at most {SCHEMA}, the newest this release reads",
-        fix="Upgrade: pip install --upgrade latentrt.",
+        fix=f"Upgrade: {upgrade_command()}",
     )

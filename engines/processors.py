@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import re
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
+from operator import index
 from pathlib import Path, PurePosixPath
 
 from .errors import UsageError
@@ -41,16 +43,20 @@ def thread_count(asked: int | None) -> int:
     """
     if asked is None:
         return usable_processors()
-    if not isinstance(asked, int) or isinstance(asked, bool) or asked < 1:
+    try:
+        count = 0 if isinstance(asked, bool) else index(asked)  # NumPy's integers too
+    except TypeError:
+        count = 0
+    if count < 1:
         raise UsageError(
             f"threads is {asked!r}",
             expected="a whole number, at least 1",
             fix="Leave it out to use every processor.",
         )
     usable = usable_processors()
-    if asked > usable:
-        _tell_fewer(asked, usable)
-    return min(asked, usable)
+    if count > usable:
+        _tell_fewer(count, usable)
+    return min(count, usable)
 
 
 @cache
@@ -65,18 +71,30 @@ def schedulable_processors() -> int:
     return os.cpu_count() or 1
 
 
+def processor() -> str:
+    """The processor's name, in one line."""
+    with suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return " ".join(line.partition(":")[2].split()) or "unknown"
+    return " ".join(platform.processor().split()) or "unknown"
+
+
 def processor_quota(proc: Path = _PROC) -> float | None:
     """How many processors' time the process may use, or None where nothing limits it.
 
     A group's limit holds for all groups below it, so the tightest on the way up counts. `proc` is this
     process' folder below /proc.
     """
-    limits = [limit for folder in _groups(proc) if (limit := _limit(folder)) is not None]
+    limits = [limit for folder in control_groups("cpu", proc) if (limit := _limit(folder)) is not None]
     return min(limits, default=None)
 
 
-def _groups(proc: Path) -> Iterator[Path]:
-    """The folders of the control groups that limit processors, from the process' own upwards."""
+def control_groups(controller: str, proc: Path = _PROC) -> Iterator[Path]:
+    """The folders of the groups that limit something ("cpu", "memory"), from the process' own upwards.
+
+    Those of version 1 with that controller, and those of version 2.
+    """
     paths = dict[str, str]()  # by controller; version 2 has none here
     for line in _lines(proc / "cgroup"):
         _, _, rest = line.partition(":")
@@ -88,10 +106,10 @@ def _groups(proc: Path) -> Iterator[Path]:
         words, kind = fields.split(" "), rest.split(" ")
         if len(words) < 5 or len(kind) < 3 or kind[0] not in ("cgroup", "cgroup2"):
             continue
-        controller = "cpu" if kind[0] == "cgroup" else ""
-        if controller in paths and (not controller or "cpu" in kind[2].split(",")):
+        key = controller if kind[0] == "cgroup" else ""
+        if key in paths and (not key or key in kind[2].split(",")):
             mount = Path(_unescaped(words[4]))
-            folder = mount / _below(paths[controller], _unescaped(words[3]))
+            folder = mount / _below(paths[key], _unescaped(words[3]))
             yield from (one for one in (folder, *folder.parents) if one.is_relative_to(mount))
 
 

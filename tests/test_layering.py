@@ -34,6 +34,7 @@ ROOMS: dict[str, list[set[str]]] = {
 # To go: imports that run back between rooms or close a circle.
 BACK_TO_GO = set[tuple[str, str]]()
 
+PRINTING = ("sys.stderr", "sys.stdout", "warnings.warn")
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir"}
 MAY_IMPORT = {  # folder or room -> heavy libraries it may import
     "export": HEAVY,
@@ -156,6 +157,23 @@ def test_docstrings_are_sentences() -> None:
     ]
     counts = Counter(one.split("/")[0] for one in offenders)
     assert not {folder for folder in counts if counts[folder] > OF_TO_GO.get(folder, 0)}, offenders
+
+
+def test_the_library_logs_and_does_not_print() -> None:
+    """Applications send what `latentrt` logs where they like; the command line prints it."""
+    offenders = [
+        f"{name}:{node.lineno}"
+        for name, tree in _product().items()
+        if name.split("/")[0] in ("engines", "runtime", "export")
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.Attribute) and ast.unparse(node) in PRINTING)
+        or (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) == "print"
+            and "file" not in {keyword.arg for keyword in node.keywords}
+        )
+    ]
+    assert offenders == []
 
 
 PICTURE = f"""

@@ -14,7 +14,7 @@ from ..errors import BackendError, LatentrtError, MemoryLimitError, PackageError
 from ..installed import install_command
 from ..processors import thread_count
 from ..spec import NetSpec
-from .wheels import installed_wheels, reinstall_command, several_wheels
+from .wheels import imported_wheel, installed_wheels, reinstall_command, several_wheels
 
 _LOG = logging.getLogger(__name__)
 
@@ -146,7 +146,8 @@ def open_session(
         raise PackageError(
             f"onnxruntime {ort.__version__} refuses {path}: {error}",
             expected="a graph of opset 23 with its weights beside it",
-            fix="Upgrade it: pip install --upgrade onnxruntime; or export the package again.",
+            fix="Export the package again, or upgrade the library: pip install --upgrade"
+            f" {imported_wheel() or 'onnxruntime'}",
         ) from error
 
 

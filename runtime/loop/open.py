@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
-from ...engines.backend import DeviceBackend, HostBackend, choose_backend
+from ...engines.backend import Backend, DeviceBackend, HostBackend, choose_backend
+from ...engines.errors import BackendError
 from ...engines.package import Package
 from ...engines.spec import TEXT_ENCODERS
 from .denoise import HostLoop
 from .device.cuda_graphs import Graphs
 from .job import Loop
+
+_LOG = logging.getLogger(__name__)
 
 # Every loop needs these. Other nets of a package are for some requests only.
 _REQUIRED = ("unet_context", "unet_time", "unet", "vae_decoder")
@@ -33,7 +37,7 @@ class LoopOptions:
 
 
 def open_loop(package: Package, options: LoopOptions) -> tuple[Loop, str]:
-    """Open a loop over a package.
+    """Open a loop over a package; with "auto", on the best backend that opens it.
 
     Returns:
         The loop, and a description of what executes it, for people.
@@ -42,7 +46,20 @@ def open_loop(package: Package, options: LoopOptions) -> tuple[Loop, str]:
         PackageError: a net is missing, or its graph is refused.
         BackendError: nothing of that name can run here, or it has no engines for this package.
     """
-    name, engine = choose_backend(options.backend)
+    refused = dict[str, BackendError]()
+    while True:
+        name, engine = choose_backend(options.backend, refused)
+        try:
+            return _open(package, name, engine, options)
+        except BackendError as error:
+            if options.backend != "auto":
+                raise
+            # Such as a CUDA provider without its libraries, which only opening can find out.
+            _LOG.warning("%s does not open: %s", name, error)
+            refused[name] = error
+
+
+def _open(package: Package, name: str, engine: Backend, options: LoopOptions) -> tuple[Loop, str]:
     nets = package.manifest.nets
     for net in (*_REQUIRED, "step") if isinstance(engine, DeviceBackend) else _REQUIRED:
         package.manifest.net(net)  # raises PackageError

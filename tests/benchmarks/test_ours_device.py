@@ -259,7 +259,7 @@ def test_a_pipeline_on_a_device_gets_this_side(monkeypatch: pytest.MonkeyPatch) 
                 for name in ("vae_decoder",)
             }
 
-    monkeypatch.setattr(loops, "choose_backend", lambda name: (name, Engine()))
+    monkeypatch.setattr(loops, "choose_backend", lambda name, _: (name, Engine()))
     side = ours.open_side(Task(package=PACKAGE.root, backend="engine"))
     assert side.versions == {"backend": "engine 1.0", "device": "host memory"}
     side.close()

@@ -115,6 +115,21 @@ def test_without_a_library_the_command_that_installs_it(
     assert flavour("tensorrt-rtx", "1.7").install in err
 
 
+def test_layouts_without_the_library_that_lowers_are_refused_before_anything_is_measured(
+    latentrt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The extra [cpu] alone does not bring onnx-ir."""
+    from latentrt.engines.onnxruntime.lowering import files
+    from latentrt.engines.onnxruntime.tuning import cpu
+
+    monkeypatch.setattr(files, "find_spec", lambda name: None)
+    monkeypatch.setattr(cpu, "_Trials", None)
+    code, out, err = latentrt("--backend", "onnxruntime")
+    assert (code, out) == (4, "")
+    assert "there is no layout but `plain`: onnx-ir is not installed;" in err
+    assert err.endswith("Install it: pip install onnx-ir\n")
+
+
 def test_the_bar_moves_over_nets_and_phases(latentrt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from contextlib import contextmanager
 

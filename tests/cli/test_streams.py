@@ -26,6 +26,7 @@ VERBS: dict[str, tuple[list[str], int]] = {
     "cache ls": (["cache", "ls"], 0),
     "cache verify": (["cache", "verify", "--json"], 0),
     "cache prune": (["cache", "prune", "--dry-run"], 0),
+    "doctor": (["doctor"], 0),
     "convert": (["convert", "nowhere.ckpt", "--json"], 3),
     "export": (["export", "--json"], 2),
     "build": (["build", "nowhere", "--json"], 3),
@@ -75,6 +76,19 @@ def test_a_picture_is_drawn_all_the_same(command: Any, tmp_path: Path, redirecti
     assert command([*PICTURE, "-o", "x.png"], redirections).returncode == 0
     with Image.open(tmp_path / "x.png") as picture:
         assert picture.size == (128, 128)
+
+
+def test_the_library_needs_no_standard_streams(tmp_path: Path) -> None:
+    """What a service under pythonw has: `sys.stderr` is None, and the prompt is one that is remarked on."""
+    code = (
+        "import sys; from latentrt.runtime import Pipeline\n"
+        "assert sys.stdout is sys.stderr is None\n"
+        "with Pipeline.open('demo', threads=9999) as pipe:\n"
+        "    pipe('red ' * 90, prompt_syntax='plain', num_inference_steps=1, seed=1).save('x.png')"
+    )
+    words = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-W", "error", "-c", code]
+    subprocess.run(words, cwd=tmp_path, check=True, timeout=60)
+    Image.open(tmp_path / "x.png").verify()
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")

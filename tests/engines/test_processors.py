@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from latentrt.engines import processors
@@ -146,7 +147,7 @@ def one_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_processor")
-@pytest.mark.parametrize("asked", [None, 1, 2, 9999])
+@pytest.mark.parametrize("asked", [None, 1, np.int64(1), 2, 9999])
 def test_threads_are_no_more_than_processors(logged: list[str], asked: int | None) -> None:
     for _ in range(2):
         assert thread_count(asked) == session_options(asked).intra_op_num_threads == 1

@@ -204,7 +204,7 @@ def test_the_picture(hot: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator("cpu").manual_seed(3)
     wanted = np.asarray(reference(generator=generator, **PARAMETERS).images[0], np.float64)
     assert wanted.std() > 10
-    monkeypatch.setattr(loops, "choose_backend", lambda name: ("rounded", RoundedBackend()))
+    monkeypatch.setattr(loops, "choose_backend", lambda *_: ("rounded", RoundedBackend()))
     ours = draw(hot.package)
     assert 10 * np.log10(255**2 / ((ours - wanted) ** 2).mean()) >= 40
     with pytest.raises(NumericError):
@@ -241,7 +241,7 @@ def test_the_demo_model_needs_no_islands_and_looks_the_same(
         for folder in (DEMO.parent / "package", half.root):
             with monkeypatch.context() as patch:
                 if folder == half.root:
-                    patch.setattr(loops, "choose_backend", lambda name: ("rounded", RoundedBackend()))
+                    patch.setattr(loops, "choose_backend", lambda *_: ("rounded", RoundedBackend()))
                 with Pipeline.open(folder) as pipe:
                     pictures.append(np.asarray(pipe(prompt, seed=seed, output_type="np").images[0], float))
         assert pictures[0].std() > 10

@@ -9,7 +9,6 @@ passes here and most machines have measured nothing, so the store is imported on
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import LatentrtError
 from ...package import Package
-from ...processors import usable_processors
+from ...processors import processor, usable_processors
 from ...store.files import default_root
 from ..lowering.files import LoweredGraph
 from ..lowering.winograd import Kernel
@@ -72,15 +71,6 @@ def lowered_graph(
             rows: list[Mapping[str, Any]] = found.facts["kernels"]
             return LoweredGraph(layout=layout, graph=graph, kernels=tuple(Kernel(**row) for row in rows))
     return None
-
-
-def processor() -> str:
-    """The processor's name, in one line."""
-    with suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return " ".join(line.partition(":")[2].split()) or "unknown"
-    return " ".join(platform.processor().split()) or "unknown"
 
 
 def _has_engines(root: Path) -> bool:
