@@ -117,7 +117,8 @@ class Checkpoint:
         """Read configs and safetensors headers.
 
         Args:
-            path: a folder in diffusers' layout, one of Hugging Face's cache (`models--OWNER--NAME`), or a `.safetensors` file that holds a whole checkpoint.
+            path: a folder in diffusers' layout, a repository in Hugging Face's cache, or a `.safetensors`
+                file that holds a whole checkpoint.
             prefer_fp16: take the `.fp16.safetensors` variant where both are there.
             vae: a folder or file of another autoencoder, in place of the checkpoint's.
             tiny_vae: a folder or file of a tiny autoencoder (TAESD) for previews.
@@ -304,7 +305,7 @@ def _open_folder(
 
 
 def _snapshot(root: Path) -> Path:
-    """The folder of a repository in Hugging Face's cache that its branch `main` points to; others as they are."""
+    """Where the branch `main` of a repository in Hugging Face's cache lies; other paths as they are."""
     with suppress(OSError, ValueError):
         commit = (root / "refs" / "main").read_text("utf-8").strip()
         if _COMMIT_OR_BLOB.fullmatch(commit) and (root / "snapshots" / commit).is_dir():
