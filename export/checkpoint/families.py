@@ -113,6 +113,8 @@ _UNET_OPTIONS: Mapping[str, tuple[str, tuple[object, ...]]] = {
 _TURBO_SCHEDULERS = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 
 
+# The pipelines that mend their scheduler's config.
+_MENDED = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 # What schedulers can draw with, of what a config may say its UNet predicts.
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 # A part -> the classes that are exported as it.
@@ -207,6 +209,22 @@ def refuse_scheduler(scheduler: Mapping[str, Any], where: Path) -> None:
             expected=" or ".join(PREDICTIONS),
             fix="Pass --prediction-type if you know better.",
         )
+
+
+def as_in_pipeline(scheduler: Mapping[str, Any], pipeline: str) -> dict[str, Any]:
+    """A scheduler's config after diffusers' pipeline `pipeline` mended what early folders of 1.x lack.
+
+    An offset that the config lacks is mended for its own class alone, and listed under `_use_default_values`
+    as in diffusers, so that a sampler that a request names keeps its own default.
+    """
+    if pipeline.removeprefix("Flax") not in _MENDED:
+        return dict(scheduler)
+    mended = {**scheduler, "steps_offset": 1, "clip_sample": False}
+    if "Inpaint" in pipeline:
+        mended["skip_prk_steps"] = True
+    if "steps_offset" not in scheduler:
+        mended["_use_default_values"] = ["steps_offset"]
+    return mended
 
 
 def refuse_unet(unet: Component) -> None:

@@ -12,9 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
-from ...engines.errors import CheckpointError
+from ...engines.errors import CheckpointError, command
 from ...engines.package import IMAGE_LATENTS, TIME_IDS
 from ...engines.spec import TEXT_ENCODERS
 from .component import (
@@ -33,6 +33,7 @@ from .families import (
     CLASSES,
     OTHER,
     PIPELINES,
+    as_in_pipeline,
     class_of,
     defaults,
     layout_of,
@@ -74,7 +75,8 @@ class Checkpoint:
             `image_noising_scheduler`.
         defaults: a request's steps, guidance scale and strength, by the names of `engines.package.Defaults`.
         zero_empty_prompt: as in `engines.package.Manifest`.
-        notes: for the user: what was assumed about a one-file checkpoint, and which tensors are not used.
+        notes: for the user: what was assumed about a one-file checkpoint, which tensors are not used, and
+            which variant of a folder's weights is taken.
     """
 
     root: Path
@@ -115,7 +117,8 @@ class Checkpoint:
         """Read configs and safetensors headers.
 
         Args:
-            path: a folder in diffusers' layout, or a `.safetensors` file that holds a whole checkpoint.
+            path: a folder in diffusers' layout, a repository in Hugging Face's cache, or a `.safetensors`
+                file that holds a whole checkpoint.
             prefer_fp16: take the `.fp16.safetensors` variant where both are there.
             vae: a folder or file of another autoencoder, in place of the checkpoint's.
             tiny_vae: a folder or file of a tiny autoencoder (TAESD) for previews.
@@ -126,7 +129,7 @@ class Checkpoint:
                 is damaged; weights are pickled or quantised; parts do not fit each other.
             UsageError: an unknown `prediction_type`.
         """
-        root = Path(path)
+        root = _snapshot(Path(path))
         if not root.exists():
             raise CheckpointError(
                 f"{root} does not exist", expected=SUPPORTED, fix="Check the path; downloads are up to you."
@@ -244,6 +247,9 @@ class Checkpoint:
     def sample_size(self) -> tuple[int, int]:
         """Height and width of the latents that the UNet was trained at."""
         size: Any = self.unet.config.get("sample_size") or 64
+        written_by = str(self.unet.config.get("_diffusers_version", ""))
+        if isinstance(size, int) and re.match(r"0\.[0-8]\.", written_by):
+            size = max(size, 64)  # early configs of 1.x say 32; diffusers' pipelines mend it too
         height, width = cast(list[int], size) if isinstance(size, list | tuple) else (size, size)
         return height, width
 
@@ -261,6 +267,8 @@ _OtherVae = Callable[[Mapping[str, Any] | None, float], Component]
 def _open_folder(
     root: Path, prefer_fp16: bool, prediction_type: str | None, other_vae: _OtherVae | None
 ) -> Checkpoint:
+    if not (root / "model_index.json").is_file():
+        _refuse_without_index(root)
     index = read_json(root / "model_index.json")
     layout = layout_of(str(index.get("_class_name")), root)
     left_out = {name for name in layout.optional if index.get(name) == [None, None]}
@@ -282,6 +290,7 @@ def _open_folder(
     for name, config in configs.items():
         if "scheduler" in name:
             config["_class_name"] = class_of(index, name, config.get("_class_name"))
+    configs["scheduler"] = as_in_pipeline(configs["scheduler"], str(index["_class_name"]))
     if prediction_type is not None:
         configs["scheduler"]["prediction_type"] = prediction_type
     return Checkpoint(
@@ -291,7 +300,40 @@ def _open_folder(
         configs=configs,
         defaults=defaults(layout, configs["scheduler"]),
         zero_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", layout.zero_empty_prompt)),
+        notes=_noted_variants(parts),
     )
+
+
+def _snapshot(root: Path) -> Path:
+    """Where the branch `main` of a repository in Hugging Face's cache lies; other paths as they are."""
+    with suppress(OSError, ValueError):
+        commit = (root / "refs" / "main").read_text("utf-8").strip()
+        if _COMMIT_OR_BLOB.fullmatch(commit) and (root / "snapshots" / commit).is_dir():
+            return root / "snapshots" / commit
+    return root
+
+
+def _refuse_without_index(root: Path) -> NoReturn:
+    files = sorted(path for path in root.glob("*.safetensors") if path.is_file())
+    if not files:
+        missing(root / "model_index.json")
+    largest = max(files, key=lambda path: path.stat().st_size)
+    raise CheckpointError(
+        f"{root} has no model_index.json, but {', '.join(path.name for path in files)}"[:500],
+        expected="a folder in diffusers' layout, or a file",
+        fix=f"Export the file: {command('latentrt', 'export', largest, '-o', 'PACKAGE')}",
+    )
+
+
+def _noted_variants(parts: Mapping[str, Component]) -> tuple[str, ...]:
+    """A line for each part whose weights are a variant that nobody asked for."""
+    notes: list[str] = []
+    for name, part in parts.items():
+        files = {header.file.name for header in part.tensors.values() if header.file.parent == part.folder}
+        variants = sorted(file for file in files if re.search(r"\.(?!fp16\.)[\w-]+\.safetensors$", file))
+        if variants:
+            notes.append(f"{name}: {variants[0]} is taken, there are no other weights")
+    return tuple(notes)
 
 
 def _read_part(

@@ -183,7 +183,8 @@ def _from_config(config: Mapping[str, Any]) -> SamplerConfig:
             expected=", ".join(SCHEDULER_CLASSES),
             fix="Pass a sampler by name, for example sampler='dpmpp_2m'.",
         )
-    return _of_class(scheduler, config)
+    # Defaults that a config lists as such are its own class's, or what a pipeline put in place of them.
+    return _of_class(scheduler, {key: value for key, value in config.items() if key != "_use_default_values"})
 
 
 def _of_class(scheduler: str, config: Mapping[str, Any]) -> SamplerConfig:
@@ -207,6 +208,12 @@ def _config_for_class(scheduler: str, config: Mapping[str, Any], name: str) -> S
     skipped = {*config.get("_use_default_values", ()), "_use_default_values"}
     chosen = {key: value for key, value in config.items() if key not in skipped}
     options = dict(facts.defaults) | {key: chosen[key] for key in facts.defaults if key in chosen}
+    if chosen.get("timestep_type") == "continuous" and "timestep_type" not in options:
+        raise SamplerError(
+            f"{name} for a model that is told log(sigma) / 4 as its timestep",
+            expected="a sampler that can say it, which is euler",
+            fix="Use sampler='euler'.",
+        )
     _refuse_unsupported(scheduler, options)
     _translate_solver(scheduler, options)
     noise_options = {key: options[key] for key in _NOISE_KEYS if key in options}

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from latentrt.engines.errors import CheckpointError, UsageError
+from latentrt.engines.errors import CheckpointError, SamplerError, UsageError
 from latentrt.export.checkpoint.open import Checkpoint
 from latentrt.export.manifest import request_defaults
 from latentrt.export.pickles.convert import convert_pickle
 from latentrt.runtime.sampling.names import resolve
+from latentrt.runtime.sampling.samplers import make_table
 from tests.export.ldm_files import FULL, TINY, build, one_file, write_header_only
 from tests.recipes import RECIPES, make_checkpoint
 
@@ -132,8 +134,9 @@ def test_what_a_folder_says_wrongly_may_be_told(copy: Path) -> None:
 )
 def test_a_variant_alone_is_taken(copy: Path, name: str) -> None:
     (copy / "unet" / f"{STEM}.safetensors").rename(copy / "unet" / name)
-    header = Checkpoint.open(copy).unet.tensors["conv_in.weight"]
-    assert header.file == copy / "unet" / name
+    found = Checkpoint.open(copy)
+    assert found.unet.tensors["conv_in.weight"].file == copy / "unet" / name
+    assert found.notes == (f"unet: {name} is taken, there are no other weights",)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +278,11 @@ def test_names_are_those_that_people_know(
     hub: tuple[Path, Path], copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, file = hub
-    assert Checkpoint.open(folder).name == "Dream--Shaper-8".rpartition("--")[2]
+    assert Checkpoint.open(folder).name == "Shaper-8"
+    (folder.parents[1] / "refs").mkdir()
+    (folder.parents[1] / "refs" / "main").write_text(folder.name)
+    whole = Checkpoint.open(folder.parents[1])
+    assert (whole.name, whole.root) == ("Shaper-8", folder)
     assert Checkpoint.open(file).name == "dream v8"
     assert Checkpoint.open(file.resolve()).name == "Shaper-8"
     (tmp_path / "mine").symlink_to(folder)
@@ -348,3 +355,75 @@ def test_a_file_whose_autoencoder_is_replaced(tmp_path: Path) -> None:
         Checkpoint.open(path)
     with pytest.raises(CheckpointError, match="expected 4 channels and 8 pixels"):
         Checkpoint.open(path, vae=vae)
+
+
+# Scheduler configs as early folders have them; None is a key that is not there.
+OUTDATED: dict[str, dict[str, Any]] = {
+    "PNDMScheduler": {"steps_offset": None, "clip_sample": None, "skip_prk_steps": True},
+    "DDIMScheduler": {"steps_offset": None, "clip_sample": None},
+    "LMSDiscreteScheduler": {"steps_offset": None, "clip_sample": None},
+    "DDIM, wrong offset": {"steps_offset": 0, "clip_sample": True},
+    "Euler, leading": {"steps_offset": None, "timestep_spacing": "leading"},
+    "PNDM, Runge-Kutta": {"steps_offset": None, "skip_prk_steps": None},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*__array.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("pipeline", "outdated"),
+    [
+        *(("StableDiffusionPipeline", name) for name in OUTDATED if "Runge" not in name),
+        *(("StableDiffusionInpaintPipeline", name) for name in OUTDATED),
+    ],
+)
+def test_outdated_schedulers_are_mended_as_in_diffusers(copy: Path, pipeline: str, outdated: str) -> None:
+    """The pipeline's own scheduler, and others made `from_config` of it."""
+    kinds = {"DDIM, wrong offset": "DDIMScheduler", "Euler, leading": "EulerDiscreteScheduler"}
+    kind = kinds.get(outdated, "PNDMScheduler" if outdated.startswith("PNDM") else outdated)
+    path = copy / "scheduler" / "scheduler_config.json"
+    config = {**json.loads(path.read_text()), "_class_name": kind, **OUTDATED[outdated]}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    change(copy / "model_index.json", scheduler=["diffusers", kind], _class_name=pipeline)
+    loaded = getattr(diffusers, pipeline).from_pretrained(copy, safety_checker=None)
+    found = Checkpoint.open(copy).scheduler
+    others = {"ddim": "DDIM", "euler": "EulerDiscrete", "dpmpp_2m": "DPMSolverMultistep", "ddpm": "DDPM"}
+    for other in (None, *others):
+        scheduler = loaded.scheduler
+        if other is not None:
+            scheduler = getattr(diffusers, f"{others[other]}Scheduler").from_config(scheduler.config)
+        scheduler.set_timesteps(10)
+        table = make_table(resolve(other, json.loads(json.dumps(found))), 10)
+        assert np.allclose(table.t, scheduler.timesteps.numpy(), atol=1e-2), other
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("written_by", "size", "wanted"), [("0.6.0", 32, 64), ("0.9.0", 32, 32), ("0.8.0.dev0", 96, 96)]
+)
+def test_sizes_of_early_folders(copy: Path, written_by: str, size: int, wanted: int) -> None:
+    change(copy / "unet" / "config.json", _diffusers_version=written_by, sample_size=size)
+    assert Checkpoint.open(copy).sample_size == (wanted, wanted)
+    loaded = DiffusionPipeline.from_pretrained(copy, safety_checker=None)
+    assert loaded.unet.config.sample_size == wanted
+
+
+def test_a_folder_with_a_file_alone(tmp_path: Path, copy: Path) -> None:
+    """As many repositories are: one large file, no folders."""
+    (tmp_path / "my repo").mkdir()
+    (tmp_path / "my repo" / "small.safetensors").write_bytes(b"")
+    (tmp_path / "my repo" / "large.safetensors").write_bytes(b"12345678")
+    with pytest.raises(CheckpointError, match=r"but large\.safetensors, small\.safetensors") as error:
+        Checkpoint.open(tmp_path / "my repo")
+    words = shlex.split(error.value.fix.partition(": ")[2])
+    assert words == ["latentrt", "export", str(tmp_path / "my repo" / "large.safetensors"), "-o", "PACKAGE"]
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "Euler a", "DDIMScheduler", "Heun"])
+def test_samplers_that_cannot_say_a_continuous_timestep(sampler: str) -> None:
+    """Models in EDM's way with diffusers' Euler: another class would tell the UNet something else."""
+    model = {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous", "sigma_max": 120.0}
+    model |= {"sigma_min": 0.002, "prediction_type": "v_prediction"}
+    assert resolve("Euler", model).timestep_type == resolve(None, model).timestep_type == "continuous"
+    with pytest.raises(SamplerError, match=r"log.sigma. / 4.*sampler='euler'"):
+        resolve(sampler, model)
