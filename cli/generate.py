@@ -69,6 +69,7 @@ def generate(
     grid: Annotated[bool, Option("--grid", help="Write one file with all pictures side by side.")] = False,
     preview: Annotated[Path | None, Option(metavar="FILE", help=_PREVIEW)] = None,
     backend: Annotated[str, Option(help=_BACKEND)] = "auto",
+    device: Annotated[str, Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
     threads: Annotated[int | None, Option(help=_THREADS)] = None,
     no_metadata: Annotated[bool, Option("--no-metadata", help=_NO_METADATA)] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
@@ -97,7 +98,10 @@ def generate(
         advance = stack.enter_context(progress_bar(enabled=not as_json))
         first = model or (_model_of(source) if source else "demo")
         names = [first] if refiner is None else [first, refiner]
-        pipes = [stack.enter_context(Pipeline.open(name, backend=backend, threads=threads)) for name in names]
+        pipes = [
+            stack.enter_context(Pipeline.open(name, backend=backend, device=device, threads=threads))
+            for name in names
+        ]
         opened = perf_counter() - began
         # Someone who looks on costs a device one wait per step.
         watched = preview is not None or (sys.stderr.isatty() and not as_json)

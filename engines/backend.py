@@ -7,13 +7,15 @@ A `HostBackend` opens nets that are called with arrays, a `DeviceBackend` nets o
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
-from .backends import BACKENDS
+from .backends import BACKENDS, BackendRow
 from .device import Device, DeviceNet, MemoryLedger
-from .errors import BackendError
+from .errors import BackendError, UsageError
 from .package import Package
 from .spec import Array, NetSpec
 
@@ -62,8 +64,14 @@ class HostBackend(Backend, Protocol):
 class DeviceBackend(Backend, Protocol):
     """A backend whose nets run on a device, driven by the device loop."""
 
-    def open_device(self, package: Package, names: Sequence[str]) -> tuple[Device, Mapping[str, DeviceNet]]:
-        """A device of the caller's own, and nets of the package on it.
+    def describe(self, index: int = 0) -> str:
+        """The same with the CUDA device of that index (as CUDA_VISIBLE_DEVICES numbers them)."""
+        ...
+
+    def open_device(
+        self, package: Package, names: Sequence[str], *, index: int = 0
+    ) -> tuple[Device, Mapping[str, DeviceNet]]:
+        """A device of the caller's own, that of `index`, and nets of the package on it.
 
         What a user should know of the engines that were found is logged.
         """
@@ -76,15 +84,43 @@ _LOG = logging.getLogger(__name__)
 _AUTO = tuple(row for row in BACKENDS.values() if row.builds == "layouts")
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where nets are to run: on a device or not (None is both), and on which."""
+
+    on_device: bool | None = None
+    index: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Place:
+        """From "auto", "cpu", "cuda", or "cuda:1". Raises UsageError."""
+        match = _PLACE.fullmatch(text)
+        if match is None:
+            raise UsageError(
+                f"device is {text!r}", expected="auto, cpu, cuda, or cuda:N", fix="Leave device out."
+            )
+        on_device = None if text == "auto" else text != "cpu"
+        return cls(on_device, int(match[1] or 0))
+
+    def allows(self, row: BackendRow) -> bool:
+        """Whether a backend runs there."""
+        return self.on_device in (None, row.on_device)
+
+
+ANYWHERE = Place()
+_PLACE = re.compile(r"auto|cpu|cuda(?::(\d{1,4}))?")
+
+
 def choose_backend(
-    name: str = "auto", failed: Mapping[str, BackendError] = MappingProxyType({})
+    name: str = "auto", failed: Mapping[str, BackendError] = MappingProxyType({}), place: Place = ANYWHERE
 ) -> tuple[str, Backend]:
-    """The backend of that name, or with "auto" the best one that can run here and is not among `failed`.
+    """The backend of that name, or with "auto" the best one that can run at `place`, but for those that `failed`.
 
     What "auto" takes is logged, with the reasons against the better ones.
 
     Raises:
         BackendError: an unknown name, or nothing of that name can run here.
+        UsageError: the backend of that name runs elsewhere.
     """
     if name != "auto" and name not in BACKENDS:
         raise BackendError(
@@ -93,6 +129,12 @@ def choose_backend(
             fix="Let it be chosen: --backend auto",
         )
     if name != "auto":
+        if not place.allows(BACKENDS[name]):
+            raise UsageError(
+                f"the backend {name} with the device {'cuda' if place.on_device else 'cpu'}",
+                expected="a backend that runs there",
+                fix="Leave one of the two out.",
+            )
         backend: Backend = BACKENDS[name].load()
         if (refused := backend.refusal()) is None:
             return name, backend
@@ -100,14 +142,15 @@ def choose_backend(
             f"the backend {name} cannot run here: {refused.found}", expected=refused.expected, fix=refused.fix
         )
     refusals = dict[str, BackendError]()
-    for row in _AUTO:
+    rows = [row for row in _AUTO if place.allows(row)]
+    for row in rows:
         backend = row.load()
         if (refused := failed.get(row.name) or backend.refusal()) is None:
             reasons = "".join(f"; not {better}: {why.found}" for better, why in refusals.items())
             _LOG.info("auto takes %s: %s%s", row.name, backend.describe(), reasons)
             return row.name, backend
         refusals[row.name] = refused
-    last = refusals[_AUTO[-1].name]  # the one that runs on every machine
+    last = refusals[rows[-1].name]  # without a place the one that runs on every machine
     raise BackendError(
         "no backend can run here: " + "; ".join(f"{name}: {why.found}" for name, why in refusals.items()),
         expected=last.expected,

@@ -113,6 +113,7 @@ class Pipeline:
         model: str | Path = "demo",
         *,
         backend: str = "auto",
+        device: str = "auto",
         threads: int | None = None,
         graphs: Graphs = "auto",
         cache_bytes: int = CACHE_BYTES,
@@ -122,6 +123,7 @@ class Pipeline:
         Args:
             model: name or path.
             backend: "auto" picks the best that is present; `pipe.backend` says which.
+            device: "auto", "cpu", "cuda", or "cuda:N" for another than the first CUDA device.
             threads: of the CPU backend; None is every processor this process may use.
             graphs: on a device, whether rows are replayed as a captured graph: "on", "off", or "auto",
                 where that is faster.
@@ -132,7 +134,7 @@ class Pipeline:
             BackendError: nothing installed can execute it, or there are no engines for it.
         """
         package = Package.open(SHIPPED.get(str(model), Path(model)))
-        options = LoopOptions(backend=backend, threads=threads, graphs=graphs)
+        options = LoopOptions(backend=backend, device=device, threads=threads, graphs=graphs)
         loop, description = open_loop(package, options)
         try:
             return cls.over(package, loop, description, cache_bytes=cache_bytes)

@@ -39,11 +39,11 @@ class OnnxRuntimeCudaBackend:
         """None if ONNX Runtime can run nets on a CUDA device here, else the error. Never raises."""
         return cuda_refusal()
 
-    def describe(self) -> str:
+    def describe(self, index: int = 0) -> str:
         """Version and device, for people. Raises BackendError where `refusal` has an error."""
         from ..cuda.facts import facts
 
-        gpu = facts()
+        gpu = facts(index)
         return f"onnxruntime {library().__version__} CUDA ({gpu.name}, {gpu.sm})"
 
     def open_device(
@@ -51,6 +51,7 @@ class OnnxRuntimeCudaBackend:
         package: Package,
         names: Sequence[str],
         *,
+        index: int = 0,
         store: EngineStore | None = None,
         capture: bool = False,
         profile: Path | None = None,
@@ -62,6 +63,7 @@ class OnnxRuntimeCudaBackend:
         Args:
             package: the package.
             names: of its nets.
+            index: of the device, as CUDA_VISIBLE_DEVICES numbers them.
             store: where layouts are remembered; the user's own unless given.
             capture: let runs be captured, see `open_onnxruntime_net`.
             profile: a folder for the library's profiles.
@@ -75,7 +77,7 @@ class OnnxRuntimeCudaBackend:
         from .tuning.choice import TUNED_NETS
         from .tuning.cuda_layouts import stored_layout
 
-        device = CudaDevice()
+        device = CudaDevice(index)
         with ExitStack() as stack:
             stack.callback(device.close)
             gpu, place = device.facts, store or EngineStore()

@@ -114,10 +114,10 @@ class TensorRTBackend:
             return error
         return cuda_facts.refusal(runtime)
 
-    def describe(self) -> str:
+    def describe(self, index: int = 0) -> str:
         """Version and device, for people. Raises BackendError where `refusal` has an error."""
         row = flavour(self.name)
-        gpu = cuda_facts.facts()
+        gpu = cuda_facts.facts(index)
         return f"{row.module} {installed_version(self.name)} ({gpu.name}, {gpu.sm})"
 
     def open_device(
@@ -125,6 +125,7 @@ class TensorRTBackend:
         package: Package,
         names: Sequence[str],
         *,
+        index: int = 0,
         store: EngineStore | None = None,
     ) -> tuple[Device, Mapping[str, DeviceNet]]:
         """A device of the caller's own, and every net behind all of its engines.
@@ -137,7 +138,7 @@ class TensorRTBackend:
         """
         row, place = flavour(self.name), store or EngineStore()
         version = installed_version(self.name) or ""
-        device = CudaDevice()
+        device = CudaDevice(index)
         try:
             found = {
                 name: find_engines(package, name, row, version, place, gpu=device.facts) for name in names

@@ -6,7 +6,7 @@ import logging
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
-from ...engines.backend import Backend, DeviceBackend, HostBackend, choose_backend
+from ...engines.backend import Backend, DeviceBackend, HostBackend, Place, choose_backend
 from ...engines.errors import BackendError
 from ...engines.package import Package
 from ...engines.spec import TEXT_ENCODERS
@@ -26,12 +26,14 @@ class LoopOptions:
     """How a loop is opened. `threads` count on the host only, `graphs` on a device.
 
     Attributes:
+        device: "auto", "cpu", "cuda", or "cuda:N" for another than the first.
         backend: a name of `engines.backend.BACKENDS`, or "auto".
         threads: of a CPU backend; None is one for every processor this process may use.
         graphs: whether rows are replayed as a CUDA graph: "on", "off", or "auto", where that is faster.
     """
 
     backend: str = "auto"
+    device: str = "auto"
     threads: int | None = None
     graphs: Graphs = "auto"
 
@@ -45,12 +47,13 @@ def open_loop(package: Package, options: LoopOptions) -> tuple[Loop, str]:
     Raises:
         PackageError: a net is missing, or its graph is refused.
         BackendError: nothing of that name can run here, or it has no engines for this package.
+        UsageError: the device is none, or the backend does not run there.
     """
-    refused = dict[str, BackendError]()
+    refused, place = dict[str, BackendError](), Place.parse(options.device)
     while True:
-        name, engine = choose_backend(options.backend, refused)
+        name, engine = choose_backend(options.backend, refused, place)
         try:
-            return _open(package, name, engine, options)
+            return _open(package, name, engine, options, place.index)
         except BackendError as error:
             if options.backend != "auto":
                 raise
@@ -59,7 +62,7 @@ def open_loop(package: Package, options: LoopOptions) -> tuple[Loop, str]:
             refused[name] = error
 
 
-def _open(package: Package, name: str, engine: Backend, options: LoopOptions) -> tuple[Loop, str]:
+def _open(package: Package, name: str, engine: Backend, options: LoopOptions, index: int) -> tuple[Loop, str]:
     nets = package.manifest.nets
     for net in (*_REQUIRED, "step") if isinstance(engine, DeviceBackend) else _REQUIRED:
         package.manifest.net(net)  # raises PackageError
@@ -67,9 +70,9 @@ def _open(package: Package, name: str, engine: Backend, options: LoopOptions) ->
         from .device.loop import DeviceLoop
 
         used = [net for net in nets if net not in _FOR_OTHER_TOOLS]
-        device, opened = engine.open_device(package, used)
+        device, opened = engine.open_device(package, used, index=index)
         loop = DeviceLoop(device, opened, package.manifest, graphs=options.graphs)
-        return loop, engine.describe()
+        return loop, engine.describe(index)
     assert isinstance(engine, HostBackend), name
     with ExitStack() as stack:
         loop = stack.enter_context(closing(HostLoop(package, engine, options.threads)))

@@ -249,17 +249,17 @@ def test_a_pipeline_on_a_device_gets_this_side(monkeypatch: pytest.MonkeyPatch) 
         def refusal(self) -> None:
             return None
 
-        def describe(self) -> str:
+        def describe(self, index: int = 0) -> str:
             return "engine 1.0"
 
-        def open_device(self, package: Package, names: tuple[str, ...]) -> Any:
+        def open_device(self, package: Package, names: tuple[str, ...], *, index: int = 0) -> Any:
             assert set(DEVICE_NETS) <= set(names) == set(PACKAGE.manifest.nets) - {"unet_whole"}
             return device, {
                 name: open_onnxruntime_net(package, name, device, provider=CPU, submit=device.submit)
                 for name in ("vae_decoder",)
             }
 
-    monkeypatch.setattr(loops, "choose_backend", lambda name, _: (name, Engine()))
+    monkeypatch.setattr(loops, "choose_backend", lambda name, *_: (name, Engine()))
     side = ours.open_side(Task(package=PACKAGE.root, backend="engine"))
     assert side.versions == {"backend": "engine 1.0", "device": "host memory"}
     side.close()

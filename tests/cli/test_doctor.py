@@ -125,7 +125,7 @@ def test_a_probe_that_fails_is_a_problem(doctor: Any, monkeypatch: pytest.Monkey
 
 def test_a_gpu_and_engines(doctor: Any, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_facts, "refusal", lambda: None)
-    monkeypatch.setattr(cuda_facts, "facts", lambda: GPU)
+    monkeypatch.setattr(cuda_facts, "facts", lambda _=0: GPU)
 
     EngineStore(store).get_or_build(numbered(1), builder(b"x" * 2_000_000))
     _, out = doctor()

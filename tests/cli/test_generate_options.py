@@ -59,7 +59,7 @@ PARAMETERS: dict[str, tuple[list[str], str, Any]] = {
 # Those of the command itself; the tests below are about them.
 OWN = {
     "--output", "--model", "--from", "--refiner", "--refiner-at", "--grid", "--preview", "--backend",
-    "--threads", "--no-metadata", "--json",
+    "--device", "--threads", "--no-metadata", "--json",
 }  # fmt: skip
 
 
@@ -139,9 +139,9 @@ def test_every_option_is_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_how_the_pipeline_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["-m", "base", "--refiner", "other", "--backend", "tensorrt", "--threads", "3"]
-    _, parameters = heard(monkeypatch, "a", *words, "--refiner-at", "0.6")
-    options = {"backend": "tensorrt", "threads": 3}
+    words = ["-m", "base", "--refiner", "other", "--backend", "tensorrt", "--device", "cuda:1"]
+    _, parameters = heard(monkeypatch, "a", *words, "--threads", "3", "--refiner-at", "0.6")
+    options = {"backend": "tensorrt", "device": "cuda:1", "threads": 3}
     assert Listener.opened == [("base", options), ("other", options)]
     assert (parameters["denoising_end"], parameters["output_type"]) == (0.6, "latent")
 

@@ -60,11 +60,11 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Generator[KnownHost]:
     """In place of the GPU, with nets on the CPU."""
     device = KnownHost()
     for module in (cuda_device, tuning):
-        monkeypatch.setattr(module, "CudaDevice", lambda: device)
+        monkeypatch.setattr(module, "CudaDevice", lambda _: device)
     for module in (cuda_backend, tuning):
         monkeypatch.setattr(module, "cuda_refusal", lambda: None)
         monkeypatch.setattr(module, "open_onnxruntime_net", open_on_cpu)
-    monkeypatch.setattr(cuda_facts, "facts", lambda: GPU)
+    monkeypatch.setattr(cuda_facts, "facts", lambda _=0: GPU)
     yield device
     assert not device.blocks, "memory that was not given back"
 

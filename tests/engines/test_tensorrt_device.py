@@ -119,7 +119,7 @@ def test_what_compatible_engines_are_called() -> None:
 def device(monkeypatch: pytest.MonkeyPatch) -> HostDevice:
     device = HostDevice()
     device.facts = GPU  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setattr(tensorrt_backend, "CudaDevice", lambda: device)
+    monkeypatch.setattr(tensorrt_backend, "CudaDevice", lambda _: device)
     monkeypatch.setattr(tensorrt_backend, "load", lambda row: setting.library(RTX, device))
     monkeypatch.setattr(
         tensorrt_backend, "flavour", lambda backend: row(TRT if backend == "tensorrt" else RTX)

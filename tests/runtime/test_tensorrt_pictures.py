@@ -60,7 +60,7 @@ class Bench:
         self.device.facts = GPU  # pyright: ignore[reportAttributeAccessIssue]
         self.trt = SimulatedLibrary(variant, self.device.submit)
         self.variant, self.backend = variant, variant.partition(" ")[0]
-        monkeypatch.setattr(tensorrt_backend, "CudaDevice", lambda: self.device)
+        monkeypatch.setattr(tensorrt_backend, "CudaDevice", lambda _: self.device)
         monkeypatch.setattr(tensorrt_backend, "load", lambda row: self.trt)
         monkeypatch.setattr(tensorrt_backend, "flavour", lambda backend: row(variant))
         monkeypatch.setattr(tensorrt_backend, "installed_version", lambda backend: VARIANTS[variant])
