@@ -128,12 +128,12 @@ class NumericError(LatentrtError):
 
 
 # What to do about numbers that fp16 cannot hold, or that are not finite.
-EXPORT_IN_FP32 = "Export with --dtype fp32."
+EXPORT_IN_FP32 = "Export it in float32: --dtype fp32"
 DAMAGED_WEIGHTS = "Download the checkpoint again; its weights may be damaged."
 
 
 def numeric_fix(dtype: str) -> str:
     """What to do about a NumericError of a package, by the `dtype` in its manifest ("fp16" or "fp32")."""
     if dtype == "fp16":
-        return "An fp16 package may overflow: export it again with --dtype fp32."
+        return "An fp16 package may overflow: export it again with --dtype fp32"
     return f"{DAMAGED_WEIGHTS} Then export it again."
