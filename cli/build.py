@@ -163,7 +163,7 @@ def _policy(name: str) -> Weights:
         raise UsageError(
             f"the weight policy is {name!r}",
             expected=", ".join(policy.value for policy in Weights),
-            fix="Use the default: --weights embedded.",
+            fix="Use the default: --weights embedded",
         ) from None
 
 

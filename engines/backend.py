@@ -114,7 +114,7 @@ _PLACE = re.compile(r"auto|cpu|cuda(?::(\d{1,4}))?")
 def choose_backend(
     name: str = "auto", failed: Mapping[str, BackendError] = MappingProxyType({}), place: Place = ANYWHERE
 ) -> tuple[str, Backend]:
-    """The backend of that name, or with "auto" the best one that can run at `place`, but for those that `failed`.
+    """The backend of that name, or with "auto" the best that can run at `place`, without those that `failed`.
 
     What "auto" takes is logged, with the reasons against the better ones.
 

@@ -134,7 +134,7 @@ def command(*words: object) -> str:
 
 
 # What to do about numbers that fp16 cannot hold, or that are not finite.
-EXPORT_IN_FP32 = "Export it again with --dtype fp32"
+EXPORT_IN_FP32 = "Export it in float32: --dtype fp32"
 DAMAGED_WEIGHTS = "Download the checkpoint again; its weights may be damaged."
 
 

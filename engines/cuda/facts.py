@@ -177,7 +177,7 @@ def facts(index: int = 0, *, runtime: Any = None, nvml: Any = None) -> DeviceFac
         raise BackendError(
             f"no CUDA device: {reason}",
             expected="an NVIDIA GPU with its driver and cuda-bindings",
-            fix="Check with `nvidia-smi`, or run on the CPU: --backend onnxruntime.",
+            fix="Check with `nvidia-smi`, or run on the CPU: --backend onnxruntime",
         )
     runtime = runtime or load_runtime()
     count = checked(runtime, runtime.cudaGetDeviceCount(), "counting devices")

@@ -173,14 +173,15 @@ def _give_kernels(options: Any, package: Package, name: str, lowered: LoweredGra
         raise MemoryLimitError(
             f"the weights of {name!r} for Winograd's convolutions do not fit the memory",
             expected="enough free memory",
-            fix="Close other programs, or forget the layout: latentrt cache prune --all.",
+            fix="Close other programs, or forget the layout: latentrt cache prune --all",
             culprit=name,
         ) from error
     except (ValueError, KeyError) as error:
         raise PackageError(
             f"{weights} has no weights for the layout of {name!r} ({type(error).__name__}: {error})",
             expected="the weights that the layout was measured with",
-            fix="Forget the layout: latentrt cache prune --all; then measure again: latentrt build.",
+            fix="Forget the layout, then measure again:"
+            f" latentrt cache prune --all && latentrt build {package.root} --backend onnxruntime",
         ) from error
     return values
 
@@ -452,7 +453,7 @@ def _check_inputs_stay(session: Any, name: str) -> None:
         raise BackendError(
             f"onnxruntime runs the first nodes of {name!r} behind {moved} on the CPU",
             expected="nodes that its CUDA provider has kernels for",
-            fix="Upgrade onnxruntime-gpu, or use --backend onnxruntime.",
+            fix="Upgrade onnxruntime-gpu, or use --backend onnxruntime",
         )
 
 

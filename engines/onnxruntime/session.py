@@ -106,7 +106,7 @@ def check_boundary(session: Any, spec: NetSpec, path: Path) -> None:
             raise PackageError(
                 f"{path}: {kind}s differ from the manifest's: {differing[:4]}",
                 expected="the boundary that the manifest records",
-                fix="Export the package again: latentrt export CHECKPOINT -o PACKAGE.",
+                fix="Export the package again: latentrt export CHECKPOINT -o PACKAGE",
             )
 
 
@@ -140,7 +140,8 @@ def open_session(
             raise MemoryLimitError(
                 f"the weights of {path} do not fit the memory: {error}",
                 expected="enough free memory",
-                fix="Close other programs, or use a package of less weights: latentrt export --dtype fp16.",
+                fix="Close other programs, or export with less weights:"
+                " latentrt export CHECKPOINT -o PACKAGE --dtype fp16",
                 culprit=culprit,
             ) from error
         raise PackageError(

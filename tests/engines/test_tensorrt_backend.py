@@ -39,7 +39,7 @@ def test_describe(monkeypatch: pytest.MonkeyPatch) -> None:
     class Facts:
         name, sm = "a GPU", "sm_89"
 
-    monkeypatch.setattr(cuda_facts, "facts", Facts)
+    monkeypatch.setattr(cuda_facts, "facts", lambda index: Facts)
     assert TENSORRT_RTX.describe() == "tensorrt_rtx 1.7.1 (a GPU, sm_89)"
 
 

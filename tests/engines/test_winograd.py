@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from latentrt.engines.errors import BackendError, MemoryLimitError, PackageError, UsageError
 from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
+from latentrt.engines.onnxruntime.lowering import files as lowering_files
 from latentrt.engines.onnxruntime.lowering.fused import lower_attention
 from latentrt.engines.onnxruntime.lowering.winograd import TILES, Kernel, choose, kernels, lower_convolutions
 from latentrt.engines.onnxruntime.nets import OnnxRuntimeNet
@@ -276,6 +277,9 @@ def test_plain_may_be_the_fastest(demo: Package, store: EngineStore, monkeypatch
     small(monkeypatch)
     decide(monkeypatch, "plain")
     (tuned,) = tune_package(demo, store, nets=["vae_decoder"], rounds=1)
+    monkeypatch.setattr(lowering_files, "find_spec", lambda name: None)
+    (again,) = tune_package(demo, store, nets=["vae_decoder"], rounds=1)
+    assert not again.why, "what is known needs no onnx-ir"
     assert tuned.entry.facts["layout"] == "plain"
     assert tuned.entry.read() == demo.path(demo.manifest.nets["vae_decoder"].graph).read_bytes()
     assert lowered_graph(demo, "vae_decoder", onnxruntime.__version__) is None

@@ -20,7 +20,7 @@ import numpy as np
 from ...errors import BackendError
 from ...package import Package
 from ...spec import DTYPES, Array
-from ...store.engine_store import BuiltEngine, EngineStore, OnProgress, Report, build_missing
+from ...store.engine_store import BuiltEngine, EngineStore, Miss, OnProgress, Report, build_missing
 from ...tolerances import NET_RELATIVE_L2
 from ..lowering.files import LoweredGraph, check_lowering, read_graph, write_graph
 from ..lowering.fused import lower_attention, lower_geglus, lower_group_norms
@@ -73,7 +73,7 @@ def tune_package(
     Takes a dozen runs of each net, and while it lasts the memory of three sessions of it.
 
     Raises:
-        BackendError: onnx-ir is not installed.
+        BackendError: something is to be measured and onnx-ir is not installed.
         UsageError: a name in `nets` that has no choice.
         StorageError: the store cannot be written.
         LatentrtError: whatever opening and running the package's own graph raises.
@@ -83,9 +83,10 @@ def tune_package(
         with TemporaryDirectory() as folder:
             return _Trials(package, net, Path(folder), report, rounds).choose(path)
 
-    check_lowering()  # before minutes are spent on a choice of one
     version = str(library().__version__)
     found = [store.find(cpu_key(package, net, version)) for net in tuned_nets(package, nets)]
+    if any(isinstance(item, Miss) for item in found):
+        check_lowering()  # before minutes are spent on a choice of one
     return build_missing(store, found, measure, progress)
 
 
