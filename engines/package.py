@@ -21,7 +21,7 @@ from math import isfinite
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from .errors import PackageError
+from .errors import PackageError, command
 from .external_data import check_external_data
 from .installed import upgrade_command
 from .lfs import refuse_pointer
@@ -51,7 +51,7 @@ _SINCE_2 = (
     "image_processor",
     "latent_rgb",
 )
-_EXPORT_AGAIN = "Export the checkpoint again: latentrt export CHECKPOINT -o PACKAGE."
+_EXPORT_AGAIN = "Export the checkpoint again: latentrt export CHECKPOINT -o PACKAGE"
 _MANIFEST_LIMIT = 16 * 2**20  # bytes; SD 1.5's manifest has 60 kB
 
 
@@ -326,7 +326,7 @@ class Package:
             raise PackageError(
                 f"{path} has {path.stat().st_size} bytes",
                 expected=f"{record.size} bytes (an interrupted copy?)",
-                fix="Copy the package again, or export it again: latentrt export CHECKPOINT -o PACKAGE.",
+                fix="Copy the package again, or export it again: latentrt export CHECKPOINT -o PACKAGE",
             )
 
 
@@ -371,18 +371,21 @@ def _read_manifest(root: Path) -> Manifest:
     path = root / MANIFEST
     if root.is_file():
         made = root if root.suffix == ".safetensors" else root.with_suffix(".safetensors")
-        convert = "" if made == root else f"latentrt convert {root} -o {made}, then "
+        export = command("latentrt", "export", made, "-o", "PACKAGE")
+        convert = command("latentrt", "convert", root, "-o", made)
         raise PackageError(
             f"{root} is a file",
             expected="a folder that `latentrt export` wrote",
-            fix=f"Make one: {convert}latentrt export {made} -o PACKAGE.",
+            fix=f"Make one: {export if made == root else f'{convert} && {export}'}",
         )
     if not path.is_file():
         looks = "a diffusers checkpoint" if (root / "model_index.json").is_file() else "no package"
         raise PackageError(
             f"{root} holds {looks}: there is no {MANIFEST}" if root.exists() else f"{root} does not exist",
             expected="a folder that `latentrt export` wrote, or the name of the shipped model, `demo`",
-            fix=f"Make one: latentrt export {root} -o PACKAGE." if looks[0] == "a" else _EXPORT_AGAIN,
+            fix=f"Make one: {command('latentrt', 'export', root, '-o', 'PACKAGE')}"
+            if looks[0] == "a"
+            else _EXPORT_AGAIN,
         )
     refuse_pointer(path, PackageError)
     try:

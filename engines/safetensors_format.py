@@ -246,12 +246,20 @@ class _Reader:
             (length,) = struct.unpack("<Q", word)
             if length > _HEADER_LIMIT:
                 refuse_pointer(self._path, self._error)
+                self._refuse_other_format(word + stream.read(24))
                 self._refuse(f"says its header has {length} bytes", f"at most {_HEADER_LIMIT}")
             if length > size - 8:
                 self._refuse(f"ends after {size} bytes, inside its header", f"{length + 8} bytes or more")
             return stream.read(length), size - 8 - length
         except OSError as error:
             raise self._unreadable(error) from error
+
+    def _refuse_other_format(self, start: bytes) -> None:
+        """Name what is no header: a page that a browser saved, or another format of weights."""
+        if start.startswith(b"GGUF"):
+            self._refuse("is a GGUF file", "a safetensors file", fix=_OTHER_WEIGHTS)
+        if start.isascii() and start.decode().replace("\n", " ").strip().isprintable():
+            self._refuse(f"begins with the text {start.decode()!r}", "a safetensors file")
 
     def _parse(self, text: bytes) -> dict[str, object]:
         """The header's JSON object. Besides JSON's own rules: no name twice, no number but 0, 1, 2, …"""

@@ -6,6 +6,7 @@ use is told by the lock file in it: the system lets go of a lock when the proces
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 _LOCK, _OLD = "lock", "old"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextmanager
@@ -64,7 +66,7 @@ def _sweep_one(work: Path, target: Path) -> None:
     lock = FileLock(work / _LOCK)
     try:
         lock.acquire(timeout=0)  # pyright: ignore[reportUnknownMemberType]
-    except (Timeout, OSError):  # in use, or another user's
+    except (Timeout, OSError, NotImplementedError):  # in use, another user's, or nobody can tell
         return
     if (work / _OLD).exists() and not target.exists():
         with suppress(OSError):
@@ -80,11 +82,17 @@ def _claim(target: Path) -> tuple[Path, FileLock]:
     while True:
         work = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
         lock = FileLock(work / _LOCK)
-        with suppress(Timeout):
+        try:
             lock.acquire(timeout=0)  # pyright: ignore[reportUnknownMemberType]
             if (work / _LOCK).exists():
                 return work, lock
             lock.release()
+        except Timeout:
+            continue
+        except (OSError, NotImplementedError) as error:
+            if getattr(error, "errno", errno.ENOSYS) not in _NO_LOCKS:
+                raise
+            return work, lock  # a file system without locks: nobody will sweep it
 
 
 def _prefix(target: Path) -> str:

@@ -288,7 +288,9 @@ def _open_folder(
         refuse_class(name, class_of(index, name, "CLIPTokenizer"), folder)
     configs = {name: read_json(root / name / file) for name, file in layout.configs.items()}
     for name, config in configs.items():
-        if "scheduler" in name:
+        if name in CLASSES:
+            refuse_class(name, class_of(index, name, CLASSES[name][0]), root / name)
+        else:
             config["_class_name"] = class_of(index, name, config.get("_class_name"))
     configs["scheduler"] = as_in_pipeline(configs["scheduler"], str(index["_class_name"]))
     if prediction_type is not None:

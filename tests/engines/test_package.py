@@ -170,7 +170,7 @@ def test_unlisted_tokenizer_file(package: Package) -> None:
 @pytest.mark.parametrize(
     ("name", "fix"),
     [
-        ("model.ckpt", r"latentrt convert .*model.ckpt -o .*model.safetensors, then latentrt export"),
+        ("model.ckpt", r"latentrt convert .*model.ckpt -o .*model.safetensors && latentrt export"),
         ("model.safetensors", r"Make one: latentrt export .*model.safetensors -o PACKAGE"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shlex
 import struct
 import tracemalloc
@@ -397,3 +398,18 @@ def test_a_git_lfs_pointer_is_named(error: Any, tmp_path: Path) -> None:
     with pytest.raises(error, match="is a git-lfs pointer") as caught:
         read_header(path, error=error)
     assert shlex.split(caught.value.fix.partition(": ")[2])[:3] == ["git", "-C", str(path.parent)]
+
+
+@pytest.mark.parametrize(
+    ("start", "found"),
+    [
+        (b"<!DOCTYPE html>\n<html>", "begins with the text '<!DOCTYPE html>"),
+        (b'{"error":"Invalid username or password."}', 'begins with the text \'{"error"'),
+        (b"Entry not found, sorry", "begins with the text 'Entry not found"),
+        (b"GGUF\x03\0\0\0\xb2\x02\0\0\0\0\0\0", "is a GGUF file"),
+    ],
+)
+def test_other_formats_are_named(start: bytes, found: str, write: Any) -> None:
+    """What a download without permission leaves, and quantised weights."""
+    with pytest.raises(CheckpointError, match=re.escape(found)):
+        read_header(write(start + b" " * 40))

@@ -1,5 +1,6 @@
 """What a killed run leaves is removed by the next; what a live one has is not touched."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -118,6 +119,31 @@ def test_a_folder_swept_before_it_was_locked_is_made_anew(
         assert len(made) == 2
         assert work.parent == Path(made[1])
     held[0].release()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "no locks"), NotImplementedError("no flock")])
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Nothing is swept there, because nobody can tell what is in use."""
+
+    def acquire(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(module.FileLock, "acquire", acquire)
+    (tmp_path / ".package.latentrt-abcdefgh").mkdir()
+    with beside(tmp_path / "package") as work:
+        assert work.is_dir()
+    assert os.listdir(tmp_path) == [".package.latentrt-abcdefgh"]
+
+
+def test_a_lock_that_fails_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def acquire(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "broken disk")
+
+    monkeypatch.setattr(module.FileLock, "acquire", acquire)
+    with pytest.raises(OSError, match="broken disk"), beside(tmp_path / "package"):
+        pass
 
 
 def test_what_was_there_stays_if_it_cannot_be_replaced(tmp_path: Path) -> None:
