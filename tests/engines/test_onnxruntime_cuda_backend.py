@@ -60,7 +60,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Generator[KnownHost]:
     """In place of the GPU, with nets on the CPU."""
     device = KnownHost()
     for module in (cuda_device, tuning):
-        monkeypatch.setattr(module, "CudaDevice", lambda _: device)
+        monkeypatch.setattr(module, "CudaDevice", lambda _=0: device)
     for module in (cuda_backend, tuning):
         monkeypatch.setattr(module, "cuda_refusal", lambda: None)
         monkeypatch.setattr(module, "open_onnxruntime_net", open_on_cpu)
