@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO
+from typing import Any
 
 from ..engines.errors import StorageError
 
@@ -62,12 +62,10 @@ def standard_streams() -> Generator[Callable[[], bool]]:
     """
     before = sys.stdout, sys.stderr
     _open_missing()
-    # Not where somebody else, a test or a notebook, has put streams of their own there.
-    output = _guard(sys.stdout, _output_failed) if sys.stdout is sys.__stdout__ else None
-    error = _guard(sys.stderr, lambda error: None) if sys.stderr is sys.__stderr__ else None
-    sys.stdout, sys.stderr = (output or (sys.stdout,))[0], (error or (sys.stderr,))[0]
+    output = _guard("stdout", _output_failed)
+    _guard("stderr", lambda error: None)
     try:
-        yield lambda: output is not None and output[1].lost
+        yield lambda: output is not None and output.lost
     finally:
         for stream in (sys.stdout, sys.stderr):
             with suppress(StorageError, ReaderGoneError):
@@ -75,9 +73,12 @@ def standard_streams() -> Generator[Callable[[], bool]]:
         sys.stdout, sys.stderr = before
 
 
-def _guard(stream: TextIO, failed: Callable[[OSError], None]) -> tuple[TextIO, _Guarded]:
-    text: Any = stream
-    stream.flush()
+def _guard(name: str, failed: Callable[[OSError], None]) -> _Guarded | None:
+    """Put a guarded stream in the place of one that Python opened; a test's or a notebook's own stays."""
+    text: Any = getattr(sys, name)
+    if text is not getattr(sys, f"__{name}__"):
+        return None
+    text.flush()
     raw = _Guarded(getattr(text.buffer, "raw", text.buffer), failed)
     guarded = io.TextIOWrapper(
         io.BufferedWriter(raw),
@@ -87,7 +88,8 @@ def _guard(stream: TextIO, failed: Callable[[OSError], None]) -> tuple[TextIO, _
         line_buffering=text.line_buffering,
         write_through=text.write_through,
     )
-    return guarded, raw
+    setattr(sys, name, guarded)
+    return raw
 
 
 def _output_failed(error: OSError) -> None:
