@@ -97,8 +97,6 @@ _REQUIRED: dict[str, Any] = {
     "shift_terminal": None,
     "skip_prk_steps": True,
 }
-# Latent models never clip: the class default of DDPM and DDIM is meant for pixels.
-_LATENT = {"clip_sample": False}
 # A solver type meant for another class falls back to the class's own, as diffusers does.
 _SOLVER_TYPE_NAMES = ("midpoint", "heun", "logrho", "bh1", "bh2")
 _RAMP_KEYS = {
@@ -145,7 +143,7 @@ def _resolve(sampler: str | Mapping[str, Any] | None, model_config: Mapping[str,
         model = {key: model_config[key] for key in _MODEL_KEYS if key in model_config}
         return _from_config({**model, **sampler})
     if sampler in SCHEDULER_CLASSES:
-        return _of_class(sampler, {**_LATENT, **model_config})
+        return _of_class(sampler, model_config)
     return _from_name(sampler, model_config)
 
 
@@ -159,7 +157,8 @@ def _from_name(spelled: str, model_config: Mapping[str, Any]) -> SamplerConfig:
                 expected=f"{name} alone, or that {field} with another sampler",
                 fix=f"Use sampler={name!r}.",
             )
-    combined = {**_LATENT, **model_config, **sampler.options, **options}
+    # Latent models never clip: the class default of DDPM and DDIM is meant for pixels.
+    combined = {"clip_sample": False, **model_config, **sampler.options, **options}
     return replace(_config_for_class(sampler.scheduler, combined, name), **suffix)
 
 

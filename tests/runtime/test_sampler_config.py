@@ -317,10 +317,3 @@ def test_coinciding_levels_are_refused() -> None:
 
 def test_tables_are_shared() -> None:
     assert make_table(resolve("euler", SD15), 20) is make_table(resolve("Euler", dict(SD15)), 20)
-
-
-@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "ddim", "ddpm"])
-def test_a_class_by_name_is_a_name(name: str) -> None:
-    """Its default of clipping is meant for pixels; a model's config that does not say it is a latent model's."""
-    silent = {key: value for key, value in SD15.items() if key != "clip_sample"}
-    assert resolve(name, silent) == resolve(name, {**silent, "clip_sample": False})
