@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import typer
 
@@ -37,6 +37,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"latentrt {version('latentrt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _latentrt(  # pyright: ignore[reportUnusedFunction]
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it and stop.")
+    ] = False,
+) -> None: ...
+
+
 for verb in (generate, export, build, inspect, metadata, convert, doctor):
     app.command()(verb)
 app.add_typer(bench, name="bench")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +246,10 @@ def test_a_signal_ends_with_exit_code_6_and_leaves_no_picture(name: str, tmp_pat
         == f"error: stopped by {name}; expected to be left to finish. Run it again to start over.\n"
     )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", ["latentrt", "latentrt.cli"])
+def test_the_version(module: str) -> None:
+    command = [sys.executable, "-m", module, "--version"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"latentrt {version('latentrt')}\n"
