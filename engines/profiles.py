@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from math import log
 from typing import TypeVar
 
-from .errors import PackageError, UsageError
+from .errors import PackageError, UsageError, command
 from .package import Manifest
 from .spec import NETS, VECTORS, Dim, NetSpec
 
@@ -251,7 +251,7 @@ def _unknown_symbol(net: str, symbol: str, known: Mapping[str, Axis]) -> Package
     return PackageError(
         f"the contract of the net {net!r} has the symbol {symbol!r}",
         expected=f"one of {', '.join(known)}",
-        fix="Export the checkpoint again with this release: latentrt export CHECKPOINT -o PACKAGE.",
+        fix="Export the checkpoint again with this release: latentrt export CHECKPOINT -o PACKAGE",
     )
 
 
@@ -326,11 +326,11 @@ def choose(
         )
     sources = dict.fromkeys(str(profile.source) for profile in profiles)
     sources[str(_profile_for(sizes, first.source))] = None
-    options = " ".join(f"--profile {source}" for source in sources)
+    options = [word for source in sources for word in ("--profile", source)]
     raise UsageError(
         f"no profile of the engine of {first.net!r} covers {_words(sizes)}",
         expected=f"what it was built for: {labels}",
-        fix=f"Build one that does: latentrt build {package} --backend {backend} {options}.",
+        fix=f"Build one that does: {command('latentrt', 'build', package, '--backend', backend, *options)}",
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..device import Addresses, Device, MemoryLedger, Shapes, check_addresses
-from ..errors import BackendError, LatentrtError, MemoryLimitError, PackageError, UsageError
+from ..errors import BackendError, LatentrtError, MemoryLimitError, PackageError, UsageError, command
 from ..installed import install_command
 from ..net_weights import engine_bytes
 from ..package import Package
@@ -180,8 +180,8 @@ def _give_kernels(options: Any, package: Package, name: str, lowered: LoweredGra
         raise PackageError(
             f"{weights} has no weights for the layout of {name!r} ({type(error).__name__}: {error})",
             expected="the weights that the layout was measured with",
-            fix="Forget the layout, then measure again:"
-            f" latentrt cache prune --all && latentrt build {package.root} --backend onnxruntime",
+            fix="Forget the layout with `latentrt cache prune --all`, then measure again: "
+            + command("latentrt", "build", package.root, "--backend", "onnxruntime"),
         ) from error
     return values
 

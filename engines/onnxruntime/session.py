@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import BackendError, LatentrtError, MemoryLimitError, PackageError
+from ..errors import BackendError, LatentrtError, MemoryLimitError, PackageError, command
 from ..installed import install_command
 from ..processors import thread_count
 from ..spec import NetSpec
@@ -147,8 +147,8 @@ def open_session(
         raise PackageError(
             f"onnxruntime {ort.__version__} refuses {path}: {error}",
             expected="a graph of opset 23 with its weights beside it",
-            fix="Export the package again, or upgrade the library: pip install --upgrade"
-            f" {imported_wheel() or 'onnxruntime'}",
+            fix="Export the package again, or upgrade the library: "
+            + command("pip", "install", "--upgrade", imported_wheel() or "onnxruntime"),
         ) from error
 
 
@@ -190,7 +190,7 @@ class Runs:
             raise BackendError(
                 f"a run of {self._name!r} is being captured: onnxruntime may free what the graph would read",
                 expected="a net opened with capture=True, or no capture",
-                fix="Leave graphs off for onnxruntime-cuda.",
+                fix="Leave graphs off for this backend.",
             )
         self._captured = self._captured or capturing
         if self._captured:  # also afterwards: see the class

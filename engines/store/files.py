@@ -16,7 +16,7 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import EngineError, StorageError
+from ..errors import EngineError, StorageError, command
 
 POSIX = os.name == "posix"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, the user's quota, or the file size limit
@@ -92,7 +92,8 @@ def check_private(path: Path, status: os.stat_result, kind: int) -> None:
     raise StorageError(
         f"{path} is {found}",
         expected=f"{expected} of the engine store that nobody else can replace",
-        fix=f"Remove it if you did not make it so (latentrt cache prune), or mend it: chmod o-w {path}.",
+        fix="Remove it if you did not make it so (`latentrt cache prune`), or mend it: "
+        + command("chmod", "o-w", path),
     )
 
 

@@ -12,7 +12,7 @@ from ..cuda import facts as cuda_facts
 from ..cuda.device import CudaDevice
 from ..cuda.facts import DeviceFacts
 from ..device import Addresses, BoundNet, Device, DeviceNet, MemoryLedger, Shapes
-from ..errors import BackendError
+from ..errors import BackendError, command
 from ..package import Package
 from ..profiles import NetProfile, choose
 from ..spec import NetSpec
@@ -148,7 +148,7 @@ class TensorRTBackend:
                     f"{package.root} has no {self.name} {version} engines of {', '.join(missing)} for"
                     f" {device.name} ({device.facts.sm})",
                     expected="one of every net in the engine store (`latentrt cache ls`)",
-                    fix=f"Build them: latentrt build {package.root} --backend {self.name}.",
+                    fix=f"Build them: {command('latentrt', 'build', package.root, '--backend', self.name)}",
                 )
             nets = {name: _net(row, package, name, device, engines) for name, engines in found.items()}
         except BaseException:

@@ -103,7 +103,7 @@ def _failure(job: Job, code: int, last: Mapping[str, Any], noise: str) -> Latent
         return MemoryLimitError(
             f"the builder of the net {job.net!r} was killed, most likely for want of memory{words}",
             expected="a builder that may finish",
-            fix="Close other programs, or limit it: --workspace 2048 (MiB), or a smaller --profile.",
+            fix="Close other programs, build for a smaller profile, or limit its MiB: --workspace 2048",
             culprit=job.net,
         )
     return BackendError(

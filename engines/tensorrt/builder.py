@@ -109,7 +109,7 @@ class BuildOptions:
             raise BackendError(
                 f"{name} builds engines on the GPU that runs them, and there is none here",
                 expected="an NVIDIA GPU and its driver",
-                fix="Build on the machine that has it, or here with: latentrt build --backend tensorrt-rtx.",
+                fix="Build on the machine that has it, or here with: latentrt build --backend tensorrt-rtx",
             )
         needing = [flag for flag in self.flags if flag in FLAGS_NEEDING_GPU]
         if needing and not has_gpu:

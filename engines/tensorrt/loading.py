@@ -123,7 +123,7 @@ def load_engine(of: EngineOf, data: bytes) -> Loaded:
         raise BackendError(
             f"{library} would run host code out of engines",
             expected="a runtime that does not (its default)",
-            fix=f"Install a release that latentrt knows: {of.flavour.install}",
+            fix=f"Install a release that is known here: {of.flavour.install}",
         )
     remark = _validity(of, trt, runtime, data)
     engine = runtime.deserialize_cuda_engine(data)

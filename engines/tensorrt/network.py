@@ -10,7 +10,7 @@ from ..spec import NetSpec, TensorSpec
 from .contract import TYPES, shape_fits
 from .flavour import Flavour, Trt
 
-_EXPORT_AGAIN = "Export the checkpoint again: latentrt export CHECKPOINT -o PACKAGE."
+_EXPORT_AGAIN = "Export the checkpoint again: latentrt export CHECKPOINT -o PACKAGE"
 _SHOWN = 5  # of a parser's errors: later ones follow from the first
 
 

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import secrets
-import shlex
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, PngImagePlugin
 
-from ...engines.errors import StorageError, UsageError
+from ...engines.errors import StorageError, UsageError, command
 
 MAX_PIXELS = 8192 * 8192
 
@@ -165,7 +164,7 @@ def check_target(path: Path) -> str:
         raise StorageError(
             f"the folder {path.parent} does not exist",
             expected="an existing folder",
-            fix=f"Make it: mkdir -p {shlex.quote(str(path.parent))}",
+            fix=f"Make it: {command('mkdir', '-p', path.parent)}",
         )
     if not os.access(path.parent, os.W_OK):
         raise StorageError(

@@ -168,7 +168,7 @@ def test_encoders_take_one_picture_for_many_and_tiles() -> None:
     assert profiles_of("image_noiser", noiser, "768x512:b2-4").text == "N=1-4@2"
     with pytest.raises(UsageError, match="covers 1024x512 pixels, 1 picture") as caught:
         choose([encoder], {"image": (1, 512, 1024, 3), "mask": (1, 512, 1024, 1)})
-    assert caught.value.fix.endswith("--profile 768x512:b2-4 --profile 1024x512:b1.")
+    assert caught.value.fix.endswith("--profile 768x512:b2-4 --profile 1024x512:b1")
 
 
 def test_a_schedule_with_vectors_has_rows_for_every_picture() -> None:
@@ -244,7 +244,7 @@ def test_an_uncovered_call_names_the_command() -> None:
         choose(profiles, shapes_of("unet", B=4, T=77, H8=64, W8=96), backend="tensorrt", package="foo")
     assert "768x512 pixels, 4 rows, 77 tokens" in caught.value.found
     assert caught.value.expected.endswith("128x128 b1-4 guided; 128x128 b1-4 unguided")
-    command = "latentrt build foo --backend tensorrt --profile 128x128:b1-4 --profile 768x512:b2."
+    command = "latentrt build foo --backend tensorrt --profile 128x128:b1-4 --profile 768x512:b2"
     assert caught.value.fix.endswith(command)
 
 
@@ -262,7 +262,7 @@ def test_the_command_builds_what_was_asked(net: str, sizes: dict[str, int], opti
     shapes = shapes_of(net, **sizes)
     with pytest.raises(UsageError) as caught:
         choose(profiles, shapes)
-    assert caught.value.fix.endswith(f"--profile 128x128:b1-4 --profile {option}.")
+    assert caught.value.fix.endswith(f"--profile 128x128:b1-4 --profile {option}")
     assert choose(expand(net, "128x128:b1-4", option), shapes) > -1
 
 

@@ -1,16 +1,12 @@
 """Advice with a command can be pasted as it is printed."""
 
-import ast
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import click
 import pytest
 import torch
-import typer
 from typer.testing import CliRunner
 
 from latentrt.cli import app
@@ -18,27 +14,13 @@ from latentrt.engines.errors import LatentrtError, command
 from latentrt.export.checkpoint.open import Checkpoint
 from latentrt.export.export import export_package
 from latentrt.export.pickles.convert import convert_pickle
-from tests.structure import sources
-
-ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = ("latentrt", "git", "mv", "hf", "pip")
+from tests.test_advice import PROGRAMS, parses
 
 
 def commands(fix: str) -> list[list[str]]:
     """What stands behind a colon to the end, as a shell takes it apart."""
     found = re.search(rf": ((?:{'|'.join(PROGRAMS)}) .*)$", fix)
     return [shlex.split(found[1])] if found else []
-
-
-def parses(words: list[str]) -> None:
-    """Raise click's error unless the command line takes these words."""
-    group: Any = typer.main.get_command(app)
-    _, verb, *rest = words
-    context = click.Context(group)
-    found = group.get_command(context, verb)
-    assert found is not None, verb
-    with found.make_context(verb, list(rest)):
-        pass
 
 
 def test_a_command_is_quoted() -> None:
@@ -116,41 +98,3 @@ def test_nothing_sticks_to_other_advice(
         assert not words[-1].endswith((".", ",", ";"))
         if words[0] == "latentrt":
             parses(words)
-
-
-def advice() -> Iterator[tuple[str, str]]:
-    """Every text of `export/` and of its verbs that a `fix` is made of, with its place; {…} is a word."""
-    files = [path for path in sources(ROOT) if path.is_relative_to(ROOT / "export")]
-    files += [ROOT / "cli" / f"{verb}.py" for verb in ("export", "convert", "inspect")]
-    files += [ROOT / "engines" / name for name in ("errors.py", "lfs.py", "safetensors_format.py")]
-    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in files}
-    named = {
-        target.id: node.value
-        for tree in trees.values()
-        for node in tree.body
-        if isinstance(node, ast.Assign)
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
-    for path, tree in trees.items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.keyword) and node.arg == "fix":
-                found = [
-                    named[n.id] for n in ast.walk(node.value) if isinstance(n, ast.Name) and n.id in named
-                ]
-                for part in (inner for value in (node.value, *found) for inner in ast.walk(value)):
-                    if isinstance(part, ast.JoinedStr):
-                        words = [w.value if isinstance(w, ast.Constant) else "WORD" for w in part.values]
-                        yield f"{path.name}:{part.lineno}", "".join(map(str, words))
-                    elif isinstance(part, ast.Constant) and isinstance(part.value, str):
-                        yield f"{path.name}:{part.lineno}", part.value
-
-
-def test_commands_are_made_by_command_and_end_the_advice() -> None:
-    """A command written out has no paths in it, so that only its end can be wrong."""
-    places = list(advice())
-    assert len(places) > 40
-    for place, text in places:
-        assert not re.search(rf"(^|: |`)({'|'.join(PROGRAMS)}) .*WORD", text), f"{place}: use command()"
-        assert not re.search(rf": ({'|'.join(PROGRAMS)}) .*[.,;]$", text), f"{place}: {text}"
-        assert not re.search(r"(--?[a-z-]+|/\S+)\.$", text), f"{place}: a full stop behind an option"

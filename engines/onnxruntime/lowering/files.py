@@ -62,7 +62,7 @@ def read_graph(package: Package, net: str) -> ir.Model:
         raise PackageError(
             f"onnx-ir cannot read {path} ({type(error).__name__}: {error})",
             expected="an ONNX graph of opset 23",
-            fix="Export the package again: latentrt export CHECKPOINT -o PACKAGE.",
+            fix="Export the package again: latentrt export CHECKPOINT -o PACKAGE",
         ) from error
 
 

@@ -177,6 +177,6 @@ def _next_fallback(
         f" ({actions.describe_memory()}; tried: {', '.join(tried) or 'nothing helps'})",
         expected="a size and batch that fit",
         fix="Draw fewer or smaller pictures, or build engines that stream their weights:"
-        " latentrt build PACKAGE --weights streamed.",
+        " latentrt build PACKAGE --weights streamed",
         culprit=short.culprit,
     ) from short
