@@ -10,6 +10,7 @@ a call once, there and back, as a reader does; `at run time` counts every call, 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -80,8 +81,9 @@ print(json.dumps(found))
 def count_hops(root: Path) -> dict[str, dict[str, int]]:
     """{stretch: {"files", "moves", "at run time"}} of a checkout."""
     command = [sys.executable, "-c", WATCH, str(root), *FOLDERS]
-    with tempfile.TemporaryDirectory() as folder:
-        run = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as folder:  # nor does an engine store of this machine count
+        environment = {**os.environ, "LATENTRT_CACHE": f"{folder}/cache"}
+        run = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True)
     found: dict[str, dict[str, int]] = json.loads(run.stdout.splitlines()[-1])
     return found
 
