@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from threading import Event
 from types import TracebackType
@@ -252,13 +249,16 @@ class Pipeline:
         **parameters: Unpack[Parameters],
     ) -> AsyncGenerator[Step, None]:
         """`stream` for asyncio: steps are drawn in a thread. Leaving the loop ends it within a step."""
+        from asyncio import wrap_future  # 30 ms that most programs would wait for in vain
+        from concurrent.futures import ThreadPoolExecutor
+
         left = Event()
         request = make_request(self.package.manifest, prompt, **parameters)
         stop = _stop(cancel, timeout, left)
         steps = self._generate(request, Clock(), stop, watched=True, decode=False)
         thread = ThreadPoolExecutor(1)
         try:
-            while (step := await asyncio.wrap_future(thread.submit(next, steps, None))) is not None:
+            while (step := await wrap_future(thread.submit(next, steps, None))) is not None:
                 yield step
         finally:
             left.set()
@@ -394,6 +394,8 @@ class Pipeline:
             return encode_tiled(whole, image, mask, tile, self.package.manifest.latent_scale)
 
     def _producer(self, profile: str) -> dict[str, str]:
+        from importlib.metadata import version  # 20 ms that an import need not wait for
+
         made_by = {
             "model": self.package.manifest.name,
             "model_sha256": self.package.manifest.sha256,
