@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -238,15 +238,20 @@ def _beside(package: Path, overwrite: bool) -> Generator[Path]:
 
 def _replace(folder: Path, package: Path, overwrite: bool) -> None:
     _check_target(package, overwrite)  # once more: minutes have passed
-    old = None
-    if package.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{package.name}-old-", dir=package.parent))
-        os.replace(package, old)
-    try:
+    if not package.exists():
         os.replace(folder, package)
-    except OSError:
-        if old is not None:
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{package.name}-old-", dir=package.parent))
+    old = aside / "package"  # a new name: Windows renames no folder onto another, not even an empty one
+    try:
+        os.replace(package, old)
+        try:
+            os.replace(folder, package)
+        except OSError:
             os.replace(old, package)
+            raise
+    except OSError:
+        with suppress(OSError):  # it stays if it holds what was there
+            aside.rmdir()
         raise
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
