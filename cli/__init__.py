@@ -6,14 +6,13 @@ Exit codes: 0 done, 2 usage, 3 bad model, 4 no backend or device, 5 out of memor
 
 from __future__ import annotations
 
-import io
 import json
 import signal
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
@@ -62,9 +61,10 @@ def _stoppable() -> Generator[None]:
 
 def main() -> None:
     """Run the command line; an error latentrt raises on purpose becomes a message and an exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    stdout: Any = sys.stdout  # None in some services, and another object in tests
+    if hasattr(stdout, "reconfigure"):
         # A name that the console's encoding lacks is no error: its picture has been drawn.
-        sys.stdout.reconfigure(errors="backslashreplace")
+        stdout.reconfigure(errors="backslashreplace")
     try:
         with _stoppable():
             app()
