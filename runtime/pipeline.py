@@ -25,7 +25,7 @@ from .prompts.encode import CACHE_BYTES, TextConditioner, TextEncoder
 from .prompts.tokenizer import ClipTokenizer
 from .request.parameters import OutputType, Parameters, check_number, spelled_out
 from .request.request import Request, make_request
-from .result import Result, check_finite, finished, preview
+from .result import PreviewKind, Result, check_finite, finished, preview
 from .sampling.noise import NoiseSource
 from .sampling.table import Table
 from .start import make_start
@@ -74,7 +74,7 @@ class Step:
         """(N, C, H/8, W/8) float32, what the model takes the clean latent to be."""
         return self.state.denoised(self.table)
 
-    def preview(self, kind: str = "decoder") -> list[Image]:
+    def preview(self, kind: PreviewKind = "decoder") -> list[Image]:
         """`denoised` as pictures; after the last step, the finished pictures.
 
         Args:

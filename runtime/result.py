@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast, get_args
 
 import numpy as np
 
@@ -23,7 +23,8 @@ from .request.source import Masked
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PREVIEWS = ("decoder", "tiny", "rgb", "fast")
+PreviewKind = Literal["decoder", "tiny", "rgb", "fast"]
+PREVIEWS: tuple[str, ...] = get_args(PreviewKind)
 
 
 Images = TypeVar("Images")  # list[PIL.Image.Image], or an array

@@ -22,7 +22,14 @@ from latentrt.export.checkpoint.open import Checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     name: (ROOT / name).read_text(encoding="utf-8")
-    for name in ("README.md", "CONTRIBUTING.md", "docs/guide.md", "docs/models.md")
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/guide.md",
+        "docs/models.md",
+        "docs/api.md",
+        "docs/platforms.md",
+    )
 }
 README, GUIDE, MODELS = PAGES["README.md"], PAGES["docs/guide.md"], PAGES["docs/models.md"]
 BLOCKS = re.findall(r"```sh\n(.*?)```", README + GUIDE, re.DOTALL)
