@@ -79,7 +79,7 @@ def measure_latency(
     cases: Sequence[Case],
     *,
     workloads: Sequence[str] = WORKLOADS,
-    pace: Pace | None = None,
+    pace: Pace,
     progress: Progress = silent,
 ) -> Document:
     """Rows of every case, workload and side, which take turns (`rounds.py`).
@@ -94,7 +94,7 @@ def measure_latency(
         for case in cases:
             for workload in workloads:
                 bench = Bench(package=package, sides=sides, workload=workload, case=case, progress=progress)
-                rows += bench.measure(opened, pace or Pace())
+                rows += bench.measure(opened, pace)
     return document_of("latency", package, sides.task, rows, {"peers": sides.peers, "workloads": workloads})
 
 

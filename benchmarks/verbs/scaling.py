@@ -63,7 +63,7 @@ def measure_scaling(
     case: Case,
     *,
     axes: Mapping[str, Sequence[int]],
-    pace: Pace | None = None,
+    pace: Pace,
     progress: Progress = silent,
 ) -> Document:
     """Rows for every point, which take turns, and for each axis one of workload "fit".
@@ -78,7 +78,7 @@ def measure_scaling(
         for name, values in axes.items():
             axis = AXES[name]
             points = {f"{name} {value}": axis.vary(case, value) for value in values}
-            timed = time_points(side, axis.workload, points, pace or Pace(), progress)
+            timed = time_points(side, axis.workload, points, pace, progress)
             rows += [replace(row, figures={"axis": name}) for row in timed]
             rows.append(_fit(name, case, timed))
     return document_of("scaling", package, task, rows)
