@@ -110,5 +110,4 @@ def _fit(name: str, case: Case, rows: Sequence[Row]) -> Row:
     fit = Row(side=OURS, workload="fit", case=case.to_json(), figures=figures)
     if len(points) < 3:
         return replace(fit, status="FAILED", reason=f"{len(points)} points, a line with a residual needs 3")
-    line = fit_line([x for x, _ in points], [y for _, y in points])
-    return replace(fit, figures={**figures, **vars(line)})
+    return replace(fit, figures={**figures, **fit_line(*zip(*points, strict=True))})
