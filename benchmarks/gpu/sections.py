@@ -28,7 +28,7 @@ from ..rounds import Pace
 from ..sides.contract import OURS, SIDES
 from ..verbs.build import Builds, build_net
 from ..verbs.latency import Sides, check, measure_latency
-from ..verbs.parity import Inputs, Reference, compare_sides
+from ..verbs.parity import Inputs, choose_reference, compare_sides
 from .opener import Opened, Opener, Scale, attempt, draw, encoder_inputs, failed, mebibytes, row_of
 
 SAMPLERS = ("dpmpp_2m", "ddim", "euler_a")  # the last draws noise in every row
@@ -135,10 +135,10 @@ def picture(opener: Opener, scale: Scale) -> Iterator[Row]:
 
 def _against_the_cpu(opener: Opener, inputs: Inputs) -> Iterator[Row]:
     """The rows of `latentrt bench parity`; the reference is the plain loop over ONNX Runtime."""
-    reference = Reference.of(opener.task, "onnxruntime")
+    reference, task = choose_reference(opener.task, "onnxruntime")
     with (
         SideProcess(OURS, OURS, opener.task) as ours,
-        SideProcess(f"{reference.name} (reference)", reference.name, reference.task) as other,
+        SideProcess(f"{reference} (reference)", reference, task) as other,
     ):
         for row in compare_sides(ours, other, inputs, opener.package.manifest.dtype):
             names = ("sampler", "width", "height", "pictures", "guidance_scale")

@@ -3,8 +3,7 @@
     SingleStream   one query after the other; the metric is the 90th percentile of their latencies
     Offline        one query of many samples, in calls of the best batch; the metric is samples per second
 
-The scenarios are defined in mlcommons/inference_policies, inference_rules.adoc, "Scenarios". Their minimum
-durations, model and data are not kept to: no result is a submission.
+They are defined in mlcommons/inference_policies, inference_rules.adoc, "Scenarios".
 """
 
 from __future__ import annotations

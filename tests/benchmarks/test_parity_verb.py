@@ -18,7 +18,7 @@ from latentrt.benchmarks.verbs.parity import (
     IDENTICAL_DB,
     PROMPTS,
     Inputs,
-    Reference,
+    choose_reference,
     compare_sides,
     measure_parity,
 )
@@ -176,16 +176,15 @@ def test_pictures_below_the_window_of_ssim_are_refused() -> None:
 
 def test_the_reference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     task = Task(package=tmp_path, checkpoint=tmp_path, backend="tensorrt", device="cuda", threads=2)
-    chosen = Reference.of(task)
-    assert chosen.name == "diffusers"
-    assert chosen.task == Task(package=tmp_path, checkpoint=tmp_path, backend="onnxruntime", threads=2)
-    assert Reference.of(replace(task, checkpoint=None)).name == "onnxruntime"
-    assert Reference.of(task, "openvino") == Reference(name="openvino", task=chosen.task)
+    theirs = Task(package=tmp_path, checkpoint=tmp_path, backend="onnxruntime", threads=2)
+    assert choose_reference(task) == ("diffusers", theirs)
+    assert choose_reference(replace(task, checkpoint=None))[0] == "onnxruntime"
+    assert choose_reference(task, "openvino") == ("openvino", theirs)
     monkeypatch.setattr(parity, "find_spec", lambda name: None)
-    assert Reference.of(task).name == "onnxruntime"
-    assert Reference.of(task, "diffusers").name == "diffusers", "what was asked for is not replaced"
+    assert choose_reference(task)[0] == "onnxruntime"
+    assert choose_reference(task, "diffusers")[0] == "diffusers", "what was asked for is not replaced"
     with pytest.raises(UsageError, match=r"'ceiling' cannot be the reference; expected latentrt, diffusers"):
-        Reference.of(task, "ceiling")
+        choose_reference(task, "ceiling")
 
 
 def test_ours_against_the_packages_own_graphs(tmp_path: Path) -> None:
@@ -202,8 +201,7 @@ def test_ours_against_the_packages_own_graphs(tmp_path: Path) -> None:
 
 
 def test_a_reference_that_cannot_be_opened_is_a_row(tmp_path: Path) -> None:
-    task = Task(package=PACKAGE.root, threads=1)
-    reference = Reference(name="diffusers", task=replace(task, checkpoint=tmp_path))
-    (row,) = measure_parity(PACKAGE, task, Inputs(cases=(CASE,)), reference=reference).rows
+    task = Task(package=PACKAGE.root, threads=1, checkpoint=tmp_path)
+    (row,) = measure_parity(PACKAGE, task, Inputs(cases=(CASE,)), reference="diffusers").rows
     assert (row.side, row.workload, row.status) == ("diffusers", "open", "not available")
     assert "no model_index.json" in row.reason
