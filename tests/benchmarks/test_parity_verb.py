@@ -23,15 +23,12 @@ from latentrt.benchmarks.verbs.parity import (
     measure_parity,
 )
 from latentrt.engines.errors import UsageError
-from latentrt.engines.package import Package
 from latentrt.engines.spec import Array
-from latentrt.runtime.pipeline import SHIPPED
 from latentrt.runtime.prompts.tokenizer import ClipTokenizer
 from latentrt.runtime.request.request import make_request
+from tests.benchmarks.stand_in_side import PACKAGE, TASK
 
-PACKAGE = Package.open(SHIPPED["demo"])
 CASE = Case(width=24, height=16, guidance_scale=3.0, pictures=2, steps=4)
-
 
 Defect = Callable[[str, Case, dict[str, Array]], None]
 
@@ -188,9 +185,8 @@ def test_the_reference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_ours_against_the_packages_own_graphs(tmp_path: Path) -> None:
-    task = Task(package=PACKAGE.root, threads=1)
     case = Case.of(PACKAGE.manifest, width=64, height=48, steps=2)
-    document = measure_parity(PACKAGE, task, Inputs(cases=(case,), samplers=("ddim",), samples=2))
+    document = measure_parity(PACKAGE, TASK, Inputs(cases=(case,), samplers=("ddim",), samples=2))
     document.write(tmp_path / "parity.json")
     rows = read_document(tmp_path / "parity.json").rows
     assert [row.workload for row in rows] == [*NETS, "picture"]
@@ -201,7 +197,7 @@ def test_ours_against_the_packages_own_graphs(tmp_path: Path) -> None:
 
 
 def test_a_reference_that_cannot_be_opened_is_a_row(tmp_path: Path) -> None:
-    task = Task(package=PACKAGE.root, threads=1, checkpoint=tmp_path)
+    task = replace(TASK, checkpoint=tmp_path)
     (row,) = measure_parity(PACKAGE, task, Inputs(cases=(CASE,)), reference="diffusers").rows
     assert (row.side, row.workload, row.status) == ("diffusers", "open", "not available")
     assert "no model_index.json" in row.reason

@@ -15,13 +15,8 @@ from latentrt.benchmarks.sides.contract import OURS, Task
 from latentrt.benchmarks.verbs import scaling, throughput
 from latentrt.benchmarks.verbs.scaling import AXES, measure_scaling
 from latentrt.benchmarks.verbs.throughput import SWEEP, Rules, measure_throughput
-from latentrt.engines.package import Package
-from latentrt.runtime.pipeline import SHIPPED
-from tests.benchmarks.stand_in_side import StandInSide
+from tests.benchmarks.stand_in_side import CASE, PACKAGE, TASK, StandInSide
 
-PACKAGE = Package.open(SHIPPED["demo"])
-TASK = Task(package=PACKAGE.root, threads=1)
-CASE = Case(width=64, height=64, guidance_scale=3.0, steps=1)
 FIXED, EACH = 0.004, 0.001  # seconds of a call, and of every picture in it
 PACE = Pace(runs=3, budget=0.2, turn=0.01, least=2, warm_up=0)
 RULES = Rules(queries=20, seconds=0.0, samples=10, budget=5.0)
