@@ -34,7 +34,7 @@ from latentrt.benchmarks.report.tables import full_tables, short_table
 from latentrt.engines.errors import BackendError, PackageError, UsageError
 
 COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results"
-RESULTS = {result.name: result for result in read_results(COMMITTED).found}
+RESULTS = {result.name: result for result in read_results(COMMITTED)[0]}
 LATENCY = RESULTS["latency-demo"].document
 FULL_SIZE = "latency-sd15-fp32-decoder"
 
@@ -293,7 +293,7 @@ def test_what_is_outdated_is_named(results: Path, pages: Pages) -> None:
 
 
 def test_a_png_has_no_date_and_the_documents_digest(results: Path, pages: Pages) -> None:
-    ((figure,), (found,)) = write_report(results, pages).figures, read_results(results).found
+    ((figure,), (found,)) = write_report(results, pages).figures, read_results(results)[0]
     with Image.open(figure) as image:
         assert image.info["latentrt-document"] == found.digest
         assert {"Software", "Creation Time"}.isdisjoint(image.info)
