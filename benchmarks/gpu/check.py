@@ -15,7 +15,7 @@ its case has `backend` and `what` was looked at; samples are seconds, where some
 `process` of each section has the seconds of its process, with its start. Figures by section:
 
     available   is: name, version, device
-    build       engine_mb, peak_rss_gb, profiles, layers, … of each net (`verbs/build.py`);
+    build       engine_mb, peak_rss_gb, … of each net (`verbs/build.py`);
                 onnxruntime-cuda: layout, milliseconds and relative_l2 of each layout, rejected ones
     placement   `every net` opens: device, weights_mib; "not available" where the library does not list this
                 GPU and refuses it. ONNX Runtime besides, of each net: nodes that ran, and on_cpu those that

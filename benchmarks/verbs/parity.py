@@ -64,18 +64,6 @@ class Inputs:
                     fix="Choose a larger size: --size 64x64.",
                 )
 
-    def rows(self) -> Iterator[tuple[str, Case]]:
-        """(workload, case) of each."""
-        for case in self.cases:
-            yield from ((net, case) for net in self.nets)
-            yield from (("picture", replace(case, sampler=sampler)) for sampler in self.samplers)
-
-    def each(self, case: Case) -> Iterator[Case]:
-        """The samples of a row: other seeds, other prompts."""
-        for number in range(self.samples):
-            prompt = case.prompt if number == 0 else PROMPTS[number % len(PROMPTS)]
-            yield replace(case, seed=case.seed + number, prompt=prompt)
-
 
 def choose_reference(task: Task, name: str = "") -> tuple[str, Task]:
     """That side, else diffusers where it and the checkpoint are at hand, else the package's graphs.
@@ -98,12 +86,7 @@ def choose_reference(task: Task, name: str = "") -> tuple[str, Task]:
 
 
 def measure_parity(
-    package: Package,
-    task: Task,
-    inputs: Inputs,
-    *,
-    reference: str = "",
-    progress: Progress = silent,
+    package: Package, task: Task, inputs: Inputs, *, reference: str = "", progress: Progress = silent
 ) -> Document:
     """A row for each net and for each sampler; samples are relative L2 (unit "1"), or PSNR (unit "dB").
 
@@ -132,10 +115,17 @@ def compare_sides(
     ours: SideProcess, reference: SideProcess, inputs: Inputs, dtype: str, *, progress: Progress = silent
 ) -> Iterator[Row]:
     """The rows of `measure_parity`, of two sides that are open; `dtype` is that of the package's graphs."""
-    for workload, case in inputs.rows():
-        sampler = f" {case.sampler}" if workload == "picture" else ""
-        progress(f"{workload} {case.width}x{case.height}{sampler}")
-        yield _compare(ours, reference, workload, tuple(inputs.each(case)), dtype)
+    for case in inputs.cases:
+        drawn = [("picture", replace(case, sampler=sampler)) for sampler in inputs.samplers]
+        for workload, first in (*((net, case) for net in inputs.nets), *drawn):
+            sampler = f" {first.sampler}" if workload == "picture" else ""
+            progress(f"{workload} {first.width}x{first.height}{sampler}")
+            prompts = (first.prompt, *PROMPTS[1:])
+            several = [
+                replace(first, seed=first.seed + number, prompt=prompts[number % len(prompts)])
+                for number in range(inputs.samples)
+            ]
+            yield _compare(ours, reference, workload, several, dtype)
 
 
 def _compare(

@@ -22,13 +22,7 @@ from latentrt.benchmarks.intervals import ratio_by_round
 from latentrt.benchmarks.records import Document, Row
 from latentrt.benchmarks.report import Pages, outdated, write_report
 from latentrt.benchmarks.report.figures import Sheet, house_style
-from latentrt.benchmarks.report.publish import (
-    BEGIN,
-    END,
-    SUMMARY_BEGIN,
-    SUMMARY_END,
-    planned_figures,
-)
+from latentrt.benchmarks.report.publish import BEGIN, END, SUMMARY_BEGIN, SUMMARY_END, planned_figures
 from latentrt.benchmarks.report.reading import Result, read_results
 from latentrt.benchmarks.report.tables import full_tables, short_table
 from latentrt.engines.errors import BackendError, PackageError, UsageError

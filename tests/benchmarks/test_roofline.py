@@ -70,15 +70,14 @@ def test_the_decoder_has_the_published_work(cells: int, gmac: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "gmac", "tflop", "parameters", "width"),
-    [("sd15-fp16", 6.6, 0.013, 123.1, 768), ("sd21-fp16", 22.6, 0.045, 340.4, 1024)],
+    ("name", "gmac", "parameters", "width"),
+    [("sd15-fp16", 6.6, 123.1, 768), ("sd21-fp16", 22.6, 340.4, 1024)],
 )
 def test_the_text_encoder_has_the_published_work(
-    name: str, gmac: float, tflop: float, parameters: float, width: int
+    name: str, gmac: float, parameters: float, width: int
 ) -> None:
     work = net_work(skeleton(name), "text_encoder", {"P": 1})
     assert work.flops / MAC / 1e9 == pytest.approx(gmac, rel=0.01)
-    assert work.flops / 1e12 == pytest.approx(tflop, abs=0.0005)
     # of the table of 49,408 tokens only the rows that are looked up
     assert work.least_bytes / 2 == pytest.approx(parameters * 1e6 - 49408 * width, rel=0.002)
 
