@@ -63,13 +63,6 @@ def test_of_rounds_of_other_lengths_each_sample_counts() -> None:
     assert (found.value, found.low, found.high) == (3.5, 2.0, 4.0)
 
 
-def test_drift_between_rounds_does_not_widen_the_interval_by_round() -> None:
-    a, b = drifting(3)
-    assert np.std(np.median(a, axis=1)) > 0.2
-    assert ratio_by_round(a, b).half_width < 0.03
-    assert ratio_by_round(a, b) == ratio_by_round(a, b), "seeded"
-
-
 @pytest.mark.parametrize("function", [ratio_by_round, ab_spread])
 def test_sides_that_did_not_take_turns_are_refused(function: Callable[..., object]) -> None:
     for a, b in (([], []), ([(1.0,)], [(1.0,), (2.0,)])):

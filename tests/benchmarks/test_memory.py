@@ -24,7 +24,7 @@ from latentrt.benchmarks.verbs.memory_watch import Look, holding, look, on_a_gri
 from latentrt.engines.cuda.facts import Nvml
 from latentrt.engines.errors import BackendError
 from latentrt.runtime.pipeline import Pipeline
-from tests.benchmarks.stand_in_side import CASE, PACKAGE, TASK, StandInSide
+from tests.benchmarks.stand_in_side import CASE, PACKAGE, TASK, StandInSide, row_of
 from tests.engines.host_device import HostDevice
 from tests.engines.simulated_nvml import Numbers, SimulatedNvml
 from tests.runtime.device_bench import device_pipeline
@@ -168,11 +168,9 @@ def test_a_peer_that_draws_something_else(monkeypatch: pytest.MonkeyPatch) -> No
     assert (rows[-1].workload, rows[-1].status) == ("ledger", "not available")
 
 
-def test_sides_and_pipelines_that_cannot_be_opened(tmp_path: Path) -> None:
-    task = replace(TASK, checkpoint=tmp_path)
-    ((row,), _) = measure_side(bench(task=task), "diffusers", {})
+def test_sides_and_pipelines_that_cannot_be_opened() -> None:
+    ((row,), _) = measure_side(bench(), "diffusers", {})
     assert row.status == "not available"
-    assert "no model_index.json" in row.reason
     missing = bench(task=replace(TASK, package=TASK.package / "none"))
     with pytest.raises(SideError, match="does not exist"):
         measure_side(missing, OURS, {})
@@ -269,11 +267,6 @@ def test_the_device_loop_allocates_nothing_between_rows() -> None:
 @pytest.fixture(scope="module")
 def document() -> Document:
     return measure_memory(PACKAGE, Sides(task=TASK, references=()), CASE, steps=16)
-
-
-def row_of(document: Document, workload: str) -> Row:
-    (row,) = document.select(workload)
-    return row
 
 
 @on_linux

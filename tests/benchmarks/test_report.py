@@ -312,8 +312,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
         read_results(tmp_path / "no")
 
 
-@pytest.mark.parametrize("change", [{"schema": 99}, {"rows": [{}]}])
-def test_a_damaged_document_is_not_left_out_in_silence(results: Path, change: dict[str, Any]) -> None:
-    rewrite(results, lambda data: {**data, **change})
+def test_a_damaged_document_is_not_left_out_in_silence(results: Path) -> None:
+    rewrite(results, lambda data: {**data, "rows": [{}]})
     with pytest.raises(PackageError, match="no benchmark document"):
         read_results(results)
