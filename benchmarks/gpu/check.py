@@ -31,7 +31,7 @@ its case has `backend` and `what` was looked at; samples are seconds, where some
     host_memory resident_mib, and by how much it has grown over so many pictures of plain loops (at most 8)
     ladder      need_mib; then, with less and less free_mib: drawn, rungs, psnr_db, or how it was refused
     timing      a picture by ours, and by a plain loop over the same library where there is one, in turns, as
-                in `latentrt bench latency`: stages_p50_s, device_p50_s, replayed, …; no time is too long
+                in `latentrt bench latency`: stages_p50_s, …; no time is too long
 
 "inf" and "-inf" are text. The peak is that of samples taken every 2 ms.
 """

@@ -15,7 +15,7 @@ from ...engines.tolerances import PICTURE_DB
 from ..likeness import psnr
 from ..machine import resident_bytes
 from ..records import Row
-from ..sides.device_work import ledger_of
+from ..sides.ours_device import ledger_of
 from ..verbs.memory_watch import sampled
 from .opener import Opened, Opener, Scale, attempt, draw, mebibytes, row_of
 

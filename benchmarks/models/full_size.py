@@ -19,10 +19,10 @@ from typing import Any
 
 from ...engines.errors import ModelError
 from ..machine import clocks, describe_machine
-from ..words import lines
 from ..process import SideError, run
 from ..records import Document, Row
 from ..sides.contract import OURS
+from ..words import lines
 
 RECIPE = "sd15"
 DTYPES = ("fp16", "fp32")
