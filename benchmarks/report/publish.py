@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -60,7 +59,11 @@ def write_report(results: Path, pages: Pages) -> Report:
     """
     read = read_results(results)
     texts = {path: text.encode() for path, text in _expected(read, pages).items()}
-    drawn = {pages.figures / name: png for result in read.found for name, png in draw_figures(result)}
+    drawn: dict[Path, bytes] = {}
+    for result in read.found:
+        for name, draw in planned_figures(result).items():
+            with house_style():
+                drawn[pages.figures / name] = draw().png(result.digest)
     changed: list[Path] = []
     for path, content in {**drawn, **texts}.items():
         if not path.is_file() or path.read_bytes() != content:
@@ -105,13 +108,6 @@ def planned_figures(result: Result) -> dict[str, Draw]:
             if draw := plan(result, case):
                 planned[f"{result.name}-{kind}{f'-{number}' if number > 1 else ''}.png"] = draw
     return planned
-
-
-def draw_figures(result: Result) -> Iterator[tuple[str, bytes]]:
-    """(file name, PNG) of every figure of a document."""
-    for name, draw in planned_figures(result).items():
-        with house_style():
-            yield name, draw().png(result.digest)
 
 
 def _expected(read: Results, pages: Pages) -> dict[Path, str]:

@@ -241,8 +241,8 @@ def _scenario(row: Row) -> str:
     if row.status != "ok":
         return f"{row.status}: {row.reason}"
     if row.workload == SINGLE_STREAM:
-        return ", ".join(f"{name} {words.seconds(figure(row, name))}" for name in ("p90", "p50", "p99"))
-    return f"{words.number(figure(row, 'samples_per_s'))} pictures/s at batch {row.figures['batch']}"
+        return ", ".join(f"{name} {words.seconds(summary(row, name))}" for name in ("p90", "p50", "p99"))
+    return f"{words.number(figure(row, 'samples_per_s'))} pictures/s at batch {row.case['pictures']}"
 
 
 def _memory(document: Document) -> Lines:

@@ -39,14 +39,12 @@ class Builds:
         backend: one of `engines.backends.BACKENDS`; ONNX Runtime builds layouts, not engines.
         profiles: the pictures that engines are for; none is the package's own size.
         nets: only these; none is all of them.
-        folder: where the store lies meanwhile; None is the system's temporary folder.
         repeats: rounds, each into an empty store.
     """
 
     backend: str = "tensorrt-rtx"
     profiles: tuple[Profile, ...] = ()
     nets: tuple[str, ...] = ()
-    folder: Path | None = None
     repeats: int = 1
 
     @property
@@ -91,7 +89,7 @@ def measure_build(package: Package, builds: Builds, *, progress: Progress = sile
 def _built(row: Row, package: Package, builds: Builds, gpu: DeviceFacts | None) -> Row:
     """The row with one more sample, or why there is none. The peak memory is that of all rounds."""
     try:
-        with tempfile.TemporaryDirectory(dir=builds.folder) as folder:
+        with tempfile.TemporaryDirectory() as folder:
             figures = build_net(row.workload, package, builds, EngineStore(Path(folder) / "store"), gpu)
     except LatentrtError as error:
         status: Status = "not available" if isinstance(error, BackendError) else "FAILED"

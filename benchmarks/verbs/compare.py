@@ -1,11 +1,8 @@
 """`latentrt bench compare`: two documents, row by row: slower, faster or the same, beyond the noise.
 
-The documents are from different minutes, and a shared machine can be half as fast a minute later. So what is
-compared is not seconds but how many times as long as a yardstick a run took, which ran next to it in the
-same process and which no change of ours touches (`sides/yardstick.py`, rows of the side "yardstick"): the
-median of those ratios, of both halves of the A/A pair, so that one process's luck with memory counts half.
-Where a run is so long, or on a device, that there is none, rows are compared as they were measured, and a
-remark says so.
+What is compared are times over a yardstick's that ran next to ours in the same process, of both halves of the
+A/A pair, so that one process's luck with memory counts half (docs/benchmarks.md). Rows without one are
+compared as they were measured, and a remark says so.
 
 A change counts if its confidence interval leaves 1 out, and it is larger than the threshold and than what
 the A/A pair of either document differs by. Of a few rounds there is no such interval, and of likenesses the
@@ -196,7 +193,7 @@ def _ratio(documents: Sequence[Document], rows: Sequence[Row]) -> tuple[Interval
         was, now = (median(half.figures["yardstick_p50_s"] for half in halves) for halves in yardsticks)
         return ratio_of_runs(new, old, level=LEVEL), now / was
     pairs = zip(documents, rows, strict=True)
-    old, new = (_together([row, *_again(document, row)]) for document, row in pairs)
+    old, new = (_together([row, *filter(None, [_again(document, row)])]) for document, row in pairs)
     return ratio_of_runs(new, old, level=LEVEL), None
 
 
@@ -205,7 +202,8 @@ def _spread(document: Document, row: Row) -> float:
     halves = [half.summary["p50"] for half in _yardsticks(document, row)]
     if len(halves) == 2:
         return abs(halves[0] / halves[1] - 1)
-    return max((ab_spread(row.rounds, again.rounds) for again in _again(document, row)), default=0.0)
+    again = _again(document, row)
+    return ab_spread(row.rounds, again.rounds) if again else 0.0
 
 
 def _yardsticks(document: Document, row: Row) -> list[Row]:
@@ -216,11 +214,9 @@ def _yardsticks(document: Document, row: Row) -> list[Row]:
     return [other for other in found if other.status == "ok" and other.rounds]
 
 
-def _again(document: Document, row: Row) -> list[Row]:
-    """The other half of the A/A pair, if this row is the first and both took the same turns; at most one."""
-    found = document.select(row.workload, AGAIN, row.case) if row.side == OURS else ()
-    turns = row.unit, len(row.rounds)
-    return [other for other in found if other.status == "ok" and (other.unit, len(other.rounds)) == turns]
+def _again(document: Document, row: Row) -> Row | None:
+    """The other half of the A/A pair, if this row is the first."""
+    return document.beside(row, AGAIN) if row.side == OURS else None
 
 
 def _together(halves: Sequence[Row]) -> Rounds:

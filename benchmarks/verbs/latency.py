@@ -79,7 +79,7 @@ def measure_latency(
     cases: Sequence[Case],
     *,
     workloads: Sequence[str] = WORKLOADS,
-    pace: Pace | None = None,
+    pace: Pace,
     progress: Progress = silent,
 ) -> Document:
     """Rows of every case, workload and side, which take turns (`rounds.py`).
@@ -94,7 +94,7 @@ def measure_latency(
         for case in cases:
             for workload in workloads:
                 bench = Bench(package=package, sides=sides, workload=workload, case=case, progress=progress)
-                rows += bench.measure(opened, pace or Pace())
+                rows += bench.measure(opened, pace)
     return document_of("latency", package, sides.task, rows, {"peers": sides.peers, "workloads": workloads})
 
 
@@ -198,15 +198,18 @@ def _over_yardstick(slot: Slot, turns: Turns) -> Row:
     )
 
 
-def judge(name: str, found: Array, wanted: Array, dtype: str) -> tuple[dict[str, float], str]:
+def judge(
+    name: str, found: Array, wanted: Array, dtype: str, decibels: Mapping[str, float] = PICTURE_DB
+) -> tuple[dict[str, float], str]:
     """The figures of `difference`, and what is wrong with an output, "" for nothing.
 
-    The bar of a picture is the least dB that the worst of a batch may have, a net's the most relative L2.
+    The bar of a picture is the least dB by dtype that the worst of a batch may have, a net's the most
+    relative L2.
     """
     figures = difference(name, found, wanted)
     if wanted.dtype == np.uint8:  # (N, H, W, 3)
         figures["psnr_db"] = value = psnr(found, wanted)
-        return figures, "" if value >= PICTURE_DB[dtype] else f"{value:.1f} dB, below {PICTURE_DB[dtype]:g}"
+        return figures, "" if value >= decibels[dtype] else f"{value:.1f} dB, below {decibels[dtype]:g}"
     value, bar = figures["relative_l2"], NET_RELATIVE_L2[dtype]
     return figures, "" if value <= bar else f"relative L2 {value:.2e}, above {bar:g}"
 

@@ -100,15 +100,14 @@ def test_lines_are_scipys() -> None:
     x = np.array([1, 2, 4, 8, 8, 20], float)
     y = 0.3 + 2.5 * x + random.normal(0, 0.4, 6)
     found, theirs = fit_line(x.tolist(), y.tolist()), scipy.stats.linregress(x, y)
-    assert (found.slope, found.intercept) == pytest.approx((theirs.slope, theirs.intercept))
-    assert found.r_squared == pytest.approx(theirs.rvalue**2)
-    rest = y - theirs.intercept - theirs.slope * x
-    assert found.residual == pytest.approx(np.abs(rest).max() / np.abs(y).max())
+    residual = np.abs(y - theirs.intercept - theirs.slope * x).max() / np.abs(y).max()
+    wanted = {"slope": theirs.slope, "intercept": theirs.intercept, "residual": residual}
+    assert found == pytest.approx(wanted)
 
 
 def test_points_that_make_no_line_are_refused() -> None:
     flat = fit_line([1, 2, 3], [4.0, 4.0, 4.0])
-    assert vars(flat) == pytest.approx({"slope": 0, "intercept": 4, "residual": 0, "r_squared": 1})
+    assert flat == pytest.approx({"slope": 0, "intercept": 4, "residual": 0})
     for x, y in (([1.0], [1.0]), ([2.0, 2.0], [1.0, 3.0]), ([1.0, 2.0], [1.0])):
         with pytest.raises(ValueError, match="two different x"):
             fit_line(x, y)

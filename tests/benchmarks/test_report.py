@@ -27,7 +27,6 @@ from latentrt.benchmarks.report.publish import (
     END,
     SUMMARY_BEGIN,
     SUMMARY_END,
-    draw_figures,
     planned_figures,
 )
 from latentrt.benchmarks.report.reading import Result, read_results
@@ -293,12 +292,9 @@ def test_what_is_outdated_is_named(results: Path, pages: Pages) -> None:
     assert f"{FIGURE} is of no document any more: delete it" in outdated(results, pages)
 
 
-def test_a_png_has_no_date_and_the_documents_digest(results: Path, tmp_path: Path) -> None:
-    found = read_results(results).found[0]
-    ((name, png),) = draw_figures(found)
-    (tmp_path / "figure.png").write_bytes(png)
-    assert name == FIGURE
-    with Image.open(tmp_path / "figure.png") as image:
+def test_a_png_has_no_date_and_the_documents_digest(results: Path, pages: Pages) -> None:
+    ((figure,), (found,)) = write_report(results, pages).figures, read_results(results).found
+    with Image.open(figure) as image:
         assert image.info["latentrt-document"] == found.digest
         assert {"Software", "Creation Time"}.isdisjoint(image.info)
         assert image.size[0] == 1350  # 9 inches at 150 dpi
