@@ -23,8 +23,8 @@ its case has `backend` and `what` was looked at; samples are seconds, where some
     parity      as in `latentrt bench parity`, against ONNX Runtime on the CPU: relative_l2 (bar 1e-4 for
                 fp32, 5e-3 for fp16) and psnr_db of a net at one shape; the decoder's bar is 60 and 45 dB
     picture     the same of whole pictures: psnr_db of the worst of three (bar 48 for fp32, 40 for fp16), …
-    graphs      psnr_db (bar 50) between plain and replayed loops, plain_p50_s, graph_p50_s,
-                launches; "not available" with the reason where the loop cannot be captured
+    graphs      psnr_db (bar 50) between plain and replayed loops, launches; "not available" with the reason
+                where the loop cannot be captured
     memory      opened_mib, peak_mib, closed_mib since the baseline, of all processes on the GPU: at most 64
                 may be missing once closed, and 16 more after the last cycle than after the first; what the
                 first cycle leaves is the libraries', and not judged; and the ledger of the nets

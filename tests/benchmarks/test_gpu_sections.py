@@ -23,6 +23,7 @@ from latentrt.benchmarks.gpu.sections import build, graphs, parity, picture, pla
 from latentrt.benchmarks.machine import resident_bytes
 from latentrt.benchmarks.records import Row
 from latentrt.benchmarks.rounds import Pace
+from latentrt.benchmarks.verbs import parity as parity_verb
 from latentrt.engines.backend import MemoryLedger
 from latentrt.engines.device import Addresses, DeviceMemory, Graph, Shapes
 from latentrt.engines.errors import BackendError, MemoryLimitError
@@ -53,7 +54,7 @@ def run_verb(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Row]]:
     """A section whose verb opens its sides in this process."""
 
     def run_it(section: Callable[[Opener, Scale], Iterator[Row]], opener: Opener) -> list[Row]:
-        monkeypatch.setattr(sections, "SideProcess", partial(in_process, opener))
+        monkeypatch.setattr(parity_verb, "SideProcess", partial(in_process, opener))
         return run(section, opener)
 
     return run_it
@@ -87,7 +88,6 @@ def test_graphs() -> None:
     for row in rows:
         assert row.figures["psnr_db"] == float("inf")
         assert row.figures["launches"] >= SCALE.runs
-        assert min(row.figures["plain_p50_s"], row.figures["graph_p50_s"]) > 0
     rows = run(graphs, stand_in(WatchedDevice(2**30, capturable=False)))
     assert {row.status for row in rows} == {"not available"}
     assert (rows[0].reason, rows[0].figures["launches"]) == (
