@@ -276,7 +276,7 @@ class Server:
 
             work = open_yardstick(self._task)
         else:
-            work = self._opened.prepare(command["workload"], Case.from_json(command["case"]))
+            work = self._opened.prepare(command["workload"], Case(**command["case"]))
         seconds = _seconds(work)
         outputs = work.outputs()
         if "save" in command:
