@@ -2,8 +2,8 @@
 
 Its graph is kept as a skeleton, filled with random weights and run by ONNX Runtime as it is: no change of
 ours touches it. It is a UNet because a neighbour slows a matmul, a convolution and hundreds of small
-operators down by different factors: medians of 12 s of our UNet's step over it stayed within 0.5 % (standard deviation,
-two shared cores), over a small network of convolutions, matmuls and softmax within 2.7 %.
+operators down by different factors: medians of 12 s of our UNet's step over it stayed within 0.5 % (standard
+deviation, two shared cores), over a small network of convolutions, matmuls and softmax within 2.7 %.
 """
 
 from __future__ import annotations

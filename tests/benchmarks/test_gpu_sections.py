@@ -27,11 +27,9 @@ from latentrt.benchmarks.verbs import parity as parity_verb
 from latentrt.engines.backend import MemoryLedger
 from latentrt.engines.device import Addresses, DeviceMemory, Graph, Shapes
 from latentrt.engines.errors import BackendError, MemoryLimitError
-from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.runtime.loop.device.programs import input_shapes
 from tests.benchmarks.gpu_stand_in import MIB, PACKAGE, SCALE, Hungry, WatchedDevice, in_process, stand_in
 from tests.engines.host_device import HostDevice
-from tests.engines.test_onnxruntime_nets import DEMO, Host
 
 
 def run(section: Callable[[Opener, Scale], Iterator[Row]], opener: Opener, scale: Scale = SCALE) -> list[Row]:
@@ -393,12 +391,6 @@ def test_host_memory_stays_and_a_leak_shows() -> None:
     (row,) = collect(host_memory(stand_in(wrap=lambda name, net: Leaking(net.net, net.per_row)), SCALE))
     assert row.status == "FAILED"
     assert "MiB more" in row.reason
-
-
-def test_a_net_without_a_profile() -> None:
-    net: Any = open_onnxruntime_net(DEMO, "unet", Host(), provider=CPU, threads=1)  # type: ignore[arg-type]
-    with pytest.raises(BackendError, match=r"'unet' has no profile.*Pass `profile`"):
-        net.end_profile()
 
 
 def test_captured_pipelines_are_opened_for_it() -> None:

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -86,9 +87,8 @@ def opened() -> Generator[Bench]:
 
 @pytest.fixture(scope="module")
 def host() -> Generator[OpenSide]:
-    opened = ours.open_side(Task(package=PACKAGE.root, backend="onnxruntime", threads=1))
-    yield opened
-    opened.close()
+    with closing(ours.open_side(Task(package=PACKAGE.root, backend="onnxruntime", threads=1))) as opened:
+        yield opened
 
 
 def check_alike(found: Work, wanted: Work) -> None:
