@@ -12,7 +12,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -20,7 +19,7 @@ import numpy as np
 from ...engines.backend import DeviceBackend, choose_backend
 from ...engines.cuda.device import CudaDevice
 from ...engines.cuda.facts import facts
-from ...engines.device import Device
+from ...engines.device import Device, Graph
 from ...engines.errors import LatentrtError
 from ...engines.package import Manifest, Package
 from ...engines.spec import Array
@@ -32,7 +31,6 @@ from ...runtime.pipeline import Pipeline
 from ..case import Case
 from ..records import Figures, Row
 from ..sides.contract import OURS, Task
-from ..sides.device_work import CountedDevice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +122,36 @@ class Opener:
             yield Opened(pipe, loop, counted, log)
 
 
+class CountedDevice:
+    """A loop's device that counts launches of captured work."""
+
+    def __init__(self, device: Device) -> None:
+        self.launches = 0
+        self._device = device
+        self.copy = device.copy  # what a row calls is the device's own
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the device's."""
+        return getattr(self._device, name)
+
+    @contextmanager
+    def capture(self) -> Generator[list[Graph], None, None]:
+        """As the device's own."""
+        graphs: list[Graph] = []
+        with self._device.capture() as captured:
+            yield graphs
+        graphs += [_CountedGraph(self, graph) for graph in captured]
+
+
+class _CountedGraph:
+    def __init__(self, device: CountedDevice, graph: Graph) -> None:
+        self._device, self._graph, self.close = device, graph, graph.close
+
+    def launch(self) -> None:
+        self._device.launches += 1
+        self._graph.launch()
+
+
 def backend_opener(backend: str, package: Package) -> Opener:
     """For a backend on the first CUDA device. Raises BackendError, with the reason, if it cannot run here."""
     name, engine = choose_backend(backend)
@@ -140,11 +168,9 @@ def backend_opener(backend: str, package: Package) -> Opener:
     )
 
 
-def draw(pipe: Pipeline, case: Case) -> tuple[Array, float]:
-    """Pictures (N, H, W, 3) uint8 and the seconds they took."""
-    began = perf_counter()
-    images = np.asarray(pipe(case.prompt, output_type="np", **case.parameters).images)
-    return images, perf_counter() - began
+def draw(pipe: Pipeline, case: Case) -> Array:
+    """Pictures (N, H, W, 3) uint8."""
+    return np.asarray(pipe(case.prompt, output_type="np", **case.parameters).images)
 
 
 def encoder_inputs(case: Case) -> dict[str, Array]:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -22,13 +21,12 @@ from ...engines.tensorrt.build import built_nets
 from ...runtime.loop.device.programs import input_shapes
 from ..case import HOST_NETS, Case, sizes_of
 from ..likeness import psnr
-from ..process import SideProcess
 from ..records import Row
 from ..rounds import Pace
-from ..sides.contract import OURS, SIDES
+from ..sides.contract import SIDES
 from ..verbs.build import Builds, build_net
 from ..verbs.latency import Sides, check, measure_latency
-from ..verbs.parity import Inputs, choose_reference, compare_sides
+from ..verbs.parity import Inputs, measure_parity
 from .opener import Opened, Opener, Scale, attempt, draw, encoder_inputs, failed, mebibytes, row_of
 
 SAMPLERS = ("dpmpp_2m", "ddim", "euler_a")  # the last draws noise in every row
@@ -135,19 +133,14 @@ def picture(opener: Opener, scale: Scale) -> Iterator[Row]:
 
 def _against_the_cpu(opener: Opener, inputs: Inputs) -> Iterator[Row]:
     """The rows of `latentrt bench parity`; the reference is the plain loop over ONNX Runtime."""
-    reference, task = choose_reference(opener.task, "onnxruntime")
-    with (
-        SideProcess(OURS, OURS, opener.task) as ours,
-        SideProcess(f"{reference} (reference)", reference, task) as other,
-    ):
-        for row in compare_sides(ours, other, inputs, opener.package.manifest.dtype):
-            names = ("sampler", "width", "height", "pictures", "guidance_scale")
-            what = [f"{name} {row.case[name]}" for name in names if name in row.case]
-            yield replace(row, workload=", ".join([row.workload, *what]))
+    for row in measure_parity(opener.package, opener.task, inputs, reference="onnxruntime").rows:
+        names = ("sampler", "width", "height", "pictures", "guidance_scale")
+        what = [f"{name} {row.case[name]}" for name in names if name in row.case]
+        yield replace(row, workload=", ".join([row.workload, *what]))
 
 
 def graphs(opener: Opener, scale: Scale) -> Iterator[Row]:
-    """Loops replayed as captured graphs draw what plain ones draw; the time of each, interleaved.
+    """Loops replayed as captured graphs draw what plain ones draw, in turns.
 
     Each run has a seed of its own, and noise in every row: a graph that replays yesterday's data shows.
     """
@@ -158,24 +151,19 @@ def graphs(opener: Opener, scale: Scale) -> Iterator[Row]:
 
 def _graphs(sampler: str, plain: Opened, replayed: Opened, scale: Scale) -> Row:
     before, likeness = replayed.device.launches, list[float]()
-    seconds: dict[str, list[float]] = {"plain": [], "graph": []}
     for run in range(_WARM + scale.runs):
         case = replace(scale.case, sampler=sampler, seed=100 + run)
-        wanted, plain_s = draw(plain.pipe, case)
-        found, graph_s = draw(replayed.pipe, case)
+        wanted, found = (draw(opened.pipe, case) for opened in (plain, replayed))
         likeness.append(psnr(found, wanted))
-        seconds["plain"].append(plain_s)
-        seconds["graph"].append(graph_s)
     launches, worst = replayed.device.launches - before, min(likeness)
-    figures: dict[str, Any] = {"psnr_db": worst, "launches": launches, "runs": scale.runs}
-    figures |= {f"{name}_p50_s": median(taken[_WARM:]) for name, taken in seconds.items()}
+    figures = {"psnr_db": worst, "launches": launches}
     problem = missing = ""
     if worst < REPLAY_DB:
         problem = f"{worst:.1f} dB between plain and replayed, below {REPLAY_DB:g}"
     elif launches < scale.runs:  # plain loops are what the loop falls back on, and it says why
         missing = next((line for line in replayed.log if line.startswith(_REFUSED)), "")
         problem = "" if missing else f"launched in {launches} of {scale.runs} runs, and nothing says why"
-    return row_of(sampler, figures, [problem] if problem else (), seconds["graph"][_WARM:], missing)
+    return row_of(sampler, figures, [problem] if problem else (), missing=missing)
 
 
 def timing(opener: Opener, scale: Scale) -> Iterator[Row]:

@@ -1,8 +1,7 @@
 """The package's graphs in TensorRT as Polygraphy builds and runs them: strongly typed, for a case's shapes.
 
 Each engine is built when a case asks for it, its profile's least, best and most all the same, which is what
-TensorRT is fastest with. The loop is the plain one: Polygraphy's runner gets arrays and returns arrays, so
-what lies between two nets goes through the host's memory.
+TensorRT is fastest with. The loop is the plain one.
 """
 
 from __future__ import annotations

@@ -23,14 +23,13 @@ from latentrt.benchmarks.gpu.sections import build, graphs, parity, picture, pla
 from latentrt.benchmarks.machine import resident_bytes
 from latentrt.benchmarks.records import Row
 from latentrt.benchmarks.rounds import Pace
+from latentrt.benchmarks.verbs import parity as parity_verb
 from latentrt.engines.backend import MemoryLedger
 from latentrt.engines.device import Addresses, DeviceMemory, Graph, Shapes
 from latentrt.engines.errors import BackendError, MemoryLimitError
-from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.runtime.loop.device.programs import input_shapes
 from tests.benchmarks.gpu_stand_in import MIB, PACKAGE, SCALE, Hungry, WatchedDevice, in_process, stand_in
 from tests.engines.host_device import HostDevice
-from tests.engines.test_onnxruntime_nets import DEMO, Host
 
 
 def run(section: Callable[[Opener, Scale], Iterator[Row]], opener: Opener, scale: Scale = SCALE) -> list[Row]:
@@ -53,7 +52,7 @@ def run_verb(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Row]]:
     """A section whose verb opens its sides in this process."""
 
     def run_it(section: Callable[[Opener, Scale], Iterator[Row]], opener: Opener) -> list[Row]:
-        monkeypatch.setattr(sections, "SideProcess", partial(in_process, opener))
+        monkeypatch.setattr(parity_verb, "SideProcess", partial(in_process, opener))
         return run(section, opener)
 
     return run_it
@@ -87,7 +86,6 @@ def test_graphs() -> None:
     for row in rows:
         assert row.figures["psnr_db"] == float("inf")
         assert row.figures["launches"] >= SCALE.runs
-        assert min(row.figures["plain_p50_s"], row.figures["graph_p50_s"]) > 0
     rows = run(graphs, stand_in(WatchedDevice(2**30, capturable=False)))
     assert {row.status for row in rows} == {"not available"}
     assert (rows[0].reason, rows[0].figures["launches"]) == (
@@ -393,12 +391,6 @@ def test_host_memory_stays_and_a_leak_shows() -> None:
     (row,) = collect(host_memory(stand_in(wrap=lambda name, net: Leaking(net.net, net.per_row)), SCALE))
     assert row.status == "FAILED"
     assert "MiB more" in row.reason
-
-
-def test_a_net_without_a_profile() -> None:
-    net: Any = open_onnxruntime_net(DEMO, "unet", Host(), provider=CPU, threads=1)  # type: ignore[arg-type]
-    with pytest.raises(BackendError, match=r"'unet' has no profile.*Pass `profile`"):
-        net.end_profile()
 
 
 def test_captured_pipelines_are_opened_for_it() -> None:

@@ -86,11 +86,8 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
-def test_a_full_size_model_is_made_once_and_said_beforehand(
-    tmp_path: Path, stages: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path))
-    cache, printed = tmp_path / "benchmarks", list[str]()
+def test_a_full_size_model_is_made_once_and_said_beforehand(cache: Path, stages: list[str]) -> None:
+    printed = list[str]()
     for _ in range(2):
         model = find_model("sd21-fp32", said=lambda line: printed.append(f"after {stages}: {line}"))
         assert (model.name, model.checkpoint) == ("sd21-fp32", cache / "sd21")
@@ -105,6 +102,13 @@ def test_a_full_size_model_is_made_once_and_said_beforehand(
 
 
 @pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where full-size models are made."""
+    monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path))
+    return tmp_path / "benchmarks"
+
+
+@pytest.fixture
 def without_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The demo model is the skeleton of sd15-fp16, and torch is not installed."""
     skeleton = tmp_path / "skeletons" / "sd15-fp16"
@@ -114,22 +118,22 @@ def without_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(models, "find_spec", lambda name: None if name == "torch" else name)
 
 
-@pytest.mark.usefixtures("without_torch")
-def test_without_torch_and_skeleton_it_says_what_to_install(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("without_torch", "cache")
+def test_without_torch_and_skeleton_it_says_what_to_install() -> None:
     with pytest.raises(
         BackendError,
         match=r"must be exported first, which needs torch; .*\[cpu,export\], or its skeleton .*/sd15-fp32",
     ):
-        find_model("sd15-fp32", cache=tmp_path / "cache")
+        find_model("sd15-fp32")
 
 
 @pytest.mark.usefixtures("without_torch")
-def test_without_torch_a_skeleton_is_filled(tmp_path: Path) -> None:
-    cache, printed = tmp_path / "cache", list[str]()
+def test_without_torch_a_skeleton_is_filled(cache: Path) -> None:
+    printed = list[str]()
     (cache / "sd15").mkdir(parents=True)
     (cache / "sd15" / "model_index.json").write_text("{}")
     for _ in range(2):
-        model = find_model("sd15-fp16", cache=cache, said=printed.append)
+        model = find_model("sd15-fp16", said=printed.append)
         assert model.checkpoint is None, "no checkpoint has its weights"
         assert model.package.root.name == "sd15-fp16-skeleton"
     assert len(printed) == 1
@@ -152,7 +156,7 @@ def test_the_size_that_is_said_is_the_skeletons() -> None:
 
 
 @pytest.mark.slow  # a minute: two imports of torch, and all of an export
-def test_a_small_one_is_really_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_one_is_really_made(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = """if True:
         import sys
         from pathlib import Path
@@ -167,10 +171,10 @@ def test_a_small_one_is_really_made(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(full_size, "run_stage", run_tiny)
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parents[2]}:{tmp_path}")
-    model = find_model("sd15-fp32", cache=tmp_path / "cache")
+    model = find_model("sd15-fp32")
     assert model.package.manifest.dtype == "fp32"
-    assert model.checkpoint == tmp_path / "cache" / "sd15"
-    made = sorted(path.name for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    assert model.checkpoint == cache / "sd15"
+    made = sorted(path.name for path in cache.iterdir() if path.is_dir())
     assert made == ["sd15", "sd15-fp32"]
 
 

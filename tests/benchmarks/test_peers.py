@@ -343,12 +343,6 @@ def test_it_tells_who_it_is(peer: OpenSide) -> None:
     assert peer.versions.get("memory_format", "channels_last") == "channels_last"
 
 
-def test_other_workloads_are_not_available(peer: OpenSide) -> None:
-    for workload in ("invariants", "update", "dance"):
-        with pytest.raises(NotAvailableError, match=workload):
-            peer.prepare(workload, GUIDED)
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # inductor's own import
 def test_compiled_outputs_are_ours(ours: Pictures) -> None:

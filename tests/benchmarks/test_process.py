@@ -65,8 +65,7 @@ def test_a_child_answers() -> None:
     assert prepared["figures"] == {"run": 1}
     assert [item["run"] for item in timed["figures"]] == [2, 3, 4]
     assert len(timed["seconds"]) == 3
-    assert memory["peak_rss"] >= memory["rss"] > 10**6
-    assert memory["own"] == {"ledger": 3}
+    assert memory == {"own": {"ledger": 3}}
     assert closed == {}
     assert was_closed == ["closed"]
     assert gc.isenabled()
@@ -98,8 +97,7 @@ def test_a_slot_that_runs_beside_another_has_its_seconds() -> None:
 
 def test_a_process_of_its_own() -> None:
     with SideProcess("latentrt", "latentrt", TASK) as side:
-        assert "onnxruntime" in side.opened["versions"]["backend"]
-        assert side.stamp["side"] == side.opened["versions"]
+        assert "onnxruntime" in side.stamp["side"]["backend"]
         assert {"cpu", "commit", "libraries", "cpu_mhz", "load_1min"} <= set(side.stamp)
         answer, outputs = side.prepare("vae_decoder", CASE)
         assert outputs["image"].shape == (1, 64, 64, 3)
