@@ -99,9 +99,10 @@ def compare(a: Document, b: Document, *, threshold: float = THRESHOLD) -> Compar
         if key not in others
     ]
     unclear = [
-        f"{row.side}, {row.workload}: known within {row.ratio.half_width:.1%}; more rounds would say more"
+        f"{row.side}, {row.workload}: known within {within:.1%}; more rounds would say more"
         for row in rows
-        if row.verdict == "same" and row.ratio and row.ratio.half_width > row.noise
+        if row.verdict == "same" and row.ratio
+        if (within := (row.ratio.high - row.ratio.low) / 2) > row.noise
     ]
     remarks = (*alone, *_remarks(a, b), *unclear)
     return Comparison(before=_name(a), after=_name(b), rows=tuple(rows), remarks=remarks)
