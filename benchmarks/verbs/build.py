@@ -32,7 +32,7 @@ OPTIONS = BuildOptions()
 
 @dataclass(frozen=True, kw_only=True)
 class Builds:
-    """What is built, `repeats` times; without `profiles` for the package's own size, without `nets` all of them.
+    """What is built, `repeats` times: without `profiles` for the package's own size, without `nets` all.
 
     The backend is one of `engines.backends.BACKENDS`; ONNX Runtime builds layouts, not engines.
     """
