@@ -82,16 +82,10 @@ def test_pictures(run_verb: Callable[..., list[Row]]) -> None:
 
 def test_graphs() -> None:
     rows = run(graphs, stand_in())
-    assert not failures(rows)
-    for row in rows:
-        assert row.figures["psnr_db"] == float("inf")
-        assert row.figures["launches"] >= SCALE.runs
+    assert [(row.status, row.figures["psnr_db"]) for row in rows] == [("ok", float("inf"))] * 2
     rows = run(graphs, stand_in(WatchedDevice(2**30, capturable=False)))
     assert {row.status for row in rows} == {"not available"}
-    assert (rows[0].reason, rows[0].figures["launches"]) == (
-        "the loop is not captured: the stream cannot be captured",
-        0,
-    )
+    assert rows[0].reason == "the loop is not captured: the stream cannot be captured"
 
 
 def test_memory() -> None:
@@ -239,7 +233,7 @@ def test_graphs_fail_where_nothing_is_replayed(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("latentrt.runtime.loop.device.cuda_graphs.Replay._capture", silent)
     rows = run(graphs, stand_in())
-    assert "launched in 0 of 3 runs, and nothing says why" in rows[0].reason
+    assert rows[0].reason == "no graph is replayed, and nothing says why"
 
 
 @pytest.mark.parametrize(("size", "expected"), [(30, ["cycle 3", "no growth"]), (9, ["no growth"])])
