@@ -1,4 +1,4 @@
-"""Full-size models: `python -m latentrt.benchmarks.models.full_size FOLDER --out FILE` says what they take.
+"""Full-size models: `python -m latentrt.benchmarks.models.full_size FOLDER --out FILE` measures exports.
 
 An exact-shape random-weight checkpoint goes to FOLDER/<recipe>, its packages to FOLDER/<recipe>-<dtype>,
 where `models.find_model` finds them. Every stage is a process of its own, and so each peak memory its own.
@@ -10,12 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 from ...engines.errors import ModelError
 from ..machine import clocks, describe_machine
@@ -41,28 +40,22 @@ print(json.dumps({"cpu_seconds": time.process_time(), "peak_rss": resident_bytes
 """
 
 
-def run_stage(name: str, module: str, *arguments: str) -> dict[str, Any]:
-    """Run `python -m MODULE ARGUMENTS`.
-
-    Returns:
-        `wall_seconds`; `cpu_seconds` and `peak_rss`, in bytes, of the process; and what is in the last line
-        it printed, if that is a JSON object.
+def run_stage(name: str, module: str, *arguments: str) -> dict[str, float]:
+    """Run `python -m MODULE ARGUMENTS`: `wall_seconds`, the process's `cpu_seconds`, its `peak_rss` in bytes.
 
     Raises:
         ModelError: it failed; with the end of what it printed on stderr.
     """
     began = perf_counter()
     try:
-        *printed, last = run(["-c", _STAGE, module, *arguments])
+        *_, last = run(["-c", _STAGE, module, *arguments])
     except SideError as error:
         raise ModelError(
             f"{name} failed: {error.reason}",
             expected="a stage that ends well",
             fix="Mend what it names, and run it again; stages that were complete stay.",
         ) from error
-    own: dict[str, Any] = json.loads(printed[-1]) if printed and printed[-1].startswith("{") else {}
-    own.pop("package", None)  # a path of this machine
-    return {"wall_seconds": perf_counter() - began, **own, **json.loads(last)}
+    return {"wall_seconds": perf_counter() - began, **json.loads(last)}
 
 
 @contextmanager
@@ -75,16 +68,15 @@ def complete(folder: Path) -> Generator[Path]:
         unfinished.rename(folder)
 
 
-def make_checkpoint(recipe: str, checkpoint: Path) -> dict[str, Any]:
-    """Write the folder of a recipe of `checkpoints.py`, complete or not at all. As `run_stage`."""
+def make_checkpoint(recipe: str, checkpoint: Path) -> None:
+    """Write the folder of a recipe of `checkpoints.py`, complete or not at all. Raises ModelError."""
     with complete(checkpoint) as unfinished:
-        module = "latentrt.benchmarks.models.checkpoints"
-        return run_stage("make checkpoint", module, recipe, str(unfinished))
+        run_stage("make checkpoint", "latentrt.benchmarks.models.checkpoints", recipe, str(unfinished))
 
 
-def export(checkpoint: Path, package: Path, dtype: str, *flags: str) -> dict[str, Any]:
+def export(checkpoint: Path, package: Path, dtype: str, *flags: str) -> dict[str, float]:
     """`latentrt export`, which writes the package completely or not at all. As `run_stage`."""
-    arguments = ["export", str(checkpoint), "-o", str(package), "--dtype", dtype, "--json", *flags]
+    arguments = ["export", str(checkpoint), "-o", str(package), "--dtype", dtype, *flags]
     return run_stage(f"export {dtype}", "latentrt.cli", *arguments)
 
 
@@ -95,7 +87,7 @@ def measure_export(
     *,
     said: Callable[[str], None] = lambda line: None,
 ) -> Document:
-    """Rows of time and of peak memory: of making the checkpoint, if it is not there yet, and of each export.
+    """Rows of time and of peak memory of each export; the checkpoint is made if it is not there yet.
 
     Models go to `folder`; `said` gets a line for each stage. Raises ModelError if no checkpoint can be made.
     """
@@ -104,36 +96,26 @@ def measure_export(
     checkpoint = folder / recipe
     if not checkpoint.exists():
         said(f"making the checkpoint {recipe}")
-        rows += _rows("make checkpoint", {"recipe": recipe}, make_checkpoint(recipe, checkpoint), machine)
+        make_checkpoint(recipe, checkpoint)
     for dtype in dtypes:
         said(f"exporting {recipe} as {dtype}")
         case = {"recipe": recipe, "dtype": dtype, "flags": list(FLAGS)}
+        row = Row(side=OURS, workload="export", case=case, stamp={**machine, **clocks()})
         try:
             found = export(checkpoint, folder / f"{recipe}-{dtype}", dtype, *FLAGS)
-            rows += _rows("export", case, found, machine)
         except ModelError as error:
-            row = Row(side=OURS, workload="export", case=case, status="FAILED", reason=error.found)
-            rows.append(row)
-    size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+            rows.append(replace(row, status="FAILED", reason=error.found))
+            continue
+        figures = {"cpu_seconds": found["cpu_seconds"]}
+        rows.append(replace(row, rounds=((found["wall_seconds"],),), figures=figures))
+        rows.append(replace(row, workload="export peak memory", unit="B", rounds=((found["peak_rss"],),)))
     return Document(
         benchmark="export",
-        model={"name": recipe, "checkpoint_bytes": size},
+        model={"name": recipe},
         settings={"recipe": recipe, "dtypes": list(dtypes), "flags": list(FLAGS)},
         rows=tuple(rows),
         machine=machine,
     )
-
-
-def _rows(
-    workload: str, case: Mapping[str, Any], stage: Mapping[str, Any], machine: Mapping[str, Any]
-) -> list[Row]:
-    figures = dict(stage)
-    seconds, peak = figures.pop("wall_seconds"), float(figures.pop("peak_rss"))
-    row = Row(side=OURS, workload=workload, case=case, stamp={**machine, **clocks()})
-    return [
-        replace(row, rounds=((seconds,),), figures=figures),
-        replace(row, workload=f"{workload} peak memory", unit="B", rounds=((peak,),)),
-    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
