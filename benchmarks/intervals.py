@@ -30,11 +30,6 @@ class Interval:
     low: float
     high: float
 
-    @property
-    def half_width(self) -> float:
-        """In the unit of the value."""
-        return (self.high - self.low) / 2
-
 
 def ratio_by_round(numerator: Rounds, denominator: Rounds, *, level: float = LEVEL) -> Interval:
     """The median over rounds of p50(numerator_i) / p50(denominator_i), two sides of one run.

@@ -130,20 +130,12 @@ def workload_parts(package: Package, workload: str, case: Case) -> Parts:
     ]
 
 
-def floors(parts: Parts, *, flop_per_s: float, byte_per_s: float) -> dict[str, float]:
+def floor_s(parts: Parts, *, flop_per_s: float, byte_per_s: float) -> float:
     """The least seconds of some parts, one after the other, on a machine with these ceilings.
 
-    Returns:
-        floor_compute_s: FLOPs over the best rate of a matmul.
-        floor_bytes_s: least bytes over the rate of a copy.
-        floor_s: the larger of the two, net by net.
+    Of each net the larger counts: FLOPs over the best rate of a matmul, or least bytes over that of a copy.
     """
-    nets = [(calls, work.flops / flop_per_s, work.least_bytes / byte_per_s) for calls, work in parts]
-    return {
-        "floor_compute_s": sum(calls * compute for calls, compute, _ in nets),
-        "floor_bytes_s": sum(calls * moving for calls, _, moving in nets),
-        "floor_s": sum(calls * max(both) for calls, *both in nets),
-    }
+    return sum(calls * max(work.flops / flop_per_s, work.least_bytes / byte_per_s) for calls, work in parts)
 
 
 def with_roofline(rows: Sequence[Row], parts: Parts) -> list[Row]:
@@ -180,11 +172,11 @@ def _figures(row: Row, parts: Parts, gemm: Row | None, copy: Row | None) -> dict
     if gemm and copy:
         work, moved = gemm.figures["flops"], copy.figures["bytes"]
 
-        def at(gemm_s: float, copy_s: float) -> dict[str, float]:
-            return floors(parts, flop_per_s=work / gemm_s, byte_per_s=moved / copy_s)
+        def at(gemm_s: float, copy_s: float) -> float:
+            return floor_s(parts, flop_per_s=work / gemm_s, byte_per_s=moved / copy_s)
 
-        shares = [at(*best)["floor_s"] / own for own, *best in _turns(row, gemm, copy)]
-        found |= {**at(gemm.summary["p50"], copy.summary["p50"]), "of_floor": median(shares)}
+        found["floor_s"] = at(gemm.summary["p50"], copy.summary["p50"])
+        found["of_floor"] = median(at(*best) / own for own, *best in _turns(row, gemm, copy))
     return found
 
 

@@ -21,18 +21,7 @@ from ..intervals import Interval
 from ..records import Row
 from ..roofline import COPY, GEMM
 from ..sides.contract import AGAIN
-from .reading import (
-    Against,
-    Case,
-    Result,
-    against,
-    ceiling_rates,
-    figure,
-    our_rows,
-    peers,
-    stages,
-    summary,
-)
+from .reading import Against, Case, Result, against, ceiling_rates, figure, our_rows, peers, stages, summary
 
 # matplotlib declares most keyword arguments without a type.
 Axes: TypeAlias = Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from ...engines.errors import UsageError
 from ..records import write_whole
 from .figures import DIGEST, Draw, house_style, plan_ratios, plan_roofline, plan_waterfall
-from .reading import Result, Results, cases, read_results
+from .reading import Result, cases, read_results
 from .tables import full_tables, short_table
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -57,10 +58,10 @@ def write_report(results: Path, pages: Pages) -> Report:
         PackageError: a document that is damaged, or of a newer schema.
         BackendError: matplotlib is not installed.
     """
-    read = read_results(results)
-    texts = {path: text.encode() for path, text in _expected(read, pages).items()}
+    found, remarks = read_results(results)
+    texts = {path: text.encode() for path, text in _expected(found, pages).items()}
     drawn: dict[Path, bytes] = {}
-    for result in read.found:
+    for result in found:
         for name, draw in planned_figures(result).items():
             with house_style():
                 drawn[pages.figures / name] = draw().png(result.digest)
@@ -70,10 +71,10 @@ def write_report(results: Path, pages: Pages) -> Report:
             write_whole(path, content)
             changed.append(path)
     return Report(
-        documents=len(read.found),
+        documents=len(found),
         figures=tuple(drawn),
         changed=tuple(changed),
-        remarks=(*read.remarks, *_left_over(read, pages.figures)),
+        remarks=(*remarks, *_left_over(found, pages.figures)),
     )
 
 
@@ -82,19 +83,19 @@ def outdated(results: Path, pages: Pages) -> tuple[str, ...]:
 
     A figure is current if the digest in its metadata is that of its document. Raises as `write_report` does.
     """
-    read = read_results(results)
-    found = [
+    found, _ = read_results(results)
+    old = [
         f"{path.name} does not have the tables of the documents"
-        for path, text in _expected(read, pages).items()
+        for path, text in _expected(found, pages).items()
         if path.read_text(encoding="utf-8") != text
     ]
-    found += [
+    old += [
         f"{name} is missing, or was drawn from another document"
-        for result in read.found
+        for result in found
         for name in planned_figures(result)
         if _digest(pages.figures / name) != result.digest
     ]
-    return (*found, *_left_over(read, pages.figures))
+    return (*old, *_left_over(found, pages.figures))
 
 
 def planned_figures(result: Result) -> dict[str, Draw]:
@@ -110,18 +111,18 @@ def planned_figures(result: Result) -> dict[str, Draw]:
     return planned
 
 
-def _expected(read: Results, pages: Pages) -> dict[Path, str]:
+def _expected(found: Sequence[Result], pages: Pages) -> dict[Path, str]:
     """The pages as they should be."""
     texts: dict[Path, str] = {}
     if page := pages.measurements:
         links = {
             result.name: [_relative(pages.figures / name, page) for name in planned_figures(result)]
-            for result in read.found
+            for result in found
         }
-        texts[page] = _between(page, (BEGIN, END), full_tables(read.found, links))
+        texts[page] = _between(page, (BEGIN, END), full_tables(found, links))
     if page := pages.readme:
         link = _relative(pages.measurements, page) if pages.measurements else ""
-        texts[page] = _between(page, (SUMMARY_BEGIN, SUMMARY_END), short_table(read.found, link))
+        texts[page] = _between(page, (SUMMARY_BEGIN, SUMMARY_END), short_table(found, link))
     return texts
 
 
@@ -151,9 +152,9 @@ def _digest(path: Path) -> str | None:
         return None
 
 
-def _left_over(read: Results, figures: Path) -> list[str]:
+def _left_over(found: Sequence[Result], figures: Path) -> list[str]:
     """Figures of ours that no document has any more."""
-    planned = {figures / name for result in read.found for name in planned_figures(result)}
+    planned = {figures / name for result in found for name in planned_figures(result)}
     paths = sorted(figures.rglob("*.png")) if figures.is_dir() else []
     return [
         f"{path.relative_to(figures).as_posix()} is of no document any more: delete it"

@@ -105,16 +105,8 @@ class Result:
     document: Document
 
 
-@dataclass(frozen=True, kw_only=True)
-class Results:
-    """What a folder holds: documents by name, and what was left out of the report, one sentence each."""
-
-    found: tuple[Result, ...]
-    remarks: tuple[str, ...]
-
-
-def read_results(folder: Path) -> Results:
-    """Read every document below a folder; JSON that is none (`records.Document`) is left out with a remark.
+def read_results(folder: Path) -> tuple[list[Result], list[str]]:
+    """Read every document below a folder; JSON that is none is left out with a remark of one sentence.
 
     Raises:
         UsageError: no such folder.
@@ -139,4 +131,4 @@ def read_results(folder: Path) -> Results:
             found.append(Result(name=name.removesuffix(".json"), digest=digest, document=read_document(path)))
         else:
             remarks.append(f"{name} left out: it is no document of `latentrt bench`")
-    return Results(found=tuple(found), remarks=tuple(remarks))
+    return found, remarks

@@ -15,7 +15,6 @@ from typing import Any
 from ...engines.backends import BACKENDS
 from ...engines.cuda.facts import DeviceFacts, available, facts
 from ...engines.errors import BackendError, LatentrtError
-from ...engines.net_weights import engine_bytes
 from ...engines.onnxruntime.tuning.choice import tuned_nets
 from ...engines.package import Package
 from ...engines.profiles import Profile, default_profile
@@ -117,11 +116,9 @@ def build_net(
     (built,) = build_package(package, builds.backend, profiles, OPTIONS, store, nets=[net], gpu=gpu)
     known = built.entry.facts
     return {
-        **{name: known[name] for name in ("parse_seconds", "layers", "library")},
-        "profiles": known["labels"],
+        "library": known["library"],
         "seconds": built.entry.build_seconds,
         "peak_rss_gb": round((known["peak_rss"] or 0) / 1e9, 3),
-        "weights_mb": round(engine_bytes(package, net) / 1e6, 2),
         "engine_mb": round(built.entry.size / 1e6, 2),
     }
 

@@ -48,12 +48,7 @@ print(json.dumps({"marks": marks, "backend": pipe.backend}))
 
 
 def measure_cold_start(
-    package: Package,
-    task: Task,
-    case: Case | None = None,
-    *,
-    repeats: int,
-    progress: Progress = silent,
+    package: Package, task: Task, case: Case | None = None, *, repeats: int, progress: Progress = silent
 ) -> Document:
     """Rows of every process and part, one sample for each round; the order flips from round to round.
 

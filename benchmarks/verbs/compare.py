@@ -36,12 +36,8 @@ _CHANGES: Mapping[str, tuple[Verdict, Verdict]] = {"s": ("slower", "faster"), "B
 class Compared:
     """One row of both documents.
 
-    Attributes:
-        ratio: after / before; of seconds, the machine's own change is taken out where both documents have a
-            yardstick.
-        machine: the yardstick's after / before; None without one.
-        noise: what a change has to be larger than, beside its interval: 0.05 is 5 %.
-        reason: of a verdict that no ratio gave.
+    `ratio` is after / before, without the machine's own change, `machine`, where both have a yardstick; a
+    change has to be larger than `noise`, a share, besides its interval. `reason` is of no ratio.
     """
 
     side: str
@@ -57,13 +53,7 @@ class Compared:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two documents, row by row.
-
-    Attributes:
-        before, after: date of each, and commit where it is known: an installed package knows none.
-        rows: those in both.
-        remarks: a sentence each: what else differs, rows of one document alone, what to be careful with.
-    """
+    """Two documents, by date and commit, row by row; remarks are what else differs, a sentence each."""
 
     before: str
     after: str
@@ -109,9 +99,10 @@ def compare(a: Document, b: Document, *, threshold: float = THRESHOLD) -> Compar
         if key not in others
     ]
     unclear = [
-        f"{row.side}, {row.workload}: known within {row.ratio.half_width:.1%}; more rounds would say more"
+        f"{row.side}, {row.workload}: known within {within:.1%}; more rounds would say more"
         for row in rows
-        if row.verdict == "same" and row.ratio and row.ratio.half_width > row.noise
+        if row.verdict == "same" and row.ratio
+        if (within := (row.ratio.high - row.ratio.low) / 2) > row.noise
     ]
     remarks = (*alone, *_remarks(a, b), *unclear)
     return Comparison(before=_name(a), after=_name(b), rows=tuple(rows), remarks=remarks)

@@ -198,31 +198,36 @@ def _over_yardstick(slot: Slot, turns: Turns) -> Row:
     )
 
 
-def judge(
-    name: str, found: Array, wanted: Array, dtype: str, decibels: Mapping[str, float] = PICTURE_DB
-) -> tuple[dict[str, float], str]:
-    """The figures of `difference`, and what is wrong with an output, "" for nothing.
+def worst_output(
+    found: Mapping[str, Array], wanted: Mapping[str, Array], dtype: str, decibels: Mapping[str, float]
+) -> tuple[str, dict[str, float], str]:
+    """The output that is the furthest from the `wanted` one: name, `difference`, and what is wrong with it.
 
-    The bar of a picture is the least dB by dtype that the worst of a batch may have, a net's the most
-    relative L2.
+    The bar of a picture is the least of `decibels` by dtype that the worst of a batch may have, a net's the
+    most relative L2.
     """
-    figures = difference(name, found, wanted)
-    if wanted.dtype == np.uint8:  # (N, H, W, 3)
-        figures["psnr_db"] = value = psnr(found, wanted)
-        return figures, "" if value >= decibels[dtype] else f"{value:.1f} dB, below {decibels[dtype]:g}"
-    value, bar = figures["relative_l2"], NET_RELATIVE_L2[dtype]
-    return figures, "" if value <= bar else f"relative L2 {value:.2e}, above {bar:g}"
+    judged: list[tuple[str, dict[str, float], str]] = []
+    for name, array in wanted.items():
+        other = found.get(name, array[:0])
+        figures = difference(name, other, array)
+        value, bar = figures["relative_l2"], NET_RELATIVE_L2[dtype]
+        problem = "" if value <= bar else f"relative L2 {value:.2e}, above {bar:g}"
+        if array.dtype == np.uint8:  # (N, H, W, 3)
+            figures["psnr_db"], bar = psnr(other, array), decibels[dtype]
+            problem = "" if figures["psnr_db"] >= bar else f"{figures['psnr_db']:.1f} dB, below {bar:g}"
+        judged.append((name, figures, problem))
+    return max(judged, key=lambda item: item[1]["relative_l2"])
 
 
 def check(found: Mapping[str, Array], wanted: Mapping[str, Array], package: Package) -> dict[str, float]:
     """How like ours a peer's outputs are, the worst of them. Raises SideError beyond the bar."""
-    judged: list[dict[str, float]] = []
-    for name in filter(found.__contains__, wanted):
-        figures, problem = judge(name, found[name], wanted[name], package.manifest.dtype)
-        if problem:
-            raise SideError("FAILED", f"{name} is not ours: {problem}")
-        judged.append(figures)
-    return max(judged, key=lambda figures: figures["relative_l2"], default=dict[str, float]())
+    shared = {name: array for name, array in wanted.items() if name in found}
+    if not shared:
+        return {}
+    name, figures, problem = worst_output(found, shared, package.manifest.dtype, PICTURE_DB)
+    if problem:
+        raise SideError("FAILED", f"{name} is not ours: {problem}")
+    return figures
 
 
 def medians(turns: Turns, steps: int) -> dict[str, Any]:

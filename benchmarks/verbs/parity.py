@@ -23,7 +23,7 @@ from ..likeness import WINDOW, ssim
 from ..process import SideError, SideProcess
 from ..records import Document, Row, Status
 from ..sides.contract import OURS, REFERENCES, SIDES, WATCHED, Task
-from .latency import Progress, document_of, judge, silent
+from .latency import Progress, document_of, silent, worst_output
 
 # The last draws noise in every row; "heun" calls the UNet twice in a step.
 SAMPLERS = ("dpmpp_2m", "ddim", "unipc", "heun", "euler_a")
@@ -64,18 +64,6 @@ class Inputs:
                     fix="Choose a larger size: --size 64x64.",
                 )
 
-    def rows(self) -> Iterator[tuple[str, Case]]:
-        """(workload, case) of each."""
-        for case in self.cases:
-            yield from ((net, case) for net in self.nets)
-            yield from (("picture", replace(case, sampler=sampler)) for sampler in self.samplers)
-
-    def each(self, case: Case) -> Iterator[Case]:
-        """The samples of a row: other seeds, other prompts."""
-        for number in range(self.samples):
-            prompt = case.prompt if number == 0 else PROMPTS[number % len(PROMPTS)]
-            yield replace(case, seed=case.seed + number, prompt=prompt)
-
 
 def choose_reference(task: Task, name: str = "") -> tuple[str, Task]:
     """That side, else diffusers where it and the checkpoint are at hand, else the package's graphs.
@@ -98,12 +86,7 @@ def choose_reference(task: Task, name: str = "") -> tuple[str, Task]:
 
 
 def measure_parity(
-    package: Package,
-    task: Task,
-    inputs: Inputs,
-    *,
-    reference: str = "",
-    progress: Progress = silent,
+    package: Package, task: Task, inputs: Inputs, *, reference: str = "", progress: Progress = silent
 ) -> Document:
     """A row for each net and for each sampler; samples are relative L2 (unit "1"), or PSNR (unit "dB").
 
@@ -132,10 +115,17 @@ def compare_sides(
     ours: SideProcess, reference: SideProcess, inputs: Inputs, dtype: str, *, progress: Progress = silent
 ) -> Iterator[Row]:
     """The rows of `measure_parity`, of two sides that are open; `dtype` is that of the package's graphs."""
-    for workload, case in inputs.rows():
-        sampler = f" {case.sampler}" if workload == "picture" else ""
-        progress(f"{workload} {case.width}x{case.height}{sampler}")
-        yield _compare(ours, reference, workload, tuple(inputs.each(case)), dtype)
+    for case in inputs.cases:
+        drawn = [("picture", replace(case, sampler=sampler)) for sampler in inputs.samplers]
+        for workload, first in (*((net, case) for net in inputs.nets), *drawn):
+            sampler = f" {first.sampler}" if workload == "picture" else ""
+            progress(f"{workload} {first.width}x{first.height}{sampler}")
+            prompts = (first.prompt, *PROMPTS[1:])
+            several = [
+                replace(first, seed=first.seed + number, prompt=prompts[number % len(prompts)])
+                for number in range(inputs.samples)
+            ]
+            yield _compare(ours, reference, workload, several, dtype)
 
 
 def _compare(
@@ -149,15 +139,19 @@ def _compare(
     samples: list[dict[str, Any]] = []
     for case in cases:
         try:
-            wanted = _outputs(reference, workload, case)
-            sample, problem = _worst(_outputs(ours, workload, case), wanted, dtype, decibels)
+            wanted, found = (_outputs(side, workload, case) for side in (reference, ours))
+            name, alike, problem = worst_output(found, wanted, dtype, decibels)
         except SideError as error:
             status, problems = error.status, [error.reason]
             break
+        sample = {"output": name, **alike, "psnr_db": min(alike["psnr_db"], IDENTICAL_DB)}
+        if wanted[name].dtype == np.uint8:
+            likeness = ssim(found.get(name, wanted[name][:0]), wanted[name])
+            sample |= {"ssim": likeness, "contrast": float(wanted[name].std())}
         samples.append({"seed": case.seed, **sample})
         if problem:
             status = "FAILED"
-            problems.append(f"{sample['output']}, seed {case.seed}: {problem}")
+            problems.append(f"{name}, seed {case.seed}: {problem}")
     figures: dict[str, Any] = {"reference": reference.name}
     unit, bar, judged = "1", NET_RELATIVE_L2[dtype], "relative_l2"
     if samples and "ssim" in samples[0]:
@@ -192,18 +186,3 @@ def _outputs(side: SideProcess, workload: str, case: Case) -> Mapping[str, Array
     if not outputs:
         raise SideError("not available", f"{side.name}: {workload} has no output to compare")
     return outputs
-
-
-def _worst(
-    found: Mapping[str, Array], wanted: Mapping[str, Array], dtype: str, decibels: Mapping[str, float]
-) -> tuple[dict[str, Any], str]:
-    """The figures of that output of the reference which is the furthest from ours, and what is wrong."""
-    judged: list[tuple[dict[str, Any], str]] = []
-    for name, array in wanted.items():
-        other = found.get(name, np.empty(0, array.dtype))
-        figures, problem = judge(name, other, array, dtype, decibels)
-        one: dict[str, Any] = {"output": name, **figures, "psnr_db": min(figures["psnr_db"], IDENTICAL_DB)}
-        if array.dtype == np.uint8:
-            one |= {"ssim": ssim(other, array), "contrast": float(array.std())}
-        judged.append((one, problem))
-    return max(judged, key=lambda item: item[0]["relative_l2"])

@@ -14,24 +14,14 @@ from latentrt.benchmarks.process import SideError
 from latentrt.benchmarks.records import Row, read_document
 from latentrt.benchmarks.sides.contract import Task, not_available
 from latentrt.benchmarks.verbs import parity
-from latentrt.benchmarks.verbs.parity import (
-    IDENTICAL_DB,
-    PROMPTS,
-    Inputs,
-    choose_reference,
-    compare_sides,
-    measure_parity,
-)
+from latentrt.benchmarks.verbs.parity import Inputs, choose_reference, compare_sides, measure_parity
 from latentrt.engines.errors import UsageError
-from latentrt.engines.package import Package
 from latentrt.engines.spec import Array
-from latentrt.runtime.pipeline import SHIPPED
 from latentrt.runtime.prompts.tokenizer import ClipTokenizer
 from latentrt.runtime.request.request import make_request
+from tests.benchmarks.stand_in_side import PACKAGE, TASK
 
-PACKAGE = Package.open(SHIPPED["demo"])
 CASE = Case(width=24, height=16, guidance_scale=3.0, pictures=2, steps=4)
-
 
 Defect = Callable[[str, Case, dict[str, Array]], None]
 
@@ -80,7 +70,7 @@ def test_equal_sides() -> None:
     assert len(rows) == 10
     assert [row.unit for row in rows[:5]] == ["1", "1", "dB", "dB", "dB"]
     assert rows[1].rounds == ((0.0,), (0.0,))
-    assert rows[3].rounds == ((IDENTICAL_DB,), (IDENTICAL_DB,)), "JSON has no infinity"
+    assert rows[3].rounds == ((parity.IDENTICAL_DB,), (parity.IDENTICAL_DB,)), "JSON has no infinity"
     assert rows[3].figures["ssim"] == 1
     assert 70 < rows[3].figures["contrast"] < 78  # of uniform shades 255 / sqrt(12)
     assert rows[0].stamp == {"cpu": "abacus", "side": {"backend": "beads"}, "reference": {"backend": "beads"}}
@@ -91,12 +81,14 @@ def test_both_sides_are_asked_the_same_with_other_seeds_and_prompts() -> None:
     list(compare_sides(ours, other, Inputs(cases=(CASE,), samplers=("heun",)), "fp32"))
     assert ours.asked == other.asked
     unets = [case for workload, case in ours.asked if workload == "unet"]
-    assert [(case.seed, case.prompt) for case in unets] == [*zip((7, 8, 9), PROMPTS, strict=False)]
+    assert [(case.seed, case.prompt) for case in unets] == [*zip((7, 8, 9), parity.PROMPTS, strict=False)]
     assert [case.sampler for workload, case in ours.asked if workload == "picture"] == ["heun"] * 3
-    tokens = ClipTokenizer.open(PACKAGE.root / "tokenizer").encode(list(PROMPTS), length=77)
+    tokens = ClipTokenizer.open(PACKAGE.root / "tokenizer").encode(list(parity.PROMPTS), length=77)
     assert not any(tokens.dropped)
     for sampler in parity.SAMPLERS:
-        make_request(PACKAGE.manifest, PROMPTS[3], sampler=sampler)  # raises SamplerError for another name
+        make_request(
+            PACKAGE.manifest, parity.PROMPTS[3], sampler=sampler
+        )  # raises SamplerError for another name
 
 
 @pytest.mark.parametrize(("dtype", "good"), [("fp32", False), ("fp16", True)])
@@ -188,9 +180,8 @@ def test_the_reference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_ours_against_the_packages_own_graphs(tmp_path: Path) -> None:
-    task = Task(package=PACKAGE.root, threads=1)
     case = Case.of(PACKAGE.manifest, width=64, height=48, steps=2)
-    document = measure_parity(PACKAGE, task, Inputs(cases=(case,), samplers=("ddim",), samples=2))
+    document = measure_parity(PACKAGE, TASK, Inputs(cases=(case,), samplers=("ddim",), samples=2))
     document.write(tmp_path / "parity.json")
     rows = read_document(tmp_path / "parity.json").rows
     assert [row.workload for row in rows] == [*NETS, "picture"]
@@ -201,7 +192,7 @@ def test_ours_against_the_packages_own_graphs(tmp_path: Path) -> None:
 
 
 def test_a_reference_that_cannot_be_opened_is_a_row(tmp_path: Path) -> None:
-    task = Task(package=PACKAGE.root, threads=1, checkpoint=tmp_path)
+    task = replace(TASK, checkpoint=tmp_path)
     (row,) = measure_parity(PACKAGE, task, Inputs(cases=(CASE,)), reference="diffusers").rows
     assert (row.side, row.workload, row.status) == ("diffusers", "open", "not available")
     assert "no model_index.json" in row.reason

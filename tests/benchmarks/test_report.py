@@ -22,19 +22,13 @@ from latentrt.benchmarks.intervals import ratio_by_round
 from latentrt.benchmarks.records import Document, Row
 from latentrt.benchmarks.report import Pages, outdated, write_report
 from latentrt.benchmarks.report.figures import Sheet, house_style
-from latentrt.benchmarks.report.publish import (
-    BEGIN,
-    END,
-    SUMMARY_BEGIN,
-    SUMMARY_END,
-    planned_figures,
-)
+from latentrt.benchmarks.report.publish import BEGIN, END, SUMMARY_BEGIN, SUMMARY_END, planned_figures
 from latentrt.benchmarks.report.reading import Result, read_results
 from latentrt.benchmarks.report.tables import full_tables, short_table
 from latentrt.engines.errors import BackendError, PackageError, UsageError
 
 COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results"
-RESULTS = {result.name: result for result in read_results(COMMITTED).found}
+RESULTS = {result.name: result for result in read_results(COMMITTED)[0]}
 LATENCY = RESULTS["latency-demo"].document
 FULL_SIZE = "latency-sd15-fp32-decoder"
 
@@ -293,7 +287,7 @@ def test_what_is_outdated_is_named(results: Path, pages: Pages) -> None:
 
 
 def test_a_png_has_no_date_and_the_documents_digest(results: Path, pages: Pages) -> None:
-    ((figure,), (found,)) = write_report(results, pages).figures, read_results(results).found
+    ((figure,), (found,)) = write_report(results, pages).figures, read_results(results)[0]
     with Image.open(figure) as image:
         assert image.info["latentrt-document"] == found.digest
         assert {"Software", "Creation Time"}.isdisjoint(image.info)
@@ -318,8 +312,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
         read_results(tmp_path / "no")
 
 
-@pytest.mark.parametrize("change", [{"schema": 99}, {"rows": [{}]}])
-def test_a_damaged_document_is_not_left_out_in_silence(results: Path, change: dict[str, Any]) -> None:
-    rewrite(results, lambda data: {**data, **change})
+def test_a_damaged_document_is_not_left_out_in_silence(results: Path) -> None:
+    rewrite(results, lambda data: {**data, "rows": [{}]})
     with pytest.raises(PackageError, match="no benchmark document"):
         read_results(results)
