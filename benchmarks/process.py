@@ -61,10 +61,7 @@ class SideError(BackendError):
 
 
 class Child(ExitStack):
-    """A Python process that writes lines to stdout; closing it kills the process and all that it started.
-
-    It leads a session of its own, so that whatever it started is killed with it.
-    """
+    """A Python process that writes lines to stdout; closing it kills the process and all that it started."""
 
     def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         super().__init__()
@@ -78,7 +75,7 @@ class Child(ExitStack):
             errors="replace",
             # PYTHONSAFEPATH: `-m` would otherwise put the current folder first, and take modules from there.
             env={**os.environ, "PYTHONSAFEPATH": "1", **(environment or {})},
-            start_new_session=True,
+            start_new_session=True,  # whatever it starts is killed with it
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None

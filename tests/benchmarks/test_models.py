@@ -45,11 +45,9 @@ def test_the_demo_model_has_its_checkpoint_in_the_repository(monkeypatch: pytest
 
 def test_a_package_by_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(DEMO.parent)
-    model = find_model("package")
-    assert (model.name, model.checkpoint) == ("package", None)
-    assert (
-        find_model("package", checkpoint=DEMO.parent / "checkpoint").checkpoint == DEMO.parent / "checkpoint"
-    )
+    for checkpoint in (None, DEMO.parent / "checkpoint"):
+        model = find_model("package", checkpoint=checkpoint)
+        assert (model.name, model.checkpoint) == ("package", checkpoint)
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:

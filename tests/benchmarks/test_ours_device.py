@@ -63,7 +63,6 @@ class Bench:
     device: HostDevice
     side: OpenSide
     loop: DeviceLoop
-    nets: dict[str, Spied]
     runs: Counter[str]
 
 
@@ -77,7 +76,7 @@ def opened() -> Generator[Bench]:
     loop = DeviceLoop(device, nets, PACKAGE.manifest)
     side = device_side(Pipeline.over(PACKAGE, loop, "stand-in", cache_bytes=0), loop)
     assert side.versions == {"backend": "stand-in", "device": "host memory"}
-    yield Bench(device, side, loop, nets, runs)
+    yield Bench(device, side, loop, runs)
     side.prepare("unet", GUIDED)  # and is left open
     side.close()
     side.close()
@@ -227,7 +226,7 @@ def test_memory_is_the_ledger(opened: Bench) -> None:
     picture = opened.side.prepare("picture", GUIDED)
     found = opened.side.memory()
     weights = {name: row["weights"] for name, row in found["ledger"].items()}
-    assert weights == {name: opened.nets[name].memory.weights for name in DEVICE_NETS}
+    assert weights == {name: opened.loop.nets[name].memory.weights for name in DEVICE_NETS}
     assert found["scratch"] == len(DEVICE_NETS) * KIB, "the largest of the nets'"
     assert json.loads(json.dumps(found)) == found
     picture.close()
