@@ -176,7 +176,7 @@ class SideProcess(Child):
     """
 
     def __init__(self, name: str, module: str, task: Task) -> None:
-        super().__init__("-m", f"{__package__}.process", module, json.dumps(task.to_json()))
+        super().__init__("-m", f"{__package__}.process", module, task.text)
         self.name = name
         self._folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
         self.callback(self._close_side)
@@ -347,7 +347,7 @@ def become_child() -> Callable[[Mapping[str, Any]], None]:
 def main(arguments: Sequence[str]) -> None:
     """Open the side and serve."""
     reply = become_child()
-    name, task = arguments[0], Task.from_json(json.loads(arguments[1]))
+    name, task = arguments[0], Task.parse(arguments[1])
     try:
         opened = open_side(name, task)
     except Exception as error:  # whatever a library raises is a result

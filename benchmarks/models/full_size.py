@@ -108,7 +108,8 @@ def measure_export(
             continue
         figures = {"cpu_seconds": found["cpu_seconds"]}
         rows.append(replace(row, rounds=((found["wall_seconds"],),), figures=figures))
-        rows.append(replace(row, workload="export peak memory", unit="B", rounds=((found["peak_rss"],),)))
+        if found["peak_rss"]:  # Linux tells it
+            rows.append(replace(row, workload="export peak memory", unit="B", rounds=((found["peak_rss"],),)))
     return Document(
         benchmark="export",
         model={"name": recipe},

@@ -259,16 +259,6 @@ def test_the_ladder_fails_where_a_rung_draws_something_else() -> None:
     assert any("of that free" in text and "dB, below 40" in text for text in failures(rows))
 
 
-def test_the_ladder_fails_where_no_rung_helps() -> None:
-    class Constant(Hungry):
-        def scratch(self, shapes: Shapes) -> int:
-            return 40 * MIB if shapes["latent"][-1] == 8 else 0
-
-    wrap = lambda name, net: Constant(net.net, 0) if name == "unet" else net  # noqa: E731
-    rows = run(ladder, stand_in(WatchedDevice(2**28), wrap=wrap))
-    assert "a rung helped: no request was drawn that needed a rung" in failures(rows)
-
-
 def test_the_ladder_fails_where_memory_never_runs_out() -> None:
     class Endless(WatchedDevice):
         def memory(self) -> DeviceMemory:
