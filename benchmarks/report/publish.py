@@ -22,12 +22,9 @@ _PLANS = {"waterfall": plan_waterfall, "peers": plan_ratios, "roofline": plan_ro
 
 @dataclass(frozen=True, kw_only=True)
 class Pages:
-    """Where the report goes.
+    """Where the report goes: Markdown with SUMMARY_BEGIN and SUMMARY_END, with BEGIN and END, and a folder.
 
-    Attributes:
-        readme: a Markdown file with the markers SUMMARY_BEGIN and SUMMARY_END, for the short table.
-        measurements: a Markdown file with the markers BEGIN and END, for all tables and links to figures.
-        figures: a folder for PNGs, made where it is missing; no file in it is ever deleted.
+    The folder is made where it is missing, and no file in it is ever deleted.
     """
 
     readme: Path | None

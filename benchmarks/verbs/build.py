@@ -32,13 +32,9 @@ OPTIONS = BuildOptions()
 
 @dataclass(frozen=True, kw_only=True)
 class Builds:
-    """What is built.
+    """What is built, `repeats` times: without `profiles` for the package's own size, without `nets` all.
 
-    Attributes:
-        backend: one of `engines.backends.BACKENDS`; ONNX Runtime builds layouts, not engines.
-        profiles: the pictures that engines are for; none is the package's own size.
-        nets: only these; none is all of them.
-        repeats: rounds, each into an empty store.
+    The backend is one of `engines.backends.BACKENDS`; ONNX Runtime builds layouts, not engines.
     """
 
     backend: str = "tensorrt-rtx"

@@ -35,13 +35,7 @@ def silent(line: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Sides:
-    """Who is measured: ours and ours again (the A/A pair), then peers; and what the machine can do at best.
-
-    Attributes:
-        task: what all of them open.
-        peers: names in `sides.contract.SIDES`.
-        references: of REFERENCES those that take part. With the yardstick, ours are timed beside it as well.
-    """
+    """Who is measured: ours, `peers` of `sides.contract.SIDES`, and those of REFERENCES that take part."""
 
     task: Task
     peers: tuple[str, ...] = ()

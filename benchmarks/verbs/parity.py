@@ -40,13 +40,9 @@ PROMPTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What both sides draw.
+    """What both sides draw: each net, and pictures by each sampler, of each case.
 
-    Attributes:
-        cases: sizes, batches and guidance; each net and each sampler is looked at for all of them.
-        nets: of `case.NETS`.
-        samplers: of whole pictures.
-        samples: seeds for each row, the case's own and those after it.
+    `samples` are seeds for each row, the case's own and those after it.
     """
 
     cases: tuple[Case, ...]

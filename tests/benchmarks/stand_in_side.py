@@ -25,10 +25,6 @@ def row_of(document: Document, workload: str) -> Row:
     return row
 
 
-def _nothing() -> dict[str, Any]:
-    return {}
-
-
 @dataclass
 class StandInSide:
     """`seconds` of a workload and case; `outputs` of any; `figures` of each run; memory for `most` pictures.
@@ -39,7 +35,7 @@ class StandInSide:
     name: str
     seconds: Callable[[str, Case], float]
     outputs: Outputs = field(default_factory=dict[str, np.ndarray])
-    figures: Callable[[], dict[str, Any]] = _nothing
+    figures: Callable[[], dict[str, Any]] = dict[str, Any]
     error: SideError | None = None
     most: int = 100
     stamp: Mapping[str, Any] = field(default_factory=dict[str, Any])

@@ -98,17 +98,6 @@ def test_numbers_have_three_digits_and_what_is_not_known_is_a_dash() -> None:
     assert "latentrt bench latency demo" in full_tables([], {})
 
 
-def test_the_short_table_has_no_more_than_twelve_rows() -> None:
-    many = [
-        result(replace(item.document, model={"name": name}), f"{name} {item.name}")
-        for name in "abc"
-        for item in RESULTS.values()
-    ]
-    lines = short_table(many, "all.md").splitlines()
-    assert len([line for line in lines[2:] if line.startswith("|")]) == 12
-    assert lines[-1].endswith("[All measurements, and how they were made](all.md).")
-
-
 def test_lines_whose_answers_are_known() -> None:
     def line(name: str, workload: str, **facts: Any) -> str:
         return tables(Row(side="latentrt", workload=workload, unit="B", **facts), of=f"{name}-demo")
