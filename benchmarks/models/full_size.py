@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +23,6 @@ from ..records import Document, Row
 from ..sides.contract import OURS
 from ..words import lines
 
-RECIPE = "sd15"
-DTYPES = ("fp16", "fp32")
 FLAGS = ("--verify", "--overwrite")  # of `latentrt export`
 # `python -m`, and then a line about the process itself
 _STAGE = """
@@ -80,25 +78,19 @@ def export(checkpoint: Path, package: Path, dtype: str, *flags: str) -> dict[str
     return run_stage(f"export {dtype}", "latentrt.cli", *arguments)
 
 
-def measure_export(
-    folder: Path,
-    recipe: str = RECIPE,
-    dtypes: Sequence[str] = DTYPES,
-    *,
-    said: Callable[[str], None] = lambda line: None,
-) -> Document:
+def measure_export(folder: Path, recipe: str, dtypes: Sequence[str]) -> Document:
     """Rows of time and of peak memory of each export; the checkpoint is made if it is not there yet.
 
-    Models go to `folder`; `said` gets a line for each stage. Raises ModelError if no checkpoint can be made.
+    Models go to `folder`; a line for each stage is printed. Raises ModelError if no checkpoint can be made.
     """
     rows: list[Row] = []
     machine = describe_machine()
     checkpoint = folder / recipe
     if not checkpoint.exists():
-        said(f"making the checkpoint {recipe}")
+        print(f"making the checkpoint {recipe}")
         make_checkpoint(recipe, checkpoint)
     for dtype in dtypes:
-        said(f"exporting {recipe} as {dtype}")
+        print(f"exporting {recipe} as {dtype}")
         case = {"recipe": recipe, "dtype": dtype, "flags": list(FLAGS)}
         row = Row(side=OURS, workload="export", case=case, stamp={**machine, **clocks()})
         try:
@@ -123,11 +115,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Make and export; print a line for each row, write the document with `--out`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--recipe", default=RECIPE)
-    parser.add_argument("--dtypes", nargs="+", default=DTYPES)
+    parser.add_argument("--recipe", default="sd15")
+    parser.add_argument("--dtypes", nargs="+", default=["fp16", "fp32"])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
-    document = measure_export(options.folder, options.recipe, options.dtypes, said=print)
+    document = measure_export(options.folder, options.recipe, options.dtypes)
     print("\n".join(lines(document)))
     if options.out:
         document.write(options.out)
