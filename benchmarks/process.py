@@ -61,10 +61,7 @@ class SideError(BackendError):
 
 
 class Child(ExitStack):
-    """A Python process that writes lines to stdout; closing it kills the process and all that it started.
-
-    It leads a session of its own, so that whatever it started is killed with it.
-    """
+    """A Python process that writes lines to stdout; closing it kills the process and all that it started."""
 
     def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         super().__init__()
@@ -78,7 +75,7 @@ class Child(ExitStack):
             errors="replace",
             # PYTHONSAFEPATH: `-m` would otherwise put the current folder first, and take modules from there.
             env={**os.environ, "PYTHONSAFEPATH": "1", **(environment or {})},
-            start_new_session=True,
+            start_new_session=True,  # whatever it starts is killed with it
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -179,7 +176,7 @@ class SideProcess(Child):
     """
 
     def __init__(self, name: str, module: str, task: Task) -> None:
-        super().__init__("-m", f"{__package__}.process", module, json.dumps(task.to_json()))
+        super().__init__("-m", f"{__package__}.process", module, task.text)
         self.name = name
         self._folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
         self.callback(self._close_side)
@@ -350,7 +347,7 @@ def become_child() -> Callable[[Mapping[str, Any]], None]:
 def main(arguments: Sequence[str]) -> None:
     """Open the side and serve."""
     reply = become_child()
-    name, task = arguments[0], Task.from_json(json.loads(arguments[1]))
+    name, task = arguments[0], Task.parse(arguments[1])
     try:
         opened = open_side(name, task)
     except Exception as error:  # whatever a library raises is a result

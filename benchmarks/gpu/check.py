@@ -20,8 +20,8 @@ start. Figures by section:
                 ran there; no floating-point node and no copy may be one
     parity      of each net, as in `latentrt bench parity` against ONNX Runtime on the CPU
     picture     the same of whole pictures
-    graphs      psnr_db (bar 50) between plain and replayed loops, launches; "not available" with the reason
-                where the loop cannot be captured
+    graphs      psnr_db (bar 50) between plain and replayed loops; "not available" with the reason where the
+                loop cannot be captured
     memory      opened_mib, peak_mib, closed_mib since the baseline, of all processes on the GPU: at most 64
                 may be missing once closed, and 16 more after the last cycle than after the first; what the
                 first cycle leaves is the libraries', and not judged; and the ledger of the nets

@@ -54,7 +54,7 @@ def memory(opener: Opener, scale: Scale) -> Iterator[Row]:
         nets, counted = opener.package.manifest.nets, ledger["ledger"]
         empty = [name for name, row in counted.items() if nets[name].weights and row["weights"] <= 0]
         problems = [f"no weights of {', '.join(empty)} are counted"] if empty else []
-        yield row_of("ledger", {"known_mib": mebibytes(ledger["known"]), **ledger}, problems)
+        yield row_of("ledger", ledger, problems)
 
 
 def _cycle(

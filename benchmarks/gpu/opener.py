@@ -19,7 +19,7 @@ import numpy as np
 from ...engines.backend import DeviceBackend, choose_backend
 from ...engines.cuda.device import CudaDevice
 from ...engines.cuda.facts import facts
-from ...engines.device import Device, Graph
+from ...engines.device import Device
 from ...engines.errors import LatentrtError
 from ...engines.package import Manifest, Package
 from ...engines.spec import Array
@@ -82,7 +82,6 @@ class Opened(NamedTuple):
 
     pipe: Pipeline
     loop: DeviceLoop
-    device: CountedDevice
     log: list[str]
 
 
@@ -115,41 +114,10 @@ class Opener:
         if graphs == "on" and self.onnxruntime:
             options["capture"] = True
         device, nets = self.open_device(**options)
-        counted, log = CountedDevice(device), list[str]()
-        loop = DeviceLoop(cast(Device, counted), nets, self.package.manifest, graphs=graphs, log=log.append)
+        log = list[str]()
+        loop = DeviceLoop(device, nets, self.package.manifest, graphs=graphs, log=log.append)
         with closing(loop):
-            pipe = Pipeline.over(self.package, loop, self.task.backend, cache_bytes=0)
-            yield Opened(pipe, loop, counted, log)
-
-
-class CountedDevice:
-    """A loop's device that counts launches of captured work."""
-
-    def __init__(self, device: Device) -> None:
-        self.launches = 0
-        self._device = device
-        self.copy = device.copy  # what a row calls is the device's own
-
-    def __getattr__(self, name: str) -> Any:
-        """Everything else is the device's."""
-        return getattr(self._device, name)
-
-    @contextmanager
-    def capture(self) -> Generator[list[Graph], None, None]:
-        """As the device's own."""
-        graphs: list[Graph] = []
-        with self._device.capture() as captured:
-            yield graphs
-        graphs += [_CountedGraph(self, graph) for graph in captured]
-
-
-class _CountedGraph:
-    def __init__(self, device: CountedDevice, graph: Graph) -> None:
-        self._device, self._graph, self.close = device, graph, graph.close
-
-    def launch(self) -> None:
-        self._device.launches += 1
-        self._graph.launch()
+            yield Opened(Pipeline.over(self.package, loop, self.task.backend, cache_bytes=0), loop, log)
 
 
 def backend_opener(backend: str, package: Package) -> Opener:

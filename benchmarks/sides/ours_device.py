@@ -60,12 +60,9 @@ def ledger_of(loop: DeviceLoop) -> dict[str, Any]:
         ledger: of each net, as it says itself: `weights`, `activations` (None where the library has them in
             an arena and does not tell), and `io`. Buffers that two nets share count for both.
         scratch: the block of activations that all nets share.
-        known: all of this together.
     """
     nets = {name: asdict(held) for name, held in loop.ledger.items()}
-    scratch = loop.pool.scratch_size
-    known = scratch + sum(size or 0 for net in nets.values() for size in net.values())
-    return {"ledger": nets, "scratch": scratch, "known": known}
+    return {"ledger": nets, "scratch": loop.pool.scratch_size}
 
 
 class _OnDevice:

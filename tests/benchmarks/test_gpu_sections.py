@@ -82,16 +82,10 @@ def test_pictures(run_verb: Callable[..., list[Row]]) -> None:
 
 def test_graphs() -> None:
     rows = run(graphs, stand_in())
-    assert not failures(rows)
-    for row in rows:
-        assert row.figures["psnr_db"] == float("inf")
-        assert row.figures["launches"] >= SCALE.runs
+    assert [(row.status, row.figures["psnr_db"]) for row in rows] == [("ok", float("inf"))] * 2
     rows = run(graphs, stand_in(WatchedDevice(2**30, capturable=False)))
     assert {row.status for row in rows} == {"not available"}
-    assert (rows[0].reason, rows[0].figures["launches"]) == (
-        "the loop is not captured: the stream cannot be captured",
-        0,
-    )
+    assert rows[0].reason == "the loop is not captured: the stream cannot be captured"
 
 
 def test_memory() -> None:
@@ -239,7 +233,7 @@ def test_graphs_fail_where_nothing_is_replayed(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("latentrt.runtime.loop.device.cuda_graphs.Replay._capture", silent)
     rows = run(graphs, stand_in())
-    assert "launched in 0 of 3 runs, and nothing says why" in rows[0].reason
+    assert rows[0].reason == "no graph is replayed, and nothing says why"
 
 
 @pytest.mark.parametrize(("size", "expected"), [(30, ["cycle 3", "no growth"]), (9, ["no growth"])])
@@ -263,16 +257,6 @@ def test_the_ladder_fails_where_a_rung_draws_something_else() -> None:
     apart = lambda shapes: shapes["latent"][0] in (1, 4)  # noqa: E731
     rows = run(ladder, stand_in(WatchedDevice(2**28), wrap=wrong("unet", "prediction", 0.5, apart)))
     assert any("of that free" in text and "dB, below 40" in text for text in failures(rows))
-
-
-def test_the_ladder_fails_where_no_rung_helps() -> None:
-    class Constant(Hungry):
-        def scratch(self, shapes: Shapes) -> int:
-            return 40 * MIB if shapes["latent"][-1] == 8 else 0
-
-    wrap = lambda name, net: Constant(net.net, 0) if name == "unet" else net  # noqa: E731
-    rows = run(ladder, stand_in(WatchedDevice(2**28), wrap=wrap))
-    assert "a rung helped: no request was drawn that needed a rung" in failures(rows)
 
 
 def test_the_ladder_fails_where_memory_never_runs_out() -> None:

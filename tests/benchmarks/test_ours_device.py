@@ -23,12 +23,12 @@ from latentrt.engines.device import Addresses, DeviceNet, Shapes
 from latentrt.engines.errors import MemoryLimitError
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import Package
-from latentrt.runtime.loop import open as loops
 from latentrt.runtime.loop.device.cuda_graphs import Graphs
 from latentrt.runtime.loop.device.loop import DeviceLoop
 from latentrt.runtime.pipeline import SHIPPED, Pipeline
 from tests.benchmarks.gpu_stand_in import Hungry
 from tests.engines.host_device import DEVICE_NETS, HostDevice, HostStopwatch
+from tests.runtime.device_bench import device_pipeline
 
 PACKAGE = Package.open(SHIPPED["demo"])
 GUIDED = Case.of(PACKAGE.manifest, width=64, height=64, steps=4)
@@ -63,7 +63,6 @@ class Bench:
     device: HostDevice
     side: OpenSide
     loop: DeviceLoop
-    nets: dict[str, Spied]
     runs: Counter[str]
 
 
@@ -77,7 +76,7 @@ def opened() -> Generator[Bench]:
     loop = DeviceLoop(device, nets, PACKAGE.manifest)
     side = device_side(Pipeline.over(PACKAGE, loop, "stand-in", cache_bytes=0), loop)
     assert side.versions == {"backend": "stand-in", "device": "host memory"}
-    yield Bench(device, side, loop, nets, runs)
+    yield Bench(device, side, loop, runs)
     side.prepare("unet", GUIDED)  # and is left open
     side.close()
     side.close()
@@ -227,10 +226,8 @@ def test_memory_is_the_ledger(opened: Bench) -> None:
     picture = opened.side.prepare("picture", GUIDED)
     found = opened.side.memory()
     weights = {name: row["weights"] for name, row in found["ledger"].items()}
-    assert weights == {name: opened.nets[name].memory.weights for name in DEVICE_NETS}
+    assert weights == {name: opened.loop.nets[name].memory.weights for name in DEVICE_NETS}
     assert found["scratch"] == len(DEVICE_NETS) * KIB, "the largest of the nets'"
-    sizes = [row[part] or 0 for row in found["ledger"].values() for part in ("weights", "activations", "io")]
-    assert found["known"] == sum(sizes) + found["scratch"]
     assert json.loads(json.dumps(found)) == found
     picture.close()
 
@@ -239,24 +236,7 @@ def test_memory_is_the_ledger(opened: Bench) -> None:
 
 
 def test_a_pipeline_on_a_device_gets_this_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = HostDevice()
-
-    class Engine:
-        def refusal(self) -> None:
-            return None
-
-        def describe(self) -> str:
-            return "engine 1.0"
-
-        def open_device(self, package: Package, names: tuple[str, ...]) -> Any:
-            assert set(DEVICE_NETS) <= set(names) == set(PACKAGE.manifest.nets) - {"unet_whole"}
-            return device, {
-                name: open_onnxruntime_net(package, name, device, provider=CPU, submit=device.submit)
-                for name in ("vae_decoder",)
-            }
-
-    monkeypatch.setattr(loops, "choose_backend", lambda name: (name, Engine()))
-    side = ours.open_side(Task(package=PACKAGE.root, backend="engine"))
-    assert side.versions == {"backend": "engine 1.0", "device": "host memory"}
-    side.close()
-    assert not device.blocks
+    with device_pipeline(PACKAGE, HostDevice()) as (pipe, _):
+        monkeypatch.setattr(ours, "open_pipeline", lambda task: pipe)
+        with closing(ours.open_side(Task(package=PACKAGE.root))) as side:
+            assert side.versions["device"] == "host memory"

@@ -17,11 +17,11 @@ from latentrt.benchmarks.sides.contract import OpenSide, Task, Work
 from latentrt.runtime.pipeline import SHIPPED
 
 ORPHAN = """
-import json, sys, time
+import sys, time
 from latentrt.benchmarks.process import SideProcess
 from latentrt.benchmarks.sides.contract import Task
 
-side = SideProcess("latentrt", "latentrt", Task.from_json(json.loads(sys.argv[1])))
+side = SideProcess("latentrt", "latentrt", Task.parse(sys.argv[1]))
 print(side.pid, flush=True)
 time.sleep(60)
 """
@@ -180,7 +180,7 @@ def test_a_child_that_hangs_after_its_last_line_is_ended() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_a_stopped_process_ends_with_a_parent_that_was_killed() -> None:
-    command = [sys.executable, "-c", ORPHAN, json.dumps(TASK.to_json())]
+    command = [sys.executable, "-c", ORPHAN, TASK.text]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         status = Path("/proc") / parent.stdout.readline().strip() / "status"
