@@ -63,20 +63,12 @@ class Case:
         """What tells rows apart."""
         return asdict(self)
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Case:
-        """The reverse of `to_json`."""
-        return cls(**data)
-
     @property
     def parameters(self) -> dict[str, Any]:
         """For `Pipeline.__call__`."""
         names = ("width", "height", "guidance_scale", "negative_prompt", "sampler", "seed")
-        return {
-            **{name: getattr(self, name) for name in names},
-            "num_images_per_prompt": self.pictures,
-            "num_inference_steps": self.steps,
-        }
+        own = {name: getattr(self, name) for name in names}
+        return {**own, "num_images_per_prompt": self.pictures, "num_inference_steps": self.steps}
 
 
 def rows_per_step(case: Case, manifest: Manifest) -> int:
@@ -114,26 +106,23 @@ def inputs_of(package: Package, workload: str, case: Case) -> dict[str, Array]:
     spec, latent = manifest.net(workload).spec, latent_shape(manifest, case.height, case.width)
     if workload == "text_encoder":
         texts = [case.negative_prompt, case.prompt] if case.guided else [case.prompt]
-        skip = (
-            {"clip_skip": np.zeros(1, np.int32)} if "clip_skip" in {item.name for item in spec.inputs} else {}
-        )
         ids = _tokenizer(package.root / "tokenizer").encode(texts, length=manifest.max_tokens).ids
-        return {"input_ids": ids, **skip}
+        asked = {item.name for item in spec.inputs}
+        return {"input_ids": ids, **({"clip_skip": np.zeros(1, np.int32)} if "clip_skip" in asked else {})}
     if workload == "vae_decoder":
         return {"latent": random.standard_normal((case.pictures, *latent), np.float32)}
-    context = case.batch, manifest.max_tokens, manifest.context_width
-    arrays = {
-        "latent": random.standard_normal((case.batch, *latent), np.float32),
-        "timestep": random.integers(1, 1000, 1).astype(np.float32),
-        "context": random.standard_normal(context, np.float32),
+    shapes = {
+        "latent": (case.batch, *latent),
+        "context": (case.batch, manifest.max_tokens, manifest.context_width),
+        **{name: (case.batch, width) for name, width in manifest.vectors.items()},
+        **{
+            item.name: shape_of(item.shape, sizes_of(case, manifest))
+            for item in spec.inputs
+            if item.name == "image_latents"
+        },
     }
-    more = {name: (case.batch, width) for name, width in manifest.vectors.items()}
-    more |= {
-        item.name: shape_of(item.shape, sizes_of(case, manifest))
-        for item in spec.inputs
-        if item.name == "image_latents"
-    }
-    return arrays | {name: random.standard_normal(shape, np.float32) for name, shape in more.items()}
+    arrays = {name: random.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    return {**arrays, "timestep": random.integers(1, 1000, 1).astype(np.float32)}
 
 
 @cache

@@ -30,26 +30,6 @@ class Interval:
     low: float
     high: float
 
-    @property
-    def half_width(self) -> float:
-        """In the unit of the value."""
-        return (self.high - self.low) / 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """y = intercept + slope x, by least squares.
-
-    Attributes:
-        residual: the largest |y - line|, as a share of the largest |y|.
-        r_squared: coefficient of determination; 1 where y is constant and the line goes through it.
-    """
-
-    slope: float
-    intercept: float
-    residual: float
-    r_squared: float
-
 
 def ratio_by_round(numerator: Rounds, denominator: Rounds, *, level: float = LEVEL) -> Interval:
     """The median over rounds of p50(numerator_i) / p50(denominator_i), two sides of one run.
@@ -81,23 +61,21 @@ def ab_spread(a: Rounds, b: Rounds) -> float:
     return abs(float(np.median(_ratios(a, b))) - 1)
 
 
-def fit_line(x: Sequence[float], y: Sequence[float]) -> Line:
-    """The straight line through points.
+def fit_line(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
+    """The straight line through points, by least squares.
+
+    Returns:
+        `slope`, `intercept`; and `residual`, the largest |y - line| as a share of the largest |y|.
 
     Raises:
         ValueError: fewer than two different x, or lengths that differ.
     """
-    xs, ys = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    if xs.shape != ys.shape or len(np.unique(xs)) < 2:
-        raise ValueError(f"a line needs two different x and a y for each, not {len(xs)} x and {len(ys)} y")
-    slope, intercept = linear_regression(xs.tolist(), ys.tolist())
-    rest, total = ys - (intercept + slope * xs), float(((ys - ys.mean()) ** 2).sum())
-    return Line(
-        slope=slope,
-        intercept=intercept,
-        residual=float(np.abs(rest).max() / max(float(np.abs(ys).max()), 1e-300)),
-        r_squared=1 - float(rest @ rest) / total if total else 1.0,
-    )
+    if len(x) != len(y) or len(set(x)) < 2:
+        raise ValueError(f"a line needs two different x and a y for each, not {len(x)} x and {len(y)} y")
+    slope, intercept = linear_regression(x, y)
+    rest = np.abs(np.asarray(y) - (intercept + slope * np.asarray(x)))
+    residual = float(rest.max() / max(float(np.abs(y).max()), 1e-300))
+    return {"slope": slope, "intercept": intercept, "residual": residual}
 
 
 def _ratios(numerator: Rounds, denominator: Rounds) -> Floats:

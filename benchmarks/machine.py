@@ -7,7 +7,6 @@ import platform
 import subprocess
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,25 +44,16 @@ def clocks() -> dict[str, Any]:
 def resident_bytes(pid: int | None = None) -> tuple[int, int]:
     """Bytes of a process, this one by default, that are resident now, and the most that ever were.
 
-    Linux tells both (proc(5)). Elsewhere getrusage's peak of this process stands for both; on Linux that one
-    would not do: a child's begins with what its parent had resident when it was forked. What nobody tells is
-    (0, 0): on Windows, of another process elsewhere, and of one that has ended.
+    Linux alone tells both (proc(5)); elsewhere, and of a process that has ended, it is (0, 0). The peak of
+    getrusage would not do: a child's begins with what its parent had resident when it was forked.
     """
     try:
         text = Path("/proc", str(pid or "self"), "status").read_text(encoding="utf-8", errors="replace")
         lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
         now, peak = (int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
     except (OSError, KeyError):  # no /proc; or it is ending, and has no memory any more
-        if pid:
-            return 0, 0
-    else:
-        return now, max(now, peak)
-    if find_spec("resource") is None:
         return 0, 0
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-    return peak, peak
+    return now, max(now, peak)
 
 
 def version_of(distribution: str) -> str | None:

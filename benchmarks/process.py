@@ -1,21 +1,18 @@
 """Processes of their own, for whatever is measured, and what is said between them and this one.
 
-`run` waits for a process and returns what it printed; `Child` talks with one in lines of JSON; `SideProcess`
-is a child with one side open: `python -m latentrt.benchmarks.process SIDE TASK`, commands on stdin. Each
-command gets one line back, and what libraries print goes to stderr:
+`SideProcess` is a child with one side open: `python -m latentrt.benchmarks.process SIDE TASK`, commands on
+stdin. Each command gets one line back, and what libraries print goes to stderr:
 
-    {"do": "prepare", "workload", "case", "slot", "save"}   first run; outputs go to the .npz file `save`;
-                                                            what was in the slot before is forgotten
-                                                            -> {"seconds", "finite", "figures"}
-                                                            the workload "yardstick" is every side's
-    {"do": "time", "slot", "runs", "beside"}        -> {"seconds": [...], "finite", "figures": [...]}
-                                                    seconds of a run, or of one of its repetitions; where
-                                                    "beside" names a slot, that one runs after each run, and
-                                                    "beside_s" of its figures says how long
-    {"do": "memory"}                                -> {"rss", "peak_rss", "own": {...}}
-    {"do": "close"}                                 -> {}
+    {"do": "prepare", "workload", "case", "slot", "save"} -> {"seconds", "finite", "figures"}
+        first run; outputs go to the .npz file `save`; what was in the slot before is forgotten; the workload
+        "yardstick" is every side's
+    {"do": "time", "slot", "runs", "beside"} -> {"seconds": [...], "finite", "figures": [...]}
+        seconds of a run, or of one of its repetitions; where "beside" names a slot, that one runs after each
+        run, and "beside_s" of its figures says how long
+    {"do": "memory"} -> {"own": {...}}, what the side knows of its memory
+    {"do": "close"} -> {}
 
-The first line, which nobody asks for, is {"opened": seconds, "versions", "rss"}. An error is {"error": text,
+The first line, which nobody asks for, is {"versions"}. An error is {"error": text,
 "kind": "not available" or "FAILED"}; the process lives on.
 """
 
@@ -41,7 +38,7 @@ import numpy as np
 from ..engines.errors import BackendError, LatentrtError
 from ..engines.spec import Array
 from .case import Case
-from .machine import clocks, describe_machine, resident_bytes
+from .machine import clocks, describe_machine
 from .records import Status, short
 from .sides.contract import YARDSTICK, NotAvailableError, OpenSide, Task, Work, open_side
 
@@ -64,10 +61,7 @@ class SideError(BackendError):
 
 
 class Child(ExitStack):
-    """A Python process that writes lines to stdout; closing it kills the process and all that it started.
-
-    It leads a session of its own, so that whatever it started is killed with it.
-    """
+    """A Python process that writes lines to stdout; closing it kills the process and all that it started."""
 
     def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         super().__init__()
@@ -81,7 +75,7 @@ class Child(ExitStack):
             errors="replace",
             # PYTHONSAFEPATH: `-m` would otherwise put the current folder first, and take modules from there.
             env={**os.environ, "PYTHONSAFEPATH": "1", **(environment or {})},
-            start_new_session=True,
+            start_new_session=True,  # whatever it starts is killed with it
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -162,8 +156,7 @@ class Child(ExitStack):
     def _ending(self) -> str:
         """How it ended, and the last that it printed on stderr."""
         code = self._process.wait()
-        names = {int(item): item.name for item in signal.Signals}
-        how = f"exit code {code}" if code >= 0 else names.get(-code, f"signal {-code}")
+        how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
         size = self._noise.seek(0, os.SEEK_END)
         self._noise.seek(max(0, size - 4 * _TAIL))
         text = short(self._noise.read().decode("utf-8", errors="replace"))[-_TAIL:]
@@ -183,17 +176,17 @@ class SideProcess(Child):
     """
 
     def __init__(self, name: str, module: str, task: Task) -> None:
-        super().__init__("-m", f"{__package__}.process", module, json.dumps(task.to_json()))
+        super().__init__("-m", f"{__package__}.process", module, task.text)
         self.name = name
         self._folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
         self.callback(self._close_side)
         try:
-            self.opened = self.answer()
+            opened = self.answer()
         except SideError:
             self.close()
             raise
         self._stop(True)
-        self._machine = {**describe_machine(), "side": self.opened["versions"]}
+        self._machine = {**describe_machine(), "side": opened["versions"]}
 
     @property
     def stamp(self) -> dict[str, Any]:
@@ -263,8 +256,7 @@ class Server:
         if command["do"] == "time":
             return self._time(command)
         if command["do"] == "memory":
-            now, peak = resident_bytes()
-            return {"rss": now, "peak_rss": peak, "own": dict(self._opened.memory())}
+            return {"own": dict(self._opened.memory())}
         self._opened.close()
         return {}
 
@@ -276,7 +268,7 @@ class Server:
 
             work = open_yardstick(self._task)
         else:
-            work = self._opened.prepare(command["workload"], Case.from_json(command["case"]))
+            work = self._opened.prepare(command["workload"], Case(**command["case"]))
         seconds = _seconds(work)
         outputs = work.outputs()
         if "save" in command:
@@ -355,15 +347,13 @@ def become_child() -> Callable[[Mapping[str, Any]], None]:
 def main(arguments: Sequence[str]) -> None:
     """Open the side and serve."""
     reply = become_child()
-    name, task = arguments[0], Task.from_json(json.loads(arguments[1]))
-    began = perf_counter()
+    name, task = arguments[0], Task.parse(arguments[1])
     try:
         opened = open_side(name, task)
     except Exception as error:  # whatever a library raises is a result
         reply(_error(error))
         return
-    took = perf_counter() - began
-    reply({"opened": took, "versions": dict(opened.versions), "rss": resident_bytes()[0]})
+    reply({"versions": dict(opened.versions)})
     serve(sys.stdin, Server(opened, task), reply)
 
 

@@ -37,19 +37,10 @@ _FOLDERS = re.compile(r"(?<![\w.])(?:/[\w.+~-]+)+/")
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One side at one workload.
+    """One side at one workload; docs/benchmarks.md has the fields.
 
-    Attributes:
-        side: who was measured, a name of `sides.contract.SIDES`, or that with " again" behind it (A/A).
-        workload: what was measured.
-        case: what was drawn (`case.Case`).
-        unit: of the samples: "s", "B" (bytes), "1" (a ratio), "dB".
-        rounds: samples, one tuple for each turn of the side; the turns of all sides are interleaved, so
-            that round i of one is to be compared with round i of another.
-        status: a row that is not "ok" has no time that counts.
-        reason: of that; "" where it is ok.
-        figures: what else is known, plain JSON.
-        stamp: what it was measured on: CPU, clocks, driver, versions, commit.
+    `rounds` has one tuple of samples for each turn of the side. The turns of all sides are interleaved: round
+    i of one is to be compared with round i of another. A row that is not "ok" has no time that counts.
     """
 
     side: str
@@ -91,16 +82,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One run of one verb.
-
-    Attributes:
-        benchmark: the verb: "latency", "memory", ….
-        model: name, family, dtype and net sizes of what was drawn with.
-        settings: the options of the run.
-        rows: see Row.
-        date: UTC, ISO 8601 to the second.
-        machine: `machine.describe_machine()`.
-    """
+    """One run of one verb; docs/benchmarks.md has the fields."""
 
     benchmark: str
     model: Mapping[str, Any]
@@ -117,6 +99,14 @@ class Document:
         for row in self.rows:
             if workload in (None, row.workload) and side in (None, row.side) and case in (None, row.case):
                 yield row
+
+    def beside(self, row: Row, side: str) -> Row | None:
+        """The row of a side that took turns with this one, if both count: rounds can be compared in pairs."""
+        for other in self.select(row.workload, side, row.case):
+            counts = row.status == other.status == "ok" and row.unit == other.unit
+            if counts and len(row.rounds) == len(other.rounds) > 0:
+                return other
+        return None
 
     @property
     def failed(self) -> bool:

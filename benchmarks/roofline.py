@@ -5,9 +5,9 @@ copy (Williams, Waterman, Patterson, "Roofline", CACM 52(4), 2009). It assumes t
 and that no cache outlives a net's call. A fraction above 1 is possible, then, and says which of the two does
 not hold: Winograd's convolution, or weights that fit the last cache.
 
-Work is counted on a net's ONNX graph alone, as the field does it: a multiply-add is 2 FLOP, a convolution is
-the direct one, both matmuls of attention count; norms, softmax and elementwise work do not.
-`torch.utils.flop_counter` counts the same. No weight is read.
+Work is counted on a net's ONNX graph alone, as `torch.utils.flop_counter` counts it: a multiply-add is 2
+FLOP, a convolution is the direct one, both matmuls of attention count; norms, softmax and elementwise work
+do not. No weight is read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from math import prod
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -32,18 +32,7 @@ from .sides.contract import CEILING
 
 GEMM, COPY = "gemm", "copy"  # the workloads of the ceiling
 _UNITS = {GEMM: "flop", COPY: "byte"}
-Kind = Literal["convolution", "linear", "attention", "norm"]
-
-# All that multiplies matrices. A MatMul of two tensors that are no weights is one of attention, too.
-_KINDS: Mapping[str, Kind] = {
-    "Conv": "convolution",
-    "Gemm": "linear",
-    "MatMul": "linear",
-    "Attention": "attention",
-}
-_NORMS = [f"{kind}Normalization" for kind in ("Group", "Layer", "Instance", "Batch", "RMS")]
-# What attention without an operator of its own has between its two matmuls: the scores are never stored.
-_ON_SCORES = ("Softmax", "Cast", "Mul", "Div", "Add", "Sub", "Where")
+_COUNTED = ("Conv", "Gemm", "MatMul", "Attention")
 _LONGEST = 300  # characters of a library's message: inference names every node behind the first it fails at
 # They multiply matrices too, or hold graphs of their own; nothing that we export has them.
 _NOT_COUNTED = (
@@ -54,40 +43,18 @@ _NOT_COUNTED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
-    """One operator that is not elementwise. Attention is one layer, also where the graph spells it out.
-
-    Attributes:
-        kind: of operator.
-        flops: of its matmuls; 0 of a norm.
-        bytes: read and written if it is one kernel: inputs and weights once, the output once.
-    """
-
-    kind: Kind
-    flops: int
-    bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Work:
-    """What one call of a net is. Bytes are those of the graph's own dtypes.
+    """What one call of a net is.
 
     Attributes:
-        layers: in the order of the graph.
-        parameters: numbers in its weights.
-        least_bytes: what any implementation moves whose caches do not outlive the call: weights once, as the
-            layers read them after the graph's own casts (of a table only the rows that are looked up),
-            inputs and outputs once.
+        flops: of all that multiplies matrices.
+        least_bytes: what any implementation moves whose caches do not outlive the call: weights once, as they
+            are read after the graph's own casts (of a table only the rows that are looked up), inputs and
+            outputs once.
     """
 
-    layers: tuple[Layer, ...]
-    parameters: int
+    flops: int
     least_bytes: int
-
-    @property
-    def flops(self) -> int:
-        """The sum over all layers."""
-        return sum(layer.flops for layer in self.layers)
 
 
 def net_work(package: Package, net: str, sizes: Mapping[str, int]) -> Work:
@@ -126,7 +93,7 @@ def net_work(package: Package, net: str, sizes: Mapping[str, int]) -> Work:
             expected="a graph of standard operators at sizes that fit it",
             fix="Export the package again, or choose other sizes.",
         ) from error
-    return _Count(tensors).work(model.graph)
+    return _count(model.graph, tensors)
 
 
 # Works, and how often each is called.
@@ -163,38 +130,19 @@ def workload_parts(package: Package, workload: str, case: Case) -> Parts:
     ]
 
 
-def floors(parts: Parts, *, flop_per_s: float, byte_per_s: float) -> dict[str, float]:
+def floor_s(parts: Parts, *, flop_per_s: float, byte_per_s: float) -> float:
     """The least seconds of some parts, one after the other, on a machine with these ceilings.
 
-    Returns:
-        floor_compute_s: FLOPs over the best rate of a matmul.
-        floor_bytes_s: least bytes over the rate of a copy.
-        floor_s: the larger of the two, net by net.
-        floor_layers_s: the larger of the two, layer by layer: each is one kernel, and elementwise work is
-            free.
+    Of each net the larger counts: FLOPs over the best rate of a matmul, or least bytes over that of a copy.
     """
-    nets = [(calls, work.flops / flop_per_s, work.least_bytes / byte_per_s) for calls, work in parts]
-    return {
-        "floor_compute_s": sum(calls * compute for calls, compute, _ in nets),
-        "floor_bytes_s": sum(calls * moving for calls, _, moving in nets),
-        "floor_s": sum(calls * max(both) for calls, *both in nets),
-        "floor_layers_s": sum(
-            calls * max(layer.flops / flop_per_s, layer.bytes / byte_per_s)
-            for calls, work in parts
-            for layer in work.layers
-        ),
-    }
+    return sum(calls * max(work.flops / flop_per_s, work.least_bytes / byte_per_s) for calls, work in parts)
 
 
 def with_roofline(rows: Sequence[Row], parts: Parts) -> list[Row]:
     """Rows of one workload and case, and those of the ceilings that took turns with them, with more figures.
 
-    A side's row in seconds gets `flops` and `bytes` of a run (`Work`), `flop_per_s` at its median, and
-    `of_best_gemm`, that over the rate of the best matmul; the `floors` at the ceilings' medians, and
-    `of_floor`, `floor_s` over the time. A ceiling's own row, whose figures have the `flops` or `bytes` of a
-    run, gets `flop_per_s` or `byte_per_s`. The two ratios are medians over rounds where both sides have as
-    many: a slow minute then falls on both and leaves their ratio. What no ceiling was measured for is left
-    out.
+    docs/benchmarks.md has the figures. Ratios are medians over rounds where both sides have as many: a slow
+    minute then falls on both and leaves their ratio. What no ceiling was measured for is left out.
 
     Args:
         rows: rows that are not "ok", or not in seconds, stay as they are.
@@ -224,11 +172,11 @@ def _figures(row: Row, parts: Parts, gemm: Row | None, copy: Row | None) -> dict
     if gemm and copy:
         work, moved = gemm.figures["flops"], copy.figures["bytes"]
 
-        def at(gemm_s: float, copy_s: float) -> dict[str, float]:
-            return floors(parts, flop_per_s=work / gemm_s, byte_per_s=moved / copy_s)
+        def at(gemm_s: float, copy_s: float) -> float:
+            return floor_s(parts, flop_per_s=work / gemm_s, byte_per_s=moved / copy_s)
 
-        shares = [at(*best)["floor_s"] / own for own, *best in _turns(row, gemm, copy)]
-        found |= {**at(gemm.summary["p50"], copy.summary["p50"]), "of_floor": median(shares)}
+        found["floor_s"] = at(gemm.summary["p50"], copy.summary["p50"])
+        found["of_floor"] = median(at(*best) / own for own, *best in _turns(row, gemm, copy))
     return found
 
 
@@ -330,76 +278,34 @@ def _set_sizes(value: Any, sizes: Mapping[str, int]) -> None:
             dim.dim_value = sizes[dim.dim_param]
 
 
-class _Count:
-    """Goes through a graph once."""
-
-    def __init__(self, tensors: _Tensors) -> None:
-        self._tensors = tensors
-        self._layers: list[Layer] = []
-        # tensor -> the layer that began an attention, and bytes of its output
-        self._scores: dict[str, tuple[int, int]] = {}
-        self._read: dict[str, int] = {}  # weight -> bytes of it that are needed, as they are read
-
-    def work(self, graph: Any) -> Work:
-        tensors = self._tensors
-        for node in graph.node:
-            if node.output[0] not in tensors.roots:
-                self._read_weights(node)
-                self._add(node)
-        return Work(
-            layers=tuple(self._layers),
-            parameters=sum(
-                prod(tensors.shape(root)) for root in self._read if tensors.dtype(root).kind not in "iub"
-            ),
-            least_bytes=tensors.nbytes(*(value.name for value in (*graph.input, *graph.output)))
-            + sum(self._read.values()),
-        )
-
-    def _read_weights(self, node: Any) -> None:
-        for position, name in enumerate(node.input):
-            root = self._tensors.roots.get(name)
-            if root is not None:
-                size = self._tensors.nbytes(name)
-                looked_up = (node.op_type, position) == ("Gather", 0)
-                rows = self._tensors.nbytes(node.output[0]) if looked_up else size
-                self._read[root] = max(min(rows, size), self._read.get(root, 0))
-
-    def _add(self, node: Any) -> None:
-        tensors, written = self._tensors, node.output[0]
+def _count(graph: Any, tensors: _Tensors) -> Work:
+    """Go through a graph once. What is computed of constants alone is no work of a call."""
+    flops = 0
+    read: dict[str, int] = {}  # weight -> bytes of it that are needed, as they are read
+    for node in graph.node:
+        written = node.output[0]
+        if written in tensors.roots:
+            continue
         if node.op_type in _NOT_COUNTED:
             raise PackageError(
                 f"the work of the operator {node.op_type} ({node.name or written}) is not counted",
-                expected="Conv, Gemm, MatMul and Attention",
+                expected=", ".join(_COUNTED),
                 fix="Export the package again with this release, or teach `roofline.py` the operator.",
             )
-        if node.op_type in _NORMS:
-            self._layers.append(Layer(kind="norm", flops=0, bytes=tensors.nbytes(node.input[0], written)))
-        elif node.op_type == "MatMul" and not any(name in tensors.roots for name in node.input):
-            self._add_matmul_of_attention(node)
-        elif node.op_type in _KINDS:
-            size = tensors.nbytes(*filter(None, node.input), written)
-            self._layers.append(Layer(kind=_KINDS[node.op_type], flops=_flops(node, tensors), bytes=size))
-        elif node.op_type in _ON_SCORES:
-            begun = [self._scores[name] for name in node.input if name in self._scores]
-            if begun:
-                self._scores[written] = begun[0]
-
-    def _add_matmul_of_attention(self, node: Any) -> None:
-        """Scores begin a layer; shares times values end it, and then the scores need not be stored."""
-        left, right, written = map(self._tensors.nbytes, (*node.input, node.output[0]))
-        flops = _flops(node, self._tensors)
-        if node.input[0] in self._scores:
-            index, scores = self._scores[node.input[0]]
-            begun = self._layers[index]
-            size = begun.bytes - scores + right + written
-            self._layers[index] = replace(begun, flops=begun.flops + flops, bytes=size)
-            return
-        self._scores[node.output[0]] = len(self._layers), written
-        self._layers.append(Layer(kind="attention", flops=flops, bytes=left + right + written))
+        if node.op_type in _COUNTED:
+            flops += _flops(node, tensors)
+        for position, name in enumerate(node.input):
+            if (root := tensors.roots.get(name)) is not None:
+                size = tensors.nbytes(name)
+                if (node.op_type, position) == ("Gather", 0):
+                    size = min(size, tensors.nbytes(written))
+                read[root] = max(size, read.get(root, 0))
+    outside = tensors.nbytes(*(value.name for value in (*graph.input, *graph.output)))
+    return Work(flops=flops, least_bytes=outside + sum(read.values()))
 
 
 def _flops(node: Any, tensors: _Tensors) -> int:
-    """FLOPs of an operator of `_KINDS`."""
+    """FLOPs of an operator of `_COUNTED`."""
     left, right, written = (tensors.shape(name) for name in (*node.input[:2], node.output[0]))
     if node.op_type == "Attention":  # each of T keys meets every query, and each of T values every output
         return 2 * right[-2] * (prod(left) + prod(written))  # keys are (B, H, T, D) or (B, T, H*D)

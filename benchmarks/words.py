@@ -167,9 +167,8 @@ def _sample(value: float, unit: str) -> str:
 
 def _against(document: Document, row: Row) -> str:
     """The ratio to ours of the same workload and case; of our second half, how far the pair is apart."""
-    timed = row.unit == "s" and row.side != OURS and row.rounds
-    ours = next(document.select(row.workload, OURS, row.case), None) if timed else None
-    if ours is None or len(ours.rounds) != len(row.rounds):
+    ours = document.beside(row, OURS) if row.unit == "s" and row.side != OURS else None
+    if ours is None:
         return ""
     if row.side == AGAIN:
         return f"A/A spread {percent(ab_spread(ours.rounds, row.rounds))}"

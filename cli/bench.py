@@ -264,12 +264,10 @@ def build(call: Call) -> _Measure:
 )
 def parity(call: Call) -> _Measure:
     """Every net and whole pictures against a reference on the CPU, by a bar for each dtype."""
-    from ..benchmarks.verbs.parity import Inputs, Reference, measure_parity
+    from ..benchmarks.verbs.parity import Inputs, measure_parity
 
     inputs = Inputs(cases=(call.case(),), samples=1 if call.quick else call.options["samples"])
-    task = call.task()
-    reference = Reference.of(task, call.options["reference"])
-    return partial(measure_parity, call.package, task, inputs, reference=reference)
+    return partial(measure_parity, call.package, call.task(), inputs, reference=call.options["reference"])
 
 
 # ── other verbs ────────────────────────────────────────────────────────────────────────────────────

@@ -16,7 +16,6 @@ from latentrt.benchmarks.models import checkpoints
 from latentrt.benchmarks.models.checkpoints import config_of, parts_of, write_json, write_part
 from latentrt.benchmarks.models.recipes import (
     EULER,
-    REFINER,
     SCHEDULER,
     Config,
     Recipe,
@@ -126,7 +125,7 @@ FAMILIES: Mapping[str, Recipe] = {
         unet={**_SMALL_XL.unet, "cross_attention_dim": 128, **xl(5, 96, 8)},
         text=None,
         pipeline="StableDiffusionXLImg2ImgPipeline",
-        index=REFINER,
+        index={"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False},
     ),
     "turbo-tiny": replace(_SMALL, scheduler=TURBO),
     "inpaint-tiny": replace(

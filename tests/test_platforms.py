@@ -29,7 +29,7 @@ def windows_renames(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def _write(package: Path, text: str) -> None:
-    with export._beside(package, overwrite=True) as folder:
+    with export._complete(package, overwrite=True) as folder:
         (folder / "manifest.json").write_text(text, encoding="utf-8")
 
 

@@ -9,31 +9,26 @@ no GPU. Backends that cannot run here are "not available", with the reason: that
 runs in a process of its own with a time limit. Other processes on the GPU disturb the sections `memory` and
 `ladder`, and the last takes all of the GPU's memory for a moment.
 
-The document is one as every verb writes (`records.py`), with the benchmark "gpu_check". Its settings are
-`backends`, the `profile` engines were built for, and the `limit` in seconds. A row's workload is the section,
-its case has `backend` and `what` was looked at; samples are seconds, where something was timed. The row
-`process` of each section has the seconds of its process, with its start. Figures by section:
+The document is one as every verb writes (docs/benchmarks.md). A row's workload is the section, its case has
+`backend` and `what` was looked at. The row `process` of each section has the seconds of its process, with its
+start. Figures by section:
 
     available   is: name, version, device
-    build       engine_mb, peak_rss_gb, profiles, layers, … of each net (`verbs/build.py`);
-                onnxruntime-cuda: layout, milliseconds and relative_l2 of each layout, rejected ones
+    build       of each net, as in `latentrt bench build`
     placement   `every net` opens: device, weights_mib; "not available" where the library does not list this
                 GPU and refuses it. ONNX Runtime besides, of each net: nodes that ran, and on_cpu those that
                 ran there; no floating-point node and no copy may be one
-    parity      as in `latentrt bench parity`, against ONNX Runtime on the CPU: relative_l2 (bar 1e-4 for
-                fp32, 5e-3 for fp16) and psnr_db of a net at one shape; the decoder's bar is 60 and 45 dB
-    picture     the same of whole pictures: psnr_db of the worst of three (bar 48 for fp32, 40 for fp16), …
-    graphs      psnr_db (bar 50) between plain and replayed loops, plain_p50_s, graph_p50_s,
-                launches; "not available" with the reason where the loop cannot be captured
+    parity      of each net, as in `latentrt bench parity` against ONNX Runtime on the CPU
+    picture     the same of whole pictures
+    graphs      psnr_db (bar 50) between plain and replayed loops; "not available" with the reason where the
+                loop cannot be captured
     memory      opened_mib, peak_mib, closed_mib since the baseline, of all processes on the GPU: at most 64
                 may be missing once closed, and 16 more after the last cycle than after the first; what the
                 first cycle leaves is the libraries', and not judged; and the ledger of the nets
     host_memory resident_mib, and by how much it has grown over so many pictures of plain loops (at most 8)
     ladder      need_mib; then, with less and less free_mib: drawn, rungs, psnr_db, or how it was refused
     timing      a picture by ours, and by a plain loop over the same library where there is one, in turns, as
-                in `latentrt bench latency`: stages_p50_s, device_p50_s, replayed, …; no time is too long
-
-"inf" and "-inf" are text. The peak is that of samples taken every 2 ms.
+                in `latentrt bench latency`: stages_p50_s, …; no time is too long
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from ...engines.tolerances import PICTURE_DB
 from ..likeness import psnr
 from ..machine import resident_bytes
 from ..records import Row
-from ..sides.device_work import ledger_of
+from ..sides.ours_device import ledger_of
 from ..verbs.memory_watch import sampled
 from .opener import Opened, Opener, Scale, attempt, draw, mebibytes, row_of
 
@@ -54,7 +54,7 @@ def memory(opener: Opener, scale: Scale) -> Iterator[Row]:
         nets, counted = opener.package.manifest.nets, ledger["ledger"]
         empty = [name for name, row in counted.items() if nets[name].weights and row["weights"] <= 0]
         problems = [f"no weights of {', '.join(empty)} are counted"] if empty else []
-        yield row_of("ledger", {"known_mib": mebibytes(ledger["known"]), **ledger}, problems)
+        yield row_of("ledger", ledger, problems)
 
 
 def _cycle(
@@ -124,7 +124,7 @@ def _ample(opener: Opener, scale: Scale, watch: Device) -> tuple[Array, int]:
         _warm_up(opened, scale)
         before = watch.memory().free
         with sampled(lambda: watch.memory().free, _PERIOD) as looks:
-            images, _ = draw(opened.pipe, scale.large)
+            images = draw(opened.pipe, scale.large)
         return images, before - min(size for _, size in looks)
 
 
@@ -143,15 +143,13 @@ def _large(
     `expected` tells whether it has to be drawn; None: either will do.
     """
     figures: dict[str, Any] = {"free_mib": mebibytes(watch.memory().free)}
-    samples: list[float] = []
     try:
-        found, seconds = draw(opened.pipe, scale.large)
+        found = draw(opened.pipe, scale.large)
     except MemoryLimitError as error:
         figures |= {"drawn": False, "refused": error.found}
         problems = [] if _NUMBERS.search(error.found) else [f"the refusal has no numbers: {error.found}"]
         problems += [f"it was refused: {error.found}"] if expected else []
     else:
-        samples.append(seconds)
         tiled = any(re.search(r"tile=\d", line) for line in opened.log)
         likeness, bar = psnr(found, wanted), TILED_DB if tiled else PICTURE_DB["fp16"]
         figures |= {"drawn": True, "psnr_db": likeness}
@@ -159,7 +157,7 @@ def _large(
         problems += ["it was drawn, although no memory was free"] if expected is False else []
     # What the loop logged as `out of memory (WHY): RUNG -> PLAN`.
     rungs = [line.rpartition("): ")[2].partition(" -> ")[0] for line in opened.log]
-    return row_of(what, {**figures, "rungs": rungs}, problems, samples)
+    return row_of(what, {**figures, "rungs": rungs}, problems)
 
 
 def _warm_up(opened: Opened, scale: Scale) -> None:

@@ -12,7 +12,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -32,7 +31,6 @@ from ...runtime.pipeline import Pipeline
 from ..case import Case
 from ..records import Figures, Row
 from ..sides.contract import OURS, Task
-from ..sides.device_work import CountedDevice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +82,6 @@ class Opened(NamedTuple):
 
     pipe: Pipeline
     loop: DeviceLoop
-    device: CountedDevice
     log: list[str]
 
 
@@ -117,11 +114,10 @@ class Opener:
         if graphs == "on" and self.onnxruntime:
             options["capture"] = True
         device, nets = self.open_device(**options)
-        counted, log = CountedDevice(device), list[str]()
-        loop = DeviceLoop(cast(Device, counted), nets, self.package.manifest, graphs=graphs, log=log.append)
+        log = list[str]()
+        loop = DeviceLoop(device, nets, self.package.manifest, graphs=graphs, log=log.append)
         with closing(loop):
-            pipe = Pipeline.over(self.package, loop, self.task.backend, cache_bytes=0)
-            yield Opened(pipe, loop, counted, log)
+            yield Opened(Pipeline.over(self.package, loop, self.task.backend, cache_bytes=0), loop, log)
 
 
 def backend_opener(backend: str, package: Package) -> Opener:
@@ -140,11 +136,9 @@ def backend_opener(backend: str, package: Package) -> Opener:
     )
 
 
-def draw(pipe: Pipeline, case: Case) -> tuple[Array, float]:
-    """Pictures (N, H, W, 3) uint8 and the seconds they took."""
-    began = perf_counter()
-    images = np.asarray(pipe(case.prompt, output_type="np", **case.parameters).images)
-    return images, perf_counter() - began
+def draw(pipe: Pipeline, case: Case) -> Array:
+    """Pictures (N, H, W, 3) uint8."""
+    return np.asarray(pipe(case.prompt, output_type="np", **case.parameters).images)
 
 
 def encoder_inputs(case: Case) -> dict[str, Array]:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -19,17 +18,15 @@ from ...engines.profiles import Profile
 from ...engines.spec import TEXT_ENCODERS
 from ...engines.store.engine_store import EngineStore
 from ...engines.tensorrt.build import built_nets
-from ...engines.tolerances import DECODED_DB
 from ...runtime.loop.device.programs import input_shapes
 from ..case import HOST_NETS, Case, sizes_of
 from ..likeness import psnr
-from ..process import SideProcess
 from ..records import Row
 from ..rounds import Pace
-from ..sides.contract import OURS, SIDES
+from ..sides.contract import SIDES
 from ..verbs.build import Builds, build_net
 from ..verbs.latency import Sides, check, measure_latency
-from ..verbs.parity import Inputs, Reference, compare_sides
+from ..verbs.parity import Inputs, measure_parity
 from .opener import Opened, Opener, Scale, attempt, draw, encoder_inputs, failed, mebibytes, row_of
 
 SAMPLERS = ("dpmpp_2m", "ddim", "euler_a")  # the last draws noise in every row
@@ -74,7 +71,7 @@ def placement(opener: Opener, scale: Scale) -> Iterator[Row]:
                 for net in nets.values():
                     net.scratch(input_shapes(net.spec, sizes))  # engines are opened by their first request
                 weights = mebibytes(sum(net.memory.weights for net in nets.values()))
-                yield row_of("every net", {"device": opened.device.name, "weights_mib": weights})
+                yield row_of("every net", {"device": opened.loop.device.name, "weights_mib": weights})
                 if opener.onnxruntime:
                     draw(opened.pipe, scale.case)
                     if "vae_encoder" in nets:
@@ -117,12 +114,7 @@ def _types(args: dict[str, Any]) -> set[str]:
 def parity(opener: Opener, scale: Scale) -> Iterator[Row]:
     """Single nets, for one guided picture and for three that are not square, against the CPU's."""
     inputs = Inputs(cases=(scale.case, scale.several), samplers=(), samples=1)
-    for row in _against_the_cpu(opener, inputs):
-        # One net makes a picture of the same latent: that is held to more than a whole generation.
-        likeness, bar = row.figures.get("psnr_db", 0.0), DECODED_DB[opener.package.manifest.dtype]
-        if row.unit == "dB" and row.status == "ok" and likeness < bar:
-            row = replace(row, status="FAILED", reason=f"{likeness:.1f} dB, below {bar:g}")
-        yield row
+    yield from _against_the_cpu(opener, inputs)
     if "vae_encoder" in opener.package.manifest.nets:  # no workload of the benchmarks runs it
         yield attempt("vae_encoder", _encoder, opener, scale.case)
 
@@ -141,19 +133,14 @@ def picture(opener: Opener, scale: Scale) -> Iterator[Row]:
 
 def _against_the_cpu(opener: Opener, inputs: Inputs) -> Iterator[Row]:
     """The rows of `latentrt bench parity`; the reference is the plain loop over ONNX Runtime."""
-    reference = Reference.of(opener.task, "onnxruntime")
-    with (
-        SideProcess(OURS, OURS, opener.task) as ours,
-        SideProcess(f"{reference.name} (reference)", reference.name, reference.task) as other,
-    ):
-        for row in compare_sides(ours, other, inputs, opener.package.manifest.dtype):
-            names = ("sampler", "width", "height", "pictures", "guidance_scale")
-            what = [f"{name} {row.case[name]}" for name in names if name in row.case]
-            yield replace(row, workload=", ".join([row.workload, *what]))
+    for row in measure_parity(opener.package, opener.task, inputs, reference="onnxruntime").rows:
+        names = ("sampler", "width", "height", "pictures", "guidance_scale")
+        what = [f"{name} {row.case[name]}" for name in names if name in row.case]
+        yield replace(row, workload=", ".join([row.workload, *what]))
 
 
 def graphs(opener: Opener, scale: Scale) -> Iterator[Row]:
-    """Loops replayed as captured graphs draw what plain ones draw; the time of each, interleaved.
+    """Loops replayed as captured graphs draw what plain ones draw, in turns.
 
     Each run has a seed of its own, and noise in every row: a graph that replays yesterday's data shows.
     """
@@ -163,25 +150,18 @@ def graphs(opener: Opener, scale: Scale) -> Iterator[Row]:
 
 
 def _graphs(sampler: str, plain: Opened, replayed: Opened, scale: Scale) -> Row:
-    before, likeness = replayed.device.launches, list[float]()
-    seconds: dict[str, list[float]] = {"plain": [], "graph": []}
+    likeness = list[float]()
     for run in range(_WARM + scale.runs):
         case = replace(scale.case, sampler=sampler, seed=100 + run)
-        wanted, plain_s = draw(plain.pipe, case)
-        found, graph_s = draw(replayed.pipe, case)
+        wanted, found = (draw(opened.pipe, case) for opened in (plain, replayed))
         likeness.append(psnr(found, wanted))
-        seconds["plain"].append(plain_s)
-        seconds["graph"].append(graph_s)
-    launches, worst = replayed.device.launches - before, min(likeness)
-    figures: dict[str, Any] = {"psnr_db": worst, "launches": launches, "runs": scale.runs}
-    figures |= {f"{name}_p50_s": median(taken[_WARM:]) for name, taken in seconds.items()}
-    problem = missing = ""
+    worst, problem, missing = min(likeness), "", ""
     if worst < REPLAY_DB:
         problem = f"{worst:.1f} dB between plain and replayed, below {REPLAY_DB:g}"
-    elif launches < scale.runs:  # plain loops are what the loop falls back on, and it says why
+    elif not replayed.loop.replays:  # plain loops are what the loop falls back on, and it says why
         missing = next((line for line in replayed.log if line.startswith(_REFUSED)), "")
-        problem = "" if missing else f"launched in {launches} of {scale.runs} runs, and nothing says why"
-    return row_of(sampler, figures, [problem] if problem else (), seconds["graph"][_WARM:], missing)
+        problem = "" if missing else "no graph is replayed, and nothing says why"
+    return row_of(sampler, {"psnr_db": worst}, [problem] if problem else (), missing=missing)
 
 
 def timing(opener: Opener, scale: Scale) -> Iterator[Row]:

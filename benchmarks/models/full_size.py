@@ -1,4 +1,4 @@
-"""Full-size models: `python -m latentrt.benchmarks.models.full_size FOLDER --out FILE` says what they take.
+"""Full-size models: `python -m latentrt.benchmarks.models.full_size FOLDER --out FILE` measures exports.
 
 An exact-shape random-weight checkpoint goes to FOLDER/<recipe>, its packages to FOLDER/<recipe>-<dtype>,
 where `models.find_model` finds them. Every stage is a process of its own, and so each peak memory its own.
@@ -10,12 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 from ...engines.errors import ModelError
 from ..machine import clocks, describe_machine
@@ -24,8 +23,6 @@ from ..records import Document, Row
 from ..sides.contract import OURS
 from ..words import lines
 
-RECIPE = "sd15"
-DTYPES = ("fp16", "fp32")
 FLAGS = ("--verify", "--overwrite")  # of `latentrt export`
 # `python -m`, and then a line about the process itself
 _STAGE = """
@@ -41,28 +38,22 @@ print(json.dumps({"cpu_seconds": time.process_time(), "peak_rss": resident_bytes
 """
 
 
-def run_stage(name: str, module: str, *arguments: str) -> dict[str, Any]:
-    """Run `python -m MODULE ARGUMENTS`.
-
-    Returns:
-        `wall_seconds`; `cpu_seconds` and `peak_rss`, in bytes, of the process; and what is in the last line
-        it printed, if that is a JSON object.
+def run_stage(name: str, module: str, *arguments: str) -> dict[str, float]:
+    """Run `python -m MODULE ARGUMENTS`: `wall_seconds`, the process's `cpu_seconds`, its `peak_rss` in bytes.
 
     Raises:
         ModelError: it failed; with the end of what it printed on stderr.
     """
     began = perf_counter()
     try:
-        *printed, last = run(["-c", _STAGE, module, *arguments])
+        *_, last = run(["-c", _STAGE, module, *arguments])
     except SideError as error:
         raise ModelError(
             f"{name} failed: {error.reason}",
             expected="a stage that ends well",
             fix="Mend what it names, and run it again; stages that were complete stay.",
         ) from error
-    own: dict[str, Any] = json.loads(printed[-1]) if printed and printed[-1].startswith("{") else {}
-    own.pop("package", None)  # a path of this machine
-    return {"wall_seconds": perf_counter() - began, **own, **json.loads(last)}
+    return {"wall_seconds": perf_counter() - began, **json.loads(last)}
 
 
 @contextmanager
@@ -75,76 +66,60 @@ def complete(folder: Path) -> Generator[Path]:
         unfinished.rename(folder)
 
 
-def make_checkpoint(recipe: str, checkpoint: Path) -> dict[str, Any]:
-    """Write the folder of a recipe of `checkpoints.py`, complete or not at all. As `run_stage`."""
+def make_checkpoint(recipe: str, checkpoint: Path) -> None:
+    """Write the folder of a recipe of `checkpoints.py`, complete or not at all. Raises ModelError."""
     with complete(checkpoint) as unfinished:
-        module = "latentrt.benchmarks.models.checkpoints"
-        return run_stage("make checkpoint", module, recipe, str(unfinished))
+        run_stage("make checkpoint", "latentrt.benchmarks.models.checkpoints", recipe, str(unfinished))
 
 
-def export(checkpoint: Path, package: Path, dtype: str, *flags: str) -> dict[str, Any]:
+def export(checkpoint: Path, package: Path, dtype: str, *flags: str) -> dict[str, float]:
     """`latentrt export`, which writes the package completely or not at all. As `run_stage`."""
-    arguments = ["export", str(checkpoint), "-o", str(package), "--dtype", dtype, "--json", *flags]
+    arguments = ["export", str(checkpoint), "-o", str(package), "--dtype", dtype, *flags]
     return run_stage(f"export {dtype}", "latentrt.cli", *arguments)
 
 
-def measure_export(
-    folder: Path,
-    recipe: str = RECIPE,
-    dtypes: Sequence[str] = DTYPES,
-    *,
-    said: Callable[[str], None] = lambda line: None,
-) -> Document:
-    """Rows of time and of peak memory: of making the checkpoint, if it is not there yet, and of each export.
+def measure_export(folder: Path, recipe: str, dtypes: Sequence[str]) -> Document:
+    """Rows of time and of peak memory of each export; the checkpoint is made if it is not there yet.
 
-    Models go to `folder`; `said` gets a line for each stage. Raises ModelError if no checkpoint can be made.
+    Models go to `folder`; a line for each stage is printed. Raises ModelError if no checkpoint can be made.
     """
     rows: list[Row] = []
     machine = describe_machine()
     checkpoint = folder / recipe
     if not checkpoint.exists():
-        said(f"making the checkpoint {recipe}")
-        rows += _rows("make checkpoint", {"recipe": recipe}, make_checkpoint(recipe, checkpoint), machine)
+        print(f"making the checkpoint {recipe}")
+        make_checkpoint(recipe, checkpoint)
     for dtype in dtypes:
-        said(f"exporting {recipe} as {dtype}")
+        print(f"exporting {recipe} as {dtype}")
         case = {"recipe": recipe, "dtype": dtype, "flags": list(FLAGS)}
+        row = Row(side=OURS, workload="export", case=case, stamp={**machine, **clocks()})
         try:
             found = export(checkpoint, folder / f"{recipe}-{dtype}", dtype, *FLAGS)
-            rows += _rows("export", case, found, machine)
         except ModelError as error:
-            row = Row(side=OURS, workload="export", case=case, status="FAILED", reason=error.found)
-            rows.append(row)
-    size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+            rows.append(replace(row, status="FAILED", reason=error.found))
+            continue
+        figures = {"cpu_seconds": found["cpu_seconds"]}
+        rows.append(replace(row, rounds=((found["wall_seconds"],),), figures=figures))
+        if found["peak_rss"]:  # Linux tells it
+            rows.append(replace(row, workload="export peak memory", unit="B", rounds=((found["peak_rss"],),)))
     return Document(
         benchmark="export",
-        model={"name": recipe, "checkpoint_bytes": size},
+        model={"name": recipe},
         settings={"recipe": recipe, "dtypes": list(dtypes), "flags": list(FLAGS)},
         rows=tuple(rows),
         machine=machine,
     )
 
 
-def _rows(
-    workload: str, case: Mapping[str, Any], stage: Mapping[str, Any], machine: Mapping[str, Any]
-) -> list[Row]:
-    figures = dict(stage)
-    seconds, peak = figures.pop("wall_seconds"), float(figures.pop("peak_rss"))
-    row = Row(side=OURS, workload=workload, case=case, stamp={**machine, **clocks()})
-    return [
-        replace(row, rounds=((seconds,),), figures=figures),
-        replace(row, workload=f"{workload} peak memory", unit="B", rounds=((peak,),)),
-    ]
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make and export; print a line for each row, write the document with `--out`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--recipe", default=RECIPE)
-    parser.add_argument("--dtypes", nargs="+", default=DTYPES)
+    parser.add_argument("--recipe", default="sd15")
+    parser.add_argument("--dtypes", nargs="+", default=["fp16", "fp32"])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
-    document = measure_export(options.folder, options.recipe, options.dtypes, said=print)
+    document = measure_export(options.folder, options.recipe, options.dtypes)
     print("\n".join(lines(document)))
     if options.out:
         document.write(options.out)

@@ -25,11 +25,8 @@ from ...runtime.pipeline import SHIPPED
 from .. import skeletons
 from . import full_size
 
-Said = Callable[[str], None]
-
-# Recipes, and what each takes in the cache as checkpoint, and about as much again as package of any dtype:
-# weights are stored as fp16. Measured with `du -sb`: sd15 2.13 and 2.07 GB. sd21 was counted
-# from its shapes: 2.58 GB, or 2.51 without the VAE's encoder.
+# Recipes, and what each takes in the cache as checkpoint, and as much again as package of any dtype: weights
+# are stored as fp16 (`du -sb`: 2.13 and 2.14 GB, 2.58 and 2.58 GB).
 SIZES: Mapping[str, str] = {"sd15": "2.1 GB", "sd21": "2.6 GB"}
 NAMES = ("demo", *(f"{recipe}-{dtype}" for recipe in SIZES for dtype in ("fp32", "fp16")))
 _INDEX = "model_index.json"
@@ -52,14 +49,13 @@ class Model:
 
 
 def find_model(
-    name: str, *, checkpoint: Path | None = None, cache: Path | None = None, said: Said = lambda line: None
+    name: str, *, checkpoint: Path | None = None, said: Callable[[str], None] = lambda line: None
 ) -> Model:
     """The model of that name, made if it is not in the cache yet.
 
     Args:
         name: of `NAMES`, or a package's folder.
         checkpoint: what a package was exported from; default: what this module knows of.
-        cache: where full-size models lie; default: `benchmarks` in the engine store's folder.
         said: gets a line about what making one costs, before it is made.
 
     Raises:
@@ -78,7 +74,7 @@ def find_model(
     if name == "demo":  # a checkout has its checkpoint, an installed wheel has not
         package, own = SHIPPED["demo"], SHIPPED["demo"].parent / "checkpoint"
     elif name in NAMES:
-        package, own = _full_size(name, cache or default_root() / "benchmarks", said)
+        package, own = _full_size(name, said)
     elif Path(name).is_dir():
         package, name = Path(name), Path(name).resolve().name
     else:
@@ -92,9 +88,9 @@ def find_model(
     return Model(package=Package.open(package), checkpoint=checkpoint or own, name=name)
 
 
-def _full_size(name: str, cache: Path, said: Said) -> tuple[Path, Path | None]:
+def _full_size(name: str, said: Callable[[str], None]) -> tuple[Path, Path | None]:
     """Package and checkpoint from the cache, or made into it by one process while others wait."""
-    recipe, _, dtype = name.rpartition("-")
+    cache, (recipe, _, dtype) = default_root() / "benchmarks", name.rpartition("-")
     checkpoint, package, filled = cache / recipe, cache / name, cache / f"{name}-skeleton"
     if (package / MANIFEST).is_file():
         return package, checkpoint

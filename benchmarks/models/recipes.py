@@ -103,9 +103,6 @@ def xl(ids: int, pooled: int, each: int) -> dict[str, Any]:
 
 
 SD_VAE = vae((128, 256, 512, 512), layers_per_block=2, sample_size=512, scaling_factor=0.18215)
-_XL_VAE = {**SD_VAE, "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}
-_BIG_G = text_2(1280, 20, 32, projection_dim=1280)
-REFINER = {"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False}
 RECIPES: Mapping[str, Recipe] = {
     "sd15": Recipe(
         unet=unet((320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8, sample_size=64),
@@ -136,27 +133,10 @@ RECIPES: Mapping[str, Recipe] = {
             **xl(6, 1280, 256),
         ),
         text=text(768, 12, 12, hidden_act="quick_gelu"),
-        text_2=_BIG_G,
-        vae=_XL_VAE,
+        text_2=text_2(1280, 20, 32, projection_dim=1280),
+        vae={**SD_VAE, "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
         scheduler=EULER,
         pipeline="StableDiffusionXLPipeline",
         index={"force_zeros_for_empty_prompt": True},
-    ),
-    "sdxl-refiner": Recipe(
-        unet=unet(
-            (384, 768, 1536, 1536),
-            (False, True, True, False),
-            cross_attention_dim=1280,
-            attention_head_dim=[6, 12, 24, 24],
-            transformer_layers_per_block=4,
-            sample_size=128,
-            **xl(5, 1280, 256),
-        ),
-        text=None,
-        text_2=_BIG_G,
-        vae=_XL_VAE,
-        scheduler=EULER,
-        pipeline="StableDiffusionXLImg2ImgPipeline",
-        index=REFINER,
     ),
 }

@@ -21,18 +21,7 @@ from ..intervals import Interval
 from ..records import Row
 from ..roofline import COPY, GEMM
 from ..sides.contract import AGAIN
-from .reading import (
-    Against,
-    Case,
-    Result,
-    against,
-    ceiling_rates,
-    figure,
-    our_rows,
-    peers,
-    stages,
-    summary,
-)
+from .reading import Against, Case, Result, against, ceiling_rates, figure, our_rows, peers, stages, summary
 
 # matplotlib declares most keyword arguments without a type.
 Axes: TypeAlias = Any
@@ -93,13 +82,9 @@ def house_style() -> Generator[None]:
 
 
 class Sheet:
-    """A figure with one panel. To be made and finished within `house_style`.
+    """A figure with one panel, `height` inches with its labels. To be made and finished within `house_style`.
 
-    Args:
-        heading: what it shows.
-        result: whose numbers it shows: below the heading are model, case, machine and date, at the foot are
-            the document, the commit and the release that was measured.
-        height: of the panel with its labels, inches.
+    Below the heading are model, case, machine and date, at the foot the document, commit and release.
     """
 
     def __init__(self, heading: str, result: Result, case: Case, *, height: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 from ...engines.errors import UsageError
 from ..records import write_whole
 from .figures import DIGEST, Draw, house_style, plan_ratios, plan_roofline, plan_waterfall
-from .reading import Result, Results, cases, read_results
+from .reading import Result, cases, read_results
 from .tables import full_tables, short_table
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -22,12 +22,9 @@ _PLANS = {"waterfall": plan_waterfall, "peers": plan_ratios, "roofline": plan_ro
 
 @dataclass(frozen=True, kw_only=True)
 class Pages:
-    """Where the report goes.
+    """Where the report goes: Markdown with SUMMARY_BEGIN and SUMMARY_END, with BEGIN and END, and a folder.
 
-    Attributes:
-        readme: a Markdown file with the markers SUMMARY_BEGIN and SUMMARY_END, for the short table.
-        measurements: a Markdown file with the markers BEGIN and END, for all tables and links to figures.
-        figures: a folder for PNGs, made where it is missing; no file in it is ever deleted.
+    The folder is made where it is missing, and no file in it is ever deleted.
     """
 
     readme: Path | None
@@ -58,19 +55,23 @@ def write_report(results: Path, pages: Pages) -> Report:
         PackageError: a document that is damaged, or of a newer schema.
         BackendError: matplotlib is not installed.
     """
-    read = read_results(results)
-    texts = {path: text.encode() for path, text in _expected(read, pages).items()}
-    drawn = {pages.figures / name: png for result in read.found for name, png in draw_figures(result)}
+    found, remarks = read_results(results)
+    texts = {path: text.encode() for path, text in _expected(found, pages).items()}
+    drawn: dict[Path, bytes] = {}
+    for result in found:
+        for name, draw in planned_figures(result).items():
+            with house_style():
+                drawn[pages.figures / name] = draw().png(result.digest)
     changed: list[Path] = []
     for path, content in {**drawn, **texts}.items():
         if not path.is_file() or path.read_bytes() != content:
             write_whole(path, content)
             changed.append(path)
     return Report(
-        documents=len(read.found),
+        documents=len(found),
         figures=tuple(drawn),
         changed=tuple(changed),
-        remarks=(*read.remarks, *_left_over(read, pages.figures)),
+        remarks=(*remarks, *_left_over(found, pages.figures)),
     )
 
 
@@ -79,19 +80,19 @@ def outdated(results: Path, pages: Pages) -> tuple[str, ...]:
 
     A figure is current if the digest in its metadata is that of its document. Raises as `write_report` does.
     """
-    read = read_results(results)
-    found = [
+    found, _ = read_results(results)
+    old = [
         f"{path.name} does not have the tables of the documents"
-        for path, text in _expected(read, pages).items()
+        for path, text in _expected(found, pages).items()
         if path.read_text(encoding="utf-8") != text
     ]
-    found += [
+    old += [
         f"{name} is missing, or was drawn from another document"
-        for result in read.found
+        for result in found
         for name in planned_figures(result)
         if _digest(pages.figures / name) != result.digest
     ]
-    return (*found, *_left_over(read, pages.figures))
+    return (*old, *_left_over(found, pages.figures))
 
 
 def planned_figures(result: Result) -> dict[str, Draw]:
@@ -107,25 +108,18 @@ def planned_figures(result: Result) -> dict[str, Draw]:
     return planned
 
 
-def draw_figures(result: Result) -> Iterator[tuple[str, bytes]]:
-    """(file name, PNG) of every figure of a document."""
-    for name, draw in planned_figures(result).items():
-        with house_style():
-            yield name, draw().png(result.digest)
-
-
-def _expected(read: Results, pages: Pages) -> dict[Path, str]:
+def _expected(found: Sequence[Result], pages: Pages) -> dict[Path, str]:
     """The pages as they should be."""
     texts: dict[Path, str] = {}
     if page := pages.measurements:
         links = {
             result.name: [_relative(pages.figures / name, page) for name in planned_figures(result)]
-            for result in read.found
+            for result in found
         }
-        texts[page] = _between(page, (BEGIN, END), full_tables(read.found, links))
+        texts[page] = _between(page, (BEGIN, END), full_tables(found, links))
     if page := pages.readme:
         link = _relative(pages.measurements, page) if pages.measurements else ""
-        texts[page] = _between(page, (SUMMARY_BEGIN, SUMMARY_END), short_table(read.found, link))
+        texts[page] = _between(page, (SUMMARY_BEGIN, SUMMARY_END), short_table(found, link))
     return texts
 
 
@@ -155,9 +149,9 @@ def _digest(path: Path) -> str | None:
         return None
 
 
-def _left_over(read: Results, figures: Path) -> list[str]:
+def _left_over(found: Sequence[Result], figures: Path) -> list[str]:
     """Figures of ours that no document has any more."""
-    planned = {figures / name for result in read.found for name in planned_figures(result)}
+    planned = {figures / name for result in found for name in planned_figures(result)}
     paths = sorted(figures.rglob("*.png")) if figures.is_dir() else []
     return [
         f"{path.relative_to(figures).as_posix()} is of no document any more: delete it"

@@ -64,21 +64,16 @@ def against(document: Document, case: Case, side: str) -> dict[str, Against]:
     found: dict[str, Against] = {}
     for workload, ours in our_rows(document, case).items():
         if row := next(document.select(workload, side, case), unopened):
-            ratio = ratio_by_round(row.rounds, ours.rounds) if _took_turns(row, ours) else None
+            timed = ours.unit == "s" and document.beside(ours, side)
+            ratio = ratio_by_round(row.rounds, ours.rounds) if timed else None
             found[workload] = Against(row=row, ratio=ratio)
     return found
 
 
 def spread(document: Document, ours: Row) -> float | None:
     """By how much the A/A pair differs, round by round, as a fraction."""
-    again = next(document.select(ours.workload, AGAIN, ours.case), None)
-    return ab_spread(ours.rounds, again.rounds) if again and _took_turns(ours, again) else None
-
-
-def _took_turns(one: Row, other: Row) -> bool:
-    """Whether their rounds can be compared one by one."""
-    timed = one.status == other.status == "ok" and one.unit == other.unit == "s"
-    return timed and len(one.rounds) == len(other.rounds) > 0
+    again = document.beside(ours, AGAIN)
+    return ab_spread(ours.rounds, again.rounds) if again else None
 
 
 def ceiling_rates(document: Document, workload: str) -> list[float]:
@@ -110,16 +105,8 @@ class Result:
     document: Document
 
 
-@dataclass(frozen=True, kw_only=True)
-class Results:
-    """What a folder holds: documents by name, and what was left out of the report, one sentence each."""
-
-    found: tuple[Result, ...]
-    remarks: tuple[str, ...]
-
-
-def read_results(folder: Path) -> Results:
-    """Read every document below a folder; JSON that is none (`records.Document`) is left out with a remark.
+def read_results(folder: Path) -> tuple[list[Result], list[str]]:
+    """Read every document below a folder; JSON that is none is left out with a remark of one sentence.
 
     Raises:
         UsageError: no such folder.
@@ -144,4 +131,4 @@ def read_results(folder: Path) -> Results:
             found.append(Result(name=name.removesuffix(".json"), digest=digest, document=read_document(path)))
         else:
             remarks.append(f"{name} left out: it is no document of `latentrt bench`")
-    return Results(found=tuple(found), remarks=tuple(remarks))
+    return found, remarks

@@ -241,8 +241,8 @@ def _scenario(row: Row) -> str:
     if row.status != "ok":
         return f"{row.status}: {row.reason}"
     if row.workload == SINGLE_STREAM:
-        return ", ".join(f"{name} {words.seconds(figure(row, name))}" for name in ("p90", "p50", "p99"))
-    return f"{words.number(figure(row, 'samples_per_s'))} pictures/s at batch {row.figures['batch']}"
+        return ", ".join(f"{name} {words.seconds(summary(row, name))}" for name in ("p90", "p50", "p99"))
+    return f"{words.number(figure(row, 'samples_per_s'))} pictures/s at batch {row.case['pictures']}"
 
 
 def _memory(document: Document) -> Lines:
@@ -267,16 +267,14 @@ def _memory(document: Document) -> Lines:
 
 def _ledger(row: Row) -> Lines:
     """What the library says that each net holds."""
-    total = row.figures.get("scratch") or 0
     nets: list[str] = []
     for name, facts in row.figures["nets"].items():
         known = {label: facts[part] for part, label in _LEDGER.items() if facts[part]}
-        total += sum(known.values())
         parts = ", ".join(f"{label} {words.amount(size, 'B')}" for label, size in known.items())
         nets += [f"{words.workload(name)}: {parts}"] if parts else []
     untold = any(facts["activations"] is None for facts in row.figures["nets"].values())
     without = "; of activations the library does not tell" if untold else ""
-    yield "memory of the nets", words.amount(total, "B") + without
+    yield "memory of the nets", words.amount(summary(row), "B") + without
     yield "memory by net", "; ".join(nets)
 
 

@@ -68,23 +68,20 @@ class Place:
 
 def open_side(task: Task) -> OpenSide:
     """Raises UsageError for less than one thread, PackageError for a package whose dtype cannot be read."""
-    if task.device != "cuda":
+    if task.device == "cuda":
+        place, shapes = Place(device="cuda", provider=CUDA, launches=LAUNCHES), DEVICE_SHAPES
+        dtype = _FLOAT_OF[Package.open(task.package).manifest.dtype]
+    else:
         threads: int = onnxruntime.session_options(task.threads).intra_op_num_threads
-        return ceiling_side(Place(threads=threads), "fp32", HOST_SHAPES)
-    dtype = Package.open(task.package).manifest.dtype
-    return ceiling_side(Place(device="cuda", provider=CUDA, launches=LAUNCHES), dtype, DEVICE_SHAPES)
+        place, shapes, dtype = Place(threads=threads), HOST_SHAPES, "float32"
 
-
-def ceiling_side(place: Place, dtype: str, shapes: Sequence[Shape], copied: int | None = None) -> OpenSide:
-    """Matmuls of "fp16" or "fp32", and a copy of so many bytes: the same for every case, prepared once."""
-
-    @cache
+    @cache  # the same for every case, prepared once
     def best_gemm() -> Work:
-        return fastest([gemm(shape, _FLOAT_OF[dtype], place) for shape in shapes])
+        return fastest([gemm(shape, dtype, place) for shape in shapes])
 
     @cache
     def copy() -> Work:
-        return (host_copy if place.provider == CPU else device_copy)(copied or COPIED, place)
+        return (host_copy if place.provider == CPU else device_copy)(COPIED, place)
 
     return OpenSide(
         name=CEILING,

@@ -16,6 +16,7 @@ library is imported by `open_side`, not before.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -71,16 +72,18 @@ class Task:
     backend: str = "auto"
     device: str = "cpu"
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, for the child."""
-        return {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
+    @property
+    def text(self) -> str:
+        """As JSON, for the child."""
+        return json.dumps(vars(self), default=str)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Task:
-        """The reverse of `to_json`."""
-        values = dict(data)
-        values |= {name: Path(data[name]) for name in ("package", "checkpoint") if data[name]}
-        return cls(**values)
+    def parse(cls, text: str) -> Task:
+        """The reverse of `text`."""
+        values = json.loads(text)
+        return cls(
+            **values | {name: Path(values[name]) for name in ("package", "checkpoint") if values[name]}
+        )
 
 
 @dataclass(kw_only=True)

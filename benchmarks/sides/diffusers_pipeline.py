@@ -30,15 +30,7 @@ from ...engines.package import Package
 from ...engines.spec import Array
 from ..case import Case, inputs_of
 from ..machine import version_of
-from .contract import (
-    NotAvailableError,
-    OpenSide,
-    Task,
-    Work,
-    makers_of,
-    missing_checkpoint,
-    missing_modules,
-)
+from .contract import NotAvailableError, OpenSide, Task, Work, makers_of, missing_checkpoint, missing_modules
 
 # Beyond so many shapes of one function torch would give up compiling; a sweep over sizes has more than its 8.
 _SHAPES = 256

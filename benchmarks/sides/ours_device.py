@@ -1,31 +1,21 @@
 """latentrt's own runtime as a side where its loop runs on a device.
 
-    text_encoder   the net, at the loop's shapes and in buffers of its own
-    invariants     unet_context for all B rows, and unet_time for all S
-    unet           the net as it is enqueued, with its invariants computed where it reads them
-    update         the loop's own program around a UNet that does nothing: the net `step` and the copies
-    vae_decoder    the net
-    picture        the pipeline as a user has it
-
-Everything but `picture` is bound once, and timed by the device's events too (`device_s`).
-
-A row of the loop may be replayed as a captured graph (`runtime/loop/device/cuda_graphs.py`). `picture` does
-what the loop does: it is prepared by drawing until the loop has chosen, and tells what it chose (`replayed`).
-
-A net that does not fit raises MemoryLimitError: only `picture` has the loop's ways to do with less.
+`picture` is the pipeline as a user has it, and has the loop's ways to do with less memory. Everything else is
+bound once to buffers of its own, timed by the device's events too (`device_s`), and raises MemoryLimitError
+where it does not fit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from ...engines.device import Addresses, BoundNet, Device, Shapes
+from ...engines.device import Addresses, BoundNet, Shapes
 from ...engines.spec import Array
 from ...runtime.loop.denoise import guided_batch
 from ...runtime.loop.device.loop import DeviceLoop
@@ -45,9 +35,8 @@ from ...runtime.pipeline import Pipeline
 from ...runtime.request.request import make_request
 from ..case import BETWEEN, Case, inputs_of, sizes_of, time_inputs
 from .contract import OURS, OpenSide, Work, makers_of
-from .device_work import CountedDevice, ledger_of
 
-# Pictures until the loop has chosen how to run its rows: cold, timed, captured, and timed again.
+# Pictures until the loop has chosen whether to replay its rows as a graph: cold, timed, captured, timed.
 _SETTLING = 4
 
 
@@ -64,14 +53,24 @@ def device_side(pipe: Pipeline, loop: DeviceLoop) -> OpenSide:
     )
 
 
+def ledger_of(loop: DeviceLoop) -> dict[str, Any]:
+    """What a loop holds on its device, in bytes, as JSON.
+
+    Returns:
+        ledger: of each net, as it says itself: `weights`, `activations` (None where the library has them in
+            an arena and does not tell), and `io`. Buffers that two nets share count for both.
+        scratch: the block of activations that all nets share.
+    """
+    nets = {name: asdict(held) for name, held in loop.ledger.items()}
+    return {"ledger": nets, "scratch": loop.pool.scratch_size}
+
+
 class _OnDevice:
     """The workloads, by the names of the contract. What each has prepared has buffers of its own."""
 
     def __init__(self, pipe: Pipeline, loop: DeviceLoop) -> None:
         self._pipe, self._nets, self._device = pipe, loop.nets, loop.device
         self._manifest = pipe.package.manifest
-        self._counted = CountedDevice(loop.device)
-        loop.device = cast(Device, self._counted)
 
     def text_encoder(self, case: Case, stack: ExitStack) -> Work:
         return self._one_net("text_encoder", "context", case, stack)
@@ -148,9 +147,8 @@ class _OnDevice:
         figures: dict[str, Any] = {}
 
         def draw() -> dict[str, Array]:
-            before = self._counted.launches
             result = self._pipe(case.prompt, output_type="np", **case.parameters)
-            figures.update(stages_s=result.seconds, replayed=self._counted.launches > before)
+            figures["stages_s"] = result.seconds
             return {"image": np.asarray(result.images)}
 
         for _ in range(_SETTLING):

@@ -4,9 +4,8 @@ Nothing is hoisted out of the UNet and nothing is lowered; the sampler's table a
 own, so that whatever differs from ours is the engine's doing and the graph's. The sides here are around plain
 ONNX Runtime sessions, as anyone would open them; other engines share the loop.
 
-On a GPU the loop is the same: every net gets arrays and returns arrays, so what lies between two nets goes
-through the host's memory. A latent at 512x512 has 64 KB, which takes microseconds beside a UNet's
-milliseconds.
+On a GPU what lies between two nets goes through the host's memory. A latent at 512x512 has 64 KB, which takes
+microseconds beside a UNet's milliseconds.
 """
 
 from __future__ import annotations

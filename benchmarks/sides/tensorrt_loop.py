@@ -1,8 +1,7 @@
 """The package's graphs in TensorRT as Polygraphy builds and runs them: strongly typed, for a case's shapes.
 
 Each engine is built when a case asks for it, its profile's least, best and most all the same, which is what
-TensorRT is fastest with. The loop is the plain one: Polygraphy's runner gets arrays and returns arrays, so
-what lies between two nets goes through the host's memory.
+TensorRT is fastest with. The loop is the plain one.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,10 +38,19 @@ def available(task: Task) -> str | None:
 def open_side(task: Task) -> OpenSide:
     """The package; engines are built case by case. Raises NotAvailableError, PackageError."""
     package = open_plain_package(task)
+    trt: Any = import_module("polygraphy.backend.trt")
 
     def open_net(name: str, shapes: Shapes) -> Net:
-        graph = package.path(package.manifest.nets[name].graph)
-        return partial(_run, side.resources.enter_context(open_runner(graph, shapes)))
+        """An engine of the graph for exactly these shapes, in a runner that is freed with the side."""
+        profile = trt.Profile()
+        for tensor, shape in shapes.items():
+            profile.add(tensor, min=shape, opt=shape, max=shape)
+        path = str(package.path(package.manifest.nets[name].graph))
+        network = trt.network_from_onnx_path(path, strongly_typed=True)
+        # Without this the builder refuses attention that no fused kernel has, such as the VAE's head of 512.
+        network = trt.set_decomposable_attentions(network)
+        engine = trt.engine_from_network(network, config=trt.CreateConfig(profiles=[profile]))
+        return partial(_run, side.resources.enter_context(trt.TrtRunner(engine)))
 
     versions = {
         "tensorrt": installed_version("tensorrt") or "unknown",
@@ -53,18 +60,6 @@ def open_side(task: Task) -> OpenSide:
     }
     side = plain_side("tensorrt", package, open_net, versions)
     return side
-
-
-def open_runner(graph: Path, shapes: Shapes) -> Any:
-    """An engine of the graph for exactly these shapes, in a runner that is a context manager."""
-    trt: Any = import_module("polygraphy.backend.trt")
-    profile = trt.Profile()
-    for name, shape in shapes.items():
-        profile.add(name, min=shape, opt=shape, max=shape)
-    network = trt.network_from_onnx_path(str(graph), strongly_typed=True)
-    # Without this the builder refuses attention that no fused kernel has, such as the VAE's head of 512.
-    network = trt.set_decomposable_attentions(network)
-    return trt.TrtRunner(trt.engine_from_network(network, config=trt.CreateConfig(profiles=[profile])))
 
 
 def _run(runner: Any, feeds: Mapping[str, Array]) -> dict[str, Array]:

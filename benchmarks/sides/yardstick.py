@@ -1,11 +1,9 @@
-"""The demo model's UNet as it was in November 2026, run by run beside ours, in the same process.
+"""The demo model's UNet as it was in November 2026, run by run beside ours (docs/benchmarks.md, "Method").
 
-`compare` takes our times over its times. Its graph is kept as a skeleton, filled with random weights and run
-by ONNX Runtime as it is: no change of ours touches it. It alternates with ours because what slows a shared
-machine comes and goes within a tenth of a second: both are slow in the same moments then. And it is a UNet
-because a neighbour slows a matmul, a convolution and hundreds of small operators down by different factors:
-medians of 12 s of our UNet's step over it stayed within 0.5 % (standard deviation, two shared cores), over a
-small network of convolutions, matmuls and softmax within 2.7 %. Any side's process can run it.
+Its graph is kept as a skeleton, filled with random weights and run by ONNX Runtime as it is: no change of
+ours touches it. It is a UNet because a neighbour slows a matmul, a convolution and hundreds of small
+operators down by different factors: medians of 12 s of our UNet's step over it stayed within 0.5 % (standard
+deviation, two shared cores), over a small network of convolutions, matmuls and softmax within 2.7 %.
 """
 
 from __future__ import annotations

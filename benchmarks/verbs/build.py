@@ -15,7 +15,6 @@ from typing import Any
 from ...engines.backends import BACKENDS
 from ...engines.cuda.facts import DeviceFacts, available, facts
 from ...engines.errors import BackendError, LatentrtError
-from ...engines.net_weights import engine_bytes
 from ...engines.onnxruntime.tuning.choice import tuned_nets
 from ...engines.package import Package
 from ...engines.profiles import Profile, default_profile
@@ -33,20 +32,14 @@ OPTIONS = BuildOptions()
 
 @dataclass(frozen=True, kw_only=True)
 class Builds:
-    """What is built.
+    """What is built, `repeats` times: without `profiles` for the package's own size, without `nets` all.
 
-    Attributes:
-        backend: one of `engines.backends.BACKENDS`; ONNX Runtime builds layouts, not engines.
-        profiles: the pictures that engines are for; none is the package's own size.
-        nets: only these; none is all of them.
-        folder: where the store lies meanwhile; None is the system's temporary folder.
-        repeats: rounds, each into an empty store.
+    The backend is one of `engines.backends.BACKENDS`; ONNX Runtime builds layouts, not engines.
     """
 
     backend: str = "tensorrt-rtx"
     profiles: tuple[Profile, ...] = ()
     nets: tuple[str, ...] = ()
-    folder: Path | None = None
     repeats: int = 1
 
     @property
@@ -91,7 +84,7 @@ def measure_build(package: Package, builds: Builds, *, progress: Progress = sile
 def _built(row: Row, package: Package, builds: Builds, gpu: DeviceFacts | None) -> Row:
     """The row with one more sample, or why there is none. The peak memory is that of all rounds."""
     try:
-        with tempfile.TemporaryDirectory(dir=builds.folder) as folder:
+        with tempfile.TemporaryDirectory() as folder:
             figures = build_net(row.workload, package, builds, EngineStore(Path(folder) / "store"), gpu)
     except LatentrtError as error:
         status: Status = "not available" if isinstance(error, BackendError) else "FAILED"
@@ -119,11 +112,9 @@ def build_net(
     (built,) = build_package(package, builds.backend, profiles, OPTIONS, store, nets=[net], gpu=gpu)
     known = built.entry.facts
     return {
-        **{name: known[name] for name in ("parse_seconds", "layers", "library")},
-        "profiles": known["labels"],
+        "library": known["library"],
         "seconds": built.entry.build_seconds,
         "peak_rss_gb": round((known["peak_rss"] or 0) / 1e9, 3),
-        "weights_mb": round(engine_bytes(package, net) / 1e6, 2),
         "engine_mb": round(built.entry.size / 1e6, 2),
     }
 

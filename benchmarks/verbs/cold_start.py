@@ -1,21 +1,13 @@
 """`latentrt bench cold-start`: how long a fresh process takes to its first picture, and where the time goes.
 
-Two views of it: whole processes by the parent's clock, beside a bare interpreter and one that imports NumPy;
-and the parts of the last one, by its own clock:
-
-    import          of latentrt.runtime
-    open            manifest, checks of the graphs' paths, and tokenizer
-    deserialise     the backend's library, and every net
-    first picture   what is allocated, or compiled, on first use included
-    second picture
-
-Torch is blocked, and files are in the system's cache: a round before the first is not counted.
+Whole processes by the parent's clock, and the parts of the last one by its own (docs/benchmarks.md). Torch is
+blocked, and files are in the system's cache: a round before the first is not counted.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from time import perf_counter
@@ -30,8 +22,6 @@ from ..sides.contract import OURS, Task
 from .latency import Progress, document_of, silent
 
 REPEATS, QUICK_REPEATS = 7, 2
-# Seconds, of medians: what the README promises.
-BARS: Mapping[str, float] = {"import latentrt.runtime": 0.4, "--help": 0.2}
 PARTS = ("import", "open", "deserialise", "first picture", "second picture")
 WHOLE = "whole process"
 _BLOCKED = "import sys; sys.modules.update(torch=None, diffusers=None, transformers=None)\n"
@@ -58,12 +48,7 @@ print(json.dumps({"marks": marks, "backend": pipe.backend}))
 
 
 def measure_cold_start(
-    package: Package,
-    task: Task,
-    case: Case | None = None,
-    *,
-    repeats: int = REPEATS,
-    progress: Progress = silent,
+    package: Package, task: Task, case: Case | None = None, *, repeats: int, progress: Progress = silent
 ) -> Document:
     """Rows of every process and part, one sample for each round; the order flips from round to round.
 
@@ -86,7 +71,7 @@ def measure_cold_start(
         progress(f"round {number} of {repeats}" if number else "a first round, not counted")
         for name in processes if number % 2 == 0 else reversed(processes):
             rows[name] = _start(rows[name], processes[name], counted=number > 0)
-    found = [_with_bar(row) for group in rows.values() for row in group]
+    found = [row for group in rows.values() for row in group]
     return document_of("cold-start", package, task, found, {"repeats": repeats})
 
 
@@ -108,10 +93,3 @@ def _start(rows: list[Row], arguments: Sequence[str], *, counted: bool) -> list[
         replace(row, rounds=(*row.rounds, (taken,)) if counted else (), stamp={**row.stamp, **side})
         for row, taken in zip(rows, seconds, strict=True)
     ]
-
-
-def _with_bar(row: Row) -> Row:
-    if row.workload not in BARS or not row.rounds:
-        return row
-    bar = BARS[row.workload]
-    return replace(row, figures={"bar_s": bar, "met": row.summary["p50"] < bar})

@@ -1,11 +1,8 @@
 """`latentrt bench compare`: two documents, row by row: slower, faster or the same, beyond the noise.
 
-The documents are from different minutes, and a shared machine can be half as fast a minute later. So what is
-compared is not seconds but how many times as long as a yardstick a run took, which ran next to it in the
-same process and which no change of ours touches (`sides/yardstick.py`, rows of the side "yardstick"): the
-median of those ratios, of both halves of the A/A pair, so that one process's luck with memory counts half.
-Where a run is so long, or on a device, that there is none, rows are compared as they were measured, and a
-remark says so.
+What is compared are times over a yardstick's that ran next to ours in the same process, of both halves of the
+A/A pair, so that one process's luck with memory counts half (docs/benchmarks.md). Rows without one are
+compared as they were measured, and a remark says so.
 
 A change counts if its confidence interval leaves 1 out, and it is larger than the threshold and than what
 the A/A pair of either document differs by. Of a few rounds there is no such interval, and of likenesses the
@@ -39,12 +36,8 @@ _CHANGES: Mapping[str, tuple[Verdict, Verdict]] = {"s": ("slower", "faster"), "B
 class Compared:
     """One row of both documents.
 
-    Attributes:
-        ratio: after / before; of seconds, the machine's own change is taken out where both documents have a
-            yardstick.
-        machine: the yardstick's after / before; None without one.
-        noise: what a change has to be larger than, beside its interval: 0.05 is 5 %.
-        reason: of a verdict that no ratio gave.
+    `ratio` is after / before, without the machine's own change, `machine`, where both have a yardstick; a
+    change has to be larger than `noise`, a share, besides its interval. `reason` is of no ratio.
     """
 
     side: str
@@ -60,13 +53,7 @@ class Compared:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two documents, row by row.
-
-    Attributes:
-        before, after: date of each, and commit where it is known: an installed package knows none.
-        rows: those in both.
-        remarks: a sentence each: what else differs, rows of one document alone, what to be careful with.
-    """
+    """Two documents, by date and commit, row by row; remarks are what else differs, a sentence each."""
 
     before: str
     after: str
@@ -112,9 +99,10 @@ def compare(a: Document, b: Document, *, threshold: float = THRESHOLD) -> Compar
         if key not in others
     ]
     unclear = [
-        f"{row.side}, {row.workload}: known within {row.ratio.half_width:.1%}; more rounds would say more"
+        f"{row.side}, {row.workload}: known within {within:.1%}; more rounds would say more"
         for row in rows
-        if row.verdict == "same" and row.ratio and row.ratio.half_width > row.noise
+        if row.verdict == "same" and row.ratio
+        if (within := (row.ratio.high - row.ratio.low) / 2) > row.noise
     ]
     remarks = (*alone, *_remarks(a, b), *unclear)
     return Comparison(before=_name(a), after=_name(b), rows=tuple(rows), remarks=remarks)
@@ -196,7 +184,7 @@ def _ratio(documents: Sequence[Document], rows: Sequence[Row]) -> tuple[Interval
         was, now = (median(half.figures["yardstick_p50_s"] for half in halves) for halves in yardsticks)
         return ratio_of_runs(new, old, level=LEVEL), now / was
     pairs = zip(documents, rows, strict=True)
-    old, new = (_together([row, *_again(document, row)]) for document, row in pairs)
+    old, new = (_together([row, *filter(None, [_again(document, row)])]) for document, row in pairs)
     return ratio_of_runs(new, old, level=LEVEL), None
 
 
@@ -205,7 +193,8 @@ def _spread(document: Document, row: Row) -> float:
     halves = [half.summary["p50"] for half in _yardsticks(document, row)]
     if len(halves) == 2:
         return abs(halves[0] / halves[1] - 1)
-    return max((ab_spread(row.rounds, again.rounds) for again in _again(document, row)), default=0.0)
+    again = _again(document, row)
+    return ab_spread(row.rounds, again.rounds) if again else 0.0
 
 
 def _yardsticks(document: Document, row: Row) -> list[Row]:
@@ -216,11 +205,9 @@ def _yardsticks(document: Document, row: Row) -> list[Row]:
     return [other for other in found if other.status == "ok" and other.rounds]
 
 
-def _again(document: Document, row: Row) -> list[Row]:
-    """The other half of the A/A pair, if this row is the first and both took the same turns; at most one."""
-    found = document.select(row.workload, AGAIN, row.case) if row.side == OURS else ()
-    turns = row.unit, len(row.rounds)
-    return [other for other in found if other.status == "ok" and (other.unit, len(other.rounds)) == turns]
+def _again(document: Document, row: Row) -> Row | None:
+    """The other half of the A/A pair, if this row is the first."""
+    return document.beside(row, AGAIN) if row.side == OURS else None
 
 
 def _together(halves: Sequence[Row]) -> Rounds:

@@ -35,13 +35,7 @@ def silent(line: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Sides:
-    """Who is measured: ours and ours again (the A/A pair), then peers; and what the machine can do at best.
-
-    Attributes:
-        task: what all of them open.
-        peers: names in `sides.contract.SIDES`.
-        references: of REFERENCES those that take part. With the yardstick, ours are timed beside it as well.
-    """
+    """Who is measured: ours, `peers` of `sides.contract.SIDES`, and those of REFERENCES that take part."""
 
     task: Task
     peers: tuple[str, ...] = ()
@@ -79,7 +73,7 @@ def measure_latency(
     cases: Sequence[Case],
     *,
     workloads: Sequence[str] = WORKLOADS,
-    pace: Pace | None = None,
+    pace: Pace,
     progress: Progress = silent,
 ) -> Document:
     """Rows of every case, workload and side, which take turns (`rounds.py`).
@@ -94,7 +88,7 @@ def measure_latency(
         for case in cases:
             for workload in workloads:
                 bench = Bench(package=package, sides=sides, workload=workload, case=case, progress=progress)
-                rows += bench.measure(opened, pace or Pace())
+                rows += bench.measure(opened, pace)
     return document_of("latency", package, sides.task, rows, {"peers": sides.peers, "workloads": workloads})
 
 
@@ -198,28 +192,36 @@ def _over_yardstick(slot: Slot, turns: Turns) -> Row:
     )
 
 
-def judge(name: str, found: Array, wanted: Array, dtype: str) -> tuple[dict[str, float], str]:
-    """The figures of `difference`, and what is wrong with an output, "" for nothing.
+def worst_output(
+    found: Mapping[str, Array], wanted: Mapping[str, Array], dtype: str, decibels: Mapping[str, float]
+) -> tuple[str, dict[str, float], str]:
+    """The output that is the furthest from the `wanted` one: name, `difference`, and what is wrong with it.
 
-    The bar of a picture is the least dB that the worst of a batch may have, a net's the most relative L2.
+    The bar of a picture is the least of `decibels` by dtype that the worst of a batch may have, a net's the
+    most relative L2.
     """
-    figures = difference(name, found, wanted)
-    if wanted.dtype == np.uint8:  # (N, H, W, 3)
-        figures["psnr_db"] = value = psnr(found, wanted)
-        return figures, "" if value >= PICTURE_DB[dtype] else f"{value:.1f} dB, below {PICTURE_DB[dtype]:g}"
-    value, bar = figures["relative_l2"], NET_RELATIVE_L2[dtype]
-    return figures, "" if value <= bar else f"relative L2 {value:.2e}, above {bar:g}"
+    judged: list[tuple[str, dict[str, float], str]] = []
+    for name, array in wanted.items():
+        other = found.get(name, array[:0])
+        figures = difference(name, other, array)
+        value, bar = figures["relative_l2"], NET_RELATIVE_L2[dtype]
+        problem = "" if value <= bar else f"relative L2 {value:.2e}, above {bar:g}"
+        if array.dtype == np.uint8:  # (N, H, W, 3)
+            figures["psnr_db"], bar = psnr(other, array), decibels[dtype]
+            problem = "" if figures["psnr_db"] >= bar else f"{figures['psnr_db']:.1f} dB, below {bar:g}"
+        judged.append((name, figures, problem))
+    return max(judged, key=lambda item: item[1]["relative_l2"])
 
 
 def check(found: Mapping[str, Array], wanted: Mapping[str, Array], package: Package) -> dict[str, float]:
     """How like ours a peer's outputs are, the worst of them. Raises SideError beyond the bar."""
-    judged: list[dict[str, float]] = []
-    for name in filter(found.__contains__, wanted):
-        figures, problem = judge(name, found[name], wanted[name], package.manifest.dtype)
-        if problem:
-            raise SideError("FAILED", f"{name} is not ours: {problem}")
-        judged.append(figures)
-    return max(judged, key=lambda figures: figures["relative_l2"], default=dict[str, float]())
+    shared = {name: array for name, array in wanted.items() if name in found}
+    if not shared:
+        return {}
+    name, figures, problem = worst_output(found, shared, package.manifest.dtype, PICTURE_DB)
+    if problem:
+        raise SideError("FAILED", f"{name} is not ours: {problem}")
+    return figures
 
 
 def medians(turns: Turns, steps: int) -> dict[str, Any]:

@@ -38,15 +38,8 @@ def measure_memory(
 ) -> Document:
     """Every side in a fresh process, alone; then our timeline, and what our steps leave behind.
 
-    Rows are in bytes:
-
-        opened, first picture, peak    resident memory less an empty interpreter's
-        device opened, …               what NVML says of the process, less an empty CUDA context's
-        ledger                         what a side counts itself
-        timeline                       resident memory over the first request of a fresh process
-        growth per step                Python's and NumPy's allocations after every one of the `steps`
-
-    The figure `over_weights` is bytes over those of the model's weights at the width of the arithmetic.
+    docs/benchmarks.md has the rows, which are in bytes. `over_weights` is the most of a row over the model's
+    weights at the width of the arithmetic.
 
     Raises:
         SideError: our side cannot be opened.
@@ -178,50 +171,36 @@ def _missing(workload: str, reason: str) -> Row:
 
 
 def timeline(bench: Bench) -> Row:
-    """Resident memory less an empty interpreter's; `device` is the same of a GPU, less an empty context.
-
-    Figures: `interval_s`, `marks` ({"stage", "at_s"} since the request began), `seconds`.
-    """
+    """Resident memory over the first request of a fresh process, less an empty interpreter's."""
     if not bench.interpreter:
         return _missing(TIMELINE, _NO_PROC)
-    before = bench.watch()
-    with sampled(bench.watch, INTERVAL) as looks, SideProcess(WATCHED, WATCHED, bench.task) as item:
+    with SideProcess(WATCHED, WATCHED, bench.task) as item:
         with sampled(lambda: resident_bytes(item.pid)[0] or None, INTERVAL) as series:
             figures = dict(item.prepare(TIMELINE, bench.case)[0]["figures"])
-        held, known_by = holding(item.pid, before, list(looks)) if before else ((), "")
         stamp = item.stamp
     began, seconds = figures.pop("began"), figures["seconds"]
     figures["interval_s"] = interval = max(INTERVAL, seconds / _SAMPLES)
-
-    def over(sizes: Series, empty: int) -> list[int]:
-        return [max(0, size - empty) for size in on_a_grid(sizes, began, began + seconds, interval)]
-
-    if held and bench.context is not None:
-        figures |= {"device": over(held, bench.context), "device_measured_by": known_by}
-    return replace(_row(TIMELINE, over(series, bench.interpreter), **figures), stamp=stamp)
+    sizes = on_a_grid(series, began, began + seconds, interval)
+    row = _row(TIMELINE, [max(0, size - bench.interpreter) for size in sizes], **figures)
+    return replace(row, stamp=stamp)
 
 
 def growth(bench: Bench, steps: int) -> Row:
-    """Python's allocations after every step, by tracemalloc. FAILED if the steps leave anything behind."""
+    """Python's allocations after every step, by tracemalloc."""
     with SideProcess(WATCHED, WATCHED, bench.task) as item:
         answer, _ = item.prepare(GROWTH, replace(bench.case, steps=steps))
     return judge_growth(answer["figures"])
 
 
 def judge_growth(seen: Mapping[str, Any]) -> Row:
-    """The row of what `watched.watch_steps` saw.
-
-    Figures: `growth_per_step`, bytes, which is judged, in the last of `requests`; `traced_growth` over all
-    steps but the first few, caches that libraries fill once included; `device_allocations` of a device's
-    loop between its rows.
-    """
+    """The row of what `watched.watch_steps` saw: FAILED for growth, and for allocations between rows."""
     traced, allocated, per_step = seen["traced"], seen["device_allocations"], growth_per_step(seen["traced"])
     first = min(SETTLED, len(traced) - 1)
-    grown = traced[-1] - traced[first]
-    figures = {"steps": len(traced), "from_step": first, "growth_per_step": per_step, "traced_growth": grown}
+    figures = {"steps": len(traced), "from_step": first, "growth_per_step": per_step}
     figures |= {"requests": seen["requests"], "device_allocations": allocated}
     problems: list[str] = []
     if per_step > STEADY:
+        grown = traced[-1] - traced[first]
         problems.append(f"{per_step:.0f} bytes per step, {grown} from step {first} to {len(traced)}")
     if allocated:
         problems.append(f"{allocated} allocations on the device between rows")

@@ -1,7 +1,6 @@
 """`latentrt bench parity`: is it still right? Nets and whole pictures of ours against a reference.
 
-Both sides get the same seeded random inputs. A net's output is judged by its relative L2 error, a picture by
-its PSNR; a row beyond the bar FAILED. Any side can be the reference, and ours may run on any backend.
+Both sides get the same seeded random inputs; a row beyond the bar (`engines/tolerances.py`) FAILED.
 """
 
 from __future__ import annotations
@@ -18,17 +17,16 @@ import numpy as np
 from ...engines.errors import UsageError
 from ...engines.package import Package
 from ...engines.spec import Array
-from ...engines.tolerances import NET_RELATIVE_L2, PICTURE_DB
+from ...engines.tolerances import DECODED_DB, NET_RELATIVE_L2, PICTURE_DB
 from ..case import NETS, PROMPT, Case
 from ..likeness import WINDOW, ssim
 from ..process import SideError, SideProcess
 from ..records import Document, Row, Status
 from ..sides.contract import OURS, REFERENCES, SIDES, WATCHED, Task
-from .latency import Progress, document_of, judge, silent
+from .latency import Progress, document_of, silent, worst_output
 
 # The last draws noise in every row; "heun" calls the UNet twice in a step.
 SAMPLERS = ("dpmpp_2m", "ddim", "unipc", "heun", "euler_a")
-SAMPLES, QUICK_SAMPLES = 3, 1
 # JSON has no infinity. One shade in one of a 4K picture's values is 122 dB.
 IDENTICAL_DB = 150.0
 # Text encoders see no seed: sample i encodes line i. From one token to about forty.
@@ -42,19 +40,15 @@ PROMPTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What both sides draw.
+    """What both sides draw: each net, and pictures by each sampler, of each case.
 
-    Attributes:
-        cases: sizes, batches and guidance; each net and each sampler is looked at for all of them.
-        nets: of `case.NETS`.
-        samplers: of whole pictures.
-        samples: seeds for each row, the case's own and those after it.
+    `samples` are seeds for each row, the case's own and those after it.
     """
 
     cases: tuple[Case, ...]
     nets: tuple[str, ...] = NETS
     samplers: tuple[str, ...] = SAMPLERS
-    samples: int = SAMPLES
+    samples: int = 3
 
     def __post_init__(self) -> None:
         """Raise UsageError for pictures that are too small for SSIM."""
@@ -66,85 +60,68 @@ class Inputs:
                     fix="Choose a larger size: --size 64x64.",
                 )
 
-    def rows(self) -> Iterator[tuple[str, Case]]:
-        """(workload, case) of each."""
-        for case in self.cases:
-            yield from ((net, case) for net in self.nets)
-            yield from (("picture", replace(case, sampler=sampler)) for sampler in self.samplers)
 
-    def each(self, case: Case) -> Iterator[Case]:
-        """The samples of a row: other seeds, other prompts."""
-        for number in range(self.samples):
-            prompt = case.prompt if number == 0 else PROMPTS[number % len(PROMPTS)]
-            yield replace(case, seed=case.seed + number, prompt=prompt)
+def choose_reference(task: Task, name: str = "") -> tuple[str, Task]:
+    """That side, else diffusers where it and the checkpoint are at hand, else the package's graphs.
 
+    It runs on the CPU, but for a peer that is on a GPU alone.
 
-@dataclass(frozen=True, kw_only=True)
-class Reference:
-    """Whom ours is compared with: a name of `SIDES`, and what it opens."""
-
-    name: str
-    task: Task
-
-    @classmethod
-    def of(cls, task: Task, name: str = "") -> Reference:
-        """That side, else diffusers where it and the checkpoint are at hand, else the package's graphs.
-
-        It runs on the CPU, but for a peer that is on a GPU alone.
-
-        Raises:
-            UsageError: another name than those of sides that have nets.
-        """
-        known = [side for side in SIDES if side not in (*REFERENCES, WATCHED)]
-        if name and name not in known:
-            raise UsageError(
-                f"{name!r} cannot be the reference",
-                expected=", ".join(known),
-                fix="Choose one of these: --reference onnxruntime.",
-            )
-        torch = all(find_spec(library) is not None for library in ("torch", "diffusers"))
-        usual = "diffusers" if task.checkpoint is not None and torch else "onnxruntime"
-        return cls(name=name or usual, task=replace(task, backend="onnxruntime", device="cpu"))
+    Raises:
+        UsageError: another name than those of sides that have nets.
+    """
+    known = [side for side in SIDES if side not in (*REFERENCES, WATCHED)]
+    if name and name not in known:
+        raise UsageError(
+            f"{name!r} cannot be the reference",
+            expected=", ".join(known),
+            fix="Choose one of these: --reference onnxruntime.",
+        )
+    torch = all(find_spec(library) is not None for library in ("torch", "diffusers"))
+    usual = "diffusers" if task.checkpoint is not None and torch else "onnxruntime"
+    return name or usual, replace(task, backend="onnxruntime", device="cpu")
 
 
 def measure_parity(
-    package: Package,
-    task: Task,
-    inputs: Inputs,
-    *,
-    reference: Reference | None = None,
-    progress: Progress = silent,
+    package: Package, task: Task, inputs: Inputs, *, reference: str = "", progress: Progress = silent
 ) -> Document:
     """A row for each net and for each sampler; samples are relative L2 (unit "1"), or PSNR (unit "dB").
 
-    What is checked is the backend of `task`; without a `reference` it is `Reference.of(task)`.
+    What is checked is the backend of `task`, against `choose_reference(task, reference)`.
 
     Raises:
+        UsageError: no such reference.
         SideError: ours cannot be opened.
     """
-    chosen = reference or Reference.of(task)
+    name, theirs = choose_reference(task, reference)
     with ExitStack() as stack:
         progress(f"opening {OURS}")
         ours = stack.enter_context(SideProcess(OURS, OURS, task))
-        progress(f"opening {chosen.name}")
+        progress(f"opening {name}")
         try:
-            other = stack.enter_context(SideProcess(f"{chosen.name} (reference)", chosen.name, chosen.task))
+            other = stack.enter_context(SideProcess(f"{name} (reference)", name, theirs))
         except SideError as error:
-            rows = [Row(side=chosen.name, workload="open", status=error.status, reason=error.reason)]
+            rows = [Row(side=name, workload="open", status=error.status, reason=error.reason)]
         else:
             rows = list(compare_sides(ours, other, inputs, package.manifest.dtype, progress=progress))
     looked_at = {"nets": inputs.nets, "samplers": inputs.samplers, "samples": inputs.samples}
-    return document_of("parity", package, task, rows, {"reference": chosen.name, **looked_at})
+    return document_of("parity", package, task, rows, {"reference": name, **looked_at})
 
 
 def compare_sides(
     ours: SideProcess, reference: SideProcess, inputs: Inputs, dtype: str, *, progress: Progress = silent
 ) -> Iterator[Row]:
     """The rows of `measure_parity`, of two sides that are open; `dtype` is that of the package's graphs."""
-    for workload, case in inputs.rows():
-        sampler = f" {case.sampler}" if workload == "picture" else ""
-        progress(f"{workload} {case.width}x{case.height}{sampler}")
-        yield _compare(ours, reference, workload, tuple(inputs.each(case)), dtype)
+    for case in inputs.cases:
+        drawn = [("picture", replace(case, sampler=sampler)) for sampler in inputs.samplers]
+        for workload, first in (*((net, case) for net in inputs.nets), *drawn):
+            sampler = f" {first.sampler}" if workload == "picture" else ""
+            progress(f"{workload} {first.width}x{first.height}{sampler}")
+            prompts = (first.prompt, *PROMPTS[1:])
+            several = [
+                replace(first, seed=first.seed + number, prompt=prompts[number % len(prompts)])
+                for number in range(inputs.samples)
+            ]
+            yield _compare(ours, reference, workload, several, dtype)
 
 
 def _compare(
@@ -153,23 +130,28 @@ def _compare(
     """One row: a sample for each case; the first that fails to run ends it."""
     status: Status = "ok"
     problems: list[str] = []
+    # One net makes a picture of the same latent: that is held to more than a whole generation.
+    decibels = DECODED_DB if workload == "vae_decoder" else PICTURE_DB
     samples: list[dict[str, Any]] = []
     for case in cases:
         try:
-            wanted = _outputs(reference, workload, case)
-            sample, problem = _worst(_outputs(ours, workload, case), wanted, dtype)
+            wanted, found = (_outputs(side, workload, case) for side in (reference, ours))
+            name, alike, problem = worst_output(found, wanted, dtype, decibels)
         except SideError as error:
             status, problems = error.status, [error.reason]
             break
+        sample = {"output": name, **alike, "psnr_db": min(alike["psnr_db"], IDENTICAL_DB)}
+        if wanted[name].dtype == np.uint8:
+            likeness = ssim(found.get(name, wanted[name][:0]), wanted[name])
+            sample |= {"ssim": likeness, "contrast": float(wanted[name].std())}
         samples.append({"seed": case.seed, **sample})
         if problem:
             status = "FAILED"
-            problems.append(f"{sample['output']}, seed {case.seed}: {problem}")
+            problems.append(f"{name}, seed {case.seed}: {problem}")
     figures: dict[str, Any] = {"reference": reference.name}
     unit, bar, judged = "1", NET_RELATIVE_L2[dtype], "relative_l2"
     if samples and "ssim" in samples[0]:
-        unit, bar, judged = "dB", PICTURE_DB[dtype], "psnr_db"
-        figures["identical"] = sum(sample["max_error"] == 0 for sample in samples)
+        unit, bar, judged = "dB", decibels[dtype], "psnr_db"
     if samples:
         figures |= {name: max(sample[name] for sample in samples) for name in ("relative_l2", "max_error")}
         # contrast is the reference's, in shades: a flat picture is like any other
@@ -200,16 +182,3 @@ def _outputs(side: SideProcess, workload: str, case: Case) -> Mapping[str, Array
     if not outputs:
         raise SideError("not available", f"{side.name}: {workload} has no output to compare")
     return outputs
-
-
-def _worst(found: Mapping[str, Array], wanted: Mapping[str, Array], dtype: str) -> tuple[dict[str, Any], str]:
-    """The figures of that output of the reference which is the furthest from ours, and what is wrong."""
-    judged: list[tuple[dict[str, Any], str]] = []
-    for name, array in wanted.items():
-        other = found.get(name, np.empty(0, array.dtype))
-        figures, problem = judge(name, other, array, dtype)
-        one: dict[str, Any] = {"output": name, **figures, "psnr_db": min(figures["psnr_db"], IDENTICAL_DB)}
-        if array.dtype == np.uint8:
-            one |= {"ssim": ssim(other, array), "contrast": float(array.std())}
-        judged.append((one, problem))
-    return max(judged, key=lambda item: item[0]["relative_l2"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from ...engines.package import Package
 from ..case import Case
@@ -15,46 +16,33 @@ from ..sides.contract import OURS, Task
 from .latency import Progress, document_of, silent
 
 
-@dataclass(frozen=True, kw_only=True)
-class Axis:
-    """What is varied: `vary` gives the case another value, `of` tells a case's.
-
-    `workload` is timed along it. Sizes among the default `values` are percentages of the case's own.
-    """
+class Axis(NamedTuple):
+    """What is timed along it, and its default values: of `pixels`, percentages of the case's own sides."""
 
     workload: str
-    of: Callable[[Case], float]
-    vary: Callable[[Case, int], Case]
     values: tuple[int, ...]
 
 
-def _resized(case: Case, percent: int) -> Case:
-    """Both sides at so many per cent, in multiples of 64 pixels, which every model draws."""
-    width, height = (max(round(side * percent / 6400), 1) * 64 for side in (case.width, case.height))
+AXES: Mapping[str, Axis] = {
+    "steps": Axis("picture", (5, 10, 20, 40)),
+    "batch": Axis("unet", (1, 2, 4, 8)),
+    # Attention grows with the square of the pixels, all else with them: the line's residual shows how much.
+    "pixels": Axis("unet", (50, 100, 150, 200)),
+}
+_FIELDS = {"steps": "steps", "batch": "pictures"}
+
+
+def _varied(case: Case, axis: str, value: int) -> Case:
+    """The case at another point; sizes are multiples of 64 pixels, which every model draws."""
+    if axis in _FIELDS:
+        return replace(case, **{_FIELDS[axis]: value})
+    width, height = (max(round(side * value / 6400), 1) * 64 for side in (case.width, case.height))
     return replace(case, width=width, height=height)
 
 
-AXES: Mapping[str, Axis] = {
-    "steps": Axis(
-        workload="picture",
-        of=lambda case: case.steps,
-        vary=lambda case, steps: replace(case, steps=steps),
-        values=(5, 10, 20, 40),
-    ),
-    "batch": Axis(
-        workload="unet",
-        of=lambda case: case.pictures,
-        vary=lambda case, pictures: replace(case, pictures=pictures),
-        values=(1, 2, 4, 8),
-    ),
-    # Attention grows with the square of the pixels, all else with them: the line's residual shows how much.
-    "pixels": Axis(
-        workload="unet",
-        of=lambda case: case.width * case.height,
-        vary=_resized,
-        values=(50, 100, 150, 200),
-    ),
-}
+def _place(axis: str, case: Mapping[str, Any]) -> float:
+    """Where a row's case is on an axis."""
+    return case[_FIELDS[axis]] if axis in _FIELDS else case["width"] * case["height"]
 
 
 def measure_scaling(
@@ -63,7 +51,7 @@ def measure_scaling(
     case: Case,
     *,
     axes: Mapping[str, Sequence[int]],
-    pace: Pace | None = None,
+    pace: Pace,
     progress: Progress = silent,
 ) -> Document:
     """Rows for every point, which take turns, and for each axis one of workload "fit".
@@ -76,9 +64,8 @@ def measure_scaling(
     rows: list[Row] = []
     with SideProcess(OURS, OURS, task) as side:
         for name, values in axes.items():
-            axis = AXES[name]
-            points = {f"{name} {value}": axis.vary(case, value) for value in values}
-            timed = time_points(side, axis.workload, points, pace or Pace(), progress)
+            points = {f"{name} {value}": _varied(case, name, value) for value in values}
+            timed = time_points(side, AXES[name].workload, points, pace, progress)
             rows += [replace(row, figures={"axis": name}) for row in timed]
             rows.append(_fit(name, case, timed))
     return document_of("scaling", package, task, rows)
@@ -103,12 +90,9 @@ def time_points(
 
 def _fit(name: str, case: Case, rows: Sequence[Row]) -> Row:
     """The line through the points' medians."""
-    axis = AXES[name]
-    timed = [row for row in rows if row.status == "ok"]
-    points = [(axis.of(Case.from_json(row.case)), row.summary["p50"]) for row in timed]
-    figures = {"of": name, "workload": axis.workload, "points": points}
+    points = [(_place(name, row.case), row.summary["p50"]) for row in rows if row.status == "ok"]
+    figures = {"of": name, "workload": AXES[name].workload, "points": points}
     fit = Row(side=OURS, workload="fit", case=case.to_json(), figures=figures)
     if len(points) < 3:
         return replace(fit, status="FAILED", reason=f"{len(points)} points, a line with a residual needs 3")
-    line = fit_line([x for x, _ in points], [y for _, y in points])
-    return replace(fit, figures={**figures, **vars(line)})
+    return replace(fit, figures={**figures, **fit_line(*zip(*points, strict=True))})

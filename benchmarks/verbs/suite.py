@@ -16,7 +16,7 @@ from .build import Builds, measure_build
 from .cold_start import QUICK_REPEATS, REPEATS, measure_cold_start
 from .latency import Progress, Sides, measure_latency, silent
 from .memory import STEPS, measure_memory
-from .parity import QUICK_SAMPLES, SAMPLES, Inputs, measure_parity
+from .parity import Inputs, measure_parity
 from .scaling import AXES, measure_scaling
 from .throughput import Rules, measure_throughput
 
@@ -54,7 +54,7 @@ def planned(model: Model, sides: Sides, *, quick: bool) -> Mapping[str, Callable
     alone = replace(sides, references=())
     axes = {name: axis.values[: 3 if quick else None] for name, axis in AXES.items()}  # a line needs 3
     sweep = {"batches": (1, 4) if quick else (1, 2, 4, 8), "rules": Rules.quick() if quick else Rules()}
-    inputs = Inputs(cases=(replace(case, steps=8),), samples=QUICK_SAMPLES if quick else SAMPLES)
+    inputs = Inputs(cases=(replace(case, steps=8),), samples=1 if quick else 3)
     return {
         "latency": partial(measure_latency, package, sides, [case], pace=pace),
         "memory": partial(measure_memory, package, alone, case, steps=WATCHED_STEPS if quick else STEPS),

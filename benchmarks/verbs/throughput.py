@@ -3,8 +3,7 @@
     SingleStream   one query after the other; the metric is the 90th percentile of their latencies
     Offline        one query of many samples, in calls of the best batch; the metric is samples per second
 
-The scenarios are defined in mlcommons/inference_policies, inference_rules.adoc, "Scenarios". Their minimum
-durations, model and data are not kept to: no result is a submission.
+They are defined in mlcommons/inference_policies, inference_rules.adoc, "Scenarios".
 """
 
 from __future__ import annotations
@@ -12,9 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from time import perf_counter
-from typing import Any
-
-import numpy as np
 
 from ...engines.package import Package
 from ..case import Case
@@ -59,9 +55,9 @@ def measure_throughput(
     task: Task,
     case: Case,
     *,
-    batches: Sequence[int] = (1, 2, 4, 8),
-    rules: Rules | None = None,
-    pace: Pace | None = None,
+    batches: Sequence[int],
+    rules: Rules,
+    pace: Pace,
     progress: Progress = silent,
 ) -> Document:
     """Rows "batch sweep" for every batch, then "SingleStream" and "Offline", of our side in a fresh process.
@@ -71,65 +67,46 @@ def measure_throughput(
     Raises:
         SideError: our side cannot be opened.
     """
-    rules = rules or Rules()
     progress(NO_SUBMISSION)
     with SideProcess(OURS, OURS, task) as side:
         points = {str(batch): replace(case, pictures=batch) for batch in batches}
-        rows = [_with_rates(row) for row in time_points(side, "picture", points, pace or Pace(), progress)]
-        best = max(rows, key=lambda row: row.figures.get("samples_per_s", 0.0)).figures["batch"]
-        for scenario, measure, batch in ((SINGLE_STREAM, _single_stream, 1), (OFFLINE, _offline, best)):
+        rows = [_with_rate(row) for row in time_points(side, "picture", points, pace, progress)]
+        best = max(rows, key=lambda row: row.figures.get("samples_per_s", 0.0)).case["pictures"]
+        for scenario, batch in ((SINGLE_STREAM, 1), (OFFLINE, best)):
             progress(f"{scenario}: {batch} a call")
-            row = Row(
-                side=OURS,
-                workload=scenario,
-                case=replace(case, pictures=batch).to_json(),
-                figures={"scenario": scenario, "batch": batch},
-                stamp=side.stamp,
-            )
+            asked = replace(case, pictures=batch)
+            row = Row(side=OURS, workload=scenario, case=asked.to_json(), stamp=side.stamp)
             try:
-                rows.append(measure(row, side, rules))
+                answer, _ = side.prepare("picture", asked)  # before a clock runs
+                if scenario == SINGLE_STREAM:
+                    calls = queries = _single_stream(side, rules)
+                else:
+                    most = max(1, min(rules.samples // batch, int(rules.budget / answer["seconds"])))
+                    calls = [_draw(side) for _ in range(most)]
+                    queries = [sum(calls)]
             except SideError as error:
                 rows.append(replace(row, status=error.status, reason=error.reason))
+                continue
+            samples = batch * len(calls)
+            figures = {"samples": samples, "samples_per_s": samples / sum(calls)}
+            rows.append(replace(row, rounds=(tuple(queries),), figures=figures))
     settings = {"batches": list(batches), "rules": asdict(rules), "submission": NO_SUBMISSION}
     return document_of("throughput", package, task, rows, settings)
 
 
-def _with_rates(row: Row) -> Row:
-    batch = row.case["pictures"]
-    figures: dict[str, Any] = {"batch": batch}
-    if row.samples:
-        mean = float(np.mean(row.samples))
-        figures |= {"samples_per_s": batch / mean, "s_per_sample": mean / batch, **_percentiles(row)}
+def _with_rate(row: Row) -> Row:
+    figures = {"samples_per_s": row.case["pictures"] / row.summary["mean"]} if row.samples else {}
     return replace(row, workload=SWEEP, figures=figures)
 
 
-def _percentiles(row: Row) -> dict[str, float]:
-    return {name: row.summary[name] for name in ("p50", "p90", "p99")}
-
-
-def _single_stream(row: Row, side: SideProcess, rules: Rules) -> Row:
-    """One query after the other, until there are enough of them and enough time is over."""
-    _prepare(row, side)
+def _single_stream(side: SideProcess, rules: Rules) -> list[float]:
+    """Latencies of queries, one after the other, until there are enough of them and enough time is over."""
     latencies: list[float] = []
     while (total := sum(latencies)) < rules.budget and (
         len(latencies) < rules.queries or total < rules.seconds
     ):
         latencies.append(_draw(side))
-    row = _of_queries(row, latencies, len(latencies))
-    return replace(row, figures={**row.figures, **_percentiles(row)})
-
-
-def _offline(row: Row, side: SideProcess, rules: Rules) -> Row:
-    """One query of as many whole calls as there are samples for, or fewer if time is short."""
-    batch = row.figures["batch"]
-    calls = max(1, min(rules.samples // batch, int(rules.budget / _prepare(row, side))))
-    return _of_queries(row, [sum(_draw(side) for _ in range(calls))], calls * batch)
-
-
-def _prepare(row: Row, side: SideProcess) -> float:
-    """Seconds of a first call, before a clock runs."""
-    answer, _ = side.prepare("picture", Case.from_json(row.case))
-    return float(answer["seconds"])
+    return latencies
 
 
 def _draw(side: SideProcess) -> float:
@@ -137,9 +114,3 @@ def _draw(side: SideProcess) -> float:
     began = perf_counter()
     side.time(1)
     return perf_counter() - began
-
-
-def _of_queries(row: Row, latencies: Sequence[float], samples: int) -> Row:
-    seconds = sum(latencies)
-    rates = {"samples": samples, "samples_per_s": samples / seconds, "seconds": seconds}
-    return replace(row, rounds=(tuple(latencies),), figures={**row.figures, **rates})

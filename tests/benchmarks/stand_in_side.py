@@ -1,4 +1,4 @@
-"""A side without a process: answers at once, and says how long it would have taken."""
+"""The demo model, and a side without a process: answers at once, and says how long it would have taken."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -8,13 +8,21 @@ import numpy as np
 
 from latentrt.benchmarks.case import Case
 from latentrt.benchmarks.process import SideError
-from latentrt.benchmarks.sides.contract import YARDSTICK
+from latentrt.benchmarks.records import Document, Row
+from latentrt.benchmarks.sides.contract import YARDSTICK, Task
+from latentrt.engines.package import Package
+from latentrt.runtime.pipeline import SHIPPED
 
+PACKAGE = Package.open(SHIPPED["demo"])
+TASK = Task(package=PACKAGE.root, threads=1)
+CASE = Case(width=64, height=64, guidance_scale=3.0, steps=2)
 Outputs = Mapping[str, np.ndarray]
 
 
-def _nothing() -> dict[str, Any]:
-    return {}
+def row_of(document: Document, workload: str) -> Row:
+    """The only row of a workload."""
+    (row,) = document.select(workload)
+    return row
 
 
 @dataclass
@@ -27,7 +35,7 @@ class StandInSide:
     name: str
     seconds: Callable[[str, Case], float]
     outputs: Outputs = field(default_factory=dict[str, np.ndarray])
-    figures: Callable[[], dict[str, Any]] = _nothing
+    figures: Callable[[], dict[str, Any]] = dict[str, Any]
     error: SideError | None = None
     most: int = 100
     stamp: Mapping[str, Any] = field(default_factory=dict[str, Any])

@@ -11,11 +11,10 @@ import pytest
 from latentrt.benchmarks import skeletons
 from latentrt.benchmarks.case import Case
 from latentrt.benchmarks.process import Server
-from latentrt.benchmarks.sides import ceiling
+from latentrt.benchmarks.sides import ceiling, contract
 from latentrt.benchmarks.sides.ceiling import Place
 from latentrt.benchmarks.sides.contract import NotAvailableError, Task, Work, side
 from latentrt.benchmarks.sides.yardstick import GRAPH, SIZES, SKELETON, open_yardstick
-from latentrt.engines import processors
 from latentrt.engines.errors import UsageError
 from latentrt.engines.onnxruntime.nets import CPU, CUDA
 from latentrt.runtime.pipeline import SHIPPED
@@ -26,9 +25,10 @@ TASK = Task(package=SHIPPED["demo"], threads=2)
 HOST = Place(threads=2)
 
 
-def test_a_side_of_the_harness() -> None:
-    assert side("ceiling").available(TASK) is None
-    opened = ceiling.ceiling_side(HOST, "fp32", SMALL[1:], copied=4097)
+def test_a_side_of_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceiling, "HOST_SHAPES", SMALL[1:])
+    monkeypatch.setattr(ceiling, "COPIED", 4097)
+    opened = contract.open_side("ceiling", TASK)
     assert opened.versions == {"onnxruntime": onnxruntime.__version__, "provider": CPU, "threads": "2"}
     child = Server(opened, TASK)
     for workload, figure in (("gemm", "flops"), ("copy", "bytes"), ("gemm", "flops")):
@@ -67,11 +67,10 @@ def test_a_copy_on_the_cpu_moves_what_it_says(monkeypatch: pytest.MonkeyPatch) -
         target[:] = source
         moved.append(source.nbytes)
 
-    monkeypatch.setattr(processors, "usable_processors", lambda: 3)
     monkeypatch.setattr(np, "copyto", copy)
-    ceiling.ceiling_side(Place(threads=3), "fp32", SMALL, copied=1000).prepare("copy", CASE).run()
-    assert sum(moved) == 1000
-    assert len(moved) == 3, "a part for each thread"
+    monkeypatch.setattr(ceiling, "COPIED", 1000)
+    side("ceiling").open_side(TASK).prepare("copy", CASE).run()
+    assert moved == [500, 500], "a part for each thread"
 
 
 def test_no_threads() -> None:

@@ -1,6 +1,5 @@
 """`compare`, on documents of a machine that drifts, with noise that only ever slows down."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -198,12 +197,3 @@ def test_other_systems_and_settings_are_a_remark() -> None:
         "different settings: threads was 2, is 1",
     )
     assert found.format().startswith(f"{DATE} 0123abc -> {DATE} 4567def\n")
-
-
-def test_a_comparison_is_plain_data() -> None:
-    data = json.loads(json.dumps(compare(simulated(0), simulated(1, times=1.1)).to_json(), allow_nan=False))
-    assert data["regressed"] is data["compared"] is True
-    ratio = data["rows"][0]["ratio"]
-    assert ratio["low"] < ratio["value"] < ratio["high"]
-    few = document([Row(side=OURS, workload="unet", rounds=((1.0,),))])
-    assert not compare(few, few).compared

@@ -26,14 +26,12 @@ PRINTED = f"print({json.dumps(Row(side='latentrt', workload='a').to_json())!r}, 
     ("code", "workloads", "reason"),
     [
         (PRINTED, ["a", "process"], ""),
-        (f"{PRINTED}; import os; os.abort()", ["a", "process"], "it ended with SIGABRT: Fatal Python error"),
-        (f"{PRINTED}; import time; time.sleep(99)", ["a", "process"], "it did not end within 2 s"),
         ("pass", ["process"], "it ended without a row"),
-        ("print('{', flush=True); raise SystemExit(3)", ["process"], "it ended with exit code 3"),
+        (f"{PRINTED}; print('{{'); raise SystemExit(3)", ["a", "process"], "it ended with exit code 3"),
     ],
 )
 def test_a_process_is_its_rows_and_one_more(code: str, workloads: list[str], reason: str) -> None:
-    rows = list(run_section(["-X", "faulthandler", "-c", code], 2))
+    rows = list(run_section(["-c", code], 9))
     assert [row.workload for row in rows] == workloads
     assert rows[-1].status == ("FAILED" if reason else "ok")
     assert rows[-1].reason.startswith(reason)

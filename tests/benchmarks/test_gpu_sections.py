@@ -23,14 +23,13 @@ from latentrt.benchmarks.gpu.sections import build, graphs, parity, picture, pla
 from latentrt.benchmarks.machine import resident_bytes
 from latentrt.benchmarks.records import Row
 from latentrt.benchmarks.rounds import Pace
+from latentrt.benchmarks.verbs import parity as parity_verb
 from latentrt.engines.backend import MemoryLedger
 from latentrt.engines.device import Addresses, DeviceMemory, Graph, Shapes
 from latentrt.engines.errors import BackendError, MemoryLimitError
-from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.runtime.loop.device.programs import input_shapes
 from tests.benchmarks.gpu_stand_in import MIB, PACKAGE, SCALE, Hungry, WatchedDevice, in_process, stand_in
 from tests.engines.host_device import HostDevice
-from tests.engines.test_onnxruntime_nets import DEMO, Host
 
 
 def run(section: Callable[[Opener, Scale], Iterator[Row]], opener: Opener, scale: Scale = SCALE) -> list[Row]:
@@ -53,7 +52,7 @@ def run_verb(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Row]]:
     """A section whose verb opens its sides in this process."""
 
     def run_it(section: Callable[[Opener, Scale], Iterator[Row]], opener: Opener) -> list[Row]:
-        monkeypatch.setattr(sections, "SideProcess", partial(in_process, opener))
+        monkeypatch.setattr(parity_verb, "SideProcess", partial(in_process, opener))
         return run(section, opener)
 
     return run_it
@@ -83,17 +82,10 @@ def test_pictures(run_verb: Callable[..., list[Row]]) -> None:
 
 def test_graphs() -> None:
     rows = run(graphs, stand_in())
-    assert not failures(rows)
-    for row in rows:
-        assert row.figures["psnr_db"] == float("inf")
-        assert row.figures["launches"] >= SCALE.runs
-        assert min(row.figures["plain_p50_s"], row.figures["graph_p50_s"]) > 0
+    assert [(row.status, row.figures["psnr_db"]) for row in rows] == [("ok", float("inf"))] * 2
     rows = run(graphs, stand_in(WatchedDevice(2**30, capturable=False)))
     assert {row.status for row in rows} == {"not available"}
-    assert (rows[0].reason, rows[0].figures["launches"]) == (
-        "the loop is not captured: the stream cannot be captured",
-        0,
-    )
+    assert rows[0].reason == "the loop is not captured: the stream cannot be captured"
 
 
 def test_memory() -> None:
@@ -210,15 +202,6 @@ def test_parity_goes_on_after_a_net_that_fails(run_verb: Callable[..., list[Row]
     assert not device.blocks
 
 
-def test_the_decoder_alone_is_held_to_more(
-    monkeypatch: pytest.MonkeyPatch, run_verb: Callable[..., list[Row]]
-) -> None:
-    row = Row(side="latentrt", workload="vae_decoder", unit="dB")
-    rows = [replace(row, figures={"psnr_db": db}) for db in (59, 61)]
-    monkeypatch.setattr(sections, "compare_sides", lambda *arguments: rows)
-    assert [row.reason for row in run_verb(parity, stand_in())] == ["59.0 dB, below 60", "", ""]
-
-
 def test_pictures_fail_for_one_that_differs(run_verb: Callable[..., list[Row]]) -> None:
     guided = lambda shapes: shapes["prediction"][0] == 6  # noqa: E731
     rows = failures(run_verb(picture, stand_in(wrap=wrong("step", "latent", 0.5, guided))))
@@ -250,7 +233,7 @@ def test_graphs_fail_where_nothing_is_replayed(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("latentrt.runtime.loop.device.cuda_graphs.Replay._capture", silent)
     rows = run(graphs, stand_in())
-    assert "launched in 0 of 3 runs, and nothing says why" in rows[0].reason
+    assert rows[0].reason == "no graph is replayed, and nothing says why"
 
 
 @pytest.mark.parametrize(("size", "expected"), [(30, ["cycle 3", "no growth"]), (9, ["no growth"])])
@@ -274,16 +257,6 @@ def test_the_ladder_fails_where_a_rung_draws_something_else() -> None:
     apart = lambda shapes: shapes["latent"][0] in (1, 4)  # noqa: E731
     rows = run(ladder, stand_in(WatchedDevice(2**28), wrap=wrong("unet", "prediction", 0.5, apart)))
     assert any("of that free" in text and "dB, below 40" in text for text in failures(rows))
-
-
-def test_the_ladder_fails_where_no_rung_helps() -> None:
-    class Constant(Hungry):
-        def scratch(self, shapes: Shapes) -> int:
-            return 40 * MIB if shapes["latent"][-1] == 8 else 0
-
-    wrap = lambda name, net: Constant(net.net, 0) if name == "unet" else net  # noqa: E731
-    rows = run(ladder, stand_in(WatchedDevice(2**28), wrap=wrap))
-    assert "a rung helped: no request was drawn that needed a rung" in failures(rows)
 
 
 def test_the_ladder_fails_where_memory_never_runs_out() -> None:
@@ -402,12 +375,6 @@ def test_host_memory_stays_and_a_leak_shows() -> None:
     (row,) = collect(host_memory(stand_in(wrap=lambda name, net: Leaking(net.net, net.per_row)), SCALE))
     assert row.status == "FAILED"
     assert "MiB more" in row.reason
-
-
-def test_a_net_without_a_profile() -> None:
-    net: Any = open_onnxruntime_net(DEMO, "unet", Host(), provider=CPU, threads=1)  # type: ignore[arg-type]
-    with pytest.raises(BackendError, match=r"'unet' has no profile.*Pass `profile`"):
-        net.end_profile()
 
 
 def test_captured_pipelines_are_opened_for_it() -> None:

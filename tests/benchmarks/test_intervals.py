@@ -8,15 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from latentrt.benchmarks.intervals import (
-    LEAST,
-    Interval,
-    Rounds,
-    ab_spread,
-    fit_line,
-    ratio_by_round,
-    ratio_of_runs,
-)
+from latentrt.benchmarks.intervals import LEAST, Rounds, ab_spread, fit_line, ratio_by_round, ratio_of_runs
 from latentrt.benchmarks.process import SideError
 from latentrt.benchmarks.rounds import Pace, interleave
 
@@ -31,16 +23,11 @@ def drifting(seed: int, rounds: int = 40, runs: int = 5, times: float = 1.0) -> 
     return (times * a).tolist(), b.tolist()
 
 
-def test_the_values_are_numpys() -> None:
-    a, b = drifting(0, times=1.3)
-    assert ratio_by_round(a, b).value == pytest.approx(np.median(np.median(a, axis=1) / np.median(b, axis=1)))
-    assert ratio_of_runs(a, b).value == pytest.approx(np.median(a) / np.median(b))
-
-
 def test_the_intervals_are_scipys() -> None:
     """SciPy's own percentile bootstrap of the same statistic; 15 % of the width is the resamples' noise."""
 
-    def check(found: Interval, *data: Any, **options: Any) -> None:
+    def check(found: Any, value: Any, *data: Any, **options: Any) -> None:
+        assert found.value == pytest.approx(value)
         wanted = scipy.stats.bootstrap(
             data, method="percentile", n_resamples=5000, rng=np.random.default_rng(0), **options
         ).confidence_interval
@@ -49,14 +36,15 @@ def test_the_intervals_are_scipys() -> None:
 
     a, b = drifting(1, times=1.1)
     ratios = np.median(a, axis=1) / np.median(b, axis=1)
-    check(ratio_by_round(a, b), ratios, statistic=np.median)
+    check(ratio_by_round(a, b), np.median(ratios), ratios, statistic=np.median)
     # the rounds of each run are drawn on their own: a sample is a round's number
     count = np.arange(len(a))
 
     def statistic(one: Any, other: Any) -> float:
         return float(np.median(np.asarray(a)[one]) / np.median(np.asarray(b)[other]))
 
-    check(ratio_of_runs(a, b), count, count, statistic=statistic, vectorized=False)
+    value = np.median(a) / np.median(b)
+    check(ratio_of_runs(a, b), value, count, count, statistic=statistic, vectorized=False)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
@@ -73,13 +61,6 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
 def test_of_rounds_of_other_lengths_each_sample_counts() -> None:
     found = ratio_of_runs([(1.0, 5.0), (2.0,), (3.0, 4.0, 9.0)], [(1.0,)])
     assert (found.value, found.low, found.high) == (3.5, 2.0, 4.0)
-
-
-def test_drift_between_rounds_does_not_widen_the_interval_by_round() -> None:
-    a, b = drifting(3)
-    assert np.std(np.median(a, axis=1)) > 0.2
-    assert ratio_by_round(a, b).half_width < 0.03
-    assert ratio_by_round(a, b) == ratio_by_round(a, b), "seeded"
 
 
 @pytest.mark.parametrize("function", [ratio_by_round, ab_spread])
@@ -100,15 +81,14 @@ def test_lines_are_scipys() -> None:
     x = np.array([1, 2, 4, 8, 8, 20], float)
     y = 0.3 + 2.5 * x + random.normal(0, 0.4, 6)
     found, theirs = fit_line(x.tolist(), y.tolist()), scipy.stats.linregress(x, y)
-    assert (found.slope, found.intercept) == pytest.approx((theirs.slope, theirs.intercept))
-    assert found.r_squared == pytest.approx(theirs.rvalue**2)
-    rest = y - theirs.intercept - theirs.slope * x
-    assert found.residual == pytest.approx(np.abs(rest).max() / np.abs(y).max())
+    residual = np.abs(y - theirs.intercept - theirs.slope * x).max() / np.abs(y).max()
+    wanted = {"slope": theirs.slope, "intercept": theirs.intercept, "residual": residual}
+    assert found == pytest.approx(wanted)
 
 
 def test_points_that_make_no_line_are_refused() -> None:
     flat = fit_line([1, 2, 3], [4.0, 4.0, 4.0])
-    assert vars(flat) == pytest.approx({"slope": 0, "intercept": 4, "residual": 0, "r_squared": 1})
+    assert flat == pytest.approx({"slope": 0, "intercept": 4, "residual": 0})
     for x, y in (([1.0], [1.0]), ([2.0, 2.0], [1.0, 3.0]), ([1.0, 2.0], [1.0])):
         with pytest.raises(ValueError, match="two different x"):
             fit_line(x, y)

@@ -1,28 +1,24 @@
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from latentrt.benchmarks.case import Case
 from latentrt.benchmarks.process import SideError, SideProcess
 from latentrt.benchmarks.records import read_document
 from latentrt.benchmarks.rounds import Pace, Turns
 from latentrt.benchmarks.sides.contract import AGAIN, OURS, YARDSTICK, Task
 from latentrt.benchmarks.verbs import latency
 from latentrt.benchmarks.verbs.latency import Bench, Sides, measure_latency, medians
-from latentrt.engines.package import Package
-from latentrt.runtime.pipeline import SHIPPED
-from tests.benchmarks.stand_in_side import StandInSide
+from tests.benchmarks.stand_in_side import CASE, PACKAGE, TASK, StandInSide
 
-PACKAGE = Package.open(SHIPPED["demo"])
-CASE = Case(width=64, height=64, guidance_scale=3.0, steps=2)
 PACE = Pace(runs=6, rounds=3, budget=1.0, turn=0.02)
 PREDICTION = {"prediction": np.random.default_rng(0).standard_normal((2, 4, 8, 8)).astype(np.float32)}
 
 
 def _bench(workload: str = "unet", references: tuple[str, ...] = (AGAIN,), device: str = "cpu") -> Bench:
-    sides = Sides(task=Task(package=PACKAGE.root, device=device), references=references)
+    sides = Sides(task=replace(TASK, device=device), references=references)
     return Bench(package=PACKAGE, sides=sides, workload=workload, case=CASE, progress=lambda line: None)
 
 
@@ -113,9 +109,8 @@ def test_who_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
         return _side(name)
 
     monkeypatch.setattr(latency, "SideProcess", opened)
-    task = Task(package=PACKAGE.root)
-    assert Sides(task=task, references=()).names == (OURS,)
-    sides = Sides(task=task, peers=("openvino",))
+    assert Sides(task=TASK, references=()).names == (OURS,)
+    sides = Sides(task=TASK, peers=("openvino",))
     assert sides.names == (OURS, AGAIN, "openvino", "ceiling")
     missing = "openvino"
     with ExitStack() as stack:
@@ -130,7 +125,7 @@ def test_who_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_demo_model_for_real(tmp_path: Any) -> None:
     pace = Pace(runs=2, rounds=2, budget=0.5, turn=0.01, least=2, warm_up=1)
-    sides = Sides(task=Task(package=PACKAGE.root, threads=1), references=(AGAIN,))
+    sides = Sides(task=TASK, references=(AGAIN,))
     document = measure_latency(PACKAGE, sides, [CASE], pace=pace)
     document.write(tmp_path / "latency.json")
     rows = {(row.workload, row.side): row for row in read_document(tmp_path / "latency.json").rows}

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Generator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -18,12 +19,11 @@ from latentrt.benchmarks.sides.ours_device import device_side
 from latentrt.benchmarks.sides.plain_loop import plain_side
 from latentrt.engines import spec
 from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
-from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import Package, write_manifest
 from latentrt.runtime.loop.denoise import HostLoop
-from latentrt.runtime.loop.device.loop import DeviceLoop
 from latentrt.runtime.pipeline import SHIPPED, Pipeline
 from tests.engines.host_device import HostDevice
+from tests.runtime.device_bench import device_pipeline
 from tests.runtime.small_nets import IMAGE_CHANNELS, VECTORS, WIDTH, write_small_package
 
 PACKAGE = Package.open(SHIPPED["demo"])
@@ -36,16 +36,11 @@ def pipe() -> Pipeline:
     return open_pipeline(Task(package=PACKAGE.root, backend="onnxruntime", threads=1))
 
 
-def side_of(pipe: Pipeline) -> OpenSide:
-    assert isinstance(pipe.loop, HostLoop)
-    return host_side(pipe, pipe.loop)
-
-
 @pytest.fixture(scope="module")
 def side(pipe: Pipeline) -> Generator[OpenSide]:
-    opened = side_of(pipe)
-    yield opened
-    opened.close()
+    assert isinstance(pipe.loop, HostLoop)
+    with closing(host_side(pipe, pipe.loop)) as opened:
+        yield opened
 
 
 def ran(prepared: Work) -> Mapping[str, np.ndarray]:
@@ -71,29 +66,6 @@ def test_every_workload_has_the_contracts_outputs(side: OpenSide, case: Case) ->
         assert all(array.std() > 0 for array in found.values()), workload
     with pytest.raises(NotAvailableError, match="latentrt has no workload 'gemm'"):
         side.prepare("gemm", case)
-
-
-@pytest.fixture(scope="module")
-def whole() -> Any:
-    """The UNet before hoisting, as the library runs it unasked for any optimisation."""
-    onnxruntime = pytest.importorskip("onnxruntime")
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    graph = PACKAGE.path(PACKAGE.manifest.nets["unet_whole"].graph)
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-
-
-@pytest.mark.parametrize("case", [GUIDED, PLAIN], ids=["guided", "plain"])
-def test_unet_is_the_graph_before_hoisting(side: OpenSide, whole: Any, case: Case) -> None:
-    inputs = inputs_of(PACKAGE, "unet", case)
-    feeds = {
-        "sample": inputs["latent"],
-        "timestep": np.repeat(inputs["timestep"], case.batch),
-        "encoder_hidden_states": inputs["context"],
-    }
-    (wanted,) = whole.run(["out_sample"], feeds)
-    found = ran(side.prepare("unet", case))["prediction"]
-    assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 1e-5
 
 
 def test_a_picture_is_the_pipelines_and_tells_its_stages(side: OpenSide, pipe: Pipeline) -> None:
@@ -169,27 +141,17 @@ def test_the_inputs_are_the_contracts(package: Package) -> None:
 
 @pytest.mark.parametrize("workload", ["invariants", "unet"])
 def test_both_loops_compute_them(package: Package, workload: str) -> None:
-    device = HostDevice()
-    nets: Any = {
-        name: open_onnxruntime_net(package, name, device, provider=CPU, submit=device.submit, threads=1)
-        for name in package.manifest.nets
-    }
     host_loop = HostLoop(package, ONNXRUNTIME, 1)
     for name in ("unet_context", "unet_time", "unet"):
         host_loop.net(name)
     host = host_side(Pipeline.over(package, host_loop, "host", cache_bytes=0), host_loop)
-    loop = DeviceLoop(device, nets, package.manifest)
-    side = device_side(Pipeline.over(package, loop, "device", cache_bytes=0), loop)
-    found, wanted = side.prepare(workload, SMALL), host.prepare(workload, SMALL)
-    for prepared in (found, wanted):
-        prepared.run()
-    assert set(found.outputs()) == set(wanted.outputs())
-    for name, array in wanted.outputs().items():
-        assert array.std() > 0
-        np.testing.assert_allclose(found.outputs()[name], array, rtol=1e-4, atol=1e-5)
-    side.close()
-    host.close()
-    assert not device.blocks
+    with closing(host), device_pipeline(package, HostDevice()) as (pipe, loop):
+        with closing(device_side(pipe, loop)) as side:
+            found, wanted = (ran(opened.prepare(workload, SMALL)) for opened in (side, host))
+        assert set(found) == set(wanted)
+        for name, array in wanted.items():
+            assert array.std() > 0
+            np.testing.assert_allclose(found[name], array, rtol=1e-4, atol=1e-5)
 
 
 def test_plain_loops_draw_no_such_pictures(package: Package) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -22,12 +23,12 @@ from latentrt.engines.device import Addresses, DeviceNet, Shapes
 from latentrt.engines.errors import MemoryLimitError
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import Package
-from latentrt.runtime.loop import open as loops
 from latentrt.runtime.loop.device.cuda_graphs import Graphs
 from latentrt.runtime.loop.device.loop import DeviceLoop
 from latentrt.runtime.pipeline import SHIPPED, Pipeline
 from tests.benchmarks.gpu_stand_in import Hungry
 from tests.engines.host_device import DEVICE_NETS, HostDevice, HostStopwatch
+from tests.runtime.device_bench import device_pipeline
 
 PACKAGE = Package.open(SHIPPED["demo"])
 GUIDED = Case.of(PACKAGE.manifest, width=64, height=64, steps=4)
@@ -62,7 +63,6 @@ class Bench:
     device: HostDevice
     side: OpenSide
     loop: DeviceLoop
-    nets: dict[str, Spied]
     runs: Counter[str]
 
 
@@ -76,7 +76,7 @@ def opened() -> Generator[Bench]:
     loop = DeviceLoop(device, nets, PACKAGE.manifest)
     side = device_side(Pipeline.over(PACKAGE, loop, "stand-in", cache_bytes=0), loop)
     assert side.versions == {"backend": "stand-in", "device": "host memory"}
-    yield Bench(device, side, loop, nets, runs)
+    yield Bench(device, side, loop, runs)
     side.prepare("unet", GUIDED)  # and is left open
     side.close()
     side.close()
@@ -86,9 +86,8 @@ def opened() -> Generator[Bench]:
 
 @pytest.fixture(scope="module")
 def host() -> Generator[OpenSide]:
-    opened = ours.open_side(Task(package=PACKAGE.root, backend="onnxruntime", threads=1))
-    yield opened
-    opened.close()
+    with closing(ours.open_side(Task(package=PACKAGE.root, backend="onnxruntime", threads=1))) as opened:
+        yield opened
 
 
 def check_alike(found: Work, wanted: Work) -> None:
@@ -163,9 +162,7 @@ def test_a_run_repeats_itself_allocates_nothing_and_waits_as_often_as_it_must(
 # ── captured graphs ────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_picture_has_settled_before_it_is_timed_and_tells_whether_it_was_replayed(
-    opened: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_picture_has_settled_before_it_is_timed(opened: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     loop, device, steps = opened.loop, opened.device, GUIDED.steps
     launches: dict[Graphs, int] = {"auto": 2 * steps, "on": 3 * steps, "off": 0}  # "auto" times both ways
     for graphs, before in launches.items():
@@ -175,10 +172,8 @@ def test_a_picture_has_settled_before_it_is_timed_and_tells_whether_it_was_repla
         picture = opened.side.prepare("picture", GUIDED)
         assert device.launches == before
         picture.run()
-        figures = picture.figures()
-        assert figures["replayed"] is (device.launches > before)
         assert graphs == "auto" or device.launches - before == (steps if graphs == "on" else 0)
-        assert {"prepare", "enqueue", "wait"} <= set(figures["stages_s"])
+        assert {"prepare", "enqueue", "wait"} <= set(picture.figures()["stages_s"])
     loop.free_idle()
 
 
@@ -231,10 +226,8 @@ def test_memory_is_the_ledger(opened: Bench) -> None:
     picture = opened.side.prepare("picture", GUIDED)
     found = opened.side.memory()
     weights = {name: row["weights"] for name, row in found["ledger"].items()}
-    assert weights == {name: opened.nets[name].memory.weights for name in DEVICE_NETS}
+    assert weights == {name: opened.loop.nets[name].memory.weights for name in DEVICE_NETS}
     assert found["scratch"] == len(DEVICE_NETS) * KIB, "the largest of the nets'"
-    sizes = [row[part] or 0 for row in found["ledger"].values() for part in ("weights", "activations", "io")]
-    assert found["known"] == sum(sizes) + found["scratch"]
     assert json.loads(json.dumps(found)) == found
     picture.close()
 
@@ -243,24 +236,7 @@ def test_memory_is_the_ledger(opened: Bench) -> None:
 
 
 def test_a_pipeline_on_a_device_gets_this_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = HostDevice()
-
-    class Engine:
-        def refusal(self) -> None:
-            return None
-
-        def describe(self, index: int = 0) -> str:
-            return "engine 1.0"
-
-        def open_device(self, package: Package, names: tuple[str, ...], *, index: int = 0) -> Any:
-            assert set(DEVICE_NETS) <= set(names) == set(PACKAGE.manifest.nets) - {"unet_whole"}
-            return device, {
-                name: open_onnxruntime_net(package, name, device, provider=CPU, submit=device.submit)
-                for name in ("vae_decoder",)
-            }
-
-    monkeypatch.setattr(loops, "choose_backend", lambda name, *_: (name, Engine()))
-    side = ours.open_side(Task(package=PACKAGE.root, backend="engine"))
-    assert side.versions == {"backend": "engine 1.0", "device": "host memory"}
-    side.close()
-    assert not device.blocks
+    with device_pipeline(PACKAGE, HostDevice()) as (pipe, _):
+        monkeypatch.setattr(ours, "open_pipeline", lambda task: pipe)
+        with closing(ours.open_side(Task(package=PACKAGE.root))) as side:
+            assert side.versions["device"] == "host memory"

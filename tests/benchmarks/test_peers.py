@@ -7,7 +7,7 @@ that need a GPU draw on stand-ins of their libraries.
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -225,18 +225,10 @@ class Runner:
         return self.buffers
 
 
-@dataclass
-class Built:
-    """Graphs that engines were built of, and the runners around them."""
-
-    graphs: list[str] = field(default_factory=list[str])
-    runners: list[Runner] = field(default_factory=list[Runner])
-
-
 @pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> Built:
+def runners(monkeypatch: pytest.MonkeyPatch) -> list[Runner]:
     """Polygraphy's own profiles and configurations, but no network, engine or runner of TensorRT."""
-    found = Built()
+    found = list[Runner]()
 
     def network(path: str, *, strongly_typed: bool) -> str:
         assert strongly_typed
@@ -248,12 +240,11 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Built:
         (profile,) = config.profiles
         assert profile
         assert all(item.min == item.opt == item.max for item in profile.values())
-        found.graphs.append(graph)
         return graph
 
     def runner(engine: str) -> Runner:
-        found.runners.append(Runner(engine))
-        return found.runners[-1]
+        found.append(Runner(engine))
+        return found[-1]
 
     monkeypatch.setattr(trt, "network_from_onnx_path", network)
     monkeypatch.setattr(trt, "set_decomposable_attentions", lambda network: (network, "decomposable"))
@@ -264,7 +255,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Built:
 
 @pytest.mark.parametrize("name", ["onnxruntime-cuda", "tensorrt"])
 def test_on_a_gpu_the_loop_is_the_plain_one(
-    name: str, ours: Pictures, built: Built, monkeypatch: pytest.MonkeyPatch
+    name: str, ours: Pictures, runners: list[Runner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = no_gpu(monkeypatch) if name == "onnxruntime-cuda" else []
     with closing(opened(name)) as side:
@@ -276,8 +267,8 @@ def test_on_a_gpu_the_loop_is_the_plain_one(
         versions = {"provider": CUDA, **settings} if asked else {"precision": "strongly typed"}
         assert side.versions.items() >= versions.items()
         # Three nets for two cases, then the UNet for them again: only the latest shapes of a net are kept.
-        assert len(built.graphs) == (0 if asked else 3 * 2 + 2)
-    assert not any(runner.active for runner in built.runners)
+        assert len(runners) == (0 if asked else 3 * 2 + 2)
+    assert not any(runner.active for runner in runners)
 
 
 def test_the_cpu_does_not_stand_in_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,12 +332,6 @@ def test_it_tells_who_it_is(peer: OpenSide) -> None:
     assert all(isinstance(text, str) and text for text in peer.versions.values())
     assert "1" in (peer.versions.get("threads") or peer.versions["INFERENCE_NUM_THREADS"])
     assert peer.versions.get("memory_format", "channels_last") == "channels_last"
-
-
-def test_other_workloads_are_not_available(peer: OpenSide) -> None:
-    for workload in ("invariants", "update", "dance"):
-        with pytest.raises(NotAvailableError, match=workload):
-            peer.prepare(workload, GUIDED)
 
 
 @pytest.mark.slow

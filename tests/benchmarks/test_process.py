@@ -17,11 +17,11 @@ from latentrt.benchmarks.sides.contract import OpenSide, Task, Work
 from latentrt.runtime.pipeline import SHIPPED
 
 ORPHAN = """
-import json, sys, time
+import sys, time
 from latentrt.benchmarks.process import SideProcess
 from latentrt.benchmarks.sides.contract import Task
 
-side = SideProcess("latentrt", "latentrt", Task.from_json(json.loads(sys.argv[1])))
+side = SideProcess("latentrt", "latentrt", Task.parse(sys.argv[1]))
 print(side.pid, flush=True)
 time.sleep(60)
 """
@@ -65,8 +65,7 @@ def test_a_child_answers() -> None:
     assert prepared["figures"] == {"run": 1}
     assert [item["run"] for item in timed["figures"]] == [2, 3, 4]
     assert len(timed["seconds"]) == 3
-    assert memory["peak_rss"] >= memory["rss"] > 10**6
-    assert memory["own"] == {"ledger": 3}
+    assert memory == {"own": {"ledger": 3}}
     assert closed == {}
     assert was_closed == ["closed"]
     assert gc.isenabled()
@@ -98,8 +97,7 @@ def test_a_slot_that_runs_beside_another_has_its_seconds() -> None:
 
 def test_a_process_of_its_own() -> None:
     with SideProcess("latentrt", "latentrt", TASK) as side:
-        assert "onnxruntime" in side.opened["versions"]["backend"]
-        assert side.stamp["side"] == side.opened["versions"]
+        assert "onnxruntime" in side.stamp["side"]["backend"]
         assert {"cpu", "commit", "libraries", "cpu_mhz", "load_1min"} <= set(side.stamp)
         answer, outputs = side.prepare("vae_decoder", CASE)
         assert outputs["image"].shape == (1, 64, 64, 3)
@@ -182,7 +180,7 @@ def test_a_child_that_hangs_after_its_last_line_is_ended() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_a_stopped_process_ends_with_a_parent_that_was_killed() -> None:
-    command = [sys.executable, "-c", ORPHAN, json.dumps(TASK.to_json())]
+    command = [sys.executable, "-c", ORPHAN, TASK.text]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         status = Path("/proc") / parent.stdout.readline().strip() / "status"

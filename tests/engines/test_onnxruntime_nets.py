@@ -317,3 +317,9 @@ def test_a_binding_that_is_refused(package: Package) -> None:
     with pytest.raises(BackendError, match=r"'unet' failed on .*no data transfer registered"):
         net.bind({"x": (2, 4)}, tiny_addresses(Host()), 0)
     assert net.memory.io == 0
+
+
+def test_a_net_without_a_profile() -> None:
+    net: Any = open_onnxruntime_net(DEMO, "unet", Host(), provider=CPU, threads=1)  # type: ignore[arg-type]
+    with pytest.raises(BackendError, match=r"'unet' has no profile.*Pass `profile`"):
+        net.end_profile()

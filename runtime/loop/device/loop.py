@@ -86,6 +86,11 @@ class DeviceLoop:
         self._replays: dict[BoundProgram, Replay] = {}
         self._closed = False
 
+    @property
+    def replays(self) -> bool:
+        """Whether rows of any shape are replayed as a CUDA graph now."""
+        return any(replay.replayed for replay in self._replays.values())
+
     # ── job.Loop ───────────────────────────────────────────────────────────────────────────────
 
     def call(self, net: str, **arrays: Array) -> dict[str, Array]:
