@@ -110,7 +110,6 @@ def _open(name: str, task: Task, *, compiled: str) -> OpenSide:
         config.recompile_limit = _SHAPES
         for net in (pipe.unet, pipe.vae.decoder):
             net.compile(mode=compiled, fullgraph=True, dynamic=False)
-    attention = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
     versions = {
         "torch": str(torch.__version__),
         "diffusers": version_of("diffusers") or "unknown",
@@ -118,7 +117,6 @@ def _open(name: str, task: Task, *, compiled: str) -> OpenSide:
         "device": task.device,
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         "threads": str(torch.get_num_threads()),
-        "attention": type(attention.processor).__name__,
         "memory_format": "channels_last" if last else "contiguous",
         "compile": f"{compiled}, fullgraph, static shapes" if compiled else "no",
     }

@@ -14,11 +14,9 @@ import numpy as np
 
 from latentrt.benchmarks.case import Case
 from latentrt.benchmarks.gpu.opener import Opener, Scale
-from latentrt.benchmarks.process import SideError
 from latentrt.benchmarks.sides.contract import OURS, Task, open_side
 from latentrt.benchmarks.sides.ours_device import device_side
 from latentrt.engines.device import Addresses, BoundNet, DeviceNet, Shapes
-from latentrt.engines.errors import LatentrtError
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import Package
 from latentrt.engines.tensorrt.build import built_nets
@@ -102,11 +100,8 @@ def in_process(opener: Opener, name: str, module: str, task: Task) -> Iterator[A
         stack.callback(side.close)
 
         def prepare(workload: str, case: Case) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-            try:
-                with closing(side.prepare(workload, case)) as work:
-                    work.run()
-                    return {}, {output: array.copy() for output, array in work.outputs().items()}
-            except LatentrtError as error:
-                raise SideError("FAILED", error.found) from error
+            with closing(side.prepare(workload, case)) as work:
+                work.run()
+                return {}, {output: array.copy() for output, array in work.outputs().items()}
 
         yield SimpleNamespace(name=name, stamp={}, prepare=prepare)

@@ -91,12 +91,8 @@ def test_graphs() -> None:
 def test_memory() -> None:
     rows = run(memory, stand_in())
     assert not failures(rows)
-    assert [row.workload for row in rows] == [
-        "first cycle",
-        *[f"cycle {n}" for n in (1, 2, 3)],
-        "no growth",
-        "ledger",
-    ]
+    names = ["first cycle", "cycle 1", "cycle 2", "cycle 3", "no growth", "ledger"]
+    assert [row.workload for row in rows] == names
     cycle, ledger = rows[1].figures, rows[-1].figures
     assert cycle["peak_mib"] > 4
     assert cycle["closed_mib"] == 0
@@ -184,22 +180,8 @@ def test_parity_fails_for_a_wrong_output(run_verb: Callable[..., list[Row]]) -> 
         unet, encoder = wrong("unet", "prediction", add), wrong("vae_encoder", "mean", add)
         wrap = lambda name, net: encoder(name, unet(name, net))  # noqa: E731, B023
         rows = run_verb(parity, stand_in(wrap=wrap))
-        assert [row.workload.partition(",")[0] for row in rows if row.status == "FAILED"] == [
-            *("unet", "unet", "vae_encoder")
-        ]
-
-
-def test_parity_goes_on_after_a_net_that_fails(run_verb: Callable[..., list[Row]]) -> None:
-    class Refusing(Hungry):
-        def bind(self, shapes: Shapes, addresses: Addresses, scratch: int) -> Any:
-            raise BackendError("refused", expected="", fix="")
-
-    device = WatchedDevice(2**30)
-    wrap = lambda name, net: Refusing(net.net, 0) if name == "unet_time" else net  # noqa: E731
-    rows = run_verb(parity, stand_in(device, wrap=wrap))
-    assert [row.status for row in rows] == [*["ok", "FAILED", "ok"] * 2, "ok"]
-    assert rows[1].reason == "latentrt: refused"
-    assert not device.blocks
+        failed = [row.workload.partition(",")[0] for row in rows if row.status == "FAILED"]
+        assert failed == ["unet", "unet", "vae_encoder"]
 
 
 def test_pictures_fail_for_one_that_differs(run_verb: Callable[..., list[Row]]) -> None:
