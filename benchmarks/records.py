@@ -155,7 +155,7 @@ def read_document(path: Path) -> Document:
         raise PackageError(
             f"{path} is no benchmark document ({type(error).__name__}: {error})",
             expected=f"JSON that `latentrt bench` wrote, schema {SCHEMA}",
-            fix="Measure again: latentrt bench latency --out FILE.",
+            fix="Measure again: latentrt bench latency --out FILE",
         ) from error
 
 

@@ -77,7 +77,7 @@ def net_work(package: Package, net: str, sizes: Mapping[str, int]) -> Work:
         raise BackendError(
             "onnx is not installed, which reads the graphs whose work is counted",
             expected="the package onnx",
-            fix="Install it: pip install onnx.",
+            fix="Install it: pip install onnx",
         ) from error
     try:
         model = onnx.load(str(path), load_external_data=False)

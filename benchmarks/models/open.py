@@ -19,6 +19,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from ...engines.errors import BackendError, CheckpointError, UsageError
+from ...engines.installed import install_command
 from ...engines.package import MANIFEST, Package
 from ...engines.store.folder import default_root
 from ...runtime.pipeline import SHIPPED
@@ -81,7 +82,7 @@ def find_model(
         raise UsageError(
             f"there is no model {name!r}",
             expected=f"{', '.join(NAMES)}, or a package's folder",
-            fix="Choose one of these, or export one: latentrt export CHECKPOINT -o PACKAGE.",
+            fix="Choose one of these, or export one: latentrt export CHECKPOINT -o PACKAGE",
         )
     if own and not (own / _INDEX).is_file():
         own = None
@@ -100,8 +101,8 @@ def _full_size(name: str, said: Callable[[str], None]) -> tuple[Path, Path | Non
         raise BackendError(
             f"{name} must be exported first, which needs {', '.join(missing)}",
             expected=f"the extras [cpu,export], or its skeleton {skeletons.FOLDER / name}",
-            fix='Install them: pip install "latentrt[cpu,export]". A checkout of the repository has the'
-            " skeletons of sd15-fp16 and sd21-fp16 there; an installed wheel has none.",
+            fix="Use a checkout of the repository, which has skeletons of sd15-fp16 and sd21-fp16, or install"
+            f" them: {install_command('cpu,export')}",
         )
     cache.mkdir(parents=True, exist_ok=True)
     size = SIZES[recipe]

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ...engines.errors import BackendError
+from ...engines.installed import install_command
 from .. import words
 from ..intervals import Interval
 from ..records import Row
@@ -73,7 +74,7 @@ def house_style() -> Generator[None]:
         raise BackendError(
             f"matplotlib cannot be imported ({error})",
             expected="matplotlib, which draws the figures",
-            fix='Install it: pip install "latentrt[bench]".',
+            fix=f"Install it: {install_command('bench')}",
         ) from error
     with matplotlib.rc_context():
         matplotlib.rcdefaults()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...engines.errors import UsageError
+from ...engines.errors import UsageError, command
 from ..case import WORKLOADS
 from ..intervals import Interval, ab_spread, ratio_by_round
 from ..records import Document, Row, read_document
@@ -116,7 +116,7 @@ def read_results(folder: Path) -> tuple[list[Result], list[str]]:
         raise UsageError(
             f"{folder} is no folder",
             expected="a folder of documents that `latentrt bench` wrote",
-            fix=f"Measure first: latentrt bench latency --out {folder / 'latency.json'}.",
+            fix=f"Measure first: {command('latentrt', 'bench', 'latency', '--out', folder / 'latency.json')}",
         )
     found: list[Result] = []
     remarks: list[str] = []

@@ -234,5 +234,5 @@ def open_plain_package(task: Task) -> Package:
     raise NotAvailableError(
         f"{package.manifest.name} has no UNet before hoisting (unet_whole)",
         expected="a package that `latentrt export` of this release wrote",
-        fix="Export the checkpoint again: latentrt export CHECKPOINT -o PACKAGE.",
+        fix="Export the checkpoint again: latentrt export CHECKPOINT -o PACKAGE",
     )

@@ -108,7 +108,7 @@ def open_on(
         raise BackendError(
             "onnxruntime's CUDA provider did not load, and the CPU would run the net",
             expected="the CUDA and cuDNN libraries of its own version",
-            fix='Install them: pip install "onnxruntime-gpu[cuda,cudnn]".',
+            fix='Install them: pip install "onnxruntime-gpu[cuda,cudnn]"',
         )
     return session
 

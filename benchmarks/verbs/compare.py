@@ -119,7 +119,7 @@ def _check(a: Document, b: Document) -> None:
             raise UsageError(
                 f"the documents are of different {what}: {_text(old)} and {_text(new)}",
                 expected="two measurements of the same",
-                fix="Measure again as the other was: latentrt bench VERB MODEL --out FILE.",
+                fix="Measure again as the other was: latentrt bench VERB MODEL --out FILE",
             )
 
 

@@ -15,6 +15,7 @@ from latentrt.benchmarks.sides import ceiling, contract
 from latentrt.benchmarks.sides.ceiling import Place
 from latentrt.benchmarks.sides.contract import NotAvailableError, Task, Work, side
 from latentrt.benchmarks.sides.yardstick import GRAPH, SIZES, SKELETON, open_yardstick
+from latentrt.engines import processors
 from latentrt.engines.errors import UsageError
 from latentrt.engines.onnxruntime.nets import CPU, CUDA
 from latentrt.runtime.pipeline import SHIPPED
@@ -25,6 +26,12 @@ TASK = Task(package=SHIPPED["demo"], threads=2)
 HOST = Place(threads=2)
 
 
+@pytest.fixture
+def two_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processors, "usable_processors", lambda: 2)
+
+
+@pytest.mark.usefixtures("two_processors")
 def test_a_side_of_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceiling, "HOST_SHAPES", SMALL[1:])
     monkeypatch.setattr(ceiling, "COPIED", 4097)
@@ -59,6 +66,7 @@ def test_what_is_bound_is_computed(dtype: str, tolerance: float) -> None:
     assert copied.data_ptr() != right.ctypes.data
 
 
+@pytest.mark.usefixtures("two_processors")
 def test_a_copy_on_the_cpu_moves_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[int] = []
 
