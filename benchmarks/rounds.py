@@ -114,15 +114,19 @@ def interleave(
     for item in sides:  # the first run took longer than any after it: look again at how long a turn is
         _turn(item, found[item.name], min(pace.warm_up, _per_turn(first[item.name], pace)))
     per_turn: dict[str, int] = {}
+    seconds = 0.0  # of a round
     for name, turns in found.items():
         shortest = min((seconds for turn in turns.rounds for seconds in turn), default=first[name])
         per_turn[name] = _per_turn(shortest, pace)
+        seconds += shortest * per_turn[name]
         turns.rounds.clear()
         turns.figures.clear()
     if {OURS, AGAIN} <= per_turn.keys():  # the halves of an A/A pair do the same
         per_turn[AGAIN] = per_turn[OURS]
     fewest = min(per_turn.values(), default=1)
     total = max(pace.rounds, pace.least, math.ceil(pace.runs / fewest))
+    if (needed := pace.least * seconds) > pace.budget:
+        said(f"{pace.least} rounds take about {needed:.0f} s, more than the budget of {pace.budget:.0f} s")
     for number in range(total):
         if number >= pace.least and clock() - began > pace.budget:
             break

@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from ...engines.errors import MemoryLimitError
+from ...engines.net_weights import engine_bytes
 from ...engines.package import Package
 from ...engines.spec import Array
 from ...engines.tolerances import NET_RELATIVE_L2, PICTURE_DB
-from ..case import WORKLOADS, Case
+from ...runtime.doctor import memory_facts
+from ..case import NETS, WORKLOADS, Case
 from ..likeness import difference, psnr
 from ..process import SideError, SideProcess
 from ..records import Document, Row
@@ -24,6 +27,9 @@ from ..sides.contract import AGAIN, CEILING, OURS, REFERENCES, YARDSTICK, Task
 # What a picture spends in nets, by the stages of the host's loop; the rest is scheduler, guidance and Python.
 ENGINE_STAGES = ("text_encoder", "invariants", "unet", "vae_decoder")
 
+# Resident memory of a side over the bytes of its weights at the width of the arithmetic: SD 1.5 in fp32 has
+# 4.3 GB of them and took 5.9 GB with convolutions in Winograd's form, 7.2 GB at the peak of a picture.
+_OVER_WEIGHTS = 1.6
 SHORT = 1.0  # seconds: what takes longer than that has the machine's slow moments averaged already
 
 Progress = Callable[[str], None]
@@ -52,7 +58,9 @@ class Sides:
 
         Raises:
             SideError: ours cannot.
+            MemoryLimitError: all of them at once take more memory than there is.
         """
+        self._check_memory()
         opened: list[SideProcess] = []
         missing: list[Row] = []
         for name in self.names:
@@ -65,6 +73,20 @@ class Sides:
                     raise
                 missing.append(Row(side=name, workload="open", status=error.status, reason=error.reason))
         return opened, missing
+
+    def _check_memory(self) -> None:
+        """The system would kill one of them, in the middle of a measurement that takes minutes."""
+        package, facts = Package.open(self.task.package), memory_facts()
+        known = [size for size in (facts["available"], facts["limit"]) if size is not None]
+        count = sum(name != CEILING for name in self.names)
+        need = int(count * _OVER_WEIGHTS * sum(engine_bytes(package, net) for net in NETS))
+        if known and need > min(known) and self.task.device == "cpu":
+            raise MemoryLimitError(
+                f"{count} sides of {package.manifest.name} at once take about {need / 1e9:.0f} GB of memory,"
+                f" and there are {min(known) / 1e9:.1f} GB",
+                expected="sides that fit beside each other",
+                fix="Measure fewer in one run, with --peers, or without the A/A pair: --references yardstick",
+            )
 
 
 def measure_latency(

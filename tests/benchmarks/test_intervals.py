@@ -155,6 +155,12 @@ def test_long_runs_get_as_many_rounds_as_runs_or_the_budget_allow(
     assert {len(side.rounds) for side in found.values()} == {rounds}
 
 
+def test_a_budget_that_cannot_be_kept_is_said() -> None:
+    lines: list[str] = []
+    taking_turns(100.0, 20.0, said=lines.append)
+    assert lines[0] == "3 rounds take about 360 s, more than the budget of 100 s"
+
+
 def test_a_turn_has_a_limit_and_a_slow_first_run_does_not_shorten_it() -> None:
     lines: list[str] = []
     _, found = taking_turns(0.01, firsts={"a": 5.0}, said=lines.append)

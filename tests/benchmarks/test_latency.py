@@ -11,6 +11,7 @@ from latentrt.benchmarks.rounds import Pace, Turns
 from latentrt.benchmarks.sides.contract import AGAIN, OURS, YARDSTICK, Task
 from latentrt.benchmarks.verbs import latency
 from latentrt.benchmarks.verbs.latency import Bench, Sides, measure_latency, medians
+from latentrt.engines.errors import MemoryLimitError
 from tests.benchmarks.stand_in_side import CASE, PACKAGE, TASK, StandInSide
 
 PACE = Pace(runs=6, rounds=3, budget=1.0, turn=0.02)
@@ -121,6 +122,21 @@ def test_who_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = OURS
     with ExitStack() as stack, pytest.raises(SideError, match="not installed"):
         sides.open(stack)
+
+
+def test_sides_that_do_not_fit_beside_each_other_are_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "SideProcess", lambda name, module, task: _side(name))
+    memory = {"total": 2**40, "available": 2**40, "limit": None}
+    monkeypatch.setattr(latency, "memory_facts", lambda: memory)
+    sides = Sides(task=TASK, peers=("diffusers", "openvino"))
+    with ExitStack() as stack:
+        assert len(sides.open(stack)[0]) == 5
+        for name in ("available", "limit"):
+            memory.update({"available": 2**40, "limit": None, name: 30_000_000})
+            with pytest.raises(MemoryLimitError, match=r"4 sides of demo at once take about .* GB"):
+                sides.open(stack)
+        memory.update(available=None, limit=None)  # a system that does not tell
+        assert sides.open(stack)
 
 
 def test_the_demo_model_for_real(tmp_path: Any) -> None:
