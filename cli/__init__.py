@@ -109,7 +109,7 @@ def _run() -> int:
         ) from None
     except Exception as error:
         if isinstance(error, _ClickError):
-            raise _WordsError(error) from error
+            raise _WordsError.of(error) from error
         raise
     return code if isinstance(code, int) else 0
 
@@ -125,14 +125,19 @@ class _ClickError(Protocol):
 class _WordsError(UsageError):
     """An unknown option or verb, a missing argument, a value that is none of its option's."""
 
-    def __init__(self, error: Any) -> None:
+    show: Callable[[], None]  # click's own way to print it
+
+    @classmethod
+    def of(cls, error: Any) -> _WordsError:
+        """In our words."""
         command = getattr(getattr(error, "ctx", None), "command_path", "latentrt")
-        super().__init__(
+        found = cls(
             " ".join(error.format_message().split()).rstrip("."),
             expected="the arguments and options that the help lists",
             fix=f"See: {command} --help",
         )
-        self.show = error.show
+        found.show = error.show
+        return found
 
 
 def _tell(error: LatentrtError, *, as_json: bool, output_lost: Callable[[], bool]) -> int:
@@ -144,7 +149,7 @@ def _tell(error: LatentrtError, *, as_json: bool, output_lost: Callable[[], bool
             print(json.dumps({"error": {**parts, "exit_code": error.exit_code}}))
             sys.stdout.flush()
     if isinstance(error, _WordsError) and not as_json:
-        error.show()  # click's own way: with the usage above
+        error.show()  # with the usage above
     elif not as_json or output_lost():
         print(f"error: {error}", file=sys.stderr)
     return error.exit_code

@@ -116,7 +116,7 @@ def examine() -> Findings:
         auto=next(iter(runs), ""),
         gpu=probe(_gpu),
         processors=probe(_processors),
-        memory=probe(memory_facts),
+        memory=probe(memory),
         store=probe(_store),
         shipped=probe(_shipped),
         problems=tuple(problems),
@@ -197,7 +197,7 @@ def _processors() -> Facts:
     }
 
 
-def memory_facts() -> Facts:
+def memory() -> Facts:
     """Bytes of memory: `total`, `available`, and the `limit` of the control groups; None where not known."""
     total = available = None
     with suppress(OSError, ValueError, LookupError):

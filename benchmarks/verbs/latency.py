@@ -15,7 +15,7 @@ from ...engines.net_weights import engine_bytes
 from ...engines.package import Package
 from ...engines.spec import Array
 from ...engines.tolerances import NET_RELATIVE_L2, PICTURE_DB
-from ...runtime.doctor import memory_facts
+from ...runtime import doctor
 from ..case import NETS, WORKLOADS, Case
 from ..likeness import difference, psnr
 from ..process import SideError, SideProcess
@@ -76,7 +76,7 @@ class Sides:
 
     def _check_memory(self) -> None:
         """The system would kill one of them, in the middle of a measurement that takes minutes."""
-        package, facts = Package.open(self.task.package), memory_facts()
+        package, facts = Package.open(self.task.package), doctor.memory()
         known = [size for size in (facts["available"], facts["limit"]) if size is not None]
         count = sum(name != CEILING for name in self.names)
         need = int(count * _OVER_WEIGHTS * sum(engine_bytes(package, net) for net in NETS))

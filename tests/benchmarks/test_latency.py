@@ -127,7 +127,7 @@ def test_who_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sides_that_do_not_fit_beside_each_other_are_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "SideProcess", lambda name, module, task: _side(name))
     memory = {"total": 2**40, "available": 2**40, "limit": None}
-    monkeypatch.setattr(latency, "memory_facts", lambda: memory)
+    monkeypatch.setattr(latency.doctor, "memory", lambda: memory)
     sides = Sides(task=TASK, peers=("diffusers", "openvino"))
     with ExitStack() as stack:
         assert len(sides.open(stack)[0]) == 5
