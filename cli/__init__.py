@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import typer
 
@@ -91,7 +91,7 @@ def _run() -> int:
         ) from None
     except Exception as error:
         if isinstance(error, _ClickError):
-            raise _WordsError(error) from error
+            raise _words_error(error) from error
         raise
     return code if isinstance(code, int) else 0
 
@@ -107,14 +107,18 @@ class _ClickError(Protocol):
 class _WordsError(UsageError):
     """An unknown option or verb, a missing argument, a value that is none of its option's."""
 
-    def __init__(self, error: Any) -> None:
-        command = getattr(getattr(error, "ctx", None), "command_path", "latentrt")
-        super().__init__(
-            " ".join(error.format_message().split()).rstrip("."),
-            expected="the arguments and options that the help lists",
-            fix=f"See: {command} --help",
-        )
-        self.show = error.show
+    show: Callable[[], None]
+
+
+def _words_error(error: _ClickError) -> _WordsError:
+    command = getattr(getattr(error, "ctx", None), "command_path", "latentrt")
+    found = _WordsError(
+        " ".join(error.format_message().split()).rstrip("."),
+        expected="the arguments and options that the help lists",
+        fix=f"See: {command} --help",
+    )
+    found.show = error.show
+    return found
 
 
 def _tell(error: LatentrtError, *, as_json: bool, output_lost: Callable[[], bool]) -> int:

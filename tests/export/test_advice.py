@@ -3,7 +3,6 @@
 import ast
 import re
 import shlex
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,17 @@ import click
 import pytest
 import torch
 import typer
-from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from latentrt.cli import app
-from latentrt.engines.errors import CheckpointError, LatentrtError, command
+from latentrt.engines.errors import LatentrtError, command
 from latentrt.export.checkpoint.open import Checkpoint
 from latentrt.export.export import export_package
 from latentrt.export.pickles.convert import convert_pickle
 from tests.structure import sources
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = ("latentrt", "git", "mv", "cp", "hf", "pip")
+PROGRAMS = ("latentrt", "git", "mv", "hf", "pip")
 
 
 def commands(fix: str) -> list[list[str]]:
@@ -70,18 +68,6 @@ def pickled_shards(folder: Path) -> None:
         name = f"diffusion_pytorch_model-0000{number}-of-00002.bin"
         torch.save({f"w{number}": torch.ones(1)}, folder / "unet" / name)
     Checkpoint.open(folder)
-
-
-def test_a_renamed_safetensors_file_is_named_back(tmp_path: Path) -> None:
-    """The safetensors library reads it, so there is nothing to convert (ComfyUI's issue 5729)."""
-    folder = tmp_path / "my models, 2"
-    folder.mkdir()
-    save_file({"w": torch.ones(1)}, folder / "x.ckpt")
-    with pytest.raises(CheckpointError, match="is a safetensors file, whatever its name") as error:
-        convert_pickle(folder / "x.ckpt", folder / "x.safetensors")
-    (words,) = commands(str(error.value))
-    subprocess.run(words, check=True)
-    assert torch.equal(load_file(folder / "x.safetensors")["w"], torch.ones(1))
 
 
 @pytest.mark.parametrize("mistake", [pickled_file, misnamed_pickle, pickled_vae, pickled_shards])
