@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import typer
 
@@ -110,7 +110,7 @@ class _WordsError(UsageError):
     show: Callable[[], None]
 
 
-def _words_error(error: _ClickError) -> _WordsError:
+def _words_error(error: Any) -> _WordsError:
     command = getattr(getattr(error, "ctx", None), "command_path", "latentrt")
     found = _WordsError(
         " ".join(error.format_message().split()).rstrip("."),
