@@ -23,6 +23,7 @@ from typing import Any, cast
 
 from .errors import PackageError, command
 from .external_data import check_external_data
+from .hub import snapshot
 from .installed import upgrade_command
 from .lfs import refuse_pointer
 from .safetensors_format import first_not_finite
@@ -267,7 +268,7 @@ class Package:
             PackageError: no package there; a damaged or newer manifest; a file that is missing,
                 truncated or outside the package; a graph whose external data leaves the package.
         """
-        root = Path(root)
+        root = snapshot(Path(root))
         manifest = _read_manifest(root)
         package = cls(root=root, manifest=manifest)
         for name, record in manifest.files.items():
@@ -314,12 +315,17 @@ class Package:
     def _check_file(self, name: str, record: FileRecord) -> None:
         check_inside(name)
         path = self.root / name
-        # A link, even within the package, would change what a graph's relative paths mean.
-        if not path.is_file() or path.resolve() != self.root.resolve() / name:
+        if not path.is_file():
             raise PackageError(
-                f"{path} is missing, or a link, or lies outside the package",
-                expected=f"a file of {record.size} bytes",
-                fix=_EXPORT_AGAIN,
+                f"{path} is missing", expected=f"a file of {record.size} bytes", fix=_EXPORT_AGAIN
+            )
+        # A link, even within the package, would change what a graph's relative paths mean, and not every
+        # release of ONNX Runtime follows one. Hugging Face's cache consists of them.
+        if path.resolve() != self.root.resolve() / name:
+            raise PackageError(
+                f"{path} is a link",
+                expected="a package of files, as `latentrt export` writes them",
+                fix=f"Copy what the links lead to: {command('cp', '-rL', self.root, 'PACKAGE')}",
             )
         if path.stat().st_size != record.size:
             refuse_pointer(path, PackageError)

@@ -13,6 +13,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -199,6 +200,14 @@ def write_file(
         os.unlink(temporary)
         raise
     return places
+
+
+def looks_like_safetensors(path: Path) -> bool:
+    """Whether a file begins as the format does, whatever it is called; not whether it is sound."""
+    with suppress(OSError), path.open("rb") as stream:
+        start = stream.read(9)
+        return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= _HEADER_LIMIT
+    return False
 
 
 class _Reader:

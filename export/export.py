@@ -106,6 +106,9 @@ def export_package(
             note(line)
     calibration = Calibration(source) if dtype == "fp16" else None
     begin = _stages(len(components(source)) * (1 + (calibration is not None) + verify) + 1, progress)
+    with _torch_threads():
+        for component in components(source):  # weights that do not fit are named before anything is traced
+            NETS[component].build(source, _TORCH_TYPES[dtype])
     with _complete(package, overwrite) as folder, _torch_threads():
         for name, write_tokenizer in source.tokenizers.items():
             write_tokenizer(folder / name)

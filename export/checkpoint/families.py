@@ -14,6 +14,7 @@ from typing import Any, NoReturn, cast
 
 from ...engines.errors import CheckpointError, command
 from ...engines.lfs import refuse_pointer
+from ...engines.safetensors_format import looks_like_safetensors
 from .component import DIFFUSERS, DOWNLOAD, REFUSED_CHANNELS, SUPPORTED, TRANSFORMERS, Component, TensorHeader
 
 OTHER = "Use a checkpoint of one of these families; others are not supported."
@@ -278,14 +279,23 @@ def _converted(path: Path) -> Path:
 
 
 def refuse_pickle(path: Path) -> None:
-    """Raise CheckpointError for a file that is a pickle by its name or its first bytes."""
+    """Raise CheckpointError for a file that is a pickle by its first bytes, or by its name.
+
+    Its name does not count where its content is another: safetensors that was renamed, a page in HTML or JSON
+    that a browser saved. The next reader says what is wrong with those.
+    """
     refuse_pointer(path)
     start = b""
     with suppress(OSError):  # the next reader reports it
         if path.is_file():
             with path.open("rb") as stream:
                 start = stream.read(4)
-    if path.suffix in _PICKLES or start == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x04"):
+    other = start[:1] in (b"<", b"{") or start == b"GGUF" or looks_like_safetensors(path)
+    if (
+        (path.suffix in _PICKLES and not other)
+        or start == b"PK\x03\x04"
+        or start[:2] in (b"\x80\x02", b"\x80\x04")
+    ):
         raise CheckpointError(
             f"{path} is a pickle: reading one can run code",
             expected="a .safetensors file or a diffusers folder",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from ...engines.errors import CheckpointError, command
+from ...engines.hub import COMMIT_OR_BLOB, snapshot
 from ...engines.package import IMAGE_LATENTS, TIME_IDS
 from ...engines.spec import TEXT_ENCODERS
 from .component import (
@@ -58,7 +59,6 @@ TINY = "AutoencoderTiny"
 # A tiny decoder's first convolution, by diffusers' names and in TAESD's own files.
 _TINY_NAMES = {"decoder.layers.0.weight", "1.weight"}
 _SCALING = 0.18215  # of 1.x and 2.x; the default of AutoencoderKL
-_COMMIT_OR_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _VAE_FIX = "Use the folder or file of an AutoencoderKL, or of an AutoencoderTiny (TAESD)."
 
 
@@ -129,7 +129,7 @@ class Checkpoint:
                 is damaged; weights are pickled or quantised; parts do not fit each other.
             UsageError: an unknown `prediction_type`.
         """
-        root = _snapshot(Path(path))
+        root = snapshot(Path(path))
         if not root.exists():
             raise CheckpointError(
                 f"{root} does not exist", expected=SUPPORTED, fix="Check the path; downloads are up to you."
@@ -156,7 +156,7 @@ class Checkpoint:
         """
         path = Path(os.path.abspath(self.root))
         name = path.stem if path.is_file() else path.name
-        if _COMMIT_OR_BLOB.fullmatch(name):
+        if COMMIT_OR_BLOB.fullmatch(name):
             for parent in path.parents:
                 if parent.name.startswith("models--"):
                     return parent.name.rpartition("--")[2]
@@ -304,15 +304,6 @@ def _open_folder(
         zero_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", layout.zero_empty_prompt)),
         notes=_noted_variants(parts),
     )
-
-
-def _snapshot(root: Path) -> Path:
-    """Where the branch `main` of a repository in Hugging Face's cache lies; other paths as they are."""
-    with suppress(OSError, ValueError):
-        commit = (root / "refs" / "main").read_text("utf-8").strip()
-        if _COMMIT_OR_BLOB.fullmatch(commit) and (root / "snapshots" / commit).is_dir():
-            return root / "snapshots" / commit
-    return root
 
 
 def _refuse_without_index(root: Path) -> NoReturn:

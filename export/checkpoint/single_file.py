@@ -7,7 +7,8 @@ that stay where they are in the file. The keys that tell families apart are thos
 No tensor says
 
 - whether 2.x predicts the noise or v. The marker tensor `v_pred` and the metadata of trainers are believed.
-  Without them v is assumed, except for inpainting, as in diffusers (whose configs are the 768-pixel 2.1's);
+  Without them v is assumed, except for inpainting, as in diffusers (whose configs are the 768-pixel 2.1's).
+  2.x by generative-models' names is 2.1 Turbo, the one that was published so: it predicts the noise;
 - the noise schedule. All families were trained with the same betas; the marker `ztsnr` rescales them.
   Markers of EDM's convention (CosXL, Playground 2.5) are refused: no sampler here starts at their sigmas;
 - attention's precision in 2.x. 2.1 needs float32 scores and 2.0 is not harmed, so `upcast_attention` is on.
@@ -35,6 +36,7 @@ Tensors = Mapping[str, TensorHeader]
 Naming = Callable[[Tensors], dict[str, TensorHeader]]
 
 VAE = "first_stage_model."
+_TEXT = "cond_stage_model."
 _UNET_START = "input_blocks.0.0.weight"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 _SD_SCALING = 0.18215
@@ -192,7 +194,8 @@ def open_single_file(
     """
     check_prediction_type(prediction_type)
     refuse_pickle(path)
-    tensors = _named_usually(read_headers(path))
+    stored = read_headers(path)
+    tensors = _named_usually(stored)
     refuse_other_kinds(path, tensors)
     refuse_quantised(path, _under(tensors, UNET))  # its scales would be named as surplus
     name = _family(tensors)
@@ -206,7 +209,9 @@ def open_single_file(
     prediction_type = prediction_type or _stated_prediction(path, tensors, read_header(path).metadata)
     if prediction_type is None:
         inpaints = tensors[f"{UNET}input_blocks.0.0.weight"].shape[1] == 9
-        prediction_type = "v_prediction" if name == "sd2" and not inpaints else "epsilon"
+        turbo = any("conditioner.embedders." in tensor for tensor in stored)
+        v = name == "sd2" and not inpaints and not turbo
+        prediction_type = "v_prediction" if v else "epsilon"
         if name == "sd2":
             notes.append(f"it does not say what its UNet predicts: {prediction_type} is assumed")
     try:
@@ -269,17 +274,20 @@ def _any_under(tensors: Tensors, prefix: str) -> bool:
 def _named_usually(stored: Tensors) -> dict[str, TensorHeader]:
     """The tensors by the names that latent-diffusion's checkpoints have, where a tool wrote others.
 
-    The UNet may lie under `diffusion_model.` without `model.`, and everything under one more prefix.
+    The UNet may lie under `diffusion_model.` without `model.`, and everything under one more prefix. By
+    generative-models' names the one text encoder of 1.x and 2.x is called as the first of XL.
     """
     end = f"diffusion_model.{_UNET_START}"
     unet = next((name.removesuffix(_UNET_START) for name in stored if f".{name}".endswith(f".{end}")), UNET)
-    if unet == UNET or f"{UNET}{_UNET_START}" in stored:
+    if unet != UNET and f"{UNET}{_UNET_START}" not in stored:
+        outer = unet.removesuffix(UNET if unet.endswith(f".{UNET}") else UNET.removeprefix("model."))
+        stored = {
+            UNET + name.removeprefix(unet) if name.startswith(unet) else name.removeprefix(outer): tensor
+            for name, tensor in stored.items()
+        }
+    if f"{UNET}label_emb.0.0.weight" in stored:
         return dict(stored)
-    outer = unet.removesuffix(UNET if unet.endswith(f".{UNET}") else UNET.removeprefix("model."))
-    return {
-        UNET + name.removeprefix(unet) if name.startswith(unet) else name.removeprefix(outer): tensor
-        for name, tensor in stored.items()
-    }
+    return {re.sub(r"^conditioner\.embedders\.0\.", _TEXT, name): tensor for name, tensor in stored.items()}
 
 
 def _family(tensors: Tensors) -> str:

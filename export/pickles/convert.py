@@ -21,9 +21,9 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from ...engines.errors import CheckpointError, StorageError, UsageError
+from ...engines.errors import CheckpointError, StorageError, UsageError, command
 from ...engines.lfs import refuse_pointer
-from ...engines.safetensors_format import ITEM_SIZES, write_file
+from ...engines.safetensors_format import ITEM_SIZES, looks_like_safetensors, write_file
 from ..beside import beside
 from .machine import PICKLE_LIMIT, Storage, StoredTensor, read_pickle, refuse
 
@@ -77,6 +77,8 @@ def convert_pickle(source: Path | Sequence[Path], output: Path, *, overwrite: bo
     if output.exists() and not overwrite:
         raise UsageError(f"{output} exists", expected="a new file", fix="Pass --overwrite to replace it.")
     sources = [source] if isinstance(source, Path) else source
+    for path in sources:
+        _refuse_safetensors(path, output)
     with ExitStack() as stack:
         opened = [_opened(path, stack) for path in sources]
         _refuse_twice(sources, opened)
@@ -114,6 +116,16 @@ def _opened(path: Path, stack: ExitStack) -> _Opened:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error.found}", expected=error.expected, fix=error.fix) from error
     return _Opened(stream=stream, tensors=tensors, places=places, left_out=left_out)
+
+
+def _refuse_safetensors(path: Path, output: Path) -> None:
+    """Raise CheckpointError for a safetensors file: there is nothing to convert."""
+    if looks_like_safetensors(path):
+        raise CheckpointError(
+            f"{path}: it is a safetensors file, whatever its name",
+            expected="a file of torch.save (.ckpt, .pt, .pth, .bin)",
+            fix=f"Rename it: {command('mv', path, output)}",
+        )
 
 
 def _refuse_twice(sources: Sequence[Path], opened: Sequence[_Opened]) -> None:

@@ -149,7 +149,7 @@ def _from_array(array: npt.NDArray[Any], name: str) -> Image.Image:
         raise UsageError(
             f"{name} has dtype {array.dtype}",
             expected="uint8, or floats from 0 to 1",
-            fix="Convert it: array.astype(np.uint8).",
+            fix="Scale it to 0 to 255, then convert it: array.astype(np.uint8).",
         )
     return Image.fromarray(np.ascontiguousarray(array))
 

@@ -203,15 +203,19 @@ def _metadata_options(kind: str, infotext: str | None, record: Mapping[str, Any]
 
 
 def _replace_file(path: Path, data: memoryview) -> None:
-    """Write beside the target, then rename, so that no reader ever sees half a picture."""
-    temporary = path.with_name(f".latentrt-{secrets.token_hex(8)}.tmp")
+    """Write beside the target, then rename, so that no reader ever sees half a picture.
+
+    The target of a link is what it leads to, as for every other program that saves a picture.
+    """
+    place = Path(os.path.realpath(path))
+    temporary = place.with_name(f".latentrt-{secrets.token_hex(8)}.tmp")
     try:
         try:
             with open(temporary, "xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            os.replace(temporary, place)
         except BaseException:
             with contextlib.suppress(OSError):  # failing to clean up must not hide the error itself
                 temporary.unlink(missing_ok=True)

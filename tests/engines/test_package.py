@@ -1,6 +1,10 @@
+import hashlib
 import json
 import os
 import re
+import shlex
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 
 from latentrt.engines.errors import PackageError
@@ -149,7 +154,7 @@ def test_link_that_leaves(package: Package, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     weights.rename(outside)
     weights.symlink_to(outside)
-    refused(package, "outside the package")
+    refused(package, "is a link")
 
 
 def test_a_link_within_the_package_is_refused_too(package: Package) -> None:
@@ -159,6 +164,30 @@ def test_a_link_within_the_package_is_refused_too(package: Package) -> None:
     graph.rename(package.root / "other" / "loop.onnx")
     graph.symlink_to(package.root / "other" / "loop.onnx")
     refused(package, "a link")
+
+
+def test_a_package_in_the_hubs_cache(package: Package, tmp_path: Path) -> None:
+    """huggingface_hub keeps links by name to files by hash. The advice, run as printed, gives a package."""
+    cache = tmp_path / "hub" / "models--some-one--tiny"
+    snapshot = cache / "snapshots" / ("ab12" * 10)
+    for folder in ("blobs", "refs"):
+        (cache / folder).mkdir(parents=True)
+    (cache / "refs" / "main").write_text(snapshot.name)
+    for path in [path for path in package.root.rglob("*") if path.is_file()]:
+        blob = cache / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+        shutil.copy(path, blob)
+        link = snapshot / path.relative_to(package.root)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    found = snapshot_download("some-one/tiny", cache_dir=tmp_path / "hub", local_files_only=True)
+    assert Path(found) == snapshot
+    for root in (snapshot, cache):
+        with pytest.raises(PackageError, match=f"{snapshot}.* is a link") as error:
+            Package.open(root)
+        *command, target = shlex.split(error.value.fix.partition(": ")[2])
+        assert (command, target) == (["cp", "-rL", str(snapshot)], "PACKAGE")
+    subprocess.run([*command, tmp_path / "copy"], check=True)
+    assert Package.open(tmp_path / "copy").manifest == package.manifest
 
 
 def test_unlisted_tokenizer_file(package: Package) -> None:

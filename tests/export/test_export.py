@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from latentrt.engines.errors import CheckpointError, NumericError, StorageError, UsageError
 from latentrt.engines.package import Defaults, Package
@@ -368,6 +369,38 @@ def test_a_failed_export_leaves_nothing_and_changes_nothing(
         write(checkpoint, target, overwrite=True)
     assert os.listdir(tmp_path) == ["package"]
     Package.open(target).verify()
+
+
+def under_a_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}
+
+
+def with_a_nan(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return tensors | {"conv_out.bias": torch.full_like(tensors["conv_out.bias"], torch.nan)}
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "words"),
+    [
+        ("unet", under_a_prefix, "do not fit its config.json"),  # what torch.compile names them
+        ("unet", with_a_nan, "NaN or infinite"),
+        ("vae", under_a_prefix, "do not fit its config.json"),
+    ],
+)
+def test_weights_are_checked_before_anything_is_traced(
+    part: str, change: Any, words: str, copy: Path, tmp_path: Path
+) -> None:
+    """The minutes that tracing takes are not spent on a checkpoint that will be refused."""
+    path = copy / part / "diffusion_pytorch_model.safetensors"
+    changed = change(load_file(path))
+    path.unlink()
+    save_file(changed, path)
+    stages: list[str] = []
+    with pytest.raises(CheckpointError, match=words):
+        export_package(
+            copy, tmp_path / "package", dtype="fp32", progress=lambda found: stages.append(found.stage)
+        )
+    assert stages == []
 
 
 def test_a_full_disk(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from latentrt.engines.errors import CheckpointError, UsageError
@@ -164,6 +165,27 @@ def test_a_unet_under_another_prefix(family: str, prefix: str, files: dict[str, 
     surplus = write(renamed | {f"{prefix}{UNET}time_embed.cond_proj.weight": meta(4)})
     with pytest.raises(CheckpointError, match=f"no Stable Diffusion UNet has .{prefix}{UNET}time_embed"):
         open_single_file(surplus)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_one_text_encoder_by_generative_models_names(
+    family: str, files: dict[str, Tensors], write: Any
+) -> None:
+    """SD 2.1 Turbo's file calls its encoder as XL calls its first. AUTOMATIC1111 renames it (pull 14170),
+    ComfyUI too ("SD2 in sgm format"). Turbo's published scheduler_config.json says epsilon.
+    """
+    wanted = open_single_file(write(files[family]), prediction_type="epsilon")
+    sgm = {
+        name.replace("cond_stage_model.", "conditioner.embedders.0."): tensor
+        for name, tensor in files[family].items()
+    }
+    for prefix in ("", "module."):
+        found = open_single_file(write({prefix + name: tensor for name, tensor in sgm.items()}))
+        assert (found.family, found.tokenizers) == (family, wanted.tokenizers)
+        assert found.scheduler == wanted.scheduler
+        for part, component in wanted.components.items():
+            assert found.components[part].config == component.config
+            assert set(found.components[part].tensors) == set(component.tensors)
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "I8", "U8", "I32", "BOOL"])
@@ -327,6 +349,38 @@ def test_pickles_are_to_be_converted(opens: Any, name: str, start: bytes, tmp_pa
         opens(tmp_path / name)
     target = "x.safetensors" if name != "x.safetensors" else "x-converted.safetensors"
     assert error.value.fix.endswith(f": latentrt convert {tmp_path / name} -o {tmp_path / target}")
+
+
+@pytest.mark.parametrize("ending", [".ckpt", ".pt", ".pth", ".bin"])
+def test_what_a_file_is_counts_and_not_its_name(
+    ending: str, files: dict[str, Tensors], write: Any, tmp_path: Path
+) -> None:
+    """The safetensors library reads a renamed file, so it is no pickle (ComfyUI's issue 5729)."""
+    plain = write(files["sd1"])
+    wanted = open_single_file(plain)
+    renamed = plain.rename(tmp_path / f"model{ending}")
+    with safe_open(renamed, "pt") as opened:
+        assert set(opened.keys()) == set(files["sd1"])
+    found = open_single_file(renamed)
+    assert {part: found.components[part].config for part in found.components} == {
+        part: wanted.components[part].config for part in wanted.components
+    }
+    assert open_vae_file(renamed).tensors.keys() == wanted.components["vae"].tensors.keys()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"<!DOCTYPE html>\n<html><head><title>Log in</title></head></html>", "begins with the text '<!DOC"),
+        (b'{"error": "Access to model X is restricted"}', "begins with the text"),
+        (b"GGUF\3\0\0\0" + bytes(40), "is a GGUF file"),
+    ],
+)
+@pytest.mark.parametrize("opens", [open_single_file, open_vae_file])
+def test_a_saved_page_under_a_pickles_name(opens: Any, content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "x.ckpt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=words):
+        opens(tmp_path / "x.ckpt")
 
 
 def test_no_file(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 import types
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from latentrt.engines.errors import CheckpointError, StorageError, UsageError
 from latentrt.export.pickles import convert
@@ -193,6 +194,19 @@ def test_the_output(tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "y.safetensors")["w"], BASE)
     with pytest.raises(StorageError, match="cannot be written"):
         convert_pickle(tmp_path / "x.ckpt", tmp_path / "none" / "y.safetensors")
+
+
+def test_a_renamed_safetensors_file_is_named_back(tmp_path: Path) -> None:
+    """The safetensors library reads it, so there is nothing to convert (ComfyUI's issue 5729)."""
+    folder = tmp_path / "my models, 2"
+    folder.mkdir()
+    save_file({"w": BASE}, folder / "x.ckpt")
+    with pytest.raises(CheckpointError, match="it is a safetensors file, whatever its name") as error:
+        convert_pickle(folder / "x.ckpt", folder / "x.safetensors")
+    advice, _, printed = error.value.fix.partition(": ")
+    assert advice == "Rename it"
+    subprocess.run(shlex.split(printed), check=True)
+    assert torch.equal(load_file(folder / "x.safetensors")["w"], BASE)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

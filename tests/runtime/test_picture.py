@@ -306,6 +306,22 @@ def test_folder_that_cannot_be_written(tmp_path, where):
     assert sorted(os.listdir(tmp_path)) == ["file", "folder.png"]
 
 
+def test_a_link_stays_a_link(tmp_path):
+    """As with Pillow's own `save`: what the link leads to is written."""
+    link, target = tmp_path / "latest.png", tmp_path / "kept" / "p.png"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    to_pil(IMAGE).save(link)
+    assert link.is_symlink()
+    pixels = np.array(Image.open(target))
+    target.unlink()
+    for _ in range(2):  # to nothing, then to a picture
+        save_picture(link, IMAGE)
+        assert link.is_symlink()
+        np.testing.assert_array_equal(np.array(Image.open(target)), pixels)
+    assert sorted(os.listdir(tmp_path)) == ["kept", "latest.png"]
+
+
 def test_file_has_the_usual_permissions(tmp_path):
     (tmp_path / "usual").touch()
     save_picture(tmp_path / "p.png", IMAGE)

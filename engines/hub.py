@@ -1,0 +1,22 @@
+"""Hugging Face's cache: `models--OWNER--NAME/snapshots/COMMIT/FILE`, links by name to `blobs/HASH`.
+
+The layout is documented: https://huggingface.co/docs/huggingface_hub/guides/manage-cache.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from pathlib import Path
+
+# What commits, and files of the cache, are called.
+COMMIT_OR_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+def snapshot(root: Path) -> Path:
+    """Where the branch `main` of a repository in the cache lies; other paths as they are."""
+    with suppress(OSError, ValueError):
+        commit = (root / "refs" / "main").read_text("utf-8").strip()
+        if COMMIT_OR_BLOB.fullmatch(commit) and (root / "snapshots" / commit).is_dir():
+            return root / "snapshots" / commit
+    return root
