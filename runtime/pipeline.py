@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Event
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 
+from ..engines.errors import UsageError
 from ..engines.package import Package
 from ..engines.spec import TEXT_ENCODERS, Array
 from .conditioning import make_conditioning
@@ -375,9 +376,15 @@ class Pipeline:
             return
         # A copy: what a callback does to it counts only if it is returned.
         values = {"latents": np.array(step.latent), "total": step.total, "step": step}
-        answer = callback(self, step.index, step.timestep, values) or {}
+        answer: Any = callback(self, step.index, step.timestep, values) or {}
+        if not isinstance(answer, Mapping):
+            raise UsageError(
+                f"the callback returned {answer!r:.80}",
+                expected="a mapping with `latents`, or None",
+                fix="Return what it was called with, or nothing.",
+            )
         if "latents" in answer:
-            step.state.replace(answer["latents"])
+            step.state.replace(cast("Mapping[str, Any]", answer)["latents"])
 
     def _encode(
         self, clock: Clock, stop: Stop, tile: int | None, image: Array, mask: Array

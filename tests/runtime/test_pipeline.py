@@ -258,6 +258,12 @@ def test_a_callback_may_change_the_latents(pipe: Pipeline) -> None:
     assert np.abs(draw(pipe, callback_on_step_end=scale).astype(int) - draw(pipe)).max() > 5
 
 
+@pytest.mark.parametrize("answer", [3, "latents", [1], True])
+def test_a_callback_that_returns_something_else(pipe: Pipeline, answer: Any) -> None:
+    with pytest.raises(UsageError, match="the callback returned"):
+        draw(pipe, callback_on_step_end=lambda *_: answer)
+
+
 def test_a_callback_may_return_nothing_but_not_another_shape(pipe: Pipeline) -> None:
     np.testing.assert_array_equal(draw(pipe, callback_on_step_end=lambda *_: None), draw(pipe))
     small = np.zeros((1, 4, 3, 3), np.float32)
