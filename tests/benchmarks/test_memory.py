@@ -215,7 +215,8 @@ def test_one_small_array_kept_per_step_is_found(pipe: Pipeline, monkeypatch: pyt
     assert row.status == "FAILED"
     assert "bytes per step" in row.reason
     (size,) = {sys.getsizeof(array) for array in kept}  # the object and its 16 bytes
-    assert row.figures["growth_per_step"] == pytest.approx(size, abs=size / 2)
+    # What else this process fills meanwhile comes on top: `bench memory` watches in a process of its own.
+    assert size / 2 < row.figures["growth_per_step"] < 3 * size
     assert row.figures["requests"] == watched.REQUESTS
 
 
