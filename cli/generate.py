@@ -6,9 +6,9 @@ import inspect
 import json
 import sys
 import unicodedata
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from itertools import chain, count
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -84,6 +84,8 @@ def generate(
             expected="a prompt, or --from PICTURE",
             fix="See all that can be said: latentrt generate --help",
         )
+    if source is not None and len(prompt or []) > 1:
+        raise UsageError("several prompts with --from", expected="one, or none", fix="Draw them one by one.")
     if source is not None and refiner_at is not None:
         raise UsageError(
             "--refiner-at with --from", expected="the picture's own", fix="Leave --refiner-at out."
@@ -217,11 +219,15 @@ class _Saver:
         if self._as_grid:
             path = self._output or _free(_stem(request.prompts[0], request.seeds[0]))
             infotext, record = (result.infotext(), result.record()) if self._metadata else (None, None)
-            save_picture(path, grid(result.images), infotext=infotext, record=record)
+            if record is not None and len(request.seeds) > 1:
+                record["grid"] = len(request.seeds)
+            with _no_empty_files([path]):
+                save_picture(path, grid(result.images), infotext=infotext, record=record)
             return [path]
         paths = self._paths(request)
-        for index, path in enumerate(paths):
-            result.save(path, index, metadata=self._metadata)
+        with _no_empty_files(paths):
+            for index, path in enumerate(paths):
+                result.save(path, index, metadata=self._metadata)
         return paths
 
     def _paths(self, request: Request) -> list[Path]:
@@ -250,10 +256,31 @@ def _stem(prompt: str, seed: int) -> str:
     return f"{short}-{seed}"
 
 
+@contextmanager
+def _no_empty_files(paths: Sequence[Path]) -> Generator[None]:
+    """Where the block fails, remove what `_free` made and nobody has written to."""
+    try:
+        yield
+    except BaseException:
+        for path in paths:
+            if path.is_file() and not path.stat().st_size:
+                path.unlink()
+        raise
+
+
 def _free(stem: str) -> Path:
-    """A picture of that name, or of the first number behind it that is no file yet."""
-    stems = chain([stem], (f"{stem}-no{number}" for number in count(2)))
-    return next(path for name in stems if not (path := Path(f"{name}.png")).exists())
+    """A picture of that name, or of the first number behind it that is no file yet; made at once, and empty.
+
+    Another command that looks for a name at the same time then takes the next.
+    """
+    path, numbers = Path(f"{stem}.png"), count(2)
+    while True:
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            path = Path(f"{stem}-no{next(numbers)}.png")
+        else:
+            return path
 
 
 def _report(result: Result[Any], paths: list[Path], seconds: dict[str, float], *, as_json: bool) -> None:

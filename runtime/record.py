@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
+from ..engines.errors import UsageError
 from .pictures.infotext import NEGATIVE_PROMPT, PROMPT, Value
 from .request.inputs import INPUTS
 from .request.parameters import PARAMETERS
@@ -139,7 +140,22 @@ def read_record(record: Mapping[str, Any]) -> Recorded:
     if "timesteps" in found or "sigmas" in found:
         found.pop("num_inference_steps", None)  # as many as there are levels
     inputs = {name: found.pop(name) for name in INPUTS if name in found}
-    return Recorded(prompt=str(record.get("prompt", "")), parameters=found, inputs=inputs)
+    wrong = [name for name, value in inputs.items() if not _is_input(value)]
+    wrong += [] if isinstance(record.get("prompt"), str) else ["prompt"]
+    if wrong:
+        raise UsageError(
+            f"the record's {wrong[0]} is {record.get(wrong[0])!r:.80}",
+            expected="a prompt, and inputs with their sha256: a record that latentrt wrote",
+            fix="Pass prompt and parameters instead.",
+        )
+    return Recorded(prompt=record["prompt"], parameters=found, inputs=inputs)
+
+
+def _is_input(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    facts = cast("Mapping[str, Any]", value)
+    return isinstance(facts.get("sha256"), str) and isinstance(facts.get("name", ""), str)
 
 
 _RNG = {"CPU": "torch-cpu", "GPU": "torch-cuda", "NV": "torch-cuda"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,8 @@ from .pictures.write import PictureMetadata, read_metadata
 from .pipeline import Pipeline
 from .record import Recorded, read_a1111, read_record
 from .refine import refine
-from .request.inputs import INPUTS, find_input
-from .request.parameters import CallParameters
+from .request.inputs import INPUTS, Input, find_input
+from .request.parameters import PARAMETERS, CallParameters
 from .result import Result
 from .sampling.names import resolve
 
@@ -43,7 +44,7 @@ def redraw(
 
     Args:
         pipe: draws; the base's, where a refiner ended the picture.
-        source: a picture's file, or its record (`Result.record`).
+        source: a picture's file, its content, or its record (`Result.record`).
         prompt: another one than the picture's.
         refiner: of a picture that a refiner ended.
         callback_on_step_end: as `Pipeline` calls it.
@@ -56,13 +57,25 @@ def redraw(
     given = {"prompt": prompt, **{name: parameters.get(name) for name in INPUTS}}
     changes = {name: value for name, value in parameters.items() if name not in INPUTS}
     changes["callback_on_step_end"] = callback_on_step_end
-    metadata = read_metadata(source) if isinstance(source, (str, Path)) else source
+    metadata = read_metadata(source) if isinstance(source, (str, Path, bytes)) else source
     record = metadata.record if isinstance(metadata, PictureMetadata) else metadata
     folder = Path(source).parent if isinstance(source, (str, Path)) else None
     if record is None:
         assert isinstance(metadata, PictureMetadata)
         return _of_text(pipe, metadata, source, given, changes)
     _check_model(pipe, record.get("base_record") or record)
+    if record.get("grid"):
+        raise UsageError(
+            f"the file shows {record['grid']} pictures side by side, and says how the first was made",
+            expected="one picture",
+            fix="Draw it from its parameters, which `latentrt metadata` prints.",
+        )
+    if refiner is not None and "base_record" not in record:
+        raise UsageError(
+            "a refiner for a picture that none ended",
+            expected="the model that drew it alone",
+            fix="Leave the refiner out, or draw a new picture with it.",
+        )
     if "base_record" in record:
         return _refined(pipe, refiner, record, folder, given, changes)
     return _drawn(pipe, read_record(record), folder, given, changes)
@@ -72,7 +85,32 @@ def _drawn(
     pipe: Any, recorded: Recorded, folder: Path | None, given: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> Result[Any]:
     inputs = _inputs(recorded, folder, given)
-    return pipe(_prompt(recorded, given), **{**recorded.parameters, **inputs, **changes})
+    result = pipe(
+        _prompt(recorded, given), **{**_without_rivals(recorded.parameters, changes), **inputs, **changes}
+    )
+    return _with_names(result, recorded)
+
+
+def _without_rivals(parameters: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The recorded parameters that can go with the changes."""
+    changed = {name for name, value in changes.items() if name in PARAMETERS and value is not None}
+
+    def rivals(name: str, other: str) -> bool:
+        return name in PARAMETERS[other].excludes or other in PARAMETERS[name].excludes
+
+    return {
+        name: value for name, value in parameters.items() if not any(rivals(name, one) for one in changed)
+    }
+
+
+def _with_names(result: Result[Any], recorded: Recorded) -> Result[Any]:
+    """The result with its inputs called as they were: what they show is the same."""
+    named = {
+        name: (Input(name=wanted.get("name"), sha256=wanted["sha256"]),)
+        for name, wanted in recorded.inputs.items()
+    }
+    inputs = {**result.request.inputs, **named}
+    return replace(result, request=replace(result.request, inputs=inputs))
 
 
 def _prompt(recorded: Recorded, given: Mapping[str, Any]) -> str:
@@ -99,7 +137,8 @@ def _refined(
     at = parameters.pop("denoising_end")
     parameters.pop("denoising_start", None)
     together: Any = {**parameters, **_inputs(base, folder, given), **changes}
-    return refine(pipe, refiner, _prompt(base, given), at=at, **together)
+    result = refine(pipe, refiner, _prompt(base, given), at=at, **together)
+    return replace(result, base=_with_names(result.base, base) if result.base else None)
 
 
 def _of_text(

@@ -228,15 +228,18 @@ def _replace_file(path: Path, data: memoryview) -> None:
         ) from error
 
 
-def read_metadata(path: str | Path) -> PictureMetadata:
+def read_metadata(source: str | Path | bytes) -> PictureMetadata:
     """Read how a picture was made, whether this package wrote it, AUTOMATIC1111 or a program like it.
+
+    `source` is a file or its content.
 
     Raises:
         UsageError: no file, no PNG, JPEG or WebP, damaged, truncated, or above `MAX_PIXELS`.
     """
-    path = Path(path)
+    path = Path("the picture") if isinstance(source, bytes) else Path(source)
     try:
-        with contextlib.closing(Image.open(path, formats=("PNG", "JPEG", "WEBP"))) as picture:
+        file = io.BytesIO(source) if isinstance(source, bytes) else path
+        with contextlib.closing(Image.open(file, formats=("PNG", "JPEG", "WEBP"))) as picture:
             pixels = picture.width * picture.height
             if pixels > MAX_PIXELS:
                 raise _unreadable(path, f"{picture.width} x {picture.height} pixels")

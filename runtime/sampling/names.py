@@ -170,6 +170,8 @@ def _from_record(record: Mapping[str, Any]) -> SamplerConfig:
         return {**values, **lists}
 
     options = hashable(record)
+    if options["name"] not in SAMPLERS or options["scheduler"] not in SCHEDULER_CLASSES:
+        raise ValueError(f"this release has no {options['name']!r} of {options['scheduler']!r}")
     noise = NoiseSchedule(**hashable(options.pop("noise")))
     return SamplerConfig(noise=noise, **options)
 

@@ -1,6 +1,7 @@
 """Every option of `latentrt generate`: what it becomes, and that none is left out here."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from PIL import Image
 
 from latentrt import cli
 from latentrt.cli.generate import generate
+from latentrt.engines.errors import StorageError
 from latentrt.runtime.pictures.write import read_metadata
 from latentrt.runtime.pipeline import Pipeline
 
@@ -274,7 +276,10 @@ def test_from_a_picture_of_another_model(monkeypatch: pytest.MonkeyPatch, folder
     assert end.value.code == 2
 
 
-@pytest.mark.parametrize("words", [[], ["--from", "x.png", "--refiner", "demo", "--refiner-at", "0.5"]])
+@pytest.mark.parametrize(
+    "words",
+    [[], ["--from", "x.png", "--refiner", "demo", "--refiner-at", "0.5"], ["a", "b", "--from", "x.png"]],
+)
 def test_what_is_drawn_must_be_said(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["latentrt", "generate", *words])
     with pytest.raises(SystemExit) as end:
@@ -296,3 +301,24 @@ def test_the_demo_says_what_it_does_not_know(
     found = capfd.readouterr().err
     assert said in found
     assert bool(said) == ("the demo model" in found)
+
+
+def test_commands_at_the_same_time_take_names_of_their_own(folder: Path) -> None:
+    command = [sys.executable, "-m", "latentrt", "generate", "a", "--seed", "1", "--threads", "1", "-H", "64"]
+    running = [subprocess.Popen([*command, "--steps", str(steps)], cwd=folder) for steps in (1, 2, 3)]
+    assert [one.wait(120) for one in running] == [0, 0, 0]
+    records = [read_metadata(path).record or {} for path in folder.glob("a-1*.png")]
+    assert sorted(record["num_inference_steps"] for record in records) == [1, 2, 3]
+
+
+def test_a_name_that_was_taken_is_given_back(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise StorageError("no room", expected="some", fix="Free some.")
+
+    monkeypatch.setattr("latentrt.runtime.result.save_picture", fails)
+    monkeypatch.setattr(sys, "argv", ["latentrt", "generate", "a", *FAST])
+    before = set(folder.iterdir())
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 7
+    assert set(folder.iterdir()) == before

@@ -189,3 +189,46 @@ def test_a_sampler_that_is_not_here(pipe: Any, folder: Path) -> None:
 def test_a_picture_that_says_nothing(pipe: Any, folder: Path) -> None:
     with pytest.raises(UsageError, match="does not say how it was made"):
         redraw(pipe, folder / "start.png")
+
+
+def test_an_input_keeps_the_name_it_had(pipe: Any, folder: Path) -> None:
+    drawn = pipe("a", image=folder / "start.png", seed=1, **FAST)
+    drawn.save(folder / "a.png")
+    (folder / "start.png").rename(folder / "renamed.png")
+    assert redraw(pipe, folder / "a.png").to_bytes() == drawn.to_bytes()
+    unnamed = pipe("a", image=np.asarray(Image.open(folder / "renamed.png")), seed=1, **FAST)
+    unnamed.save(folder / "b.png")
+    assert redraw(pipe, folder / "b.png").to_bytes() == unnamed.to_bytes()
+
+
+def test_the_content_of_a_file(pipe: Any) -> None:
+    drawn = pipe("a red star", seed=4, **FAST)
+    assert redraw(pipe, drawn.to_bytes()).to_bytes() == drawn.to_bytes()
+
+
+def test_a_change_displaces_its_rival(pipe: Any) -> None:
+    drawn = pipe("a", seed=4, sampler="euler", **FAST)
+    timed = redraw(pipe, drawn.record(), timesteps=[900, 500])
+    assert same(redraw(pipe, timed.record(), num_inference_steps=4), drawn)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grid": 4}, "4 pictures side by side"),
+        ({"image": "s.png"}, "the record's image is"),
+        ({"image": {"name": "s.png"}}, "the record's image is"),
+        ({"prompt": ["a", "b"]}, "the record's prompt is"),
+        ({"sampler": {"name": "euler", "scheduler": "FutureScheduler", "noise": {}}}, "FutureScheduler"),
+        ({"sampler": {"name": None, "scheduler": "DDIMScheduler", "noise": {}}}, "has no None"),
+    ],
+)
+def test_a_record_that_cannot_be_drawn(pipe: Any, change: dict[str, Any], message: str) -> None:
+    record = pipe("a", seed=1, **FAST).record()
+    with pytest.raises(UsageError, match=message):
+        redraw(pipe, {**record, **change})
+
+
+def test_a_refiner_that_had_no_part(pipe: Any) -> None:
+    with pytest.raises(UsageError, match="a refiner for a picture that none ended"):
+        redraw(pipe, pipe("a", seed=1, **FAST).record(), refiner=pipe)
