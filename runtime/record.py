@@ -59,7 +59,11 @@ def make_record(request: Request, index: int, producer: Mapping[str, Any]) -> di
         "negative_prompt_2": request.negative_prompts_2[index],
         "strength": _strength(request),
         "mask_region": masked.inpainting.region if masked else None,
-        **{name: found[index % len(found)].to_json() for name, found in request.inputs.items()},
+        # Several pictures per input stand one after another: the first input's, then the second's.
+        **{
+            name: found[index * len(found) // len(request.seeds)].to_json()
+            for name, found in request.inputs.items()
+        },
     }
     record |= {name: value for name, value in some.items() if value is not None}
     record |= {name: value for name, value in request.chosen.items() if name not in (*record, *_OF_THE_CALL)}

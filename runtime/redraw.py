@@ -22,9 +22,8 @@ from .sampling.names import resolve
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Source = (
-    str | Path | PictureMetadata | Mapping[str, Any]
-)  # a file, what `read_metadata` says of one, a record
+# A file or its content, what `read_metadata` says of one, or a record.
+Source = str | Path | bytes | PictureMetadata | Mapping[str, Any]
 
 _LOG = logging.getLogger(__name__)
 

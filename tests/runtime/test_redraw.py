@@ -101,6 +101,18 @@ def test_several_pictures_to_start_from(pipe: Any, folder: Path) -> None:
         assert same(redraw(pipe, folder / "picture.png"), drawn, index)
 
 
+def test_several_pictures_of_each_picture(pipe: Any, folder: Path) -> None:
+    start = Image.open(folder / "start.png")
+    start.transpose(Image.Transpose.ROTATE_180).save(folder / "second.png")
+    images = [folder / "start.png", folder / "second.png"]
+    drawn = pipe(["a", "b"], image=images, num_images_per_prompt=2, seed=[1, 2, 3, 4], **FAST)
+    names = [drawn.record(i)["image"]["name"] for i in range(4)]
+    assert names == ["start.png", "start.png", "second.png", "second.png"]
+    for index in range(4):
+        image = folder / names[index]
+        assert same(redraw(pipe, drawn.record(index), image=image), drawn, index)
+
+
 def test_a_refined_picture(pipe: Any, folder: Path) -> None:
     drawn = refine(pipe, pipe, "a red star", at=0.5, image=folder / "start.png", strength=1.0, seed=4, **FAST)
     drawn.save(folder / "refined.png")
