@@ -41,9 +41,9 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from ..engines.installed import latentrt_version
 
-        print(f"latentrt {version('latentrt')}")
+        print(f"latentrt {latentrt_version()}")
         raise typer.Exit
 
 

@@ -76,9 +76,15 @@ class Stopwatch(Protocol):
 
 
 class Device(Protocol):
-    """One device and its one stream. Not safe to share between threads without a lock."""
+    """One device and its one stream. Not safe to share between threads without a lock.
+
+    Attributes:
+        name: for people.
+        kind: what times and captured work are alike on: the kind of GPU and its driver.
+    """
 
     name: str
+    kind: str
 
     def allocate(self, size: int) -> int:
         """The address of `size` bytes of zeros. Raises MemoryLimitError with the numbers."""
@@ -146,9 +152,15 @@ class BoundNet(Protocol):
 
 
 class DeviceNet(Protocol):
-    """A net on a device."""
+    """A net on a device.
+
+    Attributes:
+        spec: its boundary.
+        graphs_outlive_other_shapes: whether a captured run stays right after the net has run in other shapes.
+    """
 
     spec: NetSpec
+    graphs_outlive_other_shapes: bool
 
     @property
     def memory(self) -> MemoryLedger:

@@ -1,4 +1,4 @@
-"""How latentrt was installed, and so the command that adds something to it."""
+"""How latentrt was installed: its version, and the command that adds something to it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ import json
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+
+
+def latentrt_version() -> str:
+    """latentrt's version; "unknown" where it only lies on the path, as in a zip or a bare checkout."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("latentrt")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def install_command(extras: str, *flags: str) -> str:

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
+from .spec import Array
+
 # Relative L2 of one output of a net, on the same inputs and weights as the reference. fp32: two correct
 # programs differ only by the order of their sums, 1e-7 to 1e-5 on these nets; the commonest mistake,
 # tanh-GELU for GELU, is 1e-3, and so is TF32. fp16: a rounding (5e-4) grown tenfold over a hundred layers.
@@ -22,3 +26,11 @@ DECODED_DB: Mapping[str, float] = {"fp32": 60.0, "fp16": 45.0}
 # dB of a whole picture of the same prompt and seed: differences grow from step to step. All pixels off by one
 # shade are 48.1 dB; pictures of other seeds came to 45 dB where they were small and unguided.
 PICTURE_DB: Mapping[str, float] = {"fp32": 48.0, "fp16": 40.0}
+
+
+def relative_l2(found: Array, wanted: Array) -> float:
+    """|found - wanted| / |wanted| in float64; 0 where both are 0."""
+    a, b = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    size = float(np.linalg.norm(b))
+    difference = float(np.linalg.norm(a - b))
+    return difference / (size or 1.0)

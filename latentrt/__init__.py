@@ -101,7 +101,7 @@ if not TYPE_CHECKING:  # for a type checker, it would make a value of every miss
 
     def __getattr__(name: str) -> Any:
         if name == "__version__":
-            return import_module("importlib.metadata").version("latentrt")
+            return import_module(".engines.installed", __name__).latentrt_version()
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)

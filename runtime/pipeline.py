@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 import numpy as np
 
 from ..engines.errors import UsageError
+from ..engines.installed import latentrt_version
 from ..engines.package import Package
 from ..engines.spec import TEXT_ENCODERS, Array
 from .conditioning import make_conditioning
@@ -401,13 +402,11 @@ class Pipeline:
             return encode_tiled(whole, image, mask, tile, self.package.manifest.latent_scale)
 
     def _producer(self, profile: str) -> dict[str, str]:
-        from importlib.metadata import version  # 20 ms that an import need not wait for
-
         made_by = {
             "model": self.package.manifest.name,
             "model_sha256": self.package.manifest.sha256,
             "backend": self.backend,
-            "latentrt": version("latentrt"),
+            "latentrt": latentrt_version(),
         }
         return made_by | ({"profile": profile} if profile else {})
 

@@ -25,8 +25,8 @@ from ...engines.package import Manifest, Package
 from ...engines.spec import Array
 from ...engines.tensorrt.build import built_nets
 from ...engines.tensorrt.flavour import ENGINE_BACKENDS, flavour
-from ...runtime.loop.device.cuda_graphs import Graphs
 from ...runtime.loop.device.loop import DeviceLoop
+from ...runtime.loop.device.verdicts import Graphs
 from ...runtime.pipeline import Pipeline
 from ..case import Case
 from ..records import Figures, Row
@@ -91,8 +91,8 @@ class Opener:
 
     Attributes:
         task, package: as a side opens them.
-        open_device: a device with every net of the package. Only ONNX Runtime's has options: `capture`, runs
-            may be captured; `profile`, a folder for profiles of where nodes ran.
+        open_device: a device with every net of the package. Only ONNX Runtime's has an option: `profile`,
+            a folder for profiles of where nodes ran.
         watch: the same device for an onlooker: it reads the free memory, and takes memory away.
         unsupported: why this GPU is none of the backend's, so that being refused is no failure; "" if it is.
     """
@@ -110,9 +110,7 @@ class Opener:
 
     @contextmanager
     def pipeline(self, graphs: Graphs = "off", **options: Any) -> Generator[Opened, None, None]:
-        """A pipeline on the device. With graphs "on", runs may be captured, whatever the default is."""
-        if graphs == "on" and self.onnxruntime:
-            options["capture"] = True
+        """A pipeline on the device."""
         device, nets = self.open_device(**options)
         log = list[str]()
         loop = DeviceLoop(device, nets, self.package.manifest, graphs=graphs, log=log.append)

@@ -32,7 +32,7 @@ from .opener import Opened, Opener, Scale, attempt, draw, encoder_inputs, failed
 SAMPLERS = ("dpmpp_2m", "ddim", "euler_a")  # the last draws noise in every row
 REPLAY_DB = 50.0  # the same kernels in the same order: a few shades by one, where a library sums atomically
 _WARM = 2  # runs: the first is plain, the second is captured
-_REFUSED = "the loop is not captured: "  # begins the line that says why
+_REFUSED, _WRONG = "rows are not replayed: ", "from a plain one"  # begin, or are in, the line that says why
 _PACE = Pace(runs=20, rounds=5, budget=15.0, warm_up=2)
 _RUN = {*HOST_NETS, *TEXT_ENCODERS, "step", "vae_encoder"}  # nets that `placement` runs
 _FLOATS = {"float", "float16", "double", "bfloat16"}
@@ -161,6 +161,8 @@ def _graphs(sampler: str, plain: Opened, replayed: Opened, scale: Scale) -> Row:
     elif not replayed.loop.replays:  # plain loops are what the loop falls back on, and it says why
         missing = next((line for line in replayed.log if line.startswith(_REFUSED)), "")
         problem = "" if missing else "no graph is replayed, and nothing says why"
+        if _WRONG in missing:
+            problem, missing = missing, ""
     return row_of(sampler, {"psnr_db": worst}, [problem] if problem else (), missing=missing)
 
 

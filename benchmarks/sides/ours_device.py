@@ -36,8 +36,8 @@ from ...runtime.request.request import make_request
 from ..case import BETWEEN, Case, inputs_of, sizes_of, time_inputs
 from .contract import OURS, OpenSide, Work, makers_of
 
-# Pictures until the loop has chosen whether to replay its rows as a graph: cold, timed, captured, timed.
-_SETTLING = 4
+# Pictures until the loop has chosen whether to replay its rows as a graph: it does at the second's beginning.
+_SETTLING = 2
 
 
 def device_side(pipe: Pipeline, loop: DeviceLoop) -> OpenSide:

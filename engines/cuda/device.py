@@ -139,6 +139,7 @@ class CudaDevice:
         self._runtime: Any = runtime or load_runtime()
         self.facts: DeviceFacts = facts(index, runtime=self._runtime, nvml=nvml)
         self.name = self.facts.name
+        self.kind = f"{self.facts.kind}, driver {self.facts.driver or self.facts.cuda}"
         self.index = index
         self._nvml = Nvml(self.facts.uuid, nvml)
         self._sizes: dict[int, int] = {}  # address -> bytes
@@ -153,11 +154,6 @@ class CudaDevice:
         flag = self._runtime.cudaStreamNonBlocking
         self._stream: Any = self._call("cudaStreamCreateWithFlags", flag, doing="making a stream")
         self.stream = int(self._stream)
-
-    @property
-    def capturing(self) -> bool:
-        """Whether work is recorded now, not run."""
-        return self._capturing
 
     # ── memory ─────────────────────────────────────────────────────────────────────────────────
 

@@ -1,7 +1,8 @@
-"""ONNX Runtime on CUDA as a backend: nets on a device, each in the layout that was measured as the fastest.
+"""ONNX Runtime on CUDA as a backend: nets on a device, each in the fastest layout that is known.
 
 Opening never measures. It takes what `latentrt build PACKAGE --backend onnxruntime-cuda` has left in the
-engine store (`tuning/cuda.py`), and without that the package's own graph, which needs no choice.
+engine store (`tuning/cuda.py`), and without that lowers the package's graph to `nhwc`: a third of the kernels
+of `plain`, because GroupNormalization has no kernel there and falls apart into 25.
 
 "auto" asks this backend first at every start, so the modules of CUDA and of the store are imported only where
 ONNX Runtime has a CUDA provider.
@@ -10,7 +11,7 @@ ONNX Runtime has a CUDA provider.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -18,16 +19,14 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from ..device import Device, DeviceNet
-from ..errors import BackendError
-from ..installed import install_command
+from ..errors import BackendError, PackageError
 from ..package import Package
-from .lowering.files import lowering_missing
 from .nets import cuda_refusal, open_onnxruntime_net
 from .session import library
 
 if TYPE_CHECKING:
+    from ..cuda.device import CudaDevice
     from ..store.engine_store import EngineStore
-    from .tuning.cuda_layouts import StoredLayout
 
 _LOG = logging.getLogger(__name__)
 
@@ -53,19 +52,18 @@ class OnnxRuntimeCudaBackend:
         *,
         index: int = 0,
         store: EngineStore | None = None,
-        capture: bool = False,
         profile: Path | None = None,
     ) -> tuple[Device, Mapping[str, DeviceNet]]:
         """A device of the caller's own, and nets of the package on it.
 
-        One line is logged on the nets without a layout in the store, with the command that measures them.
+        UNet and decoder are opened in the layout that was measured as the fastest here; where nothing was, in
+        `nhwc`, which is made now. A line is logged where neither can be.
 
         Args:
             package: the package.
             names: of its nets.
             index: of the device, as CUDA_VISIBLE_DEVICES numbers them.
             store: where layouts are remembered; the user's own unless given.
-            capture: let runs be captured, see `open_onnxruntime_net`.
             profile: a folder for the library's profiles.
 
         Raises:
@@ -74,49 +72,43 @@ class OnnxRuntimeCudaBackend:
         """
         from ..cuda.device import CudaDevice
         from ..store.engine_store import EngineStore
-        from .tuning.choice import TUNED_NETS
-        from .tuning.cuda_layouts import stored_layout
 
-        device = CudaDevice(index)
+        device, place = CudaDevice(index), store or EngineStore()
+        nets, plain = dict[str, DeviceNet](), dict[str, str]()
         with ExitStack() as stack:
             stack.callback(device.close)
-            gpu, place = device.facts, store or EngineStore()
-            stored = {name: stored_layout(package, name, place, gpu) for name in names if name in TUNED_NETS}
-            nets: dict[str, DeviceNet] = {}
             for name in names:
-                opened = partial(
-                    open_onnxruntime_net, package, name, device, capture=capture, profile=profile
-                )
-                nets[name] = _open_net(opened, name, stored.get(name))
+                nets[name], plain[name] = _open_net(package, name, device, place, profile)
                 stack.callback(nets[name].close)
             stack.pop_all()
-        if hint := _hint(package, stored):
-            _LOG.info(hint)
+        if slow := {name: why for name, why in plain.items() if why}:
+            why = next(iter(slow.values()))
+            _LOG.warning("%s run in the layout `plain`, which is slower: %s", " and ".join(slow), why)
         return device, nets
 
 
-def _open_net(opened: Callable[..., DeviceNet], name: str, stored: StoredLayout | None) -> DeviceNet:
-    if stored is None or stored.graph is None:
-        return opened()
+def _open_net(
+    package: Package, name: str, device: CudaDevice, store: EngineStore, profile: Path | None
+) -> tuple[DeviceNet, str]:
+    """A net in the fastest layout that is known or can be made, and why none but `plain` can be."""
+    from .lowering.lower import lower
+    from .tuning.choice import TUNED_NETS
+    from .tuning.cuda_layouts import stored_graph
+
+    opened = partial(open_onnxruntime_net, package, name, device, profile=profile)
+    if name not in TUNED_NETS:
+        return opened(), ""
     # The library takes a path and the store has hashed bytes, so these very bytes go to a folder of our own.
     with TemporaryDirectory() as folder:
-        graph = Path(folder) / f"{name}.onnx"
-        graph.write_bytes(stored.graph)
-        return opened(graph=graph, prefer_nhwc=stored.layout.prefer_nhwc)
-
-
-def _hint(package: Package, stored: Mapping[str, StoredLayout]) -> str:
-    """Why nets run as they were exported, and what to do about it; "" if every layout is known."""
-    unknown = {name: item.why for name, item in stored.items() if item.why}
-    if not unknown:
-        return ""
-    why = next(iter(unknown.values()))
-    missing = lowering_missing()
-    first = f" (first: {install_command('cuda')}, for {missing})" if missing else ""
-    return (
-        f"{' and '.join(unknown)} run in the layout `plain`: {why};"
-        f" measure which is the fastest here: latentrt build {package.root} --backend onnxruntime-cuda{first}"
-    )
+        if known := stored_graph(package, name, store, device.facts):
+            layout, content = known
+            graph = Path(folder) / f"{name}.onnx"
+            graph.write_bytes(content)
+            return opened(graph=None if layout == "plain" else graph), ""
+        try:
+            return opened(graph=lower(package, name, Path(folder))), ""
+        except (BackendError, PackageError) as error:
+            return opened(), f"{error.found}; {error.fix}"
 
 
 ONNXRUNTIME_CUDA = OnnxRuntimeCudaBackend()

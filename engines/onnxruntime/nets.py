@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,16 @@ from ..installed import install_command
 from ..net_weights import engine_bytes
 from ..package import Package
 from ..spec import DTYPES, Array, NetSpec, output_shapes
+from .cuda_libraries import load_libraries
 from .lowering.files import LoweredGraph, session_entries
 from .lowering.winograd import kernels
 from .session import (
     CPU,
-    Runs,
     check_boundary,
     library,
     open_session,
     refusal,
+    returning_options,
     run_error,
     run_options,
     session_options,
@@ -193,11 +194,9 @@ def open_onnxruntime_net(
     *,
     provider: str = CUDA,
     graph: Path | None = None,
-    prefer_nhwc: bool = False,
     conv_search: str = "HEURISTIC",
     threads: int | None = None,
     submit: Submit | None = None,
-    capture: bool = False,
     profile: Path | None = None,
 ) -> OnnxRuntimeDeviceNet:
     """Load one net of a package onto a device.
@@ -209,14 +208,10 @@ def open_onnxruntime_net(
         provider: CUDAExecutionProvider, or CPUExecutionProvider for a device on host memory.
         graph: what to run in place of the package's, with the same boundary: `lowering.lower`
             wrote it, and its weights are still the package's.
-        prefer_nhwc: let the CUDA provider lay convolutions out as NHWC by itself.
         conv_search: how cuDNN finds its algorithms. HEURISTIC costs nothing and is the same in every run;
             EXHAUSTIVE measures each shape in its first run.
-        threads: for what runs on the CPU; None is every processor.
+        threads: of CPUExecutionProvider; None is every processor. With CUDA a single one computes shapes.
         submit: takes each run in place of calling it: how a device without a CUDA stream orders it.
-        capture: let runs on CUDA be captured. Not by default: a graph reads page-locked buffers of the
-            session (see `Runs`), and no GPU run has shown yet that replaying it is right. The GPU check
-            captures, to find out.
         profile: a folder for the library's profile of every run.
 
     Raises:
@@ -233,7 +228,7 @@ def open_onnxruntime_net(
         )
     file = package.manifest.nets[name]
     path = graph or package.path(file.graph)
-    options = session_options(threads)
+    options = session_options(1 if provider == CUDA else threads)
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile / name)
     if graph is not None:
@@ -242,8 +237,7 @@ def open_onnxruntime_net(
     if provider == CPU:
         session = open_session(path, options, [CPU], culprit=name)
     else:
-        settings = {"prefer_nhwc": str(int(prefer_nhwc)), "cudnn_conv_algo_search": conv_search}
-        session = _open_cuda_session(path, options, device, settings, name)
+        session = _open_cuda_session(path, options, device, conv_search, name)
     try:
         check_boundary(session, file.spec, path)
         if provider == CUDA:
@@ -252,12 +246,16 @@ def open_onnxruntime_net(
     except LatentrtError:
         del session  # its memory, before anyone handles the error
         raise
-    runs = Runs(name, capture=capture) if provider == CUDA else None
-    return OnnxRuntimeDeviceNet(name, file.spec, session, device, weights, runs, submit)
+    layout = "plain" if graph is None else "nhwc"
+    return OnnxRuntimeDeviceNet(name, file.spec, session, device, weights, provider, layout, submit)
 
 
 class OnnxRuntimeDeviceNet:
     """`DeviceNet` of ONNX Runtime; made by `open_onnxruntime_net`."""
+
+    # A session keeps cuDNN's plans of one shape, and destroys them when it runs another: a graph that was
+    # recorded from them might launch what is not there any more.
+    graphs_outlive_other_shapes = False
 
     def __init__(
         self,
@@ -266,7 +264,8 @@ class OnnxRuntimeDeviceNet:
         session: Any,
         device: Device,
         weights: int,
-        runs: Runs | None,
+        provider: str,
+        layout: str,
         submit: Submit | None,
     ) -> None:
         self.name = name
@@ -275,10 +274,10 @@ class OnnxRuntimeDeviceNet:
         self._session = session
         self._device = device
         self._weights = weights
-        self._runs = runs  # None on the CPU
-        self._on_host = run_options()
-        self._kind = "cuda" if runs else "cpu"
-        self._index = _index(device) if runs else 0
+        self.on_cuda = provider == CUDA
+        self.run_options = returning_options() if self.on_cuda else run_options()
+        self.place = f"CUDA {layout}" if self.on_cuda else "CPU"
+        self._kind, self._index = ("cuda", _index(device)) if self.on_cuda else ("cpu", 0)
         self._bound: dict[OnnxRuntimeBoundNet, dict[int, int]] = {}  # with bytes by address
 
     @property
@@ -336,28 +335,12 @@ class OnnxRuntimeDeviceNet:
             )
         return self._session
 
-    @property
-    def provider(self) -> str:
-        """As people call it."""
-        return "CUDA" if self._runs else "CPU"
-
-    @property
-    def capturable(self) -> bool:
-        """Whether runs may be captured."""
-        return self._runs is None or self._runs.capture
-
-    def run_options(self) -> Any:
-        """For OnnxRuntimeBoundNet: the options of the next run. Raises BackendError for a captured run."""
-        if self._runs is None:
-            return self._on_host
-        return self._runs.next(capturing=bool(getattr(self._device, "capturing", False)))
-
     def forget(self, bound: OnnxRuntimeBoundNet) -> None:
         """For OnnxRuntimeBoundNet: it is closed."""
         self._bound.pop(bound, None)
 
     def settle(self) -> None:
-        """Nothing: what a run leaves behind goes in one of the next runs (`onnxruntime/session.py`)."""
+        """Nothing: a run leaves nothing behind."""
 
     def release(self) -> None:
         """Give back what the arena holds beyond its blocks in use: activations of earlier calls.
@@ -370,11 +353,9 @@ class OnnxRuntimeDeviceNet:
             item.name: [1 if isinstance(n, str) else n for n in item.shape] for item in self.spec.inputs
         }
         feeds = {item.name: np.zeros(shapes[item.name], DTYPES[item.dtype]) for item in self.spec.inputs}
-        arena = f"{'gpu' if self._runs else 'cpu'}:{self._index}"
+        arena = f"{'gpu' if self.on_cuda else 'cpu'}:{self._index}"
         with suppress(Exception):  # it always ends with one: the run is terminated
             self._session.run(None, feeds, shrinking_options(arena))
-        if self._runs:
-            self._runs.restart()
 
     def end_profile(self) -> Path:
         """The file with the profile of every run until now. Raises BackendError if nothing was profiled."""
@@ -400,12 +381,13 @@ class OnnxRuntimeDeviceNet:
 class OnnxRuntimeBoundNet:
     """`BoundNet` of ONNX Runtime."""
 
+    capturable = True
+
     def __init__(self, net: OnnxRuntimeDeviceNet, binding: Any, shapes: Shapes) -> None:
         self._net = net
         self._binding = binding
         self._shapes = shapes
-        self.profile = f"onnxruntime {net.provider}, any shape"
-        self.capturable = net.capturable
+        self.profile = f"onnxruntime {net.place}, any shape"
 
     def enqueue(self) -> None:
         """Put one run on the device's stream. Raises BackendError, also once closed, MemoryLimitError."""
@@ -414,9 +396,9 @@ class OnnxRuntimeBoundNet:
 
     def _run(self) -> None:
         self._check_open()
-        session, options = self._net.session(), self._net.run_options()
+        session = self._net.session()
         try:
-            session.run_with_iobinding(self._binding, options)
+            session.run_with_iobinding(self._binding, self._net.run_options)
         except Exception as error:  # onnxruntime raises a dozen classes of its own, all derived from it
             raise run_error(self._net.name, error, self._shapes) from error
 
@@ -457,14 +439,7 @@ def _check_inputs_stay(session: Any, name: str) -> None:
         )
 
 
-@cache
-def _load_libraries() -> None:
-    """CUDA's and cuDNN's, where pip put them; once, before the first session that needs them."""
-    if hasattr(library(), "preload_dlls"):  # since 1.21
-        library().preload_dlls()
-
-
-def _open_cuda_session(path: Path, options: Any, device: Device, settings: dict[str, str], name: str) -> Any:
+def _open_cuda_session(path: Path, options: Any, device: Device, conv_search: str, name: str) -> Any:
     if found := cuda_refusal():
         raise BackendError(
             f"onnxruntime cannot run on CUDA: {found.found}", expected=found.expected, fix=found.fix
@@ -476,20 +451,23 @@ def _open_cuda_session(path: Path, options: Any, device: Device, settings: dict[
             expected="a CUDA device",
             fix="Run on the CPU: --backend onnxruntime",
         )
-    _load_libraries()
+    load_libraries()
     # The second run of a shape would allocate one block for the pattern that the first one left
     # (github.com/microsoft/onnxruntime/issues/14942), and a capture must not allocate.
     options.enable_mem_pattern = False
     # Weights outside the arena, so that it holds activations alone.
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-    every = {
-        **settings,
+    settings = {
+        "cudnn_conv_algo_search": conv_search,
+        # With it the provider takes every node, and computes the integers of shapes on the GPU: a copy back
+        # stalls the host in the middle of each run, and such a run cannot be captured.
+        "prefer_nhwc": "0",
         "device_id": str(_index(device)),
         "user_compute_stream": str(stream),
         "arena_extend_strategy": "kSameAsRequested",  # not the next power of two
         "use_tf32": "0",  # 10 bits of mantissa: fp32 nets are what parity is measured with
     }
-    session = open_session(path, options, [(CUDA, every), CPU], culprit=name)
+    session = open_session(path, options, [(CUDA, settings), CPU], culprit=name)
     if CUDA not in session.get_providers():
         raise BackendError(
             "onnxruntime's CUDA provider did not load, and the CPU would run the net",

@@ -73,6 +73,8 @@ def library() -> Any:
 
 def run_error(name: str, error: Exception, shapes: Mapping[str, tuple[int, ...]]) -> LatentrtError:
     """What a failed run of the net `name` means: MemoryLimitError or BackendError."""
+    if "cudnn is unavailable" in str(error).lower():
+        return missing_cudnn(f"the net {name!r} failed: {error}")
     if _is_out_of_memory(error):
         return MemoryLimitError(
             f"the net {name!r} ran out of memory: {error}",
@@ -84,6 +86,15 @@ def run_error(name: str, error: Exception, shapes: Mapping[str, tuple[int, ...]]
         f"the net {name!r} failed on {dict(shapes)}: {error}",
         expected="inputs as in the net's spec (`latentrt inspect PACKAGE --json`)",
         fix="Check the inputs; if they are right, report this with the package's manifest.",
+    )
+
+
+def missing_cudnn(found: str) -> BackendError:
+    """The error for what needs cuDNN where it is not."""
+    return BackendError(
+        found,
+        expected="NVIDIA's library for convolutions beside onnxruntime-gpu",
+        fix=f"Install it: {install_command('cuda')}",
     )
 
 
@@ -152,63 +163,23 @@ def open_session(
         ) from error
 
 
-# One run in so many waits for the stream: often enough for some MB of page-locked memory at most (an SD 1.5
-# UNet leaves 0.2 MB per run), rarely enough to cost nothing.
-WAIT_EVERY = 32
-_RETURN_AT_ONCE = "disable_synchronize_execution_providers"
-
-
-class Runs:
-    """The options of each run of one session on CUDA.
-
-    Nearly all runs return at once, a few only when the stream is done.
-
-    `disable_synchronize_execution_providers` is what makes a run return before the GPU is done. It also
-    takes away the only moment at which page-locked buffers go back. Concat and Split of unequal parts,
-    among others, upload their tables through such buffers (CudaAsyncBuffer in
-    core/providers/cuda/cuda_kernel.h), which the stream collects (CudaStream::EnqueDeferredCPUBuffer) and
-    frees in CudaStream::CleanUpOnRunEnd. That is called by DeviceStreamCollection::CleanUp, and
-    InferenceSession::Run calls it with `sync_streams` false whenever the option is set. The stream's
-    object outlives the run (SessionState::RecycleDeviceStreamCollection). So without any run that waits,
-    page-locked memory grows with every run until the session goes.
-
-    A captured graph reads those very buffers each time it is launched. After a capture no run of the
-    session may wait, then: it would free what the graph still reads.
-    """
-
-    def __init__(self, name: str, *, capture: bool) -> None:
-        self._name = name
-        self.capture = capture
-        self._at_once, self._waiting = run_options(), run_options()
-        self._at_once.add_run_config_entry(_RETURN_AT_ONCE, "1")
-        self._count = 0
-        self._captured = False
-
-    def next(self, *, capturing: bool) -> Any:
-        """Options of the next run. Raises BackendError if it is recorded (`capturing`) and may not be."""
-        if capturing and not self.capture:
-            raise BackendError(
-                f"a run of {self._name!r} is being captured: onnxruntime may free what the graph would read",
-                expected="a net opened with capture=True, or no capture",
-                fix="Leave graphs off for this backend.",
-            )
-        self._captured = self._captured or capturing
-        if self._captured:  # also afterwards: see the class
-            return self._at_once
-        waits = self._count % WAIT_EVERY == 0
-        self._count += 1
-        return self._waiting if waits else self._at_once
-
-    def restart(self) -> None:
-        """No captured graph is left, so the next run waits and frees what there is."""
-        self._count = 0
-        self._captured = False
-
-
 def run_options() -> Any:
     """Options of a run that logs nothing but errors."""
     options = library().RunOptions()
     options.log_severity_level = 3
+    return options
+
+
+def returning_options() -> Any:
+    """Options of a run on CUDA that returns before the GPU is done.
+
+    They also take away the only moment at which page-locked buffers go back (InferenceSession::Run calls
+    DeviceStreamCollection::CleanUp with `sync_streams` false). Concat and Split of unequal parts, among
+    others, upload their tables through such buffers (CudaAsyncBuffer in core/providers/cuda/cuda_kernel.h).
+    The nets of this project upload nothing, as `tests/cuda` counts, so nothing is left behind.
+    """
+    options = run_options()
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
     return options
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..errors import EngineError, LatentrtError
+from ..installed import latentrt_version
 from . import files
 from .files import folder_bytes, storage_errors
 from .folder import StoreFolder
@@ -281,8 +282,6 @@ class EngineStore(StoreFolder):
 
     def _build(self, key: EngineKey, build: Callable[[Path], dict[str, Any]], folder: Path) -> None:
         """Fill a temporary folder: the engine first, its manifest last, both on the disk."""
-        from importlib.metadata import version
-
         engine = folder / ENGINE
         failed = f"the engine of {key.net} could not be written"
         started = time.perf_counter()
@@ -305,7 +304,7 @@ class EngineStore(StoreFolder):
                 "sha256": sha256,
                 "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 "build_seconds": seconds,
-                "producer": f"latentrt {version('latentrt')}",
+                "producer": f"latentrt {latentrt_version()}",
                 "facts": facts,
             }
             files.write_synced(folder / MANIFEST, seal(manifest))

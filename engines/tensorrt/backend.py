@@ -39,6 +39,8 @@ class ChosenNet:
     An engine is opened when a request first chooses it, and stays open.
     """
 
+    graphs_outlive_other_shapes = True  # as `TensorRTNet`
+
     def __init__(self, spec: NetSpec, candidates: Sequence[Candidate], *, backend: str, package: str) -> None:
         self.spec = spec
         self._candidates = tuple(candidates)

@@ -167,6 +167,8 @@ def open_engine(
 class TensorRTNet:
     """One engine on one device. Not safe to share between threads without a lock, as its device is not."""
 
+    graphs_outlive_other_shapes = True  # each binding has an execution context of its own
+
     def __init__(self, loaded: Loaded, contexts: Contexts) -> None:
         self.spec: NetSpec = loaded.spec
         self._name, self._profiles = loaded.net, loaded.profiles

@@ -7,11 +7,13 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 from ...engines.backend import Backend, DeviceBackend, HostBackend, Place, choose_backend
+from ...engines.device import Device
 from ...engines.errors import BackendError
+from ...engines.installed import latentrt_version
 from ...engines.package import Package
 from ...engines.spec import TEXT_ENCODERS
 from .denoise import HostLoop
-from .device.cuda_graphs import Graphs
+from .device.verdicts import Graphs
 from .job import Loop
 
 _LOG = logging.getLogger(__name__)
@@ -67,12 +69,16 @@ def _open(package: Package, name: str, engine: Backend, options: LoopOptions, in
     for net in (*_REQUIRED, "step") if isinstance(engine, DeviceBackend) else _REQUIRED:
         package.manifest.net(net)  # raises PackageError
     if isinstance(engine, DeviceBackend):
+        from ...engines.store.engine_store import EngineStore
         from .device.loop import DeviceLoop
+        from .device.verdicts import Verdicts
 
         used = [net for net in nets if net not in _FOR_OTHER_TOOLS]
         device, opened = engine.open_device(package, used, index=index)
-        loop = DeviceLoop(device, opened, package.manifest, graphs=options.graphs)
-        return loop, engine.describe(index)
+        description = engine.describe(index)
+        verdicts = Verdicts(EngineStore(), _replayed(package, description, device))
+        loop = DeviceLoop(device, opened, package.manifest, graphs=options.graphs, verdicts=verdicts)
+        return loop, description
     assert isinstance(engine, HostBackend), name
     with ExitStack() as stack:
         loop = stack.enter_context(closing(HostLoop(package, engine, options.threads)))
@@ -81,3 +87,10 @@ def _open(package: Package, name: str, engine: Backend, options: LoopOptions, in
                 loop.net(net)  # opened now, so that the first picture does not wait for it
         stack.pop_all()
         return loop, engine.describe()
+
+
+def _replayed(package: Package, library: str, device: Device) -> dict[str, object]:
+    """All that a verdict on replayed rows holds for, besides their shape."""
+    files = package.manifest.files
+    graphs = {net: files[file.graph].sha256 for net, file in package.manifest.nets.items()}
+    return {"latentrt": latentrt_version(), "library": library, "device": device.kind, "graphs": graphs}

@@ -73,7 +73,7 @@ def stand_in(
     """An opener on host memory. `wrap` gets each net, `opened` the device each time it is opened."""
     on = device or WatchedDevice(2**30)
 
-    def open_device(profile: Path | None = None, capture: bool = True) -> Any:
+    def open_device(profile: Path | None = None) -> Any:
         opened(on)
         nets = {}
         for name in built_nets(PACKAGE):

@@ -59,7 +59,7 @@ class HostStopwatch:
 
 
 class HostDevice:
-    name = "host memory"
+    name = kind = "host memory"
     stream = 7
 
     def __init__(self, limit: int = 2**40, *, lazy: bool = True, capturable: bool = True) -> None:

@@ -46,7 +46,7 @@ def open_on_cpu(package: Package, name: str, device: Any, **options: Any) -> Dev
     )
 
 
-def oracle_opener(folder: Path, opened: list[tuple[str, bytes, bool]] | None = None) -> OpenNet:
+def oracle_opener(folder: Path, opened: list[tuple[str, bytes]] | None = None) -> OpenNet:
     """As `open_on_cpu`, but lowered graphs run as the oracle's functions. `opened` gets what was asked."""
 
     def open_net(
@@ -55,11 +55,10 @@ def oracle_opener(folder: Path, opened: list[tuple[str, bytes, bool]] | None = N
         device: Any,
         *,
         graph: Path | None = None,
-        prefer_nhwc: bool = False,
         **options: Any,
     ) -> DeviceNet:
         if opened is not None:
-            opened.append((name, graph.read_bytes() if graph else b"", prefer_nhwc))
+            opened.append((name, graph.read_bytes() if graph else b""))
         if graph is not None:
             model = executable(onnx.load(graph, load_external_data=False))
             graph = folder / f"{name}-{len(list(folder.iterdir()))}.onnx"

@@ -13,11 +13,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from latentrt.engines.onnxruntime.lowering.fused import lower_geglus, lower_group_norms
 from latentrt.engines.onnxruntime.nets import OnnxRuntimeNet
-from latentrt.engines.onnxruntime.tuning.choice import relative_l2
 from latentrt.engines.onnxruntime.tuning.cpu import lower_for_cpu
 from latentrt.engines.onnxruntime.tuning.cpu_layouts import CPU_LAYOUTS
 from latentrt.engines.package import Package
 from latentrt.engines.spec import DTYPES
+from latentrt.engines.tolerances import relative_l2
 
 DEMO = Path(__file__).parents[2] / "demo" / "package"
 

@@ -1,7 +1,6 @@
 """The backend on host memory that passes for a GPU: what is remembered, what is opened, what is drawn."""
 
 import json
-import re
 import sys
 from collections.abc import Generator
 from dataclasses import replace
@@ -16,7 +15,6 @@ from latentrt.engines.backend import DeviceBackend, choose_backend
 from latentrt.engines.cuda import device as cuda_device
 from latentrt.engines.cuda import facts as cuda_facts
 from latentrt.engines.errors import BackendError, PackageError
-from latentrt.engines.installed import install_command
 from latentrt.engines.onnxruntime import cuda_backend
 from latentrt.engines.onnxruntime.cuda_backend import ONNXRUNTIME_CUDA
 from latentrt.engines.onnxruntime.lowering import files as lowering_files
@@ -24,7 +22,7 @@ from latentrt.engines.onnxruntime.lowering.lower import lower
 from latentrt.engines.onnxruntime.tuning import cuda as tuning
 from latentrt.engines.onnxruntime.tuning.choice import TUNED_NETS
 from latentrt.engines.onnxruntime.tuning.cuda import tune_package
-from latentrt.engines.onnxruntime.tuning.cuda_layouts import CUDA_LAYOUTS, layout_key, stored_layout
+from latentrt.engines.onnxruntime.tuning.cuda_layouts import CUDA_LAYOUTS, layout_key, stored_graph
 from latentrt.engines.package import Package
 from latentrt.engines.store.engine_store import EngineStore, Miss
 from latentrt.engines.store.key import EngineKey
@@ -74,10 +72,9 @@ def remember(demo: Package, net: str, layout: str, store: EngineStore, **change:
     key = replace(layout_key(demo, net, GPU), **change)
 
     def build(path: Path) -> dict[str, Any]:
-        chosen = CUDA_LAYOUTS.get(layout)
         graph = demo.path(demo.manifest.nets[net].graph)
-        if chosen and chosen.lowered:
-            graph = lower(demo, net, path.parent / "lowered", convolutions=chosen.convolutions)
+        if layout == "nhwc":
+            graph = lower(demo, net, path.parent / "lowered")
         path.write_bytes(graph.read_bytes())
         return {"layout": layout, "milliseconds": {}, "relative_l2": {}, "rejected": {}}
 
@@ -101,7 +98,7 @@ def test_every_layout_is_measured_once(demo: Package, store: EngineStore, tmp_pa
         assert facts["rejected"] == {}
         assert set(facts["milliseconds"]) == set(CUDA_LAYOUTS)
         assert 0 <= max(facts["relative_l2"].values()) < 1e-3
-        assert set(facts["relative_l2"]) == {"groupnorm", "nhwc"}
+        assert set(facts["relative_l2"]) == {"nhwc"}
     submitted = device.submitted
     again = tune_package(demo, store, device=device, open_net=opener)
     assert device.submitted == submitted
@@ -109,9 +106,7 @@ def test_every_layout_is_measured_once(demo: Package, store: EngineStore, tmp_pa
         (item.net, item.entry.facts["layout"], "") for item in first
     ]
     for item in first:
-        stored = stored_layout(demo, item.net, store, GPU)
-        assert (stored.layout.name, stored.why) == (item.entry.facts["layout"], "")
-        assert stored.graph == (item.entry.read() if stored.layout.lowered else None)
+        assert stored_graph(demo, item.net, store, GPU) == (item.entry.facts["layout"], item.entry.read())
     assert not device.blocks
 
 
@@ -124,50 +119,32 @@ def test_the_key(demo: Package) -> None:
     )
     assert (key.gpu, key.driver) == ("NVIDIA L4, 58 SMs, 24 GiB", "580")
     assert key.profiles == ("B=2 H/8=16 T=77 W/8=16",)
-    assert key.flags == ("groupnorm", "nhwc", "plain")
+    assert key.flags == ("nhwc", "plain")
     assert key.weights == demo.manifest.files["unet/weights.safetensors"].sha256
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    "change",
     [
-        ({"backend_version": "1.25.0"}, r"backend_version \(1.25.0 there, "),
-        ({"gpu": "NVIDIA L40"}, r"gpu \(NVIDIA L40 there, NVIDIA L4, 58 SMs, 24 GiB here\)"),
-        ({"compute_capability": "sm_90"}, r"compute_capability \(sm_90 there, sm_89 here\)"),
-        ({"driver": "575"}, r"driver \(575 there, 580 here\)"),
+        {"backend_version": "1.25.0"},
+        {"gpu": "NVIDIA L40"},
+        {"compute_capability": "sm_90"},
+        {"driver": "575"},
     ],
 )
-def test_measured_elsewhere(
-    demo: Package,
-    store: EngineStore,
-    host: KnownHost,
-    logged: list[str],
-    change: dict[str, str],
-    reason: str,
-) -> None:
+def test_measured_elsewhere(demo: Package, store: EngineStore, change: dict[str, str]) -> None:
     remember(demo, "unet", "nhwc", store, **change)
-    stored = stored_layout(demo, "unet", store, GPU)
-    assert (stored.layout.name, stored.graph) == ("plain", None)
-    device, nets = ONNXRUNTIME_CUDA.open_device(demo, ["unet"])
-    (line,) = logged
-    assert line.startswith("unet run in the layout `plain`: the nearest engine, of unet, differs in ")
-    assert re.search(reason, line)
-    assert f"latentrt build {demo.root} --backend onnxruntime-cuda" in line
-    nets["unet"].close()
-    device.close()
+    assert stored_graph(demo, "unet", store, GPU) is None
 
 
 def test_a_choice_that_is_damaged_or_from_another_release(demo: Package, store: EngineStore) -> None:
     key = remember(demo, "unet", "nhwc", store)
     path = store.engines / key.digest / "engine.bin"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    stored = stored_layout(demo, "unet", store, GPU)
-    assert (stored.layout.name, stored.graph) == ("plain", None)
-    assert "sha256" in stored.why
+    assert stored_graph(demo, "unet", store, GPU) is None
     assert isinstance(store.find(key), Miss)
     remember(demo, "vae_decoder", "nhcw16", store)
-    stored = stored_layout(demo, "vae_decoder", store, GPU)
-    assert (stored.layout.name, stored.why) == ("plain", "the store names an unknown layout 'nhcw16'")
+    assert stored_graph(demo, "vae_decoder", store, GPU) is None
 
 
 # ── opening ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -197,52 +174,43 @@ def test_each_net_opens_in_its_layout(
     logged: list[str],
 ) -> None:
     (tmp_path / "graphs").mkdir()
-    opened = list[tuple[str, bytes, bool]]()
+    opened = list[tuple[str, bytes]]()
     monkeypatch.setattr(cuda_backend, "open_onnxruntime_net", oracle_opener(tmp_path / "graphs", opened))
-    keys = {
-        net: remember(demo, net, layout, store)
-        for net, layout in (("unet", "groupnorm"), ("vae_decoder", "nhwc"))
-    }
-    graphs = {net: (store.engines / key.digest / "engine.bin").read_bytes() for net, key in keys.items()}
-    device, nets = ONNXRUNTIME_CUDA.open_device(demo, DEVICE_NETS)
-    assert logged == []
-    assert [item[0] for item in opened] == list(nets) == list(DEVICE_NETS)
-    asked = {name: (graph, nhwc) for name, graph, nhwc in opened}
-    assert asked.pop("unet") == (graphs["unet"], True)
-    assert asked.pop("vae_decoder") == (graphs["vae_decoder"], False)
-    assert set(asked.values()) == {(b"", False)}
-    for net in nets.values():
-        net.close()
-    device.close()
+    lowered = {net: lower(demo, net, tmp_path / "lowered").read_bytes() for net in TUNED_NETS}
+
+    def graphs() -> dict[str, bytes]:
+        opened.clear()
+        device, nets = ONNXRUNTIME_CUDA.open_device(demo, DEVICE_NETS)
+        assert [item[0] for item in opened] == list(nets) == list(DEVICE_NETS)
+        for net in nets.values():
+            net.close()
+        device.close()
+        assert logged == []
+        return {name: graph for name, graph in opened if graph}
+
+    assert graphs() == lowered, "nothing is measured: `nhwc`"
+    remember(demo, "unet", "plain", store)
+    assert graphs() == {"vae_decoder": lowered["vae_decoder"]}
+    key = remember(demo, "vae_decoder", "nhwc", store)
+    assert graphs() == {"vae_decoder": (store.engines / key.digest / "engine.bin").read_bytes()}
 
 
-def test_the_hint_is_one_line(
+def test_what_cannot_be_lowered_is_said_in_one_line(
     demo: Package,
     store: EngineStore,
     host: KnownHost,
     monkeypatch: pytest.MonkeyPatch,
     logged: list[str],
 ) -> None:
-    def hint(*names: str) -> str:
-        device, nets = ONNXRUNTIME_CUDA.open_device(demo, names)
-        for net in nets.values():
-            net.close()
-        device.close()
-        lines = "; ".join(logged)
-        logged.clear()
-        return lines
-
-    command = f"latentrt build {demo.root} --backend onnxruntime-cuda"
-    assert hint("step", "unet", "vae_decoder") == (
-        "unet and vae_decoder run in the layout `plain`: no engine of unet for onnxruntime-cuda has"
-        f" been built yet; measure which is the fastest here: {command}"
-    )
     monkeypatch.setattr(lowering_files, "find_spec", lambda name: None)
-    assert hint("unet").endswith(
-        f"{command} (first: {install_command('cuda')}, for onnx-ir is not installed)"
-    )
-    remember(demo, "unet", "plain", store)
-    assert hint("step", "unet") == ""
+    device, nets = ONNXRUNTIME_CUDA.open_device(demo, ["step", "unet", "vae_decoder"])
+    for net in nets.values():
+        net.close()
+    device.close()
+    assert logged == [
+        "unet and vae_decoder run in the layout `plain`, which is slower: there is no layout but `plain`:"
+        " onnx-ir is not installed; Install it: pip install onnx-ir"
+    ]
 
 
 def test_nothing_stays_open_after_an_error(
@@ -264,7 +232,7 @@ def test_nothing_stays_open_after_an_error(
         opened[0].session()
 
 
-@pytest.mark.parametrize("layout", [None, "groupnorm", "nhwc"])
+@pytest.mark.parametrize("layout", [None, "plain"])
 def test_it_draws_what_the_host_draws(
     demo: Package,
     store: EngineStore,
@@ -274,7 +242,7 @@ def test_it_draws_what_the_host_draws(
     logged: list[str],
     layout: str | None,
 ) -> None:
-    """The lowered graphs, out of the store, as the oracle's functions."""
+    """The lowered graphs as the oracle's functions, or what the store says."""
     (tmp_path / "graphs").mkdir()
     monkeypatch.setattr(cuda_backend, "open_onnxruntime_net", oracle_opener(tmp_path / "graphs"))
     for net in TUNED_NETS if layout else ():
@@ -287,7 +255,7 @@ def test_it_draws_what_the_host_draws(
     assert found.shape == wanted.shape == (1, 64, 96, 3)
     assert np.abs(found - wanted).max() <= 1
     assert host.closed
-    assert bool(logged) == (layout is None)
+    assert logged == []
 
 
 # ── the command ─────────────────────────────────────────────────────────────────────────────────────────
@@ -328,7 +296,7 @@ def test_the_command_prints_medians_and_choice(
     first, *others = out.splitlines()
     assert first.startswith("unet  plain  (plain ")
     assert first.endswith(" ms)  measured: no engine of unet for onnxruntime-cuda has been built yet")
-    assert [line.partition(":")[0] for line in others] == ["  groupnorm is out", "  nhwc is out"]
+    assert [line.partition(":")[0] for line in others] == ["  nhwc is out"]
     assert build("--nets", "unet")[1].splitlines()[0].endswith(" ms)  in the store")
     code, out, _ = build("--json", "--nets", "unet")
     found = json.loads(out)

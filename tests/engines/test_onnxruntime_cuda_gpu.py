@@ -13,14 +13,14 @@ from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
 from latentrt.engines.onnxruntime.cuda_backend import ONNXRUNTIME_CUDA
 from latentrt.engines.onnxruntime.lowering.lower import lower
 from latentrt.engines.onnxruntime.nets import cuda_available, open_onnxruntime_net
-from latentrt.engines.onnxruntime.tuning.choice import TUNED_NETS, relative_l2
+from latentrt.engines.onnxruntime.tuning.choice import TUNED_NETS
 from latentrt.engines.onnxruntime.tuning.cuda import tune_package
 from latentrt.engines.onnxruntime.tuning.cuda_layouts import CUDA_LAYOUTS
 from latentrt.engines.package import Package
 from latentrt.engines.profiles import fixed_profile, net_profiles
 from latentrt.engines.spec import DTYPES, Array, output_shapes
 from latentrt.engines.store.engine_store import EngineStore
-from latentrt.engines.tolerances import NET_RELATIVE_L2
+from latentrt.engines.tolerances import NET_RELATIVE_L2, relative_l2
 from latentrt.runtime.pipeline import SHIPPED
 from tests.engines.net_inputs import random_inputs
 
@@ -84,13 +84,11 @@ def opened(
     name: str, layout: str, device: CudaDevice, folder: Path
 ) -> Generator[tuple[Bound, dict[str, Array]]]:
     """A bound net in one of the layouts, and what the CPU makes of its inputs."""
-    how, graph = CUDA_LAYOUTS[layout], None
-    if how.lowered:
-        graph = lower(DEMO, name, folder, convolutions=how.convolutions)
+    graph = lower(DEMO, name, folder) if layout == "nhwc" else None
     inputs = inputs_of(name)
     with ONNXRUNTIME.open_net(DEMO, name) as cpu:
         wanted = cpu(**inputs)
-    net = open_onnxruntime_net(DEMO, name, device, graph=graph, prefer_nhwc=how.prefer_nhwc, capture=True)
+    net = open_onnxruntime_net(DEMO, name, device, graph=graph)
     bound = Bound(device, net, inputs)
     try:
         yield bound, wanted
@@ -102,7 +100,7 @@ def opened(
 CASES = [
     (name, layout)
     for name in DEMO.manifest.nets
-    for layout in (tuple(CUDA_LAYOUTS) if name in TUNED_NETS else ("plain",))
+    for layout in (CUDA_LAYOUTS if name in TUNED_NETS else ("plain",))
 ]
 
 

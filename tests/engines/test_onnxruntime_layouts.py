@@ -19,13 +19,12 @@ from latentrt.engines.onnxruntime.tuning.choice import (
     Measured,
     choose_layout,
     measured_profile,
-    relative_l2,
 )
+from latentrt.engines.onnxruntime.tuning.cpu_layouts import CPU_LAYOUTS
 from latentrt.engines.onnxruntime.tuning.cuda import tune_package
-from latentrt.engines.onnxruntime.tuning.cuda_layouts import CUDA_LAYOUTS
 from latentrt.engines.package import Package
 from latentrt.engines.store.engine_store import BuildProgress, EngineStore
-from latentrt.engines.tolerances import NET_RELATIVE_L2
+from latentrt.engines.tolerances import NET_RELATIVE_L2, relative_l2
 from latentrt.runtime.pipeline import SHIPPED
 from tests.engines.layout_setting import KnownHost, open_on_cpu
 
@@ -57,21 +56,21 @@ class Bench:
         return Measured(outputs={"y": output}, run=run, close=lambda: self.closed.append(name))
 
     def choose(self, **options: Any) -> Choice:
-        return choose_layout(self.measure, tuple(CUDA_LAYOUTS), parity=PARITY, **options)
+        return choose_layout(self.measure, CPU_LAYOUTS, parity=PARITY, **options)
 
 
 def test_the_fastest_wins() -> None:
-    bench = Bench(plain=3.0, groupnorm=2.0, nhwc=1.0)
+    bench = Bench(plain=3.0, fused=2.0, winograd=1.0)
     choice = bench.choose()
     assert choice == Choice(
-        layout="nhwc",
-        milliseconds={"plain": 3.0, "groupnorm": 2.0, "nhwc": 1.0},
-        relative_l2={"groupnorm": 0.0, "nhwc": 0.0},
+        layout="winograd",
+        milliseconds={"plain": 3.0, "fused": 2.0, "winograd": 1.0},
+        relative_l2={"fused": 0.0, "winograd": 0.0},
         rejected={},
     )
-    assert sorted(bench.closed) == sorted(CUDA_LAYOUTS)
-    assert Bench(plain=3.0, groupnorm=1.0, nhwc=2.0).choose().layout == "groupnorm"
-    assert Bench(plain=1.0, groupnorm=3.0, nhwc=2.0).choose().layout == "plain"
+    assert sorted(bench.closed) == sorted(CPU_LAYOUTS)
+    assert Bench(plain=3.0, fused=1.0, winograd=2.0).choose().layout == "fused"
+    assert Bench(plain=1.0, fused=3.0, winograd=2.0).choose().layout == "plain"
 
 
 @pytest.mark.parametrize(
@@ -79,24 +78,24 @@ def test_the_fastest_wins() -> None:
     [
         ((1.0, 1.0, 1.0), "plain"),
         ((1.0 + 0.99 * MARGIN, 1.0, 1.0), "plain"),
-        ((1.0 + 1.01 * MARGIN, 1.0, 1.0), "groupnorm"),
-        ((2.0, 1.0 + 0.99 * MARGIN, 1.0), "groupnorm"),
-        ((2.0, 1.0 + 1.01 * MARGIN, 1.0), "nhwc"),
+        ((1.0 + 1.01 * MARGIN, 1.0, 1.0), "fused"),
+        ((2.0, 1.0 + 0.99 * MARGIN, 1.0), "fused"),
+        ((2.0, 1.0 + 1.01 * MARGIN, 1.0), "winograd"),
     ],
 )
 def test_within_the_margin_the_simpler_one_wins(times: tuple[float, float, float], layout: str) -> None:
-    assert Bench(**dict(zip(CUDA_LAYOUTS, times, strict=True))).choose().layout == layout
+    assert Bench(**dict(zip(CPU_LAYOUTS, times, strict=True))).choose().layout == layout
 
 
 def test_turns_are_taken_and_turned_round() -> None:
-    bench = Bench(plain=1.0, groupnorm=1.0, nhwc=1.0)
+    bench = Bench(plain=1.0, fused=1.0, winograd=1.0)
     bench.choose(rounds=3, warm_up=1)
-    forth = ["plain", "groupnorm", "nhwc"]
+    forth = ["plain", "fused", "winograd"]
     assert bench.runs == [*forth, *forth[::-1], *forth, *forth[::-1]]
-    bench = Bench(plain=1.0, groupnorm=1.0, nhwc=1.0)
+    bench = Bench(plain=1.0, fused=1.0, winograd=1.0)
     bench.choose()
     assert ROUNDS >= 20
-    assert {bench.runs.count(name) for name in CUDA_LAYOUTS} == {ROUNDS + WARM_UP}
+    assert {bench.runs.count(name) for name in CPU_LAYOUTS} == {ROUNDS + WARM_UP}
 
 
 def test_a_drifting_and_noisy_clock_misleads_nobody() -> None:
@@ -110,25 +109,25 @@ def test_a_drifting_and_noisy_clock_misleads_nobody() -> None:
 
     for seed in range(50):
         rng = np.random.default_rng(seed)
-        bench = Bench(plain=noisy(1.0), groupnorm=noisy(0.8), nhwc=noisy(0.6))
-        assert bench.choose().layout == "nhwc", seed
+        bench = Bench(plain=noisy(1.0), fused=noisy(0.8), winograd=noisy(0.6))
+        assert bench.choose().layout == "winograd", seed
 
 
 def test_the_first_runs_do_not_count() -> None:
     slow_start: Clock = lambda run: 1000.0 if run < WARM_UP else 1.0  # noqa: E731
-    assert Bench(plain=2.0, groupnorm=2.0, nhwc=slow_start).choose().milliseconds["nhwc"] == 1.0
+    assert Bench(plain=2.0, fused=2.0, winograd=slow_start).choose().milliseconds["winograd"] == 1.0
 
 
 @pytest.mark.parametrize("kind", [BackendError, MemoryLimitError])
 def test_a_candidate_that_does_not_open(kind: type[Any]) -> None:
     error = kind("no kernel\nfor it", expected="one", fix="none")
-    bench = Bench({"nhwc": error}, plain=2.0, groupnorm=1.0, nhwc=0.1)
+    bench = Bench({"winograd": error}, plain=2.0, fused=1.0, winograd=0.1)
     choice = bench.choose()
-    assert (choice.layout, choice.rejected) == ("groupnorm", {"nhwc": "no kernel for it"})
-    assert "nhwc" not in choice.milliseconds
-    bench = Bench({"nhwc": ValueError("odd"), "groupnorm": RuntimeError()}, plain=2.0)
+    assert (choice.layout, choice.rejected) == ("fused", {"winograd": "no kernel for it"})
+    assert "winograd" not in choice.milliseconds
+    bench = Bench({"winograd": ValueError("odd"), "fused": RuntimeError()}, plain=2.0)
     choice = bench.choose()
-    assert (choice.layout, choice.rejected) == ("plain", {"groupnorm": "RuntimeError", "nhwc": "odd"})
+    assert (choice.layout, choice.rejected) == ("plain", {"fused": "RuntimeError", "winograd": "odd"})
 
 
 def test_a_candidate_that_fails_later() -> None:
@@ -137,33 +136,33 @@ def test_a_candidate_that_fails_later() -> None:
             raise BackendError("it broke", expected="", fix="")
         return 0.1
 
-    bench = Bench(plain=2.0, groupnorm=breaks, nhwc=1.0)
+    bench = Bench(plain=2.0, fused=breaks, winograd=1.0)
     choice = bench.choose()
-    assert (choice.layout, choice.rejected) == ("nhwc", {"groupnorm": "it broke"})
-    assert (bench.runs.count("groupnorm"), bench.runs.count("nhwc")) == (8, ROUNDS + WARM_UP)
-    assert sorted(bench.closed) == sorted(CUDA_LAYOUTS)
+    assert (choice.layout, choice.rejected) == ("winograd", {"fused": "it broke"})
+    assert (bench.runs.count("fused"), bench.runs.count("winograd")) == (8, ROUNDS + WARM_UP)
+    assert sorted(bench.closed) == sorted(CPU_LAYOUTS)
 
 
 def test_a_candidate_that_computes_something_else() -> None:
     near, far = WANTED * np.float32(1 + 0.9 * PARITY), WANTED * np.float32(1 + 1.1 * PARITY)
-    choice = Bench({"groupnorm": near, "nhwc": far}, plain=2.0, groupnorm=1.0, nhwc=0.1).choose()
-    assert choice.layout == "groupnorm"
-    assert choice.rejected == {"nhwc": "its output is 5.5e-03 (relative L2) from plain's, over 5e-03"}
-    assert choice.relative_l2 == pytest.approx({"groupnorm": 0.9 * PARITY, "nhwc": 1.1 * PARITY}, rel=1e-3)
+    choice = Bench({"fused": near, "winograd": far}, plain=2.0, fused=1.0, winograd=0.1).choose()
+    assert choice.layout == "fused"
+    assert choice.rejected == {"winograd": "its output is 5.5e-03 (relative L2) from plain's, over 5e-03"}
+    assert choice.relative_l2 == pytest.approx({"fused": 0.9 * PARITY, "winograd": 1.1 * PARITY}, rel=1e-3)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_outputs_that_are_not_finite(value: float) -> None:
     broken = WANTED.copy()
     broken[17] = value
-    bench = Bench({"nhwc": broken}, plain=2.0, groupnorm=1.0, nhwc=0.1)
+    bench = Bench({"winograd": broken}, plain=2.0, fused=1.0, winograd=0.1)
     choice = bench.choose()
-    assert (choice.layout, choice.rejected) == ("groupnorm", {"nhwc": "its output is not finite"})
-    assert bench.closed[0] == "nhwc"
-    choice = Bench({"plain": broken}, plain=2.0, groupnorm=1.0, nhwc=0.1).choose()
+    assert (choice.layout, choice.rejected) == ("fused", {"winograd": "its output is not finite"})
+    assert bench.closed[0] == "winograd"
+    choice = Bench({"plain": broken}, plain=2.0, fused=1.0, winograd=0.1).choose()
     assert choice.layout == "plain"
-    assert set(choice.rejected) == {"groupnorm", "nhwc"}
-    assert "the output of plain is not finite" in choice.rejected["nhwc"]
+    assert set(choice.rejected) == {"fused", "winograd"}
+    assert "the output of plain is not finite" in choice.rejected["winograd"]
 
 
 def test_without_the_reference_there_is_no_choice() -> None:
@@ -173,10 +172,10 @@ def test_without_the_reference_there_is_no_choice() -> None:
     def breaks(run: int) -> float:
         raise MemoryLimitError("full", expected="", fix="")
 
-    bench = Bench(plain=breaks, groupnorm=1.0, nhwc=1.0)
+    bench = Bench(plain=breaks, fused=1.0, winograd=1.0)
     with pytest.raises(MemoryLimitError, match="full"):
         bench.choose()
-    assert sorted(bench.closed) == sorted(CUDA_LAYOUTS)
+    assert sorted(bench.closed) == sorted(CPU_LAYOUTS)
 
 
 def test_relative_l2() -> None:
@@ -208,14 +207,14 @@ def test_the_cpu_has_no_kernels_for_lowered_graphs(demo: Package, tmp_path: Path
     )
     facts = tuned.entry.facts
     assert (tuned.net, facts["layout"], set(facts["milliseconds"])) == (net, "plain", {"plain"})
-    assert set(facts["rejected"]) == {"groupnorm", "nhwc"}
+    assert set(facts["rejected"]) == {"nhwc"}
     assert all("onnxruntime" in reason and "refuses" in reason for reason in facts["rejected"].values())
     assert facts["milliseconds"]["plain"] > 0
     assert tuned.entry.read() == demo.path(demo.manifest.nets[net].graph).read_bytes()
     assert not device.blocks, "memory that was not given back"
     assert not device.closed
     phases = list(dict.fromkeys(now.phase for now in told))
-    assert phases == ["opening plain", "opening groupnorm", "opening nhwc", "timing plain"]
+    assert phases == ["opening plain", "opening nhwc", "timing plain"]
     assert all(0 <= now.fraction <= 1 and (now.index, now.total) == (0, 1) for now in told)
 
 

@@ -1,5 +1,7 @@
 """The CUDA provider as far as it goes without a GPU: what it is asked for, and what is refused."""
 
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,11 +10,10 @@ import pytest
 
 from latentrt.engines.cuda import facts as cuda_facts
 from latentrt.engines.errors import BackendError
+from latentrt.engines.onnxruntime import cuda_libraries
 from latentrt.engines.onnxruntime import nets as onnxruntime_nets
-from latentrt.engines.onnxruntime import session as onnxruntime_runs
 from latentrt.engines.onnxruntime import session as onnxruntime_session
 from latentrt.engines.onnxruntime.nets import CPU, CUDA, cuda_available, cuda_refusal, open_onnxruntime_net
-from latentrt.engines.onnxruntime.session import WAIT_EVERY
 from latentrt.engines.package import Package
 
 HOST = SimpleNamespace(name="host memory")
@@ -23,15 +24,17 @@ class Library:
 
     def __init__(self, real: Any, providers: list[str]) -> None:
         self.real, self.providers, self.asked = real, providers, dict[str, Any]()
-        self.preloaded = 0
+        self.preloaded, self.prints = list[dict[str, Any]](), ""
+        self.cuda_version = "13.0"
         self.inputs_on, self.binding = "Cuda", Binding()
         self.__version__ = real.__version__
 
     def get_available_providers(self) -> list[str]:
         return [CUDA, CPU]
 
-    def preload_dlls(self) -> None:
-        self.preloaded += 1
+    def preload_dlls(self, **where: Any) -> None:
+        self.preloaded.append(where)
+        print(self.prints)
 
     def SessionOptions(self) -> Any:  # noqa: N802
         self.asked["options"] = self.real.SessionOptions()
@@ -66,16 +69,18 @@ class Binding:
 @pytest.fixture
 def cuda_library(monkeypatch: pytest.MonkeyPatch) -> Library:
     fake = Library(onnxruntime_session.library(), [CUDA, CPU])
-    for module in (onnxruntime_session, onnxruntime_nets, onnxruntime_runs):
+    for module in (onnxruntime_session, onnxruntime_nets, cuda_libraries):
         monkeypatch.setattr(module, "library", lambda: fake)
     monkeypatch.setattr(cuda_facts, "refusal", lambda: None)
-    onnxruntime_nets._load_libraries.cache_clear()
+    monkeypatch.setattr(cuda_libraries, "find_spec", lambda name: None)
+    monkeypatch.setattr(cuda_libraries, "_CUDNN", None)  # the program itself, which always opens
+    cuda_libraries.load_libraries.cache_clear()
     return fake
 
 
 def test_a_cuda_session_gets_the_devices_stream(package: Package, cuda_library: Library) -> None:
     device: Any = SimpleNamespace(name="A GPU", stream=12345, index=1)
-    net: Any = open_onnxruntime_net(package, "unet", device, prefer_nhwc=True)
+    net: Any = open_onnxruntime_net(package, "unet", device)
     assert cuda_library.asked["providers"] == [
         (
             CUDA,
@@ -85,7 +90,7 @@ def test_a_cuda_session_gets_the_devices_stream(package: Package, cuda_library: 
                 "arena_extend_strategy": "kSameAsRequested",
                 "cudnn_conv_algo_search": "HEURISTIC",
                 "use_tf32": "0",
-                "prefer_nhwc": "1",
+                "prefer_nhwc": "0",
             },
         ),
         CPU,
@@ -93,9 +98,9 @@ def test_a_cuda_session_gets_the_devices_stream(package: Package, cuda_library: 
     assert cuda_library.asked["fallback"] == 0
     assert not cuda_library.asked["options"].enable_mem_pattern
     open_onnxruntime_net(package, "unet", device)
-    assert cuda_library.preloaded == 1
+    assert len(cuda_library.preloaded) == 1
     bound = net.bind({"x": (2, 4)}, {"x": 4096, "y": 8192}, 0)
-    assert bound.profile == "onnxruntime CUDA, any shape"
+    assert bound.profile == "onnxruntime CUDA plain, any shape"
     assert cuda_library.binding.bound == [
         ("input", "x", "cuda", 1, np.float32, (2, 4), 4096),
         ("output", "y", "cuda", 1, np.float32, (2, 4), 8192),
@@ -120,50 +125,26 @@ def returns_at_once(options: Any) -> bool:
         return False
 
 
-def opened(package: Package, **options: Any) -> tuple[Any, Any, Any, Recorded]:
-    device: Any = SimpleNamespace(name="A GPU", stream=12345, index=0, capturing=False)
-    net: Any = open_onnxruntime_net(package, "unet", device, **options)
+def opened(package: Package) -> tuple[Any, Any, Any, Recorded]:
+    device: Any = SimpleNamespace(name="A GPU", stream=12345, index=0)
+    net: Any = open_onnxruntime_net(package, "unet", device)
     bound: Any = net.bind({"x": (2, 4)}, {"x": 4096, "y": 8192}, 0)
     return device, net, bound, Recorded(net)
 
 
-def test_one_run_in_many_waits(package: Package, cuda_library: Library) -> None:
-    """Else ONNX Runtime never frees its page-locked buffers."""
+def test_every_run_returns_at_once(package: Package, cuda_library: Library) -> None:
     _, net, bound, recorded = opened(package)
-    other = net.bind({"x": (2, 4)}, {"x": 4096, "y": 8192}, 0)  # the buffers are the session's
-    for _ in range(WAIT_EVERY):
+    assert bound.capturable
+    for _ in range(40):
         bound.enqueue()
-        other.enqueue()
-    waits = [not at_once for at_once in recorded.at_once]
-    assert [index for index, wait in enumerate(waits) if wait] == [0, WAIT_EVERY]
+    assert recorded.at_once == [True] * 40
     net.settle()
     net.close()
 
 
-def test_a_run_is_not_captured_unless_that_was_asked_for(package: Package, cuda_library: Library) -> None:
-    device, net, bound, recorded = opened(package)
-    assert not bound.capturable
-    device.capturing = True
-    with pytest.raises(BackendError, match=r"a run of 'unet' is being captured.* expected a net opened with"):
-        bound.enqueue()
-    assert not recorded.at_once
-    net.close()
-
-
-def test_no_run_waits_while_a_graph_may_read_the_buffers(package: Package, cuda_library: Library) -> None:
-    device, net, bound, recorded = opened(package, capture=True)
-    assert bound.capturable
-    bound.enqueue()
-    device.capturing = True
-    bound.enqueue()
-    device.capturing = False
-    for _ in range(2 * WAIT_EVERY):
-        bound.enqueue()
-    assert recorded.at_once == [False, *[True] * (1 + 2 * WAIT_EVERY)]
-    net.release()  # its caller has closed the graph
-    bound.enqueue()
-    assert not recorded.at_once[-1]
-    net.close()
+def test_shapes_are_computed_by_one_thread(package: Package, cuda_library: Library) -> None:
+    opened(package)
+    assert cuda_library.asked["options"].intra_op_num_threads == 1
 
 
 def test_the_arena_of_the_gpu_is_shrunk(package: Package, cuda_library: Library) -> None:
@@ -185,6 +166,60 @@ def test_an_input_that_the_cpu_wants(package: Package, cuda_library: Library) ->
     cuda_library.inputs_on = "Cpu"
     with pytest.raises(BackendError, match=r"runs the first nodes of 'unet' behind \['x'\] on the CPU"):
         open_onnxruntime_net(package, "unet", SimpleNamespace(name="A GPU", stream=1))  # type: ignore[arg-type]
+
+
+# ── NVIDIA's libraries ──────────────────────────────────────────────────────────────────────────────────
+
+A_GPU: Any = SimpleNamespace(name="A GPU", stream=1, index=0)
+
+
+def test_libraries_are_loaded_from_where_their_wheels_are(
+    package: Package,
+    cuda_library: Library,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    logged: list[str],
+) -> None:
+    """As in a user's site, while onnxruntime is in a virtual environment: it looks only beside itself."""
+    for name in ("cu13", "cudnn"):
+        (tmp_path / "nvidia" / name / "lib").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(cuda_libraries, "find_spec", find_spec)
+    cuda_library.prints = "Failed to load libcublas.so.13: no such file"
+    open_onnxruntime_net(package, "unet", A_GPU)
+    assert cuda_library.preloaded == [
+        {"cudnn": False, "directory": str(tmp_path / "nvidia" / "cu13" / "lib")},
+        {"cuda": False, "directory": str(tmp_path / "nvidia" / "cudnn" / "lib")},
+    ]
+
+
+def test_the_library_prints_nothing(
+    package: Package, cuda_library: Library, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cuda_library.prints = "Failed to load libcublas.so.13: no such file"
+    open_onnxruntime_net(package, "unet", A_GPU)
+    assert cuda_library.preloaded == [{"cuda": True, "cudnn": True}]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_cudnn_that_is_missing_is_noticed_when_a_net_is_opened(
+    package: Package, cuda_library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The provider opens without it since 1.31, and fails at the first convolution."""
+    monkeypatch.setattr(cuda_libraries, "_CUDNN", "libcudnn-of-nobody.so.9")
+    with pytest.raises(BackendError, match=r"cuDNN does not load: libcudnn-of-nobody.*\[cuda\]"):
+        open_onnxruntime_net(package, "unet", A_GPU)
+
+
+def test_a_run_without_cudnn_says_what_to_install(package: Package, cuda_library: Library) -> None:
+    _, net, bound, _ = opened(package)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : cuDNN is unavailable or disabled")
+
+    net._session.run_with_iobinding = fail
+    with pytest.raises(BackendError, match=r"'unet' failed.*cuDNN is unavailable.*pip install .*\[cuda\]"):
+        bound.enqueue()
 
 
 def test_a_device_without_a_stream(package: Package, cuda_library: Library) -> None:

@@ -1,15 +1,29 @@
-"""Captured loops: the same pictures, captured once per shape and steps, and only where that is faster."""
+"""Captured rows: compared with plain ones once per shape, and replayed where they are right and faster."""
+
+import json
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from latentrt.engines.errors import BackendError, MemoryLimitError
 from latentrt.engines.package import Package
+from latentrt.engines.store.engine_store import EngineStore
+from latentrt.runtime.loop.device import cuda_graphs
 from latentrt.runtime.loop.device.cuda_graphs import Replay
+from latentrt.runtime.loop.device.verdicts import UNFINISHED, Verdict, Verdicts
 from tests.engines.host_device import HostDevice
 from tests.runtime.device_bench import device_pipeline
 
 PROMPT = "a red circle on a blue background"
 SMALL = {"num_inference_steps": 3, "height": 64, "width": 64, "output_type": "np"}
+COMPARED = 2  # launches of a comparison
+
+
+# ── pictures ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_replayed_loop_draws_the_same(package: Package) -> None:
@@ -22,13 +36,13 @@ def test_a_replayed_loop_draws_the_same(package: Package) -> None:
     ]
     with device_pipeline(package, device) as (plain, _):
         wanted = [plain(PROMPT, **{**SMALL, **request}).images for request in requests]
-    launches = 0
     with device_pipeline(package, device, graphs="on") as (pipe, _):
+        launches = [0]
         for request, images in zip(requests, wanted, strict=True):
             np.testing.assert_array_equal(pipe(PROMPT, **{**SMALL, **request}).images, images)
-            # the first is plain; sampler, seed, prompt, guidance and steps are data of the one graph
-            assert device.launches == launches
-            launches += 5 if request is requests[2] else 3
+            launches.append(device.launches)
+        # the first is plain; sampler, seed, prompt, guidance and steps are data of the one graph
+        assert np.diff(launches).tolist() == [0, COMPARED + 3, 3, 5]
         *_, last = pipe.stream(PROMPT, **{**SMALL, **requests[0]})
         np.testing.assert_array_equal(np.asarray(last.preview()[0]), wanted[0][0])
 
@@ -39,41 +53,306 @@ def test_noise_is_replayed_too(package: Package) -> None:
         first = pipe(PROMPT, **SMALL, seed=1, sampler="euler_a").images
         pipe(PROMPT, **SMALL, seed=2, sampler="euler_a")
         np.testing.assert_array_equal(pipe(PROMPT, **SMALL, seed=1, sampler="euler_a").images, first)
-        assert device.launches == 6
+        assert device.launches == COMPARED + 6
 
 
-def test_what_cannot_be_captured_runs_plainly_and_says_why(package: Package) -> None:
+def test_what_cannot_be_captured_runs_plainly_and_says_why_once(package: Package) -> None:
     device = HostDevice(capturable=False)
     lines: list[str] = []
     with device_pipeline(package, device, graphs="on", log=lines.append) as (pipe, _):
-        pictures = [pipe(PROMPT, **SMALL, seed=1).images for _ in range(6)]
+        pictures = [pipe(PROMPT, **SMALL, seed=1).images for _ in range(4)]
     for picture in pictures[1:]:
         np.testing.assert_array_equal(picture, pictures[0])
     assert device.launches == 0
-    assert lines == ["the loop is not captured: the stream cannot be captured"] * 3, "three attempts"
+    assert lines == ["rows are not replayed: the stream cannot be captured"]
 
 
-def _runs(graphs: str, seconds: dict[bool, float], count: int) -> list[bool]:
-    """Which of `count` runs were replayed, if a graph takes `seconds[True]` and a plain loop the other."""
-    device, replay, replayed = HostDevice(), Replay(graphs), []  # pyright: ignore[reportArgumentType]
-    for _ in range(count):
-        replay.begin(device, lambda: None)
-        replay.enqueue(lambda: None)
-        replayed.append(replay.replayed)
-        replay.record_time(seconds[replay.replayed])
-    replay.close()
-    replay.close()
-    return replayed
+def test_a_graph_does_not_outlive_another_shape(package: Package) -> None:
+    """ONNX Runtime destroys the plans it was recorded from (`OnnxRuntimeDeviceNet`)."""
+    device = HostDevice()
+    wide = {**SMALL, "width": 96}
+    with device_pipeline(package, device, graphs="on") as (pipe, loop):
+        wanted = pipe(PROMPT, **SMALL, seed=1).images
+        pipe(PROMPT, **SMALL, seed=1)
+        assert loop.replays
+        assert len(device.graphs) == 1
+        pipe(PROMPT, **wide)
+        assert not loop.replays
+        assert not device.graphs
+        counts = [device.launches]
+        for _ in range(2):
+            np.testing.assert_array_equal(pipe(PROMPT, **SMALL, seed=1).images, wanted)
+            counts.append(device.launches)
+        assert np.diff(counts).tolist() == [0, 3], "plain first, and no second comparison"
+        # in the middle of a picture, too
+        steps = pipe.stream(PROMPT, **SMALL, seed=1)
+        next(steps)
+        assert loop.replays
+        pipe(PROMPT, **wide)
+        launches = device.launches
+        *_, last = steps
+        assert device.launches == launches
+        np.testing.assert_array_equal(np.asarray(last.preview()[0]), wanted[0])
+
+
+def test_graphs_that_outlive_other_shapes_stay(package: Package) -> None:
+    def lasting(name: str, net: Any) -> Any:
+        net.graphs_outlive_other_shapes = True
+        return net
+
+    device = HostDevice()
+    with device_pipeline(package, device, graphs="on", wrap=lasting) as (pipe, _):
+        for width in (64, 64, 96, 96, 64, 96):
+            pipe(PROMPT, **{**SMALL, "width": width})
+        assert device.launches == 4 * 3 + 2 * COMPARED
+        assert len(device.graphs) == 2
+
+
+# ── the decision ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Bench:
+    """A row that doubles its state, plainly and as a graph, on a clock of its own."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, *, plain_s: float = 1.0, graph_s: float = 0.5
+    ) -> None:
+        self.state = np.ones(4)
+        self.now, self.plain_s, self.graph_s = 0.0, plain_s, graph_s
+        self.graph_error = self.noise = 0.0
+        self.steps = list[str]()
+        self.lines = list[str]()
+        self.failing: Callable[[str], None] = lambda step: None
+        monkeypatch.setattr(cuda_graphs, "perf_counter", lambda: self.now)
+
+    def _step(self, name: str) -> None:
+        self.failing(name)
+        self.steps.append(name)
+
+    def restart(self) -> None:
+        self._step("restart")
+        self.state = np.ones(4)
+
+    def enqueue_row(self) -> None:
+        self._step("plain")
+        self.now += self.plain_s
+        self.state = self.state * 2
+        if self.noise:  # as from sums in any order
+            self.state[0] += self.noise * len(self.steps)
+
+    def read_state(self) -> Any:
+        return self.state.copy()
+
+    def synchronize(self) -> None:
+        self._step("wait")
+
+    @contextmanager
+    def capture(self) -> Generator[list[Any]]:
+        graphs = list[Any]()
+        self._step("capture")
+        before, now = self.state, self.now
+        yield graphs
+        self.state, self.now = before, now  # recorded, not run
+        self.steps.pop()
+        graphs.append(self)
+
+    def launch(self) -> None:
+        self._step("launch")
+        self.now += self.graph_s
+        self.state = self.state * 2 + self.graph_error
+
+    def close(self) -> None:
+        self._step("close")
+
+    def pictures(self, replay: Replay, count: int) -> list[bool]:
+        """Draw pictures of three rows; which of them were replayed."""
+        replayed = list[bool]()
+        for _ in range(count):
+            self.state = np.ones(4)
+            replay.begin(self, self, self.restart)  # type: ignore[arg-type]
+            assert (self.state == 1).all(), "begin left the state elsewhere"
+            for _ in range(3):
+                replay.enqueue(self)
+            replayed.append(replay.replayed)
+        return replayed
+
+    def replay(self, graphs: Any = "auto", verdicts: Verdicts | None = None) -> Replay:
+        verdicts = verdicts or Verdicts()
+        return Replay(graphs, dtype="fp16", shape="a", verdicts=verdicts, log=self.lines.append)
 
 
 @pytest.mark.parametrize(
-    ("graphs", "graph_s", "expected"),
+    ("graphs", "graph_s", "expected", "line"),
     [
-        ("auto", 0.5, [False, False, True, True, True, True]),
-        ("auto", 1.5, [False, False, True, True, False, False]),
-        ("on", 1.5, [False, True, True, True, True, True]),
-        ("off", 0.5, [False] * 6),
+        ("auto", 0.5, [False, True, True], ""),
+        ("auto", 1.5, [False] * 3, "replaying takes 1500.00 ms a row, running 1000.00"),
+        ("on", 1.5, [False, True, True], ""),
+        ("off", 0.5, [False] * 3, ""),
     ],
 )
-def test_the_faster_way_is_taken(graphs: str, graph_s: float, expected: list[bool]) -> None:
-    assert _runs(graphs, {True: graph_s, False: 1.0}, 6) == expected
+def test_the_faster_way_is_taken(
+    monkeypatch: pytest.MonkeyPatch, graphs: str, graph_s: float, expected: list[bool], line: str
+) -> None:
+    bench = Bench(monkeypatch, graph_s=graph_s)
+    replay = bench.replay(graphs)
+    assert bench.pictures(replay, 3) == expected
+    assert bench.lines == ([f"rows are not replayed: {line}"] if line else [])
+    replay.close()
+    replay.close()
+    assert bench.steps.count("close") == bench.steps.count("capture")
+
+
+def test_the_last_thing_before_a_capture_is_a_plain_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever ran before: plans of another shape would be built within the capture."""
+    bench = Bench(monkeypatch)
+    verdicts = Verdicts()
+    bench.pictures(bench.replay(verdicts=verdicts), 2)
+    bench.pictures(bench.replay(verdicts=verdicts), 2)  # which compares nothing any more
+    places = [place for place, step in enumerate(bench.steps) if step == "capture"]
+    assert len(places) == 2
+    assert [bench.steps[place - 2 : place] for place in places] == [["plain", "wait"]] * 2
+    assert bench.steps.count("launch") == COMPARED + 3 + 3
+
+
+@pytest.mark.parametrize("graphs", ["on", "auto"])
+def test_a_replay_that_computes_something_else_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, graphs: str
+) -> None:
+    bench = Bench(monkeypatch)
+    bench.graph_error = 0.1
+    assert bench.pictures(bench.replay(graphs), 3) == [False] * 3
+    # two rows of 2y + 0.1 from y = 1 are 0.3 from 4, which is 3 from the start
+    assert bench.lines == ["rows are not replayed: a replayed row is 1.0e-01 from a plain one, over 5.0e-03"]
+
+
+def test_what_differs_from_itself_may_differ_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(monkeypatch)
+    bench.noise, bench.graph_error = 0.01, 0.02
+    assert bench.pictures(bench.replay(), 3) == [False, True, True]
+    bench = Bench(monkeypatch)
+    bench.noise, bench.graph_error = 0.001, 0.02
+    assert bench.pictures(bench.replay(), 3) == [False] * 3
+
+
+def test_pictures_that_are_not_finite_decide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(monkeypatch)
+    replay, good = bench.replay(), bench.enqueue_row
+
+    def broken() -> None:
+        good()
+        bench.state = bench.state * np.nan
+
+    monkeypatch.setattr(bench, "enqueue_row", broken)
+    assert bench.pictures(replay, 2) == [False, False]
+    monkeypatch.setattr(bench, "enqueue_row", good)
+    assert bench.pictures(replay, 1) == [True]
+    assert bench.lines == []
+
+
+# ── what is remembered ──────────────────────────────────────────────────────────────────────────────────
+
+
+def kept(root: Path) -> list[dict[str, Any]]:
+    files = sorted((root / "caches" / "replays").glob("*"))
+    return [json.loads(file.read_bytes()[:-40]) for file in files]
+
+
+def test_a_verdict_holds_for_the_next_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    store = EngineStore(tmp_path)
+    bench = Bench(monkeypatch)
+    bench.pictures(bench.replay(verdicts=Verdicts(store, {"gpu": "L4"})), 2)
+    (verdict,) = kept(tmp_path)
+    assert verdict == {"failed": "", "distance": 0, "allowed": 5e-3, "plain_s": 1.0, "replayed_s": 0.5}
+    launches = bench.steps.count("launch")
+    assert bench.pictures(bench.replay(verdicts=Verdicts(store, {"gpu": "L4"})), 2) == [False, True]
+    assert bench.steps.count("launch") == launches + 3, "compared again"
+    bench.pictures(bench.replay(verdicts=Verdicts(store, {"gpu": "L40"})), 2)
+    assert len(kept(tmp_path)) == 2
+    store.prune(everything=True)
+    assert kept(tmp_path) == []
+
+
+def test_a_slow_or_wrong_replay_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    store = EngineStore(tmp_path)
+    bench = Bench(monkeypatch, graph_s=2.0)
+    for _ in range(2):
+        assert bench.pictures(bench.replay(verdicts=Verdicts(store)), 2) == [False, False]
+    assert bench.steps.count("capture") == 1
+    assert len(bench.lines) == 2
+    assert bench.pictures(bench.replay("on", verdicts=Verdicts(store)), 2) == [False, True]
+
+
+def test_a_comparison_that_ends_the_process_is_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    store = EngineStore(tmp_path)
+    bench = Bench(monkeypatch)
+
+    def fail(step: str) -> None:
+        if step == "launch":
+            raise BackendError("an illegal address", expected="", fix="")
+
+    bench.failing = fail
+    with pytest.raises(BackendError, match="illegal address"):
+        bench.pictures(bench.replay(verdicts=Verdicts(store)), 2)
+    assert [item["failed"] for item in kept(tmp_path)] == [UNFINISHED]
+    assert bench.pictures(bench.replay("on", verdicts=Verdicts(store)), 3) == [False] * 3
+    assert bench.lines == [f"rows are not replayed: {UNFINISHED}"]
+
+
+def test_a_capture_that_fails_is_tried_by_the_next_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Memory may have been short, for instance."""
+    store = EngineStore(tmp_path)
+    bench = Bench(monkeypatch)
+
+    def fail(step: str) -> None:
+        if step == "capture":
+            raise BackendError("no room for it", expected="", fix="")
+
+    bench.failing = fail
+    assert bench.pictures(bench.replay(verdicts=Verdicts(store)), 4) == [False] * 4
+    assert bench.lines == ["rows are not replayed: no room for it"]
+    assert kept(tmp_path) == []
+    bench.failing = lambda step: None
+    assert bench.pictures(bench.replay(verdicts=Verdicts(store)), 2) == [False, True]
+
+
+def test_running_out_of_memory_before_a_capture_is_the_requests_matter(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It gives something up and draws again (`memory_fallback.py`)."""
+    bench = Bench(monkeypatch)
+    replay = bench.replay(verdicts=Verdicts(EngineStore(tmp_path)))
+    bench.pictures(replay, 1)
+
+    def fail(step: str) -> None:
+        if step == "plain":
+            raise MemoryLimitError("no room", expected="", fix="")
+
+    bench.failing = fail
+    with pytest.raises(MemoryLimitError):
+        bench.pictures(replay, 1)
+    assert kept(tmp_path) == []
+    bench.failing = lambda step: None
+    assert bench.pictures(replay, 1) == [True]
+
+
+@pytest.mark.parametrize("content", [b"", b"{}?", b"[1]", b'{"speed": 1}'])
+def test_a_verdict_that_cannot_be_read_is_none(tmp_path: Path, content: bytes) -> None:
+    verdicts = Verdicts(EngineStore(tmp_path), "here")
+    verdicts.keep("a", Verdict(distance=1.0))
+    assert Verdicts(EngineStore(tmp_path), "here").find("a") == Verdict(distance=1.0)
+    (file,) = (tmp_path / "caches" / "replays").iterdir()
+    EngineStore(tmp_path).write_side_file(file, content)
+    assert Verdicts(EngineStore(tmp_path), "here").find("a") is None
+
+
+def test_a_store_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    verdicts = Verdicts(EngineStore(tmp_path / "file"), "here")
+    verdicts.keep("a", Verdict())
+    assert verdicts.find("a") == Verdict()
+    verdicts.forget("a")
+    assert verdicts.find("a") is None

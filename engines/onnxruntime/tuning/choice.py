@@ -18,7 +18,7 @@ from ...errors import UsageError
 from ...package import Package
 from ...profiles import NetProfile, fixed_profile, net_profiles
 from ...spec import Array
-from ...tolerances import ROUNDED_RELATIVE_L2
+from ...tolerances import ROUNDED_RELATIVE_L2, relative_l2
 
 WARM_UP = 3  # rounds that are not counted: arenas grow, clocks rise, cuDNN chooses
 ROUNDS = 20
@@ -158,14 +158,6 @@ class _Contest:
         """Free whatever is still open."""
         while self.open:
             self.open.popitem()[1].close()
-
-
-def relative_l2(found: Array, wanted: Array) -> float:
-    """|found - wanted| / |wanted| in float64; 0 where both are 0."""
-    a, b = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
-    size = float(np.linalg.norm(b))
-    difference = float(np.linalg.norm(a - b))
-    return difference / (size or 1.0)
 
 
 def _finite(outputs: Mapping[str, Array]) -> bool:

@@ -23,7 +23,7 @@ from ..lowering.files import check_lowering
 from ..lowering.lower import lower
 from ..nets import cuda_refusal, open_onnxruntime_net
 from .choice import ROUNDS, WARM_UP, Measured, choice_facts, choose_layout, measured_profile, tuned_nets
-from .cuda_layouts import CUDA_LAYOUTS, CudaLayout, layout_key
+from .cuda_layouts import CUDA_LAYOUTS, layout_key
 
 RUNS = 4  # enqueued for one wait, as the loop enqueues them
 _SEED = 0
@@ -41,7 +41,7 @@ def tune_package(
 ) -> tuple[BuiltEngine, ...]:
     """Make sure that the store has the fastest layout of every net that has a choice.
 
-    Takes seconds, and while it lasts the memory of three sessions of one net.
+    Takes seconds, and while it lasts the memory of two sessions of one net.
 
     `nets` picks some of TUNED_NETS; `device` stays open, and is the first CUDA device unless given.
 
@@ -109,23 +109,21 @@ class _Trials:
                 self.device.upload(self.addresses[tensor.name], content)
             choice = choose_layout(
                 self.measure,
-                tuple(CUDA_LAYOUTS),
+                CUDA_LAYOUTS,
                 # Also in fp32: what `plain` makes of group normalisation is itself up to 7e-4 off
                 # (`lowering/fused.py`), so a better layout may be 1e-4 away from it.
                 parity=NET_RELATIVE_L2["fp16"],
                 rounds=self.rounds,
             )
-        path.write_bytes(self.graph(CUDA_LAYOUTS[choice.layout]).read_bytes())
+        path.write_bytes(self.graph(choice.layout).read_bytes())
         return choice_facts(choice)
 
-    def graph(self, layout: CudaLayout) -> Path:
-        """The graph of a layout, lowered if the layout wants that. Raises BackendError, PackageError."""
-        if not layout.lowered:
+    def graph(self, layout: str) -> Path:
+        """The graph of a layout. Raises BackendError, PackageError."""
+        if layout == "plain":
             return self.package.path(self.package.manifest.nets[self.net].graph)
-        path = self.folder / layout.name / f"{self.net}.onnx"
-        if path.exists():
-            return path
-        return lower(self.package, self.net, path.parent, convolutions=layout.convolutions)
+        path = self.folder / layout / f"{self.net}.onnx"
+        return path if path.exists() else lower(self.package, self.net, path.parent)
 
     def measure(self, name: str) -> Measured:
         """Open the net in the layout of that name, and run it once.
@@ -133,13 +131,10 @@ class _Trials:
         Raises:
             LatentrtError: it cannot be lowered, opened, bound or run.
         """
-        layout = CUDA_LAYOUTS[name]
         self.report(f"opening {name}", self.done / self._total)
-        graph = self.graph(layout) if layout.lowered else None
+        graph = None if name == "plain" else self.graph(name)
         with ExitStack() as stack:
-            net = self.open_net(
-                self.package, self.net, self.device, graph=graph, prefer_nhwc=layout.prefer_nhwc
-            )
+            net = self.open_net(self.package, self.net, self.device, graph=graph)
             stack.callback(net.close)
             block = 0
             if scratch := net.scratch(self.shapes):

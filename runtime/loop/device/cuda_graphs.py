@@ -1,4 +1,4 @@
-"""A row of the loop as a CUDA graph: when to capture it, and whether replaying it is faster.
+"""A row of the loop as a CUDA graph: captured, compared with a plain row, and replayed where that is faster.
 
 Every row of a `DenoiseProgram` is the same work at the same addresses, whatever the request and schedule:
 what differs is copied in before. So one small graph serves all of them, where a graph of the whole loop would
@@ -8,79 +8,159 @@ be as many times larger as there are rows, and be captured anew for every number
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from time import perf_counter
+from typing import Protocol
+
+import numpy as np
 
 from ....engines.device import Device, Graph
 from ....engines.errors import BackendError
+from ....engines.spec import Array
+from ....engines.tolerances import NET_RELATIVE_L2, relative_l2
+from .verdicts import UNFINISHED, Graphs, Verdict, Verdicts
 
-Graphs = Literal["auto", "on", "off"]
+_ROWS = 2  # compared in one go: the second starts from what the first computed, so stale data shows
 
-_ATTEMPTS = 3  # a library's arena may have grown during one capture, and be large enough for the next
+
+class Row(Protocol):
+    """What is replayed: one row of a program."""
+
+    def enqueue_row(self) -> None:
+        """Enqueue it."""
+        ...
+
+    def read_state(self) -> Array:
+        """What it computes, filled at the next `synchronize`."""
+        ...
 
 
 class Replay:
-    """Runs the rows of one `DenoiseProgram`, plainly or as a captured graph, whichever is faster.
+    """Runs the rows of one `DenoiseProgram`, plainly or as a captured graph.
 
     The first picture always runs plainly: TensorRT needs a plain run after every change of shape, and ONNX
-    Runtime allocates in it. With "auto" the second is plain and timed, the third captured, the fourth timed,
-    and from then on the faster way is taken.
+    Runtime allocates in it. At the beginning of the second a row is captured, and compared with plain rows
+    unless a verdict is known; then this picture and all later ones go the way that was found to be right and,
+    with "auto", faster.
 
     Args:
         graphs: "on", "off" or "auto".
-        log: is passed the reason why a row is not captured.
+        dtype: of the nets, "fp32" or "fp16": how near equal results are.
+        shape: what is replayed, to find its verdict.
+        verdicts: the known ones.
+        log: is passed the reason why a row is not replayed.
     """
 
-    def __init__(self, graphs: Graphs, log: Callable[[str], None] = lambda line: None) -> None:
-        self._graphs = graphs
-        self._log = log
+    def __init__(
+        self,
+        graphs: Graphs,
+        *,
+        dtype: str,
+        shape: str,
+        verdicts: Verdicts,
+        log: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._graphs: Graphs = graphs
+        self._allowed = NET_RELATIVE_L2[dtype]
+        self._shape, self._verdicts, self._log = shape, verdicts, log
         self._graph: Graph | None = None
-        self._pictures = 0  # since the last attempt at capturing
-        self._attempts = 0 if graphs != "off" else _ATTEMPTS
-        self._plain_s = self._graph_s = float("inf")
-        self._cold = True
-        self.replayed = False
+        self._warm = False
+        self._closed = graphs == "off"
 
-    def begin(self, device: Device, body: Callable[[], None]) -> None:
-        """Decide for the picture that begins now; `body` enqueues one row."""
-        plain_pictures = 1 if self._graphs == "on" else 2
-        self._cold = self._pictures == 0
-        if self._graph is None and self._attempts < _ATTEMPTS and self._pictures >= plain_pictures:
-            self._capture(device, body)
-        self._pictures += 1
-        wanted = self._graphs == "on" or self._graph_s <= self._plain_s or self._graph_s == float("inf")
-        self.replayed = self._graph is not None and wanted
+    @property
+    def replayed(self) -> bool:
+        """Whether rows are replayed now."""
+        return self._graph is not None
 
-    def enqueue(self, body: Callable[[], None]) -> None:
+    def begin(self, device: Device, row: Row, restart: Callable[[], None]) -> None:
+        """Decide for the picture that begins now.
+
+        `restart` enqueues what brings the row's state and data to the picture's beginning; the state is there
+        again when this returns.
+        """
+        if self._warm and not self._closed and self._graph is None:
+            try:
+                self._decide(device, row, restart)
+            finally:
+                restart()
+        self._warm = True
+
+    def enqueue(self, row: Row) -> None:
         """Enqueue one row, as `begin` decided."""
-        if self.replayed and self._graph is not None:
+        if self._graph is not None:
             self._graph.launch()
         else:
-            body()
+            row.enqueue_row()
 
-    def record_time(self, seconds_per_row: float) -> None:
-        """Note how long a row of the picture took; the first picture after a change does not count."""
-        if self._cold:
-            return
-        if self.replayed:
-            self._graph_s = min(self._graph_s, seconds_per_row)
-        else:
-            self._plain_s = min(self._plain_s, seconds_per_row)
+    def _decide(self, device: Device, row: Row, restart: Callable[[], None]) -> None:
+        verdict = self._verdicts.find(self._shape)
+        if verdict is None:
+            verdict = self._compare(device, row, restart)
+        elif not verdict.objection(self._graphs):
+            restart()
+            self._graph = self._capture(device, row)
+        if verdict is not None and (objection := verdict.objection(self._graphs)):
+            self._log(f"rows are not replayed: {objection}")
+            self.close()
 
-    def _capture(self, device: Device, body: Callable[[], None]) -> None:
-        self._attempts += 1
-        self._pictures = 0
-        self._cold = True
+    def _compare(self, device: Device, row: Row, restart: Callable[[], None]) -> Verdict | None:
+        """Run rows plainly, twice, and replayed, all from the picture's beginning. Leaves the graph open.
+
+        None if a row cannot be captured, or computes nothing that can be compared.
+        """
+
+        def run(enqueue: Callable[[], None]) -> tuple[Array, float]:
+            restart()
+            start = row.read_state()
+            device.synchronize()
+            began = perf_counter()
+            for _ in range(_ROWS):
+                enqueue()
+            state = row.read_state()
+            device.synchronize()
+            return state - start, (perf_counter() - began) / _ROWS
+
+        first, _ = run(row.enqueue_row)
+        plain, plain_s = run(row.enqueue_row)
+        if not np.isfinite(plain).all():
+            return None  # the request fails for it; a later one may not
+        self._verdicts.keep(self._shape, Verdict(failed=UNFINISHED))
+        self._graph = self._capture(device, row)
+        if self._graph is None:
+            self._verdicts.forget(self._shape)
+            return None
+        replayed, replayed_s = run(self._graph.launch)
+        verdict = Verdict(
+            distance=relative_l2(replayed, plain),
+            # libraries that sum in any order are apart from themselves
+            allowed=self._allowed + 2 * relative_l2(first, plain),
+            plain_s=plain_s,
+            replayed_s=replayed_s,
+        )
+        self._verdicts.keep(self._shape, verdict)
+        return verdict
+
+    def _capture(self, device: Device, row: Row) -> Graph | None:
+        """The graph of a row; None, and no further attempt, if it cannot be captured."""
+        # Directly before: in a plain row libraries load kernels and make plans, which a capture forbids.
+        row.enqueue_row()
+        device.synchronize()
         try:
             with device.capture() as graphs:
-                body()
+                row.enqueue_row()
         except BackendError as error:
-            self._log(f"the loop is not captured: {error.found}")
-            return
-        (self._graph,) = graphs
+            self._log(f"rows are not replayed: {error.found}")
+            self.close()
+            return None
+        return graphs[0]
+
+    def drop(self) -> None:
+        """Free the graph; the next picture runs plainly, and the one after may capture again."""
+        graph, self._graph = self._graph, None
+        self._warm = False
+        if graph is not None:
+            graph.close()
 
     def close(self) -> None:
         """Free the graph; later rows run plainly. May be called twice."""
-        graph, self._graph = self._graph, None
-        self._attempts = _ATTEMPTS
-        if graph is not None:
-            graph.close()
+        self._closed = True
+        self.drop()

@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import RLock
-from time import perf_counter
 from typing import TypeVar
 
 import numpy as np
@@ -26,8 +25,8 @@ from ....engines.spec import Array
 from ...pictures.tiling import decode_tiled
 from ..denoise import check_finite
 from ..job import NEVER, Clock, DenoiseJob, Drawn, State, Stop
-from .cuda_graphs import Graphs, Replay
-from .memory_fallback import MemoryNeed, MemoryPlan, fit_in_memory
+from .cuda_graphs import Replay
+from .memory_fallback import MemoryNeed, MemoryPlan, equal_rows, fit_in_memory
 from .pool import ProgramPool
 from .programs import (
     BoundProgram,
@@ -39,6 +38,7 @@ from .programs import (
     ScheduleShape,
     input_shapes,
 )
+from .verdicts import Graphs, Verdicts
 
 _LOG = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -62,7 +62,8 @@ class DeviceLoop:
         device, nets: where the package's nets run, and they by name; both are closed with the loop.
         manifest: the package's.
         graphs: whether to replay rows as CUDA graphs: "on", "off", or "auto", where that is faster.
-        log: is passed a line for everything given up when memory was short, and why a row is not captured.
+        verdicts: what is known of replayed rows here.
+        log: is passed a line for everything given up when memory was short, and why rows are not replayed.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class DeviceLoop:
         manifest: Manifest,
         *,
         graphs: Graphs = "auto",
+        verdicts: Verdicts | None = None,
         log: Callable[[str], None] = _LOG.warning,
     ) -> None:
         self.device = device
@@ -80,10 +82,12 @@ class DeviceLoop:
         self._manifest = manifest
         self._scale = manifest.latent_scale
         self._graphs: Graphs = graphs
+        self._verdicts = verdicts or Verdicts()
         self._log = log
         self._lock = RLock()
         self._plans: dict[MemoryNeed, _RememberedPlan] = {}
         self._replays: dict[BoundProgram, Replay] = {}
+        self._ran_last: BoundProgram | None = None  # of those with rows
         self._closed = False
 
     @property
@@ -117,13 +121,12 @@ class DeviceLoop:
         total = len(job.table)
         try:
             with self._lock:
-                replay = self._begin_rows(denoiser)
+                self._begin_rows(denoiser, schedule, job)
             unet_input = job.first
             for index, row in enumerate(job.table.rows()):
                 (stop or NEVER).check(f"before step {index + 1} of {total}")
                 with self._lock, clock.stage("unet"):
-                    denoiser.feed_row(schedule, index)
-                    replay.enqueue(denoiser.enqueue_row)
+                    self._enqueue_row(denoiser, schedule, index)
                     latent, remembered = denoiser.read_state()
                     self.device.synchronize()
                 check_finite(latent, f"after step {index + 1} of {total}", self._manifest.dtype)
@@ -287,17 +290,36 @@ class DeviceLoop:
             self.device.synchronize()
         return outputs
 
-    def _begin_rows(self, denoiser: DenoiseProgram) -> Replay:
-        """The replay of a denoiser's rows, ready for one picture."""
+    def _begin_rows(self, denoiser: DenoiseProgram, schedule: ScheduleProgram, job: DenoiseJob) -> None:
+        """Decide whether the rows of one picture are replayed."""
+
+        def restart() -> None:
+            denoiser.rewind(job)
+            denoiser.feed_row(schedule, 0)
+
         if denoiser not in self._replays:
-            graphs = self._graphs
-            if graphs != "off" and not denoiser.capturable:
-                self._log("the loop is not captured: the library says that its runs cannot be")
-                graphs = "off"
-            self._replays[denoiser] = Replay(graphs, self._log)
-        replay = self._replays[denoiser]
-        replay.begin(self.device, denoiser.enqueue_row)
-        return replay
+            self._replays[denoiser] = Replay(
+                self._graphs if denoiser.capturable else "off",
+                dtype=self._manifest.dtype,
+                shape=f"{denoiser.shape}, {denoiser.profile}",
+                verdicts=self._verdicts,
+                log=self._log,
+            )
+        self._drop_graphs_of_others(denoiser)
+        self._replays[denoiser].begin(self.device, denoiser, restart)
+
+    def _enqueue_row(self, denoiser: DenoiseProgram, schedule: ScheduleProgram, row: int) -> None:
+        denoiser.feed_row(schedule, row)
+        self._drop_graphs_of_others(denoiser)  # another request may have had its turn since the last row
+        self._replays[denoiser].enqueue(denoiser)
+
+    def _drop_graphs_of_others(self, denoiser: DenoiseProgram) -> None:
+        """Before rows of one shape run: graphs of others that would not outlive them."""
+        if self._ran_last is not denoiser and not self.nets["unet"].graphs_outlive_other_shapes:
+            for program, replay in self._replays.items():
+                if program is not denoiser:
+                    replay.drop()
+        self._ran_last = denoiser
 
     def _draw(self, job: DenoiseJob, plan: MemoryPlan, clock: Clock, *, decode: bool) -> Drawn:
         """One attempt at a job: the latent, and the picture too where the plan decodes all at once."""
@@ -305,12 +327,10 @@ class DeviceLoop:
         with clock.stage("prepare"):
             denoiser, schedule, decoder = self._prepare(job, plan, decoder=whole)
         try:
-            began = perf_counter()
             with clock.stage("enqueue"):
-                replay = self._begin_rows(denoiser)
+                self._begin_rows(denoiser, schedule, job)
                 for row in range(len(job.table)):
-                    denoiser.feed_row(schedule, row)
-                    replay.enqueue(denoiser.enqueue_row)
+                    self._enqueue_row(denoiser, schedule, row)
                 decoded: Mapping[str, Array] = {}
                 if decoder is not None:
                     decoder.take_latent(denoiser)
@@ -318,7 +338,6 @@ class DeviceLoop:
                 latent = denoiser.read_state()[0]
             with clock.stage("wait"):
                 self.device.synchronize()
-            replay.record_time((perf_counter() - began) / len(job.table))
         finally:
             self.pool.give_back(denoiser, schedule, *([decoder] if decoder else []))
         image, mean = decoded.get("image"), decoded.get("mean")
@@ -361,7 +380,7 @@ class DeviceLoop:
             height=height,
             width=width,
             tokens=job.context.shape[1],
-            rows=min(plan.rows or batch, batch),
+            rows=equal_rows(batch, plan.rows or batch),
             step=step,
         )
 

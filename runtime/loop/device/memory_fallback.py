@@ -90,6 +90,15 @@ class MemoryActions(Protocol):
         ...
 
 
+def equal_rows(batch: int, most: int) -> int:
+    """Rows of each of a step's UNet calls, `most` or fewer: a divisor of `batch`, so that all are equal.
+
+    cuDNN's plans are for one shape, and ONNX Runtime would make those of every convolution anew between two
+    calls of different sizes.
+    """
+    return max(rows for rows in range(1, min(most, batch) + 1) if batch % rows == 0)
+
+
 # A fallback returns the lower plan, or None where it has nothing to give up.
 Fallback = Callable[[MemoryPlan, MemoryNeed, MemoryActions], "MemoryPlan | None"]
 
@@ -110,7 +119,7 @@ def _tile_the_decoder(plan: MemoryPlan, need: MemoryNeed, actions: MemoryActions
 def _split_the_batch(plan: MemoryPlan, need: MemoryNeed, actions: MemoryActions) -> MemoryPlan | None:
     rows = plan.rows or need.batch
     smallest = 2 if need.guided else 1
-    return replace(plan, rows=max(-(-rows // 2), smallest)) if rows > smallest else None
+    return replace(plan, rows=equal_rows(need.batch, max(rows // 2, smallest))) if rows > smallest else None
 
 
 def _run_the_halves_apart(plan: MemoryPlan, need: MemoryNeed, actions: MemoryActions) -> MemoryPlan | None:

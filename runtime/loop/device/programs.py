@@ -148,7 +148,7 @@ class DenoiseShape:
         guided: whether half of a step's rows are unconditional.
         height, width: of the latent.
         tokens: T, the length of the context.
-        rows: UNet rows of one call, at most.
+        rows: UNet rows of one call, a divisor of the batch.
         step: the net that ends a row, "step" or "step_masked".
     """
 
@@ -170,9 +170,8 @@ class DenoiseShape:
         return {"N": self.pictures, "B": rows, "H/8": self.height, "W/8": self.width, "T": self.tokens}
 
     def calls(self) -> tuple[int, ...]:
-        """Rows of each UNet call of a step, unconditional rows first."""
-        full, rest = divmod(self.batch, self.rows)
-        return (self.rows,) * full + ((rest,) if rest else ())
+        """Rows of each UNet call of a step, unconditional rows first; all calls are equal."""
+        return (self.rows,) * (self.batch // self.rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -448,6 +447,10 @@ class DenoiseProgram(BoundProgram):
             kept = {"kept": job.kept.latent, "kept_noise": job.kept.noise, "mask": job.kept.mask}
             for name, array in kept.items():
                 self.block.upload(name, array)
+        self.rewind(job)
+
+    def rewind(self, job: DenoiseJob) -> None:
+        """Bring the state to where the first row begins."""
         # The history is multiplied by zeros at first, and zero times what lay there before might be NaN.
         self.block.upload("state", np.zeros(self.block.place("state").shape, np.float32))
         self.set_latent(job.first)
