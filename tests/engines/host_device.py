@@ -8,6 +8,8 @@ import ctypes
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from time import perf_counter
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -72,6 +74,7 @@ class HostDevice:
         self.graphs: set[HostGraph] = set()
         self.peak = self.synchronisations = self.launches = self.copies = self.submitted = 0
         self.allocations = 0
+        self.ran_last: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # net -> what it was bound to
 
     # ── memory ─────────────────────────────────────────────────────────────────────────────────
 
@@ -108,12 +111,25 @@ class HostDevice:
 
     def submit(self, work: Callable[[], None]) -> None:
         self.submitted += 1
+        self._check_order(work)
         if self.recording is not None:
             self.recording.append(work)
         elif self.lazy:
             self.queue.append(work)
         else:
             work()
+
+    def _check_order(self, work: Callable[[], None]) -> None:
+        """A net is captured right after a plain run of the same shapes: in that run libraries allocate, load
+        kernels and make plans, none of which a capture allows.
+        """
+        bound = getattr(work, "__self__", None)
+        net = getattr(bound, "_net", None)
+        if net is None:
+            return
+        if self.recording is None:
+            self.ran_last[net] = bound
+        assert self.ran_last.get(net) is bound, "captured without a plain run of the same shapes before"
 
     def _run_queue(self) -> None:
         queue, self.queue = self.queue, []

@@ -2,12 +2,14 @@
 
 Nothing that is enqueued happens before the stream is waited for, and every copy reads its source only then:
 the worst that CUDA's documentation allows. Freed memory, a second free, and what cannot be captured are
-errors with CUDA's own numbers. `fail` injects errors; a sticky one is the answer to every later call, as in a
-spoiled context.
+errors with CUDA's own numbers. Memory comes in blocks of 2 MiB, as the driver maps it, and a graph that is
+instantiated takes some; each thread has a current device of its own. `fail` injects errors; a sticky one is
+the answer to every later call, as in a spoiled context.
 """
 # ruff: noqa: N801, N802, N803, N815 - the names are CUDA's
 
 import ctypes
+import threading
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
@@ -32,6 +34,7 @@ class cudaError_t(IntEnum):
     cudaErrorLaunchFailure = 719
     cudaErrorStreamCaptureUnsupported = 900
     cudaErrorStreamCaptureInvalidated = 901
+    cudaErrorStreamCaptureWrongThread = 908
 
 
 class cudaMemcpyKind(IntEnum):
@@ -46,6 +49,7 @@ class cudaStreamCaptureMode(IntEnum):
 
 OK = cudaError_t.cudaSuccess
 INVALID = cudaError_t.cudaErrorInvalidValue
+GRANULE = 2 * 2**20  # bytes
 NO_HANDLE = cudaError_t.cudaErrorInvalidResourceHandle
 ILLEGAL = cudaError_t.cudaErrorIllegalAddress
 SEVERED = cudaError_t.cudaErrorStreamCaptureInvalidated
@@ -59,15 +63,18 @@ class Properties:
     name = b"Simulated GPU"
     major, minor, integrated = 8, 9, 0
     uuid = Uuid()
-    totalGlobalMem, multiProcessorCount = 1 << 20, 58
+    totalGlobalMem, multiProcessorCount = 64 << 20, 58
 
 
 class SimulatedRuntime:
     cudaError_t, cudaMemcpyKind = cudaError_t, cudaMemcpyKind
     cudaStreamCaptureMode, cudaStreamNonBlocking = cudaStreamCaptureMode, 1
 
-    def __init__(self, *, total: int = 1 << 20, devices: int = 1) -> None:
+    def __init__(self, *, total: int = 64 << 20, devices: int = 1) -> None:
         self.total, self.devices = total, devices
+        self.taken = 0  # bytes that libraries and other processes hold
+        self.current = threading.local()  # its `device`: 0 in a new thread
+        self.places: dict[int, int] = {}  # handle or address -> the device that was current when it was made
         self.blocks: dict[int, tuple[np.ndarray, int]] = {}  # device memory
         self.pinned: dict[int, np.ndarray] = {}
         self.graphs: dict[int, list[Work]] = {}
@@ -77,6 +84,7 @@ class SimulatedRuntime:
         self.recorded: set[int] = set()
         self.milliseconds = 0.0  # each copy takes one
         self.recording: list[Work] | None = None
+        self.captured_on, self.captured_by = 0, 0  # stream, thread
         self.severed = False
         self.last = self.sticky = OK
         self.failures: dict[str, cudaError_t] = {}
@@ -93,7 +101,12 @@ class SimulatedRuntime:
 
     @property
     def used(self) -> int:
-        return sum(size for _, size in self.blocks.values())
+        sizes = [*(size for _, size in self.blocks.values()), *(1 for _ in self.executables)]
+        return sum(-(-size // GRANULE) * GRANULE for size in sizes)
+
+    @property
+    def free(self) -> int:
+        return self.total - self.taken - self.used
 
     def nothing_left(self) -> bool:
         return not (
@@ -120,7 +133,13 @@ class SimulatedRuntime:
 
     def _handle(self) -> int:
         self.handles += 1
+        self.places[self.handles] = self.device
         return self.handles
+
+    @property
+    def device(self) -> int:
+        """The calling thread's."""
+        return getattr(self.current, "device", 0)
 
     def _inside(self, address: int, size: int) -> bool:
         return any(start <= address and address + size <= start + n for start, (_, n) in self.blocks.items())
@@ -128,7 +147,10 @@ class SimulatedRuntime:
     def _enqueue(self, stream: Any, work: Work) -> tuple[cudaError_t]:
         if int(stream) not in self.streams:
             return (self._note(NO_HANDLE),)
-        (self.streams[int(stream)] if self.recording is None else self.recording).append(work)
+        if self.recording is not None and self.captured_on == int(stream):
+            self.recording.append(work)
+        else:
+            self.streams[int(stream)].append(work)
         return (OK,)
 
     def _drain(self) -> cudaError_t:
@@ -155,7 +177,10 @@ class SimulatedRuntime:
 
     def cudaSetDevice(self, device: int) -> tuple[Any, ...]:
         error = self._begin("cudaSetDevice")
-        return (error or (OK if device < self.devices else cudaError_t.cudaErrorInvalidDevice),)
+        if not error and device >= self.devices:
+            error = self._note(cudaError_t.cudaErrorInvalidDevice)
+        self.current.device = self.device if error else device
+        return (error,)
 
     def cudaGetDeviceProperties(self, device: int) -> tuple[Any, ...]:
         return self._begin("cudaGetDeviceProperties"), Properties
@@ -179,18 +204,18 @@ class SimulatedRuntime:
     # ── memory ─────────────────────────────────────────────────────────────────────────────────
 
     def cudaMemGetInfo(self) -> tuple[Any, ...]:
-        return self._begin("cudaMemGetInfo"), self.total - self.used, self.total
+        return self._begin("cudaMemGetInfo"), self.free, self.total
 
     def cudaMalloc(self, size: int) -> tuple[Any, ...]:
         if error := self._begin("cudaMalloc", captured=False):
             return error, None
         if not size:
             return self._note(INVALID), None
-        if self.used + size > self.total:
+        if -(-size // GRANULE) * GRANULE > self.free:
             return self._note(cudaError_t.cudaErrorMemoryAllocation), None
         block = np.full(size + 512, 0xCD, np.uint8)  # CUDA does not clear memory
         address = -(-block.ctypes.data // 256) * 256
-        self.blocks[address] = block, size
+        self.blocks[address], self.places[address] = (block, size), self.device
         return OK, address
 
     def cudaFree(self, devPtr: int) -> tuple[Any, ...]:
@@ -281,12 +306,23 @@ class SimulatedRuntime:
         return (error or self._drain(),)
 
     def cudaStreamBeginCapture(self, stream: Any, mode: cudaStreamCaptureMode) -> tuple[Any, ...]:
-        if error := self._begin("cudaStreamBeginCapture", captured=False):
+        if error := self._begin("cudaStreamBeginCapture"):
             return (error,)
+        if int(stream) not in self.streams:  # the legacy stream, 0, cannot be captured either
+            return (self._note(cudaError_t.cudaErrorStreamCaptureUnsupported if not stream else NO_HANDLE),)
+        if self.recording is not None:
+            return (self._note(cudaError_t.cudaErrorIllegalState),)
+        if mode != cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal:
+            return (self._note(INVALID),)  # of those that exist, the one that lets other threads allocate
         self.recording, self.severed = [], False
+        self.captured_on, self.captured_by = int(stream), threading.get_ident()
         return (OK,)
 
     def cudaStreamEndCapture(self, stream: Any) -> tuple[Any, ...]:
+        if self.recording is not None and self.captured_on != int(stream):
+            return self._note(cudaError_t.cudaErrorIllegalState), None
+        if self.recording is not None and self.captured_by != threading.get_ident():
+            return self._note(cudaError_t.cudaErrorStreamCaptureWrongThread), None
         work, self.recording = self.recording, None
         if error := self._begin("cudaStreamEndCapture"):
             return error, None
@@ -299,6 +335,8 @@ class SimulatedRuntime:
     def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[Any, ...]:
         if error := self._begin("cudaGraphInstantiate"):
             return error, None
+        if self.free < GRANULE:
+            return self._note(cudaError_t.cudaErrorMemoryAllocation), None
         executable = self._handle()
         self.executables[executable] = list(self.graphs[int(graph)])
         return OK, executable
@@ -336,7 +374,7 @@ class SimulatedRuntime:
     def cudaEventRecord(self, event: Any, stream: Any) -> tuple[Any, ...]:
         if error := self._begin("cudaEventRecord"):
             return (error,)
-        if event not in self.events:
+        if event not in self.events or self.places[event] != self.places.get(int(stream)):
             return (self._note(NO_HANDLE),)
         self.events[event] = None
         self.recorded.add(event)

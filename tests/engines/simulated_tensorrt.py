@@ -255,9 +255,10 @@ class IExecutionContext:
         self._addresses: dict[str, int] = {}
         self._block, self._size = 0, 0
         self._resized = False  # for exactly these shapes
+        self._ran = False  # since the shapes were set
 
     def _forget(self) -> None:
-        self._outputs, self._resized = {}, False
+        self._outputs, self._resized, self._ran = {}, False, False
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         if not 0 <= profile_index < self._engine.num_optimization_profiles or not stream_handle:
@@ -330,6 +331,11 @@ class IExecutionContext:
             return False
         if self._config is not None:
             self._config._compile(self._profile, self._inputs)
+        device = getattr(engine._world.submit, "__self__", None)
+        if getattr(device, "recording", None) is not None and not self._ran:
+            # "the shapes changed: call enqueueV3() once before graph capture" (TensorRT, CUDA Graphs)
+            return engine._error("the first run of a shape cannot be captured")
+        self._ran = True
         engine._world.counts["enqueued"] += 1
         engine._world.submit(self._work(engine, dict(self._inputs), dict(self._addresses)))
         return True

@@ -1,5 +1,7 @@
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -341,3 +343,75 @@ def test_memory_from_nvml_or_cuda(cuda: SimulatedRuntime, monkeypatch: pytest.Mo
     shared = CudaDevice(runtime=cuda, nvml=SimulatedNvml())
     assert shared.memory() == DeviceMemory(free=cuda.total, total=cuda.total, unified=True)
     assert shared.process_memory() is None
+
+
+# ── what CUDA refuses, and so the simulation ───────────────────────────────────────────────────────
+
+
+def test_memory_comes_in_blocks_of_the_drivers_size(cuda: SimulatedRuntime, device: CudaDevice) -> None:
+    for _ in range(32):
+        device.allocate(1)
+    with pytest.raises(MemoryLimitError, match="0 of 67108864 bytes are free"):
+        device.allocate(1)
+
+
+def test_memory_that_others_hold_is_not_there(cuda: SimulatedRuntime, device: CudaDevice) -> None:
+    cuda.taken = 60 * 2**20
+    assert device.memory() == DeviceMemory(free=4 * 2**20, total=64 * 2**20, unified=False)
+    with pytest.raises(MemoryLimitError, match="4194304 of 67108864 bytes are free"):
+        device.allocate(5 * 2**20)
+
+
+def test_a_graph_needs_memory_that_may_not_be_there(cuda: SimulatedRuntime, device: CudaDevice) -> None:
+    a, b = device.allocate(4), device.allocate(4)
+    cuda.taken = 60 * 2**20
+    with (
+        pytest.raises(BackendError, match=r"cannot be captured.*making a CUDA graph failed"),
+        device.capture(),
+    ):
+        device.copy(b, a, 4)
+    cuda.taken = 0
+    with device.capture() as graphs:
+        device.copy(b, a, 4)
+    used = cuda.used
+    graphs[0].close()
+    assert cuda.used < used
+
+
+def test_captures_that_cuda_refuses(cuda: SimulatedRuntime, device: CudaDevice) -> None:
+    mode = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+    error = cudaError_t
+    assert cuda.cudaStreamBeginCapture(0, mode) == (error.cudaErrorStreamCaptureUnsupported,)
+    assert cuda.cudaStreamBeginCapture(77, mode) == (error.cudaErrorInvalidResourceHandle,)
+    with device.capture():
+        assert cuda.cudaStreamBeginCapture(device.stream, mode) == (error.cudaErrorIllegalState,)
+        with ThreadPoolExecutor(1) as other:
+            ended = other.submit(cuda.cudaStreamEndCapture, device.stream).result()
+        assert ended == (error.cudaErrorStreamCaptureWrongThread, None)
+        assert cuda.cudaStreamEndCapture(77) == (error.cudaErrorIllegalState, None)
+
+
+def test_what_another_stream_does_is_not_captured(cuda: SimulatedRuntime, device: CudaDevice) -> None:
+    a, b = device.allocate(4), device.allocate(4)
+    _, other = cuda.cudaStreamCreateWithFlags(1)
+    kind = cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+    with device.capture() as graphs:
+        cuda.cudaMemcpyAsync(b, a, 4, kind, other)
+    assert cuda.executables[graphs[0]._executable] == []  # type: ignore[attr-defined]
+
+
+def test_another_thread_uses_the_second_device_too(cuda: SimulatedRuntime) -> None:
+    """Each thread begins with device 0: what is made there would be no use to a stream of device 1."""
+    cuda.devices = 2
+    with closing(CudaDevice(1, runtime=cuda, nvml=NO_NVML)) as device, ThreadPoolExecutor(1) as other:
+        address = other.submit(device.allocate, 4).result()
+        assert cuda.places[address] == cuda.places[device.stream] == 1
+        watch = other.submit(device.stopwatch).result()
+        other.submit(watch.start).result()
+        watch.stop()
+        device.synchronize()
+        assert watch.seconds() >= 0
+    _, elsewhere = cuda.cudaEventCreate()  # here device 1 is current, in a new thread device 0
+    with ThreadPoolExecutor(1) as other:
+        _, stream = other.submit(cuda.cudaStreamCreateWithFlags, 1).result()
+    assert cuda.cudaEventRecord(elsewhere, stream) == (cudaError_t.cudaErrorInvalidResourceHandle,)

@@ -89,7 +89,7 @@ def test_the_real_library_accepts_every_argument() -> None:
     real = pytest.importorskip("cuda.bindings.runtime")
     if int(real.cudaGetDeviceCount()[0]) != 35:
         pytest.skip("there is a driver: tests/engines/test_cuda_device_gpu.py runs the real thing")
-    cuda = SimulatedRuntime(total=1 << 20)
+    cuda = SimulatedRuntime()
     both = Both(real, cuda)
     device = CudaDevice(runtime=both, nvml=SimulatedNvml(unknown=("nvmlInit",)))
     a, b = device.allocate(64), device.allocate(64)

@@ -22,7 +22,7 @@ def test_facts() -> None:
         multiprocessors=58,
         driver="580.82.07",
         cuda="13.0",
-        total=1 << 20,
+        total=64 << 20,
         unified=False,
         uuid=f"GPU-{IDENTITY}",
     )

@@ -155,6 +155,8 @@ def test_capture(device: HostDevice) -> None:
     net = opened(device)
     run, buffers, expected = bound(net, device, "vae_decoder", SMALL)
     assert run.capturable
+    with pytest.raises(BackendError), device.capture():
+        run.enqueue()  # the first run of a shape: the simulation refuses it, as the library does
     run.enqueue()
     device.synchronize()
     with device.capture() as graphs:

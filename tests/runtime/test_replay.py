@@ -108,6 +108,20 @@ def test_graphs_that_outlive_other_shapes_stay(package: Package) -> None:
         assert len(device.graphs) == 2
 
 
+def test_host_memory_refuses_a_capture_out_of_order(package: Package) -> None:
+    """As a library would, which makes plans in the first run after another shape."""
+    device = HostDevice()
+    with device_pipeline(package, device) as (pipe, loop):
+        pipe(PROMPT, **SMALL)
+        (small,) = loop._replays
+        pipe(PROMPT, **{**SMALL, "width": 96})
+        with pytest.raises(AssertionError, match="captured without a plain run"), device.capture():
+            small.enqueue_row()  # type: ignore[attr-defined]
+        small.enqueue_row()  # type: ignore[attr-defined]
+        with device.capture():
+            small.enqueue_row()  # type: ignore[attr-defined]
+
+
 # ── the decision ────────────────────────────────────────────────────────────────────────────────────────
 
 
