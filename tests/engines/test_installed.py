@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from packaging.requirements import Requirement
 
 from latentrt.engines import installed
 from latentrt.engines.backends import BACKENDS
-from latentrt.engines.installed import install_command, upgrade_command
+from latentrt.engines.installed import install_command, latentrt_version, upgrade_command
+from latentrt.runtime.pipeline import Pipeline
 
 
 @pytest.fixture
@@ -96,3 +98,16 @@ def test_backends_say_the_same(noted: Callable[[Any], None]) -> None:
     assert {row.install for row in BACKENDS.values()} == {
         f'pip install "latentrt[{row.extra}]"' for row in BACKENDS.values()
     }
+
+
+def test_what_only_lies_on_the_path_draws_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a checkout that was copied to another machine: nothing there knows a version."""
+    assert latentrt_version() == version("latentrt")
+
+    def unknown(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", unknown)
+    with Pipeline.open("demo", backend="onnxruntime") as pipe:
+        result = pipe("a red circle", num_inference_steps=2, height=64, width=64)
+    assert result.producer["latentrt"] == latentrt_version() == "unknown"
