@@ -93,7 +93,7 @@ def _placed(name: str, net: Any) -> Row:
 
 
 def read_placement(profile: Path) -> tuple[int, int, dict[str, list[str]]]:
-    """How many nodes ran, how many of them on the CPU, and the names of those that should not be there, by fault.
+    """How many nodes ran, how many of them on the CPU, and what is misplaced: the nodes by fault.
 
     The library's profile has an event of each node that ran, with `args` that name types and provider.
     """

@@ -1,8 +1,8 @@
 """Builds the stand-in's libraries for one CUDA provider: `python -m tests.cuda.libraries FOLDER [PROVIDER]`.
 
 What CUDA's runtime and cuDNN's graphs do is written by hand, in `stand_in/`. The other functions that the
-provider imports get an entry by their name alone (`_ENTRIES`): a handle is made, work is enqueued, a setting is
-taken. A release of the provider that imports what neither has fails here, with the names.
+provider imports get an entry by their name alone (`_ENTRIES`): a handle is made, work is enqueued, a setting
+is taken. A release of the provider that imports what neither has fails here, with the names.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def missing() -> str:
 
 
 def find_provider() -> Path:
-    """The CUDA provider of the onnxruntime that this interpreter imports; the library itself is not loaded."""
+    """The CUDA provider of the onnxruntime that this interpreter imports; it is not loaded."""
     found = find_spec("onnxruntime")
-    assert found and found.origin, "onnxruntime-gpu is not installed in this environment"
-    return Path(found.origin).parent / "capi" / PROVIDER
+    assert found is not None, "onnxruntime-gpu is not installed in this environment"
+    return Path(str(found.origin)).parent / "capi" / PROVIDER
 
 
 def wanted_of(provider: Path) -> dict[str, set[str]]:

@@ -1,8 +1,8 @@
 """The stand-in's CUDA runtime behind the names of `cuda.bindings.runtime`, and what it has counted.
 
-`install` puts it where `engines/cuda` imports that module and NVML from, so `CudaDevice` and ONNX Runtime's CUDA
-provider share one runtime, as they do on a GPU. The process must have been started with the stand-in's folder in
-LD_LIBRARY_PATH, else the provider would load another.
+`install` puts it where `engines/cuda` imports that module and NVML from, so `CudaDevice` and ONNX Runtime's
+CUDA provider share one runtime, as they do on a GPU. The process must have been started with the stand-in's
+folder in LD_LIBRARY_PATH, else the provider would load another.
 """
 # ruff: noqa: N802, N815 - the names are CUDA's and NVML's
 
@@ -71,14 +71,14 @@ class CaptureMode(IntEnum):
 
 
 class Report(Counter[tuple[str, str]]):
-    """What the stand-in has counted, by kind and name: calls, counts, what is open, notes, kernels, memory."""
+    """What the stand-in has counted, by kind and name: calls, counts, what is open, notes, kernels."""
 
     def of(self, kind: str) -> dict[str, int]:
         """The numbers of one kind that are not 0, by name."""
         return {name: number for (this, name), number in sorted(self.items()) if this == kind and number}
 
     def events(self) -> dict[str, int]:
-        """What happened on the device: launches, copies, waits, plans, allocations; without those that are 0."""
+        """Launches, copies, waits, plans and allocations, without those that are 0."""
         calls = self.of("call")
         calls_of = {
             "allocations": ("cudaMalloc", "cudaMallocFromPoolAsync"),

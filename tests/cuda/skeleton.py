@@ -1,4 +1,4 @@
-"""A skeleton's package with weights of zeros that take no room on the disk: here nothing computes with them."""
+"""A skeleton's package with weights of zeros that take no room on the disk: nothing computes with them."""
 
 from __future__ import annotations
 

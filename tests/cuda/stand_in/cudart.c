@@ -382,7 +382,16 @@ static const char *name_of(int error) {
 }
 
 const char *cudaGetErrorName(int error) { return name_of(error); }
-const char *cudaGetErrorString(int error) { return error ? "refused by the stand-in" : "no error"; }
+/* Texts that our errors are sorted by. */
+const char *cudaGetErrorString(int error) {
+    switch (error) {
+    case SUCCESS: return "no error";
+    case MEMORY_ALLOCATION: return "out of memory";
+    case CAPTURE_UNSUPPORTED: return "operation not permitted when stream is capturing";
+    case CAPTURE_INVALIDATED: return "operation failed due to a previous error during capture";
+    default: return "refused by the stand-in";
+    }
+}
 
 int cudaGetLastError(void) {
     int error = last_error;
@@ -998,7 +1007,9 @@ static void forget_capture(struct capture *gone) {
 }
 
 int cudaStreamEndCapture(void *handle, void **graph) {
-    BEGIN;
+    static struct counter call_ = {"call", __func__, 0, NULL, 0};
+    LOCK;
+    int refused = enter(&call_);
     struct stream *stream;
     *graph = NULL;
     int error = find_stream(handle, "cudaStreamEndCapture", &stream);
@@ -1012,14 +1023,14 @@ int cudaStreamEndCapture(void *handle, void **graph) {
     if (capture->mode != RELAXED && !pthread_equal(capture->thread, pthread_self()))
         return breaks(capture, "cudaStreamEndCapture by another thread", CAPTURE_WRONG_THREAD);
     struct nodes nodes = capture->nodes;
-    int broken = capture->broken;
-    forget_capture(capture);
-    if (broken) {
+    if (capture->broken && !refused)
+        refused = fail(CAPTURE_INVALIDATED);
+    forget_capture(capture); /* also when it fails */
+    if (refused)
         free(nodes.items);
-        return fail(CAPTURE_INVALIDATED);
-    }
-    *graph = keep(&graphs, nodes, "graph");
-    return SUCCESS;
+    else
+        *graph = keep(&graphs, nodes, "graph");
+    return refused;
 }
 
 static struct graph *find_graph(struct graph *list, void *handle) {
