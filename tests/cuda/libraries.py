@@ -17,7 +17,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent / "stand_in"
 PROVIDER = "libonnxruntime_providers_cuda.so"
-RUNTIME = "libcudart.so"
+RUNTIME = "libcudart.so.13"
 # What the provider links, or loads by name when it first needs it.
 _LIBRARY = re.compile(r"lib(?:cu\w+|cudnn)\.so\.\d+")
 _LOADED = re.compile(rb"(?<=\0)cudnn[A-Z]\w+(?=\0)")
@@ -74,17 +74,24 @@ def build(folder: Path, provider: Path) -> Path:
     Raises NotImplementedError with the functions that the stand-in lacks.
     """
     wanted = wanted_of(provider)
-    folder.mkdir(parents=True, exist_ok=True)
-    (runtime,) = (name for name in wanted if name.startswith(RUNTIME))
+    runtime = build_runtime(folder)
     lacking: dict[str, list[str]] = {}
-    for name in sorted(wanted, key=lambda name: name != runtime):  # the others are linked with it
-        _build_one(folder, name, wanted[name], [] if name == runtime else [str(folder / runtime)])
+    for name in sorted(wanted):
+        if name != runtime.name:
+            _build_one(folder, name, wanted[name], [str(runtime)])
         there = _output("nm", "-D", "--defined-only", str(folder / name))
         if lost := wanted[name] - {line.split()[-1].partition("@")[0] for line in there.splitlines()}:
             lacking[name] = sorted(lost)
     if lacking:
         raise NotImplementedError(f"{provider} wants functions that the stand-in lacks: {lacking}")
     return folder
+
+
+def build_runtime(folder: Path) -> Path:
+    """Build libcudart alone, for tests of its own rules; needs no provider."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _build_one(folder, RUNTIME, set(), [])
+    return folder / RUNTIME
 
 
 def _build_one(folder: Path, library: str, names: set[str], linked: list[str]) -> None:

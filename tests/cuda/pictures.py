@@ -37,7 +37,7 @@ FAILURES = (
     ("cudaMemcpyAsync", LAUNCH_FAILURE, 1),
     ("cudaMemcpyAsync", LAUNCH_FAILURE, 20),
     ("cudaStreamSynchronize", LAUNCH_FAILURE, 1),
-    ("cudaLaunchKernel", LAUNCH_FAILURE, 100),
+    ("__cudaLaunchKernel", LAUNCH_FAILURE, 100),
     ("cudnnBackendFinalize", 4000, 50),  # CUDNN_STATUS_INTERNAL_ERROR
     ("cudaStreamBeginCapture", UNSUPPORTED, 1),
     ("cudaStreamEndCapture", INVALIDATED, 1),

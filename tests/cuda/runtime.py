@@ -16,7 +16,8 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
 
-LIBRARY = "libcudart.so.13"
+from tests.cuda.libraries import RUNTIME
+
 _ADDRESS, _BYTES, _INT = c.c_void_p, c.c_size_t, c.c_int
 # What a function returns beside its error, and what it takes. Out parameters come first in CUDA, but in one.
 _FUNCTIONS: dict[str, tuple[list[Any], list[Any]]] = {
@@ -97,7 +98,7 @@ class StandIn:
 
     cudaMemcpyKind, cudaStreamCaptureMode, cudaStreamNonBlocking = MemcpyKind, CaptureMode, 1
 
-    def __init__(self, library: str = LIBRARY) -> None:
+    def __init__(self, library: str = RUNTIME) -> None:
         self._library = c.CDLL(library)
         self._library.stand_in_report.restype = _ADDRESS
         self._library.stand_in_free.argtypes = [_ADDRESS]
