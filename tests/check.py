@@ -3,8 +3,9 @@
 python tests/check.py [pytest arguments]
 python tests/check.py --imports [CHECKOUT]   a table of what imports what
 python tests/check.py --hops [CHECKOUT]      how many files a prompt goes through
+python tests/check.py --launches [CHECKOUT]  how many kernels ONNX Runtime launches in a run on CUDA
 
-The last two look at this checkout unless another is named.
+The last three look at this checkout unless another is named.
 """
 
 import shutil
@@ -50,14 +51,16 @@ def main(arguments: list[str]) -> int:
 def look(arguments: list[str]) -> int:
     """Print the table that was asked for."""
     sys.path.insert(0, str(ROOT))
+    from tests.cuda.launches import print_launches
     from tests.hops import print_hops
     from tests.structure import print_imports
 
-    show = {"--imports": print_imports, "--hops": print_hops}[arguments[0]]
+    shows = {"--imports": print_imports, "--hops": print_hops, "--launches": print_launches}
+    show = shows[arguments[0]]
     show(Path(arguments[1]).resolve() if arguments[1:] else ROOT)
     return 0
 
 
 if __name__ == "__main__":
-    look_only = sys.argv[1:2] in (["--imports"], ["--hops"])
+    look_only = sys.argv[1:2] in (["--imports"], ["--hops"], ["--launches"])
     raise SystemExit(look(sys.argv[1:]) if look_only else main(sys.argv[1:]))

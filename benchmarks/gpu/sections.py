@@ -86,8 +86,18 @@ def placement(opener: Opener, scale: Scale) -> Iterator[Row]:
 
 
 def _placed(name: str, net: Any) -> Row:
-    """What the library's profile says of each node that ran: its event has `args` with types and provider."""
-    events: list[dict[str, Any]] = json.loads(net.end_profile().read_bytes())
+    nodes, on_cpu, found = read_placement(net.end_profile())
+    problems = [f"{len(those)} {what}: {', '.join(those[:4])}" for what, those in found.items() if those]
+    problems += [] if nodes else ["the profile has no node that ran"]
+    return row_of(name, {"nodes": nodes, "on_cpu": on_cpu}, problems)
+
+
+def read_placement(profile: Path) -> tuple[int, int, dict[str, list[str]]]:
+    """How many nodes ran, how many of them on the CPU, and what is misplaced: the nodes by fault.
+
+    The library's profile has an event of each node that ran, with `args` that name types and provider.
+    """
+    events: list[dict[str, Any]] = json.loads(profile.read_bytes())
     nodes = {
         f"{event['name'].removesuffix(_KERNEL)} ({event['args']['op_name']})": event["args"]
         for event in events
@@ -99,10 +109,7 @@ def _placed(name: str, net: Any) -> Row:
         # activations that left the GPU; integer arithmetic on shapes belongs on the CPU
         "floating-point nodes on the CPU": [node for node in on_cpu if _FLOATS & _types(nodes[node])],
     }
-    found = {what: sorted(those) for what, those in misplaced.items() if those}
-    problems = [f"{len(those)} {what}: {', '.join(those[:4])}" for what, those in found.items()]
-    problems += [] if nodes else ["the profile has no node that ran"]
-    return row_of(name, {"nodes": len(nodes), "on_cpu": len(on_cpu)}, problems)
+    return len(nodes), len(on_cpu), {what: sorted(those) for what, those in misplaced.items()}
 
 
 def _types(args: dict[str, Any]) -> set[str]:

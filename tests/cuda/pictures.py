@@ -1,0 +1,156 @@
+"""Whole pictures on the stand-in: the pipeline, the loop and the nets of `OnnxRuntimeCudaBackend`.
+
+A picture is of one colour here, which the pipeline refuses elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from latentrt.benchmarks.gpu.opener import Opened, Opener, draw
+from latentrt.benchmarks.sides.contract import Task
+from latentrt.engines.cuda.device import CudaDevice
+from latentrt.engines.errors import LatentrtError
+from latentrt.engines.onnxruntime.cuda_backend import ONNXRUNTIME_CUDA
+from latentrt.engines.package import Package
+from latentrt.engines.store.engine_store import EngineStore
+from latentrt.engines.tensorrt.build import built_nets
+from latentrt.runtime import result
+from latentrt.runtime.loop.device.cuda_graphs import Graphs
+from tests.cuda.bench import Facts, cases_of
+from tests.cuda.runtime import StandIn
+
+GRAPHS: tuple[Graphs, ...] = ("off", "on", "auto")
+PICTURES = 6
+OUT_OF_MEMORY, LAUNCH_FAILURE, UNSUPPORTED, INVALIDATED = 2, 719, 900, 901
+# What fails while pictures are drawn: a function, its error, and the how-manieth call from then on.
+FAILURES = (
+    ("cudaMalloc", OUT_OF_MEMORY, 1),
+    ("cudaMalloc", OUT_OF_MEMORY, 4),
+    ("cudaMallocHost", OUT_OF_MEMORY, 1),
+    ("cudaMemsetAsync", LAUNCH_FAILURE, 1),
+    ("cudaMemcpyAsync", LAUNCH_FAILURE, 1),
+    ("cudaMemcpyAsync", LAUNCH_FAILURE, 20),
+    ("cudaStreamSynchronize", LAUNCH_FAILURE, 1),
+    ("__cudaLaunchKernel", LAUNCH_FAILURE, 100),
+    ("cudnnBackendFinalize", 4000, 50),  # CUDNN_STATUS_INTERNAL_ERROR
+    ("cudaStreamBeginCapture", UNSUPPORTED, 1),
+    ("cudaStreamEndCapture", INVALIDATED, 1),
+    ("cudaGraphInstantiate", OUT_OF_MEMORY, 1),
+    ("cudaGraphUpload", OUT_OF_MEMORY, 1),
+    ("cudaGraphLaunch", LAUNCH_FAILURE, 1),
+)
+# While a pipeline is opened: the stream, the first weights, some later ones.
+OPENING_FAILURES = (
+    ("cudaStreamCreateWithFlags", OUT_OF_MEMORY, 1),
+    ("cudaMalloc", OUT_OF_MEMORY, 1),
+    ("cudaMalloc", OUT_OF_MEMORY, 200),
+    ("cublasCreate_v2", 3, 2),  # CUBLAS_STATUS_ALLOC_FAILED
+)
+
+
+@contextmanager
+def opener_of(package: Package) -> Iterator[Opener]:
+    """As a user opens it, with an engine store of its own, in which nothing was measured."""
+
+    def accept(images: object, dtype: str) -> None:
+        """Pictures of one colour are all there are."""
+
+    usual, result.check_pictures = result.check_pictures, accept
+    try:
+        with TemporaryDirectory() as folder:
+            open_device = partial(
+                ONNXRUNTIME_CUDA.open_device, package, built_nets(package), store=EngineStore(Path(folder))
+            )
+            task = Task(package=package.root, backend="onnxruntime-cuda", device="cuda")
+            yield Opener(task=task, package=package, open_device=open_device, watch=CudaDevice)
+    finally:
+        result.check_pictures = usual
+
+
+def pictures(package: Package, runtime: StandIn) -> dict[str, Facts]:
+    """What drawing does, by the way rows are run; and what is open after all of it."""
+    facts: dict[str, Facts] = {}
+    with opener_of(package) as opener:
+        with opener.pipeline("off") as opened:
+            draw(opened.pipe, cases_of(package)[0])  # what the libraries keep for ever is there now
+        for graphs in GRAPHS:
+            before = runtime.report()
+            with opener.pipeline(graphs) as opened:
+                facts[graphs] = _drawn(opened, package, runtime)
+            found = runtime.report().since(before)
+            facts[graphs] |= {"left_open": found.of("open"), "forbidden": found.of("forbidden")}
+            facts[graphs]["notes"] = found.of("note")
+    return facts
+
+
+def _drawn(opened: Opened, package: Package, runtime: StandIn) -> Facts:
+    usual, other = cases_of(package)
+
+    def events(work: Callable[[], object]) -> dict[str, int]:
+        before = runtime.report()
+        work()
+        return runtime.report().since(before).events()
+
+    def picture(case: object, seed: int) -> dict[str, int]:
+        return events(lambda: draw(opened.pipe, replace(case, seed=seed)))  # pyright: ignore
+
+    facts: Facts = {"steps": usual.steps}
+    facts["pictures"] = [picture(usual, seed) for seed in range(PICTURES)]
+    facts["replays"] = opened.loop.replays
+    facts["other_size"] = [picture(other, seed) for seed in range(3)]
+    facts["first_size_again"] = [picture(usual, seed) for seed in range(3)]
+    held = runtime.report().of("memory")["used"]
+    facts["freed_idle"] = opened.loop.free_idle()
+    facts["freed_bytes"] = held - runtime.report().of("memory")["used"]
+    facts["after_freeing"] = [picture(usual, seed) for seed in range(2)]
+    facts["log"] = list(opened.log)
+    return facts
+
+
+def failures(package: Package, runtime: StandIn) -> list[Facts]:
+    """What each failure becomes: an error or none, whether the next picture works, and what is left open."""
+    case = cases_of(package)[0]
+    facts: list[Facts] = []
+    with opener_of(package) as opener:
+        for graphs in GRAPHS:  # what the libraries keep for ever is there then
+            with opener.pipeline(graphs) as opened:
+                draw(opened.pipe, case)
+        for name, error, call in OPENING_FAILURES:
+            before = runtime.report()
+            fact: Facts = {"failing": f"{name} while opening, call {call}", "next": ""}
+            runtime.fail(name, error, call=call)
+            fact["error"] = _error_of(partial(_open, opener))
+            runtime.mend()
+            facts.append({**fact, "left_open": runtime.report().since(before).of("open")})
+        for name, error, call in FAILURES:
+            before = runtime.report()
+            fact = {"failing": f"{name}, call {call}"}
+            with opener.pipeline("on") as opened:
+                # a picture of a new size; then those that capture and replay a row
+                runtime.fail(name, error, call=call)
+                found = [_error_of(lambda o=opened: draw(o.pipe, case)) for _ in range(3)]
+                fact["error"] = next((text for text in found if text), "")
+                fact["log"] = list(opened.log)
+                runtime.mend()
+                fact["next"] = _error_of(lambda o=opened: draw(o.pipe, case))
+            facts.append({**fact, "left_open": runtime.report().since(before).of("open")})
+    return facts
+
+
+def _open(opener: Opener) -> None:
+    with opener.pipeline("off"):
+        pass
+
+
+def _error_of(work: Callable[[], object]) -> str:
+    try:
+        work()
+    except LatentrtError as error:
+        return f"{type(error).__name__}: {error.found}"
+    return ""

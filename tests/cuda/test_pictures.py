@@ -1,0 +1,142 @@
+"""Whole pictures over the stand-in: what a warm one does, what changes of size cost, what is left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cuda import environment
+
+Facts = dict[str, Any]
+CAPTURED = "runs on CUDA are captured only on request"
+WAITS = "every 32nd run of a net waits for the stream, also in the middle of a picture"
+# A loop of rows that are replayed leaves the launches of the nets that run once per picture.
+ALLOCATIONS = {"allocations", "page-locked allocations", "cuDNN plans"}
+
+
+@pytest.fixture(scope="module")
+def pictures(built: Path) -> dict[str, Facts]:
+    return environment.ask(built, "pictures", "demo")
+
+
+@pytest.fixture(scope="module")
+def failures(built: Path) -> list[Facts]:
+    return environment.ask(built, "failures", "demo")
+
+
+def test_a_warm_picture_allocates_and_plans_nothing(pictures: dict[str, Facts]) -> None:
+    for facts in pictures.values():
+        for size in ("pictures", "other_size", "first_size_again"):
+            assert not [events for events in facts[size][1:] if ALLOCATIONS & events.keys()]
+
+
+@pytest.mark.parametrize(
+    "graphs",
+    [
+        pytest.param("off", marks=pytest.mark.xfail(strict=True, reason=WAITS)),
+        "on",
+        pytest.param("auto", marks=pytest.mark.xfail(strict=True, reason=WAITS)),
+    ],
+)
+def test_a_warm_picture_waits_twice(pictures: dict[str, Facts], graphs: str) -> None:
+    """For the prompt and for the picture."""
+    facts = pictures[graphs]
+    warm = [*facts["pictures"][1:], *facts["other_size"], *facts["first_size_again"]]
+    assert {events["waits"] for events in warm} == {2}
+
+
+def test_a_warm_picture_is_uploaded_and_downloaded_the_same_way_each_time(
+    pictures: dict[str, Facts],
+) -> None:
+    for facts in pictures.values():
+        for events in facts["pictures"]:
+            assert (events["copies to the device"], events["copies to the host"]) == (8, 4)
+
+
+def test_plain_rows_launch_the_same_in_every_picture(pictures: dict[str, Facts]) -> None:
+    assert len({events["launches"] for events in pictures["off"]["pictures"]}) == 1
+    assert not pictures["off"]["replays"]
+
+
+@pytest.mark.parametrize(
+    "graphs", ["on", pytest.param("auto", marks=pytest.mark.xfail(strict=True, reason=CAPTURED))]
+)
+def test_rows_are_replayed(pictures: dict[str, Facts], graphs: str) -> None:
+    facts, plain = pictures[graphs], pictures["off"]["pictures"][-1]
+    assert facts["replays"]
+    last = facts["pictures"][-1]
+    assert last["graph launches"] == facts["steps"]
+    kernels = ("launches", "library launches", "replayed launches")
+    assert sum(last[name] for name in kernels) == sum(plain.get(name, 0) for name in kernels)
+    assert last["launches"] < plain["launches"] / 4
+
+
+def test_a_graph_outlives_other_sizes(pictures: dict[str, Facts]) -> None:
+    """The loop's rows are replayed at once when a size comes back: only the decoder plans anew."""
+    first = pictures["on"]["first_size_again"][0]
+    assert first["graph launches"] == pictures["on"]["steps"]
+    assert first["cuDNN plans"] < pictures["on"]["pictures"][0]["cuDNN plans"]
+
+
+def test_nothing_is_captured_that_may_not_be(pictures: dict[str, Facts]) -> None:
+    assert {graphs: facts["forbidden"] for graphs, facts in pictures.items() if facts["forbidden"]} == {}
+    assert {graphs: facts["notes"] for graphs, facts in pictures.items() if facts["notes"]} == {}
+
+
+@pytest.mark.parametrize(
+    "graphs", ["off", "on", pytest.param("auto", marks=pytest.mark.xfail(strict=True, reason=CAPTURED))]
+)
+def test_nothing_is_logged(pictures: dict[str, Facts], graphs: str) -> None:
+    assert pictures[graphs]["log"] == []
+
+
+def test_what_is_idle_is_freed_and_made_anew(pictures: dict[str, Facts]) -> None:
+    for facts in pictures.values():
+        assert facts["freed_idle"]
+        assert facts["freed_bytes"] > 0
+        first, second = facts["after_freeing"]
+        assert first["allocations"] > 0
+        assert "allocations" not in second
+
+
+def test_a_closed_pipeline_leaves_nothing(pictures: dict[str, Facts]) -> None:
+    assert {graphs: facts["left_open"] for graphs, facts in pictures.items() if facts["left_open"]} == {}
+
+
+# ── failures ──────────────────────────────────────────────────────────────────────────────────
+
+
+def named(failures: list[Facts], start: str) -> list[Facts]:
+    found = [fact for fact in failures if fact["failing"].startswith(start)]
+    assert found
+    return found
+
+
+def test_after_any_failure_nothing_is_left_open(failures: list[Facts]) -> None:
+    assert {fact["failing"]: fact["left_open"] for fact in failures if fact["left_open"]} == {}
+
+
+def test_every_failure_is_seen(failures: list[Facts]) -> None:
+    """As an error or as a line of the log; else it was not injected."""
+    assert [fact["failing"] for fact in failures if not (fact["error"] or fact.get("log"))] == []
+
+
+def test_the_next_picture_is_drawn(failures: list[Facts]) -> None:
+    # The library's convolution keeps what it had of a plan whose building failed, and never builds it again.
+    broken = {fact["failing"] for fact in named(failures, "cudnnBackendFinalize")}
+    assert {fact["failing"] for fact in failures if fact["next"]} == broken
+
+
+def test_a_row_that_cannot_be_captured_runs_plainly(failures: list[Facts]) -> None:
+    starts = ("cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphUpload")
+    for fact in (fact for start in starts for fact in named(failures, start)):
+        assert fact["error"] == ""
+        assert fact["log"][0].startswith("the loop is not captured: ")
+
+
+def test_memory_that_is_short_while_opening_is_a_limit(failures: list[Facts]) -> None:
+    for fact in failures:
+        if "while opening" in fact["failing"]:
+            assert fact["error"].startswith("MemoryLimitError: "), fact

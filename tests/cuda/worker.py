@@ -1,0 +1,90 @@
+"""What ONNX Runtime's CUDA provider does with our nets on the stand-in, as JSON: run in a process of its own.
+
+    LD_LIBRARY_PATH=LIBRARIES .venv-cuda/bin/python -m tests.cuda.worker nets demo [NET...] [--layout NAME]
+
+LIBRARIES is what `python -m tests.cuda.libraries LIBRARIES` has built. A package is `demo`, a folder, or the
+name of a skeleton, whose weights are zeros that take no room.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from latentrt.engines.errors import LatentrtError
+from latentrt.engines.onnxruntime.tuning.cuda_layouts import CUDA_LAYOUTS
+from latentrt.engines.package import Package
+from latentrt.runtime.pipeline import SHIPPED
+from tests.cuda import mutations, pictures
+from tests.cuda.bench import Bench, Facts, net_facts
+from tests.cuda.runtime import StandIn
+from tests.cuda.skeleton import zero_package
+
+# Nets with images, which a layout changes.
+WITH_IMAGES = ("unet", "vae_decoder", "vae_encoder")
+NOT_RUN = ("unet_whole",)  # for other tools: no backend opens it
+
+
+@contextmanager
+def package_of(name: str) -> Iterator[Package]:
+    """The package that the command line names."""
+    if name == "demo" or Path(name).is_dir():
+        yield Package.open(SHIPPED["demo"] if name == "demo" else Path(name))
+        return
+    with TemporaryDirectory() as folder:
+        yield zero_package(name, Path(folder) / name)
+
+
+def nets(package: Package, runtime: StandIn, names: Sequence[str], layouts: Sequence[str]) -> Facts:
+    """The facts of nets by `net/layout`; an error is a fact too."""
+    facts: Facts = {}
+    bench = Bench(runtime, package)
+    for name in names or [name for name in package.manifest.nets if name not in NOT_RUN]:
+        for layout in CUDA_LAYOUTS.values():
+            if (layout.lowered and name not in WITH_IMAGES) or (layouts and layout.name not in layouts):
+                continue
+            try:
+                facts[f"{name}/{layout.name}"] = net_facts(bench, name, layout)
+            except LatentrtError as error:
+                facts[f"{name}/{layout.name}"] = {"error": error.found}
+    bench.close()
+    return facts
+
+
+def launches(facts: Mapping[str, Facts]) -> dict[str, int]:
+    """The library's own launches in a run of a known shape, by `net/layout`."""
+    return {name: item["runs"][-1]["launches"] for name, item in facts.items() if "runs" in item}
+
+
+def main() -> None:
+    """Print the facts as one line of JSON: the last one."""
+    every = ("nets", "launches", "pictures", "failures", "mutations")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("what", choices=every)
+    parser.add_argument("package")
+    parser.add_argument("nets", nargs="*")
+    parser.add_argument("--layout", action="append", default=[])
+    options = parser.parse_args()
+    runtime = StandIn()
+    runtime.install()
+    with package_of(options.package) as package:
+        measure = partial(nets, package, runtime, options.nets, options.layout)
+        facts = {
+            "nets": measure,
+            "launches": lambda: launches(measure()),
+            "pictures": lambda: pictures.pictures(package, runtime),
+            "failures": lambda: pictures.failures(package, runtime),
+            "mutations": lambda: mutations.every(Bench(runtime, package)),
+        }[options.what]()
+    print(json.dumps(facts))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
