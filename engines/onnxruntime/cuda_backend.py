@@ -93,14 +93,14 @@ def _open_net(
     """A net in the fastest layout that is known or can be made, and why none but `plain` can be."""
     from .lowering.lower import lower
     from .tuning.choice import TUNED_NETS
-    from .tuning.cuda_layouts import stored_graph
+    from .tuning.cuda_layouts import LOWERED_NETS, stored_graph
 
     opened = partial(open_onnxruntime_net, package, name, device, profile=profile)
-    if name not in TUNED_NETS:
+    if name not in LOWERED_NETS:
         return opened(), ""
     # The library takes a path and the store has hashed bytes, so these very bytes go to a folder of our own.
     with TemporaryDirectory() as folder:
-        if known := stored_graph(package, name, store, device.facts):
+        if name in TUNED_NETS and (known := stored_graph(package, name, store, device.facts)):
             layout, content = known
             graph = Path(folder) / f"{name}.onnx"
             graph.write_bytes(content)

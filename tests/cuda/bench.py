@@ -15,7 +15,6 @@ from latentrt.engines.cuda.device import CudaDevice
 from latentrt.engines.errors import LatentrtError
 from latentrt.engines.onnxruntime.lowering.lower import lower
 from latentrt.engines.onnxruntime.nets import OnnxRuntimeDeviceNet, open_onnxruntime_net
-from latentrt.engines.onnxruntime.tuning.cuda_layouts import CudaLayout
 from latentrt.engines.package import Package
 from latentrt.engines.spec import output_shapes
 from latentrt.runtime.loop.device.programs import input_shapes
@@ -43,23 +42,11 @@ class Bench:
         self.device.close()
 
     @contextmanager
-    def opened(
-        self, name: str, layout: CudaLayout, profile: Path | None = None
-    ) -> Iterator[OnnxRuntimeDeviceNet]:
-        """A net in a layout; runs may be captured."""
+    def opened(self, name: str, layout: str, profile: Path | None = None) -> Iterator[OnnxRuntimeDeviceNet]:
+        """A net in a layout."""
         with TemporaryDirectory() as folder:
-            graph = None
-            if layout.lowered:
-                graph = lower(self.package, name, Path(folder), convolutions=layout.convolutions)
-            net = open_onnxruntime_net(
-                self.package,
-                name,
-                self.device,
-                graph=graph,
-                prefer_nhwc=layout.prefer_nhwc,
-                capture=True,
-                profile=profile,
-            )
+            graph = None if layout == "plain" else lower(self.package, name, Path(folder))
+            net = open_onnxruntime_net(self.package, name, self.device, graph=graph, profile=profile)
         try:
             yield net
         finally:
@@ -100,7 +87,7 @@ class Bench:
         return {**kinds, "error": error, "replayed": replayed}
 
 
-def net_facts(bench: Bench, name: str, layout: CudaLayout) -> Facts:
+def net_facts(bench: Bench, name: str, layout: str) -> Facts:
     """Everything the tests ask of one net in one layout."""
     usual, other = cases_of(bench.package)
     before = bench.runtime.report()
@@ -123,7 +110,7 @@ def inputs_on_host(session: Any) -> list[str]:
     return [item.name for item, info in infos if info.name.lower() == "cpu"]
 
 
-def placement_of(bench: Bench, name: str, layout: CudaLayout, case: Case) -> Facts:
+def placement_of(bench: Bench, name: str, layout: str, case: Case) -> Facts:
     """Where nodes ran, by the library's profile."""
     with TemporaryDirectory() as folder, bench.opened(name, layout, Path(folder)) as net:
         with bench.bound(net, case) as run:

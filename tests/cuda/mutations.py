@@ -12,12 +12,9 @@ import onnxruntime
 
 from latentrt.benchmarks.gpu.sections import read_placement
 from latentrt.engines.errors import LatentrtError
-from latentrt.engines.onnxruntime.tuning.cuda_layouts import CudaLayout
+from latentrt.engines.onnxruntime import nets
+from latentrt.engines.onnxruntime.session import run_options
 from tests.cuda.bench import Bench, Facts, cases_of
-
-PLAIN = CudaLayout(name="plain", lowered=False, convolutions=False, prefer_nhwc=False)
-# The provider's own NHWC, which also computes shapes on the GPU.
-PREFERRED = CudaLayout(name="preferred", lowered=True, convolutions=False, prefer_nhwc=True)
 
 
 def every(bench: Bench) -> dict[str, Facts]:
@@ -35,10 +32,20 @@ def every(bench: Bench) -> dict[str, Facts]:
 
 
 def shapes_on_the_gpu(bench: Bench) -> Facts:
-    """A layout with `prefer_nhwc`: its run copies to the host, and waits for that."""
-    with bench.opened("unet", PREFERRED) as net, bench.bound(net, cases_of(bench.package)[0]) as run:
-        # a shape that was "computed" on the stand-in is zeros, so the run ends at the first use of one
-        return bench.events(lambda: _attempt(run))
+    """The provider's own NHWC, which takes every node: its run copies to the host, and waits for that."""
+    usual = nets.open_session
+
+    def open_session(path: Path, options: Any, providers: Any, **more: Any) -> Any:
+        (name, settings), *others = providers
+        return usual(path, options, [(name, {**settings, "prefer_nhwc": "1"}), *others], **more)
+
+    nets.open_session = open_session
+    try:
+        with bench.opened("unet", "plain") as net, bench.bound(net, cases_of(bench.package)[0]) as run:
+            # a shape that was "computed" on the stand-in is zeros, so the run ends at the first use of one
+            return bench.events(lambda: _attempt(run))
+    finally:
+        nets.open_session = usual
 
 
 def float_node_on_the_cpu(bench: Bench) -> Facts:
@@ -64,7 +71,7 @@ def float_node_on_the_cpu(bench: Bench) -> Facts:
 
 def first_run_captured(bench: Bench) -> Facts:
     """A capture without a plain run before it: the arena has to grow within it."""
-    with bench.opened("text_encoder", PLAIN) as net, bench.bound(net, cases_of(bench.package)[0]) as run:
+    with bench.opened("text_encoder", "plain") as net, bench.bound(net, cases_of(bench.package)[0]) as run:
         return bench.capture(run)
 
 
@@ -72,7 +79,7 @@ def another_shape_before_the_capture(bench: Bench) -> Facts:
     """A, B, capture of A: a convolution remembers one shape, so its plans are built in the capture."""
     usual, other = cases_of(bench.package)
     with (
-        bench.opened("vae_decoder", PLAIN) as net,
+        bench.opened("vae_decoder", "plain") as net,
         bench.bound(net, usual) as a,
         bench.bound(net, other) as b,
     ):
@@ -82,18 +89,18 @@ def another_shape_before_the_capture(bench: Bench) -> Facts:
 
 
 def run_that_waits(bench: Bench) -> Facts:
-    """The first run after `release` waits for the stream."""
-    with bench.opened("step", PLAIN) as net, bench.bound(net, cases_of(bench.package)[0]) as run:
+    """A run with the library's usual options waits for the stream."""
+    with bench.opened("step", "plain") as net, bench.bound(net, cases_of(bench.package)[0]) as run:
         for _ in range(2):
             run()
-        net.release()
+        net.run_options = run_options()
         return bench.events(run)
 
 
 def session_that_is_held(bench: Bench) -> Facts:
     """A session that somebody still holds after its net was closed."""
     before = bench.runtime.report()
-    with bench.opened("step", PLAIN) as net:
+    with bench.opened("step", "plain") as net:
         held = net.session()
     left = bench.runtime.report().since(before).of("open")
     del held

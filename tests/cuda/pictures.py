@@ -21,7 +21,7 @@ from latentrt.engines.package import Package
 from latentrt.engines.store.engine_store import EngineStore
 from latentrt.engines.tensorrt.build import built_nets
 from latentrt.runtime import result
-from latentrt.runtime.loop.device.cuda_graphs import Graphs
+from latentrt.runtime.loop.device.verdicts import Graphs
 from tests.cuda.bench import Facts, cases_of
 from tests.cuda.runtime import StandIn
 

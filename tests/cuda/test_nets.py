@@ -13,7 +13,6 @@ from tests.cuda import environment, launches
 # What a run of a shape that has run before may do. Descriptors describe a call's addresses to cuDNN.
 ENQUEUES = {"launches", "library launches", "copies on the device", "cuDNN descriptors"}
 SKELETONS = [pytest.param(name, marks=pytest.mark.slow) for name in launches.PACKAGES if name != "demo"]
-GROUPNORM = "the layout `groupnorm` computes shapes on the GPU (prefer_nhwc)"
 
 Facts = dict[str, dict[str, Any]]
 
@@ -42,7 +41,6 @@ def wrong(facts: Facts, find: Callable[[dict[str, Any]], Any]) -> dict[str, Any]
     return {name: found for name, fact in facts.items() if (found := find(fact))}
 
 
-@pytest.mark.xfail(strict=True, reason=GROUPNORM)
 def test_every_net_runs_in_every_layout(every: Facts) -> None:
     assert wrong(every, lambda fact: fact.get("error")) == {}
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from latentrt.engines.errors import LatentrtError
-from latentrt.engines.onnxruntime.tuning.cuda_layouts import CUDA_LAYOUTS
+from latentrt.engines.onnxruntime.tuning.cuda_layouts import CUDA_LAYOUTS, LOWERED_NETS
 from latentrt.engines.package import Package
 from latentrt.runtime.pipeline import SHIPPED
 from tests.cuda import mutations, pictures
@@ -26,8 +26,6 @@ from tests.cuda.bench import Bench, Facts, net_facts
 from tests.cuda.runtime import StandIn
 from tests.cuda.skeleton import zero_package
 
-# Nets with images, which a layout changes.
-WITH_IMAGES = ("unet", "vae_decoder", "vae_encoder")
 NOT_RUN = ("unet_whole",)  # for other tools: no backend opens it
 
 
@@ -46,13 +44,13 @@ def nets(package: Package, runtime: StandIn, names: Sequence[str], layouts: Sequ
     facts: Facts = {}
     bench = Bench(runtime, package)
     for name in names or [name for name in package.manifest.nets if name not in NOT_RUN]:
-        for layout in CUDA_LAYOUTS.values():
-            if (layout.lowered and name not in WITH_IMAGES) or (layouts and layout.name not in layouts):
+        for layout in CUDA_LAYOUTS if name in LOWERED_NETS else CUDA_LAYOUTS[:1]:
+            if layouts and layout not in layouts:
                 continue
             try:
-                facts[f"{name}/{layout.name}"] = net_facts(bench, name, layout)
+                facts[f"{name}/{layout}"] = net_facts(bench, name, layout)
             except LatentrtError as error:
-                facts[f"{name}/{layout.name}"] = {"error": error.found}
+                facts[f"{name}/{layout}"] = {"error": error.found}
     bench.close()
     return facts
 

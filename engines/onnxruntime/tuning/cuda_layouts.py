@@ -15,11 +15,12 @@ from ...package import Package
 from ...store.engine_store import EngineStore, Entry
 from ...store.key import EngineKey, Target, package_key
 from ..session import library
-from .choice import measured_profile
+from .choice import TUNED_NETS, measured_profile
 
 # The simplest first, which is also what others are compared with: `plain` is the package's own graph, and
 # `nhwc` what `lowering.lower` makes of it.
 CUDA_LAYOUTS = ("plain", "nhwc")
+LOWERED_NETS = (*TUNED_NETS, "vae_encoder")  # those with images; the last is not worth measuring
 
 
 def layout_key(package: Package, net: str, gpu: DeviceFacts, version: str | None = None) -> EngineKey:
