@@ -13,6 +13,7 @@ from latentrt.engines.errors import BackendError, MemoryLimitError
 from latentrt.engines.package import Package
 from latentrt.engines.store.engine_store import EngineStore
 from latentrt.runtime.loop.device import cuda_graphs
+from latentrt.runtime.loop.device import verdicts as verdicts_module
 from latentrt.runtime.loop.device.cuda_graphs import Replay
 from latentrt.runtime.loop.device.verdicts import UNFINISHED, Verdict, Verdicts
 from tests.engines.host_device import HostDevice
@@ -276,7 +277,14 @@ def test_a_verdict_holds_for_the_next_process(monkeypatch: pytest.MonkeyPatch, t
     bench = Bench(monkeypatch)
     bench.pictures(bench.replay(verdicts=Verdicts(store, {"gpu": "L4"})), 2)
     (verdict,) = kept(tmp_path)
-    assert verdict == {"failed": "", "distance": 0, "allowed": 5e-3, "plain_s": 1.0, "replayed_s": 0.5}
+    assert verdict == {
+        "failed": "",
+        "began": 0,
+        "distance": 0,
+        "allowed": 5e-3,
+        "plain_s": 1.0,
+        "replayed_s": 0.5,
+    }
     launches = bench.steps.count("launch")
     assert bench.pictures(bench.replay(verdicts=Verdicts(store, {"gpu": "L4"})), 2) == [False, True]
     assert bench.steps.count("launch") == launches + 3, "compared again"
@@ -307,9 +315,12 @@ def test_a_comparison_that_ends_the_process_is_not_tried_again(
             raise BackendError("an illegal address", expected="", fix="")
 
     bench.failing = fail
-    with pytest.raises(BackendError, match="illegal address"):
-        bench.pictures(bench.replay(verdicts=Verdicts(store)), 2)
-    assert [item["failed"] for item in kept(tmp_path)] == [UNFINISHED]
+    times = iter((1000.0, 1059.0, 1061.0))
+    monkeypatch.setattr(verdicts_module, "time", lambda: next(times))
+    for _ in range(2):  # 59 seconds later another process may still be at it
+        with pytest.raises(BackendError, match="illegal address"):
+            bench.pictures(bench.replay(verdicts=Verdicts(store)), 2)
+        assert [(item["failed"], item["began"]) for item in kept(tmp_path)] == [(UNFINISHED, 1000)]
     assert bench.pictures(bench.replay("on", verdicts=Verdicts(store)), 3) == [False] * 3
     assert bench.lines == [f"rows are not replayed: {UNFINISHED}"]
 

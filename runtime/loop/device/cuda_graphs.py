@@ -17,7 +17,7 @@ from ....engines.device import Device, Graph
 from ....engines.errors import BackendError
 from ....engines.spec import Array
 from ....engines.tolerances import NET_RELATIVE_L2, relative_l2
-from .verdicts import UNFINISHED, Graphs, Verdict, Verdicts
+from .verdicts import Graphs, Verdict, Verdicts
 
 _ROWS = 2  # compared in one go: the second starts from what the first computed, so stale data shows
 
@@ -78,10 +78,8 @@ class Replay:
         again when this returns.
         """
         if self._warm and not self._closed and self._graph is None:
-            try:
-                self._decide(device, row, restart)
-            finally:
-                restart()
+            self._decide(device, row, restart)
+            restart()
         self._warm = True
 
     def enqueue(self, row: Row) -> None:
@@ -123,7 +121,7 @@ class Replay:
         plain, plain_s = run(row.enqueue_row)
         if not np.isfinite(plain).all():
             return None  # the request fails for it; a later one may not
-        self._verdicts.keep(self._shape, Verdict(failed=UNFINISHED))
+        self._verdicts.begin(self._shape)
         self._graph = self._capture(device, row)
         if self._graph is None:
             self._verdicts.forget(self._shape)

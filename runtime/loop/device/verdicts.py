@@ -9,6 +9,7 @@ import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import time
 from typing import TYPE_CHECKING, Literal
 
 from ....engines.errors import LatentrtError
@@ -20,6 +21,8 @@ Graphs = Literal["auto", "on", "off"]
 
 # What is remembered while a comparison runs: an error of the device may end the process in the middle of it.
 UNFINISHED = "an earlier comparison with plain rows did not end (`latentrt cache prune --all` forgets it)"
+# Seconds in which another process may still be at it; a comparison is half a dozen rows.
+_AT_IT = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +34,11 @@ class Verdict:
         distance: |replayed - plain| / |plain - start| of the state after the compared rows.
         allowed: the largest distance at which the two are equal.
         plain_s, replayed_s: seconds of a row.
+        began: when an unfinished comparison began, in seconds since the epoch.
     """
 
     failed: str = ""
+    began: float = 0.0
     distance: float = 0.0
     allowed: float = 0.0
     plain_s: float = 0.0
@@ -67,8 +72,15 @@ class Verdicts:
         """The verdict on a shape; None if there is none, or none that can be read."""
         if shape not in self._known and self._store is not None:
             with suppress(ValueError, TypeError):
-                self._known[shape] = Verdict(**json.loads(self._store.read_side_file(self._path(shape))))
+                verdict = Verdict(**json.loads(self._store.read_side_file(self._path(shape))))
+                if verdict.failed != UNFINISHED or time() - verdict.began > _AT_IT:
+                    self._known[shape] = verdict
         return self._known.get(shape)
+
+    def begin(self, shape: str) -> None:
+        """Remember that a comparison has begun; if one has already, when that was."""
+        if self._store is None or not self._store.read_side_file(self._path(shape)):
+            self.keep(shape, Verdict(failed=UNFINISHED, began=time()))
 
     def keep(self, shape: str, verdict: Verdict) -> None:
         """Remember a verdict. A store that cannot be written only means to compare again next time."""
