@@ -25,19 +25,15 @@ def psnr(found: Array, wanted: Array, peak: float = 255.0) -> float:
 def ssim(found: Array, wanted: Array, peak: float = 255.0) -> float:
     """The mean structural similarity (Wang et al. 2004, equation 13) of the worst picture of (N, H, W, C).
 
-    A window of 11x11 pixels weighted by a Gaussian, where it fits into the picture; channels count alike.
+    A window of 11x11 pixels weighted by a Gaussian, wherever it fits: no picture is smaller. Channels count
+    alike.
 
     Returns:
         1 for equal pictures, less for others; -1, the least there is, for other shapes and for values
         that are not finite.
-
-    Raises:
-        ValueError: the pictures are smaller than the window.
     """
     if found.shape != wanted.shape or not np.isfinite(found).all():
         return -1.0
-    if min(wanted.shape[1:3]) < WINDOW:
-        raise ValueError(f"SSIM is of pictures of at least {WINDOW}x{WINDOW} pixels, not {wanted.shape}")
     pairs = zip(found.astype(np.float64), wanted.astype(np.float64), strict=True)
     return min(_mean_ssim(x, y, peak) for x, y in pairs)
 

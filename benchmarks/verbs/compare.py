@@ -178,14 +178,15 @@ def _verdict(ratio: Interval, noise: float, unit: str) -> Verdict:
 
 def _ratio(documents: Sequence[Document], rows: Sequence[Row]) -> tuple[Interval, float | None]:
     """After / before, and the machine's: over the yardsticks if both documents have them."""
-    yardsticks = list(map(_yardsticks, documents, rows))
-    if all(yardsticks):
-        old, new = (_together(halves) for halves in yardsticks)
-        was, now = (median(half.figures["yardstick_p50_s"] for half in halves) for halves in yardsticks)
-        return ratio_of_runs(new, old, level=LEVEL), now / was
-    pairs = zip(documents, rows, strict=True)
-    old, new = (_together([row, *filter(None, [_again(document, row)])]) for document, row in pairs)
-    return ratio_of_runs(new, old, level=LEVEL), None
+    pairs, machine = list(map(_yardsticks, documents, rows)), None
+    if all(pairs):
+        was, now = (median(half.figures["yardstick_p50_s"] for half in pair) for pair in pairs)
+        machine = now / was
+    else:
+        both = zip(documents, rows, strict=True)
+        pairs = [[row, *filter(None, [_again(document, row)])] for document, row in both]
+    old, new = map(_together, pairs)
+    return ratio_of_runs(new, old, level=LEVEL), machine
 
 
 def _spread(document: Document, row: Row) -> float:

@@ -130,9 +130,10 @@ def _compare(
     """One row: a sample for each case; the first that fails to run ends it."""
     status: Status = "ok"
     problems: list[str] = []
+    samples: list[dict[str, Any]] = []
     # One net makes a picture of the same latent: that is held to more than a whole generation.
     decibels = DECODED_DB if workload == "vae_decoder" else PICTURE_DB
-    samples: list[dict[str, Any]] = []
+    unit, bar, judged = "1", NET_RELATIVE_L2[dtype], "relative_l2"
     for case in cases:
         try:
             wanted, found = (_outputs(side, workload, case) for side in (reference, ours))
@@ -142,6 +143,7 @@ def _compare(
             break
         sample = {"output": name, **alike, "psnr_db": min(alike["psnr_db"], IDENTICAL_DB)}
         if wanted[name].dtype == np.uint8:
+            unit, bar, judged = "dB", decibels[dtype], "psnr_db"
             likeness = ssim(found.get(name, wanted[name][:0]), wanted[name])
             sample |= {"ssim": likeness, "contrast": float(wanted[name].std())}
         samples.append({"seed": case.seed, **sample})
@@ -149,14 +151,11 @@ def _compare(
             status = "FAILED"
             problems.append(f"{name}, seed {case.seed}: {problem}")
     figures: dict[str, Any] = {"reference": reference.name}
-    unit, bar, judged = "1", NET_RELATIVE_L2[dtype], "relative_l2"
-    if samples and "ssim" in samples[0]:
-        unit, bar, judged = "dB", decibels[dtype], "psnr_db"
     if samples:
-        figures |= {name: max(sample[name] for sample in samples) for name in ("relative_l2", "max_error")}
         # contrast is the reference's, in shades: a flat picture is like any other
-        least = [name for name in ("psnr_db", "ssim", "contrast") if name in samples[0]]
-        figures |= {name: min(sample[name] for sample in samples) for name in least}
+        worst = {"relative_l2": max, "max_error": max, "psnr_db": min, "ssim": min, "contrast": min}
+        known = [name for name in worst if name in samples[0]]
+        figures |= {name: worst[name](sample[name] for sample in samples) for name in known}
         figures |= {"bar": bar, "samples": samples}
     alone = {name for name in ("sampler", "steps") if workload != "picture"}  # nets know no schedule
     return Row(

@@ -88,12 +88,11 @@ def test_what_fails_while_memory_is_watched_is_raised() -> None:
 
 def test_what_a_process_holds() -> None:
     before = Look(processes={1: 50}, used=400)
-    named = [(0.0, Look(processes={1: 50}, used=410)), (1.0, Look(processes={1: 50, 7: 30}, used=480))]
-    later = [*named, (2.0, Look(processes={7: 90}, used=520)), (3.0, Look(processes={7: 60}, used=500))]
-    sizes, known_by = holding(7, before, later)
-    assert ([size for _, size in sizes], known_by) == ([30, 90, 60], "process")
-    sizes, known_by = holding(8, before, later)  # NVML numbers it otherwise, as in a container
-    assert ([size for _, size in sizes], known_by) == ([10, 80, 120, 100], "device")
+    seen = (({1: 50}, 410), ({1: 50, 7: 30}, 480), ({7: 90}, 520), ({7: 60}, 500))
+    later = [Look(processes=processes, used=used) for processes, used in seen]
+    assert holding(7, before, later) == ([30, 90, 60], "process")
+    # NVML numbers it otherwise, as in a container
+    assert holding(8, before, later) == ([10, 80, 120, 100], "device")
     assert not holding(8, Look(processes={}, used=None), later)[0]
     assert not holding(8, Look(processes={}, used=600), later)[0], "it holds nothing that can be seen"
 
