@@ -21,14 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from ..engines.errors import BackendError, LatentrtError, PackageError, UsageError
+from ..engines.errors import LatentrtError, PackageError, UsageError
 from ..engines.package import Package
 from ..engines.spec import TEXT_ENCODERS
 from ..runtime.request.request import make_request
 from ..runtime.sampling.samplers import make_table
 from .case import NETS, Case, rows_per_step, sizes_of
 from .records import Row, short
-from .sides.contract import CEILING
+from .sides.contract import CEILING, bench_library
 
 GEMM, COPY = "gemm", "copy"  # the workloads of the ceiling
 _UNITS = {GEMM: "flop", COPY: "byte"}
@@ -69,15 +69,7 @@ def net_work(package: Package, net: str, sizes: Mapping[str, int]) -> Work:
         PackageError: the graph cannot be read, or has an operator whose work is not counted.
         BackendError: the library `onnx` is not installed.
     """
-    path = package.path(package.manifest.nets[net].graph)
-    try:
-        onnx = import_module("onnx")
-    except ImportError as error:
-        raise BackendError(
-            "onnx is not installed, which reads the graphs whose work is counted",
-            expected="the package onnx",
-            fix="Install it: pip install onnx",
-        ) from error
+    path, onnx = package.path(package.manifest.nets[net].graph), bench_library("onnx")
     try:
         model = onnx.load(str(path), load_external_data=False)
         model = import_module("onnx.inliner").inline_local_functions(model)

@@ -10,18 +10,15 @@ import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib import import_module
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from ...engines.errors import BackendError
-from ...engines.installed import install_command
 from .. import words
 from ..intervals import Interval
 from ..records import Row
 from ..roofline import COPY, GEMM
-from ..sides.contract import AGAIN
+from ..sides.contract import AGAIN, bench_library
 from .reading import Against, Case, Result, against, ceiling_rates, figure, our_rows, peers, stages, summary
 
 # matplotlib declares most keyword arguments without a type.
@@ -68,14 +65,7 @@ def house_style() -> Generator[None]:
     Raises:
         BackendError: matplotlib is not installed.
     """
-    try:
-        matplotlib: Any = import_module("matplotlib")  # its own types are partly unknown
-    except ImportError as error:
-        raise BackendError(
-            f"matplotlib cannot be imported ({error})",
-            expected="matplotlib, which draws the figures",
-            fix=f"Install it: {install_command('bench')}",
-        ) from error
+    matplotlib = bench_library("matplotlib")
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)

@@ -1,8 +1,7 @@
 """`latentrt bench compare`: two documents, row by row: slower, faster or the same, beyond the noise.
 
-What is compared are times over a yardstick's that ran next to ours in the same process, of both halves of the
-A/A pair, so that one process's luck with memory counts half (docs/benchmarks.md). Rows without one are
-compared as they were measured, and a remark says so.
+What is compared are times over the yardstick's (docs/benchmarks.md), of both halves of the A/A pair, so that
+one process's luck with memory counts half.
 
 A change counts if its confidence interval leaves 1 out, and it is larger than the threshold and than what
 the A/A pair of either document differs by. Of a few rounds there is no such interval, and of likenesses the

@@ -63,14 +63,8 @@ def measure_memory(
             rows.append(Row(side=OURS, workload=workload, status=error.status, reason=error.reason))
     nets = {*HOST_NETS, *TEXT_ENCODERS} & package.manifest.nets.keys()
     weights = sum(engine_bytes(package, net) for net in nets)
-    settings = {
-        "peers": sides.peers,
-        "interval_s": INTERVAL,
-        "warm_pictures": _WARM,
-        "baselines": {"interpreter": bench.interpreter, "context": bench.context},
-    }
     whole = (_over_weights(row, case, weights) for row in rows)
-    return document_of("memory", package, sides.task, whole, settings)
+    return document_of("memory", package, sides.task, whole, {"peers": sides.peers})
 
 
 def _over_weights(row: Row, case: Case, weights: int) -> Row:
