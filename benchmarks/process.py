@@ -8,7 +8,7 @@ stdin. Each command gets one line back, and what libraries print goes to stderr:
         "yardstick" is every side's
     {"do": "time", "slot", "runs", "beside"} -> {"seconds": [...], "figures": [...]}
         seconds of a run, or of one of its repetitions; where "beside" names a slot, that one runs after each
-        run, and "beside_s" of its figures says how long
+        run: seconds are of both then, and figures have "own_s" and "beside_s"
     {"do": "memory"} -> {"own": {...}}, what the side knows of its memory
     {"do": "close"} -> {}
 
@@ -205,10 +205,7 @@ class SideProcess(Child):
     def time(
         self, runs: int, *, slot: str = "", beside: str | None = None
     ) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
-        """Seconds of each run, and its figures: `beside_s` of a second slot that runs after each run.
-
-        Raises SideError.
-        """
+        """Seconds of each run, and its figures; both with those of the slot `beside`. Raises SideError."""
         answer = self.ask(do="time", runs=runs, slot=slot, beside=beside)
         return tuple(answer["seconds"]), answer["figures"]
 
@@ -281,7 +278,8 @@ class Server:
                 seconds.append(_seconds(work))
                 figures.append(dict(work.figures()))
                 if beside:
-                    figures[-1]["beside_s"] = _seconds(beside)
+                    figures[-1] |= {"own_s": seconds[-1], "beside_s": _seconds(beside)}
+                    seconds[-1] += figures[-1]["beside_s"]
         finally:
             gc.enable()
         _finite_outputs(work)

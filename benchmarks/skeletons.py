@@ -33,10 +33,8 @@ _DRAWN = 1 << 24
 def save_skeleton(package: Package, folder: Path) -> None:
     """Write the skeleton of an exported package; tokenizers are left out, as any one serves."""
     manifest = package.manifest
-    for name in manifest.files:
+    for name in (name for name in manifest.files if not name.startswith("tokenizer")):
         target = folder / name
-        if name.startswith("tokenizer"):
-            continue
         target.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".onnx"):
             shutil.copyfile(package.path(name), target)

@@ -47,7 +47,6 @@ TRIALS = 8  # of each shape, in turns: on a shared machine fewer would leave the
 COPIED = 2**29  # bytes, twice: from half of that on, a last cache of 300 MiB made no difference
 LAUNCHES = {CPU: 1, CUDA: 8}  # in a run: on a device waiting for its end would be measured otherwise
 _TILE = 2**24  # random bytes, over and over
-_FLOAT_OF = {"fp16": "float16", "fp32": "float32"}
 
 
 def available(task: Task) -> str | None:
@@ -59,7 +58,7 @@ def open_side(task: Task) -> OpenSide:
     """Raises UsageError for less than one thread, PackageError for a package whose dtype cannot be read."""
     if task.device == "cuda":
         provider, threads, shapes = CUDA, 1, DEVICE_SHAPES
-        dtype = _FLOAT_OF[Package.open(task.package).manifest.dtype]
+        dtype = Package.open(task.package).manifest.net("unet").spec.inputs[0].dtype
     else:
         threads = int(onnxruntime.session_options(task.threads).intra_op_num_threads)
         provider, shapes, dtype = CPU, HOST_SHAPES, "float32"

@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from ..case import NETS, PROMPT, Case
 from ..likeness import WINDOW, ssim
 from ..process import SideError, SideProcess
 from ..records import Document, Row, Status
-from ..sides.contract import OURS, REFERENCES, SIDES, WATCHED, Task
+from ..sides.contract import OURS, REFERENCES, SIDES, WATCHED, Task, missing_modules
 from .latency import Progress, document_of, silent, worst_output
 
 # The last draws noise in every row; "heun" calls the UNet twice in a step.
@@ -76,8 +75,8 @@ def choose_reference(task: Task, name: str = "") -> tuple[str, Task]:
             expected=", ".join(known),
             fix="Choose one of these: --reference onnxruntime.",
         )
-    torch = all(find_spec(library) is not None for library in ("torch", "diffusers"))
-    usual = "diffusers" if task.checkpoint is not None and torch else "onnxruntime"
+    here = task.checkpoint is not None and not missing_modules("torch", "diffusers")
+    usual = "diffusers" if here else "onnxruntime"
     return name or usual, replace(task, backend="onnxruntime", device="cpu")
 
 

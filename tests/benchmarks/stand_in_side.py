@@ -53,8 +53,9 @@ class StandInSide:
     def time(
         self, runs: int, *, slot: str = "", beside: str | None = None
     ) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
-        beside_s = {"beside_s": self.slots[beside]} if beside else {}
-        return (self.slots[slot],) * runs, [{**self.figures(), **beside_s} for _ in range(runs)]
+        own, other = self.slots[slot], self.slots[beside] if beside else 0.0
+        pair = {"own_s": own, "beside_s": other} if beside else {}
+        return (own + other,) * runs, [{**self.figures(), **pair} for _ in range(runs)]
 
     def __enter__(self) -> "StandInSide":
         return self

@@ -169,7 +169,7 @@ def test_the_reference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert choose_reference(task) == ("diffusers", theirs)
     assert choose_reference(replace(task, checkpoint=None))[0] == "onnxruntime"
     assert choose_reference(task, "openvino") == ("openvino", theirs)
-    monkeypatch.setattr(parity, "find_spec", lambda name: None)
+    monkeypatch.setattr(parity, "missing_modules", lambda *names: "not installed: torch")
     assert choose_reference(task)[0] == "onnxruntime"
     assert choose_reference(task, "diffusers")[0] == "diffusers", "what was asked for is not replaced"
     with pytest.raises(UsageError, match=r"'ceiling' cannot be the reference; expected latentrt, diffusers"):

@@ -20,9 +20,9 @@ from PIL import Image
 from latentrt.benchmarks import words
 from latentrt.benchmarks.intervals import ratio_by_round
 from latentrt.benchmarks.records import Document, Row
-from latentrt.benchmarks.report import Pages, outdated, write_report
+from latentrt.benchmarks.report import publish
 from latentrt.benchmarks.report.figures import Sheet, house_style
-from latentrt.benchmarks.report.publish import BEGIN, END, SUMMARY_BEGIN, SUMMARY_END, planned_figures
+from latentrt.benchmarks.report.publish import BEGIN, END, SUMMARY_BEGIN, SUMMARY_END, Pages
 from latentrt.benchmarks.report.reading import Result, read_results
 from latentrt.benchmarks.report.tables import full_tables, short_table
 from latentrt.engines.errors import BackendError, PackageError, UsageError
@@ -120,7 +120,7 @@ def test_lines_whose_answers_are_known() -> None:
 
 
 def drawn(document: Document, kind: str) -> Sheet:
-    return planned_figures(result(document))[f"document-{kind}.png"]()
+    return publish.planned_figures(result(document))[f"document-{kind}.png"]()
 
 
 def texts(sheet: Sheet) -> list[Any]:
@@ -143,7 +143,10 @@ def written(sheet: Sheet) -> str:
 def sheets() -> Iterator[dict[str, Sheet]]:
     """Every figure of a small model and of a full-size one, by file name."""
     with house_style():
-        planned = {**planned_figures(RESULTS["latency-demo"]), **planned_figures(RESULTS[FULL_SIZE])}
+        planned = {
+            **publish.planned_figures(RESULTS["latency-demo"]),
+            **publish.planned_figures(RESULTS[FULL_SIZE]),
+        }
         yield {name.removesuffix(".png"): draw() for name, draw in planned.items()}
 
 
@@ -205,7 +208,7 @@ def test_the_rooflines_points_are_the_rows(sheets: dict[str, Sheet]) -> None:
 
 def test_what_a_document_lacks_is_not_drawn() -> None:
     ours = tuple(row for row in LATENCY.rows if row.side.startswith("latentrt"))
-    assert list(planned_figures(result(replace(LATENCY, rows=ours)))) == ["document-waterfall.png"]
+    assert list(publish.planned_figures(result(replace(LATENCY, rows=ours)))) == ["document-waterfall.png"]
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,8 +244,8 @@ def pages(tmp_path: Path) -> Pages:
 
 
 def test_a_second_time_changes_nothing(results: Path, pages: Pages) -> None:
-    assert outdated(results, pages)
-    first = write_report(results, pages)
+    assert publish.outdated(results, pages)
+    first = publish.write_report(results, pages)
     assert first.figures == (pages.figures / FIGURE,)
     assert set(first.changed) == {*first.figures, pages.readme, pages.measurements}
     assert [remark.partition(" ")[0] for remark in first.remarks] == ["old.json", "text.json"]
@@ -253,8 +256,8 @@ def test_a_second_time_changes_nothing(results: Path, pages: Pages) -> None:
         assert text.endswith(f"\n\n{end}\nbehind\n")
         assert "stale" not in text
     assert f"(../figures/{FIGURE})" in text
-    assert outdated(results, pages) == ()
-    assert write_report(results, pages).changed == ()
+    assert publish.outdated(results, pages) == ()
+    assert publish.write_report(results, pages).changed == ()
 
 
 def rewrite(results: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -263,20 +266,20 @@ def rewrite(results: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -
 
 
 def test_what_is_outdated_is_named(results: Path, pages: Pages) -> None:
-    write_report(results, pages)
+    publish.write_report(results, pages)
     rewrite(results, lambda data: data)
-    assert outdated(results, pages) == (), "white space is not another document"
+    assert publish.outdated(results, pages) == (), "white space is not another document"
     rewrite(results, lambda data: {**data, "date": "2026-12-24T00:00:00+00:00"})
-    assert outdated(results, pages) == (
+    assert publish.outdated(results, pages) == (
         "all.md does not have the tables of the documents",
         f"{FIGURE} is missing, or was drawn from another document",
     )
     shutil.rmtree(results / "box")
-    assert f"{FIGURE} is of no document any more: delete it" in outdated(results, pages)
+    assert f"{FIGURE} is of no document any more: delete it" in publish.outdated(results, pages)
 
 
 def test_a_png_has_no_date_and_the_documents_digest(results: Path, pages: Pages) -> None:
-    ((figure,), (found,)) = write_report(results, pages).figures, read_results(results)[0]
+    ((figure,), (found,)) = publish.write_report(results, pages).figures, read_results(results)[0]
     with Image.open(figure) as image:
         assert image.info["latentrt-document"] == found.digest
         assert {"Software", "Creation Time"}.isdisjoint(image.info)
@@ -292,7 +295,7 @@ def test_a_page_without_markers_is_refused_before_anything_is_written(
     if text is not None:
         pages.measurements.write_text(text, encoding="utf-8")
     with pytest.raises(UsageError, match=f"{BEGIN} and {END}"):
-        write_report(results, pages)
+        publish.write_report(results, pages)
     assert not pages.figures.exists()
 
 

@@ -25,13 +25,13 @@ RULES = Rules(queries=20, seconds=0.0, samples=10, budget=5.0)
 class Slow(StandInSide):
     """Takes the time that it tells."""
 
-    def time(self, runs: int, *, slot: str = "") -> tuple[tuple[float, ...], list[dict[str, Any]]]:
+    def time(self, runs: int, *, slot: str = "", beside: str | None = None) -> Any:
         time.sleep(self.slots[slot] * runs)
-        return super().time(runs, slot=slot)
+        return super().time(runs, slot=slot, beside=beside)
 
 
 class Broken(Slow):
-    def time(self, runs: int, *, slot: str = "") -> Any:
+    def time(self, runs: int, *, slot: str = "", beside: str | None = None) -> Any:
         raise SideError("FAILED", "the output is not finite")
 
 
