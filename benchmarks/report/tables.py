@@ -196,8 +196,7 @@ def _safe(text: str) -> str:
 
 def summaries(document: Document) -> Lines:
     """(what, result) of a document, in Markdown."""
-    summarise = _SUMMARIES.get(document.benchmark)
-    return summarise(document) if summarise else iter(())
+    return _SUMMARIES[document.benchmark](document) if document.benchmark in _SUMMARIES else iter(())
 
 
 def _outside(document: Document) -> Lines:

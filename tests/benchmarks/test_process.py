@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.benchmarks.case import Case
 from latentrt.benchmarks.process import Child, Server, SideError, SideProcess, run, serve
-from latentrt.benchmarks.sides.contract import OpenSide, Task, Work
-from latentrt.runtime.pipeline import SHIPPED
+from latentrt.benchmarks.sides.contract import OpenSide, Work
+from tests.benchmarks.stand_in_side import CASE, TASK
 
 ORPHAN = """
 import sys, time
@@ -25,9 +24,6 @@ side = SideProcess("latentrt", "latentrt", Task.parse(sys.argv[1]))
 print(side.pid, flush=True)
 time.sleep(60)
 """
-
-CASE = Case(width=64, height=64, guidance_scale=3.0, steps=2)
-TASK = Task(package=SHIPPED["demo"], threads=1)
 
 
 def _work(value: float) -> Work:
