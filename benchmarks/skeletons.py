@@ -33,8 +33,10 @@ _DRAWN = 1 << 24
 def save_skeleton(package: Package, folder: Path) -> None:
     """Write the skeleton of an exported package; tokenizers are left out, as any one serves."""
     manifest = package.manifest
-    for name in (name for name in manifest.files if not name.startswith("tokenizer")):
+    for name in manifest.files:
         target = folder / name
+        if name.startswith("tokenizer"):
+            continue
         target.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".onnx"):
             shutil.copyfile(package.path(name), target)

@@ -218,9 +218,8 @@ def _scaling(document: Document) -> Lines:
         if row.status != "ok":
             yield what, f"{points}; {row.status}: {row.reason}"
             continue
-        sign = "−" if facts["intercept"] < 0 else "+"
-        rest = f"{sign} {words.seconds(abs(facts['intercept']))}"
-        line = f"{words.seconds(facts['slope'] * scale)} per {unit} {rest}"
+        rest, each = facts["intercept"], words.seconds(facts["slope"] * scale)
+        line = f"{each} per {unit} {'−' if rest < 0 else '+'} {words.seconds(abs(rest))}"
         yield what, f"{line}, largest residual {words.percent(facts['residual'])} ({points})"
 
 

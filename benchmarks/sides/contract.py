@@ -82,9 +82,8 @@ class Task:
     def parse(cls, text: str) -> Task:
         """The reverse of `text`."""
         values = json.loads(text)
-        return cls(
-            **values | {name: Path(values[name]) for name in ("package", "checkpoint") if values[name]}
-        )
+        paths = {name: Path(values[name]) for name in ("package", "checkpoint") if values[name]}
+        return cls(**values | paths)
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,6 @@ from latentrt.benchmarks.sides import ceiling, contract
 from latentrt.benchmarks.sides.contract import NotAvailableError, Task, Work, side
 from latentrt.benchmarks.sides.yardstick import GRAPH, SIZES, SKELETON, open_yardstick
 from latentrt.engines import processors
-from latentrt.engines.errors import UsageError
 from latentrt.engines.onnxruntime.nets import CPU, CUDA
 from latentrt.runtime.pipeline import SHIPPED
 
@@ -77,11 +76,6 @@ def test_a_copy_on_the_cpu_moves_what_it_says(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(ceiling, "COPIED", 1000)
     side("ceiling").open_side(TASK).prepare("copy", CASE).run()
     assert moved == [500, 500], "a part for each thread"
-
-
-def test_no_threads() -> None:
-    with pytest.raises(UsageError, match="threads is 0"):
-        side("ceiling").open_side(replace(TASK, threads=0))
 
 
 def test_the_fastest_at_its_median_is_kept() -> None:

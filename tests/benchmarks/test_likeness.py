@@ -38,9 +38,8 @@ def pictures() -> np.ndarray:
 
 def test_ssim_of_torchmetrics_documentation() -> None:
     """https://lightning.ai/docs/torchmetrics/stable/image/structural_similarity.html: tensor(0.9219)."""
-    found = (
-        torch.rand([3, 3, 256, 256], generator=torch.Generator().manual_seed(42)).permute(0, 2, 3, 1).numpy()
-    )
+    found = torch.rand([3, 3, 256, 256], generator=torch.Generator().manual_seed(42))
+    found = found.permute(0, 2, 3, 1).numpy()
     assert ssim(found, found * 0.75, peak=1.0) == pytest.approx(0.9219, abs=2e-4)
 
 

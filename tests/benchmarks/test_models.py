@@ -173,9 +173,7 @@ def test_a_stage_has_its_time_and_memory(tmp_path: Path, monkeypatch: pytest.Mon
         run_stage("export fp16", "does", "sys.exit('no room in /home/someone/x')")
 
 
-def test_the_script_makes_exports_and_writes(
-    tmp_path: Path, stages: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_script(tmp_path: Path, stages: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     main([str(tmp_path), "--dtypes", "fp32"])
     with pytest.raises(SystemExit, match="1"):
         main([str(tmp_path), "--out", str(tmp_path / "export.json")])

@@ -77,9 +77,7 @@ def test_both_sides_are_asked_the_same_with_other_seeds_and_prompts() -> None:
     tokens = ClipTokenizer.open(PACKAGE.root / "tokenizer").encode(list(parity.PROMPTS), length=77)
     assert not any(tokens.dropped)
     for sampler in parity.SAMPLERS:
-        make_request(
-            PACKAGE.manifest, parity.PROMPTS[3], sampler=sampler
-        )  # raises SamplerError for another name
+        make_request(PACKAGE.manifest, parity.PROMPTS[3], sampler=sampler)  # raises for another name
 
 
 @pytest.mark.parametrize(("dtype", "good"), [("fp32", False), ("fp16", True)])
@@ -102,9 +100,7 @@ def test_a_net_beyond_the_bar_of_its_arithmetic_fails(dtype: str, good: bool) ->
     ("nets", "dtype", "shades", "bar"),
     [((), "fp32", 1, 48), ((), "fp32", 2, 48), ((), "fp16", 2, 40), (("vae_decoder",), "fp32", 1, 60)],
 )
-def test_the_worst_picture_of_several_counts(
-    nets: tuple[str, ...], dtype: str, shades: int, bar: float
-) -> None:
+def test_the_worst_picture_counts(nets: tuple[str, ...], dtype: str, shades: int, bar: float) -> None:
     """The decoder alone is held to more: one net makes a picture of the same latent."""
 
     def flipped(workload: str, case: Case, outputs: dict[str, Array]) -> None:
