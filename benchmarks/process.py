@@ -80,12 +80,8 @@ class Child(ExitStack):
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        self.pid = self._process.pid
         self.callback(self._end)
-
-    @property
-    def pid(self) -> int:
-        """The number of the process."""
-        return self._process.pid
 
     def ask(self, **command: Any) -> dict[str, Any]:
         """The answer to one command. Raises SideError."""

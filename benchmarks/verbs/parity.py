@@ -75,8 +75,7 @@ def choose_reference(task: Task, name: str = "") -> tuple[str, Task]:
             expected=", ".join(known),
             fix="Choose one of these: --reference onnxruntime.",
         )
-    here = task.checkpoint is not None and not missing_modules("torch", "diffusers")
-    usual = "diffusers" if here else "onnxruntime"
+    usual = "diffusers" if task.checkpoint and not missing_modules("torch", "diffusers") else "onnxruntime"
     return name or usual, replace(task, backend="onnxruntime", device="cpu")
 
 

@@ -32,7 +32,11 @@ def measure_all(
         SideError: our own side cannot be opened.
     """
     for verb, measure in planned(model, sides, quick=quick).items():
-        found = measure(progress=lambda line, verb=verb: progress(f"{verb}: {line}"))
+
+        def within(line: str, verb: str = verb) -> None:
+            progress(f"{verb}: {line}")
+
+        found = measure(progress=within)
         document = replace(found, model={**found.model, "name": model.name})
         path = folder / f"{verb}-{re.sub(r'[^a-z0-9]+', '-', model.name.lower()).strip('-')}.json"
         document.write(path)
