@@ -111,16 +111,14 @@ def inputs_of(package: Package, workload: str, case: Case) -> dict[str, Array]:
         return {"input_ids": ids, **({"clip_skip": np.zeros(1, np.int32)} if "clip_skip" in asked else {})}
     if workload == "vae_decoder":
         return {"latent": random.standard_normal((case.pictures, *latent), np.float32)}
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         "latent": (case.batch, *latent),
         "context": (case.batch, manifest.max_tokens, manifest.context_width),
         **{name: (case.batch, width) for name, width in manifest.vectors.items()},
-        **{
-            item.name: shape_of(item.shape, sizes_of(case, manifest))
-            for item in spec.inputs
-            if item.name == "image_latents"
-        },
     }
+    for item in spec.inputs:
+        if item.name == "image_latents":
+            shapes[item.name] = shape_of(item.shape, sizes_of(case, manifest))
     arrays = {name: random.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     return {**arrays, "timestep": random.integers(1, 1000, 1).astype(np.float32)}
 

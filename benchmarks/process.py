@@ -3,17 +3,17 @@
 `SideProcess` is a child with one side open: `python -m latentrt.benchmarks.process SIDE TASK`, commands on
 stdin. Each command gets one line back, and what libraries print goes to stderr:
 
-    {"do": "prepare", "workload", "case", "slot", "save"} -> {"seconds", "finite", "figures"}
+    {"do": "prepare", "workload", "case", "slot", "save"} -> {"seconds", "figures"}
         first run; outputs go to the .npz file `save`; what was in the slot before is forgotten; the workload
         "yardstick" is every side's
-    {"do": "time", "slot", "runs", "beside"} -> {"seconds": [...], "finite", "figures": [...]}
+    {"do": "time", "slot", "runs", "beside"} -> {"seconds": [...], "figures": [...]}
         seconds of a run, or of one of its repetitions; where "beside" names a slot, that one runs after each
-        run, and "beside_s" of its figures says how long
+        run: seconds are of both then, and figures have "own_s" and "beside_s"
     {"do": "memory"} -> {"own": {...}}, what the side knows of its memory
     {"do": "close"} -> {}
 
-The first line, which nobody asks for, is {"versions"}. An error is {"error": text,
-"kind": "not available" or "FAILED"}; the process lives on.
+The first line, which nobody asks for, is {"versions"}. An error, such as an output that is not finite, is
+{"error": text, "kind": "not available" or "FAILED"}; the process lives on.
 """
 
 from __future__ import annotations
@@ -80,12 +80,8 @@ class Child(ExitStack):
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        self.pid = self._process.pid
         self.callback(self._end)
-
-    @property
-    def pid(self) -> int:
-        """The number of the process."""
-        return self._process.pid
 
     def ask(self, **command: Any) -> dict[str, Any]:
         """The answer to one command. Raises SideError."""
@@ -199,21 +195,14 @@ class SideProcess(Child):
         """Have a workload prepared and run once; the answer and the outputs. Raises SideError."""
         path = self._folder / "outputs.npz"
         answer = self.ask(do="prepare", workload=workload, case=case.to_json(), slot=slot, save=str(path))
-        if not answer["finite"]:
-            raise SideError("FAILED", f"{workload}: the output is not finite")
         with np.load(path) as file:
             return answer, {name: file[name] for name in file.files}
 
     def time(
         self, runs: int, *, slot: str = "", beside: str | None = None
     ) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
-        """Seconds of each run, and its figures: `beside_s` of a second slot that runs after each run.
-
-        Raises SideError, also for an output that is not finite.
-        """
+        """Seconds of each run, and its figures; both with those of the slot `beside`. Raises SideError."""
         answer = self.ask(do="time", runs=runs, slot=slot, beside=beside)
-        if not answer["finite"]:
-            raise SideError("FAILED", "the output is not finite")
         return tuple(answer["seconds"]), answer["figures"]
 
     def ask(self, **command: Any) -> dict[str, Any]:
@@ -269,13 +258,11 @@ class Server:
             work = open_yardstick(self._task)
         else:
             work = self._opened.prepare(command["workload"], Case(**command["case"]))
-        seconds = _seconds(work)
-        outputs = work.outputs()
-        if "save" in command:
-            arrays: dict[str, Any] = dict(outputs)
-            np.savez(command["save"], **arrays)
         self._slots[command["slot"]] = work
-        return {"seconds": seconds, "finite": _finite(outputs), "figures": dict(work.figures())}
+        seconds, outputs = _seconds(work), _finite_outputs(work)
+        if "save" in command:
+            np.savez(command["save"], **outputs)
+        return {"seconds": seconds, "figures": dict(work.figures())}
 
     def _time(self, command: Mapping[str, Any]) -> dict[str, Any]:
         work, beside = self._slots[command["slot"]], self._slots.get(command.get("beside"))
@@ -287,10 +274,12 @@ class Server:
                 seconds.append(_seconds(work))
                 figures.append(dict(work.figures()))
                 if beside:
-                    figures[-1]["beside_s"] = _seconds(beside)
+                    figures[-1] |= {"own_s": seconds[-1], "beside_s": _seconds(beside)}
+                    seconds[-1] += figures[-1]["beside_s"]
         finally:
             gc.enable()
-        return {"seconds": seconds, "finite": _finite(work.outputs()), "figures": figures}
+        _finite_outputs(work)
+        return {"seconds": seconds, "figures": figures}
 
 
 def _seconds(work: Work) -> float:
@@ -300,8 +289,12 @@ def _seconds(work: Work) -> float:
     return (perf_counter() - began) / work.repeats
 
 
-def _finite(outputs: Mapping[str, Array]) -> bool:
-    return all(bool(np.isfinite(array).all()) for array in outputs.values())
+def _finite_outputs(work: Work) -> dict[str, Any]:
+    """Those of the last run. Raises FloatingPointError where one is not finite."""
+    outputs = dict(work.outputs())
+    if wrong := [name for name, array in outputs.items() if not np.isfinite(array).all()]:
+        raise FloatingPointError(f"the output {', '.join(wrong)} is not finite")
+    return outputs
 
 
 def serve(commands: Iterable[str], server: Server, reply: Callable[[Mapping[str, Any]], None]) -> None:

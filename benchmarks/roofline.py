@@ -21,19 +21,18 @@ from typing import Any
 
 import numpy as np
 
-from ..engines.errors import BackendError, PackageError, UsageError
+from ..engines.errors import LatentrtError, PackageError, UsageError
 from ..engines.package import Package
 from ..engines.spec import TEXT_ENCODERS
 from ..runtime.request.request import make_request
 from ..runtime.sampling.samplers import make_table
 from .case import NETS, Case, rows_per_step, sizes_of
-from .records import Row
-from .sides.contract import CEILING
+from .records import Row, short
+from .sides.contract import CEILING, bench_library
 
 GEMM, COPY = "gemm", "copy"  # the workloads of the ceiling
 _UNITS = {GEMM: "flop", COPY: "byte"}
 _COUNTED = ("Conv", "Gemm", "MatMul", "Attention")
-_LONGEST = 300  # characters of a library's message: inference names every node behind the first it fails at
 # They multiply matrices too, or hold graphs of their own; nothing that we export has them.
 _NOT_COUNTED = (
     *("ConvTranspose", "ConvInteger", "QLinearConv", "DeformConv"),
@@ -70,26 +69,16 @@ def net_work(package: Package, net: str, sizes: Mapping[str, int]) -> Work:
         PackageError: the graph cannot be read, or has an operator whose work is not counted.
         BackendError: the library `onnx` is not installed.
     """
-    path = package.path(package.manifest.nets[net].graph)
-    try:
-        onnx = import_module("onnx")
-    except ImportError as error:
-        raise BackendError(
-            "onnx is not installed, which reads the graphs whose work is counted",
-            expected="the package onnx",
-            fix="Install it: pip install onnx",
-        ) from error
+    path, onnx = package.path(package.manifest.nets[net].graph), bench_library("onnx")
     try:
         model = onnx.load(str(path), load_external_data=False)
-        if model.functions:
-            model = import_module("onnx.inliner").inline_local_functions(model)
+        model = import_module("onnx.inliner").inline_local_functions(model)
         tensors = _Tensors(model, sizes)
-    except (UsageError, PackageError):
+    except LatentrtError:
         raise
     except Exception as error:  # protobuf and onnx have classes of their own
-        message = " ".join(str(error).split())[:_LONGEST]
         raise PackageError(
-            f"the work of {path} cannot be counted ({type(error).__name__}: {message})",
+            f"the work of {path} cannot be counted ({type(error).__name__}: {short(str(error))})",
             expected="a graph of standard operators at sizes that fit it",
             fix="Export the package again, or choose other sizes.",
         ) from error
@@ -201,13 +190,12 @@ class _Tensors:
     """
 
     def __init__(self, model: Any, sizes: Mapping[str, int]) -> None:
-        self._onnx = import_module("onnx")
-        graph = model.graph
+        self._onnx: Any = import_module("onnx")
+        graph, type_of = model.graph, self._onnx.helper.make_tensor_type_proto
         for value in graph.input:
             _set_sizes(value, sizes)
-        make_type = import_module("onnx.helper").make_tensor_type_proto
         self._types: dict[str, Any] = {value.name: value.type for value in graph.input}
-        self._types |= {item.name: make_type(item.data_type, item.dims) for item in graph.initializer}
+        self._types |= {item.name: type_of(item.data_type, item.dims) for item in graph.initializer}
         self._values = {item.name: item for item in graph.initializer if not item.external_data}
         self.roots = {item.name: item.name for item in graph.initializer}
         opsets = list(model.opset_import)
@@ -227,22 +215,19 @@ class _Tensors:
 
     def _computes_sizes(self, node: Any) -> bool:
         """Whether the node's output depends on sizes alone; its value is kept then."""
-        helper = import_module("onnx.numpy_helper")
+        helper, int64 = self._onnx.numpy_helper, self._onnx.TensorProto.INT64
+        known = [item for name in node.input if (item := self._values.get(name)) and item.data_type == int64]
         name, *more = node.output
         if node.op_type == "Shape":
             limits = {item.name: item.i for item in node.attribute}
             value = np.array(self.shape(node.input[0])[limits.get("start", 0) : limits.get("end")], np.int64)
-        elif not more and node.input and all(self._is_size(source) for source in node.input):
-            evaluator = import_module("onnx.reference").ReferenceEvaluator(node)
-            given = {source: helper.to_array(self._values[source]) for source in node.input}
-            value = np.asarray(evaluator.run(None, given)[0])
+        elif known and len(known) == len(node.input) and not more:
+            given = {source: helper.to_array(item) for source, item in zip(node.input, known, strict=True)}
+            (value,) = import_module("onnx.reference").ReferenceEvaluator(node).run(None, given)
         else:
             return False
-        self._values[name] = helper.from_array(value)
+        self._values[name] = helper.from_array(np.asarray(value))
         return True
-
-    def _is_size(self, name: str) -> bool:
-        return name in self._values and self._values[name].data_type == self._onnx.TensorProto.INT64
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Raises PackageError where inference found none."""
@@ -255,14 +240,10 @@ class _Tensors:
             )
         return tuple(dim.dim_value for dim in kind.shape.dim)
 
-    def dtype(self, name: str) -> np.dtype[Any]:
-        """The type of its elements."""
-        as_numpy = import_module("onnx.helper").tensor_dtype_to_np_dtype
-        return as_numpy(self._types[name].tensor_type.elem_type)
-
-    def nbytes(self, *names: str) -> int:
-        """Bytes of all their elements."""
-        return sum(prod(self.shape(name)) * self.dtype(name).itemsize for name in names)
+    def nbytes(self, name: str) -> int:
+        """Bytes of all its elements."""
+        kind = self._onnx.helper.tensor_dtype_to_np_dtype(self._types[name].tensor_type.elem_type)
+        return prod(self.shape(name)) * kind.itemsize
 
 
 def _set_sizes(value: Any, sizes: Mapping[str, int]) -> None:
@@ -300,7 +281,7 @@ def _count(graph: Any, tensors: _Tensors) -> Work:
                 if (node.op_type, position) == ("Gather", 0):
                     size = min(size, tensors.nbytes(written))
                 read[root] = max(size, read.get(root, 0))
-    outside = tensors.nbytes(*(value.name for value in (*graph.input, *graph.output)))
+    outside = sum(tensors.nbytes(value.name) for value in (*graph.input, *graph.output))
     return Work(flops=flops, least_bytes=outside + sum(read.values()))
 
 

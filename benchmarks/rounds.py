@@ -66,12 +66,8 @@ class Slot:
         return float(answer["seconds"]), outputs
 
     def time(self, runs: int) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
-        """As `SideProcess.time`; with a yardstick, figures are `own_s` and `beside_s`."""
-        if not self.beside:
-            return self.side.time(runs, slot=self.slot)
-        seconds, figures = self.side.time(runs, slot=self.slot, beside=YARDSTICK)
-        pairs = [{"own_s": own, **other} for own, other in zip(seconds, figures, strict=True)]
-        return tuple(pair["own_s"] + pair["beside_s"] for pair in pairs), pairs
+        """As `SideProcess.time`."""
+        return self.side.time(runs, slot=self.slot, beside=YARDSTICK if self.beside else None)
 
     def row(self, turns: Turns, figures: Mapping[str, Any] | None = None) -> Row:
         """What its turns found."""

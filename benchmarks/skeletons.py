@@ -1,14 +1,13 @@
-"""Full-size models without torch: `python -m latentrt.benchmarks.skeletons sd15-fp16 PACKAGE`.
+"""Full-size models without torch.
 
 A skeleton is a package without its weights: manifest, graphs, and the header of every weights file, under
 `benchmarks/models/skeletons/` of a checkout (a wheel has the yardstick alone). Filled with random numbers it
 has the real model's shapes, so its engines, times and memory are the real model's, and its pictures mean
-nothing. `--from PACKAGE` makes one of an exported package.
+nothing.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from dataclasses import replace
@@ -90,20 +89,3 @@ def _write_weights(path: Path, header: Path, drawn: np.ndarray[Any, Any]) -> Non
         return values.astype(kind).tobytes()
 
     write_file(path, {name: (entry["dtype"], entry["shape"]) for name, entry in entries.items()}, content)
-
-
-def main() -> None:
-    """Fill a skeleton, or make one."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--from", dest="source", action="store_true", help="make it of the package FOLDER")
-    options = parser.parse_args()
-    if options.source:
-        save_skeleton(Package.open(options.folder), FOLDER / options.name)
-    else:
-        fill_skeleton(options.name, options.folder)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from latentrt.benchmarks.records import read_document
-from latentrt.benchmarks.report import Pages, outdated
+from latentrt.benchmarks.report.publish import Pages, outdated
 from latentrt.cli.bench import bench
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -51,10 +51,7 @@ def parts_of(recipe: Recipe) -> list[Part]:
         "text_encoder_2": (CLIPTextModelWithProjection, recipe.text_2),
     }
     with torch.device("meta"):
-        nets: dict[str, nn.Module] = {
-            "unet": UNet2DConditionModel(**recipe.unet),
-            "vae": AutoencoderKL(**recipe.vae),
-        }
+        nets = {"unet": UNet2DConditionModel(**recipe.unet), "vae": AutoencoderKL(**recipe.vae)}
         return [
             *(
                 (name, "model", kind(CLIPTextConfig(**config)), dict(config))

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
 from ...engines.errors import ModelError
+from ...export.beside import beside
 from ..machine import clocks, describe_machine
 from ..process import SideError, run
 from ..records import Document, Row
@@ -56,20 +55,13 @@ def run_stage(name: str, module: str, *arguments: str) -> dict[str, float]:
     return {"wall_seconds": perf_counter() - began, **json.loads(last)}
 
 
-@contextmanager
-def complete(folder: Path) -> Generator[Path]:
-    """A place to make the folder in; it is moved here if the block ends well, else nothing is left."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
-        unfinished = Path(beside) / folder.name
-        yield unfinished
-        unfinished.rename(folder)
-
-
 def make_checkpoint(recipe: str, checkpoint: Path) -> None:
     """Write the folder of a recipe of `checkpoints.py`, complete or not at all. Raises ModelError."""
-    with complete(checkpoint) as unfinished:
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    with beside(checkpoint) as folder:
+        unfinished = folder / recipe
         run_stage("make checkpoint", "latentrt.benchmarks.models.checkpoints", recipe, str(unfinished))
+        unfinished.rename(checkpoint)
 
 
 def export(checkpoint: Path, package: Path, dtype: str, *flags: str) -> dict[str, float]:
@@ -84,7 +76,6 @@ def measure_export(folder: Path, recipe: str, dtypes: Sequence[str]) -> Document
     Models go to `folder`; a line for each stage is printed. Raises ModelError if no checkpoint can be made.
     """
     rows: list[Row] = []
-    machine = describe_machine()
     checkpoint = folder / recipe
     if not checkpoint.exists():
         print(f"making the checkpoint {recipe}")
@@ -92,7 +83,7 @@ def measure_export(folder: Path, recipe: str, dtypes: Sequence[str]) -> Document
     for dtype in dtypes:
         print(f"exporting {recipe} as {dtype}")
         case = {"recipe": recipe, "dtype": dtype, "flags": list(FLAGS)}
-        row = Row(side=OURS, workload="export", case=case, stamp={**machine, **clocks()})
+        row = Row(side=OURS, workload="export", case=case, stamp={**describe_machine(), **clocks()})
         try:
             found = export(checkpoint, folder / f"{recipe}-{dtype}", dtype, *FLAGS)
         except ModelError as error:
@@ -107,7 +98,6 @@ def measure_export(folder: Path, recipe: str, dtypes: Sequence[str]) -> Document
         model={"name": recipe},
         settings={"recipe": recipe, "dtypes": list(dtypes), "flags": list(FLAGS)},
         rows=tuple(rows),
-        machine=machine,
     )
 
 

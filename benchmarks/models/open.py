@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from filelock import FileLock
@@ -22,8 +21,10 @@ from ...engines.errors import BackendError, CheckpointError, UsageError
 from ...engines.installed import install_command
 from ...engines.package import MANIFEST, Package
 from ...engines.store.folder import default_root
+from ...export.beside import beside
 from ...runtime.pipeline import SHIPPED
 from .. import skeletons
+from ..sides.contract import missing_modules
 from . import full_size
 
 # Recipes, and what each takes in the cache as checkpoint, and as much again as package of any dtype: weights
@@ -84,9 +85,8 @@ def find_model(
             expected=f"{', '.join(NAMES)}, or a package's folder",
             fix="Choose one of these, or export one: latentrt export CHECKPOINT -o PACKAGE",
         )
-    if own and not (own / _INDEX).is_file():
-        own = None
-    return Model(package=Package.open(package), checkpoint=checkpoint or own, name=name)
+    found = own if own and (own / _INDEX).is_file() else None
+    return Model(package=Package.open(package), checkpoint=checkpoint or found, name=name)
 
 
 def _full_size(name: str, said: Callable[[str], None]) -> tuple[Path, Path | None]:
@@ -95,11 +95,11 @@ def _full_size(name: str, said: Callable[[str], None]) -> tuple[Path, Path | Non
     checkpoint, package, filled = cache / recipe, cache / name, cache / f"{name}-skeleton"
     if (package / MANIFEST).is_file():
         return package, checkpoint
-    missing = [library for library in _EXPORT_NEEDS if find_spec(library) is None]
+    missing = missing_modules(*_EXPORT_NEEDS)
     folders = filled, skeletons.FOLDER / name
     if missing and not any((folder / MANIFEST).is_file() for folder in folders):
         raise BackendError(
-            f"{name} must be exported first, which needs {', '.join(missing)}",
+            f"{name} must be exported first; {missing}",
             expected=f"the extras [cpu,export], or its skeleton {skeletons.FOLDER / name}",
             fix="Use a checkout of the repository, which has skeletons of sd15-fp16 and sd21-fp16, or install"
             f" them: {install_command('cpu,export')}",
@@ -111,8 +111,8 @@ def _full_size(name: str, said: Callable[[str], None]) -> tuple[Path, Path | Non
         if missing:
             if not filled.exists():
                 said(f"making {filled}: random weights without torch, {size} of disk and a minute, once")
-                with full_size.complete(filled) as unfinished:
-                    skeletons.fill_skeleton(name, unfinished)
+                with beside(filled) as folder:
+                    skeletons.fill_skeleton(name, folder / name).root.rename(filled)
             return filled, None  # no checkpoint has its weights
         if not (checkpoint / _INDEX).is_file():
             said(f"making {checkpoint}: a checkpoint with random weights, {size} of disk, once")

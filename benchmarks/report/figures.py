@@ -10,18 +10,15 @@ import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib import import_module
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from ...engines.errors import BackendError
-from ...engines.installed import install_command
 from .. import words
 from ..intervals import Interval
 from ..records import Row
 from ..roofline import COPY, GEMM
-from ..sides.contract import AGAIN
+from ..sides.contract import AGAIN, bench_library
 from .reading import Against, Case, Result, against, ceiling_rates, figure, our_rows, peers, stages, summary
 
 # matplotlib declares most keyword arguments without a type.
@@ -68,14 +65,7 @@ def house_style() -> Generator[None]:
     Raises:
         BackendError: matplotlib is not installed.
     """
-    try:
-        matplotlib: Any = import_module("matplotlib")  # its own types are partly unknown
-    except ImportError as error:
-        raise BackendError(
-            f"matplotlib cannot be imported ({error})",
-            expected="matplotlib, which draws the figures",
-            fix=f"Install it: {install_command('bench')}",
-        ) from error
+    matplotlib = bench_library("matplotlib")
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
@@ -127,13 +117,10 @@ def _beside(axes: Axes, x: float, y: float, text: str, **style: str) -> None:
     axes.annotate(text, (x, y), size=8.5, **place, **style)
 
 
-def _whisker(axes: Axes, y: float, ends: tuple[float, float], *, arrow: bool, both: bool = False) -> None:
-    """A line with a cap at its right end, or an arrow where it goes on; with one at the left if `both`."""
-    axes.plot(ends, [y, y], color=INK, linewidth=1)
-    if arrow:
-        axes.plot(ends[1], y, marker=">", color=INK, markersize=4)
-    for x in (*ends[:1] * both, *ends[1:] * (not arrow)):
-        axes.plot([x, x], [y - 0.14, y + 0.14], color=INK, linewidth=1)
+def _whisker(axes: Axes, y: float, middle: float, ends: tuple[float, float], *, arrow: bool) -> None:
+    """A line with caps, or with an arrow at its right end where it goes on."""
+    sides = [[middle - ends[0]], [ends[1] - middle]]
+    axes.errorbar(middle, y, xerr=sides, xlolims=arrow, color=INK, linewidth=1, capsize=3)
 
 
 # ── one picture, stage after stage, above what the peers take for it ──────────────────────────────
@@ -191,7 +178,7 @@ def _whole(
     middle, p90 = row.summary["p50"], row.summary["p90"]
     axes.barh(y, middle / unit, height=0.62, color=color)
     shown = min(p90, _PICTURE_TAIL * middle)
-    _whisker(axes, y, (middle / unit, shown / unit), arrow=shown < p90)
+    _whisker(axes, y, middle / unit, (middle / unit, shown / unit), arrow=shown < p90)
     far = f"  p90 {words.seconds(p90)}" if shown < p90 else ""
     _beside(axes, shown / unit, y, words.seconds(middle) + note + far, weight=weight)
 
@@ -239,7 +226,7 @@ def _bar(axes: Axes, y: int, row: Row, ratio: Interval) -> float:
     color = GREY if even else BLUE if ratio.low > 1 else RED
     axes.barh(y, ratio.value - 1, left=1, height=0.6, color=color, alpha=0.85)
     end = min(ratio.high, _RATIO_TAIL * max(ratio.value, 1))
-    _whisker(axes, y, (ratio.low, end), arrow=end < ratio.high, both=True)
+    _whisker(axes, y, ratio.value, (ratio.low, end), arrow=end < ratio.high)
     label = f"{words.ratio(ratio.value)}×  {words.interval(ratio)}  {words.seconds(summary(row))}"
     _beside(axes, max(end, 1), y, label)
     return end
@@ -295,13 +282,9 @@ def _draw_roofline(
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), labelspacing=1.1, borderaxespad=0)
     axes.set_xlabel("arithmetic intensity: FLOP per byte that has to be moved (log scale)")
     axes.set_ylabel("FLOP/s (log scale)")
-    axes.xaxis.set_major_formatter(_grouped)
+    axes.xaxis.set_major_formatter("{x:,g}")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if best * 3 < 200 * bottom else (1,)))
     axes.yaxis.set_major_formatter(EngFormatter("FLOP/s"))
     axes.minorticks_off()
     axes.grid(which="major")
     return sheet
-
-
-def _grouped(value: float, _: object) -> str:
-    return f"{value:,g}".replace(",", " ")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -56,22 +56,17 @@ def write_report(results: Path, pages: Pages) -> Report:
         BackendError: matplotlib is not installed.
     """
     found, remarks = read_results(results)
-    texts = {path: text.encode() for path, text in _expected(found, pages).items()}
-    drawn: dict[Path, bytes] = {}
-    for result in found:
-        for name, draw in planned_figures(result).items():
-            with house_style():
-                drawn[pages.figures / name] = draw().png(result.digest)
-    changed: list[Path] = []
-    for path, content in {**drawn, **texts}.items():
-        if not path.is_file() or path.read_bytes() != content:
-            write_whole(path, content)
-            changed.append(path)
+    new = {path: text.encode() for path, text in _expected(found, pages).items()}
+    planned = _planned(found, pages)
+    for path, (digest, draw) in planned.items():
+        with house_style():
+            new[path] = draw().png(digest)
+    changed = [path for path in new if not path.is_file() or path.read_bytes() != new[path]]
+    for path in changed:
+        write_whole(path, new[path])
+    remarks += _left_over(planned, pages)
     return Report(
-        documents=len(found),
-        figures=tuple(drawn),
-        changed=tuple(changed),
-        remarks=(*remarks, *_left_over(found, pages.figures)),
+        documents=len(found), figures=tuple(planned), changed=tuple(changed), remarks=tuple(remarks)
     )
 
 
@@ -86,13 +81,13 @@ def outdated(results: Path, pages: Pages) -> tuple[str, ...]:
         for path, text in _expected(found, pages).items()
         if path.read_text(encoding="utf-8") != text
     ]
+    planned = _planned(found, pages)
     old += [
-        f"{name} is missing, or was drawn from another document"
-        for result in found
-        for name in planned_figures(result)
-        if _digest(pages.figures / name) != result.digest
+        f"{path.relative_to(pages.figures).as_posix()} is missing, or was drawn from another document"
+        for path, (digest, _) in planned.items()
+        if _digest(path) != digest
     ]
-    return (*old, *_left_over(found, pages.figures))
+    return (*old, *_left_over(planned, pages))
 
 
 def planned_figures(result: Result) -> dict[str, Draw]:
@@ -106,6 +101,12 @@ def planned_figures(result: Result) -> dict[str, Draw]:
             if draw := plan(result, case):
                 planned[f"{result.name}-{kind}{f'-{number}' if number > 1 else ''}.png"] = draw
     return planned
+
+
+def _planned(found: Sequence[Result], pages: Pages) -> dict[Path, tuple[str, Draw]]:
+    """What each figure is drawn from and how: the digest of its document, and what draws it."""
+    every = ((result.digest, planned_figures(result)) for result in found)
+    return {pages.figures / name: (digest, draw) for digest, some in every for name, draw in some.items()}
 
 
 def _expected(found: Sequence[Result], pages: Pages) -> dict[Path, str]:
@@ -149,12 +150,8 @@ def _digest(path: Path) -> str | None:
         return None
 
 
-def _left_over(found: Sequence[Result], figures: Path) -> list[str]:
+def _left_over(planned: Container[Path], pages: Pages) -> list[str]:
     """Figures of ours that no document has any more."""
-    planned = {figures / name for result in found for name in planned_figures(result)}
-    paths = sorted(figures.rglob("*.png")) if figures.is_dir() else []
-    return [
-        f"{path.relative_to(figures).as_posix()} is of no document any more: delete it"
-        for path in paths
-        if path not in planned and _digest(path) is not None
-    ]
+    there = [path for path in sorted(pages.figures.rglob("*.png")) if path not in planned]
+    old = [path.relative_to(pages.figures).as_posix() for path in there if _digest(path) is not None]
+    return [f"{name} is of no document any more: delete it" for name in old]

@@ -74,8 +74,7 @@ def _highlights(document: Document) -> Lines:
         rows = our_rows(document, case)
         sides = {side: against(document, case, side) for side in peers(document)}
         for name in ("picture",) if "picture" in rows else ("unet", "vae_decoder"):
-            ours = summary(rows.get(name))
-            if ours is not None:
+            if (ours := summary(rows.get(name))) is not None:
                 found = {side: rows[name] for side, rows in sides.items() if name in rows}
                 ratios = [f"; {side} takes {_ratio(item)}" for side, item in found.items() if item.ratio]
                 yield f"{words.workload(name)}, {words.case(case)}", words.seconds(ours) + "".join(ratios)
@@ -106,8 +105,7 @@ def _section(
 ) -> Iterator[str]:
     documents = [result.document for result in results]
     days = dict.fromkeys(map(words.day, sorted(documents, key=lambda document: document.date)))
-    known = dict.fromkeys(document.machine.get("commit") for document in documents)
-    commits = ", ".join(filter(None, known))
+    commits = ", ".join(filter(None, dict.fromkeys(item.machine.get("commit") for item in documents)))
     commit = f"; commit {commits}" if commits else ""
     yield f"**{_safe(model)}** on {_safe(machine)}; {', '.join(days)}{commit}"
     for document in documents:
@@ -198,8 +196,7 @@ def _safe(text: str) -> str:
 
 def summaries(document: Document) -> Lines:
     """(what, result) of a document, in Markdown."""
-    summarise = _SUMMARIES.get(document.benchmark)
-    return summarise(document) if summarise else iter(())
+    return _SUMMARIES[document.benchmark](document) if document.benchmark in _SUMMARIES else iter(())
 
 
 def _outside(document: Document) -> Lines:
@@ -221,9 +218,8 @@ def _scaling(document: Document) -> Lines:
         if row.status != "ok":
             yield what, f"{points}; {row.status}: {row.reason}"
             continue
-        sign = "−" if facts["intercept"] < 0 else "+"
-        rest = f"{sign} {words.seconds(abs(facts['intercept']))}"
-        line = f"{words.seconds(facts['slope'] * scale)} per {unit} {rest}"
+        rest, each = facts["intercept"], words.seconds(facts["slope"] * scale)
+        line = f"{each} per {unit} {'−' if rest < 0 else '+'} {words.seconds(abs(rest))}"
         yield what, f"{line}, largest residual {words.percent(facts['residual'])} ({points})"
 
 

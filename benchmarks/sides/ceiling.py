@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -46,9 +45,8 @@ DEVICE_SHAPES: Sequence[Shape] = (
 )
 TRIALS = 8  # of each shape, in turns: on a shared machine fewer would leave the choice to luck
 COPIED = 2**29  # bytes, twice: from half of that on, a last cache of 300 MiB made no difference
-LAUNCHES = 8  # in a run on a device: else waiting for its end would be measured
+LAUNCHES = {CPU: 1, CUDA: 8}  # in a run: on a device waiting for its end would be measured otherwise
 _TILE = 2**24  # random bytes, over and over
-_FLOAT_OF = {"fp16": "float16", "fp32": "float32"}
 
 
 def available(task: Task) -> str | None:
@@ -56,40 +54,27 @@ def available(task: Task) -> str | None:
     return cuda_available() if task.device == "cuda" else onnxruntime.available()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where ONNX Runtime runs a graph, and how many launches a run has."""
-
-    device: str = "cpu"
-    provider: str = CPU
-    launches: int = 1
-    threads: int = 1
-
-
 def open_side(task: Task) -> OpenSide:
     """Raises UsageError for less than one thread, PackageError for a package whose dtype cannot be read."""
     if task.device == "cuda":
-        place, shapes = Place(device="cuda", provider=CUDA, launches=LAUNCHES), DEVICE_SHAPES
-        dtype = _FLOAT_OF[Package.open(task.package).manifest.dtype]
+        provider, threads, shapes = CUDA, 1, DEVICE_SHAPES
+        dtype = Package.open(task.package).manifest.net("unet").spec.inputs[0].dtype
     else:
-        threads: int = onnxruntime.session_options(task.threads).intra_op_num_threads
-        place, shapes, dtype = Place(threads=threads), HOST_SHAPES, "float32"
+        threads = int(onnxruntime.session_options(task.threads).intra_op_num_threads)
+        provider, shapes, dtype = CPU, HOST_SHAPES, "float32"
 
     @cache  # the same for every case, prepared once
     def best_gemm() -> Work:
-        return fastest([gemm(shape, dtype, place) for shape in shapes])
+        return fastest([gemm(shape, dtype, provider, threads) for shape in shapes])
 
     @cache
     def copy() -> Work:
-        return (host_copy if place.provider == CPU else device_copy)(COPIED, place)
+        return host_copy(threads) if provider == CPU else device_copy()
 
+    version = str(onnxruntime.library().__version__)
     return OpenSide(
         name=CEILING,
-        versions={
-            "onnxruntime": str(onnxruntime.library().__version__),
-            "provider": place.provider,
-            "threads": str(place.threads),
-        },
+        versions={"onnxruntime": version, "provider": provider, "threads": str(threads)},
         makers={"gemm": lambda case, stack: best_gemm(), "copy": lambda case, stack: copy()},
     )
 
@@ -112,39 +97,45 @@ def fastest(
     return candidates[medians.index(max(medians))]
 
 
-def gemm(shape: Shape, dtype: str, place: Place) -> Work:
+def gemm(shape: Shape, dtype: str, provider: str, threads: int) -> Work:
     """A matmul whose right side is a constant, so that a runtime may lay it out anew."""
     rows, inner, columns = shape
     left, right = random_numbers(rows, inner, dtype), random_numbers(inner, columns, dtype)
-    launch, _ = bind("MatMul", left, (rows, columns), place, constant=right)
+    launch, _ = bind("MatMul", left, (rows, columns), provider, threads, constant=right)
     facts = {"flops": 2 * rows * inner * columns, "shape": list(shape), "dtype": dtype}
-    return Work(call=launch, repeats=place.launches, figures=lambda: facts)
+    return Work(call=launch, repeats=LAUNCHES[provider], figures=lambda: facts)
 
 
-def host_copy(size: int, place: Place) -> Work:
+def host_copy(threads: int) -> Work:
     """NumPy lets go of the interpreter while it copies, so the threads work side by side."""
-    source = random_bytes(size)
+    source = random_bytes(COPIED)
     target = np.ones_like(source)  # pages of zeros are not there until they are written
-    pool = ThreadPoolExecutor(place.threads)
-    parts = np.array_split(target, place.threads), np.array_split(source, place.threads)
+    pool = ThreadPoolExecutor(threads)
+    parts = np.array_split(target, threads), np.array_split(source, threads)
 
     def call() -> dict[str, Array]:
         list(pool.map(np.copyto, *parts))
         return {}
 
-    return Work(call=call, figures=lambda: {"bytes": 2 * size, "threads": place.threads})
+    return Work(call=call, figures=lambda: {"bytes": 2 * COPIED, "threads": threads})
 
 
-def device_copy(size: int, place: Place) -> Work:
+def device_copy() -> Work:
     """On the device, from one place of its memory to another."""
-    launch, _ = bind("Identity", random_bytes(size), (size,), place)
-    return Work(call=launch, repeats=place.launches, figures=lambda: {"bytes": 2 * size})
+    launch, _ = bind("Identity", random_bytes(COPIED), (COPIED,), CUDA, 1)
+    return Work(call=launch, repeats=LAUNCHES[CUDA], figures=lambda: {"bytes": 2 * COPIED})
 
 
 def bind(
-    operator: str, x: Array, shape: tuple[int, ...], place: Place, *, constant: Array | None = None
+    operator: str,
+    x: Array,
+    shape: tuple[int, ...],
+    provider: str,
+    threads: int,
+    *,
+    constant: Array | None = None,
 ) -> tuple[Callable[[], dict[str, Array]], Any]:
-    """What launches `y = operator(x, constant)`, whose numbers lie at the place; and y, an OrtValue."""
+    """What launches `y = operator(x, constant)`, whose numbers lie where it runs; and y, an OrtValue."""
     from onnx import numpy_helper, parser
 
     number = {"float32": "float", "float16": "float16", "uint8": "uint8"}[str(x.dtype)]
@@ -154,23 +145,23 @@ def bind(
     if constant is not None:
         model.graph.initializer.append(numpy_helper.from_array(constant, "constant"))
     session = open_on(
-        place.provider,
+        provider,
         Path(operator),
-        onnxruntime.session_options(place.threads),
+        onnxruntime.session_options(threads),
         {"use_tf32": "0"},
         culprit=operator,
         content=model.SerializeToString(),
     )
-    values = onnxruntime.library().OrtValue
-    y = values.ortvalue_from_shape_and_type(shape, x.dtype.type, place.device, 0)
+    values, device = onnxruntime.library().OrtValue, "cuda" if provider == CUDA else "cpu"
+    y = values.ortvalue_from_shape_and_type(shape, x.dtype.type, device, 0)
     binding = session.io_binding()
-    binding.bind_ortvalue_input("x", values.ortvalue_from_numpy(x, place.device, 0))
+    binding.bind_ortvalue_input("x", values.ortvalue_from_numpy(x, device, 0))
     binding.bind_ortvalue_output("y", y)
     at_once = onnxruntime.run_options()
     at_once.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def launch() -> dict[str, Array]:
-        for _ in range(place.launches):
+        for _ in range(LAUNCHES[provider]):
             session.run_with_iobinding(binding, at_once)
         binding.synchronize_outputs()
         return {}

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ...engines.errors import BackendError, UsageError
+from ...engines.installed import install_command
 from ...engines.package import Package
 from ...engines.spec import Array
 from ..case import WORKLOADS, Case
@@ -81,9 +82,8 @@ class Task:
     def parse(cls, text: str) -> Task:
         """The reverse of `text`."""
         values = json.loads(text)
-        return cls(
-            **values | {name: Path(values[name]) for name in ("package", "checkpoint") if values[name]}
-        )
+        paths = {name: Path(values[name]) for name in ("package", "checkpoint") if values[name]}
+        return cls(**values | paths)
 
 
 @dataclass(kw_only=True)
@@ -208,11 +208,23 @@ def not_available(name: str, workload: str) -> NotAvailableError:
     )
 
 
-# ── what peers need before they can be opened, looked for without importing anything ───────────────
+# ── what is needed ─────────────────────────────────────────────────────────────────────────────────
+
+
+def bench_library(name: str) -> Any:
+    """A library of the extra [bench]. Raises BackendError where it cannot be imported."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise BackendError(
+            f"{name} cannot be imported ({error})",
+            expected=f"{name}, which the extra [bench] has",
+            fix=f"Install it: {install_command('bench')}",
+        ) from error
 
 
 def missing_modules(*names: str) -> str | None:
-    """None if all of these modules are installed, else which are not."""
+    """None if all of these modules are installed, else which are not; none of them is imported."""
     missing = [name for name in names if find_spec(name) is None]
     return f"not installed: {', '.join(missing)}" if missing else None
 

@@ -21,7 +21,6 @@ _DEVICE = "CPU"
 
 def available(task: Task) -> str | None:
     """None if it can run here, else the reason."""
-    del task
     return missing_modules("openvino")
 
 

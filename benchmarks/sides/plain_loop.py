@@ -38,7 +38,6 @@ OpenNet = Callable[[str, Shapes], Net]  # one of PLAIN_NETS, for inputs of these
 
 def available(task: Task) -> str | None:
     """None if it can run here, else the reason."""
-    del task
     return missing_modules("onnxruntime")
 
 
@@ -57,7 +56,6 @@ class OnCuda:
     @staticmethod
     def available(task: Task) -> str | None:
         """None if it can run here, else the reason."""
-        del task
         return cuda_available()
 
     @classmethod

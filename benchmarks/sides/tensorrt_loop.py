@@ -25,7 +25,6 @@ from .plain_loop import Net, plain_side
 
 def available(task: Task) -> str | None:
     """None if it can run here, else the reason."""
-    del task
     if reason := missing_modules("tensorrt", "polygraphy") or facts.available():
         return reason
     try:

@@ -33,8 +33,7 @@ def open_yardstick(task: Task) -> Work:
     """
     options = onnxruntime.session_options(task.threads)
     with TemporaryDirectory() as folder:
-        root = Path(folder) / SKELETON
-        fill_skeleton(SKELETON, root)
+        root = fill_skeleton(SKELETON, Path(folder) / SKELETON).root
         session = onnxruntime.open_session(root / GRAPH, options, [CPU], culprit=SKELETON)
     random = np.random.default_rng(1)
     inputs = {

@@ -105,9 +105,8 @@ def build_net(
     """
     if builds.tunes:
         (tuned,) = BACKENDS[builds.backend].tune_package()(package, store, nets=[net])
-        names = ("layout", "milliseconds", "relative_l2", "rejected")
-        figures = {name: tuned.entry.facts[name] for name in names}
-        return {"seconds": tuned.entry.build_seconds, **figures}
+        kept = ("layout", "milliseconds", "relative_l2", "rejected")
+        return {"seconds": tuned.entry.build_seconds, **{name: tuned.entry.facts[name] for name in kept}}
     profiles = builds.profiles_of(package)
     (built,) = build_package(package, builds.backend, profiles, OPTIONS, store, nets=[net], gpu=gpu)
     known = built.entry.facts

@@ -1,8 +1,7 @@
 """`latentrt bench compare`: two documents, row by row: slower, faster or the same, beyond the noise.
 
-What is compared are times over a yardstick's that ran next to ours in the same process, of both halves of the
-A/A pair, so that one process's luck with memory counts half (docs/benchmarks.md). Rows without one are
-compared as they were measured, and a remark says so.
+What is compared are times over the yardstick's (docs/benchmarks.md), of both halves of the A/A pair, so that
+one process's luck with memory counts half.
 
 A change counts if its confidence interval leaves 1 out, and it is larger than the threshold and than what
 the A/A pair of either document differs by. Of a few rounds there is no such interval, and of likenesses the
@@ -178,14 +177,15 @@ def _verdict(ratio: Interval, noise: float, unit: str) -> Verdict:
 
 def _ratio(documents: Sequence[Document], rows: Sequence[Row]) -> tuple[Interval, float | None]:
     """After / before, and the machine's: over the yardsticks if both documents have them."""
-    yardsticks = list(map(_yardsticks, documents, rows))
-    if all(yardsticks):
-        old, new = (_together(halves) for halves in yardsticks)
-        was, now = (median(half.figures["yardstick_p50_s"] for half in halves) for halves in yardsticks)
-        return ratio_of_runs(new, old, level=LEVEL), now / was
-    pairs = zip(documents, rows, strict=True)
-    old, new = (_together([row, *filter(None, [_again(document, row)])]) for document, row in pairs)
-    return ratio_of_runs(new, old, level=LEVEL), None
+    pairs, machine = list(map(_yardsticks, documents, rows)), None
+    if all(pairs):
+        was, now = (median(half.figures["yardstick_p50_s"] for half in pair) for pair in pairs)
+        machine = now / was
+    else:
+        both = zip(documents, rows, strict=True)
+        pairs = [[row, *filter(None, [_again(document, row)])] for document, row in both]
+    old, new = map(_together, pairs)
+    return ratio_of_runs(new, old, level=LEVEL), machine
 
 
 def _spread(document: Document, row: Row) -> float:

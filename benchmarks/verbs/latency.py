@@ -50,8 +50,8 @@ class Sides:
     @property
     def names(self) -> tuple[str, ...]:
         """Sides as rows name them, in the order of the first round."""
-        again, ceiling = (name if name in self.references else None for name in (AGAIN, CEILING))
-        return tuple(filter(None, (OURS, again, *self.peers, ceiling)))
+        names = (OURS, AGAIN, *self.peers, CEILING)
+        return tuple(name for name in names if name not in REFERENCES or name in self.references)
 
     def open(self, stack: ExitStack, progress: Progress = silent) -> tuple[list[SideProcess], list[Row]]:
         """Those that can be opened, each in a fresh process, and a row for each other one.

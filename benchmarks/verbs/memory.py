@@ -21,7 +21,7 @@ from ..records import Document, Row
 from ..sides.contract import AGAIN, CEILING, OURS, WATCHED, Task
 from ..sides.watched import GROWTH, SETTLED, STEADY, TIMELINE, growth_per_step
 from .latency import Progress, Sides, check, document_of, silent
-from .memory_watch import Series, Watch, holding, measure_baselines, on_a_grid, sampled
+from .memory_watch import Watch, holding, measure_baselines, on_a_grid, sampled
 
 OPENED, FIRST, PEAK, LEDGER = "opened", "first picture", "peak", "ledger"
 ON_DEVICE = "device "  # before the first three, where there is a GPU
@@ -63,14 +63,8 @@ def measure_memory(
             rows.append(Row(side=OURS, workload=workload, status=error.status, reason=error.reason))
     nets = {*HOST_NETS, *TEXT_ENCODERS} & package.manifest.nets.keys()
     weights = sum(engine_bytes(package, net) for net in nets)
-    settings = {
-        "peers": sides.peers,
-        "interval_s": INTERVAL,
-        "warm_pictures": _WARM,
-        "baselines": {"interpreter": bench.interpreter, "context": bench.context},
-    }
     whole = (_over_weights(row, case, weights) for row in rows)
-    return document_of("memory", package, sides.task, whole, settings)
+    return document_of("memory", package, sides.task, whole, {"peers": sides.peers})
 
 
 def _over_weights(row: Row, case: Case, weights: int) -> Row:
@@ -130,7 +124,8 @@ def measure_side(
     rows = [_resident(bench, stage, *found) for stage, (_, found) in stages.items()]
     if before is not None:
         for stage, (count, _) in stages.items():
-            rows.append(_on_device(bench, stage, *holding(pid, before, looks[: max(count, 1)])))
+            seen = [look for _, look in looks[: max(count, 1)]]
+            rows.append(_on_device(bench, stage, *holding(pid, before, seen)))
     return [replace(row, side=name, stamp=stamp) for row in (*rows, _ledger(own))], outputs
 
 
@@ -141,10 +136,10 @@ def _resident(bench: Bench, stage: str, now: int, peak: int) -> Row:
     return _row(stage, [size], rss=now, peak=peak, empty_interpreter=bench.interpreter)
 
 
-def _on_device(bench: Bench, stage: str, held: Series, known_by: str) -> Row:
+def _on_device(bench: Bench, stage: str, held: list[int], known_by: str) -> Row:
     if not held or bench.context is None:
         return _missing(ON_DEVICE + stage, "NVML does not tell what it holds, if anything")
-    whole = max(size for _, size in held) if stage == PEAK else held[-1][1]
+    whole = max(held) if stage == PEAK else held[-1]
     figures = {"whole": whole, "empty_context": bench.context, "measured_by": known_by}
     return _row(ON_DEVICE + stage, [max(0, whole - bench.context)], **figures)
 

@@ -25,7 +25,6 @@ _EMPTY = "print(flush=True); input()"
 _CONTEXT = f"from latentrt.engines.cuda.facts import load_runtime; load_runtime().cudaFree(0); {_EMPTY}"
 
 Sample = TypeVar("Sample")
-Series = Sequence[tuple[float, int]]  # (perf_counter, bytes)
 
 
 @contextmanager
@@ -55,10 +54,10 @@ def sampled(read: Callable[[], Sample | None], interval: float) -> Generator[Seq
         watching.result()
 
 
-def on_a_grid(series: Series, began: float, ended: float, interval: float) -> list[int]:
+def on_a_grid(series: Sequence[tuple[float, int]], began: float, ended: float, interval: float) -> list[int]:
     """The most in each interval between two moments, what was so when it began included.
 
-    A peak survives however long the intervals are. The series must not be empty.
+    A peak survives however long the intervals are. The series, of (perf_counter, bytes), must not be empty.
     """
     edges = began + interval * np.arange(max(1, math.ceil((ended - began) / interval)) + 1)
     places = np.searchsorted([moment for moment, _ in series], edges)  # of the first sample from there on
@@ -77,8 +76,8 @@ def measure_baselines(interval: float) -> tuple[Watch, int, int | None]:
     with sampled(watch, interval) as looks, Child("-c", _CONTEXT) as child:
         next(child.lines(LIMIT))
         time.sleep(_SETTLE)
-        held, _ = holding(child.pid, before, list(looks))
-    return watch, interpreter, held[-1][1] if held else None
+        held, _ = holding(child.pid, before, [look for _, look in looks])
+    return watch, interpreter, held[-1] if held else None
 
 
 # ── a GPU ──────────────────────────────────────────────────────────────────────────────────────────
@@ -107,14 +106,14 @@ def device_watch() -> Watch:
     return (lambda: None) if available() else partial(look, Nvml(facts().uuid))
 
 
-def holding(pid: int, before: Look, looks: Sequence[tuple[float, Look]]) -> tuple[Series, str]:
-    """How much of a device a process held, and how that is known; empty if it cannot be known.
+def holding(pid: int, before: Look, looks: Sequence[Look]) -> tuple[list[int], str]:
+    """Bytes of a device that a process held at each look, and how that is known; empty if it cannot be.
 
     Known by "process", or by "device" where NVML does not name it (in a container): all that the device had
     in use, less what was in use before the process began.
     """
-    named = [(moment, look.processes[pid]) for moment, look in looks if pid in look.processes]
+    named = [look.processes[pid] for look in looks if pid in look.processes]
     if named or before.used is None:
         return named, "process"
-    used = [(moment, max(0, look.used - before.used)) for moment, look in looks if look.used is not None]
-    return (used if any(size for _, size in used) else []), "device"
+    used = [max(0, look.used - before.used) for look in looks if look.used is not None]
+    return (used if any(used) else []), "device"

@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from ..case import NETS, PROMPT, Case
 from ..likeness import WINDOW, ssim
 from ..process import SideError, SideProcess
 from ..records import Document, Row, Status
-from ..sides.contract import OURS, REFERENCES, SIDES, WATCHED, Task
+from ..sides.contract import OURS, REFERENCES, SIDES, WATCHED, Task, missing_modules
 from .latency import Progress, document_of, silent, worst_output
 
 # The last draws noise in every row; "heun" calls the UNet twice in a step.
@@ -76,8 +75,7 @@ def choose_reference(task: Task, name: str = "") -> tuple[str, Task]:
             expected=", ".join(known),
             fix="Choose one of these: --reference onnxruntime.",
         )
-    torch = all(find_spec(library) is not None for library in ("torch", "diffusers"))
-    usual = "diffusers" if task.checkpoint is not None and torch else "onnxruntime"
+    usual = "diffusers" if task.checkpoint and not missing_modules("torch", "diffusers") else "onnxruntime"
     return name or usual, replace(task, backend="onnxruntime", device="cpu")
 
 
@@ -130,9 +128,10 @@ def _compare(
     """One row: a sample for each case; the first that fails to run ends it."""
     status: Status = "ok"
     problems: list[str] = []
+    samples: list[dict[str, Any]] = []
     # One net makes a picture of the same latent: that is held to more than a whole generation.
     decibels = DECODED_DB if workload == "vae_decoder" else PICTURE_DB
-    samples: list[dict[str, Any]] = []
+    unit, bar, judged = "1", NET_RELATIVE_L2[dtype], "relative_l2"
     for case in cases:
         try:
             wanted, found = (_outputs(side, workload, case) for side in (reference, ours))
@@ -142,6 +141,7 @@ def _compare(
             break
         sample = {"output": name, **alike, "psnr_db": min(alike["psnr_db"], IDENTICAL_DB)}
         if wanted[name].dtype == np.uint8:
+            unit, bar, judged = "dB", decibels[dtype], "psnr_db"
             likeness = ssim(found.get(name, wanted[name][:0]), wanted[name])
             sample |= {"ssim": likeness, "contrast": float(wanted[name].std())}
         samples.append({"seed": case.seed, **sample})
@@ -149,14 +149,11 @@ def _compare(
             status = "FAILED"
             problems.append(f"{name}, seed {case.seed}: {problem}")
     figures: dict[str, Any] = {"reference": reference.name}
-    unit, bar, judged = "1", NET_RELATIVE_L2[dtype], "relative_l2"
-    if samples and "ssim" in samples[0]:
-        unit, bar, judged = "dB", decibels[dtype], "psnr_db"
     if samples:
-        figures |= {name: max(sample[name] for sample in samples) for name in ("relative_l2", "max_error")}
         # contrast is the reference's, in shades: a flat picture is like any other
-        least = [name for name in ("psnr_db", "ssim", "contrast") if name in samples[0]]
-        figures |= {name: min(sample[name] for sample in samples) for name in least}
+        worst = {"relative_l2": max, "max_error": max, "psnr_db": min, "ssim": min, "contrast": min}
+        known = [name for name in worst if name in samples[0]]
+        figures |= {name: worst[name](sample[name] for sample in samples) for name in known}
         figures |= {"bar": bar, "samples": samples}
     alone = {name for name in ("sampler", "steps") if workload != "picture"}  # nets know no schedule
     return Row(

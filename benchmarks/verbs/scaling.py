@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from math import prod
+from typing import NamedTuple
 
 from ...engines.package import Package
 from ..case import Case
@@ -29,20 +30,16 @@ AXES: Mapping[str, Axis] = {
     # Attention grows with the square of the pixels, all else with them: the line's residual shows how much.
     "pixels": Axis("unet", (50, 100, 150, 200)),
 }
-_FIELDS = {"steps": "steps", "batch": "pictures"}
+# The fields of a case that vary; their product is the place on the axis.
+_FIELDS = {"steps": ("steps",), "batch": ("pictures",), "pixels": ("width", "height")}
 
 
 def _varied(case: Case, axis: str, value: int) -> Case:
     """The case at another point; sizes are multiples of 64 pixels, which every model draws."""
-    if axis in _FIELDS:
-        return replace(case, **{_FIELDS[axis]: value})
+    if axis != "pixels":
+        return replace(case, **dict.fromkeys(_FIELDS[axis], value))
     width, height = (max(round(side * value / 6400), 1) * 64 for side in (case.width, case.height))
     return replace(case, width=width, height=height)
-
-
-def _place(axis: str, case: Mapping[str, Any]) -> float:
-    """Where a row's case is on an axis."""
-    return case[_FIELDS[axis]] if axis in _FIELDS else case["width"] * case["height"]
 
 
 def measure_scaling(
@@ -90,7 +87,8 @@ def time_points(
 
 def _fit(name: str, case: Case, rows: Sequence[Row]) -> Row:
     """The line through the points' medians."""
-    points = [(_place(name, row.case), row.summary["p50"]) for row in rows if row.status == "ok"]
+    good = [row for row in rows if row.status == "ok"]
+    points = [(prod(row.case[field] for field in _FIELDS[name]), row.summary["p50"]) for row in good]
     figures = {"of": name, "workload": AXES[name].workload, "points": points}
     fit = Row(side=OURS, workload="fit", case=case.to_json(), figures=figures)
     if len(points) < 3:

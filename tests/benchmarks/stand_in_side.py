@@ -48,14 +48,14 @@ class StandInSide:
             raise SideError("FAILED", "out of memory")
         own = workload != YARDSTICK
         self.slots[slot] = self.seconds(workload, case) if own else 0.002
-        answer = {"seconds": self.slots[slot], "finite": True, "figures": {}}
-        return answer, self.outputs if own else {}
+        return {"seconds": self.slots[slot], "figures": {}}, self.outputs if own else {}
 
     def time(
         self, runs: int, *, slot: str = "", beside: str | None = None
     ) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
-        beside_s = {"beside_s": self.slots[beside]} if beside else {}
-        return (self.slots[slot],) * runs, [{**self.figures(), **beside_s} for _ in range(runs)]
+        own, other = self.slots[slot], self.slots[beside] if beside else 0.0
+        pair = {"own_s": own, "beside_s": other} if beside else {}
+        return (own + other,) * runs, [{**self.figures(), **pair} for _ in range(runs)]
 
     def __enter__(self) -> "StandInSide":
         return self

@@ -111,9 +111,7 @@ def test_processes_and_their_parts(tmp_path: Path) -> None:
     assert rows["first picture"].stamp["side"]["backend"].startswith("onnxruntime ")
 
 
-def test_a_process_that_fails_or_hangs_says_why_and_is_not_started_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_process_that_fails_or_hangs_is_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cold_start, "_BLOCKED", "import time; time.sleep(60)\n")
     monkeypatch.setattr(cold_start, "LIMIT", 1.0)
     began = time.perf_counter()

@@ -12,18 +12,15 @@ from latentrt.benchmarks import skeletons
 from latentrt.benchmarks.case import Case
 from latentrt.benchmarks.process import Server
 from latentrt.benchmarks.sides import ceiling, contract
-from latentrt.benchmarks.sides.ceiling import Place
 from latentrt.benchmarks.sides.contract import NotAvailableError, Task, Work, side
 from latentrt.benchmarks.sides.yardstick import GRAPH, SIZES, SKELETON, open_yardstick
 from latentrt.engines import processors
-from latentrt.engines.errors import UsageError
 from latentrt.engines.onnxruntime.nets import CPU, CUDA
 from latentrt.runtime.pipeline import SHIPPED
 
 CASE = Case(width=64, height=64, guidance_scale=1.0)
 SMALL = [(32, 48, 16), (300, 7, 129)]
 TASK = Task(package=SHIPPED["demo"], threads=2)
-HOST = Place(threads=2)
 
 
 @pytest.fixture
@@ -57,10 +54,10 @@ def test_a_side_of_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_bound_is_computed(dtype: str, tolerance: float) -> None:
     random = np.random.default_rng(1)
     left, right = (random.random(shape).astype(dtype) for shape in ((30, 7), (7, 12)))
-    launch, product = ceiling.bind("MatMul", left, (30, 12), HOST, constant=right)
+    launch, product = ceiling.bind("MatMul", left, (30, 12), CPU, 2, constant=right)
     launch()
     np.testing.assert_allclose(product.numpy(), left.astype(float) @ right, rtol=tolerance)
-    launch, copied = ceiling.bind("Identity", right, right.shape, Place(launches=3))
+    launch, copied = ceiling.bind("Identity", right, right.shape, CPU, 1)
     launch()
     np.testing.assert_array_equal(copied.numpy(), right)
     assert copied.data_ptr() != right.ctypes.data
@@ -79,11 +76,6 @@ def test_a_copy_on_the_cpu_moves_what_it_says(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(ceiling, "COPIED", 1000)
     side("ceiling").open_side(TASK).prepare("copy", CASE).run()
     assert moved == [500, 500], "a part for each thread"
-
-
-def test_no_threads() -> None:
-    with pytest.raises(UsageError, match="threads is 0"):
-        side("ceiling").open_side(replace(TASK, threads=0))
 
 
 def test_the_fastest_at_its_median_is_kept() -> None:
@@ -105,8 +97,10 @@ def test_on_cuda_it_takes_the_packages_dtype(monkeypatch: pytest.MonkeyPatch) ->
     assert side("ceiling").available(task) == "no CUDA device"
     bound: list[tuple[Any, ...]] = []
 
-    def bind(operator: str, x: np.ndarray, shape: tuple[int, ...], place: Place, **more: Any) -> Any:
-        bound.append((operator, x.dtype, shape, place.device, place.provider))
+    def bind(
+        operator: str, x: np.ndarray, shape: tuple[int, ...], provider: str, *_: Any, **more: Any
+    ) -> Any:
+        bound.append((operator, x.dtype, shape, provider))
         return dict, None
 
     monkeypatch.setattr(ceiling, "bind", bind)
@@ -114,12 +108,11 @@ def test_on_cuda_it_takes_the_packages_dtype(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(ceiling, "COPIED", 5000)
     opened = side("ceiling").open_side(task)
     gemm, copy = opened.prepare("gemm", CASE), opened.prepare("copy", CASE)
-    assert gemm.repeats == copy.repeats == ceiling.LAUNCHES
+    assert gemm.repeats == copy.repeats == 8
     assert gemm.figures()["dtype"] == "float32"
     assert copy.figures() == {"bytes": 10000}
-    places = ("cuda", CUDA)
-    products = [("MatMul", np.float32, (rows, columns), *places) for rows, _, columns in SMALL]
-    assert bound == [*products, ("Identity", np.uint8, (5000,), *places)]
+    products = [("MatMul", np.float32, (rows, columns), CUDA) for rows, _, columns in SMALL]
+    assert bound == [*products, ("Identity", np.uint8, (5000,), CUDA)]
 
 
 def test_its_numbers_are_random() -> None:

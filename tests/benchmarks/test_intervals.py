@@ -47,17 +47,6 @@ def test_the_intervals_are_scipys() -> None:
     check(ratio_of_runs(a, b), value, count, count, statistic=statistic, vectorized=False)
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
-    """Binomial counts beyond these bounds have a probability of 1 in 1000."""
-    pairs = [drifting(seed, rounds=24, runs=3, times=1.2) for seed in range(100)]
-    for level, low, high in ((0.95, 88, 100), (0.5, 35, 65)):
-        found = [ratio_by_round(*pair, level=level) for pair in pairs]
-        assert low <= sum(item.low <= 1.2 <= item.high for item in found) <= high
-    # medians of all samples jump from round to round where they drift: wider than they need be
-    pooled = [ratio_of_runs(*pair) for pair in pairs[:30]]
-    assert sum(item.low <= 1.2 <= item.high for item in pooled) >= 24
-
-
 def test_of_rounds_of_other_lengths_each_sample_counts() -> None:
     found = ratio_of_runs([(1.0, 5.0), (2.0,), (3.0, 4.0, 9.0)], [(1.0,)])
     assert (found.value, found.low, found.high) == (3.5, 2.0, 4.0)
@@ -84,14 +73,6 @@ def test_lines_are_scipys() -> None:
     residual = np.abs(y - theirs.intercept - theirs.slope * x).max() / np.abs(y).max()
     wanted = {"slope": theirs.slope, "intercept": theirs.intercept, "residual": residual}
     assert found == pytest.approx(wanted)
-
-
-def test_points_that_make_no_line_are_refused() -> None:
-    flat = fit_line([1, 2, 3], [4.0, 4.0, 4.0])
-    assert flat == pytest.approx({"slope": 0, "intercept": 4, "residual": 0})
-    for x, y in (([1.0], [1.0]), ([2.0, 2.0], [1.0, 3.0]), ([1.0, 2.0], [1.0])):
-        with pytest.raises(ValueError, match="two different x"):
-            fit_line(x, y)
 
 
 def test_of_few_rounds_the_interval_is_their_range() -> None:
@@ -147,18 +128,13 @@ def test_sides_take_turns_in_an_order_that_flips() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [((1.0, 1.0), 50), ((10.0, 10.0), 5), ((1000.0,), 3)])
-def test_long_runs_get_as_many_rounds_as_runs_or_the_budget_allow(
-    seconds: tuple[float, ...], rounds: int
-) -> None:
+def test_long_runs_get_the_rounds_that_fit(seconds: tuple[float, ...], rounds: int) -> None:
     """50 runs; 100 s are five rounds, besides a warm-up; and there are never fewer than three."""
-    _, found = taking_turns(*seconds)
-    assert {len(side.rounds) for side in found.values()} == {rounds}
-
-
-def test_a_budget_that_cannot_be_kept_is_said() -> None:
     lines: list[str] = []
-    taking_turns(100.0, 20.0, said=lines.append)
-    assert lines[0] == "3 rounds take about 360 s, more than the budget of 100 s"
+    _, found = taking_turns(*seconds, said=lines.append)
+    assert {len(side.rounds) for side in found.values()} == {rounds}
+    late = "3 rounds take about 3000 s, more than the budget of 100 s"
+    assert lines[0] == (late if rounds == 3 else "round 1 of at most 50")
 
 
 def test_a_turn_has_a_limit_and_a_slow_first_run_does_not_shorten_it() -> None:

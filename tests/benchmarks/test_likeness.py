@@ -38,9 +38,8 @@ def pictures() -> np.ndarray:
 
 def test_ssim_of_torchmetrics_documentation() -> None:
     """https://lightning.ai/docs/torchmetrics/stable/image/structural_similarity.html: tensor(0.9219)."""
-    found = (
-        torch.rand([3, 3, 256, 256], generator=torch.Generator().manual_seed(42)).permute(0, 2, 3, 1).numpy()
-    )
+    found = torch.rand([3, 3, 256, 256], generator=torch.Generator().manual_seed(42))
+    found = found.permute(0, 2, 3, 1).numpy()
     assert ssim(found, found * 0.75, peak=1.0) == pytest.approx(0.9219, abs=2e-4)
 
 
@@ -58,12 +57,6 @@ def test_ssim_of_equal_negative_and_other_pictures(pictures: np.ndarray) -> None
     assert ssim(pictures, 255 - pictures) < 0
     assert ssim(pictures, pictures[:1]) == -1
     assert ssim(np.full_like(pictures, np.nan, dtype=float), pictures) == -1
-
-
-def test_ssim_needs_a_windows_size() -> None:
-    small = np.zeros((1, 11, 10, 3), np.uint8)
-    with pytest.raises(ValueError, match="at least 11x11 pixels"):
-        ssim(small, small)
 
 
 def test_psnr() -> None:

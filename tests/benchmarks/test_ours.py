@@ -22,11 +22,11 @@ from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
 from latentrt.engines.package import Package, write_manifest
 from latentrt.runtime.loop.denoise import HostLoop
 from latentrt.runtime.pipeline import SHIPPED, Pipeline
+from tests.benchmarks.stand_in_side import PACKAGE
 from tests.engines.host_device import HostDevice
 from tests.runtime.device_bench import device_pipeline
 from tests.runtime.small_nets import IMAGE_CHANNELS, VECTORS, WIDTH, write_small_package
 
-PACKAGE = Package.open(SHIPPED["demo"])
 GUIDED = Case.of(PACKAGE.manifest, width=64, height=48, steps=4)
 PLAIN = Case.of(PACKAGE.manifest, width=48, height=64, steps=3, guidance_scale=1.0, pictures=2)
 
@@ -80,9 +80,7 @@ def test_a_picture_is_the_pipelines_and_tells_its_stages(side: OpenSide, pipe: P
     assert picture.figures()["stages_s"] != first, "of the last run"
 
 
-def test_update_calls_no_net_and_repeats_itself(
-    side: OpenSide, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_update_calls_no_net(side: OpenSide, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     loop: Any = pipe.loop
     monkeypatch.setattr(loop, "nets", dict.fromkeys(loop.nets, None))
     update = side.prepare("update", GUIDED)

@@ -18,20 +18,17 @@ import onnxruntime
 import pytest
 from polygraphy.backend import trt
 
-import latentrt.demo
 from latentrt.benchmarks.case import Case
 from latentrt.benchmarks.likeness import difference, psnr
 from latentrt.benchmarks.sides import contract, diffusers_pipeline, plain_loop, tensorrt_loop
 from latentrt.benchmarks.sides.contract import NotAvailableError, OpenSide, Task, open_plain_package
 from latentrt.engines.errors import BackendError
 from latentrt.engines.onnxruntime.nets import CPU, CUDA
-from latentrt.engines.package import Package
 from latentrt.engines.spec import Array
+from tests.benchmarks.stand_in_side import PACKAGE
 from tests.tiny_package import write_tiny_package
 
-DEMO = Path(latentrt.demo.__path__[0])
-PACKAGE = Package.open(DEMO / "package")
-TASK = Task(package=PACKAGE.root, checkpoint=DEMO / "checkpoint", threads=1)
+TASK = Task(package=PACKAGE.root, checkpoint=PACKAGE.root.parent / "checkpoint", threads=1)
 NEEDS = {
     "diffusers": "diffusers",
     "diffusers-compile": "torch",

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.benchmarks.case import Case
 from latentrt.benchmarks.process import Child, Server, SideError, SideProcess, run, serve
-from latentrt.benchmarks.sides.contract import OpenSide, Task, Work
-from latentrt.runtime.pipeline import SHIPPED
+from latentrt.benchmarks.sides.contract import OpenSide, Work
+from tests.benchmarks.stand_in_side import CASE, TASK
 
 ORPHAN = """
 import sys, time
@@ -25,9 +24,6 @@ side = SideProcess("latentrt", "latentrt", Task.parse(sys.argv[1]))
 print(side.pid, flush=True)
 time.sleep(60)
 """
-
-CASE = Case(width=64, height=64, guidance_scale=3.0, steps=2)
-TASK = Task(package=SHIPPED["demo"], threads=1)
 
 
 def _work(value: float) -> Work:
@@ -61,7 +57,6 @@ def _time(runs: int, slot: str = "", **more: Any) -> dict[str, Any]:
 def test_a_child_answers() -> None:
     answers, was_closed = _serve(_prepare("1"), _time(3), {"do": "memory"}, {"do": "close"}, _time(1))
     prepared, timed, memory, closed = answers
-    assert prepared["finite"]
     assert prepared["figures"] == {"run": 1}
     assert [item["run"] for item in timed["figures"]] == [2, 3, 4]
     assert len(timed["seconds"]) == 3
@@ -72,13 +67,15 @@ def test_a_child_answers() -> None:
 
 
 def test_a_child_tells_errors_and_lives_on() -> None:
-    answers, _ = _serve(
-        _prepare("none"), _prepare("a word"), _prepare("1", "a"), _prepare("nan"), _time(1, "a")
-    )
-    assert answers[0] == {"error": "it has no workload 'none'", "kind": "not available"}
-    assert answers[1]["kind"] == "FAILED"
-    assert "ValueError" in answers[1]["error"]
-    assert [answer["finite"] for answer in answers[2:]] == [True, False, True], "slots are apart"
+    first, second = _prepare("1", "a"), _prepare("nan", "b")
+    answers, _ = _serve(_prepare("none"), _prepare("a word"), first, second, _time(1, "b"), _time(1, "a"))
+    none, word, *_, nan, good = answers
+    assert none == {"error": "it has no workload 'none'", "kind": "not available"}
+    assert word["kind"] == "FAILED"
+    assert "ValueError" in word["error"]
+    assert nan == {"error": "FloatingPointError: the output image is not finite", "kind": "FAILED"}
+    assert answers[3] == nan
+    assert len(good["seconds"]) == 1, "slots are apart"
 
 
 def test_a_slot_that_runs_beside_another_has_its_seconds() -> None:
@@ -95,7 +92,7 @@ def test_a_slot_that_runs_beside_another_has_its_seconds() -> None:
     assert alone["figures"] == [{"run": 5}]
 
 
-def test_a_process_of_its_own() -> None:
+def test_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     with SideProcess("latentrt", "latentrt", TASK) as side:
         assert "onnxruntime" in side.stamp["side"]["backend"]
         assert {"cpu", "commit", "libraries", "cpu_mhz", "load_1min"} <= set(side.stamp)
@@ -108,7 +105,10 @@ def test_a_process_of_its_own() -> None:
         with pytest.raises(SideError, match="no workload 'gemm'") as error:
             side.prepare("gemm", CASE)
         assert error.value.status == "not available"
-        side._process.kill()
+        monkeypatch.setattr("latentrt.benchmarks.process.LIMIT", 0.0)
+        with pytest.raises(SideError, match="no answer within 0 s"):
+            side.ask(do="memory")
+        monkeypatch.undo()
         with pytest.raises(SideError, match="it ended with SIGKILL"):
             side.time(1)
         with pytest.raises(SideError, match="it ended with SIGKILL"):
@@ -125,19 +125,6 @@ def test_what_cannot_be_opened(tmp_path: Any) -> None:
     assert error.value.status == "not available"
     with pytest.raises(SideError, match="unknown side 'abacus'"):
         SideProcess("abacus", "abacus", TASK)
-
-
-def test_numbers_that_are_not_finite_are_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    with SideProcess("latentrt", "latentrt", TASK) as side:
-        with monkeypatch.context() as patch:
-            patch.setattr(side, "ask", lambda **command: {"finite": False, "seconds": [1.0], "figures": [{}]})
-            with pytest.raises(SideError, match="unet: the output is not finite"):
-                side.prepare("unet", CASE)
-            with pytest.raises(SideError, match="the output is not finite"):
-                side.time(1)
-        monkeypatch.setattr("latentrt.benchmarks.process.LIMIT", 0.0)
-        with pytest.raises(SideError, match="no answer within 0 s"):
-            side.ask(do="memory")
 
 
 @pytest.mark.parametrize(

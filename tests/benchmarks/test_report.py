@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.text import Text
-from PIL import Image
 
 from latentrt.benchmarks import words
 from latentrt.benchmarks.intervals import ratio_by_round
 from latentrt.benchmarks.records import Document, Row
-from latentrt.benchmarks.report import Pages, outdated, write_report
+from latentrt.benchmarks.report import publish
 from latentrt.benchmarks.report.figures import Sheet, house_style
-from latentrt.benchmarks.report.publish import BEGIN, END, SUMMARY_BEGIN, SUMMARY_END, planned_figures
+from latentrt.benchmarks.report.publish import BEGIN, END, SUMMARY_BEGIN, SUMMARY_END, Pages
 from latentrt.benchmarks.report.reading import Result, read_results
 from latentrt.benchmarks.report.tables import full_tables, short_table
 from latentrt.engines.errors import BackendError, PackageError, UsageError
@@ -102,8 +101,6 @@ def test_lines_whose_answers_are_known() -> None:
     def line(name: str, workload: str, **facts: Any) -> str:
         return tables(Row(side="latentrt", workload=workload, unit="B", **facts), of=f"{name}-demo")
 
-    found = line("build", "every net", status="FAILED", reason="unet: no memory")
-    assert "| build of the engines | 0 of 0 nets; unet: no memory |" in found
     fit = {"of": "steps", "workload": "picture", "points": [[5, 0.05], [10, 0.09]]}
     found = line("scaling", "fit", status="FAILED", reason="2 points", figures=fit)
     assert "| whole picture against steps | 5: 50.0 ms; 10: 90.0 ms; FAILED: 2 points |" in found
@@ -120,7 +117,7 @@ def test_lines_whose_answers_are_known() -> None:
 
 
 def drawn(document: Document, kind: str) -> Sheet:
-    return planned_figures(result(document))[f"document-{kind}.png"]()
+    return publish.planned_figures(result(document))[f"document-{kind}.png"]()
 
 
 def texts(sheet: Sheet) -> list[Any]:
@@ -143,8 +140,8 @@ def written(sheet: Sheet) -> str:
 def sheets() -> Iterator[dict[str, Sheet]]:
     """Every figure of a small model and of a full-size one, by file name."""
     with house_style():
-        planned = {**planned_figures(RESULTS["latency-demo"]), **planned_figures(RESULTS[FULL_SIZE])}
-        yield {name.removesuffix(".png"): draw() for name, draw in planned.items()}
+        small, large = (publish.planned_figures(RESULTS[name]) for name in ("latency-demo", FULL_SIZE))
+        yield {name.removesuffix(".png"): draw() for name, draw in {**small, **large}.items()}
 
 
 def test_no_text_covers_another_or_leaves_the_sheet(sheets: dict[str, Sheet]) -> None:
@@ -205,12 +202,12 @@ def test_the_rooflines_points_are_the_rows(sheets: dict[str, Sheet]) -> None:
 
 def test_what_a_document_lacks_is_not_drawn() -> None:
     ours = tuple(row for row in LATENCY.rows if row.side.startswith("latentrt"))
-    assert list(planned_figures(result(replace(LATENCY, rows=ours)))) == ["document-waterfall.png"]
+    assert list(publish.planned_figures(result(replace(LATENCY, rows=ours)))) == ["document-waterfall.png"]
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(BackendError, match=r"latentrt\[bench\]"), house_style():
+    with pytest.raises(BackendError, match=r"\[bench\]"), house_style():
         raise AssertionError("nothing can be drawn")
 
 
@@ -241,8 +238,8 @@ def pages(tmp_path: Path) -> Pages:
 
 
 def test_a_second_time_changes_nothing(results: Path, pages: Pages) -> None:
-    assert outdated(results, pages)
-    first = write_report(results, pages)
+    assert publish.outdated(results, pages)
+    first = publish.write_report(results, pages)
     assert first.figures == (pages.figures / FIGURE,)
     assert set(first.changed) == {*first.figures, pages.readme, pages.measurements}
     assert [remark.partition(" ")[0] for remark in first.remarks] == ["old.json", "text.json"]
@@ -253,8 +250,8 @@ def test_a_second_time_changes_nothing(results: Path, pages: Pages) -> None:
         assert text.endswith(f"\n\n{end}\nbehind\n")
         assert "stale" not in text
     assert f"(../figures/{FIGURE})" in text
-    assert outdated(results, pages) == ()
-    assert write_report(results, pages).changed == ()
+    assert publish.outdated(results, pages) == ()
+    assert publish.write_report(results, pages).changed == ()
 
 
 def rewrite(results: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -263,45 +260,32 @@ def rewrite(results: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -
 
 
 def test_what_is_outdated_is_named(results: Path, pages: Pages) -> None:
-    write_report(results, pages)
+    publish.write_report(results, pages)
     rewrite(results, lambda data: data)
-    assert outdated(results, pages) == (), "white space is not another document"
+    assert publish.outdated(results, pages) == (), "white space is not another document"
     rewrite(results, lambda data: {**data, "date": "2026-12-24T00:00:00+00:00"})
-    assert outdated(results, pages) == (
+    assert publish.outdated(results, pages) == (
         "all.md does not have the tables of the documents",
         f"{FIGURE} is missing, or was drawn from another document",
     )
     shutil.rmtree(results / "box")
-    assert f"{FIGURE} is of no document any more: delete it" in outdated(results, pages)
-
-
-def test_a_png_has_no_date_and_the_documents_digest(results: Path, pages: Pages) -> None:
-    ((figure,), (found,)) = write_report(results, pages).figures, read_results(results)[0]
-    with Image.open(figure) as image:
-        assert image.info["latentrt-document"] == found.digest
-        assert {"Software", "Creation Time"}.isdisjoint(image.info)
-        assert image.size[0] == 1350  # 9 inches at 150 dpi
+    assert f"{FIGURE} is of no document any more: delete it" in publish.outdated(results, pages)
 
 
 @pytest.mark.parametrize("text", ["", BEGIN, f"{END}\n{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}", None])
-def test_a_page_without_markers_is_refused_before_anything_is_written(
-    results: Path, pages: Pages, text: str | None
-) -> None:
+def test_without_markers_nothing_is_written(results: Path, pages: Pages, text: str | None) -> None:
     assert pages.measurements
     pages.measurements.unlink()
     if text is not None:
         pages.measurements.write_text(text, encoding="utf-8")
     with pytest.raises(UsageError, match=f"{BEGIN} and {END}"):
-        write_report(results, pages)
+        publish.write_report(results, pages)
     assert not pages.figures.exists()
 
 
-def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is no folder"):
-        read_results(tmp_path / "no")
-
-
-def test_a_damaged_document_is_not_left_out_in_silence(results: Path) -> None:
+def test_what_cannot_be_read_is_not_left_out_in_silence(results: Path) -> None:
     rewrite(results, lambda data: {**data, "rows": [{}]})
     with pytest.raises(PackageError, match="no benchmark document"):
         read_results(results)
+    with pytest.raises(UsageError, match="is no folder"):
+        read_results(results / "no")

@@ -1,7 +1,6 @@
 """Scaling and throughput with sides that take a known time; and once with the demo model."""
 
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,19 +24,17 @@ RULES = Rules(queries=20, seconds=0.0, samples=10, budget=5.0)
 class Slow(StandInSide):
     """Takes the time that it tells."""
 
-    def time(self, runs: int, *, slot: str = "") -> tuple[tuple[float, ...], list[dict[str, Any]]]:
+    def time(self, runs: int, *, slot: str = "", beside: str | None = None) -> Any:
         time.sleep(self.slots[slot] * runs)
-        return super().time(runs, slot=slot)
+        return super().time(runs, slot=slot, beside=beside)
 
 
 class Broken(Slow):
-    def time(self, runs: int, *, slot: str = "") -> Any:
+    def time(self, runs: int, *, slot: str = "", beside: str | None = None) -> Any:
         raise SideError("FAILED", "the output is not finite")
 
 
-def measured(
-    monkeypatch: pytest.MonkeyPatch, kind: Callable[..., StandInSide] = Slow, **changes: Any
-) -> tuple[Document, list[str]]:
+def measured(monkeypatch: pytest.MonkeyPatch, kind: Any = Slow, **changes: Any) -> tuple[Document, list[str]]:
     def opened(name: str, module: str, task: Task) -> StandInSide:
         return kind(name, lambda workload, case: FIXED + EACH * case.pictures)
 
@@ -66,13 +63,10 @@ def test_sweep_and_scenarios(monkeypatch: pytest.MonkeyPatch) -> None:
     assert document.settings["rules"]["queries"] == 20
 
 
-def test_single_stream_lasts_as_long_as_it_should_and_the_budget_allows(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_single_stream_lasts_as_long_as_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
     rules = Rules(queries=1, seconds=0.1, samples=1, budget=5.0)
     single = row_of(measured(monkeypatch, rules=rules)[0], "SingleStream")
-    assert sum(single.samples) >= 0.1
-    assert sum(single.samples) < 0.3
+    assert 0.1 <= sum(single.samples) < 0.3
     document = measured(monkeypatch, rules=Rules(queries=500, seconds=0.0, samples=400, budget=0.05))[0]
     assert len(row_of(document, "SingleStream").samples) < 100
     assert row_of(document, "Offline").figures["samples"] < 200
