@@ -89,7 +89,7 @@ def _name(passed: Any) -> str | None:
     return Path(cast(str, file)).name or None if isinstance(file, (str, os.PathLike)) else None
 
 
-def find_input(name: str, wanted: Mapping[str, str], given: Any, folder: Path | None) -> Path | Array:
+def find_input(name: str, wanted: Mapping[str, str], given: Any, folder: Path | None) -> Array:
     """The input of that hash: what was given, else a file of the folder.
 
     Returns:
@@ -103,7 +103,7 @@ def find_input(name: str, wanted: Mapping[str, str], given: Any, folder: Path | 
     if given is not None:
         for row in _read(name, given):
             if fingerprint(row) == wanted["sha256"]:
-                return _source(given, row)
+                return row
         raise UsageError(
             f"{name} is not what the picture started from",
             expected=f"{called}sha256 {wanted['sha256']}",
@@ -116,17 +116,12 @@ def find_input(name: str, wanted: Mapping[str, str], given: Any, folder: Path | 
             continue
         for row in rows:
             if fingerprint(row) == wanted["sha256"]:
-                return _source(path, row)
+                return row
     raise UsageError(
         f"the {name} that the picture started from is missing",
         expected=f"{called}sha256 {wanted['sha256']}, beside the picture or passed",
         fix=f"Pass {name}=…, or {flag} FILE.",
     )
-
-
-def _source(given: Any, row: Array) -> Path | Array:
-    """The file of a picture, so that it keeps its name; the values of anything else."""
-    return Path(given) if isinstance(given, (str, Path)) and row.dtype == np.uint8 else row
 
 
 def _candidates(folder: Path | None, name: str | None) -> Iterator[Path]:
