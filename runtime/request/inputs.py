@@ -93,7 +93,7 @@ def find_input(name: str, wanted: Mapping[str, str], given: Any, folder: Path | 
     """The input of that hash: what was given, else a file of the folder.
 
     Returns:
-        A picture's file, or its values: (H, W, 3) uint8, or latents (1, C, H/8, W/8).
+        (H, W, 3) uint8 of a picture, or latents (1, C, H/8, W/8).
 
     Raises:
         UsageError: it is not there, or what was given is another one.
