@@ -43,7 +43,7 @@ _ENTRIES = tuple(
 def missing() -> str:
     """Why the libraries cannot be built here; "" if they can."""
     tools = [tool for tool in ("cc", "nm", "readelf") if shutil.which(tool) is None]
-    return f"{' and '.join(tools)} are not there: apt install gcc" if tools else ""
+    return f"there is no {' and no '.join(tools)}: apt install gcc" if tools else ""
 
 
 def find_provider() -> Path:

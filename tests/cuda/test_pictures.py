@@ -8,17 +8,24 @@ from typing import Any
 import pytest
 
 from tests.cuda import environment
+from tests.cuda.test_nets import SKELETONS
 
 Facts = dict[str, Any]
 CAPTURED = "runs on CUDA are captured only on request"
+PLANS = "a size is captured right after another one has run, so its plans are built in the capture"
 WAITS = "every 32nd run of a net waits for the stream, also in the middle of a picture"
 # A loop of rows that are replayed leaves the launches of the nets that run once per picture.
 ALLOCATIONS = {"allocations", "page-locked allocations", "cuDNN plans"}
 
 
+@pytest.fixture(scope="module", params=["demo", *SKELETONS])
+def package(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def pictures(built: Path) -> dict[str, Facts]:
-    return environment.ask(built, "pictures", "demo")
+def pictures(built: Path, package: str) -> dict[str, Facts]:
+    return environment.ask(built, "pictures", package)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +92,14 @@ def test_nothing_is_captured_that_may_not_be(pictures: dict[str, Facts]) -> None
     assert {graphs: facts["notes"] for graphs, facts in pictures.items() if facts["notes"]} == {}
 
 
+@pytest.mark.xfail(strict=True, reason=PLANS)
+def test_sizes_in_turns_build_no_plan_in_a_capture(built: Path) -> None:
+    facts = environment.ask(built, "alternating", "demo")
+    assert facts["replays"]
+    assert facts["forbidden"] == {}
+    assert facts["notes"] == {}
+
+
 @pytest.mark.parametrize(
     "graphs", ["off", "on", pytest.param("auto", marks=pytest.mark.xfail(strict=True, reason=CAPTURED))]
 )
@@ -103,6 +118,14 @@ def test_what_is_idle_is_freed_and_made_anew(pictures: dict[str, Facts]) -> None
 
 def test_a_closed_pipeline_leaves_nothing(pictures: dict[str, Facts]) -> None:
     assert {graphs: facts["left_open"] for graphs, facts in pictures.items() if facts["left_open"]} == {}
+
+
+def test_little_memory_is_shared_out_and_comes_back(built: Path) -> None:
+    facts = environment.ask(built, "memory", "demo")
+    assert (facts["little"], facts["enough"]) == ("", "")
+    assert [line for line in facts["log_little"] if "split the batch -> " in line]
+    assert facts["log_none"]
+    assert facts["left_open"] == {}
 
 
 # ── failures ──────────────────────────────────────────────────────────────────────────────────
