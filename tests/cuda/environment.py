@@ -35,17 +35,17 @@ def missing() -> str:
 
 def build(folder: Path) -> Path:
     """The stand-in's libraries for the provider that is installed there."""
-    _run([str(PYTHON), "-m", "tests.cuda.libraries", str(folder)], {})
+    run([str(PYTHON), "-m", "tests.cuda.libraries", str(folder)], {})
     return folder
 
 
 def ask(built: Path, *arguments: str) -> Any:
     """What the worker answers, run on the libraries in `built`."""
-    output = _run([str(PYTHON), "-m", "tests.cuda.worker", *arguments], {"LD_LIBRARY_PATH": str(built)})
+    output = run([str(PYTHON), "-m", "tests.cuda.worker", *arguments], {"LD_LIBRARY_PATH": str(built)})
     return json.loads(output.splitlines()[-1])
 
 
-def _run(command: list[str], variables: dict[str, str]) -> str:
+def run(command: list[str], variables: dict[str, str]) -> str:
     environment = {**os.environ, **variables, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}"

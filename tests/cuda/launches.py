@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from tests.cuda import environment
 
 TABLE = Path(__file__).with_name("launches.json")
-PACKAGES = ("demo", "sd15-fp16", "sd21-fp16")
+PACKAGES = ("demo", "sd15-fp16", "sd21-fp16", "sdxl-fp16")
 COMMAND = "python -m tests.cuda.launches"
 
 

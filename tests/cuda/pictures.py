@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from latentrt.benchmarks.gpu.opener import Opened, Opener, draw
+from latentrt.benchmarks.case import Case
+from latentrt.benchmarks.gpu.opener import Opened, Opener, Scale, draw
 from latentrt.benchmarks.sides.contract import Task
 from latentrt.engines.cuda.device import CudaDevice
 from latentrt.engines.errors import LatentrtError
@@ -27,6 +28,8 @@ from tests.cuda.runtime import StandIn
 
 GRAPHS: tuple[Graphs, ...] = ("off", "on", "auto")
 PICTURES = 6
+PAGE = 2 * 2**20
+LITTLE = 24  # pages
 OUT_OF_MEMORY, LAUNCH_FAILURE, UNSUPPORTED, INVALIDATED = 2, 719, 900, 901
 # What fails while pictures are drawn: a function, its error, and the how-manieth call from then on.
 FAILURES = (
@@ -89,6 +92,45 @@ def pictures(package: Package, runtime: StandIn) -> dict[str, Facts]:
     return facts
 
 
+def alternating(package: Package, runtime: StandIn) -> Facts:
+    """Two sizes in turns, then twice each: each is captured after the other has run."""
+    a, b = cases_of(package)
+    before = runtime.report()
+    with opener_of(package) as opener, opener.pipeline("on") as opened:
+        for case in (a, b, a, b, b, a, a):
+            draw(opened.pipe, case)
+        replays = opened.loop.replays
+    found = runtime.report().since(before)
+    return {"replays": replays, "notes": found.of("note"), "forbidden": found.of("forbidden")}
+
+
+def memory(package: Package, runtime: StandIn) -> Facts:
+    """Many large pictures with little memory left, and with none; then a usual one with enough again."""
+    scale, total = Scale.of(package.manifest), runtime.report().of("memory")["total"]
+    facts: Facts = {}
+    with opener_of(package) as opener:
+        with opener.pipeline("off") as opened:
+            draw(opened.pipe, scale.case)  # what the libraries keep for ever is there now
+        before = runtime.report()
+        with opener.pipeline("off") as opened:
+            facts |= _with_less(opened, scale, runtime, total)
+    facts["left_open"] = runtime.report().since(before).of("open")
+    return facts
+
+
+def _with_less(opened: Opened, scale: Scale, runtime: StandIn, total: int) -> Facts:
+    facts: Facts = {}
+    draw(opened.pipe, scale.case)
+    for what, pages in (("little", LITTLE), ("none", 0)):
+        runtime.set_total(runtime.report().of("memory")["used"] + pages * PAGE)
+        facts[what] = _error_of(lambda: draw(opened.pipe, scale.large))
+        facts[f"log_{what}"] = list(opened.log)
+        opened.log.clear()
+    runtime.set_total(total)
+    facts["enough"] = _error_of(lambda: draw(opened.pipe, scale.case))
+    return facts
+
+
 def _drawn(opened: Opened, package: Package, runtime: StandIn) -> Facts:
     usual, other = cases_of(package)
 
@@ -97,8 +139,8 @@ def _drawn(opened: Opened, package: Package, runtime: StandIn) -> Facts:
         work()
         return runtime.report().since(before).events()
 
-    def picture(case: object, seed: int) -> dict[str, int]:
-        return events(lambda: draw(opened.pipe, replace(case, seed=seed)))  # pyright: ignore
+    def picture(case: Case, seed: int) -> dict[str, int]:
+        return events(lambda: draw(opened.pipe, replace(case, seed=seed)))
 
     facts: Facts = {"steps": usual.steps}
     facts["pictures"] = [picture(usual, seed) for seed in range(PICTURES)]
@@ -115,7 +157,7 @@ def _drawn(opened: Opened, package: Package, runtime: StandIn) -> Facts:
 
 def failures(package: Package, runtime: StandIn) -> list[Facts]:
     """What each failure becomes: an error or none, whether the next picture works, and what is left open."""
-    case = cases_of(package)[0]
+    case = replace(cases_of(package)[0], steps=3)
     facts: list[Facts] = []
     with opener_of(package) as opener:
         for graphs in GRAPHS:  # what the libraries keep for ever is there then
@@ -123,24 +165,28 @@ def failures(package: Package, runtime: StandIn) -> list[Facts]:
                 draw(opened.pipe, case)
         for name, error, call in OPENING_FAILURES:
             before = runtime.report()
-            fact: Facts = {"failing": f"{name} while opening, call {call}", "next": ""}
             runtime.fail(name, error, call=call)
-            fact["error"] = _error_of(partial(_open, opener))
+            fact: Facts = {
+                "failing": f"{name} while opening, call {call}",
+                "error": _error_of(partial(_open, opener)),
+            }
             runtime.mend()
-            facts.append({**fact, "left_open": runtime.report().since(before).of("open")})
+            facts.append({**fact, "next": "", "left_open": runtime.report().since(before).of("open")})
         for name, error, call in FAILURES:
             before = runtime.report()
-            fact = {"failing": f"{name}, call {call}"}
             with opener.pipeline("on") as opened:
-                # a picture of a new size; then those that capture and replay a row
                 runtime.fail(name, error, call=call)
-                found = [_error_of(lambda o=opened: draw(o.pipe, case)) for _ in range(3)]
-                fact["error"] = next((text for text in found if text), "")
-                fact["log"] = list(opened.log)
-                runtime.mend()
-                fact["next"] = _error_of(lambda o=opened: draw(o.pipe, case))
+                fact = {"failing": f"{name}, call {call}", **_failing(opened, case, runtime)}
             facts.append({**fact, "left_open": runtime.report().since(before).of("open")})
     return facts
+
+
+def _failing(opened: Opened, case: Case, runtime: StandIn) -> Facts:
+    """A picture of a new size, those that capture and replay a row, and one after the failure is over."""
+    found = [_error_of(lambda: draw(opened.pipe, case)) for _ in range(3)]
+    runtime.mend()
+    after = _error_of(lambda: draw(opened.pipe, case))
+    return {"error": next(filter(None, found), ""), "next": after, "log": list(opened.log)}
 
 
 def _open(opener: Opener) -> None:

@@ -62,7 +62,7 @@ def launches(facts: Mapping[str, Facts]) -> dict[str, int]:
 
 def main() -> None:
     """Print the facts as one line of JSON: the last one."""
-    every = ("nets", "launches", "pictures", "failures", "mutations")
+    every = ("nets", "launches", "pictures", "alternating", "memory", "failures", "mutations")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", choices=every)
     parser.add_argument("package")
@@ -77,6 +77,8 @@ def main() -> None:
             "nets": measure,
             "launches": lambda: launches(measure()),
             "pictures": lambda: pictures.pictures(package, runtime),
+            "alternating": lambda: pictures.alternating(package, runtime),
+            "memory": lambda: pictures.memory(package, runtime),
             "failures": lambda: pictures.failures(package, runtime),
             "mutations": lambda: mutations.every(Bench(runtime, package)),
         }[options.what]()

@@ -1,5 +1,7 @@
 """Out of memory: each fallback for real on a device of limited memory, or with injected failures."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -97,6 +99,24 @@ def test_other_errors_pass_through() -> None:
 
     with pytest.raises(BackendError, match="lost"):
         fit_in_memory(attempt, MemoryPlan(), FOUR, FakeActions(idle=1), lambda line: None)
+
+
+def test_nothing_that_failed_is_kept_when_it_has_fitted() -> None:
+    failed: list[weakref.ref[MemoryPlan]] = []
+
+    def attempt(plan: MemoryPlan) -> None:
+        held = MemoryPlan(rows=plan.rows)
+        failed.append(weakref.ref(held))
+        if plan.rows is None:
+            raise MemoryLimitError("9 bytes asked", expected="less", fix="", culprit="unet")
+
+    gc.disable()  # else it might come by and find the circle of a frame and its exception
+    try:
+        fit_in_memory(attempt, MemoryPlan(), FOUR, FakeActions(), lambda line: None)
+        assert len(failed) == 2
+        assert [held() for held in failed] == [None, None]
+    finally:
+        gc.enable()
 
 
 class Hungry:

@@ -166,6 +166,8 @@ def fit_in_memory(
         actions.free_idle()  # what the attempt left would be in the way of the next one
         tried.append(fallback)
         log(f"out of memory ({short.found}): {fallback} -> {plan}")
+        # Its traceback holds this frame, and the net that failed: a circle, which would keep a closed net.
+        del short
 
 
 def _next_fallback(
