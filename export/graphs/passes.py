@@ -24,7 +24,7 @@ def clean(model: ir.Model) -> None:
     """Run all passes in order, some twice because others feed them."""
     for run in (infer_types, fold, constant_reshapes, drop_identities, fold, drop_identities):
         run(model)
-    for run in (causal_masks, merge_unsqueezes, share, lift, tidy, name_nodes):
+    for run in (causal_masks, float_maxima, merge_unsqueezes, share, lift, tidy, name_nodes):
         run(model)
 
 
@@ -174,6 +174,21 @@ def _mask(value: ir.Value) -> npt.NDArray[np.bool_] | None:
         return None
     mask: npt.NDArray[np.bool_] = np.less_equal(left, right)
     return np.reshape(mask, mask.shape[-2:]) if mask.size == mask.shape[-1] * mask.shape[-2] else None
+
+
+def float_maxima(model: ir.Model) -> None:
+    """Look for the largest of booleans, such as where the prompt ends, among floats and not among integers.
+
+    ONNX Runtime's CUDA provider has no ArgMax of integers, and would copy them to the CPU and back.
+    """
+    for node in model.graph:
+        cast = node.inputs[0].producer() if node.op_type == "ArgMax" and node.inputs[0] is not None else None
+        if cast is None or cast.op_type != "Cast" or len(list(cast.outputs[0].uses())) > 1:
+            continue
+        source = cast.inputs[0]
+        if source is not None and source.dtype == ir.DataType.BOOL:
+            cast.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
+            cast.outputs[0].dtype = ir.DataType.FLOAT
 
 
 def merge_unsqueezes(model: ir.Model) -> None:

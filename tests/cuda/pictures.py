@@ -19,6 +19,7 @@ from latentrt.engines.cuda.device import CudaDevice
 from latentrt.engines.errors import LatentrtError
 from latentrt.engines.onnxruntime.cuda_backend import ONNXRUNTIME_CUDA
 from latentrt.engines.package import Package
+from latentrt.engines.spec import TEXT_ENCODERS
 from latentrt.engines.store.engine_store import EngineStore
 from latentrt.engines.tensorrt.build import built_nets
 from latentrt.runtime import result
@@ -142,7 +143,8 @@ def _drawn(opened: Opened, package: Package, runtime: StandIn) -> Facts:
     def picture(case: Case, seed: int) -> dict[str, int]:
         return events(lambda: draw(opened.pipe, replace(case, seed=seed)))
 
-    facts: Facts = {"steps": usual.steps}
+    encoders = [name for name in TEXT_ENCODERS if name in package.manifest.nets]
+    facts: Facts = {"steps": usual.steps, "text_encoders": len(encoders)}
     facts["pictures"] = [picture(usual, seed) for seed in range(PICTURES)]
     facts["replays"] = opened.loop.replays
     facts["other_size"] = [picture(other, seed) for seed in range(3)]

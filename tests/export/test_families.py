@@ -7,6 +7,7 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
@@ -136,6 +137,10 @@ def test_both_encoders_of_sdxl(which: str, skip: int, request: pytest.FixtureReq
         assert relative_l2(found["context"], wanted.hidden_states[-2 - skip]) < bar
         if name == "text_encoder_2":
             assert relative_l2(found["pooled"], wanted.text_embeds) < bar
+            graph = ir.load(family.package.path(family.package.manifest.nets[name].graph)).graph
+            (largest,) = (node.inputs[0] for node in graph if node.op_type == "ArgMax")
+            assert largest is not None
+            assert largest.dtype == ir.DataType.FLOAT, "CUDA has no ArgMax of integers"
 
 
 def test_the_picture_encoder_of_unclip(unclip: Exported) -> None:
