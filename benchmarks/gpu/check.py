@@ -38,9 +38,9 @@ was started. The row `process` of each step has the seconds of its process. Figu
                     memory: opened_mib, peak_mib, closed_mib, and of_process_mib if NVML tells
     decoder, text_encoder, unet_plain   as unet; unet_plain in the layout `plain`, relative_l2 to `nhwc`
     shapes          two shapes in turns: rebuilt_s is what the first run after a change takes longer
-    exhaustive, eager_loading, weights_in_arena, decoder_workspace  as unet and decoder, with a setting changed:
-                    cudnn_conv_algo_search EXHAUSTIVE, CUDA_MODULE_LOADING EAGER, weights in the arena,
-                    cudnn_conv_use_max_workspace 0
+    exhaustive, eager_loading, weights_in_arena     as unet, with cudnn_conv_algo_search EXHAUSTIVE; with
+                    CUDA_MODULE_LOADING EAGER; with weights in the arena
+    decoder_workspace   as decoder, with cudnn_conv_use_max_workspace 0
     outlived        relative_l2 of two plain runs, of a replay, and of one after another shape ran: outlives
 
 Only where they are named:
@@ -51,7 +51,7 @@ Only where they are named:
     memory          opened_mib, peak_mib, closed_mib since the baseline, of all processes on the GPU: at most
                     64 may be missing once closed, and 16 more after the last cycle than after the first; what
                     the first cycle leaves is the libraries', and not judged; and the ledger of the nets
-    host_memory     resident_mib, and by how much it has grown over so many pictures of plain loops (at most 8)
+    host_memory     resident_mib, and by how much it has grown over so many pictures of plain loops: at most 8
     ladder          need_mib; then, with less and less free_mib: drawn, rungs, psnr_db, or how it was refused;
                     it takes all of the GPU's memory for a moment
 """

@@ -151,7 +151,7 @@ def backend_opener(backend: str, package: Package, folder: Path) -> Opener:
 def _open_nets(
     package: Package, nets: Sequence[str], layout: str, settings: Mapping[str, str] | None = None
 ) -> tuple[Device, Mapping[str, Any]]:
-    """ONNX Runtime's on CUDA, in a layout that is not the store's choice, and with options of an experiment."""
+    """ONNX Runtime's on CUDA, in a layout that the store does not choose, with options of an experiment."""
     device, opened = CudaDevice(), dict[str, Any]()
     with ExitStack() as stack, TemporaryDirectory() as folder:
         stack.callback(device.close)

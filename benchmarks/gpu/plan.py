@@ -42,6 +42,10 @@ class Place:
     folder: Path
 
 
+Section = Callable[[Opener, Scale], Iterator[Row]]
+Run = Callable[[Place], Iterator[Row]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """One thing to find out, in a process of its own.
@@ -54,16 +58,14 @@ class Step:
         environment: variables of its process.
     """
 
-    run: Callable[[Place], Iterator[Row]]
+    run: Run
     limit: float
     backends: Sequence[str] = (ORT,)
     asked: bool = False
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
-def _with(
-    section: Callable[[Opener, Scale], Iterator[Row]], *, full: bool = False
-) -> Callable[..., Iterator[Row]]:
+def _with(section: Section, *, full: bool = False) -> Run:
     """A step over a package; whether this GPU is one of the backend's is asked before anything is made."""
 
     def run(place: Place) -> Iterator[Row]:
@@ -98,7 +100,7 @@ def _skeleton(place: Place) -> Iterator[Row]:
     yield row_of(package.manifest.name, {"mib": mebibytes(size)}, samples=[perf_counter() - began])
 
 
-def _net(**options: object) -> Callable[..., Iterator[Row]]:
+def _net(**options: object) -> Run:
     return _with(partial(net, **options), full=True)  # pyright: ignore[reportArgumentType]
 
 
@@ -139,7 +141,7 @@ STEPS: Mapping[str, Step] = {
 
 
 def planned(backends: Sequence[str], names: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """What to run in this order, as (step, backend): the steps that are named, for every backend, or the plan."""
+    """What to run, in this order, as (step, backend): the plan, or what is named of it, for every backend."""
     return [
         (name, backend)
         for backend in backends

@@ -65,7 +65,7 @@ class Task:
         threads: of a CPU; None is every processor this process may use.
         backend: which of latentrt's own (`engines.backend.BACKENDS`, or "auto").
         device: "cpu" or "cuda", of the peers that can do both.
-        compile_mode: torch.compile's; "" is max-autotune on CUDA, which tunes for minutes, and default on a CPU.
+        compile_mode: torch.compile's; "" is max-autotune on CUDA, which takes minutes, and default on a CPU.
     """
 
     package: Path

@@ -116,7 +116,7 @@ def _open(name: str, task: Task, *, compiled: str) -> OpenSide:
 
 
 def set_up(nets: Sequence[Any], *, half: bool, compiled: str) -> None:
-    """Torch's own best practice for these modules: cuDNN's switches, and torch.compile in a mode, if one is."""
+    """Torch's own best practice for these modules: cuDNN's switches; torch.compile in a mode that is not ""."""
     import torch
 
     if half:
