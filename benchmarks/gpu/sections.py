@@ -160,13 +160,13 @@ def _graphs(sampler: str, plain: Opened, replayed: Opened, scale: Scale) -> Row:
     return row_of(sampler, {"psnr_db": worst}, [problem] if problem else (), missing=missing)
 
 
-def why_not_replayed(likeness: float, opened: Opened) -> tuple[str, str]:
+def why_not_replayed(likeness: float, opened: Opened, bar: float = REPLAY_DB) -> tuple[str, str]:
     """What is wrong with pictures that are `likeness` dB from plain ones, and why they were plain themselves.
 
     Plain loops are what the loop falls back on, and it says why; "" where there is nothing to say.
     """
-    if likeness < REPLAY_DB:
-        return f"{likeness:.1f} dB between plain and replayed, below {REPLAY_DB:g}", ""
+    if likeness < bar:
+        return f"{likeness:.1f} dB between plain and replayed, below {bar:g}", ""
     if opened.loop.replays:
         return "", ""
     refused = next((line for line in opened.log if line.startswith(_REFUSED)), "")

@@ -16,36 +16,41 @@ _NOTABLE = (
     "tensorrt-rtx",
     "latentrt",
 )
+WHOLE = ("process", "backend", "the step")  # rows of a step as a whole
 Show = Callable[[Sequence[Row]], str]
 
 
 def summary(document: Document) -> str:
-    """The lines of `_LINES`, for each backend that was checked, under what they were measured on."""
+    """What the document has of `_LINES`, for each backend that was checked, under what it was measured on."""
     backends = list(dict.fromkeys(str(row.case["backend"]) for row in document.rows))
     blocks = [_machine(document)]
     for backend in backends:
         rows = [row for row in document.rows if row.case["backend"] == backend]
-        lines = [f"| {label} | {_cell(rows, step, what, show)} |" for label, step, what, show in _LINES]
+        cells = {label: _cell(rows, step, what, show) for label, step, what, show in _LINES}
+        lines = [f"| {label} | {cell} |" for label, cell in cells.items() if cell]
         blocks.append("\n".join([f"| {backend} | |", "|---|---|", *lines, *_failures(rows)]))
     return "\n\n".join(blocks)
 
 
 def _machine(document: Document) -> str:
     gpu, libraries = document.machine.get("gpu") or {}, document.machine.get("libraries", {})
-    parts = [
-        gpu.get("name", "no GPU"),
-        *(f"{name} {gpu[name]}" for name in ("driver", "cuda") if name in gpu),
-    ]
+    parts = [gpu.get("name", "no GPU"), f"driver {gpu.get('driver')}", f"CUDA {gpu.get('cuda')}"]
     parts += [f"{name} {libraries[name]}" for name in _NOTABLE if name in libraries]
     return f"{', '.join(map(str, parts))}; {document.date[:10]}, commit {document.machine.get('commit')}"
 
 
 def _cell(rows: Sequence[Row], step: str, what: str, show: Show) -> str:
-    found = [row for row in rows if row.workload == step and str(row.case["what"]).startswith(what)]
-    good = [row for row in found if row.status == "ok"]
+    found = [row for row in rows if row.workload == step]
+    good = [row for row in found if row.status == "ok" and _is(row, what)]
     shown = [show(good)] if good else []
-    shown += sorted({f"{row.status}: {row.reason}" for row in found if row.status != "ok"})
-    return "; ".join(shown).replace("|", "\\|") or "not run"
+    bad = [row for row in found if row.status != "ok" and (_is(row, what) or row.case["what"] in WHOLE)]
+    shown += dict.fromkeys(f"{row.status}: {row.reason}" for row in bad)
+    return "; ".join(shown).replace("|", "\\|")
+
+
+def _is(row: Row, what: str) -> bool:
+    """Whether a row is of what was looked at, and not of the step's process."""
+    return str(row.case["what"]).startswith(what) and row.case["what"] not in WHOLE
 
 
 def _failures(rows: Sequence[Row]) -> list[str]:
@@ -91,7 +96,9 @@ def _relative_l2(rows: Sequence[Row]) -> str:
 def _figures(names: Mapping[str, str], unit: str) -> Show:
     def show(rows: Sequence[Row]) -> str:
         figures = rows[-1].figures
-        return ", ".join(f"{text} {figures[name]} {unit}" for name, text in names.items() if name in figures)
+        told = {text: figures[name] for name, text in names.items() if figures.get(name) is not None}
+        numbers = {text: f"{item:.4g}" if isinstance(item, float) else item for text, item in told.items()}
+        return ", ".join(f"{text} {item} {unit}".strip() for text, item in numbers.items())
 
     return show
 
@@ -120,5 +127,10 @@ _LINES: Sequence[tuple[str, str, str, Show]] = (
     ("SD 1.5 decoder", "decoder", "vae_decoder replayed", _times),
     ("SD 1.5 text encoder", "text_encoder", "text_encoder replayed", _times),
     ("another shape costs", "shapes", "guided, turn 3", _figures({"rebuilt_s": "the first run"}, "s more")),
-    ("a graph outlives other shapes", "outlived", "replayed after", _figures({"outlives": ""}, "")),
+    (
+        "a graph outlives other shapes",
+        "outlived",
+        "replayed after another shape",
+        _figures({"outlives": "the same values:"}, ""),
+    ),
 )

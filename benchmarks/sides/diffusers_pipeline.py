@@ -101,7 +101,7 @@ def _open(name: str, task: Task, *, compiled: str) -> OpenSide:
     pipe.to(task.device, torch.float16 if half else torch.float32)
     for net in (pipe.unet, pipe.vae):
         net.to(memory_format=torch.channels_last if last else torch.contiguous_format)
-    set_up([pipe.unet, pipe.vae.decoder], half=half, compiled=compiled)
+    set_up([pipe.unet, pipe.vae.decoder] if compiled else [], half=half, compiled=compiled)
     versions = {
         "torch": str(torch.__version__),
         "diffusers": version_of("diffusers") or "unknown",
@@ -116,7 +116,7 @@ def _open(name: str, task: Task, *, compiled: str) -> OpenSide:
 
 
 def set_up(nets: Sequence[Any], *, half: bool, compiled: str) -> None:
-    """Torch's own best practice for these modules: cuDNN's switches; torch.compile in a mode that is not ""."""
+    """Torch's own best practice for modules: cuDNN's switches; torch.compile in a mode that is not ""."""
     import torch
 
     if half:
