@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 from ..records import Document, Row
 
@@ -42,7 +43,9 @@ def _machine(document: Document) -> str:
 def _cell(rows: Sequence[Row], step: str, what: str, show: Show) -> str:
     found = [row for row in rows if row.workload == step]
     good = [row for row in found if row.status == "ok" and _is(row, what)]
-    shown = [show(good)] if good else []
+    shown = list[str]()
+    with suppress(LookupError, ValueError):  # rows without these figures, of another release
+        shown += [show(good)] if good else []
     bad = [row for row in found if row.status != "ok" and (_is(row, what) or row.case["what"] in WHOLE)]
     shown += dict.fromkeys(f"{row.status}: {row.reason}" for row in bad)
     return "; ".join(shown).replace("|", "\\|")
