@@ -284,12 +284,15 @@ def parity(call: Call) -> _Measure:
 @bench.command()
 def gpu(
     package: Annotated[str, Option(help="The shipped model, demo, or a package folder.")] = "demo",
+    minutes: Annotated[float, Option(help="For all of it.")] = 12,
+    steps: Annotated[str, Option(help="Only these, with commas: unet,whole,…. Default: the plan.")] = "",
     out: _OUT = None,
 ) -> None:
-    """All that only a GPU can show, in under ten minutes. Exit code 4: there is none."""
+    """What only a GPU can show, in the order of what it is worth. Exit code 4: there is none."""
     from ..benchmarks.gpu.check import main
 
-    raise Exit(main(["--package", package, *(["--out", str(out)] if out else [])]))
+    where = ["--out", str(out)] if out else []
+    raise Exit(main(["--package", package, "--minutes", str(minutes), "--steps", steps, *where]))
 
 
 @bench.command()
