@@ -59,8 +59,8 @@ def net(
     with closing(opener.watch()) as watch, ExitStack() as stack:
         with _taken(watch) as figures:
             began = perf_counter()
-            options = {"nets": NETS[workload], "layout": layout, "settings": settings}
-            opened = stack.enter_context(opener.pipeline(**options))
+            opening = opener.pipeline(nets=NETS[workload], layout=layout, settings=settings)
+            opened = stack.enter_context(opening)
             seconds = perf_counter() - began
         yield row_of(f"{workload} opened", figures, samples=[seconds])
         for how in ("plain", "replayed"):
@@ -96,7 +96,7 @@ def _taken(watch: Device) -> Generator[dict[str, float]]:
 
 
 def seconds_of(work: Work) -> float:
-    """Of one run, with the wait for it."""
+    """How long one run takes, with the wait for it."""
     began = perf_counter()
     work.run()
     return perf_counter() - began

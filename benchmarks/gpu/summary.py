@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 from ..records import Document, Row
 
@@ -34,10 +35,12 @@ def summary(document: Document) -> str:
 
 
 def _machine(document: Document) -> str:
-    gpu, libraries = document.machine.get("gpu") or {}, document.machine.get("libraries", {})
-    parts = [gpu.get("name", "no GPU"), f"driver {gpu.get('driver')}", f"CUDA {gpu.get('cuda')}"]
+    machine: Mapping[str, Any] = document.machine
+    gpu: Mapping[str, Any] = machine.get("gpu") or {}
+    libraries: Mapping[str, Any] = machine.get("libraries", {})
+    parts = [str(gpu.get("name", "no GPU")), f"driver {gpu.get('driver')}", f"CUDA {gpu.get('cuda')}"]
     parts += [f"{name} {libraries[name]}" for name in _NOTABLE if name in libraries]
-    return f"{', '.join(map(str, parts))}; {document.date[:10]}, commit {document.machine.get('commit')}"
+    return f"{', '.join(parts)}; {document.date[:10]}, commit {machine.get('commit')}"
 
 
 def _cell(rows: Sequence[Row], step: str, what: str, show: Show) -> str:
