@@ -1,4 +1,4 @@
-"""The whole plan of the GPU check over the stand-in: its order, its time, and what comes out of every step."""
+"""The whole plan of the GPU check over the stand-in: its order, its time, what comes out of its steps."""
 
 import os
 import subprocess
