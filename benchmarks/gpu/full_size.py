@@ -20,6 +20,7 @@ from ...engines.spec import Array
 from ...engines.tolerances import NET_RELATIVE_L2
 from ..case import Case
 from ..likeness import difference, psnr
+from ..process import SideError
 from ..records import Row
 from ..sides.contract import Work
 from ..sides.ours_device import device_side
@@ -75,14 +76,18 @@ def _net(what: str, opener: Opener, scale: Scale, workload: str, opened: Opened,
             firsts = {name: seconds_of(work) for name in _FIRST}
         samples, medians = timed(work, scale.steps)
         found = work.outputs()
-    kept, alike = opener.folder / f"{opener.package.root.name}-{workload}.npz", {}
+    kept, problems = opener.folder / f"{opener.package.root.name}-{workload}.npz", list[str]()
+    figures |= {**firsts, **medians}
     if kept.is_file():
-        with np.load(kept) as wanted:
-            alike = check(found, dict(wanted), opener.package)
+        try:
+            with np.load(kept) as wanted:
+                figures |= check(found, dict(wanted), opener.package)
+        except SideError as error:  # how long it took is still of interest
+            problems = [error.reason]
     else:
         arrays: dict[str, Any] = dict(found)
         np.savez(kept, **arrays)
-    return row_of(what, {**figures, **firsts, **medians, **alike}, samples=samples)
+    return row_of(what, figures, problems, samples)
 
 
 @contextmanager
@@ -118,18 +123,21 @@ def whole(opener: Opener, scale: Scale) -> Iterator[Row]:
     """A picture as a user has it: seconds to the first one, memory, plain and replayed with the same seed."""
     case, drawn = replace(scale.case, steps=scale.steps), list[Array]()
     with closing(opener.watch()) as watch:
-        with _taken(watch) as memory, ExitStack() as stack:
-            with _taken(watch) as opening:
-                began = perf_counter()
-                plain = stack.enter_context(opener.pipeline("off"))
-                seconds = perf_counter() - began
-            yield row_of("picture opened", opening, samples=[seconds])
-            yield attempt("first picture", _pictures, plain, case, 1, drawn)
+        before = watch.memory().free
+        with ExitStack() as stack:
+            with _taken(watch) as cold:
+                with _taken(watch) as opening:
+                    began = perf_counter()
+                    plain = stack.enter_context(opener.pipeline("off"))
+                    seconds = perf_counter() - began
+                yield row_of("picture opened", opening, samples=[seconds])
+                yield attempt("first picture", _pictures, plain, case, 1, drawn)
             yield attempt("plain pictures", _pictures, plain, case, _PICTURES, drawn)
             process = getattr(watch, "process_memory", lambda: None)()
+        figures = {"opened_mib": opening["taken_mib"], "peak_mib": cold["peak_mib"]}
+        closed = {"closed_mib": mebibytes(before - watch.memory().free)}
         told = {"of_process_mib": None if process is None else mebibytes(process)}
-        closed = {"closed_mib" if name == "taken_mib" else name: size for name, size in memory.items()}
-        yield row_of("memory", {"opened_mib": opening["taken_mib"], **closed, **told})
+        yield row_of("memory", {**figures, **closed, **told})
         yield attempt("replayed pictures", _replayed, opener, case, drawn)
 
 

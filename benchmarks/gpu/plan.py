@@ -122,14 +122,14 @@ STEPS: Mapping[str, Step] = {
     "unet_plain": Step(run=_net(layout="plain"), limit=60),
     # experiments: each decides one question
     "shapes": Step(run=_with(shapes, full=True), limit=60),
-    "exhaustive": Step(run=_net(settings={"cudnn_conv_algo_search": "EXHAUSTIVE"}), limit=60),
-    "eager_loading": Step(run=_net(), limit=60, environment={"CUDA_MODULE_LOADING": "EAGER"}),
     "weights_in_arena": Step(
         run=_net(settings={"session.use_device_allocator_for_initializers": "0"}), limit=60
     ),
     "decoder_workspace": Step(
         run=_net(workload="vae_decoder", settings={"cudnn_conv_use_max_workspace": "0"}), limit=45
     ),
+    "eager_loading": Step(run=_net(), limit=60, environment={"CUDA_MODULE_LOADING": "EAGER"}),
+    "exhaustive": Step(run=_net(settings={"cudnn_conv_algo_search": "EXHAUSTIVE"}), limit=90),
     "outlived": Step(run=_with(outlived, full=True), limit=60),
     # longer than they are worth in a borrowed minute
     "timing": Step(run=_with(timing), limit=120, backends=BACKENDS, asked=True),

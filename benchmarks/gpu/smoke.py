@@ -79,6 +79,8 @@ def _convolution(what: str) -> Row:
     graph = ir.Graph([image], node.outputs, nodes=[node], initializers=[weight], opset_imports={"": 20})
     content = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
     session = library().InferenceSession(content, providers=[CUDA], enable_fallback=0)
+    if CUDA not in session.get_providers():
+        return row_of(what, problems=["onnxruntime ran it on the CPU: its CUDA provider did not load"])
     (found,) = session.run(None, {"x": np.ones(shape, np.float16)})
     wrong = f"ones by ones came to {found.min():g} to {found.max():g}, not {_CHANNELS}"
     return row_of(what, problems=[] if (found == _CHANNELS).all() else [wrong])

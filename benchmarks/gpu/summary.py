@@ -45,10 +45,10 @@ def _machine(document: Document) -> str:
 
 def _cell(rows: Sequence[Row], step: str, what: str, show: Show) -> str:
     found = [row for row in rows if row.workload == step]
-    good = [row for row in found if row.status == "ok" and _is(row, what)]
+    told = [row for row in found if _is(row, what) and (row.samples or row.figures)]
     shown = list[str]()
     with suppress(LookupError, ValueError):  # rows without these figures, of another release
-        shown += [show(good)] if good else []
+        shown += [show(told)] if told else []
     bad = [row for row in found if row.status != "ok" and (_is(row, what) or row.case["what"] in WHOLE)]
     shown += dict.fromkeys(f"{row.status}: {row.reason}" for row in bad)
     return "; ".join(shown).replace("|", "\\|")
