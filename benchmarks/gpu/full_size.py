@@ -76,15 +76,16 @@ def _net(what: str, opener: Opener, scale: Scale, workload: str, opened: Opened,
             firsts = {name: seconds_of(work) for name in _FIRST}
         samples, medians = timed(work, scale.steps)
         found = work.outputs()
-    kept, problems = opener.folder / f"{opener.package.root.name}-{workload}.npz", list[str]()
+    kept = opener.folder / f"{opener.package.root.name}-{workload}.npz"
     figures |= {**firsts, **medians}
-    if kept.is_file():
+    problems = [f"{name} is not finite" for name, array in found.items() if not np.isfinite(array).all()]
+    if kept.is_file() and not problems:
         try:
             with np.load(kept) as wanted:
                 figures |= check(found, dict(wanted), opener.package)
         except SideError as error:  # how long it took is still of interest
             problems = [error.reason]
-    else:
+    elif not problems:
         arrays: dict[str, Any] = dict(found)
         np.savez(kept, **arrays)
     return row_of(what, figures, problems, samples)

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import math
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -59,7 +60,10 @@ def test_a_net_is_timed_plain_and_replayed(tmp_path: Path, workload: str) -> Non
     assert not device.blocks
 
 
-def test_later_steps_have_to_come_to_what_the_first_did(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("value", "reason"), [(100.0, "prediction is not ours: relative L2"), (math.nan, "is not finite")]
+)
+def test_later_steps_have_to_come_to_what_the_first_did(tmp_path: Path, value: float, reason: str) -> None:
     run(net, stand_in(folder=tmp_path))
 
     class Off:
@@ -71,8 +75,8 @@ def test_later_steps_have_to_come_to_what_the_first_did(tmp_path: Path) -> None:
 
         def enqueue(self) -> None:
             self.bound.enqueue()
-            value = ctypes.c_float.from_address(self.address)
-            self.submit(lambda: setattr(value, "value", 100.0))
+            place = ctypes.c_float.from_address(self.address)
+            self.submit(lambda: setattr(place, "value", value))
 
     def wrong(name: str, hungry: Any) -> Any:
         bind = hungry.bind
@@ -86,7 +90,7 @@ def test_later_steps_have_to_come_to_what_the_first_did(tmp_path: Path) -> None:
 
     rows = run(partial(net, layout="plain"), stand_in(wrap=wrong, folder=tmp_path))
     for how in ("plain", "replayed"):
-        assert "prediction is not ours: relative L2" in rows[f"unet {how}"].reason
+        assert reason in rows[f"unet {how}"].reason
         assert rows[f"unet {how}"].samples, "how long it took is still of interest"
 
 
