@@ -10,12 +10,11 @@ import pytest
 
 from latentrt.benchmarks.gpu.check import line_of
 from latentrt.benchmarks.gpu.memory import host_memory, ladder, memory
-from latentrt.benchmarks.gpu.opener import Opener, Scale, backend_opener, collect
+from latentrt.benchmarks.gpu.opener import Opener, Scale, backend_opener, collect, why_not
 from latentrt.benchmarks.gpu.plan import BACKENDS
 from latentrt.benchmarks.gpu.sections import build, graphs, parity, picture, placement, timing
 from latentrt.benchmarks.records import Row
 from latentrt.engines.cuda.facts import available
-from latentrt.engines.errors import BackendError
 from latentrt.engines.package import Package
 from tests.runtime.device_bench import package_with_step
 
@@ -35,14 +34,11 @@ def run(step: Callable[[Opener, Scale], Iterator[Row]], opener: Opener) -> None:
 @pytest.fixture(scope="module", params=BACKENDS)
 def opener(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opener]:
     """A backend that can run here, with what it needs built into a store of its own."""
+    if reason := why_not(request.param):
+        pytest.skip(reason)
     folder = tmp_path_factory.mktemp("demo")
     package: Package = package_with_step(folder / "package")
-    try:
-        opener = backend_opener(request.param, package, folder)
-    except BackendError as error:
-        pytest.skip(error.found)
-    if opener.unsupported:
-        pytest.skip(opener.unsupported)
+    opener = backend_opener(request.param, package, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LATENTRT_CACHE", str(tmp_path_factory.mktemp("store")))
         run(build, opener)

@@ -20,7 +20,7 @@ from ...engines.backend import DeviceBackend, choose_backend
 from ...engines.cuda.device import CudaDevice
 from ...engines.cuda.facts import facts
 from ...engines.device import Device
-from ...engines.errors import LatentrtError
+from ...engines.errors import BackendError, LatentrtError
 from ...engines.onnxruntime.lowering.lower import lower
 from ...engines.onnxruntime.nets import open_onnxruntime_net
 from ...engines.onnxruntime.tuning.choice import TUNED_NETS
@@ -98,7 +98,6 @@ class Opener:
             has other options: `profile`, a folder for profiles of where nodes ran; `layout` and `settings`,
             as `_open_nets` has them.
         watch: the same device for an onlooker: it reads the free memory, and takes memory away.
-        unsupported: why this GPU is none of the backend's, so that nothing is tried; "" if it is.
         folder: where a step leaves what later ones compare with.
     """
 
@@ -107,7 +106,6 @@ class Opener:
     open_device: Callable[..., tuple[Device, Mapping[str, Any]]]
     watch: Callable[[], Device]
     folder: Path
-    unsupported: str = ""
 
     @property
     def onnxruntime(self) -> bool:
@@ -124,12 +122,21 @@ class Opener:
             yield Opened(Pipeline.over(self.package, loop, self.task.backend, cache_bytes=0), loop, log)
 
 
+def why_not(backend: str) -> str:
+    """Why a backend cannot run on this GPU, to be asked before anything is made for it; "" if it can."""
+    try:
+        name, _ = choose_backend(backend)
+    except BackendError as error:
+        return error.found
+    gpu, listed = facts(), flavour(name).compute_capabilities if name in ENGINE_BACKENDS else ()
+    if not listed or "{}.{}".format(*gpu.compute_capability) in listed:
+        return ""
+    return f"{name} lists {', '.join(listed)}, and this GPU is {gpu.sm}"
+
+
 def backend_opener(backend: str, package: Package, folder: Path) -> Opener:
     """For a backend on the first CUDA device. Raises BackendError, with the reason, if it cannot run here."""
     name, engine = choose_backend(backend)
-    gpu = facts()
-    listed = flavour(name).compute_capabilities if name in ENGINE_BACKENDS else ()
-    supported = not listed or "{}.{}".format(*gpu.compute_capability) in listed
 
     def open_device(
         nets: Sequence[str] = built_nets(package), layout: str = "", **options: Any
@@ -144,7 +151,6 @@ def backend_opener(backend: str, package: Package, folder: Path) -> Opener:
         open_device=open_device,
         watch=CudaDevice,
         folder=folder,
-        unsupported="" if supported else f"{name} lists {', '.join(listed)}, and this GPU is {gpu.sm}",
     )
 
 

@@ -9,13 +9,12 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 
-from ...engines.errors import BackendError
 from ...engines.package import Package
 from ..records import Row
 from ..skeletons import fill_skeleton
 from .full_size import net, outlived, shapes, whole
 from .memory import host_memory, ladder, memory
-from .opener import Opener, Scale, backend_opener, mebibytes, row_of
+from .opener import Opener, Scale, backend_opener, mebibytes, row_of, why_not
 from .sections import build, graphs, parity, picture, placement, timing
 from .smoke import environment, smoke
 from .torch_unet import torch_unet
@@ -66,18 +65,14 @@ class Step:
 
 
 def _with(section: Section, *, full: bool = False) -> Run:
-    """A step over a package; whether this GPU is one of the backend's is asked before anything is made."""
+    """A step over a package; whether the backend can run here at all is asked before anything is made."""
 
     def run(place: Place) -> Iterator[Row]:
+        if reason := why_not(place.backend):
+            yield row_of("backend", missing=reason)
+            return
         package = _full_size(place) if full else Package.open(place.package)
-        try:
-            opener = backend_opener(place.backend, package, place.folder)
-        except BackendError as error:
-            yield row_of("backend", missing=error.found)
-            return
-        if opener.unsupported:
-            yield row_of("backend", missing=opener.unsupported)
-            return
+        opener = backend_opener(place.backend, package, place.folder)
         yield from section(opener, Scale.of(package.manifest))
 
     return run

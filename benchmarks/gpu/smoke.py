@@ -10,7 +10,7 @@ import numpy as np
 
 from ...engines.backend import choose_backend
 from ...engines.onnxruntime.cuda_libraries import load_libraries
-from ...engines.onnxruntime.nets import CUDA
+from ...engines.onnxruntime.nets import CUDA, cuda_refusal
 from ...engines.onnxruntime.session import library
 from ...engines.spec import DTYPES
 from ...runtime.loop.device.programs import input_shapes
@@ -39,7 +39,9 @@ def environment(backend: str) -> Iterator[Row]:
 
 
 def _load_provider() -> None:
-    """As onnxruntime does, whose own message leaves out which library is missing. Raises OSError."""
+    """As onnxruntime does, whose own message leaves out what is missing. Raises OSError, BackendError."""
+    if refused := cuda_refusal():
+        raise refused
     folder = Path(library().__file__).parent / "capi"
     (shared,) = folder.glob("*onnxruntime_providers_shared.*")
     (provider,) = folder.glob("*onnxruntime_providers_cuda.*")

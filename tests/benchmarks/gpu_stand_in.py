@@ -68,7 +68,6 @@ def stand_in(
     wrap: Wrap = lambda name, net: net,
     opened: Callable[[HostDevice], None] = lambda device: None,
     backend: str = "stand-in",
-    unsupported: str = "",
     folder: Path = Path("nowhere"),
 ) -> Opener:
     """An opener on host memory. `wrap` gets each net, `opened` the device each time it is opened."""
@@ -94,7 +93,6 @@ def stand_in(
         open_device=open_device,
         watch=watch,
         folder=folder,
-        unsupported=unsupported,
     )
 
 

@@ -9,21 +9,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from latentrt.benchmarks.gpu import check as gpu_check
+from latentrt.benchmarks.gpu import opener as gpu_opener
 from latentrt.benchmarks.gpu import plan
 from latentrt.benchmarks.gpu.check import run_step
-from latentrt.benchmarks.gpu.opener import Opener, collect, row_of
+from latentrt.benchmarks.gpu.opener import collect, row_of, why_not
 from latentrt.benchmarks.gpu.plan import BACKENDS, ORT, STEPS, Place, planned
 from latentrt.benchmarks.gpu.summary import summary
 from latentrt.benchmarks.machine import describe_machine
 from latentrt.benchmarks.records import Document, Row, read_document
 from latentrt.engines.cuda.facts import available
 from latentrt.engines.errors import BackendError
-from tests.benchmarks.gpu_stand_in import PACKAGE, stand_in
+from tests.benchmarks.gpu_stand_in import PACKAGE
 
 WITHOUT_GPU = pytest.mark.skipif(available() is None, reason="there is a GPU")
 MACHINE = {"gpu": {"name": "NVIDIA H200 (x)", "driver": "580.1", "cuda": "13.0"}, "libraries": {"torch": "2"}}
@@ -175,15 +177,23 @@ def test_every_step_is_described() -> None:
     assert set(STEPS) <= named
 
 
-def test_whether_the_gpu_is_one_of_the_backends_is_asked_first(
+def test_whether_a_backend_can_run_here_is_asked_before_anything_is_made(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    place = Place(backend="tensorrt-rtx", package=PACKAGE.root, full_size=tmp_path, folder=tmp_path)
-    fake: list[Opener] = [stand_in(unsupported="tensorrt-rtx lists 8.9, and this GPU is sm_90")]
-    monkeypatch.setattr(plan, "backend_opener", lambda *arguments: fake[0])
-    for name in ("build", "placement", "parity", "graphs"):
+    monkeypatch.setattr(gpu_opener, "choose_backend", lambda name: (name, None))
+    for sm, reason in (
+        ((8, 9), ""),
+        ((9, 0), r"tensorrt-rtx lists [\d., ]+, and this GPU is sm_90"),
+    ):
+        gpu = SimpleNamespace(sm="sm_{}{}".format(*sm), compute_capability=sm)
+        monkeypatch.setattr(gpu_opener, "facts", lambda gpu=gpu: gpu)
+        assert re.fullmatch(reason, why_not("tensorrt-rtx"))
+        assert why_not(ORT) == ""
+    monkeypatch.setattr(plan, "fill_skeleton", lambda *arguments: 1 / 0)
+    place = Place(backend="tensorrt-rtx", package=tmp_path, full_size=tmp_path / "none", folder=tmp_path)
+    for name in ("build", "placement", "unet", "outlived"):
         (row,) = STEPS[name].run(place)
-        assert (row.workload, row.status, row.reason) == ("backend", "not available", fake[0].unsupported)
+        assert (row.workload, row.status, row.reason) == ("backend", "not available", why_not("tensorrt-rtx"))
 
 
 @WITHOUT_GPU

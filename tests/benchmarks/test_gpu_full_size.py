@@ -108,14 +108,11 @@ def test_experiments_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
         return SimpleNamespace(close=lambda: None)
 
     fake = SimpleNamespace(facts=None, close=lambda: asked.append("closed"))
-    gpu = SimpleNamespace(sm="sm_90", compute_capability=(9, 0))
     monkeypatch.setattr(gpu_opener, "choose_backend", lambda name: (name, None))
-    monkeypatch.setattr(gpu_opener, "facts", lambda: gpu)
     monkeypatch.setattr(gpu_opener, "CudaDevice", lambda: fake)
     monkeypatch.setattr(gpu_opener, "open_onnxruntime_net", opened)
     monkeypatch.setattr(gpu_opener, "lower", lambda package, name, folder: folder / f"{name}.onnx")
     opener = gpu_opener.backend_opener("onnxruntime-cuda", PACKAGE, Path("nowhere"))
-    assert opener.unsupported == ""
     _, nets = opener.open_device(nets=("unet_time", "unet"), layout="nhwc", settings={"a": "1"})
     assert list(nets) == ["unet_time", "unet"]
     opener.open_device(nets=("unet",), layout="plain")
@@ -323,6 +320,7 @@ def test_what_loads_and_what_the_loader_says(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(gpu_smoke, "load_libraries", missing)
     monkeypatch.setattr(gpu_smoke, "choose_backend", lambda name: (name, described))
     monkeypatch.setattr(gpu_smoke, "library", lambda: SimpleNamespace(__file__=str(tmp_path / "__init__.py")))
+    monkeypatch.setattr(gpu_smoke, "cuda_refusal", lambda: None)
     (tmp_path / "capi").mkdir()
     for name in ("shared", "cuda"):
         (tmp_path / "capi" / f"libonnxruntime_providers_{name}.so").write_text("no library")
@@ -332,3 +330,7 @@ def test_what_loads_and_what_the_loader_says(monkeypatch: pytest.MonkeyPatch, tm
     assert "libonnxruntime_providers_shared.so" in rows["the CUDA provider"].reason
     assert rows["backend"].figures == {"is": "onnxruntime 9"}
     assert [row.workload for row in environment("tensorrt")] == ["backend"]
+    refused = BackendError("the wheel of the CPU", expected="another", fix="Install it.")
+    monkeypatch.setattr(gpu_smoke, "cuda_refusal", lambda: refused)
+    _, provider, _ = environment("onnxruntime-cuda")
+    assert "the wheel of the CPU" in provider.reason
