@@ -92,12 +92,10 @@ def run_in_child(step: str, place: Place) -> None:
         reply(replace(row, stamp=row.stamp or clocks()).to_json())
 
 
-def check(
-    plan: Sequence[tuple[str, str]], run: RunStep, *, limit: float, said: Callable[[str], None] = print
-) -> Iterator[list[Row]]:
-    """Run steps, one after the other; after each row, every row so far, in the same list.
+def check(plan: Sequence[tuple[str, str]], run: RunStep, *, limit: float) -> Iterator[list[Row]]:
+    """Run steps, one after the other, and print each row; after each, every row so far, in the same list.
 
-    A step that finds none of the `limit` in seconds left is a failed row. `said` gets a line for each row.
+    A step that finds none of the `limit` in seconds left is a failed row.
     """
     rows: list[Row] = []
     began = perf_counter()
@@ -109,7 +107,7 @@ def check(
             case = {**row.case, "backend": backend, "what": row.workload}
             stamp = {**row.stamp, "at_s": round(perf_counter() - started, 3)}
             rows.append(replace(row, workload=step, case=case, stamp=stamp))
-            said(line_of(rows[-1]))
+            print(line_of(rows[-1]), flush=True)  # a pipe would keep it, and lose it when this is killed
             yield rows
 
 

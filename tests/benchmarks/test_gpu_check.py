@@ -1,7 +1,9 @@
 """The GPU check as a whole: its processes, what becomes of it when they end badly, its document and table."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -75,13 +77,16 @@ BADLY = {
 @pytest.mark.parametrize("kind", BADLY)
 def test_whatever_becomes_of_each_step_the_next_one_runs(check: Main, tmp_path: Path, kind: str) -> None:
     code, reason, logged = BADLY[kind]
-    assert check(f"{PRINTED}; {code}", limit=0.25 if kind == "a hang" else 20) == 1
+    # a busy machine may not start a process within a hang's limit: that one has no row before
+    first, limit = ([], 0.1) if kind == "a hang" else (["a"], 20.0)
+    assert check(f"{PRINTED}; {code}" if first else code, limit=limit) == 1
     rows = read_document(tmp_path / "found.json").rows
-    assert [(row.workload, row.case["what"]) for row in rows] == [
-        (name, what) for name in NAMES for what in ("a", "process")
-    ]
-    assert [row.status for row in rows] == ["ok", "FAILED"] * len(NAMES), "what came before counts"
-    for row in rows[1::2]:
+    assert [(row.workload, row.case["what"], row.status) for row in rows] == [
+        (name, what, "FAILED" if what == "process" else "ok")
+        for name in NAMES
+        for what in (*first, "process")
+    ], "what came before counts"
+    for row in rows[len(first) :: len(first) + 1]:
         assert row.reason.startswith(reason)
         assert row.samples[0] > 0
         assert row.stamp["at_s"] > 0
@@ -106,12 +111,12 @@ def test_an_error_in_a_step_is_a_row() -> None:
 
 def test_the_minutes_are_kept(check: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     began = time.perf_counter()
-    assert check(f"{PRINTED}; import time; time.sleep(60)", "--minutes", "0.01") == 1
+    assert check(f"{PRINTED}; import time; time.sleep(60)", "--minutes", "0.03") == 1
     assert time.perf_counter() - began < 10
     rows = read_document(tmp_path / "found.json").rows
     assert [row.workload for row in rows] == [NAMES[0], *NAMES], "the first has a row, the others are told"
-    assert {row.reason for row in rows[2:]} == {"no time is left of 1 s"}
-    assert capsys.readouterr().out.count("no time is left of 1 s") >= len(NAMES) - 1
+    assert {row.reason for row in rows[2:]} == {"no time is left of 2 s"}
+    assert capsys.readouterr().out.count("no time is left of 2 s") >= len(NAMES) - 1
 
 
 KILLED = f"""
@@ -126,17 +131,19 @@ check.main(["--out", sys.argv[1]])
 
 def test_the_document_is_whole_when_all_of_it_is_killed(tmp_path: Path) -> None:
     out = tmp_path / "found.json"
-    with subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(out)], stdout=subprocess.PIPE, text=True
-    ) as process:
+    command = [sys.executable, "-c", KILLED, str(out)]
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if " smoke " in line:
                 process.kill()
                 break
     expected = [(name, what) for name in NAMES[:3] for what in ("a", "process")]
+    assert process.returncode == -signal.SIGKILL, "it went on for two seconds"
     rows = read_document(out).rows
     assert [(row.workload, row.case["what"]) for row in rows][:6] == expected
+    assert len(rows) <= 7
     assert gpu_check.main(["--table", str(out)]) == 0
 
 
