@@ -61,11 +61,17 @@ class SideError(BackendError):
 
 
 class Child(ExitStack):
-    """A Python process that writes lines to stdout; closing it kills the process and all that it started."""
+    """A Python process that writes lines to stdout; closing it kills the process and all that it started.
 
-    def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+    What it prints on stderr goes to the file `log`, if one is named.
+    """
+
+    def __init__(
+        self, *arguments: str, environment: Mapping[str, str] | None = None, log: Path | None = None
+    ) -> None:
         super().__init__()
-        self._noise = self.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+        noise = log.open("w+b") if log else tempfile.TemporaryFile()  # noqa: SIM115
+        self._noise = self.enter_context(noise)
         self._process = subprocess.Popen(  # noqa: S603
             [sys.executable, *arguments],
             stdin=subprocess.PIPE,

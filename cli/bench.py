@@ -85,7 +85,14 @@ class Call:
         device = device_of(backend, self.options.get("device", "auto"))
         count = None if threads is None else thread_count(threads)
         root, checkpoint = self.package.root, self.model.checkpoint
-        return Task(package=root, checkpoint=checkpoint, backend=backend, threads=count, device=device)
+        return Task(
+            package=root,
+            checkpoint=checkpoint,
+            backend=backend,
+            threads=count,
+            device=device,
+            compile_mode=self.options.get("compile_mode", ""),
+        )
 
     def sides(self, references: tuple[str, ...] = ()) -> Sides:
         """Ours, the peers that are named, and the references. Raises UsageError for an unknown peer."""
@@ -176,6 +183,7 @@ def _progress_lines(*, enabled: bool) -> Generator[Progress]:
     references=_option(str, "latentrt again,yardstick,ceiling", "The first takes as much memory as ours."),
     guidance_scale=_option(float | None, None, "Guidance scale; 1 is off. Default: the model's."),
     sampler=_option(str, "dpmpp_2m", "One that every side has: ddim, euler, dpmpp_2m, …."),
+    compile_mode=_option(str, "", "Of diffusers-compile: reduce-overhead compiles in a minute or two."),
 )
 def latency(call: Call) -> _Measure:
     """Time every stage and the whole picture, in turns with peers and with a second run of ours."""
@@ -276,12 +284,15 @@ def parity(call: Call) -> _Measure:
 @bench.command()
 def gpu(
     package: Annotated[str, Option(help="The shipped model, demo, or a package folder.")] = "demo",
+    minutes: Annotated[float, Option(help="For all of it.")] = 12,
+    steps: Annotated[str, Option(help="Only these, with commas: unet,whole,…. Default: the plan.")] = "",
     out: _OUT = None,
 ) -> None:
-    """All that only a GPU can show, in under ten minutes. Exit code 4: there is none."""
+    """What only a GPU can show, in the order of what it is worth. Exit code 4: there is none."""
     from ..benchmarks.gpu.check import main
 
-    raise Exit(main(["--package", package, *(["--out", str(out)] if out else [])]))
+    where = ["--out", str(out)] if out else []
+    raise Exit(main(["--package", package, "--minutes", str(minutes), "--steps", steps, *where]))
 
 
 @bench.command()

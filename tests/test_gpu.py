@@ -1,53 +1,51 @@
-"""All that only a GPU can show, in this process: `python -m pytest -m gpu`.
+"""What only a GPU can show of the small model, in this process: `python -m pytest -m gpu`.
 
-The sections are those of `python -m latentrt.benchmarks.gpu.check`, which also writes what it measures.
+The steps are those of `python -m latentrt.benchmarks.gpu.check`, which also measures a large one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 
-from latentrt.benchmarks.gpu.check import BACKENDS, NEEDED, SECTIONS, line_of
-from latentrt.benchmarks.gpu.opener import Opener, Scale, backend_opener, collect
+from latentrt.benchmarks.gpu.check import line_of
+from latentrt.benchmarks.gpu.memory import host_memory, ladder, memory
+from latentrt.benchmarks.gpu.opener import Opener, Scale, backend_opener, collect, why_not
+from latentrt.benchmarks.gpu.plan import BACKENDS
+from latentrt.benchmarks.gpu.sections import build, graphs, parity, picture, placement, timing
 from latentrt.benchmarks.records import Row
 from latentrt.engines.cuda.facts import available
-from latentrt.engines.errors import BackendError
 from latentrt.engines.package import Package
 from tests.runtime.device_bench import package_with_step
 
-REASON = available()
+REASON, STEPS = available(), (parity, picture, graphs, memory, host_memory, ladder, timing)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
 
-def run(section: str, opener: Opener) -> list[Row]:
-    run, _ = SECTIONS[section]
-    rows = list(collect(run(opener, Scale.of(opener.package.manifest))))
-    case = {"backend": opener.task.backend}
-    lines = [line_of(replace(row, workload=section, case={**case, "what": row.workload})) for row in rows]
+def run(step: Callable[[Opener, Scale], Iterator[Row]], opener: Opener) -> None:
+    rows = list(collect(step(opener, Scale.of(opener.package.manifest))))
+    case, name = {"backend": opener.task.backend}, step.__name__
+    lines = [line_of(replace(row, workload=name, case={**case, "what": row.workload})) for row in rows]
     print("\n".join(lines))
     assert rows
     assert not [line for row, line in zip(rows, lines, strict=True) if row.status == "FAILED"]
-    return rows
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def opener(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opener]:
     """A backend that can run here, with what it needs built into a store of its own."""
-    package: Package = package_with_step(tmp_path_factory.mktemp("demo") / "package")
-    try:
-        opener = backend_opener(request.param, package)
-    except BackendError as error:
-        pytest.skip(error.found)
+    if reason := why_not(request.param):
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("demo")
+    package: Package = package_with_step(folder / "package")
+    opener = backend_opener(request.param, package, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LATENTRT_CACHE", str(tmp_path_factory.mktemp("store")))
-        for section in NEEDED:
-            rows = run(section, opener)
-            if section == "placement" and rows[0].status == "not available":
-                pytest.skip(rows[0].reason)
+        run(build, opener)
+        run(placement, opener)
         yield opener
 
 
-@pytest.mark.parametrize("section", [name for name in SECTIONS if name not in NEEDED])
-def test_section(opener: Opener, section: str) -> None:
-    run(section, opener)
+@pytest.mark.parametrize("step", STEPS)
+def test_step(opener: Opener, step: Callable[[Opener, Scale], Iterator[Row]]) -> None:
+    run(step, opener)

@@ -1,34 +1,59 @@
-"""All that only a GPU can show, in under ten minutes: `python -m latentrt.benchmarks.gpu.check`.
+"""What only a GPU can show, in the order of what it is worth: `python -m latentrt.benchmarks.gpu.check`.
 
-    --package demo                                      the shipped model, or a package folder
-    --backends onnxruntime-cuda tensorrt tensorrt-rtx   which; all of them by default
-    --out FILE                                          default: gpu_check-<date>.json
+    --minutes 12            for all of it; what is left decides how long a step may take
+    --steps unet,whole      only these, in the order of the plan; --list prints all, with their limits
+    --package demo          a small model, whose pictures can be checked: the shipped one, or a package folder
+    --full-size PACKAGE     a large one; by default SD 1.5's skeleton is filled with random weights
+    --backends onnxruntime-cuda     also tensorrt and tensorrt-rtx, which build engines first
+    --out FILE              default: gpu_check-<date>.json
+    --table FILE            prints the table of such a document, and runs nothing
 
-Prints a line per row. The exit code is 0 only if nothing FAILED, 1 if something did, and 4 where there is
-no GPU. Backends that cannot run here are "not available", with the reason: that is no failure. Every section
-runs in a process of its own with a time limit. Other processes on the GPU disturb the sections `memory` and
-`ladder`, and the last takes all of the GPU's memory for a moment.
+Each step is a process of its own with a limit and a log in the folder `<out>-logs`; whatever becomes of it,
+the next one runs. A line is printed for each row, and the document is written again after each: it is whole
+whenever this process is killed. The table at the end is Markdown.
 
-The document is one as every verb writes (docs/benchmarks.md). A row's workload is the section, its case has
-`backend` and `what` was looked at. The row `process` of each section has the seconds of its process, with its
-start. Figures by section:
+The exit code is 0 only if nothing FAILED, 1 if something did, and 4 where there is no GPU. What cannot run
+here is "not available", with the reason: that is no failure. Nothing else may use the GPU meanwhile.
 
-    available   is: name, version, device
-    build       of each net, as in `latentrt bench build`
-    placement   `every net` opens: device, weights_mib; "not available" where the library does not list this
-                GPU and refuses it. ONNX Runtime besides, of each net: nodes that ran, and on_cpu those that
-                ran there; no floating-point node and no copy may be one
-    parity      of each net, as in `latentrt bench parity` against ONNX Runtime on the CPU
-    picture     the same of whole pictures
-    graphs      psnr_db (bar 50) between plain and replayed loops; "not available" with the reason where the
-                loop cannot be captured
-    memory      opened_mib, peak_mib, closed_mib since the baseline, of all processes on the GPU: at most 64
-                may be missing once closed, and 16 more after the last cycle than after the first; what the
-                first cycle leaves is the libraries', and not judged; and the ledger of the nets
-    host_memory resident_mib, and by how much it has grown over so many pictures of plain loops (at most 8)
-    ladder      need_mib; then, with less and less free_mib: drawn, rungs, psnr_db, or how it was refused
-    timing      a picture by ours, and by a plain loop over the same library where there is one, in turns, as
-                in `latentrt bench latency`: stages_p50_s, …; no time is too long
+The document is one as every verb writes (docs/benchmarks.md). A row's workload is the step, its case has
+`backend` and `what` was looked at; `at_s` of its stamp is when it came, in seconds since the step's process
+was started. The row `process` of each step has the seconds of its process. Figures by step:
+
+    environment     the libraries load; is: name, version, device
+    torch_eager     one call of SD 1.5's UNet by torch: first_s, second_s, third_s, the medians of warm calls
+                    by the device's events (device_p50_s) and until the host is free (host_p50_s)
+    torch_compiled  the same by torch.compile, mode reduce-overhead
+    smoke           `step`, one convolution and the UNet of the small model run at all
+    build           of each net, as in `latentrt bench build`
+    picture         as in `latentrt bench parity` against ONNX Runtime on the CPU
+    placement       `every net` opens: device, weights_mib. ONNX Runtime besides, of each net: nodes that ran,
+                    and on_cpu those that ran there; no floating-point node and no copy may be one
+    parity          of each net, as in `latentrt bench parity` against ONNX Runtime on the CPU
+    graphs          psnr_db (bar 50) between plain and replayed loops; "not available" with the reason where
+                    the loop cannot be captured
+    skeleton        mib that were written, with the seconds
+    unet            of the large model, in the layout `nhwc`: opened; plain and replayed as a graph, with
+                    figures as torch's, taken_mib and peak_mib of the device
+    whole           a picture of 20 steps: opened, the first one, plain and replayed ones (psnr_db, bar 50);
+                    memory: opened_mib, peak_mib, closed_mib, and of_process_mib if NVML tells
+    decoder, text_encoder, unet_plain   as unet; unet_plain in the layout `plain`, relative_l2 to `nhwc`
+    shapes          two shapes in turns: rebuilt_s is what the first run after a change takes longer
+    exhaustive, eager_loading, weights_in_arena     as unet, with cudnn_conv_algo_search EXHAUSTIVE; with
+                    CUDA_MODULE_LOADING EAGER; with weights in the arena
+    decoder_workspace   as decoder, with cudnn_conv_use_max_workspace 0
+    outlived        relative_l2 of two plain runs, of a replay, and of one after another shape ran: outlives
+
+Only where they are named:
+
+    timing          a picture by ours, and by a plain loop over the same library where there is one, in turns,
+                    as in `latentrt bench latency`: stages_p50_s, …; no time is too long
+    layouts         what `latentrt build --backend onnxruntime-cuda` measures of the large model
+    memory          opened_mib, peak_mib, closed_mib since the baseline, of all processes on the GPU: at most
+                    64 may be missing once closed, and 16 more after the last cycle than after the first; what
+                    the first cycle leaves is the libraries', and not judged; and the ledger of the nets
+    host_memory     resident_mib, and by how much it has grown over so many pictures of plain loops: at most 8
+    ladder          need_mib; then, with less and less free_mib: drawn, rungs, psnr_db, or how it was refused;
+                    it takes all of the GPU's memory for a moment
 """
 
 from __future__ import annotations
@@ -39,110 +64,77 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
-from ...engines.backend import choose_backend
 from ...engines.cuda.facts import available
 from ...engines.errors import BackendError, LatentrtError
 from ...engines.package import Package
 from ...runtime.pipeline import SHIPPED
 from ..machine import clocks
 from ..process import Child, SideError, become_child
-from ..records import Document, Row, short
+from ..records import Document, Row, read_document, short
 from ..verbs.latency import describe_model
-from .memory import host_memory, ladder, memory
-from .opener import Opener, Scale, backend_opener, collect, row_of
-from .sections import build, graphs, parity, picture, placement, timing
+from .opener import collect, row_of
+from .plan import BACKENDS, ORT, STEPS, Place, planned
+from .summary import summary
 
-BACKENDS = ("onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
-LIMIT = 570.0  # seconds of the whole run
-
-RunInChild = Callable[[Opener, Scale], Iterator[Row]]
-RunSection = Callable[[str, str, float], Iterator[Row]]  # backend, section, seconds it may take
+MINUTES = 12.0
+RunStep = Callable[[str, str, float], Iterator[Row]]  # step, backend, seconds it may take
 
 
-def describe(opener: Opener, scale: Scale) -> Iterator[Row]:
-    """What the backend says it is. (Where it cannot run there is no opener, and `run_in_child` says why.)"""
-    del scale
-    _, engine = choose_backend(opener.task.backend)
-    yield row_of("backend", {"is": engine.describe()})
+def run_in_child(step: str, place: Place) -> None:
+    """What the child of a step does: each row is a line of JSON on stdout, as soon as it is known."""
+    reply = become_child()
+    for row in collect(STEPS[step].run(place)):
+        reply(replace(row, stamp=row.stamp or clocks()).to_json())
 
 
-# What is run, in this order, and for how many seconds at most. Where one that is needed fails, the rest has
-# nothing to run on.
-SECTIONS: Mapping[str, tuple[RunInChild, float]] = {
-    "available": (describe, 60),
-    "build": (build, 300),
-    "placement": (placement, 90),
-    "parity": (parity, 90),
-    "picture": (picture, 120),
-    "graphs": (graphs, 90),
-    "memory": (memory, 90),
-    "host_memory": (host_memory, 120),
-    "ladder": (ladder, 120),
-    "timing": (timing, 120),
-}
-NEEDED = ("available", "build", "placement")
+def check(plan: Sequence[tuple[str, str]], run: RunStep, *, limit: float) -> Iterator[list[Row]]:
+    """Run steps, one after the other, and print each row; after each, every row so far, in the same list.
 
-
-def run_in_child(section: str, backend: str, root: Path) -> None:
-    """What the child of a section does: each row is a line of JSON on stdout, as soon as it is known."""
-    reply, package = become_child(), Package.open(root)
-    try:
-        opener = backend_opener(backend, package)
-    except BackendError as error:
-        reply(row_of("backend", missing=error.found).to_json())
-        return
-    run, _ = SECTIONS[section]
-    for row in collect(run(opener, Scale.of(package.manifest))):
-        reply(row.to_json())
-
-
-def check(
-    backends: Sequence[str], run: RunSection, *, limit: float = LIMIT, said: Callable[[str], None] = print
-) -> Iterator[list[Row]]:
-    """All sections of all backends, one after the other; after each, every row so far, in the same list.
-
-    A section that finds none of the `limit` in seconds left is a failed row. `said` gets a line for each row.
+    A step that finds none of the `limit` in seconds left is a failed row.
     """
     rows: list[Row] = []
     began = perf_counter()
-    for backend in backends:
-        for section, (_, most) in SECTIONS.items():
-            left, first = limit - (perf_counter() - began), len(rows)
-            late = row_of("process", problems=[f"no time is left of {limit:.0f} s"])
-            for row in run(backend, section, min(most, left)) if left > 0 else [late]:
-                case = {**row.case, "backend": backend, "what": row.workload}
-                rows.append(replace(row, workload=section, case=case, stamp=row.stamp or clocks()))
-                said(line_of(rows[-1]))
+    for step, backend in plan:
+        started = perf_counter()
+        left = limit - (started - began)
+        late = row_of("process", problems=[f"no time is left of {limit:.0f} s"])
+        for row in run(step, backend, min(STEPS[step].limit, left)) if left > 0 else [late]:
+            case = {**row.case, "backend": backend, "what": row.workload}
+            stamp = {**row.stamp, "at_s": round(perf_counter() - started, 3)}
+            rows.append(replace(row, workload=step, case=case, stamp=stamp))
+            print(line_of(rows[-1]), flush=True)  # a pipe would keep it, and lose it when this is killed
             yield rows
-            found = [row.status for row in rows[first:]]
-            # What was not built need not have been; of the other sections the first row says it.
-            if section in NEEDED and ("FAILED" in found if section == "build" else found[0] != "ok"):
-                break
 
 
-def run_section(
-    arguments: Sequence[str], limit: float, environment: Mapping[str, str] | None = None
+def run_step(
+    arguments: Sequence[str],
+    limit: float,
+    environment: Mapping[str, str] | None = None,
+    log: Path | None = None,
 ) -> Iterator[Row]:
     """The rows that `python ARGUMENTS` writes, as it writes them; then one of the process.
 
-    That one is FAILED if the process crashed, did not end within `limit` seconds, or wrote no row.
+    That one is FAILED if the process crashed, did not end within `limit` seconds, or wrote no row, or
+    something else than rows.
     """
-    began, count, problem = perf_counter(), 0, ""
-    with Child(*arguments, environment=environment) as child:
+    began, count, problems = perf_counter(), 0, list[str]()
+    with Child(*arguments, environment=environment, log=log) as child:
         try:
             for line in child.lines(limit):
-                with suppress(ValueError, KeyError, TypeError):  # a line that a crash cut short
+                try:
                     yield Row.from_json(json.loads(line))
                     count += 1
+                except (ValueError, KeyError, TypeError):  # a crash cut it short
+                    problems.append(f"it wrote a line that is no row: {line[:60]!r}")
         except SideError as error:
-            problem = error.reason
-    problem = problem or ("" if count else "it ended without a row")
-    yield row_of("process", problems=[problem] if problem else (), samples=[perf_counter() - began])
+            problems.append(error.reason)
+    problems += [] if problems or count else ["it ended without a row"]
+    yield row_of("process", problems=problems, samples=[perf_counter() - began])
 
 
 def line_of(row: Row) -> str:
@@ -154,51 +146,117 @@ def line_of(row: Row) -> str:
         for name, value in figures.items()
         if isinstance(value, (int, float, str)) and len(str(value)) < 60
     ]
-    what = f"{row.case['backend']:<16} {row.workload:<11} {row.case['what']}"
+    what = f"{row.case['backend']:<16} {row.workload:<17} {row.case['what']}"
     return "  ".join([f"{what}: {row.status}{reason}", *shown])
+
+
+def list_steps() -> str:
+    """Every step, for people."""
+    return "\n".join(
+        f"{name:<18}{step.limit:4.0f} s  "
+        + ("only where it is named" if step.asked else f"for {', '.join(step.backends)}")
+        for name, step in STEPS.items()
+    )
+
+
+def _steps(text: str) -> list[str]:
+    """The names in a list with commas. Raises ArgumentTypeError for an unknown one."""
+    names = [name for name in text.split(",") if name]
+    if unknown := [name for name in names if name not in STEPS]:
+        raise argparse.ArgumentTypeError(f"there is no step {unknown[0]!r}: --list prints all of them")
+    return names
+
+
+def _parse(arguments: Sequence[str] | None) -> Any:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--minutes", type=float, default=MINUTES)
+    parser.add_argument("--steps", type=_steps, default=[])
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--package", default="demo")
+    parser.add_argument("--full-size", type=Path)
+    parser.add_argument("--backends", nargs="+", default=[ORT], choices=BACKENDS)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--table", type=Path)
+    for name in ("--child", "--folder"):  # in the child
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def child_arguments(step: str, place: Place) -> list[str]:
+    """The command line of a step's process, behind `python`."""
+    command = ["-X", "faulthandler", "-m", f"{__package__}.check", "--child", step]
+    where = [
+        "--package",
+        str(place.package),
+        "--full-size",
+        str(place.full_size),
+        "--folder",
+        str(place.folder),
+    ]
+    return [*command, "--backends", place.backend, *where]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check, print, write; the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--package", default="demo")
-    parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of the whole run")
-    parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)  # in the child
-    options = parser.parse_args(arguments)
-    if options.section:
-        run_in_child(options.section, options.backends[0], Path(options.package))
+    options = _parse(arguments)
+    if options.child:
+        folder = Path(options.folder)
+        place = Place(
+            backend=options.backends[0],
+            package=Path(options.package),
+            full_size=options.full_size,
+            folder=folder,
+        )
+        run_in_child(options.child, place)
         return 0
-    if reason := available():
-        print(f"gpu_check: {reason}. Run it where an NVIDIA GPU and its driver are.", file=sys.stderr)
-        return BackendError.exit_code
+    if options.list:
+        print(list_steps())
+        return 0
     try:
+        if options.table:
+            print(summary(read_document(options.table)))
+            return 0
+        if reason := available():
+            print(f"gpu_check: {reason}. Run it where an NVIDIA GPU and its driver are.", file=sys.stderr)
+            return BackendError.exit_code
         package = Package.open(SHIPPED.get(options.package, Path(options.package)))
+        document = _run(options, package)
     except LatentrtError as error:
         print(f"gpu_check: {error}", file=sys.stderr)
         return error.exit_code
-    profile = Scale.of(package.manifest).profile
-    settings = {"backends": options.backends, "profile": profile, "limit": options.limit}
+    print(f"\n{summary(document)}\n")
+    return 1 if document.failed else 0
+
+
+def _run(options: Any, package: Package) -> Document:
+    """Run the steps, and write the document whenever it has grown."""
+    plan = planned(options.backends, options.steps)
+    settings = {"backends": options.backends, "steps": options.steps, "minutes": options.minutes}
     document = Document(benchmark="gpu_check", model=describe_model(package), settings=settings, rows=())
     out: Path = options.out or Path(f"gpu_check-{document.date[:10]}.json")
-    with tempfile.TemporaryDirectory() as store:
+    logs = out.with_name(f"{out.stem}-logs")
+    logs.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Place(
+            backend="",
+            package=package.root,
+            full_size=options.full_size or Path(folder) / "sd15",
+            folder=Path(folder),
+        )
 
-        def run(backend: str, section: str, limit: float) -> Iterator[Row]:
-            command = ["-X", "faulthandler", "-m", f"{__package__}.check", "--section", section]
-            command += ["--backends", backend, "--package", str(package.root)]
-            return run_section(command, limit, {"LATENTRT_CACHE": store})
+        def run(step: str, backend: str, limit: float) -> Iterator[Row]:
+            command = child_arguments(step, replace(place, backend=backend))
+            environment = {"LATENTRT_CACHE": str(Path(folder) / "store"), **STEPS[step].environment}
+            return run_step(command, limit, environment, logs / f"{backend}-{step}.log")
 
-        for rows in check(options.backends, run, limit=options.limit):
-            # after each section: whatever ends this process, the rest is written
+        for rows in check(plan, run, limit=60 * options.minutes):
             document = replace(document, rows=tuple(rows))
             document.write(out)
     count = Counter(row.status for row in document.rows)
     failures = f"{count['FAILED']} FAILED" if document.failed else "nothing failed"
-    print(f"{failures}, {count['ok']} ok, {count['not available']} not available: {out}")
-    return 1 if document.failed else 0
+    print(f"{failures}, {count['ok']} ok, {count['not available']} not available: {out}, logs in {logs}")
+    return document
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Sections of the GPU check: memory comes back, none leaks; what does not fit is lowered, or refused."""
+"""Steps of the GPU check: memory comes back, none leaks; what does not fit is lowered, or refused."""
 
 from __future__ import annotations
 

@@ -1,17 +1,17 @@
-"""What every section of the GPU check uses: a backend's pipeline on a device, and rows that tell its finds.
+"""What every step of the GPU check uses: a backend's pipeline on a device, and rows that tell its finds.
 
-The opener is a parameter of every section, so that tests can pass one of their own. A section names what it
-looked at in a row's `workload`; `check.py` moves that to the case, beside the backend.
+The opener is a parameter of every step, so that tests can pass one of their own. A step names what it looked
+at in a row's `workload`; `check.py` moves that to the case, beside the backend.
 """
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -20,7 +20,10 @@ from ...engines.backend import DeviceBackend, choose_backend
 from ...engines.cuda.device import CudaDevice
 from ...engines.cuda.facts import facts
 from ...engines.device import Device
-from ...engines.errors import LatentrtError
+from ...engines.errors import BackendError, LatentrtError
+from ...engines.onnxruntime.lowering.lower import lower
+from ...engines.onnxruntime.nets import open_onnxruntime_net
+from ...engines.onnxruntime.tuning.choice import TUNED_NETS
 from ...engines.package import Manifest, Package
 from ...engines.spec import Array
 from ...engines.tensorrt.build import built_nets
@@ -35,7 +38,7 @@ from ..sides.contract import OURS, Task
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How much work the sections do. Pixels are multiples of the package's `size_multiple`.
+    """How much work the steps do. Pixels are multiples of the package's `size_multiple`.
 
     Attributes:
         case: the usual guided picture, with few steps: it counts how it looks, not how long it takes.
@@ -71,7 +74,7 @@ class Scale:
 
     @property
     def profile(self) -> str:
-        """What engines are built for, in the grammar of profiles: all that the sections draw."""
+        """What engines are built for, in the grammar of profiles: all that the steps draw."""
         low, high = min(self.case.width, self.several.height), self.large.width
         width, height = (f"{low}-{high}@{side}" for side in (self.case.width, self.case.height))
         return f"{width}x{height}:b1-{self.large.pictures}"
@@ -91,17 +94,18 @@ class Opener:
 
     Attributes:
         task, package: as a side opens them.
-        open_device: a device with every net of the package. Only ONNX Runtime's has an option: `profile`,
-            a folder for profiles of where nodes ran.
+        open_device: a device with every net of the package, or those that `nets` names. Only ONNX Runtime's
+            has other options: `profile`, a folder for profiles of where nodes ran; `layout` and `settings`,
+            as `_open_nets` has them.
         watch: the same device for an onlooker: it reads the free memory, and takes memory away.
-        unsupported: why this GPU is none of the backend's, so that being refused is no failure; "" if it is.
+        folder: where a step leaves what later ones compare with.
     """
 
     task: Task
     package: Package
     open_device: Callable[..., tuple[Device, Mapping[str, Any]]]
     watch: Callable[[], Device]
-    unsupported: str = ""
+    folder: Path
 
     @property
     def onnxruntime(self) -> bool:
@@ -118,20 +122,51 @@ class Opener:
             yield Opened(Pipeline.over(self.package, loop, self.task.backend, cache_bytes=0), loop, log)
 
 
-def backend_opener(backend: str, package: Package) -> Opener:
+def why_not(backend: str) -> str:
+    """Why a backend cannot run on this GPU, to be asked before anything is made for it; "" if it can."""
+    try:
+        name, _ = choose_backend(backend)
+    except BackendError as error:
+        return error.found
+    gpu, listed = facts(), flavour(name).compute_capabilities if name in ENGINE_BACKENDS else ()
+    if not listed or "{}.{}".format(*gpu.compute_capability) in listed:
+        return ""
+    return f"{name} lists {', '.join(listed)}, and this GPU is {gpu.sm}"
+
+
+def backend_opener(backend: str, package: Package, folder: Path) -> Opener:
     """For a backend on the first CUDA device. Raises BackendError, with the reason, if it cannot run here."""
     name, engine = choose_backend(backend)
-    gpu = facts()
-    listed = flavour(name).compute_capabilities if name in ENGINE_BACKENDS else ()
-    supported = not listed or "{}.{}".format(*gpu.compute_capability) in listed
-    open_device = cast(DeviceBackend, engine).open_device
+
+    def open_device(
+        nets: Sequence[str] = built_nets(package), layout: str = "", **options: Any
+    ) -> tuple[Device, Mapping[str, Any]]:
+        if layout:
+            return _open_nets(package, nets, layout, **options)
+        return cast(DeviceBackend, engine).open_device(package, nets, **options)
+
     return Opener(
         task=Task(package=package.root, backend=name, device="cuda"),
         package=package,
-        open_device=partial(open_device, package, built_nets(package)),
+        open_device=open_device,
         watch=CudaDevice,
-        unsupported="" if supported else f"{gpu.sm} is none of {', '.join(listed)}",
+        folder=folder,
     )
+
+
+def _open_nets(
+    package: Package, nets: Sequence[str], layout: str, settings: Mapping[str, str] | None = None
+) -> tuple[Device, Mapping[str, Any]]:
+    """ONNX Runtime's on CUDA, in a layout that the store does not choose, with options of an experiment."""
+    device, opened = CudaDevice(), dict[str, Any]()
+    with ExitStack() as stack, TemporaryDirectory() as folder:
+        stack.callback(device.close)
+        for name in nets:
+            lowered = lower(package, name, Path(folder)) if layout == "nhwc" and name in TUNED_NETS else None
+            opened[name] = open_onnxruntime_net(package, name, device, graph=lowered, settings=settings)
+            stack.callback(opened[name].close)
+        stack.pop_all()
+    return device, opened
 
 
 def draw(pipe: Pipeline, case: Case) -> Array:
@@ -189,7 +224,7 @@ def collect(rows: Iterable[Row]) -> Iterator[Row]:
     try:
         yield from rows
     except Exception as error:  # whatever a library raises is a result
-        yield failed("the section", error)
+        yield failed("the step", error)
 
 
 def mebibytes(size: int) -> float:

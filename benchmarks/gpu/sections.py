@@ -1,4 +1,4 @@
-"""Sections of the GPU check over nets and pictures: built, on the GPU, right, replayed as drawn, how fast."""
+"""Steps of the GPU check over nets and pictures: built, on the GPU, right, replayed as drawn, how fast."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 from ...engines.backends import BACKENDS
 from ...engines.cuda import facts as cuda_facts
-from ...engines.errors import LatentrtError
 from ...engines.onnxruntime.backend import ONNXRUNTIME
 from ...engines.onnxruntime.tuning.choice import tuned_nets
 from ...engines.profiles import Profile
@@ -27,7 +26,7 @@ from ..sides.contract import SIDES
 from ..verbs.build import Builds, build_net
 from ..verbs.latency import Sides, check, measure_latency
 from ..verbs.parity import Inputs, measure_parity
-from .opener import Opened, Opener, Scale, attempt, draw, encoder_inputs, failed, mebibytes, row_of
+from .opener import Opened, Opener, Scale, attempt, draw, encoder_inputs, mebibytes, row_of
 
 SAMPLERS = ("dpmpp_2m", "ddim", "euler_a")  # the last draws noise in every row
 REPLAY_DB = 50.0  # the same kernels in the same order: a few shades by one, where a library sums atomically
@@ -61,28 +60,22 @@ def build(opener: Opener, scale: Scale) -> Iterator[Row]:
 def placement(opener: Opener, scale: Scale) -> Iterator[Row]:
     """Every net opens; ONNX Runtime runs floating-point nodes on the GPU, and copies nothing to or from it.
 
-    Engines run on the GPU as a whole. A GPU that the library does not list may be refused: no failure.
+    Engines run on the GPU as a whole.
     """
     with TemporaryDirectory() as folder:
         options: dict[str, Any] = {"profile": Path(folder)} if opener.onnxruntime else {}
-        try:
-            with opener.pipeline(**options) as opened:
-                nets, sizes = opened.loop.nets, sizes_of(scale.case, opener.package.manifest)
-                for net in nets.values():
-                    net.scratch(input_shapes(net.spec, sizes))  # engines are opened by their first request
-                weights = mebibytes(sum(net.memory.weights for net in nets.values()))
-                yield row_of("every net", {"device": opened.loop.device.name, "weights_mib": weights})
-                if opener.onnxruntime:
-                    draw(opened.pipe, scale.case)
-                    if "vae_encoder" in nets:
-                        opened.loop.call("vae_encoder", **encoder_inputs(scale.case))
-                    for name in sorted(_RUN & nets.keys()):
-                        yield attempt(name, _placed, nets[name])
-        except LatentrtError as error:
-            row = failed("every net", error)
-            if opener.unsupported:
-                row = replace(row, status="not available", reason=f"{opener.unsupported}: {row.reason}")
-            yield row
+        with opener.pipeline(**options) as opened:
+            nets, sizes = opened.loop.nets, sizes_of(scale.case, opener.package.manifest)
+            for net in nets.values():
+                net.scratch(input_shapes(net.spec, sizes))  # engines are opened by their first request
+            weights = mebibytes(sum(net.memory.weights for net in nets.values()))
+            yield row_of("every net", {"device": opened.loop.device.name, "weights_mib": weights})
+            if opener.onnxruntime:
+                draw(opened.pipe, scale.case)
+                if "vae_encoder" in nets:
+                    opened.loop.call("vae_encoder", **encoder_inputs(scale.case))
+                for name in sorted(_RUN & nets.keys()):
+                    yield attempt(name, _placed, nets[name])
 
 
 def _placed(name: str, net: Any) -> Row:
@@ -162,15 +155,24 @@ def _graphs(sampler: str, plain: Opened, replayed: Opened, scale: Scale) -> Row:
         case = replace(scale.case, sampler=sampler, seed=100 + run)
         wanted, found = (draw(opened.pipe, case) for opened in (plain, replayed))
         likeness.append(psnr(found, wanted))
-    worst, problem, missing = min(likeness), "", ""
-    if worst < REPLAY_DB:
-        problem = f"{worst:.1f} dB between plain and replayed, below {REPLAY_DB:g}"
-    elif not replayed.loop.replays:  # plain loops are what the loop falls back on, and it says why
-        missing = next((line for line in replayed.log if line.startswith(_REFUSED)), "")
-        problem = "" if missing else "no graph is replayed, and nothing says why"
-        if _WRONG in missing:
-            problem, missing = missing, ""
+    worst = min(likeness)
+    problem, missing = why_not_replayed(worst, replayed)
     return row_of(sampler, {"psnr_db": worst}, [problem] if problem else (), missing=missing)
+
+
+def why_not_replayed(likeness: float, opened: Opened, bar: float = REPLAY_DB) -> tuple[str, str]:
+    """What is wrong with pictures that are `likeness` dB from plain ones, and why they were plain themselves.
+
+    Plain loops are what the loop falls back on, and it says why; "" where there is nothing to say.
+    """
+    if likeness < bar:
+        return f"{likeness:.1f} dB between plain and replayed, below {bar:g}", ""
+    if opened.loop.replays:
+        return "", ""
+    refused = next((line for line in opened.log if line.startswith(_REFUSED)), "")
+    if _WRONG in refused or not refused:
+        return refused or "no graph is replayed, and nothing says why", ""
+    return "", refused
 
 
 def timing(opener: Opener, scale: Scale) -> Iterator[Row]:

@@ -65,6 +65,7 @@ class Task:
         threads: of a CPU; None is every processor this process may use.
         backend: which of latentrt's own (`engines.backend.BACKENDS`, or "auto").
         device: "cpu" or "cuda", of the peers that can do both.
+        compile_mode: torch.compile's; "" is max-autotune on CUDA, which takes minutes, and default on a CPU.
     """
 
     package: Path
@@ -72,6 +73,7 @@ class Task:
     threads: int | None = None
     backend: str = "auto"
     device: str = "cpu"
+    compile_mode: str = ""
 
     @property
     def text(self) -> str:

@@ -17,7 +17,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
@@ -82,8 +82,8 @@ class Compiled:
     @staticmethod
     def open_side(task: Task) -> OpenSide:
         """Every net loaded; the first run of a shape compiles."""
-        mode = "max-autotune" if task.device == "cuda" else "default"
-        return _open("diffusers-compile", task, compiled=mode)
+        usual = "max-autotune" if task.device == "cuda" else "default"
+        return _open("diffusers-compile", task, compiled=task.compile_mode or usual)
 
 
 def _open(name: str, task: Task, *, compiled: str) -> OpenSide:
@@ -101,15 +101,7 @@ def _open(name: str, task: Task, *, compiled: str) -> OpenSide:
     pipe.to(task.device, torch.float16 if half else torch.float32)
     for net in (pipe.unet, pipe.vae):
         net.to(memory_format=torch.channels_last if last else torch.contiguous_format)
-    if half:
-        torch.backends.cudnn.benchmark = True
-    else:
-        torch.backends.cudnn.allow_tf32 = False  # it is on by default, and another arithmetic
-    if compiled:
-        config: Any = torch._dynamo.config  # pyright: ignore[reportPrivateUsage]
-        config.recompile_limit = _SHAPES
-        for net in (pipe.unet, pipe.vae.decoder):
-            net.compile(mode=compiled, fullgraph=True, dynamic=False)
+    set_up([pipe.unet, pipe.vae.decoder] if compiled else [], half=half, compiled=compiled)
     versions = {
         "torch": str(torch.__version__),
         "diffusers": version_of("diffusers") or "unknown",
@@ -121,6 +113,21 @@ def _open(name: str, task: Task, *, compiled: str) -> OpenSide:
         "compile": f"{compiled}, fullgraph, static shapes" if compiled else "no",
     }
     return OpenSide(name=name, versions=versions, makers=makers_of(_Diffusers(name, package, pipe)))
+
+
+def set_up(nets: Sequence[Any], *, half: bool, compiled: str) -> None:
+    """Torch's own best practice for modules: cuDNN's switches; torch.compile in a mode that is not ""."""
+    import torch
+
+    if half:
+        torch.backends.cudnn.benchmark = True
+    else:
+        torch.backends.cudnn.allow_tf32 = False  # it is on by default, and another arithmetic
+    if compiled:
+        config: Any = torch._dynamo.config  # pyright: ignore[reportPrivateUsage]
+        config.recompile_limit = _SHAPES
+        for net in nets:
+            net.compile(mode=compiled, fullgraph=True, dynamic=False)
 
 
 def assemble(checkpoint: Path) -> Any:

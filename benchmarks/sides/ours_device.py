@@ -1,8 +1,8 @@
 """latentrt's own runtime as a side where its loop runs on a device.
 
 `picture` is the pipeline as a user has it, and has the loop's ways to do with less memory. Everything else is
-bound once to buffers of its own, timed by the device's events too (`device_s`), and raises MemoryLimitError
-where it does not fit.
+bound once to buffers of its own, timed by the device's events too (`device_s`; `host_s` is what the host took
+to enqueue it), and raises MemoryLimitError where it does not fit.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
+from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,14 +41,18 @@ from .contract import OURS, OpenSide, Work, makers_of
 _SETTLING = 2
 
 
-def device_side(pipe: Pipeline, loop: DeviceLoop) -> OpenSide:
-    """A pipeline on a device; it is closed with the side, and what was prepared before it."""
+def device_side(pipe: Pipeline, loop: DeviceLoop, *, replayed: bool = False) -> OpenSide:
+    """A pipeline on a device; it is closed with the side, and what was prepared before it.
+
+    `replayed`: everything but pictures, whose loop decides for itself, is captured once and replayed as a
+    CUDA graph. What cannot be captured is not prepared then: a BackendError says why.
+    """
     resources = ExitStack()
     resources.callback(pipe.close)
     return OpenSide(
         name=OURS,
         versions={"backend": pipe.backend, "device": loop.device.name},
-        makers=makers_of(_OnDevice(pipe, loop)),
+        makers=makers_of(_OnDevice(pipe, loop, replayed)),
         resources=resources,
         memory=lambda: ledger_of(loop),
     )
@@ -68,8 +73,9 @@ def ledger_of(loop: DeviceLoop) -> dict[str, Any]:
 class _OnDevice:
     """The workloads, by the names of the contract. What each has prepared has buffers of its own."""
 
-    def __init__(self, pipe: Pipeline, loop: DeviceLoop) -> None:
+    def __init__(self, pipe: Pipeline, loop: DeviceLoop, replayed: bool) -> None:
         self._pipe, self._nets, self._device = pipe, loop.nets, loop.device
+        self._replayed = replayed
         self._manifest = pipe.package.manifest
 
     def text_encoder(self, case: Case, stack: ExitStack) -> Work:
@@ -191,12 +197,16 @@ class _OnDevice:
         """What is enqueued is timed, by the device too, and waited for; `fetch` downloads."""
         device = self._device
         watch = stack.enter_context(closing(device.stopwatch()))
+        run, host_s = self._captured(stack, enqueue) if self._replayed else enqueue, 0.0
         device.synchronize()
 
         def call() -> Mapping[str, Array]:
+            nonlocal host_s
+            began = perf_counter()
             watch.start()
-            enqueue()
+            run()
             watch.stop()
+            host_s = perf_counter() - began
             device.synchronize()
             return {}
 
@@ -208,9 +218,18 @@ class _OnDevice:
         return Work(
             call=call,
             fetch=outputs,
-            figures=lambda: {"device_s": watch.seconds() / repeats},
+            figures=lambda: {"device_s": watch.seconds() / repeats, "host_s": host_s / repeats},
             repeats=repeats,
         )
+
+    def _captured(self, stack: ExitStack, enqueue: Callable[[], None]) -> Callable[[], None]:
+        """The same as a graph. Raises BackendError if it cannot be captured."""
+        enqueue()  # in a first run libraries allocate and load, which a capture forbids
+        self._device.synchronize()
+        with self._device.capture() as graphs:
+            enqueue()
+        stack.callback(graphs[0].close)
+        return graphs[0].launch
 
 
 def _does_nothing(net: Any) -> Any:

@@ -250,9 +250,12 @@ def medians(turns: Turns, steps: int) -> dict[str, Any]:
     """Medians of the runs' figures: the device's own seconds, the stages', and what no net took."""
     samples = [seconds for turn in turns.rounds for seconds in turn]
     one = turns.figures[0] if turns.figures else {}
-    known = {name: value for name, value in one.items() if name not in ("device_s", "stages_s")}
-    if device := [item["device_s"] for item in turns.figures if "device_s" in item]:
-        known["device_p50_s"] = median(device)
+    clocks = ("device", "host")
+    ours = ("stages_s", *(f"{clock}_s" for clock in clocks))
+    known = {name: value for name, value in one.items() if name not in ours}
+    for clock in clocks:
+        if times := [item[f"{clock}_s"] for item in turns.figures if f"{clock}_s" in item]:
+            known[f"{clock}_p50_s"] = median(times)
     stages = [item["stages_s"] for item in turns.figures if "stages_s" in item]
     if not stages:
         return known

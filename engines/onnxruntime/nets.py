@@ -10,7 +10,7 @@ close it before the net, and before `release`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -42,7 +42,6 @@ from .session import (
 from .wheels import reinstall_command
 
 CUDA = "CUDAExecutionProvider"
-CONV_SEARCHES = ("HEURISTIC", "EXHAUSTIVE", "DEFAULT")
 
 Submit = Callable[[Callable[[], None]], None]
 
@@ -194,10 +193,10 @@ def open_onnxruntime_net(
     *,
     provider: str = CUDA,
     graph: Path | None = None,
-    conv_search: str = "HEURISTIC",
     threads: int | None = None,
     submit: Submit | None = None,
     profile: Path | None = None,
+    settings: Mapping[str, str] | None = None,
 ) -> OnnxRuntimeDeviceNet:
     """Load one net of a package onto a device.
 
@@ -208,23 +207,23 @@ def open_onnxruntime_net(
         provider: CUDAExecutionProvider, or CPUExecutionProvider for a device on host memory.
         graph: what to run in place of the package's, with the same boundary: `lowering.lower`
             wrote it, and its weights are still the package's.
-        conv_search: how cuDNN finds its algorithms. HEURISTIC costs nothing and is the same in every run;
-            EXHAUSTIVE measures each shape in its first run.
         threads: of CPUExecutionProvider; None is every processor. With CUDA a single one computes shapes.
         submit: takes each run in place of calling it: how a device without a CUDA stream orders it.
         profile: a folder for the library's profile of every run.
+        settings: of an experiment: options of the CUDA provider in place of ours, and entries of its session
+            (`session.…`). Whoever leaves them out has what is best as far as anyone knows.
 
     Raises:
         BackendError: the provider cannot run here, or `device` has no stream for it.
         PackageError: ONNX Runtime refuses the graph, or its boundary is not the manifest's.
         MemoryLimitError: the weights do not fit.
-        UsageError: an unknown provider or `conv_search`, or `threads` less than 1.
+        UsageError: an unknown provider, or `threads` less than 1.
     """
-    if provider not in (CUDA, CPU) or conv_search not in CONV_SEARCHES:
+    if provider not in (CUDA, CPU):
         raise UsageError(
-            f"provider is {provider!r} and conv_search {conv_search!r}",
-            expected=f"{CUDA} or {CPU}, and one of {', '.join(CONV_SEARCHES)}",
-            fix="Leave both out for the usual ones.",
+            f"provider is {provider!r}",
+            expected=f"{CUDA} or {CPU}",
+            fix="Leave it out for the usual one.",
         )
     file = package.manifest.nets[name]
     path = graph or package.path(file.graph)
@@ -237,7 +236,7 @@ def open_onnxruntime_net(
     if provider == CPU:
         session = open_session(path, options, [CPU], culprit=name)
     else:
-        session = _open_cuda_session(path, options, device, conv_search, name)
+        session = _open_cuda_session(path, options, device, settings or {}, name)
     try:
         check_boundary(session, file.spec, path)
         if provider == CUDA:
@@ -439,7 +438,9 @@ def _check_inputs_stay(session: Any, name: str) -> None:
         )
 
 
-def _open_cuda_session(path: Path, options: Any, device: Device, conv_search: str, name: str) -> Any:
+def _open_cuda_session(
+    path: Path, options: Any, device: Device, changed: Mapping[str, str], name: str
+) -> Any:
     if found := cuda_refusal():
         raise BackendError(
             f"onnxruntime cannot run on CUDA: {found.found}", expected=found.expected, fix=found.fix
@@ -455,10 +456,10 @@ def _open_cuda_session(path: Path, options: Any, device: Device, conv_search: st
     # The second run of a shape would allocate one block for the pattern that the first one left
     # (github.com/microsoft/onnxruntime/issues/14942), and a capture must not allocate.
     options.enable_mem_pattern = False
-    # Weights outside the arena, so that it holds activations alone.
-    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     settings = {
-        "cudnn_conv_algo_search": conv_search,
+        # Weights outside the arena, so that it holds activations alone.
+        "session.use_device_allocator_for_initializers": "1",
+        "cudnn_conv_algo_search": "HEURISTIC",  # costs nothing, and is the same in every run
         # With it the provider takes every node, and computes the integers of shapes on the GPU: a copy back
         # stalls the host in the middle of each run, and such a run cannot be captured.
         "prefer_nhwc": "0",
@@ -466,8 +467,13 @@ def _open_cuda_session(path: Path, options: Any, device: Device, conv_search: st
         "user_compute_stream": str(stream),
         "arena_extend_strategy": "kSameAsRequested",  # not the next power of two
         "use_tf32": "0",  # 10 bits of mantissa: fp32 nets are what parity is measured with
+        **changed,
     }
-    session = open_session(path, options, [(CUDA, settings), CPU], culprit=name)
+    of_session = {key: value for key, value in settings.items() if key.startswith("session.")}
+    for key, value in of_session.items():
+        options.add_session_config_entry(key, value)
+    of_provider = {key: value for key, value in settings.items() if key not in of_session}
+    session = open_session(path, options, [(CUDA, of_provider), CPU], culprit=name)
     if CUDA not in session.get_providers():
         raise BackendError(
             "onnxruntime's CUDA provider did not load, and the CPU would run the net",

@@ -3,7 +3,7 @@
 Nets are ONNX Runtime's on the CPU at the device's addresses; they claim scratch memory as a GPU library does.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -68,24 +68,32 @@ def stand_in(
     wrap: Wrap = lambda name, net: net,
     opened: Callable[[HostDevice], None] = lambda device: None,
     backend: str = "stand-in",
-    unsupported: str = "",
+    folder: Path = Path("nowhere"),
 ) -> Opener:
     """An opener on host memory. `wrap` gets each net, `opened` the device each time it is opened."""
     on = device or WatchedDevice(2**30)
 
-    def open_device(profile: Path | None = None) -> Any:
+    def open_device(
+        nets: Sequence[str] = built_nets(PACKAGE), profile: Path | None = None, **layout: Any
+    ) -> Any:
         opened(on)
-        nets = {}
-        for name in built_nets(PACKAGE):
+        found = {}
+        for name in nets:
             net = open_onnxruntime_net(
                 PACKAGE, name, on, provider=CPU, submit=on.submit, threads=1, profile=profile
             )
-            nets[name] = wrap(name, Hungry(net, 2 * MIB if name in ("unet", "vae_decoder") else 0))
-        return on, nets
+            found[name] = wrap(name, Hungry(net, 2 * MIB if name in ("unet", "vae_decoder") else 0))
+        return on, found
 
     task = Task(package=PACKAGE.root, backend=backend, threads=1)
     watch: Any = lambda: on  # noqa: E731
-    return Opener(task=task, package=PACKAGE, open_device=open_device, watch=watch, unsupported=unsupported)
+    return Opener(
+        task=task,
+        package=PACKAGE,
+        open_device=open_device,
+        watch=watch,
+        folder=folder,
+    )
 
 
 @contextmanager

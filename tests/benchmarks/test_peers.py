@@ -324,6 +324,18 @@ def test_it_tells_who_it_is(peer: OpenSide) -> None:
     assert peer.versions.get("memory_format", "channels_last") == "channels_last"
 
 
+@pytest.mark.parametrize(
+    ("device", "mode", "expected"),
+    [("cuda", "", "max-autotune"), ("cpu", "", "default"), ("cuda", "reduce-overhead", "reduce-overhead")],
+)
+def test_the_mode_of_compiled_nets(
+    monkeypatch: pytest.MonkeyPatch, device: str, mode: str, expected: str
+) -> None:
+    monkeypatch.setattr(diffusers_pipeline, "_open", lambda name, task, compiled: compiled)
+    task = replace(TASK, device=device, compile_mode=mode)
+    assert diffusers_pipeline.Compiled.open_side(Task.parse(task.text)) == expected
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # inductor's own import
 def test_compiled_outputs_are_ours(ours: Pictures) -> None:

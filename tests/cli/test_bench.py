@@ -147,9 +147,28 @@ def test_wrong_usage(bench: Any, arguments: list[str], message: str) -> None:
 
 
 def test_the_gpu_check_is_a_verb(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentrt.benchmarks.gpu.check.main", lambda arguments: len(arguments))
-    assert bench("gpu", "--package", "demo", "--out", "x.json")[0] == 4
-    assert bench("gpu")[0] == 2
+    calls: list[list[str]] = []
+    monkeypatch.setattr("latentrt.benchmarks.gpu.check.main", lambda arguments: calls.append(arguments) or 4)
+    assert bench("gpu", "--minutes", "3", "--steps", "unet,whole", "--out", "x.json")[0] == 4
+    assert bench("gpu")[0] == 4
+    usual = "--package demo --minutes {} --steps {}"
+    assert calls == [
+        [*usual.format(3.0, "unet,whole").split(), "--out", "x.json"],
+        [*usual.format(12.0, "").split(), ""],
+    ]
+
+
+def test_torchs_mode_is_passed_on(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+
+    def measure(package: Any, sides: Sides, *parts: Any, **options: Any) -> Document:
+        modes.append(sides.task.compile_mode)
+        return _document(GOOD)
+
+    monkeypatch.setattr(latency, "measure_latency", measure)
+    assert bench("latency", "--compile-mode", "reduce-overhead")[0] == 0
+    assert bench("latency")[0] == 0
+    assert modes == ["reduce-overhead", ""]
 
 
 def test_all_of_them(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -108,6 +108,20 @@ def test_a_cuda_session_gets_the_devices_stream(package: Package, cuda_library: 
     net.close()
 
 
+def test_an_experiment_changes_what_provider_and_session_get(package: Package, cuda_library: Library) -> None:
+    device: Any = SimpleNamespace(name="A GPU", stream=12345, index=1)
+    weights = "session.use_device_allocator_for_initializers"
+    open_onnxruntime_net(package, "unet", device)
+    assert cuda_library.asked["options"].get_session_config_entry(weights) == "1"
+    changed = {"cudnn_conv_algo_search": "EXHAUSTIVE", "cudnn_conv_use_max_workspace": "0", weights: "0"}
+    open_onnxruntime_net(package, "unet", device, settings=changed)
+    (_, provider), _ = cuda_library.asked["providers"]
+    assert cuda_library.asked["options"].get_session_config_entry(weights) == "0"
+    assert provider["cudnn_conv_algo_search"] == "EXHAUSTIVE"
+    assert provider["cudnn_conv_use_max_workspace"] == "0"
+    assert weights not in provider
+
+
 class Recorded:
     """What `run_with_iobinding` was given: whether each run returned at once."""
 
