@@ -9,16 +9,15 @@ from dataclasses import replace
 import pytest
 
 from latentrt.benchmarks.gpu.check import line_of
-from latentrt.benchmarks.gpu.memory import host_memory, ladder, memory
 from latentrt.benchmarks.gpu.opener import Opener, Scale, backend_opener, collect, why_not
 from latentrt.benchmarks.gpu.plan import BACKENDS
-from latentrt.benchmarks.gpu.sections import build, graphs, parity, picture, placement, timing
+from latentrt.benchmarks.gpu.sections import build, graphs, parity, picture, placement
 from latentrt.benchmarks.records import Row
 from latentrt.engines.cuda.facts import available
 from latentrt.engines.package import Package
 from tests.runtime.device_bench import package_with_step
 
-REASON, STEPS = available(), (parity, picture, graphs, memory, host_memory, ladder, timing)
+REASON, STEPS = available(), (parity, picture, graphs)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
 

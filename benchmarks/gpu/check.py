@@ -42,18 +42,6 @@ was started. The row `process` of each step has the seconds of its process. Figu
                     CUDA_MODULE_LOADING EAGER; with weights in the arena
     decoder_workspace   as decoder, with cudnn_conv_use_max_workspace 0
     outlived        relative_l2 of two plain runs, of a replay, and of one after another shape ran: outlives
-
-Only where they are named:
-
-    timing          a picture by ours, and by a plain loop over the same library where there is one, in turns,
-                    as in `latentrt bench latency`: stages_p50_s, …; no time is too long
-    layouts         what `latentrt build --backend onnxruntime-cuda` measures of the large model
-    memory          opened_mib, peak_mib, closed_mib since the baseline, of all processes on the GPU: at most
-                    64 may be missing once closed, and 16 more after the last cycle than after the first; what
-                    the first cycle leaves is the libraries', and not judged; and the ledger of the nets
-    host_memory     resident_mib, and by how much it has grown over so many pictures of plain loops: at most 8
-    ladder          need_mib; then, with less and less free_mib: drawn, rungs, psnr_db, or how it was refused;
-                    it takes all of the GPU's memory for a moment
 """
 
 from __future__ import annotations
@@ -153,9 +141,7 @@ def line_of(row: Row) -> str:
 def list_steps() -> str:
     """Every step, for people."""
     return "\n".join(
-        f"{name:<18}{step.limit:4.0f} s  "
-        + ("only where it is named" if step.asked else f"for {', '.join(step.backends)}")
-        for name, step in STEPS.items()
+        f"{name:<18}{step.limit:4.0f} s  for {', '.join(step.backends)}" for name, step in STEPS.items()
     )
 
 

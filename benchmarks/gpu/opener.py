@@ -43,11 +43,8 @@ class Scale:
     Attributes:
         case: the usual guided picture, with few steps: it counts how it looks, not how long it takes.
         several: three pictures at once that are not square.
-        large: the request that must not fit (the ladder).
+        large: the largest that engines are built for.
         steps, runs: of what is timed, and how often loops are compared.
-        shares: of what the large request takes with memory to spare: how much is left free, in turn.
-        pictures: that must leave the host's memory as it is.
-        cycles: of opening, drawing and closing, after a first one that is not judged.
     """
 
     case: Case
@@ -55,9 +52,6 @@ class Scale:
     large: Case
     steps: int = 20
     runs: int = 12
-    cycles: int = 3
-    pictures: int = 200
-    shares: tuple[float, ...] = (0.8, 0.65, 0.5, 0.35, 0.25, 0.15, 0.08)
 
     @classmethod
     def of(cls, manifest: Manifest) -> Scale:

@@ -13,9 +13,8 @@ from ...engines.package import Package
 from ..records import Row
 from ..skeletons import fill_skeleton
 from .full_size import net, outlived, shapes, whole
-from .memory import host_memory, ladder, memory
 from .opener import Opener, Scale, backend_opener, mebibytes, row_of, why_not
-from .sections import build, graphs, parity, picture, placement, timing
+from .sections import build, graphs, parity, picture, placement
 from .smoke import environment, smoke
 from .torch_unet import torch_unet
 
@@ -53,14 +52,12 @@ class Step:
         run: yields the rows, in that process.
         limit: seconds it may take, the start of the process included.
         backends: it is run for these.
-        asked: it is run only where it is named, and then for every backend.
         environment: variables of its process.
     """
 
     run: Run
     limit: float
     backends: Sequence[str] = (ORT,)
-    asked: bool = False
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
@@ -126,12 +123,6 @@ STEPS: Mapping[str, Step] = {
     "eager_loading": Step(run=_net(), limit=60, environment={"CUDA_MODULE_LOADING": "EAGER"}),
     "exhaustive": Step(run=_net(settings={"cudnn_conv_algo_search": "EXHAUSTIVE"}), limit=90),
     "outlived": Step(run=_with(outlived, full=True), limit=60),
-    # longer than they are worth in a borrowed minute
-    "timing": Step(run=_with(timing), limit=120, backends=BACKENDS, asked=True),
-    "layouts": Step(run=_with(build, full=True), limit=180, asked=True),
-    "memory": Step(run=_with(memory), limit=90, backends=BACKENDS, asked=True),
-    "host_memory": Step(run=_with(host_memory), limit=120, backends=BACKENDS, asked=True),
-    "ladder": Step(run=_with(ladder), limit=120, backends=BACKENDS, asked=True),
 }
 
 
@@ -141,5 +132,5 @@ def planned(backends: Sequence[str], names: Sequence[str] = ()) -> list[tuple[st
         (name, backend)
         for backend in backends
         for name, step in STEPS.items()
-        if (name in names if names else backend in step.backends and not step.asked)
+        if (name in names if names else backend in step.backends)
     ]

@@ -1,4 +1,4 @@
-"""Steps of the GPU check over nets and pictures: built, on the GPU, right, replayed as drawn, how fast."""
+"""Steps of the GPU check over nets and pictures: built, on the GPU, right, replayed as drawn."""
 
 from __future__ import annotations
 
@@ -21,10 +21,8 @@ from ...runtime.loop.device.programs import input_shapes
 from ..case import HOST_NETS, Case, sizes_of
 from ..likeness import psnr
 from ..records import Row
-from ..rounds import Pace
-from ..sides.contract import SIDES
 from ..verbs.build import Builds, build_net
-from ..verbs.latency import Sides, check, measure_latency
+from ..verbs.latency import check
 from ..verbs.parity import Inputs, measure_parity
 from .opener import Opened, Opener, Scale, attempt, draw, encoder_inputs, mebibytes, row_of
 
@@ -32,7 +30,6 @@ SAMPLERS = ("dpmpp_2m", "ddim", "euler_a")  # the last draws noise in every row
 REPLAY_DB = 50.0  # the same kernels in the same order: a few shades by one, where a library sums atomically
 _WARM = 2  # runs: the first is plain, the second is captured
 _REFUSED, _WRONG = "rows are not replayed: ", "from a plain one"  # begin, or are in, the line that says why
-_PACE = Pace(runs=20, rounds=5, budget=15.0, warm_up=2)
 _RUN = {*HOST_NETS, *TEXT_ENCODERS, "step", "vae_encoder"}  # nets that `placement` runs
 _FLOATS = {"float", "float16", "double", "bfloat16"}
 _KERNEL = "_kernel_time"  # the event of a node's run is called by its name and this
@@ -173,16 +170,3 @@ def why_not_replayed(likeness: float, opened: Opened, bar: float = REPLAY_DB) ->
     if _WRONG in refused or not refused:
         return refused or "no graph is replayed, and nothing says why", ""
     return "", refused
-
-
-def timing(opener: Opener, scale: Scale) -> Iterator[Row]:
-    """Seconds of one guided picture, in turns with the plain loop over the same library, if there is one.
-
-    The rows are those of `latentrt bench latency`: what the peer draws must be ours, and no time is too long.
-    """
-    backend = opener.task.backend
-    sides = Sides(task=opener.task, peers=(backend,) if backend in SIDES else (), references=())
-    case = replace(scale.case, steps=scale.steps)
-    document = measure_latency(opener.package, sides, [case], workloads=["picture"], pace=_PACE)
-    for row in document.rows:
-        yield replace(row, workload=f"{row.workload} by {row.side}")

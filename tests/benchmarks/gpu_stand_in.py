@@ -32,8 +32,6 @@ SCALE = Scale(
     large=replace(CASE, pictures=4, steps=3),
     steps=2,
     runs=3,
-    pictures=6,
-    shares=(0.5, 0.3, 0.1),
 )
 Wrap = Callable[[str, "Hungry"], DeviceNet]
 

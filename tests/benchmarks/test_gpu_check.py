@@ -154,12 +154,11 @@ def test_the_plan() -> None:
     assert NAMES[0] == "environment"
     assert NAMES[-1] == "outlived", "what may end the process comes last"
     assert NAMES.index("unet") < NAMES.index("whole") < NAMES.index("unet_plain")
-    named = planned(BACKENDS[:2], ["ladder", "smoke"])
-    assert named == [("smoke", ORT), ("ladder", ORT), ("smoke", "tensorrt"), ("ladder", "tensorrt")]
+    named = planned(BACKENDS[:2], ["parity", "smoke"])
+    assert named == [("smoke", ORT), ("parity", ORT), ("smoke", "tensorrt"), ("parity", "tensorrt")]
     assert [name for name, _ in planned(["tensorrt"])] == [
         *("environment", "build", "picture", "placement", "parity", "graphs")
     ]
-    assert "ladder" not in NAMES
 
 
 def test_steps_can_be_named_and_listed(

@@ -2,7 +2,6 @@
 
 import ctypes
 import json
-import re
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,18 +16,14 @@ import pytest
 from latentrt.benchmarks.case import HOST_NETS, sizes_of
 from latentrt.benchmarks.gpu import sections
 from latentrt.benchmarks.gpu.check import line_of
-from latentrt.benchmarks.gpu.memory import ballast, host_memory, ladder, memory
 from latentrt.benchmarks.gpu.opener import Opener, Scale, collect
-from latentrt.benchmarks.gpu.sections import build, graphs, parity, picture, placement, timing
-from latentrt.benchmarks.machine import resident_bytes
+from latentrt.benchmarks.gpu.sections import build, graphs, parity, picture, placement
 from latentrt.benchmarks.records import Row
-from latentrt.benchmarks.rounds import Pace
 from latentrt.benchmarks.verbs import parity as parity_verb
-from latentrt.engines.backend import MemoryLedger
-from latentrt.engines.device import Addresses, DeviceMemory, Graph, Shapes
-from latentrt.engines.errors import BackendError, MemoryLimitError
+from latentrt.engines.device import Addresses, Graph, Shapes
+from latentrt.engines.errors import BackendError
 from latentrt.runtime.loop.device.programs import input_shapes
-from tests.benchmarks.gpu_stand_in import MIB, PACKAGE, SCALE, Hungry, WatchedDevice, in_process, stand_in
+from tests.benchmarks.gpu_stand_in import PACKAGE, SCALE, WatchedDevice, in_process, stand_in
 from tests.engines.host_device import HostDevice
 
 
@@ -86,63 +81,6 @@ def test_graphs() -> None:
     rows = run(graphs, stand_in(WatchedDevice(2**30, capturable=False)))
     assert {row.status for row in rows} == {"not available"}
     assert rows[0].reason == "rows are not replayed: the stream cannot be captured"
-
-
-def test_memory() -> None:
-    rows = run(memory, stand_in())
-    assert not failures(rows)
-    names = ["first cycle", "cycle 1", "cycle 2", "cycle 3", "no growth", "ledger"]
-    assert [row.workload for row in rows] == names
-    cycle, ledger = rows[1].figures, rows[-1].figures
-    assert cycle["peak_mib"] > 4
-    assert cycle["closed_mib"] == 0
-    assert set(ledger["ledger"]) >= {"unet", "step", "vae_decoder"}
-    assert ledger["scratch"] >= 4 * MIB
-
-
-def test_the_ladder() -> None:
-    device = WatchedDevice(2**28)
-    rows = {row.workload: row for row in run(ladder, stand_in(device))}
-    assert not failures(list(rows.values()))
-    assert "split the batch" in rows["a rung helped"].figures["rungs"]
-    assert rows["memory to spare"].figures["need_mib"] > 8
-    assert re.search(r"0 MiB of 256 free", rows["nothing free"].figures["refused"])
-    assert rows["free again"].figures["psnr_db"] >= 40
-    assert not device.blocks
-
-
-def test_a_device_that_shares_memory_with_the_host_keeps_it() -> None:
-    class Unified(WatchedDevice):
-        def memory(self) -> DeviceMemory:
-            return replace(super().memory(), unified=True)
-
-    (row,) = run(ladder, stand_in(Unified(2**28)))
-    assert row.status == "not available"
-
-
-def test_timing_beside_peers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sections, "_PACE", Pace(runs=2, rounds=3, warm_up=1))
-    small = replace(SCALE, case=replace(SCALE.case, width=96, height=72), steps=4)
-    rows = run(timing, stand_in(backend="onnxruntime"), small)
-    assert [(row.side, row.workload, row.status) for row in rows] == [
-        ("latentrt", "picture by latentrt", "ok"),
-        ("onnxruntime", "picture by onnxruntime", "ok"),
-    ]
-    assert all(row.samples for row in rows)
-    assert rows[0].figures["stages_p50_s"]["text_encoder"] > 0
-
-
-def test_ballast_leaves_the_margin_and_comes_back_also_where_memory_is_in_pieces() -> None:
-    class Fragmented(HostDevice):
-        def allocate(self, size: int) -> int:
-            if size > 3 * MIB:
-                raise MemoryLimitError("in pieces", expected="", fix="")
-            return super().allocate(size)
-
-    for device in (HostDevice(20 * MIB), Fragmented(20 * MIB)):
-        with ballast(device, 7 * MIB):
-            assert 7 * MIB <= device.memory().free < 8 * MIB
-        assert device.memory().free == 20 * MIB
 
 
 # ── with one ─────────────────────────────────────────────────────────────────────────────────────
@@ -216,51 +154,6 @@ def test_graphs_fail_where_nothing_is_replayed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("latentrt.runtime.loop.device.cuda_graphs.Replay._capture", silent)
     rows = run(graphs, stand_in())
     assert rows[0].reason == "no graph is replayed, and nothing says why"
-
-
-@pytest.mark.parametrize(("size", "expected"), [(30, ["cycle 3", "no growth"]), (9, ["no growth"])])
-def test_memory_fails_for_a_leak(size: int, expected: list[str]) -> None:
-    rows = run(memory, stand_in(opened=lambda device: device.allocate(size * MIB) and None))
-    assert [text.partition(":")[0] for text in failures(rows)] == expected
-
-
-def test_memory_fails_for_a_ledger_without_weights() -> None:
-    class Forgetful(Hungry):
-        @property
-        def memory(self) -> MemoryLedger:
-            return replace(self.net.memory, weights=0)
-
-    rows = run(memory, stand_in(wrap=lambda name, net: Forgetful(net.net, net.per_row)))
-    names = "text_encoder, vae_encoder, unet_context, unet_time, unet, vae_decoder"
-    assert failures(rows) == [f"ledger: no weights of {names} are counted"]
-
-
-def test_the_ladder_fails_where_a_rung_draws_something_else() -> None:
-    apart = lambda shapes: shapes["latent"][0] in (1, 4)  # noqa: E731
-    rows = run(ladder, stand_in(WatchedDevice(2**28), wrap=wrong("unet", "prediction", 0.5, apart)))
-    assert any("of that free" in text and "dB, below 40" in text for text in failures(rows))
-
-
-def test_the_ladder_fails_where_memory_never_runs_out() -> None:
-    class Endless(WatchedDevice):
-        def memory(self) -> DeviceMemory:
-            return replace(super().memory(), free=max(0, self.limit // 2 - self.used))
-
-    rows = failures(run(ladder, stand_in(Endless(2**29))))
-    assert "nothing free: it was drawn, although no memory was free" in rows
-    assert "a rung helped: no request was drawn that needed a rung" in rows
-
-
-def test_the_ladder_fails_for_another_error() -> None:
-    class Breaking(WatchedDevice):
-        def allocate(self, size: int) -> int:
-            try:
-                return super().allocate(size)
-            except MemoryLimitError as error:
-                raise BackendError("the context is spoilt", expected="", fix="") from error
-
-    rows = failures(run(ladder, stand_in(Breaking(2**28))))
-    assert any("BackendError: the context is spoilt" in text for text in rows)
 
 
 # ── opening and building ─────────────────────────────────────────────────────────────────────────
@@ -340,18 +233,3 @@ def test_placement_is_judged(tmp_path: Path) -> None:
         profile.write_text(json.dumps(events))
         row = sections._placed("unet", net)
         assert (row.status, row.reason) == ("FAILED" if reason else "ok", reason)
-
-
-@pytest.mark.skipif(not resident_bytes()[0], reason="tells resident memory on Linux alone")
-def test_host_memory_stays_and_a_leak_shows() -> None:
-    kept: list[np.ndarray] = []
-
-    class Leaking(Hungry):
-        def settle(self) -> None:
-            kept.append(np.ones(4 * 2**20, np.uint8))
-
-    (row,) = collect(host_memory(stand_in(), SCALE))
-    assert (row.status, row.reason) == ("ok", "")
-    (row,) = collect(host_memory(stand_in(wrap=lambda name, net: Leaking(net.net, net.per_row)), SCALE))
-    assert row.status == "FAILED"
-    assert "MiB more" in row.reason
