@@ -195,12 +195,18 @@ class GraphImages:
                 self.graph.outputs[index] = restored
 
     def insert(
-        self, before: ir.Node, kind: str, inputs: Sequence[ir.Value | None], name: str, **attributes: object
+        self,
+        before: ir.Node,
+        kind: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        domain: str = "",
+        **attributes: object,
     ) -> ir.Value:
         """A new node with one output, of the type of its first input."""
         import onnx_ir as ir
 
-        node = ir.node(kind, inputs, attributes, name=f"{name}/{kind}")  # pyright: ignore[reportArgumentType]
+        node = ir.node(kind, inputs, attributes, domain=domain, name=f"{name}/{kind}")  # pyright: ignore[reportArgumentType]
         node.outputs[0].name = name
         _give_type(node.outputs[0], inputs[0])
         self.graph.insert_before(before, node)
