@@ -49,6 +49,7 @@ import numpy as np
 
 from .graph_images import CONTRIB, GraphImages, rank_of, weight_shape
 from .patterns import biased_product, gelu_behind, heads_merged, heads_split
+from .shapes import Shapes, shapes_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -71,7 +72,8 @@ def lower_geglus(model: ir.Model) -> int:
 
 def lower_attention(model: ir.Model) -> int:
     """Lower every self-attention in float32 in place; how many those are."""
-    return _lower_all(model, _lower_attention)
+    shapes = shapes_of(model.graph)
+    return _lower_all(model, lambda images, node: _lower_attention(images, shapes, node))
 
 
 def _lower_all(model: ir.Model, lower: Callable[[GraphImages, ir.Node], bool]) -> int:
@@ -124,7 +126,7 @@ def _lower_group_norm(images: GraphImages, node: ir.Node) -> bool:
 def _lower_geglu(images: GraphImages, split: ir.Node) -> bool:
     import onnx_ir as ir
 
-    biased = biased_product(split)
+    biased = biased_product(split, rank_of(split.inputs[0]) if split.inputs else None)
     gelu = gelu_behind(split) if biased is not None else None
     biased_sum = split.inputs[0]
     if biased is None or gelu is None or biased_sum is None or biased_sum.dtype != ir.DataType.FLOAT:
@@ -160,11 +162,11 @@ def _halves(images: GraphImages, before: ir.Node, value: ir.Value, axis: int) ->
     return node.outputs[0], node.outputs[1]
 
 
-def _lower_attention(images: GraphImages, node: ir.Node) -> bool:
+def _lower_attention(images: GraphImages, shapes: Shapes, node: ir.Node) -> bool:
     import onnx_ir as ir
 
-    split = [heads_split(value) for value in node.inputs] if _is_plain_attention(node) else []
-    merged = heads_merged(node.outputs[0]) if split else None
+    split = [heads_split(value, shapes) for value in node.inputs] if _is_plain_attention(node) else []
+    merged = heads_merged(node.outputs[0], shapes) if split else None
     found = [item for item in split if item is not None]
     if merged is None or len(found) < len(split) or len({item.heads for item in found}) > 1:
         return False

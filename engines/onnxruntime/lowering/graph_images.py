@@ -41,6 +41,13 @@ def weight_shape(value: ir.Value | None) -> tuple[int, ...] | None:
     return tuple(size for size in tensor.shape if isinstance(size, int)) if tensor is not None else None
 
 
+def is_half_or_float(value: ir.Value | None) -> bool:
+    """Whether it is of a type that CUDA's kernels for diffusion models take; no if that is unknown."""
+    import onnx_ir as ir
+
+    return value is not None and value.dtype in (ir.DataType.FLOAT16, ir.DataType.FLOAT)
+
+
 def rank_of(value: ir.Value | None) -> int | None:
     """The rank of a value if its own shape or its maker tells it, else None."""
     if value is None:

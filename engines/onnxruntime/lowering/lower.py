@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...package import Package
+from .cuda_blocks import lower_blocks
 from .files import read_graph, write_graph
-from .graph_images import CONTRIB, FIRST, LAST, GraphImages, Image, numbers_of, weight_shape
+from .graph_images import CONTRIB, FIRST, LAST, GraphImages, Image, is_half_or_float, numbers_of, weight_shape
+from .sums import lower_sums
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -59,9 +61,13 @@ def lower_model(model: ir.Model, *, convolutions: bool = True) -> None:
     """The lowering itself, in place; see `lower`. What the CUDA kernels do not take stays as it is."""
     import onnx_ir.passes.common as passes
 
+    if convolutions:
+        lower_blocks(model)
     _Walk(model, convolutions).run()
     model.opset_imports[CONTRIB] = 1
     passes.IdentityEliminationPass()(model)
+    if convolutions:
+        lower_sums(model)
     passes.RemoveUnusedNodesPass()(model)
 
 
@@ -303,7 +309,7 @@ def _kernel_takes(data: ir.Value, channels: int, groups: int) -> bool:
     A thread works on two channels of one group, a block on whole groups of up to 512 channels together.
     Before opset 21 gamma had one number per group: `channels`, its size, is `groups` then, an odd share of 1.
     """
-    if groups < 1 or channels % groups or not _is_half_or_float(data):
+    if groups < 1 or channels % groups or not is_half_or_float(data):
         return False
     share = channels // groups
     return share % 2 == 0 and share <= _MOST_CHANNELS_PER_GROUP
@@ -315,13 +321,7 @@ def _cudnn_takes(node: ir.Node) -> bool:
     explicit = (
         node.attributes.get_string("auto_pad", "NOTSET") == "NOTSET" and "kernel_shape" in node.attributes
     )
-    return explicit and pads[:2] == pads[2:] and _is_half_or_float(node.outputs[0])
-
-
-def _is_half_or_float(value: ir.Value) -> bool:
-    import onnx_ir as ir
-
-    return value.dtype in (ir.DataType.FLOAT16, ir.DataType.FLOAT)
+    return explicit and pads[:2] == pads[2:] and is_half_or_float(node.outputs[0])
 
 
 def _silu_behind(value: ir.Value) -> list[ir.Node]:

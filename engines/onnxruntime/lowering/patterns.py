@@ -8,28 +8,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .graph_images import numbers_of, rank_of, weight_shape
+from .graph_images import weight_shape
+from .shapes import Shapes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-HEADS_OUT = (0, 2, 1, 3)  # (B, L, heads, size) to (B, heads, L, size), and back
+_HEADS_OUT = (0, 2, 1, 3)  # (B, L, heads, size) to (B, heads, L, size), and back
 
 
-def biased_product(split: ir.Node) -> tuple[ir.Node, ir.Value] | None:
-    """The product and the bias whose sum is split in halves of its columns, where nobody else sees either."""
+def biased_product(split: ir.Node, rank: int | None) -> tuple[ir.Node, ir.Value] | None:
+    """The product and the bias whose sum is split in halves of its columns, where nobody else sees either.
+
+    `rank` is the sum's, None if it is unknown.
+    """
     if split.domain != "" or split.op_type != "Split" or len(split.inputs) != 1 or len(split.outputs) != 2:
         return None
     added = only_maker(split.inputs[0], "Add")
-    if added is None:
+    if added is None or rank is None:
         return None
     axis = split.attributes.get_int("axis", 0)
     for value, bias in (added.inputs, reversed(added.inputs)):
         product, shape = only_maker(value, "MatMul"), weight_shape(bias)
         if bias is None or product is None or shape is None or not _is_weight(product.inputs[1]):
             continue
-        rank = rank_of(product.inputs[0])
-        if rank is not None and len(shape) == 1 and shape[0] % 2 == 0 and axis in (-1, rank - 1):
+        if len(shape) == 1 and shape[0] % 2 == 0 and axis in (-1, rank - 1):
             return product, bias
     return None
 
@@ -76,35 +79,41 @@ class Heads:
     size: int
 
 
-def heads_split(value: ir.Value | None) -> Heads | None:
+def heads_split(value: ir.Value | None, shapes: Shapes) -> Heads | None:
     """The heads that a value (B, heads, L, size) consists of; None where it is made in another way."""
-    transpose = value.producer() if value is not None else None
-    if transpose is None or transpose.op_type != "Transpose":
+    transpose = _maker(value, "Transpose")
+    reshape = _maker(transpose.inputs[0], "Reshape") if transpose is not None else None
+    whole = reshape.inputs[0] if reshape is not None else None
+    if value is None or transpose is None or whole is None or not _turns_heads(transpose):
         return None
-    reshaped = transpose.inputs[0]
-    reshape = reshaped.producer() if reshaped is not None else None
-    if tuple(transpose.attributes.get_ints("perm", ())) != HEADS_OUT or reshape is None:
+    before, (rows, heads, length, size) = shapes.get(whole), shapes.get(value, (None,) * 4)
+    if before is None or len(before) != 3 or before[:2] != (rows, length):
         return None
-    target = numbers_of(reshape.inputs[1]) if reshape.op_type == "Reshape" else None
-    whole = reshape.inputs[0]
-    # Only a batch and a length that are copied tell that the input has three dimensions, and only numbers
-    # that are written tell how many heads there are.
-    if whole is None or target is None or len(target) != 4 or target[:2] != (0, 0) or min(target[2:]) < 1:
-        return None
-    return Heads(whole, target[2], target[3])
+    return Heads(whole, heads, size) if isinstance(heads, int) and isinstance(size, int) else None
 
 
-def heads_merged(value: ir.Value) -> ir.Value | None:
+def heads_merged(value: ir.Value, shapes: Shapes) -> ir.Value | None:
     """The (B, L, heads * size) that is made of (B, heads, L, size), where nothing else is."""
+    transpose = _only_user(value, "Transpose")
+    reshape = _only_user(transpose.outputs[0], "Reshape") if transpose is not None else None
+    if transpose is None or reshape is None or not _turns_heads(transpose):
+        return None
+    merged = reshape.outputs[0]
+    before, after = shapes.get(value), shapes.get(merged)
+    same = before is not None and after is not None and after[:2] == before[::2][:2]
+    return merged if same and len(after or ()) == 3 and not merged.is_graph_output() else None
+
+
+def _maker(value: ir.Value | None, kind: str) -> ir.Node | None:
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == kind and node.domain == "" else None
+
+
+def _only_user(value: ir.Value, kind: str) -> ir.Node | None:
     users = [use.node for use in value.uses()]
-    if len(users) != 1 or users[0].op_type != "Transpose" or value.is_graph_output():
-        return None
-    turned = users[0].outputs[0]
-    after = [use.node for use in turned.uses()]
-    whole = len(after) == 1 and after[0].op_type == "Reshape" and not turned.is_graph_output()
-    if not whole or tuple(users[0].attributes.get_ints("perm", ())) != HEADS_OUT:
-        return None
-    target = numbers_of(after[0].inputs[1])
-    merged = after[0].outputs[0]
-    ok = target is not None and len(target) == 3 and target[:2] == (0, 0) and not merged.is_graph_output()
-    return merged if ok else None
+    alone = len(users) == 1 and not value.is_graph_output()
+    return users[0] if alone and users[0].op_type == kind and users[0].domain == "" else None
+
+
+def _turns_heads(transpose: ir.Node) -> bool:
+    return tuple(transpose.attributes.get_ints("perm", ())) == _HEADS_OUT
