@@ -12,6 +12,12 @@ with just such keys and values, and its kernels read all three where they lie
 (contrib_ops/cuda/bert/multihead_attention.cc: Q_K_V_BSNH_BNSH_BNSH). In half precision on sm_90 and later it
 calls cuDNN's attention, elsewhere flash attention.
 
+**Attention with upcast scores.** Where a UNet's config asks for it, a package in half precision computes
+scores and their softmax in float32, node by node, because q k may exceed float16 (Stable Diffusion 2.1).
+Fused kernels never store scores: flash and memory-efficient attention hold them in float32 registers,
+whatever the type of q. So such an island becomes an `Attention` again, if queries and keys enter it from
+float16.
+
 **GEGLU.** (a, b) = x W + c and then a * gelu(b) are four kernels behind the product, and one as
 `com.microsoft.BiasSplitGelu`. It adds c in the type of x and computes the rest in float32; it was compiled
 for the widths of Stable Diffusion.
@@ -24,13 +30,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .graph_images import CONTRIB, GraphImages, is_half_or_float
-from .patterns import Heads, biased_product, gelu_behind, heads_merged, heads_split
+from .patterns import Heads, biased_product, gelu_behind, heads_merged, heads_split, maker_of
 from .shapes import Shapes, shapes_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 _PAST_KEY = 4  # of Attention's inputs: from here on there is a cache, which is always split into heads
+_LARGEST_HEAD = (
+    256  # is_supported in contrib_ops/cuda/bert/flash_attention/flash_api.cc; a multiple of 8, too
+)
 # BiasSplitGelu::ComputeInternal in contrib_ops/cuda/diffusion/bias_split_gelu.cc: the width before the split
 _SPLIT_GELU_WIDTHS = frozenset({2560, 5120, 6144, 10240, 12288})
 
@@ -41,6 +50,8 @@ def lower_blocks(model: ir.Model) -> None:
     for node in list(model.graph):
         if node.domain == "" and node.op_type == "Attention":
             _lower_attention(images, shapes, node)
+        elif node.domain == "" and node.op_type == "MatMul":
+            _lower_upcast_attention(images, shapes, node)
         elif node.domain == "" and node.op_type == "Split":
             _lower_geglu(images, shapes, node)
 
@@ -93,6 +104,60 @@ def _cross_attention(images: GraphImages, shapes: Shapes, node: ir.Node, queries
     return images.insert(
         node, "MultiHeadAttention", inputs, f"{node.outputs[0].name}/cross", CONTRIB, **attributes
     )
+
+
+def _lower_upcast_attention(images: GraphImages, shapes: Shapes, product: ir.Node) -> None:
+    """softmax(scale q k^T) v, where all but the last product is in float32."""
+    import onnx_ir as ir
+
+    shares = maker_of(product.inputs[0], "Cast")
+    softmax = maker_of(shares.inputs[0], "Softmax") if shares is not None else None
+    scores = maker_of(softmax.inputs[0], "MatMul") if softmax is not None else None
+    turned = _upcast(scores.inputs[1]) if scores is not None else None
+    turn = maker_of(turned, "Transpose")
+    if scores is None or turn is None or tuple(turn.attributes.get_ints("perm", ())) != (0, 1, 3, 2):
+        return
+    upcast, scale = _scaled(scores.inputs[0])
+    parts = (upcast, turn.inputs[0], product.inputs[1])
+    found = [heads_split(value, shapes) for value in parts]
+    merged = heads_merged(product.outputs[0], shapes)
+    heads = [item for item in found if item is not None]
+    if merged is None or len(heads) < 3 or any(item.heads != heads[0].heads for item in heads):
+        return
+    if any(item.size % 8 or item.size > _LARGEST_HEAD for item in heads):
+        return
+    made = images.insert(
+        product,
+        "Attention",
+        [item.whole for item in heads],
+        f"{product.outputs[0].name}/flat",
+        scale=scale,
+        q_num_heads=heads[0].heads,
+        kv_num_heads=heads[0].heads,
+    )
+    ir.convenience.replace_all_uses_with(merged, made)
+
+
+def _upcast(value: ir.Value | None) -> ir.Value | None:
+    """The float16 that a value in float32 is cast from."""
+    import onnx_ir as ir
+
+    cast = maker_of(value, "Cast")
+    source = cast.inputs[0] if cast is not None else None
+    return source if source is not None and source.dtype == ir.DataType.FLOAT16 else None
+
+
+def _scaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
+    """What is scaled by a number that is written in the graph, in float16, and that number."""
+    import onnx_ir as ir
+
+    node = maker_of(value, "Mul")
+    for first, second in (node.inputs, reversed(node.inputs)) if node is not None else ():
+        number = _upcast(second)
+        tensor = ir.convenience.get_const_tensor(number) if number is not None else None
+        if tensor is not None and tensor.size == 1:
+            return _upcast(first), float(tensor.numpy())
+    return None, 0.0
 
 
 def _lower_geglu(images: GraphImages, shapes: Shapes, split: ir.Node) -> None:

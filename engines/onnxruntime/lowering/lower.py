@@ -66,9 +66,10 @@ def lower_model(model: ir.Model, *, convolutions: bool = True) -> None:
     _Walk(model, convolutions).run()
     model.opset_imports[CONTRIB] = 1
     passes.IdentityEliminationPass()(model)
+    passes.RemoveUnusedNodesPass()(model)  # a sum goes by who uses its terms
     if convolutions:
         lower_sums(model)
-    passes.RemoveUnusedNodesPass()(model)
+        passes.RemoveUnusedNodesPass()(model)
 
 
 class _Walk:

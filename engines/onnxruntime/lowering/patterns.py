@@ -39,17 +39,22 @@ def biased_product(split: ir.Node, rank: int | None) -> tuple[ir.Node, ir.Value]
 
 def _is_weight(value: ir.Value | None) -> bool:
     """Whether it is a stored matrix, which may be stored transposed."""
-    maker = value.producer() if value is not None else None
-    stored = maker.inputs[0] if maker is not None and maker.op_type == "Transpose" else value
+    turn = maker_of(value, "Transpose")
+    stored = turn.inputs[0] if turn is not None else value
     return len(weight_shape(stored) or ()) == 2
+
+
+def maker_of(value: ir.Value | None, kind: str) -> ir.Node | None:
+    """The node that makes a value, if it is of that kind."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == kind and node.domain == "" else None
 
 
 def only_maker(value: ir.Value | None, kind: str) -> ir.Node | None:
     """The node of that kind that makes a value for one user alone."""
-    maker = value.producer() if value is not None else None
-    if value is None or maker is None or maker.domain != "" or maker.op_type != kind:
-        return None
-    return maker if len(list(value.uses())) == 1 and not value.is_graph_output() else None
+    node = maker_of(value, kind)
+    alone = value is not None and len(value.uses()) == 1 and not value.is_graph_output()
+    return node if alone else None
 
 
 def gelu_behind(split: ir.Node) -> ir.Node | None:
@@ -81,8 +86,8 @@ class Heads:
 
 def heads_split(value: ir.Value | None, shapes: Shapes) -> Heads | None:
     """The heads that a value (B, heads, L, size) consists of; None where it is made in another way."""
-    transpose = _maker(value, "Transpose")
-    reshape = _maker(transpose.inputs[0], "Reshape") if transpose is not None else None
+    transpose = maker_of(value, "Transpose")
+    reshape = maker_of(transpose.inputs[0], "Reshape") if transpose is not None else None
     whole = reshape.inputs[0] if reshape is not None else None
     if value is None or transpose is None or whole is None or not _turns_heads(transpose):
         return None
@@ -102,11 +107,6 @@ def heads_merged(value: ir.Value, shapes: Shapes) -> ir.Value | None:
     before, after = shapes.get(value), shapes.get(merged)
     same = before is not None and after is not None and after[:2] == before[::2][:2]
     return merged if same and len(after or ()) == 3 and not merged.is_graph_output() else None
-
-
-def _maker(value: ir.Value | None, kind: str) -> ir.Node | None:
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == kind and node.domain == "" else None
 
 
 def _only_user(value: ir.Value, kind: str) -> ir.Node | None:
