@@ -20,7 +20,7 @@ from latentrt.engines.installed import install_command
 from latentrt.engines.onnxruntime import cuda_backend
 from latentrt.engines.onnxruntime.cuda_backend import ONNXRUNTIME_CUDA
 from latentrt.engines.onnxruntime.lowering import files as lowering_files
-from latentrt.engines.onnxruntime.lowering.lower import lower
+from latentrt.engines.onnxruntime.lowering.lower import REVISION, lower
 from latentrt.engines.onnxruntime.tuning import cuda as tuning
 from latentrt.engines.onnxruntime.tuning.choice import TUNED_NETS
 from latentrt.engines.onnxruntime.tuning.cuda import tune_package
@@ -124,7 +124,7 @@ def test_the_key(demo: Package) -> None:
     )
     assert (key.gpu, key.driver) == ("NVIDIA L4, 58 SMs, 24 GiB", "580")
     assert key.profiles == ("B=2 H/8=16 T=77 W/8=16",)
-    assert key.flags == ("groupnorm", "nhwc", "plain")
+    assert key.flags == ("groupnorm", f"lowering {REVISION}", "nhwc", "plain")
     assert key.weights == demo.manifest.files["unet/weights.safetensors"].sha256
 
 

@@ -120,7 +120,7 @@ def _lower_upcast_attention(images: GraphImages, shapes: Shapes, product: ir.Nod
     upcast, scale = _scaled(scores.inputs[0])
     parts = (upcast, turn.inputs[0], product.inputs[1])
     found = [heads_split(value, shapes) for value in parts]
-    merged = heads_merged(product.outputs[0], shapes)
+    merged = heads_merged(product.outputs[0], shapes) if scale > 0 else None
     heads = [item for item in found if item is not None]
     if merged is None or len(heads) < 3 or any(item.heads != heads[0].heads for item in heads):
         return
@@ -166,7 +166,7 @@ def _lower_geglu(images: GraphImages, shapes: Shapes, split: ir.Node) -> None:
     shape = shapes.get(split.inputs[0], ()) if split.inputs and split.inputs[0] is not None else ()
     if len(shape) != 3 or shape[-1] not in _SPLIT_GELU_WIDTHS or not is_half_or_float(split.inputs[0]):
         return
-    biased = biased_product(split, len(shape))
+    biased = biased_product(split, shapes)
     gelu = gelu_behind(split) if biased is not None else None
     gate = _only_product(split.outputs[0], gelu.outputs[0]) if gelu is not None else None
     if biased is None or gate is None:

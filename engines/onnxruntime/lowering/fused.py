@@ -47,7 +47,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .graph_images import CONTRIB, GraphImages, rank_of, weight_shape
+from .graph_images import CONTRIB, GraphImages, weight_shape
 from .patterns import biased_product, gelu_behind, heads_merged, heads_split
 from .shapes import Shapes, shapes_of
 
@@ -62,12 +62,14 @@ def lower_group_norms(model: ir.Model) -> int:
     """Lower every group normalisation in float32 in place; how many those are."""
     if model.opset_imports.get("", 0) < _GROUP_NORM_OPSET:
         return 0
-    return _lower_all(model, _lower_group_norm)
+    shapes = shapes_of(model.graph)
+    return _lower_all(model, lambda images, node: _lower_group_norm(images, shapes, node))
 
 
 def lower_geglus(model: ir.Model) -> int:
     """Lower every GEGLU in float32 in place; how many those are."""
-    return _lower_all(model, _lower_geglu)
+    shapes = shapes_of(model.graph)
+    return _lower_all(model, lambda images, node: _lower_geglu(images, shapes, node))
 
 
 def lower_attention(model: ir.Model) -> int:
@@ -87,14 +89,14 @@ def _lower_all(model: ir.Model, lower: Callable[[GraphImages, ir.Node], bool]) -
     return lowered
 
 
-def _lower_group_norm(images: GraphImages, node: ir.Node) -> bool:
+def _lower_group_norm(images: GraphImages, shapes: Shapes, node: ir.Node) -> bool:
     import onnx_ir as ir
 
     if node.domain != "" or node.op_type != "GroupNormalization":
         return False
     data, gamma, beta = node.inputs
     channels, groups = weight_shape(gamma), node.attributes.get_int("num_groups", 0)
-    rank = rank_of(data)
+    rank = len(shapes.get(data, ())) if data is not None else 0
     if channels is None or rank not in (3, 4) or node.outputs[0].dtype != ir.DataType.FLOAT:
         return False
     name = node.outputs[0].name
@@ -123,10 +125,10 @@ def _lower_group_norm(images: GraphImages, node: ir.Node) -> bool:
     return True
 
 
-def _lower_geglu(images: GraphImages, split: ir.Node) -> bool:
+def _lower_geglu(images: GraphImages, shapes: Shapes, split: ir.Node) -> bool:
     import onnx_ir as ir
 
-    biased = biased_product(split, rank_of(split.inputs[0]) if split.inputs else None)
+    biased = biased_product(split, shapes)
     gelu = gelu_behind(split) if biased is not None else None
     biased_sum = split.inputs[0]
     if biased is None or gelu is None or biased_sum is None or biased_sum.dtype != ir.DataType.FLOAT:

@@ -28,6 +28,9 @@ from .sums import lower_sums
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+# Of what becomes of a graph here: raised with every change of it, so that a graph in an engine store is never
+# taken for the one that would be made today.
+REVISION = 2
 _MOST_CHANNELS_PER_GROUP = 512  # kMaxSize in contrib_ops/cuda/diffusion/group_norm_common_base.h
 _ELEMENTWISE = (
     *("Add", "Sub", "Mul", "Div", "Max", "Min", "Clip", "Cast", "Round", "Identity"),

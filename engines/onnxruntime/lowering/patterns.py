@@ -17,15 +17,13 @@ if TYPE_CHECKING:
 _HEADS_OUT = (0, 2, 1, 3)  # (B, L, heads, size) to (B, heads, L, size), and back
 
 
-def biased_product(split: ir.Node, rank: int | None) -> tuple[ir.Node, ir.Value] | None:
-    """The product and the bias whose sum is split in halves of its columns, where nobody else sees either.
-
-    `rank` is the sum's, None if it is unknown.
-    """
+def biased_product(split: ir.Node, shapes: Shapes) -> tuple[ir.Node, ir.Value] | None:
+    """The product and the bias whose sum is split in halves of its columns, where nobody else sees either."""
     if split.domain != "" or split.op_type != "Split" or len(split.inputs) != 1 or len(split.outputs) != 2:
         return None
     added = only_maker(split.inputs[0], "Add")
-    if added is None or rank is None:
+    rank = len(shapes.get(added.outputs[0], ())) if added is not None else 0
+    if added is None or not rank:
         return None
     axis = split.attributes.get_int("axis", 0)
     for value, bias in (added.inputs, reversed(added.inputs)):

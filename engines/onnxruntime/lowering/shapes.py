@@ -214,8 +214,8 @@ class _Walk:
         )
 
     def _reshape(self, node: ir.Node) -> Dims | None:
-        shape, parts = self._of(node.inputs[0]), _target(node.inputs[1])
-        if shape is None or parts is None or node.attributes.get_int("allowzero", 0):
+        shape, parts = self._of(node.inputs[0]) or (), _target(node.inputs[1])
+        if parts is None or node.attributes.get_int("allowzero", 0):
             return None
         if len(shape) == 4 and len(parts) == 3 and parts[:2] == (0, -1) and parts[2] == shape[3]:
             return (shape[0], Flat(shape[1], shape[2]), shape[3])
@@ -272,9 +272,9 @@ def _target(value: ir.Value | None) -> tuple[int | None, ...] | None:
 
 
 def _is_one(value: ir.Value | None) -> bool:
-    """Whether it is a vector of one number: a scalar that was given an axis."""
+    """Whether it is a vector of one number: a size, or a scalar that was given an axis."""
     maker = value.producer() if value is not None else None
-    if maker is None or maker.op_type not in ("Reshape", "Unsqueeze"):
-        return False
-    target = numbers_of(maker.inputs[1])
-    return target in ((-1,), (1,), (0,))
+    if maker is not None and maker.op_type == "Shape":
+        return maker.attributes.get_int("end", 0) - maker.attributes.get_int("start", 0) == 1
+    given = maker is not None and maker.op_type in ("Reshape", "Unsqueeze")
+    return given and numbers_of(maker.inputs[1]) in ((-1,), (1,), (0,))

@@ -15,6 +15,7 @@ from ...errors import LatentrtError
 from ...package import Package
 from ...store.engine_store import EngineStore, Miss
 from ...store.key import EngineKey, Target, package_key
+from ..lowering.lower import REVISION
 from ..session import library
 from .choice import measured_profile
 
@@ -72,7 +73,8 @@ def layout_key(package: Package, net: str, gpu: DeviceFacts, version: str | None
         # What is fast on one kind of GPU need not be fast on another.
         target=Target(compute_capability=gpu.sm, gpu=gpu.kind, driver=gpu.driver_line),
         profiles=(measured_profile(package, net).text,),
-        flags=sorted(CUDA_LAYOUTS),  # a release that knows other layouts has to measure again
+        # A release that knows other layouts, or makes other graphs for them, has to measure again.
+        flags=sorted((*CUDA_LAYOUTS, f"lowering {REVISION}")),
     )
 
 
