@@ -452,7 +452,7 @@ def test_a_bias_is_found_behind_a_reshape() -> None:
 
 
 # sha256 of what becomes of `test_the_revision_says_what_is_made`'s graphs, by revision
-MADE = {2: ""}
+MADE = {2: "8297f23bb8fb521981d101f1cf07d6e1dfbf4eeba10ebef9a60e47120f4cc44d"}
 
 
 def test_the_revision_says_what_is_made() -> None:
@@ -477,7 +477,7 @@ def test_the_revision_says_what_is_made() -> None:
     for body in bodies:
         for node in lowering(body).graph.node:
             made.update(node.SerializeToString(deterministic=True))
-    assert made.hexdigest() == MADE[REVISION], (
+    assert made.hexdigest() == MADE.get(REVISION), (
         f"lowering makes other graphs than revision {REVISION} did: raise REVISION of lowering/lower.py,"
         f" and record it: MADE = {{{REVISION + 1}: {made.hexdigest()!r}}}"
     )
