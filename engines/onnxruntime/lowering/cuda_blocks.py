@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .graph_images import CONTRIB, GraphImages, is_half_or_float
+from .graph_images import GraphImages, is_half_or_float
 from .patterns import Heads, biased_product, gelu_behind, heads_merged, heads_split, maker_of
 from .shapes import Shapes, shapes_of
 
@@ -101,9 +101,7 @@ def _cross_attention(images: GraphImages, shapes: Shapes, node: ir.Node, queries
     if "scale" in node.attributes:
         attributes["scale"] = node.attributes.get_float("scale", 0.0)
     inputs = [queries.whole, keys, values]
-    return images.insert(
-        node, "MultiHeadAttention", inputs, f"{node.outputs[0].name}/cross", CONTRIB, **attributes
-    )
+    return images.contrib(node, "MultiHeadAttention", inputs, f"{node.outputs[0].name}/cross", **attributes)
 
 
 def _lower_upcast_attention(images: GraphImages, shapes: Shapes, product: ir.Node) -> None:
@@ -173,7 +171,7 @@ def _lower_geglu(images: GraphImages, shapes: Shapes, split: ir.Node) -> None:
         return
     product, bias = biased
     inputs = [product.outputs[0], bias]
-    made = images.insert(split, "BiasSplitGelu", inputs, f"{gate.outputs[0].name}/gated", CONTRIB)
+    made = images.contrib(split, "BiasSplitGelu", inputs, f"{gate.outputs[0].name}/gated")
     ir.convenience.replace_all_uses_with(gate.outputs[0], made)
 
 

@@ -144,7 +144,7 @@ def _lower_geglu(images: GraphImages, shapes: Shapes, split: ir.Node) -> bool:
         for half, name in zip(columns, names, strict=True)
     ]
     made = images.insert(split, "Add", [products[0], biases[0]], f"{names[0]}/biased")
-    fused = images.insert(split, "BiasGelu", [products[1], biases[1]], f"{names[1]}/gelu", CONTRIB)
+    fused = images.contrib(split, "BiasGelu", [products[1], biases[1]], f"{names[1]}/gelu")
     ir.convenience.replace_all_uses_with(split.outputs[0], made)
     ir.convenience.replace_all_uses_with(gelu.outputs[0], fused)
     return True
@@ -176,7 +176,7 @@ def _lower_attention(images: GraphImages, shapes: Shapes, node: ir.Node) -> bool
     if "scale" in node.attributes:
         attributes["scale"] = node.attributes.get_float("scale", 0.0)
     whole = [item.whole for item in found]
-    made = images.insert(node, "MultiHeadAttention", whole, f"{merged.name}/tiled", CONTRIB, **attributes)
+    made = images.contrib(node, "MultiHeadAttention", whole, f"{merged.name}/tiled", **attributes)
     ir.convenience.replace_all_uses_with(merged, made)
     return True
 

@@ -144,15 +144,26 @@ class GraphImages:
                 self.graph.outputs[index] = restored
 
     def insert(
+        self, before: ir.Node, kind: str, inputs: Sequence[ir.Value | None], name: str, **attributes: object
+    ) -> ir.Value:
+        """A new node with one output, of the type of its first input."""
+        return self._insert("", before, kind, inputs, name, attributes)
+
+    def contrib(
+        self, before: ir.Node, kind: str, inputs: Sequence[ir.Value | None], name: str, **attributes: object
+    ) -> ir.Value:
+        """The same of an operator of ONNX Runtime's own."""
+        return self._insert(CONTRIB, before, kind, inputs, name, attributes)
+
+    def _insert(
         self,
+        domain: str,
         before: ir.Node,
         kind: str,
         inputs: Sequence[ir.Value | None],
         name: str,
-        domain: str = "",
-        **attributes: object,
+        attributes: Mapping[str, object],
     ) -> ir.Value:
-        """A new node with one output, of the type of its first input."""
         import onnx_ir as ir
 
         node = ir.node(kind, inputs, attributes, domain=domain, name=f"{name}/{kind}")  # pyright: ignore[reportArgumentType]

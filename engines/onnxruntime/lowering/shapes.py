@@ -276,5 +276,6 @@ def _is_one(value: ir.Value | None) -> bool:
     maker = value.producer() if value is not None else None
     if maker is not None and maker.op_type == "Shape":
         return maker.attributes.get_int("end", 0) - maker.attributes.get_int("start", 0) == 1
-    given = maker is not None and maker.op_type in ("Reshape", "Unsqueeze")
-    return given and numbers_of(maker.inputs[1]) in ((-1,), (1,), (0,))
+    if maker is None or maker.op_type not in ("Reshape", "Unsqueeze"):
+        return False
+    return numbers_of(maker.inputs[1]) in ((-1,), (1,), (0,))

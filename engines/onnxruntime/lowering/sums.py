@@ -120,7 +120,7 @@ class _Sums:
         if found.target is not None:
             rows = self._images.constant(0, -1, *_numbers(self._shape(value)[-1:]))
             skip = self._images.insert(node, "Reshape", [skip, rows], f"{name}/rows")
-        made = self._images.insert(node, "BiasAdd", [found.x, found.bias, skip], name, CONTRIB)
+        made = self._images.contrib(node, "BiasAdd", [found.x, found.bias, skip], name)
         if found.target is not None:
             made = self._images.insert(node, "Reshape", [made, found.target], f"{name}/shaped")
         self._shapes[made] = self._shape(value)
