@@ -224,8 +224,12 @@ def test_upcast_scores_are_left_to_the_kernel() -> None:
         [("g = Cast <to = 1> (u)", "n = Cast <to = 1> (u) g = Neg (n)")],
         [("[0, 1, 3, 2]", "[0, 1, 2, 3]")],
         [("a = MatMul (p, vh)", "n = Neg (vh) a = MatMul (p, n)")],
+        [("axis = -1", "axis = 2")],
+        [("Softmax <axis = -1> (d)", "Sigmoid (d)")],
+        [("to = 1", "to = 11")],
+        [("Cast <to = 10> (e)", "Cast <to = 16> (e) vb = Cast <to = 16> (vh)"), ("(p, vh)", "(p, vb)")],
     ],
-    ids=["scale", "float32 keys", "keys", "values"],
+    ids=["scale", "float32 keys", "keys", "values", "axis", "sigmoid", "double", "bfloat16"],
 )
 def test_other_islands_stay(changes: Sequence[tuple[str, str]]) -> None:
     body = UPCAST

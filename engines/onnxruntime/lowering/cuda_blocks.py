@@ -77,7 +77,7 @@ def _lower_attention(images: GraphImages, shapes: Shapes, node: ir.Node) -> None
 def _flat_attention(
     images: GraphImages, node: ir.Node, queries: Heads, keys: Heads, values: Heads
 ) -> ir.Value | None:
-    if any(value is not None for value in node.inputs[_PAST_KEY:]) or keys.heads != values.heads:
+    if any(value is not None for value in node.inputs[_PAST_KEY:]):
         return None
     attributes = {name: item.value for name, item in node.attributes.items()}
     heads = {"q_num_heads": queries.heads, "kv_num_heads": keys.heads}
@@ -89,9 +89,8 @@ def _cross_attention(images: GraphImages, shapes: Shapes, node: ir.Node, queries
     plain = {"is_causal": 0, "qk_matmul_output_mode": 0, "softmax_precision": 0}
     keys, values = node.inputs[1:3]
     split = [shapes.get(value, ()) if value is not None else () for value in (keys, values)]
-    if len(node.inputs) > 3 or any(
-        shape[1:2] + shape[3:] != (queries.heads, queries.size) for shape in split
-    ):
+    heads = (queries.heads, queries.size)
+    if len(node.inputs) > 3 or any(shape[1:2] + shape[3:] != heads for shape in split):
         return None
     if node.attributes.get_float("softcap", 0.0) != 0.0:
         return None
@@ -113,7 +112,12 @@ def _lower_upcast_attention(images: GraphImages, shapes: Shapes, product: ir.Nod
     scores = maker_of(softmax.inputs[0], "MatMul") if softmax is not None else None
     turned = _upcast(scores.inputs[1]) if scores is not None else None
     turn = maker_of(turned, "Transpose")
-    if scores is None or turn is None or tuple(turn.attributes.get_ints("perm", ())) != (0, 1, 3, 2):
+    if shares is None or softmax is None or scores is None or turn is None:
+        return
+    float16, float32 = ir.DataType.FLOAT16, ir.DataType.FLOAT
+    if shares.outputs[0].dtype != float16 or scores.outputs[0].dtype != float32:
+        return
+    if turn.attributes.get_ints("perm", ()) != (0, 1, 3, 2) or softmax.attributes.get_int("axis", -1) != -1:
         return
     upcast, scale = _scaled(scores.inputs[0])
     parts = (upcast, turn.inputs[0], product.inputs[1])
