@@ -6,6 +6,7 @@ CPU's own kernels, the others as their documentation says (`contrib_oracle.py`).
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ import pytest
 from onnx import helper, numpy_helper, parser, shape_inference
 
 from latentrt.engines.onnxruntime.lowering.lower import REVISION, lower_model
-from latentrt.engines.onnxruntime.lowering.shapes import Flat, shapes_of
+from latentrt.engines.onnxruntime.lowering.shapes import Dims, Flat, Size, shapes_of
 from tests.engines.contrib_oracle import attribute, executable, relative_l2, session
 
 KINDS = {"float": np.float32, "float16": np.float16, "double": np.float64}
@@ -28,6 +29,9 @@ NUMBERS = {
     "none": (0,),
     "rest": (-1,),
     "columns": (64,),
+    "pairs": (0, 2, -1),
+    "halves": (0, 0, 2, 32),
+    "turned": (0, 2, 6, 32),
 }
 
 
@@ -150,14 +154,28 @@ def test_keys_and_values_may_come_from_elsewhere() -> None:
     [
         (f"{SELF} a = Attention (qh, kh, vh, , pk, pv) {MERGED}", {"pk": "B,2,T,32", "pv": "B,2,T,32"}),
         (f"{heads('q') + heads('k')} a = Attention (qh, kh, v) {MERGED}", {"v": "B,2,L,32"}),
-        (f"{SELF} a = Attention (qh, kh, vh) n = Neg (a) {MERGED} o = ReduceSum (n)", {}),
+        (f"{SELF} a = Attention (qh, kh, vh) {MERGED} o = Neg (a)", {}),
+        (f"{SELF} a = Attention (qh, kh, vh) {MERGED}".replace("merge", "pairs"), {}),
+        (f"{SELF} a = Attention (qh, kh, vh) {MERGED}".replace("merge", "halves"), {}),
+        (f"{SELF.replace('split', 'turned')} a = Attention (qh, kh, vh) {MERGED}", {"x": "B,6,64"}),
+        (
+            f"{SELF.replace('[0, 2, 1, 3]', '[0, 1, 2, 3]')} a = Attention (qh, kh, vh) {MERGED}",
+            {"x": "B,2,64"},
+        ),
+        (
+            f"{SELF} a = Attention (qh, kh, vh) {MERGED.replace('[0, 2, 1, 3]', '[0, 1, 2, 3]')}",
+            {"x": "B,2,64"},
+        ),
         (f"{SELF} a, b, c = Attention (qh, kh, vh) {MERGED}", {}),
         (f"{SELF.replace('[0, 2, 1, 3]', '[0, 1, 2, 3]')} a = Attention (qh, kh, vh) {MERGED}", {}),
         (f"{SELF} a = Attention (qh, kh, vh) {MERGED.replace('[0, 2, 1, 3]', '[0, 3, 1, 2]')}", {}),
         (f"{SELF} a = Attention (qh, kh, vh) y = ReduceSum <keepdims = 0> (a)", {}),
         ("qh = Neg (x) a = Attention (qh, qh, qh) y = Neg (a)", {}),
     ],
-    ids=["cache", "heads", "seen", "outputs", "rows", "merged", "unmerged", "four"],
+    ids=[
+        *("cache", "heads", "seen", "pairs", "halves", "turned", "two rows", "two merged"),
+        *("outputs", "rows", "merged", "unmerged", "four"),
+    ],
 )
 def test_other_attention_stays(body: str, inputs: Mapping[str, str]) -> None:
     outputs = ("y", "o") if "o = " in body else ("y",)
@@ -238,13 +256,26 @@ def test_other_islands_stay(changes: Sequence[tuple[str, str]]) -> None:
     unchanged(graph(f"{SELF} {body} {MERGED}", ROWS, PROJECTIONS, dtype="float16"))
 
 
-def test_islands_of_heads_that_no_fused_kernel_takes_stay() -> None:
-    body = f"{SELF} {UPCAST} {MERGED}"
-    model = graph(body, {"x": "B,L,24"}, dict.fromkeys(PROJECTIONS, (24, 24)), dtype="float16")
-    for item in model.graph.initializer:
-        if item.name == "split":
-            item.CopyFrom(numpy_helper.from_array(np.array((0, 0, 2, 12), np.int64), "split"))
+@pytest.mark.parametrize(("heads_of", "size"), [(2, 12), (1, 264)])
+def test_islands_of_heads_that_no_fused_kernel_takes_stay(heads_of: int, size: int) -> None:
+    width = heads_of * size
+    weights = dict.fromkeys(PROJECTIONS, (width, width))
+    model = graph(f"{SELF} {UPCAST} {MERGED}", {"x": f"B,L,{width}"}, weights, dtype="float16")
+    exchange(model, "split", np.array((0, 0, heads_of, size), np.int64))
     unchanged(model)
+
+
+def test_an_island_that_is_scaled_by_a_negative_number_stays() -> None:
+    """The operator's scale has to be positive (core/providers/cuda/llm/attention.cc, the constructor)."""
+    model = graph(f"{SELF} {UPCAST} {MERGED}", ROWS, PROJECTIONS, dtype="float16")
+    exchange(model, "quarter", np.array(-0.25, np.float16))
+    unchanged(model)
+
+
+def exchange(model: onnx.ModelProto, name: str, content: Any) -> None:
+    """Give a weight other content."""
+    item = next(item for item in model.graph.initializer if item.name == name)
+    item.CopyFrom(numpy_helper.from_array(content, name))
 
 
 def geglu(width: int, *, axis: int = 2, gelu: str = "Gelu", behind: str = "") -> str:
@@ -309,12 +340,13 @@ PAIR = {**ROWS, "r": "B,L,64"}
         "p = MatMul (x, wq) b = Add (p, c) s = Add (b, r)",
         "p = MatMul (x, wq) b = Add (c, p) s = Add (r, b)",
         "p = MatMul (x, wq) s = Add (p, r)",
+        "p = MatMul (x, wq) b = Add (p, r) s = Add (b, x)",
         "p = MatMul (x, wq) b = Add (p, r) d = Relu (b) s = Add (p, d)",
     ],
-    ids=["biased", "the other way round", "without bias", "no weight"],
+    ids=["biased", "the other way round", "without bias", "three", "no weight"],
 )
 def test_a_layer_norm_takes_the_sum_before_it(terms: str, dtype: str) -> None:
-    before = "MatMul Add Relu" if "Relu" in terms else "MatMul"
+    before = "MatMul" + (" Add" if "b = Add (p, r)" in terms else "") + (" Relu" if "Relu" in terms else "")
     model = graph(f"{terms} {NORM}", PAIR, AFFINE, dtype=dtype)
     check(model, f"{before} SkipLayerNormalization MatMul")
     seen = graph(
@@ -366,8 +398,14 @@ def test_a_norm_that_is_an_output_keeps_its_name() -> None:
         graph(f"s = Add (x, r) {NORM}", PAIR, AFFINE, outputs=("y", "s")),
         graph(f"s = Add (x, r) {NORM}", PAIR, AFFINE, dtype="double"),
         graph(f"s = Add (x, r) {NORM}".replace(", e)", ")"), PAIR, AFFINE),
+        graph(f"s = Add (x, r) {NORM}", PAIR, {**AFFINE, "g": (1,)}),
+        graph(f"s = Add (x, r) {NORM}".replace("epsilon", "stash_type = 11, epsilon"), PAIR, AFFINE),
+        graph(f"s = Add (x, r) {NORM}".replace("n = L", "n, o = L"), PAIR, AFFINE, outputs=("y", "o")),
     ],
-    ids=["row", "other rows", "unknown", "4-D", "product", "bias", "axis", "output", "double", "no beta"],
+    ids=[
+        *("row", "other rows", "unknown", "4-D", "product", "bias", "axis", "output", "double"),
+        *("no beta", "one gamma", "stash", "mean"),
+    ],
 )
 def test_other_layer_norms_stay(model: onnx.ModelProto) -> None:
     unchanged(model)
@@ -441,6 +479,7 @@ def test_a_bias_and_a_residual_are_one_kernel() -> None:
     unchanged(graph(body.replace("Add (p, c)", "Neg (p)"), PAIR, AFFINE))
     unchanged(graph(body, PAIR, AFFINE, outputs=("y", "s")))
     unchanged(graph(body, PAIR, AFFINE, outputs=("y", "b")))
+    unchanged(graph(body, {"x": "L,64", "r": "L,64"}, AFFINE))
 
 
 def test_a_bias_is_found_behind_a_reshape() -> None:
@@ -489,7 +528,7 @@ def test_the_revision_says_what_is_made() -> None:
 
 def shapes(
     body: str, inputs: Mapping[str, str], weights: Mapping[str, tuple[int, ...]] | None = None
-) -> dict[str, object]:
+) -> dict[str, Dims]:
     found = shapes_of(ir.from_proto(graph(body, inputs, weights)).graph)
     return {value.name or "": dims for value, dims in found.items()}
 
@@ -507,3 +546,18 @@ def test_shapes_are_what_operators_prove() -> None:
     assert found["f"] == ("B", Flat("H", "W"), 64)
     assert found["y"] == ("B", "H", "W", 64)
     assert "a" not in shapes("a = Neg (x) y = Add (a, x)", ROWS)
+
+
+def test_what_operators_do_not_prove_is_a_size_of_its_own() -> None:
+    found = shapes("a = Add (x, r) y = MatMul (a, r)", {"x": "B,L,64", "r": "M,L,64"})
+    assert [isinstance(size, Size) for size in found["a"]] == [True, False, False]
+    assert "y" not in found
+    found = shapes("a, b = Split (x, rows) y = Neg (a)", ROWS)
+    assert "a" not in found
+    for options, kept in (
+        ("kernel_shape = [3, 3], pads = [1, 1, 1, 1]", True),
+        ("kernel_shape = [3, 3], pads = [0, 0, 0, 0]", False),
+        ("kernel_shape = [3, 3], pads = [1, 1, 1, 1], strides = [2, 2]", False),
+    ):
+        found = shapes(f"a = Conv <{options}> (x, w) y = Neg (a)", IMAGE, {"w": (8, 8, 3, 3)})
+        assert (found["a"] == ("B", 8, "H", "W")) is kept
