@@ -561,3 +561,13 @@ def test_what_operators_do_not_prove_is_a_size_of_its_own() -> None:
     ):
         found = shapes(f"a = Conv <{options}> (x, w) y = Neg (a)", IMAGE, {"w": (8, 8, 3, 3)})
         assert (found["a"] == ("B", 8, "H", "W")) is kept
+    found = shapes("a, b = LayerNormalization (x, g, e) y = Add (a, b)", ROWS, {"g": (64,), "e": (64,)})
+    assert (found["a"], "b" in found) == (("B", "L", 64), False)  # b, the mean, has one column
+
+
+def test_an_operator_of_another_domain_proves_nothing() -> None:
+    model = ir.from_proto(graph("a = Neg (x) y = Neg (a)", ROWS))
+    for domain in ("com.microsoft", ""):
+        node = model.graph.node(0)
+        node.domain, node.op_type = domain, "Sigmoid"
+        assert (node.outputs[0] in shapes_of(model.graph)) is (domain == "")

@@ -8,7 +8,8 @@ images between two of them may as well stay NHWC, which is what tensor cores wan
 
 The provider's own option `prefer_nhwc` uses the same convolution, but the optimiser behind it pushes no
 transpose through a Resize in a CUDA build, and weighs each one at a Concat. Here one walk over the graph
-decides the layout of every image (`lowering/graph_images.py`).
+decides the layout of every image (`lowering/graph_images.py`). Before it transformer blocks are lowered
+(`cuda_blocks.py`), and behind it sums go into the norms that follow them (`sums.py`).
 
 Only engines are lowered, never packages. Needs onnx-ir, which is imported on first use.
 """

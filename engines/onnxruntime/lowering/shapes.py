@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .graph_images import numbers_of
+from .graph_images import CONTRIB, numbers_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -47,6 +47,9 @@ _LIKE_FIRST = frozenset(
     }
 )
 _BROADCAST = frozenset({"Add", "Div", "Mul", "Sub"})
+_CONTRIB = frozenset(
+    {"BiasSplitGelu", "GroupNorm", "MultiHeadAttention", "NhwcConv"}
+)  # all others are ONNX's
 
 
 def shapes_of(graph: ir.Graph) -> Shapes:
@@ -97,10 +100,12 @@ class _Walk:
 
     def learn(self, node: ir.Node) -> None:
         """The outputs of a node whose inputs are known."""
-        rule = self._rules.get(node.op_type)
+        known = node.domain == (CONTRIB if node.op_type in _CONTRIB else "")
+        rule = self._rules.get(node.op_type) if known else None
         dims = rule(node) if rule is not None else None
-        if dims is not None:
-            self.shapes.update(dict.fromkeys(node.outputs, dims))
+        if dims is not None:  # of other operators the further outputs are statistics, caches and the like
+            outputs = node.outputs if node.op_type == "Split" else node.outputs[:1]
+            self.shapes.update(dict.fromkeys(outputs, dims))
 
     def _of(self, value: ir.Value | None) -> Dims | None:
         return self.shapes.get(value) if value is not None else None
@@ -121,7 +126,7 @@ class _Walk:
     def _attention(self, node: ir.Node) -> Dims | None:
         """(B, L, C) of queries that have the form; heads on an axis of their own are left to Transposes."""
         queries, values = self._of(node.inputs[0]), self._of(node.inputs[2])
-        if queries is None or values is None:
+        if queries is None or values is None or len(queries) not in (3, 4):
             return None
         if len(queries) == 4:
             return (*queries[:3], values[-1])
