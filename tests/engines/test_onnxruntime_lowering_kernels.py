@@ -124,6 +124,7 @@ def heads(name: str, source: str = "x") -> str:
     )
 
 
+SPLIT = "r = Reshape (x, split) h = Transpose <perm = [0, 2, 1, 3]> (r)"
 MERGED = "t = Transpose <perm = [0, 2, 1, 3]> (a) m = Reshape (t, merge) y = MatMul (m, wo)"
 PROJECTIONS = dict.fromkeys(("wq", "wk", "wv", "wo"), (64, 64))
 SELF = heads("q") + heads("k") + heads("v")
@@ -171,10 +172,11 @@ def test_keys_and_values_may_come_from_elsewhere() -> None:
         (f"{SELF} a = Attention (qh, kh, vh) {MERGED.replace('[0, 2, 1, 3]', '[0, 3, 1, 2]')}", {}),
         (f"{SELF} a = Attention (qh, kh, vh) y = ReduceSum <keepdims = 0> (a)", {}),
         ("qh = Neg (x) a = Attention (qh, qh, qh) y = Neg (a)", {}),
+        (f"{SPLIT} a = Attention (h, h, h) {MERGED}", {"x": "B,L,8,8"}),
     ],
     ids=[
         *("cache", "heads", "seen", "pairs", "halves", "turned", "two rows", "two merged"),
-        *("outputs", "rows", "merged", "unmerged", "four"),
+        *("outputs", "rows", "merged", "unmerged", "four", "five"),
     ],
 )
 def test_other_attention_stays(body: str, inputs: Mapping[str, str]) -> None:
@@ -183,6 +185,11 @@ def test_other_attention_stays(body: str, inputs: Mapping[str, str]) -> None:
         body, {**({"x": "B,2,L,32"} if "Neg (x)" in body else ROWS), **inputs}, PROJECTIONS, outputs=outputs
     )
     unchanged(model)
+
+
+def test_attention_that_is_an_output_stays() -> None:
+    body = f"{SELF} a = Attention (qh, kh, vh) {MERGED}"
+    unchanged(graph(body, ROWS, PROJECTIONS, outputs=("y", "a")))
 
 
 def test_attention_in_double_and_of_unknown_rank_stays() -> None:
@@ -360,6 +367,11 @@ def test_a_layer_norm_takes_the_sum_before_it(terms: str, dtype: str) -> None:
     node = next(node for node in changed.graph.node if node.op_type == "SkipLayerNormalization")
     assert len(node.output) == 4
     assert not any(node.output[1:3])
+
+
+def test_what_widens_a_column_is_no_bias() -> None:
+    body = f"b = Add (z, c) s = Add (b, r) {NORM}"
+    check(graph(body, {"z": "B,L,1", "r": "B,L,64"}, AFFINE), "Add SkipLayerNormalization MatMul")
 
 
 def test_a_sum_is_made_before_whoever_uses_it() -> None:
@@ -552,7 +564,7 @@ def test_what_operators_do_not_prove_is_a_size_of_its_own() -> None:
     found = shapes("a = Add (x, r) y = MatMul (a, r)", {"x": "B,L,64", "r": "M,L,64"})
     assert [isinstance(size, Size) for size in found["a"]] == [True, False, False]
     assert "y" not in found
-    found = shapes("a, b = Split (x, rows) y = Neg (a)", ROWS)
+    found = shapes("a, b = Split <axis = 2> (x, rows) y = Neg (a)", ROWS)
     assert "a" not in found
     for options, kept in (
         ("kernel_shape = [3, 3], pads = [1, 1, 1, 1]", True),

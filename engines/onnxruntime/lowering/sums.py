@@ -85,7 +85,6 @@ class _Sums:
         axis, stash = node.attributes.get_int("axis", -1), node.attributes.get_int("stash_type", 1)
         if len(shape) != 3 or axis not in (-1, 2) or stash != 1 or len(node.outputs) > 1:
             return
-        # Without beta, which the schema allows, a CUDA kernel reads nothing; no exporter leaves it out.
         if self._shape(gamma) != shape[2:] or self._shape(beta) != shape[2:]:
             return
         found = self._residual(value)
@@ -157,8 +156,7 @@ class _Sums:
         added = only_maker(reshape.inputs[0] if reshape is not None else value, "Add")
         columns = self._shape(value)[-1:]
         for x, bias in (added.inputs, reversed(added.inputs)) if added is not None else ():
-            whole = x is not None and self._shape(x) == self._shape(added.outputs[0] if added else None)
-            if x is not None and whole and weight_shape(bias) == columns == self._shape(x)[-1:]:
+            if x is not None and weight_shape(bias) == columns == self._shape(x)[-1:]:
                 return _Residual(x=x, bias=bias, target=reshape and reshape.inputs[1], skip=skip)
         return _Residual(x=value, bias=None, target=None, skip=skip)
 
