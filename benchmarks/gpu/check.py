@@ -38,8 +38,9 @@ was started. The row `process` of each step has the seconds of its process. Figu
                     memory: opened_mib, peak_mib, closed_mib, and of_process_mib if NVML tells
     decoder, text_encoder, unet_plain   as unet; unet_plain in the layout `plain`, relative_l2 to `nhwc`
     shapes          two shapes in turns: rebuilt_s is what the first run after a change takes longer
-    exhaustive, eager_loading, weights_in_arena     as unet, with cudnn_conv_algo_search EXHAUSTIVE; with
-                    CUDA_MODULE_LOADING EAGER; with weights in the arena
+    exhaustive, eager_loading, weights_in_arena, cudnn_attention    as unet, with cudnn_conv_algo_search
+                    EXHAUSTIVE; with CUDA_MODULE_LOADING EAGER; with weights in the arena; with the attention
+                    that the library chooses
     decoder_workspace   as decoder, with cudnn_conv_use_max_workspace 0
     outlived        relative_l2 of two plain runs, of a replay, and of one after another shape ran: outlives
 """

@@ -121,6 +121,7 @@ STEPS: Mapping[str, Step] = {
         run=_net(workload="vae_decoder", settings={"cudnn_conv_use_max_workspace": "0"}), limit=45
     ),
     "eager_loading": Step(run=_net(), limit=60, environment={"CUDA_MODULE_LOADING": "EAGER"}),
+    "cudnn_attention": Step(run=_net(settings={"sdpa_kernel": "0"}), limit=60),
     "exhaustive": Step(run=_net(settings={"cudnn_conv_algo_search": "EXHAUSTIVE"}), limit=90),
     "outlived": Step(run=_with(outlived, full=True), limit=60),
 }

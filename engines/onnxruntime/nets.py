@@ -467,6 +467,9 @@ def _open_cuda_session(
         "user_compute_stream": str(stream),
         "arena_extend_strategy": "kSameAsRequested",  # not the next power of two
         "use_tf32": "0",  # 10 bits of mantissa: fp32 nets are what parity is measured with
+        # Flash, memory-efficient, or plain attention (1, 2, 16 of AttentionBackend): kernels that are in the
+        # library. On sm_90 and later it would take cuDNN's, which are compiled when they first run.
+        "sdpa_kernel": "19",
         **changed,
     }
     of_session = {key: value for key, value in settings.items() if key.startswith("session.")}

@@ -1,8 +1,15 @@
-"""The two contrib operators of a lowered graph, spelled in standard ones: so ONNX Runtime's CPU can run it.
+"""The contrib operators that only CUDA has, spelled in standard ones: so ONNX Runtime's CPU can run them.
 
-Written from the operators' documentation (docs/ContribOperators.md of microsoft/onnxruntime: GroupNorm,
-NhwcConv), not from our lowering: y = gamma * (x - mean) / sqrt(variance + epsilon) + beta over NHWC, then
-SiLU if `activation` is 1; a convolution whose input is NHWC and whose weight is (M, kH, kW, C / group).
+Written from the operators' documentation (docs/ContribOperators.md of microsoft/onnxruntime), not from our
+lowering:
+
+    GroupNorm       gamma (x - mean) / sqrt(variance + epsilon) + beta, NHWC; SiLU of it if `activation` is 1
+    SkipGroupNorm   GroupNorm of x + skip + bias, and that sum; skip may be (N, 1, 1, C) or (N, C)
+    NhwcConv        a convolution whose input is NHWC and whose weight is (M, kH, kW, C / group)
+    BiasAdd         x + bias + skip
+    BiasSplitGelu   left * gelu(right) of the halves of x + bias
+
+SkipLayerNormalization and MultiHeadAttention have kernels on the CPU, and are left to them.
 """
 
 from pathlib import Path
@@ -57,15 +64,60 @@ NhwcConv <auto_pad, kernel_shape, dilations, strides, pads, group> (X, W, B) => 
 }
 """
 
+_SKIP_GROUP_NORM = """
+<domain: "oracle", opset_import: ["" : 23, "oracle" : 1]>
+SkipGroupNorm{kind} <epsilon, groups, activation, channels_last> (X, gamma, beta, skip{bias}) => (Y, S) {{
+    shape = Shape (X)
+    n = Shape <start = 0, end = 1> (X)
+    c = Shape <start = 3, end = 4> (X)
+    rest = Constant <value = int64[1] {{-1}}> ()
+    rows = Concat <axis = 0> (n, rest, c)
+    x3 = Reshape (X, rows)
+    skip3 = Reshape (skip, rows)
+    {terms}
+    sum3 = Add (biased, skip3)
+    S = Reshape (sum3, shape)
+    Y = oracle.GroupNorm <epsilon: float = @epsilon, groups: int = @groups, activation: int = @activation,
+                          channels_last: int = @channels_last> (S, gamma, beta)
+}}
+"""
+_BIAS_ADD = """
+<domain: "oracle", opset_import: ["" : 23]>
+BiasAdd (X, bias, skip) => (Y) {
+    biased = Add (X, bias)
+    Y = Add (biased, skip)
+}
+"""
+_BIAS_SPLIT_GELU = """
+<domain: "oracle", opset_import: ["" : 23]>
+BiasSplitGelu (X, bias) => (Y) {
+    biased = Add (X, bias)
+    left, right = Split <axis = 2, num_outputs = 2> (biased)
+    gate = Gelu (right)
+    Y = Mul (left, gate)
+}
+"""
+_FUNCTIONS = {
+    "GroupNorm": _GROUP_NORM,
+    "NhwcConv": _NHWC_CONV,
+    "SkipGroupNorm": _SKIP_GROUP_NORM.format(kind="", bias="", terms="biased = Identity (x3)"),
+    "SkipGroupNormBias": _SKIP_GROUP_NORM.format(kind="Bias", bias=", bias", terms="biased = Add (x3, bias)"),
+    "BiasAdd": _BIAS_ADD,
+    "BiasSplitGelu": _BIAS_SPLIT_GELU,
+}
+
 
 def executable(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose contrib operators are functions of the model."""
+    """A copy whose contrib operators without a kernel on the CPU are functions of the model."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     for node in copy.graph.node:
-        if node.domain == "com.microsoft":
+        if node.domain == "com.microsoft" and node.op_type in _FUNCTIONS:
             node.domain = DOMAIN
-    copy.functions.extend(map(parser.parse_function, (_GROUP_NORM, _NHWC_CONV)))
+            if node.op_type == "SkipGroupNorm":
+                node.op_type += "Bias" if len(node.input) == 5 else ""
+                node.output.extend([f"{node.output[0]}/sum"] * (2 - len(node.output)))
+    copy.functions.extend(map(parser.parse_function, _FUNCTIONS.values()))
     copy.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     return copy
 

@@ -29,12 +29,11 @@ def demo() -> Package:
 
 
 @pytest.fixture(scope="module")
-def lowered(demo: Package, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], Path]:
+def lowered(demo: Package, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("lowered")
     return {
-        (net, whole): lower(demo, net, folder / str(whole), convolutions=whole)
-        for net in ("unet", "unet_whole", "vae_decoder", "text_encoder")
-        for whole in (True, False)
+        net: lower(demo, net, folder)
+        for net in ("unet", "unet_whole", "unet_context", "vae_decoder", "vae_encoder", "text_encoder")
     }
 
 
@@ -58,23 +57,20 @@ def before_rounding(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def feeds(package: Package, net: str, sizes: Mapping[str, int]) -> dict[str, Any]:
     rng = np.random.default_rng(5)
-    known = {"T": 77, **sizes}
+    known = {"T": 77, "P": 2, "H": 64, "W": 8 * sizes["W/8"], **sizes}
     arrays = {}
     for item in package.manifest.nets[net].spec.inputs:
         shape = [known[dim] if isinstance(dim, str) else dim for dim in item.shape]
-        scale = 300 if item.name == "timestep" else 1
+        scale = {"timestep": 300, "input_ids": 40, "clip_skip": 0, "image": 90, "mask": 0.7}.get(item.name, 1)
         arrays[item.name] = (scale * np.abs(rng.standard_normal(shape))).astype(item.dtype)
     return arrays
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["nhwc", "group-norm-only"])
-@pytest.mark.parametrize("net", ["unet", "unet_whole", "vae_decoder"])
-def test_lowered_demo_nets_compute_the_same(
-    net: str, whole: bool, demo: Package, lowered: dict[tuple[str, bool], Path]
-) -> None:
+@pytest.mark.parametrize("net", ["unet", "unet_whole", "vae_decoder", "vae_encoder", "text_encoder"])
+def test_lowered_demo_nets_compute_the_same(net: str, demo: Package, lowered: dict[str, Path]) -> None:
     folder = weights_of(demo, net)
     original = session(before_rounding(graph_of(demo, net)), folder)
-    low = onnx.load(lowered[net, whole], load_external_data=False)
+    low = onnx.load(lowered[net], load_external_data=False)
     changed = session(before_rounding(executable(low)), folder)
     for sizes in SIZES:
         arrays = feeds(demo, net, sizes)
@@ -101,13 +97,13 @@ def permutations(model: onnx.ModelProto) -> Counter[tuple[int, ...]]:
 
 
 # The latent comes in NCHW and, in a UNet, the prediction leaves so: one Transpose each. The decoder's picture
-# leaves in NHWC. Everything else is the attention's heads, which are no layout of images.
+# leaves in NHWC. Everything else was the attention's heads, which are not split any more.
 @pytest.mark.parametrize(
     ("net", "before", "after", "norms", "silus", "convolutions"),
     [
-        ("unet", {LAST: 4, FIRST: 4, HEADS: 24}, {LAST: 1, FIRST: 1, HEADS: 24}, 21, 17, 33),
-        ("unet_whole", {LAST: 4, FIRST: 4, HEADS: 32}, {LAST: 1, FIRST: 1, HEADS: 32}, 21, 17, 33),
-        ("vae_decoder", {LAST: 1, (0, 2, 1): 4, HEADS: 4}, {LAST: 1, HEADS: 4}, 22, 21, 29),
+        ("unet", {LAST: 4, FIRST: 4, HEADS: 24}, {LAST: 1, FIRST: 1}, 21, 17, 33),
+        ("unet_whole", {LAST: 4, FIRST: 4, HEADS: 32}, {LAST: 1, FIRST: 1}, 21, 17, 33),
+        ("vae_decoder", {LAST: 1, (0, 2, 1): 4, HEADS: 4}, {LAST: 1}, 22, 21, 29),
     ],
 )
 def test_every_group_norm_and_convolution_is_lowered(
@@ -118,23 +114,17 @@ def test_every_group_norm_and_convolution_is_lowered(
     silus: int,
     convolutions: int,
     demo: Package,
-    lowered: dict[tuple[str, bool], Path],
+    lowered: dict[str, Path],
 ) -> None:
     assert permutations(graph_of(demo, net)) == before
-    model = onnx.load(lowered[net, True], load_external_data=False)
+    model = onnx.load(lowered[net], load_external_data=False)
     assert permutations(model) == after
     kinds = Counter((node.domain, node.op_type) for node in model.graph.node)
-    assert kinds["com.microsoft", "GroupNorm"] == norms
+    assert kinds["com.microsoft", "GroupNorm"] + kinds["com.microsoft", "SkipGroupNorm"] == norms
     assert kinds["com.microsoft", "NhwcConv"] == convolutions
     assert not {("", "GroupNormalization"), ("", "Conv")} & set(kinds)
-    active = [
-        node for node in model.graph.node if node.op_type == "GroupNorm" and attribute(node, "activation")
-    ]
-    assert len(active) == silus
-    plain = Counter(
-        node.op_type for node in onnx.load(lowered[net, False], load_external_data=False).graph.node
-    )
-    assert (plain["GroupNorm"], plain["GroupNormalization"], plain["Conv"]) == (norms, 0, convolutions)
+    norm_nodes = [node for node in model.graph.node if node.op_type.endswith("GroupNorm")]
+    assert len([node for node in norm_nodes if attribute(node, "activation")]) == silus
 
 
 def boundary(model: onnx.ModelProto) -> list[tuple[str, onnx.TypeProto]]:
@@ -142,8 +132,8 @@ def boundary(model: onnx.ModelProto) -> list[tuple[str, onnx.TypeProto]]:
 
 
 @pytest.mark.parametrize("net", ["unet", "unet_whole", "vae_decoder", "text_encoder"])
-def test_boundary_and_weights_stay(net: str, demo: Package, lowered: dict[tuple[str, bool], Path]) -> None:
-    original, path = graph_of(demo, net), lowered[net, True]
+def test_boundary_and_weights_stay(net: str, demo: Package, lowered: dict[str, Path]) -> None:
+    original, path = graph_of(demo, net), lowered[net]
     model = onnx.load(path, load_external_data=False)
     assert boundary(model) == boundary(original)
 
@@ -163,17 +153,14 @@ def test_boundary_and_weights_stay(net: str, demo: Package, lowered: dict[tuple[
 
 
 def test_onnxruntime_accepts_the_operators_and_lacks_only_their_kernels(
-    demo: Package, lowered: dict[tuple[str, bool], Path]
+    demo: Package, lowered: dict[str, Path]
 ) -> None:
     """Schemas are checked before kernels are looked for, and a CPU build has the schemas."""
-    for (net, whole), path in lowered.items():
-        if net == "text_encoder":
-            continue
-        missing = "NhwcConv" if whole else "GroupNorm"
+    for net in ("unet", "unet_whole", "vae_decoder", "vae_encoder"):
         with pytest.raises(Exception, match="NOT_IMPLEMENTED") as caught:
-            open_lowered(path, session_entries(demo, net))
-        assert f"{missing}(1)" in str(caught.value)
-    model = onnx.load(lowered["unet", True], load_external_data=False)
+            open_lowered(lowered[net], session_entries(demo, net))
+        assert "NhwcConv(1)" in str(caught.value)
+    model = onnx.load(lowered["unet"], load_external_data=False)
     node = next(node for node in model.graph.node if node.op_type == "GroupNorm")
     node.attribute.append(helper.make_attribute("no_such", 1))
     with pytest.raises(Exception, match="Unrecognized attribute: no_such"):
@@ -188,14 +175,14 @@ def open_lowered(path: Path, entries: Mapping[str, str]) -> ort.InferenceSession
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def test_weights_are_found_in_the_package(demo: Package, lowered: dict[tuple[str, bool], Path]) -> None:
-    path = lowered["text_encoder", True]  # holds nothing to lower, so it runs on the CPU as it is
-    feeds = {"input_ids": np.full((1, 77), 3, np.int32), "clip_skip": np.zeros(1, np.int32)}
+def test_weights_are_found_in_the_package(demo: Package, lowered: dict[str, Path]) -> None:
+    path = lowered["unet_context"]  # holds nothing to lower, so it runs on the CPU as it is
+    arrays = feeds(demo, "unet_context", SIZES[0])
     with pytest.raises(Exception, match="External data path"):
         open_lowered(path, {})
-    found = open_lowered(path, session_entries(demo, "text_encoder")).run(None, feeds)
-    wanted = session(graph_of(demo, "text_encoder"), weights_of(demo, "text_encoder"))
-    np.testing.assert_array_equal(found[0], wanted.run(None, feeds)[0])
+    found = open_lowered(path, session_entries(demo, "unet_context")).run(None, arrays)
+    wanted = session(graph_of(demo, "unet_context"), weights_of(demo, "unet_context"))
+    np.testing.assert_array_equal(found[0], wanted.run(None, arrays)[0])
 
 
 def test_a_net_without_weights_needs_no_entry(package: Package) -> None:

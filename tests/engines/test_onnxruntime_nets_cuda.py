@@ -90,6 +90,7 @@ def test_a_cuda_session_gets_the_devices_stream(package: Package, cuda_library: 
                 "arena_extend_strategy": "kSameAsRequested",
                 "cudnn_conv_algo_search": "HEURISTIC",
                 "use_tf32": "0",
+                "sdpa_kernel": "19",
                 "prefer_nhwc": "0",
             },
         ),

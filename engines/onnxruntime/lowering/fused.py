@@ -47,13 +47,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .graph_images import CONTRIB, GraphImages, numbers_of, rank_of, weight_shape
+from .graph_images import CONTRIB, GraphImages, weight_shape
+from .patterns import biased_product, gelu_behind, heads_merged, heads_split
+from .shapes import Shapes, shapes_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 _GROUP_NORM_OPSET = 21  # before, gamma and beta had one number per group
-_HEADS_OUT = (0, 2, 1, 3)  # (B, L, heads, size) to (B, heads, L, size), and back
 _PLAIN = {"is_causal": 0, "qk_matmul_output_mode": 0, "q_num_heads": 0, "kv_num_heads": 0}
 
 
@@ -61,17 +62,20 @@ def lower_group_norms(model: ir.Model) -> int:
     """Lower every group normalisation in float32 in place; how many those are."""
     if model.opset_imports.get("", 0) < _GROUP_NORM_OPSET:
         return 0
-    return _lower_all(model, _lower_group_norm)
+    shapes = shapes_of(model.graph)
+    return _lower_all(model, lambda images, node: _lower_group_norm(images, shapes, node))
 
 
 def lower_geglus(model: ir.Model) -> int:
     """Lower every GEGLU in float32 in place; how many those are."""
-    return _lower_all(model, _lower_geglu)
+    shapes = shapes_of(model.graph)
+    return _lower_all(model, lambda images, node: _lower_geglu(images, shapes, node))
 
 
 def lower_attention(model: ir.Model) -> int:
     """Lower every self-attention in float32 in place; how many those are."""
-    return _lower_all(model, _lower_attention)
+    shapes = shapes_of(model.graph)
+    return _lower_all(model, lambda images, node: _lower_attention(images, shapes, node))
 
 
 def _lower_all(model: ir.Model, lower: Callable[[GraphImages, ir.Node], bool]) -> int:
@@ -85,32 +89,14 @@ def _lower_all(model: ir.Model, lower: Callable[[GraphImages, ir.Node], bool]) -
     return lowered
 
 
-def _contrib(
-    images: GraphImages,
-    before: ir.Node,
-    kind: str,
-    inputs: Sequence[ir.Value | None],
-    name: str,
-    **attributes: object,
-) -> ir.Value:
-    """The float32 output of a new node of ONNX Runtime's own, in front of `before`."""
-    import onnx_ir as ir
-
-    made = ir.node(kind, inputs, attributes, domain=CONTRIB, name=f"{name}/{kind}")  # pyright: ignore[reportArgumentType]
-    made.outputs[0].name = name
-    made.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-    images.graph.insert_before(before, made)
-    return made.outputs[0]
-
-
-def _lower_group_norm(images: GraphImages, node: ir.Node) -> bool:
+def _lower_group_norm(images: GraphImages, shapes: Shapes, node: ir.Node) -> bool:
     import onnx_ir as ir
 
     if node.domain != "" or node.op_type != "GroupNormalization":
         return False
     data, gamma, beta = node.inputs
     channels, groups = weight_shape(gamma), node.attributes.get_int("num_groups", 0)
-    rank = rank_of(data)
+    rank = len(shapes.get(data, ())) if data is not None else 0
     if channels is None or rank not in (3, 4) or node.outputs[0].dtype != ir.DataType.FLOAT:
         return False
     name = node.outputs[0].name
@@ -139,12 +125,13 @@ def _lower_group_norm(images: GraphImages, node: ir.Node) -> bool:
     return True
 
 
-def _lower_geglu(images: GraphImages, split: ir.Node) -> bool:
+def _lower_geglu(images: GraphImages, shapes: Shapes, split: ir.Node) -> bool:
     import onnx_ir as ir
 
-    biased = _biased_product(split)
-    gelu = _gelu_behind(split) if biased is not None else None
-    if biased is None or gelu is None:
+    biased = biased_product(split, shapes)
+    gelu = gelu_behind(split) if biased is not None else None
+    biased_sum = split.inputs[0]
+    if biased is None or gelu is None or biased_sum is None or biased_sum.dtype != ir.DataType.FLOAT:
         return False
     product, bias = biased
     data, weight = product.inputs
@@ -157,57 +144,10 @@ def _lower_geglu(images: GraphImages, split: ir.Node) -> bool:
         for half, name in zip(columns, names, strict=True)
     ]
     made = images.insert(split, "Add", [products[0], biases[0]], f"{names[0]}/biased")
-    fused = _contrib(images, split, "BiasGelu", [products[1], biases[1]], f"{names[1]}/gelu")
+    fused = images.contrib(split, "BiasGelu", [products[1], biases[1]], f"{names[1]}/gelu")
     ir.convenience.replace_all_uses_with(split.outputs[0], made)
     ir.convenience.replace_all_uses_with(gelu.outputs[0], fused)
     return True
-
-
-def _biased_product(split: ir.Node) -> tuple[ir.Node, ir.Value] | None:
-    """The product and the bias whose sum is split in halves of its columns, where nobody else sees either."""
-    import onnx_ir as ir
-
-    if split.domain != "" or split.op_type != "Split" or len(split.inputs) != 1 or len(split.outputs) != 2:
-        return None
-    added = _only_maker(split.inputs[0], "Add")
-    if added is None or added.outputs[0].dtype != ir.DataType.FLOAT:
-        return None
-    axis = split.attributes.get_int("axis", 0)
-    for value, bias in (added.inputs, reversed(added.inputs)):
-        product, shape = _only_maker(value, "MatMul"), weight_shape(bias)
-        if bias is None or product is None or shape is None or not _is_weight(product.inputs[1]):
-            continue
-        rank = rank_of(product.inputs[0])
-        if rank is not None and len(shape) == 1 and shape[0] % 2 == 0 and axis in (-1, rank - 1):
-            return product, bias
-    return None
-
-
-def _is_weight(value: ir.Value | None) -> bool:
-    """Whether it is a stored matrix, which may be stored transposed."""
-    maker = value.producer() if value is not None else None
-    stored = maker.inputs[0] if maker is not None and maker.op_type == "Transpose" else value
-    return len(weight_shape(stored) or ()) == 2
-
-
-def _only_maker(value: ir.Value | None, kind: str) -> ir.Node | None:
-    """The node of that kind that makes a value for one user alone."""
-    maker = value.producer() if value is not None else None
-    if value is None or maker is None or maker.domain != "" or maker.op_type != kind:
-        return None
-    return maker if len(list(value.uses())) == 1 and not value.is_graph_output() else None
-
-
-def _gelu_behind(split: ir.Node) -> ir.Node | None:
-    """The exact Gelu of the second half, where nobody else sees that, and somebody the first."""
-    first, second = split.outputs
-    users = [use.node for use in second.uses()]
-    if len(users) != 1 or first.is_graph_output() or second.is_graph_output():
-        return None
-    gelu = users[0]
-    exact = gelu.attributes.get_string("approximate", "none") == "none"
-    alone = gelu.op_type == "Gelu" and not gelu.outputs[0].is_graph_output()
-    return gelu if exact and alone and gelu.domain == "" else None
 
 
 def _halves(images: GraphImages, before: ir.Node, value: ir.Value, axis: int) -> tuple[ir.Value, ir.Value]:
@@ -224,19 +164,19 @@ def _halves(images: GraphImages, before: ir.Node, value: ir.Value, axis: int) ->
     return node.outputs[0], node.outputs[1]
 
 
-def _lower_attention(images: GraphImages, node: ir.Node) -> bool:
+def _lower_attention(images: GraphImages, shapes: Shapes, node: ir.Node) -> bool:
     import onnx_ir as ir
 
-    split = [_heads_split(value) for value in node.inputs] if _is_plain_attention(node) else []
-    merged = _heads_merged(node.outputs[0]) if split else None
-    if merged is None or any(item is None for item in split) or len({item[1] for item in split if item}) > 1:
+    split = [heads_split(value, shapes) for value in node.inputs] if _is_plain_attention(node) else []
+    merged = heads_merged(node.outputs[0], shapes) if split else None
+    found = [item for item in split if item is not None]
+    if merged is None or len(found) < len(split) or len({item.heads for item in found}) > 1:
         return False
-    whole = [item[0] for item in split if item]
-    heads = next(item[1] for item in split if item)
-    attributes: dict[str, object] = {"num_heads": heads}
+    attributes: dict[str, object] = {"num_heads": found[0].heads}
     if "scale" in node.attributes:
         attributes["scale"] = node.attributes.get_float("scale", 0.0)
-    made = _contrib(images, node, "MultiHeadAttention", whole, f"{merged.name}/tiled", **attributes)
+    whole = [item.whole for item in found]
+    made = images.contrib(node, "MultiHeadAttention", whole, f"{merged.name}/tiled", **attributes)
     ir.convenience.replace_all_uses_with(merged, made)
     return True
 
@@ -254,37 +194,3 @@ def _is_plain_attention(node: ir.Node) -> bool:
         and node.attributes.get_float("softcap", 0.0) == 0.0
         and all(node.attributes.get_int(name, value) == value for name, value in _PLAIN.items())
     )
-
-
-def _heads_split(value: ir.Value | None) -> tuple[ir.Value, int] | None:
-    """(B, L, heads * size) and the heads of a value that is it as (B, heads, L, size)."""
-    transpose = value.producer() if value is not None else None
-    if transpose is None or transpose.op_type != "Transpose":
-        return None
-    reshaped = transpose.inputs[0]
-    reshape = reshaped.producer() if reshaped is not None else None
-    if tuple(transpose.attributes.get_ints("perm", ())) != _HEADS_OUT or reshape is None:
-        return None
-    target = numbers_of(reshape.inputs[1]) if reshape.op_type == "Reshape" else None
-    whole = reshape.inputs[0]
-    # Only a batch and a length that are copied tell that the input has three dimensions, and only numbers
-    # that are written tell how many heads there are.
-    if whole is None or target is None or len(target) != 4 or target[:2] != (0, 0) or min(target[2:]) < 1:
-        return None
-    return whole, target[2]
-
-
-def _heads_merged(value: ir.Value) -> ir.Value | None:
-    """The (B, L, heads * size) that is made of (B, heads, L, size), where nothing else is."""
-    users = [use.node for use in value.uses()]
-    if len(users) != 1 or users[0].op_type != "Transpose" or value.is_graph_output():
-        return None
-    turned = users[0].outputs[0]
-    after = [use.node for use in turned.uses()]
-    whole = len(after) == 1 and after[0].op_type == "Reshape" and not turned.is_graph_output()
-    if not whole or tuple(users[0].attributes.get_ints("perm", ())) != _HEADS_OUT:
-        return None
-    target = numbers_of(after[0].inputs[1])
-    merged = after[0].outputs[0]
-    ok = target is not None and len(target) == 3 and target[:2] == (0, 0) and not merged.is_graph_output()
-    return merged if ok else None

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 CONTRIB = "com.microsoft"
-_LIKE_FIRST_INPUT = frozenset({"Cast", "Concat", "LayerNormalization", "Resize", "Sigmoid", "Split"})
-_BROADCAST = frozenset({"Add", "Div", "Mul", "Sub"})
 
 
 def numbers_of(value: ir.Value | None) -> tuple[int, ...] | None:
@@ -41,60 +39,11 @@ def weight_shape(value: ir.Value | None) -> tuple[int, ...] | None:
     return tuple(size for size in tensor.shape if isinstance(size, int)) if tensor is not None else None
 
 
-def rank_of(value: ir.Value | None) -> int | None:
-    """The rank of a value if its own shape or its maker tells it, else None."""
-    if value is None:
-        return None
-    if value.shape is not None:
-        return len(value.shape)
-    node = value.producer()
-    if node is None or node.domain != "":
-        return None
-    if node.op_type in _LIKE_FIRST_INPUT:
-        return rank_of(node.inputs[0])
-    if node.op_type in _BROADCAST:
-        ranks = [rank_of(item) for item in node.inputs]
-        return None if None in ranks else max(rank for rank in ranks if rank is not None)
-    return _made_rank(node)
+def is_half_or_float(value: ir.Value | None) -> bool:
+    """Whether it is of a type that CUDA's kernels for diffusion models take; no if that is unknown."""
+    import onnx_ir as ir
 
-
-def _made_rank(node: ir.Node) -> int | None:
-    """The rank of what an operator makes that changes ranks, or whose weights tell its rank."""
-    if node.op_type == "Conv":
-        return len(weight_shape(node.inputs[1]) or ()) or None
-    if node.op_type == "Transpose":
-        return len(node.attributes.get_ints("perm", ())) or None
-    if node.op_type == "Reshape":
-        return _entries(node.inputs[1])
-    if node.op_type == "Squeeze":
-        return 0 if _is_one_size(node.inputs[0]) else None
-    if node.op_type == "Unsqueeze":
-        axes, rank = numbers_of(node.inputs[1]), rank_of(node.inputs[0])
-        return None if axes is None or rank is None else rank + len(axes)
-    if node.op_type == "MatMul" and rank_of(node.inputs[1]) == 2:
-        return rank_of(node.inputs[0])
-    return None
-
-
-def _entries(value: ir.Value | None) -> int | None:
-    """How many numbers a shape has that is written, or put together of numbers and sizes; else None."""
-    numbers = numbers_of(value)
-    maker = value.producer() if value is not None else None
-    if numbers is not None or maker is None:
-        return len(numbers) if numbers is not None else None
-    if maker.op_type == "Concat":
-        counts = [_entries(item) for item in maker.inputs]
-        return None if None in counts else sum(count for count in counts if count is not None)
-    scalar = maker.op_type in ("Reshape", "Unsqueeze") and rank_of(maker.inputs[0]) == 0
-    return 1 if scalar else None
-
-
-def _is_one_size(value: ir.Value | None) -> bool:
-    """Whether it is one entry of a shape."""
-    maker = value.producer() if value is not None else None
-    if maker is None or maker.op_type != "Shape":
-        return False
-    return maker.attributes.get_int("end", 0) - maker.attributes.get_int("start", 0) == 1
+    return value is not None and value.dtype in (ir.DataType.FLOAT16, ir.DataType.FLOAT)
 
 
 LAST: Mapping[int, tuple[int, ...]] = {3: (0, 2, 1), 4: (0, 2, 3, 1)}  # rank -> channels first to last
@@ -198,9 +147,26 @@ class GraphImages:
         self, before: ir.Node, kind: str, inputs: Sequence[ir.Value | None], name: str, **attributes: object
     ) -> ir.Value:
         """A new node with one output, of the type of its first input."""
+        return self._insert("", before, kind, inputs, name, attributes)
+
+    def contrib(
+        self, before: ir.Node, kind: str, inputs: Sequence[ir.Value | None], name: str, **attributes: object
+    ) -> ir.Value:
+        """The same of an operator of ONNX Runtime's own."""
+        return self._insert(CONTRIB, before, kind, inputs, name, attributes)
+
+    def _insert(
+        self,
+        domain: str,
+        before: ir.Node,
+        kind: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        attributes: Mapping[str, object],
+    ) -> ir.Value:
         import onnx_ir as ir
 
-        node = ir.node(kind, inputs, attributes, name=f"{name}/{kind}")  # pyright: ignore[reportArgumentType]
+        node = ir.node(kind, inputs, attributes, domain=domain, name=f"{name}/{kind}")  # pyright: ignore[reportArgumentType]
         node.outputs[0].name = name
         _give_type(node.outputs[0], inputs[0])
         self.graph.insert_before(before, node)

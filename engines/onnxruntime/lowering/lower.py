@@ -8,7 +8,8 @@ images between two of them may as well stay NHWC, which is what tensor cores wan
 
 The provider's own option `prefer_nhwc` uses the same convolution, but the optimiser behind it pushes no
 transpose through a Resize in a CUDA build, and weighs each one at a Concat. Here one walk over the graph
-decides the layout of every image (`lowering/graph_images.py`).
+decides the layout of every image (`lowering/graph_images.py`). Before it transformer blocks are lowered
+(`cuda_blocks.py`), and behind it sums go into the norms that follow them (`sums.py`).
 
 Only engines are lowered, never packages. Needs onnx-ir, which is imported on first use.
 """
@@ -20,12 +21,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...package import Package
+from .cuda_blocks import lower_blocks
 from .files import read_graph, write_graph
-from .graph_images import CONTRIB, FIRST, LAST, GraphImages, Image, numbers_of, weight_shape
+from .graph_images import CONTRIB, FIRST, LAST, GraphImages, Image, is_half_or_float, numbers_of, weight_shape
+from .sums import lower_sums
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+# Of what becomes of a graph here: raised with every change of it, so that a graph in an engine store is never
+# taken for the one that would be made today.
+REVISION = 2
 _MOST_CHANNELS_PER_GROUP = 512  # kMaxSize in contrib_ops/cuda/diffusion/group_norm_common_base.h
 _ELEMENTWISE = (
     *("Add", "Sub", "Mul", "Div", "Max", "Min", "Clip", "Cast", "Round", "Identity"),
@@ -33,7 +39,7 @@ _ELEMENTWISE = (
 )
 
 
-def lower(package: Package, net: str, folder: Path, *, convolutions: bool = True) -> Path:
+def lower(package: Package, net: str, folder: Path) -> Path:
     """Write the lowered graph of one net as `folder`/`net`.onnx.
 
     Inputs and outputs keep names, dtypes and shapes. The weights stay in the package: the graph names byte
@@ -43,35 +49,35 @@ def lower(package: Package, net: str, folder: Path, *, convolutions: bool = True
         package: the package, which is only read.
         net: a key of its manifest's nets.
         folder: where to write; made if missing.
-        convolutions: lay convolutions out as NHWC. False lowers GroupNormalization alone and transposes
-            around each one: what to measure against, and what goes with the provider's `prefer_nhwc`.
 
     Raises:
         BackendError: onnx-ir is not installed.
         PackageError: onnx-ir cannot read the graph.
     """
     model = read_graph(package, net)
-    lower_model(model, convolutions=convolutions)
+    lower_model(model)
     return write_graph(model, folder / f"{net}.onnx")
 
 
-def lower_model(model: ir.Model, *, convolutions: bool = True) -> None:
+def lower_model(model: ir.Model) -> None:
     """The lowering itself, in place; see `lower`. What the CUDA kernels do not take stays as it is."""
     import onnx_ir.passes.common as passes
 
-    _Walk(model, convolutions).run()
+    lower_blocks(model)
+    _Walk(model).run()
     model.opset_imports[CONTRIB] = 1
     passes.IdentityEliminationPass()(model)
+    passes.RemoveUnusedNodesPass()(model)  # a sum goes by who uses its terms
+    lower_sums(model)
     passes.RemoveUnusedNodesPass()(model)
 
 
 class _Walk:
     """One walk over the graph, in topological order. A rule returns whether it has settled its node."""
 
-    def __init__(self, model: ir.Model, convolutions: bool) -> None:
+    def __init__(self, model: ir.Model) -> None:
         self._graph = model.graph
         self._images = GraphImages(model.graph)
-        self._convolutions = convolutions
         self._fused: set[ir.Node] = set()
         self._rules: dict[str, Callable[[ir.Node], bool]] = {
             "Conv": self._conv,
@@ -104,7 +110,7 @@ class _Walk:
         self._images.learn(data, Image(4))
         self._images.learn(weight, Image(4))
         image = self._images.learn(node.outputs[0], Image(4, shape[0]))
-        if not self._convolutions or not _cudnn_takes(node):
+        if not _cudnn_takes(node):
             return False
         # The weight turns like an image, (M, C, kH, kW) to (M, kH, kW, C); ONNX Runtime folds that at load.
         inputs = [self._images.last(node, data), self._images.last(node, weight)]
@@ -303,7 +309,7 @@ def _kernel_takes(data: ir.Value, channels: int, groups: int) -> bool:
     A thread works on two channels of one group, a block on whole groups of up to 512 channels together.
     Before opset 21 gamma had one number per group: `channels`, its size, is `groups` then, an odd share of 1.
     """
-    if groups < 1 or channels % groups or not _is_half_or_float(data):
+    if groups < 1 or channels % groups or not is_half_or_float(data):
         return False
     share = channels // groups
     return share % 2 == 0 and share <= _MOST_CHANNELS_PER_GROUP
@@ -315,13 +321,7 @@ def _cudnn_takes(node: ir.Node) -> bool:
     explicit = (
         node.attributes.get_string("auto_pad", "NOTSET") == "NOTSET" and "kernel_shape" in node.attributes
     )
-    return explicit and pads[:2] == pads[2:] and _is_half_or_float(node.outputs[0])
-
-
-def _is_half_or_float(value: ir.Value) -> bool:
-    import onnx_ir as ir
-
-    return value.dtype in (ir.DataType.FLOAT16, ir.DataType.FLOAT)
+    return explicit and pads[:2] == pads[2:] and is_half_or_float(node.outputs[0])
 
 
 def _silu_behind(value: ir.Value) -> list[ir.Node]:

@@ -12,15 +12,17 @@ from contextlib import suppress
 from ...cuda.facts import DeviceFacts
 from ...errors import LatentrtError
 from ...package import Package
+from ...spec import TEXT_ENCODERS
 from ...store.engine_store import EngineStore, Entry
 from ...store.key import EngineKey, Target, package_key
+from ..lowering.lower import REVISION
 from ..session import library
 from .choice import TUNED_NETS, measured_profile
 
 # The simplest first, which is also what others are compared with: `plain` is the package's own graph, and
 # `nhwc` what `lowering.lower` makes of it.
 CUDA_LAYOUTS = ("plain", "nhwc")
-LOWERED_NETS = (*TUNED_NETS, "vae_encoder")  # those with images; the last is not worth measuring
+LOWERED_NETS = (*TUNED_NETS, "vae_encoder", *TEXT_ENCODERS)  # the others of these are not worth measuring
 
 
 def layout_key(package: Package, net: str, gpu: DeviceFacts, version: str | None = None) -> EngineKey:
@@ -33,7 +35,8 @@ def layout_key(package: Package, net: str, gpu: DeviceFacts, version: str | None
         # What is fast on one kind of GPU need not be fast on another.
         target=Target(compute_capability=gpu.sm, gpu=gpu.kind, driver=gpu.driver_line),
         profiles=(measured_profile(package, net).text,),
-        flags=sorted(CUDA_LAYOUTS),  # a release that knows other layouts has to measure again
+        # A release that knows other layouts, or makes other graphs for them, has to measure again.
+        flags=sorted((*CUDA_LAYOUTS, f"lowering {REVISION}")),
     )
 
 
