@@ -72,7 +72,13 @@ def opener_of(package: Package) -> Iterator[Opener]:
                 ONNXRUNTIME_CUDA.open_device, package, built_nets(package), store=EngineStore(Path(folder))
             )
             task = Task(package=package.root, backend="onnxruntime-cuda", device="cuda")
-            yield Opener(task=task, package=package, open_device=open_device, watch=CudaDevice)
+            yield Opener(
+                task=task,
+                package=package,
+                open_device=open_device,
+                watch=CudaDevice,
+                folder=Path(folder),
+            )
     finally:
         result.check_pictures = usual
 
