@@ -127,14 +127,17 @@ def test_host_memory_refuses_a_capture_out_of_order(package: Package) -> None:
 
 
 class Bench:
-    """A row that doubles its state, plainly and as a graph, on a clock of its own."""
+    """A row that doubles its state, and adds its number, plainly and as a graph, on a clock of its own."""
+
+    rows = 3
 
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, *, plain_s: float = 1.0, graph_s: float = 0.5
     ) -> None:
-        self.state = np.ones(4)
+        self.state, self.row = np.ones(4), 0
         self.now, self.plain_s, self.graph_s = 0.0, plain_s, graph_s
         self.graph_error = self.noise = 0.0
+        self.baked: int | None = None  # the row that the graph computes, whichever it is fed
         self.steps = list[str]()
         self.lines = list[str]()
         self.failing: Callable[[str], None] = lambda step: None
@@ -144,14 +147,17 @@ class Bench:
         self.failing(name)
         self.steps.append(name)
 
-    def restart(self) -> None:
-        self._step("restart")
+    def rewind(self) -> None:
+        self._step("rewind")
         self.state = np.ones(4)
+
+    def feed_row(self, row: int) -> None:
+        self.row = row
 
     def enqueue_row(self) -> None:
         self._step("plain")
         self.now += self.plain_s
-        self.state = self.state * 2
+        self.state = self.state * 2 + self.row
         if self.noise:  # as from sums in any order
             self.state[0] += self.noise * len(self.steps)
 
@@ -174,7 +180,7 @@ class Bench:
     def launch(self) -> None:
         self._step("launch")
         self.now += self.graph_s
-        self.state = self.state * 2 + self.graph_error
+        self.state = self.state * 2 + (self.row if self.baked is None else self.baked) + self.graph_error
 
     def close(self) -> None:
         self._step("close")
@@ -184,9 +190,10 @@ class Bench:
         replayed = list[bool]()
         for _ in range(count):
             self.state = np.ones(4)
-            replay.begin(self, self, self.restart)  # type: ignore[arg-type]
+            replay.begin(self, self)  # type: ignore[arg-type]
             assert (self.state == 1).all(), "begin left the state elsewhere"
-            for _ in range(3):
+            for row in range(self.rows):
+                self.feed_row(row)
                 replay.enqueue(self)
             replayed.append(replay.replayed)
         return replayed
@@ -236,8 +243,75 @@ def test_a_replay_that_computes_something_else_is_not_used(
     bench = Bench(monkeypatch)
     bench.graph_error = 0.1
     assert bench.pictures(bench.replay(graphs), 3) == [False] * 3
-    # two rows of 2y + 0.1 from y = 1 are 0.3 from 4, which is 3 from the start
-    assert bench.lines == ["rows are not replayed: a replayed row is 1.0e-01 from a plain one, over 5.0e-03"]
+    # two rows of 2y + row + 0.1 from y = 1 are 0.3 from 5, which is 4 from the start
+    assert bench.lines == ["rows are not replayed: a replayed row is 7.5e-02 from a plain one, over 5.0e-03"]
+
+
+def test_a_graph_that_computes_always_the_same_row_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(monkeypatch)
+    bench.baked = 0
+    assert bench.pictures(bench.replay("on"), 3) == [False] * 3
+    assert "from a plain one" in bench.lines[0]
+
+
+def test_pictures_of_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(monkeypatch)
+    bench.rows = 1
+    assert bench.pictures(bench.replay(), 3) == [False, True, True]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryLimitError("no room", expected="", fix="")])
+@pytest.mark.parametrize("at", ["launch", "capture"])
+def test_a_comparison_that_is_interrupted_decides_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: BaseException, at: str
+) -> None:
+    """A wrong graph least of all."""
+    bench = Bench(monkeypatch)
+    bench.graph_error = 0.1
+    replay = bench.replay("on", Verdicts(EngineStore(tmp_path)))
+
+    def fail(step: str) -> None:
+        if step == at:
+            raise error
+
+    bench.failing = fail
+    with pytest.raises(type(error)):
+        bench.pictures(replay, 2)
+    assert not replay.replayed
+    assert kept(tmp_path) == []
+    bench.failing = lambda step: None
+    assert bench.pictures(replay, 2) == [False, False]
+    assert "from a plain one" in bench.lines[0], "compared anew, and refused"
+    assert bench.steps.count("close") == bench.steps.count("capture")
+
+
+def test_a_graph_that_cannot_be_launched_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bench = Bench(monkeypatch)
+    replay = bench.replay("on", Verdicts(EngineStore(tmp_path)))
+
+    def fail(step: str) -> None:
+        if step == "launch":
+            raise BackendError("refused", expected="", fix="")
+
+    bench.failing = fail
+    assert bench.pictures(replay, 3) == [False] * 3
+    assert bench.lines == ["rows are not replayed: refused"]
+    assert kept(tmp_path) == [], "the device works: the next process may try again"
+
+
+def test_after_a_graph_that_fails_later_rows_run_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(monkeypatch)
+    replay = bench.replay()
+    assert bench.pictures(replay, 2) == [False, True]
+
+    def fail(step: str) -> None:
+        if step == "launch":
+            raise BackendError("refused", expected="", fix="")
+
+    bench.failing = fail
+    with pytest.raises(BackendError, match="refused"):
+        bench.pictures(replay, 1)
+    assert bench.pictures(replay, 2) == [False, False]
 
 
 def test_what_differs_from_itself_may_differ_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,16 +385,21 @@ def test_a_comparison_that_ends_the_process_is_not_tried_again(
     bench = Bench(monkeypatch)
 
     def fail(step: str) -> None:
-        if step == "launch":
+        lost = "launch" in bench.steps or step == "launch"
+        if lost and "launch" not in bench.steps:
+            bench.steps.append("launch")
+        if lost:
             raise BackendError("an illegal address", expected="", fix="")
 
     bench.failing = fail
     times = iter((1000.0, 1059.0, 1061.0))
     monkeypatch.setattr(verdicts_module, "time", lambda: next(times))
     for _ in range(2):  # 59 seconds later another process may still be at it
+        bench.steps.clear()
         with pytest.raises(BackendError, match="illegal address"):
             bench.pictures(bench.replay(verdicts=Verdicts(store)), 2)
         assert [(item["failed"], item["began"]) for item in kept(tmp_path)] == [(UNFINISHED, 1000)]
+    bench.steps.clear()
     assert bench.pictures(bench.replay("on", verdicts=Verdicts(store)), 3) == [False] * 3
     assert bench.lines == [f"rows are not replayed: {UNFINISHED}"]
 

@@ -8,6 +8,7 @@ be as many times larger as there are rows, and be captured anew for every number
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from time import perf_counter
 from typing import Protocol
 
@@ -19,18 +20,28 @@ from ....engines.spec import Array
 from ....engines.tolerances import NET_RELATIVE_L2, relative_l2
 from .verdicts import Graphs, Verdict, Verdicts
 
-_ROWS = 2  # compared in one go: the second starts from what the first computed, so stale data shows
+_ROWS = 2  # compared in one go: the second has other data, and starts from what the first computed
 
 
-class Row(Protocol):
-    """What is replayed: one row of a program."""
+class Picture(Protocol):
+    """What is drawn by rows that are alike: `rows` of them."""
+
+    rows: int
+
+    def rewind(self) -> None:
+        """Enqueue what brings the state to where the first row begins."""
+        ...
+
+    def feed_row(self, row: int) -> None:
+        """Enqueue what differs from row to row."""
+        ...
 
     def enqueue_row(self) -> None:
-        """Enqueue it."""
+        """Enqueue a row: always the same work."""
         ...
 
     def read_state(self) -> Array:
-        """What it computes, filled at the next `synchronize`."""
+        """What the rows so far have computed, filled at the next `synchronize`."""
         ...
 
 
@@ -71,62 +82,73 @@ class Replay:
         """Whether rows are replayed now."""
         return self._graph is not None
 
-    def begin(self, device: Device, row: Row, restart: Callable[[], None]) -> None:
-        """Decide for the picture that begins now.
-
-        `restart` enqueues what brings the row's state and data to the picture's beginning; the state is there
-        again when this returns.
-        """
+    def begin(self, device: Device, picture: Picture) -> None:
+        """Decide for the picture that begins now, and leave its state where its first row begins."""
         if self._warm and not self._closed and self._graph is None:
-            self._decide(device, row, restart)
-            restart()
+            self._decide(device, picture)
+            picture.rewind()
         self._warm = True
 
-    def enqueue(self, row: Row) -> None:
-        """Enqueue one row, as `begin` decided."""
-        if self._graph is not None:
+    def enqueue(self, picture: Picture) -> None:
+        """Enqueue one row, as `begin` decided. Once a graph cannot be launched, later rows run plainly."""
+        if self._graph is None:
+            picture.enqueue_row()
+            return
+        try:
             self._graph.launch()
-        else:
-            row.enqueue_row()
+        except BackendError:
+            self.close()
+            raise
 
-    def _decide(self, device: Device, row: Row, restart: Callable[[], None]) -> None:
+    def _decide(self, device: Device, picture: Picture) -> None:
         verdict = self._verdicts.find(self._shape)
         if verdict is None:
-            verdict = self._compare(device, row, restart)
+            verdict = self._compare(device, picture)
         elif not verdict.objection(self._graphs):
-            restart()
-            self._graph = self._capture(device, row)
+            self._graph = self._capture(device, picture)
         if verdict is not None and (objection := verdict.objection(self._graphs)):
-            self._log(f"rows are not replayed: {objection}")
-            self.close()
+            self._refuse(objection)
 
-    def _compare(self, device: Device, row: Row, restart: Callable[[], None]) -> Verdict | None:
+    def _compare(self, device: Device, picture: Picture) -> Verdict | None:
         """Run rows plainly, twice, and replayed, all from the picture's beginning. Leaves the graph open.
 
-        None if a row cannot be captured, or computes nothing that can be compared.
+        None if a row cannot be captured or launched, or computes nothing that can be compared.
         """
 
         def run(enqueue: Callable[[], None]) -> tuple[Array, float]:
-            restart()
-            start = row.read_state()
+            picture.rewind()
+            start = picture.read_state()
             device.synchronize()
             began = perf_counter()
-            for _ in range(_ROWS):
+            rows = min(_ROWS, picture.rows)
+            for row in range(rows):
+                picture.feed_row(row)
                 enqueue()
-            state = row.read_state()
+            state = picture.read_state()
             device.synchronize()
-            return state - start, (perf_counter() - began) / _ROWS
+            return state - start, (perf_counter() - began) / rows
 
-        first, _ = run(row.enqueue_row)
-        plain, plain_s = run(row.enqueue_row)
+        first, _ = run(picture.enqueue_row)
+        plain, plain_s = run(picture.enqueue_row)
         if not np.isfinite(plain).all():
             return None  # the request fails for it; a later one may not
         self._verdicts.begin(self._shape)
-        self._graph = self._capture(device, row)
-        if self._graph is None:
-            self._verdicts.forget(self._shape)
-            return None
-        replayed, replayed_s = run(self._graph.launch)
+        with ExitStack() as unless_right:
+            # Of what ends here before its end nothing is known, unless it has taken the device with it.
+            unless_right.callback(self._verdicts.forget, self._shape)
+            if (graph := self._capture(device, picture)) is None:
+                return None
+            unless_right.callback(graph.close)
+            try:
+                replayed, replayed_s = run(graph.launch)
+            except BackendError as error:
+                if not _works(device, picture):
+                    unless_right.pop_all()
+                    raise
+                self._refuse(error.found)
+                return None
+            unless_right.pop_all()
+            self._graph = graph
         verdict = Verdict(
             distance=relative_l2(replayed, plain),
             # libraries that sum in any order are apart from themselves
@@ -137,19 +159,24 @@ class Replay:
         self._verdicts.keep(self._shape, verdict)
         return verdict
 
-    def _capture(self, device: Device, row: Row) -> Graph | None:
+    def _capture(self, device: Device, picture: Picture) -> Graph | None:
         """The graph of a row; None, and no further attempt, if it cannot be captured."""
         # Directly before: in a plain row libraries load kernels and make plans, which a capture forbids.
-        row.enqueue_row()
+        picture.rewind()
+        picture.feed_row(0)
+        picture.enqueue_row()
         device.synchronize()
         try:
             with device.capture() as graphs:
-                row.enqueue_row()
+                picture.enqueue_row()
         except BackendError as error:
-            self._log(f"rows are not replayed: {error.found}")
-            self.close()
+            self._refuse(error.found)
             return None
         return graphs[0]
+
+    def _refuse(self, why: str) -> None:
+        self._log(f"rows are not replayed: {why}")
+        self.close()
 
     def drop(self) -> None:
         """Free the graph; the next picture runs plainly, and the one after may capture again."""
@@ -162,3 +189,13 @@ class Replay:
         """Free the graph; later rows run plainly. May be called twice."""
         self._closed = True
         self.drop()
+
+
+def _works(device: Device, picture: Picture) -> bool:
+    """Whether the device still does what it is told: some errors spoil all later work."""
+    try:
+        picture.rewind()
+        device.synchronize()
+    except BackendError:
+        return False
+    return True

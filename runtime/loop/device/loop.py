@@ -55,6 +55,21 @@ class _RememberedPlan:
     requests_left: int
 
 
+class _Picture:
+    """`cuda_graphs.Picture` of a job, in the programs that it was given."""
+
+    def __init__(self, denoiser: DenoiseProgram, schedule: ScheduleProgram, job: DenoiseJob) -> None:
+        self.denoiser, self._schedule, self._job = denoiser, schedule, job
+        self.rows = len(job.table)
+        self.enqueue_row, self.read_state = denoiser.enqueue_row, denoiser.read_state
+
+    def rewind(self) -> None:
+        self.denoiser.rewind(self._job)
+
+    def feed_row(self, row: int) -> None:
+        self.denoiser.feed_row(self._schedule, row)
+
+
 class DeviceLoop:
     """Implements `job.Loop` over the seam `engines/device.py`. Threads may share it: they take turns.
 
@@ -121,12 +136,12 @@ class DeviceLoop:
         total = len(job.table)
         try:
             with self._lock:
-                self._begin_rows(denoiser, schedule, job)
+                picture = self._begin_rows(denoiser, schedule, job)
             unet_input = job.first
             for index, row in enumerate(job.table.rows()):
                 (stop or NEVER).check(f"before step {index + 1} of {total}")
                 with self._lock, clock.stage("unet"):
-                    self._enqueue_row(denoiser, schedule, index)
+                    self._enqueue_row(picture, index)
                     latent, remembered = denoiser.read_state()
                     self.device.synchronize()
                 check_finite(latent, f"after step {index + 1} of {total}", self._manifest.dtype)
@@ -290,13 +305,8 @@ class DeviceLoop:
             self.device.synchronize()
         return outputs
 
-    def _begin_rows(self, denoiser: DenoiseProgram, schedule: ScheduleProgram, job: DenoiseJob) -> None:
+    def _begin_rows(self, denoiser: DenoiseProgram, schedule: ScheduleProgram, job: DenoiseJob) -> _Picture:
         """Decide whether the rows of one picture are replayed."""
-
-        def restart() -> None:
-            denoiser.rewind(job)
-            denoiser.feed_row(schedule, 0)
-
         if denoiser not in self._replays:
             self._replays[denoiser] = Replay(
                 self._graphs if denoiser.capturable else "off",
@@ -306,12 +316,14 @@ class DeviceLoop:
                 log=self._log,
             )
         self._drop_graphs_of_others(denoiser)
-        self._replays[denoiser].begin(self.device, denoiser, restart)
+        picture = _Picture(denoiser, schedule, job)
+        self._replays[denoiser].begin(self.device, picture)
+        return picture
 
-    def _enqueue_row(self, denoiser: DenoiseProgram, schedule: ScheduleProgram, row: int) -> None:
-        denoiser.feed_row(schedule, row)
-        self._drop_graphs_of_others(denoiser)  # another request may have had its turn since the last row
-        self._replays[denoiser].enqueue(denoiser)
+    def _enqueue_row(self, picture: _Picture, row: int) -> None:
+        picture.feed_row(row)
+        self._drop_graphs_of_others(picture.denoiser)  # others may have had their turn since the last row
+        self._replays[picture.denoiser].enqueue(picture)
 
     def _drop_graphs_of_others(self, denoiser: DenoiseProgram) -> None:
         """Before rows of one shape run: graphs of others that would not outlive them."""
@@ -328,9 +340,9 @@ class DeviceLoop:
             denoiser, schedule, decoder = self._prepare(job, plan, decoder=whole)
         try:
             with clock.stage("enqueue"):
-                self._begin_rows(denoiser, schedule, job)
-                for row in range(len(job.table)):
-                    self._enqueue_row(denoiser, schedule, row)
+                picture = self._begin_rows(denoiser, schedule, job)
+                for row in range(picture.rows):
+                    self._enqueue_row(picture, row)
                 decoded: Mapping[str, Array] = {}
                 if decoder is not None:
                     decoder.take_latent(denoiser)
