@@ -4,6 +4,8 @@ import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -238,6 +240,43 @@ def test_memory_that_runs_out_in_a_stream(package: Package) -> None:
         *_, last = pipe.stream(PROMPT, seed=1, **parameters)
         assert np.isfinite(last.latent).all()
     assert "split the batch" in lines[0]
+
+
+def test_memory_that_runs_out_in_the_first_row_of_a_stream(package: Package) -> None:
+    """Where a library allocates by itself, that is when it does."""
+
+    class Allocating(Hungry):
+        def bind(self, shapes: Shapes, addresses: Addresses, scratch: int) -> Any:
+            bound = self.net.bind(shapes, addresses, scratch)
+
+            def enqueue() -> None:
+                if shapes["latent"][0] > 2:
+                    raise MemoryLimitError("the arena cannot grow", expected="", fix="", culprit="unet")
+                bound.enqueue()
+
+            return SimpleNamespace(enqueue=enqueue, close=bound.close, capturable=True, profile="")
+
+        def scratch(self, shapes: Shapes) -> int:
+            return 0
+
+    lines: list[str] = []
+    wrap = lambda name, net: Allocating(net, 0) if name == "unet" else net  # noqa: E731
+    parameters = {"height": 64, "width": 64, "num_images_per_prompt": 4, "num_inference_steps": 2}
+    with device_pipeline(package, HostDevice(), wrap=wrap, log=lines.append) as (pipe, loop):
+        *_, last = pipe.stream(PROMPT, seed=1, **parameters)
+        assert np.isfinite(last.latent).all()
+        assert not loop.pool.in_use
+    assert {line.partition(": ")[0] for line in lines} == {"out of memory (the arena cannot grow)"}
+    assert "rows=2" in lines[-1]
+
+
+def test_a_pipeline_that_is_closed_in_the_middle_of_a_stream(package: Package) -> None:
+    with device_pipeline(package, HostDevice()) as (pipe, _):
+        steps = pipe.stream(PROMPT, height=64, width=64, num_inference_steps=3)
+        next(steps)
+        pipe.close()
+        with pytest.raises(BackendError, match="closed while a picture was drawn"):
+            next(steps)
 
 
 def test_memory_that_comes_back_is_used_again(package: Package) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 
 from ....engines.backend import MemoryLedger
 from ....engines.device import Device, Shapes
+from ....engines.errors import BackendError
 from ....engines.package import Manifest
 from ....engines.spec import Array
 from ...pictures.tiling import decode_tiled
@@ -59,7 +60,7 @@ class _Picture:
     """`cuda_graphs.Picture` of a job, in the programs that it was given."""
 
     def __init__(self, denoiser: DenoiseProgram, schedule: ScheduleProgram, job: DenoiseJob) -> None:
-        self.denoiser, self._schedule, self._job = denoiser, schedule, job
+        self.denoiser, self.schedule, self._job = denoiser, schedule, job
         self.rows = len(job.table)
         self.enqueue_row, self.read_state = denoiser.enqueue_row, denoiser.read_state
 
@@ -67,7 +68,7 @@ class _Picture:
         self.denoiser.rewind(self._job)
 
     def feed_row(self, row: int) -> None:
-        self.denoiser.feed_row(self._schedule, row)
+        self.denoiser.feed_row(self.schedule, row)
 
 
 class DeviceLoop:
@@ -130,20 +131,19 @@ class DeviceLoop:
 
     def steps(self, job: DenoiseJob, clock: Clock, stop: Stop | None) -> Iterator[State]:
         """Yield the state after every row of the table. Raises as `draw`, and CancelledError."""
-        with self._lock, clock.stage("prepare"):
-            need = _need(job, self._scale)
-            denoiser, schedule, _ = self._fit(need, lambda plan: self._prepare(job, plan, decoder=False))
-        total = len(job.table)
+        need, total = _need(job, self._scale), len(job.table)
+        stop = stop or NEVER
+        stop.check(f"before step 1 of {total}")
+        with self._lock:
+            picture, read = self._fit(need, lambda plan: self._first_row(job, plan, clock))
         try:
-            with self._lock:
-                picture = self._begin_rows(denoiser, schedule, job)
             unet_input = job.first
             for index, row in enumerate(job.table.rows()):
-                (stop or NEVER).check(f"before step {index + 1} of {total}")
-                with self._lock, clock.stage("unet"):
-                    self._enqueue_row(picture, index)
-                    latent, remembered = denoiser.read_state()
-                    self.device.synchronize()
+                if index:
+                    stop.check(f"before step {index + 1} of {total}")
+                    with self._lock, clock.stage("unet"):
+                        read = self._row(picture, index)
+                latent, remembered = read
                 check_finite(latent, f"after step {index + 1} of {total}", self._manifest.dtype)
                 state = State(
                     index=index,
@@ -151,16 +151,17 @@ class DeviceLoop:
                     # the guided output m, solved from what the row remembers of it: h = p*y + q*m
                     prediction=(remembered - row.p * unet_input) / row.q,
                     latent=latent,
-                    profile=denoiser.profile,
+                    profile=picture.denoiser.profile,
                 )
                 yield state
                 if state.latent is not latent:
                     with self._lock:
-                        denoiser.set_latent(state.latent)
+                        self._check_open()
+                        picture.denoiser.set_latent(state.latent)
                 unet_input = state.latent
         finally:
             with self._lock:
-                self.pool.give_back(denoiser, schedule)
+                self.pool.give_back(picture.denoiser, picture.schedule)
 
     def draw(self, job: DenoiseJob, clock: Clock, *, decode: bool) -> Drawn:
         """Denoise and decode, with one synchronisation (more if the decoder is tiled).
@@ -319,6 +320,34 @@ class DeviceLoop:
         picture = _Picture(denoiser, schedule, job)
         self._replays[denoiser].begin(self.device, picture)
         return picture
+
+    def _first_row(self, job: DenoiseJob, plan: MemoryPlan, clock: Clock) -> tuple[_Picture, Array]:
+        """One attempt at the first row: in it libraries allocate."""
+        with clock.stage("prepare"):
+            denoiser, schedule, _ = self._prepare(job, plan, decoder=False)
+        try:
+            with clock.stage("unet"):
+                picture = self._begin_rows(denoiser, schedule, job)
+                return picture, self._row(picture, 0)
+        except BaseException:
+            self.pool.give_back(denoiser, schedule)
+            raise
+
+    def _row(self, picture: _Picture, row: int) -> Array:
+        """Run a row, and wait for the state that it leaves."""
+        self._check_open()
+        self._enqueue_row(picture, row)
+        state = picture.read_state()
+        self.device.synchronize()
+        return state
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BackendError(
+                "the pipeline was closed while a picture was drawn",
+                expected="an open pipeline until its last step",
+                fix="Take all steps inside its `with` block.",
+            )
 
     def _enqueue_row(self, picture: _Picture, row: int) -> None:
         picture.feed_row(row)
