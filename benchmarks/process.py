@@ -147,13 +147,12 @@ class Child(ExitStack):
             self._stdin.close()
 
     def _kill(self) -> None:
-        if self._process.poll() is None:
-            with suppress(ProcessLookupError):  # it ended just now
-                if hasattr(os, "killpg"):
-                    os.killpg(self._process.pid, signal.SIGKILL)
-                else:
-                    self._process.kill()
-            self._process.wait()
+        with suppress(ProcessLookupError, PermissionError):  # all of it has ended
+            if hasattr(os, "killpg"):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            else:
+                self._process.kill()
+        self._process.wait()
 
     def _ending(self) -> str:
         """How it ended, and the last that it printed on stderr."""

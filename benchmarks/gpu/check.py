@@ -5,14 +5,15 @@
     --package demo          a small model, whose pictures can be checked: the shipped one, or a package folder
     --full-size PACKAGE     a large one; by default SD 1.5's skeleton is filled with random weights
     --backends onnxruntime-cuda     also tensorrt and tensorrt-rtx, which build engines first
-    --out FILE              default: gpu_check-<date>.json
+    --out FILE              default: gpu_check-<date>.json, or -2, -3, …
     --table FILE            prints the table of such a document, and runs nothing
 
 Each step is a process of its own with a limit and a log in the folder `<out>-logs`; whatever becomes of it,
 the next one runs. A line is printed for each row, and the document is written again after each: it is whole
 whenever this process is killed. The table at the end is Markdown.
 
-The exit code is 0 only if nothing FAILED, 1 if something did, and 4 where there is no GPU. What cannot run
+The exit code is 0 only if nothing FAILED, 1 if something did, 4 where there is no GPU, and 6 if it was
+stopped (Ctrl-C, SIGTERM), after the table of what was found. What cannot run
 here is "not available", with the reason: that is no failure. Nothing else may use the GPU meanwhile.
 
 The document is one as every verb writes (docs/benchmarks.md). A row's workload is the step, its case has
@@ -49,6 +50,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -59,7 +61,7 @@ from time import perf_counter
 from typing import Any
 
 from ...engines.cuda.facts import available
-from ...engines.errors import BackendError, LatentrtError
+from ...engines.errors import BackendError, CancelledError, LatentrtError, StorageError
 from ...engines.package import Package
 from ...runtime.pipeline import SHIPPED
 from ..machine import clocks
@@ -68,7 +70,7 @@ from ..records import Document, Row, read_document, short
 from ..verbs.latency import describe_model
 from .opener import collect, row_of
 from .plan import BACKENDS, ORT, STEPS, Place, planned
-from .summary import summary
+from .summary import FULL_SIZE, summary
 
 MINUTES = 12.0
 RunStep = Callable[[str, str, float], Iterator[Row]]  # step, backend, seconds it may take
@@ -208,22 +210,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"gpu_check: {reason}. Run it where an NVIDIA GPU and its driver are.", file=sys.stderr)
             return BackendError.exit_code
         package = Package.open(SHIPPED.get(options.package, Path(options.package)))
-        document = _run(options, package)
+        document, stopped = _run(options, package)
     except LatentrtError as error:
         print(f"gpu_check: {error}", file=sys.stderr)
         return error.exit_code
     print(f"\n{summary(document)}\n")
-    return 1 if document.failed else 0
+    return CancelledError.exit_code if stopped else 1 if document.failed else 0
 
 
-def _run(options: Any, package: Package) -> Document:
-    """Run the steps, and write the document whenever it has grown."""
-    plan = planned(options.backends, options.steps)
+def _run(options: Any, package: Package) -> tuple[Document, bool]:
+    """Run the steps, and write the document whenever it has grown; whether somebody stopped it.
+
+    Raises:
+        PackageError: the large model is no package.
+        StorageError: the document cannot be written where it should go.
+    """
+    plan, full_size = planned(options.backends, options.steps), FULL_SIZE
+    if options.full_size:
+        full_size = Package.open(options.full_size).manifest.name
     settings = {"backends": options.backends, "steps": options.steps, "minutes": options.minutes}
+    settings["full_size"] = full_size
     document = Document(benchmark="gpu_check", model=describe_model(package), settings=settings, rows=())
-    out: Path = options.out or Path(f"gpu_check-{document.date[:10]}.json")
+    out: Path = options.out or _unused(f"gpu_check-{document.date[:10]}")
     logs = out.with_name(f"{out.stem}-logs")
-    logs.mkdir(parents=True, exist_ok=True)
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        document.write(out)
+    except OSError as error:
+        raise StorageError(
+            f"{out} cannot be written: {error.strerror}",
+            expected="a folder that this user can write, with room",
+            fix="Name another place: --out FILE",
+        ) from error
+    stopped = False
     with tempfile.TemporaryDirectory() as folder:
         place = Place(
             backend="",
@@ -237,14 +256,28 @@ def _run(options: Any, package: Package) -> Document:
             environment = {"LATENTRT_CACHE": str(Path(folder) / "store"), **STEPS[step].environment}
             return run_step(command, limit, environment, logs / f"{backend}-{step}.log")
 
-        for rows in check(plan, run, limit=60 * options.minutes):
-            document = replace(document, rows=tuple(rows))
-            document.write(out)
+        try:
+            for rows in check(plan, run, limit=60 * options.minutes):
+                document = replace(document, rows=tuple(rows))
+                try:
+                    document.write(out)
+                except OSError as error:  # what is printed is still worth having
+                    print(f"gpu_check: {out} is not up to date: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            stopped = True
+            print("stopped: the table has what was found until now")
     count = Counter(row.status for row in document.rows)
     failures = f"{count['FAILED']} FAILED" if document.failed else "nothing failed"
     print(f"{failures}, {count['ok']} ok, {count['not available']} not available: {out}, logs in {logs}")
-    return document
+    return document, stopped
+
+
+def _unused(name: str) -> Path:
+    """A file that is not there yet: what was measured before stays."""
+    names = (f"{name}{number}.json" for number in ("", *(f"-{count}" for count in range(2, 1000))))
+    return next(path for path in map(Path, names) if not path.exists())
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     raise SystemExit(main())

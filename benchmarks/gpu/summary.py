@@ -8,7 +8,8 @@ from typing import Any
 
 from ..records import Document, Row
 
-_STEP = "SD 1.5 UNet step"
+FULL_SIZE = "SD 1.5"  # the large model, unless another is named
+_STEP, _TORCH = "{model} UNet step", "SD 1.5 UNet step"
 _NOTABLE = (
     "onnxruntime-gpu",
     "torch",
@@ -28,7 +29,10 @@ def summary(document: Document) -> str:
     blocks = [_machine(document)]
     for backend in backends:
         rows = [row for row in document.rows if row.case["backend"] == backend]
-        cells = {label: _cell(rows, step, what, show) for label, step, what, show in _LINES}
+        model = str(document.settings.get("full_size", FULL_SIZE))
+        cells = {
+            label.format(model=model): _cell(rows, step, what, show) for label, step, what, show in _LINES
+        }
         lines = [f"| {label} | {cell} |" for label, cell in cells.items() if cell]
         blocks.append("\n".join([f"| {backend} | |", "|---|---|", *lines, *_failures(rows)]))
     return "\n\n".join(blocks)
@@ -120,18 +124,18 @@ _LINES: Sequence[tuple[str, str, str, Show]] = (
     (f"{_STEP}, replayed", "unet", "unet replayed", _times),
     (f"{_STEP}, not replayed", "unet", "unet plain", _times),
     (f"{_STEP}, layout `plain`", "unet_plain", "unet replayed", _times),
-    (f"{_STEP}, torch eager", "torch_eager", "unet", _times),
-    (f"{_STEP}, torch compiled", "torch_compiled", "unet", _times),
+    (f"{_TORCH}, torch eager", "torch_eager", "unet", _times),
+    (f"{_TORCH}, torch compiled", "torch_compiled", "unet", _times),
     ("demo picture against the CPU's", "picture", "picture", _decibels),
     ("demo nets against the CPU's", "parity", "", _relative_l2),
     ("demo picture, replayed against plain", "graphs", "", _decibels),
-    ("SD 1.5 picture, replayed against plain", "whole", "replayed pictures", _decibels),
-    ("SD 1.5 first picture", "whole", "first picture", _arrival),
-    ("SD 1.5 picture of 20 steps, replayed", "whole", "replayed pictures", _seconds),
-    ("SD 1.5 picture of 20 steps, not replayed", "whole", "plain pictures", _seconds),
-    ("SD 1.5 memory of the device", "whole", "memory", _figures(_MEMORY, "MiB")),
-    ("SD 1.5 decoder", "decoder", "vae_decoder replayed", _times),
-    ("SD 1.5 text encoder", "text_encoder", "text_encoder replayed", _times),
+    ("{model} picture, replayed against plain", "whole", "replayed pictures", _decibels),
+    ("{model} first picture", "whole", "first picture", _arrival),
+    ("{model} picture of 20 steps, replayed", "whole", "replayed pictures", _seconds),
+    ("{model} picture of 20 steps, not replayed", "whole", "plain pictures", _seconds),
+    ("{model} memory of the device", "whole", "memory", _figures(_MEMORY, "MiB")),
+    ("{model} decoder", "decoder", "vae_decoder replayed", _times),
+    ("{model} text encoder", "text_encoder", "text_encoder replayed", _times),
     ("another shape costs", "shapes", "guided, turn 3", _figures({"rebuilt_s": "the first run"}, "s more")),
     (
         "a graph outlives other shapes",

@@ -26,7 +26,7 @@ from latentrt.benchmarks.gpu.summary import summary
 from latentrt.benchmarks.machine import describe_machine
 from latentrt.benchmarks.records import Document, Row, read_document
 from latentrt.engines.cuda.facts import available
-from latentrt.engines.errors import BackendError
+from latentrt.engines.errors import BackendError, CancelledError, StorageError
 from tests.benchmarks.gpu_stand_in import PACKAGE
 
 WITHOUT_GPU = pytest.mark.skipif(available() is None, reason="there is a GPU")
@@ -117,6 +117,62 @@ def test_the_minutes_are_kept(check: Main, tmp_path: Path, capsys: pytest.Captur
     assert [row.workload for row in rows] == [NAMES[0], *NAMES], "the first has a row, the others are told"
     assert {row.reason for row in rows[2:]} == {"no time is left of 2 s"}
     assert capsys.readouterr().out.count("no time is left of 2 s") >= len(NAMES) - 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="process groups are not Windows'")
+def test_what_a_step_has_started_ends_with_it() -> None:
+    """Its child holds the pipe that rows come through."""
+    code = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    began = time.perf_counter()
+    (row,) = run_step([*FAKE, code], 1.0)
+    assert "it did not end within 1 s" in row.reason
+    assert time.perf_counter() - began < 20
+
+
+def test_the_table_is_printed_where_somebody_stops_it(
+    check: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual, steps = gpu_check.run_step, iter(range(3))
+
+    def stopped(*arguments: Any) -> Iterator[Row]:
+        if next(steps) == 2:
+            raise KeyboardInterrupt
+        yield from usual(*arguments)
+
+    monkeypatch.setattr(gpu_check, "run_step", stopped)
+    assert check(PRINTED) == CancelledError.exit_code
+    assert {row.workload for row in read_document(tmp_path / "found.json").rows} == set(NAMES[:2])
+    assert "stopped: the table has what was found until now" in capsys.readouterr().out
+
+
+def test_a_disk_that_is_full_ends_nothing(
+    check: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual, room = Document.write, iter([True, False])
+
+    def write(self: Document, path: Path) -> None:
+        if not next(room, False):
+            raise OSError(28, "No space left on device")
+        usual(self, path)
+
+    monkeypatch.setattr(Document, "write", write)
+    assert check(PRINTED) == 0
+    found = capsys.readouterr()
+    assert all(f" {name} " in found.out for name in NAMES)
+    assert "found.json is not up to date: [Errno 28] No space left on device" in found.err
+    monkeypatch.setattr(
+        Document, "write", lambda self, path: write(self, path)
+    )  # nothing fits from the start
+    assert check(PRINTED) == StorageError.exit_code
+    assert "cannot be written: No space left on device" in capsys.readouterr().err
+
+
+def test_what_was_measured_before_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for expected in ("found.json", "found-2.json", "found-3.json"):
+        path = gpu_check._unused("found")
+        assert path.name == expected
+        path.touch()
 
 
 KILLED = f"""
@@ -254,6 +310,9 @@ def test_a_package_or_a_document_that_is_none(
     monkeypatch.setattr(gpu_check, "available", lambda: None)
     assert gpu_check.main(["--package", str(tmp_path)]) == 3
     assert "manifest.json" in capsys.readouterr().err
+    assert gpu_check.main(["--full-size", str(tmp_path / "misspelt")]) == 3
+    assert not (tmp_path / "misspelt").exists(), "2 GB would go there"
+    assert "misspelt" in capsys.readouterr().err
     assert gpu_check.main(["--table", str(tmp_path / "none.json")]) == 3
     assert "no benchmark document" in capsys.readouterr().err
 

@@ -37,7 +37,7 @@ def document(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Document:
         command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=800, check=False
     )
     assert done.returncode in (0, 1), done.stderr[-2000:]
-    assert "| SD 1.5 UNet step, replayed | " in done.stdout
+    assert "| sd15 UNet step, replayed | " in done.stdout
     return read_document(out)
 
 
