@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
@@ -77,7 +77,14 @@ class Row:
     def from_json(cls, data: Mapping[str, Any]) -> Row:
         """The reverse of `to_json`. Raises KeyError, TypeError or ValueError for other data."""
         rounds = tuple(tuple(float(sample) for sample in turn) for turn in data["rounds"])
-        return cls(**{name: data[name] for name in _FIELDS}, rounds=rounds)
+        row = cls(**{name: data[name] for name in _FIELDS}, rounds=rounds)
+        texts = row.side, row.workload, row.unit, row.reason
+        mappings: tuple[object, ...] = row.case, row.figures, row.stamp
+        if not all(isinstance(item, str) for item in texts) or row.status not in get_args(Status):
+            raise TypeError("a row with a text that is none, or an unknown status")
+        if not all(isinstance(item, dict) for item in mappings):
+            raise TypeError("a row with fields that are no objects")
+        return row
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,7 +61,7 @@ from time import perf_counter
 from typing import Any
 
 from ...engines.cuda.facts import available
-from ...engines.errors import BackendError, CancelledError, LatentrtError, StorageError
+from ...engines.errors import BackendError, CancelledError, LatentrtError, StorageError, UsageError
 from ...engines.package import Package
 from ...runtime.pipeline import SHIPPED
 from ..machine import clocks
@@ -148,9 +148,16 @@ def list_steps() -> str:
     )
 
 
+def _minutes(text: str) -> float:
+    """A number of minutes. Raises ArgumentTypeError for none, ValueError for what is no number."""
+    if not 0 < (minutes := float(text)) < 1e6:
+        raise argparse.ArgumentTypeError("more than 0 minutes, as in --minutes 12")
+    return minutes
+
+
 def _steps(text: str) -> list[str]:
     """The names in a list with commas. Raises ArgumentTypeError for an unknown one."""
-    names = [name for name in text.split(",") if name]
+    names = text.split(",")
     if unknown := [name for name in names if name not in STEPS]:
         raise argparse.ArgumentTypeError(f"there is no step {unknown[0]!r}: --list prints all of them")
     return names
@@ -159,7 +166,7 @@ def _steps(text: str) -> list[str]:
 def _parse(arguments: Sequence[str] | None) -> Any:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--minutes", type=float, default=MINUTES)
+    parser.add_argument("--minutes", type=_minutes, default=MINUTES)
     parser.add_argument("--steps", type=_steps, default=[])
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--package", default="demo")
@@ -222,34 +229,26 @@ def _run(options: Any, package: Package) -> tuple[Document, bool]:
     """Run the steps, and write the document whenever it has grown; whether somebody stopped it.
 
     Raises:
+        UsageError: none of the steps is for any of the backends.
         PackageError: the large model is no package.
         StorageError: the document cannot be written where it should go.
     """
-    plan, full_size = planned(options.backends, options.steps), FULL_SIZE
-    if options.full_size:
-        full_size = Package.open(options.full_size).manifest.name
-    settings = {"backends": options.backends, "steps": options.steps, "minutes": options.minutes}
+    plan = planned(options.backends, options.steps)
+    if not plan:
+        raise UsageError(
+            f"no step of {', '.join(options.steps)} is for {', '.join(options.backends)}",
+            expected="steps of these backends",
+            fix="List them: python -m latentrt.benchmarks.gpu.check --list",
+        )
+    full_size = Package.open(options.full_size).manifest.name if options.full_size else FULL_SIZE
+    settings = {name: getattr(options, name) for name in ("backends", "steps", "minutes")}
     settings["full_size"] = full_size
     document = Document(benchmark="gpu_check", model=describe_model(package), settings=settings, rows=())
-    out: Path = options.out or _unused(f"gpu_check-{document.date[:10]}")
-    logs = out.with_name(f"{out.stem}-logs")
-    try:
-        logs.mkdir(parents=True, exist_ok=True)
-        document.write(out)
-    except OSError as error:
-        raise StorageError(
-            f"{out} cannot be written: {error.strerror}",
-            expected="a folder that this user can write, with room",
-            fix="Name another place: --out FILE",
-        ) from error
+    out, logs = _places(options.out, document)
     stopped = False
     with tempfile.TemporaryDirectory() as folder:
-        place = Place(
-            backend="",
-            package=package.root,
-            full_size=options.full_size or Path(folder) / "sd15",
-            folder=Path(folder),
-        )
+        large = options.full_size or Path(folder) / "sd15"
+        place = Place(backend="", package=package.root, full_size=large, folder=Path(folder))
 
         def run(step: str, backend: str, limit: float) -> Iterator[Row]:
             command = child_arguments(step, replace(place, backend=backend))
@@ -270,6 +269,22 @@ def _run(options: Any, package: Package) -> tuple[Document, bool]:
     failures = f"{count['FAILED']} FAILED" if document.failed else "nothing failed"
     print(f"{failures}, {count['ok']} ok, {count['not available']} not available: {out}, logs in {logs}")
     return document, stopped
+
+
+def _places(given: Path | None, document: Document) -> tuple[Path, Path]:
+    """The file and the folder of logs, which are there now. Raises StorageError."""
+    out = given or _unused(f"gpu_check-{document.date[:10]}")
+    logs = out.with_name(f"{out.stem}-logs")
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        document.write(out)
+    except OSError as error:
+        raise StorageError(
+            f"{out} cannot be written: {error.strerror}",
+            expected="a folder that this user can write, with room",
+            fix="Name another place: --out FILE",
+        ) from error
+    return out, logs
 
 
 def _unused(name: str) -> Path:

@@ -128,10 +128,10 @@ STEPS: Mapping[str, Step] = {
 
 
 def planned(backends: Sequence[str], names: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """What to run, in this order, as (step, backend): the plan, or what is named of it, for every backend."""
+    """What to run, in this order, as (step, backend): the plan, or what is named of it."""
     return [
         (name, backend)
         for backend in backends
         for name, step in STEPS.items()
-        if (name in names if names else backend in step.backends)
+        if backend in step.backends and (not names or name in names)
     ]

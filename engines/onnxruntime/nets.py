@@ -452,7 +452,7 @@ def _open_cuda_session(
             expected="a CUDA device",
             fix="Run on the CPU: --backend onnxruntime",
         )
-    load_libraries()
+    missing = load_libraries() or "it does not say why"
     # The second run of a shape would allocate one block for the pattern that the first one left
     # (github.com/microsoft/onnxruntime/issues/14942), and a capture must not allocate.
     options.enable_mem_pattern = False
@@ -479,7 +479,7 @@ def _open_cuda_session(
     session = open_session(path, options, [(CUDA, of_provider), CPU], culprit=name)
     if CUDA not in session.get_providers():
         raise BackendError(
-            "onnxruntime's CUDA provider did not load, and the CPU would run the net",
+            f"onnxruntime's CUDA provider did not load, and the CPU would run the net ({missing})",
             expected="the CUDA and cuDNN libraries of its own version",
             fix=f"Install them: {install_command('cuda')}",
         )

@@ -76,7 +76,7 @@ def _open(package: Package, name: str, engine: Backend, options: LoopOptions, in
         used = [net for net in nets if net not in _FOR_OTHER_TOOLS]
         device, opened = engine.open_device(package, used, index=index)
         description = engine.describe(index)
-        verdicts = Verdicts(EngineStore(), _replayed(package, description, device))
+        verdicts = Verdicts(EngineStore(), replayed_facts(package, description, device))
         loop = DeviceLoop(device, opened, package.manifest, graphs=options.graphs, verdicts=verdicts)
         return loop, description
     assert isinstance(engine, HostBackend), name
@@ -89,8 +89,16 @@ def _open(package: Package, name: str, engine: Backend, options: LoopOptions, in
         return loop, engine.describe()
 
 
-def _replayed(package: Package, library: str, device: Device) -> dict[str, object]:
+def replayed_facts(package: Package, library: str, device: Device) -> dict[str, object]:
     """All that a verdict on replayed rows holds for, besides their shape."""
+    from ...engines.onnxruntime.lowering.lower import REVISION
+
     files = package.manifest.files
     graphs = {net: files[file.graph].sha256 for net, file in package.manifest.nets.items()}
-    return {"latentrt": latentrt_version(), "library": library, "device": device.kind, "graphs": graphs}
+    return {
+        "latentrt": latentrt_version(),
+        "library": library,
+        "lowering": REVISION,
+        "device": device.kind,
+        "graphs": graphs,
+    }

@@ -26,7 +26,7 @@ from latentrt.benchmarks.gpu.summary import summary
 from latentrt.benchmarks.machine import describe_machine
 from latentrt.benchmarks.records import Document, Row, read_document
 from latentrt.engines.cuda.facts import available
-from latentrt.engines.errors import BackendError, CancelledError, StorageError
+from latentrt.engines.errors import BackendError, CancelledError, StorageError, UsageError
 from tests.benchmarks.gpu_stand_in import PACKAGE
 
 WITHOUT_GPU = pytest.mark.skipif(available() is None, reason="there is a GPU")
@@ -58,6 +58,14 @@ def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Main:
 
 # ── a step that ends badly ─────────────────────────────────────────────────────────────────────────
 
+ROW = Row(side="latentrt", workload="a").to_json()
+
+
+def odd(field: str, value: Any) -> str:
+    """Code that prints a row with something else in a field."""
+    return f"print({json.dumps({**ROW, field: value})!r}, flush=True)"
+
+
 BADLY = {
     "an exception": ("1 / 0", "it ended with exit code 1: Traceback", "ZeroDivisionError"),
     "a crash": (
@@ -70,6 +78,8 @@ BADLY = {
     "a hang": ("import time; time.sleep(60)", "it did not end within 0 s", ""),
     "an exit code": ("raise SystemExit(3)", "it ended with exit code 3", ""),
     "no row": ("print('{', flush=True)", "it wrote a line that is no row: '{'", ""),
+    "a row of another kind": (odd("case", None), "it wrote a line that is no row", ""),
+    "a status": (odd("status", "well"), "it wrote a line that is no row", ""),
 }
 
 
@@ -211,7 +221,7 @@ def test_the_plan() -> None:
     assert NAMES[-1] == "outlived", "what may end the process comes last"
     assert NAMES.index("unet") < NAMES.index("whole") < NAMES.index("unet_plain")
     named = planned(BACKENDS[:2], ["parity", "smoke"])
-    assert named == [("smoke", ORT), ("parity", ORT), ("smoke", "tensorrt"), ("parity", "tensorrt")]
+    assert named == [("smoke", ORT), ("parity", ORT), ("parity", "tensorrt")]
     assert [name for name, _ in planned(["tensorrt"])] == [
         *("environment", "build", "picture", "placement", "parity", "graphs")
     ]
@@ -230,6 +240,38 @@ def test_steps_can_be_named_and_listed(
     with pytest.raises(SystemExit):
         gpu_check.main(["--steps", "whole,abacus"])
     assert "there is no step 'abacus': --list prints all of them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--minutes", "nan"], ["--minutes", "-1"], ["--minutes", "soon"], ["--steps", ","]]
+)
+def test_options_that_mean_nothing(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main(arguments)
+    assert ended.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_steps_that_are_for_no_backend(check: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(PRINTED, "--backends", "tensorrt", "--steps", "unet") == UsageError.exit_code
+    assert "no step of unet is for tensorrt" in capsys.readouterr().err
+
+
+def test_a_steps_process_has_its_variables(check: Main, tmp_path: Path) -> None:
+    code = "import os; assert os.environ.get('CUDA_MODULE_LOADING') == 'EAGER', 'loaded lazily'; " + PRINTED
+    check(code, "--steps", "eager_loading,unet")
+    ended = {row.workload: row.status for row in read_document(tmp_path / "found.json").rows}
+    assert ended == {"unet": "FAILED", "eager_loading": "ok"}
+
+
+def test_torch_is_compiled_in_a_mode_that_takes_minutes_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """max-autotune tunes for longer than a GPU is borrowed."""
+    modes = list[str]()
+    monkeypatch.setattr(plan, "torch_unet", lambda mode: modes.append(mode) or iter(()))
+    place = Place(backend=ORT, package=Path(), full_size=Path(), folder=Path())
+    for name in ("torch_eager", "torch_compiled"):
+        list(STEPS[name].run(place))
+    assert modes == ["", "reduce-overhead"]
 
 
 def test_every_step_is_described() -> None:

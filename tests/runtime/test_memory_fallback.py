@@ -15,7 +15,7 @@ from latentrt.engines.device import Addresses, BoundNet, DeviceNet, Shapes
 from latentrt.engines.errors import BackendError, MemoryLimitError
 from latentrt.engines.package import Package
 from latentrt.engines.spec import NetSpec
-from latentrt.runtime.loop.device.memory_fallback import MemoryNeed, MemoryPlan, fit_in_memory
+from latentrt.runtime.loop.device.memory_fallback import MemoryNeed, MemoryPlan, equal_rows, fit_in_memory
 from tests.engines.host_device import HostDevice
 from tests.runtime.device_bench import device_pipeline
 
@@ -230,6 +230,14 @@ def test_idle_contexts_go_first(package: Package) -> None:
 def test_refused_with_the_numbers(package: Package) -> None:
     with pytest.raises(MemoryLimitError, match=r"1 x 64x64 does not fit.*MiB of .* free on host memory"):
         _draw(package, 300_000, {}, [{"height": 64, "width": 64}])
+
+
+@pytest.mark.parametrize(
+    ("batch", "most", "rows"), [(10, 3, 2), (8, 8, 8), (8, 4, 4), (6, 4, 3), (7, 4, 1), (2, 1, 1), (4, 9, 4)]
+)
+def test_calls_of_a_split_batch_are_equal(batch: int, most: int, rows: int) -> None:
+    """10 rows of which 3 fit are not 3, 3, 3 and 1: a convolution remembers one shape."""
+    assert equal_rows(batch, most) == rows
 
 
 def test_memory_that_runs_out_in_a_stream(package: Package) -> None:

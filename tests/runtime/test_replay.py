@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import numpy as np
 import pytest
 
 from latentrt.engines.errors import BackendError, MemoryLimitError
+from latentrt.engines.installed import latentrt_version
+from latentrt.engines.onnxruntime.lowering.lower import REVISION
 from latentrt.engines.package import Package
 from latentrt.engines.store.engine_store import EngineStore
 from latentrt.runtime.loop.device import cuda_graphs
 from latentrt.runtime.loop.device import verdicts as verdicts_module
 from latentrt.runtime.loop.device.cuda_graphs import Replay
 from latentrt.runtime.loop.device.verdicts import UNFINISHED, Verdict, Verdicts
+from latentrt.runtime.loop.open import replayed_facts
 from tests.engines.host_device import HostDevice
 from tests.runtime.device_bench import device_pipeline
 
@@ -96,6 +100,29 @@ def test_a_graph_does_not_outlive_another_shape(package: Package) -> None:
         np.testing.assert_array_equal(np.asarray(last.preview()[0]), wanted[0])
 
 
+def test_a_graph_does_not_outlive_another_requests_row(package: Package) -> None:
+    """Two streams in turns: the other one's row has taken the plans."""
+    device = HostDevice()
+    wide = {**SMALL, "width": 96}
+    with device_pipeline(package, device, graphs="on") as (pipe, loop):
+        for _ in range(2):
+            wanted = pipe(PROMPT, **wide, seed=1).images
+        small = pipe.stream(PROMPT, **SMALL)
+        next(small)
+        other = pipe.stream(PROMPT, **wide, seed=1)
+        next(other)
+        *_, last = pipe.stream(PROMPT, **wide, seed=1)  # captured again, as its second picture
+        third = pipe.stream(PROMPT, **wide, seed=1)
+        next(third)
+        assert loop.replays
+        next(small)
+        assert not loop.replays
+        launches = device.launches
+        *_, last = third
+        assert device.launches == launches
+        np.testing.assert_array_equal(np.asarray(last.preview()[0]), wanted[0])
+
+
 def test_graphs_that_outlive_other_shapes_stay(package: Package) -> None:
     def lasting(name: str, net: Any) -> Any:
         net.graphs_outlive_other_shapes = True
@@ -134,10 +161,10 @@ class Bench:
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, *, plain_s: float = 1.0, graph_s: float = 0.5
     ) -> None:
-        self.state, self.row = np.ones(4), 0
+        self.state, self.row, self.fed = np.ones(4), 0, 0
         self.now, self.plain_s, self.graph_s = 0.0, plain_s, graph_s
         self.graph_error = self.noise = 0.0
-        self.baked: int | None = None  # the row that the graph computes, whichever it is fed
+        self.keeps = False  # whether the graph computes with what was fed when it was recorded
         self.steps = list[str]()
         self.lines = list[str]()
         self.failing: Callable[[str], None] = lambda step: None
@@ -153,6 +180,9 @@ class Bench:
 
     def feed_row(self, row: int) -> None:
         self.row = row
+
+    def blank_row(self) -> None:
+        self.row = -1
 
     def enqueue_row(self) -> None:
         self._step("plain")
@@ -171,6 +201,7 @@ class Bench:
     def capture(self) -> Generator[list[Any]]:
         graphs = list[Any]()
         self._step("capture")
+        self.fed = self.row
         before, now = self.state, self.now
         yield graphs
         self.state, self.now = before, now  # recorded, not run
@@ -180,7 +211,7 @@ class Bench:
     def launch(self) -> None:
         self._step("launch")
         self.now += self.graph_s
-        self.state = self.state * 2 + (self.row if self.baked is None else self.baked) + self.graph_error
+        self.state = self.state * 2 + (self.fed if self.keeps else self.row) + self.graph_error
 
     def close(self) -> None:
         self._step("close")
@@ -248,16 +279,32 @@ def test_a_replay_that_computes_something_else_is_not_used(
 
 
 def test_a_graph_that_computes_always_the_same_row_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench(monkeypatch)
-    bench.baked = 0
-    assert bench.pictures(bench.replay("on"), 3) == [False] * 3
-    assert "from a plain one" in bench.lines[0]
+    for rows in (3, 1):
+        bench = Bench(monkeypatch)
+        bench.keeps, bench.rows = True, rows
+        assert bench.pictures(bench.replay("on"), 3) == [False] * 3
+        assert "from a plain one" in bench.lines[0]
 
 
 def test_pictures_of_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(monkeypatch)
     bench.rows = 1
     assert bench.pictures(bench.replay(), 3) == [False, True, True]
+
+
+@pytest.mark.parametrize("glitch", [3.0, np.nan])
+def test_one_glitch_excuses_no_wrong_graph(monkeypatch: pytest.MonkeyPatch, glitch: float) -> None:
+    bench = Bench(monkeypatch)
+    bench.graph_error = 0.5
+    good, runs = bench.enqueue_row, iter(range(1000))
+
+    def now_and_then() -> None:
+        good()
+        if next(runs) == 3:  # of the first picture's three rows, then the first that is compared
+            bench.state = bench.state + glitch
+
+    monkeypatch.setattr(bench, "enqueue_row", now_and_then)
+    assert bench.pictures(bench.replay("on"), 3)[-1] is False
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryLimitError("no room", expected="", fix="")])
@@ -460,3 +507,22 @@ def test_a_store_that_cannot_be_written(tmp_path: Path) -> None:
     assert verdicts.find("a") == Verdict()
     verdicts.forget("a")
     assert verdicts.find("a") is None
+
+
+def test_what_a_verdict_holds_for(package: Package) -> None:
+    """Another GPU, driver, library, release or graph may replay something else."""
+    known = replayed_facts(package, "onnxruntime 1.31.1 CUDA", HostDevice())
+    assert known == replayed_facts(package, "onnxruntime 1.31.1 CUDA", HostDevice())
+    other_device = HostDevice()
+    other_device.kind = "NVIDIA L4, 58 SMs, 24 GiB, driver 580.82.07"
+    graph = package.manifest.nets["unet"].graph
+    files = {**package.manifest.files, graph: replace(package.manifest.files[graph], sha256="0" * 64)}
+    other_graph = replace(package, manifest=replace(package.manifest, files=files))
+    others = [
+        replayed_facts(package, "onnxruntime 1.32.0 CUDA", HostDevice()),
+        replayed_facts(package, "onnxruntime 1.31.1 CUDA", other_device),
+        replayed_facts(other_graph, "onnxruntime 1.31.1 CUDA", HostDevice()),
+    ]
+    assert known not in others
+    assert known["latentrt"] == latentrt_version()
+    assert REVISION in known.values(), "how graphs are lowered"

@@ -62,7 +62,8 @@ class _Picture:
     def __init__(self, denoiser: DenoiseProgram, schedule: ScheduleProgram, job: DenoiseJob) -> None:
         self.denoiser, self.schedule, self._job = denoiser, schedule, job
         self.rows = len(job.table)
-        self.enqueue_row, self.read_state = denoiser.enqueue_row, denoiser.read_state
+        self.enqueue_row, self.blank_row = denoiser.enqueue_row, denoiser.blank_row
+        self.read_state = denoiser.read_state
 
     def rewind(self) -> None:
         self.denoiser.rewind(self._job)

@@ -472,6 +472,10 @@ class DenoiseProgram(BoundProgram):
         if schedule.draws:
             device.copy(block.address("noise"), schedule.noise_address(row), block.place("noise").size)
 
+    def blank_row(self) -> None:
+        """Zeros in place of the row that `feed_row` has copied in."""
+        self.block.upload("packed", np.zeros(self.block.place("packed").shape, np.uint8))
+
     def enqueue_row(self) -> None:
         """Run UNet and row update, at the same addresses every time: this is what a CUDA graph captures."""
         block, device = self.block, self._device
