@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from ....engines.device import Device, Graph
-from ....engines.errors import BackendError
+from ....engines.errors import BackendError, MemoryLimitError
 from ....engines.spec import Array
 from ....engines.tolerances import NET_RELATIVE_L2, relative_l2
 from .verdicts import Graphs, Verdict, Verdicts
@@ -102,7 +102,7 @@ class Replay:
             return
         try:
             self._graph.launch()
-        except BackendError:
+        except (BackendError, MemoryLimitError):
             self.close()
             raise
 
@@ -148,7 +148,7 @@ class Replay:
             unless_right.callback(graph.close)
             try:
                 replayed, replayed_s = run(graph.launch)
-            except BackendError as error:
+            except (BackendError, MemoryLimitError) as error:
                 if not _works(device, picture):
                     unless_right.pop_all()
                     raise
