@@ -291,8 +291,8 @@ def gpu(
     """What only a GPU can show, in the order of what it is worth. Exit code 4: there is none."""
     from ..benchmarks.gpu.check import main
 
-    where = ["--out", str(out)] if out else []
-    raise Exit(main(["--package", package, "--minutes", str(minutes), "--steps", steps, *where]))
+    where = [*(["--steps", steps] if steps else []), *(["--out", str(out)] if out else [])]
+    raise Exit(main(["--package", package, "--minutes", str(minutes), *where]))
 
 
 @bench.command()

@@ -23,7 +23,7 @@ from ...engines.device import Device
 from ...engines.errors import BackendError, LatentrtError
 from ...engines.onnxruntime.lowering.lower import lower
 from ...engines.onnxruntime.nets import open_onnxruntime_net
-from ...engines.onnxruntime.tuning.choice import TUNED_NETS
+from ...engines.onnxruntime.tuning.cuda_layouts import LOWERED_NETS
 from ...engines.package import Manifest, Package
 from ...engines.spec import Array
 from ...engines.tensorrt.build import built_nets
@@ -156,7 +156,8 @@ def _open_nets(
     with ExitStack() as stack, TemporaryDirectory() as folder:
         stack.callback(device.close)
         for name in nets:
-            lowered = lower(package, name, Path(folder)) if layout == "nhwc" and name in TUNED_NETS else None
+            made = layout == "nhwc" and name in LOWERED_NETS  # as a user has them
+            lowered = lower(package, name, Path(folder)) if made else None
             opened[name] = open_onnxruntime_net(package, name, device, graph=lowered, settings=settings)
             stack.callback(opened[name].close)
         stack.pop_all()

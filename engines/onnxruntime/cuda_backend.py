@@ -1,8 +1,8 @@
 """ONNX Runtime on CUDA as a backend: nets on a device, each in the fastest layout that is known.
 
 Opening never measures. It takes what `latentrt build PACKAGE --backend onnxruntime-cuda` has left in the
-engine store (`tuning/cuda.py`), and without that lowers the package's graph to `nhwc`: a third of the kernels
-of `plain`, because GroupNormalization has no kernel there and falls apart into 25.
+engine store (`tuning/cuda.py`), and without that lowers the package's graph to `nhwc`, which has far fewer
+kernels than `plain`: there GroupNormalization has none of its own, and falls apart into 25.
 
 "auto" asks this backend first at every start, so the modules of CUDA and of the store are imported only where
 ONNX Runtime has a CUDA provider.
@@ -56,8 +56,8 @@ class OnnxRuntimeCudaBackend:
     ) -> tuple[Device, Mapping[str, DeviceNet]]:
         """A device of the caller's own, and nets of the package on it.
 
-        UNet and decoder are opened in the layout that was measured as the fastest here; where nothing was, in
-        `nhwc`, which is made now. A line is logged where neither can be.
+        UNet and decoder are opened in the layout that was measured as the fastest here; where nothing was,
+        they are in `nhwc`, as encoders always are, which is made now. A line is logged where it cannot be.
 
         Args:
             package: the package.

@@ -74,8 +74,8 @@ def _open(package: Package, name: str, engine: Backend, options: LoopOptions, in
         from .device.verdicts import Verdicts
 
         used = [net for net in nets if net not in _FOR_OTHER_TOOLS]
-        device, opened = engine.open_device(package, used, index=index)
         description = engine.describe(index)
+        device, opened = engine.open_device(package, used, index=index)
         verdicts = Verdicts(EngineStore(), replayed_facts(package, description, device))
         loop = DeviceLoop(device, opened, package.manifest, graphs=options.graphs, verdicts=verdicts)
         return loop, description

@@ -19,6 +19,8 @@ from latentrt.benchmarks.verbs.latency import Sides, silent
 from latentrt.benchmarks.verbs.scaling import AXES
 from latentrt.cli.bench import device_of
 from latentrt.engines.backend import choose_backend
+from latentrt.engines.cuda.facts import available
+from latentrt.engines.errors import BackendError
 from latentrt.engines.package import Package
 from latentrt.engines.processors import usable_processors
 from latentrt.runtime.pipeline import SHIPPED
@@ -151,11 +153,16 @@ def test_the_gpu_check_is_a_verb(bench: Any, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("latentrt.benchmarks.gpu.check.main", lambda arguments: calls.append(arguments) or 4)
     assert bench("gpu", "--minutes", "3", "--steps", "unet,whole", "--out", "x.json")[0] == 4
     assert bench("gpu")[0] == 4
-    usual = "--package demo --minutes {} --steps {}"
     assert calls == [
-        [*usual.format(3.0, "unet,whole").split(), "--out", "x.json"],
-        [*usual.format(12.0, "").split(), ""],
+        ["--package", "demo", "--minutes", "3.0", "--steps", "unet,whole", "--out", "x.json"],
+        ["--package", "demo", "--minutes", "12.0"],
     ]
+
+
+@pytest.mark.skipif(available() is None, reason="there is a GPU")
+@pytest.mark.parametrize("arguments", [[], ["--steps", "unet"], ["--minutes", "3"]])
+def test_the_gpu_check_understands_what_the_verb_passes(bench: Any, arguments: list[str]) -> None:
+    assert bench("gpu", *arguments)[0] == BackendError.exit_code
 
 
 def test_torchs_mode_is_passed_on(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:

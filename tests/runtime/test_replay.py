@@ -66,6 +66,8 @@ def test_what_cannot_be_captured_runs_plainly_and_says_why_once(package: Package
     lines: list[str] = []
     with device_pipeline(package, device, graphs="on", log=lines.append) as (pipe, _):
         pictures = [pipe(PROMPT, **SMALL, seed=1).images for _ in range(4)]
+        for _ in range(2):
+            pipe(PROMPT, **{**SMALL, "width": 96})
     for picture in pictures[1:]:
         np.testing.assert_array_equal(picture, pictures[0])
     assert device.launches == 0
@@ -156,7 +158,7 @@ def test_host_memory_refuses_a_capture_out_of_order(package: Package) -> None:
 class Bench:
     """A row that doubles its state, and adds its number, plainly and as a graph, on a clock of its own."""
 
-    rows = 3
+    rows, capturable = 3, True
 
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, *, plain_s: float = 1.0, graph_s: float = 0.5
@@ -284,6 +286,14 @@ def test_a_graph_that_computes_always_the_same_row_is_not_used(monkeypatch: pyte
         bench.keeps, bench.rows = True, rows
         assert bench.pictures(bench.replay("on"), 3) == [False] * 3
         assert "from a plain one" in bench.lines[0]
+
+
+def test_a_library_that_says_no_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(monkeypatch)
+    bench.capturable = False
+    assert bench.pictures(bench.replay("on"), 3) == [False] * 3
+    assert bench.lines == ["rows are not replayed: the library says that its runs cannot be captured"]
+    assert "capture" not in bench.steps
 
 
 def test_pictures_of_one_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ class Picture(Protocol):
     """What is drawn by rows that are alike: `rows` of them."""
 
     rows: int
+    capturable: bool  # whether the libraries say that a row can be
 
     def rewind(self) -> None:
         """Enqueue what brings the state to where the first row begins."""
@@ -107,6 +108,9 @@ class Replay:
             raise
 
     def _decide(self, device: Device, picture: Picture) -> None:
+        if not picture.capturable:
+            self._refuse("the library says that its runs cannot be captured")
+            return
         verdict = self._verdicts.find(self._shape)
         if verdict is None:
             verdict = self._compare(device, picture)

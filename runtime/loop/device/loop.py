@@ -61,7 +61,7 @@ class _Picture:
 
     def __init__(self, denoiser: DenoiseProgram, schedule: ScheduleProgram, job: DenoiseJob) -> None:
         self.denoiser, self.schedule, self._job = denoiser, schedule, job
-        self.rows = len(job.table)
+        self.rows, self.capturable = len(job.table), denoiser.capturable
         self.enqueue_row, self.blank_row = denoiser.enqueue_row, denoiser.blank_row
         self.read_state = denoiser.read_state
 
@@ -105,6 +105,7 @@ class DeviceLoop:
         self._plans: dict[MemoryNeed, _RememberedPlan] = {}
         self._replays: dict[BoundProgram, Replay] = {}
         self._ran_last: BoundProgram | None = None  # of those with rows
+        self._logged = set[str]()
         self._closed = False
 
     @property
@@ -311,16 +312,22 @@ class DeviceLoop:
         """Decide whether the rows of one picture are replayed."""
         if denoiser not in self._replays:
             self._replays[denoiser] = Replay(
-                self._graphs if denoiser.capturable else "off",
+                self._graphs,
                 dtype=self._manifest.dtype,
                 shape=f"{denoiser.shape}, {denoiser.profile}",
                 verdicts=self._verdicts,
-                log=self._log,
+                log=self._log_once,
             )
         self._drop_graphs_of_others(denoiser)
         picture = _Picture(denoiser, schedule, job)
         self._replays[denoiser].begin(self.device, picture)
         return picture
+
+    def _log_once(self, line: str) -> None:
+        """What is said of one shape goes for others too, mostly."""
+        if line not in self._logged:
+            self._logged.add(line)
+            self._log(line)
 
     def _first_row(self, job: DenoiseJob, plan: MemoryPlan, clock: Clock) -> tuple[_Picture, Array]:
         """One attempt at the first row: in it libraries allocate."""
