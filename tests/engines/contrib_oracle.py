@@ -17,8 +17,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
-from onnx import helper, parser
+from onnx import helper, parser, shape_inference
+
+from latentrt.engines.onnxruntime.lowering.lower import lower_model
 
 DOMAIN = "oracle"  # ONNX Runtime prefers its own schema in com.microsoft to a function of the model
 
@@ -120,6 +123,26 @@ def executable(model: onnx.ModelProto) -> onnx.ModelProto:
     copy.functions.extend(map(parser.parse_function, _FUNCTIONS.values()))
     copy.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     return copy
+
+
+def typed(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A graph whose values have types and no shapes, like a package's."""
+    model = shape_inference.infer_shapes(model)
+    known = {value.name for value in (*model.graph.value_info, *model.graph.output)}
+    kind = model.graph.input[0].type.tensor_type.elem_type
+    for value in model.graph.value_info:
+        value.type.tensor_type.ClearField("shape")
+    for node in model.graph.node:  # inference stops behind GroupNormalization
+        if node.output[0] not in known and node.op_type not in ("Shape", "Constant", "Concat"):
+            model.graph.value_info.append(helper.make_tensor_value_info(node.output[0], kind, None))
+    return model
+
+
+def lowering(model: onnx.ModelProto) -> onnx.ModelProto:
+    """What `lower_model` makes of a graph."""
+    changed = ir.from_proto(model)
+    lower_model(changed)
+    return ir.to_proto(changed)
 
 
 def session(model: onnx.ModelProto, weights: Path | None = None) -> ort.InferenceSession:

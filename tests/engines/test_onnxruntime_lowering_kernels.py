@@ -12,11 +12,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from onnx import helper, numpy_helper, parser, shape_inference
+from onnx import numpy_helper, parser
 
-from latentrt.engines.onnxruntime.lowering.lower import REVISION, lower_model
+from latentrt.engines.onnxruntime.lowering.lower import REVISION
 from latentrt.engines.onnxruntime.lowering.shapes import Dims, Flat, Size, shapes_of
-from tests.engines.contrib_oracle import attribute, executable, relative_l2, session
+from tests.engines.contrib_oracle import attribute, executable, lowering, relative_l2, session, typed
 
 KINDS = {"float": np.float32, "float16": np.float16, "double": np.float64}
 BARS = {"float": 1e-5, "float16": 3e-3}  # relative L2; fp16 rounds in other places
@@ -61,21 +61,7 @@ def graph(
     if "quarter" in body:
         quarter = np.array(0.25, KINDS[dtype])
         model.graph.initializer.append(numpy_helper.from_array(quarter, "quarter"))
-    typed = shape_inference.infer_shapes(model)
-    known = {value.name for value in typed.graph.value_info} | set(outputs)
-    kind = typed.graph.input[0].type.tensor_type.elem_type
-    for value in typed.graph.value_info:
-        value.type.tensor_type.ClearField("shape")
-    for node in typed.graph.node:  # inference stops behind GroupNormalization
-        if node.output[0] not in known and node.op_type not in ("Shape", "Constant", "Concat"):
-            typed.graph.value_info.append(helper.make_tensor_value_info(node.output[0], kind, None))
-    return typed
-
-
-def lowering(model: onnx.ModelProto) -> onnx.ModelProto:
-    changed = ir.from_proto(model)
-    lower_model(changed)
-    return ir.to_proto(changed)
+    return typed(model)
 
 
 def computed(model: onnx.ModelProto) -> list[str]:

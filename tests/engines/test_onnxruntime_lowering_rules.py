@@ -4,12 +4,10 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
-from onnx import TensorProto, helper, numpy_helper, parser, shape_inference
+from onnx import TensorProto, numpy_helper, parser
 
-from latentrt.engines.onnxruntime.lowering.lower import lower_model
-from tests.engines.contrib_oracle import attribute, executable, relative_l2, session
+from tests.engines.contrib_oracle import attribute, executable, lowering, relative_l2, session, typed
 
 
 def small(
@@ -29,21 +27,7 @@ def small(
     for name, shape in weights.items():
         array = rng.uniform(-1, 1, shape).astype(kind)
         model.graph.initializer.append(numpy_helper.from_array(array, name))
-    typed = shape_inference.infer_shapes(model)
-    for value in typed.graph.value_info:
-        value.type.tensor_type.ClearField("shape")
-    known = {value.name for value in typed.graph.value_info} | {"y"}
-    element = typed.graph.input[0].type.tensor_type.elem_type
-    for node in typed.graph.node:  # inference stops behind GroupNormalization
-        if node.output[0] not in known and node.op_type not in ("Shape", "Constant"):
-            typed.graph.value_info.append(helper.make_tensor_value_info(node.output[0], element, None))
-    return typed
-
-
-def lowering(model: onnx.ModelProto) -> onnx.ModelProto:
-    changed = ir.from_proto(model)
-    lower_model(changed)
-    return ir.to_proto(changed)
+    return typed(model)
 
 
 def check(model: onnx.ModelProto, operators: list[str], *, bar: float = 1e-5, run: bool = True) -> None:
