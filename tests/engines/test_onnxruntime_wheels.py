@@ -138,7 +138,7 @@ def test_auto_goes_on_where_the_best_does_not_open(
         raise broken
 
     monkeypatch.setattr(OnnxRuntimeCudaBackend, "refusal", lambda self: None)
-    monkeypatch.setattr(OnnxRuntimeCudaBackend, "describe", lambda self: "a GPU")
+    monkeypatch.setattr(OnnxRuntimeCudaBackend, "describe", lambda self, index=0: "a GPU")
     monkeypatch.setattr(OnnxRuntimeCudaBackend, "open_device", fails)
     with Pipeline.open("demo", threads=1) as pipe:
         assert pipe.backend == ONNXRUNTIME.describe()
