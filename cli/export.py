@@ -16,7 +16,7 @@ from ..engines.installed import install_command
 from .progress import progress_bar
 
 if TYPE_CHECKING:
-    from ..export.precision import Found
+    from ..checkpoints.precision.islands import Found
     from ..export.verify import Comparison
 
 

@@ -18,20 +18,21 @@ from typing import Any, Literal, cast
 import onnx_ir as ir
 import torch
 
+from ..checkpoints.beside import beside, put
+from ..checkpoints.files.open import Checkpoint
+from ..checkpoints.graphs import weights
+from ..checkpoints.graphs.hoist import hoist
+from ..checkpoints.graphs.step import write_step
+from ..checkpoints.precision.calibration import Calibration
+from ..checkpoints.precision.islands import Found, find_islands, island_names, upcast_attention
 from ..engines import spec
 from ..engines.errors import StorageError, UsageError
 from ..engines.package import MANIFEST, NetFile, Package, write_manifest
 from ..engines.processors import usable_processors
-from .beside import beside, put
-from .checkpoint.open import Checkpoint
-from .graphs import passes, weights
-from .graphs.hoist import hoist
-from .graphs.step import write_step
+from .graphs import passes
 from .graphs.to_onnx import to_onnx
 from .manifest import make_manifest, request_defaults
 from .nets.build import NETS, components
-from .nets.calibration import Calibration
-from .precision import Found, find_islands, island_names, upcast_attention
 from .verify import Comparison, verify_component
 
 Dtype = Literal["fp16", "fp32"]
@@ -193,7 +194,7 @@ def _write_graphs(
     files: dict[str, NetFile] = {}
     for name, (graph, boundary) in graphs.items():
         path = f"{component}/{_FILES.get(name, 'model')}.onnx"
-        passes.forget_shapes(graph)
+        weights.forget_shapes(graph)
         cast(Any, ir).save(graph, folder / path)
         files[name] = NetFile(
             graph=path,

@@ -11,13 +11,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ..checkpoints.files.open import Checkpoint
+from ..checkpoints.precision.calibration import colour_fields
 from ..engines import spec
 from ..engines.errors import DAMAGED_WEIGHTS, CheckpointError, NumericError
 from ..engines.lfs import refuse_pointer
 from ..engines.package import Defaults, Manifest, NetFile
-from .checkpoint.open import Checkpoint
 from .nets.build import NETS
-from .nets.calibration import colour_fields
 
 _PRODUCERS = ("latentrt", "torch", "diffusers", "transformers", "onnxscript")
 # What `latent_rgb` is fitted to: so many pictures, of so many latent cells a side.

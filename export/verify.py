@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..checkpoints.files.open import Checkpoint
+from ..checkpoints.precision.calibration import token_ids
+from ..checkpoints.precision.islands import open_session
 from ..engines.errors import EXPORT_IN_FP32, NumericError
 from ..engines.package import NetFile
 from ..engines.spec import TEXT_ENCODERS, VECTORS, Array
 from ..engines.tolerances import DECODED_DB, NET_RELATIVE_L2
-from .checkpoint.open import Checkpoint
 from .graphs.to_onnx import example
 from .nets.build import NETS
-from .nets.calibration import token_ids
-from .precision import open_session
 
 # Not the sizes that were traced: a size frozen into the graph shows.
 _SIZES: Mapping[str, int] = {"B": 2, "N": 1, "P": 2, "T": 77, "H/8": 24, "W/8": 40, "H": 192, "W": 320}

@@ -16,11 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # folder -> folders it may import from, besides itself
 ARROWS = {
     "engines": set[str](),
-    "runtime": {"engines"},
-    "export": {"engines"},
+    "checkpoints": {"engines"},
+    "runtime": {"engines", "checkpoints"},
+    "export": {"engines", "checkpoints"},
     "demo": {"engines", "runtime", "export"},
-    "benchmarks": {"engines", "runtime", "export", "demo"},
-    "cli": {"engines", "runtime", "export", "benchmarks", "demo"},
+    "benchmarks": {"engines", "checkpoints", "runtime", "export", "demo"},
+    "cli": {"engines", "checkpoints", "runtime", "export", "benchmarks", "demo"},
 }
 # folder -> its rooms, from the ground up: a room may import from those on lower floors
 ROOMS: dict[str, list[set[str]]] = {
@@ -28,7 +29,8 @@ ROOMS: dict[str, list[set[str]]] = {
     "runtime/loop": [{"device"}],
     "engines": [{"cuda", "store"}, {"tensorrt"}, {"onnxruntime"}],
     "engines/onnxruntime": [{"lowering"}, {"tuning"}],
-    "export": [{"checkpoint"}, {"nets", "pickles"}, {"graphs"}],
+    "checkpoints": [{"files", "graphs"}, {"precision"}],
+    "export": [{"nets", "pickles"}, {"graphs"}],
     "benchmarks": [{"sides"}, {"models"}, {"verbs"}, {"gpu", "report"}],
 }
 # To go: imports that run back between rooms or close a circle.
@@ -37,6 +39,9 @@ BACK_TO_GO = set[tuple[str, str]]()
 PRINTING = ("sys.stderr", "sys.stdout", "warnings.warn")
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir"}
 MAY_IMPORT = {  # folder or room -> heavy libraries it may import
+    "checkpoints/graphs": {"onnx", "onnx_ir", "torch"},  # torch: to go
+    "checkpoints/precision": HEAVY,  # to go: torch and its friends
+    "checkpoints/files": {"torch"},  # to go
     "export": HEAVY,
     "demo": {"torch", "diffusers", "transformers"},
     "benchmarks": HEAVY,
@@ -46,7 +51,7 @@ MAY_IMPORT = {  # folder or room -> heavy libraries it may import
 }
 ENGINE_LIBRARIES = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
 # What checks and measures graphs at export time runs them.
-MAY_RUN = ("engines/", "benchmarks/", "export/verify", "export/precision")
+MAY_RUN = ("engines/", "benchmarks/", "export/verify", "checkpoints/precision")
 
 # What a picture on the CPU does not load.
 NOT_FOR_CPU = tuple(
@@ -164,7 +169,7 @@ def test_the_library_logs_and_does_not_print() -> None:
     offenders = [
         f"{name}:{node.lineno}"
         for name, tree in _product().items()
-        if name.split("/")[0] in ("engines", "runtime", "export")
+        if name.split("/")[0] in ("engines", "checkpoints", "runtime", "export")
         for node in ast.walk(tree)
         if (isinstance(node, ast.Attribute) and ast.unparse(node) in PRINTING)
         or (

@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from latentrt import cli
+from latentrt.checkpoints.files.open import Checkpoint
 from latentrt.engines.errors import CheckpointError
-from latentrt.export.checkpoint.open import Checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {

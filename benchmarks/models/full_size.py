@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
+from ...checkpoints.beside import beside
 from ...engines.errors import ModelError
-from ...export.beside import beside
 from ..machine import clocks, describe_machine
 from ..process import SideError, run
 from ..records import Document, Row

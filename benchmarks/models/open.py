@@ -17,11 +17,11 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from ...checkpoints.beside import beside
 from ...engines.errors import BackendError, CheckpointError, UsageError
 from ...engines.installed import install_command
 from ...engines.package import MANIFEST, Package
 from ...engines.store.folder import default_root
-from ...export.beside import beside
 from ...runtime.pipeline import SHIPPED
 from .. import skeletons
 from ..sides.contract import missing_modules

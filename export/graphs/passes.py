@@ -14,7 +14,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from onnxscript import optimizer
 
-from .weights import is_weight
+from ...checkpoints.graphs.weights import is_weight
 
 _SCOPE = "latentrt.scope"
 _SMALL = 1024  # bytes of a constant that may stay in a graph
@@ -262,12 +262,3 @@ def _scope(node: ir.Node) -> str:
     scopes = [str(scope) for scope in ast.literal_eval(written)][:-1]
     path = re.sub(r"__dict__\['_modules'\]\['(\w+)'\]", r"\1", scopes[-1] if scopes else "")
     return re.sub(r"^(net$|net\.|_empty_nn.*)", "", path)
-
-
-def forget_shapes(model: ir.Model) -> None:
-    """Drop the shapes of intermediate values: torch's expressions for them mean nothing to an engine."""
-    outputs = set(model.graph.outputs)
-    for node in model.graph:
-        for value in node.outputs:
-            if value not in outputs:
-                value.shape = None

@@ -10,10 +10,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ...checkpoints.files.component import Component
+from ...checkpoints.files.open import Checkpoint
+from ...checkpoints.precision.calibration import Calibration, NetCall
 from ...engines import spec
-from ..checkpoint.component import Component
-from ..checkpoint.open import Checkpoint
-from .calibration import Calibration, NetCall
 from .clip import image_encoder, image_noiser, text_encoder
 from .torch_net import Net, load, make_net, spelled
 from .vae import vae_decoder, vae_encoder

@@ -8,10 +8,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ...checkpoints.files.component import Component
+from ...checkpoints.files.open import Checkpoint
 from ...engines import spec
 from ...engines.errors import CheckpointError
-from ..checkpoint.component import Component
-from ..checkpoint.open import Checkpoint
 from .torch_net import Net, fill_buffers, load, make_net, spelled
 
 _TEXT_PREFIX = "text_model."  # transformers before 5, and packages

@@ -14,9 +14,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ...checkpoints.files.component import Component, read_tensors
 from ...engines.errors import DAMAGED_WEIGHTS, EXPORT_IN_FP32, CheckpointError
 from ...engines.spec import Array, NetSpec
-from ..checkpoint.component import Component, read_tensors
 
 # Tensors that old checkpoints hold and no net reads: buffers, and the projections of the full CLIP.
 _UNREAD = ("position_ids", "text_projection.weight", "logit_scale")

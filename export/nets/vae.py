@@ -7,9 +7,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ...checkpoints.files.component import Component
+from ...checkpoints.files.open import Checkpoint, is_tiny
 from ...engines import spec
-from ..checkpoint.component import Component
-from ..checkpoint.open import Checkpoint, is_tiny
 from .torch_net import Net, load, make_net, spelled
 
 # diffusers before 0.15 named the VAE's attention so; `AutoencoderKL` still converts it on load.

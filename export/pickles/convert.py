@@ -21,10 +21,10 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+from ...checkpoints.beside import beside
 from ...engines.errors import CheckpointError, StorageError, UsageError, command
 from ...engines.lfs import refuse_pointer
 from ...engines.safetensors_format import ITEM_SIZES, looks_like_safetensors, write_file
-from ..beside import beside
 from .machine import PICKLE_LIMIT, Storage, StoredTensor, read_pickle, refuse
 
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # numbers are copied, not computed with

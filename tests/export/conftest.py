@@ -9,9 +9,9 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from latentrt.checkpoints.files.open import Checkpoint
 from latentrt.engines.package import Package
 from latentrt.export import Progress, export_package
-from latentrt.export.checkpoint.open import Checkpoint
 from latentrt.export.verify import Comparison
 from tests.parity_pair import exported
 from tests.recipes import RECIPES, make_checkpoint

@@ -9,9 +9,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from latentrt.checkpoints.files.open import Checkpoint
 from latentrt.cli import app
 from latentrt.engines.errors import LatentrtError, command
-from latentrt.export.checkpoint.open import Checkpoint
 from latentrt.export.export import export_package
 from latentrt.export.pickles.convert import convert_pickle
 from tests.test_advice import PROGRAMS, parses

@@ -8,8 +8,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
+from latentrt.checkpoints.files.open import Checkpoint
 from latentrt.engines.errors import CheckpointError
-from latentrt.export.checkpoint.open import Checkpoint
 from latentrt.export.nets.build import NETS
 from tests.recipes import RECIPES, make_checkpoint, make_tiny_vae
 

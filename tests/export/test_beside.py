@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from latentrt.export import beside as module
-from latentrt.export.beside import beside, put
+from latentrt.checkpoints import beside as module
+from latentrt.checkpoints.beside import beside, put
 from latentrt.export.pickles.convert import convert_pickle
 
 WAITS = """
 import sys, time
 from pathlib import Path
-from latentrt.export.beside import beside, put
+from latentrt.checkpoints.beside import beside, put
 target = Path(sys.argv[1])
 with beside(target) as work:
     (work / "weights").write_text("half of them")

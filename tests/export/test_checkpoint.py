@@ -9,9 +9,9 @@ import torch
 from safetensors import torch as torch_file
 from safetensors.numpy import load_file, save_file
 
+from latentrt.checkpoints.files.open import Checkpoint
 from latentrt.engines.errors import CheckpointError, UsageError
 from latentrt.export import Progress, export_package
-from latentrt.export.checkpoint.open import Checkpoint
 
 
 def change(path: Path, **values: Any) -> None:
@@ -19,7 +19,7 @@ def change(path: Path, **values: Any) -> None:
 
 
 def test_importing_the_package_needs_no_torch() -> None:
-    code = "import sys, latentrt.export, latentrt.export.checkpoint.open; print('torch' in sys.modules)"
+    code = "import sys, latentrt.export, latentrt.checkpoints.files.open; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from transformers import CLIPTokenizer
 
-import latentrt.export
+from latentrt.checkpoints.files import tokenizers
+from latentrt.checkpoints.files.tokenizers import write_clip_tokenizer
 from latentrt.engines.errors import UsageError
-from latentrt.export.checkpoint.tokenizers import write_clip_tokenizer
 from latentrt.runtime.prompts.tokenizer import ClipTokenizer
 
-VOCABULARY = Path(latentrt.export.__file__).parent / "checkpoint" / "clip_vocabulary"
+VOCABULARY = Path(tokenizers.__file__).parent / "clip_vocabulary"
 # Ids between bos and eos, as printed by open_clip's SimpleTokenizer and by transformers' tokenizer of
 # openai/clip-vit-base-patch32 in the tests of other projects' tokenizers.
 PUBLISHED = [

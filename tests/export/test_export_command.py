@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from latentrt.checkpoints.precision.islands import Found
 from latentrt.cli import app
 from latentrt.export import export as package_writer
-from latentrt.export.precision import Found
 
 
 @pytest.fixture

@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from latentrt.checkpoints.files.open import Checkpoint
+from latentrt.checkpoints.precision.calibration import Calibration, guidance_embedding
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.package import Defaults, Package
 from latentrt.export import export_package
-from latentrt.export.checkpoint.open import Checkpoint
 from latentrt.export.graphs.to_onnx import example
 from latentrt.export.nets.build import NETS, components
-from latentrt.export.nets.calibration import Calibration, guidance_embedding
 from latentrt.export.verify import Comparison
 from tests.export.conftest import Exported, relative_l2
 from tests.export.ldm_files import one_file

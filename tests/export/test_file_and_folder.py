@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentrt.export.checkpoint.single_file import open_single_file
+from latentrt.checkpoints.files.single_file import open_single_file
 from latentrt.runtime.sampling.names import resolve
 from latentrt.runtime.sampling.samplers import SAMPLERS, make_table
 from tests.export.ldm_files import TINY, build, one_file, write_header_only

@@ -8,9 +8,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from latentrt.checkpoints.files.open import Checkpoint
+from latentrt.checkpoints.files.single_file import open_single_file, open_vae_file
 from latentrt.engines.errors import CheckpointError, UsageError
-from latentrt.export.checkpoint.open import Checkpoint
-from latentrt.export.checkpoint.single_file import open_single_file, open_vae_file
 from tests.export.ldm_files import (
     TINY,
     Tensors,

@@ -14,8 +14,8 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from latentrt.checkpoints.files.open import Checkpoint
 from latentrt.engines.errors import CheckpointError, SamplerError, UsageError
-from latentrt.export.checkpoint.open import Checkpoint
 from latentrt.export.manifest import request_defaults
 from latentrt.export.pickles.convert import convert_pickle
 from latentrt.runtime.sampling.names import resolve

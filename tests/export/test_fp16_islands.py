@@ -14,15 +14,15 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from latentrt.checkpoints.files.open import Checkpoint
+from latentrt.checkpoints.precision.islands import FP16_MAX, LIMIT, Found
 from latentrt.engines.errors import NumericError
 from latentrt.engines.package import Package
 from latentrt.export import export as package_writer
 from latentrt.export import precision as islands
-from latentrt.export.checkpoint.open import Checkpoint
 from latentrt.export.graphs import passes as surgery
 from latentrt.export.graphs.to_onnx import example
 from latentrt.export.nets.build import NETS
-from latentrt.export.precision import FP16_MAX, LIMIT, Found
 from latentrt.export.verify import compare
 from latentrt.runtime import Pipeline
 from latentrt.runtime.loop import open as loops

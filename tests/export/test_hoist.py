@@ -5,8 +5,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from latentrt.checkpoints.graphs.hoist import hoist
 from latentrt.engines.errors import CheckpointError
-from latentrt.export.graphs.hoist import hoist
 from tests.export.conftest import Exported
 
 ATTENTION = r"\.attentions\.\d+\.transformer_blocks\.0\.attn2\.to_[kv]"

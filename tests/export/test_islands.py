@@ -5,9 +5,9 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
+from latentrt.checkpoints.graphs.attention import write_out_attention
 from latentrt.export import precision as islands
 from latentrt.export.graphs import passes as surgery
-from latentrt.export.graphs.attention import write_out_attention
 
 HALF = ir.DataType.FLOAT16
 

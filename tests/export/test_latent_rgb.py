@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from latentrt.checkpoints.files.component import Component
+from latentrt.checkpoints.files.open import Checkpoint
+from latentrt.checkpoints.precision.calibration import colour_fields
 from latentrt.engines.errors import NumericError
-from latentrt.export.checkpoint.component import Component
-from latentrt.export.checkpoint.open import Checkpoint
 from latentrt.export.manifest import fit_latent_rgb
 from latentrt.export.nets.build import NETS
-from latentrt.export.nets.calibration import colour_fields
 from latentrt.export.nets.torch_net import Net
 
 DEMO = Path(__file__).resolve().parents[2] / "demo" / "checkpoint"

@@ -10,8 +10,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from latentrt.checkpoints.files.open import Checkpoint
 from latentrt.engines.errors import CheckpointError
-from latentrt.export.checkpoint.open import Checkpoint
 from latentrt.export.nets.build import NETS
 from latentrt.export.nets.vae import Scaling, VaeDecoder, VaeEncoder
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from latentrt.checkpoints.files.open import Checkpoint
+from latentrt.checkpoints.graphs.hoist import hoist
+from latentrt.checkpoints.precision.calibration import PROMPTS, STEPS, Calibration, token_ids
+from latentrt.checkpoints.precision.islands import LIMIT, find_islands, measure
 from latentrt.engines.errors import CheckpointError, NumericError
 from latentrt.export import precision as islands
-from latentrt.export.checkpoint.open import Checkpoint
 from latentrt.export.graphs import passes as surgery
-from latentrt.export.graphs.hoist import hoist
 from latentrt.export.nets.build import NETS, components
-from latentrt.export.nets.calibration import PROMPTS, STEPS, Calibration, token_ids
-from latentrt.export.precision import LIMIT, find_islands, measure
 from tests.recipes import RECIPES, make_checkpoint
 
 from .test_islands import ATTENTION, HALF, OPERANDS, model_of, operands, run

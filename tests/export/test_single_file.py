@@ -13,8 +13,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig
 
-from latentrt.export.checkpoint.component import Component, read_headers, read_tensors
-from latentrt.export.checkpoint.single_file import SingleFile, open_single_file
+from latentrt.checkpoints.files.component import Component, read_headers, read_tensors
+from latentrt.checkpoints.files.single_file import SingleFile, open_single_file
 from latentrt.export.pickles.convert import convert_pickle
 from tests.export.ldm_files import (
     FULL,

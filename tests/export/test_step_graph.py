@@ -6,8 +6,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from latentrt.checkpoints.graphs.step import write_step
 from latentrt.engines import spec
-from latentrt.export.graphs.step import write_step
 from latentrt.runtime.loop.denoise import denoise, guide, guided_batch
 from latentrt.runtime.loop.job import Kept
 from latentrt.runtime.sampling.names import resolve

@@ -5,8 +5,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from latentrt.checkpoints.files.component import TensorHeader, read_headers, read_tensors
 from latentrt.engines.errors import CheckpointError
-from latentrt.export.checkpoint.component import TensorHeader, read_headers, read_tensors
 
 TENSORS = {
     "unet.weight": torch.arange(6.0).reshape(2, 3),

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from latentrt.checkpoints.precision.islands import open_session
 from latentrt.engines import processors
 from latentrt.engines.package import Package
 from latentrt.export import export
-from latentrt.export.precision import open_session
 from latentrt.runtime.pipeline import SHIPPED
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latentrt.export.graphs.weights import WEIGHTS, attach, is_weight, stored_type, write_weights
+from latentrt.checkpoints.graphs.weights import WEIGHTS, attach, is_weight, stored_type, write_weights
 
 HALF, FULL, BRAIN = ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.BFLOAT16
 

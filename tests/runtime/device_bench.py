@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from latentrt.checkpoints.graphs.step import write_step
 from latentrt.engines import spec
 from latentrt.engines.device import DeviceNet
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import NetFile, Package, write_manifest
-from latentrt.export.graphs.step import write_step
 from latentrt.runtime.loop.device.loop import DeviceLoop
 from latentrt.runtime.loop.device.verdicts import Graphs
 from latentrt.runtime.pipeline import SHIPPED, Pipeline

@@ -10,7 +10,7 @@ import re
 from functools import cache
 from tempfile import TemporaryDirectory
 
-from latentrt.export.checkpoint.tokenizers import write_clip_tokenizer
+from latentrt.checkpoints.files.tokenizers import write_clip_tokenizer
 from latentrt.runtime.prompts.tokenizer import ClipTokenizer
 
 Pairs = list[tuple[str, float]]

@@ -9,10 +9,10 @@ from string import Template
 
 from onnx import parser
 
+from latentrt.checkpoints.graphs.step import write_step
 from latentrt.engines import spec
 from latentrt.engines.package import TIME_IDS, Manifest, NetFile, Package, write_manifest
 from latentrt.engines.spec import NetSpec, TensorSpec
-from latentrt.export.graphs.step import write_step
 
 TOKENS, WIDTH, IMAGE_CHANNELS = 6, 8, 5
 VECTORS = {"class_labels": 7, "time_ids": 6}

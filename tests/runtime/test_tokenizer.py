@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
+from latentrt.checkpoints.files.tokenizers import write_clip_tokenizer
 from latentrt.engines.errors import PackageError, UsageError
-from latentrt.export.checkpoint.tokenizers import write_clip_tokenizer
 from latentrt.runtime.prompts.tokenizer import ClipTokenizer
 
 SMALL = Path(__file__).parent / "data" / "tokenizer"

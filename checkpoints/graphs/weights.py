@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import onnx_ir as ir
-import torch
 
 from ...engines.safetensors_format import TensorRange, write_file
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHTS = "weights.safetensors"
 
@@ -36,6 +38,8 @@ def write_weights(
     Returns:
         Name -> where the tensor lies in the file.
     """
+    import torch
+
     described = {name: (_NAMES[types[name]], tuple(tensor.shape)) for name, tensor in tensors.items()}
 
     def content(name: str) -> memoryview:
@@ -71,3 +75,12 @@ def attach(model: ir.Model, folder: Path, slots: Mapping[str, TensorRange]) -> N
 def is_weight(value: ir.Value | None) -> bool:
     """Whether a value is a checkpoint tensor."""
     return value is not None and isinstance(value.const_value, ir.ExternalTensor)
+
+
+def forget_shapes(model: ir.Model) -> None:
+    """Drop the shapes of intermediate values: torch's expressions for them mean nothing to an engine."""
+    outputs = set(model.graph.outputs)
+    for node in model.graph:
+        for value in node.outputs:
+            if value not in outputs:
+                value.shape = None

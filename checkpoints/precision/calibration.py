@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 
 from ...engines.spec import TEXT_ENCODERS, Array
-from ..checkpoint.open import Checkpoint
+from ..files.open import Checkpoint
 
 # A net in float32: inputs by name -> outputs in the contract's order.
 NetCall = Callable[[Mapping[str, Array]], list[Array]]

@@ -3,7 +3,7 @@
 TensorRT 11 has no fp16 switch, so a graph has to say its precision itself: a Cast where a value enters an
 island, another where it leaves, and float32 between. Weights stay stored in fp16.
 
-Which nodes need it is measured: a float32 twin of the graph draws a small picture (`nets/calibration.py`). A
+Which nodes need it is measured: a float32 twin of the graph draws a small picture (`calibration.py`). A
 value beyond LIMIT is hot, and the nodes that write or read it become an island.
 
 Values that are stored in fp16 count. Sums within a node do not: convolutions and products accumulate in
@@ -23,13 +23,12 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from ..engines.errors import DAMAGED_WEIGHTS, EXPORT_IN_FP32, NumericError
-from ..engines.processors import thread_count
-from ..engines.spec import Array
-from .graphs.attention import score_nodes, score_values, write_out_attention
-from .graphs.passes import forget_shapes
-from .graphs.weights import is_weight
-from .nets.calibration import Drive
+from ...engines.errors import DAMAGED_WEIGHTS, EXPORT_IN_FP32, NumericError
+from ...engines.processors import thread_count
+from ...engines.spec import Array
+from ..graphs.attention import score_nodes, score_values, write_out_attention
+from ..graphs.weights import forget_shapes, is_weight
+from .calibration import Drive
 
 FP16_MAX = 65504.0  # IEEE 754 binary16
 # How much further than the calibration picture a user's may reach. On the demo model, 18 pictures of 20 steps
@@ -71,7 +70,7 @@ def find_islands(model: ir.Model, component: str, folder: Path, drive: Drive) ->
         model: the graph after `passes.clean`, the UNet's before hoisting. It is changed in place.
         component: the net's folder in the package, for messages.
         folder: has the weights file.
-        drive: calls the graph with inputs of a picture (`nets.calibration`).
+        drive: calls the graph with inputs of a picture (`calibration`).
 
     Raises:
         NumericError: a value is not finite in float32, or an output is beyond fp16.

@@ -1,0 +1,1 @@
+"""What is done to graphs when a checkpoint is bound to them."""
