@@ -15,11 +15,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from latentrt.checkpoints.files.open import Checkpoint
+from latentrt.checkpoints.precision import islands
 from latentrt.checkpoints.precision.islands import FP16_MAX, LIMIT, Found
 from latentrt.engines.errors import NumericError
 from latentrt.engines.package import Package
 from latentrt.export import export as package_writer
-from latentrt.export import precision as islands
 from latentrt.export.graphs import passes as surgery
 from latentrt.export.graphs.to_onnx import example
 from latentrt.export.nets.build import NETS

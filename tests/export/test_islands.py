@@ -6,7 +6,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from latentrt.checkpoints.graphs.attention import write_out_attention
-from latentrt.export import precision as islands
+from latentrt.checkpoints.precision import islands
 from latentrt.export.graphs import passes as surgery
 
 HALF = ir.DataType.FLOAT16

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from latentrt.checkpoints.files.open import Checkpoint
 from latentrt.checkpoints.graphs.hoist import hoist
+from latentrt.checkpoints.precision import islands
 from latentrt.checkpoints.precision.calibration import PROMPTS, STEPS, Calibration, token_ids
 from latentrt.checkpoints.precision.islands import LIMIT, find_islands, measure
 from latentrt.engines.errors import CheckpointError, NumericError
-from latentrt.export import precision as islands
 from latentrt.export.graphs import passes as surgery
 from latentrt.export.nets.build import NETS, components
 from tests.recipes import RECIPES, make_checkpoint
