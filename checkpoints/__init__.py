@@ -1,1 +1,1 @@
-"""A user's checkpoint as a package: read, bound to graph templates, opened without torch."""
+"""What a user downloaded: read, and its graphs prepared. torch is imported by few functions, when called."""

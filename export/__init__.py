@@ -1,4 +1,4 @@
-"""checkpoint -> package. The only folder that imports torch, diffusers or transformers."""
+"""checkpoint -> package: torch nets traced to graphs. torch is imported on first use."""
 
 from typing import TYPE_CHECKING
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ARROWS = {
     "engines": set[str](),
     "checkpoints": {"engines"},
-    "runtime": {"engines", "checkpoints"},
+    "runtime": {"engines"},
     "export": {"engines", "checkpoints"},
     "demo": {"engines", "runtime", "export"},
     "benchmarks": {"engines", "checkpoints", "runtime", "export", "demo"},

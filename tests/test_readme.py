@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from latentrt import cli
 from latentrt.checkpoints.files.open import Checkpoint
 from latentrt.engines.errors import CheckpointError
+from tests.structure import FOLDERS, sources
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
@@ -128,6 +129,19 @@ def test_every_link_leads_somewhere(page: str) -> None:
         file = (ROOT / page).parent / path if path else ROOT / page
         assert file.exists(), target
         assert not anchor or anchor in _headings(file), target
+
+
+def test_files_that_are_named_exist() -> None:
+    """`folder/file.py` in the pages and in the product's comments, after files have moved."""
+    folders = "|".join((*FOLDERS, "docs", "examples", "latentrt", "tests"))
+    named = re.compile(rf"`((?:{folders})/[\w/.-]+\.(?:py|md|json|toml))`")
+    found = [
+        (file, name)
+        for file in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *sources(ROOT))
+        for name in named.findall(file.read_text(encoding="utf-8"))
+    ]
+    assert len(found) > 50
+    assert [f"{file.relative_to(ROOT)}: {name}" for file, name in found if not (ROOT / name).exists()] == []
 
 
 def test_folders_are_refused_as_the_page_says(tmp_path: Path) -> None:

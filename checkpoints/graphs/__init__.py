@@ -1,1 +1,1 @@
-"""What is done to graphs when a checkpoint is bound to them."""
+"""Graphs after tracing: pointed at their weights, and cut into loop, context and time."""

@@ -2,7 +2,7 @@
 
 A value is *turned* when it holds channels-last data under its old name. A Transpose is made only where
 something asks for a layout that is not there, and once per value. Graphs carry no shapes between their nodes
-(`export/graphs/passes.py`), so what is known of an image comes from weights and operators.
+(`checkpoints/graphs/weights.py`), so what is known of an image comes from weights and operators.
 """
 
 from __future__ import annotations
