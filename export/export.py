@@ -198,7 +198,7 @@ def _write_graphs(
         cast(Any, ir).save(graph, folder / path)
         files[name] = NetFile(
             graph=path,
-            weights=f"{component}/{weights.WEIGHTS}",
+            weights=(f"{component}/{weights.WEIGHTS}",),
             spec=boundary,
             fp32_islands=island_names(graph) if dtype == "fp16" else (),
         )
@@ -216,7 +216,7 @@ def _write_steps(folder: Path, unet: spec.NetSpec) -> dict[str, NetFile]:
         contract = make(channels=channels, float_dtype=prediction.dtype)
         path = f"step/{_FILES.get(name, 'model')}.onnx"
         write_step(folder / path, contract)
-        files[name] = NetFile(graph=path, weights=None, spec=contract)
+        files[name] = NetFile(graph=path, weights=(), spec=contract)
     return files
 
 
