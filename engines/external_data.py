@@ -159,7 +159,7 @@ def check_external_data(path: Path, allowed: Mapping[str, int]) -> None:
 
     Args:
         path: the graph.
-        allowed: the location of each of these files, which is a plain name, and how many bytes the file has.
+        allowed: the location of each of these files, and how many bytes the file has.
 
     Raises:
         PackageError: the graph is not a readable ONNX protobuf, names another file, or bytes past the end of

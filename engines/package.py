@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -318,8 +319,8 @@ class Package:
                 expected="every file of a net and of the tokenizer under `files`",
                 fix=_EXPORT_AGAIN,
             )
-        for net in manifest.nets.values():
-            check_external_data(root / net.graph, package._locations(net))
+        for name, net in manifest.nets.items():
+            check_external_data(root / net.graph, package._locations(name))
         return package
 
     def path(self, name: str) -> Path:
@@ -327,16 +328,17 @@ class Package:
         return self.elsewhere[name].path if name in self.elsewhere else (self.root / name).resolve()
 
     def weights_folder(self, net: str) -> Path:
-        """The folder that a net's graph names its weights files relative to."""
+        """The folder that a net's graph names its weights files relative to: their own, or a common one."""
         file = self.manifest.nets[net]
-        return self.path(file.weights[0] if file.weights else file.graph).parent
+        return common_folder(self.path(name) for name in file.weights or (file.graph,))
 
-    def _locations(self, net: NetFile) -> dict[str, int]:
+    def _locations(self, net: str) -> dict[str, int]:
         """What a net's graph may call each of its weights files, and the file's size in bytes."""
-        beside = PurePosixPath(net.graph).parent
+        file, folder = self.manifest.nets[net], self.weights_folder(net)
+        beside = PurePosixPath(file.graph).parent
         return {
-            self.path(name).name: self.manifest.files[name].size
-            for name in net.weights
+            self.path(name).relative_to(folder).as_posix(): self.manifest.files[name].size
+            for name in file.weights
             if name in self.elsewhere or PurePosixPath(name).parent == beside
         }
 
@@ -409,6 +411,11 @@ class Package:
             )
 
 
+def common_folder(files: Iterable[Path]) -> Path:
+    """The deepest folder that has all of these files in it."""
+    return Path(os.path.commonpath([path.parent for path in files]))
+
+
 def check_inside(name: str) -> None:
     """Raise PackageError unless `name` is a plain relative path that stays where it is."""
     path = PurePosixPath(name)
@@ -436,14 +443,22 @@ def file_record(path: Path) -> FileRecord:
     return FileRecord(size=path.stat().st_size, sha256=digest.hexdigest())
 
 
-def write_manifest(root: Path, manifest: Manifest) -> Package:
-    """Record every file under `root` in the manifest, write it last, and open the result."""
+def write_manifest(
+    root: Path,
+    manifest: Manifest,
+    *,
+    elsewhere: Mapping[str, Elsewhere] | None = None,
+) -> Package:
+    """Record every file under `root` in the manifest, write it last, and open the result.
+
+    The manifest's `files` has the records of those elsewhere already.
+    """
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-    files = {name: file_record(root / name) for name in names if name != MANIFEST}
+    files = {**manifest.files, **{name: file_record(root / name) for name in names if name != MANIFEST}}
     complete = replace(manifest, files=files)
     text = json.dumps(complete.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
     (root / MANIFEST).write_text(text + "\n", encoding="utf-8")
-    return Package.open(root)
+    return Package.open(root, elsewhere=elsewhere)
 
 
 def _read_manifest(root: Path) -> Manifest:

@@ -63,7 +63,7 @@ def lower_for_cpu(package: Package, net: str, layout: str, folder: Path) -> Lowe
 def _weights_name(package: Package, net: str) -> str:
     """What a graph of this net can call a weights file that is there; "" for a net without weights."""
     weights = package.manifest.nets[net].weights
-    return package.path(weights[0]).name if weights else ""
+    return package.path(weights[0]).relative_to(package.weights_folder(net)).as_posix() if weights else ""
 
 
 def tune_package(
