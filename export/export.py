@@ -9,12 +9,10 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from itertools import count
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal
 
 import onnx_ir as ir
 import torch
@@ -22,36 +20,24 @@ import torch
 from ..checkpoints.beside import beside, put
 from ..checkpoints.files.open import Checkpoint
 from ..checkpoints.graphs import weights
-from ..checkpoints.graphs.hoist import hoist
-from ..checkpoints.graphs.step import write_step
 from ..checkpoints.manifest import make_manifest, request_defaults
-from ..checkpoints.precision.calibration import Calibration
-from ..checkpoints.precision.islands import Found, find_islands, island_names, upcast_attention
-from ..engines import spec
+from ..checkpoints.nets import write_graphs, write_steps
+from ..checkpoints.precision.calibration import CALIBRATIONS, Calibration, components
+from ..checkpoints.precision.islands import Found, find_islands, upcast_attention
+from ..checkpoints.stages import Progress, stages
 from ..engines.errors import StorageError, UsageError
 from ..engines.package import MANIFEST, NetFile, Package, write_manifest
 from ..engines.processors import usable_processors
 from .graphs import passes
 from .graphs.to_onnx import to_onnx
 from .latent_rgb import fit_latent_rgb
-from .nets.build import NETS, components
+from .nets.build import NETS
 from .verify import Comparison, verify_component
 
 Dtype = Literal["fp16", "fp32"]
 _TORCH_TYPES = {"fp16": torch.float16, "fp32": torch.float32}
 _ONNX_TYPES = {"fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
 _PRODUCERS = ("latentrt", "torch", "diffusers", "transformers", "onnxscript")
-# The file of a net's graph, where it is not "model".
-_FILES = {"unet": "loop", "unet_context": "context", "unet_time": "time", "step_masked": "masked"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """One stage begins: the `index`-th (from 0) of `total`."""
-
-    stage: str
-    index: int
-    total: int
 
 
 def export_package(
@@ -109,7 +95,7 @@ def export_package(
         for line in source.notes:
             note(line)
     calibration = Calibration(source) if dtype == "fp16" else None
-    begin = _stages(len(components(source)) * (1 + (calibration is not None) + verify) + 1, progress)
+    begin = stages(len(components(source)) * (1 + (calibration is not None) + verify) + 1, progress)
     with _torch_threads():
         for component in components(source):  # weights that do not fit are named before anything is traced
             NETS[component].build(source, _TORCH_TYPES[dtype])
@@ -126,7 +112,7 @@ def export_package(
                         report(comparison)
             nets |= files
         begin("package")
-        nets |= _write_steps(folder, nets["unet"].spec)
+        nets |= write_steps(folder, nets["unet"].spec)
         producer = ", ".join(f"{name} {version(name)}" for name in _PRODUCERS)
         latent_rgb = fit_latent_rgb(source)
         manifest = make_manifest(source, dtype, nets, defaults, latent_rgb=latent_rgb, producer=producer)
@@ -143,17 +129,6 @@ def _torch_threads() -> Generator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _stages(total: int, report: Callable[[Progress], None] | None) -> Callable[[str], None]:
-    """A function that reports each stage of one export as it begins."""
-    numbers = count()
-
-    def begin(stage: str) -> None:
-        if report is not None:
-            report(Progress(stage=stage, index=next(numbers), total=total))
-
-    return begin
 
 
 def _export_component(
@@ -175,7 +150,7 @@ def _export_component(
     types = {name: weights.stored_type(found, _ONNX_TYPES[dtype]) for name, found in net.tensors.values()}
     slots = weights.write_weights(target / weights.WEIGHTS, tensors, types)
     model = to_onnx(net)
-    weights.attach(model, target, slots)
+    weights.attach(model, slots)
     contract = net.spec
     del net, state, tensors
     gc.collect()  # torch's weights and ONNX Runtime's need not be in memory together
@@ -184,46 +159,11 @@ def _export_component(
         begin(f"measure {component}")
         if component == "unet" and source.unet.config.get("upcast_attention"):
             upcast_attention(model)
-        found = find_islands(model, component, target, partial(NETS[component].calibrate, calibration))
+        found = find_islands(model, component, target, partial(CALIBRATIONS[component], calibration))
         if report_islands is not None:
             report_islands(found)
-    return _write_graphs(component, folder, model, contract, dtype)
-
-
-def _write_graphs(
-    component: str, folder: Path, model: ir.Model, contract: spec.NetSpec, dtype: Dtype
-) -> dict[str, NetFile]:
-    """Write the graph of a component, or the four of the UNet, which is cut after its islands are set."""
-    graphs = {component: (model, contract)}
-    if component == "unet":
-        graphs = {"unet_whole": (model, contract), **hoist(model)}
-    files: dict[str, NetFile] = {}
-    for name, (graph, boundary) in graphs.items():
-        path = f"{component}/{_FILES.get(name, 'model')}.onnx"
-        weights.forget_shapes(graph)
-        cast(Any, ir).save(graph, folder / path)
-        files[name] = NetFile(
-            graph=path,
-            weights=(f"{component}/{weights.WEIGHTS}",),
-            spec=boundary,
-            fp32_islands=island_names(graph) if dtype == "fp16" else (),
-        )
-    return files
-
-
-def _write_steps(folder: Path, unet: spec.NetSpec) -> dict[str, NetFile]:
-    """Write the row updates between two calls of this UNet: plain, and keeping a picture outside a mask."""
-    prediction = unet.outputs[0]
-    (folder / "step").mkdir()
-    files: dict[str, NetFile] = {}
-    channels = prediction.shape[1]
-    assert isinstance(channels, int)
-    for name, make in (("step", spec.step), ("step_masked", spec.step_masked)):
-        contract = make(channels=channels, float_dtype=prediction.dtype)
-        path = f"step/{_FILES.get(name, 'model')}.onnx"
-        write_step(folder / path, contract)
-        files[name] = NetFile(graph=path, weights=(), spec=contract)
-    return files
+    names = [f"{component}/{weights.WEIGHTS}"]
+    return write_graphs(component, folder, model, contract, dtype=dtype, weights=names)
 
 
 def _check_target(package: Path, overwrite: bool) -> None:

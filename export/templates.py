@@ -24,13 +24,14 @@ import torch
 from ..checkpoints.files.component import Component
 from ..checkpoints.files.open import Checkpoint
 from ..checkpoints.graphs import weights
+from ..checkpoints.precision.calibration import components
 from ..checkpoints.templates.archive import DTYPES, SHIPPED, Graph, Template, write_archive
 from ..checkpoints.templates.keys import Defaults, net_key, tensors_digest
 from ..engines.spec import NetSpec
 from .architectures import ARCHITECTURES, Architecture
 from .graphs import passes
 from .graphs.to_onnx import to_onnx
-from .nets.build import NETS, components
+from .nets.build import NETS
 from .nets.torch_net import SHAPES_ALONE
 
 _PRODUCERS = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir")

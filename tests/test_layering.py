@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ARROWS = {
     "engines": set[str](),
     "checkpoints": {"engines"},
-    "runtime": {"engines"},
+    "runtime": {"engines", "checkpoints"},
     "export": {"engines", "checkpoints"},
     "demo": {"engines", "runtime", "export"},
     "benchmarks": {"engines", "checkpoints", "runtime", "export", "demo"},
@@ -29,7 +29,7 @@ ROOMS: dict[str, list[set[str]]] = {
     "runtime/loop": [{"device"}],
     "engines": [{"cuda", "store"}, {"tensorrt"}, {"onnxruntime"}],
     "engines/onnxruntime": [{"lowering"}, {"tuning"}],
-    "checkpoints": [{"files", "graphs"}, {"precision", "templates"}],
+    "checkpoints": [{"files"}, {"graphs"}, {"precision", "templates"}],
     "export": [{"nets", "pickles"}, {"graphs"}],
     "benchmarks": [{"sides"}, {"models"}, {"verbs"}, {"gpu", "report"}],
 }

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import onnx_ir as ir
 
-from ...engines.safetensors_format import TensorRange, write_file
+from ...engines.package import common_folder
+from ...engines.safetensors_format import read_header, write_file
+from ..files.component import TensorHeader
 
 if TYPE_CHECKING:
     import torch
@@ -32,11 +35,11 @@ def stored_type(source: str, compute: ir.DataType) -> ir.DataType:
 
 def write_weights(
     path: Path, tensors: Mapping[str, torch.Tensor], types: Mapping[str, ir.DataType]
-) -> dict[str, TensorRange]:
+) -> dict[str, Place]:
     """Write `tensors`, each converted to its type (which can hold it: `make_net`), one at a time.
 
     Returns:
-        Name -> where the tensor lies in the file.
+        Where each tensor lies.
     """
     import torch
 
@@ -47,29 +50,89 @@ def write_weights(
         flat = tensors[name].detach().to(dtype).contiguous().reshape(-1)
         return memoryview(cast(Any, flat.view(torch.uint8).numpy()))
 
-    return write_file(path, described, content)
+    return {
+        name: Place(file=path.resolve(), dtype=slot.dtype, offset=slot.offset, length=slot.length)
+        for name, slot in write_file(path, described, content).items()
+    }
 
 
-def attach(model: ir.Model, folder: Path, slots: Mapping[str, TensorRange]) -> None:
-    """Make the initializers that are checkpoint tensors external data in `folder`'s weights file.
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where the numbers of one weight lie.
 
-    Where the stored type is not the graph's, a Cast follows the initializer. Engines fold it when they load,
-    and the file holds no tensor twice, or wider than the checkpoint did.
+    Attributes:
+        file: a path without links: ONNX Runtime follows none out of the weights' folder.
+        dtype: safetensors' name of the stored type.
+        offset, length: in bytes.
+        transposed: stored as (in, out) where the graph has (out, in).
     """
-    for name, value in list(model.graph.initializers.items()):
-        if name not in slots:
-            continue
-        slot, compute = slots[name], value.dtype
-        shape, stored = ir.Shape(slot.shape), STORED[slot.dtype]
-        value.const_value = ir.ExternalTensor(
-            WEIGHTS, slot.offset, slot.length, stored, name=name, shape=shape, base_dir=folder
+
+    file: Path
+    dtype: str
+    offset: int
+    length: int
+    transposed: bool = False
+
+
+def places(tensors: Mapping[str, TensorHeader]) -> dict[str, Place]:
+    """Where a checkpoint's tensors lie, by the mapping's names.
+
+    Raises:
+        CheckpointError: a file cannot be read any more.
+    """
+    stored = {file: read_header(file).tensors for file in {header.file for header in tensors.values()}}
+    found: dict[str, Place] = {}
+    for name, header in tensors.items():
+        whole = stored[header.file][header.name]
+        begin, end = header.rows or (0, max(whole.shape[0] if whole.shape else 1, 1))
+        row = whole.length // max(whole.shape[0] if whole.shape else 1, 1)
+        found[name] = Place(
+            file=header.file.resolve(),
+            dtype=whole.dtype,
+            offset=whole.offset + begin * row,
+            length=(end - begin) * row,
+            transposed=header.transposed,
         )
-        value.shape, value.dtype = shape, stored
-        if compute is not None and compute != stored:
-            wide = ir.val(f"{name}/{_NAMES[compute]}", compute, shape)
-            ir.convenience.replace_all_uses_with(value, wide)
-            widen = ir.node("Cast", [value], {"to": compute}, name=f"{name}/cast", outputs=[wide])
-            model.graph.insert_before(model.graph[0], widen)
+    return found
+
+
+def attach(model: ir.Model, found: Mapping[str, Place]) -> None:
+    """Make the initializers that are checkpoint tensors external data, in the folder that all of them share.
+
+    Where what is stored is not what the graph computes with, a Transpose or a Cast follows the initializer.
+    Engines fold it when they load, and no tensor is stored twice, or wider than the checkpoint has it.
+    """
+    folder = common_folder(place.file for place in found.values())
+    for name, value in list(model.graph.initializers.items()):
+        if name not in found:
+            continue
+        place, compute = found[name], value.dtype
+        assert value.shape is not None
+        shape = ir.Shape([*value.shape][::-1] if place.transposed else value.shape)
+        value.const_value = ir.ExternalTensor(
+            place.file.relative_to(folder).as_posix(),
+            place.offset,
+            place.length,
+            STORED[place.dtype],
+            name=name,
+            shape=shape,
+            base_dir=folder,
+        )
+        value.shape, value.dtype = shape, STORED[place.dtype]
+        if compute is not None and compute != value.dtype:
+            _follow(model.graph, value, "Cast", {"to": compute}, compute)
+        if place.transposed:
+            _follow(model.graph, value, "Transpose", {"perm": [1, 0]}, value.dtype)
+
+
+def _follow(
+    graph: ir.Graph, value: ir.Value, operator: str, attributes: dict[str, Any], dtype: ir.DataType
+) -> None:
+    """Put a node behind an initializer, for all that read it."""
+    name = f"{value.name}/{operator.lower()}"
+    output = ir.val(f"{name}.out", dtype)
+    ir.convenience.replace_all_uses_with(value, output)
+    graph.insert_before(graph[0], ir.node(operator, [value], attributes, name=name, outputs=[output]))
 
 
 def unbind(model: ir.Model, names: Iterable[str]) -> None:

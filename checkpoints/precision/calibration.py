@@ -10,17 +10,19 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from ...engines.spec import TEXT_ENCODERS, Array
+from ...engines.spec import NETS, TEXT_ENCODERS, Array
 from ..files.open import Checkpoint
 
 # A net in float32: inputs by name -> outputs in the contract's order.
 NetCall = Callable[[Mapping[str, Array]], list[Array]]
 Drive = Callable[[NetCall], None]  # calls a net once or more
+Tokenize = Callable[..., Array]
 
 # The empty prompt is half of every guided call. The others: a usual one, and one that fills all 77 tokens.
 PROMPTS = (
@@ -200,3 +202,22 @@ def _scheduler(config: Mapping[str, Any]) -> Any:
     scheduler: Any = cast(Any, DDIMScheduler)(**kept, clip_sample=False, timestep_spacing="linspace")
     scheduler.set_timesteps(STEPS)
     return scheduler
+
+
+# A net with weights -> how it is called while its ranges are measured, in the order in which nets feed each
+# other.
+CALIBRATIONS: Mapping[str, Callable[[Calibration, NetCall], None]] = {
+    "text_encoder": partial(Calibration.encode_prompts, name="text_encoder"),
+    "text_encoder_2": partial(Calibration.encode_prompts, name="text_encoder_2"),
+    "image_encoder": Calibration.embed_pictures,
+    "image_noiser": Calibration.noise_embeddings,
+    "vae_encoder": Calibration.encode_pictures,
+    "unet": Calibration.denoise,
+    "vae_decoder": Calibration.decode,
+    "preview_decoder": Calibration.decode,
+}
+
+
+def components(source: Checkpoint) -> tuple[str, ...]:
+    """The nets with weights that the package of a checkpoint has, in the order of CALIBRATIONS."""
+    return tuple(name for name in CALIBRATIONS if NETS[name].part in source.parts)

@@ -94,6 +94,20 @@ def net_template(source: Checkpoint, component: str, dtype: Dtype, *, archive: P
     return _read(archive, row, dtype)
 
 
+def archive_sha256(archive: Path = SHIPPED) -> str:
+    """The sha256 (hex) of an archive: other templates make other packages.
+
+    Raises:
+        PackageError: it is missing.
+    """
+    try:
+        return hashlib.sha256(archive.read_bytes()).hexdigest()
+    except OSError as error:
+        raise PackageError(
+            f"{archive} cannot be read ({error})", expected="an archive of templates", fix=_REMAKE
+        ) from error
+
+
 def write_archive(path: Path, templates: Sequence[Template], *, defaults: Defaults, producer: str) -> None:
     """Write `templates`. `defaults` are those that their keys were made with; `producer` is for people."""
     rows: list[dict[str, Any]] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,7 +11,6 @@ from torch import nn
 
 from ...checkpoints.files.component import Component
 from ...checkpoints.files.open import Checkpoint
-from ...checkpoints.precision.calibration import Calibration, NetCall
 from ...engines import spec
 from .clip import image_encoder, image_noiser, text_encoder
 from .torch_net import Net, load, make_net, spelled
@@ -73,17 +71,15 @@ def unet(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> Net:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedNet:
-    """How one net is made, and called while its ranges are measured.
+    """How one net is made.
 
     Attributes:
         part: the part of a checkpoint that has its weights.
         make: builds it from that part.
-        calibrate: calls it with the inputs of a small picture.
     """
 
     part: str
     make: Callable[[Checkpoint, Component, torch.dtype], Net]
-    calibrate: Callable[[Calibration, NetCall], None]
 
     def build(self, checkpoint: Checkpoint, dtype: torch.dtype) -> Net:
         """The net with the checkpoint's weights.
@@ -94,22 +90,17 @@ class ExportedNet:
         return self.make(checkpoint, checkpoint.parts[self.part], dtype)
 
 
-# A net's folder in a package -> how it is made and calibrated, in the order in which nets feed each other.
+# A net's folder in a package -> how it is made.
 NETS: Mapping[str, ExportedNet] = {
-    name: ExportedNet(part=spec.NETS[name].part, make=make, calibrate=calibrate)
-    for name, make, calibrate in (
-        ("text_encoder", text_encoder, partial(Calibration.encode_prompts, name="text_encoder")),
-        ("text_encoder_2", text_encoder, partial(Calibration.encode_prompts, name="text_encoder_2")),
-        ("image_encoder", image_encoder, Calibration.embed_pictures),
-        ("image_noiser", image_noiser, Calibration.noise_embeddings),
-        ("vae_encoder", vae_encoder, Calibration.encode_pictures),
-        ("unet", unet, Calibration.denoise),
-        ("vae_decoder", vae_decoder, Calibration.decode),
-        ("preview_decoder", vae_decoder, Calibration.decode),
+    name: ExportedNet(part=spec.NETS[name].part, make=make)
+    for name, make in (
+        ("text_encoder", text_encoder),
+        ("text_encoder_2", text_encoder),
+        ("image_encoder", image_encoder),
+        ("image_noiser", image_noiser),
+        ("vae_encoder", vae_encoder),
+        ("unet", unet),
+        ("vae_decoder", vae_decoder),
+        ("preview_decoder", vae_decoder),
     )
 }
-
-
-def components(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The rows of NETS that the package of this checkpoint has."""
-    return tuple(name for name, net in NETS.items() if net.part in checkpoint.parts)

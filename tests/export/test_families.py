@@ -22,7 +22,8 @@ from latentrt.engines.errors import CheckpointError
 from latentrt.engines.package import Defaults, Package
 from latentrt.export import export_package
 from latentrt.export.graphs.to_onnx import example
-from latentrt.export.nets.build import NETS, components
+from latentrt.checkpoints.precision.calibration import components
+from latentrt.export.nets.build import NETS
 from latentrt.export.verify import Comparison
 from tests.export.conftest import Exported, relative_l2
 from tests.export.ldm_files import one_file

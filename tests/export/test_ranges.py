@@ -20,7 +20,8 @@ from latentrt.checkpoints.precision.calibration import PROMPTS, STEPS, Calibrati
 from latentrt.checkpoints.precision.islands import LIMIT, find_islands, measure
 from latentrt.engines.errors import CheckpointError, NumericError
 from latentrt.export.graphs import passes as surgery
-from latentrt.export.nets.build import NETS, components
+from latentrt.checkpoints.precision.calibration import CALIBRATIONS, components
+from latentrt.export.nets.build import NETS
 from tests.recipes import RECIPES, make_checkpoint
 
 from .test_islands import ATTENTION, HALF, OPERANDS, model_of, operands, run
@@ -214,7 +215,7 @@ def test_calibration_draws_a_picture(checkpoint: Path) -> None:
     text, unet = Recorded(lambda _: contexts), Recorded(lambda arrays: arrays["sample"] * 0.5)
     vae = Recorded(lambda _: None)
     for component, net in {"text_encoder": text, "unet": unet, "vae_decoder": vae}.items():
-        NETS[component].calibrate(calibration, net)
+        CALIBRATIONS[component](calibration, net)
     (ids,) = (call["input_ids"] for call in text.calls)
     assert (ids.shape, ids.dtype) == ((4, 77), np.int32)
     assert (ids[:, 0] == 698).all()

@@ -6,7 +6,7 @@ import pytest
 
 from latentrt.engines.errors import NumericError
 from latentrt.export import verify
-from latentrt.export.nets.build import components
+from latentrt.checkpoints.precision.calibration import components
 from latentrt.export.verify import compare
 from tests.export.conftest import Exported
 

@@ -1,0 +1,302 @@
+"""A checkpoint opened as it is: graphs from templates, weights where the user has them.
+
+What is opened is a package in the cache, a few megabytes, whose weights files are elsewhere
+(`engines.package.Elsewhere`). It is found by what decides it: the content of the weights, configs and
+tokenizers, and the options. So it is made once, a file that was moved is still the same, and one that changed
+is another.
+
+::
+
+    <cache>/checkpoints/<digest>/        a package
+    <cache>/checkpoints/<digest>/opened.json   where it was opened from; its time is that of the last use
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Generator, Iterable
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from filelock import FileLock
+
+from ..engines.errors import PackageError, StorageError
+from ..engines.installed import latentrt_version
+from ..engines.package import MANIFEST, Elsewhere, NetFile, Package, common_folder, write_manifest
+from ..engines.store.files import storage_errors
+from ..engines.store.folder import StoreFolder
+from ..engines.store.key import canonical_sha256
+from .beside import beside, put
+from .contents import read_contents
+from .files.component import TensorHeader, read_tensors
+from .files.net_reads import net_tensors
+from .files.open import Checkpoint
+from .files.tokenizers import WriteTokenizer
+from .files.values import check_values
+from .graphs import weights
+from .manifest import make_manifest, published_latent_rgb, request_defaults
+from .nets import set_islands, write_graphs, write_steps
+from .precision.calibration import Calibration, Tokenize, components
+from .stages import OnProgress, stages
+from .templates.archive import SHIPPED, Dtype, archive_sha256, net_template
+
+REVISION = 1  # of what is written here: raise it when the same checkpoint gets other graphs
+OPENED = "opened.json"
+FOLDER = "checkpoints"  # in the cache
+EVERY_TYPE = frozenset(weights.STORED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a checkpoint is opened.
+
+    Attributes:
+        dtype: the arithmetic of the graphs, "fp16" or "fp32".
+        reads: safetensors' names of the types that the backend reads; weights of others are converted.
+        vae, tiny_vae, prediction_type: as in `Checkpoint.open`.
+        templates: the archive of graphs.
+    """
+
+    dtype: Dtype
+    reads: Collection[str] = EVERY_TYPE
+    vae: Path | None = None
+    tiny_vae: Path | None = None
+    prediction_type: str | None = None
+    templates: Path = SHIPPED
+
+
+def open_checkpoint(
+    path: str | Path,
+    options: Options,
+    *,
+    tokenize: Tokenize,
+    store: Path | None = None,
+    progress: OnProgress | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Package:
+    """Open a checkpoint as a package whose weights stay where they are.
+
+    Args:
+        path: a `.safetensors` file or a diffusers folder.
+        options: how.
+        tokenize: reads prompts for the ranges that fp16 graphs are measured on.
+        store: the cache's folder; None is the user's own.
+        progress: called with each stage of making what is not in the cache.
+        note: called with each line on what was assumed, left out, or converted.
+
+    Raises:
+        CheckpointError: it is missing, damaged, of a family that is not supported, or of an architecture
+            without a template.
+        UsageError: an unknown prediction type.
+        NumericError: a net's values are not finite, or beyond fp16 where that is asked for.
+        StorageError: the disk is full.
+    """
+    source = Checkpoint.open(
+        path,
+        prefer_fp16=options.dtype == "fp16",
+        vae=options.vae,
+        tiny_vae=options.tiny_vae,
+        prediction_type=options.prediction_type,
+    )
+    cache = StoreFolder(store)
+    opening = _Opening(source, options, cache)
+    lines = [*source.notes, *opening.conversions()]
+    with _entry(cache, opening.digest, lines.append) as entry:
+        package = opening.find(entry) or opening.make(entry, tokenize, progress)
+        with suppress(OSError):  # who cannot write there keeps no record of what was opened
+            (entry / OPENED).write_text(json.dumps(opening.described()), encoding="utf-8")
+    for line in lines if note is not None else ():
+        note(line)
+    return package
+
+
+@contextmanager
+def _entry(cache: StoreFolder, digest: str, note: Callable[[str], None]) -> Generator[Path]:
+    """The folder of a package in the cache; whoever makes the same meanwhile waits.
+
+    Where this user cannot write the cache, it is a folder that lasts as long as the process.
+    """
+    try:
+        cache.make()
+        folder = cache.root / FOLDER
+        folder.mkdir(mode=0o700, exist_ok=True)
+        lock = FileLock(cache.locks / f"{digest}.lock", mode=0o600)
+        lock.acquire()  # pyright: ignore[reportUnknownMemberType]
+    except (StorageError, OSError) as error:
+        if (cache.root / FOLDER / digest / MANIFEST).is_file():  # made when it could still be written
+            yield cache.root / FOLDER / digest
+            return
+        reason = error.found if isinstance(error, StorageError) else f"{error.strerror} ({error.filename})"
+        note(f"the checkpoint is made ready anew each time: {reason}")
+        yield _temporary() / digest
+        return
+    try:
+        with storage_errors(cache.root, "the opened checkpoint cannot be kept"):
+            yield folder / digest
+    finally:
+        lock.release()
+
+
+def _temporary() -> Path:
+    """A folder that goes away with the process."""
+    folder = Path(tempfile.mkdtemp(prefix="latentrt-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _tokenizer_facts(write: WriteTokenizer) -> object:
+    """What decides the files that a tokenizer's writer writes: its settings, and what it copies."""
+    settings: dict[str, Any] = getattr(write, "keywords", {})
+    return {
+        name: _files_facts(value) if isinstance(value, Path) else value for name, value in settings.items()
+    }
+
+
+def _files_facts(folder: Path) -> list[list[str]]:
+    """The name and the sha256 (hex) of every file in a folder."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in files]
+
+
+class _Opening:
+    """A checkpoint that was read and is not yet a package."""
+
+    def __init__(self, source: Checkpoint, options: Options, cache: StoreFolder) -> None:
+        self._source, self._options = source, options
+        self._tensors = {name: net_tensors(source, name) for name in components(source)}
+        files = {header.file: name for name, header in self._headers()}
+        contents = read_contents(files, cache)
+        # A weights file's name in the manifest says what it is of, and need not be that of a file.
+        self._names = {path: f"{files[path]}/{path.name}" for path in contents}
+        self._files = {self._names[path]: content for path, content in contents.items()}
+
+    def _headers(self) -> Iterable[tuple[str, TensorHeader]]:
+        """Every tensor with its component, the last component first, so that a dict keeps the first."""
+        for component, tensors in reversed(self._tensors.items()):
+            for header in tensors.values():
+                yield component, header
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 (hex) of all that decides the package."""
+        source = self._source
+        folder = common_folder(content.path for content in self._files.values())
+        return canonical_sha256(
+            {
+                "revision": REVISION,
+                "latentrt": latentrt_version(),
+                "templates": archive_sha256(self._options.templates),
+                "dtype": self._options.dtype,
+                "converted": sorted(self._unread),
+                "name": source.name,
+                "files": {
+                    name: [content.path.relative_to(folder).as_posix(), content.sha256]
+                    for name, content in self._files.items()
+                },
+                "parts": {name: dict(part.config) for name, part in source.parts.items()},
+                "configs": {name: dict(config) for name, config in source.configs.items()},
+                "defaults": vars(request_defaults(source)),
+                "zero_empty_prompt": source.zero_empty_prompt,
+                "tokenizers": {name: _tokenizer_facts(write) for name, write in source.tokenizers.items()},
+            }
+        )
+
+    @cached_property
+    def _unread(self) -> dict[str, list[str]]:
+        """The components whose weights the backend does not read -> the types that it does not."""
+        found = {
+            name: sorted({header.dtype for header in tensors.values()} - set(self._options.reads))
+            for name, tensors in self._tensors.items()
+        }
+        return {name: types for name, types in found.items() if types}
+
+    def conversions(self) -> list[str]:
+        """A line for each component that is converted."""
+        return [
+            f"{name}: weights of the type {', '.join(types)} are converted to {self._options.dtype} in the"
+            " cache: the backend does not read them"
+            for name, types in self._unread.items()
+        ]
+
+    def described(self) -> dict[str, Any]:
+        """What the list of opened checkpoints says of it."""
+        return {
+            "name": self._source.name,
+            "family": self._source.family,
+            "path": os.path.abspath(self._source.root),
+            "dtype": self._options.dtype,
+            "weights_bytes": sum(content.size for content in self._files.values()),
+        }
+
+    def find(self, entry: Path) -> Package | None:
+        """The package in the cache, if it is there."""
+        if not (entry / MANIFEST).is_file():
+            return None
+        try:
+            return Package.open(entry, elsewhere=self._elsewhere)
+        except PackageError:  # damaged: it is made anew
+            return None
+
+    @property
+    def _elsewhere(self) -> dict[str, Elsewhere]:
+        return {name: content.elsewhere for name, content in self._files.items()}
+
+    def make(self, entry: Path, tokenize: Tokenize, progress: OnProgress | None) -> Package:
+        """Write the package into the cache."""
+        source, dtype = self._source, self._options.dtype
+        measures = dtype == "fp16"
+        begin = stages(len(self._tensors) * (2 + measures), progress)
+        calibration = Calibration(source, tokenize) if measures else None
+        for component, tensors in self._tensors.items():
+            begin(f"check {component}")
+            check_values(source, component, tensors, dtype)
+        with beside(entry) as folder:
+            for name, write_tokenizer in source.tokenizers.items():
+                write_tokenizer(folder / name)
+            nets: dict[str, NetFile] = {}
+            for component in self._tensors:
+                begin(f"bind {component}")
+                (folder / component).mkdir()
+                template = net_template(source, component, dtype, archive=self._options.templates)
+                names = self._attach(component, template.model, folder)
+                if calibration is not None:
+                    begin(f"measure {component}")
+                    set_islands(source, component, template.model, calibration)
+                nets |= write_graphs(
+                    component, folder, template.model, template.spec, dtype=dtype, weights=names
+                )
+            nets |= write_steps(folder, nets["unet"].spec)
+            used = {name for net in nets.values() for name in net.weights}
+            manifest = make_manifest(
+                source,
+                dtype,
+                nets,
+                request_defaults(source),
+                latent_rgb=published_latent_rgb(source),
+                producer=f"latentrt {latentrt_version()}",
+            )
+            records = {name: content.record for name, content in self._files.items() if name in used}
+            write_manifest(folder, replace(manifest, files=records), elsewhere=self._elsewhere)
+            put(folder, entry, folder)
+        return Package.open(entry, elsewhere=self._elsewhere)
+
+    def _attach(self, component: str, model: ir.Model, folder: Path) -> list[str]:
+        """Give a graph its weights, in the user's files or converted; their names in the manifest."""
+        tensors = self._tensors[component]
+        if component in self._unread:
+            target = folder / component
+            types = {name: model.graph.initializers[name].dtype or ir.DataType.FLOAT for name in tensors}
+            slots = weights.write_weights(target / weights.WEIGHTS, read_tensors(tensors), types)
+            weights.attach(model, slots)
+            return [f"{component}/{weights.WEIGHTS}"]
+        weights.attach(model, weights.places(tensors))
+        return list(dict.fromkeys(self._names[header.file] for header in tensors.values()))
