@@ -33,6 +33,7 @@ from .graphs import passes
 from .graphs.to_onnx import to_onnx
 from .manifest import make_manifest, request_defaults
 from .nets.build import NETS, components
+from .nets.clip import tokenize
 from .verify import Comparison, verify_component
 
 Dtype = Literal["fp16", "fp32"]
@@ -105,7 +106,7 @@ def export_package(
     if note is not None:
         for line in source.notes:
             note(line)
-    calibration = Calibration(source) if dtype == "fp16" else None
+    calibration = Calibration(source, tokenize) if dtype == "fp16" else None
     begin = _stages(len(components(source)) * (1 + (calibration is not None) + verify) + 1, progress)
     with _torch_threads():
         for component in components(source):  # weights that do not fit are named before anything is traced
@@ -165,7 +166,7 @@ def _export_component(
     target.mkdir()
     net = NETS[component].build(source, _TORCH_TYPES[dtype])
     state = net.module.state_dict()
-    tensors = {name: state[key] for key, (name, _) in net.tensors.items()}
+    tensors = {name: state[key].numpy() for key, (name, _) in net.tensors.items()}
     types = {name: weights.stored_type(found, _ONNX_TYPES[dtype]) for name, found in net.tensors.values()}
     slots = weights.write_weights(target / weights.WEIGHTS, tensors, types)
     model = to_onnx(net)
@@ -178,7 +179,7 @@ def _export_component(
         begin(f"measure {component}")
         if component == "unet" and source.unet.config.get("upcast_attention"):
             upcast_attention(model)
-        found = find_islands(model, component, target, partial(NETS[component].calibrate, calibration))
+        found = find_islands(model, component, partial(NETS[component].calibrate, calibration))
         if report_islands is not None:
             report_islands(found)
     return _write_graphs(component, folder, model, contract, dtype)

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
+import numpy as np
 import onnx_ir as ir
 
 from ...engines.safetensors_format import TensorRange, write_file
-
-if TYPE_CHECKING:
-    import torch
+from ...engines.spec import Array
+from ..stored_types import convert, seen_as
 
 WEIGHTS = "weights.safetensors"
 
-# safetensors' name -> ONNX type, of the weights that `checkpoint.component.refuse_quantised` lets through.
+# safetensors' name -> ONNX type, of the weights that `stored_types` knows.
 STORED: Mapping[str, ir.DataType] = {
     "F64": ir.DataType.DOUBLE,
     "F32": ir.DataType.FLOAT,
     "F16": ir.DataType.FLOAT16,
     "BF16": ir.DataType.BFLOAT16,
+    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
+    "F8_E5M2": ir.DataType.FLOAT8E5M2,
 }
 _NAMES = {dtype: name for name, dtype in STORED.items()}
 
@@ -31,21 +33,18 @@ def stored_type(source: str, compute: ir.DataType) -> ir.DataType:
 
 
 def write_weights(
-    path: Path, tensors: Mapping[str, torch.Tensor], types: Mapping[str, ir.DataType]
+    path: Path, tensors: Mapping[str, Array], types: Mapping[str, ir.DataType]
 ) -> dict[str, TensorRange]:
-    """Write `tensors`, each converted to its type (which can hold it: `make_net`), one at a time.
+    """Write `tensors`, each converted to its type (which can hold it: `check_values`), one at a time.
 
     Returns:
         Name -> where the tensor lies in the file.
     """
-    import torch
-
-    described = {name: (_NAMES[types[name]], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    described = {name: (_NAMES[types[name]], tensor.shape) for name, tensor in tensors.items()}
 
     def content(name: str) -> memoryview:
-        dtype = getattr(torch, types[name].name.lower())  # torch's names too: float16, float, …
-        flat = tensors[name].detach().to(dtype).contiguous().reshape(-1)
-        return memoryview(cast(Any, flat.view(torch.uint8).numpy()))
+        flat = np.ravel(convert(tensors[name], _NAMES[types[name]]))
+        return memoryview(cast(Any, seen_as(flat, np.uint8)))
 
     return write_file(path, described, content)
 
@@ -53,8 +52,8 @@ def write_weights(
 def attach(model: ir.Model, folder: Path, slots: Mapping[str, TensorRange]) -> None:
     """Make the initializers that are checkpoint tensors external data in `folder`'s weights file.
 
-    Where the stored type is not the graph's, a Cast follows the initializer. Engines fold it when they load,
-    and the file holds no tensor twice, or wider than the checkpoint did.
+    Where the stored type is not the graph's, wider or narrower, a Cast follows the initializer. Engines fold
+    it when they load, and the file holds no tensor twice, or wider than the checkpoint did.
     """
     for name, value in list(model.graph.initializers.items()):
         if name not in slots:
@@ -66,10 +65,10 @@ def attach(model: ir.Model, folder: Path, slots: Mapping[str, TensorRange]) -> N
         )
         value.shape, value.dtype = shape, stored
         if compute is not None and compute != stored:
-            wide = ir.val(f"{name}/{_NAMES[compute]}", compute, shape)
-            ir.convenience.replace_all_uses_with(value, wide)
-            widen = ir.node("Cast", [value], {"to": compute}, name=f"{name}/cast", outputs=[wide])
-            model.graph.insert_before(model.graph[0], widen)
+            used = ir.val(f"{name}/{_NAMES[compute]}", compute, shape)
+            ir.convenience.replace_all_uses_with(value, used)
+            converted = ir.node("Cast", [value], {"to": compute}, name=f"{name}/cast", outputs=[used])
+            model.graph.insert_before(model.graph[0], converted)
 
 
 def is_weight(value: ir.Value | None) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,9 +14,23 @@ from ...checkpoints.files.component import Component
 from ...checkpoints.files.open import Checkpoint
 from ...engines import spec
 from ...engines.errors import CheckpointError
+from ...engines.spec import Array
 from .torch_net import Net, fill_buffers, load, make_net, spelled
 
 _TEXT_PREFIX = "text_model."  # transformers before 5, and packages
+
+
+def tokenize(folder: Path, texts: Sequence[str], length: int) -> Array:
+    """`texts` as transformers' CLIPTokenizer reads them: (texts, length) int64, padded or cut to `length`."""
+    from transformers import CLIPTokenizer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about files that only other tokenizers need
+        tokenizer: Any = cast(Any, CLIPTokenizer).from_pretrained(str(folder))
+    found = tokenizer(
+        list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="np"
+    )
+    return found.input_ids
 
 
 class ClipText(nn.Module):
@@ -77,8 +93,8 @@ def text_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) ->
         for name, rest in bare.items()
     }
     tensors = {
-        name: (name if projected else _TEXT_PREFIX + bare[name], dtype)
-        for name, (_, dtype) in load(part, net, names, ignored=unread).items()
+        name: (name if projected else _TEXT_PREFIX + bare[name], stored)
+        for name, (_, stored) in load(part, net, dtype, names, ignored=unread).items()
     }
     contract = spec.text_encoder(
         tokens=config.max_position_embeddings,
@@ -86,7 +102,7 @@ def text_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) ->
         pooled=config.projection_dim if projected else None,
         float_dtype=spelled(dtype),
     )
-    return make_net(part, ClipText(net, layers, normalised=normalised), contract, tensors, dtype)
+    return make_net(ClipText(net, layers, normalised=normalised), contract, tensors, dtype)
 
 
 def _settings(part: Component) -> dict[str, Any]:
@@ -123,7 +139,7 @@ def image_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -
     contract = spec.image_encoder(
         size=cast(int, config.image_size), width=config.projection_dim, float_dtype=spelled(dtype)
     )
-    return make_net(part, ImageEncoder(net, mean, std), contract, load(part, net), dtype)
+    return make_net(ImageEncoder(net, mean, std), contract, load(part, net, dtype), dtype)
 
 
 def _normalisation(processor: Mapping[str, Any]) -> tuple[list[float], list[float]]:
@@ -181,4 +197,4 @@ def image_noiser(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) ->
     with torch.device("meta"):
         net = _Normalizer(width)
     contract = spec.image_noiser(width=width, float_dtype=spelled(dtype))
-    return make_net(part, ImageNoiser(net), contract, load(part, net), dtype)
+    return make_net(ImageNoiser(net), contract, load(part, net, dtype), dtype)

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ...errors import BackendError, PackageError
 from ...package import Package
+from ..session import WEIGHTS_FOLDER
 from .winograd import Kernel
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +75,6 @@ def write_graph(model: ir.Model, path: Path) -> Path:
 
 
 def session_entries(package: Package, net: str) -> dict[str, str]:
-    """Session options (`add_session_config_entry`) that let a lowered graph find the package's weights.
-
-    ONNX Runtime 1.31 refuses external data outside the graph's folder, be it by `..`, an absolute path or a
-    symbolic link; this entry names another folder, so nothing is copied or linked.
-    """
+    """Session options (`add_session_config_entry`) that let a lowered graph find the package's weights."""
     weights = package.manifest.nets[net].weights
-    return {_WEIGHTS_FOLDER: str(package.path(weights).parent)} if weights else {}
+    return {WEIGHTS_FOLDER: str(package.path(weights).parent)} if weights else {}
