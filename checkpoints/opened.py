@@ -32,12 +32,13 @@ from filelock import FileLock
 from ..engines.errors import PackageError, StorageError
 from ..engines.installed import latentrt_version
 from ..engines.package import MANIFEST, Elsewhere, NetFile, Package, common_folder, write_manifest
+from ..engines.spec import NETS
 from ..engines.store.files import storage_errors
 from ..engines.store.folder import StoreFolder
 from ..engines.store.key import canonical_sha256
 from .beside import beside, put
 from .contents import read_contents
-from .files.component import TensorHeader, read_tensors
+from .files.component import Component, TensorHeader, read_tensors
 from .files.net_reads import net_tensors
 from .files.open import Checkpoint
 from .files.tokenizers import WriteTokenizer
@@ -53,6 +54,7 @@ REVISION = 1  # of what is written here: raise it when the same checkpoint gets 
 OPENED = "opened.json"
 FOLDER = "checkpoints"  # in the cache
 EVERY_TYPE = frozenset(weights.STORED)
+_ARITHMETIC = {"fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +153,10 @@ def _temporary() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="latentrt-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+def _part(source: Checkpoint, component: str) -> Component:
+    return source.parts[NETS[component].part]
 
 
 def _tokenizer_facts(write: WriteTokenizer) -> object:
@@ -258,7 +264,7 @@ class _Opening:
         calibration = Calibration(source, tokenize) if measures else None
         for component, tensors in self._tensors.items():
             begin(f"check {component}")
-            check_values(source, component, tensors, dtype)
+            check_values(_part(source, component).folder, tensors, _ARITHMETIC[dtype])
         with beside(entry) as folder:
             for name, write_tokenizer in source.tokenizers.items():
                 write_tokenizer(folder / name)

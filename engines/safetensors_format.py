@@ -51,8 +51,11 @@ ITEM_SIZES: Mapping[str, int] = {
 # Types of the format that no net computes with; some are smaller than a byte.
 _QUANTISED = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _OTHER_WEIGHTS = "Use the model's fp16 or fp32 weights."
-# The exponent's bits, all set in what is not finite; as unsigned numbers.
-_EXPONENTS: Mapping[str, tuple[type[np.unsignedinteger[Any]], int]] = {
+# A float's bits without the sign, as unsigned numbers, are in the order of magnitudes: here is the first that
+# is not finite. (F8_E4M3 has no infinity, and one NaN.)
+NOT_FINITE: Mapping[str, tuple[type[np.unsignedinteger[Any]], int]] = {
+    "F8_E4M3": (np.uint8, 0x7F),
+    "F8_E5M2": (np.uint8, 0x7C),
     "F16": (np.uint16, 0x7C00),
     "BF16": (np.uint16, 0x7F80),
     "F32": (np.uint32, 0x7F800000),
@@ -137,14 +140,19 @@ def first_not_finite(path: Path, *, error: type[ModelError] = CheckpointError) -
     """
     header, tensors = map_tensors(path, error=error)
     for name, content in tensors.items():
-        if header.tensors[name].dtype not in _EXPONENTS:
+        if header.tensors[name].dtype not in NOT_FINITE:
             continue
-        kind, exponent = _EXPONENTS[header.tensors[name].dtype]
+        kind, limit = NOT_FINITE[header.tensors[name].dtype]
         bits = np.frombuffer(content, kind)
         for begin in range(0, len(bits), _CHUNK):
-            if ((bits[begin : begin + _CHUNK] & kind(exponent)) == exponent).any():
+            if (magnitudes(bits[begin : begin + _CHUNK]) >= limit).any():
                 return name
     return None
+
+
+def magnitudes(bits: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Floats' bits, as unsigned numbers, without the sign."""
+    return bits & bits.dtype.type(2 ** (8 * bits.itemsize - 1) - 1)
 
 
 def write_file(

@@ -178,6 +178,21 @@ VECTORS: Mapping[str, str] = {
     "time_ids": "sizes, crop and aesthetic score (SDXL; the manifest names each)",
 }
 
+
+def guidance_embedding(scale: float, width: int) -> Array:
+    """What `timestep_cond` holds: sines and cosines of 1000 (scale - 1) (Meng et al. 2023, arXiv 2210.03142).
+
+    Returns:
+        (width,) float32; the last number of an odd width is zero.
+    """
+    half = width // 2
+    frequencies = np.exp(-np.log(10000.0) / (half - 1) * np.arange(half, dtype=np.float32))
+    angles = np.float32((scale - 1) * 1000) * frequencies.astype(np.float32)
+    row = np.zeros(width, np.float32)
+    row[: 2 * half] = np.concatenate([np.sin(angles), np.cos(angles)])
+    return row
+
+
 # What a row of the sampler's table is to `step`, in this order: the columns p, q, a, b, c of the table
 # (docs/samplers.md), then the guidance scale and the guidance rescale of the request.
 HISTORY = 5

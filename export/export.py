@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -21,9 +20,9 @@ from ..checkpoints.beside import beside, put
 from ..checkpoints.files.open import Checkpoint
 from ..checkpoints.graphs import weights
 from ..checkpoints.manifest import make_manifest, request_defaults
-from ..checkpoints.nets import write_graphs, write_steps
-from ..checkpoints.precision.calibration import CALIBRATIONS, Calibration, components
-from ..checkpoints.precision.islands import Found, find_islands, upcast_attention
+from ..checkpoints.nets import set_islands, write_graphs, write_steps
+from ..checkpoints.precision.calibration import Calibration, components
+from ..checkpoints.precision.islands import Found
 from ..checkpoints.stages import Progress, stages
 from ..engines.errors import StorageError, UsageError
 from ..engines.package import MANIFEST, NetFile, Package, write_manifest
@@ -32,6 +31,7 @@ from .graphs import passes
 from .graphs.to_onnx import to_onnx
 from .latent_rgb import fit_latent_rgb
 from .nets.build import NETS
+from .nets.clip import tokenize
 from .verify import Comparison, verify_component
 
 Dtype = Literal["fp16", "fp32"]
@@ -94,7 +94,7 @@ def export_package(
     if note is not None:
         for line in source.notes:
             note(line)
-    calibration = Calibration(source) if dtype == "fp16" else None
+    calibration = Calibration(source, tokenize) if dtype == "fp16" else None
     begin = stages(len(components(source)) * (1 + (calibration is not None) + verify) + 1, progress)
     with _torch_threads():
         for component in components(source):  # weights that do not fit are named before anything is traced
@@ -146,7 +146,7 @@ def _export_component(
     target.mkdir()
     net = NETS[component].build(source, _TORCH_TYPES[dtype])
     state = net.module.state_dict()
-    tensors = {name: state[key] for key, (name, _) in net.tensors.items()}
+    tensors = {name: state[key].numpy() for key, (name, _) in net.tensors.items()}
     types = {name: weights.stored_type(found, _ONNX_TYPES[dtype]) for name, found in net.tensors.values()}
     slots = weights.write_weights(target / weights.WEIGHTS, tensors, types)
     model = to_onnx(net)
@@ -157,9 +157,7 @@ def _export_component(
     passes.clean(model)
     if calibration is not None:
         begin(f"measure {component}")
-        if component == "unet" and source.unet.config.get("upcast_attention"):
-            upcast_attention(model)
-        found = find_islands(model, component, target, partial(CALIBRATIONS[component], calibration))
+        found = set_islands(source, component, model, calibration)
         if report_islands is not None:
             report_islands(found)
     names = [f"{component}/{weights.WEIGHTS}"]

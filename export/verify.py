@@ -23,6 +23,7 @@ from ..engines.spec import TEXT_ENCODERS, VECTORS, Array
 from ..engines.tolerances import DECODED_DB, NET_RELATIVE_L2
 from .graphs.to_onnx import example
 from .nets.build import NETS
+from .nets.clip import tokenize
 
 # Not the sizes that were traced: a size frozen into the graph shows.
 _SIZES: Mapping[str, int] = {"B": 2, "N": 1, "P": 2, "T": 77, "H/8": 24, "W/8": 40, "H": 192, "W": 320}
@@ -70,7 +71,7 @@ def verify_component(
     main = "unet_whole" if component == "unet" else component
     arrays: dict[str, Array] = {n: tensor.numpy() for n, tensor in example(files[main].spec, _SIZES).items()}
     if component in TEXT_ENCODERS:  # the token that ends a prompt marks the pooled embedding
-        arrays["input_ids"] = token_ids(source, component)[: _SIZES["P"]].astype(np.int32)
+        arrays["input_ids"] = token_ids(source, component, tokenize)[: _SIZES["P"]].astype(np.int32)
     wanted = NETS[component].build(source, torch.float32).run(arrays)
     gc.collect()
     checks = [

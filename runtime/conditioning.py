@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..engines.package import Manifest
-from ..engines.spec import Array
+from ..engines.spec import Array, guidance_embedding
 from .prompts.encode import TextConditioner
 from .request.request import Request
 from .request.source import Varied
@@ -95,12 +95,8 @@ def _time_ids(request: Request, manifest: Manifest, source: NoiseSource, call: C
 
 
 def _timestep_cond(request: Request, manifest: Manifest, source: NoiseSource, call: CallNet) -> Array:
-    """(B, width) float32: sines and cosines of 1000 (scale - 1) (Meng et al. 2023, arXiv 2210.03142)."""
-    half = manifest.vectors["timestep_cond"] // 2
-    frequencies = np.exp(-np.log(10000.0) / (half - 1) * np.arange(half, dtype=np.float32))
-    angles = np.float32((request.guidance_scale - 1) * 1000) * frequencies.astype(np.float32)
-    row = np.zeros(manifest.vectors["timestep_cond"], np.float32)
-    row[: 2 * half] = np.concatenate([np.sin(angles), np.cos(angles)])
+    """(B, width) float32."""
+    row = guidance_embedding(request.guidance_scale, manifest.vectors["timestep_cond"])
     return np.repeat(row[None], len(request.prompts), axis=0)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, cast
 
 from ..engines.errors import UsageError
+from ..engines.noise_schedule import NoiseSchedule
 from .pictures.infotext import NEGATIVE_PROMPT, PROMPT, Value
 from .request.inputs import INPUTS
 from .request.parameters import PARAMETERS
@@ -19,7 +20,6 @@ from .request.request import Request
 from .request.source import Masked
 from .sampling.a1111 import a1111_fields, spelled_by_a1111
 from .sampling.config import SamplerConfig
-from .sampling.schedule import NoiseSchedule
 
 # Of the call, not of one of its pictures.
 _OF_THE_CALL = ("num_images_per_prompt", "output_type")

@@ -1,8 +1,14 @@
-"""How the tests share a machine when they run side by side (`-n`): by folder or file, a processor each."""
+"""How the tests share a machine when they run side by side (`-n`): by folder or file, a processor each.
+
+And what tests of several folders take: fixtures, which import what they need when they are used.
+"""
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +50,41 @@ def logged() -> Iterator[list[str]]:
     yield handler.lines
     logger.removeHandler(handler)
     logger.setLevel(logging.NOTSET)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint to look at; tests that change one use `copy`."""
+    from tests.recipes import RECIPES, make_checkpoint
+
+    return make_checkpoint(RECIPES["tiny1"], tmp_path_factory.mktemp("plain") / "tiny1")
+
+
+@pytest.fixture
+def copy(checkpoint: Path, tmp_path: Path) -> Path:
+    """A checkpoint to damage."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+
+
+@pytest.fixture
+def rounded_sqrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's square root as IEEE 754 rounds it: on some AVX-512 processors one in five is a bit off.
+
+    A schedule rescaled to zero terminal SNR subtracts such roots from each other.
+    """
+    import numpy as np
+    import torch
+
+    power = torch.Tensor.__pow__
+
+    def root(values: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(np.sqrt(values.numpy())))
+
+    def raised(values: torch.Tensor, to: Any) -> torch.Tensor:
+        return root(values) if to == 0.5 else power(values, to)
+
+    monkeypatch.setattr(torch.Tensor, "sqrt", root)
+    monkeypatch.setattr(torch.Tensor, "__pow__", raised)
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the marks

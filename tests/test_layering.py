@@ -39,10 +39,10 @@ BACK_TO_GO = set[tuple[str, str]]()
 PRINTING = ("sys.stderr", "sys.stdout", "warnings.warn")
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir"}
 MAY_IMPORT = {  # folder or room -> heavy libraries it may import
-    "checkpoints/graphs": {"onnx", "onnx_ir", "torch"},  # torch: to go
+    "checkpoints/graphs": {"onnx", "onnx_ir"},  # onnx-ir brings onnx along
     "checkpoints/templates": {"onnx", "onnx_ir"},
-    "checkpoints/precision": HEAVY,  # to go: torch and its friends
-    "checkpoints/files": {"torch"},  # to go
+    "checkpoints/precision": {"onnx_ir"},
+    "checkpoints": {"onnx_ir"},
     "export": HEAVY,
     "demo": {"torch", "diffusers", "transformers"},
     "benchmarks": HEAVY,

@@ -10,14 +10,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import Any, NoReturn, cast
+
+import numpy as np
 
 from ...engines.errors import CheckpointError, command
 from ...engines.lfs import refuse_pointer
 from ...engines.safetensors_format import map_tensors, read_header
-
-if TYPE_CHECKING:
-    import torch
+from ...engines.spec import Array
+from ..stored_types import numpy_type, seen_as
 
 DOWNLOAD = "Download the checkpoint again: hf download REPOSITORY --local-dir FOLDER"
 SUPPORTED = (
@@ -212,20 +213,18 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
     return {name: TensorHeader(file=path, name=name, dtype=t.dtype, shape=t.shape) for name, t in tensors}
 
 
-def read_tensors(headers: Mapping[str, TensorHeader]) -> dict[str, torch.Tensor]:
-    """The tensors that `headers` describe, in types of weights (`refuse_quantised`), by the mapping's names.
+def read_tensors(headers: Mapping[str, TensorHeader], *, writable: bool = False) -> dict[str, Array]:
+    """The tensors that `headers` describe, in types of weights (`stored_types`), by the mapping's names.
 
     All are views of the mapped files, slices and transposes too: memory is taken by the pages that are used.
+    `writable` maps copy-on-write, for libraries that want arrays they could write to.
 
     Raises:
         CheckpointError: a file changed since its headers were read.
     """
-    import torch
-
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Array] = {}
     for file in {header.file for header in headers.values()}:
-        found, content = map_tensors(file, writable=True)  # torch warns of arrays that it could not write to
+        found, content = map_tensors(file, writable=writable)
         try:
             for name, header in headers.items():
                 if header.file != file:
@@ -233,11 +232,11 @@ def read_tensors(headers: Mapping[str, TensorHeader]) -> dict[str, torch.Tensor]
                 place = found.tensors[header.name]
                 if place.dtype != header.dtype:
                     raise ValueError(f"{header.name} was {header.dtype}")
-                flat = torch.from_numpy(content[header.name])  # pyright: ignore[reportUnknownMemberType]
-                stored = flat.view(dtypes[place.dtype]).reshape(place.shape)
+                flat = seen_as(np.asarray(content[header.name]), numpy_type(place.dtype))
+                stored: Array = np.reshape(flat, place.shape)
                 part = stored if header.rows is None else stored[slice(*header.rows)]
-                tensors[name] = (part.T if header.transposed else part).reshape(header.shape)
-        except (KeyError, ValueError, RuntimeError) as error:
+                tensors[name] = np.reshape(np.transpose(part) if header.transposed else part, header.shape)
+        except (KeyError, ValueError) as error:
             raise CheckpointError(
                 f"{file} changed while it was read ({error})",
                 expected="a file nobody writes to",

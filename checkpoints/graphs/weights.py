@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
+import numpy as np
 import onnx_ir as ir
 
 from ...engines.package import common_folder
 from ...engines.safetensors_format import read_header, write_file
+from ...engines.spec import Array
 from ..files.component import TensorHeader
-
-if TYPE_CHECKING:
-    import torch
+from ..stored_types import convert, seen_as
 
 WEIGHTS = "weights.safetensors"
 
-# safetensors' name -> ONNX type, of the weights that `checkpoint.component.refuse_quantised` lets through.
+# safetensors' name -> ONNX type, of the weights that `stored_types` knows.
 STORED: Mapping[str, ir.DataType] = {
     "F64": ir.DataType.DOUBLE,
     "F32": ir.DataType.FLOAT,
     "F16": ir.DataType.FLOAT16,
     "BF16": ir.DataType.BFLOAT16,
+    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
+    "F8_E5M2": ir.DataType.FLOAT8E5M2,
 }
 _NAMES = {dtype: name for name, dtype in STORED.items()}
 
@@ -34,21 +36,18 @@ def stored_type(source: str, compute: ir.DataType) -> ir.DataType:
 
 
 def write_weights(
-    path: Path, tensors: Mapping[str, torch.Tensor], types: Mapping[str, ir.DataType]
+    path: Path, tensors: Mapping[str, Array], types: Mapping[str, ir.DataType]
 ) -> dict[str, Place]:
-    """Write `tensors`, each converted to its type (which can hold it: `make_net`), one at a time.
+    """Write `tensors`, each converted to its type (which can hold it: `check_values`), one at a time.
 
     Returns:
         Where each tensor lies.
     """
-    import torch
-
-    described = {name: (_NAMES[types[name]], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    described = {name: (_NAMES[types[name]], tensor.shape) for name, tensor in tensors.items()}
 
     def content(name: str) -> memoryview:
-        dtype = getattr(torch, types[name].name.lower())  # torch's names too: float16, float, …
-        flat = tensors[name].detach().to(dtype).contiguous().reshape(-1)
-        return memoryview(cast(Any, flat.view(torch.uint8).numpy()))
+        flat = np.ravel(convert(tensors[name], _NAMES[types[name]]))
+        return memoryview(cast(Any, seen_as(flat, np.uint8)))
 
     return {
         name: Place(file=path.resolve(), dtype=slot.dtype, offset=slot.offset, length=slot.length)

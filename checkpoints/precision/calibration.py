@@ -8,21 +8,22 @@ not do: a UNet never meets pure noise at timestep 0.
 from __future__ import annotations
 
 import tempfile
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 
-from ...engines.spec import NETS, TEXT_ENCODERS, Array
+from ...engines.spec import NETS, TEXT_ENCODERS, Array, guidance_embedding
 from ..files.open import Checkpoint
+from .ddim import Ddim
 
 # A net in float32: inputs by name -> outputs in the contract's order.
 NetCall = Callable[[Mapping[str, Array]], list[Array]]
 Drive = Callable[[NetCall], None]  # calls a net once or more
-Tokenize = Callable[..., Array]
+# A tokenizer's folder, texts and a length -> that many ids for each text, (texts, length), padded as the
+# folder says. Callers bring one: there are several libraries for it, and nothing here needs another.
+Tokenize = Callable[[Path, Sequence[str], int], Array]
 
 # The empty prompt is half of every guided call. The others: a usual one, and one that fills all 77 tokens.
 PROMPTS = (
@@ -35,8 +36,6 @@ GUIDANCE = 7.5
 # Latent pixels a side, at most. Ranges hardly depend on the size of the picture; time and memory do.
 SIDE = 32
 
-_BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "num_train_timesteps")
-
 
 class Calibration:
     """Calls the nets of one checkpoint in the order of a picture, and keeps what one hands to the next.
@@ -44,8 +43,9 @@ class Calibration:
     Each method calls one net, once or more; with unit normal values where the net before was not called.
     """
 
-    def __init__(self, source: Checkpoint, seed: int = 0) -> None:
+    def __init__(self, source: Checkpoint, tokenize: Tokenize, seed: int = 0) -> None:
         self._source = source
+        self._tokenize = tokenize
         self._random = np.random.default_rng(seed)
         self._contexts: dict[str, Array] = {}  # by encoder, a row for each prompt
         self._vectors: dict[str, Array] = {}  # some of VECTORS, a row for each prompt
@@ -56,7 +56,7 @@ class Calibration:
 
     def encode_prompts(self, call: NetCall, *, name: str) -> None:
         """Call the text encoder `name` with PROMPTS and a row of random ids: (4, T) int32."""
-        ids = token_ids(self._source, name)
+        ids = token_ids(self._source, name, self._tokenize)
         ids = np.concatenate([ids, ids[:1]]).astype(np.int32)
         size = int(self._source.parts[name].config["vocab_size"])
         ids[-1, 1:-1] = self._random.integers(0, size, ids.shape[1] - 2)
@@ -101,10 +101,8 @@ class Calibration:
 
     def denoise(self, call: NetCall) -> None:
         """Call the UNet in STEPS guided DDIM steps from noise; its rows are the empty prompt and another."""
-        import torch
-
         contexts = self._joined_contexts()
-        scheduler = _scheduler(self._source.scheduler)
+        ddim = Ddim.of(self._source.scheduler, STEPS)
         latent = self._normal(1, 4, *self._sides)
         # An inpainting UNet's extra channels: a mask of the right half, and a masked picture's latent.
         behind: list[Array] = []
@@ -112,7 +110,7 @@ class Calibration:
             mask = np.zeros_like(latent[:, :1])
             mask[..., mask.shape[-1] // 2 :] = 1
             behind = [mask, self._normal(*latent.shape)]
-        for step, timestep in enumerate(scheduler.timesteps.tolist()):
+        for step, timestep in enumerate(ddim.timesteps):
             # Trained nets keep the variance at one; guidance, and random weights, may not.
             latent = latent / max(1.0, float(latent.std()))
             # Another prompt in every step: cross-attention's ranges depend on it more than the rest does.
@@ -126,8 +124,7 @@ class Calibration:
             }
             without, with_prompt = np.split(call(rows)[0], 2)
             guided = without + GUIDANCE * (with_prompt - without)
-            moved = scheduler.step(torch.asarray(guided), timestep, torch.asarray(latent))
-            latent = moved.prev_sample.numpy()
+            latent = ddim.step(guided, timestep, latent)
         self._latent = latent / max(1.0, float(latent.std()))
 
     def _joined_contexts(self) -> Array:
@@ -144,7 +141,7 @@ class Calibration:
             sizes = [height, wide, 0, 0, *([height, wide] if width == 6 else [6.0])]
             return np.array([sizes, sizes], np.float32)
         if name == "timestep_cond":
-            return np.repeat(guidance_embedding(GUIDANCE, width), 2, axis=0)
+            return np.repeat(guidance_embedding(GUIDANCE, width)[None], 2, axis=0)
         found = self._vectors.get(name)
         return self._normal(2, width) if found is None else found[prompts]
 
@@ -159,19 +156,13 @@ class Calibration:
         return self._random.standard_normal(shape, dtype=np.float32)
 
 
-def token_ids(source: Checkpoint, encoder: str) -> Array:
-    """PROMPTS as the tokenizer of a text encoder reads them: (3, T) int64."""
-    from transformers import CLIPTokenizer
-
+def token_ids(source: Checkpoint, encoder: str, tokenize: Tokenize) -> Array:
+    """PROMPTS as the tokenizer of a text encoder reads them: (3, T) integers."""
     length = int(source.parts[encoder].config.get("max_position_embeddings", 77))
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about files that only other tokenizers need
+    with tempfile.TemporaryDirectory() as folder:
         files = Path(folder) / "tokenizer"
         source.tokenizers[TEXT_ENCODERS[encoder]](files)
-        tokenizer: Any = cast(Any, CLIPTokenizer).from_pretrained(str(files))
-        return tokenizer(
-            list(PROMPTS), padding="max_length", max_length=length, truncation=True, return_tensors="np"
-        ).input_ids
+        return tokenize(files, PROMPTS, length)
 
 
 def colour_fields(count: int, side: int, seed: int) -> Array:
@@ -184,24 +175,6 @@ def colour_fields(count: int, side: int, seed: int) -> Array:
         waves += np.sin(across * along[None, None, :, None] + down * along[None, :, None, None] + 2 * phase)
     low, high = (edge(waves, axis=(1, 2), keepdims=True) for edge in (np.min, np.max))
     return ((waves - low) / (high - low) * 255).round().astype(np.uint8)
-
-
-def guidance_embedding(scale: float, width: int) -> Array:
-    """The vector `timestep_cond`, (1, width): diffusers' `get_guidance_scale_embedding` of `scale` - 1."""
-    import torch
-    from diffusers.models.embeddings import get_timestep_embedding
-
-    return get_timestep_embedding(torch.tensor([(scale - 1) * 1000]), width).numpy()
-
-
-def _scheduler(config: Mapping[str, Any]) -> Any:
-    """DDIM with the checkpoint's betas and prediction type, set to STEPS steps over all its timesteps."""
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-    kept = {key: config[key] for key in (*_BETAS, "prediction_type") if config.get(key) is not None}
-    scheduler: Any = cast(Any, DDIMScheduler)(**kept, clip_sample=False, timestep_spacing="linspace")
-    scheduler.set_timesteps(STEPS)
-    return scheduler
 
 
 # A net with weights -> how it is called while its ranges are measured, in the order in which nets feed each

@@ -14,6 +14,7 @@ nothing promises that an engine finds one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from ...engines.errors import DAMAGED_WEIGHTS, EXPORT_IN_FP32, NumericError
+from ...engines.onnxruntime.session import WEIGHTS_FOLDER
 from ...engines.processors import thread_count
 from ...engines.spec import Array
 from ..graphs.attention import score_nodes, score_values, write_out_attention
@@ -41,7 +43,6 @@ _HALF, _FULL = ir.DataType.FLOAT16, ir.DataType.FLOAT
 _PLUMBING = ("Cast", "Constant")
 # The same numbers in another shape: measured where they come from.
 _VIEWS = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Identity")
-_TWIN = "ranges.onnx"
 _RANGE = "range:"
 
 
@@ -63,19 +64,19 @@ class Found:
     where: str
 
 
-def find_islands(model: ir.Model, component: str, folder: Path, drive: Drive) -> Found:
+def find_islands(model: ir.Model, component: str, drive: Drive) -> Found:
     """Measure the fp16 graph of a component, and let the nodes around hot values compute in float32.
 
     Args:
-        model: the graph after `passes.clean`, the UNet's before hoisting. It is changed in place.
+        model: the graph after `passes.clean`, the UNet's before hoisting, with its weights attached. It is
+            changed in place.
         component: the net's folder in the package, for messages.
-        folder: has the weights file.
         drive: calls the graph with inputs of a picture (`calibration`).
 
     Raises:
         NumericError: a value is not finite in float32, or an output is beyond fp16.
     """
-    largest = measure(model, component, folder, drive)
+    largest = measure(model, component, drive)
     for value in model.graph.outputs:
         if (reached := largest.get(value.name or "", 0.0)) > FP16_MAX:
             raise NumericError(
@@ -206,11 +207,12 @@ def upcast_attention(model: ir.Model) -> None:
     run_in_fp32(model, [name for name in names if not name.endswith("/values")])
 
 
-def measure(model: ir.Model, component: str, folder: Path, drive: Drive) -> dict[str, float]:
+def measure(model: ir.Model, component: str, drive: Drive) -> dict[str, float]:
     """The largest magnitude of every fp16 value that a node writes, by the value's name.
 
     An Attention's scores have the name that `write_out_attention` would give them. `model` stays as it is;
-    `drive` calls its float32 twin, which lies beside the weights in `folder` until it has been measured.
+    `drive` calls its float32 twin, which is never a file and reads the weights where they lie. Weights that
+    are stored wider than the graph computes count as they are stored, not rounded.
 
     Raises:
         NumericError: a value is not finite in float32.
@@ -219,13 +221,10 @@ def measure(model: ir.Model, component: str, folder: Path, drive: Drive) -> dict
     watched = _watch(twin)
     _widen(twin)
     forget_shapes(twin)
-    path = folder / _TWIN
-    cast(Any, ir).save(twin, path)
+    folder = _gather_weights(twin)
+    graph: bytes = cast(Any, ir.to_proto(twin)).SerializeToString()
     del twin
-    try:
-        largest = _run(path, watched, component, drive)
-    finally:
-        path.unlink()
+    largest = _run(graph, folder, watched, component, drive)
     for node in model.graph:
         source = node.inputs[0].name if node.op_type in _VIEWS and node.inputs[0] is not None else None
         if source in largest:
@@ -264,7 +263,7 @@ def _watch(twin: ir.Model) -> list[str]:
 def _widen(twin: ir.Model) -> None:
     """Make the whole graph float32, its inputs and outputs too. Weights stay stored as they are."""
     for value in list(twin.graph.initializers.values()):
-        if value.dtype == _HALF and is_weight(value):
+        if is_weight(value):
             _widen_weight(twin.graph, value)
         elif value.dtype == _HALF:
             assert value.const_value is not None
@@ -284,6 +283,12 @@ def _widen(twin: ir.Model) -> None:
 
 def _widen_weight(graph: ir.Graph, value: ir.Value) -> None:
     """Cast a weight right before its first user: one layer's float32 weights are in memory at a time."""
+    for use in list(value.uses()):
+        if use.node.op_type == "Cast" and use.node.outputs[0].dtype == _HALF:  # as `attach` put it
+            ir.convenience.replace_all_uses_with(use.node.outputs[0], value)
+            graph.remove(use.node, safe=True)
+    if value.dtype == _FULL:
+        return
     users = {use.node for use in value.uses()}
     first = next(node for node in graph if node in users)
     wide = ir.val(f"{value.name}/widened.out", _FULL)
@@ -292,9 +297,35 @@ def _widen_weight(graph: ir.Graph, value: ir.Value) -> None:
     graph.insert_before(first, cast_node)
 
 
-def _run(path: Path, watched: list[str], component: str, drive: Drive) -> dict[str, float]:
+def _gather_weights(twin: ir.Model) -> Path:
+    """Say where the weights lie from one folder, which is returned: a session takes no more than one.
+
+    Links are followed, since ONNX Runtime takes no file that a link leads to outside of its folder. Hugging
+    Face's cache has links to files in a folder of their own.
+    """
+    tensors = {
+        value: cast(ir.ExternalTensor, value.const_value)
+        for value in twin.graph.initializers.values()
+        if is_weight(value)
+    }
+    files = {value: Path(tensor.path).resolve() for value, tensor in tensors.items()}
+    folder = Path(os.path.commonpath([file.parent for file in files.values()] or [os.curdir]))
+    for value, tensor in tensors.items():
+        value.const_value = ir.ExternalTensor(
+            files[value].relative_to(folder).as_posix(),
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            name=tensor.name or "",
+            shape=ir.Shape(tensor.shape),
+            base_dir=folder,
+        )
+    return folder
+
+
+def _run(graph: bytes, folder: Path, watched: list[str], component: str, drive: Drive) -> dict[str, float]:
     """The largest magnitude of every watched value over all calls that `drive` makes."""
-    session = open_session(path, as_written=True)
+    session = open_session(graph, weights=folder, as_written=True)
     outputs = [item.name for item in session.get_outputs() if not item.name.startswith(_RANGE)]
     largest = dict.fromkeys(watched, 0.0)
 
@@ -316,10 +347,11 @@ def _run(path: Path, watched: list[str], component: str, drive: Drive) -> dict[s
     return largest
 
 
-def open_session(path: Path, *, as_written: bool = False) -> Any:
+def open_session(graph: Path | bytes, *, weights: Path | None = None, as_written: bool = False) -> Any:
     """ONNX Runtime on CPU, without arena, prepacking and folding: each keeps another copy of the weights.
 
-    `as_written` runs the nodes unchanged, in the graph's own order.
+    `weights` is the folder of the weights, if that is not the graph's own; `as_written` runs the nodes
+    unchanged, in the graph's own order.
     """
     import onnxruntime
 
@@ -328,11 +360,14 @@ def open_session(path: Path, *, as_written: bool = False) -> Any:
     options.intra_op_num_threads = thread_count(None)
     options.enable_cpu_mem_arena = False
     options.add_session_config_entry("session.disable_prepacking", "1")
+    if weights is not None:
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(weights))
     if as_written:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         options.enable_mem_pattern = False
     providers = ["CPUExecutionProvider"]
+    content = graph if isinstance(graph, bytes) else str(graph)
     return ort.InferenceSession(
-        str(path), options, providers=providers, disabled_optimizers=["ConstantFolding"]
+        content, options, providers=providers, disabled_optimizers=["ConstantFolding"]
     )

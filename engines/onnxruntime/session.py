@@ -19,6 +19,10 @@ from .wheels import imported_wheel, installed_wheels, reinstall_command, several
 _LOG = logging.getLogger(__name__)
 
 CPU = "CPUExecutionProvider"
+# A session option: the folder that external data's locations are relative to. ONNX Runtime 1.31 refuses
+# external data outside of the graph's folder, be it by `..`, an absolute path or a symbolic link; this names
+# another folder, so nothing is copied or linked. A graph given as bytes has no folder of its own.
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _ORT_TYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",

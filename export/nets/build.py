@@ -58,7 +58,7 @@ def unet(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> Net:
 
     with torch.device("meta"):
         net: nn.Module = cast(Any, UNet2DConditionModel).from_config(dict(part.config))
-    tensors = load(part, net)
+    tensors = load(part, net, dtype)
     config = cast(Any, net).config
     contract = spec.unet_whole(
         channels=config.in_channels,
@@ -66,7 +66,7 @@ def unet(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> Net:
         float_dtype=spelled(dtype),
         vectors=checkpoint.vectors,
     )
-    return make_net(part, WholeUnet(net), contract, tensors, dtype)
+    return make_net(WholeUnet(net), contract, tensors, dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,7 +14,21 @@ from ...checkpoints.files.component import Component
 from ...checkpoints.files.net_reads import TEXT_PREFIX, normalisation, package_text_name, unread_layers
 from ...checkpoints.files.open import Checkpoint
 from ...engines import spec
+from ...engines.spec import Array
 from .torch_net import Net, fill_buffers, load, make_net, spelled
+
+
+def tokenize(folder: Path, texts: Sequence[str], length: int) -> Array:
+    """`texts` as transformers' CLIPTokenizer reads them: (texts, length) int64, padded or cut to `length`."""
+    from transformers import CLIPTokenizer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about files that only other tokenizers need
+        tokenizer: Any = cast(Any, CLIPTokenizer).from_pretrained(str(folder))
+    found = tokenizer(
+        list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="np"
+    )
+    return found.input_ids
 
 
 class ClipText(nn.Module):
@@ -72,8 +89,8 @@ def text_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) ->
     }
     ignored = (*unread, *(TEXT_PREFIX + name for name in unread))
     tensors = {
-        name: (package_text_name(name), dtype)
-        for name, (_, dtype) in load(part, net, names, ignored=ignored).items()
+        name: (package_text_name(name), stored)
+        for name, (_, stored) in load(part, net, dtype, names, ignored=ignored).items()
     }
     contract = spec.text_encoder(
         tokens=config.max_position_embeddings,
@@ -81,7 +98,7 @@ def text_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) ->
         pooled=config.projection_dim if projected else None,
         float_dtype=spelled(dtype),
     )
-    return make_net(part, ClipText(net, layers, normalised=normalised), contract, tensors, dtype)
+    return make_net(ClipText(net, layers, normalised=normalised), contract, tensors, dtype)
 
 
 def _settings(part: Component) -> dict[str, Any]:
@@ -118,7 +135,7 @@ def image_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -
     contract = spec.image_encoder(
         size=cast(int, config.image_size), width=config.projection_dim, float_dtype=spelled(dtype)
     )
-    return make_net(part, ImageEncoder(net, mean, std), contract, load(part, net), dtype)
+    return make_net(ImageEncoder(net, mean, std), contract, load(part, net, dtype), dtype)
 
 
 class ImageNoiser(nn.Module):
@@ -163,4 +180,4 @@ def image_noiser(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) ->
     with torch.device("meta"):
         net = _Normalizer(width)
     contract = spec.image_noiser(width=width, float_dtype=spelled(dtype))
-    return make_net(part, ImageNoiser(net), contract, load(part, net), dtype)
+    return make_net(ImageNoiser(net), contract, load(part, net, dtype), dtype)

@@ -6,7 +6,6 @@ copied.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,14 +15,25 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ...checkpoints.files.component import Component, read_tensors
+from ...checkpoints.files.component import Component, TensorHeader, read_tensors
 from ...checkpoints.files.net_reads import UNREAD
-from ...engines.errors import DAMAGED_WEIGHTS, EXPORT_IN_FP32, CheckpointError
+from ...checkpoints.files.values import check_values
+from ...checkpoints.stored_types import seen_as
+from ...engines.errors import CheckpointError
 from ...engines.spec import Array, NetSpec
 
 # The folder of a part of which only the config is known. Its net is traced and never run: its weights have
 # addresses, and nobody writes them, so they take no memory.
 SHAPES_ALONE = Path(os.devnull)
+# safetensors' name of a type -> torch's type.
+_TYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 
 # A parameter's name -> the tensor's name (a checkpoint's, then a package's), and its type in the checkpoint.
 Tensors = Mapping[str, tuple[str, str]]
@@ -60,65 +70,49 @@ def fill_buffers(net: nn.Module) -> None:
             cast(Any, module).position_ids = torch.arange(positions.shape[-1])[None]
 
 
-def _check_values(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    low, high = map(float, torch.aminmax(tensor))  # NaN, if there is one
-    if not (math.isfinite(low) and math.isfinite(high)):
-        bad = tensor.numel() - int(tensor.isfinite().sum())
-        raise CheckpointError(
-            f"{name} has {bad} values of {tensor.numel()} that are NaN or infinite",
-            expected="finite weights",
-            fix="Download the checkpoint again, or use another; no --dtype mends a broken merge.",
-        )
-    largest, found = torch.finfo(dtype).max, max(-low, high)
-    if found > largest:
-        raise CheckpointError(
-            f"{name} has values up to {found:.3g}",
-            expected=f"at most {largest:.5g}, the largest number of {spelled(dtype)}",
-            fix=EXPORT_IN_FP32 if dtype == torch.float16 else DAMAGED_WEIGHTS,
-        )
-
-
-def make_net(part: Component, module: nn.Module, spec: NetSpec, tensors: Tensors, dtype: torch.dtype) -> Net:
-    """The Net of a wrapper whose attribute `net` is the module with the tensors of `part`.
-
-    Raises:
-        CheckpointError: a weight is not finite, or beyond `dtype`. (An island's are stored in fp16 too.)
-    """
+def make_net(module: nn.Module, spec: NetSpec, tensors: Tensors, dtype: torch.dtype) -> Net:
+    """The Net of a wrapper whose attribute `net` is the module with the tensors that `load` gave it."""
     named = {f"net.{key}": found for key, found in tensors.items()}
-    if part.folder == SHAPES_ALONE:
-        return Net(module=_unwritten(module, dtype), spec=spec, tensors=named)
-    for key, tensor in module.state_dict().items():
-        if tensor.is_floating_point() and tensor.numel():
-            _check_values(f"{part.folder}: the tensor {named[key][0]!r}", tensor, dtype)
-    return Net(module=module.eval().requires_grad_(False).to(dtype), spec=spec, tensors=named)
+    return Net(module=_in_memory(module.eval().requires_grad_(False).to(dtype)), spec=spec, tensors=named)
 
 
-def _unwritten(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`module` with memory that nobody wrote in place of the tensors on the meta device.
+def _in_memory(module: nn.Module) -> nn.Module:
+    """`module` with memory that nobody wrote in place of tensors on the meta device (SHAPES_ALONE).
 
     torch's exporter takes no module that is on two devices, and a trace has constants on the CPU.
     """
-    module = module.eval().requires_grad_(False).to(dtype)
     blank = {name: torch.empty_like(t, device="cpu") for name, t in module.state_dict().items() if t.is_meta}
-    module.load_state_dict(blank, strict=False, assign=True)
+    if blank:
+        module.load_state_dict(blank, strict=False, assign=True)
     return module
+
+
+def read_as_torch(headers: Mapping[str, TensorHeader]) -> dict[str, torch.Tensor]:
+    """`read_tensors` as torch's tensors of the same memory. torch takes no arrays of ml_dtypes' types."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, array in read_tensors(headers, writable=True).items():  # torch warns of what it cannot write
+        bits = torch.from_numpy(seen_as(array, f"i{array.itemsize}"))  # pyright: ignore[reportUnknownMemberType]
+        tensors[name] = bits.view(_TYPES[headers[name].dtype])
+    return tensors
 
 
 def load(
     part: Component,
     net: nn.Module,
+    dtype: torch.dtype,
     names: Mapping[str, str] | None = None,
     ignored: tuple[str, ...] = (),
 ) -> dict[str, tuple[str, str]]:
     """Give all parameters of `net`, which is on the meta device, tensors of `part`.
 
-    `names` has a parameter's tensor where the names differ; `ignored` are prefixes of tensors not to read.
+    They are checked for computing in `dtype`, and keep the type they are stored in. `names` has a parameter's
+    tensor where the names differ; `ignored` are prefixes of tensors not to read.
 
     Returns:
         A parameter of `net` -> the tensor's name and type. A part of SHAPES_ALONE leaves the net as it is.
 
     Raises:
-        CheckpointError: tensors are missing, unknown, or of another shape.
+        CheckpointError: tensors are missing, unknown, of another shape, not finite, or beyond `dtype`.
     """
     wanted = net.state_dict()
     if part.folder == SHAPES_ALONE:
@@ -139,5 +133,7 @@ def load(
             expected="the weights that config.json describes",
             fix="Download the checkpoint again, or take config.json from the model it was trained from.",
         )
-    net.load_state_dict(read_tensors({n: part.tensors[f] for n, f in names.items()}), assign=True)
+    tensors = {found: part.tensors[found] for found in names.values()}
+    check_values(part.folder, tensors, spelled(dtype))
+    net.load_state_dict(read_as_torch({n: part.tensors[f] for n, f in names.items()}), assign=True)
     return {name: (file_name, part.tensors[file_name].dtype) for name, file_name in names.items()}

@@ -91,21 +91,21 @@ class VaeEncoder(nn.Module):
 
 def vae_decoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> Net:
     """The decoder of an autoencoder, full or tiny. Its encoder is not even read."""
-    net, tensors = _half(part, "decoder")
+    net, tensors = _half(part, "decoder", dtype)
     contract = spec.vae_decoder(channels=net.config.latent_channels, float_dtype=spelled(dtype))
-    return make_net(part, VaeDecoder(net, Scaling(net.config)), contract, tensors, dtype)
+    return make_net(VaeDecoder(net, Scaling(net.config)), contract, tensors, dtype)
 
 
 def vae_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> Net:
     """The encoder of an autoencoder, full or tiny. Its decoder is not even read."""
-    net, tensors = _half(part, "encoder")
+    net, tensors = _half(part, "encoder", dtype)
     posterior = not is_tiny(part)
     contract = spec.vae_encoder(channels=net.config.latent_channels, posterior=posterior)
     module = VaeEncoder(net, Scaling(net.config), posterior=posterior)
-    return make_net(part, module, contract, tensors, dtype)
+    return make_net(module, contract, tensors, dtype)
 
 
-def _half(part: Component, half: str) -> tuple[Any, dict[str, tuple[str, str]]]:
+def _half(part: Component, half: str, dtype: torch.dtype) -> tuple[Any, dict[str, tuple[str, str]]]:
     """The module with one half alone, and its tensors as `load` returns them."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
@@ -122,6 +122,6 @@ def _half(part: Component, half: str) -> tuple[Any, dict[str, tuple[str, str]]]:
             setattr(net, prefix.removesuffix("."), None)
     stored = {modern_attention(name): name for name in part.tensors}
     names = {name: stored.get(name, name) for name in cast(nn.Module, net).state_dict()}
-    tensors = load(part, net, names, ignored=other)
+    tensors = load(part, net, dtype, names, ignored=other)
     # The package stores today's names, whatever the checkpoint's are.
-    return net, {name: (name, dtype) for name, (_, dtype) in tensors.items()}
+    return net, {name: (name, stored) for name, (_, stored) in tensors.items()}

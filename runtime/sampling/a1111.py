@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from ...engines.noise_schedule import ZERO_SNR_FLOOR
 from .config import SCHEDULER_CLASSES, SamplerConfig
 from .samplers import SAMPLERS, make_table
-from .schedule import ZERO_SNR_FLOOR
 
 _RAMPS = {"karras": "Karras", "exponential": "Exponential", "beta": "Beta", "lu": "Lu"}
 # Schedule types by how a class lays its levels ("k", or as DPM-Solver), and timestep spacing. n timesteps

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...engines.errors import SamplerError
-from .schedule import SIGMA_SCHEDULES, SPACINGS, NoiseSchedule
+from ...engines.noise_schedule import NoiseSchedule
+from .schedule import SIGMA_SCHEDULES, SPACINGS
 from .table import PREDICTION_TYPES
 
 

@@ -15,8 +15,8 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
+from ...engines.noise_schedule import Level
 from .levels import Run
-from .schedule import Level
 from .table import Noise, Predict, Vector
 
 Formula: TypeAlias = Callable[[Vector, Predict, Noise, Run], Vector]

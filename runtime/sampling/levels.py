@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...engines.errors import SamplerError
+from ...engines.noise_schedule import Array, Level
 from .config import SCHEDULER_CLASSES, SamplerConfig
-from .schedule import Array, Level, sigma_ramp, timesteps
+from .schedule import sigma_ramp, timesteps
 
 Step: TypeAlias = tuple[Level, Level]
 Custom: TypeAlias = Sequence[float] | None

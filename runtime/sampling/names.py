@@ -15,9 +15,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 from ...engines.errors import SamplerError
+from ...engines.noise_schedule import ZERO_SNR_FLOOR, NoiseSchedule
 from .config import SCHEDULER_CLASSES, SamplerConfig, refusal
 from .samplers import SAMPLERS
-from .schedule import ZERO_SNR_FLOOR, NoiseSchedule
 from .table import PREDICTION_TYPES
 
 

@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...engines.errors import SamplerError
+from ...engines.noise_schedule import Level
 from ...engines.spec import HISTORY, MASKED_ROW, ROW, Array
-from .schedule import Level
 
 Vector: TypeAlias = NDArray[np.float64]
 Predict: TypeAlias = Callable[[Vector, Level], Vector]

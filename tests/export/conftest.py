@@ -67,20 +67,6 @@ def sd2(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return Exported(source, package, progress, comparisons)
 
 
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint to look at; tests that change one use `copy`."""
-    return make_checkpoint(RECIPES["tiny1"], tmp_path_factory.mktemp("plain") / "tiny1")
-
-
-@pytest.fixture
-def copy(checkpoint: Path, tmp_path: Path) -> Path:
-    """A checkpoint to damage."""
-    import shutil
-
-    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
-
-
 def relative_l2(found: Any, wanted: Any) -> float:
     """|found - wanted| / |wanted| in float64."""
     a, b = np.asarray(found, np.float64), np.asarray(wanted, np.float64)

@@ -17,12 +17,11 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionM
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from latentrt.checkpoints.files.open import Checkpoint
-from latentrt.checkpoints.precision.calibration import Calibration, guidance_embedding
+from latentrt.checkpoints.precision.calibration import components
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.package import Defaults, Package
 from latentrt.export import export_package
 from latentrt.export.graphs.to_onnx import example
-from latentrt.checkpoints.precision.calibration import components
 from latentrt.export.nets.build import NETS
 from latentrt.export.verify import Comparison
 from tests.export.conftest import Exported, relative_l2
@@ -314,40 +313,6 @@ def test_diffusers_reads_the_recipes(tmp_path: Path, recipe: str, pipeline: str)
     assert absent <= missing
     found = Checkpoint.open(folder)
     assert all(name in pipe.components for name in found.parts)
-
-
-def test_the_guidance_embedding_is_diffusers() -> None:
-    pipeline = diffusers.LatentConsistencyModelPipeline
-    wanted = pipeline.get_guidance_scale_embedding(None, torch.tensor([7.5]), embedding_dim=24)
-    np.testing.assert_allclose(guidance_embedding(8.5, 24), wanted, atol=1e-4)  # 7500 times a frequency
-
-
-def test_calibration_drives_the_nets_of_pictures(tmp_path: Path) -> None:
-    source = Checkpoint.open(make_checkpoint(FAMILIES["unclip-tiny"], tmp_path / "unclip"))
-    calls: list[dict[str, np.ndarray]] = []
-
-    def net(output: Any) -> Any:
-        return lambda arrays: [calls.append(arrays) or output(arrays)]
-
-    alone = Calibration(source)
-    alone.noise_embeddings(net(lambda arrays: arrays["noise"]))
-    assert [call["image_embeds"].shape for call in calls] == [(4, 40)] * 2
-    calls.clear()
-    calibration = Calibration(source)
-    calibration.embed_pictures(net(lambda arrays: np.full((4, 40), 0.5, np.float32)))
-    assert (calls[0]["image"].shape, calls[0]["image"].dtype) == ((4, 28, 28, 3), np.uint8)
-    labels = np.arange(4, dtype=np.float32)[:, None] * np.ones((4, 80), np.float32)
-    calibration.noise_embeddings(net(lambda _: labels))
-    assert (calls[1]["image_embeds"] == 0.5).all()
-    for call in calls[1:3]:
-        assert call["alpha"] ** 2 + call["sigma"] ** 2 == pytest.approx(1)
-    calls.clear()
-    calibration.denoise(net(lambda arrays: arrays["sample"]))
-    assert [call["class_labels"][:, 0].tolist() for call in calls] == [[0, 1], [0, 1], [0, 1], [0, 1]]
-    calls.clear()
-    calibration.encode_pictures(net(lambda _: None))
-    assert [int(call["mask"].any()) for call in calls] == [0, 1, 0, 1]
-    assert {call["image"].shape for call in calls} == {(1, 16, 16, 3)}
 
 
 def change(path: Path, **values: Any) -> None:

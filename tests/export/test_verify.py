@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from latentrt.checkpoints.precision.calibration import components
 from latentrt.engines.errors import NumericError
 from latentrt.export import verify
-from latentrt.checkpoints.precision.calibration import components
 from latentrt.export.verify import compare
 from tests.export.conftest import Exported
 

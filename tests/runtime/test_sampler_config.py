@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from latentrt.engines.errors import SamplerError
+from latentrt.engines.noise_schedule import NoiseSchedule
 from latentrt.runtime.sampling import samplers
 from latentrt.runtime.sampling.config import SCHEDULER_CLASSES, SamplerConfig
 from latentrt.runtime.sampling.names import resolve
 from latentrt.runtime.sampling.samplers import SAMPLERS, make_table
-from latentrt.runtime.sampling.schedule import NoiseSchedule
 
 SD15 = {
     "_class_name": "PNDMScheduler",

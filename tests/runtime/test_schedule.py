@@ -3,14 +3,8 @@ import numpy as np
 import pytest
 
 from latentrt.engines.errors import SamplerError
-from latentrt.runtime.sampling.schedule import (
-    BETA_SCHEDULES,
-    ZERO_SNR_FLOOR,
-    Level,
-    NoiseSchedule,
-    sigma_ramp,
-    timesteps,
-)
+from latentrt.engines.noise_schedule import BETA_SCHEDULES, ZERO_SNR_FLOOR, Level, NoiseSchedule
+from latentrt.runtime.sampling.schedule import sigma_ramp, timesteps
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from latentrt.engines.errors import SamplerError
+from latentrt.engines.noise_schedule import Level
 from latentrt.engines.spec import HISTORY
-from latentrt.runtime.sampling.schedule import Level
 from latentrt.runtime.sampling.table import Table, trace
 
 LEVELS = [

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ...errors import BackendError, PackageError
 from ...package import Package
+from ..session import WEIGHTS_FOLDER
 from .winograd import Kernel
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +75,6 @@ def write_graph(model: ir.Model, path: Path) -> Path:
 
 
 def give_weights(options: Any, package: Package, net: str) -> None:
-    """Let a session of `options` find a net's weights, wherever its graph and they are.
-
-    ONNX Runtime 1.31 refuses external data outside the graph's folder, be it by `..`, an absolute path or a
-    symbolic link; this entry names another folder, so nothing is copied or linked.
-    """
+    """Let a session of `options` find a net's weights, wherever its graph and they are."""
     if package.manifest.nets[net].weights:
-        options.add_session_config_entry(_WEIGHTS_FOLDER, str(package.weights_folder(net)))
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(package.weights_folder(net)))

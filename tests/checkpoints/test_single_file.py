@@ -13,8 +13,9 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig
 
-from latentrt.checkpoints.files.component import Component, read_headers, read_tensors
+from latentrt.checkpoints.files.component import Component, read_headers
 from latentrt.checkpoints.files.single_file import SingleFile, open_single_file
+from latentrt.export.nets.torch_net import read_as_torch
 from latentrt.export.pickles.convert import convert_pickle
 from tests.export.ldm_files import (
     FULL,
@@ -66,7 +67,7 @@ def test_the_file_gives_what_the_folder_has(case: Case) -> None:
     assert (opened.family, set(opened.components)) == (case.family, set(case.modules))
     for part, component in opened.components.items():
         wanted = tensors_of(part, case.modules[part])
-        found = read_tensors(component.tensors)
+        found = read_as_torch(component.tensors)
         assert set(found) == set(wanted), part
         for name, tensor in found.items():
             assert tensor.dtype == case.dtype
@@ -79,7 +80,7 @@ def test_derived_configs_build_modules_that_load_the_tensors(case: Case) -> None
         check_config(component, getattr(TINY[case.family], part))
         with torch.device("meta"):
             module = build_from_config(part, component.config)
-        tensors = read_tensors(component.tensors)
+        tensors = read_as_torch(component.tensors)
         if part == "text_encoder":
             tensors = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
         module.load_state_dict(tensors, strict=True, assign=True)
@@ -125,7 +126,7 @@ def test_diffusers_reads_the_same_tensors_from_the_file(case: Case) -> None:
                 torch_dtype=case.dtype,
                 local_files_only=True,
             )
-        found = read_tensors(component.tensors)
+        found = read_as_torch(component.tensors)
         theirs = tensors_of(part, module)
         assert set(found) == set(theirs)
         assert all(torch.equal(found[name], theirs[name]) for name in found), part
@@ -139,8 +140,8 @@ def test_a_converted_pickle_is_the_same_file(case: Case, tmp_path: Path) -> None
         n: (t.dtype, t.shape) for n, t in read_headers(case.path).items()
     }
     for part, component in open_single_file(tmp_path / "model.safetensors").components.items():
-        wanted = read_tensors(case.opened.components[part].tensors)
-        assert all(torch.equal(tensor, wanted[n]) for n, tensor in read_tensors(component.tensors).items())
+        wanted = read_as_torch(case.opened.components[part].tensors)
+        assert all(torch.equal(tensor, wanted[n]) for n, tensor in read_as_torch(component.tensors).items())
 
 
 @pytest.mark.parametrize("family", FULL)

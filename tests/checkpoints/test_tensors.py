@@ -1,12 +1,15 @@
 from dataclasses import replace
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from latentrt.checkpoints.files.component import TensorHeader, read_headers, read_tensors
 from latentrt.engines.errors import CheckpointError
+from latentrt.export.nets.torch_net import read_as_torch
 
 TENSORS = {
     "unet.weight": torch.arange(6.0).reshape(2, 3),
@@ -14,6 +17,8 @@ TENSORS = {
     "brain": torch.tensor([1, 2, 3], dtype=torch.bfloat16),
     "empty": torch.empty(0, 4),
     "scalar": torch.tensor(3, dtype=torch.float64),
+    "small": torch.tensor([1, -2, 448]).to(torch.float8_e4m3fn),
+    "smaller": torch.tensor([[1, -2, 57344]]).to(torch.float8_e5m2),
 }
 
 
@@ -28,7 +33,23 @@ def test_headers_metadata_and_tensors(tmp_path: Path) -> None:
     assert headers["bias"] == TensorHeader(file=path, name="bias", dtype="F16", shape=(3,))
     found = read_tensors(headers)
     assert list(found) == list(headers)
-    assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+    for name, tensor in TENSORS.items():
+        assert found[name].shape == tuple(tensor.shape)
+        assert np.array_equal(found[name].astype(np.float64), tensor.double().numpy())
+    kinds = [ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]
+    assert [found[name].dtype for name in ("brain", "small", "smaller")] == kinds
+    assert not any(array.flags.writeable for array in found.values())
+
+
+def test_torch_takes_the_same_memory(tmp_path: Path) -> None:
+    headers = read_headers(written(tmp_path))
+    headers["turned"] = replace(headers["smaller"], transposed=True, shape=(3, 1))
+    found = read_as_torch(headers)
+    assert torch.equal(found.pop("turned").float(), TENSORS["smaller"].T.float())
+    assert found.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name].double(), tensor.double())
 
 
 def test_slices_and_transposes_are_views_of_the_mapped_file(tmp_path: Path) -> None:
@@ -41,12 +62,11 @@ def test_slices_and_transposes_are_views_of_the_mapped_file(tmp_path: Path) -> N
             "convolution": replace(header, rows=(0, 1), shape=(3, 1, 1)),
         }
     )
-    whole = TENSORS["unet.weight"]
-    assert torch.equal(found["row"], whole[1:2])
-    assert torch.equal(found["transposed"], whole.T)
-    assert torch.equal(found["convolution"], whole[0, :, None, None])
-    storages = {tensor.untyped_storage().data_ptr() for tensor in found.values()}
-    assert len(storages) == 1, "one mapping, no copies"
+    whole = TENSORS["unet.weight"].numpy()
+    assert np.array_equal(found["row"], whole[1:2])
+    assert np.array_equal(found["transposed"], whole.T)
+    assert np.array_equal(found["convolution"], whole[0, :, None, None])
+    assert all(np.shares_memory(array, found["whole"]) for array in found.values()), "one mapping, no copies"
 
 
 def test_a_file_that_changed_is_refused(tmp_path: Path) -> None:
