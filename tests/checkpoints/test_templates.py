@@ -273,10 +273,12 @@ def test_in_fp16_too(source: Checkpoint, tmp_path: Path, component: str) -> None
     wanted = to_onnx(net)
     weights.attach(wanted, tmp_path, slots)
     passes.clean(wanted)
-    found, contract = trace(ARCHITECTURE, component, "fp16")
-    weights.attach(found, tmp_path, slots)
+    made, contract = trace(ARCHITECTURE, component, "fp16")
     assert contract == net.spec
-    assert _file(found) == _file(wanted)
+    found = ir.from_proto(ir.to_proto(made))
+    weights.attach(found, tmp_path, slots)
+    with_shapes: list[Any] = [ir.to_proto(model) for model in (found, wanted)]  # islands look at them
+    assert with_shapes[0] == with_shapes[1]
 
 
 # A class's recipe and component, and its inert fields with other values than the recipe has.
