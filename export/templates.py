@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import sys
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -161,11 +161,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("-o", "--output", type=Path, default=SHIPPED, help="the file to write")
     parser.add_argument("--processes", type=int, default=1, help="nets to trace at once, of 1.2 GB each")
     parsed = parser.parse_args(arguments)
-    make_archive(
-        parsed.output,
-        processes=parsed.processes,
-        progress=partial(print, file=sys.stderr, flush=True),
-    )
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    make_archive(parsed.output, processes=parsed.processes, progress=logging.getLogger("latentrt").info)
 
 
 if __name__ == "__main__":

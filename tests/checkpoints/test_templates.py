@@ -25,6 +25,7 @@ from latentrt.checkpoints.templates.keys import INERT
 from latentrt.engines.errors import CheckpointError, PackageError
 from latentrt.engines.package import Package
 from latentrt.engines.safetensors_format import read_header
+from latentrt.export import templates
 from latentrt.export.architectures import Architecture
 from latentrt.export.graphs import passes
 from latentrt.export.graphs.to_onnx import to_onnx
@@ -79,6 +80,15 @@ def with_tensors(source: Checkpoint, name: str, change: Callable[[dict[str, Any]
     tensors = dict(part.tensors)
     change(tensors)
     return replace(source, parts={**source.parts, name: replace(part, tensors=tensors)})
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(templates, "make_archive", lambda path, **options: calls.append((path, options)))
+    templates.main(["-o", str(tmp_path / "new.zip"), "--processes", "2"])
+    templates.main([])
+    assert [path for path, _ in calls] == [tmp_path / "new.zip", archives.SHIPPED]
+    assert [options["processes"] for _, options in calls] == [2, 1]
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
