@@ -26,7 +26,8 @@ from transformers import (
 from latentrt.checkpoints.files.component import Component, TensorHeader
 from latentrt.checkpoints.files.open import Checkpoint
 from latentrt.checkpoints.graphs.weights import weight_shapes
-from latentrt.checkpoints.templates.archive import DTYPES, SHIPPED, net_template, read_index
+from latentrt.checkpoints.templates.archive import DTYPES, SHIPPED, read_index
+from latentrt.checkpoints.templates.find import net_template
 from latentrt.checkpoints.templates.keys import net_key
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.architectures import ARCHITECTURES, Architecture
@@ -131,7 +132,7 @@ for name in ("torch", "diffusers", "transformers", "onnxscript"):
     sys.modules[name] = None  # an import of it raises ImportError
 from pathlib import Path
 from latentrt.checkpoints.files.open import Checkpoint
-from latentrt.checkpoints.templates.archive import net_template
+from latentrt.checkpoints.templates.find import net_template
 source = Checkpoint.open(Path(sys.argv[1]))
 for component in ("text_encoder", "vae_encoder", "unet", "vae_decoder"):
     template = net_template(source, component, "fp16")

@@ -20,7 +20,7 @@ from latentrt.checkpoints.files.open import Checkpoint
 from latentrt.checkpoints.graphs import weights
 from latentrt.checkpoints.graphs.hoist import hoist
 from latentrt.checkpoints.templates import archive as archives
-from latentrt.checkpoints.templates.archive import net_template
+from latentrt.checkpoints.templates.find import net_template
 from latentrt.checkpoints.templates.keys import INERT
 from latentrt.engines.errors import CheckpointError, PackageError
 from latentrt.engines.package import Package
