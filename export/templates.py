@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from ..checkpoints.files.component import Component
 from ..checkpoints.files.open import Checkpoint
 from ..checkpoints.graphs import weights
 from ..checkpoints.precision.calibration import components
-from ..checkpoints.templates.archive import DTYPES, SHIPPED, Graph, Template, write_archive
+from ..checkpoints.templates.archive import DTYPES, SHIPPED, Dtype, Graph, Template, write_archive
 from ..checkpoints.templates.keys import Defaults, net_key, tensors_digest
 from ..engines.spec import NetSpec
 from .architectures import ARCHITECTURES, Architecture
@@ -52,14 +52,16 @@ def make_archive(
     path: Path,
     architectures: Mapping[str, Architecture] = ARCHITECTURES,
     *,
+    dtypes: Sequence[Dtype] = DTYPES,
     processes: int = 1,
     progress: Callable[[str], None] | None = None,
 ) -> None:
-    """Trace the nets of `architectures` in both types and write them.
+    """Trace the nets of `architectures` and write them.
 
     Args:
         path: the file to write.
         architectures: by names for people; of nets that several have, the first gives its name.
+        dtypes: the types to make them in.
         processes: how many nets are traced at once. One takes about 1.2 GB.
         progress: called with a line for each template that is done.
     """
@@ -67,7 +69,8 @@ def make_archive(
     jobs = tuple(_jobs(architectures, defaults))
     context = get_context("spawn")  # torch's threads do not survive a fork
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        made: Iterable[Template] = map(_template, jobs) if processes == 1 else pool.map(_template, jobs)
+        make = partial(_template, dtypes=dtypes)
+        made: Iterable[Template] = map(make, jobs) if processes == 1 else pool.map(make, jobs)
         templates: list[Template] = []
         for job, template in zip(jobs, made, strict=True):
             templates.append(template)
@@ -90,10 +93,10 @@ def _jobs(architectures: Mapping[str, Architecture], defaults: Defaults) -> Iter
                 yield _Job(name=name, architecture=architecture, component=component, key=key)
 
 
-def _template(job: _Job) -> Template:
+def _template(job: _Job, dtypes: Sequence[Dtype]) -> Template:
     graphs: dict[str, Graph] = {}
     digests: set[str] = set()
-    for dtype in DTYPES:
+    for dtype in dtypes:
         model, contract = trace(job.architecture, job.component, dtype)
         digests.add(tensors_digest(weights.weight_shapes(model)))
         proto: Any = cast(Any, ir).to_proto(model)
@@ -102,7 +105,7 @@ def _template(job: _Job) -> Template:
     return Template(name=job.name, key=job.key, tensors=digest, graphs=graphs)
 
 
-def trace(architecture: Architecture, component: str, dtype: str) -> tuple[ir.Model, NetSpec]:
+def trace(architecture: Architecture, component: str, dtype: Dtype) -> tuple[ir.Model, NetSpec]:
     """The graph of a net after `passes.clean`, with its weights unbound, and its contract."""
     net = NETS[component].build(blank_checkpoint(architecture), _TORCH_TYPES[dtype])
     model = to_onnx(net)
@@ -159,11 +162,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("-o", "--output", type=Path, default=SHIPPED, help="the file to write")
     parser.add_argument("--processes", type=int, default=1, help="nets to trace at once, of 1.2 GB each")
     parsed = parser.parse_args(arguments)
-    make_archive(
-        parsed.output,
-        processes=parsed.processes,
-        progress=partial(print, file=sys.stderr, flush=True),
-    )
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    make_archive(parsed.output, processes=parsed.processes, progress=logging.getLogger("latentrt").info)
 
 
 if __name__ == "__main__":

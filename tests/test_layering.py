@@ -47,7 +47,7 @@ MAY_IMPORT = {  # folder or room -> heavy libraries it may import
     "demo": {"torch", "diffusers", "transformers"},
     "benchmarks": HEAVY,
     "cli": {"torch"},
-    # Lowering a graph for one provider takes a graph library: `[cuda]` brings it, imported on first use.
+    # Lowering a graph for one provider takes a graph library, imported on first use.
     "engines/onnxruntime/lowering": {"onnx_ir"},
 }
 ENGINE_LIBRARIES = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}

@@ -31,7 +31,11 @@ def net_tensors(source: Checkpoint, component: str) -> dict[str, TensorHeader]:
     """
     part = source.parts[spec.NETS[component].part]
     spelling, ignored = _reading(source, component, part)
-    found = {spelling(name): header for name, header in part.tensors.items()}
+    found: dict[str, TensorHeader] = {}
+    for stored in sorted(part.tensors, key=lambda name: spelling(name) != name):
+        name = spelling(stored)
+        # Of two spellings of one name, the other one is nobody's.
+        found[stored if name in found else name] = part.tensors[stored]
     return {
         name: header
         for name, header in found.items()
@@ -47,7 +51,7 @@ def _reading(
         return package_text_name, tuple(map(package_text_name, unread_layers(source, part)))
     if part.name in ("vae", "tiny_vae"):
         return modern_attention, HALVES["decoder" if component == "vae_encoder" else "encoder"]
-    return str, ("\0",)
+    return str, ()
 
 
 def is_projected(component: str, name: str) -> bool:

@@ -118,7 +118,7 @@ def test_without_a_library_the_command_that_installs_it(
 def test_layouts_without_the_library_that_lowers_are_refused_before_anything_is_measured(
     latentrt: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The extra [cpu] alone does not bring onnx-ir."""
+    """onnx-ir comes with latentrt, and an environment may lack it all the same."""
     from latentrt.engines.onnxruntime.lowering import files
     from latentrt.engines.onnxruntime.tuning import cpu
 

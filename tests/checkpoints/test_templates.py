@@ -1,0 +1,342 @@
+"""Templates of a tiny architecture: made, found for what diffusers wrote, refused for what differs, bound."""
+
+import json
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from latentrt.benchmarks.models.recipes import Recipe
+from latentrt.checkpoints.files.component import Component
+from latentrt.checkpoints.files.open import Checkpoint
+from latentrt.checkpoints.graphs import weights
+from latentrt.checkpoints.graphs.hoist import hoist
+from latentrt.checkpoints.templates import archive as archives
+from latentrt.checkpoints.templates.find import net_template
+from latentrt.checkpoints.templates.keys import INERT
+from latentrt.engines.errors import CheckpointError, PackageError
+from latentrt.engines.package import Package
+from latentrt.engines.safetensors_format import read_header
+from latentrt.export import templates
+from latentrt.export.architectures import Architecture
+from latentrt.export.graphs import passes
+from latentrt.export.graphs.to_onnx import to_onnx
+from latentrt.export.nets.build import NETS
+from latentrt.export.templates import make_archive, trace
+from tests.parity_pair import exported
+from tests.recipes import RECIPES, TINY_VAE, UnclipRecipe, make_checkpoint, make_tiny_vae
+
+SMALL = RECIPES["turbo-tiny"]
+TINY_CONFIG = {"_class_name": "AutoencoderTiny", **TINY_VAE}
+
+
+def architecture_of(recipe: Recipe) -> Architecture:
+    parts = {"unet": recipe.unet, "vae": recipe.vae, "tiny_vae": TINY_CONFIG}
+    parts |= {"text_encoder": recipe.text} if recipe.text else {}
+    parts |= {"text_encoder_2": recipe.text_2} if recipe.text_2 else {}
+    parts |= {"image_encoder": recipe.vision} if isinstance(recipe, UnclipRecipe) else {}
+    return Architecture(parts=parts, feature_extractor={"image_mean": [0.5] * 3, "image_std": [0.25] * 3})
+
+
+ARCHITECTURE = architecture_of(SMALL)
+COMPONENTS = ("text_encoder", "vae_encoder", "unet", "vae_decoder", "preview_decoder")
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("templates") / "templates.zip"
+    lines: list[str] = []
+    make_archive(path, {"small": ARCHITECTURE}, dtypes=["fp32"], progress=lines.append)
+    assert lines[-1] == "5 of 5: preview_decoder of small"
+    return path
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A folder whose parts diffusers and transformers wrote."""
+    root = make_checkpoint(SMALL, tmp_path_factory.mktemp("source") / "small", dtype=torch.float32)
+    UNet2DConditionModel(**SMALL.unet).save_pretrained(root / "unet")
+    AutoencoderKL(**SMALL.vae).save_pretrained(root / "vae")
+    CLIPTextModel(CLIPTextConfig(**SMALL.text or {})).save_pretrained(root / "text_encoder")
+    return Checkpoint.open(root, tiny_vae=make_tiny_vae(root / "tiny"))
+
+
+def changed(source: Checkpoint, name: str, **config: Any) -> Checkpoint:
+    """The same checkpoint with other values in a part's config."""
+    part = source.parts[name]
+    return replace(source, parts={**source.parts, name: replace(part, config={**part.config, **config})})
+
+
+def with_tensors(source: Checkpoint, name: str, change: Callable[[dict[str, Any]], object]) -> Checkpoint:
+    part: Component = source.parts[name]
+    tensors = dict(part.tensors)
+    change(tensors)
+    return replace(source, parts={**source.parts, name: replace(part, tensors=tensors)})
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(templates, "make_archive", lambda path, **options: calls.append((path, options)))
+    templates.main(["-o", str(tmp_path / "new.zip"), "--processes", "2"])
+    templates.main([])
+    assert [path for path, _ in calls] == [tmp_path / "new.zip", archives.SHIPPED]
+    assert [options["processes"] for _, options in calls] == [2, 1]
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_what_the_libraries_write_has_its_template(source: Checkpoint, archive: Path, component: str) -> None:
+    found = net_template(source, component, "fp32", archive=archive)
+    assert found.architecture == "small"
+    values = (*found.model.graph.inputs, *found.model.graph.outputs)
+    for value, item in zip(values, (*found.spec.inputs, *found.spec.outputs), strict=True):
+        assert value.shape is not None
+        assert value.dtype is not None
+        shape = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+        assert (value.name, value.dtype.numpy(), shape) == (item.name, item.dtype, list(item.shape))
+    bare = [value for value in found.model.graph.initializers.values() if weights.is_weight(value)]
+    assert bare
+    for value in bare:
+        assert isinstance(value.const_value, ir.ExternalTensor)
+        assert value.const_value.location == ""
+
+
+@pytest.mark.parametrize(
+    ("part", "config"),
+    [
+        ("unet", {"sample_size": 99, "dropout": 0.1, "upcast_attention": None, "_diffusers_version": "0.6"}),
+        ("unet", {"attention_head_dim": [2], "only_cross_attention": (False,), "layers_per_block": [1]}),
+        ("unet", {"norm_eps": 0.00001, "mid_block_scale_factor": 1.0, "transformer_layers_per_block": [1]}),
+        ("unet", {"class_embeddings_concat": None, "attention_type": None, "a key of nobody": 1}),
+        ("vae", {"sample_size": 1, "shift_factor": 0.0, "force_upcast": False, "_name_or_path": "somewhere"}),
+        ("text_encoder", {"projection_dim": 7, "torch_dtype": "float16", "eos_token_id": 2}),
+    ],
+)
+def test_configs_that_say_the_same_have_the_same_template(
+    source: Checkpoint, archive: Path, part: str, config: Mapping[str, Any]
+) -> None:
+    component = "vae_decoder" if part == "vae" else part
+    wanted = net_template(source, component, "fp32", archive=archive).digest
+    assert net_template(changed(source, part, **config), component, "fp32", archive=archive).digest == wanted
+
+
+def test_a_silent_config_means_the_default(source: Checkpoint, archive: Path) -> None:
+    part = source.parts["unet"]
+    told = {name: part.config[name] for name in SMALL.unet if name not in ("in_channels", "out_channels")}
+    silent = replace(source, parts={**source.parts, "unet": replace(part, config=told)})
+    assert net_template(silent, "unet", "fp32", archive=archive).architecture == "small"
+
+
+@pytest.mark.parametrize(
+    ("part", "config", "words"),
+    [
+        ("unet", {"norm_num_groups": 4}, "norm_num_groups is 4, in the nearest (small) 8"),
+        ("unet", {"attention_head_dim": 4}, "attention_head_dim is 4, in the nearest (small) 2"),
+        ("unet", {"flip_sin_to_cos": False}, "flip_sin_to_cos is False, in the nearest (small) True"),
+        ("unet", {"in_channels": 9}, "in_channels is 9"),
+        ("unet", {"time_cond_proj_dim": 8}, "vectors is {'timestep_cond': 8}, in the nearest (small) {}"),
+        ("vae", {"scaling_factor": 0.13025}, "scaling_factor is 0.13025, in the nearest (small) 0.18215"),
+        ("vae", {"latents_mean": [0, 0, 0, 1]}, "latents_mean is [0, 0, 0, 1], in the nearest (small) None"),
+        ("vae", {"_class_name": "AutoencoderTiny"}, "class is 'AutoencoderTiny'"),
+        ("text_encoder", {"hidden_act": "gelu"}, "hidden_act is 'gelu', in the nearest (small) 'quick_gelu'"),
+        ("text_encoder", {"num_attention_heads": 4}, "num_attention_heads is 4, in the nearest (small) 2"),
+    ],
+)
+def test_what_changes_the_graph_is_refused(
+    source: Checkpoint, archive: Path, part: str, config: Mapping[str, Any], words: str
+) -> None:
+    component = "vae_encoder" if part == "vae" else part
+    with pytest.raises(CheckpointError) as caught:
+        net_template(changed(source, part, **config), component, "fp32", archive=archive)
+    assert words in caught.value.found
+    assert str(source.parts[part].folder) in caught.value.found
+    assert f"({part})" in caught.value.found
+    assert f"latentrt export {source.root} -o PACKAGE" in caught.value.fix
+    assert "latentrt[export]" in caught.value.fix
+
+
+def test_a_net_that_no_template_is_of_is_refused(source: Checkpoint, tmp_path: Path) -> None:
+    archives.write_archive(tmp_path / "none.zip", [], defaults={"UNet2DConditionModel": {}}, producer="")
+    with pytest.raises(CheckpointError, match="there is none of a unet"):
+        net_template(source, "unet", "fp32", archive=tmp_path / "none.zip")
+
+
+NAME = "conv_in.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensors: tensors.pop(NAME), f"the tensor '{NAME}' of shape (32, 4, 3, 3) is missing"),
+        (lambda tensors: tensors.update(more=tensors[NAME]), "the tensor 'more' is not in the nearest"),
+        (
+            lambda tensors: tensors.update({NAME: replace(tensors[NAME], shape=(16, 4, 3, 3))}),
+            f"the tensor '{NAME}' has the shape (16, 4, 3, 3), in the nearest (small) (32, 4, 3, 3)",
+        ),
+    ],
+)
+def test_tensors_decide_too(
+    source: Checkpoint, archive: Path, change: Callable[[dict[str, Any]], object], words: str
+) -> None:
+    odd = with_tensors(source, "unet", change)
+    with pytest.raises(CheckpointError) as caught:
+        net_template(odd, "unet", "fp32", archive=archive)
+    assert words in caught.value.found
+
+
+def test_tensors_that_no_net_reads_do_not_count(source: Checkpoint, archive: Path) -> None:
+    """Buffers and the projection in old text encoders, and names without or with their prefix."""
+
+    def change(tensors: dict[str, Any]) -> None:
+        header = next(iter(tensors.values()))
+        for name in ("text_model.embeddings.position_ids", "text_projection.weight", "logit_scale"):
+            tensors[name] = header
+        first = next(name for name in tensors if "layers.0" in name)
+        tensors[first.removeprefix("text_model.")] = tensors.pop(first)
+
+    odd = with_tensors(source, "text_encoder", change)
+    assert net_template(odd, "text_encoder", "fp32", archive=archive).architecture == "small"
+
+
+def _with_index(archive: Path, path: Path, content: str) -> Path:
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, content if name == "index.json" else old.read(name))
+    return path
+
+
+def test_an_archive_of_another_schema_is_refused(source: Checkpoint, archive: Path, tmp_path: Path) -> None:
+    old = _with_index(archive, tmp_path / "old.zip", json.dumps({"schema": 0, "templates": []}))
+    with pytest.raises(PackageError, match="has templates of schema 0; expected schema 1") as caught:
+        net_template(source, "unet", "fp32", archive=old)
+    assert "python -m latentrt.export.templates" in caught.value.fix
+
+
+@pytest.mark.parametrize("damage", ["missing", "no zip", "no index", "no JSON", "a list", "bytes"])
+def test_a_damaged_archive_is_refused(source: Checkpoint, archive: Path, tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "damaged.zip"
+    content = {"no index": None, "no JSON": "{", "a list": "[]"}.get(damage)
+    if content is not None:
+        _with_index(archive, path, content)
+    elif damage == "no index":
+        zipfile.ZipFile(path, "w").close()
+    elif damage == "no zip":
+        path.write_bytes(b"no zip")
+    elif damage == "bytes":
+        whole = bytearray(archive.read_bytes())
+        whole[1000:-4000] = bytes(len(whole) - 5000)
+        path.write_bytes(whole)
+    with pytest.raises(PackageError, match=r"damaged\.zip cannot be read"):
+        net_template(source, "unet", "fp32", archive=path)
+
+
+def _file(model: ir.Model) -> bytes:
+    """As packages store a graph."""
+    weights.forget_shapes(model)
+    proto: Any = ir.to_proto(model)
+    return proto.SerializeToString(deterministic=True)
+
+
+def test_bound_it_is_the_graph_that_an_export_writes(
+    archive: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Node for node, name for name: what `export_package` wrote of a checkpoint with the same types."""
+    folder = exported(tmp_path_factory, "turbo-tiny")
+    source, package = Checkpoint.open(folder / "checkpoint"), Package.open(folder / "package")
+    for component in ("text_encoder", "vae_encoder", "vae_decoder", "unet"):
+        model = net_template(source, component, "fp32", archive=archive).model
+        slots = read_header(package.root / component / weights.WEIGHTS).tensors
+        weights.attach(model, package.root / component, slots)
+        graphs = {component: model}
+        if component == "unet":
+            graphs = {"unet_whole": model, **{name: graph for name, (graph, _) in hoist(model).items()}}
+        for name, graph in graphs.items():
+            written = ir.load(package.path(package.manifest.nets[name].graph))
+            assert _file(graph) == _file(written), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_in_fp16_too(source: Checkpoint, tmp_path: Path, component: str) -> None:
+    """Before islands, which depend on measured ranges."""
+    half = replace(
+        source,
+        parts={
+            name: replace(part, tensors=Checkpoint.open(source.root).parts[name].tensors)
+            for name, part in source.parts.items()
+            if name != "tiny_vae"
+        },
+    )
+    net = NETS[component].build(half, torch.float16)
+    state = net.module.state_dict()
+    tensors = {name: state[key] for key, (name, _) in net.tensors.items()}
+    slots = weights.write_weights(
+        tmp_path / weights.WEIGHTS, tensors, dict.fromkeys(tensors, ir.DataType.FLOAT16)
+    )
+    wanted = to_onnx(net)
+    weights.attach(wanted, tmp_path, slots)
+    passes.clean(wanted)
+    made, contract = trace(ARCHITECTURE, component, "fp16")
+    assert contract == net.spec
+    found = ir.from_proto(ir.to_proto(made))
+    weights.attach(found, tmp_path, slots)
+    with_shapes: list[Any] = [ir.to_proto(model) for model in (found, wanted)]  # islands look at them
+    assert with_shapes[0] == with_shapes[1]
+
+
+# A class's recipe and component, and its inert fields with other values than the recipe has.
+TEXT = {
+    "attention_dropout": 0.5,
+    "initializer_range": 0.5,
+    "initializer_factor": 0.5,
+    "bos_token_id": 5,
+    "pad_token_id": 5,
+}
+OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "UNet2DConditionModel": (
+        "turbo-tiny",
+        "unet",
+        {
+            "sample_size": 24,
+            "dropout": 0.5,
+            "upcast_attention": True,
+            "mid_block_only_cross_attention": True,
+            "addition_embed_type_num_heads": 4,
+        },
+    ),
+    "AutoencoderKL": ("turbo-tiny", "vae_encoder", {"sample_size": 24, "force_upcast": False}),
+    "AutoencoderTiny": (
+        "turbo-tiny",
+        "preview_decoder",
+        {"force_upcast": True, "latent_magnitude": 5, "latent_shift": 0.1},
+    ),
+    "CLIPTextModel": ("turbo-tiny", "text_encoder", {**TEXT, "eos_token_id": 2, "projection_dim": 5}),
+    "CLIPTextModelWithProjection": ("xl-tiny", "text_encoder_2", TEXT),
+    "CLIPVisionModelWithProjection": (
+        "unclip-tiny",
+        "image_encoder",
+        {name: value for name, value in TEXT.items() if "token" not in name},
+    ),
+    "StableUnCLIPImageNormalizer": ("unclip-tiny", "image_noiser", {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", INERT)
+def test_inert_fields_change_nothing(kind: str) -> None:
+    recipe, component, fields = OTHERS[kind]
+    assert fields.keys() == INERT[kind].keys()
+    if not fields:
+        return
+    made, part = architecture_of(RECIPES[recipe]), NETS[component].part
+    wanted = _file(trace(made, component, "fp32")[0])
+    for name, value in fields.items():
+        other = replace(made, parts={**made.parts, part: {**made.parts[part], name: value}})
+        assert _file(trace(other, component, "fp32")[0]) == wanted, name
