@@ -29,7 +29,7 @@ ROOMS: dict[str, list[set[str]]] = {
     "runtime/loop": [{"device"}],
     "engines": [{"cuda", "store"}, {"tensorrt"}, {"onnxruntime"}],
     "engines/onnxruntime": [{"lowering"}, {"tuning"}],
-    "checkpoints": [{"files", "graphs"}, {"precision"}],
+    "checkpoints": [{"files", "graphs"}, {"precision", "hub"}],
     "export": [{"nets", "pickles"}, {"graphs"}],
     "benchmarks": [{"sides"}, {"models"}, {"verbs"}, {"gpu", "report"}],
 }
