@@ -67,7 +67,7 @@ def _print_package(package: Package, *, as_json: bool) -> None:
         f" {defaults.sampler or manifest.scheduler.get('_class_name')}, guidance {defaults.guidance_scale:g}"
     )
     for name, net in manifest.nets.items():
-        weights = manifest.files[net.weights].size / 1e6 if net.weights else 0.0
+        weights = sum(manifest.files[name].size for name in net.weights) / 1e6
         print(f"\n{name}  {net.graph}, weights {weights:.1f} MB, {len(net.fp32_islands)} fp32 islands")
         _print_tensors("in ", [spec.to_json() for spec in net.spec.inputs])
         _print_tensors("out", [spec.to_json() for spec in net.spec.outputs])

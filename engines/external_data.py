@@ -7,8 +7,10 @@ numbers of onnx.proto3. The walk enters nested graphs, functions, sparse tensors
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from .errors import PackageError
 
@@ -22,6 +24,8 @@ _CHILDREN: dict[str, dict[int, str]] = {
     "SparseTensor": {1: "Tensor", 2: "Tensor"},
     "Tensor": {13: "Entry"},
 }
+# The fields of Tensor that say what it is.
+_DIMS, _DATA_TYPE, _NAME = 1, 2, 8
 _DEPTH_LIMIT = 32
 _BYTES, _VARINT, _FIXED64, _FIXED32 = 2, 0, 1, 5
 
@@ -38,8 +42,40 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
             raise ValueError("a varint of more than ten bytes")
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """The length-delimited fields of one message, as (field number, payload)."""
+@dataclass(frozen=True, kw_only=True)
+class ExternalTensor:
+    """A weight of a graph, and what the graph says of its place.
+
+    Attributes:
+        name: the initializer's.
+        dtype: the number of its type in onnx.proto3 (`TensorProto.DataType`).
+        shape: in the graph.
+        place: the pairs `location`, `offset` and `length` as they are written.
+    """
+
+    name: str
+    dtype: int
+    shape: tuple[int, ...]
+    place: Mapping[str, str]
+
+    @property
+    def location(self) -> str:
+        """The file, relative to the folder that weights are looked for in."""
+        return self.place.get("location", "")
+
+    @property
+    def offset(self) -> int:
+        """Its first byte in the file. Raises ValueError where none is written that is a number."""
+        return int(self.place.get("offset", "0"))
+
+    @property
+    def length(self) -> int:
+        """Its bytes. Raises ValueError where none are written, or no number."""
+        return int(self.place["length"]) if "length" in self.place else -1
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | int]]:
+    """The fields of one message as (field number, payload or integer); those of fixed width are left out."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -47,7 +83,8 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
             raise ValueError(f"the field key {key}")
         kind = key & 7
         if kind == _VARINT:
-            _, at = _varint(data, at)
+            value, at = _varint(data, at)
+            yield key >> 3, value
         elif kind == _BYTES:
             size, at = _varint(data, at)
             if size > len(data) - at:
@@ -60,58 +97,87 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
             raise ValueError(f"wire type {kind}")
 
 
-def _external_entries(data: memoryview, message: str, depth: int = 0) -> Iterator[dict[str, str]]:
-    """The `external_data` key-value pairs of every tensor below `message`."""
+def _external_tensors(data: memoryview, message: str, depth: int = 0) -> Iterator[ExternalTensor]:
+    """Every tensor below `message` that has `external_data`."""
     if depth > _DEPTH_LIMIT:
         raise ValueError(f"messages nested deeper than {_DEPTH_LIMIT}")
     children = _CHILDREN[message]
-    entries: dict[str, str] = {}
+    place = dict[str, str]()
     for number, payload in _fields(data):
         child = children.get(number)
+        if child is None or isinstance(payload, int):
+            continue
         if child == "Entry":
-            pair = {key: bytes(text).decode() for key, text in _fields(payload)}
-            entries[pair.get(1, "")] = pair.get(2, "")
-        elif child is not None:
-            yield from _external_entries(payload, child, depth + 1)
-    if entries:
-        yield entries
+            pair = {key: bytes(text).decode() for key, text in _fields(payload) if not isinstance(text, int)}
+            place[pair.get(1, "")] = pair.get(2, "")
+        else:
+            yield from _external_tensors(payload, child, depth + 1)
+    if place:
+        yield _described(data, place)
 
 
-def check_external_data(root: Path, graph: str, *, allowed: str | None) -> None:
-    """Check that the graph's weights all lie within the file `allowed`, before any parser opens it.
+def _described(tensor: memoryview, place: Mapping[str, str]) -> ExternalTensor:
+    """What a Tensor message says besides its place."""
+    name, dtype, dims = "", 0, list[int]()
+    for number, payload in _fields(tensor):
+        if number == _NAME and not isinstance(payload, int):
+            name = bytes(payload).decode()
+        elif number == _DATA_TYPE and isinstance(payload, int):
+            dtype = payload
+        elif number == _DIMS and isinstance(payload, int):
+            dims.append(payload)
+        elif number == _DIMS:  # packed, as proto3 writes them
+            dims += _varints(cast(memoryview, payload))
+    return ExternalTensor(name=name, dtype=dtype, shape=tuple(dims), place=place)
 
-    Args:
-        root: the package's folder.
-        graph: the graph's path within the package.
-        allowed: the one weights file it may use, as a path within the package; None for no weights.
+
+def _varints(data: memoryview) -> Iterator[int]:
+    at = 0
+    while at < len(data):
+        value, at = _varint(data, at)
+        yield value
+
+
+def external_tensors(graph: bytes, path: Path) -> tuple[ExternalTensor, ...]:
+    """The tensors of a graph whose bytes lie in other files. `path` is the graph's, for the error.
 
     Raises:
-        PackageError: the graph is not a readable ONNX protobuf, names another file, or bytes
-            past the end of that file.
+        PackageError: it is not a readable ONNX protobuf.
     """
-    path = root / graph
-    limit = (root / allowed).stat().st_size if allowed else 0
     try:
-        entries = list(_external_entries(memoryview(path.read_bytes()), "Model"))
+        return tuple(_external_tensors(memoryview(graph), "Model"))
     except (ValueError, IndexError) as error:
         raise PackageError(
             f"{path} is not a readable ONNX graph ({error})",
             expected="an ONNX protobuf",
             fix="Copy or export the package again.",
         ) from error
-    for entry in entries:
-        location = entry.get("location", "")
-        # The location is relative to the graph's own folder; "" and "." are no file either.
-        inside = Path(location).name == location and (Path(graph).parent / location).as_posix() == allowed
+
+
+def check_external_data(path: Path, allowed: Mapping[str, int]) -> None:
+    """Check that a graph's weights all lie within the files that it may use, before any parser opens it.
+
+    Args:
+        path: the graph.
+        allowed: the location of each of these files, and how many bytes the file has.
+
+    Raises:
+        PackageError: the graph is not a readable ONNX protobuf, names another file, or bytes past the end of
+            one.
+    """
+    for tensor in external_tensors(path.read_bytes(), path):
+        limit = allowed.get(tensor.location, -1)
         try:
-            end = int(entry.get("offset", "0")) + int(entry.get("length", "-1"))
-            inside = inside and 0 <= int(entry.get("offset", "0")) <= end <= limit
+            inside = 0 <= tensor.offset <= tensor.offset + tensor.length <= limit
+            inside = inside and tensor.length >= 0
         except ValueError:
             inside = False
         if not inside:
+            place = tensor.place
+            files = ", ".join(f"{name!r} ({size} bytes)" for name, size in allowed.items())
             raise PackageError(
-                f"{path} takes weights from {location!r} (offset {entry.get('offset')},"
-                f" length {entry.get('length')})",
-                expected=f"bytes within {allowed!r} ({limit} bytes)",
+                f"{path} takes weights from {tensor.location!r} (offset {place.get('offset')}, length"
+                f" {place.get('length')})",
+                expected=f"bytes within {files}" if files else "no weights outside the graph",
                 fix="Do not use this package: it was not written by latentrt, or is damaged.",
             )

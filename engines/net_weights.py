@@ -1,46 +1,60 @@
-"""Which tensors of a weights file one graph uses, read from the file's header and the graph's bytes."""
+"""Which weights one graph uses, and where they lie: read from the graph's bytes alone."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from math import prod
+from pathlib import Path
+from typing import Any
 
-from .errors import PackageError
+import numpy as np
+
+from .external_data import ExternalTensor, external_tensors
 from .package import Package
-from .safetensors_format import TensorRange, read_header
+from .spec import Array
 
+# The number of a type in onnx.proto3 -> NumPy's name of it; the second line's are from ml_dtypes.
+_DTYPES = {1: "float32", 10: "float16", 11: "float64"}
+_ML_DTYPES = {16: "bfloat16", 17: "float8_e4m3fn", 19: "float8_e5m2"}
 _WIDTHS = {"fp16": 2, "fp32": 4}  # bytes per value in an engine of that dtype
 
 
-def net_tensors(package: Package, net: str, graph: bytes | None = None) -> dict[str, TensorRange]:
-    """The tensors of the weights file that the net's graph names, in the file's order.
+def net_tensors(package: Package, net: str, graph: bytes | None = None) -> dict[str, ExternalTensor]:
+    """The weights of a net by the names that its graph has for them, in the graph's order.
 
     `graph` is what runs in place of the package's.
 
     Raises:
-        PackageError: the weights file's header cannot be read.
+        PackageError: the graph cannot be read.
     """
-    file = package.manifest.nets[net]
-    if file.weights is None:
-        return {}
-    content = package.path(file.graph).read_bytes() if graph is None else graph
-    stored = read_header(package.path(file.weights), error=PackageError).tensors
-    return {name: place for name, place in stored.items() if _names(content, name)}
+    path = package.path(package.manifest.nets[net].graph)
+    found = external_tensors(path.read_bytes() if graph is None else graph, path)
+    return {tensor.name: tensor for tensor in found}
 
 
-def engine_bytes(package: Package, net: str, graph: bytes | None = None) -> int:
+def weight_values(tensor: ExternalTensor, folder: Path) -> Array:
+    """A weight as it is stored: a view of the mapped file, whose pages are read when used.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError, KeyError: it has not the bytes that the graph names, or numbers of an unknown type.
+    """
+    whole: Any = np.memmap(folder / tensor.location, np.uint8, mode="r")
+    stored = whole[tensor.offset : tensor.offset + tensor.length]
+    if tensor.dtype in _DTYPES:
+        return stored.view(_DTYPES[tensor.dtype]).reshape(tensor.shape)
+    import ml_dtypes
+
+    return stored.view(getattr(ml_dtypes, _ML_DTYPES[tensor.dtype])).reshape(tensor.shape)
+
+
+def engine_bytes(
+    package: Package, net: str, graph: bytes | None = None, *, without: Collection[str] = ()
+) -> int:
     """About how large the net's engine becomes: its weights at the width of the arithmetic.
 
-    `graph` and errors as in `net_tensors`.
+    `graph` and errors as in `net_tensors`; `without` are weights that are not counted.
     """
-    values = sum(prod(place.shape) for place in net_tensors(package, net, graph).values())
+    tensors = net_tensors(package, net, graph).items()
+    values = sum(prod(tensor.shape) for name, tensor in tensors if name not in without)
     return values * _WIDTHS[package.manifest.dtype]
-
-
-def _names(graph: bytes, name: str) -> bool:
-    """Whether an ONNX graph has this string, behind its length as protobuf has it: not as part of another."""
-    text = name.encode()
-    size, prefix = len(text), bytearray()
-    while size > 0x7F:
-        prefix.append(size & 0x7F | 0x80)
-        size >>= 7
-    return bytes(prefix) + bytes([size]) + text in graph

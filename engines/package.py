@@ -8,12 +8,16 @@
     <component>/weights.safetensors   under the checkpoint's tensor names; the graphs' external data
 
 A package may come from a stranger: every path in it is checked before any parser opens the file.
+
+A checkpoint that is opened as it is (`checkpoints/opened.py`) is a package too, in the cache, whose weights
+files are elsewhere: they are the user's own. Only the code that made it says where; a manifest cannot.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -69,30 +73,38 @@ def _is_count(value: object) -> bool:
 class NetFile:
     """Where one net lies in the package, and its boundary.
 
-    `fp32_islands` names the nodes of an fp16 graph that compute in float32.
+    Attributes:
+        graph: the file of its graph.
+        weights: the files with its tensors: one in a package that was exported, none for a net without
+            weights. All lie in one folder.
+        spec: its inputs and outputs.
+        fp32_islands: the nodes of an fp16 graph that compute in float32.
     """
 
     graph: str
-    weights: str | None
+    weights: tuple[str, ...]
     spec: NetSpec
     fp32_islands: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise ValueError for names no net could have; another suffix would choose another parser."""
         _require(isinstance(self.graph, str) and self.graph.endswith(".onnx"), "graph")
-        _require(self.weights is None or (isinstance(self.weights, str) and bool(self.weights)), "weights")
+        _require(all(isinstance(name, str) and bool(name) for name in self.weights), "weights")
 
     def to_json(self) -> dict[str, Any]:
         """As the manifest stores it."""
-        data = {"graph": self.graph, "weights": self.weights, "fp32_islands": list(self.fp32_islands)}
+        several = list(self.weights) if self.weights[1:] else None
+        weights = several or next(iter(self.weights), None)
+        data = {"graph": self.graph, "weights": weights, "fp32_islands": list(self.fp32_islands)}
         return {**data, **self.spec.to_json()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> NetFile:
         """The reverse of `to_json`."""
+        weights = data["weights"]
         return cls(
             graph=data["graph"],
-            weights=data["weights"],
+            weights=() if weights is None else (weights,) if isinstance(weights, str) else tuple(weights),
             spec=NetSpec.from_json(data),
             fp32_islands=tuple(data["fp32_islands"]),
         )
@@ -124,6 +136,19 @@ class FileRecord:
 
     size: int
     sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elsewhere:
+    """A weights file that is not in the package's folder, as it was when its content was looked at.
+
+    Attributes:
+        path: the file itself, no link.
+        mtime_ns: when it was last written, as `os.stat` has it.
+    """
+
+    path: Path
+    mtime_ns: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,14 +280,22 @@ class Manifest:
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """An opened package: a folder whose manifest, sizes and paths have been checked."""
+    """An opened package: a folder whose manifest, sizes and paths have been checked.
+
+    `elsewhere` has the weights files, by their names in the manifest, that are not in the folder.
+    """
 
     root: Path
     manifest: Manifest
+    elsewhere: Mapping[str, Elsewhere] = field(default_factory=dict[str, Elsewhere])
 
     @classmethod
-    def open(cls, root: str | Path) -> Package:
+    def open(cls, root: str | Path, *, elsewhere: Mapping[str, Elsewhere] | None = None) -> Package:
         """Read and check a package; the weights themselves are not read.
+
+        Args:
+            root: the folder.
+            elsewhere: for a package that was made here: where its weights files are.
 
         Raises:
             PackageError: no package there; a damaged or newer manifest; a file that is missing,
@@ -270,10 +303,13 @@ class Package:
         """
         root = snapshot(Path(root))
         manifest = _read_manifest(root)
-        package = cls(root=root, manifest=manifest)
+        package = cls(root=root, manifest=manifest, elsewhere=elsewhere or {})
         for name, record in manifest.files.items():
-            package._check_file(name, record)
-        used = {name for net in manifest.nets.values() for name in (net.graph, net.weights) if name}
+            if name in package.elsewhere:
+                package._check_elsewhere(name)
+            else:
+                package._check_file(name, record)
+        used = {name for net in manifest.nets.values() for name in (net.graph, *net.weights)}
         used |= {
             path.relative_to(root).as_posix() for path in root.glob("tokenizer*/**/*") if not path.is_dir()
         }
@@ -283,17 +319,38 @@ class Package:
                 expected="every file of a net and of the tokenizer under `files`",
                 fix=_EXPORT_AGAIN,
             )
-        for net in manifest.nets.values():
-            check_external_data(root, net.graph, allowed=net.weights)
+        for name, net in manifest.nets.items():
+            check_external_data(root / net.graph, package._locations(name))
         return package
 
     def path(self, name: str) -> Path:
         """The absolute path of a file of the package, by its name in the manifest."""
-        return (self.root / name).resolve()
+        return self.elsewhere[name].path if name in self.elsewhere else (self.root / name).resolve()
+
+    def weights_folder(self, net: str) -> Path:
+        """The folder that a net's graph names its weights files relative to: their own, or a common one."""
+        file = self.manifest.nets[net]
+        return common_folder(self.path(name) for name in file.weights or (file.graph,))
+
+    def _locations(self, net: str) -> dict[str, int]:
+        """What a net's graph may call each of its weights files, and the file's size in bytes."""
+        file, folder = self.manifest.nets[net], self.weights_folder(net)
+        beside = PurePosixPath(file.graph).parent
+        return {
+            self.path(name).relative_to(folder).as_posix(): self.manifest.files[name].size
+            for name in file.weights
+            if name in self.elsewhere or PurePosixPath(name).parent == beside
+        }
 
     def verify(self, names: Iterable[str] | None = None) -> None:
-        """Hash these files, or every one. Raises PackageError for the first whose content has changed."""
+        """Hash these files, or every one. Raises PackageError for the first whose content has changed.
+
+        A file elsewhere was hashed when the package was made; it counts as the same until it is written to.
+        """
         for name in self.manifest.files if names is None else names:
+            if name in self.elsewhere:
+                self._check_elsewhere(name)
+                continue
             record, found = self.manifest.files[name], file_record(self.path(name))
             if found != record:
                 raise PackageError(
@@ -304,13 +361,31 @@ class Package:
 
     def check_weights(self) -> None:
         """Read every weight. Raises PackageError for the first tensor that is not finite."""
-        for name in dict.fromkeys(net.weights for net in self.manifest.nets.values() if net.weights):
+        for name in dict.fromkeys(name for net in self.manifest.nets.values() for name in net.weights):
             if tensor := first_not_finite(self.path(name), error=PackageError):
                 raise PackageError(
                     f"{self.root / name}: the tensor {tensor!r:.80} has values that are NaN or infinite",
                     expected="finite weights",
                     fix="Export another copy of the checkpoint; this one's weights are damaged.",
                 )
+
+    def _check_elsewhere(self, name: str) -> None:
+        """Raise PackageError unless a file elsewhere is as it was."""
+        known, record = self.elsewhere[name], self.manifest.files[name]
+        try:
+            found = known.path.stat()
+        except OSError as error:
+            raise PackageError(
+                f"{known.path} is gone ({error.strerror})",
+                expected="the file that the checkpoint was opened from",
+                fix="Put it back, or open the checkpoint where it is now.",
+            ) from error
+        if (found.st_size, found.st_mtime_ns) != (record.size, known.mtime_ns):
+            raise PackageError(
+                f"{known.path} was written to since the checkpoint was opened",
+                expected="a file nobody writes to",
+                fix="Open the checkpoint again.",
+            )
 
     def _check_file(self, name: str, record: FileRecord) -> None:
         check_inside(name)
@@ -334,6 +409,11 @@ class Package:
                 expected=f"{record.size} bytes (an interrupted copy?)",
                 fix="Copy the package again, or export it again: latentrt export CHECKPOINT -o PACKAGE",
             )
+
+
+def common_folder(files: Iterable[Path]) -> Path:
+    """The deepest folder that has all of these files in it."""
+    return Path(os.path.commonpath([path.parent for path in files]))
 
 
 def check_inside(name: str) -> None:
@@ -363,14 +443,22 @@ def file_record(path: Path) -> FileRecord:
     return FileRecord(size=path.stat().st_size, sha256=digest.hexdigest())
 
 
-def write_manifest(root: Path, manifest: Manifest) -> Package:
-    """Record every file under `root` in the manifest, write it last, and open the result."""
+def write_manifest(
+    root: Path,
+    manifest: Manifest,
+    *,
+    elsewhere: Mapping[str, Elsewhere] | None = None,
+) -> Package:
+    """Record every file under `root` in the manifest, write it last, and open the result.
+
+    The manifest's `files` has the records of those elsewhere already.
+    """
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-    files = {name: file_record(root / name) for name in names if name != MANIFEST}
+    files = {**manifest.files, **{name: file_record(root / name) for name in names if name != MANIFEST}}
     complete = replace(manifest, files=files)
     text = json.dumps(complete.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
     (root / MANIFEST).write_text(text + "\n", encoding="utf-8")
-    return Package.open(root)
+    return Package.open(root, elsewhere=elsewhere)
 
 
 def _read_manifest(root: Path) -> Manifest:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -23,6 +24,7 @@ from ..checkpoints.files.open import Checkpoint
 from ..checkpoints.graphs import weights
 from ..checkpoints.graphs.hoist import hoist
 from ..checkpoints.graphs.step import write_step
+from ..checkpoints.manifest import make_manifest, request_defaults
 from ..checkpoints.precision.calibration import Calibration
 from ..checkpoints.precision.islands import Found, find_islands, island_names, upcast_attention
 from ..engines import spec
@@ -31,13 +33,14 @@ from ..engines.package import MANIFEST, NetFile, Package, write_manifest
 from ..engines.processors import usable_processors
 from .graphs import passes
 from .graphs.to_onnx import to_onnx
-from .manifest import make_manifest, request_defaults
+from .latent_rgb import fit_latent_rgb
 from .nets.build import NETS, components
 from .verify import Comparison, verify_component
 
 Dtype = Literal["fp16", "fp32"]
 _TORCH_TYPES = {"fp16": torch.float16, "fp32": torch.float32}
 _ONNX_TYPES = {"fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
+_PRODUCERS = ("latentrt", "torch", "diffusers", "transformers", "onnxscript")
 # The file of a net's graph, where it is not "model".
 _FILES = {"unet": "loop", "unet_context": "context", "unet_time": "time", "step_masked": "masked"}
 
@@ -124,7 +127,10 @@ def export_package(
             nets |= files
         begin("package")
         nets |= _write_steps(folder, nets["unet"].spec)
-        write_manifest(folder, make_manifest(source, dtype, nets, defaults))
+        producer = ", ".join(f"{name} {version(name)}" for name in _PRODUCERS)
+        latent_rgb = fit_latent_rgb(source)
+        manifest = make_manifest(source, dtype, nets, defaults, latent_rgb=latent_rgb, producer=producer)
+        write_manifest(folder, manifest)
     return Package.open(package)
 
 
@@ -198,7 +204,7 @@ def _write_graphs(
         cast(Any, ir).save(graph, folder / path)
         files[name] = NetFile(
             graph=path,
-            weights=f"{component}/{weights.WEIGHTS}",
+            weights=(f"{component}/{weights.WEIGHTS}",),
             spec=boundary,
             fp32_islands=island_names(graph) if dtype == "fp16" else (),
         )
@@ -216,7 +222,7 @@ def _write_steps(folder: Path, unet: spec.NetSpec) -> dict[str, NetFile]:
         contract = make(channels=channels, float_dtype=prediction.dtype)
         path = f"step/{_FILES.get(name, 'model')}.onnx"
         write_step(folder / path, contract)
-        files[name] = NetFile(graph=path, weights=None, spec=contract)
+        files[name] = NetFile(graph=path, weights=(), spec=contract)
     return files
 
 

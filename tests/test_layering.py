@@ -29,7 +29,7 @@ ROOMS: dict[str, list[set[str]]] = {
     "runtime/loop": [{"device"}],
     "engines": [{"cuda", "store"}, {"tensorrt"}, {"onnxruntime"}],
     "engines/onnxruntime": [{"lowering"}, {"tuning"}],
-    "checkpoints": [{"files", "graphs"}, {"precision", "hub"}],
+    "checkpoints": [{"files", "graphs"}, {"hub", "precision", "templates"}],
     "export": [{"nets", "pickles"}, {"graphs"}],
     "benchmarks": [{"sides"}, {"models"}, {"verbs"}, {"gpu", "report"}],
 }
@@ -40,6 +40,7 @@ PRINTING = ("sys.stderr", "sys.stdout", "warnings.warn")
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir"}
 MAY_IMPORT = {  # folder or room -> heavy libraries it may import
     "checkpoints/graphs": {"onnx", "onnx_ir", "torch"},  # torch: to go
+    "checkpoints/templates": {"onnx", "onnx_ir"},
     "checkpoints/precision": HEAVY,  # to go: torch and its friends
     "checkpoints/files": {"torch"},  # to go
     "export": HEAVY,

@@ -49,7 +49,7 @@ def write_tiny_package(root: Path) -> Package:
     save_file({"bias": BIAS}, root / "unet" / "weights.safetensors")
     size = (root / "unet" / "weights.safetensors").stat().st_size
     write_graph(root / "unet" / "loop.onnx", external("weights.safetensors", size - 16, 16))
-    net = NetFile(graph="unet/loop.onnx", weights="unet/weights.safetensors", spec=SPEC)
+    net = NetFile(graph="unet/loop.onnx", weights=("unet/weights.safetensors",), spec=SPEC)
     return write_manifest(
         root,
         Manifest(

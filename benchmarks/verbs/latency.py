@@ -130,7 +130,7 @@ def document_of(
 def describe_model(package: Package) -> dict[str, Any]:
     """What a document says of the package."""
     manifest = package.manifest
-    files = {net.weights for net in manifest.nets.values() if net.weights}
+    files = {name for net in manifest.nets.values() for name in net.weights}
     weights = {name: package.path(name).stat().st_size for name in sorted(files)}
     facts = {"name": manifest.name, "family": manifest.family, "dtype": manifest.dtype}
     return {**facts, "weights_bytes": weights}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -70,6 +70,26 @@ def attach(model: ir.Model, folder: Path, slots: Mapping[str, TensorRange]) -> N
             ir.convenience.replace_all_uses_with(value, wide)
             widen = ir.node("Cast", [value], {"to": compute}, name=f"{name}/cast", outputs=[wide])
             model.graph.insert_before(model.graph[0], widen)
+
+
+def unbind(model: ir.Model, names: Iterable[str]) -> None:
+    """Make these initializers external data that lies nowhere, as a template has a checkpoint's tensors."""
+    for name in names:
+        value = model.graph.initializers[name]
+        assert value.shape is not None
+        assert value.dtype is not None
+        value.const_value = ir.ExternalTensor(
+            "", None, None, value.dtype, name=name, shape=value.shape, base_dir=""
+        )
+
+
+def weight_shapes(model: ir.Model) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the checkpoint tensors among a graph's initializers."""
+    return {
+        name: tuple(value.const_value.shape.numpy())
+        for name, value in model.graph.initializers.items()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
 
 
 def is_weight(value: ir.Value | None) -> bool:

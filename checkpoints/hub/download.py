@@ -21,6 +21,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import FileLock, Timeout
+
 from ...engines.errors import DownloadError, ModelError
 from ...engines.hub import COMMIT_OR_BLOB, repository_folder, snapshot_of
 from ...engines.installed import latentrt_version
@@ -109,16 +111,16 @@ def _patiently(
     call: Callable[[], _Result], model: HubModel, cache: Path, *, passes: Callable[[Exception], bool]
 ) -> _Result:
     """The result of `call`, tried again for errors that may pass. Raises what `refusal` makes of others."""
-    for wait in (*_WAITS, None):
+    waits = iter(_WAITS)
+    while True:
         try:
             return call()
         except Exception as error:  # whatever class the release of the client has for it
-            refused = refusal(error, model, cache)
+            refused, wait = refusal(error, model, cache), next(waits, None)
             if wait is None or not passes(error):
                 raise refused from None  # not from what may quote headers, and a token in them
             _LOG.info("%s; it is tried again", refused.found)
         time.sleep(wait)
-    raise AssertionError("the last attempt returns or raises")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,8 +288,6 @@ class _Fetching:
 
     def _fetch_blob(self, name: str, count: Callable[[int], None]) -> None:
         """Write a file's content where the client keeps it, or go on with what is there of it."""
-        from filelock import FileLock
-
         url = _client().hf_hub_url(self.model.repository, name, revision=self.listing.commit)
         found = _client().get_hf_file_metadata(url, **_library())
         etag = found.etag or ""
@@ -297,7 +297,7 @@ class _Fetching:
         lock = self.cache / ".locks" / self.root.name / f"{etag}.lock"  # the client's own
         for folder in (blob.parent, lock.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):
+        with _held(lock, name):
             if not blob.exists():
                 _write_blob(url, blob, found.size, count)
 
@@ -310,6 +310,21 @@ def _library() -> dict[str, str]:
 def _download(repository: str, name: str, revision: str) -> None:
     """Have the client put a file into its cache, unless it is there."""
     _client().hf_hub_download(repository, name, revision=revision, **_library())
+
+
+@contextmanager
+def _held(path: Path, name: str) -> Generator[None]:
+    """Hold the lock of a file of the cache; while another process has it, a line says so."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)  # pyright: ignore[reportUnknownMemberType]
+    except Timeout:
+        _LOG.info("waiting for another process that fetches %s", name)
+        lock.acquire()  # pyright: ignore[reportUnknownMemberType]
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _write_blob(url: str, blob: Path, size: int | None, count: Callable[[int], None]) -> None:

@@ -25,7 +25,7 @@ from ..net_weights import engine_bytes
 from ..package import Package
 from ..spec import DTYPES, Array, NetSpec, output_shapes
 from .cuda_libraries import load_libraries
-from .lowering.files import LoweredGraph, session_entries
+from .lowering.files import LoweredGraph, give_weights
 from .lowering.winograd import kernels
 from .session import (
     CPU,
@@ -93,13 +93,17 @@ class OnnxRuntimeNet:
         self.spec: NetSpec = file.spec
         graph = package.path(file.graph)
         options = session_options(threads)
+        give_weights(options, package, name)
         kernels = _give_kernels(options, package, name, lowered) if lowered else []
         self._session: Any = open_session(graph, options, [CPU], culprit=name, content=self._graph)
         # ONNX Runtime reads the kernels where they are, so they must live as long as the session, and a call
         # that still runs may hold the session longer than this net does.
         self._session.kernels = kernels
         self._outputs = [output.name for output in self.spec.outputs]
-        self._kernels = sum(int(value.tensor_size_in_bytes()) for value in kernels)
+        self._kernels = {
+            kernel.name: int(value.tensor_size_in_bytes())
+            for kernel, value in zip(lowered.kernels if lowered else (), kernels, strict=True)
+        }
         self._io = 0
         try:
             check_boundary(self._session, self.spec, graph)
@@ -113,12 +117,13 @@ class OnnxRuntimeNet:
 
         Raises PackageError if the weights file's header cannot be read any more.
         """
-        return MemoryLedger(weights=self._weights + self._kernels, activations=None, io=self._io)
+        weights = self._weights + sum(self._kernels.values())
+        return MemoryLedger(weights=weights, activations=None, io=self._io)
 
     @cached_property
     def _weights(self) -> int:
         """Bytes of the tensors that its graph names. They are counted on demand, not at every start."""
-        return engine_bytes(self._package, self.name, self._graph)
+        return engine_bytes(self._package, self.name, self._graph, without=self._kernels)
 
     def __call__(self, **arrays: Array) -> dict[str, Array]:
         """Run once. Raises BackendError after `close` or for wrong inputs, MemoryLimitError."""
@@ -154,19 +159,14 @@ class OnnxRuntimeNet:
 
 
 def _give_kernels(options: Any, package: Package, name: str, lowered: LoweredGraph) -> list[Any]:
-    """Let a session have the package's weights, and the transformed ones of a lowered graph.
+    """Let a session have the transformed weights of a lowered graph.
 
-    Returns the transformed weights, which must live as long as the session.
+    Returns them; they must live as long as the session.
     """
-    for key, value in session_entries(package, name).items():
-        options.add_session_config_entry(key, value)
-    weights = package.manifest.nets[name].weights
-    if not lowered.kernels or weights is None:
-        return []
     make = library().OrtValue.ortvalue_from_numpy
     values = list[Any]()
     try:
-        for kernel, array in kernels(package.path(weights), lowered.kernels):
+        for kernel, array in kernels(package, name, lowered.kernels):
             values.append(make(array))
             options.add_initializer(kernel.name, values[-1])
     except MemoryError as error:
@@ -176,9 +176,9 @@ def _give_kernels(options: Any, package: Package, name: str, lowered: LoweredGra
             fix="Close other programs, or forget the layout: latentrt cache prune --all",
             culprit=name,
         ) from error
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, OSError) as error:
         raise PackageError(
-            f"{weights} has no weights for the layout of {name!r} ({type(error).__name__}: {error})",
+            f"{package.root} has no weights for the layout of {name!r} ({type(error).__name__}: {error})",
             expected="the weights that the layout was measured with",
             fix="Forget the layout with `latentrt cache prune --all`, then measure again: "
             + command("latentrt", "build", package.root, "--backend", "onnxruntime"),
@@ -230,9 +230,7 @@ def open_onnxruntime_net(
     options = session_options(1 if provider == CUDA else threads)
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile / name)
-    if graph is not None:
-        for key, value in session_entries(package, name).items():
-            options.add_session_config_entry(key, value)
+    give_weights(options, package, name)
     if provider == CPU:
         session = open_session(path, options, [CPU], culprit=name)
     else:

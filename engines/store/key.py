@@ -162,7 +162,7 @@ def package_key(
     return EngineKey(
         net=net,
         graph=manifest.files[file.graph].sha256,
-        weights=manifest.files[file.weights].sha256 if file.weights else "",
+        weights=_weights_sha256([manifest.files[name].sha256 for name in file.weights]),
         dtype=manifest.dtype,
         contract=canonical_sha256(file.spec.to_json()),
         backend=backend,
@@ -177,6 +177,11 @@ def package_key(
         workspace_limit=workspace_limit,
         hardware_compatibility=hardware_compatibility,
     )
+
+
+def _weights_sha256(files: list[str]) -> str:
+    """The sha256 of a net's weights: that of its file, or over those of its several files."""
+    return canonical_sha256(files) if files[1:] else next(iter(files), "")
 
 
 def miss_reason(wanted: EngineKey, built: Iterable[EngineKey]) -> str:

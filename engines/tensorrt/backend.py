@@ -183,7 +183,7 @@ def _net(row: Flavour, package: Package, name: str, device: CudaDevice, engines:
                 device=device,
                 package=root,
             )
-            net = open_entry(of, entry, package.path(file.graph))
+            net = open_entry(of, entry, package.path(file.graph), package.weights_folder(name))
             if net.remark:
                 _LOG.warning("the engine of %r: %s", name, net.remark)
             return net

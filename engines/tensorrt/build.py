@@ -339,7 +339,7 @@ class _Run:
         check_room(net, engine_bytes(self.package, net), self.room(self.store.root))
         file, profiles = self.package.manifest.nets[net], self.profiles[net]
         # The key says what the manifest says; whoever changed a file in place gets no engine of it.
-        self.package.verify(name for name in (file.graph, file.weights) if name)
+        self.package.verify((file.graph, *file.weights))
         cache = path.with_name("timing.cache") if self.row.cache == "timing" else None
         side = self.store.side_file("timing", self._cache_name())
         if cache:
@@ -348,6 +348,7 @@ class _Run:
             backend=self.row.backend,
             net=net,
             graph=self.package.path(file.graph),
+            weights=self.package.weights_folder(net),
             spec=file.spec,
             profiles=tuple(profile.shapes for profile in profiles),
             options=self.options,

@@ -147,11 +147,12 @@ _CHUNK = 1 << 24  # bytes per write
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What one build needs. `profiles` are (min, opt, max) per input."""
+    """What one build needs. `profiles` are (min, opt, max) per input; `weights` is the weights' folder."""
 
     backend: str
     net: str
     graph: Path
+    weights: Path
     spec: NetSpec
     profiles: tuple[Mapping[str, tuple[tuple[int, ...], ...]], ...]
     options: BuildOptions
@@ -161,7 +162,7 @@ class Job:
     def to_json(self) -> dict[str, Any]:
         """One line for stdin."""
         return {
-            **{name: str(getattr(self, name)) for name in ("backend", "net", "graph", "engine")},
+            **{name: str(getattr(self, name)) for name in ("backend", "net", "graph", "weights", "engine")},
             "spec": self.spec.to_json(),
             "profiles": [dict(profile) for profile in self.profiles],
             "options": self.options.to_json(),
@@ -175,6 +176,7 @@ class Job:
             backend=data["backend"],
             net=data["net"],
             graph=Path(data["graph"]),
+            weights=Path(data["weights"]),
             spec=NetSpec.from_json(data["spec"]),
             profiles=tuple(data["profiles"]),
             options=BuildOptions.from_json(data["options"]),
@@ -263,7 +265,7 @@ def build(job: Job, report: Report) -> Facts:
     began = perf_counter()
     report("Parsing", 0.0)
     builder = trt.Builder(log.logger)
-    network, parser = parse_graph(trt, row, builder, log.logger, job.graph)
+    network, parser = parse_graph(trt, row, builder, log.logger, job.graph, job.weights)
     check_contract(trt, network, job.spec, graph=job.graph)
     layers = int(network.num_layers)
     parsed = perf_counter()

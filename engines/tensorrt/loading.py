@@ -199,11 +199,11 @@ def _invalid(of: EngineOf, found: list[str], what: str, lines: list[str]) -> Lat
     )
 
 
-def refit_stripped(of: EngineOf, engine: Engine, graph: Path) -> None:
+def refit_stripped(of: EngineOf, engine: Engine, graph: Path, weights: Path) -> None:
     """Give an engine without weights those of the graph that it was built from.
 
-    The parser follows the graph's external data into the package's weights file, which `Package.open` has
-    checked, and fails unless it has found every weight of the engine. TensorRT-RTX has left weights out of
+    The parser follows the graph's external data into the folder `weights`, as `Package.open` has checked, and
+    fails unless it has found every weight of the engine. TensorRT-RTX has left weights out of
     `get_missing_weights` (pytorch/TensorRT pull request 4198), so that list alone proves nothing.
 
     Raises:
@@ -215,7 +215,8 @@ def refit_stripped(of: EngineOf, engine: Engine, graph: Path) -> None:
     refitter = trt.Refitter(engine, log.logger) if engine.refittable else None
     names = list(refitter.get_all_weights()) if refitter is not None else []
     parser = trt.OnnxParserRefitter(refitter, log.logger) if names else None
-    if refitter is None or parser is None or not parser.refit_from_file(str(graph)):
+    content, beside = graph.read_bytes(), str(weights / graph.name)
+    if refitter is None or parser is None or not parser.refit_from_bytes(content, beside):
         errors = [str(parser.get_error(index).desc()) for index in range(parser.num_errors)] if parser else []
         raise failure(
             errors + log.since(mark),

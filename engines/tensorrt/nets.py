@@ -125,10 +125,11 @@ class Contexts:
 _Binding = tuple[int, tuple[tuple[str, tuple[int, ...]], ...]]  # a profile, and the sorted shapes
 
 
-def open_entry(of: EngineOf, entry: Entry, graph: Path) -> TensorRTNet:
+def open_entry(of: EngineOf, entry: Entry, graph: Path, weights: Path | None = None) -> TensorRTNet:
     """`open_engine` for an engine of the store: its bytes are hashed first, and kernels are cached beside it.
 
-    `graph` is the net's own, in the package; it is read only if the engine was built without its weights.
+    `graph` is the net's own, in the package; it is read only if the engine was built without its weights,
+    which are in the folder `weights`, beside the graph where None is given.
 
     Raises:
         EngineError: the entry is damaged (it is in quarantine then), or is another net's.
@@ -139,11 +140,16 @@ def open_entry(of: EngineOf, entry: Entry, graph: Path) -> TensorRTNet:
     data = entry.read()
     cache = StoredCache(store=entry.store, digest=entry.key.digest, device=of.device.name)
     stripped = "STRIP_PLAN" in entry.key.flags
-    return open_engine(of, data, cache=cache, graph=graph if stripped else None)
+    return open_engine(of, data, cache=cache, graph=graph if stripped else None, weights=weights)
 
 
 def open_engine(
-    of: EngineOf, data: bytes, *, cache: StoredCache | None = None, graph: Path | None = None
+    of: EngineOf,
+    data: bytes,
+    *,
+    cache: StoredCache | None = None,
+    graph: Path | None = None,
+    weights: Path | None = None,
 ) -> TensorRTNet:
     """Put an engine on the device.
 
@@ -152,6 +158,7 @@ def open_engine(
         data: the engine, already checked against its sha256. An engine is code.
         cache: where kernels compiled at run time are kept; libraries that compile none ignore it.
         graph: for a stripped engine, the graph it was built from, whose weights it gets.
+        weights: the folder of these weights; None is that of `graph`.
 
     Raises:
         BackendError: the engine does not suit the library, driver or device, or refuses the graph's weights.
@@ -160,7 +167,7 @@ def open_engine(
     """
     loaded = load_engine(of, data)
     if graph is not None:
-        refit_stripped(of, loaded.engine, graph)
+        refit_stripped(of, loaded.engine, graph, weights or graph.parent)
     return TensorRTNet(loaded, Contexts(of.trt, loaded.engine, cache))
 
 

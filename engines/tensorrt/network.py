@@ -14,8 +14,10 @@ _EXPORT_AGAIN = "Export the checkpoint again: latentrt export CHECKPOINT -o PACK
 _SHOWN = 5  # of a parser's errors: later ones follow from the first
 
 
-def parse_graph(trt: Trt, row: Flavour, builder: Trt, logger: Trt, path: Path) -> tuple[Trt, Trt]:
-    """Parse an ONNX graph; its weights lie beside it, where the graph says.
+def parse_graph(
+    trt: Trt, row: Flavour, builder: Trt, logger: Trt, path: Path, weights: Path | None = None
+) -> tuple[Trt, Trt]:
+    """Parse an ONNX graph, whose weights lie in the folder `weights`, beside it where None is given.
 
     Returns:
         The network, and the parser, which must live as long: the network's weights are its memory.
@@ -26,8 +28,9 @@ def parse_graph(trt: Trt, row: Flavour, builder: Trt, logger: Trt, path: Path) -
     strongly_typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(strongly_typed if row.needs_strongly_typed_flag else 0)
     parser = trt.OnnxParser(network, logger)
-    # By path, not from memory: external data is looked for beside the file, and protobuf stops at 2 GB.
-    if not parser.parse_from_file(str(path)):
+    # From memory, because the file may be in another folder than its weights: external data is looked for
+    # beside the path that is given.
+    if not parser.parse(path.read_bytes(), str((weights or path.parent) / path.name)):
         errors = [_describe(parser.get_error(index)) for index in range(parser.num_errors)]
         more = f" (and {len(errors) - _SHOWN} more)" if len(errors) > _SHOWN else ""
         raise PackageError(

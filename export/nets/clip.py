@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ...checkpoints.files.component import Component
+from ...checkpoints.files.net_reads import TEXT_PREFIX, normalisation, package_text_name, unread_layers
 from ...checkpoints.files.open import Checkpoint
 from ...engines import spec
-from ...engines.errors import CheckpointError
 from .torch_net import Net, fill_buffers, load, make_net, spelled
-
-_TEXT_PREFIX = "text_model."  # transformers before 5, and packages
 
 
 class ClipText(nn.Module):
@@ -59,26 +56,24 @@ def text_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) ->
     normalised = not checkpoint.skips_last_layer
     config = CLIPTextConfig(**_settings(part))
     layers = config.num_hidden_layers
-    unread_last = not (normalised or projected)  # SDXL's first encoder gives the context alone
-    config.num_hidden_layers = layers - unread_last
+    unread = unread_layers(checkpoint, part)
+    config.num_hidden_layers = layers - bool(unread)
     with torch.device("meta"):
         net: Any = (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
     fill_buffers(net)
-    unread: tuple[str, ...] = ()
-    if unread_last:
+    if unread:
         _transformer(net).final_layer_norm = nn.Identity()
-        unread = (f"encoder.layers.{layers - 1}.", "final_layer_norm.")
-        unread += tuple(_TEXT_PREFIX + name for name in unread)
     # Releases of transformers differ in the prefix, here and in the checkpoint. The package stores the names
     # of published checkpoints.
-    bare = {name: name.removeprefix(_TEXT_PREFIX) for name in net.state_dict()}
+    bare = {name: name.removeprefix(TEXT_PREFIX) for name in net.state_dict()}
     names = {
-        name: next((found for found in (_TEXT_PREFIX + rest, rest) if found in part.tensors), name)
+        name: next((found for found in (TEXT_PREFIX + rest, rest) if found in part.tensors), name)
         for name, rest in bare.items()
     }
+    ignored = (*unread, *(TEXT_PREFIX + name for name in unread))
     tensors = {
-        name: (name if projected else _TEXT_PREFIX + bare[name], dtype)
-        for name, (_, dtype) in load(part, net, names, ignored=unread).items()
+        name: (package_text_name(name), dtype)
+        for name, (_, dtype) in load(part, net, names, ignored=ignored).items()
     }
     contract = spec.text_encoder(
         tokens=config.max_position_embeddings,
@@ -119,24 +114,11 @@ def image_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -
     with torch.device("meta"):
         net: Any = CLIPVisionModelWithProjection(config)
     fill_buffers(net)
-    mean, std = _normalisation(checkpoint.configs["feature_extractor"])
+    mean, std = normalisation(checkpoint.configs["feature_extractor"])
     contract = spec.image_encoder(
         size=cast(int, config.image_size), width=config.projection_dim, float_dtype=spelled(dtype)
     )
     return make_net(part, ImageEncoder(net, mean, std), contract, load(part, net), dtype)
-
-
-def _normalisation(processor: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-    """Mean and deviation of colours in 0 ... 1. Raises CheckpointError if the processor does otherwise."""
-    mean, std = processor.get("image_mean"), processor.get("image_std")
-    scale = processor.get("rescale_factor", 1 / 255)
-    if not (isinstance(mean, list) and isinstance(std, list)) or abs(float(scale) * 255 - 1) > 1e-6:
-        raise CheckpointError(
-            f"the feature extractor has image_mean {mean}, image_std {std}, rescale_factor {scale}",
-            expected="a mean and a deviation for each colour, of values in 0 ... 1",
-            fix="Take preprocessor_config.json from the CLIP model that the checkpoint was trained with.",
-        )
-    return list(map(float, cast(list[Any], mean))), list(map(float, cast(list[Any], std)))
 
 
 class ImageNoiser(nn.Module):

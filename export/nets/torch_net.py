@@ -7,20 +7,23 @@ copied.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ...checkpoints.files.component import Component, read_tensors
+from ...checkpoints.files.net_reads import UNREAD
 from ...engines.errors import DAMAGED_WEIGHTS, EXPORT_IN_FP32, CheckpointError
 from ...engines.spec import Array, NetSpec
 
-# Tensors that old checkpoints hold and no net reads: buffers, and the projections of the full CLIP.
-_UNREAD = ("position_ids", "text_projection.weight", "logit_scale")
-
+# The folder of a part of which only the config is known. Its net is traced and never run: its weights have
+# addresses, and nobody writes them, so they take no memory.
+SHAPES_ALONE = Path(os.devnull)
 
 # A parameter's name -> the tensor's name (a checkpoint's, then a package's), and its type in the checkpoint.
 Tensors = Mapping[str, tuple[str, str]]
@@ -82,10 +85,23 @@ def make_net(part: Component, module: nn.Module, spec: NetSpec, tensors: Tensors
         CheckpointError: a weight is not finite, or beyond `dtype`. (An island's are stored in fp16 too.)
     """
     named = {f"net.{key}": found for key, found in tensors.items()}
+    if part.folder == SHAPES_ALONE:
+        return Net(module=_unwritten(module, dtype), spec=spec, tensors=named)
     for key, tensor in module.state_dict().items():
         if tensor.is_floating_point() and tensor.numel():
             _check_values(f"{part.folder}: the tensor {named[key][0]!r}", tensor, dtype)
     return Net(module=module.eval().requires_grad_(False).to(dtype), spec=spec, tensors=named)
+
+
+def _unwritten(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`module` with memory that nobody wrote in place of the tensors on the meta device.
+
+    torch's exporter takes no module that is on two devices, and a trace has constants on the CPU.
+    """
+    module = module.eval().requires_grad_(False).to(dtype)
+    blank = {name: torch.empty_like(t, device="cpu") for name, t in module.state_dict().items() if t.is_meta}
+    module.load_state_dict(blank, strict=False, assign=True)
+    return module
 
 
 def load(
@@ -99,14 +115,16 @@ def load(
     `names` has a parameter's tensor where the names differ; `ignored` are prefixes of tensors not to read.
 
     Returns:
-        A parameter of `net` -> the tensor's name and type.
+        A parameter of `net` -> the tensor's name and type. A part of SHAPES_ALONE leaves the net as it is.
 
     Raises:
         CheckpointError: tensors are missing, unknown, or of another shape.
     """
     wanted = net.state_dict()
+    if part.folder == SHAPES_ALONE:
+        return {name: (name, "F32") for name in wanted}
     names = {name: name for name in wanted} if names is None else names
-    unread = {n for n in part.tensors if n.endswith(_UNREAD) or n.startswith(ignored or "\0")}
+    unread = {n for n in part.tensors if n.endswith(UNREAD) or n.startswith(ignored or "\0")}
     missing = sorted(name for name in names.values() if name not in part.tensors)
     surplus = sorted(set(part.tensors) - set(names.values()) - unread)
     odd = [

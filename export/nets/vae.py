@@ -8,13 +8,10 @@ import torch
 from torch import nn
 
 from ...checkpoints.files.component import Component
+from ...checkpoints.files.net_reads import HALVES, modern_attention
 from ...checkpoints.files.open import Checkpoint, is_tiny
 from ...engines import spec
 from .torch_net import Net, load, make_net, spelled
-
-# diffusers before 0.15 named the VAE's attention so; `AutoencoderKL` still converts it on load.
-_OLD_ATTENTION = {"query.": "to_q.", "key.": "to_k.", "value.": "to_v.", "proj_attn.": "to_out.0."}
-_HALVES = {"encoder": ("encoder.", "quant_conv."), "decoder": ("decoder.", "post_quant_conv.")}
 
 
 class Scaling(nn.Module):
@@ -119,19 +116,12 @@ def _half(part: Component, half: str) -> tuple[Any, dict[str, tuple[str, str]]]:
         config.pop("block_out_channels", None)  # which AutoencoderTiny writes for pipelines, and refuses
     with torch.device("meta"):
         net: Any = kind.from_config(config)
-    other = _HALVES["decoder" if half == "encoder" else "encoder"]
+    other = HALVES["decoder" if half == "encoder" else "encoder"]
     for prefix in other:
         if hasattr(net, prefix.removesuffix(".")):
             setattr(net, prefix.removesuffix("."), None)
-    stored = {_modern(name): name for name in part.tensors}
+    stored = {modern_attention(name): name for name in part.tensors}
     names = {name: stored.get(name, name) for name in cast(nn.Module, net).state_dict()}
     tensors = load(part, net, names, ignored=other)
     # The package stores today's names, whatever the checkpoint's are.
     return net, {name: (name, dtype) for name, (_, dtype) in tensors.items()}
-
-
-def _modern(name: str) -> str:
-    for old, new in _OLD_ATTENTION.items():
-        if ".attentions." in name:
-            name = name.replace("." + old, "." + new)
-    return name

@@ -94,8 +94,8 @@ def test_update_calls_no_net(side: OpenSide, pipe: Pipeline, monkeypatch: pytest
 def test_memory_and_versions(side: OpenSide) -> None:
     ledger = side.memory()["ledger"]
     assert set(ledger) == {"text_encoder", "unet_context", "unet_time", "unet", "vae_decoder"}
-    files = {PACKAGE.manifest.nets[name].weights for name in ledger}
-    values = sum(array.size for name in files if name for array in load_file(PACKAGE.path(name)).values())
+    files = {file for name in ledger for file in PACKAGE.manifest.nets[name].weights}
+    values = sum(array.size for name in files for array in load_file(PACKAGE.path(name)).values())
     float32 = sum(row["weights"] for row in ledger.values()) / 4
     assert 0.95 < float32 / values <= 1, "each weight once, though nets share files"
     assert side.versions["backend"].startswith("onnxruntime")

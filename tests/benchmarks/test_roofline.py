@@ -118,7 +118,7 @@ def counted(
 
 
 def package_of(root: Path, graph: str) -> Package:
-    net = NetFile(graph=graph, weights=None, spec=NetSpec(inputs=(), outputs=()))
+    net = NetFile(graph=graph, weights=(), spec=NetSpec(inputs=(), outputs=()))
     facts = {"name": "", "family": "", "dtype": "fp32", "latent_channels": 1, "context_width": 1}
     return Package(root=root, manifest=Manifest(**facts, scheduler={}, nets={"one": net}))  # pyright: ignore[reportArgumentType]
 

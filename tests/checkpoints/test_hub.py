@@ -7,12 +7,15 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
+from filelock import FileLock
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
 from latentrt.checkpoints.files.open import Checkpoint
@@ -550,6 +553,29 @@ def test_what_does_not_fit_what_was_there_is_fetched_anew(hub: Hub, tiny: Reposi
     blobs.mkdir(parents=True)
     (blobs / f"{tiny.etag(unet)}.incomplete").write_bytes(bytes(size))
     assert (locate(NAME) / unet).read_bytes() == tiny.files[unet]
+
+
+def test_another_process_is_waited_for(hub: Hub, tiny: Repository, logged: list[str]) -> None:
+    """Its file is then there, and not fetched again. The lock is the client's own."""
+    unet = f"unet/{STEM}.fp16.safetensors"
+    root = Path(constants.HF_HUB_CACHE) / "models--some-one--tiny"
+    lock = Path(constants.HF_HUB_CACHE) / ".locks" / root.name / f"{tiny.etag(unet)}.lock"
+    lock.parent.mkdir(parents=True)
+
+    def other() -> None:
+        while not any("waiting for another process" in line for line in logged):
+            time.sleep(0.01)
+        (root / "blobs" / tiny.etag(unet)).write_bytes(tiny.files[unet])
+        held.release()
+
+    held = FileLock(lock, thread_local=False)
+    held.acquire()
+    thread = threading.Thread(target=other)
+    thread.start()
+    folder = locate(NAME)
+    thread.join()
+    assert (folder / unet).read_bytes() == tiny.files[unet]
+    assert not any(one.host == "cdn" for one in hub.asked)
 
 
 # Refusals

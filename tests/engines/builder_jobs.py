@@ -28,6 +28,7 @@ def job_of(
         backend=RTX,
         net=net,
         graph=package.path(file.graph),
+        weights=package.weights_folder(net),
         spec=file.spec,
         profiles=tuple(profile.shapes for profile in profiles),
         options=options,

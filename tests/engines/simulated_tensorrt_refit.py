@@ -86,9 +86,10 @@ class OnnxParserRefitter:
     def get_error(self, index: int) -> ParserError:
         return self._errors[index]
 
-    def refit_from_file(self, model: str) -> bool:
-        assert isinstance(model, str)
-        loaded = onnx.load(Path(model))
+    def refit_from_bytes(self, model: bytes, path: str) -> bool:
+        assert isinstance(path, str)
+        loaded = onnx.load_from_string(model)
+        onnx.load_external_data_for_model(loaded, str(Path(path).parent))
         found = {item.name: numpy_helper.to_array(item) for item in loaded.graph.initializer}
         for name in self._refitter.get_all_weights():
             if name not in found or not self._refitter.set_named_weights(

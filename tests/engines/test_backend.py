@@ -57,8 +57,7 @@ def test_nets_that_share_a_file_count_each_weight_once() -> None:
     demo = Package.open(SHIPPED["demo"])
     names = "unet_context", "unet_time", "unet"
     weights = [ONNXRUNTIME.open_net(demo, name, threads=1).memory.weights for name in names]
-    stored = demo.manifest.nets["unet"].weights
-    assert stored is not None
+    (stored,) = demo.manifest.nets["unet"].weights
     values = sum(array.size for array in load_file(demo.path(stored)).values())
     assert min(weights) > 0
     assert sum(weights) == pytest.approx(4 * values, rel=0.01), "float32, though stored as float16"
@@ -67,10 +66,10 @@ def test_nets_that_share_a_file_count_each_weight_once() -> None:
 
 def test_a_lowered_net_holds_its_kernels_in_place_of_their_weights(tmp_path: Path) -> None:
     demo = Package.open(SHIPPED["demo"])
-    weights = demo.path(demo.manifest.nets["vae_decoder"].weights or "")
+    weights = demo.path(demo.manifest.nets["vae_decoder"].weights[0])
     sizes = {name: 4 * array.size for name, array in load_file(weights).items()}
     lowered = lower_for_cpu(demo, "vae_decoder", "winograd", tmp_path)
-    made = sum(array.nbytes for _, array in kernels(weights, lowered.kernels))
+    made = sum(array.nbytes for _, array in kernels(demo, "vae_decoder", lowered.kernels))
     replaced = sum(sizes[kernel.weight] for kernel in lowered.kernels)
     net = OnnxRuntimeNet(demo, "vae_decoder", threads=1, lowered=lowered)
     assert 0 < replaced < made

@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from latentrt.engines.errors import BackendError, PackageError
-from latentrt.engines.onnxruntime.lowering.files import session_entries
+from latentrt.engines.onnxruntime.lowering.files import give_weights
 from latentrt.engines.onnxruntime.lowering.lower import lower
 from latentrt.engines.package import Package
 from tests.engines.contrib_oracle import attribute, executable, relative_l2, session
@@ -42,9 +42,7 @@ def graph_of(package: Package, net: str) -> onnx.ModelProto:
 
 
 def weights_of(package: Package, net: str) -> Path:
-    weights = package.manifest.nets[net].weights
-    assert weights
-    return package.path(weights).parent
+    return package.weights_folder(net)
 
 
 def before_rounding(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -158,7 +156,7 @@ def test_onnxruntime_accepts_the_operators_and_lacks_only_their_kernels(
     """Schemas are checked before kernels are looked for, and a CPU build has the schemas."""
     for net in ("unet", "unet_whole", "vae_decoder", "vae_encoder"):
         with pytest.raises(Exception, match="NOT_IMPLEMENTED") as caught:
-            open_lowered(lowered[net], session_entries(demo, net))
+            open_lowered(lowered[net], demo, net)
         assert "NhwcConv(1)" in str(caught.value)
     model = onnx.load(lowered["unet"], load_external_data=False)
     node = next(node for node in model.graph.node if node.op_type == "GroupNorm")
@@ -167,11 +165,10 @@ def test_onnxruntime_accepts_the_operators_and_lacks_only_their_kernels(
         session(model, weights_of(demo, "unet"))
 
 
-def open_lowered(path: Path, entries: Mapping[str, str]) -> ort.InferenceSession:
+def open_lowered(path: Path, package: Package, net: str) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    for key, value in entries.items():
-        options.add_session_config_entry(key, value)
+    give_weights(options, package, net)
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
@@ -179,16 +176,16 @@ def test_weights_are_found_in_the_package(demo: Package, lowered: dict[str, Path
     path = lowered["unet_context"]  # holds nothing to lower, so it runs on the CPU as it is
     arrays = feeds(demo, "unet_context", SIZES[0])
     with pytest.raises(Exception, match="External data path"):
-        open_lowered(path, {})
-    found = open_lowered(path, session_entries(demo, "unet_context")).run(None, arrays)
+        ort.InferenceSession(str(path), ort.SessionOptions(), providers=["CPUExecutionProvider"])
+    found = open_lowered(path, demo, "unet_context").run(None, arrays)
     wanted = session(graph_of(demo, "unet_context"), weights_of(demo, "unet_context"))
     np.testing.assert_array_equal(found[0], wanted.run(None, arrays)[0])
 
 
 def test_a_net_without_weights_needs_no_entry(package: Package) -> None:
-    bare = replace(package.manifest.nets["unet"], weights=None)
+    bare = replace(package.manifest.nets["unet"], weights=())
     package = replace(package, manifest=replace(package.manifest, nets={"unet": bare}))
-    assert session_entries(package, "unet") == {}
+    give_weights(None, package, "unet")
 
 
 def test_onnx_ir_missing(demo: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

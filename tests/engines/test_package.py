@@ -16,8 +16,10 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 
 from latentrt.engines.errors import PackageError
-from latentrt.engines.package import MANIFEST, Manifest, Package, check_inside
+from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
+from latentrt.engines.package import MANIFEST, Elsewhere, Manifest, Package, check_inside, file_record
 from latentrt.engines.safetensors_format import first_not_finite
+from tests.tiny_package import BIAS, external, write_graph
 
 
 def edit(package: Package, change: Callable[[dict], object]) -> None:
@@ -232,3 +234,60 @@ def test_weights_that_are_not_finite(package: Package, dtype: Any, bad: float) -
     assert not torch.isfinite(values).all()
     with pytest.raises(PackageError, match="the tensor 'a' has values that are NaN or infinite"):
         package.check_weights()
+
+
+# ── weights elsewhere ───────────────────────────────────────────────────────────────────────────────────
+
+
+def elsewhere(package: Package, folder: Path, name: str = "my model.safetensors") -> Package:
+    """The tiny package again, its weights moved to another folder under another name."""
+    folder.mkdir(exist_ok=True)
+    (weights,) = package.manifest.nets["unet"].weights
+    place = folder / name
+    package.path(weights).rename(place)
+    size = place.stat().st_size
+    write_graph(package.path("unet/loop.onnx"), external(name, size - 16, 16))
+    graph = file_record(package.path("unet/loop.onnx"))
+    edit(package, lambda data: data["files"].update({"unet/loop.onnx": vars(graph)}))
+    where = Elsewhere(path=place, mtime_ns=place.stat().st_mtime_ns)
+    return Package.open(package.root, elsewhere={weights: where})
+
+
+def test_weights_may_be_elsewhere(package: Package, tmp_path: Path) -> None:
+    found = elsewhere(package, tmp_path / "models")
+    assert found.path("unet/weights.safetensors") == tmp_path / "models" / "my model.safetensors"
+    assert found.weights_folder("unet") == tmp_path / "models"
+    with ONNXRUNTIME.open_net(found, "unet") as net:
+        np.testing.assert_array_equal(net(x=np.zeros((1, 4), np.float32))["y"], [BIAS])
+    found.verify()
+    found.check_weights()
+
+
+def test_a_manifest_alone_cannot_lead_elsewhere(package: Package, tmp_path: Path) -> None:
+    found = elsewhere(package, tmp_path / "models")
+    with pytest.raises(PackageError, match="is missing"):
+        Package.open(found.root)
+
+
+def test_a_file_elsewhere_that_changed_is_noticed(package: Package, tmp_path: Path) -> None:
+    found = elsewhere(package, tmp_path / "models")
+    path = found.path("unet/weights.safetensors")
+    known = dict(found.elsewhere)
+    path.write_bytes(path.read_bytes())
+    os.utime(path, ns=(0, 10**18))
+    for check in (found.verify, lambda: Package.open(found.root, elsewhere=known)):
+        with pytest.raises(PackageError, match="was written to since"):
+            check()
+    path.unlink()
+    with pytest.raises(PackageError, match="is gone"):
+        found.verify()
+
+
+def test_a_graph_may_not_use_more_than_its_files_elsewhere(package: Package, tmp_path: Path) -> None:
+    found = elsewhere(package, tmp_path / "models")
+    for location, offset in (("weights.safetensors", 0), ("my model.safetensors", 10**6)):
+        write_graph(found.path("unet/loop.onnx"), external(location, offset, 16))
+        graph = file_record(found.path("unet/loop.onnx"))
+        edit(found, lambda data, graph=graph: data["files"].update({"unet/loop.onnx": vars(graph)}))
+        with pytest.raises(PackageError, match="takes weights from"):
+            Package.open(found.root, elsewhere=found.elsewhere)

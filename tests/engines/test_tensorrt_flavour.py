@@ -119,7 +119,7 @@ def test_the_live_library_has_every_name(trt: Any, rtx: Flavour) -> None:
         "Builder": ("create_network", "create_builder_config", "build_serialized_network"),
         "IBuilderConfig": ("progress_monitor", "builder_optimization_level", "set_memory_pool_limit"),
         "INetworkDefinition": ("get_layer", "get_input", "get_output"),
-        "OnnxParser": ("parse_from_file", "num_errors", "get_error"),
+        "OnnxParser": ("parse", "num_errors", "get_error"),
         "ParserError": ("desc", "node_name", "node_operator"),
         "IProgressMonitor": ("phase_start", "step_complete", "phase_finish"),
     }.items():

@@ -104,7 +104,7 @@ def test_the_walk_finds_what_is_used() -> None:
         ("IExecutionContext", "execute_async_v3"),
         ("EngineStat", "TOTAL_WEIGHTS_SIZE"),
         ("Refitter", "refit_cuda_engine_async"),
-        ("OnnxParserRefitter", "refit_from_file"),
+        ("OnnxParserRefitter", "refit_from_bytes"),
         ("IRuntimeConfig", "cuda_graph_strategy"),
         ("IRuntimeCache", "serialize"),
         ("Runtime", "engine_host_code_allowed"),

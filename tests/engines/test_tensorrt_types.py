@@ -58,7 +58,7 @@ WRONG = (
         "cache",
         '"ITimingCache"',
     ),
-    ("network", "parser.parse_from_file(str(path))", "parser.parse_from_file(path, 1, 2)", "positional"),
+    ("network", "parser.parse(path.read_bytes(),", "parser.parse(path.read_bytes(), 1,", "argument"),
 )
 _FUTURE = "from __future__ import annotations\n"
 # The bindings hand out the base class of a layer, which `parse_graph` mends in a way no checker follows.

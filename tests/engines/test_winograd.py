@@ -11,7 +11,6 @@ import onnx_ir
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from safetensors.numpy import save_file
 
 from latentrt.engines.errors import BackendError, MemoryLimitError, PackageError, UsageError
 from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
@@ -27,6 +26,7 @@ from latentrt.engines.onnxruntime.tuning.cpu_layouts import LoweredGraph, cpu_ke
 from latentrt.engines.package import Package
 from latentrt.engines.spec import DTYPES
 from latentrt.engines.store.engine_store import EngineStore
+from tests.tiny_package import external, write_graph
 
 DEMO = Path(__file__).parents[2] / "demo" / "package"
 FOLDER = "session.model_external_initializers_file_folder_path"
@@ -352,11 +352,15 @@ def test_weights_that_are_not_there(demo: Package, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_kernels_come_from_the_weights_file(tmp_path: Path, dtype: Any) -> None:
+def test_kernels_come_from_where_the_graph_says(package: Package, dtype: Any) -> None:
     weight = np.random.default_rng(0).standard_normal((3, 2, 3, 3)).astype(dtype)
-    save_file({"other": np.zeros(5, np.float32), "w": weight}, tmp_path / "weights")
+    net = package.manifest.nets["unet"]
+    package.path(net.weights[0]).write_bytes(bytes(20) + weight.tobytes())
+    tensor = external(Path(net.weights[0]).name, 20, weight.nbytes)
+    tensor.dims[:], tensor.data_type = weight.shape, helper.np_dtype_to_tensor_dtype(weight.dtype)
+    write_graph(package.path(net.graph), tensor)
     for left, equation in ((True, "ia,jb,ocab->ijoc"), (False, "ia,jb,ocab->ijco")):
-        ((_, found),) = kernels(tmp_path / "weights", [Kernel(name="k", weight="w", m=4, left=left)])
+        ((_, found),) = kernels(package, "unet", [Kernel(name="k", weight="bias", m=4, left=left)])
         kernel = TILES[4].kernel
         wanted = np.einsum(equation, kernel, kernel, weight.astype(np.float64))
         assert found.dtype == np.float32

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from latentrt.checkpoints.files.open import Checkpoint
 from latentrt.engines.errors import CheckpointError, SamplerError, UsageError
-from latentrt.export.manifest import request_defaults
+from latentrt.checkpoints.manifest import request_defaults
 from latentrt.export.pickles.convert import convert_pickle
 from latentrt.runtime.sampling.names import resolve
 from latentrt.runtime.sampling.samplers import make_table

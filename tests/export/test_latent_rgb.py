@@ -13,7 +13,7 @@ from latentrt.checkpoints.files.component import Component
 from latentrt.checkpoints.files.open import Checkpoint
 from latentrt.checkpoints.precision.calibration import colour_fields
 from latentrt.engines.errors import NumericError
-from latentrt.export.manifest import fit_latent_rgb
+from latentrt.export.latent_rgb import fit_latent_rgb
 from latentrt.export.nets.build import NETS
 from latentrt.export.nets.torch_net import Net
 

@@ -20,7 +20,7 @@ def test_lowered_nets_compute_the_same(
     """fp32, and fp16 with islands: there both round, in different places, so the bar is the exporter's."""
     package = request.getfixturevalue(family).package
     file = package.manifest.nets[net]
-    folder = package.path(file.weights).parent
+    folder = package.path(file.weights[0]).parent
     original = onnx.load(package.path(file.graph), load_external_data=False)
     low = onnx.load(lower(package, net, tmp_path), load_external_data=False)
     assert not {"GroupNormalization", "Conv"} & {node.op_type for node in low.graph.node}

@@ -36,7 +36,7 @@ def package_with_step(folder: Path) -> Package:
     for name, contract in missing.items():
         (folder / name).mkdir()
         write_step(folder / name / "model.onnx", contract)
-        nets[name] = NetFile(graph=f"{name}/model.onnx", weights=None, spec=contract)
+        nets[name] = NetFile(graph=f"{name}/model.onnx", weights=(), spec=contract)
     return write_manifest(folder, replace(shipped.manifest, nets=nets))
 
 

@@ -143,7 +143,7 @@ def write_small_package(
             (root / f"{name}.onnx").write_bytes(_parse(Template(text).substitute(told)))
         else:
             write_step(root / f"{name}.onnx", contract)
-        nets[name] = NetFile(graph=f"{name}.onnx", weights=None, spec=contract)
+        nets[name] = NetFile(graph=f"{name}.onnx", weights=(), spec=contract)
     return write_manifest(
         root,
         Manifest(

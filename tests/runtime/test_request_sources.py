@@ -28,7 +28,7 @@ SD = Manifest(
 
 def with_vectors(**widths: int) -> dict[str, NetFile]:
     spec = unet_time(invariants=(), vectors=widths)
-    return {"unet_time": NetFile(graph="unet/time.onnx", weights=None, spec=spec)}
+    return {"unet_time": NetFile(graph="unet/time.onnx", weights=(), spec=spec)}
 
 
 XL = dataclasses.replace(
@@ -140,7 +140,7 @@ def test_texts_of_one_and_of_each() -> None:
     encoders = {
         name: NetFile(
             graph="x.onnx",
-            weights=None,
+            weights=(),
             spec=text_encoder(tokens=77, width=8, pooled=8, float_dtype="float32"),
         )
         for name in ("text_encoder", "text_encoder_2")

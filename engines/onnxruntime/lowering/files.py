@@ -67,7 +67,7 @@ def read_graph(package: Package, net: str) -> ir.Model:
 
 
 def write_graph(model: ir.Model, path: Path) -> Path:
-    """Write a graph whose weights stay in the package (see `session_entries`). Returns the path."""
+    """Write a graph whose weights stay in the package (see `give_weights`). Returns the path."""
     import onnx_ir
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,11 +75,11 @@ def write_graph(model: ir.Model, path: Path) -> Path:
     return path
 
 
-def session_entries(package: Package, net: str) -> dict[str, str]:
-    """Session options (`add_session_config_entry`) that let a lowered graph find the package's weights.
+def give_weights(options: Any, package: Package, net: str) -> None:
+    """Let a session of `options` find a net's weights, wherever its graph and they are.
 
     ONNX Runtime 1.31 refuses external data outside the graph's folder, be it by `..`, an absolute path or a
     symbolic link; this entry names another folder, so nothing is copied or linked.
     """
-    weights = package.manifest.nets[net].weights
-    return {_WEIGHTS_FOLDER: str(package.path(weights).parent)} if weights else {}
+    if package.manifest.nets[net].weights:
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(package.weights_folder(net)))

@@ -43,7 +43,7 @@ def lower(package: Package, net: str, folder: Path) -> Path:
     """Write the lowered graph of one net as `folder`/`net`.onnx.
 
     Inputs and outputs keep names, dtypes and shapes. The weights stay in the package: the graph names byte
-    ranges of its weights file, and `session_entries` tells a session where that lies.
+    ranges of its weights file, and `give_weights` tells a session where that lies.
 
     Args:
         package: the package, which is only read.

@@ -26,13 +26,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import PackageError
-from ...safetensors_format import map_tensors
+from ...net_weights import net_tensors, weight_values
+from ...package import Package
 from ...spec import Array
 from .graph_images import FIRST, LAST, GraphImages, weight_shape
 
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
 
 _FEWEST_CHANNELS = 64  # below, moving tiles costs more than the products that are saved
 _MOST_FOR_FOUR = 640 * 1280  # channels in times channels out, see `choose_tile`
-_DTYPES = {"F16": np.float16, "F32": np.float32}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,19 +140,17 @@ def choose(channels: int, made: int) -> tuple[int, bool] | None:
     return (2, True) if large else (4, False)
 
 
-def kernels(weights: Path, wanted: Iterable[Kernel]) -> Iterator[tuple[Kernel, Array]]:
-    """Each transformed kernel of a weights file (safetensors).
+def kernels(package: Package, net: str, wanted: Iterable[Kernel]) -> Iterator[tuple[Kernel, Array]]:
+    """Each transformed kernel of a net, from its weights as the package's own graph has them.
 
     Raises:
-        PackageError: the file cannot be read, or is no safetensors file.
-        KeyError, ValueError: it is not the file that the kernels were made for.
+        PackageError: the graph cannot be read.
+        OSError: a weights file cannot be read.
+        KeyError, ValueError: they are not those that the kernels were made for.
     """
-    header, stored = map_tensors(weights, error=PackageError)
+    stored, folder = net_tensors(package, net), package.weights_folder(net)
     for kernel in wanted:
-        place = header.tensors[kernel.weight]
-        flat: Any = stored[kernel.weight]
-        values: Array = flat.view(_DTYPES[place.dtype]).reshape(place.shape)
-        yield kernel, kernel.transform(values)
+        yield kernel, kernel.transform(weight_values(stored[kernel.weight], folder))
 
 
 def lower_convolutions(model: ir.Model, location: str) -> tuple[Kernel, ...]:

@@ -48,7 +48,7 @@ def lower_for_cpu(package: Package, net: str, layout: str, folder: Path) -> Lowe
     lowered = [lower(model) for lower in (lower_group_norms, lower_geglus, lower_attention)]
     kernels = tuple[Kernel, ...]()
     if layout == "winograd":
-        kernels = lower_convolutions(model, Path(package.manifest.nets[net].weights or "").name)
+        kernels = lower_convolutions(model, _weights_name(package, net))
     if not kernels and (layout == "winograd" or not any(lowered)):
         raise BackendError(
             f"{net} has nothing in float32 that the layout {layout!r} lowers",
@@ -58,6 +58,12 @@ def lower_for_cpu(package: Package, net: str, layout: str, folder: Path) -> Lowe
     return LoweredGraph(
         layout=layout, graph=write_graph(model, folder / f"{net}.onnx").read_bytes(), kernels=kernels
     )
+
+
+def _weights_name(package: Package, net: str) -> str:
+    """What a graph of this net can call a weights file that is there; "" for a net without weights."""
+    weights = package.manifest.nets[net].weights
+    return package.path(weights[0]).relative_to(package.weights_folder(net)).as_posix() if weights else ""
 
 
 def tune_package(

@@ -5,32 +5,48 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import Any, Literal
 
-import numpy as np
-import torch
-
-from ..checkpoints.files.open import Checkpoint
-from ..checkpoints.precision.calibration import colour_fields
 from ..engines import spec
-from ..engines.errors import DAMAGED_WEIGHTS, CheckpointError, NumericError
+from ..engines.errors import CheckpointError
 from ..engines.lfs import refuse_pointer
 from ..engines.package import Defaults, Manifest, NetFile
-from .nets.build import NETS
+from .files.open import Checkpoint
 
-_PRODUCERS = ("latentrt", "torch", "diffusers", "transformers", "onnxscript")
-# What `latent_rgb` is fitted to: so many pictures, of so many latent cells a side.
-_PICTURES, _CELLS = 8, 16
+LatentRgb = tuple[tuple[float, ...], ...]
+# An autoencoder's scaling factor -> what its latents look like: red, green and blue, -1 ... 1, of each
+# channel, and an offset (ComfyUI, comfy/latent_formats.py, SD15 and SDXL). All autoencoders of a family share
+# them, since its UNets draw in one space of latents.
+_PUBLISHED_RGB: Mapping[float, LatentRgb] = {
+    0.18215: (
+        (0.3512, 0.2297, 0.3227),
+        (0.3250, 0.4974, 0.2350),
+        (-0.2829, 0.1762, 0.2721),
+        (-0.2120, -0.2616, -0.7177),
+        (0.0, 0.0, 0.0),
+    ),
+    0.13025: (
+        (0.3651, 0.4232, 0.4341),
+        (-0.2533, -0.0042, 0.1068),
+        (0.1076, 0.1111, -0.0362),
+        (-0.3165, -0.2492, -0.2188),
+        (0.1084, -0.0175, -0.0011),
+    ),
+}
 
 
 def make_manifest(
-    source: Checkpoint, dtype: Literal["fp16", "fp32"], nets: Mapping[str, NetFile], defaults: Defaults
+    source: Checkpoint,
+    dtype: Literal["fp16", "fp32"],
+    nets: Mapping[str, NetFile],
+    defaults: Defaults,
+    *,
+    latent_rgb: LatentRgb,
+    producer: str,
 ) -> Manifest:
     """The manifest of a package with these nets, before its files are recorded.
 
-    Raises:
-        NumericError: the VAE's encoder is not finite on small pictures.
+    `latent_rgb` and `producer` are as in `Manifest`; `published_latent_rgb` has one for most checkpoints.
     """
     contexts = [nets[name].spec.outputs[0].shape for name in spec.TEXT_ENCODERS if name in nets]
     scale = source.latent_scale
@@ -53,9 +69,19 @@ def make_manifest(
         image_latents=source.image_latents,
         image_noise=None if image_noise is None else _jsonable(image_noise),
         image_processor=source.configs.get("feature_extractor"),
-        latent_rgb=fit_latent_rgb(source),
-        producer=", ".join(f"{name} {version(name)}" for name in _PRODUCERS),
+        latent_rgb=latent_rgb,
+        producer=producer,
     )
+
+
+def published_latent_rgb(source: Checkpoint) -> LatentRgb:
+    """`Manifest.latent_rgb` of a checkpoint of a known family; () where its autoencoder scales otherwise."""
+    published = _PUBLISHED_RGB.get(float(source.vae.config.get("scaling_factor", 0.0)))
+    if published is None:
+        return ()
+    *rows, offset = published
+    shades = (*rows, tuple(value + 1 for value in offset))  # from -1 ... 1 to 0 ... 1
+    return tuple(tuple(round(value / 2, 5) for value in row) for row in shades)
 
 
 def _size(dim: spec.Dim) -> int:
@@ -90,34 +116,3 @@ def request_defaults(source: Checkpoint) -> Defaults:
                 fix="Mend or remove it.",
             ) from error
     return Defaults(**values)
-
-
-def fit_latent_rgb(source: Checkpoint, seed: int = 0) -> tuple[tuple[float, ...], ...]:
-    """The approximate colour of a latent cell, for previews: a linear map to 0 ... 1, by least squares.
-
-    Such maps are published for well-known autoencoders. Fitting one to the checkpoint's own encoder, by
-    encoding a few small pictures in float32, works for any.
-
-    Returns:
-        (C + 1, 3): a row for each channel, then the offset.
-
-    Raises:
-        NumericError: a latent is not finite.
-    """
-    pictures = colour_fields(_PICTURES, _CELLS * source.latent_scale, seed)
-    masks = np.zeros((*pictures.shape[:3], 1), np.uint8)
-    encoder = NETS["vae_encoder"].build(source, torch.float32)
-    latents, *_ = encoder.run({"image": pictures, "mask": masks})  # the mean: (N, C, h, w)
-    if not np.isfinite(latents).all():
-        raise NumericError(
-            f"{source.vae.folder}: the encoder's latents are not finite in float32",
-            expected="finite latents of small pictures",
-            fix=DAMAGED_WEIGHTS,
-        )
-    rows: spec.Array = np.reshape(np.moveaxis(latents, 1, 3), (-1, latents.shape[1]))
-    scale = pictures.shape[1] // latents.shape[2]
-    blocks: spec.Array = np.reshape(pictures, (len(pictures), _CELLS, scale, _CELLS, scale, 3))
-    cells: spec.Array = np.reshape(blocks.mean(axis=(2, 4)) / 255, (-1, 3))
-    ones = np.ones((len(rows), 1))
-    fit: list[list[float]] = np.linalg.lstsq(np.hstack([rows, ones]), cells, rcond=None)[0].tolist()
-    return tuple(tuple(float(f"{value:.6g}") for value in row) for row in fit)

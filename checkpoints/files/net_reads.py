@@ -1,0 +1,110 @@
+"""What a net reads of a checkpoint: tensors, under packages' names, and facts that its config does not have.
+
+Packages have one spelling of each name; checkpoints have several, by the release of the library that wrote
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from ...engines import spec
+from ...engines.errors import CheckpointError
+from .component import Component, TensorHeader
+from .open import Checkpoint
+
+# transformers before 5, and packages
+TEXT_PREFIX = "text_model."
+# diffusers before 0.15 named the VAE's attention so; `AutoencoderKL` still converts it on load.
+_OLD_ATTENTION = {"query.": "to_q.", "key.": "to_k.", "value.": "to_v.", "proj_attn.": "to_out.0."}
+# The prefixes of an autoencoder's halves.
+HALVES = {"encoder": ("encoder.", "quant_conv."), "decoder": ("decoder.", "post_quant_conv.")}
+# Tensors that old checkpoints hold and no net reads: buffers, and the projections of the full CLIP.
+UNREAD = ("position_ids", "text_projection.weight", "logit_scale")
+
+
+def net_tensors(source: Checkpoint, component: str) -> dict[str, TensorHeader]:
+    """The tensors of a component (a row of `export.nets.build.NETS`), without those that it does not read.
+
+    Of names that nobody knows there is no telling: they are kept, as they are.
+    """
+    part = source.parts[spec.NETS[component].part]
+    spelling, ignored = _reading(source, component, part)
+    found = {spelling(name): header for name, header in part.tensors.items()}
+    return {
+        name: header
+        for name, header in found.items()
+        if not name.startswith(ignored) and (is_projected(component, name) or not name.endswith(UNREAD))
+    }
+
+
+def _reading(
+    source: Checkpoint, component: str, part: Component
+) -> tuple[Callable[[str], str], tuple[str, ...]]:
+    """How a component's names are spelled in packages, and the prefixes of those that it does not read."""
+    if component in spec.TEXT_ENCODERS:
+        return package_text_name, tuple(map(package_text_name, unread_layers(source, part)))
+    if part.name in ("vae", "tiny_vae"):
+        return modern_attention, HALVES["decoder" if component == "vae_encoder" else "encoder"]
+    return str, ("\0",)
+
+
+def is_projected(component: str, name: str) -> bool:
+    """Whether `name` is the projection behind a text encoder's pooled embedding, which one encoder has."""
+    return component == "text_encoder_2" and name == "text_projection.weight"
+
+
+def package_text_name(name: str) -> str:
+    """The name of a text encoder's tensor in packages."""
+    if name == "text_projection.weight" or name.startswith(TEXT_PREFIX):
+        return name
+    return TEXT_PREFIX + name
+
+
+def unread_layers(source: Checkpoint, part: Component) -> tuple[str, ...]:
+    """The prefixes, without TEXT_PREFIX, of what SDXL's first encoder does not run.
+
+    Its context is taken before the last layer. The second encoder runs that for its pooled embedding.
+    """
+    if part.name == "text_encoder_2" or not source.skips_last_layer:
+        return ()
+    last = int(part.config.get("num_hidden_layers", 12)) - 1  # as CLIPTextConfig has it
+    return f"encoder.layers.{last}.", "final_layer_norm."
+
+
+def modern_attention(name: str) -> str:
+    """An autoencoder's tensor name as diffusers writes it since 0.15."""
+    for old, new in _OLD_ATTENTION.items():
+        if ".attentions." in name:
+            name = name.replace("." + old, "." + new)
+    return name
+
+
+def net_facts(source: Checkpoint, component: str) -> dict[str, Any]:
+    """What a component's graph depends on besides the config of its part, as JSON has it.
+
+    Raises:
+        CheckpointError: the feature extractor is of another kind.
+    """
+    if component == "unet":
+        return {"vectors": dict(source.vectors)}
+    if component in spec.TEXT_ENCODERS:
+        return {"skips_last_layer": source.skips_last_layer}
+    if component == "image_encoder":
+        mean, std = normalisation(source.configs["feature_extractor"])
+        return {"image_mean": mean, "image_std": std}
+    return {}
+
+
+def normalisation(processor: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """Mean and deviation of colours in 0 ... 1. Raises CheckpointError if the processor does otherwise."""
+    mean, std = processor.get("image_mean"), processor.get("image_std")
+    scale = processor.get("rescale_factor", 1 / 255)
+    if not (isinstance(mean, list) and isinstance(std, list)) or abs(float(scale) * 255 - 1) > 1e-6:
+        raise CheckpointError(
+            f"the feature extractor has image_mean {mean}, image_std {std}, rescale_factor {scale}",
+            expected="a mean and a deviation for each colour, of values in 0 ... 1",
+            fix="Take preprocessor_config.json from the CLIP model that the checkpoint was trained with.",
+        )
+    return list(map(float, cast(list[Any], mean))), list(map(float, cast(list[Any], std)))

@@ -1,0 +1,1 @@
+"""The graphs of architectures in circulation, without weights: shipped, and found for a checkpoint."""

@@ -1,0 +1,169 @@
+"""Make the archive of graph templates: `python -m latentrt.export.templates -o FILE`.
+
+Every net of every architecture is traced as an export traces it, on shapes alone, up to the passes that need
+no weights. `checkpoints/templates/` reads what is written here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, cast
+
+import onnx_ir as ir
+import torch
+
+from ..checkpoints.files.component import Component
+from ..checkpoints.files.open import Checkpoint
+from ..checkpoints.graphs import weights
+from ..checkpoints.templates.archive import DTYPES, SHIPPED, Graph, Template, write_archive
+from ..checkpoints.templates.keys import Defaults, net_key, tensors_digest
+from ..engines.spec import NetSpec
+from .architectures import ARCHITECTURES, Architecture
+from .graphs import passes
+from .graphs.to_onnx import to_onnx
+from .nets.build import NETS, components
+from .nets.torch_net import SHAPES_ALONE
+
+_PRODUCERS = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir")
+_TORCH_TYPES = {"fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A net to trace: of an architecture, for all that have the same key."""
+
+    name: str
+    architecture: Architecture
+    component: str
+    key: Mapping[str, Any]
+
+
+def make_archive(
+    path: Path,
+    architectures: Mapping[str, Architecture] = ARCHITECTURES,
+    *,
+    processes: int = 1,
+    progress: Callable[[str], None] | None = None,
+) -> None:
+    """Trace the nets of `architectures` in both types and write them.
+
+    Args:
+        path: the file to write.
+        architectures: by names for people; of nets that several have, the first gives its name.
+        processes: how many nets are traced at once. One takes about 1.2 GB.
+        progress: called with a line for each template that is done.
+    """
+    defaults = class_defaults()
+    jobs = tuple(_jobs(architectures, defaults))
+    context = get_context("spawn")  # torch's threads do not survive a fork
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        made: Iterable[Template] = map(_template, jobs) if processes == 1 else pool.map(_template, jobs)
+        templates: list[Template] = []
+        for job, template in zip(jobs, made, strict=True):
+            templates.append(template)
+            if progress is not None:
+                progress(f"{len(templates)} of {len(jobs)}: {job.component} of {job.name}")
+    producer = ", ".join(f"{name} {version(name)}" for name in _PRODUCERS)
+    write_archive(path, templates, defaults=defaults, producer=producer)
+
+
+def _jobs(architectures: Mapping[str, Architecture], defaults: Defaults) -> Iterator[_Job]:
+    """Each net once, of those with one key and one config: two may have one key and other tensors."""
+    seen: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = []
+    for name, architecture in architectures.items():
+        source = blank_checkpoint(architecture)
+        for component in components(source):
+            key = net_key(source, component, defaults)
+            told = key, architecture.parts[NETS[component].part]
+            if told not in seen:
+                seen.append(told)
+                yield _Job(name=name, architecture=architecture, component=component, key=key)
+
+
+def _template(job: _Job) -> Template:
+    graphs: dict[str, Graph] = {}
+    digests: set[str] = set()
+    for dtype in DTYPES:
+        model, contract = trace(job.architecture, job.component, dtype)
+        digests.add(tensors_digest(weights.weight_shapes(model)))
+        proto: Any = cast(Any, ir).to_proto(model)
+        graphs[dtype] = Graph(content=proto.SerializeToString(deterministic=True), spec=contract)
+    (digest,) = digests
+    return Template(name=job.name, key=job.key, tensors=digest, graphs=graphs)
+
+
+def trace(architecture: Architecture, component: str, dtype: str) -> tuple[ir.Model, NetSpec]:
+    """The graph of a net after `passes.clean`, with its weights unbound, and its contract."""
+    net = NETS[component].build(blank_checkpoint(architecture), _TORCH_TYPES[dtype])
+    model = to_onnx(net)
+    names = {name for name, _ in net.tensors.values()}
+    weights.unbind(model, names)
+    passes.clean(model)
+    kept = weights.weight_shapes(model).keys()
+    assert kept == names, f"{component} does not read {sorted(names - kept)}"
+    return model, net.spec
+
+
+def blank_checkpoint(architecture: Architecture) -> Checkpoint:
+    """A checkpoint without tensors: what the nets' makers take."""
+    parts = {
+        name: Component(name=name, folder=SHAPES_ALONE, config=config, tensors={})
+        for name, config in architecture.parts.items()
+    }
+    configs: dict[str, Mapping[str, Any]] = {"scheduler": {}}
+    if architecture.feature_extractor is not None:
+        configs["feature_extractor"] = architecture.feature_extractor
+    return Checkpoint(root=SHAPES_ALONE, parts=parts, tokenizers={}, configs=configs, defaults={})
+
+
+def class_defaults() -> dict[str, dict[str, Any]]:
+    """What a part's class takes, and what stands where its config is silent, by the names of `keys`."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import (
+        StableUnCLIPImageNormalizer,
+    )
+    from transformers import CLIPTextConfig, CLIPVisionConfig, PretrainedConfig
+
+    kinds = (UNet2DConditionModel, AutoencoderKL, AutoencoderTiny, StableUnCLIPImageNormalizer)
+    defaults: dict[str, dict[str, Any]] = {}
+    for kind in kinds:
+        parameters = inspect.signature(cast(Any, kind).__init__).parameters
+        defaults[kind.__name__] = {name: item.default for name, item in parameters.items() if name != "self"}
+    every = PretrainedConfig().to_dict()  # which no net of CLIP reads
+    text, vision = (
+        {name: value for name, value in config.to_dict().items() if name not in (*every, "model_type")}
+        for config in (CLIPTextConfig(), CLIPVisionConfig())
+    )
+    return defaults | {
+        "CLIPTextModel": text,
+        "CLIPTextModelWithProjection": text,
+        "CLIPVisionModelWithProjection": vision,
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write the archive that ships, or another one."""
+    parser = argparse.ArgumentParser(prog="python -m latentrt.export.templates", description=__doc__)
+    parser.add_argument("-o", "--output", type=Path, default=SHIPPED, help="the file to write")
+    parser.add_argument("--processes", type=int, default=1, help="nets to trace at once, of 1.2 GB each")
+    parsed = parser.parse_args(arguments)
+    make_archive(
+        parsed.output,
+        processes=parsed.processes,
+        progress=partial(print, file=sys.stderr, flush=True),
+    )
+
+
+if __name__ == "__main__":
+    main()
