@@ -142,7 +142,7 @@ def _weight_files(folder: Path, stem: str, prefer_fp16: bool) -> list[Path]:
 
 
 def weight_variants(names: Iterable[str], stem: str) -> dict[str, str]:
-    """Of the files' `names` in a folder, by a variant's name ("" for the one without): its file or index.
+    """The weights among the files' `names` in a folder: a variant's name ("" for none) -> its file or index.
 
     A file goes before an index.
     """

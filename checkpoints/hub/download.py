@@ -29,7 +29,7 @@ from ...engines.installed import latentrt_version
 from ..files.component import read_json
 from .ids import HubModel
 from .needed import Needed, needed
-from .refusals import hub_name, is_overloaded, is_passing, no_room, refusal
+from .refusals import hub_name, is_clients, is_overloaded, is_passing, no_room, refusal
 
 _LOG = logging.getLogger(__name__)
 _WAITS = (1.0, 2.0, 4.0)  # seconds between attempts
@@ -116,6 +116,8 @@ def _patiently(
         try:
             return call()
         except Exception as error:  # whatever class the release of the client has for it
+            if not is_clients(error):
+                raise
             refused, wait = refusal(error, model, cache), next(waits, None)
             if wait is None or not passes(error):
                 raise refused from None  # not from what may quote headers, and a token in them
@@ -136,9 +138,12 @@ def _list(model: HubModel, cache: Path) -> _Listing:
     api = _client().HfApi(**_library())
 
     def ask() -> _Listing:
-        found = api.model_info(
-            model.repository, revision=model.revision, files_metadata=True, timeout=_TIMEOUT
-        )
+        try:
+            found = api.model_info(
+                model.repository, revision=model.revision, files_metadata=True, timeout=_TIMEOUT
+            )
+        except (KeyError, TypeError, AttributeError) as error:  # the client takes its keys for granted
+            raise ValueError("JSON of another kind") from error
         if not COMMIT_OR_BLOB.fullmatch(found.sha or ""):
             raise ValueError("no commit")
         return _Listing(

@@ -19,6 +19,8 @@ from ...engines.errors import DownloadError, LatentrtError, StorageError
 from .ids import HubModel
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, the user's quota, or the file size limit
+# The client, and what its releases send requests with.
+_CLIENT = ("huggingface_hub", "requests", "urllib3", "httpx", "httpcore", "httpx2", "httpcore2")
 _LOGIN = "hf auth login (or set HF_TOKEN)"
 _FREE = "Free disk space (`hf cache` lists what is there), or set HF_HOME to a folder on another disk."
 _AGAIN = "Run it again: what was downloaded is kept."
@@ -46,12 +48,18 @@ def is_passing(error: Exception) -> bool:
     error = _without_wrapping(error)
     if _status(error):
         return is_overloaded(error)
-    lasting = (LatentrtError, errors.OfflineModeIsEnabled, errors.FileMetadataError, ValueError, TypeError)
+    lasting = (LatentrtError, errors.OfflineModeIsEnabled, errors.FileMetadataError, ValueError)
     return not (isinstance(error, lasting) or _is_storage(error))
 
 
+def is_clients(error: Exception) -> bool:
+    """Whether the client or what it is built on raised it, or the system; other errors are mistakes here."""
+    root = type(error).__module__.partition(".")[0]
+    return isinstance(error, OSError | ValueError | LatentrtError) or root in _CLIENT
+
+
 def refusal(error: Exception, model: HubModel, cache: Path) -> LatentrtError:
-    """The error to raise for what the client raised while it fetched `model` to `cache`."""
+    """The error to raise for what the client raised while it fetched `model` to `cache` (`is_clients`)."""
     from huggingface_hub import errors
 
     error = _without_wrapping(error)
@@ -67,7 +75,7 @@ def refusal(error: Exception, model: HubModel, cache: Path) -> LatentrtError:
         )
     if _is_storage(error):
         return _not_written(error, model, cache)
-    if isinstance(error, errors.FileMetadataError | ValueError | TypeError):
+    if isinstance(error, errors.FileMetadataError | ValueError):
         return DownloadError(
             f"{hub_name()} answers with something else than a hub does ({type(error).__name__})",
             expected="the protocol of Hugging Face's hub",

@@ -16,7 +16,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from filelock import FileLock
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, file_download, hf_hub_download, try_to_load_from_cache
 
 from latentrt.checkpoints.files.open import Checkpoint
 from latentrt.checkpoints.find import locate
@@ -110,9 +110,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub, and the client as it would be if it had been started with its address and an empty HF_HOME."""
     server = Hub()
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    for place in (constants, file_download):  # releases before 1.0 have a copy of it in the second
+        monkeypatch.setattr(place, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 2**16)
@@ -563,15 +563,19 @@ def test_another_process_is_waited_for(hub: Hub, tiny: Repository, logged: list[
     lock.parent.mkdir(parents=True)
 
     def other() -> None:
+        with FileLock(lock):
+            holds.set()
+            leave()
+
+    def leave() -> None:
         while not any("waiting for another process" in line for line in logged):
             time.sleep(0.01)
         (root / "blobs" / tiny.etag(unet)).write_bytes(tiny.files[unet])
-        held.release()
 
-    held = FileLock(lock, thread_local=False)
-    held.acquire()
+    holds = threading.Event()
     thread = threading.Thread(target=other)
     thread.start()
+    assert holds.wait(10)
     folder = locate(NAME)
     thread.join()
     assert (folder / unet).read_bytes() == tiny.files[unet]
@@ -650,6 +654,19 @@ def test_what_is_no_hub(hub: Hub) -> None:
     refused(DownloadError, NAME, "something else than a hub does", "HF_ENDPOINT")
     hub.page = as_json(id=NAME)
     refused(DownloadError, NAME, "something else than a hub does (ValueError)")
+    hub.page = as_json(error=0)
+    refused(DownloadError, NAME, "something else than a hub does (ValueError)")
+
+
+def test_mistakes_here_are_not_taken_for_the_hubs(
+    hub: Hub, tiny: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistaken(*words: Any) -> None:
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(module, "_write_blob", mistaken)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        locate(NAME)
 
 
 def test_a_password_in_an_address_is_not_shown(monkeypatch: pytest.MonkeyPatch, hub: Hub) -> None:
