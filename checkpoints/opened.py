@@ -48,7 +48,8 @@ from .manifest import make_manifest, published_latent_rgb, request_defaults
 from .nets import set_islands, write_graphs, write_steps
 from .precision.calibration import Calibration, Tokenize, components
 from .stages import OnProgress, stages
-from .templates.archive import SHIPPED, Dtype, archive_sha256, net_template
+from .templates.archive import SHIPPED, Dtype, archive_sha256
+from .templates.find import net_template
 
 REVISION = 1  # of what is written here: raise it when the same checkpoint gets other graphs
 OPENED = "opened.json"

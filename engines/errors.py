@@ -7,6 +7,7 @@
     │   └── SamplerError          2   an unknown sampler, or one outside the table form
     ├── ModelError                3   a file that should hold a model does not
     │   ├── CheckpointError       3   what the user downloaded
+    │   ├── DownloadError         3   what a hub did not give
     │   ├── PackageError          3   what `latentrt export` wrote
     │   └── EngineError           3   what `latentrt build` wrote
     ├── BackendError              4   no runtime, driver or device to execute a net
@@ -84,6 +85,10 @@ class ModelError(LatentrtError):
 
 class CheckpointError(ModelError):
     """A checkpoint that is missing, damaged, or of a family not yet supported."""
+
+
+class DownloadError(ModelError):
+    """A model that a hub did not give: it has none of that name, wants a token, or cannot be reached."""
 
 
 class PackageError(ModelError):

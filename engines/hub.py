@@ -15,8 +15,19 @@ COMMIT_OR_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 def snapshot(root: Path) -> Path:
     """Where the branch `main` of a repository in the cache lies; other paths as they are."""
+    return snapshot_of(root, "main") or root
+
+
+def snapshot_of(root: Path, revision: str) -> Path | None:
+    """Where a branch, tag or commit of the repository at `root` lies; None where nothing of it is there."""
     with suppress(OSError, ValueError):
-        commit = (root / "refs" / "main").read_text("utf-8").strip()
+        known = COMMIT_OR_BLOB.fullmatch(revision)
+        commit = revision if known else (root / "refs" / revision).read_text("utf-8").strip()
         if COMMIT_OR_BLOB.fullmatch(commit) and (root / "snapshots" / commit).is_dir():
             return root / "snapshots" / commit
-    return root
+    return None
+
+
+def repository_folder(cache: Path, repository: str) -> Path:
+    """The folder of the model ORG/NAME in the cache, there or not."""
+    return cache / f"models--{repository.replace('/', '--')}"

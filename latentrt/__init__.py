@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .engines.errors import BackendError as BackendError
     from .engines.errors import CancelledError as CancelledError
     from .engines.errors import CheckpointError as CheckpointError
+    from .engines.errors import DownloadError as DownloadError
     from .engines.errors import EngineError as EngineError
     from .engines.errors import LatentrtError as LatentrtError
     from .engines.errors import MemoryLimitError as MemoryLimitError
@@ -59,6 +60,7 @@ _HOMES = {
     "SamplerError": "engines.errors",
     "ModelError": "engines.errors",
     "CheckpointError": "engines.errors",
+    "DownloadError": "engines.errors",
     "PackageError": "engines.errors",
     "EngineError": "engines.errors",
     "BackendError": "engines.errors",
@@ -73,6 +75,7 @@ __all__ = [
     "BackendError",
     "CancelledError",
     "CheckpointError",
+    "DownloadError",
     "EngineError",
     "LatentrtError",
     "MemoryLimitError",

@@ -29,7 +29,7 @@ ROOMS: dict[str, list[set[str]]] = {
     "runtime/loop": [{"device"}],
     "engines": [{"cuda", "store"}, {"tensorrt"}, {"onnxruntime"}],
     "engines/onnxruntime": [{"lowering"}, {"tuning"}],
-    "checkpoints": [{"files"}, {"graphs"}, {"precision", "templates"}],
+    "checkpoints": [{"files"}, {"graphs"}, {"hub", "precision", "templates"}],
     "export": [{"nets", "pickles"}, {"graphs"}],
     "benchmarks": [{"sides"}, {"models"}, {"verbs"}, {"gpu", "report"}],
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -31,6 +31,8 @@ REFUSED_CHANNELS: Mapping[int, str] = {
     7: "the Stable Diffusion upscaler",
     8: "InstructPix2Pix",
 }
+# Suffixes of files that are pickles.
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
 # The stem of a part's weights file, by the library that wrote the part.
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
@@ -123,7 +125,8 @@ def _weight_files(folder: Path, stem: str, prefer_fp16: bool) -> list[Path]:
     Of several variants (`STEM.VARIANT.safetensors`), `fp16` and the one without a name are known; another is
     taken where it is the only one.
     """
-    found = _variants(folder, stem)
+    names = [path.name for path in folder.glob(f"{stem}*") if path.is_file()]
+    found = {variant: folder / name for variant, name in weight_variants(names, stem).items()}
     order = ("fp16", "") if prefer_fp16 else ("", "fp16")
     if not found:
         _refuse_without_weights(folder, stem)
@@ -139,18 +142,21 @@ def _weight_files(folder: Path, stem: str, prefer_fp16: bool) -> list[Path]:
     return [path] if path.suffix == ".safetensors" else _shards(path)
 
 
-def _variants(folder: Path, stem: str) -> dict[str, Path]:
-    """A variant's name, "" for the one without, -> its file or index. A file goes before an index."""
+def weight_variants(names: Iterable[str], stem: str) -> dict[str, str]:
+    """The weights among the files' `names` in a folder: a variant's name ("" for none) -> its file or index.
+
+    A file goes before an index.
+    """
     # As transformers, diffusers and recent diffusers name them.
     forms = (r"(\.[\w-]+)?\.safetensors", r"\.safetensors\.index(\.[\w-]+)?\.json")
     forms = (*forms, r"(\.[\w-]+)\.safetensors\.index\.json")
-    names = sorted(path.name for path in folder.glob(f"{stem}*") if path.is_file())
-    found: dict[str, Path] = {}
+    ordered = sorted(names)
+    found: dict[str, str] = {}
     for form in forms:
-        for name in names:
+        for name in ordered:
             match = re.fullmatch(re.escape(stem) + form, name)
             if match and not re.search(r"-\d{5}-of-\d{5}", name):
-                found.setdefault((match[1] or "").removeprefix("."), folder / name)
+                found.setdefault((match[1] or "").removeprefix("."), name)
     return found
 
 
@@ -160,7 +166,7 @@ def _ending(path: Path) -> str:
 
 def _refuse_without_weights(folder: Path, stem: str) -> NoReturn:
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    pickles = [name for name in names if Path(name).suffix in (".bin", ".ckpt", ".pt", ".pth")]
+    pickles = [name for name in names if Path(name).suffix in PICKLES]
     expected = f"{stem}.safetensors"
     if pickles:
         for name in pickles:
@@ -191,16 +197,22 @@ def _one_of_pickles(names: list[str]) -> list[str]:
 
 
 def _shards(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
+    paths = [index.parent / name for name in shard_names(read_json(index), index)]
+    for path in paths:
+        if not path.is_file():
+            missing(path)
+    return paths
+
+
+def shard_names(index: Mapping[str, Any], where: object) -> list[str]:
+    """The files that an index of shards names. Raises CheckpointError unless they are plain names."""
+    weight_map = index.get("weight_map")
     shards = cast(dict[str, object], weight_map).values() if isinstance(weight_map, dict) else [""]
     names = sorted(set(map(str, shards)))
     if any(not name or Path(name).name != name for name in names):
-        found = f"{index} has no weight_map of plain file names"
+        found = f"{where} has no weight_map of plain file names"
         raise CheckpointError(found, expected="shards in the same folder", fix=DOWNLOAD)
-    for name in names:
-        if not (index.parent / name).is_file():
-            missing(index.parent / name)
-    return [index.parent / name for name in names]
+    return names
 
 
 def read_headers(path: Path) -> dict[str, TensorHeader]:

@@ -15,7 +15,16 @@ from typing import Any, NoReturn, cast
 from ...engines.errors import CheckpointError, command
 from ...engines.lfs import refuse_pointer
 from ...engines.safetensors_format import looks_like_safetensors
-from .component import DIFFUSERS, DOWNLOAD, REFUSED_CHANNELS, SUPPORTED, TRANSFORMERS, Component, TensorHeader
+from .component import (
+    DIFFUSERS,
+    DOWNLOAD,
+    PICKLES,
+    REFUSED_CHANNELS,
+    SUPPORTED,
+    TRANSFORMERS,
+    Component,
+    TensorHeader,
+)
 
 OTHER = "Use a checkpoint of one of these families; others are not supported."
 
@@ -151,6 +160,11 @@ def layout_of(pipeline: str, where: object) -> PipelineFolder:
     raise CheckpointError(f"{where} holds {family} ({pipeline})", expected=SUPPORTED, fix=OTHER)
 
 
+def left_out(layout: PipelineFolder, index: Mapping[str, Any]) -> set[str]:
+    """The optional parts that a model_index.json says the folder does without."""
+    return {name for name in layout.optional if index.get(name) == [None, None]}
+
+
 def defaults(layout: PipelineFolder, scheduler: Mapping[str, Any]) -> dict[str, float]:
     """The defaults of a checkpoint with this scheduler, by the names of `engines.package.Defaults`."""
     is_turbo = (
@@ -247,7 +261,6 @@ def refuse_unet(unet: Component) -> None:
 
 UNET = "model.diffusion_model."
 _CONV_IN = f"{UNET}input_blocks.0.0.weight"
-_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _FILE = "UNet, text encoders and autoencoder of Stable Diffusion 1.x or 2.x, SDXL or its refiner in one file"
 
 # A pattern that only this kind's tensor names match -> the kind's name. First match wins.
@@ -292,7 +305,7 @@ def refuse_pickle(path: Path) -> None:
                 start = stream.read(4)
     other = start[:1] in (b"<", b"{") or start == b"GGUF" or looks_like_safetensors(path)
     if (
-        (path.suffix in _PICKLES and not other)
+        (path.suffix in PICKLES and not other)
         or start == b"PK\x03\x04"
         or start[:2] in (b"\x80\x02", b"\x80\x04")
     ):

@@ -38,6 +38,7 @@ from .families import (
     class_of,
     defaults,
     layout_of,
+    left_out,
     refuse_class,
     refuse_pickle,
     refuse_scheduler,
@@ -271,7 +272,7 @@ def _open_folder(
         _refuse_without_index(root)
     index = read_json(root / "model_index.json")
     layout = layout_of(str(index.get("_class_name")), root)
-    left_out = {name for name in layout.optional if index.get(name) == [None, None]}
+    absent = left_out(layout, index)
     parts: dict[str, Component] = {}
     for name, stem in layout.parts.items():
         if name == "vae" and other_vae is not None:
@@ -279,7 +280,7 @@ def _open_folder(
             with suppress(CheckpointError):  # whatever is wrong with it, it is not used
                 own = read_json(root / name / "config.json")
             parts[name] = other_vae(own, 0.13025 if "text_encoder_2" in layout.parts else _SCALING)
-        elif name not in left_out:
+        elif name not in absent:
             parts[name] = _read_part(root / name, name, stem, index, prefer_fp16=prefer_fp16)
     tokenizers = {folder: root / folder for name, folder in TEXT_ENCODERS.items() if name in parts}
     for name, folder in tokenizers.items():

@@ -15,7 +15,14 @@ from pathlib import Path
 from ...engines.errors import CheckpointError, UsageError
 from ...engines.lfs import refuse_pointer
 
-_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
+# Of a tokenizer's folder, the files that are read.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
 _VOCABULARY = Path(__file__).parent / "clip_vocabulary" / "bpe_simple_vocab_16e6.txt.gz"
 _MERGES = 49152 - 256 - 2  # CLIP uses the first of the file's (simple_tokenizer.py)
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
@@ -34,7 +41,7 @@ def copy_tokenizer(target: Path, *, folder: Path) -> None:
     Raises:
         CheckpointError: the vocabulary is missing.
     """
-    found = [name for name in _FILES if (folder / name).is_file()]
+    found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if "tokenizer.json" not in found and not {"vocab.json", "merges.txt"} <= set(found):
         raise CheckpointError(
             f"{folder} holds {found}",
