@@ -22,7 +22,7 @@ from ..engines.errors import PackageError, UsageError
 from ..engines.package import MANIFEST, Manifest, Package, write_manifest
 from ..engines.safetensors_format import read_header, write_file
 from ..engines.spec import TEXT_ENCODERS
-from ..runtime.pipeline import SHIPPED
+from ..runtime.model import SHIPPED
 
 FOLDER = Path(__file__).resolve().parent / "models" / "skeletons"
 _HEADER = ".header.json"

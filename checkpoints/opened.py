@@ -54,7 +54,6 @@ from .templates.find import net_template
 REVISION = 1  # of what is written here: raise it when the same checkpoint gets other graphs
 OPENED = "opened.json"
 FOLDER = "checkpoints"  # in the cache
-EVERY_TYPE = frozenset(weights.STORED)
 _ARITHMETIC = {"fp16": "float16", "fp32": "float32"}
 
 
@@ -70,7 +69,7 @@ class Options:
     """
 
     dtype: Dtype
-    reads: Collection[str] = EVERY_TYPE
+    reads: Collection[str]
     vae: Path | None = None
     tiny_vae: Path | None = None
     prediction_type: str | None = None

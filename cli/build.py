@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from .models import Dtype, PredictionType, TinyVae, Vae, options_of, say
 from .progress import Advance, progress_bar
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ _WEIGHTS, _LEVEL = "embedded", 3
 
 
 def build(
-    package: Annotated[str, Argument(help="A package folder, or the shipped model `demo`.")] = "demo",
+    model: Annotated[
+        str, Argument(help="A checkpoint (file, folder, or ORG/NAME of a hub), a package, or `demo`.")
+    ] = "demo",
     backend: Annotated[
         str | None,
         Option(
@@ -48,6 +51,10 @@ def build(
     store: Annotated[
         Path | None, Option(help="The engine store. Default: LATENTRT_CACHE, or this user's cache folder.")
     ] = None,
+    dtype: Dtype = None,
+    vae: Vae = None,
+    tiny_vae: TinyVae = None,
+    prediction_type: PredictionType = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Only say what would be built, and why.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -58,15 +65,23 @@ def build(
     """
     from ..engines.backends import BACKENDS
     from ..engines.cuda.facts import available, facts
-    from ..engines.package import Package
     from ..engines.profiles import Profile, default_profile
     from ..engines.store.engine_store import EngineStore
     from ..engines.tensorrt.build import build_package, plan_build
     from ..engines.tensorrt.builder import BuildOptions
     from ..engines.tensorrt.flavour import ENGINE_BACKENDS, installed_backends
-    from ..runtime.pipeline import SHIPPED
+    from ..runtime.model import open_model
 
-    opened = Package.open(SHIPPED.get(package, package))
+    # Without a backend that is installed the first one, whose error says how to install it.
+    chosen = backend or (*installed_backends(), *ENGINE_BACKENDS)[0]
+    with progress_bar(enabled=not as_json) as advance:
+        opened = open_model(
+            model,
+            backend=lambda: chosen,
+            options=options_of(dtype, vae, tiny_vae, prediction_type),
+            advance=advance,
+            note=say,
+        )
     names = [name.strip() for name in nets.split(",") if name.strip()]
     row = BACKENDS.get(backend or "")
     if row is not None and row.builds == "layouts":
@@ -92,8 +107,6 @@ def build(
         workspace_limit=workspace * 2**20,
         hardware_compatibility=hardware_compatibility,
     )
-    # Without a backend that is installed the first one, whose error says how to install it.
-    chosen = backend or (*installed_backends(), *ENGINE_BACKENDS)[0]
     gpu, target = None if available() else facts(), EngineStore(store)
     if dry_run:
         planned = plan_build(opened, chosen, profiles, options, target, nets=names, gpu=gpu)

@@ -17,6 +17,7 @@ from typer import Argument, Option
 
 from ..engines.errors import UsageError
 from ..runtime.request.parameters import PARAMETERS, Parameter
+from .models import Dtype, PredictionType, TinyVae, Vae, options_of, say
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 _OUTPUT = "File to write (.png, .jpg, .webp; .npy for the latents). Default: prompt and seed."
-_MODEL = "The shipped model `demo` (the default), or a package folder."
+_MODEL = "A checkpoint (file, folder, or ORG/NAME of a hub), a package, or `demo` (the default)."
 _FROM = "Draw a picture again, from what its file says; other options change it."
 _REFINER_AT = "The share of the schedule at which the refiner takes over. Default: 0.8."
 _PREVIEW = "Write what can be seen so far to this file, after every step."
@@ -71,6 +72,10 @@ def generate(
     backend: Annotated[str, Option(help=_BACKEND)] = "auto",
     device: Annotated[str, Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
     threads: Annotated[int | None, Option(help=_THREADS)] = None,
+    dtype: Dtype = None,
+    vae: Vae = None,
+    tiny_vae: TinyVae = None,
+    prediction_type: PredictionType = None,
     no_metadata: Annotated[bool, Option("--no-metadata", help=_NO_METADATA)] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
     **parameters: Any,
@@ -100,8 +105,19 @@ def generate(
         advance = stack.enter_context(progress_bar(enabled=not as_json))
         first = model or (_model_of(source) if source else "demo")
         names = [first] if refiner is None else [first, refiner]
+        options = options_of(dtype, vae, tiny_vae, prediction_type)
         pipes = [
-            stack.enter_context(Pipeline.open(name, backend=backend, device=device, threads=threads))
+            stack.enter_context(
+                Pipeline.open(
+                    name,
+                    backend=backend,
+                    device=device,
+                    threads=threads,
+                    checkpoint=options if name is first else None,
+                    progress=advance,
+                    note=say,
+                )
+            )
             for name in names
         ]
         opened = perf_counter() - began
@@ -155,8 +171,8 @@ def _redraw(pipes: list[Pipeline], source: Path, prompts: list[str], changes: di
 def _model_of(source: Path) -> str:
     """The shipped model that drew a picture. Raises UsageError if it was another one."""
     from ..engines.package import Package
+    from ..runtime.model import SHIPPED
     from ..runtime.pictures.write import read_metadata
-    from ..runtime.pipeline import SHIPPED
 
     record = read_metadata(source).record or {}
     record = record.get("base_record", record)

@@ -24,7 +24,7 @@ def inspect(
 ) -> None:
     """Show a package, the list of samplers, or a sampler's table for that package's schedule."""
     from ..engines.package import Package
-    from ..runtime.pipeline import SHIPPED
+    from ..runtime.model import SHIPPED
 
     if samplers:
         return _print_samplers(as_json=as_json)

@@ -114,9 +114,21 @@ _PLACE = re.compile(r"auto|cpu|cuda(?::(\d{1,4}))?")
 def choose_backend(
     name: str = "auto", failed: Mapping[str, BackendError] = MappingProxyType({}), place: Place = ANYWHERE
 ) -> tuple[str, Backend]:
+    """`find_backend`; what "auto" takes is logged, with the reasons against the better ones."""
+    found, backend, better = find_backend(name, failed, place)
+    if name == "auto":
+        reasons = "".join(f"; not {other}: {why.found}" for other, why in better.items())
+        _LOG.info("auto takes %s: %s%s", found, backend.describe(), reasons)
+    return found, backend
+
+
+def find_backend(
+    name: str = "auto", failed: Mapping[str, BackendError] = MappingProxyType({}), place: Place = ANYWHERE
+) -> tuple[str, Backend, Mapping[str, BackendError]]:
     """The backend of that name, or with "auto" the best that can run at `place`, without those that `failed`.
 
-    What "auto" takes is logged, with the reasons against the better ones.
+    Returns:
+        Its name, the backend, and what speaks against each better one.
 
     Raises:
         BackendError: an unknown name, or nothing of that name can run here.
@@ -137,7 +149,7 @@ def choose_backend(
             )
         backend: Backend = BACKENDS[name].load()
         if (refused := backend.refusal()) is None:
-            return name, backend
+            return name, backend, {}
         raise BackendError(
             f"the backend {name} cannot run here: {refused.found}", expected=refused.expected, fix=refused.fix
         )
@@ -146,9 +158,7 @@ def choose_backend(
     for row in rows:
         backend = row.load()
         if (refused := failed.get(row.name) or backend.refusal()) is None:
-            reasons = "".join(f"; not {better}: {why.found}" for better, why in refusals.items())
-            _LOG.info("auto takes %s: %s%s", row.name, backend.describe(), reasons)
-            return row.name, backend
+            return row.name, backend, refusals
         refusals[row.name] = refused
     last = refusals[rows[-1].name]  # without a place the one that runs on every machine
     raise BackendError(

@@ -24,6 +24,7 @@ class BackendRow:
         builds: what `latentrt build` makes for it. Without engines that cover a request nothing runs; layouts
             are measured choices that only make it faster.
         tuner: the module below this folder whose `tune_package` measures layouts; "" where engines are built.
+        reads: safetensors' names of the types that weights may be stored in, whatever a graph computes with.
     """
 
     name: str
@@ -32,6 +33,7 @@ class BackendRow:
     on_device: bool
     builds: Literal["engines", "layouts"]
     tuner: str = ""
+    reads: frozenset[str] = frozenset(("F16", "F32"))
 
     @property
     def install(self) -> str:
@@ -50,6 +52,9 @@ class BackendRow:
         return import_module(f".{self.tuner}", __package__).tune_package
 
 
+# ONNX Runtime's CPU provider converts every type as it loads a graph, whoever runs it then.
+_EVERY_FLOAT = frozenset(("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"))
+
 # The best first.
 BACKENDS: Mapping[str, BackendRow] = {
     row.name: row
@@ -61,6 +66,7 @@ BACKENDS: Mapping[str, BackendRow] = {
             on_device=True,
             builds="layouts",
             tuner="onnxruntime.tuning.cuda",
+            reads=_EVERY_FLOAT,
         ),
         BackendRow(
             name="onnxruntime",
@@ -69,6 +75,7 @@ BACKENDS: Mapping[str, BackendRow] = {
             on_device=False,
             builds="layouts",
             tuner="onnxruntime.tuning.cpu",
+            reads=_EVERY_FLOAT,
         ),
         BackendRow(  # before TensorRT, because pip alone installs it and it builds without a GPU
             name="tensorrt-rtx",

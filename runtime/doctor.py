@@ -240,7 +240,7 @@ def _store() -> Facts:
 
 def _shipped() -> Facts:
     from ..engines.package import Package
-    from .pipeline import SHIPPED
+    from .model import SHIPPED
 
     package = Package.open(SHIPPED["demo"])
     manifest = package.manifest

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 
+from ..engines.backend import Place, find_backend
 from ..engines.errors import UsageError
 from ..engines.installed import latentrt_version
 from ..engines.package import Package
@@ -22,6 +23,7 @@ from .conditioning import make_conditioning
 from .loop.device.cuda_graphs import Graphs
 from .loop.job import NEVER, Clock, DenoiseJob, Drawn, JobRecorder, Loop, State, Stop
 from .loop.open import LoopOptions, open_loop
+from .model import Advance, CheckpointOptions, Note, open_model
 from .pictures.tiling import encode_tiled
 from .prompts.encode import CACHE_BYTES, TextConditioner, TextEncoder
 from .prompts.tokenizer import ClipTokenizer
@@ -35,8 +37,6 @@ from .start import make_start
 if TYPE_CHECKING:
     from PIL.Image import Image
     from typing_extensions import Unpack
-
-SHIPPED = {"demo": Path(__file__).resolve().parent.parent / "demo" / "package"}
 
 _LOG = logging.getLogger(__name__)
 Made = tuple["list[Image] | Array", "dict[str, str]"]  # what a result has for images, and what made them
@@ -116,23 +116,39 @@ class Pipeline:
         threads: int | None = None,
         graphs: Graphs = "auto",
         cache_bytes: int = CACHE_BYTES,
+        checkpoint: CheckpointOptions | None = None,
+        progress: Advance | None = None,
+        note: Note | None = None,
     ) -> Pipeline:
-        """Open the shipped model ("demo") or a package folder.
+        """Open a model: the shipped one, a checkpoint as it is, or a package that was exported.
 
         Args:
-            model: name or path.
+            model: "demo", the path of a `.safetensors` file, of a diffusers folder or of a package, or a
+                model of a hub (`org/name`, `org/name@revision`), which is fetched first.
             backend: "auto" picks the best that is present; `pipe.backend` says which.
             device: "auto", "cpu", "cuda", or "cuda:N" for another than the first CUDA device.
             threads: of the CPU backend; None is every processor this process may use.
             graphs: on a device, whether rows are replayed as a captured graph: "on", "off", or "auto",
                 where that is faster.
             cache_bytes: what encoded prompts may take; 0 encodes every prompt anew.
+            checkpoint: how a checkpoint is opened: its arithmetic, other autoencoders, what it predicts.
+            progress: called with what is being done, how much of it is done, and of how much, while a model
+                is fetched or opened for the first time.
+            note: called with each line on what was assumed about a checkpoint, or left out.
 
         Raises:
-            PackageError: no package there, or a damaged, unsafe or newer one.
+            ModelError: no model there, or a damaged, unsafe, newer or unsupported one.
+            UsageError: an option of checkpoints with a package.
             BackendError: nothing installed can execute it, or there are no engines for it.
+            StorageError: no room for what is fetched or made ready.
         """
-        package = Package.open(SHIPPED.get(str(model), Path(model)))
+        package = open_model(
+            model,
+            backend=lambda: find_backend(backend, place=Place.parse(device))[0],
+            options=checkpoint or CheckpointOptions(),
+            advance=progress,
+            note=note,
+        )
         options = LoopOptions(backend=backend, device=device, threads=threads, graphs=graphs)
         loop, description = open_loop(package, options)
         try:

@@ -63,7 +63,7 @@ from typing import Any
 from ...engines.cuda.facts import available
 from ...engines.errors import BackendError, CancelledError, LatentrtError, StorageError, UsageError
 from ...engines.package import Package
-from ...runtime.pipeline import SHIPPED
+from ...runtime.model import SHIPPED
 from ..machine import clocks
 from ..process import Child, SideError, become_child
 from ..records import Document, Row, read_document, short

@@ -22,7 +22,7 @@ from ...engines.errors import BackendError, CheckpointError, UsageError
 from ...engines.installed import install_command
 from ...engines.package import MANIFEST, Package
 from ...engines.store.folder import default_root
-from ...runtime.pipeline import SHIPPED
+from ...runtime.model import SHIPPED
 from .. import skeletons
 from ..sides.contract import missing_modules
 from . import full_size

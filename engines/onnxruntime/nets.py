@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,10 @@ from .session import (
 from .wheels import reinstall_command
 
 CUDA = "CUDAExecutionProvider"
+# Bytes of weights above which a net on the CPU does without the last level of ONNX Runtime's optimisations,
+# the blocked layout of convolutions (NCHWc). It costs a second copy of their weights, and half of the time of
+# opening; docs/design.md has what it is worth in a run.
+_LARGE = 2**30
 
 Submit = Callable[[Callable[[], None]], None]
 
@@ -88,22 +91,23 @@ class OnnxRuntimeNet:
     ) -> None:
         self.name = name
         self.layout = lowered.layout if lowered else "plain"  # one of `tuning.cpu_layouts.CPU_LAYOUTS`
-        self._package, self._graph = package, lowered.graph if lowered else None
+        content = lowered.graph if lowered else None
         file = package.manifest.nets[name]
         self.spec: NetSpec = file.spec
         graph = package.path(file.graph)
         options = session_options(threads)
+        made = {kernel.name for kernel in lowered.kernels} if lowered else set[str]()
+        self._weights = engine_bytes(package, name, content, without=made)
+        if self._weights > _LARGE:
+            options.graph_optimization_level = library().GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         give_weights(options, package, name)
         kernels = _give_kernels(options, package, name, lowered) if lowered else []
-        self._session: Any = open_session(graph, options, [CPU], culprit=name, content=self._graph)
+        self._session: Any = open_session(graph, options, [CPU], culprit=name, content=content)
         # ONNX Runtime reads the kernels where they are, so they must live as long as the session, and a call
         # that still runs may hold the session longer than this net does.
         self._session.kernels = kernels
         self._outputs = [output.name for output in self.spec.outputs]
-        self._kernels = {
-            kernel.name: int(value.tensor_size_in_bytes())
-            for kernel, value in zip(lowered.kernels if lowered else (), kernels, strict=True)
-        }
+        self._weights += sum(int(value.tensor_size_in_bytes()) for value in kernels)
         self._io = 0
         try:
             check_boundary(self._session, self.spec, graph)
@@ -113,17 +117,8 @@ class OnnxRuntimeNet:
 
     @property
     def memory(self) -> MemoryLedger:
-        """Weights at the width of the arithmetic, and the inputs and outputs of the last call.
-
-        Raises PackageError if the weights file's header cannot be read any more.
-        """
-        weights = self._weights + sum(self._kernels.values())
-        return MemoryLedger(weights=weights, activations=None, io=self._io)
-
-    @cached_property
-    def _weights(self) -> int:
-        """Bytes of the tensors that its graph names. They are counted on demand, not at every start."""
-        return engine_bytes(self._package, self.name, self._graph, without=self._kernels)
+        """Weights at the width of the arithmetic, and the inputs and outputs of the last call."""
+        return MemoryLedger(weights=self._weights, activations=None, io=self._io)
 
     def __call__(self, **arrays: Array) -> dict[str, Array]:
         """Run once. Raises BackendError after `close` or for wrong inputs, MemoryLimitError."""

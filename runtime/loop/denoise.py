@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from functools import partial
 from threading import Lock
@@ -12,6 +13,7 @@ import numpy as np
 from ...engines.backend import HostBackend, Net
 from ...engines.errors import BackendError, NumericError, numeric_fix
 from ...engines.package import Package
+from ...engines.processors import usable_processors
 from ...engines.spec import DTYPES, Array
 from ..pictures.tiling import decode_tiled
 from ..sampling.table import Table
@@ -91,6 +93,23 @@ class HostLoop:
                 self._package.manifest.net(name)
                 self.nets[name] = self._resources.enter_context(closing(self._open(name)))
             return self.nets[name]
+
+    def open_nets(self, names: Sequence[str]) -> None:
+        """Open these now, so that the first picture does not wait for them; side by side.
+
+        A large net takes seconds of one processor.
+
+        Raises:
+            LatentrtError: what the backend raises for the first net that does not open.
+        """
+        with ThreadPoolExecutor(usable_processors()) as pool:
+            opening = [pool.submit(self._open, name) for name in names]
+        with self._lock:
+            for name, opened in zip(names, opening, strict=True):
+                if opened.exception() is None:
+                    self.nets[name] = self._resources.enter_context(closing(opened.result()))
+        for opened in opening:
+            opened.result()
 
     def call(self, net: str, **arrays: Array) -> dict[str, Array]:
         """Run one net once; see `job.Loop`."""

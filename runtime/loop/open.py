@@ -82,9 +82,7 @@ def _open(package: Package, name: str, engine: Backend, options: LoopOptions, in
     assert isinstance(engine, HostBackend), name
     with ExitStack() as stack:
         loop = stack.enter_context(closing(HostLoop(package, engine, options.threads)))
-        for net in nets:
-            if net in (*_REQUIRED, *TEXT_ENCODERS):
-                loop.net(net)  # opened now, so that the first picture does not wait for it
+        loop.open_nets([net for net in nets if net in (*_REQUIRED, *TEXT_ENCODERS)])
         stack.pop_all()
         return loop, engine.describe()
 

@@ -20,7 +20,7 @@ from latentrt.engines.device import Addresses, BoundNet, DeviceNet, Shapes
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import Package
 from latentrt.engines.tensorrt.build import built_nets
-from latentrt.runtime.pipeline import SHIPPED
+from latentrt.runtime.model import SHIPPED
 from tests.engines.host_device import HostDevice
 
 MIB = 2**20

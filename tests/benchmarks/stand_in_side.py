@@ -11,7 +11,7 @@ from latentrt.benchmarks.process import SideError
 from latentrt.benchmarks.records import Document, Row
 from latentrt.benchmarks.sides.contract import YARDSTICK, Task
 from latentrt.engines.package import Package
-from latentrt.runtime.pipeline import SHIPPED
+from latentrt.runtime.model import SHIPPED
 
 PACKAGE = Package.open(SHIPPED["demo"])
 TASK = Task(package=PACKAGE.root, threads=1)

@@ -16,7 +16,7 @@ from latentrt.benchmarks.sides.contract import NotAvailableError, Task, Work, si
 from latentrt.benchmarks.sides.yardstick import GRAPH, SIZES, SKELETON, open_yardstick
 from latentrt.engines import processors
 from latentrt.engines.onnxruntime.nets import CPU, CUDA
-from latentrt.runtime.pipeline import SHIPPED
+from latentrt.runtime.model import SHIPPED
 
 CASE = Case(width=64, height=64, guidance_scale=1.0)
 SMALL = [(32, 48, 16), (300, 7, 129)]

@@ -26,7 +26,7 @@ from latentrt.engines.tensorrt.flavour import flavour, installed_version
 from latentrt.engines.tensorrt.preflight import read_room
 from latentrt.export import export_package
 from latentrt.runtime import Pipeline
-from latentrt.runtime.pipeline import SHIPPED
+from latentrt.runtime.model import SHIPPED
 
 STAGE = {"wall_seconds": 2.0, "cpu_seconds": 3.0, "peak_rss": 5_000.0}
 DEMO = SHIPPED["demo"]

@@ -21,7 +21,8 @@ from latentrt.engines import spec
 from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
 from latentrt.engines.package import Package, write_manifest
 from latentrt.runtime.loop.denoise import HostLoop
-from latentrt.runtime.pipeline import SHIPPED, Pipeline
+from latentrt.runtime.model import SHIPPED
+from latentrt.runtime.pipeline import Pipeline
 from tests.benchmarks.stand_in_side import PACKAGE
 from tests.engines.host_device import HostDevice
 from tests.runtime.device_bench import device_pipeline

@@ -25,7 +25,8 @@ from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import Package
 from latentrt.runtime.loop.device.loop import DeviceLoop
 from latentrt.runtime.loop.device.verdicts import Graphs, Verdicts
-from latentrt.runtime.pipeline import SHIPPED, Pipeline
+from latentrt.runtime.model import SHIPPED
+from latentrt.runtime.pipeline import Pipeline
 from tests.benchmarks.gpu_stand_in import Hungry
 from tests.engines.host_device import DEVICE_NETS, HostDevice, HostStopwatch
 from tests.runtime.device_bench import device_pipeline

@@ -19,7 +19,7 @@ from latentrt.benchmarks.skeletons import FOLDER
 from latentrt.engines.errors import BackendError, PackageError, UsageError
 from latentrt.engines.package import Manifest, NetFile, Package
 from latentrt.engines.spec import NetSpec
-from latentrt.runtime.pipeline import SHIPPED
+from latentrt.runtime.model import SHIPPED
 
 MAC = 2  # FLOP
 GUIDED = Case(width=512, height=512, guidance_scale=7.5)

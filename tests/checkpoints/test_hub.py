@@ -699,7 +699,7 @@ def test_a_cache_that_cannot_be_written(
 
 
 def test_a_package_is_opened_without_links(hub: Hub) -> None:
-    from latentrt.runtime.pipeline import SHIPPED
+    from latentrt.runtime.model import SHIPPED
 
     source = Path(SHIPPED["demo"])
     hub.repositories[NAME] = Repository(

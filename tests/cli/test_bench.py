@@ -23,7 +23,7 @@ from latentrt.engines.cuda.facts import available
 from latentrt.engines.errors import BackendError
 from latentrt.engines.package import Package
 from latentrt.engines.processors import usable_processors
-from latentrt.runtime.pipeline import SHIPPED
+from latentrt.runtime.model import SHIPPED
 
 GOOD = Row(side="latentrt", workload="unet", rounds=((0.01, 0.02), (0.01, 0.03)))
 BAD = Row(side="latentrt", workload="unet", status="FAILED", reason="not finite")

@@ -269,7 +269,7 @@ def test_from_a_picture(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 def test_from_a_picture_of_another_model(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     run(monkeypatch, "a red star", *FAST, "-o", "first.png")
-    monkeypatch.setattr("latentrt.runtime.pipeline.SHIPPED", {})
+    monkeypatch.setattr("latentrt.runtime.model.SHIPPED", {})
     monkeypatch.setattr(sys, "argv", ["latentrt", "generate", "--from", "first.png"])
     with pytest.raises(SystemExit) as end:
         cli.main()

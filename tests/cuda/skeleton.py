@@ -11,7 +11,7 @@ from pathlib import Path
 from latentrt.benchmarks import skeletons
 from latentrt.engines.package import MANIFEST, FileRecord, Manifest, Package, file_record
 from latentrt.engines.spec import TEXT_ENCODERS
-from latentrt.runtime.pipeline import SHIPPED
+from latentrt.runtime.model import SHIPPED
 
 _HEADER = ".header.json"
 

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from latentrt.engines.errors import LatentrtError
 from latentrt.engines.onnxruntime.tuning.cuda_layouts import CUDA_LAYOUTS, LOWERED_NETS
 from latentrt.engines.package import Package
-from latentrt.runtime.pipeline import SHIPPED
+from latentrt.runtime.model import SHIPPED
 from tests.cuda import mutations, pictures
 from tests.cuda.bench import Bench, Facts, net_facts
 from tests.cuda.runtime import StandIn

@@ -8,7 +8,7 @@ from latentrt.engines.profiles import Profile, net_profiles
 from latentrt.engines.store.engine_store import EngineStore
 from latentrt.engines.tensorrt.build import build_package
 from latentrt.engines.tensorrt.builder import BuildOptions, Job
-from latentrt.runtime.pipeline import SHIPPED
+from latentrt.runtime.model import SHIPPED
 
 RTX = "tensorrt-rtx"
 DEMO = Package.open(SHIPPED["demo"])

@@ -18,7 +18,7 @@ from latentrt.engines.onnxruntime.lowering.winograd import kernels
 from latentrt.engines.onnxruntime.nets import OnnxRuntimeNet
 from latentrt.engines.onnxruntime.tuning.cpu import lower_for_cpu
 from latentrt.engines.package import Package, write_manifest
-from latentrt.runtime.pipeline import SHIPPED
+from latentrt.runtime.model import SHIPPED
 from tests.tiny_package import BIAS, add_graph
 
 

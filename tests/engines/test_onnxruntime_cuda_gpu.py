@@ -21,7 +21,7 @@ from latentrt.engines.profiles import fixed_profile, net_profiles
 from latentrt.engines.spec import DTYPES, Array, output_shapes
 from latentrt.engines.store.engine_store import EngineStore
 from latentrt.engines.tolerances import NET_RELATIVE_L2, relative_l2
-from latentrt.runtime.pipeline import SHIPPED
+from latentrt.runtime.model import SHIPPED
 from tests.engines.net_inputs import random_inputs
 
 DEMO = Package.open(SHIPPED["demo"])

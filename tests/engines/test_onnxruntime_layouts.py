@@ -25,7 +25,7 @@ from latentrt.engines.onnxruntime.tuning.cuda import tune_package
 from latentrt.engines.package import Package
 from latentrt.engines.store.engine_store import BuildProgress, EngineStore
 from latentrt.engines.tolerances import NET_RELATIVE_L2, relative_l2
-from latentrt.runtime.pipeline import SHIPPED
+from latentrt.runtime.model import SHIPPED
 from tests.engines.layout_setting import KnownHost, open_on_cpu
 
 PARITY = NET_RELATIVE_L2["fp16"]

@@ -10,7 +10,8 @@ from latentrt.engines.errors import BackendError, UsageError
 from latentrt.engines.package import Package
 from latentrt.runtime.loop import open as loops
 from latentrt.runtime.loop.open import LoopOptions, open_loop
-from latentrt.runtime.pipeline import SHIPPED, Pipeline
+from latentrt.runtime.model import SHIPPED
+from latentrt.runtime.pipeline import Pipeline
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from latentrt.engines.profiles import (
     net_profiles,
 )
 from latentrt.engines.spec import NetSpec, TensorSpec
-from latentrt.runtime.pipeline import SHIPPED
+from latentrt.runtime.model import SHIPPED
 
 DEMO = Package.open(SHIPPED["demo"])
 

@@ -7,7 +7,7 @@ from latentrt.checkpoints.precision.islands import open_session
 from latentrt.engines import processors
 from latentrt.engines.package import Package
 from latentrt.export import export
-from latentrt.runtime.pipeline import SHIPPED
+from latentrt.runtime.model import SHIPPED
 
 
 def test_torch_and_onnxruntime_share_what_a_quota_leaves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import NetFile, Package, write_manifest
 from latentrt.runtime.loop.device.loop import DeviceLoop
 from latentrt.runtime.loop.device.verdicts import Graphs
-from latentrt.runtime.pipeline import SHIPPED, Pipeline
+from latentrt.runtime.model import SHIPPED
+from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.prompts.encode import CACHE_BYTES
 from tests.engines.host_device import HostDevice
 

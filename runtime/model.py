@@ -1,0 +1,128 @@
+"""What a model's name leads to: the shipped model, a package folder, or a checkpoint opened as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ..engines.backends import BACKENDS
+from ..engines.errors import UsageError
+from ..engines.hub import snapshot
+from ..engines.package import MANIFEST, Package
+from ..engines.spec import Array
+from .prompts.tokenizer import ClipTokenizer
+
+if TYPE_CHECKING:
+    from ..checkpoints.hub.download import DownloadProgress
+    from ..checkpoints.stages import Progress
+
+SHIPPED = {"demo": Path(__file__).resolve().parent.parent / "demo" / "package"}
+
+Advance = Callable[[str, int, int], None]  # (what is being done, how much is done, of how much)
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """How a checkpoint is opened; a package was exported in one way, and takes none of these.
+
+    Attributes:
+        dtype: the arithmetic, "fp16" or "fp32". None is fp32 on a CPU and fp16 on a GPU.
+        vae: a folder or file of another autoencoder, in place of the checkpoint's.
+        tiny_vae: a folder or file of a tiny autoencoder (TAESD), for previews.
+        prediction_type: "epsilon" or "v_prediction", where the checkpoint does not say it.
+    """
+
+    dtype: Literal["fp16", "fp32"] | None = None
+    vae: Path | None = None
+    tiny_vae: Path | None = None
+    prediction_type: str | None = None
+
+
+def open_model(
+    model: str | Path,
+    *,
+    backend: Callable[[], str],
+    options: CheckpointOptions = CheckpointOptions(),
+    advance: Advance | None = None,
+    note: Note | None = None,
+) -> Package:
+    """Open a model of any kind as a package.
+
+    Args:
+        model: the shipped model ("demo"), a package folder, a checkpoint's file or folder, or a model of a
+            hub (`org/name`, `org/name@revision`), which is fetched first.
+        backend: the name of the backend that it is opened for; called for a checkpoint alone.
+        options: of checkpoints.
+        advance: is told how far a download or a first opening has come.
+        note: is given each line on what was assumed about a checkpoint, or left out.
+
+    Raises:
+        ModelError: nothing there, or nothing that can be opened.
+        UsageError: an option that does not go with this model.
+        BackendError: as `backend` raises it.
+        StorageError: the disk is full.
+    """
+    if str(model) in SHIPPED:
+        return _package(SHIPPED[str(model)], options)
+    from ..checkpoints.find import locate  # here: the shipped model needs none of it
+
+    path = snapshot(locate(str(model), progress=_downloading(advance)))
+    if (path / MANIFEST).is_file():
+        return _package(path, options)
+    return _opened(path, backend(), options, advance, note)
+
+
+def _package(folder: Path, options: CheckpointOptions) -> Package:
+    used = [item.name for item in fields(options) if getattr(options, item.name) is not None]
+    if used:
+        raise UsageError(
+            f"{used[0]} was given for {folder}, which is a package",
+            expected="a checkpoint, which is opened in more than one way",
+            fix=f"Leave {used[0]} out, or export the checkpoint again with it.",
+        )
+    return Package.open(folder)
+
+
+def _opened(
+    path: Path,
+    backend: str,
+    options: CheckpointOptions,
+    advance: Advance | None,
+    note: Note | None,
+) -> Package:
+    from ..checkpoints.opened import Options, open_checkpoint
+
+    row = BACKENDS[backend]
+    return open_checkpoint(
+        path,
+        Options(
+            dtype=options.dtype or ("fp16" if row.on_device else "fp32"),
+            reads=row.reads,
+            vae=options.vae,
+            tiny_vae=options.tiny_vae,
+            prediction_type=options.prediction_type,
+        ),
+        tokenize=_token_ids,
+        progress=_opening(advance),
+        note=note,
+    )
+
+
+def _token_ids(folder: Path, texts: Sequence[str], length: int) -> Array:
+    """Texts as the tokenizer in a folder reads them, padded: (texts, length)."""
+    return ClipTokenizer.open(folder).encode(texts, length).ids
+
+
+def _downloading(advance: Advance | None) -> Callable[[DownloadProgress], None] | None:
+    if advance is None:
+        return None
+    return lambda now: advance(f"downloading {now.file}", now.done, now.total)
+
+
+def _opening(advance: Advance | None) -> Callable[[Progress], None] | None:
+    if advance is None:
+        return None
+    return lambda now: advance(now.stage, now.index, now.total)
