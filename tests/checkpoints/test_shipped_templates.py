@@ -26,10 +26,11 @@ from transformers import (
 from latentrt.checkpoints.files.component import Component, TensorHeader
 from latentrt.checkpoints.files.open import Checkpoint
 from latentrt.checkpoints.graphs.weights import weight_shapes
-from latentrt.checkpoints.templates.archive import DTYPES, SHIPPED, read_index
+from latentrt.checkpoints.templates.archive import DTYPES, SHIPPED, read_graph, read_index
 from latentrt.checkpoints.templates.find import net_template
 from latentrt.checkpoints.templates.keys import net_key
 from latentrt.engines.errors import CheckpointError
+from latentrt.engines.spec import NetSpec
 from latentrt.export.architectures import ARCHITECTURES, Architecture
 from latentrt.export.nets.build import components
 from latentrt.export.templates import blank_checkpoint, class_defaults, trace
@@ -89,14 +90,23 @@ def test_every_architecture_has_its_templates(name: str) -> None:
     """By the configs that the libraries write, with every default spelled out, and their tensors."""
     source = folder_of(ARCHITECTURES[name])
     for component in components(source):
-        for dtype in DTYPES:
-            found = net_template(source, component, dtype)
-            values = (*found.model.graph.inputs, *found.model.graph.outputs)
-            names = [item.name for item in (*found.spec.inputs, *found.spec.outputs)]
-            assert [value.name for value in values] == names
-            if component == "unet":
-                wanted = {key: header.shape for key, header in source.unet.tensors.items()}
-                assert weight_shapes(found.model) == wanted
+        found = net_template(source, component, "fp32")
+        if component == "unet":
+            wanted = {key: header.shape for key, header in source.unet.tensors.items()}
+            assert weight_shapes(found.model) == wanted
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_graph_keeps_its_contract(dtype: str) -> None:
+    for row in INDEX["templates"]:
+        graph = row["graphs"][dtype]
+        model, contract = read_graph(SHIPPED, graph), NetSpec.from_json(graph["spec"])
+        values = (*model.graph.inputs, *model.graph.outputs)
+        for value, item in zip(values, (*contract.inputs, *contract.outputs), strict=True):
+            assert value.shape is not None
+            assert value.dtype is not None
+            shape = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+            assert (value.name, value.dtype.numpy(), shape) == (item.name, item.dtype, list(item.shape))
 
 
 @pytest.mark.parametrize("family", FULL)
