@@ -1,4 +1,4 @@
-"""`latentrt inspect` and `latentrt metadata`: what a package, any model's file, a sampler or a picture says."""
+"""`latentrt inspect` and `latentrt metadata`: what a package, a model's file, a sampler or a picture says."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _print_report(found: Report, *, as_json: bool) -> None:
         print(f"  missing: {', '.join(found.missing)}")
     if found.predicts:
         zero = ", with zero terminal SNR" if found.zero_terminal_snr else ""
-        print(f"  its UNet predicts {found.predicts}{zero} (known by {found.predicts_by})")
+        print(f"  its UNet predicts {found.predicts}{zero}, by {found.predicts_by}")
     if found.channels:
         print(f"  {found.channels} input channels{' (inpainting)' if found.channels == 9 else ''}")
     for kind, fits in found.adapters.items():

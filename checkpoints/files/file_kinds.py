@@ -219,14 +219,18 @@ _TINY_VAE = FileKind(
 )
 _UNET_ALONE = FileKind(name="unet", what="a UNet alone", todo=_PART)
 _TEXT_ALONE = FileKind(name="text-encoder", what="a text encoder alone", todo=_PART)
-# The same for files with one part of a checkpoint.
-_PARTS: Mapping[str, FileKind] = {
-    r"^(taesd_)?(encoder|decoder)\.layers\.0\.weight$|^1\.weight\n(.*\n)*3\.conv\.0\.": _TINY_VAE,
-    r"^unet\.(.*\n)+vae\.|^vae\.(.*\n)+unet\.": FileKind(
+# The beginnings of two names -> the kind of file that has both, where it has no whole checkpoint.
+_PAIRS: Mapping[tuple[str, str], FileKind] = {
+    ("1.weight", "3.conv.0."): _TINY_VAE,
+    ("unet.", "vae."): FileKind(
         name="other",
         what="a diffusers pipeline in one file",
         todo="Use the pipeline's folder, with its model_index.json.",
     ),
+}
+# The same as above for files with one part of a checkpoint.
+_PARTS: Mapping[str, FileKind] = {
+    r"^(taesd_)?(encoder|decoder)\.layers\.0\.weight$": _TINY_VAE,
     r"^first_stage_model\.|^(vae\.)?(encoder|decoder)\.conv_in\.weight$": FileKind(
         name="vae",
         what="an autoencoder alone",
@@ -253,6 +257,9 @@ def kind_of_tensors(tensors: Mapping[str, TensorHeader]) -> FileKind:
             return kind
     if _CONV_IN in tensors:
         return _kind_of_channels(tensors[_CONV_IN].shape)
+    for pair, kind in _PAIRS.items():
+        if all(any(name.startswith(start) for name in tensors) for start in pair):
+            return kind
     found = (kind for pattern, kind in _PARTS.items() if re.search(pattern, names, re.MULTILINE))
     return next(found, None) or _kind_of_few(tensors)
 
@@ -330,8 +337,10 @@ _READS_TOKENS = re.compile(r"^(lora_te_|text_encoder\.|.*text_model[._]encoder).
 def base_of(tensors: Mapping[str, TensorHeader], metadata: Mapping[str, str]) -> str | None:
     """The family that an adapter, a control or a part is for, by names, shapes and what its trainer noted.
 
-    None where nothing says it.
+    None where nothing says it. Names beyond 300 characters say nothing: nobody's layers are called so, and
+    the patterns would take the square of their length.
     """
+    tensors = {name: tensor for name, tensor in tensors.items() if len(name) <= 300}
     names = "\n".join(tensors)
     for pattern, base in _NAMED_BASES.items():
         if re.search(pattern, names, re.MULTILINE):
@@ -340,8 +349,8 @@ def base_of(tensors: Mapping[str, TensorHeader], metadata: Mapping[str, str]) ->
         widths = (_input_width(name, tensors) for name in tensors if place.search(name))
         if found := next(filter(None, map(FAMILY_OF_CONTEXT.get, filter(None, widths))), None):
             return found
-    lone = [tensor.shape[-1] for tensor in tensors.values() if tensor.shape]
-    if len(lone) == 1 and lone[0] in FAMILY_OF_CONTEXT:  # an embedding
+    lone = [t.shape[-1] for name, t in tensors.items() if t.shape and not name.endswith(".weight")]
+    if len(tensors) == len(lone) == 1 and lone[0] in FAMILY_OF_CONTEXT:  # an embedding
         return FAMILY_OF_CONTEXT[lone[0]]
     noted = (metadata.get(key, "").lower() for key in ("ss_base_model_version", "modelspec.architecture"))
     return next(

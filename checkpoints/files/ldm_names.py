@@ -41,7 +41,10 @@ _RESNET = {
     "skip_connection": "conv_shortcut",
 }
 _RESAMPLE = {"op": "downsamplers.0.conv", "conv": "upsamplers.0.conv"}
-_TRANSFORMER = re.compile(r"norm|proj_in|proj_out|transformer_blocks\.\d{1,3}\..+")
+_TRANSFORMER = re.compile(
+    r"norm|proj_in|proj_out"
+    r"|transformer_blocks\.\d{1,3}\.(?:norm[123]|attn[12]\.to_(?:q|k|v|out\.0)|ff\.net\.(?:0\.proj|2))"
+)
 
 _VAE_ENDS = re.compile(r"(?:post_)?quant_conv|(?:encoder|decoder)\.(?:conv_in|conv_out|norm_out)")
 _VAE_LEVEL = re.compile(

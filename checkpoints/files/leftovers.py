@@ -35,12 +35,12 @@ _NAMES = 3  # as many are quoted
 def unused_tensors(names: Iterable[str]) -> tuple[str, ...]:
     """One note of all tensors that are not used: how many, what they are and an example; none for none."""
     found: dict[str, list[str]] = {}
-    for name in names:
+    for name in sorted(names):
         kind = next((kind for pattern, kind in _KINDS.items() if re.search(pattern, name)), _NOTHING)
         found.setdefault(kind, []).append(name)
     if not found:
         return ()
-    words = [f"{len(those)} {kind} ({_quoted(those)})" for kind, those in found.items()]
+    words = [f"{kind}: {len(those)} ({_quoted(those)})" for kind, those in found.items()]
     return (f"tensors that are not used: {'; '.join(words)}",)
 
 

@@ -312,10 +312,9 @@ def _open_folder(
 
 
 def refuse_without_index(root: Path) -> NoReturn:
-    """Raise the CheckpointError for a folder that is not in diffusers' layout; files that lie there are named."""
-    files = sorted(
-        path for path in root.iterdir() if path.suffix.lower() == ".safetensors" and path.is_file()
-    )
+    """Raise the CheckpointError for a folder that is not in diffusers' layout, naming the files in it."""
+    there = root.iterdir() if root.is_dir() else ()  # a pipe, say
+    files = sorted(path for path in there if path.suffix.lower() == ".safetensors" and path.is_file())
     if not files:
         missing(root / "model_index.json")
     largest = max(files, key=lambda path: path.stat().st_size)

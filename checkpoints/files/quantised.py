@@ -1,7 +1,7 @@
 """The types that weights are stored in, and weights that need more than their tensor to be read.
 
 Plain fp8 is a storage type like fp16: each number stands for itself. Quantised weights do not: a scale, a
-table or a packing that only their tool knows belongs to each of them, and stands beside it as further tensors.
+table or a packing that only their tool knows belongs to each, and stands beside it as further tensors.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ _CLASSES: Mapping[str, tuple[str, str]] = {
 # What to do with kinds of folders that can be used.
 _USES = {
     "vae": "Give it to a checkpoint: latentrt export CHECKPOINT -o PACKAGE --vae {folder}",
-    "tiny-vae": "Give it to a checkpoint, for previews: latentrt export CHECKPOINT -o PACKAGE --tiny-vae {folder}",
+    "tiny-vae": "Give it to a checkpoint: latentrt export CHECKPOINT -o PACKAGE --tiny-vae {folder}",
 }
 # Families that no ControlNet is made for.
 _UNCONTROLLED = ("sdxl-refiner", "unclip")
@@ -85,8 +85,8 @@ class Report:
         kind: "checkpoint", "lora", "controlnet", "ip-adapter", "t2i-adapter", "embedding", "vae", "tiny-vae",
             "unet", "text-encoder", "image-encoder", "pickle", "gguf", "page", "empty", "damaged", "other", ….
         what: the same for people, with an article.
-        family: "sd1", "sd2", "sdxl", "sdxl-refiner", "lcm" or "unclip" of a checkpoint; of an adapter, a control
-            or a part the family that it is made for, also "flux" and "sd3". None where nothing says it.
+        family: "sd1", "sd2", "sdxl", "sdxl-refiner", "lcm" or "unclip" of a checkpoint; of an adapter, a
+            control or a part the family that it is made for, also "flux", "sd3". None where nothing says it.
         opens: whether it can be opened as a model.
         problem: why it cannot.
         todo: what to do with it.
@@ -179,9 +179,11 @@ def _report_file(path: Path) -> Report:
 def _adapter_notes(tensors: Mapping[str, TensorHeader]) -> tuple[str, ...]:
     """The ranks of a LoRA, and whether it also scales directions."""
     downs = [t.shape[0] for name, t in tensors.items() if READS_INPUT.search(name) and len(t.shape) > 1]
-    ranks = [f"rank {min(downs)}" if len(set(downs)) == 1 else f"ranks {min(downs)} to {max(downs)}"]
-    dora = any(name.endswith("dora_scale") or ".lora_magnitude_vector" in name for name in tensors)
-    return (*(ranks if downs else ()), *(("with magnitudes (DoRA)",) if dora else ()))
+    low, high = min(downs, default=0), max(downs, default=0)
+    notes = [f"rank {low}" if low == high else f"ranks {low} to {high}"] if downs else []
+    if any(name.endswith("dora_scale") or ".lora_magnitude_vector" in name for name in tensors):
+        notes.append("with magnitudes (DoRA)")
+    return tuple(notes)
 
 
 def _report_checkpoint(path: Path, stored: Tensors, tensors: Tensors) -> Report:
@@ -279,10 +281,12 @@ def _report_part(root: Path) -> Report:
         kind, what = _CLASSES.get(found.removeprefix("Flax"), ("other", f"a folder of {found}"))
         todo = _USES.get(kind, _NOT_YET).format(folder=command(root))
         return Report(path=root, kind=kind, what=what, todo=todo)
-    files = sorted(path.name for path in root.iterdir() if path.suffix.lower() == ".safetensors")
+    there = root.iterdir() if root.is_dir() else ()  # a pipe, say
+    files = sorted(path.name for path in there if path.suffix.lower() == ".safetensors")
     if not files:
         refuse_without_index(root)
     largest = max(files, key=lambda name: (root / name).stat().st_size)
-    what = f"a folder of files ({', '.join(files[:3])}{' …' if len(files) > 3 else ''}), without model_index.json"
+    named = ", ".join(files[:3]) + (" …" if len(files) > 3 else "")
+    what = f"a folder of files ({named}), without model_index.json"
     todo = f"Look at a file: {command('latentrt', 'inspect', root / largest)}"
     return Report(path=root, kind="files", what=what, todo=todo)

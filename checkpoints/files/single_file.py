@@ -64,7 +64,7 @@ _NOTED_PREDICTIONS = {
 _ARCHITECTURE = "modelspec.architecture"
 _MODELSPEC_2 = {"stable-diffusion-v2-512": "epsilon", "stable-diffusion-v2-768-v": "v_prediction"}
 # Nothing says what the UNet predicts, and the family has models of both kinds.
-ASSUMED = "nothing: it is assumed"
+ASSUMED = "assumption"
 # Tensors that say how a UNet was trained: it predicts v; its schedule ends without signal.
 _V_PREDICTION, _ZERO_SNR = "v_pred", "ztsnr"
 # What is equal in every published scheduler_config.json of 1.x, 2.x and XL. A key more would overrule the own

@@ -193,7 +193,7 @@ def test_one_text_encoder_by_generative_models_names(
 def test_quantised_weights_are_named(
     dtype: str, part: str, files: dict[str, Tensors], tmp_path: Path
 ) -> None:
-    """Whatever part they are in; with the scales that ComfyUI writes beside them they are named as what they are."""
+    """Whatever part they are in; and with the scales that ComfyUI writes beside them."""
     kinds = {"I8": torch.int8, "U8": torch.uint8, "I32": torch.int32, "BOOL": torch.bool}
     stored = {name: torch.zeros(t.shape, dtype=torch.float16) for name, t in files["sd1"].items()}
     changed = (
@@ -217,8 +217,9 @@ def test_averaged_weights_are_named_and_not_used(files: dict[str, Tensors], writ
     averages = {"model_ema.diffusion_modelinput_blocks00weight": meta(1), "model_ema.decay": meta()}
     (note,) = open_single_file(write(files["sd1"] | averages | {"alphas_cumprod": meta(1000)})).notes
     assert note.startswith("tensors that are not used: ")
-    assert "2 averaged weights (model_ema.diffusion_modelinput_blocks00weight, model_ema.decay)" in note
-    assert "1 the noise schedule (alphas_cumprod)" in note
+    averaged = "(model_ema.decay, model_ema.diffusion_modelinput_blocks00weight)"
+    assert f"averaged weights: 2 {averaged}" in note
+    assert "the noise schedule: 1 (alphas_cumprod)" in note
 
 
 def test_text_encoders_of_early_and_of_converted_files(files: dict[str, Tensors], write: Any) -> None:
