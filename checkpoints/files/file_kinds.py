@@ -330,7 +330,7 @@ READS_INPUT = re.compile(
     r"(lora_down|lora_A|lora\.down|_lora\.down|hada_w1_b)(\.default)?(\.weight)?$"
     r"|(to_[kv](_ip)?|q_proj)\.weight$"
 )
-_READS_CONTEXT = re.compile(r"attn2[._](processor\.)?to_(k|v)(_ip)?\b|attn2_to_[kv]\b|\.to_k_ip\b")
+_READS_CONTEXT = re.compile(r"attn2[._](processor\.)?to_(k|v)(_ip|_lora)?\b|attn2_to_[kv]\b|\.to_k_ip\b")
 _READS_TOKENS = re.compile(r"^(lora_te_|text_encoder\.|.*text_model[._]encoder).*q_proj")
 
 

@@ -346,7 +346,7 @@ _opens(
     },
 )
 # CLIP's buffers.
-_POSITIONS = "1 positions of tokens .cond_stage_model.transformer.text_model.embeddings.position_ids"
+_POSITIONS = "positions of tokens: 1 .cond_stage_model.transformer.text_model.embeddings.position_ids"
 _opens("position ids as int64", "the usual file of 1.x", notes=(_POSITIONS,))
 _opens(
     "position ids as float",
@@ -388,7 +388,7 @@ _opens(
     "logit_scale of ViT-bigG",
     "sd_xl_base_1.0.safetensors",
     recipe="sdxl",
-    notes=("scale of likeness .conditioner.embedders.1.model.logit_scale",),
+    notes=("scale of likeness: 1 .conditioner.embedders.1.model.logit_scale",),
 )
 # Averages.
 _opens(
