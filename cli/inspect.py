@@ -1,19 +1,23 @@
-"""`latentrt inspect` and `latentrt metadata`: what a package, a sampler's table or a picture's file says."""
+"""`latentrt inspect` and `latentrt metadata`: what a package, a model's file, a sampler or a picture says."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 if TYPE_CHECKING:
+    from ..checkpoints.files.report import Report
     from ..engines.package import Package
 
 
 def inspect(
-    package: Annotated[str, Argument(help="A package folder, or the shipped model `demo`.")] = "demo",
+    package: Annotated[
+        str, Argument(help="A package folder, the shipped model `demo`, or any model's file or folder.")
+    ] = "demo",
     sampler: Annotated[str | None, Option("--sampler", help="Print this sampler's table.")] = None,
     steps: Annotated[int, Option("--steps", help="Number of inference steps of the table.")] = 20,
     samplers: Annotated[bool, Option("--samplers", help="List the samplers.")] = False,
@@ -22,12 +26,18 @@ def inspect(
     ] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show a package, the list of samplers, or a sampler's table for that package's schedule."""
-    from ..engines.package import Package
+    """Show a package, what another file or folder is, the samplers, or a sampler's table for a package."""
+    from ..engines.package import MANIFEST, Package
     from ..runtime.model import SHIPPED
 
     if samplers:
         return _print_samplers(as_json=as_json)
+    found = Path(package)
+    other = package not in SHIPPED and found.exists() and not (found / MANIFEST).is_file()
+    if other and not verify and sampler is None:  # which are for packages alone
+        from ..checkpoints.files.report import report
+
+        return _print_report(report(found), as_json=as_json)
     opened = Package.open(SHIPPED.get(package, package))
     if verify:
         opened.verify()
@@ -51,6 +61,38 @@ def _print_table(package: Package, sampler: str, steps: int, *, as_json: bool) -
 
     table = make_table(resolve(sampler, package.manifest.scheduler), steps)
     print(json.dumps(table.to_json()) if as_json else table.format())
+
+
+def _print_report(found: Report, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found.to_json()))
+        return
+    print(f"{found.path}: {found.what}")
+    print(f"  {found.size / 1e6:.1f} MB, {found.tensors} tensors{_stored(found.types)}")
+    for name, part in found.parts.items():
+        print(f"  {name}: {part.size / 1e6:.1f} MB, {part.tensors} tensors{_stored(part.types)}")
+    if found.missing:
+        print(f"  missing: {', '.join(found.missing)}")
+    if found.predicts:
+        zero = ", with zero terminal SNR" if found.zero_terminal_snr else ""
+        print(f"  its UNet predicts {found.predicts}{zero}, by {found.predicts_by}")
+    if found.channels:
+        print(f"  {found.channels} input channels{' (inpainting)' if found.channels == 9 else ''}")
+    for kind, fits in found.adapters.items():
+        widths = [f"{width} numbers in {name}" for name, width in fits.items()] if kind == "embedding" else []
+        print(f"  fits, once they can be used: {kind} for {', '.join(widths) or fits}")
+    for note in found.notes:
+        print(f"  {note}")
+    if found.problem:
+        print(f"  cannot be opened: {found.problem}")
+    print(f"  {found.todo}")
+
+
+def _stored(types: Mapping[str, int]) -> str:
+    """The types that tensors are stored in, and how many in each where there are several."""
+    if len(types) < 2:
+        return "".join(f" in {name}" for name in types)
+    return f" ({', '.join(f'{count} in {name}' for name, count in types.items())})"
 
 
 def _print_package(package: Package, *, as_json: bool) -> None:

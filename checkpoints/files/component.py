@@ -33,7 +33,6 @@ REFUSED_CHANNELS: Mapping[int, str] = {
 }
 # Suffixes of files that are pickles.
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-_WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
 # The stem of a part's weights file, by the library that wrote the part.
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
 
@@ -85,17 +84,6 @@ def read_component(folder: Path, name: str, stem: str, *, prefer_fp16: bool = Fa
     files = _weight_files(folder, stem, prefer_fp16)
     tensors = {name: header for file in files for name, header in read_headers(file).items()}
     return Component(name=name, folder=folder, config=config, tensors=tensors)
-
-
-def refuse_quantised(folder: Path, tensors: Mapping[str, TensorHeader]) -> None:
-    """Raise CheckpointError for weights in fp8 or integers: dequantising them needs more than the tensor."""
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _WEIGHT_TYPES and not name.endswith("position_ids"):  # CLIP's buffer
-            raise CheckpointError(
-                f"{folder} stores the weight {name[:80]!r} as {tensor.dtype}",
-                expected=f"one of {', '.join(_WEIGHT_TYPES)}",
-                fix="Use the checkpoint's fp16 or fp32 weights.",
-            )
 
 
 def missing(path: Path) -> NoReturn:

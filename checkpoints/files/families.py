@@ -5,26 +5,13 @@ Steps and guidance are the defaults of diffusers' pipelines of the same name.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
-from ...engines.errors import CheckpointError, command
-from ...engines.lfs import refuse_pointer
-from ...engines.safetensors_format import looks_like_safetensors
-from .component import (
-    DIFFUSERS,
-    DOWNLOAD,
-    PICKLES,
-    REFUSED_CHANNELS,
-    SUPPORTED,
-    TRANSFORMERS,
-    Component,
-    TensorHeader,
-)
+from ...engines.errors import CheckpointError
+from .component import DIFFUSERS, DOWNLOAD, REFUSED_CHANNELS, SUPPORTED, TRANSFORMERS, Component
 
 OTHER = "Use a checkpoint of one of these families; others are not supported."
 
@@ -257,85 +244,3 @@ def refuse_unet(unet: Component) -> None:
             found = found or f"is the UNet of {family} ({option} {value!r})"
     if found is not None:
         raise CheckpointError(f"{unet.folder} {found}", expected=SUPPORTED, fix=OTHER)
-
-
-UNET = "model.diffusion_model."
-_CONV_IN = f"{UNET}input_blocks.0.0.weight"
-_FILE = "UNet, text encoders and autoencoder of Stable Diffusion 1.x or 2.x, SDXL or its refiner in one file"
-
-# A pattern that only this kind's tensor names match -> the kind's name. First match wins.
-_FILE_KINDS = {
-    r"^lora_|\.lora(_down|_up|_A|_B|_linear_layer|\.down|\.up)\.|\.hada_w1_|\.lokr_w1": "a LoRA",
-    r"^control_model\.|^controlnet_cond_embedding\.|^input_hint_block\.": "a ControlNet",
-    r"^(model\.diffusion_model\.)?double_blocks\.0\.img_attn\.": "Flux",
-    r"^(model\.diffusion_model\.)?joint_blocks\.0\.": "Stable Diffusion 3",
-    r"^edm_(mean|std)$": "Playground 2.5",
-    r"^edm_vpred\.sigma_(max|min)$": "CosXL, or another model trained by EDM's convention",
-    r"^(embedder|noise_augmentor)\.": "Stable unCLIP",
-    r"\bmotion_modules\.": "AnimateDiff",
-}
-# The same for files with one part of a checkpoint.
-_FILE_PARTS = {
-    r"^first_stage_model\.|^(vae\.)?(encoder|decoder)\.conv_in\.weight$": "an autoencoder alone",
-    r"^(emb_params|clip_l|clip_g)$": "a textual inversion",
-    r"^input_blocks\.0\.0\.weight$|^down_blocks\.0\.": "a UNet alone",
-    r"^(cond_stage_model|conditioner|text_model|embeddings|transformer)\.": "a text encoder alone",
-}
-
-
-def _converted(path: Path) -> Path:
-    """Where a converted pickle goes: beside it, under a name that is free."""
-    free = path.with_suffix(".safetensors")
-    while free.exists():
-        free = free.with_stem(f"{free.stem}-converted")
-    return free
-
-
-def refuse_pickle(path: Path) -> None:
-    """Raise CheckpointError for a file that is a pickle by its first bytes, or by its name.
-
-    Its name does not count where its content is another: safetensors that was renamed, a page in HTML or JSON
-    that a browser saved. The next reader says what is wrong with those.
-    """
-    refuse_pointer(path)
-    start = b""
-    with suppress(OSError):  # the next reader reports it
-        if path.is_file():
-            with path.open("rb") as stream:
-                start = stream.read(4)
-    other = start[:1] in (b"<", b"{") or start == b"GGUF" or looks_like_safetensors(path)
-    if (
-        (path.suffix in PICKLES and not other)
-        or start == b"PK\x03\x04"
-        or start[:2] in (b"\x80\x02", b"\x80\x04")
-    ):
-        raise CheckpointError(
-            f"{path} is a pickle: reading one can run code",
-            expected="a .safetensors file or a diffusers folder",
-            fix=f"Convert it: {command('latentrt', 'convert', path, '-o', _converted(path))}",
-        )
-
-
-def refuse_other_kinds(path: Path, tensors: Mapping[str, TensorHeader]) -> None:
-    """Raise CheckpointError for a file without a Stable Diffusion UNet of 4 or 9 input channels."""
-    names = "\n".join(tensors)
-    for pattern, kind in _FILE_KINDS.items():
-        if re.search(pattern, names, re.MULTILINE):
-            _refuse_file(path, kind)
-    if _CONV_IN not in tensors:
-        found = (kind for pattern, kind in _FILE_PARTS.items() if re.search(pattern, names, re.MULTILINE))
-        _refuse_file(path, next(found, f"no kind that is known ({', '.join(list(tensors)[:3])} …)"[:200]))
-    shape = tensors[_CONV_IN].shape
-    channels = shape[1] if len(shape) == 4 else 0
-    if channels not in (4, 9):
-        _refuse_file(path, REFUSED_CHANNELS.get(channels, f"a UNet of {channels} input channels"))
-    if f"{UNET}label_emb.0.0.weight" in tensors and "\ncond_stage_model." in names:
-        _refuse_file(path, "a class-conditioned model, such as Stable unCLIP")
-
-
-def _refuse_file(path: Path, kind: str) -> NoReturn:
-    raise CheckpointError(
-        f"{path} is {kind}",
-        expected=_FILE,
-        fix="Export the checkpoint that it belongs to, or another one.",
-    )

@@ -28,7 +28,6 @@ from .component import (
     read_component,
     read_headers,
     read_json,
-    refuse_quantised,
 )
 from .families import (
     CLASSES,
@@ -40,10 +39,11 @@ from .families import (
     layout_of,
     left_out,
     refuse_class,
-    refuse_pickle,
     refuse_scheduler,
     refuse_unet,
 )
+from .file_kinds import refuse_other_formats
+from .quantised import refuse_quantised
 from .single_file import check_prediction_type, open_single_file, open_vae_file
 from .tokenizers import WriteTokenizer, copy_tokenizer, write_clip_tokenizer
 
@@ -55,7 +55,9 @@ _FILE_PIPELINES = {
     "sd2": "StableDiffusionPipeline",
     "sdxl": "StableDiffusionXLPipeline",
     "sdxl-refiner": "StableDiffusionXLImg2ImgPipeline",
+    "unclip": "StableUnCLIPImg2ImgPipeline",
 }
+_LCM = PIPELINES["LatentConsistencyModelPipeline"]
 TINY = "AutoencoderTiny"
 # A tiny decoder's first convolution, by diffusers' names and in TAESD's own files.
 _TINY_NAMES = {"decoder.layers.0.weight", "1.weight"}
@@ -76,8 +78,9 @@ class Checkpoint:
             `image_noising_scheduler`.
         defaults: a request's steps, guidance scale and strength, by the names of `engines.package.Defaults`.
         zero_empty_prompt: as in `engines.package.Manifest`.
-        notes: for the user: what was assumed about a one-file checkpoint, which tensors are not used, and
-            which variant of a folder's weights is taken.
+        predicts_by: what says which type the UNet predicts: "scheduler_config.json", "the tensor v_pred", ….
+        notes: for the user: what was assumed about a one-file checkpoint, which tensors and metadata are not
+            used, and which variant of a folder's weights is taken.
     """
 
     root: Path
@@ -86,6 +89,7 @@ class Checkpoint:
     configs: Mapping[str, Mapping[str, Any]]
     defaults: Mapping[str, float]
     zero_empty_prompt: bool = False
+    predicts_by: str = "scheduler_config.json"
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -269,7 +273,7 @@ def _open_folder(
     root: Path, prefer_fp16: bool, prediction_type: str | None, other_vae: _OtherVae | None
 ) -> Checkpoint:
     if not (root / "model_index.json").is_file():
-        _refuse_without_index(root)
+        refuse_without_index(root)
     index = read_json(root / "model_index.json")
     layout = layout_of(str(index.get("_class_name")), root)
     absent = left_out(layout, index)
@@ -303,12 +307,15 @@ def _open_folder(
         configs=configs,
         defaults=defaults(layout, configs["scheduler"]),
         zero_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", layout.zero_empty_prompt)),
+        predicts_by="scheduler_config.json" if prediction_type is None else "the caller",
         notes=_noted_variants(parts),
     )
 
 
-def _refuse_without_index(root: Path) -> NoReturn:
-    files = sorted(path for path in root.glob("*.safetensors") if path.is_file())
+def refuse_without_index(root: Path) -> NoReturn:
+    """Raise the CheckpointError for a folder that is not in diffusers' layout, naming the files in it."""
+    there = root.iterdir() if root.is_dir() else ()  # a pipe, say
+    files = sorted(path for path in there if path.suffix.lower() == ".safetensors" and path.is_file())
     if not files:
         missing(root / "model_index.json")
     largest = max(files, key=lambda path: path.stat().st_size)
@@ -344,6 +351,8 @@ def _open_file(path: Path, prediction_type: str | None, other_vae: _OtherVae | N
     found = open_single_file(path, prediction_type=prediction_type, without_vae=other_vae is not None)
     layout = PIPELINES[_FILE_PIPELINES[found.family]]
     parts = dict(found.components)
+    if parts["unet"].config.get("time_cond_proj_dim"):  # distilled for few steps, whatever its family
+        layout = replace(layout, steps=_LCM.steps, guidance_scale=_LCM.guidance_scale)
     if other_vae is not None:
         parts["vae"] = other_vae(parts["vae"].config if "vae" in parts else None, found.scaling_factor)
     pads = found.tokenizers.items()
@@ -351,10 +360,11 @@ def _open_file(path: Path, prediction_type: str | None, other_vae: _OtherVae | N
         root=path,
         parts=parts,
         tokenizers={name: partial(write_clip_tokenizer, pad_token=pad) for name, pad in pads},
-        configs={"scheduler": found.scheduler},
+        configs=found.configs,
         defaults=defaults(layout, found.scheduler),
         # As in the folder that the refiner is published in.
         zero_empty_prompt=layout.zero_empty_prompt and found.family != "sdxl-refiner",
+        predicts_by=found.predicts_by,
         notes=found.notes,
     )
 
@@ -417,7 +427,7 @@ def _open_vae(path: Path, name: str, *, scaling_factor: float, prefer_fp16: bool
 
 
 def _open_vae_file(path: Path, name: str, scaling_factor: float) -> Component:
-    refuse_pickle(path)
+    refuse_other_formats(path)
     headers = read_headers(path)
     if _TINY_NAMES.isdisjoint(headers):
         return replace(open_vae_file(path, scaling_factor=scaling_factor), name=name)

@@ -11,16 +11,16 @@ No tensor says
   2.x by generative-models' names is 2.1 Turbo, the one that was published so: it predicts the noise;
 - the noise schedule. All families were trained with the same betas; the marker `ztsnr` rescales them.
   Markers of EDM's convention (CosXL, Playground 2.5) are refused: no sampler here starts at their sigmas;
-- attention's precision in 2.x. 2.1 needs float32 scores and 2.0 is not harmed, so `upcast_attention` is on.
+- attention's precision in 2.x. 2.1 needs float32 scores and 2.0 is not harmed, so `upcast_attention` is on;
+- how Stable unCLIP's image embeddings are spread. The larger model, of ViT-H, was trained without
+  normalising them: its mean is 0 and its deviation 1. The smaller's are in its folder alone, so its file is
+  refused unless somebody put them in (`noise_augmentor.data_mean`, `data_std`).
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,29 @@ from typing import Any
 from ...engines.errors import CheckpointError, UsageError, command
 from ...engines.safetensors_format import read_header
 from ...engines.spec import TEXT_ENCODERS
-from .component import Component, TensorHeader, read_headers, refuse_quantised
-from .families import UNET, refuse_other_kinds, refuse_pickle
-from .ldm_names import clip_tensors, open_clip_tensors, unet_tensors, vae_tensors
+from .component import Component, TensorHeader, read_headers
+from .derived_configs import GUIDANCE, is_vae, text_config, unet_config, vae_config, vision_config
+from .file_kinds import refuse_other_formats, refuse_other_kinds
+from .ldm_names import (
+    TEXT,
+    UNET,
+    averaged_name,
+    class_unet_tensors,
+    clip_tensors,
+    open_clip_tensors,
+    open_clip_vision_tensors,
+    unet_tensors,
+    usual_names,
+    vae_tensors,
+)
+from .leftovers import HARMLESS, unread_metadata, unused_tensors
+from .quantised import refuse_markers, refuse_types
 
 Tensors = Mapping[str, TensorHeader]
 Naming = Callable[[Tensors], dict[str, TensorHeader]]
 
 VAE = "first_stage_model."
-_TEXT = "cond_stage_model."
-_UNET_START = "input_blocks.0.0.weight"
+VISION = "embedder.model.visual."
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 _SD_SCALING = 0.18215
 _FIX = "Use the complete checkpoint; other tools also write files without text encoders or autoencoder."
@@ -48,11 +61,12 @@ _NOTED_PREDICTIONS = {
     **dict.fromkeys(("epsilon", "eps", "false"), "epsilon"),
     **dict.fromkeys(("v", "v_prediction", "v-prediction", "v_pred", "vpred", "true"), "v_prediction"),
 }
+_ARCHITECTURE = "modelspec.architecture"
 _MODELSPEC_2 = {"stable-diffusion-v2-512": "epsilon", "stable-diffusion-v2-768-v": "v_prediction"}
-_CLIP_HEAD = 64  # channels of an attention head in ViT-L, ViT-H and ViT-bigG
-_WHOLE = "Use a complete checkpoint of Stable Diffusion 1.x, 2.x or XL."
-_ATTENTION_BLOCK = re.compile(r"(.+\.attentions\.\d{1,3})\.transformer_blocks\.(\d{1,3})\.")
-_MIDDLE = "mid_block.attentions.0"
+# Nothing says what the UNet predicts, and the family has models of both kinds.
+ASSUMED = "assumption"
+# Tensors that say how a UNet was trained: it predicts v; its schedule ends without signal.
+_V_PREDICTION, _ZERO_SNR = "v_pred", "ztsnr"
 # What is equal in every published scheduler_config.json of 1.x, 2.x and XL. A key more would overrule the own
 # default of a sampler that a request names: only XL's configs have a `timestep_spacing`.
 _SCHEDULE: Mapping[str, Any] = {
@@ -66,6 +80,30 @@ _SCHEDULE: Mapping[str, Any] = {
     "skip_prk_steps": True,
     "steps_offset": 1,
 }
+# A UNet with a guidance embedding is a latent consistency model's, whatever its family.
+_LCM_SCHEDULER = {"_class_name": "LCMScheduler", "original_inference_steps": 50, "timestep_scaling": 10.0}
+# Stable unCLIP, as published in both models' folders: noise on embeddings, the colours of CLIP's pictures.
+_UNCLIP_CONFIGS: Mapping[str, Mapping[str, Any]] = {
+    "image_noising_scheduler": {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_schedule": "squaredcos_cap_v2",
+    },
+    "feature_extractor": {
+        "image_processor_type": "CLIPImageProcessor",
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+    },
+}
+# Zeros and ones, as many as the widest image embedding has: what ViT-H's embeddings are normalised with.
+_UNIT_NORMALIZER = Path(__file__).parent / "unit_normalizer.safetensors"
+_UNIT_WIDTH = 1024
+_SMALL_WIDTH = 768  # of the smaller model's image embeddings, ViT-L's
+_SMALL_UNCLIP = "stabilityai/stable-diffusion-2-1-unclip-small"
+_NORMALIZER = {"mean": "noise_augmentor.data_mean", "std": "noise_augmentor.data_std"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,21 +111,28 @@ class SingleFile:
     """A checkpoint in one file.
 
     Attributes:
-        family: "sd1", "sd2", "sdxl" or "sdxl-refiner".
+        family: "sd1", "sd2", "sdxl", "sdxl-refiner" or "unclip".
         components: "unet", "vae" (it may be missing where another takes its place), and the family's text
-            encoders: "text_encoder", "text_encoder_2".
+            encoders: "text_encoder", "text_encoder_2"; unCLIP's "image_encoder" and "image_normalizer".
         scaling_factor: of the family's autoencoders.
-        scheduler: what a folder would have as `scheduler_config.json`.
+        configs: what a folder would have as JSON, by the folders' names: "scheduler", and unCLIP's others.
         tokenizers: a tokenizer's folder -> the token that fills short prompts. CLIP's vocabulary is implied.
-        notes: for the user: what was assumed, and which weights are not used.
+        predicts_by: what says which type the UNet predicts: "the tensor v_pred", ….
+        notes: for the user: what was assumed, and which tensors and metadata are not used.
     """
 
     family: str
     components: Mapping[str, Component]
     scaling_factor: float
-    scheduler: Mapping[str, Any]
+    configs: Mapping[str, Mapping[str, Any]]
     tokenizers: Mapping[str, str]
+    predicts_by: str
     notes: tuple[str, ...]
+
+    @property
+    def scheduler(self) -> Mapping[str, Any]:
+        """What a folder would have as `scheduler_config.json`."""
+        return self.configs["scheduler"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +155,20 @@ class _Family:
     sample_size: int = 64
     scaling_factor: float = _SD_SCALING
     unet: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    unet_naming: Naming = unet_tensors
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    sees: bool = False  # it has an image encoder
+
+    @property
+    def places(self) -> dict[str, tuple[str, Naming]]:
+        """Each part's prefix in the file, and what its tensors are called in diffusers."""
+        seen = {"image_encoder": (VISION, open_clip_vision_tensors)} if self.sees else {}
+        return {
+            **{name: (encoder.prefix, encoder.naming) for name, encoder in self.encoders.items()},
+            **seen,
+            "unet": (UNET, self.unet_naming),
+            "vae": (VAE, vae_tensors),
+        }
 
 
 def _penultimate(stored: Tensors) -> dict[str, TensorHeader]:
@@ -144,17 +203,18 @@ _xl = partial(
     sample_size=128,
     scaling_factor=0.13025,
 )
+_SD2 = _Family(
+    encoders={"text_encoder": _open_clip("cond_stage_model", _penultimate, projects=False)},
+    scheduler={"_class_name": "DDIMScheduler"},
+    unet={"upcast_attention": True},
+)
 _FAMILIES: Mapping[str, _Family] = {
     "sd1": _Family(
         encoders={"text_encoder": _clip("cond_stage_model")},
         scheduler={"_class_name": "PNDMScheduler"},
         head_size=None,
     ),
-    "sd2": _Family(
-        encoders={"text_encoder": _open_clip("cond_stage_model", _penultimate, projects=False)},
-        scheduler={"_class_name": "DDIMScheduler"},
-        unet={"upcast_attention": True},
-    ),
+    "sd2": _SD2,
     "sdxl": _xl(
         encoders={
             "text_encoder": _clip("conditioner.embedders.0"),
@@ -164,6 +224,13 @@ _FAMILIES: Mapping[str, _Family] = {
     "sdxl-refiner": _xl(
         encoders={"text_encoder_2": _open_clip("conditioner.embedders.0", open_clip_tensors, projects=True)},
         ids=5,
+    ),
+    "unclip": replace(
+        _SD2,
+        scheduler={"_class_name": "PNDMScheduler"},
+        unet_naming=class_unet_tensors,
+        configs=_UNCLIP_CONFIGS,
+        sees=True,
     ),
 }
 
@@ -189,50 +256,44 @@ def open_single_file(
         without_vae: another autoencoder will take the place of the file's, which may be missing or damaged.
 
     Raises:
-        CheckpointError: a damaged file, a pickle, another family or kind (named), or a part that is missing.
+        CheckpointError: a damaged file, a pickle, quantised weights, another family or kind (named), or a
+            part that is missing.
         UsageError: an unknown `prediction_type`.
     """
     check_prediction_type(prediction_type)
-    refuse_pickle(path)
-    stored = read_headers(path)
-    tensors = _named_usually(stored)
-    refuse_other_kinds(path, tensors)
-    refuse_quantised(path, _under(tensors, UNET))  # its scales would be named as surplus
-    name = _family(tensors)
+    refuse_other_formats(path)
+    stored, metadata = read_headers(path), read_header(path).metadata
+    tensors = usual_names(stored)
+    refuse_other_kinds(path, tensors, metadata)
+    refuse_markers(path, tensors)
+    refuse_types(path, _under(tensors, UNET))  # before a shape is found odd; other parts are checked later
+    name = family_of(tensors)
     family = _FAMILIES[name]
     parts = _parts(path, tensors, family, without_vae=without_vae)
-    if without_vae and not _is_vae(parts.get("vae", {})):
+    if without_vae and not is_vae(parts.get("vae", {})):
         parts.pop("vae", None)
-    notes: list[str] = []
-    if averages := sum(tensor.startswith("model_ema.") for tensor in tensors):
-        notes.append(f"{averages} tensors model_ema.* (averaged weights) are not used")
-    prediction_type = prediction_type or _stated_prediction(path, tensors, read_header(path).metadata)
-    if prediction_type is None:
-        inpaints = tensors[f"{UNET}input_blocks.0.0.weight"].shape[1] == 9
-        turbo = any("conditioner.embedders." in tensor for tensor in stored)
-        v = name == "sd2" and not inpaints and not turbo
-        prediction_type = "v_prediction" if v else "epsilon"
-        if name == "sd2":
-            notes.append(f"it does not say what its UNet predicts: {prediction_type} is assumed")
+    predicts, predicts_by = _prediction(path, name, stored, metadata, prediction_type)
     try:
-        configs = _configs(parts, family, v_768=(name, prediction_type) == ("sd2", "v_prediction"))
+        configs = _configs(parts, family, v_768=family.unet == _SD2.unet and predicts == "v_prediction")
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error.found}", expected=error.expected, fix=error.fix) from error
     components = {
         part: Component(name=part, folder=path, config=configs[part], tensors=found)
         for part, found in parts.items()
     }
-    scheduler = {**_SCHEDULE, **family.scheduler, "prediction_type": prediction_type}
-    if "ztsnr" in tensors:
+    scheduler = {**_SCHEDULE, **family.scheduler, "prediction_type": predicts}
+    if GUIDANCE in parts["unet"]:
+        scheduler |= _LCM_SCHEDULER
+    if _ZERO_SNR in tensors:
         scheduler["rescale_betas_zero_snr"] = True
-    tokenizers = {TEXT_ENCODERS[part]: encoder.pad_token for part, encoder in family.encoders.items()}
     return SingleFile(
         family=name,
         components=components,
         scaling_factor=family.scaling_factor,
-        scheduler=scheduler,
-        tokenizers=tokenizers,
-        notes=tuple(notes),
+        configs={"scheduler": scheduler, **family.configs},
+        tokenizers={TEXT_ENCODERS[part]: encoder.pad_token for part, encoder in family.encoders.items()},
+        predicts_by=predicts_by,
+        notes=_notes(stored, parts, metadata, predicts_by, predicts),
     )
 
 
@@ -246,13 +307,13 @@ def open_vae_file(path: Path, *, scaling_factor: float = _SD_SCALING) -> Compone
     Raises:
         CheckpointError: a damaged file, a pickle, or no autoencoder of this family.
     """
-    refuse_pickle(path)
-    stored = read_headers(path)
-    tensors = _under(stored, next((prefix for prefix in (VAE, "vae.") if _any_under(stored, prefix)), ""))
-    if not _any_under(tensors, "encoder.down_blocks."):
+    refuse_other_formats(path)
+    stored = usual_names(read_headers(path))
+    tensors = _under(stored, next((prefix for prefix in (VAE, "vae.") if any_under(stored, prefix)), ""))
+    if not any_under(tensors, "encoder.down_blocks."):
         tensors = vae_tensors(tensors)
     try:
-        config = _vae_config(tensors)
+        config = vae_config(tensors)
     except CheckpointError as error:
         raise CheckpointError(
             f"{path} is no autoencoder ({error.found})",
@@ -267,52 +328,43 @@ def _under(tensors: Tensors, prefix: str) -> dict[str, TensorHeader]:
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _any_under(tensors: Tensors, prefix: str) -> bool:
+def any_under(tensors: Tensors, prefix: str) -> bool:
+    """Whether a tensor's name begins so."""
     return any(name.startswith(prefix) for name in tensors)
 
 
-def _named_usually(stored: Tensors) -> dict[str, TensorHeader]:
-    """The tensors by the names that latent-diffusion's checkpoints have, where a tool wrote others.
-
-    The UNet may lie under `diffusion_model.` without `model.`, and everything under one more prefix. By
-    generative-models' names the one text encoder of 1.x and 2.x is called as the first of XL.
-    """
-    end = f"diffusion_model.{_UNET_START}"
-    unet = next((name.removesuffix(_UNET_START) for name in stored if f".{name}".endswith(f".{end}")), UNET)
-    if unet != UNET and f"{UNET}{_UNET_START}" not in stored:
-        outer = unet.removesuffix(UNET if unet.endswith(f".{UNET}") else UNET.removeprefix("model."))
-        stored = {
-            UNET + name.removeprefix(unet) if name.startswith(unet) else name.removeprefix(outer): tensor
-            for name, tensor in stored.items()
-        }
-    if f"{UNET}label_emb.0.0.weight" in stored:
-        return dict(stored)
-    return {re.sub(r"^conditioner\.embedders\.0\.", _TEXT, name): tensor for name, tensor in stored.items()}
-
-
-def _family(tensors: Tensors) -> str:
-    """The family by its text encoders; without them, by sizes that only full models have."""
+def family_of(tensors: Tensors) -> str:
+    """The family of a file with a UNet: by added conditions, text encoders, else by the UNet alone."""
+    if any_under(tensors, VISION):
+        return "unclip"
     if f"{UNET}label_emb.0.0.weight" in tensors:
-        refines = _any_under(tensors, "conditioner.embedders.0.model.")
-        if not _any_under(tensors, "conditioner."):
-            refines = _any_under(tensors, f"{UNET}input_blocks.9.")  # four levels instead of three
+        if any_under(tensors, TEXT):
+            return "unclip"  # without the image encoder that it needs
+        refines = any_under(tensors, "conditioner.embedders.0.model.")
+        if not any_under(tensors, "conditioner."):
+            refines = any_under(tensors, f"{UNET}input_blocks.9.")  # four levels instead of three
         return "sdxl-refiner" if refines else "sdxl"
-    if _any_under(tensors, "cond_stage_model."):
-        return "sd2" if _any_under(tensors, "cond_stage_model.model.") else "sd1"
+    if any_under(tensors, TEXT):
+        return "sd2" if any_under(tensors, f"{TEXT}model.") else "sd1"
     context = tensors.get(f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight")
     return "sd2" if context is not None and context.shape[-1:] == (1024,) else "sd1"
+
+
+def parts_of(tensors: Tensors) -> dict[str, tuple[str, dict[str, TensorHeader]]]:
+    """The prefix and the tensors of each part that a file of this family should have; a part may be missing.
+
+    Nothing is refused: this is for saying what is there.
+    """
+    places = _FAMILIES[family_of(tensors)].places.items()
+    return {name: (prefix, naming(_under(tensors, prefix))) for name, (prefix, naming) in places}
 
 
 def _parts(
     path: Path, tensors: Tensors, family: _Family, *, without_vae: bool
 ) -> dict[str, dict[str, TensorHeader]]:
     """Each part's tensors by diffusers' names. Raises CheckpointError for missing parts, unknown tensors."""
-    places: dict[str, tuple[str, Naming]] = {
-        **{name: (encoder.prefix, encoder.naming) for name, encoder in family.encoders.items()},
-        "unet": (UNET, unet_tensors),
-        "vae": (VAE, vae_tensors),
-    }
-    lacking = {name: place for name, (place, _) in places.items() if not _any_under(tensors, place)}
+    places = family.places
+    lacking = {name: place for name, (place, _) in places.items() if not any_under(tensors, place)}
     if without_vae and lacking.pop("vae", None):
         del places["vae"]
     if lacking:
@@ -326,32 +378,82 @@ def _parts(
     parts = {name: naming(_under(tensors, prefix)) for name, (prefix, naming) in places.items()}
     known = {tensor.name for tensor in parts["unet"].values()}
     surplus = [tensor.name for name, tensor in tensors.items() if name.startswith(UNET)]
-    if surplus := [name for name in surplus if name not in known]:
+    if surplus := [name for name in surplus if name not in known and not HARMLESS.search(name)]:
         raise CheckpointError(
             f"{path} has {len(surplus)} tensors that no Stable Diffusion UNet has ({surplus[0][:200]})",
             expected="a UNet without additions",
             fix="Use a diffusers folder of this model, if its family is supported.",
         )
+    if family.sees:
+        parts["image_normalizer"] = _normalizer(path, tensors, parts["image_encoder"])
     return parts
+
+
+def _normalizer(path: Path, tensors: Tensors, encoder: Tensors) -> dict[str, TensorHeader]:
+    """Mean and deviation of image embeddings, (1, C) each: the file's, or ViT-H's, which are 0 and 1."""
+    stored = {name: tensors[theirs] for name, theirs in _NORMALIZER.items() if theirs in tensors}
+    if len(stored) == len(_NORMALIZER):
+        return stored
+    width = encoder["visual_projection.weight"].shape[0] if "visual_projection.weight" in encoder else 0
+    if width == _SMALL_WIDTH or not 0 < width <= _UNIT_WIDTH:
+        raise CheckpointError(
+            f"{path} has no statistics of its image embeddings ({', '.join(_NORMALIZER.values())})",
+            expected="those of the model's image_normalizer",
+            fix=f"Use its folder: {command('hf', 'download', _SMALL_UNCLIP, '--local-dir', 'FOLDER')}",
+        )
+    return {
+        name: replace(header, rows=(0, width), shape=(1, width))
+        for name, header in read_headers(_UNIT_NORMALIZER).items()
+    }
 
 
 def _configs(parts: Mapping[str, Tensors], family: _Family, *, v_768: bool) -> dict[str, dict[str, Any]]:
     """The parts' configs. `v_768`: the model is like 2.1, which predicts v and was trained at 768 pixels."""
-    configs = {name: _text_config(parts[name], encoder) for name, encoder in family.encoders.items()}
+    configs = {
+        name: text_config(parts[name], hidden_act=encoder.hidden_act, projects=encoder.projects)
+        for name, encoder in family.encoders.items()
+    }
     pooled = configs.get("text_encoder_2", {}).get("projection_dim", 0)
     size = 96 if v_768 else family.sample_size
-    unet = {**_unet_config(parts["unet"], family, pooled), **family.unet, "sample_size": size}
-    configs["unet"] = unet
+    unet = unet_config(parts["unet"], head_size=family.head_size, ids=family.ids, pooled=pooled)
+    configs["unet"] = {**unet, **family.unet, "sample_size": size}
+    if "image_encoder" in parts:
+        vision = vision_config(parts["image_encoder"], hidden_act="gelu")
+        small = vision["projection_dim"] == _SMALL_WIDTH  # OpenAI's ViT-L
+        configs["image_encoder"] = {**vision, "hidden_act": "quick_gelu" if small else "gelu"}
+        configs["image_normalizer"] = {
+            "_class_name": "StableUnCLIPImageNormalizer",
+            "embedding_dim": vision["projection_dim"],
+        }
     if "vae" in parts:
         sizes = {"sample_size": 8 * size, "scaling_factor": family.scaling_factor}
-        configs["vae"] = {**_vae_config(parts["vae"]), **sizes}
+        configs["vae"] = {**vae_config(parts["vae"]), **sizes}
     return configs
 
 
-def _stated_prediction(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> str | None:
-    """What a file says that its UNet predicts. Raises CheckpointError for what no sampler is for."""
-    if "v_pred" in tensors:
-        return "v_prediction"
+def _prediction(
+    path: Path, family: str, stored: Tensors, metadata: Mapping[str, str], given: str | None
+) -> tuple[str, str]:
+    """What the UNet predicts, and what says so."""
+    if given is not None:
+        return given, "the caller"
+    if said := _stated_prediction(path, usual_names(stored), metadata):
+        return said
+    if family not in ("sd2", "unclip"):
+        return "epsilon", "the default of its family"
+    inpaints = usual_names(stored)[f"{UNET}input_blocks.0.0.weight"].shape[1] == 9
+    turbo = any("conditioner.embedders." in tensor for tensor in stored)
+    return ("epsilon" if inpaints or turbo else "v_prediction"), ASSUMED
+
+
+def _stated_prediction(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> tuple[str, str] | None:
+    """What a file says that its UNet predicts, and where.
+
+    Raises:
+        CheckpointError: it says what no sampler is for.
+    """
+    if _V_PREDICTION in tensors:
+        return "v_prediction", f"the tensor {_V_PREDICTION}"
     for key in _NOTED:
         if noted := metadata.get(key, "").strip().lower():
             if noted not in _NOTED_PREDICTIONS:
@@ -360,141 +462,25 @@ def _stated_prediction(path: Path, tensors: Tensors, metadata: Mapping[str, str]
                     expected=" or ".join(PREDICTION_TYPES),
                     fix="Pass --prediction-type if you know better.",
                 )
-            return _NOTED_PREDICTIONS[noted]
-    return _MODELSPEC_2.get(metadata.get("modelspec.architecture", "").lower())
+            return _NOTED_PREDICTIONS[noted], f"the metadata {key}"
+    said = _MODELSPEC_2.get(metadata.get(_ARCHITECTURE, "").lower())
+    return (said, f"the metadata {_ARCHITECTURE}") if said else None
 
 
-def _unet_config(tensors: Tensors, family: _Family, pooled: int) -> dict[str, Any]:
-    """The config of UNet2DConditionModel. `pooled` is the width of the pooled text embedding, 0 for none.
-
-    Raises:
-        CheckpointError: a tensor is missing, or no config can describe how the blocks are arranged.
-    """
-    head_size, ids = family.head_size, family.ids
-    levels = max(_count(tensors, "down_blocks."), 1)
-    widths = [_shape(tensors, f"down_blocks.{i}.resnets.0.conv1.weight", 4)[0] for i in range(levels)]
-    layers = _count(tensors, "down_blocks.0.resnets.")
-    depths, middle = _depths(tensors, levels, layers)
-    per_level = [*(depth or 1 for depth in depths[:-1]), middle]
-    uniform = len({middle, *filter(None, depths)}) == 1
-    config: dict[str, Any] = {
-        "_class_name": "UNet2DConditionModel",
-        "in_channels": _shape(tensors, "conv_in.weight", 4)[1],
-        "out_channels": _shape(tensors, "conv_out.weight", 4)[0],
-        "down_block_types": [f"{'CrossAttn' if depth else ''}DownBlock2D" for depth in depths],
-        "up_block_types": [f"{'CrossAttn' if depth else ''}UpBlock2D" for depth in reversed(depths)],
-        "block_out_channels": widths,
-        "layers_per_block": layers,
-        "norm_num_groups": 32,
-        "cross_attention_dim": _shape(tensors, f"{_MIDDLE}.transformer_blocks.0.attn2.to_k.weight", 2)[1],
-        "transformer_layers_per_block": middle if uniform else per_level,
-        "attention_head_dim": 8 if head_size is None else [max(width // head_size, 1) for width in widths],
-        "use_linear_projection": len(_shape(tensors, f"{_MIDDLE}.proj_in.weight")) == 2,
-    }
-    if "add_embedding.linear_1.weight" in tensors:
-        added = _shape(tensors, "add_embedding.linear_1.weight", 2)[1]
-        if added <= pooled or (added - pooled) % ids:
-            raise CheckpointError(
-                f"the UNet's added embedding takes {added} numbers",
-                expected=f"the pooled text embedding's {pooled} and {ids} ids of equal width",
-                fix=_WHOLE,
-            )
-        config |= {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": (added - pooled) // ids,
-            "projection_class_embeddings_input_dim": added,
-        }
-    return config
-
-
-def _depths(tensors: Tensors, levels: int, layers: int) -> tuple[list[int], int]:
-    """The transformer blocks of an attention: in each level (0 without attention), and in the middle."""
-    blocks = {match.groups() for match in map(_ATTENTION_BLOCK.match, tensors) if match}
-    found = Counter(place for place, _ in blocks)
-    depths = [found[f"down_blocks.{level}.attentions.0"] for level in range(levels)]
-    middle = found[_MIDDLE]
-    expected = Counter({_MIDDLE: middle})
-    for level, depth in enumerate(depths):
-        expected.update({f"down_blocks.{level}.attentions.{i}": depth for i in range(layers)})
-        expected.update({f"up_blocks.{levels - 1 - level}.attentions.{i}": depth for i in range(layers + 1)})
-    if found != expected or middle == 0 or depths[-1] not in (0, middle):
-        raise CheckpointError(
-            f"the UNet's transformer blocks are arranged otherwise ({levels} levels of {layers} layers,"
-            f" depths {depths}, {middle} in the middle)",
-            expected="one depth in each level and its counterpart above (SSD-1B and Vega have several)",
-            fix=_WHOLE,
-        )
-    return depths, middle
-
-
-def _vae_config(tensors: Tensors) -> dict[str, Any]:
-    """The config of AutoencoderKL without its scaling factor, which no shape says."""
-    levels = max(_count(tensors, "encoder.down_blocks."), 1)
-    firsts = [f"encoder.down_blocks.{level}.resnets.0.conv1.weight" for level in range(levels)]
-    config: dict[str, Any] = {
-        "_class_name": "AutoencoderKL",
-        "in_channels": _shape(tensors, "encoder.conv_in.weight", 4)[1],
-        "out_channels": _shape(tensors, "decoder.conv_out.weight", 4)[0],
-        "latent_channels": _shape(tensors, "decoder.conv_in.weight", 4)[1],
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "block_out_channels": [_shape(tensors, first, 4)[0] for first in firsts],
-        "layers_per_block": _count(tensors, "encoder.down_blocks.0.resnets."),
-        "norm_num_groups": 32,
-        "act_fn": "silu",
-    }
-    optional = ("quant_conv", "post_quant_conv")
-    return config | {f"use_{name}": False for name in optional if f"{name}.weight" not in tensors}
-
-
-def _is_vae(tensors: Tensors) -> bool:
-    with suppress(CheckpointError):
-        return bool(_vae_config(tensors))
-    return False
-
-
-def _text_config(tensors: Tensors, encoder: _Encoder) -> dict[str, Any]:
-    """The config of CLIPTextModel, or of CLIPTextModelWithProjection."""
-    words, width = _shape(tensors, "text_model.embeddings.token_embedding.weight", 2)
-    first = "text_model.encoder.layers.0"
-    query = _shape(tensors, f"{first}.self_attn.q_proj.weight", 2)
-    if query != (width, width):
-        raise CheckpointError(
-            f"a text encoder of width {width} has query projections of the shape {query}",
-            expected=f"{(width, width)}",
-            fix=_WHOLE,
-        )
-    return {
-        "architectures": [f"CLIPTextModel{'WithProjection' if encoder.projects else ''}"],
-        "model_type": "clip_text_model",
-        "vocab_size": words,
-        "hidden_size": width,
-        "intermediate_size": _shape(tensors, f"{first}.mlp.fc1.weight", 2)[0],
-        "num_hidden_layers": _count(tensors, "text_model.encoder.layers."),
-        "num_attention_heads": max(width // _CLIP_HEAD, 1),
-        "max_position_embeddings": _shape(tensors, "text_model.embeddings.position_embedding.weight", 2)[0],
-        "hidden_act": encoder.hidden_act,
-        "layer_norm_eps": 1e-5,
-        "projection_dim": _shape(tensors, "text_projection.weight", 2)[0] if encoder.projects else width,
-        # As in the published configs. 2 means to transformers that the highest id of a prompt is its end.
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-        "pad_token_id": 1,
-    }
-
-
-def _count(tensors: Tensors, prefix: str) -> int:
-    """How many different numbers follow `prefix` in the names."""
-    return len({name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)})
-
-
-def _shape(tensors: Tensors, name: str, rank: int | None = None) -> tuple[int, ...]:
-    """The shape of a tensor that must be there."""
-    if name not in tensors:
-        raise CheckpointError(f"the tensor {name!r} is missing", expected="a complete checkpoint", fix=_WHOLE)
-    shape = tensors[name].shape
-    if rank is not None and len(shape) != rank:
-        raise CheckpointError(
-            f"the tensor {name!r} has the shape {shape}", expected=f"{rank} axes", fix=_WHOLE
-        )
-    return shape
+def _notes(
+    stored: Tensors,
+    parts: Mapping[str, Tensors],
+    metadata: Mapping[str, str],
+    predicts_by: str,
+    predicts: str,
+) -> tuple[str, ...]:
+    """What a user should know: what was assumed, what is used in place of what, what is not used."""
+    notes: list[str] = []
+    if any(averaged_name(tensor.name) for tensor in parts["unet"].values()):
+        notes.append("averaged weights (model_ema.*) are the UNet: the file has no others")
+    if predicts_by == ASSUMED:
+        notes.append(f"it does not say what its UNet predicts: {predicts} is assumed")
+    used = {tensor.name for part in parts.values() for tensor in part.values()}
+    unused = [name for name in stored if name not in used and name not in (_V_PREDICTION, _ZERO_SNR)]
+    read = (*_NOTED, _ARCHITECTURE)
+    return (*notes, *unused_tensors(unused), *unread_metadata(metadata, read))

@@ -11,11 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from latentrt import cli
 from latentrt.engines.installed import install_command
+from tests.checkpoints.odd_files import ODD_FILES
 
 PROMPT = "a red circle on a blue background"
 QUICK = ["--steps", "2", "--seed", "7", "--threads", "1"]
@@ -105,6 +108,41 @@ def test_inspect_package(latentrt: Any) -> None:
     for net in ("text_encoder", "unet_context", "unet_time", "unet", "vae_decoder", "unet_whole"):
         assert f"\n{net}  " in out
     assert json.loads(latentrt("inspect", "demo", "--json")[1])["latent_channels"] == 4
+
+
+def test_inspect_says_what_a_file_is(latentrt: Any, tmp_path: Path) -> None:
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    lora = {f"{name}.lora_down.weight": np.ones((4, 768), np.float16), f"{name}.alpha": np.ones(())}
+    save_file(lora, tmp_path / "style.safetensors")
+    code, out, _ = latentrt("inspect", str(tmp_path / "style.safetensors"))
+    assert code == 0
+    assert "a LoRA (kohya's names) for Stable Diffusion 1.x" in out
+    assert "2 tensors (1 in F16, 1 in F64)" in out
+    assert "rank 4" in out
+    assert "No adapter can be used yet" in out
+    found = json.loads(latentrt("inspect", str(tmp_path / "style.safetensors"), "--json")[1])
+    assert (found["kind"], found["family"], found["opens"]) == ("lora", "sd1", False)
+    assert "a folder of files (style.safetensors)" in latentrt("inspect", str(tmp_path))[1]
+
+
+def test_inspect_says_what_a_checkpoint_has(latentrt: Any, tmp_path: Path) -> None:
+    ODD_FILES["inpainting 2.x"].make(tmp_path)
+    code, out, _ = latentrt("inspect", str(tmp_path / "model.safetensors"))
+    assert code == 0
+    for line in (
+        "a checkpoint of Stable Diffusion 2.x, in one file",
+        "its UNet predicts epsilon, by assumption",
+        "9 input channels (inpainting)",
+        "once they can be used: embedding for 64 numbers in text_encoder",
+        "tensors that are not used: ",
+        "Export it: latentrt export ",
+    ):
+        assert line in out
+    (tmp_path / "half").mkdir()
+    ODD_FILES["no autoencoder"].make(tmp_path / "half")
+    out = latentrt("inspect", str(tmp_path / "half" / "model.safetensors"))[1]
+    assert "missing: vae" in out
+    assert "cannot be opened: " in out
 
 
 def test_inspect_sampler_prints_its_table(latentrt: Any) -> None:
