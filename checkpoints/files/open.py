@@ -306,7 +306,8 @@ def _open_folder(
         tokenizers={name: partial(copy_tokenizer, folder=folder) for name, folder in tokenizers.items()},
         configs=configs,
         defaults=defaults(layout, configs["scheduler"]),
-        zero_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", layout.zero_empty_prompt)),
+        # Pipelines of other families do not read the key.
+        zero_empty_prompt=layout.zero_empty_prompt and bool(index.get("force_zeros_for_empty_prompt", True)),
         predicts_by="scheduler_config.json" if prediction_type is None else "the caller",
         notes=_noted_variants(parts),
     )
