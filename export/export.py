@@ -21,6 +21,8 @@ import torch
 from ..checkpoints.beside import beside, put
 from ..checkpoints.files.open import Checkpoint
 from ..checkpoints.graphs import weights
+from ..checkpoints.graphs.controls import add_controls
+from ..checkpoints.graphs.extra_embeddings import add_extra_embeddings
 from ..checkpoints.graphs.hoist import hoist
 from ..checkpoints.graphs.step import write_step
 from ..checkpoints.precision.calibration import Calibration
@@ -39,7 +41,13 @@ Dtype = Literal["fp16", "fp32"]
 _TORCH_TYPES = {"fp16": torch.float16, "fp32": torch.float32}
 _ONNX_TYPES = {"fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
 # The file of a net's graph, where it is not "model".
-_FILES = {"unet": "loop", "unet_context": "context", "unet_time": "time", "step_masked": "masked"}
+_FILES = {
+    "unet": "loop",
+    "unet_context": "context",
+    "unet_time": "time",
+    "unet_controlled": "controlled",
+    "step_masked": "masked",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,10 +195,13 @@ def _export_component(
 def _write_graphs(
     component: str, folder: Path, model: ir.Model, contract: spec.NetSpec, dtype: Dtype
 ) -> dict[str, NetFile]:
-    """Write the graph of a component, or the four of the UNet, which is cut after its islands are set."""
+    """Write the graph of a component, or the five of the UNet, which is cut after its islands are set."""
     graphs = {component: (model, contract)}
     if component == "unet":
         graphs = {"unet_whole": (model, contract), **hoist(model)}
+        graphs["unet_controlled"] = add_controls(*graphs["unet"])
+    elif component in spec.TEXT_ENCODERS:
+        graphs[component] = model, add_extra_embeddings(model, contract)
     files: dict[str, NetFile] = {}
     for name, (graph, boundary) in graphs.items():
         path = f"{component}/{_FILES.get(name, 'model')}.onnx"

@@ -23,7 +23,7 @@ def latents(exported: Exported, rows: int, height: int, width: int, tokens: int)
 def by_invariants(exported: Exported, latent: Any, context: Any, times: Any, row: int) -> Any:
     invariants = exported.run("unet_context", context=context)
     table = exported.run("unet_time", timestep=times)
-    one = {name: value[row : row + 1] for name, value in table.items()}
+    one = {name: value[[row] * len(latent)] for name, value in table.items()}
     return exported.run("unet", latent=latent, **invariants, **one)["prediction"]
 
 
@@ -43,7 +43,7 @@ def test_invariants_are_named_after_modules_and_shaped(sd1: Exported) -> None:
     assert time[0].shape == ("S", 48)
     loop = nets["unet"].spec.inputs
     assert [item.name for item in loop] == ["latent", *(item.name for item in (*context, *time))]
-    assert [item.shape for item in loop[-8:]] == [(1, *item.shape[1:]) for item in time]
+    assert [item.shape for item in loop[-8:]] == [("B", *item.shape[1:]) for item in time]
 
 
 def test_heads_by_block(sd2: Exported) -> None:
