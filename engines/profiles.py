@@ -338,6 +338,12 @@ def choose(
             expected=f"what engines cover: {labels}",
             fix=f"Ask for at most {_MOST_STEPS} steps: --steps {_USUAL_STEPS}.",
         )
+    if sizes.get("E", 0) > _MOST_EMBEDDINGS:
+        raise UsageError(
+            f"prompts have {sizes['E']} embeddings beyond the vocabulary",
+            expected=f"at most {_MOST_EMBEDDINGS}, which is what an engine covers",
+            fix="Use fewer embeddings of textual inversion at once.",
+        )
     sources = dict.fromkeys(str(profile.source) for profile in profiles)
     sources[str(_profile_for(sizes, first.source))] = None
     options = [word for source in sources for word in ("--profile", source)]

@@ -55,6 +55,7 @@ def add_extra_embeddings(model: ir.Model, contract: spec.NetSpec) -> spec.NetSpe
 
     before = next(node for node in graph if node in {use.node for use in reading})
     mine = _insert(graph, before, "Gather", [extra, row], "embedding", extra.dtype)
+    assert found.dtype is not None
     if found.dtype != extra.dtype:  # it lies in an island
         mine = _insert(graph, before, "Cast", [mine], "widened", found.dtype, to=found.dtype)
     last = _constant(graph, "last_axis", np.array([2], np.int64))

@@ -1,7 +1,7 @@
 """`unet_controlled` against diffusers' UNet, called with what ControlNets and T2I-Adapters hand to it."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -9,18 +9,16 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from latentrt.checkpoints.files.open import Checkpoint
-from latentrt.checkpoints.graphs import weights
 from latentrt.checkpoints.graphs.controls import add_controls
 from latentrt.checkpoints.graphs.hoist import hoist
 from latentrt.engines import spec
+from latentrt.engines.errors import CheckpointError
 from latentrt.engines.package import Package
-from latentrt.engines.spec import NetSpec, TensorSpec
+from latentrt.engines.spec import TensorSpec
 from latentrt.engines.tolerances import NET_RELATIVE_L2
-from latentrt.export.graphs import passes
-from latentrt.export.graphs.to_onnx import to_onnx
-from latentrt.export.nets.build import NETS
+from latentrt.export.nets.build import WholeUnet
 from tests.export.conftest import Exported, relative_l2
+from tests.export.traced import runner, traced
 from tests.parity_pair import exported
 
 WIDTHS = dict.fromkeys(spec.VECTORS, 8)
@@ -57,6 +55,11 @@ def inputs(family: Exported, size: tuple[int, int], names: tuple[str, ...]) -> d
 def wanted(family: Exported, called: dict[str, Any], names: tuple[str, ...]) -> Any:
     options: dict[str, Any] = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
     net: Any = UNet2DConditionModel.from_pretrained(family.source / "unet", **options)
+    return by_diffusers(net, called, names)
+
+
+def by_diffusers(net: Any, called: dict[str, Any], names: tuple[str, ...]) -> Any:
+    """What diffusers predicts with the controls of these prefixes, and without the others."""
     net.num_upsamplers = 30  # upsamples to the size of the skip connection, as every package does
 
     def group(prefix: str) -> list[torch.Tensor]:
@@ -113,7 +116,8 @@ def test_the_contract_is_that_of_the_loop_with_controls_behind(
     plain, controlled = nets["unet"], nets["unet_controlled"]
     assert controlled.spec.inputs[: len(plain.spec.inputs)] == plain.spec.inputs
     assert controlled.spec.outputs == plain.spec.outputs
-    assert (controlled.weights, controlled.fp32_islands[:0]) == (plain.weights, ())
+    assert controlled.weights == plain.weights
+    assert set(controlled.fp32_islands) >= set(plain.fp32_islands)
     config = UNet2DConditionModel.load_config(family.source / "unet")
     channels, layers = config["block_out_channels"], config["layers_per_block"]
     skips = [(channels[0], 0)]
@@ -130,19 +134,61 @@ def test_the_contract_is_that_of_the_loop_with_controls_behind(
     ]
 
 
-def cut(source: Path, folder: Path) -> dict[str, tuple[ir.Model, NetSpec]]:
-    """The UNet of a checkpoint, traced, cut, and with controls; the graphs are written beside its weights."""
-    net = NETS["unet"].build(Checkpoint.open(source), torch.float32)
-    state = net.module.state_dict()
-    tensors = {name: state[key] for key, (name, _) in net.tensors.items()}
-    types = dict.fromkeys(tensors, ir.DataType.FLOAT)
-    slots = weights.write_weights(folder / weights.WEIGHTS, tensors, types)
-    model = to_onnx(net)
-    weights.attach(model, folder, slots)
-    passes.clean(model)
-    graphs = hoist(model)
-    graphs["unet_controlled"] = add_controls(*graphs["unet"])
-    for name, (graph, _) in graphs.items():
-        weights.forget_shapes(graph)
-        cast(Any, ir).save(graph, folder / f"{name}.onnx")
-    return graphs
+# The published orders of blocks, their depths and middles; the widths are small.
+UNETS: dict[str, dict[str, Any]] = {
+    "sd15": {"levels": ["CrossAttn"] * 3 + [""], "transformer_layers_per_block": 1},
+    "ssd-1b": {
+        "levels": ["", "CrossAttn", "CrossAttn"],
+        "transformer_layers_per_block": [1, [2, 1], [2, 2]],
+        "reverse_transformer_layers_per_block": [[1, 2, 2], [2, 1, 1], 1],
+        "mid_block_type": "UNetMidBlock2D",
+    },
+    "without a middle": {"levels": ["CrossAttn", ""], "mid_block_type": None},
+}
+
+
+def unet(*, levels: list[str], **more: Any) -> Any:
+    torch.manual_seed(0)
+    net: Any = UNet2DConditionModel(
+        block_out_channels=tuple(16 * (1 + number) for number in range(len(levels))),
+        down_block_types=tuple(f"{level}DownBlock2D" for level in levels),
+        up_block_types=tuple(f"{level}UpBlock2D" for level in reversed(levels)),
+        cross_attention_dim=24,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        use_linear_projection=True,
+        **more,
+    )
+    return net.eval()
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_unets_of_other_depths(name: str, tmp_path: Path) -> None:
+    net = unet(**UNETS[name])
+    whole = spec.unet_whole(channels=4, width=24, float_dtype="float32")
+    model = traced(WholeUnet(net), whole, tmp_path)
+    plain = hoist(model)
+    model, contract = add_controls(*plain["unet"])
+    run = runner(model, contract, tmp_path / "controlled.onnx")
+    parts = {net: runner(*plain[net], tmp_path / f"{net}.onnx") for net in ("unet_context", "unet_time")}
+    random, sizes = np.random.default_rng(0), {"B": 2, "H/8": 13, "W/8": 10}
+    own = {
+        item.name: random.standard_normal(spec.shape_of(item.shape, sizes), np.float32)
+        for item in contract.inputs
+        if not item.name.startswith(("context.", "time."))
+    }
+    context, timestep = random.standard_normal((2, 77, 24), np.float32), np.array([7.0, 900.0], np.float32)
+    invariants = {**parts["unet_context"](context=context), **parts["unet_time"](timestep=timestep)}
+    called = {"own": own, "context": context, "time": {"timestep": timestep}}
+    found = run(**own, **invariants)["prediction"]
+    reference = by_diffusers(net, called, ("residual_", "feature_"))
+    assert relative_l2(found, reference) < NET_RELATIVE_L2["fp32"]
+
+
+def test_graphs_without_skip_connections_are_refused() -> None:
+    model = ir.from_onnx_text("""
+        <ir_version: 10, opset_import: ["":23]>
+        g (float[B,4,h,w] latent) => (float[B,4,h,w] prediction) { prediction = Tanh(latent) }""")
+    contract = spec.unet(channels=4, float_dtype="float32", invariants=[])
+    with pytest.raises(CheckpointError, match="has 0 skip connections"):
+        add_controls(model, contract)
