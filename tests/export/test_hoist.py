@@ -68,6 +68,19 @@ def test_the_loop_equals_the_whole_bit_by_bit(
     assert np.array_equal(found, whole["out_sample"])
 
 
+def test_rows_at_different_timesteps_equal_calls_of_their_own_bit_by_bit(sd1: Exported) -> None:
+    latent, context = latents(sd1, 3, 7, 10, 77)
+    invariants = sd1.run("unet_context", context=context)
+    invariants |= sd1.run("unet_time", timestep=np.array([999.0, 501.5, 1.0], np.float32))
+    together = sd1.run("unet", latent=latent, **invariants)["prediction"]
+    for row in range(3):
+        one = slice(row, row + 1)
+        alone = sd1.run(
+            "unet", latent=latent[one], **{name: value[one] for name, value in invariants.items()}
+        )
+        assert np.array_equal(together[one], alone["prediction"])
+
+
 def test_nothing_in_the_loop_can_be_hoisted_any_more(sd1: Exported) -> None:
     package = sd1.package
     model = ir.load(package.path(package.manifest.nets["unet"].graph))
