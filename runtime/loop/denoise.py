@@ -106,7 +106,7 @@ class HostLoop:
             schedule = self.call("unet_time", **job.schedule_inputs())
         dtype = self._package.manifest.dtype
         unet, source, each = self.net("unet"), job.noise.fork(), job.rows_per_step
-        if each == 1 and has_time_of_each_row(unet.spec):
+        if each == 1 and has_time_of_each_row(unet.spec):  # all rows of this job are at one timestep
             each = len(job.text_of_row)
             schedule = {name: np.repeat(rows, each, axis=0) for name, rows in schedule.items()}
 
