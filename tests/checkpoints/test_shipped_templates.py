@@ -26,13 +26,13 @@ from transformers import (
 from latentrt.checkpoints.files.component import Component, TensorHeader
 from latentrt.checkpoints.files.open import Checkpoint
 from latentrt.checkpoints.graphs.weights import weight_shapes
+from latentrt.checkpoints.precision.calibration import components
 from latentrt.checkpoints.templates.archive import DTYPES, SHIPPED, read_graph, read_index
 from latentrt.checkpoints.templates.find import net_template
 from latentrt.checkpoints.templates.keys import net_key
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.spec import NetSpec
 from latentrt.export.architectures import ARCHITECTURES, Architecture
-from latentrt.export.nets.build import components
 from latentrt.export.templates import blank_checkpoint, class_defaults, trace
 from tests.export.ldm_files import FULL, build, one_file, write_header_only
 

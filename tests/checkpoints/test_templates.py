@@ -253,7 +253,7 @@ def test_bound_it_is_the_graph_that_an_export_writes(
     for component in ("text_encoder", "vae_encoder", "vae_decoder", "unet"):
         model = net_template(source, component, "fp32", archive=archive).model
         slots = read_header(package.root / component / weights.WEIGHTS).tensors
-        weights.attach(model, package.root / component, slots)
+        weights.attach(model, slots)
         graphs = {component: model}
         if component == "unet":
             graphs = {"unet_whole": model, **{name: graph for name, (graph, _) in hoist(model).items()}}
@@ -281,12 +281,12 @@ def test_in_fp16_too(source: Checkpoint, tmp_path: Path, component: str) -> None
         tmp_path / weights.WEIGHTS, tensors, dict.fromkeys(tensors, ir.DataType.FLOAT16)
     )
     wanted = to_onnx(net)
-    weights.attach(wanted, tmp_path, slots)
+    weights.attach(wanted, slots)
     passes.clean(wanted)
     made, contract = trace(ARCHITECTURE, component, "fp16")
     assert contract == net.spec
     found = ir.from_proto(ir.to_proto(made))
-    weights.attach(found, tmp_path, slots)
+    weights.attach(found, slots)
     with_shapes: list[Any] = [ir.to_proto(model) for model in (found, wanted)]  # islands look at them
     assert with_shapes[0] == with_shapes[1]
 

@@ -4,7 +4,7 @@ The oracle is diffusers in float32 on the same checkpoint. `overflow.py` makes f
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from latentrt.checkpoints.precision import islands
 from latentrt.checkpoints.precision.islands import FP16_MAX, LIMIT, Found
 from latentrt.engines.errors import NumericError
 from latentrt.engines.package import Package
+from latentrt.engines.spec import EXTRA_EMBEDDINGS
 from latentrt.export import export as package_writer
 from latentrt.export.graphs import passes as surgery
 from latentrt.export.graphs.to_onnx import example
@@ -34,7 +35,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*__array.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),
 ]
-SIZES = {"B": 2, "N": 1, "P": 2, "T": 77, "H/8": 12, "W/8": 20, "H": 24, "W": 40}
+SIZES = {"B": 2, "E": 1, "N": 1, "P": 2, "T": 77, "H/8": 12, "W/8": 20, "H": 24, "W": 40}
 COMPONENTS = {
     "text_encoder": "text_encoder",
     "vae_encoder": "vae_encoder",
@@ -71,6 +72,8 @@ def hot(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     nets: dict[str, Any] = {}
     for component, net in COMPONENTS.items():
         contract = package.manifest.nets[net].spec
+        traced = tuple(item for item in contract.inputs if item.name != EXTRA_EMBEDDINGS)
+        contract = replace(contract, inputs=traced)
         nets |= package_writer._write_graphs(component, root, before[component], contract, "fp16")
     plain = with_nets(package, root, nets)
     return Exported(source, package, plain, {item.component: item for item in found})
@@ -85,7 +88,11 @@ def wanted(source: Path, component: str, arrays: dict[str, torch.Tensor]) -> np.
     net = NETS[component].build(Checkpoint.open(source), torch.float32)
     with torch.no_grad():
         result = net.module(
-            **{name: item.float() if item.is_floating_point() else item for name, item in arrays.items()}
+            **{
+                name: item.float() if item.is_floating_point() else item
+                for name, item in arrays.items()
+                if name != EXTRA_EMBEDDINGS
+            }
         )
     return (result[0] if isinstance(result, tuple) else result).numpy()
 
