@@ -9,6 +9,7 @@ import torch
 from filelock import FileLock
 
 from latentrt.export.architectures import Architecture
+from latentrt.export.templates import make_archive
 from tests.export.ldm_files import Recipe, build, one_file, text, unet, vae
 
 # The whole vocabulary of CLIP, so that it draws real prompts.
@@ -45,7 +46,7 @@ def small_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parts = {name: dict(module.config) for name, module in modules.items() if name != "text_encoder"}
     parts["text_encoder"] = SMALL.text_encoder or {}
     architecture = Architecture(parts=parts)
-    return Path("/tmp/small/small.zip")
+    return shared(tmp_path_factory, "small.zip", lambda path: make_archive(path, {"small": architecture}))
 
 
 def small_modules() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Checkpoints opened as they are: nothing is copied, what is made is made once, and what is wrong is named."""
+"""Checkpoints opened as they are: nothing is copied, what is made is made once, what is wrong is named."""
 
 import json
 import os
@@ -115,7 +115,7 @@ def test_the_file_stays_the_only_copy(model: Path, opener: Opener) -> None:
 
 
 def test_the_nets_read_the_files_tensors(model: Path, opener: Opener) -> None:
-    """The oracle is safetensors: a changed tensor changes what the net computes with, and nothing else does."""
+    """A changed tensor, written by safetensors, changes what the net computes with."""
     first = outputs(opener(model), "vae_decoder")
     tensors = load_file(model)
     bias = "first_stage_model.decoder.conv_out.bias"
@@ -320,20 +320,21 @@ LEAN = """
 import sys
 for name in ("torch", "diffusers", "transformers", "onnxscript", "safetensors"):
     sys.modules[name] = None
-from pathlib import Path
-from latentrt.checkpoints.templates import archive
-import latentrt.checkpoints.opened as opened
-opened.SHIPPED = Path(sys.argv[2])
-opened.Options.__dataclass_fields__["templates"]
 from dataclasses import replace
-import latentrt.runtime.model as model
-from latentrt.runtime import Pipeline
-real = opened.open_checkpoint
-opened.open_checkpoint = lambda path, options, **more: real(path, replace(options, templates=Path(sys.argv[2])), **more)
+from pathlib import Path
+
 import numpy as np
-with Pipeline.open(sys.argv[1], backend="onnxruntime", threads=1) as pipe:
-    found = pipe("a photo of a fox", seed=1, num_inference_steps=2, height=64, width=64, output_type="np")
-np.save(sys.argv[3], found.images)
+
+from latentrt.checkpoints import opened
+from latentrt.runtime import Pipeline
+
+model, archive, target = sys.argv[1:]
+real = opened.open_checkpoint
+small = lambda path, options, **told: real(path, replace(options, templates=Path(archive)), **told)
+opened.open_checkpoint = small
+with Pipeline.open(model, backend="onnxruntime", threads=1) as pipe:
+    drawn = pipe("a photo of a fox", seed=1, num_inference_steps=2, height=64, width=64, output_type="np")
+np.save(target, drawn.images)
 """
 
 

@@ -15,7 +15,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from latentrt.benchmarks.models.recipes import Recipe
-from latentrt.checkpoints.files.component import Component
+from latentrt.checkpoints.files.component import Component, read_headers
 from latentrt.checkpoints.files.open import Checkpoint
 from latentrt.checkpoints.graphs import weights
 from latentrt.checkpoints.graphs.hoist import hoist
@@ -24,7 +24,6 @@ from latentrt.checkpoints.templates.find import net_template
 from latentrt.checkpoints.templates.keys import INERT
 from latentrt.engines.errors import CheckpointError, PackageError
 from latentrt.engines.package import Package
-from latentrt.engines.safetensors_format import read_header
 from latentrt.export import templates
 from latentrt.export.architectures import Architecture
 from latentrt.export.graphs import passes
@@ -252,7 +251,7 @@ def test_bound_it_is_the_graph_that_an_export_writes(
     source, package = Checkpoint.open(folder / "checkpoint"), Package.open(folder / "package")
     for component in ("text_encoder", "vae_encoder", "vae_decoder", "unet"):
         model = net_template(source, component, "fp32", archive=archive).model
-        slots = read_header(package.root / component / weights.WEIGHTS).tensors
+        slots = weights.places(read_headers(package.root / component / weights.WEIGHTS))
         weights.attach(model, slots)
         graphs = {component: model}
         if component == "unet":
