@@ -24,6 +24,7 @@ from ..engines.tolerances import DECODED_DB, NET_RELATIVE_L2
 from .graphs.to_onnx import example
 from .nets.build import NETS
 from .nets.clip import tokenize
+from .nets.torch_net import torch_threads
 
 # Not the sizes that were traced: a size frozen into the graph shows.
 _SIZES: Mapping[str, int] = {
@@ -68,6 +69,7 @@ def compare(net: str, output: str, found: Array, wanted: Array, dtype: str) -> C
     return Comparison(net, output, relative, float(np.abs(a - b).max()), psnr, passed)
 
 
+@torch_threads()
 def verify_component(
     source: Checkpoint, component: str, root: Path, files: Mapping[str, NetFile], dtype: str
 ) -> list[Comparison]:

@@ -47,8 +47,6 @@ LINES = [
 READERS = re.compile(
     r"\b(CHECKPOINT|PACKAGE|BASE|UNCLIP|old\.\w+|dreamshaper_8|sdxl-folder|ORG/NAME|stabilityai)\b"
 )
-    r"\b(CHECKPOINT|PACKAGE|BASE|UNCLIP|old\.\w+|dreamshaper_8|sdxl-folder|ORG/NAME|stabilityai)\b"
-)
 
 
 def test_the_readme_is_read_in_three_minutes() -> None:

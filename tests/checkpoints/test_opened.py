@@ -29,9 +29,6 @@ from tests.checkpoints.conftest import write_small
 
 EVERY = BACKENDS["onnxruntime"].reads
 SIZES = {
-    **{"B": 2, "E": 1, "N": 1, "P": 1, "S": 1, "T": 77},
-    **{"H/8": 8, "W/8": 8, "H": 64, "W": 64, "h": 8, "w": 8},
-}
     "B": 2,
     "E": 1,
     "N": 1,

@@ -23,13 +23,15 @@ from latentrt.checkpoints.templates import archive as archives
 from latentrt.checkpoints.templates.find import net_template
 from latentrt.checkpoints.templates.keys import INERT
 from latentrt.engines.errors import CheckpointError, PackageError
+from latentrt.engines.installed import install_command
 from latentrt.engines.package import Package
 from latentrt.export import templates
 from latentrt.export.architectures import Architecture
 from latentrt.export.graphs import passes
 from latentrt.export.graphs.to_onnx import to_onnx
 from latentrt.export.nets.build import NETS
-from latentrt.export.templates import make_archive, trace
+from latentrt.export.templates import blank_checkpoint, make_archive
+from latentrt.export.traced import trace
 from tests.parity_pair import exported
 from tests.recipes import RECIPES, TINY_VAE, UnclipRecipe, make_checkpoint, make_tiny_vae
 
@@ -158,7 +160,7 @@ def test_what_changes_the_graph_is_refused(
     assert str(source.parts[part].folder) in caught.value.found
     assert f"({part})" in caught.value.found
     assert f"latentrt export {source.root} -o PACKAGE" in caught.value.fix
-    assert "latentrt[export]" in caught.value.fix
+    assert install_command("cpu,export") in caught.value.fix
 
 
 def test_a_net_that_no_template_is_of_is_refused(source: Checkpoint, tmp_path: Path) -> None:
@@ -282,7 +284,7 @@ def test_in_fp16_too(source: Checkpoint, tmp_path: Path, component: str) -> None
     wanted = to_onnx(net)
     weights.attach(wanted, slots)
     passes.clean(wanted)
-    made, contract = trace(ARCHITECTURE, component, "fp16")
+    made, contract = trace(blank_checkpoint(ARCHITECTURE), component, "fp16")
     assert contract == net.spec
     found = ir.from_proto(ir.to_proto(made))
     weights.attach(found, slots)
@@ -335,7 +337,7 @@ def test_inert_fields_change_nothing(kind: str) -> None:
     if not fields:
         return
     made, part = architecture_of(RECIPES[recipe]), NETS[component].part
-    wanted = _file(trace(made, component, "fp32")[0])
+    wanted = _file(trace(blank_checkpoint(made), component, "fp32")[0])
     for name, value in fields.items():
         other = replace(made, parts={**made.parts, part: {**made.parts[part], name: value}})
-        assert _file(trace(other, component, "fp32")[0]) == wanted, name
+        assert _file(trace(blank_checkpoint(other), component, "fp32")[0]) == wanted, name

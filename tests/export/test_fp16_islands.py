@@ -14,13 +14,14 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from latentrt.checkpoints import nets as nets_written
 from latentrt.checkpoints.files.open import Checkpoint
 from latentrt.checkpoints.precision import islands
 from latentrt.checkpoints.precision.islands import FP16_MAX, LIMIT, Found
 from latentrt.engines.errors import NumericError
 from latentrt.engines.package import Package
 from latentrt.engines.spec import EXTRA_EMBEDDINGS
-from latentrt.export import export as package_writer
+from latentrt.export import export_package
 from latentrt.export.graphs import passes as surgery
 from latentrt.export.graphs.to_onnx import example
 from latentrt.export.nets.build import NETS
@@ -64,8 +65,8 @@ def hot(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         return islands.find_islands(model, component, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(package_writer, "find_islands", keep)
-        package = package_writer.export_package(
+        patch.setattr(nets_written, "find_islands", keep)
+        package = export_package(
             source, folder / "package", dtype="fp16", verify=False, report_islands=found.append
         )
     root = Path(shutil.copytree(package.root, folder / "plain"))
@@ -74,7 +75,10 @@ def hot(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         contract = package.manifest.nets[net].spec
         traced = tuple(item for item in contract.inputs if item.name != EXTRA_EMBEDDINGS)
         contract = replace(contract, inputs=traced)
-        nets |= package_writer._write_graphs(component, root, before[component], contract, "fp16")
+        files = [f"{component}/weights.safetensors"]
+        nets |= nets_written.write_graphs(
+            component, root, before[component], contract, dtype="fp16", weights=files
+        )
     plain = with_nets(package, root, nets)
     return Exported(source, package, plain, {item.component: item for item in found})
 
@@ -237,9 +241,7 @@ def test_the_demo_model_needs_no_islands_and_looks_the_same(
 ) -> None:
     """fp16, rounded as `overflow.py` does, against the shipped fp32 package: 20 steps, its own defaults."""
     ranges: list[Found] = []
-    half = package_writer.export_package(
-        DEMO, tmp_path / "half", dtype="fp16", verify=True, report_islands=ranges.append
-    )
+    half = export_package(DEMO, tmp_path / "half", dtype="fp16", verify=True, report_islands=ranges.append)
     assert [part.islands for part in ranges] == [()] * 4
     assert max(part.largest for part in ranges) < LIMIT / 10
     prompts = {"a red circle on a blue background": 1, "a small green star": 2, "two yellow squares": 3}
