@@ -12,21 +12,23 @@ from typing import Annotated, Any, Literal
 from typer import Option
 
 MODEL = "A checkpoint (file, folder, or ORG/NAME of a hub), a package, or `demo`."
+Dtype = Annotated[
+    Literal["fp16", "fp32"] | None,
+    Option(help="A checkpoint's arithmetic. Default: fp32 on a CPU, fp16 on a GPU."),
+]
+Vae = Annotated[
+    Path | None, Option(help="Another autoencoder in place of the checkpoint's: a folder or a file.")
+]
+TinyVae = Annotated[Path | None, Option(help="A tiny autoencoder (TAESD) for previews: a folder or a file.")]
+PredictionType = Annotated[
+    Literal["epsilon", "v_prediction"] | None,
+    Option(help="What a checkpoint's UNet predicts, if it does not say it."),
+]
 _OPTIONS: dict[str, Any] = {
-    "dtype": Annotated[
-        Literal["fp16", "fp32"] | None,
-        Option(help="A checkpoint's arithmetic. Default: fp32 on a CPU, fp16 on a GPU."),
-    ],
-    "vae": Annotated[
-        Path | None, Option(help="Another autoencoder in place of the checkpoint's: a folder or a file.")
-    ],
-    "tiny_vae": Annotated[
-        Path | None, Option(help="A tiny autoencoder (TAESD) for previews: a folder or a file.")
-    ],
-    "prediction_type": Annotated[
-        Literal["epsilon", "v_prediction"] | None,
-        Option(help="What a checkpoint's UNet predicts, if it does not say it."),
-    ],
+    "dtype": Dtype,
+    "vae": Vae,
+    "tiny_vae": TinyVae,
+    "prediction_type": PredictionType,
 }
 
 
