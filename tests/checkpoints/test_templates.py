@@ -329,6 +329,20 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+def _numbered(model: ir.Model) -> bytes:
+    """The graph with values numbered in the order of their use: torch also counts what was dropped."""
+    kept = {*model.graph.inputs, *model.graph.outputs}
+    values = dict.fromkeys(
+        value
+        for node in model.graph
+        for value in (*node.inputs, *node.outputs)
+        if value is not None and value not in kept and not weights.is_weight(value)
+    )
+    for number, value in enumerate(values):
+        value.name = f"value {number}"
+    return _file(model)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", INERT)
 def test_inert_fields_change_nothing(kind: str) -> None:
@@ -337,7 +351,7 @@ def test_inert_fields_change_nothing(kind: str) -> None:
     if not fields:
         return
     made, part = architecture_of(RECIPES[recipe]), NETS[component].part
-    wanted = _file(trace(blank_checkpoint(made), component, "fp32")[0])
+    wanted = _numbered(trace(blank_checkpoint(made), component, "fp32")[0])
     for name, value in fields.items():
         other = replace(made, parts={**made.parts, part: {**made.parts[part], name: value}})
-        assert _file(trace(blank_checkpoint(other), component, "fp32")[0]) == wanted, name
+        assert _numbered(trace(blank_checkpoint(other), component, "fp32")[0]) == wanted, name
