@@ -34,7 +34,6 @@ from ..engines.installed import latentrt_version
 from ..engines.package import MANIFEST, Elsewhere, Package, common_folder
 from ..engines.store.files import storage_errors
 from ..engines.store.folder import StoreFolder
-from ..engines.store.key import canonical_sha256
 from .beside import beside, put
 from .contents import Content, read_contents
 from .files.component import TensorHeader
@@ -189,25 +188,25 @@ class _Opening:
         """The sha256 (hex) of all that decides the package."""
         source = self._source
         folder = common_folder(content.path for content in self._files.values())
-        return canonical_sha256(
-            {
-                "revision": REVISION,
-                "latentrt": latentrt_version(),
-                "templates": archive_sha256(self._options.templates),
-                "dtype": self._options.dtype,
-                "converted": sorted(self._unread),
-                "name": source.name,
-                "files": {
-                    name: [content.path.relative_to(folder).as_posix(), content.sha256]
-                    for name, content in self._files.items()
-                },
-                "parts": {name: dict(part.config) for name, part in source.parts.items()},
-                "configs": {name: dict(config) for name, config in source.configs.items()},
-                "defaults": vars(request_defaults(source)),
-                "zero_empty_prompt": source.zero_empty_prompt,
-                "tokenizers": {name: _tokenizer_facts(write) for name, write in source.tokenizers.items()},
-            }
-        )
+        facts = {
+            "revision": REVISION,
+            "latentrt": latentrt_version(),
+            "templates": archive_sha256(self._options.templates),
+            "dtype": self._options.dtype,
+            "converted": sorted(self._unread),
+            "name": source.name,
+            "files": {
+                name: [content.path.relative_to(folder).as_posix(), content.sha256]
+                for name, content in self._files.items()
+            },
+            "parts": {name: dict(part.config) for name, part in source.parts.items()},
+            "configs": {name: dict(config) for name, config in source.configs.items()},
+            "defaults": vars(request_defaults(source)),
+            "zero_empty_prompt": source.zero_empty_prompt,
+            "tokenizers": {name: _tokenizer_facts(write) for name, write in source.tokenizers.items()},
+        }
+        # Not `canonical_sha256`: schedulers' configs may hold "-Infinity".
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def _unread(self) -> dict[str, list[str]]:
