@@ -19,9 +19,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,30 +31,25 @@ from filelock import FileLock
 
 from ..engines.errors import PackageError, StorageError
 from ..engines.installed import latentrt_version
-from ..engines.package import MANIFEST, Elsewhere, NetFile, Package, common_folder, write_manifest
-from ..engines.spec import NETS
+from ..engines.package import MANIFEST, Elsewhere, Package, common_folder
 from ..engines.store.files import storage_errors
 from ..engines.store.folder import StoreFolder
-from ..engines.store.key import canonical_sha256
 from .beside import beside, put
-from .contents import read_contents
-from .files.component import Component, TensorHeader, read_tensors
+from .contents import Content, read_contents
+from .files.component import TensorHeader
 from .files.net_reads import net_tensors
 from .files.open import Checkpoint
 from .files.tokenizers import WriteTokenizer
-from .files.values import check_values
-from .graphs import weights
-from .manifest import make_manifest, published_latent_rgb, request_defaults
-from .nets import set_islands, write_graphs, write_steps
-from .precision.calibration import Calibration, Tokenize, components
-from .stages import OnProgress, stages
+from .graphs.weights import attach, places
+from .manifest import request_defaults
+from .precision.calibration import Tokenize, components
+from .stages import OnProgress
 from .templates.archive import SHIPPED, Dtype, archive_sha256
-from .templates.find import net_template
+from .writing import TemplateGraphs, copy_weights, weight_types, write_package
 
 REVISION = 1  # of what is written here: raise it when the same checkpoint gets other graphs
 OPENED = "opened.json"
 FOLDER = "checkpoints"  # in the cache
-_ARITHMETIC = {"fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +111,9 @@ def open_checkpoint(
         package = opening.find(entry) or opening.make(entry, tokenize, progress)
         with suppress(OSError):  # who cannot write there keeps no record of what was opened
             (entry / OPENED).write_text(json.dumps(opening.described()), encoding="utf-8")
-    for line in lines if note is not None else ():
-        note(line)
+    if note is not None:
+        for line in lines:
+            note(line)
     return package
 
 
@@ -155,10 +151,6 @@ def _temporary() -> Path:
     return folder
 
 
-def _part(source: Checkpoint, component: str) -> Component:
-    return source.parts[NETS[component].part]
-
-
 def _tokenizer_facts(write: WriteTokenizer) -> object:
     """What decides the files that a tokenizer's writer writes: its settings, and what it copies."""
     settings: dict[str, Any] = getattr(write, "keywords", {})
@@ -174,7 +166,7 @@ def _files_facts(folder: Path) -> list[list[str]]:
 
 
 class _Opening:
-    """A checkpoint that was read and is not yet a package."""
+    """A checkpoint that was read and is not yet a package, and its `Weights`: they stay where they are."""
 
     def __init__(self, source: Checkpoint, options: Options, cache: StoreFolder) -> None:
         self._source, self._options = source, options
@@ -196,25 +188,25 @@ class _Opening:
         """The sha256 (hex) of all that decides the package."""
         source = self._source
         folder = common_folder(content.path for content in self._files.values())
-        return canonical_sha256(
-            {
-                "revision": REVISION,
-                "latentrt": latentrt_version(),
-                "templates": archive_sha256(self._options.templates),
-                "dtype": self._options.dtype,
-                "converted": sorted(self._unread),
-                "name": source.name,
-                "files": {
-                    name: [content.path.relative_to(folder).as_posix(), content.sha256]
-                    for name, content in self._files.items()
-                },
-                "parts": {name: dict(part.config) for name, part in source.parts.items()},
-                "configs": {name: dict(config) for name, config in source.configs.items()},
-                "defaults": vars(request_defaults(source)),
-                "zero_empty_prompt": source.zero_empty_prompt,
-                "tokenizers": {name: _tokenizer_facts(write) for name, write in source.tokenizers.items()},
-            }
-        )
+        facts = {
+            "revision": REVISION,
+            "latentrt": latentrt_version(),
+            "templates": archive_sha256(self._options.templates),
+            "dtype": self._options.dtype,
+            "converted": sorted(self._unread),
+            "name": source.name,
+            "files": {
+                name: [content.path.relative_to(folder).as_posix(), content.sha256]
+                for name, content in self._files.items()
+            },
+            "parts": {name: dict(part.config) for name, part in source.parts.items()},
+            "configs": {name: dict(config) for name, config in source.configs.items()},
+            "defaults": vars(request_defaults(source)),
+            "zero_empty_prompt": source.zero_empty_prompt,
+            "tokenizers": {name: _tokenizer_facts(write) for name, write in source.tokenizers.items()},
+        }
+        # Not `canonical_sha256`: schedulers' configs may hold "-Infinity".
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def _unread(self) -> dict[str, list[str]]:
@@ -248,61 +240,40 @@ class _Opening:
         if not (entry / MANIFEST).is_file():
             return None
         try:
-            return Package.open(entry, elsewhere=self._elsewhere)
+            return Package.open(entry, elsewhere=self._places)
         except PackageError:  # damaged: it is made anew
             return None
 
     @property
-    def _elsewhere(self) -> dict[str, Elsewhere]:
+    def elsewhere(self) -> Mapping[str, Content]:
+        """The user's files, by their names in the manifest."""
+        return self._files
+
+    @property
+    def _places(self) -> dict[str, Elsewhere]:
         return {name: content.elsewhere for name, content in self._files.items()}
 
     def make(self, entry: Path, tokenize: Tokenize, progress: OnProgress | None) -> Package:
         """Write the package into the cache."""
-        source, dtype = self._source, self._options.dtype
-        measures = dtype == "fp16"
-        begin = stages(len(self._tensors) * (2 + measures), progress)
-        calibration = Calibration(source, tokenize) if measures else None
-        for component, tensors in self._tensors.items():
-            begin(f"check {component}")
-            check_values(_part(source, component).folder, tensors, _ARITHMETIC[dtype])
+        dtype = self._options.dtype
+        graphs = TemplateGraphs(self._source, dtype, self._options.templates)
         with beside(entry) as folder:
-            for name, write_tokenizer in source.tokenizers.items():
-                write_tokenizer(folder / name)
-            nets: dict[str, NetFile] = {}
-            for component in self._tensors:
-                begin(f"bind {component}")
-                (folder / component).mkdir()
-                template = net_template(source, component, dtype, archive=self._options.templates)
-                names = self._attach(component, template.model, folder)
-                if calibration is not None:
-                    begin(f"measure {component}")
-                    set_islands(source, component, template.model, calibration)
-                nets |= write_graphs(
-                    component, folder, template.model, template.spec, dtype=dtype, weights=names
-                )
-            nets |= write_steps(folder, nets["unet"].spec)
-            used = {name for net in nets.values() for name in net.weights}
-            manifest = make_manifest(
-                source,
-                dtype,
-                nets,
-                request_defaults(source),
-                latent_rgb=published_latent_rgb(source),
-                producer=f"latentrt {latentrt_version()}",
+            write_package(
+                self._source,
+                folder,
+                graphs=graphs,
+                weights=self,
+                dtype=dtype,
+                tokenize=tokenize,
+                progress=progress,
             )
-            records = {name: content.record for name, content in self._files.items() if name in used}
-            write_manifest(folder, replace(manifest, files=records), elsewhere=self._elsewhere)
             put(folder, entry, folder)
-        return Package.open(entry, elsewhere=self._elsewhere)
+        return Package.open(entry, elsewhere=self._places)
 
-    def _attach(self, component: str, model: ir.Model, folder: Path) -> list[str]:
+    def attach(self, component: str, model: ir.Model, folder: Path) -> list[str]:
         """Give a graph its weights, in the user's files or converted; their names in the manifest."""
         tensors = self._tensors[component]
         if component in self._unread:
-            target = folder / component
-            types = {name: model.graph.initializers[name].dtype or ir.DataType.FLOAT for name in tensors}
-            slots = weights.write_weights(target / weights.WEIGHTS, read_tensors(tensors), types)
-            weights.attach(model, slots)
-            return [f"{component}/{weights.WEIGHTS}"]
-        weights.attach(model, weights.places(tensors))
+            return copy_weights(component, model, folder, tensors, weight_types(model, tensors))
+        attach(model, places(tensors))
         return list(dict.fromkeys(self._names[header.file] for header in tensors.values()))
