@@ -36,7 +36,7 @@ from latentrt.export.templates import blank_checkpoint, make_archive
 from latentrt.export.traced import trace
 from latentrt.export.verify import Comparison
 from tests.parity_pair import exported
-from tests.recipes import RECIPES, TINY_VAE, UnclipRecipe, make_checkpoint, make_tiny_vae
+from tests.recipes import PROCESSOR, RECIPES, TINY_VAE, UnclipRecipe, make_checkpoint, make_tiny_vae
 
 SMALL = RECIPES["turbo-tiny"]
 TINY_CONFIG = {"_class_name": "AutoencoderTiny", **TINY_VAE}
@@ -46,8 +46,10 @@ def architecture_of(recipe: Recipe) -> Architecture:
     parts = {"unet": recipe.unet, "vae": recipe.vae, "tiny_vae": TINY_CONFIG}
     parts |= {"text_encoder": recipe.text} if recipe.text else {}
     parts |= {"text_encoder_2": recipe.text_2} if recipe.text_2 else {}
-    parts |= {"image_encoder": recipe.vision} if isinstance(recipe, UnclipRecipe) else {}
-    return Architecture(parts=parts, feature_extractor={"image_mean": [0.5] * 3, "image_std": [0.25] * 3})
+    if isinstance(recipe, UnclipRecipe):
+        width = recipe.vision["projection_dim"]
+        parts |= {"image_encoder": recipe.vision, "image_normalizer": {"embedding_dim": width}}
+    return Architecture(parts=parts, feature_extractor=PROCESSOR)
 
 
 ARCHITECTURE = architecture_of(SMALL)
@@ -363,7 +365,8 @@ def test_every_export_through_templates_is_the_traced_one(
     make_archive(tmp_path / "templates.zip", {name: architecture_of(recipe)}, dtypes=[dtype])
     stored = torch.float16 if dtype == "fp32" else torch.float32
     checkpoint = make_checkpoint(recipe, tmp_path / "checkpoint", dtype=stored)
-    tiny = make_tiny_vae(tmp_path / "tiny")
+    levels = len(recipe.vae["block_out_channels"])
+    tiny = make_tiny_vae(tmp_path / "tiny") if levels == len(TINY_VAE["num_encoder_blocks"]) else None
     packages = [
         export_package(
             checkpoint, tmp_path / way, dtype=dtype, verify=False, tiny_vae=tiny, templates=templates
