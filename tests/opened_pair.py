@@ -151,7 +151,7 @@ def write_folder(root: Path, name: str, **scheduler: Any) -> Path:
     for part, module in parts.items():
         module.save_pretrained(root / part)
         library = "diffusers" if hasattr(module, "register_to_config") else "transformers"
-        index[part] = [library, type(module).__name__]
+        index[part] = ["stable_diffusion" if part == "image_normalizer" else library, type(module).__name__]
         if part.startswith("text_encoder"):
             tokenizer = part.replace("text_encoder", "tokenizer")
             open_clip = part == "text_encoder_2" or small.layout == "sd2"
