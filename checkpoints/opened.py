@@ -7,37 +7,39 @@ is another.
 
 ::
 
-    <cache>/checkpoints/<digest>/        a package
-    <cache>/checkpoints/<digest>/opened.json   where it was opened from; its time is that of the last use
+    <cache>/checkpoints/<digest>/              a package
+    <cache>/checkpoints/<digest>/opened.json   what it was made of, for the list (`entries.py`)
 """
 
 from __future__ import annotations
 
 import atexit
 import hashlib
-import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Collection, Generator, Iterable
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from filelock import FileLock
 
 from ..engines.errors import PackageError, StorageError
 from ..engines.installed import latentrt_version
 from ..engines.package import MANIFEST, Elsewhere, NetFile, Package, common_folder, write_manifest
+from ..engines.safetensors_format import ITEM_SIZES
 from ..engines.spec import NETS
-from ..engines.store.files import storage_errors
+from ..engines.store.files import check_private, storage_errors
 from ..engines.store.folder import StoreFolder
 from ..engines.store.key import canonical_sha256
 from .beside import beside, put
 from .contents import read_contents
+from .entries import Note, SeenFile, manifest_sha256, now, remember, write_note
 from .files.component import Component, TensorHeader, read_tensors
 from .files.net_reads import net_tensors
 from .files.open import Checkpoint
@@ -47,14 +49,14 @@ from .graphs import weights
 from .manifest import make_manifest, published_latent_rgb, request_defaults
 from .nets import set_islands, write_graphs, write_steps
 from .precision.calibration import Calibration, Tokenize, components
-from .stages import OnProgress, stages
+from .stages import OnProgress, Progress, stages
 from .templates.archive import SHIPPED, Dtype, archive_sha256
 from .templates.find import net_template
 
 REVISION = 1  # of what is written here: raise it when the same checkpoint gets other graphs
-OPENED = "opened.json"
-FOLDER = "checkpoints"  # in the cache
 _ARITHMETIC = {"fp16": "float16", "fp32": "float32"}
+_STORED = {"fp16": "F16", "fp32": "F32"}
+_GRAPHS_BYTES = 10_000_000  # what an entry takes at most without converted weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,7 @@ def open_checkpoint(
     *,
     tokenize: Tokenize,
     store: Path | None = None,
+    hub: str = "",
     progress: OnProgress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Package:
@@ -92,6 +95,7 @@ def open_checkpoint(
         options: how.
         tokenize: reads prompts for the ranges that fp16 graphs are measured on.
         store: the cache's folder; None is the user's own.
+        hub: the model of a hub that was fetched to `path`, as the user wrote it, for the list.
         progress: called with each stage of making what is not in the cache.
         note: called with each line on what was assumed, left out, or converted.
 
@@ -100,7 +104,7 @@ def open_checkpoint(
             without a template.
         UsageError: an unknown prediction type.
         NumericError: a net's values are not finite, or beyond fp16 where that is asked for.
-        StorageError: the disk is full.
+        StorageError: the disk is full, or an entry of the cache is a link or open to others.
     """
     source = Checkpoint.open(
         path,
@@ -110,42 +114,45 @@ def open_checkpoint(
         prediction_type=options.prediction_type,
     )
     cache = StoreFolder(store)
-    opening = _Opening(source, options, cache)
+    opening = _Opening(source, options, cache, hub)
     lines = [*source.notes, *opening.conversions()]
-    with _entry(cache, opening.digest, lines.append) as entry:
-        package = opening.find(entry) or opening.make(entry, tokenize, progress)
-        with suppress(OSError):  # who cannot write there keeps no record of what was opened
-            (entry / OPENED).write_text(json.dumps(opening.described()), encoding="utf-8")
-    for line in lines if note is not None else ():
-        note(line)
+    with _entry(cache, opening, progress, lines.append) as (held, entry):
+        package = opening.find(entry)
+        if package is None:
+            package = opening.make(held, entry, tokenize, progress)
+        else:
+            remember(held, entry, opening.note(entry))
+    if note is not None:
+        for line in lines:
+            note(line)
     return package
 
 
 @contextmanager
-def _entry(cache: StoreFolder, digest: str, note: Callable[[str], None]) -> Generator[Path]:
-    """The folder of a package in the cache; whoever makes the same meanwhile waits.
+def _entry(
+    cache: StoreFolder, opening: _Opening, progress: OnProgress | None, note: Callable[[str], None]
+) -> Generator[tuple[StoreFolder, Path]]:
+    """The folder of a package in the cache, and the store that it is in; who makes the same meanwhile waits.
 
-    Where this user cannot write the cache, it is a folder that lasts as long as the process.
+    Where this user cannot write the cache, the store is a folder that lasts as long as the process.
     """
-    try:
-        cache.make()
-        folder = cache.root / FOLDER
-        folder.mkdir(mode=0o700, exist_ok=True)
-        lock = FileLock(cache.locks / f"{digest}.lock", mode=0o600)
-        lock.acquire()  # pyright: ignore[reportUnknownMemberType]
-    except (StorageError, OSError) as error:
-        if (cache.root / FOLDER / digest / MANIFEST).is_file():  # made when it could still be written
-            yield cache.root / FOLDER / digest
-            return
-        reason = error.found if isinstance(error, StorageError) else f"{error.strerror} ({error.filename})"
-        note(f"the checkpoint is made ready anew each time: {reason}")
-        yield _temporary() / digest
-        return
-    try:
-        with storage_errors(cache.root, "the opened checkpoint cannot be kept"):
-            yield folder / digest
-    finally:
-        lock.release()
+    entry = cache.checkpoints / opening.digest
+
+    def waiting(message: str) -> None:
+        if progress is not None:
+            progress(Progress(stage=message, index=0, total=1))
+
+    with ExitStack() as stack:
+        try:
+            cache.make()
+            stack.enter_context(cache.lock(entry.name, "make the checkpoint ready", waiting))
+        except StorageError as error:
+            if opening.find(entry) is None:  # else it was made when the cache could still be written
+                note(f"the checkpoint is made ready anew each time: {error.found}")
+                cache = StoreFolder(_temporary())
+                cache.make()
+                entry = cache.checkpoints / entry.name
+        yield cache, entry
 
 
 def _temporary() -> Path:
@@ -176,8 +183,8 @@ def _files_facts(folder: Path) -> list[list[str]]:
 class _Opening:
     """A checkpoint that was read and is not yet a package."""
 
-    def __init__(self, source: Checkpoint, options: Options, cache: StoreFolder) -> None:
-        self._source, self._options = source, options
+    def __init__(self, source: Checkpoint, options: Options, cache: StoreFolder, hub: str) -> None:
+        self._source, self._options, self._hub = source, options, hub
         self._tensors = {name: net_tensors(source, name) for name in components(source)}
         files = {header.file: name for name, header in self._headers()}
         contents = read_contents(files, cache)
@@ -233,20 +240,39 @@ class _Opening:
             for name, types in self._unread.items()
         ]
 
-    def described(self) -> dict[str, Any]:
-        """What the list of opened checkpoints says of it."""
-        return {
-            "name": self._source.name,
-            "family": self._source.family,
-            "path": os.path.abspath(self._source.root),
-            "dtype": self._options.dtype,
-            "weights_bytes": sum(content.size for content in self._files.values()),
-        }
+    def note(self, entry: Path) -> Note:
+        """What the list of opened checkpoints says of a package that was opened now."""
+        options = self._options
+        return Note(
+            name=self._source.name,
+            family=self._source.family,
+            dtype=options.dtype,
+            path=os.path.abspath(self._source.root),
+            hub=self._hub,
+            vae=os.path.abspath(options.vae) if options.vae else "",
+            tiny_vae=os.path.abspath(options.tiny_vae) if options.tiny_vae else "",
+            prediction_type=options.prediction_type or "",
+            files={
+                name: SeenFile(path=str(content.path), size=content.size, mtime_ns=content.mtime_ns)
+                for name, content in self._files.items()
+            },
+            manifest=manifest_sha256(entry),
+            created=now(),
+        )
+
+    def _room(self) -> str:
+        """What an entry takes on the disk, for whoever has no room for it."""
+        size = _GRAPHS_BYTES + ITEM_SIZES[_STORED[self._options.dtype]] * sum(
+            prod(header.shape) for name in self._unread for header in self._tensors[name].values()
+        )
+        return f"{size / 1e6:.0f} MB: the graphs{' and converted weights' if self._unread else ''}"
 
     def find(self, entry: Path) -> Package | None:
-        """The package in the cache, if it is there."""
+        """The package in the cache, if it is there. Raises StorageError if others could have changed it."""
         if not (entry / MANIFEST).is_file():
             return None
+        with storage_errors(entry, f"{entry} cannot be read"):
+            check_private(entry, entry.lstat(), stat.S_IFDIR)
         try:
             return Package.open(entry, elsewhere=self._elsewhere)
         except PackageError:  # damaged: it is made anew
@@ -256,7 +282,9 @@ class _Opening:
     def _elsewhere(self) -> dict[str, Elsewhere]:
         return {name: content.elsewhere for name, content in self._files.items()}
 
-    def make(self, entry: Path, tokenize: Tokenize, progress: OnProgress | None) -> Package:
+    def make(
+        self, cache: StoreFolder, entry: Path, tokenize: Tokenize, progress: OnProgress | None
+    ) -> Package:
         """Write the package into the cache."""
         source, dtype = self._source, self._options.dtype
         measures = dtype == "fp16"
@@ -265,7 +293,8 @@ class _Opening:
         for component, tensors in self._tensors.items():
             begin(f"check {component}")
             check_values(_part(source, component).folder, tensors, _ARITHMETIC[dtype])
-        with beside(entry) as folder:
+        failed = partial(storage_errors, cache.root, f"{source.root} cannot be made ready", room=self._room())
+        with failed(), beside(entry) as folder, failed():  # the inner one still sees what was written
             for name, write_tokenizer in source.tokenizers.items():
                 write_tokenizer(folder / name)
             nets: dict[str, NetFile] = {}
@@ -292,6 +321,7 @@ class _Opening:
             )
             records = {name: content.record for name, content in self._files.items() if name in used}
             write_manifest(folder, replace(manifest, files=records), elsewhere=self._elsewhere)
+            write_note(folder, self.note(folder))
             put(folder, entry, folder)
         return Package.open(entry, elsewhere=self._elsewhere)
 

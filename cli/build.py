@@ -26,7 +26,11 @@ _WEIGHTS, _LEVEL = "embedded", 3
 
 def build(
     model: Annotated[
-        str, Argument(help="A checkpoint (file, folder, or ORG/NAME of a hub), a package, or `demo`.")
+        str,
+        Argument(
+            help="A checkpoint (file, folder, ORG/NAME of a hub, or its name in `latentrt models`), a"
+            " package, or `demo`."
+        ),
     ] = "demo",
     backend: Annotated[
         str | None,

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 
 _OUTPUT = "File to write (.png, .jpg, .webp; .npy for the latents). Default: prompt and seed."
-_MODEL = "A checkpoint (file, folder, or ORG/NAME of a hub), a package, or `demo` (the default)."
+_MODEL = (
+    "A checkpoint (file, folder, ORG/NAME of a hub, or its name in `latentrt models`), a package, or `demo`"
+    " (the default)."
+)
 _FROM = "Draw a picture again, from what its file says; other options change it."
 _REFINER_AT = "The share of the schedule at which the refiner takes over. Default: 0.8."
 _PREVIEW = "Write what can be seen so far to this file, after every step."
