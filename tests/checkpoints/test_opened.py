@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentrt.checkpoints import contents
+from latentrt.checkpoints.entries import OPENED
 from latentrt.checkpoints.files.component import read_tensors
 from latentrt.checkpoints.files.open import Checkpoint
-from latentrt.checkpoints.opened import FOLDER, OPENED, Options, open_checkpoint
+from latentrt.checkpoints.opened import Options, open_checkpoint
 from latentrt.engines.backends import BACKENDS
 from latentrt.engines.errors import CheckpointError, StorageError, UsageError
 from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
@@ -90,7 +91,7 @@ class Opener:
         )
 
     def entries(self) -> list[Path]:
-        folder = self.store / FOLDER
+        folder = self.store / "checkpoints"
         return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 
 
@@ -366,7 +367,7 @@ def test_a_lean_process_draws(model: Path, small_archive: Path, tmp_path: Path) 
     one, two = (np.load(tmp_path / f"{i}.npy") for i in range(2))
     np.testing.assert_array_equal(one, two)
     assert one.std() > 1
-    assert len(list((tmp_path / "cache" / FOLDER).glob("*/manifest.json"))) == 1
+    assert len(list((tmp_path / "cache" / "checkpoints").glob("*/manifest.json"))) == 1
 
 
 def test_a_folder_opens_like_the_file(model: Path, opener: Opener, tmp_path: Path) -> None:
