@@ -63,17 +63,22 @@ class SideError(BackendError):
 class Child(ExitStack):
     """A Python process that writes lines to stdout; closing it kills the process and all that it started.
 
-    What it prints on stderr goes to the file `log`, if one is named.
+    What it prints on stderr goes to the file `log`, if one is named. `interpreter` is Python's; by default
+    the one that runs this.
     """
 
     def __init__(
-        self, *arguments: str, environment: Mapping[str, str] | None = None, log: Path | None = None
+        self,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        log: Path | None = None,
+        interpreter: str = sys.executable,
     ) -> None:
         super().__init__()
         noise = log.open("w+b") if log else tempfile.TemporaryFile()  # noqa: SIM115
         self._noise = self.enter_context(noise)
         self._process = subprocess.Popen(  # noqa: S603
-            [sys.executable, *arguments],
+            [interpreter, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._noise,
@@ -91,10 +96,14 @@ class Child(ExitStack):
 
     def ask(self, **command: Any) -> dict[str, Any]:
         """The answer to one command. Raises SideError."""
+        self.tell(**command)
+        return self.answer()
+
+    def tell(self, **command: Any) -> None:
+        """Send one command."""
         with suppress(BrokenPipeError):  # it died: the missing answer says so
             self._stdin.write(json.dumps(command) + "\n")
             self._stdin.flush()
-        return self.answer()
 
     def answer(self) -> dict[str, Any]:
         """The next line as JSON. Raises SideError if there is none, or if it is {"error", "kind"}."""

@@ -32,7 +32,7 @@ bench = Typer(
 _Measure: TypeAlias = "Callable[..., Document]"  # with the keyword `progress`
 _Device: TypeAlias = Literal["auto", "cpu", "cuda"]
 _OUT = Annotated[Path | None, Option("--out", help="Write the JSON document here.")]
-_MODEL = "`demo`, a package folder, or a full-size model of random weights: sd15-fp32, …."
+_MODEL = "`demo`, a package, a checkpoint (file or folder), or a model of random weights: sd15-fp32, …."
 _JSON = Annotated[bool, Option("--json", help="Print the JSON document.")]
 
 
@@ -44,7 +44,7 @@ def _option(kind: Any, default: Any, text: str, *flags: str, least: int | None =
 # The options that verbs share.
 _SHARED: Mapping[str, tuple[Any, Any]] = {
     "model": (Annotated[str, Argument(help=_MODEL)], "demo"),
-    "checkpoint": _option(Path | None, None, "For diffusers: the folder that the package was exported from."),
+    "checkpoint": _option(Path | None, None, "For diffusers: the folder that a package was exported from."),
     "backend": _option(str, "auto", "latentrt's own: auto, onnxruntime, onnxruntime-cuda, tensorrt, …."),
     "device": _option(_Device, "auto", "Of peers that run on both. auto: where our own backend runs."),
     "peers": _option(str, "", "With commas: diffusers, diffusers-compile, onnxruntime, openvino, …."),
@@ -72,7 +72,12 @@ class Call:
 
         self.options = options
         said = partial(print, file=sys.stderr)
-        self.model = find_model(options["model"], checkpoint=options.get("checkpoint"), said=said)
+        self.model = find_model(
+            options["model"],
+            checkpoint=options.get("checkpoint"),
+            backend=options.get("backend", "auto"),
+            said=said,
+        )
         self.package = self.model.package
         self.quick = bool(options.get("quick"))
 
@@ -84,10 +89,9 @@ class Call:
         backend, threads = self.options["backend"], self.options["threads"]
         device = device_of(backend, self.options.get("device", "auto"))
         count = None if threads is None else thread_count(threads)
-        root, checkpoint = self.package.root, self.model.checkpoint
         return Task(
-            package=root,
-            checkpoint=checkpoint,
+            model=self.model.path,
+            checkpoint=self.model.checkpoint,
             backend=backend,
             threads=count,
             device=device,
@@ -141,7 +145,7 @@ def _measures(*shared: str, **own: tuple[Any, Any]) -> Callable[[Callable[[Call]
     def register(verb: Callable[[Call], _Measure]) -> None:
         def command(**options: Any) -> None:
             call = Call(options)
-            _show(call, verb(call))
+            _show(options, verb(call), name=call.model.name)
 
         command.__doc__ = verb.__doc__
         _command(verb.__name__.replace("_", "-"), "model", *shared, "out", "as_json", **own)(command)
@@ -149,16 +153,18 @@ def _measures(*shared: str, **own: tuple[Any, Any]) -> Callable[[Callable[[Call]
     return register
 
 
-def _show(call: Call, measure: _Measure) -> None:
+def _show(options: Mapping[str, Any], measure: _Measure, *, name: str | None = None) -> None:
+    """Measure, write and print; `name` is what the model is called, if not as the document says."""
     from ..benchmarks.words import lines
 
-    as_json, out = call.options["as_json"], call.options["out"]
+    as_json, out = options["as_json"], options["out"]
     with _progress_lines(enabled=not as_json) as progress:
         found = measure(progress=progress)
     # folders of this machine are nobody's business, and mean nothing elsewhere
     words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
     settings = {**found.settings, "command": " ".join(["latentrt", *words])}
-    document = replace(found, model={**found.model, "name": call.model.name}, settings=settings)
+    model = found.model if name is None else {**found.model, "name": name}
+    document = replace(found, model=model, settings=settings)
     if out:
         document.write(out)
     print(json.dumps(document.to_json()) if as_json else "\n".join(lines(document)))
@@ -276,6 +282,40 @@ def parity(call: Call) -> _Measure:
 
     inputs = Inputs(cases=(call.case(),), samples=1 if call.quick else call.options["samples"])
     return partial(measure_parity, call.package, call.task(), inputs, reference=call.options["reference"])
+
+
+@_command(
+    "opening",
+    *("threads", "out", "as_json"),
+    checkpoint=(Annotated[Path, Argument(help="A checkpoint's file, or for some ways a folder.")], ...),
+    width=_option(int, 128, "Pixels.", least=8),
+    height=_option(int, 128, "Pixels.", least=8),
+    ways=_option(str, "", "With commas: opened, templates, traced, diffusers, sdcpp. Default: all."),
+    rounds=_option(int, 1, "How often each way is gone.", least=1),
+    sdcpp=_option(Path | None, None, "A Python interpreter with cyllama, which has stable-diffusion.cpp."),
+)
+def opening(**options: Any) -> None:
+    """From a checkpoint to its first picture, of one step: time, memory and disk of ours and of other ways.
+
+    Fresh processes on the CPU, with an empty cache and with a filled one. Torch traces for minutes; what is
+    kept goes to the system's folder for temporary files (TMPDIR), and away again.
+    """
+    from ..benchmarks.verbs.first_picture import WAYS
+    from ..benchmarks.verbs.opening import measure_opening
+    from ..engines.processors import thread_count
+
+    threads = options["threads"]
+    measure = partial(
+        measure_opening,
+        options["checkpoint"],
+        width=options["width"],
+        height=options["height"],
+        ways=listed(options["ways"], WAYS) or tuple(WAYS),
+        rounds=options["rounds"],
+        threads=None if threads is None else thread_count(threads),
+        sdcpp=options["sdcpp"],
+    )
+    _show(options, measure)
 
 
 # ── other verbs ────────────────────────────────────────────────────────────────────────────────────

@@ -140,7 +140,7 @@ def backend_opener(backend: str, package: Package, folder: Path) -> Opener:
         return cast(DeviceBackend, engine).open_device(package, nets, **options)
 
     return Opener(
-        task=Task(package=package.root, backend=name, device="cuda"),
+        task=Task(model=package.root, backend=name, device="cuda"),
         package=package,
         open_device=open_device,
         watch=CudaDevice,

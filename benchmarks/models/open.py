@@ -2,6 +2,7 @@
 
     demo                     the shipped package; its checkpoint where the repository is at hand
     a package's folder       with the checkpoint it was exported from, if the caller has it
+    a checkpoint             a file or a diffusers folder, opened as it is
     sd15-fp32, sd21-fp16, …  exact shapes with random weights, made once into a cache folder; never downloaded
 
 A full-size model is exported from a checkpoint that `checkpoints.py` makes. Without the extra [export] it is
@@ -24,7 +25,7 @@ from ...engines.package import MANIFEST, Package
 from ...engines.store.folder import default_root
 from ...runtime.model import SHIPPED
 from .. import skeletons
-from ..sides.contract import missing_modules
+from ..sides.contract import Task, missing_modules, open_package
 from . import full_size
 
 # Recipes, and what each takes in the cache as checkpoint, and as much again as package of any dtype: weights
@@ -41,30 +42,39 @@ class Model:
 
     Attributes:
         package: opened, its files' sizes checked.
-        checkpoint: the diffusers folder it was exported from; None where that is not at hand.
-        name: that `find_model` got; of a package's folder its last part.
+        path: what was opened: the package's folder, or the checkpoint.
+        checkpoint: the diffusers folder with the same weights; None where that is not at hand.
+        name: that `find_model` got; of a path its last part.
     """
 
     package: Package
+    path: Path
     checkpoint: Path | None
     name: str
 
 
 def find_model(
-    name: str, *, checkpoint: Path | None = None, said: Callable[[str], None] = lambda line: None
+    name: str,
+    *,
+    checkpoint: Path | None = None,
+    backend: str = "auto",
+    said: Callable[[str], None] = lambda line: None,
 ) -> Model:
     """The model of that name, made if it is not in the cache yet.
 
     Args:
-        name: of `NAMES`, or a package's folder.
+        name: of `NAMES`, a package's folder, or a checkpoint's file or folder.
         checkpoint: what a package was exported from; default: what this module knows of.
-        said: gets a line about what making one costs, before it is made.
+        backend: the one of latentrt's own that a checkpoint is opened for, or "auto".
+        said: gets a line about what making one costs, before it is made, and what opening a checkpoint notes.
 
     Raises:
         UsageError: no such model.
-        CheckpointError: `checkpoint` is none.
-        BackendError: it would have to be made, and the extra [export] is not installed.
+        CheckpointError: `checkpoint` is none, or the model is one that cannot be opened.
+        BackendError: it would have to be made, and the extra [export] is not installed; or the backend that a
+            checkpoint is opened for is unknown.
         ModelError: it cannot be made, or the package is damaged.
+        StorageError: a checkpoint is opened for the first time, and the disk is full.
     """
     if checkpoint is not None and not (checkpoint / _INDEX).is_file():
         raise CheckpointError(
@@ -74,19 +84,21 @@ def find_model(
         )
     own: Path | None = None
     if name == "demo":  # a checkout has its checkpoint, an installed wheel has not
-        package, own = SHIPPED["demo"], SHIPPED["demo"].parent / "checkpoint"
+        path, own = SHIPPED["demo"], SHIPPED["demo"].parent / "checkpoint"
     elif name in NAMES:
-        package, own = _full_size(name, said)
-    elif Path(name).is_dir():
-        package, name = Path(name), Path(name).resolve().name
+        path, own = _full_size(name, said)
+    elif Path(name).exists():
+        path = own = Path(name).absolute()
+        name = path.resolve().name if path.is_dir() else path.stem
     else:
         raise UsageError(
             f"there is no model {name!r}",
-            expected=f"{', '.join(NAMES)}, or a package's folder",
-            fix="Choose one of these, or export one: latentrt export CHECKPOINT -o PACKAGE",
+            expected=f"{', '.join(NAMES)}, a package's folder, or a checkpoint's file or folder",
+            fix="Choose one of these.",
         )
     found = own if own and (own / _INDEX).is_file() else None
-    return Model(package=Package.open(package), checkpoint=checkpoint or found, name=name)
+    package = open_package(Task(model=path, backend=backend), note=said)
+    return Model(package=package, path=path, checkpoint=checkpoint or found, name=name)
 
 
 def _full_size(name: str, said: Callable[[str], None]) -> tuple[Path, Path | None]:

@@ -12,6 +12,7 @@ from ..roofline import GEMM
 from ..sides.contract import OURS
 from ..verbs.build import TOGETHER
 from ..verbs.cold_start import PARTS
+from ..verbs.opening import DRAWN, OPENED, PEAK, WRITTEN
 from ..verbs.throughput import OFFLINE, SINGLE_STREAM, SWEEP
 from .reading import (
     Against,
@@ -34,6 +35,7 @@ _FIGURES = {"waterfall": "one picture, stage by stage", "peers": "ours against p
 _HEAD = ("| what | result | reproduce |", "|---|---|---|")
 # What the short table takes from a document besides latencies: the beginnings of `summaries`' lines.
 _SHORT = ("peak in host memory", "peak on the device", "cold start", "build", "parity")
+_TABLES = ("latency", "opening")  # documents that have a table of their own
 _ROWS = 12  # of the short table, at most
 NOTHING = "Nothing was measured yet: `latentrt bench latency demo`."
 
@@ -81,6 +83,8 @@ def _highlights(document: Document) -> Lines:
     for what, result in summaries(document):
         if what.startswith(_SHORT):
             yield what, result
+    if document.benchmark == "opening":
+        yield from _first_pictures(document)
 
 
 def _newest(results: Iterable[Result]) -> list[Result]:
@@ -111,8 +115,10 @@ def _section(
     for document in documents:
         if document.benchmark == "latency":
             yield from (_latency(document, case) for case in cases(document))
-            if missing := _missing(document):
-                yield missing
+        elif document.benchmark == "opening":
+            yield _opening(document)
+        if document.benchmark in _TABLES and (missing := _missing(document)):
+            yield missing
     lines = [_line(*pair, document) for document in documents for pair in summaries(document)]
     if lines:
         yield "\n".join([*_HEAD, *lines])
@@ -143,6 +149,50 @@ def _latency(document: Document, case: Case) -> str:
     best = f"; best GEMM: {words.amount(max(rates), 'FLOP/s')}" if rates else ""
     note = f"square brackets after a ratio: {', '.join(brackets)}{best}"
     return "\n".join([*lines, "", f"Reproduce: `{_command(document)}`; {note}."])
+
+
+def _opening(document: Document) -> str:
+    """A row for each way to the first picture."""
+    head = [f"to the first picture, {_one_step(document)}", OPENED, "of which export", DRAWN, PEAK, WRITTEN]
+    lines = [_row(head), "|" + "---|" * len(head)]
+    for (side, way), rows in _ways(document).items():
+        peak, opened = rows.get(PEAK), rows.get(OPENED)
+        over = figure(peak, "over_weights")
+        cells = [
+            words.seconds(summary(opened)) if opened else words.DASH,
+            words.seconds(figure(opened, "export_s")),
+            words.seconds(summary(rows[DRAWN])) if rows[DRAWN].status == "ok" else rows[DRAWN].status,
+            words.amount(summary(peak), "B") + (f" ({over:.2f}× the weights)" if over else ""),
+            words.amount(summary(rows.get(WRITTEN)), "B"),
+        ]
+        lines.append(_row([f"{side}, {way}", *cells]))
+    rounds = document.settings["rounds"]
+    medians = f"medians of {rounds} rounds; " if rounds > 1 else ""
+    return "\n".join([*lines, "", f"Reproduce: `{_command(document)}`; {medians}weights: in fp32."])
+
+
+def _first_pictures(document: Document) -> Lines:
+    """The short table's line."""
+    found = [
+        f"{side if side != OURS else ''} {way} {words.seconds(summary(rows[DRAWN]))}".strip()
+        for (side, way), rows in _ways(document).items()
+        if rows[DRAWN].rounds
+    ]
+    if found:
+        yield f"from the checkpoint to the first picture, {_one_step(document)}", ", ".join(found)
+
+
+def _ways(document: Document) -> dict[tuple[str, str], dict[str, Row]]:
+    """The rows of each way by workload, by its side and its name."""
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in document.rows:
+        found.setdefault((row.side, row.case["way"]), {})[row.workload] = row
+    return found
+
+
+def _one_step(document: Document) -> str:
+    case = document.rows[0].case
+    return f"{case['width']}×{case['height']}, one step"
 
 
 def _ratio(item: Against | None) -> str:

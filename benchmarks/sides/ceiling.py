@@ -23,9 +23,8 @@ import numpy as np
 
 from ...engines.onnxruntime import session as onnxruntime
 from ...engines.onnxruntime.nets import CPU, CUDA, cuda_available
-from ...engines.package import Package
 from ...engines.spec import Array
-from .contract import CEILING, OpenSide, Task, Work
+from .contract import CEILING, OpenSide, Task, Work, open_package
 from .plain_loop import open_on
 
 Shape = tuple[int, int, int]  # rows of the left side, columns of it, columns of the right side
@@ -58,7 +57,7 @@ def open_side(task: Task) -> OpenSide:
     """Raises UsageError for less than one thread, PackageError for a package whose dtype cannot be read."""
     if task.device == "cuda":
         provider, threads, shapes = CUDA, 1, DEVICE_SHAPES
-        dtype = Package.open(task.package).manifest.net("unet").spec.inputs[0].dtype
+        dtype = open_package(task).manifest.net("unet").spec.inputs[0].dtype
     else:
         threads = int(onnxruntime.session_options(task.threads).intra_op_num_threads)
         provider, shapes, dtype = CPU, HOST_SHAPES, "float32"

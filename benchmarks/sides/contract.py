@@ -25,10 +25,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from ...engines.backend import choose_backend
+from ...engines.backends import BACKENDS
 from ...engines.errors import BackendError, UsageError
 from ...engines.installed import install_command
 from ...engines.package import Package
 from ...engines.spec import Array
+from ...runtime.model import Note, open_model
 from ..case import WORKLOADS, Case
 
 # The module that implements each, or a class in it. "latentrt" is measured twice, to stand against itself.
@@ -60,15 +63,15 @@ class Task:
     """What a side opens.
 
     Attributes:
-        package: an exported package's folder.
-        checkpoint: the diffusers folder it was exported from; None where only the package is at hand.
+        model: a package's folder, or a checkpoint: a file, or a diffusers folder.
+        checkpoint: the diffusers folder with the same weights; None where that is not at hand.
         threads: of a CPU; None is every processor this process may use.
         backend: which of latentrt's own (`engines.backend.BACKENDS`, or "auto").
         device: "cpu" or "cuda", of the peers that can do both.
         compile_mode: torch.compile's; "" is max-autotune on CUDA, which takes minutes, and default on a CPU.
     """
 
-    package: Path
+    model: Path
     checkpoint: Path | None = None
     threads: int | None = None
     backend: str = "auto"
@@ -84,7 +87,7 @@ class Task:
     def parse(cls, text: str) -> Task:
         """The reverse of `text`."""
         values = json.loads(text)
-        paths = {name: Path(values[name]) for name in ("package", "checkpoint") if values[name]}
+        paths = {name: Path(values[name]) for name in ("model", "checkpoint") if values[name]}
         return cls(**values | paths)
 
 
@@ -240,13 +243,50 @@ def missing_checkpoint(task: Task) -> str | None:
     return None
 
 
+def open_package(task: Task, *, note: Note | None = None) -> Package:
+    """The model of a task as a package, as `Pipeline.open` does it.
+
+    A checkpoint is opened for the task's backend. Whoever measures opens it first, so that a side finds it in
+    the cache.
+
+    Args:
+        task: what is opened.
+        note: is given each line on what was assumed about a checkpoint, or left out.
+
+    Raises:
+        ModelError: nothing there that can be opened.
+        BackendError: the backend is unknown, or "auto" finds none.
+        StorageError: the disk is full.
+    """
+    name = task.backend
+    backend = (lambda: name) if name in BACKENDS else (lambda: choose_backend(name)[0])
+    return open_model(task.model, backend=backend, note=note)
+
+
 def open_plain_package(task: Task) -> Package:
-    """The package with the UNet before hoisting. Raises PackageError, NotAvailableError if it has none."""
-    package = Package.open(task.package)
+    """The package with the UNet before hoisting. Raises ModelError, NotAvailableError if it has none."""
+    package = open_package(task)
     if "unet_whole" in package.manifest.nets:
         return package
     raise NotAvailableError(
         f"{package.manifest.name} has no UNet before hoisting (unet_whole)",
         expected="a package that `latentrt export` of this release wrote",
         fix="Export the checkpoint again: latentrt export CHECKPOINT -o PACKAGE",
+    )
+
+
+def open_whole_package(task: Task) -> Package:
+    """`open_plain_package`, for a library that looks for weights beside the graph and nowhere else.
+
+    Raises:
+        ModelError: nothing there that can be opened.
+        NotAvailableError: a checkpoint that was opened as it is, or a package without the plain UNet.
+    """
+    package = open_plain_package(task)
+    if not package.elsewhere:
+        return package
+    raise NotAvailableError(
+        f"{package.manifest.name} is a checkpoint, whose weights are not beside the graphs",
+        expected="a package",
+        fix="Export the checkpoint: latentrt export CHECKPOINT -o PACKAGE",
     )

@@ -30,7 +30,16 @@ from ...engines.package import Package
 from ...engines.spec import Array
 from ..case import Case, inputs_of
 from ..machine import version_of
-from .contract import NotAvailableError, OpenSide, Task, Work, makers_of, missing_checkpoint, missing_modules
+from .contract import (
+    NotAvailableError,
+    OpenSide,
+    Task,
+    Work,
+    makers_of,
+    missing_checkpoint,
+    missing_modules,
+    open_package,
+)
 
 # Beyond so many shapes of one function torch would give up compiling; a sweep over sizes has more than its 8.
 _SHAPES = 256
@@ -90,7 +99,7 @@ def _open(name: str, task: Task, *, compiled: str) -> OpenSide:
     """The pipeline on the task's device, and the mode its nets are compiled in, if they are."""
     import torch
 
-    package = Package.open(task.package)
+    package = open_package(task)
     if task.threads:
         torch.set_num_threads(task.threads)
     half = task.device == "cuda" and package.manifest.dtype == "fp16"

@@ -13,7 +13,7 @@ from typing import Any
 
 from ...engines.device import Shapes
 from ...engines.spec import Array
-from .contract import OpenSide, Task, missing_modules, open_plain_package
+from .contract import OpenSide, Task, missing_modules, open_whole_package
 from .plain_loop import Net, plain_side
 
 _DEVICE = "CPU"
@@ -28,7 +28,7 @@ def open_side(task: Task) -> OpenSide:
     """The package, to be compiled case by case. Raises NotAvailableError, PackageError."""
     import openvino
 
-    package = open_plain_package(task)
+    package = open_whole_package(task)
     settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     if task.threads:
         settings["INFERENCE_NUM_THREADS"] = task.threads

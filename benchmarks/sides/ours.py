@@ -11,13 +11,12 @@ import numpy as np
 
 from ...engines.backend import choose_backend
 from ...engines.errors import LatentrtError
-from ...engines.package import Package
 from ...engines.spec import DTYPES, Array
 from ...runtime.loop.denoise import HostLoop, denoise, guide, guided_batch, narrow
 from ...runtime.loop.open import LoopOptions, open_loop
 from ...runtime.pipeline import Pipeline
 from ..case import BETWEEN, Case, inputs_of, row_time_inputs, schedule_of, time_inputs
-from .contract import OURS, OpenSide, Task, Work, makers_of
+from .contract import OURS, OpenSide, Task, Work, makers_of, open_package
 
 
 def available(task: Task) -> str | None:
@@ -31,7 +30,7 @@ def available(task: Task) -> str | None:
 
 def open_pipeline(task: Task) -> Pipeline:
     """As `Pipeline.open`, but prompts are not cached: a user draws another one each time."""
-    package = Package.open(task.package)
+    package = open_package(task)
     loop = open_loop(package, LoopOptions(backend=task.backend, threads=task.threads))
     return Pipeline.over(package, *loop, cache_bytes=0)
 

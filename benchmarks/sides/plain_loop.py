@@ -72,6 +72,8 @@ def _onnxruntime_side(name: str, task: Task, provider: str, settings: Mapping[st
     nets: dict[str, Net] = {}
     for net in PLAIN_NETS:
         file = package.manifest.nets[net]
+        # Weights of an opened checkpoint are not beside the graph.
+        options.add_session_config_entry(onnxruntime.WEIGHTS_FOLDER, str(package.weights_folder(net)))
         session = open_on(provider, package.path(file.graph), options, settings, culprit=net)
         nets[net] = partial(_run, session, [output.name for output in file.spec.outputs])
     versions = {

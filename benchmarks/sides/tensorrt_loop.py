@@ -19,7 +19,7 @@ from ...engines.errors import BackendError
 from ...engines.spec import Array
 from ...engines.tensorrt.flavour import flavour, installed_version
 from ..machine import version_of
-from .contract import OpenSide, Task, missing_modules, open_plain_package
+from .contract import OpenSide, Task, missing_modules, open_whole_package
 from .plain_loop import Net, plain_side
 
 
@@ -36,7 +36,7 @@ def available(task: Task) -> str | None:
 
 def open_side(task: Task) -> OpenSide:
     """The package; engines are built case by case. Raises NotAvailableError, PackageError."""
-    package = open_plain_package(task)
+    package = open_whole_package(task)
     trt: Any = import_module("polygraphy.backend.trt")
 
     def open_net(name: str, shapes: Shapes) -> Net:

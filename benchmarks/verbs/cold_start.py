@@ -55,7 +55,7 @@ def measure_cold_start(
     `task` says backend and threads; without a `case` pictures are as the package wants them.
     """
     case = case or Case.of(package.manifest)
-    opened = {"model": str(package.root), "backend": task.backend, "threads": task.threads}
+    opened = {"model": str(task.model), "backend": task.backend, "threads": task.threads}
     request = json.dumps([opened, case.prompt, case.parameters])
     processes = {
         "bare interpreter": ["-c", "pass"],

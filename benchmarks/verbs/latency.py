@@ -22,7 +22,7 @@ from ..process import SideError, SideProcess
 from ..records import Document, Row
 from ..roofline import COPY, GEMM, with_roofline, workload_parts
 from ..rounds import Pace, Slot, Turns, interleave
-from ..sides.contract import AGAIN, CEILING, OURS, REFERENCES, YARDSTICK, Task
+from ..sides.contract import AGAIN, CEILING, OURS, REFERENCES, YARDSTICK, Task, open_package
 
 # What a picture spends in nets, by the stages of the host's loop; the rest is scheduler, guidance and Python.
 ENGINE_STAGES = ("text_encoder", "invariants", "unet", "vae_decoder")
@@ -76,7 +76,7 @@ class Sides:
 
     def _check_memory(self) -> None:
         """The system would kill one of them, in the middle of a measurement that takes minutes."""
-        package, facts = Package.open(self.task.package), doctor.memory()
+        package, facts = open_package(self.task), doctor.memory()
         known = [size for size in (facts["available"], facts["limit"]) if size is not None]
         count = sum(name != CEILING for name in self.names)
         need = int(count * _OVER_WEIGHTS * sum(engine_bytes(package, net) for net in NETS))

@@ -30,7 +30,7 @@ INTERVAL = 0.005  # seconds between samples
 _PARTS = ("weights", "activations", "io")  # of a net's ledger
 _WARM = 2  # pictures after the first one, before the peak is read
 _SAMPLES = 1000  # of a timeline, at most; longer requests have longer intervals
-_NO_PROC = "only Linux tells another process's resident memory (/proc)"
+NO_PROC = "only Linux tells another process's resident memory (/proc)"
 
 
 def measure_memory(
@@ -131,7 +131,7 @@ def measure_side(
 
 def _resident(bench: Bench, stage: str, now: int, peak: int) -> Row:
     if not (now and bench.interpreter):
-        return _missing(stage, _NO_PROC)
+        return _missing(stage, NO_PROC)
     size = (peak if stage == PEAK else now) - bench.interpreter
     return _row(stage, [size], rss=now, peak=peak, empty_interpreter=bench.interpreter)
 
@@ -168,7 +168,7 @@ def _missing(workload: str, reason: str) -> Row:
 def timeline(bench: Bench) -> Row:
     """Resident memory over the first request of a fresh process, less an empty interpreter's."""
     if not bench.interpreter:
-        return _missing(TIMELINE, _NO_PROC)
+        return _missing(TIMELINE, NO_PROC)
     with SideProcess(WATCHED, WATCHED, bench.task) as item:
         with sampled(lambda: resident_bytes(item.pid)[0] or None, INTERVAL) as series:
             figures = dict(item.prepare(TIMELINE, bench.case)[0]["figures"])

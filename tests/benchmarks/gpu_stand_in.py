@@ -83,7 +83,7 @@ def stand_in(
             found[name] = wrap(name, Hungry(net, 2 * MIB if name in ("unet", "vae_decoder") else 0))
         return on, found
 
-    task = Task(package=PACKAGE.root, backend=backend, threads=1)
+    task = Task(model=PACKAGE.root, backend=backend, threads=1)
     watch: Any = lambda: on  # noqa: E731
     return Opener(
         task=task,

@@ -14,7 +14,7 @@ from latentrt.engines.package import Package
 from latentrt.runtime.model import SHIPPED
 
 PACKAGE = Package.open(SHIPPED["demo"])
-TASK = Task(package=PACKAGE.root, threads=1)
+TASK = Task(model=PACKAGE.root, threads=1)
 CASE = Case(width=64, height=64, guidance_scale=3.0, steps=2)
 Outputs = Mapping[str, np.ndarray]
 

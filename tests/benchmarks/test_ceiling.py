@@ -20,7 +20,7 @@ from latentrt.runtime.model import SHIPPED
 
 CASE = Case(width=64, height=64, guidance_scale=1.0)
 SMALL = [(32, 48, 16), (300, 7, 129)]
-TASK = Task(package=SHIPPED["demo"], threads=2)
+TASK = Task(model=SHIPPED["demo"], threads=2)
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_it_is_what_it_always_was() -> None:
 
 
 def test_it_computes_the_same_finite_numbers_in_every_process() -> None:
-    task = Task(package=SHIPPED["demo"], threads=1)
+    task = Task(model=SHIPPED["demo"], threads=1)
     one, other = (open_yardstick(task) for _ in range(2))
     found, again = one.call()["prediction"], other.call()["prediction"]
     assert found.shape == (SIZES["B"], 4, SIZES["H/8"], SIZES["W/8"])

@@ -169,7 +169,7 @@ def test_a_peer_that_draws_something_else(monkeypatch: pytest.MonkeyPatch) -> No
 def test_sides_and_pipelines_that_cannot_be_opened() -> None:
     ((row,), _) = measure_side(bench(), "diffusers", {})
     assert row.status == "not available"
-    missing = bench(task=replace(TASK, package=TASK.package / "none"))
+    missing = bench(task=replace(TASK, model=TASK.model / "none"))
     with pytest.raises(SideError, match="does not exist"):
         measure_side(missing, OURS, {})
     with pytest.raises(SideError, match="none"):

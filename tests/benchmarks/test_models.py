@@ -50,7 +50,7 @@ def test_a_package_by_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
-    known = r"expected demo, sd15-fp32, sd15-fp16, sd21-fp32, sd21-fp16, or a package's folder"
+    known = r"expected demo, sd15-fp32, sd15-fp16, sd21-fp32, sd21-fp16, a package's folder, or a checkpoint"
     for name in ("sd15", "sd15-int8", "sdxl-fp16", "no/such/folder"):
         with pytest.raises(UsageError, match=known):
             find_model(name)

@@ -34,7 +34,7 @@ PLAIN = Case.of(PACKAGE.manifest, width=48, height=64, steps=3, guidance_scale=1
 
 @pytest.fixture(scope="module")
 def pipe() -> Pipeline:
-    return open_pipeline(Task(package=PACKAGE.root, backend="onnxruntime", threads=1))
+    return open_pipeline(Task(model=PACKAGE.root, backend="onnxruntime", threads=1))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_seconds_are_of_one_of_the_repetitions(side: OpenSide, monkeypatch: pyte
     moments = count(100.0, 2.0)  # every run begins at one of them and ends at the next
     monkeypatch.setattr(process, "perf_counter", lambda: next(moments))
     makers: Any = {"any": lambda case, stack: Work(call=dict, repeats=4)}
-    server = process.Server(OpenSide(name="it", versions={}, makers=makers), Task(package=SHIPPED["demo"]))
+    server = process.Server(OpenSide(name="it", versions={}, makers=makers), Task(model=SHIPPED["demo"]))
     first = server.answer({"do": "prepare", "workload": "any", "case": GUIDED.to_json(), "slot": ""})
     timed = server.answer({"do": "time", "slot": "", "runs": 3})
     assert [first["seconds"], *timed["seconds"]] == [0.5] * 4

@@ -89,7 +89,7 @@ def opened() -> Generator[Bench]:
 
 @pytest.fixture(scope="module")
 def host() -> Generator[OpenSide]:
-    with closing(ours.open_side(Task(package=PACKAGE.root, backend="onnxruntime", threads=1))) as opened:
+    with closing(ours.open_side(Task(model=PACKAGE.root, backend="onnxruntime", threads=1))) as opened:
         yield opened
 
 
@@ -221,7 +221,7 @@ def test_what_is_prepared_has_its_own_buffers_until_it_is_closed(opened: Bench, 
     assert device.sizes == before
     with pytest.raises(AssertionError):
         large.run()
-    server = process.Server(opened.side, Task(package=Path("demo")))
+    server = process.Server(opened.side, Task(model=Path("demo")))
     sizes: list[list[int]] = []
     for _ in range(3):  # in the same slot
         server.answer({"do": "prepare", "workload": "vae_decoder", "case": GUIDED.to_json(), "slot": "a"})
@@ -261,5 +261,5 @@ def test_memory_is_the_ledger(opened: Bench) -> None:
 def test_a_pipeline_on_a_device_gets_this_side(monkeypatch: pytest.MonkeyPatch) -> None:
     with device_pipeline(PACKAGE, HostDevice()) as (pipe, _):
         monkeypatch.setattr(ours, "open_pipeline", lambda task: pipe)
-        with closing(ours.open_side(Task(package=PACKAGE.root))) as side:
+        with closing(ours.open_side(Task(model=PACKAGE.root))) as side:
             assert side.versions["device"] == "host memory"

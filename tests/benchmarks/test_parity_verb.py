@@ -154,8 +154,8 @@ def test_pictures_below_the_window_of_ssim_are_refused() -> None:
 
 
 def test_the_reference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    task = Task(package=tmp_path, checkpoint=tmp_path, backend="tensorrt", device="cuda", threads=2)
-    theirs = Task(package=tmp_path, checkpoint=tmp_path, backend="onnxruntime", threads=2)
+    task = Task(model=tmp_path, checkpoint=tmp_path, backend="tensorrt", device="cuda", threads=2)
+    theirs = Task(model=tmp_path, checkpoint=tmp_path, backend="onnxruntime", threads=2)
     assert choose_reference(task) == ("diffusers", theirs)
     assert choose_reference(replace(task, checkpoint=None))[0] == "onnxruntime"
     assert choose_reference(task, "openvino") == ("openvino", theirs)

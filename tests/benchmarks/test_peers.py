@@ -28,7 +28,7 @@ from latentrt.engines.spec import Array
 from tests.benchmarks.stand_in_side import PACKAGE
 from tests.tiny_package import write_tiny_package
 
-TASK = Task(package=PACKAGE.root, checkpoint=PACKAGE.root.parent / "checkpoint", threads=1)
+TASK = Task(model=PACKAGE.root, checkpoint=PACKAGE.root.parent / "checkpoint", threads=1)
 NEEDS = {
     "diffusers": "diffusers",
     "diffusers-compile": "torch",
@@ -103,7 +103,7 @@ def test_a_missing_gpu_compiler_or_release_is_told(monkeypatch: pytest.MonkeyPat
 def test_a_package_without_the_plain_unet_is_told(tmp_path: Path) -> None:
     write_tiny_package(tmp_path)
     with pytest.raises(NotAvailableError, match="unet_whole"):
-        open_plain_package(replace(TASK, package=tmp_path))
+        open_plain_package(replace(TASK, model=tmp_path))
 
 
 # ── diffusers, as far as it goes without a model or a GPU ──────────────────────────────────────

@@ -117,7 +117,7 @@ def test_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_cannot_be_opened(tmp_path: Any) -> None:
     with pytest.raises(SideError, match="does not exist") as error:
-        SideProcess("latentrt", "latentrt", replace(TASK, package=tmp_path / "none"))
+        SideProcess("latentrt", "latentrt", replace(TASK, model=tmp_path / "none"))
     assert error.value.status == "FAILED"
     assert str(tmp_path) not in error.value.reason
     with pytest.raises(SideError, match="unknown backend") as error:

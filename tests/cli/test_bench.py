@@ -194,7 +194,8 @@ def test_all_of_them(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 def test_quick_measures_less_of_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     package = Package.open(SHIPPED["demo"])
-    about = Model(name="demo", package=package, checkpoint=None), Sides(task=Task(package=package.root))
+    model = Model(name="demo", package=package, path=package.root, checkpoint=None)
+    about = model, Sides(task=Task(model=package.root))
     found: dict[str, list[dict[str, Any]]] = {}  # the keywords of each verb's function: quick, and in full
     for verb in ("scaling", "memory", "throughput", "latency"):
         calls = found.setdefault(verb, [])

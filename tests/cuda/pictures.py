@@ -71,7 +71,7 @@ def opener_of(package: Package) -> Iterator[Opener]:
             open_device = partial(
                 ONNXRUNTIME_CUDA.open_device, package, built_nets(package), store=EngineStore(Path(folder))
             )
-            task = Task(package=package.root, backend="onnxruntime-cuda", device="cuda")
+            task = Task(model=package.root, backend="onnxruntime-cuda", device="cuda")
             yield Opener(
                 task=task,
                 package=package,
