@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..engines.errors import CheckpointError, LatentrtError
 from ..engines.package import Elsewhere, FileRecord
@@ -70,7 +70,7 @@ def _read_content(path: Path, store: StoreFolder) -> Content:
     header = hashlib.sha256(read_header(file).text).hexdigest()
     try:
         status = file.stat()
-        seen = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "header": header}
+        seen: dict[str, Any] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "header": header}
         side = store.side_file(_KIND, hashlib.sha256(str(file).encode()).hexdigest())
         known = _remembered(store.read_side_file(side))
         if known.items() >= seen.items():
@@ -118,7 +118,7 @@ def _remembered(text: bytes) -> dict[str, Any]:
     with suppress(ValueError):
         found: Any = json.loads(text)
         if isinstance(found, dict) and "sha256" in found:
-            return found
+            return cast(dict[str, Any], found)
     return {}
 
 

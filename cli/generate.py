@@ -103,10 +103,11 @@ def generate(
         advance = stack.enter_context(progress_bar(enabled=not as_json))
         first = model or (_model_of(source) if source else "demo")
         names = [first] if refiner is None else [first, refiner]
-        open_pipe = partial(Pipeline.open, backend=backend, device=device, threads=threads)
-        told = {"progress": advance, "note": say}
-        pipes = [stack.enter_context(open_pipe(first, checkpoint=checkpoint, **told))]
-        pipes += [stack.enter_context(open_pipe(name, **told)) for name in names[1:]]
+        open_pipe = partial(
+            Pipeline.open, backend=backend, device=device, threads=threads, progress=advance, note=say
+        )
+        pipes = [stack.enter_context(open_pipe(first, checkpoint=checkpoint))]
+        pipes += [stack.enter_context(open_pipe(name)) for name in names[1:]]
         opened = perf_counter() - began
         # Someone who looks on costs a device one wait per step.
         watched = preview is not None or (sys.stderr.isatty() and not as_json)

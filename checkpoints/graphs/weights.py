@@ -117,12 +117,13 @@ def attach(model: ir.Model, found: Mapping[str, Place]) -> None:
             shape=shape,
             base_dir=folder,
         )
-        value.shape, value.dtype = shape, STORED[place.dtype]
-        if compute is not None and compute != value.dtype:
+        stored = STORED[place.dtype]
+        value.shape, value.dtype = shape, stored
+        if compute is not None and compute != stored:
             for source in _to_convert(value, compute):
                 _follow(model.graph, source, "Cast", {"to": compute}, compute)
         if place.transposed:
-            _follow(model.graph, value, "Transpose", {"perm": [1, 0]}, value.dtype)
+            _follow(model.graph, value, "Transpose", {"perm": [1, 0]}, stored)
 
 
 def _to_convert(weight: ir.Value, compute: ir.DataType) -> list[ir.Value]:
