@@ -17,6 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 _LOCK, _OLD = "lock", "old"
+_MARK = ".latentrt-"  # in the names of work folders, between a dot with the target's name and a random part
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -56,10 +57,26 @@ def put(new: Path, target: Path, work: Path) -> None:
 
 def sweep(target: Path) -> None:
     """Remove the folders of killed runs for `target`; one killed between the renames of `put` is undone."""
+    for work in work_folders(target.parent):
+        if work.name.startswith(_prefix(target)):
+            _sweep_one(work, target)
+
+
+def sweep_all(folder: Path) -> None:
+    """Do what `sweep` does, for every target in a folder."""
+    for work in work_folders(folder):
+        _sweep_one(work, folder / work.name[1:].rpartition(_MARK)[0])
+
+
+def work_folders(folder: Path) -> list[Path]:
+    """The folders of all runs for targets in a folder, killed or not."""
     with suppress(OSError):
-        for work in sorted(target.parent.iterdir()):
-            if work.name.startswith(_prefix(target)) and work.is_dir() and not work.is_symlink():
-                _sweep_one(work, target)
+        return sorted(
+            work
+            for work in folder.iterdir()
+            if work.name.startswith(".") and _MARK in work.name and work.is_dir() and not work.is_symlink()
+        )
+    return []
 
 
 def _sweep_one(work: Path, target: Path) -> None:
@@ -96,4 +113,4 @@ def _claim(target: Path) -> tuple[Path, FileLock]:
 
 
 def _prefix(target: Path) -> str:
-    return f".{target.name}.latentrt-"
+    return f".{target.name}{_MARK}"

@@ -89,6 +89,30 @@ def _read_content(path: Path, store: StoreFolder) -> Content:
     return content
 
 
+def forget_gone(store: StoreFolder, *, dry_run: bool = False) -> int:
+    """Remove what is remembered of files that are gone, and notes that are damaged; the bytes that frees."""
+    freed = 0
+    with suppress(OSError):
+        for side in sorted((store.caches / _KIND).iterdir()):
+            if _is_gone(_remembered(store.read_side_file(side)).get("path")):
+                size = side.lstat().st_size
+                if not dry_run:
+                    side.unlink()
+                freed += size
+    return freed
+
+
+def _is_gone(path: object) -> bool:
+    """Whether nothing has that path; a disk that does not answer is no proof of it."""
+    try:
+        Path(str(path)).lstat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return True
+    except OSError:
+        return False
+    return not isinstance(path, str)
+
+
 def _remembered(text: bytes) -> dict[str, Any]:
     """What was noted of a file; nothing where there is no note, or another program's."""
     with suppress(ValueError):

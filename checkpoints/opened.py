@@ -7,8 +7,8 @@ is another.
 
 ::
 
-    <cache>/checkpoints/<digest>/        a package
-    <cache>/checkpoints/<digest>/opened.json   where it was opened from; its time is that of the last use
+    <cache>/checkpoints/<digest>/              a package
+    <cache>/checkpoints/<digest>/opened.json   what it was made of, for the list (`entries.py`)
 """
 
 from __future__ import annotations
@@ -18,25 +18,27 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from filelock import FileLock
 
 from ..engines.errors import PackageError, StorageError
 from ..engines.installed import latentrt_version
 from ..engines.package import MANIFEST, Elsewhere, Package, common_folder
-from ..engines.store.files import storage_errors
+from ..engines.safetensors_format import ITEM_SIZES
+from ..engines.store.files import check_private, storage_errors
 from ..engines.store.folder import StoreFolder
-from ..engines.store.key import canonical_sha256
 from .beside import beside, put
 from .contents import Content, read_contents
+from .entries import Note, SeenFile, manifest_sha256, now, remember, write_note
 from .files.component import TensorHeader
 from .files.net_reads import net_tensors
 from .files.open import Checkpoint
@@ -44,13 +46,13 @@ from .files.tokenizers import WriteTokenizer
 from .graphs.weights import attach, places
 from .manifest import request_defaults
 from .precision.calibration import Tokenize, components
-from .stages import OnProgress
+from .stages import OnProgress, Progress
 from .templates.archive import SHIPPED, Dtype, archive_sha256
 from .writing import TemplateGraphs, copy_weights, weight_types, write_package
 
 REVISION = 1  # of what is written here: raise it when the same checkpoint gets other graphs
-OPENED = "opened.json"
-FOLDER = "checkpoints"  # in the cache
+_STORED = {"fp16": "F16", "fp32": "F32"}
+_GRAPHS_BYTES = 10_000_000  # what an entry takes at most without converted weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,7 @@ def open_checkpoint(
     *,
     tokenize: Tokenize,
     store: Path | None = None,
+    hub: str = "",
     progress: OnProgress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Package:
@@ -88,6 +91,7 @@ def open_checkpoint(
         options: how.
         tokenize: reads prompts for the ranges that fp16 graphs are measured on.
         store: the cache's folder; None is the user's own.
+        hub: the model of a hub that was fetched to `path`, as the user wrote it, for the list.
         progress: called with each stage of making what is not in the cache.
         note: called with each line on what was assumed, left out, or converted.
 
@@ -96,7 +100,7 @@ def open_checkpoint(
             without a template.
         UsageError: an unknown prediction type.
         NumericError: a net's values are not finite, or beyond fp16 where that is asked for.
-        StorageError: the disk is full.
+        StorageError: the disk is full, or an entry of the cache is a link or open to others.
     """
     source = Checkpoint.open(
         path,
@@ -106,12 +110,14 @@ def open_checkpoint(
         prediction_type=options.prediction_type,
     )
     cache = StoreFolder(store)
-    opening = _Opening(source, options, cache)
+    opening = _Opening(source, options, cache, hub)
     lines = [*source.notes, *opening.conversions()]
-    with _entry(cache, opening.digest, lines.append) as entry:
-        package = opening.find(entry) or opening.make(entry, tokenize, progress)
-        with suppress(OSError):  # who cannot write there keeps no record of what was opened
-            (entry / OPENED).write_text(json.dumps(opening.described()), encoding="utf-8")
+    with _entry(cache, opening, progress, lines.append) as (held, entry):
+        package = opening.find(entry)
+        if package is None:
+            package = opening.make(held, entry, tokenize, progress)
+        else:
+            remember(held, entry, opening.note(entry))
     if note is not None:
         for line in lines:
             note(line)
@@ -119,30 +125,30 @@ def open_checkpoint(
 
 
 @contextmanager
-def _entry(cache: StoreFolder, digest: str, note: Callable[[str], None]) -> Generator[Path]:
-    """The folder of a package in the cache; whoever makes the same meanwhile waits.
+def _entry(
+    cache: StoreFolder, opening: _Opening, progress: OnProgress | None, note: Callable[[str], None]
+) -> Generator[tuple[StoreFolder, Path]]:
+    """The folder of a package in the cache, and the store that it is in; who makes the same meanwhile waits.
 
-    Where this user cannot write the cache, it is a folder that lasts as long as the process.
+    Where this user cannot write the cache, the store is a folder that lasts as long as the process.
     """
-    try:
-        cache.make()
-        folder = cache.root / FOLDER
-        folder.mkdir(mode=0o700, exist_ok=True)
-        lock = FileLock(cache.locks / f"{digest}.lock", mode=0o600)
-        lock.acquire()  # pyright: ignore[reportUnknownMemberType]
-    except (StorageError, OSError) as error:
-        if (cache.root / FOLDER / digest / MANIFEST).is_file():  # made when it could still be written
-            yield cache.root / FOLDER / digest
-            return
-        reason = error.found if isinstance(error, StorageError) else f"{error.strerror} ({error.filename})"
-        note(f"the checkpoint is made ready anew each time: {reason}")
-        yield _temporary() / digest
-        return
-    try:
-        with storage_errors(cache.root, "the opened checkpoint cannot be kept"):
-            yield folder / digest
-    finally:
-        lock.release()
+    entry = cache.checkpoints / opening.digest
+
+    def waiting(message: str) -> None:
+        if progress is not None:
+            progress(Progress(stage=message, index=0, total=1))
+
+    with ExitStack() as stack:
+        try:
+            cache.make()
+            stack.enter_context(cache.lock(entry.name, "make the checkpoint ready", waiting))
+        except StorageError as error:
+            if opening.find(entry) is None:  # else it was made when the cache could still be written
+                note(f"the checkpoint is made ready anew each time: {error.found}")
+                cache = StoreFolder(_temporary())
+                cache.make()
+                entry = cache.checkpoints / entry.name
+        yield cache, entry
 
 
 def _temporary() -> Path:
@@ -169,8 +175,8 @@ def _files_facts(folder: Path) -> list[list[str]]:
 class _Opening:
     """A checkpoint that was read and is not yet a package, and its `Weights`: they stay where they are."""
 
-    def __init__(self, source: Checkpoint, options: Options, cache: StoreFolder) -> None:
-        self._source, self._options = source, options
+    def __init__(self, source: Checkpoint, options: Options, cache: StoreFolder, hub: str) -> None:
+        self._source, self._options, self._hub = source, options, hub
         self._tensors = {name: net_tensors(source, name) for name in components(source)}
         files = {header.file: name for name, header in self._headers()}
         contents = read_contents(files, cache)
@@ -189,25 +195,25 @@ class _Opening:
         """The sha256 (hex) of all that decides the package."""
         source = self._source
         folder = common_folder(content.path for content in self._files.values())
-        return canonical_sha256(
-            {
-                "revision": REVISION,
-                "latentrt": latentrt_version(),
-                "templates": archive_sha256(self._options.templates),
-                "dtype": self._options.dtype,
-                "converted": sorted(self._unread),
-                "name": source.name,
-                "files": {
-                    name: [content.path.relative_to(folder).as_posix(), content.sha256]
-                    for name, content in self._files.items()
-                },
-                "parts": {name: dict(part.config) for name, part in source.parts.items()},
-                "configs": {name: dict(config) for name, config in source.configs.items()},
-                "defaults": vars(request_defaults(source)),
-                "zero_empty_prompt": source.zero_empty_prompt,
-                "tokenizers": {name: _tokenizer_facts(write) for name, write in source.tokenizers.items()},
-            }
-        )
+        facts = {
+            "revision": REVISION,
+            "latentrt": latentrt_version(),
+            "templates": archive_sha256(self._options.templates),
+            "dtype": self._options.dtype,
+            "converted": sorted(self._unread),
+            "name": source.name,
+            "files": {
+                name: [content.path.relative_to(folder).as_posix(), content.sha256]
+                for name, content in self._files.items()
+            },
+            "parts": {name: dict(part.config) for name, part in source.parts.items()},
+            "configs": {name: dict(config) for name, config in source.configs.items()},
+            "defaults": vars(request_defaults(source)),
+            "zero_empty_prompt": source.zero_empty_prompt,
+            "tokenizers": {name: _tokenizer_facts(write) for name, write in source.tokenizers.items()},
+        }
+        # Not `canonical_sha256`: schedulers' configs may hold "-Infinity".
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def _unread(self) -> dict[str, list[str]]:
@@ -226,20 +232,39 @@ class _Opening:
             for name, types in self._unread.items()
         ]
 
-    def described(self) -> dict[str, Any]:
-        """What the list of opened checkpoints says of it."""
-        return {
-            "name": self._source.name,
-            "family": self._source.family,
-            "path": os.path.abspath(self._source.root),
-            "dtype": self._options.dtype,
-            "weights_bytes": sum(content.size for content in self._files.values()),
-        }
+    def note(self, entry: Path) -> Note:
+        """What the list of opened checkpoints says of a package that was opened now."""
+        options = self._options
+        return Note(
+            name=self._source.name,
+            family=self._source.family,
+            dtype=options.dtype,
+            path=os.path.abspath(self._source.root),
+            hub=self._hub,
+            vae=os.path.abspath(options.vae) if options.vae else "",
+            tiny_vae=os.path.abspath(options.tiny_vae) if options.tiny_vae else "",
+            prediction_type=options.prediction_type or "",
+            files={
+                name: SeenFile(path=str(content.path), size=content.size, mtime_ns=content.mtime_ns)
+                for name, content in self._files.items()
+            },
+            manifest=manifest_sha256(entry),
+            created=now(),
+        )
+
+    def _room(self) -> str:
+        """What an entry takes on the disk, for whoever has no room for it."""
+        size = _GRAPHS_BYTES + ITEM_SIZES[_STORED[self._options.dtype]] * sum(
+            prod(header.shape) for name in self._unread for header in self._tensors[name].values()
+        )
+        return f"{size / 1e6:.0f} MB: the graphs{' and converted weights' if self._unread else ''}"
 
     def find(self, entry: Path) -> Package | None:
-        """The package in the cache, if it is there."""
+        """The package in the cache, if it is there. Raises StorageError if others could have changed it."""
         if not (entry / MANIFEST).is_file():
             return None
+        with storage_errors(entry, f"{entry} cannot be read"):
+            check_private(entry, entry.lstat(), stat.S_IFDIR)
         try:
             return Package.open(entry, elsewhere=self._places)
         except PackageError:  # damaged: it is made anew
@@ -254,11 +279,16 @@ class _Opening:
     def _places(self) -> dict[str, Elsewhere]:
         return {name: content.elsewhere for name, content in self._files.items()}
 
-    def make(self, entry: Path, tokenize: Tokenize, progress: OnProgress | None) -> Package:
+    def make(
+        self, cache: StoreFolder, entry: Path, tokenize: Tokenize, progress: OnProgress | None
+    ) -> Package:
         """Write the package into the cache."""
         dtype = self._options.dtype
         graphs = TemplateGraphs(self._source, dtype, self._options.templates)
-        with beside(entry) as folder:
+        failed = partial(
+            storage_errors, cache.root, f"{self._source.root} cannot be made ready", room=self._room()
+        )
+        with failed(), beside(entry) as folder, failed():  # the inner one still sees what was written
             write_package(
                 self._source,
                 folder,
@@ -268,6 +298,7 @@ class _Opening:
                 tokenize=tokenize,
                 progress=progress,
             )
+            write_note(folder, self.note(folder))
             put(folder, entry, folder)
         return Package.open(entry, elsewhere=self._places)
 

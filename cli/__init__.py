@@ -26,6 +26,7 @@ from .doctor import doctor
 from .export import export
 from .generate import generate
 from .inspect import inspect, metadata
+from .opened import models
 from .streams import ReaderGoneError, standard_streams
 
 app = typer.Typer(
@@ -55,7 +56,7 @@ def _latentrt(  # pyright: ignore[reportUnusedFunction]
 ) -> None: ...
 
 
-for verb in (generate, export, build, inspect, metadata, convert, doctor):
+for verb in (generate, export, build, models, inspect, metadata, convert, doctor):
     app.command()(verb)
 app.add_typer(bench, name="bench")
 app.add_typer(cache, name="cache")

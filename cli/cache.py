@@ -1,4 +1,4 @@
-"""`latentrt cache`: the engines built on this machine; see them, check them, remove them."""
+"""`latentrt cache`: the engines built and the checkpoints opened here; see, check and remove what is kept."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option, Typer
 
+from .opened import printable
+
 if TYPE_CHECKING:
-    from ..engines.store.engine_store import EngineStore
+    from ..checkpoints.entries import OpenedEntry
+    from ..engines.store.engine_store import EngineStore, Entry
 
 cache = Typer(
-    help="Show, check and remove the engines built on this machine.",
+    help="Show, check and remove the engines built and the checkpoints opened on this machine.",
     epilog="The store is LATENTRT_CACHE, or `latentrt` in the user's cache folder.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+_STATES = {"changed": "has changed", "gone": "is gone"}
 _UNITS = {None: 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([kMGT]?B)?")
 
@@ -34,46 +38,83 @@ def _open(path: Path | None) -> EngineStore:
 
 @cache.command()
 def ls(store: Store = None, as_json: AsJson = False) -> None:
-    """List the engines, the most recently used first."""
+    """List the engines, then the opened checkpoints, the most recently used first."""
+    from ..checkpoints.entries import entries as opened_entries
+
     opened = _open(store)
-    entries = opened.entries()
-    total = sum(entry.size for entry in entries)
+    entries, checkpoints = opened.entries(), opened_entries(opened)
+    total = sum(entry.size for entry in (*entries, *checkpoints))
     if as_json:
         listed = [
             {"digest": entry.path.name, "last_used": round(entry.last_used), **entry.to_json()}
             for entry in entries
         ]
-        print(json.dumps({"store": str(opened.root), "bytes": total, "entries": listed}))
+        notes = [
+            {
+                "digest": entry.path.name,
+                "size": entry.size,
+                "last_used": round(entry.last_used),
+                "state": entry.state,
+                **entry.note.to_json(),
+            }
+            for entry in checkpoints
+        ]
+        found = {"bytes": total, "entries": listed, "checkpoints": notes}
+        print(json.dumps({"store": str(opened.root), **found}))
         return
     for entry in entries:
-        key, used = entry.key, datetime.fromtimestamp(entry.last_used)
+        key = entry.key
         print(
-            f"{entry.path.name[:12]}  {key.net:<14}  {entry.size / 1e6:9.1f} MB  used {used:%Y-%m-%d %H:%M}"
-            f"  {key.backend} {key.backend_version}, {key.dtype}, {key.gpu} ({key.compute_capability}),"
-            f" {' '.join(key.profiles)}"
+            f"{_head(entry, key.net)}  {key.backend} {key.backend_version}, {key.dtype}, {key.gpu}"
+            f" ({key.compute_capability}), {' '.join(key.profiles)}"
         )
-    print(f"{_count(len(entries))}, {total / 1e6:.1f} MB in {opened.root}")
+    for entry in checkpoints:
+        note = entry.note
+        print(f"{_head(entry, printable(note.name))}  {note.family}, {note.dtype}, {printable(note.path)}")
+    print(f"{_count(len(entries), len(checkpoints))}, {total / 1e6:.1f} MB in {opened.root}")
+
+
+def _head(entry: Entry | OpenedEntry, label: str) -> str:
+    """What a line says of an entry of either kind."""
+    used = datetime.fromtimestamp(entry.last_used)
+    return f"{entry.path.name[:12]}  {label:<14}  {entry.size / 1e6:9.1f} MB  used {used:%Y-%m-%d %H:%M}"
 
 
 @cache.command()
 def verify(store: Store = None, as_json: AsJson = False) -> None:
-    """Hash every engine; damaged ones are moved to quarantine, and the exit code is 3."""
+    """Hash every engine, and what is kept of opened checkpoints: not the weights, which are files of yours.
+
+    What is damaged is moved to quarantine, and the exit code is 3. A checkpoint whose file has changed or is
+    gone is no damage, and is said.
+    """
+    from ..checkpoints import entries
     from ..engines.errors import EngineError
 
     opened = _open(store)
-    verdict = opened.verify()
-    if verdict.damaged:
-        found = "; ".join(f"{name[:12]}: {why}" for name, why in verdict.damaged)
+    verdict, checkpoints = opened.verify(), entries.verify(opened)
+    damaged = [*verdict.damaged, *checkpoints.damaged]
+    if damaged:
+        found = "; ".join(f"{name[:12]}: {why}" for name, why in damaged)
+        total = _count(
+            len(verdict.damaged) + len(verdict.good), len(checkpoints.damaged) + len(checkpoints.good)
+        )
         raise EngineError(
-            f"{len(verdict.damaged)} of {_count(len(verdict.damaged) + len(verdict.good))} damaged ({found})",
+            f"{len(damaged)} of {total} damaged ({found})",
             expected="files as they were written",
-            fix=f"They are out of use now, in {opened.quarantine}; latentrt cache prune removes them, and"
-            " latentrt build PACKAGE --backend BACKEND builds them again.",
+            fix=f"They are out of use now, in {opened.quarantine}; latentrt cache prune removes them,"
+            " latentrt build PACKAGE --backend BACKEND builds engines again, and a checkpoint is made ready"
+            " again when it is opened.",
         )
     if as_json:
-        print(json.dumps({"store": str(opened.root), "good": [entry.path.name for entry in verdict.good]}))
+        good = [entry.path.name for entry in verdict.good]
+        states = {entry.path.name: entry.state for entry in checkpoints.good}
+        print(json.dumps({"store": str(opened.root), "good": good, "checkpoints": states}))
         return
-    print(f"{_count(len(verdict.good))} good in {opened.root}")
+    for entry in checkpoints.good:
+        if entry.state != "there":
+            path = printable(entry.note.path)
+            print(f"{entry.path.name[:12]}  {path} {_STATES[entry.state]} since it was opened")
+    print(f"{_count(len(verdict.good), len(checkpoints.good))} good in {opened.root}")
 
 
 @cache.command()
@@ -85,16 +126,22 @@ def prune(
         float | None, Option("--older-than", min=0.0, help="Remove what was not used for so many days.")
     ] = None,
     everything: Annotated[
-        bool, Option("--all", help="Remove every engine, and the timing and runtime caches.")
+        bool, Option("--all", help="Remove every engine and opened checkpoint, and all other caches.")
     ] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Only say what would go.")] = False,
     store: Store = None,
     as_json: AsJson = False,
 ) -> None:
-    """Remove engines; without options, only damaged ones and what killed builds left."""
-    keep_bytes = None if keep is None else _bytes(keep)
-    pruned = _open(store).prune(
-        keep_bytes=keep_bytes, older_than_days=older_than, everything=everything, dry_run=dry_run
+    """Remove engines and opened checkpoints; without options, damaged ones and what killed builds left.
+
+    A checkpoint's own files are yours, and stay where they are; it is made ready again when it is opened.
+    """
+    from ..checkpoints import entries
+
+    opened, keep_bytes = _open(store), None if keep is None else _bytes(keep)
+    before = len(opened.folders(opened.checkpoints))
+    pruned = entries.prune(
+        opened, keep_bytes=keep_bytes, older_than_days=older_than, everything=everything, dry_run=dry_run
     )
     if as_json:
         plain = {"freed_bytes": pruned.freed_bytes, "kept": pruned.kept, "kept_bytes": pruned.kept_bytes}
@@ -102,14 +149,23 @@ def prune(
         return
     would = "would remove" if dry_run else "removed"
     for item in pruned.removed:
-        print(f"{would} {item.name[:12]}  {item.net:<14}  {item.size / 1e6:9.1f} MB  {item.why}")
+        label = printable(item.label)
+        print(f"{would} {item.name[:12]}  {label:<14}  {item.size / 1e6:9.1f} MB  {item.why}")
+    gone = sum(item.kind == "checkpoint" for item in pruned.removed)
     freed = f"{pruned.freed_bytes / 1e6:.1f} MB with what killed builds left"
-    stay = f"{_count(pruned.kept)}, {pruned.kept_bytes / 1e6:.1f} MB stay"
-    print(f"{would} {_count(len(pruned.removed))}, {freed}; {stay}")
+    stay = _count(pruned.kept - (before - gone), before - gone)
+    print(
+        f"{would} {_count(len(pruned.removed) - gone, gone)}, {freed}; {stay},"
+        f" {pruned.kept_bytes / 1e6:.1f} MB stay"
+    )
 
 
-def _count(number: int) -> str:
-    return f"{number} engine{'' if number == 1 else 's'}"
+def _count(engines: int, checkpoints: int) -> str:
+    """How many there are of each kind; of checkpoints only where there are some."""
+    found = f"{engines} engine{'' if engines == 1 else 's'}"
+    if checkpoints:
+        found += f" and {checkpoints} opened checkpoint{'' if checkpoints == 1 else 's'}"
+    return found
 
 
 def _bytes(text: str) -> int:

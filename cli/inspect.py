@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 def inspect(
     package: Annotated[
-        str, Argument(help="A package folder, the shipped model `demo`, or any model's file or folder.")
+        str,
+        Argument(
+            help="A package folder, the shipped model `demo`, any model's file or folder, or a name of"
+            " `latentrt models`."
+        ),
     ] = "demo",
     sampler: Annotated[str | None, Option("--sampler", help="Print this sampler's table.")] = None,
     steps: Annotated[int, Option("--steps", help="Number of inference steps of the table.")] = 20,
@@ -32,19 +36,29 @@ def inspect(
 
     if samplers:
         return _print_samplers(as_json=as_json)
-    found = Path(package)
+    found = Path(package if package in SHIPPED else _place(package))
     other = package not in SHIPPED and found.exists() and not (found / MANIFEST).is_file()
     if other and not verify and sampler is None:  # which are for packages alone
         from ..checkpoints.files.report import report
 
         return _print_report(report(found), as_json=as_json)
-    opened = Package.open(SHIPPED.get(package, package))
+    opened = Package.open(SHIPPED.get(package, found))
     if verify:
         opened.verify()
         opened.check_weights()
     if sampler is not None:
         return _print_table(opened, sampler, steps, as_json=as_json)
     return _print_package(opened, as_json=as_json)
+
+
+def _place(model: str) -> str:
+    """The path of a checkpoint that was opened before, for its name; anything else as it is."""
+    if Path(model).exists():
+        return model
+    from ..checkpoints.find import recall
+
+    earlier = recall(model)
+    return earlier.note.path if earlier is not None else model
 
 
 def _print_samplers(*, as_json: bool) -> None:

@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 
 from typer import Option
 
-MODEL = "A checkpoint (file, folder, or ORG/NAME of a hub), a package, or `demo`."
+MODEL = (
+    "A checkpoint (file, folder, ORG/NAME of a hub, or its name in `latentrt models`), a package, or `demo`."
+)
 Dtype = Annotated[
     Literal["fp16", "fp32"] | None,
     Option(help="A checkpoint's arithmetic. Default: fp32 on a CPU, fp16 on a GPU."),

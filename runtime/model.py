@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,6 +14,7 @@ from ..engines.package import MANIFEST, Package
 from .prompts.tokenizer import tokenize
 
 if TYPE_CHECKING:
+    from ..checkpoints.entries import OpenedModel
     from ..checkpoints.hub.download import DownloadProgress
     from ..checkpoints.stages import Progress
 
@@ -51,8 +52,10 @@ def open_model(
     """Open a model of any kind as a package.
 
     Args:
-        model: the shipped model ("demo"), a package folder, a checkpoint's file or folder, or a model of a
-            hub (`org/name`, `org/name@revision`), which is fetched first.
+        model: the shipped model ("demo"), a package folder, a checkpoint's file or folder, the name of a
+            checkpoint that was opened before (`latentrt models`), or a model of a hub (`org/name`,
+            `org/name@revision`), which is fetched first. A name is opened as it was the last time:
+            with the same other autoencoders and prediction type, where `options` has no others.
         backend: the name of the backend that it is opened for; called for a checkpoint alone.
         options: of checkpoints.
         advance: is told how far a download or a first opening has come.
@@ -66,12 +69,39 @@ def open_model(
     """
     if str(model) in SHIPPED:
         return _package(SHIPPED[str(model)], options)
-    from ..checkpoints.find import locate  # here: the shipped model needs none of it
+    # here: the shipped model needs none of it
+    from ..checkpoints.find import locate, recall
+    from ..checkpoints.hub.ids import is_hub_id
 
-    path = snapshot(locate(str(model), progress=_downloading(advance)))
+    asked, before = str(model), recall(str(model))
+    hub = asked if is_hub_id(asked) else ""
+    if before is not None:
+        options, hub = _as_before(options, before), before.note.hub
+    path = snapshot(locate(asked, progress=_downloading(advance)))
+    if before is not None and note is not None:
+        changed = ", which has changed since it was opened" if before.entries[0].state == "changed" else ""
+        note(f"{asked} is {path}{_named(options)}{changed}")
     if (path / MANIFEST).is_file():
         return _package(path, options)
-    return _opened(path, backend(), options, advance, note)
+    return _opened(path, backend(), options, hub, advance, note)
+
+
+def _as_before(options: CheckpointOptions, before: OpenedModel) -> CheckpointOptions:
+    """The options, and where they are silent those of the last opening; its dtype is none of them."""
+    vae, tiny_vae = (Path(path) if path else None for path in (before.note.vae, before.note.tiny_vae))
+    return replace(
+        options,
+        vae=options.vae or vae,
+        tiny_vae=options.tiny_vae or tiny_vae,
+        prediction_type=options.prediction_type or before.note.prediction_type or None,
+    )
+
+
+def _named(options: CheckpointOptions) -> str:
+    """The options that a name brings along, for people."""
+    names = ("vae", "tiny_vae", "prediction_type")
+    given = {name: getattr(options, name) for name in names}
+    return "".join(f", with {name} {value}" for name, value in given.items() if value is not None)
 
 
 def _package(folder: Path, options: CheckpointOptions) -> Package:
@@ -89,6 +119,7 @@ def _opened(
     path: Path,
     backend: str,
     options: CheckpointOptions,
+    hub: str,
     advance: Advance | None,
     note: Note | None,
 ) -> Package:
@@ -105,6 +136,7 @@ def _opened(
             prediction_type=options.prediction_type,
         ),
         tokenize=tokenize,
+        hub=hub,
         progress=_opening(advance),
         note=note,
     )

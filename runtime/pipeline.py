@@ -123,8 +123,9 @@ class Pipeline:
         """Open a model: the shipped one, a checkpoint as it is, or a package that was exported.
 
         Args:
-            model: "demo", the path of a `.safetensors` file, of a diffusers folder or of a package, or a
-                model of a hub (`org/name`, `org/name@revision`), which is fetched first.
+            model: "demo", the path of a `.safetensors` file, of a diffusers folder or of a package, the name
+                of a checkpoint that was opened before, or a model of a hub (`org/name`,
+                `org/name@revision`), which is fetched first.
             backend: "auto" picks the best that is present; `pipe.backend` says which.
             device: "auto", "cpu", "cuda", or "cuda:N" for another than the first CUDA device.
             threads: of the CPU backend; None is every processor this process may use.

@@ -17,6 +17,7 @@ _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 # busy with something short.
 _GROUPS = {
     "export": "export/",
+    "parity of opened checkpoints": ("test_parity_opened.py", "checkpoints/test_opened_odd_files.py"),
     "parity of SDXL": ("test_parity_sdxl.py", "test_parity_few_steps.py"),
     "parity of SD": ("test_parity.py", "test_parity_pictures.py"),
 }

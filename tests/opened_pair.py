@@ -49,7 +49,8 @@ class Small:
         index: what its `model_index.json` has besides the parts.
         parameters: of the picture, for diffusers and for us.
         file: whether one file can hold it: nothing in one says what differs in the others.
-        read_by_diffusers: whether diffusers reads that file.
+        read_by_diffusers: whether diffusers reads that file: unCLIP's it does not, and of latent consistency
+            models' it leaves out the guidance embedding, silently.
         text_2: what the config of its second text encoder has besides.
         tiny: whether a tiny autoencoder takes the place of its own.
     """
@@ -111,9 +112,13 @@ SMALL: Mapping[str, Small] = {
     ),
     "sdxl-end-by-id": replace(_XL, text_2={"eos_token_id": 49407}, file=False),
     "lcm-sd1": Small(
-        recipe="lcm", pipeline="LatentConsistencyModelPipeline", scheduler=_LCM, parameters=_FEW_STEPS
+        recipe="lcm",
+        pipeline="LatentConsistencyModelPipeline",
+        scheduler=_LCM,
+        parameters=_FEW_STEPS,
+        read_by_diffusers=False,
     ),
-    "lcm-sdxl": replace(_XL, recipe="lcm-xl", scheduler=_LCM, parameters=_FEW_STEPS),
+    "lcm-sdxl": replace(_XL, recipe="lcm-xl", scheduler=_LCM, parameters=_FEW_STEPS, read_by_diffusers=False),
     "ssd-1b": replace(_XL, recipe="ssd-1b"),
     "segmind-vega": replace(_XL, recipe="vega"),
     "sd1-taesd": Small(recipe="sd1", tiny=True),
@@ -146,7 +151,7 @@ def write_folder(root: Path, name: str, **scheduler: Any) -> Path:
     for part, module in parts.items():
         module.save_pretrained(root / part)
         library = "diffusers" if hasattr(module, "register_to_config") else "transformers"
-        index[part] = [library, type(module).__name__]
+        index[part] = ["stable_diffusion" if part == "image_normalizer" else library, type(module).__name__]
         if part.startswith("text_encoder"):
             tokenizer = part.replace("text_encoder", "tokenizer")
             open_clip = part == "text_encoder_2" or small.layout == "sd2"
@@ -304,7 +309,7 @@ def lean(
     subprocess.run(
         [sys.executable, "-W", "error", "-c", _LEAN],
         check=True,
-        timeout=600,
+        timeout=1800,
         input=json.dumps(jobs),
         text=True,
         env={**os.environ, "LATENTRT_CACHE": str(folder / "cache")},

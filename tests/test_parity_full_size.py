@@ -61,7 +61,7 @@ def write_folder(root: Path, family: str) -> dict[str, Any]:
         "safety_checker": [None, None],
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
-        "force_zeros_for_empty_prompt": True,
+        **({"force_zeros_for_empty_prompt": True} if family == "sdxl" else {}),
     }
     root.mkdir()
     for seed, (part, module) in enumerate(modules.items()):

@@ -25,7 +25,7 @@ class PipelineFolder:
         optional: parts that a checkpoint may do without (the SDXL refiner has one text encoder).
         configs: the folder of each JSON config -> its file.
         steps, guidance_scale, strength: a request's defaults.
-        zero_empty_prompt: `force_zeros_for_empty_prompt` where model_index.json does not say.
+        zero_empty_prompt: whether it reads `force_zeros_for_empty_prompt` in the index; true by default.
     """
 
     parts: Mapping[str, str]

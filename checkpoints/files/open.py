@@ -136,9 +136,7 @@ class Checkpoint:
         """
         root = snapshot(Path(path))
         if not root.exists():
-            raise CheckpointError(
-                f"{root} does not exist", expected=SUPPORTED, fix="Check the path."
-            )
+            raise CheckpointError(f"{root} does not exist", expected=SUPPORTED, fix="Check the path.")
         check_prediction_type(prediction_type)
         other_vae = None if vae is None else partial(_replace_vae, path=vae, prefer_fp16=prefer_fp16)
         if root.is_file():
@@ -306,7 +304,8 @@ def _open_folder(
         tokenizers={name: partial(copy_tokenizer, folder=folder) for name, folder in tokenizers.items()},
         configs=configs,
         defaults=defaults(layout, configs["scheduler"]),
-        zero_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", layout.zero_empty_prompt)),
+        # Pipelines of other families do not read the key.
+        zero_empty_prompt=layout.zero_empty_prompt and bool(index.get("force_zeros_for_empty_prompt", True)),
         predicts_by="scheduler_config.json" if prediction_type is None else "the caller",
         notes=_noted_variants(parts),
     )

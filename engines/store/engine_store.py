@@ -18,12 +18,12 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from ..errors import EngineError, LatentrtError
 from ..installed import latentrt_version
@@ -172,11 +172,31 @@ class Verdict:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prunable:
+    """An entry of any kind that `prune` may remove.
+
+    Attributes:
+        path: its folder in the store.
+        kind: what it is.
+        label: an engine's net, or a checkpoint's name; "" if it cannot be read.
+        usable: whether it is undamaged.
+        last_used: seconds since the epoch; 0 if nobody can tell.
+    """
+
+    path: Path
+    kind: Literal["engine", "checkpoint"]
+    label: str
+    usable: bool
+    last_used: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Removed:
-    """One entry that went: its folder's name, its net ("" if unreadable), bytes, and why."""
+    """One entry that went: its folder's name, its kind and label (`Prunable`), bytes, and why."""
 
     name: str
-    net: str
+    kind: str
+    label: str
     size: int
     why: str
 
@@ -226,7 +246,7 @@ class EngineStore(StoreFolder):
             StorageError: the store's folder is none, or can be written by others.
         """
         found: list[Entry] = []
-        for path in self.folders():
+        for path in self.folders(self.engines):
             with suppress(LatentrtError):
                 if (entry := Entry.load(self, path)) is not None:
                     found.append(entry)
@@ -260,7 +280,7 @@ class EngineStore(StoreFolder):
             return found
         self.make()
         path = self.engines / key.digest
-        with self.lock(key, waiting):
+        with self.lock(key.digest, f"build the engine of {key.net}", waiting):
             self.sweep(held=key.digest)
             entry = self._load_or_set_aside(path)  # someone else may have built it meanwhile
             if entry is not None and not rebuild:
@@ -316,7 +336,7 @@ class EngineStore(StoreFolder):
         """Hash every engine, which reads every byte; damaged ones are moved to quarantine."""
         good: list[Entry] = []
         damaged: list[tuple[str, str]] = []
-        for path in self.folders():
+        for path in self.folders(self.engines):
             try:
                 if (entry := Entry.load(self, path)) is not None:
                     entry.checked_bytes()
@@ -335,6 +355,7 @@ class EngineStore(StoreFolder):
         older_than_days: float | None = None,
         everything: bool = False,
         dry_run: bool = False,
+        others: Iterable[Prunable] = (),
     ) -> Pruned:
         """Remove entries, the least recently used first; and, always, what is damaged or was abandoned.
 
@@ -345,41 +366,45 @@ class EngineStore(StoreFolder):
             older_than_days: remove what was not used for so long.
             everything: remove every entry, and the side files.
             dry_run: only say what would go.
+            others: entries of other kinds in this store, which count like engines.
 
         Raises:
             StorageError: an entry cannot be removed.
         """
-        paths = sorted(self.folders(), key=_last_used)
-        sizes = {path: folder_bytes(path) for path in paths}
+        entries = sorted([*self._prunable(), *others], key=lambda entry: entry.last_used)
+        sizes = {entry: folder_bytes(entry.path) for entry in entries}
         total = sum(sizes.values())
         oldest = None if older_than_days is None else time.time() - older_than_days * _DAY
         removed: list[Removed] = []
-        for path, size in sizes.items():
-            net, usable = self._net_of(path)
-            if not usable:
+        for entry, size in sizes.items():
+            if not entry.usable:
                 why = "damaged"
             elif everything:
                 why = "all"
-            elif oldest is not None and _last_used(path) < oldest:
+            elif oldest is not None and entry.last_used < oldest:
                 why = f"not used for {older_than_days:g} days"
             elif keep_bytes is not None and total > keep_bytes:
                 why = "least recently used"
             else:
                 continue
-            if self._remove_unless_locked(path, dry_run):
+            if self._remove_unless_locked(entry.path, dry_run):
                 total -= size
-                removed.append(Removed(name=path.name, net=net, size=size, why=why))
+                name = entry.path.name
+                removed.append(Removed(name=name, kind=entry.kind, label=entry.label, size=size, why=why))
         freed = sum(item.size for item in removed) + self._remove_rests(everything, dry_run)
-        kept = len(paths) - len(removed)
+        kept = len(entries) - len(removed)
         return Pruned(removed=tuple(removed), freed_bytes=freed, kept=kept, kept_bytes=total)
 
-    def _net_of(self, path: Path) -> tuple[str, bool]:
-        """The net of the entry in a folder ("" if this release cannot tell), and whether it is undamaged."""
-        try:
-            entry = Entry.load(self, path)
-        except LatentrtError:
-            return "", False
-        return entry.key.net if entry is not None else "", True
+    def _prunable(self) -> Generator[Prunable]:
+        """Every engine; the net is "" where this release cannot tell it."""
+        for path in self.folders(self.engines):
+            net, usable = "", True
+            try:
+                if (entry := Entry.load(self, path)) is not None:
+                    net = entry.key.net
+            except LatentrtError:
+                usable = False
+            yield Prunable(path=path, kind="engine", label=net, usable=usable, last_used=_last_used(path))
 
     def _remove_unless_locked(self, path: Path, dry_run: bool) -> bool:
         with self.try_lock(path.name) as free:

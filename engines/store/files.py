@@ -22,6 +22,7 @@ POSIX = os.name == "posix"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, the user's quota, or the file size limit
 _OPEN = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _CHUNK = 1 << 20  # bytes
+_BEGUN = ("building/*", "checkpoints/.*")  # where entries are that are being written
 
 
 def default_root() -> Path:
@@ -39,10 +40,13 @@ def default_root() -> Path:
 
 
 @contextmanager
-def storage_errors(root: Path, what: str, *, only_full: bool = False) -> Generator[None]:
+def storage_errors(
+    root: Path, what: str, *, only_full: bool = False, room: str = "the whole engine"
+) -> Generator[None]:
     """Turn an OSError into a StorageError that says `what` failed, with the numbers if the disk is full.
 
-    With `only_full`, other errors than a full disk pass: they are the builder's own.
+    With `only_full`, other errors than a full disk pass: they are the builder's own. `room` is what there
+    must be room for.
     """
     try:
         yield
@@ -57,12 +61,13 @@ def storage_errors(root: Path, what: str, *, only_full: bool = False) -> Generat
                 expected=f"a folder that this user can write at {root}",
                 fix="Mend its permissions, or set LATENTRT_CACHE to another folder.",
             ) from error
-        written, free = sum(folder_bytes(path) for path in root.glob("building/*")), 0
+        begun = [path for pattern in _BEGUN for path in root.glob(pattern)]
+        written, free = sum(map(folder_bytes, begun)), 0
         with suppress(OSError):
             free = shutil.disk_usage(root).free
         raise StorageError(
             f"{what}: {reason}, with {written} bytes of it written and {free} bytes free in {root}",
-            expected="room for the whole engine",
+            expected=f"room for {room}",
             fix="Free disk space (latentrt cache prune --all), or set LATENTRT_CACHE to another disk.",
         ) from error
 

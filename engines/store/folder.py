@@ -4,10 +4,11 @@
 
     engines/<digest>/engine.bin      what the backend built
     engines/<digest>/manifest.json   its key, size, sha256, age, and a check sum over the manifest itself
+    checkpoints/<digest>/            a checkpoint that was opened as it is (`checkpoints/opened.py`)
     building/<digest>-*/             engines in the making; renamed into place, or swept
     quarantine/<digest>/             damaged ones, and <digest>.txt that says why
     caches/<kind>/<name>             timing and runtime caches, each with a check sum at its end
-    locks/<digest>.lock, .owner      held while an engine is built; the system frees it when its holder dies
+    locks/<digest>.lock, .owner      held while an entry is made; the system frees it when its holder dies
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from ..errors import LatentrtError, UsageError
 from . import files
 from .files import default_root
-from .key import EngineKey, is_sha256
+from .key import is_sha256
 
 _SIDE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _FOOTER = b"latentrt"  # of a side file; then the sha256 of everything before it
@@ -41,21 +42,23 @@ class StoreFolder:
     def __init__(self, root: str | Path | None = None) -> None:
         self.root = Path(root) if root is not None else default_root()
         self.engines = self.root / "engines"
+        self.checkpoints = self.root / "checkpoints"
         self.building = self.root / "building"
         self.quarantine = self.root / "quarantine"
         self.caches = self.root / "caches"
         self.locks = self.root / "locks"
-        self._parts = (self.engines, self.building, self.quarantine, self.caches, self.locks)
+        self._shelves = (self.engines, self.checkpoints)
+        self._parts = (*self._shelves, self.building, self.quarantine, self.caches, self.locks)
 
     def check(self) -> None:
         """Raise StorageError if the store's folder is none, or if others can write it."""
-        with (
-            files.storage_errors(self.root, "the engine store cannot be opened"),
-            suppress(FileNotFoundError),
-        ):
-            # The root may be a link, to another disk; what is in it may not.
-            files.check_private(self.root, self.root.stat(), stat.S_IFDIR)
-            files.check_private(self.engines, self.engines.lstat(), stat.S_IFDIR)
+        with files.storage_errors(self.root, "the engine store cannot be opened"):
+            with suppress(FileNotFoundError):
+                # The root may be a link, to another disk; what is in it may not.
+                files.check_private(self.root, self.root.stat(), stat.S_IFDIR)
+            for shelf in self._shelves:
+                with suppress(FileNotFoundError):
+                    files.check_private(shelf, shelf.lstat(), stat.S_IFDIR)
 
     def make(self) -> None:
         """Make the folders. Raises StorageError if that fails, or for what `check` refuses."""
@@ -64,24 +67,30 @@ class StoreFolder:
             for folder in (self.root, *self._parts):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def folders(self) -> list[Path]:
-        """The folder of every entry, readable or not."""
+    def folders(self, shelf: Path) -> list[Path]:
+        """The folder of every entry, readable or not, in `engines` or `checkpoints`."""
         self.check()
         with suppress(OSError):
-            return sorted(path for path in self.engines.iterdir() if is_sha256(path.name))
+            return sorted(path for path in shelf.iterdir() if is_sha256(path.name))
         return []
 
     @contextmanager
-    def lock(self, key: EngineKey, waiting: Callable[[str], None] | None) -> Generator[None]:
-        """Hold the lock of a key, however long another process builds; `waiting` is called every second."""
-        lock, owner = self._file_lock(key.digest), self.locks / f"{key.digest}.owner"
+    def lock(self, digest: str, making: str, waiting: Callable[[str], None] | None) -> Generator[None]:
+        """Hold the lock of an entry, however long another process makes it.
+
+        Args:
+            digest: the entry's.
+            making: what whoever holds it does, such as "build the engine of unet".
+            waiting: called every second with what is waited for.
+        """
+        lock, owner = self._file_lock(digest), self.locks / f"{digest}.owner"
         started, timeout = time.monotonic(), 0.0
         while not self._acquire(lock, timeout):
             timeout = 1.0
             if waiting is not None:
                 pid = files.read_note(owner)
                 who, seconds = f"process {pid}" if pid else "another process", time.monotonic() - started
-                waiting(f"waiting for {who} to build the engine of {key.net} ({seconds:.0f} s)")
+                waiting(f"waiting for {who} to {making} ({seconds:.0f} s)")
         try:
             with suppress(OSError):  # it only serves the message above
                 owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
@@ -93,7 +102,7 @@ class StoreFolder:
 
     @contextmanager
     def try_lock(self, name: str) -> Generator[bool]:
-        """Hold a key's lock if it is free; False if it is not, or if this user cannot write the store."""
+        """Hold an entry's lock if it is free; False if it is not, or if this user cannot write the store."""
         lock, held = self._file_lock(name), False
         with suppress(LatentrtError):
             held = self.locks.is_dir() and self._acquire(lock, 0.0)

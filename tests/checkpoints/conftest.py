@@ -66,3 +66,9 @@ def write_small(path: Path, *, dtype: torch.dtype = torch.float16, **changed: to
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({**tensors, **changed}, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def small_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SMALL as a one-file checkpoint in fp16, to look at or to copy."""
+    return shared(tmp_path_factory, "small.safetensors", write_small)

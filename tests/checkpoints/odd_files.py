@@ -43,7 +43,7 @@ VISION: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 16,
     "patch_size": 14,
-    "image_size": 28,
+    "image_size": 224,  # nothing in a file says another
     "projection_dim": 24,
     "hidden_act": "gelu",
 }

@@ -1,3 +1,4 @@
+import inspect
 import json
 import subprocess
 import sys
@@ -6,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors import torch as torch_file
 from safetensors.numpy import load_file, save_file
 
@@ -75,6 +77,13 @@ def test_unets_of_other_families_are_named(copy: Path, option: str, value: objec
         Checkpoint.open(copy)
     assert family in error.value.found
     assert f"{option} " in error.value.found
+
+
+def test_only_pipelines_of_xl_read_that_an_empty_prompt_is_zeros(copy: Path) -> None:
+    key = "force_zeros_for_empty_prompt"
+    assert key not in inspect.signature(StableDiffusionPipeline.__init__).parameters
+    change(copy / "model_index.json", **{key: True})
+    assert not Checkpoint.open(copy).zero_empty_prompt
 
 
 def test_a_context_width_for_each_block(copy: Path) -> None:

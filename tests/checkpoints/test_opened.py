@@ -1,6 +1,7 @@
 """Checkpoints opened as they are: nothing is copied, what is made is made once, what is wrong is named."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -16,7 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentrt.checkpoints import contents
-from latentrt.checkpoints.opened import FOLDER, OPENED, Options, open_checkpoint
+from latentrt.checkpoints.entries import OPENED
+from latentrt.checkpoints.files.component import read_tensors
+from latentrt.checkpoints.files.open import Checkpoint
+from latentrt.checkpoints.opened import Options, open_checkpoint
 from latentrt.engines.backends import BACKENDS
 from latentrt.engines.errors import CheckpointError, StorageError, UsageError
 from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
@@ -87,7 +91,7 @@ class Opener:
         )
 
     def entries(self) -> list[Path]:
-        folder = self.store / FOLDER
+        folder = self.store / "checkpoints"
         return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 
 
@@ -199,7 +203,7 @@ def test_each_way_of_opening_has_its_own_entry(model: Path, opener: Opener) -> N
 def test_half_precision_has_islands_like_the_exports(model: Path, opener: Opener) -> None:
     package = opener(model, dtype="fp16")
     assert package.manifest.dtype == "fp16"
-    assert [stage.split()[0] for stage in opener.stages[-3:]] == ["measure", "bind", "measure"]
+    assert [stage.split()[0] for stage in opener.stages[-3:]] == ["make", "measure", "package"]
     assert package.manifest.nets["vae_decoder"].fp32_islands, "its mean is computed in float32"
     assert not list(opener.store.rglob("*.safetensors"))
     half, full = outputs(package, "unet")["prediction"], outputs(opener(model), "unet")["prediction"]
@@ -311,7 +315,7 @@ def test_a_full_disk_leaves_nothing(model: Path, opener: Opener, monkeypatch: py
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("latentrt.checkpoints.opened.write_graphs", full)
+    monkeypatch.setattr("latentrt.checkpoints.writing.write_graphs", full)
     with pytest.raises(StorageError, match="No space left on device"):
         opener(model)
     assert opener.entries() == []
@@ -363,4 +367,26 @@ def test_a_lean_process_draws(model: Path, small_archive: Path, tmp_path: Path) 
     one, two = (np.load(tmp_path / f"{i}.npy") for i in range(2))
     np.testing.assert_array_equal(one, two)
     assert one.std() > 1
-    assert len(list((tmp_path / "cache" / FOLDER).glob("*/manifest.json"))) == 1
+    assert len(list((tmp_path / "cache" / "checkpoints").glob("*/manifest.json"))) == 1
+
+
+def test_a_folder_opens_like_the_file(model: Path, opener: Opener, tmp_path: Path) -> None:
+    """Parts in files of their own, names with spaces and accents, and a config with a number JSON has not."""
+    folder = tmp_path / "mon modèle"
+    source = Checkpoint.open(model)
+    for name, part in source.parts.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text(json.dumps(dict(part.config)))
+        stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
+        tensors = {key: torch.tensor(array) for key, array in read_tensors(part.tensors).items()}
+        save_file(tensors, folder / name / f"{stem}.safetensors")
+    (folder / "scheduler").mkdir()
+    scheduler = {**source.scheduler, "lambda_min_clipped": -math.inf}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    source.tokenizers["tokenizer"](folder / "tokenizer")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    found, wanted = opener(folder), opener(model)
+    assert {place.path.parent.parent for place in found.elsewhere.values()} == {folder}
+    for net in ("text_encoder", "unet", "vae_decoder", "vae_encoder"):
+        for name, array in outputs(wanted, net).items():
+            np.testing.assert_array_equal(outputs(found, net)[name], array)

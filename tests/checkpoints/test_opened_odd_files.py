@@ -17,7 +17,7 @@ from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
 from latentrt.engines.package import Package
 from latentrt.engines.spec import VECTORS
 from latentrt.engines.tolerances import NET_RELATIVE_L2, ROUNDED_RELATIVE_L2, relative_l2
-from latentrt.export.nets.clip import tokenize
+from latentrt.runtime.prompts.tokenizer import tokenize
 from tests.checkpoints.odd_files import (
     LAYOUTS,
     ODD_FILES,

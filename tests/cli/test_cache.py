@@ -113,7 +113,7 @@ def test_prune(cache: Any, store: EngineStore, options: list[str], kept: list[in
     if not found["dry_run"]:
         assert len(found["removed"]) == 2 - len(kept)
         assert (found["kept"], found["kept_bytes"] > 0) == (len(kept), bool(kept))
-    assert all(set(item) == {"name", "net", "size", "why"} for item in found["removed"])
+    assert all(set(item) == {"name", "kind", "label", "size", "why"} for item in found["removed"])
 
 
 def test_a_dry_run_says_would(cache: Any, store: EngineStore) -> None:

@@ -18,6 +18,8 @@ from safetensors.numpy import save_file
 
 from latentrt import cli
 from latentrt.engines.installed import install_command
+from latentrt.export import export as exporter
+from latentrt.runtime.model import SHIPPED
 from tests.checkpoints.odd_files import ODD_FILES
 
 PROMPT = "a red circle on a blue background"
@@ -240,13 +242,13 @@ def test_what_the_library_logs_is_printed(latentrt: Any, monkeypatch: pytest.Mon
     assert all(type(one) is logging.NullHandler for one in logging.getLogger("latentrt").handlers)
 
 
-def test_export_without_torch_names_the_extra(latentrt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["latentrt.cli.export"]  # the attribute of that name is the verb
-    monkeypatch.setattr(module, "find_spec", lambda name: None if name == "torch" else name)
-    code, _, err = latentrt("export", "checkpoint", "-o", "package")
+def test_tracing_without_torch_names_the_extra(latentrt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporter, "find_spec", lambda name: None if name == "torch" else name)
+    checkpoint = SHIPPED["demo"].parent / "checkpoint"
+    code, _, err = latentrt("export", str(checkpoint), "-o", "package", "--trace", "--dtype", "fp32")
     assert code == 4
-    assert "export needs torch;" in err
-    assert err.endswith(f"Install them: {install_command('cpu,export')}\n")
+    assert "tracing needs torch;" in err
+    assert err.endswith(f"{install_command('export')}\n")
 
 
 @pytest.mark.parametrize("verb", [[], ["generate"], ["export"], ["inspect"], ["metadata"]])

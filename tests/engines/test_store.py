@@ -59,7 +59,7 @@ def test_an_engine_is_built_once_and_its_manifest_says_how(store: EngineStore) -
     assert manifest.pop("check")
     assert manifest == again.to_json()
     assert sorted(path.name for path in store.root.iterdir()) == [
-        "building", "caches", "engines", "locks", "quarantine",
+        "building", "caches", "checkpoints", "engines", "locks", "quarantine",
     ]  # fmt: skip
     assert list(store.building.iterdir()) == []
 

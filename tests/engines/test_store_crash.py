@@ -93,7 +93,9 @@ def test_kills_at_random_moments_leave_a_valid_store(worker: Worker, count: int)
         status = worker.wait(pid)
         assert status in (-signal.SIGKILL, 0)
         whole *= 1.1 if status else 0.7  # the machine may be busier, or less busy, than at first
-        unfinished += numbered(number).digest not in {path.name for path in worker.store.folders()}
+        unfinished += numbered(number).digest not in {
+            path.name for path in worker.store.folders(worker.store.engines)
+        }
         halfway += bool(list(worker.store.building.iterdir()))
         check_valid(worker.store)
         if number % 5 == 0:

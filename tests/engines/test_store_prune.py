@@ -45,7 +45,7 @@ def test_keep_bytes_removes_the_least_recently_used_first(store: EngineStore) ->
     before = store.prune().kept_bytes
     pruned = store.prune(keep_bytes=25000)
     assert days(pruned) == [4, 3]
-    assert {(item.net, item.why) for item in pruned.removed} == {("unet", "least recently used")}
+    assert {(item.label, item.why) for item in pruned.removed} == {("unet", "least recently used")}
     assert left(store) == [1, 2]
     assert pruned.kept == 2
     assert pruned.kept_bytes <= 25000
@@ -107,7 +107,9 @@ def test_damaged_entries_and_quarantine_always_go(store: EngineStore) -> None:
     assert store.verify().damaged != ()
     (third.path / "engine.bin").unlink()
     pruned = store.prune()
-    assert [(item.name, item.net, item.why) for item in pruned.removed] == [(third.path.name, "", "damaged")]
+    assert [(item.name, item.label, item.why) for item in pruned.removed] == [
+        (third.path.name, "", "damaged")
+    ]
     assert pruned.freed_bytes > 18000
     assert list(store.quarantine.iterdir()) == []
     assert len(left(store)) == 1
