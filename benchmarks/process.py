@@ -39,7 +39,7 @@ from ..engines.errors import BackendError, LatentrtError
 from ..engines.spec import Array
 from .case import Case
 from .machine import clocks, describe_machine
-from .records import Status, short
+from .records import Status, one_line, short
 from .sides.contract import YARDSTICK, NotAvailableError, OpenSide, Task, Work, open_side
 
 LIMIT = 900.0  # seconds for a process to open, or to answer
@@ -169,7 +169,7 @@ class Child(ExitStack):
         how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
         size = self._noise.seek(0, os.SEEK_END)
         self._noise.seek(max(0, size - 4 * _TAIL))
-        text = short(self._noise.read().decode("utf-8", errors="replace"))[-_TAIL:]
+        text = one_line(self._noise.read().decode("utf-8", errors="replace"))[-_TAIL:]
         return f"it ended with {how}" + (f": {text}" if text else "")
 
 

@@ -167,9 +167,14 @@ def read_document(path: Path) -> Document:
 
 
 def short(text: str) -> str:
-    """One line without folders, so that it can be published."""
-    line = _FOLDERS.sub("…/", " ".join(text.split()))
+    """One line without folders, and not too long, so that it can be published."""
+    line = one_line(text)
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} …"
+
+
+def one_line(text: str) -> str:
+    """Without line breaks and folders."""
+    return _FOLDERS.sub("…/", " ".join(text.split()))
 
 
 def plain(value: Any) -> Any:

@@ -25,11 +25,11 @@ from latentrt.benchmarks.verbs.opening import DRAWN, OPENED, PEAK, WRITTEN, meas
 from latentrt.checkpoints.files.open import Checkpoint
 from latentrt.engines.errors import CheckpointError, ModelError
 from latentrt.engines.package import MANIFEST
-from tests.checkpoints.conftest import SMALL, shared, small_archive, write_small  # noqa: F401
+from tests.checkpoints.conftest import SMALL, shared, small_archive, write_small  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 OURS = ("latentrt", "as it is, cold cache"), ("latentrt", "as it is, warm cache")
 SIZE = {"width": 32, "height": 32}
-# A Python that has no cyllama, and one whose cyllama draws nothing.
+# A `cyllama.sd` that draws nothing.
 CYLLAMA = """
 class SDContextParams:
     n_threads, eager_load = 0, False
@@ -108,7 +108,7 @@ def test_a_file_by_tracing(small: Path) -> None:
 
 def test_diffusers_gets_its_configs_from_a_folder(small: Path, tmp_path: Path) -> None:
     write_configs(Checkpoint.open(small), tmp_path / "configs")
-    pipe: Any = diffusers.StableDiffusionPipeline
+    pipe: Any = getattr(diffusers, "StableDiffusionPipeline")  # noqa: B009
     found = pipe.from_single_file(
         str(small), config=str(tmp_path / "configs"), local_files_only=True, safety_checker=None
     )
