@@ -27,10 +27,10 @@ def traced(
     stored, kind = _STORED[dtype]
     state = {key: value for key, value in module.state_dict().items() if value.is_floating_point()}
     names = {key: (key.removeprefix("net."), stored) for key in state}
-    tensors = {names[key][0]: value for key, value in state.items()}
+    tensors = {names[key][0]: value.numpy() for key, value in state.items()}
     slots = weights.write_weights(folder / weights.WEIGHTS, tensors, dict.fromkeys(tensors, kind))
     model = to_onnx(Net(module=module, spec=contract, tensors=names))
-    weights.attach(model, folder, slots)
+    weights.attach(model, slots)
     passes.clean(model)
     return model
 
