@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..engines.package import Manifest, Package
-from ..engines.spec import Array
-from ..runtime.loop.device.programs import shape_of
+from ..engines.spec import Array, has_time_of_each_row, no_extra_embeddings, shape_of
 from ..runtime.prompts.tokenizer import ClipTokenizer
 from ..runtime.request.request import latent_shape, make_request
 from ..runtime.sampling.noise import NoiseSource
@@ -82,6 +81,7 @@ def sizes_of(case: Case, manifest: Manifest) -> dict[str, int]:
     return {
         "N": case.pictures,
         "B": case.batch,
+        "E": 1,
         "P": 2 if case.guided else 1,
         "S": case.steps * rows_per_step(case, manifest),
         "T": manifest.max_tokens,
@@ -96,8 +96,8 @@ def inputs_of(package: Package, workload: str, case: Case) -> dict[str, Array]:
     """The inputs of one call of a net, float32 where they are floats; never zeros, the same for every side.
 
     Returns:
-        text_encoder: `input_ids` (P, T) int32, P = 2 with guidance, unconditional first; and `clip_skip` (1,)
-            int32, none, where the net asks for it.
+        text_encoder: `input_ids` (P, T) int32, P = 2 with guidance, unconditional first; and where the net
+            asks for them, `clip_skip` (1,) int32, none, and `extra_embeddings` (1, D), which no id reads.
         unet: `latent` (B, C, H/8, W/8), `timestep` (1,), `context` (B, T, D); and where the UNet asks for
             them, `image_latents` (B, C', H/8, W/8) and vectors (B, width) by name.
         vae_decoder: `latent` (N, C, H/8, W/8), in the units of the UNet (before the scaling factor).
@@ -108,7 +108,8 @@ def inputs_of(package: Package, workload: str, case: Case) -> dict[str, Array]:
         texts = [case.negative_prompt, case.prompt] if case.guided else [case.prompt]
         ids = _tokenizer(package.root / "tokenizer").encode(texts, length=manifest.max_tokens).ids
         asked = {item.name for item in spec.inputs}
-        return {"input_ids": ids, **({"clip_skip": np.zeros(1, np.int32)} if "clip_skip" in asked else {})}
+        skip = {"clip_skip": np.zeros(1, np.int32)} if "clip_skip" in asked else {}
+        return {"input_ids": ids, **skip, **no_extra_embeddings(spec)}
     if workload == "vae_decoder":
         return {"latent": random.standard_normal((case.pictures, *latent), np.float32)}
     shapes: dict[str, tuple[int, ...]] = {
@@ -142,6 +143,15 @@ def time_inputs(
     """What `unet_time` is called with: `timesteps` (steps,) and the vectors among `inputs`, S rows each."""
     vectors = {name: np.tile(inputs[name], (len(timesteps), 1)) for name in manifest.vectors}
     return {"timestep": np.repeat(timesteps, rows_per_step(case, manifest)), **vectors}
+
+
+def row_time_inputs(case: Case, manifest: Manifest, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """What `unet_time` is called with for one call of the loop graph: as many rows as that takes."""
+    rows = case.batch if has_time_of_each_row(manifest.net("unet").spec) else 1
+    return {
+        "timestep": np.repeat(inputs["timestep"], rows),
+        **{name: inputs[name] for name in manifest.vectors},
+    }
 
 
 def whole_inputs(case: Case, manifest: Manifest, inputs: Mapping[str, Array]) -> dict[str, Array]:

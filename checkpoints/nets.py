@@ -12,6 +12,8 @@ import onnx_ir as ir
 from ..engines import spec
 from ..engines.package import NetFile
 from .files.open import Checkpoint
+from .graphs.controls import add_controls
+from .graphs.extra_embeddings import add_extra_embeddings
 from .graphs.hoist import hoist
 from .graphs.step import write_step
 from .graphs.weights import forget_shapes
@@ -19,7 +21,13 @@ from .precision.calibration import CALIBRATIONS, Calibration
 from .precision.islands import Found, find_islands, island_names, upcast_attention
 
 # The file of a net's graph, where it is not "model".
-_FILES = {"unet": "loop", "unet_context": "context", "unet_time": "time", "step_masked": "masked"}
+_FILES = {
+    "unet": "loop",
+    "unet_context": "context",
+    "unet_time": "time",
+    "unet_controlled": "controlled",
+    "step_masked": "masked",
+}
 
 
 def set_islands(source: Checkpoint, component: str, model: ir.Model, calibration: Calibration) -> Found:
@@ -42,7 +50,7 @@ def write_graphs(
     dtype: str,
     weights: Sequence[str],
 ) -> dict[str, NetFile]:
-    """Write the graph of a component, or the four of the UNet, which is cut after its islands are set.
+    """Write the graph of a component, or the five of the UNet, which is cut after its islands are set.
 
     Args:
         component: a row of NETS that has weights; its folder in the package exists.
@@ -58,6 +66,9 @@ def write_graphs(
     graphs = {component: (model, contract)}
     if component == "unet":
         graphs = {"unet_whole": (model, contract), **hoist(model)}
+        graphs["unet_controlled"] = add_controls(*graphs["unet"])
+    elif component in spec.TEXT_ENCODERS:
+        graphs[component] = model, add_extra_embeddings(model, contract)
     files: dict[str, NetFile] = {}
     for name, (graph, boundary) in graphs.items():
         path = f"{component}/{_FILES.get(name, 'model')}.onnx"

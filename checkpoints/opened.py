@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import json
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Collection, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
@@ -31,30 +32,25 @@ import onnx_ir as ir
 
 from ..engines.errors import PackageError, StorageError
 from ..engines.installed import latentrt_version
-from ..engines.package import MANIFEST, Elsewhere, NetFile, Package, common_folder, write_manifest
+from ..engines.package import MANIFEST, Elsewhere, Package, common_folder
 from ..engines.safetensors_format import ITEM_SIZES
-from ..engines.spec import NETS
 from ..engines.store.files import check_private, storage_errors
 from ..engines.store.folder import StoreFolder
-from ..engines.store.key import canonical_sha256
 from .beside import beside, put
-from .contents import read_contents
+from .contents import Content, read_contents
 from .entries import Note, SeenFile, manifest_sha256, now, remember, write_note
-from .files.component import Component, TensorHeader, read_tensors
+from .files.component import TensorHeader
 from .files.net_reads import net_tensors
 from .files.open import Checkpoint
 from .files.tokenizers import WriteTokenizer
-from .files.values import check_values
-from .graphs import weights
-from .manifest import make_manifest, published_latent_rgb, request_defaults
-from .nets import set_islands, write_graphs, write_steps
-from .precision.calibration import Calibration, Tokenize, components
-from .stages import OnProgress, Progress, stages
+from .graphs.weights import attach, places
+from .manifest import request_defaults
+from .precision.calibration import Tokenize, components
+from .stages import OnProgress, Progress
 from .templates.archive import SHIPPED, Dtype, archive_sha256
-from .templates.find import net_template
+from .writing import TemplateGraphs, copy_weights, weight_types, write_package
 
 REVISION = 1  # of what is written here: raise it when the same checkpoint gets other graphs
-_ARITHMETIC = {"fp16": "float16", "fp32": "float32"}
 _STORED = {"fp16": "F16", "fp32": "F32"}
 _GRAPHS_BYTES = 10_000_000  # what an entry takes at most without converted weights
 
@@ -162,10 +158,6 @@ def _temporary() -> Path:
     return folder
 
 
-def _part(source: Checkpoint, component: str) -> Component:
-    return source.parts[NETS[component].part]
-
-
 def _tokenizer_facts(write: WriteTokenizer) -> object:
     """What decides the files that a tokenizer's writer writes: its settings, and what it copies."""
     settings: dict[str, Any] = getattr(write, "keywords", {})
@@ -181,7 +173,7 @@ def _files_facts(folder: Path) -> list[list[str]]:
 
 
 class _Opening:
-    """A checkpoint that was read and is not yet a package."""
+    """A checkpoint that was read and is not yet a package, and its `Weights`: they stay where they are."""
 
     def __init__(self, source: Checkpoint, options: Options, cache: StoreFolder, hub: str) -> None:
         self._source, self._options, self._hub = source, options, hub
@@ -203,25 +195,25 @@ class _Opening:
         """The sha256 (hex) of all that decides the package."""
         source = self._source
         folder = common_folder(content.path for content in self._files.values())
-        return canonical_sha256(
-            {
-                "revision": REVISION,
-                "latentrt": latentrt_version(),
-                "templates": archive_sha256(self._options.templates),
-                "dtype": self._options.dtype,
-                "converted": sorted(self._unread),
-                "name": source.name,
-                "files": {
-                    name: [content.path.relative_to(folder).as_posix(), content.sha256]
-                    for name, content in self._files.items()
-                },
-                "parts": {name: dict(part.config) for name, part in source.parts.items()},
-                "configs": {name: dict(config) for name, config in source.configs.items()},
-                "defaults": vars(request_defaults(source)),
-                "zero_empty_prompt": source.zero_empty_prompt,
-                "tokenizers": {name: _tokenizer_facts(write) for name, write in source.tokenizers.items()},
-            }
-        )
+        facts = {
+            "revision": REVISION,
+            "latentrt": latentrt_version(),
+            "templates": archive_sha256(self._options.templates),
+            "dtype": self._options.dtype,
+            "converted": sorted(self._unread),
+            "name": source.name,
+            "files": {
+                name: [content.path.relative_to(folder).as_posix(), content.sha256]
+                for name, content in self._files.items()
+            },
+            "parts": {name: dict(part.config) for name, part in source.parts.items()},
+            "configs": {name: dict(config) for name, config in source.configs.items()},
+            "defaults": vars(request_defaults(source)),
+            "zero_empty_prompt": source.zero_empty_prompt,
+            "tokenizers": {name: _tokenizer_facts(write) for name, write in source.tokenizers.items()},
+        }
+        # Not `canonical_sha256`: schedulers' configs may hold "-Infinity".
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def _unread(self) -> dict[str, list[str]]:
@@ -274,65 +266,46 @@ class _Opening:
         with storage_errors(entry, f"{entry} cannot be read"):
             check_private(entry, entry.lstat(), stat.S_IFDIR)
         try:
-            return Package.open(entry, elsewhere=self._elsewhere)
+            return Package.open(entry, elsewhere=self._places)
         except PackageError:  # damaged: it is made anew
             return None
 
     @property
-    def _elsewhere(self) -> dict[str, Elsewhere]:
+    def elsewhere(self) -> Mapping[str, Content]:
+        """The user's files, by their names in the manifest."""
+        return self._files
+
+    @property
+    def _places(self) -> dict[str, Elsewhere]:
         return {name: content.elsewhere for name, content in self._files.items()}
 
     def make(
         self, cache: StoreFolder, entry: Path, tokenize: Tokenize, progress: OnProgress | None
     ) -> Package:
         """Write the package into the cache."""
-        source, dtype = self._source, self._options.dtype
-        measures = dtype == "fp16"
-        begin = stages(len(self._tensors) * (2 + measures), progress)
-        calibration = Calibration(source, tokenize) if measures else None
-        for component, tensors in self._tensors.items():
-            begin(f"check {component}")
-            check_values(_part(source, component).folder, tensors, _ARITHMETIC[dtype])
-        failed = partial(storage_errors, cache.root, f"{source.root} cannot be made ready", room=self._room())
+        dtype = self._options.dtype
+        graphs = TemplateGraphs(self._source, dtype, self._options.templates)
+        failed = partial(
+            storage_errors, cache.root, f"{self._source.root} cannot be made ready", room=self._room()
+        )
         with failed(), beside(entry) as folder, failed():  # the inner one still sees what was written
-            for name, write_tokenizer in source.tokenizers.items():
-                write_tokenizer(folder / name)
-            nets: dict[str, NetFile] = {}
-            for component in self._tensors:
-                begin(f"bind {component}")
-                (folder / component).mkdir()
-                template = net_template(source, component, dtype, archive=self._options.templates)
-                names = self._attach(component, template.model, folder)
-                if calibration is not None:
-                    begin(f"measure {component}")
-                    set_islands(source, component, template.model, calibration)
-                nets |= write_graphs(
-                    component, folder, template.model, template.spec, dtype=dtype, weights=names
-                )
-            nets |= write_steps(folder, nets["unet"].spec)
-            used = {name for net in nets.values() for name in net.weights}
-            manifest = make_manifest(
-                source,
-                dtype,
-                nets,
-                request_defaults(source),
-                latent_rgb=published_latent_rgb(source),
-                producer=f"latentrt {latentrt_version()}",
+            write_package(
+                self._source,
+                folder,
+                graphs=graphs,
+                weights=self,
+                dtype=dtype,
+                tokenize=tokenize,
+                progress=progress,
             )
-            records = {name: content.record for name, content in self._files.items() if name in used}
-            write_manifest(folder, replace(manifest, files=records), elsewhere=self._elsewhere)
             write_note(folder, self.note(folder))
             put(folder, entry, folder)
-        return Package.open(entry, elsewhere=self._elsewhere)
+        return Package.open(entry, elsewhere=self._places)
 
-    def _attach(self, component: str, model: ir.Model, folder: Path) -> list[str]:
+    def attach(self, component: str, model: ir.Model, folder: Path) -> list[str]:
         """Give a graph its weights, in the user's files or converted; their names in the manifest."""
         tensors = self._tensors[component]
         if component in self._unread:
-            target = folder / component
-            types = {name: model.graph.initializers[name].dtype or ir.DataType.FLOAT for name in tensors}
-            slots = weights.write_weights(target / weights.WEIGHTS, read_tensors(tensors), types)
-            weights.attach(model, slots)
-            return [f"{component}/{weights.WEIGHTS}"]
-        weights.attach(model, weights.places(tensors))
+            return copy_weights(component, model, folder, tensors, weight_types(model, tensors))
+        attach(model, places(tensors))
         return list(dict.fromkeys(self._names[header.file] for header in tensors.values()))

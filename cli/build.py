@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from .models import Dtype, PredictionType, TinyVae, Vae, options_of, say
+from .models import MODEL, say, with_checkpoint_options
 from .progress import Advance, progress_bar
 
 if TYPE_CHECKING:
@@ -24,14 +24,9 @@ _TICKS = 100  # of the bar, per net
 _WEIGHTS, _LEVEL = "embedded", 3
 
 
+@with_checkpoint_options
 def build(
-    model: Annotated[
-        str,
-        Argument(
-            help="A checkpoint (file, folder, ORG/NAME of a hub, or its name in `latentrt models`), a"
-            " package, or `demo`."
-        ),
-    ] = "demo",
+    model: Annotated[str, Argument(help=MODEL)] = "demo",
     backend: Annotated[
         str | None,
         Option(
@@ -55,12 +50,9 @@ def build(
     store: Annotated[
         Path | None, Option(help="The engine store. Default: LATENTRT_CACHE, or this user's cache folder.")
     ] = None,
-    dtype: Dtype = None,
-    vae: Vae = None,
-    tiny_vae: TinyVae = None,
-    prediction_type: PredictionType = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Only say what would be built, and why.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
+    checkpoint: Any = None,
 ) -> None:
     """Build engines for TensorRT. With the extra [tensorrt-rtx] it needs no GPU.
 
@@ -79,13 +71,7 @@ def build(
     # Without a backend that is installed the first one, whose error says how to install it.
     chosen = backend or (*installed_backends(), *ENGINE_BACKENDS)[0]
     with progress_bar(enabled=not as_json) as advance:
-        opened = open_model(
-            model,
-            backend=lambda: chosen,
-            options=options_of(dtype, vae, tiny_vae, prediction_type),
-            advance=advance,
-            note=say,
-        )
+        opened = open_model(model, backend=lambda: chosen, options=checkpoint, advance=advance, note=say)
     names = [name.strip() for name in nets.split(",") if name.strip()]
     row = BACKENDS.get(backend or "")
     if row is not None and row.builds == "layouts":

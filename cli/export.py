@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Argument, Option
 
-from ..engines.errors import BackendError
-from ..engines.installed import install_command
+from .models import PredictionType, TinyVae, Vae
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -22,42 +20,41 @@ if TYPE_CHECKING:
 
 def export(
     checkpoint: Annotated[
-        Path,
+        str,
         Argument(
-            help="A diffusers folder, or a .safetensors file: SD 1.x and 2.x, SDXL and its refiner, LCM,"
-            " Turbo, inpainting, Stable unCLIP."
+            help="A diffusers folder, a .safetensors file, or a model of a hub (ORG/NAME): SD 1.x and 2.x,"
+            " SDXL and its refiner, LCM, Turbo, inpainting, Stable unCLIP."
         ),
     ],
     output: Annotated[Path, Option("--output", "-o", help="The package folder to write.")],
     dtype: Annotated[Literal["fp16", "fp32"], Option(help="fp16 for GPUs, fp32 for CPUs.")] = "fp16",
     verify: Annotated[
-        bool, Option("--verify", help="Compare each net with torch; below the bar fails.")
+        bool,
+        Option(
+            "--verify", help="Compare each net with torch; below the bar fails. Needs the extra [export]."
+        ),
     ] = False,
-    vae: Annotated[
-        Path | None, Option(help="Another autoencoder in place of the checkpoint's: a folder or a file.")
-    ] = None,
-    tiny_vae: Annotated[
-        Path | None, Option(help="A tiny autoencoder (TAESD) for previews: a folder or a file.")
-    ] = None,
-    prediction_type: Annotated[
-        Literal["epsilon", "v_prediction"] | None,
-        Option(help="What the UNet predicts, if a .safetensors file does not say it."),
-    ] = None,
+    trace: Annotated[
+        bool,
+        Option(
+            "--trace", help="Trace the nets with torch, even if their graphs ship. Needs the extra [export]."
+        ),
+    ] = False,
+    vae: Vae = None,
+    tiny_vae: TinyVae = None,
+    prediction_type: PredictionType = None,
     overwrite: Annotated[
         bool, Option("--overwrite", help="Replace an existing package once the new one is complete.")
     ] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Turn a checkpoint into a package of graphs and weights. Needs the extra [export]."""
-    needed = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir")
-    runs = verify or dtype == "fp16"  # fp16 measures ranges
-    missing = [name for name in (*needed, *(["onnxruntime"] if runs else [])) if find_spec(name) is None]
-    if missing:
-        raise BackendError(
-            f"export needs {', '.join(missing)}",
-            expected="the extras [cpu,export]",
-            fix=f"Install them: {install_command('cpu,export')}",
-        )
+    """Turn a checkpoint into a package of graphs and weights.
+
+    The graphs of architectures in circulation ship. Others are traced, which needs the extra [export].
+    """
+    from ..checkpoints.find import locate
+    from ..checkpoints.templates import archive
+    from ..engines.hub import snapshot
     from ..export.export import export_package
 
     began = perf_counter()
@@ -65,8 +62,11 @@ def export(
     ranges: list[Found] = []
     notes: list[str] = []
     with progress_bar(enabled=not as_json) as advance:
+        found = locate(
+            checkpoint, progress=lambda now: advance(f"downloading {now.file}", now.done, now.total)
+        )
         package = export_package(
-            checkpoint,
+            snapshot(found),
             output,
             dtype=dtype,
             verify=verify,
@@ -74,6 +74,7 @@ def export(
             vae=vae,
             tiny_vae=tiny_vae,
             prediction_type=prediction_type,
+            templates=None if trace else archive.SHIPPED,
             progress=lambda stage: advance(stage.stage, stage.index, stage.total),
             report=comparisons.append,
             report_islands=ranges.append,

@@ -8,6 +8,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from time import perf_counter
@@ -17,7 +18,7 @@ from typer import Argument, Option
 
 from ..engines.errors import UsageError
 from ..runtime.request.parameters import PARAMETERS, Parameter
-from .models import Dtype, PredictionType, TinyVae, Vae, options_of, say
+from .models import MODEL, say, with_checkpoint_options
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -27,10 +28,6 @@ if TYPE_CHECKING:
 
 
 _OUTPUT = "File to write (.png, .jpg, .webp; .npy for the latents). Default: prompt and seed."
-_MODEL = (
-    "A checkpoint (file, folder, ORG/NAME of a hub, or its name in `latentrt models`), a package, or `demo`"
-    " (the default)."
-)
 _FROM = "Draw a picture again, from what its file says; other options change it."
 _REFINER_AT = "The share of the schedule at which the refiner takes over. Default: 0.8."
 _PREVIEW = "Write what can be seen so far to this file, after every step."
@@ -62,11 +59,12 @@ def _option(parameter: Parameter) -> Any:
     return Annotated[kind.text | None, option]
 
 
+@with_checkpoint_options
 @with_parameters
 def generate(
     prompt: Annotated[list[str] | None, Argument(help="What to draw; several prompts are one batch.")] = None,
     output: Annotated[Path | None, Option("--output", "-o", help=_OUTPUT)] = None,
-    model: Annotated[str | None, Option("--model", "-m", help=_MODEL)] = None,
+    model: Annotated[str | None, Option("--model", "-m", help=MODEL)] = None,
     source: Annotated[Path | None, Option("--from", metavar="PICTURE", help=_FROM)] = None,
     refiner: Annotated[str | None, Option(help="A second package, which ends what --model begins.")] = None,
     refiner_at: Annotated[float | None, Option(help=_REFINER_AT)] = None,
@@ -75,12 +73,9 @@ def generate(
     backend: Annotated[str, Option(help=_BACKEND)] = "auto",
     device: Annotated[str, Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
     threads: Annotated[int | None, Option(help=_THREADS)] = None,
-    dtype: Dtype = None,
-    vae: Vae = None,
-    tiny_vae: TinyVae = None,
-    prediction_type: PredictionType = None,
     no_metadata: Annotated[bool, Option("--no-metadata", help=_NO_METADATA)] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
+    checkpoint: Any = None,
     **parameters: Any,
 ) -> None:
     """Draw prompts and write the pictures."""
@@ -108,21 +103,10 @@ def generate(
         advance = stack.enter_context(progress_bar(enabled=not as_json))
         first = model or (_model_of(source) if source else "demo")
         names = [first] if refiner is None else [first, refiner]
-        options = options_of(dtype, vae, tiny_vae, prediction_type)
-        pipes = [
-            stack.enter_context(
-                Pipeline.open(
-                    name,
-                    backend=backend,
-                    device=device,
-                    threads=threads,
-                    checkpoint=options if name is first else None,
-                    progress=advance,
-                    note=say,
-                )
-            )
-            for name in names
-        ]
+        open_pipe = partial(Pipeline.open, backend=backend, device=device, threads=threads)
+        told = {"progress": advance, "note": say}
+        pipes = [stack.enter_context(open_pipe(first, checkpoint=checkpoint, **told))]
+        pipes += [stack.enter_context(open_pipe(name, **told)) for name in names[1:]]
         opened = perf_counter() - began
         # Someone who looks on costs a device one wait per step.
         watched = preview is not None or (sys.stderr.isatty() and not as_json)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from typer import Option
 
-if TYPE_CHECKING:
-    from ..runtime.model import CheckpointOptions
-
+MODEL = (
+    "A checkpoint (file, folder, ORG/NAME of a hub, or its name in `latentrt models`), a package, or `demo`."
+)
 Dtype = Annotated[
     Literal["fp16", "fp32"] | None,
     Option(help="A checkpoint's arithmetic. Default: fp32 on a CPU, fp16 on a GPU."),
@@ -23,18 +26,34 @@ PredictionType = Annotated[
     Literal["epsilon", "v_prediction"] | None,
     Option(help="What a checkpoint's UNet predicts, if it does not say it."),
 ]
+_OPTIONS: dict[str, Any] = {
+    "dtype": Dtype,
+    "vae": Vae,
+    "tiny_vae": TinyVae,
+    "prediction_type": PredictionType,
+}
 
 
-def options_of(
-    dtype: Literal["fp16", "fp32"] | None,
-    vae: Path | None,
-    tiny_vae: Path | None,
-    prediction_type: Literal["epsilon", "v_prediction"] | None,
-) -> CheckpointOptions:
-    """The options as they were given."""
-    from ..runtime.model import CheckpointOptions
+def with_checkpoint_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command that takes `checkpoint` (a `CheckpointOptions`) an option for each of its fields."""
 
-    return CheckpointOptions(dtype=dtype, vae=vae, tiny_vae=tiny_vae, prediction_type=prediction_type)
+    @wraps(command)
+    def with_options(**given: Any) -> None:
+        from ..runtime.model import CheckpointOptions
+
+        fields = {name: given.pop(name) for name in _OPTIONS}
+        command(**given, checkpoint=CheckpointOptions(**fields))
+
+    signature = inspect.signature(command, eval_str=True)
+    own = [item for name, item in signature.parameters.items() if name != "checkpoint"]
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in _OPTIONS.items()
+    ]
+    parameters = [item for item in own if item.kind is not item.KEYWORD_ONLY]
+    parameters += [*options, *(item for item in own if item.kind is item.KEYWORD_ONLY)]
+    setattr(with_options, "__signature__", signature.replace(parameters=parameters))  # noqa: B010
+    return with_options
 
 
 def say(line: str) -> None:

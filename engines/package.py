@@ -360,8 +360,12 @@ class Package:
                 )
 
     def check_weights(self) -> None:
-        """Read every weight. Raises PackageError for the first tensor that is not finite."""
-        for name in dict.fromkeys(name for net in self.manifest.nets.values() for name in net.weights):
+        """Read every weight. Raises PackageError for the first tensor that is not finite.
+
+        Files elsewhere are left out: what a net reads of them was looked at when the package was made.
+        """
+        used = {name: None for net in self.manifest.nets.values() for name in net.weights}
+        for name in (name for name in used if name not in self.elsewhere):
             if tensor := first_not_finite(self.path(name), error=PackageError):
                 raise PackageError(
                     f"{self.root / name}: the tensor {tensor!r:.80} has values that are NaN or infinite",

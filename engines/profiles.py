@@ -22,7 +22,7 @@ from typing import TypeVar
 
 from .errors import PackageError, UsageError, command
 from .package import Manifest
-from .spec import NETS, VECTORS, Dim, NetSpec
+from .spec import NETS, VECTORS, Dim, NetSpec, level_symbol
 
 GRAMMAR = (
     "WIDTHxHEIGHT[:bN][:tT], each LOW[-HIGH][@OPT], such as 512x512:b1-4 or 512-1024@768x512-1024@768:b1-2"
@@ -33,6 +33,8 @@ _PROFILE = re.compile(rf"{_RANGE}x{_RANGE}(?::b{_RANGE})?(?::t{_RANGE})?", re.AS
 _DIGITS = 5  # of a number; TensorRT's dimensions are 64 bits wide, its volumes are what runs out first
 SMALLEST_TILE = 256  # pixels: the smallest tile of an encoder or decoder that runs in pieces
 _MOST_STEPS, _USUAL_STEPS, _USUAL_PROMPTS = 2000, 30, 2
+_MOST_EMBEDDINGS = 1024  # beyond the vocabulary: a row of 2 to 5 kB each
+_LEVELS = 6  # of a UNet, the latent's among them: more than any has
 
 Size = TypeVar("Size", int, "Axis")
 Shape = tuple[int, ...]
@@ -237,6 +239,7 @@ def _axes(net: str, profile: Profile, *, guided: bool | None, vectors: bool) -> 
     return {
         "N": pictures,
         "B": rows,
+        "E": Axis(low=1, opt=1, high=_MOST_EMBEDDINGS),
         "P": Axis(low=1, opt=_USUAL_PROMPTS, high=both.high * chunks + 1),  # and the empty text
         "S": Axis(low=1, opt=_USUAL_STEPS * steps[0], high=_MOST_STEPS * steps[1]),
         "T": profile.tokens,
@@ -244,7 +247,18 @@ def _axes(net: str, profile: Profile, *, guided: bool | None, vectors: bool) -> 
         "W": width,
         "H/8": height // 8,
         "W/8": width // 8,
+        **{
+            level_symbol(side, level): _halved(pixels // 8, level)
+            for side, pixels in (("H", height), ("W", width))
+            for level in range(1, _LEVELS)
+        },
     }
+
+
+def _halved(axis: Axis, times: int) -> Axis:
+    """An axis halved so many times, rounded up: a level of the UNet."""
+    low, opt, high = (-(-size >> times) for size in (axis.low, axis.opt, axis.high))
+    return Axis(low=low, opt=opt, high=high)
 
 
 def _unknown_symbol(net: str, symbol: str, known: Mapping[str, Axis]) -> PackageError:
@@ -323,6 +337,12 @@ def choose(
             f"a schedule has {sizes['S']} {_unit(first.axes['S'])}",
             expected=f"what engines cover: {labels}",
             fix=f"Ask for at most {_MOST_STEPS} steps: --steps {_USUAL_STEPS}.",
+        )
+    if sizes.get("E", 0) > _MOST_EMBEDDINGS:
+        raise UsageError(
+            f"prompts have {sizes['E']} embeddings beyond the vocabulary",
+            expected=f"at most {_MOST_EMBEDDINGS}, which is what an engine covers",
+            fix="Use fewer embeddings of textual inversion at once.",
         )
     sources = dict.fromkeys(str(profile.source) for profile in profiles)
     sources[str(_profile_for(sizes, first.source))] = None

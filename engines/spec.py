@@ -5,17 +5,19 @@ Export makes graphs that satisfy it, packages record it, engines check it, the r
 Symbols in shapes:
 
     B     rows of one UNet call: pictures, or twice that with guidance (unconditional rows first)
+    E     extra rows behind a text encoder's table of embeddings, at least one (`extra_embeddings`)
     N     pictures
     P     prompts encoded in one call
     S     rows of a sampler's table; times B, where the UNet is conditioned by vectors (VECTORS)
     T     tokens of the context (77, or a multiple)
-    H W   height and width of the picture in pixels; "H/8" is the latent's height
+    H W   height and width of the picture in pixels; "H/8" is the latent's height, and "H/16", "H/32", … those
+          of the UNet's lower levels: half of the level above, rounded up
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -27,6 +29,7 @@ from .errors import PackageError, UsageError
 Array = npt.NDArray[Any]
 Dim = int | str
 _PIXELS = ("H", "W")
+_CELL = 8  # pixels of a latent cell's side: symbols with a larger divisor are levels of the UNet
 _CHECK_CALL = "Check the call against the net's spec (`latentrt inspect PACKAGE`)."
 
 DTYPES: Mapping[str, type[np.generic]] = {
@@ -72,7 +75,7 @@ class TensorSpec:
     def fits(self, shape: Sequence[int], sizes: dict[str, int]) -> bool:
         """Whether `shape` is one of this tensor's; symbols are looked up in, or added to, `sizes`."""
         return len(shape) == len(self.shape) and all(
-            size == (dim if isinstance(dim, int) else sizes.setdefault(dim, size))
+            size == (dim if isinstance(dim, int) else sizes.setdefault(dim, _level_size(dim, sizes) or size))
             for dim, size in zip(self.shape, shape, strict=True)
         )
 
@@ -130,6 +133,29 @@ class NetSpec:
         )
 
 
+def level_symbol(side: str, level: int) -> str:
+    """The symbol of a UNet level's `side` ("H" or "W"): "H/8" of level 0, the latent, then "H/16", ….
+
+    Each is half of the level above, rounded up: what a convolution of stride 2 and padding 1 makes of it.
+    """
+    return f"{side}/{_CELL << level}"
+
+
+def _level_size(symbol: str, sizes: Mapping[str, int]) -> int | None:
+    """What a level's symbol is where the latent's size is known; None for other symbols."""
+    side, _, divisor = symbol.partition("/")
+    latent = sizes.get(level_symbol(side, 0))
+    return None if latent is None or not divisor else -(-latent * _CELL // int(divisor))
+
+
+def shape_of(dims: Sequence[Dim], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """A shape of the contract with its symbols replaced by numbers; a level's follows from the latent's."""
+    return tuple(
+        dim if isinstance(dim, int) else (sizes.get(dim) or _level_size(dim, sizes) or sizes[dim])
+        for dim in dims
+    )
+
+
 def output_shapes(spec: NetSpec, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """The shape of every output when the inputs have these shapes; "H" follows from "H/8", and that from "H".
 
@@ -160,10 +186,7 @@ def output_shapes(spec: NetSpec, shapes: Mapping[str, tuple[int, ...]]) -> dict[
                 expected=f"one of {', '.join(sorted(sizes))}",
                 fix="Export the package again with this release.",
             )
-    return {
-        name: tuple(dim if isinstance(dim, int) else sizes[dim] for dim in shape)
-        for name, shape in wanted.items()
-    }
+    return {name: shape_of(shape, sizes) for name, shape in wanted.items()}
 
 
 # The text encoders in the order in which their features are joined to the context; each one's tokenizer.
@@ -200,6 +223,14 @@ ROW = ("p", "q", "a", *(f"b{j}" for j in range(HISTORY)), "c", "guidance_scale",
 # `step_masked` wants two more: how much of the kept picture, and of its noise, the new latent has.
 MASKED_ROW = (*ROW, "keep_signal", "keep_noise")
 
+# Inputs of `unet_controlled`, numbered from 0: what a ControlNet, and what a T2I-Adapter, adds to the UNet.
+RESIDUAL = "residual_"
+FEATURE = "feature_"
+FEATURES = 4  # a T2I-Adapter makes so many
+
+# The input of a text encoder that has the embeddings of tokens beyond its vocabulary.
+EXTRA_EMBEDDINGS = "extra_embeddings"
+
 # Prefixes of the invariants that cross from `unet_context` and `unet_time` into `unet`.
 CONTEXT_INVARIANT = "context."
 TIME_INVARIANT = "time."
@@ -220,6 +251,28 @@ def text_encoder(*, tokens: Dim, width: int, pooled: int | None = None, float_dt
         if pooled
         else (context,),
     )
+
+
+def with_extra_embeddings(plain: NetSpec, *, width: int, float_dtype: str) -> NetSpec:
+    """A text encoder that also knows the ids V, V + 1, …, where V is the size of its vocabulary.
+
+    `extra_embeddings` has their rows, those of textual inversion; without any, one row of zeros. No id may be
+    V + E or more. The pooled embedding is taken where the prompt ends, whichever ids are in it.
+    """
+    extra = TensorSpec(name=EXTRA_EMBEDDINGS, dtype=float_dtype, shape=("E", width))
+    return replace(plain, inputs=(*plain.inputs, extra))
+
+
+def no_extra_embeddings(encoder: NetSpec) -> dict[str, Array]:
+    """What a text encoder is called with where no prompt has ids beyond the vocabulary: one row of zeros.
+
+    Nothing, for an encoder of a package of before 2026-11-29.
+    """
+    return {
+        item.name: np.zeros([1 if dim == "E" else int(dim) for dim in item.shape], DTYPES[item.dtype])
+        for item in encoder.inputs
+        if item.name == EXTRA_EMBEDDINGS
+    }
 
 
 def image_encoder(*, size: int, width: int, float_dtype: str) -> NetSpec:
@@ -296,7 +349,10 @@ def _vectors(rows: str, widths: Mapping[str, int]) -> tuple[TensorSpec, ...]:
 def unet(
     *, channels: int, float_dtype: str, invariants: Sequence[TensorSpec], image_channels: int = 0
 ) -> NetSpec:
-    """The loop graph. `invariants` are outputs of `unet_context` (B rows) and `unet_time` (1 row, or B).
+    """The loop graph. `invariants` are outputs of `unet_context` and of `unet_time`, B rows of each.
+
+    So every UNet row may be at a timestep of its own. In packages of before 2026-11-29 the invariants of the
+    time have 1 row, for all UNet rows, unless there are vectors (`has_time_of_each_row`).
 
     `image_latents` is what an inpainting UNet sees behind the latent: the mask and the masked picture.
     """
@@ -309,6 +365,34 @@ def unet(
         ),
         outputs=(TensorSpec(name="prediction", dtype=float_dtype, shape=("B", 4, "H/8", "W/8")),),
     )
+
+
+def has_time_of_each_row(unet: NetSpec) -> bool:
+    """Whether the loop graph takes time invariants of B rows; older packages have 1 row without vectors."""
+    return any(item.name.startswith(TIME_INVARIANT) and item.shape[0] == "B" for item in unet.inputs)
+
+
+def with_controls(
+    plain: NetSpec, *, residuals: Sequence[tuple[int, int]], features: Sequence[tuple[int, int]]
+) -> NetSpec:
+    """The loop graph with what controls add to it; each is given by its channels and its level (0: latent).
+
+    `residual_0` … are diffusers' `down_block_additional_residuals`, one for each skip connection in the order
+    in which the down blocks make them, and last its `mid_block_additional_residual`: a ControlNet's outputs.
+    `feature_0` … are its `down_intrablock_additional_residuals`: a T2I-Adapter's. Inputs that are not
+    wanted are zeros of their shape; with all of them zero the prediction is that of the plain graph.
+    """
+    float_dtype = plain.inputs[0].dtype
+    added = [
+        TensorSpec(
+            name=f"{prefix}{number}",
+            dtype=float_dtype,
+            shape=("B", channels, level_symbol("H", level), level_symbol("W", level)),
+        )
+        for prefix, group in ((RESIDUAL, residuals), (FEATURE, features))
+        for number, (channels, level) in enumerate(group)
+    ]
+    return replace(plain, inputs=(*plain.inputs, *added))
 
 
 def step(*, channels: int, float_dtype: str) -> NetSpec:
@@ -388,6 +472,7 @@ class NetRow:
         in_loop: whether it is called once per step, with a row per picture, or two with guidance.
         tiled: whether it may be called with tiles of a picture.
         for_others: whether it is in the package for other tools alone, and never runs here.
+        when_asked: whether it is built and opened only where somebody names it. Older packages lack it.
     """
 
     use: str
@@ -395,6 +480,12 @@ class NetRow:
     in_loop: bool = False
     tiled: bool = False
     for_others: bool = False
+    when_asked: bool = False
+
+    @property
+    def usual(self) -> bool:
+        """Whether it is built and opened for every package that has it."""
+        return not (self.for_others or self.when_asked)
 
 
 # The nets of a package, in the order of the data flow. No package has all of them.
@@ -421,6 +512,12 @@ NETS: Mapping[str, NetRow] = {
         use="timesteps -> time-embedding projections of the whole schedule, once per schedule", part="unet"
     ),
     "unet": NetRow(use="latent and invariants -> prediction, once per step", part="unet", in_loop=True),
+    "unet_controlled": NetRow(
+        use="the same with what a ControlNet or a T2I-Adapter adds, in place of `unet` in their steps",
+        part="unet",
+        in_loop=True,
+        when_asked=True,
+    ),
     "step": NetRow(
         use="guidance and the sampler's row update, once per step where the loop stays on a device",
         in_loop=True,

@@ -1,4 +1,4 @@
-"""checkpoint -> package: torch nets traced to graphs. torch is imported on first use."""
+"""checkpoint -> package: graphs that ship, or torch nets traced to graphs. torch is imported on first use."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ __all__ = ["Progress", "export_package"]
 
 
 def __getattr__(name: str) -> object:
-    """Import the exporter, and torch with it, on first use: `export.pickles` works without them."""
+    """Import the exporter on first use: `export.pickles` works without an ONNX library."""
     if name in __all__:
         from . import export
 

@@ -1,43 +1,34 @@
-"""Checkpoint -> package folder: the stages of an export, in order.
+"""Checkpoint -> package folder: with graphs that ship where they fit, else traced by torch.
 
-One net at a time is in memory. The package is written to a temporary folder beside its place and renamed at
-the end, so a failed export leaves nothing behind, and a package that was there before stays (`beside.py`).
+The package is written to a temporary folder beside its place and renamed at the end, so a failed export
+leaves nothing behind, and a package that was there before stays (`beside.py`). torch is imported where a net
+is traced or verified.
 """
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
-
-import onnx_ir as ir
-import torch
+from typing import TYPE_CHECKING
 
 from ..checkpoints.beside import beside, put
 from ..checkpoints.files.open import Checkpoint
-from ..checkpoints.graphs import weights
-from ..checkpoints.manifest import make_manifest, request_defaults
-from ..checkpoints.nets import set_islands, write_graphs, write_steps
-from ..checkpoints.precision.calibration import Calibration, components
 from ..checkpoints.precision.islands import Found
-from ..checkpoints.stages import Progress, stages
-from ..engines.errors import StorageError, UsageError
-from ..engines.package import MANIFEST, NetFile, Package, write_manifest
-from ..engines.processors import usable_processors
-from .graphs import passes
-from .graphs.to_onnx import to_onnx
-from .latent_rgb import fit_latent_rgb
-from .nets.build import NETS
-from .nets.clip import tokenize
-from .verify import Comparison, verify_component
+from ..checkpoints.stages import Progress
+from ..checkpoints.templates.archive import DTYPES, SHIPPED, Dtype
+from ..checkpoints.writing import CopiedWeights, Graphs, TemplateGraphs, Verify, write_package
+from ..engines.errors import BackendError, CheckpointError, StorageError, UsageError
+from ..engines.installed import install_command
+from ..engines.package import MANIFEST, NetFile, Package
+from ..runtime.prompts.tokenizer import tokenize
 
-Dtype = Literal["fp16", "fp32"]
-_TORCH_TYPES = {"fp16": torch.float16, "fp32": torch.float32}
-_ONNX_TYPES = {"fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
-_PRODUCERS = ("latentrt", "torch", "diffusers", "transformers", "onnxscript")
+if TYPE_CHECKING:
+    from .verify import Comparison
+
+# What tracing and verifying import, of the extra [export].
+_TORCH = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 
 
 def export_package(
@@ -54,6 +45,7 @@ def export_package(
     vae: Path | None = None,
     tiny_vae: Path | None = None,
     prediction_type: str | None = None,
+    templates: Path | None = SHIPPED,
 ) -> Package:
     """Write the package of a checkpoint.
 
@@ -65,23 +57,30 @@ def export_package(
         progress: called with each stage as it begins.
         report: called with each comparison that verifying makes.
         report_islands: called with what measuring each component's ranges found (fp16 only).
-        note: called with each line on what had to be assumed about the checkpoint.
+        note: called with each line on what had to be assumed about the checkpoint, and why it is traced.
         overwrite: replace an existing package, once the new one is complete.
         vae: a folder or file of another autoencoder, in place of the checkpoint's.
         tiny_vae: a folder or file of a tiny autoencoder (TAESD): the net `preview_decoder`.
         prediction_type: "epsilon" or "v_prediction", where the checkpoint is one file and does not say.
+        templates: the archive of graphs, which are traced where not all are in it; None traces them anyway.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or of a family not supported.
         UsageError: `package` exists and is not to be replaced, or `dtype` is unknown.
+        BackendError: a library is missing: onnxruntime for fp16, what the extra [export] has for tracing and
+            verifying.
         NumericError: a net differs from torch by more than its bar, is not finite, or has an output beyond
             fp16 where that is asked for.
         StorageError: the disk is full, or the folder cannot be written.
     """
-    if dtype not in _TORCH_TYPES:
+    if dtype not in DTYPES:
         raise UsageError(
             f"dtype is {dtype!r}", expected="fp16 or fp32", fix="Pass --dtype with one of these."
         )
+    if dtype == "fp16":
+        _require("measuring the ranges of fp16", ["onnxruntime"], "cpu")
+    if verify:
+        _require("verifying", [*_TORCH, "onnxruntime"], "cpu,export")
     source = Checkpoint.open(
         checkpoint,
         prefer_fp16=dtype == "fp16",
@@ -89,79 +88,62 @@ def export_package(
         tiny_vae=tiny_vae,
         prediction_type=prediction_type,
     )
-    defaults = request_defaults(source)
     _check_target(package, overwrite)
+    graphs, lines = _graphs(source, dtype, templates)
     if note is not None:
-        for line in source.notes:
+        for line in (*source.notes, *lines):
             note(line)
-    calibration = Calibration(source, tokenize) if dtype == "fp16" else None
-    begin = stages(len(components(source)) * (1 + (calibration is not None) + verify) + 1, progress)
-    with _torch_threads():
-        for component in components(source):  # weights that do not fit are named before anything is traced
-            NETS[component].build(source, _TORCH_TYPES[dtype])
-    with _complete(package, overwrite) as folder, _torch_threads():
-        for name, write_tokenizer in source.tokenizers.items():
-            write_tokenizer(folder / name)
-        nets: dict[str, NetFile] = {}
-        for component in components(source):
-            files = _export_component(source, component, folder, dtype, begin, calibration, report_islands)
-            if verify:
-                begin(f"verify {component}")
-                for comparison in verify_component(source, component, folder, files, dtype):
-                    if report is not None:
-                        report(comparison)
-            nets |= files
-        begin("package")
-        nets |= write_steps(folder, nets["unet"].spec)
-        producer = ", ".join(f"{name} {version(name)}" for name in _PRODUCERS)
-        latent_rgb = fit_latent_rgb(source)
-        manifest = make_manifest(source, dtype, nets, defaults, latent_rgb=latent_rgb, producer=producer)
-        write_manifest(folder, manifest)
+    with _complete(package, overwrite) as folder:
+        write_package(
+            source,
+            folder,
+            graphs=graphs,
+            weights=CopiedWeights(source),
+            dtype=dtype,
+            tokenize=tokenize,
+            progress=progress,
+            report_islands=report_islands,
+            verify=_verification(source, dtype, report) if verify else None,
+        )
     return Package.open(package)
 
 
-@contextmanager
-def _torch_threads() -> Generator[None]:
-    """No more threads than there are processors for them: torch does not look at quotas."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(before, usable_processors()))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _graphs(source: Checkpoint, dtype: Dtype, templates: Path | None) -> tuple[Graphs, Sequence[str]]:
+    """The graphs of a checkpoint: all from templates, or all traced, and a line that says why."""
+    lines: list[str] = []
+    if templates is None:
+        _require("tracing", _TORCH, "export")
+    else:
+        try:
+            return TemplateGraphs(source, dtype, templates), lines
+        except CheckpointError as error:
+            _require(f"{error.found}. Tracing it", _TORCH, "export")
+            lines.append(f"{error.found}. Torch traces it.")
+    from .traced import TracedGraphs
+
+    return TracedGraphs(source, dtype), lines
 
 
-def _export_component(
-    source: Checkpoint,
-    component: str,
-    folder: Path,
-    dtype: Dtype,
-    begin: Callable[[str], None],
-    calibration: Calibration | None,
-    report_islands: Callable[[Found], None] | None,
-) -> dict[str, NetFile]:
-    """Write the weights and the graphs of one torch net."""
-    begin(f"export {component}")
-    target = folder / component
-    target.mkdir()
-    net = NETS[component].build(source, _TORCH_TYPES[dtype])
-    state = net.module.state_dict()
-    tensors = {name: state[key].numpy() for key, (name, _) in net.tensors.items()}
-    types = {name: weights.stored_type(found, _ONNX_TYPES[dtype]) for name, found in net.tensors.values()}
-    slots = weights.write_weights(target / weights.WEIGHTS, tensors, types)
-    model = to_onnx(net)
-    weights.attach(model, slots)
-    contract = net.spec
-    del net, state, tensors
-    gc.collect()  # torch's weights and ONNX Runtime's need not be in memory together
-    passes.clean(model)
-    if calibration is not None:
-        begin(f"measure {component}")
-        found = set_islands(source, component, model, calibration)
-        if report_islands is not None:
-            report_islands(found)
-    names = [f"{component}/{weights.WEIGHTS}"]
-    return write_graphs(component, folder, model, contract, dtype=dtype, weights=names)
+def _require(what: str, libraries: Sequence[str], extras: str) -> None:
+    """Raise BackendError if one of these libraries, which the extras bring, is not installed."""
+    missing = [name for name in libraries if find_spec(name) is None]
+    if missing:
+        raise BackendError(
+            f"{what} needs {', '.join(missing)}",
+            expected=f"latentrt[{extras}]",
+            fix=f"Install it, and export again: {install_command(extras)}",
+        )
+
+
+def _verification(source: Checkpoint, dtype: Dtype, report: Callable[[Comparison], None] | None) -> Verify:
+    from .verify import verify_component
+
+    def verify(component: str, folder: Path, files: Mapping[str, NetFile]) -> None:
+        for comparison in verify_component(source, component, folder, files, dtype):
+            if report is not None:
+                report(comparison)
+
+    return verify
 
 
 def _check_target(package: Path, overwrite: bool) -> None:

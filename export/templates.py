@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import onnx_ir as ir
-import torch
 
 from ..checkpoints.files.component import Component
 from ..checkpoints.files.open import Checkpoint
@@ -27,15 +26,12 @@ from ..checkpoints.graphs import weights
 from ..checkpoints.precision.calibration import components
 from ..checkpoints.templates.archive import DTYPES, SHIPPED, Dtype, Graph, Template, write_archive
 from ..checkpoints.templates.keys import Defaults, net_key, tensors_digest
-from ..engines.spec import NetSpec
 from .architectures import ARCHITECTURES, Architecture
-from .graphs import passes
-from .graphs.to_onnx import to_onnx
 from .nets.build import NETS
 from .nets.torch_net import SHAPES_ALONE
+from .traced import trace
 
 _PRODUCERS = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir")
-_TORCH_TYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,24 +93,12 @@ def _template(job: _Job, dtypes: Sequence[Dtype]) -> Template:
     graphs: dict[str, Graph] = {}
     digests: set[str] = set()
     for dtype in dtypes:
-        model, contract = trace(job.architecture, job.component, dtype)
+        model, contract = trace(blank_checkpoint(job.architecture), job.component, dtype)
         digests.add(tensors_digest(weights.weight_shapes(model)))
         proto: Any = cast(Any, ir).to_proto(model)
         graphs[dtype] = Graph(content=proto.SerializeToString(deterministic=True), spec=contract)
     (digest,) = digests
     return Template(name=job.name, key=job.key, tensors=digest, graphs=graphs)
-
-
-def trace(architecture: Architecture, component: str, dtype: Dtype) -> tuple[ir.Model, NetSpec]:
-    """The graph of a net after `passes.clean`, with its weights unbound, and its contract."""
-    net = NETS[component].build(blank_checkpoint(architecture), _TORCH_TYPES[dtype])
-    model = to_onnx(net)
-    names = {name for name, _ in net.tensors.values()}
-    weights.unbind(model, names)
-    passes.clean(model)
-    kept = weights.weight_shapes(model).keys()
-    assert kept == names, f"{component} does not read {sorted(names - kept)}"
-    return model, net.spec
 
 
 def blank_checkpoint(architecture: Architecture) -> Checkpoint:

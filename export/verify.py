@@ -19,14 +19,25 @@ from ..checkpoints.precision.calibration import token_ids
 from ..checkpoints.precision.islands import open_session
 from ..engines.errors import EXPORT_IN_FP32, NumericError
 from ..engines.package import NetFile
-from ..engines.spec import TEXT_ENCODERS, VECTORS, Array
+from ..engines.spec import EXTRA_EMBEDDINGS, TEXT_ENCODERS, VECTORS, Array
 from ..engines.tolerances import DECODED_DB, NET_RELATIVE_L2
 from .graphs.to_onnx import example
 from .nets.build import NETS
 from .nets.clip import tokenize
+from .nets.torch_net import torch_threads
 
 # Not the sizes that were traced: a size frozen into the graph shows.
-_SIZES: Mapping[str, int] = {"B": 2, "N": 1, "P": 2, "T": 77, "H/8": 24, "W/8": 40, "H": 192, "W": 320}
+_SIZES: Mapping[str, int] = {
+    "B": 2,
+    "E": 1,
+    "N": 1,
+    "P": 2,
+    "T": 77,
+    "H/8": 24,
+    "W/8": 40,
+    "H": 192,
+    "W": 320,
+}
 # Outputs that may be close to zero: their error is relative to what they are added to, pixels and latents of
 # magnitude one.
 _SUMMANDS = (("vae_decoder", "mean"), ("preview_decoder", "mean"), ("vae_encoder", "std"))
@@ -58,6 +69,7 @@ def compare(net: str, output: str, found: Array, wanted: Array, dtype: str) -> C
     return Comparison(net, output, relative, float(np.abs(a - b).max()), psnr, passed)
 
 
+@torch_threads()
 def verify_component(
     source: Checkpoint, component: str, root: Path, files: Mapping[str, NetFile], dtype: str
 ) -> list[Comparison]:
@@ -72,7 +84,8 @@ def verify_component(
     arrays: dict[str, Array] = {n: tensor.numpy() for n, tensor in example(files[main].spec, _SIZES).items()}
     if component in TEXT_ENCODERS:  # the token that ends a prompt marks the pooled embedding
         arrays["input_ids"] = token_ids(source, component, tokenize)[: _SIZES["P"]].astype(np.int32)
-    wanted = NETS[component].build(source, torch.float32).run(arrays)
+    asked = {name: array for name, array in arrays.items() if name != EXTRA_EMBEDDINGS}  # torch has none
+    wanted = NETS[component].build(source, torch.float32).run(asked)
     gc.collect()
     checks = [
         compare(main, output, found, b, dtype)

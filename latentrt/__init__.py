@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .engines.errors import UsageError as UsageError
     from .engines.package import Package as Package
     from .export.export import export_package as export_package
+    from .runtime.model import CheckpointOptions as CheckpointOptions
     from .runtime.pictures.infotext import parse_infotext as parse_infotext
     from .runtime.pictures.write import PictureMetadata as PictureMetadata
     from .runtime.pictures.write import read_metadata as read_metadata
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Pipeline": "runtime.pipeline",
     "Step": "runtime.pipeline",
+    "CheckpointOptions": "runtime.model",
     "Result": "runtime.result",
     "Parameters": "runtime.request.parameters",
     "refine": "runtime.refine",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -11,8 +11,7 @@ from ..engines.backends import BACKENDS
 from ..engines.errors import UsageError
 from ..engines.hub import snapshot
 from ..engines.package import MANIFEST, Package
-from ..engines.spec import Array
-from .prompts.tokenizer import ClipTokenizer
+from .prompts.tokenizer import tokenize
 
 if TYPE_CHECKING:
     from ..checkpoints.entries import OpenedModel
@@ -136,16 +135,11 @@ def _opened(
             tiny_vae=options.tiny_vae,
             prediction_type=options.prediction_type,
         ),
-        tokenize=_token_ids,
+        tokenize=tokenize,
         hub=hub,
         progress=_opening(advance),
         note=note,
     )
-
-
-def _token_ids(folder: Path, texts: Sequence[str], length: int) -> Array:
-    """Texts as the tokenizer in a folder reads them, padded: (texts, length)."""
-    return ClipTokenizer.open(folder).encode(texts, length).ids
 
 
 def _downloading(advance: Advance | None) -> Callable[[DownloadProgress], None] | None:

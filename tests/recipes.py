@@ -33,7 +33,7 @@ IMAGE_NOISE: dict[str, Any] = {
     "beta_schedule": "squaredcos_cap_v2",
 }
 # Colours of the pictures that OpenAI's CLIP was trained on.
-_PROCESSOR = {
+PROCESSOR = {
     "image_processor_type": "CLIPImageProcessor",
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
@@ -202,7 +202,7 @@ def make_checkpoint(recipe: Recipe, root: Path, **options: Any) -> Path:
     checkpoints.make_checkpoint(recipe, root, **options, parts=[text_encoder, image_encoder, *rest, last])
     size = recipe.vision["image_size"]
     sizes = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
-    write_json(root / "feature_extractor" / "preprocessor_config.json", {**_PROCESSOR, **sizes})
+    write_json(root / "feature_extractor" / "preprocessor_config.json", {**PROCESSOR, **sizes})
     write_json(root / "image_noising_scheduler" / "scheduler_config.json", IMAGE_NOISE)
     index = json.loads((root / "model_index.json").read_text())
     index |= {

@@ -18,7 +18,7 @@ ARROWS = {
     "engines": set[str](),
     "checkpoints": {"engines"},
     "runtime": {"engines", "checkpoints"},
-    "export": {"engines", "checkpoints"},
+    "export": {"engines", "checkpoints", "runtime"},  # the runtime's tokenizer
     "demo": {"engines", "runtime", "export"},
     "benchmarks": {"engines", "checkpoints", "runtime", "export", "demo"},
     "cli": {"engines", "checkpoints", "runtime", "export", "benchmarks", "demo"},

@@ -16,7 +16,7 @@ from ...engines.spec import DTYPES, Array
 from ...runtime.loop.denoise import HostLoop, denoise, guide, guided_batch, narrow
 from ...runtime.loop.open import LoopOptions, open_loop
 from ...runtime.pipeline import Pipeline
-from ..case import BETWEEN, Case, inputs_of, schedule_of, time_inputs
+from ..case import BETWEEN, Case, inputs_of, row_time_inputs, schedule_of, time_inputs
 from .contract import OURS, OpenSide, Task, Work, makers_of
 
 
@@ -99,7 +99,7 @@ class _OnHost:
         """One call, with what does not change from step to step computed before."""
         inputs, nets = inputs_of(self._pipe.package, "unet", case), self._loop.nets
         stays = nets["unet_context"](context=narrow(inputs["context"], self._dtype))
-        stays |= nets["unet_time"](**time_inputs(case, self._manifest, inputs, inputs["timestep"]))
+        stays |= nets["unet_time"](**row_time_inputs(case, self._manifest, inputs))
         seen = ("latent", "image_latents")
         stays |= {name: narrow(inputs[name], self._dtype) for name in seen if name in inputs}
         return Work(call=lambda: nets["unet"](**stays))

@@ -34,7 +34,7 @@ from ...runtime.loop.device.programs import (
 )
 from ...runtime.pipeline import Pipeline
 from ...runtime.request.request import make_request
-from ..case import BETWEEN, Case, inputs_of, sizes_of, time_inputs
+from ..case import BETWEEN, Case, inputs_of, row_time_inputs, sizes_of, time_inputs
 from .contract import OURS, OpenSide, Work, makers_of
 
 # Pictures until the loop has chosen whether to replay its rows as a graph: it does at the second's beginning.
@@ -106,8 +106,8 @@ class _OnDevice:
     def unet(self, case: Case, stack: ExitStack) -> Work:
         """One call, with what does not change from step to step computed before."""
         inputs = inputs_of(self._pipe.package, "unet", case)
-        arrays = {**inputs, **time_inputs(case, self._manifest, inputs, inputs["timestep"])}
-        sizes = sizes_of(replace(case, steps=1), self._manifest)
+        arrays = {**inputs, **row_time_inputs(case, self._manifest, inputs)}
+        sizes = {**sizes_of(case, self._manifest), "S": len(arrays["timestep"])}
         block, (context, time, unet) = self._bind(stack, sizes, ["unet_context", "unet_time", "unet"], arrays)
         context.enqueue()
         time.enqueue()

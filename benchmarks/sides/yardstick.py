@@ -15,7 +15,7 @@ import numpy as np
 
 from ...engines.onnxruntime import session as onnxruntime
 from ...engines.onnxruntime.nets import CPU
-from ...runtime.loop.device.programs import shape_of
+from ...engines.spec import shape_of
 from ..skeletons import fill_skeleton
 from .contract import Task, Work
 

@@ -214,7 +214,7 @@ _WITHOUT_UNET: Mapping[str, FileKind] = {
 _TINY_VAE = FileKind(
     name="tiny-vae",
     what="a tiny autoencoder (TAESD)",
-    todo="Give it to a checkpoint, for previews: latentrt export CHECKPOINT -o PACKAGE --tiny-vae {file}",
+    todo="Give it to a checkpoint, for previews: latentrt generate PROMPT -m CHECKPOINT --tiny-vae {file}",
 )
 _UNET_ALONE = FileKind(name="unet", what="a UNet alone", todo=_PART)
 _TEXT_ALONE = FileKind(name="text-encoder", what="a text encoder alone", todo=_PART)
@@ -233,7 +233,7 @@ _PARTS: Mapping[str, FileKind] = {
     r"^first_stage_model\.|^(vae\.)?(encoder|decoder)\.conv_in\.weight$": FileKind(
         name="vae",
         what="an autoencoder alone",
-        todo="Give it to a checkpoint: latentrt export CHECKPOINT -o PACKAGE --vae {file}",
+        todo="Give it to a checkpoint: latentrt generate PROMPT -m CHECKPOINT --vae {file}",
     ),
     r"^input_blocks\.0\.0\.weight$|^(unet\.)?(down_blocks\.0|conv_in)\.": _UNET_ALONE,
     r"^(cond_stage_model|conditioner|text_model|embeddings|transformer|token_embedding)\.": _TEXT_ALONE,

@@ -136,9 +136,7 @@ class Checkpoint:
         """
         root = snapshot(Path(path))
         if not root.exists():
-            raise CheckpointError(
-                f"{root} does not exist", expected=SUPPORTED, fix="Check the path; downloads are up to you."
-            )
+            raise CheckpointError(f"{root} does not exist", expected=SUPPORTED, fix="Check the path.")
         check_prediction_type(prediction_type)
         other_vae = None if vae is None else partial(_replace_vae, path=vae, prefer_fp16=prefer_fp16)
         if root.is_file():

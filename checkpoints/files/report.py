@@ -45,8 +45,8 @@ _CLASSES: Mapping[str, tuple[str, str]] = {
 }
 # What to do with kinds of folders that can be used.
 _USES = {
-    "vae": "Give it to a checkpoint: latentrt export CHECKPOINT -o PACKAGE --vae {folder}",
-    "tiny-vae": "Give it to a checkpoint: latentrt export CHECKPOINT -o PACKAGE --tiny-vae {folder}",
+    "vae": "Give it to a checkpoint: latentrt generate PROMPT -m CHECKPOINT --vae {folder}",
+    "tiny-vae": "Give it to a checkpoint: latentrt generate PROMPT -m CHECKPOINT --tiny-vae {folder}",
 }
 # Families that no ControlNet is made for.
 _UNCONTROLLED = ("sdxl-refiner", "unclip")

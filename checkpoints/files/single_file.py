@@ -369,7 +369,7 @@ def _parts(
         del places["vae"]
     if lacking:
         words = ", ".join(f"{name} ({place}*)" for name, place in lacking.items())
-        another = command("latentrt", "export", path, "-o", "PACKAGE", "--vae", "VAE")
+        another = command("latentrt", "generate", "PROMPT", "-m", path, "--vae", "VAE")
         raise CheckpointError(
             f"{path} has no {words}",
             expected=f"{', '.join(places)} in one file",

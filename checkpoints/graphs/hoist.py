@@ -45,9 +45,7 @@ def hoist(whole: ir.Model) -> dict[str, tuple[ir.Model, spec.NetSpec]]:
     sample, _, encoder, *rest = whole.graph.inputs
     float_dtype = _dtype(sample)
     vectors = {value.name or "": _size(value, 1) for value in rest}
-    # Vectors differ between the rows of a call, timesteps do not.
-    rows = "B" if vectors else 1
-    called = [replace(tensor, shape=(rows, *tensor.shape[1:])) for tensor in time_specs]
+    called = [replace(tensor, shape=("B", *tensor.shape[1:])) for tensor in time_specs]
     unet = spec.unet(
         channels=_LATENT_CHANNELS,
         float_dtype=float_dtype,

@@ -119,19 +119,41 @@ def attach(model: ir.Model, found: Mapping[str, Place]) -> None:
         )
         value.shape, value.dtype = shape, STORED[place.dtype]
         if compute is not None and compute != value.dtype:
-            _follow(model.graph, value, "Cast", {"to": compute}, compute)
+            for source in _to_convert(value, compute):
+                _follow(model.graph, source, "Cast", {"to": compute}, compute)
         if place.transposed:
             _follow(model.graph, value, "Transpose", {"perm": [1, 0]}, value.dtype)
+
+
+def _to_convert(weight: ir.Value, compute: ir.DataType) -> list[ir.Value]:
+    """What to cast so that a weight is used as `compute`: itself, or what it is transposed to if it widens.
+
+    ONNX Runtime keeps what it folds on the way until all is folded, and narrow copies take half as much: for
+    SDXL's UNet 4 GB less.
+    """
+    turns = [use.node for use in weight.uses()]
+    stored = weight.dtype
+    assert stored is not None
+    if stored.itemsize >= compute.itemsize or any(node.op_type != "Transpose" for node in turns):
+        return [weight]
+    for node in turns:
+        node.outputs[0].type = ir.TensorType(stored)
+    return [node.outputs[0] for node in turns]
 
 
 def _follow(
     graph: ir.Graph, value: ir.Value, operator: str, attributes: dict[str, Any], dtype: ir.DataType
 ) -> None:
-    """Put a node behind an initializer, for all that read it."""
+    """Put a node behind a weight, or what was made of it, for all that read it."""
     name = f"{value.name}/{operator.lower()}"
     output = ir.val(f"{name}.out", dtype)
     ir.convenience.replace_all_uses_with(value, output)
-    graph.insert_before(graph[0], ir.node(operator, [value], attributes, name=name, outputs=[output]))
+    node = ir.node(operator, [value], attributes, name=name, outputs=[output])
+    maker = value.producer()
+    if maker is None:
+        graph.insert_before(graph[0], node)
+    else:
+        graph.insert_after(maker, node)
 
 
 def unbind(model: ir.Model, names: Iterable[str]) -> None:

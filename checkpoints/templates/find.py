@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ...engines import spec
 from ...engines.errors import CheckpointError, command
+from ...engines.installed import install_command
 from ..files.net_reads import net_tensors
 from ..files.open import Checkpoint
 from ..graphs.weights import weight_shapes
@@ -43,17 +44,30 @@ def net_template(source: Checkpoint, component: str, dtype: Dtype, *, archive: P
         CheckpointError: no template fits its config and its tensors.
         PackageError: the archive is missing, damaged, or of another release.
     """
+    row = _row(source, component, archive)
+    return _read(archive, row, row["graphs"][dtype])
+
+
+def check_template(source: Checkpoint, component: str, *, archive: Path = SHIPPED) -> None:
+    """Raise as `net_template` does, without reading a graph."""
+    _row(source, component, archive)
+
+
+def _row(source: Checkpoint, component: str, archive: Path) -> dict[str, Any]:
+    """The index's row of the template that fits a component."""
     rows = _fitting(source, component, read_index(archive))
     shapes = {name: header.shape for name, header in net_tensors(source, component).items()}
     digest = tensors_digest(shapes)
-    row = next((row for row in rows if row["tensors"] == digest), None)
-    if row is None:
-        _refuse_tensors(source, component, shapes, [_read(archive, row, dtype) for row in rows])
-    return _read(archive, row, dtype)
+    for row in rows:
+        if row["tensors"] == digest:
+            return row
+    # The types of a template have the same tensors.
+    return _refuse_tensors(
+        source, component, shapes, [_read(archive, row, next(iter(row["graphs"].values()))) for row in rows]
+    )
 
 
-def _read(archive: Path, row: Mapping[str, Any], dtype: Dtype) -> NetTemplate:
-    graph = row["graphs"][dtype]
+def _read(archive: Path, row: Mapping[str, Any], graph: Mapping[str, Any]) -> NetTemplate:
     return NetTemplate(
         architecture=row["architecture"],
         model=read_graph(archive, graph),
@@ -111,5 +125,5 @@ def _refuse(source: Checkpoint, component: str, reason: str) -> NoReturn:
     raise CheckpointError(
         f"{part.folder} ({part.name}) fits no graph that is shipped: {reason}",
         expected="an architecture in circulation",
-        fix=f'Export it, which needs `pip install "latentrt[export]"`: {export}',
+        fix=f"Export it, which traces it with torch ({install_command('cpu,export')}): {export}",
     )

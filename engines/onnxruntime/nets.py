@@ -29,6 +29,7 @@ from .lowering.winograd import kernels
 from .session import (
     CPU,
     check_boundary,
+    give_back_heap,
     library,
     open_session,
     refusal,
@@ -45,6 +46,7 @@ CUDA = "CUDAExecutionProvider"
 # the blocked layout of convolutions (NCHWc). It costs a second copy of their weights, and half of the time of
 # opening; docs/design.md has what it is worth in a run.
 _LARGE = 2**30
+_FELT = 2**26  # bytes of weights from which what loading them leaves behind is worth a look
 
 Submit = Callable[[Callable[[], None]], None]
 
@@ -103,6 +105,8 @@ class OnnxRuntimeNet:
         give_weights(options, package, name)
         kernels = _give_kernels(options, package, name, lowered) if lowered else []
         self._session: Any = open_session(graph, options, [CPU], culprit=name, content=content)
+        if self._weights > _FELT:
+            give_back_heap()
         # ONNX Runtime reads the kernels where they are, so they must live as long as the session, and a call
         # that still runs may hold the session longer than this net does.
         self._session.kernels = kernels

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -165,6 +167,15 @@ def open_session(
             fix="Export the package again, or upgrade the library: "
             + command("pip", "install", "--upgrade", imported_wheel() or "onnxruntime"),
         ) from error
+
+
+def give_back_heap() -> None:
+    """Return to the system what glibc keeps of freed memory; nothing on other systems.
+
+    Converting weights as a graph loads leaves holes in the heap: 0.4 GB behind ViT-L.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def run_options() -> Any:

@@ -230,20 +230,20 @@ def find_engines(
 
 
 def built_nets(package: Package, names: Iterable[str] = ()) -> tuple[str, ...]:
-    """The nets that get engines, in the order of the data flow; `names` picks some of them.
+    """The nets that get engines, in the order of the data flow: those of `names`, or all usual ones.
 
     Raises:
         UsageError: a name that is none of them.
     """
-    every = tuple(net for net, row in NETS.items() if net in package.manifest.nets and not row.for_others)
-    wanted = tuple(names)
-    if unknown := [name for name in wanted if name not in every]:
+    rows = {net: row for net, row in NETS.items() if net in package.manifest.nets and not row.for_others}
+    wanted = tuple(names) or tuple(net for net, row in rows.items() if row.usual)
+    if unknown := [name for name in wanted if name not in rows]:
         raise UsageError(
             f"the package has no net {unknown[0]!r} to build",
-            expected=", ".join(every),
-            fix="Leave --nets out to build all of them.",
+            expected=", ".join(rows),
+            fix="Leave --nets out to build all that every picture may need.",
         )
-    return tuple(net for net in every if not wanted or net in wanted)
+    return tuple(net for net in rows if net in wanted)
 
 
 def plan_build(

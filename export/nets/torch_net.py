@@ -7,7 +7,8 @@ copied.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,7 @@ from ...checkpoints.files.net_reads import UNREAD
 from ...checkpoints.files.values import check_values
 from ...checkpoints.stored_types import seen_as
 from ...engines.errors import CheckpointError
+from ...engines.processors import usable_processors
 from ...engines.spec import Array, NetSpec
 
 # The folder of a part of which only the config is known. Its net is traced and never run: its weights have
@@ -55,6 +57,17 @@ class Net:
             found: Any = self.module(**wide)
         outputs = cast(tuple[Any, ...], found) if isinstance(found, tuple) else (found,)
         return [item.numpy() for item in outputs]
+
+
+@contextmanager
+def torch_threads() -> Generator[None]:
+    """No more threads than there are processors for them: torch does not look at quotas."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, usable_processors()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def spelled(dtype: torch.dtype) -> str:

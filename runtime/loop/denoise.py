@@ -14,7 +14,7 @@ from ...engines.backend import HostBackend, Net
 from ...engines.errors import BackendError, NumericError, numeric_fix
 from ...engines.package import Package
 from ...engines.processors import usable_processors
-from ...engines.spec import DTYPES, Array
+from ...engines.spec import DTYPES, Array, has_time_of_each_row
 from ..pictures.tiling import decode_tiled
 from ..sampling.table import Table
 from .job import NEVER, Clock, DenoiseJob, Drawn, Kept, State, Stop
@@ -125,6 +125,9 @@ class HostLoop:
             schedule = self.call("unet_time", **job.schedule_inputs())
         dtype = self._package.manifest.dtype
         unet, source, each = self.net("unet"), job.noise.fork(), job.rows_per_step
+        if each == 1 and has_time_of_each_row(unet.spec):  # all rows of this job are at one timestep
+            each = len(job.text_of_row)
+            schedule = {name: np.repeat(rows, each, axis=0) for name, rows in schedule.items()}
 
         def predict(latent: Array, row: int) -> Array:
             (stop or NEVER).check(f"before step {row + 1} of {len(job.table)}")

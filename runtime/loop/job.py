@@ -81,7 +81,7 @@ class DenoiseJob:
 
     @property
     def rows_per_step(self) -> int:
-        """How many rows of time invariants a step has: one for all UNet rows; with vectors, one for each."""
+        """How many rows of `unet_time` a step has: one for all UNet rows; with vectors, one for each."""
         return len(self.text_of_row) if self.vectors else 1
 
     def schedule_inputs(self) -> dict[str, Array]:

@@ -11,7 +11,7 @@ from ...engines.device import Device
 from ...engines.errors import BackendError
 from ...engines.installed import latentrt_version
 from ...engines.package import Package
-from ...engines.spec import TEXT_ENCODERS
+from ...engines.spec import NETS, TEXT_ENCODERS
 from .denoise import HostLoop
 from .device.verdicts import Graphs
 from .job import Loop
@@ -20,7 +20,6 @@ _LOG = logging.getLogger(__name__)
 
 # Every loop needs these. Other nets of a package are for some requests only.
 _REQUIRED = ("unet_context", "unet_time", "unet", "vae_decoder")
-_FOR_OTHER_TOOLS = ("unet_whole",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +72,7 @@ def _open(package: Package, name: str, engine: Backend, options: LoopOptions, in
         from .device.loop import DeviceLoop
         from .device.verdicts import Verdicts
 
-        used = [net for net in nets if net not in _FOR_OTHER_TOOLS]
+        used = [net for net in nets if net not in NETS or NETS[net].usual]
         description = engine.describe(index)
         device, opened = engine.open_device(package, used, index=index)
         verdicts = Verdicts(EngineStore(), replayed_facts(package, description, device))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...engines.errors import UsageError
-from ...engines.spec import Array, NetSpec
+from ...engines.spec import Array, NetSpec, no_extra_embeddings
 from .a1111 import parse_a1111
 from .chunks import (
     Fragment,
@@ -66,7 +66,8 @@ class TextEncoder:
 
     Attributes:
         run: runs the net: `input_ids` (P, 77) int32, and for some `clip_skip` (1,) int32, the number of last
-            layers that are left out -> `context` (P, 77, D) float, and for some `pooled` (P, E) float.
+            layers that are left out, and `extra_embeddings` (E, D) -> `context` (P, 77, D) float, and for
+            some `pooled` (P, width) float.
         spec: inputs and outputs of the net.
         tokenizer: makes the ids.
     """
@@ -81,9 +82,9 @@ class TextEncoder:
         return any(tensor.name == "clip_skip" for tensor in self.spec.inputs)
 
     def __call__(self, ids: Array, clip_skip: int) -> tuple[Array, Array | None]:
-        """Encode ids (P, 77) int32. Returns context (P, 77, D), and pooled (P, E) or None."""
-        skip = {"clip_skip": np.array([clip_skip], np.int32)} if self.takes_clip_skip else {}
-        outputs = self.run(input_ids=ids, **skip)
+        """Encode ids (P, 77) int32. Returns context (P, 77, D), and pooled (P, width) or None."""
+        further = {"clip_skip": np.array([clip_skip], np.int32)} if self.takes_clip_skip else {}
+        outputs = self.run(input_ids=ids, **further, **no_extra_embeddings(self.spec))
         return outputs["context"], outputs.get("pooled")
 
 

@@ -144,6 +144,11 @@ class ClipTokenizer:
             ) from error
 
 
+def tokenize(folder: Path, texts: Sequence[str], length: int) -> npt.NDArray[np.int32]:
+    """Texts as the tokenizer in a folder reads them, padded or cut: (texts, length)."""
+    return ClipTokenizer.open(folder).encode(texts, length).ids
+
+
 def _broken(path: Path, reason: object) -> PackageError:
     return PackageError(
         f"{path}: {reason}",

@@ -15,7 +15,7 @@ from tests.export.ldm_files import Recipe, build, one_file, text, unet, vae
 # The whole vocabulary of CLIP, so that it draws real prompts.
 SMALL = Recipe(
     unet=unet(
-        (32, 32),
+        (32, 64),
         "x-",
         layers_per_block=1,
         cross_attention_dim=64,
@@ -46,13 +46,7 @@ def small_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parts = {name: dict(module.config) for name, module in modules.items() if name != "text_encoder"}
     parts["text_encoder"] = SMALL.text_encoder or {}
     architecture = Architecture(parts=parts)
-    return shared(
-        tmp_path_factory,
-        "small.zip",
-        lambda path: make_archive(
-            path, {"small": architecture}, dtypes=["fp16", "fp32"], progress=lambda line: None
-        ),
-    )
+    return shared(tmp_path_factory, "small.zip", lambda path: make_archive(path, {"small": architecture}))
 
 
 def small_modules() -> dict[str, Any]:

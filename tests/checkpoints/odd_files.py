@@ -29,6 +29,7 @@ from tests.export.ldm_files import (
     tensors_of,
     text_to_open_clip,
     under,
+    unet,
     vae,
     write_header_only,
 )
@@ -48,6 +49,14 @@ VISION: dict[str, Any] = {
 }
 
 
+# The smallest that one file can hold: one level, and a transformer in the middle alone.
+SMALLEST = replace(
+    TINY["sd1"],
+    unet=unet((32,), "-", layers_per_block=1, cross_attention_dim=64, attention_head_dim=8),
+    vae=vae(32),
+)
+
+
 def _with_unet(family: str, **changed: Any) -> Recipe:
     return replace(TINY[family], unet={**TINY[family].unet, **changed})
 
@@ -65,43 +74,66 @@ DISTILLED: Mapping[str, dict[str, Any]] = {
         "reverse_transformer_layers_per_block": [[2, 2, 2], [1, 1, 1], 1],
     },
 }
+_UNCLIP = _with_unet(
+    "sd2",
+    class_embed_type="projection",
+    projection_class_embeddings_input_dim=2 * VISION["projection_dim"],
+)
+VISIONS = {"unclip": VISION, "unclip-l": {**VISION, "hidden_act": "quick_gelu"}}
 RECIPES: Mapping[str, Recipe] = {
     **TINY,
+    "smallest": SMALLEST,
+    **{f"{name}-inpainting": _with_unet(name, in_channels=9) for name in ("sd1", "sd2", "sdxl")},
     **{name: _with_unet("sdxl", **options) for name, options in DISTILLED.items()},
     "lcm": _with_unet("sd1", time_cond_proj_dim=16),
     "lcm-xl": _with_unet("sdxl", time_cond_proj_dim=16),
-    "unclip": _with_unet(
-        "sd2",
-        class_embed_type="projection",
-        projection_class_embeddings_input_dim=2 * VISION["projection_dim"],
-    ),
+    **dict.fromkeys(VISIONS, _UNCLIP),
 }
 # The family whose layout a recipe's file has.
-LAYOUTS = {"ssd-1b": "sdxl", "vega": "sdxl", "lcm": "sd1", "lcm-xl": "sdxl", "unclip": "sd2"}
+LAYOUTS = {
+    "smallest": "sd1",
+    **{f"{name}-inpainting": name for name in ("sd1", "sd2", "sdxl")},
+    "ssd-1b": "sdxl",
+    "vega": "sdxl",
+    "lcm": "sd1",
+    "lcm-xl": "sdxl",
+    **dict.fromkeys(VISIONS, "sd2"),
+}
+WORDS = 100  # that the text encoders know; prompts need CLIP's 49,408
+
+
+def recipe_of(name: str, words: int = WORDS) -> Recipe:
+    """A recipe whose text encoders know so many words."""
+    recipe = RECIPES[name]
+    encoders = {part: getattr(recipe, part) for part in ("text_encoder", "text_encoder_2")}
+    return replace(
+        recipe, **{part: {**config, "vocab_size": words} for part, config in encoders.items() if config}
+    )
 
 
 @cache
-def modules(name: str) -> dict[str, Any]:
+def modules(name: str, words: int = WORDS) -> dict[str, Any]:
     """A recipe's modules, of random weights in half precision, by the names of their folders."""
-    found = build(RECIPES[name])
-    if name == "unclip":
-        found["image_encoder"] = CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION))
+    found = build(recipe_of(name, words))
+    if name in VISIONS:
+        found["image_encoder"] = CLIPVisionModelWithProjection(CLIPVisionConfig(**VISIONS[name]))
     return {part: module.to(HALF) for part, module in found.items()}
 
 
-def source(name: str) -> dict[str, Tensors]:
+def source(name: str, words: int = WORDS) -> dict[str, Tensors]:
     """What each part must be found to have, by diffusers' and transformers' names."""
-    found = {part: tensors_of(part, module) for part, module in modules(name).items()}
+    found = {part: tensors_of(part, module) for part, module in modules(name, words).items()}
     if name == "unclip":
         width = VISION["projection_dim"]
         found["image_normalizer"] = {"mean": torch.zeros(1, width), "std": torch.ones(1, width)}
     return found
 
 
-def stored(name: str) -> Tensors:
+def stored(name: str, words: int = WORDS) -> Tensors:
     """The tensors of the recipe's one-file checkpoint."""
     layout = LAYOUTS.get(name, name)
-    found = one_file({part: m for part, m in modules(name).items() if part != "image_encoder"}, layout)
+    made = modules(name, words)
+    found = one_file({part: module for part, module in made.items() if part != "image_encoder"}, layout)
     if layout in CLIP_AT:
         found[f"{CLIP_AT[layout]}text_model.embeddings.position_ids"] = torch.arange(77)[None]
     if name == "unclip":
@@ -111,7 +143,7 @@ def stored(name: str) -> Tensors:
             ): tensor
             for key, tensor in found.items()
         }
-        found |= under("embedder.model.visual.", _open_clip_vision(source(name)["image_encoder"]))
+        found |= under("embedder.model.visual.", _open_clip_vision(source(name, words)["image_encoder"]))
         # `FrozenOpenCLIPImageEmbedder` keeps the other half of CLIP, but for its transformer.
         found |= {
             "embedder.model.logit_scale": torch.ones(()),
@@ -147,11 +179,14 @@ def _open_clip_vision(tensors: Tensors) -> Tensors:
     return renamed | text_to_open_clip(layers)
 
 
+OTHER_VAE = vae(32, 32, 32, 32)
+
+
 @cache
 def other_vae() -> Tensors:
     """An autoencoder of eight pixels a cell, by diffusers' names."""
     torch.manual_seed(1)
-    return tensors_of("vae", AutoencoderKL(**vae(32, 32, 32, 32)).half())
+    return tensors_of("vae", AutoencoderKL(**OTHER_VAE).half())
 
 
 def averages(tensors: Tensors) -> Tensors:

@@ -12,35 +12,8 @@ import torch
 from latentrt.checkpoints.files.single_file import open_single_file
 from latentrt.runtime.sampling.names import resolve
 from latentrt.runtime.sampling.samplers import SAMPLERS, make_table
-from tests.export.ldm_files import TINY, build, one_file, write_header_only
+from tests.export.ldm_files import PUBLISHED, TINY, build, one_file, write_header_only
 
-_BETAS = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "trained_betas": None,
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-}
-_XL = {
-    "_class_name": "EulerDiscreteScheduler",
-    "interpolation_type": "linear",
-    "prediction_type": "epsilon",
-    "sample_max_value": 1.0,
-    "timestep_spacing": "leading",
-    "use_karras_sigmas": False,
-}
-# scheduler_config.json of stable-diffusion-v1-5, stable-diffusion-2-1, stable-diffusion-xl-base-1.0 and
-# stable-diffusion-xl-refiner-1.0 as published.
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "sd1": {**_BETAS, "_class_name": "PNDMScheduler"},
-    "sd2": {**_BETAS, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
-    "sdxl": {**_BETAS, **_XL},
-    "sdxl-refiner": {**_BETAS, **_XL},
-}
 # As A1111 and diffusers spell them -> the class, and what `from_config` is called with besides.
 BY_NAME: dict[str, tuple[str, dict[str, Any]]] = {
     "Euler": ("EulerDiscreteScheduler", {}),

@@ -26,14 +26,15 @@ from transformers import (
 from latentrt.checkpoints.files.component import Component, TensorHeader
 from latentrt.checkpoints.files.open import Checkpoint
 from latentrt.checkpoints.graphs.weights import weight_shapes
+from latentrt.checkpoints.precision.calibration import components
 from latentrt.checkpoints.templates.archive import DTYPES, SHIPPED, read_graph, read_index
 from latentrt.checkpoints.templates.find import net_template
 from latentrt.checkpoints.templates.keys import net_key
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.spec import NetSpec
 from latentrt.export.architectures import ARCHITECTURES, Architecture
-from latentrt.export.nets.build import components
-from latentrt.export.templates import blank_checkpoint, class_defaults, trace
+from latentrt.export.templates import blank_checkpoint, class_defaults
+from latentrt.export.traced import trace
 from tests.export.ldm_files import FULL, build, one_file, write_header_only
 
 INDEX = read_index(SHIPPED)
@@ -189,6 +190,6 @@ def test_a_fresh_trace_is_what_ships(row: Mapping[str, Any]) -> None:
     keys = {component: net_key(source, component, INDEX["defaults"]) for component in components(source)}
     component = next(name for name, key in keys.items() if key == row["key"])
     for dtype in DTYPES:
-        proto: Any = ir.to_proto(trace(architecture, component, dtype)[0])
+        proto: Any = ir.to_proto(trace(source, component, dtype)[0])
         content = proto.SerializeToString(deterministic=True)
         assert hashlib.sha256(content).hexdigest() == row["graphs"][dtype]["sha256"], dtype

@@ -1,6 +1,8 @@
-"""Templates of a tiny architecture: made, found for what diffusers wrote, refused for what differs, bound."""
+"""Templates of a tiny architecture: made, found for what diffusers wrote, refused for others, exported."""
 
 import json
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,19 +20,21 @@ from latentrt.benchmarks.models.recipes import Recipe
 from latentrt.checkpoints.files.component import Component
 from latentrt.checkpoints.files.open import Checkpoint
 from latentrt.checkpoints.graphs import weights
-from latentrt.checkpoints.graphs.hoist import hoist
+from latentrt.checkpoints.manifest import published_latent_rgb
 from latentrt.checkpoints.templates import archive as archives
 from latentrt.checkpoints.templates.find import net_template
 from latentrt.checkpoints.templates.keys import INERT
-from latentrt.engines.errors import CheckpointError, PackageError
+from latentrt.engines.errors import BackendError, CheckpointError, PackageError
+from latentrt.engines.installed import install_command
 from latentrt.engines.package import Package
-from latentrt.engines.safetensors_format import read_header
-from latentrt.export import templates
+from latentrt.export import export_package, templates
 from latentrt.export.architectures import Architecture
 from latentrt.export.graphs import passes
 from latentrt.export.graphs.to_onnx import to_onnx
 from latentrt.export.nets.build import NETS
-from latentrt.export.templates import make_archive, trace
+from latentrt.export.templates import blank_checkpoint, make_archive
+from latentrt.export.traced import trace
+from latentrt.export.verify import Comparison
 from tests.parity_pair import exported
 from tests.recipes import RECIPES, TINY_VAE, UnclipRecipe, make_checkpoint, make_tiny_vae
 
@@ -159,7 +163,7 @@ def test_what_changes_the_graph_is_refused(
     assert str(source.parts[part].folder) in caught.value.found
     assert f"({part})" in caught.value.found
     assert f"latentrt export {source.root} -o PACKAGE" in caught.value.fix
-    assert "latentrt[export]" in caught.value.fix
+    assert install_command("cpu,export") in caught.value.fix
 
 
 def test_a_net_that_no_template_is_of_is_refused(source: Checkpoint, tmp_path: Path) -> None:
@@ -244,28 +248,137 @@ def _file(model: ir.Model) -> bytes:
     return proto.SerializeToString(deterministic=True)
 
 
-def test_bound_it_is_the_graph_that_an_export_writes(
-    archive: Path, tmp_path_factory: pytest.TempPathFactory
+def assert_same_package(found: Package, wanted: Package) -> None:
+    """The same files, to the byte; manifests differ in who made them and in the colours of previews."""
+    names = found.manifest.files.keys()
+    assert names == wanted.manifest.files.keys()
+    assert [name for name in names if found.path(name).read_bytes() != wanted.path(name).read_bytes()] == []
+    differing = {"producer", "latent_rgb"}
+    told, expected = (vars(package.manifest) for package in (found, wanted))
+    assert {name for name in told if told[name] != expected[name]} == differing
+    assert found.manifest.latent_rgb == published_latent_rgb(
+        Checkpoint.open(wanted.root.parent / "checkpoint")
+    )
+    assert "torch" in wanted.manifest.producer
+    assert "torch" not in found.manifest.producer
+
+
+def test_an_export_through_templates_is_the_traced_one(
+    archive: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
-    """Node for node, name for name: what `export_package` wrote of a checkpoint with the same types."""
+    """And is compared with torch as that is."""
     folder = exported(tmp_path_factory, "turbo-tiny")
-    source, package = Checkpoint.open(folder / "checkpoint"), Package.open(folder / "package")
-    for component in ("text_encoder", "vae_encoder", "vae_decoder", "unet"):
-        model = net_template(source, component, "fp32", archive=archive).model
-        slots = read_header(package.root / component / weights.WEIGHTS).tensors
-        weights.attach(model, package.root / component, slots)
-        graphs = {component: model}
-        if component == "unet":
-            graphs = {"unet_whole": model, **{name: graph for name, (graph, _) in hoist(model).items()}}
-        for name, graph in graphs.items():
-            written = ir.load(package.path(package.manifest.nets[name].graph))
-            assert _file(graph) == _file(written), name
+    lines: list[str] = []
+    compared: list[Comparison] = []
+    package = export_package(
+        folder / "checkpoint",
+        tmp_path / "package",
+        dtype="fp32",
+        templates=archive,
+        note=lines.append,
+        report=compared.append,
+    )
+    assert_same_package(package, Package.open(folder / "package"))
+    assert lines == []
+    assert {item.net for item in compared} >= {"text_encoder", "vae_encoder", "unet", "vae_decoder"}
+
+
+LEAN = """
+import sys
+for name in ("torch", "diffusers", "transformers", "onnxscript", "safetensors"):
+    sys.modules[name] = None  # an import of it raises ImportError
+from pathlib import Path
+from latentrt.checkpoints.templates import archive
+from latentrt.cli import main
+archive.SHIPPED = Path(sys.argv.pop(1))
+main()
+"""
+
+
+def lean_export(
+    archive: Path, checkpoint: Path, package: Path, *flags: str
+) -> subprocess.CompletedProcess[str]:
+    """`latentrt export` where none of the libraries of tracing can be imported."""
+    options = ["export", str(checkpoint), "-o", str(package), *flags]
+    command = [sys.executable, "-W", "error", "-c", LEAN, str(archive), *options]
+    return subprocess.run(command, check=False, timeout=300, capture_output=True, text=True)
+
+
+def test_the_command_exports_without_torch(
+    archive: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    folder = exported(tmp_path_factory, "turbo-tiny")
+    run = lean_export(archive, folder / "checkpoint", tmp_path / "package", "--dtype", "fp32")
+    assert run.returncode == 0, run.stderr
+    assert str(tmp_path / "package") in run.stdout
+    assert_same_package(Package.open(tmp_path / "package"), Package.open(folder / "package"))
+
+
+def test_the_command_says_what_fits_no_template_and_what_to_install(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    folder = exported(tmp_path_factory, "turbo-tiny")
+    run = lean_export(archives.SHIPPED, folder / "checkpoint", tmp_path / "package", "--dtype", "fp32")
+    assert run.returncode == BackendError.exit_code
+    told = " ".join(run.stderr.split())
+    assert "fits no graph that is shipped: " in told
+    assert "Tracing it needs torch, diffusers, transformers, onnxscript" in told
+    assert not (tmp_path / "package").exists()
+
+
+@pytest.mark.parametrize(
+    ("missing", "options", "words"),
+    [
+        ("torch", {"templates": None}, "tracing needs torch"),
+        ("diffusers", {"verify": True}, "verifying needs diffusers"),
+        ("onnxruntime", {"dtype": "fp16"}, "measuring the ranges of fp16 needs onnxruntime"),
+        ("onnxscript", {}, "Tracing it needs onnxscript"),  # no template of it ships
+    ],
+)
+def test_a_library_that_an_export_needs(
+    source: Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    missing: str,
+    options: Any,
+    words: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(BackendError) as caught:
+        export_package(source.root, tmp_path / "package", **{"dtype": "fp32", "verify": False, **options})
+    assert words in caught.value.found
+    extras = caught.value.expected.removeprefix("latentrt[").removesuffix("]")
+    assert install_command(extras) in caught.value.fix
+    assert not (tmp_path / "package").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", archives.DTYPES)
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_export_through_templates_is_the_traced_one(
+    name: str, dtype: archives.Dtype, tmp_path: Path
+) -> None:
+    """With the islands that were measured, weights stored in another type, and a tiny autoencoder."""
+    recipe = RECIPES[name]
+    make_archive(tmp_path / "templates.zip", {name: architecture_of(recipe)}, dtypes=[dtype])
+    stored = torch.float16 if dtype == "fp32" else torch.float32
+    checkpoint = make_checkpoint(recipe, tmp_path / "checkpoint", dtype=stored)
+    tiny = make_tiny_vae(tmp_path / "tiny")
+    packages = [
+        export_package(
+            checkpoint, tmp_path / way, dtype=dtype, verify=False, tiny_vae=tiny, templates=templates
+        )
+        for way, templates in (("templates", tmp_path / "templates.zip"), ("traced", None))
+    ]
+    assert_same_package(*packages)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
-def test_in_fp16_too(source: Checkpoint, tmp_path: Path, component: str) -> None:
-    """Before islands, which depend on measured ranges."""
+def test_with_its_weights_a_net_has_the_same_graph(
+    source: Checkpoint, tmp_path: Path, component: str
+) -> None:
+    """In fp16, before islands, which depend on measured ranges."""
     half = replace(
         source,
         parts={
@@ -276,17 +389,17 @@ def test_in_fp16_too(source: Checkpoint, tmp_path: Path, component: str) -> None
     )
     net = NETS[component].build(half, torch.float16)
     state = net.module.state_dict()
-    tensors = {name: state[key] for key, (name, _) in net.tensors.items()}
+    tensors = {name: state[key].numpy() for key, (name, _) in net.tensors.items()}
     slots = weights.write_weights(
         tmp_path / weights.WEIGHTS, tensors, dict.fromkeys(tensors, ir.DataType.FLOAT16)
     )
     wanted = to_onnx(net)
-    weights.attach(wanted, tmp_path, slots)
+    weights.attach(wanted, slots)
     passes.clean(wanted)
-    made, contract = trace(ARCHITECTURE, component, "fp16")
+    made, contract = trace(blank_checkpoint(ARCHITECTURE), component, "fp16")
     assert contract == net.spec
     found = ir.from_proto(ir.to_proto(made))
-    weights.attach(found, tmp_path, slots)
+    weights.attach(found, slots)
     with_shapes: list[Any] = [ir.to_proto(model) for model in (found, wanted)]  # islands look at them
     assert with_shapes[0] == with_shapes[1]
 
@@ -328,6 +441,20 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+def _numbered(model: ir.Model) -> bytes:
+    """The graph with values numbered in the order of their use: torch also counts what was dropped."""
+    kept = {*model.graph.inputs, *model.graph.outputs}
+    values = dict.fromkeys(
+        value
+        for node in model.graph
+        for value in (*node.inputs, *node.outputs)
+        if value is not None and value not in kept and not weights.is_weight(value)
+    )
+    for number, value in enumerate(values):
+        value.name = f"value {number}"
+    return _file(model)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", INERT)
 def test_inert_fields_change_nothing(kind: str) -> None:
@@ -336,7 +463,7 @@ def test_inert_fields_change_nothing(kind: str) -> None:
     if not fields:
         return
     made, part = architecture_of(RECIPES[recipe]), NETS[component].part
-    wanted = _file(trace(made, component, "fp32")[0])
+    wanted = _numbered(trace(blank_checkpoint(made), component, "fp32")[0])
     for name, value in fields.items():
         other = replace(made, parts={**made.parts, part: {**made.parts[part], name: value}})
-        assert _file(trace(other, component, "fp32")[0]) == wanted, name
+        assert _numbered(trace(blank_checkpoint(other), component, "fp32")[0]) == wanted, name

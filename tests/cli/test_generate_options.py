@@ -14,6 +14,7 @@ from PIL import Image
 from latentrt import cli
 from latentrt.cli.generate import generate
 from latentrt.engines.errors import StorageError
+from latentrt.runtime.model import CheckpointOptions
 from latentrt.runtime.pictures.write import read_metadata
 from latentrt.runtime.pipeline import Pipeline
 
@@ -62,6 +63,10 @@ PARAMETERS: dict[str, tuple[list[str], str, Any]] = {
 OWN = {
     "--output", "--model", "--from", "--refiner", "--refiner-at", "--grid", "--preview", "--backend",
     "--device", "--threads", "--no-metadata", "--json",
+    "--dtype",
+    "--vae",
+    "--tiny-vae",
+    "--prediction-type",
 }  # fmt: skip
 
 
@@ -142,9 +147,13 @@ def test_every_option_is_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_how_the_pipeline_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["-m", "base", "--refiner", "other", "--backend", "tensorrt", "--device", "cuda:1"]
-    _, parameters = heard(monkeypatch, "a", *words, "--threads", "3", "--refiner-at", "0.6")
+    checkpoint = ["--dtype", "fp16", "--vae", "v", "--tiny-vae", "t", "--prediction-type", "epsilon"]
+    _, parameters = heard(monkeypatch, "a", *words, "--threads", "3", "--refiner-at", "0.6", *checkpoint)
     options = {"backend": "tensorrt", "device": "cuda:1", "threads": 3}
-    assert Listener.opened == [("base", options), ("other", options)]
+    told = [{name: given.pop(name) for name in ("progress", "note")} for _, given in Listener.opened]
+    assert all(callable(function) for each in told for function in each.values())
+    first = CheckpointOptions(dtype="fp16", vae=Path("v"), tiny_vae=Path("t"), prediction_type="epsilon")
+    assert Listener.opened == [("base", {**options, "checkpoint": first}), ("other", options)]
     assert (parameters["denoising_end"], parameters["output_type"]) == (0.6, "latent")
 
 

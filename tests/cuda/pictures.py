@@ -19,7 +19,7 @@ from latentrt.engines.cuda.device import CudaDevice
 from latentrt.engines.errors import LatentrtError
 from latentrt.engines.onnxruntime.cuda_backend import ONNXRUNTIME_CUDA
 from latentrt.engines.package import Package
-from latentrt.engines.spec import TEXT_ENCODERS
+from latentrt.engines.spec import TEXT_ENCODERS, no_extra_embeddings
 from latentrt.engines.store.engine_store import EngineStore
 from latentrt.engines.tensorrt.build import built_nets
 from latentrt.runtime import result
@@ -151,6 +151,9 @@ def _drawn(opened: Opened, package: Package, runtime: StandIn) -> Facts:
 
     encoders = [name for name in TEXT_ENCODERS if name in package.manifest.nets]
     facts: Facts = {"steps": usual.steps, "text_encoders": len(encoders)}
+    facts["extra_embeddings"] = sum(
+        bool(no_extra_embeddings(package.manifest.nets[name].spec)) for name in encoders
+    )
     facts["pictures"] = [picture(usual, seed) for seed in range(PICTURES)]
     facts["replays"] = opened.loop.replays
     facts["other_size"] = [picture(other, seed) for seed in range(3)]

@@ -4,14 +4,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from latentrt.engines.spec import DTYPES, NetSpec
+from latentrt.engines.spec import DTYPES, NetSpec, shape_of
 
 
 def input_shapes(spec: NetSpec, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    return {
-        item.name: tuple(dim if isinstance(dim, int) else sizes[dim] for dim in item.shape)
-        for item in spec.inputs
-    }
+    return {item.name: shape_of(item.shape, {"E": 1, **sizes}) for item in spec.inputs}
 
 
 def random_inputs(

@@ -20,11 +20,11 @@ from tests.engines.simulated_tensorrt import SimulatedLibrary, simulated_engine
 from tests.engines.simulated_tensorrt_names import VARIANTS
 
 PACKAGE = Package.open(Path(latentrt.demo.__path__[0]) / "package")
-DEMO_NETS = [name for name in NETS if name in PACKAGE.manifest.nets and name != "unet_whole"]
+DEMO_NETS = [name for name, row in NETS.items() if name in PACKAGE.manifest.nets and row.usual]
 PROFILES = (Profile.parse("64x64:b1-2"), Profile.parse("64-128@128x64-128@128:b1-2:t77-154"))
 SMALL, LARGE = (
-    {"N": 1, "B": 2, "P": 2, "S": 3, "T": 77, "H": 64, "W": 64, "H/8": 8, "W/8": 8},
-    {"N": 2, "B": 4, "P": 3, "S": 5, "T": 154, "H": 96, "W": 128, "H/8": 12, "W/8": 16},
+    {"E": 1, "N": 1, "B": 2, "P": 2, "S": 3, "T": 77, "H": 64, "W": 64, "H/8": 8, "W/8": 8},
+    {"E": 3, "N": 2, "B": 4, "P": 3, "S": 5, "T": 154, "H": 96, "W": 128, "H/8": 12, "W/8": 16},
 )
 
 

@@ -16,6 +16,7 @@ from latentrt.engines.errors import BackendError, PackageError
 from latentrt.engines.onnxruntime.lowering.files import give_weights
 from latentrt.engines.onnxruntime.lowering.lower import lower
 from latentrt.engines.package import Package
+from latentrt.engines.spec import shape_of
 from tests.engines.contrib_oracle import attribute, executable, relative_l2, session
 
 DEMO = Path(__file__).resolve().parents[2] / "demo" / "package"
@@ -33,7 +34,15 @@ def lowered(demo: Package, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     folder = tmp_path_factory.mktemp("lowered")
     return {
         net: lower(demo, net, folder)
-        for net in ("unet", "unet_whole", "unet_context", "vae_decoder", "vae_encoder", "text_encoder")
+        for net in (
+            "unet",
+            "unet_controlled",
+            "unet_whole",
+            "unet_context",
+            "vae_decoder",
+            "vae_encoder",
+            "text_encoder",
+        )
     }
 
 
@@ -55,16 +64,18 @@ def before_rounding(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def feeds(package: Package, net: str, sizes: Mapping[str, int]) -> dict[str, Any]:
     rng = np.random.default_rng(5)
-    known = {"T": 77, "P": 2, "H": 64, "W": 8 * sizes["W/8"], **sizes}
+    known = {"E": 3, "T": 77, "P": 2, "H": 64, "W": 8 * sizes["W/8"], **sizes}
     arrays = {}
     for item in package.manifest.nets[net].spec.inputs:
-        shape = [known[dim] if isinstance(dim, str) else dim for dim in item.shape]
+        shape = shape_of(item.shape, known)
         scale = {"timestep": 300, "input_ids": 40, "clip_skip": 0, "image": 90, "mask": 0.7}.get(item.name, 1)
         arrays[item.name] = (scale * np.abs(rng.standard_normal(shape))).astype(item.dtype)
     return arrays
 
 
-@pytest.mark.parametrize("net", ["unet", "unet_whole", "vae_decoder", "vae_encoder", "text_encoder"])
+@pytest.mark.parametrize(
+    "net", ["unet", "unet_controlled", "unet_whole", "vae_decoder", "vae_encoder", "text_encoder"]
+)
 def test_lowered_demo_nets_compute_the_same(net: str, demo: Package, lowered: dict[str, Path]) -> None:
     folder = weights_of(demo, net)
     original = session(before_rounding(graph_of(demo, net)), folder)

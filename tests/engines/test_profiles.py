@@ -40,7 +40,7 @@ def expand(net: str, *texts: str) -> tuple[NetProfile, ...]:
 
 def shapes_of(net: str, **sizes: int) -> dict[str, tuple[int, ...]]:
     """Input shapes of a call; sizes are named as in the contract, with W8 for W/8."""
-    values = {name.replace("8", "/8"): size for name, size in sizes.items()}
+    values = {"E": 1, **{name.replace("8", "/8"): size for name, size in sizes.items()}}
     return {
         tensor.name: tuple(values[dim] if isinstance(dim, str) else dim for dim in tensor.shape)
         for tensor in DEMO.manifest.nets[net].spec.inputs
@@ -138,6 +138,22 @@ def test_the_other_nets() -> None:
     assert labels == ["1-9@2 prompts", "1-2000@30 steps", "1-4@2 rows 77-154 tokens"]
 
 
+def test_controls_have_the_shapes_of_the_unets_levels() -> None:
+    guided, unguided = expand("unet_controlled", "104-128@120x72:b1-2")
+    assert unguided.shapes["residual_0"] == ((1, 64, 9, 13), (1, 64, 9, 15), (2, 64, 9, 16))
+    assert guided.shapes["residual_4"] == ((2, 96, 5, 7), (2, 96, 5, 8), (4, 96, 5, 8))
+    assert guided.shapes["feature_1"] == guided.shapes["residual_4"]
+    assert guided.text == "B=2-4 H/16=5 H/8=9 T=77 W/16=7-8@8 W/8=13-16@15"
+    assert guided.label == "104-128@120x72 b1-2 guided"
+
+
+def test_extra_embeddings_are_one_row_unless_a_prompt_has_some() -> None:
+    (encoder,) = expand("text_encoder", "128x128")
+    assert encoder.shapes["extra_embeddings"] == ((1, 96), (1, 96), (1024, 96))
+    with pytest.raises(UsageError, match=r"1025 embeddings .*at most 1024, .*Use fewer"):
+        choose([encoder], {"input_ids": (2, 77), "clip_skip": (1,), "extra_embeddings": (1025, 96)})
+
+
 @pytest.mark.parametrize(("net", "columns"), [("step", 11), ("step_masked", 13)])
 def test_the_step_has_both_symbols_of_the_batch(net: str, columns: int) -> None:
     contract = {"step": spec.step, "step_masked": spec.step_masked}[net](channels=4, float_dtype="float16")
@@ -191,7 +207,8 @@ def test_a_net_without_symbols_has_one_profile() -> None:
 def test_profiles_that_add_nothing_are_left_out() -> None:
     assert len(expand("unet_time", "128x128", "192x128")) == 1
     assert len(expand("unet", "128x128", "192x128", "128x128")) == 4
-    assert [item.text for item in expand("text_encoder", "64x64:b1-2", "64x64:b1-8")] == ["P=1-17@2"]
+    texts = [item.text for item in expand("text_encoder", "64x64:b1-2", "64x64:b1-8")]
+    assert texts == ["E=1-1024 P=1-17@2"]
     assert [item.text for item in expand("unet_context", "64x64:b1-2", "64x64:b2-8")] == [
         "B=1-4@2 T=77",
         "B=1-16@4 T=77",

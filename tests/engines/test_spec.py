@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from latentrt.engines import spec
 from latentrt.engines.errors import PackageError, UsageError
@@ -55,6 +56,11 @@ def test_every_net_has_a_contract_and_round_trips() -> None:
         "unet_context": spec.unet_context(width=8, float_dtype="float16", invariants=[keys]),
         "unet_time": spec.unet_time(invariants=[time], vectors=vectors),
         "unet": spec.unet(channels=4, float_dtype="float16", invariants=[keys, time], image_channels=5),
+        "unet_controlled": spec.with_controls(
+            spec.unet(channels=4, float_dtype="float16", invariants=[keys, time]),
+            residuals=[(8, 0), (16, 1), (16, 1)],
+            features=[(8, 0)],
+        ),
         "step": spec.step(channels=4, float_dtype="float16"),
         "step_masked": spec.step_masked(channels=4, float_dtype="float16"),
         "vae_decoder": spec.vae_decoder(channels=4, float_dtype="float16"),
@@ -64,6 +70,39 @@ def test_every_net_has_a_contract_and_round_trips() -> None:
     assert list(nets) == list(spec.NETS)
     for net in nets.values():
         assert NetSpec.from_json(net.to_json()) == net
+
+
+def test_levels_of_the_unet_are_halved_and_rounded_up() -> None:
+    """As torch's convolutions of stride 2 and padding 1 do, one after the other."""
+    unet = spec.unet(channels=4, float_dtype="float32", invariants=[])
+    net = spec.with_controls(unet, residuals=[(1, level) for level in range(4)], features=[])
+    halve = torch.nn.Conv2d(1, 1, 3, stride=2, padding=1)
+    for height, width in ((64, 64), (7, 12), (9, 1), (33, 95)):
+        arrays = {"latent": np.zeros((2, 4, height, width), np.float32)}
+        image = torch.zeros(2, 1, height, width)
+        for level in range(4):
+            arrays[f"residual_{level}"] = image.detach().numpy()
+            image = halve(image)
+        net.check(arrays)
+        sizes = {"B": 2, "H/8": height, "W/8": width}
+        assert {item.name: spec.shape_of(item.shape, sizes) for item in net.inputs} == {
+            name: array.shape for name, array in arrays.items()
+        }
+        with pytest.raises(UsageError, match=r"residual_3 is .*expected float32 \(B, 1, H/64, W/64\)"):
+            net.check({**arrays, "residual_3": arrays["residual_0"].repeat(2, axis=2)})
+
+
+def test_the_time_of_each_row() -> None:
+    def unet(rows: spec.Dim) -> NetSpec:
+        time = TensorSpec(name="time.a", dtype="float32", shape=(rows, 8))
+        return spec.unet(channels=4, float_dtype="float32", invariants=[time])
+
+    assert spec.has_time_of_each_row(unet("B"))
+    assert not spec.has_time_of_each_row(unet(1))
+
+
+def test_what_is_built_and_opened_for_every_package() -> None:
+    assert {name for name, row in spec.NETS.items() if not row.usual} == {"unet_controlled", "unet_whole"}
 
 
 def test_output_shapes_follow_from_the_inputs() -> None:

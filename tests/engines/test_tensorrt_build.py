@@ -267,6 +267,7 @@ def test_a_timing_cache_that_cannot_be_kept_costs_no_engine(
 def test_nets_can_be_picked() -> None:
     assert built_nets(DEMO) == NETS
     assert built_nets(DEMO, ["vae_decoder", "unet"]) == ("unet", "vae_decoder")
+    assert built_nets(DEMO, ["unet_controlled"]) == ("unet_controlled",)
     with pytest.raises(UsageError, match="no net 'unet_whole' to build"):
         built_nets(DEMO, ["unet_whole"])
 

@@ -11,6 +11,7 @@ import torch
 
 from latentrt.checkpoints.files.open import Checkpoint
 from latentrt.engines.package import Package
+from latentrt.engines.spec import no_extra_embeddings
 from latentrt.export import Progress, export_package
 from latentrt.export.verify import Comparison
 from tests.parity_pair import exported
@@ -31,8 +32,9 @@ class Exported:
         return Checkpoint.open(self.source)
 
     def run(self, net: str, **arrays: Any) -> dict[str, Any]:
-        """Call a net on ONNX Runtime, checked against its contract."""
+        """Call a net on ONNX Runtime, checked against its contract; extra embeddings need not be given."""
         file = self.package.manifest.nets[net]
+        arrays = {**no_extra_embeddings(file.spec), **arrays}
         file.spec.check(arrays)
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1

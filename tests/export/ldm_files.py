@@ -306,6 +306,34 @@ FULL = {
     ),
 }
 
+_BETAS = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "trained_betas": None,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+}
+_XL = {
+    "_class_name": "EulerDiscreteScheduler",
+    "interpolation_type": "linear",
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "timestep_spacing": "leading",
+    "use_karras_sigmas": False,
+}
+# scheduler_config.json of stable-diffusion-v1-5, stable-diffusion-2-1, stable-diffusion-xl-base-1.0 and
+# stable-diffusion-xl-refiner-1.0 as published.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "sd1": {**_BETAS, "_class_name": "PNDMScheduler"},
+    "sd2": {**_BETAS, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
+    "sdxl": {**_BETAS, **_XL},
+    "sdxl-refiner": {**_BETAS, **_XL},
+}
+
 
 def text_class(part: str) -> Any:
     return CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel

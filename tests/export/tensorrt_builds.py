@@ -3,11 +3,13 @@
 import pytest
 
 from latentrt.engines.package import Package
+from latentrt.engines.spec import shape_of
 from latentrt.engines.tensorrt.flavour import flavour
 from latentrt.engines.tensorrt.network import check_contract, parse_graph
 
-SHAPES: dict[str | int, tuple[int, int, int]] = {
+SHAPES: dict[str, tuple[int, int, int]] = {
     "B": (1, 2, 2),
+    "E": (1, 1, 8),
     "N": (1, 1, 1),
     "P": (1, 2, 2),
     "S": (1, 20, 20),
@@ -36,7 +38,9 @@ def build_every_net(package: Package) -> None:
                 assert layer.get_input(0).dtype == trt.DataType.HALF
         profile = builder.create_optimization_profile()
         for item in net.spec.inputs:
-            sizes = [[SHAPES[d][i] if isinstance(d, str) else d for d in item.shape] for i in range(3)]
+            sizes = [
+                shape_of(item.shape, {symbol: three[i] for symbol, three in SHAPES.items()}) for i in range(3)
+            ]
             profile.set_shape(item.name, *sizes)
         config = builder.create_builder_config()
         config.add_optimization_profile(profile)

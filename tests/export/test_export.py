@@ -12,11 +12,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from latentrt.checkpoints import writing
 from latentrt.engines.errors import CheckpointError, NumericError, StorageError, UsageError
 from latentrt.engines.package import Defaults, Package
 from latentrt.export import export as package_writer
 from latentrt.export import export_package
 from latentrt.export.nets.build import NETS
+from latentrt.export.traced import TracedGraphs
 from tests.export.conftest import Exported, relative_l2
 
 BARS = {"fp32": 1e-5, "fp16": 5e-3}
@@ -250,8 +252,9 @@ def test_a_package_holds_files_only(sd1: Exported) -> None:
 def test_progress_names_every_stage(sd2: Exported) -> None:
     stages = [(item.stage, item.index, item.total) for item in sd2.progress]
     parts = ("text_encoder", "vae_encoder", "unet", "vae_decoder")
-    names = [f"{verb} {part}" for part in parts for verb in ("export", "measure", "verify")]
-    assert stages == [(name, index, 13) for index, name in enumerate([*names, "package"])]
+    checks = [f"check {part}" for part in parts]
+    names = [f"{verb} {part}" for part in parts for verb in ("make", "measure", "verify")]
+    assert stages == [(name, index, 17) for index, name in enumerate([*checks, *names, "package"])]
 
 
 # From here on nothing is traced: the nets of `sd1` stand in.
@@ -259,13 +262,15 @@ def test_progress_names_every_stage(sd2: Exported) -> None:
 
 @pytest.fixture
 def instant(sd1: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
-    def component(source: Any, name: str, folder: Path, *rest: Any) -> dict[str, Any]:
-        shutil.copytree(sd1.package.root / name, folder / name)
+    def copied(name: str, folder: Path, *_: Any, **__: Any) -> dict[str, Any]:
+        shutil.copytree(sd1.package.root / name, folder / name, dirs_exist_ok=True)
         return {
             key: net for key, net in sd1.package.manifest.nets.items() if net.graph.startswith(name + "/")
         }
 
-    monkeypatch.setattr(package_writer, "_export_component", component)
+    monkeypatch.setattr(TracedGraphs, "graph", lambda *_: (None, None))
+    monkeypatch.setattr(writing.CopiedWeights, "attach", lambda *_: [])
+    monkeypatch.setattr(writing, "write_graphs", copied)
 
 
 def write(checkpoint: Path, package: Path, **options: Any) -> Package:
@@ -364,7 +369,7 @@ def test_a_failed_export_leaves_nothing_and_changes_nothing(
 
     target = tmp_path / "package"
     shutil.copytree(sd1.package.root, target)
-    monkeypatch.setattr(package_writer, "_export_component", fail)
+    monkeypatch.setattr(TracedGraphs, "graph", fail)
     with pytest.raises(type(error)):
         write(checkpoint, target, overwrite=True)
     assert os.listdir(tmp_path) == ["package"]
@@ -400,14 +405,14 @@ def test_weights_are_checked_before_anything_is_traced(
         export_package(
             copy, tmp_path / "package", dtype="fp32", progress=lambda found: stages.append(found.stage)
         )
-    assert stages == []
+    assert {stage.split()[0] for stage in stages} == {"check"}
 
 
 def test_a_full_disk(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(package_writer, "_export_component", fail)
+    monkeypatch.setattr(TracedGraphs, "graph", fail)
     with pytest.raises(StorageError, match="No space left"):
         write(checkpoint, tmp_path / "package")
     assert not os.listdir(tmp_path)

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from latentrt.checkpoints import find
+from latentrt.checkpoints.hub.download import DownloadProgress
 from latentrt.checkpoints.precision.islands import Found
+from latentrt.checkpoints.templates.archive import SHIPPED
 from latentrt.cli import app
 from latentrt.export import export as package_writer
 
@@ -28,27 +31,50 @@ def given(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return found
 
 
-def test_every_option_arrives(given: dict[str, Any]) -> None:
+@pytest.fixture
+def there(tmp_path: Path) -> str:
+    """A path that exists."""
+    (tmp_path / "c").mkdir()
+    return str(tmp_path / "c")
+
+
+def test_every_option_arrives(given: dict[str, Any], there: str) -> None:
     options = ["--vae", "v", "--tiny-vae", "t", "--prediction-type", "v_prediction", "--dtype", "fp32"]
-    result = CliRunner().invoke(app, ["export", "c", "-o", "p", "--verify", "--overwrite", *options])
+    flags = ["--verify", "--trace", "--overwrite"]
+    result = CliRunner().invoke(app, ["export", there, "-o", "p", *flags, *options])
     assert result.exit_code == 0, result.output
     wanted = {
-        "checkpoint": Path("c"),
+        "checkpoint": Path(there),
         "package": Path("p"),
         "vae": Path("v"),
         "tiny_vae": Path("t"),
         "prediction_type": "v_prediction",
         "dtype": "fp32",
         "verify": True,
+        "templates": None,
         "overwrite": True,
     }
     assert {name: given[name] for name in wanted} == wanted
     assert "it does not say what its UNet predicts\nimage_noiser: no fp32 islands\n" in result.output
 
 
-def test_defaults_and_json(given: dict[str, Any]) -> None:
-    result = CliRunner().invoke(app, ["export", "c", "-o", "p", "--json"])
+def test_defaults_and_json(given: dict[str, Any], there: str) -> None:
+    result = CliRunner().invoke(app, ["export", there, "-o", "p", "--json"])
     told = json.loads(result.output.strip().splitlines()[-1])
     assert told["notes"] == ["it does not say what its UNet predicts"]
     assert (given["vae"], given["tiny_vae"], given["prediction_type"]) == (None, None, None)
     assert (given["dtype"], given["verify"], given["overwrite"]) == ("fp16", False, False)
+    assert given["templates"] == SHIPPED
+
+
+def test_a_model_of_a_hub_is_fetched(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fetched(model: str, *, progress: Any) -> Path:
+        progress(DownloadProgress(file="unet/config.json", done=1, total=2))
+        return tmp_path / model.replace("/", "--")
+
+    monkeypatch.setattr(find, "locate", fetched)
+    result = CliRunner().invoke(app, ["export", "org/name", "-o", "p"])
+    assert result.exit_code == 0, result.output
+    assert given["checkpoint"] == tmp_path / "org--name"

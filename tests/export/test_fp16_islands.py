@@ -4,7 +4,7 @@ The oracle is diffusers in float32 on the same checkpoint. `overflow.py` makes f
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from latentrt.checkpoints import nets as nets_written
 from latentrt.checkpoints.files.open import Checkpoint
 from latentrt.checkpoints.precision import islands
 from latentrt.checkpoints.precision.islands import FP16_MAX, LIMIT, Found
 from latentrt.engines.errors import NumericError
 from latentrt.engines.package import Package
-from latentrt.export import export as package_writer
+from latentrt.engines.spec import EXTRA_EMBEDDINGS
+from latentrt.export import export_package
 from latentrt.export.graphs import passes as surgery
 from latentrt.export.graphs.to_onnx import example
 from latentrt.export.nets.build import NETS
@@ -34,7 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*__array.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),
 ]
-SIZES = {"B": 2, "N": 1, "P": 2, "T": 77, "H/8": 12, "W/8": 20, "H": 24, "W": 40}
+SIZES = {"B": 2, "E": 1, "N": 1, "P": 2, "T": 77, "H/8": 12, "W/8": 20, "H": 24, "W": 40}
 COMPONENTS = {
     "text_encoder": "text_encoder",
     "vae_encoder": "vae_encoder",
@@ -63,15 +65,20 @@ def hot(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         return islands.find_islands(model, component, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(package_writer, "find_islands", keep)
-        package = package_writer.export_package(
+        patch.setattr(nets_written, "find_islands", keep)
+        package = export_package(
             source, folder / "package", dtype="fp16", verify=False, report_islands=found.append
         )
     root = Path(shutil.copytree(package.root, folder / "plain"))
     nets: dict[str, Any] = {}
     for component, net in COMPONENTS.items():
         contract = package.manifest.nets[net].spec
-        nets |= package_writer._write_graphs(component, root, before[component], contract, "fp16")
+        traced = tuple(item for item in contract.inputs if item.name != EXTRA_EMBEDDINGS)
+        contract = replace(contract, inputs=traced)
+        files = [f"{component}/weights.safetensors"]
+        nets |= nets_written.write_graphs(
+            component, root, before[component], contract, dtype="fp16", weights=files
+        )
     plain = with_nets(package, root, nets)
     return Exported(source, package, plain, {item.component: item for item in found})
 
@@ -85,7 +92,11 @@ def wanted(source: Path, component: str, arrays: dict[str, torch.Tensor]) -> np.
     net = NETS[component].build(Checkpoint.open(source), torch.float32)
     with torch.no_grad():
         result = net.module(
-            **{name: item.float() if item.is_floating_point() else item for name, item in arrays.items()}
+            **{
+                name: item.float() if item.is_floating_point() else item
+                for name, item in arrays.items()
+                if name != EXTRA_EMBEDDINGS
+            }
         )
     return (result[0] if isinstance(result, tuple) else result).numpy()
 
@@ -230,9 +241,7 @@ def test_the_demo_model_needs_no_islands_and_looks_the_same(
 ) -> None:
     """fp16, rounded as `overflow.py` does, against the shipped fp32 package: 20 steps, its own defaults."""
     ranges: list[Found] = []
-    half = package_writer.export_package(
-        DEMO, tmp_path / "half", dtype="fp16", verify=True, report_islands=ranges.append
-    )
+    half = export_package(DEMO, tmp_path / "half", dtype="fp16", verify=True, report_islands=ranges.append)
     assert [part.islands for part in ranges] == [()] * 4
     assert max(part.largest for part in ranges) < LIMIT / 10
     prompts = {"a red circle on a blue background": 1, "a small green star": 2, "two yellow squares": 3}

@@ -23,7 +23,7 @@ def latents(exported: Exported, rows: int, height: int, width: int, tokens: int)
 def by_invariants(exported: Exported, latent: Any, context: Any, times: Any, row: int) -> Any:
     invariants = exported.run("unet_context", context=context)
     table = exported.run("unet_time", timestep=times)
-    one = {name: value[row : row + 1] for name, value in table.items()}
+    one = {name: value[[row] * len(latent)] for name, value in table.items()}
     return exported.run("unet", latent=latent, **invariants, **one)["prediction"]
 
 
@@ -43,7 +43,7 @@ def test_invariants_are_named_after_modules_and_shaped(sd1: Exported) -> None:
     assert time[0].shape == ("S", 48)
     loop = nets["unet"].spec.inputs
     assert [item.name for item in loop] == ["latent", *(item.name for item in (*context, *time))]
-    assert [item.shape for item in loop[-8:]] == [(1, *item.shape[1:]) for item in time]
+    assert [item.shape for item in loop[-8:]] == [("B", *item.shape[1:]) for item in time]
 
 
 def test_heads_by_block(sd2: Exported) -> None:
@@ -66,6 +66,19 @@ def test_the_loop_equals_the_whole_bit_by_bit(
     timestep = np.full(rows, 501.5, np.float32)
     whole = sd1.run("unet_whole", sample=latent, timestep=timestep, encoder_hidden_states=context)
     assert np.array_equal(found, whole["out_sample"])
+
+
+def test_rows_at_different_timesteps_equal_calls_of_their_own_bit_by_bit(sd1: Exported) -> None:
+    latent, context = latents(sd1, 3, 7, 10, 77)
+    invariants = sd1.run("unet_context", context=context)
+    invariants |= sd1.run("unet_time", timestep=np.array([999.0, 501.5, 1.0], np.float32))
+    together = sd1.run("unet", latent=latent, **invariants)["prediction"]
+    for row in range(3):
+        one = slice(row, row + 1)
+        alone = sd1.run(
+            "unet", latent=latent[one], **{name: value[one] for name, value in invariants.items()}
+        )
+        assert np.array_equal(together[one], alone["prediction"])
 
 
 def test_nothing_in_the_loop_can_be_hoisted_any_more(sd1: Exported) -> None:

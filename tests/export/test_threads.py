@@ -6,7 +6,7 @@ import torch
 from latentrt.checkpoints.precision.islands import open_session
 from latentrt.engines import processors
 from latentrt.engines.package import Package
-from latentrt.export import export
+from latentrt.export.nets.torch_net import torch_threads
 from latentrt.runtime.model import SHIPPED
 
 
@@ -15,7 +15,7 @@ def test_torch_and_onnxruntime_share_what_a_quota_leaves(monkeypatch: pytest.Mon
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with export._torch_threads():  # pyright: ignore[reportPrivateUsage]
+        with torch_threads():
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 2
     finally:

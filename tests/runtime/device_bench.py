@@ -54,7 +54,7 @@ def device_pipeline(
     nets: dict[str, Any] = {
         name: wrap(name, open_onnxruntime_net(package, name, device, provider=CPU, submit=device.submit))
         for name in package.manifest.nets
-        if name != "unet_whole"
+        if spec.NETS[name].usual
     }
     loop = DeviceLoop(device, nets, package.manifest, graphs=graphs, log=log)
     pipe = Pipeline.over(package, loop, device.name, cache_bytes=CACHE_BYTES)

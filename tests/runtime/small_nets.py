@@ -97,11 +97,14 @@ def _parse(text: str) -> bytes:
 
 
 def write_small_package(
-    root: Path, *, vectors: bool = False, image: bool = False, masked: bool = True
+    root: Path, *, vectors: bool = False, image: bool = False, older: bool = False
 ) -> Package:
-    """A package with every net that a loop needs, but for text encoders."""
+    """A package with every net that a loop needs, but for text encoders.
+
+    An `older` one has no `step_masked`, and one row of time invariants for all UNet rows.
+    """
     widths = VECTORS if vectors else {}
-    rows = "B" if vectors else 1
+    rows = 1 if older else "B"
     keys = TensorSpec(name="context.keys", dtype="float32", shape=("B", 4, 1, 1))
     shift = TensorSpec(name="time.shift", dtype="float32", shape=(rows, 4, 1, 1))
     scale = TensorSpec(name="time.scale", dtype="float32", shape=(rows, 3))
@@ -134,7 +137,7 @@ def write_small_package(
         "vae_decoder": (spec.vae_decoder(channels=4, float_dtype="float32"), _DECODER),
         "step": (spec.step(channels=4, float_dtype="float32"), ""),
     }
-    if masked:
+    if not older:
         contracts["step_masked"] = spec.step_masked(channels=4, float_dtype="float32"), ""
     nets: dict[str, NetFile] = {}
     root.mkdir(parents=True)

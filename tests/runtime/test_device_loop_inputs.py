@@ -36,7 +36,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Package]:
         "vectors": write_small_package(root / "vectors", vectors=True),
         "image": write_small_package(root / "image", image=True),
         "all": write_small_package(root / "all", vectors=True, image=True),
-        "older": write_small_package(root / "older", masked=False),
+        "older": write_small_package(root / "older", older=True),
     }
 
 
@@ -113,9 +113,14 @@ def check_draws(loop: DeviceLoop, host: HostLoop, job: DenoiseJob) -> None:
     assert np.abs(drawn.image.astype(int) - picture.image).max() <= 1
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize(
+    ("kind", "masked"),
+    [
+        *((kind, masked) for kind in ("plain", "vectors", "image", "all") for masked in (False, True)),
+        ("older", False),
+    ],
+)
 @pytest.mark.parametrize("rows", [None, 3, 1])
-@pytest.mark.parametrize("kind", ["plain", "vectors", "image", "all"])
 def test_the_device_draws_what_the_host_draws(
     packages: dict[str, Package], kind: str, rows: int | None, masked: bool
 ) -> None:

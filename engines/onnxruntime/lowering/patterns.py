@@ -36,10 +36,11 @@ def biased_product(split: ir.Node, shapes: Shapes) -> tuple[ir.Node, ir.Value] |
 
 
 def _is_weight(value: ir.Value | None) -> bool:
-    """Whether it is a stored matrix, which may be stored transposed."""
-    turn = maker_of(value, "Transpose")
-    stored = turn.inputs[0] if turn is not None else value
-    return len(weight_shape(stored) or ()) == 2
+    """Whether it is a stored matrix, which may be stored transposed, and in another type."""
+    for kind in ("Cast", "Transpose"):
+        maker = maker_of(value, kind)
+        value = maker.inputs[0] if maker is not None else value
+    return len(weight_shape(value) or ()) == 2
 
 
 def maker_of(value: ir.Value | None, kind: str) -> ir.Node | None:

@@ -46,7 +46,7 @@ _LIKE_FIRST = frozenset(
         *("GroupNorm", "GroupNormalization", "LayerNormalization"),
     }
 )
-_BROADCAST = frozenset({"Add", "Div", "Mul", "Sub"})
+_BROADCAST = frozenset({"Add", "Div", "GreaterOrEqual", "Max", "Mul", "Sub", "Where"})
 _CONTRIB = frozenset(
     {"BiasSplitGelu", "GroupNorm", "MultiHeadAttention", "NhwcConv"}
 )  # all others are ONNX's

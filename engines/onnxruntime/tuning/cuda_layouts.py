@@ -22,7 +22,8 @@ from .choice import TUNED_NETS, measured_profile
 # The simplest first, which is also what others are compared with: `plain` is the package's own graph, and
 # `nhwc` what `lowering.lower` makes of it.
 CUDA_LAYOUTS = ("plain", "nhwc")
-LOWERED_NETS = (*TUNED_NETS, "vae_encoder", *TEXT_ENCODERS)  # the others of these are not worth measuring
+# Beside those that are measured: what is not worth measuring, and what is laid out as `unet` is.
+LOWERED_NETS = (*TUNED_NETS, "vae_encoder", *TEXT_ENCODERS, "unet_controlled")
 
 
 def layout_key(package: Package, net: str, gpu: DeviceFacts, version: str | None = None) -> EngineKey:

@@ -24,10 +24,10 @@ from ....engines.spec import (
     DTYPES,
     TIME_INVARIANT,
     Array,
-    Dim,
     NetSpec,
     TensorSpec,
     output_shapes,
+    shape_of,
     tensor_bytes,
 )
 from ..job import DenoiseJob
@@ -39,11 +39,6 @@ Sizes = Mapping[str, int]  # symbol of the net contract -> number
 def aligned(size: int) -> int:
     """`size` in bytes, rounded up to a multiple of the device's alignment."""
     return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def shape_of(dims: Sequence[Dim], sizes: Sizes) -> tuple[int, ...]:
-    """A shape of the contract with its symbols replaced by numbers."""
-    return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in dims)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +175,7 @@ class ScheduleShape:
 
     Attributes:
         steps: rows of the table.
-        rows_per_step: time invariants of a step.
+        rows_per_step: rows of `unet_time` of a step: one for all UNet rows, or one for each.
         step: the net that reads the table's rows.
         calls: rows of each UNet call of a step.
         noise: (N, C, H/8, W/8), the shape of a row's noise; None if no row draws any.
@@ -199,8 +194,7 @@ class ScheduleShape:
             steps=len(job.table),
             rows_per_step=job.rows_per_step,
             step=shape.step,
-            # where all UNet rows share the invariants, their number does not matter
-            calls=shape.calls() if job.rows_per_step > 1 else (1,),
+            calls=shape.calls(),
             noise=job.first.shape if job.table.draws.any() else None,
         )
 
@@ -347,7 +341,10 @@ class ScheduleProgram(BoundProgram):
         self._pack("row", block.address("rows"), _pitch(block.place("rows")))
         for place, (output, first) in self._row.sources.items():
             pitch = _pitch(block.place(output))
-            self._pack(place, block.address(output) + first * pitch, self._shape.rows_per_step * pitch)
+            if self._shape.rows_per_step > 1:
+                self._pack(place, block.address(output) + first * pitch, self._shape.rows_per_step * pitch)
+            else:
+                self._pack(place, block.address(output), pitch, times=self._row.layout.places[place].shape[0])
 
     def _upload_noises(self, noises: Array) -> None:
         padded = np.zeros(self.block.place("noises").shape, np.uint8)
@@ -356,18 +353,20 @@ class ScheduleProgram(BoundProgram):
             padded_row[: content.size] = content
         self.block.upload("noises", padded)
 
-    def _pack(self, name: str, source: int, pitch: int) -> None:
-        """Fill one place of every packed row from what lies `pitch` bytes apart."""
+    def _pack(self, name: str, source: int, pitch: int, *, times: int = 1) -> None:
+        """Fill one place of every packed row, `times` side by side, from what lies `pitch` bytes apart."""
         row = self._row.layout
         target = row.places[name]
-        self._device.copy(
-            self.block.address("packed") + target.offset,
-            source,
-            target.size,
-            rows=self._shape.steps,
-            to_pitch=row.size,
-            pitch=pitch,
-        )
+        size = target.size // times
+        for index in range(times):
+            self._device.copy(
+                self.block.address("packed") + target.offset + index * size,
+                source,
+                size,
+                rows=self._shape.steps,
+                to_pitch=row.size,
+                pitch=pitch,
+            )
 
     def row_address(self, row: int) -> int:
         """Address of a packed row."""
