@@ -456,7 +456,7 @@ package = open_checkpoint(
     Path(model), options, tokenize=None, store=Path(store), progress=progress, note=notes.append
 )
 assert (package.root / "manifest.json").is_file()
-print("made" if "bind unet" in stages else "found", package.root.parent.parent == Path(store))
+print("made" if "make unet" in stages else "found", package.root.parent.parent == Path(store))
 print(*notes, sep="\\n")
 """
 
@@ -484,7 +484,7 @@ def test_two_processes_make_one_entry(model: Path, store: EngineStore, small_arc
 def test_a_process_that_is_killed_leaves_nothing_that_counts(
     model: Path, store: EngineStore, small_archive: Path, opener: Callable[..., Package]
 ) -> None:
-    child = start(model, store.root, small_archive, end="bind vae_decoder")
+    child = start(model, store.root, small_archive, end="make vae_decoder")
     child.communicate(timeout=120)
     assert child.returncode == -signal.SIGKILL
     (rest,) = store.checkpoints.iterdir()
@@ -502,7 +502,7 @@ def test_a_process_that_is_killed_leaves_nothing_that_counts(
 def test_the_next_opening_sweeps_too(
     model: Path, store: EngineStore, small_archive: Path, opener: Callable[..., Package]
 ) -> None:
-    start(model, store.root, small_archive, end="bind vae_decoder").communicate(timeout=120)
+    start(model, store.root, small_archive, end="make vae_decoder").communicate(timeout=120)
     root = opener(model).root
     assert list(store.checkpoints.iterdir()) == [root]
 
@@ -529,7 +529,7 @@ def test_whoever_waits_is_told_so(model: Path, store: EngineStore, opener: Calla
 
 @pytest.mark.parametrize(
     ("converts", "room"),
-    [(False, "room for 10 MB: the graphs"), (True, "room for 25 MB: the graphs and")],
+    [(False, "room for 10 MB: the graphs"), (True, "room for 2[0-9] MB: the graphs and")],
 )
 def test_a_full_disk_loses_nothing_and_says_how_much_it_takes(
     model: Path,
