@@ -101,6 +101,6 @@ def _existing(model: str) -> Path | None:
     """What a user wrote as the path of something that exists; None if it is none."""
     with suppress(OSError, ValueError, RuntimeError):  # no name for a file; a home that is not known
         path = Path(model).expanduser()
-        if path.exists():
+        if model and path.exists():
             return path
     return None

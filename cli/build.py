@@ -65,15 +65,17 @@ def build(
     from ..engines.store.engine_store import EngineStore
     from ..engines.tensorrt.build import build_package, plan_build
     from ..engines.tensorrt.builder import BuildOptions
-    from ..engines.tensorrt.flavour import ENGINE_BACKENDS, installed_backends
+    from ..engines.tensorrt.flavour import ENGINE_BACKENDS, flavour, installed_backends
     from ..runtime.model import open_model
 
     # Without a backend that is installed the first one, whose error says how to install it.
     chosen = backend or (*installed_backends(), *ENGINE_BACKENDS)[0]
+    row = BACKENDS.get(chosen)
+    if row is None or row.builds == "engines":
+        flavour(chosen)  # raises, before minutes are spent on a checkpoint, where its library is not there
     with progress_bar(enabled=not as_json) as advance:
         opened = open_model(model, backend=lambda: chosen, options=checkpoint, advance=advance, note=say)
     names = [name.strip() for name in nets.split(",") if name.strip()]
-    row = BACKENDS.get(backend or "")
     if row is not None and row.builds == "layouts":
         _check_for_layouts(
             row.name,

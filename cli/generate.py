@@ -101,7 +101,7 @@ def generate(
     began = perf_counter()
     with ExitStack() as stack:
         advance = stack.enter_context(progress_bar(enabled=not as_json))
-        first = model or (_model_of(source) if source else "demo")
+        first = model if model is not None else _model_of(source) if source else "demo"
         names = [first] if refiner is None else [first, refiner]
         open_pipe = partial(
             Pipeline.open, backend=backend, device=device, threads=threads, progress=advance, note=say
@@ -169,8 +169,8 @@ def _model_of(source: Path) -> str:
             return name
     raise UsageError(
         f"{source} was drawn with {record.get('model', 'a model of another program')!r}",
-        expected="the package that drew it, or the one that shall draw it now",
-        fix="Pass it: --model PACKAGE",
+        expected="the model that drew it, or the one that shall draw it now",
+        fix="Pass it: --model MODEL",
     )
 
 

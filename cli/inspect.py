@@ -31,13 +31,13 @@ def inspect(
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show a package, what another file or folder is, the samplers, or a sampler's table for a package."""
-    from ..engines.package import MANIFEST, Package
-    from ..runtime.model import SHIPPED
+    from ..engines.package import Package
+    from ..runtime.model import SHIPPED, is_package
 
     if samplers:
         return _print_samplers(as_json=as_json)
     found = Path(package if package in SHIPPED else _place(package))
-    other = package not in SHIPPED and found.exists() and not (found / MANIFEST).is_file()
+    other = package not in SHIPPED and not is_package(found) and found.exists()
     if other and not verify and sampler is None:  # which are for packages alone
         from ..checkpoints.files.report import report
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..engines.backends import BACKENDS
-from ..engines.errors import UsageError
+from ..engines.errors import CheckpointError, UsageError
 from ..engines.hub import snapshot
 from ..engines.package import MANIFEST, Package
 from .prompts.tokenizer import tokenize
@@ -36,9 +36,24 @@ class CheckpointOptions:
     """
 
     dtype: Literal["fp16", "fp32"] | None = None
-    vae: Path | None = None
-    tiny_vae: Path | None = None
+    vae: str | Path | None = None
+    tiny_vae: str | Path | None = None
     prediction_type: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for what no checkpoint could be opened with."""
+        if self.dtype not in (None, "fp16", "fp32"):
+            raise UsageError(
+                f"dtype is {self.dtype!r}", expected="fp16 or fp32", fix="Leave it out for the usual one."
+            )
+        for name in ("vae", "tiny_vae"):
+            value: object = getattr(self, name)
+            if not isinstance(value, (str, Path, type(None))):
+                raise UsageError(
+                    f"{name} is {value!r}",
+                    expected="the path of a folder or file",
+                    fix="Leave it out for the checkpoint's own.",
+                )
 
 
 def open_model(
@@ -81,9 +96,21 @@ def open_model(
     if before is not None and note is not None:
         changed = ", which has changed since it was opened" if before.entries[0].state == "changed" else ""
         note(f"{asked} is {path}{_named(options)}{changed}")
-    if (path / MANIFEST).is_file():
+    if is_package(path):
         return _package(path, options)
     return _opened(path, backend(), options, hub, advance, note)
+
+
+def is_package(path: Path) -> bool:
+    """Whether a folder is a package. Raises CheckpointError for what this user may not look at."""
+    try:
+        return (path / MANIFEST).is_file()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror})",
+            expected="a file or folder that this user may read",
+            fix="Mend its permissions.",
+        ) from error
 
 
 def _as_before(options: CheckpointOptions, before: OpenedModel) -> CheckpointOptions:
@@ -131,8 +158,8 @@ def _opened(
         Options(
             dtype=options.dtype or ("fp16" if row.on_device else "fp32"),
             reads=row.reads,
-            vae=options.vae,
-            tiny_vae=options.tiny_vae,
+            vae=None if options.vae is None else Path(options.vae),
+            tiny_vae=None if options.tiny_vae is None else Path(options.tiny_vae),
             prediction_type=options.prediction_type,
         ),
         tokenize=tokenize,

@@ -316,12 +316,16 @@ def refuse_without_index(root: Path) -> NoReturn:
     there = root.iterdir() if root.is_dir() else ()  # a pipe, say
     files = sorted(path for path in there if path.suffix.lower() == ".safetensors" and path.is_file())
     if not files:
-        missing(root / "model_index.json")
+        raise CheckpointError(
+            f"{root} is no checkpoint: there is no model_index.json, and no .safetensors file",
+            expected="a folder in diffusers' layout, or a file",
+            fix="Check the path; `latentrt inspect` says what any other file or folder is.",
+        )
     largest = max(files, key=lambda path: path.stat().st_size)
     raise CheckpointError(
         f"{root} has no model_index.json, but {', '.join(path.name for path in files)}"[:500],
         expected="a folder in diffusers' layout, or a file",
-        fix=f"Export the file: {command('latentrt', 'export', largest, '-o', 'PACKAGE')}",
+        fix=f"Open the file: {command('latentrt', 'generate', 'PROMPT', '-m', largest)}",
     )
 
 
@@ -409,13 +413,19 @@ def _open_vae(path: Path, name: str, *, scaling_factor: float, prefer_fp16: bool
     Raises:
         CheckpointError: it is missing or damaged, no tiny one for "tiny_vae", or without encoder for "vae".
     """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist", expected="an autoencoder", fix=_VAE_FIX)
     if path.is_file():
         part = _open_vae_file(path, name, scaling_factor)
     else:
         part = read_component(path, name, DIFFUSERS, prefer_fp16=prefer_fp16)
         refuse_class("vae", class_of({}, "vae", part.config.get("_class_name", CLASSES["vae"][0])), path)
     if name == "tiny_vae" and not is_tiny(part):
-        raise CheckpointError(f"{path} holds a full autoencoder", expected="a tiny one", fix=_VAE_FIX)
+        raise CheckpointError(
+            f"{path} holds a full autoencoder",
+            expected="a tiny one (TAESD)",
+            fix="Pass it as --vae, or use TAESD's file.",
+        )
     if name == "vae" and is_tiny(part) and not any(tensor.startswith("encoder.") for tensor in part.tensors):
         raise CheckpointError(
             f"{path} has a decoder and no encoder",

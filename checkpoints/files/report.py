@@ -197,7 +197,7 @@ def _report_checkpoint(path: Path, stored: Tensors, tensors: Tensors) -> Report:
         else:
             missing.append(name)
     family, problem = family_of(tensors), ""
-    todo = f"Export it: {command('latentrt', 'export', path, '-o', 'PACKAGE')}"
+    todo = f"Draw with it: {command('latentrt', 'generate', 'PROMPT', '-m', path)}"
     try:
         family = Checkpoint.open(path).family
     except CheckpointError as error:
@@ -245,7 +245,7 @@ def _facts(
 def _report_folder(root: Path) -> Report:
     if not (root / "model_index.json").is_file():
         return _report_part(root)
-    todo = f"Export it: {command('latentrt', 'export', root, '-o', 'PACKAGE')}"
+    todo = f"Draw with it: {command('latentrt', 'generate', 'PROMPT', '-m', root)}"
     try:
         opened = Checkpoint.open(root)
     except CheckpointError as error:

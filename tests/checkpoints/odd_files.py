@@ -1503,40 +1503,40 @@ def _pipe(folder: Path) -> Path:
     return folder / "model.safetensors"
 
 
-_refused("a pipe", "a shell's <(…)", _pipe, "model_index.json is missing", "damaged")
+_refused("a pipe", "a shell's <(…)", _pipe, "there is no model_index.json", "damaged")
 _refused(
     "a ControlNet's folder",
     "diffusers",
     _other_folder({"_class_name": "ControlNetModel"}),
-    "model_index.json is missing",
+    "there is no model_index.json",
     "controlnet",
 )
 _refused(
     "an autoencoder's folder",
     "sd-vae-ft-mse",
     _other_folder({"_class_name": "AutoencoderKL"}),
-    "model_index.json is missing",
+    "there is no model_index.json",
     "vae",
 )
 _refused(
     "a text encoder's folder",
     "transformers",
     _other_folder({"architectures": ["CLIPTextModel"]}),
-    "model_index.json is missing",
+    "there is no model_index.json",
     "text-encoder",
 )
 _refused(
     "PEFT's folder",
     "peft's save_pretrained",
     _other_folder({"peft_type": "LORA"}, "adapter_config.json"),
-    "model_index.json is missing",
+    "there is no model_index.json",
     "lora",
 )
 _refused(
     "an empty folder",
     "a download that never began",
     _other_folder(None),
-    "model_index.json is missing",
+    "there is no model_index.json",
     "damaged",
 )
 _refused(

@@ -137,7 +137,7 @@ def test_inspect_says_what_a_checkpoint_has(latentrt: Any, tmp_path: Path) -> No
         "9 input channels (inpainting)",
         "once they can be used: embedding for 64 numbers in text_encoder",
         "tensors that are not used: ",
-        "Export it: latentrt export ",
+        "Draw with it: latentrt generate PROMPT -m ",
     ):
         assert line in out
     (tmp_path / "half").mkdir()
