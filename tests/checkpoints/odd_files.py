@@ -795,7 +795,7 @@ _refused(
     "no autoencoder",
     "A1111's noVAE files",
     _changed(_without(VAE)),
-    r"has no vae .*Name an autoencoder: latentrt export .*--vae VAE",
+    r"has no vae .*Name an autoencoder: latentrt generate .*--vae VAE",
     "checkpoint",
     "sd1",
 )

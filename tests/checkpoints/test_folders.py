@@ -333,7 +333,7 @@ def test_a_file_without_autoencoder(family: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has no vae") as error:
         Checkpoint.open(path)
     words = shlex.split(error.value.fix.partition(": ")[2])
-    assert words == ["latentrt", "export", str(path), "-o", "PACKAGE", "--vae", "VAE"]
+    assert words == ["latentrt", "generate", "PROMPT", "-m", str(path), "--vae", "VAE"]
     found = Checkpoint.open(path, vae=vae)
     assert found.vae.folder == vae
     assert found.vae.config["scaling_factor"] == FULL[family].vae["scaling_factor"]
