@@ -416,7 +416,7 @@ def test_a_folder_with_a_file_alone(tmp_path: Path, copy: Path) -> None:
     with pytest.raises(CheckpointError, match=r"but large\.safetensors, small\.safetensors") as error:
         Checkpoint.open(tmp_path / "my repo")
     words = shlex.split(error.value.fix.partition(": ")[2])
-    assert words == ["latentrt", "export", str(tmp_path / "my repo" / "large.safetensors"), "-o", "PACKAGE"]
+    assert words == ["latentrt", "generate", "PROMPT", "-m", str(tmp_path / "my repo" / "large.safetensors")]
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "Euler a", "DDIMScheduler", "Heun"])

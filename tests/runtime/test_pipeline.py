@@ -21,6 +21,7 @@ from latentrt.benchmarks.case import HOST_NETS
 from latentrt.engines.errors import (
     BackendError,
     CancelledError,
+    CheckpointError,
     NumericError,
     PackageError,
     UsageError,
@@ -358,7 +359,10 @@ def test_infinite_predictions_end_in_one_error_without_warnings(
 
 
 def test_open_errors(tmp_path: Any) -> None:
-    with pytest.raises(PackageError):
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        Pipeline.open(tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(PackageError, match="damaged"):
         Pipeline.open(tmp_path)
     with pytest.raises(BackendError, match="unknown backend"):
         Pipeline.open("demo", backend="nothing")
