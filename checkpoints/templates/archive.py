@@ -1,8 +1,8 @@
 """The archive of templates: one file, of which a lookup decompresses the index and one graph.
 
-A zip file of graphs in ONNX's format, and `index.json`. A graph's weights are external data that lies nowhere;
-names, types and shapes are the package's. Compressed by bzip2, two thirds of what deflating would take: the
-wheel has a limit.
+A zip file of graphs in ONNX's format, and `index.json`. A graph's weights are external data that lies
+nowhere; names, types and shapes are the package's. Compressed by bzip2, two thirds of what deflating would
+take: the wheel has a limit.
 """
 
 from __future__ import annotations
