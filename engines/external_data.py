@@ -70,8 +70,8 @@ class ExternalTensor:
 
     @property
     def length(self) -> int:
-        """Its bytes. Raises ValueError where none are written, or no number."""
-        return int(self.place["length"]) if "length" in self.place else -1
+        """Its bytes; -1 where none are written. Raises ValueError for what is no number."""
+        return int(self.place.get("length", "-1"))
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | int]]:
@@ -97,8 +97,8 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | int]]:
             raise ValueError(f"wire type {kind}")
 
 
-def _external_tensors(data: memoryview, message: str, depth: int = 0) -> Iterator[ExternalTensor]:
-    """Every tensor below `message` that has `external_data`."""
+def _places(data: memoryview, message: str, depth: int = 0) -> Iterator[tuple[memoryview, dict[str, str]]]:
+    """Every tensor below `message` that has `external_data`: its own message, and those pairs."""
     if depth > _DEPTH_LIMIT:
         raise ValueError(f"messages nested deeper than {_DEPTH_LIMIT}")
     children = _CHILDREN[message]
@@ -111,9 +111,9 @@ def _external_tensors(data: memoryview, message: str, depth: int = 0) -> Iterato
             pair = {key: bytes(text).decode() for key, text in _fields(payload) if not isinstance(text, int)}
             place[pair.get(1, "")] = pair.get(2, "")
         else:
-            yield from _external_tensors(payload, child, depth + 1)
+            yield from _places(payload, child, depth + 1)
     if place:
-        yield _described(data, place)
+        yield data, place
 
 
 def _described(tensor: memoryview, place: Mapping[str, str]) -> ExternalTensor:
@@ -145,13 +145,17 @@ def external_tensors(graph: bytes, path: Path) -> tuple[ExternalTensor, ...]:
         PackageError: it is not a readable ONNX protobuf.
     """
     try:
-        return tuple(_external_tensors(memoryview(graph), "Model"))
+        return tuple(_described(tensor, place) for tensor, place in _places(memoryview(graph), "Model"))
     except (ValueError, IndexError) as error:
-        raise PackageError(
-            f"{path} is not a readable ONNX graph ({error})",
-            expected="an ONNX protobuf",
-            fix="Copy or export the package again.",
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> PackageError:
+    return PackageError(
+        f"{path} is not a readable ONNX graph ({error})",
+        expected="an ONNX protobuf",
+        fix="Copy or export the package again.",
+    )
 
 
 def check_external_data(path: Path, allowed: Mapping[str, int]) -> None:
@@ -165,18 +169,22 @@ def check_external_data(path: Path, allowed: Mapping[str, int]) -> None:
         PackageError: the graph is not a readable ONNX protobuf, names another file, or bytes past the end of
             one.
     """
-    for tensor in external_tensors(path.read_bytes(), path):
-        limit = allowed.get(tensor.location, -1)
+    try:  # without what a tensor is besides: packages are opened at every start
+        places = [place for _, place in _places(memoryview(path.read_bytes()), "Model")]
+    except (ValueError, IndexError) as error:
+        raise _unreadable(path, error) from error
+    for place in places:
+        location = place.get("location", "")
         try:
-            inside = 0 <= tensor.offset <= tensor.offset + tensor.length <= limit
-            inside = inside and tensor.length >= 0
+            offset = int(place.get("offset", "0"))
+            end = offset + int(place.get("length", "-1"))
+            inside = 0 <= offset <= end <= allowed.get(location, -1)
         except ValueError:
             inside = False
         if not inside:
-            place = tensor.place
             files = ", ".join(f"{name!r} ({size} bytes)" for name, size in allowed.items())
             raise PackageError(
-                f"{path} takes weights from {tensor.location!r} (offset {place.get('offset')}, length"
+                f"{path} takes weights from {location!r} (offset {place.get('offset')}, length"
                 f" {place.get('length')})",
                 expected=f"bytes within {files}" if files else "no weights outside the graph",
                 fix="Do not use this package: it was not written by latentrt, or is damaged.",

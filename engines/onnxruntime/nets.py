@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ CUDA = "CUDAExecutionProvider"
 # the blocked layout of convolutions (NCHWc). It costs a second copy of their weights, and half of the time of
 # opening; docs/design.md has what it is worth in a run.
 _LARGE = 2**30
-_FELT = 2**26  # bytes of weights from which what loading them leaves behind is worth a look
+_WIDENED = 4  # times as many bytes as stored, at most: fp8 that is computed with in fp32
+_FELT = 2**26  # bytes of weights files from which what loading them leaves behind is worth a look
 
 Submit = Callable[[Callable[[], None]], None]
 
@@ -98,20 +100,21 @@ class OnnxRuntimeNet:
         self.spec: NetSpec = file.spec
         graph = package.path(file.graph)
         options = session_options(threads)
-        made = {kernel.name for kernel in lowered.kernels} if lowered else set[str]()
-        self._weights = engine_bytes(package, name, content, without=made)
-        if self._weights > _LARGE:
+        self._package, self._lowered = package, lowered
+        # Counting reads the graph, which no start shall wait for where a look at the files is enough.
+        stored = sum(package.manifest.files[weights].size for weights in file.weights)
+        if _WIDENED * stored > _LARGE and self._weights > _LARGE:
             options.graph_optimization_level = library().GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         give_weights(options, package, name)
         kernels = _give_kernels(options, package, name, lowered) if lowered else []
         self._session: Any = open_session(graph, options, [CPU], culprit=name, content=content)
-        if self._weights > _FELT:
+        if stored > _FELT:
             give_back_heap()
         # ONNX Runtime reads the kernels where they are, so they must live as long as the session, and a call
         # that still runs may hold the session longer than this net does.
         self._session.kernels = kernels
         self._outputs = [output.name for output in self.spec.outputs]
-        self._weights += sum(int(value.tensor_size_in_bytes()) for value in kernels)
+        self._kernels = sum(int(value.tensor_size_in_bytes()) for value in kernels)
         self._io = 0
         try:
             check_boundary(self._session, self.spec, graph)
@@ -121,8 +124,18 @@ class OnnxRuntimeNet:
 
     @property
     def memory(self) -> MemoryLedger:
-        """Weights at the width of the arithmetic, and the inputs and outputs of the last call."""
-        return MemoryLedger(weights=self._weights, activations=None, io=self._io)
+        """Weights at the width of the arithmetic, and the inputs and outputs of the last call.
+
+        Raises PackageError if the graph cannot be read any more.
+        """
+        return MemoryLedger(weights=self._weights + self._kernels, activations=None, io=self._io)
+
+    @cached_property
+    def _weights(self) -> int:
+        """Bytes of the tensors that its graph names, without those that are made as it is opened."""
+        content = self._lowered.graph if self._lowered else None
+        made = {kernel.name for kernel in self._lowered.kernels} if self._lowered else set[str]()
+        return engine_bytes(self._package, self.name, content, without=made)
 
     def __call__(self, **arrays: Array) -> dict[str, Array]:
         """Run once. Raises BackendError after `close` or for wrong inputs, MemoryLimitError."""
