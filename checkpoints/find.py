@@ -36,11 +36,9 @@ def locate(model: str, *, progress: Progress | None = None, store: Path | None =
         UsageError: an address that is none of a hub's model, or a short name of several models.
         ModelError, StorageError: as `download`.
     """
-    if path := _existing(model):
+    if path := here(model, store=store):
         return path
     if earlier := recall(model, store=store):
-        if path := _existing(earlier.note.path):
-            return path
         model = earlier.note.hub  # its copy here is gone, and fetched again
     found = parse(model)
     if found is not None and is_hub_id(model):
@@ -56,6 +54,18 @@ def locate(model: str, *, progress: Progress | None = None, store: Path | None =
         expected=_WANTED,
         fix="Check the path.",
     )
+
+
+def here(model: str, *, store: Path | None = None) -> Path | None:
+    """What `locate` finds without a hub: an existing path, or that of a short name; None if there is neither.
+
+    Raises:
+        UsageError, CheckpointError: as `recall`.
+    """
+    if path := _existing(model):
+        return path
+    earlier = recall(model, store=store)
+    return _existing(earlier.note.path) if earlier is not None else None
 
 
 def recall(model: str, *, store: Path | None = None) -> OpenedModel | None:

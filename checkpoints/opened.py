@@ -50,6 +50,7 @@ from .stages import OnProgress, Progress
 from .templates.archive import SHIPPED, Dtype, archive_sha256
 from .writing import TemplateGraphs, copy_weights, weight_types, write_package
 
+_MEASURES = "the ranges of fp16 are measured, once: that takes minutes for a large model"
 REVISION = 1  # of what is written here: raise it when the same checkpoint gets other graphs
 _STORED = {"fp16": "F16", "fp32": "F32"}
 _GRAPHS_BYTES = 10_000_000  # what an entry takes at most without converted weights
@@ -115,6 +116,8 @@ def open_checkpoint(
     with _entry(cache, opening, progress, lines.append) as (held, entry):
         package = opening.find(entry)
         if package is None:
+            if note is not None and options.dtype == "fp16":
+                note(_MEASURES)  # at once: the other lines can wait
             package = opening.make(held, entry, tokenize, progress)
         else:
             remember(held, entry, opening.note(entry))

@@ -36,13 +36,12 @@ def inspect(
 
     if samplers:
         return _print_samplers(as_json=as_json)
-    found = Path(package if package in SHIPPED else _place(package))
-    other = package not in SHIPPED and not is_package(found) and found.exists()
-    if other and not verify and sampler is None:  # which are for packages alone
+    found = SHIPPED.get(package) or _place(package)
+    if not is_package(found) and not verify and sampler is None:  # which are for packages alone
         from ..checkpoints.files.report import report
 
         return _print_report(report(found), as_json=as_json)
-    opened = Package.open(SHIPPED.get(package, found))
+    opened = Package.open(found)
     if verify:
         opened.verify()
         opened.check_weights()
@@ -51,14 +50,22 @@ def inspect(
     return _print_package(opened, as_json=as_json)
 
 
-def _place(model: str) -> str:
-    """The path of a checkpoint that was opened before, for its name; anything else as it is."""
-    if Path(model).exists():
-        return model
-    from ..checkpoints.find import recall
+def _place(model: str) -> Path:
+    """The path of what is here, also by the name of a checkpoint that was opened before.
 
-    earlier = recall(model)
-    return earlier.note.path if earlier is not None else model
+    Raises:
+        CheckpointError: there is no such thing; nothing is fetched to be looked at.
+    """
+    from ..checkpoints.find import here
+    from ..engines.errors import CheckpointError
+
+    if path := here(model):
+        return path
+    raise CheckpointError(
+        f"{model[:200]} does not exist here",
+        expected="a file or folder, or a name that `latentrt models` lists",
+        fix="Check the path; a model of a hub is fetched by `latentrt generate PROMPT -m ORG/NAME`.",
+    )
 
 
 def _print_samplers(*, as_json: bool) -> None:

@@ -22,7 +22,7 @@ from latentrt.checkpoints.files.component import read_tensors
 from latentrt.checkpoints.files.open import Checkpoint
 from latentrt.checkpoints.opened import Options, open_checkpoint
 from latentrt.engines.backends import BACKENDS
-from latentrt.engines.errors import CheckpointError, StorageError, UsageError
+from latentrt.engines.errors import CheckpointError, PackageError, StorageError, UsageError
 from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
 from latentrt.engines.onnxruntime.nets import OnnxRuntimeNet
 from latentrt.engines.onnxruntime.tuning.cpu import lower_for_cpu
@@ -203,6 +203,7 @@ def test_each_way_of_opening_has_its_own_entry(model: Path, opener: Opener) -> N
 def test_half_precision_has_islands_like_the_exports(model: Path, opener: Opener) -> None:
     package = opener(model, dtype="fp16")
     assert package.manifest.dtype == "fp16"
+    assert "measured, once" in opener.notes[0]
     assert [stage.split()[0] for stage in opener.stages[-3:]] == ["make", "measure", "package"]
     assert package.manifest.nets["vae_decoder"].fp32_islands, "its mean is computed in float32"
     assert not list(opener.store.rglob("*.safetensors"))
@@ -390,3 +391,8 @@ def test_a_folder_opens_like_the_file(model: Path, opener: Opener, tmp_path: Pat
     for net in ("text_encoder", "unet", "vae_decoder", "vae_encoder"):
         for name, array in outputs(wanted, net).items():
             np.testing.assert_array_equal(outputs(found, net)[name], array)
+
+
+def test_an_archive_of_templates_that_is_missing(model: Path, opener: Opener, tmp_path: Path) -> None:
+    with pytest.raises(PackageError, match=r"none\.zip cannot be read"):
+        opener(model, templates=tmp_path / "none.zip")

@@ -18,6 +18,7 @@ from latentrt.checkpoints.graphs.weights import (
     write_weights,
 )
 from latentrt.checkpoints.stored_types import convert
+from latentrt.engines.backends import BACKENDS
 
 HALF, FULL, BRAIN = ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.BFLOAT16
 
@@ -97,3 +98,27 @@ def test_weights_of_any_type_serve_graphs_of_any_type(
     exact = x.astype(np.float64)
     wanted = exact @ weight.astype(np.float64) + exact
     assert np.allclose(session.run(None, {"x": x})[0], wanted, atol=5e-3 if kind == HALF else 1e-6)
+
+
+def test_backends_say_what_they_read_by_these_names() -> None:
+    assert BACKENDS["onnxruntime"].reads == set(STORED)
+    assert all(row.reads <= set(STORED) for row in BACKENDS.values())
+
+
+@pytest.mark.parametrize("stored", ["F16", "F32"])
+def test_a_weight_that_is_transposed_is_widened_behind_that(tmp_path: Path, stored: str) -> None:
+    """ONNX Runtime keeps what it folds on the way: a narrow copy is half as large."""
+    weight = convert(np.arange(12.0).reshape(4, 3), stored)
+    slots = write_weights(tmp_path / WEIGHTS, {"w": weight}, {"w": STORED[stored]})
+    zeros = ",".join(["0"] * 12)
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["":23]> g (float[2,3] x) => (float[2,4] y)'
+        f" <float[4,3] w = {{{zeros}}}> {{ t = Transpose <perm = [1, 0]> (w) y = MatMul(x, t) }}"
+    )
+    attach(model, slots)
+    casts = ["Cast"] if stored == "F16" else []
+    assert [node.op_type for node in model.graph] == ["Transpose", *casts, "MatMul"]
+    ir.save(model, tmp_path / "model.onnx")
+    session = ort.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    x = np.ones((2, 3), np.float32)
+    assert np.array_equal(session.run(None, {"x": x})[0], x @ weight.astype(np.float32).T)

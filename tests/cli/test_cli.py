@@ -127,6 +127,13 @@ def test_inspect_says_what_a_file_is(latentrt: Any, tmp_path: Path) -> None:
     assert "a folder of files (style.safetensors)" in latentrt("inspect", str(tmp_path))[1]
 
 
+@pytest.mark.parametrize("nothing", ["nowhere.safetensors", "org/name"])
+def test_nothing_is_fetched_to_be_looked_at(latentrt: Any, nothing: str) -> None:
+    code, _, err = latentrt("inspect", nothing)
+    assert code == 3
+    assert f"{nothing} does not exist here" in err
+
+
 def test_inspect_says_what_a_checkpoint_has(latentrt: Any, tmp_path: Path) -> None:
     ODD_FILES["inpainting 2.x"].make(tmp_path)
     code, out, _ = latentrt("inspect", str(tmp_path / "model.safetensors"))

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir
@@ -30,6 +31,8 @@ from tests.tiny_package import external, write_graph
 
 DEMO = Path(__file__).parents[2] / "demo" / "package"
 FOLDER = "session.model_external_initializers_file_folder_path"
+STORED = [np.float16, np.float32, np.float64]
+STORED += [ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]
 SAME = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}
 
 
@@ -351,7 +354,7 @@ def test_weights_that_are_not_there(demo: Package, monkeypatch: pytest.MonkeyPat
         OnnxRuntimeNet(demo, "unet", lowered=graph)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("dtype", STORED)
 def test_kernels_come_from_where_the_graph_says(package: Package, dtype: Any) -> None:
     weight = np.random.default_rng(0).standard_normal((3, 2, 3, 3)).astype(dtype)
     net = package.manifest.nets["unet"]
