@@ -49,8 +49,15 @@ def locate(model: str, *, progress: Progress | None = None, store: Path | None =
             expected=_WANTED,
             fix="Download the file yourself, and pass its path.",
         )
+    place = Path(model).absolute()
+    with suppress(OSError):  # no link, or none that this user may read
+        raise CheckpointError(
+            f"{place} is a link to {place.readlink()}, which does not exist"[:500],
+            expected=_WANTED,
+            fix="Mend the link, or put back what it leads to.",
+        )
     raise CheckpointError(
-        f"{model[:200]} does not exist (looked for at {Path(model).absolute()})"[:500],
+        f"{model[:200]} does not exist (looked for at {place})"[:500],
         expected=_WANTED,
         fix="Check the path.",
     )

@@ -121,7 +121,13 @@ def _odd_tensors(
 
 def _refuse(source: Checkpoint, component: str, reason: str) -> NoReturn:
     part = source.parts[spec.NETS[component].part]
-    export = command("latentrt", "export", source.root, "-o", "PACKAGE")
+    given = [
+        word
+        for name, option in (("vae", "--vae"), ("tiny_vae", "--tiny-vae"))
+        if name in source.parts and not source.parts[name].folder.is_relative_to(source.root)
+        for word in (option, source.parts[name].folder)
+    ]
+    export = command("latentrt", "export", source.root, "-o", "PACKAGE", *given)
     raise CheckpointError(
         f"{part.folder} ({part.name}) fits no graph that is shipped: {reason}",
         expected="an architecture in circulation",

@@ -396,3 +396,14 @@ def test_a_folder_opens_like_the_file(model: Path, opener: Opener, tmp_path: Pat
 def test_an_archive_of_templates_that_is_missing(model: Path, opener: Opener, tmp_path: Path) -> None:
     with pytest.raises(PackageError, match=r"none\.zip cannot be read"):
         opener(model, templates=tmp_path / "none.zip")
+
+
+def test_the_advice_to_export_names_the_other_autoencoder(
+    model: Path, opener: Opener, tmp_path: Path
+) -> None:
+    vae = tmp_path / "other.safetensors"
+    odd = {"first_stage_model.decoder.norm_out.weight": torch.zeros(33, dtype=torch.float16)}
+    write_small(vae, **odd)
+    with pytest.raises(CheckpointError) as caught:
+        opener(model, vae=vae)
+    assert caught.value.fix.endswith(f"latentrt export {model} -o PACKAGE --vae {vae}")

@@ -42,3 +42,9 @@ def test_a_folder_that_this_user_may_not_enter(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(Path, "is_file", denied)
     with pytest.raises(CheckpointError, match=r"cannot be read \(Permission denied\)"):
         is_package(tmp_path)
+
+
+def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "gone.safetensors")
+    with pytest.raises(CheckpointError, match=r"is a link to .*gone\.safetensors, which does not exist"):
+        Pipeline.open(tmp_path / "link.safetensors")
