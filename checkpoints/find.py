@@ -50,7 +50,7 @@ def locate(model: str, *, progress: Progress | None = None, store: Path | None =
             fix="Download the file yourself, and pass its path.",
         )
     place = Path(model).absolute()
-    with suppress(OSError):  # no link, or none that this user may read
+    with suppress(OSError, ValueError):  # no link, none that this user may read, or no name for a file
         raise CheckpointError(
             f"{place} is a link to {place.readlink()}, which does not exist"[:500],
             expected=_WANTED,

@@ -64,7 +64,7 @@ def _place(model: str) -> Path:
     raise CheckpointError(
         f"{model[:200]} does not exist here",
         expected="a file or folder, or a name that `latentrt models` lists",
-        fix="Check the path; a model of a hub is fetched by `latentrt generate PROMPT -m ORG/NAME`.",
+        fix="Check the path. A model of a hub is fetched when it is opened: latentrt generate PROMPT -m ORG/NAME",
     )
 
 

@@ -317,7 +317,7 @@ def refuse_without_index(root: Path) -> NoReturn:
     files = sorted(path for path in there if path.suffix.lower() == ".safetensors" and path.is_file())
     if not files:
         raise CheckpointError(
-            f"{root} is no checkpoint: there is no model_index.json, and no .safetensors file",
+            f"{root} is no checkpoint: model_index.json is missing, and there is no .safetensors file",
             expected="a folder in diffusers' layout, or a file",
             fix="Check the path; `latentrt inspect` says what any other file or folder is.",
         )
