@@ -21,7 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-from ..engines.errors import EngineError, LatentrtError, PackageError
+from ..engines.errors import EngineError, LatentrtError, PackageError, UsageError, command
 from ..engines.package import MANIFEST, Manifest, Package
 from ..engines.store import files
 from ..engines.store.engine_store import EngineStore, Prunable, Pruned
@@ -201,6 +201,18 @@ def load_entry(path: Path) -> OpenedEntry | None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(f"{path / OPENED} is damaged ({error})", "a note as written") from error
     return entry
+
+
+def refuse_entry(folder: Path) -> None:
+    """Raise UsageError for the folder of an entry, which is no package that could be opened alone."""
+    if not (folder / OPENED).is_file():
+        return
+    entry = load_entry(folder)
+    raise UsageError(
+        f"{folder} is what the cache keeps of a checkpoint that was opened",
+        expected="the checkpoint itself, which has the weights",
+        fix="Pass its path." if entry is None else f"Pass its path: {command(entry.note.path)}",
+    )
 
 
 def _last_used(path: Path) -> float:

@@ -1,7 +1,7 @@
 """A package, written net by net: one order of stages, wherever its graphs come from and its weights go.
 
 The two seams are `Graphs` (templates here, traces in `export/traced.py`) and `Weights` (copied here, left
-where they are in `opened.py`).
+where they are in `making.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .precision.calibration import Calibration, Tokenize, components
 from .precision.islands import Found
 from .stages import OnProgress, stages
 from .templates.archive import SHIPPED, Dtype
-from .templates.find import check_template, net_template
+from .templates.find import check_templates, net_template
 
 _ARITHMETIC = {"fp16": "float16", "fp32": "float32"}
 
@@ -92,8 +92,7 @@ class TemplateGraphs:
         self._source, self._archive = source, archive
         self._dtype: Dtype = dtype
         self._tensors = {name: net_tensors(source, name) for name in components(source)}
-        for component in self._tensors:  # before gigabytes are read
-            check_template(source, component, archive=archive)
+        check_templates(source, self._tensors, archive)  # before gigabytes are read
 
     @property
     def producer(self) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 if TYPE_CHECKING:
+    from ..checkpoints.files.open import Checkpoint
     from ..checkpoints.files.report import Report
     from ..engines.package import Package
 
@@ -40,7 +41,7 @@ def inspect(
     if not is_package(found) and not verify and sampler is None:  # which are for packages alone
         from ..checkpoints.files.report import report
 
-        return _print_report(report(found), as_json=as_json)
+        return _print_report(report(found, _check_graphs), as_json=as_json)
     opened = Package.open(found)
     if verify:
         opened.verify()
@@ -48,6 +49,14 @@ def inspect(
     if sampler is not None:
         return _print_table(opened, sampler, steps, as_json=as_json)
     return _print_package(opened, as_json=as_json)
+
+
+def _check_graphs(source: Checkpoint) -> None:
+    """Raise CheckpointError for a checkpoint of which a net has no graph that is shipped."""
+    from ..checkpoints.precision.calibration import components
+    from ..checkpoints.templates.find import check_templates
+
+    check_templates(source, components(source))
 
 
 def _place(model: str) -> Path:
@@ -64,7 +73,8 @@ def _place(model: str) -> Path:
     raise CheckpointError(
         f"{model[:200]} does not exist here",
         expected="a file or folder, or a name that `latentrt models` lists",
-        fix="Check the path. A model of a hub is fetched when it is opened: latentrt generate PROMPT -m ORG/NAME",
+        fix="Check the path. A model of a hub is fetched when it is opened:"
+        " latentrt generate PROMPT -m ORG/NAME",
     )
 
 

@@ -85,6 +85,7 @@ def open_model(
     if str(model) in SHIPPED:
         return _package(SHIPPED[str(model)], options)
     # here: the shipped model needs none of it
+    from ..checkpoints.entries import refuse_entry
     from ..checkpoints.find import locate, recall
     from ..checkpoints.hub.ids import is_hub_id
 
@@ -97,6 +98,7 @@ def open_model(
         changed = ", which has changed since it was opened" if before.entries[0].state == "changed" else ""
         note(f"{asked} is {path}{_named(options)}{changed}")
     if is_package(path):
+        refuse_entry(path)
         return _package(path, options)
     return _opened(path, backend(), options, hub, advance, note)
 

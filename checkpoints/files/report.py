@@ -5,7 +5,7 @@ Only JSON, headers and first bytes are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -128,11 +128,12 @@ class Report:
         return {**asdict(self), "path": str(self.path)}
 
 
-def report(path: str | Path) -> Report:
+def report(path: str | Path, check: Callable[[Checkpoint], None] | None = None) -> Report:
     """Say what a file or folder is.
 
     Args:
         path: any file; a folder in diffusers' layout, of one part, or a repository in Hugging Face's cache.
+        check: raises CheckpointError for a checkpoint that was read, and cannot be opened all the same.
 
     Raises:
         CheckpointError: it does not exist.
@@ -145,14 +146,14 @@ def report(path: str | Path) -> Report:
             fix="Check the path; names are not downloaded.",
         )
     try:
-        return _report_file(root) if root.is_file() else _report_folder(root)
+        return _report_file(root, check) if root.is_file() else _report_folder(root, check)
     except CheckpointError as error:  # no tensor could be described
         size = root.stat().st_size if root.is_file() else 0
         what = f"a damaged or unknown {'file' if root.is_file() else 'folder'}"
         return Report(path=root, kind="damaged", what=what, problem=error.found, todo=error.fix, size=size)
 
 
-def _report_file(path: Path) -> Report:
+def _report_file(path: Path, check: Callable[[Checkpoint], None] | None) -> Report:
     size = path.stat().st_size
     if kind := kind_of_bytes(path):
         return Report(path=path, kind=kind.name, what=kind.what, todo=kind.advice(path), size=size)
@@ -160,7 +161,7 @@ def _report_file(path: Path) -> Report:
     tensors = usual_names(stored)
     kind, counted = kind_of_tensors(tensors), PartReport.of(stored.values())
     if kind.name == "checkpoint":
-        found = _report_checkpoint(path, stored, tensors)
+        found = _report_checkpoint(path, stored, tensors, check)
         return replace(found, size=size, tensors=counted.tensors, types=counted.types)
     base = base_of(tensors, metadata) if kind.name in MADE_FOR else None
     return Report(
@@ -186,7 +187,9 @@ def _adapter_notes(tensors: Mapping[str, TensorHeader]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _report_checkpoint(path: Path, stored: Tensors, tensors: Tensors) -> Report:
+def _report_checkpoint(
+    path: Path, stored: Tensors, tensors: Tensors, check: Callable[[Checkpoint], None] | None
+) -> Report:
     """The report of a file with a UNet; without its size."""
     parts: dict[str, PartReport] = {}
     missing: list[str] = []
@@ -196,10 +199,10 @@ def _report_checkpoint(path: Path, stored: Tensors, tensors: Tensors) -> Report:
             parts[name] = PartReport.of(stored[name] for name in names)
         else:
             missing.append(name)
-    family, problem = family_of(tensors), ""
-    todo = f"Draw with it: {command('latentrt', 'generate', 'PROMPT', '-m', path)}"
+    family, (problem, todo) = family_of(tensors), ("", _draw_with(path))
     try:
-        family = Checkpoint.open(path).family
+        source = Checkpoint.open(path)
+        family, (problem, todo) = source.family, _checked(source, check)
     except CheckpointError as error:
         problem, todo = error.found, error.fix
     kind, what = "checkpoint", f"a checkpoint of {FAMILIES[family]}, in one file"
@@ -224,6 +227,20 @@ def _report_checkpoint(path: Path, stored: Tensors, tensors: Tensors) -> Report:
     )
 
 
+def _draw_with(path: Path) -> str:
+    return f"Draw with it: {command('latentrt', 'generate', 'PROMPT', '-m', path)}"
+
+
+def _checked(source: Checkpoint, check: Callable[[Checkpoint], None] | None) -> tuple[str, str]:
+    """What keeps a checkpoint that was read from being opened ("" for nothing), and what to do with it."""
+    try:
+        if check is not None:
+            check(source)
+    except CheckpointError as error:
+        return error.found, error.fix
+    return "", _draw_with(source.root)
+
+
 def _facts(
     family: str, parts: Mapping[str, Component], scheduler: Mapping[str, Any], notes: tuple[str, ...]
 ) -> dict[str, Any]:
@@ -242,15 +259,15 @@ def _facts(
     }
 
 
-def _report_folder(root: Path) -> Report:
+def _report_folder(root: Path, check: Callable[[Checkpoint], None] | None) -> Report:
     if not (root / "model_index.json").is_file():
         return _report_part(root)
-    todo = f"Draw with it: {command('latentrt', 'generate', 'PROMPT', '-m', root)}"
     try:
         opened = Checkpoint.open(root)
     except CheckpointError as error:
         what = f"a diffusers folder ({read_json(root / 'model_index.json').get('_class_name')})"
         return Report(path=root, kind="checkpoint", what=what, problem=error.found, todo=error.fix)
+    problem, todo = _checked(opened, check)
     parts = {name: PartReport.of(part.tensors.values()) for name, part in opened.parts.items()}
     counted = PartReport.of(tensor for part in opened.parts.values() for tensor in part.tensors.values())
     return Report(
@@ -258,7 +275,8 @@ def _report_folder(root: Path) -> Report:
         kind="checkpoint",
         what=f"a checkpoint of {FAMILIES[opened.family]}, a diffusers folder",
         family=opened.family,
-        opens=True,
+        opens=not problem,
+        problem=problem,
         todo=todo,
         size=counted.size,
         tensors=counted.tensors,

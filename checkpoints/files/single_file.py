@@ -30,7 +30,7 @@ from ...engines.safetensors_format import read_header
 from ...engines.spec import TEXT_ENCODERS
 from .component import Component, TensorHeader, read_headers
 from .derived_configs import GUIDANCE, is_vae, text_config, unet_config, vae_config, vision_config
-from .file_kinds import refuse_other_formats, refuse_other_kinds
+from .file_kinds import kind_of_tensors, refuse_other_formats, refuse_other_kinds
 from .ldm_names import (
     TEXT,
     UNET,
@@ -315,8 +315,10 @@ def open_vae_file(path: Path, *, scaling_factor: float = _SD_SCALING) -> Compone
     try:
         config = vae_config(tensors)
     except CheckpointError as error:
+        kind = kind_of_tensors(stored)
+        named = "" if kind.name == "vae" else f" but {kind.what}"
         raise CheckpointError(
-            f"{path} is no autoencoder ({error.found})",
+            f"{path} is no autoencoder{named} ({error.found})",
             expected="the AutoencoderKL of a Stable Diffusion checkpoint",
             fix="Check which file it is; a tiny autoencoder goes with --tiny-vae instead.",
         ) from error

@@ -31,6 +31,8 @@ def hub_name() -> str:
     from huggingface_hub import constants
 
     address = urlsplit(constants.ENDPOINT)
+    if not (address.scheme and address.hostname):
+        return "what HF_ENDPOINT says is no address: it"
     port = f":{address.port}" if address.port else ""
     return f"{address.scheme}://{address.hostname}{port}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,7 +12,6 @@ from ...engines.errors import CheckpointError, command
 from ...engines.installed import install_command
 from ..files.net_reads import net_tensors
 from ..files.open import Checkpoint
-from ..graphs.weights import weight_shapes
 from .archive import SHIPPED, Dtype, read_graph, read_index
 from .keys import differences, net_key, tensors_digest
 
@@ -48,9 +47,10 @@ def net_template(source: Checkpoint, component: str, dtype: Dtype, *, archive: P
     return _read(archive, row, row["graphs"][dtype])
 
 
-def check_template(source: Checkpoint, component: str, *, archive: Path = SHIPPED) -> None:
-    """Raise as `net_template` does, without reading a graph."""
-    _row(source, component, archive)
+def check_templates(source: Checkpoint, components: Iterable[str], archive: Path = SHIPPED) -> None:
+    """Raise as `net_template` does where one of these has no template, without reading a graph."""
+    for component in components:
+        _row(source, component, archive)
 
 
 def _row(source: Checkpoint, component: str, archive: Path) -> dict[str, Any]:
@@ -113,6 +113,8 @@ def _odd_tensors(
     shapes: Mapping[str, tuple[int, ...]], model: ir.Model
 ) -> list[tuple[str, tuple[int, ...] | None, tuple[int, ...] | None]]:
     """The tensors that differ: name, the checkpoint's shape and the template's, None for a missing one."""
+    from ..graphs.weights import weight_shapes  # reads graphs, which are needed for this message alone
+
     wanted = weight_shapes(model)
     names = dict.fromkeys((*wanted, *shapes))
     pairs = [(name, shapes.get(name), wanted.get(name)) for name in names]

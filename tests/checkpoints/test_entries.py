@@ -146,6 +146,16 @@ def test_a_note_that_cannot_be_written_hinders_nothing(
     assert entries(store)[0].note.path == str(model)
 
 
+def test_an_entry_is_no_package(model: Path, opener: Callable[..., Package]) -> None:
+    entry = opener(model).root
+    with pytest.raises(UsageError, match="is what the cache keeps of a checkpoint") as caught:
+        open_model(entry, backend=lambda: "onnxruntime")
+    assert caught.value.fix.endswith(str(model))
+    change(entry, schema=0)
+    with pytest.raises(UsageError, match="is what the cache keeps of a checkpoint"):
+        open_model(entry, backend=lambda: "onnxruntime")
+
+
 # ── torn, foreign, half made ─────────────────────────────────────────────────────────────────────────────
 
 DAMAGE: dict[str, Callable[[Path], object]] = {

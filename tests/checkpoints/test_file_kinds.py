@@ -416,5 +416,8 @@ def test_an_autoencoder_without_quantisation_convolutions(files: dict[str, Tenso
 
 
 def test_no_autoencoder(write: Any) -> None:
-    with pytest.raises(CheckpointError, match="is no autoencoder"):
+    with pytest.raises(CheckpointError, match="is no autoencoder but no kind that is known"):
         open_vae_file(write({"fc1.weight": meta(4)}))
+    lora = {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": meta(4, 768)}
+    with pytest.raises(CheckpointError, match=r"is no autoencoder but a LoRA \(kohya's names\)"):
+        open_vae_file(write(lora))

@@ -649,6 +649,11 @@ def test_too_many_requests(hub: Hub, tiny: Repository) -> None:
     refused(DownloadError, NAME, "answered with status 429", "Wait for some minutes")
 
 
+def test_an_endpoint_that_is_no_address(tmp_path: Path) -> None:
+    _, text = run(NAME, HF_HOME=str(tmp_path), HF_ENDPOINT="banana")
+    assert text.startswith("what HF_ENDPOINT says is no address")
+
+
 def test_what_is_no_hub(hub: Hub) -> None:
     hub.page = b"<html>Log in to this network</html>"
     refused(DownloadError, NAME, "something else than a hub does", "HF_ENDPOINT")

@@ -308,8 +308,23 @@ def test_a_damaged_entry_is_made_anew(model: Path, opener: Opener) -> None:
     (package.root / "unet" / "loop.onnx").write_bytes(b"")
     again = opener(model)
     assert opener.stages
+    assert f"what was made ready before is damaged, and is made anew: {package.root}" in opener.notes
     assert again.root == package.root
     assert outputs(again, "unet")["prediction"].shape == (2, 4, 8, 8)
+
+
+def test_a_second_opening_reads_no_graph(model: Path, opener: Opener, small_archive: Path) -> None:
+    wanted = opener(model).root
+    script = f"""
+import sys
+sys.modules["onnx_ir"] = sys.modules["onnx"] = None  # an import of it raises ImportError
+from pathlib import Path
+from latentrt.checkpoints.opened import Options, open_checkpoint
+options = Options(dtype="fp32", reads={sorted(EVERY)}, templates=Path({str(small_archive)!r}))
+print(open_checkpoint({str(model)!r}, options, tokenize=None, store=Path({str(opener.store)!r})).root)
+"""
+    run = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert run.stdout.strip() == str(wanted)
 
 
 def test_a_full_disk_leaves_nothing(model: Path, opener: Opener, monkeypatch: pytest.MonkeyPatch) -> None:

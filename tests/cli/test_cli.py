@@ -144,9 +144,13 @@ def test_inspect_says_what_a_checkpoint_has(latentrt: Any, tmp_path: Path) -> No
         "9 input channels (inpainting)",
         "once they can be used: embedding for 64 numbers in text_encoder",
         "tensors that are not used: ",
-        "Draw with it: latentrt generate PROMPT -m ",
+        "cannot be opened: ",
+        "fits no graph that is shipped: ",
+        "latentrt export ",
     ):
         assert line in out
+    found = json.loads(latentrt("inspect", str(tmp_path / "model.safetensors"), "--json")[1])
+    assert (found["opens"], found["family"]) == (False, "sd2")
     (tmp_path / "half").mkdir()
     ODD_FILES["no autoencoder"].make(tmp_path / "half")
     out = latentrt("inspect", str(tmp_path / "half" / "model.safetensors"))[1]

@@ -1,0 +1,91 @@
+"""The package of a checkpoint that is opened as it is, made in the cache.
+
+Nothing else of opening reads graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import onnx_ir as ir
+
+from ..engines.package import Package
+from ..engines.safetensors_format import ITEM_SIZES
+from ..engines.store.files import storage_errors
+from ..engines.store.folder import StoreFolder
+from .beside import beside, put
+from .contents import Content
+from .entries import write_note
+from .graphs.weights import attach, places
+from .opening import Opening
+from .precision.calibration import Tokenize
+from .stages import OnProgress
+from .writing import TemplateGraphs, copy_weights, weight_types, write_package
+
+_STORED = {"fp16": "F16", "fp32": "F32"}
+_GRAPHS_BYTES = 10_000_000  # what an entry takes at most without converted weights
+
+
+def make(
+    opening: Opening, cache: StoreFolder, entry: Path, tokenize: Tokenize, progress: OnProgress | None
+) -> Package:
+    """Write the package of a checkpoint into the cache, and open it.
+
+    Args:
+        opening: the checkpoint.
+        cache: the store that the entry is in.
+        entry: the package's folder, which is put there when it is whole.
+        tokenize, progress: as in `open_checkpoint`.
+
+    Raises:
+        As `open_checkpoint`.
+    """
+    dtype = opening.options.dtype
+    graphs = TemplateGraphs(opening.source, dtype, opening.options.templates)
+    failed = partial(
+        storage_errors, cache.root, f"{opening.source.root} cannot be made ready", room=_room(opening)
+    )
+    with failed(), beside(entry) as folder, failed():  # the inner one still sees what was written
+        write_package(
+            opening.source,
+            folder,
+            graphs=graphs,
+            weights=_WeightsElsewhere(opening),
+            dtype=dtype,
+            tokenize=tokenize,
+            progress=progress,
+        )
+        write_note(folder, opening.note(folder))
+        put(folder, entry, folder)
+    return Package.open(entry, elsewhere=opening.places)
+
+
+def _room(opening: Opening) -> str:
+    """What an entry takes on the disk, for whoever has no room for it."""
+    size = _GRAPHS_BYTES + ITEM_SIZES[_STORED[opening.options.dtype]] * sum(
+        prod(header.shape) for name in opening.unread for header in opening.tensors[name].values()
+    )
+    return f"{size / 1e6:.0f} MB: the graphs{' and converted weights' if opening.unread else ''}"
+
+
+class _WeightsElsewhere:
+    """Weights that stay in the user's files, or are converted where the backend does not read their type."""
+
+    def __init__(self, opening: Opening) -> None:
+        self._opening = opening
+
+    @property
+    def elsewhere(self) -> Mapping[str, Content]:
+        """The user's files, by their names in the manifest."""
+        return self._opening.files
+
+    def attach(self, component: str, model: ir.Model, folder: Path) -> list[str]:
+        """Give a graph its weights; their files' names in the manifest."""
+        tensors = self._opening.tensors[component]
+        if component in self._opening.unread:
+            return copy_weights(component, model, folder, tensors, weight_types(model, tensors))
+        attach(model, places(tensors))
+        return list(dict.fromkeys(self._opening.names[header.file] for header in tensors.values()))

@@ -1,0 +1,173 @@
+"""A checkpoint that was read to be opened, and all that decides its package: the content of the weights,
+configs and tokenizers, and the options. So a package is made once, a file that was moved is still the same,
+and one that changed is another.
+
+No graph is read here: what was opened before opens without.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..engines.errors import PackageError
+from ..engines.installed import latentrt_version
+from ..engines.package import MANIFEST, Elsewhere, Package, common_folder
+from ..engines.store.files import check_private, storage_errors
+from ..engines.store.folder import StoreFolder
+from .contents import read_contents
+from .entries import Note, SeenFile, manifest_sha256, now
+from .files.component import TensorHeader
+from .files.net_reads import net_tensors
+from .files.open import Checkpoint
+from .files.tokenizers import WriteTokenizer
+from .manifest import request_defaults
+from .precision.calibration import components
+from .templates.archive import SHIPPED, Dtype, archive_sha256
+
+REVISION = 1  # of what `making.py` writes: raise it when the same checkpoint gets other graphs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a checkpoint is opened.
+
+    Attributes:
+        dtype: the arithmetic of the graphs, "fp16" or "fp32".
+        reads: safetensors' names of the types that the backend reads; weights of others are converted.
+        vae, tiny_vae, prediction_type: as in `Checkpoint.open`.
+        templates: the archive of graphs.
+    """
+
+    dtype: Dtype
+    reads: Collection[str]
+    vae: Path | None = None
+    tiny_vae: Path | None = None
+    prediction_type: str | None = None
+    templates: Path = SHIPPED
+
+
+class Opening:
+    """A checkpoint that was read, and what decides the package that is made of it.
+
+    Attributes:
+        source: the checkpoint.
+        options: how it is opened.
+        tensors: the weights that each component reads, by their names in the graphs.
+        names: the weights files -> their names in the manifest.
+        files: these names -> what is in the files.
+    """
+
+    def __init__(self, source: Checkpoint, options: Options, cache: StoreFolder, hub: str) -> None:
+        self.source, self.options, self._hub = source, options, hub
+        self.tensors = {name: net_tensors(source, name) for name in components(source)}
+        files = {header.file: name for name, header in self._headers()}
+        contents = read_contents(files, cache)
+        # A weights file's name in the manifest says what it is of, and need not be that of a file.
+        self.names = {path: f"{files[path]}/{path.name}" for path in contents}
+        self.files = {self.names[path]: content for path, content in contents.items()}
+
+    def _headers(self) -> Iterable[tuple[str, TensorHeader]]:
+        """Every tensor with its component, the last component first, so that a dict keeps the first."""
+        for component, tensors in reversed(self.tensors.items()):
+            for header in tensors.values():
+                yield component, header
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 (hex) of all that decides the package."""
+        source = self.source
+        folder = common_folder(content.path for content in self.files.values())
+        facts = {
+            "revision": REVISION,
+            "latentrt": latentrt_version(),
+            "templates": archive_sha256(self.options.templates),
+            "dtype": self.options.dtype,
+            "converted": sorted(self.unread),
+            "name": source.name,
+            "files": {
+                name: [content.path.relative_to(folder).as_posix(), content.sha256]
+                for name, content in self.files.items()
+            },
+            "parts": {name: dict(part.config) for name, part in source.parts.items()},
+            "configs": {name: dict(config) for name, config in source.configs.items()},
+            "defaults": vars(request_defaults(source)),
+            "zero_empty_prompt": source.zero_empty_prompt,
+            "tokenizers": {name: _tokenizer_facts(write) for name, write in source.tokenizers.items()},
+        }
+        # Not `canonical_sha256`: schedulers' configs may hold "-Infinity".
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def unread(self) -> dict[str, list[str]]:
+        """The components whose weights the backend does not read -> the types that it does not."""
+        found = {
+            name: sorted({header.dtype for header in tensors.values()} - set(self.options.reads))
+            for name, tensors in self.tensors.items()
+        }
+        return {name: types for name, types in found.items() if types}
+
+    def conversions(self) -> list[str]:
+        """A line for each component that is converted."""
+        return [
+            f"{name}: weights of the type {', '.join(types)} are converted to {self.options.dtype} in the"
+            " cache: the backend does not read them"
+            for name, types in self.unread.items()
+        ]
+
+    def note(self, entry: Path) -> Note:
+        """What the list of opened checkpoints says of a package that was opened now."""
+        options = self.options
+        return Note(
+            name=self.source.name,
+            family=self.source.family,
+            dtype=options.dtype,
+            path=os.path.abspath(self.source.root),
+            hub=self._hub,
+            vae=os.path.abspath(options.vae) if options.vae else "",
+            tiny_vae=os.path.abspath(options.tiny_vae) if options.tiny_vae else "",
+            prediction_type=options.prediction_type or "",
+            files={
+                name: SeenFile(path=str(content.path), size=content.size, mtime_ns=content.mtime_ns)
+                for name, content in self.files.items()
+            },
+            manifest=manifest_sha256(entry),
+            created=now(),
+        )
+
+    def find(self, entry: Path) -> Package | None:
+        """The package in the cache, if it is there. Raises StorageError if others could have changed it."""
+        if not (entry / MANIFEST).is_file():
+            return None
+        with storage_errors(entry, f"{entry} cannot be read"):
+            check_private(entry, entry.lstat(), stat.S_IFDIR)
+        try:
+            return Package.open(entry, elsewhere=self.places)
+        except PackageError:  # damaged: it is made anew
+            return None
+
+    @property
+    def places(self) -> dict[str, Elsewhere]:
+        """Where the weights files are, by their names in the manifest."""
+        return {name: content.elsewhere for name, content in self.files.items()}
+
+
+def _tokenizer_facts(write: WriteTokenizer) -> object:
+    """What decides the files that a tokenizer's writer writes: its settings, and what it copies."""
+    settings: dict[str, Any] = getattr(write, "keywords", {})
+    return {
+        name: _files_facts(value) if isinstance(value, Path) else value for name, value in settings.items()
+    }
+
+
+def _files_facts(folder: Path) -> list[list[str]]:
+    """The name and the sha256 (hex) of every file in a folder."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in files]
