@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from math import prod
 from pathlib import Path
@@ -11,11 +12,13 @@ import numpy as np
 
 from .external_data import ExternalTensor, external_tensors
 from .package import Package
-from .spec import Array
+from .spec import NETS, Array
 
 # The number of a type in onnx.proto3 -> NumPy's name of it; the second line's are from ml_dtypes.
 _DTYPES = {1: "float32", 10: "float16", 11: "float64"}
 _ML_DTYPES = {16: "bfloat16", 17: "float8_e4m3fn", 19: "float8_e5m2"}
+# The node that `checkpoints.graphs.weights.attach` puts behind a weight; its output is called `….out`.
+_TURNED = re.compile(rb"([\w.]+)/transpose(?!\.out)")
 _WIDTHS = {"fp16": 2, "fp32": 4}  # bytes per value in an engine of that dtype
 
 
@@ -30,6 +33,29 @@ def net_tensors(package: Package, net: str, graph: bytes | None = None) -> dict[
     path = package.path(package.manifest.nets[net].graph)
     found = external_tensors(path.read_bytes() if graph is None else graph, path)
     return {tensor.name: tensor for tensor in found}
+
+
+def part_shapes(package: Package, part: str) -> dict[str, tuple[int, ...]]:
+    """The weights of a part of the checkpoint ("unet") by their names there, whichever nets read them.
+
+    Shapes are those of the checkpoint's modules: a linear layer's weight is (out, in), however it is stored.
+
+    Raises:
+        PackageError: a graph cannot be read.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for net, file in package.manifest.nets.items():
+        if net in NETS and NETS[net].part == part:
+            graph = package.path(file.graph).read_bytes()
+            turned = stored_transposed(graph)
+            for name, tensor in net_tensors(package, net, graph).items():
+                found[name] = tensor.shape[::-1] if name in turned else tensor.shape
+    return found
+
+
+def stored_transposed(graph: bytes) -> frozenset[str]:
+    """The weights that a graph turns from (in, out), as they are stored, before anything reads them."""
+    return frozenset(name.decode() for name in _TURNED.findall(graph))
 
 
 def weight_values(tensor: ExternalTensor, folder: Path) -> Array:
