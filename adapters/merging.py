@@ -1,4 +1,4 @@
-"""A tensor with adapters in it: always from the checkpoint's own numbers, in float32, so that nothing drifts.
+"""A tensor with adapters in it: always from the checkpoint's own numbers, so that nothing drifts.
 
 Adapters change a tensor in the order in which a request names them, each what those before it left. Changes
 that add to a weight commute; those that follow each other are summed in an order of their own, so that the
@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from math import fsum
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from ..checkpoints.stored_types import convert
 from ..engines.errors import AdapterError
 from ..engines.spec import Array
-from .kinds.change import Additive, Change, row_blocks
+from .kinds.change import Additive, Change, float64, row_blocks
 
 # A change, and the strength that the user asked for.
 Weighted = tuple[Change, float]
@@ -55,9 +55,8 @@ def check_range(array: Array, dtype: np.dtype[Any], tensor: str) -> None:
     """
     import ml_dtypes
 
-    limit = float(ml_dtypes.finfo(dtype).max)
-    largest: Any = np.max(np.abs(array), initial=0.0)
-    peak = float(largest)
+    limit = float(cast(Any, ml_dtypes.finfo(dtype)).max)
+    peak = float(cast(Any, np.abs(array)).max(initial=0.0))
     if not peak <= limit:  # also for NaN
         raise AdapterError(
             f"{tensor} reaches {peak:g} with these adapters",
@@ -85,21 +84,19 @@ def _runs(changes: Sequence[Weighted]) -> Iterator[list[tuple[Additive, float]] 
 
 def _sum(base: Array, run: Sequence[tuple[Additive, float]]) -> Array:
     """The base and the sum of deltas, in blocks that follow each other in memory."""
-    opened = [
-        (change.blocks(), change.columns, np.float32(strength * change.scale)) for change, strength in run
-    ]
+    opened = [(change.blocks(), change.columns, strength * change.scale) for change, strength in run]
     turned = base.ndim == 2 and not base.flags.c_contiguous and base.flags.f_contiguous
     merged = np.empty(base.shape, np.float32, order="F" if turned else "C")
     source, out = _matrix(base), _matrix(merged)
     rows, columns = out.shape
     for block in row_blocks(columns, rows) if turned else row_blocks(rows, columns):
         place = (slice(0, rows), block) if turned else (block, slice(0, columns))
-        out[place] = convert(source[place], "F32")
+        total = float64(source[place])
         for compute, width, factor in opened:
             changed = (place[0], slice(place[1].start, min(place[1].stop, width)))
             if changed[1].start < width:
-                delta = compute(*changed)
-                out[changed] += delta * factor
+                total[:, : changed[1].stop - place[1].start] += factor * compute(*changed)
+        out[place] = total
     return merged
 
 

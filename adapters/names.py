@@ -39,8 +39,6 @@ _PREFIXES: Mapping[str, tuple[str, ...]] = {
 _ANYWHERE = ("lycoris_", "")
 # sd-scripts' and LyCORIS' for a model with one text encoder, which is the refiner's second of SDXL.
 _ONLY_ENCODER = tuple(f"{kind}_te_" for kind in _KINDS)
-# diffusers' attention before PEFT, also in text encoders.
-_OLD_ATTENTION = {f"self_attn.{letter}_proj": f"self_attn.to_{letter}" for letter in ("q", "k", "v", "out")}
 
 
 class Names:
@@ -71,19 +69,15 @@ class Names:
 
     def nearest(self, module: str) -> str | None:
         """The known name that begins and ends most like an unknown one, in the same spelling."""
-        known = {
-            module.removesuffix(rest) + name
-            for component, modules in self._modules.items()
-            for rest in self._rests(component, module)
-            for name in modules
-        }
-        return max(sorted(known), key=lambda name: _likeness(name, module), default=None)
-
-    def spellings(self) -> Iterator[tuple[str, str, str]]:
-        """Every name, with the component and the module that it means."""
-        for component, modules in self._modules.items():
-            for prefix in (*self._prefixes[component], *_ANYWHERE):
-                yield from ((prefix + name, component, module) for name, module in modules.items())
+        rests = {component: min(self._rests(component, module), key=len) for component in self._modules}
+        shortest = min(map(len, rests.values()), default=0)
+        known = (
+            module[: len(module) - shortest] + name
+            for component, rest in rests.items()
+            if len(rest) == shortest
+            for name in self._modules[component]
+        )
+        return max(known, key=lambda name: _likeness(name, module), default=None)
 
     def _rests(self, component: str, module: str) -> Iterator[str]:
         """The name without each prefix of a component that it begins with."""
@@ -120,9 +114,7 @@ def _names(module: str, original: str | None) -> Iterator[str]:
     bare = module.removeprefix("text_model.")
     for name in (module, bare):  # transformers 5.6 and later leave `text_model.` out
         yield name
-        if re.search(r"self_attn\.\w+_proj$", name):
-            head, _, last = name.rpartition("self_attn.")
-            yield f"{head}{_OLD_ATTENTION['self_attn.' + last]}"
+        yield re.sub(r"self_attn\.(q|k|v|out)_proj$", r"self_attn.to_\1", name)  # diffusers' before PEFT
 
 
 def _likeness(name: str, other: str) -> int:

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import cast
 
 import numpy as np
 
 from ...engines.spec import Array
-from .change import Additive, Blocks, Scaling, Site, float32, float64, matrix, squeezed
+from .change import Additive, Blocks, Scaling, Site, float64, matrix, squeezed
 
 Parts = Mapping[str, Array]
 RANK_LIMIT = 4096
@@ -58,8 +58,8 @@ class Kronecker(Additive):
         height, width = second.shape
 
         def block(rows: slice, columns: slice) -> Array:
-            r: Any = np.arange(rows.start, rows.stop)[:, None]
-            c: Any = np.arange(columns.start, columns.stop)[None]
+            r = cast(Array, np.arange(rows.start, rows.stop))[:, None]
+            c = cast(Array, np.arange(columns.start, columns.stop))[None]
             return first[r // height, c // width] * second[r % height, c % width]
 
         return block
@@ -178,8 +178,8 @@ def _inner(inner: Array, core: Array | None) -> Array:
     if core is None:
         return matrix(inner)
     small = np.reshape(float64(core), (*core.shape[:2], -1))  # (p, q, kernel)
-    product: Array = np.tensordot(small, float64(matrix(inner)), axes=(1, 0))  # (p, kernel, in)
-    return matrix(np.swapaxes(product, 1, 2))
+    product: Array = np.tensordot(small, matrix(inner), axes=(1, 0))  # (p, kernel, in)
+    return np.reshape(np.swapaxes(product, 1, 2), (len(core), -1))
 
 
 def _whole(parts: Parts, name: str) -> Array:
@@ -187,7 +187,4 @@ def _whole(parts: Parts, name: str) -> Array:
     if name in parts:
         return matrix(parts[name])
     a, core = matrix(parts[f"{name}_a"]), parts.get(f"{name}_core")
-    product: Array = float64(a if core is None else np.transpose(a)) @ float64(
-        _inner(parts[f"{name}_b"], core)
-    )
-    return float32(product)
+    return (a if core is None else np.transpose(a)) @ _inner(parts[f"{name}_b"], core)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...engines.spec import Array
-from .change import Change, Delta, Scaling, Site, float32, float64, row_blocks, scalar_of, squeezed
+from .change import Change, Delta, Scaling, Site, float64, row_blocks, scalar_of, squeezed
 from .factored import Parts, low_rank
 
 _EPSILON = float(np.finfo(np.float32).eps)  # LyCORIS and A1111 add that of the type they compute in
@@ -24,9 +24,11 @@ class InnerScale(Change):
         """As in `Change`."""
         scale: Array = 1 + strength * np.ravel(float64(self.arrays["weight"]))
         if not self.on_input:
-            return float32(weight * np.reshape(scale, (-1, 1)))
-        scaled = _by_input(weight, len(scale)) * np.reshape(scale, (-1, 1))
-        return float32(np.reshape(scaled, weight.shape))
+            weight *= np.reshape(scale, (-1, 1))
+        else:
+            by_input = _by_input(weight, len(scale))  # a view
+            by_input *= np.reshape(scale, (-1, 1))
+        return weight
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

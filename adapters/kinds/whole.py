@@ -31,7 +31,7 @@ class Replaced(Change):
 
     def applied(self, weight: Array, strength: float) -> Array:
         """As in `Change`."""
-        return np.array(np.reshape(matrix(self.arrays["weight"]), weight.shape))
+        return np.array(np.reshape(self.arrays["weight"], weight.shape), np.float32)
 
 
 def difference(site: Site, diff: Array, kind: str, scale: float = 1.0) -> Difference:
