@@ -34,6 +34,7 @@ _PREVIEW = "Write what can be seen so far to this file, after every step."
 _BACKEND = "auto, onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx."
 _LONGEST_NAME = 60  # bytes of a prompt in a file name; file systems end at 255
 _THREADS = "CPU threads; at most, and by default, one for each processor that may be used."
+_EMBD_DIR = "Textual inversions: prompts call its files by name, as in `embedding:NAME`."
 _NO_METADATA = "Leave prompt and parameters out of the file."
 
 
@@ -70,6 +71,7 @@ def generate(
     refiner_at: Annotated[float | None, Option(help=_REFINER_AT)] = None,
     grid: Annotated[bool, Option("--grid", help="Write one file with all pictures side by side.")] = False,
     preview: Annotated[Path | None, Option(metavar="FILE", help=_PREVIEW)] = None,
+    embd_dir: Annotated[Path | None, Option("--embd-dir", metavar="FOLDER", help=_EMBD_DIR)] = None,
     backend: Annotated[str, Option(help=_BACKEND)] = "auto",
     device: Annotated[str, Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
     threads: Annotated[int | None, Option(help=_THREADS)] = None,
@@ -104,7 +106,13 @@ def generate(
         first = model if model is not None else _model_of(source) if source else "demo"
         names = [first] if refiner is None else [first, refiner]
         open_pipe = partial(
-            Pipeline.open, backend=backend, device=device, threads=threads, progress=advance, note=say
+            Pipeline.open,
+            backend=backend,
+            device=device,
+            threads=threads,
+            embeddings=embd_dir,
+            progress=advance,
+            note=say,
         )
         pipes = [stack.enter_context(open_pipe(first, checkpoint=checkpoint))]
         pipes += [stack.enter_context(open_pipe(name)) for name in names[1:]]

@@ -6,7 +6,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from threading import Event
 from types import TracebackType
@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 
+from ..adapters.embeddings import vocabulary_size
 from ..engines.backend import Place, find_backend
 from ..engines.errors import UsageError
 from ..engines.installed import latentrt_version
 from ..engines.package import Package
 from ..engines.spec import TEXT_ENCODERS, Array
 from .conditioning import make_conditioning
+from .embeddings import EmbeddingLibrary, Source
 from .loop.device.cuda_graphs import Graphs
 from .loop.job import NEVER, Clock, DenoiseJob, Drawn, JobRecorder, Loop, State, Stop
 from .loop.open import LoopOptions, open_loop
@@ -98,12 +100,21 @@ class Pipeline:
         package: what was opened.
         backend: what executes it, for people.
         loop: runs its nets (`loop.job.Loop`); for measurements.
+        embeddings: those of textual inversion that prompts may call.
     """
 
-    def __init__(self, package: Package, text: TextConditioner, loop: Loop, backend: str) -> None:
+    def __init__(
+        self,
+        package: Package,
+        text: TextConditioner,
+        loop: Loop,
+        backend: str,
+        embeddings: EmbeddingLibrary,
+    ) -> None:
         self.package = package
         self.backend = backend
         self.loop = loop
+        self.embeddings = embeddings
         self._text = text
 
     @classmethod
@@ -117,6 +128,7 @@ class Pipeline:
         graphs: Graphs = "auto",
         cache_bytes: int = CACHE_BYTES,
         checkpoint: CheckpointOptions | None = None,
+        embeddings: str | Path | None = None,
         progress: Advance | None = None,
         note: Note | None = None,
     ) -> Pipeline:
@@ -133,13 +145,15 @@ class Pipeline:
                 where that is faster.
             cache_bytes: what encoded prompts may take; 0 encodes every prompt anew.
             checkpoint: how a checkpoint is opened: its arithmetic, other autoencoders, what it predicts.
+            embeddings: a folder of textual inversions, which prompts call by the names of the files; each is
+                read when it is first called. `load_textual_inversion` adds others.
             progress: called with what is being done, how much of it is done, and of how much, while a model
                 is fetched or opened for the first time.
             note: called with each line on what was assumed about a checkpoint, or left out.
 
         Raises:
             ModelError: no model there, or a damaged, unsafe, newer or unsupported one.
-            UsageError: an option of checkpoints with a package.
+            UsageError: an option of checkpoints with a package, or embeddings that are no folder.
             BackendError: nothing installed can execute it, or there are no engines for it.
             StorageError: no room for what is fetched or made ready.
         """
@@ -153,13 +167,21 @@ class Pipeline:
         options = LoopOptions(backend=backend, device=device, threads=threads, graphs=graphs)
         loop, description = open_loop(package, options)
         try:
-            return cls.over(package, loop, description, cache_bytes=cache_bytes)
+            return cls.over(package, loop, description, cache_bytes=cache_bytes, embeddings=embeddings)
         except BaseException:
             loop.close()
             raise
 
     @classmethod
-    def over(cls, package: Package, loop: Loop, backend: str, *, cache_bytes: int = CACHE_BYTES) -> Pipeline:
+    def over(
+        cls,
+        package: Package,
+        loop: Loop,
+        backend: str,
+        *,
+        cache_bytes: int = CACHE_BYTES,
+        embeddings: str | Path | None = None,
+    ) -> Pipeline:
         """A pipeline over a loop that is open already, and is closed with it.
 
         Args:
@@ -167,9 +189,11 @@ class Pipeline:
             loop: runs them.
             backend: what executes them, for people.
             cache_bytes: what encoded prompts may take; 0 encodes every prompt anew.
+            embeddings: a folder of textual inversions, as `open` takes it.
 
         Raises:
             PackageError: a tokenizer is missing or damaged.
+            UsageError: `embeddings` is no folder.
         """
         nets = package.manifest.nets
         encoders = [
@@ -177,11 +201,14 @@ class Pipeline:
                 run=partial(loop.call, net),
                 spec=nets[net].spec,
                 tokenizer=ClipTokenizer.open(package.root / folder),
+                net=net,
+                vocabulary=cache(partial(vocabulary_size, package, net)),
             )
             for net, folder in TEXT_ENCODERS.items()
             if net in nets
         ]
-        return cls(package, TextConditioner(encoders, cache_bytes=cache_bytes), loop, backend)
+        text = TextConditioner(encoders, cache_bytes=cache_bytes)
+        return cls(package, text, loop, backend, EmbeddingLibrary(package, embeddings))
 
     @overload
     def __call__(
@@ -234,7 +261,7 @@ class Pipeline:
             CancelledError: `cancel` was set, or the time is over.
         """
         values: Any = {**parameters, "output_type": output_type}
-        request, clock = make_request(self.package.manifest, prompt, **values), Clock()
+        request, clock = self._request(prompt, values), Clock()
         stop = _stop(cancel, timeout)
         watched = callback_on_step_end is not None or stop is not NEVER
         decode = output_type != "latent"
@@ -255,7 +282,7 @@ class Pipeline:
 
         The last step's `preview()` is the finished pictures. Raises as `__call__`.
         """
-        request = make_request(self.package.manifest, prompt, **parameters)
+        request = self._request(prompt, parameters)
         return self._generate(request, Clock(), _stop(cancel, timeout), watched=True, decode=False)
 
     @spelled_out
@@ -272,7 +299,7 @@ class Pipeline:
         from concurrent.futures import ThreadPoolExecutor
 
         left = Event()
-        request = make_request(self.package.manifest, prompt, **parameters)
+        request = self._request(prompt, parameters)
         stop = _stop(cancel, timeout, left)
         steps = self._generate(request, Clock(), stop, watched=True, decode=False)
         thread = ThreadPoolExecutor(1)
@@ -283,6 +310,39 @@ class Pipeline:
             left.set()
             thread.submit(steps.close)  # behind the step that is being drawn
             thread.shutdown(wait=False)
+
+    def load_textual_inversion(
+        self, source: Source | Sequence[Source], token: str | Sequence[str | None] | None = None
+    ) -> None:
+        """Give words of prompts the embeddings of textual inversion, for the calls that follow.
+
+        With the prompt syntax "a1111" a word counts wherever it stands and after `embedding:`, with "comfyui"
+        after `embedding:` alone, with "plain" wherever it stands exactly so. It may be loaded again.
+
+        Args:
+            source: a safetensors file; arrays as such a file has them, {"clip_l": (n, d), "clip_g": (n, d)}
+                or {word: (n, d)}; or a list of these.
+            token: the word, or a list of them. By default the name of the file's only tensor, where that is a
+                word (diffusers), or else the file's name without its ending.
+
+        Raises:
+            CheckpointError: not an embedding, or one for other text encoders.
+            UsageError: the word has another embedding already.
+            PackageError: the package is so old that its text encoders know their own words alone.
+        """
+        self.embeddings.load(source, token)
+
+    def unload_textual_inversion(self, token: str | Sequence[str] | None = None) -> None:
+        """Forget the embeddings of these words, or of all that were loaded. A folder's files stay.
+
+        Raises:
+            UsageError: a word that was not loaded.
+        """
+        self.embeddings.unload(token)
+
+    def _request(self, prompt: str | Sequence[str], parameters: Any) -> Request:
+        """The request, with all that its texts name. Raises UsageError, CheckpointError."""
+        return self.embeddings.bind(make_request(self.package.manifest, prompt, **parameters))
 
     def _generate(
         self,

@@ -34,6 +34,8 @@ from .source import Source, check_latents, load_images, make_source, natural_siz
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from ...adapters.embeddings import Embedding
+
 
 @dataclass(frozen=True, kw_only=True)
 class SizeConditions:
@@ -68,6 +70,7 @@ class Request:
         sizes: SDXL's conditions; empty for models without.
         chosen: the parameters that are not their defaults, checked, but for pictures and latents.
         inputs: the pictures and latents it starts from, by parameter: one for all pictures, or one each.
+        embeddings: those of textual inversion that its texts call, by name.
     """
 
     prompts: tuple[str, ...]
@@ -99,6 +102,7 @@ class Request:
     inputs: Mapping[str, tuple[Input, ...]] = field(
         default_factory=dict[str, "tuple[Input, ...]"], compare=False
     )
+    embeddings: Mapping[str, Embedding] = field(default_factory=dict[str, "Embedding"], compare=False)
 
     @property
     def strength(self) -> float | None:
