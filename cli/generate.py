@@ -83,20 +83,7 @@ def generate(
     """Draw prompts and write the pictures."""
     from ..runtime.pipeline import Pipeline
 
-    if not prompt and source is None:
-        raise UsageError(
-            "no prompt",
-            expected="a prompt, or --from PICTURE",
-            fix="See all that can be said: latentrt generate --help",
-        )
-    if source is not None and len(prompt or []) > 1:
-        raise UsageError("several prompts with --from", expected="one, or none", fix="Draw them one by one.")
-    if source is not None and refiner_at is not None:
-        raise UsageError(
-            "--refiner-at with --from", expected="the picture's own", fix="Leave --refiner-at out."
-        )
-    if refiner is None and refiner_at is not None:
-        raise UsageError("--refiner-at alone", expected="a refiner", fix="Pass --refiner PACKAGE as well.")
+    _check_options(prompt or [], source, refiner, refiner_at)
     saver = _Saver(output, as_grid=grid, metadata=not no_metadata)
     chosen = {name: value for name, value in parameters.items() if value is not None}
     chosen["output_type"] = saver.output_type
@@ -131,6 +118,24 @@ def generate(
         _say_what_the_demo_knows(result.request.prompts)
     seconds = {"open": opened, **result.seconds, "save": perf_counter() - saving}
     _report(result, paths, {**seconds, "total": perf_counter() - began}, as_json=as_json)
+
+
+def _check_options(prompts: list[str], source: Path | None, refiner: str | None, at: float | None) -> None:
+    """Raise UsageError for options that do not go together."""
+    if not prompts and source is None:
+        raise UsageError(
+            "no prompt",
+            expected="a prompt, or --from PICTURE",
+            fix="See all that can be said: latentrt generate --help",
+        )
+    if source is not None and len(prompts) > 1:
+        raise UsageError("several prompts with --from", expected="one, or none", fix="Draw them one by one.")
+    if source is not None and at is not None:
+        raise UsageError(
+            "--refiner-at with --from", expected="the picture's own", fix="Leave --refiner-at out."
+        )
+    if refiner is None and at is not None:
+        raise UsageError("--refiner-at alone", expected="a refiner", fix="Pass --refiner PACKAGE as well.")
 
 
 def _draw(

@@ -131,9 +131,9 @@ def _spelled_as(found: str, rules: NameRules, names: Collection[str]) -> str:
 
 
 def _unknown(found: str, rest: str, names: Collection[str]) -> UsageError:
-    name = re.split(r"[<\[]", rest)[0].strip(",.;:!?")
+    name = re.split(r"[<\[]", rest)[0].strip(",").rstrip(".;:!?")
     near = get_close_matches(name, list(names), n=3, cutoff=0.4)
-    known = f"one of the {len(names)} that are loaded" if names else "none: no embedding is loaded"
+    known = f"one of the {len(names)} that are known" if names else "no call, because none is known"
     return UsageError(
         f"the prompt calls {found.strip()!r:.80}, and no embedding is called {name!r:.60}",
         expected=f"{known}, such as {', '.join(map(repr, near))}" if near else known,
