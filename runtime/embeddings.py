@@ -103,6 +103,10 @@ class EmbeddingLibrary:
                     raise _missing(name, f"one of {', '.join(map(repr, self._loaded)) or 'none'}")
             self._loaded = {name: embedding for name, embedding in self._loaded.items() if name not in tokens}
 
+    def names(self) -> tuple[str, ...]:
+        """What prompts may call: words that were loaded, and names of files."""
+        return tuple(sorted({*self._loaded, *self._named_files()}))
+
     def bind(self, request: Request) -> Request:
         """The request with the embeddings that its texts call.
 
