@@ -1,1 +1,1 @@
-"""Files of changes to a model: LoRA and its relatives, textual inversion. Read, bound to its names, merged."""
+"""Files of changes to a model: LoRA and its relatives, textual inversion. Read, matched, merged."""

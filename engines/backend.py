@@ -78,6 +78,15 @@ class DeviceBackend(Backend, Protocol):
         ...
 
 
+@runtime_checkable
+class AdaptingBackend(DeviceBackend, Protocol):
+    """A backend that can open a net once more on a device, with other weights (`Package.changes`)."""
+
+    def open_another(self, device: Device, package: Package, name: str) -> DeviceNet:
+        """One net of a package on a device of `open_device`. Raises as that."""
+        ...
+
+
 _LOG = logging.getLogger(__name__)
 
 # A request that no engine covers is an error, so whoever has built engines names the backend.

@@ -26,6 +26,8 @@ _CHILDREN: dict[str, dict[int, str]] = {
 }
 # The fields of Tensor that say what it is.
 _DIMS, _DATA_TYPE, _NAME = 1, 2, 8
+# The fields of Model and Graph on the way to a Node, and its input and name.
+_GRAPH, _NODE, _NODE_INPUT, _NODE_NAME = 7, 1, 1, 3
 _DEPTH_LIMIT = 32
 _BYTES, _VARINT, _FIXED64, _FIXED32 = 2, 0, 1, 5
 
@@ -147,6 +149,26 @@ def external_tensors(graph: bytes, path: Path) -> tuple[ExternalTensor, ...]:
     try:
         return tuple(_described(tensor, place) for tensor, place in _places(memoryview(graph), "Model"))
     except (ValueError, IndexError) as error:
+        raise _unreadable(path, error) from error
+
+
+def node_names(graph: bytes, path: Path) -> Iterator[tuple[str, str]]:
+    """The name and the first input ("" for none) of every node of a graph, without those inside nodes.
+
+    `path` is the graph's, for the error.
+
+    Raises:
+        PackageError: it is not a readable ONNX protobuf.
+    """
+    try:
+        for number, inside in _fields(memoryview(graph)):
+            if number == _GRAPH and not isinstance(inside, int):
+                for kind, node in _fields(inside):
+                    if kind == _NODE and not isinstance(node, int):
+                        found = dict(reversed(list(_fields(node))))  # the first of a kind
+                        name, first = (found.get(key, b"") for key in (_NODE_NAME, _NODE_INPUT))
+                        yield bytes(cast(memoryview, name)).decode(), bytes(cast(memoryview, first)).decode()
+    except (ValueError, IndexError, TypeError) as error:
         raise _unreadable(path, error) from error
 
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .external_data import ExternalTensor, external_tensors
+from .external_data import ExternalTensor, external_tensors, node_names
 from .package import Package
+from .processors import usable_processors
 from .spec import NETS, Array
 
 # The number of a type in onnx.proto3 -> NumPy's name of it; the second line's are from ml_dtypes.
 _DTYPES = {1: "float32", 10: "float16", 11: "float64"}
 _ML_DTYPES = {16: "bfloat16", 17: "float8_e4m3fn", 19: "float8_e5m2"}
-# The node that `checkpoints.graphs.weights.attach` puts behind a weight; its output is called `….out`.
-_TURNED = re.compile(rb"([\w.]+)/transpose(?!\.out)")
+# How `checkpoints.graphs.weights.attach` calls the node that it puts behind a weight.
+_TURNED = "/transpose"
 _WIDTHS = {"fp16": 2, "fp32": 4}  # bytes per value in an engine of that dtype
 
 
@@ -47,15 +48,51 @@ def part_shapes(package: Package, part: str) -> dict[str, tuple[int, ...]]:
     for net, file in package.manifest.nets.items():
         if net in NETS and NETS[net].part == part:
             graph = package.path(file.graph).read_bytes()
-            turned = stored_transposed(graph)
+            turned = stored_transposed(graph, package.path(file.graph))
             for name, tensor in net_tensors(package, net, graph).items():
                 found[name] = tensor.shape[::-1] if name in turned else tensor.shape
     return found
 
 
-def stored_transposed(graph: bytes) -> frozenset[str]:
-    """The weights that a graph turns from (in, out), as they are stored, before anything reads them."""
-    return frozenset(name.decode() for name in _TURNED.findall(graph))
+def stored_transposed(graph: bytes, path: Path) -> frozenset[str]:
+    """The weights that a graph turns from (in, out), as they are stored, before anything reads them.
+
+    `path` and errors as in `external_data.node_names`.
+    """
+    return frozenset(first for name, first in node_names(graph, path) if name == f"{first}{_TURNED}")
+
+
+def changed_names(package: Package, net: str, graph: bytes | None = None) -> tuple[str, ...]:
+    """The weights of a net that `Package.changes` has others for, in the graph's order.
+
+    `graph` and errors as in `net_tensors`.
+    """
+    changes = package.changes_of(net)
+    return tuple(name for name in net_tensors(package, net, graph) if name in changes) if changes else ()
+
+
+def changed_values(package: Package, net: str, names: Iterable[str]) -> dict[str, Array]:
+    """What a net computes with in place of these weights: float32, in the layout that the graph stores.
+
+    Raises:
+        PackageError: the graph cannot be read.
+        OSError, KeyError, ValueError: as `weight_values`.
+        LatentrtError: what a change raises.
+    """
+    path = package.path(package.manifest.nets[net].graph)
+    graph = path.read_bytes()
+    stored, turned = net_tensors(package, net, graph), stored_transposed(graph, path)
+    changes, folder = package.changes_of(net), package.weights_folder(net)
+
+    def value(name: str) -> Array:
+        weight = weight_values(stored[name], folder)
+        if name not in turned:
+            return changes[name](weight)
+        return np.ascontiguousarray(np.transpose(changes[name](np.transpose(weight))))
+
+    names = tuple(names)
+    with ThreadPoolExecutor(usable_processors()) as pool:
+        return dict(zip(names, pool.map(value, names), strict=True))
 
 
 def weight_values(tensor: ExternalTensor, folder: Path) -> Array:

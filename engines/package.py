@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from math import isfinite
@@ -31,7 +31,7 @@ from .hub import snapshot
 from .installed import upgrade_command
 from .lfs import refuse_pointer
 from .safetensors_format import first_not_finite
-from .spec import NETS, TEXT_ENCODERS, VECTORS, NetSpec
+from .spec import NETS, TEXT_ENCODERS, VECTORS, Array, NetSpec
 
 SCHEMA = 2  # 1 had no pictures to start from, and only Stable Diffusion 1.x and 2.x
 MANIFEST = "manifest.json"
@@ -149,6 +149,11 @@ class Elsewhere:
 
     path: Path
     mtime_ns: int
+
+
+# A weight as it is stored, in the checkpoint's layout (out, in, …) -> float32 of the same shape.
+Change = Callable[[Array], Array]
+_NO_CHANGES: Mapping[str, Change] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,12 +287,20 @@ class Manifest:
 class Package:
     """An opened package: a folder whose manifest, sizes and paths have been checked.
 
-    `elsewhere` has the weights files, by their names in the manifest, that are not in the folder.
+    Attributes:
+        root: the folder.
+        manifest: what it says of itself.
+        elsewhere: the weights files, by their names in the manifest, that are not in the folder.
+        changes: by part of the checkpoint ("unet") and name of the weight, what nets that are opened compute
+            with in place of it.
     """
 
     root: Path
     manifest: Manifest
     elsewhere: Mapping[str, Elsewhere] = field(default_factory=dict[str, Elsewhere])
+    changes: Mapping[str, Mapping[str, Change]] = field(
+        default_factory=dict[str, "Mapping[str, Change]"], compare=False
+    )
 
     @classmethod
     def open(cls, root: str | Path, *, elsewhere: Mapping[str, Elsewhere] | None = None) -> Package:
@@ -322,6 +335,10 @@ class Package:
         for name, net in manifest.nets.items():
             check_external_data(root / net.graph, package._locations(name))
         return package
+
+    def changes_of(self, net: str) -> Mapping[str, Change]:
+        """The changes of the part of the checkpoint that a net is of, which may not read all of it."""
+        return self.changes.get(NETS[net].part, _NO_CHANGES) if net in NETS else _NO_CHANGES
 
     def path(self, name: str) -> Path:
         """The absolute path of a file of the package, by its name in the manifest."""

@@ -49,7 +49,7 @@ MAY_IMPORT = {  # folder or room -> heavy libraries it may import
     "benchmarks": HEAVY,
     "cli": {"torch"},
     # Lowering a graph for one provider takes a graph library, imported on first use.
-    "engines/onnxruntime/lowering": {"onnx_ir"},
+    "engines/onnxruntime/lowering": {"onnx", "onnx_ir"},
 }
 ENGINE_LIBRARIES = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
 # What checks and measures graphs at export time runs them.

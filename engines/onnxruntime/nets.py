@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -107,12 +108,14 @@ class OnnxRuntimeNet:
             options.graph_optimization_level = library().GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         give_weights(options, package, name)
         kernels = _give_kernels(options, package, name, lowered) if lowered else []
+        changed = give_changes(options, package, name, content)
+        content = changed.graph if changed else content
         self._session: Any = open_session(graph, options, [CPU], culprit=name, content=content)
         if stored > _FELT:
             give_back_heap()
-        # ONNX Runtime reads the kernels where they are, so they must live as long as the session, and a call
-        # that still runs may hold the session longer than this net does.
-        self._session.kernels = kernels
+        # ONNX Runtime reads what it was given where it is, so that must live as long as the session, and a
+        # call that still runs may hold the session longer than this net does.
+        self._session.given = [*kernels, *(changed.values if changed else ())]
         self._outputs = [output.name for output in self.spec.outputs]
         self._kernels = sum(int(value.tensor_size_in_bytes()) for value in kernels)
         self._io = 0
@@ -198,6 +201,59 @@ def _give_kernels(options: Any, package: Package, name: str, lowered: LoweredGra
     return values
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Changed:
+    """A graph to open in place of the package's, and what must live as long as a session of it."""
+
+    graph: bytes
+    values: list[Any]
+
+
+def give_changes(options: Any, package: Package, name: str, content: bytes | None) -> _Changed | None:
+    """Let a session compute with the weights that the package has in place of stored ones.
+
+    Args:
+        options: of the session.
+        package: the package.
+        name: of the net.
+        content: the graph that runs in place of the package's.
+
+    Returns:
+        What to open, None where there are no changes for this net.
+
+    Raises:
+        NumericError: a weight is beyond what the arithmetic holds.
+        MemoryLimitError: the weights do not fit.
+        PackageError: the weights files are not what the graph says.
+    """
+    if not package.changes:
+        return None
+    from .lowering.changed import changed_graph
+
+    make = library().OrtValue.ortvalue_from_numpy
+    path = package.path(package.manifest.nets[name].graph)
+    try:
+        changed = changed_graph(package, name, content or path.read_bytes())
+    except MemoryError as error:
+        raise MemoryLimitError(
+            f"the weights of {name!r} with the adapters do not fit the memory",
+            expected="enough free memory",
+            fix="Close other programs, or use fewer adapters.",
+            culprit=name,
+        ) from error
+    except (ValueError, KeyError, OSError) as error:
+        raise PackageError(
+            f"{path} has no weights that adapters could change ({type(error).__name__}: {error})",
+            expected="the weights that it names",
+            fix="Check the package: " + command("latentrt", "inspect", package.root, "--verify"),
+        ) from error
+    if changed is None:
+        return None
+    values = {key: make(array) for key, array in changed.values.items()}
+    options.add_external_initializers(list(values), list(values.values()))
+    return _Changed(graph=changed.graph, values=list(values.values()))
+
+
 def open_onnxruntime_net(
     package: Package,
     name: str,
@@ -243,10 +299,13 @@ def open_onnxruntime_net(
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile / name)
     give_weights(options, package, name)
+    changed = give_changes(options, package, name, graph.read_bytes() if graph else None)
+    content = changed.graph if changed else None
     if provider == CPU:
-        session = open_session(path, options, [CPU], culprit=name)
+        session = open_session(path, options, [CPU], culprit=name, content=content)
     else:
-        session = _open_cuda_session(path, options, device, settings or {}, name)
+        session = _open_cuda_session(path, options, device, settings or {}, name, content)
+    session.given = changed.values if changed else []
     try:
         check_boundary(session, file.spec, path)
         if provider == CUDA:
@@ -449,7 +508,12 @@ def _check_inputs_stay(session: Any, name: str) -> None:
 
 
 def _open_cuda_session(
-    path: Path, options: Any, device: Device, changed: Mapping[str, str], name: str
+    path: Path,
+    options: Any,
+    device: Device,
+    changed: Mapping[str, str],
+    name: str,
+    content: bytes | None,
 ) -> Any:
     if found := cuda_refusal():
         raise BackendError(
@@ -486,7 +550,7 @@ def _open_cuda_session(
     for key, value in of_session.items():
         options.add_session_config_entry(key, value)
     of_provider = {key: value for key, value in settings.items() if key not in of_session}
-    session = open_session(path, options, [(CUDA, of_provider), CPU], culprit=name)
+    session = open_session(path, options, [(CUDA, of_provider), CPU], culprit=name, content=content)
     if CUDA not in session.get_providers():
         raise BackendError(
             f"onnxruntime's CUDA provider did not load, and the CPU would run the net ({missing})",

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...net_weights import net_tensors, weight_values
+from ...net_weights import changed_names, changed_values, net_tensors, weight_values
 from ...package import Package
 from ...spec import Array
 from .graph_images import FIRST, LAST, GraphImages, weight_shape
@@ -141,7 +141,7 @@ def choose(channels: int, made: int) -> tuple[int, bool] | None:
 
 
 def kernels(package: Package, net: str, wanted: Iterable[Kernel]) -> Iterator[tuple[Kernel, Array]]:
-    """Each transformed kernel of a net, from its weights as the package's own graph has them.
+    """Each transformed kernel of a net, from the weights that the package's own graph would compute with.
 
     Raises:
         PackageError: the graph cannot be read.
@@ -149,8 +149,14 @@ def kernels(package: Package, net: str, wanted: Iterable[Kernel]) -> Iterator[tu
         KeyError, ValueError: they are not those that the kernels were made for.
     """
     stored, folder = net_tensors(package, net), package.weights_folder(net)
+    changed = set(changed_names(package, net))
     for kernel in wanted:
-        yield kernel, kernel.transform(weight_values(stored[kernel.weight], folder))
+        name = kernel.weight
+        weight = weight_values(stored[name], folder)
+        yield (
+            kernel,
+            kernel.transform(changed_values(package, net, [name])[name] if name in changed else weight),
+        )
 
 
 def lower_convolutions(model: ir.Model, location: str) -> tuple[Kernel, ...]:
