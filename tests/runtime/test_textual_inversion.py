@@ -650,7 +650,13 @@ def test_base_then_refiner(base: Pair, refiner: Pair, tmp_path: Path) -> None:
         Pipeline.over(pair.ours.package, pair.ours.loop, pair.ours.backend, embeddings=tmp_path)
         for pair in (base, refiner)
     ]
-    options = {"num_inference_steps": 4, "height": 40, "width": 56, "seed": 3, "output_type": "np"}
+    options: dict[str, Any] = {
+        "num_inference_steps": 4,
+        "height": 40,
+        "width": 56,
+        "seed": 3,
+        "output_type": "np",
+    }
     plain = refine(base.ours, refiner.ours, "a ring", **options)
     result = refine(*pipes, "a toy", **options)
     assert result.record()["embeddings"] == result.record()["base_record"]["embeddings"]
