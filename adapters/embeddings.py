@@ -22,8 +22,6 @@ from typing import NoReturn
 
 import numpy as np
 
-from ..checkpoints.files.component import read_headers, read_tensors
-from ..checkpoints.files.file_kinds import kind_of_tensors, refuse_other_formats
 from ..engines.errors import CheckpointError, PackageError, UsageError
 from ..engines.net_weights import part_shapes
 from ..engines.package import Package
@@ -127,6 +125,10 @@ def read_embedding(path: Path, inputs: EncoderInputs, name: str | None = None) -
         CheckpointError: a file that is missing or damaged, a pickle, or of another kind than an embedding;
             or one for other text encoders.
     """
+    # here: a pipeline without embeddings does not wait for them
+    from ..checkpoints.files.component import read_headers, read_tensors
+    from ..checkpoints.files.file_kinds import kind_of_tensors, refuse_other_formats
+
     refuse_other_formats(path)
     stored = read_headers(path)
     kind = kind_of_tensors(stored)

@@ -46,23 +46,29 @@ class Called:
         return {"name": self.name, "sha256": self.sha256}
 
 
+def check_folder(folder: str | Path | None) -> None:
+    """Raise UsageError for a folder of embeddings that is none."""
+    if folder is not None and not Path(folder).is_dir():
+        raise UsageError(
+            f"{folder} is no folder", expected="a folder of embedding files", fix="Check the path."
+        )
+
+
 class EmbeddingLibrary:
     """Embeddings by name. Threads may share it: a request keeps those that it was made with.
 
     Args:
         package: whose text encoders they are for.
-        folder: of embedding files, its subfolders included: a file's name is its stem. It is looked through
-            at every request, and a file is read when a prompt first calls it, or when it has changed.
+        folder: of embedding files, its subfolders included: a file's name is its stem, or its path in the
+            folder without the ending. It is looked through at every request, and a file is read when a prompt
+            first calls it, or when it has changed.
 
     Raises:
         UsageError: `folder` is none.
     """
 
     def __init__(self, package: Package, folder: str | Path | None = None) -> None:
-        if folder is not None and not Path(folder).is_dir():
-            raise UsageError(
-                f"{folder} is no folder", expected="a folder of embedding files", fix="Check the path."
-            )
+        check_folder(folder)
         self._package = package
         self._folder = None if folder is None else Path(folder)
         self._lock = Lock()
@@ -118,12 +124,12 @@ class EmbeddingLibrary:
         loaded, rules = self._loaded, PROMPT_SYNTAXES[request.prompt_syntax].names
         files = {} if rules.bare == "given" else self._named_files()
         known = {**files, **loaded}
-        texts = {index: _texts(request, index) for index in range(len(request.prompts))}
-        if not known and not any("embedding:" in text.lower() for one in texts.values() for text in one):
+        pictures = {_texts(request, index) for index in range(len(request.prompts))}
+        if not known and not any("embedding:" in text.lower() for texts in pictures for text in texts):
             return request
         called: set[str] = set()
-        for index in texts:
-            names = called_embeddings(texts[index], request.prompt_syntax, known)
+        for texts in pictures:
+            names = called_embeddings(texts, request.prompt_syntax, known)
             if len(names) > _MOST_FILES:
                 raise UsageError(
                     f"a prompt calls {len(names)} embeddings",
@@ -181,19 +187,16 @@ class EmbeddingLibrary:
 
     def _named_files(self) -> dict[str, Path]:
         """The folder's files by name: of several, the first by `_ENDINGS`, then by its path."""
-        if self._folder is None:
-            return {}
-        found: dict[str, Path] = {}
-        paths = [
-            Path(folder, file)
-            for folder, _, files in os.walk(self._folder)
-            for file in files
-            if file[0] != "."
-        ]
+        folder, found = self._folder, dict[str, Path]()
+        if folder is None:
+            return found
+        paths = [Path(place, file) for place, _, files in os.walk(folder) for file in files if file[0] != "."]
         for ending in _ENDINGS:
             for path in sorted(path for path in paths if path.suffix.lower() == ending):
-                if path.stem == path.stem.strip() and path.stem.isprintable():
-                    found.setdefault(path.stem, path)
+                inside = path.relative_to(folder).with_suffix("").as_posix()
+                for name in (path.stem, inside):
+                    if name == name.strip() and name.isprintable():
+                        found.setdefault(name, path)
         return found
 
     def _of_file(self, files: Mapping[str, Path], name: str) -> Embedding:

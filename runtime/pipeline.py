@@ -21,7 +21,7 @@ from ..engines.installed import latentrt_version
 from ..engines.package import Package
 from ..engines.spec import TEXT_ENCODERS, Array
 from .conditioning import make_conditioning
-from .embeddings import EmbeddingLibrary, Source
+from .embeddings import EmbeddingLibrary, Source, check_folder
 from .loop.device.cuda_graphs import Graphs
 from .loop.job import NEVER, Clock, DenoiseJob, Drawn, JobRecorder, Loop, State, Stop
 from .loop.open import LoopOptions, open_loop
@@ -157,6 +157,7 @@ class Pipeline:
             BackendError: nothing installed can execute it, or there are no engines for it.
             StorageError: no room for what is fetched or made ready.
         """
+        check_folder(embeddings)  # before a model is fetched
         package = open_model(
             model,
             backend=lambda: find_backend(backend, place=Place.parse(device))[0],

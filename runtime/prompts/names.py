@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import lru_cache
 from itertools import chain
 
@@ -131,6 +130,8 @@ def _spelled_as(found: str, rules: NameRules, names: Collection[str]) -> str:
 
 
 def _unknown(found: str, rest: str, names: Collection[str]) -> UsageError:
+    from difflib import get_close_matches
+
     name = re.split(r"[<\[]", rest)[0].strip(",").rstrip(".;:!?")
     near = get_close_matches(name, list(names), n=3, cutoff=0.4)
     known = f"one of the {len(names)} that are known" if names else "no call, because none is known"

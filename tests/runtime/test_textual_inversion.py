@@ -31,8 +31,10 @@ from latentrt.runtime.prompts.encode import PROMPT_SYNTAXES, TextConditioner, Te
 from latentrt.runtime.prompts.tokenizer import ClipTokenizer
 from latentrt.runtime.redraw import redraw
 from latentrt.runtime.refine import refine
+from tests.engines.host_device import HostDevice
 from tests.parity_pair import BAR, Pair, drawn, exported, ours, psnr
 from tests.runtime import prompt_references as reference
+from tests.runtime.device_bench import device_pipeline
 from tests.runtime.prompt_references import clip_tokenizer
 
 pytestmark = [
@@ -374,14 +376,18 @@ def test_files_of_a_folder(plain: Pipeline, pipe: Pipeline, folder: Path) -> Non
     assert not np.array_equal(plain(PROMPT, **FAST).images, wanted)
     explicit = PROMPT.replace("face", "embedding:Face")
     np.testing.assert_array_equal(pipe(explicit, prompt_syntax="comfyui", **FAST).images, wanted)
-    pipe("embedding:learned_embeds", **FAST)  # in a subfolder
+    # in a subfolder, whose path ComfyUI wants as well
+    for name in ("embedding:learned_embeds", "embedding:sub/learned_embeds.safetensors"):
+        assert [
+            one.name for one in pipe(name, prompt_syntax="comfyui", **FAST).request.embeddings.values()
+        ] == [name[10:].removesuffix(".safetensors")]
     # with the syntax that has no grammar, only words that the caller gave count
     as_text = plain(PROMPT, prompt_syntax="plain", **FAST).images
     np.testing.assert_array_equal(pipe(PROMPT, prompt_syntax="plain", **FAST).images, as_text)
 
 
 def test_a_file_that_changes_or_comes_is_read(pipe: Pipeline, folder: Path) -> None:
-    assert pipe.embeddings.names() == ("Face", "learned_embeds")
+    assert pipe.embeddings.names() == ("Face", "learned_embeds", "sub/learned_embeds")
     first = pipe(PROMPT, **FAST)
     save_file({"emb_params": FACE[::-1].copy()}, folder / "Face.safetensors")
     second = pipe(PROMPT, **FAST)
@@ -474,9 +480,22 @@ def test_a_request_keeps_what_it_was_made_with(plain: Pipeline) -> None:
     np.testing.assert_array_equal(np.asarray(last.preview()), wanted.images)
 
 
+def test_on_a_device(plain: Pipeline, package: Package) -> None:
+    """Any number of rows goes to the device, and the picture is the host's."""
+    host = Pipeline.over(plain.package, plain.loop, plain.backend)
+    with device_pipeline(package, HostDevice(), graphs="on") as (pipe, _):
+        for one in (host, pipe):
+            one.load_textual_inversion([{"face": FACE}, {"<hand>": HAND}])
+        for prompt in (PROMPT, "a <hand>, face face", "a red circle"):
+            found, wanted = (one(prompt, negative_prompt="<hand>", **FAST).images for one in (pipe, host))
+            assert psnr(wanted, found) >= BAR
+
+
 def test_limits_and_refusals(plain: Pipeline, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nowhere is no folder"):
         Pipeline.over(plain.package, plain.loop, plain.backend, embeddings=tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="nowhere is no folder"):
+        Pipeline.open("no-such-model", embeddings=tmp_path / "nowhere")
     pipe = Pipeline.over(plain.package, plain.loop, plain.backend)
     pipe.load_textual_inversion([{f"w{number}": HAND} for number in range(65)])
     with pytest.raises(UsageError, match="a prompt calls 65 embeddings; expected at most 64"):
