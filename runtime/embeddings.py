@@ -220,7 +220,7 @@ class EmbeddingLibrary:
         with self._lock:
             before = self._files.get(path)
         if before is not None and before[0] == state:
-            return before[1]
+            return replace(before[1], name=name)  # a file has more than one
         embedding = read_embedding(path, self._inputs, name)
         with self._lock:
             self._files[path] = state, embedding
