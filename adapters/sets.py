@@ -154,8 +154,9 @@ class AdapterSet:
         if not self.adapters:
             return {}
         passed = self.adapters[: len(self.adapters) - self.tagged]
+        loras = {"loras": [[name, strength.value] for name, _, strength in passed]} if passed else {}
         return {
-            "loras": [[name, strength.value] for name, _, strength in passed],
+            **loras,
             "adapters": {
                 name: {
                     "sha256": adapter.sha256,

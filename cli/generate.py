@@ -169,8 +169,10 @@ def _draw(
 
 def _say_what_the_demo_knows(prompts: Sequence[str]) -> None:
     from ..demo.shapes import unknown_words
+    from ..runtime.prompts.lora_tags import without_tags
 
-    if words := [word for prompt in dict.fromkeys(prompts) for word in unknown_words(prompt)]:
+    texts = dict.fromkeys(map(without_tags, prompts))
+    if words := [word for text in texts for word in unknown_words(text)]:
         print(
             f"the demo model draws one coloured shape on a background, 128x128; it does not know"
             f" {', '.join(words[:5])}: other pictures need a model of yours (docs/models.md)",

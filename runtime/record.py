@@ -72,7 +72,11 @@ def make_record(request: Request, index: int, producer: Mapping[str, Any]) -> di
         },
     }
     record |= {name: value for name, value in some.items() if value is not None}
-    record |= {name: value for name, value in request.chosen.items() if name not in (*record, *_OF_THE_CALL)}
+    record |= {
+        name: value
+        for name, value in request.chosen.items()
+        if name not in (*record, *_OF_THE_CALL, "loras")  # which `producer` has, with the pipeline's own
+    }
     return record | dict(producer)
 
 

@@ -85,7 +85,7 @@ def _drawn(
     pipe: Any, recorded: Recorded, folder: Path | None, given: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> Result[Any]:
     inputs = _inputs(recorded, folder, given)
-    parameters = {**_without_rivals(recorded.parameters, changes), **inputs, **changes}
+    parameters = {"loras": (), **_without_rivals(recorded.parameters, changes), **inputs, **changes}
     _check_adapters(pipe, recorded, changes)
     _check_embeddings(pipe, recorded, _prompt(recorded, given), parameters)
     result = pipe(_prompt(recorded, given), **parameters)
@@ -141,7 +141,7 @@ def _refined(
     _check_model(refiner, record)
     base, end = read_record(record["base_record"]), read_record(record)
     _check_adapters(pipe, base, changes)
-    parameters: dict[str, Any] = {**base.parameters, **end.parameters}
+    parameters: dict[str, Any] = {"loras": (), **base.parameters, **end.parameters}
     at = parameters.pop("denoising_end")
     parameters.pop("denoising_start", None)
     together: Any = {**parameters, **_inputs(base, folder, given), **changes}

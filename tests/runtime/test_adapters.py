@@ -1,0 +1,316 @@
+"""Sets of adapters at run time: what is opened, kept and forgotten, by whom they are named, what records say.
+
+What they do to pictures is compared with LyCORIS and PEFT in tests/test_parity_adapters.py.
+"""
+
+from __future__ import annotations
+
+import random
+import resource
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from latentrt.engines.errors import AdapterError, NumericError, UsageError
+from latentrt.engines.net_weights import part_shapes
+from latentrt.engines.package import Package
+from latentrt.engines.spec import Array
+from latentrt.runtime import Pipeline, redraw
+from latentrt.runtime.loop.denoise import HostLoop
+from latentrt.runtime.model import SHIPPED
+
+DEMO = Package.open(SHIPPED["demo"])
+SMALL: dict[str, Any] = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "np", "seed": 4}
+PROMPT = "a red circle on a blue background"
+WHERE = {
+    "loop": ("unet", "attn1.to_q"),
+    "keys": ("unet", "attn2.to_k"),
+    "time": ("unet", "time_emb_proj"),
+    "text": ("text_encoder", "q_proj"),
+    "everything": ("unet", ""),
+}
+PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+
+
+def write(path: Path, where: str, seed: int = 0, scale: float = 0.5, **more: Array) -> Path:
+    """A LoRA of rank 2 with kohya's names, on the weights of that place."""
+    part, inside = WHERE[where]
+    values = np.random.default_rng([seed, len(where)])
+    tensors = dict[str, Array]()
+    for name, shape in part_shapes(DEMO, part).items():
+        if inside in name and name.endswith(".weight") and len(shape) == 2 and "embeddings" not in name:
+            key = PREFIXES[part] + name.removesuffix(".weight").replace(".", "_")
+            down = values.normal(0, shape[1] ** -0.5, (2, shape[1]))
+            tensors[f"{key}.lora_down.weight"] = down.astype(np.float32)
+            up = values.normal(0, scale, (shape[0], 2))
+            tensors[f"{key}.lora_up.weight"] = up.astype(np.float32)
+    save_file({**tensors, **more}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("loras")
+    return {where: write(folder / f"{where}.safetensors", where) for where in WHERE}
+
+
+@pytest.fixture
+def pipe(files: dict[str, Path]) -> Iterator[Pipeline]:
+    with Pipeline.open("demo", loras=files["loop"].parent) as pipe:
+        yield pipe
+
+
+def draw(pipe: Pipeline, *loras: Any, prompt: str = PROMPT, **more: Any) -> Array:
+    return pipe(prompt, loras=list(loras), **{**SMALL, **more}).images
+
+
+def opened(pipe: Pipeline, *loras: Any) -> set[str]:
+    """The nets that a set has of its own."""
+    with pipe._adapted.use(pipe.adapters.chosen(list(loras))) as adapted:
+        loop: Any = adapted.loop
+        assert isinstance(loop, HostLoop)
+        return set(loop.nets) if loop is not pipe.loop else set()
+
+
+# ── what is opened ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("where", "nets"),
+    [
+        ("loop", {"unet"}),
+        ("keys", {"unet_context"}),
+        ("time", {"unet_time"}),
+        ("text", {"text_encoder"}),
+        ("everything", {"unet", "unet_context", "unet_time"}),
+    ],
+)
+def test_only_what_is_touched_is_opened(pipe: Pipeline, where: str, nets: set[str]) -> None:
+    plain = draw(pipe)
+    assert opened(pipe, where) == nets
+    assert not np.array_equal(draw(pipe, where), plain)
+    np.testing.assert_array_equal(draw(pipe), plain)
+
+
+def test_strength_0_opens_nothing(pipe: Pipeline) -> None:
+    """T29."""
+    for strength in (0, 0.0, {"unet": 0, "text_encoder": 1}, {"unet": {"down": 0, "mid": 0, "up": 0}}):
+        assert opened(pipe, ("loop", strength)) == set()
+        assert pipe.adapters.chosen([("loop", strength)]).key == ""
+    np.testing.assert_array_equal(draw(pipe, ("loop", 0)), draw(pipe))
+
+
+def test_a_block_alone(pipe: Pipeline) -> None:
+    """Blocks that are left out have strength 1, as in diffusers."""
+    whole, plain = draw(pipe, "loop"), draw(pipe)
+    assert np.array_equal(draw(pipe, ("loop", {"unet": {"down": {"block_0": 1.0}}})), whole)
+    some = draw(pipe, ("loop", {"unet": {"mid": 0.0, "up": 0.0}}))
+    assert not np.array_equal(some, whole)
+    assert not np.array_equal(some, plain)
+    blocks = {"down": {"block_0": [1.0, 1.0], "block_1": 1.0}, "mid": 0.0, "up": {"block_0": 0, "block_1": 0}}
+    assert np.array_equal(draw(pipe, ("loop", {"unet": blocks})), some)
+
+
+def test_the_first_of_two_strengths_alone(pipe: Pipeline) -> None:
+    """T25."""
+    one, other = draw(pipe, ("loop", 0.5), "keys"), draw(pipe, ("loop", 0.6), "keys")
+    assert not np.array_equal(one, other)
+
+
+def test_the_same_adapter_twice_adds_up(pipe: Pipeline) -> None:
+    """T55."""
+    twice, once = draw(pipe, ("loop", 0.25), ("loop", 0.5)), draw(pipe, ("loop", 0.75))
+    assert np.abs(twice.astype(int) - once).max() <= 1
+
+
+def test_prompts_are_encoded_for_each_set(pipe: Pipeline) -> None:
+    """T30: the first picture with a text encoder's adapter is right, and the next one without too."""
+    plain, first = draw(pipe), draw(pipe, "text")
+    np.testing.assert_array_equal(draw(pipe), plain)
+    np.testing.assert_array_equal(draw(pipe, "text"), first)
+    with Pipeline.open("demo") as fresh:
+        fresh.load_lora_weights(Path(pipe.adapters._files()["text"]))
+        np.testing.assert_array_equal(draw(fresh, "text"), first)
+
+
+# ── kept and forgotten ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_sets_are_kept_by_bytes(files: dict[str, Path]) -> None:
+    with Pipeline.open("demo", loras=files["loop"].parent, adapted_bytes=0) as pipe:
+        plain = draw(pipe)
+        draw(pipe, "loop")
+        assert "unet" not in pipe.loop.nets, "the base makes way"
+        draw(pipe, "keys")
+        assert len(pipe._adapted._entries) == 1, "at least the last set is kept"
+        np.testing.assert_array_equal(draw(pipe), plain)
+    with Pipeline.open("demo", loras=files["loop"].parent) as pipe:
+        for where in WHERE:
+            draw(pipe, where)
+        assert len(pipe._adapted._entries) == len(WHERE)
+        assert set(pipe.loop.nets) >= {"unet", "unet_context"}
+
+
+def test_unloading_leaves_nothing(pipe: Pipeline, files: dict[str, Path]) -> None:
+    """T23 and T28."""
+    plain = draw(pipe)
+    for where in ("loop", "keys", "time"):
+        pipe.load_lora_weights(files[where])
+    pipe.set_adapters(["loop", "keys", "time"], [0.5, 0.6, 0.7])
+    pipe(PROMPT, **SMALL)
+    pipe.unload_lora_weights("keys")
+    two = pipe(PROMPT, **SMALL).images
+    np.testing.assert_array_equal(two, draw(pipe, ("loop", 0.5), ("time", 0.7)))
+    pipe.unload_lora_weights()
+    np.testing.assert_array_equal(pipe(PROMPT, **SMALL).images, plain)
+    assert (pipe.adapters.names, len(pipe._adapted._entries)) == ((), 0)
+
+
+@pytest.mark.parametrize("swaps", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_many_swaps(files: dict[str, Path], swaps: int) -> None:
+    """T27: random sets, one after the other; every picture is that of a fresh pipeline, memory does not grow."""
+    sets = [
+        [("loop", 0.4)],
+        ["keys"],
+        [("time", -0.5), "text"],
+        ["loop", ("keys", 0.3)],
+        [("everything", 0.2)],
+    ]
+    few = {"num_inference_steps": 1}
+    wanted = list[Array]()
+    for chosen in [[], *sets]:
+        with Pipeline.open("demo", loras=files["loop"].parent) as fresh:
+            wanted.append(draw(fresh, *chosen, **few))
+    order = random.Random(0)
+    with Pipeline.open("demo", loras=files["loop"].parent, adapted_bytes=30_000_000) as pipe:
+        peaks = list[int]()
+        for swap in range(swaps):
+            index = order.randrange(len(sets) + 1)
+            np.testing.assert_array_equal(draw(pipe, *[[], *sets][index], **few), wanted[index])
+            if swap in (swaps // 4, swaps - 1):
+                peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    assert peaks[1] - peaks[0] < 60_000, "kilobytes"
+
+
+def test_threads_share_a_pipeline(pipe: Pipeline) -> None:
+    sets = [[], ["loop"], ["text"], [("loop", 0.5), "time"]]
+    wanted = [draw(pipe, *chosen) for chosen in sets]
+    pipe.unload_lora_weights()
+    with ThreadPoolExecutor(4) as pool:
+        drawn = list(pool.map(lambda index: draw(pipe, *sets[index % 4]), range(12)))
+    for index, images in enumerate(drawn):
+        np.testing.assert_array_equal(images, wanted[index % 4])
+
+
+def test_a_stream_goes_on_while_its_set_is_forgotten(pipe: Pipeline) -> None:
+    wanted = draw(pipe, "loop")
+    steps = pipe.stream(PROMPT, loras=["loop"], **{k: v for k, v in SMALL.items() if k != "output_type"})
+    next(steps)
+    pipe.unload_lora_weights()
+    (last,) = list(steps)
+    np.testing.assert_array_equal(np.asarray(last.preview()[0]), wanted[0])
+
+
+def test_a_set_that_does_not_open_is_not_kept(pipe: Pipeline, tmp_path: Path) -> None:
+    beyond = write(tmp_path / "beyond.safetensors", "loop", scale=1e38)
+    pipe.load_lora_weights(beyond)
+    plain = draw(pipe)
+    for _ in range(2):
+        with pytest.raises((NumericError, AdapterError)):
+            draw(pipe, ("beyond", 100.0))
+    np.testing.assert_array_equal(draw(pipe), plain)
+
+
+# ── names ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_usual_ones(pipe: Pipeline) -> None:
+    pipe.set_adapters("loop", 0.5)
+    usual = pipe(PROMPT, **SMALL).images
+    np.testing.assert_array_equal(usual, draw(pipe, ("loop", 0.5)))
+    np.testing.assert_array_equal(draw(pipe), Pipeline.open("demo")(PROMPT, **SMALL).images)
+    tagged = pipe(f"{PROMPT}<lora:keys:0.5>", **SMALL).images
+    np.testing.assert_array_equal(tagged, draw(pipe, ("loop", 0.5), ("keys", 0.5)))
+    pipe.set_adapters([])
+    np.testing.assert_array_equal(pipe(PROMPT, **SMALL).images, draw(pipe))
+
+
+def test_names_that_are_unknown_or_taken(pipe: Pipeline, files: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match="no adapter is called 'lop'") as caught:
+        draw(pipe, "lop")
+    assert "loop" in caught.value.expected
+    with pytest.raises(UsageError, match="no adapter is called"):
+        pipe.unload_lora_weights("nothing")
+    with pytest.raises(UsageError, match="no adapter is called"):
+        pipe.set_adapters(["loop", "nothing"])
+    with pytest.raises(UsageError, match="2 adapters and 1 strengths"):
+        pipe.set_adapters(["loop", "keys"], [1.0])
+    assert pipe.load_lora_weights(files["loop"], "mine") == "mine"
+    assert pipe.load_lora_weights(files["loop"], "mine") == "mine", "the same content"
+    with pytest.raises(UsageError, match="another adapter is called 'mine'"):
+        pipe.load_lora_weights(files["keys"], "mine")
+    with pytest.raises(UsageError, match="17 adapters"):
+        draw(pipe, *["loop"] * 17)
+    with pytest.raises(UsageError, match="is no folder"):
+        Pipeline.open("demo", loras=files["loop"])
+
+
+def test_what_comes_with_an_adapter(pipe: Pipeline, tmp_path: Path) -> None:
+    """Embeddings in an adapter's file are loaded and forgotten with it."""
+    words = {"bundle_emb.glow.string_to_param.*": np.ones((2, 96), np.float32)}
+    path = write(tmp_path / "bundle.safetensors", "loop", **words)
+    pipe.load_lora_weights(path)
+    assert "glow" in pipe.embeddings.names()
+    pipe("a glow circle", loras=["bundle"], **SMALL)
+    pipe.unload_lora_weights("bundle")
+    assert "glow" not in pipe.embeddings.names()
+
+
+# ── records ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_picture_is_drawn_again_with_its_adapters(
+    pipe: Pipeline, files: dict[str, Path], tmp_path: Path
+) -> None:
+    more = {**SMALL, "output_type": "pil"}
+    result = pipe(f"{PROMPT} <lora:keys:0.5>", loras=[("loop", {"unet": 0.7})], **more)
+    record = result.record()
+    assert record["loras"] == [["loop", {"unet": 0.7}]]
+    assert set(record["adapters"]) == {"loop", "keys"}
+    result.save(tmp_path / "one.png")
+    again = redraw(pipe, tmp_path / "one.png")
+    np.testing.assert_array_equal(np.asarray(again.images[0]), np.asarray(result.images[0]))
+    again.save(tmp_path / "two.png")
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    plain = pipe(PROMPT, **more)
+    pipe.set_adapters("loop")
+    same = redraw(pipe, plain.record())
+    np.testing.assert_array_equal(np.asarray(same.images[0]), np.asarray(plain.images[0]))
+    with Pipeline.open("demo") as other:
+        with pytest.raises(UsageError, match="no adapter is called 'loop'"):
+            redraw(other, tmp_path / "one.png")
+        other.load_lora_weights(files["time"], "loop")
+        other.load_lora_weights(files["keys"])
+        with pytest.raises(UsageError, match="the adapter 'loop' is another file than the picture's"):
+            redraw(other, tmp_path / "one.png")
+    with pytest.raises(UsageError, match="the record's adapters are"):
+        redraw(pipe, {**record, "adapters": ["loop"]})
+
+
+def test_a_picture_of_automatic1111(pipe: Pipeline, tmp_path: Path) -> None:
+    """Its text has the tags and the hashes; ours are written as its own are."""
+    hashes = pipe(f"{PROMPT} <lora:keys:0.5>", **SMALL).record()["adapters"]["keys"]["short_hash"]
+    text = f'{PROMPT} <lora:keys:0.5>\nSteps: 2, Sampler: Euler, Seed: 4, Size: 64x64, Lora hashes: "keys: {hashes}"'
+    from latentrt.runtime.pictures.write import PictureMetadata
+
+    found = redraw(pipe, PictureMetadata(parameters=text, record=None))
+    assert found.request.tagged == (("keys", 0.5),)
+    assert f'Lora hashes: "keys: {hashes}"' in found.infotext()
+    wrong = text.replace(hashes, "0" * 12)
+    with pytest.raises(UsageError, match="the adapter 'keys' is another file"):
+        redraw(pipe, PictureMetadata(parameters=wrong, record=None))
