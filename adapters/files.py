@@ -20,6 +20,7 @@ from ..engines.lfs import refuse_pointer
 from ..engines.safetensors_format import Bytes, Header, find_not_finite, map_tensors
 from ..engines.spec import Array
 from .keys import BundledKey, Key, read_bundled_key, read_key, refused_kind
+from .kinds.change import scalar_of
 from .scaling import NotedScaling, read_scalings
 
 _SIZE_LIMIT = 2**33  # bytes
@@ -72,6 +73,20 @@ class Adapter:
     def name(self) -> str:
         """What requests call it: the file's name without its ending."""
         return self.path.stem
+
+    def notes(self) -> tuple[str, ...]:
+        """What its numbers say, for people: how many modules it changes, alphas, embeddings, A1111's hash."""
+        modules = len({key.module for key in self.parts.values()})
+        stored = (self.tensors[name] for name, key in self.parts.items() if key.part == "alpha")
+        alphas = sorted({scalar_of(array) for array in stored if array.size == 1})
+        said = f"{modules} module{'s' * (modules != 1)}"
+        if alphas:
+            said += (
+                f", alpha {alphas[0]:g}" if len(alphas) == 1 else f", alphas {alphas[0]:g} to {alphas[-1]:g}"
+            )
+        embeddings = sorted({key.name for key in self.bundled.values()})
+        more = [f"embeddings: {', '.join(embeddings)[:200]}"] if embeddings else []
+        return (said, *more, f"hash for A1111: {self.short_hash}")
 
 
 def read_adapter(path: str | Path) -> Adapter:

@@ -31,8 +31,15 @@ PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "l
 class Trained:
     """A net with PEFT's layers of random weights, in float64."""
 
-    def __init__(self, family: str, part: str, ranks: dict[str, int], **more: Any) -> None:
-        self.part = part
+    def __init__(
+        self,
+        family: str,
+        part: str,
+        ranks: dict[str, int],
+        alphas: dict[str, float] | None = None,
+        **more: Any,
+    ) -> None:
+        self.part, alphas = part, alphas or {}
         self.net = copy.deepcopy(modules(family)[part])
         names = dict(self.net.named_modules())
         # transformers' own names may lack the checkpoint's `text_model.`
@@ -40,6 +47,7 @@ class Trained:
         config = peft.LoraConfig(
             r=1,
             rank_pattern={own: ranks[name] for own, name in self.own.items()},
+            alpha_pattern={own: alphas[name] for own, name in self.own.items() if name in alphas},
             target_modules=list(self.own),
             **more,
         )
@@ -115,8 +123,7 @@ CASES: dict[str, tuple[str, str, dict[str, int], dict[str, float]]] = {
 def test_t1_to_t5_each_module_has_its_own_alpha_and_rank(case: str, tmp_path: Path) -> None:
     family, part, ranks, alphas = CASES[case]
     known = {name: alphas.get(name, rank) for name, rank in ranks.items()}  # PEFT has no "as the rank"
-    own = {n: a for name, a in known.items() for n in (name, name.removeprefix("text_model."))}
-    trained = Trained(family, part, ranks, alpha_pattern=own)
+    trained = Trained(family, part, ranks, known)
     tensors = {key: x for name in ranks for key, x in trained.kohya(name).items()}
     path = write(tmp_path / "a.safetensors", tensors | alphas_of(trained, alphas, part))
     check(family, trained, bound(path, targets(family)), list(ranks))
@@ -125,7 +132,7 @@ def test_t1_to_t5_each_module_has_its_own_alpha_and_rank(case: str, tmp_path: Pa
 @pytest.mark.parametrize("form", [(), (1,)])
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.int64])
 def test_an_alpha_of_any_type(kind: torch.dtype, form: tuple[int, ...], tmp_path: Path) -> None:
-    trained = Trained("sd1", "unet", {Q: 4}, alpha_pattern={Q: 3})
+    trained = Trained("sd1", "unet", {Q: 4}, {Q: 3})
     alpha = {f"lora_unet_{flat(Q)}.alpha": torch.full(form, 3, dtype=kind)}
     path = write(tmp_path / "a.safetensors", trained.kohya(Q) | alpha)
     check("sd1", trained, bound(path, targets("sd1")), [Q])
@@ -146,8 +153,8 @@ def test_t10_t33_pefts_names_with_what_diffusers_notes(bias: bool, tmp_path: Pat
         "sd1",
         "unet",
         {OUT: 4, CONV: 2} if bias else {Q: 4, CONV: 2},  # to_q has no bias of its own
+        {CONV: 5},
         lora_alpha=3,
-        alpha_pattern={CONV: 5},
         use_rslora=not bias,
         lora_bias=bias,
     )
