@@ -139,11 +139,11 @@ def test_a_pointer_and_a_page(path: Path) -> None:
     refused(path, "an HTML page")
 
 
-@pytest.mark.parametrize("cut", [1, 100, 20_000])
-def test_t57_a_truncated_file(cut: int, path: Path) -> None:
+@pytest.mark.parametrize("end", [-1, -100, 50])
+def test_t57_a_truncated_file(end: int, path: Path) -> None:
     write(path, pair(NAME, rank=64))
     content = path.read_bytes()
-    path.write_bytes(content[:-cut])
+    path.write_bytes(content[:end])
     error = refused(path, "ends after|bytes of tensors")
     assert "Download the file again" in error.fix
 
