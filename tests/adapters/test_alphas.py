@@ -186,6 +186,43 @@ def test_notes_that_are_not_diffusers(noted: str, message: str, tmp_path: Path) 
         bound(path, targets("sd1"))
 
 
+def test_t33_what_peft_writes_beside_its_file(tmp_path: Path) -> None:
+    config = peft.LoraConfig(
+        r=4, lora_alpha=3, alpha_pattern={K: 5}, target_modules=[Q, K], init_lora_weights=False
+    )
+    model: Any = peft.get_peft_model(copy.deepcopy(modules("sd1")["unet"]), config)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    adapter = bound(path, targets("sd1"))
+    for name, layer in model.double().base_model.model.named_modules():
+        if name in (Q, K):
+            base = weights("sd1")["unet"][f"{name}.weight"]
+            found = merged(base.numpy(), [(adapter.changes["unet"][f"{name}.weight"], 1.0)])
+            assert_near(found, base.double() + layer.get_delta_weight("default"))
+    before = adapter.sha256
+    beside = tmp_path / "adapter_config.json"
+    beside.write_text(beside.read_text().replace('"lora_alpha": 3', '"lora_alpha": 4'))
+    assert bound(path, targets("sd1")).sha256 != before
+    beside.write_text("{")
+    with pytest.raises(AdapterError, match=r"has an adapter_config\.json that is not JSON"):
+        bound(path, targets("sd1"))
+    beside.unlink()
+    assert bound(path, targets("sd1")).changes["unet"][f"{Q}.weight"].scale == 1
+
+
+def test_a_configuration_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = Trained("sd1", "unet", {Q: 4})
+    path = write(tmp_path / "adapter_model.safetensors", trained.kohya(Q))
+    (tmp_path / "adapter_config.json").write_text("{}")
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(AdapterError, match=r"adapter_config\.json cannot be read \(Permission denied\)"):
+        bound(path, targets("sd1"))
+
+
 GRAMMARS = {
     "kohya": ("lora_unet_{flat}", "lora_down.weight", "lora_up.weight"),
     "sgm": ("lora_unet_{sgm_flat}", "lora_down.weight", "lora_up.weight"),
