@@ -19,6 +19,7 @@ from .files import Adapter
 from .kinds.change import Change, Scaling, Site, scalar_of
 from .kinds.table import BIASES, bias_change, weight_change
 from .names import FIRST, SECOND, UNET, Names, Targets
+from .scaling import EVERY
 
 _log = logging.getLogger("latentrt.adapters")
 _LISTED = 20  # keys in a message
@@ -209,7 +210,7 @@ def _scaling(adapter: Adapter, component: str, module: str, found: _Module) -> S
     Raises:
         AdapterError: an alpha or scalar is no number.
     """
-    noted = adapter.scalings.get(component)
+    noted = adapter.scalings.get(component) or adapter.scalings.get(EVERY)
     alpha = _number(adapter, found, "alpha")
     if alpha is None and noted is not None:
         alpha = noted.alpha_of(module)

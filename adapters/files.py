@@ -20,7 +20,8 @@ from ..engines.lfs import refuse_pointer
 from ..engines.safetensors_format import Bytes, Header, find_not_finite, map_tensors
 from ..engines.spec import Array
 from .keys import BundledKey, Key, read_bundled_key, read_key, refused_kind
-from .scaling import NotedScaling, read_scalings
+from .kinds.change import scalar_of
+from .scaling import NotedScaling, read_config, read_scalings
 
 _SIZE_LIMIT = 2**33  # bytes
 _KEY_LIMIT = 20_000  # SDXL's every layer with three parts each is 9,000
@@ -45,7 +46,7 @@ class Adapter:
 
     Attributes:
         path: of the file.
-        sha256: of its content.
+        sha256: of its content, and of PEFT's configuration beside it where there is one.
         short_hash: as A1111 prints it: 12 digits of the hash that the trainer noted, else of the hash of what
             follows the header.
         metadata: what the file's writer noted (`ss_*`, `modelspec.*`).
@@ -72,6 +73,20 @@ class Adapter:
     def name(self) -> str:
         """What requests call it: the file's name without its ending."""
         return self.path.stem
+
+    def notes(self) -> tuple[str, ...]:
+        """What its numbers say, for people: how many modules it changes, alphas, embeddings, A1111's hash."""
+        modules = len({key.module for key in self.parts.values()})
+        stored = (self.tensors[name] for name, key in self.parts.items() if key.part == "alpha")
+        alphas = sorted({scalar_of(array) for array in stored if array.size == 1})
+        said = f"{modules} module{'s' * (modules != 1)}"
+        if alphas:
+            said += (
+                f", alpha {alphas[0]:g}" if len(alphas) == 1 else f", alphas {alphas[0]:g} to {alphas[-1]:g}"
+            )
+        embeddings = sorted({key.name for key in self.bundled.values()})
+        more = [f"embeddings: {', '.join(embeddings)[:200]}"] if embeddings else []
+        return (said, *more, f"hash for A1111: {self.short_hash}")
 
 
 def read_adapter(path: str | Path) -> Adapter:
@@ -106,7 +121,8 @@ def read_adapter(path: str | Path) -> Adapter:
         raise AdapterError(
             f"{path} has NaN or infinity in {name[:200]}", expected="finite numbers", fix=_AGAIN
         )
-    whole, short = _hashes(header, contents)
+    config = read_config(path)
+    whole, short = _hashes(header, contents, config)
     base = base_of(headers, header.metadata)
     return Adapter(
         path=path,
@@ -117,7 +133,7 @@ def read_adapter(path: str | Path) -> Adapter:
         tensors=tensors,
         parts=parts,
         bundled=bundled,
-        scalings=read_scalings(path, header.metadata),
+        scalings=read_scalings(path, header.metadata, config),
         made_for=FAMILIES[base] if base else "",
     )
 
@@ -170,7 +186,7 @@ def _typed(path: Path, header: Header, name: str, content: Bytes) -> Array:
     return np.reshape(seen_as(np.asarray(content), kind), place.shape)
 
 
-def _hashes(header: Header, contents: Mapping[str, Bytes]) -> tuple[str, str]:
+def _hashes(header: Header, contents: Mapping[str, Bytes], config: bytes) -> tuple[str, str]:
     """The hash of the file that is mapped, and A1111's short one (`extensions-builtin/Lora/network.py`)."""
     noted = header.metadata.get("sshs_model_hash", "")
     whole, behind = hashlib.sha256(struct.pack("<Q", len(header.text)) + header.text), hashlib.sha256()
@@ -181,4 +197,5 @@ def _hashes(header: Header, contents: Mapping[str, Bytes]) -> tuple[str, str]:
         whole.update(content)
         if not known:
             behind.update(content)
+    whole.update(config)
     return whole.hexdigest(), (noted if known else behind.hexdigest())[:12]

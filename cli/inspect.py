@@ -41,7 +41,7 @@ def inspect(
     if not is_package(found) and not verify and sampler is None:  # which are for packages alone
         from ..checkpoints.files.report import report
 
-        return _print_report(report(found, _check_graphs), as_json=as_json)
+        return _print_report(_with_notes(report(found, _check_graphs)), as_json=as_json)
     opened = Package.open(found)
     if verify:
         opened.verify()
@@ -57,6 +57,21 @@ def _check_graphs(source: Checkpoint) -> None:
     from ..checkpoints.templates.find import check_templates
 
     check_templates(source, components(source))
+
+
+def _with_notes(found: Report) -> Report:
+    """The report of an adapter, with what its numbers say; or with what keeps it from being used."""
+    from dataclasses import replace
+
+    from ..adapters.files import read_adapter
+    from ..engines.errors import AdapterError
+
+    if found.kind != "lora" or not found.path.is_file():
+        return found
+    try:
+        return replace(found, notes=(*found.notes, *read_adapter(found.path).notes()))
+    except AdapterError as error:
+        return replace(found, problem=error.found, todo=error.fix)
 
 
 def _place(model: str) -> Path:
@@ -111,11 +126,12 @@ def _print_report(found: Report, *, as_json: bool) -> None:
         print(f"  {found.channels} input channels{' (inpainting)' if found.channels == 9 else ''}")
     for kind, fits in found.adapters.items():
         widths = [f"{width} numbers in {name}" for name, width in fits.items()] if kind == "embedding" else []
-        print(f"  fits, once they can be used: {kind} for {', '.join(widths) or fits}")
+        when = "" if kind == "lora" else ", once they can be used"
+        print(f"  fits{when}: {kind} for {', '.join(widths) or fits}")
     for note in found.notes:
         print(f"  {note}")
     if found.problem:
-        print(f"  cannot be opened: {found.problem}")
+        print(f"  cannot be {'used' if found.kind == 'lora' else 'opened'}: {found.problem}")
     print(f"  {found.todo}")
 
 

@@ -45,8 +45,8 @@ class FileKind:
         return self.todo.format(file=command(path), folder=command(path.parent), free=command(_free(path)))
 
 
-_ADAPTER = "No adapter can be used yet: open the checkpoint that it changes without it."
 _EMBEDDING = "Call it in a prompt: latentrt generate embedding:NAME -m CHECKPOINT --embd-dir {folder}"
+_ADAPTER = "Draw with it and a model that it is made for: latentrt generate PROMPT -m MODEL --lora {file}"
 _CONTROL = "No control can be used yet: open the checkpoint that it steers without it."
 _OTHER = "No other architecture is supported: use a checkpoint of Stable Diffusion 1.x, 2.x or XL."
 _PART = "Use the complete checkpoint; other tools also write its parts alone."

@@ -31,8 +31,15 @@ PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "l
 class Trained:
     """A net with PEFT's layers of random weights, in float64."""
 
-    def __init__(self, family: str, part: str, ranks: dict[str, int], **more: Any) -> None:
-        self.part = part
+    def __init__(
+        self,
+        family: str,
+        part: str,
+        ranks: dict[str, int],
+        alphas: dict[str, float] | None = None,
+        **more: Any,
+    ) -> None:
+        self.part, alphas = part, alphas or {}
         self.net = copy.deepcopy(modules(family)[part])
         names = dict(self.net.named_modules())
         # transformers' own names may lack the checkpoint's `text_model.`
@@ -40,6 +47,7 @@ class Trained:
         config = peft.LoraConfig(
             r=1,
             rank_pattern={own: ranks[name] for own, name in self.own.items()},
+            alpha_pattern={own: alphas[name] for own, name in self.own.items() if name in alphas},
             target_modules=list(self.own),
             **more,
         )
@@ -115,8 +123,7 @@ CASES: dict[str, tuple[str, str, dict[str, int], dict[str, float]]] = {
 def test_t1_to_t5_each_module_has_its_own_alpha_and_rank(case: str, tmp_path: Path) -> None:
     family, part, ranks, alphas = CASES[case]
     known = {name: alphas.get(name, rank) for name, rank in ranks.items()}  # PEFT has no "as the rank"
-    own = {n: a for name, a in known.items() for n in (name, name.removeprefix("text_model."))}
-    trained = Trained(family, part, ranks, alpha_pattern=own)
+    trained = Trained(family, part, ranks, known)
     tensors = {key: x for name in ranks for key, x in trained.kohya(name).items()}
     path = write(tmp_path / "a.safetensors", tensors | alphas_of(trained, alphas, part))
     check(family, trained, bound(path, targets(family)), list(ranks))
@@ -125,7 +132,7 @@ def test_t1_to_t5_each_module_has_its_own_alpha_and_rank(case: str, tmp_path: Pa
 @pytest.mark.parametrize("form", [(), (1,)])
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.int64])
 def test_an_alpha_of_any_type(kind: torch.dtype, form: tuple[int, ...], tmp_path: Path) -> None:
-    trained = Trained("sd1", "unet", {Q: 4}, alpha_pattern={Q: 3})
+    trained = Trained("sd1", "unet", {Q: 4}, {Q: 3})
     alpha = {f"lora_unet_{flat(Q)}.alpha": torch.full(form, 3, dtype=kind)}
     path = write(tmp_path / "a.safetensors", trained.kohya(Q) | alpha)
     check("sd1", trained, bound(path, targets("sd1")), [Q])
@@ -146,8 +153,8 @@ def test_t10_t33_pefts_names_with_what_diffusers_notes(bias: bool, tmp_path: Pat
         "sd1",
         "unet",
         {OUT: 4, CONV: 2} if bias else {Q: 4, CONV: 2},  # to_q has no bias of its own
+        {CONV: 5},
         lora_alpha=3,
-        alpha_pattern={CONV: 5},
         use_rslora=not bias,
         lora_bias=bias,
     )
@@ -176,6 +183,43 @@ def test_notes_that_are_not_diffusers(noted: str, message: str, tmp_path: Path) 
     trained = Trained("sd1", "unet", {Q: 4})
     path = write(tmp_path / "a.safetensors", trained.kohya(Q), {"lora_adapter_metadata": noted})
     with pytest.raises(AdapterError, match=message):
+        bound(path, targets("sd1"))
+
+
+def test_t33_what_peft_writes_beside_its_file(tmp_path: Path) -> None:
+    config = peft.LoraConfig(
+        r=4, lora_alpha=3, alpha_pattern={K: 5}, target_modules=[Q, K], init_lora_weights=False
+    )
+    model: Any = peft.get_peft_model(copy.deepcopy(modules("sd1")["unet"]), config)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    adapter = bound(path, targets("sd1"))
+    for name, layer in model.double().base_model.model.named_modules():
+        if name in (Q, K):
+            base = weights("sd1")["unet"][f"{name}.weight"]
+            found = merged(base.numpy(), [(adapter.changes["unet"][f"{name}.weight"], 1.0)])
+            assert_near(found, base.double() + layer.get_delta_weight("default"))
+    before = adapter.sha256
+    beside = tmp_path / "adapter_config.json"
+    beside.write_text(beside.read_text().replace('"lora_alpha": 3', '"lora_alpha": 4'))
+    assert bound(path, targets("sd1")).sha256 != before
+    beside.write_text("{")
+    with pytest.raises(AdapterError, match=r"has an adapter_config\.json that is not JSON"):
+        bound(path, targets("sd1"))
+    beside.unlink()
+    assert bound(path, targets("sd1")).changes["unet"][f"{Q}.weight"].scale == 1
+
+
+def test_a_configuration_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = Trained("sd1", "unet", {Q: 4})
+    path = write(tmp_path / "adapter_model.safetensors", trained.kohya(Q))
+    (tmp_path / "adapter_config.json").write_text("{}")
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(AdapterError, match=r"adapter_config\.json cannot be read \(Permission denied\)"):
         bound(path, targets("sd1"))
 
 

@@ -1503,40 +1503,40 @@ def _pipe(folder: Path) -> Path:
     return folder / "model.safetensors"
 
 
-_refused("a pipe", "a shell's <(…)", _pipe, "there is no model_index.json", "damaged")
+_refused("a pipe", "a shell's <(…)", _pipe, "model_index.json is missing", "damaged")
 _refused(
     "a ControlNet's folder",
     "diffusers",
     _other_folder({"_class_name": "ControlNetModel"}),
-    "there is no model_index.json",
+    "model_index.json is missing",
     "controlnet",
 )
 _refused(
     "an autoencoder's folder",
     "sd-vae-ft-mse",
     _other_folder({"_class_name": "AutoencoderKL"}),
-    "there is no model_index.json",
+    "model_index.json is missing",
     "vae",
 )
 _refused(
     "a text encoder's folder",
     "transformers",
     _other_folder({"architectures": ["CLIPTextModel"]}),
-    "there is no model_index.json",
+    "model_index.json is missing",
     "text-encoder",
 )
 _refused(
     "PEFT's folder",
     "peft's save_pretrained",
     _other_folder({"peft_type": "LORA"}, "adapter_config.json"),
-    "there is no model_index.json",
+    "model_index.json is missing",
     "lora",
 )
 _refused(
     "an empty folder",
     "a download that never began",
     _other_folder(None),
-    "there is no model_index.json",
+    "model_index.json is missing",
     "damaged",
 )
 _refused(

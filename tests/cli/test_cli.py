@@ -121,7 +121,8 @@ def test_inspect_says_what_a_file_is(latentrt: Any, tmp_path: Path) -> None:
     assert "a LoRA (kohya's names) for Stable Diffusion 1.x" in out
     assert "2 tensors (1 in F16, 1 in F64)" in out
     assert "rank 4" in out
-    assert "No adapter can be used yet" in out
+    assert "1 module, alpha 1" in out
+    assert f"--lora {tmp_path / 'style.safetensors'}" in out
     found = json.loads(latentrt("inspect", str(tmp_path / "style.safetensors"), "--json")[1])
     assert (found["kind"], found["family"], found["opens"]) == ("lora", "sd1", False)
     save_file({"emb_params": np.ones((4, 768), np.float16)}, tmp_path / "face.safetensors")

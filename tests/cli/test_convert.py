@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from latentrt import cli
+from latentrt.adapters.binding import bind
+from latentrt.adapters.files import read_adapter
 
 
 @pytest.fixture
@@ -88,6 +90,26 @@ def test_help_and_conversion_need_no_torch(latentrt: Any) -> None:
             timeout=60,
         )
     assert Path("y.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.bin", "x.ckpt"])
+@pytest.mark.parametrize("wrap", [lambda tensors: tensors, lambda tensors: {"state_dict": tensors}])
+def test_a_pickled_adapter_becomes_one_that_can_be_used(latentrt: Any, name: str, wrap: Any) -> None:
+    module = "lora_unet_conv_in"
+    tensors = {
+        f"{module}.lora_down.weight": torch.randn(2, 4, 3, 3).half(),
+        f"{module}.lora_up.weight": torch.randn(8, 2, 1, 1).bfloat16(),
+        f"{module}.alpha": torch.tensor(1.0),
+    }
+    torch.save(wrap(tensors), name)
+    Path("x.ckpt").unlink() if name != "x.ckpt" else None
+    assert latentrt("convert", name)[0] == 0
+    found = bind(read_adapter("x.safetensors"), {"unet": {"conv_in.weight": (8, 4, 3, 3)}})
+    change = found.changes["unet"]["conv_in.weight"]
+    assert (found.applied, change.rank, change.scale) == (3, 2, 0.5)
+    assert torch.equal(
+        load_file("x.safetensors")[f"{module}.lora_up.weight"], tensors[f"{module}.lora_up.weight"]
+    )
 
 
 def test_export_names_this_command(latentrt: Any) -> None:

@@ -20,9 +20,11 @@ from latentrt.engines.errors import AdapterError, NumericError, UsageError
 from latentrt.engines.net_weights import part_shapes
 from latentrt.engines.package import Package
 from latentrt.engines.spec import Array
-from latentrt.runtime import Pipeline, redraw
+from latentrt.runtime import Pipeline
 from latentrt.runtime.loop.denoise import HostLoop
 from latentrt.runtime.model import SHIPPED
+from latentrt.runtime.pictures.write import PictureMetadata
+from latentrt.runtime.redraw import redraw
 
 DEMO = Package.open(SHIPPED["demo"])
 SMALL: dict[str, Any] = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "np", "seed": 4}
@@ -217,7 +219,7 @@ def test_a_stream_goes_on_while_its_set_is_forgotten(pipe: Pipeline) -> None:
 
 
 def test_a_set_that_does_not_open_is_not_kept(pipe: Pipeline, tmp_path: Path) -> None:
-    beyond = write(tmp_path / "beyond.safetensors", "loop", scale=1e38)
+    beyond = write(tmp_path / "beyond.safetensors", "loop", scale=1e37)
     pipe.load_lora_weights(beyond)
     plain = draw(pipe)
     for _ in range(2):
@@ -305,9 +307,8 @@ def test_a_picture_is_drawn_again_with_its_adapters(
 def test_a_picture_of_automatic1111(pipe: Pipeline, tmp_path: Path) -> None:
     """Its text has the tags and the hashes; ours are written as its own are."""
     hashes = pipe(f"{PROMPT} <lora:keys:0.5>", **SMALL).record()["adapters"]["keys"]["short_hash"]
-    text = f'{PROMPT} <lora:keys:0.5>\nSteps: 2, Sampler: Euler, Seed: 4, Size: 64x64, Lora hashes: "keys: {hashes}"'
-    from latentrt.runtime.pictures.write import PictureMetadata
-
+    facts = f'Steps: 2, Sampler: Euler, Seed: 4, Size: 64x64, Lora hashes: "keys: {hashes}"'
+    text = f"{PROMPT} <lora:keys:0.5>\n{facts}"
     found = redraw(pipe, PictureMetadata(parameters=text, record=None))
     assert found.request.tagged == (("keys", 0.5),)
     assert f'Lora hashes: "keys: {hashes}"' in found.infotext()
