@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from math import fsum
-from typing import Any, cast
 
 import numpy as np
 
 from ..checkpoints.stored_types import convert
-from ..engines.errors import AdapterError
 from ..engines.spec import Array
 from .kinds.change import Additive, Change, float64, row_blocks
 
@@ -23,6 +21,7 @@ from .kinds.change import Additive, Change, float64, row_blocks
 Weighted = tuple[Change, float]
 
 
+@np.errstate(over="ignore", invalid="ignore")  # whoever computes with it checks what it holds
 def merged(base: Array, changes: Sequence[Weighted]) -> Array:
     """A tensor with changes in it.
 
@@ -43,26 +42,6 @@ def merged(base: Array, changes: Sequence[Weighted]) -> Array:
             matrix = np.ascontiguousarray(_as_float32(base) if weight is None else weight)
             weight = np.reshape(change.applied(_matrix(matrix), strength), base.shape)
     return _as_float32(base) if weight is None else weight
-
-
-def check_range(array: Array, dtype: np.dtype[Any], tensor: str) -> None:
-    """Raise AdapterError where a merged tensor has numbers that a type cannot hold, or none at all.
-
-    Args:
-        array: the merged tensor.
-        dtype: of what it will be kept in.
-        tensor: its name, for the message.
-    """
-    import ml_dtypes
-
-    limit = float(cast(Any, ml_dtypes.finfo(dtype)).max)
-    peak = float(cast(Any, np.abs(array)).max(initial=0.0))
-    if not peak <= limit:  # also for NaN
-        raise AdapterError(
-            f"{tensor} reaches {peak:g} with these adapters",
-            expected=f"numbers within {limit:g}, which {dtype} can hold",
-            fix="Lower the adapters' strengths, or export the model in float32: --dtype fp32",
-        )
 
 
 def _runs(changes: Sequence[Weighted]) -> Iterator[list[tuple[Additive, float]] | Weighted]:

@@ -73,7 +73,8 @@ def draw(pipe: Pipeline, *loras: Any, prompt: str = PROMPT, **more: Any) -> Arra
 
 def opened(pipe: Pipeline, *loras: Any) -> set[str]:
     """The nets that a set has of its own."""
-    with pipe._adapted.use(pipe.adapters.chosen(list(loras))) as adapted:
+    pairs = [(one, 1.0) if isinstance(one, str) else one for one in loras]
+    with pipe._adapted.use(pipe.adapters.chosen(pairs)) as adapted:
         loop: Any = adapted.loop
         assert isinstance(loop, HostLoop)
         return set(loop.nets) if loop is not pipe.loop else set()
@@ -175,7 +176,7 @@ def test_unloading_leaves_nothing(pipe: Pipeline, files: dict[str, Path]) -> Non
 
 @pytest.mark.parametrize("swaps", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_many_swaps(files: dict[str, Path], swaps: int) -> None:
-    """T27: random sets, one after the other; every picture is that of a fresh pipeline, memory does not grow."""
+    """T27: random sets in turn; every picture is that of a fresh pipeline, and memory does not grow."""
     sets = [
         [("loop", 0.4)],
         ["keys"],

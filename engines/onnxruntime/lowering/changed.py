@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _FLOAT = 1  # TensorProto.DataType
-_LARGEST = float(np.finfo(np.float16).max)
+_LARGEST = {dtype: float(np.finfo(kind).max) for dtype, kind in (("fp16", np.float16), ("fp32", np.float32))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +54,7 @@ def changed_graph(package: Package, net: str, graph: bytes) -> ChangedGraph | No
     if not names:
         return None
     values = changed_values(package, net, names)
-    if package.manifest.dtype == "fp16":
-        _check_range(values)
+    _check_range(values, package.manifest.dtype)
     stored = net_tensors(package, net, graph)
     narrow = [name for name in names if stored[name].dtype != _FLOAT]
     if narrow:
@@ -65,14 +64,16 @@ def changed_graph(package: Package, net: str, graph: bytes) -> ChangedGraph | No
     return ChangedGraph(graph=graph, values=values)
 
 
-def _check_range(values: dict[str, Array]) -> None:
+def _check_range(values: dict[str, Array], dtype: str) -> None:
+    """Raise NumericError for a weight that the package's arithmetic does not hold."""
     for name, value in values.items():
-        largest = float(np.abs(value).max(initial=0.0))
-        if not largest <= _LARGEST:  # NaN neither
+        largest = float(max(value.max(initial=0.0), -value.min(initial=0.0)))
+        if not largest <= _LARGEST[dtype]:  # NaN neither
             raise NumericError(
                 f"with the adapters the weight {name} reaches {largest:.6g}",
-                expected=f"at most {_LARGEST:.0f}, the largest number of fp16",
-                fix="Use less of them, or open the model with --dtype fp32.",
+                expected=f"at most {_LARGEST[dtype]:.6g}, the largest number of {dtype}",
+                fix="Use less of them"
+                + (", or open the model with --dtype fp32." if dtype == "fp16" else "."),
             )
 
 
