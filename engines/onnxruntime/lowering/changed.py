@@ -66,14 +66,14 @@ def changed_graph(package: Package, net: str, graph: bytes) -> ChangedGraph | No
 
 def _check_range(values: dict[str, Array], dtype: str) -> None:
     """Raise NumericError for a weight that the package's arithmetic does not hold."""
+    wider = ", or open the model with --dtype fp32" if dtype == "fp16" else ""
     for name, value in values.items():
         largest = float(max(value.max(initial=0.0), -value.min(initial=0.0)))
         if not largest <= _LARGEST[dtype]:  # NaN neither
             raise NumericError(
                 f"with the adapters the weight {name} reaches {largest:.6g}",
                 expected=f"at most {_LARGEST[dtype]:.6g}, the largest number of {dtype}",
-                fix="Use less of them"
-                + (", or open the model with --dtype fp32." if dtype == "fp16" else "."),
+                fix=f"Use less of them{wider}.",
             )
 
 
