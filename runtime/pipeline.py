@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 import numpy as np
 
 from ..adapters.embeddings import vocabulary_size
+from ..adapters.folder import check_folder
 from ..adapters.loaded import LoadedAdapters
 from ..engines.backend import Place, find_backend
 from ..engines.errors import UsageError
@@ -23,7 +24,7 @@ from ..engines.package import Package
 from ..engines.spec import TEXT_ENCODERS, Array
 from .adapted import ADAPTED_BYTES, Adapted, AdaptedLoops
 from .conditioning import make_conditioning
-from .embeddings import EmbeddingLibrary, Source, check_folder
+from .embeddings import EmbeddingLibrary, Source
 from .loop.device.cuda_graphs import Graphs
 from .loop.job import NEVER, Clock, DenoiseJob, Drawn, JobRecorder, Loop, PackageLoop, State, Stop
 from .loop.open import LoopOptions, open_loop
