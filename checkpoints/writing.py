@@ -182,7 +182,7 @@ def write_package(
         verify: called with each component once it is written.
 
     Raises:
-        CheckpointError: weights that `graphs` refuses, or a damaged `recommended.json`.
+        CheckpointError: weights that `graphs` refuses.
         NumericError: a net's values are not finite, or beyond fp16 where that is asked for.
         OSError: the folder cannot be written.
     """

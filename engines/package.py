@@ -126,7 +126,8 @@ class Defaults:
         for name in ("num_inference_steps", "height", "width"):
             _require(_is_count(getattr(self, name)), f"defaults.{name}")
         for name in ("guidance_scale", "strength"):
-            _require(isinstance(getattr(self, name), (int, float)), f"defaults.{name}")
+            value = getattr(self, name)
+            _require(isinstance(value, (int, float)) and isfinite(value), f"defaults.{name}")
         _require(isinstance(self.sampler, (str, type(None))), "defaults.sampler")
 
 

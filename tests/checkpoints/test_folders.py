@@ -15,7 +15,6 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from latentrt.checkpoints.files.open import Checkpoint
-from latentrt.checkpoints.manifest import request_defaults
 from latentrt.engines.errors import CheckpointError, SamplerError, UsageError
 from latentrt.export.pickles.convert import convert_pickle
 from latentrt.runtime.sampling.names import resolve
@@ -242,7 +241,7 @@ def test_git_lfs_pointers_in_place_of_a_tokenizer_or_recommendations(copy: Path,
         Checkpoint.open(copy).tokenizers["tokenizer"](tmp_path / "tokenizer")
     (copy / "recommended.json").write_text(POINTER)
     with pytest.raises(CheckpointError, match=r"recommended\.json is a git-lfs pointer"):
-        request_defaults(Checkpoint.open(copy))
+        Checkpoint.open(copy)
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.ckpt", "x.bin"])
