@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from ..engines.errors import StorageError
@@ -42,6 +43,8 @@ def open_checkpoint(
     note: Callable[[str], None] | None = None,
 ) -> Package:
     """Open a checkpoint as a package whose weights stay where they are.
+
+    Until the package is closed, `latentrt cache prune` leaves its folder alone.
 
     Args:
         path: a `.safetensors` file or a diffusers folder.
@@ -81,6 +84,7 @@ def open_checkpoint(
             package = make(opening, held, entry, tokenize, progress)
         else:
             remember(held, entry, opening.note(entry))
+        package = replace(package, let_go=held.use(entry.name))
     if note is not None:
         for line in lines:
             note(line)

@@ -11,6 +11,7 @@ from typer import Argument, Option
 
 from .models import MODEL, say, with_checkpoint_options
 from .progress import Advance, progress_bar
+from .shown import show
 
 if TYPE_CHECKING:
     from ..engines.backends import BackendRow
@@ -142,9 +143,9 @@ def _tune(row: BackendRow, package: Package, store: EngineStore, nets: list[str]
         facts = item.entry.facts
         times = ", ".join(f"{name} {value:.3f} ms" for name, value in facts["milliseconds"].items())
         how = f"measured: {item.why}" if item.why else "in the store"
-        print(f"{item.net}  {facts['layout']}  ({times})  {how}")
+        show(f"{item.net}  {facts['layout']}  ({times})  {how}")
         for name, reason in facts["rejected"].items():
-            print(f"  {name} is out: {reason}")
+            show(f"  {name} is out: {reason}")
 
 
 def _record(item: BuiltEngine) -> dict[str, Any]:
@@ -184,7 +185,7 @@ def _print_plan(
         print(json.dumps({"backend": backend, "profiles": list(map(str, profiles)), "nets": rows}))
         return
     for item, names in zip(planned, labels, strict=True):
-        print(f"{item.net}  {', '.join(names)}  {f'to build: {item.why}' if item.why else 'in the store'}")
+        show(f"{item.net}  {', '.join(names)}  {f'to build: {item.why}' if item.why else 'in the store'}")
 
 
 def _print_built(
@@ -205,4 +206,4 @@ def _print_built(
     for item in built:
         labels = ", ".join(item.entry.facts["labels"])
         how = f"built in {item.entry.build_seconds:.1f} s: {item.why}" if item.why else "in the store"
-        print(f"{item.net}  {labels}  {item.entry.size / 1e6:.1f} MB  {how}")
+        show(f"{item.net}  {labels}  {item.entry.size / 1e6:.1f} MB  {how}")

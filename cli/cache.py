@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option, Typer
 
-from .opened import printable
+from .shown import printable, show
 
 if TYPE_CHECKING:
     from ..checkpoints.entries import OpenedEntry
@@ -64,14 +64,14 @@ def ls(store: Store = None, as_json: AsJson = False) -> None:
         return
     for entry in entries:
         key = entry.key
-        print(
+        show(
             f"{_head(entry, key.net)}  {key.backend} {key.backend_version}, {key.dtype}, {key.gpu}"
             f" ({key.compute_capability}), {' '.join(key.profiles)}"
         )
     for entry in checkpoints:
         note = entry.note
-        print(f"{_head(entry, printable(note.name))}  {note.family}, {note.dtype}, {printable(note.path)}")
-    print(f"{_count(len(entries), len(checkpoints))}, {total / 1e6:.1f} MB in {opened.root}")
+        show(f"{_head(entry, printable(note.name))}  {note.family}, {note.dtype}, {note.path}")
+    show(f"{_count(len(entries), len(checkpoints))}, {total / 1e6:.1f} MB in {opened.root}")
 
 
 def _head(entry: Entry | OpenedEntry, label: str) -> str:
@@ -112,9 +112,9 @@ def verify(store: Store = None, as_json: AsJson = False) -> None:
         return
     for entry in checkpoints.good:
         if entry.state != "there":
-            path = printable(entry.note.path)
-            print(f"{entry.path.name[:12]}  {path} {_STATES[entry.state]} since it was opened")
-    print(f"{_count(len(verdict.good), len(checkpoints.good))} good in {opened.root}")
+            path = entry.note.path
+            show(f"{entry.path.name[:12]}  {path} {_STATES[entry.state]} since it was opened")
+    show(f"{_count(len(verdict.good), len(checkpoints.good))} good in {opened.root}")
 
 
 @cache.command()
@@ -150,11 +150,11 @@ def prune(
     would = "would remove" if dry_run else "removed"
     for item in pruned.removed:
         label = printable(item.label)
-        print(f"{would} {item.name[:12]}  {label:<14}  {item.size / 1e6:9.1f} MB  {item.why}")
+        show(f"{would} {item.name[:12]}  {label:<14}  {item.size / 1e6:9.1f} MB  {item.why}")
     gone = sum(item.kind == "checkpoint" for item in pruned.removed)
     freed = f"{pruned.freed_bytes / 1e6:.1f} MB with what killed builds left"
     stay = _count(pruned.kept - (before - gone), before - gone)
-    print(
+    show(
         f"{would} {_count(len(pruned.removed) - gone, gone)}, {freed}; {stay},"
         f" {pruned.kept_bytes / 1e6:.1f} MB stay"
     )

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from ..engines.errors import UsageError
+from ..engines.errors import UsageError, command
 from ..runtime.request.parameters import PARAMETERS, Parameter
 from .models import MODEL, say, with_checkpoint_options
 from .progress import progress_bar
+from .shown import show, tell
 
 if TYPE_CHECKING:
     from ..runtime.pipeline import Pipeline
@@ -109,6 +110,7 @@ def generate(
         pipes = [stack.enter_context(open_pipe(first, checkpoint=checkpoint))]
         pipes += [stack.enter_context(open_pipe(name)) for name in names[1:]]
         opened = perf_counter() - began
+        advance("drawing", 0, 1)
         # Someone who looks on costs a device one wait per step.
         watched = preview is not None or (sys.stderr.isatty() and not as_json)
         callback = _on_step(advance, preview) if watched else None
@@ -140,10 +142,9 @@ def _say_what_the_demo_knows(prompts: Sequence[str]) -> None:
     from ..demo.shapes import unknown_words
 
     if words := [word for prompt in dict.fromkeys(prompts) for word in unknown_words(prompt)]:
-        print(
+        tell(
             f"the demo model draws one coloured shape on a background, 128x128; it does not know"
-            f" {', '.join(words[:5])}: other pictures need a model of yours (docs/models.md)",
-            file=sys.stderr,
+            f" {', '.join(words[:5])}: other pictures need a model of yours (docs/models.md)"
         )
 
 
@@ -159,7 +160,7 @@ def _redraw(pipes: list[Pipeline], source: Path, prompts: list[str], changes: di
 def _model_of(source: Path) -> str:
     """The shipped model that drew a picture. Raises UsageError if it was another one."""
     from ..engines.package import Package
-    from ..runtime.model import SHIPPED
+    from ..runtime.model import SHIPPED, given_options
     from ..runtime.pictures.write import read_metadata
 
     record = read_metadata(source).record or {}
@@ -170,7 +171,7 @@ def _model_of(source: Path) -> str:
     raise UsageError(
         f"{source} was drawn with {record.get('model', 'a model of another program')!r}",
         expected="the model that drew it, or the one that shall draw it now",
-        fix="Pass it: --model MODEL",
+        fix=f"Pass it: {command('--model', 'MODEL', *given_options(record.get('opened_with')))}",
     )
 
 
@@ -295,6 +296,6 @@ def _report(result: Result[Any], paths: list[Path], seconds: dict[str, float], *
         print(json.dumps({"pictures": pictures, "seconds": seconds}))
         return
     for path, seed in zip(paths, request.seeds, strict=False):
-        print(f"{path}  ({request.width}x{request.height}, seed {seed})")
+        show(f"{path}  ({request.width}x{request.height}, seed {seed})")
     stages = " · ".join(f"{name.replace('_', ' ')} {value:.2f} s" for name, value in seconds.items())
-    print(stages, file=sys.stderr)
+    tell(stages)

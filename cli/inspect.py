@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from .shown import show, show_lines
+
 if TYPE_CHECKING:
     from ..checkpoints.files.open import Checkpoint
     from ..checkpoints.files.report import Report
@@ -98,25 +100,25 @@ def _print_report(found: Report, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found.to_json()))
         return
-    print(f"{found.path}: {found.what}")
-    print(f"  {found.size / 1e6:.1f} MB, {found.tensors} tensors{_stored(found.types)}")
+    show(f"{found.path}: {found.what}")
+    show(f"  {found.size / 1e6:.1f} MB, {found.tensors} tensors{_stored(found.types)}")
     for name, part in found.parts.items():
-        print(f"  {name}: {part.size / 1e6:.1f} MB, {part.tensors} tensors{_stored(part.types)}")
+        show(f"  {name}: {part.size / 1e6:.1f} MB, {part.tensors} tensors{_stored(part.types)}")
     if found.missing:
-        print(f"  missing: {', '.join(found.missing)}")
+        show(f"  missing: {', '.join(found.missing)}")
     if found.predicts:
         zero = ", with zero terminal SNR" if found.zero_terminal_snr else ""
-        print(f"  its UNet predicts {found.predicts}{zero}, by {found.predicts_by}")
+        show(f"  its UNet predicts {found.predicts}{zero}, by {found.predicts_by}")
     if found.channels:
-        print(f"  {found.channels} input channels{' (inpainting)' if found.channels == 9 else ''}")
+        show(f"  {found.channels} input channels{' (inpainting)' if found.channels == 9 else ''}")
     for kind, fits in found.adapters.items():
         widths = [f"{width} numbers in {name}" for name, width in fits.items()] if kind == "embedding" else []
-        print(f"  fits, once they can be used: {kind} for {', '.join(widths) or fits}")
+        show(f"  fits, once they can be used: {kind} for {', '.join(widths) or fits}")
     for note in found.notes:
-        print(f"  {note}")
+        show(f"  {note}")
     if found.problem:
-        print(f"  cannot be opened: {found.problem}")
-    print(f"  {found.todo}")
+        show(f"  cannot be opened: {found.problem}")
+    show(f"  {found.todo}")
 
 
 def _stored(types: Mapping[str, int]) -> str:
@@ -132,25 +134,26 @@ def _print_package(package: Package, *, as_json: bool) -> None:
         print(json.dumps(manifest.to_json()))
         return
     defaults = manifest.defaults
-    print(
+    show(
         f"{manifest.name}: {manifest.family}, {manifest.dtype}, schema {manifest.schema}, {manifest.producer}"
     )
-    print(
+    show(
         f"defaults: {defaults.width}x{defaults.height}, {defaults.num_inference_steps} steps of"
         f" {defaults.sampler or manifest.scheduler.get('_class_name')}, guidance {defaults.guidance_scale:g}"
     )
     for name, net in manifest.nets.items():
         weights = sum(manifest.files[name].size for name in net.weights) / 1e6
-        print(f"\n{name}  {net.graph}, weights {weights:.1f} MB, {len(net.fp32_islands)} fp32 islands")
+        print()
+        show(f"{name}  {net.graph}, weights {weights:.1f} MB, {len(net.fp32_islands)} fp32 islands")
         _print_tensors("in ", [spec.to_json() for spec in net.spec.inputs])
         _print_tensors("out", [spec.to_json() for spec in net.spec.outputs])
 
 
 def _print_tensors(kind: str, specs: list[dict[str, Any]]) -> None:
     for spec in specs[:4]:
-        print(f"  {kind} {spec['name']}  {spec['dtype']} ({', '.join(map(str, spec['shape']))})")
+        show(f"  {kind} {spec['name']}  {spec['dtype']} ({', '.join(map(str, spec['shape']))})")
     if len(specs) > 4:
-        print(f"  {kind} … {len(specs) - 4} more (--json has all)")
+        show(f"  {kind} … {len(specs) - 4} more (--json has all)")
 
 
 def metadata(
@@ -166,6 +169,6 @@ def metadata(
         fields = parse_infotext(found.parameters) if found.parameters else None
         print(json.dumps({"parameters": fields, "record": found.record}))
         return
-    print(found.parameters or "no parameters")
+    show_lines(found.parameters or "no parameters")
     if found.record:
         print(json.dumps(found.record, indent=1))

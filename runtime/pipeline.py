@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _LOG = logging.getLogger(__name__)
-Made = tuple["list[Image] | Array", "dict[str, str]"]  # what a result has for images, and what made them
+Made = tuple["list[Image] | Array", "dict[str, Any]"]  # what a result has for images, and what made them
 StepCallback = Callable[["Pipeline", int, float, dict[str, Any]], "dict[str, Any] | None"]
 
 
@@ -151,12 +151,13 @@ class Pipeline:
             note=note,
         )
         options = LoopOptions(backend=backend, device=device, threads=threads, graphs=graphs)
-        loop, description = open_loop(package, options)
-        try:
-            return cls.over(package, loop, description, cache_bytes=cache_bytes)
-        except BaseException:
-            loop.close()
-            raise
+        with ExitStack() as stack:
+            stack.callback(package.close)
+            loop, description = open_loop(package, options)
+            stack.callback(loop.close)
+            pipe = cls.over(package, loop, description, cache_bytes=cache_bytes)
+            stack.pop_all()
+            return pipe
 
     @classmethod
     def over(cls, package: Package, loop: Loop, backend: str, *, cache_bytes: int = CACHE_BYTES) -> Pipeline:
@@ -377,6 +378,7 @@ class Pipeline:
     def close(self) -> None:
         """Free every net. May be called twice."""
         self.loop.close()
+        self.package.close()
 
     def __enter__(self) -> Pipeline:
         """The pipeline itself."""
@@ -418,13 +420,15 @@ class Pipeline:
                 return whole(image, mask)
             return encode_tiled(whole, image, mask, tile, self.package.manifest.latent_scale)
 
-    def _producer(self, profile: str) -> dict[str, str]:
-        made_by = {
+    def _producer(self, profile: str) -> dict[str, Any]:
+        made_by: dict[str, Any] = {
             "model": self.package.manifest.name,
             "model_sha256": self.package.manifest.sha256,
             "backend": self.backend,
             "latentrt": latentrt_version(),
         }
+        if self.package.opened_with:
+            made_by["opened_with"] = dict(self.package.opened_with)
         return made_by | ({"profile": profile} if profile else {})
 
 

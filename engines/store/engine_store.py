@@ -359,7 +359,7 @@ class EngineStore(StoreFolder):
     ) -> Pruned:
         """Remove entries, the least recently used first; and, always, what is damaged or was abandoned.
 
-        An entry that somebody builds at this moment stays.
+        An entry that somebody builds at this moment, or has open, stays.
 
         Args:
             keep_bytes: remove until the rest is no larger.
@@ -407,7 +407,8 @@ class EngineStore(StoreFolder):
             yield Prunable(path=path, kind="engine", label=net, usable=usable, last_used=_last_used(path))
 
     def _remove_unless_locked(self, path: Path, dry_run: bool) -> bool:
-        with self.try_lock(path.name) as free:
+        with self.try_lock(path.name) as held:
+            free = held and not self.in_use(path.name)
             if free and not dry_run:
                 with storage_errors(self.root, f"{path} could not be removed"):
                     self.remove(path)

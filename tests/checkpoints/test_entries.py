@@ -401,6 +401,27 @@ def test_an_entry_that_is_being_made_stays(both: EngineStore) -> None:
     assert [entry.path for entry in entries(both)] == [busy.path]
 
 
+def test_an_entry_that_is_open_stays(
+    model: Path, store: EngineStore, opener: Callable[..., Package], small_archive: Path
+) -> None:
+    """In any process; what a killed one held is free, and swept."""
+    package, again = opener(model), opener(model)
+    assert prune(store, everything=True).removed == ()
+    package.close()
+    package.close()
+    assert prune(store, everything=True).removed == ()
+    again.close()
+    child = start(model, store.root, small_archive, end="wait")
+    assert child.stdout.readline() == "found True\n"
+    assert prune(store, everything=True).removed == ()
+    child.kill()
+    child.communicate()
+    assert len(list(store.locks.glob("*.used-*"))) == 1
+    prune(store)
+    assert list(store.locks.glob("*.used-*")) == []
+    assert len(prune(store, everything=True).removed) == 1
+
+
 def test_prune_touches_no_file_of_the_user(
     model: Path, store: EngineStore, opener: Callable[..., Package]
 ) -> None:
@@ -467,7 +488,9 @@ package = open_checkpoint(
 )
 assert (package.root / "manifest.json").is_file()
 print("made" if "make unet" in stages else "found", package.root.parent.parent == Path(store))
-print(*notes, sep="\\n")
+print(*notes, sep="\\n", flush=True)
+if end == "wait":
+    time.sleep(600)
 """
 
 

@@ -141,6 +141,23 @@ def test_a_name_draws_what_its_path_draws(call: Any, small: Path, store: EngineS
     assert entry.last_used > time.time() - 60
 
 
+def test_a_picture_says_what_its_model_was_opened_with(call: Any, small: Path) -> None:
+    """And a name brings that back, which its path does not."""
+    assert draw(call, small, "v.png", "--prediction-type", "v_prediction", "--dtype", "fp32")[0] == 0
+    record = json.loads(call("metadata", "v.png", "--json")[1])["record"]
+    assert record["opened_with"] == {"dtype": "fp32", "prediction_type": "v_prediction"}
+    code, _, err = call("generate", "--from", "v.png", "-o", "w.png")
+    assert code == 2
+    assert "Pass it: --model MODEL --dtype fp32 --prediction-type v_prediction" in err
+    again = "generate", "--from", "v.png", "--backend", "onnxruntime", "-o", "again.png", "-m"
+    code, _, err = call(*again, "small")
+    assert (code, "differ" in err) == (0, False)
+    assert f"with prediction_type v_prediction, as it was the last time; without that: -m {small}" in err
+    code, _, err = call(*again, str(small))
+    assert (code, "as it was the last time" in err) == (0, False)
+    assert "It was opened with --dtype fp32 --prediction-type v_prediction; open it so:" in err
+
+
 def test_other_commands_take_the_name(call: Any, small: Path) -> None:
     draw(call, small, "path.npy")
     code, out, _ = call("inspect", "small")
