@@ -25,7 +25,7 @@ from ..engines.package import MANIFEST, Package
 from ..engines.store.folder import StoreFolder
 from .entries import remember
 from .files.open import Checkpoint
-from .opening import Opening, Options
+from .opening import Opening, Options, check_tokenizers
 from .precision.calibration import Tokenize
 from .stages import OnProgress, Progress
 
@@ -69,6 +69,7 @@ def open_checkpoint(
         tiny_vae=options.tiny_vae,
         prediction_type=options.prediction_type,
     )
+    check_tokenizers(source, tokenize)
     cache = StoreFolder(store)
     opening = Opening(source, options, cache, hub)
     lines = [*source.notes, *opening.conversions()]

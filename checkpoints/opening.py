@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..engines.errors import PackageError
+from ..engines.errors import CheckpointError, PackageError
 from ..engines.installed import latentrt_version
 from ..engines.package import MANIFEST, Elsewhere, Package, common_folder
 from ..engines.spec import NETS
@@ -25,12 +25,12 @@ from ..engines.store.files import check_private, storage_errors
 from ..engines.store.folder import StoreFolder
 from .contents import read_contents
 from .entries import Note, SeenFile, manifest_sha256, now
-from .files.component import TensorHeader
+from .files.component import DOWNLOAD, TensorHeader
 from .files.net_reads import net_tensors
 from .files.open import Checkpoint
 from .files.tokenizers import WriteTokenizer
 from .manifest import request_defaults
-from .precision.calibration import components
+from .precision.calibration import Tokenize, components
 from .templates.archive import SHIPPED, Dtype, archive_sha256
 
 REVISION = 1  # of what `making.py` writes: raise it when the same checkpoint gets other graphs
@@ -196,6 +196,19 @@ class Opening:
         return {name: content.elsewhere for name, content in self.files.items()}
 
 
+def check_tokenizers(source: Checkpoint, tokenize: Tokenize) -> None:
+    """Raise CheckpointError for a folder's tokenizer that cannot be read, before anything else is done."""
+    for write in source.tokenizers.values():
+        folder = _settings(write).get("folder")
+        if folder is None:  # it is written, not copied
+            continue
+        try:
+            tokenize(folder, [""], 77)
+        except PackageError as error:
+            fix = f"Take the tokenizer's folder as it was published. {DOWNLOAD}"
+            raise CheckpointError(error.found, expected=error.expected, fix=fix) from error
+
+
 def _sha256(facts: object) -> str:
     # Not `canonical_sha256`: schedulers' configs may hold "-Infinity".
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -203,10 +216,14 @@ def _sha256(facts: object) -> str:
 
 def _tokenizer_facts(write: WriteTokenizer) -> object:
     """What decides the files that a tokenizer's writer writes: its settings, and what it copies."""
-    settings: dict[str, Any] = getattr(write, "keywords", {})
     return {
-        name: _files_facts(value) if isinstance(value, Path) else value for name, value in settings.items()
+        name: _files_facts(value) if isinstance(value, Path) else value
+        for name, value in _settings(write).items()
     }
+
+
+def _settings(write: WriteTokenizer) -> dict[str, Any]:
+    return getattr(write, "keywords", {})
 
 
 def _files_facts(folder: Path) -> list[list[str]]:

@@ -39,11 +39,11 @@ def inspect(
 
     if samplers:
         return _print_samplers(as_json=as_json)
-    found = SHIPPED.get(package) or _place(package)
+    found = SHIPPED.get(package) or place(package)
     if not is_package(found) and not verify and sampler is None:  # which are for packages alone
         from ..checkpoints.files.report import report
 
-        return _print_report(report(found, _check_graphs), as_json=as_json)
+        return _print_report(report(found, _check), as_json=as_json)
     opened = Package.open(found)
     if verify:
         opened.verify()
@@ -53,25 +53,29 @@ def inspect(
     return _print_package(opened, as_json=as_json)
 
 
-def _check_graphs(source: Checkpoint) -> None:
-    """Raise CheckpointError for a checkpoint of which a net has no graph that is shipped."""
+def _check(source: Checkpoint) -> None:
+    """Raise CheckpointError for a damaged tokenizer, or a net that no shipped graph fits."""
+    from ..checkpoints.opening import check_tokenizers
     from ..checkpoints.precision.calibration import components
     from ..checkpoints.templates.find import check_templates
+    from ..runtime.prompts.tokenizer import tokenize
 
+    check_tokenizers(source, tokenize)
     check_templates(source, components(source))
 
 
-def _place(model: str) -> Path:
+def place(model: str) -> Path:
     """The path of what is here, also by the name of a checkpoint that was opened before.
 
     Raises:
         CheckpointError: there is no such thing; nothing is fetched to be looked at.
     """
-    from ..checkpoints.find import here
+    from ..checkpoints.find import here, refuse_link
     from ..engines.errors import CheckpointError
 
     if path := here(model):
         return path
+    refuse_link(model)
     raise CheckpointError(
         f"{model[:200]} does not exist here",
         expected="a file or folder, or a name that `latentrt models` lists",
@@ -117,7 +121,7 @@ def _print_report(found: Report, *, as_json: bool) -> None:
     for note in found.notes:
         show(f"  {note}")
     if found.problem:
-        show(f"  cannot be opened: {found.problem}")
+        show(f"  cannot be opened: {found.problem}; expected {found.expected}")
     show(f"  {found.todo}")
 
 

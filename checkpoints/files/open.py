@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from ...engines.errors import CheckpointError, command
+from ...engines.errors import CheckpointError
 from ...engines.hub import COMMIT_OR_BLOB, snapshot
 from ...engines.package import IMAGE_LATENTS, TIME_IDS
 from ...engines.spec import TEXT_ENCODERS
@@ -45,9 +45,10 @@ from .families import (
     refuse_unet,
 )
 from .file_kinds import refuse_other_formats
+from .folder_kinds import kind_of_folder
 from .quantised import refuse_quantised
 from .single_file import check_prediction_type, open_single_file, open_vae_file
-from .tokenizers import WriteTokenizer, copy_tokenizer, write_clip_tokenizer
+from .tokenizers import WriteTokenizer, copy_tokenizer, tokenizer_files, write_clip_tokenizer
 
 # The width of a UNet's `time_ids` -> its numbers, in the order of diffusers' `_get_add_time_ids`.
 _TIME_IDS = {6: TIME_IDS[:6], 5: (*TIME_IDS[:4], "aesthetic_score")}
@@ -292,6 +293,7 @@ def _open_folder(
         if not folder.is_dir():
             missing(folder)
         refuse_class(name, class_of(index, name, "CLIPTokenizer"), folder)
+        tokenizer_files(folder)
     configs = _read_configs(root, layout, index)
     configs["scheduler"] = as_in_pipeline(configs["scheduler"], str(index["_class_name"]))
     if prediction_type is not None:
@@ -324,20 +326,16 @@ def _read_configs(root: Path, layout: PipelineFolder, index: Mapping[str, Any]) 
 
 
 def refuse_without_index(root: Path) -> NoReturn:
-    """Raise the CheckpointError for a folder that is not in diffusers' layout, naming the files in it."""
-    there = root.iterdir() if root.is_dir() else ()  # a pipe, say
-    files = sorted(path for path in there if path.suffix.lower() == ".safetensors" and path.is_file())
-    if not files:
+    """Raise the CheckpointError for a folder that is not in diffusers' layout, saying what it is."""
+    kind = kind_of_folder(root)
+    if kind is None:
         raise CheckpointError(
             f"{root} is no checkpoint: model_index.json is missing, and there is no .safetensors file",
             expected="a folder in diffusers' layout, or a file",
             fix="Check the path; `latentrt inspect` says what any other file or folder is.",
         )
-    largest = max(files, key=lambda path: path.stat().st_size)
     raise CheckpointError(
-        f"{root} has no model_index.json, but {', '.join(path.name for path in files)}"[:500],
-        expected="a folder in diffusers' layout, or a file",
-        fix=f"Open the file: {command('latentrt', 'generate', 'PROMPT', '-m', largest)}",
+        f"{root} is {kind.what}", expected="a folder in diffusers' layout, or a file", fix=kind.advice(root)
     )
 
 

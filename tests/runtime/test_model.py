@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from latentrt.cli.inspect import place
 from latentrt.engines.errors import CheckpointError, UsageError
 from latentrt.runtime import Pipeline
 from latentrt.runtime.model import CheckpointOptions, is_package
@@ -21,7 +22,13 @@ def test_a_package_takes_no_options_of_checkpoints() -> None:
         Pipeline.open("demo", checkpoint=CheckpointOptions(vae="other"))
 
 
-@pytest.mark.parametrize("model", ["", "no such model", "none.safetensors"])
+@pytest.mark.parametrize("model", ["", "  "])
+def test_no_name(model: str) -> None:
+    with pytest.raises(UsageError, match="the model's name is empty"):
+        Pipeline.open(model)
+
+
+@pytest.mark.parametrize("model", ["no such model", "none.safetensors"])
 def test_nothing_there(model: str) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         Pipeline.open(model)
@@ -46,5 +53,10 @@ def test_a_folder_that_this_user_may_not_enter(tmp_path: Path, monkeypatch: pyte
 
 def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "gone.safetensors")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(CheckpointError, match=r"loop is a link to .*loop, which does not exist"):
+        Pipeline.open(tmp_path / "loop")
+    with pytest.raises(CheckpointError, match=r"loop is a link to .*loop, which does not exist"):
+        place(str(tmp_path / "loop"))
     with pytest.raises(CheckpointError, match=r"is a link to .*gone\.safetensors, which does not exist"):
         Pipeline.open(tmp_path / "link.safetensors")
