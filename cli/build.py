@@ -60,6 +60,7 @@ def build(
     For onnxruntime-cuda and onnxruntime (the CPU), measure here which layout of each net is the fastest; of
     the options, --nets, --store and --json count there.
     """
+    from ..engines.backend import find_backend
     from ..engines.backends import BACKENDS
     from ..engines.cuda.facts import available, facts
     from ..engines.profiles import Profile, default_profile
@@ -72,12 +73,10 @@ def build(
     # Without a backend that is installed the first one, whose error says how to install it.
     chosen = backend or (*installed_backends(), *ENGINE_BACKENDS)[0]
     row = BACKENDS.get(chosen)
+    # before minutes are spent on a checkpoint
     if row is None or row.builds == "engines":
-        flavour(chosen)  # raises, before minutes are spent on a checkpoint, where its library is not there
-    with progress_bar(enabled=not as_json) as advance:
-        opened = open_model(model, backend=lambda: chosen, options=checkpoint, advance=advance, note=say)
-    names = [name.strip() for name in nets.split(",") if name.strip()]
-    if row is not None and row.builds == "layouts":
+        flavour(chosen)  # raises where its library is not there
+    else:
         _check_for_layouts(
             row.name,
             {
@@ -89,6 +88,11 @@ def build(
                 "--hardware-compatibility": hardware_compatibility != "",
             },
         )
+        find_backend(chosen)  # raises where it cannot run
+    with progress_bar(enabled=not as_json) as advance:
+        opened = open_model(model, backend=lambda: chosen, options=checkpoint, advance=advance, note=say)
+    names = [name.strip() for name in nets.split(",") if name.strip()]
+    if row is not None and row.builds == "layouts":
         _tune(row, opened, EngineStore(store), names, as_json=as_json)
         return
     multiple = opened.manifest.size_multiple

@@ -29,7 +29,7 @@ def inspect(
     steps: Annotated[int, Option("--steps", help="Number of inference steps of the table.")] = 20,
     samplers: Annotated[bool, Option("--samplers", help="List the samplers.")] = False,
     verify: Annotated[
-        bool, Option("--verify", help="Hash every file, and look for NaN in the weights.")
+        bool, Option("--verify", help="Look for NaN in the weights; hash every file of a package.")
     ] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -40,17 +40,27 @@ def inspect(
     if samplers:
         return _print_samplers(as_json=as_json)
     found = SHIPPED.get(package) or place(package)
-    if not is_package(found) and not verify and sampler is None:  # which are for packages alone
-        from ..checkpoints.files.report import report
-
-        return _print_report(report(found, _check), as_json=as_json)
+    if not is_package(found):
+        return _inspect_other(found, sampler, steps, verify=verify, as_json=as_json)
     opened = Package.open(found)
     if verify:
         opened.verify()
         opened.check_weights()
     if sampler is not None:
-        return _print_table(opened, sampler, steps, as_json=as_json)
+        return _print_table(opened.manifest.scheduler, sampler, steps, as_json=as_json)
     return _print_package(opened, as_json=as_json)
+
+
+def _inspect_other(path: Path, sampler: str | None, steps: int, *, verify: bool, as_json: bool) -> None:
+    """The same for what is no package: a checkpoint, a part of one, or any other file."""
+    from ..checkpoints.files.open import Checkpoint
+    from ..checkpoints.files.report import check_weights, report
+
+    if verify:
+        check_weights(path)
+    if sampler is not None:
+        return _print_table(Checkpoint.open(path).scheduler, sampler, steps, as_json=as_json)
+    return _print_report(report(path, _check), as_json=as_json)
 
 
 def _check(source: Checkpoint) -> None:
@@ -92,11 +102,11 @@ def _print_samplers(*, as_json: bool) -> None:
     print(json.dumps(names) if as_json else "\n".join(f"{name:<{width}}  {names[name]}" for name in names))
 
 
-def _print_table(package: Package, sampler: str, steps: int, *, as_json: bool) -> None:
+def _print_table(scheduler: Mapping[str, Any], sampler: str, steps: int, *, as_json: bool) -> None:
     from ..runtime.sampling.names import resolve
     from ..runtime.sampling.samplers import make_table
 
-    table = make_table(resolve(sampler, package.manifest.scheduler), steps)
+    table = make_table(resolve(sampler, scheduler), steps)
     print(json.dumps(table.to_json()) if as_json else table.format())
 
 

@@ -95,6 +95,17 @@ def open_model(
         BackendError: as `backend` raises it.
         StorageError: the disk is full.
     """
+    given: object = model
+    if not isinstance(given, (str, Path)):
+        raise UsageError(
+            f"the model is {given!r:.80}", expected="a name or a path", fix="Pass a str or a Path."
+        )
+    if not isinstance(cast(object, options), CheckpointOptions):
+        raise UsageError(
+            f"checkpoint is {options!r:.80}",
+            expected="CheckpointOptions",
+            fix="Pass checkpoint=latentrt.CheckpointOptions(…).",
+        )
     if str(model) in SHIPPED:
         return _package(SHIPPED[str(model)], options)
     # here: the shipped model needs none of it

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast, overload
 
 import numpy as np
 
@@ -379,6 +379,10 @@ class Pipeline:
         """Free every net. May be called twice."""
         self.loop.close()
         self.package.close()
+
+    def __reduce__(self) -> NoReturn:
+        """Raise TypeError: an open pipeline cannot be pickled or copied."""
+        raise TypeError("an open Pipeline cannot be pickled or copied: open one in each process")
 
     def __enter__(self) -> Pipeline:
         """The pipeline itself."""

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ...engines.errors import CheckpointError, command
+from ...engines.errors import DAMAGED_WEIGHTS, CheckpointError, command
 from ...engines.hub import snapshot
-from ...engines.safetensors_format import ITEM_SIZES, read_header
+from ...engines.safetensors_format import ITEM_SIZES, first_not_finite, read_header
 from ...engines.spec import TEXT_ENCODERS
 from .component import Component, TensorHeader, read_headers, read_json
 from .file_kinds import (
@@ -139,6 +139,29 @@ def report(path: str | Path, check: Callable[[Checkpoint], None] | None = None) 
 def _refusal(error: CheckpointError) -> dict[str, Any]:
     """Why something cannot be opened, by the names of `Report`'s attributes."""
     return {"problem": error.found, "expected": error.expected, "todo": error.fix}
+
+
+def check_weights(path: Path) -> None:
+    """Read every weight of a file, a checkpoint's folder, or a folder of one part.
+
+    Raises:
+        CheckpointError: a file cannot be read, or a tensor is not finite: the first one.
+    """
+    root = snapshot(path)
+    if root.is_file():
+        files = {root}
+    elif (root / "model_index.json").is_file():
+        parts = Checkpoint.open(root).parts.values()
+        files = {tensor.file for part in parts for tensor in part.tensors.values()}
+    else:
+        files = {tensor.file for tensor in tensors_in(root)}
+    for file in sorted(files):
+        if tensor := first_not_finite(file):
+            raise CheckpointError(
+                f"{file}: the tensor {tensor!r:.200} has values that are NaN or infinite",
+                expected="finite weights",
+                fix=DAMAGED_WEIGHTS,
+            )
 
 
 def _report_file(path: Path, check: Callable[[Checkpoint], None] | None) -> Report:

@@ -25,6 +25,7 @@ from latentrt.checkpoints.entries import (
     load_entry,
     models,
     prune,
+    state_by_content,
     verify,
 )
 from latentrt.checkpoints.find import locate, recall
@@ -313,6 +314,36 @@ def test_the_state_of_a_file(model: Path, store: EngineStore, opener: Callable[.
     assert entry.state == "gone"
     assert verify(store).good == (entry,)  # nothing of ours is damaged
     assert prune(store).removed == ()  # and the disk may come back
+
+
+def test_a_file_that_was_put_back_has_not_changed(
+    model: Path, store: EngineStore, opener: Callable[..., Package]
+) -> None:
+    opener(model).close()
+    (entry,) = entries(store)
+    content = model.read_bytes()
+    os.utime(model, ns=(0, 10**18))
+    assert (entry.state, state_by_content(store, entry)) == ("changed", "there")
+    model.write_bytes(content[:-2] + b"\0\1")
+    assert state_by_content(store, entry) == "changed"
+    model.write_bytes(b"half")  # whose header cannot be read
+    assert state_by_content(store, entry) == "changed"
+    (entry.path / MANIFEST).write_text("{}")
+    with pytest.raises(PackageError, match=r"manifest\.json is damaged"):
+        state_by_content(store, entry)
+    model.unlink()
+    assert state_by_content(store, entry) == "gone"
+
+
+def test_one_entry_is_removed_by_its_name(store: EngineStore) -> None:
+    first, second, third = (put_entry(store, number) for number in (1, 2, 3))
+    (loaded,) = (entry for entry in entries(store) if entry.path == first)
+    assert [item.why for item in prune(store, names=[loaded.note.name]).removed] == ["named"]
+    assert [item.name for item in prune(store, names=[second.name[:12]]).removed] == [second.name]
+    for name in ("nobody", "", third.name[:7]):
+        with pytest.raises(UsageError, match=r"is no entry of the cache; .* latentrt cache ls"):
+            prune(store, names=[name])
+    assert [entry.path for entry in entries(store)] == [third]
 
 
 def test_a_file_that_was_replaced_is_one_model_of_two_entries(

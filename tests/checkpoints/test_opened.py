@@ -437,7 +437,8 @@ def test_a_folder_opens_like_the_file(model: Path, opener: Opener, tmp_path: Pat
         tensors = {key: torch.tensor(array) for key, array in read_tensors(part.tensors).items()}
         save_file(tensors, folder / name / f"{stem}.safetensors")
     (folder / "scheduler").mkdir()
-    scheduler = {**source.scheduler, "lambda_min_clipped": -math.inf}
+    unread = {"comment": [math.nan], "letters": "\ud800"}  # which diffusers reads over, too
+    scheduler = {**source.scheduler, "lambda_min_clipped": -math.inf, **unread}
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     source.tokenizers["tokenizer"](folder / "tokenizer")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))

@@ -1,5 +1,6 @@
 """What a model may be opened with, and what is said of what cannot be."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,20 @@ def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:
         place(str(tmp_path / "loop"))
     with pytest.raises(CheckpointError, match=r"is a link to .*gone\.safetensors, which does not exist"):
         Pipeline.open(tmp_path / "link.safetensors")
+
+
+@pytest.mark.parametrize("model", [None, b"", 5])
+def test_what_is_no_name(model: Any) -> None:
+    with pytest.raises(UsageError, match="the model is "):
+        Pipeline.open(model)
+
+
+def test_options_that_are_none() -> None:
+    options: Any = {"dtype": "fp32"}
+    with pytest.raises(UsageError, match=r"checkpoint is \{'dtype': 'fp32'\}; expected CheckpointOptions"):
+        Pipeline.open("demo", checkpoint=options)
+
+
+def test_an_open_pipeline_stays_in_its_process() -> None:
+    with Pipeline.open("demo", threads=1) as pipe, pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(pipe)
