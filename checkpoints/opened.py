@@ -85,7 +85,7 @@ def open_checkpoint(
             package = make(opening, held, entry, tokenize, progress)
         else:
             remember(held, entry, opening.note(entry))
-        package = replace(package, let_go=held.use(entry.name))
+        package = replace(package, _let_go=held.use(entry.name))
     if note is not None:
         for line in lines:
             note(line)

@@ -60,35 +60,27 @@ def build(
     For onnxruntime-cuda and onnxruntime (the CPU), measure here which layout of each net is the fastest; of
     the options, --nets, --store and --json count there.
     """
-    from ..engines.backend import find_backend
     from ..engines.backends import BACKENDS
     from ..engines.cuda.facts import available, facts
     from ..engines.profiles import Profile, default_profile
     from ..engines.store.engine_store import EngineStore
     from ..engines.tensorrt.build import build_package, plan_build
     from ..engines.tensorrt.builder import BuildOptions
-    from ..engines.tensorrt.flavour import ENGINE_BACKENDS, flavour, installed_backends
+    from ..engines.tensorrt.flavour import ENGINE_BACKENDS, installed_backends
     from ..runtime.model import open_model
 
     # Without a backend that is installed the first one, whose error says how to install it.
     chosen = backend or (*installed_backends(), *ENGINE_BACKENDS)[0]
     row = BACKENDS.get(chosen)
-    # before minutes are spent on a checkpoint
-    if row is None or row.builds == "engines":
-        flavour(chosen)  # raises where its library is not there
-    else:
-        _check_for_layouts(
-            row.name,
-            {
-                "--profile": bool(profile),
-                "--dry-run": dry_run,
-                "--weights": weights != _WEIGHTS,
-                "--optimization-level": optimization_level != _LEVEL,
-                "--workspace": workspace != 0,
-                "--hardware-compatibility": hardware_compatibility != "",
-            },
-        )
-        find_backend(chosen)  # raises where it cannot run
+    used = {
+        "--profile": bool(profile),
+        "--dry-run": dry_run,
+        "--weights": weights != _WEIGHTS,
+        "--optimization-level": optimization_level != _LEVEL,
+        "--workspace": workspace != 0,
+        "--hardware-compatibility": hardware_compatibility != "",
+    }
+    _check_backend(chosen, used)  # before minutes are spent on a checkpoint
     with progress_bar(enabled=not as_json) as advance:
         opened = open_model(model, backend=lambda: chosen, options=checkpoint, advance=advance, note=say)
     names = [name.strip() for name in nets.split(",") if name.strip()]
@@ -122,6 +114,23 @@ def _shown(advance: Advance) -> OnProgress:
         advance(f"{now.net}: {now.phase.lower()}", done, now.total * _TICKS)
 
     return on_progress
+
+
+def _check_backend(name: str, options: Mapping[str, bool]) -> None:
+    """Raise BackendError for a backend that cannot run here, UsageError for an option that it does not use.
+
+    TensorRT-RTX builds without a GPU: there only its library must be there.
+    """
+    from ..engines.backend import find_backend
+    from ..engines.backends import BACKENDS
+    from ..engines.tensorrt.flavour import flavour
+
+    row = BACKENDS.get(name)
+    if row is None or row.builds == "engines":
+        flavour(name)
+    else:
+        _check_for_layouts(name, options)
+        find_backend(name)
 
 
 def _check_for_layouts(backend: str, options: Mapping[str, bool]) -> None:

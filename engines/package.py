@@ -311,7 +311,6 @@ class Package:
             with in place of it.
         opened_with: what a user gave to open a checkpoint, for records: "dtype", "prediction_type", and "vae"
             and "tiny_vae" as {"name", "sha256"}.
-        let_go: what `close` calls.
     """
 
     root: Path
@@ -321,7 +320,7 @@ class Package:
         default_factory=dict[str, "Mapping[str, Change]"], compare=False
     )
     opened_with: Mapping[str, Any] = field(default_factory=dict[str, Any], compare=False)
-    let_go: Callable[[], None] = field(default=_nothing, compare=False, repr=False)
+    _let_go: Callable[[], None] = field(default=_nothing, compare=False, repr=False)
 
     @classmethod
     def open(cls, root: str | Path, *, elsewhere: Mapping[str, Elsewhere] | None = None) -> Package:
@@ -383,7 +382,7 @@ class Package:
 
     def close(self) -> None:
         """Let the folder of an opened checkpoint be removed from the cache. May be called twice."""
-        self.let_go()
+        self._let_go()
 
     def weights_folder(self, net: str) -> Path:
         """The folder that a net's graph names its weights files relative to: their own, or a common one."""

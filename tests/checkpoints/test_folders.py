@@ -240,10 +240,12 @@ def test_git_lfs_pointers_in_place_of_other_weights(copy: Path, name: str) -> No
         Checkpoint.open(copy)
 
 
-def test_git_lfs_pointers_in_place_of_a_tokenizer_or_recommendations(copy: Path, tmp_path: Path) -> None:
+def test_git_lfs_pointers_in_place_of_a_tokenizer_or_recommendations(copy: Path) -> None:
+    merges = (copy / "tokenizer" / "merges.txt").read_text("utf-8")
     (copy / "tokenizer" / "merges.txt").write_text(POINTER)
     with pytest.raises(CheckpointError, match=r"merges\.txt is a git-lfs pointer"):
-        Checkpoint.open(copy).tokenizers["tokenizer"](tmp_path / "tokenizer")
+        Checkpoint.open(copy)
+    (copy / "tokenizer" / "merges.txt").write_text(merges, "utf-8")
     (copy / "recommended.json").write_text(POINTER)
     with pytest.raises(CheckpointError, match=r"recommended\.json is a git-lfs pointer"):
         Checkpoint.open(copy)
@@ -417,10 +419,10 @@ def test_a_folder_with_a_file_alone(tmp_path: Path, copy: Path) -> None:
     (tmp_path / "my repo").mkdir()
     (tmp_path / "my repo" / "small.safetensors").write_bytes(b"")
     (tmp_path / "my repo" / "large.safetensors").write_bytes(b"12345678")
-    with pytest.raises(CheckpointError, match=r"but large\.safetensors, small\.safetensors") as error:
+    with pytest.raises(CheckpointError, match=r"\(large\.safetensors, small\.safetensors\)") as error:
         Checkpoint.open(tmp_path / "my repo")
     words = shlex.split(error.value.fix.partition(": ")[2])
-    assert words == ["latentrt", "generate", "PROMPT", "-m", str(tmp_path / "my repo" / "large.safetensors")]
+    assert words == ["latentrt", "inspect", str(tmp_path / "my repo" / "large.safetensors")]
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "Euler a", "DDIMScheduler", "Heun"])
@@ -479,7 +481,7 @@ def test_a_report_says_what_was_expected(tmp_path: Path) -> None:
         ("tokenizer_config.json", "[]", "no JSON object"),
         ("tokenizer_config.json", '{"model_max_length": "x"}', "model_max_length is 'x'"),
         ("special_tokens_map.json", "{", "Expecting property name"),
-        ("vocab.json", "{}", "not in the vocabulary"),
+        ("vocab.json", "{}", "out of vocabulary"),
     ],
 )
 def test_a_damaged_tokenizer_is_named_where_the_user_has_it(
