@@ -339,7 +339,7 @@ def test_one_entry_is_removed_by_its_name(store: EngineStore) -> None:
     first, second, third = (put_entry(store, number) for number in (1, 2, 3))
     (loaded,) = (entry for entry in entries(store) if entry.path == first)
     assert [item.why for item in prune(store, names=[loaded.note.name]).removed] == ["named"]
-    assert [item.name for item in prune(store, names=[second.name[:12]]).removed] == [second.name]
+    assert [item.name for item in prune(store, names=[second.name]).removed] == [second.name]
     for name in ("nobody", "", third.name[:7]):
         with pytest.raises(UsageError, match=r"is no entry of the cache; .* latentrt cache ls"):
             prune(store, names=[name])
