@@ -278,6 +278,14 @@ def test_a_file_of_the_folder_that_changed_is_read_again(tmp_path: Path) -> None
             draw(pipe, "link")
 
 
+def test_a_folder_as_diffusers_writes_it(pipe: Pipeline, tmp_path: Path) -> None:
+    for name in ("pytorch_lora_weights", "adapter_model"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / f"{name}.safetensors", "loop")
+        assert pipe.load_lora_weights(tmp_path / name) == name
+    np.testing.assert_array_equal(draw(pipe, "adapter_model"), draw(pipe, "loop"))
+
+
 def test_what_comes_with_an_adapter(pipe: Pipeline, tmp_path: Path) -> None:
     """Embeddings in an adapter's file are loaded and forgotten with it."""
     words = {"bundle_emb.glow.string_to_param.*": np.ones((2, 96), np.float32)}
