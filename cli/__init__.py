@@ -112,7 +112,7 @@ def _leave(code: int) -> NoReturn:
     with suppress(OSError, ValueError):  # nobody reads any more
         sys.stdout.flush()
         sys.stderr.flush()
-    atexit._run_exitfuncs()  # temporary folders go; pyright: ignore[reportPrivateUsage]
+    atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage] (temporary folders go)
     os._exit(code)
 
 
