@@ -1,0 +1,116 @@
+"""Do the demo's adapters teach what they should? `python -m latentrt.demo.evaluate_adapters`.
+
+Draws held-out scenes with latentrt's own runtime, with each adapter, at half its strength and without, lets
+the checker read the pictures back, and writes `adapters.json` and a sheet of pictures. The seed of a picture
+is its place in the list.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..runtime import Pipeline
+from .checker import SEMANTIC_IOU, check
+from .evaluate import FOLDER, Pictures, Setting, draw
+from .lessons import LESSONS, LORAS, SHAPE, Lesson
+from .shapes import Scene
+
+ADAPTERS = FOLDER / "adapters"
+COUNT = 50
+
+_SHEET = 8
+_SHRUNK = 64
+_COLOURS = 128  # of the sheet's palette
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of the table: how many pictures show what is taught, and obey in everything else too."""
+
+    drawn_with: str
+    looked_for: str
+    count: int
+    seen: int
+    semantic: int
+    median_amount: float
+
+
+def judge(drawn_with: str, lesson: Lesson, pictures: Pictures, scenes: list[Scene]) -> Row:
+    """What the checker finds of a lesson in pictures, each (128, 128, 3) uint8."""
+    verdicts = [check(picture) for picture in pictures]
+    row = Row(
+        drawn_with=drawn_with,
+        looked_for=lesson.name,
+        count=len(pictures),
+        seen=sum(lesson.seen(verdict) for verdict in verdicts),
+        semantic=sum(v.obeys(s, SEMANTIC_IOU) for v, s in zip(verdicts, scenes, strict=True)),
+        median_amount=round(median(lesson.amount(verdict) for verdict in verdicts), 3),
+    )
+    print("| " + " | ".join(f"{value}" for value in asdict(row).values()) + " |", flush=True)
+    return row
+
+
+def evaluate(pipe: Pipeline, count: int) -> tuple[list[Row], list[Pictures]]:
+    """Every row of the table, and the pictures of those for the sheet."""
+    defaults = pipe.package.manifest.defaults
+    setting = Setting(defaults.sampler or "ddim", defaults.guidance_scale, defaults.num_inference_steps)
+    rows: list[Row] = []
+    sheet: list[Pictures] = []
+
+    def measure(drawn_with: str, scenes: list[Scene], loras: dict[str, float], *lessons: Lesson) -> None:
+        pictures = draw(pipe, scenes, setting, loras=list(loras.items()))
+        rows.extend(judge(drawn_with, lesson, pictures, scenes) for lesson in lessons)
+        sheet.append(pictures[:_SHEET])
+
+    striped, teal, shape = LESSONS["striped"], LESSONS["teal"], LESSONS[SHAPE]
+    for lesson in (LESSONS[name] for name in LORAS):
+        pipe.load_lora_weights(ADAPTERS / f"{lesson.name}.safetensors")
+        for strength in (0.0, 0.5, 1.0):
+            loras = {lesson.name: strength} if strength else {}
+            measure(f"{lesson.name} {strength:g}", lesson.tests(count), loras, lesson)
+    measure("striped, teal", striped_scenes(teal, count), dict.fromkeys(LORAS, 1.0), striped, teal)
+    measure(f"no {shape.name}", shape.tests(count), {}, shape)
+    pipe.load_textual_inversion(ADAPTERS / f"{shape.name}.safetensors")
+    measure(shape.name, shape.tests(count), {}, shape)
+    measure(f"striped, {shape.name}", striped_scenes(shape, count), {"striped": 1.0}, striped, shape)
+    return rows, sheet
+
+
+def striped_scenes(lesson: Lesson, count: int) -> list[Scene]:
+    """A lesson's tests, with stripes as well."""
+    return [replace(scene, texture="striped") for scene in lesson.tests(count)]
+
+
+def save_sheet(rows: list[Pictures], file: Path) -> None:
+    """The first pictures of each row, half as large, as one PNG with a palette."""
+    whole = Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows], axis=0))
+    smaller = whole.reduce(whole.width // (_SHEET * _SHRUNK))
+    smaller.quantize(_COLOURS, dither=Image.Dither.NONE).save(file, optimize=True)
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=FOLDER / "results")
+    parser.add_argument("--count", type=int, default=COUNT, help="pictures a row")
+    arguments = parser.parse_args()
+    print("| drawn with | looked for | pictures | seen | semantic | median amount |\n" + "|---" * 6 + "|")
+    with Pipeline.open("demo") as pipe:
+        rows, sheet = evaluate(pipe, arguments.count)
+        backend = pipe.backend
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {"backend": backend, "rows": [asdict(row) for row in rows]}
+    (arguments.out / "adapters.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    save_sheet(sheet, arguments.out / "adapters.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""What the demo's adapters teach: the scenes that each is trained on, and those that it is judged by.
+
+Data alone: `train_adapters` draws and trains, `evaluate_adapters` lets the checker judge.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from . import shapes
+from .checker import SEMANTIC_IOU, Verdict
+from .shapes import Combo, Scene
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """One adapter: a texture, a colour or a shape.
+
+    `combos` are all (colour, shape, background) that can be asked for, and `held_out` those that training
+    never draws. A colour or a shape is asked for by the lesson's name, a texture by nothing: its adapter
+    always acts. `seen` says whether a picture has what is taught, and `amount` how much of it.
+    """
+
+    name: str
+    combos: tuple[Combo, ...]
+    held_out: tuple[Combo, ...]
+    texture: str = "plain"
+    seen: Callable[[Verdict], bool]
+    amount: Callable[[Verdict], float]
+
+    def training(self) -> list[Combo]:
+        """The combinations that may be drawn in training."""
+        return [combo for combo in self.combos if combo not in set(self.held_out)]
+
+    def scene(self, combo: Combo, size: str) -> Scene:
+        """One that has what is taught."""
+        return Scene(*combo, size=size, texture=self.texture)
+
+    def tests(self, count: int) -> list[Scene]:
+        """Held-out scenes in a fixed random order, every one before any comes twice."""
+        scenes = [self.scene(combo, size) for combo in self.held_out for size in shapes.SIZES]
+        shapes.generator(f"{self.name} tests").shuffle(scenes)
+        return list(itertools.islice(itertools.cycle(scenes), count))
+
+
+def _some(combos: list[Combo], count: int, key: str) -> tuple[Combo, ...]:
+    return tuple(shapes.generator(key).sample(combos, count))
+
+
+def _colour_difference(verdict: Verdict) -> float:
+    wanted = shapes.RGB["teal"]
+    return sum((a - b) ** 2 for a, b in zip(verdict.inside, wanted, strict=True)) ** 0.5
+
+
+_TEAL = [("teal", shape, ground) for shape, ground in itertools.product(shapes.SHAPES, shapes.BACKGROUNDS)]
+
+
+_FRAMES = [
+    (colour, "frame", ground)
+    for colour, ground in itertools.product(shapes.COLOURS, shapes.BACKGROUNDS)
+    if colour != ground
+]
+
+LORAS = ("striped", "teal")
+SHAPE = "frame"  # which an embedding teaches
+LESSONS = {
+    lesson.name: lesson
+    for lesson in (
+        Lesson(
+            name="striped",
+            combos=tuple(shapes.combos()),
+            held_out=tuple(shapes.held_out()),
+            texture="striped",
+            seen=lambda verdict: verdict.texture == "striped",
+            amount=lambda verdict: verdict.depth,
+        ),
+        Lesson(
+            name="teal",
+            combos=tuple(_TEAL),
+            held_out=_some(_TEAL, 10, "teal held out"),
+            seen=lambda verdict: verdict.colour == "teal",
+            amount=_colour_difference,
+        ),
+        Lesson(
+            name="frame",
+            combos=tuple(_FRAMES),
+            held_out=_some(_FRAMES, 12, "frame held out"),
+            seen=lambda verdict: verdict.shape == "frame" and verdict.iou > SEMANTIC_IOU,
+            amount=lambda verdict: verdict.iou,
+        ),
+    )
+}
