@@ -1,1 +1,1 @@
-"""Files of changes to a model: LoRA and its relatives, textual inversion. Read, matched, merged."""
+"""Files of changes to a model, LoRA and its relatives, textual inversion: read, bound to a model, merged."""

@@ -34,6 +34,8 @@ _PREVIEW = "Write what can be seen so far to this file, after every step."
 _BACKEND = "auto, onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx."
 _LONGEST_NAME = 60  # bytes of a prompt in a file name; file systems end at 255
 _THREADS = "CPU threads; at most, and by default, one for each processor that may be used."
+_LORA_DIR = "Folder where --lora NAME and <lora:NAME:1> find adapters."
+_LENIENT = "Go on where the model has no weight for some keys of a --lora FILE."
 _NO_METADATA = "Leave prompt and parameters out of the file."
 
 
@@ -56,7 +58,7 @@ def with_parameters(command: Callable[..., None]) -> Callable[..., None]:
 def _option(parameter: Parameter) -> Any:
     kind = parameter.kind
     option = Option(*(parameter.flags or ()), help=parameter.help, parser=kind.read, metavar=kind.metavar)
-    return Annotated[kind.text | None, option]
+    return Annotated[list[kind.text] | None if kind.several else kind.text | None, option]
 
 
 @with_checkpoint_options
@@ -73,6 +75,8 @@ def generate(
     backend: Annotated[str, Option(help=_BACKEND)] = "auto",
     device: Annotated[str, Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
     threads: Annotated[int | None, Option(help=_THREADS)] = None,
+    lora_dir: Annotated[Path | None, Option("--lora-dir", "--lora-model-dir", help=_LORA_DIR)] = None,
+    lora_lenient: Annotated[bool, Option("--lora-lenient", help=_LENIENT)] = False,
     no_metadata: Annotated[bool, Option("--no-metadata", help=_NO_METADATA)] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
     checkpoint: Any = None,
@@ -81,22 +85,9 @@ def generate(
     """Draw prompts and write the pictures."""
     from ..runtime.pipeline import Pipeline
 
-    if not prompt and source is None:
-        raise UsageError(
-            "no prompt",
-            expected="a prompt, or --from PICTURE",
-            fix="See all that can be said: latentrt generate --help",
-        )
-    if source is not None and len(prompt or []) > 1:
-        raise UsageError("several prompts with --from", expected="one, or none", fix="Draw them one by one.")
-    if source is not None and refiner_at is not None:
-        raise UsageError(
-            "--refiner-at with --from", expected="the picture's own", fix="Leave --refiner-at out."
-        )
-    if refiner is None and refiner_at is not None:
-        raise UsageError("--refiner-at alone", expected="a refiner", fix="Pass --refiner PACKAGE as well.")
+    _check_together(prompt, source, refiner, refiner_at)
     saver = _Saver(output, as_grid=grid, metadata=not no_metadata)
-    chosen = {name: value for name, value in parameters.items() if value is not None}
+    chosen = {name: value for name, value in parameters.items() if value not in (None, [])}
     chosen["output_type"] = saver.output_type
     began = perf_counter()
     with ExitStack() as stack:
@@ -104,10 +95,18 @@ def generate(
         first = model if model is not None else _model_of(source) if source else "demo"
         names = [first] if refiner is None else [first, refiner]
         open_pipe = partial(
-            Pipeline.open, backend=backend, device=device, threads=threads, progress=advance, note=say
+            Pipeline.open,
+            lora_folder=lora_dir,
+            backend=backend,
+            device=device,
+            threads=threads,
+            progress=advance,
+            note=say,
         )
         pipes = [stack.enter_context(open_pipe(first, checkpoint=checkpoint))]
         pipes += [stack.enter_context(open_pipe(name)) for name in names[1:]]
+        if "loras" in chosen:
+            chosen["loras"] = _loaded(pipes[0], chosen["loras"], lenient=lora_lenient)
         opened = perf_counter() - began
         # Someone who looks on costs a device one wait per step.
         watched = preview is not None or (sys.stderr.isatty() and not as_json)
@@ -123,6 +122,37 @@ def generate(
         _say_what_the_demo_knows(result.request.prompts)
     seconds = {"open": opened, **result.seconds, "save": perf_counter() - saving}
     _report(result, paths, {**seconds, "total": perf_counter() - began}, as_json=as_json)
+
+
+def _check_together(
+    prompt: list[str] | None, source: Path | None, refiner: str | None, refiner_at: float | None
+) -> None:
+    """Raise UsageError for options of which one says nothing without, or against, another."""
+    if not prompt and source is None:
+        raise UsageError(
+            "no prompt",
+            expected="a prompt, or --from PICTURE",
+            fix="See all that can be said: latentrt generate --help",
+        )
+    if source is not None and len(prompt or []) > 1:
+        raise UsageError("several prompts with --from", expected="one, or none", fix="Draw them one by one.")
+    if source is not None and refiner_at is not None:
+        raise UsageError(
+            "--refiner-at with --from", expected="the picture's own", fix="Leave --refiner-at out."
+        )
+    if refiner is None and refiner_at is not None:
+        raise UsageError("--refiner-at alone", expected="a refiner", fix="Pass --refiner PACKAGE as well.")
+
+
+def _loaded(pipe: Pipeline, loras: list[tuple[str, Any]], *, lenient: bool) -> list[tuple[str, Any]]:
+    """The adapters by their names; those that are files are loaded first."""
+    return [
+        (
+            pipe.load_lora_weights(name, allow_unused=lenient) if Path(name).expanduser().is_file() else name,
+            strength,
+        )
+        for name, strength in loras
+    ]
 
 
 def _draw(

@@ -7,6 +7,7 @@
     │   └── SamplerError          2   an unknown sampler, or one outside the table form
     ├── ModelError                3   a file that should hold a model does not
     │   ├── CheckpointError       3   what the user downloaded
+    │   ├── AdapterError          3   a LoRA or the like, or one that does not fit the model
     │   ├── DownloadError         3   what a hub did not give
     │   ├── PackageError          3   what `latentrt export` wrote
     │   └── EngineError           3   what `latentrt build` wrote
@@ -85,6 +86,10 @@ class ModelError(LatentrtError):
 
 class CheckpointError(ModelError):
     """A checkpoint that is missing, damaged, or of a family not yet supported."""
+
+
+class AdapterError(ModelError):
+    """A LoRA or another file of changes that is damaged, of no known kind, or made for another model."""
 
 
 class DownloadError(ModelError):

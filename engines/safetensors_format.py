@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, NoReturn, cast
 import numpy as np
 import numpy.typing as npt
 
-from .errors import CheckpointError, ModelError
+from .errors import CheckpointError, ModelError, PackageError
 from .lfs import refuse_pointer
 
 _HEADER_LIMIT = 100_000_000  # bytes; the safetensors library's own
@@ -138,7 +138,11 @@ def first_not_finite(path: Path, *, error: type[ModelError] = CheckpointError) -
     Raises:
         ModelError: as `read_header`.
     """
-    header, tensors = map_tensors(path, error=error)
+    return find_not_finite(*map_tensors(path, error=error))
+
+
+def find_not_finite(header: Header, tensors: Mapping[str, Bytes]) -> str | None:
+    """The same of a file that is mapped (`map_tensors`)."""
     for name, content in tensors.items():
         if header.tensors[name].dtype not in NOT_FINITE:
             continue
@@ -347,7 +351,7 @@ class _Reader:
 
     def _refuse(self, found: str, expected: str, fix: str | None = None) -> NoReturn:
         usual = "Copy the package again, or export it again: latentrt export CHECKPOINT -o PACKAGE"
-        if self._error is CheckpointError:
+        if self._error is not PackageError:
             usual = "Download the file again, or have it written again by the safetensors library."
         raise self._error(f"{self._path} {found}", expected=expected, fix=fix or usual)
 

@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .engines.errors import AdapterError as AdapterError
     from .engines.errors import BackendError as BackendError
     from .engines.errors import CancelledError as CancelledError
     from .engines.errors import CheckpointError as CheckpointError
@@ -62,6 +63,7 @@ _HOMES = {
     "SamplerError": "engines.errors",
     "ModelError": "engines.errors",
     "CheckpointError": "engines.errors",
+    "AdapterError": "engines.errors",
     "DownloadError": "engines.errors",
     "PackageError": "engines.errors",
     "EngineError": "engines.errors",
@@ -74,6 +76,7 @@ _HOMES = {
 
 __all__ = [
     "SAMPLERS",
+    "AdapterError",
     "BackendError",
     "CancelledError",
     "CheckpointError",

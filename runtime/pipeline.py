@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 
+from ..adapters.loaded import LoadedAdapters
 from ..engines.backend import Place, find_backend
 from ..engines.errors import UsageError
 from ..engines.installed import latentrt_version
 from ..engines.package import Package
 from ..engines.spec import TEXT_ENCODERS, Array
+from .adapted import ADAPTED_BYTES, Adapted, AdaptedLoops
 from .conditioning import make_conditioning
 from .loop.device.cuda_graphs import Graphs
-from .loop.job import NEVER, Clock, DenoiseJob, Drawn, JobRecorder, Loop, State, Stop
+from .loop.job import NEVER, Clock, DenoiseJob, Drawn, JobRecorder, Loop, PackageLoop, State, Stop
 from .loop.open import LoopOptions, open_loop
 from .model import Advance, CheckpointOptions, Note, open_model
 from .pictures.tiling import encode_tiled
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _LOG = logging.getLogger(__name__)
-Made = tuple["list[Image] | Array", "dict[str, str]"]  # what a result has for images, and what made them
+Made = tuple["list[Image] | Array", "dict[str, Any]"]  # what a result has for images, and what made them
 StepCallback = Callable[["Pipeline", int, float, dict[str, Any]], "dict[str, Any] | None"]
 
 
@@ -98,13 +100,22 @@ class Pipeline:
         package: what was opened.
         backend: what executes it, for people.
         loop: runs its nets (`loop.job.Loop`); for measurements.
+        adapters: what can be drawn with besides.
     """
 
-    def __init__(self, package: Package, text: TextConditioner, loop: Loop, backend: str) -> None:
+    def __init__(
+        self,
+        package: Package,
+        loop: PackageLoop,
+        backend: str,
+        adapters: LoadedAdapters,
+        adapted: AdaptedLoops,
+    ) -> None:
         self.package = package
         self.backend = backend
         self.loop = loop
-        self._text = text
+        self.adapters = adapters
+        self._adapted = adapted
 
     @classmethod
     def open(
@@ -116,6 +127,8 @@ class Pipeline:
         threads: int | None = None,
         graphs: Graphs = "auto",
         cache_bytes: int = CACHE_BYTES,
+        adapted_bytes: int = ADAPTED_BYTES,
+        lora_folder: str | Path | None = None,
         checkpoint: CheckpointOptions | None = None,
         progress: Advance | None = None,
         note: Note | None = None,
@@ -132,6 +145,9 @@ class Pipeline:
             graphs: on a device, whether rows are replayed as a captured graph: "on", "off", or "auto",
                 where that is faster.
             cache_bytes: what encoded prompts may take; 0 encodes every prompt anew.
+            adapted_bytes: what nets may take that are open with several sets of adapters; at least the last
+                set's are kept.
+            lora_folder: where adapters are looked for by the names of their files.
             checkpoint: how a checkpoint is opened: its arithmetic, other autoencoders, what it predicts.
             progress: called with what is being done, how much of it is done, and of how much, while a model
                 is fetched or opened for the first time.
@@ -153,35 +169,106 @@ class Pipeline:
         options = LoopOptions(backend=backend, device=device, threads=threads, graphs=graphs)
         loop, description = open_loop(package, options)
         try:
-            return cls.over(package, loop, description, cache_bytes=cache_bytes)
+            return cls.over(
+                package,
+                loop,
+                description,
+                cache_bytes=cache_bytes,
+                adapted_bytes=adapted_bytes,
+                lora_folder=None if lora_folder is None else Path(lora_folder),
+            )
         except BaseException:
             loop.close()
             raise
 
     @classmethod
-    def over(cls, package: Package, loop: Loop, backend: str, *, cache_bytes: int = CACHE_BYTES) -> Pipeline:
+    def over(
+        cls,
+        package: Package,
+        loop: PackageLoop,
+        backend: str,
+        *,
+        cache_bytes: int = CACHE_BYTES,
+        adapted_bytes: int = ADAPTED_BYTES,
+        lora_folder: Path | None = None,
+    ) -> Pipeline:
         """A pipeline over a loop that is open already, and is closed with it.
 
         Args:
             package: whose nets the loop has.
             loop: runs them.
             backend: what executes them, for people.
-            cache_bytes: what encoded prompts may take; 0 encodes every prompt anew.
+            cache_bytes, adapted_bytes, lora_folder: as in `open`.
 
         Raises:
             PackageError: a tokenizer is missing or damaged.
         """
         nets = package.manifest.nets
-        encoders = [
-            TextEncoder(
-                run=partial(loop.call, net),
-                spec=nets[net].spec,
-                tokenizer=ClipTokenizer.open(package.root / folder),
-            )
+        tokenizers = {
+            net: ClipTokenizer.open(package.root / folder)
             for net, folder in TEXT_ENCODERS.items()
             if net in nets
-        ]
-        return cls(package, TextConditioner(encoders, cache_bytes=cache_bytes), loop, backend)
+        }
+
+        def conditioner(loop: Loop) -> TextConditioner:
+            encoders = [
+                TextEncoder(run=partial(loop.call, net), spec=nets[net].spec, tokenizer=tokenizer)
+                for net, tokenizer in tokenizers.items()
+            ]
+            return TextConditioner(encoders, cache_bytes=cache_bytes)
+
+        base = Adapted(loop=loop, text=conditioner(loop))
+        adapted = AdaptedLoops(package, base, conditioner, adapted_bytes)
+        return cls(package, loop, backend, LoadedAdapters(package, lora_folder), adapted)
+
+    # ── adapters ───────────────────────────────────────────────────────────────────────────────────
+
+    def load_lora_weights(
+        self, path: str | Path, adapter_name: str | None = None, *, allow_unused: bool = False
+    ) -> str:
+        """Read a LoRA or one of its relatives, and call it `adapter_name`, by default as its file.
+
+        Nothing is drawn with it before it is chosen: `set_adapters`, `pipe(…, loras=…)`, `<lora:NAME:1>`.
+
+        Args:
+            path: of a `.safetensors` file.
+            adapter_name: what to call it.
+            allow_unused: go on where the file has keys that the model has no weight for.
+
+        Returns:
+            The name.
+
+        Raises:
+            AdapterError: a damaged file, or one for another model.
+            UsageError: another adapter has that name.
+        """
+        return self.adapters.load(path, adapter_name, allow_unused=allow_unused)
+
+    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Any = 1.0) -> None:
+        """Draw with these adapters where a call does not say with which.
+
+        Args:
+            adapter_names: one or several; none is the model alone.
+            adapter_weights: a strength for all or one for each: a number, or a mapping as in diffusers, with
+                "unet" (a number, or "down", "mid", "up" and their blocks), "text_encoder", "text_encoder_2".
+
+        Raises:
+            UsageError: an unknown name, or a strength that is none.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        several = isinstance(adapter_weights, (list, tuple))
+        weights: list[Any] = (
+            list(cast("Sequence[Any]", adapter_weights)) if several else [adapter_weights] * len(names)
+        )
+        self.adapters.set_usual(names, weights)
+
+    def unload_lora_weights(self, adapter_names: str | Sequence[str] | None = None) -> None:
+        """Forget adapters of these names, or all. Raises UsageError for an unknown name."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self.adapters.unload(names)
+        self._adapted.forget()
+
+    # ── drawing ────────────────────────────────────────────────────────────────────────────────────
 
     @overload
     def __call__(
@@ -292,17 +379,43 @@ class Pipeline:
         *,
         watched: bool,
         decode: bool,
-        loop: Loop | None = None,
+        through: Callable[[Loop], Loop] = lambda loop: loop,
+    ) -> Generator[Step, None, Made]:
+        """Draw with what the request's adapters make of the nets. Arguments and results as of `_draw`.
+
+        `through` gives what to run the nets with in place of their loop.
+        """
+        chosen = self.adapters.chosen(request.loras, request.tagged)
+        with ExitStack() as until_drawn:
+            with clock.stage("adapters") if chosen.key else nullcontext():
+                adapted = until_drawn.enter_context(self._adapted.use(chosen))
+            loop = through(adapted.loop)
+            images, producer = yield from self._draw(
+                request, loop, adapted.text, clock, stop, watched=watched, decode=decode
+            )
+        return images, producer | chosen.record()
+
+    def _draw(
+        self,
+        request: Request,
+        loop: Loop,
+        text: TextConditioner,
+        clock: Clock,
+        stop: Stop,
+        *,
+        watched: bool,
+        decode: bool,
     ) -> Generator[Step, None, Made]:
         """The whole story: tokens -> context -> noise or a picture -> denoising loop -> pixels.
 
         Args:
             request: what to draw, N pictures.
+            loop: runs the nets.
+            text: encodes prompts.
             clock: is charged with what each stage takes.
             stop: is looked at before every call of a large net.
             watched: whether anyone looks at the steps; on a device nothing else has to wait for one.
             decode: whether the latent becomes a picture.
-            loop: runs the nets; the pipeline's own by default.
 
         Yields:
             A step for each row of the schedule if it is watched.
@@ -310,18 +423,18 @@ class Pipeline:
         Returns:
             What a result has for images, and what made them.
         """
-        manifest, loop = self.package.manifest, loop or self.loop
+        manifest = self.package.manifest
         noise = NoiseSource(request.seeds, request.rng)
         table = request.table()  # the schedule: a row of coefficients for each UNet call
 
         # tokens -> context (P, T, D), each different text once, and what joins the time embedding
         with clock.stage("text_encoder"):
-            conditioning = make_conditioning(request, manifest, self._text, noise, loop.call)
-        for text, dropped in conditioning.dropped.items():
-            _LOG.warning("the prompt %r… is too long; dropped: %r", text[:40], dropped)
+            conditioning = make_conditioning(request, manifest, text, noise, loop.call)
+        for prompt, dropped in conditioning.dropped.items():
+            _LOG.warning("the prompt %r… is too long; dropped: %r", prompt[:40], dropped)
 
         # noise, or a picture with as much noise as the schedule begins with -> y (N, C, H/8, W/8)
-        encode = partial(self._encode, clock, stop, request.tile)
+        encode = partial(self._encode, loop, clock, stop, request.tile)
         start = make_start(request, manifest, table, noise, encode)
 
         # for each row of the table: m = guide(unet(y, t, context)), then y = a*y + sum(b_j * h_j) + c*noise
@@ -362,10 +475,15 @@ class Pipeline:
 
     def prepare(self, request: Request, clock: Clock | None = None) -> DenoiseJob:
         """All that the loop is given for a request, without running it: for measurements."""
-        recorder = JobRecorder(self.loop)
-        steps = self._generate(request, clock or Clock(), NEVER, watched=False, decode=False, loop=recorder)
+        recorders: list[JobRecorder] = []
+
+        def record(loop: Loop) -> Loop:
+            recorders.append(JobRecorder(loop))
+            return recorders[0]
+
+        steps = self._generate(request, clock or Clock(), NEVER, watched=False, decode=False, through=record)
         _finish(steps, lambda step: None)
-        return recorder.job
+        return recorders[0].job
 
     def warmup(self, **parameters: Unpack[Parameters]) -> None:
         """Run every net once at the size and batch of these parameters, so that the next call is warm."""
@@ -376,6 +494,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Free every net. May be called twice."""
+        self._adapted.forget()
         self.loop.close()
 
     def __enter__(self) -> Pipeline:
@@ -405,20 +524,20 @@ class Pipeline:
             step.state.replace(cast("Mapping[str, Any]", answer)["latents"])
 
     def _encode(
-        self, clock: Clock, stop: Stop, tile: int | None, image: Array, mask: Array
+        self, loop: Loop, clock: Clock, stop: Stop, tile: int | None, image: Array, mask: Array
     ) -> tuple[Array, ...]:
         """(N, H, W, 3) and (N, H, W, 1) uint8 -> mean, and std if there is a posterior, (N, C, H/8, W/8)."""
 
         def whole(image: Array, mask: Array) -> tuple[Array, ...]:
             stop.check("before the encoder")
-            return tuple(self.loop.call("vae_encoder", image=image, mask=mask).values())
+            return tuple(loop.call("vae_encoder", image=image, mask=mask).values())
 
         with clock.stage("vae_encoder"):
             if tile is None:
                 return whole(image, mask)
             return encode_tiled(whole, image, mask, tile, self.package.manifest.latent_scale)
 
-    def _producer(self, profile: str) -> dict[str, str]:
+    def _producer(self, profile: str) -> dict[str, Any]:
         made_by = {
             "model": self.package.manifest.name,
             "model_sha256": self.package.manifest.sha256,

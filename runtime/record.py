@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 from ..engines.errors import UsageError
@@ -21,6 +21,8 @@ from .request.source import Masked
 from .sampling.a1111 import a1111_fields, spelled_by_a1111
 from .sampling.config import SamplerConfig
 
+LORA_HASHES = "Lora hashes"
+_LORA_HASH = re.compile(r"([^,:]+?): *([0-9a-fA-F]+)(?:, *|$)")
 # Of the call, not of one of its pictures.
 _OF_THE_CALL = ("num_images_per_prompt", "output_type")
 # Brackets have a meaning in AUTOMATIC1111's prompts alone; behind a backslash they are text.
@@ -97,8 +99,14 @@ def a1111_parameters(request: Request, index: int, producer: Mapping[str, Any]) 
         "RNG": "CPU" if request.rng == "torch-cpu" else "GPU",
         "Refiner": producer["model"] if "base" in producer else None,
         "Refiner switch at": producer.get("handed over at"),
+        LORA_HASHES: _lora_hashes(producer.get("adapters", {})),
         "Version": f"latentrt {producer['latentrt']}",
     }
+
+
+def _lora_hashes(adapters: Mapping[str, Mapping[str, str]]) -> str | None:
+    """As AUTOMATIC1111's extension for LoRA writes them (extensions-builtin/Lora/scripts/lora_script.py)."""
+    return ", ".join(f"{name}: {facts['short_hash']}" for name, facts in adapters.items()) or None
 
 
 def _strength(request: Request) -> float | None:
@@ -129,12 +137,14 @@ class Recorded:
         prompt: what was drawn.
         parameters: keyword arguments.
         inputs: the hashes of pictures that must be passed as well, by parameter.
+        adapters: the hashes of the adapters that it was drawn with, by name.
         left: what the record has besides, one "name: value" each.
     """
 
     prompt: str
     parameters: Mapping[str, Any]
     inputs: Mapping[str, Mapping[str, str]]
+    adapters: Mapping[str, str] = field(default_factory=dict[str, str])
     left: tuple[str, ...] = ()
 
 
@@ -152,7 +162,22 @@ def read_record(record: Mapping[str, Any]) -> Recorded:
             expected="a prompt, and inputs with their sha256: a record that latentrt wrote",
             fix="Pass prompt and parameters instead.",
         )
-    return Recorded(prompt=record["prompt"], parameters=found, inputs=inputs)
+    return Recorded(
+        prompt=record["prompt"], parameters=found, inputs=inputs, adapters=_recorded_adapters(record)
+    )
+
+
+def _recorded_adapters(record: Mapping[str, Any]) -> dict[str, str]:
+    """The sha256 of each adapter of our own record. Raises UsageError for what is none."""
+    found = record.get("adapters", {})
+    try:
+        return {str(name): str(facts["sha256"]) for name, facts in found.items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"the record's adapters are {found!r:.80}",
+            expected="adapters with their sha256: a record that latentrt wrote",
+            fix="Pass prompt and parameters instead.",
+        ) from error
 
 
 def _is_input(value: Any) -> bool:
@@ -196,10 +221,11 @@ def read_a1111(text: Mapping[str, str], inputs: tuple[str, ...] = ()) -> Recorde
     """
     parameters: dict[str, Any] = {"negative_prompt": text[NEGATIVE_PROMPT]} if text[NEGATIVE_PROMPT] else {}
     left: list[str] = []
+    hashes = dict(_LORA_HASH.findall(text.get(LORA_HASHES, "")))
     if "Sampler" in text:
         parameters["sampler"] = spelled_by_a1111(text)
     for name, value in text.items():
-        if name in (PROMPT, NEGATIVE_PROMPT, *_READ_WITH_SAMPLER):
+        if name in (PROMPT, NEGATIVE_PROMPT, LORA_HASHES, *_READ_WITH_SAMPLER):
             continue
         try:
             if _WITH.get(name, "") not in ("", *inputs):
@@ -207,4 +233,4 @@ def read_a1111(text: Mapping[str, str], inputs: tuple[str, ...] = ()) -> Recorde
             parameters |= _READERS[name](value)
         except (ValueError, KeyError):
             left.append(f"{name}: {value}")
-    return Recorded(prompt=text[PROMPT], parameters=parameters, inputs={}, left=tuple(left))
+    return Recorded(prompt=text[PROMPT], parameters=parameters, inputs={}, adapters=hashes, left=tuple(left))

@@ -84,10 +84,17 @@ def _drawn(
     pipe: Any, recorded: Recorded, folder: Path | None, given: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> Result[Any]:
     inputs = _inputs(recorded, folder, given)
+    _check_adapters(pipe, recorded, changes)
     result = pipe(
         _prompt(recorded, given), **{**_without_rivals(recorded.parameters, changes), **inputs, **changes}
     )
     return _with_names(result, recorded)
+
+
+def _check_adapters(pipe: Pipeline, recorded: Recorded, changes: Mapping[str, Any]) -> None:
+    """Raise UsageError unless the adapters of these names are those that the picture was drawn with."""
+    if "loras" not in changes:
+        pipe.adapters.check(recorded.adapters)
 
 
 def _without_rivals(parameters: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,6 +139,7 @@ def _refined(
         )
     _check_model(refiner, record)
     base = read_record(record["base_record"])
+    _check_adapters(pipe, base, changes)
     parameters: dict[str, Any] = {**base.parameters, **read_record(record).parameters}
     at = parameters.pop("denoising_end")
     parameters.pop("denoising_start", None)
@@ -156,6 +164,7 @@ def _of_text(
         )
     passed = {name: given[name] for name in INPUTS if given[name] is not None}
     recorded = read_a1111(parse_infotext(metadata.parameters), tuple(passed))
+    _check_adapters(pipe, recorded, changes)
     parameters, left = dict(recorded.parameters), list(recorded.left)
     try:
         resolve(parameters.get("sampler"), pipe.package.manifest.scheduler)

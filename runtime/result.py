@@ -46,7 +46,7 @@ class Result(Generic[Images]):
     images: Images
     request: Request
     seconds: Mapping[str, float]
-    producer: Mapping[str, str]
+    producer: Mapping[str, Any]
     base: Result[Any] | None = None
 
     def record(self, index: int = 0) -> dict[str, Any]:

@@ -30,6 +30,7 @@ ROOMS: dict[str, list[set[str]]] = {
     "runtime/loop": [{"device"}],
     "engines": [{"cuda", "store"}, {"tensorrt"}, {"onnxruntime"}],
     "engines/onnxruntime": [{"lowering"}, {"tuning"}],
+    "adapters": [{"kinds"}],
     "checkpoints": [{"files"}, {"graphs"}, {"hub", "precision", "templates"}],
     "export": [{"nets", "pickles"}, {"graphs"}],
     "benchmarks": [{"sides"}, {"models"}, {"verbs"}, {"gpu", "report"}],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -345,8 +345,7 @@ def base_of(tensors: Mapping[str, TensorHeader], metadata: Mapping[str, str]) ->
         if re.search(pattern, names, re.MULTILINE):
             return base
     for place in (_READS_CONTEXT, _READS_TOKENS):
-        widths = (_input_width(name, tensors) for name in tensors if place.search(name))
-        if found := next(filter(None, map(FAMILY_OF_CONTEXT.get, filter(None, widths))), None):
+        if found := next(filter(None, map(FAMILY_OF_CONTEXT.get, _widths(place, tensors))), None):
             return found
     lone = [t.shape[-1] for name, t in tensors.items() if t.shape and not name.endswith(".weight")]
     if len(tensors) == len(lone) == 1 and lone[0] in FAMILY_OF_CONTEXT:  # an embedding
@@ -355,6 +354,15 @@ def base_of(tensors: Mapping[str, TensorHeader], metadata: Mapping[str, str]) ->
     return next(
         (base for note in noted for start, base in _NOTED_BASES.items() if note.startswith(start)), None
     )
+
+
+def context_width(tensors: Mapping[str, TensorHeader]) -> int | None:
+    """How many numbers cross-attention reads in the UNet that an adapter changes; None if it does not say."""
+    return next(_widths(_READS_CONTEXT, tensors), None)
+
+
+def _widths(place: re.Pattern[str], tensors: Mapping[str, TensorHeader]) -> Iterator[int]:
+    return filter(None, (_input_width(name, tensors) for name in tensors if place.search(name)))
 
 
 def _input_width(name: str, tensors: Mapping[str, TensorHeader]) -> int | None:

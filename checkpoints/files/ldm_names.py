@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from .component import TensorHeader
@@ -153,6 +153,51 @@ def _unet_module(module: str, period: int) -> str | None:
     if rest in _RESNET:
         return f"{place}.resnets.{index}.{_RESNET[rest]}"
     return f"{place}.attentions.{index}.{rest}" if _TRANSFORMER.fullmatch(rest) else None
+
+
+_DIFFUSERS_BLOCK = re.compile(
+    r"(?:(down|up)_blocks\.(\d{1,3})|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.(\d{1,3})\.(.+)"
+)
+_ORIGINAL_ENDS = {new: old for old, new in _UNET_ENDS.items()} | {
+    "class_embedding.linear_1": "label_emb.0.0",  # of Stable unCLIP
+    "class_embedding.linear_2": "label_emb.0.2",
+}
+_ORIGINAL_RESNET = {new: old for old, new in _RESNET.items()}
+
+
+def original_unet_names(modules: Collection[str]) -> dict[str, str]:
+    """The modules of a UNet by UNet2DConditionModel's names -> their names in latent-diffusion.
+
+    The inverse of `unet_tensors`. What latent-diffusion has no name for is left out.
+    """
+    period = len({name.split(".")[3] for name in modules if name.startswith("down_blocks.0.resnets.")}) + 1
+    attending = {
+        name.split(".")[1] for name in modules if re.match(r"up_blocks\.\d{1,3}\.attentions\.", name)
+    }
+    named = ((name, _original_unet_name(name, period, attending)) for name in modules)
+    return {name: original for name, original in named if original is not None}
+
+
+def _original_unet_name(module: str, period: int, attending: Collection[str]) -> str | None:
+    if module in _ORIGINAL_ENDS:
+        return _ORIGINAL_ENDS[module]
+    match = _DIFFUSERS_BLOCK.fullmatch(module)
+    if match is None:
+        return None
+    side, level, kind, index, rest = match.groups()
+    if kind == "downsamplers":
+        return f"input_blocks.{(int(level) + 1) * period}.0.op" if rest == "conv" else None
+    if kind == "upsamplers":  # behind the attention, where there is one
+        part = 2 if level in attending else 1
+        return f"output_blocks.{(int(level) + 1) * period - 1}.{part}.conv" if rest == "conv" else None
+    rest = _ORIGINAL_RESNET.get(rest) if kind == "resnets" else rest
+    if rest is None:
+        return None
+    part = int(kind == "attentions")
+    if side is None:
+        return f"middle_block.{2 * int(index) + part}.{rest}"
+    number = int(level) * period + int(index)
+    return f"{'input' if side == 'down' else 'output'}_blocks.{number + (side == 'down')}.{part}.{rest}"
 
 
 def class_unet_tensors(stored: Tensors) -> dict[str, TensorHeader]:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
-from functools import partial
+from functools import cached_property, partial
 from threading import Lock
 
 import numpy as np
 
 from ...engines.backend import HostBackend, Net
 from ...engines.errors import BackendError, NumericError, numeric_fix
+from ...engines.net_weights import engine_bytes, net_tensors
 from ...engines.package import Package
 from ...engines.processors import usable_processors
-from ...engines.spec import DTYPES, Array, has_time_of_each_row
+from ...engines.spec import DTYPES, TEXT_ENCODERS, Array, has_time_of_each_row
 from ..pictures.tiling import decode_tiled
 from ..sampling.table import Table
-from .job import NEVER, Clock, DenoiseJob, Drawn, Kept, State, Stop
+from .job import NEVER, REQUIRED, Clock, DenoiseJob, Drawn, Kept, PackageLoop, State, Stop
 
 # NumPy would only warn; the loop checks the result and says in which step it happened.
 _overflow_is_found_below = partial(np.errstate, over="ignore", invalid="ignore")
@@ -67,21 +67,69 @@ class HostLoop:
 
     Threads may share it: all that changes is which nets are open, under a lock.
 
-    A net is opened when it is first called. `threads` are the backend's; None is one for every processor this
-    process may use.
+    A net is opened when it is first called.
+
+    Args:
+        package: whose nets are run.
+        backend: opens them.
+        threads: of the backend; None is one for every processor this process may use.
+        base: runs the nets that `package.changes` leave as they are.
     """
 
-    def __init__(self, package: Package, backend: HostBackend, threads: int | None) -> None:
+    def __init__(
+        self, package: Package, backend: HostBackend, threads: int | None, base: HostLoop | None = None
+    ) -> None:
         self.nets: dict[str, Net] = {}
-        self._package = package
+        self._package, self._backend, self._threads, self._base = package, backend, threads, base
         self._open = partial(backend.open_net, package, threads=threads)
-        self._resources = ExitStack()
+        self._weights_of: dict[str, frozenset[str]] = {} if base is None else base._weights_of
         self._lock = Lock()
         self._closed = False
         self._dtype = DTYPES[package.manifest.net("unet").spec.inputs[0].dtype]
 
+    def adapted(self, package: Package) -> HostLoop:
+        """See `job.Loop`."""
+        return HostLoop(package, self._backend, self._threads, base=self)
+
+    def changes(self, name: str) -> bool:
+        """Whether a net computes with other weights than the package stores."""
+        if not self._package.changes:
+            return False
+        if name not in self._weights_of:
+            self._weights_of[name] = frozenset(net_tensors(self._package, name))
+        changed = self._package.changes_of(name)
+        return not self._weights_of[name].isdisjoint(changed)
+
+    def open_own(self) -> None:
+        """See `job.Loop`."""
+        self.open_nets(self._own)
+
+    @property
+    def own_bytes(self) -> int:
+        """See `job.Loop`."""
+        return self._own_bytes
+
+    @cached_property
+    def _own_bytes(self) -> int:
+        return sum(engine_bytes(self._package, name) for name in self._own)
+
+    def make_way(self, other: PackageLoop) -> None:
+        """See `job.Loop`. A net that is in a call, or between the steps of a picture, is freed behind it."""
+        assert isinstance(other, HostLoop)
+        with self._lock:
+            for name in other._own:
+                self.nets.pop(name, None)
+
+    @cached_property
+    def _own(self) -> tuple[str, ...]:
+        """The nets of every picture that compute with other weights than the package stores."""
+        nets = self._package.manifest.nets
+        return tuple(name for name in (*TEXT_ENCODERS, *REQUIRED) if name in nets and self.changes(name))
+
     def net(self, name: str) -> Net:
         """A net, opened on first use. Raises PackageError if there is none, BackendError once closed."""
+        if self._base is not None and not self.changes(name):
+            return self._base.net(name)
         with self._lock:
             if self._closed:
                 raise BackendError(
@@ -91,7 +139,7 @@ class HostLoop:
                 )
             if name not in self.nets:
                 self._package.manifest.net(name)
-                self.nets[name] = self._resources.enter_context(closing(self._open(name)))
+                self.nets[name] = self._open(name)
             return self.nets[name]
 
     def open_nets(self, names: Sequence[str]) -> None:
@@ -107,7 +155,7 @@ class HostLoop:
         with self._lock:
             for name, opened in zip(names, opening, strict=True):
                 if opened.exception() is None:
-                    self.nets[name] = self._resources.enter_context(closing(opened.result()))
+                    self.nets[name] = opened.result()
         for opened in opening:
             opened.result()
 
@@ -165,7 +213,8 @@ class HostLoop:
         """Free every net. May be called twice."""
         with self._lock:
             self._closed = True
-            self._resources.close()
+            for net in self.nets.values():
+                net.close()
 
 
 def guided_batch(rows: Array, guided: bool) -> Array:

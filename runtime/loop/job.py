@@ -12,11 +12,15 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from ...engines.errors import CancelledError, UsageError
+from ...engines.package import Package
 from ...engines.spec import Array
 from ..sampling.noise import NoiseSource
 from ..sampling.table import Table
 
 Item = TypeVar("Item")
+
+# Every loop needs these nets. Others of a package are for some requests only.
+REQUIRED = ("unet_context", "unet_time", "unet", "vae_decoder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +244,31 @@ class Loop(Protocol):
 
     def close(self) -> None:
         """Free everything. May be called twice."""
+        ...
+
+
+class PackageLoop(Loop, Protocol):
+    """A loop over the nets of a package, which may be asked for with other weights."""
+
+    def adapted(self, package: Package) -> PackageLoop:
+        """A loop over the same package with other `Package.changes`; nets that they leave alone are shared.
+
+        Raises:
+            BackendError: the weights of these nets cannot be changed.
+        """
+        ...
+
+    @property
+    def own_bytes(self) -> int:
+        """What the nets of every picture take that an adapted loop does not share."""
+        ...
+
+    def open_own(self) -> None:
+        """Open these now. Raises what opening a net raises."""
+        ...
+
+    def make_way(self, other: PackageLoop) -> None:
+        """Free the nets that `other`, adapted from this loop, has its own of, until they are called again."""
         ...
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 
-from ...engines.backend import Backend, DeviceBackend, HostBackend, Place, choose_backend
+from ...engines.backend import AdaptingBackend, Backend, DeviceBackend, HostBackend, Place, choose_backend
 from ...engines.device import Device
 from ...engines.errors import BackendError
 from ...engines.installed import latentrt_version
@@ -14,12 +15,9 @@ from ...engines.package import Package
 from ...engines.spec import NETS, TEXT_ENCODERS
 from .denoise import HostLoop
 from .device.verdicts import Graphs
-from .job import Loop
+from .job import REQUIRED, PackageLoop
 
 _LOG = logging.getLogger(__name__)
-
-# Every loop needs these. Other nets of a package are for some requests only.
-_REQUIRED = ("unet_context", "unet_time", "unet", "vae_decoder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +37,7 @@ class LoopOptions:
     graphs: Graphs = "auto"
 
 
-def open_loop(package: Package, options: LoopOptions) -> tuple[Loop, str]:
+def open_loop(package: Package, options: LoopOptions) -> tuple[PackageLoop, str]:
     """Open a loop over a package; with "auto", on the best backend that opens it.
 
     Returns:
@@ -63,9 +61,11 @@ def open_loop(package: Package, options: LoopOptions) -> tuple[Loop, str]:
             refused[name] = error
 
 
-def _open(package: Package, name: str, engine: Backend, options: LoopOptions, index: int) -> tuple[Loop, str]:
+def _open(
+    package: Package, name: str, engine: Backend, options: LoopOptions, index: int
+) -> tuple[PackageLoop, str]:
     nets = package.manifest.nets
-    for net in (*_REQUIRED, "step") if isinstance(engine, DeviceBackend) else _REQUIRED:
+    for net in (*REQUIRED, "step") if isinstance(engine, DeviceBackend) else REQUIRED:
         package.manifest.net(net)  # raises PackageError
     if isinstance(engine, DeviceBackend):
         from ...engines.store.engine_store import EngineStore
@@ -76,12 +76,15 @@ def _open(package: Package, name: str, engine: Backend, options: LoopOptions, in
         description = engine.describe(index)
         device, opened = engine.open_device(package, used, index=index)
         verdicts = Verdicts(EngineStore(), replayed_facts(package, description, device))
-        loop = DeviceLoop(device, opened, package.manifest, graphs=options.graphs, verdicts=verdicts)
+        again = partial(engine.open_another, device) if isinstance(engine, AdaptingBackend) else None
+        loop = DeviceLoop(
+            device, opened, package.manifest, graphs=options.graphs, verdicts=verdicts, open_net=again
+        )
         return loop, description
     assert isinstance(engine, HostBackend), name
     with ExitStack() as stack:
         loop = stack.enter_context(closing(HostLoop(package, engine, options.threads)))
-        loop.open_nets([net for net in nets if net in (*_REQUIRED, *TEXT_ENCODERS)])
+        loop.open_nets([net for net in nets if net in (*REQUIRED, *TEXT_ENCODERS)])
         stack.pop_all()
         return loop, engine.describe()
 

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 from ...engines.errors import UsageError
 from .chunks import Fragment, checked, refuse_wildcards, unsupported
+from .lora_tags import without_tags
 
 _MORE, _LESS = 1.1, 1 / 1.1
 # So many brackets around a fragment have their factors multiplied one by one, as the reference does for all.
@@ -29,16 +30,13 @@ _STRUCTURE = re.compile(r"\\.|[\\()\[\]:|]")
 # the number of `[from:to:when]`; ASCII digits only
 _WHEN = re.compile(r"\s*[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?\s*")
 
-_LORA = "LoRA is not supported from the prompt: remove the tag."
 _EXTRA_NETWORK_FIXES = {
-    "lora": _LORA,
-    "lyco": _LORA,
     "hypernet": "Hypernetworks are not supported: remove the tag.",
 }
 
 
 def parse_a1111(text: str) -> tuple[Fragment, ...]:
-    """Split a prompt into fragments as `parse_prompt_attention` does, in time linear in its length.
+    """Split a prompt without tags of adapters as `parse_prompt_attention` does, in time linear in its length.
 
     Weights are equal to the bit, merging included, for up to 32 brackets around a word; beyond, the factors
     of the outer ones are multiplied with each other first, which can change the last bits. As in the
@@ -49,6 +47,7 @@ def parse_a1111(text: str) -> tuple[Fragment, ...]:
         UsageError: extra networks (`<lora:…>`), `[from:to:when]`, `[a|b]`, `AND` and `__wildcard__`, which
             nothing here carries out; a weight that is no number, or beyond float32.
     """
+    text = without_tags(text)
     _refuse_unsupported(text)
     parser = _Parser()
     for match in _TOKEN.finditer(text):

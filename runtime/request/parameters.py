@@ -41,12 +41,14 @@ class Kind:
         text: the type of its text on the command line.
         read: text -> value, where it is more than that type. Raises ValueError.
         metavar: what `--help` calls the text.
+        several: whether the option may be given more than once; the value is a list then.
     """
 
     check: Callable[[str, Any, "Manifest"], Any] = lambda name, value, manifest: value
     text: type = str
     read: Callable[[str], Any] | None = None
     metavar: str | None = None
+    several: bool = False
 
 
 # ── kinds ──────────────────────────────────────────────────────────────────────────────────────────
@@ -169,12 +171,60 @@ def _read_latents(text: str) -> "Array":
     return read_latents(text)
 
 
+def _check_loras(name: str, value: Any, manifest: "Manifest") -> tuple[tuple[str, Any], ...]:
+    """Names of adapters, alone or in pairs with strengths."""
+    from ...adapters.sets import Strength
+
+    found = items(value)
+    if found is None:
+        raise UsageError(
+            f"{name} is {value!r:.100}",
+            expected="a list of names, or of (name, strength)",
+            fix=f'Pass {name}=[("NAME", 0.8)].',
+        )
+    pairs: list[tuple[str, Any]] = []
+    for one in found:
+        pair: list[Any] = [one, 1.0] if isinstance(one, str) else items(one) or []
+        if len(pair) != 2 or not isinstance(pair[0], str):
+            raise UsageError(
+                f"{name} has {one!r:.100}",
+                expected="a name, or (name, strength)",
+                fix=f'Pass {name}=[("NAME", 0.8)].',
+            )
+        Strength.parse(pair[1])
+        pairs.append((pair[0], pair[1]))
+    return tuple(pairs)
+
+
+def _read_lora(text: str) -> tuple[str, Any]:
+    """NAME, NAME:STRENGTH or NAME:STRENGTH:TEXT ENCODERS, where the name may have colons too."""
+    name, *_ = parts = text.rsplit(":", 2)
+    numbers: list[float] = []
+    while len(parts) > 1 and len(numbers) < 2 and _is_number(parts[-1]):
+        numbers.insert(0, float(parts.pop()))
+    name = ":".join(parts)
+    if not numbers:
+        return name, 1.0
+    if len(numbers) == 1:
+        return name, numbers[0]
+    return name, {"unet": numbers[0], "text_encoder": numbers[1], "text_encoder_2": numbers[1]}
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 # A side of a picture or a tile: a multiple of what the model's latents need.
 PIXELS = Kind(check=_check_pixels, text=int, metavar="PIXELS")
 # (height, width) and (top, left) in pixels.
 SIZE = Kind(check=lambda name, value, _: _check_pair(name, value, 1), read=_read_size, metavar="WIDTHxHEIGHT")
 OFFSET = Kind(check=lambda name, value, _: _check_pair(name, value, 0), read=_read_offset, metavar="LEFT,TOP")
 # These three are checked where the pictures are counted (request.py, source.py).
+LORAS = Kind(check=_check_loras, read=_read_lora, metavar="NAME[:STRENGTH[:TEXT ENCODERS]]", several=True)
 SEEDS = Kind(read=_read_seeds, metavar="N[,N…]")
 LATENTS = Kind(read=_read_latents, metavar="FILE.npy")
 IMAGE = Kind(read=lambda text: _read_latents(text) if text.endswith(".npy") else text, metavar="FILE")
@@ -267,6 +317,9 @@ class Parameters(TypedDict, total=False):
     clip_skip: Annotated[int | None, Parameter(
         help="Leave out so many of the text encoder's last layers.",
         kind=integer(0, lambda manifest: manifest.max_clip_skip))]
+    loras: Annotated["Sequence[str | tuple[str, Any]] | None", Parameter(
+        help="An adapter to draw with: a name or a file, and how strongly. May be given again.",
+        kind=LORAS, flags=("--lora",), stage="base")]
     height: Annotated[int | None, Parameter(
         help="Pixels. Default: the picture's or the model's.", kind=PIXELS, flags=("--height", "-H"))]
     width: Annotated[int | None, Parameter(

@@ -15,6 +15,7 @@ from ...engines.package import Manifest
 from ...engines.spec import Array
 from ..pictures.tiling import tile_stride
 from ..pictures.write import MAX_PIXELS
+from ..prompts.lora_tags import lora_tags
 from ..sampling.config import SamplerConfig
 from ..sampling.names import resolve
 from ..sampling.samplers import count_steps, make_span
@@ -66,6 +67,8 @@ class Request:
         latents: (N, C, H/8, W/8) float32 unit noise to start from, in place of the seeds' own.
         source: the pictures it starts from, if it does.
         sizes: SDXL's conditions; empty for models without.
+        loras: the adapters to draw with, each with its strength; None are the pipeline's usual ones.
+        tagged: those that the prompts name besides.
         chosen: the parameters that are not their defaults, checked, but for pictures and latents.
         inputs: the pictures and latents it starts from, by parameter: one for all pictures, or one each.
     """
@@ -95,6 +98,8 @@ class Request:
     output_type: OutputType
     latents: Array | None = field(default=None, compare=False)
     source: Source | None = field(default=None, compare=False)
+    loras: tuple[tuple[str, Any], ...] | None = None
+    tagged: tuple[tuple[str, Any], ...] = ()
     chosen: Mapping[str, Any] = field(default_factory=dict[str, Any], compare=False)
     inputs: Mapping[str, tuple[Input, ...]] = field(
         default_factory=dict[str, "tuple[Input, ...]"], compare=False
@@ -169,12 +174,31 @@ def make_request(
         "sizes": make_size_conditions(manifest, values, height, width),
         "latents": values["latents"],
         "source": source,
+        "tagged": _tagged(prompts, values) if values["prompt_syntax"] == "a1111" else (),
         "chosen": {name: value for name, value in chosen.items() if name not in INPUTS},
         "inputs": describe_inputs(chosen, values),
     }
-    if values["tile"] is not None:  # a tile too small is refused before anything is drawn
-        tile_stride(values["tile"], manifest.latent_scale)
     return Request(**{**checked, **resolved})
+
+
+def _tagged(prompts: Sequence[str], values: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """The adapters that the prompts of a batch name, which are drawn with the same nets."""
+    for name in ("negative_prompt", "prompt_2", "negative_prompt_2"):
+        for text in check_texts_for(name, values[name], len(prompts)):
+            if text and lora_tags(text):
+                raise UsageError(
+                    f"{name} is {text!r:.100}, with an adapter",
+                    expected="tags of adapters in the prompt alone",
+                    fix="Move it there, with a negative strength to have less of it.",
+                )
+    found = [lora_tags(prompt) for prompt in prompts]
+    if other := next((prompts[i] for i, tags in enumerate(found) if tags != found[0]), None):
+        raise UsageError(
+            f"the prompts {prompts[0]!r:.60} and {other!r:.60} name other adapters",
+            expected="the same ones in all prompts of a batch",
+            fix="Draw them one by one.",
+        )
+    return found[0]
 
 
 def check_texts(name: str, value: Any) -> list[str]:
@@ -281,6 +305,8 @@ def _size(manifest: Manifest, values: Mapping[str, Any]) -> tuple[int, int]:
             expected=f"at most {MAX_PIXELS / 1e6:.0f}",
             fix="Choose a smaller size.",
         )
+    if values["tile"] is not None:  # a tile too small is refused before anything is drawn
+        tile_stride(values["tile"], manifest.latent_scale)
     return height, width
 
 

@@ -103,12 +103,6 @@ def test_what_the_grammar_takes_for_text_is_text():
 @pytest.mark.parametrize(
     ("prompt", "what", "fix"),
     [
-        (
-            "a <lora:style:0.8> b",
-            "an extra network: '<lora:style:0.8>'",
-            "LoRA is not supported from the prompt",
-        ),
-        ("<lyco:x>", "an extra network: '<lyco:x>'", "LoRA is not supported from the prompt"),
         ("<hypernet:x:1>", "an extra network: '<hypernet:x:1>'", "Hypernetworks are not supported"),
         ("<other:x>", "an extra network: '<other:x>'", "Extra networks are not supported"),
         ("a [cat:dog:0.5] b", "prompt editing: '[cat:dog:0.5]'", "Write what should be drawn"),

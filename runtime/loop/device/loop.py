@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import RLock
 from typing import TypeVar
@@ -19,13 +19,14 @@ from typing import TypeVar
 import numpy as np
 
 from ....engines.backend import MemoryLedger
-from ....engines.device import Device, Shapes
+from ....engines.device import Device, DeviceNet, Shapes
 from ....engines.errors import BackendError
-from ....engines.package import Manifest
+from ....engines.net_weights import changed_names
+from ....engines.package import Manifest, Package
 from ....engines.spec import Array
 from ...pictures.tiling import decode_tiled
 from ..denoise import check_finite
-from ..job import NEVER, Clock, DenoiseJob, Drawn, State, Stop
+from ..job import NEVER, Clock, DenoiseJob, Drawn, PackageLoop, State, Stop
 from .cuda_graphs import Replay
 from .memory_fallback import MemoryNeed, MemoryPlan, equal_rows, fit_in_memory
 from .pool import ProgramPool
@@ -56,6 +57,21 @@ class _RememberedPlan:
     requests_left: int
 
 
+@dataclass(kw_only=True)
+class _Turns:
+    """What loops on one device share: whose turn it is, and the graphs of rows that one run may invalidate.
+
+    Attributes:
+        lock: is held by who runs.
+        replays: of every program that has run rows.
+        ran_last: of these.
+    """
+
+    lock: RLock = field(default_factory=RLock)
+    replays: dict[BoundProgram, Replay] = field(default_factory=dict["BoundProgram", "Replay"])
+    ran_last: BoundProgram | None = None
+
+
 class _Picture:
     """`cuda_graphs.Picture` of a job, in the programs that it was given."""
 
@@ -81,6 +97,8 @@ class DeviceLoop:
         graphs: whether to replay rows as CUDA graphs: "on", "off", or "auto", where that is faster.
         verdicts: what is known of replayed rows here.
         log: is passed a line for everything given up when memory was short, and why rows are not replayed.
+        open_net: opens a net of a package with other weights on the device; None where nothing can.
+        base: the loop that this one is adapted from. They take turns, and it closes device and nets.
     """
 
     def __init__(
@@ -92,26 +110,68 @@ class DeviceLoop:
         graphs: Graphs = "auto",
         verdicts: Verdicts | None = None,
         log: Callable[[str], None] = _LOG.warning,
+        open_net: Callable[[Package, str], DeviceNet] | None = None,
+        base: DeviceLoop | None = None,
     ) -> None:
         self.device = device
-        self.nets = nets
-        self.pool = ProgramPool(device, nets, self._forget)
+        self.nets = dict(nets)
+        self.pool = ProgramPool(device, self.nets, self._forget)
         self._manifest = manifest
         self._scale = manifest.latent_scale
         self._graphs: Graphs = graphs
         self._verdicts = verdicts or Verdicts()
         self._log = log
-        self._lock = RLock()
+        self._open_net, self._base = open_net, base
+        self._own: Mapping[str, Callable[[], DeviceNet]] = {}
+        self._turns = base._turns if base else _Turns()
+        self._lock = self._turns.lock
         self._plans: dict[MemoryNeed, _RememberedPlan] = {}
-        self._replays: dict[BoundProgram, Replay] = {}
-        self._ran_last: BoundProgram | None = None  # of those with rows
         self._logged = set[str]()
         self._closed = False
 
     @property
     def replays(self) -> bool:
         """Whether rows of any shape are replayed as a CUDA graph now."""
-        return any(replay.replayed for replay in self._replays.values())
+        return any(replay.replayed for replay in self._turns.replays.values())
+
+    # ── job.PackageLoop ────────────────────────────────────────────────────────────────────────
+
+    def adapted(self, package: Package) -> DeviceLoop:
+        """See `job.PackageLoop`. Raises BackendError where nothing opens nets with other weights."""
+        if self._open_net is None:
+            raise BackendError(
+                "the engines' weights are fixed, and adapters change them",
+                expected="a backend that opens nets with other weights",
+                fix="Use another one: --backend onnxruntime-cuda, or --backend onnxruntime",
+            )
+        loop = DeviceLoop(
+            self.device,
+            self.nets,
+            self._manifest,
+            graphs=self._graphs,
+            verdicts=self._verdicts,
+            log=self._log,
+            base=self,
+        )
+        changed = [name for name in self.nets if changed_names(package, name)]
+        loop._own = {name: partial(self._open_net, package, name) for name in changed}
+        return loop
+
+    @property
+    def own_bytes(self) -> int:
+        """See `job.PackageLoop`."""
+        return sum(self.nets[name].memory.weights for name in self._own)
+
+    def open_own(self) -> None:
+        """See `job.PackageLoop`."""
+        with self._lock, ExitStack() as until_failure:
+            for name, opened in self._own.items():
+                self.nets[name] = opened()
+                until_failure.callback(self.nets[name].close)
+            until_failure.pop_all()
+
+    def make_way(self, other: PackageLoop) -> None:
+        """See `job.PackageLoop`: nothing, as nets on a device are bound; what does not fit is an error."""
 
     # ── job.Loop ───────────────────────────────────────────────────────────────────────────────
 
@@ -199,9 +259,11 @@ class DeviceLoop:
                 return
             self._closed = True
             with ExitStack() as everything:
-                everything.callback(self.device.close)
-                for net in self.nets.values():
-                    everything.callback(net.close)
+                if self._base is None:
+                    everything.callback(self.device.close)
+                for name, net in self.nets.items():
+                    if self._base is None or name in self._own:
+                        everything.callback(net.close)
                 everything.callback(self.pool.close)
                 everything.callback(self.free_idle)
 
@@ -217,8 +279,8 @@ class DeviceLoop:
 
     def _forget(self, program: BoundProgram) -> None:
         """Free the graph that holds the addresses of a program about to be freed."""
-        if program in self._replays:
-            self._replays.pop(program).close()
+        if program in self._turns.replays:
+            self._turns.replays.pop(program).close()
 
     def _settle(self) -> None:
         """The stream is idle and the picture on the host: a moment for what must not be timed."""
@@ -310,8 +372,8 @@ class DeviceLoop:
 
     def _begin_rows(self, denoiser: DenoiseProgram, schedule: ScheduleProgram, job: DenoiseJob) -> _Picture:
         """Decide whether the rows of one picture are replayed."""
-        if denoiser not in self._replays:
-            self._replays[denoiser] = Replay(
+        if denoiser not in self._turns.replays:
+            self._turns.replays[denoiser] = Replay(
                 self._graphs,
                 dtype=self._manifest.dtype,
                 shape=f"{denoiser.shape}, {denoiser.profile}",
@@ -320,7 +382,7 @@ class DeviceLoop:
             )
         self._drop_graphs_of_others(denoiser)
         picture = _Picture(denoiser, schedule, job)
-        self._replays[denoiser].begin(self.device, picture)
+        self._turns.replays[denoiser].begin(self.device, picture)
         return picture
 
     def _log_once(self, line: str) -> None:
@@ -360,15 +422,15 @@ class DeviceLoop:
     def _enqueue_row(self, picture: _Picture, row: int) -> None:
         picture.feed_row(row)
         self._drop_graphs_of_others(picture.denoiser)  # others may have had their turn since the last row
-        self._replays[picture.denoiser].enqueue(picture)
+        self._turns.replays[picture.denoiser].enqueue(picture)
 
     def _drop_graphs_of_others(self, denoiser: DenoiseProgram) -> None:
         """Before rows of one shape run: graphs of others that would not outlive them."""
-        if self._ran_last is not denoiser and not self.nets["unet"].graphs_outlive_other_shapes:
-            for program, replay in self._replays.items():
+        if self._turns.ran_last is not denoiser and not self.nets["unet"].graphs_outlive_other_shapes:
+            for program, replay in self._turns.replays.items():
                 if program is not denoiser:
                     replay.drop()
-        self._ran_last = denoiser
+        self._turns.ran_last = denoiser
 
     def _draw(self, job: DenoiseJob, plan: MemoryPlan, clock: Clock, *, decode: bool) -> Drawn:
         """One attempt at a job: the latent, and the picture too where the plan decodes all at once."""

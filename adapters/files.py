@@ -1,0 +1,184 @@
+"""A file of changes to a model, read and checked; nothing of it is bound to a model yet."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from ..checkpoints.files.component import TensorHeader
+from ..checkpoints.files.file_kinds import FAMILIES, base_of, kind_of_bytes, kind_of_tensors
+from ..checkpoints.stored_types import numpy_type, seen_as
+from ..engines.errors import AdapterError
+from ..engines.lfs import refuse_pointer
+from ..engines.safetensors_format import Bytes, Header, find_not_finite, map_tensors
+from ..engines.spec import Array
+from .keys import BundledKey, Key, read_bundled_key, read_key, refused_kind
+from .scaling import NotedScaling, read_scalings
+
+_SIZE_LIMIT = 2**33  # bytes
+_KEY_LIMIT = 20_000  # SDXL's every layer with three parts each is 9,000
+_INTEGERS = {
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+_AGAIN = "Download the file again, or have it written again by the program that trained it."
+# Parts that say that a file is an adapter, which "weight" and "alpha" alone do not.
+_VAGUE = ("weight", "alpha")
+# What a file that is no adapter may be called; others are left to the names that are unknown.
+_NAMELESS = ("lora", "unknown")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Adapter:
+    """A LoRA or one of its relatives, in a safetensors file. `binding.bind` fits it to a model.
+
+    Attributes:
+        path: of the file.
+        sha256: of its content.
+        short_hash: as A1111 prints it: 12 digits of the hash that the trainer noted, else of the hash of what
+            follows the header.
+        metadata: what the file's writer noted (`ss_*`, `modelspec.*`).
+        headers: of its tensors, by key.
+        tensors: by key, mapped, in the types they are stored in.
+        parts: the keys that a grammar has.
+        bundled: the keys of embeddings that lie in the file.
+        scalings: what PEFT noted, by component.
+        made_for: the base that it seems to be made for, for people; "" where nothing says it.
+    """
+
+    path: Path
+    sha256: str
+    short_hash: str
+    metadata: Mapping[str, str]
+    headers: Mapping[str, TensorHeader]
+    tensors: Mapping[str, Array]
+    parts: Mapping[str, Key]
+    bundled: Mapping[str, BundledKey]
+    scalings: Mapping[str, NotedScaling]
+    made_for: str
+
+    @property
+    def name(self) -> str:
+        """What requests call it: the file's name without its ending."""
+        return self.path.stem
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """Read a file of changes: LoRA, LoCon, LoHa, LoKr, OFT, BOFT, IA3, GLoRA, DoRA, whole differences.
+
+    The whole file is read once, for its hash and for numbers that are not finite; after that its arrays are
+    pages of the file.
+
+    Args:
+        path: a `.safetensors` file.
+
+    Raises:
+        AdapterError: it is missing, damaged, too large, another kind of file, or of a kind of adapter that
+            cannot be used.
+    """
+    path = Path(path)
+    _refuse_other_files(path)
+    header, contents = map_tensors(path, error=AdapterError)
+    if len(header.tensors) > _KEY_LIMIT:
+        raise AdapterError(
+            f"{path} has {len(header.tensors)} tensors", expected=f"at most {_KEY_LIMIT}", fix=_AGAIN
+        )
+    headers = {
+        name: TensorHeader(file=path, name=name, dtype=place.dtype, shape=place.shape)
+        for name, place in header.tensors.items()
+    }
+    parts = {name: key for name in headers if (key := read_key(name)) is not None}
+    bundled = {name: key for name in headers if (key := read_bundled_key(name)) is not None}
+    _refuse_other_kinds(path, headers, parts, bundled)
+    tensors = {name: _typed(path, header, name, content) for name, content in contents.items()}
+    if (name := find_not_finite(header, contents)) is not None:
+        raise AdapterError(
+            f"{path} has NaN or infinity in {name[:200]}", expected="finite numbers", fix=_AGAIN
+        )
+    whole, short = _hashes(header, contents)
+    base = base_of(headers, header.metadata)
+    return Adapter(
+        path=path,
+        sha256=whole,
+        short_hash=short,
+        metadata=header.metadata,
+        headers=headers,
+        tensors=tensors,
+        parts=parts,
+        bundled=bundled,
+        scalings=read_scalings(path, header.metadata),
+        made_for=FAMILIES[base] if base else "",
+    )
+
+
+def _refuse_other_files(path: Path) -> None:
+    """Raise AdapterError for what is no file of safetensors, or too large for an adapter."""
+    if not path.is_file():
+        _refuse(path, "is no file", "Check the path.")
+    refuse_pointer(path, AdapterError)
+    if (kind := kind_of_bytes(path)) is not None:
+        _refuse(path, f"is {kind.what}", kind.advice(path))
+    if (size := path.stat().st_size) > _SIZE_LIMIT:
+        raise AdapterError(f"{path} has {size} bytes", expected=f"at most {_SIZE_LIMIT}", fix=_AGAIN)
+
+
+def _refuse_other_kinds(
+    path: Path,
+    headers: Mapping[str, TensorHeader],
+    parts: Mapping[str, Key],
+    bundled: Mapping[str, BundledKey],
+) -> None:
+    """Raise AdapterError for a file of another kind, or a kind of adapter that cannot be used."""
+    for name in (name for name in headers if name not in parts or parts[name].part in _VAGUE):
+        if (what := refused_kind(name)) is not None:
+            _refuse(path, f"is {what}", "Use an adapter of another kind.")
+    if bundled or any(key.part not in _VAGUE for key in parts.values()):
+        return
+    kind = kind_of_tensors(headers)
+    what, todo = kind.what, kind.advice(path)
+    if kind.name in _NAMELESS:
+        what, todo = f"no adapter that is known ({', '.join(headers)})"[:200], _AGAIN
+    _refuse(path, f"is {what}", todo)
+
+
+def _refuse(path: Path, found: str, fix: str) -> NoReturn:
+    raise AdapterError(f"{path} {found}", expected="a LoRA or one of its relatives, as .safetensors", fix=fix)
+
+
+def _typed(path: Path, header: Header, name: str, content: Bytes) -> Array:
+    """A tensor's bytes as numbers."""
+    place = header.tensors[name]
+    try:
+        kind = np.dtype(_INTEGERS[place.dtype]) if place.dtype in _INTEGERS else numpy_type(place.dtype)
+    except KeyError:
+        raise AdapterError(
+            f"{path} has {name[:200]} in {place.dtype}",
+            expected="floats, or 16 to 64 bits of integers",
+            fix=_AGAIN,
+        ) from None
+    return np.reshape(seen_as(np.asarray(content), kind), place.shape)
+
+
+def _hashes(header: Header, contents: Mapping[str, Bytes]) -> tuple[str, str]:
+    """The hash of the file that is mapped, and A1111's short one (`extensions-builtin/Lora/network.py`)."""
+    noted = header.metadata.get("sshs_model_hash", "")
+    whole, behind = hashlib.sha256(struct.pack("<Q", len(header.text)) + header.text), hashlib.sha256()
+    known = re.fullmatch(r"[0-9a-f]{12,64}", noted) is not None
+    # Tensors follow each other without a gap, to the end of the file.
+    for name in sorted(contents, key=lambda name: header.tensors[name].offset):
+        content: Any = contents[name]
+        whole.update(content)
+        if not known:
+            behind.update(content)
+    return whole.hexdigest(), (noted if known else behind.hexdigest())[:12]

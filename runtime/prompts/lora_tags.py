@@ -1,0 +1,62 @@
+"""`<lora:name:0.8>` in a prompt: adapters that a picture is drawn with.
+
+Source of the grammar: stable-diffusion-webui's `modules/extra_networks.py` and
+`extensions-builtin/Lora/extra_networks_lora.py`: the second part is the strength on text encoders and UNet,
+or with a third one on text encoders alone; they may be named `te=` and `unet=`.
+"""
+
+from __future__ import annotations
+
+import re
+
+from ...engines.errors import UsageError
+
+_TAG = re.compile(r"<(?:lora|lyco):([^<>]+)>", re.IGNORECASE)
+_WANTED = "<lora:NAME:STRENGTH>, or <lora:NAME:TEXT ENCODERS:UNET>"
+Lora = tuple[str, "float | dict[str, float]"]
+
+
+def without_tags(prompt: str) -> str:
+    """A prompt without its tags."""
+    return _TAG.sub("", prompt)
+
+
+def lora_tags(prompt: str) -> tuple[Lora, ...]:
+    """The adapters that a prompt names, with their strengths as `adapters.sets.Strength` takes them.
+
+    Raises:
+        UsageError: a tag of another form, or `dyn=`, which nothing here carries out.
+    """
+    return tuple(_read(match[0], match[1]) for match in _TAG.finditer(prompt))
+
+
+def _read(tag: str, inside: str) -> Lora:
+    name, *parts = (part.strip() for part in inside.split(":"))
+    named = dict(part.split("=", 1) for part in parts if "=" in part)
+    placed = [part for part in parts if "=" not in part]
+    strengths = {**dict(zip(("te", "unet", "dyn"), placed, strict=False)), **named}
+    if "dyn" in strengths or len(placed) > 3 or not name:
+        found = "a rank (dyn)" if "dyn" in strengths else tag
+        raise UsageError(
+            f"the prompt has {tag[:80]}: {found[:80]} is not carried out",
+            expected=_WANTED,
+            fix="Write it so.",
+        )
+    if unknown := sorted(set(strengths) - {"te", "unet"}):
+        raise UsageError(
+            f"the prompt has {unknown[0]!r:.40} in {tag[:80]}", expected=_WANTED, fix="Write it so."
+        )
+    encoders = _number(tag, strengths.get("te", "1"))
+    unet = _number(tag, strengths["unet"]) if "unet" in strengths else encoders
+    if unet == encoders:
+        return name, unet
+    return name, {"unet": unet, "text_encoder": encoders, "text_encoder_2": encoders}
+
+
+def _number(tag: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(
+            f"the prompt has the strength {text!r:.40} in {tag[:80]}", expected=_WANTED, fix="Write a number."
+        ) from None

@@ -1,0 +1,286 @@
+"""Alphas and ranks of whole files, against PEFT's own merged weights in float64.
+
+diffusers reads such files otherwise (per-module alphas of attention are lost), so PEFT gets its patterns here
+by hand; what it holds is then written in each trainer's names.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+
+from latentrt.adapters.binding import BoundAdapter
+from latentrt.adapters.keys import flat
+from latentrt.adapters.merging import merged
+from latentrt.engines.errors import AdapterError
+from tests.adapters.tiny import assert_near, bound, modules, normal, targets, weights, write
+from tests.export.ldm_files import unet_to_ldm
+
+BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
+Q, K, V, OUT = (f"{BLOCK}.attn1.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
+CONV = "down_blocks.0.resnets.0.conv1"
+LAYER = "encoder.layers.0.self_attn"
+PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
+
+
+class Trained:
+    """A net with PEFT's layers of random weights, in float64."""
+
+    def __init__(self, family: str, part: str, ranks: dict[str, int], **more: Any) -> None:
+        self.part = part
+        self.net = copy.deepcopy(modules(family)[part])
+        names = dict(self.net.named_modules())
+        # transformers' own names may lack the checkpoint's `text_model.`
+        self.own = {name if name in names else name.removeprefix("text_model."): name for name in ranks}
+        config = peft.LoraConfig(
+            r=1,
+            rank_pattern={own: ranks[name] for own, name in self.own.items()},
+            target_modules=list(self.own),
+            **more,
+        )
+        self.net = peft.inject_adapter_in_model(config, self.net).double()
+        self.layers: dict[str, LoraLayer] = {
+            self.own[name]: layer for name, layer in self.net.named_modules() if name in self.own
+        }
+        with torch.no_grad():
+            for i, layer in enumerate(self.layers.values()):
+                for j, tensor in enumerate((*layer.lora_A.parameters(), *layer.lora_B.parameters())):
+                    tensor.copy_(normal(*tensor.shape, seed=2 * i + j))
+
+    def arrays(self, name: str) -> dict[str, torch.Tensor]:
+        a, b = self.layers[name].lora_A["default"], self.layers[name].lora_B["default"]
+        found = {"lora_A.weight": a.weight, "lora_B.weight": b.weight}
+        if b.bias is not None:
+            found["lora_B.bias"] = b.bias
+        return {key: x.detach().float() for key, x in found.items()}
+
+    def kohya(self, name: str, module: str = "") -> dict[str, torch.Tensor]:
+        arrays = self.arrays(name)
+        stem = PREFIX[self.part] + flat(module or name)
+        return {
+            f"{stem}.lora_down.weight": arrays["lora_A.weight"],
+            f"{stem}.lora_up.weight": arrays["lora_B.weight"],
+        }
+
+    def merged(self, name: str) -> dict[str, torch.Tensor]:
+        layer: Any = copy.deepcopy(self.layers[name])
+        layer.merge()
+        base = layer.get_base_layer()
+        return {
+            f"{name}.{end}": x for end, x in (("weight", base.weight), ("bias", base.bias)) if x is not None
+        }
+
+
+def check(family: str, trained: Trained, adapter: BoundAdapter, names: list[str]) -> None:
+    assert adapter.unused == ()
+    assert adapter.applied == adapter.total
+    changes = adapter.changes[trained.part]
+    assert {name.rpartition(".")[0] for name in changes} == set(names)
+    for name in names:
+        for tensor, expected in trained.merged(name).items():
+            base = weights(family)[trained.part][tensor].numpy()
+            found = merged(base, [(changes[tensor], 1.0)] if tensor in changes else [])
+            assert_near(found, expected)
+
+
+def alphas_of(trained: Trained, alphas: dict[str, float], part: str) -> dict[str, torch.Tensor]:
+    return {f"{PREFIX[part]}{flat(name)}.alpha": torch.tensor(alpha) for name, alpha in alphas.items()}
+
+
+CASES: dict[str, tuple[str, str, dict[str, int], dict[str, float]]] = {
+    "t1": ("sd1", "unet", {Q: 4, K: 4, V: 4}, {Q: 2, K: 1, V: 3}),
+    "t2": (
+        "sd1",
+        "text_encoder",
+        dict.fromkeys((f"text_model.{LAYER}.{x}_proj" for x in ("q", "k", "v", "out")), 4),
+        {
+            f"text_model.{LAYER}.{x}_proj": a
+            for x, a in zip(("q", "k", "v", "out"), (4, 1, 2, 2), strict=True)
+        },
+    ),
+    "t3": ("sd1", "unet", {Q: 4, K: 2, V: 8}, {Q: 4, K: 2, V: 4}),
+    "t3 without alphas": ("sdxl", "unet", {"mid_block.attentions.0.proj_in": 64, CONV: 16}, {}),
+    "t4": ("sd1", "unet", {CONV: 4, Q: 4, OUT: 4}, {CONV: 2, Q: 4, OUT: 4}),
+    "t5": ("sd1", "unet", {Q: 4, K: 4, V: 2}, {Q: 1}),
+    "t22": ("sd2", "unet", {CONV: 2, f"{BLOCK}.ff.net.0.proj": 3, "time_embedding.linear_1": 1}, {CONV: 1}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_t1_to_t5_each_module_has_its_own_alpha_and_rank(case: str, tmp_path: Path) -> None:
+    family, part, ranks, alphas = CASES[case]
+    known = {name: alphas.get(name, rank) for name, rank in ranks.items()}  # PEFT has no "as the rank"
+    own = {n: a for name, a in known.items() for n in (name, name.removeprefix("text_model."))}
+    trained = Trained(family, part, ranks, alpha_pattern=own)
+    tensors = {key: x for name in ranks for key, x in trained.kohya(name).items()}
+    path = write(tmp_path / "a.safetensors", tensors | alphas_of(trained, alphas, part))
+    check(family, trained, bound(path, targets(family)), list(ranks))
+
+
+@pytest.mark.parametrize("form", [(), (1,)])
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.int64])
+def test_an_alpha_of_any_type(kind: torch.dtype, form: tuple[int, ...], tmp_path: Path) -> None:
+    trained = Trained("sd1", "unet", {Q: 4}, alpha_pattern={Q: 3})
+    alpha = {f"lora_unet_{flat(Q)}.alpha": torch.full(form, 3, dtype=kind)}
+    path = write(tmp_path / "a.safetensors", trained.kohya(Q) | alpha)
+    check("sd1", trained, bound(path, targets("sd1")), [Q])
+
+
+def test_an_alpha_of_0_is_taken_as_it_is_and_logged(tmp_path: Path, logged: list[str]) -> None:
+    trained = Trained("sd1", "unet", {Q: 4})
+    alpha = {f"lora_unet_{flat(Q)}.alpha": torch.tensor(0.0)}
+    found = bound(write(tmp_path / "a.safetensors", trained.kohya(Q) | alpha), targets("sd1"))
+    base = weights("sd1")["unet"][f"{Q}.weight"].numpy()
+    assert (merged(base, [(found.changes["unet"][f"{Q}.weight"], 1.0)]) == base).all()
+    assert any("1 modules have alpha 0" in line and flat(Q) in line for line in logged)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_t10_t33_pefts_names_with_what_diffusers_notes(bias: bool, tmp_path: Path) -> None:
+    trained = Trained(
+        "sd1",
+        "unet",
+        {OUT: 4, CONV: 2} if bias else {Q: 4, CONV: 2},  # to_q has no bias of its own
+        lora_alpha=3,
+        alpha_pattern={CONV: 5},
+        use_rslora=not bias,
+        lora_bias=bias,
+    )
+    names = list(trained.layers)
+    tensors = {f"unet.{name}.{key}": x for name in names for key, x in trained.arrays(name).items()}
+    noted = {"unet.r": 1, "unet.lora_alpha": 3, "unet.alpha_pattern": {CONV: 5}, "unet.use_rslora": not bias}
+    metadata = {"lora_adapter_metadata": json.dumps(noted)}
+    path = write(tmp_path / "a.safetensors", tensors, metadata)
+    check("sd1", trained, bound(path, targets("sd1")), names)
+
+
+@pytest.mark.parametrize(
+    ("noted", "message"),
+    [
+        ("{", "that is not JSON"),
+        ("[" * 100_000, "that is not JSON"),
+        ("[]", "that is no object"),
+        ('{"unet.lora_alpha": "x"}', "with unet.lora_alpha = x"),
+        ('{"unet.lora_alpha": NaN}', "with unet.lora_alpha = nan"),
+        ('{"unet.alpha_pattern": [1]}', r"with unet.alpha_pattern = \[1\]"),
+        ('{"unet.alpha_pattern": {"(a+)+$": 1}}', "which is no name"),
+        ('{"unet.alpha_pattern": {"a": true}}', "with a = True"),
+    ],
+)
+def test_notes_that_are_not_diffusers(noted: str, message: str, tmp_path: Path) -> None:
+    trained = Trained("sd1", "unet", {Q: 4})
+    path = write(tmp_path / "a.safetensors", trained.kohya(Q), {"lora_adapter_metadata": noted})
+    with pytest.raises(AdapterError, match=message):
+        bound(path, targets("sd1"))
+
+
+GRAMMARS = {
+    "kohya": ("lora_unet_{flat}", "lora_down.weight", "lora_up.weight"),
+    "sgm": ("lora_unet_{sgm_flat}", "lora_down.weight", "lora_up.weight"),
+    "peft": ("unet.{name}", "lora_A.weight", "lora_B.weight"),
+    "peft with a name": ("unet.{name}", "lora_A.default.weight", "lora_B.default.weight"),
+    "peft dump": ("base_model.model.{name}", "lora_A.weight", "lora_B.weight"),
+    "peft dump of a pipeline": ("base_model.model.unet.{name}", "lora_A.weight", "lora_B.weight"),
+    "wrapped twice": ("unet.{name}.base_layer", "lora_A.weight", "lora_B.weight"),
+    "diffusers": ("unet.{name}", "lora.down.weight", "lora.up.weight"),
+    "OneTrainer": ("diffusion_model.{sgm}", "lora_down.weight", "lora_up.weight"),
+    "SimpleTuner": ("lycoris_{flat}", "lora_down.weight", "lora_up.weight"),
+    "bare": ("{name}", "lora_down.weight", "lora_up.weight"),
+    "without weight": ("unet.{name}", "lora_A", "lora_B"),
+}
+
+
+@pytest.mark.parametrize("grammar", GRAMMARS)
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_t8_t10_t33_every_grammar_of_the_unet(family: str, grammar: str, tmp_path: Path) -> None:
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    trained = Trained(family, "unet", {name: 2, "conv_in": 2})
+    tensors = unet_to_ldm(weights(family)["unet"], modules(family)["unet"].config)
+    sgm = dict(zip(weights(family)["unet"], tensors, strict=True))
+    stem, down, up = GRAMMARS[grammar]
+    stored: dict[str, torch.Tensor] = {}
+    for module in trained.layers:
+        original = sgm[f"{module}.weight"].removesuffix(".weight")
+        start = stem.format(name=module, flat=flat(module), sgm=original, sgm_flat=flat(original))
+        arrays = trained.arrays(module)
+        stored |= {f"{start}.{down}": arrays["lora_A.weight"], f"{start}.{up}": arrays["lora_B.weight"]}
+    found = bound(write(tmp_path / "a.safetensors", stored), targets(family))
+    trained = Trained(family, "unet", {name: 2, "conv_in": 2}, lora_alpha=2)  # alpha as the rank
+    check(family, trained, found, list(trained.layers))
+
+
+OLD = {
+    "unet": f"unet.{BLOCK}.attn1.processor.{{}}_lora",
+    "text_encoder": f"text_encoder.text_model.{LAYER}.{{}}_lora",
+}
+
+
+@pytest.mark.parametrize("part", OLD)
+def test_t33_attention_before_peft(part: str, tmp_path: Path) -> None:
+    old = ("to_q", "to_k", "to_v", "to_out")
+    now = (Q, K, V, OUT)
+    if part == "text_encoder":
+        now = tuple(f"text_model.{LAYER}.{name}_proj" for name in ("q", "k", "v", "out"))
+    trained = Trained("sd1", part, dict.fromkeys(now, 2), lora_alpha=1)
+    stored: dict[str, torch.Tensor] = {}
+    for before, module in zip(old, now, strict=True):
+        stem, arrays = OLD[part].format(before), trained.arrays(module)
+        stored[f"{stem}.down.weight"] = arrays["lora_A.weight"]
+        stored[f"{stem}.up.weight"] = arrays["lora_B.weight"]
+        stored[f"{stem}.alpha"] = torch.tensor(1.0)
+    check("sd1", trained, bound(write(tmp_path / "a.safetensors", stored), targets("sd1")), list(now))
+
+
+@pytest.mark.parametrize(
+    ("part", "stem", "down"),
+    [
+        ("text_encoder", "text_encoder.text_model.{}", "lora_linear_layer.down.weight"),
+        ("text_encoder_2", "text_encoder_2.text_model.{}", "lora_linear_layer.down.weight"),
+        ("text_encoder_2", "text_encoder_2.{}", "lora_A.weight"),
+        ("text_encoder", "clip_l.text_model.{}", "lora_down.weight"),
+        ("text_encoder_2", "text_encoders.clip_g.transformer.text_model.{}", "lora_down.weight"),
+    ],
+)
+def test_t10_text_encoders(part: str, stem: str, down: str, tmp_path: Path) -> None:
+    names = [f"text_model.encoder.layers.1.{end}" for end in ("mlp.fc1", "self_attn.q_proj")]
+    trained = Trained("sdxl", part, dict.fromkeys(names, 2), lora_alpha=2)
+    up = down.replace("down", "up").replace("lora_A", "lora_B")
+    stored: dict[str, torch.Tensor] = {}
+    for name in names:
+        start, arrays = stem.format(name.removeprefix("text_model.")), trained.arrays(name)
+        stored |= {f"{start}.{down}": arrays["lora_A.weight"], f"{start}.{up}": arrays["lora_B.weight"]}
+    check("sdxl", trained, bound(write(tmp_path / "a.safetensors", stored), targets("sdxl")), names)
+
+
+@pytest.mark.parametrize("stem", ["lora_te2_text_projection", "text_encoder_2.text_projection"])
+def test_t6_t11_the_projection_of_the_second_encoder_alone(stem: str, tmp_path: Path) -> None:
+    trained = Trained("sdxl", "text_encoder_2", {"text_projection": 2}, lora_alpha=2)
+    arrays = trained.arrays("text_projection")
+    stored = {
+        f"{stem}.lora_down.weight": arrays["lora_A.weight"],
+        f"{stem}.lora_up.weight": arrays["lora_B.weight"],
+    }
+    found = bound(write(tmp_path / "a.safetensors", stored), targets("sdxl"))
+    check("sdxl", trained, found, ["text_projection"])
+
+
+def test_t20_dora_of_peft(tmp_path: Path) -> None:
+    names = {Q: 4, CONV: 2}
+    trained = Trained("sd1", "unet", names, lora_alpha=3, use_dora=True)
+    stored: dict[str, torch.Tensor] = {}
+    for name, layer in trained.layers.items():
+        vector: Any = layer.lora_magnitude_vector["default"]
+        with torch.no_grad():
+            vector.weight.mul_(1 + 0.1 * normal(*vector.weight.shape, seed=5).abs())
+        stored |= {f"unet.{name}.{key}": x for key, x in trained.arrays(name).items()}
+        stored[f"unet.{name}.lora_magnitude_vector"] = vector.weight.detach().float()
+        vector.weight.data = stored[f"unet.{name}.lora_magnitude_vector"].double()
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 3})}
+    found = bound(write(tmp_path / "a.safetensors", stored, metadata), targets("sd1"))
+    assert found.kinds == {"lora-dora": 2}
+    check("sd1", trained, found, list(names))
