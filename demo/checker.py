@@ -99,8 +99,9 @@ def closed(seen: Mask) -> Mask:
     reach = (period - kept) // 2 + _SLOPE
     padded = np.pad(seen, ((2 * reach, 2 * reach), (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1, axis=0)
-    grown = windows.any(axis=-1)
-    return np.lib.stride_tricks.sliding_window_view(grown, 2 * reach + 1, axis=0).all(axis=-1)
+    grown: Mask = np.max(windows, axis=-1)
+    shrunk: Mask = np.min(np.lib.stride_tricks.sliding_window_view(grown, 2 * reach + 1, axis=0), axis=-1)
+    return shrunk
 
 
 def name_of(colour: Colour) -> str:

@@ -21,7 +21,7 @@ from ..runtime import Pipeline
 from .checker import SEMANTIC_IOU, check
 from .evaluate import FOLDER, Pictures, Setting, draw
 from .lessons import LESSONS, LORAS, SHAPE, Lesson
-from .shapes import Scene
+from .shapes import SIZES, Scene
 
 ADAPTERS = FOLDER / "adapters"
 COUNT = 50
@@ -80,6 +80,8 @@ def evaluate(pipe: Pipeline, count: int) -> tuple[list[Row], list[Pictures]]:
     measure(f"no {shape.name}", shape.tests(count), {}, shape)
     pipe.load_textual_inversion(ADAPTERS / f"{shape.name}.safetensors")
     measure(shape.name, shape.tests(count), {}, shape)
+    smaller = [size for size in SIZES if size not in shape.sizes]
+    measure(f"{shape.name}, smaller", shape.tests(count, smaller), {}, shape)
     measure(f"striped, {shape.name}", striped_scenes(shape, count), {"striped": 1.0}, striped, shape)
     return rows, sheet
 

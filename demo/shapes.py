@@ -200,8 +200,8 @@ def blend(
 def textured(coverage: npt.NDArray[np.float32], texture: str) -> npt.NDArray[np.float32]:
     """A mask, (H, W), with a texture of `TEXTURES` cut into it."""
     period, kept = TEXTURES[texture]
-    rows = np.arange(coverage.shape[0]) % period < kept
-    return coverage * rows[:, None].astype(np.float32)
+    rows: npt.NDArray[np.intp] = np.arange(coverage.shape[0])[:, None] % period
+    return np.where(rows < kept, coverage, np.float32(0))
 
 
 def recoloured(scene: Scene, colour: str) -> Scene:

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from latentrt.demo.checker import Verdict, check
 from latentrt.demo.evaluate_adapters import ADAPTERS
 from latentrt.demo.lessons import LESSONS, LORAS, SHAPE, Lesson
-from latentrt.demo.shapes import SIZES, Scene
+from latentrt.demo.shapes import Scene
 from latentrt.runtime import Pipeline
 
 EVERY = LESSONS.values()
@@ -115,7 +115,7 @@ def test_what_is_judged_was_never_trained_on(lesson: Lesson) -> None:
     assert {*training, *lesson.held_out} == set(lesson.combos)
     tests = lesson.tests(50)
     assert {(scene.colour, scene.shape, scene.background) for scene in tests} <= set(lesson.held_out)
-    assert {scene.size for scene in tests} == set(SIZES)
+    assert {scene.size for scene in tests} == set(lesson.sizes)
     assert all(scene.texture == lesson.texture for scene in tests)
 
 
