@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from threading import Lock
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..engines.errors import UsageError
 from ..engines.net_weights import part_shapes
 from ..engines.package import Package
-from ..engines.spec import NETS
+from ..engines.spec import NETS, Array
 from .sets import COMPONENTS, MOST, AdapterSet, Strength
 
 if TYPE_CHECKING:
@@ -43,10 +43,21 @@ class LoadedAdapters:
         package: the model.
         folder: where adapters lie that are read when they are first asked for, by the name of their file
             without its end.
+        load: takes the embeddings that come in an adapter's file, and their names.
+        unload: forgets these names.
     """
 
-    def __init__(self, package: Package, folder: Path | None = None) -> None:
-        self._package, self._folder = package, folder
+    def __init__(
+        self,
+        package: Package,
+        folder: str | Path | None = None,
+        *,
+        load: Callable[[Sequence[Mapping[str, Array]], Sequence[str]], None] = lambda arrays, names: None,
+        unload: Callable[[Sequence[str]], None] = lambda names: None,
+    ) -> None:
+        self._package = package
+        self._load_embeddings, self._unload_embeddings = load, unload
+        self._folder = None if folder is None else Path(folder)
         self._loaded: dict[str, BoundAdapter] = {}
         self._usual: tuple[Lora, ...] = ()
         self._targets: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -88,6 +99,8 @@ class LoadedAdapters:
                     fix="Pass adapter_name=…, or unload the other one first.",
                 )
             self._loaded[name] = bound
+        if bound.embeddings:
+            self._load_embeddings(list(bound.embeddings.values()), list(bound.embeddings))
         return name
 
     def unload(self, names: Sequence[str] | None = None) -> None:
@@ -101,8 +114,11 @@ class LoadedAdapters:
                 if name not in self._loaded:
                     raise self._unknown(name)
             gone = set(self._loaded if names is None else names)
+            embeddings = [word for name in gone for word in self._loaded[name].embeddings]
             self._loaded = {name: one for name, one in self._loaded.items() if name not in gone}
             self._usual = tuple(one for one in self._usual if one[0] not in gone)
+        if embeddings:
+            self._unload_embeddings(embeddings)
 
     def set_usual(self, names: Sequence[str], weights: Sequence[Any]) -> None:
         """What pictures are drawn with that say nothing of adapters.

@@ -36,6 +36,7 @@ _LONGEST_NAME = 60  # bytes of a prompt in a file name; file systems end at 255
 _THREADS = "CPU threads; at most, and by default, one for each processor that may be used."
 _LORA_DIR = "Folder where --lora NAME and <lora:NAME:1> find adapters."
 _LENIENT = "Go on where the model has no weight for some keys of a --lora FILE."
+_EMBD_DIR = "Textual inversions: prompts call its files by name, as in `embedding:NAME`."
 _NO_METADATA = "Leave prompt and parameters out of the file."
 
 
@@ -72,6 +73,7 @@ def generate(
     refiner_at: Annotated[float | None, Option(help=_REFINER_AT)] = None,
     grid: Annotated[bool, Option("--grid", help="Write one file with all pictures side by side.")] = False,
     preview: Annotated[Path | None, Option(metavar="FILE", help=_PREVIEW)] = None,
+    embd_dir: Annotated[Path | None, Option("--embd-dir", metavar="FOLDER", help=_EMBD_DIR)] = None,
     backend: Annotated[str, Option(help=_BACKEND)] = "auto",
     device: Annotated[str, Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
     threads: Annotated[int | None, Option(help=_THREADS)] = None,
@@ -85,9 +87,9 @@ def generate(
     """Draw prompts and write the pictures."""
     from ..runtime.pipeline import Pipeline
 
-    _check_together(prompt, source, refiner, refiner_at)
+    _check_options(prompt or [], source, refiner, refiner_at)
     saver = _Saver(output, as_grid=grid, metadata=not no_metadata)
-    chosen = {name: value for name, value in parameters.items() if value not in (None, [])}
+    chosen = {name: value for name, value in parameters.items() if value is not None}
     chosen["output_type"] = saver.output_type
     began = perf_counter()
     with ExitStack() as stack:
@@ -96,10 +98,11 @@ def generate(
         names = [first] if refiner is None else [first, refiner]
         open_pipe = partial(
             Pipeline.open,
-            lora_folder=lora_dir,
             backend=backend,
             device=device,
             threads=threads,
+            loras=lora_dir,
+            embeddings=embd_dir,
             progress=advance,
             note=say,
         )
@@ -124,23 +127,21 @@ def generate(
     _report(result, paths, {**seconds, "total": perf_counter() - began}, as_json=as_json)
 
 
-def _check_together(
-    prompt: list[str] | None, source: Path | None, refiner: str | None, refiner_at: float | None
-) -> None:
-    """Raise UsageError for options of which one says nothing without, or against, another."""
-    if not prompt and source is None:
+def _check_options(prompts: list[str], source: Path | None, refiner: str | None, at: float | None) -> None:
+    """Raise UsageError for options that do not go together."""
+    if not prompts and source is None:
         raise UsageError(
             "no prompt",
             expected="a prompt, or --from PICTURE",
             fix="See all that can be said: latentrt generate --help",
         )
-    if source is not None and len(prompt or []) > 1:
+    if source is not None and len(prompts) > 1:
         raise UsageError("several prompts with --from", expected="one, or none", fix="Draw them one by one.")
-    if source is not None and refiner_at is not None:
+    if source is not None and at is not None:
         raise UsageError(
             "--refiner-at with --from", expected="the picture's own", fix="Leave --refiner-at out."
         )
-    if refiner is None and refiner_at is not None:
+    if refiner is None and at is not None:
         raise UsageError("--refiner-at alone", expected="a refiner", fix="Pass --refiner PACKAGE as well.")
 
 

@@ -54,6 +54,7 @@ def make_conditioning(
         [second for _, second in unique] if two else None,
         syntax=request.prompt_syntax,
         clip_skip=request.clip_skip,
+        embeddings=request.embeddings,
     )
     context, pooled = encoded.context, encoded.pooled
     if None in rows:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 SHIPPED = {"demo": Path(__file__).resolve().parent.parent / "demo" / "package"}
 
+# Where the adapters of shipped models lie.
+ADAPTERS = {"demo": SHIPPED["demo"].parent / "adapters"}
+
 Advance = Callable[[str, int, int], None]  # (what is being done, how much is done, of how much)
 Note = Callable[[str], None]
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from threading import Event
 from types import TracebackType
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 
+from ..adapters.embeddings import vocabulary_size
 from ..adapters.loaded import LoadedAdapters
 from ..engines.backend import Place, find_backend
 from ..engines.errors import UsageError
@@ -22,10 +23,11 @@ from ..engines.package import Package
 from ..engines.spec import TEXT_ENCODERS, Array
 from .adapted import ADAPTED_BYTES, Adapted, AdaptedLoops
 from .conditioning import make_conditioning
+from .embeddings import EmbeddingLibrary, Source, check_folder
 from .loop.device.cuda_graphs import Graphs
 from .loop.job import NEVER, Clock, DenoiseJob, Drawn, JobRecorder, Loop, PackageLoop, State, Stop
 from .loop.open import LoopOptions, open_loop
-from .model import Advance, CheckpointOptions, Note, open_model
+from .model import ADAPTERS, Advance, CheckpointOptions, Note, open_model
 from .pictures.tiling import encode_tiled
 from .prompts.encode import CACHE_BYTES, TextConditioner, TextEncoder
 from .prompts.tokenizer import ClipTokenizer
@@ -100,7 +102,8 @@ class Pipeline:
         package: what was opened.
         backend: what executes it, for people.
         loop: runs its nets (`loop.job.Loop`); for measurements.
-        adapters: what can be drawn with besides.
+        adapters: LoRA and its relatives, which pictures may be drawn with.
+        embeddings: those of textual inversion that prompts may call.
     """
 
     def __init__(
@@ -110,12 +113,14 @@ class Pipeline:
         backend: str,
         adapters: LoadedAdapters,
         adapted: AdaptedLoops,
+        embeddings: EmbeddingLibrary,
     ) -> None:
         self.package = package
         self.backend = backend
         self.loop = loop
         self.adapters = adapters
         self._adapted = adapted
+        self.embeddings = embeddings
 
     @classmethod
     def open(
@@ -128,8 +133,9 @@ class Pipeline:
         graphs: Graphs = "auto",
         cache_bytes: int = CACHE_BYTES,
         adapted_bytes: int = ADAPTED_BYTES,
-        lora_folder: str | Path | None = None,
+        loras: str | Path | None = None,
         checkpoint: CheckpointOptions | None = None,
+        embeddings: str | Path | None = None,
         progress: Advance | None = None,
         note: Note | None = None,
     ) -> Pipeline:
@@ -147,18 +153,26 @@ class Pipeline:
             cache_bytes: what encoded prompts may take; 0 encodes every prompt anew.
             adapted_bytes: what nets may take that are open with several sets of adapters; at least the last
                 set's are kept.
-            lora_folder: where adapters are looked for by the names of their files.
+            loras: a folder of adapters, which pictures are drawn with by the names of the files; each is read
+                when it is first asked for. `load_lora_weights` adds others. None is a shipped model's own.
             checkpoint: how a checkpoint is opened: its arithmetic, other autoencoders, what it predicts.
+            embeddings: a folder of textual inversions, which prompts call by the names of the files; each is
+                read when it is first called. `load_textual_inversion` adds others.
             progress: called with what is being done, how much of it is done, and of how much, while a model
                 is fetched or opened for the first time.
             note: called with each line on what was assumed about a checkpoint, or left out.
 
         Raises:
             ModelError: no model there, or a damaged, unsafe, newer or unsupported one.
-            UsageError: an option of checkpoints with a package.
+            UsageError: an option of checkpoints with a package, or embeddings that are no folder.
             BackendError: nothing installed can execute it, or there are no engines for it.
             StorageError: no room for what is fetched or made ready.
         """
+        embeddings, loras = (
+            ADAPTERS.get(str(model)) if given is None else given for given in (embeddings, loras)
+        )
+        for folder in (embeddings, loras):
+            check_folder(folder)  # before a model is fetched
         package = open_model(
             model,
             backend=lambda: find_backend(backend, place=Place.parse(device))[0],
@@ -175,7 +189,8 @@ class Pipeline:
                 description,
                 cache_bytes=cache_bytes,
                 adapted_bytes=adapted_bytes,
-                lora_folder=None if lora_folder is None else Path(lora_folder),
+                loras=loras,
+                embeddings=embeddings,
             )
         except BaseException:
             loop.close()
@@ -190,7 +205,8 @@ class Pipeline:
         *,
         cache_bytes: int = CACHE_BYTES,
         adapted_bytes: int = ADAPTED_BYTES,
-        lora_folder: Path | None = None,
+        loras: str | Path | None = None,
+        embeddings: str | Path | None = None,
     ) -> Pipeline:
         """A pipeline over a loop that is open already, and is closed with it.
 
@@ -198,10 +214,11 @@ class Pipeline:
             package: whose nets the loop has.
             loop: runs them.
             backend: what executes them, for people.
-            cache_bytes, adapted_bytes, lora_folder: as in `open`.
+            cache_bytes, adapted_bytes, loras, embeddings: as in `open`.
 
         Raises:
             PackageError: a tokenizer is missing or damaged.
+            UsageError: `embeddings` is no folder.
         """
         nets = package.manifest.nets
         tokenizers = {
@@ -209,17 +226,31 @@ class Pipeline:
             for net, folder in TEXT_ENCODERS.items()
             if net in nets
         }
+        vocabularies = {net: cache(partial(vocabulary_size, package, net)) for net in tokenizers}
 
         def conditioner(loop: Loop) -> TextConditioner:
             encoders = [
-                TextEncoder(run=partial(loop.call, net), spec=nets[net].spec, tokenizer=tokenizer)
+                TextEncoder(
+                    run=partial(loop.call, net),
+                    spec=nets[net].spec,
+                    tokenizer=tokenizer,
+                    net=net,
+                    vocabulary=vocabularies[net],
+                )
                 for net, tokenizer in tokenizers.items()
             ]
             return TextConditioner(encoders, cache_bytes=cache_bytes)
 
         base = Adapted(loop=loop, text=conditioner(loop))
-        adapted = AdaptedLoops(package, base, conditioner, adapted_bytes)
-        return cls(package, loop, backend, LoadedAdapters(package, lora_folder), adapted)
+        library = EmbeddingLibrary(package, embeddings)
+        return cls(
+            package,
+            loop,
+            backend,
+            LoadedAdapters(package, loras, load=library.load, unload=library.unload),
+            AdaptedLoops(package, base, conditioner, adapted_bytes),
+            library,
+        )
 
     # ── adapters ───────────────────────────────────────────────────────────────────────────────────
 
@@ -321,7 +352,7 @@ class Pipeline:
             CancelledError: `cancel` was set, or the time is over.
         """
         values: Any = {**parameters, "output_type": output_type}
-        request, clock = make_request(self.package.manifest, prompt, **values), Clock()
+        request, clock = self._request(prompt, values), Clock()
         stop = _stop(cancel, timeout)
         watched = callback_on_step_end is not None or stop is not NEVER
         decode = output_type != "latent"
@@ -342,7 +373,7 @@ class Pipeline:
 
         The last step's `preview()` is the finished pictures. Raises as `__call__`.
         """
-        request = make_request(self.package.manifest, prompt, **parameters)
+        request = self._request(prompt, parameters)
         return self._generate(request, Clock(), _stop(cancel, timeout), watched=True, decode=False)
 
     @spelled_out
@@ -359,7 +390,7 @@ class Pipeline:
         from concurrent.futures import ThreadPoolExecutor
 
         left = Event()
-        request = make_request(self.package.manifest, prompt, **parameters)
+        request = self._request(prompt, parameters)
         stop = _stop(cancel, timeout, left)
         steps = self._generate(request, Clock(), stop, watched=True, decode=False)
         thread = ThreadPoolExecutor(1)
@@ -370,6 +401,41 @@ class Pipeline:
             left.set()
             thread.submit(steps.close)  # behind the step that is being drawn
             thread.shutdown(wait=False)
+
+    def load_textual_inversion(
+        self, source: Source | Sequence[Source], token: str | Sequence[str | None] | None = None
+    ) -> None:
+        """Give words of prompts the embeddings of textual inversion, for the calls that follow.
+
+        With the prompt syntax "a1111" a word counts wherever it stands and after `embedding:`, with "comfyui"
+        after `embedding:` alone, with "plain" wherever it stands exactly so. It may be loaded again.
+
+        Args:
+            source: a safetensors file; arrays as such a file has them, {"clip_l": (n, d), "clip_g": (n, d)}
+                or {word: (n, d)}; or a list of these.
+            token: the word, or a list of them. By default the name of the file's only tensor, where that is a
+                word (diffusers), or else the file's name without its ending.
+
+        Raises:
+            CheckpointError: not an embedding, or one for other text encoders.
+            UsageError: the word has another embedding already.
+            PackageError: the package is so old that its text encoders know their own words alone.
+        """
+        self.embeddings.load(source, token)
+
+    def unload_textual_inversion(self, token: str | Sequence[str] | None = None) -> None:
+        """Forget the embeddings of these words, or of all that were loaded. A folder's files stay.
+
+        Raises:
+            UsageError: a word that was not loaded.
+        """
+        self.embeddings.unload(token)
+
+    def _request(self, prompt: str | Sequence[str], parameters: Any) -> Request:
+        """The request, with all that its texts name. Raises UsageError, CheckpointError."""
+        request = make_request(self.package.manifest, prompt, **parameters)
+        self.adapters.chosen(request.loras, request.tagged)  # some bring embeddings along
+        return self.embeddings.bind(request)
 
     def _generate(
         self,

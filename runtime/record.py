@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from ..engines.errors import UsageError
 from ..engines.noise_schedule import NoiseSchedule
+from .embeddings import Called, called_by, read_hashes, write_hashes
 from .pictures.infotext import NEGATIVE_PROMPT, PROMPT, Value
 from .request.inputs import INPUTS
 from .request.parameters import PARAMETERS
@@ -25,6 +26,7 @@ LORA_HASHES = "Lora hashes"
 _LORA_HASH = re.compile(r"([^,:]+?): *([0-9a-fA-F]+)(?:, *|$)")
 # Of the call, not of one of its pictures.
 _OF_THE_CALL = ("num_images_per_prompt", "output_type")
+_TI_HASHES = "TI hashes"  # AUTOMATIC1111's name of the embeddings that the texts call
 # Brackets have a meaning in AUTOMATIC1111's prompts alone; behind a backslash they are text.
 _BRACKETS = {
     "plain": re.compile(r"[()\[\]\\]"),
@@ -40,7 +42,8 @@ def make_record(request: Request, index: int, producer: Mapping[str, Any]) -> di
     """How picture `index` was made, as JSON: `producer`, and every parameter that is not its default.
 
     `image`, `mask_image` and `latents` are {"name", "sha256"} (`request.inputs.Input`); other values can be
-    passed again as they are. `mask_region` is the part of the picture that was drawn.
+    passed again as they are. `mask_region` is the part of the picture that was drawn, `embeddings` has
+    {"name", "sha256"} of those that its texts call.
     """
     masked = request.source if isinstance(request.source, Masked) else None
     record: dict[str, Any] = {
@@ -61,6 +64,7 @@ def make_record(request: Request, index: int, producer: Mapping[str, Any]) -> di
         "negative_prompt_2": request.negative_prompts_2[index],
         "strength": _strength(request),
         "mask_region": masked.inpainting.region if masked else None,
+        "embeddings": [one.to_json() for one in called_by(request, index)] or None,
         # Several pictures per input stand one after another: the first input's, then the second's.
         **{
             name: found[index * len(found) // len(request.seeds)].to_json()
@@ -96,6 +100,7 @@ def a1111_parameters(request: Request, index: int, producer: Mapping[str, Any]) 
         "Denoising strength": _strength(request),
         "Mask blur": (masked.inpainting.blur or None) if masked else None,
         "Clip skip": request.clip_skip + 1,  # 1 is the last layer there
+        _TI_HASHES: write_hashes(called_by(request, index)),
         "RNG": "CPU" if request.rng == "torch-cpu" else "GPU",
         "Refiner": producer["model"] if "base" in producer else None,
         "Refiner switch at": producer.get("handed over at"),
@@ -138,6 +143,7 @@ class Recorded:
         parameters: keyword arguments.
         inputs: the hashes of pictures that must be passed as well, by parameter.
         adapters: the hashes of the adapters that it was drawn with, by name.
+        embeddings: those that its texts called; hashes of another program are cut.
         left: what the record has besides, one "name: value" each.
     """
 
@@ -145,6 +151,7 @@ class Recorded:
     parameters: Mapping[str, Any]
     inputs: Mapping[str, Mapping[str, str]]
     adapters: Mapping[str, str] = field(default_factory=dict[str, str])
+    embeddings: tuple[Called, ...] = ()
     left: tuple[str, ...] = ()
 
 
@@ -154,16 +161,23 @@ def read_record(record: Mapping[str, Any]) -> Recorded:
     if "timesteps" in found or "sigmas" in found:
         found.pop("num_inference_steps", None)  # as many as there are levels
     inputs = {name: found.pop(name) for name in INPUTS if name in found}
+    embeddings = cast("list[dict[str, str]]", record.get("embeddings") or [])
     wrong = [name for name, value in inputs.items() if not _is_input(value)]
+    wrong += [] if _are_called(embeddings) else ["embeddings"]
     wrong += [] if isinstance(record.get("prompt"), str) else ["prompt"]
     if wrong:
         raise UsageError(
             f"the record's {wrong[0]} is {record.get(wrong[0])!r:.80}",
-            expected="a prompt, and inputs with their sha256: a record that latentrt wrote",
+            expected="a prompt, and inputs and embeddings with their sha256: a record that latentrt wrote",
             fix="Pass prompt and parameters instead.",
         )
+    called = tuple(Called(name=one["name"], sha256=one["sha256"]) for one in embeddings)
     return Recorded(
-        prompt=record["prompt"], parameters=found, inputs=inputs, adapters=_recorded_adapters(record)
+        prompt=record["prompt"],
+        parameters=found,
+        inputs=inputs,
+        adapters=_recorded_adapters(record),
+        embeddings=called,
     )
 
 
@@ -178,6 +192,12 @@ def _recorded_adapters(record: Mapping[str, Any]) -> dict[str, str]:
             expected="adapters with their sha256: a record that latentrt wrote",
             fix="Pass prompt and parameters instead.",
         ) from error
+
+
+def _are_called(value: Any) -> bool:
+    if not isinstance(value, list):
+        return False
+    return all(_is_input(one) and "name" in one for one in cast("list[Any]", value))
 
 
 def _is_input(value: Any) -> bool:
@@ -222,6 +242,7 @@ def read_a1111(text: Mapping[str, str], inputs: tuple[str, ...] = ()) -> Recorde
     parameters: dict[str, Any] = {"negative_prompt": text[NEGATIVE_PROMPT]} if text[NEGATIVE_PROMPT] else {}
     left: list[str] = []
     hashes = dict(_LORA_HASH.findall(text.get(LORA_HASHES, "")))
+    embeddings: tuple[Called, ...] = ()
     if "Sampler" in text:
         parameters["sampler"] = spelled_by_a1111(text)
     for name, value in text.items():
@@ -230,7 +251,17 @@ def read_a1111(text: Mapping[str, str], inputs: tuple[str, ...] = ()) -> Recorde
         try:
             if _WITH.get(name, "") not in ("", *inputs):
                 raise ValueError(name)
-            parameters |= _READERS[name](value)
+            if name == _TI_HASHES:
+                embeddings = read_hashes(value)
+            else:
+                parameters |= _READERS[name](value)
         except (ValueError, KeyError):
             left.append(f"{name}: {value}")
-    return Recorded(prompt=text[PROMPT], parameters=parameters, inputs={}, adapters=hashes, left=tuple(left))
+    return Recorded(
+        prompt=text[PROMPT],
+        parameters=parameters,
+        inputs={},
+        adapters=hashes,
+        embeddings=embeddings,
+        left=tuple(left),
+    )

@@ -51,7 +51,8 @@ def redraw(
             what it started from; a file's are looked for beside it, by name and then by hash.
 
     Raises:
-        UsageError: the file says nothing, an input is missing or another one, or whatever `Pipeline` raises.
+        UsageError: the file says nothing, an input or an embedding is missing or another one, or whatever
+            `Pipeline` raises.
     """
     given = {"prompt": prompt, **{name: parameters.get(name) for name in INPUTS}}
     changes = {name: value for name, value in parameters.items() if name not in INPUTS}
@@ -84,10 +85,10 @@ def _drawn(
     pipe: Any, recorded: Recorded, folder: Path | None, given: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> Result[Any]:
     inputs = _inputs(recorded, folder, given)
+    parameters = {**_without_rivals(recorded.parameters, changes), **inputs, **changes}
     _check_adapters(pipe, recorded, changes)
-    result = pipe(
-        _prompt(recorded, given), **{**_without_rivals(recorded.parameters, changes), **inputs, **changes}
-    )
+    _check_embeddings(pipe, recorded, _prompt(recorded, given), parameters)
+    result = pipe(_prompt(recorded, given), **parameters)
     return _with_names(result, recorded)
 
 
@@ -138,12 +139,14 @@ def _refined(
             fix="Pass refiner=…, or --refiner PACKAGE.",
         )
     _check_model(refiner, record)
-    base = read_record(record["base_record"])
+    base, end = read_record(record["base_record"]), read_record(record)
     _check_adapters(pipe, base, changes)
-    parameters: dict[str, Any] = {**base.parameters, **read_record(record).parameters}
+    parameters: dict[str, Any] = {**base.parameters, **end.parameters}
     at = parameters.pop("denoising_end")
     parameters.pop("denoising_start", None)
     together: Any = {**parameters, **_inputs(base, folder, given), **changes}
+    for one, recorded in ((pipe, base), (refiner, end)):
+        _check_embeddings(one, recorded, _prompt(base, given), together)
     result = refine(pipe, refiner, _prompt(base, given), at=at, **together)
     return replace(result, base=_with_names(result.base, base) if result.base else None)
 
@@ -172,7 +175,16 @@ def _of_text(
         left.append(f"Sampler: {parameters.pop('sampler')}")
     if left:
         _LOG.warning("not carried over from %s: %s", getattr(source, "name", source), "; ".join(left))
-    return pipe(_prompt(recorded, given), **{**parameters, **passed, **changes})
+    together = {**parameters, **passed, **changes}
+    _check_embeddings(pipe, recorded, _prompt(recorded, given), together)
+    return pipe(_prompt(recorded, given), **together)
+
+
+def _check_embeddings(pipe: Pipeline, recorded: Recorded, prompt: str, parameters: Mapping[str, Any]) -> None:
+    """See to it that the embeddings that the picture was drawn with are there. Raises UsageError."""
+    names = ("negative_prompt", "prompt_2", "negative_prompt_2")
+    texts = [prompt, *(text for name in names if isinstance(text := parameters.get(name), str))]
+    pipe.embeddings.check(recorded.embeddings, texts)
 
 
 def _check_model(pipe: Pipeline, record: Mapping[str, Any]) -> None:

@@ -46,6 +46,7 @@ class FileKind:
 
 
 _ADAPTER = "No adapter can be used yet: open the checkpoint that it changes without it."
+_EMBEDDING = "Call it in a prompt: latentrt generate embedding:NAME -m CHECKPOINT --embd-dir {folder}"
 _CONTROL = "No control can be used yet: open the checkpoint that it steers without it."
 _OTHER = "No other architecture is supported: use a checkpoint of Stable Diffusion 1.x, 2.x or XL."
 _PART = "Use the complete checkpoint; other tools also write its parts alone."
@@ -194,7 +195,7 @@ _WITHOUT_UNET: Mapping[str, FileKind] = {
     r"\.lora_(A|B)\.": FileKind(name=_LORA, what="a LoRA (PEFT's names)", todo=_ADAPTER),
     _OTHER_LORAS: FileKind(name=_LORA, what="a LoRA", todo=_ADAPTER),
     r"^(emb_params|clip_l|clip_g)$|^string_to_param\.": FileKind(
-        name="embedding", what="a textual inversion", todo=_ADAPTER
+        name="embedding", what="a textual inversion", todo=_EMBEDDING
     ),
     r"clip_txt_mapper\.|\bchannelwise\.0\.": FileKind(name="other", what="Stable Cascade", todo=_OTHER),
     r"\bdouble_layers\.0\.attn\.w": FileKind(name="other", what="AuraFlow", todo=_OTHER),
@@ -275,7 +276,7 @@ def _kind_of_few(tensors: Mapping[str, TensorHeader]) -> FileKind:
     """A file whose names say nothing: one embedding under its token's name, or no kind that is known."""
     shapes = [tensor.shape for tensor in tensors.values()]
     if len(shapes) == 1 and len(shapes[0]) in (1, 2) and shapes[0][-1] in _TOKEN_WIDTHS:
-        return FileKind(name="embedding", what="a textual inversion", todo=_ADAPTER)
+        return FileKind(name="embedding", what="a textual inversion", todo=_EMBEDDING)
     names = f"{', '.join(list(tensors)[:3])} …" if tensors else "it has no tensors"
     return FileKind(name="unknown", what=f"no kind that is known ({names})"[:200], todo=_OTHER)
 

@@ -32,6 +32,8 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 _DIRECTORY_LIMIT = 2**23  # bytes; SD 1.5 with averaged weights and Adam's state has 0.24 MB
 _DAMAGED = (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError, struct.error)
 _WRAPPERS = ("state_dict", "model")
+# AUTOMATIC1111's textual inversion: the dict of its vectors, and what all programs call them in safetensors.
+_INVERSION, _VECTORS = "string_to_param", "emb_params"
 
 # A storage's key -> where its bytes begin in the file, and how many there are.
 Places = dict[str, tuple[int, int]]
@@ -196,6 +198,8 @@ def _tensors(value: object) -> tuple[dict[str, StoredTensor], int]:
     items = _items(value)
     for name in _WRAPPERS * 2:  # a loop until there is none would not end: a dict can hold itself
         items = _items(items.get(name)) or items
+    if vectors := _items(items.get(_INVERSION)):  # its other tensors are the words' ids
+        items = dict(zip([_VECTORS], vectors.values(), strict=False)) if len(vectors) == 1 else vectors
     tensors = {name: found for name, found in items.items() if isinstance(found, StoredTensor)}
     if not tensors:
         refuse("no tensors by name", "a state dict, by itself or as `state_dict` or `model`")

@@ -82,6 +82,13 @@ _TENSORS = [_Global("torch._utils", name) for name in ("_rebuild_tensor", "_rebu
 _PARAMETERS = [_Global("torch._utils", f"_rebuild_parameter{end}") for end in ("", "_with_state")]
 
 
+_PARAMETER_DICT = _Global("torch.nn.modules.container", "ParameterDict")
+
+
+class _ParameterDict(dict[str, Any]):
+    """Stands for torch's module of that name, which holds the vectors of AUTOMATIC1111's embeddings."""
+
+
 class _Inert:
     """Stands for whatever is no tensor, text, number or container."""
 
@@ -166,6 +173,16 @@ class _Machine:
         if isinstance(self._stack[-1], dict):
             pairs = zip(flat[::2], flat[1::2], strict=True)
             cast(dict[str, Any], self._stack[-1]).update({k: v for k, v in pairs if isinstance(k, str)})
+
+    def make(self, kind: Any, arguments: Any) -> None:
+        """Push an object of a class that the pickle names."""
+        self._stack.append(_ParameterDict() if kind == _PARAMETER_DICT else _Inert())
+
+    def build(self, state: Any) -> None:
+        """Give the last object its state; nothing but parameters by name has one that counts."""
+        if isinstance(self._stack[-1], _ParameterDict) and isinstance(state, dict):
+            parameters = cast(dict[str, Any], state).get("_parameters")
+            self._stack[-1].update(cast(dict[str, Any], parameters) if isinstance(parameters, dict) else {})
 
     def name_storage(self, identity: Any) -> None:
         storage = _storage(identity)
@@ -283,7 +300,7 @@ _ACTIONS: Mapping[str, Callable[[_Machine, Any], object]] = {
     "STACK_GLOBAL": lambda machine, _: machine.push(_global(*machine.pop_some(2))),
     "BINPERSID": lambda machine, _: machine.name_storage(machine.pop()),
     "REDUCE": lambda machine, _: machine.push(_call(*machine.pop_some(2))),
-    "BUILD": lambda machine, _: machine.pop(),  # the state of a dict or of something inert
-    "NEWOBJ": _inert(lambda machine: machine.pop_some(2)),
+    "BUILD": lambda machine, _: machine.build(machine.pop()),
+    "NEWOBJ": lambda machine, _: machine.make(*machine.pop_some(2)),
     "NEWOBJ_EX": _inert(lambda machine: machine.pop_some(3)),
 }

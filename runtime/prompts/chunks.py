@@ -8,8 +8,9 @@ Sources of the behaviour: `modules/sd_hijack_clip.py` (`tokenize_line`) and `mod
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -27,14 +28,20 @@ _COMMA_BACKTRACK = 20
 _LONG_FRAGMENT = 8
 
 _Token = tuple[int, float]  # id and weight
+# The ids of each embedding's vectors, by its name; they are beyond the vocabulary (`EXTRA_EMBEDDINGS`).
+ExtraIds = Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fragment:
-    """A piece of a prompt and its weight; 1 leaves it as it is."""
+    """A piece of a prompt and its weight; 1 leaves it as it is.
+
+    `embedding` is the name of the embedding that the text calls (`names.find_embeddings`), if it is one.
+    """
 
     text: str
     weight: float = 1.0
+    embedding: str | None = None
 
     @property
     def ends_chunk(self) -> bool:
@@ -88,46 +95,96 @@ class PromptChunks:
         return bool((self.weights != 1).any())
 
 
-def truncated_chunk(fragments: Sequence[Fragment], tokenizer: ClipTokenizer) -> PromptChunks:
-    """One chunk of weight 1 (K = 1); the rest of a longer prompt is dropped, as by diffusers."""
-    tokens = tokenizer.encode(["".join(fragment.text for fragment in fragments)])
-    weights = np.ones(tokens.ids.shape, np.float32)
-    return PromptChunks(ids=tokens.ids, weights=weights, dropped=tokens.dropped[0])
+def truncated_chunk(
+    fragments: Sequence[Fragment], tokenizer: ClipTokenizer, extra: ExtraIds = MappingProxyType({})
+) -> PromptChunks:
+    """One chunk of weight 1 (K = 1); the rest of a longer prompt is dropped, as by diffusers.
 
-
-def a1111_chunks(fragments: Sequence[Fragment], tokenizer: ClipTokenizer) -> PromptChunks:
-    """Chunks as AUTOMATIC1111 cuts them: at BREAK; a full one after a comma near its end, if it has one."""
+    An embedding that has no room for all of its vectors belongs to that rest, where diffusers cuts it.
+    """
     room = tokenizer.length - 2
-    chunks: list[list[_Token]] = []
     chunk: list[_Token] = []
-    comma: int | None = None  # where the chunk's last comma is
+    for index, fragment in enumerate(fragments):
+        if fragment.embedding is None:
+            ids, dropped = tokenizer.truncated(fragment.text, room - len(chunk))
+        else:
+            ids, dropped = extra[fragment.embedding], ""
+            if len(chunk) + len(ids) > room:
+                ids, dropped = [], fragment.text
+        chunk += [(token, 1.0) for token in ids]
+        if dropped:
+            dropped += "".join(following.text for following in fragments[index + 1 :])
+            return replace(_rows([chunk], tokenizer), dropped=dropped)
+    return _rows([chunk], tokenizer)
+
+
+def a1111_chunks(
+    fragments: Sequence[Fragment], tokenizer: ClipTokenizer, extra: ExtraIds = MappingProxyType({})
+) -> PromptChunks:
+    """Chunks as AUTOMATIC1111 cuts them: at BREAK; a full one after a comma near its end, if it has one.
+
+    An embedding that has no room for all of its vectors begins the next chunk.
+    """
+    cutter = _A1111Cutter(room=tokenizer.length - 2, comma_id=tokenizer.comma_id)
     for fragment in fragments:
         if fragment.ends_chunk:
-            chunks.append(chunk)
-            chunk, comma = [], None
-            continue
-        for token in tokenizer.words(fragment.text):
-            is_comma = token == tokenizer.comma_id
-            if len(chunk) == room:
-                near = comma is not None and room - comma <= _COMMA_BACKTRACK and not is_comma
-                end = comma + 1 if near and comma is not None else room
-                chunks.append(chunk[:end])
-                chunk, comma = chunk[end:], None
-            if is_comma:
-                comma = len(chunk)
-            chunk.append((token, fragment.weight))
-    if chunk or not chunks:
-        chunks.append(chunk)
-    return _rows(chunks, tokenizer)
+            cutter.end_chunk()
+        elif fragment.embedding is not None:
+            cutter.add([(token, fragment.weight) for token in extra[fragment.embedding]])
+        else:
+            for token in tokenizer.words(fragment.text):
+                cutter.add([(token, fragment.weight)])
+    if cutter.chunk or not cutter.chunks:
+        cutter.end_chunk()
+    return _rows(cutter.chunks, tokenizer)
 
 
-def comfyui_chunks(fragments: Sequence[Fragment], tokenizer: ClipTokenizer) -> PromptChunks:
-    """Chunks as ComfyUI cuts them: when they are full, but not within a fragment of fewer than 8 tokens."""
+@dataclass(kw_only=True)
+class _A1111Cutter:
+    """The chunks that are done, and the one that is being filled."""
+
+    room: int
+    comma_id: int | None
+    chunks: list[list[_Token]] = field(default_factory=list[list[_Token]])
+    chunk: list[_Token] = field(default_factory=list[_Token])
+    comma: int | None = None  # where the chunk's last comma is
+
+    def add(self, tokens: Sequence[_Token]) -> None:
+        """Take the next token, or several that stay together."""
+        is_comma = tokens[0][0] == self.comma_id
+        if len(self.chunk) == self.room:
+            near = self.comma is not None and self.room - self.comma <= _COMMA_BACKTRACK and not is_comma
+            end = self.comma + 1 if near and self.comma is not None else self.room
+            moved = self.chunk[end:]
+            del self.chunk[end:]
+            self.end_chunk()
+            self.chunk = moved
+        if len(self.chunk) + len(tokens) > self.room:
+            self.end_chunk()
+        if is_comma:
+            self.comma = len(self.chunk)
+        self.chunk += tokens
+
+    def end_chunk(self) -> None:
+        """Begin another chunk."""
+        self.chunks.append(self.chunk)
+        self.chunk, self.comma = [], None
+
+
+def comfyui_chunks(
+    fragments: Sequence[Fragment], tokenizer: ClipTokenizer, extra: ExtraIds = MappingProxyType({})
+) -> PromptChunks:
+    """Chunks as ComfyUI cuts them: when they are full, but not within a fragment of fewer than 8 tokens.
+
+    No embedding is cut, where ComfyUI cuts those of 8 vectors and more.
+    """
     room = tokenizer.length - 2
     chunks: list[list[_Token]] = [[]]
     for fragment in fragments:
-        tokens = [(token, fragment.weight) for token in tokenizer.words(fragment.text)]
-        if len(tokens) < _LONG_FRAGMENT and chunks[-1] and len(chunks[-1]) + len(tokens) > room:
+        ids = tokenizer.words(fragment.text) if fragment.embedding is None else extra[fragment.embedding]
+        tokens = [(token, fragment.weight) for token in ids]
+        together = len(tokens) < _LONG_FRAGMENT or fragment.embedding is not None
+        if together and chunks[-1] and len(chunks[-1]) + len(tokens) > room:
             chunks.append([])
         start = 0
         while start < len(tokens):

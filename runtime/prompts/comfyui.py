@@ -15,7 +15,6 @@ from .chunks import Fragment, checked, refuse_wildcards, unsupported
 _MORE = 1.1
 # how the reference hides escaped brackets from its parser; the second pair of each row puts them back
 _HIDDEN = ((r"\)", "\0\1", ")"), (r"\(", "\0\2", "("))
-_EMBEDDING = re.compile(r"(?:^|(?<=\s))embedding:\s*\S*")
 _CHOICE = re.compile(r"\\.?|[{}|]", re.S)
 
 
@@ -27,8 +26,7 @@ def parse_comfyui(text: str) -> tuple[Fragment, ...]:
     the next opening one.
 
     Raises:
-        UsageError: `embedding:name`, `{a|b}` and `__wildcard__`, which nothing here carries out; a weight
-            beyond float32.
+        UsageError: `{a|b}` and `__wildcard__`, which nothing here carries out; a weight beyond float32.
     """
     _refuse_choices(text)
     refuse_wildcards(text)
@@ -39,8 +37,6 @@ def parse_comfyui(text: str) -> tuple[Fragment, ...]:
         piece = text[start:end]
         for _, hidden, bracket in _HIDDEN:
             piece = piece.replace(hidden, bracket)
-        if match := _EMBEDDING.search(piece):
-            raise unsupported("an embedding", match[0], "Embeddings are not supported: remove the name.")
         fragments.append(Fragment(text=piece, weight=checked(weight, piece)))
     return tuple(fragments)
 

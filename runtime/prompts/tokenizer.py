@@ -112,7 +112,7 @@ class ClipTokenizer:
         ids = np.full((len(prompts), length), self.pad_id, np.int32)
         dropped: list[str] = []
         for row, prompt in zip(ids, prompts, strict=True):
-            words, rest = self._truncated(prompt, length - 2)
+            words, rest = self.truncated(prompt, length - 2)
             row[0], row[1 : len(words) + 1], row[len(words) + 1] = self.bos_id, words, self.eos_id
             dropped.append(rest)
         return Tokens(ids=ids, dropped=tuple(dropped))
@@ -121,8 +121,8 @@ class ClipTokenizer:
         """All ids of a text, without bos, eos and padding. Raises UsageError for text that is not valid."""
         return self._encoding(text).ids
 
-    def _truncated(self, prompt: str, room: int) -> tuple[list[int], str]:
-        """At most ``room`` ids of the prompt, without bos and eos, and the text of the rest.
+    def truncated(self, prompt: str, room: int) -> tuple[list[int], str]:
+        """At most ``room`` ids of a text, without bos and eos, and the rest of it as it was typed.
 
         Truncation is done here, because switching it on in the shared tokenizer makes concurrent encoding
         fail with "Already borrowed".

@@ -35,6 +35,8 @@ from .source import Source, check_latents, load_images, make_source, natural_siz
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from ...adapters.embeddings import Embedding
+
 
 @dataclass(frozen=True, kw_only=True)
 class SizeConditions:
@@ -71,6 +73,7 @@ class Request:
         tagged: those that the prompts name besides.
         chosen: the parameters that are not their defaults, checked, but for pictures and latents.
         inputs: the pictures and latents it starts from, by parameter: one for all pictures, or one each.
+        embeddings: those of textual inversion that its texts call, by name.
     """
 
     prompts: tuple[str, ...]
@@ -104,6 +107,7 @@ class Request:
     inputs: Mapping[str, tuple[Input, ...]] = field(
         default_factory=dict[str, "tuple[Input, ...]"], compare=False
     )
+    embeddings: Mapping[str, Embedding] = field(default_factory=dict[str, "Embedding"], compare=False)
 
     @property
     def strength(self) -> float | None:

@@ -124,6 +124,11 @@ def test_inspect_says_what_a_file_is(latentrt: Any, tmp_path: Path) -> None:
     assert "No adapter can be used yet" in out
     found = json.loads(latentrt("inspect", str(tmp_path / "style.safetensors"), "--json")[1])
     assert (found["kind"], found["family"], found["opens"]) == ("lora", "sd1", False)
+    save_file({"emb_params": np.ones((4, 768), np.float16)}, tmp_path / "face.safetensors")
+    _, out, _ = latentrt("inspect", str(tmp_path / "face.safetensors"))
+    assert "a textual inversion for Stable Diffusion 1.x" in out
+    assert f"latentrt generate embedding:NAME -m CHECKPOINT --embd-dir {tmp_path}" in out
+    (tmp_path / "face.safetensors").unlink()
     assert "a folder of files (style.safetensors)" in latentrt("inspect", str(tmp_path))[1]
 
 

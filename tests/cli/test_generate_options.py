@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import typer
 from PIL import Image
+from safetensors.numpy import save_file
 
 from latentrt import cli
 from latentrt.cli.generate import generate
@@ -58,11 +59,17 @@ PARAMETERS: dict[str, tuple[list[str], str, Any]] = {
     "--aesthetic-score": (["7"], "aesthetic_score", 7.0),
     "--negative-aesthetic-score": (["1"], "negative_aesthetic_score", 1.0),
     "--tile": (["128"], "tile", 128),
+    "--lora": (
+        ["a:0.5", "--lora", "b", "--lora", "c:1:d:-1.5:0.25"],
+        "loras",
+        [("a", 0.5), ("b", 1.0), ("c:1:d", {"unet": -1.5, "text_encoder": 0.25, "text_encoder_2": 0.25})],
+    ),
 }
 # Those of the command itself; the tests below are about them.
 OWN = {
     "--output", "--model", "--from", "--refiner", "--refiner-at", "--grid", "--preview", "--backend",
-    "--device", "--threads", "--no-metadata", "--json",
+    "--device", "--threads", "--no-metadata", "--json", "--embd-dir",
+    "--lora-dir", "--lora-lenient",
     "--dtype",
     "--vae",
     "--tiny-vae",
@@ -148,8 +155,15 @@ def test_every_option_is_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_how_the_pipeline_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["-m", "base", "--refiner", "other", "--backend", "tensorrt", "--device", "cuda:1"]
     checkpoint = ["--dtype", "fp16", "--vae", "v", "--tiny-vae", "t", "--prediction-type", "epsilon"]
-    _, parameters = heard(monkeypatch, "a", *words, "--threads", "3", "--refiner-at", "0.6", *checkpoint)
-    options = {"backend": "tensorrt", "device": "cuda:1", "threads": 3}
+    more = ["--threads", "3", "--refiner-at", "0.6", "--embd-dir", "words", "--lora-dir", "styles"]
+    _, parameters = heard(monkeypatch, "a", *words, *more, *checkpoint)
+    options = {
+        "backend": "tensorrt",
+        "device": "cuda:1",
+        "threads": 3,
+        "loras": Path("styles"),
+        "embeddings": Path("words"),
+    }
     told = [{name: given.pop(name) for name in ("progress", "note")} for _, given in Listener.opened]
     assert all(callable(function) for each in told for function in each.values())
     first = CheckpointOptions(dtype="fp16", vae=Path("v"), tiny_vae=Path("t"), prediction_type="epsilon")
@@ -157,9 +171,26 @@ def test_how_the_pipeline_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (parameters["denoising_end"], parameters["output_type"]) == (0.6, "latent")
 
 
+def test_a_folder_of_embeddings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("words").mkdir()
+    save_file({"emb_params": np.ones((2, 96), np.float32)}, "words/face.safetensors")
+    words = ["a embedding:face", "--embd-dir", "words", "--json", "-o", "face.png", *FAST]
+    run(monkeypatch, *words)
+    (picture,) = json.loads(capsys.readouterr().out)["pictures"]
+    assert [one["name"] for one in picture["embeddings"]] == ["face"]
+    run(monkeypatch, "--from", "face.png", "--embd-dir", "words", "-o", "again.png")
+    assert Path("again.png").read_bytes() == Path("face.png").read_bytes()
+    monkeypatch.setattr(sys, "argv", ["latentrt", "generate", "--from", "face.png"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert "the embedding 'face' is missing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "words",
     [
+        ["--embd-dir", "nowhere"],
         ["--seed", "x"],
         ["--original-size", "512"],
         ["--crop", "1x2"],

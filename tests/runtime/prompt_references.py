@@ -103,8 +103,11 @@ def _top_level(text: str) -> list[str]:
     return [*pieces, piece] if piece else pieces
 
 
-def a1111_chunks(tokenized: list[tuple[list[int], float]], comma: int, room: int = 75) -> list[list[tuple]]:
-    """`tokenized` has (token ids, weight) of each fragment; ([], -1) is a BREAK. Chunks without bos, eos."""
+def a1111_chunks(tokenized: list[tuple[list, float]], comma: int, room: int = 75) -> list[list[tuple]]:
+    """`tokenized` has (token ids, weight) of each fragment; ([], -1) is a BREAK. Chunks without bos, eos.
+
+    A tuple among the ids is an embedding: the ids of its vectors.
+    """
     chunks: list[list[tuple]] = []
     chunk: list[tuple] = []
     last_comma = -1
@@ -128,7 +131,10 @@ def a1111_chunks(tokenized: list[tuple[list[int], float]], comma: int, room: int
                 chunk = moved
             if len(chunk) == room:
                 finish()
-            chunk.append((token, weight))
+            vectors = token if isinstance(token, tuple) else (token,)
+            if len(chunk) + len(vectors) > room:
+                finish()
+            chunk += [(vector, weight) for vector in vectors]
     if chunk or not chunks:
         finish()
     return chunks

@@ -62,9 +62,6 @@ def test_ten_thousand_brackets_do_not_recurse():
 @pytest.mark.parametrize(
     ("prompt", "what"),
     [
-        ("embedding:face, a", "an embedding: 'embedding:face,'"),
-        ("a (embedding:face:1.2)", "an embedding: 'embedding:face'"),
-        ("a\nembedding: x y", "an embedding: 'embedding: x'"),
         ("a {red|blue} hat", "a random choice: '{red|blue}'"),
         ("{a|{b|c}|}", "a random choice: '{a|{b|c}'"),
         ("{a|b", "a random choice: '{a|b'"),

@@ -102,6 +102,27 @@ def test_engines_of_the_store_draw_the_hosts_picture(
     assert not bench.device.blocks
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_engine_takes_any_number_of_embeddings(
+    package: Package,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variant: str,
+) -> None:
+    store, bench = EngineStore(tmp_path), Bench(monkeypatch, variant)
+    fill(store, package, variant, ["64x64:b1"])
+    rows = np.random.default_rng(0).standard_normal((20, 96), np.float32) / 4
+    words = [{"one": rows[:1]}, {"twenty": rows}]
+    prompts = ("one", PROMPT, "a twenty, one")
+    with Pipeline.open(package.root, backend="onnxruntime") as host:
+        host.load_textual_inversion(words)
+        wanted = [host(prompt, **SMALL).images for prompt in prompts]
+    with bench.open(package, store) as pipe:
+        pipe.load_textual_inversion(words)
+        for prompt, images in zip(prompts, wanted, strict=True):
+            assert np.abs(pipe(prompt, **SMALL).images.astype(int) - images).max() <= 1
+
+
 def test_a_later_build_is_chosen_where_it_fits(
     package: Package,
     tmp_path: Path,

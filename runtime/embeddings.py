@@ -1,0 +1,271 @@
+"""The embeddings that a pipeline knows: those that were loaded under a word, and files of a folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from threading import Lock
+from typing import cast
+
+from ..adapters.embeddings import (
+    Embedding,
+    EncoderInputs,
+    embedding_inputs,
+    make_embedding,
+    read_embedding,
+    refuse_name,
+)
+from ..engines.errors import CheckpointError, UsageError
+from ..engines.package import Package
+from ..engines.spec import Array
+from .prompts.encode import PROMPT_SYNTAXES, called_embeddings
+from .prompts.names import LOAD
+from .request.request import Request
+
+# What embeddings come from: a file, or arrays as a file has them.
+Source = str | Path | Mapping[str, Array]
+
+# The endings of embedding files, the preferred first. A pickle is refused with the command that converts it.
+_ENDINGS = (".safetensors", ".pt", ".bin")
+_MOST_FILES = 64  # of the embeddings that one prompt calls
+_SHORT_HASH = 12  # characters, as AUTOMATIC1111 writes it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Called:
+    """An embedding that a picture's texts called: its name and the sha256 (hex) of its content."""
+
+    name: str
+    sha256: str
+
+    def to_json(self) -> dict[str, str]:
+        """As a record has it."""
+        return {"name": self.name, "sha256": self.sha256}
+
+
+def check_folder(folder: str | Path | None) -> None:
+    """Raise UsageError for a folder of embeddings or adapters that is none."""
+    if folder is not None and not Path(folder).is_dir():
+        raise UsageError(f"{folder} is no folder", expected="a folder of files", fix="Check the path.")
+
+
+class EmbeddingLibrary:
+    """Embeddings by name. Threads may share it: a request keeps those that it was made with.
+
+    Args:
+        package: whose text encoders they are for.
+        folder: of embedding files, its subfolders included: a file's name is its stem, or its path in the
+            folder without the ending. It is looked through at every request, and a file is read when a prompt
+            first calls it, or when it has changed.
+
+    Raises:
+        UsageError: `folder` is none.
+    """
+
+    def __init__(self, package: Package, folder: str | Path | None = None) -> None:
+        check_folder(folder)
+        self._package = package
+        self._folder = None if folder is None else Path(folder)
+        self._lock = Lock()
+        self._loaded: Mapping[str, Embedding] = {}  # replaced, never changed
+        self._files: dict[Path, tuple[tuple[int, int], Embedding]] = {}
+
+    def load(self, source: Source | Sequence[Source], token: str | Sequence[str | None] | None) -> None:
+        """Load embeddings; see `Pipeline.load_textual_inversion`. All of them, or none if one is refused."""
+        sources: list[Source] = [source] if isinstance(source, (str, Path, Mapping)) else list(source)
+        tokens = [token] if token is None or isinstance(token, str) else list(token)
+        if len(tokens) != len(sources):
+            if token is not None:
+                raise UsageError(
+                    f"{len(tokens)} tokens for {len(sources)} embeddings",
+                    expected="one for each, or none for the names that they have",
+                    fix="Pass token=[…] of the same length.",
+                )
+            tokens = [None] * len(sources)
+        found = [self._read(one, name) for one, name in zip(sources, tokens, strict=True)]
+        with self._lock:
+            loaded = dict(self._loaded)
+            for embedding in found:
+                before = loaded.setdefault(embedding.name, embedding)
+                if not before.is_like(embedding):
+                    raise UsageError(
+                        f"another embedding is loaded as {embedding.name!r}",
+                        expected="a word that is free",
+                        fix="Pass another token=…, or call unload_textual_inversion first.",
+                    )
+            self._loaded = loaded
+
+    def unload(self, token: str | Sequence[str] | None) -> None:
+        """Forget embeddings that were loaded; see `Pipeline.unload_textual_inversion`."""
+        with self._lock:
+            tokens = list(self._loaded) if token is None else [token] if isinstance(token, str) else token
+            for name in tokens:
+                if name not in self._loaded:
+                    raise _missing(name, f"one of {', '.join(map(repr, self._loaded)) or 'none'}")
+            self._loaded = {name: embedding for name, embedding in self._loaded.items() if name not in tokens}
+
+    def names(self) -> tuple[str, ...]:
+        """What prompts may call: words that were loaded, and names of files."""
+        return tuple(sorted({*self._loaded, *self._named_files()}))
+
+    def bind(self, request: Request) -> Request:
+        """The request with the embeddings that its texts call.
+
+        Raises:
+            UsageError: a prompt that its syntax refuses, or that calls what is not there.
+            CheckpointError: a file that it calls is no embedding, or one for other encoders.
+            PackageError: the package takes no embeddings.
+        """
+        loaded, rules = self._loaded, PROMPT_SYNTAXES[request.prompt_syntax].names
+        files = {} if rules.bare == "given" else self._named_files()
+        known = {**files, **loaded}
+        pictures = {_texts(request, index) for index in range(len(request.prompts))}
+        if not known and not any("embedding:" in text.lower() for texts in pictures for text in texts):
+            return request
+        called: set[str] = set()
+        for texts in pictures:
+            names = called_embeddings(texts, request.prompt_syntax, known)
+            if len(names) > _MOST_FILES:
+                raise UsageError(
+                    f"a prompt calls {len(names)} embeddings",
+                    expected=f"at most {_MOST_FILES}",
+                    fix="Call fewer.",
+                )
+            called |= set(names)
+        bound = {name: loaded.get(name) or self._of_file(files, name) for name in sorted(called)}
+        return replace(request, embeddings=bound)
+
+    def check(self, wanted: Iterable[Called], texts: Sequence[str]) -> None:
+        """See to it that these embeddings are there, as far as one of the texts has their names.
+
+        Names and hashes may be as AUTOMATIC1111 writes them: without colons and commas, and cut.
+
+        Raises:
+            UsageError: one is missing, or another one has its name.
+        """
+        files = self._named_files()
+        known = {written_name(name): name for name in [*files, *self._loaded]}
+        for one in wanted:
+            name = known.get(written_name(one.name))
+            if not any((name or one.name).lower() in text.lower() for text in texts):
+                continue
+            expected = f"the one with the sha256 {one.sha256}"
+            if name is None:
+                raise _missing(one.name, expected)
+            found = self._loaded.get(name) or self._of_file(files, name)
+            if not found.sha256.startswith(one.sha256.lower()):
+                raise UsageError(
+                    f"the embedding {name!r} is not the one that the picture was drawn with: its sha256 is"
+                    f" {found.sha256}",
+                    expected=expected,
+                    fix="Put that file in its place, or draw a new picture.",
+                )
+
+    @cached_property
+    def _inputs(self) -> EncoderInputs:
+        return embedding_inputs(self._package)
+
+    def _read(self, source: Source, name: str | None) -> Embedding:
+        """One embedding, under its word. Raises CheckpointError, UsageError."""
+        if isinstance(source, Mapping):
+            own = next(iter(source)) if len(source) == 1 else None
+            name = name or own
+            if name is None:
+                raise UsageError(
+                    f"{len(source)} arrays without a word", expected="a token", fix="Pass token=NAME."
+                )
+            refuse_name(name)
+            return make_embedding(name, source, self._inputs)
+        embedding = read_embedding(Path(source), self._inputs, name)
+        refuse_name(embedding.name)
+        return embedding
+
+    def _named_files(self) -> dict[str, Path]:
+        """The folder's files by name: of several, the first by `_ENDINGS`, then by its path."""
+        folder, found = self._folder, dict[str, Path]()
+        if folder is None:
+            return found
+        paths = [Path(place, file) for place, _, files in os.walk(folder) for file in files if file[0] != "."]
+        for ending in _ENDINGS:
+            for path in sorted(path for path in paths if path.suffix.lower() == ending):
+                inside = path.relative_to(folder).with_suffix("").as_posix()
+                for name in (path.stem, inside):
+                    if name == name.strip() and name.isprintable():
+                        found.setdefault(name, path)
+        return found
+
+    def _of_file(self, files: Mapping[str, Path], name: str) -> Embedding:
+        """A file of the folder, read again if it has changed."""
+        path, folder = files[name], cast(Path, self._folder)
+        try:
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise CheckpointError(
+                    f"{path} is a link to {path.resolve()}, outside of the folder of embeddings",
+                    expected="files that are in it",
+                    fix="Copy the file into the folder.",
+                )
+            status = path.stat()
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({error.strerror})",
+                expected="an embedding file that this user may read",
+                fix="Mend its permissions, or remove it.",
+            ) from error
+        state = status.st_mtime_ns, status.st_size
+        with self._lock:
+            before = self._files.get(path)
+        if before is not None and before[0] == state:
+            return replace(before[1], name=name)  # a file has more than one
+        embedding = read_embedding(path, self._inputs, name)
+        with self._lock:
+            self._files[path] = state, embedding
+        return embedding
+
+
+def called_by(request: Request, index: int) -> tuple[Called, ...]:
+    """The embeddings that the texts of picture `index` call, of those that the request was bound to."""
+    known = request.embeddings
+    names = called_embeddings(_texts(request, index), request.prompt_syntax, known) if known else ()
+    return tuple(Called(name=name, sha256=known[name].sha256) for name in names)
+
+
+def written_name(name: str) -> str:
+    """A name as AUTOMATIC1111 writes it beside a hash."""
+    return name.replace(":", "").replace(",", "")
+
+
+def write_hashes(called: Sequence[Called]) -> str | None:
+    """AUTOMATIC1111's `TI hashes`; None where there are none."""
+    pairs = (f"{written_name(one.name)}: {one.sha256[:_SHORT_HASH]}" for one in called)
+    return ", ".join(pairs) or None
+
+
+def read_hashes(text: str) -> tuple[Called, ...]:
+    """What `TI hashes` says. Raises ValueError for another text."""
+    pairs = [part.rpartition(":")[::2] for part in text.split(",")]
+    found = tuple(Called(name=name.strip(), sha256=sha256.strip()) for name, sha256 in pairs)
+    if not all(one.name and one.sha256 and int(one.sha256, 16) >= 0 for one in found):
+        raise ValueError(text)
+    return found
+
+
+def _texts(request: Request, index: int) -> tuple[str, ...]:
+    """All texts of a picture, without those that are missing."""
+    of_picture = (
+        request.prompts[index],
+        request.prompts_2[index],
+        request.negative_prompts[index],
+        request.negative_prompts_2[index],
+    )
+    return tuple(text for text in of_picture if text is not None)
+
+
+def _missing(name: str, expected: str) -> UsageError:
+    return UsageError(
+        f"the embedding {name!r} is missing",
+        expected=expected,
+        fix=LOAD,
+    )
