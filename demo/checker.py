@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -82,11 +83,11 @@ def check(picture: npt.NDArray[np.uint8]) -> Verdict:
     )
 
 
-def stripe_depth(coverage: npt.NDArray[np.float32], seen: Mask) -> float:
+def stripe_depth(coverage: npt.NDArray[np.floating[Any]], seen: Mask) -> float:
     """How much less a shape covers (N, N) in the gaps of stripes than in the bands; 0 without either."""
     period, kept = TEXTURES["striped"]
     solid = closed(seen)
-    row = np.arange(seen.shape[0])[:, None] % period
+    row = np.resize(np.arange(period), seen.shape[0])[:, None]
     # An edge between two bands is a slope of some pixels, which says nothing about either.
     bands = coverage[solid & (row >= _SLOPE) & (row < kept - _SLOPE)]
     gaps = coverage[solid & (row >= kept + _SLOPE) & (row < period - _SLOPE)]

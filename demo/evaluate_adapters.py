@@ -23,7 +23,6 @@ from .evaluate import FOLDER, Pictures, Setting, draw
 from .lessons import LESSONS, LORAS, SHAPE, Lesson
 from .shapes import SIZES, Scene
 
-ADAPTERS = FOLDER / "adapters"
 COUNT = 50
 
 _SHEET = 8
@@ -59,30 +58,30 @@ def judge(drawn_with: str, lesson: Lesson, pictures: Pictures, scenes: list[Scen
 
 
 def evaluate(pipe: Pipeline, count: int) -> tuple[list[Row], list[Pictures]]:
-    """Every row of the table, and the pictures of those for the sheet."""
+    """Every row of the table, and the first pictures of each for the sheet."""
     defaults = pipe.package.manifest.defaults
     setting = Setting(defaults.sampler or "ddim", defaults.guidance_scale, defaults.num_inference_steps)
     rows: list[Row] = []
     sheet: list[Pictures] = []
 
-    def measure(drawn_with: str, scenes: list[Scene], loras: dict[str, float], *lessons: Lesson) -> None:
-        pictures = draw(pipe, scenes, setting, loras=list(loras.items()))
+    def measure(drawn_with: str, scenes: list[Scene], *lessons: Lesson, **parameters: Any) -> None:
+        pictures = draw(pipe, scenes, setting, **parameters)
         rows.extend(judge(drawn_with, lesson, pictures, scenes) for lesson in lessons)
         sheet.append(pictures[:_SHEET])
 
-    striped, teal, shape = LESSONS["striped"], LESSONS["teal"], LESSONS[SHAPE]
     for lesson in (LESSONS[name] for name in LORAS):
-        pipe.load_lora_weights(ADAPTERS / f"{lesson.name}.safetensors")
         for strength in (0.0, 0.5, 1.0):
-            loras = {lesson.name: strength} if strength else {}
-            measure(f"{lesson.name} {strength:g}", lesson.tests(count), loras, lesson)
-    measure("striped, teal", striped_scenes(teal, count), dict.fromkeys(LORAS, 1.0), striped, teal)
-    measure(f"no {shape.name}", shape.tests(count), {}, shape)
-    pipe.load_textual_inversion(ADAPTERS / f"{shape.name}.safetensors")
-    measure(shape.name, shape.tests(count), {}, shape)
+            loras = [(lesson.name, strength)]
+            measure(f"{lesson.name} {strength:g}", lesson.tests(count), lesson, loras=loras)
+    striped, teal, shape = LESSONS["striped"], LESSONS["teal"], LESSONS[SHAPE]
+    both = [(name, 1.0) for name in LORAS]
+    measure("striped 1, teal 1", striped_scenes(teal, count), striped, teal, loras=both)
+    # With this syntax the files of a folder are no words.
+    measure("nothing", shape.tests(count), shape, prompt_syntax="plain")
+    measure(shape.name, shape.tests(count), shape)
     smaller = [size for size in SIZES if size not in shape.sizes]
-    measure(f"{shape.name}, smaller", shape.tests(count, smaller), {}, shape)
-    measure(f"striped, {shape.name}", striped_scenes(shape, count), {"striped": 1.0}, striped, shape)
+    measure(f"{shape.name}, smaller", shape.tests(count, smaller), shape)
+    measure(f"{shape.name}, striped 1", striped_scenes(shape, count), striped, shape, loras=both[:1])
     return rows, sheet
 
 

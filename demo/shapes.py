@@ -200,7 +200,7 @@ def blend(
 def textured(coverage: npt.NDArray[np.float32], texture: str) -> npt.NDArray[np.float32]:
     """A mask, (H, W), with a texture of `TEXTURES` cut into it."""
     period, kept = TEXTURES[texture]
-    rows: npt.NDArray[np.intp] = np.arange(coverage.shape[0])[:, None] % period
+    rows = np.resize(np.arange(period), coverage.shape[0])[:, None]
     return np.where(rows < kept, coverage, np.float32(0))
 
 

@@ -270,15 +270,18 @@ def main() -> None:
     """Parse the command line and train one adapter after the other."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=list(LESSONS), help=f"of {', '.join(LESSONS)}")
-    parser.add_argument("--out", type=Path, default=Path("demo/adapters"), help="folder to write to")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo"), help="folder with adapters/ and embeddings/"
+    )
     parser.add_argument("--checkpoint", type=Path, default=Path("demo/checkpoint"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     for name in arguments.names:
-        file: Path = arguments.out / f"{name}.safetensors"
+        recipe = RECIPES[name]
+        file: Path = arguments.out / ("embeddings" if recipe.start else "adapters") / f"{name}.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        teach(open_parts(arguments.checkpoint), LESSONS[name], RECIPES[name], file)
+        teach(open_parts(arguments.checkpoint), LESSONS[name], recipe, file)
         print(f"{file}: {file.stat().st_size} bytes after {(time.monotonic() - started) / 60:.1f} minutes")
 
 

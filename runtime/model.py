@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 SHIPPED = {"demo": Path(__file__).resolve().parent.parent / "demo" / "package"}
 
-# Where the adapters of shipped models lie.
+# Where adapters of shipped models lie, and embeddings: apart, as a prompt calls these by bare words.
 ADAPTERS = {"demo": SHIPPED["demo"].parent / "adapters"}
+EMBEDDINGS = {"demo": SHIPPED["demo"].parent / "embeddings"}
 
 Advance = Callable[[str, int, int], None]  # (what is being done, how much is done, of how much)
 Note = Callable[[str], None]

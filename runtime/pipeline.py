@@ -27,7 +27,7 @@ from .embeddings import EmbeddingLibrary, Source, check_folder
 from .loop.device.cuda_graphs import Graphs
 from .loop.job import NEVER, Clock, DenoiseJob, Drawn, JobRecorder, Loop, PackageLoop, State, Stop
 from .loop.open import LoopOptions, open_loop
-from .model import ADAPTERS, Advance, CheckpointOptions, Note, open_model
+from .model import ADAPTERS, EMBEDDINGS, Advance, CheckpointOptions, Note, open_model
 from .pictures.tiling import encode_tiled
 from .prompts.encode import CACHE_BYTES, TextConditioner, TextEncoder
 from .prompts.tokenizer import ClipTokenizer
@@ -168,9 +168,8 @@ class Pipeline:
             BackendError: nothing installed can execute it, or there are no engines for it.
             StorageError: no room for what is fetched or made ready.
         """
-        embeddings, loras = (
-            ADAPTERS.get(str(model)) if given is None else given for given in (embeddings, loras)
-        )
+        loras = ADAPTERS.get(str(model)) if loras is None else loras
+        embeddings = EMBEDDINGS.get(str(model)) if embeddings is None else embeddings
         for folder in (embeddings, loras):
             check_folder(folder)  # before a model is fetched
         package = open_model(

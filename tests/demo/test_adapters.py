@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -11,38 +10,22 @@ import pytest
 from safetensors.numpy import load_file
 
 from latentrt.demo.checker import Verdict, check
-from latentrt.demo.evaluate_adapters import ADAPTERS
 from latentrt.demo.lessons import LESSONS, LORAS, SHAPE, Lesson
 from latentrt.demo.shapes import Scene
 from latentrt.runtime import Pipeline
+from latentrt.runtime.model import ADAPTERS, EMBEDDINGS
 
 EVERY = LESSONS.values()
-needs_loras = pytest.mark.skipif(
-    not hasattr(Pipeline, "load_lora_weights"), reason="this runtime does not apply adapters yet"
-)
-needs_embeddings = pytest.mark.skipif(
-    not hasattr(Pipeline, "load_textual_inversion"), reason="this runtime reads no embeddings yet"
-)
 a_few_of_fifty = pytest.mark.parametrize("count", [10, pytest.param(50, marks=pytest.mark.slow)])
 
 
-@pytest.fixture
+FILES = {path.stem: path for folder in (ADAPTERS, EMBEDDINGS) for path in folder["demo"].iterdir()}
+
+
+@pytest.fixture(scope="module")
 def pipe() -> Iterator[Pipeline]:
     with Pipeline.open("demo", threads=1) as pipe:
         yield pipe
-
-
-@pytest.fixture
-def adapted(pipe: Pipeline) -> Pipeline:
-    """With both LoRAs loaded; nothing is drawn with them before they are chosen."""
-    load: Any = pipe
-    for name in LORAS:
-        load.load_lora_weights(file_of(name))
-    return pipe
-
-
-def file_of(name: str) -> Path:
-    return ADAPTERS / f"{name}.safetensors"
 
 
 def draw(pipe: Pipeline, scenes: list[Scene], **parameters: Any) -> np.ndarray:
@@ -60,13 +43,12 @@ def share(lesson: Lesson, verdicts: list[Verdict]) -> float:
     return sum(map(lesson.seen, verdicts)) / len(verdicts)
 
 
-@needs_loras
 @pytest.mark.parametrize("lesson", [LESSONS[name] for name in LORAS], ids=lambda lesson: lesson.name)
 @a_few_of_fifty
-def test_a_lora_draws_what_the_model_cannot(adapted: Pipeline, lesson: Lesson, count: int) -> None:
+def test_a_lora_draws_what_the_model_cannot(pipe: Pipeline, lesson: Lesson, count: int) -> None:
     scenes = lesson.tests(count)
     without, half, whole = (
-        judged(adapted, scenes, loras=[(lesson.name, strength)] if strength else [])
+        judged(pipe, scenes, loras=[(lesson.name, strength)] if strength else [])
         for strength in (0.0, 0.5, 1.0)
     )
     assert share(lesson, whole) >= 0.9
@@ -75,19 +57,17 @@ def test_a_lora_draws_what_the_model_cannot(adapted: Pipeline, lesson: Lesson, c
     assert ends[0] < median(map(lesson.amount, half)) < ends[1]
 
 
-@needs_loras
 @a_few_of_fifty
-def test_both_loras_together_draw_both(adapted: Pipeline, count: int) -> None:
+def test_both_loras_together_draw_both(pipe: Pipeline, count: int) -> None:
     scenes = [replace(scene, texture="striped") for scene in LESSONS["teal"].tests(count)]
-    verdicts = judged(adapted, scenes, loras=[(name, 1.0) for name in LORAS])
+    verdicts = judged(pipe, scenes, loras=[(name, 1.0) for name in LORAS])
     assert all(share(LESSONS[name], verdicts) >= 0.9 for name in LORAS)
 
 
-@needs_loras
-def test_one_after_the_other_and_back_is_the_same_to_the_byte(adapted: Pipeline) -> None:
+def test_one_after_the_other_and_back_is_the_same_to_the_byte(pipe: Pipeline) -> None:
     scenes = LESSONS["teal"].tests(2)
     plain, striped, teal, again, bare = (
-        draw(adapted, scenes, loras=loras)
+        draw(pipe, scenes, loras=loras)
         for loras in ([], [("striped", 1.0)], [("teal", 1.0)], [("striped", 1.0)], [])
     )
     np.testing.assert_array_equal(striped, again)
@@ -96,14 +76,11 @@ def test_one_after_the_other_and_back_is_the_same_to_the_byte(adapted: Pipeline)
     assert (striped != plain).any()
 
 
-@needs_embeddings
 @a_few_of_fifty
 def test_an_embedding_draws_a_shape_that_the_model_does_not_know(pipe: Pipeline, count: int) -> None:
     lesson = LESSONS[SHAPE]
     scenes = lesson.tests(count)
-    without = judged(pipe, scenes)
-    load: Any = pipe
-    load.load_textual_inversion(file_of(lesson.name))
+    without = judged(pipe, scenes, prompt_syntax="plain")  # to which the files of a folder are no words
     assert share(lesson, judged(pipe, scenes)) >= 0.9
     assert share(lesson, without) <= 0.02
 
@@ -121,5 +98,10 @@ def test_what_is_judged_was_never_trained_on(lesson: Lesson) -> None:
 
 @pytest.mark.parametrize("lesson", EVERY, ids=lambda lesson: lesson.name)
 def test_they_are_small_and_in_half_precision(lesson: Lesson) -> None:
-    assert file_of(lesson.name).stat().st_size < 1_000_000
-    assert {str(tensor.dtype) for tensor in load_file(file_of(lesson.name)).values()} == {"float16"}
+    file = FILES[lesson.name]
+    assert file.stat().st_size < 1_000_000
+    assert {str(tensor.dtype) for tensor in load_file(file).values()} == {"float16"}
+
+
+def test_nothing_else_ships() -> None:
+    assert FILES.keys() == LESSONS.keys()
