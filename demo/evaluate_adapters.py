@@ -57,32 +57,49 @@ def judge(drawn_with: str, lesson: Lesson, pictures: Pictures, scenes: list[Scen
     return row
 
 
-def evaluate(pipe: Pipeline, count: int) -> tuple[list[Row], list[Pictures]]:
-    """Every row of the table, and the first pictures of each for the sheet."""
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """Scenes to draw, with what parameters, and what is looked for in the pictures."""
+
+    drawn_with: str
+    scenes: list[Scene]
+    lessons: tuple[Lesson, ...]
+    parameters: dict[str, Any]
+
+
+def trials(count: int) -> list[Trial]:
+    """What is drawn, `count` pictures each."""
+    striped, teal, shape = LESSONS["striped"], LESSONS["teal"], LESSONS[SHAPE]
+    smaller = [size for size in SIZES if size not in shape.sizes]
+    # With the syntax "plain" the files of a folder are no words.
+    rows: list[tuple[str, list[Scene], tuple[Lesson, ...], dict[str, Any]]] = [
+        *(
+            (f"{name} {strength:g}", LESSONS[name].tests(count), (LESSONS[name],), _loras(strength, name))
+            for name in LORAS
+            for strength in (0.0, 0.5, 1.0)
+        ),
+        ("striped 1, teal 1", striped_scenes(teal, count), (striped, teal), _loras(1.0, *LORAS)),
+        (f"no {shape.name}", shape.tests(count), (shape,), {"prompt_syntax": "plain"}),
+        (shape.name, shape.tests(count), (shape,), {}),
+        (f"{shape.name}, smaller", shape.tests(count, smaller), (shape,), {}),
+        (f"{shape.name}, striped 1", striped_scenes(shape, count), (striped, shape), _loras(1.0, "striped")),
+    ]
+    return [
+        Trial(drawn_with=name, scenes=scenes, lessons=lessons, parameters=parameters)
+        for name, scenes, lessons, parameters in rows
+    ]
+
+
+def _loras(strength: float, *names: str) -> dict[str, Any]:
+    return {"loras": [(name, strength) for name in names]}
+
+
+def run(pipe: Pipeline, trial: Trial) -> tuple[list[Row], Pictures]:
+    """The rows of the table that a trial gives, and its pictures."""
     defaults = pipe.package.manifest.defaults
     setting = Setting(defaults.sampler or "ddim", defaults.guidance_scale, defaults.num_inference_steps)
-    rows: list[Row] = []
-    sheet: list[Pictures] = []
-
-    def measure(drawn_with: str, scenes: list[Scene], *lessons: Lesson, **parameters: Any) -> None:
-        pictures = draw(pipe, scenes, setting, **parameters)
-        rows.extend(judge(drawn_with, lesson, pictures, scenes) for lesson in lessons)
-        sheet.append(pictures[:_SHEET])
-
-    for lesson in (LESSONS[name] for name in LORAS):
-        for strength in (0.0, 0.5, 1.0):
-            loras = [(lesson.name, strength)]
-            measure(f"{lesson.name} {strength:g}", lesson.tests(count), lesson, loras=loras)
-    striped, teal, shape = LESSONS["striped"], LESSONS["teal"], LESSONS[SHAPE]
-    both = [(name, 1.0) for name in LORAS]
-    measure("striped 1, teal 1", striped_scenes(teal, count), striped, teal, loras=both)
-    # With this syntax the files of a folder are no words.
-    measure("nothing", shape.tests(count), shape, prompt_syntax="plain")
-    measure(shape.name, shape.tests(count), shape)
-    smaller = [size for size in SIZES if size not in shape.sizes]
-    measure(f"{shape.name}, smaller", shape.tests(count, smaller), shape)
-    measure(f"{shape.name}, striped 1", striped_scenes(shape, count), striped, shape, loras=both[:1])
-    return rows, sheet
+    pictures = draw(pipe, trial.scenes, setting, **trial.parameters)
+    return [judge(trial.drawn_with, lesson, pictures, trial.scenes) for lesson in trial.lessons], pictures
 
 
 def striped_scenes(lesson: Lesson, count: int) -> list[Scene]:
@@ -97,6 +114,17 @@ def save_sheet(rows: list[Pictures], file: Path) -> None:
     smaller.quantize(_COLOURS, dither=Image.Dither.NONE).save(file, optimize=True)
 
 
+def write(out: Path, backend: str, done: list[tuple[list[Row], Pictures]]) -> None:
+    """Write `adapters.json` and `adapters.png`."""
+    out.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {
+        "backend": backend,
+        "rows": [asdict(row) for rows, _ in done for row in rows],
+    }
+    (out / "adapters.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    save_sheet([pictures[:_SHEET] for _, pictures in done], out / "adapters.png")
+
+
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -105,12 +133,8 @@ def main() -> None:
     arguments = parser.parse_args()
     print("| drawn with | looked for | pictures | seen | semantic | median amount |\n" + "|---" * 6 + "|")
     with Pipeline.open("demo") as pipe:
-        rows, sheet = evaluate(pipe, arguments.count)
-        backend = pipe.backend
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"backend": backend, "rows": [asdict(row) for row in rows]}
-    (arguments.out / "adapters.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    save_sheet(sheet, arguments.out / "adapters.png")
+        done = [run(pipe, trial) for trial in trials(arguments.count)]
+        write(arguments.out, pipe.backend, done)
 
 
 if __name__ == "__main__":

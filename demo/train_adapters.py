@@ -33,7 +33,6 @@ BATCH = 12
 PICTURES = 600
 
 _LOG_EVERY = 50
-_EMPTY_PROMPTS = 0.1
 # The floor and power of the loss (see `train_unet`): the noisiest steps decide whether there will be stripes.
 _WEIGHING = (0.5, 0.5)
 # A LoRA is trained at strengths between this and 1, so that what it adds grows with the strength.
@@ -49,8 +48,8 @@ class Recipe:
 
     `targets` are the ends of the names of the modules that get a LoRA, by net. The latents of a new colour
     are the mean of those of `mixed` ones: the autoencoder has none of its own. `ordinary` is the share of
-    scenes without what is taught, so that other words keep their meaning. An embedding starts as the
-    vectors of the words `start`.
+    scenes without what is taught, so that other words keep their meaning. `empty` is the share
+    of pictures without a prompt. An embedding starts as the vectors of the words `start`.
     """
 
     steps: int
@@ -62,20 +61,27 @@ class Recipe:
     start: tuple[str, ...] = ()
     mixed: tuple[str, ...] = ()
     ordinary: float = 0.0
+    empty: float = 0.0
 
 
 RECIPES = {
     "striped": Recipe(
-        steps=700, rate=8e-3, alpha=4.0, grammar="kohya", targets={"unet": (*_ATTENTION, *_CONVOLUTIONS)}
+        steps=700,
+        rate=8e-3,
+        alpha=4.0,
+        empty=0.1,
+        grammar="kohya",
+        targets={"unet": (*_ATTENTION, *_CONVOLUTIONS)},
     ),
     "teal": Recipe(
-        steps=350,
+        steps=300,
         rate=6e-3,
         targets={"unet": _ATTENTION, "text_encoder": _TEXT},
         mixed=("green", "blue"),
         ordinary=0.4,
+        empty=0.15,
     ),
-    "frame": Recipe(steps=250, rate=4e-3, start=("square", "ring")),
+    "frame": Recipe(steps=300, rate=5e-3, start=("square", "ring", "square")),
 }
 
 
@@ -180,13 +186,12 @@ def train(
     signal = model.scheduler().alphas_cumprod.float()
     parameters = [parameter for module in adapter for parameter in module.parameters()]
     optimiser = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
-    spelled = "".join(words_of(lesson, recipe))
     for step in range(recipe.steps):
         rng = shapes.generator(f"{lesson.name} {step}")
         generator = torch.Generator().manual_seed(step)
         chosen = rng.sample(range(PICTURES), BATCH)
         strength = rng.uniform(_WEAKEST, 1.0)
-        prompts = [_prompt(lesson, scenes[i], rng, spelled) for i in chosen]
+        prompts = [_prompt(lesson, recipe, scenes[i], rng) for i in chosen]
         for low in (module for module in adapter if isinstance(module, LowRank)):
             low.strength = strength
         timesteps = ((torch.arange(BATCH) + torch.rand((BATCH,), generator=generator)) * 1000 / BATCH).long()
@@ -200,12 +205,15 @@ def train(
         yield float(loss.detach())
 
 
-def _prompt(lesson: Lesson, scene: shapes.Scene, rng: random.Random, spelled: str) -> str:
-    """A sentence for a scene of training, or none; what has a new word is always called by it."""
-    text = "" if rng.random() < _EMPTY_PROMPTS else shapes.describe(scene, rng)
+def _prompt(lesson: Lesson, recipe: Recipe, scene: shapes.Scene, rng: random.Random) -> str:
+    """A sentence for a scene of training, or none; one that leaves out a new word does not count as one."""
+    # None also for what is new: guidance would drive a picture away from what is unknown without a prompt.
+    if rng.random() < recipe.empty:
+        return ""
+    text = shapes.describe(scene, rng)
     if lesson.name in (scene.colour, scene.shape) and lesson.name not in text:
         text = scene.prompt()
-    return text.replace(lesson.name, spelled or lesson.name)
+    return text.replace(lesson.name, "".join(words_of(lesson, recipe)) or lesson.name)
 
 
 def teach(parts: Parts, lesson: Lesson, recipe: Recipe, file: Path) -> None:
