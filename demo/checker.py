@@ -7,8 +7,8 @@ own mask best, by intersection over union. NumPy and Pillow only.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,8 +39,8 @@ Colour = npt.NDArray[np.float32]
 class Verdict:
     """What the checker sees. An empty picture has shape, colour and size "nothing" and iou 0.
 
-    `depth` says how deep stripes are cut: 0 for a plain shape, 1 where the background shows. `inside` is the
-    shape's red, green and blue, 0..255.
+    `depth` says how deep stripes are cut: 0 for a plain shape, 1 where the background shows. `likeness`
+    has the intersection over union of every shape, that of the unlikely ones at a guessed place.
     """
 
     background: str
@@ -50,7 +50,7 @@ class Verdict:
     iou: float
     texture: str = "plain"
     depth: float = 0.0
-    inside: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    likeness: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def obeys(self, scene: Scene, min_iou: float = STRICT_IOU) -> bool:
         """Whether all five attributes are the scene's and the shape is drawn at least this well."""
@@ -76,11 +76,9 @@ def check(picture: npt.NDArray[np.uint8]) -> Verdict:
     seen: Mask = coverage > 0.5
     depth = stripe_depth(coverage, seen)
     texture = "striped" if depth > STRIPED else "plain"
-    shape, radius, iou = best_fit(seen, texture)
-    red, green, blue = (float(value) for value in inside)
-    return Verdict(
-        background, name_of(inside), size_of(radius), shape, iou, texture, depth, (red, green, blue)
-    )
+    shape, radius, likeness = best_fit(seen, texture)
+    name, iou = name_of(inside), likeness[shape]
+    return Verdict(background, name, size_of(radius), shape, iou, texture, depth, likeness)
 
 
 def stripe_depth(coverage: npt.NDArray[np.floating[Any]], seen: Mask) -> float:
@@ -121,8 +119,8 @@ def _border_colour(pixels: npt.NDArray[np.float32]) -> Colour:
     return np.median(pixels[frame], axis=0)
 
 
-def best_fit(seen: Mask, texture: str = "plain") -> tuple[str, float, float]:
-    """The best template for a mask (N, N): its name, radius in pixels, and intersection over union."""
+def best_fit(seen: Mask, texture: str = "plain") -> tuple[str, float, dict[str, float]]:
+    """The best template for a mask (N, N), its radius in pixels, and each one's intersection over union."""
     whole = seen if texture == "plain" else closed(seen)
     guesses = {shape: _first_guess(shape, whole) for shape in OUTLINES}
     hopeful = max(iou for _, iou in guesses.values()) - _GUESS_ERROR
@@ -132,8 +130,8 @@ def best_fit(seen: Mask, texture: str = "plain") -> tuple[str, float, float]:
         if iou >= hopeful
     }
     shape = max(fits, key=lambda name: fits[name][1])
-    placement, iou = fits[shape]
-    return shape, placement.radius, iou
+    likeness = {name: iou for name, (_, iou) in (guesses | fits).items()}
+    return shape, fits[shape][0].radius, likeness
 
 
 def _refine(shape: str, best: Placement, seen: Mask, texture: str) -> tuple[Placement, float]:

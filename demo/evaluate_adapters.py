@@ -69,7 +69,7 @@ class Trial:
 
 def trials(count: int) -> list[Trial]:
     """What is drawn, `count` pictures each."""
-    striped, teal, shape = LESSONS["striped"], LESSONS["teal"], LESSONS[SHAPE]
+    striped, cross, shape = LESSONS["striped"], LESSONS["cross"], LESSONS[SHAPE]
     smaller = [size for size in SIZES if size not in shape.sizes]
     # With the syntax "plain" the files of a folder are no words.
     rows: list[tuple[str, list[Scene], tuple[Lesson, ...], dict[str, Any]]] = [
@@ -78,7 +78,7 @@ def trials(count: int) -> list[Trial]:
             for name in LORAS
             for strength in (0.0, 0.5, 1.0)
         ),
-        ("striped 1, teal 1", striped_scenes(teal, count), (striped, teal), _loras(1.0, *LORAS)),
+        ("striped 1, cross 1", striped_scenes(cross, count), (striped, cross), _loras(1.0, *LORAS)),
         (f"no {shape.name}", shape.tests(count), (shape,), {"prompt_syntax": "plain"}),
         (shape.name, shape.tests(count), (shape,), {}),
         (f"{shape.name}, smaller", shape.tests(count, smaller), (shape,), {}),

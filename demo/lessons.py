@@ -16,10 +16,10 @@ from .shapes import Combo, Scene
 
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
-    """One adapter: a texture, a colour or a shape.
+    """One adapter: a texture or a shape.
 
     `combos` are all (colour, shape, background) that can be asked for, and `held_out` those that training
-    never draws. A colour or a shape is asked for by the lesson's name, a texture by nothing: its adapter
+    never draws. A shape is asked for by the lesson's name, a texture by nothing: its adapter
     always acts. It is trained in all sizes, and judged in `sizes`. `seen` says whether a picture has what is
     taught, and `amount` how much of it.
     """
@@ -51,21 +51,12 @@ def _some(combos: list[Combo], count: int, key: str) -> tuple[Combo, ...]:
     return tuple(shapes.generator(key).sample(combos, count))
 
 
-def _colour_difference(verdict: Verdict) -> float:
-    wanted = shapes.RGB["teal"]
-    return sum((a - b) ** 2 for a, b in zip(verdict.inside, wanted, strict=True)) ** 0.5
+def _combos(shape: str) -> list[Combo]:
+    pairs = itertools.product(shapes.COLOURS, shapes.BACKGROUNDS)
+    return [(colour, shape, ground) for colour, ground in pairs if colour != ground]
 
 
-_TEAL = [("teal", shape, ground) for shape, ground in itertools.product(shapes.SHAPES, shapes.BACKGROUNDS)]
-
-
-_FRAMES = [
-    (colour, "frame", ground)
-    for colour, ground in itertools.product(shapes.COLOURS, shapes.BACKGROUNDS)
-    if colour != ground
-]
-
-LORAS = ("striped", "teal")
+LORAS = ("striped", "cross")
 SHAPE = "frame"  # which an embedding teaches
 LESSONS = {
     lesson.name: lesson
@@ -79,20 +70,20 @@ LESSONS = {
             amount=lambda verdict: verdict.depth,
         ),
         Lesson(
-            name="teal",
-            combos=tuple(_TEAL),
-            held_out=_some(_TEAL, 10, "teal held out"),
-            seen=lambda verdict: verdict.colour == "teal",
-            amount=_colour_difference,
+            name="cross",
+            combos=tuple(_combos("cross")),
+            held_out=_some(_combos("cross"), 12, "cross held out"),
+            seen=lambda verdict: verdict.shape == "cross" and verdict.iou > SEMANTIC_IOU,
+            amount=lambda verdict: verdict.likeness.get("cross", 0.0),
         ),
         Lesson(
             name="frame",
-            combos=tuple(_FRAMES),
-            held_out=_some(_FRAMES, 12, "frame held out"),
+            combos=tuple(_combos("frame")),
+            held_out=_some(_combos("frame"), 12, "frame held out"),
             # Smaller ones are drawn with round holes, or as rings: no embedding tells the model enough.
             sizes=("large",),
             seen=lambda verdict: verdict.shape == "frame" and verdict.iou > SEMANTIC_IOU,
-            amount=lambda verdict: verdict.iou,
+            amount=lambda verdict: verdict.likeness.get("frame", 0.0),
         ),
     )
 }

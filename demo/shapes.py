@@ -12,7 +12,7 @@ import math
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -31,11 +31,6 @@ RGB: dict[str, tuple[int, int, int]] = {
     "black": (18, 18, 18),
     "gray": (154, 154, 154),
     "pink": (248, 150, 192),
-    "teal": (
-        36,
-        126,
-        128,
-    ),  # which the adapter of that name teaches; no picture of the model's training has it
 }
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white", "black")
 BACKGROUNDS = ("white", "black", "gray", "blue", "yellow", "pink", "green")
@@ -124,6 +119,18 @@ def _star(radius: float) -> tuple[Point, ...]:
     return tuple((r * math.sin(a), -r * math.cos(a)) for r, a in zip(radii, angles, strict=True))
 
 
+def _cross(reach: float, half: float) -> tuple[Point, ...]:
+    arm = ((half, -half), (reach, -half), (reach, half))  # to the right; the others are this one, turned
+    return tuple(
+        point for turn in ((1, 0), (0, 1), (-1, 0), (0, -1)) for point in (_turned(p, *turn) for p in arm)
+    )
+
+
+def _turned(point: Point, cosine: float, sine: float) -> Point:
+    x, y = point
+    return cosine * x - sine * y, sine * x + cosine * y
+
+
 def _heart_point(angle: float) -> Point:
     """The usual heart curve, but with sin^2 for sin^3: the tip is a wedge, not a needle."""
     x = 16 * math.sin(angle) * abs(math.sin(angle))
@@ -141,7 +148,8 @@ OUTLINES: dict[str, tuple[Point, ...]] = {
     "star": _star(1.1),
     "heart": tuple(_heart_point(2 * math.pi * i / 96) for i in range(96)),
     "ring": _polygon(96),
-    # Which an embedding teaches; no picture of the model's training has it.
+    # Which adapters teach; no picture of the model's training has them.
+    "cross": _cross(1.0, 0.35),
     "frame": _SQUARE,
 }
 
@@ -202,11 +210,6 @@ def textured(coverage: npt.NDArray[np.float32], texture: str) -> npt.NDArray[np.
     period, kept = TEXTURES[texture]
     rows = np.resize(np.arange(period), coverage.shape[0])[:, None]
     return np.where(rows < kept, coverage, np.float32(0))
-
-
-def recoloured(scene: Scene, colour: str) -> Scene:
-    """The same scene, its shape in another colour."""
-    return replace(scene, colour=colour)
 
 
 def render(scene: Scene, rng: random.Random) -> npt.NDArray[np.uint8]:

@@ -1,6 +1,6 @@
 """Trains the demo's adapters: `python -m latentrt.demo.train_adapters`, with the extra `[export]`.
 
-Two LoRAs and an embedding (textual inversion) for what the model cannot draw: a texture, a colour, a shape.
+Two LoRAs and an embedding (textual inversion) for what the model cannot draw: a texture and two shapes.
 Each is trained on one thread, on drawn pictures, with a fixed number of steps and fixed seeds; held-out
 combinations are never drawn.
 """
@@ -33,6 +33,7 @@ BATCH = 12
 PICTURES = 600
 
 _LOG_EVERY = 50
+_EMPTY_PROMPTS = 0.1
 # The floor and power of the loss (see `train_unet`): the noisiest steps decide whether there will be stripes.
 _WEIGHING = (0.5, 0.5)
 # A LoRA is trained at strengths between this and 1, so that what it adds grows with the strength.
@@ -46,10 +47,9 @@ _TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 class Recipe:
     """How a lesson is trained.
 
-    `targets` are the ends of the names of the modules that get a LoRA, by net. The latents of a new colour
-    are the mean of those of `mixed` ones: the autoencoder has none of its own. `ordinary` is the share of
-    scenes without what is taught, so that other words keep their meaning. `empty` is the share
-    of pictures without a prompt. An embedding starts as the vectors of the words `start`.
+    `targets` are the ends of the names of the modules that get a LoRA, by net. `ordinary` is the share
+    of scenes without what is taught, so that other words keep their meaning. An embedding starts as the
+    vectors of the words `start`.
     """
 
     steps: int
@@ -59,9 +59,7 @@ class Recipe:
     grammar: str = "peft"
     targets: dict[str, tuple[str, ...]] = field(default_factory=dict)
     start: tuple[str, ...] = ()
-    mixed: tuple[str, ...] = ()
     ordinary: float = 0.0
-    empty: float = 0.0
 
 
 RECIPES = {
@@ -69,19 +67,16 @@ RECIPES = {
         steps=700,
         rate=8e-3,
         alpha=4.0,
-        empty=0.1,
         grammar="kohya",
         targets={"unet": (*_ATTENTION, *_CONVOLUTIONS)},
     ),
-    "teal": Recipe(
-        steps=300,
+    "cross": Recipe(
+        steps=250,
         rate=6e-3,
-        targets={"unet": _ATTENTION, "text_encoder": _TEXT},
-        mixed=("green", "blue"),
-        ordinary=0.4,
-        empty=0.15,
+        targets={"unet": (*_ATTENTION, *_CONVOLUTIONS), "text_encoder": _TEXT},
+        ordinary=0.3,
     ),
-    "frame": Recipe(steps=300, rate=5e-3, start=("square", "ring", "square")),
+    "frame": Recipe(steps=250, rate=4e-3, start=("square", "ring")),
 }
 
 
@@ -151,14 +146,11 @@ def add_vectors(parts: Parts, lesson: Lesson, recipe: Recipe) -> Extended:
 
 
 @torch.no_grad()
-def latents_of(parts: Parts, scene: shapes.Scene, key: str, colours: tuple[str, ...]) -> torch.Tensor:
-    """Scaled latents of a drawn scene, (1, 4, 16, 16): the mean of those in each of the colours."""
-    drawn = [
-        shapes.render(shapes.recoloured(scene, colour), shapes.generator(key))
-        for colour in colours or (scene.colour,)
-    ]
-    pixels = torch.stack([torch.from_numpy(picture) for picture in drawn]).permute(0, 3, 1, 2) / 127.5 - 1
-    return parts.vae.encode(pixels).latent_dist.mean.mean(dim=0, keepdim=True) * SCALING
+def latents_of(parts: Parts, scene: shapes.Scene, key: str) -> torch.Tensor:
+    """Scaled latents of a drawn scene, (1, 4, 16, 16)."""
+    picture = torch.from_numpy(shapes.render(scene, shapes.generator(key)))
+    pixels = picture.permute(2, 0, 1)[None] / 127.5 - 1
+    return parts.vae.encode(pixels).latent_dist.mean * SCALING
 
 
 def lesson_pictures(parts: Parts, lesson: Lesson, recipe: Recipe) -> tuple[list[shapes.Scene], torch.Tensor]:
@@ -171,10 +163,7 @@ def lesson_pictures(parts: Parts, lesson: Lesson, recipe: Recipe) -> tuple[list[
         else lesson.scene(rng.choice(combos), rng.choice(shapes.SIZES))
         for _ in range(PICTURES)
     ]
-    latents = [
-        latents_of(parts, scene, f"{lesson.name} {i}", recipe.mixed if scene.colour == lesson.name else ())
-        for i, scene in enumerate(scenes)
-    ]
+    latents = [latents_of(parts, scene, f"{lesson.name} {i}") for i, scene in enumerate(scenes)]
     return scenes, torch.cat(latents)
 
 
@@ -206,12 +195,9 @@ def train(
 
 
 def _prompt(lesson: Lesson, recipe: Recipe, scene: shapes.Scene, rng: random.Random) -> str:
-    """A sentence for a scene of training, or none; one that leaves out a new word does not count as one."""
-    # None also for what is new: guidance would drive a picture away from what is unknown without a prompt.
-    if rng.random() < recipe.empty:
-        return ""
-    text = shapes.describe(scene, rng)
-    if lesson.name in (scene.colour, scene.shape) and lesson.name not in text:
+    """A sentence for a scene of training, or none; what has a new word is always called by it."""
+    text = "" if rng.random() < _EMPTY_PROMPTS else shapes.describe(scene, rng)
+    if lesson.name == scene.shape and lesson.name not in text:
         text = scene.prompt()
     return text.replace(lesson.name, "".join(words_of(lesson, recipe)) or lesson.name)
 

@@ -59,20 +59,20 @@ def test_a_lora_draws_what_the_model_cannot(pipe: Pipeline, lesson: Lesson, coun
 
 @a_few_of_fifty
 def test_both_loras_together_draw_both(pipe: Pipeline, count: int) -> None:
-    scenes = [replace(scene, texture="striped") for scene in LESSONS["teal"].tests(count)]
+    scenes = [replace(scene, texture="striped") for scene in LESSONS["cross"].tests(count)]
     verdicts = judged(pipe, scenes, loras=[(name, 1.0) for name in LORAS])
     assert all(share(LESSONS[name], verdicts) >= 0.9 for name in LORAS)
 
 
 def test_one_after_the_other_and_back_is_the_same_to_the_byte(pipe: Pipeline) -> None:
-    scenes = LESSONS["teal"].tests(2)
-    plain, striped, teal, again, bare = (
+    scenes = LESSONS["cross"].tests(2)
+    plain, striped, cross, again, bare = (
         draw(pipe, scenes, loras=loras)
-        for loras in ([], [("striped", 1.0)], [("teal", 1.0)], [("striped", 1.0)], [])
+        for loras in ([], [("striped", 1.0)], [("cross", 1.0)], [("striped", 1.0)], [])
     )
     np.testing.assert_array_equal(striped, again)
     np.testing.assert_array_equal(plain, bare)
-    assert (striped != teal).any()
+    assert (striped != cross).any()
     assert (striped != plain).any()
 
 

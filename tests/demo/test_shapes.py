@@ -64,7 +64,7 @@ def test_stripes_leave_two_thirds_and_show_the_background_between() -> None:
 
 
 def test_words_that_only_adapters_teach_are_unknown() -> None:
-    assert shapes.unknown_words("a teal star on a white background") == ["teal"]
+    assert shapes.unknown_words("a red cross on a white background") == ["cross"]
 
 
 def test_prompts() -> None:
