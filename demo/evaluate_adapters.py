@@ -81,6 +81,7 @@ def trials(count: int) -> list[Trial]:
         ("striped 1, cross 1", striped_scenes(cross, count), (striped, cross), _loras(1.0, *LORAS)),
         (f"no {shape.name}", shape.tests(count), (shape,), {"prompt_syntax": "plain"}),
         (shape.name, shape.tests(count), (shape,), {}),
+        ("cross 1, smaller", cross.tests(count, smaller), (cross,), _loras(1.0, "cross")),
         (f"{shape.name}, smaller", shape.tests(count, smaller), (shape,), {}),
         (f"{shape.name}, striped 1", striped_scenes(shape, count), (striped, shape), _loras(1.0, "striped")),
     ]

@@ -73,6 +73,8 @@ LESSONS = {
             name="cross",
             combos=tuple(_combos("cross")),
             held_out=_some(_combos("cross"), 12, "cross held out"),
+            # So few steps of training do not teach it to draw smaller ones well.
+            sizes=("large",),
             seen=lambda verdict: verdict.shape == "cross" and verdict.iou > SEMANTIC_IOU,
             amount=lambda verdict: verdict.likeness.get("cross", 0.0),
         ),
@@ -80,7 +82,7 @@ LESSONS = {
             name="frame",
             combos=tuple(_combos("frame")),
             held_out=_some(_combos("frame"), 12, "frame held out"),
-            # Smaller ones are drawn with round holes, or as rings: no embedding tells the model enough.
+            # Smaller ones are drawn with rounded corners, or as rings.
             sizes=("large",),
             seen=lambda verdict: verdict.shape == "frame" and verdict.iou > SEMANTIC_IOU,
             amount=lambda verdict: verdict.likeness.get("frame", 0.0),
