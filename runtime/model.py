@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 SHIPPED = {"demo": Path(__file__).resolve().parent.parent / "demo" / "package"}
 
-# Where the adapters and the embeddings of shipped models lie.
-LORAS = {"demo": SHIPPED["demo"].parent / "loras"}
+# Where adapters of shipped models lie, and embeddings: apart, as a prompt calls these by bare words.
+ADAPTERS = {"demo": SHIPPED["demo"].parent / "adapters"}
 EMBEDDINGS = {"demo": SHIPPED["demo"].parent / "embeddings"}
 
 Advance = Callable[[str, int, int], None]  # (what is being done, how much is done, of how much)

@@ -28,7 +28,7 @@ from .embeddings import EmbeddingLibrary, Source
 from .loop.device.cuda_graphs import Graphs
 from .loop.job import NEVER, Clock, DenoiseJob, Drawn, JobRecorder, Loop, PackageLoop, State, Stop
 from .loop.open import LoopOptions, open_loop
-from .model import EMBEDDINGS, LORAS, Advance, CheckpointOptions, Note, open_model
+from .model import ADAPTERS, EMBEDDINGS, Advance, CheckpointOptions, Note, open_model
 from .pictures.tiling import encode_tiled
 from .prompts.encode import CACHE_BYTES, TextConditioner, TextEncoder
 from .prompts.tokenizer import ClipTokenizer
@@ -169,7 +169,7 @@ class Pipeline:
             BackendError: nothing installed can execute it, or there are no engines for it.
             StorageError: no room for what is fetched or made ready.
         """
-        loras = LORAS.get(str(model)) if loras is None else loras
+        loras = ADAPTERS.get(str(model)) if loras is None else loras
         embeddings = EMBEDDINGS.get(str(model)) if embeddings is None else embeddings
         for folder in (embeddings, loras):
             check_folder(folder)  # before a model is fetched
