@@ -82,7 +82,7 @@ def write_clip_tokenizer(folder: str | Path, pad_token: str = _EOS) -> Path:
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    merges = gzip.decompress(_VOCABULARY.read_bytes()).decode("utf-8").splitlines()[1:]
+    merges = gzip.decompress(_VOCABULARY.read_bytes()).decode("utf-8").split("\n")[1:-1]
     assert len(merges) == _MERGES
     symbols = [chr(byte) for byte in _PRINTABLE]
     symbols += [chr(256 + index) for index in range(256 - len(symbols))]

@@ -85,7 +85,7 @@ def test_folder_is_complete(folder):
 def test_vocabulary_is_openais_file():
     """The first 48,895 of its lines, which are those that CLIP reads.
 
-    The digest is of these lines of the file that other projects fetch from openai/CLIP and check by its sha256,
+    The digest is of these lines of the file that other projects fetch from openai/CLIP, whose sha256 is
     924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a.
     """
     lines = gzip.decompress((VOCABULARY / "merges.txt.gz").read_bytes())

@@ -57,7 +57,7 @@ def test_the_wheel_holds_the_package_not_the_checkpoint_and_is_small(tmp_path: P
     assert {f"latentrt/demo/adapters/{name}.safetensors" for name in LORAS} <= names
     assert f"latentrt/demo/embeddings/{SHAPE}.safetensors" in names
     assert "latentrt/runtime/py.typed" in names
-    folders = ("benchmarks", "cli", "demo", "engines", "export", "runtime")
+    folders = ("adapters", "benchmarks", "checkpoints", "cli", "demo", "engines", "export", "runtime")
     sources = [path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*.py")]
     assert {f"latentrt/{path.as_posix()}" for path in sources} <= names, "a room that pyproject does not list"
     assert not [
