@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import median
 
 from .. import words
-from ..intervals import LEAST, ratio_by_round
+from ..intervals import LEAST
 from ..records import Document, Row
 from ..roofline import GEMM
-from ..sides.adapted import DRAWN, LOAD, NEW, OPEN, picture_after
+from ..sides.adapted import FOLLOWED, LOAD, NEW, OPEN, picture_after
 from ..sides.contract import OURS
 from ..verbs.adapters import LOADED, STEP, WORKLOADS
 from ..verbs.build import TOGETHER
@@ -39,7 +39,7 @@ _HEAD = ("| what | result | reproduce |", "|---|---|---|")
 # What the short table takes from a document besides latencies: the beginnings of `summaries`' lines.
 _SHORT = ("peak in host memory", "peak on the device", "cold start", "build", "parity")
 _TABLES = ("latency", "opening", "adapters")  # documents that have a table of their own
-_AFTER = {picture_after(name) for name in DRAWN}
+_AFTER = {picture_after(name) for name in FOLLOWED}
 _ROWS = 12  # of the short table, at most
 NOTHING = "Nothing was measured yet: `latentrt bench latency demo`."
 
@@ -463,13 +463,9 @@ def _with_adapters(document: Document) -> Lines:
         yield "peak while adapters change", ", ".join(sizes)
     own, loaded = (next(document.select(STEP, side), None) for side in (OURS, LOADED))
     if own and loaded and loaded.rounds:
-        ratio = ratio_by_round(loaded.rounds, own.rounds)
-        differing = figure(loaded, "differing")
-        yield (
-            "a step without adapters",
-            f"{words.seconds(summary(own))}; where some are loaded {_ratio(Against(row=loaded, ratio=ratio))},"
-            f" {differing:.0f} bytes of the picture differ",
-        )
+        times = _ratio(against(document, loaded.case, LOADED).get(STEP))
+        differing = f"{figure(loaded, 'differing'):.0f} bytes of the picture differ"
+        yield STEP, f"{words.seconds(summary(own))}; where some are loaded {times}, {differing}"
 
 
 # In the order in which documents are shown.

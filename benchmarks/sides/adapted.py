@@ -6,7 +6,8 @@
     picture, and what else the plain side has       the same
     unused                                          a picture without adapters, while all files are loaded
 
-A change is timed until a picture can be drawn with it: the call, and what the picture says that adapters took.
+A change is timed until a picture can be drawn with it: the call, and what the picture says that its adapters
+took.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from .single_file import not_set_up, open_file
 
 LOAD, NEW, NONE, OPEN, UNLOAD = "load", "new set", "back to none", "open set", "unload"
 CHANGES = (LOAD, NEW, NONE, OPEN, UNLOAD)  # in the order in which they are made
-DRAWN = (NEW, NONE, OPEN)  # those that a picture follows
+FOLLOWED = (NEW, NONE, OPEN)  # those that a picture follows
 UNUSED = "unused"
 PICTURE = "picture"
 _NAME = "measured"  # of the adapter
@@ -138,7 +139,7 @@ def _change(changes: Mapping[str, Change], picture: Work, seconds: dict[str, flo
         changes[name]()
         changed = perf_counter()
         seconds[name] = changed - began
-        if name in DRAWN:
+        if name in FOLLOWED:
             picture.run()
             took = perf_counter() - changed
             ready = picture.figures().get("stages_s", {}).get("adapters", 0.0)

@@ -1,4 +1,4 @@
-"""One-file checkpoints as diffusers opens them, with nothing fetched: the configs are written beside the file."""
+"""One-file checkpoints as diffusers opens them; nothing is fetched: the configs that it asks for are made."""
 
 from __future__ import annotations
 

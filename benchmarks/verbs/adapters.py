@@ -1,7 +1,7 @@
 """`latentrt bench adapters`: what a change of adapters costs, ours beside diffusers', and what none costs.
 
-The files are made: random weights on the model's own. Each round opens every side alone, in a fresh process, in
-an order that flips, so that no more than one of them has to fit into memory.
+The files are made: random weights on the model's own. Each round opens every side alone, in a fresh process,
+in an order that flips, so that no more than one of them has to fit into memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..models.loras import RANK, TARGETS, write_lora
 from ..process import SideError, SideProcess
 from ..records import Document, Row
 from ..rounds import Pace, Slot, Turns, interleave
-from ..sides.adapted import CHANGES, DRAWN, PICTURE, UNUSED, picture_after
+from ..sides.adapted import CHANGES, FOLLOWED, LOAD, NEW, PICTURE, UNUSED, picture_after
 from ..sides.contract import ADAPTED, DIFFUSERS, DIFFUSERS_ADAPTED, OURS, Task
 from .latency import Progress, check, check_memory, document_of, silent
 from .memory import NO_PROC, PEAK
@@ -38,7 +38,7 @@ STEP = "step without adapters"
 LOADED = f"{OURS}, adapters loaded"  # the side that has adapters, and does not use them
 # Of a file, in their order.
 WORKLOADS = tuple(
-    name for change in CHANGES for name in (change, *(picture_after(change),) * (change in DRAWN))
+    name for change in CHANGES for name in (change, *(picture_after(change),) * (change in FOLLOWED))
 )
 _LOOP = ("unet", "update", "enqueue", "wait")  # stages that are steps
 
@@ -78,10 +78,14 @@ class _Side:
     closed: SideError | None = None
     stamp: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
+    def of(self, lora: str, workload: str) -> list[float]:
+        """The samples of a file and a workload."""
+        return self.samples.setdefault((lora, workload), [])
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Bench:
-    """What all sides are given, and what the first round of ours drew with each file."""
+    """What all sides are given; by file, or WITHOUT one, the picture that ours drew first."""
 
     package: Package
     task: Task
@@ -89,6 +93,16 @@ class _Bench:
     changes: Changes
     progress: Progress
     wanted: dict[str, Mapping[str, Array]] = field(default_factory=dict[str, Mapping[str, Array]])
+
+    def check(self, side: str, lora: str, outputs: Mapping[str, Array]) -> Mapping[str, float]:
+        """How like ours a peer's picture is, and like the first one ours. Raises SideError beyond the bar."""
+        if side == OURS and lora not in self.wanted:
+            if np.array_equal(outputs["image"], self.wanted[WITHOUT]["image"]):
+                raise SideError("FAILED", "the picture is the same as without the adapter")
+            self.wanted[lora] = outputs
+        if lora not in self.wanted:
+            raise SideError("not available", "ours failed: there is nothing to compare with")
+        return check(outputs, self.wanted[lora], self.package)
 
 
 def measure_adapters(
@@ -124,10 +138,7 @@ def measure_adapters(
         rows = list(_changed(bench)) if changes.files else []
         if WITHOUT in changes.loras:
             rows += _without(replace(bench, case=case), pace)
-    settings = {
-        name: list(value) if isinstance(value, tuple) else value for name, value in vars(changes).items()
-    }
-    return document_of("adapters", package, task, rows, settings)
+    return document_of("adapters", package, task, rows, vars(changes))
 
 
 # ── changes ────────────────────────────────────────────────────────────────────────────────────────
@@ -149,7 +160,8 @@ def _go(bench: _Bench, name: str, found: _Side) -> None:
     """Open a side, and go through every file; what fails is not gone through again."""
     try:
         with SideProcess(name, SIDES[name], bench.task) as item:
-            item.prepare(PICTURE, bench.case)
+            _, plain = item.prepare(PICTURE, bench.case)
+            bench.wanted.setdefault(WITHOUT, plain)
             found.before.append(resident_bytes(item.pid)[1])
             # The first change of a process imports what it needs, and reads the names of the model's weights.
             _file(bench, item, bench.changes.files[0], found, first=True)
@@ -169,22 +181,18 @@ def _file(bench: _Bench, item: SideProcess, lora: str, found: _Side, *, first: b
         return
     try:
         answer, outputs = item.prepare(lora, bench.case)
-        if item.name == OURS:
-            bench.wanted.setdefault(lora, outputs)
-        elif lora not in bench.wanted:
-            raise SideError("not available", "ours failed: there is nothing to compare with")
-        found.likeness[lora] = check(outputs, bench.wanted[lora], bench.package)
+        found.likeness[lora] = bench.check(item.name, lora, outputs)
     except SideError as error:
         found.failed[lora] = error
         return
     for workload, seconds in answer["figures"].items():
-        kept = found.firsts if first else found.samples
-        kept.setdefault(workload if first else (lora, workload), []).append(seconds)
+        kept = found.firsts.setdefault(workload, []) if first else found.of(lora, workload)
+        kept.append(seconds)
 
 
 def _rows(bench: _Bench, name: str, found: _Side) -> Iterator[Row]:
     """A side's rows: one for each file and workload, and its peak."""
-    stamp = found.stamp or {**describe_machine(), **clocks()}
+    stamp, likeness = found.stamp or {**describe_machine(), **clocks()}, found.likeness
     case = {"rank": bench.changes.rank, **bench.case.to_json()}
     if found.closed is not None:
         status, reason = found.closed.status, found.closed.reason
@@ -194,17 +202,18 @@ def _rows(bench: _Bench, name: str, found: _Side) -> Iterator[Row]:
         about = {"lora": lora, **case}
         if lora in found.failed:
             status, reason = found.failed[lora].status, found.failed[lora].reason
-            yield Row(side=name, workload=CHANGES[0], case=about, status=status, reason=reason, stamp=stamp)
+            yield Row(side=name, workload=LOAD, case=about, status=status, reason=reason, stamp=stamp)
             continue
         for workload in WORKLOADS:
-            first = {"first_s": median(found.firsts[workload])} if lora == bench.changes.files[0] else {}
-            likeness = found.likeness[lora] if name != OURS and workload == picture_after(DRAWN[0]) else {}
+            figures = {"first_s": median(found.firsts[workload])} if lora == bench.changes.files[0] else {}
+            if name != OURS and workload == picture_after(NEW):
+                figures |= likeness[lora]
             yield Row(
                 side=name,
                 workload=workload,
                 case=about,
-                rounds=tuple((sample,) for sample in found.samples[lora, workload]),
-                figures={**first, **likeness},
+                rounds=tuple((sample,) for sample in found.of(lora, workload)),
+                figures=figures,
                 stamp=stamp,
             )
     peak = Row(side=name, workload=PEAK, case=case, unit="B", stamp=stamp)
