@@ -27,6 +27,7 @@ from .export import export
 from .generate import generate
 from .inspect import inspect, metadata
 from .opened import models
+from .shown import tell
 from .streams import ReaderGoneError, standard_streams
 
 app = typer.Typer(
@@ -152,7 +153,7 @@ def _tell(error: LatentrtError, *, as_json: bool, output_lost: Callable[[], bool
     if isinstance(error, _WordsError) and not as_json:
         error.show()  # with the usage above
     elif not as_json or output_lost():
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
     return error.exit_code
 
 
@@ -161,7 +162,7 @@ class _Remarks(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """One line; on the stream of this moment, because a progress bar puts its own there."""
-        print(f"latentrt: {record.getMessage()}", file=sys.stderr)
+        tell(f"latentrt: {record.getMessage()}")
 
 
 @contextmanager

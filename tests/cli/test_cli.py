@@ -148,7 +148,7 @@ def test_inspect_says_what_a_checkpoint_has(latentrt: Any, tmp_path: Path) -> No
         "a checkpoint of Stable Diffusion 2.x, in one file",
         "its UNet predicts epsilon, by assumption",
         "9 input channels (inpainting)",
-        "once they can be used: embedding for 64 numbers in text_encoder",
+        "fits: embedding for 64 numbers in text_encoder",
         "tensors that are not used: ",
         "cannot be opened: ",
         "fits no graph that is shipped: ",
