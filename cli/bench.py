@@ -100,10 +100,10 @@ class Call:
 
     def sides(self, references: tuple[str, ...] = ()) -> Sides:
         """Ours, the peers that are named, and the references. Raises UsageError for an unknown peer."""
-        from ..benchmarks.sides.contract import OURS, REFERENCES, SIDES, WATCHED
+        from ..benchmarks.sides.contract import OF_ONE_VERB, OURS, REFERENCES, SIDES
         from ..benchmarks.verbs.latency import Sides
 
-        known = [name for name in SIDES if name not in (OURS, WATCHED, *REFERENCES)]
+        known = [name for name in SIDES if name not in (OURS, *OF_ONE_VERB, *REFERENCES)]
         peers = listed(self.options["peers"], known)
         return Sides(task=self.task(), peers=peers, references=references)
 
@@ -316,6 +316,35 @@ def opening(**options: Any) -> None:
         sdcpp=options["sdcpp"],
     )
     _show(options, measure)
+
+
+@_measures(
+    *("checkpoint", "backend", "threads", "budget", "quick"),
+    width=_option(int, 128, "Pixels.", least=8),
+    height=_option(int, 128, "Pixels.", least=8),
+    loras=_option(str, "", "With commas: all, keys, text; none: a step without adapters. Default: these."),
+    rank=_option(int, 16, "Of the files, which are made.", least=1),
+    rounds=_option(int, 3, "How often each side is opened and goes through the files.", least=1),
+    peers=_option(str, "diffusers", "diffusers, or nothing."),
+    steps=_option(int, 8, "Of the picture without adapters; those with them have one.", least=1),
+)
+def adapters(call: Call) -> _Measure:
+    """What a change of adapters costs: load, new set, open set, back to none; beside diffusers.
+
+    Files with random weights are made in the system's folder for temporary files (TMPDIR). --budget is for
+    the steps without adapters: of a pipeline that never saw one, and of one that has some and uses none.
+    """
+    from ..benchmarks.verbs.adapters import LORAS, PEERS, Changes, measure_adapters
+
+    changes = Changes(
+        loras=listed(call.options["loras"], LORAS) or LORAS,
+        rank=call.options["rank"],
+        rounds=1 if call.quick else call.options["rounds"],
+        peers=listed(call.options["peers"], PEERS),
+    )
+    return partial(
+        measure_adapters, call.package, call.task(), call.case(), changes=changes, pace=call.pace()
+    )
 
 
 # ── other verbs ────────────────────────────────────────────────────────────────────────────────────

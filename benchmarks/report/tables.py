@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from statistics import median
 
 from .. import words
 from ..intervals import LEAST
 from ..records import Document, Row
 from ..roofline import GEMM
+from ..sides.adapted import FOLLOWED, LOAD, NEW, OPEN, picture_after
 from ..sides.contract import OURS
+from ..verbs.adapters import LOADED, STEP, WORKLOADS
 from ..verbs.build import TOGETHER
 from ..verbs.cold_start import PARTS
 from ..verbs.opening import DRAWN, OPENED, PEAK, WRITTEN
@@ -35,7 +38,8 @@ _FIGURES = {"waterfall": "one picture, stage by stage", "peers": "ours against p
 _HEAD = ("| what | result | reproduce |", "|---|---|---|")
 # What the short table takes from a document besides latencies: the beginnings of `summaries`' lines.
 _SHORT = ("peak in host memory", "peak on the device", "cold start", "build", "parity")
-_TABLES = ("latency", "opening")  # documents that have a table of their own
+_TABLES = ("latency", "opening", "adapters")  # documents that have a table of their own
+_AFTER = {picture_after(name) for name in FOLLOWED}
 _ROWS = 12  # of the short table, at most
 NOTHING = "Nothing was measured yet: `latentrt bench latency demo`."
 
@@ -85,6 +89,8 @@ def _highlights(document: Document) -> Lines:
             yield what, result
     if document.benchmark == "opening":
         yield from _first_pictures(document)
+    if document.benchmark == "adapters":
+        yield from _new_and_open(document)
 
 
 def _newest(results: Iterable[Result]) -> list[Result]:
@@ -117,6 +123,8 @@ def _section(
             yield from (_latency(document, case) for case in cases(document))
         elif document.benchmark == "opening":
             yield _opening(document)
+        elif document.benchmark == "adapters" and (table := _adapters(document)):
+            yield table
         if document.benchmark in _TABLES and (missing := _missing(document)):
             yield missing
     lines = [_line(*pair, document) for document in documents for pair in summaries(document)]
@@ -188,6 +196,59 @@ def _ways(document: Document) -> dict[tuple[str, str], dict[str, Row]]:
     for row in document.rows:
         found.setdefault((row.side, row.case["way"]), {})[row.workload] = row
     return found
+
+
+def _adapters(document: Document) -> str:
+    """A row for each file and side; nothing where no file was measured."""
+    found = _files(document)
+    if not found:
+        return ""
+    columns = [name for name in WORKLOADS if any(name in rows for rows in found.values())]
+    head = [_of_rank(document), *("then a picture" if name in _AFTER else name for name in columns)]
+    lines = [_row(head), "|" + "---|" * len(head)]
+    for (lora, side), rows in found.items():
+        cells = [
+            (words.seconds(summary(rows[name])) if rows[name].rounds else rows[name].status)
+            if name in rows
+            else words.DASH
+            for name in columns
+        ]
+        lines.append(_row([f"{lora}, {side}", *cells]))
+    rounds = document.settings["rounds"]
+    medians = f"; medians of {rounds} rounds" if rounds > 1 else ""
+    return "\n".join([*lines, "", f"Reproduce: `{_command(document)}`{medians}."])
+
+
+def _new_and_open(document: Document) -> Lines:
+    """The short table's lines: from a file to its nets, and back to nets that are open."""
+    for what, workloads in (("from a file to its set", (LOAD, NEW)), ("to a set that is open", (OPEN,))):
+        times: dict[str, list[str]] = {}
+        for (lora, side), rows in _files(document).items():
+            if rows := [rows[name] for name in workloads if name in rows and rows[name].rounds]:
+                each = [sum(samples) for samples in zip(*(row.samples for row in rows), strict=True)]
+                time = f"{side if side != OURS else ''} {words.seconds(median(each))}".strip()
+                times.setdefault(lora, []).append(time)
+        if times:
+            yield (
+                f"{_of_rank(document)}, {what}",
+                "; ".join(f"{lora} {', '.join(found)}" for lora, found in times.items()),
+            )
+
+
+def _files(document: Document) -> dict[tuple[str, str], dict[str, Row]]:
+    """The rows of each adapter's file by workload, by its name and the side."""
+    rows = [row for row in document.rows if "lora" in row.case]
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for lora in dict.fromkeys(row.case["lora"] for row in rows):
+        for row in rows:
+            if row.case["lora"] == lora:
+                found.setdefault((lora, row.side), {})[row.workload] = row
+    return found
+
+
+def _of_rank(document: Document) -> str:
+    case = next(row.case for row in document.rows if "lora" in row.case)
+    return f"LoRA of rank {case['rank']}, {case['width']}×{case['height']}"
 
 
 def _one_step(document: Document) -> str:
@@ -390,6 +451,23 @@ def _parity(document: Document) -> Lines:
         yield f"parity of {what} with {next(iter(references), 'the reference')}", ", ".join(parts)
 
 
+def _with_adapters(document: Document) -> Lines:
+    """What is held while adapters change, and what a step takes that uses none."""
+    peaks = [row for row in document.select(PEAK) if row.rounds]
+    if peaks:
+        sizes = (
+            f"{row.side} {words.amount(summary(row), 'B')}"
+            f" ({words.amount(figure(row, 'before'), 'B')} before the first)"
+            for row in peaks
+        )
+        yield "peak while adapters change", ", ".join(sizes)
+    own, loaded = (next(document.select(STEP, side), None) for side in (OURS, LOADED))
+    if own and loaded and loaded.rounds:
+        times = _ratio(against(document, loaded.case, LOADED).get(STEP))
+        differing = f"{figure(loaded, 'differing'):.0f} bytes of the picture differ"
+        yield STEP, f"{words.seconds(summary(own))}; where some are loaded {times}, {differing}"
+
+
 # In the order in which documents are shown.
 _SUMMARIES: Mapping[str, Callable[[Document], Lines]] = {
     "latency": _outside,
@@ -397,6 +475,7 @@ _SUMMARIES: Mapping[str, Callable[[Document], Lines]] = {
     "throughput": _throughput,
     "memory": _memory,
     "cold-start": _cold_start,
+    "adapters": _with_adapters,
     "build": _build,
     "parity": _parity,
     "export": _export,

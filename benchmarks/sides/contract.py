@@ -45,9 +45,15 @@ SIDES: Mapping[str, str] = {
     "tensorrt": "tensorrt_loop",
     "ceiling": "ceiling",
     "latentrt watched": "watched",
+    "latentrt adapted": "adapted",
+    "diffusers adapted": "adapted.OfDiffusers",
 }
 OURS = "latentrt"
-WATCHED = "latentrt watched"  # ours, while it watches its own memory; no peer
+DIFFUSERS = "diffusers"
+WATCHED = "latentrt watched"  # ours, while it watches its own memory
+ADAPTED = "latentrt adapted"  # ours, while its adapters are changed
+DIFFUSERS_ADAPTED = "diffusers adapted"
+OF_ONE_VERB = (WATCHED, ADAPTED, DIFFUSERS_ADAPTED)  # with workloads of their own; no peers
 AGAIN = "latentrt again"  # the other half of the A/A pair
 CEILING = "ceiling"  # what the machine can do at best
 YARDSTICK = "yardstick"  # ours over a network that is always the same, see `yardstick.py`
@@ -69,6 +75,7 @@ class Task:
         backend: which of latentrt's own (`engines.backend.BACKENDS`, or "auto").
         device: "cpu" or "cuda", of the peers that can do both.
         compile_mode: torch.compile's; "" is max-autotune on CUDA, which takes minutes, and default on a CPU.
+        loras: a folder of adapters' files, for the sides that change adapters.
     """
 
     model: Path
@@ -77,6 +84,7 @@ class Task:
     backend: str = "auto"
     device: str = "cpu"
     compile_mode: str = ""
+    loras: Path | None = None
 
     @property
     def text(self) -> str:
@@ -87,7 +95,7 @@ class Task:
     def parse(cls, text: str) -> Task:
         """The reverse of `text`."""
         values = json.loads(text)
-        paths = {name: Path(values[name]) for name in ("model", "checkpoint") if values[name]}
+        paths = {name: Path(values[name]) for name in ("model", "checkpoint", "loras") if values[name]}
         return cls(**values | paths)
 
 

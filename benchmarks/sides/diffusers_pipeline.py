@@ -70,7 +70,8 @@ def available(task: Task) -> str | None:
 
 def open_side(task: Task) -> OpenSide:
     """Every net loaded."""
-    return _open("diffusers", task, compiled="")
+    assert task.checkpoint is not None, "it is available"
+    return side_over("diffusers", task, assemble(task.checkpoint))
 
 
 class Compiled:
@@ -92,11 +93,13 @@ class Compiled:
     def open_side(task: Task) -> OpenSide:
         """Every net loaded; the first run of a shape compiles."""
         usual = "max-autotune" if task.device == "cuda" else "default"
-        return _open("diffusers-compile", task, compiled=task.compile_mode or usual)
+        assert task.checkpoint is not None, "it is available"
+        pipe = assemble(task.checkpoint)
+        return side_over("diffusers-compile", task, pipe, compiled=task.compile_mode or usual)
 
 
-def _open(name: str, task: Task, *, compiled: str) -> OpenSide:
-    """The pipeline on the task's device, and the mode its nets are compiled in, if they are."""
+def side_over(name: str, task: Task, pipe: Any, *, compiled: str = "") -> OpenSide:
+    """The side of a pipeline: on the task's device, its nets compiled in a mode that is not ""."""
     import torch
 
     package = open_package(task)
@@ -104,8 +107,6 @@ def _open(name: str, task: Task, *, compiled: str) -> OpenSide:
         torch.set_num_threads(task.threads)
     half = task.device == "cuda" and package.manifest.dtype == "fp16"
     last = half or task.device == "cpu"
-    assert task.checkpoint is not None, "it is available"
-    pipe = assemble(task.checkpoint)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(task.device, torch.float16 if half else torch.float32)
     for net in (pipe.unet, pipe.vae):

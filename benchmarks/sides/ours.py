@@ -37,7 +37,11 @@ def open_pipeline(task: Task) -> Pipeline:
 
 def open_side(task: Task) -> OpenSide:
     """The pipeline, with the loop that a user has."""
-    pipe = open_pipeline(task)
+    return side_over(open_pipeline(task))
+
+
+def side_over(pipe: Pipeline) -> OpenSide:
+    """The side of a pipeline, which is closed with it."""
     if isinstance(pipe.loop, HostLoop):
         return host_side(pipe, pipe.loop)
     from ...runtime.loop.device.loop import DeviceLoop

@@ -22,14 +22,9 @@ from ..machine import resident_bytes
 from ..models import full_size
 from ..process import LIMIT, Child
 from ..sides.contract import OURS, missing_modules
+from ..sides.single_file import PIPELINES, not_set_up, without_checker, write_configs
 
 DTYPE = "fp32"  # the arithmetic of all ways but stable-diffusion.cpp's, which has its own
-# The pipeline that diffusers draws a family from a prompt with.
-_PIPELINES = {
-    "sd1": "StableDiffusionPipeline",
-    "sd2": "StableDiffusionPipeline",
-    "sdxl": "StableDiffusionXLPipeline",
-}
 _TELL = """
 import json, os, sys
 replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -206,8 +201,8 @@ def _diffusers(errand: Errand, folder: Path) -> Iterator[Taken]:
     asked = {
         "model": errand.path,
         "configs": str(configs),
-        "pipeline": _PIPELINES[family],
-        "more": {} if family == "sdxl" else {"safety_checker": None, "requires_safety_checker": False},
+        "pipeline": PIPELINES[family],
+        "more": without_checker(family),
         "threads": errand.threads,
         "prompt": case.prompt,
         "seed": case.seed,
@@ -216,32 +211,9 @@ def _diffusers(errand: Errand, folder: Path) -> Iterator[Taken]:
     yield _draw(_DIFFUSERS, asked, folder)
 
 
-def write_configs(source: Checkpoint, folder: Path) -> None:
-    """Write what diffusers' `from_single_file` reads beside the file: a diffusers folder without weights."""
-    index: dict[str, Any] = {"_class_name": _PIPELINES[source.family]}
-    for name, part in source.parts.items():
-        is_text = name.startswith("text_encoder")
-        library, default = ("transformers", "CLIPTextModel") if is_text else ("diffusers", "")
-        kind = "CLIPTextModelWithProjection" if name == "text_encoder_2" else default
-        index[name] = [library, kind or part.config["_class_name"]]
-        _write_json(folder / name / "config.json", part.config)
-    for name, write in source.tokenizers.items():
-        index[name] = ["transformers", "CLIPTokenizer"]
-        write(folder / name)
-    index["scheduler"] = ["diffusers", source.scheduler["_class_name"]]
-    _write_json(folder / "scheduler" / "scheduler_config.json", source.scheduler)
-    _write_json(folder / "model_index.json", index)
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(data)), encoding="utf-8")
-
-
 def _no_diffusers(errand: Errand) -> str | None:
-    if errand.source.family not in _PIPELINES or errand.source.image_latents:
-        return f"it is not set up for {errand.source.family}, drawn from a prompt alone"
-    return _no_file(errand) or missing_modules("torch", "diffusers", "transformers")
+    missing = missing_modules("torch", "diffusers", "transformers")
+    return not_set_up(errand.source) or _no_file(errand) or missing
 
 
 def _cpp(errand: Errand, folder: Path) -> Iterator[Taken]:

@@ -60,7 +60,7 @@ class Sides:
             SideError: ours cannot.
             MemoryLimitError: all of them at once take more memory than there is.
         """
-        self._check_memory()
+        check_memory(self.task, sum(name != CEILING for name in self.names))
         opened: list[SideProcess] = []
         missing: list[Row] = []
         for name in self.names:
@@ -74,19 +74,22 @@ class Sides:
                 missing.append(Row(side=name, workload="open", status=error.status, reason=error.reason))
         return opened, missing
 
-    def _check_memory(self) -> None:
-        """The system would kill one of them, in the middle of a measurement that takes minutes."""
-        package, facts = open_package(self.task), doctor.memory()
-        known = [size for size in (facts["available"], facts["limit"]) if size is not None]
-        count = sum(name != CEILING for name in self.names)
-        need = int(count * _OVER_WEIGHTS * sum(engine_bytes(package, net) for net in NETS))
-        if known and need > min(known) and self.task.device == "cpu":
-            raise MemoryLimitError(
-                f"{count} sides of {package.manifest.name} at once take about {need / 1e9:.0f} GB of memory,"
-                f" and there are {min(known) / 1e9:.1f} GB",
-                expected="sides that fit beside each other",
-                fix="Measure fewer in one run, with --peers, or without the A/A pair: --references yardstick",
-            )
+
+def check_memory(task: Task, count: int) -> None:
+    """Raise MemoryLimitError where so many sides of a task at once take more memory than there is.
+
+    The system would kill one of them, in the middle of a measurement that takes minutes.
+    """
+    package, facts = open_package(task), doctor.memory()
+    known = [size for size in (facts["available"], facts["limit"]) if size is not None]
+    need = int(count * _OVER_WEIGHTS * sum(engine_bytes(package, net) for net in NETS))
+    if known and need > min(known) and task.device == "cpu":
+        raise MemoryLimitError(
+            f"{count} sides of {package.manifest.name} at once take about {need / 1e9:.0f} GB of memory,"
+            f" and there are {min(known) / 1e9:.1f} GB",
+            expected="sides that fit beside each other",
+            fix="Measure fewer in one run, with --peers, or without the A/A pair: --references yardstick",
+        )
 
 
 def measure_latency(

@@ -21,7 +21,7 @@ from ..case import NETS, PROMPT, Case
 from ..likeness import WINDOW, ssim
 from ..process import SideError, SideProcess
 from ..records import Document, Row, Status
-from ..sides.contract import OURS, REFERENCES, SIDES, WATCHED, Task, missing_modules
+from ..sides.contract import OF_ONE_VERB, OURS, REFERENCES, SIDES, Task, missing_modules
 from .latency import Progress, document_of, silent, worst_output
 
 # The last draws noise in every row; "heun" calls the UNet twice in a step.
@@ -68,7 +68,7 @@ def choose_reference(task: Task, name: str = "") -> tuple[str, Task]:
     Raises:
         UsageError: another name than those of sides that have nets.
     """
-    known = [side for side in SIDES if side not in (*REFERENCES, WATCHED)]
+    known = [side for side in SIDES if side not in (*REFERENCES, *OF_ONE_VERB)]
     if name and name not in known:
         raise UsageError(
             f"{name!r} cannot be the reference",

@@ -18,9 +18,11 @@ from latentrt.benchmarks.process import SideError, SideProcess
 from latentrt.benchmarks.records import Document, Row, read_document
 from latentrt.benchmarks.report.reading import Result
 from latentrt.benchmarks.report.tables import full_tables, short_table
+from latentrt.benchmarks.sides import single_file
 from latentrt.benchmarks.sides.contract import NotAvailableError, Task, open_package, open_whole_package
+from latentrt.benchmarks.sides.single_file import write_configs
 from latentrt.benchmarks.verbs import first_picture, opening
-from latentrt.benchmarks.verbs.first_picture import WAYS, Errand, Taken, Way, write_configs
+from latentrt.benchmarks.verbs.first_picture import WAYS, Errand, Taken, Way
 from latentrt.benchmarks.verbs.opening import DRAWN, OPENED, PEAK, WRITTEN, measure_opening
 from latentrt.checkpoints.files.open import Checkpoint
 from latentrt.engines.errors import CheckpointError, ModelError
@@ -207,7 +209,7 @@ def test_ways_that_cannot_be_gone(small: Path, tmp_path: Path, monkeypatch: pyte
         assert "this checkpoint is a folder" in str(WAYS[name].refusal(folder))
     monkeypatch.setattr(first_picture, "missing_modules", lambda *names: f"not installed: {names[0]}")
     assert WAYS["traced"].refusal(errand) == WAYS["diffusers"].refusal(errand) == "not installed: torch"
-    monkeypatch.setattr(first_picture, "_PIPELINES", {})
+    monkeypatch.setattr(single_file, "PIPELINES", {})
     assert "not set up for sd1" in str(WAYS["diffusers"].refusal(errand))
     with pytest.raises(CheckpointError, match="does not exist"):
         measure_opening(tmp_path / "none.safetensors")

@@ -331,7 +331,8 @@ def test_it_tells_who_it_is(peer: OpenSide) -> None:
 def test_the_mode_of_compiled_nets(
     monkeypatch: pytest.MonkeyPatch, device: str, mode: str, expected: str
 ) -> None:
-    monkeypatch.setattr(diffusers_pipeline, "_open", lambda name, task, compiled: compiled)
+    monkeypatch.setattr(diffusers_pipeline, "assemble", lambda checkpoint: None)
+    monkeypatch.setattr(diffusers_pipeline, "side_over", lambda name, task, pipe, compiled: compiled)
     task = replace(TASK, device=device, compile_mode=mode)
     assert diffusers_pipeline.Compiled.open_side(Task.parse(task.text)) == expected
 
