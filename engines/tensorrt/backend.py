@@ -19,7 +19,7 @@ from ..package import Package
 from ..profiles import NetProfile, choose
 from ..spec import NetSpec
 from ..store.engine_store import EngineStore, Entry
-from .build import find_engines
+from .build import built_nets, find_engines
 from .flavour import REFITTABLE, Flavour, flavour, installed_version, load
 from .loading import EngineOf
 from .nets import open_entry
@@ -192,7 +192,7 @@ class TensorRTBackend:
         found = find_engines(package, name, row, version, place, gpu=cuda.facts)
         engines = [item for item in found if _is_refittable(item)]
         if not engines:
-            changed = [net for net in package.manifest.nets if changed_names(package, net)]
+            changed = [net for net in built_nets(package) if changed_names(package, net)]
             raise BackendError(
                 f"{package.root} has no {self.name} {version} engine of {name} for {cuda.name}"
                 f" ({cuda.facts.sm}) whose weights adapters may change",

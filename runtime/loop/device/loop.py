@@ -225,6 +225,8 @@ class DeviceLoop:
             BackendError: it failed on the device.
         """
         self._manifest.net(net)
+        if self._base is not None and net not in self._own:
+            return self._base.call(net, **arrays)  # with its programs, and also once this loop is closed
         self.nets[net].spec.check(arrays)
         shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
         need = MemoryNeed(call=f"{net} of {shapes}")
@@ -287,6 +289,8 @@ class DeviceLoop:
 
     def decode(self, latent: Array, *, tile: int | None = None, stop: Stop = NEVER) -> tuple[Array, Array]:
         """Pictures of latents; see `job.Loop`. Raises UsageError, MemoryLimitError, BackendError."""
+        if self._base is not None and "vae_decoder" not in self._own:
+            return self._base.decode(latent, tile=tile, stop=stop)
         with self._lock:
             decoded = self._decode(latent, tile, stop=stop)
             self._settle()
