@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -31,9 +30,9 @@ from .flavour import Engine, Trt
 from .loading import EngineOf
 from .log import failure, messages
 
-# Names in DataType of weights that are replaced -> NumPy's. Of narrower ones a changed weight would keep
-# little of the change.
-_TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
+# Names in DataType of weights that are replaced -> the arithmetic whose numbers they are, and NumPy's type.
+# In narrower ones a weight would keep little of a change.
+_TYPES = {"FLOAT": ("fp32", np.float32), "HALF": ("fp16", np.float16)}
 _AT_ONCE = 2**28  # values on the host at the same time, about: in float32 and in the engine's type
 
 
@@ -175,22 +174,15 @@ def _set(
     mark = messages(of.trt).mark()
     for name, value in values.items():
         prototype = refitter.get_weights_prototype(name)
-        kind = _TYPES.get(prototype.dtype.name)
-        if kind is None or prototype.size != value.size:
+        known = _TYPES.get(prototype.dtype.name)
+        if known is None or prototype.size != value.size:
             raise _refused(of, mark, f"has {prototype.size} values of {prototype.dtype.name} for {name}")
-        check_range({name: value}, package.manifest.dtype, "fp16" if kind == "float16" else "fp32")
-        held.append(np.ascontiguousarray(value, _dtype(kind)))
+        numbers, kind = known
+        check_range({name: value}, package.manifest.dtype, numbers)
+        held.append(np.ascontiguousarray(value, kind))
         weights = of.trt.Weights(prototype.dtype, held[-1].ctypes.data, held[-1].size)
         if not refitter.set_named_weights(name, weights):
             raise _refused(of, mark, f"refuses the weight {name}")
-
-
-def _dtype(kind: str) -> Any:
-    if kind != "bfloat16":
-        return np.dtype(kind)
-    import ml_dtypes
-
-    return np.dtype(ml_dtypes.bfloat16)
 
 
 def _refused(of: EngineOf, mark: int, what: str) -> LatentrtError:

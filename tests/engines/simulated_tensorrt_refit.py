@@ -4,14 +4,11 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
 from tests.engines.simulated_tensorrt_names import NUMPY_TYPES, DataType, ILogger
-
-_BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2, "INT32": 4, "INT64": 8, "UINT8": 1}
 
 
 class Weights:
@@ -29,14 +26,14 @@ class Weights:
         return self._count
 
     def _read(self) -> np.ndarray:
-        buffer = (ctypes.c_char * (self._count * _BYTES[self._kind.name])).from_address(self._address)
-        kind = NUMPY_TYPES.get(self._kind.name) or ml_dtypes.bfloat16
-        return np.frombuffer(buffer, kind).copy()
+        size = self._count * np.dtype(NUMPY_TYPES[self._kind.name]).itemsize
+        buffer = (ctypes.c_char * size).from_address(self._address)
+        return np.frombuffer(buffer, NUMPY_TYPES[self._kind.name]).copy()
 
 
 def _weights_of(array: np.ndarray) -> Weights:
     assert array.flags.c_contiguous
-    name = next((name for name, kind in NUMPY_TYPES.items() if kind == array.dtype), "BF16")
+    name = next(name for name, kind in NUMPY_TYPES.items() if kind == array.dtype)
     return Weights(DataType[name], array.ctypes.data, array.size)
 
 

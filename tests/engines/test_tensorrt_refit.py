@@ -265,12 +265,6 @@ def test_weights_that_the_library_refuses(device: HostDevice, call: str, message
     open_simulated(trt, RTX, NET, device, options=options, refittable=MATRICES).close()
 
 
-def test_bfloat16_is_rounded_once() -> None:
-    import ml_dtypes
-
-    assert refit._dtype("bfloat16") == np.dtype(ml_dtypes.bfloat16)
-
-
 # ── streaming ────────────────────────────────────────────────────────────────────────────────────
 
 
