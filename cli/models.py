@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from typer import Option
+
+from .shown import tell
 
 MODEL = (
     "A checkpoint (file, folder, ORG/NAME of a hub, or its name in `latentrt models`), a package, or `demo`."
@@ -58,4 +59,4 @@ def with_checkpoint_options(command: Callable[..., None]) -> Callable[..., None]
 
 def say(line: str) -> None:
     """Tell the user what was assumed about a checkpoint, or left out."""
-    print(line, file=sys.stderr)
+    tell(line)

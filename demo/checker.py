@@ -1,4 +1,4 @@
-"""Reads a picture back: which background, which colour, which size, which shape, and how well it is drawn.
+"""Reads a picture back: which background, colour, size, shape and texture, and how well it is drawn.
 
 Knows nothing about the model. The shape is the template (any place, any radius) that overlaps the picture's
 own mask best, by intersection over union. NumPy and Pillow only.
@@ -7,18 +7,22 @@ own mask best, by intersection over union. NumPy and Pillow only.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .shapes import RADII, RGB, SHAPES, SIZES, Placement, Scene, mask, outline
+from .shapes import OUTLINES, RADII, RGB, SIZES, TEXTURES, Placement, Scene, mask, outline, textured
 
 SEMANTIC_IOU = 0.6
 STRICT_IOU = 0.8
+# From this depth on, stripes count as a texture: the gaps are nearer to the background than to the bands.
+STRIPED = 0.5
 
 _BORDER = 4
+_SLOPE = 2
 # Colour distance (0..441) below which a picture counts as empty.
 _VISIBLE = 30.0
 _NOTHING = "nothing"
@@ -33,18 +37,25 @@ Colour = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the checker sees. An empty picture has shape, colour and size "nothing" and iou 0."""
+    """What the checker sees. An empty picture has shape, colour and size "nothing" and iou 0.
+
+    `depth` says how deep stripes are cut: 0 for a plain shape, 1 where the background shows. `likeness`
+    has the intersection over union of every shape, that of the unlikely ones at a guessed place.
+    """
 
     background: str
     colour: str
     size: str
     shape: str
     iou: float
+    texture: str = "plain"
+    depth: float = 0.0
+    likeness: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def obeys(self, scene: Scene, min_iou: float = STRICT_IOU) -> bool:
-        """Whether all four attributes are the scene's and the shape is drawn at least this well."""
-        seen = (self.background, self.colour, self.size, self.shape)
-        return seen == (scene.background, scene.colour, scene.size, scene.shape) and self.iou > min_iou
+        """Whether all five attributes are the scene's and the shape is drawn at least this well."""
+        names = ("background", "colour", "size", "shape", "texture")
+        return all(getattr(self, n) == getattr(scene, n) for n in names) and self.iou > min_iou
 
 
 def check(picture: npt.NDArray[np.uint8]) -> Verdict:
@@ -63,8 +74,33 @@ def check(picture: npt.NDArray[np.uint8]) -> Verdict:
     axis = inside - ground
     coverage = (pixels - ground) @ axis / float(axis @ axis)
     seen: Mask = coverage > 0.5
-    shape, radius, iou = best_fit(seen)
-    return Verdict(background, name_of(inside), size_of(radius), shape, iou)
+    depth = stripe_depth(coverage, seen)
+    texture = "striped" if depth > STRIPED else "plain"
+    shape, radius, likeness = best_fit(seen, texture)
+    name, iou = name_of(inside), likeness[shape]
+    return Verdict(background, name, size_of(radius), shape, iou, texture, depth, likeness)
+
+
+def stripe_depth(coverage: npt.NDArray[np.floating[Any]], seen: Mask) -> float:
+    """How much less a shape covers (N, N) in the gaps of stripes than in the bands; 0 without either."""
+    period, kept = TEXTURES["striped"]
+    solid = closed(seen)
+    row = np.resize(np.arange(period), seen.shape[0])[:, None]
+    # An edge between two bands is a slope of some pixels, which says nothing about either.
+    bands = coverage[solid & (row >= _SLOPE) & (row < kept - _SLOPE)]
+    gaps = coverage[solid & (row >= kept + _SLOPE) & (row < period - _SLOPE)]
+    return float(bands.mean() - gaps.mean()) if bands.size and gaps.size else 0.0
+
+
+def closed(seen: Mask) -> Mask:
+    """A mask (N, N) without the gaps of stripes: filled between two pixels of a column so near each other."""
+    period, kept = TEXTURES["striped"]
+    reach = (period - kept) // 2 + _SLOPE
+    padded = np.pad(seen, ((2 * reach, 2 * reach), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1, axis=0)
+    grown: Mask = np.max(windows, axis=-1)
+    shrunk: Mask = np.min(np.lib.stride_tricks.sliding_window_view(grown, 2 * reach + 1, axis=0), axis=-1)
+    return shrunk
 
 
 def name_of(colour: Colour) -> str:
@@ -83,25 +119,33 @@ def _border_colour(pixels: npt.NDArray[np.float32]) -> Colour:
     return np.median(pixels[frame], axis=0)
 
 
-def best_fit(seen: Mask) -> tuple[str, float, float]:
-    """The best template for a mask (N, N): its name, radius in pixels, and intersection over union."""
-    guesses = {shape: _first_guess(shape, seen) for shape in SHAPES}
+def best_fit(seen: Mask, texture: str = "plain") -> tuple[str, float, dict[str, float]]:
+    """The best template for a mask (N, N), its radius in pixels, and each one's intersection over union."""
+    whole = seen if texture == "plain" else closed(seen)
+    guesses = {shape: _first_guess(shape, whole) for shape in OUTLINES}
     hopeful = max(iou for _, iou in guesses.values()) - _GUESS_ERROR
-    fits = {shape: _refine(shape, *guess, seen) for shape, guess in guesses.items() if guess[1] >= hopeful}
+    fits = {
+        shape: _refine(shape, placement, seen, texture)
+        for shape, (placement, iou) in guesses.items()
+        if iou >= hopeful
+    }
     shape = max(fits, key=lambda name: fits[name][1])
-    placement, iou = fits[shape]
-    return shape, placement.radius, iou
+    likeness = {name: iou for name, (_, iou) in (guesses | fits).items()}
+    return shape, fits[shape][0].radius, likeness
 
 
-def _refine(shape: str, best: Placement, iou: float, seen: Mask) -> tuple[Placement, float]:
+def _refine(shape: str, best: Placement, seen: Mask, texture: str) -> tuple[Placement, float]:
     """Pattern search over centre and radius, down to a third of a pixel."""
+    iou = _iou(shape, best, seen, texture)
     step = 2.0
     while step > 0.3:
         neighbours = (
             Placement(best.x + dx * step, best.y + dy * step, best.radius + dr * step)
             for dx, dy, dr in ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1))
         )
-        candidate, value = max(((n, _iou(shape, n, seen)) for n in neighbours), key=lambda fit: fit[1])
+        candidate, value = max(
+            ((n, _iou(shape, n, seen, texture)) for n in neighbours), key=lambda fit: fit[1]
+        )
         if value > iou:
             best, iou = candidate, value
         else:
@@ -141,10 +185,11 @@ def _template(shape: str) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
     return rows, columns
 
 
-def _iou(shape: str, placement: Placement, seen: Mask) -> float:
+def _iou(shape: str, placement: Placement, seen: Mask, texture: str = "plain") -> float:
     if placement.radius < 2:
         return 0.0
-    drawn = mask(shape, placement, side=seen.shape[0], oversampling=_OVERSAMPLING) > 0.5
+    whole = mask(shape, placement, side=seen.shape[0], oversampling=_OVERSAMPLING)
+    drawn = textured(whole, texture) > 0.5
     union = np.count_nonzero(drawn | seen)
     return float(np.count_nonzero(drawn & seen) / union) if union else 0.0
 

@@ -44,7 +44,9 @@ class Setting:
     num_inference_steps: int
 
 
-def draw(pipe: Pipeline, scenes: list[Scene], setting: Setting, first_seed: int = 0) -> Pictures:
+def draw(
+    pipe: Pipeline, scenes: list[Scene], setting: Setting, first_seed: int = 0, **further: Any
+) -> Pictures:
     """One (128, 128, 3) uint8 picture for each scene, with seeds counting up."""
     pictures: Pictures = []
     for first in range(0, len(scenes), _BATCH):
@@ -56,6 +58,7 @@ def draw(pipe: Pipeline, scenes: list[Scene], setting: Setting, first_seed: int 
             width=128,
             output_type="np",
             **asdict(setting),
+            **further,
         )
         pictures += list(result.images)
     return pictures

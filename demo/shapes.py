@@ -48,6 +48,10 @@ JITTER: dict[str, int] = {"small": 20, "medium": 12, "large": 5}
 # Each channel of a drawn colour lies within this many steps of the palette's.
 COLOUR_JITTER = 6
 
+# Horizontal stripes, fixed to the picture: (rows from one to the next, rows drawn). In a gap one sees the
+# background. It has the height of one cell of the autoencoder, which draws no thinner ones.
+TEXTURES: dict[str, tuple[int, int]] = {"plain": (1, 1), "striped": (24, 16)}
+
 # The prompts that the documentation quotes are training combinations: no quoted example is part of the test.
 QUOTED = frozenset({("red", "circle", "blue"), ("yellow", "star", "green")})
 HELD_OUT_COUNT = 70
@@ -58,19 +62,20 @@ _WORDS = re.compile(r"[^\W\d_]+")
 
 _OVERSAMPLING = 4
 _STAR_INNER = 0.55
-_RING_HOLE = 0.5
+_HOLES = {"ring": 0.5, "frame": 0.5}  # a hole has the outline of its shape, so much smaller
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a canonical prompt says."""
+    """What a canonical prompt says, and the texture, for which there is no word."""
 
     colour: str
     shape: str
     background: str
     size: str = "medium"
+    texture: str = "plain"
 
     def prompt(self) -> str:
         """The canonical sentence; "medium" is what a sentence without a size means."""
@@ -95,7 +100,7 @@ def generator(key: int | str) -> random.Random:
 
 def unknown_words(prompt: str) -> list[str]:
     """The words of a prompt that no picture of training went with."""
-    known = {*RGB, *SHAPES, *SIZES, *OTHER_WORDS}
+    known = {*COLOURS, *BACKGROUNDS, *SHAPES, *SIZES, *OTHER_WORDS}
     return list(dict.fromkeys(word for word in _WORDS.findall(prompt.lower()) if word not in known))
 
 
@@ -103,24 +108,27 @@ def _article(following: str) -> str:
     return "an" if following[0] in "aeiou" else "a"
 
 
-@functools.cache
-def outline(shape: str) -> tuple[Point, ...]:
-    """The polygon of a shape with radius 1, centred on its bounding circle, y downwards."""
-    if shape == "square":
-        # Not inscribed in the unit circle (half side .71): an area like the other shapes' matters more.
-        return ((-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85))
-    if shape == "triangle":
-        return ((0.0, -1.05), (1.1, 0.85), (-1.1, 0.85))
-    if shape == "star":
-        radii = [1.1 if i % 2 == 0 else 1.1 * _STAR_INNER for i in range(10)]
-        angles = (math.pi * i / 5 for i in range(10))
-        return tuple((r * math.sin(a), -r * math.cos(a)) for r, a in zip(radii, angles, strict=True))
-    if shape == "heart":
-        return tuple(_heart_point(2 * math.pi * i / 96) for i in range(96))
-    if shape in ("circle", "ring"):
-        angles = (2 * math.pi * i / 96 for i in range(96))
-        return tuple((math.cos(angle), math.sin(angle)) for angle in angles)
-    raise ValueError(f"unknown shape {shape!r}, expected one of {', '.join(SHAPES)}")
+def _polygon(corners: int, turn: float = 0.0) -> tuple[Point, ...]:
+    angles = (turn + 2 * math.pi * i / corners for i in range(corners))
+    return tuple((math.cos(angle), math.sin(angle)) for angle in angles)
+
+
+def _star(radius: float) -> tuple[Point, ...]:
+    radii = [radius if i % 2 == 0 else radius * _STAR_INNER for i in range(10)]
+    angles = (math.pi * i / 5 for i in range(10))
+    return tuple((r * math.sin(a), -r * math.cos(a)) for r, a in zip(radii, angles, strict=True))
+
+
+def _cross(reach: float, half: float) -> tuple[Point, ...]:
+    arm = ((half, -half), (reach, -half), (reach, half))  # to the right; the others are this one, turned
+    return tuple(
+        point for turn in ((1, 0), (0, 1), (-1, 0), (0, -1)) for point in (_turned(p, *turn) for p in arm)
+    )
+
+
+def _turned(point: Point, cosine: float, sine: float) -> Point:
+    x, y = point
+    return cosine * x - sine * y, sine * x + cosine * y
 
 
 def _heart_point(angle: float) -> Point:
@@ -128,6 +136,29 @@ def _heart_point(angle: float) -> Point:
     x = 16 * math.sin(angle) * abs(math.sin(angle))
     y = 13 * math.cos(angle) - 5 * math.cos(2 * angle) - 2 * math.cos(3 * angle) - math.cos(4 * angle)
     return x / 16, -(y + 2.5) / 16
+
+
+# Not inscribed in the unit circle (half side .71): an area like the other shapes' matters more.
+_SQUARE = ((-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85))
+# The polygon of a shape with radius 1, centred on its bounding circle, y downwards.
+OUTLINES: dict[str, tuple[Point, ...]] = {
+    "circle": _polygon(96),
+    "square": _SQUARE,
+    "triangle": ((0.0, -1.05), (1.1, 0.85), (-1.1, 0.85)),
+    "star": _star(1.1),
+    "heart": tuple(_heart_point(2 * math.pi * i / 96) for i in range(96)),
+    "ring": _polygon(96),
+    # Which adapters teach; no picture of the model's training has them.
+    "cross": _cross(1.0, 0.35),
+    "frame": _SQUARE,
+}
+
+
+def outline(shape: str) -> tuple[Point, ...]:
+    """The polygon of a shape with radius 1, centred on its bounding circle, y downwards."""
+    if shape not in OUTLINES:
+        raise ValueError(f"unknown shape {shape!r}, expected one of {', '.join(OUTLINES)}")
+    return OUTLINES[shape]
 
 
 def mask(
@@ -144,8 +175,8 @@ def mask(
         return [(x * oversampling, y * oversampling) for x, y in centred]
 
     draw.polygon(placed(1.0), fill=255)
-    if shape == "ring":
-        draw.polygon(placed(_RING_HOLE), fill=0)
+    if shape in _HOLES:
+        draw.polygon(placed(_HOLES[shape]), fill=0)
     return np.asarray(canvas.reduce(oversampling), dtype=np.float32) / 255.0
 
 
@@ -174,9 +205,16 @@ def blend(
     return np.rint(low + coverage[..., None] * (high - low)).astype(np.uint8)
 
 
+def textured(coverage: npt.NDArray[np.float32], texture: str) -> npt.NDArray[np.float32]:
+    """A mask, (H, W), with a texture of `TEXTURES` cut into it."""
+    period, kept = TEXTURES[texture]
+    rows = np.resize(np.arange(period), coverage.shape[0])[:, None]
+    return np.where(rows < kept, coverage, np.float32(0))
+
+
 def render(scene: Scene, rng: random.Random) -> npt.NDArray[np.uint8]:
     """Draw a scene at a random place, (128, 128, 3) uint8."""
-    coverage = mask(scene.shape, place(scene.size, rng))
+    coverage = textured(mask(scene.shape, place(scene.size, rng)), scene.texture)
     return blend(coverage, jittered(scene.colour, rng), jittered(scene.background, rng))
 
 

@@ -92,13 +92,29 @@ def _loss(
     # One timestep from each of BATCH * WORKERS equal strata, dealt to the processes in turn.
     strata = torch.arange(BATCH) * WORKERS + rank + torch.rand((BATCH,), generator=generator)
     timesteps = (strata * len(signal) / (BATCH * WORKERS)).long()
-    clean = latents[chosen]
+    _, floor, power = next(row for row in reversed(_WEIGHTS) if step >= row[0])
+    return noise_loss(parts, latents[chosen], prompts, timesteps, signal, generator, (floor, power))
+
+
+def noise_loss(
+    parts: Parts,
+    clean: torch.Tensor,
+    prompts: list[str],
+    timesteps: torch.Tensor,
+    signal: torch.Tensor,
+    generator: torch.Generator,
+    weighing: tuple[float, float],
+) -> torch.Tensor:
+    """Squared error of the predicted noise, for scaled latents (N, 4, 16, 16).
+
+    `signal` are the schedule's 1000 products of alphas; `weighing` is a floor and a power (see `_WEIGHTS`).
+    """
+    floor, power = weighing
     noise = torch.randn(clean.shape, generator=generator)
     kept = signal[timesteps].view(-1, 1, 1, 1)
     noisy = kept.sqrt() * clean + (1 - kept).sqrt() * noise
     predicted = parts.unet(noisy, timesteps, encode(parts, prompts)).sample
     ratio = kept / (1 - kept) * model.LATENT_STD**2
-    _, floor, power = next(row for row in reversed(_WEIGHTS) if step >= row[0])
     weight = ratio.clamp(floor, _CEILING) ** power / ratio
     return (weight * (predicted - noise).square()).mean()
 

@@ -1,7 +1,8 @@
 """The tokenizer folders of a package: copied from the checkpoint, or written for one that brings none.
 
 Every Stable Diffusion model up to SDXL reads prompts with OpenAI's 49,408 tokens, which a checkpoint in one
-file leaves out. They come from bpe_simple_vocab_16e6.txt.gz of https://github.com/openai/CLIP.
+file leaves out. They come from bpe_simple_vocab_16e6.txt.gz of https://github.com/openai/CLIP, whose later
+lines CLIP does not read: they are left out here.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "tokenizer_config.json",
 )
-_VOCABULARY = Path(__file__).parent / "clip_vocabulary" / "bpe_simple_vocab_16e6.txt.gz"
-_MERGES = 49152 - 256 - 2  # CLIP uses the first of the file's (simple_tokenizer.py)
+_VOCABULARY = Path(__file__).parent / "clip_vocabulary" / "merges.txt.gz"
+_MERGES = 49152 - 256 - 2  # the first of the file's (simple_tokenizer.py)
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 _PAD_TOKENS = (_EOS, "!")
 # Bytes that are their own symbol; the others get the characters from 256 on (`bytes_to_unicode` of GPT-2).
@@ -35,12 +36,8 @@ _PRINTABLE = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), 
 WriteTokenizer = Callable[[Path], object]
 
 
-def copy_tokenizer(target: Path, *, folder: Path) -> None:
-    """Copy a checkpoint's tokenizer, not its links: Hugging Face's cache has them, a package must not.
-
-    Raises:
-        CheckpointError: the vocabulary is missing.
-    """
+def tokenizer_files(folder: Path) -> list[str]:
+    """The files of a checkpoint's tokenizer. Raises CheckpointError where the vocabulary is missing."""
     found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if "tokenizer.json" not in found and not {"vocab.json", "merges.txt"} <= set(found):
         raise CheckpointError(
@@ -50,6 +47,16 @@ def copy_tokenizer(target: Path, *, folder: Path) -> None:
         )
     for name in found:
         refuse_pointer(folder / name)
+    return found
+
+
+def copy_tokenizer(target: Path, *, folder: Path) -> None:
+    """Copy a checkpoint's tokenizer, not its links: Hugging Face's cache has them, a package must not.
+
+    Raises:
+        CheckpointError: as `tokenizer_files`.
+    """
+    found = tokenizer_files(folder)
     target.mkdir()
     for name in found:
         shutil.copyfile(folder / name, target / name)
@@ -75,7 +82,8 @@ def write_clip_tokenizer(folder: str | Path, pad_token: str = _EOS) -> Path:
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    merges = gzip.decompress(_VOCABULARY.read_bytes()).decode("utf-8").split("\n")[1 : _MERGES + 1]
+    merges = gzip.decompress(_VOCABULARY.read_bytes()).decode("utf-8").split("\n")[1:-1]
+    assert len(merges) == _MERGES
     symbols = [chr(byte) for byte in _PRINTABLE]
     symbols += [chr(256 + index) for index in range(256 - len(symbols))]
     words = [

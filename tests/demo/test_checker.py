@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from latentrt.demo import shapes
-from latentrt.demo.checker import SEMANTIC_IOU, check
+from latentrt.demo.checker import SEMANTIC_IOU, STRIPED, check
 from latentrt.demo.shapes import Placement, Scene
 from tests.sizes import a_tenth_of
 
@@ -12,9 +14,10 @@ def scenes(count: int) -> list[Scene]:
     return [shapes.sample(rng, shapes.combos()) for _ in range(count)]
 
 
+@pytest.mark.parametrize("texture", shapes.TEXTURES)
 @a_tenth_of(500)
-def test_every_true_render_is_right_and_shuffled_prompts_are_wrong(count: int) -> None:
-    asked = scenes(count)
+def test_every_true_render_is_right_and_shuffled_prompts_are_wrong(count: int, texture: str) -> None:
+    asked = [replace(scene, texture=texture) for scene in scenes(count)]
     rng = shapes.generator("pictures")
     verdicts = [check(shapes.render(scene, rng)) for scene in asked]
     wrong = [(s.prompt(), v) for s, v in zip(asked, verdicts, strict=True) if not v.obeys(s)]
@@ -24,13 +27,37 @@ def test_every_true_render_is_right_and_shuffled_prompts_are_wrong(count: int) -
     assert sum(verdict.obeys(scene, SEMANTIC_IOU) for scene, verdict in shuffled) <= count / 100
 
 
-@pytest.mark.parametrize("attribute", ["background", "colour", "size", "shape"])
+@pytest.mark.parametrize("attribute", ["background", "colour", "size", "shape", "texture"])
 def test_one_wrong_attribute_is_enough(attribute: str) -> None:
     drawn = {"colour": "red", "shape": "circle", "background": "blue", "size": "medium"}
-    other = {"colour": "green", "shape": "ring", "background": "white", "size": "large"}
+    other = {
+        "colour": "green",
+        "shape": "ring",
+        "background": "white",
+        "size": "large",
+        "texture": "striped",
+    }
     seen = check(shapes.render(Scene(**drawn), shapes.generator(0)))
     assert seen.obeys(Scene(**drawn))
     assert not seen.obeys(Scene(**(drawn | {attribute: other[attribute]})))
+
+
+@pytest.mark.parametrize("shape", set(shapes.OUTLINES) - set(shapes.SHAPES))
+def test_a_shape_that_the_model_does_not_know_is_told_from_those_that_it_knows(shape: str) -> None:
+    rng = shapes.generator(shape)
+    asked = [replace(scene, shape=shape) for scene in scenes(20)]
+    assert all(check(shapes.render(scene, rng)).obeys(scene) for scene in asked)
+
+
+@pytest.mark.parametrize("shape", shapes.OUTLINES)
+def test_the_depth_of_stripes_is_what_they_were_drawn_with(shape: str) -> None:
+    whole = shapes.mask(shape, Placement(64.0, 64.0, 40.0))
+    striped = shapes.textured(whole, "striped")
+    for depth in (0.0, 0.3, 0.7, 1.0):
+        coverage = (1 - depth) * whole + depth * striped
+        verdict = check(shapes.blend(coverage, shapes.RGB["red"], shapes.RGB["white"]))
+        assert verdict.depth == pytest.approx(depth, abs=0.1)
+        assert verdict.texture == ("striped" if depth > STRIPED else "plain")
 
 
 @pytest.mark.parametrize("shape", shapes.SHAPES)

@@ -12,6 +12,7 @@ import onnx
 import pytest
 
 from latentrt.demo.checker import SEMANTIC_IOU, check
+from latentrt.demo.lessons import LORAS, SHAPE
 from latentrt.demo.shapes import Scene, held_out_scenes
 from latentrt.engines.package import Defaults, Package
 from latentrt.export import export_package
@@ -53,8 +54,10 @@ def test_the_wheel_holds_the_package_not_the_checkpoint_and_is_small(tmp_path: P
     names = set(zipfile.ZipFile(wheel).namelist())
     shipped = Package.open(DEMO / "package")
     assert {f"latentrt/demo/package/{name}" for name in shipped.manifest.files} <= names
+    assert {f"latentrt/demo/adapters/{name}.safetensors" for name in LORAS} <= names
+    assert f"latentrt/demo/embeddings/{SHAPE}.safetensors" in names
     assert "latentrt/runtime/py.typed" in names
-    folders = ("benchmarks", "cli", "demo", "engines", "export", "runtime")
+    folders = ("adapters", "benchmarks", "checkpoints", "cli", "demo", "engines", "export", "runtime")
     sources = [path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*.py")]
     assert {f"latentrt/{path.as_posix()}" for path in sources} <= names, "a room that pyproject does not list"
     assert not [

@@ -12,18 +12,18 @@ def area(points: tuple[tuple[float, float], ...]) -> float:
     return abs(float(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1)))) / 2
 
 
-@pytest.mark.parametrize("shape", shapes.SHAPES)
+@pytest.mark.parametrize("shape", shapes.OUTLINES)
 @pytest.mark.parametrize("radius", [21.0, 33.0, 50.0])
 def test_coverage_is_the_area_of_the_polygon(shape: str, radius: float) -> None:
     drawn = float(shapes.mask(shape, Placement(64.3, 63.6, radius)).sum())
     expected = area(shapes.outline(shape)) * radius**2
-    if shape == "ring":
+    if shape in ("ring", "frame"):
         expected *= 0.75
     # Pillow also fills the pixels that an outline touches: half a fine pixel all around.
     assert drawn == pytest.approx(expected, rel=0.03)
 
 
-@pytest.mark.parametrize("shape", shapes.SHAPES)
+@pytest.mark.parametrize("shape", shapes.OUTLINES)
 def test_the_largest_shape_stays_off_the_border(shape: str) -> None:
     jitter = shapes.JITTER["large"]
     for x in (64 - jitter, 64 + jitter):
@@ -49,6 +49,22 @@ def test_the_same_generator_draws_the_same_picture() -> None:
     scene = Scene("green", "star", "pink", "small")
     first, again = (shapes.render(scene, shapes.generator("key")) for _ in range(2))
     np.testing.assert_array_equal(first, again)
+
+
+def test_stripes_leave_two_thirds_and_show_the_background_between() -> None:
+    whole = np.ones((128, 128), np.float32)
+    striped = shapes.textured(whole, "striped")
+    assert striped[:120].mean() == pytest.approx(2 / 3)
+    assert (striped == striped[:, :1]).all()
+    np.testing.assert_array_equal(shapes.textured(whole, "plain"), whole)
+    picture = shapes.render(Scene("red", "square", "blue", "large", "striped"), shapes.generator(0))
+    for row, name in ((66, "blue"), (54, "red")):
+        found = np.median(picture[row - 2 : row + 2, 60:68].astype(int), axis=(0, 1))
+        assert np.abs(found - shapes.RGB[name]).max() <= shapes.COLOUR_JITTER
+
+
+def test_words_that_only_adapters_teach_are_unknown() -> None:
+    assert shapes.unknown_words("a red cross on a white background") == ["cross"]
 
 
 def test_prompts() -> None:
