@@ -41,7 +41,9 @@ def build(
             " Default: the model's size, :b1-4."
         ),
     ] = None,
-    weights: Annotated[str, Option(help="embedded, stripped, streamed.")] = _WEIGHTS,
+    weights: Annotated[
+        str, Option(help="embedded, stripped, streamed, or refittable: adapters may change them.")
+    ] = _WEIGHTS,
     optimization_level: Annotated[int, Option(help="0 (quick build) to 5 (long search).")] = _LEVEL,
     workspace: Annotated[int, Option(help="MiB of scratch memory a tactic may use. 0: no limit.")] = 0,
     hardware_compatibility: Annotated[
@@ -55,7 +57,8 @@ def build(
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
     checkpoint: Any = None,
 ) -> None:
-    """Build engines for TensorRT. With the extra [tensorrt-rtx] it needs no GPU.
+    """Build engines for TensorRT. With the extra [tensorrt-rtx] it needs no GPU, except for stripped and
+    refittable weights.
 
     For onnxruntime-cuda and onnxruntime (the CPU), measure here which layout of each net is the fastest; of
     the options, --nets, --store and --json count there.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .errors import MemoryLimitError, NumericError, PackageError, command
 from .external_data import ExternalTensor, external_tensors, node_names
 from .package import Package
 from .processors import usable_processors
@@ -21,6 +23,7 @@ _ML_DTYPES = {16: "bfloat16", 17: "float8_e4m3fn", 19: "float8_e5m2"}
 # How `checkpoints.graphs.weights.attach` calls the node that it puts behind a weight.
 _TURNED = "/transpose"
 _WIDTHS = {"fp16": 2, "fp32": 4}  # bytes per value in an engine of that dtype
+_LARGEST = {dtype: float(np.finfo(kind).max) for dtype, kind in (("fp16", np.float16), ("fp32", np.float32))}
 
 
 def net_tensors(package: Package, net: str, graph: bytes | None = None) -> dict[str, ExternalTensor]:
@@ -93,6 +96,47 @@ def changed_values(package: Package, net: str, names: Iterable[str]) -> dict[str
     names = tuple(names)
     with ThreadPoolExecutor(usable_processors()) as pool:
         return dict(zip(names, pool.map(value, names), strict=True))
+
+
+def check_range(values: Mapping[str, Array], dtype: str, stored: str = "fp32") -> None:
+    """Raise NumericError for a changed weight that a package's arithmetic does not hold.
+
+    Args:
+        values: by name.
+        dtype: of the arithmetic, "fp16" or "fp32".
+        stored: likewise, of the numbers that the weights are handed over as.
+    """
+    most = min((dtype, stored), key=_LARGEST.__getitem__)
+    wider = ", or open the model with --dtype fp32" if dtype == "fp16" else ""
+    for name, value in values.items():
+        largest = float(max(value.max(initial=0.0), -value.min(initial=0.0)))
+        if not largest <= _LARGEST[most]:  # NaN neither
+            raise NumericError(
+                f"with the adapters the weight {name} reaches {largest:.6g}",
+                expected=f"at most {_LARGEST[most]:.6g}, the largest number of {most}",
+                fix=f"Use less of them{wider}.",
+            )
+
+
+@contextmanager
+def reading_changes(package: Package, net: str) -> Generator[None]:
+    """Raises what reading and changing a net's weights raises as MemoryLimitError or PackageError."""
+    try:
+        yield
+    except MemoryError as error:
+        raise MemoryLimitError(
+            f"the weights of {net!r} with the adapters do not fit the memory",
+            expected="enough free memory",
+            fix="Close other programs, or use fewer adapters.",
+            culprit=net,
+        ) from error
+    except (ValueError, KeyError, OSError) as error:
+        path = package.path(package.manifest.nets[net].graph)
+        raise PackageError(
+            f"{path} has no weights that adapters could change ({type(error).__name__}: {error})",
+            expected="the weights that it names",
+            fix="Check the package: " + command("latentrt", "inspect", package.root, "--verify"),
+        ) from error
 
 
 def weight_values(tensor: ExternalTensor, folder: Path) -> Array:

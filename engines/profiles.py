@@ -311,10 +311,12 @@ def choose(
     *,
     backend: str = "tensorrt-rtx",
     package: str = "PACKAGE",
+    further: Sequence[str] = (),
 ) -> int:
     """Which profile of an engine serves a call: of those that cover it, the one tuned for the nearest shapes.
 
-    `profiles` are all of the engine's, in its order; `backend` and `package` are for the message.
+    `profiles` are all of the engine's, in its order. The message has a command, with `backend`, `package` and
+    what is `further` to be given to it.
 
     Raises:
         UsageError: no profile covers the shapes, with the command that builds one; or the shapes are none of
@@ -346,7 +348,7 @@ def choose(
         )
     sources = dict.fromkeys(str(profile.source) for profile in profiles)
     sources[str(_profile_for(sizes, first.source))] = None
-    options = [word for source in sources for word in ("--profile", source)]
+    options = [*further, *(word for source in sources for word in ("--profile", source))]
     raise UsageError(
         f"no profile of the engine of {first.net!r} covers {_words(sizes)}",
         expected=f"what it was built for: {labels}",

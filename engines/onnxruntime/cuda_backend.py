@@ -86,13 +86,15 @@ class OnnxRuntimeCudaBackend:
             _LOG.warning("%s run in the layout `plain`, which is slower: %s", " and ".join(slow), why)
         return device, nets
 
-    def open_another(self, device: Device, package: Package, name: str) -> DeviceNet:
-        """See `AdaptingBackend`; in the layout that `open_device` opens it in."""
+    def open_another(
+        self, device: Device, package: Package, name: str, *, store: EngineStore | None = None
+    ) -> DeviceNet:
+        """See `AdaptingBackend`; in the layout that `open_device` opens it in with the same `store`."""
         from ..cuda.device import CudaDevice
         from ..store.engine_store import EngineStore
 
         assert isinstance(device, CudaDevice)
-        return _open_net(package, name, device, EngineStore(), None)[0]
+        return _open_net(package, name, device, store or EngineStore(), None)[0]
 
 
 def _open_net(

@@ -22,7 +22,7 @@ import numpy as np
 from ..device import Addresses, Device, MemoryLedger, Shapes, check_addresses
 from ..errors import BackendError, LatentrtError, MemoryLimitError, PackageError, UsageError, command
 from ..installed import install_command
-from ..net_weights import engine_bytes
+from ..net_weights import engine_bytes, reading_changes
 from ..package import Package
 from ..spec import DTYPES, Array, NetSpec, output_shapes
 from .cuda_libraries import load_libraries
@@ -232,21 +232,8 @@ def give_changes(options: Any, package: Package, name: str, content: bytes | Non
 
     make = library().OrtValue.ortvalue_from_numpy
     path = package.path(package.manifest.nets[name].graph)
-    try:
+    with reading_changes(package, name):
         changed = changed_graph(package, name, content or path.read_bytes())
-    except MemoryError as error:
-        raise MemoryLimitError(
-            f"the weights of {name!r} with the adapters do not fit the memory",
-            expected="enough free memory",
-            fix="Close other programs, or use fewer adapters.",
-            culprit=name,
-        ) from error
-    except (ValueError, KeyError, OSError) as error:
-        raise PackageError(
-            f"{path} has no weights that adapters could change ({type(error).__name__}: {error})",
-            expected="the weights that it names",
-            fix="Check the package: " + command("latentrt", "inspect", package.root, "--verify"),
-        ) from error
     if changed is None:
         return None
     values = {key: make(array) for key, array in changed.values.items()}

@@ -6,21 +6,24 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 from ..cuda import facts as cuda_facts
 from ..cuda.device import CudaDevice
 from ..cuda.facts import DeviceFacts
 from ..device import Addresses, BoundNet, Device, DeviceNet, MemoryLedger, Shapes
 from ..errors import BackendError, command
+from ..net_weights import changed_names
 from ..package import Package
 from ..profiles import NetProfile, choose
 from ..spec import NetSpec
 from ..store.engine_store import EngineStore, Entry
-from .build import find_engines
-from .flavour import Flavour, flavour, installed_version, load
+from .build import built_nets, find_engines
+from .flavour import REFITTABLE, Flavour, flavour, installed_version, load
 from .loading import EngineOf
 from .nets import open_entry
+from .refit import rebuild_refittable
 
 _LOG = logging.getLogger(__name__)
 
@@ -41,11 +44,20 @@ class ChosenNet:
 
     graphs_outlive_other_shapes = True  # as `TensorRTNet`
 
-    def __init__(self, spec: NetSpec, candidates: Sequence[Candidate], *, backend: str, package: str) -> None:
+    def __init__(
+        self,
+        spec: NetSpec,
+        candidates: Sequence[Candidate],
+        *,
+        backend: str,
+        package: str,
+        further: Sequence[str] = (),
+    ) -> None:
+        """`backend`, `package` and `further` as in `profiles.choose`."""
         self.spec = spec
         self._candidates = tuple(candidates)
         self._open: dict[int, DeviceNet] = {}
-        self._backend, self._package = backend, package
+        self._choose = partial(choose, backend=backend, package=package, further=further)
 
     @property
     def memory(self) -> MemoryLedger:
@@ -90,7 +102,7 @@ class ChosenNet:
     def _net(self, shapes: Shapes) -> DeviceNet:
         owners = [index for index, item in enumerate(self._candidates) for _ in item.profiles]
         profiles = [profile for item in self._candidates for profile in item.profiles]
-        owner = owners[choose(profiles, shapes, backend=self._backend, package=self._package)]
+        owner = owners[self._choose(profiles, shapes)]
         if owner not in self._open:
             self._open[owner] = self._candidates[owner].open()
         return self._open[owner]
@@ -100,7 +112,7 @@ Engines = Sequence[tuple[Entry, tuple[NetProfile, ...]]]
 
 
 class TensorRTBackend:
-    """`DeviceBackend` of one of the libraries; `name` is `tensorrt` or `tensorrt-rtx`."""
+    """`AdaptingBackend` of one of the libraries; `name` is `tensorrt` or `tensorrt-rtx`."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -132,6 +144,7 @@ class TensorRTBackend:
     ) -> tuple[Device, Mapping[str, DeviceNet]]:
         """A device of the caller's own, and every net behind all of its engines.
 
+        Of engines for the same shapes those come first that were not built refittable: these may be slower.
         A line is logged if the library does not list this kind of device, or finds an engine not the best for
         it. `store` is the user's own unless given.
 
@@ -152,13 +165,45 @@ class TensorRTBackend:
                     expected="one of every net in the engine store (`latentrt cache ls`)",
                     fix=f"Build them: {command('latentrt', 'build', package.root, '--backend', self.name)}",
                 )
-            nets = {name: _net(row, package, name, device, engines) for name, engines in found.items()}
+            nets = {
+                name: _net(row, package, name, device, sorted(engines, key=_is_refittable))
+                for name, engines in found.items()
+            }
         except BaseException:
             device.close()
             raise
         if line := _remark(row, device.facts):
             _LOG.warning(line)
         return device, nets
+
+    def open_another(
+        self, device: Device, package: Package, name: str, *, store: EngineStore | None = None
+    ) -> DeviceNet:
+        """See `AdaptingBackend`: a net behind its engines that were built refittable.
+
+        The weights are replaced in an engine when a request first chooses it.
+
+        Raises:
+            BackendError: there is none, with the command that builds them.
+        """
+        row, place = flavour(self.name), store or EngineStore()
+        cuda = cast(CudaDevice, device)  # `open_device` has made it
+        version = installed_version(self.name) or ""
+        found = find_engines(package, name, row, version, place, gpu=cuda.facts)
+        engines = [item for item in found if _is_refittable(item)]
+        if not engines:
+            changed = [net for net in built_nets(package) if changed_names(package, net)]
+            raise BackendError(
+                f"{package.root} has no {self.name} {version} engine of {name} for {cuda.name}"
+                f" ({cuda.facts.sm}) whose weights adapters may change",
+                expected="engines that were built refittable, beside the others",
+                fix=rebuild_refittable(package.root, self.name, changed),
+            )
+        return _net(row, package, name, cuda, engines, further=("--weights", "refittable"))
+
+
+def _is_refittable(item: tuple[Entry, tuple[NetProfile, ...]]) -> bool:
+    return REFITTABLE in item[0].key.flags
 
 
 def _remark(row: Flavour, gpu: DeviceFacts) -> str:
@@ -169,7 +214,16 @@ def _remark(row: Flavour, gpu: DeviceFacts) -> str:
     return f"TensorRT-RTX lists {', '.join(listed)}; this is {gpu.sm}: trying"
 
 
-def _net(row: Flavour, package: Package, name: str, device: CudaDevice, engines: Engines) -> ChosenNet:
+def _net(
+    row: Flavour,
+    package: Package,
+    name: str,
+    device: CudaDevice,
+    engines: Engines,
+    *,
+    further: Sequence[str] = (),
+) -> ChosenNet:
+    """A net behind engines, with the package's changes; `further` as in `profiles.choose`."""
     file, root = package.manifest.nets[name], str(package.root)
 
     def opener(entry: Entry, profiles: tuple[NetProfile, ...]) -> Callable[[], DeviceNet]:
@@ -183,7 +237,8 @@ def _net(row: Flavour, package: Package, name: str, device: CudaDevice, engines:
                 device=device,
                 package=root,
             )
-            net = open_entry(of, entry, package.path(file.graph), package.weights_folder(name))
+            changed = package if package.changes_of(name) else None
+            net = open_entry(of, entry, package.path(file.graph), package.weights_folder(name), changed)
             if net.remark:
                 _LOG.warning("the engine of %r: %s", name, net.remark)
             return net
@@ -191,7 +246,7 @@ def _net(row: Flavour, package: Package, name: str, device: CudaDevice, engines:
         return open_engine
 
     candidates = [Candidate(profiles=profiles, open=opener(entry, profiles)) for entry, profiles in engines]
-    return ChosenNet(file.spec, candidates, backend=row.backend, package=root)
+    return ChosenNet(file.spec, candidates, backend=row.backend, package=root, further=further)
 
 
 TENSORRT = TensorRTBackend("tensorrt")

@@ -27,10 +27,11 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import BackendError, LatentrtError, MemoryLimitError, StorageError, UsageError
+from ..external_data import external_tensors
 from ..spec import NetSpec
-from .flavour import FLAGS_NEEDING_GPU, Flavour, Trt, flavour, load
+from .flavour import FLAGS_NEEDING_GPU, REFITTABLE, Flavour, Trt, flavour, load
 from .log import failure, messages
-from .network import check_contract, parse_graph
+from .network import check_contract, mark_weights, parse_graph
 
 if TYPE_CHECKING:
     from ..store.engine_store import Report
@@ -42,14 +43,16 @@ class Weights(str, Enum):
     embedded = "embedded"  # in the engine, for good: what the optimiser likes best
     stripped = "stripped"  # not in the engine, but taken from the package when it is loaded
     streamed = "streamed"  # in the engine; on the device only as far as a budget allows
+    refittable = "refittable"  # in the engine; matrices and convolutions may be replaced, as adapters do
 
 
 # Names in `BuilderFlag`. REFIT alone is in no policy: it costs fusions, and TensorRT 11.3 documents wrong
-# results with it; REFIT_IDENTICAL does neither.
+# results with it. REFIT_IDENTICAL does neither, and REFIT_INDIVIDUAL leaves alone what is not marked.
 FLAGS: Mapping[Weights, tuple[str, ...]] = {
     Weights.embedded: (),
     Weights.stripped: ("REFIT_IDENTICAL", "STRIP_PLAN"),
     Weights.streamed: ("WEIGHT_STREAMING",),
+    Weights.refittable: (REFITTABLE,),
 }
 
 _COMPATIBILITY = ("", "ampere_plus", "same_compute_capability")
@@ -267,6 +270,8 @@ def build(job: Job, report: Report) -> Facts:
     builder = trt.Builder(log.logger)
     network, parser = parse_graph(trt, row, builder, log.logger, job.graph, job.weights)
     check_contract(trt, network, job.spec, graph=job.graph)
+    marked = _replaceable(job) if REFITTABLE in job.options.flags else ()
+    mark_weights(row, network, marked, graph=job.graph)
     layers = int(network.num_layers)
     parsed = perf_counter()
     config = _configure(
@@ -283,6 +288,7 @@ def build(job: Job, report: Report) -> Facts:
     return {
         "size": int(plan.nbytes),
         "layers": layers,
+        "refittable": len(marked),
         "inputs": [tensor.name for tensor in job.spec.inputs],
         "outputs": [tensor.name for tensor in job.spec.outputs],
         "parse_seconds": round(parsed - began, 3),
@@ -291,6 +297,16 @@ def build(job: Job, report: Report) -> Facts:
         "library": f"{row.module} {trt.__version__}",
         "warnings": [*unsaved, *log.since(mark)][:_SHOWN],
     }
+
+
+def _replaceable(job: Job) -> tuple[str, ...]:
+    """The weights that an engine which is built refittable lets go of: matrices and convolutions.
+
+    Biases and scales stay where the optimiser folds them: few adapters have any, and with the flag REFIT,
+    which frees those too, TensorRT 11.3 documents biases that are lost.
+    """
+    tensors = external_tensors(job.graph.read_bytes(), job.graph)
+    return tuple(tensor.name for tensor in tensors if len(tensor.shape) > 1)
 
 
 def _configure(trt: Trt, row: Flavour, builder: Trt, job: Job, monitor: Trt) -> Trt:

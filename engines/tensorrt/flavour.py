@@ -73,8 +73,10 @@ class Flavour:
 
 _TENSORRT = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu11")
 _RTX = ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12")
+# The name in `BuilderFlag` for engines whose marked weights may be replaced; every release here has it.
+REFITTABLE = "REFIT_INDIVIDUAL"
 # Names in `BuilderFlag` that need a device even where the builder does not.
-FLAGS_NEEDING_GPU = ("REFIT_IDENTICAL", "STRIP_PLAN")
+FLAGS_NEEDING_GPU = ("REFIT_IDENTICAL", REFITTABLE, "STRIP_PLAN")
 
 FLAVOURS: tuple[Flavour, ...] = (
     Flavour(

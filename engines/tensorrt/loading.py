@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from ..device import Device
@@ -197,39 +196,3 @@ def _invalid(of: EngineOf, found: list[str], what: str, lines: list[str]) -> Lat
         expected="an engine that this release built for this kind of GPU",
         fix=fixes[0] if fixes else of.rebuild,
     )
-
-
-def refit_stripped(of: EngineOf, engine: Engine, graph: Path, weights: Path) -> None:
-    """Give an engine without weights those of the graph that it was built from.
-
-    The parser follows the graph's external data into the folder `weights`, as `Package.open` has checked, and
-    fails unless it has found every weight of the engine. TensorRT-RTX has left weights out of
-    `get_missing_weights` (pytorch/TensorRT pull request 4198), so that list alone proves nothing.
-
-    Raises:
-        BackendError: the engine takes no weights, or they are not those of this graph.
-        MemoryLimitError: no memory for them.
-    """
-    trt, log = of.trt, messages(of.trt)
-    mark = log.mark()
-    refitter = trt.Refitter(engine, log.logger) if engine.refittable else None
-    names = list(refitter.get_all_weights()) if refitter is not None else []
-    parser = trt.OnnxParserRefitter(refitter, log.logger) if names else None
-    content, beside = graph.read_bytes(), str(weights / graph.name)
-    if refitter is None or parser is None or not parser.refit_from_bytes(content, beside):
-        errors = [str(parser.get_error(index).desc()) for index in range(parser.num_errors)] if parser else []
-        raise failure(
-            errors + log.since(mark),
-            f"the engine of {of.net!r} does not take the weights of {graph.name}",
-            net=of.net,
-            expected=f"the graph it was built from ({len(names)} weights)",
-            fix=of.rebuild,
-        )
-    if list(refitter.get_missing_weights()) or not refitter.refit_cuda_engine_async(of.device.stream):
-        raise failure(
-            log.since(mark),
-            f"the weights of the engine of {of.net!r} could not be set",
-            net=of.net,
-            expected="an engine that was built without its weights",
-            fix=of.rebuild,
-        )

@@ -11,26 +11,32 @@ The library is the parameter `trt`; where its kinds differ is in `flavour.py`.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any, TypeAlias
 from weakref import WeakSet
 
 from ..device import Addresses, MemoryLedger, Shapes, check_addresses
 from ..errors import BackendError, LatentrtError, StorageError
+from ..package import Package
 from ..profiles import NetProfile, choose
 from ..spec import NetSpec, output_shapes
 from ..store.engine_store import Entry
 from ..store.folder import StoreFolder
 from .contract import check_outputs
 from .flavour import Engine, Trt, abilities
-from .loading import EngineOf, Loaded, check_room, load_engine, refit_stripped
+from .loading import EngineOf, Loaded, check_room, load_engine
 from .log import messages
+from .refit import refit_changed, refit_stripped
 
 Context: TypeAlias = Any  # IExecutionContext
+
+_LOG = logging.getLogger(__name__)
 
 CACHE_KIND = "runtime"  # the store's folder of these side files
 
@@ -125,11 +131,13 @@ class Contexts:
 _Binding = tuple[int, tuple[tuple[str, tuple[int, ...]], ...]]  # a profile, and the sorted shapes
 
 
-def open_entry(of: EngineOf, entry: Entry, graph: Path, weights: Path | None = None) -> TensorRTNet:
+def open_entry(
+    of: EngineOf, entry: Entry, graph: Path, weights: Path | None = None, changed: Package | None = None
+) -> TensorRTNet:
     """`open_engine` for an engine of the store: its bytes are hashed first, and kernels are cached beside it.
 
     `graph` is the net's own, in the package; it is read only if the engine was built without its weights,
-    which are in the folder `weights`, beside the graph where None is given.
+    which are in the folder `weights`, beside the graph where None is given. `changed` is as in `open_engine`.
 
     Raises:
         EngineError: the entry is damaged (it is in quarantine then), or is another net's.
@@ -140,7 +148,9 @@ def open_entry(of: EngineOf, entry: Entry, graph: Path, weights: Path | None = N
     data = entry.read()
     cache = StoredCache(store=entry.store, digest=entry.key.digest, device=of.device.name)
     stripped = "STRIP_PLAN" in entry.key.flags
-    return open_engine(of, data, cache=cache, graph=graph if stripped else None, weights=weights)
+    return open_engine(
+        of, data, cache=cache, graph=graph if stripped else None, weights=weights, changed=changed
+    )
 
 
 def open_engine(
@@ -150,6 +160,7 @@ def open_engine(
     cache: StoredCache | None = None,
     graph: Path | None = None,
     weights: Path | None = None,
+    changed: Package | None = None,
 ) -> TensorRTNet:
     """Put an engine on the device.
 
@@ -159,15 +170,21 @@ def open_engine(
         cache: where kernels compiled at run time are kept; libraries that compile none ignore it.
         graph: for a stripped engine, the graph it was built from, whose weights it gets.
         weights: the folder of these weights; None is that of `graph`.
+        changed: the package, where it has other weights for this net than it stores.
 
     Raises:
-        BackendError: the engine does not suit the library, driver or device, or refuses the graph's weights.
+        BackendError: the engine does not suit the library, driver or device, or refuses weights.
         EngineError: its boundary or profiles are not those of the net.
         MemoryLimitError: it does not fit.
+        LatentrtError: as `refit_changed`.
     """
     loaded = load_engine(of, data)
     if graph is not None:
         refit_stripped(of, loaded.engine, graph, weights or graph.parent)
+    if changed is not None:
+        began = perf_counter()
+        count = refit_changed(of, loaded.engine, changed)
+        _LOG.info("%d weights of %r were replaced in %.2f s", count, of.net, perf_counter() - began)
     return TensorRTNet(loaded, Contexts(of.trt, loaded.engine, cache))
 
 

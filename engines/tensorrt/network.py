@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..errors import PackageError
+from ..errors import BackendError, PackageError
 from ..spec import NetSpec, TensorSpec
 from .contract import TYPES, shape_fits
 from .flavour import Flavour, Trt
@@ -62,6 +62,20 @@ def _allow_decomposition(trt: Trt, network: Trt) -> None:
             # The bindings hand out the base class; its memory is that of the derived one.
             layer.__class__ = trt.IAttentionInputLayer
             layer.attention.decomposable = True
+
+
+def mark_weights(row: Flavour, network: Trt, names: Iterable[str], *, graph: Path) -> None:
+    """Mark weights, by their names in the graph, as those that may be replaced in the engine.
+
+    Raises:
+        BackendError: the library does not know one of them.
+    """
+    if refused := [name for name in names if not network.mark_weights_refittable(name)]:
+        raise BackendError(
+            f"{row.module} has {len(refused)} weights of {graph} not in its network, first {refused[0]!r}",
+            expected="every weight under the name that the graph has for it",
+            fix="Build without: --weights embedded, and report it with the package's manifest.",
+        )
 
 
 def check_contract(trt: Trt, network: Trt, spec: NetSpec, *, graph: Path) -> None:

@@ -90,7 +90,8 @@ def test_a_dry_run_builds_nothing(latentrt: Any, tmp_path: Path) -> None:
     [
         (["--profile", "63x64"], 2, "63 pixels are not multiples of 8"),
         (["--profile", "big"], 2, "WIDTHxHEIGHT"),
-        (["--weights", "all"], 2, "embedded, stripped, streamed"),
+        (["--weights", "all"], 2, "embedded, stripped, streamed, refittable"),
+        (["--weights", "refittable"], 4, "--weights refittable (REFIT_INDIVIDUAL) needs a GPU"),
         (["--optimization-level", "9"], 2, "optimization level is 9"),
         (["--nets", "unet,vae"], 2, "no net 'vae' to build"),
         (["--backend", "auto"], 4, "'auto' builds no engines"),

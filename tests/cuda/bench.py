@@ -9,14 +9,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
 from latentrt.benchmarks.case import Case, sizes_of
 from latentrt.benchmarks.gpu.sections import read_placement
 from latentrt.engines.cuda.device import CudaDevice
 from latentrt.engines.errors import LatentrtError
+from latentrt.engines.net_weights import part_shapes
 from latentrt.engines.onnxruntime.lowering.lower import lower
 from latentrt.engines.onnxruntime.nets import OnnxRuntimeDeviceNet, open_onnxruntime_net
 from latentrt.engines.package import Package
-from latentrt.engines.spec import output_shapes
+from latentrt.engines.spec import Array, output_shapes
 from latentrt.runtime.loop.device.programs import input_shapes
 from tests.cuda.runtime import StandIn
 
@@ -102,6 +105,18 @@ def net_facts(bench: Bench, name: str, layout: str) -> Facts:
     facts["left_open"] = bench.runtime.report().since(before).of("open")
     facts["placement"] = placement_of(bench, name, layout, usual)
     return facts
+
+
+def changed(package: Package) -> Package:
+    """The package with other values for every weight that adapters may change."""
+
+    def change(weight: Array) -> Array:
+        return weight.astype(np.float32) + np.float32(1e-3)
+
+    parts = ("unet", "text_encoder", "text_encoder_2")
+    return replace(
+        package, changes={part: dict.fromkeys(part_shapes(package, part), change) for part in parts}
+    )
 
 
 def inputs_on_host(session: Any) -> list[str]:

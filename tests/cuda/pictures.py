@@ -6,7 +6,7 @@ A picture is of one colour here, which the pipeline refuses elsewhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,10 @@ from latentrt.engines.spec import TEXT_ENCODERS, no_extra_embeddings
 from latentrt.engines.store.engine_store import EngineStore
 from latentrt.engines.tensorrt.build import built_nets
 from latentrt.runtime import result
+from latentrt.runtime.loop.device.loop import DeviceLoop
 from latentrt.runtime.loop.device.verdicts import Graphs
-from tests.cuda.bench import Facts, cases_of
+from latentrt.runtime.pipeline import Pipeline
+from tests.cuda.bench import Facts, cases_of, changed
 from tests.cuda.runtime import StandIn
 
 GRAPHS: tuple[Graphs, ...] = ("off", "on", "auto")
@@ -109,6 +111,28 @@ def alternating(package: Package, runtime: StandIn) -> Facts:
         replays = opened.loop.replays
     found = runtime.report().since(before)
     return {"replays": replays, "notes": found.of("note"), "forbidden": found.of("forbidden")}
+
+
+def adapted(package: Package, runtime: StandIn) -> Facts:
+    """Pictures of the base and of a set of adapters that changes every weight, in turns."""
+    before, case = runtime.report(), cases_of(package)[0]
+    with opener_of(package) as opener:
+        device, nets = opener.open_device()
+        again = partial(ONNXRUNTIME_CUDA.open_another, device, store=opener.open_device.keywords["store"])
+        base = DeviceLoop(device, nets, package.manifest, graphs="on", open_net=again)
+        own = base.adapted(changed(package))
+        with closing(base):
+            opening = runtime.report()
+            own.open_own()
+            facts: Facts = {"opened": runtime.report().since(opening).events()}
+            pipes = {"base": Pipeline.over(package, base, "base", cache_bytes=0)}
+            pipes["set"] = Pipeline.over(package, own, "set", cache_bytes=0)
+            for name in ("base", "set") * PICTURES:
+                started = runtime.report()
+                draw(pipes[name], case)
+                facts.setdefault(name, []).append(runtime.report().since(started).events())
+    found = runtime.report().since(before)
+    return {**facts, "steps": case.steps, **{kind: found.of(kind) for kind in ("open", "forbidden", "note")}}
 
 
 def memory(package: Package, runtime: StandIn) -> Facts:

@@ -113,3 +113,13 @@ def test_the_library_launches_as_many_kernels_as_recorded(facts: Facts, package:
     counted = {name: fact["runs"][-1]["launches"] for name, fact in facts.items()}
     changed = launches.changes(package, counted, launches.recorded()[package])
     assert not changed, "\n".join([*changed, f"If that is meant: {launches.COMMAND} {package}"])
+
+
+def test_nets_with_other_weights_do_the_same(built: Path) -> None:
+    """What adapters change are numbers alone: no kernel, no copy and no wait is added."""
+    plain = environment.ask(built, "nets", "demo", "unet", "unet_context", "unet_time", "text_encoder")
+    changed = environment.ask(built, "changed", "demo", "unet", "unet_context", "unet_time", "text_encoder")
+    assert changed.keys() == plain.keys()
+    for name, fact in changed.items():
+        for kind in ("runs", "shapes", "capture", "placement", "left_open"):
+            assert fact[kind] == plain[name][kind], (name, kind)

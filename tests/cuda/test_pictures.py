@@ -124,6 +124,19 @@ def test_little_memory_is_shared_out_and_comes_back(built: Path) -> None:
     assert facts["left_open"] == {}
 
 
+def test_a_set_of_adapters_draws_beside_the_base(built: Path) -> None:
+    """In turns: each keeps its graphs, and once both are warm neither allocates."""
+    facts = environment.ask(built, "adapted", "demo")
+    for name in ("base", "set"):
+        *_, last = facts[name]
+        assert last["graph launches"] == facts["steps"]
+        assert last == facts[name][-2]
+        assert not ALLOCATIONS & last.keys()
+    assert facts["base"][-1] == facts["set"][-1]
+    assert facts["opened"]["allocations"] > 0, "the set has weights of its own"
+    assert {kind: facts[kind] for kind in ("forbidden", "note") if facts[kind]} == {}
+
+
 # ── failures ──────────────────────────────────────────────────────────────────────────────────
 
 

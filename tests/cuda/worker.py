@@ -22,7 +22,7 @@ from latentrt.engines.onnxruntime.tuning.cuda_layouts import CUDA_LAYOUTS, LOWER
 from latentrt.engines.package import Package
 from latentrt.runtime.model import SHIPPED
 from tests.cuda import mutations, pictures
-from tests.cuda.bench import Bench, Facts, net_facts
+from tests.cuda.bench import Bench, Facts, changed, net_facts
 from tests.cuda.runtime import StandIn
 from tests.cuda.skeleton import zero_package
 
@@ -63,6 +63,7 @@ def launches(facts: Mapping[str, Facts]) -> dict[str, int]:
 def main() -> None:
     """Print the facts as one line of JSON: the last one."""
     every = ("nets", "launches", "pictures", "alternating", "memory", "failures", "mutations")
+    every += ("changed", "adapted")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", choices=every)
     parser.add_argument("package")
@@ -75,6 +76,8 @@ def main() -> None:
         measure = partial(nets, package, runtime, options.nets, options.layout)
         facts = {
             "nets": measure,
+            "changed": lambda: nets(changed(package), runtime, options.nets, options.layout),
+            "adapted": lambda: pictures.adapted(package, runtime),
             "launches": lambda: launches(measure()),
             "pictures": lambda: pictures.pictures(package, runtime),
             "alternating": lambda: pictures.alternating(package, runtime),

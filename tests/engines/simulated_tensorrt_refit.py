@@ -1,5 +1,6 @@
 """The part of the simulated TensorRT that changes weights."""
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,36 @@ from tests.engines.simulated_tensorrt_names import NUMPY_TYPES, DataType, ILogge
 
 
 class Weights:
-    def __init__(self, a: np.ndarray) -> None:
-        assert a.flags.c_contiguous
-        self._array = a
+    """Numbers at an address, which whoever made this keeps there: the simulation reads them when it runs."""
+
+    def __init__(self, type: DataType, ptr: int, count: int) -> None:
+        self._kind, self._address, self._count = type, ptr, count
 
     @property
     def dtype(self) -> DataType:
-        return next(DataType[name] for name, kind in NUMPY_TYPES.items() if kind == self._array.dtype)
+        return self._kind
 
     @property
     def size(self) -> int:
-        return self._array.size
+        return self._count
+
+    def _read(self) -> np.ndarray:
+        size = self._count * np.dtype(NUMPY_TYPES[self._kind.name]).itemsize
+        buffer = (ctypes.c_char * size).from_address(self._address)
+        return np.frombuffer(buffer, NUMPY_TYPES[self._kind.name]).copy()
+
+
+def _weights_of(array: np.ndarray) -> Weights:
+    assert array.flags.c_contiguous
+    name = next(name for name, kind in NUMPY_TYPES.items() if kind == array.dtype)
+    return Weights(DataType[name], array.ctypes.data, array.size)
 
 
 class Refitter:
     def __init__(self, engine: Any, logger: ILogger) -> None:
         assert engine.refittable, "the library makes no refitter for this engine"
         self._engine = engine
-        self._set: dict[str, np.ndarray] = {}
+        self._set: dict[str, Weights] = {}
         model = onnx.load(engine._graph)
         self._known = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
 
@@ -44,25 +57,32 @@ class Refitter:
         return [name for name in together if name not in self._set]
 
     def get_weights_prototype(self, weights_name: str) -> Weights:
-        return Weights(np.ascontiguousarray(self._known[weights_name]))
+        return _weights_of(self._known[weights_name])
 
     def set_named_weights(self, name: str, weights: Weights) -> bool:
         known = self._known[name] if name in self.get_all_weights() else None
         if known is None or weights.size != known.size or self._engine._fails("set_named_weights"):
             return self._engine._error(f"the weights {name} are refused")
-        self._set[name] = weights._array
+        if weights.dtype != self.get_weights_prototype(name).dtype:
+            return self._engine._error(f"the weights {name} have the type {weights.dtype.name}")
+        self._set[name] = weights
         return True
 
     def refit_cuda_engine_async(self, stream_handle: int) -> bool:
         if self.get_missing_weights() or not stream_handle or self._engine._fails("refit"):
             return self._engine._error("weights are missing")
-        engine = self._engine
-        shaped = {
-            n: a.reshape(self._known[n].shape).astype(self._known[n].dtype) for n, a in self._set.items()
-        }
-        engine._changed.update({name: array.copy() for name, array in shaped.items()})
+        engine, given, known = self._engine, dict(self._set), self._known
+        assert not engine._contexts, "weights are replaced before a context is made"
         engine._complete = True
-        engine._world.submit(engine._open)
+        engine._world.counts[f"refit {engine._graph.parent.name}/{engine._graph.stem}"] += 1
+        engine._world.counts["weights set"] += len(given)
+
+        def read() -> None:
+            """When the stream comes to it, and not before."""
+            engine._changed.update({n: each._read().reshape(known[n].shape) for n, each in given.items()})
+            engine._open()
+
+        engine._world.submit(read)
         return True
 
 
@@ -78,6 +98,7 @@ class OnnxParserRefitter:
     def __init__(self, refitter: Refitter, logger: ILogger) -> None:
         self._refitter = refitter
         self._errors: list[ParserError] = []
+        self._held: list[np.ndarray] = []
 
     @property
     def num_errors(self) -> int:
@@ -92,9 +113,8 @@ class OnnxParserRefitter:
         onnx.load_external_data_for_model(loaded, str(Path(path).parent))
         found = {item.name: numpy_helper.to_array(item) for item in loaded.graph.initializer}
         for name in self._refitter.get_all_weights():
-            if name not in found or not self._refitter.set_named_weights(
-                name, Weights(np.ascontiguousarray(found[name]))
-            ):
+            self._held.append(np.ascontiguousarray(found[name]) if name in found else np.zeros(0))
+            if name not in found or not self._refitter.set_named_weights(name, _weights_of(self._held[-1])):
                 self._errors.append(ParserError(f"Failed to refit all the weights: {name}"))
                 return False
         return True

@@ -61,7 +61,7 @@ def open_simulated(
     trt: SimulatedLibrary, variant: str, net: str, device: HostDevice, *, options: Any = None, **extra: Any
 ) -> TensorRTNet:
     """A net of the demo package. `options` go to `engine_of` and `open_engine`, `extra` into the engine."""
-    own = {name: value for name, value in (options or {}).items() if name in ("cache", "graph")}
+    own = {name: value for name, value in (options or {}).items() if name in ("cache", "graph", "changed")}
     more = {name: value for name, value in (options or {}).items() if name not in own}
     data = simulated_engine(variant, graph(net), profiles(net), **extra)
     return open_engine(engine_of(trt, row(variant), net, device, **more), data, **own)

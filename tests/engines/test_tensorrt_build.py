@@ -24,8 +24,9 @@ from latentrt.engines.tensorrt.build import (
     run_builder,
     target,
 )
-from latentrt.engines.tensorrt.builder import BuildOptions, Job, Weights
-from latentrt.engines.tensorrt.flavour import flavour, installed_version
+from latentrt.engines.tensorrt.builder import BuildOptions, Job, Weights, _replaceable
+from latentrt.engines.tensorrt.flavour import flavour, installed_version, load
+from latentrt.engines.tensorrt.network import mark_weights, parse_graph
 from tests.engines.builder_jobs import DEMO, RTX, SMALL, build_small, job_of
 
 NETS = (
@@ -171,17 +172,39 @@ def test_options_reach_the_library(store: EngineStore) -> None:
 # ── weights ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_stripped_engines_need_a_gpu_and_say_so_before_building(store: EngineStore) -> None:
-    with pytest.raises(BackendError, match=r"--weights stripped .*needs a GPU"):
-        build_small(DEMO, store, options=BuildOptions(weights=Weights.stripped))
+need_gpu = pytest.mark.parametrize("weights", [Weights.stripped, Weights.refittable])
+
+
+@need_gpu
+def test_engines_that_need_a_gpu_say_so_before_building(store: EngineStore, weights: Weights) -> None:
+    with pytest.raises(BackendError, match=rf"--weights {weights.value} .*needs a GPU"):
+        build_small(DEMO, store, options=BuildOptions(weights=weights))
     assert not store.root.exists()
 
 
-def test_the_library_itself_refuses_them_here(tmp_path: Path) -> None:
+@need_gpu
+def test_the_library_itself_refuses_them_here(tmp_path: Path, weights: Weights) -> None:
     """If this fails because the library builds them: take the flags out of `FLAGS_NEEDING_GPU`."""
-    job = job_of("unet_time", tmp_path / "e", options=BuildOptions(weights=Weights.stripped))
-    with pytest.raises(BackendError, match="cannot build the net 'unet_time'"):
+    job = job_of("unet_time", tmp_path / "e", options=BuildOptions(weights=weights))
+    with pytest.raises(BackendError, match=r"cannot build the net 'unet_time': .*CUDA_SUCCESS"):
         run_builder(job, lambda phase, fraction: None)
+
+
+def test_the_library_knows_every_weight_by_the_name_in_its_graph(tmp_path: Path) -> None:
+    """Marking needs no GPU, and refuses no weight; building then does."""
+    row = flavour(RTX)
+    trt = load(row)
+    logger = trt.Logger(trt.Logger.ERROR)
+    for net in built_nets(DEMO):
+        job = job_of(net, tmp_path / "e")
+        builder = trt.Builder(logger)
+        network, _parser = parse_graph(trt, row, builder, logger, job.graph, job.weights)
+        names = _replaceable(job)
+        assert set(names) == {key for key, item in net_tensors(DEMO, net).items() if len(item.shape) > 1}
+        assert bool(names) == (not net.startswith("step"))
+        mark_weights(row, network, names, graph=job.graph)
+        with pytest.raises(BackendError, match=r"1 weights of .* not in its network, first 'other'"):
+            mark_weights(row, network, [*names, "other"], graph=job.graph)
 
 
 def test_the_nets_of_the_loop_use_every_weight_of_the_whole_unet() -> None:

@@ -147,11 +147,12 @@ def test_options_no_library_takes(values: dict[str, Any], found: str) -> None:
         BuildOptions(**values)
 
 
-def test_refitting_needs_a_gpu(rtx: Flavour) -> None:
-    with pytest.raises(BackendError, match="needs a GPU") as caught:
-        BuildOptions(weights=Weights.stripped).check(rtx, has_gpu=False)
+@pytest.mark.parametrize("weights", [Weights.stripped, Weights.refittable])
+def test_refitting_needs_a_gpu(rtx: Flavour, weights: Weights) -> None:
+    with pytest.raises(BackendError, match=f"--weights {weights.value} .*needs a GPU") as caught:
+        BuildOptions(weights=weights).check(rtx, has_gpu=False)
     assert "embedded, streamed" in caught.value.expected
-    BuildOptions(weights=Weights.stripped).check(rtx, has_gpu=True)
+    BuildOptions(weights=weights).check(rtx, has_gpu=True)
 
 
 def test_a_library_that_builds_on_its_gpu() -> None:

@@ -17,7 +17,7 @@ from tests.engines.simulated_tensorrt_names import ONLY, VARIANTS
 from tests.engines.tensorrt_signatures import LIBRARIES, Declared, declared, signature
 
 FOLDER = Path(latentrt.engines.__path__[0])
-RUNNING = ("contract", "loading", "log", "nets")  # what the simulation stands in for
+RUNNING = ("contract", "loading", "log", "nets", "refit")  # what the simulation stands in for
 SOURCES = (*RUNNING, "builder", "network")
 # What our code calls its objects of the library -> their class; "" is the module.
 OBJECTS = {
@@ -32,7 +32,7 @@ OBJECTS = {
 # … and what only one file calls so.
 LOCAL = {
     "nets": {"config": "IRuntimeConfig", "cache": "IRuntimeCache"},
-    "loading": {"parser": "OnnxParserRefitter"},
+    "refit": {"parser": "OnnxParserRefitter", "prototype": "Weights"},
     "builder": {
         "config": "IBuilderConfig",
         "profile": "IOptimizationProfile",
@@ -104,6 +104,8 @@ def test_the_walk_finds_what_is_used() -> None:
         ("IExecutionContext", "execute_async_v3"),
         ("EngineStat", "TOTAL_WEIGHTS_SIZE"),
         ("Refitter", "refit_cuda_engine_async"),
+        ("Refitter", "set_named_weights"),
+        ("Weights", "size"),
         ("OnnxParserRefitter", "refit_from_bytes"),
         ("IRuntimeConfig", "cuda_graph_strategy"),
         ("IRuntimeCache", "serialize"),
@@ -286,6 +288,9 @@ WRONG = (
         "trt.ONNXParser(network, logger)",
         ".ONNXParser does not",
     ),
+    ("network", "network.mark_weights_refittable(", "network.mark_weight_refittable(", "does not"),
+    ("refit", "get_weights_prototype(name)", "get_weights_prototype()", "get_weights_prototype takes"),
+    ("refit", "of.trt.Weights(prototype.dtype, ", "of.trt.Weights(", "Weights.__init__ takes"),
     ("contract", "trt.TensorLocation.DEVICE", "trt.TensorLocation.GPU", "TensorLocation.GPU does not"),
     ("nets", "engine.weight_streaming_budget_v2 =", "engine.streamable_weights_size =", "cannot be set"),
 )

@@ -32,11 +32,13 @@ TYPED = (
     ("builder", "(config: Trt, path", "(config: lib.IBuilderConfig, path"),
     # Without a refitter there are no names to refit, which no checker follows.
     (
-        "loading",
+        "refit",
         "trt.Refitter(engine, log.logger) if engine.refittable else None",
         "trt.Refitter(engine, log.logger)",
     ),
+    ("refit", "refitter: Trt, package", "refitter: lib.Refitter, package"),
     ("network", "logger: Trt", "logger: lib.ILogger"),
+    ("network", "network: Trt, names", "network: lib.INetworkDefinition, names"),
     ("network", "tuple[Trt, Trt]", "tuple[lib.INetworkDefinition, lib.OnnxParser]"),
     ("network", "Sequence[Trt]", "Sequence[lib.ITensor]"),
 )
@@ -58,6 +60,9 @@ WRONG = (
         "cache",
         '"ITimingCache"',
     ),
+    ("network", "mark_weights_refittable(name)", "mark_weights_refittable(0)", "type"),
+    ("refit", "set_named_weights(name, weights)", "set_named_weights(weights, name)", "set_named_weights"),
+    ("refit", ", held[-1].ctypes.data, held[-1].size)", ", held[-1].ctypes.data)", "No overloads"),
     ("network", "parser.parse(path.read_bytes(),", "parser.parse(path.read_bytes(), 1,", "argument"),
 )
 _FUTURE = "from __future__ import annotations\n"

@@ -49,15 +49,19 @@ def device_pipeline(
     graphs: Graphs = "off",
     wrap: Wrap = lambda name, net: net,
     log: Callable[[str], None] = lambda line: None,
+    **more: Any,
 ) -> Generator[tuple[Pipeline, DeviceLoop]]:
-    """A pipeline whose loop runs on `device`, its nets on ONNX Runtime CPU at the device's addresses."""
-    nets: dict[str, Any] = {
-        name: wrap(name, open_onnxruntime_net(package, name, device, provider=CPU, submit=device.submit))
-        for name in package.manifest.nets
-        if spec.NETS[name].usual
-    }
-    loop = DeviceLoop(device, nets, package.manifest, graphs=graphs, log=log)
-    pipe = Pipeline.over(package, loop, device.name, cache_bytes=CACHE_BYTES)
+    """A pipeline whose loop runs on `device`, its nets on ONNX Runtime CPU at the device's addresses.
+
+    `more` is of `Pipeline.over`.
+    """
+
+    def open_net(package: Package, name: str) -> DeviceNet:
+        return wrap(name, open_onnxruntime_net(package, name, device, provider=CPU, submit=device.submit))
+
+    nets = {name: open_net(package, name) for name in package.manifest.nets if spec.NETS[name].usual}
+    loop = DeviceLoop(device, nets, package.manifest, graphs=graphs, log=log, open_net=open_net)
+    pipe = Pipeline.over(package, loop, device.name, cache_bytes=CACHE_BYTES, **more)
     try:
         yield pipe, loop
     finally:

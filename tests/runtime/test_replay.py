@@ -143,7 +143,7 @@ def test_host_memory_refuses_a_capture_out_of_order(package: Package) -> None:
     device = HostDevice()
     with device_pipeline(package, device) as (pipe, loop):
         pipe(PROMPT, **SMALL)
-        (small,) = loop._turns.replays
+        (small,) = loop._rows.replays
         pipe(PROMPT, **{**SMALL, "width": 96})
         with pytest.raises(AssertionError, match="captured without a plain run"), device.capture():
             small.enqueue_row()  # type: ignore[attr-defined]

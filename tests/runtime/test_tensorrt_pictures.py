@@ -1,5 +1,7 @@
 """From the store to a picture through the simulated TensorRT: engines found, chosen, bound, drawn with."""
 
+import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +10,21 @@ import pytest
 
 from latentrt.engines.cuda.facts import DeviceFacts
 from latentrt.engines.device import Device
-from latentrt.engines.errors import BackendError, EngineError, UsageError
+from latentrt.engines.errors import BackendError, EngineError, NumericError, UsageError
+from latentrt.engines.net_weights import net_tensors
 from latentrt.engines.package import NetFile, Package
 from latentrt.engines.profiles import Profile, net_profiles
-from latentrt.engines.store.engine_store import EngineStore
+from latentrt.engines.store.engine_store import EngineStore, Entry
 from latentrt.engines.tensorrt import backend as tensorrt_backend
 from latentrt.engines.tensorrt.build import engine_key
-from latentrt.engines.tensorrt.builder import BuildOptions
+from latentrt.engines.tensorrt.builder import BuildOptions, Weights
 from latentrt.runtime.loop.device.loop import DeviceLoop
 from latentrt.runtime.pipeline import Pipeline
 from tests.engines.host_device import DEVICE_NETS, HostDevice
 from tests.engines.simulated_tensorrt import SimulatedLibrary, simulated_engine
 from tests.engines.simulated_tensorrt_names import VARIANTS
 from tests.engines.tensorrt_setting import row
+from tests.runtime.test_adapters import write
 
 PROMPT = "a red circle on a blue background"
 SMALL: dict[str, Any] = {"num_inference_steps": 3, "height": 64, "width": 64, "seed": 3, "output_type": "np"}
@@ -38,17 +42,27 @@ GPU = DeviceFacts(
 
 
 def fill(
-    store: EngineStore, package: Package, variant: str, texts: list[str], net: str | None = None
+    store: EngineStore,
+    package: Package,
+    variant: str,
+    texts: list[str],
+    net: str | None = None,
+    options: BuildOptions = BuildOptions(),  # noqa: B008
 ) -> None:
     """Engines as `latentrt build` would leave them, for one `--profile` list."""
+    refittable = options.weights is Weights.refittable
     sources = [Profile.parse(text) for text in texts]
     for name in [net] if net else DEVICE_NETS:
         file = package.manifest.nets[name]
         profiles = net_profiles(name, file.spec, sources)
-        key = engine_key(package, name, row(variant), VARIANTS[variant], profiles, BuildOptions(), gpu=GPU)
+        key = engine_key(package, name, row(variant), VARIANTS[variant], profiles, options, gpu=GPU)
+        marked = [key for key, tensor in net_tensors(package, name).items() if len(tensor.shape) > 1]
+        more = {"refittable": marked} if refittable else {}
 
-        def build(path: Path, file: NetFile = file, profiles: Any = profiles) -> dict[str, Any]:
-            path.write_bytes(simulated_engine(variant, package.path(file.graph), profiles))
+        def build(
+            path: Path, file: NetFile = file, profiles: Any = profiles, more: Any = more
+        ) -> dict[str, Any]:
+            path.write_bytes(simulated_engine(variant, package.path(file.graph), profiles, **more))
             return {"profiles": [str(source) for source in sources]}
 
         store.get_or_build(key, build)
@@ -65,12 +79,17 @@ class Bench:
         monkeypatch.setattr(tensorrt_backend, "flavour", lambda backend: row(variant))
         monkeypatch.setattr(tensorrt_backend, "installed_version", lambda backend: VARIANTS[variant])
 
-    def open(self, package: Package, store: EngineStore) -> Pipeline:
-        device, nets = tensorrt_backend.TensorRTBackend(self.backend).open_device(
-            package, DEVICE_NETS, store=store
-        )
-        loop = DeviceLoop(_as_device(device), nets, package.manifest, graphs="on")
-        return Pipeline.over(package, loop, self.backend, cache_bytes=0)
+    def open(self, package: Package, store: EngineStore, **more: Any) -> Pipeline:
+        backend = tensorrt_backend.TensorRTBackend(self.backend)
+        device, nets = backend.open_device(package, DEVICE_NETS, store=store)
+        again = partial(backend.open_another, device, store=store)
+        loop = DeviceLoop(_as_device(device), nets, package.manifest, graphs="on", open_net=again)
+        return Pipeline.over(package, loop, self.backend, cache_bytes=0, **more)
+
+    def refits(self) -> dict[str, int]:
+        """How often each net's weights were replaced so far."""
+        counts = self.trt._world.counts
+        return {name.removeprefix("refit "): n for name, n in counts.items() if name.startswith("refit ")}
 
 
 def _as_device(device: Device) -> Device:
@@ -189,3 +208,182 @@ def test_a_picture_says_which_profile_drew_it(
             ({"width": 128, "num_images_per_prompt": 2}, "64-128@128x64 b2 guided"),
         ):
             assert pipe(PROMPT, **{**SMALL, **change}).producer["profile"].startswith(expected)
+
+
+# ── adapters ─────────────────────────────────────────────────────────────────────────────────────────────
+
+# The nets that each file of `write` changes, as the simulation counts them.
+CHANGED = {
+    "loop": {"unet/loop"},
+    "keys": {"unet/context"},
+    "time": {"unet/time"},
+    "text": {"text_encoder/model"},
+}
+REFITTABLE = BuildOptions(weights=Weights.refittable)
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("loras")
+    for where in CHANGED:
+        write(folder / f"{where}.safetensors", where)
+    return folder
+
+
+def filled(folder: Path, package: Package, variant: str) -> EngineStore:
+    """A store with engines of both kinds."""
+    store = EngineStore(folder)
+    fill(store, package, variant, ["64x64:b1"])
+    fill(store, package, variant, ["64x64:b1"], options=REFITTABLE)
+    return store
+
+
+def draw(pipe: Pipeline, *loras: Any, **more: Any) -> np.ndarray:
+    return pipe(PROMPT, loras=list(loras), **{**SMALL, **more}).images
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sets_of_adapters_draw_the_hosts_pictures(
+    package: Package, loras: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
+) -> None:
+    """Those of engines are rounded to the file's half precision, those of ONNX Runtime are not."""
+    store, bench = filled(tmp_path, package, variant), Bench(monkeypatch, variant)
+    sets: list[list[Any]] = [[name] for name in CHANGED] + [[], [("loop", -0.5), "keys", ("text", 0.4)]]
+    with Pipeline.open(package.root, backend="onnxruntime", loras=loras) as host:
+        wanted = [draw(host, *chosen) for chosen in sets]
+    with bench.open(package, store, loras=loras) as pipe:
+        refits = dict[str, int]()
+        for chosen, images in zip(sets, wanted, strict=True):
+            np.testing.assert_allclose(draw(pipe, *chosen).astype(int), images, atol=1)
+            new = {name for name, count in bench.refits().items() if count > refits.get(name, 0)}
+            names = {one if isinstance(one, str) else one[0] for one in chosen}
+            assert new == set[str]().union(*(CHANGED[name] for name in names)), "and no net else"
+            refits = bench.refits()
+        for chosen in sets:  # each is still open
+            draw(pipe, *chosen)
+        assert bench.refits() == refits
+    assert not bench.device.blocks
+    assert not bench.device.graphs
+
+
+def test_swaps_among_sets_leave_nothing_behind(
+    package: Package, loras: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T24 and T27: whichever sets were drawn before, and whether or not they are still open."""
+    store, bench = filled(tmp_path, package, "tensorrt-rtx"), Bench(monkeypatch, "tensorrt-rtx")
+    few = {"num_inference_steps": 1}
+    sets: list[list[Any]] = [[], [("loop", 0.4)], ["keys"], [("time", -0.5), "text"], ["loop", ("keys", 0.3)]]
+    wanted = list[np.ndarray]()
+    for chosen in sets:
+        with bench.open(package, store, loras=loras) as fresh:
+            wanted.append(draw(fresh, *chosen, **few))
+    order = random.Random(0)
+    for limit in (0, 2**30):
+        with bench.open(package, store, loras=loras, adapted_bytes=limit) as pipe:
+            for _ in range(12):
+                index = order.randrange(len(sets))
+                np.testing.assert_array_equal(draw(pipe, *sets[index], **few), wanted[index])
+        assert not bench.device.blocks
+
+
+def test_without_adapters_the_plain_engines_serve(
+    package: Package, loras: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T34: with marks and without, the base's picture is the same; engines with marks serve where others do
+    not cover the size.
+    """
+    store, bench = filled(tmp_path, package, "tensorrt-rtx"), Bench(monkeypatch, "tensorrt-rtx")
+    marked = EngineStore(tmp_path / "marked")
+    fill(marked, package, "tensorrt-rtx", ["64x64:b1"], options=REFITTABLE)
+    opened = list[bool]()
+    real = tensorrt_backend.open_entry
+
+    def counted(of: Any, entry: Entry, *rest: Any) -> Any:
+        opened.append("REFIT_INDIVIDUAL" in entry.key.flags)
+        return real(of, entry, *rest)
+
+    monkeypatch.setattr(tensorrt_backend, "open_entry", counted)
+    with bench.open(package, store, loras=loras) as pipe:
+        plain = draw(pipe)
+        assert opened == [False] * len(DEVICE_NETS)
+        draw(pipe, "loop")
+        assert opened[len(DEVICE_NETS) :] == [True]
+    with bench.open(package, marked, loras=loras) as pipe:
+        np.testing.assert_array_equal(draw(pipe), plain)
+        assert bench.refits() == {"unet/loop": 1}
+
+
+def test_without_refittable_engines_the_command_that_builds_them(
+    package: Package, loras: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, bench = EngineStore(tmp_path), Bench(monkeypatch, "tensorrt 11")
+    fill(store, package, "tensorrt 11", ["64x64:b1", "96x64:b1"])
+    with bench.open(package, store, loras=loras) as pipe:
+        plain = draw(pipe)
+        for _ in range(2):
+            with pytest.raises(
+                BackendError, match=r"no tensorrt 11.* engine of unet_context .*sm_89"
+            ) as caught:
+                draw(pipe, "keys", "loop")
+            assert caught.value.fix.endswith("--weights refittable --nets unet_context,unet")
+        fill(store, package, "tensorrt 11", ["64x64:b1"], options=REFITTABLE)
+        assert not np.array_equal(draw(pipe, "keys", "loop"), plain), "the next request finds new engines"
+        with pytest.raises(UsageError, match="covers 96x64 pixels") as missing:
+            draw(pipe, "keys", "loop", width=96)
+        assert "--weights refittable --profile 64x64:b1 --profile 96x64" in missing.value.fix
+        np.testing.assert_array_equal(draw(pipe), plain)
+
+
+def test_weights_that_cannot_be_replaced_leave_nothing(
+    package: Package, loras: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, bench = filled(tmp_path, package, "tensorrt-rtx"), Bench(monkeypatch, "tensorrt-rtx")
+    with bench.open(package, store, loras=loras) as pipe:
+        pipe.load_lora_weights(write(tmp_path / "beyond.safetensors", "loop", scale=1e6))
+        plain, wanted = draw(pipe), draw(pipe, "loop")
+        for _ in range(2):
+            with pytest.raises(NumericError, match=r"with the adapters the weight .* reaches"):
+                draw(pipe, "beyond")
+        bench.trt._world.failing["refit"] = "broken"
+        with pytest.raises(BackendError, match=r"does not take .* weights, first .*broken"):
+            draw(pipe, ("loop", 0.9))
+        np.testing.assert_array_equal(draw(pipe), plain)
+        np.testing.assert_array_equal(draw(pipe, "loop"), wanted)
+    assert not bench.device.blocks
+
+
+def test_a_stream_goes_on_while_other_sets_draw(
+    package: Package, loras: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, bench = filled(tmp_path, package, "tensorrt-rtx"), Bench(monkeypatch, "tensorrt-rtx")
+    few = {name: value for name, value in SMALL.items() if name != "output_type"}
+    with bench.open(package, store, loras=loras) as pipe:
+        wanted = {name: draw(pipe, *chosen) for name, chosen in {"loop": ["loop"], "none": []}.items()}
+        streams = {
+            "loop": pipe.stream(PROMPT, loras=["loop"], **few),
+            "none": pipe.stream(PROMPT, **few),
+        }
+        for stream in streams.values():
+            next(stream)
+        draw(pipe, "keys")
+        pipe.unload_lora_weights()
+        for name, stream in streams.items():
+            *_, last = stream
+            np.testing.assert_array_equal(np.asarray(last.preview()[0]), wanted[name][0])
+    assert not bench.device.blocks
+
+
+def test_closing_while_a_set_is_in_use_frees_everything(
+    package: Package, loras: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, bench = filled(tmp_path, package, "tensorrt-rtx"), Bench(monkeypatch, "tensorrt-rtx")
+    few = {name: value for name, value in SMALL.items() if name != "output_type"}
+    pipe = bench.open(package, store, loras=loras)
+    stream = pipe.stream(PROMPT, loras=["loop"], **few)
+    next(stream)
+    draw(pipe, "keys")
+    pipe.close()
+    assert not bench.device.blocks
+    with pytest.raises(BackendError, match="closed while a picture was drawn"):
+        next(stream)
+    pipe.close()

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from ...errors import NumericError
-from ...net_weights import changed_names, changed_values, net_tensors
+from ...net_weights import changed_names, changed_values, check_range, net_tensors
 from ...package import Package
 from ...spec import Array
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _FLOAT = 1  # TensorProto.DataType
-_LARGEST = {dtype: float(np.finfo(kind).max) for dtype, kind in (("fp16", np.float16), ("fp32", np.float32))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +52,7 @@ def changed_graph(package: Package, net: str, graph: bytes) -> ChangedGraph | No
     if not names:
         return None
     values = changed_values(package, net, names)
-    _check_range(values, package.manifest.dtype)
+    check_range(values, package.manifest.dtype)
     stored = net_tensors(package, net, graph)
     narrow = [name for name in names if stored[name].dtype != _FLOAT]
     if narrow:
@@ -62,19 +60,6 @@ def changed_graph(package: Package, net: str, graph: bytes) -> ChangedGraph | No
         for name in kept:
             values[name] = values[name].astype(np.float16)
     return ChangedGraph(graph=graph, values=values)
-
-
-def _check_range(values: dict[str, Array], dtype: str) -> None:
-    """Raise NumericError for a weight that the package's arithmetic does not hold."""
-    wider = ", or open the model with --dtype fp32" if dtype == "fp16" else ""
-    for name, value in values.items():
-        largest = float(max(value.max(initial=0.0), -value.min(initial=0.0)))
-        if not largest <= _LARGEST[dtype]:  # NaN neither
-            raise NumericError(
-                f"with the adapters the weight {name} reaches {largest:.6g}",
-                expected=f"at most {_LARGEST[dtype]:.6g}, the largest number of {dtype}",
-                fix=f"Use less of them{wider}.",
-            )
 
 
 def _widen(graph: bytes, names: Sequence[str]) -> tuple[bytes, list[str]]:

@@ -14,14 +14,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import RLock
+from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
 
 from ....engines.backend import MemoryLedger
 from ....engines.device import Device, DeviceNet, Shapes
-from ....engines.errors import BackendError
-from ....engines.net_weights import changed_names
+from ....engines.errors import BackendError, MemoryLimitError
+from ....engines.net_weights import changed_names, engine_bytes
 from ....engines.package import Manifest, Package
 from ....engines.spec import Array
 from ...pictures.tiling import decode_tiled
@@ -59,17 +60,36 @@ class _RememberedPlan:
 
 @dataclass(kw_only=True)
 class _Turns:
-    """What loops on one device share: whose turn it is, and the graphs of rows that one run may invalidate.
+    """What loops on one device share: whose turn it is, and its memory.
 
     Attributes:
         lock: is held by who runs.
+        loops: those that are open, the first of them the one that the others are adapted from.
+    """
+
+    lock: RLock = field(default_factory=RLock)
+    loops: list[DeviceLoop] = field(default_factory=list["DeviceLoop"])
+
+
+@dataclass(kw_only=True)
+class _Rows:
+    """What loops share that have the same UNet: graphs of its rows, which one run of it may invalidate.
+
+    Attributes:
         replays: of every program that has run rows.
         ran_last: of these.
     """
 
-    lock: RLock = field(default_factory=RLock)
     replays: dict[BoundProgram, Replay] = field(default_factory=dict["BoundProgram", "Replay"])
     ran_last: BoundProgram | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnNet:
+    """A net with other weights than the base's: what opens it, and about how many bytes its weights take."""
+
+    open: Callable[[], DeviceNet]
+    size: int
 
 
 class _Picture:
@@ -99,6 +119,7 @@ class DeviceLoop:
         log: is passed a line for everything given up when memory was short, and why rows are not replayed.
         open_net: opens a net of a package with other weights on the device; None where nothing can.
         base: the loop that this one is adapted from. They take turns, and it closes device and nets.
+        own: the nets that this one has in place of the base's once `open_own` has opened them, and how.
     """
 
     def __init__(
@@ -112,6 +133,7 @@ class DeviceLoop:
         log: Callable[[str], None] = _LOG.warning,
         open_net: Callable[[Package, str], DeviceNet] | None = None,
         base: DeviceLoop | None = None,
+        own: Mapping[str, OwnNet] = MappingProxyType({}),
     ) -> None:
         self.device = device
         self.nets = dict(nets)
@@ -122,17 +144,21 @@ class DeviceLoop:
         self._verdicts = verdicts or Verdicts()
         self._log = log
         self._open_net, self._base = open_net, base
-        self._own: Mapping[str, Callable[[], DeviceNet]] = {}
+        self._own = own
         self._turns = base._turns if base else _Turns()
+        self._rows = base._rows if base and "unet" not in own else _Rows()
         self._lock = self._turns.lock
         self._plans: dict[MemoryNeed, _RememberedPlan] = {}
         self._logged = set[str]()
+        self._opened = set[str]()  # of `own`
         self._closed = False
+        if base is None:
+            self._turns.loops.append(self)
 
     @property
     def replays(self) -> bool:
         """Whether rows of any shape are replayed as a CUDA graph now."""
-        return any(replay.replayed for replay in self._turns.replays.values())
+        return any(replay.replayed for replay in self._rows.replays.values())
 
     # ── job.PackageLoop ────────────────────────────────────────────────────────────────────────
 
@@ -144,7 +170,12 @@ class DeviceLoop:
                 expected="a backend that opens nets with other weights",
                 fix="Use another one: --backend onnxruntime-cuda, or --backend onnxruntime",
             )
-        loop = DeviceLoop(
+        own = {
+            name: OwnNet(open=partial(self._open_net, package, name), size=engine_bytes(package, name))
+            for name in self.nets
+            if changed_names(package, name)
+        }
+        return DeviceLoop(
             self.device,
             self.nets,
             self._manifest,
@@ -152,23 +183,32 @@ class DeviceLoop:
             verdicts=self._verdicts,
             log=self._log,
             base=self,
+            own=own,
         )
-        changed = [name for name in self.nets if changed_names(package, name)]
-        loop._own = {name: partial(self._open_net, package, name) for name in changed}
-        return loop
 
     @property
     def own_bytes(self) -> int:
-        """See `job.PackageLoop`."""
-        return sum(self.nets[name].memory.weights for name in self._own)
+        """See `job.PackageLoop`. Of a net whose engines are opened when they are chosen, one is counted."""
+        return sum(self.nets[name].memory.weights or own.size for name, own in self._own.items())
 
     def open_own(self) -> None:
-        """See `job.PackageLoop`."""
+        """See `job.PackageLoop`. What no request uses makes room for them."""
         with self._lock, ExitStack() as until_failure:
-            for name, opened in self._own.items():
-                self.nets[name] = opened()
-                until_failure.callback(self.nets[name].close)
+            until_failure.callback(self.close)
+            self._turns.loops.append(self)
+            for name, own in self._own.items():
+                self.nets[name] = self._open_one(own)
+                self._opened.add(name)
             until_failure.pop_all()
+
+    def _open_one(self, own: OwnNet) -> DeviceNet:
+        try:
+            return own.open()
+        except MemoryLimitError as error:
+            if not self.free_idle():
+                raise
+            self._log(f"out of memory ({error.found}): free idle contexts")
+        return own.open()
 
     def make_way(self, other: PackageLoop) -> None:
         """See `job.PackageLoop`: nothing, as nets on a device are bound; what does not fit is an error."""
@@ -185,6 +225,8 @@ class DeviceLoop:
             BackendError: it failed on the device.
         """
         self._manifest.net(net)
+        if self._base is not None and net not in self._own:
+            return self._base.call(net, **arrays)  # with its programs, and also once this loop is closed
         self.nets[net].spec.check(arrays)
         shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
         need = MemoryNeed(call=f"{net} of {shapes}")
@@ -247,40 +289,61 @@ class DeviceLoop:
 
     def decode(self, latent: Array, *, tile: int | None = None, stop: Stop = NEVER) -> tuple[Array, Array]:
         """Pictures of latents; see `job.Loop`. Raises UsageError, MemoryLimitError, BackendError."""
+        if self._base is not None and "vae_decoder" not in self._own:
+            return self._base.decode(latent, tile=tile, stop=stop)
         with self._lock:
             decoded = self._decode(latent, tile, stop=stop)
             self._settle()
             return decoded
 
     def close(self) -> None:
-        """Free everything, nets and device too, whatever fails on the way. May be called twice."""
+        """Free everything that this loop does not share, whatever fails on the way. May be called twice.
+
+        The loop that others are adapted from has the device and the nets that they share: they are closed
+        with it.
+        """
         with self._lock:
             if self._closed:
                 return
             self._closed = True
             with ExitStack() as everything:
+                if self in self._turns.loops:
+                    everything.callback(self._turns.loops.remove, self)
                 if self._base is None:
                     everything.callback(self.device.close)
                 for name, net in self.nets.items():
-                    if self._base is None or name in self._own:
+                    if self._base is None or name in self._opened:
                         everything.callback(net.close)
                 everything.callback(self.pool.close)
-                everything.callback(self.free_idle)
+                everything.callback(self.pool.free_idle)
+                if self._base is None:
+                    for loop in self._turns.loops[1:]:
+                        everything.callback(loop.close)
 
     # ── memory ─────────────────────────────────────────────────────────────────────────────────
 
     def free_idle(self) -> bool:
-        """Free what no request uses now; return whether there was anything."""
-        freed = self.pool.free_idle()
-        if not self.pool.in_use:  # a graph that is still alive may hold what a library would release
-            for net in self.nets.values():
+        """Free what no request uses now, of all loops on the device; return whether there was anything."""
+        freed = [loop.pool.free_idle() for loop in self._turns.loops]
+        if not self._in_use:  # a graph that is still alive may hold what a library would release
+            for net in self._all_nets:
                 net.release()
-        return freed
+        return any(freed)
+
+    @property
+    def _all_nets(self) -> list[DeviceNet]:
+        """Those of all loops on the device, each once."""
+        return list(dict.fromkeys(net for loop in self._turns.loops for net in loop.nets.values()))
+
+    @property
+    def _in_use(self) -> bool:
+        """Whether a request has programs on the device, of whichever loop: they share nets."""
+        return any(loop.pool.in_use for loop in self._turns.loops)
 
     def _forget(self, program: BoundProgram) -> None:
         """Free the graph that holds the addresses of a program about to be freed."""
-        if program in self._turns.replays:
-            self._turns.replays.pop(program).close()
+        if program in self._rows.replays:
+            self._rows.replays.pop(program).close()
 
     def _settle(self) -> None:
         """The stream is idle and the picture on the host: a moment for what must not be timed."""
@@ -290,12 +353,12 @@ class DeviceLoop:
     def stream_weights(self) -> int:
         """Bytes freed by streaming the weights of every net that can; it closes all of a net's bindings."""
         self.free_idle()
-        return 0 if self.pool.in_use else sum(net.stream_weights() for net in self.nets.values())
+        return 0 if self._in_use else sum(net.stream_weights() for net in self.nets.values())
 
     def describe_memory(self) -> str:
         """The numbers, for a refusal."""
         now = self.device.memory()
-        weights = sum(item.weights for item in self.ledger.values())
+        weights = sum(net.memory.weights for net in self._all_nets)
         return (
             f"{now.free / 2**20:.0f} MiB of {now.total / 2**20:.0f} free on {self.device.name}, weights"
             f" {weights / 2**20:.0f} MiB, activations {self.pool.scratch_size / 2**20:.0f} MiB"
@@ -372,17 +435,19 @@ class DeviceLoop:
 
     def _begin_rows(self, denoiser: DenoiseProgram, schedule: ScheduleProgram, job: DenoiseJob) -> _Picture:
         """Decide whether the rows of one picture are replayed."""
-        if denoiser not in self._turns.replays:
-            self._turns.replays[denoiser] = Replay(
+        if denoiser not in self._rows.replays:
+            # An engine with other weights may have other kernels: a verdict on the base says nothing of it.
+            adapted = ", adapted" if "unet" in self._own else ""
+            self._rows.replays[denoiser] = Replay(
                 self._graphs,
                 dtype=self._manifest.dtype,
-                shape=f"{denoiser.shape}, {denoiser.profile}",
+                shape=f"{denoiser.shape}, {denoiser.profile}{adapted}",
                 verdicts=self._verdicts,
                 log=self._log_once,
             )
         self._drop_graphs_of_others(denoiser)
         picture = _Picture(denoiser, schedule, job)
-        self._turns.replays[denoiser].begin(self.device, picture)
+        self._rows.replays[denoiser].begin(self.device, picture)
         return picture
 
     def _log_once(self, line: str) -> None:
@@ -422,15 +487,15 @@ class DeviceLoop:
     def _enqueue_row(self, picture: _Picture, row: int) -> None:
         picture.feed_row(row)
         self._drop_graphs_of_others(picture.denoiser)  # others may have had their turn since the last row
-        self._turns.replays[picture.denoiser].enqueue(picture)
+        self._rows.replays[picture.denoiser].enqueue(picture)
 
     def _drop_graphs_of_others(self, denoiser: DenoiseProgram) -> None:
         """Before rows of one shape run: graphs of others that would not outlive them."""
-        if self._turns.ran_last is not denoiser and not self.nets["unet"].graphs_outlive_other_shapes:
-            for program, replay in self._turns.replays.items():
+        if self._rows.ran_last is not denoiser and not self.nets["unet"].graphs_outlive_other_shapes:
+            for program, replay in self._rows.replays.items():
                 if program is not denoiser:
                     replay.drop()
-        self._turns.ran_last = denoiser
+        self._rows.ran_last = denoiser
 
     def _draw(self, job: DenoiseJob, plan: MemoryPlan, clock: Clock, *, decode: bool) -> Drawn:
         """One attempt at a job: the latent, and the picture too where the plan decodes all at once."""
