@@ -70,6 +70,7 @@ def make_manifest(
         image_noise=None if image_noise is None else _jsonable(image_noise),
         image_processor=source.configs.get("feature_extractor"),
         latent_rgb=latent_rgb,
+        fused=source.fused,
         producer=producer,
     )
 
@@ -95,7 +96,7 @@ def _jsonable(scheduler: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def request_defaults(source: Checkpoint) -> Defaults:
-    """The family's defaults, overridden by the checkpoint's `recommended.json` if there is one.
+    """The family's defaults, overridden by the checkpoint's `recommended.json` and by its adapters.
 
     Raises:
         CheckpointError: `recommended.json` is damaged.
@@ -115,4 +116,4 @@ def request_defaults(source: Checkpoint) -> Defaults:
                 expected=f"a JSON object with some of {', '.join(sorted(vars(Defaults())))}",
                 fix="Mend or remove it.",
             ) from error
-    return Defaults(**values)
+    return Defaults(**(values | source.few_steps))

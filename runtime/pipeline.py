@@ -609,7 +609,8 @@ class Pipeline:
             "backend": self.backend,
             "latentrt": latentrt_version(),
         }
-        return made_by | ({"profile": profile} if profile else {})
+        fused = self.package.manifest.fused_records()
+        return made_by | ({"profile": profile} if profile else {}) | ({"fused": fused} if fused else {})
 
 
 def _stop(cancel: Event | None, timeout: float | None, *events: Event) -> Stop:
