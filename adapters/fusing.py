@@ -79,9 +79,8 @@ def read_fused(
 
 def _pair(lora: Any) -> tuple[Path, Any]:
     """A file and its strength. Raises UsageError for anything else."""
-    given: Any = lora if isinstance(lora, (tuple, list)) and len(cast(Any, lora)) == 2 else (lora, 1.0)
-    path: Any = given[0]
-    strength: Any = given[1]
+    given = cast("Sequence[Any]", lora) if isinstance(lora, (tuple, list)) else (lora, 1.0)
+    path, strength = given if len(given) == 2 else (None, None)
     if not isinstance(path, (str, Path)):
         raise UsageError(
             f"an adapter is given as {lora!r:.100}",

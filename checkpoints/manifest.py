@@ -116,4 +116,4 @@ def request_defaults(source: Checkpoint) -> Defaults:
                 expected=f"a JSON object with some of {', '.join(sorted(vars(Defaults())))}",
                 fix="Mend or remove it.",
             ) from error
-    return Defaults(**(values | source.few_steps))
+    return Defaults(**{**values, **source.few_steps})

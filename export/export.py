@@ -18,7 +18,7 @@ from ..checkpoints.beside import beside, put
 from ..checkpoints.files.open import Checkpoint
 from ..checkpoints.fused import fuse
 from ..checkpoints.precision.islands import Found
-from ..checkpoints.stages import OnProgress
+from ..checkpoints.stages import Progress
 from ..checkpoints.templates.archive import DTYPES, SHIPPED, Dtype
 from ..checkpoints.writing import CopiedWeights, Graphs, TemplateGraphs, Verify, write_package
 from ..engines.errors import BackendError, CheckpointError, StorageError, UsageError
@@ -39,7 +39,7 @@ def export_package(
     *,
     dtype: Dtype = "fp16",
     verify: bool = True,
-    progress: OnProgress | None = None,
+    progress: Callable[[Progress], None] | None = None,
     report: Callable[[Comparison], None] | None = None,
     report_islands: Callable[[Found], None] | None = None,
     note: Callable[[str], None] | None = None,
