@@ -134,8 +134,10 @@ def _stored_type(source: str, dtype: Dtype) -> str:
 
 def _check_range(part: str, name: str, value: Array, stored: str, source: str) -> None:
     """Raise NumericError for a weight that its type does not hold."""
+    import ml_dtypes
+
     largest = float(max(value.max(initial=0.0), -value.min(initial=0.0)))
-    limit = _largest(stored)
+    limit = float(cast(Any, ml_dtypes).finfo(numpy_type(stored)).max)
     if not largest <= limit:  # NaN neither
         wider = ", or export in float32: --dtype fp32" if _stored_type(source, "fp32") != stored else ""
         raise NumericError(
@@ -143,10 +145,3 @@ def _check_range(part: str, name: str, value: Array, stored: str, source: str) -
             expected=f"at most {limit:.6g}, the largest number of {stored}",
             fix=f"Use less of them{wider}.",
         )
-
-
-def _largest(stored: str) -> float:
-    import ml_dtypes
-
-    limits: Any = ml_dtypes.finfo(numpy_type(stored))
-    return float(limits.max)

@@ -72,9 +72,8 @@ def _room(opening: Opening) -> str:
     size = _GRAPHS_BYTES + ITEM_SIZES[_STORED[opening.options.dtype]] * sum(
         prod(header.shape) for name in opening.copied for header in opening.tensors[name].values()
     )
-    return (
-        f"{size / 1e6:.0f} MB: the graphs{' and weights that are not as in the file' * bool(opening.copied)}"
-    )
+    copies = " and weights that are not as in the file" if opening.copied else ""
+    return f"{size / 1e6:.0f} MB: the graphs{copies}"
 
 
 class _WeightsElsewhere:
