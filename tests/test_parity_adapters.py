@@ -219,7 +219,7 @@ def test_a_strength_for_each_component(pair: AdaptedPair, tmp_path: Path) -> Non
 
 
 def test_fused_at_export(pair: AdaptedPair, tmp_path: Path) -> None:
-    """A package with two of them in its weights, which is opened and drawn with in place of the pair's own."""
+    """A package with two of them in its weights, drawn with in place of the pair's own."""
     kinds = {"lora": ("attention", "text"), "loha": ("convolutions", "time")}
     strengths = (0.8, {"unet": -0.5})
     adapters = [Adapter(pair, tmp_path / f"{kind}.safetensors", kind, *kinds[kind]) for kind in kinds]
