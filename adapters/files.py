@@ -34,6 +34,8 @@ _INTEGERS = {
     "BOOL": np.bool_,
 }
 _AGAIN = "Download the file again, or have it written again by the program that trained it."
+# What PEFT's and diffusers' `save_pretrained` and `save_lora_weights` call the file in a folder.
+FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 # Parts that say that a file is an adapter, which "weight" and "alpha" alone do not.
 _VAGUE = ("weight", "alpha")
 # What a file that is no adapter may be called; others are left to the names that are unknown.
@@ -71,8 +73,8 @@ class Adapter:
 
     @property
     def name(self) -> str:
-        """What requests call it: the file's name without its ending."""
-        return self.path.stem
+        """What requests call it: the file's name without its ending; in a folder of one, the folder's."""
+        return self.path.parent.name if self.path.name in FOLDER_FILES else self.path.stem
 
     def notes(self) -> tuple[str, ...]:
         """What its numbers say, for people: how many modules it changes, alphas, embeddings, A1111's hash."""
@@ -89,6 +91,11 @@ class Adapter:
         return (said, *more, f"hash for A1111: {self.short_hash}")
 
 
+def file_of(path: Path) -> Path:
+    """The adapter's file in a folder that has one of FOLDER_FILES; else the path itself."""
+    return next((path / name for name in FOLDER_FILES if (path / name).is_file()), path)
+
+
 def read_adapter(path: str | Path) -> Adapter:
     """Read a file of changes: LoRA, LoCon, LoHa, LoKr, OFT, BOFT, IA3, GLoRA, DoRA, whole differences.
 
@@ -96,13 +103,13 @@ def read_adapter(path: str | Path) -> Adapter:
     pages of the file.
 
     Args:
-        path: a `.safetensors` file.
+        path: a `.safetensors` file, or a folder that PEFT or diffusers wrote one into.
 
     Raises:
         AdapterError: it is missing, damaged, too large, another kind of file, or of a kind of adapter that
             cannot be used.
     """
-    path = Path(path)
+    path = file_of(Path(path))
     _refuse_other_files(path)
     header, contents = map_tensors(path, error=AdapterError)
     if len(header.tensors) > _KEY_LIMIT:

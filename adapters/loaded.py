@@ -13,6 +13,7 @@ from ..engines.errors import UsageError
 from ..engines.net_weights import part_shapes
 from ..engines.package import Package
 from ..engines.spec import NETS, Array
+from .folder import NamedFiles
 from .sets import COMPONENTS, AdapterSet, Strength, check_count
 
 if TYPE_CHECKING:
@@ -41,8 +42,7 @@ class LoadedAdapters:
 
     Args:
         package: the model.
-        folder: where adapters lie that are read when they are first asked for, by the name of their file
-            without its end.
+        folder: of adapters, which are called as `NamedFiles` says.
         load: takes the embeddings that come in an adapter's file, and their names.
         unload: forgets these names.
     """
@@ -57,7 +57,7 @@ class LoadedAdapters:
     ) -> None:
         self._package = package
         self._load_embeddings, self._unload_embeddings = load, unload
-        self._folder = None if folder is None else Path(folder)
+        self._files = NamedFiles(folder, (".safetensors",), self._read)
         self._loaded: dict[str, BoundAdapter] = {}
         self._usual: tuple[Lora, ...] = ()
         self._targets: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -84,11 +84,7 @@ class LoadedAdapters:
             AdapterError: a damaged file, or one for another model.
             UsageError: another adapter has that name.
         """
-        # here: most pictures are drawn without
-        from .binding import bind
-        from .files import read_adapter
-
-        bound = bind(read_adapter(Path(path)), self._shapes(), allow_unused=allow_unused)
+        bound = self._read(Path(path), allow_unused=allow_unused)
         name = bound.name if name is None else name
         with self._lock:
             known = self._loaded.get(name)
@@ -99,8 +95,6 @@ class LoadedAdapters:
                     fix="Pass adapter_name=…, or unload the other one first.",
                 )
             self._loaded[name] = bound
-        if bound.embeddings:
-            self._load_embeddings(list(bound.embeddings.values()), list(bound.embeddings))
         return name
 
     def unload(self, names: Sequence[str] | None = None) -> None:
@@ -167,21 +161,23 @@ class LoadedAdapters:
         with self._lock:
             if name in self._loaded:
                 return self._loaded[name]
-        if self._folder is not None and name in self._files():
-            self.load(self._files()[name], name)
-            with self._lock:
-                return self._loaded[name]
+        if path := self._files.paths().get(name):
+            return self._files.content(path)
         raise self._unknown(name)
 
-    def _files(self) -> Mapping[str, Path]:
-        """The files of the folder by name."""
-        if self._folder is None:
-            return {}
-        found = sorted(self._folder.rglob("*.safetensors"), reverse=True)
-        return {path.stem: path for path in found}
+    def _read(self, path: Path, *, allow_unused: bool = False) -> BoundAdapter:
+        """A file, matched with the model; embeddings that lie in it are loaded."""
+        # here: most pictures are drawn without
+        from .binding import bind
+        from .files import read_adapter
+
+        bound = bind(read_adapter(path), self._shapes(), allow_unused=allow_unused)
+        if bound.embeddings:
+            self._load_embeddings(list(bound.embeddings.values()), list(bound.embeddings))
+        return bound
 
     def _unknown(self, name: str) -> UsageError:
-        known = list(dict.fromkeys((*self._loaded, *self._files())))
+        known = list(dict.fromkeys((*self._loaded, *self._files.paths())))
         near = get_close_matches(name, known, 3) or known[:10]
         return UsageError(
             f"no adapter is called {name!r:.100}",

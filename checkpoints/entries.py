@@ -14,21 +14,21 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-from ..engines.errors import EngineError, LatentrtError, PackageError, UsageError, command
+from ..engines.errors import CheckpointError, EngineError, LatentrtError, PackageError, UsageError, command
 from ..engines.package import MANIFEST, Manifest, Package
 from ..engines.store import files
 from ..engines.store.engine_store import EngineStore, Prunable, Pruned
 from ..engines.store.files import folder_bytes, storage_errors
 from ..engines.store.folder import StoreFolder
 from .beside import sweep_all, work_folders
-from .contents import forget_gone
+from .contents import forget_gone, read_contents
 
 OPENED = "opened.json"
 _SCHEMA = 1  # of the note
@@ -307,6 +307,31 @@ class Verdict:
     damaged: tuple[tuple[str, str], ...]
 
 
+def state_by_content(store: StoreFolder, entry: OpenedEntry) -> State:
+    """`OpenedEntry.state`, but a file that has the same content at another time counts as it was.
+
+    Raises:
+        PackageError: the entry's manifest is damaged.
+    """
+    if entry.state != "changed":
+        return entry.state
+    known = _manifest(entry.path).files
+    files = {Path(file.path): known.get(name) for name, file in entry.note.files.items()}
+    try:
+        found = read_contents(files, store)
+    except CheckpointError:
+        return "changed"
+    same = all(record in (None, found[path].record) for path, record in files.items())
+    return "there" if same else "changed"
+
+
+def _manifest(path: Path) -> Manifest:
+    try:
+        return Manifest.from_json(json.loads((path / MANIFEST).read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(f"{path / MANIFEST} is damaged ({error})", "a manifest as written") from error
+
+
 def verify(store: StoreFolder) -> Verdict:
     """Hash every file that the cache has of opened checkpoints; damaged entries are moved to quarantine.
 
@@ -334,6 +359,7 @@ def prune(
     keep_bytes: int | None = None,
     older_than_days: float | None = None,
     everything: bool = False,
+    names: Collection[str] = (),
     dry_run: bool = False,
 ) -> Pruned:
     """Remove engines and opened checkpoints as `EngineStore.prune` does, whose arguments these are.
@@ -342,12 +368,14 @@ def prune(
     of weights files that are gone. The files themselves are the user's, and stay.
 
     Raises:
+        UsageError: a name that no entry has.
         StorageError: an entry cannot be removed.
     """
     pruned = store.prune(
         keep_bytes=keep_bytes,
         older_than_days=older_than_days,
         everything=everything,
+        names=names,
         dry_run=dry_run,
         others=_prunable(store),
     )

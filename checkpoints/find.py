@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..engines.errors import CheckpointError, StorageError, UsageError
+from ..engines.errors import CheckpointError, DownloadError, LatentrtError, StorageError, UsageError
 from ..engines.store.folder import StoreFolder
 from .hub.download import Progress, download
 from .hub.ids import is_hub_id, parse
@@ -33,7 +33,7 @@ def locate(model: str, *, progress: Progress | None = None, store: Path | None =
 
     Raises:
         CheckpointError: no such path, and no name that a model of a hub has.
-        UsageError: an address that is none of a hub's model, or a short name of several models.
+        UsageError: no name, an address that is none of a hub's model, or a short name of several models.
         ModelError, StorageError: as `download`.
     """
     if path := here(model, store=store):
@@ -42,13 +42,24 @@ def locate(model: str, *, progress: Progress | None = None, store: Path | None =
         model = earlier.note.hub  # its copy here is gone, and fetched again
     found = parse(model)
     if found is not None and is_hub_id(model):
-        return download(found, progress=progress)
+        try:
+            return download(found, progress=progress)
+        except DownloadError as error:
+            if "://" in model:
+                raise
+            there = f"there is no file or folder {Path(model).absolute()}, and {error.found}"
+            raise DownloadError(there, expected=error.expected, fix=error.fix) from error
     if "://" in model:
         raise UsageError(
             f"{model[:200]} is not the page of a model of a hub",
             expected=_WANTED,
             fix="Download the file yourself, and pass its path.",
         )
+    raise _nothing_at(model)
+
+
+def refuse_link(model: str) -> None:
+    """Raise CheckpointError for a link that leads nowhere, or in circles."""
     place = Path(model).absolute()
     with suppress(OSError, ValueError):  # no link, none that this user may read, or no name for a file
         raise CheckpointError(
@@ -56,8 +67,15 @@ def locate(model: str, *, progress: Progress | None = None, store: Path | None =
             expected=_WANTED,
             fix="Mend the link, or put back what it leads to.",
         )
-    raise CheckpointError(
-        f"{model[:200]} does not exist (looked for at {place})"[:500],
+
+
+def _nothing_at(model: str) -> LatentrtError:
+    """The error for a path where nothing is, or for no name at all; raises that of a link to nothing."""
+    if not model.strip():
+        return UsageError("the model's name is empty", expected=_WANTED, fix="Pass one, or leave it out.")
+    refuse_link(model)
+    return CheckpointError(
+        f"{model[:200]} does not exist (looked for at {Path(model).absolute()})"[:500],
         expected=_WANTED,
         fix="Check the path.",
     )

@@ -7,7 +7,7 @@ Whatever reads a checkpoint (checks, ranges, torch) reads what adapters made of 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -50,10 +50,6 @@ class Fused:
     def noted_in(self, source: Checkpoint) -> Checkpoint:
         """The checkpoint, which says that these adapters are in it; its weights are as before."""
         return replace(source, fused=self.adapters, few_steps=self.few_steps)
-
-    def facts(self) -> dict[str, Any]:
-        """What decides the weights and the defaults, as JSON has it."""
-        return {"adapters": list(map(asdict, self.adapters)), "few_steps": dict(self.few_steps)}
 
     def touched(self, source: Checkpoint) -> dict[str, dict[str, TensorHeader]]:
         """The weights that change, by component, of those that its net reads."""

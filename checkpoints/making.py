@@ -61,10 +61,11 @@ def make(
             dtype=dtype,
             tokenize=tokenize,
             progress=progress,
+            identity=opening.identity,
         )
         write_note(folder, opening.note(folder))
         put(folder, entry, folder)
-    return Package.open(entry, elsewhere=opening.places)
+    return opening.package(entry)
 
 
 def _room(opening: Opening) -> str:

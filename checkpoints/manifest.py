@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from ..engines import spec
-from ..engines.errors import CheckpointError
-from ..engines.lfs import refuse_pointer
 from ..engines.package import Defaults, Manifest, NetFile
 from .files.open import Checkpoint
 
@@ -51,6 +48,7 @@ def make_manifest(
     contexts = [nets[name].spec.outputs[0].shape for name in spec.TEXT_ENCODERS if name in nets]
     scale = source.latent_scale
     image_noise = source.configs.get("image_noising_scheduler")
+    image_processor = source.configs.get("feature_extractor")
     return Manifest(
         name=source.name,
         family=source.family,
@@ -68,7 +66,7 @@ def make_manifest(
         time_ids=source.time_ids,
         image_latents=source.image_latents,
         image_noise=None if image_noise is None else _jsonable(image_noise),
-        image_processor=source.configs.get("feature_extractor"),
+        image_processor=None if image_processor is None else _jsonable(image_processor),
         latent_rgb=latent_rgb,
         fused=source.fused,
         producer=producer,
@@ -90,30 +88,25 @@ def _size(dim: spec.Dim) -> int:
     return dim
 
 
-def _jsonable(scheduler: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop "-Infinity", diffusers' default of lambda_min_clipped: a missing key means the same."""
-    return {key: value for key, value in scheduler.items() if value != -math.inf}
+def _jsonable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without what a manifest cannot hold: numbers that are not finite, and broken letters.
+
+    "-Infinity" is diffusers' default of lambda_min_clipped: a missing key means the same. Of the other keys
+    that are read, the values were checked (`files.configs`).
+    """
+    return {key: value for key, value in config.items() if _is_storable(key, value)}
+
+
+def _is_storable(key: str, value: object) -> bool:
+    try:
+        json.dumps({key: value}, allow_nan=False, ensure_ascii=False).encode()
+    except ValueError:
+        return False
+    return True
 
 
 def request_defaults(source: Checkpoint) -> Defaults:
-    """The family's defaults, overridden by the checkpoint's `recommended.json` and by its adapters.
-
-    Raises:
-        CheckpointError: `recommended.json` is damaged.
-    """
+    """What a request gets when it does not say."""
     height, width = (side * source.latent_scale for side in source.sample_size)
-    values: dict[str, Any] = {**source.defaults, "height": height, "width": width}
-    path = source.root / "recommended.json"
-    if path.is_file():
-        refuse_pointer(path)
-        try:
-            recommended = dict(json.loads(path.read_text(encoding="utf-8")))
-            Defaults(**recommended)
-            values |= recommended
-        except (ValueError, TypeError, RecursionError) as error:
-            raise CheckpointError(
-                f"{path} is damaged ({error})",
-                expected=f"a JSON object with some of {', '.join(sorted(vars(Defaults())))}",
-                fix="Mend or remove it.",
-            ) from error
-    return Defaults(**{**values, **source.few_steps})
+    values: dict[str, Any] = {"height": height, "width": width, **source.defaults, **source.few_steps}
+    return Defaults(**values)

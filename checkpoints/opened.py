@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from ..engines.errors import StorageError
@@ -24,7 +25,7 @@ from ..engines.package import MANIFEST, Package
 from ..engines.store.folder import StoreFolder
 from .entries import remember
 from .files.open import Checkpoint
-from .opening import Opening, Options
+from .opening import Opening, Options, check_tokenizers
 from .precision.calibration import Tokenize
 from .stages import OnProgress, Progress
 
@@ -42,6 +43,8 @@ def open_checkpoint(
     note: Callable[[str], None] | None = None,
 ) -> Package:
     """Open a checkpoint as a package whose weights stay where they are.
+
+    Until the package is closed, `latentrt cache prune` leaves its folder alone.
 
     Args:
         path: a `.safetensors` file or a diffusers folder.
@@ -67,6 +70,7 @@ def open_checkpoint(
         tiny_vae=options.tiny_vae,
         prediction_type=options.prediction_type,
     )
+    check_tokenizers(source, tokenize)
     cache = StoreFolder(store)
     opening = Opening(source, options, cache, hub)
     lines = [*source.notes, *opening.notes()]
@@ -82,6 +86,7 @@ def open_checkpoint(
             package = make(opening, held, entry, tokenize, progress)
         else:
             remember(held, entry, opening.note(entry))
+        package = replace(package, _let_go=held.use(entry.name))
     if note is not None:
         for line in lines:
             note(line)

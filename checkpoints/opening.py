@@ -12,25 +12,26 @@ import json
 import os
 import stat
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..engines.errors import PackageError
+from ..engines.errors import CheckpointError, PackageError
 from ..engines.installed import latentrt_version
 from ..engines.package import MANIFEST, Elsewhere, Package, common_folder
+from ..engines.spec import NETS
 from ..engines.store.files import check_private, storage_errors
 from ..engines.store.folder import StoreFolder
 from .contents import read_contents
 from .entries import Note, SeenFile, manifest_sha256, now
-from .files.component import TensorHeader
+from .files.component import DOWNLOAD, TensorHeader
 from .files.net_reads import net_tensors
 from .files.open import Checkpoint
 from .files.tokenizers import WriteTokenizer
 from .fused import Fused
 from .manifest import request_defaults
-from .precision.calibration import components
+from .precision.calibration import Tokenize, components
 from .templates.archive import SHIPPED, Dtype, archive_sha256
 
 REVISION = 1  # of what `making.py` writes: raise it when the same checkpoint gets other graphs
@@ -87,30 +88,60 @@ class Opening:
 
     @cached_property
     def digest(self) -> str:
-        """The sha256 (hex) of all that decides the package."""
-        source = self.source
+        """The sha256 (hex) of all that decides the package: also what its graphs call the weights files."""
         folder = common_folder(content.path for content in self.files.values())
         facts = {
-            "revision": REVISION,
+            "identity": self.identity,
             "latentrt": latentrt_version(),
-            "templates": archive_sha256(self.options.templates),
-            "dtype": self.options.dtype,
-            "converted": sorted(self.unread),
-            "name": source.name,
             "files": {
                 name: [content.path.relative_to(folder).as_posix(), content.sha256]
                 for name, content in self.files.items()
             },
-            "parts": {name: dict(part.config) for name, part in source.parts.items()},
-            "configs": {name: dict(config) for name, config in source.configs.items()},
-            "defaults": vars(request_defaults(source)),
-            "zero_empty_prompt": source.zero_empty_prompt,
-            "tokenizers": {name: _tokenizer_facts(write) for name, write in source.tokenizers.items()},
+            "fused": [one.name for one in self.source.fused],
         }
-        if self.fused.adapters:
-            facts["fused"] = self.fused.facts()
-        # Not `canonical_sha256`: schedulers' configs may hold "-Infinity".
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return _sha256(facts)
+
+    @cached_property
+    def identity(self) -> str:
+        """The sha256 (hex) of all that decides what is drawn, whatever files and folders are called."""
+        source = self.source
+        return _sha256(
+            {
+                "revision": REVISION,
+                "templates": archive_sha256(self.options.templates),
+                "dtype": self.options.dtype,
+                "converted": sorted(self.unread),
+                "weights": {part: self._weights_sha256(part) for part in source.parts},
+                "parts": {name: dict(part.config) for name, part in source.parts.items()},
+                "configs": {name: dict(config) for name, config in source.configs.items()},
+                "defaults": vars(request_defaults(source)),
+                "zero_empty_prompt": source.zero_empty_prompt,
+                "tokenizers": {name: _tokenizer_facts(write) for name, write in source.tokenizers.items()},
+                "fused": [[one.sha256, one.strength] for one in source.fused],
+            }
+        )
+
+    def _weights_sha256(self, part: str) -> str:
+        """The sha256 (hex) of the content of the files that a part's weights are in."""
+        used = {
+            header.file
+            for name, tensors in self.tensors.items()
+            if NETS[name].part == part
+            for header in tensors.values()
+        }
+        return _sha256(sorted({self.files[self.names[file]].sha256 for file in used}))
+
+    @property
+    def opened_with(self) -> dict[str, Any]:
+        """As `Package.opened_with` has it, without the dtype, of which nobody knows here who chose it."""
+        paths = {"vae": self.options.vae, "tiny_vae": self.options.tiny_vae}
+        found: dict[str, Any] = {
+            name: {"name": Path(os.path.abspath(path)).name, "sha256": self._weights_sha256(name)}
+            for name, path in paths.items()
+            if path is not None
+        }
+        predicts = self.options.prediction_type
+        return found if predicts is None else {**found, "prediction_type": predicts}
 
     @cached_property
     def unread(self) -> dict[str, list[str]]:
@@ -166,9 +197,15 @@ class Opening:
         with storage_errors(entry, f"{entry} cannot be read"):
             check_private(entry, entry.lstat(), stat.S_IFDIR)
         try:
-            return Package.open(entry, elsewhere=self.places)
+            return self.package(entry)
         except PackageError:  # damaged: it is made anew
             return None
+
+    def package(self, entry: Path) -> Package:
+        """The package in an entry, called as the checkpoint is called now. Raises PackageError."""
+        found = Package.open(entry, elsewhere=self.places)
+        manifest = replace(found.manifest, name=self.source.name)
+        return replace(found, manifest=manifest, opened_with=self.opened_with)
 
     @property
     def places(self) -> dict[str, Elsewhere]:
@@ -176,12 +213,34 @@ class Opening:
         return {name: content.elsewhere for name, content in self.files.items()}
 
 
+def check_tokenizers(source: Checkpoint, tokenize: Tokenize) -> None:
+    """Raise CheckpointError for a folder's tokenizer that cannot be read, before anything else is done."""
+    for write in source.tokenizers.values():
+        folder = _settings(write).get("folder")
+        if folder is None:  # it is written, not copied
+            continue
+        try:
+            tokenize(folder, [""], 77)
+        except PackageError as error:
+            fix = f"Take the tokenizer's folder as it was published. {DOWNLOAD}"
+            raise CheckpointError(error.found, expected=error.expected, fix=fix) from error
+
+
+def _sha256(facts: object) -> str:
+    # Not `canonical_sha256`: schedulers' configs may hold "-Infinity".
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def _tokenizer_facts(write: WriteTokenizer) -> object:
     """What decides the files that a tokenizer's writer writes: its settings, and what it copies."""
-    settings: dict[str, Any] = getattr(write, "keywords", {})
     return {
-        name: _files_facts(value) if isinstance(value, Path) else value for name, value in settings.items()
+        name: _files_facts(value) if isinstance(value, Path) else value
+        for name, value in _settings(write).items()
     }
+
+
+def _settings(write: WriteTokenizer) -> dict[str, Any]:
+    return getattr(write, "keywords", {})
 
 
 def _files_facts(folder: Path) -> list[list[str]]:

@@ -178,6 +178,7 @@ def write_package(
     progress: OnProgress | None = None,
     report_islands: Callable[[Found], None] | None = None,
     verify: Verify | None = None,
+    identity: str = "",
 ) -> None:
     """Write the package of a checkpoint. One net at a time is in memory.
 
@@ -190,9 +191,10 @@ def write_package(
         progress: called with each stage as it begins.
         report_islands: called with what measuring each component's ranges found (fp16 only).
         verify: called with each component once it is written.
+        identity: as in `Manifest`.
 
     Raises:
-        CheckpointError: weights that `graphs` refuses, or a damaged `recommended.json`.
+        CheckpointError: weights that `graphs` refuses.
         NumericError: a net's values are not finite, or beyond fp16 where that is asked for.
         OSError: the folder cannot be written.
     """
@@ -229,4 +231,4 @@ def write_package(
     used = {name for net in nets.values() for name in net.weights}
     records = {name: content.record for name, content in weights.elsewhere.items() if name in used}
     elsewhere = {name: content.elsewhere for name, content in weights.elsewhere.items()}
-    write_manifest(folder, replace(manifest, files=records), elsewhere=elsewhere)
+    write_manifest(folder, replace(manifest, files=records, identity=identity), elsewhere=elsewhere)

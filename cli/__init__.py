@@ -6,14 +6,16 @@ Exit codes: 0 done, 2 usage, 3 bad model, 4 no backend or device, 5 out of memor
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Annotated, Any, Protocol, runtime_checkable
+from typing import Annotated, Any, NoReturn, Protocol, runtime_checkable
 
 import typer
 
@@ -27,6 +29,7 @@ from .export import export
 from .generate import generate
 from .inspect import inspect, metadata
 from .opened import models
+from .shown import tell
 from .streams import ReaderGoneError, standard_streams
 
 app = typer.Typer(
@@ -68,6 +71,10 @@ class _StoppedError(BaseException):
     """A signal asked to stop. No Exception, so that nobody who wraps a library's errors takes it for one."""
 
 
+class _StoppedBySignalError(CancelledError):
+    """The same as an error for the user."""
+
+
 @contextmanager
 def _stoppable() -> Generator[None]:
     """Let SIGINT and SIGTERM unwind the block, so that what it was writing is cleaned up."""
@@ -93,9 +100,20 @@ def main() -> None:
                 code = _run()
             except LatentrtError as error:
                 code = _tell(error, as_json=as_json, output_lost=output_lost)
+                if isinstance(error, _StoppedBySignalError):
+                    _leave(code)
     except ReaderGoneError:
         code = _READER_GONE
     raise SystemExit(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process without waiting for threads: a library that was opening a net would abort it."""
+    with suppress(OSError, ValueError):  # nobody reads any more
+        sys.stdout.flush()
+        sys.stderr.flush()
+    atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage] (temporary folders go)
+    os._exit(code)
 
 
 def _run() -> int:
@@ -105,7 +123,7 @@ def _run() -> int:
             code = app(prog_name="latentrt", standalone_mode=False)
             sys.stdout.flush()
     except _StoppedError as stopped:
-        raise CancelledError(
+        raise _StoppedBySignalError(
             f"stopped by {stopped}", expected="to be left to finish", fix="Run it again to start over."
         ) from None
     except Exception as error:
@@ -144,7 +162,8 @@ class _WordsError(UsageError):
 def _tell(error: LatentrtError, *, as_json: bool, output_lost: Callable[[], bool]) -> int:
     """Print an error; where JSON is asked for but cannot be printed, as text. Returns the exit code."""
     if as_json:
-        kind = UsageError if isinstance(error, _WordsError) else type(error)
+        public = (kind for kind in (UsageError, CancelledError) if isinstance(error, kind))
+        kind = next(public, type(error)) if type(error).__name__.startswith("_") else type(error)
         parts = {"type": kind.__name__, "found": error.found, "expected": error.expected, "fix": error.fix}
         with suppress(StorageError):
             print(json.dumps({"error": {**parts, "exit_code": error.exit_code}}))
@@ -152,7 +171,7 @@ def _tell(error: LatentrtError, *, as_json: bool, output_lost: Callable[[], bool
     if isinstance(error, _WordsError) and not as_json:
         error.show()  # with the usage above
     elif not as_json or output_lost():
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
     return error.exit_code
 
 
@@ -161,7 +180,7 @@ class _Remarks(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """One line; on the stream of this moment, because a progress bar puts its own there."""
-        print(f"latentrt: {record.getMessage()}", file=sys.stderr)
+        tell(f"latentrt: {record.getMessage()}")
 
 
 @contextmanager

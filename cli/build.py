@@ -11,6 +11,7 @@ from typer import Argument, Option
 
 from .models import MODEL, say, with_checkpoint_options
 from .progress import Advance, progress_bar
+from .shown import show
 
 if TYPE_CHECKING:
     from ..engines.backends import BackendRow
@@ -65,29 +66,25 @@ def build(
     from ..engines.store.engine_store import EngineStore
     from ..engines.tensorrt.build import build_package, plan_build
     from ..engines.tensorrt.builder import BuildOptions
-    from ..engines.tensorrt.flavour import ENGINE_BACKENDS, flavour, installed_backends
+    from ..engines.tensorrt.flavour import ENGINE_BACKENDS, installed_backends
     from ..runtime.model import open_model
 
     # Without a backend that is installed the first one, whose error says how to install it.
     chosen = backend or (*installed_backends(), *ENGINE_BACKENDS)[0]
     row = BACKENDS.get(chosen)
-    if row is None or row.builds == "engines":
-        flavour(chosen)  # raises, before minutes are spent on a checkpoint, where its library is not there
+    used = {
+        "--profile": bool(profile),
+        "--dry-run": dry_run,
+        "--weights": weights != _WEIGHTS,
+        "--optimization-level": optimization_level != _LEVEL,
+        "--workspace": workspace != 0,
+        "--hardware-compatibility": hardware_compatibility != "",
+    }
+    _check_backend(chosen, used)  # before minutes are spent on a checkpoint
     with progress_bar(enabled=not as_json) as advance:
         opened = open_model(model, backend=lambda: chosen, options=checkpoint, advance=advance, note=say)
     names = [name.strip() for name in nets.split(",") if name.strip()]
     if row is not None and row.builds == "layouts":
-        _check_for_layouts(
-            row.name,
-            {
-                "--profile": bool(profile),
-                "--dry-run": dry_run,
-                "--weights": weights != _WEIGHTS,
-                "--optimization-level": optimization_level != _LEVEL,
-                "--workspace": workspace != 0,
-                "--hardware-compatibility": hardware_compatibility != "",
-            },
-        )
         _tune(row, opened, EngineStore(store), names, as_json=as_json)
         return
     multiple = opened.manifest.size_multiple
@@ -119,6 +116,23 @@ def _shown(advance: Advance) -> OnProgress:
     return on_progress
 
 
+def _check_backend(name: str, options: Mapping[str, bool]) -> None:
+    """Raise BackendError for a backend that cannot run here, UsageError for an option that it does not use.
+
+    TensorRT-RTX builds without a GPU: there only its library must be there.
+    """
+    from ..engines.backend import find_backend
+    from ..engines.backends import BACKENDS
+    from ..engines.tensorrt.flavour import flavour
+
+    row = BACKENDS.get(name)
+    if row is None or row.builds == "engines":
+        flavour(name)
+    else:
+        _check_for_layouts(name, options)
+        find_backend(name)
+
+
 def _check_for_layouts(backend: str, options: Mapping[str, bool]) -> None:
     """Raise UsageError for the first option that was used and makes no difference to layouts."""
     from ..engines.errors import UsageError
@@ -142,9 +156,9 @@ def _tune(row: BackendRow, package: Package, store: EngineStore, nets: list[str]
         facts = item.entry.facts
         times = ", ".join(f"{name} {value:.3f} ms" for name, value in facts["milliseconds"].items())
         how = f"measured: {item.why}" if item.why else "in the store"
-        print(f"{item.net}  {facts['layout']}  ({times})  {how}")
+        show(f"{item.net}  {facts['layout']}  ({times})  {how}")
         for name, reason in facts["rejected"].items():
-            print(f"  {name} is out: {reason}")
+            show(f"  {name} is out: {reason}")
 
 
 def _record(item: BuiltEngine) -> dict[str, Any]:
@@ -184,7 +198,7 @@ def _print_plan(
         print(json.dumps({"backend": backend, "profiles": list(map(str, profiles)), "nets": rows}))
         return
     for item, names in zip(planned, labels, strict=True):
-        print(f"{item.net}  {', '.join(names)}  {f'to build: {item.why}' if item.why else 'in the store'}")
+        show(f"{item.net}  {', '.join(names)}  {f'to build: {item.why}' if item.why else 'in the store'}")
 
 
 def _print_built(
@@ -205,4 +219,4 @@ def _print_built(
     for item in built:
         labels = ", ".join(item.entry.facts["labels"])
         how = f"built in {item.entry.build_seconds:.1f} s: {item.why}" if item.why else "in the store"
-        print(f"{item.net}  {labels}  {item.entry.size / 1e6:.1f} MB  {how}")
+        show(f"{item.net}  {labels}  {item.entry.size / 1e6:.1f} MB  {how}")

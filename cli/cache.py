@@ -8,9 +8,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Option, Typer
+from typer import Argument, Option, Typer
 
-from .opened import printable
+from .shown import printable, show
 
 if TYPE_CHECKING:
     from ..checkpoints.entries import OpenedEntry
@@ -22,7 +22,10 @@ cache = Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-_STATES = {"changed": "has changed", "gone": "is gone"}
+_STATES = {
+    "changed": "has changed since it was opened: it is made ready anew when it is opened",
+    "gone": "is gone since it was opened",
+}
 _UNITS = {None: 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([kMGT]?B)?")
 
@@ -64,14 +67,14 @@ def ls(store: Store = None, as_json: AsJson = False) -> None:
         return
     for entry in entries:
         key = entry.key
-        print(
+        show(
             f"{_head(entry, key.net)}  {key.backend} {key.backend_version}, {key.dtype}, {key.gpu}"
             f" ({key.compute_capability}), {' '.join(key.profiles)}"
         )
     for entry in checkpoints:
         note = entry.note
-        print(f"{_head(entry, printable(note.name))}  {note.family}, {note.dtype}, {printable(note.path)}")
-    print(f"{_count(len(entries), len(checkpoints))}, {total / 1e6:.1f} MB in {opened.root}")
+        show(f"{_head(entry, printable(note.name))}  {note.family}, {note.dtype}, {note.path}")
+    show(f"{_count(len(entries), len(checkpoints))}, {total / 1e6:.1f} MB in {opened.root}")
 
 
 def _head(entry: Entry | OpenedEntry, label: str) -> str:
@@ -85,7 +88,7 @@ def verify(store: Store = None, as_json: AsJson = False) -> None:
     """Hash every engine, and what is kept of opened checkpoints: not the weights, which are files of yours.
 
     What is damaged is moved to quarantine, and the exit code is 3. A checkpoint whose file has changed or is
-    gone is no damage, and is said.
+    gone is no damage, and is said; a file with another time is hashed.
     """
     from ..checkpoints import entries
     from ..engines.errors import EngineError
@@ -105,20 +108,23 @@ def verify(store: Store = None, as_json: AsJson = False) -> None:
             " latentrt build PACKAGE --backend BACKEND builds engines again, and a checkpoint is made ready"
             " again when it is opened.",
         )
+    states = {entry.path.name: entries.state_by_content(opened, entry) for entry in checkpoints.good}
     if as_json:
         good = [entry.path.name for entry in verdict.good]
-        states = {entry.path.name: entry.state for entry in checkpoints.good}
         print(json.dumps({"store": str(opened.root), "good": good, "checkpoints": states}))
         return
     for entry in checkpoints.good:
-        if entry.state != "there":
-            path = printable(entry.note.path)
-            print(f"{entry.path.name[:12]}  {path} {_STATES[entry.state]} since it was opened")
-    print(f"{_count(len(verdict.good), len(checkpoints.good))} good in {opened.root}")
+        if words := _STATES.get(states[entry.path.name]):
+            show(f"{entry.path.name[:12]}  {entry.note.path} {words}")
+    show(f"{_count(len(verdict.good), len(checkpoints.good))} undamaged in {opened.root}")
 
 
 @cache.command()
 def prune(
+    names: Annotated[
+        list[str] | None,
+        Argument(metavar="NAME", help="Remove these: names of `latentrt models`, or digests of `cache ls`."),
+    ] = None,
     keep: Annotated[
         str | None, Option("--keep", help="Remove the least recently used until no more is left, e.g. 20GB.")
     ] = None,
@@ -135,13 +141,19 @@ def prune(
     """Remove engines and opened checkpoints; without options, damaged ones and what killed builds left.
 
     A checkpoint's own files are yours, and stay where they are; it is made ready again when it is opened.
+    What a running process has open stays too.
     """
     from ..checkpoints import entries
 
     opened, keep_bytes = _open(store), None if keep is None else _bytes(keep)
     before = len(opened.folders(opened.checkpoints))
     pruned = entries.prune(
-        opened, keep_bytes=keep_bytes, older_than_days=older_than, everything=everything, dry_run=dry_run
+        opened,
+        keep_bytes=keep_bytes,
+        older_than_days=older_than,
+        everything=everything,
+        dry_run=dry_run,
+        names=names or (),
     )
     if as_json:
         plain = {"freed_bytes": pruned.freed_bytes, "kept": pruned.kept, "kept_bytes": pruned.kept_bytes}
@@ -150,11 +162,11 @@ def prune(
     would = "would remove" if dry_run else "removed"
     for item in pruned.removed:
         label = printable(item.label)
-        print(f"{would} {item.name[:12]}  {label:<14}  {item.size / 1e6:9.1f} MB  {item.why}")
+        show(f"{would} {item.name[:12]}  {label:<14}  {item.size / 1e6:9.1f} MB  {item.why}")
     gone = sum(item.kind == "checkpoint" for item in pruned.removed)
     freed = f"{pruned.freed_bytes / 1e6:.1f} MB with what killed builds left"
     stay = _count(pruned.kept - (before - gone), before - gone)
-    print(
+    show(
         f"{would} {_count(len(pruned.removed) - gone, gone)}, {freed}; {stay},"
         f" {pruned.kept_bytes / 1e6:.1f} MB stay"
     )

@@ -8,6 +8,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from .shown import show
+
 
 def convert(
     source: Annotated[
@@ -31,4 +33,4 @@ def convert(
         print(json.dumps({**vars(done), "path": str(done.path)}))
         return
     left_out = f", {done.left_out} entries that are no tensors left out" if done.left_out else ""
-    print(f"{done.path}  ({done.tensors} tensors, {done.size / 1e6:.1f} MB{left_out})")
+    show(f"{done.path}  ({done.tensors} tensors, {done.size / 1e6:.1f} MB{left_out})")

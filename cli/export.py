@@ -12,6 +12,7 @@ from typer import Argument, Option
 
 from .models import FewSteps, PredictionType, TinyVae, Vae, lora_files
 from .progress import progress_bar
+from .shown import show
 
 if TYPE_CHECKING:
     from ..checkpoints.precision.islands import Found
@@ -97,9 +98,9 @@ def export(
         print(json.dumps({"package": str(output), "seconds": seconds, **found, "notes": notes}))
         return
     for line in (*notes, *map(_range_line, ranges), *map(_comparison_line, comparisons)):
-        print(line)
+        show(line)
     size = sum(record.size for record in package.manifest.files.values())
-    print(f"{output}  ({size / 1e6:.1f} MB in {seconds:.0f} s)")
+    show(f"{output}  ({size / 1e6:.1f} MB in {seconds:.0f} s)")
 
 
 def _range_line(found: Found) -> str:

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from ..engines.errors import UsageError
+from ..engines.errors import UsageError, command
 from ..runtime.request.parameters import PARAMETERS, Parameter
 from .models import MODEL, say, with_checkpoint_options
 from .progress import progress_bar
+from .shown import show, tell
 
 if TYPE_CHECKING:
     from ..runtime.pipeline import Pipeline
@@ -111,6 +112,7 @@ def generate(
         if "loras" in chosen:
             chosen["loras"] = _loaded(pipes[0], chosen["loras"], lenient=lora_lenient)
         opened = perf_counter() - began
+        advance("drawing", 0, 1)
         # Someone who looks on costs a device one wait per step.
         watched = preview is not None or (sys.stderr.isatty() and not as_json)
         callback = _on_step(advance, preview) if watched else None
@@ -147,13 +149,13 @@ def _check_options(prompts: list[str], source: Path | None, refiner: str | None,
 
 def _loaded(pipe: Pipeline, loras: list[tuple[str, Any]], *, lenient: bool) -> list[tuple[str, Any]]:
     """The adapters by their names; those that are files are loaded first."""
-    return [
-        (
-            pipe.load_lora_weights(name, allow_unused=lenient) if Path(name).expanduser().is_file() else name,
-            strength,
-        )
-        for name, strength in loras
-    ]
+    from ..adapters.files import file_of
+
+    def loaded(name: str) -> str:
+        path = file_of(Path(name).expanduser())
+        return pipe.load_lora_weights(path, allow_unused=lenient) if path.is_file() else name
+
+    return [(loaded(name), strength) for name, strength in loras]
 
 
 def _draw(
@@ -173,10 +175,9 @@ def _say_what_the_demo_knows(prompts: Sequence[str]) -> None:
 
     texts = dict.fromkeys(map(without_tags, prompts))
     if words := [word for text in texts for word in unknown_words(text)]:
-        print(
+        tell(
             f"the demo model draws one coloured shape on a background, 128x128; it does not know"
-            f" {', '.join(words[:5])}: other pictures need a model of yours (docs/models.md)",
-            file=sys.stderr,
+            f" {', '.join(words[:5])}: other pictures need a model of yours (docs/models.md)"
         )
 
 
@@ -192,7 +193,7 @@ def _redraw(pipes: list[Pipeline], source: Path, prompts: list[str], changes: di
 def _model_of(source: Path) -> str:
     """The shipped model that drew a picture. Raises UsageError if it was another one."""
     from ..engines.package import Package
-    from ..runtime.model import SHIPPED
+    from ..runtime.model import SHIPPED, given_options
     from ..runtime.pictures.write import read_metadata
 
     record = read_metadata(source).record or {}
@@ -203,7 +204,7 @@ def _model_of(source: Path) -> str:
     raise UsageError(
         f"{source} was drawn with {record.get('model', 'a model of another program')!r}",
         expected="the model that drew it, or the one that shall draw it now",
-        fix="Pass it: --model MODEL",
+        fix=f"Pass it: {command('--model', 'MODEL', *given_options(record.get('opened_with')))}",
     )
 
 
@@ -328,6 +329,6 @@ def _report(result: Result[Any], paths: list[Path], seconds: dict[str, float], *
         print(json.dumps({"pictures": pictures, "seconds": seconds}))
         return
     for path, seed in zip(paths, request.seeds, strict=False):
-        print(f"{path}  ({request.width}x{request.height}, seed {seed})")
+        show(f"{path}  ({request.width}x{request.height}, seed {seed})")
     stages = " · ".join(f"{name.replace('_', ' ')} {value:.2f} s" for name, value in seconds.items())
-    print(stages, file=sys.stderr)
+    tell(stages)

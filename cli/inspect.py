@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from .shown import show, show_lines
+
 if TYPE_CHECKING:
     from ..checkpoints.files.open import Checkpoint
     from ..checkpoints.files.report import Report
@@ -27,7 +29,7 @@ def inspect(
     steps: Annotated[int, Option("--steps", help="Number of inference steps of the table.")] = 20,
     samplers: Annotated[bool, Option("--samplers", help="List the samplers.")] = False,
     verify: Annotated[
-        bool, Option("--verify", help="Hash every file, and look for NaN in the weights.")
+        bool, Option("--verify", help="Look for NaN in the weights; hash every file of a package.")
     ] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -37,25 +39,38 @@ def inspect(
 
     if samplers:
         return _print_samplers(as_json=as_json)
-    found = SHIPPED.get(package) or _place(package)
-    if not is_package(found) and not verify and sampler is None:  # which are for packages alone
-        from ..checkpoints.files.report import report
-
-        return _print_report(_with_notes(report(found, _check_graphs)), as_json=as_json)
+    found = SHIPPED.get(package) or place(package)
+    if not is_package(found):
+        return _inspect_other(found, sampler, steps, verify=verify, as_json=as_json)
     opened = Package.open(found)
     if verify:
         opened.verify()
         opened.check_weights()
     if sampler is not None:
-        return _print_table(opened, sampler, steps, as_json=as_json)
+        return _print_table(opened.manifest.scheduler, sampler, steps, as_json=as_json)
     return _print_package(opened, as_json=as_json)
 
 
-def _check_graphs(source: Checkpoint) -> None:
-    """Raise CheckpointError for a checkpoint of which a net has no graph that is shipped."""
+def _inspect_other(path: Path, sampler: str | None, steps: int, *, verify: bool, as_json: bool) -> None:
+    """The same for what is no package: a checkpoint, a part of one, or any other file."""
+    from ..checkpoints.files.open import Checkpoint
+    from ..checkpoints.files.report import check_weights, report
+
+    if verify:
+        check_weights(path)
+    if sampler is not None:
+        return _print_table(Checkpoint.open(path).scheduler, sampler, steps, as_json=as_json)
+    return _print_report(_with_notes(report(path, _check)), as_json=as_json)
+
+
+def _check(source: Checkpoint) -> None:
+    """Raise CheckpointError for a damaged tokenizer, or a net that no shipped graph fits."""
+    from ..checkpoints.opening import check_tokenizers
     from ..checkpoints.precision.calibration import components
     from ..checkpoints.templates.find import check_templates
+    from ..runtime.prompts.tokenizer import tokenize
 
+    check_tokenizers(source, tokenize)
     check_templates(source, components(source))
 
 
@@ -71,20 +86,21 @@ def _with_notes(found: Report) -> Report:
     try:
         return replace(found, notes=(*found.notes, *read_adapter(found.path).notes()))
     except AdapterError as error:
-        return replace(found, problem=error.found, todo=error.fix)
+        return replace(found, problem=error.found, expected=error.expected, todo=error.fix)
 
 
-def _place(model: str) -> Path:
+def place(model: str) -> Path:
     """The path of what is here, also by the name of a checkpoint that was opened before.
 
     Raises:
         CheckpointError: there is no such thing; nothing is fetched to be looked at.
     """
-    from ..checkpoints.find import here
+    from ..checkpoints.find import here, refuse_link
     from ..engines.errors import CheckpointError
 
     if path := here(model):
         return path
+    refuse_link(model)
     raise CheckpointError(
         f"{model[:200]} does not exist here",
         expected="a file or folder, or a name that `latentrt models` lists",
@@ -101,11 +117,11 @@ def _print_samplers(*, as_json: bool) -> None:
     print(json.dumps(names) if as_json else "\n".join(f"{name:<{width}}  {names[name]}" for name in names))
 
 
-def _print_table(package: Package, sampler: str, steps: int, *, as_json: bool) -> None:
+def _print_table(scheduler: Mapping[str, Any], sampler: str, steps: int, *, as_json: bool) -> None:
     from ..runtime.sampling.names import resolve
     from ..runtime.sampling.samplers import make_table
 
-    table = make_table(resolve(sampler, package.manifest.scheduler), steps)
+    table = make_table(resolve(sampler, scheduler), steps)
     print(json.dumps(table.to_json()) if as_json else table.format())
 
 
@@ -113,26 +129,27 @@ def _print_report(found: Report, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found.to_json()))
         return
-    print(f"{found.path}: {found.what}")
-    print(f"  {found.size / 1e6:.1f} MB, {found.tensors} tensors{_stored(found.types)}")
+    show(f"{found.path}: {found.what}")
+    show(f"  {found.size / 1e6:.1f} MB, {found.tensors} tensors{_stored(found.types)}")
     for name, part in found.parts.items():
-        print(f"  {name}: {part.size / 1e6:.1f} MB, {part.tensors} tensors{_stored(part.types)}")
+        show(f"  {name}: {part.size / 1e6:.1f} MB, {part.tensors} tensors{_stored(part.types)}")
     if found.missing:
-        print(f"  missing: {', '.join(found.missing)}")
+        show(f"  missing: {', '.join(found.missing)}")
     if found.predicts:
         zero = ", with zero terminal SNR" if found.zero_terminal_snr else ""
-        print(f"  its UNet predicts {found.predicts}{zero}, by {found.predicts_by}")
+        show(f"  its UNet predicts {found.predicts}{zero}, by {found.predicts_by}")
     if found.channels:
-        print(f"  {found.channels} input channels{' (inpainting)' if found.channels == 9 else ''}")
+        show(f"  {found.channels} input channels{' (inpainting)' if found.channels == 9 else ''}")
     for kind, fits in found.adapters.items():
         widths = [f"{width} numbers in {name}" for name, width in fits.items()] if kind == "embedding" else []
-        when = "" if kind == "lora" else ", once they can be used"
-        print(f"  fits{when}: {kind} for {', '.join(widths) or fits}")
+        when = "" if kind in ("lora", "embedding") else ", once they can be used"
+        show(f"  fits{when}: {kind} for {', '.join(widths) or fits}")
     for note in found.notes:
-        print(f"  {note}")
+        show(f"  {note}")
     if found.problem:
-        print(f"  cannot be {'used' if found.kind == 'lora' else 'opened'}: {found.problem}")
-    print(f"  {found.todo}")
+        use = "used" if found.kind == "lora" else "opened"
+        show(f"  cannot be {use}: {found.problem}; expected {found.expected}")
+    show(f"  {found.todo}")
 
 
 def _stored(types: Mapping[str, int]) -> str:
@@ -148,10 +165,10 @@ def _print_package(package: Package, *, as_json: bool) -> None:
         print(json.dumps(manifest.to_json()))
         return
     defaults = manifest.defaults
-    print(
+    show(
         f"{manifest.name}: {manifest.family}, {manifest.dtype}, schema {manifest.schema}, {manifest.producer}"
     )
-    print(
+    show(
         f"defaults: {defaults.width}x{defaults.height}, {defaults.num_inference_steps} steps of"
         f" {defaults.sampler or manifest.scheduler.get('_class_name')}, guidance {defaults.guidance_scale:g}"
     )
@@ -160,7 +177,8 @@ def _print_package(package: Package, *, as_json: bool) -> None:
         print(f"fused: {one.name} at strength {strength}, {used}, sha256 {one.sha256[:12]}")
     for name, net in manifest.nets.items():
         weights = sum(manifest.files[name].size for name in net.weights) / 1e6
-        print(f"\n{name}  {net.graph}, weights {weights:.1f} MB, {len(net.fp32_islands)} fp32 islands")
+        print()
+        show(f"{name}  {net.graph}, weights {weights:.1f} MB, {len(net.fp32_islands)} fp32 islands")
         _print_tensors("in ", [spec.to_json() for spec in net.spec.inputs])
         _print_tensors("out", [spec.to_json() for spec in net.spec.outputs])
 
@@ -171,9 +189,9 @@ def _strength(value: float | Mapping[str, Any]) -> str:
 
 def _print_tensors(kind: str, specs: list[dict[str, Any]]) -> None:
     for spec in specs[:4]:
-        print(f"  {kind} {spec['name']}  {spec['dtype']} ({', '.join(map(str, spec['shape']))})")
+        show(f"  {kind} {spec['name']}  {spec['dtype']} ({', '.join(map(str, spec['shape']))})")
     if len(specs) > 4:
-        print(f"  {kind} … {len(specs) - 4} more (--json has all)")
+        show(f"  {kind} … {len(specs) - 4} more (--json has all)")
 
 
 def metadata(
@@ -189,6 +207,6 @@ def metadata(
         fields = parse_infotext(found.parameters) if found.parameters else None
         print(json.dumps({"parameters": fields, "record": found.record}))
         return
-    print(found.parameters or "no parameters")
+    show_lines(found.parameters or "no parameters")
     if found.record:
         print(json.dumps(found.record, indent=1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated, Any, Literal
 from typer import Option
 
 from ..runtime.request.parameters import LORAS
+from .shown import tell
 
 MODEL = (
     "A checkpoint (file, folder, ORG/NAME of a hub, or its name in `latentrt models`), a package, or `demo`."
@@ -81,4 +81,4 @@ def with_checkpoint_options(command: Callable[..., None]) -> Callable[..., None]
 
 def say(line: str) -> None:
     """Tell the user what was assumed about a checkpoint, or left out."""
-    print(line, file=sys.stderr)
+    tell(line)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
+from .shown import printable, show
+
 if TYPE_CHECKING:
     from ..checkpoints.entries import OpenedModel
 
@@ -26,7 +28,8 @@ def models(
     """List the checkpoints that were opened before, the last one first.
 
     Commands that take a model take its name from this list, if no other model has it; it is then opened as
-    it was the last time, with the same --vae, --tiny-vae and --prediction-type unless others are given.
+    it was the last time, with the same --vae, --tiny-vae and --prediction-type unless others are given. Its
+    path opens it with its own.
     """
     from ..checkpoints.entries import models as opened_models
     from ..engines.store.folder import StoreFolder
@@ -37,7 +40,7 @@ def models(
         print(json.dumps({"store": str(folder.root), "models": [model.to_json() for model in found]}))
         return
     for line in _table([_row(model) for model in found]):
-        print(line)
+        show(line)
     if not found:
         print("no checkpoint was opened yet: latentrt generate PROMPT -m CHECKPOINT opens one")
 
@@ -69,8 +72,3 @@ def _table(rows: list[list[str]]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-
-
-def printable(text: str) -> str:
-    """A name of a file, which may hold a terminal's control characters, in one line."""
-    return text if text.isprintable() else ascii(text)[1:-1]

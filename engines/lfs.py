@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .errors import CheckpointError, ModelError, command
 
+_FETCH = "Download the file itself: hf download REPOSITORY FILE --local-dir FOLDER"
 _START = b"version https://git-lfs.github.com/spec/"
 
 
@@ -24,5 +25,14 @@ def refuse_pointer(path: Path, error: type[ModelError] = CheckpointError) -> Non
         raise error(
             f"{path} is a git-lfs pointer, a few lines in place of the file",
             expected="the file itself",
-            fix=f"Fetch it: {command('git', '-C', path.parent, 'lfs', 'pull')}",
+            fix=_pull(path) if _is_cloned(path) else _FETCH,
         )
+
+
+def _pull(path: Path) -> str:
+    return f"Fetch it: {command('git', '-C', path.parent, 'lfs', 'pull')}"
+
+
+def _is_cloned(path: Path) -> bool:
+    """Whether a file lies in a clone of a repository."""
+    return any((parent / ".git").exists() for parent in path.absolute().parents)

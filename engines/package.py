@@ -56,6 +56,7 @@ _SINCE_2 = (
     "image_processor",
     "latent_rgb",
     "fused",
+    "identity",
 )
 _EXPORT_AGAIN = "Export the checkpoint again: latentrt export CHECKPOINT -o PACKAGE"
 _MANIFEST_LIMIT = 16 * 2**20  # bytes; SD 1.5's manifest has 60 kB
@@ -127,7 +128,8 @@ class Defaults:
         for name in ("num_inference_steps", "height", "width"):
             _require(_is_count(getattr(self, name)), f"defaults.{name}")
         for name in ("guidance_scale", "strength"):
-            _require(isinstance(getattr(self, name), (int, float)), f"defaults.{name}")
+            value = getattr(self, name)
+            _require(isinstance(value, (int, float)) and isfinite(value), f"defaults.{name}")
         _require(isinstance(self.sampler, (str, type(None))), "defaults.sampler")
 
 
@@ -207,6 +209,8 @@ class Manifest:
         image_processor: the `preprocessor_config.json` of the image encoder.
         latent_rgb: (C + 1, 3): the linear map from a latent to shades 0 ... 1, its offset last; for previews.
         fused: the adapters that are part of the weights, in the order in which they were applied.
+        identity: of a checkpoint that was opened as it is, what it draws with (sha256, hex), whatever its
+            files are called; "" for a package that was exported.
     """
 
     name: str
@@ -229,6 +233,7 @@ class Manifest:
     latent_rgb: tuple[tuple[float, ...], ...] = ()
     fused: tuple[FusedAdapter, ...] = ()
     producer: str = ""
+    identity: str = ""
     files: Mapping[str, FileRecord] = field(default_factory=dict[str, FileRecord])
     schema: int = SCHEMA
 
@@ -242,6 +247,7 @@ class Manifest:
             _require(isinstance(getattr(self, name), str), name)
         _require(isinstance(self.max_clip_skip, int) and self.max_clip_skip >= 0, "max_clip_skip")
         _require(isinstance(self.zero_empty_prompt, bool), "zero_empty_prompt")
+        _require(isinstance(self.identity, str), "identity")
         _require(set(self.time_ids) <= set(TIME_IDS), "time_ids")
         _require(set(self.image_latents) <= set(IMAGE_LATENTS), "image_latents")
         for name in ("image_noise", "image_processor"):
@@ -287,20 +293,28 @@ class Manifest:
 
     @cached_property
     def sha256(self) -> str:
-        """What tells this package from any other that draws something else: all but its name and producer."""
+        """What tells this package from any other that draws something else: all but its name and producer.
+
+        The graphs of an opened checkpoint name its files, so there it is `identity`.
+        """
+        if self.identity:
+            return self.identity
         data = {key: value for key, value in self.to_json().items() if key not in ("name", "producer")}
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """As `manifest.json` stores it."""
-        plain = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "fused"}
+        plain = {item.name: getattr(self, item.name) for item in fields(self)}
+        # Left out where they say nothing: the sha256 of such packages stays what pictures' records have.
+        for name in ("identity", "fused"):
+            if not plain[name]:
+                del plain[name]
         return {
             **plain,
             "scheduler": dict(self.scheduler),
             "defaults": vars(self.defaults),
             "nets": {name: net.to_json() for name, net in self.nets.items()},
             "files": {name: vars(record) for name, record in self.files.items()},
-            # Left out where there are none: the sha256 of packages without stays what pictures' records have.
             **({"fused": self.fused_records()} if self.fused else {}),
         }
 
@@ -322,6 +336,9 @@ class Manifest:
         return cls(**values)
 
 
+def _nothing() -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Package:
     """An opened package: a folder whose manifest, sizes and paths have been checked.
@@ -332,6 +349,8 @@ class Package:
         elsewhere: the weights files, by their names in the manifest, that are not in the folder.
         changes: by part of the checkpoint ("unet") and name of the weight, what nets that are opened compute
             with in place of it.
+        opened_with: what a user gave to open a checkpoint, for records: "dtype", "prediction_type", and "vae"
+            and "tiny_vae" as {"name", "sha256"}.
     """
 
     root: Path
@@ -340,6 +359,8 @@ class Package:
     changes: Mapping[str, Mapping[str, Change]] = field(
         default_factory=dict[str, "Mapping[str, Change]"], compare=False
     )
+    opened_with: Mapping[str, Any] = field(default_factory=dict[str, Any], compare=False)
+    _let_go: Callable[[], None] = field(default=_nothing, compare=False, repr=False)
 
     @classmethod
     def open(cls, root: str | Path, *, elsewhere: Mapping[str, Elsewhere] | None = None) -> Package:
@@ -380,8 +401,28 @@ class Package:
         return self.changes.get(NETS[net].part, _NO_CHANGES) if net in NETS else _NO_CHANGES
 
     def path(self, name: str) -> Path:
-        """The absolute path of a file of the package, by its name in the manifest."""
-        return self.elsewhere[name].path if name in self.elsewhere else (self.root / name).resolve()
+        """The absolute path of a file of the package, by its name in the manifest.
+
+        Whoever opens a net asks for it, which may be long after the package was opened.
+
+        Raises:
+            PackageError: the file is gone, or, if it is not in the folder, was written to, since then.
+        """
+        if name in self.elsewhere:
+            self._check_elsewhere(name)
+            return self.elsewhere[name].path
+        path = (self.root / name).resolve()
+        if not path.is_file():
+            raise PackageError(
+                f"{path} is missing",
+                expected="the file that was there when it was opened",
+                fix="Open it again.",
+            )
+        return path
+
+    def close(self) -> None:
+        """Let the folder of an opened checkpoint be removed from the cache. May be called twice."""
+        self._let_go()
 
     def weights_folder(self, net: str) -> Path:
         """The folder that a net's graph names its weights files relative to: their own, or a common one."""
@@ -431,7 +472,7 @@ class Package:
 
     def _check_elsewhere(self, name: str) -> None:
         """Raise PackageError unless a file elsewhere is as it was."""
-        known, record = self.elsewhere[name], self.manifest.files[name]
+        known, record = self.elsewhere[name], self.manifest.files.get(name)
         try:
             found = known.path.stat()
         except OSError as error:
@@ -440,7 +481,8 @@ class Package:
                 expected="the file that the checkpoint was opened from",
                 fix="Put it back, or open the checkpoint where it is now.",
             ) from error
-        if (found.st_size, found.st_mtime_ns) != (record.size, known.mtime_ns):
+        size = found.st_size if record is None else record.size  # no net reads a file without a record
+        if (found.st_size, found.st_mtime_ns) != (size, known.mtime_ns):
             raise PackageError(
                 f"{known.path} was written to since the checkpoint was opened",
                 expected="a file nobody writes to",

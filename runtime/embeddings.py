@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import cast
 
 from ..adapters.embeddings import (
     Embedding,
@@ -18,7 +16,8 @@ from ..adapters.embeddings import (
     read_embedding,
     refuse_name,
 )
-from ..engines.errors import CheckpointError, UsageError
+from ..adapters.folder import NamedFiles
+from ..engines.errors import UsageError
 from ..engines.package import Package
 from ..engines.spec import Array
 from .prompts.encode import PROMPT_SYNTAXES, called_embeddings
@@ -46,32 +45,22 @@ class Called:
         return {"name": self.name, "sha256": self.sha256}
 
 
-def check_folder(folder: str | Path | None) -> None:
-    """Raise UsageError for a folder of embeddings or adapters that is none."""
-    if folder is not None and not Path(folder).is_dir():
-        raise UsageError(f"{folder} is no folder", expected="a folder of files", fix="Check the path.")
-
-
 class EmbeddingLibrary:
     """Embeddings by name. Threads may share it: a request keeps those that it was made with.
 
     Args:
         package: whose text encoders they are for.
-        folder: of embedding files, its subfolders included: a file's name is its stem, or its path in the
-            folder without the ending. It is looked through at every request, and a file is read when a prompt
-            first calls it, or when it has changed.
+        folder: of embedding files, which are called as `NamedFiles` says.
 
     Raises:
         UsageError: `folder` is none.
     """
 
     def __init__(self, package: Package, folder: str | Path | None = None) -> None:
-        check_folder(folder)
         self._package = package
-        self._folder = None if folder is None else Path(folder)
+        self._files = NamedFiles(folder, _ENDINGS, lambda path: read_embedding(path, self._inputs, path.stem))
         self._lock = Lock()
         self._loaded: Mapping[str, Embedding] = {}  # replaced, never changed
-        self._files: dict[Path, tuple[tuple[int, int], Embedding]] = {}
 
     def load(self, source: Source | Sequence[Source], token: str | Sequence[str | None] | None) -> None:
         """Load embeddings; see `Pipeline.load_textual_inversion`. All of them, or none if one is refused."""
@@ -109,7 +98,7 @@ class EmbeddingLibrary:
 
     def names(self) -> tuple[str, ...]:
         """What prompts may call: words that were loaded, and names of files."""
-        return tuple(sorted({*self._loaded, *self._named_files()}))
+        return tuple(sorted({*self._loaded, *self._files.paths()}))
 
     def bind(self, request: Request) -> Request:
         """The request with the embeddings that its texts call.
@@ -120,7 +109,7 @@ class EmbeddingLibrary:
             PackageError: the package takes no embeddings.
         """
         loaded, rules = self._loaded, PROMPT_SYNTAXES[request.prompt_syntax].names
-        files = {} if rules.bare == "given" else self._named_files()
+        files = {} if rules.bare == "given" else self._files.paths()
         known = {**files, **loaded}
         pictures = {_texts(request, index) for index in range(len(request.prompts))}
         if not known and not any("embedding:" in text.lower() for texts in pictures for text in texts):
@@ -146,7 +135,7 @@ class EmbeddingLibrary:
         Raises:
             UsageError: one is missing, or another one has its name.
         """
-        files = self._named_files()
+        files = self._files.paths()
         known = {written_name(name): name for name in [*files, *self._loaded]}
         for one in wanted:
             name = known.get(written_name(one.name))
@@ -183,46 +172,9 @@ class EmbeddingLibrary:
         refuse_name(embedding.name)
         return embedding
 
-    def _named_files(self) -> dict[str, Path]:
-        """The folder's files by name: of several, the first by `_ENDINGS`, then by its path."""
-        folder, found = self._folder, dict[str, Path]()
-        if folder is None:
-            return found
-        paths = [Path(place, file) for place, _, files in os.walk(folder) for file in files if file[0] != "."]
-        for ending in _ENDINGS:
-            for path in sorted(path for path in paths if path.suffix.lower() == ending):
-                inside = path.relative_to(folder).with_suffix("").as_posix()
-                for name in (path.stem, inside):
-                    if name == name.strip() and name.isprintable():
-                        found.setdefault(name, path)
-        return found
-
     def _of_file(self, files: Mapping[str, Path], name: str) -> Embedding:
-        """A file of the folder, read again if it has changed."""
-        path, folder = files[name], cast(Path, self._folder)
-        try:
-            if not path.resolve().is_relative_to(folder.resolve()):
-                raise CheckpointError(
-                    f"{path} is a link to {path.resolve()}, outside of the folder of embeddings",
-                    expected="files that are in it",
-                    fix="Copy the file into the folder.",
-                )
-            status = path.stat()
-        except OSError as error:
-            raise CheckpointError(
-                f"{path} cannot be read ({error.strerror})",
-                expected="an embedding file that this user may read",
-                fix="Mend its permissions, or remove it.",
-            ) from error
-        state = status.st_mtime_ns, status.st_size
-        with self._lock:
-            before = self._files.get(path)
-        if before is not None and before[0] == state:
-            return replace(before[1], name=name)  # a file has more than one
-        embedding = read_embedding(path, self._inputs, name)
-        with self._lock:
-            self._files[path] = state, embedding
-        return embedding
+        """A file of the folder, under one of its names."""
+        return replace(self._files.content(files[name]), name=name)
 
 
 def called_by(request: Request, index: int) -> tuple[Called, ...]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ..engines.backends import BACKENDS
-from ..engines.errors import CheckpointError, UsageError
+from ..engines.errors import CheckpointError, UsageError, command
 from ..engines.hub import snapshot
 from ..engines.package import MANIFEST, Package
 from .prompts.tokenizer import tokenize
@@ -70,6 +70,18 @@ class CheckpointOptions:
                 )
 
 
+def given_options(opened_with: object) -> tuple[str, ...]:
+    """What a command says to open a checkpoint with what `Package.opened_with`, or a record, has."""
+    given = cast("Mapping[str, Any]", opened_with if isinstance(opened_with, Mapping) else {})
+    words: list[str] = []
+    for item in fields(CheckpointOptions):
+        value: Any = given.get(item.name)
+        found: Any = cast(Any, value).get("name") if isinstance(value, Mapping) else value
+        if isinstance(found, str):
+            words += [f"--{item.name.replace('_', '-')}", found]
+    return tuple(words)
+
+
 def open_model(
     model: str | Path,
     *,
@@ -84,7 +96,8 @@ def open_model(
         model: the shipped model ("demo"), a package folder, a checkpoint's file or folder, the name of a
             checkpoint that was opened before (`latentrt models`), or a model of a hub (`org/name`,
             `org/name@revision`), which is fetched first. A name is opened as it was the last time:
-            with the same other autoencoders and prediction type, where `options` has no others.
+            with the same other autoencoders and prediction type, where `options` has no others. Its path
+            opens it with its own.
         backend: the name of the backend that it is opened for; called for a checkpoint alone.
         options: of checkpoints.
         advance: is told how far a download or a first opening has come.
@@ -96,6 +109,17 @@ def open_model(
         BackendError: as `backend` raises it.
         StorageError: the disk is full.
     """
+    given: object = model
+    if not isinstance(given, (str, Path)):
+        raise UsageError(
+            f"the model is {given!r:.80}", expected="a name or a path", fix="Pass a str or a Path."
+        )
+    if not isinstance(cast(object, options), CheckpointOptions):
+        raise UsageError(
+            f"checkpoint is {options!r:.80}",
+            expected="CheckpointOptions",
+            fix="Pass checkpoint=latentrt.CheckpointOptions(…).",
+        )
     if str(model) in SHIPPED:
         return _package(SHIPPED[str(model)], options)
     # here: the shipped model needs none of it
@@ -105,12 +129,15 @@ def open_model(
 
     asked, before = str(model), recall(str(model))
     hub = asked if is_hub_id(asked) else ""
+    own = ""
     if before is not None:
-        options, hub = _as_before(options, before), before.note.hub
+        asked_for, options, hub = options, _as_before(options, before), before.note.hub
+        if options != asked_for:  # in one line with what it is opened with
+            own = f", as it was the last time; without that: -m {command(hub or before.note.path)}"
     path = snapshot(locate(asked, progress=_downloading(advance)))
     if before is not None and note is not None:
         changed = ", which has changed since it was opened" if before.entries[0].state == "changed" else ""
-        note(f"{asked} is {path}{_named(options)}{changed}")
+        note(f"{asked} is {path}{changed}{_named(options)}{own}")
     if is_package(path):
         refuse_entry(path)
         return _package(path, options)
@@ -169,7 +196,7 @@ def _opened(
     from ..checkpoints.opened import Options, open_checkpoint
 
     row = BACKENDS[backend]
-    return open_checkpoint(
+    package = open_checkpoint(
         path,
         Options(
             dtype=options.dtype or ("fp16" if row.on_device else "fp32"),
@@ -184,6 +211,8 @@ def _opened(
         progress=_opening(advance),
         note=note,
     )
+    given = {} if options.dtype is None else {"dtype": options.dtype}
+    return replace(package, opened_with={**given, **package.opened_with})
 
 
 def _fuse(options: CheckpointOptions) -> Callable[[Checkpoint], Fused]:

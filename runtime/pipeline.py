@@ -10,11 +10,12 @@ from functools import cache, partial
 from pathlib import Path
 from threading import Event
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast, overload
 
 import numpy as np
 
 from ..adapters.embeddings import vocabulary_size
+from ..adapters.folder import check_folder
 from ..adapters.loaded import LoadedAdapters
 from ..engines.backend import Place, find_backend
 from ..engines.errors import UsageError
@@ -23,7 +24,7 @@ from ..engines.package import Package
 from ..engines.spec import TEXT_ENCODERS, Array
 from .adapted import ADAPTED_BYTES, Adapted, AdaptedLoops
 from .conditioning import make_conditioning
-from .embeddings import EmbeddingLibrary, Source, check_folder
+from .embeddings import EmbeddingLibrary, Source
 from .loop.device.cuda_graphs import Graphs
 from .loop.job import NEVER, Clock, DenoiseJob, Drawn, JobRecorder, Loop, PackageLoop, State, Stop
 from .loop.open import LoopOptions, open_loop
@@ -180,9 +181,11 @@ class Pipeline:
             note=note,
         )
         options = LoopOptions(backend=backend, device=device, threads=threads, graphs=graphs)
-        loop, description = open_loop(package, options)
-        try:
-            return cls.over(
+        with ExitStack() as stack:
+            stack.callback(package.close)
+            loop, description = open_loop(package, options)
+            stack.callback(loop.close)
+            pipe = cls.over(
                 package,
                 loop,
                 description,
@@ -191,9 +194,8 @@ class Pipeline:
                 loras=loras,
                 embeddings=embeddings,
             )
-        except BaseException:
-            loop.close()
-            raise
+            stack.pop_all()
+            return pipe
 
     @classmethod
     def over(
@@ -561,6 +563,11 @@ class Pipeline:
         """Free every net. May be called twice."""
         self._adapted.forget()
         self.loop.close()
+        self.package.close()
+
+    def __reduce__(self) -> NoReturn:
+        """Raise TypeError: an open pipeline cannot be pickled or copied."""
+        raise TypeError("an open Pipeline cannot be pickled or copied: open one in each process")
 
     def __enter__(self) -> Pipeline:
         """The pipeline itself."""
@@ -603,14 +610,17 @@ class Pipeline:
             return encode_tiled(whole, image, mask, tile, self.package.manifest.latent_scale)
 
     def _producer(self, profile: str) -> dict[str, Any]:
-        made_by = {
+        made_by: dict[str, Any] = {
             "model": self.package.manifest.name,
             "model_sha256": self.package.manifest.sha256,
             "backend": self.backend,
             "latentrt": latentrt_version(),
         }
-        fused = self.package.manifest.fused_records()
-        return made_by | ({"profile": profile} if profile else {}) | ({"fused": fused} if fused else {})
+        if self.package.opened_with:
+            made_by["opened_with"] = dict(self.package.opened_with)
+        if fused := self.package.manifest.fused_records():
+            made_by["fused"] = fused
+        return made_by | ({"profile": profile} if profile else {})
 
 
 def _stop(cancel: Event | None, timeout: float | None, *events: Event) -> Stop:

@@ -6,9 +6,10 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from ..engines.errors import SamplerError, UsageError
+from ..engines.errors import SamplerError, UsageError, command
+from .model import given_options
 from .pictures.infotext import parse_infotext
 from .pictures.write import PictureMetadata, read_metadata
 from .pipeline import Pipeline
@@ -188,16 +189,33 @@ def _check_embeddings(pipe: Pipeline, recorded: Recorded, prompt: str, parameter
 
 
 def _check_model(pipe: Pipeline, record: Mapping[str, Any]) -> None:
-    """Say so if another package drew the picture."""
+    """Say so if another model drew the picture, or this one opened otherwise."""
     package = pipe.package
     if record.get("model_sha256") != package.manifest.sha256:
         _LOG.warning(
-            "the picture was drawn with %r, sha256 %.12s; this is %r, %.12s: it will differ",
+            "the picture was drawn with %r, sha256 %.12s; this is %r, %.12s: it may differ%s",
             record.get("model"),
             record.get("model_sha256", "unknown"),
             package.manifest.name,
             package.manifest.sha256,
+            _opened_otherwise(record.get("opened_with"), package.opened_with),
         )
+
+
+def _opened_otherwise(was: object, now: Mapping[str, Any]) -> str:
+    """What a model was opened with, where that is something else than now; "" where it is not."""
+    if (was or {}) == now:
+        return ""
+    options = given_options(was)
+    if not options:
+        return f". It was opened without {command(*given_options(now))}"
+    values = cast("Mapping[str, Any]", was).values()
+    hashes = [f"{cast(Any, file).get('sha256')!s:.12}" for file in values if isinstance(file, Mapping)]
+    named = f" (sha256 {', '.join(hashes)})" if hashes else ""
+    return (
+        f". It was opened with {command(*options)}{named}; open it so: "
+        f"{command('latentrt', 'generate', '--from', 'PICTURE', '-m', 'MODEL', *options)}"
+    )
 
 
 def _inputs(recorded: Recorded, folder: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:

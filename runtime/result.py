@@ -131,7 +131,7 @@ def preview(latent: Array, kind: str, *, manifest: Manifest, loop: Loop, request
     raise UsageError(
         f"the preview {kind!r} of {manifest.name!r}",
         expected=f"one of {', '.join(PREVIEWS)}, with a tiny autoencoder for `tiny`",
-        fix="Export with --tiny-vae, or choose another kind.",
+        fix="Open the checkpoint, or export it, with --tiny-vae; or choose another kind.",
     )
 
 

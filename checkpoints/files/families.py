@@ -209,7 +209,7 @@ def refuse_scheduler(scheduler: Mapping[str, Any], where: Path) -> None:
         raise CheckpointError(
             f"{where} says that its UNet predicts {predicts!r:.80}",
             expected=" or ".join(PREDICTIONS),
-            fix="Pass --prediction-type if you know better.",
+            fix="If you know better, pass --prediction-type epsilon or v_prediction.",
         )
 
 

@@ -63,6 +63,8 @@ _STARTS: tuple[tuple[bytes, FileKind], ...] = (
     (b"7z\xbc\xaf", FileKind(name="archive", what="a 7z archive", todo="Unpack it.")),
     (b"\x1f\x8b", FileKind(name="archive", what="a gzip archive", todo="Unpack it.")),
 )
+# Of a pickle in letters: an empty mapping or list, or the global that the first object is made with.
+_PROTOCOL_0 = re.compile(rb"\([dl]p?\d*\n|c[\w.]+\n[\w.]+\n")
 _PICKLE = FileKind(name="pickle", what="a pickle: reading one can run code", todo=_CONVERT)
 _ZIP = FileKind(name="archive", what="a zip archive", todo="Unpack it.")
 _EMPTY = FileKind(name="empty", what="empty", todo=DOWNLOAD)
@@ -96,7 +98,7 @@ def kind_of_bytes(path: Path) -> FileKind | None:
             return kind
     if start.startswith(b"PK\x03\x04"):
         return _kind_of_zip(path)
-    if start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+    if start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or _PROTOCOL_0.match(start):
         return _PICKLE
     return _kind_of_text(start) or (_PICKLE if path.suffix.lower() in PICKLES else None)
 

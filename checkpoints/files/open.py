@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from ...engines.errors import CheckpointError, command
+from ...engines.errors import CheckpointError
 from ...engines.hub import COMMIT_OR_BLOB, snapshot
 from ...engines.package import IMAGE_LATENTS, TIME_IDS, FusedAdapter
 from ...engines.spec import TEXT_ENCODERS
@@ -29,10 +29,12 @@ from .component import (
     read_headers,
     read_json,
 )
+from .configs import check_config, read_config, read_recommended
 from .families import (
     CLASSES,
     OTHER,
     PIPELINES,
+    PipelineFolder,
     as_in_pipeline,
     class_of,
     defaults,
@@ -43,9 +45,10 @@ from .families import (
     refuse_unet,
 )
 from .file_kinds import refuse_other_formats
+from .folder_kinds import kind_of_folder
 from .quantised import refuse_quantised
 from .single_file import check_prediction_type, open_single_file, open_vae_file
-from .tokenizers import WriteTokenizer, copy_tokenizer, write_clip_tokenizer
+from .tokenizers import WriteTokenizer, copy_tokenizer, tokenizer_files, write_clip_tokenizer
 
 # The width of a UNet's `time_ids` -> its numbers, in the order of diffusers' `_get_add_time_ids`.
 _TIME_IDS = {6: TIME_IDS[:6], 5: (*TIME_IDS[:4], "aesthetic_score")}
@@ -76,7 +79,8 @@ class Checkpoint:
         tokenizers: by their folders' names, what writes them.
         configs: JSON objects by their folders' names: `scheduler`, and for unCLIP `feature_extractor` and
             `image_noising_scheduler`.
-        defaults: a request's steps, guidance scale and strength, by the names of `engines.package.Defaults`.
+        defaults: a request's steps, guidance scale and strength, and what the folder recommends, by the names
+            of `engines.package.Defaults`.
         zero_empty_prompt: as in `engines.package.Manifest`.
         predicts_by: what says which type the UNet predicts: "scheduler_config.json", "the tensor v_pred", ….
         fused: the adapters that are part of the weights.
@@ -90,7 +94,7 @@ class Checkpoint:
     parts: Mapping[str, Component]
     tokenizers: Mapping[str, WriteTokenizer]
     configs: Mapping[str, Mapping[str, Any]]
-    defaults: Mapping[str, float]
+    defaults: Mapping[str, Any]
     zero_empty_prompt: bool = False
     predicts_by: str = "scheduler_config.json"
     fused: tuple[FusedAdapter, ...] = ()
@@ -285,7 +289,7 @@ def _open_folder(
         if name == "vae" and other_vae is not None:
             own = None
             with suppress(CheckpointError):  # whatever is wrong with it, it is not used
-                own = read_json(root / name / "config.json")
+                own = read_config(root / name / "config.json", name)
             parts[name] = other_vae(own, 0.13025 if "text_encoder_2" in layout.parts else _SCALING)
         elif name not in absent:
             parts[name] = _read_part(root / name, name, stem, index, prefer_fp16=prefer_fp16)
@@ -294,12 +298,8 @@ def _open_folder(
         if not folder.is_dir():
             missing(folder)
         refuse_class(name, class_of(index, name, "CLIPTokenizer"), folder)
-    configs = {name: read_json(root / name / file) for name, file in layout.configs.items()}
-    for name, config in configs.items():
-        if name in CLASSES:
-            refuse_class(name, class_of(index, name, CLASSES[name][0]), root / name)
-        else:
-            config["_class_name"] = class_of(index, name, config.get("_class_name"))
+        tokenizer_files(folder)
+    configs = _read_configs(root, layout, index)
     configs["scheduler"] = as_in_pipeline(configs["scheduler"], str(index["_class_name"]))
     if prediction_type is not None:
         configs["scheduler"]["prediction_type"] = prediction_type
@@ -308,7 +308,7 @@ def _open_folder(
         parts=parts,
         tokenizers={name: partial(copy_tokenizer, folder=folder) for name, folder in tokenizers.items()},
         configs=configs,
-        defaults=defaults(layout, configs["scheduler"]),
+        defaults={**defaults(layout, configs["scheduler"]), **read_recommended(root)},
         # Pipelines of other families do not read the key.
         zero_empty_prompt=layout.zero_empty_prompt and bool(index.get("force_zeros_for_empty_prompt", True)),
         predicts_by="scheduler_config.json" if prediction_type is None else "the caller",
@@ -316,21 +316,31 @@ def _open_folder(
     )
 
 
+def _read_configs(root: Path, layout: PipelineFolder, index: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The configs of parts without weights, of the classes that the index names."""
+    configs: dict[str, dict[str, Any]] = {}
+    for name, file in layout.configs.items():
+        config = read_json(root / name / file)
+        if name in CLASSES:
+            refuse_class(name, class_of(index, name, CLASSES[name][0]), root / name)
+        elif index.get(name) is not None or isinstance(config.setdefault("_class_name", None), str):
+            config["_class_name"] = class_of(index, name, config.get("_class_name"))
+        check_config(config, root / name / file, name)
+        configs[name] = config
+    return configs
+
+
 def refuse_without_index(root: Path) -> NoReturn:
-    """Raise the CheckpointError for a folder that is not in diffusers' layout, naming the files in it."""
-    there = root.iterdir() if root.is_dir() else ()  # a pipe, say
-    files = sorted(path for path in there if path.suffix.lower() == ".safetensors" and path.is_file())
-    if not files:
+    """Raise the CheckpointError for a folder that is not in diffusers' layout, saying what it is."""
+    kind = kind_of_folder(root)
+    if kind is None:
         raise CheckpointError(
             f"{root} is no checkpoint: model_index.json is missing, and there is no .safetensors file",
             expected="a folder in diffusers' layout, or a file",
             fix="Check the path; `latentrt inspect` says what any other file or folder is.",
         )
-    largest = max(files, key=lambda path: path.stat().st_size)
     raise CheckpointError(
-        f"{root} has no model_index.json, but {', '.join(path.name for path in files)}"[:500],
-        expected="a folder in diffusers' layout, or a file",
-        fix=f"Open the file: {command('latentrt', 'generate', 'PROMPT', '-m', largest)}",
+        f"{root} is {kind.what}", expected="a folder in diffusers' layout, or a file", fix=kind.advice(root)
     )
 
 
@@ -350,6 +360,7 @@ def _read_part(
 ) -> Component:
     """A part of the class that the index names, or its config where the index names none."""
     part = read_component(folder, name, stem, prefer_fp16=prefer_fp16)
+    check_config(part.config, folder / "config.json", name)
     named = class_of(index, name, part.config.get("_class_name", CLASSES[name][0]))
     refuse_class(name, named, folder)
     return replace(part, config={**part.config, "_class_name": named}) if stem == DIFFUSERS else part
@@ -424,6 +435,7 @@ def _open_vae(path: Path, name: str, *, scaling_factor: float, prefer_fp16: bool
         part = _open_vae_file(path, name, scaling_factor)
     else:
         part = read_component(path, name, DIFFUSERS, prefer_fp16=prefer_fp16)
+        check_config(part.config, path / "config.json", name)
         refuse_class("vae", class_of({}, "vae", part.config.get("_class_name", CLASSES["vae"][0])), path)
     if name == "tiny_vae" and not is_tiny(part):
         raise CheckpointError(

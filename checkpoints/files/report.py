@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ...engines.errors import CheckpointError, command
+from ...engines.errors import DAMAGED_WEIGHTS, CheckpointError, command
 from ...engines.hub import snapshot
-from ...engines.safetensors_format import ITEM_SIZES, read_header
+from ...engines.safetensors_format import ITEM_SIZES, first_not_finite, read_header
 from ...engines.spec import TEXT_ENCODERS
 from .component import Component, TensorHeader, read_headers, read_json
 from .file_kinds import (
@@ -25,32 +25,13 @@ from .file_kinds import (
     kind_of_bytes,
     kind_of_tensors,
 )
+from .folder_kinds import kind_of_folder, tensors_in
 from .ldm_names import Tensors, usual_names
 from .open import Checkpoint, refuse_without_index
 from .single_file import family_of, open_single_file, parts_of
 
-# The class in a folder's config.json -> what the folder is.
-_CLASSES: Mapping[str, tuple[str, str]] = {
-    "ControlNetModel": ("controlnet", "a ControlNet's folder"),
-    "ControlNetUnionModel": ("controlnet", "a ControlNet's folder (Union)"),
-    "ControlNetXSAdapter": ("controlnet", "a ControlNet-XS' folder"),
-    "T2IAdapter": ("t2i-adapter", "a T2I-Adapter's folder"),
-    "MotionAdapter": ("animatediff", "a folder of AnimateDiff"),
-    "AutoencoderKL": ("vae", "an autoencoder's folder"),
-    "AutoencoderTiny": ("tiny-vae", "a tiny autoencoder's folder"),
-    "UNet2DConditionModel": ("unet", "a UNet's folder"),
-    "CLIPTextModel": ("text-encoder", "a text encoder's folder"),
-    "CLIPTextModelWithProjection": ("text-encoder", "a text encoder's folder"),
-    "CLIPVisionModelWithProjection": ("image-encoder", "an image encoder's folder"),
-}
-# What to do with kinds of folders that can be used.
-_USES = {
-    "vae": "Give it to a checkpoint: latentrt generate PROMPT -m CHECKPOINT --vae {folder}",
-    "tiny-vae": "Give it to a checkpoint: latentrt generate PROMPT -m CHECKPOINT --tiny-vae {folder}",
-}
 # Families that no ControlNet is made for.
 _UNCONTROLLED = ("sdxl-refiner", "unclip")
-_NOT_YET = "It cannot be used alone, or not yet: open a whole checkpoint."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +70,7 @@ class Report:
             control or a part the family that it is made for, also "flux", "sd3". None where nothing says it.
         opens: whether it can be opened as a model.
         problem: why it cannot.
+        expected: what would have been opened, where there is a problem.
         todo: what to do with it.
         size: in bytes; of a folder's weights.
         tensors: how many there are.
@@ -110,6 +92,7 @@ class Report:
     family: str | None = None
     opens: bool = False
     problem: str = ""
+    expected: str = ""
     todo: str
     size: int = 0
     tensors: int = 0
@@ -150,7 +133,35 @@ def report(path: str | Path, check: Callable[[Checkpoint], None] | None = None) 
     except CheckpointError as error:  # no tensor could be described
         size = root.stat().st_size if root.is_file() else 0
         what = f"a damaged or unknown {'file' if root.is_file() else 'folder'}"
-        return Report(path=root, kind="damaged", what=what, problem=error.found, todo=error.fix, size=size)
+        return Report(path=root, kind="damaged", what=what, **_refusal(error), size=size)
+
+
+def _refusal(error: CheckpointError) -> dict[str, Any]:
+    """Why something cannot be opened, by the names of `Report`'s attributes."""
+    return {"problem": error.found, "expected": error.expected, "todo": error.fix}
+
+
+def check_weights(path: Path) -> None:
+    """Read every weight of a file, a checkpoint's folder, or a folder of one part.
+
+    Raises:
+        CheckpointError: a file cannot be read, or a tensor is not finite: the first one.
+    """
+    root = snapshot(path)
+    if root.is_file():
+        files = {root}
+    elif (root / "model_index.json").is_file():
+        parts = Checkpoint.open(root).parts.values()
+        files = {tensor.file for part in parts for tensor in part.tensors.values()}
+    else:
+        files = {tensor.file for tensor in tensors_in(root)}
+    for file in sorted(files):
+        if tensor := first_not_finite(file):
+            raise CheckpointError(
+                f"{file}: the tensor {tensor!r:.200} has values that are NaN or infinite",
+                expected="finite weights",
+                fix=DAMAGED_WEIGHTS,
+            )
 
 
 def _report_file(path: Path, check: Callable[[Checkpoint], None] | None) -> Report:
@@ -199,12 +210,12 @@ def _report_checkpoint(
             parts[name] = PartReport.of(stored[name] for name in names)
         else:
             missing.append(name)
-    family, (problem, todo) = family_of(tensors), ("", _draw_with(path))
+    family = family_of(tensors)
     try:
         source = Checkpoint.open(path)
-        family, (problem, todo) = source.family, _checked(source, check)
+        family, answer = source.family, _checked(source, check)
     except CheckpointError as error:
-        problem, todo = error.found, error.fix
+        answer = _refusal(error)
     kind, what = "checkpoint", f"a checkpoint of {FAMILIES[family]}, in one file"
     if set(parts) == {"unet"}:
         kind, what = "unet", f"a UNet alone of {FAMILIES[family]}"
@@ -218,11 +229,10 @@ def _report_checkpoint(
         kind=kind,
         what=what,
         family=family,
-        opens=not problem,
-        problem=problem,
-        todo=todo,
+        opens="problem" not in answer,
         parts=parts,
         missing=tuple(missing),
+        **answer,
         **facts,
     )
 
@@ -231,14 +241,14 @@ def _draw_with(path: Path) -> str:
     return f"Draw with it: {command('latentrt', 'generate', 'PROMPT', '-m', path)}"
 
 
-def _checked(source: Checkpoint, check: Callable[[Checkpoint], None] | None) -> tuple[str, str]:
-    """What keeps a checkpoint that was read from being opened ("" for nothing), and what to do with it."""
+def _checked(source: Checkpoint, check: Callable[[Checkpoint], None] | None) -> dict[str, Any]:
+    """What to do with a checkpoint that was read, and what keeps it from being opened, if anything does."""
     try:
         if check is not None:
             check(source)
     except CheckpointError as error:
-        return error.found, error.fix
-    return "", _draw_with(source.root)
+        return _refusal(error)
+    return {"todo": _draw_with(source.root)}
 
 
 def _facts(
@@ -266,8 +276,8 @@ def _report_folder(root: Path, check: Callable[[Checkpoint], None] | None) -> Re
         opened = Checkpoint.open(root)
     except CheckpointError as error:
         what = f"a diffusers folder ({read_json(root / 'model_index.json').get('_class_name')})"
-        return Report(path=root, kind="checkpoint", what=what, problem=error.found, todo=error.fix)
-    problem, todo = _checked(opened, check)
+        return Report(path=root, kind="checkpoint", what=what, **_refusal(error))
+    answer = _checked(opened, check)
     parts = {name: PartReport.of(part.tensors.values()) for name, part in opened.parts.items()}
     counted = PartReport.of(tensor for part in opened.parts.values() for tensor in part.tensors.values())
     return Report(
@@ -275,36 +285,29 @@ def _report_folder(root: Path, check: Callable[[Checkpoint], None] | None) -> Re
         kind="checkpoint",
         what=f"a checkpoint of {FAMILIES[opened.family]}, a diffusers folder",
         family=opened.family,
-        opens=not problem,
-        problem=problem,
-        todo=todo,
+        opens="problem" not in answer,
         size=counted.size,
         tensors=counted.tensors,
         types=counted.types,
         parts=parts,
         predicts_by=opened.predicts_by,
+        **answer,
         **_facts(opened.family, opened.parts, opened.scheduler, opened.notes),
     )
 
 
 def _report_part(root: Path) -> Report:
     """A folder that is no pipeline's: of one part, of a PEFT adapter, or of files."""
-    if (root / "adapter_config.json").is_file():
-        what = "a PEFT adapter's folder (LoRA)"
-        return Report(path=root, kind="lora", what=what, todo=_NOT_YET)
-    if (root / "config.json").is_file():
-        config = read_json(root / "config.json")
-        architectures: Any = config.get("architectures") or [None]
-        found = str(config.get("_class_name") or architectures[0])
-        kind, what = _CLASSES.get(found.removeprefix("Flax"), ("other", f"a folder of {found}"))
-        todo = _USES.get(kind, _NOT_YET).format(folder=command(root))
-        return Report(path=root, kind=kind, what=what, todo=todo)
-    there = root.iterdir() if root.is_dir() else ()  # a pipe, say
-    files = sorted(path.name for path in there if path.suffix.lower() == ".safetensors")
-    if not files:
+    kind = kind_of_folder(root)
+    if kind is None:
         refuse_without_index(root)
-    largest = max(files, key=lambda name: (root / name).stat().st_size)
-    named = ", ".join(files[:3]) + (" …" if len(files) > 3 else "")
-    what = f"a folder of files ({named}), without model_index.json"
-    todo = f"Look at a file: {command('latentrt', 'inspect', root / largest)}"
-    return Report(path=root, kind="files", what=what, todo=todo)
+    counted = PartReport.of(tensors_in(root))
+    return Report(
+        path=root,
+        kind=kind.name,
+        what=kind.what,
+        todo=kind.advice(root),
+        size=counted.size,
+        tensors=counted.tensors,
+        types=counted.types,
+    )

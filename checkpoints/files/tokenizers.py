@@ -35,12 +35,8 @@ _PRINTABLE = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), 
 WriteTokenizer = Callable[[Path], object]
 
 
-def copy_tokenizer(target: Path, *, folder: Path) -> None:
-    """Copy a checkpoint's tokenizer, not its links: Hugging Face's cache has them, a package must not.
-
-    Raises:
-        CheckpointError: the vocabulary is missing.
-    """
+def tokenizer_files(folder: Path) -> list[str]:
+    """The files of a checkpoint's tokenizer. Raises CheckpointError where the vocabulary is missing."""
     found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if "tokenizer.json" not in found and not {"vocab.json", "merges.txt"} <= set(found):
         raise CheckpointError(
@@ -50,6 +46,16 @@ def copy_tokenizer(target: Path, *, folder: Path) -> None:
         )
     for name in found:
         refuse_pointer(folder / name)
+    return found
+
+
+def copy_tokenizer(target: Path, *, folder: Path) -> None:
+    """Copy a checkpoint's tokenizer, not its links: Hugging Face's cache has them, a package must not.
+
+    Raises:
+        CheckpointError: as `tokenizer_files`.
+    """
+    found = tokenizer_files(folder)
     target.mkdir()
     for name in found:
         shutil.copyfile(folder / name, target / name)

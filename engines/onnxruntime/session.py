@@ -73,8 +73,17 @@ def _tell_several_wheels() -> None:
 
 
 def library() -> Any:
-    """The library, imported on first use (0.1 s); it has no type stubs, hence Any."""
-    return import_module("onnxruntime")
+    """The library, imported on first use (0.1 s); it has no type stubs, hence Any.
+
+    A signal that stops the program while it is imported would look like a broken library: pybind11 makes an
+    ImportError of whatever is raised meanwhile.
+    """
+    try:
+        return import_module("onnxruntime")
+    except ImportError as error:
+        if error.__cause__ is not None and not isinstance(error.__cause__, Exception):
+            raise error.__cause__ from None
+        raise
 
 
 def run_error(name: str, error: Exception, shapes: Mapping[str, tuple[int, ...]]) -> LatentrtError:

@@ -18,14 +18,14 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from ..errors import EngineError, LatentrtError
+from ..errors import EngineError, LatentrtError, UsageError
 from ..installed import latentrt_version
 from . import files
 from .files import folder_bytes, storage_errors
@@ -188,6 +188,11 @@ class Prunable:
     label: str
     usable: bool
     last_used: float
+
+    def is_called(self, name: str) -> bool:
+        """Whether a user means it by a name: a checkpoint's, or the beginning of its folder's."""
+        of_folder = len(name) >= 8 and self.path.name.startswith(name)
+        return of_folder or (self.kind == "checkpoint" and name == self.label)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,24 +359,35 @@ class EngineStore(StoreFolder):
         keep_bytes: int | None = None,
         older_than_days: float | None = None,
         everything: bool = False,
+        names: Collection[str] = (),
         dry_run: bool = False,
         others: Iterable[Prunable] = (),
     ) -> Pruned:
         """Remove entries, the least recently used first; and, always, what is damaged or was abandoned.
 
-        An entry that somebody builds at this moment stays.
+        An entry that somebody builds at this moment, or has open, stays.
 
         Args:
             keep_bytes: remove until the rest is no larger.
             older_than_days: remove what was not used for so long.
             everything: remove every entry, and the side files.
+            names: remove these: checkpoints by their names, and entries by their folders' names, or eight or
+                more letters that these begin with.
             dry_run: only say what would go.
             others: entries of other kinds in this store, which count like engines.
 
         Raises:
+            UsageError: a name that no entry has.
             StorageError: an entry cannot be removed.
         """
         entries = sorted([*self._prunable(), *others], key=lambda entry: entry.last_used)
+        for name in names:
+            if not any(entry.is_called(name) for entry in entries):
+                raise UsageError(
+                    f"{name!r} is no entry of the cache",
+                    expected="a name of `latentrt models`, or of `latentrt cache ls`",
+                    fix="See what there is: latentrt cache ls",
+                )
         sizes = {entry: folder_bytes(entry.path) for entry in entries}
         total = sum(sizes.values())
         oldest = None if older_than_days is None else time.time() - older_than_days * _DAY
@@ -381,6 +397,8 @@ class EngineStore(StoreFolder):
                 why = "damaged"
             elif everything:
                 why = "all"
+            elif any(map(entry.is_called, names)):
+                why = "named"
             elif oldest is not None and entry.last_used < oldest:
                 why = f"not used for {older_than_days:g} days"
             elif keep_bytes is not None and total > keep_bytes:
@@ -407,7 +425,8 @@ class EngineStore(StoreFolder):
             yield Prunable(path=path, kind="engine", label=net, usable=usable, last_used=_last_used(path))
 
     def _remove_unless_locked(self, path: Path, dry_run: bool) -> bool:
-        with self.try_lock(path.name) as free:
+        with self.try_lock(path.name) as held:
+            free = held and not self.in_use(path.name)
             if free and not dry_run:
                 with storage_errors(self.root, f"{path} could not be removed"):
                     self.remove(path)

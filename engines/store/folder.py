@@ -9,6 +9,7 @@
     quarantine/<digest>/             damaged ones, and <digest>.txt that says why
     caches/<kind>/<name>             timing and runtime caches, each with a check sum at its end
     locks/<digest>.lock, .owner      held while an entry is made; the system frees it when its holder dies
+    locks/<digest>.used-*.lock       held by each process that has an opened checkpoint in use
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import stat
 import tempfile
@@ -112,6 +114,40 @@ class StoreFolder:
             if held:
                 lock.release()
 
+    def use(self, digest: str) -> Callable[[], None]:
+        """Keep an entry, whose lock is held, from being removed, until what is returned is called.
+
+        It may be called from any thread, and twice. Where this user cannot write the store, nothing is kept.
+        """
+        path = self.locks / f"{digest}.used-{secrets.token_hex(8)}.lock"
+        lock = FileLock(path, mode=0o600, thread_local=False)
+        with suppress(LatentrtError):
+            self._acquire(lock, 0.0)
+
+        def let_go() -> None:
+            if lock.is_locked:
+                lock.release()
+                with suppress(OSError):
+                    path.unlink()
+
+        return let_go
+
+    def in_use(self, digest: str) -> bool:
+        """Whether a process has an entry in use; what killed ones left of that goes."""
+        return any(map(self._is_held, self.locks.glob(f"{digest}.used-*.lock")))
+
+    def _is_held(self, path: Path) -> bool:
+        lock = FileLock(path, mode=0o600)
+        try:
+            free = self._acquire(lock, 0.0)
+        except LatentrtError:  # nobody can tell
+            return True
+        if free:
+            lock.release()
+            with suppress(OSError):
+                path.unlink()
+        return not free
+
     def _file_lock(self, name: str) -> BaseFileLock:
         return FileLock(self.locks / f"{name}.lock", mode=0o600)
 
@@ -173,6 +209,8 @@ class StoreFolder:
         Args:
             held: the digest whose lock the caller holds itself.
         """
+        for path in self.locks.glob("*.used-*.lock"):
+            self._is_held(path)
         with suppress(OSError):
             for folder in sorted(self.building.iterdir()):
                 name = folder.name.partition("-")[0]

@@ -1503,47 +1503,47 @@ def _pipe(folder: Path) -> Path:
     return folder / "model.safetensors"
 
 
-_refused("a pipe", "a shell's <(…)", _pipe, "model_index.json is missing", "damaged")
+_refused("a pipe", "a shell's <(…)", _pipe, "model_index.json is missing, and there is no", "damaged")
 _refused(
     "a ControlNet's folder",
     "diffusers",
     _other_folder({"_class_name": "ControlNetModel"}),
-    "model_index.json is missing",
+    "is a ControlNet's folder",
     "controlnet",
 )
 _refused(
     "an autoencoder's folder",
     "sd-vae-ft-mse",
     _other_folder({"_class_name": "AutoencoderKL"}),
-    "model_index.json is missing",
+    "is an autoencoder's folder",
     "vae",
 )
 _refused(
     "a text encoder's folder",
     "transformers",
     _other_folder({"architectures": ["CLIPTextModel"]}),
-    "model_index.json is missing",
+    "is a text encoder's folder",
     "text-encoder",
 )
 _refused(
     "PEFT's folder",
     "peft's save_pretrained",
     _other_folder({"peft_type": "LORA"}, "adapter_config.json"),
-    "model_index.json is missing",
+    "is a PEFT adapter's folder",
     "lora",
 )
 _refused(
     "an empty folder",
     "a download that never began",
     _other_folder(None),
-    "model_index.json is missing",
+    "model_index.json is missing, and there is no",
     "damaged",
 )
 _refused(
     "a folder of one file",
     "hf download of a single-file repository",
     _folder_of_file,
-    r"has no model_index.json, but Dream.SAFETENSORS",
+    r"is a folder of files \(Dream.SAFETENSORS\), without model_index.json",
     "files",
 )
 _refused(

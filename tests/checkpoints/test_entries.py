@@ -25,6 +25,7 @@ from latentrt.checkpoints.entries import (
     load_entry,
     models,
     prune,
+    state_by_content,
     verify,
 )
 from latentrt.checkpoints.find import locate, recall
@@ -315,6 +316,36 @@ def test_the_state_of_a_file(model: Path, store: EngineStore, opener: Callable[.
     assert prune(store).removed == ()  # and the disk may come back
 
 
+def test_a_file_that_was_put_back_has_not_changed(
+    model: Path, store: EngineStore, opener: Callable[..., Package]
+) -> None:
+    opener(model).close()
+    (entry,) = entries(store)
+    content = model.read_bytes()
+    os.utime(model, ns=(0, 10**18))
+    assert (entry.state, state_by_content(store, entry)) == ("changed", "there")
+    model.write_bytes(content[:-2] + b"\0\1")
+    assert state_by_content(store, entry) == "changed"
+    model.write_bytes(b"half")  # whose header cannot be read
+    assert state_by_content(store, entry) == "changed"
+    (entry.path / MANIFEST).write_text("{}")
+    with pytest.raises(PackageError, match=r"manifest\.json is damaged"):
+        state_by_content(store, entry)
+    model.unlink()
+    assert state_by_content(store, entry) == "gone"
+
+
+def test_one_entry_is_removed_by_its_name(store: EngineStore) -> None:
+    first, second, third = (put_entry(store, number) for number in (1, 2, 3))
+    (loaded,) = (entry for entry in entries(store) if entry.path == first)
+    assert [item.why for item in prune(store, names=[loaded.note.name]).removed] == ["named"]
+    assert [item.name for item in prune(store, names=[second.name]).removed] == [second.name]
+    for name in ("nobody", "", third.name[:7]):
+        with pytest.raises(UsageError, match=r"is no entry of the cache; .* latentrt cache ls"):
+            prune(store, names=[name])
+    assert [entry.path for entry in entries(store)] == [third]
+
+
 def test_a_file_that_was_replaced_is_one_model_of_two_entries(
     model: Path, store: EngineStore, opener: Callable[..., Package]
 ) -> None:
@@ -401,6 +432,27 @@ def test_an_entry_that_is_being_made_stays(both: EngineStore) -> None:
     assert [entry.path for entry in entries(both)] == [busy.path]
 
 
+def test_an_entry_that_is_open_stays(
+    model: Path, store: EngineStore, opener: Callable[..., Package], small_archive: Path
+) -> None:
+    """In any process; what a killed one held is free, and swept."""
+    package, again = opener(model), opener(model)
+    assert prune(store, everything=True).removed == ()
+    package.close()
+    package.close()
+    assert prune(store, everything=True).removed == ()
+    again.close()
+    child = start(model, store.root, small_archive, end="wait")
+    assert child.stdout.readline() == "found True\n"
+    assert prune(store, everything=True).removed == ()
+    child.kill()
+    child.communicate()
+    assert len(list(store.locks.glob("*.used-*"))) == 1
+    prune(store)
+    assert list(store.locks.glob("*.used-*")) == []
+    assert len(prune(store, everything=True).removed) == 1
+
+
 def test_prune_touches_no_file_of_the_user(
     model: Path, store: EngineStore, opener: Callable[..., Package]
 ) -> None:
@@ -467,7 +519,9 @@ package = open_checkpoint(
 )
 assert (package.root / "manifest.json").is_file()
 print("made" if "make unet" in stages else "found", package.root.parent.parent == Path(store))
-print(*notes, sep="\\n")
+print(*notes, sep="\\n", flush=True)
+if end == "wait":
+    time.sleep(600)
 """
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shlex
 import shutil
 from pathlib import Path
@@ -15,9 +16,12 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from latentrt.checkpoints.files.open import Checkpoint
-from latentrt.checkpoints.manifest import request_defaults
+from latentrt.checkpoints.files.report import report
+from latentrt.checkpoints.opened import open_checkpoint
+from latentrt.checkpoints.opening import Options, check_tokenizers
 from latentrt.engines.errors import CheckpointError, SamplerError, UsageError
 from latentrt.export.pickles.convert import convert_pickle
+from latentrt.runtime.prompts.tokenizer import tokenize
 from latentrt.runtime.sampling.names import resolve
 from latentrt.runtime.sampling.samplers import make_table
 from tests.export.ldm_files import FULL, TINY, build, one_file, write_header_only
@@ -236,13 +240,15 @@ def test_git_lfs_pointers_in_place_of_other_weights(copy: Path, name: str) -> No
         Checkpoint.open(copy)
 
 
-def test_git_lfs_pointers_in_place_of_a_tokenizer_or_recommendations(copy: Path, tmp_path: Path) -> None:
+def test_git_lfs_pointers_in_place_of_a_tokenizer_or_recommendations(copy: Path) -> None:
+    merges = (copy / "tokenizer" / "merges.txt").read_text("utf-8")
     (copy / "tokenizer" / "merges.txt").write_text(POINTER)
     with pytest.raises(CheckpointError, match=r"merges\.txt is a git-lfs pointer"):
-        Checkpoint.open(copy).tokenizers["tokenizer"](tmp_path / "tokenizer")
+        Checkpoint.open(copy)
+    (copy / "tokenizer" / "merges.txt").write_text(merges, "utf-8")
     (copy / "recommended.json").write_text(POINTER)
     with pytest.raises(CheckpointError, match=r"recommended\.json is a git-lfs pointer"):
-        request_defaults(Checkpoint.open(copy))
+        Checkpoint.open(copy)
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.ckpt", "x.bin"])
@@ -413,10 +419,10 @@ def test_a_folder_with_a_file_alone(tmp_path: Path, copy: Path) -> None:
     (tmp_path / "my repo").mkdir()
     (tmp_path / "my repo" / "small.safetensors").write_bytes(b"")
     (tmp_path / "my repo" / "large.safetensors").write_bytes(b"12345678")
-    with pytest.raises(CheckpointError, match=r"but large\.safetensors, small\.safetensors") as error:
+    with pytest.raises(CheckpointError, match=r"\(large\.safetensors, small\.safetensors\)") as error:
         Checkpoint.open(tmp_path / "my repo")
     words = shlex.split(error.value.fix.partition(": ")[2])
-    assert words == ["latentrt", "generate", "PROMPT", "-m", str(tmp_path / "my repo" / "large.safetensors")]
+    assert words == ["latentrt", "inspect", str(tmp_path / "my repo" / "large.safetensors")]
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "Euler a", "DDIMScheduler", "Heun"])
@@ -427,3 +433,67 @@ def test_samplers_that_cannot_say_a_continuous_timestep(sampler: str) -> None:
     assert resolve("Euler", model).timestep_type == resolve(None, model).timestep_type == "continuous"
     with pytest.raises(SamplerError, match=r"log.sigma. / 4.*sampler='euler'"):
         resolve(sampler, model)
+
+
+# ── folders that are no checkpoint ──────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("part", "kind"), [("vae", "an autoencoder's folder"), ("unet", "a UNet's folder")])
+def test_opening_a_part_says_what_inspecting_it_says(copy: Path, part: str, kind: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{part} is {kind}") as caught:
+        Checkpoint.open(copy / part)
+    found = report(copy / part)
+    assert (found.what, found.todo) == (kind, caught.value.fix)
+    tensors = load_file(next((copy / part).glob("*.safetensors"))).values()
+    assert (found.tensors, found.size) == (len(tensors), sum(t.nbytes for t in tensors))
+
+
+def test_of_many_files_the_checkpoint_is_advised(tmp_path: Path) -> None:
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(4, 9_000_000)}, tmp_path / "large.safetensors")
+    with pytest.raises(CheckpointError, match="Look at a file: latentrt inspect") as caught:
+        Checkpoint.open(tmp_path)
+    write_header_only(tmp_path / "model.safetensors", one_file(build(TINY["sd1"]), "sd1"))
+    with pytest.raises(CheckpointError, match="Open the file: ") as caught:
+        Checkpoint.open(tmp_path)
+    assert caught.value.fix.endswith(str(tmp_path / "model.safetensors"))
+    assert report(tmp_path).todo == caught.value.fix
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, [1, 2], torch.nn.Module])
+def test_the_oldest_pickles_are_pickles(tmp_path: Path, value: object) -> None:
+    (tmp_path / "x.safetensors").write_bytes(pickle.dumps(value, protocol=0))
+    assert report(tmp_path / "x.safetensors").kind == "pickle"
+
+
+def test_a_report_says_what_was_expected(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(9)}, tmp_path / "whole.safetensors")
+    content = (tmp_path / "whole.safetensors").read_bytes()
+    (tmp_path / "half.safetensors").write_bytes(content[:-9])
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(tmp_path / "half.safetensors")
+    found = report(tmp_path / "half.safetensors")
+    assert (found.problem, found.expected) == (caught.value.found, caught.value.expected)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("tokenizer_config.json", "[]", "no JSON object"),
+        ("tokenizer_config.json", '{"model_max_length": "x"}', "model_max_length is 'x'"),
+        ("special_tokens_map.json", "{", "Expecting property name"),
+        ("vocab.json", "{}", "out of vocabulary"),
+    ],
+)
+def test_a_damaged_tokenizer_is_named_where_the_user_has_it(
+    copy: Path, tmp_path: Path, file: str, text: str, said: str
+) -> None:
+    """Before the weights are hashed; `latentrt inspect` says the same."""
+    (copy / "tokenizer" / file).write_text(text)
+    (copy / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
+    options = Options(dtype="fp32", reads=())
+    with pytest.raises(CheckpointError, match=f"(?s){copy / 'tokenizer'}.*{said}") as caught:
+        open_checkpoint(copy, options, tokenize=tokenize, store=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(CheckpointError, match=said):
+        check_tokenizers(Checkpoint.open(copy), tokenize)
+    assert "hf download" in caught.value.fix

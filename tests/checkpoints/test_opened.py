@@ -158,6 +158,46 @@ def test_it_is_made_once(model: Path, opener: Opener, tmp_path: Path) -> None:
     assert outputs(third, "unet")["prediction"].shape == (2, 4, 8, 8)
 
 
+def test_names_of_files_decide_nothing_that_is_drawn(model: Path, opener: Opener) -> None:
+    first = opener(model)
+    second = opener(model.rename(model.with_name("other name.safetensors")))
+    assert (first.manifest.name, second.manifest.name) == ("small", "other name")
+    assert second.manifest.sha256 == first.manifest.sha256
+    assert opener(model.with_name("other name.safetensors"), dtype="fp16").manifest.sha256 != (
+        first.manifest.sha256
+    )
+    for name, array in outputs(second, "vae_decoder").items():
+        assert array.shape, name
+
+
+def test_a_file_that_is_written_to_while_it_is_open(model: Path, opener: Opener) -> None:
+    """Nets are opened when they are first called, which may be long after the checkpoint was opened."""
+    package = opener(model)
+    content = model.read_bytes()
+    model.write_bytes(content)
+    with pytest.raises(PackageError, match=r"small\.safetensors was written to since .* Open the check"):
+        outputs(package, "vae_encoder")
+    model.unlink()
+    with pytest.raises(PackageError, match=r"small\.safetensors is gone"):
+        outputs(package, "vae_encoder")
+
+
+def test_a_graph_that_is_gone(model: Path, opener: Opener) -> None:
+    package = opener(model)
+    shutil.rmtree(package.root)
+    with pytest.raises(PackageError, match=r"model\.onnx is missing; .* Open it again"):
+        outputs(package, "vae_encoder")
+
+
+def test_what_it_was_opened_with(model: Path, opener: Opener, tmp_path: Path) -> None:
+    other = Path(shutil.copy(model, tmp_path / "its vae.safetensors"))
+    assert opener(model).opened_with == {}
+    found = opener(model, vae=other, prediction_type="v_prediction").opened_with
+    assert found["prediction_type"] == "v_prediction"
+    assert (found["vae"]["name"], len(found["vae"]["sha256"])) == ("its vae.safetensors", 64)
+    assert opener(model, vae=other).opened_with["vae"] == found["vae"]
+
+
 def test_a_file_that_changed_is_another(model: Path, opener: Opener) -> None:
     first = opener(model)
     write_small(model, model_ema_decay=torch.ones(1))  # the same weights and one tensor more
@@ -397,11 +437,14 @@ def test_a_folder_opens_like_the_file(model: Path, opener: Opener, tmp_path: Pat
         tensors = {key: torch.tensor(array) for key, array in read_tensors(part.tensors).items()}
         save_file(tensors, folder / name / f"{stem}.safetensors")
     (folder / "scheduler").mkdir()
-    scheduler = {**source.scheduler, "lambda_min_clipped": -math.inf}
+    unread = {"comment": [math.nan], "letters": "\ud800"}  # which diffusers reads over, too
+    scheduler = {**source.scheduler, "lambda_min_clipped": -math.inf, **unread}
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     source.tokenizers["tokenizer"](folder / "tokenizer")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     found, wanted = opener(folder), opener(model)
+    copied = opener(Path(shutil.copytree(folder, tmp_path / "copied")))
+    assert (copied.root, copied.manifest.name) == (found.root, "copied")
     assert {place.path.parent.parent for place in found.elsewhere.values()} == {folder}
     for net in ("text_encoder", "unet", "vae_decoder", "vae_encoder"):
         for name, array in outputs(wanted, net).items():

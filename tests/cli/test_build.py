@@ -11,6 +11,7 @@ import pytest
 from latentrt import cli
 from latentrt.cli import build as build_verb
 from latentrt.engines.installed import install_command
+from latentrt.engines.onnxruntime.nets import cuda_available
 from latentrt.engines.tensorrt.flavour import flavour
 
 QUICK = ["--nets", "unet_time", "--profile", "64x64:b1"]
@@ -170,3 +171,10 @@ def test_layouts_of_the_cpu_are_measured(latentrt: Any, monkeypatch: pytest.Monk
     code, _, err = latentrt("demo", "--backend", "onnxruntime", "--workspace", "3")
     assert code == 2
     assert "--workspace was given with --backend onnxruntime, which measures layouts" in err
+
+
+@pytest.mark.skipif(cuda_available() is None, reason="it can run here")
+def test_a_backend_that_cannot_run_is_refused_before_anything_is_opened(latentrt: Any) -> None:
+    code, _, err = latentrt("no such model", "--backend", "onnxruntime-cuda")
+    assert code == 4
+    assert "the backend onnxruntime-cuda cannot run here" in err

@@ -69,7 +69,7 @@ def test_another_store(cache: Any, store: EngineStore, tmp_path: Path) -> None:
 
 
 def test_verify(cache: Any, store: EngineStore) -> None:
-    assert cache("verify") == (0, f"2 engines good in {store.root}\n", "")
+    assert cache("verify") == (0, f"2 engines undamaged in {store.root}\n", "")
     assert json.loads(cache("verify", "--json")[1])["good"] == sorted(numbered(n).digest for n in (1, 2))
 
 

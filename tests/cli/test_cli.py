@@ -148,7 +148,7 @@ def test_inspect_says_what_a_checkpoint_has(latentrt: Any, tmp_path: Path) -> No
         "a checkpoint of Stable Diffusion 2.x, in one file",
         "its UNet predicts epsilon, by assumption",
         "9 input channels (inpainting)",
-        "once they can be used: embedding for 64 numbers in text_encoder",
+        "fits: embedding for 64 numbers in text_encoder",
         "tensors that are not used: ",
         "cannot be opened: ",
         "fits no graph that is shipped: ",
@@ -283,7 +283,10 @@ def test_help_imports_nothing_heavy(verb: list[str]) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_ends_with_exit_code_6_and_leaves_no_picture(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("after", [0.1, 0.5, 1.5], ids=["importing", "opening", "drawing"])
+def test_a_signal_ends_with_exit_code_6_and_leaves_no_picture(
+    name: str, after: float, tmp_path: Path
+) -> None:
     code = "from latentrt import cli, runtime; print('ready', flush=True); cli.main()"
     running = subprocess.Popen(
         [sys.executable, "-c", code, "generate", PROMPT, "--steps", "900", "--threads", "1"],
@@ -294,7 +297,7 @@ def test_a_signal_ends_with_exit_code_6_and_leaves_no_picture(name: str, tmp_pat
     )
     assert running.stdout is not None
     assert running.stdout.readline() == "ready\n"
-    time.sleep(1.5)  # into the steps, of which there are minutes
+    time.sleep(after)  # the latest are into the steps, of which there are minutes
     running.send_signal(getattr(signal, name))
     _, said = running.communicate(timeout=60)
     assert running.returncode == 6

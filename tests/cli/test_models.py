@@ -141,6 +141,23 @@ def test_a_name_draws_what_its_path_draws(call: Any, small: Path, store: EngineS
     assert entry.last_used > time.time() - 60
 
 
+def test_a_picture_says_what_its_model_was_opened_with(call: Any, small: Path) -> None:
+    """And a name brings that back, which its path does not."""
+    assert draw(call, small, "v.png", "--prediction-type", "v_prediction", "--dtype", "fp32")[0] == 0
+    record = json.loads(call("metadata", "v.png", "--json")[1])["record"]
+    assert record["opened_with"] == {"dtype": "fp32", "prediction_type": "v_prediction"}
+    code, _, err = call("generate", "--from", "v.png", "-o", "w.png")
+    assert code == 2
+    assert "Pass it: --model MODEL --dtype fp32 --prediction-type v_prediction" in err
+    again = "generate", "--from", "v.png", "--backend", "onnxruntime", "-o", "again.png", "-m"
+    code, _, err = call(*again, "small")
+    assert (code, "differ" in err) == (0, False)
+    assert f"with prediction_type v_prediction, as it was the last time; without that: -m {small}" in err
+    code, _, err = call(*again, str(small))
+    assert (code, "as it was the last time" in err) == (0, False)
+    assert "It was opened with --dtype fp32 --prediction-type v_prediction; open it so:" in err
+
+
 def test_other_commands_take_the_name(call: Any, small: Path) -> None:
     draw(call, small, "path.npy")
     code, out, _ = call("inspect", "small")
@@ -148,6 +165,17 @@ def test_other_commands_take_the_name(call: Any, small: Path) -> None:
     code, _, err = call("build", "small", "--backend", "onnxruntime", "--dry-run")
     assert code == 2
     assert "--dry-run was given with --backend onnxruntime" in err  # so it was opened
+
+
+def test_inspecting_a_checkpoint_verifies_it_and_prints_tables(call: Any, small: Path) -> None:
+    code, out, _ = call("inspect", str(small), "--sampler", "euler", "--steps", "3")
+    assert (code, len(out.splitlines()) >= 4) == (0, True)
+    assert call("inspect", str(small), "--verify")[:2] == call("inspect", str(small))[:2]
+    content = small.read_bytes()
+    small.write_bytes(content[:-2] + b"\x00\x7e")  # NaN
+    code, _, err = call("inspect", str(small), "--verify")
+    assert code == 3
+    assert "has values that are NaN or infinite" in err
 
 
 def test_what_a_user_sees_of_a_file_that_moved(call: Any, small: Path, tmp_path: Path) -> None:
@@ -220,7 +248,7 @@ def test_ls(call: Any, both: EngineStore) -> None:
 def test_verify(call: Any, both: EngineStore) -> None:
     code, out, err = call("cache", "verify")
     assert (code, err) == (0, "")
-    assert out.splitlines()[-1] == f"1 engine and 1 opened checkpoint good in {both.root}"
+    assert out.splitlines()[-1] == f"1 engine and 1 opened checkpoint undamaged in {both.root}"
     found = json.loads(call("cache", "verify", "--json")[1])
     assert (found["good"], found["checkpoints"]) == ([numbered(1).digest], {f"{2:064x}": "gone"})
 
@@ -234,7 +262,7 @@ def test_verify_exits_3_for_a_damaged_checkpoint(call: Any, both: EngineStore, a
     found = json.loads(out)["error"]["found"] if as_json else err
     assert f"1 of 1 engine and 1 opened checkpoint damaged ({'0' * 12}: " in found
     assert as_json or "made ready again when it is opened" in err
-    assert call("cache", "verify")[:2] == (0, f"1 engine good in {both.root}\n")
+    assert call("cache", "verify")[:2] == (0, f"1 engine undamaged in {both.root}\n")
 
 
 def test_prune(call: Any, both: EngineStore) -> None:

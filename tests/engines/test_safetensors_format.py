@@ -393,11 +393,14 @@ def test_quantised_types_that_no_net_has_are_named(dtype: str, write: Any) -> No
 def test_a_git_lfs_pointer_is_named(error: Any, tmp_path: Path) -> None:
     """As in git-lfs' docs/spec.md."""
     path = tmp_path / "my models" / "x.safetensors"
-    path.parent.mkdir()
+    (path.parent / ".git").mkdir(parents=True)
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n")
     with pytest.raises(error, match="is a git-lfs pointer") as caught:
         read_header(path, error=error)
     assert shlex.split(caught.value.fix.partition(": ")[2])[:3] == ["git", "-C", str(path.parent)]
+    (path.parent / ".git").rmdir()
+    with pytest.raises(error, match=r"is a git-lfs pointer.* Download the file itself: hf download"):
+        read_header(path, error=error)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from latentrt.engines.errors import AdapterError, NumericError, UsageError
+from latentrt.engines.errors import AdapterError, CheckpointError, NumericError, UsageError
 from latentrt.engines.net_weights import part_shapes
 from latentrt.engines.package import Package
 from latentrt.engines.spec import Array
@@ -137,7 +137,7 @@ def test_prompts_are_encoded_for_each_set(pipe: Pipeline) -> None:
     np.testing.assert_array_equal(draw(pipe), plain)
     np.testing.assert_array_equal(draw(pipe, "text"), first)
     with Pipeline.open("demo") as fresh:
-        fresh.load_lora_weights(Path(pipe.adapters._files()["text"]))
+        fresh.load_lora_weights(Path(pipe.adapters._files.paths()["text"]))
         np.testing.assert_array_equal(draw(fresh, "text"), first)
 
 
@@ -261,6 +261,29 @@ def test_names_that_are_unknown_or_taken(pipe: Pipeline, files: dict[str, Path])
         draw(pipe, *["loop"] * 17)
     with pytest.raises(UsageError, match="is no folder"):
         Pipeline.open("demo", loras=files["loop"])
+
+
+def test_a_file_of_the_folder_that_changed_is_read_again(tmp_path: Path) -> None:
+    write(tmp_path / "one.safetensors", "loop")
+    with Pipeline.open("demo", loras=tmp_path) as pipe:
+        before = draw(pipe, "one")
+        write(tmp_path / "one.safetensors", "loop", seed=1, scale=0.6)
+        assert not np.array_equal(draw(pipe, "one"), before)
+        (tmp_path / "sub").mkdir()
+        write(tmp_path / "sub" / "one.safetensors", "loop")
+        np.testing.assert_array_equal(draw(pipe, "sub/one"), before)
+        write(tmp_path.parent / "outside.safetensors", "loop")
+        (tmp_path / "link.safetensors").symlink_to(tmp_path.parent / "outside.safetensors")
+        with pytest.raises(CheckpointError, match="outside of the folder"):
+            draw(pipe, "link")
+
+
+def test_a_folder_as_diffusers_writes_it(pipe: Pipeline, tmp_path: Path) -> None:
+    for name in ("pytorch_lora_weights", "adapter_model"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / f"{name}.safetensors", "loop")
+        assert pipe.load_lora_weights(tmp_path / name) == name
+    np.testing.assert_array_equal(draw(pipe, "adapter_model"), draw(pipe, "loop"))
 
 
 def test_what_comes_with_an_adapter(pipe: Pipeline, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def test_inputs_are_found_by_what_they_show(pipe: Any, folder: Path) -> None:
         redraw(pipe, folder / "b.png", mask_image=folder / "mask.png")
 
 
-def test_another_model_is_named(pipe: Any, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_model_is_named(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = pipe("a red star", seed=4, **FAST)
     heard: list[str] = []
     handler = logging.Handler()
@@ -155,10 +156,26 @@ def test_another_model_is_named(pipe: Any, folder: Path, caplog: pytest.LogCaptu
     try:
         redraw(pipe, {**drawn.record(), "model": "dreamshaper", "model_sha256": "0" * 64})
         redraw(pipe, drawn.record())
+        given = {
+            "vae": {"name": "its vae", "sha256": "12" * 32},
+            "prediction_type": "v_prediction",
+            "dtype": 5,
+        }
+        redraw(pipe, {**drawn.record(), "model_sha256": "0" * 64, "opened_with": given})
+        with monkeypatch.context() as patch:
+            patch.setitem(vars(pipe), "package", replace(pipe.package, opened_with={"dtype": "fp32"}))
+            redraw(pipe, {**drawn.record(), "model_sha256": "0" * 64, "opened_with": "no object"})
     finally:
         logging.getLogger("latentrt").removeHandler(handler)
-    (line,) = heard
+    line, opened, without = heard
     assert "drawn with 'dreamshaper', sha256 000000000000; this is 'demo'" in line
+    assert line.endswith("it may differ")
+    options = "--vae 'its vae' --prediction-type v_prediction"
+    assert opened.endswith(
+        f"it may differ. It was opened with {options} (sha256 121212121212); open it so:"
+        f" latentrt generate --from PICTURE -m MODEL {options}"
+    )
+    assert without.endswith("it may differ. It was opened without --dtype fp32")
 
 
 def _of_a1111(path: Path, text: str) -> Path:
