@@ -218,6 +218,7 @@ def test_a_strength_for_each_component(pair: AdaptedPair, tmp_path: Path) -> Non
     assert pair.differs([("both", strength)], (adapter, strength)) >= BAR
 
 
+@pytest.mark.slow  # it traces every net once more
 def test_fused_at_export(pair: AdaptedPair, tmp_path: Path) -> None:
     """A package with two of them in its weights, drawn with in place of the pair's own."""
     kinds = {"lora": ("attention", "text"), "loha": ("convolutions", "time")}
