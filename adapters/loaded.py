@@ -14,7 +14,7 @@ from ..engines.net_weights import part_shapes
 from ..engines.package import Package
 from ..engines.spec import NETS, Array
 from .folder import NamedFiles
-from .sets import COMPONENTS, MOST, AdapterSet, Strength
+from .sets import COMPONENTS, AdapterSet, Strength, check_count
 
 if TYPE_CHECKING:
     from .binding import BoundAdapter
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Lora = tuple[str, Any]  # the name of an adapter, and its strength as `Strength.parse` takes it
 
 
-def _unread(first: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def unread_weights(first: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """What SDXL's first text encoder has behind the last layer but one, whose output alone is used.
 
     No graph reads these weights, and files change them all the same: trainers know nothing of it.
@@ -140,8 +140,7 @@ class LoadedAdapters:
         """
         with self._lock:
             loras = (*(self._usual if loras is None else loras), *further)
-        if len(loras) > MOST:
-            raise UsageError(f"{len(loras)} adapters", expected=f"at most {MOST}", fix="Use fewer.")
+        check_count(loras)
         return AdapterSet(
             adapters=tuple((name, self._find(name), Strength.parse(strength)) for name, strength in loras),
             tagged=len(further),
@@ -195,5 +194,5 @@ class LoadedAdapters:
                     name: part_shapes(self._package, name) for name in COMPONENTS if name in parts
                 }
                 if {"text_encoder", "text_encoder_2"} <= parts:
-                    self._targets["text_encoder"] |= _unread(self._targets["text_encoder"])
+                    self._targets["text_encoder"] |= unread_weights(self._targets["text_encoder"])
             return self._targets

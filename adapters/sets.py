@@ -111,6 +111,12 @@ def _refusal(whole: Any, found: str) -> UsageError:
     )
 
 
+def check_count(adapters: Sequence[object]) -> None:
+    """Raise UsageError for more adapters than a set may have."""
+    if len(adapters) > MOST:
+        raise UsageError(f"{len(adapters)} adapters", expected=f"at most {MOST}", fix="Use fewer.")
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AdapterSet:
     """Adapters in the order in which they are applied, each with its strength.

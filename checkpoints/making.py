@@ -19,11 +19,14 @@ from ..engines.store.folder import StoreFolder
 from .beside import beside, put
 from .contents import Content
 from .entries import write_note
+from .files.net_reads import net_tensors
+from .files.open import Checkpoint
+from .fused import fuse
 from .graphs.weights import attach, places
 from .opening import Opening
 from .precision.calibration import Tokenize
 from .stages import OnProgress
-from .writing import TemplateGraphs, copy_weights, weight_types, write_package
+from .writing import CopiedWeights, TemplateGraphs, copy_weights, weight_types, write_package
 
 _STORED = {"fp16": "F16", "fp32": "F32"}
 _GRAPHS_BYTES = 10_000_000  # what an entry takes at most without converted weights
@@ -49,11 +52,12 @@ def make(
         storage_errors, cache.root, f"{opening.source.root} cannot be made ready", room=_room(opening)
     )
     with failed(), beside(entry) as folder, failed():  # the inner one still sees what was written
+        source = fuse(opening.source, opening.fused, folder.parent / "merged", dtype, progress)
         write_package(
-            opening.source,
+            source,
             folder,
-            graphs=graphs,
-            weights=_WeightsElsewhere(opening),
+            graphs=graphs.of(source),
+            weights=_WeightsElsewhere(opening, source),
             dtype=dtype,
             tokenize=tokenize,
             progress=progress,
@@ -67,16 +71,22 @@ def make(
 def _room(opening: Opening) -> str:
     """What an entry takes on the disk, for whoever has no room for it."""
     size = _GRAPHS_BYTES + ITEM_SIZES[_STORED[opening.options.dtype]] * sum(
-        prod(header.shape) for name in opening.unread for header in opening.tensors[name].values()
+        prod(header.shape) for name in opening.copied for header in opening.tensors[name].values()
     )
-    return f"{size / 1e6:.0f} MB: the graphs{' and converted weights' if opening.unread else ''}"
+    copies = " and weights that are not as in the file" if opening.copied else ""
+    return f"{size / 1e6:.0f} MB: the graphs{copies}"
 
 
 class _WeightsElsewhere:
-    """Weights that stay in the user's files, or are converted where the backend does not read their type."""
+    """Weights that stay in the user's files, unless the backend does not read their type or adapters are in.
 
-    def __init__(self, opening: Opening) -> None:
-        self._opening = opening
+    Args:
+        opening: the checkpoint as it lies.
+        source: with the adapters in its weights.
+    """
+
+    def __init__(self, opening: Opening, source: Checkpoint) -> None:
+        self._opening, self._source = opening, source
 
     @property
     def elsewhere(self) -> Mapping[str, Content]:
@@ -85,7 +95,9 @@ class _WeightsElsewhere:
 
     def attach(self, component: str, model: ir.Model, folder: Path) -> list[str]:
         """Give a graph its weights; their files' names in the manifest."""
-        tensors = self._opening.tensors[component]
+        if component not in self._opening.unread and component in self._opening.copied:
+            return CopiedWeights(self._source).attach(component, model, folder)
+        tensors = net_tensors(self._source, component)
         if component in self._opening.unread:
             return copy_weights(component, model, folder, tensors, weight_types(model, tensors))
         attach(model, places(tensors))

@@ -68,6 +68,7 @@ def make_manifest(
         image_noise=None if image_noise is None else _jsonable(image_noise),
         image_processor=None if image_processor is None else _jsonable(image_processor),
         latent_rgb=latent_rgb,
+        fused=source.fused,
         producer=producer,
     )
 
@@ -107,5 +108,5 @@ def _is_storable(key: str, value: object) -> bool:
 def request_defaults(source: Checkpoint) -> Defaults:
     """What a request gets when it does not say."""
     height, width = (side * source.latent_scale for side in source.sample_size)
-    values: dict[str, Any] = {"height": height, "width": width, **source.defaults}
+    values: dict[str, Any] = {"height": height, "width": width, **source.defaults, **source.few_steps}
     return Defaults(**values)

@@ -56,6 +56,7 @@ def open_checkpoint(
         note: called with each line on what was assumed, left out, or converted.
 
     Raises:
+        AdapterError: one of the adapters is damaged, or made for another model.
         CheckpointError: it is missing, damaged, of a family that is not supported, or of an architecture
             without a template.
         UsageError: an unknown prediction type.
@@ -72,7 +73,7 @@ def open_checkpoint(
     check_tokenizers(source, tokenize)
     cache = StoreFolder(store)
     opening = Opening(source, options, cache, hub)
-    lines = [*source.notes, *opening.conversions()]
+    lines = [*source.notes, *opening.notes()]
     with _entry(cache, opening, progress, lines.append) as (held, entry):
         package = opening.find(entry)
         if package is None:

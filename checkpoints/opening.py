@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from .files.component import DOWNLOAD, TensorHeader
 from .files.net_reads import net_tensors
 from .files.open import Checkpoint
 from .files.tokenizers import WriteTokenizer
+from .fused import Fused
 from .manifest import request_defaults
 from .precision.calibration import Tokenize, components
 from .templates.archive import SHIPPED, Dtype, archive_sha256
@@ -45,6 +46,7 @@ class Options:
         reads: safetensors' names of the types that the backend reads; weights of others are converted.
         vae, tiny_vae, prediction_type: as in `Checkpoint.open`.
         templates: the archive of graphs.
+        fuse: reads the adapters that become part of the weights.
     """
 
     dtype: Dtype
@@ -53,13 +55,15 @@ class Options:
     tiny_vae: Path | None = None
     prediction_type: str | None = None
     templates: Path = SHIPPED
+    fuse: Callable[[Checkpoint], Fused] = lambda source: Fused()
 
 
 class Opening:
     """A checkpoint that was read, and what decides the package that is made of it.
 
     Attributes:
-        source: the checkpoint.
+        source: the checkpoint; its weights are without adapters.
+        fused: the adapters that become part of them.
         options: how it is opened.
         tensors: the weights that each component reads, by their names in the graphs.
         names: the weights files -> their names in the manifest.
@@ -67,7 +71,8 @@ class Opening:
     """
 
     def __init__(self, source: Checkpoint, options: Options, cache: StoreFolder, hub: str) -> None:
-        self.source, self.options, self._hub = source, options, hub
+        self.options, self._hub, self.fused = options, hub, options.fuse(source)
+        self.source = self.fused.noted_in(source)
         self.tensors = {name: net_tensors(source, name) for name in components(source)}
         files = {header.file: name for name, header in self._headers()}
         contents = read_contents(files, cache)
@@ -92,6 +97,7 @@ class Opening:
                 name: [content.path.relative_to(folder).as_posix(), content.sha256]
                 for name, content in self.files.items()
             },
+            "fused": [one.name for one in self.source.fused],
         }
         return _sha256(facts)
 
@@ -111,6 +117,7 @@ class Opening:
                 "defaults": vars(request_defaults(source)),
                 "zero_empty_prompt": source.zero_empty_prompt,
                 "tokenizers": {name: _tokenizer_facts(write) for name, write in source.tokenizers.items()},
+                "fused": [[one.sha256, one.strength] for one in source.fused],
             }
         )
 
@@ -145,13 +152,23 @@ class Opening:
         }
         return {name: types for name, types in found.items() if types}
 
-    def conversions(self) -> list[str]:
-        """A line for each component that is converted."""
-        return [
+    @cached_property
+    def copied(self) -> frozenset[str]:
+        """The components whose weights the cache has a copy of: not read as they are, or with adapters in."""
+        return frozenset((*self.unread, *self.fused.touched(self.source)))
+
+    def notes(self) -> list[str]:
+        """Lines for the user: on the adapters, and on each component that the cache has a copy of."""
+        converted = [
             f"{name}: weights of the type {', '.join(types)} are converted to {self.options.dtype} in the"
             " cache: the backend does not read them"
             for name, types in self.unread.items()
         ]
+        merged = [
+            f"{name}: the weights with the adapters in them are in the cache"
+            for name in sorted(self.copied - self.unread.keys())
+        ]
+        return [*self.fused.notes, *converted, *merged]
 
     def note(self, entry: Path) -> Note:
         """What the list of opened checkpoints says of a package that was opened now."""

@@ -7,6 +7,7 @@ where they are in `making.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -57,6 +58,10 @@ class Graphs(Protocol):
         """`Manifest.latent_rgb`."""
         ...
 
+    def of(self, source: Checkpoint) -> Graphs:
+        """The graphs of the same checkpoint with other weights."""
+        ...
+
 
 class Weights(Protocol):
     """Where the weights of a package are."""
@@ -91,8 +96,7 @@ class TemplateGraphs:
     def __init__(self, source: Checkpoint, dtype: Dtype, archive: Path = SHIPPED) -> None:
         self._source, self._archive = source, archive
         self._dtype: Dtype = dtype
-        self._tensors = {name: net_tensors(source, name) for name in components(source)}
-        check_templates(source, self._tensors, archive)  # before gigabytes are read
+        check_templates(source, components(source), archive)  # before gigabytes are read
 
     @property
     def producer(self) -> str:
@@ -102,7 +106,7 @@ class TemplateGraphs:
     def check(self, component: str) -> None:
         """Raise CheckpointError for weights that are not finite or beyond the type."""
         part = self._source.parts[spec.NETS[component].part]
-        check_values(part.folder, self._tensors[component], _ARITHMETIC[self._dtype])
+        check_values(part.folder, net_tensors(self._source, component), _ARITHMETIC[self._dtype])
 
     def graph(self, component: str) -> tuple[ir.Model, spec.NetSpec]:
         """The template, and its contract."""
@@ -112,6 +116,12 @@ class TemplateGraphs:
     def latent_rgb(self) -> LatentRgb:
         """What was published for autoencoders that scale as this one."""
         return published_latent_rgb(self._source)
+
+    def of(self, source: Checkpoint) -> Graphs:
+        """The same graphs, whose weights `check` reads of `source`."""
+        other = copy(self)
+        other._source = source
+        return other
 
 
 class CopiedWeights:

@@ -6,11 +6,11 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
-from .models import PredictionType, TinyVae, Vae
+from .models import FewSteps, PredictionType, TinyVae, Vae, lora_files
 from .progress import progress_bar
 from .shown import show
 
@@ -44,6 +44,14 @@ def export(
     vae: Vae = None,
     tiny_vae: TinyVae = None,
     prediction_type: PredictionType = None,
+    loras: Annotated[
+        list[Any] | None,
+        lora_files("--lora", "An adapter's file that becomes part of the weights, and how strongly."),
+    ] = None,
+    lora_lenient: Annotated[
+        bool, Option("--lora-lenient", help="Go on where the model has no weight for some keys of a --lora.")
+    ] = False,
+    few_steps: FewSteps = None,
     overwrite: Annotated[
         bool, Option("--overwrite", help="Replace an existing package once the new one is complete.")
     ] = False,
@@ -76,6 +84,9 @@ def export(
             tiny_vae=tiny_vae,
             prediction_type=prediction_type,
             templates=None if trace else archive.SHIPPED,
+            loras=loras or (),
+            allow_unused=lora_lenient,
+            few_steps=few_steps,
             progress=lambda stage: advance(stage.stage, stage.index, stage.total),
             report=comparisons.append,
             report_islands=ranges.append,

@@ -172,12 +172,19 @@ def _print_package(package: Package, *, as_json: bool) -> None:
         f"defaults: {defaults.width}x{defaults.height}, {defaults.num_inference_steps} steps of"
         f" {defaults.sampler or manifest.scheduler.get('_class_name')}, guidance {defaults.guidance_scale:g}"
     )
+    for one in manifest.fused:
+        strength, used = _strength(one.strength), f"{one.applied} of {one.total} keys"
+        print(f"fused: {one.name} at strength {strength}, {used}, sha256 {one.sha256[:12]}")
     for name, net in manifest.nets.items():
         weights = sum(manifest.files[name].size for name in net.weights) / 1e6
         print()
         show(f"{name}  {net.graph}, weights {weights:.1f} MB, {len(net.fp32_islands)} fp32 islands")
         _print_tensors("in ", [spec.to_json() for spec in net.spec.inputs])
         _print_tensors("out", [spec.to_json() for spec in net.spec.outputs])
+
+
+def _strength(value: float | Mapping[str, Any]) -> str:
+    return json.dumps(value) if isinstance(value, Mapping) else f"{value:g}"
 
 
 def _print_tensors(kind: str, specs: list[dict[str, Any]]) -> None:

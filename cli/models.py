@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from typer import Option
 
+from ..runtime.request.parameters import LORAS
 from .shown import tell
 
 MODEL = (
@@ -27,11 +28,32 @@ PredictionType = Annotated[
     Literal["epsilon", "v_prediction"] | None,
     Option(help="What a checkpoint's UNet predicts, if it does not say it."),
 ]
+FewSteps = Annotated[
+    str | None,
+    Option(
+        metavar="KIND",
+        help="The few-step LoRA among these whose sampler and steps are the defaults: lcm, tcd, dmd2, turbo,"
+        " hyper-N, lightning-N. Default: what a file says of itself.",
+    ),
+]
+
+
+def lora_files(flag: str, text: str) -> Any:
+    """An option for files of adapters with their strengths, spelled as generate's `--lora`."""
+    metavar = str(LORAS.metavar).replace("NAME", "FILE", 1)
+    return Option(flag, help=f"{text} May be given again.", parser=LORAS.read, metavar=metavar)
+
+
 _OPTIONS: dict[str, Any] = {
     "dtype": Dtype,
     "vae": Vae,
     "tiny_vae": TinyVae,
     "prediction_type": PredictionType,
+    "fused": Annotated[
+        list[Any] | None,
+        lora_files("--fuse-lora", "An adapter's file that becomes part of a checkpoint's weights."),
+    ],
+    "few_steps": FewSteps,
 }
 
 

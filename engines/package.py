@@ -55,6 +55,7 @@ _SINCE_2 = (
     "image_noise",
     "image_processor",
     "latent_rgb",
+    "fused",
     "identity",
 )
 _EXPORT_AGAIN = "Export the checkpoint again: latentrt export CHECKPOINT -o PACKAGE"
@@ -153,6 +154,35 @@ class Elsewhere:
     mtime_ns: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class FusedAdapter:
+    """A LoRA or one of its relatives that is part of a package's weights.
+
+    Attributes:
+        name: its file's name without the ending.
+        sha256: of the file's content.
+        short_hash: AUTOMATIC1111's, of 12 digits.
+        strength: as it was given: a number, or a mapping as diffusers' `set_adapters` takes it.
+        applied: how many keys of the file are used.
+        total: how many there are.
+    """
+
+    name: str
+    sha256: str
+    short_hash: str
+    strength: float | Mapping[str, Any]
+    applied: int
+    total: int
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what no adapter could have."""
+        for name in ("name", "sha256", "short_hash"):
+            _require(isinstance(getattr(self, name), str), f"fused.{name}")
+        _require(isinstance(self.strength, (int, float, Mapping)), "fused.strength")
+        for name in ("applied", "total"):
+            _require(isinstance(getattr(self, name), int), f"fused.{name}")
+
+
 # A weight as it is stored, in the checkpoint's layout (out, in, …) -> float32 of the same shape.
 Change = Callable[[Array], Array]
 _NO_CHANGES: Mapping[str, Change] = {}
@@ -178,6 +208,7 @@ class Manifest:
         image_noise: the `scheduler_config.json` of unCLIP's noise on picture embeddings.
         image_processor: the `preprocessor_config.json` of the image encoder.
         latent_rgb: (C + 1, 3): the linear map from a latent to shades 0 ... 1, its offset last; for previews.
+        fused: the adapters that are part of the weights, in the order in which they were applied.
         identity: of a checkpoint that was opened as it is, what it draws with (sha256, hex), whatever its
             files are called; "" for a package that was exported.
     """
@@ -200,6 +231,7 @@ class Manifest:
     image_noise: Mapping[str, Any] | None = None
     image_processor: Mapping[str, Any] | None = None
     latent_rgb: tuple[tuple[float, ...], ...] = ()
+    fused: tuple[FusedAdapter, ...] = ()
     producer: str = ""
     identity: str = ""
     files: Mapping[str, FileRecord] = field(default_factory=dict[str, FileRecord])
@@ -273,15 +305,22 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """As `manifest.json` stores it."""
         plain = {item.name: getattr(self, item.name) for item in fields(self)}
-        if not self.identity:
-            del plain["identity"]
+        # Left out where they say nothing: the sha256 of such packages stays what pictures' records have.
+        for name in ("identity", "fused"):
+            if not plain[name]:
+                del plain[name]
         return {
             **plain,
             "scheduler": dict(self.scheduler),
             "defaults": vars(self.defaults),
             "nets": {name: net.to_json() for name, net in self.nets.items()},
             "files": {name: vars(record) for name, record in self.files.items()},
+            **({"fused": self.fused_records()} if self.fused else {}),
         }
+
+    def fused_records(self) -> list[dict[str, Any]]:
+        """`fused` as JSON, for the manifest and for pictures' records."""
+        return [dict(vars(one)) for one in self.fused]
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:
@@ -290,6 +329,7 @@ class Manifest:
         values: dict[str, Any] = {item.name: data[item.name] for item in fields(cls) if item.name not in new}
         values |= {name: tuple(values[name]) for name in ("time_ids", "image_latents") if name in values}
         values["latent_rgb"] = tuple(tuple(row) for row in values.get("latent_rgb", ()))
+        values["fused"] = tuple(FusedAdapter(**one) for one in values.get("fused", ()))
         values["defaults"] = Defaults(**data["defaults"])
         values["nets"] = {name: NetFile.from_json(net) for name, net in data["nets"].items()}
         values["files"] = {name: FileRecord(**record) for name, record in data["files"].items()}

@@ -13,8 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..adapters.fusing import LoraFile, read_fused
 from ..checkpoints.beside import beside, put
 from ..checkpoints.files.open import Checkpoint
+from ..checkpoints.fused import fuse
 from ..checkpoints.precision.islands import Found
 from ..checkpoints.stages import Progress
 from ..checkpoints.templates.archive import DTYPES, SHIPPED, Dtype
@@ -46,6 +48,9 @@ def export_package(
     tiny_vae: Path | None = None,
     prediction_type: str | None = None,
     templates: Path | None = SHIPPED,
+    loras: Sequence[LoraFile] = (),
+    allow_unused: bool = False,
+    few_steps: str | None = None,
 ) -> Package:
     """Write the package of a checkpoint.
 
@@ -63,14 +68,21 @@ def export_package(
         tiny_vae: a folder or file of a tiny autoencoder (TAESD): the net `preview_decoder`.
         prediction_type: "epsilon" or "v_prediction", where the checkpoint is one file and does not say.
         templates: the archive of graphs, which are traced where not all are in it; None traces them anyway.
+        loras: files of adapters that become part of the weights, in this order; alone, or each with its
+            strength: a number, or a mapping as `Pipeline.set_adapters` takes it.
+        allow_unused: go on where the checkpoint has no weight for some keys of an adapter.
+        few_steps: the few-step LoRA (`adapters.few_steps.FEW_STEPS`) whose sampler, steps and guidance become
+            the package's defaults; None is the one that an adapter's metadata speaks of, if any does.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or of a family not supported.
-        UsageError: `package` exists and is not to be replaced, or `dtype` is unknown.
+        AdapterError: an adapter is damaged, or made for another model.
+        UsageError: `package` exists and is not to be replaced, `dtype` is unknown, or what `loras` and
+            `few_steps` say cannot be done.
         BackendError: a library is missing: onnxruntime for fp16, what the extra [export] has for tracing and
             verifying.
         NumericError: a net differs from torch by more than its bar, is not finite, or has an output beyond
-            fp16 where that is asked for.
+            fp16 where that is asked for; or a merged weight is beyond its type.
         StorageError: the disk is full, or the folder cannot be written.
     """
     if dtype not in DTYPES:
@@ -89,15 +101,17 @@ def export_package(
         prediction_type=prediction_type,
     )
     _check_target(package, overwrite)
+    fused = read_fused(source, loras, allow_unused=allow_unused, few_steps=few_steps)
     graphs, lines = _graphs(source, dtype, templates)
     if note is not None:
-        for line in (*source.notes, *lines):
+        for line in (*source.notes, *fused.notes, *lines):
             note(line)
     with _complete(package, overwrite) as folder:
+        source = fuse(source, fused, folder.parent / "merged", dtype, progress)
         write_package(
             source,
             folder,
-            graphs=graphs,
+            graphs=graphs.of(source),
             weights=CopiedWeights(source),
             dtype=dtype,
             tokenize=tokenize,

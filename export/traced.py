@@ -58,6 +58,10 @@ class TracedGraphs:
         """Fitted to the checkpoint's own encoder."""
         return fit_latent_rgb(self._source)
 
+    def of(self, source: Checkpoint) -> TracedGraphs:
+        """The graphs of the same checkpoint with other weights."""
+        return TracedGraphs(source, self._dtype)
+
 
 def without_weights(source: Checkpoint) -> Checkpoint:
     """A checkpoint of which only the configs are known: what is traced."""

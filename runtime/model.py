@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -14,7 +15,10 @@ from ..engines.package import MANIFEST, Package
 from .prompts.tokenizer import tokenize
 
 if TYPE_CHECKING:
+    from ..adapters.fusing import LoraFile
     from ..checkpoints.entries import OpenedModel
+    from ..checkpoints.files.open import Checkpoint
+    from ..checkpoints.fused import Fused
     from ..checkpoints.hub.download import DownloadProgress
     from ..checkpoints.stages import Progress
 
@@ -37,12 +41,18 @@ class CheckpointOptions:
         vae: a folder or file of another autoencoder, in place of the checkpoint's.
         tiny_vae: a folder or file of a tiny autoencoder (TAESD), for previews.
         prediction_type: "epsilon" or "v_prediction", where the checkpoint does not say it.
+        fused: files of adapters that become part of the weights, in this order; alone, or each with its
+            strength. The cache keeps what they make of the weights.
+        few_steps: the few-step LoRA (`adapters.few_steps.FEW_STEPS`) whose sampler, steps and guidance become
+            the defaults; None is the one that an adapter's metadata speaks of, if any does.
     """
 
     dtype: Literal["fp16", "fp32"] | None = None
     vae: str | Path | None = None
     tiny_vae: str | Path | None = None
     prediction_type: str | None = None
+    fused: Sequence[LoraFile] | None = None
+    few_steps: str | None = None
 
     def __post_init__(self) -> None:
         """Raise UsageError for what no checkpoint could be opened with."""
@@ -194,6 +204,7 @@ def _opened(
             vae=None if options.vae is None else Path(options.vae),
             tiny_vae=None if options.tiny_vae is None else Path(options.tiny_vae),
             prediction_type=options.prediction_type,
+            fuse=_fuse(options),
         ),
         tokenize=tokenize,
         hub=hub,
@@ -202,6 +213,13 @@ def _opened(
     )
     given = {} if options.dtype is None else {"dtype": options.dtype}
     return replace(package, opened_with={**given, **package.opened_with})
+
+
+def _fuse(options: CheckpointOptions) -> Callable[[Checkpoint], Fused]:
+    """What reads the adapters of these options, for a checkpoint."""
+    from ..adapters.fusing import read_fused
+
+    return partial(read_fused, loras=options.fused or (), few_steps=options.few_steps)
 
 
 def _downloading(advance: Advance | None) -> Callable[[DownloadProgress], None] | None:

@@ -618,6 +618,8 @@ class Pipeline:
         }
         if self.package.opened_with:
             made_by["opened_with"] = dict(self.package.opened_with)
+        if fused := self.package.manifest.fused_records():
+            made_by["fused"] = fused
         return made_by | ({"profile": profile} if profile else {})
 
 

@@ -21,6 +21,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from latentrt.export import export_package
 from latentrt.runtime import Pipeline
 from tests.parity_pair import BAR, Pair, blob, drawn, exported, ours, photo, psnr
 
@@ -142,20 +143,27 @@ class AdaptedPair(Pair):
         self.folder_name = folder.name
         self.kind = "StableDiffusionXLPipeline" if "xl" in folder.name else "StableDiffusionPipeline"
 
-    def differs(self, loras: list[Any], *weighted: tuple[Adapter, Any], kind: str = "", **more: Any) -> float:
-        """dB between ours and diffusers' picture; both must be others than without adapters."""
+    def differs(
+        self,
+        loras: list[Any],
+        *weighted: tuple[Adapter, Any],
+        kind: str = "",
+        pipe: Pipeline | None = None,
+        **more: Any,
+    ) -> float:
+        """dB between ours (`pipe`'s) and diffusers' picture; both must be others than without adapters."""
         same = {"prompt": "a red circle", "num_inference_steps": 3, "guidance_scale": 5.0, **more}
         size = {} if "image" in more else {"height": 64, "width": 64}
         plain = ours(self.ours, [3], loras=[], **same, **size)
-        found = ours(self.ours, [3], loras=loras, **same, **size)
+        found = ours(pipe or self.ours, [3], loras=loras, **same, **size)
         with added(*weighted):
             # The same modules: another class of diffusers is given them, not a copy.
             base = self.reference(self.kind)
-            pipe = getattr(diffusers, kind)(**base.components, **_unsafe(kind)) if kind else base
-            pipe.set_progress_bar_config(disable=True)
+            theirs = getattr(diffusers, kind)(**base.components, **_unsafe(kind)) if kind else base
+            theirs.set_progress_bar_config(disable=True)
             if "mask_image" in more:  # whose size diffusers does not take from the picture
                 size = {"height": 64, "width": 64}
-            wanted = drawn(pipe, [3], **same, **size)
+            wanted = drawn(theirs, [3], **same, **size)
         if "mask_image" in more:  # outside of which diffusers puts nothing back
             inside = np.asarray(more["mask_image"])[..., None] >= 128
             wanted = np.where(inside, wanted, np.asarray(more["image"]))
@@ -208,6 +216,19 @@ def test_a_strength_for_each_component(pair: AdaptedPair, tmp_path: Path) -> Non
     adapter = Adapter(pair, tmp_path / "both.safetensors", "lora", "attention", "text")
     strength = {"unet": 0.4, "text_encoder": 1.3}
     assert pair.differs([("both", strength)], (adapter, strength)) >= BAR
+
+
+@pytest.mark.slow  # it traces every net once more
+def test_fused_at_export(pair: AdaptedPair, tmp_path: Path) -> None:
+    """A package with two of them in its weights, drawn with in place of the pair's own."""
+    kinds = {"lora": ("attention", "text"), "loha": ("convolutions", "time")}
+    strengths = (0.8, {"unet": -0.5})
+    adapters = [Adapter(pair, tmp_path / f"{kind}.safetensors", kind, *kinds[kind]) for kind in kinds]
+    weighted = list(zip(adapters, strengths, strict=True))
+    files = [(tmp_path / f"{adapter.name}.safetensors", strength) for adapter, strength in weighted]
+    export_package(pair.checkpoint, tmp_path / "fused", dtype="fp32", verify=False, loras=files)
+    with Pipeline.open(tmp_path / "fused") as pipe:
+        assert pair.differs([], *weighted, pipe=pipe) >= BAR
 
 
 def test_another_strength_is_another_picture(pair: AdaptedPair, tmp_path: Path) -> None:

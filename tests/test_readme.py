@@ -45,7 +45,7 @@ LINES = [
 ]
 # What stands for a file of the reader's own, or for a model that would have to be fetched.
 READERS = re.compile(
-    r"\b(CHECKPOINT|PACKAGE|BASE|UNCLIP|old\.\w+|dreamshaper_8|sdxl-folder|ORG/NAME|stabilityai)\b"
+    r"\b(CHECKPOINT|PACKAGE|BASE|LORA|UNCLIP|old\.\w+|dreamshaper_8|sdxl-folder|ORG/NAME|stabilityai)\b"
 )
 
 

@@ -9,14 +9,14 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from ...engines.errors import CheckpointError
 from ...engines.hub import COMMIT_OR_BLOB, snapshot
-from ...engines.package import IMAGE_LATENTS, TIME_IDS
+from ...engines.package import IMAGE_LATENTS, TIME_IDS, FusedAdapter
 from ...engines.spec import TEXT_ENCODERS
 from .component import (
     DIFFUSERS,
@@ -83,6 +83,9 @@ class Checkpoint:
             of `engines.package.Defaults`.
         zero_empty_prompt: as in `engines.package.Manifest`.
         predicts_by: what says which type the UNet predicts: "scheduler_config.json", "the tensor v_pred", ….
+        fused: the adapters that are part of the weights.
+        few_steps: a request's defaults that one of these asks for, by the names of
+            `engines.package.Defaults`; they go before all others.
         notes: for the user: what was assumed about a one-file checkpoint, which tensors and metadata are not
             used, and which variant of a folder's weights is taken.
     """
@@ -94,6 +97,8 @@ class Checkpoint:
     defaults: Mapping[str, Any]
     zero_empty_prompt: bool = False
     predicts_by: str = "scheduler_config.json"
+    fused: tuple[FusedAdapter, ...] = ()
+    few_steps: Mapping[str, Any] = field(default_factory=dict[str, Any])
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -78,6 +78,9 @@ _UNIPC: dict[str, Any] = {f"unipc {name}": option for name, option in _ORDERS.it
     f"unipc {kind}": {"solver_type": kind} for kind in ("bh1", "bh2")
 }
 
+# The timesteps 999, 749, 499, 249 that DMD2 was distilled on (arXiv 2405.14867, and its model card).
+_DMD2: dict[str, Any] = {"original_inference_steps": 4}
+
 # fmt: off
 _SAMPLERS = {
     "ddpm": Sampler(formulas.ddpm, "x0", "DDPMScheduler", "ancestral sampling, Ho et al. 2020"),
@@ -131,7 +134,7 @@ _SAMPLERS = {
         aliases=_UNIPC),
     "lcm": Sampler(formulas.lcm, "x0", "LCMScheduler",
         "latent consistency models, Luo et al. 2023", a1111="LCM",
-        a1111_grid="leading"),
+        a1111_grid="leading", aliases={"dmd2": _DMD2}),
     "tcd": Sampler(formulas.tcd, "x0", "TCDScheduler",
         "trajectory consistency distillation, Zheng et al. 2024"),
 }

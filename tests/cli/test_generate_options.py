@@ -69,7 +69,7 @@ PARAMETERS: dict[str, tuple[list[str], str, Any]] = {
 OWN = {
     "--output", "--model", "--from", "--refiner", "--refiner-at", "--grid", "--preview", "--backend",
     "--device", "--threads", "--no-metadata", "--json", "--embd-dir",
-    "--lora-dir", "--lora-lenient",
+    "--lora-dir", "--lora-lenient", "--fuse-lora", "--few-steps",
     "--dtype",
     "--vae",
     "--tiny-vae",
@@ -155,6 +155,7 @@ def test_every_option_is_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_how_the_pipeline_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["-m", "base", "--refiner", "other", "--backend", "tensorrt", "--device", "cuda:1"]
     checkpoint = ["--dtype", "fp16", "--vae", "v", "--tiny-vae", "t", "--prediction-type", "epsilon"]
+    checkpoint += ["--fuse-lora", "fast.safetensors:0.5", "--fuse-lora", "b", "--few-steps", "lcm"]
     more = ["--threads", "3", "--refiner-at", "0.6", "--embd-dir", "words", "--lora-dir", "styles"]
     _, parameters = heard(monkeypatch, "a", *words, *more, *checkpoint)
     options = {
@@ -166,7 +167,14 @@ def test_how_the_pipeline_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     told = [{name: given.pop(name) for name in ("progress", "note")} for _, given in Listener.opened]
     assert all(callable(function) for each in told for function in each.values())
-    first = CheckpointOptions(dtype="fp16", vae=Path("v"), tiny_vae=Path("t"), prediction_type="epsilon")
+    first = CheckpointOptions(
+        dtype="fp16",
+        vae=Path("v"),
+        tiny_vae=Path("t"),
+        prediction_type="epsilon",
+        fused=[("fast.safetensors", 0.5), ("b", 1.0)],
+        few_steps="lcm",
+    )
     assert Listener.opened == [("base", {**options, "checkpoint": first}), ("other", options)]
     assert (parameters["denoising_end"], parameters["output_type"]) == (0.6, "latent")
 

@@ -97,6 +97,8 @@ def test_giant_manifest_is_not_read(package: Package) -> None:
         lambda data: data.update(latent_rgb=["rgb"] * 5),
         lambda data: data.update(latent_rgb=[[0.5, 0.5, float("nan")]] * 5),
         lambda data: data.update(latent_rgb=5),
+        lambda data: data.update(fused=[{"name": "a"}]),
+        lambda data: data.update(fused=3),
         lambda data: data["nets"]["unet"].update(graph=""),
         lambda data: data["nets"]["unet"].update(graph=["a"]),
         lambda data: data["nets"]["unet"].update(graph="unet/loop.ort"),

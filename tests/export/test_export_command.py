@@ -40,7 +40,8 @@ def there(tmp_path: Path) -> str:
 
 def test_every_option_arrives(given: dict[str, Any], there: str) -> None:
     options = ["--vae", "v", "--tiny-vae", "t", "--prediction-type", "v_prediction", "--dtype", "fp32"]
-    flags = ["--verify", "--trace", "--overwrite"]
+    options += ["--lora", "a.safetensors:0.8", "--lora", "b:1:-0.5", "--few-steps", "lcm"]
+    flags = ["--verify", "--trace", "--overwrite", "--lora-lenient"]
     result = CliRunner().invoke(app, ["export", there, "-o", "p", *flags, *options])
     assert result.exit_code == 0, result.output
     wanted = {
@@ -53,6 +54,12 @@ def test_every_option_arrives(given: dict[str, Any], there: str) -> None:
         "verify": True,
         "templates": None,
         "overwrite": True,
+        "loras": [
+            ("a.safetensors", 0.8),
+            ("b", {"unet": 1.0, "text_encoder": -0.5, "text_encoder_2": -0.5}),
+        ],
+        "allow_unused": True,
+        "few_steps": "lcm",
     }
     assert {name: given[name] for name in wanted} == wanted
     assert "it does not say what its UNet predicts\nimage_noiser: no fp32 islands\n" in result.output
@@ -65,6 +72,7 @@ def test_defaults_and_json(given: dict[str, Any], there: str) -> None:
     assert (given["vae"], given["tiny_vae"], given["prediction_type"]) == (None, None, None)
     assert (given["dtype"], given["verify"], given["overwrite"]) == ("fp16", False, False)
     assert given["templates"] == SHIPPED
+    assert (given["loras"], given["allow_unused"], given["few_steps"]) == ((), False, None)
 
 
 def test_a_model_of_a_hub_is_fetched(

@@ -1,0 +1,143 @@
+"""A checkpoint with adapters in its weights: what was one file more is part of the model, for good.
+
+The merged weights are in files of their own, which the checkpoint names in place of those that it had.
+Whatever reads a checkpoint (checks, ranges, torch) reads what adapters made of it, and knows nothing of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from ..engines.errors import NumericError
+from ..engines.package import Change, FusedAdapter
+from ..engines.safetensors_format import ITEM_SIZES, write_file
+from ..engines.spec import NETS, Array
+from .files.component import TensorHeader, read_tensors
+from .files.net_reads import net_tensors
+from .files.open import Checkpoint
+from .precision.calibration import components
+from .stages import OnProgress, stages
+from .stored_types import convert, numpy_type, seen_as
+
+if TYPE_CHECKING:
+    from .templates.archive import Dtype
+
+_COMPUTED: Mapping[str, str] = {"fp16": "F16", "fp32": "F32"}
+_NARROWEST = "F16"  # in 8 bits, rounding would undo most of what an adapter adds
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fused:
+    """What adapters make of a checkpoint.
+
+    Attributes:
+        adapters: what the manifest says of them.
+        changes: by part and weight, in the names of packages.
+        few_steps: as in `Checkpoint`.
+        notes: lines for the user.
+    """
+
+    adapters: tuple[FusedAdapter, ...] = ()
+    changes: Mapping[str, Mapping[str, Change]] = field(default_factory=dict[str, "Mapping[str, Change]"])
+    few_steps: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    notes: tuple[str, ...] = ()
+
+    def noted_in(self, source: Checkpoint) -> Checkpoint:
+        """The checkpoint, which says that these adapters are in it; its weights are as before."""
+        return replace(source, fused=self.adapters, few_steps=self.few_steps)
+
+    def touched(self, source: Checkpoint) -> dict[str, dict[str, TensorHeader]]:
+        """The weights that change, by component, of those that its net reads."""
+        found: dict[str, dict[str, TensorHeader]] = {}
+        for component in components(source):
+            changes = self.changes.get(NETS[component].part, {})
+            tensors = net_tensors(source, component) if changes else {}
+            if changed := {name: header for name, header in tensors.items() if name in changes}:
+                found[component] = changed
+        return found
+
+
+def fuse(
+    source: Checkpoint, fused: Fused, folder: Path, dtype: Dtype, progress: OnProgress | None = None
+) -> Checkpoint:
+    """Merge adapters into a checkpoint's weights. One tensor at a time is in memory.
+
+    Each weight is the checkpoint's own with all changes, one sum, rounded once to the type that a package of
+    `dtype` stores it in; what has 8 bits becomes float16.
+
+    Args:
+        source: the checkpoint, without adapters.
+        fused: what to merge.
+        folder: is made for the merged weights, which must stay there while the result is read.
+        dtype: the arithmetic of the graphs.
+        progress: is told that merging begins.
+
+    Returns:
+        The checkpoint, whose tensors that change are in `folder`; itself where there are no adapters.
+
+    Raises:
+        NumericError: a merged weight is beyond the type that stores it.
+        CheckpointError: a weights file changed meanwhile.
+        OSError: the folder cannot be written.
+    """
+    if not fused.adapters:
+        return source
+    stages(1, progress)("merge the adapters")
+    folder.mkdir()
+    parts = dict(source.parts)
+    for component, tensors in fused.touched(source).items():
+        part = parts[NETS[component].part]
+        merged = _merged(part.name, tensors, fused.changes[part.name], folder, dtype)
+        found = {name: merged.get(header, header) for name, header in part.tensors.items()}
+        parts[part.name] = replace(part, tensors=found)
+    return replace(fused.noted_in(source), parts=parts)
+
+
+def _merged(
+    part: str,
+    tensors: Mapping[str, TensorHeader],
+    changes: Mapping[str, Change],
+    folder: Path,
+    dtype: Dtype,
+) -> dict[TensorHeader, TensorHeader]:
+    """Write the merged tensors of a part; by the header that each had, the one that it has there."""
+    path = folder / f"{part}.safetensors"
+    stored = {name: _stored_type(header.dtype, dtype) for name, header in tensors.items()}
+    base = read_tensors(tensors)
+
+    def content(name: str) -> memoryview:
+        changed = changes[name](base[name])
+        _check_range(part, name, changed, stored[name], tensors[name].dtype)
+        return memoryview(cast(Any, seen_as(np.ravel(convert(changed, stored[name])), np.uint8)))
+
+    write_file(path, {name: (stored[name], header.shape) for name, header in tensors.items()}, content)
+    return {
+        header: TensorHeader(file=path, name=name, dtype=stored[name], shape=header.shape)
+        for name, header in tensors.items()
+    }
+
+
+def _stored_type(source: str, dtype: Dtype) -> str:
+    """What a package stores a weight in, as `graphs.weights.stored_type` has it; nothing of 8 bits."""
+    narrower = min(_COMPUTED[dtype], source, key=lambda name: ITEM_SIZES[name])
+    return narrower if ITEM_SIZES[narrower] >= ITEM_SIZES[_NARROWEST] else _NARROWEST
+
+
+def _check_range(part: str, name: str, value: Array, stored: str, source: str) -> None:
+    """Raise NumericError for a weight that its type does not hold."""
+    import ml_dtypes
+
+    largest = float(max(value.max(initial=0.0), -value.min(initial=0.0)))
+    limit = float(cast(Any, ml_dtypes).finfo(numpy_type(stored)).max)
+    if not largest <= limit:  # NaN neither
+        wider = ", or export in float32: --dtype fp32" if _stored_type(source, "fp32") != stored else ""
+        raise NumericError(
+            f"with the adapters {part}: {name} reaches {largest:.6g}",
+            expected=f"at most {limit:.6g}, the largest number of {stored}",
+            fix=f"Use less of them{wider}.",
+        )

@@ -1,0 +1,385 @@
+"""Adapters in the weights: what a package stores, that it draws as a set at run time does, what is refused.
+
+Sums are LyCORIS'; tests/test_parity_adapters.py compares pictures of fused packages with diffusers'.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lycoris.functional import locon
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from latentrt.adapters.fusing import read_fused
+from latentrt.checkpoints.files.net_reads import net_tensors
+from latentrt.checkpoints.files.open import Checkpoint
+from latentrt.checkpoints.fused import Fused, fuse
+from latentrt.checkpoints.opened import Options, open_checkpoint
+from latentrt.cli import app
+from latentrt.engines.backends import BACKENDS
+from latentrt.engines.errors import AdapterError, NumericError, UsageError
+from latentrt.engines.package import MANIFEST, FusedAdapter, Package
+from latentrt.export import export_package
+from latentrt.runtime import Pipeline
+from latentrt.runtime.prompts.tokenizer import tokenize
+from tests.checkpoints.conftest import shared, write_small
+
+PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+SMALL: dict[str, Any] = {"num_inference_steps": 3, "height": 64, "width": 64, "output_type": "np", "seed": 4}
+PROMPT = "a red circle on a blue background"
+STRENGTHS = (0.8, {"unet": 0.5, "text_encoder": -0.4})
+
+
+def write_lora(
+    path: Path,
+    source: Path,
+    inside: Mapping[str, str],
+    *,
+    seed: int = 0,
+    scale: float = 0.5,
+    metadata: dict[str, str] | None = None,
+    **more: torch.Tensor,
+) -> Path:
+    """A LoRA of rank 2 with kohya's names, on the weights of each component whose names have `inside`."""
+    values, tensors = np.random.default_rng(seed), dict[str, torch.Tensor]()
+    checkpoint = Checkpoint.open(source)
+    for component, text in inside.items():
+        for name, header in net_tensors(checkpoint, component).items():
+            if text in name and name.endswith(".weight") and len(header.shape) in (2, 4):
+                key = PREFIXES[component] + name.removesuffix(".weight").replace(".", "_")
+                made, read, *kernel = header.shape
+                down = values.normal(0, (read * np.prod(kernel)) ** -0.5, (2, read, *kernel))
+                up = values.normal(0, scale, (made, 2, *(1 for _ in kernel)))
+                tensors[f"{key}.lora_down.weight"] = torch.tensor(down, dtype=torch.float32)
+                tensors[f"{key}.lora_up.weight"] = torch.tensor(up, dtype=torch.float32)
+                tensors[f"{key}.alpha"] = torch.tensor(1.0)
+    save_file({**tensors, **more}, path, metadata)
+    return path
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small checkpoint in float32."""
+    return shared(tmp_path_factory, "wide.safetensors", partial(write_small, dtype=torch.float32))
+
+
+@pytest.fixture(scope="module")
+def loras(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """One for attention, keys and values included, and one for convolutions and the text encoder."""
+    folder = tmp_path_factory.mktemp("loras")
+    places: list[dict[str, str]] = [{"unet": "attn"}, {"unet": "conv", "text_encoder": "_proj"}]
+    return [
+        write_lora(folder / f"{name}.safetensors", wide, inside, seed=seed)
+        for seed, (name, inside) in enumerate(zip(("first", "second"), places, strict=True))
+    ]
+
+
+@pytest.fixture
+def export(small_archive: Path, tmp_path: Path) -> Callable[..., Package]:
+    """Exports through the small templates, in float32 if nothing else is said."""
+
+    def run(source: Path, name: str = "package", **options: Any) -> Package:
+        usual: dict[str, Any] = {"dtype": "fp32", "verify": False, "templates": small_archive}
+        return export_package(source, tmp_path / name, **{**usual, **options})
+
+    return run
+
+
+def draw(package: Package, *loras: tuple[Path, Any]) -> np.ndarray[Any, Any]:
+    with Pipeline.open(package.root) as pipe:
+        chosen = [(pipe.load_lora_weights(path), strength) for path, strength in loras]
+        return pipe(PROMPT, loras=chosen, **SMALL).images
+
+
+def stored(package: Package, component: str) -> dict[str, torch.Tensor]:
+    return load_file(package.path(f"{component}/weights.safetensors"))
+
+
+# ── what is stored and drawn ───────────────────────────────────────────────────────────────────────
+
+
+def test_a_fused_package_draws_as_the_set_at_run_time(
+    wide: Path, loras: list[Path], export: Callable[..., Package]
+) -> None:
+    """To the byte: both compute with the same float32 sums."""
+    chosen = list(zip(loras, STRENGTHS, strict=True))
+    plain = export(wide, "plain")
+    wanted = draw(plain, *chosen)
+    fused = export(wide, "fused", loras=chosen)
+    np.testing.assert_array_equal(draw(fused), wanted)
+    assert np.abs(wanted.astype(int) - draw(plain)).max() > 20
+
+
+def test_half_stored_it_draws_the_same_within_one_level(
+    small_file: Path, loras: list[Path], export: Callable[..., Package]
+) -> None:
+    """The package rounds the sums to float16, in which the checkpoint is; at run time nothing does."""
+    chosen = list(zip(loras, STRENGTHS, strict=True))
+    plain, fused = export(small_file, "plain"), export(small_file, "fused", loras=chosen)
+    wanted = draw(plain, *chosen)
+    assert np.abs(wanted.astype(int) - draw(fused)).max() <= 1
+    assert np.abs(wanted.astype(int) - draw(plain)).max() > 20
+    assert plain.manifest.files.keys() == fused.manifest.files.keys()
+    sizes = [
+        {name: record.size for name, record in each.manifest.files.items() if name.endswith(".safetensors")}
+        for each in (plain, fused)
+    ]
+    assert sizes[0] == sizes[1], "the merged weights have the types that they had"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("computed", ["fp32", "fp16"])
+def test_one_sum_and_one_rounding(tmp_path: Path, dtype: torch.dtype, computed: Any) -> None:
+    """Merged weights are LyCORIS' sums, rounded once to what a package of the type stores; 8 bits widen."""
+    source = write_small(tmp_path / "small.safetensors", dtype=dtype)
+    lora = write_lora(tmp_path / "one.safetensors", source, {"unet": "attn1.to_q"})
+    checkpoint = Checkpoint.open(source)
+    merged = fuse(checkpoint, read_fused(checkpoint, [(lora, 0.7)]), tmp_path / "merged", computed)
+    before, after = net_tensors(checkpoint, "unet"), net_tensors(merged, "unet")
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {name for name in before if "attn1.to_q.weight" in name}
+    narrow = torch.float16 if dtype.itemsize == 1 else dtype
+    wanted_type = torch.float16 if computed == "fp16" else narrow
+    parts, base, found = load_file(lora), load_file(source), load_file(tmp_path / "merged/unet.safetensors")
+    assert found.keys() == changed
+    for name in changed:
+        module = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+        down, up = (parts[f"{module}.lora_{part}.weight"].double() for part in ("down", "up"))
+        delta = locon._diff_weight(down, up, None, 1.0 / 2)  # pyright: ignore[reportPrivateUsage]
+        wanted = (base[before[name].name].double() + 0.7 * delta).float().to(wanted_type)
+        assert found[name].dtype == wanted_type
+        assert (found[name] == wanted).float().mean() > 0.99
+        step = 2 * torch.finfo(wanted_type).eps  # of sums that fall between two numbers
+        torch.testing.assert_close(found[name].float(), wanted.float(), rtol=step, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_traced_is_as_from_templates(
+    small_file: Path, loras: list[Path], export: Callable[..., Package], dtype: str
+) -> None:
+    """And torch, with the merged weights, computes the same: `verify`."""
+    chosen = list(zip(loras, STRENGTHS, strict=True))
+    one, other = (
+        export(small_file, name, loras=chosen, dtype=dtype, verify=True, **more)
+        for name, more in (("one", {}), ("other", {"templates": None}))
+    )
+    names = one.manifest.files.keys()
+    assert names == other.manifest.files.keys()
+    assert [name for name in names if one.path(name).read_bytes() != other.path(name).read_bytes()] == []
+    assert one.manifest.fused == other.manifest.fused
+
+
+def test_ranges_are_measured_on_merged_weights(
+    wide: Path, tmp_path: Path, export: Callable[..., Package]
+) -> None:
+    """Activations that only an adapter drives beyond fp16 are computed in float32."""
+    large = write_lora(tmp_path / "large.safetensors", wide, {"unet": "ff.net.2"}, scale=3e4)
+    found: dict[str, list[int]] = {"plain": [], "fused": []}
+    for name, chosen in (("plain", []), ("fused", [large])):
+        export(
+            wide,
+            name,
+            dtype="fp16",
+            loras=chosen,
+            report_islands=lambda one, told=found[name]: told.append(len(one.islands)),
+        )
+    assert sum(found["fused"]) > sum(found["plain"])
+
+
+# ── what is told ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_package_and_its_pictures_say_what_is_in_them(
+    small_file: Path, loras: list[Path], export: Callable[..., Package]
+) -> None:
+    chosen = list(zip(loras, STRENGTHS, strict=True))
+    package = export(small_file, loras=chosen)
+    first, second = package.manifest.fused
+    assert (first.name, first.strength, second.strength) == ("first", *STRENGTHS)
+    assert first.applied == first.total == len(load_file(loras[0]))
+    assert Package.open(package.root).manifest == package.manifest
+    told = json.loads((package.root / MANIFEST).read_text())["fused"]
+    assert [one["sha256"] for one in told] == [first.sha256, second.sha256]
+    with Pipeline.open(package.root) as pipe:
+        record = pipe(PROMPT, **SMALL).record()
+    assert record["fused"] == told
+    shown = CliRunner().invoke(app, ["inspect", str(package.root)]).output
+    assert f"fused: first at strength 0.8, {first.applied} of {first.total} keys, sha256" in shown
+    assert 'fused: second at strength {"unet": 0.5, "text_encoder": -0.4}' in shown
+
+
+def test_a_package_without_says_nothing(small_file: Path, export: Callable[..., Package]) -> None:
+    package = export(small_file)
+    assert "fused" not in json.loads((package.root / MANIFEST).read_text())
+    with Pipeline.open(package.root) as pipe:
+        assert "fused" not in pipe(PROMPT, **SMALL).record()
+
+
+def test_embeddings_in_the_file_are_named(small_file: Path, tmp_path: Path) -> None:
+    vectors = torch.ones(2, 64)
+    lora = write_lora(
+        tmp_path / "both.safetensors",
+        small_file,
+        {"unet": "to_q"},
+        **{"bundle_emb.ring.string_to_param.*": vectors},
+    )
+    (note,) = read_fused(Checkpoint.open(small_file), [lora]).notes
+    assert "both also has embeddings (ring)" in note
+
+
+# ── what is refused ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_weight_beyond_its_type_is_named(
+    small_file: Path, wide: Path, tmp_path: Path, export: Callable[..., Package]
+) -> None:
+    where = "mid_block.resnets.0.conv1"
+    large = write_lora(tmp_path / "large.safetensors", small_file, {"unet": where}, scale=1e6)
+    for source, fix in ((small_file, r"Use less of them\.$"), (wide, "--dtype fp32")):
+        with pytest.raises(NumericError, match=rf"unet: {where}\.weight reaches .*65504.*{fix}"):
+            export(source, "package", dtype="fp16", loras=[large])
+    assert [path.name for path in tmp_path.iterdir()] == ["large.safetensors"], "something was left behind"
+
+
+def test_a_file_for_another_model_is_refused_before_anything_is_written(
+    small_file: Path, tmp_path: Path, export: Callable[..., Package]
+) -> None:
+    foreign = {
+        "lora_unet_nowhere.lora_down.weight": torch.ones(2, 8),
+        "lora_unet_nowhere.lora_up.weight": torch.ones(8, 2),
+    }
+    lora = write_lora(tmp_path / "odd.safetensors", small_file, {"unet": "to_q"}, **foreign)
+    with pytest.raises(AdapterError, match=r"2 of \d+ keys that this model has no"):
+        export(small_file, loras=[lora])
+    assert not (tmp_path / "package").exists()
+    package = export(small_file, loras=[lora], allow_unused=True)
+    (one,) = package.manifest.fused
+    assert one.total - one.applied == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ([3], "an adapter is given as 3"),
+        ([("a", 1, 2)], "an adapter is given as"),
+        ([("a.safetensors", "strong")], "the strength of an adapter is 'strong'"),
+        (["a.safetensors"] * 17, "17 adapters"),
+    ],
+)
+def test_what_is_no_adapter_is_refused(small_file: Path, wrong: Any, match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        read_fused(Checkpoint.open(small_file), wrong)
+
+
+def test_a_missing_file_is_refused(small_file: Path) -> None:
+    with pytest.raises(AdapterError, match=r"nowhere\.safetensors is no file"):
+        read_fused(Checkpoint.open(small_file), ["nowhere.safetensors"])
+
+
+def test_without_adapters_nothing_is_written(small_file: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(small_file)
+    assert fuse(checkpoint, Fused(), tmp_path / "merged", "fp32") is checkpoint
+    assert not (tmp_path / "merged").exists()
+
+
+# ── few steps ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_few_steps_of_the_metadata_are_the_defaults(
+    small_file: Path, tmp_path: Path, export: Callable[..., Package]
+) -> None:
+    said = {"modelspec.title": "LCM-LoRA SD 1.5"}
+    lora = write_lora(tmp_path / "fast.safetensors", small_file, {"unet": "to_q"}, metadata=said)
+    lines: list[str] = []
+    defaults = export(small_file, loras=[lora], note=lines.append).manifest.defaults
+    assert (defaults.sampler, defaults.num_inference_steps, defaults.guidance_scale) == ("lcm", 4, 1.0)
+    assert any("what lcm wants: 4 steps of lcm, without guidance" in line for line in lines)
+    with Pipeline.open(tmp_path / "package") as pipe:
+        request = pipe(PROMPT, **{**SMALL, "num_inference_steps": None}).request
+    assert (request.sampler.name, request.num_inference_steps, request.guided) == ("lcm", 4, False)
+
+
+def test_a_name_alone_is_a_remark(small_file: Path, tmp_path: Path, export: Callable[..., Package]) -> None:
+    lora = write_lora(tmp_path / "sdxl_lightning_4step_lora.safetensors", small_file, {"unet": "to_q"})
+    lines: list[str] = []
+    package = export(small_file, "plain", loras=[lora], note=lines.append)
+    assert any("pass --few-steps lightning-4" in line for line in lines)
+    assert package.manifest.defaults.guidance_scale == 7.5
+    chosen = export(small_file, "chosen", loras=[lora], few_steps="lightning-4").manifest.defaults
+    assert (chosen.sampler, chosen.num_inference_steps) == ("euler trailing", 4)
+
+
+@pytest.mark.parametrize(
+    ("titles", "few_steps", "match"),
+    [
+        ([], "lcm", "without a LoRA"),
+        (["plain"], "lightening-4", "Did you mean lightning-4"),
+        (["LCM", "DMD2"], None, "different numbers of steps: lcm, dmd2"),
+    ],
+)
+def test_few_steps_that_cannot_be(
+    small_file: Path, tmp_path: Path, titles: list[str], few_steps: str | None, match: str
+) -> None:
+    place = {"unet": "to_q"}
+    files = [
+        write_lora(tmp_path / f"{title}.safetensors", small_file, place, metadata={"ss_output_name": title})
+        for title in titles
+    ]
+    with pytest.raises(UsageError, match=match):
+        read_fused(Checkpoint.open(small_file), files, few_steps=few_steps)
+
+
+# ── opened as it is ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_opened_with_adapters_it_draws_as_exported(
+    small_file: Path, loras: list[Path], small_archive: Path, tmp_path: Path, export: Callable[..., Package]
+) -> None:
+    """What adapters change is in the cache, made once; the rest stays in the user's file."""
+    notes, stages = list[str](), list[str]()
+    usual = Options(dtype="fp32", reads=BACKENDS["onnxruntime"].reads, templates=small_archive)
+
+    def opened(*chosen: Any) -> Package:
+        notes.clear()
+        stages.clear()
+        return open_checkpoint(
+            small_file,
+            replace(usual, fuse=partial(read_fused, loras=chosen)),
+            tokenize=tokenize,
+            store=tmp_path / "cache",
+            note=notes.append,
+            progress=lambda now: stages.append(now.stage),
+        )
+
+    plain, package = opened(), opened((loras[0], 0.8))
+    assert "unet: the weights with the adapters in them are in the cache" in notes
+    assert stages[0] == "merge the adapters"
+    assert package.root != plain.root
+    assert {name for name in package.manifest.files if name.endswith("/weights.safetensors")} == {
+        "unet/weights.safetensors"
+    }
+    assert package.manifest.nets["text_encoder"].weights == plain.manifest.nets["text_encoder"].weights
+    exported = export(small_file, loras=[(loras[0], 0.8)])
+    wanted, found = stored(exported, "unet"), stored(package, "unet")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert package.manifest.fused == exported.manifest.fused
+    assert (opened((loras[0], 0.8)).root, stages) == (package.root, [])
+    assert opened((loras[0], 0.5)).root not in (package.root, plain.root)
+
+
+def test_manifest_of_an_adapter() -> None:
+    one = FusedAdapter(name="a", sha256="b", short_hash="c", strength=0.5, applied=1, total=2)
+    for wrong in ({"name": 3}, {"sha256": None}, {"strength": "much"}, {"applied": "all"}):
+        with pytest.raises(ValueError, match="fused"):
+            replace(one, **wrong)
