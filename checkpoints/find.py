@@ -48,7 +48,7 @@ def locate(model: str, *, progress: Progress | None = None, store: Path | None =
             if "://" in model:
                 raise
             there = f"there is no file or folder {Path(model).absolute()}, and {error.found}"
-            raise DownloadError(there, expected=error.expected, fix=error.fix) from error
+            raise DownloadError(there, expected=error.expected, fix=error.fix) from None
     if "://" in model:
         raise UsageError(
             f"{model[:200]} is not the page of a model of a hub",

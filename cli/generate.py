@@ -124,7 +124,7 @@ def generate(
     saving = perf_counter()
     paths = saver.save(result)
     if first == "demo":
-        _say_what_the_demo_knows(result.request.prompts)
+        _say_what_the_demo_knows(result)
     seconds = {"open": opened, **result.seconds, "save": perf_counter() - saving}
     _report(result, paths, {**seconds, "total": perf_counter() - began}, as_json=as_json)
 
@@ -169,12 +169,15 @@ def _draw(
     return refine(pipes[0], pipes[1], prompts, **({} if at is None else {"at": at}), **parameters)
 
 
-def _say_what_the_demo_knows(prompts: Sequence[str]) -> None:
+def _say_what_the_demo_knows(result: Result[Any]) -> None:
+    """Name the words of the prompts that neither the model nor what was drawn with it stands for."""
     from ..demo.shapes import unknown_words
     from ..runtime.prompts.lora_tags import without_tags
 
-    texts = dict.fromkeys(map(without_tags, prompts))
-    if words := [word for text in texts for word in unknown_words(text)]:
+    request = result.request
+    taught = {*result.producer.get("adapters", ()), *request.embeddings}
+    texts = dict.fromkeys(map(without_tags, request.prompts))
+    if words := [word for text in texts for word in unknown_words(text) if word not in taught]:
         tell(
             f"the demo model draws one coloured shape on a background, 128x128; it does not know"
             f" {', '.join(words[:5])}: other pictures need a model of yours (docs/models.md)"

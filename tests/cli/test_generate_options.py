@@ -340,6 +340,8 @@ def test_what_is_drawn_must_be_said(monkeypatch: pytest.MonkeyPatch, words: list
     [
         ("a large grey ring on a pink background", ""),
         ("a photo of a fox", "it does not know photo, of, fox:"),
+        ("a red cross <lora:cross:1> on a grey sofa", "it does not know sofa:"),
+        ("a red frame on a grey sofa", "it does not know sofa:"),
     ],
 )
 def test_the_demo_says_what_it_does_not_know(

@@ -100,7 +100,7 @@ def test_a_soft_edge_reaches_across_the_mask(pipe: Pipeline, picture: Image.Imag
 def test_a_prompt_of_over_75_tokens(pipe: Pipeline, joint: str) -> None:
     scene = Scene("red", "circle", "blue", "large")
     prompt = joint.join([scene.prompt()] * 10)
-    assert len(pipe._text._encoders[0].tokenizer.words(prompt)) > 75
+    assert len(pipe._adapted._base.text._encoders[0].tokenizer.words(prompt)) > 75
     verdict = check(draw(pipe, prompt, seed=1))
     assert verdict.obeys(scene, SEMANTIC_IOU), verdict
 

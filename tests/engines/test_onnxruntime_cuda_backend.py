@@ -284,7 +284,7 @@ def test_the_command_without_a_gpu(build: Any, store: EngineStore) -> None:
         pytest.skip("there is a CUDA device")
     code, out, err = build()
     assert (code, out) == (4, "")
-    assert "layouts are measured on the GPU that runs them" in err
+    assert "the backend onnxruntime-cuda cannot run here: " in err
 
 
 def test_the_command_prints_medians_and_choice(
