@@ -84,7 +84,7 @@ class LoadedAdapters:
             AdapterError: a damaged file, or one for another model.
             UsageError: another adapter has that name.
         """
-        bound = self._read(Path(path), allow_unused=allow_unused)
+        bound = self._bound(Path(path), allow_unused=allow_unused)
         name = bound.name if name is None else name
         with self._lock:
             known = self._loaded.get(name)
@@ -94,6 +94,8 @@ class LoadedAdapters:
                     expected="a name of its own for each",
                     fix="Pass adapter_name=…, or unload the other one first.",
                 )
+        self._take_embeddings(bound)  # or nothing is loaded
+        with self._lock:
             self._loaded[name] = bound
         return name
 
@@ -165,16 +167,22 @@ class LoadedAdapters:
             return self._files.content(path)
         raise self._unknown(name)
 
-    def _read(self, path: Path, *, allow_unused: bool = False) -> BoundAdapter:
-        """A file, matched with the model; embeddings that lie in it are loaded."""
+    def _read(self, path: Path) -> BoundAdapter:
+        """A file of the folder, matched with the model; embeddings that lie in it are loaded."""
+        bound = self._bound(path)
+        self._take_embeddings(bound)
+        return bound
+
+    def _take_embeddings(self, bound: BoundAdapter) -> None:
+        if bound.embeddings:
+            self._load_embeddings(list(bound.embeddings.values()), list(bound.embeddings))
+
+    def _bound(self, path: Path, *, allow_unused: bool = False) -> BoundAdapter:
         # here: most pictures are drawn without
         from .binding import bind
         from .files import read_adapter
 
-        bound = bind(read_adapter(path), self._shapes(), allow_unused=allow_unused)
-        if bound.embeddings:
-            self._load_embeddings(list(bound.embeddings.values()), list(bound.embeddings))
-        return bound
+        return bind(read_adapter(path), self._shapes(), allow_unused=allow_unused)
 
     def _unknown(self, name: str) -> UsageError:
         known = list(dict.fromkeys((*self._loaded, *self._files.paths())))

@@ -290,6 +290,10 @@ def test_what_comes_with_an_adapter(pipe: Pipeline, tmp_path: Path) -> None:
     """Embeddings in an adapter's file are loaded and forgotten with it."""
     words = {"bundle_emb.glow.string_to_param.*": np.ones((2, 96), np.float32)}
     path = write(tmp_path / "bundle.safetensors", "loop", **words)
+    pipe.load_lora_weights(write(tmp_path / "other.safetensors", "loop"), "taken")
+    with pytest.raises(UsageError, match="another adapter is called 'taken'"):
+        pipe.load_lora_weights(path, "taken")
+    assert "glow" not in pipe.embeddings.names(), "what is refused leaves nothing behind"
     pipe.load_lora_weights(path)
     assert "glow" in pipe.embeddings.names()
     pipe("a glow circle", loras=["bundle"], **SMALL)
