@@ -37,8 +37,14 @@ _FLATTENED = "string_to_param."  # behind it is "*" in all files there are
 # The graph's name of a text encoder's table of embeddings ends so, in every family.
 _TABLE = "token_embedding.weight"
 
+_WANTED = "an embedding of textual inversion"
+
 # The input `extra_embeddings` of each text encoder of a package, by the encoder's net.
 EncoderInputs = Mapping[str, TensorSpec]
+
+
+class AnotherKind(CheckpointError):
+    """A whole file that is no embedding, but an adapter or a model."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -122,8 +128,8 @@ def read_embedding(path: Path, inputs: EncoderInputs, name: str | None = None) -
         name: the word; by default the file's own where it has one, as diffusers writes it, else its stem.
 
     Raises:
-        CheckpointError: a file that is missing or damaged, a pickle, or of another kind than an embedding;
-            or one for other text encoders.
+        AnotherKind: the file is an adapter or a model.
+        CheckpointError: a file that is missing, damaged or a pickle, or one for other text encoders.
     """
     # here: a pipeline without embeddings does not wait for them
     from ..checkpoints.files.component import read_headers, read_tensors
@@ -133,7 +139,7 @@ def read_embedding(path: Path, inputs: EncoderInputs, name: str | None = None) -
     stored = read_headers(path)
     kind = kind_of_tensors(stored)
     if kind.name not in ("embedding", "unknown"):  # a width that no published encoder has says nothing
-        raise _refused(str(path), f"is {kind.what}", fix=kind.advice(path))
+        raise AnotherKind(f"{path} is {kind.what}", expected=_WANTED, fix=kind.advice(path))
     if (size := path.stat().st_size) > _MOST_BYTES:
         raise _refused(str(path), f"has {size} bytes", f"at most {_MOST_BYTES}, an embedding's file")
     for tensor, header in stored.items():
@@ -263,7 +269,7 @@ def _shape(array: Array) -> str:
 def _refused(where: str, found: str, expected: str = "", fix: str = "") -> CheckpointError:
     return CheckpointError(
         f"{where} {found}",
-        expected=expected or "an embedding of textual inversion",
+        expected=expected or _WANTED,
         fix=fix or "Use the embedding that was trained for this model, or leave it out.",
     )
 

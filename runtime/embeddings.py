@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Lock
 
 from ..adapters.embeddings import (
+    AnotherKind,
     Embedding,
     EncoderInputs,
     embedding_inputs,
@@ -108,8 +109,12 @@ class EmbeddingLibrary:
             CheckpointError: a file that it calls is no embedding, or one for other encoders.
             PackageError: the package takes no embeddings.
         """
-        loaded, rules = self._loaded, PROMPT_SYNTAXES[request.prompt_syntax].names
-        files = {} if rules.bare == "given" else self._files.paths()
+        by_names_alone = PROMPT_SYNTAXES[request.prompt_syntax].names.bare != "given"
+        return self._bind(request, self._files.paths() if by_names_alone else {})
+
+    def _bind(self, request: Request, files: Mapping[str, Path]) -> Request:
+        """The same with these files."""
+        loaded = self._loaded
         known = {**files, **loaded}
         pictures = {_texts(request, index) for index in range(len(request.prompts))}
         if not known and not any("embedding:" in text.lower() for texts in pictures for text in texts):
@@ -124,7 +129,15 @@ class EmbeddingLibrary:
                     fix="Call fewer.",
                 )
             called |= set(names)
-        bound = {name: loaded.get(name) or self._of_file(files, name) for name in sorted(called)}
+        bound: dict[str, Embedding] = {}
+        for name in sorted(called):
+            try:
+                bound[name] = loaded.get(name) or self._of_file(files, name)
+            except AnotherKind as other:  # a LoRA in the same folder: its name is a word like any other
+                try:
+                    return self._bind(request, {one: path for one, path in files.items() if one != name})
+                except UsageError as missing:  # but for `embedding:NAME`
+                    raise other from missing
         return replace(request, embeddings=bound)
 
     def check(self, wanted: Iterable[Called], texts: Sequence[str]) -> None:

@@ -422,6 +422,19 @@ def test_a_folder_keeps_its_files(
         pipe("embedding:../outside/secret", **FAST)
 
 
+def test_adapters_in_the_folder_are_no_embeddings(pipe: Pipeline, folder: Path) -> None:
+    """One folder may have both: the name of a LoRA is a word like any other, unless it is called."""
+    pair = {"lora_down.weight": rows(4, 8), "lora_up.weight": rows(8, 4)}
+    key = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    save_file({f"{key}.{end}": value for end, value in pair.items()}, folder / "ring.safetensors")
+    result = pipe("a red ring, Face", **FAST)
+    assert [one["name"] for one in result.record()["embeddings"]] == ["Face"]
+    (folder / "ring.safetensors").rename(folder / "bangle.safetensors")
+    assert pipe("a red ring, Face", **FAST).to_bytes() == result.to_bytes()
+    with pytest.raises(CheckpointError, match=r"bangle\.safetensors is a LoRA"):
+        pipe("a red embedding:bangle, Face", **FAST)
+
+
 def test_loading_is_idempotent(plain: Pipeline, folder: Path) -> None:
     """T42, and diffusers' error for another embedding of the same word."""
     pipe = Pipeline.over(plain.package, plain.loop, plain.backend)
