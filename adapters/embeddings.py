@@ -43,7 +43,7 @@ _WANTED = "an embedding of textual inversion"
 EncoderInputs = Mapping[str, TensorSpec]
 
 
-class AnotherKind(CheckpointError):
+class AnotherKindError(CheckpointError):
     """A whole file that is no embedding, but an adapter or a model."""
 
 
@@ -128,7 +128,7 @@ def read_embedding(path: Path, inputs: EncoderInputs, name: str | None = None) -
         name: the word; by default the file's own where it has one, as diffusers writes it, else its stem.
 
     Raises:
-        AnotherKind: the file is an adapter or a model.
+        AnotherKindError: the file is an adapter or a model.
         CheckpointError: a file that is missing, damaged or a pickle, or one for other text encoders.
     """
     # here: a pipeline without embeddings does not wait for them
@@ -139,7 +139,7 @@ def read_embedding(path: Path, inputs: EncoderInputs, name: str | None = None) -
     stored = read_headers(path)
     kind = kind_of_tensors(stored)
     if kind.name not in ("embedding", "unknown"):  # a width that no published encoder has says nothing
-        raise AnotherKind(f"{path} is {kind.what}", expected=_WANTED, fix=kind.advice(path))
+        raise AnotherKindError(f"{path} is {kind.what}", expected=_WANTED, fix=kind.advice(path))
     if (size := path.stat().st_size) > _MOST_BYTES:
         raise _refused(str(path), f"has {size} bytes", f"at most {_MOST_BYTES}, an embedding's file")
     for tensor, header in stored.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -51,9 +52,10 @@ def read_fused(
             fix="Pass its file too: --lora FILE",
         )
     targets = _targets(source)
-    pairs = [_pair(one) for one in loras]
+    pairs = [file_and_strength(one) for one in loras]
     strengths = [Strength.parse(strength) for _, strength in pairs]
-    files = [read_adapter(path.expanduser()) for path, _ in pairs]
+    paths = [Path(os.path.abspath(path.expanduser())) for path, _ in pairs]
+    files = [read_adapter(path) for path in paths]
     bound = [bind(file, targets, allow_unused=allow_unused) for file in files]
     row = few_steps if few_steps is not None else _said_by(files)
     used = AdapterSet(
@@ -73,11 +75,13 @@ def read_fused(
         ),
         changes=used.changes,
         few_steps=named(row).defaults if row is not None else {},
+        given=tuple((path, strength.value) for path, strength in zip(paths, strengths, strict=True)),
+        few_steps_of=few_steps or "",
         notes=(*_steps_notes(files, row), *_embeddings_notes(bound)),
     )
 
 
-def _pair(lora: Any) -> tuple[Path, Any]:
+def file_and_strength(lora: Any) -> tuple[Path, Any]:
     """A file and its strength. Raises UsageError for anything else."""
     given = cast("Sequence[Any]", lora) if isinstance(lora, (tuple, list)) else (lora, 1.0)
     path, strength = given if len(given) == 2 else (None, None)

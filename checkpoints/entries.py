@@ -16,7 +16,7 @@ import os
 import stat
 from collections.abc import Collection, Generator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +60,8 @@ class Note:
         hub: the model of a hub, as the user wrote it; "" for a path.
         vae, tiny_vae: the other autoencoders it was opened with, absolute; "" for none.
         prediction_type: what the user said that its UNet predicts; "" for nothing.
+        fused: the adapters that are part of its weights: their files, absolute, and strengths.
+        few_steps: the few-step LoRA whose defaults the user asked for; "" for none.
         files: its weights files by their names in the manifest.
         manifest: the sha256 (hex) of the package's manifest.
         created: when it was first opened, in UTC (ISO 8601).
@@ -76,10 +78,15 @@ class Note:
     files: Mapping[str, SeenFile]
     manifest: str
     created: str
+    fused: list[list[Any]] = field(default_factory=list[list[Any]])
+    few_steps: str = ""
 
     def __post_init__(self) -> None:
-        """Raise TypeError for what no note could have."""
-        _require(self, **dict.fromkeys(set(self.__dataclass_fields__) - {"files"}, str))
+        """Raise TypeError or ValueError for what no note could have."""
+        _require(self, **dict.fromkeys(set(self.__dataclass_fields__) - {"files", "fused"}, str), fused=list)
+        for path, strength in self.fused:
+            if not isinstance(path, str) or not isinstance(strength, (int, float, dict)):
+                raise TypeError("fused is of the wrong type")
 
     @property
     def weights_bytes(self) -> int:
@@ -272,9 +279,10 @@ class OpenedModel:
     def to_json(self) -> dict[str, Any]:
         """What `latentrt models --json` has of it."""
         note, latest = self.note, self.entries[0]
-        names = ("name", "family", "path", "hub", "vae", "tiny_vae", "prediction_type", "weights_bytes")
+        names = ("name", "family", "path", "hub", "vae", "tiny_vae", "prediction_type", "fused", "few_steps")
         return {
             **{name: getattr(note, name) for name in names},
+            "weights_bytes": note.weights_bytes,
             "dtypes": list(self.dtypes),
             "cache_bytes": self.size,
             "created": min(entry.note.created for entry in self.entries),

@@ -39,12 +39,16 @@ class Fused:
         adapters: what the manifest says of them.
         changes: by part and weight, in the names of packages.
         few_steps: as in `Checkpoint`.
+        given: the adapters' files, absolute, with their strengths as the user gave them.
+        few_steps_of: the few-step LoRA that the user named; "" for none.
         notes: lines for the user.
     """
 
     adapters: tuple[FusedAdapter, ...] = ()
     changes: Mapping[str, Mapping[str, Change]] = field(default_factory=dict[str, "Mapping[str, Change]"])
     few_steps: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    given: tuple[tuple[Path, Any], ...] = ()
+    few_steps_of: str = ""
     notes: tuple[str, ...] = ()
 
     def noted_in(self, source: Checkpoint) -> Checkpoint:

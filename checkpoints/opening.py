@@ -140,8 +140,14 @@ class Opening:
             for name, path in paths.items()
             if path is not None
         }
-        predicts = self.options.prediction_type
-        return found if predicts is None else {**found, "prediction_type": predicts}
+        said = {"prediction_type": self.options.prediction_type, "few_steps": self.fused.few_steps_of}
+        found |= {name: value for name, value in said.items() if value}
+        if self.fused.given:
+            found["fused"] = [
+                {"name": path.name, "sha256": one.sha256, "strength": one.strength}
+                for (path, _), one in zip(self.fused.given, self.fused.adapters, strict=True)
+            ]
+        return found
 
     @cached_property
     def unread(self) -> dict[str, list[str]]:
@@ -182,6 +188,8 @@ class Opening:
             vae=os.path.abspath(options.vae) if options.vae else "",
             tiny_vae=os.path.abspath(options.tiny_vae) if options.tiny_vae else "",
             prediction_type=options.prediction_type or "",
+            fused=[[str(path), strength] for path, strength in self.fused.given],
+            few_steps=self.fused.few_steps_of,
             files={
                 name: SeenFile(path=str(content.path), size=content.size, mtime_ns=content.mtime_ns)
                 for name, content in self.files.items()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
+from ..runtime.request.parameters import lora_text
 from .shown import printable, show
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ def models(
     """List the checkpoints that were opened before, the last one first.
 
     Commands that take a model take its name from this list, if no other model has it; it is then opened as
-    it was the last time, with the same --vae, --tiny-vae and --prediction-type unless others are given. Its
-    path opens it with its own.
+    it was the last time, with the same options, adapters in its weights among them, unless others are
+    given. Its path opens it with its own.
     """
     from ..checkpoints.entries import models as opened_models
     from ..engines.store.folder import StoreFolder
@@ -48,9 +49,12 @@ def models(
 def _row(model: OpenedModel) -> list[str]:
     note, latest = model.note, model.entries[0]
     used = datetime.fromtimestamp(latest.last_used)
-    options = {"vae": note.vae, "tiny_vae": note.tiny_vae, "prediction_type": note.prediction_type}
+    options = [
+        *((name, getattr(note, name)) for name in ("vae", "tiny_vae", "prediction_type", "few_steps")),
+        *(("fused", lora_text(path, strength)) for path, strength in note.fused),
+    ]
     place = printable(f"{note.hub}: {note.path}" if note.hub else note.path)
-    given = "".join(f", with {name} {printable(value)}" for name, value in options.items() if value)
+    given = "".join(f", with {name} {printable(value)}" for name, value in options if value)
     return [
         printable(note.name),
         note.family,

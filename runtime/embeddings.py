@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Lock
 
 from ..adapters.embeddings import (
-    AnotherKind,
+    AnotherKindError,
     Embedding,
     EncoderInputs,
     embedding_inputs,
@@ -133,7 +133,7 @@ class EmbeddingLibrary:
         for name in sorted(called):
             try:
                 bound[name] = loaded.get(name) or self._of_file(files, name)
-            except AnotherKind as other:  # a LoRA in the same folder: its name is a word like any other
+            except AnotherKindError as other:  # a LoRA in the same folder: its name is a word like any other
                 try:
                     return self._bind(request, {one: path for one, path in files.items() if one != name})
                 except UsageError as missing:  # but for `embedding:NAME`

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from ..engines.errors import CheckpointError, UsageError, command
 from ..engines.hub import snapshot
 from ..engines.package import MANIFEST, Package
 from .prompts.tokenizer import tokenize
+from .request.parameters import lora_text
 
 if TYPE_CHECKING:
     from ..adapters.fusing import LoraFile
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 SHIPPED = {"demo": Path(__file__).resolve().parent.parent / "demo" / "package"}
 
-# Where adapters of shipped models lie, and embeddings: apart, as a prompt calls these by bare words.
+# Where adapters of shipped models lie, and embeddings.
 ADAPTERS = {"demo": SHIPPED["demo"].parent / "adapters"}
 EMBEDDINGS = {"demo": SHIPPED["demo"].parent / "embeddings"}
 
@@ -76,10 +77,20 @@ def given_options(opened_with: object) -> tuple[str, ...]:
     words: list[str] = []
     for item in fields(CheckpointOptions):
         value: Any = given.get(item.name)
+        if item.name == "fused" and isinstance(value, list):
+            words += _fused_options(cast("list[Any]", value))
+            continue
         found: Any = cast(Any, value).get("name") if isinstance(value, Mapping) else value
         if isinstance(found, str):
             words += [f"--{item.name.replace('_', '-')}", found]
     return tuple(words)
+
+
+def _fused_options(fused: list[Any]) -> Iterator[str]:
+    """The same for adapters."""
+    for one in fused:
+        if isinstance(one, Mapping) and isinstance(name := cast(Any, one).get("name"), str):
+            yield from ("--fuse-lora", lora_text(name, cast(Any, one).get("strength", 1.0)))
 
 
 def open_model(
@@ -164,14 +175,22 @@ def _as_before(options: CheckpointOptions, before: OpenedModel) -> CheckpointOpt
         vae=options.vae or vae,
         tiny_vae=options.tiny_vae or tiny_vae,
         prediction_type=options.prediction_type or before.note.prediction_type or None,
+        fused=options.fused if options.fused is not None else before.note.fused or None,
+        few_steps=options.few_steps or (before.note.few_steps if options.fused is None else "") or None,
     )
 
 
 def _named(options: CheckpointOptions) -> str:
     """The options that a name brings along, for people."""
-    names = ("vae", "tiny_vae", "prediction_type")
-    given = {name: getattr(options, name) for name in names}
-    return "".join(f", with {name} {value}" for name, value in given.items() if value is not None)
+    given: list[tuple[str, Any]] = [
+        *((name, getattr(options, name)) for name in ("vae", "tiny_vae", "prediction_type", "few_steps")),
+    ]
+    if options.fused:
+        from ..adapters.fusing import file_and_strength
+
+        pairs = map(file_and_strength, options.fused)
+        given += [("fused", lora_text(str(path), strength)) for path, strength in pairs]
+    return "".join(f", with {name} {value}" for name, value in given if value is not None)
 
 
 def _package(folder: Path, options: CheckpointOptions) -> Package:

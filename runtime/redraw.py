@@ -210,7 +210,11 @@ def _opened_otherwise(was: object, now: Mapping[str, Any]) -> str:
     if not options:
         return f". It was opened without {command(*given_options(now))}"
     values = cast("Mapping[str, Any]", was).values()
-    hashes = [f"{cast(Any, file).get('sha256')!s:.12}" for file in values if isinstance(file, Mapping)]
+    lists = (cast("list[object]", value) if isinstance(value, list) else [value] for value in values)
+    files = (
+        cast("Mapping[str, Any]", file) for found in lists for file in found if isinstance(file, Mapping)
+    )
+    hashes = [f"{file.get('sha256')!s:.12}" for file in files]
     named = f" (sha256 {', '.join(hashes)})" if hashes else ""
     return (
         f". It was opened with {command(*options)}{named}; open it so: "

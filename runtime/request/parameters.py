@@ -210,6 +210,17 @@ def _read_lora(text: str) -> tuple[str, Any]:
     return name, {"unet": numbers[0], "text_encoder": numbers[1], "text_encoder_2": numbers[1]}
 
 
+def lora_text(name: str, strength: Any) -> str:
+    """What `LORAS` reads of an adapter and its strength; the name alone where blocks have their own."""
+    if not isinstance(strength, Mapping):
+        return f"{name}:{strength}"
+    parts = cast("Mapping[str, Any]", strength)
+    unet, *others = (parts.get(part, 1.0) for part in ("unet", "text_encoder", "text_encoder_2"))
+    if isinstance(unet, Mapping) or isinstance(others[0], Mapping) or others[0] != others[1]:
+        return name
+    return f"{name}:{unet}:{others[0]}"
+
+
 def _is_number(text: str) -> bool:
     try:
         float(text)

@@ -6,7 +6,7 @@ Sums are LyCORIS'; tests/test_parity_adapters.py compares pictures of fused pack
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from lycoris.functional import locon
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from latentrt.adapters.fusing import read_fused
@@ -31,39 +31,11 @@ from latentrt.engines.package import MANIFEST, FusedAdapter, Package
 from latentrt.export import export_package
 from latentrt.runtime import Pipeline
 from latentrt.runtime.prompts.tokenizer import tokenize
-from tests.checkpoints.conftest import shared, write_small
+from tests.checkpoints.conftest import shared, write_lora, write_small
 
-PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 SMALL: dict[str, Any] = {"num_inference_steps": 3, "height": 64, "width": 64, "output_type": "np", "seed": 4}
 PROMPT = "a red circle on a blue background"
 STRENGTHS = (0.8, {"unet": 0.5, "text_encoder": -0.4})
-
-
-def write_lora(
-    path: Path,
-    source: Path,
-    inside: Mapping[str, str],
-    *,
-    seed: int = 0,
-    scale: float = 0.5,
-    metadata: dict[str, str] | None = None,
-    **more: torch.Tensor,
-) -> Path:
-    """A LoRA of rank 2 with kohya's names, on the weights of each component whose names have `inside`."""
-    values, tensors = np.random.default_rng(seed), dict[str, torch.Tensor]()
-    checkpoint = Checkpoint.open(source)
-    for component, text in inside.items():
-        for name, header in net_tensors(checkpoint, component).items():
-            if text in name and name.endswith(".weight") and len(header.shape) in (2, 4):
-                key = PREFIXES[component] + name.removesuffix(".weight").replace(".", "_")
-                made, read, *kernel = header.shape
-                down = values.normal(0, (read * np.prod(kernel)) ** -0.5, (2, read, *kernel))
-                up = values.normal(0, scale, (made, 2, *(1 for _ in kernel)))
-                tensors[f"{key}.lora_down.weight"] = torch.tensor(down, dtype=torch.float32)
-                tensors[f"{key}.lora_up.weight"] = torch.tensor(up, dtype=torch.float32)
-                tensors[f"{key}.alpha"] = torch.tensor(1.0)
-    save_file({**tensors, **more}, path, metadata)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """`latentrt models`, the names that other commands take, and `latentrt cache` with opened checkpoints."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from latentrt.checkpoints.opened import Options
 from latentrt.engines.package import MANIFEST
 from latentrt.engines.store.engine_store import EngineStore
 from tests.checkpoints.cache_entries import put_entry
+from tests.checkpoints.conftest import write_lora
 from tests.engines.engine_keys import builder, numbered
 
 
@@ -156,6 +158,37 @@ def test_a_picture_says_what_its_model_was_opened_with(call: Any, small: Path) -
     code, _, err = call(*again, str(small))
     assert (code, "as it was the last time" in err) == (0, False)
     assert "It was opened with --dtype fp32 --prediction-type v_prediction; open it so:" in err
+
+
+def test_a_name_brings_adapters_along(call: Any, small: Path, tmp_path: Path) -> None:
+    """Those that are part of its weights, their strengths and the steps that were asked for with them."""
+    lora = write_lora(tmp_path / "fast: 2.safetensors", small, {"unet": "attn", "text_encoder": "_proj"})
+    fused = "--fuse-lora", f"{lora}:0.5:-0.25", "--few-steps", "lcm"
+    assert draw(call, small, "fused.png", *fused)[0] == 0
+    record = json.loads(call("metadata", "fused.png", "--json")[1])["record"]
+    strength = {"unet": 0.5, "text_encoder": -0.25, "text_encoder_2": -0.25}
+    sha256 = hashlib.sha256(lora.read_bytes()).hexdigest()
+    assert record["opened_with"] == {
+        "fused": [{"name": lora.name, "sha256": sha256, "strength": strength}],
+        "few_steps": "lcm",
+    }
+    code, _, err = draw(call, "small", "again.png")
+    assert (code, f"with few_steps lcm, with fused {lora}:0.5:-0.25, as it was the last time" in err) == (
+        0,
+        True,
+    )
+    again = json.loads(call("metadata", "again.png", "--json")[1])["record"]
+    assert again["opened_with"] == record["opened_with"]
+    assert Path("again.png").read_bytes() == Path("fused.png").read_bytes()
+    assert f"with few_steps lcm, with fused {lora}:0.5:-0.25" in call("models")[1]
+    assert json.loads(call("models", "--json")[1])["models"][0]["fused"] == [[str(lora), strength]]
+    code, _, err = call("generate", "--from", "fused.png", "-m", str(small), "-o", "plain.png")
+    assert (code, f"--fuse-lora '{lora.name}:0.5:-0.25' --few-steps lcm (sha256 {sha256[:12]})" in err) == (
+        0,
+        True,
+    )
+    assert draw(call, "small", "bare.png")[0] == 0  # as it was opened last: without
+    assert "opened_with" not in json.loads(call("metadata", "bare.png", "--json")[1])["record"]
 
 
 def test_other_commands_take_the_name(call: Any, small: Path) -> None:

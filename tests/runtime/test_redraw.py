@@ -158,6 +158,16 @@ def test_another_model_is_named(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> N
         redraw(pipe, drawn.record())
         given = {
             "vae": {"name": "its vae", "sha256": "12" * 32},
+            "fused": [
+                {"name": "fast.safetensors", "sha256": "34" * 32, "strength": 0.8},
+                {
+                    "name": "a: b",
+                    "sha256": "56" * 32,
+                    "strength": {"unet": 1.0, "text_encoder": {"down": 1.0}},
+                },
+                {"name": 5},
+            ],
+            "few_steps": "lcm",
             "prediction_type": "v_prediction",
             "dtype": 5,
         }
@@ -170,9 +180,13 @@ def test_another_model_is_named(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> N
     line, opened, without = heard
     assert "drawn with 'dreamshaper', sha256 000000000000; this is 'demo'" in line
     assert line.endswith("it may differ")
-    options = "--vae 'its vae' --prediction-type v_prediction"
+    options = (
+        "--vae 'its vae' --prediction-type v_prediction --fuse-lora fast.safetensors:0.8 --fuse-lora 'a: b'"
+        " --few-steps lcm"
+    )
+    hashes = "121212121212, 343434343434, 565656565656, None"
     assert opened.endswith(
-        f"it may differ. It was opened with {options} (sha256 121212121212); open it so:"
+        f"it may differ. It was opened with {options} (sha256 {hashes}); open it so:"
         f" latentrt generate --from PICTURE -m MODEL {options}"
     )
     assert without.endswith("it may differ. It was opened without --dtype fp32")
