@@ -74,8 +74,16 @@ def changed_names(package: Package, net: str, graph: bytes | None = None) -> tup
     return tuple(name for name in net_tensors(package, net, graph) if name in changes) if changes else ()
 
 
-def changed_values(package: Package, net: str, names: Iterable[str]) -> dict[str, Array]:
-    """What a net computes with in place of these weights: float32, in the layout that the graph stores.
+def changed_values(
+    package: Package, net: str, names: Iterable[str], *, by_columns: Collection[str] = ()
+) -> dict[str, Array]:
+    """What a net computes with in place of these weights: float32, in the shape that the graph stores.
+
+    Args:
+        package: the package.
+        net: the net.
+        names: of the weights.
+        by_columns: those whose matrix lies in memory column by column, for who transposes it next.
 
     Raises:
         PackageError: the graph cannot be read.
@@ -89,9 +97,12 @@ def changed_values(package: Package, net: str, names: Iterable[str]) -> dict[str
 
     def value(name: str) -> Array:
         weight = weight_values(stored[name], folder)
+        order = "F" if name in by_columns else "C"
         if name not in turned:
-            return changes[name](weight)
-        return np.ascontiguousarray(np.transpose(changes[name](np.transpose(weight))))
+            return np.asarray(changes[name](np.asarray(weight, order=order)), order=order)
+        # A change keeps the order, so that narrow numbers are moved, not wide ones.
+        flipped = np.asarray(np.transpose(weight), order="C" if order == "F" else "F")
+        return np.asarray(np.transpose(changes[name](flipped)), order=order)
 
     names = tuple(names)
     with ThreadPoolExecutor(usable_processors()) as pool:

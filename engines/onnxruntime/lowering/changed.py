@@ -11,8 +11,8 @@ Needs onnx-ir, which is imported on first use.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import reduce
 from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +20,6 @@ import numpy as np
 
 from ...net_weights import changed_names, changed_values, check_range
 from ...package import Package
-from ...processors import usable_processors
 from ...spec import Array
 
 if TYPE_CHECKING:
@@ -51,29 +50,20 @@ def changed_graph(package: Package, net: str, graph: bytes) -> ChangedGraph | No
     names = changed_names(package, net, graph)
     if not names:
         return None
-    values = changed_values(package, net, names)
-    check_range(values, package.manifest.dtype)
-    return _as_computed_with(graph, values)
-
-
-def _as_computed_with(graph: bytes, values: dict[str, Array]) -> ChangedGraph:
-    """A graph that names these weights as its operators take them: turned, and in their type."""
     import onnx
     import onnx_ir
 
     library = cast(Any, onnx_ir)  # its own types of reading and writing are incomplete
     model = library.from_proto(onnx.ModelProto.FromString(graph))
-    turns = {name: _settle(model, name) for name in values}
-
-    def settled(name: str) -> Array:
-        weight, initializer = values[name], model.graph.initializers[name]
-        for perm in turns[name]:
-            weight = np.transpose(weight, perm)
-        return np.ascontiguousarray(weight, initializer.dtype.numpy())
-
-    with ThreadPoolExecutor(usable_processors()) as pool:
-        given = dict(zip(values, pool.map(settled, values), strict=True))
-    return ChangedGraph(graph=library.to_proto(model).SerializeToString(), values=given)
+    turns = {name: _settle(model, name) for name in names}
+    # From here on the graph names these weights as its operators take them: turned, and in their type.
+    by_columns = {name for name, perms in turns.items() if len(perms) % 2 and perms[0] == (1, 0)}
+    values = changed_values(package, net, names, by_columns=by_columns)
+    check_range(values, package.manifest.dtype)
+    for name, perms in turns.items():
+        dtype = model.graph.initializers[name].dtype.numpy()
+        values[name] = np.ascontiguousarray(reduce(np.transpose, perms, values[name]), dtype)
+    return ChangedGraph(graph=library.to_proto(model).SerializeToString(), values=values)
 
 
 def _settle(model: Any, name: str) -> list[tuple[int, ...]]:
