@@ -37,7 +37,7 @@ _LEDGER = {"weights": "weights", "activations": "activations", "io": "in and out
 _FIGURES = {"waterfall": "one picture, stage by stage", "peers": "ours against peers", "roofline": "roofline"}
 _HEAD = ("| what | result | reproduce |", "|---|---|---|")
 # What the short table takes from a document besides latencies: the beginnings of `summaries`' lines.
-_SHORT = ("peak in host memory", "peak on the device", "cold start", "build", "parity")
+_SHORT = ("peak in host memory", "peak on the device", "cold start, whole", "build", "parity")
 _TABLES = ("latency", "opening", "adapters")  # documents that have a table of their own
 _AFTER = {picture_after(name) for name in FOLLOWED}
 _ROWS = 12  # of the short table, at most
@@ -220,19 +220,23 @@ def _adapters(document: Document) -> str:
 
 
 def _new_and_open(document: Document) -> Lines:
-    """The short table's lines: from a file to its nets, and back to nets that are open."""
-    for what, workloads in (("from a file to its set", (LOAD, NEW)), ("to a set that is open", (OPEN,))):
-        times: dict[str, list[str]] = {}
-        for (lora, side), rows in _files(document).items():
-            if rows := [rows[name] for name in workloads if name in rows and rows[name].rounds]:
-                each = [sum(samples) for samples in zip(*(row.samples for row in rows), strict=True)]
-                time = f"{side if side != OURS else ''} {words.seconds(median(each))}".strip()
-                times.setdefault(lora, []).append(time)
-        if times:
-            yield (
-                f"{_of_rank(document)}, {what}",
-                "; ".join(f"{lora} {', '.join(found)}" for lora, found in times.items()),
+    """The short table's line: from a file to its nets, and back to nets that are open."""
+    times: dict[str, list[str]] = {}
+    for (lora, side), rows in _files(document).items():
+        found: list[str] = []
+        for workloads in ((LOAD, NEW), (OPEN,)):
+            if used := [rows[name] for name in workloads if name in rows and rows[name].rounds]:
+                each = [sum(samples) for samples in zip(*(row.samples for row in used), strict=True)]
+                found.append(words.seconds(median(each)))
+        if found:
+            times.setdefault(lora, []).append(
+                f"{side if side != OURS else ''} {', again '.join(found)}".strip()
             )
+    if times:
+        yield (
+            f"{_of_rank(document)}, from a file to its set",
+            "; ".join(f"{lora} {', '.join(sides)}" for lora, sides in times.items()),
+        )
 
 
 def _files(document: Document) -> dict[tuple[str, str], dict[str, Row]]:
