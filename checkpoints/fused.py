@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from ..engines.errors import NumericError
+from ..engines.net_weights import check_largest
 from ..engines.package import Change, FusedAdapter
 from ..engines.safetensors_format import ITEM_SIZES, write_file
 from ..engines.spec import NETS, Array
@@ -136,12 +136,6 @@ def _check_range(part: str, name: str, value: Array, stored: str, source: str) -
     """Raise NumericError for a weight that its type does not hold."""
     import ml_dtypes
 
-    largest = float(max(value.max(initial=0.0), -value.min(initial=0.0)))
     limit = float(cast(Any, ml_dtypes).finfo(numpy_type(stored)).max)
-    if not largest <= limit:  # NaN neither
-        wider = ", or export in float32: --dtype fp32" if _stored_type(source, "fp32") != stored else ""
-        raise NumericError(
-            f"with the adapters {part}: {name} reaches {largest:.6g}",
-            expected=f"at most {limit:.6g}, the largest number of {stored}",
-            fix=f"Use less of them{wider}.",
-        )
+    wider = ", or export in float32: --dtype fp32" if _stored_type(source, "fp32") != stored else ""
+    check_largest(f"{part}.{name}", value, limit, stored, wider)

@@ -120,13 +120,21 @@ def check_range(values: Mapping[str, Array], dtype: str, stored: str = "fp32") -
     most = min((dtype, stored), key=_LARGEST.__getitem__)
     wider = ", or open the model with --dtype fp32" if dtype == "fp16" else ""
     for name, value in values.items():
-        largest = float(max(value.max(initial=0.0), -value.min(initial=0.0)))
-        if not largest <= _LARGEST[most]:  # NaN neither
-            raise NumericError(
-                f"with the adapters the weight {name} reaches {largest:.6g}",
-                expected=f"at most {_LARGEST[most]:.6g}, the largest number of {most}",
-                fix=f"Use less of them{wider}.",
-            )
+        check_largest(name, value, _LARGEST[most], most, wider)
+
+
+def check_largest(name: str, value: Array, largest: float, of: str, wider: str) -> None:
+    """Raise NumericError for a changed weight beyond `largest`, the largest number of the type `of`.
+
+    `wider` says, with a comma in front, how to get a wider type; "" where there is none.
+    """
+    found = float(max(value.max(initial=0.0), -value.min(initial=0.0)))
+    if not found <= largest:  # NaN neither
+        raise NumericError(
+            f"with the adapters the weight {name} reaches {found:.6g}",
+            expected=f"at most {largest:.6g}, the largest number of {of}",
+            fix=f"Use less of them{wider}.",
+        )
 
 
 @contextmanager
