@@ -141,6 +141,11 @@ def level_symbol(side: str, level: int) -> str:
     return f"{side}/{_CELL << level}"
 
 
+def level_shape(level: int) -> tuple[str, str]:
+    """The height and width of a UNet's level."""
+    return level_symbol("H", level), level_symbol("W", level)
+
+
 def _level_size(symbol: str, sizes: Mapping[str, int]) -> int | None:
     """What a level's symbol is where the latent's size is known; None for other symbols."""
     side, _, divisor = symbol.partition("/")
@@ -227,6 +232,10 @@ MASKED_ROW = (*ROW, "keep_signal", "keep_noise")
 RESIDUAL = "residual_"
 FEATURE = "feature_"
 FEATURES = 4  # a T2I-Adapter makes so many
+
+# Inputs of `controlnet`: what its hint became, and what each of its outputs is multiplied with.
+HINT_EMBEDDING = "hint_embedding"
+SCALES = "scales"
 
 # The input of a text encoder that has the embeddings of tokens beyond its vocabulary.
 EXTRA_EMBEDDINGS = "extra_embeddings"
@@ -387,12 +396,70 @@ def with_controls(
         TensorSpec(
             name=f"{prefix}{number}",
             dtype=float_dtype,
-            shape=("B", channels, level_symbol("H", level), level_symbol("W", level)),
+            shape=("B", channels, *level_shape(level)),
         )
         for prefix, group in ((RESIDUAL, residuals), (FEATURE, features))
         for number, (channels, level) in enumerate(group)
     ]
     return replace(plain, inputs=(*plain.inputs, *added))
+
+
+def controlnet_hint(*, width: int, float_dtype: str) -> NetSpec:
+    """A ControlNet's picture, RGB in 0 ... 1 (-1 where one for inpainting is to paint), to its embedding."""
+    return NetSpec(
+        inputs=(TensorSpec(name="hint", dtype="float32", shape=("N", 3, "H", "W")),),
+        outputs=(TensorSpec(name=HINT_EMBEDDING, dtype=float_dtype, shape=("N", width, "H/8", "W/8")),),
+    )
+
+
+def controlnet_whole(
+    *,
+    channels: int,
+    width: int,
+    residuals: Sequence[tuple[int, int]],
+    float_dtype: str,
+    vectors: Mapping[str, int] | None = None,
+) -> NetSpec:
+    """A ControlNet behind its hint, before hoisting; `residuals` has each output's channels and level."""
+    plain = unet_whole(channels=channels, width=width, float_dtype=float_dtype, vectors=vectors)
+    return NetSpec(
+        inputs=(*plain.inputs, *_control_inputs(residuals, float_dtype)),
+        outputs=_residuals(residuals, float_dtype),
+    )
+
+
+def controlnet(
+    *,
+    channels: int,
+    residuals: Sequence[tuple[int, int]],
+    float_dtype: str,
+    invariants: Sequence[TensorSpec],
+) -> NetSpec:
+    """A ControlNet's loop graph: its outputs are inputs of `unet_controlled`.
+
+    `invariants` are outputs of `controlnet_context` and of `controlnet_time`, B rows of each, which are to
+    this net what `unet_context` and `unet_time` are to `unet`.
+    """
+    latent = TensorSpec(name="latent", dtype=float_dtype, shape=("B", channels, "H/8", "W/8"))
+    return NetSpec(
+        inputs=(latent, *_control_inputs(residuals, float_dtype), *invariants),
+        outputs=_residuals(residuals, float_dtype),
+    )
+
+
+def _control_inputs(residuals: Sequence[tuple[int, int]], float_dtype: str) -> tuple[TensorSpec, ...]:
+    first, _ = residuals[0]
+    return (
+        TensorSpec(name=HINT_EMBEDDING, dtype=float_dtype, shape=("B", first, "H/8", "W/8")),
+        TensorSpec(name=SCALES, dtype="float32", shape=("B", len(residuals))),
+    )
+
+
+def _residuals(residuals: Sequence[tuple[int, int]], float_dtype: str) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(name=f"{RESIDUAL}{number}", dtype=float_dtype, shape=("B", channels, *level_shape(level)))
+        for number, (channels, level) in enumerate(residuals)
+    )
 
 
 def step(*, channels: int, float_dtype: str) -> NetSpec:
@@ -517,6 +584,20 @@ NETS: Mapping[str, NetRow] = {
         part="unet",
         in_loop=True,
         when_asked=True,
+    ),
+    "controlnet_hint": NetRow(
+        use="picture that steers -> its embedding, once per picture", part="controlnet"
+    ),
+    "controlnet_context": NetRow(
+        use="context -> a ControlNet's keys and values, once per prompt", part="controlnet"
+    ),
+    "controlnet_time": NetRow(
+        use="timesteps -> a ControlNet's time-embedding projections, once per schedule", part="controlnet"
+    ),
+    "controlnet": NetRow(
+        use="latent, hint and invariants -> residuals of `unet_controlled`, once per step",
+        part="controlnet",
+        in_loop=True,
     ),
     "step": NetRow(
         use="guidance and the sampler's row update, once per step where the loop stays on a device",

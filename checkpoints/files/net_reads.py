@@ -20,6 +20,8 @@ TEXT_PREFIX = "text_model."
 _OLD_ATTENTION = {"query.": "to_q.", "key.": "to_k.", "value.": "to_v.", "proj_attn.": "to_out.0."}
 # The prefixes of an autoencoder's halves.
 HALVES = {"encoder": ("encoder.", "quant_conv."), "decoder": ("decoder.", "post_quant_conv.")}
+# The prefix of what a ControlNet makes of its picture, a net of its own.
+HINT = "controlnet_cond_embedding."
 # Tensors that old checkpoints hold and no net reads: buffers, and the projections of the full CLIP.
 UNREAD = ("position_ids", "text_projection.weight", "logit_scale")
 
@@ -30,7 +32,7 @@ def net_tensors(source: Checkpoint, component: str) -> dict[str, TensorHeader]:
     Of names that nobody knows there is no telling: they are kept, as they are.
     """
     part = source.parts[spec.NETS[component].part]
-    spelling, ignored = _reading(source, component, part)
+    spelling, reads = _reading(source, component, part)
     found: dict[str, TensorHeader] = {}
     for stored in sorted(part.tensors, key=lambda name: spelling(name) != name):
         name = spelling(stored)
@@ -39,19 +41,23 @@ def net_tensors(source: Checkpoint, component: str) -> dict[str, TensorHeader]:
     return {
         name: header
         for name, header in found.items()
-        if not name.startswith(ignored) and (is_projected(component, name) or not name.endswith(UNREAD))
+        if reads(name) and (is_projected(component, name) or not name.endswith(UNREAD))
     }
 
 
 def _reading(
     source: Checkpoint, component: str, part: Component
-) -> tuple[Callable[[str], str], tuple[str, ...]]:
-    """How a component's names are spelled in packages, and the prefixes of those that it does not read."""
+) -> tuple[Callable[[str], str], Callable[[str], bool]]:
+    """How a component's names are spelled in packages, and which of these it reads."""
     if component in spec.TEXT_ENCODERS:
-        return package_text_name, tuple(map(package_text_name, unread_layers(source, part)))
+        unread = tuple(map(package_text_name, unread_layers(source, part)))
+        return package_text_name, lambda name: not name.startswith(unread)
     if part.name in ("vae", "tiny_vae"):
-        return modern_attention, HALVES["decoder" if component == "vae_encoder" else "encoder"]
-    return str, ()
+        other = HALVES["decoder" if component == "vae_encoder" else "encoder"]
+        return modern_attention, lambda name: not name.startswith(other)
+    if part.name == "controlnet":
+        return str, lambda name: name.startswith(HINT) == (component == "controlnet_hint")
+    return str, lambda name: True
 
 
 def is_projected(component: str, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Split the UNet's graph by what each node depends on: the latent, the context, or the time.
+"""Split a UNet's or a ControlNet's graph by what each node depends on: the latent, the context, or the time.
 
 The loop keeps what depends on the latent. The rest runs once: what depends on the context once per prompt,
 what depends on the time once for all timesteps of a schedule. The vectors that condition some families
@@ -9,7 +9,7 @@ graphs into the loop are the invariants.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain, count
 from typing import cast
 
@@ -22,6 +22,8 @@ from .weights import is_weight
 
 LATENT, TIMESTEP, CONTEXT = "sample", "timestep", "encoder_hidden_states"
 TIME = frozenset([TIMESTEP, *spec.VECTORS])
+# What the loop graph has in every step: the latent, and a ControlNet's inputs of its own.
+LOOP = frozenset([LATENT, spec.HINT_EMBEDDING, spec.SCALES])
 Dependencies = Mapping[ir.Value | None, frozenset[str]]
 _LATENT_CHANNELS = 4  # the input's further channels are image latents
 
@@ -35,32 +37,92 @@ def hoist(whole: ir.Model) -> dict[str, tuple[ir.Model, spec.NetSpec]]:
     Raises:
         CheckpointError: a value depends on the context and on the time but not on the latent.
     """
-    crossing = _crossing(whole.graph)
-    names = _names(crossing)
-    context = {old: new for old, new in names.items() if new.startswith(spec.CONTEXT_INVARIANT)}
-    time = {old: new for old, new in names.items() if new.startswith(spec.TIME_INVARIANT)}
-    values = {value.name: value for value in crossing}
-    context_specs = [_invariant(values[old], new, "B") for old, new in context.items()]
-    time_specs = [_invariant(values[old], new, "S") for old, new in time.items()]
-    sample, _, encoder, *rest = whole.graph.inputs
-    float_dtype = _dtype(sample)
-    vectors = {value.name or "": _size(value, 1) for value in rest}
-    called = [replace(tensor, shape=("B", *tensor.shape[1:])) for tensor in time_specs]
+    parts = _Parts.of(whole)
+    sample = whole.graph.inputs[0]
     unet = spec.unet(
         channels=_LATENT_CHANNELS,
-        float_dtype=float_dtype,
-        invariants=[*context_specs, *called],
+        float_dtype=_dtype(sample),
+        invariants=parts.invariants,
         image_channels=_size(sample, 1) - _LATENT_CHANNELS,
     )
-    unet_context = spec.unet_context(
-        width=_size(encoder, 2), float_dtype=float_dtype, invariants=context_specs
-    )
-    unet_time = spec.unet_time(invariants=time_specs, vectors=vectors)
+    loop = _loop(whole, parts)
+    if _size(loop.graph.inputs[0], 1) > _LATENT_CHANNELS:
+        _join_latents(loop.graph)
+    loop.graph.inputs[0].name = "latent"
+    loop.graph.outputs[0].name = "prediction"
+    return {"unet": (_pruned(loop, "unet"), unet), **_once(whole, parts, "unet")}
+
+
+def hoist_control(whole: ir.Model, contract: spec.NetSpec) -> dict[str, tuple[ir.Model, spec.NetSpec]]:
+    """The same for a ControlNet's graph of `spec.controlnet_whole`.
+
+    Returns:
+        "controlnet" (the loop), "controlnet_time" and, unless it has no cross-attention, "controlnet_context"
+        -> graph and contract.
+
+    Raises:
+        CheckpointError: as `hoist`.
+    """
+    parts = _Parts.of(whole)
+    latent, *own = (item for item in contract.inputs if item.name in LOOP)
+    inputs = (replace(latent, name="latent"), *own, *parts.invariants)
+    loop = _loop(whole, parts)
+    loop.graph.inputs[0].name = "latent"
     return {
-        "unet": (_loop(whole, names, [*context_specs, *called]), unet),
-        "unet_context": (_part(whole, context, {CONTEXT: "context"}), unet_context),
-        "unet_time": (_part(whole, time, {name: name for name in (TIMESTEP, *vectors)}), unet_time),
+        "controlnet": (_pruned(loop, "controlnet"), replace(contract, inputs=inputs)),
+        **_once(whole, parts, "controlnet"),
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """The values of a whole graph that cross into its loop.
+
+    Attributes:
+        context, time: a value's name in the whole graph -> the invariant's, by what it depends on.
+        of_context, of_time: their contracts as `unet_context` and `unet_time` give them out.
+    """
+
+    context: Mapping[str, str]
+    time: Mapping[str, str]
+    of_context: tuple[spec.TensorSpec, ...]
+    of_time: tuple[spec.TensorSpec, ...]
+
+    @classmethod
+    def of(cls, whole: ir.Model) -> _Parts:
+        """Raises CheckpointError as `hoist`."""
+        crossing = _crossing(whole.graph)
+        names = _names(crossing)
+        context = {old: new for old, new in names.items() if new.startswith(spec.CONTEXT_INVARIANT)}
+        time = {old: new for old, new in names.items() if new.startswith(spec.TIME_INVARIANT)}
+        values = {value.name: value for value in crossing}
+        return cls(
+            context=context,
+            time=time,
+            of_context=tuple(_invariant(values[old], new, "B") for old, new in context.items()),
+            of_time=tuple(_invariant(values[old], new, "S") for old, new in time.items()),
+        )
+
+    @property
+    def invariants(self) -> tuple[spec.TensorSpec, ...]:
+        """Their contracts as the loop takes them."""
+        return *self.of_context, *(replace(item, shape=("B", *item.shape[1:])) for item in self.of_time)
+
+
+def _once(whole: ir.Model, parts: _Parts, name: str) -> dict[str, tuple[ir.Model, spec.NetSpec]]:
+    """The graphs beside the loop, called NAME_context and NAME_time; without one that would be empty."""
+    inputs = {value.name or "": value for value in whole.graph.inputs}
+    vectors = {vector: _size(inputs[vector], 1) for vector in spec.VECTORS if vector in inputs}
+    of_context = spec.unet_context(
+        width=_size(inputs[CONTEXT], 2), float_dtype=_dtype(inputs[LATENT]), invariants=parts.of_context
+    )
+    of_time = spec.unet_time(invariants=parts.of_time, vectors=vectors)
+    found = {
+        f"{name}_time": (_part(whole, parts.time, {name: name for name in (TIMESTEP, *vectors)}), of_time)
+    }
+    if parts.context:  # a small ControlNet has no cross-attention
+        found[f"{name}_context"] = _part(whole, parts.context, {CONTEXT: "context"}), of_context
+    return found
 
 
 def _size(value: ir.Value, axis: int) -> int:
@@ -95,7 +157,7 @@ def _crossing(graph: ir.Graph) -> dict[ir.Value, str]:
             continue
         for value in node.inputs:
             inputs = depends.get(value, frozenset[str]())
-            if value is None or not inputs or LATENT in inputs or _is_view(value.producer(), depends):
+            if value is None or not inputs or inputs & LOOP or _is_view(value.producer(), depends):
                 continue
             if CONTEXT in inputs and inputs & TIME:
                 raise CheckpointError(
@@ -121,7 +183,7 @@ def _is_view(node: ir.Node | None, depends: Dependencies) -> bool:
 
 
 def _in_loop(node: ir.Node, depends: Dependencies) -> bool:
-    return LATENT in depends[node.outputs[0]] or _is_view(node, depends)
+    return bool(depends[node.outputs[0]] & LOOP) or _is_view(node, depends)
 
 
 def _names(crossing: Mapping[ir.Value, str]) -> dict[str, str]:
@@ -171,23 +233,19 @@ def _part(whole: ir.Model, names: Mapping[str, str], sources: Mapping[str, str])
     return _pruned(model, TIMESTEP if TIMESTEP in sources else "context")
 
 
-def _loop(whole: ir.Model, names: Mapping[str, str], invariants: list[spec.TensorSpec]) -> ir.Model:
-    """The graph of one step, which takes the invariants as inputs."""
+def _loop(whole: ir.Model, parts: _Parts) -> ir.Model:
+    """The graph of one step, which takes the invariants as inputs. What it does not need is still there."""
     model = whole.clone()
     graph = model.graph
     values = {value.name: value for node in graph for value in node.outputs}
-    olds = {new: old for old, new in names.items()}
-    for item in invariants:
+    olds = {new: old for old, new in (*parts.context.items(), *parts.time.items())}
+    for item in parts.invariants:
         old = values[olds[item.name]]
         value = ir.val(item.name, shape=item.shape, type=old.type)
         graph.inputs.append(value)
         ir.convenience.replace_all_uses_with(old, value)
     _keep_inputs(graph, lambda name: name not in TIME and name != CONTEXT)
-    if _size(graph.inputs[0], 1) > _LATENT_CHANNELS:
-        _join_latents(graph)
-    graph.inputs[0].name = "latent"
-    graph.outputs[0].name = "prediction"
-    return _pruned(model, "unet")
+    return model
 
 
 def _join_latents(graph: ir.Graph) -> None:

@@ -13,6 +13,7 @@ from ...checkpoints.files.component import Component
 from ...checkpoints.files.open import Checkpoint
 from ...engines import spec
 from .clip import image_encoder, image_noiser, text_encoder
+from .controlnet import controlnet, controlnet_hint
 from .torch_net import Net, load, make_net, spelled
 from .vae import vae_decoder, vae_encoder
 
@@ -102,5 +103,7 @@ NETS: Mapping[str, ExportedNet] = {
         ("unet", unet),
         ("vae_decoder", vae_decoder),
         ("preview_decoder", vae_decoder),
+        ("controlnet_hint", controlnet_hint),
+        ("controlnet", controlnet),
     )
 }
