@@ -31,8 +31,6 @@ from .stages import OnProgress, stages
 from .templates.archive import SHIPPED, Dtype
 from .templates.find import check_templates, net_template
 
-_ARITHMETIC = {"fp16": "float16", "fp32": "float32"}
-
 # Compares the nets of a component that were written with something else: its name, the package's folder, and
 # the manifest's entries of its nets.
 Verify = Callable[[str, Path, Mapping[str, NetFile]], None]
@@ -106,7 +104,7 @@ class TemplateGraphs:
     def check(self, component: str) -> None:
         """Raise CheckpointError for weights that are not finite or beyond the type."""
         part = self._source.parts[spec.NETS[component].part]
-        check_values(part.folder, net_tensors(self._source, component), _ARITHMETIC[self._dtype])
+        check_values(part.folder, net_tensors(self._source, component), spec.FLOAT_TYPES[self._dtype])
 
     def graph(self, component: str) -> tuple[ir.Model, spec.NetSpec]:
         """The template, and its contract."""

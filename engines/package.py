@@ -56,6 +56,7 @@ _SINCE_2 = (
     "image_processor",
     "latent_rgb",
     "fused",
+    "control",
     "identity",
 )
 _EXPORT_AGAIN = "Export the checkpoint again: latentrt export CHECKPOINT -o PACKAGE"
@@ -209,6 +210,7 @@ class Manifest:
         image_processor: the `preprocessor_config.json` of the image encoder.
         latent_rgb: (C + 1, 3): the linear map from a latent to shades 0 ... 1, its offset last; for previews.
         fused: the adapters that are part of the weights, in the order in which they were applied.
+        control: of a package of controls: "kind", and how its picture and outputs are treated.
         identity: of a checkpoint that was opened as it is, what it draws with (sha256, hex), whatever its
             files are called; "" for a package that was exported.
     """
@@ -232,6 +234,7 @@ class Manifest:
     image_processor: Mapping[str, Any] | None = None
     latent_rgb: tuple[tuple[float, ...], ...] = ()
     fused: tuple[FusedAdapter, ...] = ()
+    control: Mapping[str, Any] = field(default_factory=dict[str, Any])
     producer: str = ""
     identity: str = ""
     files: Mapping[str, FileRecord] = field(default_factory=dict[str, FileRecord])
@@ -306,7 +309,7 @@ class Manifest:
         """As `manifest.json` stores it."""
         plain = {item.name: getattr(self, item.name) for item in fields(self)}
         # Left out where they say nothing: the sha256 of such packages stays what pictures' records have.
-        for name in ("identity", "fused"):
+        for name in ("identity", "fused", "control"):
             if not plain[name]:
                 del plain[name]
         return {

@@ -41,6 +41,10 @@ DTYPES: Mapping[str, type[np.generic]] = {
 }
 
 
+# What a package calls its arithmetic -> the type of its nets' latents.
+FLOAT_TYPES: Mapping[str, str] = {"fp16": "float16", "fp32": "float32"}
+
+
 def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
     """What a tensor takes, its elements one after the other."""
     return np.dtype(DTYPES[dtype]).itemsize * prod(shape)

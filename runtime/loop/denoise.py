@@ -14,9 +14,10 @@ from ...engines.errors import BackendError, NumericError, numeric_fix
 from ...engines.net_weights import engine_bytes, net_tensors
 from ...engines.package import Package
 from ...engines.processors import usable_processors
-from ...engines.spec import DTYPES, TEXT_ENCODERS, Array, has_time_of_each_row
+from ...engines.spec import DTYPES, FLOAT_TYPES, TEXT_ENCODERS, Array, has_time_of_each_row
 from ..pictures.tiling import decode_tiled
 from ..sampling.table import Table
+from .controls import HostControls
 from .job import NEVER, REQUIRED, Clock, DenoiseJob, Drawn, Kept, PackageLoop, State, Stop
 
 # NumPy would only warn; the loop checks the result and says in which step it happened.
@@ -85,7 +86,7 @@ class HostLoop:
         self._weights_of: dict[str, frozenset[str]] = {} if base is None else base._weights_of
         self._lock = Lock()
         self._closed = False
-        self._dtype = DTYPES[package.manifest.net("unet").spec.inputs[0].dtype]
+        self._dtype = DTYPES[FLOAT_TYPES[package.manifest.dtype]]
 
     def adapted(self, package: Package) -> HostLoop:
         """See `job.Loop`."""
@@ -173,6 +174,10 @@ class HostLoop:
             schedule = self.call("unet_time", **job.schedule_inputs())
         dtype = self._package.manifest.dtype
         unet, source, each = self.net("unet"), job.noise.fork(), job.rows_per_step
+        controls = None
+        if job.controls:
+            with clock.stage("invariants"):
+                controls = HostControls(job, self._package.manifest.net("unet_controlled").spec)
         if each == 1 and has_time_of_each_row(unet.spec):  # all rows of this job are at one timestep
             each = len(job.text_of_row)
             schedule = {name: np.repeat(rows, each, axis=0) for name, rows in schedule.items()}
@@ -181,8 +186,13 @@ class HostLoop:
             (stop or NEVER).check(f"before step {row + 1} of {len(job.table)}")
             batch = narrow(guided_batch(latent, job.guided), self._dtype)  # (B, C, H/8, W/8)
             times = {name: rows[row * each : (row + 1) * each] for name, rows in schedule.items()}
+            added: dict[str, Array] = {}
+            if controls is not None:
+                with clock.stage("controls"):
+                    added = controls.inputs(batch, row)
             with clock.stage("unet"):
-                prediction = unet(latent=batch, **constant, **times)["prediction"]
+                net = self.net("unet_controlled") if added else unet
+                prediction = net(latent=batch, **constant, **times, **added)["prediction"]
             return guide(prediction, job.guidance_scale, job.guidance_rescale, job.guided)
 
         states = denoise(job.table, lambda: source.draw(job.shape), predict, job.first, job.kept, dtype)

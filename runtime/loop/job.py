@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Event
@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from ...engines.errors import CancelledError, UsageError
-from ...engines.package import Package
+from ...engines.package import Manifest, Package
 from ...engines.spec import Array
 from ..sampling.noise import NoiseSource
 from ..sampling.table import Table
@@ -43,6 +43,25 @@ class Kept:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ControlJob:
+    """What a ControlNet adds to a job of S rows of the table and B UNet rows.
+
+    Attributes:
+        manifest: of its package.
+        call: runs one of its nets, as `Loop.call`.
+        hint: (K, 3, H, W) float32, RGB from 0 to 1, every different picture once.
+        hint_of_row: (B,) the index of each UNet row's.
+        scales: (S, B, R) float32, what each of its R outputs is multiplied with; zeros where it is off.
+    """
+
+    manifest: Manifest
+    call: Callable[..., dict[str, Array]]
+    hint: Array
+    hint_of_row: tuple[int, ...]
+    scales: Array
+
+
+@dataclass(frozen=True, kw_only=True)
 class DenoiseJob:
     """N pictures to denoise, with S rows of the table and B UNet rows a step (2N with guidance, else N).
 
@@ -58,6 +77,7 @@ class DenoiseJob:
         image_latents: (B, C', H/8, W/8) float32, channels that an inpainting UNet sees behind the latent.
         kept: what is put back outside the mask after every row.
         tile: side in pixels of the tiles in which the decoder runs; None decodes all at once.
+        controls: the ControlNets that steer it.
     """
 
     context: Array
@@ -72,6 +92,7 @@ class DenoiseJob:
     image_latents: Array | None = None
     kept: Kept | None = None
     tile: int | None = None
+    controls: tuple[ControlJob, ...] = ()
 
     @property
     def pictures(self) -> int:

@@ -1,0 +1,99 @@
+"""One control of a request, and what its ControlNet's outputs are multiplied with, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from ...engines.errors import UsageError
+from ...engines.spec import Array
+from ..request.parameters import check_number
+
+Mode = Literal["balanced", "prompt", "control", "guess"]
+_MOST = 100.0  # of a strength, either way
+# AUTOMATIC1111's extension has 13 numbers, the first skip connection's first; SDXL's nets use the first ten.
+_SOFT = tuple(0.825 ** (12 - number) for number in range(13))
+# Modes in which unconditional rows are drawn without.
+_CONDITIONAL_ALONE = ("control", "guess")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """A picture that steers a request through a ControlNet.
+
+    Attributes:
+        model: the name of one that was loaded, or of a file in the pipeline's folder of controls.
+        image: the picture, or one for each prompt: a path, a Pillow image, or an array.
+        strength: 1 as the net was trained; 0 is the same picture as without it.
+        start, end: the part of the steps that it is in: step i of N if start <= i/N and (i+1)/N <= end.
+        mode: "balanced" as diffusers; "prompt" and "control" as AUTOMATIC1111's "My prompt is more important"
+            and "ControlNet is more important": less of its outputs, the first ones least, the latter for the
+            rows with the prompt alone; "guess" as diffusers' `guess_mode`.
+        preparation: what makes a hint of the picture (`preparations.PREPARATIONS`); None if it is one.
+        settings: the preparation's.
+        mask_image: white where "inpaint" and "repaint" draw anew.
+        resize_mode: "stretch", "crop" or "pad".
+
+    Raises:
+        UsageError: a number out of range, an end before the start, an unknown mode.
+    """
+
+    model: str | Path
+    image: Any
+    strength: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    mode: Mode = "balanced"
+    preparation: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    mask_image: Any = None
+    resize_mode: str = "stretch"
+
+    def __post_init__(self) -> None:
+        """Check all but the pictures."""
+        if not isinstance(self.model, str | Path) or not str(self.model):
+            raise UsageError(
+                f"the model of a control is {self.model!r:.80}",
+                expected="the name of a ControlNet that was loaded",
+                fix="Load it first: pipe.load_control(FILE) returns its name.",
+            )
+        check_number("control_strength", self.strength, -_MOST, _MOST)
+        check_number("control_start", self.start, 0.0, 1.0)
+        check_number("control_end", self.end, 0.0, 1.0)
+        if self.start >= self.end:
+            raise UsageError(
+                f"control_start {self.start:g} is not before control_end {self.end:g}",
+                expected="a part of the steps",
+                fix="Exchange the two.",
+            )
+        if self.mode not in get_args(Mode):
+            raise UsageError(
+                f"control_mode is {self.mode!r:.80}",
+                expected=f"one of {', '.join(get_args(Mode))}",
+                fix="Change control_mode.",
+            )
+
+    def scales(self, *, steps: int, rows: int, outputs: int, guided: bool, pooled: bool) -> Array:
+        """What each output is multiplied with: (S, B, R) float32, zeros where it is off.
+
+        Args:
+            steps: S, the calls of the UNet.
+            rows: B, unconditional ones first.
+            outputs: R, the skip connections' and the middle block's.
+            guided: whether there are unconditional rows.
+            pooled: whether the outputs are averaged over the picture: then "guess" does not grade them.
+        """
+        factors = np.full(outputs, self.strength)
+        if self.mode == "guess" and not pooled:  # diffusers' ControlNetModel.forward
+            factors *= np.logspace(-1, 0, outputs)
+        elif self.mode in ("prompt", "control"):
+            factors *= _SOFT[:outputs]
+        scales = np.zeros((steps, rows, outputs), np.float32)
+        on = [i for i in range(steps) if not (i / steps < self.start or (i + 1) / steps > self.end)]
+        first = rows // 2 if guided and self.mode in _CONDITIONAL_ALONE else 0
+        scales[on, first:] = factors
+        return scales
