@@ -15,12 +15,14 @@ Ints = npt.NDArray[np.int32]
 Places = npt.NDArray[np.intp]
 Edges = npt.NDArray[np.bool_]
 
+LOW, HIGH = 100.0, 200.0  # what the nets' authors used
+
 # tan(22.5°) in fixed point; tan(67.5°) is 2 more. Floating point would put some pixels in the next sector.
 _SHIFT = 15
 _TAN_22_5 = round((2**0.5 - 1) * 2**_SHIFT)
 
 
-def canny(pixels: Pixels, low: float = 100, high: float = 200, *, l2_gradient: bool = False) -> Edges:
+def canny(pixels: Pixels, low: float = LOW, high: float = HIGH, *, l2_gradient: bool = False) -> Edges:
     """Find edges.
 
     Args:

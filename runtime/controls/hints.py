@@ -25,7 +25,7 @@ from .preparations import Preparation, Value, find_preparation
 # how a picture takes another shape -> the mode of `resize`
 RESIZE_MODES = {
     "stretch": "default",  # to the size, whatever its aspect ratio: diffusers
-    "crop": "crop",  # enlarge it until nothing is empty, and cut off what is too much on two sides
+    "crop": "crop",  # fill the size, and cut off equally what lies beyond it on two sides
     "pad": "default",  # show all of it, in the middle
 }
 

@@ -20,7 +20,7 @@ from ...engines.errors import UsageError
 from ...engines.spec import Array
 from ..pictures.resize import resize
 from ..pictures.write import Pixels
-from .canny import canny
+from .canny import HIGH, LOW, canny
 
 Value = bool | int | float
 
@@ -181,8 +181,8 @@ _ROWS = (
         title="canny",
         apply=_canny,
         settings={
-            "low": Setting(100.0, 0, 2040),
-            "high": Setting(200.0, 0, 2040),
+            "low": Setting(LOW, 0, 2040),
+            "high": Setting(HIGH, 0, 2040),
             "l2_gradient": Setting(False),
         },
     ),
