@@ -113,6 +113,7 @@ def read_mask(
     width: int,
     *,
     image_size: tuple[int, int] | None = None,
+    resize_mode: str = "default",
     name: str = "mask_image",
 ) -> Mask:
     """Read a mask, and resize it.
@@ -121,6 +122,7 @@ def read_mask(
         source: as `read_image` takes it; mid-grey and lighter is repainted.
         height, width: of the result.
         image_size: (H, W) of the picture that it belongs to; (height, width) where None.
+        resize_mode: that of `resize` with which the picture is resized.
         name: what errors call it.
 
     Returns:
@@ -142,7 +144,7 @@ def read_mask(
             expected="the size of the picture, or its aspect ratio",
             fix="Paint the mask on the picture itself.",
         )
-    return _binarise(resize(pixels, height, width), name)
+    return _binarise(resize(pixels, height, width, resize_mode), name)
 
 
 def latent_mask(mask: Mask, scale: int = 8) -> Array:

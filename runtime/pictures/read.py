@@ -62,12 +62,21 @@ def read_image(source: ImageSource, *, name: str = "image", background: int = 25
     Raises:
         UsageError: no picture, a damaged or truncated one, another format, too large, or values out of range.
     """
+    return read_map(source, name=name, background=background)[0]
+
+
+def read_map(source: ImageSource, *, name: str, background: int) -> tuple[Pixels, bool]:
+    """Read a picture as `read_image` does, and say whether its colours may not be mixed.
+
+    They may not where they come from a palette, or are the two of 1 bit. Pillow, and so diffusers, resizes
+    such pictures by taking the nearest pixel.
+    """
     with _quiet(), ExitStack() as files:
         try:
             image = _open(source, name, files)
             _check_size(image, name)
             image.load()
-            return _flatten(_upright(image), name, background)
+            return _flatten(_upright(image), name, background), image.mode in ("1", "P")
         except UsageError:
             raise
         # Pillow has no exceptions of its own: on damaged files its readers raise whatever their code meets

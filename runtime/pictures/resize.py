@@ -15,7 +15,13 @@ from ...engines.errors import PackageError, UsageError
 from .write import MAX_PIXELS, Pixels, to_pil
 
 
-def resize(pixels: Pixels, height: int, width: int, mode: str = "default") -> Pixels:
+def resize(
+    pixels: Pixels,
+    height: int,
+    width: int,
+    mode: str = "default",
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+) -> Pixels:
     """Resize with a Lanczos filter, as diffusers' `VaeImageProcessor.resize`.
 
     Args:
@@ -23,6 +29,7 @@ def resize(pixels: Pixels, height: int, width: int, mode: str = "default") -> Pi
         height, width: of the result.
         mode: "default" stretches; "fill" keeps the aspect ratio, shows all of the picture, and repeats its
             outermost rows or columns in the rest; "crop" keeps it and cuts off what does not fit.
+        resample: another filter.
 
     Returns:
         (height, width, 3) uint8.
@@ -33,11 +40,11 @@ def resize(pixels: Pixels, height: int, width: int, mode: str = "default") -> Pi
     """
     image = to_pil(pixels)
     if mode == "default":
-        return np.array(image.resize((width, height), Image.Resampling.LANCZOS))
+        return np.array(image.resize((width, height), resample))
     wider = image.width / image.height > width / height
     taller = image.width / image.height < width / height
     by_width = wider if mode == "fill" else taller
-    fitted = _fit_width(image, width) if by_width else _fit_height(image, height)
+    fitted = _fit_width(image, width, resample) if by_width else _fit_height(image, height, resample)
     left, top = width // 2 - fitted.width // 2, height // 2 - fitted.height // 2
     frame = Image.new("RGB", (width, height))
     frame.paste(fitted, (left, top))
@@ -73,16 +80,12 @@ def clip_pixels(pixels: Pixels, config: Mapping[str, Any]) -> Pixels:
     return np.array(fitted.crop((left, top, left + width, top + height)))
 
 
-def _fit_width(
-    image: Image.Image, width: int, resample: Image.Resampling = Image.Resampling.LANCZOS
-) -> Image.Image:
+def _fit_width(image: Image.Image, width: int, resample: Image.Resampling) -> Image.Image:
     """Resize to this width, keeping the aspect ratio; the height is rounded down."""
     return _resized(image, (width, image.height * width // image.width), resample)
 
 
-def _fit_height(
-    image: Image.Image, height: int, resample: Image.Resampling = Image.Resampling.LANCZOS
-) -> Image.Image:
+def _fit_height(image: Image.Image, height: int, resample: Image.Resampling) -> Image.Image:
     return _resized(image, (image.width * height // image.height, height), resample)
 
 

@@ -54,6 +54,13 @@ def test_masks_are_those_of_diffusers(size: tuple[int, int], soft: bool) -> None
         assert not found.all()
 
 
+@pytest.mark.parametrize("mode", ["default", "fill", "crop"])
+def test_masks_are_resized_like_their_picture(mode: str) -> None:
+    mask = brushed(97, 65, soft=True)
+    found = read_mask(mask, 96, 96, image_size=(194, 130), resize_mode=mode)
+    np.testing.assert_array_equal(found, as_bools(MASKS.preprocess(mask, 96, 96, resize_mode=mode)))
+
+
 def test_the_middle_grey_is_kept() -> None:
     shades = np.arange(256, dtype=np.uint8).reshape(16, 16)
     np.testing.assert_array_equal(read_mask(shades, 16, 16), shades / 255 >= 0.5)
