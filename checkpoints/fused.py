@@ -20,6 +20,7 @@ from ..engines.spec import NETS, Array
 from .files.component import TensorHeader, read_tensors
 from .files.net_reads import net_tensors
 from .files.open import Checkpoint
+from .files.source import Source
 from .precision.calibration import components
 from .stages import OnProgress, stages
 from .stored_types import convert, numpy_type, seen_as
@@ -55,7 +56,7 @@ class Fused:
         """The checkpoint, which says that these adapters are in it; its weights are as before."""
         return replace(source, fused=self.adapters, few_steps=self.few_steps)
 
-    def touched(self, source: Checkpoint) -> dict[str, dict[str, TensorHeader]]:
+    def touched(self, source: Source) -> dict[str, dict[str, TensorHeader]]:
         """The weights that change, by component, of those that its net reads."""
         found: dict[str, dict[str, TensorHeader]] = {}
         for component in components(source):

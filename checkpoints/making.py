@@ -21,6 +21,7 @@ from .contents import Content
 from .entries import write_note
 from .files.net_reads import net_tensors
 from .files.open import Checkpoint
+from .files.source import Source
 from .fused import fuse
 from .graphs.weights import attach, places
 from .opening import Opening
@@ -52,7 +53,9 @@ def make(
         storage_errors, cache.root, f"{opening.source.root} cannot be made ready", room=_room(opening)
     )
     with failed(), beside(entry) as folder, failed():  # the inner one still sees what was written
-        source = fuse(opening.source, opening.fused, folder.parent / "merged", dtype, progress)
+        source = opening.source
+        if isinstance(source, Checkpoint):
+            source = fuse(source, opening.fused, folder.parent / "merged", dtype, progress)
         write_package(
             source,
             folder,
@@ -85,7 +88,7 @@ class _WeightsElsewhere:
         source: with the adapters in its weights.
     """
 
-    def __init__(self, opening: Opening, source: Checkpoint) -> None:
+    def __init__(self, opening: Opening, source: Source) -> None:
         self._opening, self._source = opening, source
 
     @property

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from ..engines import spec
 from ..engines.package import Defaults, Manifest, NetFile
+from .controls.control_file import ControlFile
 from .files.open import Checkpoint
+from .files.source import Source
+
+if TYPE_CHECKING:
+    from .templates.archive import Dtype
 
 LatentRgb = tuple[tuple[float, ...], ...]
 # An autoencoder's scaling factor -> what its latents look like: red, green and blue, -1 ... 1, of each
@@ -32,19 +37,59 @@ _PUBLISHED_RGB: Mapping[float, LatentRgb] = {
 }
 
 
-def make_manifest(
-    source: Checkpoint,
-    dtype: Literal["fp16", "fp32"],
+def source_facts(source: Source) -> dict[str, Any]:
+    """What a manifest says of a source besides its nets and configs, for its identity.
+
+    Raises:
+        CheckpointError: a number that no request could have.
+    """
+    if isinstance(source, Checkpoint):
+        return {
+            "defaults": vars(request_defaults(source)),
+            "zero_empty_prompt": source.zero_empty_prompt,
+        }
+    assert isinstance(source, ControlFile)
+    return {"control": source.facts}
+
+
+def manifest_of(
+    source: Source,
+    dtype: Dtype,
     nets: Mapping[str, NetFile],
-    defaults: Defaults,
     *,
-    latent_rgb: LatentRgb,
+    latent_rgb: Callable[[], LatentRgb],
     producer: str,
 ) -> Manifest:
     """The manifest of a package with these nets, before its files are recorded.
 
     `latent_rgb` and `producer` are as in `Manifest`; `published_latent_rgb` has one for most checkpoints.
     """
+    if isinstance(source, Checkpoint):
+        return _of_checkpoint(source, dtype, nets, latent_rgb(), producer)
+    assert isinstance(source, ControlFile)
+    loop = nets["controlnet"].spec
+    return Manifest(
+        name=source.name,
+        family=source.family,
+        dtype=dtype,
+        latent_channels=_size(loop.inputs[0].shape[1]),
+        context_width=int(source.part.config["cross_attention_dim"]),
+        scheduler={},
+        nets={name: nets[name] for name in spec.NETS if name in nets},
+        # Each of its picture's widths but the first begins with a convolution of stride 2.
+        latent_scale=2 ** (len(source.part.config["conditioning_embedding_out_channels"]) - 1),
+        control=source.facts,
+        producer=producer,
+    )
+
+
+def _of_checkpoint(
+    source: Checkpoint,
+    dtype: Dtype,
+    nets: Mapping[str, NetFile],
+    latent_rgb: LatentRgb,
+    producer: str,
+) -> Manifest:
     contexts = [nets[name].spec.outputs[0].shape for name in spec.TEXT_ENCODERS if name in nets]
     scale = source.latent_scale
     image_noise = source.configs.get("image_noising_scheduler")
@@ -57,7 +102,7 @@ def make_manifest(
         context_width=sum(_size(shape[2]) for shape in contexts),
         scheduler=_jsonable(source.scheduler),
         nets={name: nets[name] for name in spec.NETS if name in nets},
-        defaults=defaults,
+        defaults=request_defaults(source),
         latent_scale=scale,
         size_multiple=max(8, scale),
         max_tokens=_size(contexts[0][1]),

@@ -11,10 +11,10 @@ import onnx_ir as ir
 
 from ..engines import spec
 from ..engines.package import NetFile
-from .files.open import Checkpoint
+from .files.source import Source
 from .graphs.controls import add_controls
 from .graphs.extra_embeddings import add_extra_embeddings
-from .graphs.hoist import hoist
+from .graphs.hoist import hoist, hoist_control
 from .graphs.step import write_step
 from .graphs.weights import forget_shapes
 from .precision.calibration import CALIBRATIONS, Calibration
@@ -26,17 +26,20 @@ _FILES = {
     "unet_context": "context",
     "unet_time": "time",
     "unet_controlled": "controlled",
+    "controlnet": "loop",
+    "controlnet_context": "context",
+    "controlnet_time": "time",
     "step_masked": "masked",
 }
 
 
-def set_islands(source: Checkpoint, component: str, model: ir.Model, calibration: Calibration) -> Found:
+def set_islands(source: Source, component: str, model: ir.Model, calibration: Calibration) -> Found:
     """Let the nodes of an fp16 graph that need it compute in float32 (`precision.islands`).
 
     Raises:
         NumericError: as `find_islands`.
     """
-    if component == "unet" and source.unet.config.get("upcast_attention"):
+    if source.parts[spec.NETS[component].part].config.get("upcast_attention"):
         upcast_attention(model)
     return find_islands(model, component, partial(CALIBRATIONS[component], calibration))
 
@@ -50,7 +53,7 @@ def write_graphs(
     dtype: str,
     weights: Sequence[str],
 ) -> dict[str, NetFile]:
-    """Write the graph of a component, or the five of the UNet, which is cut after its islands are set.
+    """Write the graph of a component, or those of a UNet or a ControlNet, cut after the islands are set.
 
     Args:
         component: a row of NETS that has weights; its folder in the package exists.
@@ -67,6 +70,8 @@ def write_graphs(
     if component == "unet":
         graphs = {"unet_whole": (model, contract), **hoist(model)}
         graphs["unet_controlled"] = add_controls(*graphs["unet"])
+    elif component == "controlnet":
+        graphs = hoist_control(model, contract)
     elif component in spec.TEXT_ENCODERS:
         graphs[component] = model, add_extra_embeddings(model, contract)
     files: dict[str, NetFile] = {}

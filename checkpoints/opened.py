@@ -15,16 +15,19 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from ..engines.errors import StorageError
 from ..engines.package import MANIFEST, Package
+from ..engines.spec import Array
 from ..engines.store.folder import StoreFolder
+from .controls.read import read_control
 from .entries import remember
 from .files.open import Checkpoint
+from .files.source import Source
 from .opening import Opening, Options, check_tokenizers
 from .precision.calibration import Tokenize
 from .stages import OnProgress, Progress
@@ -71,6 +74,45 @@ def open_checkpoint(
         prediction_type=options.prediction_type,
     )
     check_tokenizers(source, tokenize)
+    return open_source(source, options, tokenize=tokenize, store=store, hub=hub, progress=progress, note=note)
+
+
+def open_control(
+    path: str | Path,
+    options: Options,
+    *,
+    store: Path | None = None,
+    hub: str = "",
+    progress: OnProgress | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Package:
+    """Open a ControlNet as a package of its nets, as `open_checkpoint` opens a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing, damaged, no ControlNet, or of an architecture without a template.
+        NumericError, StorageError: as `open_checkpoint`.
+    """
+    source = read_control(Path(path), prefer_fp16=options.dtype == "fp16")
+    return open_source(
+        source, options, tokenize=_no_texts, store=store, hub=hub, progress=progress, note=note
+    )
+
+
+def _no_texts(folder: Path, texts: Sequence[str], length: int) -> Array:
+    raise AssertionError("no net of a control reads texts")
+
+
+def open_source(
+    source: Source,
+    options: Options,
+    *,
+    tokenize: Tokenize,
+    store: Path | None,
+    hub: str,
+    progress: OnProgress | None,
+    note: Callable[[str], None] | None,
+) -> Package:
+    """The package of what was read; arguments and errors are those of `open_checkpoint`."""
     cache = StoreFolder(store)
     opening = Opening(source, options, cache, hub)
     lines = [*source.notes, *opening.notes()]

@@ -28,9 +28,10 @@ from .entries import Note, SeenFile, manifest_sha256, now
 from .files.component import DOWNLOAD, TensorHeader
 from .files.net_reads import net_tensors
 from .files.open import Checkpoint
+from .files.source import Source
 from .files.tokenizers import WriteTokenizer
 from .fused import Fused
-from .manifest import request_defaults
+from .manifest import source_facts
 from .precision.calibration import Tokenize, components
 from .templates.archive import SHIPPED, Dtype, archive_sha256
 
@@ -70,9 +71,12 @@ class Opening:
         files: these names -> what is in the files.
     """
 
-    def __init__(self, source: Checkpoint, options: Options, cache: StoreFolder, hub: str) -> None:
-        self.options, self._hub, self.fused = options, hub, options.fuse(source)
-        self.source = self.fused.noted_in(source)
+    def __init__(self, source: Source, options: Options, cache: StoreFolder, hub: str) -> None:
+        self.options, self._hub, self.fused = options, hub, Fused()
+        self.source = source
+        if isinstance(source, Checkpoint):
+            self.fused = options.fuse(source)
+            self.source = self.fused.noted_in(source)
         self.tensors = {name: net_tensors(source, name) for name in components(source)}
         files = {header.file: name for name, header in self._headers()}
         contents = read_contents(files, cache)
@@ -114,8 +118,7 @@ class Opening:
                 "weights": {part: self._weights_sha256(part) for part in source.parts},
                 "parts": {name: dict(part.config) for name, part in source.parts.items()},
                 "configs": {name: dict(config) for name, config in source.configs.items()},
-                "defaults": vars(request_defaults(source)),
-                "zero_empty_prompt": source.zero_empty_prompt,
+                **source_facts(source),
                 "tokenizers": {name: _tokenizer_facts(write) for name, write in source.tokenizers.items()},
                 "fused": [[one.sha256, one.strength] for one in source.fused],
             }
@@ -221,7 +224,7 @@ class Opening:
         return {name: content.elsewhere for name, content in self.files.items()}
 
 
-def check_tokenizers(source: Checkpoint, tokenize: Tokenize) -> None:
+def check_tokenizers(source: Source, tokenize: Tokenize) -> None:
     """Raise CheckpointError for a folder's tokenizer that cannot be read, before anything else is done."""
     for write in source.tokenizers.values():
         folder = _settings(write).get("folder")

@@ -21,9 +21,10 @@ from .contents import Content
 from .files.component import TensorHeader, read_tensors
 from .files.net_reads import net_tensors
 from .files.open import Checkpoint
+from .files.source import Source
 from .files.values import check_values
 from .graphs.weights import WEIGHTS, attach, stored_type, write_weights
-from .manifest import LatentRgb, make_manifest, published_latent_rgb, request_defaults
+from .manifest import LatentRgb, manifest_of, published_latent_rgb, source_facts
 from .nets import set_islands, write_graphs, write_steps
 from .precision.calibration import Calibration, Tokenize, components
 from .precision.islands import Found
@@ -56,7 +57,7 @@ class Graphs(Protocol):
         """`Manifest.latent_rgb`."""
         ...
 
-    def of(self, source: Checkpoint) -> Graphs:
+    def of(self, source: Source) -> Graphs:
         """The graphs of the same checkpoint with other weights."""
         ...
 
@@ -91,7 +92,7 @@ class TemplateGraphs:
         PackageError: the archive is missing, damaged, or of another release.
     """
 
-    def __init__(self, source: Checkpoint, dtype: Dtype, archive: Path = SHIPPED) -> None:
+    def __init__(self, source: Source, dtype: Dtype, archive: Path = SHIPPED) -> None:
         self._source, self._archive = source, archive
         self._dtype: Dtype = dtype
         check_templates(source, components(source), archive)  # before gigabytes are read
@@ -113,9 +114,10 @@ class TemplateGraphs:
 
     def latent_rgb(self) -> LatentRgb:
         """What was published for autoencoders that scale as this one."""
+        assert isinstance(self._source, Checkpoint)
         return published_latent_rgb(self._source)
 
-    def of(self, source: Checkpoint) -> Graphs:
+    def of(self, source: Source) -> Graphs:
         """The same graphs, whose weights `check` reads of `source`."""
         other = copy(self)
         other._source = source
@@ -127,7 +129,7 @@ class CopiedWeights:
 
     elsewhere: Mapping[str, Content] = {}
 
-    def __init__(self, source: Checkpoint) -> None:
+    def __init__(self, source: Source) -> None:
         self._source = source
 
     def attach(self, component: str, model: ir.Model, folder: Path) -> list[str]:
@@ -166,7 +168,7 @@ def copy_weights(
 
 
 def write_package(
-    source: Checkpoint,
+    source: Source,
     folder: Path,
     *,
     graphs: Graphs,
@@ -196,7 +198,7 @@ def write_package(
         NumericError: a net's values are not finite, or beyond fp16 where that is asked for.
         OSError: the folder cannot be written.
     """
-    defaults = request_defaults(source)
+    source_facts(source)  # raises for what no manifest can have
     names, measures = components(source), dtype == "fp16"
     begin = stages(len(names) * (2 + measures + (verify is not None)) + 1, progress)
     for component in names:  # what does not fit is named before anything is made
@@ -222,10 +224,9 @@ def write_package(
             verify(component, folder, written)
         nets |= written
     begin("package")
-    nets |= write_steps(folder, nets["unet"].spec)
-    manifest = make_manifest(
-        source, dtype, nets, defaults, latent_rgb=graphs.latent_rgb(), producer=graphs.producer
-    )
+    if "unet" in nets:
+        nets |= write_steps(folder, nets["unet"].spec)
+    manifest = manifest_of(source, dtype, nets, latent_rgb=graphs.latent_rgb, producer=graphs.producer)
     used = {name for net in nets.values() for name in net.weights}
     records = {name: content.record for name, content in weights.elsewhere.items() if name in used}
     elsewhere = {name: content.elsewhere for name, content in weights.elsewhere.items()}

@@ -291,7 +291,8 @@ class Manifest:
     @property
     def vectors(self) -> Mapping[str, int]:
         """Name (`spec.VECTORS`) and width of what joins the UNet's time embedding; none for most models."""
-        inputs = self.nets["unet_time"].spec.inputs if "unet_time" in self.nets else ()
+        nets = (self.nets[name] for name in ("unet_time", "controlnet_time") if name in self.nets)
+        inputs = (item for net in nets for item in net.spec.inputs)
         return {item.name: cast(int, item.shape[1]) for item in inputs if item.name in VECTORS}
 
     @cached_property

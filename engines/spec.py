@@ -408,6 +408,16 @@ def with_controls(
     return replace(plain, inputs=(*plain.inputs, *added))
 
 
+def residuals(widths: Sequence[int], layers: int) -> tuple[tuple[int, int], ...]:
+    """The channels and the level of a ControlNet's outputs: skip connections, then the middle block."""
+    found = [(widths[0], 0)]
+    for level, width in enumerate(widths):
+        found += [(width, level)] * layers
+        if level < len(widths) - 1:
+            found.append((width, level + 1))
+    return *found, (widths[-1], len(widths) - 1)
+
+
 def controlnet_hint(*, width: int, float_dtype: str) -> NetSpec:
     """A ControlNet's picture, RGB in 0 ... 1 (-1 where one for inpainting is to paint), to its embedding."""
     return NetSpec(

@@ -20,8 +20,10 @@ from typing import Any, cast
 
 import onnx_ir as ir
 
+from ..checkpoints.controls.control_file import CONTROLNET, ControlFile
 from ..checkpoints.files.component import Component
 from ..checkpoints.files.open import Checkpoint
+from ..checkpoints.files.source import Source
 from ..checkpoints.graphs import weights
 from ..checkpoints.precision.calibration import components
 from ..checkpoints.templates.archive import DTYPES, SHIPPED, Dtype, Graph, Template, write_archive
@@ -101,12 +103,15 @@ def _template(job: _Job, dtypes: Sequence[Dtype]) -> Template:
     return Template(name=job.name, key=job.key, tensors=digest, graphs=graphs)
 
 
-def blank_checkpoint(architecture: Architecture) -> Checkpoint:
-    """A checkpoint without tensors: what the nets' makers take."""
+def blank_checkpoint(architecture: Architecture) -> Source:
+    """A checkpoint or a control without tensors: what the nets' makers take."""
     parts = {
         name: Component(name=name, folder=SHAPES_ALONE, config=config, tensors={})
         for name, config in architecture.parts.items()
     }
+    if CONTROLNET in parts:
+        part = parts[CONTROLNET]
+        return ControlFile(root=SHAPES_ALONE, kind=CONTROLNET, family="", what="a ControlNet", part=part)
     configs: dict[str, Mapping[str, Any]] = {"scheduler": {}}
     if architecture.feature_extractor is not None:
         configs["feature_extractor"] = architecture.feature_extractor
@@ -117,13 +122,20 @@ def class_defaults() -> dict[str, dict[str, Any]]:
     """What a part's class takes, and what stands where its config is silent, by the names of `keys`."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+    from diffusers.models.controlnets.controlnet import ControlNetModel
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import (
         StableUnCLIPImageNormalizer,
     )
     from transformers import CLIPTextConfig, CLIPVisionConfig, PretrainedConfig
 
-    kinds = (UNet2DConditionModel, AutoencoderKL, AutoencoderTiny, StableUnCLIPImageNormalizer)
+    kinds = (
+        UNet2DConditionModel,
+        AutoencoderKL,
+        AutoencoderTiny,
+        StableUnCLIPImageNormalizer,
+        ControlNetModel,
+    )
     defaults: dict[str, dict[str, Any]] = {}
     for kind in kinds:
         parameters = inspect.signature(cast(Any, kind).__init__).parameters

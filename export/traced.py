@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 
 from ..checkpoints.files.open import Checkpoint
+from ..checkpoints.files.source import Source
 from ..checkpoints.graphs import weights
 from ..checkpoints.manifest import LatentRgb
 from ..checkpoints.templates.archive import Dtype
@@ -58,8 +59,9 @@ class TracedGraphs:
         """Fitted to the checkpoint's own encoder."""
         return fit_latent_rgb(self._source)
 
-    def of(self, source: Checkpoint) -> TracedGraphs:
+    def of(self, source: Source) -> TracedGraphs:
         """The graphs of the same checkpoint with other weights."""
+        assert isinstance(source, Checkpoint)
         return TracedGraphs(source, self._dtype)
 
 
@@ -70,7 +72,7 @@ def without_weights(source: Checkpoint) -> Checkpoint:
 
 
 @torch_threads()
-def trace(blank: Checkpoint, component: str, dtype: Dtype) -> tuple[ir.Model, NetSpec]:
+def trace(blank: Source, component: str, dtype: Dtype) -> tuple[ir.Model, NetSpec]:
     """The graph of a net of `without_weights` after `passes.clean`, its weights unbound, and its contract."""
     net = NETS[component].build(blank, _TORCH_TYPES[dtype])
     model = to_onnx(net)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .engines.errors import UsageError as UsageError
     from .engines.package import Package as Package
     from .export.export import export_package as export_package
+    from .runtime.controls.control import Control as Control
     from .runtime.model import CheckpointOptions as CheckpointOptions
     from .runtime.pictures.infotext import parse_infotext as parse_infotext
     from .runtime.pictures.write import PictureMetadata as PictureMetadata
@@ -48,6 +49,7 @@ _HOMES = {
     "Pipeline": "runtime.pipeline",
     "Step": "runtime.pipeline",
     "CheckpointOptions": "runtime.model",
+    "Control": "runtime.controls.control",
     "Result": "runtime.result",
     "Parameters": "runtime.request.parameters",
     "refine": "runtime.refine",

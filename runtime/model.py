@@ -155,6 +155,40 @@ def open_model(
     return _opened(path, backend(), options, hub, advance, note)
 
 
+def open_control_model(
+    control: str | Path,
+    *,
+    backend: str,
+    dtype: str,
+    advance: Advance | None = None,
+    note: Note | None = None,
+) -> Package:
+    """Open a ControlNet: a file, a diffusers folder, or a model of a hub.
+
+    Args:
+        control: which.
+        backend: the name of the one that it is opened for.
+        dtype: of the model that it steers.
+        advance, note: as in `open_model`.
+
+    Raises:
+        ModelError: nothing there, or no ControlNet that can be opened.
+        StorageError: the disk is full.
+    """
+    from ..checkpoints.find import locate
+    from ..checkpoints.hub.ids import is_hub_id
+    from ..checkpoints.opened import Options, open_control
+
+    asked = str(control)
+    return open_control(
+        snapshot(locate(asked, progress=_downloading(advance))),
+        Options(dtype=cast(Any, dtype), reads=BACKENDS[backend].reads),
+        hub=asked if is_hub_id(asked) else "",
+        progress=_opening(advance),
+        note=note,
+    )
+
+
 def is_package(path: Path) -> bool:
     """Whether a folder is a package. Raises CheckpointError for what this user may not look at."""
     try:

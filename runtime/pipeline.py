@@ -24,11 +24,20 @@ from ..engines.package import Package
 from ..engines.spec import TEXT_ENCODERS, Array
 from .adapted import ADAPTED_BYTES, Adapted, AdaptedLoops
 from .conditioning import make_conditioning
+from .controls.loaded import LoadedControls, OpenedControl
 from .embeddings import EmbeddingLibrary, Source
 from .loop.device.cuda_graphs import Graphs
 from .loop.job import NEVER, Clock, DenoiseJob, Drawn, JobRecorder, Loop, PackageLoop, State, Stop
-from .loop.open import LoopOptions, open_loop
-from .model import ADAPTERS, EMBEDDINGS, Advance, CheckpointOptions, Note, open_model
+from .loop.open import LoopOptions, open_control_loop, open_loop
+from .model import (
+    ADAPTERS,
+    EMBEDDINGS,
+    Advance,
+    CheckpointOptions,
+    Note,
+    open_control_model,
+    open_model,
+)
 from .pictures.tiling import encode_tiled
 from .prompts.encode import CACHE_BYTES, TextConditioner, TextEncoder
 from .prompts.tokenizer import ClipTokenizer
@@ -44,6 +53,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _LOG = logging.getLogger(__name__)
+_ON_A_CPU = LoopOptions(backend="onnxruntime")
 Made = tuple["list[Image] | Array", "dict[str, Any]"]  # what a result has for images, and what made them
 StepCallback = Callable[["Pipeline", int, float, dict[str, Any]], "dict[str, Any] | None"]
 
@@ -105,6 +115,7 @@ class Pipeline:
         loop: runs its nets (`loop.job.Loop`); for measurements.
         adapters: LoRA and its relatives, which pictures may be drawn with.
         embeddings: those of textual inversion that prompts may call.
+        controls: ControlNets, which may steer pictures.
     """
 
     def __init__(
@@ -115,6 +126,7 @@ class Pipeline:
         adapters: LoadedAdapters,
         adapted: AdaptedLoops,
         embeddings: EmbeddingLibrary,
+        controls: LoadedControls,
     ) -> None:
         self.package = package
         self.backend = backend
@@ -122,6 +134,7 @@ class Pipeline:
         self.adapters = adapters
         self._adapted = adapted
         self.embeddings = embeddings
+        self.controls = controls
 
     @classmethod
     def open(
@@ -193,6 +206,9 @@ class Pipeline:
                 adapted_bytes=adapted_bytes,
                 loras=loras,
                 embeddings=embeddings,
+                open_control=partial(
+                    _open_control, package.manifest.dtype, options=options, progress=progress, note=note
+                ),
             )
             stack.pop_all()
             return pipe
@@ -208,6 +224,7 @@ class Pipeline:
         adapted_bytes: int = ADAPTED_BYTES,
         loras: str | Path | None = None,
         embeddings: str | Path | None = None,
+        open_control: Callable[[Path], OpenedControl] | None = None,
     ) -> Pipeline:
         """A pipeline over a loop that is open already, and is closed with it.
 
@@ -216,6 +233,7 @@ class Pipeline:
             loop: runs them.
             backend: what executes them, for people.
             cache_bytes, adapted_bytes, loras, embeddings: as in `open`.
+            open_control: opens a ControlNet; by default on ONNX Runtime's CPU.
 
         Raises:
             PackageError: a tokenizer is missing or damaged.
@@ -251,6 +269,7 @@ class Pipeline:
             LoadedAdapters(package, loras, load=library.load, unload=library.unload),
             AdaptedLoops(package, base, conditioner, adapted_bytes),
             library,
+            LoadedControls(package.manifest, open_control or partial(_open_control, package.manifest.dtype)),
         )
 
     # ── adapters ───────────────────────────────────────────────────────────────────────────────────
@@ -299,6 +318,29 @@ class Pipeline:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self.adapters.unload(names)
         self._adapted.forget()
+
+    def load_control(self, path: str | Path, name: str | None = None) -> str:
+        """Open a ControlNet, and call it `name`, by default as its file.
+
+        Nothing is drawn with it before a request has a `Control` of that name: `pipe(…, controls=[…])`.
+
+        Args:
+            path: a file, a diffusers folder, or a model of a hub (`org/name`).
+            name: what to call it.
+
+        Returns:
+            The name.
+
+        Raises:
+            ModelError: no ControlNet there, or one for another model.
+            BackendError: the pipeline's backend keeps its loop on a device.
+            UsageError: another ControlNet has that name.
+        """
+        return self.controls.load(path, name)
+
+    def unload_controls(self, names: str | Sequence[str] | None = None) -> None:
+        """Close ControlNets of these names, or all. Raises UsageError for an unknown name."""
+        self.controls.unload([names] if isinstance(names, str) else names)
 
     # ── drawing ────────────────────────────────────────────────────────────────────────────────────
 
@@ -503,6 +545,17 @@ class Pipeline:
         # noise, or a picture with as much noise as the schedule begins with -> y (N, C, H/8, W/8)
         encode = partial(self._encode, loop, clock, stop, request.tile)
         start = make_start(request, manifest, table, noise, encode)
+        controls = [
+            one.job(
+                steps=len(table),
+                text_of_row=conditioning.text_of_row,
+                guided=request.guided,
+                height=request.height,
+                width=request.width,
+                pictures=len(request.prompts),
+            )
+            for one in self.controls.steering(request.controls or ())
+        ]
 
         # for each row of the table: m = guide(unet(y, t, context)), then y = a*y + sum(b_j * h_j) + c*noise
         job = DenoiseJob(
@@ -518,6 +571,7 @@ class Pipeline:
             image_latents=start.image_latents,
             kept=start.kept,
             tile=request.tile,
+            controls=tuple(controls),
         )
         if watched:
             show = partial(preview, manifest=manifest, loop=loop, request=request)
@@ -562,6 +616,7 @@ class Pipeline:
     def close(self) -> None:
         """Free every net. May be called twice."""
         self._adapted.forget()
+        self.controls.close()
         self.loop.close()
         self.package.close()
 
@@ -621,6 +676,19 @@ class Pipeline:
         if fused := self.package.manifest.fused_records():
             made_by["fused"] = fused
         return made_by | ({"profile": profile} if profile else {})
+
+
+def _open_control(
+    dtype: str,
+    path: Path,
+    options: LoopOptions = _ON_A_CPU,
+    progress: Advance | None = None,
+    note: Note | None = None,
+) -> OpenedControl:
+    """Open a ControlNet as the model of that arithmetic is opened."""
+    backend = find_backend(options.backend, place=Place.parse(options.device))[0]
+    package = open_control_model(path, backend=backend, dtype=dtype, advance=progress, note=note)
+    return OpenedControl(package=package, loop=open_control_loop(package, options))
 
 
 def _stop(cancel: Event | None, timeout: float | None, *events: Event) -> Stop:

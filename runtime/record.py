@@ -75,7 +75,7 @@ def make_record(request: Request, index: int, producer: Mapping[str, Any]) -> di
     record |= {
         name: value
         for name, value in request.chosen.items()
-        if name not in (*record, *_OF_THE_CALL, "loras")  # which `producer` has, with the pipeline's own
+        if name not in (*record, *_OF_THE_CALL, "loras", "controls")  # which `producer` has
     }
     return record | dict(producer)
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 from ...engines import spec
 from ...engines.errors import CheckpointError
 from .component import Component, TensorHeader
-from .open import Checkpoint
+from .source import Source
 
 # transformers before 5, and packages
 TEXT_PREFIX = "text_model."
@@ -26,7 +26,7 @@ HINT = "controlnet_cond_embedding."
 UNREAD = ("position_ids", "text_projection.weight", "logit_scale")
 
 
-def net_tensors(source: Checkpoint, component: str) -> dict[str, TensorHeader]:
+def net_tensors(source: Source, component: str) -> dict[str, TensorHeader]:
     """The tensors of a component (a row of `export.nets.build.NETS`), without those that it does not read.
 
     Of names that nobody knows there is no telling: they are kept, as they are.
@@ -46,7 +46,7 @@ def net_tensors(source: Checkpoint, component: str) -> dict[str, TensorHeader]:
 
 
 def _reading(
-    source: Checkpoint, component: str, part: Component
+    source: Source, component: str, part: Component
 ) -> tuple[Callable[[str], str], Callable[[str], bool]]:
     """How a component's names are spelled in packages, and which of these it reads."""
     if component in spec.TEXT_ENCODERS:
@@ -72,7 +72,7 @@ def package_text_name(name: str) -> str:
     return TEXT_PREFIX + name
 
 
-def unread_layers(source: Checkpoint, part: Component) -> tuple[str, ...]:
+def unread_layers(source: Source, part: Component) -> tuple[str, ...]:
     """The prefixes, without TEXT_PREFIX, of what SDXL's first encoder does not run.
 
     Its context is taken before the last layer. The second encoder runs that for its pooled embedding.
@@ -91,13 +91,13 @@ def modern_attention(name: str) -> str:
     return name
 
 
-def net_facts(source: Checkpoint, component: str) -> dict[str, Any]:
+def net_facts(source: Source, component: str) -> dict[str, Any]:
     """What a component's graph depends on besides the config of its part, as JSON has it.
 
     Raises:
         CheckpointError: the feature extractor is of another kind.
     """
-    if component == "unet":
+    if component in ("unet", "controlnet"):
         return {"vectors": dict(source.vectors)}
     if component in spec.TEXT_ENCODERS:
         return {"skips_last_layer": source.skips_last_layer}

@@ -14,8 +14,17 @@ from pathlib import Path
 
 import numpy as np
 
-from ...engines.spec import NETS, TEXT_ENCODERS, Array, guidance_embedding
+from ...engines.spec import (
+    HINT_EMBEDDING,
+    NETS,
+    SCALES,
+    TEXT_ENCODERS,
+    Array,
+    guidance_embedding,
+    residuals,
+)
 from ..files.open import Checkpoint
+from ..files.source import Source
 from .ddim import Ddim
 
 # A net in float32: inputs by name -> outputs in the contract's order.
@@ -43,16 +52,26 @@ class Calibration:
     Each method calls one net, once or more; with unit normal values where the net before was not called.
     """
 
-    def __init__(self, source: Checkpoint, tokenize: Tokenize, seed: int = 0) -> None:
-        self._source = source
+    def __init__(self, source: Source, tokenize: Tokenize, seed: int = 0) -> None:
+        self._any = source
         self._tokenize = tokenize
         self._random = np.random.default_rng(seed)
         self._contexts: dict[str, Array] = {}  # by encoder, a row for each prompt
         self._vectors: dict[str, Array] = {}  # some of VECTORS, a row for each prompt
         self._embeds: Array | None = None
         self._latent: Array | None = None
-        # Height and width of the latent: what the UNet was trained at, but at most SIDE.
-        self._sides = tuple(min(side, SIDE) for side in source.sample_size)
+        self._hint: Array | None = None
+
+    @property
+    def _source(self) -> Checkpoint:
+        """Of the nets of a checkpoint."""
+        assert isinstance(self._any, Checkpoint)
+        return self._any
+
+    @property
+    def _sides(self) -> tuple[int, ...]:
+        """Height and width of the latent: what the UNet was trained at, but at most SIDE."""
+        return tuple(min(side, SIDE) for side in self._source.sample_size)
 
     def encode_prompts(self, call: NetCall, *, name: str) -> None:
         """Call the text encoder `name` with PROMPTS and a row of random ids: (4, T) int32."""
@@ -152,6 +171,38 @@ class Calibration:
         for latent in (drawn, noise[..., : drawn.shape[-2], : drawn.shape[-1]]):
             call({"latent": latent})
 
+    def embed_hint(self, call: NetCall) -> None:
+        """Call what a ControlNet makes of its picture: smooth pictures, edges, and noise."""
+        pictures = self._pictures(2, 8 * SIDE, 8 * SIDE)
+        hints = np.moveaxis(pictures.astype(np.float32) / 255, 3, 1)
+        edges = (np.abs(np.diff(hints, axis=3, prepend=0)) > 0.05).astype(np.float32)
+        self._hint = call({"hint": np.concatenate([hints, edges])})[0]
+
+    def steer(self, call: NetCall) -> None:
+        """Call a ControlNet with latents between noise and pictures, at the noise's timesteps."""
+        config = self._any.parts["controlnet"].config
+        width = int(config["block_out_channels"][0])
+        hint = self._normal(4, width, SIDE, SIDE) if self._hint is None else self._hint
+        outputs = len(residuals(config["block_out_channels"], config.get("layers_per_block", 2)))
+        smooth = 2 * self._normal(len(hint), 4, 1, 1) + self._normal(len(hint), 4, 1, SIDE)
+        for timestep in (999, 700, 350, 20):
+            signal = np.cos(timestep / 1000 * np.pi / 2)
+            noise = self._normal(len(hint), 4, SIDE, SIDE)
+            latent = signal * smooth + (1 - signal**2) ** 0.5 * noise
+            vectors = {name: self._normal(len(hint), size) for name, size in self._any.vectors.items()}
+            if "time_ids" in vectors:
+                vectors["time_ids"] = np.full_like(vectors["time_ids"], 1024)
+            call(
+                {
+                    "sample": latent.astype(np.float32),
+                    "timestep": np.full(len(hint), timestep, np.float32),
+                    "encoder_hidden_states": self._normal(len(hint), 77, int(config["cross_attention_dim"])),
+                    **vectors,
+                    HINT_EMBEDDING: hint,
+                    SCALES: np.ones((len(hint), outputs), np.float32),
+                }
+            )
+
     def _normal(self, *shape: int) -> Array:
         return self._random.standard_normal(shape, dtype=np.float32)
 
@@ -188,9 +239,11 @@ CALIBRATIONS: Mapping[str, Callable[[Calibration, NetCall], None]] = {
     "unet": Calibration.denoise,
     "vae_decoder": Calibration.decode,
     "preview_decoder": Calibration.decode,
+    "controlnet_hint": Calibration.embed_hint,
+    "controlnet": Calibration.steer,
 }
 
 
-def components(source: Checkpoint) -> tuple[str, ...]:
+def components(source: Source) -> tuple[str, ...]:
     """The nets with weights that the package of a checkpoint has, in the order of CALIBRATIONS."""
     return tuple(name for name in CALIBRATIONS if NETS[name].part in source.parts)

@@ -11,7 +11,7 @@ from ...engines import spec
 from ...engines.errors import CheckpointError, command
 from ...engines.installed import install_command
 from ..files.net_reads import net_tensors
-from ..files.open import Checkpoint
+from ..files.source import Source
 from .archive import SHIPPED, Dtype, read_graph, read_index
 from .keys import differences, net_key, tensors_digest
 
@@ -36,7 +36,7 @@ class NetTemplate:
     digest: str
 
 
-def net_template(source: Checkpoint, component: str, dtype: Dtype, *, archive: Path = SHIPPED) -> NetTemplate:
+def net_template(source: Source, component: str, dtype: Dtype, *, archive: Path = SHIPPED) -> NetTemplate:
     """The template of a component, such as "unet" or "preview_decoder", for a checkpoint.
 
     Raises:
@@ -47,13 +47,13 @@ def net_template(source: Checkpoint, component: str, dtype: Dtype, *, archive: P
     return _read(archive, row, row["graphs"][dtype])
 
 
-def check_templates(source: Checkpoint, components: Iterable[str], archive: Path = SHIPPED) -> None:
+def check_templates(source: Source, components: Iterable[str], archive: Path = SHIPPED) -> None:
     """Raise as `net_template` does where one of these has no template, without reading a graph."""
     for component in components:
         _row(source, component, archive)
 
 
-def _row(source: Checkpoint, component: str, archive: Path) -> dict[str, Any]:
+def _row(source: Source, component: str, archive: Path) -> dict[str, Any]:
     """The index's row of the template that fits a component."""
     rows = _fitting(source, component, read_index(archive))
     shapes = {name: header.shape for name, header in net_tensors(source, component).items()}
@@ -76,7 +76,7 @@ def _read(archive: Path, row: Mapping[str, Any], graph: Mapping[str, Any]) -> Ne
     )
 
 
-def _fitting(source: Checkpoint, component: str, index: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _fitting(source: Source, component: str, index: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The templates with the component's key. Raises CheckpointError for none."""
     key = net_key(source, component, index["defaults"])
     rows = [row for row in index["templates"] if row["key"]["net"] == key["net"]]
@@ -92,7 +92,7 @@ def _fitting(source: Checkpoint, component: str, index: Mapping[str, Any]) -> li
 
 
 def _refuse_tensors(
-    source: Checkpoint,
+    source: Source,
     component: str,
     shapes: Mapping[str, tuple[int, ...]],
     templates: Sequence[NetTemplate],
@@ -121,7 +121,7 @@ def _odd_tensors(
     return [(name, shape, other) for name, shape, other in pairs if shape != other]
 
 
-def _refuse(source: Checkpoint, component: str, reason: str) -> NoReturn:
+def _refuse(source: Source, component: str, reason: str) -> NoReturn:
     part = source.parts[spec.NETS[component].part]
     given = [
         word

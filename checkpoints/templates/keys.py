@@ -16,7 +16,8 @@ from typing import Any, cast
 from ...engines import spec
 from ..files.component import Component
 from ..files.net_reads import net_facts
-from ..files.open import TINY, Checkpoint, is_tiny
+from ..files.open import TINY, is_tiny
+from ..files.source import Source
 
 Key = Mapping[str, Any]
 # A class of parts -> its fields, and what stands for those that a config leaves out.
@@ -58,6 +59,12 @@ INERT: Mapping[str, Mapping[str, str]] = {
     "CLIPTextModelWithProjection": _CLIP_TEXT,
     "CLIPVisionModelWithProjection": _CLIP,
     "StableUnCLIPImageNormalizer": {},
+    "ControlNetModel": {
+        "upcast_attention": "is a pass over the graph (`precision.islands`)",
+        "controlnet_conditioning_channel_order": "is done to the picture before",
+        "global_pool_conditions": "is done to the outputs behind",
+        "addition_embed_type_num_heads": "is read by an addition_embed_type that no template has",
+    },
 }
 # Fields with several spellings of one thing, which the names and shapes of tensors tell. Where there is no
 # attention, any number stands.
@@ -67,6 +74,7 @@ _TOLD_BY_TENSORS: Mapping[str, tuple[str, ...]] = {
         "reverse_transformer_layers_per_block",
         "projection_class_embeddings_input_dim",
     ),
+    "ControlNetModel": ("transformer_layers_per_block", "projection_class_embeddings_input_dim"),
 }
 # Fields of which one value stands for one in each block.
 _PER_BLOCK = ("attention_head_dim", "num_attention_heads", "layers_per_block", "only_cross_attention")
@@ -74,7 +82,7 @@ _PER_BLOCK = ("attention_head_dim", "num_attention_heads", "layers_per_block", "
 _NULL: Mapping[str, object] = {"shift_factor": 0, "attention_type": "default"}
 
 
-def net_key(source: Checkpoint, component: str, defaults: Defaults) -> dict[str, Any]:
+def net_key(source: Source, component: str, defaults: Defaults) -> dict[str, Any]:
     """The key of a component (a row of `export.nets.build.NETS`) of a checkpoint.
 
     Raises:
@@ -108,6 +116,8 @@ def part_class(component: str, part: Component) -> str:
         return "StableUnCLIPImageNormalizer"
     if component == "unet":
         return "UNet2DConditionModel"
+    if part.name == "controlnet":
+        return "ControlNetModel"
     return TINY if is_tiny(part) else "AutoencoderKL"
 
 

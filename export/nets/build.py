@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...checkpoints.files.component import Component
-from ...checkpoints.files.open import Checkpoint
+from ...checkpoints.files.source import Source
 from ...engines import spec
 from .clip import image_encoder, image_noiser, text_encoder
 from .controlnet import controlnet, controlnet_hint
@@ -53,7 +53,7 @@ class WholeUnet(nn.Module):
         )[0]
 
 
-def unet(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> Net:
+def unet(checkpoint: Source, part: Component, dtype: torch.dtype) -> Net:
     """The whole UNet, before hoisting."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
@@ -80,9 +80,9 @@ class ExportedNet:
     """
 
     part: str
-    make: Callable[[Checkpoint, Component, torch.dtype], Net]
+    make: Callable[[Source, Component, torch.dtype], Net]
 
-    def build(self, checkpoint: Checkpoint, dtype: torch.dtype) -> Net:
+    def build(self, checkpoint: Source, dtype: torch.dtype) -> Net:
         """The net with the checkpoint's weights.
 
         Raises:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ...checkpoints.files.component import Component
 from ...checkpoints.files.net_reads import TEXT_PREFIX, normalisation, package_text_name, unread_layers
-from ...checkpoints.files.open import Checkpoint
+from ...checkpoints.files.source import Source
 from ...engines import spec
 from ...engines.spec import Array
 from .torch_net import Net, fill_buffers, load, make_net, spelled
@@ -65,7 +65,7 @@ def _transformer(net: nn.Module) -> Any:
     return getattr(net, "text_model", net)
 
 
-def text_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> Net:
+def text_encoder(checkpoint: Source, part: Component, dtype: torch.dtype) -> Net:
     """OpenAI's ViT-L, OpenCLIP's ViT-H (SD 2.x), or its ViT-bigG (SDXL's second, with a pooled embedding)."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -123,7 +123,7 @@ class ImageEncoder(nn.Module):
         return cast(Any, self.net)(pixels.permute(0, 3, 1, 2).to(dtype)).image_embeds
 
 
-def image_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> Net:
+def image_encoder(checkpoint: Source, part: Component, dtype: torch.dtype) -> Net:
     """unCLIP's image encoder (CLIP ViT-L or ViT-H)."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -174,7 +174,7 @@ class _Normalizer(nn.Module):
         self.std = nn.Parameter(torch.ones(1, width))
 
 
-def image_noiser(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> Net:
+def image_noiser(checkpoint: Source, part: Component, dtype: torch.dtype) -> Net:
     """The net that puts noise on a picture's embedding and appends its level: unCLIP's class labels."""
     width = int(part.config.get("embedding_dim", 768))
     with torch.device("meta"):

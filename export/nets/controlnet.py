@@ -9,7 +9,7 @@ from torch import nn
 
 from ...checkpoints.files.component import Component
 from ...checkpoints.files.net_reads import HINT
-from ...checkpoints.files.open import Checkpoint
+from ...checkpoints.files.source import Source
 from ...engines import spec
 from .torch_net import Net, load, make_net, spelled
 
@@ -61,7 +61,7 @@ class WholeControlNet(nn.Module):
         return tuple(value * factors[:, number] for number, value in enumerate((*down, middle)))
 
 
-def controlnet_hint(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> Net:
+def controlnet_hint(checkpoint: Source, part: Component, dtype: torch.dtype) -> Net:
     """What becomes of the picture, once."""
     net = _model(part)
     others = [name for name, _ in net.named_children() if f"{name}." != HINT]
@@ -73,7 +73,7 @@ def controlnet_hint(checkpoint: Checkpoint, part: Component, dtype: torch.dtype)
     return make_net(ControlHint(net), contract, tensors, dtype)
 
 
-def controlnet(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> Net:
+def controlnet(checkpoint: Source, part: Component, dtype: torch.dtype) -> Net:
     """All behind it, before hoisting."""
     net = _model(part)
     config = cast(Any, net).config
@@ -82,7 +82,7 @@ def controlnet(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> N
     contract = spec.controlnet_whole(
         channels=config.in_channels,
         width=config.cross_attention_dim,
-        residuals=residuals(config.block_out_channels, config.layers_per_block),
+        residuals=spec.residuals(config.block_out_channels, config.layers_per_block),
         float_dtype=spelled(dtype),
         vectors=checkpoint.vectors,
     )
@@ -94,13 +94,3 @@ def _model(part: Component) -> nn.Module:
 
     with torch.device("meta"):
         return cast(Any, ControlNetModel).from_config({**part.config, **_OUTSIDE})
-
-
-def residuals(widths: list[int], layers: int) -> list[tuple[int, int]]:
-    """The channels and the level of a ControlNet's outputs: skip connections, then the middle block."""
-    found = [(widths[0], 0)]
-    for level, width in enumerate(widths):
-        found += [(width, level)] * layers
-        if level < len(widths) - 1:
-            found.append((width, level + 1))
-    return [*found, (widths[-1], len(widths) - 1)]

@@ -9,7 +9,8 @@ from torch import nn
 
 from ...checkpoints.files.component import Component
 from ...checkpoints.files.net_reads import HALVES, modern_attention
-from ...checkpoints.files.open import Checkpoint, is_tiny
+from ...checkpoints.files.open import is_tiny
+from ...checkpoints.files.source import Source
 from ...engines import spec
 from .torch_net import Net, load, make_net, spelled
 
@@ -89,14 +90,14 @@ class VaeEncoder(nn.Module):
         return self.scaling.scaled(mean), std * self.scaling.scale
 
 
-def vae_decoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> Net:
+def vae_decoder(checkpoint: Source, part: Component, dtype: torch.dtype) -> Net:
     """The decoder of an autoencoder, full or tiny. Its encoder is not even read."""
     net, tensors = _half(part, "decoder", dtype)
     contract = spec.vae_decoder(channels=net.config.latent_channels, float_dtype=spelled(dtype))
     return make_net(VaeDecoder(net, Scaling(net.config)), contract, tensors, dtype)
 
 
-def vae_encoder(checkpoint: Checkpoint, part: Component, dtype: torch.dtype) -> Net:
+def vae_encoder(checkpoint: Source, part: Component, dtype: torch.dtype) -> Net:
     """The encoder of an autoencoder, full or tiny. Its decoder is not even read."""
     net, tensors = _half(part, "encoder", dtype)
     posterior = not is_tiny(part)

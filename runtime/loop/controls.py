@@ -6,7 +6,6 @@ Zhang et al. 2023 (arXiv 2302.05543), section 3.1; diffusers' `StableDiffusionCo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -52,8 +51,10 @@ class HostControls:
             shape = shape_of(item.shape, sizes) if item.name.startswith((RESIDUAL, FEATURE)) else ()
             if item.name.startswith(RESIDUAL):
                 # in float32, so that the order of several does not matter
-                total = sum((np.float32(1) * residuals[item.name] for residuals in found), np.float32(0))
-                given[item.name] = np.broadcast_to(total, shape).astype(DTYPES[item.dtype])
+                total = np.zeros(shape, np.float32)
+                for residuals in found:
+                    total += residuals[item.name]
+                given[item.name] = total.astype(DTYPES[item.dtype], copy=False)
             elif item.name.startswith(FEATURE):
                 given[item.name] = np.zeros(shape, DTYPES[item.dtype])
         return given

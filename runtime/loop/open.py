@@ -89,6 +89,22 @@ def _open(
         return loop, engine.describe()
 
 
+def open_control_loop(package: Package, options: LoopOptions) -> HostLoop:
+    """Open a loop that calls the nets of a ControlNet's package.
+
+    Raises:
+        BackendError: the backend keeps its loop on a device, where ControlNets do not run yet.
+    """
+    name, engine = choose_backend(options.backend, {}, Place.parse(options.device))
+    if not isinstance(engine, HostBackend):
+        raise BackendError(
+            f"{name} draws without ControlNets: its loop stays on the device",
+            expected="onnxruntime",
+            fix="Pass --backend onnxruntime.",
+        )
+    return HostLoop(package, engine, options.threads)
+
+
 def replayed_facts(package: Package, library: str, device: Device) -> dict[str, object]:
     """All that a verdict on replayed rows holds for, besides their shape."""
     from ...engines.onnxruntime.lowering.lower import REVISION

@@ -20,6 +20,7 @@ from ...engines.errors import UsageError
 if TYPE_CHECKING:
     from ...engines.package import Manifest
     from ...engines.spec import Array
+    from ..controls.control import Control
     from ..pictures.read import ImageSource
 
 Texts = str | Sequence[str]  # one for all prompts, or one for each
@@ -196,6 +197,19 @@ def _check_loras(name: str, value: Any, manifest: "Manifest") -> tuple[tuple[str
     return tuple(pairs)
 
 
+def _check_controls(name: str, value: Any, manifest: "Manifest") -> tuple["Control", ...]:
+    from ..controls.control import Control
+
+    found = [value] if isinstance(value, Control) else items(value)
+    if found is None or not all(isinstance(one, Control) for one in found):
+        raise UsageError(
+            f"{name} is {value!r:.100}",
+            expected="a list of Control",
+            fix=f'Pass {name}=[latentrt.Control(model="canny", image="edges.png")].',
+        )
+    return tuple(cast("list[Control]", found))
+
+
 def _read_lora(text: str) -> tuple[str, Any]:
     """NAME, NAME:STRENGTH or NAME:STRENGTH:TEXT ENCODERS, where the name may have colons too."""
     name, *_ = parts = text.rsplit(":", 2)
@@ -236,6 +250,7 @@ SIZE = Kind(check=lambda name, value, _: _check_pair(name, value, 1), read=_read
 OFFSET = Kind(check=lambda name, value, _: _check_pair(name, value, 0), read=_read_offset, metavar="LEFT,TOP")
 # These three are checked where the pictures are counted (request.py, source.py).
 LORAS = Kind(check=_check_loras, read=_read_lora, metavar="NAME[:STRENGTH[:TEXT ENCODERS]]", several=True)
+CONTROLS = Kind(check=_check_controls)
 SEEDS = Kind(read=_read_seeds, metavar="N[,N…]")
 LATENTS = Kind(read=_read_latents, metavar="FILE.npy")
 IMAGE = Kind(read=lambda text: _read_latents(text) if text.endswith(".npy") else text, metavar="FILE")
@@ -331,6 +346,8 @@ class Parameters(TypedDict, total=False):
     loras: Annotated["Sequence[str | tuple[str, Any]] | None", Parameter(
         help="An adapter to draw with: a name or a file, and how strongly. May be given again.",
         kind=LORAS, flags=("--lora",), stage="base")]
+    controls: Annotated["Sequence[Control] | None", Parameter(
+        help="Pictures that steer through ControlNets.", kind=CONTROLS, flags=None, stage="base")]
     height: Annotated[int | None, Parameter(
         help="Pixels. Default: the picture's or the model's.", kind=PIXELS, flags=("--height", "-H"))]
     width: Annotated[int | None, Parameter(

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ...adapters.embeddings import Embedding
+    from ..controls.control import Control
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,7 @@ class Request:
         sizes: SDXL's conditions; empty for models without.
         loras: the adapters to draw with, each with its strength; None are the pipeline's usual ones.
         tagged: those that the prompts name besides.
+        controls: the pictures that steer through ControlNets.
         chosen: the parameters that are not their defaults, checked, but for pictures and latents.
         inputs: the pictures and latents it starts from, by parameter: one for all pictures, or one each.
         embeddings: those of textual inversion that its texts call, by name.
@@ -103,6 +105,7 @@ class Request:
     source: Source | None = field(default=None, compare=False)
     loras: tuple[tuple[str, Any], ...] | None = None
     tagged: tuple[tuple[str, Any], ...] = ()
+    controls: tuple[Control, ...] | None = field(default=None, compare=False)
     chosen: Mapping[str, Any] = field(default_factory=dict[str, Any], compare=False)
     inputs: Mapping[str, tuple[Input, ...]] = field(
         default_factory=dict[str, "tuple[Input, ...]"], compare=False

@@ -12,7 +12,7 @@ from diffusers import ControlNetModel
 from latentrt.checkpoints.graphs.hoist import hoist_control
 from latentrt.engines import spec
 from latentrt.engines.tolerances import NET_RELATIVE_L2
-from latentrt.export.nets.controlnet import ControlHint, WholeControlNet, residuals
+from latentrt.export.nets.controlnet import ControlHint, WholeControlNet
 from tests.export.conftest import relative_l2
 from tests.export.traced import runner, traced
 
@@ -56,7 +56,7 @@ def controlnet(**more: Any) -> Any:
 def test_outputs_are_those_of_diffusers(kind: str, tmp_path: Path) -> None:
     net, random = controlnet(**KINDS[kind]), np.random.default_rng(1)
     vectors = WIDTHS if kind.startswith("xl") else {}
-    outputs = residuals(net.config.block_out_channels, net.config.layers_per_block)
+    outputs = spec.residuals(net.config.block_out_channels, net.config.layers_per_block)
     hint_spec = spec.controlnet_hint(width=16, float_dtype="float32")
     whole_spec = spec.controlnet_whole(
         channels=4, width=24, residuals=outputs, float_dtype="float32", vectors=vectors
@@ -98,8 +98,8 @@ def test_outputs_are_those_of_diffusers(kind: str, tmp_path: Path) -> None:
 
 def test_the_residuals_of_published_nets() -> None:
     """Channels of every output, as the skip connections of the UNets have them."""
-    sd1 = residuals([320, 640, 1280, 1280], 2)
+    sd1 = spec.residuals([320, 640, 1280, 1280], 2)
     assert [channels for channels, _ in sd1] == [320] * 4 + [640] * 3 + [1280] * 6
     assert [level for _, level in sd1] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3]
-    xl = residuals([320, 640, 1280], 2)
-    assert xl == [(320, 0)] * 3 + [(320, 1), (640, 1), (640, 1), (640, 2), (1280, 2), (1280, 2), (1280, 2)]
+    xl = spec.residuals([320, 640, 1280], 2)
+    assert xl == ((320, 0),) * 3 + ((320, 1), (640, 1), (640, 1), (640, 2), *((1280, 2),) * 3)
