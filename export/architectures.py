@@ -141,11 +141,24 @@ def _vision(width: int, layers: int, projection: int, hidden_act: str) -> dict[s
     }
 
 
+# What a ControlNet makes of its picture, from 3 channels to 320.
+_HINT = {
+    "_class_name": "ControlNetModel",
+    "conditioning_channels": 3,
+    "conditioning_embedding_out_channels": [16, 32, 96, 256],
+}
 # Colours of the pictures that OpenAI's CLIP was trained on.
 _PROCESSOR = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
+
+
+def _control(unet: Config, **more: Any) -> Architecture:
+    """A ControlNet that was made of this UNet: its down path and its middle."""
+    left = ("out_channels", "up_block_types", "sample_size")
+    config = {name: value for name, value in unet.items() if name not in left}
+    return Architecture(parts={"controlnet": {**config, **_HINT, **more}})
 
 
 def _unclip(vision: Config) -> Architecture:
@@ -190,4 +203,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "sd1-taesd": replace(_SD1, parts={**_SD1.parts, "vae": _TINY_VAE}),
     "unclip-h": _unclip(_vision(1280, 32, 1024, "gelu")),
     "unclip-l": _unclip(_vision(1024, 24, 768, "quick_gelu")),
+    "sd1-control": _control(_SD1_UNET),
+    "sd2-control": _control(_SD2_UNET),
+    "sdxl-control": _control(_SDXL_UNET),
+    # diffusers/controlnet-canny-sdxl-1.0-mid and -small, and those for depth
+    "sdxl-control-mid": _control(_SDXL_UNET, transformer_layers_per_block=[0, 0, 1]),
+    "sdxl-control-small": _control(
+        _SDXL_UNET, down_block_types=["DownBlock2D"] * 3, mid_block_type="UNetMidBlock2D"
+    ),
 }

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ...engines.hub import COMMIT_OR_BLOB
+from ...engines.package import TIME_IDS, FusedAdapter
 from ..files.component import DIFFUSERS, Component
 from ..files.file_kinds import FAMILIES
+from ..files.tokenizers import WriteTokenizer
 
 CONTROLNET, T2I_ADAPTER, IP_ADAPTER = KINDS = ("controlnet", "t2i-adapter", "ip-adapter")
 # What a Union ControlNet's control types are, by number. The first has six of them, ProMax all.
@@ -72,6 +76,51 @@ class ControlFile:
                 if parent.name.startswith("models--"):
                     return parent.name.rpartition("--")[2]
         return name
+
+    @property
+    def parts(self) -> Mapping[str, Component]:
+        """Its one part, by its kind."""
+        return {self.part.name: self.part}
+
+    @property
+    def tokenizers(self) -> Mapping[str, WriteTokenizer]:
+        """None."""
+        return {}
+
+    @property
+    def configs(self) -> Mapping[str, Mapping[str, Any]]:
+        """None."""
+        return {}
+
+    @property
+    def fused(self) -> tuple[FusedAdapter, ...]:
+        """None."""
+        return ()
+
+    @property
+    def skips_last_layer(self) -> bool:
+        """Of text encoders, which it has none of."""
+        return False
+
+    @property
+    def vectors(self) -> Mapping[str, int]:
+        """What joins its time embedding (`engines.spec.VECTORS`): of SDXL's the text and six sizes."""
+        config = self.part.config
+        if config.get("addition_embed_type") != "text_time":
+            return {}
+        ids = len(TIME_IDS) - 1  # no aesthetic score
+        joined = int(config["projection_class_embeddings_input_dim"])
+        return {"text_embeds": joined - ids * int(config["addition_time_embed_dim"]), "time_ids": ids}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """How its picture and its outputs are treated, for the manifest."""
+        return {
+            "kind": self.kind,
+            "channel_order": self.channel_order,
+            "global_pool": self.global_pool,
+            "control_types": list(self.control_types),
+        }
 
     @property
     def title(self) -> str:
