@@ -18,6 +18,7 @@ from typer import Argument, Option
 
 from ..engines.errors import UsageError, command
 from ..runtime.request.parameters import PARAMETERS, Parameter
+from .control import with_control_options
 from .models import MODEL, say, with_checkpoint_options
 from .progress import progress_bar
 from .shown import show, tell
@@ -64,6 +65,7 @@ def _option(parameter: Parameter) -> Any:
 
 
 @with_checkpoint_options
+@with_control_options
 @with_parameters
 def generate(
     prompt: Annotated[list[str] | None, Argument(help="What to draw; several prompts are one batch.")] = None,
@@ -83,6 +85,7 @@ def generate(
     no_metadata: Annotated[bool, Option("--no-metadata", help=_NO_METADATA)] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
     checkpoint: Any = None,
+    controls: Any = None,
     **parameters: Any,
 ) -> None:
     """Draw prompts and write the pictures."""
@@ -111,6 +114,8 @@ def generate(
         pipes += [stack.enter_context(open_pipe(name)) for name in names[1:]]
         if "loras" in chosen:
             chosen["loras"] = _loaded(pipes[0], chosen["loras"], lenient=lora_lenient)
+        if steering := controls(pipes[0]):
+            chosen["controls"] = steering
         opened = perf_counter() - began
         advance("drawing", 0, 1)
         # Someone who looks on costs a device one wait per step.

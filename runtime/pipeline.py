@@ -41,6 +41,7 @@ from .model import (
 from .pictures.tiling import encode_tiled
 from .prompts.encode import CACHE_BYTES, TextConditioner, TextEncoder
 from .prompts.tokenizer import ClipTokenizer
+from .record import STEERED_BY
 from .request.parameters import OutputType, Parameters, check_number, spelled_out
 from .request.request import Request, make_request
 from .result import PreviewKind, Result, check_finite, finished, preview
@@ -545,6 +546,7 @@ class Pipeline:
         # noise, or a picture with as much noise as the schedule begins with -> y (N, C, H/8, W/8)
         encode = partial(self._encode, loop, clock, stop, request.tile)
         start = make_start(request, manifest, table, noise, encode)
+        steering = self.controls.steering(request.controls or ())
         controls = [
             one.job(
                 steps=len(table),
@@ -554,7 +556,7 @@ class Pipeline:
                 width=request.width,
                 pictures=len(request.prompts),
             )
-            for one in self.controls.steering(request.controls or ())
+            for one in steering
         ]
 
         # for each row of the table: m = guide(unet(y, t, context)), then y = a*y + sum(b_j * h_j) + c*noise
@@ -585,6 +587,8 @@ class Pipeline:
 
         # latent -> pixels (N, H, W, 3) uint8
         producer = self._producer(drawn.profile)
+        if steering:
+            producer[STEERED_BY] = [one.record() for one in steering]
         if not decode:
             return drawn.latent, producer
         image, mean = drawn.image, drawn.mean

@@ -23,6 +23,7 @@ from .sampling.a1111 import a1111_fields, spelled_by_a1111
 from .sampling.config import SamplerConfig
 
 LORA_HASHES = "Lora hashes"
+STEERED_BY = "steered_by"  # the ControlNets of a picture, in its record
 _LORA_HASH = re.compile(r"([^,:]+?): *([0-9a-fA-F]+)(?:, *|$)")
 # Of the call, not of one of its pictures.
 _OF_THE_CALL = ("num_images_per_prompt", "output_type")
@@ -109,6 +110,7 @@ def a1111_parameters(request: Request, index: int, producer: Mapping[str, Any]) 
         "Refiner": producer["model"] if "base" in producer else None,
         "Refiner switch at": producer.get("handed over at"),
         LORA_HASHES: _lora_hashes(producer.get("adapters", {})),
+        **{f"ControlNet {n}": _control_text(one) for n, one in enumerate(producer.get(STEERED_BY, ()))},
         "Version": f"latentrt {producer['latentrt']}",
     }
 
@@ -116,6 +118,32 @@ def a1111_parameters(request: Request, index: int, producer: Mapping[str, Any]) 
 def _lora_hashes(adapters: Mapping[str, Mapping[str, str]]) -> str | None:
     """As AUTOMATIC1111's extension for LoRA writes them (extensions-builtin/Lora/scripts/lora_script.py)."""
     return ", ".join(f"{name}: {facts['short_hash']}" for name, facts in adapters.items()) or None
+
+
+# As sd-webui-controlnet spells them in its infotext (scripts/infotext.py, internal_controlnet/args.py).
+_CONTROL_MODES = {
+    "balanced": "Balanced",
+    "prompt": "My prompt is more important",
+    "control": "ControlNet is more important",
+}
+_RESIZE_MODES = {"stretch": "Just Resize", "crop": "Crop and Resize", "pad": "Resize and Fill"}
+
+
+def _control_text(control: Mapping[str, Any]) -> str:
+    """One ControlNet, as AUTOMATIC1111's extension writes it; diffusers' "guess" has no name there."""
+    values = {
+        "Module": control.get("preparation", "none"),
+        "Model": f"{control['model']} [{control['sha256'][:8]}]",
+        "Weight": control["strength"],
+        "Resize Mode": _RESIZE_MODES[control["resize_mode"]],
+        "Threshold A": control.get("settings", {}).get("low"),
+        "Threshold B": control.get("settings", {}).get("high"),
+        "Guidance Start": control["start"],
+        "Guidance End": control["end"],
+        "Pixel Perfect": True,
+        "Control Mode": _CONTROL_MODES.get(control["mode"]),
+    }
+    return ", ".join(f"{name}: {value}" for name, value in values.items() if value is not None)
 
 
 def _strength(request: Request) -> float | None:

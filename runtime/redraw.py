@@ -13,7 +13,7 @@ from .model import given_options
 from .pictures.infotext import parse_infotext
 from .pictures.write import PictureMetadata, read_metadata
 from .pipeline import Pipeline
-from .record import Recorded, read_a1111, read_record
+from .record import STEERED_BY, Recorded, read_a1111, read_record
 from .refine import refine
 from .request.inputs import INPUTS, Input, find_input
 from .request.parameters import PARAMETERS, CallParameters
@@ -79,18 +79,38 @@ def redraw(
         )
     if "base_record" in record:
         return _refined(pipe, refiner, record, folder, given, changes)
-    return _drawn(pipe, read_record(record), folder, given, changes)
+    return _drawn(pipe, record, folder, given, changes)
 
 
 def _drawn(
-    pipe: Any, recorded: Recorded, folder: Path | None, given: Mapping[str, Any], changes: Mapping[str, Any]
+    pipe: Any,
+    record: Mapping[str, Any],
+    folder: Path | None,
+    given: Mapping[str, Any],
+    changes: Mapping[str, Any],
 ) -> Result[Any]:
+    recorded = read_record(record)
+    _check_controls(record, changes)
     inputs = _inputs(recorded, folder, given)
     parameters = {"loras": (), **_without_rivals(recorded.parameters, changes), **inputs, **changes}
     _check_adapters(pipe, recorded, changes)
     _check_embeddings(pipe, recorded, _prompt(recorded, given), parameters)
     result = pipe(_prompt(recorded, given), **parameters)
     return _with_names(result, recorded)
+
+
+def _check_controls(record: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+    """Raise UsageError for a picture that ControlNets steered, unless some are passed."""
+    steered = record.get(STEERED_BY)
+    if not steered or changes.get("controls"):
+        return
+    found = cast("list[Any]", steered) if isinstance(steered, list) else []
+    names = [str(cast(Any, one).get("model")) for one in found if isinstance(one, Mapping)]
+    raise UsageError(
+        f"the picture was steered by {', '.join(names) or 'ControlNets'}, which its file does not hold",
+        expected="these, and the pictures that they read",
+        fix="Pass controls=[…], or --control-net FILE --control-image FILE.",
+    )
 
 
 def _check_adapters(pipe: Pipeline, recorded: Recorded, changes: Mapping[str, Any]) -> None:

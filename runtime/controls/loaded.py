@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from ...engines.errors import CheckpointError, PackageError, UsageError
 from ...engines.package import Manifest, Package
 from ...engines.spec import RESIDUAL
 from ..loop.job import ControlJob, Loop
+from ..request.inputs import fingerprint
 from .control import Control
 from .hints import HintPictures, read_hints
 
@@ -75,6 +77,24 @@ class Steering:
                 pooled=bool(manifest.control.get("global_pool")),
             ),
         )
+
+    def record(self) -> dict[str, Any]:
+        """As a picture's record has it."""
+        control, pictures = self.control, self.pictures
+        values = {
+            "model": str(control.model),
+            "sha256": self.opened.package.manifest.sha256,
+            "images": [fingerprint(one) for one in pictures.pictures],
+            "masks": [fingerprint(one) for one in pictures.masks],
+            "strength": control.strength,
+            "start": control.start,
+            "end": control.end,
+            "mode": control.mode,
+            "preparation": control.preparation,
+            "settings": dict(pictures.settings),
+            "resize_mode": control.resize_mode,
+        }
+        return {name: value for name, value in values.items() if value not in (None, [], {})}
 
 
 class LoadedControls:

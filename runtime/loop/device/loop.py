@@ -398,6 +398,12 @@ class DeviceLoop:
 
         With `decoder` the decoder is taken as well, before any work is done that its failure would waste.
         """
+        if job.controls:
+            raise BackendError(
+                "ControlNets do not run on a device yet",
+                expected="a request without controls",
+                fix="Draw on the CPU: --backend onnxruntime",
+            )
         device, nets, shape = self.device, self.nets, self._shape(job, plan)
         schedule_shape, latents = ScheduleShape.of(job, shape), {"latent": job.first.shape}
         sized = [

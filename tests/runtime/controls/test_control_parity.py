@@ -18,7 +18,6 @@ from latentrt.export.templates import make_archive
 from latentrt.runtime import Pipeline
 from latentrt.runtime.controls.loaded import OpenedControl
 from latentrt.runtime.loop.open import LoopOptions, open_control_loop
-from tests.checkpoints.conftest import shared
 from tests.parity_pair import BAR, Pair, blob, drawn, exported, ours, photo, psnr
 
 pytestmark = [
@@ -60,7 +59,8 @@ class Steered(Pair):
         def opened(path: Path) -> OpenedControl:
             options = Options(dtype="fp32", reads=BACKENDS["onnxruntime"].reads, templates=archive)
             package = open_control(path, options, store=made / "cache")
-            return OpenedControl(package=package, loop=open_control_loop(package, LoopOptions(backend="onnxruntime")))
+            loop = open_control_loop(package, LoopOptions(backend="onnxruntime"))
+            return OpenedControl(package=package, loop=loop)
 
         self.ours = Pipeline.over(plain.package, plain.loop, plain.backend, open_control=opened)
         self.names = [self.ours.load_control(made / f"control{number}") for number in (0, 1)]
@@ -102,7 +102,12 @@ def test_text_to_image(pair: Steered, seeds: list[int]) -> None:
     prompts = ["a red circle", "large green star"][: len(seeds)]
     images = [hint(n) for n in range(len(seeds))]
     wanted = drawn(
-        pair.steered(kind(pair)), seeds, prompt=prompts, image=images, controlnet_conditioning_scale=0.8, **FAST
+        pair.steered(kind(pair)),
+        seeds,
+        prompt=prompts,
+        image=images,
+        controlnet_conditioning_scale=0.8,
+        **FAST,
     )
     control = Control(model=pair.names[0], image=images, strength=0.8)
     found = ours(pair.ours, seeds, prompt=prompts, controls=[control], **FAST)
