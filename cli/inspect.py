@@ -75,12 +75,21 @@ def _check(source: Checkpoint) -> None:
 
 
 def _with_notes(found: Report) -> Report:
-    """The report of an adapter, with what its numbers say; or with what keeps it from being used."""
+    """The report of an adapter or a control, with what its file says; or with what keeps it from being used."""
     from dataclasses import replace
 
     from ..adapters.files import read_adapter
-    from ..engines.errors import AdapterError
+    from ..checkpoints.controls.control_file import KINDS
+    from ..checkpoints.controls.read import read_control
+    from ..engines.errors import AdapterError, CheckpointError
 
+    if found.kind in KINDS:
+        try:
+            control = read_control(found.path)
+        except CheckpointError as error:
+            return replace(found, problem=error.found, expected=error.expected, todo=error.fix)
+        notes = (*found.notes, *control.lines())
+        return replace(found, what=control.title, family=control.family, notes=notes)
     if found.kind != "lora" or not found.path.is_file():
         return found
     try:
@@ -147,7 +156,7 @@ def _print_report(found: Report, *, as_json: bool) -> None:
     for note in found.notes:
         show(f"  {note}")
     if found.problem:
-        use = "used" if found.kind == "lora" else "opened"
+        use = "opened" if found.kind == "checkpoint" else "used"
         show(f"  cannot be {use}: {found.problem}; expected {found.expected}")
     show(f"  {found.todo}")
 

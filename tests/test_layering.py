@@ -31,7 +31,7 @@ ROOMS: dict[str, list[set[str]]] = {
     "engines": [{"cuda", "store"}, {"tensorrt"}, {"onnxruntime"}],
     "engines/onnxruntime": [{"lowering"}, {"tuning"}],
     "adapters": [{"kinds"}],
-    "checkpoints": [{"files"}, {"graphs"}, {"hub", "precision", "templates"}],
+    "checkpoints": [{"files"}, {"controls", "graphs"}, {"hub", "precision", "templates"}],
     "export": [{"nets", "pickles"}, {"graphs"}],
     "benchmarks": [{"sides"}, {"models"}, {"verbs"}, {"gpu", "report"}],
 }

@@ -84,6 +84,10 @@ _TEXT = Rule(expected="a text", accepts=lambda value: isinstance(value, str))
 _WIDTH = _whole(1, 2**20)  # of layers; those of SDXL end at 2816
 _CELLS = _whole(1, 2**11)  # of a latent's side: 8 pixels each, and no picture is larger than 16384
 _WIDTHS = _list_of(_WIDTH)
+_LEVELS = Rule(
+    expected=f"{_WIDTHS.expected}, not empty",
+    accepts=lambda value: _WIDTHS.accepts(value) and bool(value),
+)
 _BETA = _number(0, 1)
 
 _UNET: Rules = {
@@ -133,6 +137,30 @@ _PROCESSOR: Rules = {
     "image_std": _list_of(_number()) | _NULL,
     "rescale_factor": _number(),
 }
+_CONTROLNET: Rules = {
+    "in_channels": _WIDTH,
+    "conditioning_channels": _WIDTH,
+    "block_out_channels": _LEVELS,
+    "conditioning_embedding_out_channels": _LEVELS,
+    "down_block_types": _list_of(_one_of("CrossAttnDownBlock2D", "DownBlock2D")),
+    "layers_per_block": _whole(1, 100),
+    "transformer_layers_per_block": _whole(0, 100) | _list_of(_whole(0, 100)),
+    "cross_attention_dim": _WIDTH,
+    "addition_time_embed_dim": _WIDTH | _NULL,
+    "projection_class_embeddings_input_dim": _WIDTH | _NULL,
+    "controlnet_conditioning_channel_order": _one_of("rgb", "bgr"),
+    "num_control_type": _whole(1, 100),
+    "num_trans_channel": _WIDTH,
+    "num_trans_layer": _whole(0, 100),
+    "num_proj_channel": _WIDTH,
+}
+_T2I_ADAPTER: Rules = {
+    "in_channels": _whole(1, 4),
+    "channels": _LEVELS,
+    "num_res_blocks": _whole(1, 100),
+    "downscale_factor": _whole(1, 64),
+    "adapter_type": _one_of("full_adapter", "full_adapter_xl", "light_adapter"),
+}
 _RULES: Mapping[str, Rules] = {
     "unet": _UNET,
     "vae": _VAE,
@@ -144,6 +172,8 @@ _RULES: Mapping[str, Rules] = {
     "scheduler": _SCHEDULER,
     "image_noising_scheduler": _SCHEDULER,
     "feature_extractor": _PROCESSOR,
+    "controlnet": _CONTROLNET,
+    "t2i-adapter": _T2I_ADAPTER,
 }
 _BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 

@@ -45,9 +45,13 @@ class FileKind:
         return self.todo.format(file=command(path), folder=command(path.parent), free=command(_free(path)))
 
 
+# The kind of files that steer a UNet, and that nothing here can use.
+UNUSABLE_CONTROL = "unusable-control"
+
 _EMBEDDING = "Call it in a prompt: latentrt generate embedding:NAME -m CHECKPOINT --embd-dir {folder}"
 _ADAPTER = "Draw with it and a model that it is made for: latentrt generate PROMPT -m MODEL --lora {file}"
 _CONTROL = "No control can be used yet: open the checkpoint that it steers without it."
+_NO_CONTROL = "Use a ControlNet, a T2I-Adapter or an IP-Adapter of features of an image encoder."
 _OTHER = "No other architecture is supported: use a checkpoint of Stable Diffusion 1.x, 2.x or XL."
 _PART = "Use the complete checkpoint; other tools also write its parts alone."
 _CONVERT = "Convert it, which runs nothing of it: latentrt convert {file} -o {free}"
@@ -141,9 +145,23 @@ def _free(path: Path) -> Path:
     return free
 
 
+def _no_control(what: str) -> FileKind:
+    """A control that steers otherwise than by residuals, features, or keys and values of tokens."""
+    return FileKind(name=UNUSABLE_CONTROL, what=what, todo=_NO_CONTROL)
+
+
+# What an IP-Adapter has that reads embeddings of faces: low-rank changes of all attentions, a resampler of
+# its own, or two layers and a norm that is not the third.
+_FACE_ID = (
+    r"^(ip_adapter|adapter_modules)\.\d+\.to_(q|k|v|out)_lora\.|^image_proj(_model)?\.perceiver_resampler\."
+    r"|\A(?=[\s\S]*^image_proj(_model)?\.norm\.)(?=[\s\S]*^image_proj(_model)?\.proj\.0\.)"
+)
 # A pattern that only this kind's tensor names match -> the kind. First match wins. Those of `_WITH_UNET`
 # count though a whole checkpoint may lie beside them; the others where there is no UNet of a checkpoint.
 _WITH_UNET: Mapping[str, FileKind] = {
+    r"\b(base_to_ctrl|ctrl_to_base|(enc|dec)_zero_convs_(in|out)|middle_block_in)\b": _no_control(
+        "a ControlNet-XS"
+    ),
     r"^control_model\.": FileKind(name="controlnet", what="a ControlNet (original names)", todo=_CONTROL),
     r"^(model\.diffusion_model\.)?double_blocks\.0\.img_attn\.": FileKind(
         name="other", what="Flux, or a relative of it", todo=_OTHER
@@ -171,8 +189,12 @@ _TRANSFORMERS = (
 )
 _WITHOUT_UNET: Mapping[str, FileKind] = {
     r"^lora_controlnet$": FileKind(name="controlnet", what="a control-LoRA (Stability's)", todo=_CONTROL),
-    r"^lllite_unet_": FileKind(name="controlnet", what="a ControlNet-LLLite", todo=_CONTROL),
-    r"\b(base_to_ctrl|ctrl_to_base)\b": FileKind(name="controlnet", what="a ControlNet-XS", todo=_CONTROL),
+    r"^lllite_unet_": _no_control("a ControlNet-LLLite"),
+    r"^(spatial_feat_mapping|seq_proj$)": _no_control("a fuser of T2I-Adapters (CoAdapter)"),
+    r"^style_embedding$": _no_control("a style adapter (T2I-Adapter's)"),
+    r"^controlnet_(x_embedder|single_blocks|blocks)\.": FileKind(
+        name="other", what="a ControlNet of another architecture (a diffusion transformer)", todo=_OTHER
+    ),
     r"^(task_embedding$|control_add_embedding\.)": FileKind(
         name="controlnet", what="a ControlNet (Union)", todo=_CONTROL
     ),
@@ -182,7 +204,8 @@ _WITHOUT_UNET: Mapping[str, FileKind] = {
     r"^(input_hint_block|zero_convs)\.": FileKind(
         name="controlnet", what="a ControlNet (original names)", todo=_CONTROL
     ),
-    r"^(ip_adapter|image_proj|adapter_modules)\.|\.to_k_ip\.": FileKind(
+    _FACE_ID: _no_control("an IP-Adapter FaceID"),
+    r"^(ip_adapter|image_proj(_model)?|adapter_modules)\.|\.to_k_ip\.": FileKind(
         name="ip-adapter", what="an IP-Adapter", todo=_CONTROL
     ),
     r"^(adapter\.)?(body\.\d+\.(block1|resnets|in_conv)\b|.*\.in_conv\.weight$)": FileKind(
@@ -304,7 +327,16 @@ FAMILIES: Mapping[str, str] = {
     "flux": "Flux",
 }
 # Kinds that are made for one family.
-MADE_FOR = (_LORA, "controlnet", "ip-adapter", "t2i-adapter", "embedding", "unet", "text-encoder")
+MADE_FOR = (
+    _LORA,
+    "controlnet",
+    UNUSABLE_CONTROL,
+    "ip-adapter",
+    "t2i-adapter",
+    "embedding",
+    "unet",
+    "text-encoder",
+)
 # The width of the context that cross-attention reads, and of text encoders' tokens -> the family.
 FAMILY_OF_CONTEXT: Mapping[int, str] = {768: "sd1", 1024: "sd2", 2048: "sdxl", 1280: "sdxl-refiner"}
 # What the names of an adapter's tensors say. First match wins.

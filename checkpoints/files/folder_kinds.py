@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from ...engines.errors import CheckpointError, command
 from .component import DIFFUSERS, TRANSFORMERS, TensorHeader, read_component, read_headers, read_json
-from .file_kinds import FileKind, kind_of_tensors
+from .file_kinds import UNUSABLE_CONTROL, FileKind, kind_of_tensors
 from .ldm_names import usual_names
 
 _NOT_YET = "It cannot be used alone, or not yet: open a whole checkpoint."
@@ -25,7 +25,8 @@ _CLASSES: Mapping[str, FileKind] = {
     for name, kind, what, todo in (
         ("ControlNetModel", "controlnet", "a ControlNet's folder", _NOT_YET),
         ("ControlNetUnionModel", "controlnet", "a ControlNet's folder (Union)", _NOT_YET),
-        ("ControlNetXSAdapter", "controlnet", "a ControlNet-XS' folder", _NOT_YET),
+        ("ControlNetModel_Union", "controlnet", "a ControlNet's folder (Union)", _NOT_YET),
+        ("ControlNetXSAdapter", UNUSABLE_CONTROL, "a ControlNet-XS' folder", _NOT_YET),
         ("T2IAdapter", "t2i-adapter", "a T2I-Adapter's folder", _NOT_YET),
         ("MotionAdapter", "animatediff", "a folder of AnimateDiff", _NOT_YET),
         ("AutoencoderKL", "vae", "an autoencoder's folder", f"{_GIVE} --vae {{file}}"),

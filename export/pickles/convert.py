@@ -31,7 +31,9 @@ _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # numbers are c
 _MAGIC = 0x1950A86A20F9469CFC6C
 _DIRECTORY_LIMIT = 2**23  # bytes; SD 1.5 with averaged weights and Adam's state has 0.24 MB
 _DAMAGED = (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError, struct.error)
-_WRAPPERS = ("state_dict", "model")
+_WRAPPERS = ("state_dict", "model", "adapter")
+# An IP-Adapter's two dicts. Together they have the names that its safetensors files have.
+_NESTED = ("image_proj", "ip_adapter")
 # AUTOMATIC1111's textual inversion: the dict of its vectors, and what all programs call them in safetensors.
 _INVERSION, _VECTORS = "string_to_param", "emb_params"
 
@@ -200,12 +202,20 @@ def _tensors(value: object) -> tuple[dict[str, StoredTensor], int]:
         items = _items(items.get(name)) or items
     if vectors := _items(items.get(_INVERSION)):  # its other tensors are the words' ids
         items = dict(zip([_VECTORS], vectors.values(), strict=False)) if len(vectors) == 1 else vectors
+    if any(_items(items.get(name)) for name in _NESTED):
+        items = _flattened(items)
     tensors = {name: found for name, found in items.items() if isinstance(found, StoredTensor)}
     if not tensors:
         refuse("no tensors by name", "a state dict, by itself or as `state_dict` or `model`")
     if "__metadata__" in tensors or any("\ud800" <= letter <= "\udfff" for letter in "".join(tensors)):
         refuse("a tensor whose name safetensors cannot have", "a name in UTF-8, other than __metadata__")
     return tensors, len(items) - len(tensors)
+
+
+def _flattened(items: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of an IP-Adapter: those of each dict behind its name, `ip_adapter.1.to_k_ip.weight`."""
+    inner = {f"{name}.{key}": value for name in _NESTED for key, value in _items(items.get(name)).items()}
+    return {**{name: value for name, value in items.items() if name not in _NESTED}, **inner}
 
 
 def _items(value: object) -> dict[str, Any]:

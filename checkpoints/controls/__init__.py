@@ -1,0 +1,1 @@
+"""Files of controls: ControlNets, T2I-Adapters and IP-Adapters, under diffusers' names."""

@@ -1,0 +1,106 @@
+"""What is known of a control's file before anything of it is computed with."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...engines.hub import COMMIT_OR_BLOB
+from ..files.component import DIFFUSERS, Component
+from ..files.file_kinds import FAMILIES
+
+CONTROLNET, T2I_ADAPTER, IP_ADAPTER = KINDS = ("controlnet", "t2i-adapter", "ip-adapter")
+# What a Union ControlNet's control types are, by number. The first has six of them, ProMax all.
+# (xinsir6/ControlNetPlus, `controlnet_union_test_*.py` and `promax/`.)
+CONTROL_TYPES = ("openpose", "depth", "scribble", "canny", "normal", "segment", "tile", "repaint")
+# What a file is called that says nothing: its folder has the name.
+_NAMELESS = (DIFFUSERS, "model", "pytorch_model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlFile:
+    """A ControlNet, a T2I-Adapter or an IP-Adapter. Only headers were read.
+
+    Attributes:
+        root: the folder or file.
+        kind: "controlnet", "t2i-adapter" or "ip-adapter".
+        family: what it is made for: "sd1", "sd2" or "sdxl".
+        what: what it is, for people, with an article: "a ControlNet (Union)".
+        part: its tensors by diffusers' names, and the config that diffusers' class has: ControlNetModel,
+            ControlNetUnionModel or T2IAdapter. A control-LoRA has `NAME.up` and `NAME.down` in place of some
+            of a ControlNet's `NAME.weight`. An IP-Adapter has `image_projection.*`, the tensors and the
+            config of the class of its image projection (ImageProjection, IPAdapterFullImageProjection,
+            IPAdapterPlusImageProjection), and `layers.J.to_k_ip.weight` and `layers.J.to_v_ip.weight`,
+            (C, context) each, for the J-th cross-attention in the order of `cross_attentions`.
+        needs_base: what the weights have to be completed with: "" is nothing, "difference" adds to those of a
+            base's UNet, "lora" is a low-rank change of them (`with_base.weights_with_base`).
+        channel_order: of its picture, "rgb" or "bgr".
+        global_pool: its residuals are averaged over height and width (the ControlNet "shuffle").
+        control_types: of a Union, what each of its types is.
+        tokens: of an IP-Adapter, how many of them a picture becomes.
+        image_features: of an IP-Adapter, what it reads of the image encoder: "image_embeds", which are
+            projected, or the penultimate "hidden_states".
+        layers: of an IP-Adapter, the cross-attentions that its layers belong to in its family's UNet, by
+            module names; empty where no published UNet has as many.
+        notes: for the user: what was assumed, and what is not used.
+    """
+
+    root: Path
+    kind: str
+    family: str
+    what: str
+    part: Component
+    needs_base: str = ""
+    channel_order: str = "rgb"
+    global_pool: bool = False
+    control_types: tuple[str, ...] = ()
+    tokens: int = 0
+    image_features: str = ""
+    layers: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What people call it: the file's or folder's name, or in a hub's cache its repository's."""
+        path = Path(os.path.abspath(self.root))
+        name = path.name
+        if path.is_file():
+            name = path.parent.name if path.stem.split(".")[0] in _NAMELESS else path.stem
+        if COMMIT_OR_BLOB.fullmatch(name):
+            for parent in path.parents:
+                if parent.name.startswith("models--"):
+                    return parent.name.rpartition("--")[2]
+        return name
+
+    @property
+    def title(self) -> str:
+        """What it is and what for, for people."""
+        return f"{self.what} for {FAMILIES[self.family]}"
+
+    def lines(self) -> tuple[str, ...]:
+        """What its names and shapes say, for people, and the notes."""
+        config = self.part.config
+        said: list[str] = []
+        if widths := config.get("block_out_channels") or config.get("channels"):
+            said.append(f"widths {', '.join(map(str, widths))}")
+        if self.kind == CONTROLNET:
+            said.append(f"reads a context of {config['cross_attention_dim']} numbers a token")
+            said.append(
+                f"reads a picture of {config['conditioning_channels']} channels, {self.channel_order}"
+            )
+        if self.kind == T2I_ADAPTER:
+            channels = config["in_channels"]
+            said.append(f"reads a picture of {channels} channel{'s' * (channels != 1)}")
+        if self.kind == IP_ADAPTER:
+            width = config.get("embed_dims", config.get("image_embed_dim"))
+            said.append(f"{self.tokens} tokens a picture, of {self.image_features} of {width} numbers")
+        if self.control_types:
+            said.append(
+                f"control types: {', '.join(f'{i} {name}' for i, name in enumerate(self.control_types))}"
+            )
+        if self.global_pool:
+            said.append("its residuals are averaged over the picture")
+        if self.needs_base:
+            said.append("needs the checkpoint that it was made of")
+        return (*said, *self.notes)
