@@ -75,7 +75,7 @@ def _check(source: Checkpoint) -> None:
 
 
 def _with_notes(found: Report) -> Report:
-    """The report of an adapter or a control, with what its file says; or with what keeps it from being used."""
+    """The report of an adapter or a control, with what its file says, or what keeps it from being used."""
     from dataclasses import replace
 
     from ..adapters.files import read_adapter

@@ -127,6 +127,8 @@ def read_controlnet(path: Path, tensors: Tensors, config: Mapping[str, Any] | No
     if config is None and _is_shuffle(path):
         found["global_pool_conditions"] = True
         notes = (*notes, "it is called shuffle, so its residuals are averaged over the picture")
+    if found["addition_embed_type"] is not None and found["addition_time_embed_dim"] is None:
+        notes = (*notes, "it does not say how wide its size ids are: as its checkpoint's")
     types = int(found["num_control_type"]) if union else 0
     named = (*CONTROL_TYPES, *(f"type {number}" for number in range(len(CONTROL_TYPES), types)))
     return ControlFile(
@@ -280,20 +282,19 @@ def _derived_attention(stored: Stored, widths: Sequence[int]) -> dict[str, Any]:
 def _derived_additions(stored: Stored) -> dict[str, Any]:
     """What joins the time embedding: of XL the pooled text embedding and six ids.
 
-    Raises:
-        CheckpointError: the embedding is too narrow for these.
+    How wide each id becomes is None where there is no room for the width that all published ones have. A
+    Union's types become as wide, and say it.
     """
     if not stored.has("add_embedding."):
         return {}
     added = stored.shape("add_embedding.linear_1.weight", 2)[1]
-    if added <= _IDS * _ID:
-        raise stored.refused(
-            f"has an added embedding of {added} numbers",
-            f"the pooled text embedding and {_IDS} ids of {_ID} each, as XL has",
-        )
+    width = _ID if added > _IDS * _ID else None
+    if UNION in stored.tensors:
+        joined = stored.shape("control_add_embedding.linear_1.weight", 2)[1]
+        width = joined // stored.shape(UNION, 2)[0]
     return {
         "addition_embed_type": "text_time",
-        "addition_time_embed_dim": _ID,
+        "addition_time_embed_dim": width,
         "projection_class_embeddings_input_dim": added,
     }
 

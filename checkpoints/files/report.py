@@ -64,8 +64,8 @@ class Report:
     Attributes:
         path: of the file or folder.
         kind: "checkpoint", "lora", "controlnet", "ip-adapter", "t2i-adapter", "unusable-control",
-            "embedding", "vae", "tiny-vae", "unet", "text-encoder", "image-encoder", "pickle", "gguf", "page", "empty",
-            "damaged", "other", ….
+            "embedding", "vae", "tiny-vae", "unet", "text-encoder", "image-encoder", "pickle", "gguf",
+            "page", "empty", "damaged", "other", ….
         what: the same for people, with an article.
         family: "sd1", "sd2", "sdxl", "sdxl-refiner", "lcm" or "unclip" of a checkpoint; of an adapter, a
             control or a part the family that it is made for, also "flux", "sd3". None where nothing says it.

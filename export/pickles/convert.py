@@ -214,8 +214,14 @@ def _tensors(value: object) -> tuple[dict[str, StoredTensor], int]:
 
 def _flattened(items: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of an IP-Adapter: those of each dict behind its name, `ip_adapter.1.to_k_ip.weight`."""
-    inner = {f"{name}.{key}": value for name in _NESTED for key, value in _items(items.get(name)).items()}
-    return {**{name: value for name, value in items.items() if name not in _NESTED}, **inner}
+    nested = {name: inner for name in _NESTED if (inner := _items(items.get(name)))}
+    others = {name: value for name, value in items.items() if name not in nested}
+    return others | {
+        f"{name}.{key}": value
+        for name, inner in nested.items()
+        for key, value in inner.items()
+        if isinstance(cast(object, key), str)
+    }
 
 
 def _items(value: object) -> dict[str, Any]:

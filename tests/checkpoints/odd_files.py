@@ -1324,14 +1324,14 @@ _names(
         )
     },
     "is a ControlNet-LLLite",
-    "controlnet",
+    "unusable-control",
 )
 _names(
     "ControlNet-XS",
     "diffusers",
     {"down_blocks.0.base_to_ctrl.0.weight": meta(4, 4, 1, 1)},
     "is a ControlNet-XS",
-    "controlnet",
+    "unusable-control",
 )
 _names(
     "a T2I-Adapter",

@@ -92,13 +92,29 @@ def test_a_trainers_checkpoint(
 
 @pytest.mark.parametrize(
     "wrapped",
-    [STATE, {"model": STATE}, {"state_dict": {"model": STATE, "step": 1}}, dict(STATE)],
-    ids=["bare", "model", "both", "dict"],
+    [STATE, {"model": STATE}, {"state_dict": {"model": STATE, "step": 1}}, dict(STATE), {"adapter": STATE}],
+    ids=["bare", "model", "both", "dict", "adapter"],
 )
 def test_wrappers(wrapped: Any, tmp_path: Path) -> None:
     torch.save(wrapped, tmp_path / "x.bin")
     convert_pickle(tmp_path / "x.bin", tmp_path / "x.safetensors")
     check(tmp_path / "x.safetensors")
+
+
+def test_the_two_dicts_of_an_ip_adapter(tmp_path: Path) -> None:
+    """They get the names that its safetensors files have; what is no dict, or has no name, is as ever."""
+    inner = {"1.to_k_ip.weight": BASE, "deeper": {"w": BASE}, 3: BASE}
+    torch.save({"image_proj": {"proj.weight": BASE}, "ip_adapter": inner, "w": BASE}, tmp_path / "x.bin")
+    done = convert_pickle(tmp_path / "x.bin", tmp_path / "x.safetensors")
+    assert set(load_file(tmp_path / "x.safetensors")) == {
+        "image_proj.proj.weight",
+        "ip_adapter.1.to_k_ip.weight",
+        "w",
+    }
+    assert (done.tensors, done.left_out) == (3, 1)
+    torch.save({"image_proj": BASE, "ip_adapter": BASE}, tmp_path / "y.bin")
+    convert_pickle(tmp_path / "y.bin", tmp_path / "y.safetensors")
+    assert set(load_file(tmp_path / "y.safetensors")) == {"image_proj", "ip_adapter"}
 
 
 def test_entries_that_are_no_tensors_are_counted(tmp_path: Path) -> None:

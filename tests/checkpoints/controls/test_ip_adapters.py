@@ -1,5 +1,6 @@
 """IP-Adapters, against what diffusers' UNet makes of the same tensors."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,12 @@ UNETS: dict[str, dict[str, Any]] = {
 IMAGE = 24  # numbers of a picture's features
 
 
+@cache
+def unet_of(family: str) -> Any:
+    torch.manual_seed(1)
+    return UNet2DConditionModel(**UNETS[family])
+
+
 def cross(module: Any) -> list[str]:
     """The cross-attentions' processors in diffusers' order."""
     return [name for name in module.attn_processors if "attn2" in name]
@@ -51,7 +58,7 @@ def ip_layers(module: Any) -> Tensors:
 
 
 def projection(kind: str, context: int) -> Tensors:
-    """Random tensors of an image projection by their files' names (IP-Adapter's `resampler.py` and others)."""
+    """Random tensors of an image projection by their files' names (IP-Adapter's `resampler.py`, …)."""
     torch.manual_seed(0)
     shapes: dict[str, tuple[int, ...]] = {}
     if kind == "plain":
@@ -59,12 +66,12 @@ def projection(kind: str, context: int) -> Tensors:
         shapes |= {"norm.weight": (context,), "norm.bias": (context,)}
     elif kind == "full":
         shapes = {"proj.0.weight": (IMAGE, IMAGE), "proj.0.bias": (IMAGE,), "proj.2.weight": (context, IMAGE)}
-        shapes |= {name: (context,) for name in ("proj.2.bias", "proj.3.weight", "proj.3.bias")}
+        shapes |= dict.fromkeys(("proj.2.bias", "proj.3.weight", "proj.3.bias"), (context,))
     else:
         hidden, inner = 32, 128
         shapes = {"latents": (1, 16, hidden), "proj_in.weight": (hidden, IMAGE), "proj_in.bias": (hidden,)}
         shapes |= {"proj_out.weight": (context, hidden)}
-        shapes |= {name: (context,) for name in ("proj_out.bias", "norm_out.weight", "norm_out.bias")}
+        shapes |= dict.fromkeys(("proj_out.bias", "norm_out.weight", "norm_out.bias"), (context,))
         for i in range(4):
             norms = [f"layers.{i}.{place}" for place in ("0.norm1", "0.norm2", "1.0")]
             shapes |= {f"{norm}.{end}": (hidden,) for norm in norms for end in ("weight", "bias")}
@@ -99,7 +106,7 @@ KINDS = {
 @pytest.mark.parametrize("family", UNETS)
 def test_what_diffusers_makes_of_it(family: str, kind: str, tmp_path: Path) -> None:
     """Projection, tensors and their places in the UNet; each layer's keys hold its number (T36)."""
-    module: Any = UNet2DConditionModel(**UNETS[family])
+    module: Any = unet_of(family)
     context = UNETS[family]["cross_attention_dim"]
     image_proj, layers = projection(kind, context), ip_layers(module)
     found = read_control(write(tmp_path / "ip-adapter_x.safetensors", joined(image_proj, layers)))
@@ -137,20 +144,20 @@ def test_what_diffusers_makes_of_it(family: str, kind: str, tmp_path: Path) -> N
                 read[f"layers.{index}.to_{letter}_ip.weight"], weight.detach().numpy()
             )
     assert len(read) == len(ours) + 2 * len(found.layers)
-    assert (
-        found.notes == () and f"{tokens} tokens a picture, of {features} of {IMAGE} numbers" in found.lines()
-    )
+    assert found.notes == ()
+    assert f"{tokens} tokens a picture, of {features} of {IMAGE} numbers" in found.lines()
 
 
 @pytest.mark.parametrize(
     "prefixes", [("image_proj.", "adapter_modules."), ("image_proj_model.", "adapter_modules.")]
 )
 def test_other_prefixes(prefixes: tuple[str, str], tmp_path: Path) -> None:
-    module: Any = UNet2DConditionModel(**UNETS["sd1"])
+    module: Any = unet_of("sd1")
     parts = projection("plus", 768), ip_layers(module)
     usual = read_control(write(tmp_path / "a.safetensors", joined(*parts))).part
     found = read_control(write(tmp_path / "b.safetensors", joined(*parts, prefixes))).part
-    assert found.config == usual.config and found.tensors.keys() == usual.tensors.keys()
+    assert found.config == usual.config
+    assert found.tensors.keys() == usual.tensors.keys()
 
 
 def _distilled(name: str) -> dict[str, Any]:
@@ -186,7 +193,7 @@ def test_layers_of_another_unet_are_read_without_their_places(tmp_path: Path) ->
 
 
 def _good() -> Tensors:
-    module: Any = UNet2DConditionModel(**UNETS["sd1"])
+    module: Any = unet_of("sd1")
     return joined(projection("plain", 768), ip_layers(module))
 
 
@@ -223,13 +230,13 @@ def test_what_is_damaged(changed: dict[str, Any], words: str, tmp_path: Path) ->
 
 def test_no_layers(tmp_path: Path) -> None:
     tensors = {name: tensor for name, tensor in _good().items() if name.startswith("image_proj.")}
-    with pytest.raises(CheckpointError, match="lacks the tensor 'layers.0.to_k_ip.weight' and 1 more"):
+    with pytest.raises(CheckpointError, match=r"lacks the tensor 'layers\.0\.to_k_ip\.weight' and 1 more"):
         read_control(write(tmp_path / "x.safetensors", tensors))
 
 
 def test_the_middle_before_the_up_blocks_is_another_order(tmp_path: Path) -> None:
-    """Of SDXL's sixty layers of one width, most could be exchanged unnoticed; the narrower ones cannot."""
-    module: Any = UNet2DConditionModel(**UNETS["sdxl"])
+    """Most of SDXL's layers have one width, and could be exchanged unnoticed; the narrower ones cannot."""
+    module: Any = unet_of("sdxl")
     layers = ip_layers(module)
     pairs = [[layers[f"{2 * index + 1}.to_{x}_ip.weight"] for x in "kv"] for index in range(70)]
     wrong = pairs[:24] + pairs[60:] + pairs[24:60]
@@ -243,7 +250,7 @@ def test_the_middle_before_the_up_blocks_is_another_order(tmp_path: Path) -> Non
 
 
 def test_a_resampler_of_faces_is_refused(tmp_path: Path) -> None:
-    module: Any = UNet2DConditionModel(**UNETS["sd1"])
+    module: Any = unet_of("sd1")
     image_proj = projection("plus", 768) | {"proj_in.weight": torch.zeros(32, 512)}
-    with pytest.raises(CheckpointError, match="reads embeddings of faces, 512 numbers each .InstantID."):
+    with pytest.raises(CheckpointError, match=r"reads embeddings of faces, 512 numbers each \(InstantID\)"):
         read_control(write(tmp_path / "x.safetensors", joined(image_proj, ip_layers(module))))
