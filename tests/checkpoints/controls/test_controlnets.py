@@ -246,6 +246,11 @@ def test_a_width_of_nobody_is_told_by_its_projections(name: str, tmp_path: Path)
     assert read_control(write(tmp_path / "x.safetensors", module.state_dict())).family == name
 
 
+def test_buffers_are_left_out(tmp_path: Path) -> None:
+    tensors = controlnet("sd2").state_dict() | {"norm.num_batches_tracked": torch.zeros((), dtype=torch.int64)}
+    check(read_control(write(tmp_path / "x.safetensors", tensors)), controlnet("sd2"))
+
+
 def test_in_a_hubs_cache_it_is_called_as_its_repository(tmp_path: Path) -> None:
     snapshot = tmp_path / "models--diffusers--controlnet-x" / "snapshots" / ("0123456789" * 4)
     controlnet("sd2").save_pretrained(snapshot)
@@ -306,6 +311,7 @@ def test_what_is_damaged(changed: dict[str, Any], words: str, tmp_path: Path) ->
         ({"class_embed_type": "timestep"}, "class_embed_type is 'timestep'; expected None"),
         ({"addition_embed_type": "text"}, "addition_embed_type is 'text'; expected None or 'text_time'"),
         ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
+        ({"addition_embed_type": "text_time"}, "has no addition_time_embed_dim; expected a whole number"),
     ],
 )
 def test_a_config_that_is_no_controlnets(changed: dict[str, Any], words: str, tmp_path: Path) -> None:
