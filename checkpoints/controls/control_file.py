@@ -41,7 +41,7 @@ class ControlFile:
             base's UNet, "lora" is a low-rank change of them (`with_base.weights_with_base`).
         channel_order: of its picture, "rgb" or "bgr".
         global_pool: its residuals are averaged over height and width (the ControlNet "shuffle").
-        control_types: of a Union, what each of its types is.
+        control_types: of a Union, what each of its types is; the published have no others than CONTROL_TYPES.
         tokens: of an IP-Adapter, how many of them a picture becomes.
         image_features: of an IP-Adapter, what it reads of the image encoder: "image_embeds", which are
             projected, or the penultimate "hidden_states".

@@ -12,7 +12,7 @@ head, pictures are RGB, and only "shuffle" pools.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from ..files.ldm_names import Tensors, unet_tensors
 from ..files.leftovers import unused_tensors
 from .control_file import CONTROL_TYPES, CONTROLNET, ControlFile
 from .controlnet_shapes import UNION, controlnet_shapes
-from .stored import Stored
+from .stored import Stored, once
 
 PREFIX = "control_model."
+_PUBLISHED = "Take the published file."
 # Tensors that say how the others are meant.
 _MARKERS = {"difference": "difference", "lora_controlnet": "lora"}
 _HEAD = 64  # channels of an attention head in 2.x and XL
@@ -115,7 +116,7 @@ def read_controlnet(path: Path, tensors: Tensors, config: Mapping[str, Any] | No
         notes = unused_tensors(name for name in own if not name.startswith(PREFIX))
         own = {name.removeprefix(PREFIX): own[name] for name in own if name.startswith(PREFIX)}
     if not any(name.startswith("down_blocks.") for name in own):
-        own = _renamed(own)
+        own = once(path, _renamed(own))
     union = UNION in own
     stored = Stored(path=path, what=_what(needs_base, union), tensors=own)
     whole = _paired(stored) if needs_base == "lora" else stored
@@ -129,8 +130,6 @@ def read_controlnet(path: Path, tensors: Tensors, config: Mapping[str, Any] | No
         notes = (*notes, "it is called shuffle, so its residuals are averaged over the picture")
     if found["addition_embed_type"] is not None and found["addition_time_embed_dim"] is None:
         notes = (*notes, "it does not say how wide its size ids are: as its checkpoint's")
-    types = int(found["num_control_type"]) if union else 0
-    named = (*CONTROL_TYPES, *(f"type {number}" for number in range(len(CONTROL_TYPES), types)))
     return ControlFile(
         root=path,
         kind=CONTROLNET,
@@ -140,7 +139,7 @@ def read_controlnet(path: Path, tensors: Tensors, config: Mapping[str, Any] | No
         needs_base=needs_base,
         channel_order=str(found["controlnet_conditioning_channel_order"]),
         global_pool=bool(found["global_pool_conditions"]),
-        control_types=named[:types],
+        control_types=CONTROL_TYPES[: found.get("num_control_type", 0)],
         notes=notes,
     )
 
@@ -157,7 +156,7 @@ def _what(needs_base: str, union: bool) -> str:
 
 
 def _is_shuffle(path: Path) -> bool:
-    """Whether a file is called after the one published ControlNet that pools, as ComfyUI decides it."""
+    """Whether a file is called after the one published ControlNet that pools: ComfyUI decides it so, too."""
     return re.search(r"(?<![a-z])shuffle(?![a-z])", path.stem.lower()) is not None
 
 
@@ -177,7 +176,7 @@ _OWN = {
 _HINT = "input_hint_block."
 
 
-def _renamed(stored: Tensors) -> dict[str, TensorHeader]:
+def _renamed(stored: Tensors) -> Iterator[tuple[str, TensorHeader]]:
     """Tensors of `cldm` by ControlNetModel's names. Unknown ones keep theirs."""
     ends = {name: name.rpartition(".") for name in stored}
     modules = {module: stored[name] for name, (module, _, _) in ends.items()}
@@ -188,10 +187,8 @@ def _renamed(stored: Tensors) -> dict[str, TensorHeader]:
         for pattern, new in _OWN.items():
             if re.fullmatch(pattern, module):
                 names[module] = re.sub(pattern, new, module)
-    return {
-        f"{names[module]}.{end}" if module in names else name: stored[name]
-        for name, (module, _, end) in ends.items()
-    }
+    for name, (module, _, end) in ends.items():
+        yield f"{names[module]}.{end}" if module in names else name, stored[name]
 
 
 def _hint_names(modules: Mapping[str, object]) -> dict[str, str]:
@@ -207,7 +204,7 @@ def _paired(stored: Stored) -> Stored:
     """A control-LoRA's tensors as if each pair were the weight that it changes.
 
     Raises:
-        CheckpointError: one of a pair is missing, or the two do not fit.
+        CheckpointError: one of a pair is missing, the two do not fit, or the weight is there as well.
     """
     whole = {name: header for name, header in stored.tensors.items() if not name.endswith((".up", ".down"))}
     for module in {name.rpartition(".")[0] for name in stored.tensors.keys() - whole.keys()}:
@@ -215,10 +212,10 @@ def _paired(stored: Stored) -> Stored:
         shapes: list[tuple[int, ...]] = [header.shape if header else () for header in pair]
         up, down = shapes
         fits = len(up) == len(down) > 1 and up[1] == down[0] and set(up[2:]) <= {1}
-        if pair[0] is None or not fits:
+        if pair[0] is None or not fits or f"{module}.weight" in stored.tensors:
             raise stored.refused(
                 f"has {module!r}.up {up or '(none)'} and .down {down or '(none)'}",
-                "two tensors of one rank, (out, rank) and (rank, in)",
+                "two tensors of one rank, (out, rank) and (rank, in), in place of a weight",
             )
         whole[f"{module}.weight"] = replace(pair[0], shape=(up[0], *down[1:]))
     return replace(stored, tensors=whole)
@@ -261,7 +258,8 @@ def _derived_attention(stored: Stored, widths: Sequence[int]) -> dict[str, Any]:
     depths = {place: stored.count(f"{place}.transformer_blocks.") for place in attending}
     context = next((place for place in attending if depths[place]), None)
     is_xl = stored.has("add_embedding.")
-    linear = len(stored.tensors[f"{attending[0]}.proj_in.weight"].shape) == 2 if attending else is_xl
+    entry = stored.tensors.get(f"{attending[0]}.proj_in.weight") if attending else None
+    linear = is_xl if entry is None else len(entry.shape) == 2
     width = _XL_CONTEXT if is_xl else next(iter(_CONTEXTS))
     if context is not None:
         width = stored.shape(f"{context}.transformer_blocks.0.attn2.to_k.weight", 2)[1]
@@ -285,18 +283,18 @@ def _derived_additions(stored: Stored) -> dict[str, Any]:
     How wide each id becomes is None where there is no room for the width that all published ones have. A
     Union's types become as wide, and say it.
     """
-    if not stored.has("add_embedding."):
-        return {}
-    added = stored.shape("add_embedding.linear_1.weight", 2)[1]
-    width = _ID if added > _IDS * _ID else None
+    found: dict[str, Any] = {}
+    if stored.has("add_embedding."):
+        added = stored.shape("add_embedding.linear_1.weight", 2)[1]
+        found = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": _ID if added > _IDS * _ID else None,
+            "projection_class_embeddings_input_dim": added,
+        }
     if UNION in stored.tensors:
         joined = stored.shape("control_add_embedding.linear_1.weight", 2)[1]
-        width = joined // stored.shape(UNION, 2)[0]
-    return {
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": width,
-        "projection_class_embeddings_input_dim": added,
-    }
+        found["addition_time_embed_dim"] = joined // stored.shape(UNION, 2)[0]
+    return found
 
 
 def _derived_union(stored: Stored) -> dict[str, Any]:
@@ -330,6 +328,13 @@ def _completed(path: Path, config: Mapping[str, Any], stored: Stored) -> dict[st
                 expected=" or ".join(map(repr, values)),
                 fix="Use a ControlNet of Stable Diffusion 1.x, 2.x or XL.",
             )
+    needed = ["addition_time_embed_dim"] * union
+    if found["addition_embed_type"] is not None:
+        needed = ["addition_time_embed_dim", "projection_class_embeddings_input_dim"]
+    if lacking := [key for key in needed if found[key] is None]:
+        raise CheckpointError(
+            f"{file} has no {lacking[0]}", expected="a whole number, as its class needs", fix=_PUBLISHED
+        )
     kinds: list[str] = found["down_block_types"]
     depths: int | list[int] = found["transformer_layers_per_block"]
     lengths = {len(kinds), len(kinds) if isinstance(depths, int) else len(depths)}
@@ -338,6 +343,6 @@ def _completed(path: Path, config: Mapping[str, Any], stored: Stored) -> dict[st
             f"{file}: down_block_types and transformer_layers_per_block are of other lengths than"
             " block_out_channels",
             expected="one of each for every level",
-            fix="Take the published file.",
+            fix=_PUBLISHED,
         )
     return found

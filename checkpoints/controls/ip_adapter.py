@@ -8,7 +8,7 @@ diffusers are those of `loaders/unet.py`, `_convert_ip_adapter_image_proj_to_dif
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,9 @@ from ..files.component import Component, TensorHeader
 from ..files.ldm_names import Tensors
 from .control_file import IP_ADAPTER, ControlFile
 from .cross_attentions import cross_attentions, level_of
-from .stored import Stored, layer
+from .stored import Stored, layer, once
 
 _PROJECTION, _LAYERS = "image_projection.", "layers."
-_FIRST = f"{_LAYERS}0.to_k_ip.weight"
 _CONTEXTS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 _HEAD = 64  # channels of a head in the resampler
 _PLACES = 257  # hidden states of a picture in ViT-H and ViT-bigG: 16 x 16 patches, and the class
@@ -183,13 +182,13 @@ def read_ip_adapter(path: Path, tensors: Tensors, config: Mapping[str, Any] | No
             shape that the others contradict.
     """
     del config
-    usual = {_usual(name): header for name, header in tensors.items()}
+    usual = once(path, ((_usual(name), header) for name, header in tensors.items()))
     stored = Stored(path=path, what="an IP-Adapter", tensors=usual)
     kind = next((one for one in _PROJECTIONS if f"image_proj.{one.mark}" in usual), None)
     if kind is None:
         marks = ", ".join(f"image_proj.{one.mark}" for one in _PROJECTIONS)
         raise stored.refused("has no image projection that is known", f"one of {marks}")
-    stored = Stored(path=path, what=kind.what, tensors=_renamed(usual, kind))
+    stored = Stored(path=path, what=kind.what, tensors=once(path, _renamed(usual, kind)))
     found = kind.config(stored)
     context = int(found.get("output_dims") or found["cross_attention_dim"])
     if found.get("embed_dims") == _FACE:
@@ -222,18 +221,16 @@ def _usual(name: str) -> str:
     return re.sub(r"^image_proj_model\.", "image_proj.", re.sub(r"^adapter_modules\.", "ip_adapter.", name))
 
 
-def _renamed(stored: Tensors, kind: _Projection) -> dict[str, TensorHeader]:
+def _renamed(stored: Tensors, kind: _Projection) -> Iterator[tuple[str, TensorHeader]]:
     """The tensors by the names of `ControlFile.part`. Unknown ones keep theirs."""
-    found: dict[str, TensorHeader] = {}
     for name, header in stored.items():
         match = re.fullmatch(r"ip_adapter\.(\d{1,4})\.(to_[kv]_ip\.weight)", name)
         if match and int(match[1]) % 2:  # the even ones are self-attention, and have nothing
-            found[f"{_LAYERS}{int(match[1]) // 2}.{match[2]}"] = header
+            yield f"{_LAYERS}{int(match[1]) // 2}.{match[2]}", header
         elif name.startswith("image_proj."):
-            found |= _projected(name.removeprefix("image_proj."), header, kind)
+            yield from _projected(name.removeprefix("image_proj."), header, kind).items()
         else:
-            found[name] = header
-    return found
+            yield name, header
 
 
 def _projected(name: str, header: TensorHeader, kind: _Projection) -> dict[str, TensorHeader]:

@@ -13,6 +13,7 @@ from ..files.component import DIFFUSERS, TensorHeader, read_component, read_head
 from ..files.file_kinds import FileKind, kind_of_tensors, refuse_other_formats
 from ..files.folder_kinds import kind_of_folder
 from ..files.ldm_names import Tensors, usual_names
+from ..files.leftovers import HARMLESS
 from ..files.quantised import refuse_markers, refuse_types
 from .control_file import CONTROLNET, IP_ADAPTER, T2I_ADAPTER, ControlFile
 from .controlnet import read_controlnet
@@ -57,6 +58,7 @@ def read_control(path: str | Path, *, prefer_fp16: bool = False) -> ControlFile:
         tensors, config = part.tensors, part.config
     _refuse_kind(root, kind)
     refuse_markers(root, tensors)
+    tensors = {name: header for name, header in tensors.items() if not HARMLESS.search(name)}
     found = _READERS[kind.name](root, tensors, config)
     refuse_types(root, found.part.tensors)
     return found

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...engines.errors import CheckpointError
 from ..files.component import TensorHeader
-from ..files.leftovers import HARMLESS
 
 AGAIN = "Download it again, or use another file of the same control."
 
@@ -19,6 +18,20 @@ Shapes = Mapping[str, tuple[int, ...]]
 def layer(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
     """The shapes of a layer's weight and of its bias."""
     return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+
+
+def once(path: Path, pairs: Iterable[tuple[str, TensorHeader]]) -> dict[str, TensorHeader]:
+    """Tensors by their new names. Raises CheckpointError where two of a file would have one."""
+    found: dict[str, TensorHeader] = {}
+    for name, header in pairs:
+        if name in found:
+            raise CheckpointError(
+                f"{path} has {found[name].name[:200]!r} and {header.name[:200]!r}, which are one tensor",
+                expected="each once",
+                fix=AGAIN,
+            )
+        found[name] = header
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +85,7 @@ class Stored:
             if name in self.tensors and self.tensors[name].shape != shape:
                 found = self.tensors[name].shape
                 raise self.refused(f"has the tensor {name!r} of the shape {found}", f"{shape}")
-        surplus = [name for name in self.tensors if name not in wanted and not HARMLESS.search(name)]
+        surplus = [name for name in self.tensors if name not in wanted]
         if surplus:
             raise self.refused(
                 f"has {_some(surplus)} that {self.what} has not", f"{self.what} without additions"

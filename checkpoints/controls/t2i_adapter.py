@@ -9,7 +9,7 @@ diffusers' `scripts/convert_original_t2i_adapter.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..files.component import Component, TensorHeader
 from ..files.configs import check_config
 from ..files.ldm_names import Tensors
 from .control_file import T2I_ADAPTER, ControlFile
-from .stored import Stored, layer
+from .stored import Stored, layer, once
 
 _FULL, _XL, _LIGHT = "full_adapter", "full_adapter_xl", "light_adapter"
 # Channels of what the first convolution reads -> those of the picture, and the pixels a cell along one side.
@@ -37,7 +37,7 @@ DEFAULTS: Mapping[str, Any] = {
 
 def read_t2i_adapter(path: Path, tensors: Tensors, config: Mapping[str, Any] | None) -> ControlFile:
     """A T2I-Adapter of these tensors; arguments and errors are those of `controlnet.read_controlnet`."""
-    stored = Stored(path=path, what="a T2I-Adapter", tensors=_renamed(tensors))
+    stored = Stored(path=path, what="a T2I-Adapter", tensors=once(path, _renamed(tensors)))
     if config is None:
         found = _derived(stored)
     else:
@@ -54,10 +54,9 @@ def read_t2i_adapter(path: Path, tensors: Tensors, config: Mapping[str, Any] | N
     )
 
 
-def _renamed(stored: Tensors) -> dict[str, TensorHeader]:
+def _renamed(stored: Tensors) -> Iterator[tuple[str, TensorHeader]]:
     """The tensors by T2IAdapter's names."""
-    bare = {name.removeprefix("adapter."): header for name, header in stored.items()}
-    inside = any(re.match(r"body\.\d+\.(resnets|body)\.", name) for name in bare)
+    inside = any(re.match(r"(adapter\.)?body\.\d+\.(resnets|body)\.", name) for name in stored)
 
     def new(name: str) -> str:
         if inside:
@@ -70,7 +69,8 @@ def _renamed(stored: Tensors) -> dict[str, TensorHeader]:
             return f"body.{stage}.in_conv.{match[3]}"
         return f"body.{stage}.resnets.{index}.{match[2]}.{match[3]}"
 
-    return {f"adapter.{new(name)}": header for name, header in bare.items()}
+    for name, header in stored.items():
+        yield f"adapter.{new(name.removeprefix('adapter.'))}", header
 
 
 def _derived(stored: Stored) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _derived(stored: Stored) -> dict[str, Any]:
         )
     channels, factor = _READ[read]
     last = "out_conv" if light else "resnets.0.block1"
-    stages = range(stored.count("adapter.body."))
+    stages = range(max(stored.count("adapter.body."), 1 + light))
     widths = [stored.shape(f"adapter.body.{stage}.{last}.weight", 4)[0] for stage in stages]
     return {
         "_class_name": "T2IAdapter",

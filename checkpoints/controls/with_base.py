@@ -54,14 +54,15 @@ def weights_with_base(control: ControlFile, base: Checkpoint) -> Mapping[str, We
     for name, shape in wanted.items():
         if _reads_base(control, name) and (name not in unet or unet[name].shape != shape):
             _refuse_base(control, base, name, shape)
-    stored, under = read_tensors(control.part.tensors), read_tensors(_floats(unet, wanted))
+    stored, under = read_tensors(control.part.tensors), read_tensors(_shared(unet, wanted))
     make = _MAKERS[control.needs_base]
     return {
         name: Weight(shape=shape, read=partial(make, name, stored, under)) for name, shape in wanted.items()
     }
 
 
-def _floats(unet: Mapping[str, TensorHeader], wanted: Mapping[str, object]) -> dict[str, TensorHeader]:
+def _shared(unet: Mapping[str, TensorHeader], wanted: Mapping[str, object]) -> dict[str, TensorHeader]:
+    """The UNet's tensors that a ControlNet has too."""
     return {name: header for name, header in unet.items() if name in wanted}
 
 

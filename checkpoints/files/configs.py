@@ -146,6 +146,8 @@ _CONTROLNET: Rules = {
     "layers_per_block": _whole(1, 100),
     "transformer_layers_per_block": _whole(0, 100) | _list_of(_whole(0, 100)),
     "cross_attention_dim": _WIDTH,
+    "attention_head_dim": _WIDTH | _WIDTHS,
+    "num_attention_heads": _WIDTH | _WIDTHS | _NULL,
     "addition_time_embed_dim": _WIDTH | _NULL,
     "projection_class_embeddings_input_dim": _WIDTH | _NULL,
     "controlnet_conditioning_channel_order": _one_of("rgb", "bgr"),

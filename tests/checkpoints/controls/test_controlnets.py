@@ -227,6 +227,20 @@ def test_the_shapes_of_published_sizes(family: str) -> None:
     assert len(residuals) == (9 if family == "sdxl" else 12)
 
 
+@pytest.mark.parametrize("hint", [(16, 32, 96, 256), (48, 96, 192, 384)])
+def test_the_shapes_of_a_union_of_published_size(hint: tuple[int, ...]) -> None:
+    """ProMax' published config has the first hint encoder; diffusers' class has the second by default."""
+    wanted = {
+        key: value for key, value in FULL["sdxl"].unet.items() if key not in ("up_block_types", "sample_size")
+    }
+    with torch.device("meta"):
+        module: Any = ControlNetUnionModel(
+            **wanted, num_control_type=8, conditioning_embedding_out_channels=hint
+        )
+    shapes = controlnet_shapes({**module.config, "_class_name": "ControlNetUnionModel"})
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
 def test_how_wide_ids_are_is_not_said_by_narrow_ones(tmp_path: Path) -> None:
     """All of XL have 256 numbers each; what is narrower was never published, and is its checkpoint's."""
     narrow = {"addition_time_embed_dim": 16, "projection_class_embeddings_input_dim": 48 + 6 * 16}
@@ -244,6 +258,12 @@ def test_how_wide_ids_are_is_not_said_by_narrow_ones(tmp_path: Path) -> None:
 def test_a_width_of_nobody_is_told_by_its_projections(name: str, tmp_path: Path) -> None:
     module: Any = ControlNetModel(**{**CONTROLNETS[name], "cross_attention_dim": 48})
     assert read_control(write(tmp_path / "x.safetensors", module.state_dict())).family == name
+
+
+def test_buffers_are_left_out(tmp_path: Path) -> None:
+    buffer = torch.zeros((), dtype=torch.int64)
+    tensors = controlnet("sd2").state_dict() | {"norm.num_batches_tracked": buffer}
+    check(read_control(write(tmp_path / "x.safetensors", tensors)), controlnet("sd2"))
 
 
 def test_in_a_hubs_cache_it_is_called_as_its_repository(tmp_path: Path) -> None:
@@ -306,6 +326,7 @@ def test_what_is_damaged(changed: dict[str, Any], words: str, tmp_path: Path) ->
         ({"class_embed_type": "timestep"}, "class_embed_type is 'timestep'; expected None"),
         ({"addition_embed_type": "text"}, "addition_embed_type is 'text'; expected None or 'text_time'"),
         ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
+        ({"addition_embed_type": "text_time"}, "has no addition_time_embed_dim; expected a whole number"),
     ],
 )
 def test_a_config_that_is_no_controlnets(changed: dict[str, Any], words: str, tmp_path: Path) -> None:

@@ -76,6 +76,10 @@ def test_the_shapes_of_published_sizes(kind: str, channels: int) -> None:
         # of the older nets whose stages begin with convolutions
         ({"body.2.down_opt.op.weight": (3,)}, "has the tensor 'adapter.body.2.down_opt.op.weight' that"),
         ({"body.3.in_conv.weight": (3,)}, "has the tensor 'adapter.body.1.resnets.1.in_conv.weight' that"),
+        (
+            {"adapter.conv_in.bias": (32,)},
+            "has 'adapter.conv_in.bias' and 'conv_in.bias', which are one tensor",
+        ),
         ({"body.0.block2.weight": (32, 32, 3, 3)}, "'adapter.body.0.resnets.0.block2.weight' of the shape"),
     ],
 )

@@ -187,6 +187,7 @@ def test_another_base(kind: str, recipe: str, words: str, tmp_path: Path) -> Non
         ({"time_embed.0.up": None}, r"has 'time_embedding.linear_1'.up \(none\) and .down \(3, 32\)"),
         ({"time_embed.0.down": None}, r"'time_embedding.linear_1'.up \(128, 3\) and .down \(none\)"),
         ({"time_embed.0.down": (2, 32)}, "two tensors of one rank"),
+        ({"time_embed.0.weight": (128, 32)}, r"two tensors of one rank, .* in place of a weight"),
         ({"time_embed.0.down": (3, 31)}, "'time_embedding.linear_1.weight' of the shape"),
         ({"zero_convs.0.0.weight": None}, "lacks the tensor 'controlnet_down_blocks.0.weight'"),
         (
