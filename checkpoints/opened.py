@@ -20,10 +20,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ..engines.errors import StorageError
+from ..engines.errors import CheckpointError, StorageError
 from ..engines.package import MANIFEST, Package
 from ..engines.spec import Array
 from ..engines.store.folder import StoreFolder
+from .controls.control_file import CONTROLNET
 from .controls.read import read_control
 from .entries import remember
 from .files.open import Checkpoint
@@ -93,6 +94,12 @@ def open_control(
         NumericError, StorageError: as `open_checkpoint`.
     """
     source = read_control(Path(path), prefer_fp16=options.dtype == "fp16")
+    if source.kind != CONTROLNET or source.needs_base or source.control_types:
+        raise CheckpointError(
+            f"{path} is {source.title}, which cannot be used yet",
+            expected="a ControlNet that is whole, of one kind of picture",
+            fix="Use one of these for the same family.",
+        )
     return open_source(
         source, options, tokenize=_no_texts, store=store, hub=hub, progress=progress, note=note
     )

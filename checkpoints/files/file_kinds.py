@@ -50,7 +50,11 @@ UNUSABLE_CONTROL = "unusable-control"
 
 _EMBEDDING = "Call it in a prompt: latentrt generate embedding:NAME -m CHECKPOINT --embd-dir {folder}"
 _ADAPTER = "Draw with it and a model that it is made for: latentrt generate PROMPT -m MODEL --lora {file}"
-_CONTROL = "No control can be used yet: open the checkpoint that it steers without it."
+_CONTROLNET = (
+    "Let it steer a model that it is made for: latentrt generate PROMPT -m MODEL --control-net {file}"
+    " --control-image PICTURE"
+)
+_CONTROL = "It cannot be used yet: use a ControlNet that is whole."
 _NO_CONTROL = "Use a ControlNet, a T2I-Adapter or an IP-Adapter of features of an image encoder."
 _OTHER = "No other architecture is supported: use a checkpoint of Stable Diffusion 1.x, 2.x or XL."
 _PART = "Use the complete checkpoint; other tools also write its parts alone."
@@ -162,7 +166,7 @@ _WITH_UNET: Mapping[str, FileKind] = {
     r"\b(base_to_ctrl|ctrl_to_base|(enc|dec)_zero_convs_(in|out)|middle_block_in)\b": _no_control(
         "a ControlNet-XS"
     ),
-    r"^control_model\.": FileKind(name="controlnet", what="a ControlNet (original names)", todo=_CONTROL),
+    r"^control_model\.": FileKind(name="controlnet", what="a ControlNet (original names)", todo=_CONTROLNET),
     r"^(model\.diffusion_model\.)?double_blocks\.0\.img_attn\.": FileKind(
         name="other", what="Flux, or a relative of it", todo=_OTHER
     ),
@@ -199,10 +203,10 @@ _WITHOUT_UNET: Mapping[str, FileKind] = {
         name="controlnet", what="a ControlNet (Union)", todo=_CONTROL
     ),
     r"^controlnet_cond_embedding\.": FileKind(
-        name="controlnet", what="a ControlNet (diffusers' names)", todo=_CONTROL
+        name="controlnet", what="a ControlNet (diffusers' names)", todo=_CONTROLNET
     ),
     r"^(input_hint_block|zero_convs)\.": FileKind(
-        name="controlnet", what="a ControlNet (original names)", todo=_CONTROL
+        name="controlnet", what="a ControlNet (original names)", todo=_CONTROLNET
     ),
     _FACE_ID: _no_control("an IP-Adapter FaceID"),
     r"^(ip_adapter|image_proj(_model)?|adapter_modules)\.|\.to_k_ip\.": FileKind(

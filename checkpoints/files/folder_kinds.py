@@ -18,12 +18,16 @@ _PEFT = FileKind(
     what="a PEFT adapter's folder (LoRA)",
     todo="Draw with it and a model that it is made for: latentrt generate PROMPT -m MODEL --lora {file}",
 )
+_STEER = (
+    "Let it steer a model that it is made for: latentrt generate PROMPT -m MODEL --control-net {file}"
+    " --control-image PICTURE"
+)
 _GIVE = "Give it to a checkpoint: latentrt generate PROMPT -m CHECKPOINT"
 # The class in a folder's config.json -> what the folder is.
 _CLASSES: Mapping[str, FileKind] = {
     name: FileKind(name=kind, what=what, todo=todo)
     for name, kind, what, todo in (
-        ("ControlNetModel", "controlnet", "a ControlNet's folder", _NOT_YET),
+        ("ControlNetModel", "controlnet", "a ControlNet's folder", _STEER),
         ("ControlNetUnionModel", "controlnet", "a ControlNet's folder (Union)", _NOT_YET),
         ("ControlNetModel_Union", "controlnet", "a ControlNet's folder (Union)", _NOT_YET),
         ("ControlNetXSAdapter", UNUSABLE_CONTROL, "a ControlNet-XS' folder", _NOT_YET),

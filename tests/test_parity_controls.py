@@ -1,8 +1,12 @@
 """Pictures steered by ControlNets against diffusers' pipelines, on random weights."""
 
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import diffusers
 import numpy as np
@@ -10,13 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from latentrt import Control
+from latentrt import CheckpointError, Control, PackageError, UsageError, read_metadata, redraw
 from latentrt.checkpoints.opened import Options, open_control
 from latentrt.engines.backends import BACKENDS
 from latentrt.export.architectures import Architecture
 from latentrt.export.templates import make_archive
 from latentrt.runtime import Pipeline
-from latentrt.runtime.controls.loaded import OpenedControl
+from latentrt.runtime.controls.loaded import LoadedControls, OpenedControl
 from latentrt.runtime.loop.open import LoopOptions, open_control_loop
 from tests.parity_pair import BAR, Pair, blob, drawn, exported, ours, photo, psnr
 
@@ -24,7 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*__array.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),
 ]
-MODELS = ["tiny2", "xl-tiny"]
+MODELS = ["tiny2", pytest.param("xl-tiny", marks=pytest.mark.slow)]
 SIZE = {"height": 64, "width": 96}
 FAST: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 5.0, **SIZE}
 SEEN = 40.0  # dB: a picture that is as far from another is another one
@@ -47,7 +51,7 @@ class Steered(Pair):
 
     def __init__(self, folder: Path, made: Path) -> None:
         super().__init__(folder)
-        unet = self._unet()
+        self.made, unet = made, self._unet()
         self.nets = [controlnet(unet, self.ours.package.manifest.latent_scale, seed) for seed in (1, 2)]
         for number, net in enumerate(self.nets):
             net.save_pretrained(made / f"control{number}")
@@ -195,3 +199,92 @@ def test_strength_0_is_no_control_to_the_byte(pair: Steered) -> None:
     control = Control(model=pair.names[0], image=hint(), strength=0.0)
     plain = ours(pair.ours, [1], prompt="a ring", **FAST)
     assert np.array_equal(ours(pair.ours, [1], prompt="a ring", controls=[control], **FAST), plain)
+
+
+def test_modes_and_pictures_that_are_another_number(pair: Steered) -> None:
+    """Negative controls: every field is seen, and what cannot be is refused."""
+    plain = Control(model=pair.names[0], image=hint())
+    pictures = {
+        name: ours(pair.ours, [2], prompt="a ring", controls=[control], **FAST)
+        for name, control in {
+            "balanced": plain,
+            "prompt": replace(plain, mode="prompt"),
+            "control": replace(plain, mode="control"),
+            "guess": replace(plain, mode="guess"),
+            "canny": replace(plain, preparation="canny"),
+            "crop": replace(plain, resize_mode="crop", image=photo(96, 96)),
+            "other": replace(plain, model=pair.names[1]),
+        }.items()
+    }
+    for one, other in combinations(pictures, 2):
+        assert not np.array_equal(pictures[one], pictures[other]), (one, other)
+    three = replace(plain, image=[hint(0), hint(1), hint(2)])
+    with pytest.raises(UsageError, match="3 control pictures for 2 pictures"):
+        ours(pair.ours, [1, 2], prompt=["a", "b"], controls=[three], **FAST)
+    with pytest.raises(UsageError, match=r"no ControlNet is called 'cany'; expected one of control"):
+        ours(pair.ours, [1], prompt="a", controls=[replace(plain, model="cany")], **FAST)
+    for wrong in ("canny", [plain, "canny"], 5):
+        with pytest.raises(UsageError, match=r"controls is .*; expected a list of Control"):
+            ours(pair.ours, [1], prompt="a", controls=wrong, **FAST)
+
+
+def test_hints_are_computed_once_a_picture(pair: Steered) -> None:
+    """And keys, values and the schedule; a step in which a net is off does not call it."""
+    opened = pair.ours.controls._loaded[pair.names[0]]  # pyright: ignore[reportPrivateUsage]
+    calls: Counter[str] = Counter()
+
+    def call(net: str, **arrays: Any) -> Any:
+        calls[net] += 1
+        return type(opened.loop).call(opened.loop, net, **arrays)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opened.loop, "call", call)
+        control = Control(model=pair.names[0], image=hint(), end=0.5)
+        ours(pair.ours, [2], prompt="a ring", controls=[control], **FAST)
+    once = {"controlnet_hint": 1, "controlnet_context": 1, "controlnet_time": 1}
+    assert calls == {**once, "controlnet": FAST["num_inference_steps"] // 2}
+
+
+def test_records_and_redrawing(pair: Steered, tmp_path: Path) -> None:
+    control = Control(model=pair.names[0], image=hint(), strength=0.7, preparation="canny", end=0.9)
+    result = pair.ours("a ring", seed=5, controls=[control], **FAST)
+    (steered,) = result.record()["steered_by"]
+    assert steered["model"] == pair.names[0]
+    assert (steered["strength"], steered["end"], steered["preparation"]) == (0.7, 0.9, "canny")
+    result.save(tmp_path / "steered.png")
+    text = read_metadata(tmp_path / "steered.png").parameters or ""
+    assert (
+        f'ControlNet 0: "Module: canny, Model: {pair.names[0]} [{steered["sha256"][:8]}], Weight: 0.7' in text
+    )
+    assert "Guidance Start: 0.0, Guidance End: 0.9" in text
+    with pytest.raises(UsageError, match=f"steered by {pair.names[0]}, which its file does not hold"):
+        redraw(pair.ours, tmp_path / "steered.png")
+    again = redraw(pair.ours, tmp_path / "steered.png", controls=[control])
+    assert again.to_bytes() == result.to_bytes()
+
+
+def test_names_are_taken_once_and_given_back(pair: Steered, tmp_path: Path) -> None:
+    pipe, folder = pair.ours, pair.made
+    assert pipe.load_control(folder / "control0") == pair.names[0]  # the same once more
+    with pytest.raises(UsageError, match="another ControlNet is called 'control0'"):
+        pipe.load_control(folder / "control1", "control0")
+    third = pipe.load_control(folder / "control1", "third")
+    assert set(pipe.controls.names) == {*pair.names, "third"}
+    pipe.unload_controls(third)
+    with pytest.raises(UsageError, match="no ControlNet is called 'third'"):
+        pipe.unload_controls("third")
+    nets = {name: net for name, net in pipe.package.manifest.nets.items() if name != "unet_controlled"}
+    old = LoadedControls(replace(pipe.package.manifest, nets=nets), lambda path: pytest.fail("opened"))
+    with pytest.raises(PackageError, match="takes no ControlNets"):
+        old.load(folder / "control0")
+
+
+def test_another_family_is_refused(pair: Steered) -> None:
+    manifest = pair.ours.package.manifest
+    other = replace(manifest, context_width=manifest.context_width + 8, name="other")
+    opened = pair.ours.controls._loaded[pair.names[0]]  # pyright: ignore[reportPrivateUsage]
+    kept = Mock(wraps=opened.loop)
+    controls = LoadedControls(other, lambda path: OpenedControl(package=opened.package, loop=kept))
+    with pytest.raises(CheckpointError, match=r"is a ControlNet for .*; expected one for a context of"):
+        controls.load("control0")
+    kept.close.assert_called_once()
