@@ -101,13 +101,13 @@ def _controls(pipe: Pipeline, given: Mapping[str, Sequence[Any] | None]) -> list
             raise UsageError(
                 f"{_option(field)} is given {len(found)} times for {len(nets)} ControlNets",
                 expected="once, or once for each",
-                fix="Give it as often as --control-net.",
+                fix=f"Give it as often as the nets: {_option(field)} VALUE",
             )
     if nets and "image" not in values:
         raise UsageError(
             "--control-net without --control-image",
             expected="a picture for it to read",
-            fix="Pass --control-image FILE.",
+            fix="Pass it too: --control-image FILE",
         )
     named = {net: pipe.load_control(Path(net).expanduser() if _is_file(net) else net) for net in nets}
     return [

@@ -24,7 +24,6 @@ from ..engines.package import Package
 from ..engines.spec import TEXT_ENCODERS, Array
 from .adapted import ADAPTED_BYTES, Adapted, AdaptedLoops
 from .conditioning import make_conditioning
-from .controls.loaded import LoadedControls, OpenedControl
 from .embeddings import EmbeddingLibrary, Source
 from .loop.device.cuda_graphs import Graphs
 from .loop.job import NEVER, Clock, DenoiseJob, Drawn, JobRecorder, Loop, PackageLoop, State, Stop
@@ -41,13 +40,13 @@ from .model import (
 from .pictures.tiling import encode_tiled
 from .prompts.encode import CACHE_BYTES, TextConditioner, TextEncoder
 from .prompts.tokenizer import ClipTokenizer
-from .record import STEERED_BY
 from .request.parameters import OutputType, Parameters, check_number, spelled_out
 from .request.request import Request, make_request
 from .result import PreviewKind, Result, check_finite, finished, preview
 from .sampling.noise import NoiseSource
 from .sampling.table import Table
 from .start import make_start
+from .steering import LoadedControls, OpenedControl
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -546,18 +545,7 @@ class Pipeline:
         # noise, or a picture with as much noise as the schedule begins with -> y (N, C, H/8, W/8)
         encode = partial(self._encode, loop, clock, stop, request.tile)
         start = make_start(request, manifest, table, noise, encode)
-        steering = self.controls.steering(request.controls or ())
-        controls = [
-            one.job(
-                steps=len(table),
-                text_of_row=conditioning.text_of_row,
-                guided=request.guided,
-                height=request.height,
-                width=request.width,
-                pictures=len(request.prompts),
-            )
-            for one in steering
-        ]
+        controls, steered = self.controls.jobs(request, len(table), conditioning.text_of_row)
 
         # for each row of the table: m = guide(unet(y, t, context)), then y = a*y + sum(b_j * h_j) + c*noise
         job = DenoiseJob(
@@ -568,12 +556,10 @@ class Pipeline:
             guided=request.guided,
             guidance_scale=request.guidance_scale,
             guidance_rescale=request.guidance_rescale,
-            first=start.first,
             noise=noise,
-            image_latents=start.image_latents,
-            kept=start.kept,
+            **vars(start),
             tile=request.tile,
-            controls=tuple(controls),
+            controls=controls,
         )
         if watched:
             show = partial(preview, manifest=manifest, loop=loop, request=request)
@@ -586,9 +572,7 @@ class Pipeline:
             drawn = loop.draw(job, clock, decode=decode)
 
         # latent -> pixels (N, H, W, 3) uint8
-        producer = self._producer(drawn.profile)
-        if steering:
-            producer[STEERED_BY] = [one.record() for one in steering]
+        producer = self._producer(drawn.profile) | steered
         if not decode:
             return drawn.latent, producer
         image, mean = drawn.image, drawn.mean

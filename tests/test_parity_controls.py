@@ -20,8 +20,8 @@ from latentrt.engines.backends import BACKENDS
 from latentrt.export.architectures import Architecture
 from latentrt.export.templates import make_archive
 from latentrt.runtime import Pipeline
-from latentrt.runtime.controls.loaded import LoadedControls, OpenedControl
 from latentrt.runtime.loop.open import LoopOptions, open_control_loop
+from latentrt.runtime.steering import LoadedControls, OpenedControl
 from tests.parity_pair import BAR, Pair, blob, drawn, exported, ours, photo, psnr
 
 pytestmark = [

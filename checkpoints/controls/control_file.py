@@ -99,7 +99,7 @@ class ControlFile:
 
     @property
     def skips_last_layer(self) -> bool:
-        """Of text encoders, which it has none of."""
+        """Whether the context is taken early: no, as it has no text encoder."""
         return False
 
     @property

@@ -9,7 +9,7 @@ from pathlib import Path
 from ...engines.errors import CheckpointError
 from ..files.component import TensorHeader
 
-AGAIN = "Download it again, or use another file of the same control."
+ANOTHER_CONTROL = "Download it again, or use another file of the same control."
 
 # The shape of each tensor, by diffusers' names.
 Shapes = Mapping[str, tuple[int, ...]]
@@ -28,7 +28,7 @@ def once(path: Path, pairs: Iterable[tuple[str, TensorHeader]]) -> dict[str, Ten
             raise CheckpointError(
                 f"{path} has {found[name].name[:200]!r} and {header.name[:200]!r}, which are one tensor",
                 expected="each once",
-                fix=AGAIN,
+                fix=ANOTHER_CONTROL,
             )
         found[name] = header
     return found
@@ -93,7 +93,7 @@ class Stored:
 
     def refused(self, found: str, expected: str) -> CheckpointError:
         """The error for a file that is not what it seems to be."""
-        return CheckpointError(f"{self.path} {found}", expected=expected, fix=AGAIN)
+        return CheckpointError(f"{self.path} {found}", expected=expected, fix=ANOTHER_CONTROL)
 
 
 def _some(names: list[str]) -> str:

@@ -64,7 +64,7 @@ class Calibration:
 
     @property
     def _source(self) -> Checkpoint:
-        """Of the nets of a checkpoint."""
+        """The checkpoint whose nets are called."""
         assert isinstance(self._any, Checkpoint)
         return self._any
 

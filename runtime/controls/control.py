@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
-from ...engines.errors import UsageError
 from ...engines.spec import Array
-from ..request.parameters import check_number
 
 Mode = Literal["balanced", "prompt", "control", "guess"]
-_MOST = 100.0  # of a strength, either way
 # AUTOMATIC1111's extension has 13 numbers, the first skip connection's first; SDXL's nets use the first ten.
 _SOFT = tuple(0.825 ** (12 - number) for number in range(13))
 # Modes in which unconditional rows are drawn without.
@@ -37,12 +33,9 @@ class Control:
         settings: the preparation's.
         mask_image: white where "inpaint" and "repaint" draw anew.
         resize_mode: "stretch", "crop" or "pad".
-
-    Raises:
-        UsageError: a number out of range, an end before the start, an unknown mode.
     """
 
-    model: str | Path
+    model: str
     image: Any
     strength: float = 1.0
     start: float = 0.0
@@ -52,30 +45,6 @@ class Control:
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     mask_image: Any = None
     resize_mode: str = "stretch"
-
-    def __post_init__(self) -> None:
-        """Check all but the pictures."""
-        if not isinstance(self.model, str | Path) or not str(self.model):
-            raise UsageError(
-                f"the model of a control is {self.model!r:.80}",
-                expected="the name of a ControlNet that was loaded",
-                fix="Load it first: pipe.load_control(FILE) returns its name.",
-            )
-        check_number("control_strength", self.strength, -_MOST, _MOST)
-        check_number("control_start", self.start, 0.0, 1.0)
-        check_number("control_end", self.end, 0.0, 1.0)
-        if self.start >= self.end:
-            raise UsageError(
-                f"control_start {self.start:g} is not before control_end {self.end:g}",
-                expected="a part of the steps",
-                fix="Exchange the two.",
-            )
-        if self.mode not in get_args(Mode):
-            raise UsageError(
-                f"control_mode is {self.mode!r:.80}",
-                expected=f"one of {', '.join(get_args(Mode))}",
-                fix="Change control_mode.",
-            )
 
     def scales(self, *, steps: int, rows: int, outputs: int, guided: bool, pooled: bool) -> Array:
         """What each output is multiplied with: (S, B, R) float32, zeros where it is off.

@@ -207,7 +207,37 @@ def _check_controls(name: str, value: Any, manifest: "Manifest") -> tuple["Contr
             expected="a list of Control",
             fix=f'Pass {name}=[latentrt.Control(model="canny", image="edges.png")].',
         )
-    return tuple(cast("list[Control]", found))
+    controls = tuple(cast("list[Control]", found))
+    for control in controls:
+        _check_control(control)
+    return controls
+
+
+def _check_control(control: "Control") -> None:
+    from ..controls.control import Mode
+
+    model: object = control.model
+    if not isinstance(model, str) or not model:
+        raise UsageError(
+            f"the model of a control is {model!r:.80}",
+            expected="the name of a ControlNet that was loaded",
+            fix="Load it first: pipe.load_control(FILE) returns its name.",
+        )
+    check_number("control_strength", control.strength, -100.0, 100.0)
+    check_number("control_start", control.start, 0.0, 1.0)
+    check_number("control_end", control.end, 0.0, 1.0)
+    if control.start >= control.end:
+        raise UsageError(
+            f"control_start {control.start:g} is not before control_end {control.end:g}",
+            expected="a part of the steps",
+            fix="Exchange the two.",
+        )
+    if control.mode not in get_args(Mode):
+        raise UsageError(
+            f"control_mode is {control.mode!r:.80}",
+            expected=f"one of {', '.join(get_args(Mode))}",
+            fix="Change control_mode.",
+        )
 
 
 def _read_lora(text: str) -> tuple[str, Any]:

@@ -12,7 +12,7 @@ import typer
 from PIL import Image
 from safetensors.numpy import save_file
 
-from latentrt import cli
+from latentrt import Control, cli
 from latentrt.cli.generate import generate
 from latentrt.engines.errors import StorageError
 from latentrt.runtime.model import CheckpointOptions
@@ -74,6 +74,8 @@ OWN = {
     "--vae",
     "--tiny-vae",
     "--prediction-type",
+    "--control-net", "--control-image", "--control-strength", "--control-start", "--control-end",
+    "--control-mode", "--control-preparation", "--control-resize", "--control-mask", "--canny",
 }  # fmt: skip
 
 
@@ -90,6 +92,9 @@ class Listener:
     def open(cls, model: str, **options: Any) -> "Listener":
         cls.opened.append((model, options))
         return cls()
+
+    def load_control(self, path: Any) -> str:
+        return f"name of {path}"
 
     def __enter__(self) -> "Listener":
         return self
@@ -150,6 +155,53 @@ def test_every_option_is_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = {name: value for _, name, value in PARAMETERS.values() if name != "latents"}
     assert parameters == {**wanted, **always}
     assert heard(monkeypatch, "a") == (["a"], always), "nothing else is said"
+
+
+def test_controls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each option once for all nets, or once for each."""
+    nets = ["a", "--control-net", "edges", "--control-net", "org/depth"]
+    words = ["--control-image", "start.png", "--control-strength", "0.5", "--control-strength", "0.25"]
+    shares = ["--control-start", "0.1", "--control-end", "0.7", "--control-mode", "guess"]
+    _, parameters = heard(monkeypatch, *nets, *words, *shares, "--control-resize", "pad", "--canny")
+    both = {"image": "start.png", "start": 0.1, "end": 0.7, "mode": "guess", "resize_mode": "pad"}
+    assert parameters["controls"] == [
+        Control(model="name of edges", strength=0.5, preparation="canny", **both),
+        Control(model="name of org/depth", strength=0.25, preparation="canny", **both),
+    ]
+    masked = [
+        "--control-mask",
+        "mask.png",
+        "--control-preparation",
+        "inpaint",
+        "--control-image",
+        "start.png",
+    ]
+    _, parameters = heard(monkeypatch, "a", "--control-net", "edges", *masked)
+    assert parameters["controls"] == [
+        Control(model="name of edges", image="start.png", mask_image="mask.png", preparation="inpaint")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--control-image", "start.png"], "--control-image without a ControlNet"),
+        (["--canny"], "--control-preparation without a ControlNet"),
+        (["--control-net", "a"], "--control-net without --control-image"),
+        (
+            ["--control-net", "a", *["--control-image", "start.png"] * 2],
+            "--control-image is given 2 times for 1 ControlNets",
+        ),
+    ],
+)
+def test_controls_that_lack_something(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], error: str
+) -> None:
+    monkeypatch.setattr("latentrt.runtime.pipeline.Pipeline", Listener)
+    monkeypatch.setattr(sys, "argv", ["latentrt", "generate", "a", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert (end.value.code, error in capsys.readouterr().err) == (2, True)
 
 
 def test_how_the_pipeline_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt import Control
+from latentrt import Control, Package
 from latentrt.engines.errors import UsageError
+from latentrt.runtime.model import SHIPPED
+from latentrt.runtime.request.request import make_request
 
 SHAPE: dict[str, Any] = {"steps": 10, "rows": 4, "outputs": 13, "guided": True, "pooled": False}
 
@@ -31,8 +33,9 @@ def scales(outputs: int = 13, **fields: Any) -> np.ndarray:
     ],
 )
 def test_what_no_control_can_be(fields: dict[str, Any], match: str) -> None:
+    control = Control(**{"model": "canny", "image": "edges.png", **fields})
     with pytest.raises(UsageError, match=match):
-        Control(**{"model": "canny", "image": "edges.png", **fields})
+        make_request(Package.open(SHIPPED["demo"]).manifest, "a house", controls=[control])
 
 
 def test_balanced_is_one_number() -> None:

@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from ...engines.errors import CheckpointError, PackageError, UsageError
-from ...engines.package import Manifest, Package
-from ...engines.spec import RESIDUAL
-from ..loop.job import ControlJob, Loop
-from ..request.inputs import fingerprint
-from .control import Control
-from .hints import HintPictures, read_hints
+from ..engines.errors import CheckpointError, PackageError, UsageError
+from ..engines.package import Manifest, Package
+from ..engines.spec import RESIDUAL
+from .controls.control import Control
+from .controls.hints import HintPictures, read_hints
+from .loop.job import ControlJob, Loop
+from .record import STEERED_BY
+from .request.inputs import fingerprint
+from .request.request import Request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +184,27 @@ class LoadedControls:
             )
             for control in controls
         )
+
+    def jobs(
+        self, request: Request, steps: int, text_of_row: Sequence[int]
+    ) -> tuple[tuple[ControlJob, ...], dict[str, Any]]:
+        """What the loop is given of a request's controls, and what a picture's record says of them.
+
+        `steps` and `text_of_row` are as in `Steering.job`; errors are those of it and of `steering`.
+        """
+        steering = self.steering(request.controls or ())
+        jobs = tuple(
+            one.job(
+                steps=steps,
+                text_of_row=text_of_row,
+                guided=request.guided,
+                height=request.height,
+                width=request.width,
+                pictures=len(request.prompts),
+            )
+            for one in steering
+        )
+        return jobs, {STEERED_BY: [one.record() for one in steering]} if steering else {}
 
     def _find(self, name: str) -> OpenedControl:
         with self._lock:
