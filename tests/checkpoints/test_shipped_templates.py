@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 from transformers import (
@@ -23,8 +24,10 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from latentrt.checkpoints.controls.control_file import ControlFile
 from latentrt.checkpoints.files.component import Component, TensorHeader
 from latentrt.checkpoints.files.open import Checkpoint
+from latentrt.checkpoints.files.source import Source
 from latentrt.checkpoints.graphs.weights import weight_shapes
 from latentrt.checkpoints.precision.calibration import components
 from latentrt.checkpoints.templates.archive import DTYPES, SHIPPED, read_graph, read_index
@@ -55,8 +58,9 @@ def module_of(name: str, config: Mapping[str, Any]) -> tuple[nn.Module, dict[str
             kind, kind_config = kinds[name]
             made = kind_config(**config)
             return kind(made), made.to_dict()
+        nets: dict[Any, Any] = {"unet": UNet2DConditionModel, "controlnet": ControlNetModel}
         tiny = config.get("_class_name") == "AutoencoderTiny"
-        kind = UNet2DConditionModel if name == "unet" else AutoencoderTiny if tiny else AutoencoderKL
+        kind = nets.get(name, AutoencoderTiny if tiny else AutoencoderKL)
         net: Any = kind.from_config(dict(config))
     return net, {"_class_name": kind.__name__, **dict(net.config)}
 
@@ -75,8 +79,10 @@ def part_of(name: str, config: Mapping[str, Any]) -> Component:
     return Component(name=name, folder=Path(name), config=config, tensors=headers)
 
 
-def folder_of(architecture: Architecture) -> Checkpoint:
+def folder_of(architecture: Architecture) -> Source:
     parts = {name: part_of(name, config) for name, config in architecture.parts.items()}
+    if (control := parts.get("controlnet")) is not None:
+        return ControlFile(root=Path("model"), kind="controlnet", family="", what="", part=control)
     configs: dict[str, Mapping[str, Any]] = {"scheduler": {}}
     configs["feature_extractor"] = architecture.feature_extractor or {}
     return Checkpoint(root=Path("model"), parts=parts, tokenizers={}, configs=configs, defaults={})
@@ -93,7 +99,7 @@ def test_every_architecture_has_its_templates(name: str) -> None:
     for component in components(source):
         found = net_template(source, component, "fp32")
         if component == "unet":
-            wanted = {key: header.shape for key, header in source.unet.tensors.items()}
+            wanted = {key: header.shape for key, header in source.parts["unet"].tensors.items()}
             assert weight_shapes(found.model) == wanted
 
 
