@@ -53,7 +53,7 @@ def read_fused(
         )
     targets = _targets(source)
     pairs = [file_and_strength(one) for one in loras]
-    strengths = [Strength.parse(strength) for _, strength in pairs]
+    strengths = [Strength.parse(strength, targets) for _, strength in pairs]
     paths = [Path(os.path.abspath(path.expanduser())) for path, _ in pairs]
     files = [read_adapter(path) for path in paths]
     bound = [bind(file, targets, allow_unused=allow_unused) for file in files]

@@ -144,7 +144,9 @@ class LoadedAdapters:
             loras = (*(self._usual if loras is None else loras), *further)
         check_count(loras)
         return AdapterSet(
-            adapters=tuple((name, self._find(name), Strength.parse(strength)) for name, strength in loras),
+            adapters=tuple(
+                (name, self._find(name), Strength.parse(strength, self._shapes())) for name, strength in loras
+            ),
             tagged=len(further),
         )
 
@@ -163,7 +165,7 @@ class LoadedAdapters:
         with self._lock:
             if name in self._loaded:
                 return self._loaded[name]
-        if path := self._files.paths().get(name):
+        if path := self._files.find(name):
             return self._files.content(path)
         raise self._unknown(name)
 

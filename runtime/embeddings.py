@@ -187,7 +187,7 @@ class EmbeddingLibrary:
 
     def _of_file(self, files: Mapping[str, Path], name: str) -> Embedding:
         """A file of the folder, under one of its names."""
-        return replace(self._files.content(files[name]), name=name)
+        return replace(self._files.content(self._files.find(name) or files[name]), name=name)
 
 
 def called_by(request: Request, index: int) -> tuple[Called, ...]:

@@ -222,7 +222,7 @@ def give_changes(options: Any, package: Package, name: str, content: bytes | Non
         What to open, None where there are no changes for this net.
 
     Raises:
-        NumericError: a weight is beyond what the arithmetic holds.
+        NumericError: a changed weight is beyond what fp16 holds.
         MemoryLimitError: the weights do not fit.
         PackageError: the weights files are not what the graph says.
     """

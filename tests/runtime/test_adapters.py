@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from latentrt.adapters.folder import NamedFiles
 from latentrt.engines.errors import CheckpointError, NumericError, UsageError
 from latentrt.engines.net_weights import part_shapes
 from latentrt.engines.package import Package
@@ -269,16 +270,61 @@ def test_a_file_of_the_folder_that_changed_is_read_again(tmp_path: Path) -> None
         before = draw(pipe, "one")
         write(tmp_path / "one.safetensors", "loop", seed=1, scale=0.6)
         assert not np.array_equal(draw(pipe, "one"), before)
-        (tmp_path / "sub").mkdir()
-        write(tmp_path / "sub" / "one.safetensors", "loop")
-        np.testing.assert_array_equal(draw(pipe, "sub/one"), before)
-        write(tmp_path.parent / "outside.safetensors", "loop")
-        (tmp_path / "link.safetensors").symlink_to(tmp_path.parent / "outside.safetensors")
-        with pytest.raises(CheckpointError, match="outside of the folder"):
-            draw(pipe, "link")
-        (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nothing")
-        with pytest.raises(CheckpointError, match="cannot be read"):
-            draw(pipe, "gone")
+
+
+def test_a_name_is_a_path_first(pipe: Pipeline, tmp_path: Path, files: dict[str, Path]) -> None:
+    """The file at the top has its stem; what two in subfolders have is asked for by path."""
+    for place in ("a", "old", "z"):
+        (tmp_path / place).mkdir()
+        write(tmp_path / place / "style.safetensors", "loop", seed=1)
+    write(tmp_path / "style.safetensors", "loop")
+    with Pipeline.open("demo", loras=tmp_path) as pipe_of_folder:
+        wanted, other = draw(pipe, "loop"), draw(pipe_of_folder, "old/style")
+        assert not np.array_equal(wanted, other)
+        np.testing.assert_array_equal(draw(pipe_of_folder, "style"), wanted)
+        tagged = pipe_of_folder(f"{PROMPT}<lora:style:1>", **SMALL).images
+        np.testing.assert_array_equal(tagged, wanted)
+        (tmp_path / "style.safetensors").unlink()
+        with pytest.raises(UsageError, match="3 files of .* are called 'style'") as caught:
+            draw(pipe_of_folder, "style")
+        assert caught.value.expected == "one of 'a/style', 'old/style', 'z/style'"
+        (tmp_path / "a" / "style.safetensors").unlink()
+        (tmp_path / "z" / "style.safetensors").unlink()
+        np.testing.assert_array_equal(draw(pipe_of_folder, "style"), other)
+
+
+def test_links_are_followed(pipe: Pipeline, files: dict[str, Path], tmp_path: Path, logged: list[str]) -> None:
+    """Files and folders that are kept elsewhere; a link to nothing and a loop are left out with a line."""
+    outside, folder = tmp_path / "outside", tmp_path / "folder"
+    for place in (outside / "sub", folder):
+        place.mkdir(parents=True)
+    write(outside / "ink.safetensors", "loop")
+    write(outside / "sub" / "deep.safetensors", "loop")
+    (folder / "link.safetensors").symlink_to(outside / "ink.safetensors")
+    (folder / "linked").symlink_to(outside)
+    (folder / "again").symlink_to(outside)
+    (outside / "sub" / "loop").symlink_to(folder)
+    (folder / "gone.safetensors").symlink_to(folder / "nothing.safetensors")
+    (folder / "self").symlink_to(folder / "self")
+    with Pipeline.open("demo", loras=folder) as linked:
+        wanted = draw(pipe, "loop")
+        for name in ("link", "linked/sub/deep", "deep", "ink"):  # one file by two ways is one
+            np.testing.assert_array_equal(draw(linked, name), wanted)
+        with pytest.raises(UsageError, match="no adapter is called 'gone'"):
+            draw(linked, "gone")
+    lines = [line for line in logged if "left out" in line]
+    assert len(lines) == len(set(lines)) == 4, "each once"
+    assert sum("leads to nothing" in line for line in lines) == 2
+    assert sum("a folder that it lies in" in line for line in lines) == 2
+
+
+def test_a_file_that_cannot_be_read_and_a_folder(tmp_path: Path, logged: list[str]) -> None:
+    files = NamedFiles(tmp_path, (".safetensors",), lambda path: path)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        files.content(tmp_path / "nothing.safetensors")
+    tmp_path.rmdir()
+    assert files.paths() == {}
+    assert "cannot be looked through" in logged[-1]
 
 
 def test_a_folder_as_diffusers_writes_it(pipe: Pipeline, tmp_path: Path) -> None:

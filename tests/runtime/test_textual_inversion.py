@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import threading
 from collections.abc import Iterator
@@ -403,7 +404,7 @@ def test_a_file_that_changes_or_comes_is_read(pipe: Pipeline, folder: Path) -> N
 def test_a_folder_keeps_its_files(
     pipe: Pipeline, folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """A link that leads out of it is not followed; a pickle is named with the command that converts it."""
+    """And those that its owner linked; a pickle is named with the command that converts it."""
     outside = tmp_path_factory.mktemp("outside") / "secret.safetensors"
     save_file({"emb_params": HAND}, outside)
     (folder / "link.safetensors").symlink_to(outside)
@@ -411,10 +412,17 @@ def test_a_folder_keeps_its_files(
     (folder / "gone.safetensors").symlink_to(folder / "nothing")
     torch.save({"string_to_param": {"*": torch.ones(1, WIDTH)}}, folder / "old.pt")
     torch.save({"string_to_param": {"*": torch.ones(1, WIDTH)}}, folder / "Face.pt")
-    with pytest.raises(CheckpointError, match=r"link.safetensors is a link to .*secret.safetensors, outside"):
-        pipe("embedding:link", **FAST)
-    with pytest.raises(CheckpointError, match=r"gone\.safetensors cannot be read"):
+    linked = pipe("a embedding:link", **FAST)
+    assert linked.record()["embeddings"][0]["sha256"] == hashlib.sha256(outside.read_bytes()).hexdigest()
+    with pytest.raises(UsageError, match="no embedding is called 'gone'"):
         pipe("embedding:gone", **FAST)
+    for place in ("a", "b"):
+        (folder / place).mkdir()
+        save_file({"emb_params": HAND}, folder / place / "two.safetensors")
+    for prompt in ("embedding:two", "a two"):
+        with pytest.raises(UsageError, match="2 files of .* are called 'two'; expected one of 'a/two', 'b/two'"):
+            pipe(prompt, **FAST)
+    pipe("embedding:b/two", **FAST)
     with pytest.raises(CheckpointError, match=r"old.pt is a pickle: .*latentrt convert"):
         pipe("a (old:1.1) face", **FAST)
     pipe("embedding:inside embedding:Face.pt", **FAST)  # a converted file goes before its pickle
