@@ -100,6 +100,8 @@ def bind(adapter: Adapter, targets: Targets, *, allow_unused: bool = False) -> B
     for (component, module), found in modules.items():
         changes[component].update(_changes(adapter, targets, component, module, found))
     _warn_of_zeros(adapter)
+    if adapter.lacks_magnitudes:
+        _log.warning("%s says that it is a DoRA, and has no magnitudes: it is used as a LoRA", adapter.path)
     embeddings, other = _embeddings(adapter, targets)
     unused = (*absent, *unknown, *other)
     if unused:
@@ -273,31 +275,36 @@ def _refuse_other_base(adapter: Adapter, targets: Targets) -> None:
     if found is None or wanted is None or found == wanted:
         return
     raise AdapterError(
-        f"{adapter.path} is made for {_base(found)}: its attn2.to_k reads {found} numbers",
-        expected=f"an adapter for {_base(wanted)}, whose attn2.to_k reads {wanted}",
+        f"{adapter.path} is made for {_base(found, 'another model')}: its attn2.to_k reads {found} numbers",
+        expected=f"an adapter for {_base(wanted, 'this model')}, whose attn2.to_k reads {wanted}",
         fix=_other(adapter),
     )
 
 
-def _base(width: int) -> str:
+def _base(width: int, otherwise: str) -> str:
     family = FAMILY_OF_CONTEXT.get(width)
-    return FAMILIES[family] if family else "another model"
+    return FAMILIES[family] if family else otherwise
 
 
 def _refuse_unknown(adapter: Adapter, names: Names, unknown: Sequence[str]) -> None:
     """Raise AdapterError with the keys that the model has no tensor for, and the names nearest to them."""
     listed: list[str] = []
     for name in unknown[:_LISTED]:
-        key = adapter.parts.get(name)
-        near = names.nearest(key.module) if key and names.find(key.module) is None else None
-        listed.append(f"{name[:200]} (nearest: {near})" if near else name[:200])
+        key, why = adapter.parts.get(name), ""
+        if key and names.find(key.module) is None:
+            near = names.nearest(key.module)
+            why = f" (nearest: {near})" if near else ""
+        elif key:
+            why = " (it has no bias)" if key.part in BIASES else f" ({key.part} alone is no change)"
+        listed.append(f"{name[:200]}{why}")
     more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""
     base = f", which seems to be made for {adapter.made_for}," if adapter.made_for else ""
     raise AdapterError(
-        f"{adapter.path}{base} has {len(unknown)} of {len(adapter.tensors)} keys that this model has no"
-        f" tensor for: {', '.join(listed)}{more}",
-        expected="only keys of this model",
-        fix="Use an adapter that was made for this model, or go on without these keys: allow_unused=True",
+        f"{adapter.path}{base} has {len(unknown)} of {len(adapter.tensors)} keys that this model has no use"
+        f" for: {', '.join(listed)}{more}",
+        expected="only changes of this model's tensors",
+        fix="Use an adapter that was made for this model, or go on without these keys: --lora-lenient, or"
+        " allow_unused=True in Python",
     )
 
 

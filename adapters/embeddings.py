@@ -17,16 +17,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 
-from ..engines.errors import CheckpointError, PackageError, UsageError
+from ..engines.errors import CheckpointError, PackageError
 from ..engines.net_weights import part_shapes
 from ..engines.package import Package
 from ..engines.safetensors_format import NOT_FINITE
 from ..engines.spec import EXTRA_EMBEDDINGS, TEXT_ENCODERS, Array, NetSpec, TensorSpec
+from .folder import check_name
 
 MOST_VECTORS = 75  # a chunk of a prompt has room for as many, and no embedding is cut
 _MOST_BYTES = 2**24  # of a file; 75 vectors for SDXL in float64 are 1.2 MB
@@ -155,6 +157,22 @@ def read_embedding(path: Path, inputs: EncoderInputs, name: str | None = None) -
     )
 
 
+def check_vectors(path: Path) -> str:
+    """What an embedding's file has, for people: how many vectors, and of which width.
+
+    Raises:
+        CheckpointError: it has more than a prompt has room for, or none.
+    """
+    from ..checkpoints.files.component import read_headers
+
+    said: list[str] = []
+    for name, header in read_headers(path).items():
+        width, count = header.shape[-1] if header.shape else 0, prod(header.shape[:-1])
+        _check_count(str(path), count)
+        said.append(f"{name[:60]}: {count} vector{'s' * (count != 1)} of {width}")
+    return "; ".join(said)
+
+
 def make_embedding(
     name: str, arrays: Mapping[str, Array], inputs: EncoderInputs, *, where: str = ""
 ) -> Embedding:
@@ -249,10 +267,7 @@ def _vectors(where: str, array: Array, net: str, taken: TensorSpec) -> Array:
             f"{width} numbers in each of them, the width of this model's {net}",
         )
     rows = np.reshape(array, (-1, array.shape[-1]))
-    if not 1 <= len(rows) <= MOST_VECTORS:
-        raise _refused(
-            where, f"has {len(rows)} vectors", f"1 to {MOST_VECTORS}, the room of a prompt's chunk"
-        )
+    _check_count(where, len(rows))
     wide = rows.astype(np.float64)
     if not np.isfinite(wide).all():
         raise _refused(where, "has NaN or infinity in its vectors", "finite numbers")
@@ -260,6 +275,11 @@ def _vectors(where: str, array: Array, net: str, taken: TensorSpec) -> Array:
     if peak > most:
         raise _refused(where, f"has numbers up to {peak:.3g}", f"at most {most:.5g}, as {taken.dtype} holds")
     return wide.astype(taken.dtype)
+
+
+def _check_count(where: str, count: int) -> None:
+    if not 1 <= count <= MOST_VECTORS:
+        raise _refused(where, f"has {count} vectors", f"1 to {MOST_VECTORS}, the room of a prompt's chunk")
 
 
 def _shape(array: Array) -> str:
@@ -276,9 +296,4 @@ def _refused(where: str, found: str, expected: str = "", fix: str = "") -> Check
 
 def refuse_name(name: str) -> None:
     """Raise UsageError for a word that no prompt could have."""
-    if not name or name != name.strip() or len(name) > 255 or not name.isprintable():
-        raise UsageError(
-            f"an embedding is called {name!r:.60}",
-            expected="a word of printable characters, without spaces at its ends",
-            fix="Pass token=NAME.",
-        )
+    check_name(name, "an embedding", "Pass token=NAME.")

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ..checkpoints.files.component import TensorHeader
+from ..checkpoints.files.component import DOWNLOAD, TensorHeader
 from ..checkpoints.files.file_kinds import FAMILIES, base_of, kind_of_bytes, kind_of_tensors
 from ..checkpoints.stored_types import numpy_type, seen_as
 from ..engines.errors import AdapterError
@@ -21,6 +21,7 @@ from ..engines.safetensors_format import Bytes, Header, find_not_finite, map_ten
 from ..engines.spec import Array
 from .keys import BundledKey, Key, read_bundled_key, read_key, refused_kind
 from .kinds.change import scalar_of
+from .kinds.table import MAGNITUDES
 from .scaling import NotedScaling, read_config, read_scalings
 
 _SIZE_LIMIT = 2**33  # bytes
@@ -36,6 +37,8 @@ _INTEGERS = {
 _AGAIN = "Download the file again, or have it written again by the program that trained it."
 # What PEFT's and diffusers' `save_pretrained` and `save_lora_weights` call the file in a folder.
 FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+# Parts that may be stored as integers. Weights that are so are quantised, by a scale that lies elsewhere.
+_COUNTS = ("alpha", "scalar", "on_input", "reshape_weight")
 # Parts that say that a file is an adapter, which "weight" and "alpha" alone do not.
 _VAGUE = ("weight", "alpha")
 # What a file that is no adapter may be called; others are left to the names that are unknown.
@@ -73,8 +76,8 @@ class Adapter:
 
     @property
     def name(self) -> str:
-        """What requests call it: the file's name without its ending; in a folder of one, the folder's."""
-        return self.path.parent.name if self.path.name in FOLDER_FILES else self.path.stem
+        """What requests call it, as `name_of` has it."""
+        return name_of(self.path)
 
     def notes(self) -> tuple[str, ...]:
         """What its numbers say, for people: how many modules it changes, alphas, embeddings, A1111's hash."""
@@ -88,12 +91,25 @@ class Adapter:
             )
         embeddings = sorted({key.name for key in self.bundled.values()})
         more = [f"embeddings: {', '.join(embeddings)[:200]}"] if embeddings else []
+        if self.lacks_magnitudes:
+            more.append("it says that it is a DoRA, and has no magnitudes: it is used as a LoRA")
         return (said, *more, f"hash for A1111: {self.short_hash}")
+
+    @property
+    def lacks_magnitudes(self) -> bool:
+        """Whether PEFT's configuration says that there are DoRA's magnitudes, and there are none."""
+        noted = any(scaling.with_magnitudes for scaling in self.scalings.values())
+        return noted and all(key.part not in MAGNITUDES for key in self.parts.values())
 
 
 def file_of(path: Path) -> Path:
     """The adapter's file in a folder that has one of FOLDER_FILES; else the path itself."""
     return next((path / name for name in FOLDER_FILES if (path / name).is_file()), path)
+
+
+def name_of(path: Path) -> str:
+    """What an adapter's file is called: its name without the ending; in a folder of one, the folder's."""
+    return path.parent.name if path.name in FOLDER_FILES else path.stem
 
 
 def read_adapter(path: str | Path) -> Adapter:
@@ -123,6 +139,7 @@ def read_adapter(path: str | Path) -> Adapter:
     parts = {name: key for name in headers if (key := read_key(name)) is not None}
     bundled = {name: key for name in headers if (key := read_bundled_key(name)) is not None}
     _refuse_other_kinds(path, headers, parts, bundled)
+    _refuse_integers(path, header, parts, bundled)
     tensors = {name: _typed(path, header, name, content) for name, content in contents.items()}
     if (name := find_not_finite(header, contents)) is not None:
         raise AdapterError(
@@ -147,11 +164,13 @@ def read_adapter(path: str | Path) -> Adapter:
 
 def _refuse_other_files(path: Path) -> None:
     """Raise AdapterError for what is no file of safetensors, or too large for an adapter."""
+    if path.is_dir():
+        _refuse(path, f"is a folder without {' or '.join(FOLDER_FILES)}", "Pass the file that is meant.")
     if not path.is_file():
         _refuse(path, "is no file", "Check the path.")
     refuse_pointer(path, AdapterError)
     if (kind := kind_of_bytes(path)) is not None:
-        _refuse(path, f"is {kind.what}", kind.advice(path))
+        _refuse(path, f"is {kind.what}", _AGAIN if DOWNLOAD in kind.todo else kind.advice(path))
     if (size := path.stat().st_size) > _SIZE_LIMIT:
         raise AdapterError(f"{path} has {size} bytes", expected=f"at most {_SIZE_LIMIT}", fix=_AGAIN)
 
@@ -173,6 +192,20 @@ def _refuse_other_kinds(
     if kind.name in _NAMELESS:
         what, todo = f"no adapter that is known ({', '.join(headers)})"[:200], _AGAIN
     _refuse(path, f"is {what}", todo)
+
+
+def _refuse_integers(
+    path: Path, header: Header, parts: Mapping[str, Key], bundled: Mapping[str, BundledKey]
+) -> None:
+    """Raise AdapterError for weights or embeddings that are stored as integers."""
+    for name, place in header.tensors.items():
+        counted = name in parts and parts[name].part in _COUNTS
+        if place.dtype in _INTEGERS and not counted and (name in parts or name in bundled):
+            raise AdapterError(
+                f"{path} has {name[:200]} in {place.dtype}, so it is quantised",
+                expected="floats",
+                fix="Use the file that it was made from, with floats of 16 or 32 bits.",
+            )
 
 
 def _refuse(path: Path, found: str, fix: str) -> NoReturn:

@@ -14,12 +14,24 @@ from ..engines.errors import CheckpointError, UsageError
 Content = TypeVar("Content")
 _log = logging.getLogger("latentrt.adapters")
 _LISTED = 5  # files in a message
+_LONGEST = 255  # characters of a name
 
 
 def check_folder(folder: str | Path | None) -> None:
     """Raise UsageError for a folder of adapters or embeddings that is none."""
     if folder is not None and not Path(folder).is_dir():
         raise UsageError(f"{folder} is no folder", expected="a folder of files", fix="Check the path.")
+
+
+def check_name(name: object, what: str, fix: str) -> None:
+    """Raise UsageError for what is no name of an adapter or an embedding, which `what` says."""
+    given = name if isinstance(name, str) else ""
+    if not given or given != given.strip() or len(given) > _LONGEST or not given.isprintable():
+        raise UsageError(
+            f"{what} is called {name!r:.60}",
+            expected=f"1 to {_LONGEST} printable characters, without spaces at the ends",
+            fix=fix,
+        )
 
 
 class NamedFiles(Generic[Content]):

@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from itertools import chain, count
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..engines.errors import UsageError
 from ..engines.net_weights import part_shapes
 from ..engines.package import Package
 from ..engines.spec import NETS, Array
-from .folder import NamedFiles
+from .folder import NamedFiles, check_name
 from .sets import COMPONENTS, AdapterSet, Strength, check_count
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class LoadedAdapters:
         folder: of adapters, which are called as `NamedFiles` says.
         load: takes the embeddings that come in an adapter's file, and their names.
         unload: forgets these names.
+        allow_unused: go on where any adapter has keys that the model has no weight for.
     """
 
     def __init__(
@@ -54,8 +56,9 @@ class LoadedAdapters:
         *,
         load: Callable[[Sequence[Mapping[str, Array]], Sequence[str]], None] = lambda arrays, names: None,
         unload: Callable[[Sequence[str]], None] = lambda names: None,
+        allow_unused: bool = False,
     ) -> None:
-        self._package = package
+        self._package, self._allow_unused = package, allow_unused
         self._load_embeddings, self._unload_embeddings = load, unload
         self._files = NamedFiles(folder, (".safetensors",), self._read)
         self._loaded: dict[str, BoundAdapter] = {}
@@ -82,8 +85,16 @@ class LoadedAdapters:
 
         Raises:
             AdapterError: a damaged file, or one for another model.
-            UsageError: another adapter has that name.
+            UsageError: no path, a name that is none, or one that another adapter has.
         """
+        if not isinstance(cast(object, path), (str, Path)):
+            raise UsageError(
+                f"an adapter's file is {path!r:.100}",
+                expected="the path of a .safetensors file",
+                fix="Save it first, as safetensors.torch.save_file(TENSORS, FILE) does.",
+            )
+        if name is not None:
+            check_name(name, "an adapter", "Pass adapter_name=NAME, or leave it out for the file's.")
         bound = self._bound(Path(path), allow_unused=allow_unused)
         name = bound.name if name is None else name
         with self._lock:
@@ -98,6 +109,18 @@ class LoadedAdapters:
         with self._lock:
             self._loaded[name] = bound
         return name
+
+    def knows(self, name: str) -> bool:
+        """Whether an adapter or a file of the folder is called so."""
+        with self._lock:
+            return name in self._loaded or name in self._files.paths()
+
+    def free_name(self, name: str) -> str:
+        """The name, or the first with a number behind it that neither an adapter nor a file here has."""
+        with self._lock:
+            taken = {*self._loaded, *self._files.paths()}
+        numbered = (f"{name}-{number}" for number in count(2))
+        return next(one for one in chain([name], numbered) if one not in taken)
 
     def unload(self, names: Sequence[str] | None = None) -> None:
         """Forget these, or all, and that they were the usual ones.
@@ -184,7 +207,7 @@ class LoadedAdapters:
         from .binding import bind
         from .files import read_adapter
 
-        return bind(read_adapter(path), self._shapes(), allow_unused=allow_unused)
+        return bind(read_adapter(path), self._shapes(), allow_unused=allow_unused or self._allow_unused)
 
     def _unknown(self, name: str) -> UsageError:
         known = list(dict.fromkeys((*self._loaded, *self._files.paths())))

@@ -21,7 +21,7 @@ from ..engines.errors import UsageError
 from ..engines.package import Change
 
 if TYPE_CHECKING:
-    from typing_extensions import TypeGuard
+    from typing import TypeGuard
 
     from .binding import BoundAdapter
 
@@ -70,7 +70,9 @@ class Strength:
         if unknown := [name for name in given if name not in COMPONENTS]:
             raise _refusal(value, f"no component {unknown[0]!r}")
         layers = None if weights is None else _layers(weights.get("unet", ()))
-        parts = [part for name in COMPONENTS for part in _component(name, given.get(name, 1.0), layers, value)]
+        parts = [
+            part for name in COMPONENTS for part in _component(name, given.get(name, 1.0), layers, value)
+        ]
         return cls(value=value, parts=tuple(parts))
 
     def of(self, component: str, weight: str) -> float:
@@ -122,7 +124,9 @@ def _section(section: str, value: Any, layers: _Layers | None, whole: Any) -> li
     for name, strength in cast("Mapping[Any, Any]", value).items():
         block = str(name).removeprefix("block_")
         if f"block_{block}" != name or not block.isdecimal() or (known is not None and block not in known):
-            blocks = f": it has {', '.join(f'block_{one}' for one in sorted(known, key=int))}" if known else ""
+            blocks = (
+                f": it has {', '.join(f'block_{one}' for one in sorted(known, key=int))}" if known else ""
+            )
             raise _refusal(whole, f"no block {name!r} of {section!r}{blocks}")
         beginning = f"{section}_blocks.{block}."
         given = _only(strength)
@@ -130,7 +134,8 @@ def _section(section: str, value: Any, layers: _Layers | None, whole: Any) -> li
             parts.append(("unet", beginning, _number(given, whole)))
             continue
         if known is not None and len(given) != known[block]:
-            raise _refusal(whole, f"{len(given)} strengths for the {known[block]} layers of {section}.{name}")
+            layers_of = f"{known[block]} layer{'s' * (known[block] != 1)}"
+            raise _refusal(whole, f"{len(given)} strengths for {section}.{name}, which has {layers_of}")
         parts += [
             ("unet", f"{beginning}{kind}.{index}.", _number(one, whole))
             for index, one in enumerate(given)

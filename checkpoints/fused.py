@@ -16,7 +16,7 @@ import numpy as np
 from ..engines.net_weights import check_range
 from ..engines.package import Change, FusedAdapter
 from ..engines.safetensors_format import ITEM_SIZES, write_file
-from ..engines.spec import NETS, Array
+from ..engines.spec import NETS
 from .files.component import TensorHeader, read_tensors
 from .files.net_reads import net_tensors
 from .files.open import Checkpoint

@@ -75,13 +75,21 @@ def _check(source: Checkpoint) -> None:
 
 
 def _with_notes(found: Report) -> Report:
-    """The report of an adapter, with what its numbers say; or with what keeps it from being used."""
+    """The report of an adapter or embedding, with what its numbers say, or what keeps it from being used."""
     from dataclasses import replace
 
+    from ..adapters.embeddings import check_vectors
     from ..adapters.files import read_adapter
-    from ..engines.errors import AdapterError
+    from ..engines.errors import AdapterError, CheckpointError
 
-    if found.kind != "lora" or not found.path.is_file():
+    if not found.path.is_file():
+        return found
+    if found.kind == "embedding":
+        try:
+            return replace(found, notes=(*found.notes, check_vectors(found.path)))
+        except CheckpointError as error:
+            return replace(found, problem=error.found, expected=error.expected, todo=error.fix)
+    if found.kind != "lora":
         return found
     try:
         return replace(found, notes=(*found.notes, *read_adapter(found.path).notes()))

@@ -137,6 +137,7 @@ class Pipeline:
         loras: str | Path | None = None,
         checkpoint: CheckpointOptions | None = None,
         embeddings: str | Path | None = None,
+        allow_unused: bool = False,
         progress: Advance | None = None,
         note: Note | None = None,
     ) -> Pipeline:
@@ -159,6 +160,8 @@ class Pipeline:
             checkpoint: how a checkpoint is opened: its arithmetic, other autoencoders, what it predicts.
             embeddings: a folder of textual inversions, which prompts call by the names of the files; each is
                 read when it is first called. `load_textual_inversion` adds others.
+            allow_unused: go on where any adapter, of `loras`, of `checkpoint` or loaded later, has keys that
+                the model has no weight for.
             progress: called with what is being done, how much of it is done, and of how much, while a model
                 is fetched or opened for the first time.
             note: called with each line on what was assumed about a checkpoint, or left out.
@@ -179,6 +182,7 @@ class Pipeline:
             options=checkpoint or CheckpointOptions(),
             advance=progress,
             note=note,
+            allow_unused=allow_unused,
         )
         options = LoopOptions(backend=backend, device=device, threads=threads, graphs=graphs)
         with ExitStack() as stack:
@@ -193,6 +197,7 @@ class Pipeline:
                 adapted_bytes=adapted_bytes,
                 loras=loras,
                 embeddings=embeddings,
+                allow_unused=allow_unused,
             )
             stack.pop_all()
             return pipe
@@ -208,6 +213,7 @@ class Pipeline:
         adapted_bytes: int = ADAPTED_BYTES,
         loras: str | Path | None = None,
         embeddings: str | Path | None = None,
+        allow_unused: bool = False,
     ) -> Pipeline:
         """A pipeline over a loop that is open already, and is closed with it.
 
@@ -215,7 +221,7 @@ class Pipeline:
             package: whose nets the loop has.
             loop: runs them.
             backend: what executes them, for people.
-            cache_bytes, adapted_bytes, loras, embeddings: as in `open`.
+            cache_bytes, adapted_bytes, loras, embeddings, allow_unused: as in `open`.
 
         Raises:
             PackageError: a tokenizer is missing or damaged.
@@ -248,7 +254,9 @@ class Pipeline:
             package,
             loop,
             backend,
-            LoadedAdapters(package, loras, load=library.load, unload=library.unload),
+            LoadedAdapters(
+                package, loras, load=library.load, unload=library.unload, allow_unused=allow_unused
+            ),
             AdaptedLoops(package, base, conditioner, adapted_bytes),
             library,
         )
@@ -272,7 +280,7 @@ class Pipeline:
 
         Raises:
             AdapterError: a damaged file, or one for another model.
-            UsageError: another adapter has that name.
+            UsageError: no path, a name that is none, or one that another adapter has.
         """
         return self.adapters.load(path, adapter_name, allow_unused=allow_unused)
 

@@ -12,6 +12,7 @@ import re
 from ...engines.errors import UsageError
 
 _TAG = re.compile(r"<(?:lora|lyco):([^<>]+)>", re.IGNORECASE)
+_LIKE = re.compile(r"<\s*(?:lora|lyco)\b[^<>]{0,40}>?", re.IGNORECASE)  # a tag, or one gone wrong
 _WANTED = "<lora:NAME:STRENGTH>, or <lora:NAME:TEXT ENCODERS:UNET>"
 Lora = tuple[str, "float | dict[str, float]"]
 
@@ -28,6 +29,22 @@ def lora_tags(prompt: str) -> tuple[Lora, ...]:
         UsageError: a tag of another form, or `dyn=`, which nothing here carries out.
     """
     return tuple(_read(match[0], match[1]) for match in _TAG.finditer(prompt))
+
+
+def tags_drawn_as_text(prompt: str, syntax: str) -> str:
+    """A line on what looks like a tag and is drawn as text; "" where nothing does.
+
+    With the syntax "a1111" that is what is not closed or has no name, with others every tag.
+    """
+    found = _LIKE.search(without_tags(prompt) if syntax == "a1111" else prompt)
+    if found is None:
+        return ""
+    if syntax == "a1111":
+        return f"{found[0]!r} in the prompt is no tag of an adapter and is drawn as text: write {_WANTED}"
+    return (
+        f"{found[0]!r} in the prompt is drawn as text, as the prompt syntax {syntax!r} has no tags:"
+        " name adapters by loras=[…] or --lora, or use the syntax 'a1111'"
+    )
 
 
 def _read(tag: str, inside: str) -> Lora:
@@ -58,5 +75,7 @@ def _number(tag: str, text: str) -> float:
         return float(text)
     except ValueError:
         raise UsageError(
-            f"the prompt has the strength {text!r:.40} in {tag[:80]}", expected=_WANTED, fix="Write a number."
+            f"the prompt has the strength {text!r:.40} in {tag[:80]}",
+            expected=_WANTED,
+            fix="Write a number. An adapter with a colon in its name is called by loras=[…] or --lora.",
         ) from None

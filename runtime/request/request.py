@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from numbers import Integral
 from secrets import randbelow
 from typing import TYPE_CHECKING, Any, cast
@@ -15,7 +17,7 @@ from ...engines.package import Manifest
 from ...engines.spec import Array
 from ..pictures.tiling import tile_stride
 from ..pictures.write import MAX_PIXELS
-from ..prompts.lora_tags import lora_tags
+from ..prompts.lora_tags import lora_tags, tags_drawn_as_text
 from ..sampling.config import SamplerConfig
 from ..sampling.names import resolve
 from ..sampling.samplers import count_steps, make_span
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ...adapters.embeddings import Embedding
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +157,8 @@ def make_request(
         found = check_texts_for(name, values[name], len(prompts))
         return tuple(text for text in found for _ in range(count))
 
+    others = (each(name) for name in ("negative_prompt", "prompt_2", "negative_prompt_2"))
+    _tell_of_tags((*prompts, *chain.from_iterable(others)), values["prompt_syntax"])
     checked = {item.name: values[item.name] for item in fields(Request) if item.name in PARAMETERS}
     resolved: dict[str, Any] = {
         "prompts": tuple(text for text in prompts for _ in range(count)),
@@ -183,6 +189,13 @@ def make_request(
         "inputs": describe_inputs(chosen, values),
     }
     return Request(**{**checked, **resolved})
+
+
+def _tell_of_tags(texts: Iterable[str | None], syntax: str) -> None:
+    """Log what looks like the tag of an adapter and is drawn as text."""
+    lines = (tags_drawn_as_text(text, syntax) for text in texts if text)
+    for line in dict.fromkeys(filter(None, lines)):
+        _LOG.warning("%s", line)
 
 
 def _tagged(prompts: Sequence[str], values: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

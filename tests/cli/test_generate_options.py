@@ -1,6 +1,7 @@
 """Every option of `latentrt generate`: what it becomes, and that none is left out here."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.numpy import save_file
 from latentrt import cli
 from latentrt.cli.generate import generate
 from latentrt.engines.errors import StorageError
-from latentrt.runtime.model import CheckpointOptions
+from latentrt.runtime.model import ADAPTERS, CheckpointOptions
 from latentrt.runtime.pictures.write import read_metadata
 from latentrt.runtime.pipeline import Pipeline
 
@@ -157,6 +158,7 @@ def test_how_the_pipeline_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = ["--dtype", "fp16", "--vae", "v", "--tiny-vae", "t", "--prediction-type", "epsilon"]
     checkpoint += ["--fuse-lora", "fast.safetensors:0.5", "--fuse-lora", "b", "--few-steps", "lcm"]
     more = ["--threads", "3", "--refiner-at", "0.6", "--embd-dir", "words", "--lora-dir", "styles"]
+    more += ["--lora-lenient"]
     _, parameters = heard(monkeypatch, "a", *words, *more, *checkpoint)
     options = {
         "backend": "tensorrt",
@@ -164,6 +166,7 @@ def test_how_the_pipeline_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
         "threads": 3,
         "loras": Path("styles"),
         "embeddings": Path("words"),
+        "allow_unused": True,
     }
     told = [{name: given.pop(name) for name in ("progress", "note")} for _, given in Listener.opened]
     assert all(callable(function) for each in told for function in each.values())
@@ -351,6 +354,39 @@ def test_the_demo_says_what_it_does_not_know(
     found = capfd.readouterr().err
     assert said in found
     assert bool(said) == ("the demo model" in found)
+
+
+def test_adapters_of_one_stem(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """The later file gets a name that is free; the same content twice is one adapter."""
+    for place, name in (("a", "striped"), ("b", "cross"), ("c", "striped")):
+        Path(place).mkdir()
+        shutil.copy(ADAPTERS["demo"] / f"{name}.safetensors", Path(place) / "style.safetensors")
+    shutil.copy("a/style.safetensors", "style-2.safetensors")
+    loras = [word for place in "abc" for word in ("--lora", f"{place}/style.safetensors:0.5")]
+    run(monkeypatch, "a red circle", *loras, "--lora-dir", ".", "-o", "both.png", *FAST)
+    record = read_metadata(Path("both.png")).record or {}
+    assert record["loras"] == [["style", 0.5], ["style-3", 0.5], ["style", 0.5]]
+    assert "b/style.safetensors is called style-3 here" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--lora", "."], "is a folder without adapter_model.safetensors"),
+        (["--lora", "nothing.safetensors:0.5"], "nothing.safetensors is no file"),
+        (["--lora", "nothing"], "no adapter is called 'nothing'"),
+        (["--fuse-lora", "x.safetensors"], "--fuse-lora (fused=…) was given for"),
+        (["--few-steps", "lcm"], "--few-steps (few_steps=…) was given for"),
+    ],
+)
+def test_adapters_that_are_not_there(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["latentrt", "generate", "a", *FAST, *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code in (2, 3)
+    assert said in capfd.readouterr().err
 
 
 def test_commands_at_the_same_time_take_names_of_their_own(folder: Path) -> None:

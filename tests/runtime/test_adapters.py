@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from latentrt.adapters.folder import NamedFiles
-from latentrt.engines.errors import CheckpointError, NumericError, UsageError
+from latentrt.engines.errors import AdapterError, CheckpointError, NumericError, UsageError
 from latentrt.engines.net_weights import part_shapes
 from latentrt.engines.package import Package
 from latentrt.engines.spec import Array
@@ -116,7 +116,7 @@ def test_a_block_alone(pipe: Pipeline) -> None:
     some = draw(pipe, ("loop", {"unet": {"mid": 0.0, "up": 0.0}}))
     assert not np.array_equal(some, whole)
     assert not np.array_equal(some, plain)
-    blocks = {"down": {"block_0": [1.0, 1.0], "block_1": 1.0}, "mid": 0.0, "up": {"block_0": 0, "block_1": 0}}
+    blocks = {"down": {"block_0": [1.0], "block_1": 1.0}, "mid": 0.0, "up": {"block_0": 0, "block_1": 0}}
     assert np.array_equal(draw(pipe, ("loop", {"unet": blocks})), some)
 
 
@@ -258,6 +258,16 @@ def test_names_that_are_unknown_or_taken(pipe: Pipeline, files: dict[str, Path])
     assert pipe.load_lora_weights(files["loop"], "mine") == "mine", "the same content"
     with pytest.raises(UsageError, match="another adapter is called 'mine'"):
         pipe.load_lora_weights(files["keys"], "mine")
+    for name in ("", " ", 3, "a\n"):
+        with pytest.raises(UsageError, match="an adapter is called"):
+            pipe.load_lora_weights(files["loop"], name)  # pyright: ignore
+    for path in (None, {"a": np.ones(1)}, 3):
+        with pytest.raises(UsageError, match="an adapter's file is"):
+            pipe.load_lora_weights(path)  # pyright: ignore
+    with pytest.raises(UsageError, match="no block 'block_9' of 'down'"):
+        pipe.set_adapters("loop", {"unet": {"down": {"block_9": 0}}})
+    with pytest.raises(UsageError, match="6 strengths for up.block_1, which has 2 layers"):
+        draw(pipe, ("loop", {"unet": {"up": {"block_1": [1] * 6}}}))
     with pytest.raises(UsageError, match="17 adapters"):
         draw(pipe, *["loop"] * 17)
     with pytest.raises(UsageError, match="is no folder"):
@@ -285,7 +295,7 @@ def test_a_name_is_a_path_first(pipe: Pipeline, tmp_path: Path, files: dict[str,
         tagged = pipe_of_folder(f"{PROMPT}<lora:style:1>", **SMALL).images
         np.testing.assert_array_equal(tagged, wanted)
         (tmp_path / "style.safetensors").unlink()
-        with pytest.raises(UsageError, match="3 files of .* are called 'style'") as caught:
+        with pytest.raises(UsageError, match=r"3 files of .* are called 'style'") as caught:
             draw(pipe_of_folder, "style")
         assert caught.value.expected == "one of 'a/style', 'old/style', 'z/style'"
         (tmp_path / "a" / "style.safetensors").unlink()
@@ -293,7 +303,22 @@ def test_a_name_is_a_path_first(pipe: Pipeline, tmp_path: Path, files: dict[str,
         np.testing.assert_array_equal(draw(pipe_of_folder, "style"), other)
 
 
-def test_links_are_followed(pipe: Pipeline, files: dict[str, Path], tmp_path: Path, logged: list[str]) -> None:
+def test_unknown_keys_are_left_out_everywhere(pipe: Pipeline, tmp_path: Path) -> None:
+    """Of the folder's adapters, of tags, and of what is loaded later."""
+    path = write(tmp_path / "odd.safetensors", "loop", **{"lora_unet_nowhere.diff": np.ones(3, np.float32)})
+    with Pipeline.open("demo", loras=tmp_path) as strict, pytest.raises(AdapterError, match="1 of"):
+        draw(strict, "odd")
+    with Pipeline.open("demo", loras=tmp_path, allow_unused=True) as lenient:
+        wanted = draw(pipe, "loop")
+        np.testing.assert_array_equal(draw(lenient, "odd"), wanted)
+        np.testing.assert_array_equal(draw(lenient, prompt=f"{PROMPT}<lora:odd:1>"), wanted)
+        lenient.load_lora_weights(path, "again")
+        np.testing.assert_array_equal(draw(lenient, "again"), wanted)
+
+
+def test_links_are_followed(
+    pipe: Pipeline, files: dict[str, Path], tmp_path: Path, logged: list[str]
+) -> None:
     """Files and folders that are kept elsewhere; a link to nothing and a loop are left out with a line."""
     outside, folder = tmp_path / "outside", tmp_path / "folder"
     for place in (outside / "sub", folder):

@@ -420,7 +420,9 @@ def test_a_folder_keeps_its_files(
         (folder / place).mkdir()
         save_file({"emb_params": HAND}, folder / place / "two.safetensors")
     for prompt in ("embedding:two", "a two"):
-        with pytest.raises(UsageError, match="2 files of .* are called 'two'; expected one of 'a/two', 'b/two'"):
+        with pytest.raises(
+            UsageError, match=r"2 files of .* are called 'two'; expected one of 'a/two', 'b/two'"
+        ):
             pipe(prompt, **FAST)
     pipe("embedding:b/two", **FAST)
     with pytest.raises(CheckpointError, match=r"old.pt is a pickle: .*latentrt convert"):
