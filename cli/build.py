@@ -86,14 +86,8 @@ def build(
     }
     _check_backend(chosen, used)  # before minutes are spent on a checkpoint
     with progress_bar(enabled=not as_json) as advance:
-        opened = open_model(
-            model,
-            backend=lambda: chosen,
-            options=checkpoint,
-            advance=advance,
-            note=say,
-            allow_unused=lora_lenient,
-        )
+        how: Any = {"options": checkpoint, "allow_unused": lora_lenient}
+        opened = open_model(model, backend=lambda: chosen, advance=advance, note=say, **how)
     names = [name.strip() for name in nets.split(",") if name.strip()]
     if row is not None and row.builds == "layouts":
         _tune(row, opened, EngineStore(store), names, as_json=as_json)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from numbers import Integral
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ...adapters.embeddings import Embedding
 
 _LOG = logging.getLogger(__name__)
+_OTHER_TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +145,7 @@ def make_request(
     values["image"], values["mask_image"] = load_images(values["image"]), read_mask(values["mask_image"])
     _check_span(values)
     prompts, count = check_texts("prompt", prompt), values["num_images_per_prompt"]
+    _tell_of_tags(prompts, values)
     height, width = _size(manifest, values)
     shape = (len(prompts) * count, *latent_shape(manifest, height, width))  # (N, C, H/8, W/8)
     source = make_source(manifest, values, height, width, shape, prompts=len(prompts))
@@ -157,8 +159,6 @@ def make_request(
         found = check_texts_for(name, values[name], len(prompts))
         return tuple(text for text in found for _ in range(count))
 
-    others = (each(name) for name in ("negative_prompt", "prompt_2", "negative_prompt_2"))
-    _tell_of_tags((*prompts, *chain.from_iterable(others)), values["prompt_syntax"])
     checked = {item.name: values[item.name] for item in fields(Request) if item.name in PARAMETERS}
     resolved: dict[str, Any] = {
         "prompts": tuple(text for text in prompts for _ in range(count)),
@@ -191,16 +191,18 @@ def make_request(
     return Request(**{**checked, **resolved})
 
 
-def _tell_of_tags(texts: Iterable[str | None], syntax: str) -> None:
+def _tell_of_tags(prompts: Sequence[str], values: Mapping[str, Any]) -> None:
     """Log what looks like the tag of an adapter and is drawn as text."""
-    lines = (tags_drawn_as_text(text, syntax) for text in texts if text)
-    for line in dict.fromkeys(filter(None, lines)):
+    others = (check_texts_for(name, values[name], len(prompts)) for name in _OTHER_TEXTS)
+    texts = filter(None, (*prompts, *chain.from_iterable(others)))
+    lines = (tags_drawn_as_text(text, values["prompt_syntax"]) for text in texts)
+    for line in filter(None, dict.fromkeys(lines)):
         _LOG.warning("%s", line)
 
 
 def _tagged(prompts: Sequence[str], values: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """The adapters that the prompts of a batch name, which are drawn with the same nets."""
-    for name in ("negative_prompt", "prompt_2", "negative_prompt_2"):
+    for name in _OTHER_TEXTS:
         for text in check_texts_for(name, values[name], len(prompts)):
             if text and lora_tags(text):
                 raise UsageError(

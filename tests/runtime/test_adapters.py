@@ -266,7 +266,7 @@ def test_names_that_are_unknown_or_taken(pipe: Pipeline, files: dict[str, Path])
             pipe.load_lora_weights(path)  # pyright: ignore
     with pytest.raises(UsageError, match="no block 'block_9' of 'down'"):
         pipe.set_adapters("loop", {"unet": {"down": {"block_9": 0}}})
-    with pytest.raises(UsageError, match="6 strengths for up.block_1, which has 2 layers"):
+    with pytest.raises(UsageError, match=r"6 strengths for up\.block_1, which has 2 layers"):
         draw(pipe, ("loop", {"unet": {"up": {"block_1": [1] * 6}}}))
     with pytest.raises(UsageError, match="17 adapters"):
         draw(pipe, *["loop"] * 17)
@@ -304,7 +304,7 @@ def test_a_name_is_a_path_first(pipe: Pipeline, tmp_path: Path, files: dict[str,
 
 
 def test_unknown_keys_are_left_out_everywhere(pipe: Pipeline, tmp_path: Path) -> None:
-    """Of the folder's adapters, of tags, and of what is loaded later."""
+    """The folder's adapters, tags, and what is loaded later are alike."""
     path = write(tmp_path / "odd.safetensors", "loop", **{"lora_unet_nowhere.diff": np.ones(3, np.float32)})
     with Pipeline.open("demo", loras=tmp_path) as strict, pytest.raises(AdapterError, match="1 of"):
         draw(strict, "odd")
