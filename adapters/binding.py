@@ -99,7 +99,7 @@ def bind(adapter: Adapter, targets: Targets, *, allow_unused: bool = False) -> B
     changes = {component: dict[str, Change]() for component in targets}
     for (component, module), found in modules.items():
         changes[component].update(_changes(adapter, targets, component, module, found))
-    _warn_of_zeros(adapter)
+    _warn_of_zeros(adapter, modules, changes)
     if adapter.lacks_magnitudes:
         _log.warning("%s says that it is a DoRA, and has no magnitudes: it is used as a LoRA", adapter.path)
     embeddings, other = _embeddings(adapter, targets)
@@ -332,11 +332,20 @@ def _refuse_twice(adapter: Adapter, name: str, first: str) -> None:
     )
 
 
-def _warn_of_zeros(adapter: Adapter) -> None:
-    """Log the modules with alpha 0: they change nothing. Trainers mean the rank by it, and never store it."""
-    alphas = [name for name, key in adapter.parts.items() if key.part == "alpha"]
+def _warn_of_zeros(
+    adapter: Adapter,
+    modules: Mapping[tuple[str, str], _Module],
+    changes: Mapping[str, Mapping[str, Change]],
+) -> None:
+    """Log the modules that their alpha of 0 makes change nothing.
+
+    Trainers mean the rank by it, and never store it. Not every kind is scaled by its alpha.
+    """
     zeros = [
-        name for name in alphas if adapter.tensors[name].size == 1 and scalar_of(adapter.tensors[name]) == 0
+        found.keys["alpha"]
+        for (component, module), found in modules.items()
+        if "alpha" in found.parts and scalar_of(found.parts["alpha"]) == 0
+        if (change := changes[component].get(f"{module}.weight")) and change.scale == 0
     ]
     if zeros:
         _log.warning(

@@ -173,6 +173,11 @@ def check_count(adapters: Sequence[object]) -> None:
         raise UsageError(f"{len(adapters)} adapters", expected=f"at most {MOST}", fix="Use fewer.")
 
 
+def _tells(adapter: BoundAdapter, strength: Strength) -> bool:
+    """Whether an adapter changes a weight at this strength."""
+    return any(strength.of(part, name) for part, weights in adapter.changes.items() for name in weights)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AdapterSet:
     """Adapters in the order in which they are applied, each with its strength.
@@ -205,10 +210,13 @@ class AdapterSet:
 
     @cached_property
     def key(self) -> str:
-        """The same for sets that change the same in the same way; "" where nothing is changed."""
+        """The same for sets that change the same in the same way; "" where nothing is changed.
+
+        Adapters that a set has at strength 0 are no part of it.
+        """
         if not self.changes:
             return ""
-        facts = [(adapter.sha256, strength.parts) for _, adapter, strength in self.adapters]
+        facts = [(one.sha256, strength.parts) for _, one, strength in self.adapters if _tells(one, strength)]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def record(self) -> dict[str, Any]:

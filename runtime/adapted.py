@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from threading import Lock
 
 from ..adapters.sets import AdapterSet
+from ..engines.errors import NumericError
 from ..engines.package import Package
 from ..engines.spec import TEXT_ENCODERS
 from .loop.job import PackageLoop
@@ -66,6 +67,8 @@ class AdaptedLoops:
 
         Raises:
             LatentrtError: what opening its nets raises; nothing is kept of it then.
+            NumericError: what the block raises, with the adapters' names: their weights may fit a type that
+                what is computed with them does not.
         """
         if not chosen.key:
             yield self._base
@@ -80,7 +83,11 @@ class AdaptedLoops:
         try:
             if first:
                 self._open(chosen, entry)
-            yield entry.opened.result()
+            adapted = entry.opened.result()
+            try:
+                yield adapted
+            except NumericError as error:
+                raise _named(error, chosen) from error
         finally:
             with self._lock:
                 entry.users -= 1
@@ -133,6 +140,16 @@ def _opened(entry: _Entry) -> Adapted | None:
     with suppress(BaseException):
         return entry.opened.result(timeout=0)
     return None
+
+
+def _named(error: NumericError, chosen: AdapterSet) -> NumericError:
+    """The error, with what may have caused it."""
+    names = ", ".join(dict.fromkeys(name for name, _, _ in chosen.adapters))
+    return NumericError(
+        f"with the adapters {names}: {error.found}",
+        expected=error.expected,
+        fix=f"Use less of them. {error.fix}",
+    )
 
 
 def _free(entry: _Entry) -> None:

@@ -91,6 +91,7 @@ PLACES = {
     "size": ("unet", "add_embedding"),
     "text": ("text_encoder", "_proj"),
     "text 2": ("text_encoder_2", "mlp"),
+    "projection": ("text_encoder_2", "text_projection"),
 }
 PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
 
@@ -196,6 +197,7 @@ def test_every_kind(pair: AdaptedPair, kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", PLACES)
 def test_every_place(pair: AdaptedPair, place: str, tmp_path: Path) -> None:
+    """Also what is read once a step ("time", "size": T9), and what projects the pooled embedding (T11)."""
     if not modules(pair, *PLACES[place]):
         pytest.skip("this model has none")
     adapter = Adapter(pair, tmp_path / "some.safetensors", "lora", place)

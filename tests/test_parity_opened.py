@@ -4,6 +4,7 @@ Weights are random, in half precision, and the arithmetic is fp32. A file, a fol
 the same weights give the same picture to the byte; ours is drawn where torch cannot be imported.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,16 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from latentrt.checkpoints import opened
 from latentrt.export.architectures import ARCHITECTURES
 from latentrt.export.export import export_package
+from latentrt.runtime import Pipeline
+from latentrt.runtime.model import CheckpointOptions
+from tests.checkpoints.odd_files import stored
 from tests.opened_pair import (
+    CLIP_WORDS,
     SMALL,
     Small,
     diffusers_pipeline,
@@ -106,3 +113,38 @@ def test_a_tiny_autoencoder_shows_previews(tmp_path: Path, tmp_path_factory: pyt
         pixels = net.decode(torch.from_numpy(shown["latent"])).sample[0].permute(1, 2, 0).numpy()
     decoded = (np.clip(pixels / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8)
     assert psnr(decoded, shown["tiny"]) >= BAR
+
+
+@pytest.mark.slow
+def test_an_adapter_of_a_projection_that_is_stored_the_other_way_round(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T11: OpenCLIP's is (in, out), OneTrainer's factors (out, rank) and (rank, in); as if it were summed."""
+    name = "conditioner.embedders.1.model.text_projection"
+    base = stored(SMALL["sdxl"].recipe, CLIP_WORDS)[name]
+    read, made = base.shape
+    assert read != made, "a turned sum could not be told"
+    random = torch.Generator().manual_seed(5)
+    down, up = (torch.randn(shape, generator=random) * 0.3 for shape in ((2, read), (made, 2)))
+    key = "lora_te2_text_projection"
+    factors = {
+        f"{key}.lora_down.weight": down,
+        f"{key}.lora_up.weight": up,
+        f"{key}.alpha": torch.tensor(1.0),
+    }
+    save_file(factors, tmp_path / "projection.safetensors")
+    summed = base.double() + 0.5 * 0.8 * (up.double() @ down.double()).T
+    plain = write_file(tmp_path / "plain.safetensors", "sdxl", {name: base.float()})
+    sums = write_file(tmp_path / "sums.safetensors", "sdxl", {name: summed.float()})
+    archive = templates(tmp_path_factory, SMALL["sdxl"].archive)
+    monkeypatch.setattr(opened, "Options", partial(opened.Options, templates=archive))
+    monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path / "cache"))
+    parameters: dict[str, Any] = {**SMALL["sdxl"].parameters, "seed": SEED, "output_type": "np"}
+    pictures = list[np.ndarray]()
+    for file, loras in ((plain, [("projection", 0.8)]), (sums, []), (plain, [])):
+        with Pipeline.open(file, checkpoint=CheckpointOptions()) as pipe:
+            pipe.load_lora_weights(tmp_path / "projection.safetensors")
+            pictures.append(pipe(loras=loras, **parameters).images)
+    found, wanted, without = pictures
+    assert psnr(wanted, found) >= BAR
+    assert psnr(wanted, without) < 50

@@ -121,6 +121,7 @@ CASES: dict[str, tuple[str, str, dict[str, int], dict[str, float]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_t1_to_t5_each_module_has_its_own_alpha_and_rank(case: str, tmp_path: Path) -> None:
+    """T1, T2, T3, T4, T5."""
     family, part, ranks, alphas = CASES[case]
     known = {name: alphas.get(name, rank) for name, rank in ranks.items()}  # PEFT has no "as the rank"
     trained = Trained(family, part, ranks, known)
@@ -235,13 +236,15 @@ GRAMMARS = {
     "OneTrainer": ("diffusion_model.{sgm}", "lora_down.weight", "lora_up.weight"),
     "SimpleTuner": ("lycoris_{flat}", "lora_down.weight", "lora_up.weight"),
     "bare": ("{name}", "lora_down.weight", "lora_up.weight"),
+    "underscores": ("unet_{flat}", "lora.down.weight", "lora.up.weight"),
+    "underscores to the end": ("lora_unet_{flat}", "_lora.down.weight", "_lora.up.weight"),
     "without weight": ("unet.{name}", "lora_A", "lora_B"),
 }
 
 
 @pytest.mark.parametrize("grammar", GRAMMARS)
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_t8_t10_t33_every_grammar_of_the_unet(family: str, grammar: str, tmp_path: Path) -> None:
+def test_t10_t33_every_grammar_of_the_unet(family: str, grammar: str, tmp_path: Path) -> None:
     name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
     trained = Trained(family, "unet", {name: 2, "conv_in": 2})
     tensors = unet_to_ldm(weights(family)["unet"], modules(family)["unet"].config)
@@ -252,10 +255,34 @@ def test_t8_t10_t33_every_grammar_of_the_unet(family: str, grammar: str, tmp_pat
         original = sgm[f"{module}.weight"].removesuffix(".weight")
         start = stem.format(name=module, flat=flat(module), sgm=original, sgm_flat=flat(original))
         arrays = trained.arrays(module)
-        stored |= {f"{start}.{down}": arrays["lora_A.weight"], f"{start}.{up}": arrays["lora_B.weight"]}
+        start += "" if down.startswith("_") else "."
+        stored |= {f"{start}{down}": arrays["lora_A.weight"], f"{start}{up}": arrays["lora_B.weight"]}
     found = bound(write(tmp_path / "a.safetensors", stored), targets(family))
     trained = Trained(family, "unet", {name: 2, "conv_in": 2}, lora_alpha=2)  # alpha as the rank
     check(family, trained, found, list(trained.layers))
+
+
+def test_t8_t9_both_spellings_in_one_file_and_what_sdxl_reads_once_a_step(tmp_path: Path) -> None:
+    """Some of latent-diffusion's names, some of diffusers': each is applied, and none goes before another."""
+    spelled = {
+        "add_embedding.linear_1": "label_emb_0_0",
+        "add_embedding.linear_2": "add_embedding_linear_2",
+        "time_embedding.linear_1": "time_embed_0",
+        "time_embedding.linear_2": "time_embedding_linear_2",
+        "conv_in": "input_blocks_0_0",
+        "conv_out": "out_2",
+        "mid_block.attentions.0.proj_in": "middle_block_1_proj_in",
+        "mid_block.attentions.0.proj_out": "mid_block_attentions_0_proj_out",
+        "down_blocks.1.resnets.0.time_emb_proj": "input_blocks_4_0_emb_layers_1",
+        "down_blocks.2.attentions.0.proj_in": "down_blocks_2_attentions_0_proj_in",
+    }
+    alphas = {name: 1.0 + index for index, name in enumerate(spelled)}
+    trained = Trained("sdxl", "unet", dict.fromkeys(spelled, 2), alphas)
+    stored = {key: x for name, module in spelled.items() for key, x in trained.kohya(name, module).items()}
+    stored |= {f"lora_unet_{spelled[name]}.alpha": torch.tensor(alpha) for name, alpha in alphas.items()}
+    found = bound(write(tmp_path / "a.safetensors", stored), targets("sdxl"))
+    assert found.total == 3 * len(spelled)
+    check("sdxl", trained, found, list(spelled))
 
 
 OLD = {
@@ -288,6 +315,8 @@ def test_t33_attention_before_peft(part: str, tmp_path: Path) -> None:
         ("text_encoder_2", "text_encoder_2.{}", "lora_A.weight"),
         ("text_encoder", "clip_l.text_model.{}", "lora_down.weight"),
         ("text_encoder_2", "text_encoders.clip_g.transformer.text_model.{}", "lora_down.weight"),
+        ("text_encoder_2", "text_encoder_2_text_model_{flat}", "lora_linear_layer.down.weight"),
+        ("text_encoder", "text_encoder_text_model_{flat}", "lora.down.weight"),
     ],
 )
 def test_t10_text_encoders(part: str, stem: str, down: str, tmp_path: Path) -> None:
@@ -296,7 +325,8 @@ def test_t10_text_encoders(part: str, stem: str, down: str, tmp_path: Path) -> N
     up = down.replace("down", "up").replace("lora_A", "lora_B")
     stored: dict[str, torch.Tensor] = {}
     for name in names:
-        start, arrays = stem.format(name.removeprefix("text_model.")), trained.arrays(name)
+        inside, arrays = name.removeprefix("text_model."), trained.arrays(name)
+        start = stem.format(inside, flat=flat(inside))
         stored |= {f"{start}.{down}": arrays["lora_A.weight"], f"{start}.{up}": arrays["lora_B.weight"]}
     check("sdxl", trained, bound(write(tmp_path / "a.safetensors", stored), targets("sdxl")), names)
 

@@ -374,6 +374,26 @@ def test_t12_parts_for_an_encoder_that_the_model_lacks(form: str, path: Path, lo
         refused(path, "changes only parts that this model lacks", unet)
 
 
+@pytest.mark.parametrize("form", ["lora", "lokr"])
+def test_t12_parts_for_clip_l_on_the_refiner(form: str, path: Path) -> None:
+    """Which has the encoder of `lora_te2_` alone: the same layers of the other one are not taken for its."""
+    refiner = targets("sdxl-refiner")
+    tensor = "text_model.encoder.layers.0.mlp.fc1.weight"
+    shape = refiner["text_encoder_2"][tensor]
+
+    def parts(prefix: str) -> Tensors:
+        if form == "lora":
+            return pair(f"{prefix}{TEXT}", *shape)
+        sizes = {"w1": (2, 2), "w2": (shape[0] // 2, shape[1] // 2)}
+        return {f"{prefix}{TEXT}.lokr_{name}": normal(*size) for name, size in sizes.items()}
+
+    first, second = parts("lora_te1_"), parts("lora_te2_")
+    adapter = bound(write(path, first | second), refiner)
+    assert set(adapter.unused) == set(first)
+    assert {part: set(changes) for part, changes in adapter.changes.items()} == {"text_encoder_2": {tensor}}
+    refused(write(path, first), "changes only parts that this model lacks", refiner)
+
+
 # ── two changes of a tensor, and half of one ──────────────────────────────────────────────────────────────
 
 

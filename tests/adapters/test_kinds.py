@@ -12,8 +12,11 @@ from lycoris.functional import boft, diag_oft, general, locon, loha, lokr
 from lycoris.modules.glora import _glora_weight  # pyright: ignore[reportPrivateUsage]
 from lycoris.modules.ia3 import _ia3_weight  # pyright: ignore[reportPrivateUsage]
 
+from latentrt.adapters.keys import flat
+from latentrt.adapters.merging import merged
 from latentrt.engines.errors import AdapterError
-from tests.adapters.tiny import assert_near, normal, one
+from tests.adapters.tiny import assert_near, bound, modules, normal, one, targets, weights, write
+from tests.export.ldm_files import unet_to_ldm
 
 Parts = dict[str, torch.Tensor]
 SHAPES = [(24, 16), (16, 24), (12, 8, 3, 3), (8, 12, 1, 1), (10, 6, 3, 1)]
@@ -175,6 +178,64 @@ def test_t57_any_shape_and_rank(
     assert_near(one(tmp_path, base, stored, strength), expected)
 
 
+# ── whole UNets ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", ["lora", "lora tucker", "loha", "loha tucker"])
+def test_t22_every_layer_of_a_unet(kind: str, family: str, tmp_path: Path) -> None:
+    """sd-scripts' names: diffusers' for 1.x, latent-diffusion's for SDXL. T57: `conv_out` has fewer outputs
+    than the rank. Where a kernel is 1x1, or there is none, trainers store no core.
+    """
+    unet, rank, alpha = weights(family)["unet"], 5, 3.0
+    original = dict(zip(unet, unet_to_ldm(unet, modules(family)["unet"].config), strict=True))
+    stored: Parts = {}
+    expected: Parts = {}
+    for name, base in unet.items():
+        shape = tuple(base.shape)
+        if len(shape) not in (2, 4):
+            continue
+        cored = "tucker" in kind and product(shape[2:]) > 1
+        parts, delta = DELTAS[kind if cored else kind.removesuffix(" tucker")](shape, rank)
+        module = flat((original[name] if family == "sdxl" else name).removesuffix(".weight"))
+        parts = {end: part + 0.1 * len(expected) for end, part in parts.items()}  # each layer's own
+        stored |= {f"lora_unet_{module}.{end}": part for end, part in parts.items()}
+        stored[f"lora_unet_{module}.alpha"] = torch.tensor(alpha)
+        expected[name] = base.double() + 0.5 * alpha / rank * delta(double(parts)).reshape(shape)
+    found = bound(write(tmp_path / "a.safetensors", stored), targets(family))
+    assert (found.applied, found.total, found.unused) == (len(stored), len(stored), ())
+    changes = found.changes["unet"]
+    assert changes.keys() == expected.keys()
+    assert min(expected["conv_out.weight"].shape) < rank
+    for name, wanted in expected.items():
+        assert_near(merged(unet[name].numpy(), [(changes[name], 0.5)]), wanted)
+
+
+@pytest.mark.parametrize("form", ["", "1", "2", "12", "t"])
+def test_t13_lokr_of_simpletuner(form: str, tmp_path: Path) -> None:
+    """Its prefix says no component: whose module it is, the rest of the name tells."""
+    shapes = {
+        "unet": ["mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "down_blocks.0.resnets.0.conv1"],
+        "text_encoder": ["text_model.encoder.layers.0.mlp.fc1"],
+    }
+    stored: Parts = {}
+    expected: dict[tuple[str, str], torch.Tensor] = {}
+    for component, names in shapes.items():
+        for name in names:
+            base = weights("sd1")[component][f"{name}.weight"]
+            own = form if form != "t" or base.ndim == 4 else "2"
+            parts, delta = kron(own)(tuple(base.shape), 4)
+            stored |= {f"lycoris_{flat(name)}.{end}": part for end, part in parts.items()}
+            stored[f"lycoris_{flat(name)}.alpha"] = torch.tensor(2.0)
+            scale = scale_of(f"lokr {own}", 4, 2.0)
+            expected[component, name] = base.double() + scale * delta(double(parts)).reshape(base.shape)
+    found = bound(write(tmp_path / "a.safetensors", stored), targets("sd1"))
+    assert (found.applied, found.total) == (len(stored), len(stored))
+    for (component, name), wanted in expected.items():
+        base = weights("sd1")[component][f"{name}.weight"]
+        assert_near(merged(base.numpy(), [(found.changes[component][f"{name}.weight"], 1.0)]), wanted)
+
+
 # ── the layouts that factors may have ─────────────────────────────────────────────────────────────────────
 
 
@@ -276,7 +337,9 @@ def test_glora_of_both_layouts(former: bool, shape: tuple[int, ...], tmp_path: P
 def test_t17_to_t20_the_magnitude_of_the_sum(
     kind: str, by_output: bool, shape: tuple[int, ...], tmp_path: Path
 ) -> None:
-    """Alpha by rank is applied before the norm; the norm is that of the sum; the axis is the shape's."""
+    """Alpha by rank is applied before the norm (T19); the norm is that of the sum (T18); the axis is the
+    shape's.
+    """
     base = normal(*shape)
     parts, delta = DELTAS[kind](shape, 2)
     tail = [1 for _ in shape[2:]]
@@ -380,11 +443,12 @@ def test_boft(shape: tuple[int, ...], stages: int, constraint: float | None, tmp
 
 
 @pytest.mark.parametrize("alpha", [1e10, 0.0, 4.0])
-def test_t15_whole_factors_have_no_alpha(alpha: float, tmp_path: Path) -> None:
+def test_t15_whole_factors_have_no_alpha(alpha: float, tmp_path: Path, logged: list[str]) -> None:
     base = normal(8, 6)
     parts, delta = kron("")((8, 6), 1)
     found = one(tmp_path, base, parts | {"alpha": torch.tensor(alpha)})
     assert_near(found, base.double() + delta(double(parts)))
+    assert not any("alpha 0" in line for line in logged), "it says nothing here"
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])

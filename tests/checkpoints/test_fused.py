@@ -30,8 +30,10 @@ from latentrt.engines.errors import AdapterError, NumericError, UsageError
 from latentrt.engines.package import MANIFEST, FusedAdapter, Package
 from latentrt.export import export_package
 from latentrt.runtime import Pipeline
+from latentrt.runtime.loop import open as loops
 from latentrt.runtime.prompts.tokenizer import tokenize
 from tests.checkpoints.conftest import shared, write_lora, write_small
+from tests.export.overflow import RoundedBackend
 
 SMALL: dict[str, Any] = {"num_inference_steps": 3, "height": 64, "width": 64, "output_type": "np", "seed": 4}
 PROMPT = "a red circle on a blue background"
@@ -154,7 +156,7 @@ def test_traced_is_as_from_templates(
 def test_ranges_are_measured_on_merged_weights(
     wide: Path, tmp_path: Path, export: Callable[..., Package]
 ) -> None:
-    """Activations that only an adapter drives beyond fp16 are computed in float32."""
+    """T56: activations that only an adapter drives beyond fp16 are computed in float32."""
     large = write_lora(tmp_path / "large.safetensors", wide, {"unet": "ff.net.2"}, scale=3e4)
     found: dict[str, list[int]] = {"plain": [], "fused": []}
     for name, chosen in (("plain", []), ("fused", [large])):
@@ -166,6 +168,24 @@ def test_ranges_are_measured_on_merged_weights(
             report_islands=lambda one, told=found[name]: told.append(len(one.islands)),
         )
     assert sum(found["fused"]) > sum(found["plain"])
+
+
+def test_ranges_are_not_measured_for_sets_and_what_overflows_is_named(
+    wide: Path, tmp_path: Path, export: Callable[..., Package], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T56 at run time, where fp16 rounds as on a device: the weights fit it, what they drive does not."""
+    large = write_lora(tmp_path / "large.safetensors", wide, {"unet": "ff.net.2"}, scale=3e4)
+    monkeypatch.setattr(loops, "choose_backend", lambda *_: ("rounded", RoundedBackend()))
+    with Pipeline.open(export(wide, "half", dtype="fp16").root) as pipe:
+        plain = pipe(PROMPT, **SMALL).images
+        pipe.load_lora_weights(large)
+        message = (
+            r"with the adapters large: the latent is not finite after step 1.*Use less of them\. An fp16"
+        )
+        with pytest.raises(NumericError, match=message):
+            pipe(PROMPT, loras=[("large", 4.0)], **SMALL)
+        assert pipe(PROMPT, loras=[("large", 0.1)], **SMALL).images.shape == plain.shape
+        np.testing.assert_array_equal(pipe(PROMPT, **SMALL).images, plain)
 
 
 # ── what is told ───────────────────────────────────────────────────────────────────────────────────

@@ -1,5 +1,6 @@
 """A checkpoint that fp16 cannot compute, and nets on ONNX Runtime that round where fp16 does."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentrt.engines.backend import MemoryLedger
+from latentrt.engines.net_weights import changed_names, changed_values
 from latentrt.engines.package import Package, write_manifest
-from latentrt.engines.spec import NetSpec
+from latentrt.engines.spec import Array, NetSpec
 from tests.recipes import Recipe, make_checkpoint
 
 # One level each, so that tracing takes seconds: a resnet, attention to itself and to the text, a resample.
@@ -115,9 +117,13 @@ class Rounded:
     `test_rounding_is_real` shows that they do what this says.
     """
 
-    def __init__(self, graph: Path, spec: NetSpec) -> None:
+    def __init__(self, graph: Path, spec: NetSpec, changed: Mapping[str, Array] | None = None) -> None:
         self.spec = spec
         model = ir.load(graph)
+        for name, values in (changed or {}).items():
+            weight = model.graph.initializers[name]
+            assert weight.dtype is not None
+            weight.const_value = ir.tensor(values.astype(weight.dtype.numpy()), name=name)
         keep_apart(model)
         path = graph.with_suffix(".rounded.onnx")
         ir.save(model, path)
@@ -182,9 +188,16 @@ def keep_apart(model: ir.Model) -> None:
 
 
 def rounded(package: Package, *names: str) -> dict[str, Rounded]:
-    """Nets of a package, all of them by default."""
+    """Nets of a package, all of them by default, with the weights that it has others for."""
     nets = package.manifest.nets
-    return {name: Rounded(package.path(nets[name].graph), nets[name].spec) for name in names or nets}
+    return {
+        name: Rounded(
+            package.path(nets[name].graph),
+            nets[name].spec,
+            changed_values(package, name, changed_names(package, name)),
+        )
+        for name in names or nets
+    }
 
 
 def with_nets(package: Package, root: Path, nets: dict[str, Any]) -> Package:

@@ -107,6 +107,8 @@ def test_strength_0_opens_nothing(pipe: Pipeline) -> None:
         assert opened(pipe, ("loop", strength)) == set()
         assert pipe.adapters.chosen([("loop", strength)]).key == ""
     np.testing.assert_array_equal(draw(pipe, ("loop", 0)), draw(pipe))
+    keys = {pipe.adapters.chosen([("keys", 0.5), *zero]).key for zero in ([], [("loop", 0.0)])}
+    assert len(keys) == 1, "it is no part of a set either"
 
 
 def test_a_block_alone(pipe: Pipeline) -> None:
@@ -173,6 +175,112 @@ def test_unloading_leaves_nothing(pipe: Pipeline, files: dict[str, Path]) -> Non
     pipe.unload_lora_weights()
     np.testing.assert_array_equal(pipe(PROMPT, **SMALL).images, plain)
     assert (pipe.adapters.names, len(pipe._adapted._entries)) == ((), 0)
+
+
+def test_unloading_one_of_three_is_never_having_loaded_it(pipe: Pipeline, files: dict[str, Path]) -> None:
+    """T28, against a pipeline that never had it."""
+    strengths = {"loop": 0.5, "keys": 0.6, "time": 0.7}
+    for where in strengths:
+        pipe.load_lora_weights(files[where])
+    pipe.set_adapters(list(strengths), list(strengths.values()))
+    three = pipe(PROMPT, **SMALL).images
+    pipe.unload_lora_weights("keys")
+    with Pipeline.open("demo") as fresh:
+        for where in ("loop", "time"):
+            fresh.load_lora_weights(files[where])
+        fresh.set_adapters(["loop", "time"], [0.5, 0.7])
+        two = fresh(PROMPT, **SMALL).images
+    np.testing.assert_array_equal(pipe(PROMPT, **SMALL).images, two)
+    assert not np.array_equal(two, three)
+
+
+def test_biases_come_and_go(pipe: Pipeline, tmp_path: Path) -> None:
+    """T26: every bias of the UNet, those of norms without their weights."""
+    values = np.random.default_rng(3)
+    diffs = {
+        name: values.normal(0, 0.3, shape).astype(np.float32)
+        for name, shape in part_shapes(DEMO, "unet").items()
+        if name.endswith(".bias")
+    }
+    keys = dict[str, Array]()
+    for name, diff in diffs.items():
+        module = name.removesuffix(".bias").replace(".", "_")
+        keys[f"lora_unet_{module}.{'b_norm' if 'norm' in module else 'diff_b'}"] = diff
+    save_file(keys, tmp_path / "biases.safetensors")
+    plain = draw(pipe)
+    pipe.load_lora_weights(tmp_path / "biases.safetensors")
+    changes = pipe.adapters.chosen([("biases", 0.5)]).changes["unet"]
+    assert changes.keys() == diffs.keys()
+    for name, diff in diffs.items():
+        base = values.normal(0, 1, diff.shape).astype(np.float32)
+        wanted = base.astype(np.float64) + 0.5 * diff.astype(np.float64)
+        np.testing.assert_allclose(changes[name](base), wanted, rtol=1e-6, atol=1e-7)
+    assert opened(pipe, "biases") == {"unet", "unet_time"}
+    assert not np.array_equal(draw(pipe, "biases"), plain)
+    pipe.unload_lora_weights()
+    np.testing.assert_array_equal(draw(pipe), plain)
+    with Pipeline.open("demo") as fresh:
+        np.testing.assert_array_equal(draw(fresh), plain)
+
+
+def test_two_doras_in_either_order(pipe: Pipeline, tmp_path: Path) -> None:
+    """T21: which comes first matters, and a set that was open meanwhile is that of a fresh pipeline."""
+    loras = list[Path]()
+    for seed, name in enumerate(("one", "other")):
+        scales = {
+            f"lora_unet_{weight.removesuffix('.weight').replace('.', '_')}.dora_scale": np.random.default_rng(
+                seed
+            ).uniform(0.5, 1.5, (shape[0], 1))
+            for weight, shape in part_shapes(DEMO, "unet").items()
+            if weight.endswith("attn1.to_q.weight")
+        }
+        loras.append(write(tmp_path / f"{name}.safetensors", "loop", seed=seed, **scales))
+    orders = [[("one", 0.6), ("other", 0.5)], [("other", 0.5), ("one", 0.6)]]
+    for path in loras:
+        pipe.load_lora_weights(path)
+    drawn = [draw(pipe, *order) for order in orders]
+    assert not np.array_equal(*drawn)
+    for order, images in zip(orders, drawn, strict=True):
+        draw(pipe, "keys")
+        np.testing.assert_array_equal(draw(pipe, *order), images)
+        with Pipeline.open("demo") as fresh:
+            for path in loras:
+                fresh.load_lora_weights(path)
+            np.testing.assert_array_equal(draw(fresh, *order), images)
+
+
+BLOCK = "attentions_0_transformer_blocks_0"
+PAIR = {"lora_down.weight": np.ones((2, 96), np.float32), "lora_up.weight": np.ones((96, 2), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("module", "parts", "message"),
+    [
+        ("lora_te_text_model_encoder_layers_9_mlp_fc1", PAIR, "layers_9_mlp_fc1"),
+        (f"lora_unet_down_blocks_7_{BLOCK}_attn1_to_q", PAIR, "down_blocks_7"),
+        (
+            f"lora_unet_mid_block_{BLOCK}_attn2_to_k",
+            {**PAIR, "lora_down.weight": np.ones((2, 2048), np.float32)},
+            r"is made for SDXL: its attn2\.to_k reads 2048",
+        ),
+        ("lora_unet_conv_in", {"diff_b": np.full(64, np.nan, np.float32)}, "NaN or infinity"),
+        ("lora_unet_conv_out", {"lora_up.weight": np.ones((4, 2), np.float32)}, "expected down too"),
+    ],
+)
+def test_what_is_refused_leaves_nothing_of_itself(
+    pipe: Pipeline, module: str, parts: dict[str, Array], message: str, tmp_path: Path
+) -> None:
+    """T6, T7, T32, T57: what fits in the file is not used either."""
+    plain = draw(pipe)
+    odd = {f"{module}.{part}": array for part, array in parts.items()}
+    path = write(tmp_path / "odd.safetensors", "loop", **odd)
+    for _ in range(2):
+        with pytest.raises(AdapterError, match=message):
+            pipe.load_lora_weights(path)
+    with pytest.raises(UsageError, match="no adapter is called 'odd'"):
+        draw(pipe, "odd")
+    assert pipe.adapters.names == ()
+    np.testing.assert_array_equal(draw(pipe), plain)
 
 
 @pytest.mark.parametrize("swaps", [40, pytest.param(1000, marks=pytest.mark.slow)])

@@ -276,6 +276,27 @@ def test_the_context_of_a_prompt_with_embeddings(conditioner: Any, oracle: Torch
     np.testing.assert_allclose(comfy, wanted_comfy, rtol=1e-3, atol=2e-4)
 
 
+def test_names_that_begin_like_others(conditioner: Any) -> None:
+    """T42: fifteen vectors of a name of one token and digits, a name that begins another, one in a word."""
+    known = {"1a1": rows(15, WIDTH, seed=2), "cat": rows(2, WIDTH, seed=3), "cat-2": rows(1, WIDTH, seed=4)}
+    oracle = Torch(np.concatenate(list(known.values())))
+    many, cat, two = (
+        range(oracle.first + begin, oracle.first + end) for begin, end in ((0, 15), (15, 17), (17, 18))
+    )
+    words = oracle.words
+    wanted = {
+        "1a1": [*many],
+        "a 1a1 cat-2, cat": [*words("a"), *many, *two, *words(","), *cat],
+        "scat 1a1 21a1": [*words("scat"), *many, *words("21a1")],
+        "cat, scat, cat-2": [*cat, *words(", scat,"), *two],
+    }
+    made = conditioner().encode(
+        list(wanted), syntax="a1111", embeddings={name: embedding(name, x) for name, x in known.items()}
+    )
+    for context, ids in zip(made.context, wanted.values(), strict=True):
+        np.testing.assert_allclose(context, oracle.context(ids), rtol=1e-3, atol=2e-4)
+
+
 def test_two_chunks(conditioner: Any, oracle: Torch) -> None:
     word = oracle.words("circle")
     count = 74 // len(word)
