@@ -41,8 +41,8 @@ class NamedFiles(Generic[Content]):
     top first; of files in subfolders it is an error where several have it. The folder is looked through each
     time, and a file is read when it is first called, or when it has changed.
 
-    Links to files and folders are followed wherever they lead, as whoever owns the folder put them there. So
-    do not let others write into it.
+    Links to files and folders are followed wherever they lead, as whoever owns the folder put them there. A
+    folder into which others may write, such as one that is served to them, is not safe here.
 
     Args:
         folder: None is an empty one.

@@ -98,6 +98,7 @@ def weight_change(site: Site, parts: Mapping[str, Array], scaling: Scaling) -> C
         site.refuse(
             f"has an alpha of {change.scale * (change.rank or 1):.3g} for the rank {change.rank or 1}",
             f"at most {_LARGEST_SCALE:.0g} times the rank",
+            "Have the file written again by the program that trained it.",
         )
     return _with_magnitude(site, change, parts)
 
