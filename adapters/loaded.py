@@ -211,7 +211,7 @@ class LoadedAdapters:
 
     def _unknown(self, name: str) -> UsageError:
         known = list(dict.fromkeys((*self._loaded, *self._files.paths())))
-        near = get_close_matches(name, known, 3) or known[:10]
+        near = get_close_matches(str(name), known, 3) or known[:10]
         return UsageError(
             f"no adapter is called {name!r:.100}",
             expected=f"one of {', '.join(near)}" if near else "the name of one that was loaded",

@@ -360,6 +360,8 @@ def test_names_that_are_unknown_or_taken(pipe: Pipeline, files: dict[str, Path])
         pipe.unload_lora_weights("nothing")
     with pytest.raises(UsageError, match="no adapter is called"):
         pipe.set_adapters(["loop", "nothing"])
+    with pytest.raises(UsageError, match="no adapter is called 3"):
+        pipe.set_adapters([3])  # pyright: ignore
     with pytest.raises(UsageError, match="2 adapters and 1 strengths"):
         pipe.set_adapters(["loop", "keys"], [1.0])
     assert pipe.load_lora_weights(files["loop"], "mine") == "mine"

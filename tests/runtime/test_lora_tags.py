@@ -59,6 +59,8 @@ def test_what_is_refused(prompt: str, what: str) -> None:
     with pytest.raises(UsageError) as caught:
         lora_tags(prompt)
     assert what in caught.value.found
+    with pytest.raises(UsageError, match="call an adapter with a colon in its name by --lora"):
+        lora_tags("<lora:a:b>")
 
 
 @pytest.mark.parametrize(
