@@ -64,14 +64,23 @@ class NamedFiles(Generic[Content]):
         """The files by name: of several, the first by its ending, then by its path."""
         return {name: paths[0] for name, paths in self._named().items()}
 
-    def find(self, name: str) -> Path | None:
+    def find(self, name: str, counts: Callable[[Path], bool] = lambda path: True) -> Path | None:
         """The file of a name; None where there is none.
 
+        Args:
+            name: a stem, or a path in the folder without the ending.
+            counts: which files count where several in subfolders have the name.
+
         Raises:
-            UsageError: several files in subfolders have it.
+            UsageError: several that count have it.
         """
-        paths = self._named().get(name, [])
-        if len({os.path.realpath(path) for path in paths}) > 1:
+        links: dict[str, Path] = {}  # by what they lead to
+        for path in self._named().get(name, []):
+            links.setdefault(os.path.realpath(path), path)
+        paths = list(links.values())
+        if len(paths) > 1:
+            paths = [path for path in paths if counts(path)] or paths[:1]
+        if len(paths) > 1:
             assert self._folder is not None
             inside = [path.relative_to(self._folder).with_suffix("").as_posix() for path in paths]
             more = f" and {len(inside) - _LISTED} more" if len(inside) > _LISTED else ""

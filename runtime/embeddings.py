@@ -18,7 +18,7 @@ from ..adapters.embeddings import (
     refuse_name,
 )
 from ..adapters.folder import NamedFiles
-from ..engines.errors import UsageError
+from ..engines.errors import LatentrtError, UsageError
 from ..engines.package import Package
 from ..engines.spec import Array
 from .prompts.encode import PROMPT_SYNTAXES, called_embeddings
@@ -187,7 +187,18 @@ class EmbeddingLibrary:
 
     def _of_file(self, files: Mapping[str, Path], name: str) -> Embedding:
         """A file of the folder, under one of its names."""
-        return replace(self._files.content(self._files.find(name) or files[name]), name=name)
+        path = self._files.find(name, self._is_one) or files[name]
+        return replace(self._files.content(path), name=name)
+
+    def _is_one(self, path: Path) -> bool:
+        """Whether a file of the folder is an embedding, be it damaged."""
+        try:
+            self._files.content(path)
+        except AnotherKindError:
+            return False
+        except LatentrtError:
+            return True
+        return True
 
 
 def called_by(request: Request, index: int) -> tuple[Called, ...]:

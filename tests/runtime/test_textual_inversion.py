@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -464,6 +465,14 @@ def test_adapters_in_the_folder_are_no_embeddings(pipe: Pipeline, folder: Path) 
     assert pipe("a red ring, Face", **FAST).to_bytes() == result.to_bytes()
     with pytest.raises(CheckpointError, match=r"bangle\.safetensors is a LoRA"):
         pipe("a red embedding:bangle, Face", **FAST)
+    for place in ("a", "b", "c"):
+        (folder / place).mkdir()
+    for place in ("a", "b"):  # nor do several of them make a name ambiguous
+        shutil.copy(folder / "bangle.safetensors", folder / place / "ring.safetensors")
+    assert pipe("a red ring, Face", **FAST).to_bytes() == result.to_bytes()
+    save_file({"emb_params": HAND}, folder / "c" / "ring.safetensors")
+    both = pipe("a red ring, Face", **FAST)
+    assert [one["name"] for one in both.record()["embeddings"]] == ["Face", "ring"]
 
 
 def test_loading_is_idempotent(plain: Pipeline, folder: Path) -> None:
