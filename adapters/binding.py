@@ -9,6 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from .kinds.change import Change, Scaling, Site, scalar_of
 from .kinds.table import BIASES, bias_change, weight_change
 from .names import FIRST, SECOND, UNET, Names, Targets
 from .scaling import EVERY
+
+if TYPE_CHECKING:
+    from .embeddings import Embedding
 
 _log = logging.getLogger("latentrt.adapters")
 _LISTED = 20  # keys in a message
@@ -40,6 +44,7 @@ class BoundAdapter:
             `allow_unused` allowed.
         embeddings: those that lie in the file: name -> "clip_l" (the first or only encoder's) or "clip_g" ->
             (vectors, width), as stored.
+        words: the same as the package's text encoders take them, where a package is asked for them.
         applied: how many keys are used.
         total: how many there are.
     """
@@ -52,6 +57,7 @@ class BoundAdapter:
     embeddings: Mapping[str, Mapping[str, Array]]
     applied: int
     total: int
+    words: Mapping[str, Embedding] = field(default_factory=dict[str, "Embedding"])
 
     @property
     def kinds(self) -> Mapping[str, int]:

@@ -55,11 +55,13 @@ class Embedding:
         name: the word.
         sha256: of the whole file (hex), as AUTOMATIC1111 tells them apart; of arrays, of names and numbers.
         vectors: for each text encoder, (n, d) in the type of its input; read-only.
+        adapter: the name of the adapter in whose file it lies; "" for one that was loaded by itself.
     """
 
     name: str
     sha256: str
     vectors: Mapping[str, Array]
+    adapter: str = ""
 
     def __post_init__(self) -> None:
         """Make the arrays read-only."""

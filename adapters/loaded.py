@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from threading import Lock
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ..engines.errors import UsageError
 from ..engines.net_weights import part_shapes
 from ..engines.package import Package
-from ..engines.spec import NETS, Array
+from ..engines.spec import NETS
+from .embeddings import embedding_inputs, make_embedding, refuse_name
 from .folder import NamedFiles
 from .sets import COMPONENTS, AdapterSet, Strength, check_count
 
@@ -43,21 +45,11 @@ class LoadedAdapters:
     Args:
         package: the model.
         folder: of adapters, which are called as `NamedFiles` says.
-        load: takes the embeddings that come in an adapter's file, and their names.
-        unload: forgets these names.
     """
 
-    def __init__(
-        self,
-        package: Package,
-        folder: str | Path | None = None,
-        *,
-        load: Callable[[Sequence[Mapping[str, Array]], Sequence[str]], None] = lambda arrays, names: None,
-        unload: Callable[[Sequence[str]], None] = lambda names: None,
-    ) -> None:
+    def __init__(self, package: Package, folder: str | Path | None = None) -> None:
         self._package = package
-        self._load_embeddings, self._unload_embeddings = load, unload
-        self._files = NamedFiles(folder, (".safetensors",), self._read)
+        self._files = NamedFiles(folder, (".safetensors",), self._bound)
         self._loaded: dict[str, BoundAdapter] = {}
         self._usual: tuple[Lora, ...] = ()
         self._targets: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -82,6 +74,7 @@ class LoadedAdapters:
 
         Raises:
             AdapterError: a damaged file, or one for another model.
+            CheckpointError: an embedding in it is damaged.
             UsageError: another adapter has that name.
         """
         bound = self._bound(Path(path), allow_unused=allow_unused)
@@ -94,8 +87,6 @@ class LoadedAdapters:
                     expected="a name of its own for each",
                     fix="Pass adapter_name=…, or unload the other one first.",
                 )
-        self._take_embeddings(bound)  # or nothing is loaded
-        with self._lock:
             self._loaded[name] = bound
         return name
 
@@ -110,11 +101,8 @@ class LoadedAdapters:
                 if name not in self._loaded:
                     raise self._unknown(name)
             gone = set(self._loaded if names is None else names)
-            embeddings = [word for name in gone for word in self._loaded[name].embeddings]
             self._loaded = {name: one for name, one in self._loaded.items() if name not in gone}
             self._usual = tuple(one for one in self._usual if one[0] not in gone)
-        if embeddings:
-            self._unload_embeddings(embeddings)
 
     def set_usual(self, names: Sequence[str], weights: Sequence[Any]) -> None:
         """What pictures are drawn with that say nothing of adapters.
@@ -167,22 +155,22 @@ class LoadedAdapters:
             return self._files.content(path)
         raise self._unknown(name)
 
-    def _read(self, path: Path) -> BoundAdapter:
-        """A file of the folder, matched with the model; embeddings that lie in it are loaded."""
-        bound = self._bound(path)
-        self._take_embeddings(bound)
-        return bound
-
-    def _take_embeddings(self, bound: BoundAdapter) -> None:
-        if bound.embeddings:
-            self._load_embeddings(list(bound.embeddings.values()), list(bound.embeddings))
-
     def _bound(self, path: Path, *, allow_unused: bool = False) -> BoundAdapter:
         # here: most pictures are drawn without
         from .binding import bind
         from .files import read_adapter
 
-        return bind(read_adapter(path), self._shapes(), allow_unused=allow_unused)
+        bound = bind(read_adapter(path), self._shapes(), allow_unused=allow_unused)
+        if not bound.embeddings:
+            return bound
+        inputs = embedding_inputs(self._package)
+        for word in bound.embeddings:
+            refuse_name(word)
+        words = {
+            word: make_embedding(word, arrays, inputs, where=f"{path}: the embedding {word!r:.60}")
+            for word, arrays in bound.embeddings.items()
+        }
+        return replace(bound, words=words)
 
     def _unknown(self, name: str) -> UsageError:
         known = list(dict.fromkeys((*self._loaded, *self._files.paths())))

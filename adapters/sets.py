@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from numbers import Real
 from typing import TYPE_CHECKING, Any, cast
@@ -20,6 +20,7 @@ from ..engines.package import Change
 
 if TYPE_CHECKING:
     from .binding import BoundAdapter
+    from .embeddings import Embedding
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 MOST = 16  # adapters of one set
@@ -54,6 +55,11 @@ class Strength:
             raise _refusal(value, f"no component {unknown[0]!r}")
         parts = [part for name in COMPONENTS for part in _component(name, given.get(name, 1.0), value)]
         return cls(value=value, parts=tuple(parts))
+
+    @property
+    def is_off(self) -> bool:
+        """Whether it is 0 everywhere."""
+        return not any(strength for _, _, strength in self.parts)
 
     def of(self, component: str, weight: str) -> float:
         """The strength on one weight of a component."""
@@ -146,6 +152,18 @@ class AdapterSet:
             component: {weight: partial(merged, changes=parts) for weight, parts in weights.items()}
             for component, weights in found.items()
         }
+
+    @cached_property
+    def words(self) -> Mapping[str, Sequence[Embedding]]:
+        """The embeddings that lie in files of the set, by word: one of each file that has it.
+
+        Strengths do not scale them, but what is at strength 0 everywhere is not there.
+        """
+        found: dict[str, list[Embedding]] = {}
+        for name, adapter, strength in self.adapters:
+            for word, embedding in ({} if strength.is_off else adapter.words).items():
+                found.setdefault(word, []).append(replace(embedding, adapter=name))
+        return found
 
     @cached_property
     def key(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from threading import Event
@@ -248,7 +248,7 @@ class Pipeline:
             package,
             loop,
             backend,
-            LoadedAdapters(package, loras, load=library.load, unload=library.unload),
+            LoadedAdapters(package, loras),
             AdaptedLoops(package, base, conditioner, adapted_bytes),
             library,
         )
@@ -435,8 +435,8 @@ class Pipeline:
     def _request(self, prompt: str | Sequence[str], parameters: Any) -> Request:
         """The request, with all that its texts name. Raises UsageError, CheckpointError."""
         request = make_request(self.package.manifest, prompt, **parameters)
-        self.adapters.chosen(request.loras, request.tagged)  # some bring embeddings along
-        return self.embeddings.bind(request)
+        chosen = self.adapters.chosen(request.loras, request.tagged)
+        return replace(self.embeddings.bind(request, chosen.words), adapters=chosen)
 
     def _generate(
         self,
@@ -452,7 +452,7 @@ class Pipeline:
 
         `through` gives what to run the nets with in place of their loop.
         """
-        chosen = self.adapters.chosen(request.loras, request.tagged)
+        chosen = request.adapters or self.adapters.chosen(request.loras, request.tagged)
         with ExitStack() as until_drawn:
             with clock.stage("adapters") if chosen.key else nullcontext():
                 adapted = until_drawn.enter_context(self._adapted.use(chosen))

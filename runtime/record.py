@@ -43,7 +43,7 @@ def make_record(request: Request, index: int, producer: Mapping[str, Any]) -> di
 
     `image`, `mask_image` and `latents` are {"name", "sha256"} (`request.inputs.Input`); other values can be
     passed again as they are. `mask_region` is the part of the picture that was drawn, `embeddings` has
-    {"name", "sha256"} of those that its texts call.
+    {"name", "sha256"} of those that its texts call, and "adapter", the name of the one that brought it along.
     """
     masked = request.source if isinstance(request.source, Masked) else None
     record: dict[str, Any] = {
@@ -175,7 +175,10 @@ def read_record(record: Mapping[str, Any]) -> Recorded:
             expected="a prompt, and inputs and embeddings with their sha256: a record that latentrt wrote",
             fix="Pass prompt and parameters instead.",
         )
-    called = tuple(Called(name=one["name"], sha256=one["sha256"]) for one in embeddings)
+    called = tuple(
+        Called(name=one["name"], sha256=one["sha256"], adapter=str(one.get("adapter", "")))
+        for one in embeddings
+    )
     return Recorded(
         prompt=record["prompt"],
         parameters=found,

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ...adapters.embeddings import Embedding
+    from ...adapters.sets import AdapterSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,7 @@ class Request:
         tagged: those that the prompts name besides.
         chosen: the parameters that are not their defaults, checked, but for pictures and latents.
         inputs: the pictures and latents it starts from, by parameter: one for all pictures, or one each.
+        adapters: the set that it draws with; None before a pipeline has looked for it.
         embeddings: those of textual inversion that its texts call, by name.
     """
 
@@ -107,6 +109,7 @@ class Request:
     inputs: Mapping[str, tuple[Input, ...]] = field(
         default_factory=dict[str, "tuple[Input, ...]"], compare=False
     )
+    adapters: AdapterSet | None = field(default=None, compare=False)
     embeddings: Mapping[str, Embedding] = field(default_factory=dict[str, "Embedding"], compare=False)
 
     @property
