@@ -9,6 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,6 +37,7 @@ class BoundAdapter:
     """An adapter for the tensors of one model.
 
     Attributes:
+        path: of the file.
         name: what requests call it: its file's name without the ending.
         sha256: of the file's content.
         short_hash: A1111's, of 12 digits.
@@ -49,6 +51,7 @@ class BoundAdapter:
         total: how many there are.
     """
 
+    path: Path
     name: str
     sha256: str
     short_hash: str
@@ -58,6 +61,11 @@ class BoundAdapter:
     applied: int
     total: int
     words: Mapping[str, Embedding] = field(default_factory=dict[str, "Embedding"])
+
+    def has_hash(self, digits: str) -> bool:
+        """Whether its sha256 or A1111's short hash begins with these digits, at least 8."""
+        wanted = digits.lower()
+        return len(wanted) >= 8 and any(known.startswith(wanted) for known in (self.sha256, self.short_hash))
 
     @property
     def kinds(self) -> Mapping[str, int]:
@@ -113,6 +121,7 @@ def bind(adapter: Adapter, targets: Targets, *, allow_unused: bool = False) -> B
             "%s: %d of %d keys have no use in this model", adapter.path, len(unused), len(adapter.tensors)
         )
     return BoundAdapter(
+        path=adapter.path,
         name=adapter.name,
         sha256=adapter.sha256,
         short_hash=adapter.short_hash,

@@ -135,9 +135,7 @@ def _checked(file: StoredFile, header: Header, stream: BinaryIO) -> Adapter:
     kinds = {name: _type_of(path, header, name) for name in header.tensors}
     config = read_config(path)
     small, whole, short = _contents(file, header, stream, config)
-    tensors = {
-        name: _array(file, header, name, kind, small.get(name)) for name, kind in kinds.items()
-    }
+    tensors = {name: _array(file, header, name, kind, small.get(name)) for name, kind in kinds.items()}
     base = base_of(headers, header.metadata)
     return Adapter(
         path=path,
@@ -200,16 +198,12 @@ def _type_of(path: Path, header: Header, name: str) -> np.dtype[Any]:
         ) from None
 
 
-def _array(
-    file: StoredFile, header: Header, name: str, kind: np.dtype[Any], content: Bytes | None
-) -> Array:
+def _array(file: StoredFile, header: Header, name: str, kind: np.dtype[Any], content: Bytes | None) -> Array:
     """A tensor: its numbers where they were kept, else what reads them."""
     place = header.tensors[name]
     if content is not None:
         return np.reshape(seen_as(content, kind), place.shape)
-    stored = StoredArray(
-        file=file, offset=place.offset, length=place.length, dtype=kind, shape=place.shape
-    )
+    stored = StoredArray(file=file, offset=place.offset, length=place.length, dtype=kind, shape=place.shape)
     return cast(Array, stored)  # all that is asked of it before it is computed with is what it has, too
 
 
@@ -228,7 +222,7 @@ def _contents(
     # Tensors follow each other without a gap, to the end of the file.
     for name, place in sorted(header.tensors.items(), key=lambda item: item[1].offset):
         content: Any = np.empty(place.length, np.uint8)
-        if stream.readinto(content) != place.length:
+        if cast(Any, stream).readinto(content) != place.length:
             file.refuse("has changed while it was read")
         whole.update(content)
         if not known:

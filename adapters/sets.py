@@ -161,7 +161,9 @@ class AdapterSet:
         """
         found: dict[str, list[Embedding]] = {}
         for name, adapter, strength in self.adapters:
-            for word, embedding in ({} if strength.is_off else adapter.words).items():
+            if strength.is_off:
+                continue
+            for word, embedding in adapter.words.items():
                 found.setdefault(word, []).append(replace(embedding, adapter=name))
         return found
 

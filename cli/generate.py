@@ -147,7 +147,9 @@ def _check_options(prompts: list[str], source: Path | None, refiner: str | None,
         raise UsageError("--refiner-at alone", expected="a refiner", fix="Pass --refiner PACKAGE as well.")
 
 
-def _loaded(pipe: Pipeline, loras: list[tuple[str, Any]], *, lenient: bool) -> list[tuple[str, Any]]:
+def _loaded(
+    pipe: Pipeline, loras: list[str | tuple[str, Any]], *, lenient: bool
+) -> list[str | tuple[str, Any]]:
     """The adapters by their names; those that are files are loaded first."""
     from ..adapters.files import file_of
 
@@ -155,7 +157,7 @@ def _loaded(pipe: Pipeline, loras: list[tuple[str, Any]], *, lenient: bool) -> l
         path = file_of(Path(name).expanduser())
         return pipe.load_lora_weights(path, allow_unused=lenient) if path.is_file() else name
 
-    return [(loaded(name), strength) for name, strength in loras]
+    return [loaded(one) if isinstance(one, str) else (loaded(one[0]), one[1]) for one in loras]
 
 
 def _draw(

@@ -243,9 +243,7 @@ def called_by(request: Request, index: int) -> tuple[Called, ...]:
     """The embeddings that the texts of picture `index` call, of those that the request was bound to."""
     known = request.embeddings
     names = called_embeddings(_texts(request, index), request.prompt_syntax, known) if known else ()
-    return tuple(
-        Called(name=name, sha256=known[name].sha256, adapter=known[name].adapter) for name in names
-    )
+    return tuple(Called(name=name, sha256=known[name].sha256, adapter=known[name].adapter) for name in names)
 
 
 def written_name(name: str) -> str:

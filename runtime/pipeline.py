@@ -300,6 +300,10 @@ class Pipeline:
         self.adapters.unload(names)
         self._adapted.forget()
 
+    def _with_adapters(self, adapters: LoadedAdapters) -> Pipeline:
+        """The same pipeline, with the same open nets, that knows other adapters. To close one closes both."""
+        return Pipeline(self.package, self.loop, self.backend, adapters, self._adapted, self.embeddings)
+
     # ── drawing ────────────────────────────────────────────────────────────────────────────────────
 
     @overload

@@ -12,9 +12,9 @@ import pytest
 import latentrt.demo
 from latentrt.engines.device import ALIGNMENT, BoundNet, DeviceMemory, DeviceNet
 from latentrt.engines.errors import BackendError, MemoryLimitError, PackageError, UsageError
+from latentrt.engines.heap import give_back_heap
 from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
-from latentrt.engines.heap import give_back_heap
 from latentrt.engines.onnxruntime.session import library
 from latentrt.engines.package import Package
 from latentrt.engines.spec import DTYPES, NetSpec, output_shapes

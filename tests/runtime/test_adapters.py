@@ -392,9 +392,7 @@ def test_the_words_of_an_adapter_belong_to_the_requests_that_draw_with_it(
     np.testing.assert_array_equal(np.asarray(last.preview()[0]), wanted[0])
 
 
-def test_a_word_of_an_adapter_and_of_the_user(
-    pipe: Pipeline, tmp_path: Path, logged: list[str]
-) -> None:
+def test_a_word_of_an_adapter_and_of_the_user(pipe: Pipeline, tmp_path: Path, logged: list[str]) -> None:
     text, mine = "a red glow circle", ("mine", 1e-9)
     pipe.load_textual_inversion({"glow": VECTORS[1]})
     own = draw(pipe, prompt=text)
