@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from latentrt.engines.errors import AdapterError, CheckpointError, NumericError, UsageError
 from latentrt.engines.net_weights import part_shapes
@@ -30,6 +30,7 @@ from latentrt.runtime.loop.denoise import HostLoop
 from latentrt.runtime.model import SHIPPED
 from latentrt.runtime.pictures.write import PictureMetadata
 from latentrt.runtime.redraw import redraw
+from latentrt.runtime.refine import refine
 
 DEMO = Package.open(SHIPPED["demo"])
 SMALL: dict[str, Any] = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "np", "seed": 4}
@@ -487,3 +488,148 @@ def test_a_picture_of_automatic1111(pipe: Pipeline, tmp_path: Path) -> None:
     wrong = text.replace(hashes, "0" * 12)
     with pytest.raises(UsageError, match="the adapter 'keys' is another file"):
         redraw(pipe, PictureMetadata(parameters=wrong, record=None))
+
+
+def text_of(result: Any) -> PictureMetadata:
+    """AUTOMATIC1111's text alone, as other programs keep it."""
+    return PictureMetadata(parameters=result.infotext(), record=None)
+
+
+@pytest.mark.parametrize("syntax", ["a1111", "plain"])
+def test_the_text_alone_has_adapters_that_were_passed(pipe: Pipeline, syntax: str) -> None:
+    """A1111 knows no others than those of tags, so they are written as such."""
+    more = {**SMALL, "prompt_syntax": syntax}
+    loras = [("loop", 0.7), ("text", {"unet": 0.25, "text_encoder": -0.5, "text_encoder_2": -0.5})]
+    result = pipe(PROMPT, loras=loras, **more)
+    assert f"{PROMPT} <lora:loop:0.7> <lora:text:-0.5:0.25>\n" in result.infotext()
+    assert result.record()["prompt"] == PROMPT
+    again = redraw(pipe, text_of(result), output_type="np")
+    np.testing.assert_array_equal(again.images, result.images)
+    pipe.set_adapters("keys")
+    np.testing.assert_array_equal(redraw(pipe, text_of(result), output_type="np").images, result.images)
+
+
+def test_a_hash_that_no_tag_goes_with_is_told(pipe: Pipeline, logged: list[str]) -> None:
+    """Strengths of blocks are no tag's."""
+    result = pipe(PROMPT, loras=[("loop", {"unet": {"up": 0.5}})], **SMALL)
+    assert "<lora" not in result.infotext()
+    assert "Lora hashes" in result.infotext()
+    redraw(pipe, text_of(result))
+    assert any("Lora hashes: loop, which no <lora:loop:…>" in line for line in logged)
+    del logged[:]
+    redraw(pipe, text_of(result), loras=["loop"])
+    assert not any("which no" in line for line in logged)
+
+
+def test_adapters_given_anew_are_as_strong_as_they_were(files: dict[str, Path], tmp_path: Path) -> None:
+    with Pipeline.open("demo") as first:
+        first.load_lora_weights(files["loop"], "mine")
+        passed = first(PROMPT, loras=[("mine", 0.6)], **SMALL)
+        tagged = first(f"{PROMPT} <lora:mine:0.6>", **SMALL)
+        weaker = draw(first, ("mine", 0.3))
+    with Pipeline.open("demo") as pipe:
+        with pytest.raises(
+            UsageError, match="no adapter is called 'mine', and no file has its hash"
+        ) as caught:
+            redraw(pipe, passed.record())
+        assert caught.value.fix.endswith("latentrt generate --from PICTURE --lora FILE:0.6")
+        assert passed.record()["adapters"]["mine"]["sha256"] in caught.value.expected
+        for name in ("mine", "other"):
+            pipe.load_lora_weights(files["loop"], name)
+            for result in (passed, tagged):
+                for source in (result.record(), text_of(result)):
+                    again = redraw(pipe, source, loras=[name], output_type="np")
+                    np.testing.assert_array_equal(again.images, result.images)
+                    found = redraw(pipe, source, loras=[(name, 0.3)], output_type="np")
+                    assert np.abs(found.images.astype(int) - weaker).max() <= 1, "not added to the tag's"
+        pipe.unload_lora_weights("mine")
+        np.testing.assert_array_equal(redraw(pipe, passed.record(), output_type="np").images, passed.images)
+        pipe.unload_lora_weights()
+        pipe.load_lora_weights(files["keys"], "mine")
+        pipe.load_lora_weights(files["keys"], "another")
+        for source in (passed.record(), text_of(tagged)):
+            with pytest.raises(UsageError, match="the adapter 'mine' is another file than the picture's"):
+                redraw(pipe, source, loras=["mine"])
+        redraw(pipe, passed.record(), loras=["another"])
+        redraw(pipe, passed.record(), loras=[])
+        with pytest.raises(UsageError, match="loras is 'mine'"):
+            redraw(pipe, passed.record(), loras="mine")
+
+
+def test_a_file_of_the_folder_is_found_by_its_hash(files: dict[str, Path], tmp_path: Path) -> None:
+    """Under whatever name: sha256 in our record, the short hash in A1111's text."""
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "mine.safetensors", "loop", seed=7)
+    with Pipeline.open("demo", loras=tmp_path) as pipe:
+        results = [pipe(PROMPT, loras=[("mine", 0.6)], **SMALL), pipe(f"{PROMPT} <lora:mine:0.6>", **SMALL)]
+        (tmp_path / "mine.safetensors").rename(tmp_path / "sub" / "renamed.safetensors")
+        (tmp_path / "broken.safetensors").write_bytes(b"no")
+        for result in results:
+            for source in (result.record(), text_of(result)):
+                again = redraw(pipe, source, output_type="np")
+                np.testing.assert_array_equal(again.images, result.images)
+                assert set(again.record()["adapters"]) == {"mine"}
+        write(tmp_path / "mine.safetensors", "loop", seed=8)
+        np.testing.assert_array_equal(
+            redraw(pipe, results[0].record(), output_type="np").images, results[0].images
+        )
+        (tmp_path / "sub" / "renamed.safetensors").unlink()
+        with pytest.raises(UsageError, match="the adapter 'mine' is another file") as caught:
+            redraw(pipe, results[0].record())
+        assert "--lora FILE:0.6" in caught.value.fix
+
+
+def test_a_trainers_name_of_a_file(tmp_path: Path) -> None:
+    """A1111 calls files so by default (`lora_preferred_name`: "Alias from file")."""
+    for number, name in enumerate(("ink", "dot", "dot")):
+        path = write(tmp_path / f"file{number}.safetensors", "loop", seed=number)
+        save_file(load_file(path), path, {"ss_output_name": name, "sshs_model_hash": f"{number}" * 64})
+    with Pipeline.open("demo", loras=tmp_path) as pipe:
+        wanted = draw(pipe, "file0")
+        tagged = pipe(f"{PROMPT} <lora:ink:1>", **SMALL)
+        np.testing.assert_array_equal(tagged.images, wanted)
+        facts = 'Steps: 2, Sampler: Euler, Seed: 4, Size: 64x64, Lora hashes: "gone: 000000000000"'
+        text = PictureMetadata(parameters=f"{PROMPT} <lora:gone:1>\n{facts}", record=None)
+        assert redraw(pipe, text).record()["adapters"]["gone"]["short_hash"] == "0" * 12
+        with pytest.raises(UsageError, match=r"2 files were called 'dot' by their trainer: .*file1"):
+            draw(pipe, "dot")
+
+
+# ── a base and a refiner ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_refiner_has_the_adapters_that_fit_it(
+    files: dict[str, Path], tmp_path: Path, logged: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However they are said: loaded into the base, by argument or by tag."""
+    half = {**SMALL, "num_inference_steps": 4, "at": 0.5}
+    with Pipeline.open("demo") as base, Pipeline.open("demo") as refiner:
+        plain = refine(base, refiner, PROMPT, **half)
+        base.load_lora_weights(files["loop"])
+        passed = refine(base, refiner, PROMPT, loras=[("loop", 0.5)], **half)
+        tagged = refine(base, refiner, f"{PROMPT} <lora:loop:0.5>", **half)
+        np.testing.assert_array_equal(passed.images, tagged.images)
+        alone = refine(base, refiner, PROMPT, loras=[("loop", 0.5)], refiner_loras=[], **half)
+        assert not np.array_equal(alone.images, plain.images)
+        assert not np.array_equal(alone.images, passed.images)
+        assert "adapters" not in alone.record()
+        assert passed.record()["adapters"] == passed.record()["base_record"]["adapters"]
+        assert "<lora:loop:0.5>" in passed.infotext()
+        assert refiner.adapters.names == ()
+        np.testing.assert_array_equal(refine(base, refiner, PROMPT, **half).images, plain.images)
+        refiner.load_lora_weights(files["keys"])
+        refiner.set_adapters("keys")
+        own = refine(base, refiner, PROMPT, **half)
+        for result in (passed, tagged, alone, own):
+            again = redraw(base, result.record(), refiner=refiner, output_type="np")
+            np.testing.assert_array_equal(again.images, result.images)
+        refiner.set_adapters([])
+        shapes = {"unet": {"another.weight": (2, 2)}}
+        with Pipeline.open("demo") as other:
+            monkeypatch.setattr(other.adapters, "_targets", shapes)
+            for _ in range(2):
+                for prompt, loras in ((PROMPT, [("loop", 0.5)]), (f"{PROMPT} <lora:loop:0.5>", None)):
+                    found = refine(base, other, prompt, loras=loras, **half)
+                    np.testing.assert_array_equal(found.images, alone.images)
+                    assert "<lora:loop:0.5>" in found.infotext()
+        assert sum("draws without the adapter 'loop'" in line for line in logged) == 1
