@@ -174,15 +174,19 @@ def _draw(
 def _say_what_the_demo_knows(result: Result[Any]) -> None:
     """Name the words of the prompts that neither the model nor what was drawn with it stands for."""
     from ..demo.shapes import unknown_words
-    from ..runtime.prompts.lora_tags import without_tags
+    from ..runtime.prompts.encode import PROMPT_SYNTAXES
 
     request = result.request
-    taught = {*result.producer.get("adapters", ()), *request.embeddings}
-    texts = dict.fromkeys(map(without_tags, request.prompts))
-    if words := [word for text in texts for word in unknown_words(text) if word not in taught]:
+    syntax = PROMPT_SYNTAXES[request.prompt_syntax]
+    taught = {name.lower() for name in result.producer.get("adapters", ())}
+    fragments = (
+        one for text in dict.fromkeys(request.prompts) for one in syntax.read(text, request.embeddings)
+    )
+    texts = [one.text for one in fragments if one.embedding is None and not one.ends_chunk]
+    if words := dict.fromkeys(word for text in texts for word in unknown_words(text) if word not in taught):
         tell(
             f"the demo model draws one coloured shape on a background, 128x128; it does not know"
-            f" {', '.join(words[:5])}: other pictures need a model of yours (docs/models.md)"
+            f" {', '.join(list(words)[:5])}: other pictures need a model of yours (docs/models.md)"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +16,12 @@ from ..adapters.embeddings import (
     EncoderInputs,
     embedding_inputs,
     make_embedding,
+    own_word,
     read_embedding,
     refuse_name,
 )
 from ..adapters.folder import NamedFiles
-from ..engines.errors import UsageError
+from ..engines.errors import ModelError, UsageError
 from ..engines.package import Package
 from ..engines.spec import Array
 from .prompts.encode import PROMPT_SYNTAXES, called_embeddings
@@ -65,7 +67,7 @@ class EmbeddingLibrary:
 
     Args:
         package: whose text encoders they are for.
-        folder: of embedding files, which are called as `NamedFiles` says.
+        folder: of embedding files, which are called as `NamedFiles` says, or by the word that they have.
 
     Raises:
         UsageError: `folder` is none.
@@ -74,6 +76,7 @@ class EmbeddingLibrary:
     def __init__(self, package: Package, folder: str | Path | None = None) -> None:
         self._package = package
         self._files = NamedFiles(folder, _ENDINGS, lambda path: read_embedding(path, self._inputs, path.stem))
+        self._own_words = NamedFiles(folder, _ENDINGS, own_word)
         self._lock = Lock()
         self._loaded: Mapping[str, Embedding] = {}  # replaced, never changed
         self._told: set[tuple[str, str]] = set()  # words and adapters that went before the user's
@@ -114,7 +117,7 @@ class EmbeddingLibrary:
 
     def names(self) -> tuple[str, ...]:
         """What prompts may call: words that were loaded, and names of files."""
-        return tuple(sorted({*self._loaded, *self._files.paths()}))
+        return tuple(sorted({*self._loaded, *self._paths()}))
 
     def bind(self, request: Request, words: Words = _NO_WORDS) -> Request:
         """The request with the embeddings that its texts call.
@@ -131,7 +134,7 @@ class EmbeddingLibrary:
             PackageError: the package takes no embeddings.
         """
         by_names_alone = PROMPT_SYNTAXES[request.prompt_syntax].names.bare != "given"
-        return self._bind(request, self._files.paths() if by_names_alone else {}, words)
+        return self._bind(request, self._paths() if by_names_alone else {}, words)
 
     def _bind(self, request: Request, files: Mapping[str, Path], words: Words) -> Request:
         """The same with these files."""
@@ -195,7 +198,7 @@ class EmbeddingLibrary:
         Raises:
             UsageError: one is missing, or another one has its name.
         """
-        files = self._files.paths()
+        files = self._paths()
         known = {written_name(name): name for name in [*files, *self._loaded, *words]}
         for one in wanted:
             name = known.get(written_name(one.name))
@@ -234,9 +237,31 @@ class EmbeddingLibrary:
         refuse_name(embedding.name)
         return embedding
 
+    def _paths(self) -> dict[str, Path]:
+        """The folder's files by what prompts may call them: their names, and the words that they have."""
+        paths = self._files.paths()
+        return {**{word: found[0] for word, found in self._by_own_word(paths).items()}, **paths}
+
+    def _by_own_word(self, paths: Mapping[str, Path]) -> dict[str, list[Path]]:
+        found: dict[str, list[Path]] = {}
+        for path in sorted(set(paths.values())):
+            with suppress(ModelError):  # a damaged file is refused when it is called
+                if word := self._own_words.content(path):
+                    found.setdefault(word, []).append(path)
+        return found
+
     def _of_file(self, files: Mapping[str, Path], name: str) -> Embedding:
-        """A file of the folder, under one of its names."""
-        return replace(self._files.content(files[name]), name=name)
+        """A file of the folder, under one of its names. Raises UsageError for a word of several."""
+        found = self._files.content(files[name])
+        paths = self._files.paths()
+        same = [] if name in paths else self._by_own_word(paths).get(name, [])
+        if not all(found.is_like(self._files.content(path)) for path in same):
+            raise UsageError(
+                f"{len(same)} files have the word {name!r:.60}: {', '.join(map(str, same[:5]))}",
+                expected="one meaning of a word",
+                fix="Call the one that is meant by its file's name.",
+            )
+        return replace(found, name=name)
 
 
 def called_by(request: Request, index: int) -> tuple[Called, ...]:
