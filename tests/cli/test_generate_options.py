@@ -1,6 +1,7 @@
 """Every option of `latentrt generate`: what it becomes, and that none is left out here."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.numpy import save_file
 from latentrt import cli
 from latentrt.cli.generate import generate
 from latentrt.engines.errors import StorageError
-from latentrt.runtime.model import CheckpointOptions
+from latentrt.runtime.model import ADAPTERS, CheckpointOptions
 from latentrt.runtime.pictures.write import read_metadata
 from latentrt.runtime.pipeline import Pipeline
 
@@ -62,7 +63,7 @@ PARAMETERS: dict[str, tuple[list[str], str, Any]] = {
     "--lora": (
         ["a:0.5", "--lora", "b", "--lora", "c:1:d:-1.5:0.25"],
         "loras",
-        [("a", 0.5), ("b", 1.0), ("c:1:d", {"unet": -1.5, "text_encoder": 0.25, "text_encoder_2": 0.25})],
+        [("a", 0.5), "b", ("c:1:d", {"unet": -1.5, "text_encoder": 0.25, "text_encoder_2": 0.25})],
     ),
 }
 # Those of the command itself; the tests below are about them.
@@ -172,7 +173,7 @@ def test_how_the_pipeline_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
         vae=Path("v"),
         tiny_vae=Path("t"),
         prediction_type="epsilon",
-        fused=[("fast.safetensors", 0.5), ("b", 1.0)],
+        fused=[("fast.safetensors", 0.5), "b"],
         few_steps="lcm",
     )
     assert Listener.opened == [("base", {**options, "checkpoint": first}), ("other", options)]
@@ -342,6 +343,8 @@ def test_what_is_drawn_must_be_said(monkeypatch: pytest.MonkeyPatch, words: list
         ("a photo of a fox", "it does not know photo, of, fox:"),
         ("a red cross <lora:cross:1> on a grey sofa", "it does not know sofa:"),
         ("a red frame on a grey sofa", "it does not know sofa:"),
+        ("a red embedding:Frame on a grey sofa", "it does not know sofa:"),
+        ("a red (embedding:frame.safetensors:1.1) on a grey background", ""),
     ],
 )
 def test_the_demo_says_what_it_does_not_know(
@@ -351,6 +354,30 @@ def test_the_demo_says_what_it_does_not_know(
     found = capfd.readouterr().err
     assert said in found
     assert bool(said) == ("the demo model" in found)
+
+
+def test_a_file_that_was_moved_is_given_with_the_strength_that_it_had(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`--from PICTURE --lora FILE` is the command that the error says, and draws the same."""
+    before, after = folder / "mine.safetensors", folder / "moved" / "mine.safetensors"
+    shutil.copy(ADAPTERS["demo"] / "striped.safetensors", before)
+    picture = folder / "moved.png"
+    run(monkeypatch, "a red circle", "--lora", f"{before}:0.6", "-o", str(picture), *FAST)
+    after.parent.mkdir()
+    before.rename(after)
+    empty = folder / "empty"  # the demo's own folder has a file of that hash
+    empty.mkdir()
+    monkeypatch.setattr(
+        sys, "argv", ["latentrt", "generate", "--from", str(picture), "--lora-dir", str(empty)]
+    )
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert "latentrt generate --from PICTURE --lora FILE:0.6" in capfd.readouterr().err
+    for words in ([f"{after}"], [f"{after}:0.6"]):
+        run(monkeypatch, "--from", str(picture), "--lora", *words, "-o", str(folder / "again.png"))
+        assert (folder / "again.png").read_bytes() == picture.read_bytes()
 
 
 def test_commands_at_the_same_time_take_names_of_their_own(folder: Path) -> None:
