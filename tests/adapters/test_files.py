@@ -80,7 +80,7 @@ def test_a1111s_hash_is_the_trainers_where_it_is_one(noted: str, taken: bool, pa
 
 
 def test_factors_are_read_when_they_are_computed_with(path: Path) -> None:
-    """Of a file of any size, memory has what is no factor: alphas."""
+    """What stays in memory is what is no factor: alphas."""
     write(path, {**pair(NAME), f"{NAME}.alpha": torch.tensor(1.0)})
     found = read_adapter(path)
     assert [name for name, array in found.tensors.items() if isinstance(array, np.ndarray)] == [
