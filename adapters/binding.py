@@ -9,6 +9,8 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,6 +23,9 @@ from .kinds.table import BIASES, bias_change, weight_change
 from .names import FIRST, SECOND, UNET, Names, Targets
 from .scaling import EVERY
 
+if TYPE_CHECKING:
+    from .embeddings import Embedding
+
 _log = logging.getLogger("latentrt.adapters")
 _LISTED = 20  # keys in a message
 _ENCODERS: Mapping[str, str] = {"clip_l": FIRST, "clip_g": SECOND}
@@ -32,6 +37,7 @@ class BoundAdapter:
     """An adapter for the tensors of one model.
 
     Attributes:
+        path: of the file.
         name: what requests call it: its file's name without the ending.
         sha256: of the file's content.
         short_hash: A1111's, of 12 digits.
@@ -40,10 +46,12 @@ class BoundAdapter:
             `allow_unused` allowed.
         embeddings: those that lie in the file: name -> "clip_l" (the first or only encoder's) or "clip_g" ->
             (vectors, width), as stored.
+        words: the same as the package's text encoders take them, where a package is asked for them.
         applied: how many keys are used.
         total: how many there are.
     """
 
+    path: Path
     name: str
     sha256: str
     short_hash: str
@@ -52,6 +60,12 @@ class BoundAdapter:
     embeddings: Mapping[str, Mapping[str, Array]]
     applied: int
     total: int
+    words: Mapping[str, Embedding] = field(default_factory=dict[str, "Embedding"])
+
+    def has_hash(self, digits: str) -> bool:
+        """Whether its sha256 or A1111's short hash begins with these digits, at least 8."""
+        wanted = digits.lower()
+        return len(wanted) >= 8 and any(known.startswith(wanted) for known in (self.sha256, self.short_hash))
 
     @property
     def kinds(self) -> Mapping[str, int]:
@@ -109,6 +123,7 @@ def bind(adapter: Adapter, targets: Targets, *, allow_unused: bool = False) -> B
             "%s: %d of %d keys have no use in this model", adapter.path, len(unused), len(adapter.tensors)
         )
     return BoundAdapter(
+        path=adapter.path,
         name=adapter.name,
         sha256=adapter.sha256,
         short_hash=adapter.short_hash,

@@ -15,7 +15,7 @@ Its pickles (`string_to_param` in a dict) become the first of these by `latentrt
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,7 +26,7 @@ import numpy as np
 from ..engines.errors import CheckpointError, PackageError
 from ..engines.net_weights import part_shapes
 from ..engines.package import Package
-from ..engines.safetensors_format import NOT_FINITE
+from ..engines.safetensors_format import NOT_FINITE, read_header
 from ..engines.spec import EXTRA_EMBEDDINGS, TEXT_ENCODERS, Array, NetSpec, TensorSpec
 from .folder import check_name
 
@@ -57,11 +57,13 @@ class Embedding:
         name: the word.
         sha256: of the whole file (hex), as AUTOMATIC1111 tells them apart; of arrays, of names and numbers.
         vectors: for each text encoder, (n, d) in the type of its input; read-only.
+        adapter: the name of the adapter in whose file it lies; "" for one that was loaded by itself.
     """
 
     name: str
     sha256: str
     vectors: Mapping[str, Array]
+    adapter: str = ""
 
     def __post_init__(self) -> None:
         """Make the arrays read-only."""
@@ -148,10 +150,8 @@ def read_embedding(path: Path, inputs: EncoderInputs, name: str | None = None) -
         if header.dtype not in NOT_FINITE or header.dtype.startswith("F8"):
             raise _refused(str(path), f"stores {tensor!r:.60} as {header.dtype}", "floats of 16 bits or more")
     vectors = _assigned(str(path), read_tensors(stored), inputs)
-    own = next(iter(stored)) if len(stored) == 1 else _FOR_ANY
-    unnamed = own == _FOR_ANY or own in _OF_ENCODER.values() or own.startswith(_FLATTENED)
     return Embedding(
-        name=name or (path.stem if unnamed else own),
+        name=name or _own_word(stored) or path.stem,
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         vectors=vectors,
     )
@@ -171,6 +171,29 @@ def check_vectors(path: Path) -> str:
         _check_count(str(path), count)
         said.append(f"{name[:60]}: {count} vector{'s' * (count != 1)} of {width}")
     return "; ".join(said)
+
+
+def own_word(path: Path) -> str:
+    """The word that a safetensors file has for its embedding, as diffusers writes it; "" where it has none.
+
+    Reads the header alone. What such a file is shows when it is read.
+
+    Raises:
+        CheckpointError: a damaged file.
+    """
+    if path.suffix.lower() != ".safetensors" or path.stat().st_size > _MOST_BYTES:
+        return ""
+    tensors = read_header(path).tensors
+    word = _own_word(tensors)
+    usual = word == word.strip() and len(word) <= 255 and word.isprintable()
+    return word if word and usual and len(tensors[word].shape) <= 2 else ""
+
+
+def _own_word(tensors: Collection[str]) -> str:
+    """The name of a file's only tensor, if it is a word."""
+    own = next(iter(tensors)) if len(tensors) == 1 else _FOR_ANY
+    unnamed = own == _FOR_ANY or own in _OF_ENCODER.values() or own.startswith(_FLATTENED)
+    return "" if unnamed else own
 
 
 def make_embedding(

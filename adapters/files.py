@@ -8,7 +8,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn, cast
 
 import numpy as np
 
@@ -17,12 +17,13 @@ from ..checkpoints.files.file_kinds import FAMILIES, base_of, kind_of_bytes, kin
 from ..checkpoints.stored_types import numpy_type, seen_as
 from ..engines.errors import AdapterError
 from ..engines.lfs import refuse_pointer
-from ..engines.safetensors_format import Bytes, Header, find_not_finite, map_tensors
+from ..engines.safetensors_format import Bytes, Header, find_not_finite
 from ..engines.spec import Array
 from .keys import BundledKey, Key, read_bundled_key, read_key, refused_kind
 from .kinds.change import scalar_of
 from .kinds.table import MAGNITUDES
 from .scaling import NotedScaling, read_config, read_scalings
+from .stored import StoredArray, StoredFile, reading_whole
 
 _SIZE_LIMIT = 2**33  # bytes
 _KEY_LIMIT = 20_000  # SDXL's every layer with three parts each is 9,000
@@ -43,6 +44,8 @@ _COUNTS = ("alpha", "scalar", "on_input", "reshape_weight")
 _VAGUE = ("weight", "alpha")
 # What a file that is no adapter may be called; others are left to the names that are unknown.
 _NAMELESS = ("lora", "unknown")
+# Bytes of tensors that are kept as they are read: alphas and other single numbers, which `bind` looks at.
+_SMALL = 64
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,7 +59,8 @@ class Adapter:
             follows the header.
         metadata: what the file's writer noted (`ss_*`, `modelspec.*`).
         headers: of its tensors, by key.
-        tensors: by key, mapped, in the types they are stored in.
+        tensors: by key, in the types they are stored in: small ones, and for others what reads them
+            (`stored.StoredArray`), which NumPy takes for arrays.
         parts: the keys that a grammar has.
         bundled: the keys of embeddings that lie in the file.
         scalings: what PEFT noted, by component.
@@ -116,7 +120,7 @@ def read_adapter(path: str | Path) -> Adapter:
     """Read a file of changes: LoRA, LoCon, LoHa, LoKr, OFT, BOFT, IA3, GLoRA, DoRA, whole differences.
 
     The whole file is read once, for its hash and for numbers that are not finite; after that its arrays are
-    pages of the file.
+    read when they are computed with.
 
     Args:
         path: a `.safetensors` file, or a folder that PEFT or diffusers wrote one into.
@@ -127,7 +131,12 @@ def read_adapter(path: str | Path) -> Adapter:
     """
     path = file_of(Path(path))
     _refuse_other_files(path)
-    header, contents = map_tensors(path, error=AdapterError)
+    with reading_whole(path) as (file, header, stream):
+        return _checked(file, header, stream)
+
+
+def _checked(file: StoredFile, header: Header, stream: BinaryIO) -> Adapter:
+    path = file.path
     if len(header.tensors) > _KEY_LIMIT:
         raise AdapterError(
             f"{path} has {len(header.tensors)} tensors", expected=f"at most {_KEY_LIMIT}", fix=_AGAIN
@@ -140,13 +149,10 @@ def read_adapter(path: str | Path) -> Adapter:
     bundled = {name: key for name in headers if (key := read_bundled_key(name)) is not None}
     _refuse_other_kinds(path, headers, parts, bundled)
     _refuse_integers(path, header, parts, bundled)
-    tensors = {name: _typed(path, header, name, content) for name, content in contents.items()}
-    if (name := find_not_finite(header, contents)) is not None:
-        raise AdapterError(
-            f"{path} has NaN or infinity in {name[:200]}", expected="finite numbers", fix=_AGAIN
-        )
+    kinds = {name: _type_of(path, header, name) for name in header.tensors}
     config = read_config(path)
-    whole, short = _hashes(header, contents, config)
+    small, whole, short = _contents(file, header, stream, config)
+    tensors = {name: _array(file, header, name, kind, small.get(name)) for name, kind in kinds.items()}
     base = base_of(headers, header.metadata)
     return Adapter(
         path=path,
@@ -212,30 +218,53 @@ def _refuse(path: Path, found: str, fix: str) -> NoReturn:
     raise AdapterError(f"{path} {found}", expected="a LoRA or one of its relatives, as .safetensors", fix=fix)
 
 
-def _typed(path: Path, header: Header, name: str, content: Bytes) -> Array:
-    """A tensor's bytes as numbers."""
-    place = header.tensors[name]
+def _type_of(path: Path, header: Header, name: str) -> np.dtype[Any]:
+    """NumPy's type of a tensor."""
+    stored = header.tensors[name].dtype
     try:
-        kind = np.dtype(_INTEGERS[place.dtype]) if place.dtype in _INTEGERS else numpy_type(place.dtype)
+        return np.dtype(_INTEGERS[stored]) if stored in _INTEGERS else numpy_type(stored)
     except KeyError:
         raise AdapterError(
-            f"{path} has {name[:200]} in {place.dtype}",
+            f"{path} has {name[:200]} in {stored}",
             expected="floats, or 16 to 64 bits of integers",
             fix=_AGAIN,
         ) from None
-    return np.reshape(seen_as(np.asarray(content), kind), place.shape)
 
 
-def _hashes(header: Header, contents: Mapping[str, Bytes], config: bytes) -> tuple[str, str]:
-    """The hash of the file that is mapped, and A1111's short one (`extensions-builtin/Lora/network.py`)."""
+def _array(file: StoredFile, header: Header, name: str, kind: np.dtype[Any], content: Bytes | None) -> Array:
+    """A tensor: its numbers where they were kept, else what reads them."""
+    place = header.tensors[name]
+    if content is not None:
+        return np.reshape(seen_as(content, kind), place.shape)
+    stored = StoredArray(file=file, offset=place.offset, length=place.length, dtype=kind, shape=place.shape)
+    return cast(Array, stored)  # all that is asked of it before it is computed with is what it has, too
+
+
+def _contents(
+    file: StoredFile, header: Header, stream: BinaryIO, config: bytes
+) -> tuple[dict[str, Bytes], str, str]:
+    """The small tensors, the file's hash, and A1111's short one (`extensions-builtin/Lora/network.py`).
+
+    Raises:
+        AdapterError: numbers that are not finite, or the file ends early.
+    """
+    small: dict[str, Bytes] = {}
     noted = header.metadata.get("sshs_model_hash", "")
     whole, behind = hashlib.sha256(struct.pack("<Q", len(header.text)) + header.text), hashlib.sha256()
     known = re.fullmatch(r"[0-9a-f]{12,64}", noted) is not None
     # Tensors follow each other without a gap, to the end of the file.
-    for name in sorted(contents, key=lambda name: header.tensors[name].offset):
-        content: Any = contents[name]
+    for name, place in sorted(header.tensors.items(), key=lambda item: item[1].offset):
+        content: Any = np.empty(place.length, np.uint8)
+        if cast(Any, stream).readinto(content) != place.length:
+            file.refuse("has changed while it was read")
         whole.update(content)
         if not known:
             behind.update(content)
+        if find_not_finite(header, {name: content}) is not None:
+            raise AdapterError(
+                f"{file.path} has NaN or infinity in {name[:200]}", expected="finite numbers", fix=_AGAIN
+            )
+        if place.length <= _SMALL:
+            small[name] = content
     whole.update(config)
-    return whole.hexdigest(), (noted if known else behind.hexdigest())[:12]
+    return small, whole.hexdigest(), (noted if known else behind.hexdigest())[:12]

@@ -10,6 +10,7 @@ from threading import Lock
 from typing import Generic, TypeVar
 
 from ..engines.errors import CheckpointError, UsageError
+from .stored import State, state_of
 
 Content = TypeVar("Content")
 _log = logging.getLogger("latentrt.adapters")
@@ -57,7 +58,7 @@ class NamedFiles(Generic[Content]):
         self._folder = None if folder is None else Path(folder)
         self._endings, self._read = endings, read
         self._lock = Lock()
-        self._known: dict[Path, tuple[tuple[int, int], Content]] = {}
+        self._known: dict[Path, tuple[State, Content]] = {}
         self._told: set[str] = set()
 
     def paths(self) -> dict[str, Path]:
@@ -106,7 +107,7 @@ class NamedFiles(Generic[Content]):
                 expected="a file that this user may read",
                 fix="Mend its permissions, or remove it.",
             ) from error
-        state = status.st_mtime_ns, status.st_size
+        state = state_of(status)
         with self._lock:
             known = self._known.get(path)
         if known is not None and known[0] == state:

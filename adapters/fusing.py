@@ -137,7 +137,7 @@ def _steps_notes(files: Sequence[Adapter], row: str | None) -> list[str]:
 def _embeddings_notes(bound: Sequence[BoundAdapter]) -> list[str]:
     return [
         f"{one.name} also has embeddings ({', '.join(one.embeddings)[:200]}), which are no weights: for these"
-        " load the file at run time too, at strength 0"
+        " draw with the file at run time, in place of making it part of the weights"
         for one in bound
         if one.embeddings
     ]

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from numbers import Real
 from typing import TYPE_CHECKING, Any, cast
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing import TypeGuard
 
     from .binding import BoundAdapter
+    from .embeddings import Embedding
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 MOST = 16  # adapters of one set
@@ -74,6 +75,11 @@ class Strength:
             part for name in COMPONENTS for part in _component(name, given.get(name, 1.0), layers, value)
         ]
         return cls(value=value, parts=tuple(parts))
+
+    @property
+    def is_off(self) -> bool:
+        """Whether it is 0 everywhere."""
+        return not any(strength for _, _, strength in self.parts)
 
     def of(self, component: str, weight: str) -> float:
         """The strength on one weight of a component."""
@@ -207,6 +213,20 @@ class AdapterSet:
             component: {weight: partial(merged, changes=parts) for weight, parts in weights.items()}
             for component, weights in found.items()
         }
+
+    @cached_property
+    def words(self) -> Mapping[str, Sequence[Embedding]]:
+        """The embeddings that lie in files of the set, by word: one of each file that has it.
+
+        Strengths do not scale them, but what is at strength 0 everywhere is not there.
+        """
+        found: dict[str, list[Embedding]] = {}
+        for name, adapter, strength in self.adapters:
+            if strength.is_off:
+                continue
+            for word, embedding in adapter.words.items():
+                found.setdefault(word, []).append(replace(embedding, adapter=name))
+        return found
 
     @cached_property
     def key(self) -> str:

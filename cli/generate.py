@@ -147,7 +147,7 @@ def _check_options(prompts: list[str], source: Path | None, refiner: str | None,
         raise UsageError("--refiner-at alone", expected="a refiner", fix="Pass --refiner PACKAGE as well.")
 
 
-def _loaded(pipe: Pipeline, loras: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+def _loaded(pipe: Pipeline, loras: list[str | tuple[str, Any]]) -> list[str | tuple[str, Any]]:
     """The adapters by their names; those that are files are loaded first.
 
     What can only be meant as a file or a folder is taken for one, so that the error says what it lacks.
@@ -162,7 +162,7 @@ def _loaded(pipe: Pipeline, loras: list[tuple[str, Any]]) -> list[tuple[str, Any
         meant = path.is_dir() or path.suffix.lower() in (".safetensors", *PICKLES)
         return _load(pipe, path) if meant and not pipe.adapters.knows(name) else name
 
-    return [(loaded(name), strength) for name, strength in loras]
+    return [loaded(one) if isinstance(one, str) else (loaded(one[0]), one[1]) for one in loras]
 
 
 def _load(pipe: Pipeline, path: Path) -> str:
@@ -192,15 +192,19 @@ def _draw(
 def _say_what_the_demo_knows(result: Result[Any]) -> None:
     """Name the words of the prompts that neither the model nor what was drawn with it stands for."""
     from ..demo.shapes import unknown_words
-    from ..runtime.prompts.lora_tags import without_tags
+    from ..runtime.prompts.encode import PROMPT_SYNTAXES
 
     request = result.request
-    taught = {*result.producer.get("adapters", ()), *request.embeddings}
-    texts = dict.fromkeys(map(without_tags, request.prompts))
-    if words := [word for text in texts for word in unknown_words(text) if word not in taught]:
+    syntax = PROMPT_SYNTAXES[request.prompt_syntax]
+    taught = {name.lower() for name in result.producer.get("adapters", ())}
+    fragments = (
+        one for text in dict.fromkeys(request.prompts) for one in syntax.read(text, request.embeddings)
+    )
+    texts = [one.text for one in fragments if one.embedding is None and not one.ends_chunk]
+    if words := dict.fromkeys(word for text in texts for word in unknown_words(text) if word not in taught):
         tell(
             f"the demo model draws one coloured shape on a background, 128x128; it does not know"
-            f" {', '.join(words[:5])}: other pictures need a model of yours (docs/models.md)"
+            f" {', '.join(list(words)[:5])}: other pictures need a model of yours (docs/models.md)"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from threading import Event
@@ -254,9 +254,7 @@ class Pipeline:
             package,
             loop,
             backend,
-            LoadedAdapters(
-                package, loras, load=library.load, unload=library.unload, allow_unused=allow_unused
-            ),
+            LoadedAdapters(package, loras, allow_unused=allow_unused),
             AdaptedLoops(package, base, conditioner, adapted_bytes),
             library,
         )
@@ -307,6 +305,10 @@ class Pipeline:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self.adapters.unload(names)
         self._adapted.forget()
+
+    def _with_adapters(self, adapters: LoadedAdapters) -> Pipeline:
+        """The same pipeline, with the same open nets, that knows other adapters. To close one closes both."""
+        return Pipeline(self.package, self.loop, self.backend, adapters, self._adapted, self.embeddings)
 
     # ── drawing ────────────────────────────────────────────────────────────────────────────────────
 
@@ -443,8 +445,8 @@ class Pipeline:
     def _request(self, prompt: str | Sequence[str], parameters: Any) -> Request:
         """The request, with all that its texts name. Raises UsageError, CheckpointError."""
         request = make_request(self.package.manifest, prompt, **parameters)
-        self.adapters.chosen(request.loras, request.tagged)  # some bring embeddings along
-        return self.embeddings.bind(request)
+        chosen = self.adapters.chosen(request.loras, request.tagged)
+        return replace(self.embeddings.bind(request, chosen.words), adapters=chosen)
 
     def _generate(
         self,
@@ -460,7 +462,7 @@ class Pipeline:
 
         `through` gives what to run the nets with in place of their loop.
         """
-        chosen = self.adapters.chosen(request.loras, request.tagged)
+        chosen = request.adapters or self.adapters.chosen(request.loras, request.tagged)
         with ExitStack() as until_drawn:
             with clock.stage("adapters") if chosen.key else nullcontext():
                 adapted = until_drawn.enter_context(self._adapted.use(chosen))

@@ -114,7 +114,8 @@ class Change(ABC):
     Attributes:
         kind: "lora", "loha", "lokr", "glora", "ia3", "oft", "boft", "full", "norm", "set"; with a magnitude
             (DoRA) "lora-dora" and so on.
-        arrays: its parts as the file has them, mapped, by our names of them ("up", "down", …).
+        arrays: its parts as the file has them, read when they are computed with, by our names of them ("up",
+            "down", …).
         shape: the shape of the tensor.
         source: as in `Site`.
         rank: of a factored change, else None.

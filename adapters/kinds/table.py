@@ -115,7 +115,7 @@ def _with_magnitude(site: Site, change: Change, parts: Mapping[str, Array]) -> C
 def _check_reshape(site: Site, parts: Mapping[str, Array]) -> None:
     """Raise AdapterError for an adapter that wants another shape: that of a graph is fixed."""
     if "reshape_weight" in parts:
-        wanted = tuple(int(size) for size in parts["reshape_weight"].astype(np.int64).ravel())
+        wanted = tuple(int(size) for size in np.array(parts["reshape_weight"], np.int64).ravel())
         if wanted != site.shape:
             site.refuse(f"makes a tensor of the shape {wanted[:8]}", "the shape that it has")
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from ..device import Addresses, Device, MemoryLedger, Shapes, check_addresses
 from ..errors import BackendError, LatentrtError, MemoryLimitError, PackageError, UsageError, command
+from ..heap import give_back_heap
 from ..installed import install_command
 from ..net_weights import engine_bytes, reading_changes
 from ..package import Package
@@ -31,7 +32,6 @@ from .lowering.winograd import kernels
 from .session import (
     CPU,
     check_boundary,
-    give_back_heap,
     library,
     open_session,
     refusal,

@@ -8,6 +8,8 @@ or with a third one on text encoders alone; they may be named `te=` and `unet=`.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
+from typing import Any, cast
 
 from ...engines.errors import UsageError
 
@@ -17,9 +19,26 @@ _WANTED = "<lora:NAME:STRENGTH>, or <lora:NAME:TEXT ENCODERS:UNET>"
 Lora = tuple[str, "float | dict[str, float]"]
 
 
-def without_tags(prompt: str) -> str:
-    """A prompt without its tags."""
-    return _TAG.sub("", prompt)
+def without_tags(prompt: str, names: Collection[str] | None = None) -> str:
+    """A prompt without its tags, or without those of some adapters."""
+
+    def kept(match: re.Match[str]) -> str:
+        return "" if names is None or match[1].split(":")[0].strip() in names else match[0]
+
+    return _TAG.sub(kept, prompt)
+
+
+def tag_text(name: str, strength: Any) -> str | None:
+    """The tag that says an adapter and its strength; None where none could."""
+    if re.search("[<>:]", name) or name != name.strip():
+        return None
+    if not isinstance(strength, Mapping):
+        return f"<lora:{name}:{strength}>"
+    parts = cast("Mapping[str, Any]", strength)
+    unet, first, second = (parts.get(part, 1.0) for part in ("unet", "text_encoder", "text_encoder_2"))
+    if isinstance(unet, Mapping) or first != second:
+        return None
+    return f"<lora:{name}:{first}:{unet}>"
 
 
 def lora_tags(prompt: str) -> tuple[Lora, ...]:

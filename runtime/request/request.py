@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ...adapters.embeddings import Embedding
+    from ...adapters.sets import AdapterSet
 
 _LOG = logging.getLogger(__name__)
 _OTHER_TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2")
@@ -78,6 +79,7 @@ class Request:
         tagged: those that the prompts name besides.
         chosen: the parameters that are not their defaults, checked, but for pictures and latents.
         inputs: the pictures and latents it starts from, by parameter: one for all pictures, or one each.
+        adapters: the set that it draws with; None before a pipeline has looked for it.
         embeddings: those of textual inversion that its texts call, by name.
     """
 
@@ -112,6 +114,7 @@ class Request:
     inputs: Mapping[str, tuple[Input, ...]] = field(
         default_factory=dict[str, "tuple[Input, ...]"], compare=False
     )
+    adapters: AdapterSet | None = field(default=None, compare=False)
     embeddings: Mapping[str, Embedding] = field(default_factory=dict[str, "Embedding"], compare=False)
 
     @property

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import shutil
 import struct
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -78,12 +80,60 @@ def test_a1111s_hash_is_the_trainers_where_it_is_one(noted: str, taken: bool, pa
     assert (read_adapter(path).short_hash == noted[:12]) == taken
 
 
-def test_arrays_are_pages_of_the_file(path: Path) -> None:
+def test_factors_are_read_when_they_are_computed_with(path: Path) -> None:
+    """What stays in memory is what is no factor: alphas."""
+    write(path, {**pair(NAME), f"{NAME}.alpha": torch.tensor(1.0)})
+    found = read_adapter(path)
+    assert [name for name, array in found.tensors.items() if isinstance(array, np.ndarray)] == [
+        f"{NAME}.alpha"
+    ]
+
+
+def cut(path: Path) -> None:
+    with path.open("r+b") as stream:
+        stream.truncate(path.stat().st_size - 64)
+
+
+def written_over(path: Path) -> None:
+    content = path.read_bytes()
+    with path.open("r+b") as stream:
+        stream.write(content)
+
+
+def replaced(path: Path) -> None:
+    """By a file of the same size and time of writing."""
+    other = path.with_name("other")
+    shutil.copy2(path, other)
+    other.replace(path)
+
+
+@pytest.mark.parametrize("change", [cut, written_over, replaced, Path.unlink])
+def test_a_file_that_is_another_one_now_is_not_computed_with(change: Any, path: Path) -> None:
+    """A mapped one would end the process, or draw other numbers under the old hash."""
+    one = bound(write(path, pair(NAME)), SD1).changes["unet"][f"{LAYER}.weight"]
+    base = np.zeros((WIDTH, WIDTH), np.float32)
+    merged(base, [(one, 1.0)])
+    time.sleep(0.02)  # the clock of file systems is coarse
+    change(path)
+    with pytest.raises(AdapterError, match=r"since it was loaded|cannot be read any more") as caught:
+        merged(base, [(one, 0.5)])
+    assert "Load it again" in caught.value.fix
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(path, pair(NAME))
-    array: Any = read_adapter(path).tensors[f"{NAME}.lora_up.weight"]
-    while isinstance(array, np.ndarray) and not isinstance(array, np.memmap):
-        array = array.base
-    assert isinstance(array, np.memmap)
+    for change in (cut, written_over):
+
+        def config(found: Path, change: Any = change) -> bytes:
+            time.sleep(0.02)
+            change(found)
+            return b""
+
+        monkeypatch.setattr(files, "read_config", config)
+        with pytest.raises(AdapterError, match="has changed"):
+            read_adapter(path)
+        monkeypatch.undo()
+        write(path, pair(NAME))
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])

@@ -63,7 +63,7 @@ PARAMETERS: dict[str, tuple[list[str], str, Any]] = {
     "--lora": (
         ["a:0.5", "--lora", "b", "--lora", "c:1:d:-1.5:0.25"],
         "loras",
-        [("a", 0.5), ("b", 1.0), ("c:1:d", {"unet": -1.5, "text_encoder": 0.25, "text_encoder_2": 0.25})],
+        [("a", 0.5), "b", ("c:1:d", {"unet": -1.5, "text_encoder": 0.25, "text_encoder_2": 0.25})],
     ),
 }
 # Those of the command itself; the tests below are about them.
@@ -175,7 +175,7 @@ def test_how_the_pipeline_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
         vae=Path("v"),
         tiny_vae=Path("t"),
         prediction_type="epsilon",
-        fused=[("fast.safetensors", 0.5), ("b", 1.0)],
+        fused=[("fast.safetensors", 0.5), "b"],
         few_steps="lcm",
     )
     assert Listener.opened == [("base", {**options, "checkpoint": first}), ("other", options)]
@@ -345,6 +345,8 @@ def test_what_is_drawn_must_be_said(monkeypatch: pytest.MonkeyPatch, words: list
         ("a photo of a fox", "it does not know photo, of, fox:"),
         ("a red cross <lora:cross:1> on a grey sofa", "it does not know sofa:"),
         ("a red frame on a grey sofa", "it does not know sofa:"),
+        ("a red embedding:Frame on a grey sofa", "it does not know sofa:"),
+        ("a red (embedding:frame.safetensors:1.1) on a grey background", ""),
     ],
 )
 def test_the_demo_says_what_it_does_not_know(
@@ -387,6 +389,30 @@ def test_adapters_that_are_not_there(
         cli.main()
     assert end.value.code in (2, 3)
     assert said in capfd.readouterr().err
+
+
+def test_a_file_that_was_moved_is_given_with_the_strength_that_it_had(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`--from PICTURE --lora FILE` is the command that the error says, and draws the same."""
+    before, after = folder / "mine.safetensors", folder / "moved" / "mine.safetensors"
+    shutil.copy(ADAPTERS["demo"] / "striped.safetensors", before)
+    picture = folder / "moved.png"
+    run(monkeypatch, "a red circle", "--lora", f"{before}:0.6", "-o", str(picture), *FAST)
+    after.parent.mkdir()
+    before.rename(after)
+    empty = folder / "empty"  # the demo's own folder has a file of that hash
+    empty.mkdir()
+    monkeypatch.setattr(
+        sys, "argv", ["latentrt", "generate", "--from", str(picture), "--lora-dir", str(empty)]
+    )
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert "latentrt generate --from PICTURE --lora FILE:0.6" in capfd.readouterr().err
+    for words in ([f"{after}"], [f"{after}:0.6"]):
+        run(monkeypatch, "--from", str(picture), "--lora", *words, "-o", str(folder / "again.png"))
+        assert (folder / "again.png").read_bytes() == picture.read_bytes()
 
 
 def test_commands_at_the_same_time_take_names_of_their_own(folder: Path) -> None:

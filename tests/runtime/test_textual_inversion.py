@@ -409,8 +409,32 @@ def test_files_of_a_folder(plain: Pipeline, pipe: Pipeline, folder: Path) -> Non
     np.testing.assert_array_equal(pipe(PROMPT, prompt_syntax="plain", **FAST).images, as_text)
 
 
+def test_a_file_is_called_by_the_word_that_it_has(plain: Pipeline, pipe: Pipeline, folder: Path) -> None:
+    """As diffusers wrote it, whatever the file is called; its header is read again when it changes."""
+    loaded = Pipeline.over(plain.package, plain.loop, plain.backend)
+    loaded.load_textual_inversion({"<hand>": HAND})
+    wanted = loaded("a red <hand>", **FAST)
+    result = pipe("a red <hand>", **FAST)
+    np.testing.assert_array_equal(result.images, wanted.images)
+    assert [one["name"] for one in result.record()["embeddings"]] == ["<hand>"]
+    np.testing.assert_array_equal(redraw(pipe, result.record(), output_type="np").images, result.images)
+    found = pipe("embedding:<hand>", prompt_syntax="comfyui", **FAST)
+    assert found.request.embeddings.keys() == {"<hand>"}
+    save_file({"<hand>": FACE}, folder / "later.safetensors")
+    (folder / "broken.safetensors").write_bytes(b"no")
+    with pytest.raises(UsageError, match=r"2 files have the word '<hand>': .*later.*learned_embeds"):
+        pipe("a red <hand>", **FAST)
+    pipe("a red later", **FAST)
+    save_file({"<hand>": HAND}, folder / "later.safetensors")
+    np.testing.assert_array_equal(pipe("a red <hand>", **FAST).images, wanted.images)
+    save_file({"<paw>": HAND}, folder / "later.safetensors")
+    assert pipe("a red <paw>", **FAST).request.embeddings.keys() == {"<paw>"}
+    save_file({"<paw>": rows(2, 2, WIDTH)}, folder / "later.safetensors")
+    assert not pipe("a red <paw>", **FAST).request.embeddings
+
+
 def test_a_file_that_changes_or_comes_is_read(pipe: Pipeline, folder: Path) -> None:
-    assert pipe.embeddings.names() == ("Face", "learned_embeds", "sub/learned_embeds")
+    assert pipe.embeddings.names() == ("<hand>", "Face", "learned_embeds", "sub/learned_embeds")
     first = pipe(PROMPT, **FAST)
     save_file({"emb_params": FACE[::-1].copy()}, folder / "Face.safetensors")
     second = pipe(PROMPT, **FAST)
