@@ -21,7 +21,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from latentrt.adapters.folder import NamedFiles
-from latentrt.engines.errors import AdapterError, CheckpointError, NumericError, UsageError
+from latentrt.engines.errors import AdapterError, CheckpointError, ModelError, NumericError, UsageError
 from latentrt.engines.net_weights import part_shapes
 from latentrt.engines.package import Package
 from latentrt.engines.spec import Array
@@ -607,7 +607,7 @@ def test_embeddings_that_are_damaged_are_refused_with_their_adapter(pipe: Pipeli
     for index, (word, vectors) in enumerate(
         {"glow": np.ones((76, 96), np.float32), "numbers": np.ones((1, 96), np.int32)}.items()
     ):
-        with pytest.raises(CheckpointError, match=word):
+        with pytest.raises(ModelError, match=word):
             pipe.load_lora_weights(bundle(tmp_path / f"{index}.safetensors", vectors, word))
     with pytest.raises(UsageError, match="an embedding is called"):
         pipe.load_lora_weights(bundle(tmp_path / "2.safetensors", VECTORS[0], " x"))
