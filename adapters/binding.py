@@ -9,6 +9,8 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,6 +23,9 @@ from .kinds.table import BIASES, bias_change, weight_change
 from .names import FIRST, SECOND, UNET, Names, Targets
 from .scaling import EVERY
 
+if TYPE_CHECKING:
+    from .embeddings import Embedding
+
 _log = logging.getLogger("latentrt.adapters")
 _LISTED = 20  # keys in a message
 _ENCODERS: Mapping[str, str] = {"clip_l": FIRST, "clip_g": SECOND}
@@ -32,6 +37,7 @@ class BoundAdapter:
     """An adapter for the tensors of one model.
 
     Attributes:
+        path: of the file.
         name: what requests call it: its file's name without the ending.
         sha256: of the file's content.
         short_hash: A1111's, of 12 digits.
@@ -40,10 +46,12 @@ class BoundAdapter:
             `allow_unused` allowed.
         embeddings: those that lie in the file: name -> "clip_l" (the first or only encoder's) or "clip_g" ->
             (vectors, width), as stored.
+        words: the same as the package's text encoders take them, where a package is asked for them.
         applied: how many keys are used.
         total: how many there are.
     """
 
+    path: Path
     name: str
     sha256: str
     short_hash: str
@@ -52,6 +60,12 @@ class BoundAdapter:
     embeddings: Mapping[str, Mapping[str, Array]]
     applied: int
     total: int
+    words: Mapping[str, Embedding] = field(default_factory=dict[str, "Embedding"])
+
+    def has_hash(self, digits: str) -> bool:
+        """Whether its sha256 or A1111's short hash begins with these digits, at least 8."""
+        wanted = digits.lower()
+        return len(wanted) >= 8 and any(known.startswith(wanted) for known in (self.sha256, self.short_hash))
 
     @property
     def kinds(self) -> Mapping[str, int]:
@@ -100,6 +114,8 @@ def bind(adapter: Adapter, targets: Targets, *, allow_unused: bool = False) -> B
     for (component, module), found in modules.items():
         changes[component].update(_changes(adapter, targets, component, module, found))
     _warn_of_zeros(adapter, modules, changes)
+    if adapter.lacks_magnitudes:
+        _log.warning("%s says that it is a DoRA, and has no magnitudes: it is used as a LoRA", adapter.path)
     embeddings, other = _embeddings(adapter, targets)
     unused = (*absent, *unknown, *other)
     if unused:
@@ -107,6 +123,7 @@ def bind(adapter: Adapter, targets: Targets, *, allow_unused: bool = False) -> B
             "%s: %d of %d keys have no use in this model", adapter.path, len(unused), len(adapter.tensors)
         )
     return BoundAdapter(
+        path=adapter.path,
         name=adapter.name,
         sha256=adapter.sha256,
         short_hash=adapter.short_hash,
@@ -273,31 +290,36 @@ def _refuse_other_base(adapter: Adapter, targets: Targets) -> None:
     if found is None or wanted is None or found == wanted:
         return
     raise AdapterError(
-        f"{adapter.path} is made for {_base(found)}: its attn2.to_k reads {found} numbers",
-        expected=f"an adapter for {_base(wanted)}, whose attn2.to_k reads {wanted}",
+        f"{adapter.path} is made for {_base(found, 'another model')}: its attn2.to_k reads {found} numbers",
+        expected=f"an adapter for {_base(wanted, 'this model')}, whose attn2.to_k reads {wanted}",
         fix=_other(adapter),
     )
 
 
-def _base(width: int) -> str:
+def _base(width: int, otherwise: str) -> str:
     family = FAMILY_OF_CONTEXT.get(width)
-    return FAMILIES[family] if family else "another model"
+    return FAMILIES[family] if family else otherwise
 
 
 def _refuse_unknown(adapter: Adapter, names: Names, unknown: Sequence[str]) -> None:
     """Raise AdapterError with the keys that the model has no tensor for, and the names nearest to them."""
     listed: list[str] = []
     for name in unknown[:_LISTED]:
-        key = adapter.parts.get(name)
-        near = names.nearest(key.module) if key and names.find(key.module) is None else None
-        listed.append(f"{name[:200]} (nearest: {near})" if near else name[:200])
+        key, why = adapter.parts.get(name), ""
+        if key and names.find(key.module) is None:
+            near = names.nearest(key.module)
+            why = f" (nearest: {near})" if near else ""
+        elif key:
+            why = " (it has no bias)" if key.part in BIASES else f" ({key.part} alone is no change)"
+        listed.append(f"{name[:200]}{why}")
     more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""
     base = f", which seems to be made for {adapter.made_for}," if adapter.made_for else ""
     raise AdapterError(
-        f"{adapter.path}{base} has {len(unknown)} of {len(adapter.tensors)} keys that this model has no"
-        f" tensor for: {', '.join(listed)}{more}",
-        expected="only keys of this model",
-        fix="Use an adapter that was made for this model, or go on without these keys: allow_unused=True",
+        f"{adapter.path}{base} has {len(unknown)} of {len(adapter.tensors)} keys that this model has no use"
+        f" for: {', '.join(listed)}{more}",
+        expected="only changes of this model's tensors",
+        fix="Use an adapter that was made for this model, or go on without these keys: --lora-lenient, or"
+        " allow_unused=True in Python",
     )
 
 

@@ -15,18 +15,20 @@ Its pickles (`string_to_param` in a dict) become the first of these by `latentrt
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 
-from ..engines.errors import CheckpointError, PackageError, UsageError
+from ..engines.errors import CheckpointError, PackageError
 from ..engines.net_weights import part_shapes
 from ..engines.package import Package
-from ..engines.safetensors_format import NOT_FINITE
+from ..engines.safetensors_format import NOT_FINITE, read_header
 from ..engines.spec import EXTRA_EMBEDDINGS, TEXT_ENCODERS, Array, NetSpec, TensorSpec
+from .folder import check_name
 
 MOST_VECTORS = 75  # a chunk of a prompt has room for as many, and no embedding is cut
 _MOST_BYTES = 2**24  # of a file; 75 vectors for SDXL in float64 are 1.2 MB
@@ -55,11 +57,13 @@ class Embedding:
         name: the word.
         sha256: of the whole file (hex), as AUTOMATIC1111 tells them apart; of arrays, of names and numbers.
         vectors: for each text encoder, (n, d) in the type of its input; read-only.
+        adapter: the name of the adapter in whose file it lies; "" for one that was loaded by itself.
     """
 
     name: str
     sha256: str
     vectors: Mapping[str, Array]
+    adapter: str = ""
 
     def __post_init__(self) -> None:
         """Make the arrays read-only."""
@@ -146,13 +150,50 @@ def read_embedding(path: Path, inputs: EncoderInputs, name: str | None = None) -
         if header.dtype not in NOT_FINITE or header.dtype.startswith("F8"):
             raise _refused(str(path), f"stores {tensor!r:.60} as {header.dtype}", "floats of 16 bits or more")
     vectors = _assigned(str(path), read_tensors(stored), inputs)
-    own = next(iter(stored)) if len(stored) == 1 else _FOR_ANY
-    unnamed = own == _FOR_ANY or own in _OF_ENCODER.values() or own.startswith(_FLATTENED)
     return Embedding(
-        name=name or (path.stem if unnamed else own),
+        name=name or _own_word(stored) or path.stem,
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         vectors=vectors,
     )
+
+
+def check_vectors(path: Path) -> str:
+    """What an embedding's file has, for people: how many vectors, and of which width.
+
+    Raises:
+        CheckpointError: it has more than a prompt has room for, or none.
+    """
+    from ..checkpoints.files.component import read_headers
+
+    said: list[str] = []
+    for name, header in read_headers(path).items():
+        width, count = header.shape[-1] if header.shape else 0, prod(header.shape[:-1])
+        _check_count(str(path), count)
+        said.append(f"{name[:60]}: {count} vector{'s' * (count != 1)} of {width}")
+    return "; ".join(said)
+
+
+def own_word(path: Path) -> str:
+    """The word that a safetensors file has for its embedding, as diffusers writes it; "" where it has none.
+
+    Reads the header alone. What such a file is shows when it is read.
+
+    Raises:
+        CheckpointError: a damaged file.
+    """
+    if path.suffix.lower() != ".safetensors" or path.stat().st_size > _MOST_BYTES:
+        return ""
+    tensors = read_header(path).tensors
+    word = _own_word(tensors)
+    usual = word == word.strip() and len(word) <= 255 and word.isprintable()
+    return word if word and usual and len(tensors[word].shape) <= 2 else ""
+
+
+def _own_word(tensors: Collection[str]) -> str:
+    """The name of a file's only tensor, if it is a word."""
+    own = next(iter(tensors)) if len(tensors) == 1 else _FOR_ANY
+    unnamed = own == _FOR_ANY or own in _OF_ENCODER.values() or own.startswith(_FLATTENED)
+    return "" if unnamed else own
 
 
 def make_embedding(
@@ -249,10 +290,7 @@ def _vectors(where: str, array: Array, net: str, taken: TensorSpec) -> Array:
             f"{width} numbers in each of them, the width of this model's {net}",
         )
     rows = np.reshape(array, (-1, array.shape[-1]))
-    if not 1 <= len(rows) <= MOST_VECTORS:
-        raise _refused(
-            where, f"has {len(rows)} vectors", f"1 to {MOST_VECTORS}, the room of a prompt's chunk"
-        )
+    _check_count(where, len(rows))
     wide = rows.astype(np.float64)
     if not np.isfinite(wide).all():
         raise _refused(where, "has NaN or infinity in its vectors", "finite numbers")
@@ -260,6 +298,11 @@ def _vectors(where: str, array: Array, net: str, taken: TensorSpec) -> Array:
     if peak > most:
         raise _refused(where, f"has numbers up to {peak:.3g}", f"at most {most:.5g}, as {taken.dtype} holds")
     return wide.astype(taken.dtype)
+
+
+def _check_count(where: str, count: int) -> None:
+    if not 1 <= count <= MOST_VECTORS:
+        raise _refused(where, f"has {count} vectors", f"1 to {MOST_VECTORS}, the room of a prompt's chunk")
 
 
 def _shape(array: Array) -> str:
@@ -276,9 +319,4 @@ def _refused(where: str, found: str, expected: str = "", fix: str = "") -> Check
 
 def refuse_name(name: str) -> None:
     """Raise UsageError for a word that no prompt could have."""
-    if not name or name != name.strip() or len(name) > 255 or not name.isprintable():
-        raise UsageError(
-            f"an embedding is called {name!r:.60}",
-            expected="a word of printable characters, without spaces at its ends",
-            fix="Pass token=NAME.",
-        )
+    check_name(name, "an embedding", "Pass token=NAME.")

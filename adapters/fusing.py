@@ -53,7 +53,7 @@ def read_fused(
         )
     targets = _targets(source)
     pairs = [file_and_strength(one) for one in loras]
-    strengths = [Strength.parse(strength) for _, strength in pairs]
+    strengths = [Strength.parse(strength, targets) for _, strength in pairs]
     paths = [Path(os.path.abspath(path.expanduser())) for path, _ in pairs]
     files = [read_adapter(path) for path in paths]
     bound = [bind(file, targets, allow_unused=allow_unused) for file in files]
@@ -137,7 +137,7 @@ def _steps_notes(files: Sequence[Adapter], row: str | None) -> list[str]:
 def _embeddings_notes(bound: Sequence[BoundAdapter]) -> list[str]:
     return [
         f"{one.name} also has embeddings ({', '.join(one.embeddings)[:200]}), which are no weights: for these"
-        " load the file at run time too, at strength 0"
+        " draw with the file at run time, in place of making it part of the weights"
         for one in bound
         if one.embeddings
     ]

@@ -27,12 +27,17 @@ _PREFIXES: Mapping[str, tuple[str, ...]] = {
         *(f"{kind}_{part}_" for kind in _KINDS for part in ("te", "te1")),
         "text_encoder_",
         *(f"{place}{tower}_" for place in ("", "text_encoders_") for tower in ("clip_l", "clip_h")),
-        *(f"text_encoders_{tower}_transformer_" for tower in ("clip_l", "clip_h")),
+        *(
+            f"{place}{tower}_transformer_"
+            for place in ("", "text_encoders_")
+            for tower in ("clip_l", "clip_h")
+        ),
+        *("cond_stage_model_transformer_", "conditioner_embedders_0_transformer_"),
     ),
     SECOND: (
         *(f"{kind}_te2_" for kind in _KINDS),
         "text_encoder_2_",
-        *("clip_g_", "text_encoders_clip_g_", "text_encoders_clip_g_transformer_"),
+        *(f"{place}clip_g_{end}" for place in ("", "text_encoders_") for end in ("", "transformer_")),
     ),
 }
 # Prefixes without a component, whose modules are looked for in every one.

@@ -31,11 +31,13 @@ class NotedScaling:
         alpha: of modules without one of their own; None for the rank.
         alphas: by module, or by the end of its name.
         stabilised: whether alpha is divided by the root of the rank (rsLoRA).
+        with_magnitudes: whether modules have magnitudes (DoRA).
     """
 
     alpha: float | None = None
     alphas: Mapping[str, float] = field(default_factory=dict[str, float])
     stabilised: bool = False
+    with_magnitudes: bool = False
 
     def alpha_of(self, module: str) -> float | None:
         """The alpha of a module, by diffusers' or transformers' name."""
@@ -104,6 +106,7 @@ def _scaling(where: str, component: str, noted: Mapping[str, Any]) -> NotedScali
         alpha=None if alpha is None else _number(where, f"{component}.lora_alpha", alpha),
         alphas=alphas,
         stabilised=noted.get("use_rslora") is True,
+        with_magnitudes=noted.get("use_dora") is True,
     )
 
 

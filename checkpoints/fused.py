@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from ..engines.net_weights import check_largest
+from ..engines.net_weights import check_range
 from ..engines.package import Change, FusedAdapter
 from ..engines.safetensors_format import ITEM_SIZES, write_file
-from ..engines.spec import NETS, Array
+from ..engines.spec import NETS
 from .files.component import TensorHeader, read_tensors
 from .files.net_reads import net_tensors
 from .files.open import Checkpoint
 from .files.source import Source
 from .precision.calibration import components
 from .stages import OnProgress, stages
-from .stored_types import convert, numpy_type, seen_as
+from .stored_types import convert, seen_as
 
 if TYPE_CHECKING:
     from .templates.archive import Dtype
@@ -86,7 +86,7 @@ def fuse(
         The checkpoint, whose tensors that change are in `folder`; itself where there are no adapters.
 
     Raises:
-        NumericError: a merged weight is beyond the type that stores it.
+        NumericError: a merged weight is beyond what fp16 holds.
         CheckpointError: a weights file changed meanwhile.
         OSError: the folder cannot be written.
     """
@@ -117,7 +117,7 @@ def _merged(
 
     def content(name: str) -> memoryview:
         changed = changes[name](base[name])
-        _check_range(part, name, changed, stored[name], tensors[name].dtype)
+        check_range(f"{part}.{name}", changed)
         return memoryview(cast(Any, seen_as(np.ravel(convert(changed, stored[name])), np.uint8)))
 
     write_file(path, {name: (stored[name], header.shape) for name, header in tensors.items()}, content)
@@ -131,12 +131,3 @@ def _stored_type(source: str, dtype: Dtype) -> str:
     """What a package stores a weight in, as `graphs.weights.stored_type` has it; nothing of 8 bits."""
     narrower = min(_COMPUTED[dtype], source, key=lambda name: ITEM_SIZES[name])
     return narrower if ITEM_SIZES[narrower] >= ITEM_SIZES[_NARROWEST] else _NARROWEST
-
-
-def _check_range(part: str, name: str, value: Array, stored: str, source: str) -> None:
-    """Raise NumericError for a weight that its type does not hold."""
-    import ml_dtypes
-
-    limit = float(cast(Any, ml_dtypes).finfo(numpy_type(stored)).max)
-    wider = ", or export in float32: --dtype fp32" if _stored_type(source, "fp32") != stored else ""
-    check_largest(f"{part}.{name}", value, limit, stored, wider)

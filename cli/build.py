@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from .models import MODEL, say, with_checkpoint_options
+from .models import MODEL, LoraLenient, say, with_checkpoint_options
 from .progress import Advance, progress_bar
 from .shown import show
 
@@ -50,6 +50,7 @@ def build(
         str, Option(help="ampere_plus, same_compute_capability. Default: this GPU alone.")
     ] = "",
     nets: Annotated[str, Option(help="Only these, with commas between. Default: all.")] = "",
+    lora_lenient: LoraLenient = False,
     store: Annotated[
         Path | None, Option(help="The engine store. Default: LATENTRT_CACHE, or this user's cache folder.")
     ] = None,
@@ -85,7 +86,8 @@ def build(
     }
     _check_backend(chosen, used)  # before minutes are spent on a checkpoint
     with progress_bar(enabled=not as_json) as advance:
-        opened = open_model(model, backend=lambda: chosen, options=checkpoint, advance=advance, note=say)
+        how: Any = {"options": checkpoint, "allow_unused": lora_lenient}
+        opened = open_model(model, backend=lambda: chosen, advance=advance, note=say, **how)
     names = [name.strip() for name in nets.split(",") if name.strip()]
     if row is not None and row.builds == "layouts":
         _tune(row, opened, EngineStore(store), names, as_json=as_json)

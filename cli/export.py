@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
-from .models import FewSteps, PredictionType, TinyVae, Vae, lora_files
+from .models import FewSteps, LoraLenient, PredictionType, TinyVae, Vae, lora_files
 from .progress import progress_bar
 from .shown import show
 
@@ -48,9 +48,7 @@ def export(
         list[Any] | None,
         lora_files("--lora", "An adapter's file that becomes part of the weights, and how strongly."),
     ] = None,
-    lora_lenient: Annotated[
-        bool, Option("--lora-lenient", help="Go on where the model has no weight for some keys of a --lora.")
-    ] = False,
+    lora_lenient: LoraLenient = False,
     few_steps: FewSteps = None,
     overwrite: Annotated[
         bool, Option("--overwrite", help="Replace an existing package once the new one is complete.")

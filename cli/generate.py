@@ -19,7 +19,7 @@ from typer import Argument, Option
 from ..engines.errors import UsageError, command
 from ..runtime.request.parameters import PARAMETERS, Parameter
 from .control import with_control_options
-from .models import MODEL, say, with_checkpoint_options
+from .models import MODEL, LoraLenient, say, with_checkpoint_options
 from .progress import progress_bar
 from .shown import show, tell
 
@@ -37,7 +37,6 @@ _BACKEND = "auto, onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx."
 _LONGEST_NAME = 60  # bytes of a prompt in a file name; file systems end at 255
 _THREADS = "CPU threads; at most, and by default, one for each processor that may be used."
 _LORA_DIR = "Folder where --lora NAME and <lora:NAME:1> find adapters."
-_LENIENT = "Go on where the model has no weight for some keys of a --lora FILE."
 _EMBD_DIR = "Textual inversions: prompts call its files by name, as in `embedding:NAME`."
 _NO_METADATA = "Leave prompt and parameters out of the file."
 
@@ -81,7 +80,7 @@ def generate(
     device: Annotated[str, Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
     threads: Annotated[int | None, Option(help=_THREADS)] = None,
     lora_dir: Annotated[Path | None, Option("--lora-dir", "--lora-model-dir", help=_LORA_DIR)] = None,
-    lora_lenient: Annotated[bool, Option("--lora-lenient", help=_LENIENT)] = False,
+    lora_lenient: LoraLenient = False,
     no_metadata: Annotated[bool, Option("--no-metadata", help=_NO_METADATA)] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
     checkpoint: Any = None,
@@ -107,13 +106,14 @@ def generate(
             threads=threads,
             loras=lora_dir,
             embeddings=embd_dir,
+            allow_unused=lora_lenient,
             progress=advance,
             note=say,
         )
         pipes = [stack.enter_context(open_pipe(first, checkpoint=checkpoint))]
         pipes += [stack.enter_context(open_pipe(name)) for name in names[1:]]
         if "loras" in chosen:
-            chosen["loras"] = _loaded(pipes[0], chosen["loras"], lenient=lora_lenient)
+            chosen["loras"] = _loaded(pipes[0], chosen["loras"])
         if steering := controls(pipes[0]):
             chosen["controls"] = steering
         opened = perf_counter() - began
@@ -152,15 +152,35 @@ def _check_options(prompts: list[str], source: Path | None, refiner: str | None,
         raise UsageError("--refiner-at alone", expected="a refiner", fix="Pass --refiner PACKAGE as well.")
 
 
-def _loaded(pipe: Pipeline, loras: list[tuple[str, Any]], *, lenient: bool) -> list[tuple[str, Any]]:
-    """The adapters by their names; those that are files are loaded first."""
+def _loaded(pipe: Pipeline, loras: list[str | tuple[str, Any]]) -> list[str | tuple[str, Any]]:
+    """The adapters by their names; those that are files are loaded first.
+
+    What can only be meant as a file or a folder is taken for one, so that the error says what it lacks.
+    """
     from ..adapters.files import file_of
+    from ..checkpoints.files.component import PICKLES
 
     def loaded(name: str) -> str:
         path = file_of(Path(name).expanduser())
-        return pipe.load_lora_weights(path, allow_unused=lenient) if path.is_file() else name
+        if path.is_file():
+            return _load(pipe, path)
+        meant = path.is_dir() or path.suffix.lower() in (".safetensors", *PICKLES)
+        return _load(pipe, path) if meant and not pipe.adapters.knows(name) else name
 
-    return [(loaded(name), strength) for name, strength in loras]
+    return [loaded(one) if isinstance(one, str) else (loaded(one[0]), one[1]) for one in loras]
+
+
+def _load(pipe: Pipeline, path: Path) -> str:
+    """Load a file under its name; under one with a number where another file has that."""
+    from ..adapters.files import name_of
+
+    name = name_of(path)
+    try:
+        return pipe.load_lora_weights(path)
+    except UsageError:
+        free = pipe.adapters.free_name(name)
+        tell(f"{path} is called {free} here, as another adapter is called {name}")
+        return pipe.load_lora_weights(path, free)
 
 
 def _draw(
@@ -177,15 +197,19 @@ def _draw(
 def _say_what_the_demo_knows(result: Result[Any]) -> None:
     """Name the words of the prompts that neither the model nor what was drawn with it stands for."""
     from ..demo.shapes import unknown_words
-    from ..runtime.prompts.lora_tags import without_tags
+    from ..runtime.prompts.encode import PROMPT_SYNTAXES
 
     request = result.request
-    taught = {*result.producer.get("adapters", ()), *request.embeddings}
-    texts = dict.fromkeys(map(without_tags, request.prompts))
-    if words := [word for text in texts for word in unknown_words(text) if word not in taught]:
+    syntax = PROMPT_SYNTAXES[request.prompt_syntax]
+    taught = {name.lower() for name in result.producer.get("adapters", ())}
+    fragments = (
+        one for text in dict.fromkeys(request.prompts) for one in syntax.read(text, request.embeddings)
+    )
+    texts = [one.text for one in fragments if one.embedding is None and not one.ends_chunk]
+    if words := dict.fromkeys(word for text in texts for word in unknown_words(text) if word not in taught):
         tell(
             f"the demo model draws one coloured shape on a background, 128x128; it does not know"
-            f" {', '.join(words[:5])}: other pictures need a model of yours (docs/models.md)"
+            f" {', '.join(list(words)[:5])}: other pictures need a model of yours (docs/models.md)"
         )
 
 

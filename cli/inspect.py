@@ -75,9 +75,10 @@ def _check(source: Checkpoint) -> None:
 
 
 def _with_notes(found: Report) -> Report:
-    """The report of an adapter or a control, with what its file says, or what keeps it from being used."""
+    """The report of anything but a checkpoint, with what its file says, or what keeps it from being used."""
     from dataclasses import replace
 
+    from ..adapters.embeddings import check_vectors
     from ..adapters.files import read_adapter
     from ..checkpoints.controls.control_file import KINDS
     from ..checkpoints.controls.read import read_control
@@ -90,7 +91,14 @@ def _with_notes(found: Report) -> Report:
             return replace(found, problem=error.found, expected=error.expected, todo=error.fix)
         notes = (*found.notes, *control.lines())
         return replace(found, what=control.title, family=control.family, notes=notes)
-    if found.kind != "lora" or not found.path.is_file():
+    if not found.path.is_file():
+        return found
+    if found.kind == "embedding":
+        try:
+            return replace(found, notes=(*found.notes, check_vectors(found.path)))
+        except CheckpointError as error:
+            return replace(found, problem=error.found, expected=error.expected, todo=error.fix)
+    if found.kind != "lora":
         return found
     try:
         return replace(found, notes=(*found.notes, *read_adapter(found.path).notes()))

@@ -37,6 +37,10 @@ FewSteps = Annotated[
     ),
 ]
 
+LoraLenient = Annotated[
+    bool, Option("--lora-lenient", help="Go on where the model has no weight for some keys of an adapter.")
+]
+
 
 def lora_files(flag: str, text: str) -> Any:
     """An option for files of adapters with their strengths, spelled as generate's `--lora`."""

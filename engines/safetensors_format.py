@@ -106,9 +106,20 @@ def read_header(path: Path, *, error: type[ModelError] = CheckpointError) -> Hea
     Raises:
         ModelError: no such file, or one that breaks a rule of the format.
     """
+    stream, header = open_file(path, error=error)
+    stream.close()
+    return header
+
+
+def open_file(path: Path, *, error: type[ModelError] = CheckpointError) -> tuple[BinaryIO, Header]:
+    """A file that is open for reading, and its header; arguments and errors as of `read_header`."""
     reader = _Reader(path, error)
-    with reader.open() as stream:
-        return reader.header(stream)
+    stream = reader.open()
+    try:
+        return stream, reader.header(stream)
+    except BaseException:
+        stream.close()
+        raise
 
 
 def map_tensors(

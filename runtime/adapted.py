@@ -11,12 +11,16 @@ from threading import Lock
 
 from ..adapters.sets import AdapterSet
 from ..engines.errors import NumericError
+from ..engines.heap import give_back_heap
 from ..engines.package import Package
 from ..engines.spec import TEXT_ENCODERS
 from .loop.job import PackageLoop
 from .prompts.encode import TextConditioner
 
 ADAPTED_BYTES = 8 * 2**30  # of nets that are open with and without adapters, together
+# Each session has threads of its own (docs/design.md), one fewer than processors, and memory beside its
+# weights: 14 MB for each set of the demo. Who tries strengths would have both without end.
+MOST_SETS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,7 @@ class AdaptedLoops:
         encode: makes the conditioner of a loop with other text encoders.
         limit: bytes of nets above which sets are forgotten; and of the base the nets that a set has others
             of, which are opened again when they are asked for.
+        most: sets that are kept open, whatever they take.
     """
 
     def __init__(
@@ -56,8 +61,10 @@ class AdaptedLoops:
         base: Adapted,
         encode: Callable[[PackageLoop], TextConditioner],
         limit: int = ADAPTED_BYTES,
+        most: int = MOST_SETS,
     ) -> None:
-        self._package, self._base, self._encode, self._limit = package, base, encode, limit
+        self._package, self._base, self._encode = package, base, encode
+        self._limit, self._most = limit, most
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._lock = Lock()
 
@@ -124,8 +131,10 @@ class AdaptedLoops:
                 if entry is not mine and (adapted := _opened(entry)):
                     sizes[key] = adapted.loop.own_bytes
             taken += sum(sizes.values())
+            kept = len(sizes)
             for key, size in sizes.items():
-                if taken > self._limit:
+                if taken > self._limit or kept >= self._most:
+                    kept -= 1
                     going.append(self._entries.pop(key))
                     taken -= size
         for entry in going:
@@ -156,3 +165,4 @@ def _free(entry: _Entry) -> None:
     """Free what is forgotten and not used."""
     if entry.forgotten and not entry.users and (adapted := _opened(entry)):
         adapted.loop.close()
+        give_back_heap()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +16,12 @@ from ..adapters.embeddings import (
     EncoderInputs,
     embedding_inputs,
     make_embedding,
+    own_word,
     read_embedding,
     refuse_name,
 )
 from ..adapters.folder import NamedFiles
-from ..engines.errors import UsageError
+from ..engines.errors import LatentrtError, ModelError, UsageError
 from ..engines.package import Package
 from ..engines.spec import Array
 from .prompts.encode import PROMPT_SYNTAXES, called_embeddings
@@ -33,17 +36,30 @@ _ENDINGS = (".safetensors", ".pt", ".bin")
 _MOST_FILES = 64  # of the embeddings that one prompt calls
 _SHORT_HASH = 12  # characters, as AUTOMATIC1111 writes it
 
+# Embeddings that lie in the adapters of a request, by word: one of each adapter that has it.
+Words = Mapping[str, Sequence[Embedding]]
+_NO_WORDS: Words = {}
+_LOG = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Called:
-    """An embedding that a picture's texts called: its name and the sha256 (hex) of its content."""
+    """An embedding that a picture's texts called.
+
+    Attributes:
+        name: what the texts called it.
+        sha256: of its content (hex).
+        adapter: the name of the adapter in whose file it lay; "" for one that has a file of its own.
+    """
 
     name: str
     sha256: str
+    adapter: str = ""
 
     def to_json(self) -> dict[str, str]:
         """As a record has it."""
-        return {"name": self.name, "sha256": self.sha256}
+        origin = {"adapter": self.adapter} if self.adapter else {}
+        return {"name": self.name, "sha256": self.sha256, **origin}
 
 
 class EmbeddingLibrary:
@@ -51,7 +67,7 @@ class EmbeddingLibrary:
 
     Args:
         package: whose text encoders they are for.
-        folder: of embedding files, which are called as `NamedFiles` says.
+        folder: of embedding files, which are called as `NamedFiles` says, or by the word that they have.
 
     Raises:
         UsageError: `folder` is none.
@@ -60,8 +76,10 @@ class EmbeddingLibrary:
     def __init__(self, package: Package, folder: str | Path | None = None) -> None:
         self._package = package
         self._files = NamedFiles(folder, _ENDINGS, lambda path: read_embedding(path, self._inputs, path.stem))
+        self._own_words = NamedFiles(folder, _ENDINGS, own_word)
         self._lock = Lock()
         self._loaded: Mapping[str, Embedding] = {}  # replaced, never changed
+        self._told: set[tuple[str, str]] = set()  # words and adapters that went before the user's
 
     def load(self, source: Source | Sequence[Source], token: str | Sequence[str | None] | None) -> None:
         """Load embeddings; see `Pipeline.load_textual_inversion`. All of them, or none if one is refused."""
@@ -99,23 +117,29 @@ class EmbeddingLibrary:
 
     def names(self) -> tuple[str, ...]:
         """What prompts may call: words that were loaded, and names of files."""
-        return tuple(sorted({*self._loaded, *self._files.paths()}))
+        return tuple(sorted({*self._loaded, *self._paths()}))
 
-    def bind(self, request: Request) -> Request:
+    def bind(self, request: Request, words: Words = _NO_WORDS) -> Request:
         """The request with the embeddings that its texts call.
 
+        Args:
+            request: what to draw.
+            words: that lie in its adapters. They count for this request alone, as if they were given, and go
+                before others of the same name: the adapter was trained with them.
+
         Raises:
-            UsageError: a prompt that its syntax refuses, or that calls what is not there.
+            UsageError: a prompt that its syntax refuses, or that calls what is not there, or a word that two
+                adapters have other vectors for.
             CheckpointError: a file that it calls is no embedding, or one for other encoders.
             PackageError: the package takes no embeddings.
         """
         by_names_alone = PROMPT_SYNTAXES[request.prompt_syntax].names.bare != "given"
-        return self._bind(request, self._files.paths() if by_names_alone else {})
+        return self._bind(request, self._paths() if by_names_alone else {}, words)
 
-    def _bind(self, request: Request, files: Mapping[str, Path]) -> Request:
+    def _bind(self, request: Request, files: Mapping[str, Path], words: Words) -> Request:
         """The same with these files."""
         loaded = self._loaded
-        known = {**files, **loaded}
+        known = {**files, **loaded, **words}
         pictures = {_texts(request, index) for index in range(len(request.prompts))}
         if not known and not any("embedding:" in text.lower() for texts in pictures for text in texts):
             return request
@@ -132,32 +156,60 @@ class EmbeddingLibrary:
         bound: dict[str, Embedding] = {}
         for name in sorted(called):
             try:
-                bound[name] = loaded.get(name) or self._of_file(files, name)
+                own = loaded.get(name) or (self._of_file(files, name) if name in files else None)
             except AnotherKindError as other:  # a LoRA in the same folder: its name is a word like any other
                 try:
-                    return self._bind(request, {one: path for one, path in files.items() if one != name})
+                    fewer = {one: path for one, path in files.items() if one != name}
+                    return self._bind(request, fewer, words)
                 except UsageError as missing:  # but for `embedding:NAME`
                     raise other from missing
+            if name in words:
+                bound[name] = self._preferred(words[name], own)
+            elif own is not None:
+                bound[name] = own
         return replace(request, embeddings=bound)
 
-    def check(self, wanted: Iterable[Called], texts: Sequence[str]) -> None:
+    def _preferred(self, words: Sequence[Embedding], own: Embedding | None) -> Embedding:
+        """What a word of adapters stands for, where there may be one of the user's own as well."""
+        first = words[0]
+        for other in words[1:]:
+            if not first.is_like(other):
+                raise UsageError(
+                    f"the adapters {first.adapter!r} and {other.adapter!r} both bring the embedding"
+                    f" {first.name!r}, with other vectors",
+                    expected="one meaning of a word",
+                    fix="Draw with one of the two, or leave the word out of the prompts.",
+                )
+        if own is not None and not first.is_like(own) and (first.name, first.adapter) not in self._told:
+            self._told.add((first.name, first.adapter))
+            _LOG.warning(
+                "the word %r is the embedding that the adapter %r brings along, and not yours of that name",
+                first.name,
+                first.adapter,
+            )
+        return first
+
+    def check(self, wanted: Iterable[Called], texts: Sequence[str], words: Words = _NO_WORDS) -> None:
         """See to it that these embeddings are there, as far as one of the texts has their names.
 
-        Names and hashes may be as AUTOMATIC1111 writes them: without colons and commas, and cut.
+        Names and hashes may be as AUTOMATIC1111 writes them: without colons and commas, and cut. `words` lie
+        in the adapters that are drawn with.
 
         Raises:
             UsageError: one is missing, or another one has its name.
         """
-        files = self._files.paths()
-        known = {written_name(name): name for name in [*files, *self._loaded]}
+        files = self._paths()
+        known = {written_name(name): name for name in [*files, *self._loaded, *words]}
         for one in wanted:
             name = known.get(written_name(one.name))
             if not any((name or one.name).lower() in text.lower() for text in texts):
                 continue
             expected = f"the one with the sha256 {one.sha256}"
+            if one.adapter:
+                expected += f", which lies in the adapter {one.adapter!r}"
             if name is None:
                 raise _missing(one.name, expected)
-            found = self._loaded.get(name) or self._of_file(files, name)
+            found = words[name][0] if name in words else self._loaded.get(name) or self._of_file(files, name)
             if not found.sha256.startswith(one.sha256.lower()):
                 raise UsageError(
                     f"the embedding {name!r} is not the one that the picture was drawn with: its sha256 is"
@@ -185,16 +237,51 @@ class EmbeddingLibrary:
         refuse_name(embedding.name)
         return embedding
 
+    def _paths(self) -> dict[str, Path]:
+        """The folder's files by what prompts may call them: their names, and the words that they have."""
+        paths = self._files.paths()
+        return {**{word: found[0] for word, found in self._by_own_word(paths).items()}, **paths}
+
+    def _by_own_word(self, paths: Mapping[str, Path]) -> dict[str, list[Path]]:
+        found: dict[str, list[Path]] = {}
+        for path in sorted(set(paths.values())):
+            with suppress(ModelError):  # a damaged file is refused when it is called
+                if word := self._own_words.content(path):
+                    found.setdefault(word, []).append(path)
+        return found
+
     def _of_file(self, files: Mapping[str, Path], name: str) -> Embedding:
-        """A file of the folder, under one of its names."""
-        return replace(self._files.content(files[name]), name=name)
+        """A file of the folder, under one of its names. Raises UsageError for a word of several."""
+        paths = self._files.paths()
+        if name in paths:
+            path = self._files.find(name, self._is_one) or paths[name]
+            return replace(self._files.content(path), name=name)
+        found = self._files.content(files[name])
+        same = self._by_own_word(paths).get(name, [])
+        if not all(found.is_like(self._files.content(path)) for path in same):
+            raise UsageError(
+                f"{len(same)} files have the word {name!r:.60}: {', '.join(map(str, same[:5]))}",
+                expected="one meaning of a word",
+                fix="Call the one that is meant by its file's name.",
+            )
+        return replace(found, name=name)
+
+    def _is_one(self, path: Path) -> bool:
+        """Whether a file of the folder is an embedding, be it damaged."""
+        try:
+            self._files.content(path)
+        except AnotherKindError:
+            return False
+        except LatentrtError:
+            return True
+        return True
 
 
 def called_by(request: Request, index: int) -> tuple[Called, ...]:
     """The embeddings that the texts of picture `index` call, of those that the request was bound to."""
     known = request.embeddings
     names = called_embeddings(_texts(request, index), request.prompt_syntax, known) if known else ()
-    return tuple(Called(name=name, sha256=known[name].sha256) for name in names)
+    return tuple(Called(name=name, sha256=known[name].sha256, adapter=known[name].adapter) for name in names)
 
 
 def written_name(name: str) -> str:
@@ -203,8 +290,11 @@ def written_name(name: str) -> str:
 
 
 def write_hashes(called: Sequence[Called]) -> str | None:
-    """AUTOMATIC1111's `TI hashes`; None where there are none."""
-    pairs = (f"{written_name(one.name)}: {one.sha256[:_SHORT_HASH]}" for one in called)
+    """AUTOMATIC1111's `TI hashes`; None where there are none.
+
+    What lies in an adapter is not among them, there as here: the adapter's own hash says it.
+    """
+    pairs = (f"{written_name(one.name)}: {one.sha256[:_SHORT_HASH]}" for one in called if not one.adapter)
     return ", ".join(pairs) or None
 
 

@@ -29,6 +29,9 @@ SHIPPED = {"demo": Path(__file__).resolve().parent.parent / "demo" / "package"}
 ADAPTERS = {"demo": SHIPPED["demo"].parent / "adapters"}
 EMBEDDINGS = {"demo": SHIPPED["demo"].parent / "embeddings"}
 
+# The options that the command line calls otherwise than `CheckpointOptions`.
+_FLAGS = {"fused": "--fuse-lora"}
+
 Advance = Callable[[str, int, int], None]  # (what is being done, how much is done, of how much)
 Note = Callable[[str], None]
 
@@ -90,7 +93,7 @@ def _fused_options(fused: list[Any]) -> Iterator[str]:
     """The same for adapters."""
     for one in fused:
         if isinstance(one, Mapping) and isinstance(name := cast(Any, one).get("name"), str):
-            yield from ("--fuse-lora", lora_text(name, cast(Any, one).get("strength", 1.0)))
+            yield from (_FLAGS["fused"], lora_text(name, cast(Any, one).get("strength", 1.0)))
 
 
 def open_model(
@@ -100,6 +103,7 @@ def open_model(
     options: CheckpointOptions = CheckpointOptions(),
     advance: Advance | None = None,
     note: Note | None = None,
+    allow_unused: bool = False,
 ) -> Package:
     """Open a model of any kind as a package.
 
@@ -113,6 +117,7 @@ def open_model(
         options: of checkpoints.
         advance: is told how far a download or a first opening has come.
         note: is given each line on what was assumed about a checkpoint, or left out.
+        allow_unused: go on where an adapter of `options.fused` has keys that the model has no weight for.
 
     Raises:
         ModelError: nothing there, or nothing that can be opened.
@@ -152,7 +157,7 @@ def open_model(
     if is_package(path):
         refuse_entry(path)
         return _package(path, options)
-    return _opened(path, backend(), options, hub, advance, note)
+    return _opened(path, backend(), options, hub, advance, note, allow_unused=allow_unused)
 
 
 def open_control_model(
@@ -230,10 +235,12 @@ def _named(options: CheckpointOptions) -> str:
 def _package(folder: Path, options: CheckpointOptions) -> Package:
     used = [item.name for item in fields(options) if getattr(options, item.name) is not None]
     if used:
+        flag = _FLAGS.get(used[0], f"--{used[0].replace('_', '-')}")
+        other = "draw with it by --lora FILE" if used[0] == "fused" else "export the checkpoint again with it"
         raise UsageError(
-            f"{used[0]} was given for {folder}, which is a package",
+            f"{flag} ({used[0]}=…) was given for {folder}, which is a package",
             expected="a checkpoint, which is opened in more than one way",
-            fix=f"Leave {used[0]} out, or export the checkpoint again with it.",
+            fix=f"Leave it out, or {other}.",
         )
     return Package.open(folder)
 
@@ -245,6 +252,8 @@ def _opened(
     hub: str,
     advance: Advance | None,
     note: Note | None,
+    *,
+    allow_unused: bool,
 ) -> Package:
     from ..checkpoints.opened import Options, open_checkpoint
 
@@ -257,7 +266,7 @@ def _opened(
             vae=None if options.vae is None else Path(options.vae),
             tiny_vae=None if options.tiny_vae is None else Path(options.tiny_vae),
             prediction_type=options.prediction_type,
-            fuse=_fuse(options),
+            fuse=_fuse(options, allow_unused=allow_unused),
         ),
         tokenize=tokenize,
         hub=hub,
@@ -268,11 +277,13 @@ def _opened(
     return replace(package, opened_with={**given, **package.opened_with})
 
 
-def _fuse(options: CheckpointOptions) -> Callable[[Checkpoint], Fused]:
+def _fuse(options: CheckpointOptions, *, allow_unused: bool) -> Callable[[Checkpoint], Fused]:
     """What reads the adapters of these options, for a checkpoint."""
     from ..adapters.fusing import read_fused
 
-    return partial(read_fused, loras=options.fused or (), few_steps=options.few_steps)
+    return partial(
+        read_fused, loras=options.fused or (), few_steps=options.few_steps, allow_unused=allow_unused
+    )
 
 
 def _downloading(advance: Advance | None) -> Callable[[DownloadProgress], None] | None:

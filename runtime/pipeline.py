@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from threading import Event
@@ -150,6 +150,7 @@ class Pipeline:
         loras: str | Path | None = None,
         checkpoint: CheckpointOptions | None = None,
         embeddings: str | Path | None = None,
+        allow_unused: bool = False,
         progress: Advance | None = None,
         note: Note | None = None,
     ) -> Pipeline:
@@ -172,6 +173,8 @@ class Pipeline:
             checkpoint: how a checkpoint is opened: its arithmetic, other autoencoders, what it predicts.
             embeddings: a folder of textual inversions, which prompts call by the names of the files; each is
                 read when it is first called. `load_textual_inversion` adds others.
+            allow_unused: go on where any adapter, of `loras`, of `checkpoint` or loaded later, has keys that
+                the model has no weight for.
             progress: called with what is being done, how much of it is done, and of how much, while a model
                 is fetched or opened for the first time.
             note: called with each line on what was assumed about a checkpoint, or left out.
@@ -192,6 +195,7 @@ class Pipeline:
             options=checkpoint or CheckpointOptions(),
             advance=progress,
             note=note,
+            allow_unused=allow_unused,
         )
         options = LoopOptions(backend=backend, device=device, threads=threads, graphs=graphs)
         with ExitStack() as stack:
@@ -206,6 +210,7 @@ class Pipeline:
                 adapted_bytes=adapted_bytes,
                 loras=loras,
                 embeddings=embeddings,
+                allow_unused=allow_unused,
                 open_control=partial(
                     _open_control, package.manifest.dtype, options=options, progress=progress, note=note
                 ),
@@ -224,6 +229,7 @@ class Pipeline:
         adapted_bytes: int = ADAPTED_BYTES,
         loras: str | Path | None = None,
         embeddings: str | Path | None = None,
+        allow_unused: bool = False,
         open_control: Callable[[Path], OpenedControl] | None = None,
     ) -> Pipeline:
         """A pipeline over a loop that is open already, and is closed with it.
@@ -232,7 +238,7 @@ class Pipeline:
             package: whose nets the loop has.
             loop: runs them.
             backend: what executes them, for people.
-            cache_bytes, adapted_bytes, loras, embeddings: as in `open`.
+            cache_bytes, adapted_bytes, loras, embeddings, allow_unused: as in `open`.
             open_control: opens a ControlNet; by default on ONNX Runtime's CPU.
 
         Raises:
@@ -266,7 +272,7 @@ class Pipeline:
             package,
             loop,
             backend,
-            LoadedAdapters(package, loras, load=library.load, unload=library.unload),
+            LoadedAdapters(package, loras, allow_unused=allow_unused),
             AdaptedLoops(package, base, conditioner, adapted_bytes),
             library,
             LoadedControls(package.manifest, open_control or partial(_open_control, package.manifest.dtype)),
@@ -291,7 +297,7 @@ class Pipeline:
 
         Raises:
             AdapterError: a damaged file, or one for another model.
-            UsageError: another adapter has that name.
+            UsageError: no path, a name that is none, or one that another adapter has.
         """
         return self.adapters.load(path, adapter_name, allow_unused=allow_unused)
 
@@ -341,6 +347,18 @@ class Pipeline:
     def unload_controls(self, names: str | Sequence[str] | None = None) -> None:
         """Close ControlNets of these names, or all. Raises UsageError for an unknown name."""
         self.controls.unload([names] if isinstance(names, str) else names)
+
+    def _with_adapters(self, adapters: LoadedAdapters) -> Pipeline:
+        """The same pipeline, with the same open nets, that knows other adapters. To close one closes both."""
+        return Pipeline(
+            self.package,
+            self.loop,
+            self.backend,
+            adapters,
+            self._adapted,
+            self.embeddings,
+            self.controls,
+        )
 
     # ── drawing ────────────────────────────────────────────────────────────────────────────────────
 
@@ -477,8 +495,8 @@ class Pipeline:
     def _request(self, prompt: str | Sequence[str], parameters: Any) -> Request:
         """The request, with all that its texts name. Raises UsageError, CheckpointError."""
         request = make_request(self.package.manifest, prompt, **parameters)
-        self.adapters.chosen(request.loras, request.tagged)  # some bring embeddings along
-        return self.embeddings.bind(request)
+        chosen = self.adapters.chosen(request.loras, request.tagged)
+        return replace(self.embeddings.bind(request, chosen.words), adapters=chosen)
 
     def _generate(
         self,
@@ -494,7 +512,7 @@ class Pipeline:
 
         `through` gives what to run the nets with in place of their loop.
         """
-        chosen = self.adapters.chosen(request.loras, request.tagged)
+        chosen = request.adapters or self.adapters.chosen(request.loras, request.tagged)
         with ExitStack() as until_drawn:
             with clock.stage("adapters") if chosen.key else nullcontext():
                 adapted = until_drawn.enter_context(self._adapted.use(chosen))

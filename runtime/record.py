@@ -13,8 +13,9 @@ from typing import Any, cast
 
 from ..engines.errors import UsageError
 from ..engines.noise_schedule import NoiseSchedule
-from .embeddings import Called, called_by, read_hashes, write_hashes
+from .embeddings import Called, called_by, read_hashes, write_hashes, written_name
 from .pictures.infotext import NEGATIVE_PROMPT, PROMPT, Value
+from .prompts.lora_tags import tag_text
 from .request.inputs import INPUTS
 from .request.parameters import PARAMETERS
 from .request.request import Request
@@ -44,7 +45,7 @@ def make_record(request: Request, index: int, producer: Mapping[str, Any]) -> di
 
     `image`, `mask_image` and `latents` are {"name", "sha256"} (`request.inputs.Input`); other values can be
     passed again as they are. `mask_region` is the part of the picture that was drawn, `embeddings` has
-    {"name", "sha256"} of those that its texts call.
+    {"name", "sha256"} of those that its texts call, and "adapter", the name of the one that brought it along.
     """
     masked = request.source if isinstance(request.source, Masked) else None
     record: dict[str, Any] = {
@@ -84,17 +85,19 @@ def make_record(request: Request, index: int, producer: Mapping[str, Any]) -> di
 def a1111_parameters(request: Request, index: int, producer: Mapping[str, Any]) -> dict[str, Value]:
     """The same under AUTOMATIC1111's names, for `infotext.format_infotext`.
 
-    Prompts are written so that it reads what was drawn: where brackets were text, they are escaped.
+    Prompts are written so that it reads what was drawn: where brackets were text, they are escaped, and
+    adapters that were passed are in it as tags, as far as a tag can say their strengths.
     """
     escaped = _BRACKETS[request.prompt_syntax]
 
     def written(prompt: str | None) -> str:
         return escaped.sub(r"\\\g<0>", prompt or "")
 
+    tags = [tag for name, strength in producer.get("loras", ()) if (tag := tag_text(name, strength))]
     masked = request.source if isinstance(request.source, Masked) else None
     custom = request.timesteps is not None or request.sigmas is not None
     return {
-        PROMPT: written(request.prompts[index]),
+        PROMPT: " ".join(filter(None, (written(request.prompts[index]), *tags))),
         NEGATIVE_PROMPT: written(request.negative_prompts[index]),
         "Steps": request.num_inference_steps,
         **a1111_fields(request.sampler, request.num_inference_steps, custom=custom),
@@ -117,7 +120,8 @@ def a1111_parameters(request: Request, index: int, producer: Mapping[str, Any]) 
 
 def _lora_hashes(adapters: Mapping[str, Mapping[str, str]]) -> str | None:
     """As AUTOMATIC1111's extension for LoRA writes them (extensions-builtin/Lora/scripts/lora_script.py)."""
-    return ", ".join(f"{name}: {facts['short_hash']}" for name, facts in adapters.items()) or None
+    pairs = (f"{written_name(name)}: {facts['short_hash']}" for name, facts in adapters.items())
+    return ", ".join(pairs) or None
 
 
 # As sd-webui-controlnet spells them in its infotext (scripts/infotext.py, internal_controlnet/args.py).
@@ -203,7 +207,10 @@ def read_record(record: Mapping[str, Any]) -> Recorded:
             expected="a prompt, and inputs and embeddings with their sha256: a record that latentrt wrote",
             fix="Pass prompt and parameters instead.",
         )
-    called = tuple(Called(name=one["name"], sha256=one["sha256"]) for one in embeddings)
+    called = tuple(
+        Called(name=one["name"], sha256=one["sha256"], adapter=str(one.get("adapter", "")))
+        for one in embeddings
+    )
     return Recorded(
         prompt=record["prompt"],
         parameters=found,

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..engines.errors import SamplerError, UsageError, command
+from .embeddings import Words
 from .model import given_options
 from .pictures.infotext import parse_infotext
 from .pictures.write import PictureMetadata, read_metadata
 from .pipeline import Pipeline
-from .record import STEERED_BY, Recorded, read_a1111, read_record
+from .record import LORA_HASHES, STEERED_BY, Recorded, read_a1111, read_record
+from .recorded_adapters import Redrawn, redrawn_adapters
 from .refine import refine
 from .request.inputs import INPUTS, Input, find_input
-from .request.parameters import PARAMETERS, CallParameters
+from .request.parameters import PARAMETERS, CallParameters, check_loras
 from .result import Result
 from .sampling.names import resolve
 
@@ -92,10 +94,12 @@ def _drawn(
     recorded = read_record(record)
     _check_controls(record, changes)
     inputs = _inputs(recorded, folder, given)
-    parameters = {"loras": (), **_without_rivals(recorded.parameters, changes), **inputs, **changes}
-    _check_adapters(pipe, recorded, changes)
-    _check_embeddings(pipe, recorded, _prompt(recorded, given), parameters)
-    result = pipe(_prompt(recorded, given), **parameters)
+    parameters = {**_without_rivals(recorded.parameters, changes), **inputs, **changes}
+    found = _adapters(pipe, recorded, _prompt(recorded, given), parameters, changes)
+    parameters["loras"] = found.loras
+    pipe = _knowing(pipe, found)
+    _check_embeddings(pipe, recorded, found, parameters, _words(pipe, found))
+    result = pipe(found.prompt, **parameters)
     return _with_names(result, recorded)
 
 
@@ -113,10 +117,20 @@ def _check_controls(record: Mapping[str, Any], changes: Mapping[str, Any]) -> No
     )
 
 
-def _check_adapters(pipe: Pipeline, recorded: Recorded, changes: Mapping[str, Any]) -> None:
-    """Raise UsageError unless the adapters of these names are those that the picture was drawn with."""
-    if "loras" not in changes:
-        pipe.adapters.check(recorded.adapters)
+def _adapters(
+    pipe: Any, recorded: Recorded, prompt: str, parameters: Mapping[str, Any], changes: Mapping[str, Any]
+) -> Redrawn:
+    """The picture's adapters, or those of the changes. Raises UsageError."""
+    given: Any = changes.get("loras")
+    if given is not None:
+        check_loras(given)
+    syntax = parameters.get("prompt_syntax") or PARAMETERS["prompt_syntax"].default
+    return redrawn_adapters(pipe.adapters, recorded, prompt, syntax, given)
+
+
+def _knowing(pipe: Any, found: Redrawn) -> Any:
+    """The pipeline, knowing adapters by the names that the picture has for them."""
+    return pipe._with_adapters(pipe.adapters.knowing(found.known)) if found.known else pipe
 
 
 def _without_rivals(parameters: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,15 +175,28 @@ def _refined(
         )
     _check_model(refiner, record)
     base, end = read_record(record["base_record"]), read_record(record)
-    _check_adapters(pipe, base, changes)
-    parameters: dict[str, Any] = {"loras": (), **base.parameters, **end.parameters}
+    parameters: dict[str, Any] = {**base.parameters, **end.parameters}
+    found = _adapters(pipe, base, _prompt(base, given), {**parameters, **changes}, changes)
     at = parameters.pop("denoising_end")
     parameters.pop("denoising_start", None)
-    together: Any = {**parameters, **_inputs(base, folder, given), **changes}
-    for one, recorded in ((pipe, base), (refiner, end)):
-        _check_embeddings(one, recorded, _prompt(base, given), together)
-    result = refine(pipe, refiner, _prompt(base, given), at=at, **together)
+    together: Any = {**parameters, **_inputs(base, folder, given), **changes, "loras": found.loras}
+    pipe = _knowing(pipe, found)
+    if changes.get("loras") is None:
+        together["refiner_loras"] = end.parameters.get("loras", ())
+        refiner = _knowing(refiner, _of_refiner(refiner, base, end))
+    assert refiner is not None
+    _check_embeddings(pipe, base, found, together, _words(pipe, found))
+    _check_embeddings(refiner, end, found, together, {})
+    result = refine(pipe, refiner, found.prompt, at=at, **together)
     return replace(result, base=_with_names(result.base, base) if result.base else None)
+
+
+def _of_refiner(refiner: Pipeline, base: Recorded, end: Recorded) -> Redrawn:
+    """The adapters that a refiner drew with and the base did not. Raises UsageError."""
+    own = {name: digits for name, digits in end.adapters.items() if base.adapters.get(name) != digits}
+    loras = [one for one in end.parameters.get("loras", ()) if one[0] in own]
+    recorded = replace(end, adapters=own, parameters={**end.parameters, "loras": loras})
+    return redrawn_adapters(refiner.adapters, recorded, "", "plain", None)
 
 
 def _of_text(
@@ -188,24 +215,38 @@ def _of_text(
         )
     passed = {name: given[name] for name in INPUTS if given[name] is not None}
     recorded = read_a1111(parse_infotext(metadata.parameters), tuple(passed))
-    _check_adapters(pipe, recorded, changes)
     parameters, left = dict(recorded.parameters), list(recorded.left)
+    found = _adapters(pipe, recorded, _prompt(recorded, given), {**parameters, **changes}, changes)
+    left += [
+        f"{LORA_HASHES}: {name}, which no <lora:{name}:…> of the prompt names" for name in found.untagged
+    ]
     try:
         resolve(parameters.get("sampler"), pipe.package.manifest.scheduler)
     except SamplerError:
         left.append(f"Sampler: {parameters.pop('sampler')}")
     if left:
         _LOG.warning("not carried over from %s: %s", getattr(source, "name", source), "; ".join(left))
-    together = {**parameters, **passed, **changes}
-    _check_embeddings(pipe, recorded, _prompt(recorded, given), together)
-    return pipe(_prompt(recorded, given), **together)
+    together = {**parameters, **passed, **changes, "loras": found.loras}
+    pipe = _knowing(pipe, found)
+    _check_embeddings(pipe, recorded, found, together, _words(pipe, found))
+    return pipe(found.prompt, **together)
 
 
-def _check_embeddings(pipe: Pipeline, recorded: Recorded, prompt: str, parameters: Mapping[str, Any]) -> None:
-    """See to it that the embeddings that the picture was drawn with are there. Raises UsageError."""
+def _check_embeddings(
+    pipe: Pipeline, recorded: Recorded, found: Redrawn, parameters: Mapping[str, Any], words: Words
+) -> None:
+    """See to it that the embeddings that the picture was drawn with are there. Raises UsageError.
+
+    `words` are those of the adapters that it is drawn with; one that came with another is not missed.
+    """
     names = ("negative_prompt", "prompt_2", "negative_prompt_2")
-    texts = [prompt, *(text for name in names if isinstance(text := parameters.get(name), str))]
-    pipe.embeddings.check(recorded.embeddings, texts)
+    texts = [found.prompt, *(text for name in names if isinstance(text := parameters.get(name), str))]
+    wanted = [one for one in recorded.embeddings if not one.adapter or one.name in words]
+    pipe.embeddings.check(wanted, texts, words)
+
+
+def _words(pipe: Pipeline, found: Redrawn) -> Words:
+    return pipe.adapters.chosen(found.loras, found.tagged).words
 
 
 def _check_model(pipe: Pipeline, record: Mapping[str, Any]) -> None:

@@ -56,7 +56,10 @@ class Result(Generic[Images]):
 
     def infotext(self, index: int = 0) -> str:
         """The `parameters` text of AUTOMATIC1111 for picture `index`."""
-        return format_infotext(a1111_parameters(self.request, index, self.producer))
+        # A refiner may have drawn without some of the base's adapters; the text has one set for both.
+        of = self.base.producer if self.base else dict[str, Any]()
+        adapters = {name: of[name] for name in ("loras", "adapters") if name in of}
+        return format_infotext(a1111_parameters(self.request, index, {**self.producer, **adapters}))
 
     def save(
         self,

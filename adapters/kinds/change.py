@@ -75,13 +75,14 @@ class Site:
         """What every change has from here, by the names of `Change`'s attributes."""
         return {"shape": self.shape, "source": self.source}
 
-    def refuse(self, found: str, expected: str) -> NoReturn:
+    def refuse(self, found: str, expected: str, fix: str = "") -> NoReturn:
         """Raise the AdapterError for parts that do not fit the tensor or each other."""
         base = f" (the file is made for {self.made_for})" if self.made_for else ""
         raise AdapterError(
             f"{self.file}: {self.key} {found}{base}",
             expected=f"{expected}, for {self.tensor} of the shape {self.shape}",
-            fix=f"Use an adapter that was made for this model: {command('latentrt', 'inspect', self.file)}",
+            fix=fix
+            or f"Use an adapter that was made for this model: {command('latentrt', 'inspect', self.file)}",
         )
 
 
@@ -113,7 +114,8 @@ class Change(ABC):
     Attributes:
         kind: "lora", "loha", "lokr", "glora", "ia3", "oft", "boft", "full", "norm", "set"; with a magnitude
             (DoRA) "lora-dora" and so on.
-        arrays: its parts as the file has them, mapped, by our names of them ("up", "down", …).
+        arrays: its parts as the file has them, read when they are computed with, by our names of them ("up",
+            "down", …).
         shape: the shape of the tensor.
         source: as in `Site`.
         rank: of a factored change, else None.

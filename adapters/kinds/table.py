@@ -34,6 +34,9 @@ class Kind:
     make: Callable[[Site, Parts, Scaling], Change]
 
 
+# Of alpha by rank: trainers write about 1. Where "full dimension" of LyCORIS makes an alpha of 1e10, both
+# factors of a LoKr are whole, and nothing is scaled.
+_LARGEST_SCALE = 1e6
 MAGNITUDES = ("dora_scale", "magnitude")
 _SCALED = frozenset({"alpha", "scalar", "reshape_weight", *MAGNITUDES})
 KINDS: tuple[Kind, ...] = (
@@ -91,6 +94,12 @@ def weight_change(site: Site, parts: Mapping[str, Array], scaling: Scaling) -> C
     own |= {name: parts[name] for name in ("rescale",) if name in parts}
     _check_reshape(site, parts)
     change = kind.make(site, own, scaling)
+    if not abs(change.scale) <= _LARGEST_SCALE:
+        site.refuse(
+            f"has an alpha of {change.scale * (change.rank or 1):.3g} for the rank {change.rank or 1}",
+            f"at most {_LARGEST_SCALE:.0g} times the rank",
+            "Have the file written again by the program that trained it.",
+        )
     return _with_magnitude(site, change, parts)
 
 
@@ -106,7 +115,7 @@ def _with_magnitude(site: Site, change: Change, parts: Mapping[str, Array]) -> C
 def _check_reshape(site: Site, parts: Mapping[str, Array]) -> None:
     """Raise AdapterError for an adapter that wants another shape: that of a graph is fixed."""
     if "reshape_weight" in parts:
-        wanted = tuple(int(size) for size in parts["reshape_weight"].astype(np.int64).ravel())
+        wanted = tuple(int(size) for size in np.array(parts["reshape_weight"], np.int64).ravel())
         if wanted != site.shape:
             site.refuse(f"makes a tensor of the shape {wanted[:8]}", "the shape that it has")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ...engines.errors import CheckpointError, command
 from ...engines.lfs import refuse_pointer
-from ...engines.safetensors_format import looks_like_safetensors
+from ...engines.safetensors_format import NOT_FINITE, looks_like_safetensors
 from .component import DOWNLOAD, PICKLES, REFUSED_CHANNELS, TensorHeader
 from .ldm_names import UNET
 
@@ -59,6 +59,7 @@ _NO_CONTROL = "Use a ControlNet, a T2I-Adapter or an IP-Adapter of features of a
 _OTHER = "No other architecture is supported: use a checkpoint of Stable Diffusion 1.x, 2.x or XL."
 _PART = "Use the complete checkpoint; other tools also write its parts alone."
 _CONVERT = "Convert it, which runs nothing of it: latentrt convert {file} -o {free}"
+_UNPACK = "Unpack it: 7z x {file}"
 _WEIGHTS = "Use the model's .safetensors file with fp16 or fp32 weights."
 
 # The first bytes of files that are no safetensors.
@@ -67,14 +68,14 @@ _STARTS: tuple[tuple[bytes, FileKind], ...] = (
     (b"\x89HDF", FileKind(name="hdf5", what="an HDF5 file, as Keras writes", todo=_WEIGHTS)),
     (b"\x89PNG", FileKind(name="picture", what="a picture", todo=DOWNLOAD)),
     (b"\xff\xd8\xff", FileKind(name="picture", what="a picture", todo=DOWNLOAD)),
-    (b"Rar!", FileKind(name="archive", what="a RAR archive", todo="Unpack it.")),
-    (b"7z\xbc\xaf", FileKind(name="archive", what="a 7z archive", todo="Unpack it.")),
-    (b"\x1f\x8b", FileKind(name="archive", what="a gzip archive", todo="Unpack it.")),
+    (b"Rar!", FileKind(name="archive", what="a RAR archive", todo=_UNPACK)),
+    (b"7z\xbc\xaf", FileKind(name="archive", what="a 7z archive", todo=_UNPACK)),
+    (b"\x1f\x8b", FileKind(name="archive", what="a gzip archive", todo=_UNPACK)),
 )
 # Of a pickle in letters: an empty mapping or list, or the global that the first object is made with.
 _PROTOCOL_0 = re.compile(rb"\([dl]p?\d*\n|c[\w.]+\n[\w.]+\n")
 _PICKLE = FileKind(name="pickle", what="a pickle: reading one can run code", todo=_CONVERT)
-_ZIP = FileKind(name="archive", what="a zip archive", todo="Unpack it.")
+_ZIP = FileKind(name="archive", what="a zip archive", todo="Unpack it: python3 -m zipfile -e {file} {folder}")
 _EMPTY = FileKind(name="empty", what="empty", todo=DOWNLOAD)
 _PAGE = FileKind(
     name="page",
@@ -183,9 +184,8 @@ _WITH_UNET: Mapping[str, FileKind] = {
     ),
 }
 _LORA = "lora"
-_OTHER_LORAS = (
-    r"^lora_|^lycoris_|_lora\.(down|up)\.|\.lora(_down|_up|_linear_layer|\.down|\.up)\.|\.diff(_b)?$"
-)
+_OTHER_LORAS = r"_lora\.(down|up)\.|\.lora(_down|_up|_linear_layer|\.down|\.up)\."
+_BOFT = FileKind(name=_LORA, what="a LoRA (BOFT)", todo=_ADAPTER)
 # Layers that diffusion transformers have, and no UNet.
 _TRANSFORMERS = (
     r"\b(txt_in\.individual_token_refiner|txt_in\.text_norm|txt_norm|txtfusion|distilled_guidance_layer|"
@@ -217,12 +217,19 @@ _WITHOUT_UNET: Mapping[str, FileKind] = {
     ),
     r"\.hada_w1_": FileKind(name=_LORA, what="a LoRA (LoHa)", todo=_ADAPTER),
     r"\.lokr_w[12]": FileKind(name=_LORA, what="a LoRA (LoKr)", todo=_ADAPTER),
+    r"\.boft_(R|s|P)\b": _BOFT,
     r"\.oft_(blocks|diag|R)\b": FileKind(name=_LORA, what="a LoRA (OFT)", todo=_ADAPTER),
     r"\.on_input$": FileKind(name=_LORA, what="a LoRA (IA3)", todo=_ADAPTER),
     r"^(lora|lycoris)_.+\.(a1|b1)\.weight$": FileKind(name=_LORA, what="a LoRA (GLoRA)", todo=_ADAPTER),
     r"^lora_.+\.lora_(down|up)\.": FileKind(name=_LORA, what="a LoRA (kohya's names)", todo=_ADAPTER),
     r"\.lora_(A|B)\.": FileKind(name=_LORA, what="a LoRA (PEFT's names)", todo=_ADAPTER),
     _OTHER_LORAS: FileKind(name=_LORA, what="a LoRA", todo=_ADAPTER),
+    r"\.diff(_b)?$": FileKind(
+        name=_LORA, what="whole differences of weights, a LoRA's relative", todo=_ADAPTER
+    ),
+    r"\.[wb]_norm$": FileKind(name=_LORA, what="differences of norms, a LoRA's relative", todo=_ADAPTER),
+    r"\.set_weight$": FileKind(name=_LORA, what="new weights, a LoRA's relative", todo=_ADAPTER),
+    r"^(lora|lycoris)_": FileKind(name=_LORA, what="a LoRA", todo=_ADAPTER),
     r"^(emb_params|clip_l|clip_g)$|^string_to_param\.": FileKind(
         name="embedding", what="a textual inversion", todo=_EMBEDDING
     ),
@@ -269,9 +276,12 @@ _PARTS: Mapping[str, FileKind] = {
     r"^(cond_stage_model|conditioner|text_model|embeddings|transformer|token_embedding)\.": _TEXT_ALONE,
     r"^(vision_model|visual)\.": FileKind(name="image-encoder", what="an image encoder alone", todo=_PART),
 }
-_CHECKPOINT = FileKind(name="checkpoint", what="a whole checkpoint", todo="Open it.")
-# Widths of the text encoders of 1.x, 2.x and XL's second: a tensor of one of them is an embedding.
+_CHECKPOINT = FileKind(
+    name="checkpoint", what="a whole checkpoint", todo="Draw with it: latentrt generate PROMPT -m {file}"
+)
+# Widths of the text encoders of 1.x, 2.x and XL's second: vectors of one of them are an embedding.
 _TOKEN_WIDTHS = (768, 1024, 1280)
+_OF_LAYERS = (".weight", ".bias")  # ends of names that no token has
 
 
 def kind_of_tensors(tensors: Mapping[str, TensorHeader]) -> FileKind:
@@ -283,7 +293,8 @@ def kind_of_tensors(tensors: Mapping[str, TensorHeader]) -> FileKind:
     kinds = _WITH_UNET if _CONV_IN in tensors else {**_WITH_UNET, **_WITHOUT_UNET}
     for pattern, kind in kinds.items():
         if re.search(pattern, names, re.MULTILINE):
-            return kind
+            stages = any(name.endswith(".oft_blocks") and len(t.shape) == 4 for name, t in tensors.items())
+            return _BOFT if stages and kind.name == _LORA else kind
     if _CONV_IN in tensors:
         return _kind_of_channels(tensors[_CONV_IN].shape)
     for pair, kind in _PAIRS.items():
@@ -303,9 +314,13 @@ def _kind_of_channels(shape: tuple[int, ...]) -> FileKind:
 
 def _kind_of_few(tensors: Mapping[str, TensorHeader]) -> FileKind:
     """A file whose names say nothing: one embedding under its token's name, or no kind that is known."""
-    shapes = [tensor.shape for tensor in tensors.values()]
-    if len(shapes) == 1 and len(shapes[0]) in (1, 2) and shapes[0][-1] in _TOKEN_WIDTHS:
-        return FileKind(name="embedding", what="a textual inversion", todo=_EMBEDDING)
+    if len(tensors) == 1:
+        ((name, tensor),) = tensors.items()
+        known = len(tensor.shape) == 1 and tensor.shape[0] in _TOKEN_WIDTHS
+        # A matrix of any width: only the text encoder that it is for knows whether it fits.
+        vectors = len(tensor.shape) == 2 and 0 not in tensor.shape and tensor.dtype in NOT_FINITE
+        if known or (vectors and not name.endswith(_OF_LAYERS)):
+            return FileKind(name="embedding", what="a textual inversion", todo=_EMBEDDING)
     names = f"{', '.join(list(tensors)[:3])} …" if tensors else "it has no tensors"
     return FileKind(name="unknown", what=f"no kind that is known ({names})"[:200], todo=_OTHER)
 
@@ -410,4 +425,6 @@ def _input_width(name: str, tensors: Mapping[str, TensorHeader]) -> int | None:
     if (stem := re.sub(r"\.lokr_w1(_b)?$", "", name)) != name:
         second = next((tensors[n] for n in (f"{stem}.lokr_w2", f"{stem}.lokr_w2_b") if n in tensors), None)
         return shape[1] * second.shape[1] if second and len(shape) == len(second.shape) == 2 else None
+    if f"{name.removesuffix('.weight')}.on_input" in tensors:  # IA3's factors are a column
+        return None
     return shape[1] if READS_INPUT.search(name) and len(shape) > 1 else None

@@ -21,6 +21,7 @@ import numpy as np
 
 from ..device import Addresses, Device, MemoryLedger, Shapes, check_addresses
 from ..errors import BackendError, LatentrtError, MemoryLimitError, PackageError, UsageError, command
+from ..heap import give_back_heap
 from ..installed import install_command
 from ..net_weights import engine_bytes, reading_changes
 from ..package import Package
@@ -31,7 +32,6 @@ from .lowering.winograd import kernels
 from .session import (
     CPU,
     check_boundary,
-    give_back_heap,
     library,
     open_session,
     refusal,
@@ -222,7 +222,7 @@ def give_changes(options: Any, package: Package, name: str, content: bytes | Non
         What to open, None where there are no changes for this net.
 
     Raises:
-        NumericError: a weight is beyond what the arithmetic holds.
+        NumericError: a changed weight is beyond what fp16 holds.
         MemoryLimitError: the weights do not fit.
         PackageError: the weights files are not what the graph says.
     """

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -176,15 +174,6 @@ def open_session(
             fix="Export the package again, or upgrade the library: "
             + command("pip", "install", "--upgrade", imported_wheel() or "onnxruntime"),
         ) from error
-
-
-def give_back_heap() -> None:
-    """Return to the system what glibc keeps of freed memory; nothing on other systems.
-
-    Converting weights as a graph loads leaves holes in the heap: 0.4 GB behind ViT-L.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def run_options() -> Any:

@@ -30,9 +30,9 @@ from .flavour import Engine, Trt
 from .loading import EngineOf
 from .log import failure, messages
 
-# Names in DataType of weights that are replaced -> the arithmetic whose numbers they are, and NumPy's type.
+# Names in DataType of weights that are replaced -> NumPy's type.
 # In narrower ones a weight would keep little of a change.
-_TYPES = {"FLOAT": ("fp32", np.float32), "HALF": ("fp16", np.float16)}
+_TYPES = {"FLOAT": np.float32, "HALF": np.float16}
 _AT_ONCE = 2**28  # values on the host at the same time, about: in float32 and in the engine's type
 
 
@@ -81,7 +81,7 @@ def refit_changed(of: EngineOf, engine: Engine, package: Package) -> int:
 
     Raises:
         BackendError: the engine does not let go of one of them, or the library refuses them.
-        NumericError: one is beyond what the engine holds.
+        NumericError: one is beyond what fp16 holds.
         MemoryLimitError: they do not fit.
         PackageError: a weights file is not what the graph says.
         LatentrtError: what a change raises. The engine is of no use then.
@@ -174,11 +174,10 @@ def _set(
     mark = messages(of.trt).mark()
     for name, value in values.items():
         prototype = refitter.get_weights_prototype(name)
-        known = _TYPES.get(prototype.dtype.name)
-        if known is None or prototype.size != value.size:
+        kind = _TYPES.get(prototype.dtype.name)
+        if kind is None or prototype.size != value.size:
             raise _refused(of, mark, f"has {prototype.size} values of {prototype.dtype.name} for {name}")
-        numbers, kind = known
-        check_range({name: value}, package.manifest.dtype, numbers)
+        check_range(name, value)
         held.append(np.ascontiguousarray(value, kind))
         weights = of.trt.Weights(prototype.dtype, held[-1].ctypes.data, held[-1].size)
         if not refitter.set_named_weights(name, weights):

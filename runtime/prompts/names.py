@@ -22,6 +22,7 @@ _NOT_BEHIND = r"(?!\w|-\w|\.\d)"
 # The same behind a name that `embedding:` calls, which may have a file's ending.
 _ENDING = r"(?:\.(?:safetensors|pt|bin))?(?!\w|[-./]\w)"
 
+_LISTED = 10  # names in a message
 # What to do about an embedding that is not there.
 LOAD = "Load it: pipe.load_textual_inversion(FILE), or the folder that has its file: --embd-dir FOLDER"
 
@@ -134,9 +135,12 @@ def _unknown(found: str, rest: str, names: Collection[str]) -> UsageError:
 
     name = re.split(r"[<\[]", rest)[0].strip(",").rstrip(".;:!?")
     near = get_close_matches(name, list(names), n=3, cutoff=0.4)
-    known = f"one of the {len(names)} that are known" if names else "no call, because none is known"
+    some = ", ".join(map(repr, sorted(names)[:_LISTED]))
+    known = f"one of the {len(names)} that are known: {some}" if names else "no call, because none is known"
     return UsageError(
         f"the prompt calls {found.strip()!r:.80}, and no embedding is called {name!r:.60}",
-        expected=f"{known}, such as {', '.join(map(repr, near))}" if near else known,
+        expected=f"one of the {len(names)} that are known, such as {', '.join(map(repr, near))}"
+        if near
+        else known,
         fix=LOAD,
     )

@@ -172,8 +172,8 @@ def _read_latents(text: str) -> "Array":
     return read_latents(text)
 
 
-def _check_loras(name: str, value: Any, manifest: "Manifest") -> tuple[tuple[str, Any], ...]:
-    """Names of adapters, alone or in pairs with strengths."""
+def check_loras(value: Any, name: str = "loras") -> tuple[tuple[str, Any], ...]:
+    """Names of adapters, alone or in pairs with strengths. Raises UsageError for anything else."""
     from ...adapters.sets import Strength
 
     found = items(value)
@@ -240,7 +240,7 @@ def _check_control(control: "Control") -> None:
         )
 
 
-def _read_lora(text: str) -> tuple[str, Any]:
+def _read_lora(text: str) -> str | tuple[str, Any]:
     """NAME, NAME:STRENGTH or NAME:STRENGTH:TEXT ENCODERS, where the name may have colons too."""
     name, *_ = parts = text.rsplit(":", 2)
     numbers: list[float] = []
@@ -248,7 +248,7 @@ def _read_lora(text: str) -> tuple[str, Any]:
         numbers.insert(0, float(parts.pop()))
     name = ":".join(parts)
     if not numbers:
-        return name, 1.0
+        return name
     if len(numbers) == 1:
         return name, numbers[0]
     return name, {"unet": numbers[0], "text_encoder": numbers[1], "text_encoder_2": numbers[1]}
@@ -279,7 +279,12 @@ PIXELS = Kind(check=_check_pixels, text=int, metavar="PIXELS")
 SIZE = Kind(check=lambda name, value, _: _check_pair(name, value, 1), read=_read_size, metavar="WIDTHxHEIGHT")
 OFFSET = Kind(check=lambda name, value, _: _check_pair(name, value, 0), read=_read_offset, metavar="LEFT,TOP")
 # These three are checked where the pictures are counted (request.py, source.py).
-LORAS = Kind(check=_check_loras, read=_read_lora, metavar="NAME[:STRENGTH[:TEXT ENCODERS]]", several=True)
+LORAS = Kind(
+    check=lambda name, value, _: check_loras(value, name),
+    read=_read_lora,
+    metavar="NAME[:STRENGTH[:TEXT ENCODERS]]",
+    several=True,
+)
 CONTROLS = Kind(check=_check_controls)
 SEEDS = Kind(read=_read_seeds, metavar="N[,N…]")
 LATENTS = Kind(read=_read_latents, metavar="FILE.npy")
@@ -375,7 +380,7 @@ class Parameters(TypedDict, total=False):
         kind=integer(0, lambda manifest: manifest.max_clip_skip))]
     loras: Annotated["Sequence[str | tuple[str, Any]] | None", Parameter(
         help="An adapter to draw with: a name or a file, and how strongly. May be given again.",
-        kind=LORAS, flags=("--lora",), stage="base")]
+        kind=LORAS, flags=("--lora",))]
     controls: Annotated["Sequence[Control] | None", Parameter(
         help="Pictures that steer through ControlNets.", kind=CONTROLS, flags=None, stage="base")]
     height: Annotated[int | None, Parameter(

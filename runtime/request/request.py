@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from numbers import Integral
 from secrets import randbelow
 from typing import TYPE_CHECKING, Any, cast
@@ -15,7 +17,7 @@ from ...engines.package import Manifest
 from ...engines.spec import Array
 from ..pictures.tiling import tile_stride
 from ..pictures.write import MAX_PIXELS
-from ..prompts.lora_tags import lora_tags
+from ..prompts.lora_tags import lora_tags, tags_drawn_as_text
 from ..sampling.config import SamplerConfig
 from ..sampling.names import resolve
 from ..sampling.samplers import count_steps, make_span
@@ -36,7 +38,11 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ...adapters.embeddings import Embedding
+    from ...adapters.sets import AdapterSet
     from ..controls.control import Control
+
+_LOG = logging.getLogger(__name__)
+_OTHER_TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +81,7 @@ class Request:
         controls: the pictures that steer through ControlNets.
         chosen: the parameters that are not their defaults, checked, but for pictures and latents.
         inputs: the pictures and latents it starts from, by parameter: one for all pictures, or one each.
+        adapters: the set that it draws with; None before a pipeline has looked for it.
         embeddings: those of textual inversion that its texts call, by name.
     """
 
@@ -110,6 +117,7 @@ class Request:
     inputs: Mapping[str, tuple[Input, ...]] = field(
         default_factory=dict[str, "tuple[Input, ...]"], compare=False
     )
+    adapters: AdapterSet | None = field(default=None, compare=False)
     embeddings: Mapping[str, Embedding] = field(default_factory=dict[str, "Embedding"], compare=False)
 
     @property
@@ -143,6 +151,7 @@ def make_request(
     values["image"], values["mask_image"] = load_images(values["image"]), read_mask(values["mask_image"])
     _check_span(values)
     prompts, count = check_texts("prompt", prompt), values["num_images_per_prompt"]
+    _tell_of_tags(prompts, values)
     height, width = _size(manifest, values)
     shape = (len(prompts) * count, *latent_shape(manifest, height, width))  # (N, C, H/8, W/8)
     source = make_source(manifest, values, height, width, shape, prompts=len(prompts))
@@ -188,9 +197,18 @@ def make_request(
     return Request(**{**checked, **resolved})
 
 
+def _tell_of_tags(prompts: Sequence[str], values: Mapping[str, Any]) -> None:
+    """Log what looks like the tag of an adapter and is drawn as text."""
+    others = (check_texts_for(name, values[name], len(prompts)) for name in _OTHER_TEXTS)
+    texts = filter(None, (*prompts, *chain.from_iterable(others)))
+    lines = (tags_drawn_as_text(text, values["prompt_syntax"]) for text in texts)
+    for line in filter(None, dict.fromkeys(lines)):
+        _LOG.warning("%s", line)
+
+
 def _tagged(prompts: Sequence[str], values: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """The adapters that the prompts of a batch name, which are drawn with the same nets."""
-    for name in ("negative_prompt", "prompt_2", "negative_prompt_2"):
+    for name in _OTHER_TEXTS:
         for text in check_texts_for(name, values[name], len(prompts)):
             if text and lora_tags(text):
                 raise UsageError(

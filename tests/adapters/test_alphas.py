@@ -358,3 +358,21 @@ def test_t20_dora_of_peft(tmp_path: Path) -> None:
     found = bound(write(tmp_path / "a.safetensors", stored, metadata), targets("sd1"))
     assert found.kinds == {"lora-dora": 2}
     check("sd1", trained, found, list(names))
+
+
+@pytest.mark.parametrize("alpha", [1e30, -1e30, 2.1e6])
+def test_an_alpha_that_no_trainer_writes(alpha: float, tmp_path: Path) -> None:
+    """It would draw noise. A whole LoKr has 1e10 for its "full dimension", and scales nothing."""
+    name, width = f"lora_unet_{flat(Q)}", targets("sd1")["unet"][f"{Q}.weight"][0]
+    pair = {f"{name}.lora_up.weight": normal(width, 2), f"{name}.lora_down.weight": normal(2, width)}
+    path = write(tmp_path / "x.safetensors", pair | {f"{name}.alpha": torch.tensor(alpha)})
+    with pytest.raises(
+        AdapterError, match=rf"{name} has an alpha of .* for the rank 2.*at most 1e\+06 times"
+    ):
+        bound(path, targets("sd1"))
+    noted = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": alpha})}
+    with pytest.raises(AdapterError, match="has an alpha of"):
+        bound(write(path, pair, noted), targets("sd1"))
+    whole = {f"{name}.lokr_w1": normal(2, 2), f"{name}.lokr_w2": normal(width // 2, width // 2)}
+    found = bound(write(path, whole | {f"{name}.alpha": torch.tensor(1e10)}), targets("sd1"))
+    assert found.changes["unet"][f"{Q}.weight"].scale == 1

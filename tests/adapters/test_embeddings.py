@@ -257,7 +257,7 @@ def test_arrays_of_other_types() -> None:
 
 @pytest.mark.parametrize("name", ["", " a", "a\n", "a\nb", "x" * 256])
 def test_names_that_no_prompt_has(name: str) -> None:
-    with pytest.raises(UsageError, match=r"an embedding is called .*; expected a word of printable"):
+    with pytest.raises(UsageError, match=r"an embedding is called .*; expected 1 to 255 printable"):
         refuse_name(name)
 
 

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import shutil
 import struct
+import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +80,60 @@ def test_a1111s_hash_is_the_trainers_where_it_is_one(noted: str, taken: bool, pa
     assert (read_adapter(path).short_hash == noted[:12]) == taken
 
 
-def test_arrays_are_pages_of_the_file(path: Path) -> None:
+def test_factors_are_read_when_they_are_computed_with(path: Path) -> None:
+    """What stays in memory is what is no factor: alphas."""
+    write(path, {**pair(NAME), f"{NAME}.alpha": torch.tensor(1.0)})
+    found = read_adapter(path)
+    assert [name for name, array in found.tensors.items() if isinstance(array, np.ndarray)] == [
+        f"{NAME}.alpha"
+    ]
+
+
+def cut(path: Path) -> None:
+    with path.open("r+b") as stream:
+        stream.truncate(path.stat().st_size - 64)
+
+
+def written_over(path: Path) -> None:
+    content = path.read_bytes()
+    with path.open("r+b") as stream:
+        stream.write(content)
+
+
+def replaced(path: Path) -> None:
+    """By a file of the same size and time of writing."""
+    other = path.with_name("other")
+    shutil.copy2(path, other)
+    other.replace(path)
+
+
+@pytest.mark.parametrize("change", [cut, written_over, replaced, Path.unlink])
+def test_a_file_that_is_another_one_now_is_not_computed_with(change: Any, path: Path) -> None:
+    """A mapped one would end the process, or draw other numbers under the old hash."""
+    one = bound(write(path, pair(NAME)), SD1).changes["unet"][f"{LAYER}.weight"]
+    base = np.zeros((WIDTH, WIDTH), np.float32)
+    merged(base, [(one, 1.0)])
+    time.sleep(0.02)  # the clock of file systems is coarse
+    change(path)
+    with pytest.raises(AdapterError, match=r"since it was loaded|cannot be read any more") as caught:
+        merged(base, [(one, 0.5)])
+    assert "Load it again" in caught.value.fix
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(path, pair(NAME))
-    array: Any = read_adapter(path).tensors[f"{NAME}.lora_up.weight"]
-    while isinstance(array, np.ndarray) and not isinstance(array, np.memmap):
-        array = array.base
-    assert isinstance(array, np.memmap)
+    for change in (cut, written_over):
+
+        def config(found: Path, change: Any = change) -> bytes:
+            time.sleep(0.02)
+            change(found)
+            return b""
+
+        monkeypatch.setattr(files, "read_config", config)
+        with pytest.raises(AdapterError, match="has changed"):
+            read_adapter(path)
+        monkeypatch.undo()
+        write(path, pair(NAME))
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
@@ -123,7 +174,7 @@ def test_embeddings_that_lie_in_the_file(path: Path) -> None:
 
 def test_no_such_file(tmp_path: Path) -> None:
     refused(tmp_path / "none.safetensors", "is no file")
-    refused(tmp_path, "is no file")
+    refused(tmp_path, "is a folder without adapter_model.safetensors or pytorch_lora_weights.safetensors")
 
 
 def test_a_pickle_is_to_be_converted(tmp_path: Path) -> None:
@@ -136,7 +187,12 @@ def test_a_pointer_and_a_page(path: Path) -> None:
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     refused(path, "git-lfs pointer")
     path.write_text("<!DOCTYPE html><html></html>")
-    refused(path, "an HTML page")
+    assert "Download the file again" in refused(path, "an HTML page").fix
+    path.write_bytes(b"7z\xbc\xaf" + bytes(300))
+    assert refused(path, "a 7z archive").fix == f"Unpack it: 7z x {path}"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a", "b")
+    assert refused(path, "a zip archive").fix.endswith(f"python3 -m zipfile -e {path} {path.parent}")
 
 
 @pytest.mark.parametrize("end", [-1, -100, 50])
@@ -187,6 +243,39 @@ def test_numbers_of_a_type_that_no_adapter_has(path: Path) -> None:
     ).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
     refused(path, "in U16")
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.int64, torch.bool])
+@pytest.mark.parametrize("part", ["lora_up.weight", "diff_b"])
+def test_integers_are_quantised_weights(kind: torch.dtype, part: str, path: Path) -> None:
+    """Those that count are none: an alpha, and whether an IA3 is of inputs."""
+    stored = pair(NAME) | {f"{NAME}.diff_b": normal(WIDTH)}
+    stored[f"{NAME}.{part}"] = torch.ones(stored[f"{NAME}.{part}"].shape, dtype=kind)
+    error = refused(write(path, stored), f"{NAME}.{part} in .*, so it is quantised")
+    assert "floats" in error.expected
+    write(path, pair(NAME) | {"bundle_emb.x.clip_l": torch.ones(1, 64, dtype=kind)})
+    refused(path, "so it is quantised")
+    counts = {f"{NAME}.alpha": torch.tensor(2).to(kind), f"{NAME}.scalar": torch.tensor([1]).to(kind)}
+    assert bound(write(path, pair(NAME) | counts), SD1).applied == 4
+
+
+def test_a_checkpoint_is_drawn_with_otherwise(path: Path) -> None:
+    write(path, {"model.diffusion_model.input_blocks.0.0.weight": normal(4, 4, 3, 3)})
+    assert refused(path, "a whole checkpoint").fix.endswith(f"latentrt generate PROMPT -m {path}")
+    write(path, {"<frame>": normal(2, 96)})
+    assert "embedding:NAME" in refused(path, "is a textual inversion").fix
+
+
+def test_a_dora_without_magnitudes_is_said(path: Path, logged: list[str]) -> None:
+    noted = {"lora_adapter_metadata": json.dumps({"unet.use_dora": True, "unet.lora_alpha": 2})}
+    write(path, pair(NAME), noted)
+    assert bound(path, SD1).kinds == {"lora": 1}
+    assert "it says that it is a DoRA, and has no magnitudes" in " ".join(read_adapter(path).notes())
+    assert "says that it is a DoRA" in logged.pop()
+    write(path, pair(NAME) | {f"{NAME}.dora_scale": normal(WIDTH, 1)}, noted)
+    bound(path, SD1)
+    assert not logged
+    assert "magnitudes" not in " ".join(read_adapter(path).notes())
 
 
 @pytest.mark.parametrize(
@@ -256,7 +345,16 @@ def test_t32_an_adapter_for_another_base(form: str, made_for: str, model: str, p
 
 def test_t32_on_models_of_unknown_width(path: Path) -> None:
     write(path, pair(f"lora_unet_{flat(CONTEXT)}", 32, 48))
-    refused(path, "made for another model: its attn2.to_k reads 48")
+    error = refused(path, "made for another model: its attn2.to_k reads 48")
+    assert error.expected.startswith("an adapter for this model")
+
+
+@pytest.mark.parametrize("on_input", [True, False])
+def test_ia3s_factors_are_no_width(on_input: bool, path: Path) -> None:
+    """They lie on cross-attention, one for each output in a column."""
+    stored = {"weight": normal(1, 48) if on_input else normal(32, 1), "on_input": torch.tensor(on_input)}
+    write(path, {f"lora_unet_{flat(CONTEXT)}.{part}": x for part, x in stored.items()})
+    assert bound(path, {"unet": {f"{CONTEXT}.weight": (32, 48)}}).kinds == {"ia3": 1}
 
 
 # ── keys without a tensor ─────────────────────────────────────────────────────────────────────────────────
@@ -265,7 +363,7 @@ def test_t32_on_models_of_unknown_width(path: Path) -> None:
 def test_t6_t7_unknown_keys_are_named_with_the_nearest(path: Path) -> None:
     absent = NAME.replace("down_blocks_0", "down_blocks_7")
     write(path, pair(NAME) | pair(absent))
-    error = refused(path, "2 of 4 keys that this model has no tensor for")
+    error = refused(path, "2 of 4 keys that this model has no use for")
     for part in ("lora_up", "lora_down"):
         assert f"{absent}.{part}.weight (nearest: {NAME})" in error.found
     adapter = bound(path, SD1, allow_unused=True)
@@ -283,7 +381,7 @@ def test_many_unknown_keys_are_counted(path: Path) -> None:
     error = refused(write(path, stored), "30 of 32 keys")
     assert error.found.count("lora_unet_x") == 20
     assert error.found.endswith("and 10 more")
-    assert "allow_unused=True" in error.fix
+    assert "--lora-lenient, or allow_unused=True in Python" in error.fix
 
 
 def test_keys_of_no_grammar(path: Path) -> None:
@@ -295,7 +393,9 @@ def test_keys_of_no_grammar(path: Path) -> None:
 def test_an_alpha_alone_and_whole_weights_are_no_change(path: Path) -> None:
     other = NAME.replace("to_q", "to_k")
     odd = {f"{other}.alpha": torch.tensor(1.0), f"unet.{LAYER}.base_layer.weight": normal(WIDTH, WIDTH)}
-    refused(write(path, pair(NAME) | odd), "2 of 4 keys")
+    error = refused(write(path, pair(NAME) | odd), "2 of 4 keys")
+    assert f"{other}.alpha (alpha alone is no change)" in error.found
+    assert f"{LAYER}.base_layer.weight (weight alone is no change)" in error.found
     adapter = bound(path, SD1, allow_unused=True)
     assert set(adapter.unused) == set(odd)
     assert adapter.kinds == {"lora": 1}
@@ -303,7 +403,7 @@ def test_an_alpha_alone_and_whole_weights_are_no_change(path: Path) -> None:
 
 def test_a_bias_where_the_model_has_none(path: Path) -> None:
     write(path, pair(NAME) | {f"{NAME}.diff_b": normal(WIDTH)})
-    refused(path, f"1 of 3 keys .*{NAME}.diff_b")
+    refused(path, rf"1 of 3 keys .*{NAME}.diff_b \(it has no bias\)")
     adapter = bound(path, SD1, allow_unused=True)
     assert (adapter.unused, adapter.kinds) == ((f"{NAME}.diff_b",), {"lora": 1})
 

@@ -15,6 +15,13 @@ FAMILIES = list(TINY)
 XL = ("sdxl", "sdxl-refiner")
 
 
+# Where latent-diffusion's checkpoints have a text encoder of transformers.
+_CHECKPOINTS = {
+    ("sd1", "text_encoder"): ("cond_stage_model.transformer.",),
+    ("sdxl", "text_encoder"): ("conditioner.embedders.0.transformer.",),
+}
+
+
 def spelled(family: str) -> Iterator[tuple[str, str, str]]:
     """A module as each trainer spells it, before the dot; its component and name."""
     config = modules(family)["unet"].config
@@ -39,11 +46,12 @@ def spelled(family: str) -> Iterator[tuple[str, str, str]]:
         prefixes["text_encoder_2"] = (("lora_te_", "lora_te2_"), ("text_encoder_2.", "clip_g."))
     for part in prefixes.keys() & targets(family).keys():
         underscored, dotted = prefixes[part]
-        comfy = f"text_encoders.clip_{'g' if part.endswith('2') else 'l'}.transformer."
+        bare = f"clip_{'g' if part.endswith('2') else 'l'}.transformer."
+        comfy = (bare, f"text_encoders.{bare}", *_CHECKPOINTS.get((family, part), ()))
         for module in modules_of(targets(family)[part]):
             for name in (module, module.removeprefix("text_model.")):
                 yield from ((prefix + flat(name), part, module) for prefix in underscored)
-                yield from ((prefix + name, part, module) for prefix in (*dotted, comfy))
+                yield from ((prefix + name, part, module) for prefix in (*dotted, *comfy))
             old = re.sub(r"self_attn\.(q|k|v|out)_proj", r"self_attn.to_\1", module)
             yield f"{dotted[0]}{old}", part, module
 

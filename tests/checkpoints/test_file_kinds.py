@@ -253,13 +253,33 @@ KINDS = {
     "Flux": {"double_blocks.0.img_attn.norm.key_norm.scale": meta(1)},
     "Stable Diffusion 3": {f"{UNET}joint_blocks.0.context_block.adaLN_modulation.1.bias": meta(1)},
     "a LoRA": {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": meta(4, 4)},
+    "a LoRA (OFT)": {"oft_unet_conv_in.oft_blocks": meta(2, 4, 4)},
+    "a LoRA (BOFT)": {"lycoris_conv_in.oft_blocks": meta(2, 2, 4, 4)},
+    "whole differences of weights": {
+        "lora_unet_conv_in.diff": meta(4, 4),
+        "lora_unet_conv_in.diff_b": meta(4),
+    },
+    "differences of norms": {
+        "lora_unet_conv_norm_out.w_norm": meta(4),
+        "lora_unet_conv_norm_out.b_norm": meta(4),
+    },
+    "new weights": {"diffusion_model.out.2.set_weight": meta(4)},
+    "a LoRA (kohya's names)": {
+        "lora_unet_conv_in.lora_down.weight": meta(4, 4),
+        "lora_unet_conv_norm_out.w_norm": meta(4),
+    },
     "a ControlNet": {"control_model.input_blocks.0.0.weight": meta(32, 4, 3, 3)},
     "Playground 2.5": {CONV_IN: meta(32, 4, 3, 3), "edm_mean": meta(4)},
     "AnimateDiff": {"down_blocks.0.motion_modules.0.norm.weight": meta(4)},
     "an autoencoder alone": {"first_stage_model.encoder.conv_in.weight": meta(32, 3, 3, 3)},
     "a textual inversion": {"emb_params": meta(2, 768)},
+    "a textual inversion for Stable Diffusion 1.x": {"<cat-toy>": meta(1, 768)},
+    "a textual inversion; expected": {"<cat-toy>": meta(3, 96)},
     "a UNet alone": {"input_blocks.0.0.weight": meta(32, 4, 3, 3)},
     "a text encoder alone": {"text_model.embeddings.token_embedding.weight": meta(4, 4)},
+    "a textual inversion for Stable Diffusion 2.x": {"<cat-toy>": meta(1024)},
+    "no kind that is known (fc.weight …)": {"fc.weight": meta(3, 96)},
+    "no kind that is known (x …)": {"x": meta(3, 96, 2)},
     "no kind that is known (fc1, fc2 …)": {"fc1": meta(4), "fc2": meta(4)},
 }
 
@@ -268,7 +288,7 @@ KINDS = {
 def test_other_kinds_are_named(kind: str, write: Any) -> None:
     with pytest.raises(CheckpointError) as error:
         open_single_file(write(KINDS[kind]))
-    assert f" is {kind}" in error.value.found
+    assert f" is {kind}" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,11 @@ def test_inspect_says_what_a_file_is(latentrt: Any, tmp_path: Path) -> None:
     _, out, _ = latentrt("inspect", str(tmp_path / "face.safetensors"))
     assert "a textual inversion for Stable Diffusion 1.x" in out
     assert f"latentrt generate embedding:NAME -m CHECKPOINT --embd-dir {tmp_path}" in out
+    assert "emb_params: 4 vectors of 768" in out
+    save_file({"<long>": np.ones((76, 96), np.float16)}, tmp_path / "face.safetensors")
+    _, out, _ = latentrt("inspect", str(tmp_path / "face.safetensors"))
+    assert "a textual inversion" in out
+    assert "has 76 vectors" in out
     (tmp_path / "face.safetensors").unlink()
     assert "a folder of files (style.safetensors)" in latentrt("inspect", str(tmp_path))[1]
 

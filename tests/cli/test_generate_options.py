@@ -1,6 +1,7 @@
 """Every option of `latentrt generate`: what it becomes, and that none is left out here."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.numpy import save_file
 from latentrt import Control, cli
 from latentrt.cli.generate import generate
 from latentrt.engines.errors import StorageError
-from latentrt.runtime.model import CheckpointOptions
+from latentrt.runtime.model import ADAPTERS, CheckpointOptions
 from latentrt.runtime.pictures.write import read_metadata
 from latentrt.runtime.pipeline import Pipeline
 
@@ -62,7 +63,7 @@ PARAMETERS: dict[str, tuple[list[str], str, Any]] = {
     "--lora": (
         ["a:0.5", "--lora", "b", "--lora", "c:1:d:-1.5:0.25"],
         "loras",
-        [("a", 0.5), ("b", 1.0), ("c:1:d", {"unet": -1.5, "text_encoder": 0.25, "text_encoder_2": 0.25})],
+        [("a", 0.5), "b", ("c:1:d", {"unet": -1.5, "text_encoder": 0.25, "text_encoder_2": 0.25})],
     ),
 }
 # Those of the command itself; the tests below are about them.
@@ -209,6 +210,7 @@ def test_how_the_pipeline_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = ["--dtype", "fp16", "--vae", "v", "--tiny-vae", "t", "--prediction-type", "epsilon"]
     checkpoint += ["--fuse-lora", "fast.safetensors:0.5", "--fuse-lora", "b", "--few-steps", "lcm"]
     more = ["--threads", "3", "--refiner-at", "0.6", "--embd-dir", "words", "--lora-dir", "styles"]
+    more += ["--lora-lenient"]
     _, parameters = heard(monkeypatch, "a", *words, *more, *checkpoint)
     options = {
         "backend": "tensorrt",
@@ -216,6 +218,7 @@ def test_how_the_pipeline_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
         "threads": 3,
         "loras": Path("styles"),
         "embeddings": Path("words"),
+        "allow_unused": True,
     }
     told = [{name: given.pop(name) for name in ("progress", "note")} for _, given in Listener.opened]
     assert all(callable(function) for each in told for function in each.values())
@@ -224,7 +227,7 @@ def test_how_the_pipeline_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
         vae=Path("v"),
         tiny_vae=Path("t"),
         prediction_type="epsilon",
-        fused=[("fast.safetensors", 0.5), ("b", 1.0)],
+        fused=[("fast.safetensors", 0.5), "b"],
         few_steps="lcm",
     )
     assert Listener.opened == [("base", {**options, "checkpoint": first}), ("other", options)]
@@ -394,6 +397,8 @@ def test_what_is_drawn_must_be_said(monkeypatch: pytest.MonkeyPatch, words: list
         ("a photo of a fox", "it does not know photo, of, fox:"),
         ("a red cross <lora:cross:1> on a grey sofa", "it does not know sofa:"),
         ("a red frame on a grey sofa", "it does not know sofa:"),
+        ("a red embedding:Frame on a grey sofa", "it does not know sofa:"),
+        ("a red (embedding:frame.safetensors:1.1) on a grey background", ""),
     ],
 )
 def test_the_demo_says_what_it_does_not_know(
@@ -403,6 +408,63 @@ def test_the_demo_says_what_it_does_not_know(
     found = capfd.readouterr().err
     assert said in found
     assert bool(said) == ("the demo model" in found)
+
+
+def test_adapters_of_one_stem(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """The later file gets a name that is free; the same content twice is one adapter."""
+    for place, name in (("a", "striped"), ("b", "cross"), ("c", "striped")):
+        Path(place).mkdir()
+        shutil.copy(ADAPTERS["demo"] / f"{name}.safetensors", Path(place) / "style.safetensors")
+    shutil.copy("a/style.safetensors", "style-2.safetensors")
+    loras = [word for place in "abc" for word in ("--lora", f"{place}/style.safetensors:0.5")]
+    run(monkeypatch, "a red circle", *loras, "--lora-dir", ".", "-o", "both.png", *FAST)
+    record = read_metadata(Path("both.png")).record or {}
+    assert record["loras"] == [["style", 0.5], ["style-3", 0.5], ["style", 0.5]]
+    assert "b/style.safetensors is called style-3 here" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--lora", "."], "is a folder without adapter_model.safetensors"),
+        (["--lora", "nothing.safetensors:0.5"], "nothing.safetensors is no file"),
+        (["--lora", "nothing"], "no adapter is called 'nothing'"),
+        (["--fuse-lora", "x.safetensors"], "--fuse-lora (fused=…) was given for"),
+        (["--few-steps", "lcm"], "--few-steps (few_steps=…) was given for"),
+    ],
+)
+def test_adapters_that_are_not_there(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["latentrt", "generate", "a", *FAST, *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code in (2, 3)
+    assert said in capfd.readouterr().err
+
+
+def test_a_file_that_was_moved_is_given_with_the_strength_that_it_had(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`--from PICTURE --lora FILE` is the command that the error says, and draws the same."""
+    before, after = folder / "mine.safetensors", folder / "moved" / "mine.safetensors"
+    shutil.copy(ADAPTERS["demo"] / "striped.safetensors", before)
+    picture = folder / "moved.png"
+    run(monkeypatch, "a red circle", "--lora", f"{before}:0.6", "-o", str(picture), *FAST)
+    after.parent.mkdir()
+    before.rename(after)
+    empty = folder / "empty"  # the demo's own folder has a file of that hash
+    empty.mkdir()
+    monkeypatch.setattr(
+        sys, "argv", ["latentrt", "generate", "--from", str(picture), "--lora-dir", str(empty)]
+    )
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert "latentrt generate --from PICTURE --lora FILE:0.6" in capfd.readouterr().err
+    for words in ([f"{after}"], [f"{after}:0.6"]):
+        run(monkeypatch, "--from", str(picture), "--lora", *words, "-o", str(folder / "again.png"))
+        assert (folder / "again.png").read_bytes() == picture.read_bytes()
 
 
 def test_commands_at_the_same_time_take_names_of_their_own(folder: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from latentrt import cli
 from latentrt.checkpoints.entries import entries
@@ -189,6 +190,20 @@ def test_a_name_brings_adapters_along(call: Any, small: Path, tmp_path: Path) ->
     )
     assert draw(call, "small", "bare.png")[0] == 0  # as it was opened last: without
     assert "opened_with" not in json.loads(call("metadata", "bare.png", "--json")[1])["record"]
+
+
+def test_fused_adapters_may_have_unknown_keys(call: Any, small: Path, tmp_path: Path) -> None:
+    """Where --lora-lenient says so; it is not a part of how a checkpoint is opened, so each time anew."""
+    odd = {"lora_unet_nowhere.diff": torch.ones(3)}
+    lora = write_lora(tmp_path / "odd.safetensors", small, {"unet": "attn1"}, **odd)
+    code, _, err = draw(call, small, "x.png", "--fuse-lora", str(lora))
+    assert (code, "go on without these keys: --lora-lenient" in err) == (3, True)
+    assert draw(call, small, "x.png", "--fuse-lora", str(lora), "--lora-lenient")[0] == 0
+    assert draw(call, "small", "x.png")[0] == 3
+    assert draw(call, "small", "x.png", "--lora-lenient")[0] == 0
+    build = "build", "small", "--backend", "onnxruntime", "--nets", "nothing"
+    assert "--lora-lenient" in call(*build)[2]
+    assert "--lora-lenient" not in call(*build, "--lora-lenient")[2]
 
 
 def test_other_commands_take_the_name(call: Any, small: Path) -> None:

@@ -102,9 +102,10 @@ def test_a_net_on_a_device_computes_with_them_too() -> None:
 
 
 def test_what_is_beyond_fp16_is_named() -> None:
-    manifest = replace(DEMO.manifest, dtype="fp16")
-    for beyond in (1e5, np.nan, np.inf):
+    """In fp32 too: such a weight would draw noise."""
+    for beyond, dtype in ((1e5, "fp16"), (np.nan, "fp16"), (np.inf, "fp16"), (-1e5, "fp32")):
         change = {"conv_in.bias": lambda weight, beyond=beyond: np.full(weight.shape, beyond, np.float32)}
+        manifest = replace(DEMO.manifest, dtype=dtype)
         package = replace(DEMO, manifest=manifest, changes={"unet": change})
         with pytest.raises(NumericError, match=r"the weight conv_in\.bias reaches"):
             OnnxRuntimeNet(package, "unet")

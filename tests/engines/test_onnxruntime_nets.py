@@ -12,9 +12,10 @@ import pytest
 import latentrt.demo
 from latentrt.engines.device import ALIGNMENT, BoundNet, DeviceMemory, DeviceNet
 from latentrt.engines.errors import BackendError, MemoryLimitError, PackageError, UsageError
+from latentrt.engines.heap import give_back_heap
 from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
-from latentrt.engines.onnxruntime.session import give_back_heap, library
+from latentrt.engines.onnxruntime.session import library
 from latentrt.engines.package import Package
 from latentrt.engines.spec import DTYPES, NetSpec, output_shapes
 from tests.engines.net_inputs import input_shapes, random_inputs

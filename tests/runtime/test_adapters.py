@@ -5,8 +5,12 @@ What they do to pictures is compared with LyCORIS and PEFT in tests/test_parity_
 
 from __future__ import annotations
 
+import gc
+import os
 import random
 import resource
+import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,17 +18,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from latentrt.engines.errors import AdapterError, CheckpointError, NumericError, UsageError
+from latentrt.adapters.folder import NamedFiles
+from latentrt.engines.errors import AdapterError, CheckpointError, ModelError, NumericError, UsageError
 from latentrt.engines.net_weights import part_shapes
 from latentrt.engines.package import Package
 from latentrt.engines.spec import Array
 from latentrt.runtime import Pipeline
+from latentrt.runtime.adapted import MOST_SETS
 from latentrt.runtime.loop.denoise import HostLoop
 from latentrt.runtime.model import SHIPPED
 from latentrt.runtime.pictures.write import PictureMetadata
 from latentrt.runtime.redraw import redraw
+from latentrt.runtime.refine import refine
 
 DEMO = Package.open(SHIPPED["demo"])
 SMALL: dict[str, Any] = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "np", "seed": 4}
@@ -117,7 +124,7 @@ def test_a_block_alone(pipe: Pipeline) -> None:
     some = draw(pipe, ("loop", {"unet": {"mid": 0.0, "up": 0.0}}))
     assert not np.array_equal(some, whole)
     assert not np.array_equal(some, plain)
-    blocks = {"down": {"block_0": [1.0, 1.0], "block_1": 1.0}, "mid": 0.0, "up": {"block_0": 0, "block_1": 0}}
+    blocks = {"down": {"block_0": [1.0], "block_1": 1.0}, "mid": 0.0, "up": {"block_0": 0, "block_1": 0}}
     assert np.array_equal(draw(pipe, ("loop", {"unet": blocks})), some)
 
 
@@ -159,6 +166,34 @@ def test_sets_are_kept_by_bytes(files: dict[str, Path]) -> None:
             draw(pipe, where)
         assert len(pipe._adapted._entries) == len(WHERE)
         assert set(pipe.loop.nets) >= {"unet", "unet_context"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads and memory of the process in /proc")
+def test_trying_strengths_does_not_take_ever_more(files: dict[str, Path]) -> None:
+    """Threads and memory stay within those of MOST_SETS sets, and go back when all are unloaded."""
+
+    def taken() -> tuple[int, int]:
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return len(os.listdir("/proc/self/task")), pages * resource.getpagesize()
+
+    few = {"num_inference_steps": 1}
+    with Pipeline.open("demo", threads=2) as pipe:
+        pipe.load_lora_weights(files["everything"])
+        draw(pipe, **few)
+        before = taken()
+        for index in range(MOST_SETS + 8):
+            draw(pipe, ("everything", 0.5 + index / 100), **few)
+            if index + 1 == MOST_SETS:
+                full = taken()
+        more = taken()
+        assert len(pipe._adapted._entries) == MOST_SETS
+        assert more[0] <= full[0]
+        assert more[1] < full[1] + 40_000_000
+        pipe.unload_lora_weights()
+        threads, memory = taken()
+        assert threads <= before[0]
+        assert memory < before[1] + (full[1] - before[1]) / 3
 
 
 def test_unloading_leaves_nothing(pipe: Pipeline, files: dict[str, Path]) -> None:
@@ -359,12 +394,24 @@ def test_names_that_are_unknown_or_taken(pipe: Pipeline, files: dict[str, Path])
         pipe.unload_lora_weights("nothing")
     with pytest.raises(UsageError, match="no adapter is called"):
         pipe.set_adapters(["loop", "nothing"])
+    with pytest.raises(UsageError, match="no adapter is called 3"):
+        pipe.set_adapters([3])  # pyright: ignore
     with pytest.raises(UsageError, match="2 adapters and 1 strengths"):
         pipe.set_adapters(["loop", "keys"], [1.0])
     assert pipe.load_lora_weights(files["loop"], "mine") == "mine"
     assert pipe.load_lora_weights(files["loop"], "mine") == "mine", "the same content"
     with pytest.raises(UsageError, match="another adapter is called 'mine'"):
         pipe.load_lora_weights(files["keys"], "mine")
+    for name in ("", " ", 3, "a\n"):
+        with pytest.raises(UsageError, match="an adapter is called"):
+            pipe.load_lora_weights(files["loop"], name)  # pyright: ignore
+    for path in (None, {"a": np.ones(1)}, 3):
+        with pytest.raises(UsageError, match="an adapter's file is"):
+            pipe.load_lora_weights(path)  # pyright: ignore
+    with pytest.raises(UsageError, match="no block 'block_9' of 'down'"):
+        pipe.set_adapters("loop", {"unet": {"down": {"block_9": 0}}})
+    with pytest.raises(UsageError, match=r"6 strengths for up\.block_1, which has 2 layers"):
+        draw(pipe, ("loop", {"unet": {"up": {"block_1": [1] * 6}}}))
     with pytest.raises(UsageError, match="17 adapters"):
         draw(pipe, *["loop"] * 17)
     with pytest.raises(UsageError, match="is no folder"):
@@ -377,16 +424,105 @@ def test_a_file_of_the_folder_that_changed_is_read_again(tmp_path: Path) -> None
         before = draw(pipe, "one")
         write(tmp_path / "one.safetensors", "loop", seed=1, scale=0.6)
         assert not np.array_equal(draw(pipe, "one"), before)
-        (tmp_path / "sub").mkdir()
-        write(tmp_path / "sub" / "one.safetensors", "loop")
-        np.testing.assert_array_equal(draw(pipe, "sub/one"), before)
-        write(tmp_path.parent / "outside.safetensors", "loop")
-        (tmp_path / "link.safetensors").symlink_to(tmp_path.parent / "outside.safetensors")
-        with pytest.raises(CheckpointError, match="outside of the folder"):
-            draw(pipe, "link")
-        (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nothing")
-        with pytest.raises(CheckpointError, match="cannot be read"):
-            draw(pipe, "gone")
+
+
+def test_a_name_is_a_path_first(pipe: Pipeline, tmp_path: Path, files: dict[str, Path]) -> None:
+    """The file at the top has its stem; what two in subfolders have is asked for by path."""
+    for place in ("a", "old", "z"):
+        (tmp_path / place).mkdir()
+        write(tmp_path / place / "style.safetensors", "loop", seed=1)
+    write(tmp_path / "style.safetensors", "loop")
+    with Pipeline.open("demo", loras=tmp_path) as pipe_of_folder:
+        wanted, other = draw(pipe, "loop"), draw(pipe_of_folder, "old/style")
+        assert not np.array_equal(wanted, other)
+        np.testing.assert_array_equal(draw(pipe_of_folder, "style"), wanted)
+        tagged = pipe_of_folder(f"{PROMPT}<lora:style:1>", **SMALL).images
+        np.testing.assert_array_equal(tagged, wanted)
+        (tmp_path / "style.safetensors").unlink()
+        with pytest.raises(UsageError, match=r"3 files of .* are called 'style'") as caught:
+            draw(pipe_of_folder, "style")
+        assert caught.value.expected == "one of 'a/style', 'old/style', 'z/style'"
+        (tmp_path / "a" / "style.safetensors").unlink()
+        (tmp_path / "z" / "style.safetensors").unlink()
+        np.testing.assert_array_equal(draw(pipe_of_folder, "style"), other)
+
+
+def test_unknown_keys_are_left_out_everywhere(pipe: Pipeline, tmp_path: Path) -> None:
+    """The folder's adapters, tags, and what is loaded later are alike."""
+    path = write(tmp_path / "odd.safetensors", "loop", **{"lora_unet_nowhere.diff": np.ones(3, np.float32)})
+    with Pipeline.open("demo", loras=tmp_path) as strict, pytest.raises(AdapterError, match="1 of"):
+        draw(strict, "odd")
+    with Pipeline.open("demo", loras=tmp_path, allow_unused=True) as lenient:
+        wanted = draw(pipe, "loop")
+        np.testing.assert_array_equal(draw(lenient, "odd"), wanted)
+        np.testing.assert_array_equal(draw(lenient, prompt=f"{PROMPT}<lora:odd:1>"), wanted)
+        lenient.load_lora_weights(path, "again")
+        np.testing.assert_array_equal(draw(lenient, "again"), wanted)
+
+
+def test_links_are_followed(
+    pipe: Pipeline, files: dict[str, Path], tmp_path: Path, logged: list[str]
+) -> None:
+    """Files and folders that are kept elsewhere; a link to nothing and a loop are left out with a line."""
+    outside, folder = tmp_path / "outside", tmp_path / "folder"
+    for place in (outside / "sub", folder):
+        place.mkdir(parents=True)
+    write(outside / "ink.safetensors", "loop")
+    write(outside / "sub" / "deep.safetensors", "loop")
+    (folder / "link.safetensors").symlink_to(outside / "ink.safetensors")
+    (folder / "linked").symlink_to(outside)
+    (folder / "again").symlink_to(outside)
+    (outside / "sub" / "loop").symlink_to(folder)
+    (folder / "gone.safetensors").symlink_to(folder / "nothing.safetensors")
+    (folder / "self").symlink_to(folder / "self")
+    with Pipeline.open("demo", loras=folder) as linked:
+        wanted = draw(pipe, "loop")
+        for name in ("link", "linked/sub/deep", "deep", "ink"):  # one file by two ways is one
+            np.testing.assert_array_equal(draw(linked, name), wanted)
+        with pytest.raises(UsageError, match="no adapter is called 'gone'"):
+            draw(linked, "gone")
+    lines = [line for line in logged if "left out" in line]
+    assert len(lines) == len(set(lines)) == 4, "each once"
+    assert sum("leads to nothing" in line for line in lines) == 2
+    assert sum("a folder that it lies in" in line for line in lines) == 2
+
+
+def test_a_file_that_cannot_be_read_and_a_folder(tmp_path: Path, logged: list[str]) -> None:
+    files = NamedFiles(tmp_path, (".safetensors",), lambda path: path)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        files.content(tmp_path / "nothing.safetensors")
+    tmp_path.rmdir()
+    assert files.paths() == {}
+    assert "cannot be looked through" in logged[-1]
+
+
+def test_a_file_that_was_replaced_is_read_again(tmp_path: Path) -> None:
+    """Also by one of the same size and time of writing, as a copy that keeps times is."""
+    one, other = write(tmp_path / "one.safetensors", "loop"), write(tmp_path / "other", "loop", seed=1)
+    os.utime(other, ns=(one.stat().st_atime_ns, one.stat().st_mtime_ns))
+    with Pipeline.open("demo", loras=tmp_path) as pipe:
+        before = pipe(PROMPT, loras=["one"], **SMALL)
+        other.replace(one)
+        after = pipe(PROMPT, loras=["one"], **SMALL)
+        assert not np.array_equal(after.images, before.images)
+        assert before.record()["adapters"]["one"]["sha256"] != after.record()["adapters"]["one"]["sha256"]
+
+
+def test_a_loaded_file_that_changed_is_not_drawn_with(pipe: Pipeline, tmp_path: Path) -> None:
+    """What is open goes on; a strength that is to be computed anew is refused, and loading it mends it."""
+    path = write(tmp_path / "mine.safetensors", "loop")
+    pipe.load_lora_weights(path)
+    wanted = draw(pipe, "mine")
+    time.sleep(0.02)
+    with path.open("r+b") as stream:
+        stream.truncate(1000)
+    np.testing.assert_array_equal(draw(pipe, "mine"), wanted)
+    with pytest.raises(AdapterError, match=r"mine\.safetensors has changed since it was loaded"):
+        draw(pipe, ("mine", 0.5))
+    write(path, "loop", seed=1)
+    pipe.unload_lora_weights("mine")
+    pipe.load_lora_weights(path)
+    assert not np.array_equal(draw(pipe, ("mine", 0.5)), wanted)
 
 
 def test_a_folder_as_diffusers_writes_it(pipe: Pipeline, tmp_path: Path) -> None:
@@ -397,19 +533,98 @@ def test_a_folder_as_diffusers_writes_it(pipe: Pipeline, tmp_path: Path) -> None
     np.testing.assert_array_equal(draw(pipe, "adapter_model"), draw(pipe, "loop"))
 
 
-def test_what_comes_with_an_adapter(pipe: Pipeline, tmp_path: Path) -> None:
-    """Embeddings in an adapter's file are loaded and forgotten with it."""
-    words = {"bundle_emb.glow.string_to_param.*": np.ones((2, 96), np.float32)}
-    path = write(tmp_path / "bundle.safetensors", "loop", **words)
-    pipe.load_lora_weights(write(tmp_path / "other.safetensors", "loop"), "taken")
-    with pytest.raises(UsageError, match="another adapter is called 'taken'"):
-        pipe.load_lora_weights(path, "taken")
-    assert "glow" not in pipe.embeddings.names(), "what is refused leaves nothing behind"
-    pipe.load_lora_weights(path)
-    assert "glow" in pipe.embeddings.names()
-    pipe("a glow circle", loras=["bundle"], **SMALL)
-    pipe.unload_lora_weights("bundle")
+def bundle(path: Path, vectors: Array, word: str = "glow") -> Path:
+    """An adapter that changes next to nothing, with an embedding in its file."""
+    return write(path, "loop", scale=1e-6, **{f"bundle_emb.{word}.string_to_param.*": vectors})
+
+
+VECTORS = np.random.default_rng(3).standard_normal((2, 2, 96), np.float32) / 4
+
+
+def test_the_words_of_an_adapter_belong_to_the_requests_that_draw_with_it(
+    pipe: Pipeline, tmp_path: Path
+) -> None:
+    """They count where the adapter does, at any strength but 0, and are gone behind it."""
+    text = "a red glow circle"
+    with Pipeline.open("demo") as other:
+        other.load_textual_inversion({"glow": VECTORS[0]})
+        wanted = draw(other, prompt=text)
+    plain = draw(pipe, prompt=text)
+    pipe.load_lora_weights(bundle(tmp_path / "bundle.safetensors", VECTORS[0]))
+    np.testing.assert_array_equal(draw(pipe, prompt=text), plain)
+    for prompt, loras in ((text, [("bundle", 1e-9)]), (f"{text} <lora:bundle:1e-9>", [])):
+        result = pipe(prompt, loras=loras, **SMALL)
+        np.testing.assert_array_equal(result.images, wanted)
+        (said,) = result.record()["embeddings"]
+        assert (said["name"], said["adapter"]) == ("glow", "bundle")
+        assert "TI hashes" not in result.infotext()
+        np.testing.assert_array_equal(draw(pipe, prompt=text), plain)
+    np.testing.assert_array_equal(draw(pipe, ("bundle", 0), prompt=text), plain)
+    np.testing.assert_array_equal(
+        draw(pipe, ("bundle", 1e-9), prompt=text, prompt_syntax="plain"),
+        draw(pipe, ("bundle", 1e-9), prompt=text),
+    )
     assert "glow" not in pipe.embeddings.names()
+    with pytest.raises(UsageError, match="no embedding is called 'glow'"):
+        pipe("embedding:glow", **SMALL)
+    pipe.set_adapters("bundle", 1e-9)
+    steps = pipe.stream(text, **{k: v for k, v in SMALL.items() if k != "output_type"})
+    pipe.unload_lora_weights()
+    *_, last = steps
+    np.testing.assert_array_equal(np.asarray(last.preview()[0]), wanted[0])
+
+
+def test_a_word_of_an_adapter_and_of_the_user(pipe: Pipeline, tmp_path: Path, logged: list[str]) -> None:
+    text, mine = "a red glow circle", ("mine", 1e-9)
+    pipe.load_textual_inversion({"glow": VECTORS[1]})
+    own = draw(pipe, prompt=text)
+    pipe.load_lora_weights(bundle(tmp_path / "bundle.safetensors", VECTORS[0]), "mine")
+    for _ in range(2):
+        assert not np.array_equal(draw(pipe, mine, prompt=text), own)
+        np.testing.assert_array_equal(draw(pipe, prompt=text), own)
+    assert [one for one in logged if "glow" in one] == [
+        "the word 'glow' is the embedding that the adapter 'mine' brings along, and not yours of that name"
+    ]
+
+
+def test_one_word_of_several_adapters(pipe: Pipeline, tmp_path: Path) -> None:
+    text = "a red glow circle"
+    path = bundle(tmp_path / "one.safetensors", VECTORS[0])
+    for name in ("a", "b"):
+        pipe.load_lora_weights(path, name)
+    pipe.load_lora_weights(bundle(tmp_path / "two.safetensors", VECTORS[1]), "c")
+    wanted = draw(pipe, ("b", 1e-9), prompt=text)
+    np.testing.assert_array_equal(draw(pipe, ("a", 1e-9), ("b", 1e-9), prompt=text), wanted)
+    pipe.unload_lora_weights("a")
+    np.testing.assert_array_equal(draw(pipe, ("b", 1e-9), prompt=text), wanted)
+    assert not np.array_equal(draw(pipe, ("c", 1e-9), prompt=text), wanted)
+    with pytest.raises(UsageError, match="the adapters 'b' and 'c' both bring the embedding 'glow'"):
+        draw(pipe, "b", "c", prompt=text)
+    draw(pipe, "b", "c", prompt="a red circle")
+
+
+def test_embeddings_that_are_damaged_are_refused_with_their_adapter(pipe: Pipeline, tmp_path: Path) -> None:
+    for index, (word, vectors) in enumerate(
+        {"glow": np.ones((76, 96), np.float32), "numbers": np.ones((1, 96), np.int32)}.items()
+    ):
+        with pytest.raises(ModelError, match=word):
+            pipe.load_lora_weights(bundle(tmp_path / f"{index}.safetensors", vectors, word))
+    with pytest.raises(UsageError, match="an embedding is called"):
+        pipe.load_lora_weights(bundle(tmp_path / "2.safetensors", VECTORS[0], " x"))
+    assert pipe.adapters.names == ()
+
+
+def test_a_word_of_an_adapter_is_found_again(pipe: Pipeline, tmp_path: Path) -> None:
+    path = bundle(tmp_path / "mine.safetensors", VECTORS[0])
+    pipe.load_lora_weights(path)
+    result = pipe("a red glow circle", loras=[("mine", 0.5)], **{**SMALL, "output_type": "pil"})
+    result.save(tmp_path / "one.png")
+    assert redraw(pipe, tmp_path / "one.png").to_bytes() == result.to_bytes()
+    redraw(pipe, tmp_path / "one.png", loras=[])
+    record = result.record()
+    record["embeddings"][0]["sha256"] = "0" * 64
+    with pytest.raises(UsageError, match="the embedding 'glow' is not the one"):
+        redraw(pipe, record)
 
 
 # ── records ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -454,3 +669,148 @@ def test_a_picture_of_automatic1111(pipe: Pipeline, tmp_path: Path) -> None:
     wrong = text.replace(hashes, "0" * 12)
     with pytest.raises(UsageError, match="the adapter 'keys' is another file"):
         redraw(pipe, PictureMetadata(parameters=wrong, record=None))
+
+
+def text_of(result: Any) -> PictureMetadata:
+    """AUTOMATIC1111's text alone, as other programs keep it."""
+    return PictureMetadata(parameters=result.infotext(), record=None)
+
+
+@pytest.mark.parametrize("syntax", ["a1111", "plain"])
+def test_the_text_alone_has_adapters_that_were_passed(pipe: Pipeline, syntax: str) -> None:
+    """A1111 knows no others than those of tags, so they are written as such."""
+    more = {**SMALL, "prompt_syntax": syntax}
+    loras = [("loop", 0.7), ("text", {"unet": 0.25, "text_encoder": -0.5, "text_encoder_2": -0.5})]
+    result = pipe(PROMPT, loras=loras, **more)
+    assert f"{PROMPT} <lora:loop:0.7> <lora:text:-0.5:0.25>\n" in result.infotext()
+    assert result.record()["prompt"] == PROMPT
+    again = redraw(pipe, text_of(result), output_type="np")
+    np.testing.assert_array_equal(again.images, result.images)
+    pipe.set_adapters("keys")
+    np.testing.assert_array_equal(redraw(pipe, text_of(result), output_type="np").images, result.images)
+
+
+def test_a_hash_that_no_tag_goes_with_is_told(pipe: Pipeline, logged: list[str]) -> None:
+    """Strengths of blocks are no tag's."""
+    result = pipe(PROMPT, loras=[("loop", {"unet": {"up": 0.5}})], **SMALL)
+    assert "<lora" not in result.infotext()
+    assert "Lora hashes" in result.infotext()
+    redraw(pipe, text_of(result))
+    assert any("Lora hashes: loop, which no <lora:loop:…>" in line for line in logged)
+    del logged[:]
+    redraw(pipe, text_of(result), loras=["loop"])
+    assert not any("which no" in line for line in logged)
+
+
+def test_adapters_given_anew_are_as_strong_as_they_were(files: dict[str, Path], tmp_path: Path) -> None:
+    with Pipeline.open("demo") as first:
+        first.load_lora_weights(files["loop"], "mine")
+        passed = first(PROMPT, loras=[("mine", 0.6)], **SMALL)
+        tagged = first(f"{PROMPT} <lora:mine:0.6>", **SMALL)
+        weaker = draw(first, ("mine", 0.3))
+    with Pipeline.open("demo") as pipe:
+        with pytest.raises(
+            UsageError, match="no adapter is called 'mine', and no file has its hash"
+        ) as caught:
+            redraw(pipe, passed.record())
+        assert caught.value.fix.endswith("latentrt generate --from PICTURE --lora FILE:0.6")
+        assert passed.record()["adapters"]["mine"]["sha256"] in caught.value.expected
+        for name in ("mine", "other"):
+            pipe.load_lora_weights(files["loop"], name)
+            for result in (passed, tagged):
+                for source in (result.record(), text_of(result)):
+                    again = redraw(pipe, source, loras=[name], output_type="np")
+                    np.testing.assert_array_equal(again.images, result.images)
+                    found = redraw(pipe, source, loras=[(name, 0.3)], output_type="np")
+                    assert np.abs(found.images.astype(int) - weaker).max() <= 1, "not added to the tag's"
+        pipe.unload_lora_weights("mine")
+        np.testing.assert_array_equal(redraw(pipe, passed.record(), output_type="np").images, passed.images)
+        pipe.unload_lora_weights()
+        pipe.load_lora_weights(files["keys"], "mine")
+        pipe.load_lora_weights(files["keys"], "another")
+        for source in (passed.record(), text_of(tagged)):
+            with pytest.raises(UsageError, match="the adapter 'mine' is another file than the picture's"):
+                redraw(pipe, source, loras=["mine"])
+        redraw(pipe, passed.record(), loras=["another"])
+        redraw(pipe, passed.record(), loras=[])
+        with pytest.raises(UsageError, match="loras is 'mine'"):
+            redraw(pipe, passed.record(), loras="mine")
+
+
+def test_a_file_of_the_folder_is_found_by_its_hash(files: dict[str, Path], tmp_path: Path) -> None:
+    """Under whatever name: sha256 in our record, the short hash in A1111's text."""
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "mine.safetensors", "loop", seed=7)
+    with Pipeline.open("demo", loras=tmp_path) as pipe:
+        results = [pipe(PROMPT, loras=[("mine", 0.6)], **SMALL), pipe(f"{PROMPT} <lora:mine:0.6>", **SMALL)]
+        (tmp_path / "mine.safetensors").rename(tmp_path / "sub" / "renamed.safetensors")
+        (tmp_path / "broken.safetensors").write_bytes(b"no")
+        for result in results:
+            for source in (result.record(), text_of(result)):
+                again = redraw(pipe, source, output_type="np")
+                np.testing.assert_array_equal(again.images, result.images)
+                assert set(again.record()["adapters"]) == {"mine"}
+        write(tmp_path / "mine.safetensors", "loop", seed=8)
+        np.testing.assert_array_equal(
+            redraw(pipe, results[0].record(), output_type="np").images, results[0].images
+        )
+        (tmp_path / "sub" / "renamed.safetensors").unlink()
+        with pytest.raises(UsageError, match="the adapter 'mine' is another file") as caught:
+            redraw(pipe, results[0].record())
+        assert "--lora FILE:0.6" in caught.value.fix
+
+
+def test_a_trainers_name_of_a_file(tmp_path: Path) -> None:
+    """A1111 calls files so by default (`lora_preferred_name`: "Alias from file")."""
+    for number, name in enumerate(("ink", "dot", "dot")):
+        path = write(tmp_path / f"file{number}.safetensors", "loop", seed=number)
+        save_file(load_file(path), path, {"ss_output_name": name, "sshs_model_hash": f"{number}" * 64})
+    with Pipeline.open("demo", loras=tmp_path) as pipe:
+        wanted = draw(pipe, "file0")
+        tagged = pipe(f"{PROMPT} <lora:ink:1>", **SMALL)
+        np.testing.assert_array_equal(tagged.images, wanted)
+        facts = 'Steps: 2, Sampler: Euler, Seed: 4, Size: 64x64, Lora hashes: "gone: 000000000000"'
+        text = PictureMetadata(parameters=f"{PROMPT} <lora:gone:1>\n{facts}", record=None)
+        assert redraw(pipe, text).record()["adapters"]["gone"]["short_hash"] == "0" * 12
+        with pytest.raises(UsageError, match=r"2 files were called 'dot' by their trainer: .*file1"):
+            draw(pipe, "dot")
+
+
+# ── a base and a refiner ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_refiner_has_the_adapters_that_fit_it(
+    files: dict[str, Path], tmp_path: Path, logged: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However they are said: loaded into the base, by argument or by tag."""
+    half = {**SMALL, "num_inference_steps": 4, "at": 0.5}
+    with Pipeline.open("demo") as base, Pipeline.open("demo") as refiner:
+        plain = refine(base, refiner, PROMPT, **half)
+        base.load_lora_weights(files["loop"])
+        passed = refine(base, refiner, PROMPT, loras=[("loop", 0.5)], **half)
+        tagged = refine(base, refiner, f"{PROMPT} <lora:loop:0.5>", **half)
+        np.testing.assert_array_equal(passed.images, tagged.images)
+        alone = refine(base, refiner, PROMPT, loras=[("loop", 0.5)], refiner_loras=[], **half)
+        assert not np.array_equal(alone.images, plain.images)
+        assert not np.array_equal(alone.images, passed.images)
+        assert "adapters" not in alone.record()
+        assert passed.record()["adapters"] == passed.record()["base_record"]["adapters"]
+        assert "<lora:loop:0.5>" in passed.infotext()
+        assert refiner.adapters.names == ()
+        np.testing.assert_array_equal(refine(base, refiner, PROMPT, **half).images, plain.images)
+        refiner.load_lora_weights(files["keys"])
+        refiner.set_adapters("keys")
+        own = refine(base, refiner, PROMPT, **half)
+        for result in (passed, tagged, alone, own):
+            again = redraw(base, result.record(), refiner=refiner, output_type="np")
+            np.testing.assert_array_equal(again.images, result.images)
+        refiner.set_adapters([])
+        shapes = {"unet": {"another.weight": (2, 2)}}
+        with Pipeline.open("demo") as other:
+            monkeypatch.setattr(other.adapters, "_targets", shapes)
+            for _ in range(2):
+                for prompt, loras in ((PROMPT, [("loop", 0.5)]), (f"{PROMPT} <lora:loop:0.5>", None)):
+                    found = refine(base, other, prompt, loras=loras, **half)
+                    np.testing.assert_array_equal(found.images, alone.images)
+                    assert "<lora:loop:0.5>" in found.infotext()
+        assert sum("draws without the adapter 'loop'" in line for line in logged) == 1

@@ -59,6 +59,35 @@ def test_what_is_refused(prompt: str, what: str) -> None:
     with pytest.raises(UsageError) as caught:
         lora_tags(prompt)
     assert what in caught.value.found
+    with pytest.raises(UsageError, match="call an adapter with a colon in its name by --lora"):
+        lora_tags("<lora:a:b>")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tag"),
+    [
+        ("a <lora:ink", "<lora:ink"),
+        ("a < lora:ink:1> fox", "< lora:ink:1>"),
+        ("a <lora:>fox", "<lora:>"),
+        ("a <lora>", "<lora>"),
+        ("a <LORA:ink, <lora:dot:1>", "<LORA:ink, "),
+    ],
+)
+def test_what_only_looks_like_a_tag_is_said(prompt: str, tag: str, logged: list[str]) -> None:
+    make_request(DEMO, [prompt, prompt])
+    (line,) = logged
+    assert line.startswith(f"{tag!r} in the prompt is no tag of an adapter and is drawn as text")
+    make_request(DEMO, "a", negative_prompt="<lora:ink")
+    assert len(logged) == 2
+
+
+@pytest.mark.parametrize("syntax", ["comfyui", "plain"])
+def test_other_syntaxes_have_no_tags(syntax: Any, logged: list[str]) -> None:
+    make_request(DEMO, "a <lora:ink:1>", prompt_syntax=syntax)
+    assert f"'<lora:ink:1>' in the prompt is drawn as text, as the prompt syntax {syntax!r}" in logged[0]
+    make_request(DEMO, "a <lorax:1> <lorabook", prompt_syntax=syntax)
+    make_request(DEMO, "a <lora:ink:1>, <b:c>")
+    assert len(logged) == 1
 
 
 def test_they_are_part_of_a_request() -> None:
@@ -80,7 +109,7 @@ def test_they_are_part_of_a_request() -> None:
         ("a", {"loras": [("ink", float("nan"))]}, "strength"),
         ("a", {"loras": [("ink", {"vae": 1})]}, "no component 'vae'"),
         ("a", {"loras": [("ink", {"unet": {"left": 1}})]}, "no section 'left'"),
-        ("a", {"loras": [("ink", {"unet": {"mid": {"block_0": 1}}})]}, "no block 'block_0'"),
+        ("a", {"loras": [("ink", {"unet": {"mid": {"block_0": 1}}})]}, "'block_0'"),
         ("a", {"loras": [("ink", {"text_encoder": {"down": 1}})]}, "blocks of text_encoder"),
     ],
 )

@@ -19,7 +19,7 @@ def test_options_that_no_checkpoint_has(name: str, value: Any) -> None:
 
 
 def test_a_package_takes_no_options_of_checkpoints() -> None:
-    with pytest.raises(UsageError, match=r"vae was given for .*, which is a package"):
+    with pytest.raises(UsageError, match=r"--vae \(vae=…\) was given for .*, which is a package"):
         Pipeline.open("demo", checkpoint=CheckpointOptions(vae="other"))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -407,8 +409,32 @@ def test_files_of_a_folder(plain: Pipeline, pipe: Pipeline, folder: Path) -> Non
     np.testing.assert_array_equal(pipe(PROMPT, prompt_syntax="plain", **FAST).images, as_text)
 
 
+def test_a_file_is_called_by_the_word_that_it_has(plain: Pipeline, pipe: Pipeline, folder: Path) -> None:
+    """As diffusers wrote it, whatever the file is called; its header is read again when it changes."""
+    loaded = Pipeline.over(plain.package, plain.loop, plain.backend)
+    loaded.load_textual_inversion({"<hand>": HAND})
+    wanted = loaded("a red <hand>", **FAST)
+    result = pipe("a red <hand>", **FAST)
+    np.testing.assert_array_equal(result.images, wanted.images)
+    assert [one["name"] for one in result.record()["embeddings"]] == ["<hand>"]
+    np.testing.assert_array_equal(redraw(pipe, result.record(), output_type="np").images, result.images)
+    found = pipe("embedding:<hand>", prompt_syntax="comfyui", **FAST)
+    assert found.request.embeddings.keys() == {"<hand>"}
+    save_file({"<hand>": FACE}, folder / "later.safetensors")
+    (folder / "broken.safetensors").write_bytes(b"no")
+    with pytest.raises(UsageError, match=r"2 files have the word '<hand>': .*later.*learned_embeds"):
+        pipe("a red <hand>", **FAST)
+    pipe("a red later", **FAST)
+    save_file({"<hand>": HAND}, folder / "later.safetensors")
+    np.testing.assert_array_equal(pipe("a red <hand>", **FAST).images, wanted.images)
+    save_file({"<paw>": HAND}, folder / "later.safetensors")
+    assert pipe("a red <paw>", **FAST).request.embeddings.keys() == {"<paw>"}
+    save_file({"<paw>": rows(2, 2, WIDTH)}, folder / "later.safetensors")
+    assert not pipe("a red <paw>", **FAST).request.embeddings
+
+
 def test_a_file_that_changes_or_comes_is_read(pipe: Pipeline, folder: Path) -> None:
-    assert pipe.embeddings.names() == ("Face", "learned_embeds", "sub/learned_embeds")
+    assert pipe.embeddings.names() == ("<hand>", "Face", "learned_embeds", "sub/learned_embeds")
     first = pipe(PROMPT, **FAST)
     save_file({"emb_params": FACE[::-1].copy()}, folder / "Face.safetensors")
     second = pipe(PROMPT, **FAST)
@@ -424,7 +450,7 @@ def test_a_file_that_changes_or_comes_is_read(pipe: Pipeline, folder: Path) -> N
 def test_a_folder_keeps_its_files(
     pipe: Pipeline, folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """A link that leads out of it is not followed; a pickle is named with the command that converts it."""
+    """And those that its owner linked; a pickle is named with the command that converts it."""
     outside = tmp_path_factory.mktemp("outside") / "secret.safetensors"
     save_file({"emb_params": HAND}, outside)
     (folder / "link.safetensors").symlink_to(outside)
@@ -432,10 +458,19 @@ def test_a_folder_keeps_its_files(
     (folder / "gone.safetensors").symlink_to(folder / "nothing")
     torch.save({"string_to_param": {"*": torch.ones(1, WIDTH)}}, folder / "old.pt")
     torch.save({"string_to_param": {"*": torch.ones(1, WIDTH)}}, folder / "Face.pt")
-    with pytest.raises(CheckpointError, match=r"link.safetensors is a link to .*secret.safetensors, outside"):
-        pipe("embedding:link", **FAST)
-    with pytest.raises(CheckpointError, match=r"gone\.safetensors cannot be read"):
+    linked = pipe("a embedding:link", **FAST)
+    assert linked.record()["embeddings"][0]["sha256"] == hashlib.sha256(outside.read_bytes()).hexdigest()
+    with pytest.raises(UsageError, match="no embedding is called 'gone'"):
         pipe("embedding:gone", **FAST)
+    for place in ("a", "b"):
+        (folder / place).mkdir()
+        save_file({"emb_params": HAND}, folder / place / "two.safetensors")
+    for prompt in ("embedding:two", "a two"):
+        with pytest.raises(
+            UsageError, match=r"2 files of .* are called 'two'; expected one of 'a/two', 'b/two'"
+        ):
+            pipe(prompt, **FAST)
+    pipe("embedding:b/two", **FAST)
     with pytest.raises(CheckpointError, match=r"old.pt is a pickle: .*latentrt convert"):
         pipe("a (old:1.1) face", **FAST)
     pipe("embedding:inside embedding:Face.pt", **FAST)  # a converted file goes before its pickle
@@ -454,6 +489,14 @@ def test_adapters_in_the_folder_are_no_embeddings(pipe: Pipeline, folder: Path) 
     assert pipe("a red ring, Face", **FAST).to_bytes() == result.to_bytes()
     with pytest.raises(CheckpointError, match=r"bangle\.safetensors is a LoRA"):
         pipe("a red embedding:bangle, Face", **FAST)
+    for place in ("a", "b", "c"):
+        (folder / place).mkdir()
+    for place in ("a", "b"):  # nor do several of them make a name ambiguous
+        shutil.copy(folder / "bangle.safetensors", folder / place / "ring.safetensors")
+    assert pipe("a red ring, Face", **FAST).to_bytes() == result.to_bytes()
+    save_file({"emb_params": HAND}, folder / "c" / "ring.safetensors")
+    both = pipe("a red ring, Face", **FAST)
+    assert [one["name"] for one in both.record()["embeddings"]] == ["Face", "ring"]
 
 
 def test_loading_is_idempotent(plain: Pipeline, folder: Path) -> None:

@@ -44,7 +44,7 @@ def changed_graph(package: Package, net: str, graph: bytes) -> ChangedGraph | No
 
     Raises:
         PackageError: a graph cannot be read.
-        NumericError: a changed weight is beyond what the arithmetic holds.
+        NumericError: a changed weight is beyond what fp16 holds.
         OSError, KeyError, ValueError: a weights file is not what the graph says.
     """
     names = changed_names(package, net, graph)
@@ -59,7 +59,8 @@ def changed_graph(package: Package, net: str, graph: bytes) -> ChangedGraph | No
     # From here on the graph names these weights as its operators take them: turned, and in their type.
     by_columns = {name for name, perms in turns.items() if len(perms) % 2 and perms[0] == (1, 0)}
     values = changed_values(package, net, names, by_columns=by_columns)
-    check_range(values, package.manifest.dtype)
+    for name, value in values.items():
+        check_range(name, value)
     for name, perms in turns.items():
         dtype = model.graph.initializers[name].dtype.numpy()
         values[name] = np.ascontiguousarray(reduce(np.transpose, perms, values[name]), dtype)
