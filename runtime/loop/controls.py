@@ -5,8 +5,6 @@ Zhang et al. 2023 (arXiv 2302.05543), section 3.1; diffusers' `StableDiffusionCo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import numpy as np
 
 from ...engines.package import Manifest
@@ -73,9 +71,11 @@ class _OnHost:
             context = nets["controlnet_context"].spec.inputs[0]
             texts = call("controlnet_context", context=job.context.astype(DTYPES[context.dtype]))
             self._constant |= {name: value[list(job.text_of_row)] for name, value in texts.items()}
-        self._schedule = _of_rows(
-            control.manifest, job, call("controlnet_time", **_times(control.manifest, job))
-        )
+        each = len(job.text_of_row) // job.rows_per_step
+        schedule = call("controlnet_time", **_times(control.manifest, job))
+        self._schedule = {
+            name: np.repeat(rows, each, axis=0) for name, rows in schedule.items()
+        }  # (S * B, …)
 
     def residuals(self, latent: Array, row: int) -> dict[str, Array]:
         """By name, (B, C, …), or (B, C, 1, 1) of a net that averages them; nothing where it is off."""
@@ -102,13 +102,7 @@ def _times(manifest: Manifest, job: DenoiseJob) -> dict[str, Array]:
     return {item.name: given[item.name] for item in manifest.nets["controlnet_time"].spec.inputs}
 
 
-def _of_rows(manifest: Manifest, job: DenoiseJob, schedule: Mapping[str, Array]) -> dict[str, Array]:
-    """The invariants of the time with a row for each row of the UNet, (S * B, …)."""
-    each = len(job.text_of_row) // job.rows_per_step
-    return {name: np.repeat(rows, each, axis=0) for name, rows in schedule.items()}
-
-
-def _among(rows: int, places: Sequence[int] | Array, values: Array) -> Array:
+def _among(rows: int, places: Array, values: Array) -> Array:
     """Rows of zeros with these values in these places."""
     whole = np.zeros((rows, *values.shape[1:]), values.dtype)
     whole[places] = values
