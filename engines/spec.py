@@ -442,25 +442,6 @@ def controlnet_whole(
     )
 
 
-def controlnet(
-    *,
-    channels: int,
-    residuals: Sequence[tuple[int, int]],
-    float_dtype: str,
-    invariants: Sequence[TensorSpec],
-) -> NetSpec:
-    """A ControlNet's loop graph: its outputs are inputs of `unet_controlled`.
-
-    `invariants` are outputs of `controlnet_context` and of `controlnet_time`, B rows of each, which are to
-    this net what `unet_context` and `unet_time` are to `unet`.
-    """
-    latent = TensorSpec(name="latent", dtype=float_dtype, shape=("B", channels, "H/8", "W/8"))
-    return NetSpec(
-        inputs=(latent, *_control_inputs(residuals, float_dtype), *invariants),
-        outputs=_residuals(residuals, float_dtype),
-    )
-
-
 def _control_inputs(residuals: Sequence[tuple[int, int]], float_dtype: str) -> tuple[TensorSpec, ...]:
     first, _ = residuals[0]
     return (

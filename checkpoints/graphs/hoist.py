@@ -56,6 +56,8 @@ def hoist(whole: ir.Model) -> dict[str, tuple[ir.Model, spec.NetSpec]]:
 def hoist_control(whole: ir.Model, contract: spec.NetSpec) -> dict[str, tuple[ir.Model, spec.NetSpec]]:
     """The same for a ControlNet's graph of `spec.controlnet_whole`.
 
+    The loop's contract is that of the whole graph, with the invariants in place of what they are made of.
+
     Returns:
         "controlnet" (the loop), "controlnet_time" and, unless it has no cross-attention, "controlnet_context"
         -> graph and contract.

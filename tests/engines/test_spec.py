@@ -61,6 +61,12 @@ def test_every_net_has_a_contract_and_round_trips() -> None:
             residuals=[(8, 0), (16, 1), (16, 1)],
             features=[(8, 0)],
         ),
+        "controlnet_hint": spec.controlnet_hint(width=8, float_dtype="float16"),
+        "controlnet_context": spec.unet_context(width=8, float_dtype="float16", invariants=[keys]),
+        "controlnet_time": spec.unet_time(invariants=[time], vectors=vectors),
+        "controlnet": spec.controlnet_whole(
+            channels=4, width=8, residuals=spec.residuals([8, 16], 1), float_dtype="float16"
+        ),
         "step": spec.step(channels=4, float_dtype="float16"),
         "step_masked": spec.step_masked(channels=4, float_dtype="float16"),
         "vae_decoder": spec.vae_decoder(channels=4, float_dtype="float16"),
