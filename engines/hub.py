@@ -28,6 +28,18 @@ def snapshot_of(root: Path, revision: str) -> Path | None:
     return None
 
 
+def called(path: Path, name: str) -> str:
+    """`name`, what a file or folder is called; its repository's where it lies in the cache under a hash.
+
+    Links are not followed: a snapshot's files are links to ones that are called by their hashes.
+    """
+    if COMMIT_OR_BLOB.fullmatch(name):
+        for parent in path.parents:
+            if parent.name.startswith("models--"):
+                return parent.name.rpartition("--")[2]
+    return name
+
+
 def repository_folder(cache: Path, repository: str) -> Path:
     """The folder of the model ORG/NAME in the cache, there or not."""
     return cache / f"models--{repository.replace('/', '--')}"

@@ -496,6 +496,7 @@ class Pipeline:
         """The request, with all that its texts name. Raises UsageError, CheckpointError."""
         request = make_request(self.package.manifest, prompt, **parameters)
         chosen = self.adapters.chosen(request.loras, request.tagged)
+        self.controls.check(request.controls or ())
         return replace(self.embeddings.bind(request, chosen.words), adapters=chosen)
 
     def _generate(

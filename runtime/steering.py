@@ -151,7 +151,7 @@ class LoadedControls:
         return name
 
     def unload(self, names: Sequence[str] | None = None) -> None:
-        """Forget these, or all. Raises UsageError for a name that was not loaded."""
+        """Close these, or all; a picture that is drawn with one fails. UsageError for a name that is none."""
         with self._lock:
             going = list(self._loaded) if names is None else list(names)
             for name in going:
@@ -164,6 +164,11 @@ class LoadedControls:
         """Free everything. May be called twice."""
         self.unload()
 
+    def check(self, controls: Sequence[Control]) -> None:
+        """Raise UsageError for a name that was not loaded, before anything is drawn."""
+        for control in controls:
+            self._find(control.model)
+
     def steering(self, controls: Sequence[Control]) -> tuple[Steering, ...]:
         """These controls with their nets and pictures.
 
@@ -173,7 +178,7 @@ class LoadedControls:
         return tuple(
             Steering(
                 control=control,
-                opened=self._find(str(control.model)),
+                opened=self._find(control.model),
                 pictures=read_hints(
                     control.image,
                     preparation=control.preparation,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...engines.hub import COMMIT_OR_BLOB
+from ...engines.hub import called
 from ...engines.package import TIME_IDS, FusedAdapter
 from ..files.component import DIFFUSERS, Component
 from ..files.file_kinds import FAMILIES
@@ -71,11 +71,7 @@ class ControlFile:
         name = path.name
         if path.is_file():
             name = path.parent.name if path.stem.split(".")[0] in _NAMELESS else path.stem
-        if COMMIT_OR_BLOB.fullmatch(name):
-            for parent in path.parents:
-                if parent.name.startswith("models--"):
-                    return parent.name.rpartition("--")[2]
-        return name
+        return called(path, name)
 
     @property
     def parts(self) -> Mapping[str, Component]:

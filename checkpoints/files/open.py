@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from ...engines.errors import CheckpointError
-from ...engines.hub import COMMIT_OR_BLOB, snapshot
+from ...engines.hub import called, snapshot
 from ...engines.package import IMAGE_LATENTS, TIME_IDS, FusedAdapter
 from ...engines.spec import TEXT_ENCODERS
 from .component import (
@@ -161,18 +161,9 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """What people call the checkpoint: the file's or folder's name, or in a hub cache its repository's.
-
-        Links are not followed: Hugging Face's cache has `models--OWNER--NAME/snapshots/COMMIT/FILE`, where a
-        file is a link to one that is called by its hash.
-        """
+        """What people call it: the file's or folder's name, or in a hub's cache its repository's."""
         path = Path(os.path.abspath(self.root))
-        name = path.stem if path.is_file() else path.name
-        if COMMIT_OR_BLOB.fullmatch(name):
-            for parent in path.parents:
-                if parent.name.startswith("models--"):
-                    return parent.name.rpartition("--")[2]
-        return name
+        return called(path, path.stem if path.is_file() else path.name)
 
     @property
     def unet(self) -> Component:
