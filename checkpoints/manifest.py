@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..engines import spec
 from ..engines.package import Defaults, Manifest, NetFile
-from .controls.control_file import ControlFile
+from .controls.control_file import CONTROLNET, IP_ADAPTER, T2I_ADAPTER, ControlFile
+from .controls.t2i_adapter import feature_levels
 from .files.open import Checkpoint
 from .files.source import Source
 
@@ -67,20 +68,52 @@ def manifest_of(
     if isinstance(source, Checkpoint):
         return _of_checkpoint(source, dtype, nets, latent_rgb(), producer)
     assert isinstance(source, ControlFile)
-    loop = nets["controlnet"].spec
     return Manifest(
         name=source.name,
         family=source.family,
         dtype=dtype,
-        latent_channels=_size(loop.inputs[0].shape[1]),
-        context_width=int(source.part.config["cross_attention_dim"]),
         scheduler={},
         nets={name: nets[name] for name in spec.NETS if name in nets},
-        # Each of its picture's widths but the first begins with a convolution of stride 2.
-        latent_scale=2 ** (len(source.part.config["conditioning_embedding_out_channels"]) - 1),
         control=source.facts,
         producer=producer,
+        **_CONTROL_FACTS[source.kind](source, nets),
     )
+
+
+def _of_controlnet(source: ControlFile, nets: Mapping[str, NetFile]) -> dict[str, Any]:
+    config = source.part.config
+    return {
+        "latent_channels": _size(nets["controlnet"].spec.inputs[0].shape[1]),
+        "context_width": int(config["cross_attention_dim"]),
+        # Each of its picture's widths but the first begins with a convolution of stride 2.
+        "latent_scale": 2 ** (len(config["conditioning_embedding_out_channels"]) - 1),
+    }
+
+
+def _of_t2i_adapter(source: ControlFile, nets: Mapping[str, NetFile]) -> dict[str, Any]:
+    factor, (_, level), *_ = source.part.config["downscale_factor"], *feature_levels(source.part.config)
+    return {
+        "latent_channels": 4,
+        "context_width": 0,
+        "latent_scale": int(factor) >> level,
+        "size_multiple": int(factor),
+    }
+
+
+def _of_ip_adapter(source: ControlFile, nets: Mapping[str, NetFile]) -> dict[str, Any]:
+    config = source.part.config
+    return {
+        "latent_channels": 4,
+        "context_width": int(config.get("output_dims") or config["cross_attention_dim"]),
+        "image_processor": _jsonable(source.processor),
+    }
+
+
+_CONTROL_FACTS: Mapping[str, Callable[[ControlFile, Mapping[str, NetFile]], dict[str, Any]]] = {
+    CONTROLNET: _of_controlnet,
+    T2I_ADAPTER: _of_t2i_adapter,
+    IP_ADAPTER: _of_ip_adapter,
+}
 
 
 def _of_checkpoint(

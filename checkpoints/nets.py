@@ -15,6 +15,7 @@ from .files.source import Source
 from .graphs.controls import add_controls
 from .graphs.extra_embeddings import add_extra_embeddings
 from .graphs.hoist import hoist, hoist_control
+from .graphs.image_prompts import add_image_prompts
 from .graphs.step import write_step
 from .graphs.weights import forget_shapes
 from .precision.calibration import CALIBRATIONS, Calibration
@@ -26,6 +27,7 @@ _FILES = {
     "unet_context": "context",
     "unet_time": "time",
     "unet_controlled": "controlled",
+    "unet_image_prompt": "image_prompt",
     "controlnet": "loop",
     "controlnet_context": "context",
     "controlnet_time": "time",
@@ -70,6 +72,7 @@ def write_graphs(
     if component == "unet":
         graphs = {"unet_whole": (model, contract), **hoist(model)}
         graphs["unet_controlled"] = add_controls(*graphs["unet"])
+        graphs["unet_image_prompt"] = add_image_prompts(*graphs["unet_controlled"])
     elif component == "controlnet":
         graphs = hoist_control(model, contract)
     elif component in spec.TEXT_ENCODERS:

@@ -20,11 +20,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ..engines.errors import CheckpointError, StorageError
+from ..engines.errors import CheckpointError, StorageError, UsageError
 from ..engines.package import MANIFEST, Package
 from ..engines.spec import Array
 from ..engines.store.folder import StoreFolder
-from .controls.control_file import CONTROLNET
+from .controls.control_file import IP_ADAPTER
+from .controls.image_encoder import with_image_encoder
 from .controls.read import read_control
 from .entries import remember
 from .files.open import Checkpoint
@@ -87,18 +88,29 @@ def open_control(
     progress: OnProgress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Package:
-    """Open a ControlNet as a package of its nets, as `open_checkpoint` opens a checkpoint.
+    """Open a control as a package of its nets, as `open_checkpoint` opens a checkpoint.
 
     Raises:
-        CheckpointError: it is missing, damaged, no ControlNet, or of an architecture without a template.
+        CheckpointError: it is missing, damaged, no control, or of an architecture without a template; an
+            IP-Adapter's image encoder is missing.
+        UsageError: an image encoder for another kind of control.
         NumericError, StorageError: as `open_checkpoint`.
     """
-    source = read_control(Path(path), prefer_fp16=options.dtype == "fp16")
-    if source.kind != CONTROLNET or source.needs_base or source.control_types:
+    prefer_fp16 = options.dtype == "fp16"
+    source = read_control(Path(path), prefer_fp16=prefer_fp16)
+    if source.needs_base or source.control_types:
         raise CheckpointError(
             f"{path} is {source.title}, which cannot be used yet",
             expected="a ControlNet that is whole, of one kind of picture",
             fix="Use one of these for the same family.",
+        )
+    if source.kind == IP_ADAPTER:
+        source = with_image_encoder(source, options.image_encoder, prefer_fp16=prefer_fp16)
+    elif options.image_encoder is not None:
+        raise UsageError(
+            f"an image encoder with {source.what}, which reads none",
+            expected="an image encoder with an IP-Adapter alone",
+            fix="Leave it out.",
         )
     return open_source(
         source, options, tokenize=_no_texts, store=store, hub=hub, progress=progress, note=note

@@ -46,6 +46,7 @@ class Options:
         dtype: the arithmetic of the graphs, "fp16" or "fp32".
         reads: safetensors' names of the types that the backend reads; weights of others are converted.
         vae, tiny_vae, prediction_type: as in `Checkpoint.open`.
+        image_encoder: an IP-Adapter's; None is the one beside its file.
         templates: the archive of graphs.
         fuse: reads the adapters that become part of the weights.
     """
@@ -55,6 +56,7 @@ class Options:
     vae: Path | None = None
     tiny_vae: Path | None = None
     prediction_type: str | None = None
+    image_encoder: Path | None = None
     templates: Path = SHIPPED
     fuse: Callable[[Checkpoint], Fused] = lambda source: Fused()
 

@@ -242,8 +242,10 @@ class Manifest:
 
     def __post_init__(self) -> None:
         """Raise ValueError for values no package could have."""
-        for name in ("latent_channels", "context_width", "latent_scale", "max_tokens", "size_multiple"):
+        for name in ("latent_channels", "latent_scale", "max_tokens", "size_multiple"):
             _require(_is_count(getattr(self, name)), name)
+        reads_no_text = bool(self.control) and self.context_width == 0
+        _require(reads_no_text or _is_count(self.context_width), "context_width")
         _require(isinstance(self.scheduler, Mapping), "scheduler")
         _require(self.dtype in ("fp16", "fp32"), "dtype")
         for name in ("name", "family", "producer"):

@@ -8,6 +8,7 @@ Symbols in shapes:
     E     extra rows behind a text encoder's table of embeddings, at least one (`extra_embeddings`)
     N     pictures
     P     prompts encoded in one call
+    G     groups of image tokens; I tokens of each (`with_image_prompt`)
     S     rows of a sampler's table; times B, where the UNet is conditioned by vectors (VECTORS)
     T     tokens of the context (77, or a multiple)
     H W   height and width of the picture in pixels; "H/8" is the latent's height, and "H/16", "H/32", … those
@@ -237,6 +238,15 @@ RESIDUAL = "residual_"
 FEATURE = "feature_"
 FEATURES = 4  # a T2I-Adapter makes so many
 
+# Inputs of `unet_image_prompt`: what an IP-Adapter makes of a picture for each cross-attention, in the order
+# of the adapter's layers; and where it counts, at each of the UNet's levels.
+IMAGE_KEYS = "image_keys_"
+IMAGE_VALUES = "image_values_"
+IMAGE_MASK = "image_mask_"
+
+# A control's picture, and what an image encoder makes of an IP-Adapter's.
+HINT = "hint"
+IMAGE_FEATURES = "image_features"
 # Inputs of `controlnet`: what its hint became, and what each of its outputs is multiplied with.
 HINT_EMBEDDING = "hint_embedding"
 SCALES = "scales"
@@ -408,6 +418,25 @@ def with_controls(
     return replace(plain, inputs=(*plain.inputs, *added))
 
 
+def with_image_prompt(
+    plain: NetSpec, *, attentions: Sequence[tuple[int, int]], levels: Sequence[int]
+) -> NetSpec:
+    """The loop graph with a second attention beside each cross-attention, over G groups of I image tokens.
+
+    A cross-attention is given by its heads and their width. The keys have the queries' factor
+    1 / sqrt(width) in them. Each group is weighted pixel by pixel with `image_mask_L` at the level L. Where
+    there is no image prompt, one group of one token, all zeros, leaves the prediction as it is.
+    """
+    float_dtype = plain.inputs[0].dtype
+    shapes: dict[str, tuple[Dim, ...]] = {}
+    for number, (heads, width) in enumerate(attentions):
+        shapes[f"{IMAGE_KEYS}{number}"] = ("B", "G", heads, width, "I")
+        shapes[f"{IMAGE_VALUES}{number}"] = ("B", "G", heads, "I", width)
+    shapes |= {f"{IMAGE_MASK}{level}": ("B", "G", *level_shape(level)) for level in levels}
+    added = [TensorSpec(name=name, dtype=float_dtype, shape=shape) for name, shape in shapes.items()]
+    return replace(plain, inputs=(*plain.inputs, *added))
+
+
 def residuals(widths: Sequence[int], layers: int) -> tuple[tuple[int, int], ...]:
     """The channels and the level of a ControlNet's outputs: skip connections, then the middle block."""
     found = [(widths[0], 0)]
@@ -418,11 +447,77 @@ def residuals(widths: Sequence[int], layers: int) -> tuple[tuple[int, int], ...]
     return *found, (widths[-1], len(widths) - 1)
 
 
+def cross_attentions(unet: NetSpec) -> tuple[str, ...]:
+    """The modules of a loop graph's cross-attentions, by the names of its invariants.
+
+    In the order of diffusers' `attn_processors`, by which an IP-Adapter's layers are numbered: those of the
+    down path, of the up path, and the middle.
+    """
+    names = [
+        item.name[len(CONTEXT_INVARIANT) : -len(".to_k")]
+        for item in unet.inputs
+        if item.name.startswith(CONTEXT_INVARIANT) and item.name.endswith(".to_k")
+    ]
+    return tuple(sorted(names, key=lambda name: ("down_", "up_bl", "mid_b").index(name[:5])))
+
+
+def attention_level(module: str, levels: int) -> int:
+    """How often the latent has been halved where a module of a UNet of so many levels attends."""
+    side, number = module.split(".")[:2]
+    if side == "mid_block":
+        return levels - 1
+    return int(number) if side == "down_blocks" else levels - 1 - int(number)
+
+
 def controlnet_hint(*, width: int, float_dtype: str) -> NetSpec:
     """A ControlNet's picture, RGB in 0 ... 1 (-1 where one for inpainting is to paint), to its embedding."""
     return NetSpec(
-        inputs=(TensorSpec(name="hint", dtype="float32", shape=("N", 3, "H", "W")),),
+        inputs=(TensorSpec(name=HINT, dtype="float32", shape=("N", 3, "H", "W")),),
         outputs=(TensorSpec(name=HINT_EMBEDDING, dtype=float_dtype, shape=("N", width, "H/8", "W/8")),),
+    )
+
+
+def t2i_adapter(*, channels: int, features: Sequence[tuple[int, int]], float_dtype: str) -> NetSpec:
+    """A T2I-Adapter: a picture, 0 ... 1, to what is added to each down block; channels and level of each."""
+    return NetSpec(
+        inputs=(TensorSpec(name=HINT, dtype="float32", shape=("N", channels, "H", "W")),),
+        outputs=tuple(
+            TensorSpec(name=f"{FEATURE}{number}", dtype=float_dtype, shape=("N", width, *level_shape(level)))
+            for number, (width, level) in enumerate(features)
+        ),
+    )
+
+
+def image_features(*, size: int, shape: Sequence[Dim], float_dtype: str) -> NetSpec:
+    """A picture of an IP-Adapter, cut to `size` and normalised, to what the adapter reads of it.
+
+    Args:
+        size: height and width.
+        shape: of one picture's: (width,) of its embedding, or (places, width) of hidden states.
+        float_dtype: of the features.
+    """
+    return NetSpec(
+        inputs=(TensorSpec(name="pixel_values", dtype="float32", shape=("N", 3, size, size)),),
+        outputs=(TensorSpec(name=IMAGE_FEATURES, dtype=float_dtype, shape=("N", *shape)),),
+    )
+
+
+def image_prompt(*, shape: Sequence[Dim], tokens: Dim, widths: Sequence[int], float_dtype: str) -> NetSpec:
+    """An IP-Adapter: those features to the keys and values of `tokens` image tokens for each layer.
+
+    Args:
+        shape: of one picture's features.
+        tokens: of one picture.
+        widths: of each layer: its heads' together.
+        float_dtype: of all.
+    """
+    return NetSpec(
+        inputs=(TensorSpec(name=IMAGE_FEATURES, dtype=float_dtype, shape=("N", *shape)),),
+        outputs=tuple(
+            TensorSpec(name=f"{kind}{number}", dtype=float_dtype, shape=("N", tokens, width))
+            for number, width in enumerate(widths)
+            for kind in (IMAGE_KEYS, IMAGE_VALUES)
+        ),
     )
 
 
@@ -580,6 +675,12 @@ NETS: Mapping[str, NetRow] = {
         in_loop=True,
         when_asked=True,
     ),
+    "unet_image_prompt": NetRow(
+        use="the same with what an IP-Adapter adds too, in place of both where one is loaded",
+        part="unet",
+        in_loop=True,
+        when_asked=True,
+    ),
     "controlnet_hint": NetRow(
         use="picture that steers -> its embedding, once per picture", part="controlnet"
     ),
@@ -593,6 +694,15 @@ NETS: Mapping[str, NetRow] = {
         use="latent, hint and invariants -> residuals of `unet_controlled`, once per step",
         part="controlnet",
         in_loop=True,
+    ),
+    "t2i_adapter": NetRow(
+        use="picture that steers -> features of `unet_controlled`, once per picture", part="t2i-adapter"
+    ),
+    "image_features": NetRow(
+        use="picture to draw after -> an IP-Adapter's features of it, once per picture", part="vision"
+    ),
+    "image_prompt": NetRow(
+        use="those features -> keys and values of `unet_image_prompt`, once per picture", part="ip-adapter"
     ),
     "step": NetRow(
         use="guidance and the sampler's row update, once per step where the loop stays on a device",

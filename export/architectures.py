@@ -6,7 +6,7 @@ no template, and not here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,10 +20,12 @@ class Architecture:
     Attributes:
         parts: by the names of `Checkpoint.parts`, what `config.json` says.
         feature_extractor: what `preprocessor_config.json` says (unCLIP).
+        image_features: of an IP-Adapter, what it reads of its image encoder (`ControlFile.image_features`).
     """
 
     parts: Mapping[str, Config]
     feature_extractor: Config | None = None
+    image_features: str = ""
 
     def with_unet(self, **more: Any) -> Architecture:
         """The same with other values in the UNet's config."""
@@ -161,6 +163,60 @@ def _control(unet: Config, **more: Any) -> Architecture:
     return Architecture(parts={"controlnet": {**config, **_HINT, **more}})
 
 
+def _t2i(adapter_type: str, picture: int, factor: int = 8, **more: Any) -> Architecture:
+    """A T2I-Adapter (TencentARC) that reads a picture of so many channels."""
+    config = {
+        "_class_name": "T2IAdapter",
+        "adapter_type": adapter_type,
+        "in_channels": picture,
+        "channels": [320, 640, 1280, 1280],
+        "num_res_blocks": 2,
+        "downscale_factor": factor,
+        **more,
+    }
+    return Architecture(parts={"t2i-adapter": config})
+
+
+def _ip_adapter(projection: Config, layers: Sequence[int], vision: Config, features: str) -> Architecture:
+    """An IP-Adapter for a UNet whose cross-attentions have these widths."""
+    parts = {"ip-adapter": {**projection, "layer_widths": list(layers)}, "vision": vision}
+    return Architecture(parts=parts, image_features=features)
+
+
+def _embedding(width: int, context: int) -> Config:
+    """The classic projection of a picture's embedding to four tokens."""
+    return {
+        "_class_name": "ImageProjection",
+        "image_embed_dim": width,
+        "cross_attention_dim": context,
+        "num_image_text_embeds": 4,
+    }
+
+
+def _resampler(hidden: int, context: int) -> Config:
+    """The projection of the "plus" adapters: 16 tokens of all places of ViT-H."""
+    return {
+        "_class_name": "IPAdapterPlusImageProjection",
+        "embed_dims": 1280,
+        "output_dims": context,
+        "hidden_dims": hidden,
+        "depth": 4,
+        "dim_head": 64,
+        "heads": hidden // 64,
+        "num_queries": 16,
+        "ffn_ratio": 4,
+    }
+
+
+def _full(width: int, context: int) -> Config:
+    """The projection of "full-face": every place is a token."""
+    return {
+        "_class_name": "IPAdapterFullImageProjection",
+        "image_embed_dim": width,
+        "cross_attention_dim": context,
+    }
+
+
 def _unclip(vision: Config) -> Architecture:
     """unCLIP 2.1 with this image encoder: its embedding and the noise level are the UNet's class."""
     width: int = vision["projection_dim"]
@@ -181,6 +237,12 @@ _SDXL = Architecture(
     }
 )
 _REFINER = Architecture(parts={"text_encoder_2": _BIG_G, "unet": _REFINER_UNET, "vae": _SDXL_VAE})
+
+_VISION_H = _vision(1280, 32, 1024, "gelu")
+_VISION_BIG_G = {**_vision(1664, 48, 1280, "gelu"), "intermediate_size": 8192}
+# The widths of the cross-attentions: down blocks, up blocks, the middle.
+_SD1_LAYERS = (*[320] * 2, *[640] * 2, *[1280] * 2, *[1280] * 3, *[640] * 3, *[320] * 3, 1280)
+_SDXL_LAYERS = (*[640] * 4, *[1280] * 20, *[1280] * 30, *[640] * 6, *[1280] * 10)
 
 # SD-Turbo is a 2.x, SDXL-Turbo, Lightning and Hyper are SDXL: what differs are weights and schedulers.
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -211,4 +273,17 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "sdxl-control-small": _control(
         _SDXL_UNET, down_block_types=["DownBlock2D"] * 3, mid_block_type="UNetMidBlock2D"
     ),
+    # TencentARC/T2I-Adapter: sketch and canny read one channel, color is light
+    "sd1-t2i": _t2i("full_adapter", 3),
+    "sd1-t2i-gray": _t2i("full_adapter", 1),
+    "sd1-t2i-light": _t2i("light_adapter", 3, channels=[320, 640, 1280], num_res_blocks=4),
+    "sdxl-t2i": _t2i("full_adapter_xl", 3, 16),
+    "sdxl-t2i-gray": _t2i("full_adapter_xl", 1, 16),
+    # h94/IP-Adapter: ViT-H for all but the first of XL, which reads ViT-bigG
+    "sd1-ip": _ip_adapter(_embedding(1024, 768), _SD1_LAYERS, _VISION_H, "image_embeds"),
+    "sd1-ip-plus": _ip_adapter(_resampler(768, 768), _SD1_LAYERS, _VISION_H, "hidden_states"),
+    "sd1-ip-full": _ip_adapter(_full(1280, 768), _SD1_LAYERS, _VISION_H, "hidden_states"),
+    "sdxl-ip": _ip_adapter(_embedding(1280, 2048), _SDXL_LAYERS, _VISION_BIG_G, "image_embeds"),
+    "sdxl-ip-h": _ip_adapter(_embedding(1024, 2048), _SDXL_LAYERS, _VISION_H, "image_embeds"),
+    "sdxl-ip-plus": _ip_adapter(_resampler(1280, 2048), _SDXL_LAYERS, _VISION_H, "hidden_states"),
 }

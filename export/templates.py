@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import onnx_ir as ir
 
-from ..checkpoints.controls.control_file import CONTROLNET, ControlFile
+from ..checkpoints.controls.control_file import KINDS, VISION, ControlFile
 from ..checkpoints.files.component import Component
 from ..checkpoints.files.open import Checkpoint
 from ..checkpoints.files.source import Source
@@ -109,9 +109,17 @@ def blank_checkpoint(architecture: Architecture) -> Source:
         name: Component(name=name, folder=SHAPES_ALONE, config=config, tensors={})
         for name, config in architecture.parts.items()
     }
-    if CONTROLNET in parts:
-        part = parts[CONTROLNET]
-        return ControlFile(root=SHAPES_ALONE, kind=CONTROLNET, family="", what="a ControlNet", part=part)
+    if found := [name for name in KINDS if name in parts]:
+        (kind,) = found
+        return ControlFile(
+            root=SHAPES_ALONE,
+            kind=kind,
+            family="",
+            what="",
+            part=parts[kind],
+            encoder=parts.get(VISION),
+            image_features=architecture.image_features,
+        )
     configs: dict[str, Mapping[str, Any]] = {"scheduler": {}}
     if architecture.feature_extractor is not None:
         configs["feature_extractor"] = architecture.feature_extractor
@@ -120,9 +128,15 @@ def blank_checkpoint(architecture: Architecture) -> Source:
 
 def class_defaults() -> dict[str, dict[str, Any]]:
     """What a part's class takes, and what stands where its config is silent, by the names of `keys`."""
+    from diffusers.models.adapter import T2IAdapter
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
     from diffusers.models.controlnets.controlnet import ControlNetModel
+    from diffusers.models.embeddings import (
+        ImageProjection,
+        IPAdapterFullImageProjection,
+        IPAdapterPlusImageProjection,
+    )
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import (
         StableUnCLIPImageNormalizer,
@@ -135,6 +149,10 @@ def class_defaults() -> dict[str, dict[str, Any]]:
         AutoencoderTiny,
         StableUnCLIPImageNormalizer,
         ControlNetModel,
+        T2IAdapter,
+        ImageProjection,
+        IPAdapterFullImageProjection,
+        IPAdapterPlusImageProjection,
     )
     defaults: dict[str, dict[str, Any]] = {}
     for kind in kinds:

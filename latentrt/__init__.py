@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .engines.package import Package as Package
     from .export.export import export_package as export_package
     from .runtime.controls.control import Control as Control
+    from .runtime.controls.image_prompt import ImagePrompt as ImagePrompt
     from .runtime.model import CheckpointOptions as CheckpointOptions
     from .runtime.pictures.infotext import parse_infotext as parse_infotext
     from .runtime.pictures.write import PictureMetadata as PictureMetadata
@@ -50,6 +51,7 @@ _HOMES = {
     "Step": "runtime.pipeline",
     "CheckpointOptions": "runtime.model",
     "Control": "runtime.controls.control",
+    "ImagePrompt": "runtime.controls.image_prompt",
     "Result": "runtime.result",
     "Parameters": "runtime.request.parameters",
     "refine": "runtime.refine",

@@ -165,19 +165,21 @@ def open_control_model(
     *,
     backend: str,
     dtype: str,
+    image_encoder: Path | None = None,
     advance: Advance | None = None,
     note: Note | None = None,
 ) -> Package:
-    """Open a ControlNet: a file, a diffusers folder, or a model of a hub.
+    """Open a control: a file, a diffusers folder, or a model of a hub.
 
     Args:
         control: which.
         backend: the name of the one that it is opened for.
         dtype: of the model that it steers.
+        image_encoder: of an IP-Adapter; None is the one beside it.
         advance, note: as in `open_model`.
 
     Raises:
-        ModelError: nothing there, or no ControlNet that can be opened.
+        ModelError: nothing there, or no control that can be opened.
         StorageError: the disk is full.
     """
     from ..checkpoints.find import locate
@@ -187,7 +189,7 @@ def open_control_model(
     asked = str(control)
     return open_control(
         snapshot(locate(asked, progress=_downloading(advance))),
-        Options(dtype=cast(Any, dtype), reads=BACKENDS[backend].reads),
+        Options(dtype=cast(Any, dtype), reads=BACKENDS[backend].reads, image_encoder=image_encoder),
         hub=asked if is_hub_id(asked) else "",
         progress=_opening(advance),
         note=note,

@@ -46,7 +46,8 @@ from .result import PreviewKind, Result, check_finite, finished, preview
 from .sampling.noise import NoiseSource
 from .sampling.table import Table
 from .start import make_start
-from .steering import LoadedControls, OpenedControl
+from .steering.loaded import LoadedControls
+from .steering.steered import OpenedControl
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -115,7 +116,7 @@ class Pipeline:
         loop: runs its nets (`loop.job.Loop`); for measurements.
         adapters: LoRA and its relatives, which pictures may be drawn with.
         embeddings: those of textual inversion that prompts may call.
-        controls: ControlNets, which may steer pictures.
+        controls: ControlNets, T2I-Adapters and IP-Adapters, which may steer pictures.
     """
 
     def __init__(
@@ -230,7 +231,7 @@ class Pipeline:
         loras: str | Path | None = None,
         embeddings: str | Path | None = None,
         allow_unused: bool = False,
-        open_control: Callable[[Path], OpenedControl] | None = None,
+        open_control: Callable[[Path, Path | None], OpenedControl] | None = None,
     ) -> Pipeline:
         """A pipeline over a loop that is open already, and is closed with it.
 
@@ -239,7 +240,8 @@ class Pipeline:
             loop: runs them.
             backend: what executes them, for people.
             cache_bytes, adapted_bytes, loras, embeddings, allow_unused: as in `open`.
-            open_control: opens a ControlNet; by default on ONNX Runtime's CPU.
+            open_control: opens a control, with an IP-Adapter's image encoder; by default on ONNX Runtime's
+                CPU.
 
         Raises:
             PackageError: a tokenizer is missing or damaged.
@@ -268,14 +270,22 @@ class Pipeline:
 
         base = Adapted(loop=loop, text=conditioner(loop))
         library = EmbeddingLibrary(package, embeddings)
+        adapted = AdaptedLoops(package, base, conditioner, adapted_bytes)
+
+        def use_unet(net: str) -> None:
+            adapted.forget()  # their own nets are those of the graph that goes
+            loop.use_unet(net)
+
         return cls(
             package,
             loop,
             backend,
             LoadedAdapters(package, loras, allow_unused=allow_unused),
-            AdaptedLoops(package, base, conditioner, adapted_bytes),
+            adapted,
             library,
-            LoadedControls(package.manifest, open_control or partial(_open_control, package.manifest.dtype)),
+            LoadedControls(
+                package.manifest, open_control or partial(_open_control, package.manifest.dtype), use_unet
+            ),
         )
 
     # ── adapters ───────────────────────────────────────────────────────────────────────────────────
@@ -325,27 +335,34 @@ class Pipeline:
         self.adapters.unload(names)
         self._adapted.forget()
 
-    def load_control(self, path: str | Path, name: str | None = None) -> str:
-        """Open a ControlNet, and call it `name`, by default as its file.
+    def load_control(
+        self, path: str | Path, name: str | None = None, *, image_encoder: str | Path | None = None
+    ) -> str:
+        """Open a ControlNet, a T2I-Adapter or an IP-Adapter, and call it `name`, by default as its file.
 
-        Nothing is drawn with it before a request has a `Control` of that name: `pipe(…, controls=[…])`.
+        Nothing is drawn with it before a request has a `Control`, or for an IP-Adapter an `ImagePrompt`, of
+        that name: `pipe(…, controls=[…])`. From now on the model's rows run in a graph that takes controls;
+        without any in a request the pictures are the same to the byte on a CPU.
 
         Args:
             path: a file, a diffusers folder, or a model of a hub (`org/name`).
             name: what to call it.
+            image_encoder: an IP-Adapter's, a folder of transformers or a `.safetensors` file; by default the
+                folder "image_encoder" beside it, where the published ones have it.
 
         Returns:
             The name.
 
         Raises:
-            ModelError: no ControlNet there, or one for another model.
+            ModelError: no control there, one for another model, or an IP-Adapter without an image encoder.
             BackendError: the pipeline's backend keeps its loop on a device.
-            UsageError: another ControlNet has that name.
+            UsageError: another control has that name.
         """
-        return self.controls.load(path, name)
+        encoder = None if image_encoder is None else Path(image_encoder)
+        return self.controls.load(path, name, image_encoder=encoder)
 
     def unload_controls(self, names: str | Sequence[str] | None = None) -> None:
-        """Close ControlNets of these names, or all. Raises UsageError for an unknown name."""
+        """Close controls of these names, or all. Raises UsageError for an unknown name."""
         self.controls.unload([names] if isinstance(names, str) else names)
 
     def _with_adapters(self, adapters: LoadedAdapters) -> Pipeline:
@@ -564,7 +581,7 @@ class Pipeline:
         # noise, or a picture with as much noise as the schedule begins with -> y (N, C, H/8, W/8)
         encode = partial(self._encode, loop, clock, stop, request.tile)
         start = make_start(request, manifest, table, noise, encode)
-        controls, steered = self.controls.jobs(request, len(table), conditioning.text_of_row)
+        steering, steered = self.controls.job(request, len(table), conditioning.text_of_row)
 
         # for each row of the table: m = guide(unet(y, t, context)), then y = a*y + sum(b_j * h_j) + c*noise
         job = DenoiseJob(
@@ -578,7 +595,7 @@ class Pipeline:
             noise=noise,
             **vars(start),
             tile=request.tile,
-            controls=controls,
+            steering=steering,
         )
         if watched:
             show = partial(preview, manifest=manifest, loop=loop, request=request)
@@ -688,13 +705,16 @@ class Pipeline:
 def _open_control(
     dtype: str,
     path: Path,
+    image_encoder: Path | None = None,
     options: LoopOptions = _ON_A_CPU,
     progress: Advance | None = None,
     note: Note | None = None,
 ) -> OpenedControl:
-    """Open a ControlNet as the model of that arithmetic is opened."""
+    """Open a control as the model of that arithmetic is opened."""
     backend = find_backend(options.backend, place=Place.parse(options.device))[0]
-    package = open_control_model(path, backend=backend, dtype=dtype, advance=progress, note=note)
+    package = open_control_model(
+        path, backend=backend, dtype=dtype, image_encoder=image_encoder, advance=progress, note=note
+    )
     return OpenedControl(package=package, loop=open_control_loop(package, options))
 
 

@@ -24,7 +24,7 @@ from .sampling.a1111 import a1111_fields, spelled_by_a1111
 from .sampling.config import SamplerConfig
 
 LORA_HASHES = "Lora hashes"
-STEERED_BY = "steered_by"  # the ControlNets of a picture, in its record
+STEERED_BY = "steered_by"  # the controls of a picture, in its record
 _LORA_HASH = re.compile(r"([^,:]+?): *([0-9a-fA-F]+)(?:, *|$)")
 # Of the call, not of one of its pictures.
 _OF_THE_CALL = ("num_images_per_prompt", "output_type")
@@ -134,18 +134,19 @@ _RESIZE_MODES = {"stretch": "Just Resize", "crop": "Crop and Resize", "pad": "Re
 
 
 def _control_text(control: Mapping[str, Any]) -> str:
-    """One ControlNet, as AUTOMATIC1111's extension writes it; diffusers' "guess" has no name there."""
+    """One control, as AUTOMATIC1111's extension writes it; diffusers' "guess" has no name there."""
+    usual = "ip-adapter" if control["kind"] == "ip-adapter" else "none"
     values = {
-        "Module": control.get("preparation", "none"),
+        "Module": control.get("preparation", usual),
         "Model": f"{control['model']} [{control['sha256'][:8]}]",
-        "Weight": control["strength"],
-        "Resize Mode": _RESIZE_MODES[control["resize_mode"]],
+        "Weight": _one_weight(control["strength"]),
+        "Resize Mode": _RESIZE_MODES.get(control.get("resize_mode", "")),
         "Threshold A": control.get("settings", {}).get("low"),
         "Threshold B": control.get("settings", {}).get("high"),
         "Guidance Start": control["start"],
         "Guidance End": control["end"],
         "Pixel Perfect": True,
-        "Control Mode": _CONTROL_MODES.get(control["mode"]),
+        "Control Mode": _CONTROL_MODES.get(control.get("mode", "")),
     }
     return ", ".join(f"{name}: {value}" for name, value in values.items() if value is not None)
 
@@ -304,3 +305,8 @@ def read_a1111(text: Mapping[str, str], inputs: tuple[str, ...] = ()) -> Recorde
         embeddings=embeddings,
         left=tuple(left),
     )
+
+
+def _one_weight(strength: object) -> object:
+    """A number; strengths of blocks have no place there."""
+    return None if isinstance(strength, Mapping) else strength

@@ -26,7 +26,7 @@ ARROWS = {
 }
 # folder -> its rooms, from the ground up: a room may import from those on lower floors
 ROOMS: dict[str, list[set[str]]] = {
-    "runtime": [{"sampling", "pictures", "prompts"}, {"controls"}, {"request"}, {"loop"}],
+    "runtime": [{"sampling", "pictures", "prompts"}, {"controls"}, {"request"}, {"loop"}, {"steering"}],
     "runtime/loop": [{"device"}],
     "engines": [{"cuda", "store"}, {"tensorrt"}, {"onnxruntime"}],
     "engines/onnxruntime": [{"lowering"}, {"tuning"}],

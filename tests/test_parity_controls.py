@@ -15,14 +15,11 @@ import torch
 from PIL import Image
 
 from latentrt import CheckpointError, Control, PackageError, UsageError, read_metadata, redraw
-from latentrt.checkpoints.opened import Options, open_control
-from latentrt.engines.backends import BACKENDS
 from latentrt.export.architectures import Architecture
-from latentrt.export.templates import make_archive
-from latentrt.runtime import Pipeline
-from latentrt.runtime.loop.open import LoopOptions, open_control_loop
-from latentrt.runtime.steering import LoadedControls, OpenedControl
+from latentrt.runtime.steering.loaded import LoadedControls
+from latentrt.runtime.steering.steered import OpenedControl
 from tests.parity_pair import BAR, Pair, blob, drawn, exported, ours, photo, psnr
+from tests.steered_pair import steerable
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*__array.*:DeprecationWarning"),
@@ -56,17 +53,7 @@ class Steered(Pair):
         for number, net in enumerate(self.nets):
             net.save_pretrained(made / f"control{number}")
         config = {name: value for name, value in self.nets[0].config.items() if not name.startswith("_")}
-        archive = made / "controls.zip"
-        make_archive(archive, {"control": Architecture(parts={"controlnet": config})}, dtypes=["fp32"])
-        plain = self.ours
-
-        def opened(path: Path) -> OpenedControl:
-            options = Options(dtype="fp32", reads=BACKENDS["onnxruntime"].reads, templates=archive)
-            package = open_control(path, options, store=made / "cache")
-            loop = open_control_loop(package, LoopOptions(backend="onnxruntime"))
-            return OpenedControl(package=package, loop=loop)
-
-        self.ours = Pipeline.over(plain.package, plain.loop, plain.backend, open_control=opened)
+        self.ours = steerable(self.ours, {"control": Architecture(parts={"controlnet": config})}, made)
         self.names = [self.ours.load_control(made / f"control{number}") for number in (0, 1)]
 
     def steered(self, kind: str, count: int = 1) -> Any:
@@ -221,7 +208,7 @@ def test_modes_and_pictures_that_are_another_number(pair: Steered) -> None:
     three = replace(plain, image=[hint(0), hint(1), hint(2)])
     with pytest.raises(UsageError, match="3 control pictures for 2 pictures"):
         ours(pair.ours, [1, 2], prompt=["a", "b"], controls=[three], **FAST)
-    with pytest.raises(UsageError, match=r"no ControlNet is called 'cany'; expected one of control"):
+    with pytest.raises(UsageError, match=r"no control is called 'cany'; expected one of control"):
         ours(pair.ours, [1], prompt="a", controls=[replace(plain, model="cany")], **FAST)
     for wrong in ("canny", [plain, "canny"], 5):
         with pytest.raises(UsageError, match=r"controls is .*; expected a list of Control"):
@@ -266,16 +253,18 @@ def test_records_and_redrawing(pair: Steered, tmp_path: Path) -> None:
 def test_names_are_taken_once_and_given_back(pair: Steered, tmp_path: Path) -> None:
     pipe, folder = pair.ours, pair.made
     assert pipe.load_control(folder / "control0") == pair.names[0]  # the same once more
-    with pytest.raises(UsageError, match="another ControlNet is called 'control0'"):
+    with pytest.raises(UsageError, match="another control is called 'control0'"):
         pipe.load_control(folder / "control1", "control0")
     third = pipe.load_control(folder / "control1", "third")
     assert set(pipe.controls.names) == {*pair.names, "third"}
     pipe.unload_controls(third)
-    with pytest.raises(UsageError, match="no ControlNet is called 'third'"):
+    with pytest.raises(UsageError, match="no control is called 'third'"):
         pipe.unload_controls("third")
-    nets = {name: net for name, net in pipe.package.manifest.nets.items() if name != "unet_controlled"}
-    old = LoadedControls(replace(pipe.package.manifest, nets=nets), lambda path: pytest.fail("opened"))
-    with pytest.raises(PackageError, match="takes no ControlNets"):
+    nets = {name: net for name, net in pipe.package.manifest.nets.items() if name != "unet_image_prompt"}
+    old = LoadedControls(
+        replace(pipe.package.manifest, nets=nets), lambda *_: pytest.fail("opened"), lambda _: None
+    )
+    with pytest.raises(PackageError, match="takes no controls"):
         old.load(folder / "control0")
 
 
@@ -284,7 +273,8 @@ def test_another_family_is_refused(pair: Steered) -> None:
     other = replace(manifest, context_width=manifest.context_width + 8, name="other")
     opened = pair.ours.controls._loaded[pair.names[0]]  # pyright: ignore[reportPrivateUsage]
     kept = Mock(wraps=opened.loop)
-    controls = LoadedControls(other, lambda path: OpenedControl(package=opened.package, loop=kept))
-    with pytest.raises(CheckpointError, match=r"is a ControlNet for .*; expected one for a context of"):
+    opened = OpenedControl(package=opened.package, loop=kept)
+    controls = LoadedControls(other, lambda *_: opened, lambda _: pytest.fail("used"))
+    with pytest.raises(CheckpointError, match=r"is a ControlNet for .*: it reads a context of \d+ numbers"):
         controls.load("control0")
     kept.close.assert_called_once()

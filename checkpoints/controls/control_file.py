@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..files.file_kinds import FAMILIES
 from ..files.tokenizers import WriteTokenizer
 
 CONTROLNET, T2I_ADAPTER, IP_ADAPTER = KINDS = ("controlnet", "t2i-adapter", "ip-adapter")
+VISION = "vision"  # the part that an IP-Adapter reads pictures through
 # What a Union ControlNet's control types are, by number. The first has six of them, ProMax all.
 # (xinsir6/ControlNetPlus, `controlnet_union_test_*.py` and `promax/`.)
 CONTROL_TYPES = ("openpose", "depth", "scribble", "canny", "normal", "segment", "tile", "repaint")
@@ -45,6 +46,8 @@ class ControlFile:
         tokens: of an IP-Adapter, how many of them a picture becomes.
         image_features: of an IP-Adapter, what it reads of the image encoder: "image_embeds", which are
             projected, or the penultimate "hidden_states".
+        encoder: of an IP-Adapter, the image encoder that it reads pictures through, once it was found.
+        processor: how pictures are cut and normalised for that.
         layers: of an IP-Adapter, the cross-attentions that its layers belong to in its family's UNet, by
             module names; empty where no published UNet has as many.
         notes: for the user: what was assumed, and what is not used.
@@ -61,6 +64,8 @@ class ControlFile:
     control_types: tuple[str, ...] = ()
     tokens: int = 0
     image_features: str = ""
+    encoder: Component | None = None
+    processor: Mapping[str, Any] = field(default_factory=dict[str, Any])
     layers: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -75,8 +80,8 @@ class ControlFile:
 
     @property
     def parts(self) -> Mapping[str, Component]:
-        """Its one part, by its kind."""
-        return {self.part.name: self.part}
+        """Its one part, by its kind, and an image encoder."""
+        return {part.name: part for part in (self.part, self.encoder) if part is not None}
 
     @property
     def tokenizers(self) -> Mapping[str, WriteTokenizer]:
@@ -85,8 +90,8 @@ class ControlFile:
 
     @property
     def configs(self) -> Mapping[str, Mapping[str, Any]]:
-        """None."""
-        return {}
+        """How pictures are cut for the image encoder, if there is one."""
+        return {"feature_extractor": self.processor} if self.encoder else {}
 
     @property
     def fused(self) -> tuple[FusedAdapter, ...]:
@@ -116,7 +121,7 @@ class ControlFile:
             "channel_order": self.channel_order,
             "global_pool": self.global_pool,
             "control_types": list(self.control_types),
-        }
+        } | ({"tokens": self.tokens, "image_features": self.image_features} if self.tokens else {})
 
     @property
     def title(self) -> str:

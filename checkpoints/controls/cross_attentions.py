@@ -27,14 +27,6 @@ def cross_attentions(unet: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def level_of(name: str, levels: int) -> int:
-    """How often the latent has been halved where this module attends."""
-    side, number = name.split(".")[:2]
-    if side == "mid_block":
-        return levels - 1
-    return int(number) if side == "down_blocks" else levels - 1 - int(number)
-
-
 def _each(value: Any, count: int) -> list[Any]:
     """One value for each level."""
     return [value] * count if isinstance(value, int) else list(value)

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ...engines.spec import attention_level
 from ..files.component import Component, TensorHeader
 from ..files.ldm_names import Tensors
 from .control_file import IP_ADAPTER, ControlFile
-from .cross_attentions import cross_attentions, level_of
+from .cross_attentions import cross_attentions
 from .stored import Stored, layer, once
 
 _PROJECTION, _LAYERS = "image_projection.", "layers."
@@ -208,7 +209,12 @@ def read_ip_adapter(path: Path, tensors: Tensors, config: Mapping[str, Any] | No
         kind=IP_ADAPTER,
         family=_CONTEXTS.get(context, "sdxl" if unet == "sdxl" else "sd1"),
         what=kind.what,
-        part=Component(name=IP_ADAPTER, folder=path, config=found, tensors=stored.tensors),
+        part=Component(
+            name=IP_ADAPTER,
+            folder=path,
+            config={**found, "layer_widths": widths},
+            tensors=stored.tensors,
+        ),
         tokens=kind.tokens(found),
         image_features=kind.features,
         layers=layers,
@@ -254,7 +260,7 @@ def _check_widths(stored: Stored, widths: list[int], unet: str, layers: tuple[st
     """Raise CheckpointError where layers of one level have several widths: the order is another's."""
     seen: dict[int, int] = {}
     for index, (name, width) in enumerate(zip(layers, widths, strict=False)):
-        level = level_of(name, len(_UNETS[unet]["down_block_types"]))
+        level = attention_level(name, len(_UNETS[unet]["down_block_types"]))
         if seen.setdefault(level, width) != width:
             raise stored.refused(
                 f"has {width} rows in layer {index}, and others of its level ({name}) have {seen[level]}",

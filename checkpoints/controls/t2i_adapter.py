@@ -43,7 +43,6 @@ def read_t2i_adapter(path: Path, tensors: Tensors, config: Mapping[str, Any] | N
     else:
         check_config(config, path / "config.json", T2I_ADAPTER)
         found = {**DEFAULTS, **config}
-    _check_factor(stored, found)
     stored.check(t2i_adapter_shapes(found))
     return ControlFile(
         root=path,
@@ -52,6 +51,15 @@ def read_t2i_adapter(path: Path, tensors: Tensors, config: Mapping[str, Any] | N
         what=_WHAT[found["adapter_type"]],
         part=Component(name=T2I_ADAPTER, folder=path, config=found, tensors=stored.tensors),
     )
+
+
+def feature_levels(config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+    """The channels of each map that it makes, and how often the latent has been halved there."""
+    widths: list[int] = list(config["channels"])
+    if config["adapter_type"] == _LIGHT:
+        widths.append(widths[-1])
+    levels = (1, 1, 2, 2) if config["adapter_type"] == _XL else range(len(widths))
+    return tuple(zip(widths, levels, strict=False))
 
 
 def _renamed(stored: Tensors) -> Iterator[tuple[str, TensorHeader]]:
@@ -99,16 +107,6 @@ def _derived(stored: Stored) -> dict[str, Any]:
         "downscale_factor": factor,
         "adapter_type": _LIGHT if light else _FULL if factor == 8 else _XL,
     }
-
-
-def _check_factor(stored: Stored, config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError for a net that begins at another size than its kind does in its family's UNet."""
-    wanted = 16 if config["adapter_type"] == _XL else 8
-    if config["downscale_factor"] != wanted:
-        raise stored.refused(
-            f"is a {config['adapter_type']} that divides a picture by {config['downscale_factor']}",
-            f"{wanted}, as its family's latents",
-        )
 
 
 def t2i_adapter_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

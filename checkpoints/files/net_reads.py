@@ -57,6 +57,9 @@ def _reading(
         return modern_attention, lambda name: not name.startswith(other)
     if part.name == "controlnet":
         return str, lambda name: name.startswith(HINT) == (component == "controlnet_hint")
+    if component == "image_features":
+        unread = unread_vision(source, part)
+        return str, lambda name: not name.startswith(unread)
     return str, lambda name: True
 
 
@@ -83,6 +86,22 @@ def unread_layers(source: Source, part: Component) -> tuple[str, ...]:
     return f"encoder.layers.{last}.", "final_layer_norm."
 
 
+def unread_vision(source: Source, part: Component) -> tuple[str, ...]:
+    """The prefixes of what an IP-Adapter that reads hidden states does not run of its image encoder.
+
+    They are those before the last layer.
+    """
+    if not reads_hidden_states(source):
+        return ()
+    last = int(part.config.get("num_hidden_layers", 12)) - 1  # as CLIPVisionConfig has it
+    return f"vision_model.encoder.layers.{last}.", "vision_model.post_layernorm.", "visual_projection."
+
+
+def reads_hidden_states(source: Source) -> bool:
+    """Whether an IP-Adapter reads its image encoder's hidden states, not the embedding."""
+    return getattr(source, "image_features", "") == "hidden_states"
+
+
 def modern_attention(name: str) -> str:
     """An autoencoder's tensor name as diffusers writes it since 0.15."""
     for old, new in _OLD_ATTENTION.items():
@@ -101,6 +120,8 @@ def net_facts(source: Source, component: str) -> dict[str, Any]:
         return {"vectors": dict(source.vectors)}
     if component in spec.TEXT_ENCODERS:
         return {"skips_last_layer": source.skips_last_layer}
+    if component == "image_features":
+        return {"hidden_states": reads_hidden_states(source)}
     if component == "image_encoder":
         mean, std = normalisation(source.configs["feature_extractor"])
         return {"image_mean": mean, "image_std": std}

@@ -61,6 +61,7 @@ class Calibration:
         self._embeds: Array | None = None
         self._latent: Array | None = None
         self._hint: Array | None = None
+        self._features: Array | None = None
 
     @property
     def _source(self) -> Checkpoint:
@@ -173,10 +174,14 @@ class Calibration:
 
     def embed_hint(self, call: NetCall) -> None:
         """Call what a ControlNet makes of its picture: smooth pictures, edges, and noise."""
+        self._hint = call({"hint": self._hints()})[0]
+
+    def _hints(self) -> Array:
+        """(4, 3, H, W) float32, 0 to 1."""
         pictures = self._pictures(2, 8 * SIDE, 8 * SIDE)
         hints = np.moveaxis(pictures.astype(np.float32) / 255, 3, 1)
         edges = (np.abs(np.diff(hints, axis=3, prepend=0)) > 0.05).astype(np.float32)
-        self._hint = call({"hint": np.concatenate([hints, edges])})[0]
+        return np.concatenate([hints, edges])
 
     def steer(self, call: NetCall) -> None:
         """Call a ControlNet with latents between noise and pictures, at the noise's timesteps."""
@@ -202,6 +207,24 @@ class Calibration:
                     SCALES: np.ones((len(hint), outputs), np.float32),
                 }
             )
+
+    def see_hint(self, call: NetCall) -> None:
+        """Call a T2I-Adapter with the same, of as many channels as it reads."""
+        channels = int(self._any.parts["t2i-adapter"].config.get("in_channels", 3))
+        call({"hint": self._hints()[:, :channels]})
+
+    def see_pictures(self, call: NetCall) -> None:
+        """Call an IP-Adapter's image encoder with smooth pictures, noise, and nothing."""
+        side = int(self._any.parts["vision"].config.get("image_size", 224))
+        pictures = np.moveaxis(self._pictures(4, side, side).astype(np.float32), 3, 1)
+        normal = (pictures - pictures.mean()) / pictures.std()
+        self._features = call({"pixel_values": np.concatenate([normal, np.zeros_like(normal[:1])])})[0]
+
+    def prompt_by_pictures(self, call: NetCall) -> None:
+        """Call an IP-Adapter with what its encoder sees in these, and with zeros."""
+        assert self._features is not None
+        features = self._features
+        call({"image_features": np.concatenate([features, np.zeros_like(features[:1])])})
 
     def _normal(self, *shape: int) -> Array:
         return self._random.standard_normal(shape, dtype=np.float32)
@@ -241,6 +264,9 @@ CALIBRATIONS: Mapping[str, Callable[[Calibration, NetCall], None]] = {
     "preview_decoder": Calibration.decode,
     "controlnet_hint": Calibration.embed_hint,
     "controlnet": Calibration.steer,
+    "t2i_adapter": Calibration.see_hint,
+    "image_features": Calibration.see_pictures,
+    "image_prompt": Calibration.prompt_by_pictures,
 }
 
 

@@ -14,6 +14,7 @@ from itertools import chain
 from typing import Any, cast
 
 from ...engines import spec
+from ..controls.control_file import IP_ADAPTER, T2I_ADAPTER
 from ..files.component import Component
 from ..files.net_reads import net_facts
 from ..files.open import TINY, is_tiny
@@ -65,6 +66,10 @@ INERT: Mapping[str, Mapping[str, str]] = {
         "global_pool_conditions": "is done to the outputs behind",
         "addition_embed_type_num_heads": "is read by an addition_embed_type that no template has",
     },
+    "T2IAdapter": {},
+    "ImageProjection": {},
+    "IPAdapterFullImageProjection": {},
+    "IPAdapterPlusImageProjection": {},
 }
 # Fields with several spellings of one thing, which the names and shapes of tensors tell. Where there is no
 # attention, any number stands.
@@ -110,7 +115,7 @@ def part_class(component: str, part: Component) -> str:
         return "CLIPTextModel"
     if component == "text_encoder_2":
         return "CLIPTextModelWithProjection"
-    if component == "image_encoder":
+    if component in ("image_encoder", "image_features"):
         return "CLIPVisionModelWithProjection"
     if component == "image_noiser":
         return "StableUnCLIPImageNormalizer"
@@ -118,6 +123,10 @@ def part_class(component: str, part: Component) -> str:
         return "UNet2DConditionModel"
     if part.name == "controlnet":
         return "ControlNetModel"
+    if part.name == T2I_ADAPTER:
+        return "T2IAdapter"
+    if part.name == IP_ADAPTER:
+        return str(part.config["_class_name"])
     return TINY if is_tiny(part) else "AutoencoderKL"
 
 

@@ -20,7 +20,10 @@ OPSET = 23
 
 # Sizes to trace with. They are odd and all different, so that the tracer can take no two for the same and
 # none for a multiple of eight (see nets.WholeUnet). There are two rows, since it specialises on one.
-SIZES: Mapping[str, int] = {"B": 2, "N": 2, "P": 2, "T": 78, "H/8": 17, "W/8": 25, "H": 136, "W": 200}
+SIZES: Mapping[str, int] = {
+    **{"B": 2, "N": 2, "P": 2, "T": 78, "I": 17},
+    **{"H/8": 17, "W/8": 25, "H": 136, "W": 200},
+}
 # Inputs of whole numbers below this, and inputs of one constant; all others are unit normal.
 _WHOLE = {"timestep": 1000, "noise_level": 1000, "time_ids": 1024, "input_ids": 100, "image": 256}
 _ONE = {"clip_skip": 0.0, "alpha": 0.8, "sigma": 0.6}  # alpha^2 + sigma^2 = 1
@@ -49,7 +52,8 @@ def to_onnx(net: Net) -> ir.Model:
 
     torch's optimiser stays off: it folds transposes into weights, which then lose their names.
     """
-    inputs = example(net.spec, SIZES)
+    larger = {side: SIZES[side] * net.multiple // 8 for side in ("H", "W")}
+    inputs = example(net.spec, {**SIZES, **larger})
     dynamic = {
         item.name: {
             axis: torch.export.Dim.DYNAMIC for axis, dim in enumerate(item.shape) if isinstance(dim, str)

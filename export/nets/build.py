@@ -14,6 +14,8 @@ from ...checkpoints.files.source import Source
 from ...engines import spec
 from .clip import image_encoder, image_noiser, text_encoder
 from .controlnet import controlnet, controlnet_hint
+from .image_prompt import image_features, image_prompt
+from .t2i_adapter import t2i_adapter
 from .torch_net import Net, load, make_net, spelled
 from .vae import vae_decoder, vae_encoder
 
@@ -105,5 +107,8 @@ NETS: Mapping[str, ExportedNet] = {
         ("preview_decoder", vae_decoder),
         ("controlnet_hint", controlnet_hint),
         ("controlnet", controlnet),
+        ("t2i_adapter", t2i_adapter),
+        ("image_features", image_features),
+        ("image_prompt", image_prompt),
     )
 }

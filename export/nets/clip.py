@@ -71,7 +71,7 @@ def text_encoder(checkpoint: Source, part: Component, dtype: torch.dtype) -> Net
 
     projected = part.name == "text_encoder_2"
     normalised = not checkpoint.skips_last_layer
-    config = CLIPTextConfig(**_settings(part))
+    config = CLIPTextConfig(**clip_settings(part))
     layers = config.num_hidden_layers
     unread = unread_layers(checkpoint, part)
     config.num_hidden_layers = layers - bool(unread)
@@ -101,7 +101,7 @@ def text_encoder(checkpoint: Source, part: Component, dtype: torch.dtype) -> Net
     return make_net(ClipText(net, layers, normalised=normalised), contract, tensors, dtype)
 
 
-def _settings(part: Component) -> dict[str, Any]:
+def clip_settings(part: Component) -> dict[str, Any]:
     """The config, with sdpa, which becomes the ONNX operator Attention; the eager form would not."""
     return {**part.config, "attn_implementation": "sdpa"}
 
@@ -127,7 +127,7 @@ def image_encoder(checkpoint: Source, part: Component, dtype: torch.dtype) -> Ne
     """unCLIP's image encoder (CLIP ViT-L or ViT-H)."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    config = CLIPVisionConfig(**_settings(part))
+    config = CLIPVisionConfig(**clip_settings(part))
     with torch.device("meta"):
         net: Any = CLIPVisionModelWithProjection(config)
     fill_buffers(net)

@@ -43,11 +43,15 @@ Tensors = Mapping[str, tuple[str, str]]
 
 @dataclass(frozen=True, kw_only=True)
 class Net:
-    """A torch module that satisfies `spec`, called with inputs by name, and where its tensors come from."""
+    """A torch module that satisfies `spec`, called with inputs by name, and where its tensors come from.
+
+    Pictures that it takes have a height and a width that `multiple` divides.
+    """
 
     module: nn.Module
     spec: NetSpec
     tensors: Tensors
+    multiple: int = 8
 
     def run(self, inputs: Mapping[str, Array]) -> list[Array]:
         """The outputs of a net in float32, in the contract's order; float16 inputs are widened."""

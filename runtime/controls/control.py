@@ -1,4 +1,4 @@
-"""One control of a request, and what its ControlNet's outputs are multiplied with, step by step."""
+"""One control of a request: a picture that steers through a ControlNet or a T2I-Adapter."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _CONDITIONAL_ALONE = ("control", "guess")
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """A picture that steers a request through a ControlNet.
+    """A picture that steers a request through a ControlNet or a T2I-Adapter.
 
     Attributes:
-        model: the name of one that was loaded, or of a file in the pipeline's folder of controls.
+        model: the name of one that was loaded.
         image: the picture, or one for each prompt: a path, a Pillow image, or an array.
         strength: 1 as the net was trained; 0 is the same picture as without it.
         start, end: the part of the steps that it is in: step i of N if start <= i/N and (i+1)/N <= end.
@@ -62,7 +62,17 @@ class Control:
         elif self.mode in ("prompt", "control"):
             factors *= _SOFT[:outputs]
         scales = np.zeros((steps, rows, outputs), np.float32)
-        on = [i for i in range(steps) if not (i / steps < self.start or (i + 1) / steps > self.end)]
+        on = self.steps_on(steps)
         first = rows // 2 if guided and self.mode in _CONDITIONAL_ALONE else 0
         scales[on, first:] = factors
         return scales
+
+    def steps_on(self, steps: int) -> Array:
+        """(S,) bool: in which of the steps it is."""
+        return steps_on(steps, self.start, self.end)
+
+
+def steps_on(steps: int, start: float, end: float) -> Array:
+    """(S,) bool: the steps between two shares of them, as diffusers' `control_guidance_start` and `_end`."""
+    number = np.arange(steps)
+    return ~((number / steps < start) | ((number + 1) / steps > end))

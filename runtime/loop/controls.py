@@ -1,17 +1,24 @@
-"""What ControlNets add to the UNet's calls: the residuals of each step, computed on the host.
+"""What controls add to the UNet's calls, computed on the host.
 
 Zhang et al. 2023 (arXiv 2302.05543), section 3.1; diffusers' `StableDiffusionControlNetPipeline`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
 import numpy as np
 
+from ...engines.errors import UsageError
 from ...engines.package import Manifest
 from ...engines.spec import (
     DTYPES,
     FEATURE,
     HINT_EMBEDDING,
+    IMAGE_KEYS,
+    IMAGE_MASK,
+    IMAGE_VALUES,
     RESIDUAL,
     SCALES,
     Array,
@@ -20,42 +27,93 @@ from ...engines.spec import (
 )
 from .job import ControlJob, DenoiseJob
 
+# Prefixes of the inputs that `unet` does not have.
+_OWN = (RESIDUAL, FEATURE, IMAGE_KEYS, IMAGE_VALUES, IMAGE_MASK)
+
+
+def takes_controls(unet: NetSpec) -> bool:
+    """Whether a graph of the UNet has the inputs of controls."""
+    return any(item.name.startswith(_OWN) for item in unet.inputs)
+
+
+def refuse_unloaded() -> NoReturn:
+    """Raise UsageError for a job with controls that another thread unloaded."""
+    raise UsageError(
+        "the controls of this picture were unloaded before its first step",
+        expected="controls that stay loaded while a picture is drawn",
+        fix="Call pipe.unload_controls() when no picture is drawn.",
+    )
+
 
 class HostControls:
-    """The ControlNets of a job. What does not depend on the latent is computed as it is made, once.
+    """What the UNet is given besides the inputs of `unet`: zeros where nothing steers.
+
+    What does not depend on the latent is computed as it is made, once.
 
     Args:
         job: with the rows of the UNet, of which some may be left alone.
-        unet: the contract of `unet_controlled`.
+        unet: the contract of the graph that takes controls.
     """
 
     def __init__(self, job: DenoiseJob, unet: NetSpec) -> None:
-        self._unet = unet
-        self._nets = [_OnHost(control, job) for control in job.controls]
+        self._steering = job.steering
+        self._nets = [_OnHost(control, job) for control in job.steering.controlnets]
+        _, height, width = job.shape
+        sizes = {"B": len(job.text_of_row), "H/8": height, "W/8": width, "G": 1, "I": 1}
+        own = [item for item in unet.inputs if item.name.startswith(_OWN)]
+        self._types = {item.name: DTYPES[item.dtype] for item in own}
+        self._zeros = {
+            item.name: np.zeros(shape_of(item.shape, sizes), self._types[item.name]) for item in own
+        }
+        prompt = job.steering.image_prompt
+        self._constant = {} if prompt is None else self._typed(prompt.inputs)
+        self._features: dict[tuple[bool, ...], dict[str, Array]] = {}
 
     def inputs(self, latent: Array, row: int) -> dict[str, Array]:
-        """What `unet_controlled` has besides the inputs of `unet`; nothing where no ControlNet is on.
+        """All of them.
 
         Args:
             latent: (B, C, H/8, W/8), as the UNet sees it.
             row: of the table.
         """
         found = [residuals for net in self._nets if (residuals := net.residuals(latent, row))]
-        if not found:
+        return {
+            **self._zeros,
+            **self._constant,
+            **self._sums(found),
+            **self._features_of(row),
+            **self._masks(row),
+        }
+
+    def _typed(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        return {name: value.astype(self._types[name], copy=False) for name, value in arrays.items()}
+
+    def _sums(self, added: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+        """By name; in float32, so that the order of several does not matter."""
+        totals: dict[str, Array] = {}
+        for one in added:
+            for name, value in one.items():
+                if name not in totals:
+                    totals[name] = np.zeros(self._zeros[name].shape, np.float32)
+                totals[name] += value
+        return self._typed(totals)
+
+    def _features_of(self, row: int) -> dict[str, Array]:
+        """Those of the T2I-Adapters that are on in a row; the same arrays in every row like it."""
+        on = tuple(bool(one.on[row]) for one in self._steering.features)
+        if on not in self._features:
+            chosen = [one.features for one in self._steering.features if one.on[row]]
+            self._features[on] = self._sums(chosen)
+        return self._features[on]
+
+    def _masks(self, row: int) -> dict[str, Array]:
+        """Where each group of image tokens counts in a row."""
+        prompt = self._steering.image_prompt
+        if prompt is None:
             return {}
-        sizes = {"B": len(latent), "H/8": latent.shape[2], "W/8": latent.shape[3]}
-        given: dict[str, Array] = {}
-        for item in self._unet.inputs:
-            shape = shape_of(item.shape, sizes) if item.name.startswith((RESIDUAL, FEATURE)) else ()
-            if item.name.startswith(RESIDUAL):
-                # in float32, so that the order of several does not matter
-                total = np.zeros(shape, np.float32)
-                for residuals in found:
-                    total += residuals[item.name]
-                given[item.name] = total.astype(DTYPES[item.dtype], copy=False)
-            elif item.name.startswith(FEATURE):
-                given[item.name] = np.zeros(shape, DTYPES[item.dtype])
-        return given
+        on = prompt.on[row][None, :, None, None]
+        rows = len(next(iter(prompt.inputs.values())))
+        return self._typed({name: np.repeat(mask * on, rows, axis=0) for name, mask in prompt.masks.items()})
 
 
 class _OnHost:

@@ -17,7 +17,7 @@ from ...engines.processors import usable_processors
 from ...engines.spec import DTYPES, FLOAT_TYPES, TEXT_ENCODERS, Array, has_time_of_each_row
 from ..pictures.tiling import decode_tiled
 from ..sampling.table import Table
-from .controls import HostControls
+from .controls import HostControls, refuse_unloaded, takes_controls
 from .job import NEVER, REQUIRED, Clock, DenoiseJob, Drawn, Kept, PackageLoop, State, Stop
 
 # NumPy would only warn; the loop checks the result and says in which step it happened.
@@ -85,12 +85,27 @@ class HostLoop:
         self._open = partial(backend.open_net, package, threads=threads)
         self._weights_of: dict[str, frozenset[str]] = {} if base is None else base._weights_of
         self._lock = Lock()
+        self._unet = "unet"
         self._closed = False
         self._dtype = DTYPES[FLOAT_TYPES[package.manifest.dtype]]
 
     def adapted(self, package: Package) -> HostLoop:
         """See `job.Loop`."""
         return HostLoop(package, self._backend, self._threads, base=self)
+
+    @property
+    def unet(self) -> str:
+        """The graph of the UNet that runs rows."""
+        return self._unet if self._base is None else self._base.unet
+
+    def use_unet(self, net: str) -> None:
+        """See `job.PackageLoop`. A graph that is between the steps of a picture is freed behind it."""
+        assert self._base is None, "adapted loops run the graph of their base"
+        if net != self._unet:
+            self.net(net)
+            with self._lock:
+                self.nets.pop(self._unet, None)
+                self._unet = net
 
     def changes(self, name: str) -> bool:
         """Whether a net computes with other weights than the package stores."""
@@ -125,7 +140,8 @@ class HostLoop:
     def _own(self) -> tuple[str, ...]:
         """The nets of every picture that compute with other weights than the package stores."""
         nets = self._package.manifest.nets
-        return tuple(name for name in (*TEXT_ENCODERS, *REQUIRED) if name in nets and self.changes(name))
+        usual = (self.unet if name == "unet" else name for name in (*TEXT_ENCODERS, *REQUIRED))
+        return tuple(name for name in usual if name in nets and self.changes(name))
 
     def net(self, name: str) -> Net:
         """A net, opened on first use. Raises PackageError if there is none, BackendError once closed."""
@@ -173,11 +189,13 @@ class HostLoop:
                 constant["image_latents"] = narrow(job.image_latents, self._dtype)  # (B, C', H/8, W/8)
             schedule = self.call("unet_time", **job.schedule_inputs())
         dtype = self._package.manifest.dtype
-        unet, source, each = self.net("unet"), job.noise.fork(), job.rows_per_step
+        unet, source, each = self.net(self.unet), job.noise.fork(), job.rows_per_step
         controls = None
-        if job.controls:
-            with clock.stage("invariants"):
-                controls = HostControls(job, self._package.manifest.net("unet_controlled").spec)
+        if takes_controls(unet.spec):
+            with clock.stage("controls"):
+                controls = HostControls(job, unet.spec)
+        elif job.steering:
+            refuse_unloaded()
         if each == 1 and has_time_of_each_row(unet.spec):  # all rows of this job are at one timestep
             each = len(job.text_of_row)
             schedule = {name: np.repeat(rows, each, axis=0) for name, rows in schedule.items()}
@@ -191,8 +209,7 @@ class HostLoop:
                 with clock.stage("controls"):
                     added = controls.inputs(batch, row)
             with clock.stage("unet"):
-                net = self.net("unet_controlled") if added else unet
-                prediction = net(latent=batch, **constant, **times, **added)["prediction"]
+                prediction = unet(latent=batch, **constant, **times, **added)["prediction"]
             return guide(prediction, job.guidance_scale, job.guidance_rescale, job.guided)
 
         states = denoise(job.table, lambda: source.draw(job.shape), predict, job.first, job.kept, dtype)

@@ -62,6 +62,48 @@ class ControlJob:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FeatureJob:
+    """What a T2I-Adapter adds to a job of S rows of the table and B UNet rows.
+
+    Attributes:
+        features: (B, C, …) float32 by the names of the UNet's inputs.
+        on: (S,) bool, the rows that they are added in.
+    """
+
+    features: Mapping[str, Array]
+    on: Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePromptJob:
+    """What the UNet attends to besides the text: G groups of image tokens.
+
+    Attributes:
+        inputs: keys (B, G, heads, width, I) and values (B, G, heads, I, width) float32, by the names of the
+            UNet's inputs.
+        masks: (1, G, …) float32 by the names of the UNet's inputs, where each group counts.
+        on: (S, G) bool, the rows of the table that each is in.
+    """
+
+    inputs: Mapping[str, Array]
+    masks: Mapping[str, Array]
+    on: Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeringJob:
+    """What controls add to a job: nets that are called in every step, and what stays the same in all."""
+
+    controlnets: tuple[ControlJob, ...] = ()
+    features: tuple[FeatureJob, ...] = ()
+    image_prompt: ImagePromptJob | None = None
+
+    def __bool__(self) -> bool:
+        """Whether there is anything."""
+        return bool(self.controlnets or self.features or self.image_prompt)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DenoiseJob:
     """N pictures to denoise, with S rows of the table and B UNet rows a step (2N with guidance, else N).
 
@@ -77,7 +119,7 @@ class DenoiseJob:
         image_latents: (B, C', H/8, W/8) float32, channels that an inpainting UNet sees behind the latent.
         kept: what is put back outside the mask after every row.
         tile: side in pixels of the tiles in which the decoder runs; None decodes all at once.
-        controls: the ControlNets that steer it.
+        steering: what controls add to it.
     """
 
     context: Array
@@ -92,7 +134,7 @@ class DenoiseJob:
     image_latents: Array | None = None
     kept: Kept | None = None
     tile: int | None = None
-    controls: tuple[ControlJob, ...] = ()
+    steering: SteeringJob = field(default_factory=SteeringJob)
 
     @property
     def pictures(self) -> int:
@@ -270,6 +312,13 @@ class Loop(Protocol):
 
 class PackageLoop(Loop, Protocol):
     """A loop over the nets of a package, which may be asked for with other weights."""
+
+    def use_unet(self, net: str) -> None:
+        """Run the rows of every later job with this graph of the UNet ("unet", or one that takes controls).
+
+        The other one is closed. Raises what opening a net raises.
+        """
+        ...
 
     def adapted(self, package: Package) -> PackageLoop:
         """A loop over the same package with other `Package.changes`; nets that they leave alone are shared.

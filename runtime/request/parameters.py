@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ...engines.package import Manifest
     from ...engines.spec import Array
     from ..controls.control import Control
+    from ..controls.image_prompt import ImagePrompt
     from ..pictures.read import ImageSource
 
 Texts = str | Sequence[str]  # one for all prompts, or one for each
@@ -197,33 +198,35 @@ def check_loras(value: Any, name: str = "loras") -> tuple[tuple[str, Any], ...]:
     return tuple(pairs)
 
 
-def _check_controls(name: str, value: Any, manifest: "Manifest") -> tuple["Control", ...]:
+def _check_controls(name: str, value: Any, manifest: "Manifest") -> tuple["Control | ImagePrompt", ...]:
     from ..controls.control import Control
+    from ..controls.image_prompt import ImagePrompt
 
-    found = [value] if isinstance(value, Control) else items(value)
-    if found is None or not all(isinstance(one, Control) for one in found):
+    kinds = (Control, ImagePrompt)
+    found = [value] if isinstance(value, kinds) else items(value)
+    if found is None or not all(isinstance(one, kinds) for one in found):
         raise UsageError(
             f"{name} is {value!r:.100}",
-            expected="a list of Control",
+            expected="a list of Control and ImagePrompt",
             fix=f'Pass {name}=[latentrt.Control(model="canny", image="edges.png")].',
         )
-    controls = tuple(cast("list[Control]", found))
+    controls = tuple(cast("list[Control | ImagePrompt]", found))
     for control in controls:
         _check_control(control)
     return controls
 
 
-def _check_control(control: "Control") -> None:
+def _check_control(control: "Control | ImagePrompt") -> None:
     from ..controls.control import Mode
+    from ..controls.image_prompt import ImagePrompt, numbers_of
 
     model: object = control.model
     if not isinstance(model, str) or not model:
         raise UsageError(
             f"the model of a control is {model!r:.80}",
-            expected="the name of a ControlNet that was loaded",
+            expected="the name of one that was loaded",
             fix="Load it first: pipe.load_control(FILE) returns its name.",
         )
-    check_number("control_strength", control.strength, -100.0, 100.0)
     check_number("control_start", control.start, 0.0, 1.0)
     check_number("control_end", control.end, 0.0, 1.0)
     if control.start >= control.end:
@@ -232,6 +235,11 @@ def _check_control(control: "Control") -> None:
             expected="a part of the steps",
             fix="Exchange the two.",
         )
+    if isinstance(control, ImagePrompt):
+        for one in numbers_of(control.strength):
+            check_number("ip_adapter_strength", one, -100.0, 100.0)
+        return
+    check_number("control_strength", control.strength, -100.0, 100.0)
     if control.mode not in get_args(Mode):
         raise UsageError(
             f"control_mode is {control.mode!r:.80}",
@@ -381,8 +389,8 @@ class Parameters(TypedDict, total=False):
     loras: Annotated["Sequence[str | tuple[str, Any]] | None", Parameter(
         help="An adapter to draw with: a name or a file, and how strongly. May be given again.",
         kind=LORAS, flags=("--lora",))]
-    controls: Annotated["Sequence[Control] | None", Parameter(
-        help="Pictures that steer through ControlNets.", kind=CONTROLS, flags=None, stage="base")]
+    controls: Annotated["Sequence[Control | ImagePrompt] | None", Parameter(
+        help="Pictures that steer.", kind=CONTROLS, flags=None, stage="base")]
     height: Annotated[int | None, Parameter(
         help="Pixels. Default: the picture's or the model's.", kind=PIXELS, flags=("--height", "-H"))]
     width: Annotated[int | None, Parameter(

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ...adapters.embeddings import Embedding
     from ...adapters.sets import AdapterSet
     from ..controls.control import Control
+    from ..controls.image_prompt import ImagePrompt
 
 _LOG = logging.getLogger(__name__)
 _OTHER_TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2")
@@ -78,7 +79,7 @@ class Request:
         sizes: SDXL's conditions; empty for models without.
         loras: the adapters to draw with, each with its strength; None are the pipeline's usual ones.
         tagged: those that the prompts name besides.
-        controls: the pictures that steer through ControlNets.
+        controls: the pictures that steer.
         chosen: the parameters that are not their defaults, checked, but for pictures and latents.
         inputs: the pictures and latents it starts from, by parameter: one for all pictures, or one each.
         adapters: the set that it draws with; None before a pipeline has looked for it.
@@ -112,7 +113,7 @@ class Request:
     source: Source | None = field(default=None, compare=False)
     loras: tuple[tuple[str, Any], ...] | None = None
     tagged: tuple[tuple[str, Any], ...] = ()
-    controls: tuple[Control, ...] | None = field(default=None, compare=False)
+    controls: tuple[Control | ImagePrompt, ...] | None = field(default=None, compare=False)
     chosen: Mapping[str, Any] = field(default_factory=dict[str, Any], compare=False)
     inputs: Mapping[str, tuple[Input, ...]] = field(
         default_factory=dict[str, "tuple[Input, ...]"], compare=False

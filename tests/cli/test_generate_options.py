@@ -13,7 +13,7 @@ import typer
 from PIL import Image
 from safetensors.numpy import save_file
 
-from latentrt import Control, cli
+from latentrt import Control, ImagePrompt, cli
 from latentrt.cli.generate import generate
 from latentrt.engines.errors import StorageError
 from latentrt.runtime.model import ADAPTERS, CheckpointOptions
@@ -77,6 +77,8 @@ OWN = {
     "--prediction-type",
     "--control-net", "--control-image", "--control-strength", "--control-start", "--control-end",
     "--control-mode", "--control-preparation", "--control-resize", "--control-mask", "--canny",
+    "--image-encoder", "--ip-adapter", "--ip-adapter-image", "--ip-adapter-strength",
+    "--ip-adapter-start", "--ip-adapter-end", "--ip-adapter-mask",
 }  # fmt: skip
 
 
@@ -94,8 +96,8 @@ class Listener:
         cls.opened.append((model, options))
         return cls()
 
-    def load_control(self, path: Any) -> str:
-        return f"name of {path}"
+    def load_control(self, path: Any, image_encoder: Any = None) -> str:
+        return f"name of {path}" + (f" seen through {image_encoder}" if image_encoder else "")
 
     def __enter__(self) -> "Listener":
         return self
@@ -183,15 +185,40 @@ def test_controls(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_image_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One adapter sees all pictures; of several each has its own."""
+    pictures = ["--ip-adapter-image", "start.png", "--ip-adapter-image", "mask.png"]
+    words = [*pictures, "--ip-adapter-strength", "0.6", "--ip-adapter-end", "0.5"]
+    one = ["a", "--ip-adapter", "plus", "--image-encoder", "seer", "--t2i-adapter", "pose"]
+    _, parameters = heard(monkeypatch, *one, *words, "--control-image", "start.png")
+    both = {"strength": 0.6, "end": 0.5}
+    assert parameters["controls"] == [
+        Control(model="name of pose", image="start.png"),
+        ImagePrompt(model="name of plus seen through seer", image=["start.png", "mask.png"], **both),
+    ]
+    two = ["a", "--ip-adapter", "plus", "--ip-adapter", "face", "--ip-adapter-mask", "mask.png"]
+    _, parameters = heard(monkeypatch, *two, *words)
+    assert parameters["controls"] == [
+        ImagePrompt(model="name of plus", image="start.png", mask_image="mask.png", **both),
+        ImagePrompt(model="name of face", image="mask.png", mask_image="mask.png", **both),
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (["--control-image", "start.png"], "--control-image without a ControlNet"),
-        (["--canny"], "--control-preparation without a ControlNet"),
+        (["--control-image", "start.png"], "--control-image without --control-net"),
+        (["--canny"], "--control-preparation without --control-net"),
         (["--control-net", "a"], "--control-net without --control-image"),
         (
             ["--control-net", "a", *["--control-image", "start.png"] * 2],
-            "--control-image is given 2 times for 1 ControlNets",
+            "--control-image is given 2 times for 1 of --control-net",
+        ),
+        (["--ip-adapter-strength", "1"], "--ip-adapter-strength without --ip-adapter"),
+        (["--ip-adapter", "a"], "--ip-adapter without --ip-adapter-image"),
+        (
+            ["--ip-adapter", "a", "--ip-adapter-image", "b", *["--ip-adapter-end", "1"] * 2],
+            "--ip-adapter-end is given 2 times for 1 of --ip-adapter",
         ),
     ],
 )

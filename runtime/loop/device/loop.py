@@ -162,6 +162,15 @@ class DeviceLoop:
 
     # ── job.PackageLoop ────────────────────────────────────────────────────────────────────────
 
+    def use_unet(self, net: str) -> None:
+        """See `job.PackageLoop`. Raises BackendError for a graph that takes controls."""
+        if net != "unet":
+            raise BackendError(
+                "controls do not run on a device yet",
+                expected="a pipeline without controls",
+                fix="Draw on the CPU: --backend onnxruntime",
+            )
+
     def adapted(self, package: Package) -> DeviceLoop:
         """See `job.PackageLoop`. Raises BackendError where nothing opens nets with other weights."""
         if self._open_net is None:
@@ -398,12 +407,6 @@ class DeviceLoop:
 
         With `decoder` the decoder is taken as well, before any work is done that its failure would waste.
         """
-        if job.controls:
-            raise BackendError(
-                "ControlNets do not run on a device yet",
-                expected="a request without controls",
-                fix="Draw on the CPU: --backend onnxruntime",
-            )
         device, nets, shape = self.device, self.nets, self._shape(job, plan)
         schedule_shape, latents = ScheduleShape.of(job, shape), {"latent": job.first.shape}
         sized = [

@@ -1,0 +1,1 @@
+"""Controls of a request, as the loop takes them: what was loaded, and a file for each kind."""

@@ -1,0 +1,35 @@
+"""ControlNets of a request: hints, and what the outputs are multiplied with, step by step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..loop.job import ControlJob
+from .steered import Rows, Steered, read_picture, row_of_each_picture
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SteeredByNet(Steered):
+    """A control of a request whose net is called in every step."""
+
+    def job(self, rows: Rows) -> ControlJob:
+        """What the loop is given. Raises UsageError for another number of pictures."""
+        hint = read_picture(self, rows)
+        manifest = self.opened.package.manifest
+        if manifest.control.get("channel_order") == "bgr":
+            hint = np.ascontiguousarray(hint[:, ::-1])
+        return ControlJob(
+            manifest=manifest,
+            call=self.opened.loop.call,
+            hint=hint,
+            hint_of_row=row_of_each_picture(len(hint), rows),
+            scales=self.control.scales(
+                steps=rows.steps,
+                rows=rows.count,
+                outputs=len(manifest.nets["controlnet"].spec.outputs),
+                guided=rows.guided,
+                pooled=bool(manifest.control.get("global_pool")),
+            ),
+        )

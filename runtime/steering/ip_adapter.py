@@ -1,0 +1,204 @@
+"""Image prompts of a request: keys and values of pictures for each cross-attention, made once per picture.
+
+Ye et al. 2023 (arXiv 2308.06721), as diffusers' `load_ip_adapter` and its attention processors have it: the
+unconditional rows attend to what the adapter makes of zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import lcm
+from typing import Any, cast
+
+import numpy as np
+from PIL import Image
+
+from ...engines.errors import UsageError
+from ...engines.spec import (
+    IMAGE_FEATURES,
+    IMAGE_KEYS,
+    IMAGE_MASK,
+    IMAGE_VALUES,
+    Array,
+    NetSpec,
+    cross_attentions,
+    shape_of,
+)
+from ..controls.image_prompt import ImagePrompt, shrunk_mask
+from ..loop.job import ImagePromptJob
+from ..pictures.read import read_image
+from ..pictures.resize import clip_pixels
+from ..pictures.write import Pixels
+from ..request.inputs import fingerprint
+from .steered import OpenedControl, Rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """What one softmax goes over.
+
+    Attributes:
+        keys, values: for each layer, (B, heads, I, width) float32.
+        mask: (H, W) of 0 and 1; None is everywhere.
+        on: (S,) bool.
+    """
+
+    keys: Sequence[Array]
+    values: Sequence[Array]
+    mask: Array | None
+    on: Array
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prompted:
+    """An image prompt with its net and its pictures, read and checked."""
+
+    prompt: ImagePrompt
+    opened: OpenedControl
+    pictures: Sequence[Pixels]
+    masks: Sequence[Pixels]
+
+    @classmethod
+    def read(cls, prompt: ImagePrompt, opened: OpenedControl) -> Prompted:
+        """Raises UsageError for pictures that cannot be read, or for another number of masks."""
+        pictures = [read_image(one, name="ip_adapter_image") for one in _several(prompt.image)]
+        masks = [
+            read_image(one, name="ip_adapter_mask", background=0)
+            for one in ([] if prompt.mask_image is None else _several(prompt.mask_image))
+        ]
+        if not pictures or len(masks) not in (0, 1, len(pictures)):
+            raise UsageError(
+                f"{len(pictures)} pictures and {len(masks)} masks for the IP-Adapter {prompt.model!r}",
+                expected="a picture or more, and no mask, one for all, or one for each",
+                fix="Pass one mask for all of them.",
+            )
+        return cls(prompt=prompt, opened=opened, pictures=pictures, masks=masks)
+
+    def groups(self, rows: Rows, unet: NetSpec) -> list[_Group]:
+        """Its groups; one for each mask, or one for all.
+
+        Raises:
+            UsageError: strengths of blocks that the UNet does not have.
+        """
+        sides = self._keys_and_values(rows)
+        shapes = {item.name: item.shape for item in unet.inputs}
+        strengths = self.prompt.strengths(cross_attentions(unet))
+        each = len(self.masks) > 1
+        masks: list[Array | None] = [_mask(one, rows) for one in self.masks] or [None]
+        groups: list[_Group] = []
+        for number, mask in enumerate(masks):
+            chosen = slice(number, number + 1) if each else slice(None)
+            keys: list[Array] = []
+            values: list[Array] = []
+            for layer, strength in enumerate(strengths):
+                _, _, heads, width, _ = shapes[f"{IMAGE_KEYS}{layer}"]
+                assert isinstance(heads, int)
+                assert isinstance(width, int)
+                split = partial(_heads, sides, chosen=chosen, heads=heads, rows=rows)
+                keys.append(split(f"{IMAGE_KEYS}{layer}") * np.float32(width**-0.5))
+                values.append(split(f"{IMAGE_VALUES}{layer}") * np.float32(strength))
+            on = self.prompt.steps_on(rows.steps)
+            groups.append(_Group(keys=keys, values=values, mask=mask, on=on))
+        return groups
+
+    def record(self) -> dict[str, Any]:
+        """As a picture's record has it."""
+        prompt = self.prompt
+        values = {
+            "model": prompt.model,
+            "kind": self.opened.kind,
+            "sha256": self.opened.package.manifest.sha256,
+            "images": [fingerprint(one) for one in self.pictures],
+            "masks": [fingerprint(one) for one in self.masks],
+            "strength": prompt.strength,
+            "start": prompt.start,
+            "end": prompt.end,
+        }
+        return {name: value for name, value in values.items() if value != []}
+
+    def _keys_and_values(self, rows: Rows) -> list[dict[str, Array]]:
+        """By the names of its outputs, (K, I, C), of the pictures; with guidance, before that of zeros."""
+        from ...checkpoints.files.net_reads import normalisation
+
+        manifest, call = self.opened.package.manifest, self.opened.loop.call
+        processor = manifest.image_processor or {}
+        mean, std = (np.array(one, np.float32) for one in normalisation(processor))
+        cut = np.stack([clip_pixels(one, processor) for one in self.pictures])
+        pixels = np.moveaxis((cut.astype(np.float32) / 255 - mean) / std, 3, 1)
+        features = call("image_features", pixel_values=pixels)[IMAGE_FEATURES]
+        nothing = np.zeros_like(features)
+        if rows.guided and manifest.control["image_features"] == "hidden_states":
+            nothing = call("image_features", pixel_values=np.zeros_like(pixels))[IMAGE_FEATURES]
+        sides = [nothing, features] if rows.guided else [features]
+        return [call("image_prompt", **{IMAGE_FEATURES: side}) for side in sides]
+
+
+def image_prompt_job(prompted: Sequence[Prompted], rows: Rows, unet: NetSpec) -> ImagePromptJob | None:
+    """What the loop is given of all image prompts of a request; None if there are none.
+
+    Groups get as many tokens each, the least common multiple: each token as often as the others, which
+    leaves a softmax as it is.
+    """
+    groups = [group for one in prompted for group in one.groups(rows, unet)]
+    if not groups:
+        return None
+    tokens = lcm(*(group.keys[0].shape[2] for group in groups))
+    inputs: dict[str, Array] = {}
+    for layer in range(len(groups[0].keys)):
+        keys: Array = np.stack([_repeated(group.keys[layer], tokens) for group in groups], 1)
+        inputs[f"{IMAGE_KEYS}{layer}"] = np.swapaxes(keys, 3, 4)  # (B, G, heads, width, I)
+        inputs[f"{IMAGE_VALUES}{layer}"] = np.stack(
+            [_repeated(group.values[layer], tokens) for group in groups], 1
+        )
+    return ImagePromptJob(
+        inputs=inputs,
+        masks=_masks(groups, rows, unet),
+        on=np.stack([group.on for group in groups], 1),
+    )
+
+
+def _masks(groups: Sequence[_Group], rows: Rows, unet: NetSpec) -> dict[str, Array]:
+    """(1, G, height, width) float32 at each level."""
+    sizes = {"B": 1, "G": 1, "H/8": rows.height // rows.scale, "W/8": rows.width // rows.scale}
+    found: dict[str, Array] = {}
+    for item in unet.inputs:
+        if item.name.startswith(IMAGE_MASK):
+            *_, height, width = shape_of(item.shape, sizes)
+            found[item.name] = np.stack(
+                [
+                    np.ones((height, width), np.float32)
+                    if group.mask is None
+                    else shrunk_mask(group.mask, height, width)
+                    for group in groups
+                ]
+            )[None]
+    return found
+
+
+def _heads(sides: Sequence[dict[str, Array]], name: str, chosen: slice, heads: int, rows: Rows) -> Array:
+    """(B, heads, I, width) float32 of (K, I, C) on each side: the tokens of the chosen pictures in a row."""
+    split: list[Array] = []
+    for side in sides:
+        tokens = side[name][chosen].astype(np.float32)  # (K, I, C)
+        found = np.reshape(tokens, (1, -1, heads, tokens.shape[2] // heads))
+        split += [np.swapaxes(found, 1, 2)] * (rows.count // len(sides))
+    return np.concatenate(split)
+
+
+def _repeated(tokens: Array, count: int) -> Array:
+    """(B, heads, I, width) with every token as often, `count` of them."""
+    return np.tile(tokens, (1, 1, count // tokens.shape[2], 1))
+
+
+def _mask(pixels: Pixels, rows: Rows) -> Array:
+    """(H, W) of 0 and 1, as diffusers' `IPAdapterMaskProcessor` makes it of a grey picture."""
+    gray = Image.fromarray(pixels).convert("L").resize((rows.width, rows.height), Image.Resampling.LANCZOS)
+    return (np.asarray(gray, np.float32) / 255 >= 0.5).astype(np.float32)
+
+
+def _several(images: Any) -> list[Any]:
+    if isinstance(images, np.ndarray) and cast(Array, images).ndim == 4:
+        images = list(cast(Array, images))
+    return list(cast("Sequence[Any]", images)) if isinstance(images, (list, tuple)) else [images]

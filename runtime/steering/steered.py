@@ -1,0 +1,105 @@
+"""What the kinds of controls have in common: a control with its net and its pictures, and the loop's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...engines.errors import UsageError
+from ...engines.package import Package
+from ...engines.spec import Array
+from ..controls.control import Control
+from ..controls.hints import HintPictures
+from ..loop.job import Loop
+from ..request.inputs import fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedControl:
+    """A control whose nets run: its package, and the loop that calls them."""
+
+    package: Package
+    loop: Loop
+
+    @property
+    def kind(self) -> str:
+        """ "controlnet", "t2i-adapter" or "ip-adapter"."""
+        return str(self.package.manifest.control["kind"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The rows of a request's UNet calls.
+
+    Attributes:
+        steps: S, the calls.
+        text_of_row: of its B rows.
+        guided: whether the first half of them is unconditional.
+        height, width: of the pictures.
+        pictures: N.
+        scale: pixels of a latent cell's side.
+    """
+
+    steps: int
+    text_of_row: Sequence[int]
+    guided: bool
+    height: int
+    width: int
+    pictures: int
+    scale: int
+
+    @property
+    def count(self) -> int:
+        """B."""
+        return len(self.text_of_row)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Steered:
+    """A control of a request with its pictures, read and checked."""
+
+    control: Control
+    opened: OpenedControl
+    pictures: HintPictures
+
+    def record(self) -> dict[str, Any]:
+        """As a picture's record has it."""
+        control, pictures = self.control, self.pictures
+        values = {
+            "model": str(control.model),
+            "kind": self.opened.kind,
+            "sha256": self.opened.package.manifest.sha256,
+            "images": [fingerprint(one) for one in pictures.pictures],
+            "masks": [fingerprint(one) for one in pictures.masks],
+            "strength": control.strength,
+            "start": control.start,
+            "end": control.end,
+            "mode": control.mode,
+            "preparation": control.preparation,
+            "settings": dict(pictures.settings),
+            "resize_mode": control.resize_mode,
+        }
+        return {name: value for name, value in values.items() if value not in (None, [], {})}
+
+
+def read_picture(steered: Steered, rows: Rows) -> Array:
+    """The hints at the size that is drawn, (K, 3, H, W) float32.
+
+    Raises:
+        UsageError: their number does not divide that of the pictures.
+    """
+    hint = steered.pictures.at(rows.height, rows.width)
+    if rows.pictures % len(hint):
+        raise UsageError(
+            f"{len(hint)} control pictures for {rows.pictures} pictures",
+            expected="one control picture, or one for every prompt",
+            fix="Pass one control picture for all of them.",
+        )
+    return hint
+
+
+def row_of_each_picture(hints: int, rows: Rows) -> tuple[int, ...]:
+    """(B,) which of the hints each row of the UNet has."""
+    each = rows.pictures // hints
+    return tuple((row % rows.pictures) // each for row in range(rows.count))
