@@ -164,7 +164,7 @@ def open_control_model(
     control: str | Path,
     *,
     backend: str,
-    dtype: str,
+    model: Package,
     advance: Advance | None = None,
     note: Note | None = None,
 ) -> Package:
@@ -173,7 +173,7 @@ def open_control_model(
     Args:
         control: which.
         backend: the name of the one that it is opened for.
-        dtype: of the model that it steers.
+        model: that it steers; a ControlNet that is stored as a change of its UNet is completed with it.
         advance, note: as in `open_model`.
 
     Raises:
@@ -187,7 +187,8 @@ def open_control_model(
     asked = str(control)
     return open_control(
         snapshot(locate(asked, progress=_downloading(advance))),
-        Options(dtype=cast(Any, dtype), reads=BACKENDS[backend].reads),
+        Options(dtype=cast(Any, model.manifest.dtype), reads=BACKENDS[backend].reads),
+        base=model,
         hub=asked if is_hub_id(asked) else "",
         progress=_opening(advance),
         note=note,

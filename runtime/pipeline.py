@@ -211,9 +211,7 @@ class Pipeline:
                 loras=loras,
                 embeddings=embeddings,
                 allow_unused=allow_unused,
-                open_control=partial(
-                    _open_control, package.manifest.dtype, options=options, progress=progress, note=note
-                ),
+                open_control=partial(_open_control, package, options=options, progress=progress, note=note),
             )
             stack.pop_all()
             return pipe
@@ -275,7 +273,7 @@ class Pipeline:
             LoadedAdapters(package, loras, allow_unused=allow_unused),
             AdaptedLoops(package, base, conditioner, adapted_bytes),
             library,
-            LoadedControls(package.manifest, open_control or partial(_open_control, package.manifest.dtype)),
+            LoadedControls(package.manifest, open_control or partial(_open_control, package)),
         )
 
     # ── adapters ───────────────────────────────────────────────────────────────────────────────────
@@ -686,15 +684,15 @@ class Pipeline:
 
 
 def _open_control(
-    dtype: str,
+    model: Package,
     path: Path,
     options: LoopOptions = _ON_A_CPU,
     progress: Advance | None = None,
     note: Note | None = None,
 ) -> OpenedControl:
-    """Open a ControlNet as the model of that arithmetic is opened."""
+    """Open a ControlNet as the model that it steers is opened."""
     backend = find_backend(options.backend, place=Place.parse(options.device))[0]
-    package = open_control_model(path, backend=backend, dtype=dtype, advance=progress, note=note)
+    package = open_control_model(path, backend=backend, model=model, advance=progress, note=note)
     return OpenedControl(package=package, loop=open_control_loop(package, options))
 
 

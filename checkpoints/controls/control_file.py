@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...engines.hub import called
 from ...engines.package import TIME_IDS, FusedAdapter
-from ..files.component import DIFFUSERS, Component
+from ..files.component import DIFFUSERS, Component, TensorHeader
 from ..files.file_kinds import FAMILIES
 from ..files.tokenizers import WriteTokenizer
+from ..made_weights import Weight
 
 CONTROLNET, T2I_ADAPTER, IP_ADAPTER = KINDS = ("controlnet", "t2i-adapter", "ip-adapter")
 # What a Union ControlNet's control types are, by number. The first has six of them, ProMax all.
@@ -38,7 +39,9 @@ class ControlFile:
             IPAdapterPlusImageProjection), and `layers.J.to_k_ip.weight` and `layers.J.to_v_ip.weight`,
             (C, context) each, for the J-th cross-attention in the order of `cross_attentions`.
         needs_base: what the weights have to be completed with: "" is nothing, "difference" adds to those of a
-            base's UNet, "lora" is a low-rank change of them (`with_base.weights_with_base`).
+            base's UNet, "lora" is a low-rank change of them (`with_base.completed`).
+        base: of one that was completed, the tensors of the base's UNet that its weights are made of.
+        made: of one that was completed, the weights that no file has; `part` has their shapes.
         channel_order: of its picture, "rgb" or "bgr".
         global_pool: its residuals are averaged over height and width (the ControlNet "shuffle").
         control_types: of a Union, what each of its types is; the published have no others than CONTROL_TYPES.
@@ -56,6 +59,8 @@ class ControlFile:
     what: str
     part: Component
     needs_base: str = ""
+    base: Mapping[str, TensorHeader] = field(default_factory=dict[str, TensorHeader])
+    made: Mapping[str, Weight] = field(default_factory=dict[str, Weight])
     channel_order: str = "rgb"
     global_pool: bool = False
     control_types: tuple[str, ...] = ()
