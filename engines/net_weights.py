@@ -23,6 +23,7 @@ _ML_DTYPES = {16: "bfloat16", 17: "float8_e4m3fn", 19: "float8_e5m2"}
 # How `checkpoints.graphs.weights.attach` calls the node that it puts behind a weight.
 _TURNED = "/transpose"
 _WIDTHS = {"fp16": 2, "fp32": 4}  # bytes per value in an engine of that dtype
+# The largest number of fp16.
 LARGEST = float(np.finfo(np.float16).max)
 
 
