@@ -104,10 +104,10 @@ def open_control(
         NumericError, StorageError: as `open_checkpoint`.
     """
     source = read_control(Path(path), prefer_fp16=options.dtype == "fp16")
-    if source.kind != CONTROLNET or source.control_types:
+    if source.kind != CONTROLNET:
         raise CheckpointError(
             f"{path} is {source.title}, which cannot be used yet",
-            expected="a ControlNet of one kind of picture",
+            expected="a ControlNet",
             fix="Use one of these for the same family.",
         )
     if source.needs_base:

@@ -161,6 +161,11 @@ def _control(unet: Config, **more: Any) -> Architecture:
     return Architecture(parts={"controlnet": {**config, **_HINT, **more}})
 
 
+def _union(types: int) -> Config:
+    """What a ControlNet of this many types has otherwise."""
+    return {"_class_name": "ControlNetUnionModel", "num_control_type": types}
+
+
 def _unclip(vision: Config) -> Architecture:
     """unCLIP 2.1 with this image encoder: its embedding and the noise level are the UNet's class."""
     width: int = vision["projection_dim"]
@@ -211,4 +216,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "sdxl-control-small": _control(
         _SDXL_UNET, down_block_types=["DownBlock2D"] * 3, mid_block_type="UNetMidBlock2D"
     ),
+    # xinsir/controlnet-union-sdxl-1.0, and its ProMax
+    "sdxl-control-union": _control(_SDXL_UNET, **_union(6)),
+    "sdxl-control-promax": _control(_SDXL_UNET, **_union(8)),
 }

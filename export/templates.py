@@ -123,6 +123,7 @@ def class_defaults() -> dict[str, dict[str, Any]]:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
     from diffusers.models.controlnets.controlnet import ControlNetModel
+    from diffusers.models.controlnets.controlnet_union import ControlNetUnionModel
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import (
         StableUnCLIPImageNormalizer,
@@ -135,6 +136,7 @@ def class_defaults() -> dict[str, dict[str, Any]]:
         AutoencoderTiny,
         StableUnCLIPImageNormalizer,
         ControlNetModel,
+        ControlNetUnionModel,
     )
     defaults: dict[str, dict[str, Any]] = {}
     for kind in kinds:

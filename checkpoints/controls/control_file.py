@@ -10,6 +10,7 @@ from typing import Any
 
 from ...engines.hub import called
 from ...engines.package import TIME_IDS, FusedAdapter
+from ...engines.spec import CONTROL_TYPE
 from ..files.component import DIFFUSERS, Component, TensorHeader
 from ..files.file_kinds import FAMILIES
 from ..files.tokenizers import WriteTokenizer
@@ -105,13 +106,20 @@ class ControlFile:
 
     @property
     def vectors(self) -> Mapping[str, int]:
-        """What joins its time embedding (`engines.spec.VECTORS`): of SDXL's the text and six sizes."""
+        """What joins its time embedding (`engines.spec.VECTORS`): of SDXL's the text and six sizes.
+
+        Of a Union also what its pictures are.
+        """
         config = self.part.config
-        if config.get("addition_embed_type") != "text_time":
-            return {}
-        ids = len(TIME_IDS) - 1  # no aesthetic score
-        joined = int(config["projection_class_embeddings_input_dim"])
-        return {"text_embeds": joined - ids * int(config["addition_time_embed_dim"]), "time_ids": ids}
+        found: dict[str, int] = {}
+        if config.get("addition_embed_type") == "text_time":
+            ids = len(TIME_IDS) - 1  # no aesthetic score
+            joined = int(config["projection_class_embeddings_input_dim"])
+            width = joined - ids * int(config["addition_time_embed_dim"])
+            found = {"text_embeds": width, "time_ids": ids}
+        if types := config.get("num_control_type"):
+            found[CONTROL_TYPE] = int(types)
+        return found
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from ...engines.spec import (
+    CONTROL_TYPE,
     HINT_EMBEDDING,
     NETS,
     SCALES,
+    STRENGTH,
     TEXT_ENCODERS,
     Array,
     guidance_embedding,
@@ -176,7 +178,14 @@ class Calibration:
         pictures = self._pictures(2, 8 * SIDE, 8 * SIDE)
         hints = np.moveaxis(pictures.astype(np.float32) / 255, 3, 1)
         edges = (np.abs(np.diff(hints, axis=3, prepend=0)) > 0.05).astype(np.float32)
-        self._hint = call({"hint": np.concatenate([hints, edges])})[0]
+        self._hint = call({"hint": np.concatenate([hints, edges]), **self._types(4, STRENGTH)})[0]
+
+    def _types(self, rows: int, *more: str) -> dict[str, Array]:
+        """What a Union is told of its pictures, each of another type; nothing for other ControlNets."""
+        if (types := self._any.vectors.get(CONTROL_TYPE)) is None:
+            return {}
+        told = np.eye(types, dtype=np.float32)[np.arange(rows) % types]
+        return {CONTROL_TYPE: told, **{name: np.ones(rows, np.float32) for name in more}}
 
     def steer(self, call: NetCall) -> None:
         """Call a ControlNet with latents between noise and pictures, at the noise's timesteps."""
@@ -197,7 +206,7 @@ class Calibration:
                     "sample": latent.astype(np.float32),
                     "timestep": np.full(len(hint), timestep, np.float32),
                     "encoder_hidden_states": self._normal(len(hint), 77, int(config["cross_attention_dim"])),
-                    **vectors,
+                    **(vectors | self._types(len(hint))),
                     HINT_EMBEDDING: hint,
                     SCALES: np.ones((len(hint), outputs), np.float32),
                 }

@@ -33,6 +33,12 @@ _CLIP = {
     "initializer_factor": _TRAINING,
 }
 _CLIP_TEXT = {**_CLIP, "bos_token_id": "is the tokenizer's", "pad_token_id": "is the tokenizer's"}
+_CONTROLNET = {
+    "upcast_attention": "is a pass over the graph (`precision.islands`)",
+    "controlnet_conditioning_channel_order": "is done to the picture before",
+    "global_pool_conditions": "is done to the outputs behind",
+    "addition_embed_type_num_heads": "is read by an addition_embed_type that no template has",
+}
 # A class -> its fields that change nothing in a graph -> why.
 INERT: Mapping[str, Mapping[str, str]] = {
     "UNet2DConditionModel": {
@@ -59,11 +65,10 @@ INERT: Mapping[str, Mapping[str, str]] = {
     "CLIPTextModelWithProjection": _CLIP_TEXT,
     "CLIPVisionModelWithProjection": _CLIP,
     "StableUnCLIPImageNormalizer": {},
-    "ControlNetModel": {
-        "upcast_attention": "is a pass over the graph (`precision.islands`)",
-        "controlnet_conditioning_channel_order": "is done to the picture before",
-        "global_pool_conditions": "is done to the outputs behind",
-        "addition_embed_type_num_heads": "is read by an addition_embed_type that no template has",
+    "ControlNetModel": _CONTROLNET,
+    "ControlNetUnionModel": {
+        **_CONTROLNET,
+        "num_trans_head": "is of attention to one token, whose weight is 1 in every head",
     },
 }
 # Fields with several spellings of one thing, which the names and shapes of tensors tell. Where there is no
@@ -75,6 +80,13 @@ _TOLD_BY_TENSORS: Mapping[str, tuple[str, ...]] = {
         "projection_class_embeddings_input_dim",
     ),
     "ControlNetModel": ("transformer_layers_per_block", "projection_class_embeddings_input_dim"),
+    "ControlNetUnionModel": (
+        "transformer_layers_per_block",
+        "projection_class_embeddings_input_dim",
+        "num_trans_channel",
+        "num_trans_layer",
+        "num_proj_channel",
+    ),
 }
 # Fields of which one value stands for one in each block.
 _PER_BLOCK = ("attention_head_dim", "num_attention_heads", "layers_per_block", "only_cross_attention")
@@ -117,7 +129,7 @@ def part_class(component: str, part: Component) -> str:
     if component == "unet":
         return "UNet2DConditionModel"
     if part.name == "controlnet":
-        return "ControlNetModel"
+        return str(part.config.get("_class_name", "ControlNetModel"))
     return TINY if is_tiny(part) else "AutoencoderKL"
 
 

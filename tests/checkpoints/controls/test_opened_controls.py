@@ -12,18 +12,11 @@ from latentrt.checkpoints.opened import Options, open_control
 from latentrt.engines.backends import BACKENDS
 from latentrt.engines.errors import BackendError, CheckpointError
 from latentrt.runtime.loop.open import LoopOptions, open_control_loop
-from tests.checkpoints.controls.control_files import controlnet, t2i_adapter, to_cldm, write
-
-
-def difference() -> dict[str, torch.Tensor]:
-    net = controlnet("sd1")
-    return {**to_cldm(net.state_dict(), net.config), "difference": torch.zeros(1)}
-
+from tests.checkpoints.controls.control_files import t2i_adapter, write
 
 OTHERS: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
-    "ControlNet .Union": lambda: controlnet("union").state_dict(),
-    "ControlNet .difference": difference,
     "T2I-Adapter": lambda: t2i_adapter("full").state_dict(),
+    "T2I-Adapter .light": lambda: t2i_adapter("light").state_dict(),
 }
 
 
