@@ -49,6 +49,13 @@ _OPTIONS: Mapping[str, tuple[str, Any]] = {
             Option(help="What makes a map of the picture: canny, invert, threshold, blur, tile, shuffle, …."),
         ],
     ),
+    "control_type": (
+        "control_type",
+        Annotated[
+            list[str] | None,
+            Option(help="What it is, for a Union: openpose, depth, canny, …, if not what is prepared."),
+        ],
+    ),
     "control_resize": (
         "resize_mode",
         Annotated[list[str] | None, Option(help="stretch (the default), crop, pad.")],

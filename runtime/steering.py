@@ -14,13 +14,14 @@ import numpy as np
 
 from ..engines.errors import CheckpointError, PackageError, UsageError
 from ..engines.package import Manifest, Package
-from ..engines.spec import RESIDUAL
+from ..engines.spec import CONTROL_TYPE, RESIDUAL
 from .controls.control import Control
 from .controls.hints import HintPictures, read_hints
 from .loop.job import ControlJob, Loop
 from .record import STEERED_BY
 from .request.inputs import fingerprint
 from .request.request import Request
+from .unions import check_unions, joined, union_type
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,7 @@ class Steering:
             "preparation": control.preparation,
             "settings": dict(pictures.settings),
             "resize_mode": control.resize_mode,
+            "control_type": union_type(control, self.opened.package.manifest),
         }
         return {name: value for name, value in values.items() if value not in (None, [], {})}
 
@@ -165,9 +167,8 @@ class LoadedControls:
         self.unload()
 
     def check(self, controls: Sequence[Control]) -> None:
-        """Raise UsageError for a name that was not loaded, before anything is drawn."""
-        for control in controls:
-            self._find(control.model)
+        """Raise UsageError for a name that was not loaded or a wrong type, before anything is drawn."""
+        check_unions(controls, [self._find(control.model).package.manifest for control in controls])
 
     def steering(self, controls: Sequence[Control]) -> tuple[Steering, ...]:
         """These controls with their nets and pictures.
@@ -209,6 +210,7 @@ class LoadedControls:
             )
             for one in steering
         )
+        jobs = joined(jobs, [one.control for one in steering])
         return jobs, {STEERED_BY: [one.record() for one in steering]} if steering else {}
 
     def _find(self, name: str) -> OpenedControl:
@@ -236,7 +238,7 @@ class LoadedControls:
             wanted != given
             or ours.latent_scale != theirs.latent_scale
             or ours.context_width != theirs.context_width
-            or any(ours.vectors.get(name) != width for name, width in vectors.items())
+            or any(ours.vectors.get(name) != width for name, width in vectors.items() if name != CONTROL_TYPE)
         ):
             raise CheckpointError(
                 f"{path} is a ControlNet for {theirs.family}, with {len(given)} outputs and a context of"
