@@ -125,7 +125,7 @@ def _base(control: ControlFile, package: Package | None) -> Checkpoint:
             f"{control.root} is {control.title}: a change of a UNet's weights, which a package that was"
             " exported has in another form",
             expected="a model that is opened from its checkpoint",
-            fix="Pass the checkpoint in place of the package: -m CHECKPOINT, Pipeline.open(CHECKPOINT).",
+            fix="Pass the checkpoint in place of the package: Pipeline.open(CHECKPOINT), or -m CHECKPOINT",
         )
     note = entry.note
     return Checkpoint.open(

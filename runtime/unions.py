@@ -31,7 +31,7 @@ def union_type(control: Control, manifest: Manifest) -> str | None:
             raise UsageError(
                 f"control_type {told!r:.50} for {control.model!r}, which reads one kind of picture",
                 expected="no control type",
-                fix="Leave it out: control_type, --control-type.",
+                fix="Leave it out: control_type, or --control-type",
             )
         return None
     if told is None and control.preparation in types:

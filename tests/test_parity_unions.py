@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),
 ]
 SIZE = {"height": 64, "width": 96}
-# diffusers' Union pipelines fail in guess mode with guidance: they give the types of all rows to half of them.
+# diffusers' Union pipelines fail in guess mode with guidance: half of the rows get the types of all.
 UNGUIDED = {"guidance_scale": 1.0}
 FAST: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 5.0, **SIZE}
 PROMPT = "a red circle"
