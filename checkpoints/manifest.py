@@ -76,8 +76,7 @@ def manifest_of(
         context_width=int(source.part.config["cross_attention_dim"]),
         scheduler={},
         nets={name: nets[name] for name in spec.NETS if name in nets},
-        # Each of its picture's widths but the first begins with a convolution of stride 2.
-        latent_scale=2 ** (len(source.part.config["conditioning_embedding_out_channels"]) - 1),
+        latent_scale=source.latent_scale,
         control=source.facts,
         producer=producer,
     )

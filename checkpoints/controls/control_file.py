@@ -122,6 +122,11 @@ class ControlFile:
         return found
 
     @property
+    def latent_scale(self) -> int:
+        """Pixels per latent cell: each of a ControlNet's widths of pictures but the first halves them."""
+        return 2 ** (len(self.part.config["conditioning_embedding_out_channels"]) - 1)
+
+    @property
     def facts(self) -> dict[str, Any]:
         """How its picture and its outputs are treated, for the manifest."""
         return {

@@ -25,6 +25,7 @@ from ...engines.spec import (
     guidance_embedding,
     residuals,
 )
+from ..controls.control_file import ControlFile
 from ..files.open import Checkpoint
 from ..files.source import Source
 from .ddim import Ddim
@@ -175,7 +176,9 @@ class Calibration:
 
     def embed_hint(self, call: NetCall) -> None:
         """Call what a ControlNet makes of its picture: smooth pictures, edges, and noise."""
-        pictures = self._pictures(2, 8 * SIDE, 8 * SIDE)
+        assert isinstance(self._any, ControlFile)
+        side = self._any.latent_scale * SIDE
+        pictures = self._pictures(2, side, side)
         hints = np.moveaxis(pictures.astype(np.float32) / 255, 3, 1)
         edges = (np.abs(np.diff(hints, axis=3, prepend=0)) > 0.05).astype(np.float32)
         self._hint = call({"hint": np.concatenate([hints, edges]), **self._types(4, STRENGTH)})[0]
