@@ -8,28 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from ..engines.net_weights import check_range
 from ..engines.package import Change, FusedAdapter
-from ..engines.safetensors_format import ITEM_SIZES, write_file
-from ..engines.spec import NETS
+from ..engines.spec import NETS, Array
 from .files.component import TensorHeader, read_tensors
 from .files.net_reads import net_tensors
 from .files.open import Checkpoint
 from .files.source import Source
+from .made_weights import Weight, write_made
 from .precision.calibration import components
 from .stages import OnProgress, stages
-from .stored_types import convert, seen_as
 
 if TYPE_CHECKING:
     from .templates.archive import Dtype
-
-_COMPUTED: Mapping[str, str] = {"fp16": "F16", "fp32": "F32"}
-_NARROWEST = "F16"  # in 8 bits, rounding would undo most of what an adapter adds
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,23 +106,16 @@ def _merged(
     dtype: Dtype,
 ) -> dict[TensorHeader, TensorHeader]:
     """Write the merged tensors of a part; by the header that each had, the one that it has there."""
-    path = folder / f"{part}.safetensors"
-    stored = {name: _stored_type(header.dtype, dtype) for name, header in tensors.items()}
     base = read_tensors(tensors)
 
-    def content(name: str) -> memoryview:
+    def merged(name: str) -> Array:
         changed = changes[name](base[name])
         check_range(f"{part}.{name}", changed)
-        return memoryview(cast(Any, seen_as(np.ravel(convert(changed, stored[name])), np.uint8)))
+        return changed
 
-    write_file(path, {name: (stored[name], header.shape) for name, header in tensors.items()}, content)
-    return {
-        header: TensorHeader(file=path, name=name, dtype=stored[name], shape=header.shape)
+    weights = {
+        name: Weight(shape=header.shape, dtype=header.dtype, read=partial(merged, name))
         for name, header in tensors.items()
     }
-
-
-def _stored_type(source: str, dtype: Dtype) -> str:
-    """What a package stores a weight in, as `graphs.weights.stored_type` has it; nothing of 8 bits."""
-    narrower = min(_COMPUTED[dtype], source, key=lambda name: ITEM_SIZES[name])
-    return narrower if ITEM_SIZES[narrower] >= ITEM_SIZES[_NARROWEST] else _NARROWEST
+    written = write_made(folder / f"{part}.safetensors", weights, dtype)
+    return {header: written[name] for name, header in tensors.items()}

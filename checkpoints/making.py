@@ -17,7 +17,9 @@ from ..engines.safetensors_format import ITEM_SIZES
 from ..engines.store.files import storage_errors
 from ..engines.store.folder import StoreFolder
 from .beside import beside, put
+from .completed import complete
 from .contents import Content
+from .controls.control_file import ControlFile
 from .entries import write_note
 from .files.net_reads import net_tensors
 from .files.open import Checkpoint
@@ -54,8 +56,11 @@ def make(
     )
     with failed(), beside(entry) as folder, failed():  # the inner one still sees what was written
         source = opening.source
+        made = folder.parent / "made"
         if isinstance(source, Checkpoint):
-            source = fuse(source, opening.fused, folder.parent / "merged", dtype, progress)
+            source = fuse(source, opening.fused, made, dtype, progress)
+        elif isinstance(source, ControlFile):
+            source = complete(source, made, dtype, progress)
         write_package(
             source,
             folder,
@@ -81,11 +86,12 @@ def _room(opening: Opening) -> str:
 
 
 class _WeightsElsewhere:
-    """Weights that stay in the user's files, unless the backend does not read their type or adapters are in.
+    """Weights that stay in the user's files, unless the backend does not read their type, adapters are in, or
+    no file has them.
 
     Args:
         opening: the checkpoint as it lies.
-        source: with the adapters in its weights.
+        source: with all its weights in files.
     """
 
     def __init__(self, opening: Opening, source: Source) -> None:

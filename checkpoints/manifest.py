@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from ..engines import spec
 from ..engines.package import Defaults, Manifest, NetFile
 from .controls.control_file import CONTROLNET, IP_ADAPTER, T2I_ADAPTER, ControlFile
-from .controls.t2i_adapter import feature_levels
 from .files.open import Checkpoint
 from .files.source import Source
 
@@ -74,6 +73,7 @@ def manifest_of(
         dtype=dtype,
         scheduler={},
         nets={name: nets[name] for name in spec.NETS if name in nets},
+        latent_scale=source.latent_scale,
         control=source.facts,
         producer=producer,
         **_CONTROL_FACTS[source.kind](source, nets),
@@ -85,18 +85,14 @@ def _of_controlnet(source: ControlFile, nets: Mapping[str, NetFile]) -> dict[str
     return {
         "latent_channels": _size(nets["controlnet"].spec.inputs[0].shape[1]),
         "context_width": int(config["cross_attention_dim"]),
-        # Each of its picture's widths but the first begins with a convolution of stride 2.
-        "latent_scale": 2 ** (len(config["conditioning_embedding_out_channels"]) - 1),
     }
 
 
 def _of_t2i_adapter(source: ControlFile, nets: Mapping[str, NetFile]) -> dict[str, Any]:
-    factor, (_, level), *_ = source.part.config["downscale_factor"], *feature_levels(source.part.config)
     return {
         "latent_channels": 4,
         "context_width": 0,
-        "latent_scale": int(factor) >> level,
-        "size_multiple": int(factor),
+        "size_multiple": int(source.part.config["downscale_factor"]),
     }
 
 

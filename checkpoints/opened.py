@@ -24,10 +24,11 @@ from ..engines.errors import CheckpointError, StorageError, UsageError
 from ..engines.package import MANIFEST, Package
 from ..engines.spec import Array
 from ..engines.store.folder import StoreFolder
-from .controls.control_file import IP_ADAPTER
+from .controls.control_file import IP_ADAPTER, ControlFile
 from .controls.image_encoder import with_image_encoder
 from .controls.read import read_control
-from .entries import remember
+from .controls.with_base import completed
+from .entries import OPENED, load_entry, remember
 from .files.open import Checkpoint
 from .files.source import Source
 from .opening import Opening, Options, check_tokenizers
@@ -83,6 +84,7 @@ def open_control(
     path: str | Path,
     options: Options,
     *,
+    base: Package | None = None,
     store: Path | None = None,
     hub: str = "",
     progress: OnProgress | None = None,
@@ -90,20 +92,21 @@ def open_control(
 ) -> Package:
     """Open a control as a package of its nets, as `open_checkpoint` opens a checkpoint.
 
+    Args:
+        path: a `.safetensors` file or a diffusers folder.
+        options: how.
+        base: a package that `open_checkpoint` gave out, whose UNet's weights complete a ControlNet that is
+            stored as a change of them: as the checkpoint has them, without adapters.
+        store, hub, progress, note: as in `open_checkpoint`.
+
     Raises:
-        CheckpointError: it is missing, damaged, no control, or of an architecture without a template; an
-            IP-Adapter's image encoder is missing.
+        CheckpointError: it is missing, damaged, no control, or of an architecture without a template; it is
+            a change of another UNet, or of one that is not there; an IP-Adapter's image encoder is missing.
         UsageError: an image encoder for another kind of control.
         NumericError, StorageError: as `open_checkpoint`.
     """
     prefer_fp16 = options.dtype == "fp16"
     source = read_control(Path(path), prefer_fp16=prefer_fp16)
-    if source.needs_base or source.control_types:
-        raise CheckpointError(
-            f"{path} is {source.title}, which cannot be used yet",
-            expected="a ControlNet that is whole, of one kind of picture",
-            fix="Use one of these for the same family.",
-        )
     if source.kind == IP_ADAPTER:
         source = with_image_encoder(source, options.image_encoder, prefer_fp16=prefer_fp16)
     elif options.image_encoder is not None:
@@ -112,8 +115,29 @@ def open_control(
             expected="an image encoder with an IP-Adapter alone",
             fix="Leave it out.",
         )
+    if source.needs_base:
+        source = completed(source, _base(source, base))
     return open_source(
         source, options, tokenize=_no_texts, store=store, hub=hub, progress=progress, note=note
+    )
+
+
+def _base(control: ControlFile, package: Package | None) -> Checkpoint:
+    """The checkpoint that a package was opened from, read again; its weights are without adapters."""
+    entry = None if package is None or not (package.root / OPENED).is_file() else load_entry(package.root)
+    if entry is None:
+        raise CheckpointError(
+            f"{control.root} is {control.title}: a change of a UNet's weights, which a package that was"
+            " exported has in another form",
+            expected="a model that is opened from its checkpoint",
+            fix="Pass the checkpoint in place of the package: Pipeline.open(CHECKPOINT), or -m CHECKPOINT",
+        )
+    note = entry.note
+    return Checkpoint.open(
+        note.path,
+        prefer_fp16=note.dtype == "fp16",
+        vae=Path(note.vae) if note.vae else None,
+        prediction_type=note.prediction_type or None,
     )
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from ..engines.spec import NETS
 from ..engines.store.files import check_private, storage_errors
 from ..engines.store.folder import StoreFolder
 from .contents import read_contents
+from .controls.control_file import ControlFile
 from .entries import Note, SeenFile, manifest_sha256, now
 from .files.component import DOWNLOAD, TensorHeader
 from .files.net_reads import net_tensors
@@ -65,7 +66,7 @@ class Opening:
     """A checkpoint that was read, and what decides the package that is made of it.
 
     Attributes:
-        source: the checkpoint; its weights are without adapters.
+        source: the checkpoint; its weights are without adapters. Or a control, to be completed.
         fused: the adapters that become part of them.
         options: how it is opened.
         tensors: the weights that each component reads, by their names in the graphs.
@@ -88,9 +89,16 @@ class Opening:
 
     def _headers(self) -> Iterable[tuple[str, TensorHeader]]:
         """Every tensor with its component, the last component first, so that a dict keeps the first."""
+        for header in self._base.values():
+            yield "unet", header
         for component, tensors in reversed(self.tensors.items()):
             for header in tensors.values():
                 yield component, header
+
+    @property
+    def _base(self) -> Mapping[str, TensorHeader]:
+        """The tensors of a checkpoint that a control's weights are made of; none of most sources."""
+        return self.source.base if isinstance(self.source, ControlFile) else {}
 
     @cached_property
     def digest(self) -> str:
@@ -132,7 +140,7 @@ class Opening:
             header.file
             for name, tensors in self.tensors.items()
             if NETS[name].part == part
-            for header in tensors.values()
+            for header in (*tensors.values(), *self._base.values())
         }
         return _sha256(sorted({self.files[self.names[file]].sha256 for file in used}))
 
@@ -165,8 +173,13 @@ class Opening:
 
     @cached_property
     def copied(self) -> frozenset[str]:
-        """The components whose weights the cache has a copy of: not read as they are, or with adapters in."""
-        return frozenset((*self.unread, *self.fused.touched(self.source)))
+        """The components whose weights the cache has a copy of: not read as they are, or not in any file."""
+        return frozenset((*self.unread, *self.fused.touched(self.source), *self._made()))
+
+    def _made(self) -> Iterable[str]:
+        """The components of a control some of whose weights are computed."""
+        made = self.source.made.keys() if isinstance(self.source, ControlFile) else set[str]()
+        return (name for name, tensors in self.tensors.items() if made & tensors.keys())
 
     def notes(self) -> list[str]:
         """Lines for the user: on the adapters, and on each component that the cache has a copy of."""
@@ -175,8 +188,9 @@ class Opening:
             " cache: the backend does not read them"
             for name, types in self.unread.items()
         ]
+        of_what = "that it and the checkpoint make" if self._base else "with the adapters in them"
         merged = [
-            f"{name}: the weights with the adapters in them are in the cache"
+            f"{name}: the weights {of_what} are in the cache"
             for name in sorted(self.copied - self.unread.keys())
         ]
         return [*self.fused.notes, *converted, *merged]

@@ -58,6 +58,13 @@ _CONTROL_OPTIONS: Options = {
             Option(help="What makes a map of the picture: canny, invert, threshold, blur, tile, shuffle, …."),
         ],
     ),
+    "control_type": (
+        "control_type",
+        Annotated[
+            list[str] | None,
+            Option(help="What it is, for a Union: openpose, depth, canny, …, if not what is prepared."),
+        ],
+    ),
     "control_resize": (
         "resize_mode",
         Annotated[list[str] | None, Option(help="stretch (the default), crop, pad.")],
@@ -144,8 +151,8 @@ def _opened(pipe: Pipeline, controls: Given, prompts: Given) -> list[Control | I
     for kind, fields in asked:
         model, encoder = fields.pop("model"), fields.pop("encoder", None)
         path = Path(model).expanduser() if _is_file(model) else model
-        options = {} if encoder is None else {"image_encoder": Path(encoder).expanduser()}
-        found.append(kind(model=pipe.load_control(path, **options), **fields))
+        sees = None if encoder is None else Path(encoder).expanduser()
+        found.append(kind(model=pipe.load_control(path, image_encoder=sees), **fields))
     return found
 
 

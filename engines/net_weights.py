@@ -23,7 +23,8 @@ _ML_DTYPES = {16: "bfloat16", 17: "float8_e4m3fn", 19: "float8_e5m2"}
 # How `checkpoints.graphs.weights.attach` calls the node that it puts behind a weight.
 _TURNED = "/transpose"
 _WIDTHS = {"fp16": 2, "fp32": 4}  # bytes per value in an engine of that dtype
-_LARGEST = float(np.finfo(np.float16).max)
+# The largest number of fp16.
+LARGEST = float(np.finfo(np.float16).max)
 
 
 def net_tensors(package: Package, net: str, graph: bytes | None = None) -> dict[str, ExternalTensor]:
@@ -109,16 +110,21 @@ def changed_values(
         return dict(zip(names, pool.map(value, names), strict=True))
 
 
+def peak(value: Array) -> float:
+    """The largest magnitude of an array; 0 of one without numbers."""
+    return float(max(value.max(initial=0.0), -value.min(initial=0.0)))
+
+
 def check_range(name: str, value: Array) -> None:
     """Raise NumericError for a changed weight that is not finite, or beyond what fp16 holds.
 
     That is refused in fp32 too: every model is published in fp16, and such a weight draws noise.
     """
-    found = float(max(value.max(initial=0.0), -value.min(initial=0.0)))
-    if not found <= _LARGEST:  # NaN neither
+    found = peak(value)
+    if not found <= LARGEST:  # NaN neither
         raise NumericError(
             f"with the adapters the weight {name} reaches {found:.6g}",
-            expected=f"at most {_LARGEST:.6g}, the largest number of fp16, as every model's weights are",
+            expected=f"at most {LARGEST:.6g}, the largest number of fp16, as every model's weights are",
             fix="Use less of them.",
         )
 

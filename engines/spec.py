@@ -209,6 +209,7 @@ VECTORS: Mapping[str, str] = {
     "class_labels": "noised embedding of a picture, and of its noise level (unCLIP)",
     "text_embeds": "pooled embedding of the prompt (SDXL)",
     "time_ids": "sizes, crop and aesthetic score (SDXL; the manifest names each)",
+    "control_type": "1 for each type that a Union ControlNet's pictures are of, else 0",
 }
 
 
@@ -250,6 +251,10 @@ IMAGE_FEATURES = "image_features"
 # Inputs of `controlnet`: what its hint became, and what each of its outputs is multiplied with.
 HINT_EMBEDDING = "hint_embedding"
 SCALES = "scales"
+# Inputs of a Union's `controlnet_hint`: what its picture is, and what it is multiplied with. Its
+# `controlnet_time` has the first as well, of all its pictures together.
+CONTROL_TYPE = "control_type"
+STRENGTH = "strength"
 
 # The input of a text encoder that has the embeddings of tokens beyond its vocabulary.
 EXTRA_EMBEDDINGS = "extra_embeddings"
@@ -469,10 +474,20 @@ def attention_level(module: str, levels: int) -> int:
     return int(number) if side == "down_blocks" else levels - 1 - int(number)
 
 
-def controlnet_hint(*, width: int, float_dtype: str) -> NetSpec:
-    """A ControlNet's picture, RGB in 0 ... 1 (-1 where one for inpainting is to paint), to its embedding."""
+def controlnet_hint(*, width: int, float_dtype: str, types: int = 0) -> NetSpec:
+    """A ControlNet's picture, RGB in 0 ... 1 (-1 where one for inpainting is to paint), to its embedding.
+
+    A Union of several types is told which of them each picture is, 1 among zeros, and its strength.
+    """
+    told = (
+        TensorSpec(name=CONTROL_TYPE, dtype="float32", shape=("N", types)),
+        TensorSpec(name=STRENGTH, dtype="float32", shape=("N",)),
+    )
     return NetSpec(
-        inputs=(TensorSpec(name=HINT, dtype="float32", shape=("N", 3, "H", "W")),),
+        inputs=(
+            TensorSpec(name=HINT, dtype="float32", shape=("N", 3, "H", "W")),
+            *(told if types else ()),
+        ),
         outputs=(TensorSpec(name=HINT_EMBEDDING, dtype=float_dtype, shape=("N", width, "H/8", "W/8")),),
     )
 

@@ -217,6 +217,11 @@ def _full(width: int, context: int) -> Config:
     }
 
 
+def _union(types: int) -> Config:
+    """What a ControlNet of this many types has otherwise."""
+    return {"_class_name": "ControlNetUnionModel", "num_control_type": types}
+
+
 def _unclip(vision: Config) -> Architecture:
     """unCLIP 2.1 with this image encoder: its embedding and the noise level are the UNet's class."""
     width: int = vision["projection_dim"]
@@ -286,4 +291,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "sdxl-ip": _ip_adapter(_embedding(1280, 2048), _SDXL_LAYERS, _VISION_BIG_G, "image_embeds"),
     "sdxl-ip-h": _ip_adapter(_embedding(1024, 2048), _SDXL_LAYERS, _VISION_H, "image_embeds"),
     "sdxl-ip-plus": _ip_adapter(_resampler(1280, 2048), _SDXL_LAYERS, _VISION_H, "hidden_states"),
+    # xinsir/controlnet-union-sdxl-1.0, and its ProMax
+    "sdxl-control-union": _control(_SDXL_UNET, **_union(6)),
+    "sdxl-control-promax": _control(_SDXL_UNET, **_union(8)),
 }

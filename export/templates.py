@@ -132,6 +132,7 @@ def class_defaults() -> dict[str, dict[str, Any]]:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
     from diffusers.models.controlnets.controlnet import ControlNetModel
+    from diffusers.models.controlnets.controlnet_union import ControlNetUnionModel
     from diffusers.models.embeddings import (
         ImageProjection,
         IPAdapterFullImageProjection,
@@ -153,6 +154,7 @@ def class_defaults() -> dict[str, dict[str, Any]]:
         ImageProjection,
         IPAdapterFullImageProjection,
         IPAdapterPlusImageProjection,
+        ControlNetUnionModel,
     )
     defaults: dict[str, dict[str, Any]] = {}
     for kind in kinds:

@@ -164,7 +164,7 @@ def open_control_model(
     control: str | Path,
     *,
     backend: str,
-    dtype: str,
+    model: Package,
     image_encoder: Path | None = None,
     advance: Advance | None = None,
     note: Note | None = None,
@@ -174,7 +174,7 @@ def open_control_model(
     Args:
         control: which.
         backend: the name of the one that it is opened for.
-        dtype: of the model that it steers.
+        model: that it steers; a ControlNet that is stored as a change of its UNet is completed with it.
         image_encoder: of an IP-Adapter; None is the one beside it.
         advance, note: as in `open_model`.
 
@@ -189,7 +189,12 @@ def open_control_model(
     asked = str(control)
     return open_control(
         snapshot(locate(asked, progress=_downloading(advance))),
-        Options(dtype=cast(Any, dtype), reads=BACKENDS[backend].reads, image_encoder=image_encoder),
+        Options(
+            dtype=cast(Any, model.manifest.dtype),
+            reads=BACKENDS[backend].reads,
+            image_encoder=image_encoder,
+        ),
+        base=model,
         hub=asked if is_hub_id(asked) else "",
         progress=_opening(advance),
         note=note,

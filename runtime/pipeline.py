@@ -212,9 +212,7 @@ class Pipeline:
                 loras=loras,
                 embeddings=embeddings,
                 allow_unused=allow_unused,
-                open_control=partial(
-                    _open_control, package.manifest.dtype, options=options, progress=progress, note=note
-                ),
+                open_control=partial(_open_control, package, options=options, progress=progress, note=note),
             )
             stack.pop_all()
             return pipe
@@ -283,9 +281,7 @@ class Pipeline:
             LoadedAdapters(package, loras, allow_unused=allow_unused),
             adapted,
             library,
-            LoadedControls(
-                package.manifest, open_control or partial(_open_control, package.manifest.dtype), use_unet
-            ),
+            LoadedControls(package.manifest, open_control or partial(_open_control, package), use_unet),
         )
 
     # ── adapters ───────────────────────────────────────────────────────────────────────────────────
@@ -703,17 +699,17 @@ class Pipeline:
 
 
 def _open_control(
-    dtype: str,
+    model: Package,
     path: Path,
     image_encoder: Path | None = None,
     options: LoopOptions = _ON_A_CPU,
     progress: Advance | None = None,
     note: Note | None = None,
 ) -> OpenedControl:
-    """Open a control as the model of that arithmetic is opened."""
+    """Open a control as the model that it steers is opened."""
     backend = find_backend(options.backend, place=Place.parse(options.device))[0]
     package = open_control_model(
-        path, backend=backend, dtype=dtype, image_encoder=image_encoder, advance=progress, note=note
+        path, backend=backend, model=model, image_encoder=image_encoder, advance=progress, note=note
     )
     return OpenedControl(package=package, loop=open_control_loop(package, options))
 

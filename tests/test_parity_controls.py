@@ -278,3 +278,9 @@ def test_another_family_is_refused(pair: Steered) -> None:
     with pytest.raises(CheckpointError, match=r"is a ControlNet for .*: it reads a context of \d+ numbers"):
         controls.load("control0")
     kept.close.assert_called_once()
+
+
+def test_a_net_of_one_kind_of_picture_takes_no_type(pair: Steered) -> None:
+    control = Control(model=pair.names[0], image=hint(), control_type="canny")
+    with pytest.raises(UsageError, match="control_type 'canny' for 'control0', which reads one kind"):
+        ours(pair.ours, [1], prompt="a", controls=[control], **FAST)

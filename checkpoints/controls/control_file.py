@@ -10,11 +10,14 @@ from typing import Any
 
 from ...engines.hub import called
 from ...engines.package import TIME_IDS, FusedAdapter
-from ..files.component import DIFFUSERS, Component
+from ...engines.spec import CONTROL_TYPE
+from ..files.component import DIFFUSERS, Component, TensorHeader
 from ..files.file_kinds import FAMILIES
 from ..files.tokenizers import WriteTokenizer
+from ..made_weights import Weight
 
 CONTROLNET, T2I_ADAPTER, IP_ADAPTER = KINDS = ("controlnet", "t2i-adapter", "ip-adapter")
+XL_ADAPTER = "full_adapter_xl"  # the `adapter_type` of a T2I-Adapter for XL
 VISION = "vision"  # the part that an IP-Adapter reads pictures through
 # What a Union ControlNet's control types are, by number. The first has six of them, ProMax all.
 # (xinsir6/ControlNetPlus, `controlnet_union_test_*.py` and `promax/`.)
@@ -39,7 +42,9 @@ class ControlFile:
             IPAdapterPlusImageProjection), and `layers.J.to_k_ip.weight` and `layers.J.to_v_ip.weight`,
             (C, context) each, for the J-th cross-attention in the order of `cross_attentions`.
         needs_base: what the weights have to be completed with: "" is nothing, "difference" adds to those of a
-            base's UNet, "lora" is a low-rank change of them (`with_base.weights_with_base`).
+            base's UNet, "lora" is a low-rank change of them (`with_base.completed`).
+        base: of one that was completed, the tensors of the base's UNet that its weights are made of.
+        made: of one that was completed, the weights that no file has; `part` has their shapes.
         channel_order: of its picture, "rgb" or "bgr".
         global_pool: its residuals are averaged over height and width (the ControlNet "shuffle").
         control_types: of a Union, what each of its types is; the published have no others than CONTROL_TYPES.
@@ -59,6 +64,8 @@ class ControlFile:
     what: str
     part: Component
     needs_base: str = ""
+    base: Mapping[str, TensorHeader] = field(default_factory=dict[str, TensorHeader])
+    made: Mapping[str, Weight] = field(default_factory=dict[str, Weight])
     channel_order: str = "rgb"
     global_pool: bool = False
     control_types: tuple[str, ...] = ()
@@ -105,13 +112,30 @@ class ControlFile:
 
     @property
     def vectors(self) -> Mapping[str, int]:
-        """What joins its time embedding (`engines.spec.VECTORS`): of SDXL's the text and six sizes."""
+        """What joins its time embedding (`engines.spec.VECTORS`): of SDXL's the text and six sizes.
+
+        Of a Union also what its pictures are.
+        """
         config = self.part.config
-        if config.get("addition_embed_type") != "text_time":
-            return {}
-        ids = len(TIME_IDS) - 1  # no aesthetic score
-        joined = int(config["projection_class_embeddings_input_dim"])
-        return {"text_embeds": joined - ids * int(config["addition_time_embed_dim"]), "time_ids": ids}
+        found: dict[str, int] = {}
+        if config.get("addition_embed_type") == "text_time":
+            ids = len(TIME_IDS) - 1  # no aesthetic score
+            joined = int(config["projection_class_embeddings_input_dim"])
+            width = joined - ids * int(config["addition_time_embed_dim"])
+            found = {"text_embeds": width, "time_ids": ids}
+        if types := config.get("num_control_type"):
+            found[CONTROL_TYPE] = int(types)
+        return found
+
+    @property
+    def latent_scale(self) -> int:
+        """Pixels per latent cell; nothing says so of an IP-Adapter, which fits any."""
+        config = self.part.config
+        if self.kind == CONTROLNET:  # each of its picture's widths but the first halves it
+            return 2 ** (len(config["conditioning_embedding_out_channels"]) - 1)
+        if self.kind == T2I_ADAPTER:  # that of XL begins at the second level
+            return int(config["downscale_factor"]) // (2 if config["adapter_type"] == XL_ADAPTER else 1)
+        return 8
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -16,15 +16,15 @@ from typing import Any
 from ..files.component import Component, TensorHeader
 from ..files.configs import check_config
 from ..files.ldm_names import Tensors
-from .control_file import T2I_ADAPTER, ControlFile
+from .control_file import T2I_ADAPTER, XL_ADAPTER, ControlFile
 from .stored import Stored, layer, once
 
-_FULL, _XL, _LIGHT = "full_adapter", "full_adapter_xl", "light_adapter"
+_FULL, _LIGHT = "full_adapter", "light_adapter"
 # Channels of what the first convolution reads -> those of the picture, and the pixels a cell along one side.
 _READ = {64: (1, 8), 192: (3, 8), 256: (1, 16), 768: (3, 16)}
 _STAGE = 2  # residual blocks of a stage in the original full nets
 _NARROWER = 4  # times that a light stage is inside
-_WHAT = {_FULL: "a T2I-Adapter", _XL: "a T2I-Adapter", _LIGHT: "a T2I-Adapter (light)"}
+_WHAT = {_FULL: "a T2I-Adapter", XL_ADAPTER: "a T2I-Adapter", _LIGHT: "a T2I-Adapter (light)"}
 # The defaults of T2IAdapter.
 DEFAULTS: Mapping[str, Any] = {
     "in_channels": 3,
@@ -47,7 +47,7 @@ def read_t2i_adapter(path: Path, tensors: Tensors, config: Mapping[str, Any] | N
     return ControlFile(
         root=path,
         kind=T2I_ADAPTER,
-        family="sdxl" if found["adapter_type"] == _XL else "sd1",
+        family="sdxl" if found["adapter_type"] == XL_ADAPTER else "sd1",
         what=_WHAT[found["adapter_type"]],
         part=Component(name=T2I_ADAPTER, folder=path, config=found, tensors=stored.tensors),
     )
@@ -58,7 +58,7 @@ def feature_levels(config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
     widths: list[int] = list(config["channels"])
     if config["adapter_type"] == _LIGHT:
         widths.append(widths[-1])
-    levels = (1, 1, 2, 2) if config["adapter_type"] == _XL else range(len(widths))
+    levels = (1, 1, 2, 2) if config["adapter_type"] == XL_ADAPTER else range(len(widths))
     return tuple(zip(widths, levels, strict=False))
 
 
@@ -105,7 +105,7 @@ def _derived(stored: Stored) -> dict[str, Any]:
         "channels": widths[:-1] if light else widths,  # diffusers' light net repeats its last
         "num_res_blocks": stored.count("adapter.body.0.resnets."),
         "downscale_factor": factor,
-        "adapter_type": _LIGHT if light else _FULL if factor == 8 else _XL,
+        "adapter_type": _LIGHT if light else _FULL if factor == 8 else XL_ADAPTER,
     }
 
 

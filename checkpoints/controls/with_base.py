@@ -13,34 +13,54 @@ The base is the checkpoint's own weights. ComfyUI takes those that are in use, w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
+from functools import partial, reduce
 
 import numpy as np
 
-from ...engines.errors import CheckpointError
+from ...engines.errors import CheckpointError, NumericError
+from ...engines.net_weights import LARGEST, peak
 from ...engines.spec import Array
 from ..files.component import TensorHeader, read_tensors
 from ..files.file_kinds import FAMILIES
 from ..files.open import Checkpoint
+from ..made_weights import Weight, wider
 from ..stored_types import convert
 from .control_file import ControlFile
 from .controlnet import is_unets
 from .controlnet_shapes import controlnet_shapes
 
 
-@dataclass(frozen=True, kw_only=True)
-class Weight:
-    """A weight that is computed when it is wanted: its shape, and what gives the float32 array."""
+def completed(control: ControlFile, base: Checkpoint) -> ControlFile:
+    """The plain ControlNet that a control and its base make, described; nothing is computed yet.
 
-    shape: tuple[int, ...]
-    read: Callable[[], Array]
+    What is neither's as it is stored is in `ControlFile.made`, to be written by `completed.complete`.
+
+    Args:
+        control: one that needs a base.
+        base: the checkpoint that it was made of, or a relative.
+
+    Raises:
+        CheckpointError: as `weights_with_base`.
+    """
+    own, unet = control.part.tensors, base.unet.tensors
+    weights = weights_with_base(control, base)
+    made: dict[str, Weight] = {}
+    tensors: dict[str, TensorHeader] = {}
+    for name, weight in weights.items():
+        first, *others = _made_of(control, name, base)
+        if others:
+            made[name] = weight
+        tensors[name] = replace(first, dtype=weight.dtype, shape=weight.shape)
+    read = {name: unet[name] for name in weights if name in unet and (name in made or name not in own)}
+    return replace(control, part=replace(control.part, tensors=tensors), base=read, made=made)
 
 
 def weights_with_base(control: ControlFile, base: Checkpoint) -> Mapping[str, Weight]:
     """Every weight of the plain ControlNet that a control and its base make, by diffusers' names.
 
-    Nothing is read before a weight's `read` is called; sums are made in float32.
+    Nothing is read before a weight's `read` is called, which raises NumericError for what fp16 cannot hold;
+    sums are made in float32.
 
     Args:
         control: a ControlNet; one that needs no base has its own weights.
@@ -57,8 +77,39 @@ def weights_with_base(control: ControlFile, base: Checkpoint) -> Mapping[str, We
     stored, under = read_tensors(control.part.tensors), read_tensors(_shared(unet, wanted))
     make = _MAKERS[control.needs_base]
     return {
-        name: Weight(shape=shape, read=partial(make, name, stored, under)) for name, shape in wanted.items()
+        name: Weight(
+            shape=shape,
+            dtype=reduce(wider, (header.dtype for header in _made_of(control, name, base))),
+            read=partial(_checked, control, base, name, partial(make, name, stored, under)),
+        )
+        for name, shape in wanted.items()
     }
+
+
+def _made_of(control: ControlFile, name: str, base: Checkpoint) -> tuple[TensorHeader, ...]:
+    """What a weight is made of: one tensor as it is stored, or a sum's."""
+    own, unet = control.part.tensors, base.unet.tensors
+    module = name.removesuffix(".weight")
+    if control.needs_base == "difference" and name in unet:
+        return own[name], unet[name]
+    if name in own:
+        return (own[name],)
+    if f"{module}.up" in own:
+        return own[f"{module}.up"], own[f"{module}.down"], unet[name]
+    return (unet[name],)
+
+
+def _checked(control: ControlFile, base: Checkpoint, name: str, make: Callable[[], Array]) -> Array:
+    """A weight that fp16 holds, as all that are published."""
+    found = make()
+    largest = peak(found)
+    if not largest <= LARGEST:  # NaN neither
+        raise NumericError(
+            f"{control.root} and {base.root} together make a weight {name} of {largest:.6g}",
+            expected=f"at most {LARGEST:.6g}, the largest number of fp16, as every model's weights are",
+            fix="Open it with the checkpoint that it was made of.",
+        )
+    return found
 
 
 def _shared(unet: Mapping[str, TensorHeader], wanted: Mapping[str, object]) -> dict[str, TensorHeader]:

@@ -20,8 +20,8 @@ TEXT_PREFIX = "text_model."
 _OLD_ATTENTION = {"query.": "to_q.", "key.": "to_k.", "value.": "to_v.", "proj_attn.": "to_out.0."}
 # The prefixes of an autoencoder's halves.
 HALVES = {"encoder": ("encoder.", "quant_conv."), "decoder": ("decoder.", "post_quant_conv.")}
-# The prefix of what a ControlNet makes of its picture, a net of its own.
-HINT = "controlnet_cond_embedding."
+# The prefixes of what a ControlNet makes of its picture, a net of its own; all but the first are a Union's.
+HINT = ("controlnet_cond_embedding.", "task_embedding", "transformer_layes.", "spatial_ch_projs.")
 # Tensors that old checkpoints hold and no net reads: buffers, and the projections of the full CLIP.
 UNREAD = ("position_ids", "text_projection.weight", "logit_scale")
 

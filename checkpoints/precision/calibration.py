@@ -15,14 +15,17 @@ from pathlib import Path
 import numpy as np
 
 from ...engines.spec import (
+    CONTROL_TYPE,
     HINT_EMBEDDING,
     NETS,
     SCALES,
+    STRENGTH,
     TEXT_ENCODERS,
     Array,
     guidance_embedding,
     residuals,
 )
+from ..controls.control_file import ControlFile
 from ..files.open import Checkpoint
 from ..files.source import Source
 from .ddim import Ddim
@@ -174,14 +177,23 @@ class Calibration:
 
     def embed_hint(self, call: NetCall) -> None:
         """Call what a ControlNet makes of its picture: smooth pictures, edges, and noise."""
-        self._hint = call({"hint": self._hints()})[0]
+        self._hint = call({"hint": self._hints(), **self._types(4, STRENGTH)})[0]
 
     def _hints(self) -> Array:
         """(4, 3, H, W) float32, 0 to 1."""
-        pictures = self._pictures(2, 8 * SIDE, 8 * SIDE)
+        assert isinstance(self._any, ControlFile)
+        side = self._any.latent_scale * SIDE
+        pictures = self._pictures(2, side, side)
         hints = np.moveaxis(pictures.astype(np.float32) / 255, 3, 1)
         edges = (np.abs(np.diff(hints, axis=3, prepend=0)) > 0.05).astype(np.float32)
         return np.concatenate([hints, edges])
+
+    def _types(self, rows: int, *more: str) -> dict[str, Array]:
+        """What a Union is told of its pictures, each of another type; nothing for other ControlNets."""
+        if (types := self._any.vectors.get(CONTROL_TYPE)) is None:
+            return {}
+        told = np.eye(types, dtype=np.float32)[np.arange(rows) % types]
+        return {CONTROL_TYPE: told, **{name: np.ones(rows, np.float32) for name in more}}
 
     def steer(self, call: NetCall) -> None:
         """Call a ControlNet with latents between noise and pictures, at the noise's timesteps."""
@@ -202,7 +214,7 @@ class Calibration:
                     "sample": latent.astype(np.float32),
                     "timestep": np.full(len(hint), timestep, np.float32),
                     "encoder_hidden_states": self._normal(len(hint), 77, int(config["cross_attention_dim"])),
-                    **vectors,
+                    **(vectors | self._types(len(hint))),
                     HINT_EMBEDDING: hint,
                     SCALES: np.ones((len(hint), outputs), np.float32),
                 }

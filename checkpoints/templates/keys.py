@@ -14,7 +14,6 @@ from itertools import chain
 from typing import Any, cast
 
 from ...engines import spec
-from ..controls.control_file import IP_ADAPTER, T2I_ADAPTER
 from ..files.component import Component
 from ..files.net_reads import net_facts
 from ..files.open import TINY, is_tiny
@@ -27,6 +26,8 @@ Defaults = Mapping[str, Mapping[str, Any]]
 # A net -> the net whose graphs it has.
 _SAME_NET = {"preview_decoder": "vae_decoder"}
 
+# The parts of controls -> the class where a config does not name it.
+_OF_CONTROLS = {"controlnet": "ControlNetModel", "t2i-adapter": "T2IAdapter", "ip-adapter": "ImageProjection"}
 _TRAINING = "acts in training alone"
 _CLIP = {
     "attention_dropout": _TRAINING,
@@ -34,6 +35,12 @@ _CLIP = {
     "initializer_factor": _TRAINING,
 }
 _CLIP_TEXT = {**_CLIP, "bos_token_id": "is the tokenizer's", "pad_token_id": "is the tokenizer's"}
+_CONTROLNET = {
+    "upcast_attention": "is a pass over the graph (`precision.islands`)",
+    "controlnet_conditioning_channel_order": "is done to the picture before",
+    "global_pool_conditions": "is done to the outputs behind",
+    "addition_embed_type_num_heads": "is read by an addition_embed_type that no template has",
+}
 # A class -> its fields that change nothing in a graph -> why.
 INERT: Mapping[str, Mapping[str, str]] = {
     "UNet2DConditionModel": {
@@ -60,11 +67,10 @@ INERT: Mapping[str, Mapping[str, str]] = {
     "CLIPTextModelWithProjection": _CLIP_TEXT,
     "CLIPVisionModelWithProjection": _CLIP,
     "StableUnCLIPImageNormalizer": {},
-    "ControlNetModel": {
-        "upcast_attention": "is a pass over the graph (`precision.islands`)",
-        "controlnet_conditioning_channel_order": "is done to the picture before",
-        "global_pool_conditions": "is done to the outputs behind",
-        "addition_embed_type_num_heads": "is read by an addition_embed_type that no template has",
+    "ControlNetModel": _CONTROLNET,
+    "ControlNetUnionModel": {
+        **_CONTROLNET,
+        "num_trans_head": "is of attention to one token, whose weight is 1 in every head",
     },
     "T2IAdapter": {},
     "ImageProjection": {},
@@ -80,6 +86,13 @@ _TOLD_BY_TENSORS: Mapping[str, tuple[str, ...]] = {
         "projection_class_embeddings_input_dim",
     ),
     "ControlNetModel": ("transformer_layers_per_block", "projection_class_embeddings_input_dim"),
+    "ControlNetUnionModel": (
+        "transformer_layers_per_block",
+        "projection_class_embeddings_input_dim",
+        "num_trans_channel",
+        "num_trans_layer",
+        "num_proj_channel",
+    ),
 }
 # Fields of which one value stands for one in each block.
 _PER_BLOCK = ("attention_head_dim", "num_attention_heads", "layers_per_block", "only_cross_attention")
@@ -121,12 +134,8 @@ def part_class(component: str, part: Component) -> str:
         return "StableUnCLIPImageNormalizer"
     if component == "unet":
         return "UNet2DConditionModel"
-    if part.name == "controlnet":
-        return "ControlNetModel"
-    if part.name == T2I_ADAPTER:
-        return "T2IAdapter"
-    if part.name == IP_ADAPTER:
-        return str(part.config["_class_name"])
+    if part.name in _OF_CONTROLS:
+        return str(part.config.get("_class_name", _OF_CONTROLS[part.name]))
     return TINY if is_tiny(part) else "AutoencoderKL"
 
 

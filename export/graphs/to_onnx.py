@@ -21,8 +21,15 @@ OPSET = 23
 # Sizes to trace with. They are odd and all different, so that the tracer can take no two for the same and
 # none for a multiple of eight (see nets.WholeUnet). There are two rows, since it specialises on one.
 SIZES: Mapping[str, int] = {
-    **{"B": 2, "N": 2, "P": 2, "T": 78, "I": 17},
-    **{"H/8": 17, "W/8": 25, "H": 136, "W": 200},
+    "B": 2,
+    "N": 2,
+    "P": 2,
+    "T": 78,
+    "I": 17,
+    "H/8": 17,
+    "W/8": 25,
+    "H": 136,
+    "W": 200,
 }
 # Inputs of whole numbers below this, and inputs of one constant; all others are unit normal.
 _WHOLE = {"timestep": 1000, "noise_level": 1000, "time_ids": 1024, "input_ids": 100, "image": 256}

@@ -33,6 +33,9 @@ class Control:
         settings: the preparation's.
         mask_image: white where "inpaint" and "repaint" draw anew.
         resize_mode: "stretch", "crop" or "pad".
+        control_type: of a Union, what the picture is: "openpose", "depth", "scribble" (hed, pidi and ted,
+            too), "canny" (lineart, anime and mlsd, too), "normal", "segment", of ProMax "tile" and "repaint";
+            None is what the preparation makes. Controls of one Union are read in one call a step.
     """
 
     model: str
@@ -45,6 +48,7 @@ class Control:
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     mask_image: Any = None
     resize_mode: str = "stretch"
+    control_type: str | None = None
 
     def scales(self, *, steps: int, rows: int, outputs: int, guided: bool, pooled: bool) -> Array:
         """What each output is multiplied with: (S, B, R) float32, zeros where it is off.
@@ -62,13 +66,12 @@ class Control:
         elif self.mode in ("prompt", "control"):
             factors *= _SOFT[:outputs]
         scales = np.zeros((steps, rows, outputs), np.float32)
-        on = self.steps_on(steps)
         first = rows // 2 if guided and self.mode in _CONDITIONAL_ALONE else 0
-        scales[on, first:] = factors
+        scales[self.on(steps), first:] = factors
         return scales
 
-    def steps_on(self, steps: int) -> Array:
-        """(S,) bool: in which of the steps it is."""
+    def on(self, steps: int) -> Array:
+        """In which of the steps it is: (S,) bool."""
         return steps_on(steps, self.start, self.end)
 
 

@@ -36,7 +36,7 @@ class ImagePrompt:
     end: float = 1.0
     mask_image: Any = None
 
-    def steps_on(self, steps: int) -> Array:
+    def on(self, steps: int) -> Array:
         """(S,) bool: in which of the steps it is."""
         return steps_on(steps, self.start, self.end)
 

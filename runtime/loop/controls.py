@@ -11,8 +11,8 @@ from typing import NoReturn
 import numpy as np
 
 from ...engines.errors import UsageError
-from ...engines.package import Manifest
 from ...engines.spec import (
+    CONTROL_TYPE,
     DTYPES,
     FEATURE,
     HINT_EMBEDDING,
@@ -21,11 +21,12 @@ from ...engines.spec import (
     IMAGE_VALUES,
     RESIDUAL,
     SCALES,
+    STRENGTH,
     Array,
     NetSpec,
     shape_of,
 )
-from .job import ControlJob, DenoiseJob
+from .job import Condition, ControlJob, DenoiseJob
 
 # Prefixes of the inputs that `unet` does not have.
 _OWN = (RESIDUAL, FEATURE, IMAGE_KEYS, IMAGE_VALUES, IMAGE_MASK)
@@ -123,14 +124,14 @@ class _OnHost:
         self._control = control
         nets, call = control.manifest.nets, control.call
         self._net = nets["controlnet"].spec
-        embedding = call("controlnet_hint", hint=control.hint)[HINT_EMBEDDING]
-        self._constant = {HINT_EMBEDDING: embedding[list(control.hint_of_row)]}
+        self._hints = _Hints(control)
+        self._constant: dict[str, Array] = {}
         if "controlnet_context" in nets:
             context = nets["controlnet_context"].spec.inputs[0]
             texts = call("controlnet_context", context=job.context.astype(DTYPES[context.dtype]))
-            self._constant |= {name: value[list(job.text_of_row)] for name, value in texts.items()}
+            self._constant = {name: value[list(job.text_of_row)] for name, value in texts.items()}
         each = len(job.text_of_row) // job.rows_per_step
-        schedule = call("controlnet_time", **_times(control.manifest, job))
+        schedule = call("controlnet_time", **_times(control, job))
         self._schedule = {
             name: np.repeat(rows, each, axis=0) for name, rows in schedule.items()
         }  # (S * B, …)
@@ -146,6 +147,7 @@ class _OnHost:
             **{name: value[on] for name, value in self._constant.items()},
             **{name: value[row * rows : (row + 1) * rows][on] for name, value in self._schedule.items()},
             "latent": latent[on].astype(DTYPES[self._net.inputs[0].dtype], copy=False),
+            HINT_EMBEDDING: self._hints.at(row)[on],
             SCALES: scales[on],
         }
         found = self._control.call("controlnet", **inputs)
@@ -154,10 +156,53 @@ class _OnHost:
         return found if len(on) == rows else {name: _among(rows, on, value) for name, value in found.items()}
 
 
-def _times(manifest: Manifest, job: DenoiseJob) -> dict[str, Array]:
+class _Hints:
+    """What a net makes of its pictures, once; of a Union's the sum of those that are read in a step."""
+
+    def __init__(self, control: ControlJob) -> None:
+        self._conditions, self._summed = control.conditions, dict[bytes, Array]()
+        if control.conditions:
+            self._parts = [_embedded(control, condition) for condition in control.conditions]
+        else:
+            embedding = control.call("controlnet_hint", hint=control.hint)[HINT_EMBEDDING]
+            self._parts = [embedding[list(control.hint_of_row)]]
+
+    def at(self, row: int) -> Array:
+        """(B, C, H/8, W/8), for a row of the table in which the net is on."""
+        if len(self._parts) == 1:
+            return self._parts[0]
+        on = np.array([condition.on[row] for condition in self._conditions])
+        if on.tobytes() not in self._summed:
+            parts = [part for part, read in zip(self._parts, on, strict=True) if read]
+            total = np.sum(parts, axis=0, dtype=np.float32)
+            self._summed = {on.tobytes(): total.astype(parts[0].dtype, copy=False)}
+        return self._summed[on.tobytes()]
+
+
+def _embedded(control: ControlJob, condition: Condition) -> Array:
+    """What a Union makes of one of its pictures, (B, C, H/8, W/8)."""
+    rows = len(condition.hint)
+    told = {
+        CONTROL_TYPE: np.repeat(_types(control, [condition])[None], rows, axis=0),
+        STRENGTH: np.full(rows, condition.strength, np.float32),
+    }
+    embedding = control.call("controlnet_hint", hint=condition.hint, **told)[HINT_EMBEDDING]
+    return embedding[list(condition.hint_of_row)]
+
+
+def _types(control: ControlJob, conditions: Sequence[Condition]) -> Array:
+    """1 for each type that these conditions are of, (types,) float32."""
+    types = np.zeros(control.manifest.vectors[CONTROL_TYPE], np.float32)
+    types[[condition.control_type for condition in conditions]] = 1
+    return types
+
+
+def _times(control: ControlJob, job: DenoiseJob) -> dict[str, Array]:
     """The inputs of `controlnet_time`: of the job's those that it takes (a guidance embedding is none)."""
     given = job.schedule_inputs()
-    return {item.name: given[item.name] for item in manifest.nets["controlnet_time"].spec.inputs}
+    if control.conditions:
+        given[CONTROL_TYPE] = np.tile(_types(control, control.conditions), (len(given["timestep"]), 1))
+    return {item.name: given[item.name] for item in control.manifest.nets["controlnet_time"].spec.inputs}
 
 
 def _among(rows: int, places: Array, values: Array) -> Array:

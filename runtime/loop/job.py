@@ -43,15 +43,35 @@ class Kept:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Condition:
+    """One of the pictures that a Union reads together, or one for each picture that is drawn.
+
+    Attributes:
+        control_type: what it is, a number below the net's types.
+        hint, hint_of_row: as in `ControlJob`.
+        strength: what it is multiplied with before the net.
+        on: (S,) whether it is read.
+    """
+
+    control_type: int
+    hint: Array
+    hint_of_row: tuple[int, ...]
+    strength: float
+    on: Array
+
+
+@dataclass(frozen=True, kw_only=True)
 class ControlJob:
     """What a ControlNet adds to a job of S rows of the table and B UNet rows.
 
     Attributes:
         manifest: of its package.
         call: runs one of its nets, as `Loop.call`.
-        hint: (K, 3, H, W) float32, RGB from 0 to 1, every different picture once.
+        hint: (K, 3, H, W) float32, RGB from 0 to 1, every different picture once; of a Union its first
+            condition's.
         hint_of_row: (B,) the index of each UNet row's.
         scales: (S, B, R) float32, what each of its R outputs is multiplied with; zeros where it is off.
+        conditions: of a Union, all that it reads; of others none.
     """
 
     manifest: Manifest
@@ -59,6 +79,7 @@ class ControlJob:
     hint: Array
     hint_of_row: tuple[int, ...]
     scales: Array
+    conditions: tuple[Condition, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

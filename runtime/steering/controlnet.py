@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ..loop.job import ControlJob
 from .steered import Rows, Steered, read_picture, row_of_each_picture
+from .unions import union_type
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,3 +35,8 @@ class SteeredByNet(Steered):
                 pooled=bool(manifest.control.get("global_pool")),
             ),
         )
+
+    def record(self) -> dict[str, Any]:
+        """As a picture's record has it."""
+        told = union_type(self.control, self.opened.package.manifest)
+        return {**super().record(), **({"control_type": told} if told else {})}

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...engines.errors import CheckpointError, PackageError, UsageError
 from ...engines.package import Manifest, Package
-from ...engines.spec import FEATURE, IMAGE_KEYS, RESIDUAL
+from ...engines.spec import CONTROL_TYPE, FEATURE, IMAGE_KEYS, RESIDUAL
 from ..controls.control import Control
 from ..controls.hints import read_hints
 from ..controls.image_prompt import ImagePrompt
@@ -22,6 +22,7 @@ from .controlnet import SteeredByNet
 from .ip_adapter import Prompted, image_prompt_job
 from .steered import OpenedControl, Rows
 from .t2i_adapter import SteeredByFeatures
+from .unions import check_unions, joined
 
 _UNET, _CONTROLLED, _PROMPTED = "unet", "unet_controlled", "unet_image_prompt"
 # A kind of controls -> the graph of the UNet that takes it; the last one takes all of them.
@@ -112,8 +113,15 @@ class LoadedControls:
     def check(self, controls: Sequence[Control | ImagePrompt]) -> None:
         """Raise UsageError before anything is drawn.
 
-        For a name that was not loaded, or one of another kind of control.
+        For a name that was not loaded or is of another kind of control, or a wrong type for a Union.
         """
+        check_unions(
+            [
+                (one, self._find(one.model).package.manifest)
+                for one in controls
+                if isinstance(one, Control) and self._find(one.model).kind == "controlnet"
+            ]
+        )
         for control in controls:
             opened = self._find(control.model)
             if isinstance(control, ImagePrompt) != (opened.kind == "ip-adapter"):
@@ -150,8 +158,9 @@ class LoadedControls:
             scale=self._manifest.latent_scale,
         )
         steering = [self._read(one) for one in request.controls]
+        nets = [one for one in steering if isinstance(one, SteeredByNet)]
         job = SteeringJob(
-            controlnets=tuple(one.job(rows) for one in steering if isinstance(one, SteeredByNet)),
+            controlnets=joined([one.job(rows) for one in nets], [one.control for one in nets]),
             features=tuple(one.job(rows) for one in steering if isinstance(one, SteeredByFeatures)),
             image_prompt=image_prompt_job(
                 [one for one in steering if isinstance(one, Prompted)],
@@ -210,7 +219,11 @@ class LoadedControls:
             why = f"its latents are of {theirs.latent_scale} pixels, and of {ours.latent_scale} here"
         elif theirs.context_width not in (0, ours.context_width):
             why = f"it reads a context of {theirs.context_width} numbers, and {ours.context_width} are here"
-        elif others := [name for name, width in theirs.vectors.items() if ours.vectors.get(name) != width]:
+        elif others := [
+            name
+            for name, width in theirs.vectors.items()
+            if name != CONTROL_TYPE and ours.vectors.get(name) != width
+        ]:
             why = f"it reads other {', '.join(others)}"
         else:
             return

@@ -47,4 +47,4 @@ class SteeredByFeatures(Steered):
         features: dict[str, Array] = {
             name: control.strength * value.astype(np.float32)[places] for name, value in found.items()
         }
-        return FeatureJob(features=features, on=control.steps_on(rows.steps))
+        return FeatureJob(features=features, on=control.on(rows.steps))

@@ -14,6 +14,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.controlnets.controlnet import ControlNetModel
+from diffusers.models.controlnets.controlnet_union import ControlNetUnionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 from transformers import (
@@ -58,7 +59,9 @@ def module_of(name: str, config: Mapping[str, Any]) -> tuple[nn.Module, dict[str
             kind, kind_config = kinds[name]
             made = kind_config(**config)
             return kind(made), made.to_dict()
-        nets: dict[Any, Any] = {"unet": UNet2DConditionModel, "controlnet": ControlNetModel}
+        union = config.get("_class_name") == "ControlNetUnionModel"
+        control = ControlNetUnionModel if union else ControlNetModel
+        nets: dict[Any, Any] = {"unet": UNet2DConditionModel, "controlnet": control}
         tiny = config.get("_class_name") == "AutoencoderTiny"
         kind = nets.get(name, AutoencoderTiny if tiny else AutoencoderKL)
         net: Any = kind.from_config(dict(config))

@@ -79,6 +79,7 @@ OWN = {
     "--control-mode", "--control-preparation", "--control-resize", "--control-mask", "--canny",
     "--image-encoder", "--ip-adapter", "--ip-adapter-image", "--ip-adapter-strength",
     "--ip-adapter-start", "--ip-adapter-end", "--ip-adapter-mask",
+    "--control-type",
 }  # fmt: skip
 
 
@@ -182,6 +183,13 @@ def test_controls(monkeypatch: pytest.MonkeyPatch) -> None:
     _, parameters = heard(monkeypatch, "a", "--control-net", "edges", *masked)
     assert parameters["controls"] == [
         Control(model="name of edges", image="start.png", mask_image="mask.png", preparation="inpaint")
+    ]
+    pictures = ["--control-image", "a.png", "--control-image", "b.png"]
+    types = ["--control-type", "depth", "--control-type", "canny"]
+    _, parameters = heard(monkeypatch, "a", *["--control-net", "union"] * 2, *pictures, *types)
+    assert parameters["controls"] == [
+        Control(model="name of union", image="a.png", control_type="depth"),
+        Control(model="name of union", image="b.png", control_type="canny"),
     ]
 
 
