@@ -579,6 +579,7 @@ class Pipeline:
             **vars(start),
             tile=request.tile,
             controls=controls,
+            windows=request.windows(manifest.latent_scale),
         )
         if watched:
             show = partial(preview, manifest=manifest, loop=loop, request=request)
@@ -617,8 +618,9 @@ class Pipeline:
         """Run every net once at the size and batch of these parameters, so that the next call is warm."""
         started = {"strength": 1.0} if parameters.get("image") is not None else {}
         whole: Any = {"num_inference_steps": 1, "seed": 0, **started, **parameters}
-        latent = self("", output_type="latent", **whole).images
-        check_finite(*self.loop.decode(latent, tile=parameters.get("tile")), self.package.manifest.dtype)
+        drawn = self("", output_type="latent", **whole)
+        decoded = self.loop.decode(drawn.images, tile=drawn.request.tile)
+        check_finite(*decoded, self.package.manifest.dtype)
 
     def close(self) -> None:
         """Free every net. May be called twice."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Event
 from time import perf_counter
 from typing import Protocol, TypeVar
@@ -14,6 +14,7 @@ import numpy as np
 from ...engines.errors import CancelledError, UsageError
 from ...engines.package import Manifest, Package
 from ...engines.spec import Array
+from ..pictures.windows import Window, Windows
 from ..sampling.noise import NoiseSource
 from ..sampling.table import Table
 
@@ -78,6 +79,7 @@ class DenoiseJob:
         kept: what is put back outside the mask after every row.
         tile: side in pixels of the tiles in which the decoder runs; None decodes all at once.
         controls: the ControlNets that steer it.
+        windows: those in which the UNet sees the latent; None is all of it at once.
     """
 
     context: Array
@@ -93,6 +95,19 @@ class DenoiseJob:
     kept: Kept | None = None
     tile: int | None = None
     controls: tuple[ControlJob, ...] = ()
+    windows: Windows | None = None
+
+    def within(self, window: Window) -> DenoiseJob:
+        """The job of a window of the latent, as far as its ControlNets are concerned."""
+        scale = 1 if not self.controls else self.controls[0].hint.shape[-1] // self.first.shape[-1]
+        return replace(
+            self,
+            first=window.of(self.first),
+            image_latents=None,
+            controls=tuple(replace(one, hint=window.of(one.hint, scale)) for one in self.controls),
+            kept=None,
+            windows=None,
+        )
 
     @property
     def pictures(self) -> int:

@@ -26,7 +26,7 @@ from ....engines.net_weights import changed_names, engine_bytes
 from ....engines.package import Manifest, Package
 from ....engines.spec import Array
 from ...pictures.tiling import decode_tiled
-from ..denoise import check_finite
+from ..denoise import check_finite, steps_of_calls
 from ..job import NEVER, Clock, DenoiseJob, Drawn, PackageLoop, State, Stop
 from .cuda_graphs import Replay
 from .memory_fallback import MemoryNeed, MemoryPlan, equal_rows, fit_in_memory
@@ -234,7 +234,14 @@ class DeviceLoop:
             return self._fit(need, lambda plan: self._call(net, arrays))
 
     def steps(self, job: DenoiseJob, clock: Clock, stop: Stop | None) -> Iterator[State]:
-        """Yield the state after every row of the table. Raises as `draw`, and CancelledError."""
+        """Yield the state after every row of the table. Raises as `draw`, and CancelledError.
+
+        A job in windows runs on the host, and its nets here: each call is uploaded and waited for.
+        """
+        if job.windows is not None:
+            _refuse_controls(job)
+            yield from steps_of_calls(job, self._manifest, self.call, clock, stop)
+            return
         need, total = _need(job, self._scale), len(job.table)
         stop = stop or NEVER
         stop.check(f"before step 1 of {total}")
@@ -268,7 +275,7 @@ class DeviceLoop:
                 self.pool.give_back(picture.denoiser, picture.schedule)
 
     def draw(self, job: DenoiseJob, clock: Clock, *, decode: bool) -> Drawn:
-        """Denoise and decode, with one synchronisation (more if the decoder is tiled).
+        """Denoise and decode, with one synchronisation (more if the decoder is tiled, or a job has windows).
 
         Raises:
             NumericError: the latent is not finite.
@@ -276,6 +283,8 @@ class DeviceLoop:
             MemoryLimitError: the request does not fit.
             BackendError: a net failed on the device.
         """
+        if job.windows is not None:
+            return self._draw_windows(job, clock, decode=decode)
         need = _need(job, self._scale)
         with self._lock:
             drawn = self._fit(need, lambda plan: self._draw(job, plan, clock, decode=decode))
@@ -286,6 +295,15 @@ class DeviceLoop:
                 drawn = replace(drawn, image=image, mean=mean)
             self._settle()
             return drawn
+
+    def _draw_windows(self, job: DenoiseJob, clock: Clock, *, decode: bool) -> Drawn:
+        *_, last = self.steps(job, clock, None)
+        image: Array | None = None
+        mean: Array | None = None
+        if decode:
+            with clock.stage("vae_decoder"):
+                image, mean = self.decode(last.latent, tile=job.tile)
+        return Drawn(latent=last.latent, image=image, mean=mean)
 
     def decode(self, latent: Array, *, tile: int | None = None, stop: Stop = NEVER) -> tuple[Array, Array]:
         """Pictures of latents; see `job.Loop`. Raises UsageError, MemoryLimitError, BackendError."""
@@ -398,12 +416,7 @@ class DeviceLoop:
 
         With `decoder` the decoder is taken as well, before any work is done that its failure would waste.
         """
-        if job.controls:
-            raise BackendError(
-                "ControlNets do not run on a device yet",
-                expected="a request without controls",
-                fix="Draw on the CPU: --backend onnxruntime",
-            )
+        _refuse_controls(job)
         device, nets, shape = self.device, self.nets, self._shape(job, plan)
         schedule_shape, latents = ScheduleShape.of(job, shape), {"latent": job.first.shape}
         sized = [
@@ -564,6 +577,15 @@ class DeviceLoop:
             tokens=job.context.shape[1],
             rows=equal_rows(batch, plan.rows or batch),
             step=step,
+        )
+
+
+def _refuse_controls(job: DenoiseJob) -> None:
+    if job.controls:
+        raise BackendError(
+            "ControlNets do not run on a device yet",
+            expected="a request without controls",
+            fix="Draw on the CPU: --backend onnxruntime",
         )
 
 
