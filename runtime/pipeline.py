@@ -599,8 +599,7 @@ class Pipeline:
         if image is None or mean is None:
             with clock.stage("vae_decoder"):
                 image, mean = loop.decode(drawn.latent, tile=request.tile, stop=stop)
-        images = check_finite(image, mean, manifest.dtype)
-        return finished(images, request, manifest.dtype), producer
+        return finished(check_finite(image, mean, manifest.dtype), request, manifest.dtype), producer
 
     def prepare(self, request: Request, clock: Clock | None = None) -> DenoiseJob:
         """All that the loop is given for a request, without running it: for measurements."""
