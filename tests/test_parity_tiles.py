@@ -23,7 +23,9 @@ SIDE, OVERLAP = 64, 16
 DOWN, ACROSS = ((0, 32), 32), ((0, 48), 16)
 TILES: dict[str, Any] = {"draw_tile": SIDE, "draw_overlap": OVERLAP, "tile": 128}  # one tile for the VAE
 FAST: dict[str, Any] = {"num_inference_steps": 6, "guidance_scale": 5.0, "prompt": "a ring"}
-Cut = Callable[[torch.Tensor, int], torch.Tensor]  # (values, pixels of one along each axis) -> those of a tile
+Cut = Callable[
+    [torch.Tensor, int], torch.Tensor
+]  # (values, pixels of one along each axis) -> those of a tile
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +99,7 @@ def test_with_a_tile_controlnet(pair: Steered, monkeypatch: pytest.MonkeyPatch) 
     given = {**FAST, "strength": 0.6}
     control = Control(model=pair.names[0], image=SMALL, preparation="tile", strength=0.8)
     call_in_tiles(monkeypatch, pipe, pair.ours.package.manifest.latent_scale)
-    wanted = drawn(
-        pipe, [7], image=LARGE, control_image=LARGE, controlnet_conditioning_scale=0.8, **given
-    )
+    wanted = drawn(pipe, [7], image=LARGE, control_image=LARGE, controlnet_conditioning_scale=0.8, **given)
     found = ours(pair.ours, [7], image=SMALL, upscale=2, controls=[control], **given, **TILES)
     assert psnr(wanted, found) >= BAR
     assert psnr(wanted, ours(pair.ours, [7], image=SMALL, upscale=2, **given, **TILES)) < SEEN

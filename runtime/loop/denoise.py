@@ -141,9 +141,7 @@ def steps_of_calls(
     """
     predict = UNetCalls(job, manifest, call, clock, stop or NEVER)
     source = job.noise.fork()
-    states = denoise(
-        job.table, lambda: source.draw(job.shape), predict, job.first, job.kept, manifest.dtype
-    )
+    states = denoise(job.table, lambda: source.draw(job.shape), predict, job.first, job.kept, manifest.dtype)
     yield from clock.timed("update", states)
 
 

@@ -444,7 +444,7 @@ class Parameters(TypedDict, total=False):
         kind=number(1.0, 16.0), model=STARTS, needs=("image",), stage="base",
         excludes=("height", "width", "mask_image", "denoising_start"))]
     draw_tile: Annotated[int | None, Parameter(
-        help="Draw a large picture in overlapping tiles of this side. Default: none; with --upscale, the model's.",
+        help="Draw in overlapping tiles of this side. Default: none; with --upscale, the model's.",
         kind=PIXELS)]
     draw_overlap: Annotated[int | None, Parameter(
         help="What tiles share, up to half of one. Default: a quarter.", kind=SHARED)]

@@ -288,7 +288,7 @@ def _is_random(seed: Any) -> bool:
 def make_size_conditions(
     manifest: Manifest, values: Mapping[str, Any], height: int, width: int
 ) -> SizeConditions:
-    """Sizes are the picture's, or its tiles', unless given; what is not said of the negative ones is as the positive ones.
+    """Sizes are the picture's, or its tiles', unless given; negative ones that are not, are as the others.
 
     (diffusers' image-to-image pipeline puts a negative crop that is not given at (0, 0) instead.)
     """

@@ -102,7 +102,9 @@ def natural_size(manifest: Manifest, values: Mapping[str, Any]) -> tuple[int, in
 def _enlarged(manifest: Manifest, image: Array | list[Pixels] | None, factor: float) -> tuple[int, int]:
     if not isinstance(image, list):
         raise UsageError(
-            "latents with upscale", expected="a picture to enlarge", fix="Decode them first: pass the picture."
+            "latents with upscale",
+            expected="a picture to enlarge",
+            fix="Decode them first: pass the picture.",
         )
     step = manifest.size_multiple
     height, width = (max(round(side * factor) // step, 1) * step for side in image[0].shape[:2])

@@ -9,7 +9,7 @@ from ...engines.errors import UsageError
 from ...engines.package import Manifest
 from ..pictures.tiling import OVERLAP
 
-# So little of the schedule runs on a picture that is enlarged that no tile draws the prompt anew.
+# The share of the schedule that runs on an enlarged picture: with more, a tile draws the whole prompt anew.
 UPSCALED_STRENGTH = 0.35
 
 
