@@ -190,7 +190,8 @@ def output_shapes(spec: NetSpec, shapes: Mapping[str, tuple[int, ...]]) -> dict[
             sizes.setdefault(f"{symbol}/8", size // 8)
     wanted = {tensor.name: tensor.shape for tensor in spec.outputs}
     for name, shape in wanted.items():
-        if unknown := [dim for dim in shape if isinstance(dim, str) and dim not in sizes]:
+        named = (dim for dim in shape if isinstance(dim, str) and dim not in sizes)
+        if unknown := [dim for dim in named if _level_size(dim, sizes) is None]:
             raise PackageError(
                 f"no input decides the size {unknown[0]!r} of the output {name!r}",
                 expected=f"one of {', '.join(sorted(sizes))}",

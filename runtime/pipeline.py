@@ -272,7 +272,7 @@ class Pipeline:
 
         def use_unet(net: str) -> None:
             adapted.forget()  # their own nets are those of the graph that goes
-            loop.use_unet(net)
+            loop.use_unet(package, net)
 
         return cls(
             package,
@@ -591,6 +591,7 @@ class Pipeline:
             noise=noise,
             **vars(start),
             tile=request.tile,
+            windows=request.windows(manifest.latent_scale),
             steering=steering,
         )
         if watched:
@@ -611,8 +612,7 @@ class Pipeline:
         if image is None or mean is None:
             with clock.stage("vae_decoder"):
                 image, mean = loop.decode(drawn.latent, tile=request.tile, stop=stop)
-        images = check_finite(image, mean, manifest.dtype)
-        return finished(images, request, manifest.dtype), producer
+        return finished(check_finite(image, mean, manifest.dtype), request, manifest.dtype), producer
 
     def prepare(self, request: Request, clock: Clock | None = None) -> DenoiseJob:
         """All that the loop is given for a request, without running it: for measurements."""
@@ -630,8 +630,9 @@ class Pipeline:
         """Run every net once at the size and batch of these parameters, so that the next call is warm."""
         started = {"strength": 1.0} if parameters.get("image") is not None else {}
         whole: Any = {"num_inference_steps": 1, "seed": 0, **started, **parameters}
-        latent = self("", output_type="latent", **whole).images
-        check_finite(*self.loop.decode(latent, tile=parameters.get("tile")), self.package.manifest.dtype)
+        drawn = self("", output_type="latent", **whole)
+        decoded = self.loop.decode(drawn.images, tile=drawn.request.tile)
+        check_finite(*decoded, self.package.manifest.dtype)
 
     def close(self) -> None:
         """Free every net. May be called twice."""

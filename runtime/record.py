@@ -65,6 +65,8 @@ def make_record(request: Request, index: int, producer: Mapping[str, Any]) -> di
         "prompt_2": request.prompts_2[index],
         "negative_prompt_2": request.negative_prompts_2[index],
         "strength": _strength(request),
+        "draw_tile": request.draw_tile,
+        "draw_overlap": request.draw_overlap,
         "mask_region": masked.inpainting.region if masked else None,
         "embeddings": [one.to_json() for one in called_by(request, index)] or None,
         # Several pictures per input stand one after another: the first input's, then the second's.
@@ -197,6 +199,8 @@ def read_record(record: Mapping[str, Any]) -> Recorded:
     found = {name: record[name] for name in PARAMETERS if record.get(name) is not None}
     if "timesteps" in found or "sigmas" in found:
         found.pop("num_inference_steps", None)  # as many as there are levels
+    if "upscale" in found:
+        found = {name: value for name, value in found.items() if name not in ("height", "width")}
     inputs = {name: found.pop(name) for name in INPUTS if name in found}
     embeddings = cast("list[dict[str, str]]", record.get("embeddings") or [])
     wrong = [name for name, value in inputs.items() if not _is_input(value)]

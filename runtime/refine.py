@@ -72,6 +72,7 @@ def refine(
     if refiner_loras is not None:
         of_refiner["loras"] = refiner_loras
     more = {"seed": request.seeds, "num_inference_steps": request.num_inference_steps}
+    more |= {name: getattr(request, name) for name in ("draw_tile", "draw_overlap", "tile")}
     refined: Result[Any] = second(
         prompt,
         **{**of_refiner, **more, "image": drawn.images, "denoising_start": at},

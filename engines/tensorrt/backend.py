@@ -179,9 +179,10 @@ class TensorRTBackend:
     def open_another(
         self, device: Device, package: Package, name: str, *, store: EngineStore | None = None
     ) -> DeviceNet:
-        """See `AdaptingBackend`: a net behind its engines that were built refittable.
+        """See `AdaptingBackend`: a net with other weights behind its engines that were built refittable.
 
-        The weights are replaced in an engine when a request first chooses it.
+        The weights are replaced in an engine when a request first chooses it. With the package's own weights
+        all engines serve, those first that were not built so.
 
         Raises:
             BackendError: there is none, with the command that builds them.
@@ -190,6 +191,16 @@ class TensorRTBackend:
         cuda = cast(CudaDevice, device)  # `open_device` has made it
         version = installed_version(self.name) or ""
         found = find_engines(package, name, row, version, place, gpu=cuda.facts)
+        if not package.changes_of(name):
+            if not found:
+                raise BackendError(
+                    f"{package.root} has no {self.name} {version} engine of {name} for {cuda.name}"
+                    f" ({cuda.facts.sm})",
+                    expected="one in the engine store (`latentrt cache ls`)",
+                    fix="Build it: "
+                    + command("latentrt", "build", package.root, "--backend", self.name, "--nets", name),
+                )
+            return _net(row, package, name, cuda, sorted(found, key=_is_refittable))
         engines = [item for item in found if _is_refittable(item)]
         if not engines:
             changed = [net for net in built_nets(package) if changed_names(package, net)]

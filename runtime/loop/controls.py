@@ -15,6 +15,7 @@ from ...engines.spec import (
     CONTROL_TYPE,
     DTYPES,
     FEATURE,
+    HINT,
     HINT_EMBEDDING,
     IMAGE_KEYS,
     IMAGE_MASK,
@@ -24,17 +25,19 @@ from ...engines.spec import (
     STRENGTH,
     Array,
     NetSpec,
+    TensorSpec,
     shape_of,
 )
-from .job import Condition, ControlJob, DenoiseJob
+from ..controls.image_prompt import shrunk_mask
+from .job import Condition, ControlJob, DenoiseJob, FeatureJob, ImagePromptJob
 
 # Prefixes of the inputs that `unet` does not have.
 _OWN = (RESIDUAL, FEATURE, IMAGE_KEYS, IMAGE_VALUES, IMAGE_MASK)
 
 
-def takes_controls(unet: NetSpec) -> bool:
-    """Whether a graph of the UNet has the inputs of controls."""
-    return any(item.name.startswith(_OWN) for item in unet.inputs)
+def added_inputs(unet: NetSpec) -> list[TensorSpec]:
+    """What a graph of the UNet takes from controls; zeros, with G and I 1, are no control."""
+    return [item for item in unet.inputs if item.name.startswith(_OWN)]
 
 
 def refuse_unloaded() -> NoReturn:
@@ -61,13 +64,15 @@ class HostControls:
         self._nets = [_OnHost(control, job) for control in job.steering.controlnets]
         _, height, width = job.shape
         sizes = {"B": len(job.text_of_row), "H/8": height, "W/8": width, "G": 1, "I": 1}
-        own = [item for item in unet.inputs if item.name.startswith(_OWN)]
+        own = added_inputs(unet)
         self._types = {item.name: DTYPES[item.dtype] for item in own}
         self._zeros = {
             item.name: np.zeros(shape_of(item.shape, sizes), self._types[item.name]) for item in own
         }
         prompt = job.steering.image_prompt
         self._constant = {} if prompt is None else self._typed(prompt.inputs)
+        self._shrunk = {} if prompt is None else _shrunk(prompt, self._zeros)
+        self._maps = [_maps(one) for one in job.steering.features]
         self._features: dict[tuple[bool, ...], dict[str, Array]] = {}
 
     def inputs(self, latent: Array, row: int) -> dict[str, Array]:
@@ -103,8 +108,7 @@ class HostControls:
         """Those of the T2I-Adapters that are on in a row; the same arrays in every row like it."""
         on = tuple(bool(one.on[row]) for one in self._steering.features)
         if on not in self._features:
-            chosen = [one.features for one in self._steering.features if one.on[row]]
-            self._features[on] = self._sums(chosen)
+            self._features[on] = self._sums([maps for maps, read in zip(self._maps, on, strict=True) if read])
         return self._features[on]
 
     def _masks(self, row: int) -> dict[str, Array]:
@@ -113,8 +117,26 @@ class HostControls:
         if prompt is None:
             return {}
         on = prompt.on[row][None, :, None, None]
-        rows = len(next(iter(prompt.inputs.values())))
-        return self._typed({name: np.repeat(mask * on, rows, axis=0) for name, mask in prompt.masks.items()})
+        return self._typed({name: mask * on for name, mask in self._shrunk.items()})
+
+
+def _maps(job: FeatureJob) -> dict[str, Array]:
+    """What a T2I-Adapter makes of its pictures, by the names of the UNet's inputs, (B, C, …) float32."""
+    found = job.call("t2i_adapter", **{HINT: job.hint})
+    return {
+        name: job.strength * value.astype(np.float32)[list(job.hint_of_row)] for name, value in found.items()
+    }
+
+
+def _shrunk(prompt: ImagePromptJob, zeros: Mapping[str, Array]) -> dict[str, Array]:
+    """Where each group counts at the UNet's levels, by the names of its inputs, (B, G, …) float32."""
+    found: dict[str, Array] = {}
+    for name, value in zeros.items():
+        if name.startswith(IMAGE_MASK):
+            rows, _, height, width = value.shape
+            masks = np.stack([shrunk_mask(mask, height, width) for mask in prompt.masks])
+            found[name] = np.repeat(masks[None], rows, axis=0)
+    return found
 
 
 class _OnHost:

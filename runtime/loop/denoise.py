@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from threading import Lock
@@ -12,12 +12,13 @@ import numpy as np
 from ...engines.backend import HostBackend, Net
 from ...engines.errors import BackendError, NumericError, numeric_fix
 from ...engines.net_weights import engine_bytes, net_tensors
-from ...engines.package import Package
+from ...engines.package import Manifest, Package
 from ...engines.processors import usable_processors
 from ...engines.spec import DTYPES, FLOAT_TYPES, TEXT_ENCODERS, Array, has_time_of_each_row
 from ..pictures.tiling import decode_tiled
+from ..pictures.windows import Window, Windows, blend
 from ..sampling.table import Table
-from .controls import HostControls, refuse_unloaded, takes_controls
+from .controls import HostControls, added_inputs, refuse_unloaded
 from .job import NEVER, REQUIRED, Clock, DenoiseJob, Drawn, Kept, PackageLoop, State, Stop
 
 # NumPy would only warn; the loop checks the result and says in which step it happened.
@@ -63,6 +64,91 @@ def denoise(
         y = state.latent
 
 
+Call = Callable[..., Mapping[str, Array]]  # (net, **arrays) -> its outputs, as `Loop.call`
+
+
+class UNetCalls:
+    """The guided UNet of a job whose nets are called with arrays: a `Predict`.
+
+    Where the job has windows, each is a call, and what is guided is their mean (`pictures.windows`). A row of
+    the table is affine in the prediction, so this is the mean of the windows' steps.
+
+    Args:
+        job: what is drawn.
+        manifest: of the package whose nets are called.
+        call: runs one of them.
+        clock: is charged with what each stage takes.
+        stop: is looked at before every call of the UNet.
+        unet: which graph of the UNet is called ("unet", or one that takes controls).
+    """
+
+    def __init__(
+        self, job: DenoiseJob, manifest: Manifest, call: Call, clock: Clock, stop: Stop, unet: str
+    ) -> None:
+        self._job, self._call, self._clock, self._stop, self._unet = job, call, clock, stop, unet
+        self._dtype = DTYPES[FLOAT_TYPES[manifest.dtype]]
+        rows, columns = job.shape[1:]
+        self._windows = (job.windows or Windows(side=max(rows, columns), overlap=0)).over(rows, columns)
+        self._each = job.rows_per_step
+        behind = {} if job.image_latents is None else {"image_latents": job.image_latents}
+        with clock.stage("invariants"):
+            keys_and_values = call("unet_context", context=job.context)
+            self._constant = {name: texts[list(job.text_of_row)] for name, texts in keys_and_values.items()}
+            self._schedule = call("unet_time", **job.schedule_inputs())
+            self._behind = [
+                {name: narrow(window.of(values), self._dtype) for name, values in behind.items()}
+                for window in self._windows
+            ]
+        spec = manifest.net(unet).spec
+        self._controls: list[HostControls] = []
+        if added_inputs(spec):
+            with clock.stage("controls"):
+                self._controls = [HostControls(job.within(window), spec) for window in self._windows]
+        elif job.steering:
+            refuse_unloaded()
+        if self._each == 1 and has_time_of_each_row(spec):
+            self._each = len(job.text_of_row)  # all rows of this job are at one timestep
+            self._schedule = {
+                name: np.repeat(rows, self._each, axis=0) for name, rows in self._schedule.items()
+            }
+
+    def __call__(self, latent: Array, row: int) -> Array:
+        """The guided prediction (N, C, h, w) float32 for a state, at a row of the table."""
+        job = self._job
+        prediction = blend(self._windows, partial(self._window, latent, row))
+        return guide(prediction, job.guidance_scale, job.guidance_rescale, job.guided)
+
+    def _window(self, latent: Array, row: int, number: int, window: Window) -> Array:
+        """(B, C, h, w): what the UNet predicts for a window of the state."""
+        self._stop.check(f"before step {row + 1} of {len(self._job.table)}")
+        batch = narrow(guided_batch(window.of(latent), self._job.guided), self._dtype)  # (B, C, h, w)
+        times = slice(row * self._each, (row + 1) * self._each)
+        inputs = {
+            **self._constant,
+            **{name: rows[times] for name, rows in self._schedule.items()},
+            **self._behind[number],
+        }
+        added: dict[str, Array] = {}
+        if self._controls:
+            with self._clock.stage("controls"):
+                added = self._controls[number].inputs(batch, row)
+        with self._clock.stage("unet"):
+            return self._call(self._unet, latent=batch, **inputs, **added)["prediction"]
+
+
+def steps_of_calls(
+    job: DenoiseJob, manifest: Manifest, call: Call, clock: Clock, stop: Stop | None, unet: str
+) -> Iterator[State]:
+    """Yield the state after every row of the table, with nets that are called with arrays.
+
+    Arguments are those of `UNetCalls`. Raises CancelledError, NumericError.
+    """
+    predict = UNetCalls(job, manifest, call, clock, stop or NEVER, unet)
+    source = job.noise.fork()
+    states = denoise(job.table, lambda: source.draw(job.shape), predict, job.first, job.kept, manifest.dtype)
+    yield from clock.timed("update", states)
+
+
 class HostLoop:
     """Implements `job.Loop`: nets are called with arrays, everything between them is NumPy.
 
@@ -98,7 +184,7 @@ class HostLoop:
         """The graph of the UNet that runs rows."""
         return self._unet if self._base is None else self._base.unet
 
-    def use_unet(self, net: str) -> None:
+    def use_unet(self, package: Package, net: str) -> None:
         """See `job.PackageLoop`. A graph that is between the steps of a picture is freed behind it."""
         assert self._base is None, "adapted loops run the graph of their base"
         if net != self._unet:
@@ -182,38 +268,13 @@ class HostLoop:
 
     def steps(self, job: DenoiseJob, clock: Clock, stop: Stop | None) -> Iterator[State]:
         """Yield the state after every row of the table. Raises CancelledError, NumericError."""
-        with clock.stage("invariants"):
-            keys_and_values = self.call("unet_context", context=job.context)
-            constant = {name: texts[list(job.text_of_row)] for name, texts in keys_and_values.items()}
-            if job.image_latents is not None:
-                constant["image_latents"] = narrow(job.image_latents, self._dtype)  # (B, C', H/8, W/8)
-            schedule = self.call("unet_time", **job.schedule_inputs())
-        dtype = self._package.manifest.dtype
-        unet, source, each = self.net(self.unet), job.noise.fork(), job.rows_per_step
-        controls = None
-        if takes_controls(unet.spec):
-            with clock.stage("controls"):
-                controls = HostControls(job, unet.spec)
-        elif job.steering:
-            refuse_unloaded()
-        if each == 1 and has_time_of_each_row(unet.spec):  # all rows of this job are at one timestep
-            each = len(job.text_of_row)
-            schedule = {name: np.repeat(rows, each, axis=0) for name, rows in schedule.items()}
+        name = self.unet
+        unet = self.net(name)  # kept between the steps, also where another set of adapters takes its place
 
-        def predict(latent: Array, row: int) -> Array:
-            (stop or NEVER).check(f"before step {row + 1} of {len(job.table)}")
-            batch = narrow(guided_batch(latent, job.guided), self._dtype)  # (B, C, H/8, W/8)
-            times = {name: rows[row * each : (row + 1) * each] for name, rows in schedule.items()}
-            added: dict[str, Array] = {}
-            if controls is not None:
-                with clock.stage("controls"):
-                    added = controls.inputs(batch, row)
-            with clock.stage("unet"):
-                prediction = unet(latent=batch, **constant, **times, **added)["prediction"]
-            return guide(prediction, job.guidance_scale, job.guidance_rescale, job.guided)
+        def call(net: str, **arrays: Array) -> dict[str, Array]:
+            return unet(**arrays) if net == name else self.call(net, **arrays)
 
-        states = denoise(job.table, lambda: source.draw(job.shape), predict, job.first, job.kept, dtype)
-        yield from clock.timed("update", states)
+        yield from steps_of_calls(job, self._package.manifest, call, clock, stop, unet=name)
 
     def draw(self, job: DenoiseJob, clock: Clock, *, decode: bool) -> Drawn:
         """Denoise and decode; see `job.Loop`."""

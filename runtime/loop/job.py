@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Event
 from time import perf_counter
 from typing import Protocol, TypeVar
@@ -14,6 +14,7 @@ import numpy as np
 from ...engines.errors import CancelledError, UsageError
 from ...engines.package import Manifest, Package
 from ...engines.spec import Array
+from ..pictures.windows import Window, Windows
 from ..sampling.noise import NoiseSource
 from ..sampling.table import Table
 
@@ -87,11 +88,17 @@ class FeatureJob:
     """What a T2I-Adapter adds to a job of S rows of the table and B UNet rows.
 
     Attributes:
-        features: (B, C, …) float32 by the names of the UNet's inputs.
+        call: runs its net, as `Loop.call`.
+        hint: (K, 1 or 3, H, W) float32, from 0 to 1, every different picture once.
+        hint_of_row: (B,) the index of each UNet row's.
+        strength: what its maps are multiplied with.
         on: (S,) bool, the rows that they are added in.
     """
 
-    features: Mapping[str, Array]
+    call: Callable[..., dict[str, Array]]
+    hint: Array
+    hint_of_row: tuple[int, ...]
+    strength: float
     on: Array
 
 
@@ -102,12 +109,12 @@ class ImagePromptJob:
     Attributes:
         inputs: keys (B, G, heads, width, I) and values (B, G, heads, I, width) float32, by the names of the
             UNet's inputs.
-        masks: (1, G, …) float32 by the names of the UNet's inputs, where each group counts.
+        masks: (G, H, W) float32, 1 where each group counts and 0 elsewhere.
         on: (S, G) bool, the rows of the table that each is in.
     """
 
     inputs: Mapping[str, Array]
-    masks: Mapping[str, Array]
+    masks: Array
     on: Array
 
 
@@ -122,6 +129,26 @@ class SteeringJob:
     def __bool__(self) -> bool:
         """Whether there is anything."""
         return bool(self.controlnets or self.features or self.image_prompt)
+
+    def within(self, window: Window, width: int) -> SteeringJob:
+        """The same for a window of a latent of that width: with that part of all pictures."""
+
+        def part(pictures: Array) -> Array:
+            return window.of(pictures, pictures.shape[-1] // width)
+
+        prompt = self.image_prompt
+        return SteeringJob(
+            controlnets=tuple(
+                replace(
+                    one,
+                    hint=part(one.hint),
+                    conditions=tuple(replace(each, hint=part(each.hint)) for each in one.conditions),
+                )
+                for one in self.controlnets
+            ),
+            features=tuple(replace(one, hint=part(one.hint)) for one in self.features),
+            image_prompt=None if prompt is None else replace(prompt, masks=part(prompt.masks)),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +167,7 @@ class DenoiseJob:
         image_latents: (B, C', H/8, W/8) float32, channels that an inpainting UNet sees behind the latent.
         kept: what is put back outside the mask after every row.
         tile: side in pixels of the tiles in which the decoder runs; None decodes all at once.
+        windows: those in which the UNet sees the latent; None is all of it at once.
         steering: what controls add to it.
     """
 
@@ -155,7 +183,19 @@ class DenoiseJob:
     image_latents: Array | None = None
     kept: Kept | None = None
     tile: int | None = None
+    windows: Windows | None = None
     steering: SteeringJob = field(default_factory=SteeringJob)
+
+    def within(self, window: Window) -> DenoiseJob:
+        """The job of a window of the latent, as far as its controls are concerned."""
+        return replace(
+            self,
+            first=window.of(self.first),
+            image_latents=None,
+            kept=None,
+            windows=None,
+            steering=self.steering.within(window, self.first.shape[-1]),
+        )
 
     @property
     def pictures(self) -> int:
@@ -334,10 +374,13 @@ class Loop(Protocol):
 class PackageLoop(Loop, Protocol):
     """A loop over the nets of a package, which may be asked for with other weights."""
 
-    def use_unet(self, net: str) -> None:
+    def use_unet(self, package: Package, net: str) -> None:
         """Run the rows of every later job with this graph of the UNet ("unet", or one that takes controls).
 
-        The other one is closed. Raises what opening a net raises.
+        The other one is closed. `package` is the loop's.
+
+        Raises:
+            BackendError: it cannot be opened, or on a device a picture is drawn at the moment.
         """
         ...
 

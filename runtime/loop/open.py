@@ -15,7 +15,7 @@ from ...engines.package import Package
 from ...engines.spec import NETS, TEXT_ENCODERS
 from .denoise import HostLoop
 from .device.verdicts import Graphs
-from .job import REQUIRED, PackageLoop
+from .job import REQUIRED, Loop, PackageLoop
 
 _LOG = logging.getLogger(__name__)
 
@@ -89,19 +89,20 @@ def _open(
         return loop, engine.describe()
 
 
-def open_control_loop(package: Package, options: LoopOptions) -> HostLoop:
-    """Open a loop that calls the nets of a ControlNet's package.
+def open_control_loop(package: Package, options: LoopOptions) -> Loop:
+    """Open a loop that calls the nets of a control's package: where the model's are.
 
     Raises:
-        BackendError: the backend keeps its loop on a device, where ControlNets do not run yet.
+        BackendError: nothing of that name can run here, or it has no engines for this package.
     """
-    name, engine = choose_backend(options.backend, {}, Place.parse(options.device))
-    if not isinstance(engine, HostBackend):
-        raise BackendError(
-            f"{name} draws without ControlNets: its loop stays on the device",
-            expected="onnxruntime",
-            fix="Pass --backend onnxruntime.",
-        )
+    place = Place.parse(options.device)
+    _, engine = choose_backend(options.backend, {}, place)
+    if isinstance(engine, DeviceBackend):
+        from .device.loop import DeviceLoop
+
+        device, opened = engine.open_device(package, list(package.manifest.nets), index=place.index)
+        return DeviceLoop(device, opened, package.manifest, graphs="off")
+    assert isinstance(engine, HostBackend)
     return HostLoop(package, engine, options.threads)
 
 

@@ -31,6 +31,8 @@ ResizeMode = Literal["default", "fill", "crop"]
 OutputType = Literal["pil", "np", "float", "latent"]
 
 
+LONGEST_SIDE = 16384  # of a picture, in pixels
+
 Bound = int | Callable[["Manifest"], int]  # of every model, or of one
 
 
@@ -84,7 +86,7 @@ def _check_pair(name: str, value: Any, low: int) -> tuple[int, int]:
     found = items(value)
     if found is None or len(found) != 2:
         raise UsageError(f"{name} is {value!r}", expected="two integers", fix=f"Pass {name}=(1024, 1024).")
-    first, second = (check_integer(name, item, low, 16384) for item in found)
+    first, second = (check_integer(name, item, low, LONGEST_SIDE) for item in found)
     return first, second
 
 
@@ -118,9 +120,9 @@ def choice(literal: Any) -> Kind:
     return Kind(check=check)
 
 
-def _check_pixels(name: str, value: Any, manifest: "Manifest") -> int:
+def _check_pixels(name: str, value: Any, manifest: "Manifest", least: int | None = None) -> int:
     step = manifest.size_multiple
-    side = check_integer(name, value, step, 16384)
+    side = check_integer(name, value, step if least is None else least, LONGEST_SIDE)
     if side % step:
         lower, upper = side // step * step, (side // step + 1) * step
         raise UsageError(
@@ -283,6 +285,10 @@ def _is_number(text: str) -> bool:
 
 # A side of a picture or a tile: a multiple of what the model's latents need.
 PIXELS = Kind(check=_check_pixels, text=int, metavar="PIXELS")
+# Of two tiles, what they share.
+SHARED = Kind(
+    check=lambda name, value, manifest: _check_pixels(name, value, manifest, 0), text=int, metavar="PIXELS"
+)
 # (height, width) and (top, left) in pixels.
 SIZE = Kind(check=lambda name, value, _: _check_pair(name, value, 1), read=_read_size, metavar="WIDTHxHEIGHT")
 OFFSET = Kind(check=lambda name, value, _: _check_pair(name, value, 0), read=_read_offset, metavar="LEFT,TOP")
@@ -434,13 +440,22 @@ class Parameters(TypedDict, total=False):
         model=STARTS, needs=("image",), excludes=("denoising_start",), stage="base")]
     padding_mask_crop: Annotated[int | None, Parameter(
         help="Draw only the mask and so much around it, at full size.",
-        kind=integer(0, 16384, "PIXELS"), model=STARTS, needs=("image", "mask_image"))]
+        kind=integer(0, LONGEST_SIDE, "PIXELS"), model=STARTS, needs=("image", "mask_image"))]
     mask_blur: Annotated[float, Parameter(
         help="Soften the edge of what is repainted.",
         kind=number(0.0, 1000.0, "PIXELS"), default=0.0, model=STARTS, needs=("mask_image",))]
     resize_mode: Annotated[ResizeMode, Parameter(
         help="Of the picture: default (stretch), fill, crop.", kind=choice(ResizeMode), default="default",
         model=STARTS, excludes=("mask_image",), stage="base")]
+    upscale: Annotated[float | None, Parameter(
+        help="Enlarge the picture so many times, and redraw it in tiles (--draw-tile; --strength: 0.35).",
+        kind=number(1.0, 16.0), model=STARTS, needs=("image",), stage="base",
+        excludes=("height", "width", "mask_image", "denoising_start"))]
+    draw_tile: Annotated[int | None, Parameter(
+        help="Draw in overlapping tiles of this side. Default: none; with --upscale, the model's.",
+        kind=PIXELS)]
+    draw_overlap: Annotated[int | None, Parameter(
+        help="What tiles share, up to half of one. Default: a quarter.", kind=SHARED)]
     noise_level: Annotated[int, Parameter(
         help="0 to 999: how far a variation departs from its picture.",
         kind=integer(0, _last_noise_level), default=0, model=VARIES)]
@@ -519,6 +534,13 @@ _ELSEWHERE = {
     "batch_size": "num_images_per_prompt",
     "mask": "mask_image",
     "init_image": "image",
+    "upscale_factor": "upscale",
+    "tile_upscale": "upscale",
+    "upscale_by": "upscale",
+    "tile_width": "draw_tile",
+    "tile_size": "draw_tile",
+    "window_size": "draw_tile",
+    "tile_overlap": "draw_overlap",
 }
 _NOUNS = {"image": "an image", "mask_image": "a mask"}
 _WANTED = {

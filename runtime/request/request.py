@@ -16,6 +16,7 @@ from ...engines.errors import UsageError
 from ...engines.package import Manifest
 from ...engines.spec import Array
 from ..pictures.tiling import tile_stride
+from ..pictures.windows import Windows
 from ..pictures.write import MAX_PIXELS
 from ..prompts.lora_tags import lora_tags, tags_drawn_as_text
 from ..sampling.config import SamplerConfig
@@ -33,6 +34,7 @@ from .parameters import (
     read_parameters,
 )
 from .source import Source, check_latents, load_images, make_source, natural_size
+from .tiles import tiled
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -108,6 +110,8 @@ class Request:
     denoising_end: float | None
     noise_level: int
     tile: int | None
+    draw_tile: int | None
+    draw_overlap: int | None
     output_type: OutputType
     latents: Array | None = field(default=None, compare=False)
     source: Source | None = field(default=None, compare=False)
@@ -125,6 +129,12 @@ class Request:
     def strength(self) -> float | None:
         """How much of the schedule runs on what the request starts from; None where it starts from noise."""
         return getattr(self.source, "strength", None)
+
+    def windows(self, scale: int) -> Windows | None:
+        """Those in which the UNet sees the latent, of `scale` pixels a value; None if one shows all of it."""
+        if self.draw_tile is None or max(self.height, self.width) <= self.draw_tile:
+            return None
+        return Windows(side=self.draw_tile // scale, overlap=(self.draw_overlap or 0) // scale)
 
     def table(self) -> Table:
         """The rows of the sampler's table that are run. Raises UsageError if none is left, SamplerError."""
@@ -147,7 +157,7 @@ def make_request(
     Raises:
         UsageError: naming the parameter, what it was, and what it may be (SamplerError for the sampler).
     """
-    values = read_parameters(manifest, parameters)
+    values = tiled(manifest, read_parameters(manifest, parameters))
     chosen = {name: value for name, value in values.items() if not PARAMETERS[name].is_default(value)}
     values["image"], values["mask_image"] = load_images(values["image"]), read_mask(values["mask_image"])
     _check_span(values)
@@ -279,11 +289,12 @@ def _is_random(seed: Any) -> bool:
 def make_size_conditions(
     manifest: Manifest, values: Mapping[str, Any], height: int, width: int
 ) -> SizeConditions:
-    """Sizes are the picture's unless given; what is not said of the negative ones is as the positive ones.
+    """Sizes are the picture's, or its tiles', unless given; negative ones that are not, are as the others.
 
     (diffusers' image-to-image pipeline puts a negative crop that is not given at (0, 0) instead.)
     """
-    here = (height, width)
+    tile = values["draw_tile"] or max(height, width)
+    here = (min(height, tile), min(width, tile))
     original, target = values["original_size"] or here, values["target_size"] or here
     crop = values["crops_coords_top_left"]
     positive = _named(original, crop, target, values["aesthetic_score"])

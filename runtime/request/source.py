@@ -15,6 +15,7 @@ from ..pictures.mask import Inpainting, plan_inpainting
 from ..pictures.read import read_image
 from ..pictures.resize import clip_pixels, resize
 from ..pictures.write import Pixels
+from .parameters import LONGEST_SIDE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +82,14 @@ def load_images(image: Any) -> Array | list[Pixels] | None:
 
 
 def natural_size(manifest: Manifest, values: Mapping[str, Any]) -> tuple[int, int]:
-    """Height and width where none are asked for: the picture's, rounded down, or the model's."""
+    """Height and width where none are asked for: the picture's, rounded down, or the model's.
+
+    Raises:
+        UsageError: latents that are to be enlarged, or a picture that becomes too large.
+    """
     image: Array | list[Pixels] | None = values["image"]
+    if values["upscale"] is not None:
+        return _enlarged(manifest, image, values["upscale"])
     if image is None or "class_labels" in manifest.vectors or values["padding_mask_crop"] is not None:
         return manifest.defaults.height, manifest.defaults.width
     if isinstance(image, np.ndarray):
@@ -90,6 +97,24 @@ def natural_size(manifest: Manifest, values: Mapping[str, Any]) -> tuple[int, in
     height, width = image[0].shape[:2]
     step = manifest.size_multiple
     return max(height // step, 1) * step, max(width // step, 1) * step
+
+
+def _enlarged(manifest: Manifest, image: Array | list[Pixels] | None, factor: float) -> tuple[int, int]:
+    if not isinstance(image, list):
+        raise UsageError(
+            "latents with upscale",
+            expected="a picture to enlarge",
+            fix="Decode them first: pass the picture.",
+        )
+    step = manifest.size_multiple
+    height, width = (max(round(side * factor) // step, 1) * step for side in image[0].shape[:2])
+    if max(height, width) > LONGEST_SIDE:
+        raise UsageError(
+            f"upscale {factor:g} makes {width}x{height} pixels",
+            expected=f"at most {LONGEST_SIDE} a side",
+            fix="Use a smaller upscale.",
+        )
+    return height, width
 
 
 def make_source(

@@ -19,14 +19,12 @@ from ...engines.errors import UsageError
 from ...engines.spec import (
     IMAGE_FEATURES,
     IMAGE_KEYS,
-    IMAGE_MASK,
     IMAGE_VALUES,
     Array,
     NetSpec,
     cross_attentions,
-    shape_of,
 )
-from ..controls.image_prompt import ImagePrompt, shrunk_mask
+from ..controls.image_prompt import ImagePrompt
 from ..loop.job import ImagePromptJob
 from ..pictures.read import read_image
 from ..pictures.resize import clip_pixels
@@ -41,13 +39,13 @@ class _Group:
 
     Attributes:
         keys, values: for each layer, (B, heads, I, width) float32.
-        mask: (H, W) of 0 and 1; None is everywhere.
+        mask: (H, W) float32, 1 where it counts and 0 elsewhere.
         on: (S,) bool.
     """
 
     keys: Sequence[Array]
     values: Sequence[Array]
-    mask: Array | None
+    mask: Array
     on: Array
 
 
@@ -86,7 +84,8 @@ class Prompted:
         shapes = {item.name: item.shape for item in unet.inputs}
         strengths = self.prompt.strengths(cross_attentions(unet))
         each = len(self.masks) > 1
-        masks: list[Array | None] = [_mask(one, rows) for one in self.masks] or [None]
+        everywhere = np.ones((rows.height, rows.width), np.float32)
+        masks = [_mask(one, rows) for one in self.masks] or [everywhere]
         groups: list[_Group] = []
         for number, mask in enumerate(masks):
             chosen = slice(number, number + 1) if each else slice(None)
@@ -154,27 +153,9 @@ def image_prompt_job(prompted: Sequence[Prompted], rows: Rows, unet: NetSpec) ->
         )
     return ImagePromptJob(
         inputs=inputs,
-        masks=_masks(groups, rows, unet),
+        masks=np.stack([group.mask for group in groups]),
         on=np.stack([group.on for group in groups], 1),
     )
-
-
-def _masks(groups: Sequence[_Group], rows: Rows, unet: NetSpec) -> dict[str, Array]:
-    """(1, G, height, width) float32 at each level."""
-    sizes = {"B": 1, "G": 1, "H/8": rows.height // rows.scale, "W/8": rows.width // rows.scale}
-    found: dict[str, Array] = {}
-    for item in unet.inputs:
-        if item.name.startswith(IMAGE_MASK):
-            *_, height, width = shape_of(item.shape, sizes)
-            found[item.name] = np.stack(
-                [
-                    np.ones((height, width), np.float32)
-                    if group.mask is None
-                    else shrunk_mask(group.mask, height, width)
-                    for group in groups
-                ]
-            )[None]
-    return found
 
 
 def _heads(sides: Sequence[dict[str, Array]], name: str, chosen: slice, heads: int, rows: Rows) -> Array:

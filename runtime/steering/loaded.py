@@ -155,7 +155,6 @@ class LoadedControls:
             height=request.height,
             width=request.width,
             pictures=len(request.prompts),
-            scale=self._manifest.latent_scale,
         )
         steering = [self._read(one) for one in request.controls]
         nets = [one for one in steering if isinstance(one, SteeredByNet)]

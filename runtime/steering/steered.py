@@ -38,7 +38,6 @@ class Rows:
         guided: whether the first half of them is unconditional.
         height, width: of the pictures.
         pictures: N.
-        scale: pixels of a latent cell's side.
     """
 
     steps: int
@@ -47,7 +46,6 @@ class Rows:
     height: int
     width: int
     pictures: int
-    scale: int
 
     @property
     def count(self) -> int:

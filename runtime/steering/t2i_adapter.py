@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...engines.errors import UsageError
-from ...engines.spec import HINT, Array
 from ..loop.job import FeatureJob
 from .steered import Rows, Steered, read_picture, row_of_each_picture
 
@@ -42,9 +41,10 @@ class SteeredByFeatures(Steered):
                 expected=f"a height and a width that {factor} divides",
                 fix="Pass others, such as the next larger ones.",
             )
-        found = self.opened.loop.call("t2i_adapter", **{HINT: hint.astype(np.float32)})
-        places = list(row_of_each_picture(len(hint), rows))
-        features: dict[str, Array] = {
-            name: control.strength * value.astype(np.float32)[places] for name, value in found.items()
-        }
-        return FeatureJob(features=features, on=control.on(rows.steps))
+        return FeatureJob(
+            call=self.opened.loop.call,
+            hint=hint.astype(np.float32),
+            hint_of_row=row_of_each_picture(len(hint), rows),
+            strength=control.strength,
+            on=control.on(rows.steps),
+        )

@@ -26,7 +26,7 @@ from ....engines.net_weights import changed_names, engine_bytes
 from ....engines.package import Manifest, Package
 from ....engines.spec import Array
 from ...pictures.tiling import decode_tiled
-from ..denoise import check_finite
+from ..denoise import check_finite, steps_of_calls
 from ..job import NEVER, Clock, DenoiseJob, Drawn, PackageLoop, State, Stop
 from .cuda_graphs import Replay
 from .memory_fallback import MemoryNeed, MemoryPlan, equal_rows, fit_in_memory
@@ -145,6 +145,7 @@ class DeviceLoop:
         self._log = log
         self._open_net, self._base = open_net, base
         self._own = own
+        self._graph = "unet"  # of the base alone
         self._turns = base._turns if base else _Turns()
         self._rows = base._rows if base and "unet" not in own else _Rows()
         self._lock = self._turns.lock
@@ -162,14 +163,29 @@ class DeviceLoop:
 
     # ── job.PackageLoop ────────────────────────────────────────────────────────────────────────
 
-    def use_unet(self, net: str) -> None:
-        """See `job.PackageLoop`. Raises BackendError for a graph that takes controls."""
-        if net != "unet":
-            raise BackendError(
-                "controls do not run on a device yet",
-                expected="a pipeline without controls",
-                fix="Draw on the CPU: --backend onnxruntime",
-            )
+    def use_unet(self, package: Package, net: str) -> None:
+        """See `job.PackageLoop`. Whichever it is, it has the place of "unet" in `nets`."""
+        assert self._base is None, "adapted loops run the graph of their base"
+        with self._lock:
+            if net == self._graph:
+                return
+            if self._open_net is None or self._in_use:
+                raise BackendError(
+                    "the UNet cannot take controls now: "
+                    + ("a picture is drawn" if self._in_use else "its engines are fixed"),
+                    expected="a loop that draws nothing, on a backend that opens more nets",
+                    fix="Load controls before pictures are drawn, with --backend onnxruntime-cuda.",
+                )
+            opened = self._open_net(package, net)
+            self.free_idle()
+            self.nets["unet"].close()
+            self.nets["unet"], self._graph = opened, net
+            self._plans.clear()
+
+    @property
+    def unet(self) -> str:
+        """The graph of the UNet that runs rows."""
+        return self._graph if self._base is None else self._base.unet
 
     def adapted(self, package: Package) -> DeviceLoop:
         """See `job.PackageLoop`. Raises BackendError where nothing opens nets with other weights."""
@@ -179,10 +195,11 @@ class DeviceLoop:
                 expected="a backend that opens nets with other weights",
                 fix="Use another one: --backend onnxruntime-cuda, or --backend onnxruntime",
             )
+        graphs = {name: self.unet if name == "unet" else name for name in self.nets}
         own = {
-            name: OwnNet(open=partial(self._open_net, package, name), size=engine_bytes(package, name))
-            for name in self.nets
-            if changed_names(package, name)
+            name: OwnNet(open=partial(self._open_net, package, graph), size=engine_bytes(package, graph))
+            for name, graph in graphs.items()
+            if changed_names(package, graph)
         }
         return DeviceLoop(
             self.device,
@@ -234,6 +251,7 @@ class DeviceLoop:
             BackendError: it failed on the device.
         """
         self._manifest.net(net)
+        net = "unet" if net == self.unet else net
         if self._base is not None and net not in self._own:
             return self._base.call(net, **arrays)  # with its programs, and also once this loop is closed
         self.nets[net].spec.check(arrays)
@@ -243,7 +261,14 @@ class DeviceLoop:
             return self._fit(need, lambda plan: self._call(net, arrays))
 
     def steps(self, job: DenoiseJob, clock: Clock, stop: Stop | None) -> Iterator[State]:
-        """Yield the state after every row of the table. Raises as `draw`, and CancelledError."""
+        """Yield the state after every row of the table. Raises as `draw`, and CancelledError.
+
+        A job in windows or with controls runs on the host, and its nets here: each call is uploaded and
+        waited for.
+        """
+        if by_calls(job):
+            yield from steps_of_calls(job, self._manifest, self.call, clock, stop, unet=self.unet)
+            return
         need, total = _need(job, self._scale), len(job.table)
         stop = stop or NEVER
         stop.check(f"before step 1 of {total}")
@@ -277,7 +302,7 @@ class DeviceLoop:
                 self.pool.give_back(picture.denoiser, picture.schedule)
 
     def draw(self, job: DenoiseJob, clock: Clock, *, decode: bool) -> Drawn:
-        """Denoise and decode, with one synchronisation (more if the decoder is tiled).
+        """Denoise and decode, with one synchronisation (more if the decoder is tiled, or `by_calls`).
 
         Raises:
             NumericError: the latent is not finite.
@@ -285,6 +310,8 @@ class DeviceLoop:
             MemoryLimitError: the request does not fit.
             BackendError: a net failed on the device.
         """
+        if by_calls(job):
+            return self._draw_by_calls(job, clock, decode=decode)
         need = _need(job, self._scale)
         with self._lock:
             drawn = self._fit(need, lambda plan: self._draw(job, plan, clock, decode=decode))
@@ -295,6 +322,15 @@ class DeviceLoop:
                 drawn = replace(drawn, image=image, mean=mean)
             self._settle()
             return drawn
+
+    def _draw_by_calls(self, job: DenoiseJob, clock: Clock, *, decode: bool) -> Drawn:
+        *_, last = self.steps(job, clock, None)
+        image: Array | None = None
+        mean: Array | None = None
+        if decode:
+            with clock.stage("vae_decoder"):
+                image, mean = self.decode(last.latent, tile=job.tile)
+        return Drawn(latent=last.latent, image=image, mean=mean)
 
     def decode(self, latent: Array, *, tile: int | None = None, stop: Stop = NEVER) -> tuple[Array, Array]:
         """Pictures of latents; see `job.Loop`. Raises UsageError, MemoryLimitError, BackendError."""
@@ -568,6 +604,11 @@ class DeviceLoop:
             rows=equal_rows(batch, plan.rows or batch),
             step=step,
         )
+
+
+def by_calls(job: DenoiseJob) -> bool:
+    """Whether a job's rows are calls from the host: those in windows, and those with controls."""
+    return job.windows is not None or bool(job.steering)
 
 
 def _need(job: DenoiseJob, scale: int) -> MemoryNeed:

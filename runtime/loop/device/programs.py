@@ -30,6 +30,7 @@ from ....engines.spec import (
     shape_of,
     tensor_bytes,
 )
+from ..controls import added_inputs
 from ..job import DenoiseJob
 
 Nets = Mapping[str, DeviceNet]
@@ -162,7 +163,8 @@ class DenoiseShape:
 
     def sizes(self, rows: int) -> Sizes:
         """The contract's symbols for a UNet call of `rows` rows."""
-        return {"N": self.pictures, "B": rows, "H/8": self.height, "W/8": self.width, "T": self.tokens}
+        latent = {"H/8": self.height, "W/8": self.width}
+        return {"N": self.pictures, "B": rows, **latent, "T": self.tokens, "G": 1, "I": 1}
 
     def calls(self) -> tuple[int, ...]:
         """Rows of each UNet call of a step, unconditional rows first; all calls are equal."""
@@ -395,6 +397,7 @@ class DenoiseProgram(BoundProgram):
         unet, step = nets["unet"].spec, nets[shape.step].spec
         self._invariants = _invariants(unet, CONTEXT_INVARIANT)
         self._image = _tensors(unet, "image_latents")  # only an inpainting UNet has it
+        self._added = added_inputs(unet)  # which stay zeros: jobs with controls are calls
         self._calls = shape.calls()
         self._row = RowLayout(nets, shape.step, self._calls)
         sizes = shape.sizes(shape.batch)
@@ -411,7 +414,7 @@ class DenoiseProgram(BoundProgram):
 
     def _add_call(self, layout: BlockLayout, index: int, sizes: Sizes) -> None:
         context = self._nets["unet_context"].spec.inputs
-        layout.add_tensors([*context, *self._invariants, *self._image], sizes, f"{index}/")
+        layout.add_tensors([*context, *self._invariants, *self._image, *self._added], sizes, f"{index}/")
         if len(self._calls) > 1:
             layout.add_tensors(_tensors(self._nets["unet"].spec, "latent", "prediction"), sizes, f"{index}/")
 
@@ -419,7 +422,8 @@ class DenoiseProgram(BoundProgram):
         """`unet_context` and `unet`, bound for the call `index` of a step."""
         block, context, unet = self.block, self._nets["unet_context"], self._nets["unet"]
         invariants = {item.name: block.address(f"{index}/{item.name}") for item in self._invariants}
-        image = {item.name: block.address(f"{index}/{item.name}") for item in self._image}
+        own_inputs = (*self._image, *self._added)
+        image = {item.name: block.address(f"{index}/{item.name}") for item in own_inputs}
         own = "" if len(self._calls) == 1 else f"{index}/"
         ends = {name: block.address(f"{own}{name}") for name in ("latent", "prediction")}
         packed = block.address("packed")
