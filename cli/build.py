@@ -50,6 +50,10 @@ def build(
         str, Option(help="ampere_plus, same_compute_capability. Default: this GPU alone.")
     ] = "",
     nets: Annotated[str, Option(help="Only these, with commas between. Default: all.")] = "",
+    control: Annotated[
+        list[str] | None,
+        Option(help="Also a ControlNet, T2I- or IP-Adapter, and the UNet's graph for it; may be repeated."),
+    ] = None,
     lora_lenient: LoraLenient = False,
     store: Annotated[
         Path | None, Option(help="The engine store. Default: LATENTRT_CACHE, or this user's cache folder.")
@@ -88,9 +92,11 @@ def build(
     with progress_bar(enabled=not as_json) as advance:
         how: Any = {"options": checkpoint, "allow_unused": lora_lenient}
         opened = open_model(model, backend=lambda: chosen, advance=advance, note=say, **how)
-    names = [name.strip() for name in nets.split(",") if name.strip()]
+        names = [name.strip() for name in nets.split(",") if name.strip()]
+        wanted = [(opened, names), *_controls(opened, chosen, control or (), advance)]
     if row is not None and row.builds == "layouts":
-        _tune(row, opened, EngineStore(store), names, as_json=as_json)
+        for package, nets_of_it in wanted:
+            _tune(row, package, EngineStore(store), nets_of_it, as_json=as_json)
         return
     multiple = opened.manifest.size_multiple
     profiles = [Profile.parse(text, multiple=multiple) for text in profile or ()]
@@ -103,12 +109,39 @@ def build(
     )
     gpu, target = None if available() else facts(), EngineStore(store)
     if dry_run:
-        planned = plan_build(opened, chosen, profiles, options, target, nets=names, gpu=gpu)
+        planned = [
+            item
+            for package, some in wanted
+            for item in plan_build(package, chosen, profiles, options, target, nets=some, gpu=gpu)
+        ]
         _print_plan(planned, chosen, profiles, as_json=as_json)
         return
     with progress_bar(enabled=not as_json) as advance:
-        built = build_package(opened, chosen, profiles, options, target, _shown(advance), nets=names, gpu=gpu)
+        shown = _shown(advance)
+        built = [
+            item
+            for package, some in wanted
+            for item in build_package(package, chosen, profiles, options, target, shown, nets=some, gpu=gpu)
+        ]
     _print_built(built, chosen, profiles, as_json=as_json)
+
+
+def _controls(
+    model: Package, backend: str, controls: Sequence[str], advance: Advance
+) -> list[tuple[Package, list[str]]]:
+    """What is built for controls, and of which nets: the UNet's graph that takes them, and all of theirs."""
+    from ..engines.spec import NETS
+    from ..runtime.model import open_control_model
+    from ..runtime.steering.loaded import unet_for
+
+    opened = [
+        open_control_model(name, backend=backend, model=model, advance=advance, note=say) for name in controls
+    ]
+    if not opened:
+        return []
+    graph = unet_for(str(package.manifest.control["kind"]) for package in opened)
+    theirs = [(package, [net for net in NETS if net in package.manifest.nets]) for package in opened]
+    return [(model, [graph]), *theirs]
 
 
 def _shown(advance: Advance) -> OnProgress:

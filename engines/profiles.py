@@ -33,6 +33,8 @@ _PROFILE = re.compile(rf"{_RANGE}x{_RANGE}(?::b{_RANGE})?(?::t{_RANGE})?", re.AS
 _DIGITS = 5  # of a number; TensorRT's dimensions are 64 bits wide, its volumes are what runs out first
 SMALLEST_TILE = 256  # pixels: the smallest tile of an encoder or decoder that runs in pieces
 _MOST_STEPS, _USUAL_STEPS, _USUAL_PROMPTS = 2000, 30, 2
+_MOST_PROMPTS = 2  # groups of image tokens: IP-Adapters, or pictures with masks of their own
+_USUAL_IMAGE_TOKENS, _MOST_IMAGE_TOKENS = 4, 257  # of a classic IP-Adapter; every place of ViT-H
 _MOST_EMBEDDINGS = 1024  # beyond the vocabulary: a row of 2 to 5 kB each
 _LEVELS = 6  # of a UNet, the latent's among them: more than any has
 
@@ -243,6 +245,8 @@ def _axes(net: str, profile: Profile, *, guided: bool | None, vectors: bool) -> 
         "P": Axis(low=1, opt=_USUAL_PROMPTS, high=both.high * chunks + 1),  # and the empty text
         "S": Axis(low=1, opt=_USUAL_STEPS * steps[0], high=_MOST_STEPS * steps[1]),
         "T": profile.tokens,
+        "G": Axis(low=1, opt=1, high=_MOST_PROMPTS),
+        "I": Axis(low=1, opt=_USUAL_IMAGE_TOKENS, high=_MOST_IMAGE_TOKENS),
         "H": height,
         "W": width,
         "H/8": height // 8,

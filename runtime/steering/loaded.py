@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
 from difflib import get_close_matches
 from pathlib import Path
@@ -82,7 +82,7 @@ class LoadedControls:
             with self._lock:
                 known = self._loaded.get(name)
                 if known is None:
-                    self._use_unet(_graph([*self._loaded.values(), opened]))
+                    self._use_unet(unet_for(one.kind for one in (*self._loaded.values(), opened)))
                     self._loaded[name] = opened
                     stack.pop_all()
                 elif known.package.manifest.sha256 != opened.package.manifest.sha256:
@@ -102,7 +102,7 @@ class LoadedControls:
                     raise self._unknown(name)
             for name in going:
                 self._loaded.pop(name).loop.close()
-            self._use_unet(_graph(list(self._loaded.values())))
+            self._use_unet(unet_for(one.kind for one in self._loaded.values()))
 
     def close(self) -> None:
         """Free everything. May be called twice."""
@@ -238,9 +238,9 @@ def _prefix(name: str) -> str:
     return name.rstrip("0123456789")
 
 
-def _graph(loaded: Sequence[OpenedControl]) -> str:
-    """The graph of the UNet that takes all that is loaded."""
-    graphs = {_GRAPHS[one.kind] for one in loaded}
+def unet_for(kinds: Iterable[str]) -> str:
+    """The graph of the UNet that takes controls of all these kinds."""
+    graphs = {_GRAPHS[kind] for kind in kinds}
     return next((graph for graph in (_PROMPTED, _CONTROLLED) if graph in graphs), _UNET)
 
 
