@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from pathlib import Path
@@ -109,7 +110,7 @@ def _controls(pipe: Pipeline, given: Mapping[str, Sequence[Any] | None]) -> list
             expected="a picture for it to read",
             fix="Pass it too: --control-image FILE",
         )
-    named = {net: pipe.load_control(Path(net).expanduser() if _is_file(net) else net) for net in nets}
+    named = {net: pipe.load_control(_place(net)) for net in nets}
     return [
         Control(
             model=named[net],
@@ -119,8 +120,10 @@ def _controls(pipe: Pipeline, given: Mapping[str, Sequence[Any] | None]) -> list
     ]
 
 
-def _is_file(net: str) -> bool:
-    return Path(net).expanduser().exists()
+def _place(net: str) -> str | Path:
+    """The path of what is there; anything else as it is, which may be a model of a hub."""
+    path = Path(os.path.expanduser(net))
+    return path if os.path.exists(path) else net
 
 
 def _option(field: str) -> str:

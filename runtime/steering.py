@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..adapters.folder import check_name, check_names, check_path
 from ..engines.errors import CheckpointError, PackageError, UsageError
 from ..engines.package import Manifest, Package
 from ..engines.spec import RESIDUAL
@@ -123,9 +124,17 @@ class LoadedControls:
 
         Raises:
             CheckpointError: no ControlNet, or one for another model.
-            UsageError: another one has that name.
+            UsageError: no path, a name that is none, or one that another one has.
             PackageError: the model's package is so old that it takes none.
         """
+        check_path(
+            path,
+            "a ControlNet",
+            "a file, a folder, or the name of a model of a hub",
+            "Pass a str or a Path.",
+        )
+        if name is not None:
+            check_name(name, "a ControlNet", "Pass name=NAME, or leave it out for the file's.")
         if "unet_controlled" not in self._manifest.nets:
             raise PackageError(
                 f"the package {self._manifest.name!r} takes no ControlNets: it has no net 'unet_controlled'",
@@ -150,10 +159,12 @@ class LoadedControls:
                     )
         return name
 
-    def unload(self, names: Sequence[str] | None = None) -> None:
+    def unload(self, names: str | Sequence[str] | None = None) -> None:
         """Close these, or all; a picture that is drawn with one fails. UsageError for a name that is none."""
+        fix = "Pass the names of ControlNets, as load_control returns them."
+        given = None if names is None else dict.fromkeys(check_names(names, "a ControlNet", fix))
         with self._lock:
-            going = list(self._loaded) if names is None else list(names)
+            going = list(self._loaded if given is None else given)
             for name in going:
                 if name not in self._loaded:
                     raise self._unknown(name)

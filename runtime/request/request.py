@@ -151,7 +151,8 @@ def make_request(
     values["image"], values["mask_image"] = load_images(values["image"]), read_mask(values["mask_image"])
     _check_span(values)
     prompts, count = check_texts("prompt", prompt), values["num_images_per_prompt"]
-    _tell_of_tags(prompts, values)
+    if values["denoising_start"] is None:  # who goes on with a picture was told when it was begun
+        _tell_of_tags(prompts, values)
     height, width = _size(manifest, values)
     shape = (len(prompts) * count, *latent_shape(manifest, height, width))  # (N, C, H/8, W/8)
     source = make_source(manifest, values, height, width, shape, prompts=len(prompts))
