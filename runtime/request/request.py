@@ -151,8 +151,7 @@ def make_request(
     values["image"], values["mask_image"] = load_images(values["image"]), read_mask(values["mask_image"])
     _check_span(values)
     prompts, count = check_texts("prompt", prompt), values["num_images_per_prompt"]
-    if values["denoising_start"] is None:  # who goes on with a picture was told when it was begun
-        _tell_of_tags(prompts, values)
+    _tell_of_tags(prompts, values)
     height, width = _size(manifest, values)
     shape = (len(prompts) * count, *latent_shape(manifest, height, width))  # (N, C, H/8, W/8)
     source = make_source(manifest, values, height, width, shape, prompts=len(prompts))
@@ -199,7 +198,9 @@ def make_request(
 
 
 def _tell_of_tags(prompts: Sequence[str], values: Mapping[str, Any]) -> None:
-    """Log what looks like the tag of an adapter and is drawn as text."""
+    """Log what looks like the tag of an adapter and is drawn as text; of a picture once, as it is begun."""
+    if values["denoising_start"] is not None:
+        return
     others = (check_texts_for(name, values[name], len(prompts)) for name in _OTHER_TEXTS)
     texts = filter(None, (*prompts, *chain.from_iterable(others)))
     lines = (tags_drawn_as_text(text, values["prompt_syntax"]) for text in texts)
