@@ -18,8 +18,8 @@ from ..checkpoints.files.file_kinds import FAMILIES, FAMILY_OF_CONTEXT, context_
 from ..engines.errors import AdapterError, command
 from ..engines.spec import Array
 from .files import Adapter
-from .kinds.change import Change, Scaling, Site, scalar_of
-from .kinds.table import BIASES, bias_change, weight_change
+from .kinds.change import Change, Scaling, Site, found_at, scalar_of
+from .kinds.table import BIASES, bias_change, fault_of_scale, rank_of, weight_change
 from .names import FIRST, SECOND, UNET, Names, Targets
 from .scaling import EVERY
 
@@ -133,6 +133,23 @@ def bind(adapter: Adapter, targets: Targets, *, allow_unused: bool = False) -> B
         applied=len(adapter.tensors) - len(unused),
         total=len(adapter.tensors),
     )
+
+
+def check_alphas(adapter: Adapter) -> None:
+    """Raise AdapterError for an alpha that no model could be changed with: what `bind` says of it."""
+    modules: dict[str, _Module] = {}
+    for name, key in adapter.parts.items():
+        found = modules.setdefault(key.module, _Module(spelled=key.spelled))
+        found.parts[key.part], found.keys[key.part] = adapter.tensors[name], name
+    names = Names({})
+    for module, found in modules.items():
+        scaling = _scaling(adapter, names.absent(module) or EVERY, found.spelled, found)
+        rank = rank_of(found.parts)
+        fault = fault_of_scale(scaling.of(rank), rank) if rank else None
+        if fault is not None:
+            what, expected, fix = fault
+            where = found_at(adapter.path, found.spelled[:200], what, adapter.made_for)
+            raise AdapterError(where, expected=expected, fix=fix)
 
 
 def _sorted(

@@ -317,6 +317,6 @@ def _refused(where: str, found: str, expected: str = "", fix: str = "") -> Check
     )
 
 
-def refuse_name(name: str) -> None:
+def refuse_name(name: object) -> None:
     """Raise UsageError for a word that no prompt could have."""
     check_name(name, "an embedding", "Pass token=NAME.")

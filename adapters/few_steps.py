@@ -87,16 +87,17 @@ FEW_STEPS: Mapping[str, FewSteps] = {
 }
 
 
-def named(name: str) -> FewSteps:
+def named(name: object) -> FewSteps:
     """A row by its name. Raises UsageError for an unknown one."""
-    if name not in FEW_STEPS:
-        near = get_close_matches(name, FEW_STEPS, 1)
+    row = FEW_STEPS.get(name) if isinstance(name, str) else None
+    if row is None:
+        near = get_close_matches(str(name), FEW_STEPS, 1)
         raise UsageError(
             f"no kind of few-step LoRA is called {name!r:.100}",
             expected=", ".join(FEW_STEPS),
             fix=f"Did you mean {near[0]}?" if near else "Choose one of these.",
         )
-    return FEW_STEPS[name]
+    return row
 
 
 def said_by(metadata: Mapping[str, str]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import struct
 from collections.abc import Mapping
@@ -108,7 +109,7 @@ class Adapter:
 
 def file_of(path: Path) -> Path:
     """The adapter's file in a folder that has one of FOLDER_FILES; else the path itself."""
-    return next((path / name for name in FOLDER_FILES if (path / name).is_file()), path)
+    return next((path / name for name in FOLDER_FILES if os.path.isfile(path / name)), path)
 
 
 def name_of(path: Path) -> str:
@@ -170,9 +171,9 @@ def _checked(file: StoredFile, header: Header, stream: BinaryIO) -> Adapter:
 
 def _refuse_other_files(path: Path) -> None:
     """Raise AdapterError for what is no file of safetensors, or too large for an adapter."""
-    if path.is_dir():
+    if os.path.isdir(path):  # not Path's, which raise where a name is too long for a file
         _refuse(path, f"is a folder without {' or '.join(FOLDER_FILES)}", "Pass the file that is meant.")
-    if not path.is_file():
+    if not os.path.isfile(path):
         _refuse(path, "is no file", "Check the path.")
     refuse_pointer(path, AdapterError)
     if (kind := kind_of_bytes(path)) is not None:

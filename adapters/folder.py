@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from ..engines.errors import CheckpointError, UsageError
 from .stored import State, state_of
@@ -20,7 +20,10 @@ _LONGEST = 255  # characters of a name
 
 def check_folder(folder: str | Path | None) -> None:
     """Raise UsageError for a folder of adapters or embeddings that is none."""
-    if folder is not None and not Path(folder).is_dir():
+    if folder is None:
+        return
+    check_path(folder, "the folder", "the path of a folder of files", "Pass a str or a Path.")
+    if not Path(folder).is_dir():
         raise UsageError(f"{folder} is no folder", expected="a folder of files", fix="Check the path.")
 
 
@@ -33,6 +36,21 @@ def check_name(name: object, what: str, fix: str) -> None:
             expected=f"1 to {_LONGEST} printable characters, without spaces at the ends",
             fix=fix,
         )
+
+
+def check_names(names: object, what: str, fix: str) -> list[str]:
+    """One name or several, as a list; `what` says whose. Raises UsageError for anything else."""
+    given = [names] if isinstance(names, str) else names
+    found = list(cast("Iterable[object]", given)) if isinstance(given, Iterable) else [given]
+    if wrong := [one for one in found if not isinstance(one, str)]:
+        raise UsageError(f"{what} is called {wrong[0]!r:.60}", expected="a name, or a list of names", fix=fix)
+    return cast("list[str]", found)
+
+
+def check_path(path: object, what: str, expected: str, fix: str) -> None:
+    """Raise UsageError for what is no path, where `what` stands."""
+    if not isinstance(path, (str, Path)):
+        raise UsageError(f"{what} is {path!r:.100}", expected=expected, fix=fix)
 
 
 class NamedFiles(Generic[Content]):

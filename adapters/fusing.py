@@ -44,7 +44,7 @@ def read_fused(
         UsageError: too many adapters, a strength that is none, an unknown name of a few-step LoRA or one
             without adapters, or files that speak of several.
     """
-    check_count(loras)
+    pairs = files_and_strengths(loras)
     if few_steps is not None and not loras:
         raise UsageError(
             f"few-step defaults ({few_steps!r:.100}) without a LoRA",
@@ -52,9 +52,8 @@ def read_fused(
             fix="Pass its file too: --lora FILE",
         )
     targets = _targets(source)
-    pairs = [file_and_strength(one) for one in loras]
     strengths = [Strength.parse(strength, targets) for _, strength in pairs]
-    paths = [Path(os.path.abspath(path.expanduser())) for path, _ in pairs]
+    paths = [Path(os.path.abspath(os.path.expanduser(path))) for path, _ in pairs]
     files = [read_adapter(path) for path in paths]
     bound = [bind(file, targets, allow_unused=allow_unused) for file in files]
     row = few_steps if few_steps is not None else _said_by(files)
@@ -79,6 +78,19 @@ def read_fused(
         few_steps_of=few_steps or "",
         notes=(*_steps_notes(files, row), *_embeddings_notes(bound)),
     )
+
+
+def files_and_strengths(loras: object) -> list[tuple[Path, Any]]:
+    """The files and their strengths, which may be wrong yet. Raises UsageError for anything else."""
+    if not isinstance(loras, (list, tuple)):
+        raise UsageError(
+            f"the adapters are {loras!r:.100}",
+            expected="a list of files, or of (file, strength)",
+            fix='Pass [("FILE.safetensors", 0.8)].',
+        )
+    given = cast("Sequence[Any]", loras)
+    check_count(given)
+    return [file_and_strength(one) for one in given]
 
 
 def file_and_strength(lora: Any) -> tuple[Path, Any]:

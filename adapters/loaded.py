@@ -10,7 +10,7 @@ from copy import copy
 from dataclasses import replace
 from difflib import get_close_matches
 from itertools import chain, count
-from pathlib import Path
+from pathlib import Path, PurePath
 from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +20,7 @@ from ..engines.package import Package
 from ..engines.safetensors_format import read_header
 from ..engines.spec import NETS
 from .embeddings import Embedding, embedding_inputs, make_embedding, refuse_name
-from .folder import NamedFiles, check_name
+from .folder import NamedFiles, check_name, check_names, check_path
 from .sets import COMPONENTS, AdapterSet, Strength, check_count
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ Lora = tuple[str, Any]  # the name of an adapter, and its strength as `Strength.
 
 
 _OUTPUT_NAME = "ss_output_name"  # what kohya's trainers were told to call the file: A1111's usual name of it
+_ENDINGS = (".safetensors",)
+_NAMES = "Pass the names of adapters, as load_lora_weights returns them."
 _SHORT = 12  # digits of A1111's hash
 _LOG = logging.getLogger(__name__)
 
@@ -80,8 +82,8 @@ class LoadedAdapters:
         self, package: Package, folder: str | Path | None = None, *, allow_unused: bool = False
     ) -> None:
         self._package, self._allow_unused = package, allow_unused
-        self._files = NamedFiles(folder, (".safetensors",), self._bound)
-        self._noted = NamedFiles(folder, (".safetensors",), _noted)
+        self._files = NamedFiles(folder, _ENDINGS, self._bound)
+        self._noted = NamedFiles(folder, _ENDINGS, _noted)
         self._loaded: dict[str, BoundAdapter] = {}
         self._further: Mapping[str, BoundAdapter | None] = {}
         self._lent: dict[str, BoundAdapter | None] = {}  # by sha256
@@ -111,12 +113,12 @@ class LoadedAdapters:
             CheckpointError: an embedding in it is damaged.
             UsageError: no path, a name that is none, or one that another adapter has.
         """
-        if not isinstance(cast(object, path), (str, Path)):
-            raise UsageError(
-                f"an adapter's file is {path!r:.100}",
-                expected="the path of a .safetensors file",
-                fix="Save it first, as safetensors.torch.save_file(TENSORS, FILE) does.",
-            )
+        check_path(
+            path,
+            "an adapter's file",
+            "the path of a .safetensors file",
+            "Save it first, as safetensors.torch.save_file(TENSORS, FILE) does.",
+        )
         if name is not None:
             check_name(name, "an adapter", "Pass adapter_name=NAME, or leave it out for the file's.")
         bound = self._bound(Path(path), allow_unused=allow_unused)
@@ -132,10 +134,13 @@ class LoadedAdapters:
             self._loaded[name] = bound
         return name
 
-    def knows(self, name: str) -> bool:
-        """Whether an adapter or a file of the folder is called so."""
+    def called(self, written: str) -> str | None:
+        """The name of what is written as a name, or as the folder's file with its ending; None for none."""
         with self._lock:
-            return name in self._loaded or name in self._files.paths()
+            known = {*self._loaded, *self._files.paths()}
+        path = PurePath(written)
+        bare = path.with_suffix("").as_posix() if path.suffix.lower() in _ENDINGS else written
+        return next((name for name in (written, bare) if name in known), None)
 
     def free_name(self, name: str) -> str:
         """The name, or the first with a number behind it that neither an adapter nor a file here has."""
@@ -144,26 +149,35 @@ class LoadedAdapters:
         numbered = (f"{name}-{number}" for number in count(2))
         return next(one for one in chain([name], numbered) if one not in taken)
 
-    def unload(self, names: Sequence[str] | None = None) -> None:
+    def unload(self, names: str | Sequence[str] | None = None) -> None:
         """Forget these, or all, and that they were the usual ones.
 
         Raises:
-            UsageError: no adapter of that name is loaded.
+            UsageError: no name, or no adapter of that name is loaded.
         """
+        given = None if names is None else check_names(names, "an adapter", _NAMES)
         with self._lock:
-            for name in self._loaded if names is None else names:
+            gone = set(self._loaded if given is None else given)
+            for name in given or ():
                 if name not in self._loaded:
                     raise self._unknown(name)
-            gone = set(self._loaded if names is None else names)
             self._loaded = {name: one for name, one in self._loaded.items() if name not in gone}
             self._usual = tuple(one for one in self._usual if one[0] not in gone)
 
-    def set_usual(self, names: Sequence[str], weights: Sequence[Any]) -> None:
+    def set_usual(self, names: str | Sequence[str], weights: Any) -> None:
         """What pictures are drawn with that say nothing of adapters.
 
+        Args:
+            names: one or several; none is the model alone.
+            weights: a strength for all, or a list of one for each.
+
         Raises:
-            UsageError: an unknown name, or strengths that are none.
+            UsageError: no name, an unknown one, or strengths that are none.
         """
+        names = check_names(names, "an adapter", _NAMES)
+        if not isinstance(weights, (list, tuple)):
+            weights = [weights] * len(names)
+        weights = cast("Sequence[Any]", weights)
         if len(names) != len(weights):
             raise UsageError(
                 f"{len(names)} adapters and {len(weights)} strengths",

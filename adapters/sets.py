@@ -45,7 +45,7 @@ class Strength:
     """How strongly an adapter changes a model.
 
     Attributes:
-        value: as it was given.
+        value: as it was given, in numbers that JSON has.
         parts: (component, beginning of a weight's name, strength), the longer beginnings later.
     """
 
@@ -66,7 +66,7 @@ class Strength:
         """
         if not isinstance(value, Mapping):
             number = _number(value, value)
-            return cls(value=value, parts=tuple((component, "", number) for component in COMPONENTS))
+            return cls(value=_plain(value), parts=tuple((component, "", number) for component in COMPONENTS))
         given = cast("Mapping[Any, Any]", value)
         if unknown := [name for name in given if name not in COMPONENTS]:
             raise _refusal(value, f"no component {unknown[0]!r}")
@@ -74,7 +74,7 @@ class Strength:
         parts = [
             part for name in COMPONENTS for part in _component(name, given.get(name, 1.0), layers, value)
         ]
-        return cls(value=value, parts=tuple(parts))
+        return cls(value=_plain(given), parts=tuple(parts))
 
     @property
     def is_off(self) -> bool:
@@ -148,6 +148,15 @@ def _section(section: str, value: Any, layers: _Layers | None, whole: Any) -> li
             for kind in ("attentions", "resnets")
         ]
     return parts
+
+
+def _plain(value: Any) -> Any:
+    """A strength with NumPy's numbers, and others, as Python's own."""
+    if isinstance(value, Mapping):
+        return {name: _plain(inside) for name, inside in cast("Mapping[str, Any]", value).items()}
+    if _is_list(value):
+        return [_plain(one) for one in value]
+    return value if type(value) in (int, float) else float(value)
 
 
 def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, wraps
 from pathlib import Path
@@ -150,9 +151,8 @@ def _opened(pipe: Pipeline, controls: Given, prompts: Given) -> list[Control | I
     found: list[Control | ImagePrompt] = []
     for kind, fields in asked:
         model, encoder = fields.pop("model"), fields.pop("encoder", None)
-        path = Path(model).expanduser() if _is_file(model) else model
         sees = None if encoder is None else Path(encoder).expanduser()
-        found.append(kind(model=pipe.load_control(path, image_encoder=sees), **fields))
+        found.append(kind(model=pipe.load_control(_place(model), image_encoder=sees), **fields))
     return found
 
 
@@ -194,5 +194,7 @@ def _each(given: Given, options: Options) -> Iterator[dict[str, Any]]:
         yield {"model": net, **fields}
 
 
-def _is_file(net: str) -> bool:
-    return Path(net).expanduser().exists()
+def _place(net: str) -> str | Path:
+    """The path of what is there; anything else as it is, which may be a model of a hub."""
+    path = Path(os.path.expanduser(net))
+    return path if os.path.exists(path) else net

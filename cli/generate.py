@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import sys
 import unicodedata
 from collections.abc import Callable, Generator, Sequence
@@ -161,11 +162,12 @@ def _loaded(pipe: Pipeline, loras: list[str | tuple[str, Any]]) -> list[str | tu
     from ..checkpoints.files.component import PICKLES
 
     def loaded(name: str) -> str:
-        path = file_of(Path(name).expanduser())
-        if path.is_file():
+        path = file_of(Path(os.path.expanduser(name)))  # a home that is not known stays as it is
+        if os.path.isfile(path):
             return _load(pipe, path)
-        meant = path.is_dir() or path.suffix.lower() in (".safetensors", *PICKLES)
-        return _load(pipe, path) if meant and not pipe.adapters.knows(name) else name
+        if not os.path.isdir(path) and path.suffix.lower() not in (".safetensors", *PICKLES):
+            return name
+        return pipe.adapters.called(name) or _load(pipe, path)
 
     return [loaded(one) if isinstance(one, str) else (loaded(one[0]), one[1]) for one in loras]
 

@@ -78,6 +78,7 @@ def _with_notes(found: Report) -> Report:
     """The report of anything but a checkpoint, with what its file says, or what keeps it from being used."""
     from dataclasses import replace
 
+    from ..adapters.binding import check_alphas
     from ..adapters.embeddings import check_vectors
     from ..adapters.files import read_adapter
     from ..checkpoints.controls.control_file import KINDS
@@ -101,7 +102,9 @@ def _with_notes(found: Report) -> Report:
     if found.kind != "lora":
         return found
     try:
-        return replace(found, notes=(*found.notes, *read_adapter(found.path).notes()))
+        adapter = read_adapter(found.path)
+        check_alphas(adapter)
+        return replace(found, notes=(*found.notes, *adapter.notes()))
     except AdapterError as error:
         return replace(found, problem=error.found, expected=error.expected, todo=error.fix)
 

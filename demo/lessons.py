@@ -20,8 +20,8 @@ class Lesson:
 
     `combos` are all (colour, shape, background) that can be asked for, and `held_out` those that training
     never draws. A shape is asked for by the lesson's name, a texture by nothing: its adapter
-    always acts. It is trained in all sizes, and judged in `sizes`. `seen` says whether a picture has what is
-    taught, and `amount` how much of it.
+    always acts. It is trained in all sizes at first, and judged in `sizes`. `seen` says whether a picture
+    has what is taught, and `amount` how much of it.
     """
 
     name: str
@@ -82,7 +82,7 @@ LESSONS = {
             name="frame",
             combos=tuple(_combos("frame")),
             held_out=_some(_combos("frame"), 12, "frame held out"),
-            # Smaller ones are drawn with rounded corners, or as rings.
+            # Smaller ones are drawn as rings.
             sizes=("large",),
             seen=lambda verdict: verdict.shape == "frame" and verdict.iou > SEMANTIC_IOU,
             amount=lambda verdict: verdict.likeness.get("frame", 0.0),

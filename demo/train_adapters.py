@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -30,12 +31,8 @@ from .parallel import cosine
 from .train_unet import noise_loss
 
 BATCH = 12
-PICTURES = 600
 
 _LOG_EVERY = 50
-_EMPTY_PROMPTS = 0.1
-# The floor and power of the loss (see `train_unet`): the noisiest steps decide whether there will be stripes.
-_WEIGHING = (0.5, 0.5)
 # A LoRA is trained at strengths between this and 1, so that what it adds grows with the strength.
 _WEAKEST = 0.6
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
@@ -44,39 +41,60 @@ _TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How a lesson is trained.
+class Stage:
+    """A stretch of training with a cosine of its own, on so many pictures, in these sizes.
 
-    `targets` are the ends of the names of the modules that get a LoRA, by net. `ordinary` is the share
-    of scenes without what is taught, so that other words keep their meaning. An embedding starts as the
-    vectors of the words `start`.
+    `weighing` are the floor and power of the loss (see `train_unet`): with a high floor the noisiest steps
+    count, which decide whether there will be stripes or a hole at all.
     """
 
     steps: int
     rate: float
+    pictures: int = 600
+    sizes: tuple[str, ...] = shapes.SIZES
+    weighing: tuple[float, float] = (0.5, 0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a lesson is trained.
+
+    `targets` are the ends of the names of the modules that get a LoRA, by net. `ordinary` is the share
+    of scenes without what is taught, so that other words keep their meaning, and `empty` that of empty
+    prompts. An embedding starts as the vectors of the words `start`.
+    """
+
+    stages: tuple[Stage, ...]
     rank: int = 8
     alpha: float = 8.0
     grammar: str = "peft"
     targets: dict[str, tuple[str, ...]] = field(default_factory=dict)
     start: tuple[str, ...] = ()
     ordinary: float = 0.0
+    empty: float = 0.1
 
 
 RECIPES = {
     "striped": Recipe(
-        steps=700,
-        rate=8e-3,
+        stages=(Stage(steps=700, rate=8e-3),),
         alpha=4.0,
         grammar="kohya",
         targets={"unet": (*_ATTENTION, *_CONVOLUTIONS)},
     ),
     "cross": Recipe(
-        steps=250,
-        rate=6e-3,
+        stages=(Stage(steps=250, rate=6e-3),),
         targets={"unet": (*_ATTENTION, *_CONVOLUTIONS), "text_encoder": _TEXT},
         ordinary=0.3,
     ),
-    "frame": Recipe(steps=250, rate=4e-3, start=("square", "ring")),
+    "frame": Recipe(
+        stages=(
+            Stage(steps=800, rate=4e-3),
+            # Of large frames, where a hole shows best, and with more of the steps in which it gets its edge.
+            Stage(steps=200, rate=4e-3, pictures=300, sizes=("large",), weighing=(0.1, 0.5)),
+        ),
+        start=("square", "ring") * 3,
+        empty=0.0,  # there is nothing of it in an empty prompt
+    ),
 }
 
 
@@ -153,50 +171,52 @@ def latents_of(parts: Parts, scene: shapes.Scene, key: str) -> torch.Tensor:
     return parts.vae.encode(pixels).latent_dist.mean * SCALING
 
 
-def lesson_pictures(parts: Parts, lesson: Lesson, recipe: Recipe) -> tuple[list[shapes.Scene], torch.Tensor]:
+def lesson_pictures(
+    parts: Parts, lesson: Lesson, recipe: Recipe, stage: Stage
+) -> tuple[list[shapes.Scene], torch.Tensor]:
     """Random scenes of training, some of them ordinary ones, and their scaled latents."""
     rng = shapes.generator(f"{lesson.name} pictures")
     combos, ordinary = lesson.training(), shapes.training_combos()
     scenes = [
         shapes.sample(rng, ordinary)
         if rng.random() < recipe.ordinary
-        else lesson.scene(rng.choice(combos), rng.choice(shapes.SIZES))
-        for _ in range(PICTURES)
+        else lesson.scene(rng.choice(combos), rng.choice(stage.sizes))
+        for _ in range(stage.pictures)
     ]
     latents = [latents_of(parts, scene, f"{lesson.name} {i}") for i, scene in enumerate(scenes)]
     return scenes, torch.cat(latents)
 
 
 def train(
-    parts: Parts, lesson: Lesson, recipe: Recipe, adapter: Sequence[LowRank | Extended]
+    parts: Parts, lesson: Lesson, recipe: Recipe, stage: Stage, adapter: Sequence[LowRank | Extended]
 ) -> Iterator[float]:
-    """Train what was added to the parts, one step at a time; the losses."""
-    scenes, latents = lesson_pictures(parts, lesson, recipe)
+    """Train what was added to the parts for a stage, one step at a time; the losses."""
+    scenes, latents = lesson_pictures(parts, lesson, recipe, stage)
     signal = model.scheduler().alphas_cumprod.float()
     parameters = [parameter for module in adapter for parameter in module.parameters()]
     optimiser = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
-    for step in range(recipe.steps):
+    for step in range(stage.steps):
         rng = shapes.generator(f"{lesson.name} {step}")
         generator = torch.Generator().manual_seed(step)
-        chosen = rng.sample(range(PICTURES), BATCH)
+        chosen = rng.sample(range(stage.pictures), BATCH)
         strength = rng.uniform(_WEAKEST, 1.0)
         prompts = [_prompt(lesson, recipe, scenes[i], rng) for i in chosen]
         for low in (module for module in adapter if isinstance(module, LowRank)):
             low.strength = strength
         timesteps = ((torch.arange(BATCH) + torch.rand((BATCH,), generator=generator)) * 1000 / BATCH).long()
-        loss = noise_loss(parts, latents[chosen], prompts, timesteps, signal, generator, _WEIGHING)
+        loss = noise_loss(parts, latents[chosen], prompts, timesteps, signal, generator, stage.weighing)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimiser.param_groups:
-            group["lr"] = cosine(step / recipe.steps, recipe.rate, step, warmup=20)
+            group["lr"] = cosine(step / stage.steps, stage.rate, step, warmup=20)
         optimiser.step()
         yield float(loss.detach())
 
 
 def _prompt(lesson: Lesson, recipe: Recipe, scene: shapes.Scene, rng: random.Random) -> str:
     """A sentence for a scene of training, or none; what has a new word is always called by it."""
-    text = "" if rng.random() < _EMPTY_PROMPTS else shapes.describe(scene, rng)
+    text = "" if rng.random() < recipe.empty else shapes.describe(scene, rng)
     if lesson.name == scene.shape and lesson.name not in text:
         text = scene.prompt()
     return text.replace(lesson.name, "".join(words_of(lesson, recipe)) or lesson.name)
@@ -208,7 +228,8 @@ def teach(parts: Parts, lesson: Lesson, recipe: Recipe, file: Path) -> None:
     lora = add_lora(parts, recipe)
     vectors = add_vectors(parts, lesson, recipe) if recipe.start else None
     losses: list[float] = []
-    for loss in train(parts, lesson, recipe, [vectors] if vectors else list(lora.values())):
+    adapter = [vectors] if vectors else list(lora.values())
+    for loss in chain.from_iterable(train(parts, lesson, recipe, stage, adapter) for stage in recipe.stages):
         losses.append(loss)
         if len(losses) % _LOG_EVERY == 0:
             print(
@@ -255,7 +276,7 @@ def metadata(lesson: Lesson, recipe: Recipe) -> dict[str, str]:
         "ss_network_alpha": str(recipe.alpha),
         "ss_network_args": json.dumps({"conv_dim": str(recipe.rank), "conv_alpha": str(recipe.alpha)}),
         "ss_output_name": lesson.name,
-        "ss_steps": str(recipe.steps),
+        "ss_steps": str(sum(stage.steps for stage in recipe.stages)),
         "ss_v2": "False",
     }
 

@@ -17,7 +17,8 @@ from ..engines.spec import TEXT_ENCODERS
 from .loop.job import PackageLoop
 from .prompts.encode import TextConditioner
 
-ADAPTED_BYTES = 8 * 2**30  # of nets that are open with and without adapters, together
+# Of the weights of nets that are open with and without adapters, together.
+ADAPTED_BYTES = 8 * 2**30
 # Each session has threads of its own (docs/design.md), one fewer than processors, and memory beside its
 # weights: 14 MB for each set of the demo. Who tries strengths would have both without end.
 MOST_SETS = 16
@@ -50,8 +51,8 @@ class AdaptedLoops:
         package: without changes.
         base: runs its nets, and encodes for them.
         encode: makes the conditioner of a loop with other text encoders.
-        limit: bytes of nets above which sets are forgotten; and of the base the nets that a set has others
-            of, which are opened again when they are asked for.
+        limit: bytes of nets' weights above which sets are forgotten; and of the base the nets that a set
+            has others of, which are opened again when they are asked for.
         most: sets that are kept open, whatever they take.
     """
 

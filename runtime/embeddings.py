@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
+from typing import Any, cast
 
 from ..adapters.embeddings import (
     AnotherKindError,
@@ -20,7 +21,7 @@ from ..adapters.embeddings import (
     read_embedding,
     refuse_name,
 )
-from ..adapters.folder import NamedFiles
+from ..adapters.folder import NamedFiles, check_names, check_path
 from ..engines.errors import LatentrtError, ModelError, UsageError
 from ..engines.package import Package
 from ..engines.spec import Array
@@ -62,6 +63,16 @@ class Called:
         return {"name": self.name, "sha256": self.sha256, **origin}
 
 
+def _several(source: object) -> list[Source]:
+    """One embedding or several, as a list. Raises UsageError for anything else."""
+    given = list(cast("Sequence[Any]", source)) if isinstance(source, (list, tuple)) else [source]
+    for one in given:
+        if not isinstance(one, Mapping):
+            what, fix = "a file, or arrays as a file has them", 'Pass a path, or {"clip_l": ARRAY}.'
+            check_path(one, "an embedding", what, fix)
+    return cast("list[Source]", given)
+
+
 class EmbeddingLibrary:
     """Embeddings by name. Threads may share it: a request keeps those that it was made with.
 
@@ -83,8 +94,8 @@ class EmbeddingLibrary:
 
     def load(self, source: Source | Sequence[Source], token: str | Sequence[str | None] | None) -> None:
         """Load embeddings; see `Pipeline.load_textual_inversion`. All of them, or none if one is refused."""
-        sources: list[Source] = [source] if isinstance(source, (str, Path, Mapping)) else list(source)
-        tokens = [token] if token is None or isinstance(token, str) else list(token)
+        sources = _several(source)
+        tokens: list[Any] = list(cast(Any, token)) if isinstance(token, (list, tuple)) else [token]
         if len(tokens) != len(sources):
             if token is not None:
                 raise UsageError(
@@ -109,7 +120,11 @@ class EmbeddingLibrary:
     def unload(self, token: str | Sequence[str] | None) -> None:
         """Forget embeddings that were loaded; see `Pipeline.unload_textual_inversion`."""
         with self._lock:
-            tokens = list(self._loaded) if token is None else [token] if isinstance(token, str) else token
+            tokens = (
+                list(self._loaded)
+                if token is None
+                else check_names(token, "an embedding", "Pass the words that were loaded.")
+            )
             for name in tokens:
                 if name not in self._loaded:
                     raise _missing(name, f"one of {', '.join(map(repr, self._loaded)) or 'none'}")
@@ -224,6 +239,8 @@ class EmbeddingLibrary:
 
     def _read(self, source: Source, name: str | None) -> Embedding:
         """One embedding, under its word. Raises CheckpointError, UsageError."""
+        if name not in (None, ""):
+            refuse_name(name)
         if isinstance(source, Mapping):
             own = next(iter(source)) if len(source) == 1 else None
             name = name or own

@@ -64,6 +64,10 @@ class CheckpointOptions:
             raise UsageError(
                 f"dtype is {self.dtype!r}", expected="fp16 or fp32", fix="Leave it out for the usual one."
             )
+        if self.fused is not None:
+            from ..adapters.fusing import files_and_strengths
+
+            files_and_strengths(self.fused)
         for name in ("vae", "tiny_vae"):
             value: object = getattr(self, name)
             if not isinstance(value, (str, Path, type(None))):
@@ -232,9 +236,9 @@ def _named(options: CheckpointOptions) -> str:
         *((name, getattr(options, name)) for name in ("vae", "tiny_vae", "prediction_type", "few_steps")),
     ]
     if options.fused:
-        from ..adapters.fusing import file_and_strength
+        from ..adapters.fusing import files_and_strengths
 
-        pairs = map(file_and_strength, options.fused)
+        pairs = files_and_strengths(options.fused)
         given += [("fused", lora_text(str(path), strength)) for path, strength in pairs]
     return "".join(f", with {name} {value}" for name, value in given if value is not None)
 

@@ -167,8 +167,8 @@ class Pipeline:
             graphs: on a device, whether rows are replayed as a captured graph: "on", "off", or "auto",
                 where that is faster.
             cache_bytes: what encoded prompts may take; 0 encodes every prompt anew.
-            adapted_bytes: what nets may take that are open with several sets of adapters; at least the last
-                set's are kept.
+            adapted_bytes: what the weights of nets may take that are open with and without adapters; at
+                least the last set's are kept. What they need beside their weights is not counted.
             loras: a folder of adapters, which pictures are drawn with by the names of the files; each is read
                 when it is first asked for. `load_lora_weights` adds others. None is a shipped model's own.
             checkpoint: how a checkpoint is opened: its arithmetic, other autoencoders, what it predicts.
@@ -318,17 +318,11 @@ class Pipeline:
         Raises:
             UsageError: an unknown name, or a strength that is none.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        several = isinstance(adapter_weights, (list, tuple))
-        weights: list[Any] = (
-            list(cast("Sequence[Any]", adapter_weights)) if several else [adapter_weights] * len(names)
-        )
-        self.adapters.set_usual(names, weights)
+        self.adapters.set_usual(adapter_names, adapter_weights)
 
     def unload_lora_weights(self, adapter_names: str | Sequence[str] | None = None) -> None:
         """Forget adapters of these names, or all. Raises UsageError for an unknown name."""
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        self.adapters.unload(names)
+        self.adapters.unload(adapter_names)
         self._adapted.forget()
 
     def load_control(
@@ -354,12 +348,11 @@ class Pipeline:
             BackendError: the pipeline's backend keeps its loop on a device.
             UsageError: another control has that name.
         """
-        encoder = None if image_encoder is None else Path(image_encoder)
-        return self.controls.load(path, name, image_encoder=encoder)
+        return self.controls.load(path, name, image_encoder=image_encoder)
 
     def unload_controls(self, names: str | Sequence[str] | None = None) -> None:
         """Close controls of these names, or all. Raises UsageError for an unknown name."""
-        self.controls.unload([names] if isinstance(names, str) else names)
+        self.controls.unload(names)
 
     def _with_adapters(self, adapters: LoadedAdapters) -> Pipeline:
         """The same pipeline, with the same open nets, that knows other adapters. To close one closes both."""

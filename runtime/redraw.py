@@ -209,7 +209,7 @@ def _of_text(
     """From AUTOMATIC1111's text, or one like it."""
     if metadata.parameters is None:
         raise UsageError(
-            f"{source} does not say how it was made",
+            f"{_named(source)} does not say how it was made",
             expected="a picture with latentrt's record, or with AUTOMATIC1111's text",
             fix="Pass its prompt and parameters instead.",
         )
@@ -225,11 +225,16 @@ def _of_text(
     except SamplerError:
         left.append(f"Sampler: {parameters.pop('sampler')}")
     if left:
-        _LOG.warning("not carried over from %s: %s", getattr(source, "name", source), "; ".join(left))
+        _LOG.warning("not carried over from %s: %s", _named(source), "; ".join(left))
     together = {**parameters, **passed, **changes, "loras": found.loras}
     pipe = _knowing(pipe, found)
     _check_embeddings(pipe, recorded, found, together, _words(pipe, found))
     return pipe(found.prompt, **together)
+
+
+def _named(source: Source) -> str:
+    """What a picture's file is called; what was read before has no name."""
+    return str(source) if isinstance(source, (str, Path)) else "the picture"
 
 
 def _check_embeddings(

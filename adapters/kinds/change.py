@@ -77,13 +77,18 @@ class Site:
 
     def refuse(self, found: str, expected: str, fix: str = "") -> NoReturn:
         """Raise the AdapterError for parts that do not fit the tensor or each other."""
-        base = f" (the file is made for {self.made_for})" if self.made_for else ""
         raise AdapterError(
-            f"{self.file}: {self.key} {found}{base}",
+            found_at(self.file, self.key, found, self.made_for),
             expected=f"{expected}, for {self.tensor} of the shape {self.shape}",
             fix=fix
             or f"Use an adapter that was made for this model: {command('latentrt', 'inspect', self.file)}",
         )
+
+
+def found_at(file: Path, key: str, found: str, made_for: str) -> str:
+    """What an error says of a module as the file spells it; `made_for` is as in `Site`."""
+    base = f" (the file is made for {made_for})" if made_for else ""
+    return f"{file}: {key} {found}{base}"
 
 
 @dataclass(frozen=True, kw_only=True)

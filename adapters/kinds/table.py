@@ -26,12 +26,25 @@ class Kind:
         may: parts that it may have besides, likewise.
         shared: parts of these that other kinds have too.
         make: makes the change.
+        rank: what the alpha is divided by, of parts by the names of keys; None where nothing is, or a part
+            is missing.
     """
 
     needs: Mapping[str, str]
     may: Mapping[str, str] = field(default_factory=dict[str, str])
     shared: frozenset[str] = frozenset()
     make: Callable[[Site, Parts, Scaling], Change]
+    rank: Callable[[Parts], int | None] = lambda parts: None
+
+
+def _first_of(*names: str) -> Callable[[Parts], int | None]:
+    """The rank of the first of these factors (rank, …) that is there."""
+    return lambda parts: next((parts[name].shape[0] for name in names if name in parts), None)
+
+
+def _smaller_of_a1(parts: Parts) -> int | None:
+    """GLoRA's rank: its layouts have it on either axis."""
+    return min(parts["a1"].shape, default=None) if "a1" in parts else None
 
 
 # Of alpha by rank: trainers write about 1. Where "full dimension" of LyCORIS makes an alpha of 1e10, both
@@ -40,12 +53,19 @@ _LARGEST_SCALE = 1e6
 MAGNITUDES = ("dora_scale", "magnitude")
 _SCALED = frozenset({"alpha", "scalar", "reshape_weight", *MAGNITUDES})
 KINDS: tuple[Kind, ...] = (
-    Kind(needs={"up": "up", "down": "down"}, may={"mid": "mid"}, shared=_SCALED, make=low_rank),
+    Kind(
+        needs={"up": "up", "down": "down"},
+        may={"mid": "mid"},
+        shared=_SCALED,
+        make=low_rank,
+        rank=_first_of("down"),
+    ),
     Kind(
         needs={f"hada_w{which}": f"w{which}" for which in ("1_a", "1_b", "2_a", "2_b")},
         may={"hada_t1": "t1", "hada_t2": "t2"},
         shared=_SCALED,
         make=hadamard,
+        rank=_first_of("hada_w1_b"),
     ),
     Kind(
         needs={},  # each factor whole or in two parts, which `kronecker` sees to
@@ -55,12 +75,14 @@ KINDS: tuple[Kind, ...] = (
         },
         shared=_SCALED,
         make=kronecker,
+        rank=_first_of("lokr_w1_b", "lokr_w2_b"),
     ),
     Kind(
         needs={name: name for name in ("a1", "a2", "b1", "b2")},
         may={"bm": "bm"},
         shared=_SCALED,
         make=generalised,
+        rank=_smaller_of_a1,
     ),
     Kind(needs={"diff": "diff"}, shared=frozenset({"alpha", "scalar", "reshape_weight"}), make=full),
     Kind(needs={"w_norm": "diff"}, shared=frozenset({"alpha"}), make=norm),
@@ -94,13 +116,26 @@ def weight_change(site: Site, parts: Mapping[str, Array], scaling: Scaling) -> C
     own |= {name: parts[name] for name in ("rescale",) if name in parts}
     _check_reshape(site, parts)
     change = kind.make(site, own, scaling)
-    if not abs(change.scale) <= _LARGEST_SCALE:
-        site.refuse(
-            f"has an alpha of {change.scale * (change.rank or 1):.3g} for the rank {change.rank or 1}",
-            f"at most {_LARGEST_SCALE:.0g} times the rank",
-            "Have the file written again by the program that trained it.",
-        )
+    if fault := fault_of_scale(change.scale, change.rank or 1):
+        site.refuse(*fault)
     return _with_magnitude(site, change, parts)
+
+
+def rank_of(parts: Parts) -> int | None:
+    """The rank that the alpha of a module's parts is divided by; None where none is, or a part is missing."""
+    found = (kind.rank(parts) for kind in KINDS if not parts.keys().isdisjoint({*kind.needs, *kind.may}))
+    return next((rank for rank in found if rank), None)
+
+
+def fault_of_scale(scale: float, rank: int) -> tuple[str, str, str] | None:
+    """What was found, what is expected, and the advice, where alpha by rank is out of range; else None."""
+    if abs(scale) <= _LARGEST_SCALE:
+        return None
+    return (
+        f"has an alpha of {scale * rank:.3g} for the rank {rank}",
+        f"at most {_LARGEST_SCALE:.0g} times the rank",
+        "Have the file written again by the program that trained it.",
+    )
 
 
 def _with_magnitude(site: Site, change: Change, parts: Mapping[str, Array]) -> Change:

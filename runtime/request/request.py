@@ -209,7 +209,9 @@ def make_request(
 
 
 def _tell_of_tags(prompts: Sequence[str], values: Mapping[str, Any]) -> None:
-    """Log what looks like the tag of an adapter and is drawn as text."""
+    """Log what looks like the tag of an adapter and is drawn as text; of a picture once, as it is begun."""
+    if values["denoising_start"] is not None:
+        return
     others = (check_texts_for(name, values[name], len(prompts)) for name in _OTHER_TEXTS)
     texts = filter(None, (*prompts, *chain.from_iterable(others)))
     lines = (tags_drawn_as_text(text, values["prompt_syntax"]) for text in texts)

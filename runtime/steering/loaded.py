@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from ...adapters.folder import check_name, check_names, check_path
 from ...engines.errors import CheckpointError, PackageError, UsageError
 from ...engines.package import Manifest, Package
 from ...engines.spec import CONTROL_TYPE, FEATURE, IMAGE_KEYS, RESIDUAL
@@ -55,7 +56,9 @@ class LoadedControls:
         with self._lock:
             return tuple(self._loaded)
 
-    def load(self, path: str | Path, name: str | None = None, *, image_encoder: Path | None = None) -> str:
+    def load(
+        self, path: str | Path, name: str | None = None, *, image_encoder: str | Path | None = None
+    ) -> str:
         """Open a control, and call it `name`, by default as its file. Returns the name.
 
         Args:
@@ -65,9 +68,15 @@ class LoadedControls:
 
         Raises:
             CheckpointError: no control, or one for another model.
-            UsageError: another one has that name.
+            UsageError: no path, a name that is none, or one that another one has.
             PackageError: the model's package is so old that it takes none.
         """
+        usual = "a file, a folder, or the name of a model of a hub"
+        check_path(path, "a control", usual, "Pass a str or a Path.")
+        if image_encoder is not None:
+            check_path(image_encoder, "an image encoder", "a file or a folder", "Pass a str or a Path.")
+        if name is not None:
+            check_name(name, "a control", "Pass name=NAME, or leave it out for the file's.")
         if _PROMPTED not in self._manifest.nets:
             raise PackageError(
                 f"the package {self._manifest.name!r} takes no controls: it has no net {_PROMPTED!r}",
@@ -75,7 +84,7 @@ class LoadedControls:
                 fix="Export the checkpoint again: latentrt export CHECKPOINT -o PACKAGE",
             )
         with ExitStack() as stack:
-            opened = self._open(Path(path), image_encoder)
+            opened = self._open(Path(path), None if image_encoder is None else Path(image_encoder))
             stack.enter_context(closing(opened.loop))
             self._check(opened.package, Path(path))
             name = opened.package.manifest.name if name is None else name
@@ -93,10 +102,12 @@ class LoadedControls:
                     )
         return name
 
-    def unload(self, names: Sequence[str] | None = None) -> None:
+    def unload(self, names: str | Sequence[str] | None = None) -> None:
         """Close these, or all; a picture that is drawn with one fails. UsageError for a name that is none."""
+        fix = "Pass the names of controls, as load_control returns them."
+        given = None if names is None else dict.fromkeys(check_names(names, "a control", fix))
         with self._lock:
-            going = list(self._loaded) if names is None else list(names)
+            going = list(self._loaded if given is None else given)
             for name in going:
                 if name not in self._loaded:
                     raise self._unknown(name)

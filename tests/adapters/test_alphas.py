@@ -6,6 +6,7 @@ by hand; what it holds is then written in each trainer's names.
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
-from latentrt.adapters.binding import BoundAdapter
+from latentrt.adapters.binding import BoundAdapter, check_alphas
+from latentrt.adapters.files import read_adapter
 from latentrt.adapters.keys import flat
 from latentrt.adapters.merging import merged
 from latentrt.engines.errors import AdapterError
@@ -360,6 +362,50 @@ def test_t20_dora_of_peft(tmp_path: Path) -> None:
     check("sd1", trained, found, list(names))
 
 
+def said_of(path: Path, check: Callable[[], object]) -> str:
+    """What an AdapterError found and expects, without the tensor of the model."""
+    with pytest.raises(AdapterError, match="has an alpha of") as caught:
+        check()
+    return f"{caught.value.found}; {caught.value.expected.split(', for ')[0]}; {caught.value.fix}"
+
+
+RANKED = {
+    "lora": {"lora_up.weight": (8, 2), "lora_down.weight": (2, 8)},
+    "loha": {f"hada_w{one}_{end}": (8, 2) if end == "a" else (2, 8) for one in "12" for end in "ab"},
+    "lokr": {"lokr_w1": (2, 2), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 4)},
+    "glora": {"a1": (8, 2), "a2": (2, 8), "b1": (8, 2), "b2": (2, 8)},
+    "glora before": {"a1": (2, 8), "a2": (8, 2), "b1": (2, 8), "b2": (8, 2)},
+}
+
+
+@pytest.mark.parametrize("kind", RANKED)
+@pytest.mark.parametrize("alpha", [2.1e6, 1.9e6])
+def test_without_a_model_the_same_is_said_of_an_alpha(kind: str, alpha: float, tmp_path: Path) -> None:
+    """`inspect` knows of no model, and refuses what `bind` refuses."""
+    stored = {f"lora_unet_layer.{part}": normal(*shape) for part, shape in RANKED[kind].items()}
+    path = write(tmp_path / "x.safetensors", stored | {"lora_unet_layer.alpha": torch.tensor(alpha)})
+    shapes = {"unet": {"layer.weight": (8, 8)}}
+    if alpha < 2e6:
+        check_alphas(read_adapter(path))
+        bound(path, shapes)
+    else:
+        assert said_of(path, lambda: check_alphas(read_adapter(path))) == said_of(
+            path, lambda: bound(path, shapes)
+        )
+
+
+@pytest.mark.parametrize("stem", ["unet.{}", "lora_unet_{flat}"])
+def test_without_a_model_the_same_is_said_of_what_peft_noted(stem: str, tmp_path: Path) -> None:
+    trained = Trained("sd1", "unet", {Q: 2})
+    start = stem.format(Q, flat=flat(Q))
+    stored = {f"{start}.{key}": x for key, x in trained.arrays(Q).items()}
+    noted = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 1e9})}
+    path = write(tmp_path / "x.safetensors", stored, noted)
+    assert said_of(path, lambda: check_alphas(read_adapter(path))) == said_of(
+        path, lambda: bound(path, targets("sd1"))
+    )
+
+
 @pytest.mark.parametrize("alpha", [1e30, -1e30, 2.1e6])
 def test_an_alpha_that_no_trainer_writes(alpha: float, tmp_path: Path) -> None:
     """It would draw noise. A whole LoKr has 1e10 for its "full dimension", and scales nothing."""
@@ -375,4 +421,5 @@ def test_an_alpha_that_no_trainer_writes(alpha: float, tmp_path: Path) -> None:
         bound(write(path, pair, noted), targets("sd1"))
     whole = {f"{name}.lokr_w1": normal(2, 2), f"{name}.lokr_w2": normal(width // 2, width // 2)}
     found = bound(write(path, whole | {f"{name}.alpha": torch.tensor(1e10)}), targets("sd1"))
+    check_alphas(read_adapter(path))
     assert found.changes["unet"][f"{Q}.weight"].scale == 1

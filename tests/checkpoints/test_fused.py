@@ -6,6 +6,7 @@ Sums are LyCORIS'; tests/test_parity_adapters.py compares pictures of fused pack
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -31,6 +32,7 @@ from latentrt.engines.package import MANIFEST, FusedAdapter, Package
 from latentrt.export import export_package
 from latentrt.runtime import Pipeline
 from latentrt.runtime.loop import open as loops
+from latentrt.runtime.model import CheckpointOptions
 from latentrt.runtime.prompts.tokenizer import tokenize
 from tests.checkpoints.conftest import shared, write_lora, write_small
 from tests.export.overflow import RoundedBackend
@@ -262,7 +264,20 @@ def test_a_file_for_another_model_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("wrong", "match"),
     [
+        (3, "the adapters are 3; expected a list of files"),
+        ("a.safetensors", "the adapters are 'a.safetensors'; expected a list of files"),
+        ({"a.safetensors": 1}, "the adapters are {.*}; expected a list of files"),
         ([3], "an adapter is given as 3"),
+        ([None], "an adapter is given as None"),
+        ([()], r"an adapter is given as \(\)"),
+        ([(None, 1)], r"an adapter is given as \(None, 1\)"),
+        (("a.safetensors", 0.5), r"an adapter is given as 0\.5"),
+        ([("a.safetensors", math.nan)], r"the strength of an adapter is nan"),
+        ([("a.safetensors", math.inf)], r"the strength of an adapter is inf"),
+        ([("a.safetensors", -100.5)], r"the strength of an adapter is -100\.5"),
+        ([("a.safetensors", True)], r"the strength of an adapter is True"),
+        ([("a.safetensors", None)], r"the strength of an adapter is None"),
+        ([("a.safetensors", {"unet": math.nan})], r"the strength of an adapter is {'unet': nan}"),
         ([("a", 1, 2)], "an adapter is given as"),
         ([("a.safetensors", "strong")], "the strength of an adapter is 'strong'"),
         (["a.safetensors"] * 17, "17 adapters"),
@@ -273,9 +288,42 @@ def test_what_is_no_adapter_is_refused(small_file: Path, wrong: Any, match: str)
         read_fused(Checkpoint.open(small_file), wrong)
 
 
-def test_a_missing_file_is_refused(small_file: Path) -> None:
-    with pytest.raises(AdapterError, match=r"nowhere\.safetensors is no file"):
-        read_fused(Checkpoint.open(small_file), ["nowhere.safetensors"])
+@pytest.mark.parametrize("wrong", [3, "a.safetensors", [3], [()], ["a.safetensors"] * 17])
+def test_options_that_are_no_adapters_are_refused_at_once(wrong: Any) -> None:
+    with pytest.raises(UsageError, match=r"the adapters are|an adapter is given as|17 adapters"):
+        CheckpointOptions(fused=wrong)
+
+
+@pytest.mark.parametrize(
+    ("file", "match"),
+    [
+        ("nowhere.safetensors", r"nowhere\.safetensors is no file"),
+        ("~nobody.here/x.safetensors", r"x\.safetensors is no file"),
+        ("x" * 300, "xxx is no file"),
+        ("", "is a folder without adapter_model"),
+    ],
+)
+def test_a_missing_file_is_refused(small_file: Path, file: str, match: str) -> None:
+    with pytest.raises(AdapterError, match=match):
+        read_fused(Checkpoint.open(small_file), [file])
+
+
+@pytest.mark.parametrize(
+    ("strength", "plain"),
+    [
+        (np.float32(-0.5), -0.5),
+        (np.int64(1), 1.0),
+        ({"unet": {"down": np.float16(0.25), "mid": [1]}, "text_encoder": 2}, None),
+    ],
+)
+def test_strengths_of_numpy_are_noted_as_json_has_them(
+    small_file: Path, loras: list[Path], strength: Any, plain: Any
+) -> None:
+    """A negative one, too: the weights change the other way."""
+    used = read_fused(Checkpoint.open(small_file), [(loras[0], strength)])
+    (one,) = used.adapters
+    wanted = {"unet": {"down": 0.25, "mid": [1]}, "text_encoder": 2} if plain is None else plain
+    assert json.loads(json.dumps(one.strength)) == wanted
 
 
 def test_without_adapters_nothing_is_written(small_file: Path, tmp_path: Path) -> None:
@@ -316,11 +364,13 @@ def test_a_name_alone_is_a_remark(small_file: Path, tmp_path: Path, export: Call
     [
         ([], "lcm", "without a LoRA"),
         (["plain"], "lightening-4", "Did you mean lightning-4"),
+        (["plain"], 3, "no kind of few-step LoRA is called 3"),
+        (["plain"], ["lcm"], r"no kind of few-step LoRA is called \['lcm'\]"),
         (["LCM", "DMD2"], None, "different numbers of steps: lcm, dmd2"),
     ],
 )
 def test_few_steps_that_cannot_be(
-    small_file: Path, tmp_path: Path, titles: list[str], few_steps: str | None, match: str
+    small_file: Path, tmp_path: Path, titles: list[str], few_steps: Any, match: str
 ) -> None:
     place = {"unet": "to_q"}
     files = [

@@ -125,6 +125,11 @@ def test_inspect_says_what_a_file_is(latentrt: Any, tmp_path: Path) -> None:
     assert f"--lora {tmp_path / 'style.safetensors'}" in out
     found = json.loads(latentrt("inspect", str(tmp_path / "style.safetensors"), "--json")[1])
     assert (found["kind"], found["family"], found["opens"]) == ("lora", "sd1", False)
+    save_file({**lora, f"{name}.alpha": np.full((), 1e9)}, tmp_path / "large.safetensors")
+    _, out, _ = latentrt("inspect", str(tmp_path / "large.safetensors"))
+    assert f"cannot be used: {tmp_path / 'large.safetensors'}: {name} has an alpha of 1e+09" in out
+    assert "expected at most 1e+06 times the rank" in out
+    (tmp_path / "large.safetensors").unlink()
     save_file({"emb_params": np.ones((4, 768), np.float16)}, tmp_path / "face.safetensors")
     _, out, _ = latentrt("inspect", str(tmp_path / "face.safetensors"))
     assert "a textual inversion for Stable Diffusion 1.x" in out

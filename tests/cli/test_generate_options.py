@@ -461,12 +461,28 @@ def test_adapters_of_one_stem(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Cap
     assert "b/style.safetensors is called style-3 here" in capfd.readouterr().err
 
 
+def test_a_file_of_the_folder_is_found_with_its_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the name that it has there; a file that lies here goes before."""
+    Path("styles").mkdir()
+    shutil.copy(ADAPTERS["demo"] / "striped.safetensors", "styles/style.safetensors")
+    words = ["a red circle", "--lora-dir", "styles", *FAST]
+    run(monkeypatch, *words, "--lora", "style.safetensors:0.5", "-o", "a.png")
+    run(monkeypatch, *words, "--lora", "style:0.5", "-o", "b.png")
+    assert (read_metadata(Path("a.png")).record or {})["loras"] == [["style", 0.5]]
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--lora", "."], "is a folder without adapter_model.safetensors"),
         (["--lora", "nothing.safetensors:0.5"], "nothing.safetensors is no file"),
         (["--lora", "nothing"], "no adapter is called 'nothing'"),
+        (["--lora", "~nobody.here/x"], "no adapter is called '~nobody.here/x'"),
+        (["--lora", "x" * 300], "no adapter is called 'xxx"),
+        (["--lora", "x" * 300 + ".safetensors"], "xxx.safetensors is no file"),
+        (["--control-net", "x" * 300, "--control-image", "y.png"], "does not exist"),
+        (["--control-net", "~nobody.here/x", "--control-image", "y.png"], "does not exist"),
         (["--fuse-lora", "x.safetensors"], "--fuse-lora (fused=…) was given for"),
         (["--few-steps", "lcm"], "--few-steps (few_steps=…) was given for"),
     ],

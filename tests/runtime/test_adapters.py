@@ -394,7 +394,7 @@ def test_names_that_are_unknown_or_taken(pipe: Pipeline, files: dict[str, Path])
         pipe.unload_lora_weights("nothing")
     with pytest.raises(UsageError, match="no adapter is called"):
         pipe.set_adapters(["loop", "nothing"])
-    with pytest.raises(UsageError, match="no adapter is called 3"):
+    with pytest.raises(UsageError, match="an adapter is called 3; expected a name, or a list of names"):
         pipe.set_adapters([3])  # pyright: ignore
     with pytest.raises(UsageError, match="2 adapters and 1 strengths"):
         pipe.set_adapters(["loop", "keys"], [1.0])
@@ -416,6 +416,40 @@ def test_names_that_are_unknown_or_taken(pipe: Pipeline, files: dict[str, Path])
         draw(pipe, *["loop"] * 17)
     with pytest.raises(UsageError, match="is no folder"):
         Pipeline.open("demo", loras=files["loop"])
+
+
+@pytest.mark.parametrize("wrong", [3, 1.5, b"x", [3], [["a"]], [None], {3: "a"}], ids=repr)
+def test_what_is_no_name_is_said(pipe: Pipeline, wrong: Any) -> None:
+    for call, whose in (
+        (pipe.set_adapters, "an adapter"),
+        (pipe.unload_lora_weights, "an adapter"),
+        (pipe.unload_controls, "a control"),
+        (pipe.unload_textual_inversion, "an embedding"),
+    ):
+        with pytest.raises(UsageError, match=rf"{whose} is called .*; expected a name, or a list of names"):
+            call(wrong)
+    with pytest.raises(UsageError, match=r"a control is .*; expected a file, a folder, or the name of"):
+        pipe.load_control(wrong)
+    with pytest.raises(UsageError, match=r"an image encoder is .*; expected a file or a folder"):
+        pipe.load_control("a.safetensors", image_encoder=wrong)
+    with pytest.raises(UsageError, match=r"a control is called .*; expected 1 to 255 printable"):
+        pipe.load_control("a.safetensors", wrong)
+    with pytest.raises(UsageError, match=r"the folder is .*; expected the path of a folder"):
+        Pipeline.open("demo", loras=wrong)
+
+
+@pytest.mark.parametrize("written", ["style.safetensors", "style", "old/style.safetensors", "old/style"])
+def test_a_file_of_the_folder_is_called_with_its_ending_too(written: str, tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    for place in ("style", "old/style", "v1.5"):
+        write(tmp_path / f"{place}.safetensors", "loop")
+    with Pipeline.open("demo", loras=tmp_path) as pipe:
+        assert pipe.adapters.called(written) == written.removesuffix(".safetensors")
+        assert [pipe.adapters.called(name) for name in ("v1.5", "v1", "style.pt", "x.safetensors")] == [
+            *("v1.5", None, None, None)
+        ]
+        pipe.load_lora_weights(tmp_path / "v1.5.safetensors", "x.safetensors")
+        assert pipe.adapters.called("x.safetensors") == "x.safetensors"
 
 
 def test_a_file_of_the_folder_that_changed_is_read_again(tmp_path: Path) -> None:

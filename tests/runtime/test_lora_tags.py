@@ -8,9 +8,11 @@ import pytest
 
 from latentrt.engines.errors import UsageError
 from latentrt.engines.package import Package
+from latentrt.runtime import Pipeline
 from latentrt.runtime.model import SHIPPED
 from latentrt.runtime.prompts.a1111 import parse_a1111
 from latentrt.runtime.prompts.lora_tags import lora_tags, without_tags
+from latentrt.runtime.refine import refine
 from latentrt.runtime.request.request import make_request
 
 DEMO = Package.open(SHIPPED["demo"]).manifest
@@ -79,6 +81,12 @@ def test_what_only_looks_like_a_tag_is_said(prompt: str, tag: str, logged: list[
     assert line.startswith(f"{tag!r} in the prompt is no tag of an adapter and is drawn as text")
     make_request(DEMO, "a", negative_prompt="<lora:ink")
     assert len(logged) == 2
+
+
+def test_it_is_said_once_of_a_picture_that_a_refiner_ends(logged: list[str]) -> None:
+    with Pipeline.open("demo") as pipe:
+        refine(pipe, pipe, "a <lora:ink", at=0.5, num_inference_steps=4, height=64, width=64)
+    assert len([line for line in logged if "is no tag of an adapter" in line]) == 1
 
 
 @pytest.mark.parametrize("syntax", ["comfyui", "plain"])

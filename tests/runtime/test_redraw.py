@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -222,6 +223,23 @@ def test_a_picture_of_automatic1111(pipe: Any, folder: Path) -> None:
     assert "Hires upscale: 2" in line
     assert "Denoising strength: 0.7" in line
     assert "Model: v1-5" in line
+
+
+@pytest.mark.parametrize("read", [Path, Path.read_bytes, read_metadata])
+def test_what_is_not_carried_over_is_one_short_line(
+    pipe: Any, folder: Path, logged: list[str], read: Any
+) -> None:
+    """Whatever the picture was given as: its file, the content of it, or what was read from it."""
+    text = f"{'a long prompt ' * 100}\nSteps: 4, Seed: 1, Size: 64x64, Hires upscale: 2, Sampler: Euler"
+    source = read(_of_a1111(folder / "a.png", text))
+    redraw(pipe, source)
+    (line,) = (line for line in logged if "not carried over" in line)
+    name = str(source) if isinstance(source, Path) else "the picture"
+    assert line == f"not carried over from {name}: Hires upscale: 2"
+    nothing = read(folder / "start.png")
+    name = str(nothing) if isinstance(nothing, Path) else "the picture"
+    with pytest.raises(UsageError, match=f"^{re.escape(name)} does not say how it was made"):
+        redraw(pipe, nothing)
 
 
 def test_a_sampler_that_is_not_here(pipe: Any, folder: Path) -> None:

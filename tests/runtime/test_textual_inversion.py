@@ -516,6 +516,12 @@ def test_loading_is_idempotent(plain: Pipeline, folder: Path) -> None:
         pipe.load_textual_inversion([face, hand], token="cat")
     with pytest.raises(UsageError, match="2 arrays without a word; expected a token"):
         pipe.load_textual_inversion({"clip_l": FACE, "clip_g": FACE})
+    for source in (3, None, [3], b"x"):
+        with pytest.raises(UsageError, match=r"an embedding is .*; expected a file, or arrays"):
+            pipe.load_textual_inversion(source)  # pyright: ignore
+    for word in (3, ["a", 3], [["a"]]):
+        with pytest.raises(UsageError, match=r"an embedding is called .*; expected 1 to|tokens for 1 emb"):
+            pipe.load_textual_inversion(face, token=word)  # pyright: ignore
     with pytest.raises(UsageError, match="an embedding is called ' '"):
         pipe.load_textual_inversion(face, token=" ")
     pipe.unload_textual_inversion("cat")
