@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -33,6 +34,9 @@ _CEILING = 5.0
 _PROBE_SCENES = 40
 _PROBE_STEPS = 12
 _PROBE_GUIDANCE = 3.5
+
+# What a denoiser is given besides: from noisy latents (N, 4, 16, 16), timesteps (N,) and context (N, 77, 96).
+Steer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, Any]]
 
 
 def train(
@@ -96,6 +100,11 @@ def _loss(
     return noise_loss(parts, latents[chosen], prompts, timesteps, signal, generator, (floor, power))
 
 
+def unsteered(noisy: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> dict[str, Any]:
+    """Nothing, for a denoiser that goes by its prompt alone."""
+    return {}
+
+
 def noise_loss(
     parts: Parts,
     clean: torch.Tensor,
@@ -104,6 +113,7 @@ def noise_loss(
     signal: torch.Tensor,
     generator: torch.Generator,
     weighing: tuple[float, float],
+    steer: Steer = unsteered,
 ) -> torch.Tensor:
     """Squared error of the predicted noise, for scaled latents (N, 4, 16, 16).
 
@@ -113,7 +123,8 @@ def noise_loss(
     noise = torch.randn(clean.shape, generator=generator)
     kept = signal[timesteps].view(-1, 1, 1, 1)
     noisy = kept.sqrt() * clean + (1 - kept).sqrt() * noise
-    predicted = parts.unet(noisy, timesteps, encode(parts, prompts)).sample
+    context = encode(parts, prompts)
+    predicted = parts.unet(noisy, timesteps, context, **steer(noisy, timesteps, context)).sample
     ratio = kept / (1 - kept) * model.LATENT_STD**2
     weight = ratio.clamp(floor, _CEILING) ** power / ratio
     return (weight * (predicted - noise).square()).mean()

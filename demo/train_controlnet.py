@@ -1,0 +1,148 @@
+"""Trains the demo's ControlNet: `python -m latentrt.demo.train_controlnet`, with the extra `[export]`.
+
+Its hints are edges, white on black, as `runtime.controls.canny` finds them in a picture. The model stays as it
+is. One thread, drawn pictures, a fixed number of steps and fixed seeds; held-out combinations are never drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+from torch import nn
+
+from ..runtime.controls.canny import canny
+from . import model, shapes
+from .checker import size_of
+from .model import SCALING, Parts
+from .parallel import cosine
+from .placed import Placed, anywhere
+from .shapes import Scene
+from .train_adapters import open_parts
+from .train_unet import Steer, noise_loss
+
+STEPS = 2000
+BATCH = 12
+PICTURES = 3000
+
+_RATE = 2e-3
+_LOG_EVERY = 100
+_EMPTY_PROMPTS = 0.15
+# So often the prompt says another shape than the edges: they have to win.
+_WRONG_PROMPTS = 0.2
+_WEIGHING = (0.5, 0.5)  # as for adapters
+_HINT_WIDTHS = (8, 16, 32, 64)  # of the convolutions that read the hint, each but the first half as large
+
+
+def controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
+    """One for the demo's UNet, with the UNet's weights, but without transformers.
+
+    Edges say where, the prompt says what: a net that reads edges alone is half as large. As ever its outputs
+    are zero before the training.
+    """
+    copied = ("in_channels", "block_out_channels", "layers_per_block", "norm_num_groups")
+    own = {name: unet.config[name] for name in (*copied, "cross_attention_dim", "attention_head_dim")}
+    net = ControlNetModel(
+        **own,
+        down_block_types=("DownBlock2D",) * len(unet.config["block_out_channels"]),
+        mid_block_type="UNetMidBlock2D",
+        conditioning_embedding_out_channels=_HINT_WIDTHS,
+    )
+    theirs, shapes_of = unet.state_dict(), net.state_dict()
+    net.load_state_dict({name: theirs.get(name, weight) for name, weight in shapes_of.items()})
+    return net
+
+
+def hint_of(placed: Placed) -> torch.Tensor:
+    """The edges of a drawing, (1, 3, 128, 128): 1 where there are any."""
+    return torch.from_numpy(canny(placed.drawing())).float().expand(1, 3, -1, -1)
+
+
+@torch.no_grad()
+def pictures(parts: Parts) -> tuple[list[Placed], torch.Tensor, torch.Tensor]:
+    """Random scenes of training, their scaled latents, and their hints."""
+    rng = shapes.generator("placed pictures")
+    placed: list[Placed] = []
+    for _ in range(PICTURES):
+        place = anywhere(rng)
+        placed.append(Placed(Scene(*rng.choice(shapes.training_combos()), size=size_of(place.radius)), place))
+    latents: list[torch.Tensor] = []
+    for one in placed:
+        pixels = torch.from_numpy(one.picture(rng)).permute(2, 0, 1)[None] / 127.5 - 1
+        latents.append(parts.vae.encode(pixels).latent_dist.mean * SCALING)
+    return placed, torch.cat(latents), torch.cat([hint_of(one) for one in placed])
+
+
+def train(parts: Parts, net: ControlNetModel) -> Iterator[float]:
+    """Train a ControlNet, one step at a time; the losses."""
+    placed, latents, hints = pictures(parts)
+    signal = model.scheduler().alphas_cumprod.float()
+    optimiser = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
+    for step in range(STEPS):
+        rng = shapes.generator(f"controlnet {step}")
+        generator = torch.Generator().manual_seed(step)
+        chosen = rng.sample(range(PICTURES), BATCH)
+        prompts = [_prompt(placed[i].scene, rng) for i in chosen]
+        timesteps = ((torch.arange(BATCH) + torch.rand((BATCH,), generator=generator)) * 1000 / BATCH).long()
+        steer = steered_by(net, hints[chosen])
+        loss = noise_loss(parts, latents[chosen], prompts, timesteps, signal, generator, _WEIGHING, steer)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        for group in optimiser.param_groups:
+            group["lr"] = cosine(step / STEPS, _RATE, step, warmup=50)
+        optimiser.step()
+        yield float(loss.detach())
+
+
+def steered_by(net: ControlNetModel, hints: torch.Tensor) -> Steer:
+    """What the UNet is given of a ControlNet that sees these hints (N, 3, 128, 128)."""
+
+    def steer(noisy: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> dict[str, Any]:
+        seen = net(noisy, timesteps, context, hints)
+        return {
+            "down_block_additional_residuals": seen.down_block_res_samples,
+            "mid_block_additional_residual": seen.mid_block_res_sample,
+        }
+
+    return steer
+
+
+def _prompt(scene: Scene, rng: random.Random) -> str:
+    """A sentence for a scene of training, one with another shape, or none."""
+    chance = rng.random()
+    if chance < _EMPTY_PROMPTS:
+        return ""
+    if chance < _EMPTY_PROMPTS + _WRONG_PROMPTS:
+        scene = replace(scene, shape=rng.choice(shapes.SHAPES))
+    return shapes.describe(scene, rng)
+
+
+def main() -> None:
+    """Parse the command line, train, and write a folder as diffusers has it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("demo/controls/edges"), help="the net's folder")
+    parser.add_argument("--checkpoint", type=Path, default=Path("demo/checkpoint"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    parts = open_parts(arguments.checkpoint)
+    net = controlnet(parts.unet)
+    losses: list[float] = []
+    for loss in train(parts, net):
+        losses.append(loss)
+        if len(losses) % _LOG_EVERY == 0:
+            mean = sum(losses[-_LOG_EVERY:]) / _LOG_EVERY
+            print(f"{time.strftime('%H:%M:%S')} {len(losses)} loss {mean:.4f}", flush=True)
+    net.half().save_pretrained(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
