@@ -60,12 +60,9 @@ def anywhere(rng: random.Random) -> Placement:
     return Placement(SIDE / 2 + rng.uniform(-free, free), SIDE / 2 + rng.uniform(-free, free), radius)
 
 
-def tests(count: int, shape: str = "") -> list[Placed]:
-    """Held-out combinations in a fixed random order, each placed anew.
-
-    With `shape` they are of that shape, which training has never drawn.
-    """
-    rng = shapes.generator(f"placed tests {shape}")
+def asked(count: int, shape: str | None = None) -> list[Placed]:
+    """Held-out combinations in a fixed random order, each placed anew; all of `shape`, where it is given."""
+    rng = shapes.generator(f"placed {shape or 'shapes'}")
     combos = shapes.held_out()
     rng.shuffle(combos)
     found: list[Placed] = []

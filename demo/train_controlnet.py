@@ -1,7 +1,8 @@
 """Trains the demo's ControlNet: `python -m latentrt.demo.train_controlnet`, with the extra `[export]`.
 
-Its hints are edges, white on black, as `runtime.controls.canny` finds them in a picture. The model stays as it
-is. One thread, drawn pictures, a fixed number of steps and fixed seeds; held-out combinations are never drawn.
+Its hints are edges, white on black, as `runtime.controls.canny` finds them in a picture. The model stays as
+it is. One thread, drawn pictures, a fixed number of steps and fixed seeds; held-out combinations are never
+drawn.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from .shapes import Scene
 from .train_adapters import open_parts
 from .train_unet import Steer, noise_loss
 
-STEPS = 2000
+STEPS = 1000
 BATCH = 12
-PICTURES = 3000
+PICTURES = 1500
 
 _RATE = 2e-3
 _LOG_EVERY = 100
@@ -134,14 +135,16 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     parts = open_parts(arguments.checkpoint)
-    net = controlnet(parts.unet)
+    # A fifth faster on a CPU, and the same net.
+    parts.unet.to(memory_format=torch.channels_last)
+    net = controlnet(parts.unet).to(memory_format=torch.channels_last)
     losses: list[float] = []
     for loss in train(parts, net):
         losses.append(loss)
         if len(losses) % _LOG_EVERY == 0:
             mean = sum(losses[-_LOG_EVERY:]) / _LOG_EVERY
             print(f"{time.strftime('%H:%M:%S')} {len(losses)} loss {mean:.4f}", flush=True)
-    net.half().save_pretrained(arguments.out)
+    net.to(dtype=torch.float16, memory_format=torch.contiguous_format).save_pretrained(arguments.out)
 
 
 if __name__ == "__main__":

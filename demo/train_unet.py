@@ -119,15 +119,19 @@ def noise_loss(
 
     `signal` are the schedule's 1000 products of alphas; `weighing` is a floor and a power (see `_WEIGHTS`).
     """
-    floor, power = weighing
     noise = torch.randn(clean.shape, generator=generator)
     kept = signal[timesteps].view(-1, 1, 1, 1)
     noisy = kept.sqrt() * clean + (1 - kept).sqrt() * noise
     context = encode(parts, prompts)
     predicted = parts.unet(noisy, timesteps, context, **steer(noisy, timesteps, context)).sample
+    return (weights_of(kept, weighing) * (predicted - noise).square()).mean()
+
+
+def weights_of(kept: torch.Tensor, weighing: tuple[float, float]) -> torch.Tensor:
+    """What squared errors of noise are multiplied with, where `kept` is left of the signal's power."""
+    floor, power = weighing
     ratio = kept / (1 - kept) * model.LATENT_STD**2
-    weight = ratio.clamp(floor, _CEILING) ** power / ratio
-    return (weight * (predicted - noise).square()).mean()
+    return ratio.clamp(floor, _CEILING) ** power / ratio
 
 
 def _probe(parts: Parts, step: int, rank: int) -> None:
