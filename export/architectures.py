@@ -152,6 +152,20 @@ _PROCESSOR = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
+# The ControlNet of the model that ships, which reads a hint and no prompt (`demo/train_controlnet.py`).
+_DEMO_UNET = {
+    "in_channels": 4,
+    "block_out_channels": [64, 96],
+    "layers_per_block": 1,
+    "cross_attention_dim": 96,
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+}
+_DEMO_CONTROL = {
+    "down_block_types": ["DownBlock2D"] * 2,
+    "mid_block_type": "UNetMidBlock2D",
+    "conditioning_embedding_out_channels": [8, 16, 32, 64],
+}
 
 
 def _control(unet: Config, **more: Any) -> Architecture:
@@ -211,4 +225,5 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "sdxl-control-small": _control(
         _SDXL_UNET, down_block_types=["DownBlock2D"] * 3, mid_block_type="UNetMidBlock2D"
     ),
+    "demo-control": _control(_DEMO_UNET, **_DEMO_CONTROL),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
 
 SHIPPED = {"demo": Path(__file__).resolve().parent.parent / "demo" / "package"}
 
-# Where adapters of shipped models lie, and embeddings.
+# Where adapters of shipped models lie, embeddings, and controls.
 ADAPTERS = {"demo": SHIPPED["demo"].parent / "adapters"}
 EMBEDDINGS = {"demo": SHIPPED["demo"].parent / "embeddings"}
+CONTROLS = {"demo": SHIPPED["demo"].parent / "controls"}
 
 # The options that the command line calls otherwise than `CheckpointOptions`.
 _FLAGS = {"fused": "--fuse-lora"}
@@ -165,15 +167,17 @@ def open_control_model(
     *,
     backend: str,
     dtype: str,
+    shipped: Path | None = None,
     advance: Advance | None = None,
     note: Note | None = None,
 ) -> Package:
-    """Open a ControlNet: a file, a diffusers folder, or a model of a hub.
+    """Open a ControlNet: a file, a diffusers folder, a model of a hub, or one that ships.
 
     Args:
         control: which.
         backend: the name of the one that it is opened for.
         dtype: of the model that it steers.
+        shipped: a folder whose controls are called by name, where no file is called so.
         advance, note: as in `open_model`.
 
     Raises:
@@ -185,6 +189,8 @@ def open_control_model(
     from ..checkpoints.opened import Options, open_control
 
     asked = str(control)
+    if shipped is not None and not Path(asked).exists() and asked in os.listdir(shipped):
+        asked = str(shipped / asked)
     return open_control(
         snapshot(locate(asked, progress=_downloading(advance))),
         Options(dtype=cast(Any, dtype), reads=BACKENDS[backend].reads),

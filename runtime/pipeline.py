@@ -30,6 +30,7 @@ from .loop.job import NEVER, Clock, DenoiseJob, Drawn, JobRecorder, Loop, Packag
 from .loop.open import LoopOptions, open_control_loop, open_loop
 from .model import (
     ADAPTERS,
+    CONTROLS,
     EMBEDDINGS,
     Advance,
     CheckpointOptions,
@@ -212,7 +213,12 @@ class Pipeline:
                 embeddings=embeddings,
                 allow_unused=allow_unused,
                 open_control=partial(
-                    _open_control, package.manifest.dtype, options=options, progress=progress, note=note
+                    _open_control,
+                    package.manifest.dtype,
+                    options=options,
+                    shipped=CONTROLS.get(str(model)),
+                    progress=progress,
+                    note=note,
                 ),
             )
             stack.pop_all()
@@ -331,7 +337,8 @@ class Pipeline:
         Nothing is drawn with it before a request has a `Control` of that name: `pipe(…, controls=[…])`.
 
         Args:
-            path: a file, a diffusers folder, or a model of a hub (`org/name`).
+            path: a file, a diffusers folder, a model of a hub (`org/name`), or the name of one that ships
+                with the model (`demo/README.md`).
             name: what to call it.
 
         Returns:
@@ -689,12 +696,15 @@ def _open_control(
     dtype: str,
     path: Path,
     options: LoopOptions = _ON_A_CPU,
+    shipped: Path | None = None,
     progress: Advance | None = None,
     note: Note | None = None,
 ) -> OpenedControl:
     """Open a ControlNet as the model of that arithmetic is opened."""
     backend = find_backend(options.backend, place=Place.parse(options.device))[0]
-    package = open_control_model(path, backend=backend, dtype=dtype, advance=progress, note=note)
+    package = open_control_model(
+        path, backend=backend, dtype=dtype, shipped=shipped, advance=progress, note=note
+    )
     return OpenedControl(package=package, loop=open_control_loop(package, options))
 
 
