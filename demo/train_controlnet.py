@@ -8,6 +8,8 @@ drawn.
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import random
 import time
 from collections.abc import Iterator
@@ -25,16 +27,17 @@ from .checker import size_of
 from .model import SCALING, Parts
 from .parallel import cosine
 from .placed import Placed, anywhere
-from .shapes import Scene
+from .shapes import Combo, Scene
 from .train_adapters import open_parts
 from .train_unet import Steer, noise_loss
 
-STEPS = 500
+# (steps, peak learning rate) of each cosine cycle. In the second, colours are the more frequent the nearer
+# they are to their backgrounds: after the first, almost all others followed the edges.
+CYCLES = ((500, 2e-3), (600, 1e-3))
 BATCH = 12
-PICTURES = 1500
+PICTURES = 1500  # of each cycle
 
-_RATE = 2e-3
-_LOG_EVERY = 100
+_LOG_EVERY = 50
 _EMPTY_PROMPTS = 0.15
 # So often the prompt says another shape than the edges: they have to win.
 _WRONG_PROMPTS = 0.2
@@ -71,14 +74,23 @@ def hint_of(placed: Placed) -> torch.Tensor:
     return torch.from_numpy(canny(placed.drawing())).float().expand(1, 3, -1, -1)
 
 
+def faintness(combo: Combo) -> float:
+    """How near a colour is to its background, 1 at a distance of 255."""
+    colour, _, ground = combo
+    return 255 / math.dist(shapes.RGB[colour], shapes.RGB[ground])
+
+
 @torch.no_grad()
-def pictures(parts: Parts) -> tuple[list[Placed], torch.Tensor, torch.Tensor]:
+def pictures(parts: Parts, cycle: int) -> tuple[list[Placed], torch.Tensor, torch.Tensor]:
     """Random scenes of training, their scaled latents, and their hints."""
-    rng = shapes.generator("placed pictures")
+    rng = shapes.generator(f"placed pictures{cycle or ''}")
+    combos = shapes.training_combos()
+    weights = [faintness(combo) for combo in combos] if cycle else None
     placed: list[Placed] = []
     for _ in range(PICTURES):
         place = anywhere(rng)
-        placed.append(Placed(Scene(*rng.choice(shapes.training_combos()), size=size_of(place.radius)), place))
+        combo = rng.choices(combos, weights)[0] if weights else rng.choice(combos)
+        placed.append(Placed(Scene(*combo, size=size_of(place.radius)), place))
     latents: list[torch.Tensor] = []
     for one in placed:
         pixels = torch.from_numpy(one.picture(rng)).permute(2, 0, 1)[None] / 127.5 - 1
@@ -86,14 +98,15 @@ def pictures(parts: Parts) -> tuple[list[Placed], torch.Tensor, torch.Tensor]:
     return placed, torch.cat(latents), torch.cat([hint_of(one) for one in placed])
 
 
-def train(parts: Parts, net: ControlNetModel) -> Iterator[float]:
-    """Train a ControlNet, one step at a time; the losses."""
-    placed, latents, hints = pictures(parts)
+def train(parts: Parts, net: ControlNetModel, cycle: int) -> Iterator[float]:
+    """Train a ControlNet for a cycle, one step at a time; the losses."""
+    placed, latents, hints = pictures(parts, cycle)
+    steps, peak = CYCLES[cycle]
     signal = model.scheduler().alphas_cumprod.float()
     optimiser = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
-    for step in range(STEPS):
-        rng = shapes.generator(f"controlnet {step}")
-        generator = torch.Generator().manual_seed(step)
+    for step in range(steps):
+        rng = shapes.generator(f"controlnet {cycle * steps + step}")
+        generator = torch.Generator().manual_seed(cycle * steps + step)
         chosen = rng.sample(range(PICTURES), BATCH)
         prompts = [_prompt(placed[i].scene, rng) for i in chosen]
         timesteps = ((torch.arange(BATCH) + torch.rand((BATCH,), generator=generator)) * 1000 / BATCH).long()
@@ -103,7 +116,7 @@ def train(parts: Parts, net: ControlNetModel) -> Iterator[float]:
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         for group in optimiser.param_groups:
-            group["lr"] = cosine(step / STEPS, _RATE, step, warmup=50)
+            group["lr"] = cosine(step / steps, peak, step, warmup=50)
         optimiser.step()
         yield float(loss.detach())
 
@@ -131,6 +144,13 @@ def _prompt(scene: Scene, rng: random.Random) -> str:
     return shapes.describe(scene, rng)
 
 
+def logged(name: str, losses: Iterator[float]) -> None:
+    """Run a training, and print its mean losses."""
+    for number, some in enumerate(iter(lambda: list(itertools.islice(losses, _LOG_EVERY)), []), 1):
+        mean = sum(some) / len(some)
+        print(f"{time.strftime('%H:%M:%S')} {name} {number * _LOG_EVERY} loss {mean:.4f}", flush=True)
+
+
 def main() -> None:
     """Parse the command line, train, and write a folder as diffusers has it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -143,12 +163,8 @@ def main() -> None:
     # A fifth faster on a CPU, and the same net.
     parts.unet.to(memory_format=torch.channels_last)
     net = controlnet(parts.unet).to(memory_format=torch.channels_last)
-    losses: list[float] = []
-    for loss in train(parts, net):
-        losses.append(loss)
-        if len(losses) % _LOG_EVERY == 0:
-            mean = sum(losses[-_LOG_EVERY:]) / _LOG_EVERY
-            print(f"{time.strftime('%H:%M:%S')} {len(losses)} loss {mean:.4f}", flush=True)
+    losses = itertools.chain.from_iterable(train(parts, net, cycle) for cycle in range(len(CYCLES)))
+    logged("controlnet", losses)
     net.to(dtype=torch.float16, memory_format=torch.contiguous_format).save_pretrained(arguments.out)
 
 

@@ -9,9 +9,7 @@ a fixed number of steps and fixed seeds; held-out combinations are never drawn.
 from __future__ import annotations
 
 import argparse
-import itertools
 import random
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +28,7 @@ from .model import TEXT_WIDTH, Parts, encode
 from .parallel import cosine
 from .shapes import Placement, Scene
 from .train_adapters import latents_of, open_parts
+from .train_controlnet import logged
 from .train_unet import weights_of
 
 FIRST_STEPS, STEPS = 1500, 500
@@ -37,7 +36,6 @@ FIRST_BATCH, BATCH = 32, 12
 PICTURES = 600
 WEIGHTS = "ip_adapter.safetensors"
 
-_LOG_EVERY = 100
 _FIRST_RATE, _RATE, _ENCODER_RATE = 2e-3, 2e-3, 2e-4
 _WEIGHING = (0.5, 0.5)  # as for adapters
 _TOKENS = 4  # as diffusers takes of a plain IP-Adapter
@@ -257,13 +255,6 @@ def _asked(wanted: Scene, rng: random.Random) -> Asked:
     if chance < _NO_SENTENCES + _OTHER_SHAPES:
         return with_shape(another_shape(wanted, rng, shapes.training_combos()), wanted.shape)
     return Asked(wanted, shapes.describe(wanted, rng), wanted)
-
-
-def logged(name: str, losses: Iterator[float]) -> None:
-    """Run a training, and print its mean losses."""
-    for number, some in enumerate(iter(lambda: list(itertools.islice(losses, _LOG_EVERY)), []), 1):
-        mean = sum(some) / len(some)
-        print(f"{time.strftime('%H:%M:%S')} {name} {number * _LOG_EVERY} loss {mean:.4f}", flush=True)
 
 
 def main() -> None:

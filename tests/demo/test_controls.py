@@ -122,7 +122,7 @@ def test_what_is_judged_was_never_trained_on() -> None:
 
 def test_they_are_small_and_in_half_precision() -> None:
     folders = [folder for folder in CONTROLS["demo"].iterdir() if folder.is_dir()]
-    assert {folder.name for folder in folders} == {"edges"}
+    assert {folder.name for folder in folders} == {"edges", "likeness"}
     for folder in folders:
         files = [path for path in folder.rglob("*") if path.is_file()]
         assert sum(path.stat().st_size for path in files) <= LIMIT
