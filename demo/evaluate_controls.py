@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--net", default=EDGES, help="the ControlNet: the shipped one, or a folder")
     arguments = parser.parse_args()
     print("| drawn with | pictures | followed | mean IoU | colour | background |\n" + "|---" * 6 + "|")
-    with Pipeline.open("demo") as pipe:
+    with Pipeline.open("demo", threads=1) as pipe:
         pipe.load_control(arguments.net, EDGES)
         rows, drawn = evaluate(pipe, arguments.count)
         backend = pipe.backend

@@ -29,7 +29,6 @@ from .train_ip_adapter import WEIGHTS
 
 COUNT = 100
 
-_BATCH = 10
 _SHEET = 8
 
 
@@ -65,19 +64,17 @@ def draw(pipe: Any, requests: Sequence[Asked], scale: float = 1.0) -> Pictures:
     """One (128, 128, 3) uint8 picture for each."""
     pipe.set_ip_adapter_scale(scale)
     settings = {name: value for name, value in RECOMMENDED.items() if name != "sampler"}
-    prompts, pictures = shown(requests), []
-    for first in range(0, len(requests), _BATCH):
-        part = slice(first, first + _BATCH)
-        # Several pictures of one list would all go with each sentence; embeddings go one by one.
-        seen, nothing = pipe.encode_image(prompts[part], "cpu", 1)
+    pictures: Pictures = []
+    # One by one: diffusers gives every prompt of a list the same picture.
+    for seed, (one, picture) in enumerate(zip(requests, shown(requests), strict=True)):
         drawn = pipe(
-            [one.prompt for one in requests[part]],
-            ip_adapter_image_embeds=[torch.cat([nothing, seen])[:, None]],
-            generator=[torch.Generator().manual_seed(seed) for seed in range(len(requests))[part]],
+            one.prompt,
+            ip_adapter_image=picture,
+            generator=torch.Generator().manual_seed(seed),
             output_type="np",
             **settings,
         )
-        pictures += [np.rint(255 * picture).astype(np.uint8) for picture in drawn.images]
+        pictures.append(np.rint(255 * drawn.images[0]).astype(np.uint8))
     return pictures
 
 
@@ -106,10 +103,10 @@ def evaluate(pipe: Any, count: int) -> tuple[list[Row], list[Pictures]]:
     rows: list[Row] = []
     sheet: list[Pictures] = [shown(pictured)]
     for name, requests, scale in (
-        ("neither picture nor sentence", pictured, 0.0),
         ("picture", pictured, 1.0),
-        ("sentence with a shape", worded, 0.0),
         ("picture, and a sentence with a shape", worded, 1.0),
+        ("neither picture nor sentence", pictured, 0.0),
+        ("sentence with a shape", worded, 0.0),
     ):
         pictures = draw(pipe, requests, scale)
         rows.append(judge(name, pictures, requests))
@@ -126,6 +123,7 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, default=FOLDER / "controls" / "likeness")
     parser.add_argument("--count", type=int, default=COUNT, help="pictures a row")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # two would wait for each other whenever something else runs
     print("| drawn with | pictures | colour | shape | background | size | obeyed |\n" + "|---" * 7 + "|")
     rows, sheet = evaluate(opened(arguments.adapter), arguments.count)
     arguments.out.mkdir(parents=True, exist_ok=True)
