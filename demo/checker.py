@@ -62,23 +62,38 @@ def check(picture: npt.NDArray[np.uint8]) -> Verdict:
     """Judge one picture, (H, W, 3) uint8 with H == W."""
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.shape[0] != picture.shape[1]:
         raise ValueError(f"found a picture of shape {picture.shape}, expected (N, N, 3)")
-    pixels = picture.astype(np.float32)
-    ground = _border_colour(pixels)
-    distance = np.sqrt(np.square(pixels - ground).sum(axis=2))
-    # The most distant percent of the pixels, without the last few, lies inside even the smallest shape.
-    contrast = float(np.percentile(distance, 99))
+    ground, inside, coverage = _layers(picture)
     background = name_of(ground)
-    if contrast < _VISIBLE:
+    if inside is None:
         return Verdict(background, _NOTHING, _NOTHING, _NOTHING, 0.0)
-    inside: Colour = np.median(pixels[distance > 0.7 * contrast], axis=0)
-    axis = inside - ground
-    coverage = (pixels - ground) @ axis / float(axis @ axis)
     seen: Mask = coverage > 0.5
     depth = stripe_depth(coverage, seen)
     texture = "striped" if depth > STRIPED else "plain"
     shape, radius, likeness = best_fit(seen, texture)
     name, iou = name_of(inside), likeness[shape]
     return Verdict(background, name, size_of(radius), shape, iou, texture, depth, likeness)
+
+
+def seen_mask(picture: npt.NDArray[np.uint8]) -> Mask:
+    """Where a picture (N, N, 3) shows something on its background, (N, N); nowhere if it is empty."""
+    seen: Mask = _layers(picture)[2] > 0.5
+    return seen
+
+
+def _layers(
+    picture: npt.NDArray[np.uint8],
+) -> tuple[Colour, Colour | None, npt.NDArray[np.floating[Any]]]:
+    """The background's colour, the shape's, and how much of it covers each pixel (N, N): None if empty."""
+    pixels = picture.astype(np.float32)
+    ground = _border_colour(pixels)
+    distance = np.sqrt(np.square(pixels - ground).sum(axis=2))
+    # The most distant percent of the pixels, without the last few, lies inside even the smallest shape.
+    contrast = float(np.percentile(distance, 99))
+    if contrast < _VISIBLE:
+        return ground, None, np.zeros_like(distance)
+    inside: Colour = np.median(pixels[distance > 0.7 * contrast], axis=0)
+    axis = inside - ground
+    return ground, inside, (pixels - ground) @ axis / float(axis @ axis)
 
 
 def stripe_depth(coverage: npt.NDArray[np.floating[Any]], seen: Mask) -> float:

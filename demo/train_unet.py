@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -33,6 +34,9 @@ _CEILING = 5.0
 _PROBE_SCENES = 40
 _PROBE_STEPS = 12
 _PROBE_GUIDANCE = 3.5
+
+# What a denoiser is given besides: from noisy latents (N, 4, 16, 16), timesteps (N,) and context (N, 77, 96).
+Steer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, Any]]
 
 
 def train(
@@ -96,6 +100,11 @@ def _loss(
     return noise_loss(parts, latents[chosen], prompts, timesteps, signal, generator, (floor, power))
 
 
+def unsteered(noisy: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> dict[str, Any]:
+    """Nothing, for a denoiser that goes by its prompt alone."""
+    return {}
+
+
 def noise_loss(
     parts: Parts,
     clean: torch.Tensor,
@@ -104,19 +113,25 @@ def noise_loss(
     signal: torch.Tensor,
     generator: torch.Generator,
     weighing: tuple[float, float],
+    steer: Steer = unsteered,
 ) -> torch.Tensor:
     """Squared error of the predicted noise, for scaled latents (N, 4, 16, 16).
 
     `signal` are the schedule's 1000 products of alphas; `weighing` is a floor and a power (see `_WEIGHTS`).
     """
-    floor, power = weighing
     noise = torch.randn(clean.shape, generator=generator)
     kept = signal[timesteps].view(-1, 1, 1, 1)
     noisy = kept.sqrt() * clean + (1 - kept).sqrt() * noise
-    predicted = parts.unet(noisy, timesteps, encode(parts, prompts)).sample
+    context = encode(parts, prompts)
+    predicted = parts.unet(noisy, timesteps, context, **steer(noisy, timesteps, context)).sample
+    return (weights_of(kept, weighing) * (predicted - noise).square()).mean()
+
+
+def weights_of(kept: torch.Tensor, weighing: tuple[float, float]) -> torch.Tensor:
+    """What squared errors of noise are multiplied with, where `kept` is left of the signal's power."""
+    floor, power = weighing
     ratio = kept / (1 - kept) * model.LATENT_STD**2
-    weight = ratio.clamp(floor, _CEILING) ** power / ratio
-    return (weight * (predicted - noise).square()).mean()
+    return ratio.clamp(floor, _CEILING) ** power / ratio
 
 
 def _probe(parts: Parts, step: int, rank: int) -> None:

@@ -154,6 +154,32 @@ _PROCESSOR = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
+# The ControlNet of the model that ships, which reads a hint and no prompt (`demo/train_controlnet.py`).
+_DEMO_UNET = {
+    "in_channels": 4,
+    "block_out_channels": [64, 96],
+    "layers_per_block": 1,
+    "cross_attention_dim": 96,
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+}
+_DEMO_LAYERS = (64, 64, 64, 96)
+_DEMO_VISION = {
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "image_size": 64,
+    "patch_size": 8,
+    "projection_dim": 64,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+_DEMO_CONTROL = {
+    "down_block_types": ["DownBlock2D"] * 2,
+    "mid_block_type": "UNetMidBlock2D",
+    "conditioning_embedding_out_channels": [8, 16, 32, 64],
+}
 
 
 def _control(unet: Config, **more: Any) -> Architecture:
@@ -294,4 +320,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     # xinsir/controlnet-union-sdxl-1.0, and its ProMax
     "sdxl-control-union": _control(_SDXL_UNET, **_union(6)),
     "sdxl-control-promax": _control(_SDXL_UNET, **_union(8)),
+    "demo-control": _control(_DEMO_UNET, **_DEMO_CONTROL),
+    "demo-ip": _ip_adapter(_embedding(64, 96), _DEMO_LAYERS, _DEMO_VISION, "image_embeds"),
 }

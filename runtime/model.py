@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
 
 SHIPPED = {"demo": Path(__file__).resolve().parent.parent / "demo" / "package"}
 
-# Where adapters of shipped models lie, and embeddings.
+# Where adapters of shipped models lie, embeddings, and controls.
 ADAPTERS = {"demo": SHIPPED["demo"].parent / "adapters"}
 EMBEDDINGS = {"demo": SHIPPED["demo"].parent / "embeddings"}
+CONTROLS = {"demo": SHIPPED["demo"].parent / "controls"}
 
 # The options that the command line calls otherwise than `CheckpointOptions`.
 _FLAGS = {"fused": "--fuse-lora"}
@@ -170,16 +172,18 @@ def open_control_model(
     backend: str,
     model: Package,
     image_encoder: Path | None = None,
+    shipped: Path | None = None,
     advance: Advance | None = None,
     note: Note | None = None,
 ) -> Package:
-    """Open a control: a file, a diffusers folder, or a model of a hub.
+    """Open a control: a file, a diffusers folder, a model of a hub, or one that ships.
 
     Args:
         control: which.
         backend: the name of the one that it is opened for.
         model: that it steers; a ControlNet that is stored as a change of its UNet is completed with it.
         image_encoder: of an IP-Adapter; None is the one beside it.
+        shipped: a folder whose controls are called by name, where no file is called so.
         advance, note: as in `open_model`.
 
     Raises:
@@ -191,6 +195,8 @@ def open_control_model(
     from ..checkpoints.opened import Options, open_control
 
     asked = str(control)
+    if shipped is not None and not Path(asked).exists() and asked in os.listdir(shipped):
+        asked = str(shipped / asked)
     return open_control(
         snapshot(locate(asked, progress=_downloading(advance))),
         Options(

@@ -30,6 +30,7 @@ from .loop.job import NEVER, Clock, DenoiseJob, Drawn, JobRecorder, Loop, Packag
 from .loop.open import LoopOptions, open_control_loop, open_loop
 from .model import (
     ADAPTERS,
+    CONTROLS,
     EMBEDDINGS,
     Advance,
     CheckpointOptions,
@@ -212,7 +213,14 @@ class Pipeline:
                 loras=loras,
                 embeddings=embeddings,
                 allow_unused=allow_unused,
-                open_control=partial(_open_control, package, options=options, progress=progress, note=note),
+                open_control=partial(
+                    _open_control,
+                    package,
+                    options=options,
+                    shipped=CONTROLS.get(str(model)),
+                    progress=progress,
+                    note=note,
+                ),
             )
             stack.pop_all()
             return pipe
@@ -335,7 +343,8 @@ class Pipeline:
         without any in a request the pictures are the same to the byte on a CPU.
 
         Args:
-            path: a file, a diffusers folder, or a model of a hub (`org/name`).
+            path: a file, a diffusers folder, a model of a hub (`org/name`), or the name of one that ships
+                with the model (`demo/README.md`).
             name: what to call it.
             image_encoder: an IP-Adapter's, a folder of transformers or a `.safetensors` file; by default the
                 folder "image_encoder" beside it, where the published ones have it.
@@ -697,13 +706,20 @@ def _open_control(
     path: Path,
     image_encoder: Path | None = None,
     options: LoopOptions = _ON_A_CPU,
+    shipped: Path | None = None,
     progress: Advance | None = None,
     note: Note | None = None,
 ) -> OpenedControl:
     """Open a control as the model that it steers is opened."""
     backend = find_backend(options.backend, place=Place.parse(options.device))[0]
     package = open_control_model(
-        path, backend=backend, model=model, image_encoder=image_encoder, advance=progress, note=note
+        path,
+        backend=backend,
+        model=model,
+        image_encoder=image_encoder,
+        shipped=shipped,
+        advance=progress,
+        note=note,
     )
     return OpenedControl(package=package, loop=open_control_loop(package, options))
 

@@ -23,7 +23,7 @@ VISION = "vision"  # the part that an IP-Adapter reads pictures through
 # (xinsir6/ControlNetPlus, `controlnet_union_test_*.py` and `promax/`.)
 CONTROL_TYPES = ("openpose", "depth", "scribble", "canny", "normal", "segment", "tile", "repaint")
 # What a file is called that says nothing: its folder has the name.
-_NAMELESS = (DIFFUSERS, "model", "pytorch_model")
+_NAMELESS = (DIFFUSERS, "model", "pytorch_model", "ip_adapter")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +169,8 @@ class ControlFile:
         if self.kind == IP_ADAPTER:
             width = config.get("embed_dims", config.get("image_embed_dim"))
             said.append(f"{self.tokens} tokens a picture, of {self.image_features} of {width} numbers")
+            if not self.layers:
+                said.append(f"{len(config['layer_widths'])} layers, as many as no published UNet has")
         if self.control_types:
             said.append(
                 f"control types: {', '.join(f'{i} {name}' for i, name in enumerate(self.control_types))}"

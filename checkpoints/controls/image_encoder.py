@@ -6,7 +6,7 @@ As they were published (h94/IP-Adapter), `models/` has the adapters of 1.x and `
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,16 +84,17 @@ def _read(place: Path, *, prefer_fp16: bool) -> tuple[Component, Mapping[str, An
         config = vision_config(tensors, hidden_act="gelu")
         if config["hidden_size"] == _OPENAIS:
             config["hidden_act"] = "quick_gelu"
-        return Component(name=VISION, folder=place, config=config, tensors=tensors), _CLIP_PROCESSOR
+        return Component(name=VISION, folder=place, config=config, tensors=tensors), _usual(config)
     part = read_component(place, VISION, TRANSFORMERS, prefer_fp16=prefer_fp16)
     check_config(part.config, place / "config.json", "image_encoder")
-    return part, dict(_processors(place))
-
-
-def _processors(place: Path) -> Iterator[tuple[str, Any]]:
-    """What its own file says, in place of what CLIP's processor does."""
     own: Mapping[str, Any] = {}
     if (place / _PROCESSOR).is_file():
         own = read_json(place / _PROCESSOR)
         check_config(own, place / _PROCESSOR, "feature_extractor")
-    yield from {**_CLIP_PROCESSOR, **own}.items()
+    return part, {**_usual(part.config), **own}
+
+
+def _usual(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What CLIP's processor does for an encoder that sees pictures of this size, as diffusers makes it."""
+    side = int(config.get("image_size", 224))
+    return {**_CLIP_PROCESSOR, "size": side, "crop_size": side}

@@ -218,7 +218,6 @@ def read_ip_adapter(path: Path, tensors: Tensors, config: Mapping[str, Any] | No
         tokens=kind.tokens(found),
         image_features=kind.features,
         layers=layers,
-        notes=() if layers else (f"{count} layers, as many as no published UNet has",),
     )
 
 

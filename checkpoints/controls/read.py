@@ -41,7 +41,7 @@ def read_control(path: str | Path, *, prefer_fp16: bool = False) -> ControlFile:
             kind of control that cannot be used (named); its weights are quantised; a tensor is missing,
             unknown or of another shape than its class has.
     """
-    root = snapshot(Path(path))
+    root = _alone(snapshot(Path(path)))
     if not root.exists():
         _refuse_missing(root)
     if root.is_file():
@@ -62,6 +62,14 @@ def read_control(path: str | Path, *, prefer_fp16: bool = False) -> ControlFile:
     found = _READERS[kind.name](root, tensors, config)
     refuse_types(root, found.part.tensors)
     return found
+
+
+def _alone(root: Path) -> Path:
+    """The one safetensors file of a folder without a config, such as an IP-Adapter beside its encoder."""
+    if not root.is_dir() or (root / "config.json").exists():
+        return root
+    files = list(root.glob("*.safetensors"))
+    return files[0] if len(files) == 1 else root
 
 
 def _refuse_missing(root: Path) -> NoReturn:

@@ -94,7 +94,10 @@ def test_folders(tmp_path: Path) -> None:
     made: Any = ControlNetXSAdapter.from_unet(unet, size_ratio=0.5)
     made.save_pretrained(tmp_path / "xs")
     unet.save_pretrained(tmp_path / "unet")
-    write(tmp_path / "files" / "a.safetensors", controlnet("sd2").state_dict())
+    for name in ("a", "b"):  # one alone is opened
+        write(tmp_path / "files" / f"{name}.safetensors", controlnet("sd2").state_dict())
+    write(tmp_path / "file" / "a.safetensors", controlnet("sd2").state_dict())
+    assert read_control(tmp_path / "file").name == "a"
     (tmp_path / "empty").mkdir()
     for name, words in {
         "xs": "is a ControlNet-XS' folder",

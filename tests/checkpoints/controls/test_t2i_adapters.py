@@ -95,10 +95,6 @@ def test_what_is_damaged(changed: dict[str, Any], words: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        (
-            {"adapter_type": "full_adapter_xl"},
-            "is a full_adapter_xl that divides a picture by 8; expected 16",
-        ),
         ({"adapter_type": "other"}, 'adapter_type is "other"; expected full_adapter or'),
         ({"channels": []}, "channels is "),
         ({"channels": [32, 64]}, "has the tensor 'adapter.body.2"),

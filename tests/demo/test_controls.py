@@ -1,0 +1,139 @@
+"""The controls that ship, on the shipped model, judged by the checker at places never trained on."""
+
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from statistics import mean
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+
+from latentrt import CheckpointError, Control
+from latentrt.demo import likeness, placed, shapes
+from latentrt.demo.checker import check, seen_mask
+from latentrt.demo.placed import FOLLOWED_IOU, Placed
+from latentrt.runtime import Pipeline
+from latentrt.runtime.controls.canny import canny
+from latentrt.runtime.model import CONTROLS
+from tests.parity_pair import BAR, drawn, psnr
+
+ROOT = Path(__file__).resolve().parents[2]
+EDGES = CONTROLS["demo"] / "edges"
+LIMIT = 1_500_000  # bytes of a control
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*__array.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),
+]
+a_few_of_100 = pytest.mark.parametrize("count", [10, pytest.param(100, marks=pytest.mark.slow)])
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Iterator[Pipeline]:
+    with Pipeline.open("demo", threads=1) as pipe:
+        assert pipe.load_control("edges") == "edges"
+        yield pipe
+
+
+def draw(pipe: Pipeline, wanted: list[Placed], strength: float | None = 1.0) -> np.ndarray:
+    """(N, 128, 128, 3) uint8; None is without a control."""
+    hints = [one.drawing() for one in wanted]
+    control = Control(model="edges", image=hints, preparation="canny", strength=strength or 0.0)
+    prompts = [one.prompt() for one in wanted]
+    controls = [control] if strength is not None else []
+    return np.asarray(pipe(prompts, seed=0, output_type="np", controls=controls).images)
+
+
+def likenesses(pictures: np.ndarray, wanted: list[Placed]) -> list[float]:
+    return [one.likeness(seen_mask(picture)) for picture, one in zip(pictures, wanted, strict=True)]
+
+
+def followed(pictures: np.ndarray, wanted: list[Placed]) -> float:
+    """The share of pictures whose shape lies where it was asked for."""
+    return mean(iou > FOLLOWED_IOU for iou in likenesses(pictures, wanted))
+
+
+@a_few_of_100
+def test_shapes_follow_edges_and_colours_follow_prompts(pipe: Pipeline, count: int) -> None:
+    wanted = placed.asked(count)
+    with_edges, without = draw(pipe, wanted), draw(pipe, wanted, None)
+    assert followed(with_edges, wanted) >= 0.9
+    assert followed(without, wanted) <= 0.1
+    assert followed(with_edges, wanted[1:] + wanted[:1]) <= 0.1
+    right = [
+        mean(
+            (seen.colour, seen.background) == (one.scene.colour, one.scene.background)
+            for seen, one in zip(map(check, pictures), wanted, strict=True)
+        )
+        for pictures in (with_edges, without)
+    ]
+    assert right[0] >= right[1] - 0.05
+
+
+def test_half_as_strong_is_between(pipe: Pipeline) -> None:
+    wanted = placed.asked(10)
+    none, half, whole = (mean(likenesses(draw(pipe, wanted, s), wanted)) for s in (None, 0.5, 1.0))
+    assert none < half < whole
+
+
+def test_at_strength_0_it_is_the_same_to_the_byte(pipe: Pipeline) -> None:
+    wanted = placed.asked(2)
+    plain = draw(pipe, wanted, None)
+    np.testing.assert_array_equal(draw(pipe, wanted, 0.0), plain)
+    assert (draw(pipe, wanted) != plain).any()
+
+
+def test_diffusers_draws_the_same_with_it(pipe: Pipeline) -> None:
+    wanted = placed.asked(2)
+    net = diffusers.ControlNetModel.from_pretrained(EDGES, torch_dtype=torch.float32)
+    reference = diffusers.StableDiffusionControlNetPipeline.from_pretrained(
+        ROOT / "demo" / "checkpoint",
+        controlnet=net,
+        torch_dtype=torch.float32,
+        safety_checker=None,
+        requires_safety_checker=False,
+    )
+    reference.set_progress_bar_config(disable=True)
+    hints = [Image.fromarray(canny(one.drawing())).convert("RGB") for one in wanted]
+    settings = {"num_inference_steps": 20, "guidance_scale": 3.0}
+    prompts = [one.prompt() for one in wanted]
+    theirs = drawn(reference, [0, 1], prompt=prompts, image=hints, **settings)
+    assert psnr(theirs, draw(pipe, wanted)) >= BAR
+
+
+def test_edges_of_a_true_drawing_are_true(pipe: Pipeline) -> None:
+    for number, one in enumerate(placed.asked(20, "cross")):
+        seen = seen_mask(one.picture(shapes.generator(number)))
+        assert one.likeness(seen) > 0.95
+        assert one.likeness(~seen) < 0.05
+        assert not seen[0].any()  # it lies inside the picture
+    assert {one.scene.shape for one in placed.asked(20, "cross")} == {"cross"}
+
+
+def test_what_is_judged_was_never_trained_on() -> None:
+    scenes = [one.scene for one in placed.asked(100)] + likeness.asked(100)
+    combos = {(scene.colour, scene.shape, scene.background) for scene in scenes}
+    assert not combos & set(shapes.training_combos())
+
+
+def test_they_are_small_and_in_half_precision() -> None:
+    folders = [folder for folder in CONTROLS["demo"].iterdir() if folder.is_dir()]
+    assert {folder.name for folder in folders} == {"edges", "likeness"}
+    for folder in folders:
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        assert sum(path.stat().st_size for path in files) <= LIMIT
+        tensors = chain.from_iterable(load_file(path).values() for path in folder.rglob("*.safetensors"))
+        assert {str(tensor.dtype) for tensor in tensors} == {"float16"}
+
+
+def test_a_file_that_is_called_so_comes_first(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "edges").write_text("no net")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="edges"):
+        pipe.load_control("edges")
