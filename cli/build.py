@@ -75,7 +75,7 @@ def build(
     from ..engines.tensorrt.build import build_package, plan_build
     from ..engines.tensorrt.builder import BuildOptions
     from ..engines.tensorrt.flavour import ENGINE_BACKENDS, installed_backends
-    from ..runtime.model import open_model
+    from ..runtime.model import CONTROLS, open_model
 
     # Without a backend that is installed the first one, whose error says how to install it.
     chosen = backend or (*installed_backends(), *ENGINE_BACKENDS)[0]
@@ -93,7 +93,7 @@ def build(
         how: Any = {"options": checkpoint, "allow_unused": lora_lenient}
         opened = open_model(model, backend=lambda: chosen, advance=advance, note=say, **how)
         names = [name.strip() for name in nets.split(",") if name.strip()]
-        wanted = [(opened, names), *_controls(opened, chosen, control or (), advance)]
+        wanted = [(opened, names), *_controls(opened, chosen, control or (), advance, CONTROLS.get(model))]
     if row is not None and row.builds == "layouts":
         for package, nets_of_it in wanted:
             _tune(row, package, EngineStore(store), nets_of_it, as_json=as_json)
@@ -127,7 +127,7 @@ def build(
 
 
 def _controls(
-    model: Package, backend: str, controls: Sequence[str], advance: Advance
+    model: Package, backend: str, controls: Sequence[str], advance: Advance, shipped: Path | None
 ) -> list[tuple[Package, list[str]]]:
     """What is built for controls, and of which nets: the UNet's graph that takes them, and all of theirs."""
     from ..engines.spec import NETS
@@ -135,7 +135,8 @@ def _controls(
     from ..runtime.steering.loaded import unet_for
 
     opened = [
-        open_control_model(name, backend=backend, model=model, advance=advance, note=say) for name in controls
+        open_control_model(name, backend=backend, model=model, shipped=shipped, advance=advance, note=say)
+        for name in controls
     ]
     if not opened:
         return []

@@ -50,6 +50,19 @@ def test_a_build_says_what_how_large_how_long_and_why(latentrt: Any, tmp_path: P
     assert out == "unet_time  1-2000@30 steps  in the store\n"
 
 
+def test_controls_are_built_with_the_graph_that_takes_them(latentrt: Any) -> None:
+    options = ["--backend", "tensorrt-rtx", "--profile", "64x64:b1", "--nets", "step", "--store", "here"]
+    code, out, err = latentrt("demo", *options, "--control", "edges", "--control", "likeness")
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()] == [
+        *("step", "unet_image_prompt"),
+        *("controlnet_hint", "controlnet_time", "controlnet"),
+        *("image_features", "image_prompt"),
+    ]
+    code, out, _ = latentrt("demo", *options, "--control", "edges", "--dry-run")
+    assert "unet_controlled  64x64 b1 guided, 64x64 b1 unguided  to build" in out
+
+
 def test_json(latentrt: Any, tmp_path: Path) -> None:
     options = ["--weights", "streamed", "--workspace", "16", "--backend", "tensorrt-rtx", "--json"]
     code, out, err = latentrt(*QUICK, *options)
