@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..engines.profiles import Profile
     from ..engines.store.engine_store import BuildProgress, BuiltEngine, EngineStore, OnProgress
     from ..engines.tensorrt.build import WantedEngine
-    from ..engines.tensorrt.builder import Weights
+    from ..engines.tensorrt.builder import BuildOptions, Weights
 
 _TICKS = 100  # of the bar, per net
 _WEIGHTS, _LEVEL = "embedded", 3
@@ -69,10 +69,8 @@ def build(
     the options, --nets, --store and --json count there.
     """
     from ..engines.backends import BACKENDS
-    from ..engines.cuda.facts import available, facts
     from ..engines.profiles import Profile, default_profile
     from ..engines.store.engine_store import EngineStore
-    from ..engines.tensorrt.build import build_package, plan_build
     from ..engines.tensorrt.builder import BuildOptions
     from ..engines.tensorrt.flavour import ENGINE_BACKENDS, installed_backends
     from ..runtime.model import CONTROLS, open_model
@@ -107,23 +105,57 @@ def build(
         workspace_limit=workspace * 2**20,
         hardware_compatibility=hardware_compatibility,
     )
-    gpu, target = None if available() else facts(), EngineStore(store)
-    if dry_run:
-        planned = [
-            item
-            for package, some in wanted
-            for item in plan_build(package, chosen, profiles, options, target, nets=some, gpu=gpu)
-        ]
-        _print_plan(planned, chosen, profiles, as_json=as_json)
-        return
+    plan = _build if not dry_run else _plan
+    plan(wanted, chosen, profiles, options, EngineStore(store), as_json=as_json)
+
+
+Wanted = Sequence[tuple["Package", list[str]]]
+
+
+def _plan(
+    wanted: Wanted,
+    backend: str,
+    profiles: list[Profile],
+    options: BuildOptions,
+    store: EngineStore,
+    *,
+    as_json: bool,
+) -> None:
+    """Say what would be built of these nets of packages."""
+    from ..engines.cuda.facts import available, facts
+    from ..engines.tensorrt.build import plan_build
+
+    gpu = None if available() else facts()
+    planned = [
+        item
+        for package, nets in wanted
+        for item in plan_build(package, backend, profiles, options, store, nets=nets, gpu=gpu)
+    ]
+    _print_plan(planned, backend, profiles, as_json=as_json)
+
+
+def _build(
+    wanted: Wanted,
+    backend: str,
+    profiles: list[Profile],
+    options: BuildOptions,
+    store: EngineStore,
+    *,
+    as_json: bool,
+) -> None:
+    """Build these nets of packages, and say how large they are and how long it took."""
+    from ..engines.cuda.facts import available, facts
+    from ..engines.tensorrt.build import build_package
+
+    gpu = None if available() else facts()
     with progress_bar(enabled=not as_json) as advance:
         shown = _shown(advance)
         built = [
             item
-            for package, some in wanted
-            for item in build_package(package, chosen, profiles, options, target, shown, nets=some, gpu=gpu)
+            for package, nets in wanted
+            for item in build_package(package, backend, profiles, options, store, shown, nets=nets, gpu=gpu)
         ]
-    _print_built(built, chosen, profiles, as_json=as_json)
+    _print_built(built, backend, profiles, as_json=as_json)
 
 
 def _controls(

@@ -55,7 +55,7 @@ def test_the_readme_is_read_in_three_minutes() -> None:
 
 def test_python_examples_run(tmp_path: Path) -> None:
     examples = re.findall(r"```python\n(.*?)```", README + GUIDE, re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 3
     for code in examples:
         subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, check=True, timeout=120)
     assert (tmp_path / "star.png").stat().st_size > 1000

@@ -61,12 +61,20 @@ def test_every_net_has_a_contract_and_round_trips() -> None:
             residuals=[(8, 0), (16, 1), (16, 1)],
             features=[(8, 0)],
         ),
+        "unet_image_prompt": spec.with_image_prompt(
+            spec.unet(channels=4, float_dtype="float16", invariants=[keys, time]),
+            attentions=[(2, 16), (4, 8)],
+            levels=[0, 1],
+        ),
         "controlnet_hint": spec.controlnet_hint(width=8, float_dtype="float16"),
         "controlnet_context": spec.unet_context(width=8, float_dtype="float16", invariants=[keys]),
         "controlnet_time": spec.unet_time(invariants=[time], vectors=vectors),
         "controlnet": spec.controlnet_whole(
             channels=4, width=8, residuals=spec.residuals([8, 16], 1), float_dtype="float16"
         ),
+        "t2i_adapter": spec.t2i_adapter(channels=1, features=[(8, 0), (16, 1)], float_dtype="float16"),
+        "image_features": spec.image_features(size=32, shape=(17, 8), float_dtype="float16"),
+        "image_prompt": spec.image_prompt(shape=("I", 8), tokens="I", widths=[8, 16], float_dtype="float16"),
         "step": spec.step(channels=4, float_dtype="float16"),
         "step_masked": spec.step_masked(channels=4, float_dtype="float16"),
         "vae_decoder": spec.vae_decoder(channels=4, float_dtype="float16"),
@@ -108,7 +116,11 @@ def test_the_time_of_each_row() -> None:
 
 
 def test_what_is_built_and_opened_for_every_package() -> None:
-    assert {name for name, row in spec.NETS.items() if not row.usual} == {"unet_controlled", "unet_whole"}
+    assert {name for name, row in spec.NETS.items() if not row.usual} == {
+        "unet_controlled",
+        "unet_image_prompt",
+        "unet_whole",
+    }
 
 
 def test_output_shapes_follow_from_the_inputs() -> None:
