@@ -82,6 +82,8 @@ def sizes_of(case: Case, manifest: Manifest) -> dict[str, int]:
         "N": case.pictures,
         "B": case.batch,
         "E": 1,
+        "G": 1,
+        "I": 1,
         "P": 2 if case.guided else 1,
         "S": case.steps * rows_per_step(case, manifest),
         "T": manifest.max_tokens,

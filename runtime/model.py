@@ -195,7 +195,7 @@ def open_control_model(
     from ..checkpoints.opened import Options, open_control
 
     asked = str(control)
-    if shipped is not None and not Path(asked).exists() and asked in os.listdir(shipped):
+    if shipped is not None and not os.path.exists(asked) and asked in os.listdir(shipped):
         asked = str(shipped / asked)
     return open_control(
         snapshot(locate(asked, progress=_downloading(advance))),

@@ -8,9 +8,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+import diffusers
 import onnx_ir as ir
 import pytest
 import torch
+from diffusers.models.adapter import T2IAdapter
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.controlnets.controlnet import ControlNetModel
@@ -25,7 +27,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from latentrt.checkpoints.controls.control_file import ControlFile
+from latentrt.checkpoints.controls.control_file import KINDS, VISION, ControlFile
 from latentrt.checkpoints.files.component import Component, TensorHeader
 from latentrt.checkpoints.files.open import Checkpoint
 from latentrt.checkpoints.files.source import Source
@@ -53,19 +55,38 @@ def module_of(name: str, config: Mapping[str, Any]) -> tuple[nn.Module, dict[str
         "text_encoder": (CLIPTextModel, CLIPTextConfig),
         "text_encoder_2": (CLIPTextModelWithProjection, CLIPTextConfig),
         "image_encoder": (CLIPVisionModelWithProjection, CLIPVisionConfig),
+        "vision": (CLIPVisionModelWithProjection, CLIPVisionConfig),
     }
     with torch.device("meta"):
         if name in kinds:
             kind, kind_config = kinds[name]
             made = kind_config(**config)
             return kind(made), made.to_dict()
+        if name == "ip-adapter":
+            return ip_adapter(config), dict(config)
         union = config.get("_class_name") == "ControlNetUnionModel"
         control = ControlNetUnionModel if union else ControlNetModel
-        nets: dict[Any, Any] = {"unet": UNet2DConditionModel, "controlnet": control}
+        nets: dict[Any, Any] = {
+            "unet": UNet2DConditionModel,
+            "controlnet": control,
+            "t2i-adapter": T2IAdapter,
+        }
         tiny = config.get("_class_name") == "AutoencoderTiny"
         kind = nets.get(name, AutoencoderTiny if tiny else AutoencoderKL)
         net: Any = kind.from_config(dict(config))
     return net, {"_class_name": kind.__name__, **dict(net.config)}
+
+
+def ip_adapter(config: Mapping[str, Any]) -> nn.Module:
+    """An image projection of diffusers' with the linear layers of its attention processors."""
+    own = dict(config)
+    widths, kind = own.pop("layer_widths"), getattr(diffusers.models.embeddings, own.pop("_class_name"))
+    context = own.get("cross_attention_dim") or own["output_dims"]
+    layers = [
+        nn.ModuleDict({f"to_{letter}_ip": nn.Linear(context, width, bias=False) for letter in "kv"})
+        for width in widths
+    ]
+    return nn.ModuleDict({"image_projection": kind(**own), "layers": nn.ModuleList(layers)})
 
 
 def part_of(name: str, config: Mapping[str, Any]) -> Component:
@@ -84,8 +105,16 @@ def part_of(name: str, config: Mapping[str, Any]) -> Component:
 
 def folder_of(architecture: Architecture) -> Source:
     parts = {name: part_of(name, config) for name, config in architecture.parts.items()}
-    if (control := parts.get("controlnet")) is not None:
-        return ControlFile(root=Path("model"), kind="controlnet", family="", what="", part=control)
+    if kind := next((kind for kind in KINDS if kind in parts), ""):
+        return ControlFile(
+            root=Path("model"),
+            kind=kind,
+            family="",
+            what="",
+            part=parts[kind],
+            encoder=parts.get(VISION),
+            image_features=architecture.image_features,
+        )
     configs: dict[str, Mapping[str, Any]] = {"scheduler": {}}
     configs["feature_extractor"] = architecture.feature_extractor or {}
     return Checkpoint(root=Path("model"), parts=parts, tokenizers={}, configs=configs, defaults={})

@@ -16,6 +16,11 @@ from latentrt.demo.shapes import Scene
 from latentrt.demo.train_ip_adapter import WEIGHTS
 from latentrt.runtime.model import CONTROLS
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*__array.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),
+]
+
 LIKENESS = CONTROLS["demo"] / "likeness"
 
 a_few_of_100 = pytest.mark.parametrize("count", [10, pytest.param(100, marks=pytest.mark.slow)])

@@ -50,7 +50,7 @@ def test_the_wheel_holds_the_package_not_the_checkpoint_and_is_small(tmp_path: P
     command = ["pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
     subprocess.run([sys.executable, "-m", *command], check=True, timeout=300)
     (wheel,) = tmp_path.glob("latentrt-*.whl")
-    assert wheel.stat().st_size < 10e6
+    assert wheel.stat().st_size < 12.5e6  # 2 MB of it are controls
     names = set(zipfile.ZipFile(wheel).namelist())
     shipped = Package.open(DEMO / "package")
     assert {f"latentrt/demo/package/{name}" for name in shipped.manifest.files} <= names

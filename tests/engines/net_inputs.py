@@ -8,7 +8,7 @@ from latentrt.engines.spec import DTYPES, NetSpec, shape_of
 
 
 def input_shapes(spec: NetSpec, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    return {item.name: shape_of(item.shape, {"E": 1, **sizes}) for item in spec.inputs}
+    return {item.name: shape_of(item.shape, {"E": 1, "G": 1, "I": 1, **sizes}) for item in spec.inputs}
 
 
 def random_inputs(
