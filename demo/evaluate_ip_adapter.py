@@ -48,7 +48,7 @@ class Row:
 def opened(adapter: Path) -> StableDiffusionPipeline:
     """Diffusers' pipeline of the demo, with an IP-Adapter."""
     pipe = StableDiffusionPipeline.from_pretrained(
-        FOLDER / "checkpoint", dtype=torch.float32, safety_checker=None, requires_safety_checker=False
+        FOLDER / "checkpoint", torch_dtype=torch.float32, safety_checker=None, requires_safety_checker=False
     )
     pipe.load_ip_adapter(str(adapter), subfolder="", weight_name=WEIGHTS)
     pipe.set_progress_bar_config(disable=True)

@@ -1,9 +1,10 @@
 """Trains the demo's IP-Adapter: `python -m latentrt.demo.train_ip_adapter`, with the extra `[export]`.
 
 First an image encoder learns to name what drawn pictures show, as one of CLIP comes to an IP-Adapter with
-knowledge. Then it is trained on together with the image projection and the keys and values: where the model
-predicts noise by a sentence, it has to predict the same by a picture. The model stays as it is. One thread,
-a fixed number of steps and fixed seeds; held-out combinations are never drawn.
+knowledge. Then it is trained on together with the image projection and the keys and values. The model teaches
+them: what a sentence makes of it a picture has to make of it too, at first in each attention, then in the
+noise that is predicted. It stays as it is. One thread, fixed numbers of steps and fixed seeds; held-out
+combinations are never drawn.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ from .train_adapters import latents_of, open_parts
 from .train_controlnet import logged
 from .train_unet import weights_of
 
-FIRST_STEPS, STEPS = 1500, 500
+FIRST_STEPS = 1500
 FIRST_BATCH, BATCH = 32, 12
 PICTURES = 600
 WEIGHTS = "ip_adapter.safetensors"
 
-_FIRST_RATE, _RATE, _ENCODER_RATE = 2e-3, 2e-3, 2e-4
+_FIRST_RATE = 2e-3
 _WEIGHING = (0.5, 0.5)  # as for adapters
 _TOKENS = 4  # as diffusers takes of a plain IP-Adapter
 _SIDE, _PATCH = 64, 8  # of the pictures that the encoder sees
 # Of samples that have no picture; that have no sentence; and that have one which says another shape.
-_NO_PICTURES, _NO_SENTENCES, _OTHER_SHAPES = 0.08, 0.6, 0.3
+_NO_PICTURES, _NO_SENTENCES, _OTHER_SHAPES = 0.08, 0.75, 0.1
 
 
 def image_encoder() -> CLIPVisionModelWithProjection:
@@ -213,37 +214,111 @@ def pupil(checkpoint: Path, encoder: CLIPVisionModelWithProjection) -> Pupil:
     return found
 
 
-def train(parts: Parts, learner: Pupil) -> Iterator[float]:
-    """Train the IP-Adapter and the encoder, one step at a time; the losses."""
+@dataclass(frozen=True)
+class Batch:
+    """What a step sees: noisy latents, and what they are to be denoised by.
+
+    `kept` is what is left of the signal's power. `taught` is the context (N, 77, 96) of the sentence by which
+    the model shall be imitated, and `context` that of the sentence that comes beside the picture's embedding.
+    """
+
+    noisy: torch.Tensor
+    timesteps: torch.Tensor
+    kept: torch.Tensor
+    taught: torch.Tensor
+    context: torch.Tensor
+    embeddings: torch.Tensor
+
+
+def batches(parts: Parts, learner: Pupil, stage: str, steps: int) -> Iterator[Batch]:
+    """One for each step."""
     rng = shapes.generator("likeness pictures")
     scenes = [shapes.sample(rng, shapes.training_combos()) for _ in range(PICTURES)]
     latents = torch.cat([latents_of(parts, scene, f"likeness {i}") for i, scene in enumerate(scenes)])
     signal = model.scheduler().alphas_cumprod.float()
-    adapter, encoder = learner.adapter(), list(learner.encoder.parameters())
-    groups = [{"params": adapter}, {"params": encoder, "share": _ENCODER_RATE / _RATE}]
-    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
-    for step in range(STEPS):
-        rng = shapes.generator(f"likeness {step}")
-        generator = torch.Generator().manual_seed(step)
+    for step in range(steps):
+        rng = shapes.generator(f"likeness {stage} {step}")
+        generator = torch.Generator().manual_seed(rng.getrandbits(32))
         chosen = rng.sample(range(PICTURES), BATCH)
         asked = [_asked(scenes[i], rng) for i in chosen]
         pictured = [rng.random() >= _NO_PICTURES for _ in asked]
-        sentences = [
-            one.wanted.prompt() if shown else one.prompt for one, shown in zip(asked, pictured, strict=True)
-        ]
+        pairs = zip(asked, pictured, strict=True)
+        sentences = [one.wanted.prompt() if shown else one.prompt for one, shown in pairs]
         timesteps = ((torch.arange(BATCH) + torch.rand((BATCH,), generator=generator)) * 1000 / BATCH).long()
         noise = torch.randn((BATCH, *latents.shape[1:]), generator=generator)
         kept = signal[timesteps].view(-1, 1, 1, 1)
-        noisy = kept.sqrt() * latents[chosen] + (1 - kept).sqrt() * noise
-        with torch.no_grad():
-            taught = parts.unet(noisy, timesteps, encode(parts, sentences)).sample
-            context = encode(parts, [one.prompt for one in asked])
-        # Without a picture its embedding is zero, as diffusers has it in unconditional rows.
         pixels = pixels_of((one.shown for one in asked), rng)
+        with torch.no_grad():
+            taught, context = encode(parts, sentences), encode(parts, [one.prompt for one in asked])
+        # Without a picture its embedding is zero, as diffusers has it in unconditional rows.
         embeddings = learner.encoder(pixels).image_embeds * torch.tensor(pictured)[:, None]
-        error = learner(noisy, timesteps, context, embeddings) - taught
-        loss = (weights_of(kept, _WEIGHING) * error.square()).mean()
-        _step(optimiser, [*adapter, *encoder], loss, step, STEPS, _RATE)
+        noisy = kept.sqrt() * latents[chosen] + (1 - kept).sqrt() * noise
+        yield Batch(noisy, timesteps, kept, taught, context, embeddings)
+
+
+def whole_loss(parts: Parts, learner: Pupil, batch: Batch) -> torch.Tensor:
+    """How far the predicted noise is from what the model predicts by the sentence."""
+    with torch.no_grad():
+        wanted = parts.unet(batch.noisy, batch.timesteps, batch.taught).sample
+    found = learner(batch.noisy, batch.timesteps, batch.context, batch.embeddings)
+    return (weights_of(batch.kept, _WEIGHING) * (found - wanted).square()).mean()
+
+
+def layer_loss(parts: Parts, learner: Pupil, batch: Batch) -> torch.Tensor:
+    """How far each attention to a picture is from what the sentence adds there, relative to its size.
+
+    A step is half as long as with `whole_loss`, as no gradient goes through the model, and teaches more: each
+    layer is told what it has to say.
+    """
+    seen: dict[str, torch.Tensor] = {}
+    names = cross_attentions(parts.unet).values()
+    hooks = [
+        parts.unet.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs, name=name: seen.update({name: inputs[0]})
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        parts.unet(batch.noisy, batch.timesteps, batch.taught)
+    for hook in hooks:
+        hook.remove()
+    (tokens,) = learner.unet.encoder_hid_proj([batch.embeddings[:, None]])  # (N, 1, 4, 96)
+    tokens = tokens.flatten(1, 2)
+    losses: list[torch.Tensor] = []
+    for name in names:
+        layer, own = parts.unet.get_submodule(name), learner.unet.get_submodule(name).processor
+        with torch.no_grad():
+            query = layer.to_q(seen[name])
+            taught, context = (
+                _attended(layer, query, layer.to_k(text), layer.to_v(text))
+                for text in (batch.taught, batch.context)
+            )
+        found = _attended(layer, query, own.to_k_ip[0](tokens), own.to_v_ip[0](tokens))
+        wanted = taught - context
+        losses.append((found - wanted).square().mean() / wanted.square().mean())
+    return torch.stack(losses).mean()
+
+
+def _attended(layer: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """What an attention adds to its input (N, places, C), without its bias; keys and values (N, T, C)."""
+    q, k, v = (part.unflatten(2, (layer.heads, -1)).transpose(1, 2) for part in (query, key, value))
+    found = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return nn.functional.linear(found, layer.to_out[0].weight)
+
+
+# (its name, the loss, steps, peak learning rates of the adapter and of the encoder) of each stage
+STAGES = (("layers", layer_loss, 1000, 2e-3, 5e-4), ("whole", whole_loss, 200, 5e-4, 1e-4))
+
+
+def train(parts: Parts, learner: Pupil, stage: int) -> Iterator[float]:
+    """Train the IP-Adapter and the encoder for a stage, one step at a time; the losses."""
+    name, loss_of, steps, peak, slower = STAGES[stage]
+    adapter, encoder = learner.adapter(), list(learner.encoder.parameters())
+    groups = [{"params": adapter}, {"params": encoder, "share": slower / peak}]
+    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+    for step, batch in enumerate(batches(parts, learner, name, steps)):
+        loss = loss_of(parts, learner, batch)
+        _step(optimiser, [*adapter, *encoder], loss, step, steps, peak)
         yield float(loss.detach())
 
 
@@ -270,7 +345,8 @@ def main() -> None:
     learner, parts = pupil(arguments.checkpoint, encoder), open_parts(arguments.checkpoint)
     for unet in (learner.unet, parts.unet):  # a fifth faster on a CPU
         unet.to(memory_format=torch.channels_last)
-    logged("adapter", train(parts, learner))
+    for number, (name, *_) in enumerate(STAGES):
+        logged(name, train(parts, learner, number))
     encoder.half().save_pretrained(arguments.out / "image_encoder")
     halves = {name: value.detach().half().contiguous() for name, value in learner.tensors().items()}
     save_file(halves, arguments.out / WEIGHTS, metadata={"format": "pt"})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -34,9 +33,6 @@ _CEILING = 5.0
 _PROBE_SCENES = 40
 _PROBE_STEPS = 12
 _PROBE_GUIDANCE = 3.5
-
-# What a denoiser is given besides: from noisy latents (N, 4, 16, 16), timesteps (N,) and context (N, 77, 96).
-Steer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, Any]]
 
 
 def train(
@@ -100,11 +96,6 @@ def _loss(
     return noise_loss(parts, latents[chosen], prompts, timesteps, signal, generator, (floor, power))
 
 
-def unsteered(noisy: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> dict[str, Any]:
-    """Nothing, for a denoiser that goes by its prompt alone."""
-    return {}
-
-
 def noise_loss(
     parts: Parts,
     clean: torch.Tensor,
@@ -113,7 +104,6 @@ def noise_loss(
     signal: torch.Tensor,
     generator: torch.Generator,
     weighing: tuple[float, float],
-    steer: Steer = unsteered,
 ) -> torch.Tensor:
     """Squared error of the predicted noise, for scaled latents (N, 4, 16, 16).
 
@@ -122,8 +112,7 @@ def noise_loss(
     noise = torch.randn(clean.shape, generator=generator)
     kept = signal[timesteps].view(-1, 1, 1, 1)
     noisy = kept.sqrt() * clean + (1 - kept).sqrt() * noise
-    context = encode(parts, prompts)
-    predicted = parts.unet(noisy, timesteps, context, **steer(noisy, timesteps, context)).sample
+    predicted = parts.unet(noisy, timesteps, encode(parts, prompts)).sample
     return (weights_of(kept, weighing) * (predicted - noise).square()).mean()
 
 

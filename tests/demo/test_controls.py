@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from latentrt import CheckpointError, Control
-from latentrt.demo import likeness, placed, shapes
+from latentrt.demo import placed, shapes
 from latentrt.demo.checker import check, seen_mask
 from latentrt.demo.placed import FOLLOWED_IOU, Placed
 from latentrt.runtime import Pipeline
@@ -115,7 +115,7 @@ def test_edges_of_a_true_drawing_are_true(pipe: Pipeline) -> None:
 
 
 def test_what_is_judged_was_never_trained_on() -> None:
-    scenes = [one.scene for one in placed.asked(100)] + likeness.asked(100)
+    scenes = [one.scene for one in placed.asked(100)]
     combos = {(scene.colour, scene.shape, scene.background) for scene in scenes}
     assert not combos & set(shapes.training_combos())
 

@@ -174,7 +174,7 @@ class DeviceLoop:
                     "the UNet cannot take controls now: "
                     + ("a picture is drawn" if self._in_use else "its engines are fixed"),
                     expected="a loop that draws nothing, on a backend that opens more nets",
-                    fix="Load controls before pictures are drawn, with --backend onnxruntime-cuda.",
+                    fix="Load controls before pictures are drawn, and use --backend onnxruntime-cuda",
                 )
             opened = self._open_net(package, net)
             self.free_idle()
