@@ -10,6 +10,8 @@ from latentrt.engines.tensorrt.network import check_contract, parse_graph
 SHAPES: dict[str, tuple[int, int, int]] = {
     "B": (1, 2, 2),
     "E": (1, 1, 8),
+    "G": (1, 1, 2),
+    "I": (1, 4, 16),
     "N": (1, 1, 1),
     "P": (1, 2, 2),
     "S": (1, 20, 20),
