@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..engines.profiles import Profile
     from ..engines.store.engine_store import BuildProgress, BuiltEngine, EngineStore, OnProgress
     from ..engines.tensorrt.build import WantedEngine
-    from ..engines.tensorrt.builder import BuildOptions, Weights
+    from ..engines.tensorrt.builder import Weights
 
 _TICKS = 100  # of the bar, per net
 _WEIGHTS, _LEVEL = "embedded", 3
@@ -69,8 +69,10 @@ def build(
     the options, --nets, --store and --json count there.
     """
     from ..engines.backends import BACKENDS
+    from ..engines.cuda.facts import available, facts
     from ..engines.profiles import Profile, default_profile
     from ..engines.store.engine_store import EngineStore
+    from ..engines.tensorrt.build import build_package, plan_build
     from ..engines.tensorrt.builder import BuildOptions
     from ..engines.tensorrt.flavour import ENGINE_BACKENDS, installed_backends
     from ..runtime.model import CONTROLS, open_model
@@ -88,74 +90,32 @@ def build(
     }
     _check_backend(chosen, used)  # before minutes are spent on a checkpoint
     with progress_bar(enabled=not as_json) as advance:
-        how: Any = {"options": checkpoint, "allow_unused": lora_lenient}
-        opened = open_model(model, backend=lambda: chosen, advance=advance, note=say, **how)
+        read: Any = {"options": checkpoint, "allow_unused": lora_lenient}
+        opened = open_model(model, backend=lambda: chosen, advance=advance, note=say, **read)
         names = [name.strip() for name in nets.split(",") if name.strip()]
         wanted = [(opened, names), *_controls(opened, chosen, control or (), advance, CONTROLS.get(model))]
     if row is not None and row.builds == "layouts":
-        for package, nets_of_it in wanted:
-            _tune(row, package, EngineStore(store), nets_of_it, as_json=as_json)
+        for one, some in wanted:
+            _tune(row, one, EngineStore(store), some, as_json=as_json)
         return
-    multiple = opened.manifest.size_multiple
-    profiles = [Profile.parse(text, multiple=multiple) for text in profile or ()]
-    profiles = profiles or [default_profile(opened.manifest)]
+    asked = [Profile.parse(text, multiple=opened.manifest.size_multiple) for text in profile or ()]
+    profiles = asked or [default_profile(opened.manifest)]
     options = BuildOptions(
         weights=_policy(weights),
         optimization_level=optimization_level,
         workspace_limit=workspace * 2**20,
         hardware_compatibility=hardware_compatibility,
     )
-    plan = _build if not dry_run else _plan
-    plan(wanted, chosen, profiles, options, EngineStore(store), as_json=as_json)
-
-
-Wanted = Sequence[tuple["Package", list[str]]]
-
-
-def _plan(
-    wanted: Wanted,
-    backend: str,
-    profiles: list[Profile],
-    options: BuildOptions,
-    store: EngineStore,
-    *,
-    as_json: bool,
-) -> None:
-    """Say what would be built of these nets of packages."""
-    from ..engines.cuda.facts import available, facts
-    from ..engines.tensorrt.build import plan_build
-
     gpu = None if available() else facts()
-    planned = [
-        item
-        for package, nets in wanted
-        for item in plan_build(package, backend, profiles, options, store, nets=nets, gpu=gpu)
-    ]
-    _print_plan(planned, backend, profiles, as_json=as_json)
-
-
-def _build(
-    wanted: Wanted,
-    backend: str,
-    profiles: list[Profile],
-    options: BuildOptions,
-    store: EngineStore,
-    *,
-    as_json: bool,
-) -> None:
-    """Build these nets of packages, and say how large they are and how long it took."""
-    from ..engines.cuda.facts import available, facts
-    from ..engines.tensorrt.build import build_package
-
-    gpu = None if available() else facts()
+    how = (chosen, profiles, options, EngineStore(store))
+    if dry_run:
+        planned = [item for one, some in wanted for item in plan_build(one, *how, nets=some, gpu=gpu)]
+        _print_plan(planned, chosen, profiles, as_json=as_json)
+        return
     with progress_bar(enabled=not as_json) as advance:
         shown = _shown(advance)
-        built = [
-            item
-            for package, nets in wanted
-            for item in build_package(package, backend, profiles, options, store, shown, nets=nets, gpu=gpu)
-        ]
-    _print_built(built, backend, profiles, as_json=as_json)
+        built = [item for one, some in wanted for item in build_package(one, *how, shown, nets=some, gpu=gpu)]
+    _print_built(built, chosen, profiles, as_json=as_json)
 
 
 def _controls(

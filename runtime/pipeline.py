@@ -354,13 +354,13 @@ class Pipeline:
 
         Raises:
             ModelError: no control there, one for another model, or an IP-Adapter without an image encoder.
-            BackendError: the pipeline's backend keeps its loop on a device.
+            BackendError: it cannot be opened, or on a device a picture is drawn at the moment.
             UsageError: another control has that name.
         """
         return self.controls.load(path, name, image_encoder=image_encoder)
 
     def unload_controls(self, names: str | Sequence[str] | None = None) -> None:
-        """Close controls of these names, or all. Raises UsageError for an unknown name."""
+        """Close controls of these names, or all. Raises as `LoadedControls.unload`."""
         self.controls.unload(names)
 
     def _with_adapters(self, adapters: LoadedAdapters) -> Pipeline:

@@ -16,6 +16,8 @@ from PIL import Image
 
 from latentrt import CheckpointError, Control, PackageError, UsageError, read_metadata, redraw
 from latentrt.export.architectures import Architecture
+from latentrt.runtime.loop.job import Clock
+from latentrt.runtime.request.request import make_request
 from latentrt.runtime.steering.loaded import LoadedControls
 from latentrt.runtime.steering.steered import OpenedControl
 from tests.parity_pair import BAR, Pair, blob, drawn, exported, ours, photo, psnr
@@ -266,6 +268,23 @@ def test_names_are_taken_once_and_given_back(pair: Steered, tmp_path: Path) -> N
     )
     with pytest.raises(PackageError, match="takes no controls"):
         old.load(folder / "control0")
+
+
+def test_an_image_encoder_is_an_ip_adapters(pair: Steered) -> None:
+    with pytest.raises(UsageError, match="an image encoder with a ControlNet, which reads none"):
+        pair.ours.load_control(pair.made / "control0", "again", image_encoder=pair.made)
+
+
+def test_controls_that_are_unloaded_before_the_first_step(pair: Steered) -> None:
+    control = Control(model=pair.names[0], image=hint())
+    request = make_request(pair.ours.package.manifest, "a", controls=[control], **FAST)
+    job = pair.ours.prepare(request)
+    pair.ours.loop.use_unet(pair.ours.package, "unet")
+    try:
+        with pytest.raises(UsageError, match="were unloaded before its first step"):
+            next(pair.ours.loop.steps(job, Clock(), None))
+    finally:
+        pair.ours.loop.use_unet(pair.ours.package, "unet_controlled")
 
 
 def test_another_family_is_refused(pair: Steered) -> None:

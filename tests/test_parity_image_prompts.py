@@ -15,6 +15,8 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 from latentrt import CheckpointError, Control, ImagePrompt, UsageError, read_metadata
 from latentrt.checkpoints.controls.cross_attentions import cross_attentions
+from latentrt.checkpoints.controls.image_encoder import with_image_encoder
+from latentrt.checkpoints.controls.read import read_control
 from latentrt.export.architectures import Architecture
 from latentrt.runtime.controls.image_prompt import shrunk_mask
 from tests.parity_pair import BAR, Pair, blob, drawn, exported, ours, photo, psnr
@@ -303,8 +305,8 @@ def test_the_record(pair: Prompted, tmp_path: Path) -> None:
         ({"strength": {"mid": [1.0, 0.5]}}, r"mid\.block_0 has 2 numbers; expected 1"),
         ({"strength": float("nan")}, "ip_adapter_strength is nan"),
         ({"strength": {"down": [1.0, "x"]}}, "ip_adapter_strength is 'x'"),
-        ({"image": []}, "0 pictures and 0 masks for the IP-Adapter"),
-        ({"mask_image": [blob(64, 96)] * 2}, "1 pictures and 2 masks for the IP-Adapter"),
+        ({"image": []}, "ip_adapter_image has no pictures"),
+        ({"mask_image": [blob(64, 96)] * 2}, "2 masks for 1 pictures of the IP-Adapter"),
         ({"model": "plu"}, "no control is called 'plu'; expected one of plus"),
     ],
 )
@@ -327,6 +329,13 @@ def test_image_encoders(pair: Prompted, tmp_path: Path) -> None:
         pair.ours.load_control(alone, "again")
     name = pair.ours.load_control(alone, "again", image_encoder=pair.made / "image_encoder")
     pair.ours.unload_controls(name)
+    one_file = pair.made / "image_encoder" / "model.safetensors"
+    found = with_image_encoder(read_control(alone), one_file)
+    assert found.encoder is not None
+    # a file does not say how many heads its attention has: all of CLIP's published encoders have 16
+    told = {**VISION, "num_attention_heads": 16}
+    assert {key: found.encoder.config[key] for key in VISION} == told
+    assert (found.processor["size"], found.processor["crop_size"]) == (32, 32)
     other = CLIPVisionModelWithProjection(CLIPVisionConfig(**{**VISION, "projection_dim": 20}))
     other.save_pretrained(alone.parent / "image_encoder")
     with pytest.raises(CheckpointError, match=r"has 20 numbers; expected .* have 24"):

@@ -14,21 +14,12 @@ from typing import Any
 from ...engines.errors import CheckpointError
 from ..files.component import TRANSFORMERS, Component, read_component, read_headers, read_json
 from ..files.configs import check_config
-from ..files.derived_configs import vision_config
+from ..files.derived_configs import CLIP_PROCESSOR, vision_config
 from .control_file import VISION, ControlFile
 
 _OPENAIS = 1024  # the width of OpenAI's ViT-L, which has an activation of its own
 _FOLDER = "image_encoder"
 _PROCESSOR = "preprocessor_config.json"
-# CLIPImageProcessor's own, and the colours of the pictures that CLIP was trained on.
-_CLIP_PROCESSOR: Mapping[str, Any] = {
-    "image_processor_type": "CLIPImageProcessor",
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "resample": 3,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-}
 
 
 def with_image_encoder(adapter: ControlFile, path: Path | None, *, prefer_fp16: bool = False) -> ControlFile:
@@ -97,4 +88,4 @@ def _read(place: Path, *, prefer_fp16: bool) -> tuple[Component, Mapping[str, An
 def _usual(config: Mapping[str, Any]) -> dict[str, Any]:
     """What CLIP's processor does for an encoder that sees pictures of this size, as diffusers makes it."""
     side = int(config.get("image_size", 224))
-    return {**_CLIP_PROCESSOR, "size": side, "crop_size": side}
+    return {**CLIP_PROCESSOR, "size": side, "crop_size": side}

@@ -228,6 +228,17 @@ def text_config(tensors: Tensors, *, hidden_act: str, projects: bool) -> dict[st
     }
 
 
+# What CLIPImageProcessor does, with the colours of the pictures that CLIP was trained on.
+CLIP_PROCESSOR: Mapping[str, Any] = {
+    "image_processor_type": "CLIPImageProcessor",
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+}
+
+
 def vision_config(tensors: Tensors, *, hidden_act: str) -> dict[str, Any]:
     """The config of CLIPVisionModelWithProjection.
 

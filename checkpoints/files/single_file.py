@@ -29,7 +29,15 @@ from ...engines.errors import CheckpointError, UsageError, command
 from ...engines.safetensors_format import read_header
 from ...engines.spec import TEXT_ENCODERS
 from .component import Component, TensorHeader, read_headers
-from .derived_configs import GUIDANCE, is_vae, text_config, unet_config, vae_config, vision_config
+from .derived_configs import (
+    CLIP_PROCESSOR,
+    GUIDANCE,
+    is_vae,
+    text_config,
+    unet_config,
+    vae_config,
+    vision_config,
+)
 from .file_kinds import kind_of_tensors, refuse_other_formats, refuse_other_kinds
 from .ldm_names import (
     TEXT,
@@ -89,14 +97,7 @@ _UNCLIP_CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "num_train_timesteps": 1000,
         "beta_schedule": "squaredcos_cap_v2",
     },
-    "feature_extractor": {
-        "image_processor_type": "CLIPImageProcessor",
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-    },
+    "feature_extractor": CLIP_PROCESSOR,
 }
 # Zeros and ones, as many as the widest image embedding has: what ViT-H's embeddings are normalised with.
 _UNIT_NORMALIZER = Path(__file__).parent / "unit_normalizer.safetensors"

@@ -114,7 +114,9 @@ def read_hints(
         )
     ready = preparation is None
     ground = 0 if ready else 255
-    read = [read_map(one, name=name, background=ground) for name, one in _named(image, "control_image")]
+    read = [
+        read_map(one, name=name, background=ground) for name, one in named_pictures(image, "control_image")
+    ]
     return HintPictures(
         pictures=[pixels for pixels, _ in read],
         masks=_read_masks(mask_image, prepare, len(read)),
@@ -141,7 +143,9 @@ def _read_masks(mask_image: Any, preparation: Preparation, pictures: int) -> Seq
             expected="a mask, white where the picture is drawn anew",
             fix="Pass the mask, or give the map itself and no preparation.",
         )
-    masks = [read_image(one, name=name, background=0) for name, one in _named(mask_image, "control_mask")]
+    masks = [
+        read_image(one, name=name, background=0) for name, one in named_pictures(mask_image, "control_mask")
+    ]
     if len(masks) not in (1, pictures):
         raise UsageError(
             f"{len(masks)} masks for {pictures} control pictures",
@@ -151,7 +155,7 @@ def _read_masks(mask_image: Any, preparation: Preparation, pictures: int) -> Seq
     return masks if len(masks) == pictures else masks * pictures
 
 
-def _named(images: Any, name: str) -> list[tuple[str, ImageSource]]:
+def named_pictures(images: Any, name: str) -> list[tuple[str, ImageSource]]:
     """Each picture of one or several, after what errors call it."""
     if isinstance(images, np.ndarray) and cast(Array, images).ndim == 4:
         images = list(cast(Array, images))

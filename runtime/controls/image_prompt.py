@@ -65,13 +65,11 @@ class ImagePrompt:
 
 def numbers_of(strength: object) -> list[object]:
     """Everything in a strength that has to be a number."""
-    parts: Sequence[object] = [strength]
     if isinstance(strength, Mapping):
-        parts = list(cast("Mapping[str, object]", strength).values())
-    elif isinstance(strength, (list, tuple)):
-        parts = list(cast("Sequence[object]", strength))
-    else:
+        strength = list(cast("Mapping[str, object]", strength).values())
+    if not isinstance(strength, (list, tuple)):
         return [strength]
+    parts = cast("Sequence[object]", strength)
     return [number for part in parts for number in numbers_of(part)]
 
 

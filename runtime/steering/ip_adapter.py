@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import lcm
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -24,6 +24,7 @@ from ...engines.spec import (
     NetSpec,
     cross_attentions,
 )
+from ..controls.hints import named_pictures
 from ..controls.image_prompt import ImagePrompt
 from ..loop.job import ImagePromptJob
 from ..pictures.read import read_image
@@ -61,15 +62,15 @@ class Prompted:
     @classmethod
     def read(cls, prompt: ImagePrompt, opened: OpenedControl) -> Prompted:
         """Raises UsageError for pictures that cannot be read, or for another number of masks."""
-        pictures = [read_image(one, name="ip_adapter_image") for one in _several(prompt.image)]
-        masks = [
-            read_image(one, name="ip_adapter_mask", background=0)
-            for one in ([] if prompt.mask_image is None else _several(prompt.mask_image))
+        pictures = [
+            read_image(one, name=name) for name, one in named_pictures(prompt.image, "ip_adapter_image")
         ]
-        if not pictures or len(masks) not in (0, 1, len(pictures)):
+        given = [] if prompt.mask_image is None else named_pictures(prompt.mask_image, "ip_adapter_mask")
+        masks = [read_image(one, name=name, background=0) for name, one in given]
+        if len(masks) not in (0, 1, len(pictures)):
             raise UsageError(
-                f"{len(pictures)} pictures and {len(masks)} masks for the IP-Adapter {prompt.model!r}",
-                expected="a picture or more, and no mask, one for all, or one for each",
+                f"{len(masks)} masks for {len(pictures)} pictures of the IP-Adapter {prompt.model!r}",
+                expected="no mask, one for all, or one for each",
                 fix="Pass one mask for all of them.",
             )
         return cls(prompt=prompt, opened=opened, pictures=pictures, masks=masks)
@@ -177,9 +178,3 @@ def _mask(pixels: Pixels, rows: Rows) -> Array:
     """(H, W) of 0 and 1, as diffusers' `IPAdapterMaskProcessor` makes it of a grey picture."""
     gray = Image.fromarray(pixels).convert("L").resize((rows.width, rows.height), Image.Resampling.LANCZOS)
     return (np.asarray(gray, np.float32) / 255 >= 0.5).astype(np.float32)
-
-
-def _several(images: Any) -> list[Any]:
-    if isinstance(images, np.ndarray) and cast(Array, images).ndim == 4:
-        images = list(cast(Array, images))
-    return list(cast("Sequence[Any]", images)) if isinstance(images, (list, tuple)) else [images]

@@ -70,6 +70,7 @@ class LoadedControls:
             CheckpointError: no control, or one for another model.
             UsageError: no path, a name that is none, or one that another one has.
             PackageError: the model's package is so old that it takes none.
+            BackendError: it cannot be opened, or on a device a picture is drawn at the moment.
         """
         usual = "a file, a folder, or the name of a model of a hub"
         check_path(path, "a control", usual, "Pass a str or a Path.")
@@ -103,7 +104,12 @@ class LoadedControls:
         return name
 
     def unload(self, names: str | Sequence[str] | None = None) -> None:
-        """Close these, or all; a picture that is drawn with one fails. UsageError for a name that is none."""
+        """Close these, or all; a picture that is drawn with one fails.
+
+        Raises:
+            UsageError: a name that is none.
+            BackendError: on a device, where a picture is drawn at the moment.
+        """
         fix = "Pass the names of controls, as load_control returns them."
         given = None if names is None else dict.fromkeys(check_names(names, "a control", fix))
         with self._lock:
@@ -111,9 +117,10 @@ class LoadedControls:
             for name in going:
                 if name not in self._loaded:
                     raise self._unknown(name)
+            staying = [one for name, one in self._loaded.items() if name not in going]
+            self._use_unet(unet_for(one.kind for one in staying))
             for name in going:
                 self._loaded.pop(name).loop.close()
-            self._use_unet(unet_for(one.kind for one in self._loaded.values()))
 
     def close(self) -> None:
         """Free everything. May be called twice."""

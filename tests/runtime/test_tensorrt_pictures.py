@@ -387,3 +387,23 @@ def test_closing_while_a_set_is_in_use_frees_everything(
     with pytest.raises(BackendError, match="closed while a picture was drawn"):
         next(stream)
     pipe.close()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_engine_draws_with_and_without_controls(
+    package: Package, variant: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Once controls are loaded; without its engine, the command that builds it."""
+    store = EngineStore(tmp_path)
+    fill(store, package, variant, ["64x64:b1"])
+    bench = Bench(monkeypatch, variant)
+    with bench.open(package, store) as pipe:
+        plain = pipe("a", **SMALL).images
+        with pytest.raises(
+            BackendError, match=r"no tensorrt.* engine of unet_controlled .*--nets unet_controlled"
+        ):
+            pipe.loop.use_unet(package, "unet_controlled")
+        assert np.array_equal(pipe("a", **SMALL).images, plain), "nothing is lost"
+        fill(store, package, variant, ["64x64:b1"], net="unet_controlled")
+        pipe.loop.use_unet(package, "unet_controlled")
+        assert np.abs(pipe("a", **SMALL).images.astype(int) - plain).max() <= 1

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentrt import BackendError, CancelledError, Pipeline, UsageError, read_metadata, redraw, refine
+from latentrt import CancelledError, Pipeline, UsageError, read_metadata, redraw, refine
 from latentrt.engines.package import Package
-from latentrt.runtime.loop.job import Clock, ControlJob, DenoiseJob
+from latentrt.runtime.loop.job import Condition, ControlJob, FeatureJob, ImagePromptJob, SteeringJob
 from latentrt.runtime.pictures.windows import Window, Windows, blend
 from latentrt.runtime.request.request import make_request
 from tests.engines.host_device import HostDevice
@@ -278,33 +278,33 @@ def test_a_device_draws_the_same_tiles(pipe: Pipeline, package: Package, watched
     assert latents.shape == (1, 4, 16, 16)
 
 
-def test_a_device_refuses_controls_in_tiles(pipe: Pipeline, package: Package) -> None:
+def test_pictures_of_controls_are_cut_as_the_latent(pipe: Pipeline) -> None:
     request = make_request(pipe.package.manifest, "", image=photo(64, 64), upscale=2, draw_tile=64, seed=1)
     job = pipe.prepare(request)
     assert job.windows == Windows(side=8, overlap=2)
-    refused = pytest.raises(BackendError, match="ControlNets do not run on a device yet")
-    with device_pipeline(package, HostDevice()) as (_, loop), refused:
-        next(loop.steps(_controlled(job), Clock(), None))
-
-
-def _controlled(job: DenoiseJob) -> DenoiseJob:
-    hint = np.zeros((1, 3, 128, 128), np.float32)
-    control: Any = ControlJob(
-        manifest=None,  # pyright: ignore[reportArgumentType]
-        call=lambda net, **arrays: {},
-        hint=hint,
-        hint_of_row=(0,),
-        scales=np.ones((1, 1, 1)),
-    )
-    return replace(job, controls=(control,))
-
-
-def test_the_hint_of_a_window_is_cut_as_the_latent(pipe: Pipeline) -> None:
-    request = make_request(pipe.package.manifest, "", image=photo(64, 64), upscale=2, draw_tile=64, seed=1)
-    job = _controlled(pipe.prepare(request))
     hint = np.arange(128 * 128, dtype=np.float32).reshape(1, 1, 128, 128)
-    job = replace(job, controls=(replace(job.controls[0], hint=hint),))
+    given: dict[str, Any] = {"call": lambda net, **arrays: {}, "hint": hint, "hint_of_row": (0,)}
+    condition: Any = {"control_type": 0, "strength": 1.0, "on": np.ones(1)}
+    steering = SteeringJob(
+        controlnets=(
+            ControlJob(
+                manifest=None,  # pyright: ignore[reportArgumentType]
+                scales=np.ones((1, 1, 1)),
+                conditions=(Condition(hint=hint, hint_of_row=(0,), **condition),),
+                **given,
+            ),
+        ),
+        features=(FeatureJob(strength=1.0, on=np.ones(1), **given),),
+        image_prompt=ImagePromptJob(inputs={}, masks=hint[0], on=np.ones((1, 1))),
+    )
     window = Window(top=2, bottom=10, left=6, right=14, weight=np.ones((8, 8), np.float32))
-    part = job.within(window)
-    assert np.array_equal(part.controls[0].hint, hint[..., 16:80, 48:112])
+    part = replace(job, steering=steering).within(window)
+    (net,), (features,), prompt = (
+        part.steering.controlnets,
+        part.steering.features,
+        part.steering.image_prompt,
+    )
+    assert prompt is not None
+    for found in (net.hint, net.conditions[0].hint, features.hint, prompt.masks[None]):
+        assert np.array_equal(found, hint[..., 16:80, 48:112])
     assert np.array_equal(part.first, job.first[..., 2:10, 6:14])
