@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from latentrt.engines.device import DeviceNet
-from latentrt.engines.errors import BackendError, MemoryLimitError, PackageError, UsageError
+from latentrt.engines.errors import MemoryLimitError, PackageError, UsageError
 from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
 from latentrt.engines.onnxruntime.nets import CPU, open_onnxruntime_net
 from latentrt.engines.package import Package
@@ -17,7 +17,7 @@ from latentrt.runtime.loop.denoise import HostLoop
 from latentrt.runtime.loop.device.loop import DeviceLoop, _need, _RememberedPlan
 from latentrt.runtime.loop.device.memory_fallback import MemoryPlan
 from latentrt.runtime.loop.device.verdicts import Graphs
-from latentrt.runtime.loop.job import Clock, ControlJob, DenoiseJob, Kept
+from latentrt.runtime.loop.job import Clock, DenoiseJob, Kept
 from latentrt.runtime.sampling.names import resolve
 from latentrt.runtime.sampling.noise import NoiseSource
 from latentrt.runtime.sampling.samplers import make_table
@@ -65,23 +65,6 @@ def on_device(
     finally:
         loop.close()
     assert not memory.blocks
-
-
-def test_controls_are_refused_on_a_device(packages: dict[str, Package]) -> None:
-    package = packages["plain"]
-    control = ControlJob(
-        manifest=package.manifest,
-        call=lambda net, **arrays: {},
-        hint=np.zeros((1, 3, 64, 96), np.float32),
-        hint_of_row=(0,) * BATCH,
-        scales=np.ones((1, BATCH, 1), np.float32),
-    )
-    job = replace(job_of("plain"), controls=(control,))
-    with on_device(package) as loop:
-        with pytest.raises(BackendError, match="ControlNets do not run on a device yet"):
-            loop.draw(job, Clock(), decode=False)
-        with pytest.raises(BackendError, match="ControlNets do not run on a device yet"):
-            next(iter(loop.steps(job, Clock(), None)))
 
 
 def job_of(kind: str, *, masked: bool = False, seed: int = 0, **changes: Any) -> DenoiseJob:

@@ -638,12 +638,13 @@ def test_texts_of_a1111(plain: Pipeline, pipe: Pipeline, folder: Path, logged: l
     metadata = PictureMetadata(parameters=text, record=None)
     again = redraw(pipe, metadata)
     np.testing.assert_array_equal(np.asarray(again.images[0]), np.asarray(result.images[0]))
-    assert not any("TI hashes" in line.partition("): ")[2] for line in logged)
+    assert logged
+    assert not any("TI hashes" in line for line in logged)
     with pytest.raises(UsageError, match="the embedding 'Face a b' is missing"):
         redraw(plain, PictureMetadata(parameters=text.replace("Face: a, b", "Face a b"), record=None))
     odd = text.replace("Face a b: ", "Face a b: no hash ")
     redraw(pipe, PictureMetadata(parameters=odd, record=None))
-    assert any("TI hashes: Face a b: no hash" in line.partition("): ")[2] for line in logged)
+    assert any("TI hashes: Face a b: no hash" in line for line in logged)
 
 
 @pytest.mark.parametrize("text", ["", "face", "face:", ": 123", "face: xyz", "face: 123, "])
