@@ -26,6 +26,8 @@ from ..installed import install_command
 from ..net_weights import engine_bytes, reading_changes
 from ..package import Package
 from ..spec import DTYPES, Array, NetSpec, output_shapes
+from ..spilled import available_bytes, spill
+from ..store.files import default_root
 from .cuda_libraries import load_libraries
 from .lowering.files import LoweredGraph, give_weights
 from .lowering.winograd import kernels
@@ -49,6 +51,7 @@ CUDA = "CUDAExecutionProvider"
 # opening; docs/design.md has what it is worth in a run.
 _LARGE = 2**30
 _WIDENED = 4  # times as many bytes as stored, at most: fp8 that is computed with in fp32
+_HELD = 2  # times the weights, at most: while a net is opened, or where the next one follows
 _FELT = 2**26  # bytes of weights files from which what loading them leaves behind is worth a look
 
 Submit = Callable[[Callable[[], None]], None]
@@ -236,6 +239,10 @@ def give_changes(options: Any, package: Package, name: str, content: bytes | Non
         changed = changed_graph(package, name, content or path.read_bytes())
     if changed is None:
         return None
+    available = available_bytes()
+    # The library packs matrices, and never looks at these again.
+    if available is not None and available < _HELD * engine_bytes(package, name):
+        spill(changed.values, default_root())
     values = {key: make(array) for key, array in changed.values.items()}
     options.add_external_initializers(list(values), list(values.values()))
     return _Changed(graph=changed.graph, values=list(values.values()))
