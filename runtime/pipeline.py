@@ -27,7 +27,7 @@ from .conditioning import make_conditioning
 from .embeddings import EmbeddingLibrary, Source
 from .loop.device.cuda_graphs import Graphs
 from .loop.job import NEVER, Clock, DenoiseJob, Drawn, JobRecorder, Loop, PackageLoop, State, Stop
-from .loop.open import LoopOptions, open_control_loop, open_loop
+from .loop.open import LoopOptions, open_loop
 from .model import (
     ADAPTERS,
     CONTROLS,
@@ -48,7 +48,6 @@ from .sampling.noise import NoiseSource
 from .sampling.table import Table
 from .start import make_start
 from .steering.loaded import LoadedControls
-from .steering.steered import OpenedControl
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -237,7 +236,7 @@ class Pipeline:
         loras: str | Path | None = None,
         embeddings: str | Path | None = None,
         allow_unused: bool = False,
-        open_control: Callable[[Path, Path | None], OpenedControl] | None = None,
+        open_control: Callable[[Path, Path | None], Package] | None = None,
     ) -> Pipeline:
         """A pipeline over a loop that is open already, and is closed with it.
 
@@ -246,8 +245,8 @@ class Pipeline:
             loop: runs them.
             backend: what executes them, for people.
             cache_bytes, adapted_bytes, loras, embeddings, allow_unused: as in `open`.
-            open_control: opens a control, with an IP-Adapter's image encoder; by default on ONNX Runtime's
-                CPU.
+            open_control: opens a control's package, with an IP-Adapter's image encoder; by default for ONNX
+                Runtime's CPU.
 
         Raises:
             PackageError: a tokenizer is missing or damaged.
@@ -289,7 +288,12 @@ class Pipeline:
             LoadedAdapters(package, loras, allow_unused=allow_unused),
             adapted,
             library,
-            LoadedControls(package.manifest, open_control or partial(_open_control, package), use_unet),
+            LoadedControls(
+                package.manifest,
+                open_control or partial(_open_control, package),
+                loop.open_beside,
+                use_unet,
+            ),
         )
 
     # ── adapters ───────────────────────────────────────────────────────────────────────────────────
@@ -709,10 +713,10 @@ def _open_control(
     shipped: Path | None = None,
     progress: Advance | None = None,
     note: Note | None = None,
-) -> OpenedControl:
+) -> Package:
     """Open a control as the model that it steers is opened."""
     backend = find_backend(options.backend, place=Place.parse(options.device))[0]
-    package = open_control_model(
+    return open_control_model(
         path,
         backend=backend,
         model=model,
@@ -721,7 +725,6 @@ def _open_control(
         advance=progress,
         note=note,
     )
-    return OpenedControl(package=package, loop=open_control_loop(package, options))
 
 
 def _stop(cancel: Event | None, timeout: float | None, *events: Event) -> Stop:

@@ -5,11 +5,10 @@ from pathlib import Path
 
 from latentrt.checkpoints.opened import Options, open_control
 from latentrt.engines.backends import BACKENDS
+from latentrt.engines.package import Package
 from latentrt.export.architectures import Architecture
 from latentrt.export.templates import make_archive
 from latentrt.runtime import Pipeline
-from latentrt.runtime.loop.open import LoopOptions, open_control_loop
-from latentrt.runtime.steering.steered import OpenedControl
 
 
 def steerable(plain: Pipeline, architectures: Mapping[str, Architecture], folder: Path) -> Pipeline:
@@ -17,12 +16,9 @@ def steerable(plain: Pipeline, architectures: Mapping[str, Architecture], folder
     archive = folder / "controls.zip"
     make_archive(archive, architectures, dtypes=["fp32"])
 
-    def opened(path: Path, image_encoder: Path | None) -> OpenedControl:
+    def opened(path: Path, image_encoder: Path | None) -> Package:
         reads = BACKENDS["onnxruntime"].reads
         options = Options(dtype="fp32", reads=reads, templates=archive, image_encoder=image_encoder)
-        package = open_control(path, options, store=folder / "cache")
-        return OpenedControl(
-            package=package, loop=open_control_loop(package, LoopOptions(backend="onnxruntime"))
-        )
+        return open_control(path, options, store=folder / "cache")
 
     return Pipeline.over(plain.package, plain.loop, plain.backend, open_control=opened)

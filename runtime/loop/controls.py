@@ -1,4 +1,4 @@
-"""What controls add to the UNet's calls, computed on the host.
+"""What controls add to the UNet's calls.
 
 Zhang et al. 2023 (arXiv 2302.05543), section 3.1; diffusers' `StableDiffusionControlNetPipeline`.
 """
@@ -11,6 +11,7 @@ from typing import NoReturn
 import numpy as np
 
 from ...engines.errors import UsageError
+from ...engines.package import Manifest
 from ...engines.spec import (
     CONTROL_TYPE,
     DTYPES,
@@ -43,16 +44,16 @@ def added_inputs(unet: NetSpec) -> list[TensorSpec]:
 def refuse_unloaded() -> NoReturn:
     """Raise UsageError for a job with controls that another thread unloaded."""
     raise UsageError(
-        "the controls of this picture were unloaded before its first step",
+        "the controls of this picture were unloaded before its last step",
         expected="controls that stay loaded while a picture is drawn",
         fix="Call pipe.unload_controls() when no picture is drawn.",
     )
 
 
-class HostControls:
-    """What the UNet is given besides the inputs of `unet`: zeros where nothing steers.
+class SteadyInputs:
+    """What the UNet is given besides the inputs of `unet` that does not depend on the latent.
 
-    What does not depend on the latent is computed as it is made, once.
+    Zeros where nothing steers. All is computed as it is made, once.
 
     Args:
         job: with the rows of the UNet, of which some may be left alone.
@@ -61,19 +62,64 @@ class HostControls:
 
     def __init__(self, job: DenoiseJob, unet: NetSpec) -> None:
         self._steering = job.steering
-        self._nets = [_OnHost(control, job) for control in job.steering.controlnets]
         _, height, width = job.shape
-        sizes = {"B": len(job.text_of_row), "H/8": height, "W/8": width, "G": 1, "I": 1}
+        prompt = job.steering.image_prompt
+        tokens = {"G": 1, "I": 1} if prompt is None else {"G": prompt.groups, "I": prompt.tokens}
+        sizes = {"B": len(job.text_of_row), "H/8": height, "W/8": width, **tokens}
         own = added_inputs(unet)
         self._types = {item.name: DTYPES[item.dtype] for item in own}
-        self._zeros = {
+        self.zeros = {
             item.name: np.zeros(shape_of(item.shape, sizes), self._types[item.name]) for item in own
         }
-        prompt = job.steering.image_prompt
-        self._constant = {} if prompt is None else self._typed(prompt.inputs)
-        self._shrunk = {} if prompt is None else _shrunk(prompt, self._zeros)
+        self._constant = {} if prompt is None else self.typed(prompt.inputs)
+        self._shrunk = {} if prompt is None else _shrunk(prompt, self.zeros)
         self._maps = [_maps(one) for one in job.steering.features]
         self._features: dict[tuple[bool, ...], dict[str, Array]] = {}
+        self._masks: dict[bytes, dict[str, Array]] = {}
+
+    def at(self, row: int) -> dict[str, Array]:
+        """All of them, at a row of the table; in rows that are alike the very same arrays."""
+        return {**self.zeros, **self._constant, **self._features_of(row), **self._masks_of(row)}
+
+    def typed(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """The arrays in the types of the UNet's inputs of their names."""
+        return {name: value.astype(self._types[name], copy=False) for name, value in arrays.items()}
+
+    def sums(self, added: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+        """By name; in float32, so that the order of several does not matter."""
+        totals: dict[str, Array] = {}
+        for one in added:
+            for name, value in one.items():
+                if name not in totals:
+                    totals[name] = np.zeros(self.zeros[name].shape, np.float32)
+                totals[name] += value
+        return self.typed(totals)
+
+    def _features_of(self, row: int) -> dict[str, Array]:
+        """Those of the T2I-Adapters that are on in a row."""
+        on = tuple(bool(one.on[row]) for one in self._steering.features)
+        if on not in self._features:
+            self._features[on] = self.sums([maps for maps, read in zip(self._maps, on, strict=True) if read])
+        return self._features[on]
+
+    def _masks_of(self, row: int) -> dict[str, Array]:
+        """Where each group of image tokens counts in a row."""
+        prompt = self._steering.image_prompt
+        if prompt is None:
+            return {}
+        on = prompt.on[row]
+        if (key := on.tobytes()) not in self._masks:
+            factors = on[None, :, None, None]
+            self._masks[key] = self.typed({name: mask * factors for name, mask in self._shrunk.items()})
+        return self._masks[key]
+
+
+class HostControls:
+    """What the UNet is given besides the inputs of `unet`, on the host. Arguments as of `SteadyInputs`."""
+
+    def __init__(self, job: DenoiseJob, unet: NetSpec) -> None:
+        self._steady = SteadyInputs(job, unet)
+        self._nets = [ControlNetInputs(control, job) for control in job.steering.controlnets]
 
     def inputs(self, latent: Array, row: int) -> dict[str, Array]:
         """All of them.
@@ -83,41 +129,7 @@ class HostControls:
             row: of the table.
         """
         found = [residuals for net in self._nets if (residuals := net.residuals(latent, row))]
-        return {
-            **self._zeros,
-            **self._constant,
-            **self._sums(found),
-            **self._features_of(row),
-            **self._masks(row),
-        }
-
-    def _typed(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        return {name: value.astype(self._types[name], copy=False) for name, value in arrays.items()}
-
-    def _sums(self, added: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-        """By name; in float32, so that the order of several does not matter."""
-        totals: dict[str, Array] = {}
-        for one in added:
-            for name, value in one.items():
-                if name not in totals:
-                    totals[name] = np.zeros(self._zeros[name].shape, np.float32)
-                totals[name] += value
-        return self._typed(totals)
-
-    def _features_of(self, row: int) -> dict[str, Array]:
-        """Those of the T2I-Adapters that are on in a row; the same arrays in every row like it."""
-        on = tuple(bool(one.on[row]) for one in self._steering.features)
-        if on not in self._features:
-            self._features[on] = self._sums([maps for maps, read in zip(self._maps, on, strict=True) if read])
-        return self._features[on]
-
-    def _masks(self, row: int) -> dict[str, Array]:
-        """Where each group of image tokens counts in a row."""
-        prompt = self._steering.image_prompt
-        if prompt is None:
-            return {}
-        on = prompt.on[row][None, :, None, None]
-        return self._typed({name: mask * on for name, mask in self._shrunk.items()})
+        return {**self._steady.at(row), **self._steady.sums(found)}
 
 
 def _maps(job: FeatureJob) -> dict[str, Array]:
@@ -139,43 +151,60 @@ def _shrunk(prompt: ImagePromptJob, zeros: Mapping[str, Array]) -> dict[str, Arr
     return found
 
 
-class _OnHost:
-    """One of them."""
+class ControlNetInputs:
+    """What a ControlNet is given besides the latent; its nets that do not depend on it are called once.
+
+    Attributes:
+        constant: (B, …) by the names of its inputs, the same in every row.
+        schedule: (S * B, …) by the names of its inputs.
+        scales: (S, B, R) float32, as `ControlJob.scales`.
+    """
 
     def __init__(self, control: ControlJob, job: DenoiseJob) -> None:
         self._control = control
-        nets, call = control.manifest.nets, control.call
+        nets, call = control.manifest.nets, control.loop.call
         self._net = nets["controlnet"].spec
         self._hints = _Hints(control)
-        self._constant: dict[str, Array] = {}
+        self.constant: dict[str, Array] = {}
         if "controlnet_context" in nets:
             context = nets["controlnet_context"].spec.inputs[0]
             texts = call("controlnet_context", context=job.context.astype(DTYPES[context.dtype]))
-            self._constant = {name: value[list(job.text_of_row)] for name, value in texts.items()}
+            self.constant = {name: value[list(job.text_of_row)] for name, value in texts.items()}
         each = len(job.text_of_row) // job.rows_per_step
         schedule = call("controlnet_time", **_times(control, job))
-        self._schedule = {
-            name: np.repeat(rows, each, axis=0) for name, rows in schedule.items()
-        }  # (S * B, …)
+        self.schedule = {name: np.repeat(rows, each, axis=0) for name, rows in schedule.items()}
+        self.scales = control.scales
+
+    def on(self, row: int) -> Array:
+        """The rows of the UNet that it adds to at a row of the table."""
+        return np.flatnonzero(self.scales[row].any(axis=1))
+
+    def hint(self, row: int) -> Array:
+        """(B, C, H/8, W/8) what it makes of its pictures, at a row in which it is on."""
+        return self._hints.at(row)
 
     def residuals(self, latent: Array, row: int) -> dict[str, Array]:
         """By name, (B, C, …), or (B, C, 1, 1) of a net that averages them; nothing where it is off."""
-        scales = self._control.scales[row]  # (B, R)
-        on = np.flatnonzero(scales.any(axis=1))
+        on = self.on(row)
         if not len(on):
             return {}
         rows = len(latent)
         inputs = {
-            **{name: value[on] for name, value in self._constant.items()},
-            **{name: value[row * rows : (row + 1) * rows][on] for name, value in self._schedule.items()},
+            **{name: value[on] for name, value in self.constant.items()},
+            **{name: value[row * rows : (row + 1) * rows][on] for name, value in self.schedule.items()},
             "latent": latent[on].astype(DTYPES[self._net.inputs[0].dtype], copy=False),
-            HINT_EMBEDDING: self._hints.at(row)[on],
-            SCALES: scales[on],
+            HINT_EMBEDDING: self.hint(row)[on],
+            SCALES: self.scales[row][on],
         }
-        found = self._control.call("controlnet", **inputs)
-        if self._control.manifest.control.get("global_pool"):
+        found = self._control.loop.call("controlnet", **inputs)
+        if averages(self._control.manifest):
             found = {name: value.mean(axis=(2, 3), keepdims=True) for name, value in found.items()}
         return found if len(on) == rows else {name: _among(rows, on, value) for name, value in found.items()}
+
+
+def averages(manifest: Manifest) -> bool:
+    """Whether a ControlNet's residuals are averaged over the picture ("shuffle")."""
+    return bool(manifest.control.get("global_pool"))
 
 
 class _Hints:
@@ -186,7 +215,7 @@ class _Hints:
         if control.conditions:
             self._parts = [_embedded(control, condition) for condition in control.conditions]
         else:
-            embedding = control.call("controlnet_hint", hint=control.hint)[HINT_EMBEDDING]
+            embedding = control.loop.call("controlnet_hint", hint=control.hint)[HINT_EMBEDDING]
             self._parts = [embedding[list(control.hint_of_row)]]
 
     def at(self, row: int) -> Array:
@@ -208,7 +237,7 @@ def _embedded(control: ControlJob, condition: Condition) -> Array:
         CONTROL_TYPE: np.repeat(_types(control, [condition])[None], rows, axis=0),
         STRENGTH: np.full(rows, condition.strength, np.float32),
     }
-    embedding = control.call("controlnet_hint", hint=condition.hint, **told)[HINT_EMBEDDING]
+    embedding = control.loop.call("controlnet_hint", hint=condition.hint, **told)[HINT_EMBEDDING]
     return embedding[list(condition.hint_of_row)]
 
 

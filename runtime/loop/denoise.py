@@ -175,6 +175,10 @@ class HostLoop:
         self._closed = False
         self._dtype = DTYPES[FLOAT_TYPES[package.manifest.dtype]]
 
+    def open_beside(self, package: Package) -> HostLoop:
+        """See `job.PackageLoop`; its nets are opened when they are first called."""
+        return HostLoop(package, self._backend, self._threads)
+
     def adapted(self, package: Package) -> HostLoop:
         """See `job.Loop`."""
         return HostLoop(package, self._backend, self._threads, base=self)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ...engines.errors import CancelledError, UsageError
 from ...engines.package import Manifest, Package
-from ...engines.spec import Array
+from ...engines.spec import IMAGE_KEYS, Array
 from ..pictures.windows import Window, Windows
 from ..sampling.noise import NoiseSource
 from ..sampling.table import Table
@@ -67,7 +67,7 @@ class ControlJob:
 
     Attributes:
         manifest: of its package.
-        call: runs one of its nets, as `Loop.call`.
+        loop: runs its nets.
         hint: (K, 3, H, W) float32, RGB from 0 to 1, every different picture once; of a Union its first
             condition's.
         hint_of_row: (B,) the index of each UNet row's.
@@ -76,7 +76,7 @@ class ControlJob:
     """
 
     manifest: Manifest
-    call: Callable[..., dict[str, Array]]
+    loop: Loop
     hint: Array
     hint_of_row: tuple[int, ...]
     scales: Array
@@ -116,6 +116,18 @@ class ImagePromptJob:
     inputs: Mapping[str, Array]
     masks: Array
     on: Array
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        return len(self.masks)
+
+    @property
+    def tokens(self) -> int:
+        """I, of a group."""
+        return max(
+            (keys.shape[-1] for name, keys in self.inputs.items() if name.startswith(IMAGE_KEYS)), default=1
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -381,6 +393,18 @@ class PackageLoop(Loop, Protocol):
 
         Raises:
             BackendError: it cannot be opened, or on a device a picture is drawn at the moment.
+        """
+        ...
+
+    def open_beside(self, package: Package) -> Loop:
+        """A loop over all nets of another package, such as a control's, where and as this one runs its own.
+
+        It is the caller's to close, before this one.
+
+        Raises:
+            PackageError: a graph is refused.
+            BackendError: there are no engines for it.
+            MemoryLimitError: it does not fit.
         """
         ...
 

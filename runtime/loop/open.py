@@ -15,7 +15,7 @@ from ...engines.package import Package
 from ...engines.spec import NETS, TEXT_ENCODERS
 from .denoise import HostLoop
 from .device.verdicts import Graphs
-from .job import REQUIRED, Loop, PackageLoop
+from .job import REQUIRED, PackageLoop
 
 _LOG = logging.getLogger(__name__)
 
@@ -87,23 +87,6 @@ def _open(
         loop.open_nets([net for net in nets if net in (*REQUIRED, *TEXT_ENCODERS)])
         stack.pop_all()
         return loop, engine.describe()
-
-
-def open_control_loop(package: Package, options: LoopOptions) -> Loop:
-    """Open a loop that calls the nets of a control's package: where the model's are.
-
-    Raises:
-        BackendError: nothing of that name can run here, or it has no engines for this package.
-    """
-    place = Place.parse(options.device)
-    _, engine = choose_backend(options.backend, {}, place)
-    if isinstance(engine, DeviceBackend):
-        from .device.loop import DeviceLoop
-
-        device, opened = engine.open_device(package, list(package.manifest.nets), index=place.index)
-        return DeviceLoop(device, opened, package.manifest, graphs="off")
-    assert isinstance(engine, HostBackend)
-    return HostLoop(package, engine, options.threads)
 
 
 def replayed_facts(package: Package, library: str, device: Device) -> dict[str, object]:

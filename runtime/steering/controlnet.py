@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..loop.controls import averages
 from ..loop.job import ControlJob
 from .steered import Rows, Steered, read_picture, row_of_each_picture
 from .unions import union_type
@@ -24,7 +25,7 @@ class SteeredByNet(Steered):
             hint = np.ascontiguousarray(hint[:, ::-1])
         return ControlJob(
             manifest=manifest,
-            call=self.opened.loop.call,
+            loop=self.opened.loop,
             hint=hint,
             hint_of_row=row_of_each_picture(len(hint), rows),
             scales=self.control.scales(
@@ -32,7 +33,7 @@ class SteeredByNet(Steered):
                 rows=rows.count,
                 outputs=len(manifest.nets["controlnet"].spec.outputs),
                 guided=rows.guided,
-                pooled=bool(manifest.control.get("global_pool")),
+                pooled=averages(manifest),
             ),
         )
 

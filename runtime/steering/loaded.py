@@ -16,7 +16,7 @@ from ...engines.spec import CONTROL_TYPE, FEATURE, IMAGE_KEYS, RESIDUAL
 from ..controls.control import Control
 from ..controls.hints import read_hints
 from ..controls.image_prompt import ImagePrompt
-from ..loop.job import SteeringJob
+from ..loop.job import Loop, SteeringJob
 from ..record import STEERED_BY
 from ..request.request import Request
 from .controlnet import SteeredByNet
@@ -36,17 +36,20 @@ class LoadedControls:
 
     Args:
         manifest: of the model that they steer.
-        open_nets: opens the nets of a file, as the model's own are; with an IP-Adapter's image encoder.
+        open_package: opens a file, with an IP-Adapter's image encoder.
+        open_loop: opens its nets, where the model's are.
         use_unet: lets the model's loop run its rows with a graph of the UNet (`PackageLoop.use_unet`).
     """
 
     def __init__(
         self,
         manifest: Manifest,
-        open_nets: Callable[[Path, Path | None], OpenedControl],
+        open_package: Callable[[Path, Path | None], Package],
+        open_loop: Callable[[Package], Loop],
         use_unet: Callable[[str], None],
     ) -> None:
-        self._manifest, self._open, self._use_unet = manifest, open_nets, use_unet
+        self._manifest, self._use_unet = manifest, use_unet
+        self._open_package, self._open_loop = open_package, open_loop
         self._loaded: dict[str, OpenedControl] = {}
         self._lock = Lock()
 
@@ -84,10 +87,11 @@ class LoadedControls:
                 expected="a package of 2026-11-29 or later",
                 fix="Export the checkpoint again: latentrt export CHECKPOINT -o PACKAGE",
             )
+        package = self._open_package(Path(path), None if image_encoder is None else Path(image_encoder))
+        self._check(package, Path(path))
         with ExitStack() as stack:
-            opened = self._open(Path(path), None if image_encoder is None else Path(image_encoder))
-            stack.enter_context(closing(opened.loop))
-            self._check(opened.package, Path(path))
+            loop = stack.enter_context(closing(self._open_loop(package)))
+            opened = OpenedControl(package=package, loop=loop)
             name = opened.package.manifest.name if name is None else name
             with self._lock:
                 known = self._loaded.get(name)

@@ -18,13 +18,10 @@ from latentrt.engines.package import Package
 from latentrt.engines.spec import Array
 from latentrt.export.architectures import Architecture
 from latentrt.export.templates import make_archive
-from latentrt.runtime.loop.device.loop import DeviceLoop
-from latentrt.runtime.loop.open import LoopOptions, open_control_loop
 from latentrt.runtime.pipeline import Pipeline
-from latentrt.runtime.steering.steered import OpenedControl
 from tests.engines.host_device import HostDevice
 from tests.parity_pair import photo
-from tests.runtime.device_bench import CPU, device_pipeline, open_onnxruntime_net
+from tests.runtime.device_bench import device_pipeline
 from tests.runtime.test_adapters import write
 
 SMALL: dict[str, Any] = {"num_inference_steps": 3, "height": 64, "width": 64, "seed": 3, "output_type": "np"}
@@ -54,24 +51,8 @@ def opened_package(made: Path, path: Path) -> Package:
     return open_control(path, options, store=made / "cache")
 
 
-def on_a_host(made: Path, path: Path) -> OpenedControl:
-    package = opened_package(made, path)
-    loop = open_control_loop(package, LoopOptions(backend="onnxruntime"))
-    return OpenedControl(package=package, loop=loop)
-
-
-def on_a_device(made: Path, path: Path) -> OpenedControl:
-    package, device = opened_package(made, path), HostDevice()
-    nets = {
-        name: open_onnxruntime_net(package, name, device, provider=CPU, submit=device.submit)
-        for name in package.manifest.nets
-    }
-    loop = DeviceLoop(device, nets, package.manifest, graphs="off")
-    return OpenedControl(package=package, loop=loop)
-
-
 def opener(made: Path) -> Any:
-    return lambda path, encoder: on_a_device(made, path)
+    return lambda path, encoder: opened_package(made, path)
 
 
 def draw(pipe: Pipeline, *controls: Control, **more: Any) -> Array:
@@ -96,14 +77,13 @@ def test_the_device_draws_what_the_host_draws(
         ([], {"loras": ["loop"]}),
     ]
     with Pipeline.open(package.root, backend="onnxruntime", loras=tmp_path) as host:
-        host.controls._open = lambda path, encoder: on_a_host(made, path)
+        host.controls._open_package = opener(made)
         plain = draw(host)
         host.load_control(made / "edges")
         wanted = [draw(host, *controls, **more) for controls, more in requests]
         assert np.array_equal(wanted[2], plain), "one graph draws with and without"
     assert not np.array_equal(wanted[0], plain)
-    opened = lambda path, encoder: on_a_device(made, path)  # noqa: E731
-    with device_pipeline(package, HostDevice(), graphs=graphs, loras=tmp_path, open_control=opened) as (
+    with device_pipeline(package, HostDevice(), graphs=graphs, loras=tmp_path, open_control=opener(made)) as (
         pipe,
         loop,
     ):
@@ -136,5 +116,5 @@ def test_controls_are_not_loaded_while_a_picture_is_drawn(package: Package, made
 def test_engines_that_are_fixed_take_no_controls(package: Package, made: Path) -> None:
     with device_pipeline(package, HostDevice(), open_control=opener(made)) as (pipe, loop):
         loop._open_net = None
-        with pytest.raises(BackendError, match="cannot take controls now: its engines are fixed"):
+        with pytest.raises(BackendError, match="the engines are fixed, and a control has its own"):
             pipe.load_control(made / "edges")

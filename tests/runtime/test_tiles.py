@@ -283,18 +283,19 @@ def test_pictures_of_controls_are_cut_as_the_latent(pipe: Pipeline) -> None:
     job = pipe.prepare(request)
     assert job.windows == Windows(side=8, overlap=2)
     hint = np.arange(128 * 128, dtype=np.float32).reshape(1, 1, 128, 128)
-    given: dict[str, Any] = {"call": lambda net, **arrays: {}, "hint": hint, "hint_of_row": (0,)}
+    given: dict[str, Any] = {"hint": hint, "hint_of_row": (0,)}
     condition: Any = {"control_type": 0, "strength": 1.0, "on": np.ones(1)}
     steering = SteeringJob(
         controlnets=(
             ControlJob(
                 manifest=None,  # pyright: ignore[reportArgumentType]
+                loop=pipe.loop,
                 scales=np.ones((1, 1, 1)),
                 conditions=(Condition(hint=hint, hint_of_row=(0,), **condition),),
                 **given,
             ),
         ),
-        features=(FeatureJob(strength=1.0, on=np.ones(1), **given),),
+        features=(FeatureJob(call=pipe.loop.call, strength=1.0, on=np.ones(1), **given),),
         image_prompt=ImagePromptJob(inputs={}, masks=hint[0], on=np.ones((1, 1))),
     )
     window = Window(top=2, bottom=10, left=6, right=14, weight=np.ones((8, 8), np.float32))

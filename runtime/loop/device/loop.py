@@ -26,8 +26,10 @@ from ....engines.net_weights import changed_names, engine_bytes
 from ....engines.package import Manifest, Package
 from ....engines.spec import Array
 from ...pictures.tiling import decode_tiled
+from ..controls import ControlNetInputs, SteadyInputs, added_inputs, averages, refuse_unloaded
 from ..denoise import check_finite, steps_of_calls
-from ..job import NEVER, Clock, DenoiseJob, Drawn, PackageLoop, State, Stop
+from ..job import NEVER, Clock, ControlJob, DenoiseJob, Drawn, PackageLoop, State, Stop
+from .controls import NET, ControlProgram, ControlShape, DeviceControls
 from .cuda_graphs import Replay
 from .memory_fallback import MemoryNeed, MemoryPlan, equal_rows, fit_in_memory
 from .pool import ProgramPool
@@ -93,10 +95,27 @@ class OwnNet:
 
 
 class _Picture:
-    """`cuda_graphs.Picture` of a job, in the programs that it was given."""
+    """`cuda_graphs.Picture` of a job, in the programs that it was given.
 
-    def __init__(self, denoiser: DenoiseProgram, schedule: ScheduleProgram, job: DenoiseJob) -> None:
-        self.denoiser, self.schedule, self._job = denoiser, schedule, job
+    Args:
+        job: what is drawn.
+        denoiser, schedule: run its rows.
+        decoder: of its end; None where that comes later, or never.
+        controls: what steers it; None where nothing does.
+        held: gives the programs back when it closes.
+    """
+
+    def __init__(
+        self,
+        job: DenoiseJob,
+        denoiser: DenoiseProgram,
+        schedule: ScheduleProgram,
+        decoder: NetProgram | None,
+        controls: DeviceControls | None,
+        held: ExitStack,
+    ) -> None:
+        self.denoiser, self.decoder, self.close = denoiser, decoder, held.close
+        self._schedule, self._job, self._controls = schedule, job, controls
         self.rows, self.capturable = len(job.table), denoiser.capturable
         self.enqueue_row, self.blank_row = denoiser.enqueue_row, denoiser.blank_row
         self.read_state = denoiser.read_state
@@ -105,7 +124,9 @@ class _Picture:
         self.denoiser.rewind(self._job)
 
     def feed_row(self, row: int) -> None:
-        self.denoiser.feed_row(self.schedule, row)
+        self.denoiser.feed_row(self._schedule, row)
+        if self._controls is not None:
+            self._controls.feed(row)
 
 
 class DeviceLoop:
@@ -119,6 +140,7 @@ class DeviceLoop:
         log: is passed a line for everything given up when memory was short, and why rows are not replayed.
         open_net: opens a net of a package with other weights on the device; None where nothing can.
         base: the loop that this one is adapted from. They take turns, and it closes device and nets.
+        beside: the loop of another package on the same device. They take turns, and it closes the device.
         own: the nets that this one has in place of the base's once `open_own` has opened them, and how.
     """
 
@@ -133,6 +155,7 @@ class DeviceLoop:
         log: Callable[[str], None] = _LOG.warning,
         open_net: Callable[[Package, str], DeviceNet] | None = None,
         base: DeviceLoop | None = None,
+        beside: DeviceLoop | None = None,
         own: Mapping[str, OwnNet] = MappingProxyType({}),
     ) -> None:
         self.device = device
@@ -143,10 +166,11 @@ class DeviceLoop:
         self._graphs: Graphs = graphs
         self._verdicts = verdicts or Verdicts()
         self._log = log
-        self._open_net, self._base = open_net, base
+        self._open_net, self._base, self._beside = open_net, base, beside
         self._own = own
         self._graph = "unet"  # of the base alone
-        self._turns = base._turns if base else _Turns()
+        first = base or beside
+        self._turns = first._turns if first else _Turns()
         self._rows = base._rows if base and "unet" not in own else _Rows()
         self._lock = self._turns.lock
         self._plans: dict[MemoryNeed, _RememberedPlan] = {}
@@ -169,13 +193,13 @@ class DeviceLoop:
         with self._lock:
             if net == self._graph:
                 return
-            if self._open_net is None or self._in_use:
+            if self._in_use:
                 raise BackendError(
-                    "the UNet cannot take controls now: "
-                    + ("a picture is drawn" if self._in_use else "its engines are fixed"),
-                    expected="a loop that draws nothing, on a backend that opens more nets",
-                    fix="Load controls before pictures are drawn, and use --backend onnxruntime-cuda",
+                    "the UNet cannot take controls now: a picture is drawn",
+                    expected="a loop that draws nothing",
+                    fix="Load controls before pictures are drawn.",
                 )
+            assert self._open_net is not None, "`open_beside` has refused every control"
             opened = self._open_net(package, net)
             self.free_idle()
             self.nets["unet"].close()
@@ -186,6 +210,23 @@ class DeviceLoop:
     def unet(self) -> str:
         """The graph of the UNet that runs rows."""
         return self._graph if self._base is None else self._base.unet
+
+    def open_beside(self, package: Package) -> DeviceLoop:
+        """See `job.PackageLoop`. Raises BackendError where nothing opens nets of another package."""
+        if self._open_net is None:
+            raise BackendError(
+                "the engines are fixed, and a control has its own",
+                expected="a backend that opens more nets",
+                fix="Use another one: --backend onnxruntime-cuda, or --backend onnxruntime",
+            )
+        nets: dict[str, DeviceNet] = {}
+        with self._lock, ExitStack() as until_failure:
+            for name in package.manifest.nets:
+                opened = self._open_one(partial(self._open_net, package, name))
+                until_failure.callback(opened.close)
+                nets[name] = opened
+            until_failure.pop_all()
+        return DeviceLoop(self.device, nets, package.manifest, graphs="off", log=self._log, beside=self)
 
     def adapted(self, package: Package) -> DeviceLoop:
         """See `job.PackageLoop`. Raises BackendError where nothing opens nets with other weights."""
@@ -223,18 +264,18 @@ class DeviceLoop:
             until_failure.callback(self.close)
             self._turns.loops.append(self)
             for name, own in self._own.items():
-                self.nets[name] = self._open_one(own)
+                self.nets[name] = self._open_one(own.open)
                 self._opened.add(name)
             until_failure.pop_all()
 
-    def _open_one(self, own: OwnNet) -> DeviceNet:
+    def _open_one(self, open_net: Callable[[], DeviceNet]) -> DeviceNet:
         try:
-            return own.open()
+            return open_net()
         except MemoryLimitError as error:
             if not self.free_idle():
                 raise
             self._log(f"out of memory ({error.found}): free idle contexts")
-        return own.open()
+        return open_net()
 
     def make_way(self, other: PackageLoop) -> None:
         """See `job.PackageLoop`: nothing, as nets on a device are bound; what does not fit is an error."""
@@ -263,10 +304,10 @@ class DeviceLoop:
     def steps(self, job: DenoiseJob, clock: Clock, stop: Stop | None) -> Iterator[State]:
         """Yield the state after every row of the table. Raises as `draw`, and CancelledError.
 
-        A job in windows or with controls runs on the host, and its nets here: each call is uploaded and
-        waited for.
+        A job in windows, or with several ControlNets, runs on the host, and its nets here: each call is
+        uploaded and waited for.
         """
-        if by_calls(job):
+        if self._by_calls(job):
             yield from steps_of_calls(job, self._manifest, self.call, clock, stop, unet=self.unet)
             return
         need, total = _need(job, self._scale), len(job.table)
@@ -299,10 +340,10 @@ class DeviceLoop:
                 unet_input = state.latent
         finally:
             with self._lock:
-                self.pool.give_back(picture.denoiser, picture.schedule)
+                picture.close()
 
     def draw(self, job: DenoiseJob, clock: Clock, *, decode: bool) -> Drawn:
-        """Denoise and decode, with one synchronisation (more if the decoder is tiled, or `by_calls`).
+        """Denoise and decode, with one synchronisation (more if the decoder is tiled, or `_by_calls`).
 
         Raises:
             NumericError: the latent is not finite.
@@ -310,7 +351,7 @@ class DeviceLoop:
             MemoryLimitError: the request does not fit.
             BackendError: a net failed on the device.
         """
-        if by_calls(job):
+        if self._by_calls(job):
             return self._draw_by_calls(job, clock, decode=decode)
         need = _need(job, self._scale)
         with self._lock:
@@ -322,6 +363,32 @@ class DeviceLoop:
                 drawn = replace(drawn, image=image, mean=mean)
             self._settle()
             return drawn
+
+    def _by_calls(self, job: DenoiseJob) -> bool:
+        """Whether a job's rows are calls from the host.
+
+        Those in windows; and those with what a device does not add up, several ControlNets, or average, or
+        with a net that runs elsewhere.
+        """
+        controls, unet = job.steering.controlnets, self.nets["unet"].spec
+        types = {item.name: item.dtype for item in (*unet.inputs, *unet.outputs)}
+        return (
+            job.windows is not None
+            or len(controls) > 1
+            or (bool(job.steering) and not added_inputs(unet))
+            or not all(self._is_resident(control, types) for control in controls)
+        )
+
+    def _is_resident(self, control: ControlJob, types: Mapping[str, str]) -> bool:
+        """Whether a ControlNet can read the UNet's latent, and write its inputs."""
+        loop, spec = control.loop, control.manifest.nets[NET].spec
+        shared = [*(item for item in spec.inputs if item.name == "latent"), *spec.outputs]
+        return (
+            isinstance(loop, DeviceLoop)
+            and loop.device is self.device
+            and not averages(control.manifest)
+            and all(types.get(item.name) == item.dtype for item in shared)
+        )
 
     def _draw_by_calls(self, job: DenoiseJob, clock: Clock, *, decode: bool) -> Drawn:
         *_, last = self.steps(job, clock, None)
@@ -351,17 +418,18 @@ class DeviceLoop:
             if self._closed:
                 return
             self._closed = True
+            first = None if self._base or self._beside else self
             with ExitStack() as everything:
                 if self in self._turns.loops:
                     everything.callback(self._turns.loops.remove, self)
-                if self._base is None:
+                if self is first:
                     everything.callback(self.device.close)
                 for name, net in self.nets.items():
                     if self._base is None or name in self._opened:
                         everything.callback(net.close)
                 everything.callback(self.pool.close)
                 everything.callback(self.pool.free_idle)
-                if self._base is None:
+                if self is first:
                     for loop in self._turns.loops[1:]:
                         everything.callback(loop.close)
 
@@ -398,7 +466,7 @@ class DeviceLoop:
     def stream_weights(self) -> int:
         """Bytes freed by streaming the weights of every net that can; it closes all of a net's bindings."""
         self.free_idle()
-        return 0 if self._in_use else sum(net.stream_weights() for net in self.nets.values())
+        return 0 if self._in_use else sum(net.stream_weights() for net in self._all_nets)
 
     def describe_memory(self) -> str:
         """The numbers, for a refusal."""
@@ -436,9 +504,7 @@ class DeviceLoop:
 
     # ── one attempt ────────────────────────────────────────────────────────────────────────────
 
-    def _prepare(
-        self, job: DenoiseJob, plan: MemoryPlan, *, decoder: bool
-    ) -> tuple[DenoiseProgram, ScheduleProgram, NetProgram | None]:
+    def _prepare(self, job: DenoiseJob, plan: MemoryPlan, *, decoder: bool) -> _Picture:
         """Check out the programs of a job, and enqueue its invariants, table, noise and first latent.
 
         With `decoder` the decoder is taken as well, before any work is done that its failure would waste.
@@ -458,10 +524,36 @@ class DeviceLoop:
             make_denoiser = partial(DenoiseProgram, device, nets, shape)
             denoiser = self.pool.check_out(until_failure, shape, "unet", make_denoiser)
             last = self._check_out_net(until_failure, "vae_decoder", latents) if decoder else None
+            program = self._check_out_control(until_failure, job, shape)
             denoiser.begin(job)
             schedule.enqueue(job)
-            until_failure.pop_all()
-        return denoiser, schedule, last
+            controls = self._controls(job, denoiser, program)
+            return _Picture(job, denoiser, schedule, last, controls, until_failure.pop_all())
+
+    def _check_out_control(
+        self, until: ExitStack, job: DenoiseJob, shape: DenoiseShape
+    ) -> ControlProgram | None:
+        """The program of a job's ControlNet, from the pool of the loop that has it."""
+        if not job.steering.controlnets:
+            return None
+        (control,) = job.steering.controlnets
+        loop, sized = control.loop, ControlShape.of(job, shape)
+        assert isinstance(loop, DeviceLoop), "by_calls"
+        if loop._closed:
+            refuse_unloaded()
+        loop.pool.reserve([(NET, input_shapes(loop.nets[NET].spec, sized.sizes))])
+        make = partial(ControlProgram, self.device, loop.nets, sized)
+        return loop.pool.check_out(until, sized, NET, make)
+
+    def _controls(
+        self, job: DenoiseJob, denoiser: DenoiseProgram, program: ControlProgram | None
+    ) -> DeviceControls | None:
+        """What steers a job; its nets that do not depend on the latent run here."""
+        if not job.steering:
+            return None
+        steady = SteadyInputs(job, self.nets["unet"].spec)
+        net = None if program is None else (program, ControlNetInputs(job.steering.controlnets[0], job))
+        return DeviceControls(denoiser, steady, net)
 
     def _check_out_net(self, until: ExitStack, net: str, shapes: Shapes) -> NetProgram:
         make = partial(NetProgram, self.device, self.nets[net], shapes)
@@ -478,8 +570,9 @@ class DeviceLoop:
             self.device.synchronize()
         return outputs
 
-    def _begin_rows(self, denoiser: DenoiseProgram, schedule: ScheduleProgram, job: DenoiseJob) -> _Picture:
+    def _begin_rows(self, picture: _Picture) -> None:
         """Decide whether the rows of one picture are replayed."""
+        denoiser = picture.denoiser
         if denoiser not in self._rows.replays:
             # An engine with other weights may have other kernels: a verdict on the base says nothing of it.
             adapted = ", adapted" if "unet" in self._own else ""
@@ -491,9 +584,7 @@ class DeviceLoop:
                 log=self._log_once,
             )
         self._drop_graphs_of_others(denoiser)
-        picture = _Picture(denoiser, schedule, job)
         self._rows.replays[denoiser].begin(self.device, picture)
-        return picture
 
     def _log_once(self, line: str) -> None:
         """What is said of one shape goes for others too, mostly."""
@@ -504,13 +595,13 @@ class DeviceLoop:
     def _first_row(self, job: DenoiseJob, plan: MemoryPlan, clock: Clock) -> tuple[_Picture, Array]:
         """One attempt at the first row: in it libraries allocate."""
         with clock.stage("prepare"):
-            denoiser, schedule, _ = self._prepare(job, plan, decoder=False)
+            picture = self._prepare(job, plan, decoder=False)
         try:
             with clock.stage("unet"):
-                picture = self._begin_rows(denoiser, schedule, job)
+                self._begin_rows(picture)
                 return picture, self._row(picture, 0)
         except BaseException:
-            self.pool.give_back(denoiser, schedule)
+            picture.close()
             raise
 
     def _row(self, picture: _Picture, row: int) -> Array:
@@ -546,23 +637,23 @@ class DeviceLoop:
         """One attempt at a job: the latent, and the picture too where the plan decodes all at once."""
         whole = decode and plan.decoder_pictures is None and plan.tile is None
         with clock.stage("prepare"):
-            denoiser, schedule, decoder = self._prepare(job, plan, decoder=whole)
+            picture = self._prepare(job, plan, decoder=whole)
         try:
             with clock.stage("enqueue"):
-                picture = self._begin_rows(denoiser, schedule, job)
+                self._begin_rows(picture)
                 for row in range(picture.rows):
                     self._enqueue_row(picture, row)
                 decoded: Mapping[str, Array] = {}
-                if decoder is not None:
-                    decoder.take_latent(denoiser)
-                    decoded = decoder.enqueue()
-                latent = denoiser.read_state()[0]
+                if picture.decoder is not None:
+                    picture.decoder.take_latent(picture.denoiser)
+                    decoded = picture.decoder.enqueue()
+                latent = picture.read_state()[0]
             with clock.stage("wait"):
                 self.device.synchronize()
         finally:
-            self.pool.give_back(denoiser, schedule, *([decoder] if decoder else []))
+            picture.close()
         image, mean = decoded.get("image"), decoded.get("mean")
-        return Drawn(latent=latent, image=image, mean=mean, profile=denoiser.profile)
+        return Drawn(latent=latent, image=image, mean=mean, profile=picture.denoiser.profile)
 
     def _decode(
         self, latent: Array, tile: int | None, start: MemoryPlan | None = None, stop: Stop = NEVER
@@ -595,6 +686,8 @@ class DeviceLoop:
         batch, (height, width) = len(job.text_of_row), job.shape[1:]
         step = "step" if job.kept is None else "step_masked"
         self._manifest.net(step)  # older packages have no masked one
+        prompt = job.steering.image_prompt
+        tokens = {} if prompt is None else {"groups": prompt.groups, "image_tokens": prompt.tokens}
         return DenoiseShape(
             pictures=job.pictures,
             guided=job.guided,
@@ -603,12 +696,8 @@ class DeviceLoop:
             tokens=job.context.shape[1],
             rows=equal_rows(batch, plan.rows or batch),
             step=step,
+            **tokens,
         )
-
-
-def by_calls(job: DenoiseJob) -> bool:
-    """Whether a job's rows are calls from the host: those in windows, and those with controls."""
-    return job.windows is not None or bool(job.steering)
 
 
 def _need(job: DenoiseJob, scale: int) -> MemoryNeed:
@@ -620,4 +709,5 @@ def _need(job: DenoiseJob, scale: int) -> MemoryNeed:
         height=height * scale,
         width=width * scale,
         tile=job.tile,
+        controlnets=len(job.steering.controlnets),
     )

@@ -53,6 +53,7 @@ class MemoryNeed:
         pictures: N.
         height, width: of a picture, in pixels.
         tile: side of the decoder's tiles that the request itself asks for, in pixels.
+        controlnets: nets that run beside the UNet.
         call: of a single call of a net, its description; the other fields are unset then.
     """
 
@@ -62,6 +63,7 @@ class MemoryNeed:
     height: int = 0
     width: int = 0
     tile: int | None = None
+    controlnets: int = 0
     call: str = ""
 
     @property
@@ -130,7 +132,7 @@ def _stream_weights(plan: MemoryPlan, need: MemoryNeed, actions: MemoryActions) 
     return plan if actions.stream_weights() else None
 
 
-_UNET = ("unet", "unet_context", "step", "step_masked")
+_UNET = ("unet", "unet_context", "step", "step_masked", "controlnet")
 # Name -> the fallback, and the nets it helps (none named: all).
 FALLBACKS: Mapping[str, tuple[Fallback, tuple[str, ...]]] = {
     "free idle contexts": (_free_idle, ()),

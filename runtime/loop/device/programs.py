@@ -146,6 +146,7 @@ class DenoiseShape:
         tokens: T, the length of the context.
         rows: UNet rows of one call, a divisor of the batch.
         step: the net that ends a row, "step" or "step_masked".
+        groups, image_tokens: G and I, of what the UNet attends to besides the text.
     """
 
     pictures: int
@@ -155,6 +156,8 @@ class DenoiseShape:
     tokens: int
     rows: int
     step: str = "step"
+    groups: int = 1
+    image_tokens: int = 1
 
     @property
     def batch(self) -> int:
@@ -164,7 +167,8 @@ class DenoiseShape:
     def sizes(self, rows: int) -> Sizes:
         """The contract's symbols for a UNet call of `rows` rows."""
         latent = {"H/8": self.height, "W/8": self.width}
-        return {"N": self.pictures, "B": rows, **latent, "T": self.tokens, "G": 1, "I": 1}
+        image = {"G": self.groups, "I": self.image_tokens}
+        return {"N": self.pictures, "B": rows, **latent, "T": self.tokens, **image}
 
     def calls(self) -> tuple[int, ...]:
         """Rows of each UNet call of a step, unconditional rows first; all calls are equal."""
@@ -397,7 +401,8 @@ class DenoiseProgram(BoundProgram):
         unet, step = nets["unet"].spec, nets[shape.step].spec
         self._invariants = _invariants(unet, CONTEXT_INVARIANT)
         self._image = _tensors(unet, "image_latents")  # only an inpainting UNet has it
-        self._added = added_inputs(unet)  # which stay zeros: jobs with controls are calls
+        self._added = added_inputs(unet)
+        self._given: dict[str, Array | None] = {}  # of these, what was uploaded last; None: it was computed
         self._calls = shape.calls()
         self._row = RowLayout(nets, shape.step, self._calls)
         sizes = shape.sizes(shape.batch)
@@ -441,6 +446,10 @@ class DenoiseProgram(BoundProgram):
     def begin(self, job: DenoiseJob) -> None:
         """Upload what is the same in all rows and the first state, and compute the context's invariants."""
         assert bool(self._image) == (job.image_latents is not None), "the job is another UNet's"
+        if job.steering:
+            self._given.clear()
+        else:
+            self._clear_added()
         for index, rows in enumerate(row_ranges(self._calls)):
             self.block.upload(f"{index}/context", job.context[list(job.text_of_row[rows])])
             self._bound[index][0].enqueue()
@@ -451,6 +460,27 @@ class DenoiseProgram(BoundProgram):
             for name, array in kept.items():
                 self.block.upload(name, array)
         self.rewind(job)
+
+    def give_added(self, name: str, value: Array) -> None:
+        """Upload what controls add, (B, …), unless the very same array was uploaded last."""
+        if self._given.get(name) is not value:
+            for index, rows in enumerate(row_ranges(self._calls)):
+                self.block.upload(f"{index}/{name}", value[rows])
+            self._given[name] = value
+
+    def copy_added(self, index: int, name: str, address: int) -> None:
+        """Copy what a ControlNet adds to the rows of a call from elsewhere on the device."""
+        own = f"{index}/{name}"
+        self._device.copy(self.block.address(own), address, self.block.place(own).size)
+        self._given[name] = None
+
+    def _clear_added(self) -> None:
+        """Zeros, which are no control."""
+        for name in self._given:
+            for index in range(len(self._calls)):
+                place = self.block.place(f"{index}/{name}")
+                self.block.upload(f"{index}/{name}", np.zeros(place.shape, DTYPES[place.dtype]))
+        self._given.clear()
 
     def rewind(self, job: DenoiseJob) -> None:
         """Bring the state to where the first row begins."""

@@ -10,9 +10,10 @@ from diffusers.models.controlnets.controlnet_union import ControlNetUnionModel
 
 from latentrt.checkpoints.opened import Options, open_control
 from latentrt.engines.backends import BACKENDS
+from latentrt.engines.onnxruntime.backend import ONNXRUNTIME
 from latentrt.export.architectures import Architecture
 from latentrt.export.templates import make_archive
-from latentrt.runtime.loop.open import LoopOptions, open_control_loop
+from latentrt.runtime.loop.denoise import HostLoop
 from tests.checkpoints.controls.control_files import UNIONS
 
 
@@ -68,7 +69,7 @@ def test_a_union_in_half_precision(tmp_path: Path) -> None:
     one, other = hints[:1], hints[1:]
     wanted = added_to_the_latent(net, [one, other], [2, 0], [0.7, 0.4])
     alone = added_to_the_latent(net, [one], [2], [0.7])
-    with closing(open_control_loop(package, LoopOptions(backend="onnxruntime"))) as loop:
+    with closing(HostLoop(package, ONNXRUNTIME, None)) as loop:
 
         def found(*strengths: float) -> Any:
             types = np.eye(3, dtype=np.float32)[[2, 0]]
