@@ -15,7 +15,7 @@ import numpy as np
 
 from ....engines.device import BoundNet, Device
 from ....engines.spec import DTYPES, HINT_EMBEDDING, SCALES, TIME_INVARIANT, Array
-from ..controls import ControlNetInputs, SteadyInputs
+from ..controls import ControlNetInputs, SteadyInputs, refuse_unloaded
 from ..job import DenoiseJob
 from .programs import (
     BlockLayout,
@@ -122,7 +122,8 @@ class ControlProgram(BoundProgram):
                 place = self._row.places[f"{call}/{item.name}"]
                 values: Any = inputs.scales if item.name == SCALES else inputs.schedule[item.name]
                 of_call = values.reshape((steps, -1, *place.shape[1:]))[:, rows]  # (S, B of it, …)
-                content = np.ascontiguousarray(of_call, DTYPES[place.dtype]).reshape((steps, -1))
+                content: Any = np.ascontiguousarray(of_call, DTYPES[place.dtype])
+                content = content.reshape((steps, -1))
                 packed[:, place.offset : place.offset + place.size] = content.view(np.uint8)
         return packed
 
@@ -143,34 +144,45 @@ class ControlProgram(BoundProgram):
                 denoiser.copy_added(call, name, block.address(name))
 
 
+@dataclass(frozen=True, kw_only=True)
+class SteeringInputs:
+    """What steers a picture, before any of its memory is taken.
+
+    Attributes:
+        steady: what does not depend on the latent.
+        nets: what its ControlNet is given, or nothing.
+    """
+
+    steady: SteadyInputs
+    nets: tuple[ControlNetInputs, ...]
+
+
 class DeviceControls:
     """What steers one picture: `feed` before each of its rows.
 
     Args:
         denoiser: whose UNet reads it.
-        steady: what does not depend on the latent.
-        net: a ControlNet and what it is given; None where none steers.
+        given: what steers.
+        program: of the ControlNet; None where none steers.
     """
 
     def __init__(
-        self,
-        denoiser: DenoiseProgram,
-        steady: SteadyInputs,
-        net: tuple[ControlProgram, ControlNetInputs] | None,
+        self, denoiser: DenoiseProgram, given: SteeringInputs, program: ControlProgram | None
     ) -> None:
-        self._denoiser, self._steady, self._net = denoiser, steady, net
-        if net is not None:
-            program, inputs = net
-            program.begin(inputs)
+        self._denoiser, self._given, self._program = denoiser, given, program
+        if program is not None:
+            program.begin(*given.nets)
 
     def feed(self, row: int) -> None:
-        """Enqueue what the UNet is given at a row of the table."""
+        """Enqueue what the UNet is given at a row of the table. Raises UsageError once it is unloaded."""
         computed: Sequence[str] = ()
-        if self._net is not None:
-            program, inputs = self._net
+        if self._program is not None:
+            if self._program.block.freed:
+                refuse_unloaded()
+            (inputs,) = self._given.nets
             if len(inputs.on(row)):
-                program.enqueue(inputs, row, self._denoiser)
-                computed = program.outputs
-        for name, value in self._steady.at(row).items():
+                self._program.enqueue(inputs, row, self._denoiser)
+                computed = self._program.outputs
+        for name, value in self._given.steady.at(row).items():
             if name not in computed:
                 self._denoiser.give_added(name, value)

@@ -29,7 +29,7 @@ from ...pictures.tiling import decode_tiled
 from ..controls import ControlNetInputs, SteadyInputs, added_inputs, averages, refuse_unloaded
 from ..denoise import check_finite, steps_of_calls
 from ..job import NEVER, Clock, ControlJob, DenoiseJob, Drawn, PackageLoop, State, Stop
-from .controls import NET, ControlProgram, ControlShape, DeviceControls
+from .controls import NET, ControlProgram, ControlShape, DeviceControls, SteeringInputs
 from .cuda_graphs import Replay
 from .memory_fallback import MemoryNeed, MemoryPlan, equal_rows, fit_in_memory
 from .pool import ProgramPool
@@ -314,7 +314,8 @@ class DeviceLoop:
         stop = stop or NEVER
         stop.check(f"before step 1 of {total}")
         with self._lock:
-            picture, read = self._fit(need, lambda plan: self._first_row(job, plan, clock))
+            given = self._steering(job, clock)
+            picture, read = self._fit(need, lambda plan: self._first_row(job, given, plan, clock))
         try:
             unet_input = job.first
             for index, row in enumerate(job.table.rows()):
@@ -355,7 +356,8 @@ class DeviceLoop:
             return self._draw_by_calls(job, clock, decode=decode)
         need = _need(job, self._scale)
         with self._lock:
-            drawn = self._fit(need, lambda plan: self._draw(job, plan, clock, decode=decode))
+            given = self._steering(job, clock)
+            drawn = self._fit(need, lambda plan: self._draw(job, given, plan, clock, decode=decode))
             check_finite(drawn.latent, "after the last step", self._manifest.dtype)
             if decode and drawn.image is None:
                 with clock.stage("vae_decoder"):
@@ -479,8 +481,14 @@ class DeviceLoop:
 
     @property
     def ledger(self) -> Mapping[str, MemoryLedger]:
-        """What each net holds now."""
-        return {name: net.memory for name, net in self.nets.items()}
+        """What each net holds now; those of a control are called `CONTROL: NET`."""
+        of_controls = {
+            f"{loop._manifest.name}: {name}": net.memory
+            for loop in self._turns.loops
+            if loop._beside is not None
+            for name, net in loop.nets.items()
+        }
+        return {name: net.memory for name, net in self.nets.items()} | of_controls
 
     def plan(self, job: DenoiseJob) -> MemoryPlan:
         """The plan that such a job starts with: one that fitted earlier, or all at once."""
@@ -504,7 +512,9 @@ class DeviceLoop:
 
     # ── one attempt ────────────────────────────────────────────────────────────────────────────
 
-    def _prepare(self, job: DenoiseJob, plan: MemoryPlan, *, decoder: bool) -> _Picture:
+    def _prepare(
+        self, job: DenoiseJob, given: SteeringInputs | None, plan: MemoryPlan, *, decoder: bool
+    ) -> _Picture:
         """Check out the programs of a job, and enqueue its invariants, table, noise and first latent.
 
         With `decoder` the decoder is taken as well, before any work is done that its failure would waste.
@@ -527,7 +537,7 @@ class DeviceLoop:
             program = self._check_out_control(until_failure, job, shape)
             denoiser.begin(job)
             schedule.enqueue(job)
-            controls = self._controls(job, denoiser, program)
+            controls = None if given is None else DeviceControls(denoiser, given, program)
             return _Picture(job, denoiser, schedule, last, controls, until_failure.pop_all())
 
     def _check_out_control(
@@ -538,22 +548,23 @@ class DeviceLoop:
             return None
         (control,) = job.steering.controlnets
         loop, sized = control.loop, ControlShape.of(job, shape)
-        assert isinstance(loop, DeviceLoop), "by_calls"
-        if loop._closed:
-            refuse_unloaded()
+        assert isinstance(loop, DeviceLoop), "others are called"
         loop.pool.reserve([(NET, input_shapes(loop.nets[NET].spec, sized.sizes))])
         make = partial(ControlProgram, self.device, loop.nets, sized)
         return loop.pool.check_out(until, sized, NET, make)
 
-    def _controls(
-        self, job: DenoiseJob, denoiser: DenoiseProgram, program: ControlProgram | None
-    ) -> DeviceControls | None:
+    def _steering(self, job: DenoiseJob, clock: Clock) -> SteeringInputs | None:
         """What steers a job; its nets that do not depend on the latent run here."""
         if not job.steering:
             return None
-        steady = SteadyInputs(job, self.nets["unet"].spec)
-        net = None if program is None else (program, ControlNetInputs(job.steering.controlnets[0], job))
-        return DeviceControls(denoiser, steady, net)
+        for control in job.steering.controlnets:
+            if isinstance(control.loop, DeviceLoop) and control.loop._closed:
+                refuse_unloaded()
+        with clock.stage("controls"):
+            return SteeringInputs(
+                steady=SteadyInputs(job, self.nets["unet"].spec),
+                nets=tuple(ControlNetInputs(control, job) for control in job.steering.controlnets),
+            )
 
     def _check_out_net(self, until: ExitStack, net: str, shapes: Shapes) -> NetProgram:
         make = partial(NetProgram, self.device, self.nets[net], shapes)
@@ -592,10 +603,12 @@ class DeviceLoop:
             self._logged.add(line)
             self._log(line)
 
-    def _first_row(self, job: DenoiseJob, plan: MemoryPlan, clock: Clock) -> tuple[_Picture, Array]:
+    def _first_row(
+        self, job: DenoiseJob, given: SteeringInputs | None, plan: MemoryPlan, clock: Clock
+    ) -> tuple[_Picture, Array]:
         """One attempt at the first row: in it libraries allocate."""
         with clock.stage("prepare"):
-            picture = self._prepare(job, plan, decoder=False)
+            picture = self._prepare(job, given, plan, decoder=False)
         try:
             with clock.stage("unet"):
                 self._begin_rows(picture)
@@ -633,11 +646,13 @@ class DeviceLoop:
                     replay.drop()
         self._rows.ran_last = denoiser
 
-    def _draw(self, job: DenoiseJob, plan: MemoryPlan, clock: Clock, *, decode: bool) -> Drawn:
+    def _draw(
+        self, job: DenoiseJob, given: SteeringInputs | None, plan: MemoryPlan, clock: Clock, *, decode: bool
+    ) -> Drawn:
         """One attempt at a job: the latent, and the picture too where the plan decodes all at once."""
         whole = decode and plan.decoder_pictures is None and plan.tile is None
         with clock.stage("prepare"):
-            picture = self._prepare(job, plan, decoder=whole)
+            picture = self._prepare(job, given, plan, decoder=whole)
         try:
             with clock.stage("enqueue"):
                 self._begin_rows(picture)

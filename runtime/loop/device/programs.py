@@ -86,6 +86,11 @@ class Block:
         self.size = layout.size
         self._start: int | None = device.allocate(max(layout.size, ALIGNMENT))
 
+    @property
+    def freed(self) -> bool:
+        """Whether it is closed."""
+        return self._start is None
+
     def address(self, name: str) -> int:
         """The device address of a tensor."""
         assert self._start is not None, "the block is freed"
