@@ -1,6 +1,7 @@
 """`latentrt bench adapters`: what a change of adapters costs, ours beside diffusers', and what none costs.
 
-The files are made: random weights on the model's own.
+The files are made: random weights on the model's own. Each round opens every side alone, in a fresh process,
+in an order that flips, so that no more than one of them has to fit into memory.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..records import Document, Row
 from ..rounds import Pace
 from ..sides.adapted import CHANGES, FOLLOWED, LOAD, NEW, picture_after
 from ..sides.contract import ADAPTED, DIFFUSERS, DIFFUSERS_ADAPTED, OURS, PICTURE, UNUSED, Task
-from .additions import Found, Place, Trial
+from .additions import Found, Place, Trial, flipped
 from .latency import Progress, document_of, silent
 
 SIDES: Mapping[str, str] = {OURS: ADAPTED, DIFFUSERS: DIFFUSERS_ADAPTED}
@@ -64,6 +65,7 @@ class _Side(Found):
     firsts: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     likeness: dict[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
     failed: dict[str, SideError] = field(default_factory=dict[str, SideError])
+    closed: SideError | None = None
 
     def of(self, lora: str, workload: str) -> list[float]:
         """The samples of a file and a workload."""
@@ -115,20 +117,33 @@ def measure_adapters(
 def _changed(trial: Trial, changes: Changes) -> Iterator[Row]:
     """The rows of all sides."""
     found = {name: _Side() for name in (OURS, *changes.peers)}
-
-    def use(item: SideProcess, side: _Side) -> None:
-        # The first change of a process imports what it needs, and reads the names of the model's weights.
-        _file(trial, item, changes.files[0], side, first=True)
-        for lora in changes.files:
-            _file(trial, item, lora, side)
-
-    trial.go_alone(SIDES, found, changes.rounds, use)
+    for number in range(changes.rounds):
+        for name in flipped(list(found), number):
+            if found[name].closed is None:
+                trial.progress(f"round {number + 1} of {changes.rounds}: {name}")
+                _go(trial, changes, name, found[name])
     for name, side in found.items():
         yield from _rows(trial, changes, name, side)
 
 
+def _go(trial: Trial, changes: Changes, name: str, found: _Side) -> None:
+    """Open a side, and go through every file; what fails is not gone through again."""
+    try:
+        with SideProcess(name, SIDES[name], trial.task) as item:
+            found.open(item, trial)
+            # The first change of a process imports what it needs, and reads the names of the model's weights.
+            _file(trial, item, changes.files[0], found, first=True)
+            for lora in changes.files:
+                _file(trial, item, lora, found)
+            found.end(item)
+    except SideError as error:
+        if name == OURS and not found.before:
+            raise
+        found.closed = error
+
+
 def _file(trial: Trial, item: SideProcess, lora: str, found: _Side, *, first: bool = False) -> None:
-    """Go through a file once; what fails is not gone through again."""
+    """Go through a file once."""
     if lora in found.failed:
         return
     try:

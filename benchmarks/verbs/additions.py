@@ -1,7 +1,6 @@
 """What verbs share that measure what is added to a model, such as adapters or a ControlNet.
 
-Each side is opened alone, in fresh processes and in an order that flips, so that no more than one of them has
-to fit into memory. Pictures with what is added are compared with ours, and steps are timed in turns.
+Pictures with what is added are compared with ours, steps are timed in turns, and peaks of memory are read.
 """
 
 from __future__ import annotations
@@ -36,11 +35,10 @@ Outputs = Mapping[str, Array]
 
 @dataclass(kw_only=True)
 class Found:
-    """What the rounds of a side found: its peaks, without what is added and with it, and why it ended."""
+    """What the processes of a side found: their peaks, without what is added and with it."""
 
     before: list[float] = field(default_factory=list[float])
     peaks: list[float] = field(default_factory=list[float])
-    closed: SideError | None = None
     stamp: Mapping[str, Any] = field(default_factory=lambda: {**describe_machine(), **clocks()})
 
     def refused(
@@ -49,6 +47,16 @@ class Found:
         """The row of what failed."""
         row = Row(side=side, workload=workload, case=case or {}, stamp=self.stamp)
         return replace(row, status=error.status, reason=error.reason)
+
+    def open(self, item: SideProcess, trial: Trial) -> None:
+        """Draw a picture without, and note the peak until then. Raises SideError."""
+        trial.plain(item.prepare(PICTURE, trial.case)[1])
+        self.before.append(resident_bytes(item.pid)[1])
+
+    def end(self, item: SideProcess) -> None:
+        """Note the peak of a process that is closed next."""
+        self.peaks.append(resident_bytes(item.pid)[1])
+        self.stamp = item.stamp
 
     def peak(self, side: str, case: Mapping[str, Any]) -> Row:
         """The row of its memory."""
@@ -59,7 +67,6 @@ class Found:
         return replace(row, rounds=rounds, figures={"before": median(self.before)})
 
 
-AnyFound = TypeVar("AnyFound", bound=Found)
 Item = TypeVar("Item")
 
 
@@ -72,12 +79,14 @@ class Place:
         module: of `SIDES`; places of one module share a process.
         workload: of that side.
         judge: the row's figures, of the first picture. Raises SideError.
+        found: is told the process' peaks, if it is to draw a picture without first.
     """
 
     side: str
     module: str
     workload: str
     judge: Callable[[Outputs], Mapping[str, Any]]
+    found: Found | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +109,6 @@ class Trial:
     besides: int = 0
     pictures: dict[str, Outputs] = field(default_factory=dict[str, Outputs])
 
-    # ── pictures ───────────────────────────────────────────────────────────────────────────────────
-
     def plain(self, outputs: Outputs) -> Outputs:
         """The first picture without anything."""
         return self.pictures.setdefault(_PLAIN, outputs)
@@ -123,49 +130,6 @@ class Trial:
             raise SideError("not available", "ours failed: there is nothing to compare with")
         likeness = check(outputs, self.pictures[added], self.package)
         return {} if side == OURS else likeness
-
-    # ── alone ──────────────────────────────────────────────────────────────────────────────────────
-
-    def go_alone(
-        self,
-        sides: Mapping[str, str],
-        found: Mapping[str, AnyFound],
-        rounds: int,
-        use: Callable[[SideProcess, AnyFound], None],
-    ) -> None:
-        """Open every side alone, in each round once, and draw a picture; `use` adds something and goes on.
-
-        Args:
-            sides: the modules of `SIDES`, by the names of rows; ours is the first.
-            found: what is written down of each.
-            rounds: how often each is opened; one that fails is not opened again.
-            use: raises SideError.
-
-        Raises:
-            SideError: ours cannot be opened.
-        """
-        for number in range(rounds):
-            for name in flipped(list(found), number):
-                if found[name].closed is None:
-                    self.progress(f"round {number + 1} of {rounds}: {name}")
-                    self._once(name, sides[name], found[name], use)
-
-    def _once(
-        self, name: str, module: str, found: AnyFound, use: Callable[[SideProcess, AnyFound], None]
-    ) -> None:
-        try:
-            with SideProcess(name, module, self.task) as item:
-                self.plain(item.prepare(PICTURE, self.case)[1])
-                found.before.append(resident_bytes(item.pid)[1])
-                use(item, found)
-                found.peaks.append(resident_bytes(item.pid)[1])
-                found.stamp = item.stamp
-        except SideError as error:
-            if name == OURS and not found.before:
-                raise
-            found.closed = error
-
-    # ── in turns ───────────────────────────────────────────────────────────────────────────────────
 
     def steps(self, workload: str, places: Sequence[Place], pace: Pace) -> list[Row]:
         """A row of this workload for each place, whose samples are what a step took in each picture.
@@ -198,13 +162,19 @@ class Trial:
             turns = interleave(
                 list(ready), first, pace, said=lambda line: self.progress(f"{workload}: {line}")
             )
+            for place in places:
+                if place.found is not None and place.side not in rows:
+                    place.found.end(opened[place.module])
             for slot, figures in ready.items():
                 rows[slot.name] = _row(slot, turns[slot.name], workload, figures)
         return [rows[place.side] for place in places]
 
     def _slot(self, place: Place, opened: dict[str, SideProcess], stack: ExitStack) -> Slot:
         if place.module not in opened:
-            opened[place.module] = stack.enter_context(SideProcess(place.side, place.module, self.task))
+            item = stack.enter_context(SideProcess(place.side, place.module, self.task))
+            opened[place.module] = item
+            if place.found is not None:
+                place.found.open(item, self)
         side = opened[place.module]
         return Slot(side=side, slot=place.side, workload=place.workload, case=self.case)
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ...engines.package import Package
 from ..case import Case
 from ..models.controlnets import write_controlnet
-from ..process import SideProcess
 from ..records import Document, Row
 from ..rounds import Pace
 from ..sides.contract import CONTROLLED, DIFFUSERS, DIFFUSERS_CONTROLLED, OURS, PICTURE, UNUSED, Task
@@ -72,37 +72,27 @@ def measure_controls(
 
 
 def _rows(trial: Trial, comparison: Comparison, pace: Pace) -> Iterator[Row]:
-    found = {name: Found() for name in (OURS, *comparison.peers)}
-
-    def use(item: SideProcess, side: Found) -> None:
-        trial.check(item.name, _ADDED, item.prepare(CONTROL, trial.case)[1])
-
-    trial.go_alone(SIDES, found, comparison.rounds, use)
     ours = (
         Place(side=OURS, module=OURS, workload=PICTURE, judge=trial.unchanged),
         Place(side=IDLE, module=CONTROLLED, workload=UNUSED, judge=trial.unchanged),
-        _steered(trial, IN_USE, CONTROLLED, OURS),
+        Place(side=IN_USE, module=CONTROLLED, workload=CONTROL, judge=partial(trial.check, OURS, _ADDED)),
     )
     yield from _merged(trial, OUR_STEP, ours, pace, comparison.rounds)
-    able = [name for name, side in found.items() if side.closed is None]
-    if able:
-        places = [_steered(trial, name, SIDES[name], name) for name in able]
-        yield from _merged(trial, WITH_ONE, places, pace, comparison.rounds)
+    found = {name: Found() for name in (OURS, *comparison.peers)}
+    beside = [
+        Place(
+            side=name,
+            module=SIDES[name],
+            workload=CONTROL,
+            judge=partial(trial.check, name, _ADDED),
+            found=side,
+        )
+        for name, side in found.items()
+    ]
+    yield from _merged(trial, WITH_ONE, beside, pace, comparison.rounds)
     for name, side in found.items():
-        if side.closed is None:
+        if side.peaks:
             yield side.peak(name, trial.case.to_json())
-        else:
-            yield side.refused(name, WITH_ONE if side.before else "open", side.closed, trial.case.to_json())
-
-
-def _steered(trial: Trial, side: str, module: str, drawn_by: str) -> Place:
-    """Pictures with the ControlNet, which have to be like ours."""
-    return Place(
-        side=side,
-        module=module,
-        workload=CONTROL,
-        judge=lambda outputs: trial.check(drawn_by, _ADDED, outputs),
-    )
 
 
 def _merged(trial: Trial, workload: str, places: Sequence[Place], pace: Pace, rounds: int) -> Iterator[Row]:

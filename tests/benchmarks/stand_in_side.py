@@ -73,8 +73,8 @@ class StandInSide:
 class MadeUp:
     """A process that says what it took, in place of `SideProcess`.
 
-    `shades` of its pictures by workload, and `images` of one side's; `errors` by side, and workload or opening;
-    `figures` by workload and number of openings; seconds of `stages` by slot, else 1.5 in the loop.
+    `shades` of its pictures by workload, and `images` of one side's; `errors` by side, and workload or
+    opening; `figures` by workload and number of openings; seconds of `stages` by slot, else 1.5 in the loop.
     """
 
     shades: Mapping[str, int] = field(default_factory=dict[str, int])

@@ -24,7 +24,7 @@ from latentrt.benchmarks.report.tables import full_tables, short_table
 from latentrt.benchmarks.sides import adapted, plain_pipeline, single_file
 from latentrt.benchmarks.sides.adapted import CHANGES, NEW, NONE, OPEN, OfDiffusers, picture_after
 from latentrt.benchmarks.sides.contract import UNUSED, Task
-from latentrt.benchmarks.verbs import additions
+from latentrt.benchmarks.verbs import adapters, additions
 from latentrt.benchmarks.verbs.adapters import LOADED, STEP, WITHOUT, WORKLOADS, Changes, measure_adapters
 from latentrt.benchmarks.verbs.memory import NO_PROC, PEAK
 from latentrt.engines.errors import MemoryLimitError
@@ -185,6 +185,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
 
     process = MadeUp(shades={"all": 50, "keys": 150}, figures=figures)
     process.take_place(monkeypatch)
+    monkeypatch.setattr(adapters, "SideProcess", process)
     return process
 
 
@@ -234,7 +235,7 @@ def test_a_file_that_changes_nothing_fails(made_up: MadeUp) -> None:
     made_up.images["latentrt", "all"] = 0
     document = measure("all", "keys", rounds=1)
     (row,) = rows_of(document, "latentrt", "all").values()
-    assert (row.status, row.reason) == ("FAILED", "the picture is the same as without the adapter")
+    assert (row.status, row.reason) == ("FAILED", "the picture is the same as without the adapter 'all'")
     (row,) = rows_of(document, "diffusers", "all").values()
     assert (row.status, row.reason) == ("not available", "ours failed: there is nothing to compare with")
     assert rows_of(document, "diffusers", "keys")[NEW].status == "ok"

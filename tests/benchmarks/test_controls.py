@@ -1,7 +1,9 @@
 """What a ControlNet costs a step: the net that is made, both sides on the demo model, and made-up sides."""
 
+import inspect
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from latentrt.benchmarks.report.tables import full_tables, short_table
 from latentrt.benchmarks.sides import controlled
 from latentrt.benchmarks.sides.contract import PICTURE, UNUSED
 from latentrt.benchmarks.sides.controlled import CONTROL, STEPS, OfDiffusers, edges
+from latentrt.benchmarks.sides.single_file import PIPELINES, without_checker
 from latentrt.benchmarks.verbs import additions
 from latentrt.benchmarks.verbs.controls import (
     IDLE,
@@ -135,7 +138,7 @@ def test_the_demo_beside_diffusers(tmp_path: Path) -> None:
 
 
 def test_the_picture_follows_its_hint(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Further than a peer may be from ours: who ignores the ControlNet or its hint has no time that counts."""
+    """Further than a peer may be from ours: who ignores the net or its hint has no time that counts."""
     side = controlled.open_side(replace(WITH_CHECKPOINT, control=made))
     pictures: dict[str, Any] = {}
 
@@ -153,6 +156,38 @@ def test_the_picture_follows_its_hint(made: Path, monkeypatch: pytest.MonkeyPatc
     np.testing.assert_array_equal(pictures["unused"], pictures["before"])
     assert psnr(pictures["steered"], pictures["before"]) < 42
     assert psnr(pictures["steered"], pictures["another hint"]) < 42
+
+
+@pytest.mark.parametrize(("family", "wanted"), [("sd1", "StableDiffusion"), ("sdxl", "StableDiffusionXL")])
+def test_diffusers_own_pipeline_draws(family: str, wanted: str, made: Path) -> None:
+    """The class for ControlNets of the plain one's family, with its nets and the scheduler that is given."""
+    diffusers: Any = import_module("diffusers")
+    kind = getattr(diffusers, PIPELINES[family])
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(32,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        cross_attention_dim=8,
+    )
+    needed = [name for name, item in inspect.signature(kind).parameters.items() if item.default is item.empty]
+    parts = {
+        **dict.fromkeys(needed),
+        "unet": unet,
+        "scheduler": diffusers.EulerDiscreteScheduler(steps_offset=1),
+    }
+    plain = kind(**parts | without_checker(family))
+    scheduler = diffusers.EulerDiscreteScheduler()
+    pipe = controlled._steered(plain, replace(TASK, control=made), scheduler)
+    assert type(pipe).__name__ == f"{wanted}ControlNetPipeline"
+    assert pipe.unet is unet
+    assert pipe.scheduler is scheduler
+    assert pipe.controlnet.dtype == unet.dtype
+    layouts = {
+        weight.is_contiguous(memory_format=import_module("torch").channels_last)
+        for weight in pipe.controlnet.parameters()
+        if weight.dim() == 4
+    }
+    assert layouts == {True}, "as fast as the other nets"
 
 
 def test_what_diffusers_steps_take() -> None:
@@ -205,9 +240,8 @@ def text_of(document: Document) -> str:
 
 def test_rounds_flip_and_every_sample_is_kept(made_up: MadeUp) -> None:
     document = measure()
-    alone = [OURS, THEIRS, THEIRS, OURS]
     without, beside = ["latentrt", OURS, OURS, "latentrt"], [OURS, THEIRS, THEIRS, OURS]
-    assert made_up.opened == [*alone, *without, *beside]
+    assert made_up.opened == [*without, *beside]
     assert len({task.control for task in made_up.tasks}) == 1
     assert made_up.tasks[0].control is not None
     assert not made_up.tasks[0].control.exists(), "the ControlNet is removed again"
@@ -234,11 +268,12 @@ def test_a_step_that_is_not_the_same_picture_fails(made_up: MadeUp) -> None:
     assert f"- {IDLE}, our step: FAILED: 189 of 192 bytes" in text_of(document)
 
 
-def test_a_ControlNet_that_does_not_steer_fails(made_up: MadeUp) -> None:  # noqa: N802
-    made_up.images["latentrt", CONTROL] = 0
+def test_a_net_that_does_not_steer_fails(made_up: MadeUp) -> None:
+    made_up.shades = {}
     document = measure()
-    row = row_of(document, WITH_ONE, "latentrt")
-    assert (row.status, row.reason) == ("FAILED", "the picture is the same as without the ControlNet")
+    for workload, side in ((OUR_STEP, IN_USE), (WITH_ONE, "latentrt")):
+        row = row_of(document, workload, side)
+        assert (row.status, row.reason) == ("FAILED", "the picture is the same as without the ControlNet")
     row = row_of(document, WITH_ONE, "diffusers")
     assert (row.status, row.reason) == ("not available", "ours failed: there is nothing to compare with")
     assert not list(document.select(PEAK))
@@ -251,33 +286,31 @@ def test_a_peer_whose_picture_is_not_ours_has_no_time(made_up: MadeUp) -> None:
     assert (row.status, row.rounds) == ("FAILED", ())
     assert row.reason.startswith("image is not ours")
     assert made_up.opened.count(THEIRS) == 1, "it is not tried again"
+    assert [row.side for row in document.select(PEAK)] == ["latentrt"]
     assert row_of(document, WITH_ONE, "latentrt").rounds
     assert "750 ms, 1.40× [1.40, 1.40] of one without; diffusers takes FAILED |" in text_of(document)
 
 
 def test_a_side_that_fails_in_a_later_round_has_no_time(made_up: MadeUp) -> None:
-    made_up.errors["diffusers", "open 4"] = SideError("FAILED", "it broke")
+    made_up.errors["diffusers", "open 2"] = SideError("FAILED", "it broke")
     row = row_of(measure(), WITH_ONE, "diffusers")
     assert (row.status, row.reason, row.rounds) == ("FAILED", "it broke", ())
 
 
 def test_sides_that_cannot_be_opened(made_up: MadeUp) -> None:
     made_up.errors["diffusers", "open 1"] = SideError("not available", "not installed: diffusers")
+    made_up.errors[IDLE, "open 1"] = SideError("FAILED", "it broke")
     document = measure()
-    row = row_of(document, "open", "diffusers")
+    row = row_of(document, WITH_ONE, "diffusers")
     assert (row.status, row.reason) == ("not available", "not installed: diffusers")
-    assert "- diffusers: not available: not installed: diffusers" in text_of(document)
-    for side in ("latentrt", IDLE):
-        made_up.opened.clear()
-        made_up.errors = {
-            (side, "open 1" if side == "latentrt" else "open 3"): SideError("FAILED", "it broke")
-        }
-        if side == "latentrt":
-            with pytest.raises(SideError, match="it broke"):
-                measure(peers=())
-        else:
-            row = row_of(measure(peers=()), OUR_STEP, IDLE)
-            assert (row.status, row.reason) == ("FAILED", "it broke")
+    assert "- diffusers, step with one ControlNet: not available: not installed" in text_of(document)
+    row = row_of(document, OUR_STEP, IDLE)
+    assert (row.status, row.reason) == ("FAILED", "it broke")
+    assert row_of(document, OUR_STEP, IN_USE).status == "ok", "it opens the process then"
+    made_up.opened.clear()
+    made_up.errors["latentrt", "open 1"] = SideError("FAILED", "it broke")
+    with pytest.raises(SideError, match="it broke"):
+        measure()
 
 
 def test_sides_that_do_not_fit(made_up: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +322,7 @@ def test_sides_that_do_not_fit(made_up: MadeUp, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(additions, "check_memory", refuse)
     document = measure()
-    assert {row.status for row in document.rows if row.workload != PEAK} == {"not available"}
+    assert {row.status for row in document.rows} == {"not available"}
     assert len(asked) == 2, "what does not fit is not tried again"
     (two, one), (both, each) = asked
     assert (two, both) == (2, 2)
