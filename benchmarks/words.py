@@ -68,14 +68,14 @@ def seconds(value: float | None) -> str:
     return amount(value, "s")
 
 
-def ratio(value: float) -> str:
+def ratio(value: float, places: int = 2) -> str:
     """`1.32`, and as many digits of what is larger: intervals are hardly ever narrower than a hundredth."""
-    return f"{value:.2f}" if value < 9.995 else number(value)
+    return f"{value:.{places}f}" if value < 9.995 else number(value, places + 1)
 
 
-def interval(found: Interval) -> str:
+def interval(found: Interval, places: int = 2) -> str:
     """`[1.28, 1.61]`."""
-    return f"[{ratio(found.low)}, {ratio(found.high)}]"
+    return f"[{ratio(found.low, places)}, {ratio(found.high, places)}]"
 
 
 def percent(value: float | None) -> str:

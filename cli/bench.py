@@ -347,6 +347,30 @@ def adapters(call: Call) -> _Measure:
     )
 
 
+@_measures(
+    *("checkpoint", "backend", "threads", "budget", "quick"),
+    width=_option(int, 128, "Pixels.", least=8),
+    height=_option(int, 128, "Pixels.", least=8),
+    rounds=_option(int, 3, "How often each side is opened.", least=1),
+    peers=_option(str, "diffusers", "diffusers, or nothing."),
+    steps=_option(int, 8, "Number of inference steps.", least=2),
+)
+def controls(call: Call) -> _Measure:
+    """What a ControlNet costs a step, beside diffusers; and that a step takes as long where none is used.
+
+    One with random weights is made in the system's folder for temporary files (TMPDIR). --budget is for all
+    rounds of each of the two comparisons.
+    """
+    from ..benchmarks.verbs.controls import PEERS, Comparison, measure_controls
+
+    comparison = Comparison(
+        rounds=1 if call.quick else call.options["rounds"], peers=listed(call.options["peers"], PEERS)
+    )
+    return partial(
+        measure_controls, call.package, call.task(), call.case(), comparison=comparison, pace=call.pace()
+    )
+
+
 # ── other verbs ────────────────────────────────────────────────────────────────────────────────────
 
 

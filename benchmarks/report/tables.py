@@ -11,10 +11,11 @@ from ..intervals import LEAST
 from ..records import Document, Row
 from ..roofline import GEMM
 from ..sides.adapted import FOLLOWED, LOAD, NEW, OPEN, picture_after
-from ..sides.contract import OURS
+from ..sides.contract import DIFFUSERS, OURS
 from ..verbs.adapters import LOADED, STEP, WORKLOADS
 from ..verbs.build import TOGETHER
 from ..verbs.cold_start import PARTS
+from ..verbs.controls import IDLE, IN_USE, OUR_STEP, WITH_ONE
 from ..verbs.opening import DRAWN, OPENED, PEAK, WRITTEN
 from ..verbs.throughput import OFFLINE, SINGLE_STREAM, SWEEP
 from .reading import (
@@ -37,8 +38,8 @@ _LEDGER = {"weights": "weights", "activations": "activations", "io": "in and out
 _FIGURES = {"waterfall": "one picture, stage by stage", "peers": "ours against peers", "roofline": "roofline"}
 _HEAD = ("| what | result | reproduce |", "|---|---|---|")
 # What the short table takes from a document besides latencies: the beginnings of `summaries`' lines.
-_SHORT = ("peak in host memory", "peak on the device", "cold start, whole", "build", "parity")
-_TABLES = ("latency", "opening", "adapters")  # documents that have a table of their own
+_SHORT = ("peak in host memory", "peak on the device", "cold start, whole", "build", "parity", WITH_ONE)
+_EXPLAINED = ("latency", "opening", "adapters", "controls")  # documents that say why rows have no time
 _AFTER = {picture_after(name) for name in FOLLOWED}
 _ROWS = 12  # of the short table, at most
 NOTHING = "Nothing was measured yet: `latentrt bench latency demo`."
@@ -125,7 +126,7 @@ def _section(
             yield _opening(document)
         elif document.benchmark == "adapters" and (table := _adapters(document)):
             yield table
-        if document.benchmark in _TABLES and (missing := _missing(document)):
+        if document.benchmark in _EXPLAINED and (missing := _missing(document)):
             yield missing
     lines = [_line(*pair, document) for document in documents for pair in summaries(document)]
     if lines:
@@ -260,10 +261,10 @@ def _one_step(document: Document) -> str:
     return f"{case['width']}×{case['height']}, one step"
 
 
-def _ratio(item: Against | None) -> str:
+def _ratio(item: Against | None, places: int = 2) -> str:
     if item is None or item.ratio is None:
         return "FAILED" if item and item.row.status == "FAILED" else words.DASH
-    return f"{words.ratio(item.ratio.value)}× {words.interval(item.ratio)}"
+    return f"{words.ratio(item.ratio.value, places)}× {words.interval(item.ratio, places)}"
 
 
 def _missing(document: Document) -> str:
@@ -457,19 +458,42 @@ def _parity(document: Document) -> Lines:
 
 def _with_adapters(document: Document) -> Lines:
     """What is held while adapters change, and what a step takes that uses none."""
+    yield from _peaks(document, "peak while adapters change", "the first")
+    yield from _unused(document, STEP, LOADED, "where some are loaded")
+
+
+def _with_controls(document: Document) -> Lines:
+    """What a step takes with a ControlNet, what one that is not used costs it, and what is held."""
+    yield from _unused(document, OUR_STEP, IDLE, "where a ControlNet is loaded", places=3)
+    ours = next(document.select(WITH_ONE, OURS), None)
+    if ours and ours.rounds:
+        used = next(document.select(OUR_STEP, IN_USE))
+        found = against(document, ours.case, DIFFUSERS).get(WITH_ONE)
+        added = f"{_ratio(against(document, used.case, IN_USE).get(OUR_STEP))} of one without"
+        beside = f"; {DIFFUSERS} takes {_ratio(found)}" if found else ""
+        yield f"{WITH_ONE}, {words.case(ours.case)}", f"{words.seconds(summary(ours))}, {added}{beside}"
+    yield from _peaks(document, "peak with one ControlNet", "it was loaded")
+
+
+def _peaks(document: Document, what: str, event: str) -> Lines:
+    """The most that each side held."""
     peaks = [row for row in document.select(PEAK) if row.rounds]
     if peaks:
         sizes = (
             f"{row.side} {words.amount(summary(row), 'B')}"
-            f" ({words.amount(figure(row, 'before'), 'B')} before the first)"
+            f" ({words.amount(figure(row, 'before'), 'B')} before {event})"
             for row in peaks
         )
-        yield "peak while adapters change", ", ".join(sizes)
-    own, loaded = (next(document.select(STEP, side), None) for side in (OURS, LOADED))
+        yield what, ", ".join(sizes)
+
+
+def _unused(document: Document, workload: str, side: str, where: str, places: int = 2) -> Lines:
+    """What a step takes on a side that has something loaded and does not use it."""
+    own, loaded = (next(document.select(workload, name), None) for name in (OURS, side))
     if own and loaded and loaded.rounds:
-        times = _ratio(against(document, loaded.case, LOADED).get(STEP))
+        times = _ratio(against(document, loaded.case, side).get(workload), places)
         differing = f"{figure(loaded, 'differing'):.0f} bytes of the picture differ"
-        yield STEP, f"{words.seconds(summary(own))}; where some are loaded {times}, {differing}"
+        yield workload, f"{words.seconds(summary(own))}; {where} {times}, {differing}"
 
 
 # In the order in which documents are shown.
@@ -480,6 +504,7 @@ _SUMMARIES: Mapping[str, Callable[[Document], Lines]] = {
     "memory": _memory,
     "cold-start": _cold_start,
     "adapters": _with_adapters,
+    "controls": _with_controls,
     "build": _build,
     "parity": _parity,
     "export": _export,

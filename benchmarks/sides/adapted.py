@@ -20,28 +20,16 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from ...checkpoints.files.open import Checkpoint
 from ...engines.spec import Array
 from ..case import Case
 from . import diffusers_pipeline, ours
-from .contract import (
-    ADAPTED,
-    DIFFUSERS_ADAPTED,
-    Make,
-    OpenSide,
-    Task,
-    Work,
-    missing_checkpoint,
-    missing_modules,
-)
+from .contract import ADAPTED, DIFFUSERS_ADAPTED, PICTURE, UNUSED, Make, OpenSide, Task, Work
 from .ours import available as available
-from .single_file import not_set_up, open_file
+from .plain_pipeline import missing, open_plain
 
 LOAD, NEW, NONE, OPEN, UNLOAD = "load", "new set", "back to none", "open set", "unload"
 CHANGES = (LOAD, NEW, NONE, OPEN, UNLOAD)  # in the order in which they are made
 FOLLOWED = (NEW, NONE, OPEN)  # those that a picture follows
-UNUSED = "unused"
-PICTURE = "picture"
 _NAME = "measured"  # of the adapter
 
 Change = Callable[[], Any]
@@ -82,22 +70,12 @@ class OfDiffusers:
     @staticmethod
     def available(task: Task) -> str | None:
         """None if it can run here, else the reason."""
-        if reason := missing_modules("torch", "diffusers", "transformers", "peft"):
-            return reason
-        if task.checkpoint is None and task.model.is_file():
-            return not_set_up(Checkpoint.open(task.model))
-        if reason := missing_checkpoint(task):
-            return reason
-        assert task.checkpoint is not None, "it is at hand"
-        if (task.checkpoint / "text_encoder_2").is_dir():
-            return "a model with two text encoders is opened as one file, and this checkpoint is a folder"
-        return None
+        return missing(task, "peft")
 
     @staticmethod
     def open_side(task: Task) -> OpenSide:
         """Every net loaded."""
-        opened = diffusers_pipeline.assemble(task.checkpoint) if task.checkpoint else open_file(task.model)
-        pipe: Any = opened
+        pipe = open_plain(task)
         side = diffusers_pipeline.side_over(DIFFUSERS_ADAPTED, task, pipe)
 
         def changes(file: Path) -> dict[str, Change]:

@@ -47,17 +47,26 @@ SIDES: Mapping[str, str] = {
     "latentrt watched": "watched",
     "latentrt adapted": "adapted",
     "diffusers adapted": "adapted.OfDiffusers",
+    "latentrt controlled": "controlled",
+    "diffusers controlled": "controlled.OfDiffusers",
 }
 OURS = "latentrt"
 DIFFUSERS = "diffusers"
 WATCHED = "latentrt watched"  # ours, while it watches its own memory
 ADAPTED = "latentrt adapted"  # ours, while its adapters are changed
 DIFFUSERS_ADAPTED = "diffusers adapted"
-OF_ONE_VERB = (WATCHED, ADAPTED, DIFFUSERS_ADAPTED)  # with workloads of their own; no peers
+CONTROLLED = "latentrt controlled"  # ours, with a ControlNet at hand
+DIFFUSERS_CONTROLLED = "diffusers controlled"
+# With workloads of their own; no peers.
+OF_ONE_VERB = (WATCHED, ADAPTED, DIFFUSERS_ADAPTED, CONTROLLED, DIFFUSERS_CONTROLLED)
 AGAIN = "latentrt again"  # the other half of the A/A pair
 CEILING = "ceiling"  # what the machine can do at best
 YARDSTICK = "yardstick"  # ours over a network that is always the same, see `yardstick.py`
 REFERENCES = (AGAIN, YARDSTICK, CEILING)  # sides of rows that are no peers'
+
+PICTURE = "picture"
+UNUSED = "unused"  # a picture without, of a side that has adapters or a ControlNet loaded
+_PATHS = ("model", "checkpoint", "loras", "control")  # of a Task
 
 
 class NotAvailableError(BackendError):
@@ -76,6 +85,7 @@ class Task:
         device: "cpu" or "cuda", of the peers that can do both.
         compile_mode: torch.compile's; "" is max-autotune on CUDA, which takes minutes, and default on a CPU.
         loras: a folder of adapters' files, for the sides that change adapters.
+        control: a ControlNet's folder, for the sides that draw with one.
     """
 
     model: Path
@@ -85,6 +95,7 @@ class Task:
     device: str = "cpu"
     compile_mode: str = ""
     loras: Path | None = None
+    control: Path | None = None
 
     @property
     def text(self) -> str:
@@ -95,7 +106,7 @@ class Task:
     def parse(cls, text: str) -> Task:
         """The reverse of `text`."""
         values = json.loads(text)
-        paths = {name: Path(values[name]) for name in ("model", "checkpoint", "loras") if values[name]}
+        paths = {name: Path(values[name]) for name in _PATHS if values[name]}
         return cls(**values | paths)
 
 

@@ -106,11 +106,10 @@ def side_over(name: str, task: Task, pipe: Any, *, compiled: str = "") -> OpenSi
     if task.threads:
         torch.set_num_threads(task.threads)
     half = task.device == "cuda" and package.manifest.dtype == "fp16"
-    last = half or task.device == "cpu"
     pipe.set_progress_bar_config(disable=True)
     pipe.to(task.device, torch.float16 if half else torch.float32)
     for net in (pipe.unet, pipe.vae):
-        net.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+        net.to(memory_format=layout_of(net))
     set_up([pipe.unet, pipe.vae.decoder] if compiled else [], half=half, compiled=compiled)
     versions = {
         "torch": str(torch.__version__),
@@ -119,10 +118,23 @@ def side_over(name: str, task: Task, pipe: Any, *, compiled: str = "") -> OpenSi
         "device": task.device,
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         "threads": str(torch.get_num_threads()),
-        "memory_format": "channels_last" if last else "contiguous",
+        "memory_format": str(layout_of(pipe.unet)).removeprefix("torch.").removesuffix("_format"),
         "compile": f"{compiled}, fullgraph, static shapes" if compiled else "no",
     }
     return OpenSide(name=name, versions=versions, makers=makers_of(_Diffusers(name, package, pipe)))
+
+
+def drawing(name: str, task: Task, pipe: Any, case: Case, **steered: Any) -> Work:
+    """The work `picture` of a pipeline whose nets are in place; `steered` joins its parameters."""
+    return _Diffusers(name, open_package(task), pipe).drawing(case, **steered)
+
+
+def layout_of(net: Any) -> Any:
+    """The layout of its convolutions' weights that is faster where it is."""
+    import torch
+
+    last = net.device.type == "cpu" or net.dtype == torch.float16
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def set_up(nets: Sequence[Any], *, half: bool, compiled: str) -> None:
@@ -212,10 +224,13 @@ class _Diffusers:
         return self._work("image", call)
 
     def picture(self, case: Case, stack: ExitStack) -> Work:
+        return self.drawing(case)
+
+    def drawing(self, case: Case, **steered: Any) -> Work:
         import torch
 
         pipe, scheduler = self._pipe, self._scheduler(case.sampler)
-        parameters: dict[str, Any] = {**case.parameters, "output_type": "np"}
+        parameters: dict[str, Any] = {**case.parameters, **steered, "output_type": "np"}
         del parameters["sampler"], parameters["seed"]
 
         def call() -> Array:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from ...runtime.loop.open import LoopOptions, open_loop
 from ...runtime.pipeline import Pipeline
 from ..case import BETWEEN, Case, inputs_of, row_time_inputs, schedule_of, time_inputs
 from .contract import OURS, OpenSide, Task, Work, makers_of, open_package
+from .drawing import drawing
 
 
 def available(task: Task) -> str | None:
@@ -124,11 +124,4 @@ class _OnHost:
         return Work(call=call, repeats=BETWEEN)
 
     def picture(self, case: Case, stack: ExitStack) -> Work:
-        figures: dict[str, Any] = {}
-
-        def draw() -> dict[str, Array]:
-            result = self._pipe(case.prompt, output_type="np", **case.parameters)
-            figures["stages_s"] = result.seconds
-            return {"image": np.asarray(result.images)}
-
-        return Work(call=draw, figures=lambda: figures)
+        return drawing(self._pipe, case)

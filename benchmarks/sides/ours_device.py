@@ -36,9 +36,7 @@ from ...runtime.pipeline import Pipeline
 from ...runtime.request.request import make_request
 from ..case import BETWEEN, Case, inputs_of, row_time_inputs, sizes_of, time_inputs
 from .contract import OURS, OpenSide, Work, makers_of
-
-# Pictures until the loop has chosen whether to replay its rows as a graph: it does at the second's beginning.
-_SETTLING = 2
+from .drawing import drawing
 
 
 def device_side(pipe: Pipeline, loop: DeviceLoop, *, replayed: bool = False) -> OpenSide:
@@ -150,16 +148,7 @@ class _OnDevice:
 
     def picture(self, case: Case, stack: ExitStack) -> Work:
         """The whole pipeline; the loop has the buffers, and keeps them."""
-        figures: dict[str, Any] = {}
-
-        def draw() -> dict[str, Array]:
-            result = self._pipe(case.prompt, output_type="np", **case.parameters)
-            figures["stages_s"] = result.seconds
-            return {"image": np.asarray(result.images)}
-
-        for _ in range(_SETTLING):
-            draw()
-        return Work(call=draw, figures=lambda: figures)
+        return drawing(self._pipe, case)
 
     def _scratch(self, stack: ExitStack, sizes: Sizes, names: list[str]) -> Scratch:
         """Room for the activations of any of these nets. Raises MemoryLimitError."""

@@ -75,14 +75,16 @@ class Sides:
         return opened, missing
 
 
-def check_memory(task: Task, count: int) -> None:
+def check_memory(task: Task, count: int, *, besides: int = 0) -> None:
     """Raise MemoryLimitError where so many sides of a task at once take more memory than there is.
+
+    `besides`: bytes of other weights in all of them; what pictures take is counted with the model.
 
     The system would kill one of them, in the middle of a measurement that takes minutes.
     """
     package, facts = open_package(task), doctor.memory()
     known = [size for size in (facts["available"], facts["limit"]) if size is not None]
-    need = int(count * _OVER_WEIGHTS * sum(engine_bytes(package, net) for net in NETS))
+    need = int(count * _OVER_WEIGHTS * sum(engine_bytes(package, net) for net in NETS)) + besides
     if known and need > min(known) and task.device == "cpu":
         raise MemoryLimitError(
             f"{count} sides of {package.manifest.name} at once take about {need / 1e9:.0f} GB of memory,"

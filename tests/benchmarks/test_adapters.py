@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,30 +15,26 @@ from latentrt import cli
 from latentrt.adapters.binding import bind
 from latentrt.adapters.files import read_adapter
 from latentrt.benchmarks import skeletons
-from latentrt.benchmarks.case import Case
 from latentrt.benchmarks.likeness import psnr
 from latentrt.benchmarks.models.loras import TARGETS, write_lora
 from latentrt.benchmarks.process import SideError
 from latentrt.benchmarks.records import Document, Row, read_document
 from latentrt.benchmarks.report.reading import Result
 from latentrt.benchmarks.report.tables import full_tables, short_table
-from latentrt.benchmarks.rounds import Pace
-from latentrt.benchmarks.sides import adapted, single_file
+from latentrt.benchmarks.sides import adapted, plain_pipeline, single_file
 from latentrt.benchmarks.sides.adapted import CHANGES, NEW, NONE, OPEN, OfDiffusers, picture_after
-from latentrt.benchmarks.sides.contract import Task
-from latentrt.benchmarks.verbs import adapters
+from latentrt.benchmarks.sides.contract import UNUSED, Task
+from latentrt.benchmarks.verbs import adapters, additions
 from latentrt.benchmarks.verbs.adapters import LOADED, STEP, WITHOUT, WORKLOADS, Changes, measure_adapters
 from latentrt.benchmarks.verbs.memory import NO_PROC, PEAK
 from latentrt.engines.errors import MemoryLimitError
 from latentrt.engines.net_weights import part_shapes
 from latentrt.engines.package import MANIFEST, Manifest, Package
 from latentrt.engines.safetensors_format import read_header
-from tests.benchmarks.stand_in_side import CASE, PACKAGE, TASK
+from tests.benchmarks.stand_in_side import CASE, PACKAGE, QUICK, TASK, WITH_CHECKPOINT, MadeUp
 from tests.checkpoints.conftest import shared, small_archive, write_small  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
-WITH_CHECKPOINT = replace(TASK, checkpoint=PACKAGE.root.parent / "checkpoint", backend="onnxruntime")
 ONE = replace(CASE, steps=1, sampler="euler")
-QUICK = Pace(runs=2, rounds=1, budget=0, least=1, warm_up=0)
 # diffusers' schedulers call np.array(tensor), and it announces what will move
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*__array.*:DeprecationWarning"),
@@ -129,14 +125,14 @@ def test_a_change_changes_the_picture(name: str, tmp_path: Path) -> None:
     write_lora(PACKAGE, name, tmp_path / f"{name}.safetensors")
     side = adapted.open_side(replace(WITH_CHECKPOINT, loras=tmp_path))
     pictures: dict[str, Any] = {}
-    for workload in ("picture", name, adapted.UNUSED):
+    for workload in ("picture", name, UNUSED):
         work = side.prepare(workload, ONE)
         work.run()
         pictures[workload] = work.outputs()["image"]
         work.close()
     side.close()
     assert psnr(pictures[name], pictures["picture"]) < 42
-    np.testing.assert_array_equal(pictures[adapted.UNUSED], pictures["picture"])
+    np.testing.assert_array_equal(pictures[UNUSED], pictures["picture"])
 
 
 def test_a_file_beside_diffusers(
@@ -175,63 +171,21 @@ def test_where_diffusers_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     file = write_small(tmp_path / "small.safetensors")
     monkeypatch.setattr(single_file, "PIPELINES", {})
     assert "not set up for sd1" in str(OfDiffusers.available(replace(TASK, model=file)))
-    monkeypatch.setattr(adapted, "missing_modules", lambda *names: f"not installed: {names[-1]}")
+    monkeypatch.setattr(plain_pipeline, "missing_modules", lambda *names: f"not installed: {names[-1]}")
     assert OfDiffusers.available(WITH_CHECKPOINT) == "not installed: peft"
 
 
 # ── sides that are made up ─────────────────────────────────────────────────────────────────────
 
 
-@dataclass
-class MadeUp:
-    """A process that says what it took; `images` by side and workload, `errors` by side, file and opening."""
-
-    opened: list[str] = field(default_factory=list[str])
-    images: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
-    errors: dict[tuple[str, str], SideError] = field(default_factory=dict[tuple[str, str], SideError])
-    name: str = ""
-    pid: int = 1
-    stamp: Mapping[str, Any] = field(default_factory=lambda: {"side": {"version": "1"}})
-
-    def __call__(self, name: str, module: str, task: Task) -> "MadeUp":
-        assert task.loras is not None
-        self.opened.append(module)
-        self._fail(name, f"open {self.opened.count(module)}")
-        return replace(self, name=name)
-
-    def _fail(self, name: str, what: str) -> None:
-        if error := self.errors.get((name, what)):
-            raise error
-
-    def prepare(
-        self, workload: str, case: Case, *, slot: str = ""
-    ) -> tuple[dict[str, Any], Mapping[str, np.ndarray]]:
-        self._fail(self.name, workload)
-        usual = {"all": 50, "keys": 150}.get(workload, 0)
-        shade = self.images.get((self.name, workload), usual)
-        image = np.full((1, 8, 8, 3), shade, np.uint8)
-        image[0, 0, 0] = 255
-        seconds = {name: 0.5 + len(self.opened) for name in WORKLOADS} if usual else {}
-        return {"seconds": 0.1, "figures": seconds}, {"image": image}
-
-    def time(
-        self, runs: int, *, slot: str = "", beside: str | None = None
-    ) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
-        stages = {"text_encoder": 9.0, "unet": 1.0, "update": 0.5, "vae_decoder": 9.0}
-        return (19.5,) * runs, [{"stages_s": stages}] * runs
-
-    def __enter__(self) -> "MadeUp":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
-    process = MadeUp()
+    def figures(workload: str, opened: int) -> dict[str, float]:
+        return dict.fromkeys(WORKLOADS, 0.5 + opened) if workload in TARGETS else {}
+
+    process = MadeUp(shades={"all": 50, "keys": 150}, figures=figures)
+    process.take_place(monkeypatch)
     monkeypatch.setattr(adapters, "SideProcess", process)
-    monkeypatch.setattr(adapters, "resident_bytes", lambda pid: (1, 2_000_000))
     return process
 
 
@@ -281,7 +235,7 @@ def test_a_file_that_changes_nothing_fails(made_up: MadeUp) -> None:
     made_up.images["latentrt", "all"] = 0
     document = measure("all", "keys", rounds=1)
     (row,) = rows_of(document, "latentrt", "all").values()
-    assert (row.status, row.reason) == ("FAILED", "the picture is the same as without the adapter")
+    assert (row.status, row.reason) == ("FAILED", "the picture is the same as without the adapter 'all'")
     (row,) = rows_of(document, "diffusers", "all").values()
     assert (row.status, row.reason) == ("not available", "ours failed: there is nothing to compare with")
     assert rows_of(document, "diffusers", "keys")[NEW].status == "ok"
@@ -305,7 +259,7 @@ def test_sides_that_cannot_be_opened(made_up: MadeUp) -> None:
 
 
 def test_a_peak_that_nobody_tells_is_not_zero(made_up: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapters, "resident_bytes", lambda pid: (0, 0))
+    monkeypatch.setattr(additions, "resident_bytes", lambda pid: (0, 0))
     (peak,) = measure("all", peers=()).select(PEAK)
     assert (peak.status, peak.reason, peak.rounds) == ("not available", NO_PROC, ())
 
@@ -318,18 +272,20 @@ def test_steps_without_adapters(made_up: MadeUp) -> None:
     assert loaded.figures == {"differing": 0, "of": 8 * 8 * 3}
     line = "750 ms; where some are loaded 1.00× [1.00, 1.00], 0 bytes of the picture differ"
     assert f"| step without adapters | {line} |" in text_of(document)
-    made_up.images[LOADED, adapted.UNUSED] = 1
+    made_up.images[LOADED, UNUSED] = 1
     *_, loaded = measure(WITHOUT).rows
     assert (loaded.status, loaded.reason) == ("FAILED", "189 of 192 bytes of the picture differ")
 
 
 def test_two_sides_that_do_not_fit(made_up: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(task: Task, count: int) -> None:
+    def refuse(task: Task, count: int, *, besides: int) -> None:
         raise MemoryLimitError(f"{count} sides at once", expected="fewer", fix="None.")
 
-    monkeypatch.setattr(adapters, "check_memory", refuse)
-    (row,) = measure(WITHOUT).rows
-    assert (row.workload, row.status, row.reason) == (STEP, "not available", "2 sides at once")
+    monkeypatch.setattr(additions, "check_memory", refuse)
+    rows = measure(WITHOUT).rows
+    assert [row.side for row in rows] == ["latentrt", LOADED]
+    for row in rows:
+        assert (row.workload, row.status, row.reason) == (STEP, "not available", "2 sides at once")
     assert made_up.opened == []
 
 
