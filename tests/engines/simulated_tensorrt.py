@@ -18,6 +18,7 @@ import onnx
 import onnxruntime
 from onnx import numpy_helper
 
+from latentrt.engines.onnxruntime.session import WEIGHTS_FOLDER
 from latentrt.engines.profiles import NetProfile
 from tests.engines import simulated_tensorrt_names as names
 from tests.engines import simulated_tensorrt_refit as refit
@@ -47,7 +48,7 @@ def simulated_engine(
 
     `extra`: `streamable` (bytes), `budget` (at first), `least` and `most` (of the budget that is accepted),
     `refittable` (names), `merged` (names that must be set together), `stripped`, `resizes` (whether scratch
-    follows the shapes), `host` and `vectorised` (names), `stat` (of the weights).
+    follows the shapes), `host` and `vectorised` (names), `stat` (of the weights), `weights` (their folder).
     """
     shapes = [{name: [list(s) for s in span] for name, span in p.shapes.items()} for p in profiles]
     plain = {"graph": str(graph), "profiles": shapes, "library": VARIANTS[variant], "cc": cc}
@@ -111,6 +112,8 @@ class ICudaEngine:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
+        if "weights" in self._facts:
+            options.add_session_config_entry(WEIGHTS_FOLDER, self._facts["weights"])
         source: Any = str(self._graph)
         if self._changed:
             model = onnx.load(self._graph)

@@ -1,13 +1,18 @@
 """From the store to a picture through the simulated TensorRT: engines found, chosen, bound, drawn with."""
 
 import random
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from latentrt import Control
+from latentrt.checkpoints.opened import Options, open_control
+from latentrt.engines.backends import BACKENDS
 from latentrt.engines.cuda.facts import DeviceFacts
 from latentrt.engines.device import Device
 from latentrt.engines.errors import BackendError, EngineError, NumericError, UsageError
@@ -19,11 +24,13 @@ from latentrt.engines.tensorrt import backend as tensorrt_backend
 from latentrt.engines.tensorrt.build import engine_key
 from latentrt.engines.tensorrt.builder import BuildOptions, Weights
 from latentrt.runtime.loop.device.loop import DeviceLoop
+from latentrt.runtime.model import CONTROLS
 from latentrt.runtime.pipeline import Pipeline
 from tests.engines.host_device import DEVICE_NETS, HostDevice
 from tests.engines.simulated_tensorrt import SimulatedLibrary, simulated_engine
 from tests.engines.simulated_tensorrt_names import VARIANTS
 from tests.engines.tensorrt_setting import row
+from tests.parity_pair import photo
 from tests.runtime.test_adapters import write
 
 PROMPT = "a red circle on a blue background"
@@ -57,7 +64,7 @@ def fill(
         profiles = net_profiles(name, file.spec, sources)
         key = engine_key(package, name, row(variant), VARIANTS[variant], profiles, options, gpu=GPU)
         marked = [key for key, tensor in net_tensors(package, name).items() if len(tensor.shape) > 1]
-        more = {"refittable": marked} if refittable else {}
+        more = {"refittable": marked} if refittable else {"weights": str(package.weights_folder(name))}
 
         def build(
             path: Path, file: NetFile = file, profiles: Any = profiles, more: Any = more
@@ -79,9 +86,12 @@ class Bench:
         monkeypatch.setattr(tensorrt_backend, "flavour", lambda backend: row(variant))
         monkeypatch.setattr(tensorrt_backend, "installed_version", lambda backend: VARIANTS[variant])
 
-    def open(self, package: Package, store: EngineStore, **more: Any) -> Pipeline:
+    def open(
+        self, package: Package, store: EngineStore, further: Sequence[str] = (), **more: Any
+    ) -> Pipeline:
         backend = tensorrt_backend.TensorRTBackend(self.backend)
-        device, nets = backend.open_device(package, DEVICE_NETS, store=store)
+        names = (*DEVICE_NETS, *further)
+        device, nets = backend.open_device(package, names, store=store)
         again = partial(backend.open_another, device, store=store)
         loop = DeviceLoop(_as_device(device), nets, package.manifest, graphs="on", open_net=again)
         return Pipeline.over(package, loop, self.backend, cache_bytes=0, **more)
@@ -407,3 +417,52 @@ def test_one_engine_draws_with_and_without_controls(
         fill(store, package, variant, ["64x64:b1"], net="unet_controlled")
         pipe.loop.use_unet(package, "unet_controlled")
         assert np.abs(pipe("a", **SMALL).images.astype(int) - plain).max() <= 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_everything_in_one_request(
+    package: Package, loras: Path, variant: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A LoRA, an embedding, a ControlNet and inpainting draw what they draw on ONNX Runtime."""
+    store, masked = EngineStore(tmp_path / "store"), ("vae_encoder", "step_masked")
+    options = Options(dtype="fp32", reads=BACKENDS["onnxruntime"].reads)
+    control = open_control(CONTROLS["demo"] / "edges", options, store=tmp_path / "cache")
+    fill(store, package, variant, ["64x64:b1"])
+    for net in (*masked, "unet_controlled"):
+        fill(store, package, variant, ["64x64:b1"], net=net)
+    fill(store, package, variant, ["64x64:b1"], net="unet_controlled", options=REFITTABLE)
+    for net in control.manifest.nets:
+        fill(store, control, variant, ["64x64:b1"], net=net)
+    seen = photo(64, 64)
+    request: dict[str, Any] = {
+        **SMALL,
+        "prompt": "a red one on a blue background",
+        "loras": [("loop", 0.5)],
+        "image": seen,
+        "mask_image": Image.fromarray(np.pad(np.full((32, 32), 255, np.uint8), 16)),
+        "controls": [Control(model="edges", image=seen, preparation="canny", end=0.7)],
+    }
+    words = {"one": np.random.default_rng(0).standard_normal((3, 96), np.float32) / 4}
+
+    def pictures(pipe: Pipeline) -> list[np.ndarray]:
+        pipe.load_textual_inversion(words)
+        pipe.load_control(CONTROLS["demo"] / "edges")
+        parts: list[dict[str, Any]] = [
+            {},
+            {"controls": []},
+            {"loras": []},
+            {"prompt": "a", "image": None, "mask_image": None},
+        ]
+        return [pipe(**{**request, **part}).images.astype(int) for part in parts]
+
+    with Pipeline.open(package.root, backend="onnxruntime", loras=loras) as host:
+        host.controls._open_package = lambda path, encoder: control
+        wanted = pictures(host)
+    assert len({picture.tobytes() for picture in wanted}) == len(wanted), "each part counts"
+    bench = Bench(monkeypatch, variant)
+    opener: Any = lambda path, encoder: control  # noqa: E731
+    with bench.open(package, store, masked, loras=loras, open_control=opener) as pipe:
+        for found, images in zip(pictures(pipe), wanted, strict=True):
+            assert np.abs(found - images).max() <= 1
+        assert bench.refits() == {"unet/controlled": 1}
+    assert not bench.device.blocks
