@@ -12,9 +12,15 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
+from PIL import Image
+
+from latentrt import Control
 from latentrt.benchmarks.case import Case
 from latentrt.benchmarks.gpu.opener import Opened, Opener, Scale, draw
 from latentrt.benchmarks.sides.contract import Task
+from latentrt.checkpoints.opened import Options, open_control
+from latentrt.engines.backends import BACKENDS
 from latentrt.engines.cuda.device import CudaDevice
 from latentrt.engines.errors import LatentrtError
 from latentrt.engines.onnxruntime.cuda_backend import ONNXRUNTIME_CUDA
@@ -25,6 +31,7 @@ from latentrt.engines.tensorrt.build import built_nets
 from latentrt.runtime import result
 from latentrt.runtime.loop.device.loop import DeviceLoop
 from latentrt.runtime.loop.device.verdicts import Graphs
+from latentrt.runtime.model import CONTROLS
 from latentrt.runtime.pipeline import Pipeline
 from tests.cuda.bench import Facts, cases_of, changed
 from tests.cuda.runtime import StandIn
@@ -51,6 +58,8 @@ FAILURES = (
     ("cudaGraphUpload", OUT_OF_MEMORY, 1),
     ("cudaGraphLaunch", LAUNCH_FAILURE, 1),
 )
+# Pictures in turns: a name, whether a ControlNet steers, and steps.
+_TURNS = (("few", True, 3), ("without", False, 3), ("more", True, 6))
 # While a pipeline is opened: the stream, the first weights, some later ones.
 OPENING_FAILURES = (
     ("cudaStreamCreateWithFlags", OUT_OF_MEMORY, 1),
@@ -133,6 +142,39 @@ def adapted(package: Package, runtime: StandIn) -> Facts:
                 facts.setdefault(name, []).append(runtime.report().since(started).events())
     found = runtime.report().since(before)
     return {**facts, "steps": case.steps, **{kind: found.of(kind) for kind in ("open", "forbidden", "note")}}
+
+
+def steered(package: Package, runtime: StandIn) -> Facts:
+    """Pictures with the demo's ControlNet, of fewer and of more steps, and without, in turns; by graphs."""
+    options = Options(dtype="fp32", reads=BACKENDS["onnxruntime-cuda"].reads)
+    before, case = runtime.report(), cases_of(package)[0]
+    hint = Image.fromarray(np.eye(case.height, case.width, dtype=np.uint8) * 255)
+    facts: Facts = {}
+    with TemporaryDirectory() as cache, opener_of(package) as opener:
+        control = open_control(CONTROLS["demo"] / "edges", options, store=Path(cache))
+        for graphs in GRAPHS:
+            device, nets = opener.open_device()
+            again = partial(ONNXRUNTIME_CUDA.open_another, device, store=opener.open_device.keywords["store"])
+            loop = DeviceLoop(device, nets, package.manifest, graphs=graphs, open_net=again)
+            opened = Pipeline.over(
+                package, loop, "cuda", cache_bytes=0, open_control=lambda path, encoder: control
+            )
+            drawn: dict[str, list[dict[str, int]]] = {}
+            with opened as pipe:
+                pipe.load_control("edges")
+                controls = [Control(model="edges", image=hint)]
+                for name, given, steps in _TURNS * PICTURES:
+                    started = runtime.report()
+                    pipe(
+                        case.prompt,
+                        output_type="np",
+                        controls=controls if given else [],
+                        **{**case.parameters, "num_inference_steps": steps},
+                    )
+                    drawn.setdefault(name, []).append(runtime.report().since(started).events())
+            facts[graphs] = drawn
+    found = runtime.report().since(before)
+    return {**facts, **{kind: found.of(kind) for kind in ("open", "forbidden", "note")}}
 
 
 def memory(package: Package, runtime: StandIn) -> Facts:

@@ -172,3 +172,18 @@ def test_memory_that_is_short_while_opening_is_a_limit(failures: list[Facts]) ->
     for fact in failures:
         if "while opening" in fact["failing"]:
             assert fact["error"].startswith("MemoryLimitError: "), fact
+
+
+def test_a_controlnet_runs_on_the_device(built: Path) -> None:
+    """With steps nothing grows but what is enqueued: no waits, no copies from or to the host, no memory."""
+    facts = environment.ask(built, "steered", "demo")
+    assert not facts["open"]
+    assert not facts["forbidden"]
+    for graphs in ("off", "on", "auto"):
+        few, more, without = ([*facts[graphs][name][3:]] for name in ("few", "more", "without"))
+        assert not [events for events in (*few, *more, *without) if ALLOCATIONS & events.keys()], graphs
+        for what in ("waits", "copies to the device", "copies to the host"):
+            assert {events.get(what, 0) for events in few} == {events.get(what, 0) for events in more}, what
+        nets_before = 3  # of the ControlNet: context, schedule and hint
+        assert {events["waits"] for events in few} == {without[0]["waits"] + nets_before}
+        assert few[-1]["copies on the device"] < more[-1]["copies on the device"]

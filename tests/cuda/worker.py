@@ -63,7 +63,7 @@ def launches(facts: Mapping[str, Facts]) -> dict[str, int]:
 def main() -> None:
     """Print the facts as one line of JSON: the last one."""
     every = ("nets", "launches", "pictures", "alternating", "memory", "failures", "mutations")
-    every += ("changed", "adapted")
+    every += ("changed", "adapted", "steered")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", choices=every)
     parser.add_argument("package")
@@ -78,6 +78,7 @@ def main() -> None:
             "nets": measure,
             "changed": lambda: nets(changed(package), runtime, options.nets, options.layout),
             "adapted": lambda: pictures.adapted(package, runtime),
+            "steered": lambda: pictures.steered(package, runtime),
             "launches": lambda: launches(measure()),
             "pictures": lambda: pictures.pictures(package, runtime),
             "alternating": lambda: pictures.alternating(package, runtime),
