@@ -66,6 +66,7 @@ REFERENCES = (AGAIN, YARDSTICK, CEILING)  # sides of rows that are no peers'
 
 PICTURE = "picture"
 UNUSED = "unused"  # a picture without, of a side that has adapters or a ControlNet loaded
+STEPS = "steps"  # the stage of a side that does not tell what a step spends in which net
 _PATHS = ("model", "checkpoint", "loras", "control")  # of a Task
 
 

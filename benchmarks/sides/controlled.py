@@ -26,6 +26,7 @@ from .contract import (
     CONTROLLED,
     DIFFUSERS_CONTROLLED,
     PICTURE,
+    STEPS,
     UNUSED,
     OpenSide,
     Task,
@@ -36,7 +37,6 @@ from .ours import available as available
 from .plain_pipeline import missing, open_plain
 
 CONTROL = "control"
-STEPS = "steps"  # the stage of a side that does not tell what a step spends in which net
 
 
 def open_side(task: Task) -> OpenSide:
@@ -90,7 +90,7 @@ def _steered(plain: Any, task: Task, scheduler: Any) -> Any:
     diffusers: Any = import_module("diffusers")
     net = diffusers.ControlNetModel.from_pretrained(str(task.control))
     net.to(plain.unet.device, plain.unet.dtype)
-    net.to(memory_format=diffusers_pipeline.layout_of(net))
+    net.to(memory_format=diffusers_pipeline.layout_of(task, net.dtype))
     pipe = diffusers.AutoPipelineForText2Image.from_pipe(plain, controlnet=net, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe

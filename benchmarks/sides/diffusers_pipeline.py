@@ -107,9 +107,11 @@ def side_over(name: str, task: Task, pipe: Any, *, compiled: str = "") -> OpenSi
         torch.set_num_threads(task.threads)
     half = task.device == "cuda" and package.manifest.dtype == "fp16"
     pipe.set_progress_bar_config(disable=True)
-    pipe.to(task.device, torch.float16 if half else torch.float32)
+    dtype = torch.float16 if half else torch.float32
+    layout = layout_of(task, dtype)
+    pipe.to(task.device, dtype)
     for net in (pipe.unet, pipe.vae):
-        net.to(memory_format=layout_of(net))
+        net.to(memory_format=layout)
     set_up([pipe.unet, pipe.vae.decoder] if compiled else [], half=half, compiled=compiled)
     versions = {
         "torch": str(torch.__version__),
@@ -118,7 +120,7 @@ def side_over(name: str, task: Task, pipe: Any, *, compiled: str = "") -> OpenSi
         "device": task.device,
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         "threads": str(torch.get_num_threads()),
-        "memory_format": str(layout_of(pipe.unet)).removeprefix("torch.").removesuffix("_format"),
+        "memory_format": str(layout).removeprefix("torch.").removesuffix("_format"),
         "compile": f"{compiled}, fullgraph, static shapes" if compiled else "no",
     }
     return OpenSide(name=name, versions=versions, makers=makers_of(_Diffusers(name, package, pipe)))
@@ -129,11 +131,11 @@ def drawing(name: str, task: Task, pipe: Any, case: Case, **steered: Any) -> Wor
     return _Diffusers(name, open_package(task), pipe).drawing(case, **steered)
 
 
-def layout_of(net: Any) -> Any:
-    """The layout of its convolutions' weights that is faster where it is."""
+def layout_of(task: Task, dtype: Any) -> Any:
+    """The layout of convolutions' weights that is faster on a task's device."""
     import torch
 
-    last = net.device.type == "cpu" or net.dtype == torch.float16
+    last = task.device == "cpu" or dtype == torch.float16
     return torch.channels_last if last else torch.contiguous_format
 
 

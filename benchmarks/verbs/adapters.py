@@ -20,7 +20,7 @@ from ..records import Document, Row
 from ..rounds import Pace
 from ..sides.adapted import CHANGES, FOLLOWED, LOAD, NEW, picture_after
 from ..sides.contract import ADAPTED, DIFFUSERS, DIFFUSERS_ADAPTED, OURS, PICTURE, UNUSED, Task
-from .additions import Found, Place, Trial, flipped
+from .additions import Found, Place, Trial, flipped, refused
 from .latency import Progress, document_of, silent
 
 SIDES: Mapping[str, str] = {OURS: ADAPTED, DIFFUSERS: DIFFUSERS_ADAPTED}
@@ -161,12 +161,13 @@ def _rows(trial: Trial, changes: Changes, name: str, found: _Side) -> Iterator[R
     """A side's rows: one for each file and workload, and its peak."""
     case = {"rank": changes.rank, **trial.case.to_json()}
     if found.closed is not None:
-        yield found.refused(name, "open", found.closed)
+        yield refused(Row(side=name, workload="open", stamp=found.stamp), found.closed)
         return
     for lora in changes.files:
         about = {"lora": lora, **case}
         if lora in found.failed:
-            yield found.refused(name, LOAD, found.failed[lora], about)
+            row = Row(side=name, workload=LOAD, case=about, stamp=found.stamp)
+            yield refused(row, found.failed[lora])
             continue
         for workload in WORKLOADS:
             figures = {"first_s": median(found.firsts[workload])} if lora == changes.files[0] else {}

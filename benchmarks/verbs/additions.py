@@ -21,14 +21,15 @@ from ..machine import clocks, describe_machine, resident_bytes
 from ..process import SideError, SideProcess
 from ..records import Row
 from ..rounds import Pace, Slot, Turns, interleave
-from ..sides.contract import OURS, PICTURE, Task
-from ..sides.controlled import STEPS
+from ..sides.contract import OURS, PICTURE, STEPS, Task
 from .latency import Progress, check, check_memory
 from .memory import NO_PROC, PEAK
 
 # Stages that are steps. What a ControlNet computes once a picture is counted to them, too.
 _LOOP = ("unet", "update", "controls", "enqueue", "wait", STEPS)
 _PLAIN = ""  # what our picture without anything is kept under
+
+Item = TypeVar("Item")
 
 Outputs = Mapping[str, Array]
 
@@ -39,14 +40,7 @@ class Found:
 
     before: list[float] = field(default_factory=list[float])
     peaks: list[float] = field(default_factory=list[float])
-    stamp: Mapping[str, Any] = field(default_factory=lambda: {**describe_machine(), **clocks()})
-
-    def refused(
-        self, side: str, workload: str, error: SideError, case: Mapping[str, Any] | None = None
-    ) -> Row:
-        """The row of what failed."""
-        row = Row(side=side, workload=workload, case=case or {}, stamp=self.stamp)
-        return replace(row, status=error.status, reason=error.reason)
+    stamp: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def open(self, item: SideProcess, trial: Trial) -> None:
         """Draw a picture without, and note the peak until then. Raises SideError."""
@@ -67,7 +61,10 @@ class Found:
         return replace(row, rounds=rounds, figures={"before": median(self.before)})
 
 
-Item = TypeVar("Item")
+def refused(row: Row, error: SideError) -> Row:
+    """The row of what failed."""
+    stamp = row.stamp or {**describe_machine(), **clocks()}
+    return replace(row, status=error.status, reason=error.reason, stamp=stamp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +84,10 @@ class Place:
     workload: str
     judge: Callable[[Outputs], Mapping[str, Any]]
     found: Found | None = None
+
+    def row(self, workload: str, case: Case) -> Row:
+        """Without times."""
+        return Row(side=self.side, workload=workload, case=case.to_json())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +124,7 @@ class Trial:
     def check(self, side: str, added: str, outputs: Outputs) -> Mapping[str, float]:
         """How like ours a peer's picture is, and like the first one ours. Raises SideError beyond the bar."""
         if side == OURS and added not in self.pictures:
-            if np.array_equal(outputs["image"], self.pictures[_PLAIN]["image"]):
+            if np.array_equal(outputs["image"], self.pictures.get(_PLAIN, {}).get("image", ())):
                 raise SideError("FAILED", f"the picture is the same as without the {added}")
             self.pictures[added] = outputs
         if added not in self.pictures:
@@ -137,16 +138,16 @@ class Trial:
         Raises:
             SideError: ours cannot be opened.
         """
-        modules, case = {place.module for place in places}, self.case.to_json()
+        modules = {place.module for place in places}
         added = sum(module != OURS for module in modules)
         try:
             check_memory(self.task, len(modules), besides=added * self.besides)
         except MemoryLimitError as error:
             too_large = SideError("not available", error.found)
-            return [Found().refused(place.side, workload, too_large, case) for place in places]
+            return [refused(place.row(workload, self.case), too_large) for place in places]
         with ExitStack() as stack:
             opened: dict[str, SideProcess] = {}
-            ready: dict[Slot, Mapping[str, Any]] = {}
+            ready: dict[Slot, tuple[Place, Mapping[str, Any]]] = {}
             first: dict[str, float] = {}
             rows: dict[str, Row] = {}
             for place in places:
@@ -154,19 +155,18 @@ class Trial:
                 try:
                     slot = self._slot(place, opened, stack)
                     first[slot.name], outputs = slot.prepare()
-                    ready[slot] = place.judge(outputs)
+                    ready[slot] = place, place.judge(outputs)
                 except SideError as error:
                     if place.side == OURS and place.module not in opened:
                         raise
-                    rows[place.side] = Found().refused(place.side, workload, error, case)
+                    rows[place.side] = refused(place.row(workload, self.case), error)
             turns = interleave(
                 list(ready), first, pace, said=lambda line: self.progress(f"{workload}: {line}")
             )
-            for place in places:
-                if place.found is not None and place.side not in rows:
-                    place.found.end(opened[place.module])
-            for slot, figures in ready.items():
-                rows[slot.name] = _row(slot, turns[slot.name], workload, figures)
+            for slot, (place, figures) in ready.items():
+                rows[place.side] = _row(slot, turns[slot.name], workload, figures)
+                if place.found is not None and rows[place.side].status == "ok":
+                    place.found.end(slot.side)
         return [rows[place.side] for place in places]
 
     def _slot(self, place: Place, opened: dict[str, SideProcess], stack: ExitStack) -> Slot:

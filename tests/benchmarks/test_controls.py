@@ -18,8 +18,8 @@ from latentrt.benchmarks.records import Document, Row, read_document
 from latentrt.benchmarks.report.reading import Result
 from latentrt.benchmarks.report.tables import full_tables, short_table
 from latentrt.benchmarks.sides import controlled
-from latentrt.benchmarks.sides.contract import PICTURE, UNUSED
-from latentrt.benchmarks.sides.controlled import CONTROL, STEPS, OfDiffusers, edges
+from latentrt.benchmarks.sides.contract import PICTURE, STEPS, UNUSED
+from latentrt.benchmarks.sides.controlled import CONTROL, OfDiffusers, edges
 from latentrt.benchmarks.sides.single_file import PIPELINES, without_checker
 from latentrt.benchmarks.verbs import additions
 from latentrt.benchmarks.verbs.controls import (
@@ -190,15 +190,19 @@ def test_diffusers_own_pipeline_draws(family: str, wanted: str, made: Path) -> N
     assert layouts == {True}, "as fast as the other nets"
 
 
-def test_what_diffusers_steps_take() -> None:
-    ends = controlled._Ends(steps=4, device="cpu")
-    for picture in (5.0, 1.0):
-        ends._times[:] = [picture] if picture == 5.0 else ends._times
+@pytest.mark.parametrize(("device", "waits"), [("cpu", 0), ("cuda", 4)])
+def test_what_diffusers_steps_take(device: str, waits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the end of the first step to that of the last, as the first takes as long as the others."""
+    waited: list[int] = []
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: waited.append(1))
+    clock = iter([1.0, 2.0, 3.0, 4.0, 10.0, 11.0, 12.5, 13.0])
+    monkeypatch.setattr(controlled, "perf_counter", lambda: next(clock))
+    ends = controlled._Ends(steps=4, device=device)
+    for _ in range(2):
         for index in range(4):
             ends(None, index, None, {})
-    assert len(ends._times) == 4, "those of the last picture"
-    ends._times[:] = [10.0, 11.0, 12.5, 13.0]
-    assert ends.seconds == pytest.approx(4.0)
+        assert ends.seconds == pytest.approx(4.0)
+    assert len(waited) == waits, "at both ends of each picture"
 
 
 def test_where_diffusers_cannot_run() -> None:
