@@ -26,7 +26,18 @@ from .adapted import ADAPTED_BYTES, Adapted, AdaptedLoops
 from .conditioning import make_conditioning
 from .embeddings import EmbeddingLibrary, Source
 from .loop.device.cuda_graphs import Graphs
-from .loop.job import NEVER, Clock, DenoiseJob, Drawn, JobRecorder, Loop, PackageLoop, State, Stop
+from .loop.job import (
+    NEVER,
+    Clock,
+    DenoiseJob,
+    Drawn,
+    JobRecorder,
+    Loop,
+    PackageLoop,
+    State,
+    SteeringJob,
+    Stop,
+)
 from .loop.open import LoopOptions, open_control_loop, open_loop
 from .model import (
     ADAPTERS,
@@ -528,19 +539,21 @@ class Pipeline:
 
         `through` gives what to run the nets with in place of their loop.
         """
+        steering, steered = self.controls.job(request)  # refuses pictures before anything is opened
         chosen = request.adapters or self.adapters.chosen(request.loras, request.tagged)
         with ExitStack() as until_drawn:
             with clock.stage("adapters") if chosen.key else nullcontext():
                 adapted = until_drawn.enter_context(self._adapted.use(chosen))
             loop = through(adapted.loop)
             images, producer = yield from self._draw(
-                request, loop, adapted.text, clock, stop, watched=watched, decode=decode
+                request, steering, loop, adapted.text, clock, stop, watched=watched, decode=decode
             )
-        return images, producer | chosen.record()
+        return images, producer | steered | chosen.record()
 
     def _draw(
         self,
         request: Request,
+        steering: SteeringJob,
         loop: Loop,
         text: TextConditioner,
         clock: Clock,
@@ -553,6 +566,7 @@ class Pipeline:
 
         Args:
             request: what to draw, N pictures.
+            steering: what its controls add.
             loop: runs the nets.
             text: encodes prompts.
             clock: is charged with what each stage takes.
@@ -579,7 +593,6 @@ class Pipeline:
         # noise, or a picture with as much noise as the schedule begins with -> y (N, C, H/8, W/8)
         encode = partial(self._encode, loop, clock, stop, request.tile)
         start = make_start(request, manifest, table, noise, encode)
-        steering, steered = self.controls.job(request, len(table), conditioning.text_of_row)
 
         # for each row of the table: m = guide(unet(y, t, context)), then y = a*y + sum(b_j * h_j) + c*noise
         job = DenoiseJob(
@@ -607,7 +620,7 @@ class Pipeline:
             drawn = loop.draw(job, clock, decode=decode)
 
         # latent -> pixels (N, H, W, 3) uint8
-        producer = self._producer(drawn.profile) | steered
+        producer = self._producer(drawn.profile)
         if not decode:
             return drawn.latent, producer
         image, mean = drawn.image, drawn.mean

@@ -81,9 +81,9 @@ class Prompted:
         Raises:
             UsageError: strengths of blocks that the UNet does not have.
         """
-        sides = self._keys_and_values(rows)
         shapes = {item.name: item.shape for item in unet.inputs}
-        strengths = self.prompt.strengths(cross_attentions(unet))
+        strengths = self.prompt.strengths(cross_attentions(unet))  # refused before a net is called
+        sides = self._keys_and_values(rows)
         each = len(self.masks) > 1
         everywhere = np.ones((rows.height, rows.width), np.float32)
         masks = [_mask(one, rows) for one in self.masks] or [everywhere]

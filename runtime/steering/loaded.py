@@ -150,15 +150,8 @@ class LoadedControls:
                     fix=f"Pass latentrt.{wanted}(model={control.model!r}, image=…).",
                 )
 
-    def job(
-        self, request: Request, steps: int, text_of_row: Sequence[int]
-    ) -> tuple[SteeringJob, dict[str, Any]]:
+    def job(self, request: Request) -> tuple[SteeringJob, dict[str, Any]]:
         """What the loop is given of a request's controls, and what a picture's record says of them.
-
-        Args:
-            request: what is drawn.
-            steps: S, the calls of the UNet.
-            text_of_row: of its B rows.
 
         Raises:
             UsageError: an unknown name, a picture that cannot be read, another number of pictures than is
@@ -167,8 +160,7 @@ class LoadedControls:
         if not request.controls:
             return SteeringJob(), {}
         rows = Rows(
-            steps=steps,
-            text_of_row=text_of_row,
+            steps=len(request.table()),
             guided=request.guided,
             height=request.height,
             width=request.width,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,14 +33,12 @@ class Rows:
 
     Attributes:
         steps: S, the calls.
-        text_of_row: of its B rows.
-        guided: whether the first half of them is unconditional.
+        guided: whether the first half of the rows of each is unconditional.
         height, width: of the pictures.
         pictures: N.
     """
 
     steps: int
-    text_of_row: Sequence[int]
     guided: bool
     height: int
     width: int
@@ -50,7 +47,7 @@ class Rows:
     @property
     def count(self) -> int:
         """B."""
-        return len(self.text_of_row)
+        return self.pictures * (2 if self.guided else 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

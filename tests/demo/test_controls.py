@@ -1,9 +1,11 @@
 """The controls that ship, on the shipped model, judged by the checker at places never trained on."""
 
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -12,13 +14,14 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from latentrt import CheckpointError, Control
+from latentrt import CheckpointError, Control, ImagePrompt, UsageError
 from latentrt.demo import placed, shapes
 from latentrt.demo.checker import check, seen_mask
 from latentrt.demo.placed import FOLLOWED_IOU, Placed
 from latentrt.runtime import Pipeline
 from latentrt.runtime.controls.canny import canny
 from latentrt.runtime.model import CONTROLS
+from latentrt.runtime.prompts.encode import TextConditioner
 from tests.parity_pair import BAR, drawn, psnr
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,6 +106,51 @@ def test_diffusers_draws_the_same_with_it(pipe: Pipeline) -> None:
     prompts = [one.prompt() for one in wanted]
     theirs = drawn(reference, [0, 1], prompt=prompts, image=hints, **settings)
     assert psnr(theirs, draw(pipe, wanted)) >= BAR
+
+
+BLANK = np.full((128, 128, 3), 255, np.uint8)
+EVERY = dict[str, Any](model="edges", image=BLANK)
+LIKE = dict[str, Any](model="likeness", image=BLANK)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        (Control(**EVERY | {"image": "missing.png"}), "control_image 'missing.png' cannot be read"),
+        (Control(**EVERY | {"image": [BLANK] * 3}), "3 control pictures for 2 pictures"),
+        (Control(**EVERY, preparation="inpaint", mask_image=BLANK[:64]), "control_mask has wrong mask sizes"),
+        (ImagePrompt(**LIKE | {"image": [BLANK, "missing.png"]}), "ip_adapter_image 2 'missing.png' cannot"),
+        (ImagePrompt(**LIKE, mask_image=[BLANK] * 2), "2 masks for 1 pictures"),
+        (ImagePrompt(**LIKE, strength={"up": {"block_9": 1.0}}), r"names up\.block_9"),
+    ],
+)
+def test_wrong_pictures_are_refused_before_prompts_are_encoded(
+    pipe: Pipeline, wrong: Control | ImagePrompt, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And before any net of a control is called; what steers well is counted, so the counter counts."""
+    calls: Counter[str] = Counter()
+
+    def counted(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            calls[name] += 1
+            return real(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, call)
+
+    pipe.load_control("likeness")
+    counted(TextConditioner, "encode")
+    counted(type(pipe.loop), "call")  # of a control's nets, too
+    counted(type(pipe.loop), "draw")
+    texts = ["a red circle on a white background", "a star nobody has drawn before"]
+    for given in ([wrong], [Control(**EVERY), wrong]):
+        with pytest.raises(UsageError, match=found):
+            pipe(texts, seed=0, num_inference_steps=1, controls=given)
+    assert not calls
+    pipe(texts, seed=0, num_inference_steps=1, controls=[Control(**EVERY), ImagePrompt(**LIKE)])
+    assert calls["encode"] == calls["draw"] == 1
+    assert calls["call"] > 2
 
 
 def test_edges_of_a_true_drawing_are_true(pipe: Pipeline) -> None:
