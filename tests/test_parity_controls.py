@@ -8,20 +8,17 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import diffusers
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from latentrt import CheckpointError, Control, PackageError, UsageError, read_metadata, redraw
-from latentrt.export.architectures import Architecture
 from latentrt.runtime.loop.job import Clock
 from latentrt.runtime.request.request import make_request
 from latentrt.runtime.steering.loaded import LoadedControls
 from latentrt.runtime.steering.steered import OpenedControl
-from tests.parity_pair import BAR, Pair, blob, drawn, exported, ours, photo, psnr
-from tests.steered_pair import steerable
+from tests.parity_pair import BAR, blob, drawn, exported, ours, photo, psnr
+from tests.steered_pair import Steered
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*__array.*:DeprecationWarning"),
@@ -33,47 +30,6 @@ FAST: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 5.0, **SIZE}
 SEEN = 40.0  # dB: a picture that is as far from another is another one
 
 
-def controlnet(unet: Any, scale: int, seed: int) -> Any:
-    """One of the UNet's weights, its own layers random: those of a new one are zeros at its outputs."""
-    torch.manual_seed(seed)
-    widths = (8, 12, 16, 20)[: scale.bit_length()]
-    net: Any = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
-    with torch.no_grad():
-        for weight in net.parameters():
-            if not weight.any():
-                weight.normal_(0, 0.2)
-    return net.eval()
-
-
-class Steered(Pair):
-    """A model with two ControlNets, here and in diffusers."""
-
-    def __init__(self, folder: Path, made: Path) -> None:
-        super().__init__(folder)
-        self.made, unet = made, self._unet()
-        self.nets = [controlnet(unet, self.ours.package.manifest.latent_scale, seed) for seed in (1, 2)]
-        for number, net in enumerate(self.nets):
-            net.save_pretrained(made / f"control{number}")
-        config = {name: value for name, value in self.nets[0].config.items() if not name.startswith("_")}
-        self.ours = steerable(self.ours, {"control": Architecture(parts={"controlnet": config})}, made)
-        self.names = [self.ours.load_control(made / f"control{number}") for number in (0, 1)]
-
-    def steered(self, kind: str, count: int = 1) -> Any:
-        """The diffusers pipeline of that class with the first of the ControlNets."""
-        if (kind, count) not in self._references:
-            unsafe = {"safety_checker": None, "requires_safety_checker": False}
-            pipe = getattr(diffusers, kind).from_pretrained(
-                self.checkpoint,
-                dtype=torch.float32,
-                unet=self._unet(),
-                controlnet=self.nets[0] if count == 1 else self.nets[:count],
-                **({} if "XL" in kind else unsafe),
-            )
-            pipe.set_progress_bar_config(disable=True)
-            self._references[kind, count] = pipe
-        return self._references[kind, count]
-
-
 @pytest.fixture(scope="module", params=MODELS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Steered]:
     found = Steered(exported(tmp_path_factory, request.param), tmp_path_factory.mktemp("controls"))
@@ -81,7 +37,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     found.ours.close()
 
 
-def kind(pair: Pair, task: str = "") -> str:
+def kind(pair: Steered, task: str = "") -> str:
     xl = "XL" if "xl" in str(pair.checkpoint) else ""
     return f"StableDiffusion{xl}ControlNet{task}Pipeline"
 

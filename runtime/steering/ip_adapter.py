@@ -99,7 +99,7 @@ class Prompted:
                 split = partial(_heads, sides, chosen=chosen, heads=heads, rows=rows)
                 keys.append(split(f"{IMAGE_KEYS}{layer}") * np.float32(width**-0.5))
                 values.append(split(f"{IMAGE_VALUES}{layer}") * np.float32(strength))
-            on = self.prompt.on(rows.steps)
+            on = self.prompt.on(rows.schedule)[: rows.steps]
             groups.append(_Group(keys=keys, values=values, mask=mask, on=on))
         return groups
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from threading import Lock
@@ -161,6 +162,7 @@ class LoadedControls:
             return SteeringJob(), {}
         rows = Rows(
             steps=len(request.table()),
+            schedule=len(replace(request, denoising_end=None).table()),
             guided=request.guided,
             height=request.height,
             width=request.width,
@@ -169,7 +171,7 @@ class LoadedControls:
         steering = [self._read(one) for one in request.controls]
         nets = [one for one in steering if isinstance(one, SteeredByNet)]
         job = SteeringJob(
-            controlnets=joined([one.job(rows) for one in nets], [one.control for one in nets]),
+            controlnets=joined([one.job(rows) for one in nets], [one.control for one in nets], rows),
             features=tuple(one.job(rows) for one in steering if isinstance(one, SteeredByFeatures)),
             image_prompt=image_prompt_job(
                 [one for one in steering if isinstance(one, Prompted)],

@@ -33,12 +33,14 @@ class Rows:
 
     Attributes:
         steps: S, the calls.
+        schedule: what a control's part of the steps is a share of: S, or more where another model goes on.
         guided: whether the first half of the rows of each is unconditional.
         height, width: of the pictures.
         pictures: N.
     """
 
     steps: int
+    schedule: int
     guided: bool
     height: int
     width: int
