@@ -202,8 +202,11 @@ def test_records_and_redrawing(pair: Steered, tmp_path: Path) -> None:
         f'ControlNet 0: "Module: canny, Model: {pair.names[0]} [{steered["sha256"][:8]}], Weight: 0.7' in text
     )
     assert "Guidance Start: 0.0, Guidance End: 0.9" in text
-    with pytest.raises(UsageError, match=f"steered by {pair.names[0]}, which its file does not hold"):
+    with pytest.raises(UsageError, match=f"by {pair.names[0]} .* with a picture .* file does not hold"):
         redraw(pair.ours, tmp_path / "steered.png")
+    for wrong in (replace(control, image=hint(9)), replace(control, model=pair.names[1])):
+        with pytest.raises(UsageError, match=f"and given is {wrong.model} "):
+            redraw(pair.ours, tmp_path / "steered.png", controls=[wrong])
     again = redraw(pair.ours, tmp_path / "steered.png", controls=[control])
     assert again.to_bytes() == result.to_bytes()
 

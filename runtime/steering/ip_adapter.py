@@ -30,7 +30,7 @@ from ..loop.job import ImagePromptJob
 from ..pictures.read import read_image
 from ..pictures.resize import clip_pixels
 from ..pictures.write import Pixels
-from ..request.inputs import fingerprint
+from ..request.inputs import describe_pictures
 from .steered import OpenedControl, Rows
 
 
@@ -110,8 +110,8 @@ class Prompted:
             "model": prompt.model,
             "kind": self.opened.kind,
             "sha256": self.opened.package.manifest.sha256,
-            "images": [fingerprint(one) for one in self.pictures],
-            "masks": [fingerprint(one) for one in self.masks],
+            "images": describe_pictures(prompt.image, self.pictures),
+            "masks": describe_pictures(prompt.mask_image, self.masks),
             "strength": prompt.strength,
             "start": prompt.start,
             "end": prompt.end,

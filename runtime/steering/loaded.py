@@ -151,6 +151,11 @@ class LoadedControls:
                     fix=f"Pass latentrt.{wanted}(model={control.model!r}, image=…).",
                 )
 
+    def records(self, controls: Sequence[Control | ImagePrompt]) -> list[dict[str, Any]]:
+        """What a picture's record would say of these. Raises UsageError as `check` and `job`."""
+        self.check(controls)
+        return [self._read(one).record() for one in controls]
+
     def job(self, request: Request) -> tuple[SteeringJob, dict[str, Any]]:
         """What the loop is given of a request's controls, and what a picture's record says of them.
 

@@ -11,7 +11,7 @@ from ...engines.spec import Array
 from ..controls.control import Control
 from ..controls.hints import HintPictures
 from ..loop.job import Loop
-from ..request.inputs import fingerprint
+from ..request.inputs import describe_pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +67,8 @@ class Steered:
             "model": str(control.model),
             "kind": self.opened.kind,
             "sha256": self.opened.package.manifest.sha256,
-            "images": [fingerprint(one) for one in pictures.pictures],
-            "masks": [fingerprint(one) for one in pictures.masks],
+            "images": describe_pictures(control.image, pictures.pictures),
+            "masks": describe_pictures(control.mask_image, pictures.masks),
             "strength": control.strength,
             "start": control.start,
             "end": control.end,
