@@ -52,6 +52,7 @@ from .model import (
 from .pictures.tiling import encode_tiled
 from .prompts.encode import CACHE_BYTES, TextConditioner, TextEncoder
 from .prompts.tokenizer import ClipTokenizer
+from .record import STEERED_BY
 from .request.parameters import OutputType, Parameters, check_number, spelled_out
 from .request.request import Request, make_request
 from .result import PreviewKind, Result, check_finite, finished, preview
@@ -59,7 +60,7 @@ from .sampling.noise import NoiseSource
 from .sampling.table import Table
 from .start import make_start
 from .steering.loaded import LoadedControls
-from .steering.steered import OpenedControl
+from .steering.steered import OpenedControl, naming_controls
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -541,7 +542,7 @@ class Pipeline:
         """
         steering, steered = self.controls.job(request)  # refuses pictures before anything is opened
         chosen = request.adapters or self.adapters.chosen(request.loras, request.tagged)
-        with ExitStack() as until_drawn:
+        with naming_controls(steered.get(STEERED_BY, ())), ExitStack() as until_drawn:
             with clock.stage("adapters") if chosen.key else nullcontext():
                 adapted = until_drawn.enter_context(self._adapted.use(chosen))
             loop = through(adapted.loop)

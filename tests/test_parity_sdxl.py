@@ -179,6 +179,30 @@ def test_the_base_is_steered_and_the_refiner_is_not(
     assert (psnr(wanted, np.asarray(plain.images)) < 40) == (steered > 0)
 
 
+def test_t49_in_guess_mode_a_controlnet_reads_the_conditional_half(steered_base: Steered) -> None:
+    """Also of pooled texts and sizes; the two halves have others."""
+    base, hint = steered_base, photo(H, W, 3)
+    halves = {"negative_original_size": (16, 24), "negative_target_size": (320, 8)}
+    given = {**TEXT, **SIZE, **halves, "negative_prompt": "square"}
+    pipe = base.steered("StableDiffusionXLControlNetPipeline")
+    wanted = drawn(pipe, [5], image=hint, guess_mode=True, controlnet_conditioning_scale=1.0, **given)
+    control = Control(model=base.names[0], image=hint, mode="guess")
+    with pytest.MonkeyPatch.context() as patch:
+        vectors: list[dict[str, Any]] = []
+        opened = base.ours.controls._loaded[base.names[0]]  # pyright: ignore[reportPrivateUsage]
+        call = opened.loop.call
+
+        def heard(net: str, **arrays: Any) -> Any:
+            vectors.extend([arrays] if net == "controlnet" else [])
+            return call(net, **arrays)
+
+        patch.setattr(opened.loop, "call", heard)
+        found = ours(base.ours, [5], controls=[control], **given)
+    assert psnr(wanted, found) >= BAR
+    assert {len(one["latent"]) for one in vectors} == {1}
+    assert psnr(wanted, ours(base.ours, [5], **given)) < 40
+
+
 @pytest.mark.parametrize("at", [0.0, 1.0, True, "half"])
 def test_a_hand_over_outside_the_schedule(base: Pair, refiner: Pair, at: Any) -> None:
     with pytest.raises(UsageError, match="the refiner begins at"):

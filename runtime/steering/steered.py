@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ...engines.errors import UsageError
+from ...engines.errors import NumericError, UsageError
 from ...engines.package import Package
 from ...engines.spec import Array
 from ..controls.control import Control
@@ -78,6 +80,26 @@ class Steered:
             "resize_mode": control.resize_mode,
         }
         return {name: value for name, value in values.items() if value not in (None, [], {})}
+
+
+@contextmanager
+def naming_controls(records: Sequence[Mapping[str, Any]]) -> Generator[None]:
+    """Name the controls in a NumericError of the block: what one adds may be beyond what fp16 holds.
+
+    Args:
+        records: of each control, as `Steered.record` has them.
+    """
+    try:
+        yield
+    except NumericError as error:
+        if not records:
+            raise
+        names = ", ".join(f"the {one['kind']} {one['model']!r:.100}" for one in records)
+        raise NumericError(
+            f"steered by {names}: {error.found}",
+            expected=error.expected,
+            fix=f"Steer with less strength. {error.fix}",
+        ) from error
 
 
 def read_picture(steered: Steered, rows: Rows) -> Array:

@@ -2,10 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from statistics import mean
 from typing import Any
+from unittest.mock import Mock
 
 import diffusers
 import numpy as np
@@ -14,10 +16,12 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from latentrt import CheckpointError, Control, ImagePrompt, UsageError
+from latentrt import CheckpointError, Control, ImagePrompt, NumericError, UsageError
+from latentrt.checkpoints.opened import Options, open_control
 from latentrt.demo import placed, shapes
 from latentrt.demo.checker import check, seen_mask
 from latentrt.demo.placed import FOLLOWED_IOU, Placed
+from latentrt.engines.backends import BACKENDS
 from latentrt.runtime import Pipeline
 from latentrt.runtime.controls.canny import canny
 from latentrt.runtime.model import CONTROLS
@@ -151,6 +155,51 @@ def test_wrong_pictures_are_refused_before_prompts_are_encoded(
     pipe(texts, seed=0, num_inference_steps=1, controls=[Control(**EVERY), ImagePrompt(**LIKE)])
     assert calls["encode"] == calls["draw"] == 1
     assert calls["call"] > 2
+
+
+def loud(folder: Path) -> Path:
+    """The edges' net, with an output beyond what fp16 holds; its weights are not."""
+    net: Any = diffusers.ControlNetModel.from_pretrained(EDGES, torch_dtype=torch.float32)
+    with torch.no_grad():
+        weight = net.controlnet_mid_block.weight
+        weight.mul_(5e4 / weight.abs().max())
+    net.half().save_pretrained(folder / "loud")
+    return folder / "loud"
+
+
+def test_t54_a_net_whose_outputs_exceed_fp16_is_refused_by_name(pipe: Pipeline, tmp_path: Path) -> None:
+    """As it is opened, where measuring sees it; in float32 it is none."""
+    reads = BACKENDS["onnxruntime"].reads
+    for dtype in ("fp32", "fp16"):
+        options = Options(dtype=dtype, reads=reads)
+        refused = pytest.raises(NumericError, match=r"controlnet: its output residual_\d+ reaches .* 65504")
+        with refused if dtype == "fp16" else nullcontext():
+            open_control(loud(tmp_path), options, store=tmp_path / "cache")
+
+
+def test_t54_a_picture_that_is_not_finite_names_its_controls(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = pipe.controls._loaded["edges"]  # pyright: ignore[reportPrivateUsage]
+    call = opened.loop.call
+
+    def beyond(net: str, **arrays: Any) -> Any:
+        found = call(net, **arrays)
+        return (
+            {name: value * np.float32(np.inf) for name, value in found.items()}
+            if net == "controlnet"
+            else found
+        )
+
+    monkeypatch.setattr(opened.loop, "call", beyond)
+    wrong = "steered by the controlnet 'edges': the latent is not finite"
+    with pytest.raises(NumericError, match=wrong) as error:
+        draw(pipe, placed.asked(1))
+    assert error.value.fix.startswith("Steer with less strength. ")
+    assert draw(pipe, placed.asked(1), None).std() > 10
+    monkeypatch.setattr(TextConditioner, "encode", Mock(side_effect=NumericError("a", expected="b", fix="c")))
+    with pytest.raises(NumericError, match=r"^a;"):
+        pipe("a prompt that is not cached", num_inference_steps=1)
 
 
 def test_edges_of_a_true_drawing_are_true(pipe: Pipeline) -> None:
