@@ -16,6 +16,8 @@ from latentrt.runtime.loop.open import LoopOptions, open_control_loop
 from latentrt.runtime.steering.steered import OpenedControl
 from tests.parity_pair import Pair
 
+SEEN = 40.0  # dB: a picture that is as far from another is another one
+
 
 def steerable(plain: Pipeline, architectures: Mapping[str, Architecture], folder: Path) -> Pipeline:
     """The same pipeline, which opens controls of these architectures; templates and cache are in `folder`."""

@@ -18,7 +18,7 @@ from latentrt.runtime.request.request import make_request
 from latentrt.runtime.steering.loaded import LoadedControls
 from latentrt.runtime.steering.steered import OpenedControl
 from tests.parity_pair import BAR, blob, drawn, exported, ours, photo, psnr
-from tests.steered_pair import Steered
+from tests.steered_pair import SEEN, Steered
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*__array.*:DeprecationWarning"),
@@ -27,7 +27,6 @@ pytestmark = [
 MODELS = ["tiny2", pytest.param("xl-tiny", marks=pytest.mark.slow)]
 SIZE = {"height": 64, "width": 96}
 FAST: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 5.0, **SIZE}
-SEEN = 40.0  # dB: a picture that is as far from another is another one
 
 
 @pytest.fixture(scope="module", params=MODELS)
