@@ -143,6 +143,7 @@ class AdaptedLoops:
             _free(entry)
         if taken > self._limit:
             self._base.loop.make_way(loop)
+            give_back_heap()  # other threads have other heaps, and would not find what this leaves in one
 
 
 def _opened(entry: _Entry) -> Adapted | None:
