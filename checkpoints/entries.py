@@ -56,6 +56,7 @@ class Note:
 
     Attributes:
         name, family, dtype: as the package's manifest has them.
+        control: what it is if it is a control: "controlnet", "t2i-adapter", "ip-adapter"; "" for a model.
         path: the checkpoint's file or folder, absolute.
         hub: the model of a hub, as the user wrote it; "" for a path.
         vae, tiny_vae: the other autoencoders it was opened with, absolute; "" for none.
@@ -80,6 +81,7 @@ class Note:
     created: str
     fused: list[list[Any]] = field(default_factory=list[list[Any]])
     few_steps: str = ""
+    control: str = ""
 
     def __post_init__(self) -> None:
         """Raise TypeError or ValueError for what no note could have."""
@@ -87,6 +89,11 @@ class Note:
         for path, strength in self.fused:
             if not isinstance(path, str) or not isinstance(strength, (int, float, dict)):
                 raise TypeError("fused is of the wrong type")
+
+    @property
+    def made_for(self) -> str:
+        """The family, and what it is if it is a control."""
+        return f"{self.control} for {self.family}" if self.control else self.family
 
     @property
     def weights_bytes(self) -> int:
@@ -279,7 +286,18 @@ class OpenedModel:
     def to_json(self) -> dict[str, Any]:
         """What `latentrt models --json` has of it."""
         note, latest = self.note, self.entries[0]
-        names = ("name", "family", "path", "hub", "vae", "tiny_vae", "prediction_type", "fused", "few_steps")
+        names = (
+            "name",
+            "family",
+            "control",
+            "path",
+            "hub",
+            "vae",
+            "tiny_vae",
+            "prediction_type",
+            "fused",
+            "few_steps",
+        )
         return {
             **{name: getattr(note, name) for name in names},
             "weights_bytes": note.weights_bytes,

@@ -201,6 +201,7 @@ class Opening:
         return Note(
             name=self.source.name,
             family=self.source.family,
+            control=self.source.kind if isinstance(self.source, ControlFile) else "",
             dtype=options.dtype,
             path=os.path.abspath(self.source.root),
             hub=self._hub,

@@ -73,7 +73,7 @@ def ls(store: Store = None, as_json: AsJson = False) -> None:
         )
     for entry in checkpoints:
         note = entry.note
-        show(f"{_head(entry, printable(note.name))}  {note.family}, {note.dtype}, {note.path}")
+        show(f"{_head(entry, printable(note.name))}  {note.made_for}, {note.dtype}, {note.path}")
     show(f"{_count(len(entries), len(checkpoints))}, {total / 1e6:.1f} MB in {opened.root}")
 
 

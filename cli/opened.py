@@ -1,4 +1,4 @@
-"""`latentrt models`: the checkpoints that were opened before, whose names are enough for `-m`."""
+"""`latentrt models`: checkpoints and controls that were opened before, whose names are enough for `-m`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def models(
     store: Annotated[Path | None, Option("--store", help="Another folder than the user's own store.")] = None,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """List the checkpoints that were opened before, the last one first.
+    """List the checkpoints and controls that were opened before, the last one first.
 
     Commands that take a model take its name from this list, if no other model has it; it is then opened as
     it was the last time, with the same options, adapters in its weights among them, unless others are
@@ -57,7 +57,7 @@ def _row(model: OpenedModel) -> list[str]:
     given = "".join(f", with {name} {printable(value)}" for name, value in options if value)
     return [
         printable(note.name),
-        note.family,
+        note.made_for,
         ",".join(model.dtypes),
         f"{note.weights_bytes / 1e6:.1f} MB",
         f"{model.size / 1e6:.1f} MB in the cache",

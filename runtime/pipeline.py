@@ -28,7 +28,19 @@ from .conditioning import make_conditioning
 from .embeddings import EmbeddingLibrary, Source
 from .loop.calls import SharedLoop
 from .loop.device.cuda_graphs import Graphs
-from .loop.job import NEVER, Clock, DenoiseJob, Drawn, JobRecorder, Loop, PackageLoop, State, Stop, UNetCall
+from .loop.job import (
+    NEVER,
+    Clock,
+    DenoiseJob,
+    Drawn,
+    JobRecorder,
+    Loop,
+    PackageLoop,
+    State,
+    SteeringJob,
+    Stop,
+    UNetCall,
+)
 from .loop.open import LoopOptions, open_loop
 from .loop.sharing import ROWS, Ended, SharedSteps, Yielded
 from .model import (
@@ -44,6 +56,7 @@ from .model import (
 from .pictures.tiling import encode_tiled
 from .prompts.encode import CACHE_BYTES, TextConditioner, TextEncoder
 from .prompts.tokenizer import ClipTokenizer
+from .record import STEERED_BY
 from .request.parameters import OutputType, Parameters, check_number, spelled_out
 from .request.request import Request, make_request
 from .result import PreviewKind, Result, check_finite, finished, preview
@@ -51,6 +64,7 @@ from .sampling.noise import NoiseSource
 from .sampling.table import Table
 from .start import make_start
 from .steering.loaded import LoadedControls
+from .steering.steered import naming_controls
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -580,19 +594,21 @@ class Pipeline:
 
         `through` gives what to run the nets with in place of their loop.
         """
+        steering, steered = self.controls.job(request)  # refuses pictures before anything is opened
         chosen = request.adapters or self.adapters.chosen(request.loras, request.tagged)
-        with ExitStack() as until_drawn:
+        with naming_controls(steered.get(STEERED_BY, ())), ExitStack() as until_drawn:
             with clock.stage("adapters") if chosen.key else nullcontext():
                 adapted = until_drawn.enter_context(self._adapted.use(chosen))
             loop = through(adapted.loop)
             images, producer = yield from self._draw(
-                request, loop, adapted.text, clock, stop, watched=watched, decode=decode
+                request, steering, loop, adapted.text, clock, stop, watched=watched, decode=decode
             )
-        return images, producer | chosen.record()
+        return images, producer | steered | chosen.record()
 
     def _draw(
         self,
         request: Request,
+        steering: SteeringJob,
         loop: Loop,
         text: TextConditioner,
         clock: Clock,
@@ -605,6 +621,7 @@ class Pipeline:
 
         Args:
             request: what to draw, N pictures.
+            steering: what its controls add.
             loop: runs the nets.
             text: encodes prompts.
             clock: is charged with what each stage takes.
@@ -631,7 +648,6 @@ class Pipeline:
         # noise, or a picture with as much noise as the schedule begins with -> y (N, C, H/8, W/8)
         encode = partial(self._encode, loop, clock, stop, request.tile)
         start = make_start(request, manifest, table, noise, encode)
-        steering, steered = self.controls.job(request, len(table), conditioning.text_of_row)
 
         # for each row of the table: m = guide(unet(y, t, context)), then y = a*y + sum(b_j * h_j) + c*noise
         job = DenoiseJob(
@@ -662,7 +678,7 @@ class Pipeline:
             drawn = loop.draw(job, clock, decode=decode)
 
         # latent -> pixels (N, H, W, 3) uint8
-        producer = self._producer(drawn.profile) | steered
+        producer = self._producer(drawn.profile)
         if not decode:
             return drawn.latent, producer
         image, mean = drawn.image, drawn.mean

@@ -46,6 +46,7 @@ def make_record(request: Request, index: int, producer: Mapping[str, Any]) -> di
     `image`, `mask_image` and `latents` are {"name", "sha256"} (`request.inputs.Input`); other values can be
     passed again as they are. `mask_region` is the part of the picture that was drawn, `embeddings` has
     {"name", "sha256"} of those that its texts call, and "adapter", the name of the one that brought it along.
+    `steered_by` has the controls: net, sha256, {"name", "sha256"} of its pictures, and how much it counts.
     """
     masked = request.source if isinstance(request.source, Masked) else None
     record: dict[str, Any] = {
@@ -81,7 +82,18 @@ def make_record(request: Request, index: int, producer: Mapping[str, Any]) -> di
         for name, value in request.chosen.items()
         if name not in (*record, *_OF_THE_CALL, "loras", "controls")  # which `producer` has
     }
-    return record | dict(producer)
+    record |= producer
+    if STEERED_BY in producer:
+        record[STEERED_BY] = [_of_picture(one, index, len(request.seeds)) for one in producer[STEERED_BY]]
+    return record
+
+
+def _of_picture(control: Mapping[str, Any], index: int, count: int) -> dict[str, Any]:
+    """A control as one of `count` pictures has it: what reads one for each prompt has read its own."""
+    if control["kind"] == "ip-adapter":  # every picture sees all of them
+        return dict(control)
+    read = {name: found for name in ("images", "masks") if (found := control.get(name))}
+    return {**control, **{name: [found[index * len(found) // count]] for name, found in read.items()}}
 
 
 def a1111_parameters(request: Request, index: int, producer: Mapping[str, Any]) -> dict[str, Value]:

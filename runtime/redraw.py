@@ -16,6 +16,7 @@ from .pictures.write import PictureMetadata, read_metadata
 from .pipeline import Pipeline
 from .record import LORA_HASHES, STEERED_BY, Recorded, read_a1111, read_record
 from .recorded_adapters import Redrawn, redrawn_adapters
+from .recorded_controls import check_recorded_controls
 from .refine import refine
 from .request.inputs import INPUTS, Input, find_input
 from .request.parameters import PARAMETERS, CallParameters, check_loras
@@ -92,7 +93,7 @@ def _drawn(
     changes: Mapping[str, Any],
 ) -> Result[Any]:
     recorded = read_record(record)
-    _check_controls(record, changes)
+    check_recorded_controls(pipe, record.get(STEERED_BY), changes.get("controls"))
     inputs = _inputs(recorded, folder, given)
     parameters = {**_without_rivals(recorded.parameters, changes), **inputs, **changes}
     found = _adapters(pipe, recorded, _prompt(recorded, given), parameters, changes)
@@ -101,20 +102,6 @@ def _drawn(
     _check_embeddings(pipe, recorded, found, parameters, _words(pipe, found))
     result = pipe(found.prompt, **parameters)
     return _with_names(result, recorded)
-
-
-def _check_controls(record: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
-    """Raise UsageError for a picture that ControlNets steered, unless some are passed."""
-    steered = record.get(STEERED_BY)
-    if not steered or changes.get("controls"):
-        return
-    found = cast("list[Any]", steered) if isinstance(steered, list) else []
-    names = [str(cast(Any, one).get("model")) for one in found if isinstance(one, Mapping)]
-    raise UsageError(
-        f"the picture was steered by {', '.join(names) or 'ControlNets'}, which its file does not hold",
-        expected="these, and the pictures that they read",
-        fix="Pass controls=[…], or --control-net FILE --control-image FILE.",
-    )
 
 
 def _adapters(
@@ -175,6 +162,8 @@ def _refined(
         )
     _check_model(refiner, record)
     base, end = read_record(record["base_record"]), read_record(record)
+    steered = record["base_record"].get(STEERED_BY)
+    check_recorded_controls(pipe, steered, changes.get("controls"))
     parameters: dict[str, Any] = {**base.parameters, **end.parameters}
     found = _adapters(pipe, base, _prompt(base, given), {**parameters, **changes}, changes)
     at = parameters.pop("denoising_end")

@@ -16,7 +16,7 @@ from .loop.denoise import narrow
 from .loop.job import Loop
 from .pictures.infotext import format_infotext
 from .pictures.write import Pixels, encode_picture, save_picture, to_pil
-from .record import a1111_parameters, make_record
+from .record import STEERED_BY, a1111_parameters, make_record
 from .request.request import Request
 from .request.source import Masked
 
@@ -56,9 +56,9 @@ class Result(Generic[Images]):
 
     def infotext(self, index: int = 0) -> str:
         """The `parameters` text of AUTOMATIC1111 for picture `index`."""
-        # A refiner may have drawn without some of the base's adapters; the text has one set for both.
+        # A refiner draws without controls and perhaps some adapters; the text has the base's for both.
         of = self.base.producer if self.base else dict[str, Any]()
-        adapters = {name: of[name] for name in ("loras", "adapters") if name in of}
+        adapters = {name: of[name] for name in ("loras", "adapters", STEERED_BY) if name in of}
         return format_infotext(a1111_parameters(self.request, index, {**self.producer, **adapters}))
 
     def save(

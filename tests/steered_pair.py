@@ -2,6 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
 
 from latentrt.checkpoints.opened import Options, open_control
 from latentrt.engines.backends import BACKENDS
@@ -9,6 +13,9 @@ from latentrt.engines.package import Package
 from latentrt.export.architectures import Architecture
 from latentrt.export.templates import make_archive
 from latentrt.runtime import Pipeline
+from tests.parity_pair import Pair
+
+SEEN = 40.0  # dB: a picture that is as far from another is another one
 
 
 def steerable(plain: Pipeline, architectures: Mapping[str, Architecture], folder: Path) -> Pipeline:
@@ -22,3 +29,45 @@ def steerable(plain: Pipeline, architectures: Mapping[str, Architecture], folder
         return open_control(path, options, store=folder / "cache")
 
     return Pipeline.over(plain.package, plain.loop, plain.backend, open_control=opened)
+
+
+def controlnet(unet: Any, scale: int, seed: int) -> Any:
+    """One of the UNet's weights, its own layers random: those of a new one are zeros at its outputs."""
+    torch.manual_seed(seed)
+    widths = (8, 12, 16, 20)[: scale.bit_length()]
+    net: Any = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
+    with torch.no_grad():
+        for weight in net.parameters():
+            if not weight.any():
+                weight.normal_(0, 0.2)
+        net.controlnet_cond_embedding.conv_out.weight.mul_(50)  # so that another hint is another picture
+    return net.eval()
+
+
+class Steered(Pair):
+    """A model with two ControlNets, here and in diffusers."""
+
+    def __init__(self, folder: Path, made: Path) -> None:
+        super().__init__(folder)
+        self.made, unet = made, self._unet()
+        self.nets = [controlnet(unet, self.ours.package.manifest.latent_scale, seed) for seed in (1, 2)]
+        for number, net in enumerate(self.nets):
+            net.save_pretrained(made / f"control{number}")
+        config = {name: value for name, value in self.nets[0].config.items() if not name.startswith("_")}
+        self.ours = steerable(self.ours, {"control": Architecture(parts={"controlnet": config})}, made)
+        self.names = [self.ours.load_control(made / f"control{number}") for number in (0, 1)]
+
+    def steered(self, kind: str, count: int = 1) -> Any:
+        """The diffusers pipeline of that class with the first of the ControlNets."""
+        if (kind, count) not in self._references:
+            unsafe = {"safety_checker": None, "requires_safety_checker": False}
+            pipe = getattr(diffusers, kind).from_pretrained(
+                self.checkpoint,
+                dtype=torch.float32,
+                unet=self._unet(),
+                controlnet=self.nets[0] if count == 1 else self.nets[:count],
+                **({} if "XL" in kind else unsafe),
+            )
+            pipe.set_progress_bar_config(disable=True)
+            self._references[kind, count] = pipe
+        return self._references[kind, count]

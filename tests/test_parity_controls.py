@@ -8,20 +8,17 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import diffusers
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from latentrt import CheckpointError, Control, PackageError, UsageError, read_metadata, redraw
-from latentrt.export.architectures import Architecture
 from latentrt.runtime.loop.job import Clock
 from latentrt.runtime.request.request import make_request
 from latentrt.runtime.steering.loaded import LoadedControls
 from latentrt.runtime.steering.steered import OpenedControl
-from tests.parity_pair import BAR, Pair, blob, drawn, exported, ours, photo, psnr
-from tests.steered_pair import steerable
+from tests.parity_pair import BAR, blob, drawn, exported, ours, photo, psnr
+from tests.steered_pair import SEEN, Steered
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*__array.*:DeprecationWarning"),
@@ -30,48 +27,6 @@ pytestmark = [
 MODELS = ["tiny2", pytest.param("xl-tiny", marks=pytest.mark.slow)]
 SIZE = {"height": 64, "width": 96}
 FAST: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 5.0, **SIZE}
-SEEN = 40.0  # dB: a picture that is as far from another is another one
-
-
-def controlnet(unet: Any, scale: int, seed: int) -> Any:
-    """One of the UNet's weights, its own layers random: those of a new one are zeros at its outputs."""
-    torch.manual_seed(seed)
-    widths = (8, 12, 16, 20)[: scale.bit_length()]
-    net: Any = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
-    with torch.no_grad():
-        for weight in net.parameters():
-            if not weight.any():
-                weight.normal_(0, 0.2)
-    return net.eval()
-
-
-class Steered(Pair):
-    """A model with two ControlNets, here and in diffusers."""
-
-    def __init__(self, folder: Path, made: Path) -> None:
-        super().__init__(folder)
-        self.made, unet = made, self._unet()
-        self.nets = [controlnet(unet, self.ours.package.manifest.latent_scale, seed) for seed in (1, 2)]
-        for number, net in enumerate(self.nets):
-            net.save_pretrained(made / f"control{number}")
-        config = {name: value for name, value in self.nets[0].config.items() if not name.startswith("_")}
-        self.ours = steerable(self.ours, {"control": Architecture(parts={"controlnet": config})}, made)
-        self.names = [self.ours.load_control(made / f"control{number}") for number in (0, 1)]
-
-    def steered(self, kind: str, count: int = 1) -> Any:
-        """The diffusers pipeline of that class with the first of the ControlNets."""
-        if (kind, count) not in self._references:
-            unsafe = {"safety_checker": None, "requires_safety_checker": False}
-            pipe = getattr(diffusers, kind).from_pretrained(
-                self.checkpoint,
-                dtype=torch.float32,
-                unet=self._unet(),
-                controlnet=self.nets[0] if count == 1 else self.nets[:count],
-                **({} if "XL" in kind else unsafe),
-            )
-            pipe.set_progress_bar_config(disable=True)
-            self._references[kind, count] = pipe
-        return self._references[kind, count]
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -81,7 +36,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     found.ours.close()
 
 
-def kind(pair: Pair, task: str = "") -> str:
+def kind(pair: Steered, task: str = "") -> str:
     xl = "XL" if "xl" in str(pair.checkpoint) else ""
     return f"StableDiffusion{xl}ControlNet{task}Pipeline"
 
@@ -106,6 +61,8 @@ def test_text_to_image(pair: Steered, seeds: list[int]) -> None:
     found = ours(pair.ours, seeds, prompt=prompts, controls=[control], **FAST)
     assert psnr(wanted, found) >= BAR
     assert psnr(wanted, ours(pair.ours, seeds, prompt=prompts, **FAST)) < SEEN
+    other = replace(control, image=[hint(9), *images[:0:-1]])
+    assert psnr(wanted, ours(pair.ours, seeds, prompt=prompts, controls=[other], **FAST)) < BAR
 
 
 @pytest.mark.parametrize(
@@ -147,8 +104,10 @@ def test_two_nets(pair: Steered) -> None:
     assert np.array_equal(swapped, found)
 
 
-def test_from_a_picture(pair: Steered) -> None:
-    given = {**FAST, "num_inference_steps": 6, "strength": 0.6}
+@pytest.mark.parametrize(("steps", "strength"), [(6, 0.6), (20, 0.3)])
+def test_from_a_picture(pair: Steered, steps: int, strength: float) -> None:
+    """T51: shares of the steps are of those that are run."""
+    given = {**FAST, "num_inference_steps": steps, "strength": strength}
     started = photo(64, 96, 7)
     wanted = drawn(
         pair.steered(kind(pair, "Img2Img")),
@@ -182,6 +141,130 @@ def test_inpainting(pair: Steered) -> None:
     found = ours(pair.ours, [8], prompt="a ring", image=started, mask_image=mask, controls=[control], **given)
     inside = np.asarray(mask)[None, ..., None] >= 128  # outside of which diffusers puts nothing back
     assert psnr(wanted * inside, found * inside) >= BAR
+
+
+def test_t44_guess_mode_steers_every_picture_of_a_batch(pair: Steered) -> None:
+    prompts, hints = ["a red circle", "large green star"], [hint(0), hint(1)]
+    given: dict[str, Any] = {"prompt": prompts, **FAST}
+    wanted = drawn(pair.steered(kind(pair)), [3, 4], image=hints, guess_mode=True, **given)
+    control = Control(model=pair.names[0], image=hints, mode="guess")
+    found = ours(pair.ours, [3, 4], controls=[control], **given)
+    plain = ours(pair.ours, [3, 4], **given)
+    for number in range(2):
+        assert psnr(wanted[number], found[number]) >= BAR
+        assert psnr(wanted[number], plain[number]) < SEEN
+
+
+def test_t45_pictures_of_a_batch_are_those_that_are_drawn_alone(pair: Steered) -> None:
+    seeds, text = [3, 4, 5], "a red circle"
+    control = Control(model=pair.names[0], image=hint())
+    alone = [drawn(pair.steered(kind(pair)), [seed], prompt=text, image=hint(), **FAST) for seed in seeds]
+    by_batch = ours(pair.ours, seeds, prompt=[text] * 3, controls=[control], **FAST)
+    by_count = ours(pair.ours, seeds, prompt=text, num_images_per_prompt=3, controls=[control], **FAST)
+    for found in (by_batch, by_count):
+        assert psnr(np.concatenate(alone), found) >= BAR
+
+
+def test_t46_two_prompts_and_two_nets_have_each_its_own_hint(pair: Steered) -> None:
+    prompts, hints = ["a red circle", "large green star"], [[hint(0), hint(1)], [hint(2), hint(3)]]
+    wanted = np.concatenate(
+        [
+            drawn(
+                pair.steered(kind(pair), 2),
+                [3 + number],
+                prompt=prompts[number],
+                image=[of_net[number] for of_net in hints],
+                controlnet_conditioning_scale=[0.7, 0.5],
+                **FAST,
+            )
+            for number in range(2)
+        ]
+    )
+
+    def draw(hints: Any) -> Any:
+        controls = [
+            Control(model=name, image=images, strength=strength)
+            for name, images, strength in zip(pair.names, hints, (0.7, 0.5), strict=True)
+        ]
+        return ours(pair.ours, [3, 4], prompt=prompts, controls=controls, **FAST)
+
+    assert psnr(wanted, draw(hints)) >= BAR
+    assert psnr(wanted, draw([hints[0], hints[1][::-1]])) < BAR
+    assert psnr(wanted, draw(hints[::-1])) < BAR
+
+
+class Heard:
+    """What a control's nets are called with, and answer."""
+
+    def __init__(self, pair: Steered, patch: pytest.MonkeyPatch) -> None:
+        opened = pair.ours.controls._loaded[pair.names[0]]  # pyright: ignore[reportPrivateUsage]
+        self.call, self.calls = opened.loop.call, list[tuple[str, dict[str, Any], dict[str, Any]]]()
+        patch.setattr(opened.loop, "call", self._called)
+
+    def _called(self, net: str, **arrays: Any) -> Any:
+        found = self.call(net, **arrays)
+        self.calls.append((net, arrays, found))
+        return found
+
+    def of(self, net: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        return [(given, found) for name, given, found in self.calls if name == net]
+
+
+def test_t48_outputs_scale_with_the_strength_exactly(pair: Steered, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = Heard(pair, monkeypatch)
+    for strength in (1.0, 0.3):
+        control = Control(model=pair.names[0], image=hint(), strength=strength)
+        ours(pair.ours, [3], prompt="a ring", controls=[control], **FAST)
+    whole, part = heard.of("controlnet")[0], heard.of("controlnet")[FAST["num_inference_steps"]]
+    np.testing.assert_array_equal(whole[0]["latent"], part[0]["latent"])  # the first step has the same noise
+    assert len(whole[1]) > 3
+    for name, value in whole[1].items():
+        assert value.std() > 0
+        np.testing.assert_array_equal(part[1][name], value * np.float32(0.3))
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (96, 64)])
+def test_t53_height_and_width_are_not_exchanged(
+    pair: Steered, height: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard, picture = Heard(pair, monkeypatch), photo(height, width)
+    given = {**FAST, "height": height, "width": width, "prompt": "a ring"}
+    seen: list[Any] = []
+    net: Any = pair.nets[0]
+    hook = net.register_forward_hook(lambda module, given, output: seen.append(output))
+    wanted = drawn(pair.steered(kind(pair)), [3], image=picture, **given)
+    hook.remove()
+    found = ours(pair.ours, [3], controls=[Control(model=pair.names[0], image=picture)], **given)
+    assert psnr(wanted, found) >= BAR
+    down, middle = seen[0]
+    _, residuals = heard.of("controlnet")[0]
+    assert [value.shape for value in residuals.values()] == [tuple(one.shape) for one in (*down, middle)]
+
+
+def test_t52_a_second_larger_pass_is_steered_too(pair: Steered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its hint is prepared anew at its own size."""
+    larger, heard = {**FAST, "height": 128, "width": 192, "strength": 0.6}, Heard(pair, monkeypatch)
+    picture = photo(200, 300)
+    first = drawn(pair.steered(kind(pair)), [3], prompt="a ring", image=picture, **FAST)
+    started = Image.fromarray(first[0]).resize((192, 128), Image.Resampling.LANCZOS)
+    wanted = drawn(
+        pair.steered(kind(pair, "Img2Img")),
+        [3],
+        prompt="a ring",
+        image=started,
+        control_image=picture,
+        controlnet_conditioning_scale=1.0,
+        **larger,
+    )
+    again = {"prompt": "a ring", "controls": [Control(model=pair.names[0], image=picture)]}
+    small = ours(pair.ours, [3], **again, **FAST)
+    assert psnr(first, small) >= BAR
+    found = ours(pair.ours, [3], image=started, **again, **larger)
+    assert psnr(wanted, found) >= BAR
+    sizes = [given["hint"].shape[2:] for given, _ in heard.of("controlnet_hint")]
+    assert sizes == [(64, 96), (128, 192)]
+    alone = ours(pair.ours, [3], image=started, prompt="a ring", **larger)
+    assert psnr(wanted, alone) < SEEN
 
 
 def test_strength_0_is_no_control_to_the_byte(pair: Steered) -> None:
@@ -246,8 +329,11 @@ def test_records_and_redrawing(pair: Steered, tmp_path: Path) -> None:
         f'ControlNet 0: "Module: canny, Model: {pair.names[0]} [{steered["sha256"][:8]}], Weight: 0.7' in text
     )
     assert "Guidance Start: 0.0, Guidance End: 0.9" in text
-    with pytest.raises(UsageError, match=f"steered by {pair.names[0]}, which its file does not hold"):
+    with pytest.raises(UsageError, match=f"by {pair.names[0]} .* with a picture .* file does not hold"):
         redraw(pair.ours, tmp_path / "steered.png")
+    for wrong in (replace(control, image=hint(9)), replace(control, model=pair.names[1])):
+        with pytest.raises(UsageError, match=f"and given is {wrong.model} "):
+            redraw(pair.ours, tmp_path / "steered.png", controls=[wrong])
     again = redraw(pair.ours, tmp_path / "steered.png", controls=[control])
     assert again.to_bytes() == result.to_bytes()
 

@@ -1,14 +1,18 @@
 """SDXL base and refiner, against diffusers' own pipelines: same weights, seed and scheduler, fp32."""
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from latentrt import Control
 from latentrt.engines.errors import UsageError
 from latentrt.runtime.refine import refine
 from tests.parity_pair import BAR, PROMPTS, Pair, blob, drawn, exported, ours, photo, psnr
+from tests.steered_pair import SEEN, Steered
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*__array.*:DeprecationWarning"),
@@ -29,6 +33,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 @pytest.fixture(scope="module")
 def refiner(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return Pair(exported(tmp_path_factory, "refiner-tiny"))
+
+
+@pytest.fixture(scope="module")
+def steered_base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Steered]:
+    found = Steered(exported(tmp_path_factory, "xl-tiny"), tmp_path_factory.mktemp("controls"))
+    yield found
+    found.ours.close()
 
 
 @pytest.mark.parametrize(
@@ -132,6 +143,64 @@ def test_the_base_hands_over_to_the_refiner(
     )
     assert psnr(wanted, np.asarray(found.images)) >= BAR
     assert found.record()["base"] == base.ours.package.manifest.name
+
+
+@pytest.mark.parametrize(("start", "end", "steered"), [(0.0, 1.0, 6), (0.2, 0.5, 3), (0.6, 1.0, 0)])
+def test_the_base_is_steered_and_the_refiner_is_not(
+    steered_base: Steered, refiner: Pair, start: float, end: float, steered: int
+) -> None:
+    """Shares of the steps are of all ten, of which the base draws six."""
+    base, hint, at = steered_base, photo(H, W, 3), 0.6
+    first = base.steered("StableDiffusionXLControlNetPipeline")
+    second = refiner.reference("StableDiffusionXLImg2ImgPipeline")
+    shared = {"num_inference_steps": 10, "guidance_scale": 5.0}
+    latents = first(
+        PROMPTS[0],
+        **{**shared, **SIZE, "denoising_end": at, "output_type": "latent"},
+        image=hint,
+        control_guidance_start=start,
+        control_guidance_end=end,
+        controlnet_conditioning_scale=1.0,
+        generator=torch.Generator("cpu").manual_seed(5),
+    ).images
+    wanted = drawn(second, [5], prompt=PROMPTS[0], **shared, image=latents, denoising_start=at)
+    control = Control(model=base.names[0], image=hint, start=start, end=end)
+    whole = {**shared, **SIZE, "at": at, "seed": 5, "output_type": "np"}
+    with pytest.MonkeyPatch.context() as patch:
+        calls = Counter[str]()
+        opened = base.ours.controls._loaded[base.names[0]]  # pyright: ignore[reportPrivateUsage]
+        call = opened.loop.call
+        patch.setattr(opened.loop, "call", lambda net, **given: calls.update([net]) or call(net, **given))
+        found = refine(base.ours, refiner.ours, PROMPTS[0], controls=[control], **whole)
+    assert psnr(wanted, np.asarray(found.images)) >= BAR
+    assert calls["controlnet"] == steered
+    assert "ControlNet 0: " in found.infotext()
+    plain = refine(base.ours, refiner.ours, PROMPTS[0], **whole)
+    assert (psnr(wanted, np.asarray(plain.images)) < SEEN) == (steered > 0)
+
+
+def test_t49_in_guess_mode_a_controlnet_reads_the_conditional_half(steered_base: Steered) -> None:
+    """Also of pooled texts and sizes; the two halves have others."""
+    base, hint = steered_base, photo(H, W, 3)
+    halves = {"negative_original_size": (16, 24), "negative_target_size": (320, 8)}
+    given = {**TEXT, **SIZE, **halves, "negative_prompt": "square"}
+    pipe = base.steered("StableDiffusionXLControlNetPipeline")
+    wanted = drawn(pipe, [5], image=hint, guess_mode=True, controlnet_conditioning_scale=1.0, **given)
+    control = Control(model=base.names[0], image=hint, mode="guess")
+    with pytest.MonkeyPatch.context() as patch:
+        vectors: list[dict[str, Any]] = []
+        opened = base.ours.controls._loaded[base.names[0]]  # pyright: ignore[reportPrivateUsage]
+        call = opened.loop.call
+
+        def heard(net: str, **arrays: Any) -> Any:
+            vectors.extend([arrays] if net == "controlnet" else [])
+            return call(net, **arrays)
+
+        patch.setattr(opened.loop, "call", heard)
+        found = ours(base.ours, [5], controls=[control], **given)
+    assert psnr(wanted, found) >= BAR
+    assert {len(one["latent"]) for one in vectors} == {1}
+    assert psnr(wanted, ours(base.ours, [5], **given)) < SEEN
 
 
 @pytest.mark.parametrize("at", [0.0, 1.0, True, "half"])

@@ -10,7 +10,7 @@ from PIL import Image
 
 from latentrt import Control
 from tests.parity_pair import BAR, Pair, drawn, exported, ours, photo, psnr
-from tests.test_parity_controls import SEEN, Steered
+from tests.steered_pair import SEEN, Steered
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*__array.*:DeprecationWarning"),

@@ -26,6 +26,7 @@ class Control:
         image: the picture, or one for each prompt: a path, a Pillow image, or an array.
         strength: 1 as the net was trained; 0 is the same picture as without it.
         start, end: the part of the steps that it is in: step i of N if start <= i/N and (i+1)/N <= end.
+            Those after `denoising_end`, a refiner's, are among the N, as in diffusers.
         mode: "balanced" as diffusers; "prompt" and "control" as AUTOMATIC1111's "My prompt is more important"
             and "ControlNet is more important": less of its outputs, the first ones least, the latter for the
             rows with the prompt alone; "guess" as diffusers' `guess_mode`.

@@ -72,6 +72,13 @@ def describe_inputs(passed: Mapping[str, Any], loaded: Mapping[str, Any]) -> Inp
     return found
 
 
+def describe_pictures(passed: Any, pictures: Sequence[Array]) -> list[dict[str, str]]:
+    """Names and hashes of pictures that steer, as a record has them; they were read of what was `passed`."""
+    names = _names(passed, len(pictures))
+    pairs = zip(names, pictures, strict=True)
+    return [Input(name=name, sha256=fingerprint(one)).to_json() for name, one in pairs]
+
+
 def _rows(values: Any) -> list[Array]:
     """Pictures as they are; latents one by one, (1, C, H/8, W/8)."""
     return list(cast(Any, values)) if isinstance(values, list) else [row[None] for row in values]

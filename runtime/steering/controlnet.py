@@ -29,12 +29,12 @@ class SteeredByNet(Steered):
             hint=hint,
             hint_of_row=row_of_each_picture(len(hint), rows),
             scales=self.control.scales(
-                steps=rows.steps,
+                steps=rows.schedule,
                 rows=rows.count,
                 outputs=len(manifest.nets["controlnet"].spec.outputs),
                 guided=rows.guided,
                 pooled=averages(manifest),
-            ),
+            )[: rows.steps],
         )
 
     def record(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from ..loop.job import ImagePromptJob
 from ..pictures.read import read_image
 from ..pictures.resize import clip_pixels
 from ..pictures.write import Pixels
-from ..request.inputs import fingerprint
+from ..request.inputs import describe_pictures
 from .steered import OpenedControl, Rows
 
 
@@ -81,9 +81,9 @@ class Prompted:
         Raises:
             UsageError: strengths of blocks that the UNet does not have.
         """
-        sides = self._keys_and_values(rows)
         shapes = {item.name: item.shape for item in unet.inputs}
-        strengths = self.prompt.strengths(cross_attentions(unet))
+        strengths = self.prompt.strengths(cross_attentions(unet))  # refused before a net is called
+        sides = self._keys_and_values(rows)
         each = len(self.masks) > 1
         everywhere = np.ones((rows.height, rows.width), np.float32)
         masks = [_mask(one, rows) for one in self.masks] or [everywhere]
@@ -99,7 +99,7 @@ class Prompted:
                 split = partial(_heads, sides, chosen=chosen, heads=heads, rows=rows)
                 keys.append(split(f"{IMAGE_KEYS}{layer}") * np.float32(width**-0.5))
                 values.append(split(f"{IMAGE_VALUES}{layer}") * np.float32(strength))
-            on = self.prompt.on(rows.steps)
+            on = self.prompt.on(rows.schedule)[: rows.steps]
             groups.append(_Group(keys=keys, values=values, mask=mask, on=on))
         return groups
 
@@ -110,8 +110,8 @@ class Prompted:
             "model": prompt.model,
             "kind": self.opened.kind,
             "sha256": self.opened.package.manifest.sha256,
-            "images": [fingerprint(one) for one in self.pictures],
-            "masks": [fingerprint(one) for one in self.masks],
+            "images": describe_pictures(prompt.image, self.pictures),
+            "masks": describe_pictures(prompt.mask_image, self.masks),
             "strength": prompt.strength,
             "start": prompt.start,
             "end": prompt.end,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from threading import Lock
@@ -154,15 +155,13 @@ class LoadedControls:
                     fix=f"Pass latentrt.{wanted}(model={control.model!r}, image=…).",
                 )
 
-    def job(
-        self, request: Request, steps: int, text_of_row: Sequence[int]
-    ) -> tuple[SteeringJob, dict[str, Any]]:
-        """What the loop is given of a request's controls, and what a picture's record says of them.
+    def records(self, controls: Sequence[Control | ImagePrompt]) -> list[dict[str, Any]]:
+        """What a picture's record would say of these. Raises UsageError as `check` and `job`."""
+        self.check(controls)
+        return [self._read(one).record() for one in controls]
 
-        Args:
-            request: what is drawn.
-            steps: S, the calls of the UNet.
-            text_of_row: of its B rows.
+    def job(self, request: Request) -> tuple[SteeringJob, dict[str, Any]]:
+        """What the loop is given of a request's controls, and what a picture's record says of them.
 
         Raises:
             UsageError: an unknown name, a picture that cannot be read, another number of pictures than is
@@ -171,8 +170,8 @@ class LoadedControls:
         if not request.controls:
             return SteeringJob(), {}
         rows = Rows(
-            steps=steps,
-            text_of_row=text_of_row,
+            steps=len(request.table()),
+            schedule=len(replace(request, denoising_end=None).table()),
             guided=request.guided,
             height=request.height,
             width=request.width,
@@ -181,7 +180,7 @@ class LoadedControls:
         steering = [self._read(one) for one in request.controls]
         nets = [one for one in steering if isinstance(one, SteeredByNet)]
         job = SteeringJob(
-            controlnets=joined([one.job(rows) for one in nets], [one.control for one in nets]),
+            controlnets=joined([one.job(rows) for one in nets], [one.control for one in nets], rows),
             features=tuple(one.job(rows) for one in steering if isinstance(one, SteeredByFeatures)),
             image_prompt=image_prompt_job(
                 [one for one in steering if isinstance(one, Prompted)],

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ...engines.errors import UsageError
+from ...engines.errors import NumericError, UsageError
 from ...engines.package import Package
 from ...engines.spec import Array
 from ..controls.control import Control
 from ..controls.hints import HintPictures
 from ..loop.job import Loop
-from ..request.inputs import fingerprint
+from ..request.inputs import describe_pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +35,14 @@ class Rows:
 
     Attributes:
         steps: S, the calls.
-        text_of_row: of its B rows.
-        guided: whether the first half of them is unconditional.
+        schedule: what a control's part of the steps is a share of: S, or more where another model goes on.
+        guided: whether the first half of the rows of each is unconditional.
         height, width: of the pictures.
         pictures: N.
     """
 
     steps: int
-    text_of_row: Sequence[int]
+    schedule: int
     guided: bool
     height: int
     width: int
@@ -50,7 +51,7 @@ class Rows:
     @property
     def count(self) -> int:
         """B."""
-        return len(self.text_of_row)
+        return self.pictures * (2 if self.guided else 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,8 +69,8 @@ class Steered:
             "model": str(control.model),
             "kind": self.opened.kind,
             "sha256": self.opened.package.manifest.sha256,
-            "images": [fingerprint(one) for one in pictures.pictures],
-            "masks": [fingerprint(one) for one in pictures.masks],
+            "images": describe_pictures(control.image, pictures.pictures),
+            "masks": describe_pictures(control.mask_image, pictures.masks),
             "strength": control.strength,
             "start": control.start,
             "end": control.end,
@@ -79,6 +80,26 @@ class Steered:
             "resize_mode": control.resize_mode,
         }
         return {name: value for name, value in values.items() if value not in (None, [], {})}
+
+
+@contextmanager
+def naming_controls(records: Sequence[Mapping[str, Any]]) -> Generator[None]:
+    """Name the controls in a NumericError of the block: what one adds may be beyond what fp16 holds.
+
+    Args:
+        records: of each control, as `Steered.record` has them.
+    """
+    try:
+        yield
+    except NumericError as error:
+        if not records:
+            raise
+        names = ", ".join(f"the {one['kind']} {one['model']!r:.100}" for one in records)
+        raise NumericError(
+            f"steered by {names}: {error.found}",
+            expected=error.expected,
+            fix=f"Steer with less strength. {error.fix}",
+        ) from error
 
 
 def read_picture(steered: Steered, rows: Rows) -> Array:

@@ -1,7 +1,8 @@
 """T2I-Adapters of a request: maps that are added to the UNet's down blocks, made once per picture.
 
 Mou et al. 2023 (arXiv 2302.08453); diffusers' `StableDiffusionAdapterPipeline` and that of XL, whose
-`adapter_conditioning_factor` is the control's `end`.
+`adapter_conditioning_factor` is the control's `end`. Where `denoising_end` stops early, that is a
+share of the whole schedule, as of ControlNets in diffusers, which takes this one of the steps that are run.
 """
 
 from __future__ import annotations
@@ -46,5 +47,5 @@ class SteeredByFeatures(Steered):
             hint=hint.astype(np.float32),
             hint_of_row=row_of_each_picture(len(hint), rows),
             strength=control.strength,
-            on=control.on(rows.steps),
+            on=control.on(rows.schedule)[: rows.steps],
         )

@@ -16,6 +16,7 @@ from ...engines.errors import UsageError
 from ...engines.package import Manifest
 from ..controls.control import Control
 from ..loop.job import Condition, ControlJob
+from .steered import Rows
 
 
 def union_type(control: Control, manifest: Manifest) -> str | None:
@@ -60,7 +61,7 @@ def check_unions(controls: Sequence[tuple[Control, Manifest]]) -> None:
             )
 
 
-def joined(jobs: Sequence[ControlJob], controls: Sequence[Control]) -> tuple[ControlJob, ...]:
+def joined(jobs: Sequence[ControlJob], controls: Sequence[Control], rows: Rows) -> tuple[ControlJob, ...]:
     """The jobs of some controls, one for each: those of a Union become one, in the place of the first.
 
     One picture counts as its strength says at the net's outputs; several count so before the net, and its
@@ -71,15 +72,17 @@ def joined(jobs: Sequence[ControlJob], controls: Sequence[Control]) -> tuple[Con
         union = bool(job.manifest.control.get("control_types"))
         alike.setdefault((control.model, -1 if union else number), []).append(number)
     return tuple(
-        _union([jobs[n] for n in numbers], [controls[n] for n in numbers]) if number < 0 else jobs[numbers[0]]
+        _union([jobs[n] for n in numbers], [controls[n] for n in numbers], rows)
+        if number < 0
+        else jobs[numbers[0]]
         for (_, number), numbers in alike.items()
     )
 
 
-def _union(jobs: Sequence[ControlJob], controls: Sequence[Control]) -> ControlJob:
-    several, steps = len(jobs) > 1, len(jobs[0].scales)
+def _union(jobs: Sequence[ControlJob], controls: Sequence[Control], rows: Rows) -> ControlJob:
+    several = len(jobs) > 1
     conditions = tuple(
-        _condition(job, control, steps, control.strength if several else 1.0)
+        _condition(job, control, rows, control.strength if several else 1.0)
         for job, control in zip(jobs, controls, strict=True)
     )
     if not several:
@@ -91,12 +94,12 @@ def _union(jobs: Sequence[ControlJob], controls: Sequence[Control]) -> ControlJo
     return replace(jobs[0], scales=scales, conditions=conditions)
 
 
-def _condition(job: ControlJob, control: Control, steps: int, strength: float) -> Condition:
+def _condition(job: ControlJob, control: Control, rows: Rows, strength: float) -> Condition:
     types: Sequence[str] = job.manifest.control["control_types"]
     return Condition(
         control_type=types.index(union_type(control, job.manifest) or ""),
         hint=job.hint,
         hint_of_row=job.hint_of_row,
         strength=strength,
-        on=control.on(steps),
+        on=control.on(rows.schedule)[: rows.steps],
     )

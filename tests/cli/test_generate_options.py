@@ -1,9 +1,11 @@
 """Every option of `latentrt generate`: what it becomes, and that none is left out here."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +15,7 @@ import typer
 from PIL import Image
 from safetensors.numpy import save_file
 
-from latentrt import Control, ImagePrompt, cli
+from latentrt import Control, ImagePrompt, UsageError, cli, redraw
 from latentrt.cli.generate import generate
 from latentrt.engines.errors import StorageError
 from latentrt.runtime.model import ADAPTERS, CheckpointOptions
@@ -406,6 +408,86 @@ def test_from_a_picture(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     run(monkeypatch, "a", *four, "--refiner", "demo", "--refiner-at", "0.5", "-o", "refined.png")
     run(monkeypatch, "--from", "refined.png", "--refiner", "demo", "-o", "refined-again.png")
     np.testing.assert_array_equal(*(np.asarray(Image.open(f"refined{i}.png")) for i in ("", "-again")))
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *words: str) -> str:
+    capfd.readouterr()
+    monkeypatch.setattr(sys, "argv", ["latentrt", "generate", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    return capfd.readouterr().err
+
+
+STEERED = {
+    "edges": ["--control-net", "edges", "--control-image", "start.png", "--control-preparation", "canny"],
+    "likeness": ["--ip-adapter", "likeness", "--ip-adapter-image", "start.png"],
+}
+
+
+@pytest.mark.parametrize(
+    ("nets", "more"),
+    [
+        (["edges"], ["--control-strength", "0.75", "--control-end", "0.75"]),
+        (["likeness"], ["--ip-adapter-image", "mask.png", "--ip-adapter-strength", "0.5"]),
+        (["edges", "likeness"], ["--refiner", "demo", "--refiner-at", "0.5"]),
+    ],
+)
+def test_from_a_picture_that_was_steered(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    folder: Path,
+    nets: list[str],
+    more: list[str],
+) -> None:
+    """Nets and pictures are given again; the error has the command, and what is other then is refused."""
+    steps = ["--seed", "3", "--steps", "4", "--threads", "1"]
+    steering = [word for net in nets for word in STEERED[net]]
+    run(monkeypatch, "a red star", *steps, *steering, *more, "-o", "first.png")
+    refiner = more[:2] if "--refiner" in more else []
+    again = ["--from", "first.png", *refiner, "--threads", "1", "-o", "again.png"]
+    error = refused(monkeypatch, capfd, *again)
+    record = read_metadata("first.png").record or {}
+    for one in record.get("base_record", record)["steered_by"]:
+        pictures = ", ".join(f"{picture['name']} ({picture['sha256'][:12]})" for picture in one["images"])
+        assert f"{one['model']} ({one['sha256'][:12]}) with {pictures}" in error
+    told = shlex.split(error.rpartition("--from PICTURE ")[2])
+    names = iter(nets)
+    given = [next(names) if word == "FILE" else word for word in told]
+    run(monkeypatch, *again, *given)
+    assert (folder / "again.png").read_bytes() == (folder / "first.png").read_bytes()
+    Image.new("RGB", (128, 128), "gray").save("start.png")
+    assert "and given is" in refused(monkeypatch, capfd, *again, *given)
+    assert not refused(monkeypatch, capfd, *again, *given).count("Traceback")
+
+
+def test_what_counts_otherwise_than_it_did_is_said(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    run(monkeypatch, "a star", *FAST, *STEERED["edges"], "--control-strength", "0.75", "-o", "first.png")
+    run(monkeypatch, "--from", "first.png", *STEERED["edges"], "-o", "again.png")
+    said = capfd.readouterr().err
+    assert "edges steered the picture with strength 0.75, and now with strength 1.0" in said
+    assert (folder / "again.png").read_bytes() != (folder / "first.png").read_bytes()
+
+
+def test_each_picture_of_a_batch_has_its_own_control(folder: Path) -> None:
+    texts, hints = ["a star", "a heart"], ["start.png", "mask.png"]
+    with Pipeline.open("demo", threads=1) as pipe:
+        control = Control(model=pipe.load_control("edges"), image=hints, preparation="canny")
+        both = pipe(texts, seed=[3, 4], num_inference_steps=4, controls=[control])
+        for number, hint in enumerate(hints):
+            (steered,) = both.record(number)["steered_by"]
+            assert [one["name"] for one in steered["images"]] == [hint]
+            again = redraw(pipe, both.record(number), controls=[replace(control, image=hint)])
+            assert again.to_bytes() == both.to_bytes(index=number)
+
+
+@pytest.mark.parametrize("steered", ["edges", ["edges"], [{"model": "edges"}], 5])
+def test_records_whose_controls_are_none(steered: Any) -> None:
+    record = {"prompt": "a", "steered_by": steered}
+    with Pipeline.open("demo") as pipe, pytest.raises(UsageError, match="the record's controls are"):
+        redraw(pipe, record)
 
 
 def test_from_a_picture_of_another_model(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

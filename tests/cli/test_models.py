@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from latentrt import cli
 from latentrt.checkpoints.entries import entries
@@ -103,6 +104,23 @@ def test_the_list(call: Any, store: EngineStore, tmp_path: Path) -> None:
     file.write_bytes(b"y" * 11)
     first = call("models")[1].splitlines()[0]
     assert first.endswith("(changed since: it is made ready anew when it is opened)")
+
+
+def test_controls_are_listed_with_their_kind(call: Any, store: EngineStore, tmp_path: Path) -> None:
+    put_entry(store, 1, days=1, control="t2i-adapter", family="sdxl")
+    picture = tmp_path / "white.png"
+    Image.new("RGB", (128, 128), "white").save(picture)
+    controls = ["--control-net", "edges", "--control-image", str(picture)]
+    controls += ["--ip-adapter", "likeness", "--ip-adapter-image", str(picture)]
+    drawn = ["generate", "a star", "--steps", "1", "--seed", "1", "-o", str(tmp_path / "a.png")]
+    assert call(*drawn, *controls)[0] == 0
+    found = json.loads(call("models", "--json")[1])["models"]
+    kinds = {"edges": "controlnet", "likeness": "ip-adapter", "model1": "t2i-adapter"}
+    assert {one["name"]: one["control"] for one in found} == kinds
+    for listed in (call("models")[1], call("cache", "ls")[1]):
+        assert "t2i-adapter for sdxl" in listed
+        for kind in ("controlnet", "ip-adapter"):
+            assert f"{kind} for sd1" in listed
 
 
 def test_names_that_hold_control_characters_stay_in_one_line(call: Any, store: EngineStore) -> None:

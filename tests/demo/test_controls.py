@@ -1,9 +1,13 @@
 """The controls that ship, on the shipped model, judged by the checker at places never trained on."""
 
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from statistics import mean
+from typing import Any
+from unittest.mock import Mock
 
 import diffusers
 import numpy as np
@@ -12,13 +16,16 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from latentrt import CheckpointError, Control
+from latentrt import CheckpointError, Control, ImagePrompt, NumericError, UsageError
+from latentrt.checkpoints.opened import Options, open_control
 from latentrt.demo import placed, shapes
 from latentrt.demo.checker import check, seen_mask
 from latentrt.demo.placed import FOLLOWED_IOU, Placed
+from latentrt.engines.backends import BACKENDS
 from latentrt.runtime import Pipeline
 from latentrt.runtime.controls.canny import canny
 from latentrt.runtime.model import CONTROLS
+from latentrt.runtime.prompts.encode import TextConditioner
 from tests.parity_pair import BAR, drawn, psnr
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,6 +110,96 @@ def test_diffusers_draws_the_same_with_it(pipe: Pipeline) -> None:
     prompts = [one.prompt() for one in wanted]
     theirs = drawn(reference, [0, 1], prompt=prompts, image=hints, **settings)
     assert psnr(theirs, draw(pipe, wanted)) >= BAR
+
+
+BLANK = np.full((128, 128, 3), 255, np.uint8)
+EVERY = dict[str, Any](model="edges", image=BLANK)
+LIKE = dict[str, Any](model="likeness", image=BLANK)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        (Control(**EVERY | {"image": "missing.png"}), "control_image 'missing.png' cannot be read"),
+        (Control(**EVERY | {"image": [BLANK] * 3}), "3 control pictures for 2 pictures"),
+        (Control(**EVERY, preparation="inpaint", mask_image=BLANK[:64]), "control_mask has wrong mask sizes"),
+        (ImagePrompt(**LIKE | {"image": [BLANK, "missing.png"]}), "ip_adapter_image 2 'missing.png' cannot"),
+        (ImagePrompt(**LIKE, mask_image=[BLANK] * 2), "2 masks for 1 pictures"),
+        (ImagePrompt(**LIKE, strength={"up": {"block_9": 1.0}}), r"names up\.block_9"),
+    ],
+)
+def test_wrong_pictures_are_refused_before_prompts_are_encoded(
+    pipe: Pipeline, wrong: Control | ImagePrompt, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And before any net of a control is called; what steers well is counted, so the counter counts."""
+    calls: Counter[str] = Counter()
+
+    def counted(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            calls[name] += 1
+            return real(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, call)
+
+    pipe.load_control("likeness")
+    counted(TextConditioner, "encode")
+    counted(type(pipe.loop), "call")  # of a control's nets, too
+    counted(type(pipe.loop), "draw")
+    texts = ["a red circle on a white background", "a star nobody has drawn before"]
+    for given in ([wrong], [Control(**EVERY), wrong]):
+        with pytest.raises(UsageError, match=found):
+            pipe(texts, seed=0, num_inference_steps=1, controls=given)
+    assert not calls
+    pipe(texts, seed=0, num_inference_steps=1, controls=[Control(**EVERY), ImagePrompt(**LIKE)])
+    assert calls["encode"] == calls["draw"] == 1
+    assert calls["call"] > 2
+
+
+def loud(folder: Path) -> Path:
+    """The edges' net, with an output beyond what fp16 holds; its weights are not."""
+    net: Any = diffusers.ControlNetModel.from_pretrained(EDGES, torch_dtype=torch.float32)
+    with torch.no_grad():
+        weight = net.controlnet_mid_block.weight
+        weight.mul_(5e4 / weight.abs().max())
+    net.half().save_pretrained(folder / "loud")
+    return folder / "loud"
+
+
+def test_t54_a_net_whose_outputs_exceed_fp16_is_refused_by_name(pipe: Pipeline, tmp_path: Path) -> None:
+    """As it is opened, where measuring sees it; in float32 it is none."""
+    reads = BACKENDS["onnxruntime"].reads
+    for dtype in ("fp32", "fp16"):
+        options = Options(dtype=dtype, reads=reads)
+        refused = pytest.raises(NumericError, match=r"controlnet: its output residual_\d+ reaches .* 65504")
+        with refused if dtype == "fp16" else nullcontext():
+            open_control(loud(tmp_path), options, store=tmp_path / "cache")
+
+
+def test_t54_a_picture_that_is_not_finite_names_its_controls(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = pipe.controls._loaded["edges"]  # pyright: ignore[reportPrivateUsage]
+    call = opened.loop.call
+
+    def beyond(net: str, **arrays: Any) -> Any:
+        found = call(net, **arrays)
+        return (
+            {name: value * np.float32(np.inf) for name, value in found.items()}
+            if net == "controlnet"
+            else found
+        )
+
+    monkeypatch.setattr(opened.loop, "call", beyond)
+    wrong = "steered by the controlnet 'edges': the latent is not finite"
+    with pytest.raises(NumericError, match=wrong) as error:
+        draw(pipe, placed.asked(1))
+    assert error.value.fix.startswith("Steer with less strength. ")
+    assert draw(pipe, placed.asked(1), None).std() > 10
+    monkeypatch.setattr(TextConditioner, "encode", Mock(side_effect=NumericError("a", expected="b", fix="c")))
+    with pytest.raises(NumericError, match=r"^a;"):
+        pipe("a prompt that is not cached", num_inference_steps=1)
 
 
 def test_edges_of_a_true_drawing_are_true(pipe: Pipeline) -> None:
