@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from threading import Event
 from types import TracebackType
@@ -18,13 +19,14 @@ from ..adapters.embeddings import vocabulary_size
 from ..adapters.folder import check_folder
 from ..adapters.loaded import LoadedAdapters
 from ..engines.backend import Place, find_backend
-from ..engines.errors import UsageError
+from ..engines.errors import LatentrtError, UsageError
 from ..engines.installed import latentrt_version
 from ..engines.package import Package
 from ..engines.spec import TEXT_ENCODERS, Array
 from .adapted import ADAPTED_BYTES, Adapted, AdaptedLoops
 from .conditioning import make_conditioning
 from .embeddings import EmbeddingLibrary, Source
+from .loop.calls import SharedLoop
 from .loop.device.cuda_graphs import Graphs
 from .loop.job import (
     NEVER,
@@ -37,8 +39,10 @@ from .loop.job import (
     State,
     SteeringJob,
     Stop,
+    UNetCall,
 )
 from .loop.open import LoopOptions, open_loop
+from .loop.sharing import ROWS, Ended, SharedSteps, Yielded
 from .model import (
     ADAPTERS,
     CONTROLS,
@@ -469,6 +473,51 @@ class Pipeline:
         request = self._request(prompt, parameters)
         return self._generate(request, Clock(), _stop(cancel, timeout), watched=True, decode=False)
 
+    def stream_many(
+        self, requests: Iterable[Mapping[str, Any]], *, rows: int = ROWS, at_once: int = ROWS
+    ) -> Generator[tuple[int, Step | Result[Any] | LatentrtError]]:
+        """Draw many requests side by side, which share calls of the UNet whatever their parameters are.
+
+        Each picture is the one that its request draws alone, to the byte on a CPU. Requests are of any
+        samplers, steps and guidance; those of one size and with the same adapters share.
+
+        Args:
+            requests: what `__call__` takes, by name, "prompt" too; the next one is taken when there is room.
+            rows: of a call of the UNet, at most; a guided picture is two.
+            at_once: requests that run side by side, at most.
+
+        Yields:
+            The number of a request, from 0, and a step of it, or at last its result, or what it raised.
+        """
+        shared: SharedSteps[Step, Result[Any]] = SharedSteps(rows)
+        numbered = enumerate(requests)
+        with closing(shared):
+            while True:
+                for number, values in islice(numbered, at_once - len(shared)):
+                    shared.add(number, self._shared(values))
+                if not len(shared):
+                    return
+                for event in shared.turn():
+                    number = cast(int, event.name)
+                    if isinstance(event, Yielded):
+                        yield number, event.item
+                    elif isinstance(event, Ended):
+                        yield number, event.value
+                    elif isinstance(event.error, LatentrtError):
+                        yield number, event.error
+                    else:
+                        raise event.error
+
+    def _shared(self, values: Mapping[str, Any]) -> Generator[UNetCall | Step, None, Result[Any]]:
+        """A generation whose calls of the UNet others answer."""
+        given = {"output_type": "pil", **values}
+        request, clock = self._request(given.pop("prompt", ""), given), Clock()
+        decode = request.output_type != "latent"
+        images, producer = yield from self._generate(
+            request, clock, NEVER, watched=True, decode=decode, through=SharedLoop
+        )
+        return Result(images=images, request=request, seconds=clock.seconds, producer=producer)
+
     @spelled_out
     async def stream_async(
         self,
@@ -581,7 +630,7 @@ class Pipeline:
             decode: whether the latent becomes a picture.
 
         Yields:
-            A step for each row of the schedule if it is watched.
+            A step for each row of the schedule if it is watched; with a `SharedLoop` its calls of the UNet.
 
         Returns:
             What a result has for images, and what made them.
@@ -618,7 +667,10 @@ class Pipeline:
         if watched:
             show = partial(preview, manifest=manifest, loop=loop, request=request)
             latent, profile = job.first, ""
-            for state in loop.steps(job, clock, stop):
+            for state in cast("Iterator[UNetCall | State]", loop.steps(job, clock, stop)):
+                if isinstance(state, UNetCall):
+                    yield cast(Any, state)  # for `stream_many`, which is told in `through`
+                    continue
                 yield Step(table=table, state=state, _preview=show)
                 latent, profile = state.latent, state.profile
             drawn = Drawn(latent=latent, image=None, mean=None, profile=profile)

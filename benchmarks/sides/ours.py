@@ -11,6 +11,7 @@ import numpy as np
 from ...engines.backend import choose_backend
 from ...engines.errors import LatentrtError
 from ...engines.spec import DTYPES, Array
+from ...runtime.loop.calls import answered, at_once
 from ...runtime.loop.denoise import HostLoop, denoise, guide, guided_batch, narrow
 from ...runtime.loop.open import LoopOptions, open_loop
 from ...runtime.pipeline import Pipeline
@@ -118,7 +119,7 @@ class _OnHost:
             return guide(answer, case.guidance_scale, 0.0, case.guided)
 
         def call() -> Mapping[str, Array]:
-            *_, last = denoise(table, noise, predict, table.init * start)
+            *_, last = answered(denoise(table, noise, at_once(predict), table.init * start))
             return {"latent": last.latent}
 
         return Work(call=call, repeats=BETWEEN)

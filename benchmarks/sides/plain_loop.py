@@ -25,6 +25,7 @@ from ...engines.onnxruntime.nets import CPU, CUDA, cuda_available
 from ...engines.package import Package
 from ...engines.processors import thread_count
 from ...engines.spec import DTYPES, Array
+from ...runtime.loop.calls import answered, at_once
 from ...runtime.loop.denoise import denoise, guide, guided_batch, narrow
 from ...runtime.loop.device.programs import input_shapes
 from ..case import Case, inputs_of, schedule_of, sizes_of, whole_inputs
@@ -176,5 +177,5 @@ class _PlainLoop:
             prediction = nets["unet_whole"](feeds)["out_sample"]
             return guide(prediction, case.guidance_scale, 0.0, case.guided)
 
-        *_, last = denoise(table, noise, predict, table.init * start)
+        *_, last = answered(denoise(table, noise, at_once(predict), table.init * start))
         return nets["vae_decoder"]({"latent": narrow(last.latent, self._dtype)})["image"]

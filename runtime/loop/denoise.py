@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from threading import Lock
@@ -18,12 +18,12 @@ from ...engines.spec import DTYPES, FLOAT_TYPES, TEXT_ENCODERS, Array, has_time_
 from ..pictures.tiling import decode_tiled
 from ..pictures.windows import Window, Windows, blend
 from ..sampling.table import Table
+from .calls import Predict, answered
 from .controls import HostControls, added_inputs, refuse_unloaded
-from .job import NEVER, REQUIRED, Clock, DenoiseJob, Drawn, Kept, PackageLoop, State, Stop
+from .job import NEVER, REQUIRED, Clock, DenoiseJob, Drawn, Kept, PackageLoop, Run, State, Stop, UNetCall
 
 # NumPy would only warn; the loop checks the result and says in which step it happened.
 _overflow_is_found_below = partial(np.errstate, over="ignore", invalid="ignore")
-Predict = Callable[[Array, int], Array]  # (state (N, C, h, w), row) -> model output (N, C, h, w), guided
 
 
 def denoise(
@@ -33,8 +33,8 @@ def denoise(
     first: Array,
     kept: Kept | None = None,
     dtype: str = "fp16",
-) -> Iterator[State]:
-    """Run the table; yields once per row, the final latent last.
+) -> Iterator[UNetCall | State]:
+    """Run the table; yields a state for each row, the final latent last, and before each its calls.
 
     Args:
         table: one row per UNet call.
@@ -50,7 +50,7 @@ def denoise(
     y = first
     history: list[Array] = []
     for i, row in enumerate(table.rows()):
-        unet_input, m = y, predict(y, i)
+        unet_input, m = y, (yield from predict(y, i))
         with _overflow_is_found_below():
             history = [row.p * y + row.q * m, *history[: table.history - 1]]
             y = row.a * y + sum(b * h for b, h in zip(row.b, history, strict=False) if b)
@@ -79,13 +79,14 @@ class UNetCalls:
         call: runs one of them.
         clock: is charged with what each stage takes.
         stop: is looked at before every call of the UNet.
-        unet: which graph of the UNet is called ("unet", or one that takes controls).
+        unet: which graph of the UNet is run ("unet", or one that takes controls).
+        run: runs it.
     """
 
     def __init__(
-        self, job: DenoiseJob, manifest: Manifest, call: Call, clock: Clock, stop: Stop, unet: str
+        self, job: DenoiseJob, manifest: Manifest, call: Call, clock: Clock, stop: Stop, unet: str, run: Run
     ) -> None:
-        self._job, self._call, self._clock, self._stop, self._unet = job, call, clock, stop, unet
+        self._job, self._clock, self._stop, self._run = job, clock, stop, run
         self._dtype = DTYPES[FLOAT_TYPES[manifest.dtype]]
         rows, columns = job.shape[1:]
         self._windows = (job.windows or Windows(side=max(rows, columns), overlap=0)).over(rows, columns)
@@ -112,38 +113,41 @@ class UNetCalls:
                 name: np.repeat(rows, self._each, axis=0) for name, rows in self._schedule.items()
             }
 
-    def __call__(self, latent: Array, row: int) -> Array:
+    def __call__(self, latent: Array, row: int) -> Generator[UNetCall, None, Array]:
         """The guided prediction (N, C, h, w) float32 for a state, at a row of the table."""
         job = self._job
-        prediction = blend(self._windows, partial(self._window, latent, row))
+        parts: list[Array] = []
+        for number, window in enumerate(self._windows):
+            self._stop.check(f"before step {row + 1} of {len(job.table)}")
+            yield (call := self._of_window(latent, row, number, window))
+            parts.append(call.prediction)
+        prediction = blend(self._windows, parts)
         return guide(prediction, job.guidance_scale, job.guidance_rescale, job.guided)
 
-    def _window(self, latent: Array, row: int, number: int, window: Window) -> Array:
-        """(B, C, h, w): what the UNet predicts for a window of the state."""
-        self._stop.check(f"before step {row + 1} of {len(self._job.table)}")
+    def _of_window(self, latent: Array, row: int, number: int, window: Window) -> UNetCall:
+        """The call for a window of the state; it predicts (B, C, h, w)."""
         batch = narrow(guided_batch(window.of(latent), self._job.guided), self._dtype)  # (B, C, h, w)
         times = slice(row * self._each, (row + 1) * self._each)
         inputs = {
+            "latent": batch,
             **self._constant,
             **{name: rows[times] for name, rows in self._schedule.items()},
             **self._behind[number],
         }
-        added: dict[str, Array] = {}
         if self._controls:
             with self._clock.stage("controls"):
-                added = self._controls[number].inputs(batch, row)
-        with self._clock.stage("unet"):
-            return self._call(self._unet, latent=batch, **inputs, **added)["prediction"]
+                inputs |= self._controls[number].inputs(batch, row)
+        return UNetCall(run=self._run, inputs=inputs, clock=self._clock)
 
 
 def steps_of_calls(
-    job: DenoiseJob, manifest: Manifest, call: Call, clock: Clock, stop: Stop | None, unet: str
-) -> Iterator[State]:
-    """Yield the state after every row of the table, with nets that are called with arrays.
+    job: DenoiseJob, manifest: Manifest, call: Call, clock: Clock, stop: Stop | None, unet: str, run: Run
+) -> Iterator[UNetCall | State]:
+    """Yield the state after every row of the table, and before it the calls of the UNet that it takes.
 
     Arguments are those of `UNetCalls`. Raises CancelledError, NumericError.
     """
-    predict = UNetCalls(job, manifest, call, clock, stop or NEVER, unet)
+    predict = UNetCalls(job, manifest, call, clock, stop or NEVER, unet, run)
     source = job.noise.fork()
     states = denoise(job.table, lambda: source.draw(job.shape), predict, job.first, job.kept, manifest.dtype)
     yield from clock.timed("update", states)
@@ -270,15 +274,15 @@ class HostLoop:
         """Run one net once; see `job.Loop`."""
         return self.net(net)(**arrays)
 
-    def steps(self, job: DenoiseJob, clock: Clock, stop: Stop | None) -> Iterator[State]:
-        """Yield the state after every row of the table. Raises CancelledError, NumericError."""
+    def unet_calls(self, job: DenoiseJob, clock: Clock, stop: Stop | None) -> Iterator[UNetCall | State]:
+        """See `job.Loop`. Raises CancelledError, NumericError."""
         name = self.unet
         unet = self.net(name)  # kept between the steps, also where another set of adapters takes its place
+        yield from steps_of_calls(job, self._package.manifest, self.call, clock, stop, name, unet)
 
-        def call(net: str, **arrays: Array) -> dict[str, Array]:
-            return unet(**arrays) if net == name else self.call(net, **arrays)
-
-        yield from steps_of_calls(job, self._package.manifest, call, clock, stop, unet=name)
+    def steps(self, job: DenoiseJob, clock: Clock, stop: Stop | None) -> Iterator[State]:
+        """Yield the state after every row of the table. Raises CancelledError, NumericError."""
+        yield from answered(self.unet_calls(job, clock, stop))
 
     def draw(self, job: DenoiseJob, clock: Clock, *, decode: bool) -> Drawn:
         """Denoise and decode; see `job.Loop`."""

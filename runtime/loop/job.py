@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from threading import Event
@@ -324,6 +324,52 @@ class Clock:
             yield item
 
 
+Run = Callable[..., Mapping[str, Array]]  # (**inputs) -> the outputs of a net
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class UNetCall:
+    """A call that is to be answered before its job goes on.
+
+    Attributes:
+        run: the UNet; calls with an equal one have the same weights.
+        inputs: by name, (B, …) each; of older packages some with one row for all.
+        clock: of the job, charged with what the call takes.
+    """
+
+    run: Run
+    inputs: Mapping[str, Array]
+    clock: Clock
+    _answers: list[Array] = field(default_factory=list[Array])
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return len(self.inputs["latent"])
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for calls whose rows may be run side by side."""
+        if any(len(value) != self.rows for value in self.inputs.values()):
+            return id(self)
+        return self.run, *((name, value.shape[1:], str(value.dtype)) for name, value in self.inputs.items())
+
+    def answer(self, prediction: Array) -> None:
+        """Give the job what it waits for, (B, C, h, w)."""
+        self._answers.append(prediction)
+
+    @property
+    def prediction(self) -> Array:
+        """The answer. Raises UsageError before there is one."""
+        if not self._answers:
+            raise UsageError(
+                "a job goes on before its call of the UNet was answered",
+                expected="call.answer(prediction) before the next item",
+                fix="Answer every UNetCall of `Loop.unet_calls`, or take `Loop.steps`.",
+            )
+        return self._answers[0]
+
+
 @dataclass(frozen=True)
 class Stop:
     """When a generation ends early: as soon as one of `events` is set, or `seconds` are over."""
@@ -358,6 +404,10 @@ class Loop(Protocol):
 
     def steps(self, job: DenoiseJob, clock: Clock, stop: Stop | None) -> Iterator[State]:
         """Yield the state after every row of the table; `stop` is looked at before each."""
+        ...
+
+    def unet_calls(self, job: DenoiseJob, clock: Clock, stop: Stop | None) -> Iterator[UNetCall | State]:
+        """The same, with the calls of the UNet yielded to who answers them (`calls.UNetCall`)."""
         ...
 
     def draw(self, job: DenoiseJob, clock: Clock, *, decode: bool) -> Drawn:
@@ -436,7 +486,8 @@ class JobRecorder:
     job: DenoiseJob
 
     def __init__(self, loop: Loop) -> None:
-        self.call, self.steps, self.decode, self.close = loop.call, loop.steps, loop.decode, loop.close
+        self.call, self.decode, self.close = loop.call, loop.decode, loop.close
+        self.steps, self.unet_calls = loop.steps, loop.unet_calls
 
     def draw(self, job: DenoiseJob, clock: Clock, *, decode: bool) -> Drawn:
         """Keep the job."""

@@ -7,7 +7,7 @@ equal ones, so that a window's border, which sees nothing beyond itself, counts 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,18 +64,12 @@ class Windows:
         )
 
 
-def blend(windows: tuple[Window, ...], part: Callable[[int, Window], Array]) -> Array:
-    """(…, rows, columns) float32: the weighted mean of what `part` returns for each window and its number.
-
-    A single window's is returned as it is.
-    """
+def blend(windows: tuple[Window, ...], parts: Sequence[Array]) -> Array:
+    """(…, rows, columns) float32: the weighted mean of the windows' parts; of a single one its own."""
     if len(windows) == 1:
-        return part(0, windows[0])
-    whole = np.zeros(0, np.float32)
-    for number, window in enumerate(windows):
-        values = part(number, window)
-        if not number:
-            size = max(one.bottom for one in windows), max(one.right for one in windows)
-            whole = np.zeros((*values.shape[:-2], *size), np.float32)
+        return parts[0]
+    size = max(one.bottom for one in windows), max(one.right for one in windows)
+    whole = np.zeros((*parts[0].shape[:-2], *size), np.float32)
+    for window, values in zip(windows, parts, strict=True):
         whole[..., window.top : window.bottom, window.left : window.right] += values * window.weight
     return whole

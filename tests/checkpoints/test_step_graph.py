@@ -8,6 +8,7 @@ import pytest
 
 from latentrt.checkpoints.graphs.step import write_step
 from latentrt.engines import spec
+from latentrt.runtime.loop.calls import answered, at_once
 from latentrt.runtime.loop.denoise import denoise, guide, guided_batch
 from latentrt.runtime.loop.job import Kept
 from latentrt.runtime.sampling.names import resolve
@@ -50,7 +51,7 @@ def test_the_graph_draws_what_the_loop_draws(
     mask = random.uniform(-0.5, 1.5, (2, 1, 6, 10)).clip(0, 1).astype(np.float32)
     picture = random.standard_normal(start.shape, np.float32)
     kept = Kept(latent=picture, noise=start, mask=mask) if masked else None
-    *_, wanted = denoise(table, lambda: next(draws), predict, table.init * start, kept)
+    *_, wanted = answered(denoise(table, lambda: next(draws), at_once(predict), table.init * start, kept))
 
     state = np.zeros((spec.HISTORY, *start.shape), np.float32)
     state[0] = table.init * start

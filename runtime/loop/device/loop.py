@@ -26,9 +26,10 @@ from ....engines.net_weights import changed_names, engine_bytes
 from ....engines.package import Manifest, Package
 from ....engines.spec import Array
 from ...pictures.tiling import decode_tiled
+from ..calls import answered
 from ..controls import ControlNetInputs, SteadyInputs, added_inputs, averages, refuse_unloaded
 from ..denoise import check_finite, steps_of_calls
-from ..job import NEVER, Clock, ControlJob, DenoiseJob, Drawn, PackageLoop, State, Stop
+from ..job import NEVER, Clock, ControlJob, DenoiseJob, Drawn, PackageLoop, State, Stop, UNetCall
 from .controls import NET, ControlProgram, ControlShape, DeviceControls, SteeringInputs
 from .cuda_graphs import Replay
 from .memory_fallback import MemoryNeed, MemoryPlan, equal_rows, fit_in_memory
@@ -308,7 +309,7 @@ class DeviceLoop:
         uploaded and waited for.
         """
         if self._by_calls(job):
-            yield from steps_of_calls(job, self._manifest, self.call, clock, stop, unet=self.unet)
+            yield from answered(self.unet_calls(job, clock, stop))
             return
         need, total = _need(job, self._scale), len(job.table)
         stop = stop or NEVER
@@ -342,6 +343,13 @@ class DeviceLoop:
         finally:
             with self._lock:
                 picture.close()
+
+    def unet_calls(self, job: DenoiseJob, clock: Clock, stop: Stop | None) -> Iterator[UNetCall | State]:
+        """See `job.Loop`; between the calls the host works. Raises as `draw`, and CancelledError."""
+        yield from steps_of_calls(job, self._manifest, self.call, clock, stop, self.unet, self._run_unet)
+
+    def _run_unet(self, **arrays: Array) -> dict[str, Array]:
+        return self.call(self.unet, **arrays)
 
     def draw(self, job: DenoiseJob, clock: Clock, *, decode: bool) -> Drawn:
         """Denoise and decode, with one synchronisation (more if the decoder is tiled, or `_by_calls`).

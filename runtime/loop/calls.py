@@ -1,0 +1,44 @@
+"""Who answers the calls of the UNet that jobs wait for: at once, or who steps through several jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, TypeVar
+
+from ...engines.spec import Array
+from .job import Loop, UNetCall
+
+Item = TypeVar("Item")
+# (state (N, C, h, w), row) -> the calls that it takes, and at their end the model output (N, C, h, w), guided
+Predict = Callable[[Array, int], Generator[UNetCall, None, Array]]
+
+
+def answered(items: Iterable[UNetCall | Item]) -> Iterator[Item]:
+    """Run each call where a job waits for it; yields all else."""
+    for item in items:
+        if isinstance(item, UNetCall):
+            with item.clock.stage("unet"):
+                item.answer(item.run(**item.inputs)["prediction"])
+        else:
+            yield item
+
+
+def at_once(
+    predict: Callable[[Array, int], Array],
+) -> Callable[[Array, int], Generator[UNetCall, None, Array]]:
+    """A UNet that is no net and waits for nothing, as `denoise.denoise` takes it."""
+
+    def predicted(latent: Array, row: int) -> Generator[UNetCall, None, Array]:
+        yield from ()
+        return predict(latent, row)
+
+    return predicted
+
+
+class SharedLoop:
+    """A loop whose steps have the calls of the UNet between them, for who answers those of several jobs."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.call, self.draw, self.decode, self.close = loop.call, loop.draw, loop.decode, loop.close
+        self.steps: Any = loop.unet_calls
+        self.unet_calls = loop.unet_calls
