@@ -636,8 +636,7 @@ class Pipeline:
             What a result has for images, and what made them.
         """
         manifest = self.package.manifest
-        noise = NoiseSource(request.seeds, request.rng)
-        table = request.table()  # the schedule: a row of coefficients for each UNet call
+        noise, table = NoiseSource(request.seeds, request.rng), request.table()  # a row for each UNet call
 
         # tokens -> context (P, T, D), each different text once, and what joins the time embedding
         with clock.stage("text_encoder"):
@@ -666,14 +665,13 @@ class Pipeline:
         )
         if watched:
             show = partial(preview, manifest=manifest, loop=loop, request=request)
-            latent, profile = job.first, ""
+            drawn = Drawn(latent=job.first, image=None, mean=None)
             for state in cast("Iterator[UNetCall | State]", loop.steps(job, clock, stop)):
                 if isinstance(state, UNetCall):
                     yield cast(Any, state)  # for `stream_many`, which is told in `through`
                     continue
                 yield Step(table=table, state=state, _preview=show)
-                latent, profile = state.latent, state.profile
-            drawn = Drawn(latent=latent, image=None, mean=None, profile=profile)
+                drawn = replace(drawn, latent=state.latent, profile=state.profile)
         else:
             drawn = loop.draw(job, clock, decode=decode)
 

@@ -41,7 +41,7 @@ _HEAD = ("| what | result | reproduce |", "|---|---|---|")
 _SHORT = ("peak in host memory", "peak on the device", "cold start, whole", "build", "parity", WITH_ONE)
 _EXPLAINED = ("latency", "opening", "adapters", "controls")  # documents that say why rows have no time
 _AFTER = {picture_after(name) for name in FOLLOWED}
-_ROWS = 12  # of the short table, at most
+_ROWS = 13  # of the short table, at most
 NOTHING = "Nothing was measured yet: `latentrt bench latency demo`."
 
 

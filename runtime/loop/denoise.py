@@ -15,6 +15,7 @@ from ...engines.net_weights import engine_bytes, net_tensors
 from ...engines.package import Manifest, Package
 from ...engines.processors import usable_processors
 from ...engines.spec import DTYPES, FLOAT_TYPES, TEXT_ENCODERS, Array, has_time_of_each_row
+from ...engines.spilled import available_bytes
 from ..pictures.tiling import decode_tiled
 from ..pictures.windows import Window, Windows, blend
 from ..sampling.table import Table
@@ -22,6 +23,7 @@ from .calls import Predict, answered
 from .controls import HostControls, added_inputs, refuse_unloaded
 from .job import NEVER, REQUIRED, Clock, DenoiseJob, Drawn, Kept, PackageLoop, Run, State, Stop, UNetCall
 
+_WHILE_OPENED = 2  # times its weights is what a net takes then, at most
 # NumPy would only warn; the loop checks the result and says in which step it happened.
 _overflow_is_found_below = partial(np.errstate, over="ignore", invalid="ignore")
 
@@ -254,14 +256,19 @@ class HostLoop:
             return self.nets[name]
 
     def open_nets(self, names: Sequence[str]) -> None:
-        """Open these now, so that the first picture does not wait for them; side by side.
+        """Open these now, so that the first picture does not wait for them.
 
-        A large net takes seconds of one processor.
+        Side by side, as a large net takes seconds of one processor; where memory is short one after the
+        other, the largest first, as each takes more while it is opened than afterwards.
 
         Raises:
             LatentrtError: what the backend raises for the first net that does not open.
         """
-        with ThreadPoolExecutor(usable_processors()) as pool:
+        sizes = {name: engine_bytes(self._package, name) for name in names}
+        available = available_bytes()
+        short = available is not None and available < _WHILE_OPENED * sum(sizes.values())
+        names = sorted(names, key=sizes.__getitem__, reverse=True) if short else names
+        with ThreadPoolExecutor(1 if short else usable_processors()) as pool:
             opening = [pool.submit(self._open, name) for name in names]
         with self._lock:
             for name, opened in zip(names, opening, strict=True):

@@ -60,8 +60,9 @@ class SharedSteps(Generic[Item, End]):
     """Runs generations: generators that yield calls of the UNet and other items, and return something.
 
     Every turn belongs to who waits longest, and to others of its kind (the same weights, the same sizes). So
-    with G generations none waits more than G turns. A new one starts at once where nobody waits; else one
-    starts in each turn, as encoding its prompts makes the others wait. One thread takes the turns.
+    with G generations none waits more than G turns for an answer. A new one starts at once where nobody
+    waits; else one starts in each turn, as encoding its prompts makes the others wait. One thread takes the
+    turns.
 
     Args:
         rows: of a call, at most; a generation that has more runs alone.

@@ -1,6 +1,7 @@
 """Arrays in a file in place of memory."""
 
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,10 @@ import pytest
 from latentrt import Pipeline
 from latentrt.engines import spilled
 from latentrt.engines.onnxruntime import nets
+from latentrt.engines.package import Package
 from latentrt.engines.spilled import available_bytes, spill
+from latentrt.runtime.loop import denoise
+from latentrt.runtime.model import SHIPPED
 from tests.runtime.test_adapters import write
 
 FAST: dict[str, Any] = {"num_inference_steps": 1, "height": 64, "width": 64, "seed": 3, "output_type": "np"}
@@ -72,3 +76,27 @@ def test_pictures_are_the_same_where_memory_is_short(tmp_path: Path, monkeypatch
     monkeypatch.setattr(nets, "available_bytes", lambda: 0)
     assert draw() == wanted
     assert sum(moved) > 0
+
+
+@pytest.mark.parametrize(("available", "at_once"), [(None, True), (2**50, True), (0, False)])
+def test_nets_are_opened_one_by_one_where_memory_is_short(
+    available: int | None, at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, most, order = list[str](), list[int](), list[str]()
+
+    class Slow:
+        def open_net(self, package: Package, name: str, *, threads: int | None) -> Any:
+            running.append(name)
+            order.append(name)
+            sleep(0.05)
+            most.append(len(running))
+            running.remove(name)
+
+    monkeypatch.setattr(denoise, "available_bytes", lambda: available)
+    monkeypatch.setattr(denoise, "usable_processors", lambda: 2)
+    package = Package.open(SHIPPED["demo"])
+    loop = denoise.HostLoop(package, Slow(), None)  # pyright: ignore[reportArgumentType]
+    loop.open_nets(["unet_time", "vae_decoder", "unet"])
+    assert max(most) == (2 if at_once else 1)
+    if not at_once:
+        assert order == ["unet", "vae_decoder", "unet_time"]
