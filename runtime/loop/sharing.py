@@ -19,7 +19,7 @@ from .job import UNetCall
 
 Item = TypeVar("Item")
 End = TypeVar("End")
-ROWS = 8  # of a call, at most: more gain little on any machine that was measured (docs/design.md)
+ROWS = 8  # of a call, at most: the largest batch that `latentrt bench throughput` measures by itself
 
 
 @dataclass(frozen=True, kw_only=True)
