@@ -19,7 +19,7 @@ from .job import UNetCall
 
 Item = TypeVar("Item")
 End = TypeVar("End")
-ROWS = 8  # of a call, at most: the largest batch that `latentrt bench throughput` measures by itself
+ROWS = 8  # of a call, at most
 
 
 @dataclass(frozen=True, kw_only=True)
