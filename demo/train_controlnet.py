@@ -196,6 +196,7 @@ def main() -> None:
     net = controlnet(parts.unet).to(memory_format=torch.channels_last)
     losses = itertools.chain.from_iterable(train(parts, net, cycle) for cycle in range(len(CYCLES)))
     logged("controlnet", losses)
+    net.register_to_config(_name_or_path="")  # else the folder of the cycle before stands in the file
     net.to(dtype=torch.float16, memory_format=torch.contiguous_format).save_pretrained(arguments.out)
 
 
