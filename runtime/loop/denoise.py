@@ -24,6 +24,7 @@ from .controls import HostControls, added_inputs, refuse_unloaded
 from .job import NEVER, REQUIRED, Clock, DenoiseJob, Drawn, Kept, PackageLoop, Run, State, Stop, UNetCall
 
 _WHILE_OPENED = 2  # times its weights is what a net takes then, at most
+_WIDENED = 4  # times as many bytes as stored, at most: fp8 that is computed with in fp32
 # NumPy would only warn; the loop checks the result and says in which step it happened.
 _overflow_is_found_below = partial(np.errstate, over="ignore", invalid="ignore")
 
@@ -264,10 +265,9 @@ class HostLoop:
         Raises:
             LatentrtError: what the backend raises for the first net that does not open.
         """
-        sizes = {name: engine_bytes(self._package, name) for name in names}
-        available = available_bytes()
-        short = available is not None and available < _WHILE_OPENED * sum(sizes.values())
-        names = sorted(names, key=sizes.__getitem__, reverse=True) if short else names
+        short = self._is_short(names)
+        if short:
+            names = sorted(names, key=partial(engine_bytes, self._package), reverse=True)
         with ThreadPoolExecutor(1 if short else usable_processors()) as pool:
             opening = [pool.submit(self._open, name) for name in names]
         with self._lock:
@@ -276,6 +276,16 @@ class HostLoop:
                     self.nets[name] = opened.result()
         for opened in opening:
             opened.result()
+
+    def _is_short(self, names: Sequence[str]) -> bool:
+        """Whether these nets, opened side by side, might take more memory than there is."""
+        manifest, available = self._package.manifest, available_bytes()
+        files = {weights for name in names for weights in manifest.nets[name].weights}
+        # Counting reads the graphs, so a look at the files' sizes comes first.
+        stored = sum(manifest.files[weights].size for weights in files)
+        if available is None or available > _WHILE_OPENED * _WIDENED * stored:
+            return False
+        return available < _WHILE_OPENED * sum(engine_bytes(self._package, name) for name in names)
 
     def call(self, net: str, **arrays: Array) -> dict[str, Array]:
         """Run one net once; see `job.Loop`."""
