@@ -482,7 +482,8 @@ class Pipeline:
         samplers, steps and guidance; those of one size and with the same adapters share.
 
         Args:
-            requests: what `__call__` takes, by name, "prompt" too; the next one is taken when there is room.
+            requests: each its "prompt", "output_type" and parameters, as `__call__` has them; the next one is
+                taken when there is room.
             rows: of a call of the UNet, at most; a guided picture is two.
             at_once: requests that run side by side, at most.
 

@@ -407,7 +407,7 @@ class Loop(Protocol):
         ...
 
     def unet_calls(self, job: DenoiseJob, clock: Clock, stop: Stop | None) -> Iterator[UNetCall | State]:
-        """The same, with the calls of the UNet yielded to who answers them (`calls.UNetCall`)."""
+        """The same, with the calls of the UNet yielded to who answers them."""
         ...
 
     def draw(self, job: DenoiseJob, clock: Clock, *, decode: bool) -> Drawn:

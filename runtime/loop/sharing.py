@@ -2,7 +2,7 @@
 
 A sampler is a table, and a UNet takes a timestep for each of its rows, so requests share calls whatever their
 samplers, steps and guidance are. What a row of a call computes does not depend on the other rows, so pictures
-are those of a request that runs alone: to the byte on a CPU, which the tests hold for every layout.
+are those of a request that runs alone: to the byte on a CPU, in the layout that the tests open.
 """
 
 from __future__ import annotations

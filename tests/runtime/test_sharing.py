@@ -243,6 +243,15 @@ def test_what_fails_says_so_and_leaves_the_others(pipe: Pipeline) -> None:
     assert isinstance(found[3].images[0], Image.Image)
 
 
+def test_what_is_no_error_of_ours_ends_all(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(pipe, "_draw", broken)
+    with pytest.raises(ZeroDivisionError):
+        list(pipe.stream_many([{"prompt": PROMPT, **SMALL}]))
+
+
 def test_requests_are_taken_as_there_is_room(pipe: Pipeline) -> None:
     taken: list[int] = []
 
