@@ -35,7 +35,7 @@ from .ours import open_pipeline
 TIMELINE, GROWTH = "timeline", "growth per step"  # workloads
 SETTLED = 5  # steps after which every buffer of the loop is there: no sampler remembers more than 5
 BLOCKS = 10  # of the steps after that: a cache that fills once is in one of them, what grows is in most
-REQUESTS = 4  # in all of which memory must grow before that is more than a library's cache
+REQUESTS = 12  # in all of which memory must grow before that is more than a library's cache; one in four does
 STEADY = 1.0  # bytes per step that are no growth; the smallest object, kept once in 10 steps, is 1.6
 
 
