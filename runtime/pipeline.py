@@ -26,7 +26,7 @@ from ..engines.spec import TEXT_ENCODERS, Array
 from .adapted import ADAPTED_BYTES, Adapted, AdaptedLoops
 from .conditioning import make_conditioning
 from .embeddings import EmbeddingLibrary, Source
-from .loop.calls import SharedLoop
+from .loop.calls import Pause, SharedLoop, decoded
 from .loop.device.cuda_graphs import Graphs
 from .loop.job import (
     NEVER,
@@ -495,7 +495,7 @@ class Pipeline:
         with closing(shared):
             while True:
                 for number, values in islice(numbered, at_once - len(shared)):
-                    shared.add(number, self._shared(values))
+                    shared.add(number, self.shared(values))
                 if not len(shared):
                     return
                 for event in shared.turn():
@@ -509,13 +509,32 @@ class Pipeline:
                     else:
                         raise event.error
 
-    def _shared(self, values: Mapping[str, Any]) -> Generator[UNetCall | Step, None, Result[Any]]:
-        """A generation whose calls of the UNet others answer."""
+    def shared(
+        self,
+        values: Mapping[str, Any],
+        *,
+        cancel: Event | None = None,
+        timeout: float | None = None,
+    ) -> Generator[UNetCall | Pause | Step, None, Result[Any]]:
+        """A generation whose calls of the UNet others answer: what `SharedSteps.add` takes.
+
+        Args:
+            values: its "prompt", "output_type" and parameters, as `__call__` has them.
+            cancel: ends it before its next call once set.
+            timeout: seconds from its first turn after which it ends so too.
+
+        Returns:
+            The result.
+
+        Raises:
+            CancelledError: by `cancel` or `timeout`.
+            LatentrtError: as `__call__`, in its first turn for what is wrong with the values.
+        """
         given = {"output_type": "pil", **values}
         request, clock = self._request(given.pop("prompt", ""), given), Clock()
         decode = request.output_type != "latent"
         images, producer = yield from self._generate(
-            request, clock, NEVER, watched=True, decode=decode, through=SharedLoop
+            request, clock, _stop(cancel, timeout), watched=True, decode=decode, through=SharedLoop
         )
         return Result(images=images, request=request, seconds=clock.seconds, producer=producer)
 
@@ -682,8 +701,8 @@ class Pipeline:
             return drawn.latent, producer
         image, mean = drawn.image, drawn.mean
         if image is None or mean is None:
-            with clock.stage("vae_decoder"):
-                image, mean = loop.decode(drawn.latent, tile=request.tile, stop=stop)
+            pauses = decoded(loop, drawn.latent, request.tile, manifest.latent_scale, clock, stop)
+            image, mean = cast("tuple[Array, Array]", (yield from cast(Any, pauses)))  # see the calls above
         return finished(check_finite(image, mean, manifest.dtype), request, manifest.dtype), producer
 
     def prepare(self, request: Request, clock: Clock | None = None) -> DenoiseJob:

@@ -1,4 +1,7 @@
-"""Who answers the calls of the UNet that jobs wait for: at once, or who steps through several jobs."""
+"""Who answers the calls of the UNet that jobs wait for: at once, or who steps through several jobs.
+
+Where several share them, a job also lets others have a turn before it decodes a tile.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
 from ...engines.spec import Array
-from .job import Loop, UNetCall
+from ..pictures.tiling import decode_in_turns
+from .job import Clock, Loop, Stop, UNetCall
 
 Item = TypeVar("Item")
 # (state (N, C, h, w), row) -> the calls that it takes, and at their end the model output (N, C, h, w), guided
@@ -35,6 +39,10 @@ def at_once(
     return predicted
 
 
+class Pause:
+    """What a job yields before it works for longer than others should wait: they have their turn first."""
+
+
 class SharedLoop:
     """A loop whose steps have the calls of the UNet between them, for who answers those of several jobs."""
 
@@ -42,3 +50,28 @@ class SharedLoop:
         self.call, self.draw, self.decode, self.close = loop.call, loop.draw, loop.decode, loop.close
         self.steps: Any = loop.unet_calls
         self.unet_calls = loop.unet_calls
+
+
+def decoded(
+    loop: Loop, latent: Array, tile: int | None, scale: int, clock: Clock, stop: Stop
+) -> Generator[Pause, None, tuple[Array, Array]]:
+    """Pictures of latents as `Loop.decode` returns them; in a `SharedLoop` with a pause before each tile."""
+
+    def decode(part: Array, tile: int | None = None) -> tuple[Array, Array]:
+        with clock.stage("vae_decoder"):
+            return loop.decode(part, tile=tile, stop=stop)
+
+    if not isinstance(loop, SharedLoop):
+        return decode(latent, tile)
+    if tile is None:
+        yield Pause()
+        return decode(latent)
+    tiles = decode_in_turns(latent, tile, scale)
+    try:
+        part = next(tiles)
+        while True:
+            yield Pause()
+            part = tiles.send(decode(part))
+    except StopIteration as end:
+        image, mean = end.value
+        return image, mean

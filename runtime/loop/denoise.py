@@ -121,14 +121,15 @@ class UNetCalls:
         job = self._job
         parts: list[Array] = []
         for number, window in enumerate(self._windows):
-            self._stop.check(f"before step {row + 1} of {len(job.table)}")
             yield (call := self._of_window(latent, row, number, window))
             parts.append(call.prediction)
         prediction = blend(self._windows, parts)
         return guide(prediction, job.guidance_scale, job.guidance_rescale, job.guided)
 
     def _of_window(self, latent: Array, row: int, number: int, window: Window) -> UNetCall:
-        """The call for a window of the state; it predicts (B, C, h, w)."""
+        """The call for a window of the state; it predicts (B, C, h, w). Raises CancelledError."""
+        check = partial(self._stop.check, f"before step {row + 1} of {len(self._job.table)}")
+        check()
         batch = narrow(guided_batch(window.of(latent), self._job.guided), self._dtype)  # (B, C, h, w)
         times = slice(row * self._each, (row + 1) * self._each)
         inputs = {
@@ -140,7 +141,7 @@ class UNetCalls:
         if self._controls:
             with self._clock.stage("controls"):
                 inputs |= self._controls[number].inputs(batch, row)
-        return UNetCall(run=self._run, inputs=inputs, clock=self._clock)
+        return UNetCall(run=self._run, inputs=inputs, clock=self._clock, check=check)
 
 
 def steps_of_calls(

@@ -335,11 +335,13 @@ class UNetCall:
         run: the UNet; calls with an equal one have the same weights.
         inputs: by name, (B, …) each; of older packages some with one row for all.
         clock: of the job, charged with what the call takes.
+        check: raises CancelledError where the job is to end before this call.
     """
 
     run: Run
     inputs: Mapping[str, Array]
     clock: Clock
+    check: Callable[[], None] = lambda: None
     _answers: list[Array] = field(default_factory=list[Array])
 
     @property

@@ -10,16 +10,20 @@ from __future__ import annotations
 from collections.abc import Generator, Hashable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Generic, TypeVar, cast
+from typing import Generic, TypeVar
 
 import numpy as np
 
+from ...engines.errors import CancelledError
 from ...engines.spec import Array
+from .calls import Pause
 from .job import UNetCall
 
 Item = TypeVar("Item")
 End = TypeVar("End")
 ROWS = 8  # of a call, at most
+_FIRST = 2**31  # a priority above all others
+PATIENCE = 16  # turns that a generation of lower priority waits at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,21 +52,23 @@ class Failed:
 
 @dataclass(kw_only=True)
 class _Generation(Generic[Item, End]):
-    """One of them; `call` is what it waits for, None before its first turn."""
+    """One of them; `waits` is what it waits for, None before its first turn."""
 
     name: Hashable
-    steps: Generator[UNetCall | Item, None, End]
-    call: UNetCall | None = None
+    steps: Generator[UNetCall | Pause | Item, None, End]
+    priority: int
+    waits: UNetCall | Pause | None = None
     waits_since: int = 0
 
 
 class SharedSteps(Generic[Item, End]):
-    """Runs generations: generators that yield calls of the UNet and other items, and return something.
+    """Runs generations: generators that yield calls of the UNet, pauses and other items, and return an end.
 
     Every turn belongs to who waits longest, and to others of its kind (the same weights, the same sizes). So
-    with G generations none waits more than G turns for an answer. A new one starts at once where nobody
-    waits; else one starts in each turn, as encoding its prompts makes the others wait. One thread takes the
-    turns.
+    with G generations of one priority none waits more than G turns for an answer; one of lower priority waits
+    while there are others, but not longer than `PATIENCE` turns before it is in that order too. A new one
+    starts at once where nobody waits; else one starts in each turn, as encoding its prompts makes the others
+    wait. What follows a pause is a turn of its own. One thread takes the turns.
 
     Args:
         rows: of a call, at most; a generation that has more runs alone.
@@ -79,10 +85,15 @@ class SharedSteps(Generic[Item, End]):
         """How many are running."""
         return len(self._running)
 
-    def add(self, name: Hashable, steps: Generator[UNetCall | Item, None, End]) -> None:
-        """Let a generation take part from the next turn on; no other that runs has its name."""
+    def add(
+        self, name: Hashable, steps: Generator[UNetCall | Pause | Item, None, End], priority: int = 0
+    ) -> None:
+        """Let a generation take part from the next turn on; no other that runs has its name.
+
+        Where its turn is does not change what it draws. Higher priorities come first.
+        """
         assert name not in self._running, name
-        self._running[name] = _Generation(name=name, steps=steps)
+        self._running[name] = _Generation(name=name, steps=steps, priority=priority)
 
     def remove(self, name: Hashable) -> None:
         """Close a generation between two turns; nothing happens where it has ended."""
@@ -98,36 +109,53 @@ class SharedSteps(Generic[Item, End]):
         """Start who is new, run one call, and go on with those whose rows were in it; what became of them."""
         self._turns += 1
         events: list[Yielded[Item] | Ended[End] | Failed] = []
-        new = [one for one in self._running.values() if one.call is None]
+        self._end_cancelled(events)
+        new = [one for one in self._running.values() if one.waits is None]
+        new.sort(key=lambda one: -one.priority)
         busy = len(new) < len(self._running)
         for one in new[: 1 if busy else None]:
             self._advance(one, events)
         chosen = self._choose()
-        for one, prediction in zip(chosen, self._predict(chosen), strict=True):
+        if len(chosen) == 1 and isinstance(chosen[0].waits, Pause):
+            self._advance(chosen[0], events)
+            return events
+        calls = [one.waits for one in chosen if isinstance(one.waits, UNetCall)]
+        for one, call, prediction in zip(chosen, calls, self._predict(calls), strict=True):
             if isinstance(prediction, Exception):
                 self._advance(one, events, prediction)
             else:
-                cast("UNetCall", one.call).answer(prediction)
+                call.answer(prediction)
                 self._advance(one, events)
         return events
 
+    def _end_cancelled(self, events: list[Yielded[Item] | Ended[End] | Failed]) -> None:
+        for one in tuple(self._running.values()):
+            if isinstance(one.waits, UNetCall):
+                try:
+                    one.waits.check()
+                except CancelledError as error:
+                    self._advance(one, events, error)
+
     def _choose(self) -> list[_Generation[Item, End]]:
-        """Who runs now: in the order in which they began to wait."""
-        waiting = sorted(
-            (one for one in self._running.values() if one.call is not None), key=lambda one: one.waits_since
-        )
+        """Who runs now, in their order: one that pauses, or all whose calls go together."""
+        waiting = sorted((one for one in self._running.values() if one.waits), key=self._order)
         chosen: list[_Generation[Item, End]] = []
-        left = self._rows
+        left, kind = self._rows, None
         for one in waiting:
-            call = cast("UNetCall", one.call)
-            if not chosen or (call.rows <= left and call.kind == cast("UNetCall", chosen[0].call).kind):
+            if not isinstance(call := one.waits, UNetCall):
+                if not chosen:
+                    return [one]
+            elif not chosen or (call.rows <= left and call.kind == kind):
                 chosen.append(one)
-                left -= call.rows
+                left, kind = left - call.rows, kind or call.kind
         return chosen
 
-    def _predict(self, chosen: Sequence[_Generation[Item, End]]) -> list[Array | Exception]:
+    def _order(self, one: _Generation[Item, End]) -> tuple[int, int]:
+        patient = self._turns - one.waits_since <= PATIENCE
+        return (-one.priority if patient else -_FIRST, one.waits_since)
+
+    def _predict(self, calls: Sequence[UNetCall]) -> list[Array | Exception]:
         """What the UNet answers to each; an error of a common call is looked for by asking one by one."""
-        calls = [cast("UNetCall", one.call) for one in chosen]
         if not calls:
             return []
         try:
@@ -135,7 +163,7 @@ class SharedSteps(Generic[Item, End]):
         except Exception as error:
             if len(calls) == 1:
                 return [error]
-        return [answer for one in chosen for answer in self._predict([one])]
+        return [answer for call in calls for answer in self._predict([call])]
 
     def _advance(
         self,
@@ -146,17 +174,17 @@ class SharedSteps(Generic[Item, End]):
         """Run a generation to the next call that it waits for, or to its end."""
         try:
             item = next(one.steps) if error is None else one.steps.throw(error)
-            while not isinstance(item, UNetCall):
+            while not isinstance(item, (UNetCall, Pause)):
                 events.append(Yielded(name=one.name, item=item))
                 item = next(one.steps)
         except StopIteration as end:
             del self._running[one.name]
-            events.append(Ended(name=one.name, value=cast("End", end.value)))
+            events.append(Ended(name=one.name, value=end.value))
         except Exception as raised:
             del self._running[one.name]
             events.append(Failed(name=one.name, error=raised))
         else:
-            one.call, one.waits_since = item, self._turns
+            one.waits, one.waits_since = item, self._turns
 
 
 def together(calls: Sequence[UNetCall], sizes: Sequence[int] = ()) -> list[Array]:

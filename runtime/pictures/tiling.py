@@ -18,7 +18,7 @@ tiled picture differs from the untiled one in tone, and the fade turns the step 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import numpy as np
 
@@ -76,10 +76,28 @@ def decode_tiled(
     Raises:
         UsageError: a tile that does not fit the scale, or a decoder that returns another shape or dtype.
     """
+    tiles = decode_in_turns(latent, size, scale, overlap)
+    try:
+        part = next(tiles)
+        while True:
+            part = tiles.send(decode(part))
+    except StopIteration as end:
+        image, mean = end.value
+        return image, mean
+
+
+def decode_in_turns(
+    latent: Array, size: int, scale: int = 8, overlap: float = OVERLAP
+) -> Generator[Array, tuple[Array, Array], tuple[Array, Array]]:
+    """The same for who decodes the tiles between other work; arguments, result and errors are those.
+
+    Yields:
+        What is to be decoded, (N, C, h, w), and is sent what `decode` returns for it.
+    """
     count, _, rows, columns = latent.shape
     height, width, stride = rows * scale, columns * scale, tile_stride(size, scale, overlap)
     if max(height, width) <= size:
-        return _call(decode, latent, scale)
+        return (yield from _tile(latent, scale))
     down, across = axis_tiles(height, size, stride), axis_tiles(width, size, stride)
     # the unfinished part of the picture, from row `top` on
     strip = np.zeros((count, len(down[0][1]), width, 3), np.float32)
@@ -90,7 +108,7 @@ def decode_tiled(
         band = latent[:, :, top // scale : (top + len(along_y)) // scale]
         for left, along_x in across:
             right = left + len(along_x)
-            tile, tile_mean = _call(decode, band[..., left // scale : right // scale], scale)
+            tile, tile_mean = yield from _tile(band[..., left // scale : right // scale], scale)
             strip[:, :, left:right] += tile * (along_y[:, None, None] * along_x[:, None])
             share = float(along_y.sum()) * float(along_x.sum()) / (height * width)
             with np.errstate(invalid="ignore"):  # inf - inf: the mean must show that a tile is not finite
@@ -167,9 +185,9 @@ def axis_tiles(length: int, size: int, stride: int) -> list[tuple[int, Array]]:
     return [(start, weight.astype(np.float32)) for start, weight in zip(starts, weights, strict=True)]
 
 
-def _call(decode: Decode, latent: Array, scale: int) -> tuple[Array, Array]:
-    """Decode one tile, and check the shapes: a wrong one might be broadcast when tiles are blended."""
-    image, mean = decode(np.ascontiguousarray(latent))
+def _tile(latent: Array, scale: int) -> Generator[Array, tuple[Array, Array], tuple[Array, Array]]:
+    """Have one tile decoded, and check the shapes: a wrong one might be broadcast when tiles are blended."""
+    image, mean = yield np.ascontiguousarray(latent)
     count, _, rows, columns = latent.shape
     expected = (count, rows * scale, columns * scale, 3)
     if image.shape != expected or image.dtype != np.uint8 or mean.shape != (count,):

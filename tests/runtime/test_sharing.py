@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from latentrt import Pipeline, UsageError
-from latentrt.engines.errors import BackendError, LatentrtError
+from latentrt.engines.errors import BackendError, CancelledError, LatentrtError
 from latentrt.engines.package import Package
 from latentrt.engines.spec import Array
+from latentrt.runtime.loop.calls import Pause
 from latentrt.runtime.loop.job import Clock, UNetCall
-from latentrt.runtime.loop.sharing import Ended, Failed, SharedSteps, Yielded
+from latentrt.runtime.loop.sharing import PATIENCE, Ended, Failed, SharedSteps, Yielded
 from latentrt.runtime.pipeline import Step
 from latentrt.runtime.result import Result
 from tests.engines.host_device import HostDevice
@@ -49,6 +51,7 @@ def walk(unet: FakeUNet, start: float, steps: int, rows: int, width: int) -> Gen
         yield call
         state = (state + call.prediction) % 11
         yield step
+    yield Pause()
     return float(state.sum())
 
 
@@ -73,8 +76,11 @@ walks = st.tuples(
     st.lists(st.tuples(walks, st.integers(0, 20), st.none() | st.integers(0, 20)), min_size=1, max_size=8),
     st.integers(1, 9),
     st.sampled_from([(), (4, 8)]),
+    st.lists(st.integers(-1, 1), min_size=8, max_size=8),
 )
-def test_any_schedule(arrivals: list[tuple[Any, int, int | None]], rows: int, sizes: tuple[int, ...]) -> None:
+def test_any_schedule(
+    arrivals: list[tuple[Any, int, int | None]], rows: int, sizes: tuple[int, ...], priorities: list[int]
+) -> None:
     """Whoever comes when, and whoever leaves: ends are those of walks alone, and nobody waits too long."""
     unet = FakeUNet()
     shared: SharedSteps[int, float] = SharedSteps(rows, sizes)
@@ -83,7 +89,7 @@ def test_any_schedule(arrivals: list[tuple[Any, int, int | None]], rows: int, si
     for turn in range(200):
         for number, (arguments, comes, leaves) in enumerate(arrivals):
             if comes == turn:
-                shared.add(number, walk(unet, *arguments))
+                shared.add(number, walk(unet, *arguments), priorities[number])
                 ran[number] = turn
             if leaves == turn:
                 shared.remove(number)
@@ -100,7 +106,8 @@ def test_any_schedule(arrivals: list[tuple[Any, int, int | None]], rows: int, si
                 steps.setdefault(number, []).append(event.item)
                 ran[number] = turn
         assert len(unet.calls) <= 1
-        assert all(turn - since <= 2 * len(arrivals) for since in ran.values()), "somebody waits"
+        longest = 2 * len(arrivals) + (PATIENCE if any(priorities[: len(arrivals)]) else 0)
+        assert all(turn - since <= longest for since in ran.values()), "somebody waits"
         largest = max((arguments[2] for arguments, _, _ in arrivals), default=0)
         assert all(size <= max(rows, largest, *sizes, 0) for size in unet.calls)
         if not most and turn > 20:
@@ -119,8 +126,48 @@ def test_calls_are_shared_and_filled_up() -> None:
         shared.add(number, walk(unet, number, 1, rows, 2))
     shared.turn()
     assert unet.calls == [8], "five rows, and what fills them up"
-    shared.turn()
+    while len(shared):
+        shared.turn()
     assert unet.calls == [8, 4]
+
+
+def test_higher_priorities_end_first() -> None:
+    """And who must wait for them does not wait longer than its patience."""
+    shared: SharedSteps[int, float] = SharedSteps(1)
+    order: list[int] = []
+    for number, priority in enumerate((0, 1, 5)):
+        shared.add(number, walk(FakeUNet(), number, 40, 1, 2), priority)
+    turns: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    for turn in range(400):
+        for event in shared.turn():
+            if isinstance(event, Ended):
+                order.append(int(str(event.name)))
+            else:
+                turns[int(str(event.name))].append(turn)
+    assert order == [2, 1, 0]
+    assert max(np.diff(turns[0])) <= PATIENCE + 2
+    assert turns[0][0] > 5 > turns[2][0], "the others come first"
+
+
+def test_others_have_their_turn_before_a_pause_ends() -> None:
+    """A picture of four tiles is decoded between the steps of another."""
+    shared: SharedSteps[int, float] = SharedSteps(8)
+    unet = FakeUNet()
+
+    def decoding() -> Generator[Any, None, float]:
+        yield from walk(unet, 1, 1, 1, 2)
+        for _ in range(3):
+            yield Pause()
+        return 0.0
+
+    shared.add("decoding", decoding())
+    shared.add("other", walk(unet, 2, 12, 1, 2))
+    steps, events = 0, list[Any]()
+    while len(shared) == 2:
+        events = shared.turn()
+        steps += sum(isinstance(event, Yielded) and event.name == "other" for event in events)
+    assert events == [Ended(name="decoding", value=0.0)]
+    assert steps == 4, "one with its own step, and one between each two of the four pauses"
 
 
 def test_a_failure_is_its_own() -> None:
@@ -243,6 +290,47 @@ def test_what_fails_says_so_and_leaves_the_others(pipe: Pipeline) -> None:
     assert isinstance(found[3].images[0], Image.Image)
 
 
+def test_tiles_are_decoded_in_turns(pipe: Pipeline) -> None:
+    """Between two tiles another request has a step; both pictures are those of requests alone."""
+    tiled = {**SMALL, "prompt": PROMPT, "num_inference_steps": 1, "seed": 1, "width": 160, "tile": 64}
+    other = {**SMALL, "prompt": PROMPT, "num_inference_steps": 9, "seed": 2}
+    shared: SharedSteps[Step, Result[Any]] = SharedSteps(8)
+    shared.add("tiled", pipe.shared(tiled))
+    shared.add("other", pipe.shared(other))
+    found: dict[Any, Result[Any]] = {}
+    between = 0
+    while len(shared):
+        for event in shared.turn():
+            assert not isinstance(event, Failed), event
+            if isinstance(event, Ended):
+                found[event.name] = event.value
+            elif event.name == "other" and "tiled" not in found:
+                between += 1
+    assert between == 2, "one between each two of three tiles"
+    assert found["tiled"].seconds["vae_decoder"] > 0
+    for name, request in (("tiled", tiled), ("other", other)):
+        np.testing.assert_array_equal(found[name].images, pipe(**request).images)
+
+
+def test_one_is_cancelled_and_one_has_no_time_left(pipe: Pipeline) -> None:
+    cancel = Event()
+    request = {**SMALL, "prompt": PROMPT, "num_inference_steps": 4, "seed": 1}
+    shared: SharedSteps[Step, Result[Any]] = SharedSteps(8)
+    shared.add("cancelled", pipe.shared(request, cancel=cancel))
+    shared.add("late", pipe.shared(request, timeout=1e-9))
+    shared.add("drawn", pipe.shared(request))
+    first = shared.turn()
+    cancel.set()
+    events = [*first, *(event for _ in range(9) for event in shared.turn())]
+    ends = {event.name: event for event in events if not isinstance(event, Yielded)}
+    assert "the time limit of 1e-09 s was over before step 1 of 4" in str(ends["late"].error)  # pyright: ignore
+    assert isinstance(ends["cancelled"], Failed)
+    assert isinstance(ends["cancelled"].error, CancelledError)
+    steps = [event.name for event in events if isinstance(event, Yielded)]
+    assert steps.count("cancelled") == 1
+    assert steps.count("drawn") == 4
+
+
 def test_what_is_no_error_of_ours_ends_all(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError
@@ -279,4 +367,5 @@ def test_a_device_draws_the_same(package: Package, pipe: Pipeline) -> None:
 def test_events_have_names() -> None:
     shared: SharedSteps[int, float] = SharedSteps(8)
     shared.add("one", walk(FakeUNet(), 1, 1, 1, 2))
-    assert shared.turn() == [Yielded(name="one", item=0), Ended(name="one", value=alone(1, 1, 1, 2))]
+    assert shared.turn() == [Yielded(name="one", item=0)], "and then it pauses"
+    assert shared.turn() == [Ended(name="one", value=alone(1, 1, 1, 2))]
