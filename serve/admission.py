@@ -1,0 +1,255 @@
+"""The one bounded queue: which jobs are accepted, which starts next, and when each may be done.
+
+Bounds count what waits and what runs, as both hold memory and both are before the next one. Who is refused is
+told which bound it was and when to come again.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import insort
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .bounds import Bounds, Clock
+from .job import ANYONE, Job, Submission, Work
+from .jobs import Jobs
+from .pace import Pace
+from .refusals import DeadlineError, RefusedError, TooLargeError
+
+AMOUNTS = ("jobs", "input_bytes", "pixel_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """How much there is, or may be."""
+
+    jobs: int = 0
+    input_bytes: int = 0
+    pixel_steps: int = 0
+
+    @classmethod
+    def of(cls, *works: Work) -> Load:
+        """The sum over so many jobs."""
+        return cls(
+            jobs=len(works),
+            input_bytes=sum(work.input_bytes for work in works),
+            pixel_steps=sum(work.pixel_steps for work in works),
+        )
+
+    def above(self, most: Load) -> str | None:
+        """The first amount that is more than `most` has."""
+        return next((name for name in AMOUNTS if getattr(self, name) > getattr(most, name)), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A waiting job's place: 1 starts next. `eta_s` is when it may be done; None while no pace is known."""
+
+    position: int
+    eta_s: float | None
+
+
+@dataclass(kw_only=True)
+class _Entry:
+    """A job that is there; `done` of its pixel-steps are."""
+
+    job: Job
+    done: int = 0
+    position: int | None = None  # as its events have told it
+
+    @property
+    def left(self) -> int:
+        return max(0, self.job.submission.work.pixel_steps - self.done)
+
+
+class Queue:
+    """The jobs of a table that wait and run. Any thread may call.
+
+    Args:
+        jobs: the table; however its jobs end, the queue knows.
+        bounds: how much may be there.
+        now: the table's clock.
+        pace: what estimates are made of.
+    """
+
+    def __init__(self, jobs: Jobs, bounds: Bounds, now: Clock, pace: Pace) -> None:
+        self._jobs, self._bounds, self._now, self._pace = jobs, bounds, now, pace
+        self._lock = jobs.lock
+        self._there: dict[str, _Entry] = {}
+        self._waiting: list[tuple[int, int, str]] = []  # by -priority, then by arrival
+        self._arrivals = 0
+        self._draining = False
+        self._refused = Counter[str]()
+        jobs.watch(self._changed)
+
+    def submit(self, owner: str, submission: Submission) -> Job:
+        """A new job at its place in the queue, or the one that the same submission has made before.
+
+        Raises:
+            IdempotencyMismatchError: the key is for another body.
+            TooLargeError: it is more than an empty queue takes.
+            RefusedError: there is no room, no time until its deadline, or the server is about to end.
+        """
+        with self._lock:
+            once = submission.once
+            if once is not None and (known := self._jobs.find(owner, once)) is not None:
+                return known
+            self.expire()
+            self._check_bounds(owner, submission.work)
+            self._check_deadline(submission)
+            job = self._jobs.add(owner, submission)
+            self._tell_places()
+            return job
+
+    def take(self) -> Job | None:
+        """The next job, running from now on; None if none waits."""
+        with self._lock:
+            self.expire()
+            if not self._waiting:
+                return None
+            started = self._jobs.start(self._waiting[0][-1])
+            self._tell_places()
+            return started
+
+    def expire(self) -> None:
+        """Fail what waits and is past its deadline; a server calls it now and then, `take` always."""
+        with self._lock:
+            now = self._now()
+            waiting = [self._there[name].job for *_, name in self._waiting]
+            late = [job.id for job in waiting if job.deadline is not None and job.deadline <= now]
+            for name in late:
+                self._jobs.fail(name, deadline_passed("waited"))
+            if late:
+                self._tell_places()
+
+    def progress(self, name: str, pixel_steps: int) -> None:
+        """Take in how much of a running job is done, for the estimates of those behind it."""
+        with self._lock:
+            if (entry := self._there.get(name)) is not None:
+                entry.done = pixel_steps
+
+    def place(self, name: str) -> Place | None:
+        """Where a job waits; None if it does not."""
+        with self._lock:
+            for position, (*_, waiting) in enumerate(self._waiting, 1):
+                if waiting == name:
+                    return self._place(position)
+            return None
+
+    def drain(self) -> None:
+        """Refuse all new jobs from now on; those that are there go on."""
+        with self._lock:
+            self._draining = True
+
+    @property
+    def draining(self) -> bool:
+        """Whether new jobs are refused for good."""
+        return self._draining
+
+    @property
+    def load(self) -> Load:
+        """What waits and runs."""
+        with self._lock:
+            return Load.of(*(entry.job.submission.work for entry in self._there.values()))
+
+    @property
+    def refused(self) -> Mapping[str, int]:
+        """How many were refused, by bound."""
+        with self._lock:
+            return dict(self._refused)
+
+    def retry_after_s(self) -> int:
+        """When all that is there may be done, within the bounds of such an answer."""
+        with self._lock:
+            least, most = self._bounds.retry_after_s
+            estimate = self._pace.seconds(sum(entry.left for entry in self._there.values()))
+            return least if estimate is None else int(min(max(math.ceil(round(estimate, 3)), least), most))
+
+    # ── inside, under the lock ──────────────────────────────────────────────────────────────────────────
+
+    def _changed(self, job: Job) -> None:
+        """Keep the books, whoever has changed a job."""
+        self._waiting = [one for one in self._waiting if one[-1] != job.id]
+        if job.state == "queued":
+            self._arrivals += 1
+            insort(self._waiting, (-job.submission.priority, self._arrivals, job.id))
+        if job.ended is None:
+            self._there[job.id] = _Entry(job=job)
+        else:
+            self._there.pop(job.id, None)
+
+    def _check_bounds(self, owner: str, work: Work) -> None:
+        if self._draining:
+            raise self._refusal("draining", "the server is about to end", "a server that takes jobs")
+        most, own_most = self._most(1), self._most(1 if owner == ANYONE else self._bounds.owner_share)
+        if (name := Load.of(work).above(own_most)) is not None:
+            raise TooLargeError(
+                f"a job of {getattr(Load.of(work), name)} {_words(name)}",
+                expected=f"at most {getattr(own_most, name)}",
+                fix="Ask for fewer or smaller pictures or fewer steps, or send smaller pictures.",
+            )
+        works = {key: entry.job.submission.work for key, entry in self._there.items()}
+        own = [one for key, one in works.items() if self._there[key].job.owner == owner]
+        if (name := Load.of(work, *works.values()).above(most)) is not None:
+            bound = getattr(most, name)
+            raise self._refusal(name, "the queue is full", f"at most {bound} {_words(name)} at a time")
+        if (name := Load.of(work, *own).above(own_most)) is not None:
+            bound = getattr(own_most, name)
+            raise self._refusal(
+                f"owner_{name}",
+                "your share of the queue is full",
+                f"at most {bound} {_words(name)} of yours at a time",
+            )
+
+    def _check_deadline(self, submission: Submission) -> None:
+        before = [self._there[name].left for key, _, name in self._waiting if key <= -submission.priority]
+        estimate = self._pace.seconds(self._running_left() + sum(before) + submission.work.pixel_steps)
+        timeout = submission.timeout_s
+        if timeout is not None and estimate is not None and estimate > timeout:
+            found = f"a deadline in {timeout:g} s, when the job would be done in {estimate:.1f} s"
+            raise self._refusal("deadline", found, "a later deadline")
+
+    def _refusal(self, bound: str, found: str, expected: str) -> RefusedError:
+        self._refused[bound] += 1
+        seconds = self.retry_after_s()
+        fix = f"Try again in {seconds} s."
+        return RefusedError(found, expected=expected, fix=fix, bound=bound, retry_after_s=seconds)
+
+    def _most(self, share: float) -> Load:
+        """A share of the bounds, and one job at least."""
+        bounds = self._bounds
+        return Load(
+            jobs=max(1, int(bounds.jobs * share)),
+            input_bytes=int(bounds.input_bytes * share),
+            pixel_steps=int(bounds.pixel_steps * share),
+        )
+
+    def _running_left(self) -> int:
+        return sum(entry.left for entry in self._there.values() if entry.job.state == "running")
+
+    def _place(self, position: int) -> Place:
+        ahead = sum(self._there[name].left for *_, name in self._waiting[:position])
+        return Place(position=position, eta_s=self._pace.seconds(self._running_left() + ahead))
+
+    def _tell_places(self) -> None:
+        """An event for each waiting job that is at another place than it was told."""
+        for position, (*_, name) in enumerate(self._waiting, 1):
+            entry = self._there[name]
+            if entry.position != position:
+                entry.position = position
+                entry.job.log.append("queued", {"position": position, "eta_s": self._place(position).eta_s})
+
+
+def deadline_passed(what: str) -> DeadlineError:
+    """The error of a job that `what` ("waited", "ran") too long."""
+    return DeadlineError(
+        f"the deadline passed while the job {what}",
+        expected="enough time for the jobs before it and its own steps",
+        fix="Give it more time, ask for fewer steps, or try again when the queue is shorter.",
+    )
+
+
+def _words(amount: str) -> str:
+    return {"input_bytes": "bytes of input", "pixel_steps": "pixel-steps"}.get(amount, amount)

@@ -1,0 +1,304 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from latentrt.engines.errors import CancelledError, NumericError
+from latentrt.serve.admission import Load, Place, deadline_passed
+from latentrt.serve.bounds import Bounds
+from latentrt.serve.job import ANYONE, Once, Submission
+from latentrt.serve.pace import Pace
+from latentrt.serve.refusals import RefusedError, TooLargeError
+from tests.serve.serving import Desk, asked, picture
+
+WIDE = Bounds(jobs=100, input_bytes=10_000, pixel_steps=100_000, owner_share=1)
+NUMERIC = NumericError("NaN", expected="numbers", fix="Export again.")
+
+
+def refused(desk: Desk, owner: str, submission: Submission) -> RefusedError:
+    before = desk.jobs.counts()
+    with pytest.raises(RefusedError) as caught:
+        desk.queue.submit(owner, submission)
+    assert desk.jobs.counts() == before
+    return caught.value
+
+
+# ── bounds ──────────────────────────────────────────────────────────────────────────────────────────────
+
+FILLED: dict[str, Callable[[], Submission]] = {
+    "jobs": asked,
+    "input_bytes": lambda: asked(input_bytes=500),
+    "pixel_steps": lambda: asked(50),
+}
+TIGHT = {
+    "jobs": Bounds(jobs=4, owner_share=1),
+    "input_bytes": Bounds(input_bytes=2000, owner_share=1),
+    "pixel_steps": Bounds(pixel_steps=20_000, owner_share=1),
+}
+SHARED = {
+    "jobs": Bounds(jobs=8),
+    "input_bytes": Bounds(input_bytes=4000),
+    "pixel_steps": Bounds(pixel_steps=40_000),
+}
+
+
+@pytest.mark.parametrize("bound", FILLED)
+def test_a_full_queue_names_its_bound_and_ends_make_room(bound: str) -> None:
+    desk, submission = Desk(TIGHT[bound]), FILLED[bound]
+    for number in range(4):
+        desk.queue.submit(f"owner {number}", submission())
+    running = desk.queue.take()
+    assert running is not None
+    error = refused(desk, "b", submission())
+    assert (error.bound, error.retry_after_s) == (bound, 1)
+    assert "the queue is full" in error.found
+    assert str(getattr(TIGHT[bound], bound)) in error.expected
+    assert desk.queue.refused == {bound: 1}
+    desk.jobs.complete(running.id)
+    assert desk.queue.submit("b", submission())
+
+
+@pytest.mark.parametrize("bound", FILLED)
+def test_one_owner_has_a_share_and_leaves_the_rest_to_others(bound: str) -> None:
+    desk, submission = Desk(SHARED[bound]), FILLED[bound]
+    for _ in range(4):
+        desk.queue.submit("a", submission())
+    error = refused(desk, "a", submission())
+    assert (error.bound, "your share" in error.found) == (f"owner_{bound}", True)
+    for _ in range(4):
+        desk.queue.submit("b", submission())
+    assert refused(desk, "c", submission()).bound == bound
+
+
+@pytest.mark.parametrize("bound", FILLED)
+def test_without_keys_everybody_may_have_everything(bound: str) -> None:
+    desk, submission = Desk(SHARED[bound]), FILLED[bound]
+    for _ in range(8):
+        desk.queue.submit(ANYONE, submission())
+    assert refused(desk, ANYONE, submission()).bound == bound
+
+
+@pytest.mark.parametrize(
+    ("submission", "found"),
+    [
+        (asked(input_bytes=5001), "5001 bytes of input"),
+        (asked(501), "50100 pixel-steps"),
+        (asked(9, pictures=80), "72000"),
+    ],
+)
+def test_what_no_queue_would_take_is_refused_for_good(submission: Submission, found: str) -> None:
+    desk = Desk(Bounds(input_bytes=10_000, pixel_steps=100_000))
+    with pytest.raises(TooLargeError, match=found):
+        desk.queue.submit("a", submission)
+    assert desk.queue.load == Load()
+    assert desk.queue.submit(ANYONE, submission), "which may have more than a share"
+
+
+def test_a_share_is_one_job_at_least() -> None:
+    desk = Desk(Bounds(jobs=1, owner_share=0.1))
+    assert desk.queue.submit("a", asked())
+    assert refused(desk, "a", asked()).bound == "jobs"
+
+
+def test_a_repeated_submission_is_no_new_job_even_where_none_is_taken() -> None:
+    desk = Desk(Bounds(jobs=1, owner_share=1))
+    once = Once(key="k", body="x")
+    job = desk.queue.submit("a", asked(once=once))
+    desk.queue.drain()
+    assert desk.queue.submit("a", asked(once=once)) is job
+
+
+def test_a_draining_queue_refuses_all_and_goes_on_with_what_is_there() -> None:
+    desk = Desk(WIDE)
+    desk.pace.feed(100, 7)
+    desk.queue.submit("a", asked())
+    assert not desk.queue.draining
+    desk.queue.drain()
+    assert desk.queue.draining
+    error = refused(desk, "a", asked())
+    assert (error.bound, error.retry_after_s) == ("draining", 7)
+    assert desk.queue.take() is not None
+    assert desk.queue.refused == {"draining": 1}
+
+
+# ── estimates ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_pace_is_an_exponentially_weighted_mean() -> None:
+    pace = Pace()
+    assert (pace.seconds_per_pixel_step, pace.seconds(5)) == (None, None)
+    pace.feed(0, 1)
+    pace.feed(5, 0)
+    assert pace.seconds_per_pixel_step is None
+    pace.feed(100, 1)
+    assert pace.seconds(50) == pytest.approx(0.5)
+    pace.feed(100, 2)
+    assert pace.seconds_per_pixel_step == pytest.approx(0.8 * 0.01 + 0.2 * 0.02)
+    for _ in range(100):
+        pace.feed(10, 3)
+    assert pace.seconds_per_pixel_step == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("seconds_per_step", "steps", "done", "expected"),
+    [(0.001, 5, 0, 1), (1, 5, 0, 10), (1, 5, 3, 7), (1, 5, 99, 5), (1.01, 5, 0, 11), (50, 5, 0, 120)],
+)
+def test_retry_after_is_the_time_of_all_that_is_there_within_bounds(
+    seconds_per_step: float, steps: int, done: int, expected: int
+) -> None:
+    """Two jobs, of which one runs."""
+    desk = Desk(Bounds(jobs=2, owner_share=1))
+    desk.pace.feed(100, seconds_per_step)
+    for _ in range(2):
+        desk.queue.submit("a", asked(steps))
+    running = desk.queue.take()
+    assert running is not None
+    desk.queue.progress(running.id, done * 100)
+    desk.queue.progress("no job", 100)
+    assert refused(desk, "a", asked()).retry_after_s == expected
+
+
+def test_places_and_estimates_of_those_that_wait() -> None:
+    desk = Desk(WIDE)
+    first, second, third = (desk.queue.submit("a", asked(steps)) for steps in (10, 20, 30))
+    assert desk.queue.place(second.id) == Place(position=2, eta_s=None)
+    desk.pace.feed(100, 1)
+    assert desk.queue.take() is not None
+    desk.queue.progress(first.id, 400)
+    assert desk.queue.place(first.id) is None
+    assert desk.queue.place(second.id) == Place(position=1, eta_s=pytest.approx(26))
+    assert desk.queue.place(third.id) == Place(position=2, eta_s=pytest.approx(56))
+    urgent = desk.queue.submit("a", asked(5, priority=1))
+    assert desk.queue.place(urgent.id) == Place(position=1, eta_s=pytest.approx(11))
+    assert desk.queue.place(third.id) == Place(position=3, eta_s=pytest.approx(61))
+
+
+def test_events_tell_of_every_move_in_the_queue() -> None:
+    desk = Desk(WIDE)
+    desk.pace.feed(100, 1)
+    jobs = [desk.queue.submit("a", asked()) for _ in range(3)]
+    desk.queue.take()
+    desk.jobs.cancel(jobs[1].id, "a")
+    desk.queue.take()
+    told = [[(event.kind, event.data.get("position")) for event in job.log.after(0).events] for job in jobs]
+    assert told == [
+        [("queued", 1), ("started", None)],
+        [("queued", 2), ("queued", 1), ("cancelled", None)],
+        [("queued", 3), ("queued", 2), ("started", None)],
+    ]
+    assert jobs[2].log.after(0).events[0].data == {"position": 3, "eta_s": pytest.approx(3)}
+
+
+# ── deadlines ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_deadline_that_the_estimate_exceeds_is_refused_at_once() -> None:
+    desk = Desk(WIDE)
+    assert desk.queue.submit("a", asked(10, timeout_s=0.1)), "no pace is known yet"
+    desk.pace.feed(100, 1)
+    error = refused(desk, "a", asked(5, timeout_s=14.9))
+    assert (error.bound, error.retry_after_s) == ("deadline", 10)
+    assert "14.9 s" in error.found
+    assert "15.0 s" in error.found
+    assert desk.queue.submit("a", asked(5, timeout_s=15))
+    assert refused(desk, "a", asked(5, timeout_s=15)).bound == "deadline"
+    assert desk.queue.submit("a", asked(5, timeout_s=5, priority=1)), "it starts before the others"
+
+
+def test_what_waits_past_its_deadline_fails_without_work() -> None:
+    desk = Desk(WIDE)
+    late = desk.queue.submit("a", asked(timeout_s=10))
+    other = desk.queue.submit("a", asked(timeout_s=11))
+    desk.clock.time += 9.9
+    desk.queue.expire()
+    assert desk.jobs.get(late.id, "a").state == "queued"
+    desk.clock.time += 0.1
+    assert desk.queue.take() == desk.jobs.get(other.id, "a")
+    job = desk.jobs.get(late.id, "a")
+    assert (job.state, job.started) == ("failed", None)
+    assert job.error is not None
+    assert (job.error.type, job.error.retryable) == ("deadline", True)
+    assert "while the job waited" in job.error.found
+    assert [event.kind for event in late.log.after(0).events] == ["queued", "failed"]
+
+
+def test_expired_jobs_give_room_and_places() -> None:
+    desk = Desk(Bounds(jobs=2, owner_share=1))
+    desk.queue.submit("a", asked(timeout_s=1))
+    second = desk.queue.submit("a", asked())
+    desk.clock.time += 1
+    third = desk.queue.submit("a", asked())
+    assert [desk.queue.place(job.id) for job in (second, third)] == [
+        Place(position=1, eta_s=None),
+        Place(position=2, eta_s=None),
+    ]
+
+
+def test_a_worker_ends_what_runs_past_its_deadline() -> None:
+    desk = Desk(WIDE)
+    desk.queue.submit("a", asked(timeout_s=1))
+    job = desk.queue.take()
+    assert job is not None
+    desk.clock.time += 2
+    desk.queue.expire()
+    assert desk.jobs.get(job.id, "a").state == "running", "which only its worker can end"
+    desk.jobs.fail(job.id, deadline_passed("ran"))
+    error = desk.jobs.get(job.id, "a").error
+    assert error is not None
+    assert (error.type, error.found) == ("deadline", "the deadline passed while the job ran")
+
+
+# ── order ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_higher_priorities_start_first_and_then_who_came_first() -> None:
+    desk = Desk(WIDE)
+    jobs = [desk.queue.submit("a", asked(priority=priority)) for priority in (0, 5, -1, 5, 0)]
+    taken: list[Any] = []
+    while (job := desk.queue.take()) is not None:
+        taken.append(job.id)
+    assert taken == [jobs[number].id for number in (1, 3, 0, 4, 2)]
+
+
+def test_however_a_job_ends_the_queue_knows() -> None:
+    desk = Desk(WIDE)
+    ways: list[Callable[[str], object]] = [
+        desk.jobs.complete,
+        lambda name: desk.jobs.fail(name, NUMERIC),
+        lambda name: desk.jobs.fail(name, CancelledError("a", expected="b", fix="c")),
+        lambda name: desk.jobs.fail_all(NUMERIC),
+    ]
+    for end in ways:
+        job = desk.queue.submit("a", asked(3, input_bytes=7))
+        assert desk.queue.take() is not None
+        assert desk.queue.load == Load(jobs=1, input_bytes=7, pixel_steps=300)
+        end(job.id)
+        assert desk.queue.load == Load()
+    for end_waiting in (
+        lambda job: desk.jobs.cancel(job.id, "a"),
+        lambda job: desk.jobs.cancel_all("shutdown"),
+    ):
+        end_waiting(desk.queue.submit("a", asked()))
+        assert (desk.queue.load, desk.queue.take()) == (Load(), None)
+    started = desk.queue.submit("a", asked())
+    desk.jobs.start(started.id)
+    assert desk.queue.take() is None, "what the table starts is not started again"
+
+
+def test_a_thousand_cancels_and_the_next_job_completes() -> None:
+    """Report 3: after hours one abort aborted all later ones."""
+    desk = Desk(WIDE)
+    for number in range(1000):
+        job = desk.queue.submit("a", asked())
+        if number % 2:
+            assert desk.queue.take() is not None
+        desk.jobs.cancel(job.id, "a")
+        if number % 2:
+            desk.jobs.fail(job.id, CancelledError("a", expected="b", fix="c"))
+    job = desk.queue.submit("a", asked())
+    taken = desk.queue.take()
+    assert taken is not None
+    assert not taken.stop.is_set()
+    assert desk.jobs.keep(job.id, picture(1))
+    assert desk.jobs.complete(job.id)
+    assert (desk.jobs.counts().cancelled, desk.jobs.counts().completed) == (1000, 1)
