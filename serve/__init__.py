@@ -1,1 +1,1 @@
-"""A server: one bounded queue of jobs, and what others may see of it."""
+"""The server: who may call, one bounded queue of jobs, and the threads that draw them side by side."""
