@@ -530,8 +530,7 @@ class Pipeline:
             CancelledError: by `cancel` or `timeout`.
             LatentrtError: as `__call__`, in its first turn for what is wrong with the values.
         """
-        given = {"output_type": "pil", **values}
-        request, clock = self._request(given.pop("prompt", ""), given), Clock()
+        request, clock = self.request_of(values), Clock()
         decode = request.output_type != "latent"
         images, producer = yield from self._generate(
             request, clock, _stop(cancel, timeout), watched=True, decode=decode, through=SharedLoop
@@ -599,6 +598,15 @@ class Pipeline:
         chosen = self.adapters.chosen(request.loras, request.tagged)
         self.controls.check(request.controls or ())
         return replace(self.embeddings.bind(request, chosen.words), adapters=chosen)
+
+    def request_of(self, values: Mapping[str, Any]) -> Request:
+        """What would be drawn: "prompt" and parameters as `shared` has them, checked, with every default.
+
+        Raises:
+            UsageError, CheckpointError: as `__call__`, before anything is drawn.
+        """
+        given = {"output_type": "pil", **values}
+        return self._request(given.pop("prompt", ""), given)
 
     def _generate(
         self,

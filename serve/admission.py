@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .bounds import Bounds, Clock
-from .job import ANYONE, Job, Submission, Work
+from .job import Job, Submission, Work
 from .jobs import Jobs
+from .keys import ANYONE
 from .pace import Pace
 from .refusals import DeadlineError, RefusedError, TooLargeError
 
@@ -103,15 +104,16 @@ class Queue:
             self._tell_places()
             return job
 
-    def take(self) -> Job | None:
-        """The next job, running from now on; None if none waits."""
+    def take(self, model: str = "") -> Job | None:
+        """The next job for a model, running from now on; None if none waits."""
         with self._lock:
             self.expire()
-            if not self._waiting:
-                return None
-            started = self._jobs.start(self._waiting[0][-1])
-            self._tell_places()
-            return started
+            for *_, name in self._waiting:
+                if self._there[name].job.submission.model == model:
+                    started = self._jobs.start(name)
+                    self._tell_places()
+                    return started
+            return None
 
     def expire(self) -> None:
         """Fail what waits and is past its deadline; a server calls it now and then, `take` always."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -14,8 +15,6 @@ from .refusals import IdempotencyKeyError
 
 State = Literal["queued", "running", "completed", "failed", "cancelled"]
 KEY_LENGTH = 255
-ANYONE = ""
-"""The owner of all jobs of a server without keys."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +64,7 @@ class Submission:
 
     Args:
         work: how much it is.
+        model: the name of the one that is to draw.
         request: for the worker; nobody else looks into it, and it is dropped when the job ends.
         priority: higher ones start first.
         timeout_s: from now until the job is of no use; None for never.
@@ -72,6 +72,7 @@ class Submission:
     """
 
     work: Work
+    model: str = ""
     request: Any = None
     priority: int = 0
     timeout_s: float | None = None
@@ -80,12 +81,25 @@ class Submission:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredPicture:
-    """A finished picture, as a file's bytes. `index` counts the job's pictures from 0."""
+    """A finished picture, as a file's bytes.
+
+    Args:
+        index: counts the job's pictures from 0.
+        seed: it was drawn with.
+        media_type: of the file.
+        data: the file.
+        made: how it was made, as `Result.record` has it.
+        infotext: the same as AUTOMATIC1111 writes it.
+        seconds: by stage.
+    """
 
     index: int
     seed: int
     media_type: str
     data: bytes
+    made: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    infotext: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict[str, float])
 
     @cached_property
     def sha256(self) -> str:

@@ -8,7 +8,7 @@ are those of a request that runs alone: to the byte on a CPU, in the layout that
 from __future__ import annotations
 
 from collections.abc import Generator, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Generic, TypeVar
 
@@ -17,7 +17,7 @@ import numpy as np
 from ...engines.errors import CancelledError
 from ...engines.spec import Array
 from .calls import Pause
-from .job import UNetCall
+from .job import Clock, UNetCall
 
 Item = TypeVar("Item")
 End = TypeVar("End")
@@ -80,6 +80,7 @@ class SharedSteps(Generic[Item, End]):
         self._rows, self._sizes = rows, tuple(sizes)
         self._running: dict[Hashable, _Generation[Item, End]] = {}
         self._turns = 0
+        self.rows_of_turn = 0  # that the last turn's call had, without what filled it up
 
     def __len__(self) -> int:
         """How many are running."""
@@ -107,7 +108,7 @@ class SharedSteps(Generic[Item, End]):
 
     def turn(self) -> list[Yielded[Item] | Ended[End] | Failed]:
         """Start who is new, run one call, and go on with those whose rows were in it; what became of them."""
-        self._turns += 1
+        self._turns, self.rows_of_turn = self._turns + 1, 0
         events: list[Yielded[Item] | Ended[End] | Failed] = []
         self._end_cancelled(events)
         new = [one for one in self._running.values() if one.waits is None]
@@ -120,6 +121,7 @@ class SharedSteps(Generic[Item, End]):
             self._advance(chosen[0], events)
             return events
         calls = [one.waits for one in chosen if isinstance(one.waits, UNetCall)]
+        self.rows_of_turn = sum(call.rows for call in calls)
         for one, call, prediction in zip(chosen, calls, self._predict(calls), strict=True):
             if isinstance(prediction, Exception):
                 self._advance(one, events, prediction)
@@ -213,3 +215,31 @@ def together(calls: Sequence[UNetCall], sizes: Sequence[int] = ()) -> list[Array
 
 def _row(call: UNetCall) -> dict[str, Array]:
     return {name: value[:1] for name, value in call.inputs.items()}
+
+
+def rows_that_gain(call: UNetCall, most: int = 16, within: float = 1.05, repeats: int = 2) -> int:
+    """The smallest number of rows at which one takes at most `within` times as long as at the best number.
+
+    Powers of two are tried, on this machine, with copies of a call.
+
+    Args:
+        call: whose inputs are repeated; it is not answered.
+        most: rows, at most; a call that has more counts as it is.
+        within: how much slower than at the best number one may be.
+        repeats: of each size, of which the fastest counts.
+    """
+    sizes = [call.rows]
+    while sizes[-1] * 2 <= most:
+        sizes.append(sizes[-1] * 2)
+
+    def seconds(rows: int) -> float:
+        calls = [replace(call, clock=Clock()) for _ in range(rows // call.rows)]
+        took: list[float] = []
+        for _ in range(repeats + 1):  # the first may allocate
+            began = perf_counter()
+            together(calls)
+            took.append(perf_counter() - began)
+        return min(took[1:]) / rows
+
+    each = {rows: seconds(rows) for rows in sizes}
+    return next(rows for rows in sizes if each[rows] <= within * min(each.values()))

@@ -46,6 +46,7 @@ class Kind:
         read: text -> value, where it is more than that type. Raises ValueError.
         metavar: what `--help` calls the text.
         several: whether the option may be given more than once; the value is a list then.
+        schema: what JSON Schema says of the values that a model takes.
     """
 
     check: Callable[[str, Any, "Manifest"], Any] = lambda name, value, manifest: value
@@ -53,6 +54,7 @@ class Kind:
     read: Callable[[str], Any] | None = None
     metavar: str | None = None
     several: bool = False
+    schema: Callable[["Manifest"], dict[str, Any]] = lambda manifest: {"type": "string"}
 
 
 # ── kinds ──────────────────────────────────────────────────────────────────────────────────────────
@@ -94,15 +96,26 @@ def integer(low: int, high: Bound, metavar: str | None = None) -> Kind:
     """Whole numbers from `low` to `high`."""
 
     def check(name: str, value: Any, manifest: "Manifest") -> int:
-        return check_integer(name, value, low, high(manifest) if callable(high) else high)
+        return check_integer(name, value, low, most(manifest))
 
-    return Kind(check=check, text=int, metavar=metavar)
+    def most(manifest: "Manifest") -> int:
+        return high(manifest) if callable(high) else high
+
+    return Kind(
+        check=check,
+        text=int,
+        metavar=metavar,
+        schema=lambda manifest: {"type": "integer", "minimum": low, "maximum": most(manifest)},
+    )
 
 
 def number(low: float, high: float, metavar: str | None = None) -> Kind:
     """Numbers from `low` to `high`."""
     return Kind(
-        check=lambda name, value, _: check_number(name, value, low, high), text=float, metavar=metavar
+        check=lambda name, value, _: check_number(name, value, low, high),
+        text=float,
+        metavar=metavar,
+        schema=lambda manifest: {"type": "number", "minimum": low, "maximum": high},
     )
 
 
@@ -117,7 +130,7 @@ def choice(literal: Any) -> Kind:
             )
         return value
 
-    return Kind(check=check)
+    return Kind(check=check, schema=lambda manifest: {"type": "string", "enum": list(names)})
 
 
 def _check_pixels(name: str, value: Any, manifest: "Manifest", least: int | None = None) -> int:
@@ -129,6 +142,16 @@ def _check_pixels(name: str, value: Any, manifest: "Manifest", least: int | None
             f"{name} is {side}", expected=f"a multiple of {step}", fix=f"Use {lower} or {upper}."
         )
     return side
+
+
+def _side(least: int, manifest: "Manifest") -> dict[str, Any]:
+    step = manifest.size_multiple
+    return {"type": "integer", "minimum": least, "maximum": LONGEST_SIDE, "multipleOf": step}
+
+
+def _pair(least: int) -> dict[str, Any]:
+    side = {"type": "integer", "minimum": least, "maximum": LONGEST_SIDE}
+    return {"type": "array", "items": side, "minItems": 2, "maxItems": 2}
 
 
 def levels(least: int) -> Kind:
@@ -144,7 +167,12 @@ def levels(least: int) -> Kind:
             )
         return tuple(check_number(name, item, 0.0, 1e6) for item in found)
 
-    return Kind(check=check, read=lambda text: [float(part) for part in text.split(",")], metavar="N,N…")
+    return Kind(
+        check=check,
+        read=lambda text: [float(part) for part in text.split(",")],
+        metavar="N,N…",
+        schema=lambda manifest: {"type": "array", "items": {"type": "number"}, "minItems": least},
+    )
 
 
 def _integers(text: str, separator: str) -> list[int]:
@@ -284,14 +312,32 @@ def _is_number(text: str) -> bool:
 
 
 # A side of a picture or a tile: a multiple of what the model's latents need.
-PIXELS = Kind(check=_check_pixels, text=int, metavar="PIXELS")
+PIXELS = Kind(
+    check=_check_pixels,
+    text=int,
+    metavar="PIXELS",
+    schema=lambda manifest: _side(manifest.size_multiple, manifest),
+)
 # Of two tiles, what they share.
 SHARED = Kind(
-    check=lambda name, value, manifest: _check_pixels(name, value, manifest, 0), text=int, metavar="PIXELS"
+    check=lambda name, value, manifest: _check_pixels(name, value, manifest, 0),
+    text=int,
+    metavar="PIXELS",
+    schema=lambda manifest: _side(0, manifest),
 )
 # (height, width) and (top, left) in pixels.
-SIZE = Kind(check=lambda name, value, _: _check_pair(name, value, 1), read=_read_size, metavar="WIDTHxHEIGHT")
-OFFSET = Kind(check=lambda name, value, _: _check_pair(name, value, 0), read=_read_offset, metavar="LEFT,TOP")
+SIZE = Kind(
+    check=lambda name, value, _: _check_pair(name, value, 1),
+    read=_read_size,
+    metavar="WIDTHxHEIGHT",
+    schema=lambda manifest: _pair(1),
+)
+OFFSET = Kind(
+    check=lambda name, value, _: _check_pair(name, value, 0),
+    read=_read_offset,
+    metavar="LEFT,TOP",
+    schema=lambda manifest: _pair(0),
+)
 # These three are checked where the pictures are counted (request.py, source.py).
 LORAS = Kind(
     check=lambda name, value, _: check_loras(value, name),

@@ -6,7 +6,8 @@ import pytest
 from latentrt.engines.errors import CancelledError, NumericError
 from latentrt.serve.admission import Load, Place, deadline_passed
 from latentrt.serve.bounds import Bounds
-from latentrt.serve.job import ANYONE, Once, Submission
+from latentrt.serve.job import Once, Submission
+from latentrt.serve.keys import ANYONE
 from latentrt.serve.pace import Pace
 from latentrt.serve.refusals import RefusedError, TooLargeError
 from tests.serve.serving import Desk, asked, picture

@@ -16,10 +16,10 @@ import pytest
 
 from latentrt.engines.errors import UsageError
 from latentrt.serve import access, body, guard
-from latentrt.serve.access import ANYONE, LOOPBACK_HOSTS, Access, allow, check_exposure
+from latentrt.serve.access import LOOPBACK_HOSTS, Access, allow, check_exposure
 from latentrt.serve.body import BodyLimits
 from latentrt.serve.guard import KEY_ID, Guard
-from latentrt.serve.keys import NO_KEYS, Keys, keys_of_environment
+from latentrt.serve.keys import ANYONE, NO_KEYS, Keys, keys_of_environment
 from tests.serve.asgi import Client, Inside, Message, run, scope_of
 
 KEY, OTHER = "right-0123456789abcdef", "other-0123456789abcdef"
