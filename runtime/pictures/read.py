@@ -71,12 +71,12 @@ def read_map(source: ImageSource, *, name: str, background: int) -> tuple[Pixels
     They may not where they come from a palette, or are the two of 1 bit. Pillow, and so diffusers, resizes
     such pictures by taking the nearest pixel.
     """
-    with _quiet(), ExitStack() as files:
+    with quiet(), ExitStack() as files:
         try:
             image = _open(source, name, files)
             _check_size(image, name)
             image.load()
-            return _flatten(_upright(image), name, background), image.mode in ("1", "P")
+            return _flatten(upright(image), name, background), image.mode in ("1", "P")
         except UsageError:
             raise
         # Pillow has no exceptions of its own: on damaged files its readers raise whatever their code meets
@@ -106,7 +106,7 @@ def read_latents(path: str | os.PathLike[str]) -> npt.NDArray[Any]:
 
 
 @contextmanager
-def _quiet() -> Generator[None]:
+def quiet() -> Generator[None]:
     """Silence Pillow, which warns of damaged metadata, and of large pictures that we measure ourselves."""
     # Filters belong to the process: two threads that restore them out of order would leave them changed.
     with _WARNINGS_LOCK, warnings.catch_warnings():
@@ -179,7 +179,7 @@ def _check_size(image: Image.Image, name: str) -> None:
         )
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
     """Like `PIL.ImageOps.exif_transpose`, which also rewrites the metadata, and fails where it cannot."""
     method = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return image if method is None else image.transpose(method)
@@ -187,7 +187,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _flatten(image: Image.Image, name: str, background: int) -> Pixels:
     if image.mode[0] in "IF":
-        image = _from_wide_grey(image, name)
+        image = from_wide_grey(image, name)
     if image.has_transparency_data:
         ground = Image.new("RGBA", image.size, (background, background, background, 255))
         ground.alpha_composite(image.convert("RGBA"))
@@ -195,7 +195,7 @@ def _flatten(image: Image.Image, name: str, background: int) -> Pixels:
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _from_wide_grey(image: Image.Image, name: str) -> Image.Image:
+def from_wide_grey(image: Image.Image, name: str) -> Image.Image:
     """The upper 8 of 16 bits. Pillow's 32-bit modes may hold those, or any other numbers."""
     shades = np.asarray(image)
     if image.mode == "F" or shades.min() < 0 or shades.max() > 0xFFFF:
