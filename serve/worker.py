@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from math import inf
 from threading import Event, Lock, Thread
 from time import perf_counter
 from typing import Any
@@ -213,23 +214,26 @@ class Worker:
                 "rows": rows,
             },
         )
-        wanted = order.previews
-        last, now = running.previewed.get(index), perf_counter()
+        self._preview(running, index, step)
+
+    def _preview(self, running: _Running, index: int, step: Step) -> None:
+        """A picture on the way, if one is wanted now. One that cannot be made is the last of its job."""
+        wanted, now = running.order.previews, perf_counter()
         if wanted is None or (step.index + 1) % wanted.every or step.index + 1 == step.total:
             return
-        if last is None or now - last >= BETWEEN_PREVIEWS_S:
-            running.previewed[index] = now
+        if now - running.previewed.get(index, -inf) < BETWEEN_PREVIEWS_S:
+            return
+        running.previewed[index] = now
+        try:
             (image,) = step.preview(wanted.kind)
-            sent = write_preview(image)
-            job.log.append(
-                "preview",
-                {
-                    "picture": index,
-                    "step": step.index,
-                    "media_type": sent.format.media_type,
-                    "b64": sent.base64,
-                },
-            )
+        except LatentrtError as error:
+            _LOG.warning("job %s has no previews: %s", running.job.id, error)
+            running.previewed[index] = inf
+            return
+        sent = write_preview(image)
+        media_type = sent.format.media_type
+        about = {"picture": index, "step": step.index, "media_type": media_type, "b64": sent.as_base64}
+        running.job.log.append("preview", about)
 
     def _feed(self, seconds: float) -> None:
         """Tell the pace, with all that a picture takes besides its steps."""

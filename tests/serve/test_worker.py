@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from latentrt import Pipeline, UsageError
-from latentrt.engines.package import Package
 from latentrt.serve.bounds import Bounds
 from latentrt.serve.job import Job
 from latentrt.serve.keys import ANYONE
@@ -26,8 +25,8 @@ VALUES: dict[str, Any] = {"prompt": PROMPT, "width": 64, "height": 64, "num_infe
 
 
 @pytest.fixture(scope="module")
-def pipe(package: Package) -> Iterator[Pipeline]:
-    with Pipeline.open(package.root, backend="onnxruntime") as opened:
+def pipe() -> Iterator[Pipeline]:
+    with Pipeline.open(backend="onnxruntime", device="cpu") as opened:
         yield opened
 
 
