@@ -297,6 +297,15 @@ def test_texts_of_libraries_stay_inside(monkeypatch: pytest.MonkeyPatch) -> None
     assert said(picture_limits.DAMAGED) in str(refused(WHOLE["PNG"]))
 
 
+def test_a_machine_without_memory_does_not_blame_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setitem(pictures._READERS, "PNG", full)
+    with pytest.raises(MemoryError):
+        read_picture(WHOLE["PNG"], "image")
+
+
 @pytest.mark.parametrize(
     "data",
     [
