@@ -142,7 +142,7 @@ def read_head(scope: dict[str, object], headers: Iterable[tuple[bytes, bytes]], 
     """The parts of an ASGI scope that the checks look at."""
     found: dict[str, list[str]] = {}
     for name, value in headers:
-        found.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1").strip())
+        found.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1").strip(" \t"))
     method, path = str(scope["method"]).upper(), str(scope["path"])
     authority = ""
     if absolute := _ABSOLUTE.fullmatch(path):  # some servers hand an absolute target on as it is

@@ -16,7 +16,7 @@ _SEEDS = 2**32
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """How pictures leave: a name of `pictures.FORMATS`, a quality, and whether files say how they were made."""
+    """How pictures leave: a name of `pictures.FORMATS`, a quality, and whether files tell how."""
 
     format: str = "png"
     quality: int | None = None

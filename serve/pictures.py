@@ -48,11 +48,14 @@ def read_picture(sent: object, name: str, limits: PictureLimits = PICTURE_LIMITS
     Raises:
         PictureError: no text or bytes, no base64, no picture, an animation, damaged, or of an odd shape.
         PictureTooLargeError: too many bytes, pixels, texts or parts.
+        MemoryError: as the system raises it.
     """
     data = sent if isinstance(sent, bytes) else _from_base64(sent, name, limits)
     file = examine(data, name, limits)
     try:
         return _decoded(data, file, name)
+    except MemoryError:  # that is the machine's fault, not the file's
+        raise
     except Exception as error:  # readers of damaged files raise whatever their code meets
         raise DAMAGED.of(name, limits) from error
 

@@ -127,7 +127,16 @@ def test_names_of_this_machine_with_any_port(host: str) -> None:
             "0.0.0.0",
         ),
         *("localhost:", "localhost:80:80", "user@localhost", "localhost@evil.example", "localhost/evil"),
-        *("localhost, evil.example", "[::1", "[::2]", "[not]", "[:::1]", "local\u00adhost", "localhost\x00"),
+        *(
+            "localhost, evil.example",
+            "[::1",
+            "[::2]",
+            "[not]",
+            "[:::1]",
+            "local\u00adhost",
+            "localhost\x00",
+            "localhost\u00a0",
+        ),
     ],
 )
 def test_other_hosts_are_refused_with_an_empty_body(host: str) -> None:

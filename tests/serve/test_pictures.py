@@ -18,11 +18,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageOps, PngImagePlugin
 
 from latentrt.engines.errors import UsageError
 from latentrt.runtime.pictures.write import read_metadata
-from latentrt.serve import picture_limits, pictures
+from latentrt.serve import picture_files, picture_limits, pictures
 from latentrt.serve.picture_files import PictureFile, examine
 from latentrt.serve.picture_limits import (
     PICTURE_LIMITS,
@@ -218,7 +220,13 @@ def test_a_field_of_another_type_is_named(sent: object) -> None:
 
 ALPHABET = [
     *("not base64!", "aGVs bG8=", "aGVsbG8", "aGVs\nbG8=", "aGVs-_8=", "=", "aGVsbG8==", "äöü", "a", "\0"),
-    *("data:image/png,%89PNG", "data:image/png;base64", "data:image/png;BASE32,AAAA", "data:" + "a" * 1000),
+    *(
+        "data:image/png,%89PNG",
+        "data:image/png,aGVsbG8=",
+        "data:image/png;base64",
+        "data:image/png;BASE32,AAAA",
+        "data:" + "a" * 1000,
+    ),
     *("data:" + ";a=b" * 5 + ";base64,AAAA", "data:image/png;base64,data:image/png;base64,AAAA", " AAAA"),
     *("aGVs=bG8", "AA==AA==", "data:image/png;base64, AAAA"),
 ]
@@ -287,6 +295,15 @@ def test_texts_of_libraries_stay_inside(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setitem(pictures._READERS, "PNG", leaks)
     assert said(picture_limits.DAMAGED) in str(refused(WHOLE["PNG"]))
+
+
+def test_a_machine_without_memory_does_not_blame_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setitem(pictures._READERS, "PNG", full)
+    with pytest.raises(MemoryError):
+        read_picture(WHOLE["PNG"], "image")
 
 
 @pytest.mark.parametrize(
@@ -471,6 +488,7 @@ ANIMATIONS = {
     "apng that says nothing": png(40, 24, b"", chunk(b"fcTL", bytes(26))),
     "apng with data alone": png(40, 24, b"", chunk(b"fdAT", bytes(26))),
     "webp of 10,000": riff(canvas(40, 24, 2), (b"ANIM", bytes(6)), *[(b"ANMF", bytes(24))] * 10_000),
+    "webp by its flag": riff(canvas(40, 24, 2), lossless(40, 24)),
     "webp that says nothing": riff(canvas(40, 24), (b"ANIM", bytes(6)), (b"ANMF", bytes(24))),
     "webp with a frame alone": riff(canvas(40, 24), (b"ANMF", bytes(24)), lossless(40, 24)),
 }
@@ -582,6 +600,55 @@ def test_a_limit_that_is_gone_is_noticed(field: str) -> None:
     refused(data, limits)
     without = replace(limits, **{field: getattr(NO_LIMITS, field)})
     assert read_picture(data, "image", without).size == (40, 24)
+
+
+def refused_animation(name: str) -> None:
+    assert said(picture_limits.ANIMATED) in str(refused(ANIMATIONS[name]))
+
+
+def forgiving(text: str, validate: bool, decode: Any = base64.b64decode) -> bytes:
+    return bytes(decode(text))
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "mutant", "test"),
+    [
+        (picture_files, "_PNG_ANIMATION", (), lambda: refused_animation("apng")),
+        (picture_files, "_WEBP_ANIMATED", 0, lambda: refused_animation("webp by its flag")),
+        (pictures.base64, "b64decode", forgiving, lambda: test_the_alphabet_is_strict("aGVs bG8=")),
+        (pictures, "DAMAGED", Problem("{name}: 0x7f", "", ""), lambda: refused(png(40, 24, b"no zlib"))),
+        (
+            pictures,
+            "_DATA_URL",
+            re.compile(".*,"),
+            lambda: test_the_alphabet_is_strict("data:image/png,aGVsbG8="),
+        ),
+        (pictures, "from_wide_grey", lambda image, name: image, lambda: test_modes_of_png("I;16")),
+        (pictures, "upright", lambda image: image, lambda: test_pictures_are_turned_upright("PNG", 6)),
+    ],
+    ids=["apng", "webp", "alphabet", "texts", "data url", "16 bits", "orientation"],
+)
+def test_a_check_that_is_gone_is_noticed(
+    place: Any, name: str, mutant: Any, test: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test()
+    monkeypatch.setattr(place, name, mutant)
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        test()
+
+
+@given(
+    kind=st.sampled_from(sorted(WHOLE)), edits=st.lists(st.tuples(st.integers(0, 400), st.binary(max_size=6)))
+)
+@settings(max_examples=300, deadline=None)
+def test_whatever_the_file_the_error_is_ours(kind: str, edits: list[tuple[int, bytes]]) -> None:
+    data = WHOLE[kind]
+    for at, inserted in edits:
+        data = data[:at] + inserted + data[at + len(inserted) // 2 :]
+    try:
+        read_picture(data, "init_images[0]")
+    except PictureError:
+        refused(data)
 
 
 # ── nothing is fetched, nothing is opened ───────────────────────────────────────────────────────────────
