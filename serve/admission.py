@@ -99,9 +99,7 @@ class Queue:
             self.expire()
             self._check_bounds(owner, submission.work)
             self._check_deadline(submission)
-            job = self._jobs.add(owner, submission)
-            self._tell_places()
-            return job
+            return self._jobs.add(owner, submission)
 
     def take(self) -> Job | None:
         """The next job, running from now on; None if none waits."""
@@ -109,9 +107,7 @@ class Queue:
             self.expire()
             if not self._waiting:
                 return None
-            started = self._jobs.start(self._waiting[0][-1])
-            self._tell_places()
-            return started
+            return self._jobs.start(self._waiting[0][-1])
 
     def expire(self) -> None:
         """Fail what waits and is past its deadline; a server calls it now and then, `take` always."""
@@ -119,10 +115,8 @@ class Queue:
             now = self._now()
             waiting = [self._there[name].job for *_, name in self._waiting]
             late = [job.id for job in waiting if job.deadline is not None and job.deadline <= now]
-            for name in late:
+            for name in reversed(late):  # nobody is told of a place that is gone at once
                 self._jobs.fail(name, deadline_passed("waited"))
-            if late:
-                self._tell_places()
 
     def progress(self, name: str, pixel_steps: int) -> None:
         """Take in how much of a running job is done, for the estimates of those behind it."""
@@ -179,6 +173,7 @@ class Queue:
             self._there[job.id] = _Entry(job=job)
         else:
             self._there.pop(job.id, None)
+        self._tell_places()
 
     def _check_bounds(self, owner: str, work: Work) -> None:
         if self._draining:

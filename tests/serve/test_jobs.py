@@ -193,6 +193,16 @@ def test_a_result_is_kept_then_gone_then_unknown(jobs: Jobs, clock: SetClock) ->
     assert jobs.records == 0
 
 
+def test_a_late_look_does_not_make_a_tombstone_stand_longer(jobs: Jobs, clock: SetClock) -> None:
+    name = ran(jobs, 10)
+    clock.time = 1150
+    with pytest.raises(GoneError):
+        jobs.get(name, "a")
+    clock.time = 1200
+    with pytest.raises(UnknownJobError):
+        jobs.get(name, "a")
+
+
 def test_fetched_results_go_first_and_the_longest_unused_of_them(jobs: Jobs) -> None:
     names = [ran(jobs, 250) for _ in range(4)]
     for number in (2, 1, 2):
