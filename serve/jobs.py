@@ -295,7 +295,6 @@ class Jobs:
         job.log.append(state, ended.outcome)
         for watcher in self._watchers:
             watcher(ended)
-        self._sweep()
         return ended
 
     def _sweep(self) -> None:
