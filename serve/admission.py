@@ -100,9 +100,7 @@ class Queue:
             self.expire()
             self._check_bounds(owner, submission.work)
             self._check_deadline(submission)
-            job = self._jobs.add(owner, submission)
-            self._tell_places()
-            return job
+            return self._jobs.add(owner, submission)
 
     def take(self, model: str = "") -> Job | None:
         """The next job for a model, running from now on; None if none waits."""
@@ -110,9 +108,7 @@ class Queue:
             self.expire()
             for *_, name in self._waiting:
                 if self._there[name].job.submission.model == model:
-                    started = self._jobs.start(name)
-                    self._tell_places()
-                    return started
+                    return self._jobs.start(name)
             return None
 
     def expire(self) -> None:
@@ -121,10 +117,8 @@ class Queue:
             now = self._now()
             waiting = [self._there[name].job for *_, name in self._waiting]
             late = [job.id for job in waiting if job.deadline is not None and job.deadline <= now]
-            for name in late:
+            for name in reversed(late):  # nobody is told of a place that is gone at once
                 self._jobs.fail(name, deadline_passed("waited"))
-            if late:
-                self._tell_places()
 
     def progress(self, name: str, pixel_steps: int) -> None:
         """Take in how much of a running job is done, for the estimates of those behind it."""
@@ -181,6 +175,7 @@ class Queue:
             self._there[job.id] = _Entry(job=job)
         else:
             self._there.pop(job.id, None)
+        self._tell_places()
 
     def _check_bounds(self, owner: str, work: Work) -> None:
         if self._draining:

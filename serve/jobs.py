@@ -179,13 +179,13 @@ class Jobs:
     def cancel_all(self, reason: str) -> None:
         """Cancel everybody's jobs, as at the end of a shutdown's grace."""
         with self.lock:
-            for job in list(self._there.values()):
+            for job in reversed(list(self._there.values())):  # nobody moves up for nothing
                 self._cancel(job, reason)
 
     def fail_all(self, error: BaseException) -> None:
         """End everybody's jobs as failed, as after the death of their worker."""
         with self.lock:
-            for name in list(self._there):
+            for name in reversed(list(self._there)):
                 self.fail(name, error)
 
     # ── what others see ─────────────────────────────────────────────────────────────────────────────────
@@ -295,7 +295,6 @@ class Jobs:
         job.log.append(state, ended.outcome)
         for watcher in self._watchers:
             watcher(ended)
-        self._sweep()
         return ended
 
     def _sweep(self) -> None:

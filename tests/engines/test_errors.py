@@ -13,6 +13,7 @@ from latentrt.benchmarks.process import SideError
 from latentrt.benchmarks.sides.contract import NotAvailableError
 from latentrt.engines import errors
 from latentrt.runtime.pipeline import Pipeline
+from latentrt.serve.refusals import RefusedError
 
 
 def classes() -> dict[str, type[errors.LatentrtError]]:
@@ -75,7 +76,7 @@ def test_every_error_can_be_copied(kind: type[Any], again: Callable[[Any], Any])
 
 
 def test_the_list_of_classes_is_whole() -> None:
-    assert {SideError, NotAvailableError, errors.MemoryLimitError} <= set(every_class())
+    assert {SideError, NotAvailableError, RefusedError, errors.MemoryLimitError} <= set(every_class())
 
 
 def test_a_cause_that_does_not_pickle_leaves_its_text() -> None:

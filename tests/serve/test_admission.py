@@ -180,12 +180,13 @@ def test_events_tell_of_every_move_in_the_queue() -> None:
     jobs = [desk.queue.submit("a", asked()) for _ in range(3)]
     desk.queue.take()
     desk.jobs.cancel(jobs[1].id, "a")
+    assert desk.jobs.get(jobs[2].id, "a").log.after(0).events[-1].data["position"] == 1, "at once"
     desk.queue.take()
     told = [[(event.kind, event.data.get("position")) for event in job.log.after(0).events] for job in jobs]
     assert told == [
         [("queued", 1), ("started", None)],
         [("queued", 2), ("queued", 1), ("cancelled", None)],
-        [("queued", 3), ("queued", 2), ("started", None)],
+        [("queued", 3), ("queued", 2), ("queued", 1), ("started", None)],
     ]
     assert jobs[2].log.after(0).events[0].data == {"position": 3, "eta_s": pytest.approx(3)}
 
@@ -233,6 +234,21 @@ def test_expired_jobs_give_room_and_places() -> None:
         Place(position=1, eta_s=None),
         Place(position=2, eta_s=None),
     ]
+
+
+@pytest.mark.parametrize("way", ["expire", "cancel_all", "fail_all"])
+def test_those_who_leave_together_are_not_moved_up_before(way: str) -> None:
+    desk = Desk(WIDE)
+    jobs = [desk.queue.submit("a", asked(timeout_s=5)) for _ in range(4)]
+    desk.clock.time += 5
+    if way == "expire":
+        desk.queue.expire()
+    elif way == "cancel_all":
+        desk.jobs.cancel_all("shutdown")
+    else:
+        desk.jobs.fail_all(NUMERIC)
+    end = "cancelled" if way == "cancel_all" else "failed"
+    assert [[event.kind for event in job.log.after(0).events] for job in jobs] == [["queued", end]] * 4
 
 
 def test_a_worker_ends_what_runs_past_its_deadline() -> None:

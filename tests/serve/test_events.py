@@ -74,6 +74,9 @@ def test_an_ended_log_keeps_what_still_means_something(clock: SetClock) -> None:
     reading = log.after(0)
     assert reading.snapshot is None
     assert kinds(reading.events) == ["started", "image", "completed"]
+    told = log.after(99).snapshot
+    assert told is not None
+    assert (told.preview, told.steps) == (None, {0: {"index": 1}})
 
 
 def test_who_comes_too_late_gets_a_snapshot_and_goes_on_from_there(clock: SetClock) -> None:

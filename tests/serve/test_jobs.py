@@ -1,8 +1,9 @@
 import hashlib
 import json
+import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -193,6 +194,16 @@ def test_a_result_is_kept_then_gone_then_unknown(jobs: Jobs, clock: SetClock) ->
     assert jobs.records == 0
 
 
+def test_a_late_look_does_not_make_a_tombstone_stand_longer(jobs: Jobs, clock: SetClock) -> None:
+    name = ran(jobs, 10)
+    clock.time = 1150
+    with pytest.raises(GoneError):
+        jobs.get(name, "a")
+    clock.time = 1200
+    with pytest.raises(UnknownJobError):
+        jobs.get(name, "a")
+
+
 def test_fetched_results_go_first_and_the_longest_unused_of_them(jobs: Jobs) -> None:
     names = [ran(jobs, 250) for _ in range(4)]
     for number in (2, 1, 2):
@@ -225,6 +236,19 @@ def test_pictures_of_running_jobs_are_never_dropped_and_never_above_the_bound(jo
     assert [len(one.data) for one in jobs.get(name, "a").pictures] == [100, 900]
 
 
+def test_a_picture_that_is_fetched_early_keeps_its_running_job(jobs: Jobs) -> None:
+    name = jobs.add("a", asked()).id
+    jobs.start(name)
+    jobs.keep(name, picture(400))
+    assert jobs.picture(name, "a", 0).data == bytes(400)
+    ended = ran(jobs, 600)
+    assert jobs.keep(name, picture(600, 1))
+    with pytest.raises(GoneError):
+        jobs.get(ended, "a")
+    assert jobs.complete(name)
+    assert len(jobs.get(name, "a").pictures) == 2
+
+
 def test_a_picture_that_is_not_there_is_named(jobs: Jobs) -> None:
     name = jobs.add("a", asked()).id
     with pytest.raises(UnknownPictureError, match="picture 0 of a job that is queued and has 0"):
@@ -239,6 +263,17 @@ def test_records_have_a_bound_and_the_oldest_go(jobs: Jobs) -> None:
             jobs.get(name, "a")
     assert [job.id for job in jobs.owned("a", 99)] == names[4:]
     assert jobs.kept_bytes == 8
+
+
+def test_tombstones_go_before_results(jobs: Jobs, clock: SetClock) -> None:
+    old = [ran(jobs, 1) for _ in range(6)]
+    clock.time = 1100
+    new = [ran(jobs, 1) for _ in range(7)]
+    assert [job.id for job in jobs.owned("a", 99)] == new
+    with pytest.raises(UnknownJobError):
+        jobs.get(old[4], "a")
+    with pytest.raises(GoneError):
+        jobs.get(old[5], "a")
 
 
 def test_a_table_that_keeps_nothing_still_ends_jobs(clock: SetClock) -> None:
@@ -349,6 +384,16 @@ def test_paths_are_cut_to_names_and_addresses_go(text: str, told: str) -> None:
 # ── many threads ────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.fixture
+def hasty() -> Iterator[None]:
+    """Threads that take turns as often as they can, also within a line."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("hasty")
 def test_eight_threads_on_one_table_lose_nothing_and_end_nothing_twice() -> None:
     desk = Desk(Bounds(jobs=100_000, owner_share=1, records=100_000, result_bytes=2000))
     jobs, queue = desk.jobs, desk.queue
