@@ -29,6 +29,7 @@ from .export import export
 from .generate import generate
 from .inspect import inspect, metadata
 from .opened import models
+from .serve import serve
 from .shown import tell
 from .streams import ReaderGoneError, standard_streams
 
@@ -59,7 +60,7 @@ def _latentrt(  # pyright: ignore[reportUnusedFunction]
 ) -> None: ...
 
 
-for verb in (generate, export, build, models, inspect, metadata, convert, doctor):
+for verb in (generate, serve, export, build, models, inspect, metadata, convert, doctor):
     app.command()(verb)
 app.add_typer(bench, name="bench")
 app.add_typer(cache, name="cache")

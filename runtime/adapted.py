@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -67,6 +67,7 @@ class AdaptedLoops:
         self._package, self._base, self._encode = package, base, encode
         self._limit, self._most = limit, most
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._base_made_way = False
         self._lock = Lock()
 
     @contextmanager
@@ -79,6 +80,7 @@ class AdaptedLoops:
                 what is computed with them does not.
         """
         if not chosen.key:
+            self._make_room_for_base()
             yield self._base
             return
         with self._lock:
@@ -106,9 +108,7 @@ class AdaptedLoops:
         with self._lock:
             entries = list(self._entries.values())
             self._entries.clear()
-        for entry in entries:
-            entry.forgotten = True
-            _free(entry)
+        _let_go(entries)
 
     def _open(self, chosen: AdapterSet, entry: _Entry) -> None:
         try:
@@ -126,24 +126,36 @@ class AdaptedLoops:
         """Before nets are opened, so that there are never more open than fit."""
         going: list[_Entry] = []
         with self._lock:
-            taken = 2 * loop.own_bytes  # the base has the same nets
-            sizes: dict[str, int] = {}
-            for key, entry in self._entries.items():
-                if entry is not mine and (adapted := _opened(entry)):
-                    sizes[key] = adapted.loop.own_bytes
-            taken += sum(sizes.values())
+            sizes = self._sizes(besides=mine)
+            taken = 2 * loop.own_bytes + sum(sizes.values())  # the base has the same nets
             kept = len(sizes)
             for key, size in sizes.items():
                 if taken > self._limit or kept >= self._most:
                     kept -= 1
                     going.append(self._entries.pop(key))
                     taken -= size
-        for entry in going:
-            entry.forgotten = True
-            _free(entry)
+            self._base_made_way |= taken > self._limit
+        _let_go(going)
         if taken > self._limit:
             self._base.loop.make_way(loop)
             give_back_heap()  # other threads have other heaps, and would not find what this leaves in one
+
+    def _make_room_for_base(self) -> None:
+        """Before those of its nets are opened again that made way: the sets' make way for them."""
+        going: list[_Entry] = []
+        with self._lock:
+            sizes = self._sizes() if self._base_made_way else {}
+            self._base_made_way = False
+            for key in tuple(sizes):
+                if max(sizes.values()) + sum(sizes.values()) > self._limit:
+                    del sizes[key]
+                    going.append(self._entries.pop(key))
+        _let_go(going)
+
+    def _sizes(self, besides: _Entry | None = None) -> dict[str, int]:
+        """Bytes of the nets of each set that is open, the one used longest ago first; under the lock."""
+        opened = {key: _opened(entry) for key, entry in self._entries.items() if entry is not besides}
+        return {key: adapted.loop.own_bytes for key, adapted in opened.items() if adapted}
 
 
 def _opened(entry: _Entry) -> Adapted | None:
@@ -161,6 +173,12 @@ def _named(error: NumericError, chosen: AdapterSet) -> NumericError:
         expected=error.expected,
         fix=f"Use less of them. {error.fix}",
     )
+
+
+def _let_go(entries: Iterable[_Entry]) -> None:
+    for entry in entries:
+        entry.forgotten = True
+        _free(entry)
 
 
 def _free(entry: _Entry) -> None:

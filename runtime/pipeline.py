@@ -185,7 +185,7 @@ class Pipeline:
                 where that is faster.
             cache_bytes: what encoded prompts may take; 0 encodes every prompt anew.
             adapted_bytes: what the weights of nets may take that are open with and without adapters; at
-                least the last set's are kept. What they need beside their weights is not counted.
+                least those that drew last are kept. What they need beside their weights is not counted.
             loras: a folder of adapters, which pictures are drawn with by the names of the files; each is read
                 when it is first asked for. `load_lora_weights` adds others. None is a shipped model's own.
             checkpoint: how a checkpoint is opened: its arithmetic, other autoencoders, what it predicts.

@@ -42,7 +42,7 @@ class Failure:
         if not isinstance(error, LatentrtError):
             return INTERNAL
         return cls(
-            type=type_of(error),
+            type=type_of(type(error)),
             found=without_paths(error.found),
             expected=without_paths(error.expected),
             fix=without_paths(error.fix),
@@ -63,9 +63,9 @@ INTERNAL = Failure(
 )
 
 
-def type_of(error: LatentrtError) -> str:
-    """The class's name as a word for programs: `memory_limit` for MemoryLimitError."""
-    name = type(error).__name__.removesuffix("Error")
+def type_of(kind: type[LatentrtError]) -> str:
+    """A class's name as a word for programs: `memory_limit` for MemoryLimitError."""
+    name = kind.__name__.removesuffix("Error")
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 

@@ -46,6 +46,12 @@ class Options:
     strict_models: bool = False
 
 
+def steady_clock() -> Clock:
+    """Seconds since 1970 by a clock that nobody sets."""
+    ahead = time.time() - time.monotonic()
+    return lambda: ahead + time.monotonic()
+
+
 class Server:
     """What all APIs share. Any thread may call.
 
@@ -53,7 +59,7 @@ class Server:
         models: opened ones by their names, the first is the default; they are closed by who opened them.
         bounds: of everything that strangers can make more of.
         options: how it draws.
-        now: a clock.
+        now: a clock; by default one whose times are dates, and which is never set back.
     """
 
     def __init__(
@@ -61,8 +67,9 @@ class Server:
         models: Mapping[str, Pipeline],
         bounds: Bounds | None = None,
         options: Options | None = None,
-        now: Clock = time.monotonic,
+        now: Clock | None = None,
     ) -> None:
+        now = now or steady_clock()
         self.bounds = bounds or Bounds()
         self._options = options or Options()
         self.jobs = Jobs(self.bounds, now)

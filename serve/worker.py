@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import inf
 from threading import Event, Lock, Thread
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 from ..engines.errors import BackendError, CancelledError, LatentrtError
 from ..runtime.loop.job import UNetCall
@@ -83,6 +83,7 @@ class Worker:
         self._fed_steps, self._fed_seconds = 0, 0.0
         self._thread: Thread | None = None
         self._writer: ThreadPoolExecutor | None = None
+        self.defaults: dict[str, Any] = {}  # of a request, once it is warm
         self.seen = now()  # when it last gave a sign of life
         self.turns: list[Callable[[int, float], None]] = []  # told rows and seconds of each call of the UNet
         jobs.watch(lambda job: self._wake.set())
@@ -98,6 +99,7 @@ class Worker:
             self.rows = rows_that_gain(call)
         began = perf_counter()
         request = self.pipe(prompt="", num_inference_steps=2, seed=0).request
+        self.defaults = defaults_of(self.pipe)
         self._pace.feed(request.width * request.height * len(request.table()), perf_counter() - began)
         steps.close()
 
@@ -184,19 +186,19 @@ class Worker:
             self._end(running, ending)
 
     def _told(self, event: Yielded[Step] | Ended[Result[Any]] | Failed, rows: int) -> None:
-        name, index = event.name  # pyright: ignore[reportGeneralTypeIssues]  # every name here is a `Name`
-        running = self._running.get(str(name))
+        name, index = cast("Name", event.name)
+        running = self._running.get(name)
         if running is None:
             return
         if isinstance(event, Yielded):
-            self._step(running, int(index), event.item, rows)
+            self._step(running, index, event.item, rows)
         elif isinstance(event, Ended):
             assert self._writer is not None
-            self._writer.submit(self._write, running, int(index), event.value)
+            self._writer.submit(self._write, running, index, event.value)
         else:
             if not isinstance(event.error, LatentrtError):
                 _LOG.error("job %s, picture %s", name, index, exc_info=event.error)
-            self._finish(running, int(index), event.error)
+            self._finish(running, index, event.error)
 
     def _step(self, running: _Running, index: int, step: Step, rows: int) -> None:
         job, order = running.job, running.order
@@ -294,3 +296,10 @@ class Worker:
             self._end(running, gone)
         while (job := self._queue.take(self.model)) is not None:
             self._jobs.fail(job.id, gone)
+
+
+def defaults_of(pipe: Pipeline) -> dict[str, Any]:
+    """What a request has that says nothing but its prompt."""
+    request = pipe.request_of({"prompt": "", "seed": 0})
+    names = ("width", "height", "num_inference_steps", "guidance_scale", "guidance_rescale")
+    return {**{name: getattr(request, name) for name in names}, "sampler": request.sampler.name}

@@ -15,7 +15,7 @@ from ..sides.contract import DIFFUSERS, OURS
 from ..verbs.adapters import LOADED, STEP, WORKLOADS
 from ..verbs.build import TOGETHER
 from ..verbs.cold_start import PARTS
-from ..verbs.controls import IDLE, IN_USE, OUR_STEP, WITH_ONE
+from ..verbs.controls import IDLE, IN_USE, OUR_CALL, OUR_STEP, WITH_ONE
 from ..verbs.opening import DRAWN, OPENED, PEAK, WRITTEN
 from ..verbs.throughput import OFFLINE, SINGLE_STREAM, SWEEP
 from .reading import (
@@ -464,7 +464,16 @@ def _with_adapters(document: Document) -> Lines:
 
 def _with_controls(document: Document) -> Lines:
     """What a step takes with a ControlNet, what one that is not used costs it, and what is held."""
-    yield from _unused(document, OUR_STEP, IDLE, "where a ControlNet is loaded", places=3)
+    if call := next((row for row in document.select(OUR_CALL, OURS) if row.rounds), None):
+        times = _ratio(against(document, call.case, IDLE).get(OUR_CALL), 3)
+        idle = next(document.select(OUR_STEP, IDLE), None)
+        same = (
+            f", {figure(idle, 'differing'):.0f} bytes of the picture differ" if idle and idle.rounds else ""
+        )
+        yield (
+            f"{OUR_CALL}, {words.case(call.case)}",
+            (f"{words.seconds(summary(call))}; where a ControlNet is loaded and not used {times}{same}"),
+        )
     ours = next(document.select(WITH_ONE, OURS), None)
     if ours and ours.rounds:
         used = next(document.select(OUR_STEP, IN_USE))

@@ -3,6 +3,9 @@
     control                                         a picture that the ControlNet of `Task.control` steers;
                                                     figures: `stages_s`, of diffusers the stage "steps" alone
     unused                                          ours alone: a picture without, while it is loaded
+    graphs                                          ours alone, once and without outputs: calls of the plain
+                                                    graph and of the one that takes controls, in turns;
+                                                    figures: `plain_s`, `controlled_s`
     picture, and what else the plain side has       the same
 
 The ControlNet is loaded by the first workload that has it.
@@ -18,7 +21,10 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from ...engines.spec import Array
 from ...runtime.controls.control import Control
+from ...runtime.loop.denoise import HostLoop, steps_of_calls
+from ...runtime.loop.job import Clock, UNetCall
 from ...runtime.pipeline import Pipeline
 from ..case import Case
 from . import diffusers_pipeline, ours
@@ -28,6 +34,7 @@ from .contract import (
     PICTURE,
     STEPS,
     UNUSED,
+    NotAvailableError,
     OpenSide,
     Task,
     Work,
@@ -37,6 +44,9 @@ from .ours import available as available
 from .plain_pipeline import missing, open_plain
 
 CONTROL = "control"
+GRAPHS = "graphs"
+PAIRS = 40  # of calls, in turns: half a percent would not show in whole pictures of two processes
+_PLAIN, _CONTROLLED = "unet", "unet_controlled"
 
 
 def open_side(task: Task) -> OpenSide:
@@ -51,7 +61,37 @@ def open_side(task: Task) -> OpenSide:
         _loaded(pipe, task)
         return side.makers[PICTURE](case, stack)
 
-    return replace(side, name=CONTROLLED, makers={**side.makers, CONTROL: control, UNUSED: unused})
+    def graphs(case: Case, stack: ExitStack) -> Work:
+        seen = calls_of_both(pipe, case)
+        return Work(call=dict[str, Array], figures=lambda: seen)
+
+    own = {CONTROL: control, UNUSED: unused, GRAPHS: graphs}
+    return replace(side, name=CONTROLLED, makers={**side.makers, **own})
+
+
+def calls_of_both(pipe: Pipeline, case: Case) -> dict[str, list[float]]:
+    """Seconds of a call where nothing steers: of the plain graph, and of the one that is given zeros.
+
+    Raises:
+        NotAvailableError: no host calls the nets.
+    """
+    if not isinstance(pipe.loop, HostLoop):
+        raise NotAvailableError(
+            "calls of the UNet are not timed on a device", expected="a CPU", fix="Take the steps."
+        )
+    request = pipe.request_of({"prompt": case.prompt, **case.parameters})
+    job, calls = pipe.prepare(request), dict[str, UNetCall]()
+    for graph in (_PLAIN, _CONTROLLED):
+        run: Any = pipe.loop.net(graph)
+        steps = steps_of_calls(job, pipe.package.manifest, pipe.loop.call, Clock(), None, graph, run)
+        calls[graph] = next(item for item in steps if isinstance(item, UNetCall))
+    seconds: dict[str, list[float]] = {graph: [] for graph in calls}
+    for number in range(1 + PAIRS):  # what the first call allocates is not counted
+        for graph in list(calls)[:: 1 if number % 2 else -1]:
+            began = perf_counter()
+            calls[graph].run(**calls[graph].inputs)
+            seconds[graph].append(perf_counter() - began)
+    return {"plain_s": seconds[_PLAIN][1:], "controlled_s": seconds[_CONTROLLED][1:]}
 
 
 def _loaded(pipe: Pipeline, task: Task) -> str:

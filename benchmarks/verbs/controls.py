@@ -14,16 +14,18 @@ from pathlib import Path
 from ...engines.package import Package
 from ..case import Case
 from ..models.controlnets import write_controlnet
+from ..process import SideError, SideProcess
 from ..records import Document, Row
 from ..rounds import Pace
 from ..sides.contract import CONTROLLED, DIFFUSERS, DIFFUSERS_CONTROLLED, OURS, PICTURE, UNUSED, Task
-from ..sides.controlled import CONTROL
-from .additions import Found, Place, Trial, flipped
+from ..sides.controlled import CONTROL, GRAPHS
+from .additions import Found, Place, Trial, flipped, refused
 from .latency import Progress, document_of, silent
 
 SIDES: Mapping[str, str] = {OURS: CONTROLLED, DIFFUSERS: DIFFUSERS_CONTROLLED}
 PEERS = (DIFFUSERS,)
 OUR_STEP = "our step"  # of sides that never loaded a ControlNet, do not use it, and use it
+OUR_CALL = "our call of the UNet"  # in one process, in turns: the plain graph, and the one of IDLE
 WITH_ONE = "step with one ControlNet"
 # The side that has a ControlNet, without using it and using it.
 IDLE, IN_USE = f"{OURS}, ControlNet loaded", f"{OURS}, ControlNet in use"
@@ -93,6 +95,22 @@ def _rows(trial: Trial, comparison: Comparison, pace: Pace) -> Iterator[Row]:
     for name, side in found.items():
         if side.peaks:
             yield side.peak(name, trial.case.to_json())
+    yield from _calls(trial)
+
+
+def _calls(trial: Trial) -> Iterator[Row]:
+    """What a call takes where nothing steers: of the plain graph, and of the one that a ControlNet needs."""
+    trial.progress(f"{OUR_CALL}: in turns")
+    rows = [Row(side=side, workload=OUR_CALL, case=trial.case.to_json()) for side in (OURS, IDLE)]
+    try:
+        with SideProcess(OURS, CONTROLLED, trial.task) as item:
+            figures = item.prepare(GRAPHS, trial.case)[0]["figures"]
+            stamp = item.stamp
+    except SideError as error:
+        yield from (refused(row, error) for row in rows)
+        return
+    for row, name in zip(rows, ("plain_s", "controlled_s"), strict=True):
+        yield replace(row, rounds=tuple((seconds,) for seconds in figures[name]), stamp=stamp)
 
 
 def _merged(trial: Trial, workload: str, places: Sequence[Place], pace: Pace, rounds: int) -> Iterator[Row]:

@@ -60,6 +60,12 @@ class LoadedControls:
         with self._lock:
             return tuple(self._loaded)
 
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Name -> "controlnet", "t2i-adapter" or "ip-adapter"."""
+        with self._lock:
+            return {name: opened.kind for name, opened in self._loaded.items()}
+
     def load(
         self, path: str | Path, name: str | None = None, *, image_encoder: str | Path | None = None
     ) -> str:

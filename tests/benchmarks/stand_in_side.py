@@ -12,7 +12,7 @@ from latentrt.benchmarks.process import SideError
 from latentrt.benchmarks.records import Document, Row
 from latentrt.benchmarks.rounds import Pace
 from latentrt.benchmarks.sides.contract import YARDSTICK, Task
-from latentrt.benchmarks.verbs import additions
+from latentrt.benchmarks.verbs import additions, controls
 from latentrt.engines.package import Package
 from latentrt.runtime.model import SHIPPED
 
@@ -89,7 +89,8 @@ class MadeUp:
     stamp: Mapping[str, Any] = field(default_factory=lambda: {"side": {"version": "1"}})
 
     def take_place(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(additions, "SideProcess", self)
+        for verb in (additions, controls):
+            monkeypatch.setattr(verb, "SideProcess", self)
         monkeypatch.setattr(additions, "resident_bytes", lambda pid: (1, 2_000_000))
 
     def __call__(self, name: str, module: str, task: Task) -> "MadeUp":

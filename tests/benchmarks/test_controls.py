@@ -18,13 +18,14 @@ from latentrt.benchmarks.records import Document, Row, read_document
 from latentrt.benchmarks.report.reading import Result
 from latentrt.benchmarks.report.tables import full_tables, short_table
 from latentrt.benchmarks.sides import controlled
-from latentrt.benchmarks.sides.contract import PICTURE, STEPS, UNUSED
-from latentrt.benchmarks.sides.controlled import CONTROL, OfDiffusers, edges
+from latentrt.benchmarks.sides.contract import PICTURE, STEPS, UNUSED, NotAvailableError
+from latentrt.benchmarks.sides.controlled import CONTROL, GRAPHS, PAIRS, OfDiffusers, edges
 from latentrt.benchmarks.sides.single_file import PIPELINES, without_checker
 from latentrt.benchmarks.verbs import additions
 from latentrt.benchmarks.verbs.controls import (
     IDLE,
     IN_USE,
+    OUR_CALL,
     OUR_STEP,
     WITH_ONE,
     Comparison,
@@ -36,6 +37,8 @@ from latentrt.engines.errors import MemoryLimitError, UsageError
 from latentrt.engines.safetensors_format import read_header
 from latentrt.export.architectures import ARCHITECTURES
 from tests.benchmarks.stand_in_side import CASE, PACKAGE, QUICK, TASK, WITH_CHECKPOINT, MadeUp
+from tests.engines.host_device import HostDevice
+from tests.runtime.device_bench import device_pipeline
 
 # diffusers' schedulers call np.array(tensor), and it announces what will move
 pytestmark = [
@@ -126,11 +129,13 @@ def test_the_demo_beside_diffusers(tmp_path: Path) -> None:
     rows = {(row.workload, row.side): row for row in document.rows}
     places = [(OUR_STEP, side) for side in ("latentrt", IDLE, IN_USE)]
     places += [(workload, side) for workload in (WITH_ONE, PEAK) for side in ("latentrt", "diffusers")]
+    places += [(OUR_CALL, side) for side in ("latentrt", IDLE)]
     assert list(rows) == places
     for (workload, _), row in rows.items():
         assert all(0 < sample < (3e9 if workload == PEAK else 5) for sample in row.samples)
         assert row.samples
     assert rows[OUR_STEP, IDLE].figures == {"differing": 0, "of": 64 * 64 * 3}
+    assert len(rows[OUR_CALL, IDLE].rounds) == PAIRS, "one of each in turns"
     assert rows[WITH_ONE, "diffusers"].figures["psnr_db"] > 48
     assert rows[WITH_ONE, "diffusers"].stamp["side"]["diffusers"]
     peak = rows[PEAK, "latentrt"]
@@ -215,10 +220,14 @@ def test_where_diffusers_cannot_run() -> None:
 OURS, THEIRS = "latentrt controlled", "diffusers controlled"
 
 
+CALLS = {"plain_s": [1.0, 2.0, 1.0], "controlled_s": [1.002, 2.004, 1.002]}
+
+
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
     process = MadeUp(
         shades={CONTROL: 90},
+        figures=lambda workload, _: dict(CALLS) if workload == GRAPHS else {},
         stages={
             IN_USE: {"unet": 1.0, "update": 0.5, "controls": 0.6, "invariants": 9.0},
             "diffusers": {STEPS: 3.0},
@@ -245,7 +254,7 @@ def text_of(document: Document) -> str:
 def test_rounds_flip_and_every_sample_is_kept(made_up: MadeUp) -> None:
     document = measure()
     without, beside = ["latentrt", OURS, OURS, "latentrt"], [OURS, THEIRS, THEIRS, OURS]
-    assert made_up.opened == [*without, *beside]
+    assert made_up.opened == [*without, *beside, OURS]
     assert len({task.control for task in made_up.tasks}) == 1
     assert made_up.tasks[0].control is not None
     assert not made_up.tasks[0].control.exists(), "the ControlNet is removed again"
@@ -253,8 +262,8 @@ def test_rounds_flip_and_every_sample_is_kept(made_up: MadeUp) -> None:
     assert row_of(document, OUR_STEP, "latentrt").rounds == ((0.75, 0.75),) * 2
     assert row_of(document, WITH_ONE, "diffusers").rounds == ((1.5, 1.5),) * 2
     text = text_of(document)
-    equal = "where a ControlNet is loaded 1.000× [1.000, 1.000], 0 bytes of the picture differ"
-    assert f"| our step | 750 ms; {equal} |" in text
+    equal = "where a ControlNet is loaded and not used 1.002× [1.002, 1.002], 0 bytes of the picture differ"
+    assert f"| our call of the UNet, 64×64, 2 steps, guidance 3 | 1.00 s; {equal} |" in text
     what = "step with one ControlNet, 64×64, 2 steps, guidance 3"
     takes = "750 ms, 1.40× [1.40, 1.40] of one without; diffusers takes 2.00× [2.00, 2.00]"
     assert f"| {what} | {takes} |" in text
@@ -270,6 +279,23 @@ def test_a_step_that_is_not_the_same_picture_fails(made_up: MadeUp) -> None:
     assert document.failed
     assert row_of(document, OUR_STEP, IN_USE).status == "ok"
     assert f"- {IDLE}, our step: FAILED: 189 of 192 bytes" in text_of(document)
+
+
+def test_calls_that_cannot_be_timed_say_why(made_up: MadeUp) -> None:
+    made_up.errors["latentrt", GRAPHS] = SideError("not available", "no CPU")
+    document = measure()
+    for side in ("latentrt", IDLE):
+        row = row_of(document, OUR_CALL, side)
+        assert (row.status, row.reason, row.rounds) == ("not available", "no CPU", ())
+    assert "our call of the UNet: not available: no CPU" in text_of(document)
+
+
+def test_calls_are_not_timed_on_a_device() -> None:
+    with (
+        device_pipeline(PACKAGE, HostDevice()) as (pipe, _),
+        pytest.raises(NotAvailableError, match="not timed on a device"),
+    ):
+        controlled.calls_of_both(pipe, CASE)
 
 
 def test_a_net_that_does_not_steer_fails(made_up: MadeUp) -> None:

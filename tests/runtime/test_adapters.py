@@ -161,9 +161,15 @@ def test_sets_are_kept_by_bytes(files: dict[str, Path]) -> None:
         draw(pipe, "keys")
         assert len(pipe._adapted._entries) == 1, "at least the last set is kept"
         np.testing.assert_array_equal(draw(pipe), plain)
+        assert not pipe._adapted._entries, "which makes way for the base"
+        np.testing.assert_array_equal(draw(pipe), plain)
+        first = draw(pipe, "keys")
+        np.testing.assert_array_equal(draw(pipe, "keys"), first)
+        assert len(pipe._adapted._entries) == 1
     with Pipeline.open("demo", loras=files["loop"].parent) as pipe:
         for where in WHERE:
             draw(pipe, where)
+        draw(pipe)
         assert len(pipe._adapted._entries) == len(WHERE)
         assert set(pipe.loop.nets) >= {"unet", "unet_context"}
 

@@ -1,0 +1,81 @@
+"""Bodies of requests as fields: JSON objects, and forms whose files are pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, NoReturn, cast
+
+from fastapi import Request
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException
+
+from ..engines.errors import UsageError
+
+MOST_PARTS = 64  # of a form: no request has as many fields
+LARGEST_TEXT_PART = 2**20  # bytes of a form's field that is no file
+
+
+async def read_fields(request: Request) -> tuple[dict[str, Any], bytes]:
+    """The fields, and bytes that are equal for equal requests.
+
+    Files of a form are bytes; several of one name are a list. Its texts are JSON where they can be, else text
+    as it is; a prompt is always text.
+
+    Raises:
+        UsageError: no object, no JSON, or a damaged form.
+    """
+    if request.headers.get("content-type", "").startswith("multipart/form-data"):
+        return await _form(request)
+    body = await request.body()
+    try:
+        sent: Any = json.loads(body or b"{}", parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        sent = None
+    if not isinstance(sent, dict):
+        raise UsageError(
+            "a body that is no JSON object", expected='{"prompt": "…"}', fix="Send a JSON object"
+        )
+    return cast("dict[str, Any]", sent), body
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(text)
+
+
+async def _form(request: Request) -> tuple[dict[str, Any], bytes]:
+    try:
+        form = await request.form(
+            max_files=MOST_PARTS, max_fields=MOST_PARTS, max_part_size=LARGEST_TEXT_PART
+        )
+    except MultiPartException as error:
+        raise UsageError("a damaged form", expected="multipart/form-data", fix="Send it again.") from error
+    except Exception as error:  # Starlette makes an HTTPException of it where an application is around
+        if type(error).__name__ != "HTTPException":
+            raise
+        raise UsageError("a damaged form", expected="multipart/form-data", fix="Send it again.") from error
+    fields: dict[str, Any] = {}
+    digest = hashlib.sha256()
+    for name, part in form.multi_items():
+        value: Any = await part.read() if isinstance(part, UploadFile) else _plain(name, part)
+        digest.update(repr((name, value)).encode())
+        name = name.removesuffix("[]")
+        known = fields.get(name)
+        if name not in fields:
+            fields[name] = value
+        else:
+            fields[name] = [*known, value] if isinstance(known, list) else [known, value]
+    await form.close()
+    return fields, digest.digest()
+
+
+_TEXTS = frozenset({"prompt", "negative_prompt", "prompt_2", "negative_prompt_2"})
+
+
+def _plain(name: str, text: str) -> Any:
+    if name in _TEXTS:
+        return text
+    try:
+        return json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        return text

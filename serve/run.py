@@ -1,0 +1,116 @@
+"""The server on a socket: it listens first, so that a taken port is known before a model is opened."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import signal
+import socket
+import threading
+from collections.abc import Callable
+
+import uvicorn
+
+from ..engines.errors import UsageError
+from .guard import Guard
+from .server import Server
+
+GRACE_S = 30.0  # for jobs that are there when the server is asked to end
+_CLOSING_S = 5  # for connections after that: uvicorn would wait for streams for ever
+_TRIED = 100  # ports after a taken one
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        UsageError: the port is taken, or there is no such address here.
+    """
+    try:
+        return _bound(host, port)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            free = next((other for other in range(port + 1, port + _TRIED) if _is_free(host, other)), 0)
+            raise UsageError(
+                f"port {port} is taken", expected="a free one", fix=f"Use another: --port {free}"
+            ) from error
+        raise UsageError(
+            f"{host}:{port} cannot be listened on: {error.strerror}",
+            expected="an address of this machine and a port that its user may take",
+            fix="Use another: --host 127.0.0.1",
+        ) from error
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((host, port))
+        made.listen(2048)
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+def _is_free(host: str, port: int) -> bool:
+    try:
+        _bound(host, port).close()
+    except OSError:
+        return False
+    return True
+
+
+def serve(
+    server: Server,
+    app: Guard,
+    listening: socket.socket,
+    *,
+    ready: Callable[[], None],
+    grace_s: float = GRACE_S,
+) -> None:
+    """Answer until SIGTERM or SIGINT, and then as long as there are jobs, but not longer than the grace.
+
+    A second signal ends at once. The server has been started.
+
+    Args:
+        server: what draws.
+        app: its application.
+        listening: as `listen` returns it; it is closed.
+        ready: called when requests are answered.
+        grace_s: what `Server.end` gives jobs.
+    """
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=_CLOSING_S
+    )
+    _Uvicorn(config, server, ready, grace_s).run(sockets=[listening])
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn, whose first signal lets jobs end before connections are closed."""
+
+    def __init__(
+        self, config: uvicorn.Config, server: Server, ready: Callable[[], None], grace_s: float
+    ) -> None:
+        super().__init__(config)
+        self._server, self._ready, self._grace_s = server, ready, grace_s
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to answer."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        self._ready()
+
+    def handle_exit(self, sig: int, frame: object) -> None:
+        """What a signal does: first jobs end, then connections."""
+        if self._server.queue.draining or sig not in (signal.SIGINT, signal.SIGTERM):
+            self.force_exit = self.should_exit = True
+            return
+        self._server.queue.drain()
+        threading.Thread(target=self._end, name="latentrt end").start()
+
+    def _end(self) -> None:
+        self._server.end(self._grace_s)
+        self.should_exit = True

@@ -1,0 +1,139 @@
+"""Requests of every kind, at random: what is drawn side by side is what each draws alone, to the byte."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentrt import Control, LatentrtError, Pipeline, Result
+from latentrt.engines.errors import CancelledError
+from latentrt.runtime.loop.sharing import Ended, Failed, SharedSteps
+from latentrt.runtime.pipeline import Step
+from latentrt.runtime.sampling.samplers import SAMPLERS
+from tests.engines.host_device import HostDevice
+from tests.parity_pair import photo
+from tests.runtime.device_bench import device_pipeline
+
+PROMPTS = ("a red circle on a blue background", "a green star", "", "a cross <lora:cross:0.7>", "(ring:1.3)")
+SIZES = ((64, 64), (64, 96), (96, 64), (128, 128))
+LORAS: tuple[list[Any] | None, ...] = (None, None, ["striped"], [("striped", 0.5), ("cross", -0.4)])
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Iterator[Pipeline]:
+    with Pipeline.open(backend="onnxruntime", device="cpu") as opened:
+        opened.load_control("edges")
+        yield opened
+
+
+def a_request(chance: random.Random, most_steps: int) -> dict[str, Any]:
+    """One of any kind that the shipped model draws."""
+    height, width = chance.choice(SIZES)
+    request: dict[str, Any] = {
+        "prompt": chance.choice(PROMPTS),
+        "sampler": chance.choice(sorted(SAMPLERS)),
+        "num_inference_steps": chance.randint(2, most_steps),
+        "guidance_scale": chance.choice((1.0, 3.0, 7.5)),
+        "seed": chance.randrange(1000),
+        "height": height,
+        "width": width,
+    }
+    if chance.random() < 0.3:
+        request["guidance_rescale"] = 0.7
+    if chance.random() < 0.3:
+        request["num_images_per_prompt"] = 2
+    if chance.random() < 0.3:
+        request["negative_prompt"] = "a blue background"
+    if chance.random() < 0.2:
+        request["tile"] = 64
+    if chance.random() < 0.4:
+        request |= {"image": photo(width, height), "strength": chance.choice((0.5, 0.9))}
+        if chance.random() < 0.5:
+            mask = np.zeros((height, width), np.uint8)
+            mask[: height // 2] = 255
+            request["mask_image"] = Image.fromarray(mask)
+    request["loras"] = chance.choice(LORAS)
+    if chance.random() < 0.3:
+        hint = Image.fromarray(np.asarray(photo(width, height)))
+        request["controls"] = [Control(model="edges", image=hint, preparation="canny")]
+    return request
+
+
+def side_by_side(pipe: Pipeline, requests: list[dict[str, Any]], chance: random.Random) -> dict[int, Any]:
+    """What came of each: some arrive later, and some are cancelled, which are left out."""
+    shared: SharedSteps[Step, Result[Any]] = SharedSteps(chance.choice((1, 2, 5, 8)))
+    waiting = list(enumerate(requests))
+    found: dict[int, Any] = {}
+    leaves = {number for number in range(len(requests)) if chance.random() < 0.1}
+    while waiting or len(shared):
+        if waiting and (not len(shared) or chance.random() < 0.3):
+            number, request = waiting.pop(0)
+            shared.add(number, pipe.shared(request), chance.choice((0, 0, 1)))
+        for event in shared.turn():
+            if isinstance(event, Ended):
+                found[int(str(event.name))] = event.value
+            elif isinstance(event, Failed):
+                found[int(str(event.name))] = event.error
+        for number in tuple(leaves):
+            if chance.random() < 0.05:
+                shared.remove(number)
+                leaves.discard(number)
+    return found
+
+
+def alone(pipe: Pipeline, request: dict[str, Any]) -> Any:
+    try:
+        return pipe(**request)
+    except LatentrtError as error:
+        return error
+
+
+def check(pipe: Pipeline, seed: int, most_steps: int) -> int:
+    """How many pictures of a mix were compared."""
+    chance = random.Random(seed)
+    requests = [a_request(chance, most_steps) for _ in range(chance.randint(2, 6))]
+    compared = 0
+    for number, result in side_by_side(pipe, requests, chance).items():
+        wanted = alone(pipe, requests[number])
+        if isinstance(result, Exception):
+            assert type(result) is type(wanted), (result, wanted)
+            assert not isinstance(result, CancelledError)
+            continue
+        for ours, theirs in zip(result.images, wanted.images, strict=True):
+            np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs), err_msg=f"{seed} {number}")
+            compared += 1
+    return compared
+
+
+def test_some_mixes(pipe: Pipeline) -> None:
+    assert sum(check(pipe, seed, 8) for seed in range(8)) > 20
+
+
+@pytest.mark.slow
+def test_two_hundred_mixes(pipe: Pipeline) -> None:
+    assert sum(check(pipe, seed, 50) for seed in range(100, 300)) > 600
+
+
+def test_some_mixes_on_a_device(pipe: Pipeline) -> None:
+    """On the device loop, where requests alone take another way: the same but for rounding."""
+    with device_pipeline(pipe.package, HostDevice()) as (on_device, _):
+        for seed in range(3):
+            chance = random.Random(seed)
+            requests = [a_request(chance, 4) for _ in range(3)]
+            for request in requests:
+                request.pop("controls", None)
+            shared = dict(on_device.stream_many(requests))
+            for number, request in enumerate(requests):
+                wanted = alone(on_device, request)
+                item = shared[number]
+                if isinstance(item, Result):
+                    pairs = zip(item.images, wanted.images, strict=True)
+                    most = max(np.abs(np.asarray(a, int) - np.asarray(b, int)).max() for a, b in pairs)
+                    assert most <= 1, (seed, number)
+                else:
+                    assert type(item) is type(wanted)
