@@ -27,7 +27,7 @@ PICTURES = ("image", "mask_image")  # fields that are base64 text, or files of a
 LEFT_OUT = frozenset({"output_type", "latents"})
 _PICTURE = {"type": "string", "contentEncoding": "base64"}
 _SEEDS = {"type": "integer", "minimum": -1, "maximum": 2**64 - 1}
-_OUTPUT = {
+_OUTPUT: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,
     "properties": {
@@ -36,7 +36,7 @@ _OUTPUT = {
         "metadata": {"type": "boolean", "default": True},
     },
 }
-_PREVIEWS = {
+_PREVIEWS: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,
     "properties": {
@@ -202,8 +202,8 @@ def _loras(value: object) -> tuple[tuple[str, Any], ...]:
     """Names, [name, strength], or objects, as `Pipeline` takes them. An unknown name is refused there."""
     pairs: list[Any] = []
     for one in _objects("loras", value):
-        if isinstance(one, Mapping):
-            given = _object("loras", _mapping(one), ("name", "strength"))
+        if given := _mapping(one):
+            given = _object("loras", given, ("name", "strength"))
             pairs.append((given.get("name"), given.get("strength", 1.0)))
         else:
             pairs.append(one)
