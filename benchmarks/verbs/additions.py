@@ -132,6 +132,13 @@ class Trial:
         likeness = check(outputs, self.pictures[added], self.package)
         return {} if side == OURS else likeness
 
+    def check_room(self, count: int, besides: int = 0) -> None:
+        """Raise SideError where so many sides at once do not fit into memory; see `check_memory`."""
+        try:
+            check_memory(self.task, count, besides=besides)
+        except MemoryLimitError as error:
+            raise SideError("not available", error.found) from error
+
     def steps(self, workload: str, places: Sequence[Place], pace: Pace) -> list[Row]:
         """A row of this workload for each place, whose samples are what a step took in each picture.
 
@@ -141,10 +148,9 @@ class Trial:
         modules = {place.module for place in places}
         added = sum(module != OURS for module in modules)
         try:
-            check_memory(self.task, len(modules), besides=added * self.besides)
-        except MemoryLimitError as error:
-            too_large = SideError("not available", error.found)
-            return [refused(place.row(workload, self.case), too_large) for place in places]
+            self.check_room(len(modules), besides=added * self.besides)
+        except SideError as error:
+            return [refused(place.row(workload, self.case), error) for place in places]
         with ExitStack() as stack:
             opened: dict[str, SideProcess] = {}
             ready: dict[Slot, tuple[Place, Mapping[str, Any]]] = {}

@@ -103,6 +103,7 @@ def _calls(trial: Trial) -> Iterator[Row]:
     trial.progress(f"{OUR_CALL}: in turns")
     rows = [Row(side=side, workload=OUR_CALL, case=trial.case.to_json()) for side in (OURS, IDLE)]
     try:
+        trial.check_room(2)  # two graphs of the UNet, which is most of a pipeline
         with SideProcess(OURS, CONTROLLED, trial.task) as item:
             figures = item.prepare(GRAPHS, trial.case)[0]["figures"]
             stamp = item.stamp

@@ -353,8 +353,9 @@ def test_sides_that_do_not_fit(made_up: MadeUp, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(additions, "check_memory", refuse)
     document = measure()
     assert {row.status for row in document.rows} == {"not available"}
-    assert len(asked) == 2, "what does not fit is not tried again"
-    (two, one), (both, each) = asked
+    assert len(asked) == 3, "what does not fit is not tried again"
+    (two, one), (both, each), graphs = asked
+    assert graphs == (2, 0)
     assert (two, both) == (2, 2)
     assert each == 2 * one > 0, "of the first two sides one has a ControlNet"
 
