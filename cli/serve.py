@@ -49,6 +49,9 @@ def serve(
     strict_models: Annotated[
         bool, Option("--strict-models", help="Refuse names of models that are not served.")
     ] = False,
+    lenient: Annotated[
+        bool, Option("--lenient", help="OpenAI's API: leave out unknown fields, in place of refusing them.")
+    ] = False,
     backend: Annotated[str, Option(help="As of generate.")] = "auto",
     device: Annotated[str, Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
     threads: Annotated[int | None, Option(help="CPU threads.")] = None,
@@ -99,7 +102,7 @@ def serve(
         server = Server(
             pipes,
             Bounds(jobs=queue),
-            Options(rows=rows, at_once=at_once, strict_models=strict_models),
+            Options(rows=rows, at_once=at_once, strict_models=strict_models, lenient=lenient),
         )
         advance("warming up", 0, 1)
         server.start()

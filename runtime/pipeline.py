@@ -57,7 +57,7 @@ from .pictures.tiling import encode_tiled
 from .prompts.encode import CACHE_BYTES, TextConditioner, TextEncoder
 from .prompts.tokenizer import ClipTokenizer
 from .record import STEERED_BY
-from .request.parameters import OutputType, Parameters, check_number, spelled_out
+from .request.parameters import STARTS, OutputType, Parameters, check_number, spelled_out
 from .request.request import Request, make_request
 from .result import PreviewKind, Result, check_finite, finished, preview
 from .sampling.noise import NoiseSource
@@ -727,7 +727,8 @@ class Pipeline:
 
     def warmup(self, **parameters: Unpack[Parameters]) -> None:
         """Run every net once at the size and batch of these parameters, so that the next call is warm."""
-        started = {"strength": 1.0} if parameters.get("image") is not None else {}
+        starts = parameters.get("image") is not None and STARTS.fits(self.package.manifest)
+        started = {"strength": 1.0} if starts else {}
         whole: Any = {"num_inference_steps": 1, "seed": 0, **started, **parameters}
         drawn = self("", output_type="latent", **whole)
         decoded = self.loop.decode(drawn.images, tile=drawn.request.tile)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from ..engines.errors import UsageError
 from .keys import NO_KEYS, Keys
+from .links import LINKS
 
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 HEALTH_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"})
@@ -173,7 +174,7 @@ def refuse_host(head: Head, access: Access) -> Refusal | None:
 
 def refuse_site(head: Head, access: Access) -> Refusal | None:
     """Hold off what a page of another site had its browser send, with or without an Origin."""
-    foreign = "cross-site" in head.fetch_site and not head.listed_origin(access)
+    foreign = "cross-site" in head.fetch_site and not head.listed_origin(access) and not is_link(head)
     return Refusal(status=403, code="cross_site") if foreign else None
 
 
@@ -185,7 +186,9 @@ def refuse_origin(head: Head, access: Access) -> Refusal | None:
 
 def refuse_key(head: Head, access: Access) -> Refusal | None:
     """Where there are keys, ask for one: not on open paths, nor of a browser that asks what it may send."""
-    if not access.keys or head.key_id or head.path in access.open_paths or is_preflight(head, access):
+    if not access.keys or head.key_id or head.path in access.open_paths or is_link(head):
+        return None
+    if is_preflight(head, access):
         return None
     return Refusal(
         status=401,
@@ -210,6 +213,11 @@ CHECKS: tuple[Check, ...] = (refuse_host, refuse_site, refuse_origin, refuse_key
 def refuse(head: Head, access: Access) -> Refusal | None:
     """The first check's refusal; None lets the request in."""
     return next((no for check in CHECKS if (no := check(head, access))), None)
+
+
+def is_link(head: Head) -> bool:
+    """Whether a picture's link is followed: it takes the place of a key, and any page may show it."""
+    return head.method == "GET" and head.path.startswith(LINKS)
 
 
 def is_preflight(head: Head, access: Access) -> bool:

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from ..engines.errors import LatentrtError, UsageError
 from ..engines.installed import latentrt_version
-from . import native
+from . import native, openai_images
 from .access import Access, Refusal
 from .answers import Answer, ErrorForm, answer_to
 from .body import BODY_LIMITS, BodyLimits, Message, Receive
@@ -50,7 +50,10 @@ class Api:
 
 
 NATIVE = Api(router=native.router, error_form=native.error_form, prefixes=("/",))
-APIS = (NATIVE,)  # the first whose prefix fits is a path's
+OPENAI = Api(
+    router=openai_images.router, error_form=openai_images.error_form, prefixes=openai_images.PREFIXES
+)
+APIS = (OPENAI, NATIVE)  # the first whose prefix fits is a path's
 
 
 def form_of(path: str) -> ErrorForm:
@@ -167,8 +170,9 @@ class Labelled:
             if message["type"] == "http.response.start":
                 answered = True
                 _LOG.info("%s %s %s %s", name, scope["method"], scope["path"], message["status"])
-                headers = [*message.get("headers", ()), (REQUEST_ID, name.encode()), *_HEADERS]
-                message = {**message, "headers": headers}
+                own = list(message.get("headers", ()))
+                kept = [header for header in _HEADERS if header[0] not in {name for name, _ in own}]
+                message = {**message, "headers": [*own, (REQUEST_ID, name.encode()), *kept]}
             await send(message)
 
         try:

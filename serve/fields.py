@@ -25,6 +25,7 @@ LONGEST_TEXT = 32_000  # characters of a prompt
 PICTURES = ("image", "mask_image")  # fields that are base64 text, or files of a form
 # What a network has no form for: the output's is `output`, noise is the seed's.
 LEFT_OUT = frozenset({"output_type", "latents"})
+TERMS = ("priority", "timeout_s")  # fields of the job itself, no part of an order
 _PICTURE = {"type": "string", "contentEncoding": "base64"}
 _SEEDS = {"type": "integer", "minimum": -1, "maximum": 2**64 - 1}
 _OUTPUT: dict[str, Any] = {
@@ -146,6 +147,22 @@ def read_order(sent: Mapping[str, Any], model: str, pipe: Pipeline, bounds: Boun
     )
 
 
+def terms_of(sent: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the job itself, as `Server.submit` takes them. Raises UsageError."""
+    return {
+        "priority": _number(sent, "priority", -10, 10, whole=True) or 0,
+        "timeout_s": _number(sent, "timeout_s", 0.001, 86400),
+    }
+
+
+def _number(sent: Mapping[str, Any], name: str, low: float, high: float, *, whole: bool = False) -> Any:
+    value = sent.get(name)
+    kinds = (int,) if whole else (int, float)
+    if value is None or (isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high):
+        return value
+    raise UsageError(f"{name} is {value!r:.80}", expected=f"{low:g} to {high:g}", fix=f"Change {name}.")
+
+
 def _text(name: str, value: object) -> str:
     if not isinstance(value, str) or "\0" in value or len(value) > LONGEST_TEXT:
         raise UsageError(
@@ -179,8 +196,15 @@ def _output(value: object) -> Output:
     quality, metadata = given.get("quality"), given.get("metadata", True)
     if not isinstance(metadata, bool):
         raise UsageError(f"metadata is {metadata!r:.80}", expected="true or false", fix="Change metadata.")
+    kind = find_format(_text("format", given.get("format", "png"))).kind.lower()
+    if quality is not None and kind == "png":  # else the file could not be written when it is drawn
+        raise UsageError(
+            f"quality is {quality!r:.80}, of png",
+            expected="a quality of jpeg or webp: png keeps every pixel as it is",
+            fix="Leave quality out.",
+        )
     return Output(
-        format=find_format(_text("format", given.get("format", "png"))).kind.lower(),
+        format=kind,
         quality=None if quality is None else check_integer("quality", quality, 1, 100),
         metadata=metadata,
     )

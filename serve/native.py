@@ -11,7 +11,6 @@ GET    /v1/capabilities             models, their fields as JSON Schema, and bou
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import AsyncGenerator, Mapping
@@ -24,10 +23,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ..engines.errors import UsageError
 from .answers import Answer
-from .fields import read_order, schema_of
+from .fields import TERMS, read_order, schema_of, terms_of
 from .guard import KEY_ID
 from .job import Job, Once, StoredPicture
-from .reading import read_fields
+from .reading import once_of, read_fields
 from .server import Server
 from .waiting import ended, readings
 
@@ -35,7 +34,6 @@ PING_S = 15.0  # proxies close what is silent for longer
 RETRY_MS = 2000
 LONGEST_WAIT_S = 60.0
 MOST_LISTED = 100
-_OF_THE_JOB = ("model", "priority", "timeout_s")  # fields that are no part of the order
 _WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*(\d{1,4})\s*(?:,|;|$)")
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
@@ -57,7 +55,7 @@ async def submit(request: Request) -> Response:
     """Take a job in. Its body is JSON, or a form whose files are the pictures."""
     server, owner = server_of(request), owner_of(request)
     sent, body = await read_fields(request)
-    once = _once(request, body)
+    once = once_of(request, body)
     job = await run_in_threadpool(_submit, server, owner, sent, once)
     if wait := _WAIT.search(request.headers.get("prefer", "")):
         job = await ended(server.jobs, job, min(float(wait[1]), LONGEST_WAIT_S))
@@ -71,28 +69,9 @@ def _submit(server: Server, owner: str, sent: Mapping[str, Any], once: Once | No
     if model is not None and not isinstance(model, str):
         raise UsageError(f"model is {model!r:.80}", expected="a name", fix="Change model.")
     worker = server.find(model)
-    fields = {name: value for name, value in sent.items() if name not in _OF_THE_JOB}
+    fields = {name: value for name, value in sent.items() if name not in ("model", *TERMS)}
     order = read_order(fields, worker.model, worker.pipe, server.bounds)
-    return server.submit(
-        owner,
-        order,
-        once=once,
-        priority=_number(sent, "priority", -10, 10, whole=True) or 0,
-        timeout_s=_number(sent, "timeout_s", 0.001, 86400),
-    )
-
-
-def _number(sent: Mapping[str, Any], name: str, low: float, high: float, *, whole: bool = False) -> Any:
-    value = sent.get(name)
-    kinds = (int,) if whole else (int, float)
-    if value is None or (isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high):
-        return value
-    raise UsageError(f"{name} is {value!r:.80}", expected=f"{low:g} to {high:g}", fix=f"Change {name}.")
-
-
-def _once(request: Request, body: bytes) -> Once | None:
-    key = request.headers.get("idempotency-key")
-    return None if key is None else Once(key=key, body=hashlib.sha256(body).hexdigest())
+    return server.submit(owner, order, once=once, **terms_of(sent))
 
 
 @router.get("/jobs")

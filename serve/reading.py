@@ -11,6 +11,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 
 from ..engines.errors import UsageError
+from .job import Once
 
 MOST_PARTS = 64  # of a form: no request has as many fields
 LARGEST_TEXT_PART = 2**20  # bytes of a form's field that is no file
@@ -20,7 +21,7 @@ async def read_fields(request: Request) -> tuple[dict[str, Any], bytes]:
     """The fields, and bytes that are equal for equal requests.
 
     Files of a form are bytes; several of one name are a list. Its texts are JSON where they can be, else text
-    as it is; a prompt is always text.
+    as it is; a prompt and a model's name are always text.
 
     Raises:
         UsageError: no object, no JSON, or a damaged form.
@@ -37,6 +38,16 @@ async def read_fields(request: Request) -> tuple[dict[str, Any], bytes]:
             "a body that is no JSON object", expected='{"prompt": "…"}', fix="Send a JSON object"
         )
     return cast("dict[str, Any]", sent), body
+
+
+def once_of(request: Request, body: bytes) -> Once | None:
+    """What makes a request one job however often it is sent; None without an `Idempotency-Key`.
+
+    Raises:
+        IdempotencyKeyError: a key that no header can have.
+    """
+    key = request.headers.get("idempotency-key")
+    return None if key is None else Once(key=key, body=hashlib.sha256(body).hexdigest())
 
 
 def _no_number(text: str) -> NoReturn:
@@ -69,7 +80,7 @@ async def _form(request: Request) -> tuple[dict[str, Any], bytes]:
     return fields, digest.digest()
 
 
-_TEXTS = frozenset({"prompt", "negative_prompt", "prompt_2", "negative_prompt_2"})
+_TEXTS = frozenset({"prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "model"})
 
 
 def _plain(name: str, text: str) -> Any:

@@ -39,11 +39,13 @@ class Options:
         rows: of a call of the UNet, at most; None is measured for each model at the start.
         at_once: jobs of a model that run side by side.
         strict_models: refuse names of models that are not served, also where only one is.
+        lenient: OpenAI's API leaves out fields that it does not know, and says so, in place of refusing them.
     """
 
     rows: int | None = None
     at_once: int = AT_ONCE
     strict_models: bool = False
+    lenient: bool = False
 
 
 def steady_clock() -> Clock:
@@ -71,7 +73,8 @@ class Server:
     ) -> None:
         now = now or steady_clock()
         self.bounds = bounds or Bounds()
-        self._options = options or Options()
+        self.options = options or Options()
+        self.began = now()
         self.jobs = Jobs(self.bounds, now)
         self.pace = Pace()
         self.queue = Queue(self.jobs, self.bounds, now, self.pace)
@@ -84,8 +87,8 @@ class Server:
                 self.queue,
                 self.pace,
                 now,
-                rows=self._options.rows,
-                at_once=self._options.at_once,
+                rows=self.options.rows,
+                at_once=self.options.at_once,
             )
             for name, pipe in models.items()
         }
@@ -113,7 +116,7 @@ class Server:
         name = self.models[0] if model is None else model
         if name in self.workers:
             return self.workers[name]
-        if len(self.workers) == 1 and not self._options.strict_models:
+        if len(self.workers) == 1 and not self.options.strict_models:
             return self.workers[self.models[0]]  # clients have names of others built in
         raise UnknownModelError(
             f"no model {name[:80]!r} is served",

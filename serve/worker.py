@@ -12,10 +12,13 @@ from threading import Event, Lock, Thread
 from time import perf_counter
 from typing import Any, cast
 
+from PIL import Image
+
 from ..engines.errors import BackendError, CancelledError, LatentrtError
 from ..runtime.loop.job import UNetCall
 from ..runtime.loop.sharing import Ended, Failed, SharedSteps, Yielded, rows_that_gain
 from ..runtime.pipeline import Pipeline, Step
+from ..runtime.request.parameters import VARIES
 from ..runtime.result import Result
 from .admission import Queue, deadline_passed
 from .bounds import Clock
@@ -92,13 +95,15 @@ class Worker:
 
     def warm_up(self) -> None:
         """Draw once, so that the first caller does not wait, and measure how many rows a call may have."""
-        self.pipe.warmup()
-        steps = self.pipe.shared({"prompt": "", "num_inference_steps": 2, "seed": 0})
+        pictures: Any = pictures_for(self.pipe)
+        least = {"prompt": "", "num_inference_steps": 2, "seed": 0, **pictures}
+        self.pipe.warmup(**pictures)
+        steps = self.pipe.shared(least)
         call = next(item for item in steps if isinstance(item, UNetCall))
         if self.rows is None:
             self.rows = rows_that_gain(call)
         began = perf_counter()
-        request = self.pipe(prompt="", num_inference_steps=2, seed=0).request
+        request = self.pipe(**least).request
         self.defaults = defaults_of(self.pipe)
         self._pace.feed(request.width * request.height * len(request.table()), perf_counter() - began)
         steps.close()
@@ -298,8 +303,20 @@ class Worker:
             self._jobs.fail(job.id, gone)
 
 
+def pictures_for(pipe: Pipeline) -> dict[str, Image.Image]:
+    """Grey ones of the model's own size, where it draws nothing without: unCLIP, inpainting."""
+    manifest = pipe.package.manifest
+    size = manifest.defaults.width, manifest.defaults.height
+    found: dict[str, Image.Image] = {}
+    if VARIES.fits(manifest) or manifest.image_latents:
+        found["image"] = Image.new("RGB", size, "grey")
+    if manifest.image_latents:
+        found["mask_image"] = Image.new("RGB", size, "white")
+    return found
+
+
 def defaults_of(pipe: Pipeline) -> dict[str, Any]:
     """What a request has that says nothing but its prompt."""
-    request = pipe.request_of({"prompt": "", "seed": 0})
+    request = pipe.request_of({"prompt": "", "seed": 0, **pictures_for(pipe)})
     names = ("width", "height", "num_inference_steps", "guidance_scale", "guidance_rescale")
     return {**{name: getattr(request, name) for name in names}, "sampler": request.sampler.name}

@@ -10,7 +10,7 @@ NumPy: `latentrt --help` reads it.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypedDict, TypeVar, cast, get_args
@@ -573,6 +573,7 @@ def spelled_out(method: Method) -> Method:
 # What other programs call them.
 _ELSEWHERE = {
     "steps": "num_inference_steps",
+    "num_steps": "num_inference_steps",
     "cfg_scale": "guidance_scale",
     "generator": "seed",
     "scheduler": "sampler",
@@ -622,10 +623,16 @@ def read_parameters(manifest: "Manifest", parameters: Mapping[str, Any]) -> dict
     }
 
 
-def _refuse_unknown(name: str) -> NoReturn:
+def nearest(name: str, known: Iterable[str] = PARAMETERS) -> str | None:
+    """What a name may mean: a known one that other programs call so, or one that is spelled alike."""
     from difflib import get_close_matches
 
-    near = _ELSEWHERE.get(name) or next(iter(get_close_matches(name, PARAMETERS, 1)), None)
+    names, elsewhere = list(known), _ELSEWHERE.get(name)
+    return elsewhere if elsewhere in names else next(iter(get_close_matches(name, names, 1)), None)
+
+
+def _refuse_unknown(name: str) -> NoReturn:
+    near = nearest(name)
     raise UsageError(
         f"there is no parameter {name!r}",
         expected=f"{near!r}" if near else f"one of {', '.join(PARAMETERS)}",

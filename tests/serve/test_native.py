@@ -199,6 +199,8 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"latents": "x.npy"}, 400, "the field latents"),
     ({"output": {"format": "bmp"}}, 400, "bmp"),
     ({"output": {"quality": 0}}, 400, "quality is 0"),
+    ({"output": {"quality": 90}}, 400, "quality is 90, of png"),
+    ({"output": {"quality": 101, "format": "webp"}}, 400, "quality is 101"),
     ({"output": {"metadata": 1}}, 400, "metadata is 1"),
     ({"output": "png"}, 400, "output is 'png'"),
     ({"preview": {"kind": "slow"}}, 400, "slow"),

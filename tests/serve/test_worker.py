@@ -59,6 +59,30 @@ def pixels(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["unclip-tiny", "inpaint-tiny"])
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+def test_models_that_draw_nothing_without_a_picture(
+    tmp_path_factory: pytest.TempPathFactory, recipe: str
+) -> None:
+    from tests.parity_pair import blob, exported, photo
+
+    package = exported(tmp_path_factory, recipe) / "package"
+    with Pipeline.open(package, backend="onnxruntime", device="cpu") as pipe:
+        server = Server({"demo": pipe})
+        server.start()
+        values = {"prompt": PROMPT, "num_inference_steps": 2, "image": photo(64, 64)}
+        if recipe != "unclip-tiny":
+            values["mask_image"] = blob(64, 64)
+        try:
+            job = server.submit(ANYONE, Order(model="demo", values=values, seeds=(3,)))
+            (picture,) = ended(server, job).pictures
+        finally:
+            server.end(0)
+        wanted = np.asarray(pipe(**values, seed=3).images[0])
+        np.testing.assert_array_equal(pixels(picture.data), wanted)
+
+
 def test_pictures_are_those_of_a_pipeline(server: Server, pipe: Pipeline) -> None:
     orders = [
         order(seed=1, count=3),
