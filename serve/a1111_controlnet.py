@@ -56,7 +56,7 @@ def _picture(name: str, value: Any) -> Any:
 
 
 # fmt: off
-_UNIT: Mapping[str, Field] = {
+UNIT: Mapping[str, Field] = {
     "enabled": Field(read=read_flag, default=True),
     "module": Field(read=read_text, default="none"),
     "model": Field(read=read_text, default="None"),
@@ -104,7 +104,7 @@ def read_units(
             continue
         for number, unit in enumerate(units):
             place = f"controlnet.{number}."
-            values, left = read_values(read_object(place.rstrip("."), unit), _UNIT, place)
+            values, left = read_values(read_object(place.rstrip("."), unit), UNIT, place)
             ignored += left
             if values["enabled"]:
                 control, length = _control(values, place, pipe, image)

@@ -8,20 +8,33 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import copy
 from typing import Any
 
 import httpx
+import hypothesis
 import numpy as np
 import pytest
 import webuiapi
+from hypothesis import strategies as st
 from PIL import Image
 
-from latentrt import Pipeline
+from latentrt import Control, Pipeline
+from latentrt.engines.errors import LatentrtError, UsageError
 from latentrt.runtime.pictures.infotext import parse_infotext
 from latentrt.runtime.pictures.write import read_metadata
+from latentrt.runtime.sampling.a1111 import a1111_fields
+from latentrt.runtime.sampling.names import resolve
+from latentrt.runtime.second_pass import enlarge_latent
+from latentrt.serve.a1111_controlnet import UNIT
+from latentrt.serve.a1111_fields import FIELDS, SETTINGS, Route
+from latentrt.serve.a1111_order import read_wanted
+from latentrt.serve.a1111_samplers import choose
+from latentrt.serve.a1111_start import fill_under
 from latentrt.serve.access import allow
+from latentrt.serve.answers import answer_to
 from latentrt.serve.keys import keys_of_environment
 from latentrt.serve.server import Options
 from tests.parity_pair import photo
@@ -266,15 +279,25 @@ def test_lists_of_its_client(at: Live, api: webuiapi.WebUIApi, pipe: Pipeline) -
     assert model["filename"] == model["model_name"] == "demo"
 
 
-def test_every_listed_sampler_draws(at: Live) -> None:
-    for name in names(at, "samplers"):
-        told = json.loads(draw(at, sampler_name=name, steps=2)["info"])
-        assert told["sampler_name"] == name
+def test_listed_samplers_are_what_pictures_say(at: Live, pipe: Pipeline) -> None:
+    """By each of their names; those that A1111 does not have are called as they are here."""
+    config = pipe.package.manifest.scheduler
+    for sampler in at.client.get("/sdapi/v1/samplers").json():
+        for name in (sampler["name"], *sampler["aliases"]):
+            chosen = choose(name, None)
+            assert chosen.name == sampler["name"]
+            assert a1111_fields(resolve(chosen.spelling, config), 5)["Sampler"] == sampler["name"]
+        assert json.loads(draw(at, sampler_name=name, steps=1)["info"])["sampler_name"] == sampler["name"]
+
+
+def test_listed_schedules_are_what_pictures_say(at: Live, pipe: Pipeline) -> None:
+    for schedule in at.client.get("/sdapi/v1/schedulers").json()[1:]:
+        for name in (schedule["label"], schedule["name"], schedule["name"].title()):
+            config = resolve(choose("Euler", name).spelling, pipe.package.manifest.scheduler)
+            assert a1111_fields(config, 5)["Schedule type"] == schedule["label"]
 
 
 def test_controlnet_units_of_its_client(api: webuiapi.WebUIApi, pipe: Pipeline) -> None:
-    from latentrt import Control
-
     (net,) = pipe.controls.names
     unit = webuiapi.ControlNetUnit(
         image=photo(64, 64),
@@ -316,8 +339,6 @@ def test_controlnet_units_of_its_client(api: webuiapi.WebUIApi, pipe: Pipeline) 
 
 
 def test_two_passes(at: Live, pipe: Pipeline) -> None:
-    from latentrt.runtime.second_pass import enlarge_latent
-
     drawn = draw(at, enable_hr=True, hr_scale=1.5, denoising_strength=0.7, hr_second_pass_steps=4)
     shared: dict[str, Any] = {"seed": 7, "guidance_scale": 4.0, "sampler": "euler linspace"}
     small = pipe(PROMPT, width=64, height=64, num_inference_steps=3, output_type="latent", **shared)
@@ -453,8 +474,6 @@ def test_what_is_opaque_in_a_mask_is_drawn_anew(at: Live) -> None:
 
 
 def test_colours_spread_under_a_mask() -> None:
-    from latentrt.serve.a1111_start import fill_under
-
     mask = np.zeros((96, 96), np.uint8)
     mask[30:60, 30:60] = 255
     flat = np.full((96, 96, 3), (200, 40, 90), np.uint8)
@@ -668,26 +687,46 @@ def test_odd_values_are_never_a_failure_of_the_server(at: Live) -> None:
     assert at.client.post("/sdapi/v1/options", content=b'{"a": NaN}').status_code == 400
 
 
-def test_odd_values_of_every_field(at: Live) -> None:
-    """Steps are few, as what is accepted is drawn."""
-    from latentrt.serve.a1111_fields import FIELDS, SETTINGS
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.sampled_from(ODD),
+    lambda inside: st.lists(inside, max_size=2) | st.dictionaries(st.text(), inside, max_size=2),
+    max_leaves=4,
+)
 
-    for name in FIELDS["txt2img"]:
-        for value in ODD:
-            if value != FIELDS["txt2img"][name].default and name not in ("width", "height", "steps"):
-                answer = at.client.post(
-                    "/sdapi/v1/txt2img", json={**SMALL, "steps": 1, "width": 32, "height": 40, name: value}
-                )
-                assert answer.status_code < 500, (name, value, answer.text)
-    for name in SETTINGS:
-        for value in ODD:
-            fields = {**SMALL, "steps": 1, "width": 32, "height": 40, "override_settings": {name: value}}
-            assert at.client.post("/sdapi/v1/txt2img", json=fields).status_code < 500, (name, value)
-    for name in set(FIELDS["img2img"]) - set(FIELDS["txt2img"]):
-        for value in ODD:
-            fields = {**SMALL, **start(), "steps": 2, name: value}
-            assert at.client.post("/sdapi/v1/img2img", json=fields).status_code < 500, (name, value)
-    assert at.client.get("/sdapi/v1/progress").json() == IDLE
+
+def sent_to(route: Route) -> st.SearchStrategy[dict[str, Any]]:
+    """A request of which some fields have any value."""
+    settings = st.fixed_dictionaries({}, optional=dict.fromkeys(SETTINGS, JSON))
+    return st.fixed_dictionaries(
+        {}, optional={**dict.fromkeys(FIELDS[route], JSON), "override_settings": settings | JSON}
+    )
+
+
+@pytest.mark.parametrize("route", ["txt2img", "img2img"])
+def test_odd_values_of_every_field(at: Live, pipe: Pipeline, route: Route) -> None:
+    """Whatever is no typed error would be answered with 500."""
+
+    @hypothesis.settings(max_examples=150, deadline=None, database=None, derandomize=True)
+    @hypothesis.given(odd=sent_to(route), few=st.booleans())
+    def read(odd: dict[str, Any], few: bool) -> None:
+        first = dict(list(odd.items())[:1]) if few else odd  # many odd ones are refused at the first
+        try:
+            wanted = read_wanted(route, {**SMALL, **start(), **first}, at.server, None)
+            wanted.order.passes(pipe)
+        except LatentrtError as error:
+            if answer_to(error).status >= 500:
+                raise
+
+    read()
+
+
+@pytest.mark.parametrize("value", ODD)
+def test_odd_values_of_a_unit(at: Live, value: Any) -> None:
+    for name in UNIT:
+        unit = {"model": "edges", "image": encoded(photo(64, 64)), name: value}
+        fields = {"alwayson_scripts": {"controlnet": {"args": [unit]}}}
+        with suppress(UsageError):
+            read_wanted("txt2img", {**SMALL, **fields}, at.server, None)
 
 
 # ── progress of one's own ──────────────────────────────────────────────────────────────────────────
@@ -823,11 +862,14 @@ def test_a_server_that_ends_says_so(pipe: Pipeline) -> None:
 
 
 def test_many_at_once_have_their_own_pictures(at: Live) -> None:
-    requests = [Behind(at, seed=seed, prompt=f"{PROMPT} {seed}") for seed in range(8)]
-    for seed, request in enumerate(requests):
-        info = json.loads(request.end().json()["info"])
-        assert info["seed"] == seed
-        assert info["infotexts"][0].startswith(f"{PROMPT} {seed}\n")
+    def one(seed: int) -> Any:
+        api = webuiapi.WebUIApi(baseurl=f"{at.url}/sdapi/v1")
+        return api.txt2img(prompt=f"{PROMPT} {seed}", seed=seed, width=64, height=64, steps=2 + seed % 3)
+
+    with ThreadPoolExecutor(8) as threads:
+        for seed, drawn in enumerate(threads.map(one, range(8))):
+            assert drawn.info["seed"] == seed
+            assert drawn.image.info["parameters"].startswith(f"{PROMPT} {seed}\n")
     assert at.client.get("/sdapi/v1/progress").json() == IDLE
 
 
