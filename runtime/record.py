@@ -25,6 +25,7 @@ from .sampling.config import SamplerConfig
 
 LORA_HASHES = "Lora hashes"
 STEERED_BY = "steered_by"  # the controls of a picture, in its record
+BEGAN_AS = "began_as"  # of a picture in two: what its first one had other values of
 _LORA_HASH = re.compile(r"([^,:]+?): *([0-9a-fA-F]+)(?:, *|$)")
 # Of the call, not of one of its pictures.
 _OF_THE_CALL = ("num_images_per_prompt", "output_type")
@@ -110,16 +111,21 @@ def a1111_parameters(request: Request, index: int, producer: Mapping[str, Any]) 
     tags = [tag for name, strength in producer.get("loras", ()) if (tag := tag_text(name, strength))]
     masked = request.source if isinstance(request.source, Masked) else None
     custom = request.timesteps is not None or request.sigmas is not None
+    first = producer.get(BEGAN_AS)
+    size = f"{request.width}x{request.height}"
     return {
         PROMPT: " ".join(filter(None, (written(request.prompts[index]), *tags))),
         NEGATIVE_PROMPT: written(request.negative_prompts[index]),
-        "Steps": request.num_inference_steps,
+        "Steps": first["num_inference_steps"] if first else request.num_inference_steps,
         **a1111_fields(request.sampler, request.num_inference_steps, custom=custom),
         "CFG scale": request.guidance_scale,
         "Seed": request.seeds[index],
-        "Size": f"{request.width}x{request.height}",
+        "Size": f"{first['width']}x{first['height']}" if first else size,
         "Model": producer.get("base") or producer["model"],
         "Denoising strength": _strength(request),
+        "Hires resize": size if first else None,
+        "Hires steps": request.num_inference_steps if first else None,
+        "Hires upscaler": "Latent" if first else None,
         "Mask blur": (masked.inpainting.blur or None) if masked else None,
         "Clip skip": request.clip_skip + 1,  # 1 is the last layer there
         _TI_HASHES: write_hashes(called_by(request, index)),

@@ -14,7 +14,7 @@ from .model import given_options
 from .pictures.infotext import parse_infotext
 from .pictures.write import PictureMetadata, read_metadata
 from .pipeline import Pipeline
-from .record import LORA_HASHES, STEERED_BY, Recorded, read_a1111, read_record
+from .record import BEGAN_AS, LORA_HASHES, STEERED_BY, Recorded, read_a1111, read_record
 from .recorded_adapters import Redrawn, redrawn_adapters
 from .recorded_controls import check_recorded_controls
 from .refine import refine
@@ -22,6 +22,7 @@ from .request.inputs import INPUTS, Input, find_input
 from .request.parameters import PARAMETERS, CallParameters, check_loras
 from .result import Result
 from .sampling.names import resolve
+from .second_pass import DIFFERENT, after, enlarged_for
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -94,14 +95,37 @@ def _drawn(
 ) -> Result[Any]:
     recorded = read_record(record)
     check_recorded_controls(pipe, record.get(STEERED_BY), changes.get("controls"))
-    inputs = _inputs(recorded, folder, given)
+    first = _first_pass(record)
+    inputs = _inputs(recorded, folder, given) if first is None else {}
     parameters = {**_without_rivals(recorded.parameters, changes), **inputs, **changes}
     found = _adapters(pipe, recorded, _prompt(recorded, given), parameters, changes)
     parameters["loras"] = found.loras
     pipe = _knowing(pipe, found)
     _check_embeddings(pipe, recorded, found, parameters, _words(pipe, found))
+    if first is not None:
+        return _twice(pipe, found.prompt, parameters, first)
     result = pipe(found.prompt, **parameters)
     return _with_names(result, recorded)
+
+
+def _first_pass(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What the first of two passes had other values of. Raises UsageError."""
+    found = record.get(BEGAN_AS)
+    if found is None or (isinstance(found, Mapping) and set(cast("Any", found)) == set(DIFFERENT)):
+        return cast("Mapping[str, Any] | None", found)
+    raise UsageError(
+        f"the record's {BEGAN_AS} is {found!r:.80}",
+        expected=f"{', '.join(DIFFERENT)}: a record that latentrt wrote",
+        fix="Pass prompt and parameters instead.",
+    )
+
+
+def _twice(pipe: Any, prompt: str, parameters: Mapping[str, Any], first: Mapping[str, Any]) -> Result[Any]:
+    """Draw small, and draw on at the size that the parameters say."""
+    small = {**{name: value for name, value in parameters.items() if name != "strength"}, **first}
+    drawn = pipe(prompt, **{**small, "output_type": "latent"})
+    larger = {name: parameters[name] for name in ("height", "width")}
+    return after(pipe(prompt, **{**parameters, "image": enlarged_for(pipe, drawn, larger)}), drawn)
 
 
 def _adapters(

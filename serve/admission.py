@@ -126,6 +126,12 @@ class Queue:
             if (entry := self._there.get(name)) is not None:
                 entry.done = pixel_steps
 
+    def share_done(self, name: str) -> float:
+        """How much of a job is done, 0 to 1; 0 where it is not there."""
+        with self._lock:
+            entry = self._there.get(name)
+            return 0.0 if entry is None else min(1.0, entry.done / entry.job.submission.work.pixel_steps)
+
     def place(self, name: str) -> Place | None:
         """Where a job waits; None if it does not."""
         with self._lock:

@@ -21,6 +21,8 @@ _STATUSES: dict[str, tuple[int, str]] = {
     "unknown_model": (404, "model_not_found"),
     "gone": (410, "gone"),
     "idempotency_mismatch": (422, "idempotency_mismatch"),
+    "field": (422, "invalid_type"),
+    "unsupported": (501, "not_implemented"),
     "too_large": (413, "too_large"),
     "picture_too_large": (413, "too_large"),
     "usage": (400, "invalid_value"),

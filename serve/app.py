@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from ..engines.errors import LatentrtError, UsageError
 from ..engines.installed import latentrt_version
-from . import native, openai_images
+from . import a1111, native, openai_images
 from .access import Access, Refusal
 from .answers import Answer, ErrorForm, answer_to
 from .body import BODY_LIMITS, BodyLimits, Message, Receive
@@ -53,7 +53,8 @@ NATIVE = Api(router=native.router, error_form=native.error_form, prefixes=("/",)
 OPENAI = Api(
     router=openai_images.router, error_form=openai_images.error_form, prefixes=openai_images.PREFIXES
 )
-APIS = (OPENAI, NATIVE)  # the first whose prefix fits is a path's
+A1111 = Api(router=a1111.router, error_form=a1111.error_form, prefixes=a1111.PREFIXES)
+APIS = (OPENAI, A1111, NATIVE)  # the first whose prefix fits is a path's
 
 
 def form_of(path: str) -> ErrorForm:

@@ -128,6 +128,12 @@ class EventLog:
             told = replace(self._told, number=end[0].number - 1) if end else self._told
             return Reading(snapshot=told, events=end, ended=self._ended)
 
+    @property
+    def told(self) -> Snapshot:
+        """What all events so far have told, for who looks on once."""
+        with self._lock:
+            return self._told
+
     def watch(self, wake: Callable[[], None]) -> Callable[[], None]:
         """Call `wake` after each event, until the function that is returned is called.
 

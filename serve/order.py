@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..runtime.loop.calls import Pause
+from ..runtime.loop.job import UNetCall
+from ..runtime.pipeline import Pipeline, Step
+from ..runtime.request.request import Request
+from ..runtime.result import Result
+from ..runtime.second_pass import check_second, draw_larger
 from .bounds import Bounds
 from .job import Work
 from .refusals import TooLargeError
@@ -42,6 +48,8 @@ class Order:
         output: of the finished pictures.
         previews: None for none.
         input_bytes: of the pictures it came with.
+        enlarged: what a second pass has other values of, `height`, `width` and `strength` among them: it goes
+            on from the first one's latent. None for one pass.
     """
 
     model: str
@@ -50,10 +58,22 @@ class Order:
     output: Output = field(default_factory=Output)
     previews: Previews | None = None
     input_bytes: int = 0
+    enlarged: Mapping[str, Any] | None = None
 
     def of_picture(self, index: int) -> dict[str, Any]:
         """What `Pipeline.shared` takes for one of the pictures."""
         return {**self.values, "seed": self.seeds[index], "output_type": "pil"}
+
+    def passes(self, pipe: Pipeline) -> tuple[Request, ...]:
+        """What is drawn of each picture, one after the other, checked. Raises as `Pipeline.request_of`."""
+        values = self.of_picture(0)
+        first = pipe.request_of(values)
+        return (first,) if self.enlarged is None else (first, check_second(pipe, values, self.enlarged))
+
+    def draw(self, pipe: Pipeline, index: int) -> Generator[UNetCall | Pause | Step, None, Result[Any]]:
+        """The generation of one of the pictures, as `SharedSteps.add` takes it."""
+        values = self.of_picture(index)
+        return pipe.shared(values) if self.enlarged is None else draw_larger(pipe, values, self.enlarged)
 
 
 def seeds_of(first: int | None, count: int) -> tuple[int, ...]:

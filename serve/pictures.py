@@ -50,14 +50,27 @@ def read_picture(sent: object, name: str, limits: PictureLimits = PICTURE_LIMITS
         PictureTooLargeError: too many bytes, pixels, texts or parts.
         MemoryError: as the system raises it.
     """
-    data = sent if isinstance(sent, bytes) else _from_base64(sent, name, limits)
-    file = examine(data, name, limits)
+    data, file = _examined(sent, name, limits)
     try:
         return _decoded(data, file, name)
     except MemoryError:  # that is the machine's fault, not the file's
         raise
     except Exception as error:  # readers of damaged files raise whatever their code meets
         raise DAMAGED.of(name, limits) from error
+
+
+def picture_bytes(sent: object, name: str, limits: PictureLimits = PICTURE_LIMITS) -> bytes:
+    """The content of a picture's file, for who reads what it says; looked at, and not decoded.
+
+    Raises:
+        PictureError, PictureTooLargeError: as `read_picture`, but for what decoding alone shows.
+    """
+    return _examined(sent, name, limits)[0]
+
+
+def _examined(sent: object, name: str, limits: PictureLimits) -> tuple[bytes, PictureFile]:
+    data = sent if isinstance(sent, bytes) else _from_base64(sent, name, limits)
+    return data, examine(data, name, limits)
 
 
 def _from_base64(sent: object, name: str, limits: PictureLimits) -> bytes:

@@ -38,6 +38,14 @@ class TooLargeError(UsageError):
     """A job that would be refused by an empty queue too."""
 
 
+class FieldError(UsageError):
+    """A field of another kind than the API has, or one whose mere presence asks for what is not there."""
+
+
+class UnsupportedError(UsageError):
+    """A service of an API that this server does not offer."""
+
+
 class DeadlineError(LatentrtError):
     """A job was not done in the time that its caller gave it."""
 

@@ -78,7 +78,7 @@ class Server:
         self.jobs = Jobs(self.bounds, now)
         self.pace = Pace()
         self.queue = Queue(self.jobs, self.bounds, now, self.pace)
-        self._now = now
+        self.now = now
         self.workers = {
             name: Worker(
                 name,
@@ -140,11 +140,11 @@ class Server:
                 what `Queue.submit` raises for a key.
         """
         worker = self.find(order.model)
-        request = worker.pipe.request_of(order.of_picture(0))
+        passes = order.passes(worker.pipe)
         work = Work(
-            width=request.width,
-            height=request.height,
-            steps=max(1, len(request.table())),
+            width=passes[-1].width,  # a first pass counts as if it were as large as the last
+            height=passes[-1].height,
+            steps=max(1, sum(len(each.table()) for each in passes)),
             pictures=len(order.seeds),
             input_bytes=order.input_bytes,
         )
@@ -183,7 +183,7 @@ class Server:
         return "ready" if all(map(self._draws, self.workers.values())) else "unhealthy"
 
     def _draws(self, worker: Worker) -> bool:
-        return worker.alive and self._now() - worker.seen < SILENT_S
+        return worker.alive and self.now() - worker.seen < SILENT_S
 
     def end(self, grace_s: float) -> None:
         """Refuse new jobs, let those that are there end for so long, and cancel the rest."""

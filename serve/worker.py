@@ -173,7 +173,7 @@ class Worker:
                 self._running[job.id] = running
             for index in sorted(running.left):
                 name: Name = (job.id, index)
-                shared.add(name, self.pipe.shared(order.of_picture(index)), job.submission.priority)
+                shared.add(name, order.draw(self.pipe, index), job.submission.priority)
 
     def _drop(self, shared: SharedSteps[Step, Result[Any]]) -> None:
         """End what nobody wants any more, or not in time."""

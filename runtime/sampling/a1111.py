@@ -54,7 +54,10 @@ def a1111_fields(
     if config.solver_type == "heun" and sampler.a1111:
         name = f"{name} Heun"
     if sampler.a1111_grid is not None:
-        usual = config.sigma_schedule == "default" and config.timestep_spacing == sampler.a1111_grid
+        # A class without spacings (LCM's) has whatever the model's own scheduler says, to no effect.
+        spaced = "timestep_spacing" not in SCHEDULER_CLASSES[config.scheduler].without
+        own_grid = not spaced or config.timestep_spacing == sampler.a1111_grid
+        usual = config.sigma_schedule == "default" and own_grid
         if custom or not usual:
             name = f"{name} {'custom' if custom else _schedule(config)}"
         return {"Sampler": name, **_options(config)}

@@ -159,6 +159,19 @@ def test_retry_after_is_the_time_of_all_that_is_there_within_bounds(
     assert refused(desk, "a", asked()).retry_after_s == expected
 
 
+def test_how_much_of_a_job_is_done() -> None:
+    desk = Desk(Bounds())
+    job = desk.queue.submit("a", asked(4))
+    assert desk.queue.share_done(job.id) == 0
+    desk.queue.take()
+    desk.queue.progress(job.id, 300)
+    assert desk.queue.share_done(job.id) == 0.75
+    desk.queue.progress(job.id, 500)
+    assert desk.queue.share_done(job.id) == 1
+    desk.jobs.complete(job.id)
+    assert desk.queue.share_done(job.id) == 0
+
+
 def test_places_and_estimates_of_those_that_wait() -> None:
     desk = Desk(WIDE)
     first, second, third = (desk.queue.submit("a", asked(steps)) for steps in (10, 20, 30))

@@ -43,6 +43,21 @@ def test_numbers_increase_and_a_reader_gets_what_came_later(clock: SetClock) -> 
     assert log.after(4).ended
 
 
+def test_who_looks_on_once_is_told_all(clock: SetClock) -> None:
+    log = log_of(clock)
+    log.append("started", {})
+    for index in range(3):
+        log.step(1, {"index": index})
+    log.append("preview", {"data": b"x"})
+    assert (log.told.state, log.told.steps, log.told.preview) == (
+        "started",
+        {1: {"index": 2}},
+        {"data": b"x"},
+    )
+    log.append("completed", {})
+    assert log.told.preview is None
+
+
 @pytest.mark.parametrize("kind", sorted(TERMINAL))
 def test_nothing_follows_the_end(clock: SetClock, kind: Kind) -> None:
     log = log_of(clock)
