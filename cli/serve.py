@@ -62,22 +62,27 @@ def serve(
         list[str] | None,
         Option(metavar="FILE", help="ControlNets, T2I-Adapters and IP-Adapters that requests name."),
     ] = None,
+    open_metrics: Annotated[
+        bool, Option("--open-metrics", help="/metrics needs no key, as /health never does.")
+    ] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object when it answers.")] = False,
 ) -> None:
     """Draw for whoever calls: OpenAI's and AUTOMATIC1111's APIs, jobs with live events, and a page."""
     _check_installed()
     from ..runtime.pipeline import Pipeline
-    from ..serve.access import allow, check_exposure
+    from ..serve.access import HEALTH_PATHS, allow, check_exposure
     from ..serve.app import create_app
     from ..serve.bounds import Bounds
     from ..serve.keys import join_keys, keys_of_environment, read_keys
+    from ..serve.metrics import PATH as METRICS
     from ..serve.run import listen
     from ..serve.run import serve as answer
     from ..serve.server import Options, Server
 
     keys = join_keys([keys_of_environment(KEYS), *([read_keys(key_file)] if key_file else [])])
     check_exposure(host, keys)
-    access = allow(hosts=allow_host or (), origins=allow_origin or (), keys=keys)
+    open_paths = HEALTH_PATHS | ({METRICS} if open_metrics else set())
+    access = allow(hosts=allow_host or (), origins=allow_origin or (), keys=keys, open_paths=open_paths)
     names = _named(models or ["demo"])
     with ExitStack() as stack:
         listening = stack.enter_context(listen(host, port))

@@ -35,6 +35,8 @@ PING_S = 15.0  # proxies close what is silent for longer
 RETRY_MS = 2000
 LONGEST_WAIT_S = 60.0
 MOST_LISTED = 100
+_PRIORITIES = (-10, 10)
+_TIMEOUTS = (0.001, 86400)  # seconds
 _OF_THE_JOB = ("model", "priority", "timeout_s")  # fields that are no part of the order
 _WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*(\d{1,4})\s*(?:,|;|$)")
 
@@ -77,8 +79,8 @@ def _submit(server: Server, owner: str, sent: Mapping[str, Any], once: Once | No
         owner,
         order,
         once=once,
-        priority=_number(sent, "priority", -10, 10, whole=True) or 0,
-        timeout_s=_number(sent, "timeout_s", 0.001, 86400),
+        priority=_number(sent, "priority", *_PRIORITIES, whole=True) or 0,
+        timeout_s=_number(sent, "timeout_s", *_TIMEOUTS),
     )
 
 
@@ -175,6 +177,19 @@ async def capabilities(request: Request) -> Response:
         for name, worker in server.workers.items()
     }
     return JSONResponse({"default": server.models[0], "models": models, "bounds": asdict(server.bounds)})
+
+
+def request_body(server: Server) -> dict[str, Any]:
+    """The body of POST /v1/jobs for the OpenAPI document: what its models have, and what all jobs have."""
+    of_all = {
+        "model": {"type": "string", "description": f"One of {', '.join(server.models)}."},
+        "priority": {"type": "integer", "minimum": _PRIORITIES[0], "maximum": _PRIORITIES[1], "default": 0},
+        "timeout_s": {"type": "number", "minimum": _TIMEOUTS[0], "maximum": _TIMEOUTS[1]},
+    }
+    schemas = [schema_of(worker.pipe, server.bounds) for worker in server.workers.values()]
+    whole = [{**schema, "properties": {**schema["properties"], **of_all}} for schema in schemas]
+    schema = whole[0] if len(whole) == 1 else {"anyOf": whole}
+    return {"content": {"application/json": {"schema": schema}}}
 
 
 def error_form(answer: Answer) -> dict[str, Any]:
