@@ -15,6 +15,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from ..engines.errors import LatentrtError, UsageError
@@ -88,6 +89,7 @@ def create_app(server: Server, access: Access, limits: BodyLimits = BODY_LIMITS)
     _add_metrics(app, metrics)
     _describe_bodies(app, server)
     app.add_exception_handler(Exception, _internal)
+    app.add_exception_handler(ClientDisconnect, _left)
     app.add_exception_handler(LatentrtError, _ours)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -146,6 +148,11 @@ async def _ours(request: Request, error: Exception) -> Response:
 
 async def _internal(request: Request, error: Exception) -> Response:
     return _answered(request, answer_to(error))
+
+
+async def _left(request: Request, error: Exception) -> Response:
+    """Nobody reads it: the client has left in its body, which is no failure of the server's."""
+    return Response(status_code=GONE)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

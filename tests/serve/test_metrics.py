@@ -181,7 +181,7 @@ def test_a_line_for_each_job_and_each_request(pipe: Pipeline, lines: list[str]) 
         job = answer.json()
         at.client.get("/health/live")
         at.client.get("/v1/jobs?limit=3")
-        at.client.get("/a b\n")
+        at.client.get("/a%0Ab")
         at.client.get(PATH)
     found = {
         word: [parts(line) for line in lines if line.split(" ")[0] == word] for word in ("job", "request")

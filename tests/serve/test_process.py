@@ -66,7 +66,7 @@ class Stream(threading.Thread):
 def test_at_sigterm_jobs_end_and_streams_are_told(tmp_path: Path) -> None:
     """Report 45: three streams and two jobs, which are done within the grace."""
     with served(tmp_path, "--grace", "60") as at:
-        jobs = [post(at, num_inference_steps=100, num_images_per_prompt=count) for count in (2, 4)]
+        jobs = [post(at, num_inference_steps=60, num_images_per_prompt=count) for count in (1, 2)]
         streams = [Stream(at, job) for job in (*jobs, jobs[0])]
         at.process.send_signal(signal.SIGTERM)
         until(lambda: at.client.get("/health/ready").status_code == 503)
