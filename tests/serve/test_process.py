@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import signal
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from latentrt.serve import run
 from tests.serve.process import WAIT_S, Served, command, environment, served
 
+cli_serve: Any = importlib.import_module("latentrt.cli.serve")  # the package has the verb under that name
 PROMPT = "a red circle on a blue background"
 SMALL: dict[str, Any] = {"prompt": PROMPT, "width": 64, "height": 64, "num_inference_steps": 3, "seed": 7}
 LONG: dict[str, Any] = {**SMALL, "num_inference_steps": 150, "num_images_per_prompt": 10}
@@ -137,6 +141,48 @@ def test_a_killed_server_leaves_errors_no_files_and_starts_again(tmp_path: Path)
         answer = again.client.post("/v1/jobs", json=SMALL, headers={"prefer": "wait=60"})
         assert answer.json()["status"] == "completed"
         assert again.client.get(f"/v1/jobs/{job}").status_code == 404
+
+
+# ── what is said ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_it_says_where_it_is_and_what_it_does() -> None:
+    process = subprocess.Popen(
+        command("--port", "0"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    try:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        assert said.startswith("demo at http://127.0.0.1:")
+        url = said.split()[-1]
+        httpx.post(f"{url}/v1/jobs", json=SMALL, headers={"prefer": "wait=60"}, timeout=WAIT_S)
+        httpx.get(f"{url}/health/live")
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 0
+    lines = [line.removeprefix("latentrt: ").split(" ") for line in errors.splitlines()]
+    assert [words[0] for words in lines if words[0] in ("job", "request")] == ["job", "request"]
+    assert PROMPT not in errors
+
+
+def test_the_bar_is_gone_when_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a log would have a line about the warm-up every half minute, for ever."""
+    told: list[str] = []
+
+    @contextmanager
+    def bar(*, enabled: bool) -> Generator[Any]:
+        yield lambda what, done, total: None
+        told.append("gone")
+
+    monkeypatch.setattr(cli_serve, "progress_bar", bar)
+    monkeypatch.setattr(run, "serve", lambda *_, **__: told.append("answers"))
+    cli_serve.serve([], backend="onnxruntime", device="cpu", rows=2, port=0)
+    assert told == ["gone", "answers"]
 
 
 # ── what does not start ────────────────────────────────────────────────────────────────────────────
