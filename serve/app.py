@@ -6,10 +6,10 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -25,7 +25,7 @@ from .access import HEALTH_PATHS, Access, Refusal
 from .answers import Answer, ErrorForm, answer_to
 from .body import BODY_LIMITS, BodyLimits, Message, Receive
 from .failure import Failure
-from .guard import KEY_ID, Guard, Scope, Send
+from .guard import KEY_ID, Application, Guard, Scope, Send
 from .log_lines import log_job, log_line
 from .metrics import PATH as METRICS
 from .metrics import Metrics
@@ -93,7 +93,9 @@ def create_app(server: Server, access: Access, limits: BodyLimits = BODY_LIMITS)
     app.add_exception_handler(LatentrtError, _ours)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(RequestValidationError, _invalid)
-    return Guard(Labelled(app, metrics.answered), access, limits=limits, refusal_body=_refused)
+    return Guard(
+        Labelled(cast(Application, app), metrics.answered), access, limits=limits, refusal_body=_refused
+    )
 
 
 async def _look(server: Server) -> None:
@@ -197,7 +199,7 @@ class Labelled:
 
     def __init__(
         self,
-        application: Callable[[Scope, Receive, Send], Awaitable[None]],
+        application: Application,
         told: Callable[[str, str | None, int], None],
     ) -> None:
         self._application, self._told = application, told

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Unsatisfiable
 
 from latentrt import Pipeline
 from latentrt.serve.bounds import Bounds
@@ -57,17 +59,18 @@ def test_whatever_is_sent_by_the_document_is_answered(at: Live) -> None:
         codes.setdefault(f"{case.method} {case.path}", set()).add(answer.status_code)
         assert answer.status_code < 500, (case.as_curl_command(), answer.text)
 
+    sending = settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
     for found in schema.get_all_operations():
-        operation = found.ok()
         for mode in (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE):
-            check = given(case=operation.as_strategy(generation_mode=mode))(lambda case: send(case))
-            settings(
-                max_examples=EXAMPLES,
-                deadline=None,
-                database=None,
-                derandomize=True,
-                suppress_health_check=list(HealthCheck),
-            )(check)()
+            cases = found.ok().as_strategy(generation_mode=mode)
+            with suppress(Unsatisfiable):  # a route without fields has no wrong ones
+                sending(given(case=cases)(lambda case: send(case)))()
     assert len(codes) > 8
     assert codes["POST /v1/jobs"] >= {400}
     assert codes["POST /v1/jobs"] & {200, 202, 413}
