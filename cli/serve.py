@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -65,49 +66,53 @@ def serve(
         list[str] | None,
         Option(metavar="FILE", help="ControlNets, T2I-Adapters and IP-Adapters that requests name."),
     ] = None,
+    open_metrics: Annotated[
+        bool, Option("--open-metrics", help="/metrics needs no key, as /health never does.")
+    ] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object when it answers.")] = False,
 ) -> None:
     """Draw for whoever calls: OpenAI's and AUTOMATIC1111's APIs, jobs with live events, and a page."""
     _check_installed()
     from ..runtime.pipeline import Pipeline
-    from ..serve.access import allow, check_exposure
+    from ..serve.access import HEALTH_PATHS, allow, check_exposure
     from ..serve.app import create_app
     from ..serve.bounds import Bounds
     from ..serve.keys import join_keys, keys_of_environment, read_keys
+    from ..serve.metrics import PATH as METRICS
     from ..serve.run import listen
     from ..serve.run import serve as answer
     from ..serve.server import Options, Server
 
     keys = join_keys([keys_of_environment(KEYS), *([read_keys(key_file)] if key_file else [])])
     check_exposure(host, keys)
-    access = allow(hosts=allow_host or (), origins=allow_origin or (), keys=keys)
+    open_paths = (*HEALTH_PATHS, METRICS) if open_metrics else HEALTH_PATHS
+    access = allow(hosts=allow_host or (), origins=allow_origin or (), keys=keys, open_paths=open_paths)
     names = _named(models or ["demo"])
     with ExitStack() as stack:
         listening = stack.enter_context(listen(host, port))
-        advance = stack.enter_context(progress_bar(enabled=not as_json))
-        open_pipe = partial(
-            Pipeline.open,
-            backend=backend,
-            device=device,
-            threads=threads,
-            loras=lora_dir,
-            embeddings=embd_dir,
-            progress=advance,
-            note=say,
-        )
-        pipes = {name: stack.enter_context(open_pipe(model)) for name, model in names.items()}
-        for pipe in pipes.values():
-            for file in control or ():
-                pipe.load_control(file)
-        server = Server(
-            pipes,
-            Bounds(jobs=queue),
-            Options(rows=rows, at_once=at_once, strict_models=strict_models, lenient=lenient),
-        )
-        advance("warming up", 0, 1)
-        server.start()
+        with progress_bar(enabled=not as_json) as advance:
+            open_pipe = partial(
+                Pipeline.open,
+                backend=backend,
+                device=device,
+                threads=threads,
+                loras=lora_dir,
+                embeddings=embd_dir,
+                progress=advance,
+                note=say,
+            )
+            pipes = {name: stack.enter_context(open_pipe(model)) for name, model in names.items()}
+            for pipe in pipes.values():
+                for file in control or ():
+                    pipe.load_control(file)
+            server = Server(
+                pipes,
+                Bounds(jobs=queue),
+                Options(rows=rows, at_once=at_once, strict_models=strict_models, lenient=lenient),
+            )
+            advance("warming up", 0, 1)
+            server.start()
         stack.callback(server.end, 0.0)
-        advance("warming up", 1, 1)
         address, number = listening.getsockname()[:2]
         url = f"http://{f'[{address}]' if ':' in address else address}:{number}"
         ready = partial(_say_ready, url, list(pipes), as_json=as_json)
@@ -119,6 +124,7 @@ def _say_ready(url: str, models: Sequence[str], *, as_json: bool) -> None:
         print(json.dumps({"url": url, "models": list(models)}), flush=True)
     else:
         show(f"{', '.join(models)} at {url}")
+        sys.stdout.flush()  # of a service it is a pipe
 
 
 def _check_installed() -> None:

@@ -5,28 +5,36 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable
+import time
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from typing import Any, cast
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from ..engines.errors import LatentrtError, UsageError
 from ..engines.installed import latentrt_version
 from . import a1111, native, openai_images
-from .access import Access, Refusal
+from .access import HEALTH_PATHS, Access, Refusal
 from .answers import Answer, ErrorForm, answer_to
 from .body import BODY_LIMITS, BodyLimits, Message, Receive
 from .failure import Failure
-from .guard import Guard, Scope, Send
+from .guard import KEY_ID, Application, Guard, Scope, Send
+from .log_lines import log_job, log_line
+from .metrics import PATH as METRICS
+from .metrics import Metrics
 from .server import Server
 
 _LOG = logging.getLogger(__name__)
 LOOK_S = 1.0  # between two looks at deadlines and workers
 REQUEST_ID = b"x-request-id"
+GONE = 499  # nginx's status, in logs alone, of a request whose client left before there was an answer
 # The page's own files alone; pictures are blobs of what it has fetched.
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -79,12 +87,19 @@ def create_app(server: Server, access: Access, limits: BodyLimits = BODY_LIMITS)
     app.state.server = server
     for api in APIS:
         app.include_router(api.router)
+    metrics = Metrics(server)
+    server.jobs.watch(log_job)
     _add_health(app, server)
+    _add_metrics(app, metrics)
+    _describe_bodies(app, server)
     app.add_exception_handler(Exception, _internal)
+    app.add_exception_handler(ClientDisconnect, _left)
     app.add_exception_handler(LatentrtError, _ours)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(RequestValidationError, _invalid)
-    return Guard(Labelled(app), access, limits=limits, refusal_body=_refused)
+    return Guard(
+        Labelled(cast(Application, app), metrics.answered), access, limits=limits, refusal_body=_refused
+    )
 
 
 async def _look(server: Server) -> None:
@@ -106,6 +121,26 @@ def _add_health(app: FastAPI, server: Server) -> None:
         return JSONResponse({"status": server.health}, 200 if server.health == "ready" else 503)
 
 
+def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
+    @app.get(METRICS, tags=["health"], response_class=PlainTextResponse)
+    async def counted(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        """What Prometheus reads. Where there are keys it needs one, unless the server was told otherwise."""
+        text, media_type = await run_in_threadpool(metrics.text, request.headers.get("accept", ""))
+        return Response(text, headers={"content-type": media_type, "cache-control": "no-store"})
+
+
+def _describe_bodies(app: FastAPI, server: Server) -> None:
+    """Put the fields of jobs into the document: they are the models', and known when these are open."""
+    plain = app.openapi
+
+    def described() -> dict[str, Any]:
+        document = plain()
+        document["paths"]["/v1/jobs"]["post"]["requestBody"] = native.request_body(server)
+        return document
+
+    app.openapi = described
+
+
 # ── errors ─────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -119,6 +154,11 @@ async def _ours(request: Request, error: Exception) -> Response:
 
 async def _internal(request: Request, error: Exception) -> Response:
     return _answered(request, answer_to(error))
+
+
+async def _left(request: Request, error: Exception) -> Response:
+    """Nobody reads it: the client has left in its body, which is no failure of the server's."""
+    return Response(status_code=GONE)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
@@ -154,32 +194,69 @@ def _refused(path: str, refusal: Refusal) -> bytes:
 
 
 class Labelled:
-    """Gives every answer an id, which the log has too, and the headers that keep browsers safe."""
+    """Gives every answer an id, which the log has too, and the headers that keep browsers safe.
 
-    def __init__(self, application: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
-        self._application = application
+    Args:
+        application: what answers.
+        told: method, route and status of each answer, when it is whole or its client has gone.
+    """
+
+    def __init__(
+        self,
+        application: Application,
+        told: Callable[[str, str | None, int], None],
+    ) -> None:
+        self._application, self._told = application, told
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection, as ASGI hands it over."""
         if scope["type"] != "http":
             await self._application(scope, receive, send)
             return
-        name, answered = secrets.token_hex(8), False
-
-        async def labelled(message: Message) -> None:
-            nonlocal answered
-            if message["type"] == "http.response.start":
-                answered = True
-                _LOG.info("%s %s %s %s", name, scope["method"], scope["path"], message["status"])
-                own = list(message.get("headers", ()))
-                kept = [header for header in _HEADERS if header[0] not in {name for name, _ in own}]
-                message = {**message, "headers": [*own, (REQUEST_ID, name.encode()), *kept]}
-            await send(message)
-
+        answer = _Labelled(send)
         try:
-            await self._application(scope, receive, labelled)
+            await self._application(scope, receive, answer.send)
         except Exception:
-            _LOG.exception("%s %s %s", name, scope["method"], scope["path"])
-            if not answered:
+            _LOG.exception("request id=%s", answer.name)
+            if not answer.status:
                 raise
             # Starlette has answered, and raises again: uvicorn would close the connection behind the answer.
+        finally:
+            self._told(scope["method"], getattr(scope.get("route"), "path", None), answer.status or GONE)
+            probe = scope["path"] in HEALTH_PATHS or scope["path"] == METRICS
+            _LOG.log(logging.DEBUG if probe else logging.INFO, "%s", answer.line(scope))
+
+
+class _Labelled:
+    """One answer on its way."""
+
+    def __init__(self, send: Send) -> None:
+        self.name, self.status = secrets.token_hex(8), 0
+        self._send, self._bytes, self._location, self._began = send, 0, None, time.monotonic()
+
+    async def send(self, message: Message) -> None:
+        """Hand a message on."""
+        if message["type"] == "http.response.start":
+            self.status = int(message["status"])
+            own = list(message.get("headers", ()))
+            self._location = next(
+                (value.decode("latin-1") for name, value in own if name == b"location"), None
+            )
+            kept = [header for header in _HEADERS if header[0] not in {name for name, _ in own}]
+            message = {**message, "headers": [*own, (REQUEST_ID, self.name.encode()), *kept]}
+        self._bytes += len(message.get("body", b""))
+        await self._send(message)
+
+    def line(self, scope: Scope) -> str:
+        """What the log has of it: no query, no body."""
+        return log_line(
+            "request",
+            id=self.name,
+            key=scope.get(KEY_ID),
+            method=scope["method"],
+            path=scope["path"],
+            status=self.status or GONE,
+            location=self._location,
+            bytes=self._bytes,
+            seconds=time.monotonic() - self._began,
+        )

@@ -25,7 +25,11 @@ LONGEST_TEXT = 32_000  # characters of a prompt
 PICTURES = ("image", "mask_image")  # fields that are base64 text, or files of a form
 # What a network has no form for: the output's is `output`, noise is the seed's.
 LEFT_OUT = frozenset({"output_type", "latents"})
-TERMS = ("priority", "timeout_s")  # fields of the job itself, no part of an order
+# Fields of the job itself, no part of an order.
+TERMS: Mapping[str, Mapping[str, Any]] = {
+    "priority": {"type": "integer", "minimum": -10, "maximum": 10, "default": 0},
+    "timeout_s": {"type": "number", "minimum": 0.001, "maximum": 86400},
+}
 _PICTURE = {"type": "string", "contentEncoding": "base64"}
 _SEEDS = {"type": "integer", "minimum": -1, "maximum": 2**64 - 1}
 _OUTPUT: dict[str, Any] = {
@@ -150,14 +154,15 @@ def read_order(sent: Mapping[str, Any], model: str, pipe: Pipeline, bounds: Boun
 def terms_of(sent: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of the job itself, as `Server.submit` takes them. Raises UsageError."""
     return {
-        "priority": _number(sent, "priority", -10, 10, whole=True) or 0,
-        "timeout_s": _number(sent, "timeout_s", 0.001, 86400),
+        "priority": _number(sent, "priority") or 0,
+        "timeout_s": _number(sent, "timeout_s"),
     }
 
 
-def _number(sent: Mapping[str, Any], name: str, low: float, high: float, *, whole: bool = False) -> Any:
-    value = sent.get(name)
-    kinds = (int,) if whole else (int, float)
+def _number(sent: Mapping[str, Any], name: str) -> Any:
+    value, schema = sent.get(name), TERMS[name]
+    kinds = (int,) if schema["type"] == "integer" else (int, float)
+    low, high = schema["minimum"], schema["maximum"]
     if value is None or (isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high):
         return value
     raise UsageError(f"{name} is {value!r:.80}", expected=f"{low:g} to {high:g}", fix=f"Change {name}.")

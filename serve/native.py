@@ -156,6 +156,18 @@ async def capabilities(request: Request) -> Response:
     return JSONResponse({"default": server.models[0], "models": models, "bounds": asdict(server.bounds)})
 
 
+def request_body(server: Server) -> dict[str, Any]:
+    """The body of POST /v1/jobs for the OpenAPI document: what its models have, and what all jobs have."""
+    of_all = {
+        "model": {"type": "string", "description": f"One of {', '.join(server.models)}."},
+        **TERMS,
+    }
+    schemas = [schema_of(worker.pipe, server.bounds) for worker in server.workers.values()]
+    whole = [{**schema, "properties": {**schema["properties"], **of_all}} for schema in schemas]
+    schema = whole[0] if len(whole) == 1 else {"anyOf": whole}
+    return {"content": {"application/json": {"schema": schema}}}
+
+
 def error_form(answer: Answer) -> dict[str, Any]:
     """An error in the form of this API."""
     return {"error": {**answer.failure.record(), "code": answer.code}}

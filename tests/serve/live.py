@@ -16,8 +16,9 @@ import uvicorn
 from latentrt import Pipeline
 from latentrt.serve.access import Access, allow
 from latentrt.serve.app import create_app
+from latentrt.serve.body import BODY_LIMITS, BodyLimits
 from latentrt.serve.bounds import Bounds
-from latentrt.serve.run import listen
+from latentrt.serve.run import listen, settings
 from latentrt.serve.server import Options, Server
 
 WAIT_S = 60.0
@@ -44,6 +45,7 @@ def live(
     bounds: Bounds | None = None,
     options: Options | None = None,
     access: Access | None = None,
+    limits: BodyLimits = BODY_LIMITS,
     start: bool = True,
 ) -> Generator[Live]:
     """Serve a pipeline; without `start` nothing is drawn, and all that is asked for waits."""
@@ -52,10 +54,8 @@ def live(
         server.start()
     listening = listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    config = uvicorn.Config(
-        create_app(server, access or allow()), log_config=None, timeout_graceful_shutdown=1
-    )
-    runs = uvicorn.Server(config)
+    app = create_app(server, access or allow(), limits)
+    runs = uvicorn.Server(settings(app, closing_s=1))
     thread = threading.Thread(target=lambda: asyncio.run(runs.serve(sockets=[listening])), daemon=True)
     thread.start()
     try:
