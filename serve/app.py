@@ -7,7 +7,7 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from ..engines.errors import LatentrtError, UsageError
 from ..engines.installed import latentrt_version
-from . import native
+from . import native, page_files
 from .access import Access, Refusal
 from .answers import Answer, ErrorForm, answer_to
 from .body import BODY_LIMITS, BodyLimits, Message, Receive
@@ -75,6 +75,8 @@ def create_app(server: Server, access: Access, limits: BodyLimits = BODY_LIMITS)
     app.state.server = server
     for api in APIS:
         app.include_router(api.router)
+    app.include_router(page_files.router)
+    access = replace(access, open_paths=access.open_paths | page_files.PAGE_PATHS)
     _add_health(app, server)
     app.add_exception_handler(Exception, _internal)
     app.add_exception_handler(LatentrtError, _ours)
