@@ -181,6 +181,11 @@ def set_field(page: Page, name: str, value: str) -> None:
     )
 
 
+def choose(page: Page, name: str, value: str) -> None:
+    page.evaluate(f"document.querySelector('#{name}').value = '{value}'")
+    page.evaluate(f"document.querySelector('#{name}').dispatchEvent(new Event('change'))")
+
+
 def draw(page: Page, prompt: str = PROMPT, **fields: Any) -> None:
     page.evaluate(f"document.querySelector('#prompt').value = {prompt!r}")
     for name, value in fields.items():
@@ -315,7 +320,9 @@ def test_a_painted_mask_is_sent(opened: Open, tmp_path: Path, pipe: Pipeline) ->
     with opened() as page:
         page.choose("#file", file)
         page.until("document.querySelector('#ground').naturalWidth === 64")
-        page.evaluate("document.querySelector('#easel').scrollIntoView({block: 'center'})")
+        page.evaluate(
+            "document.querySelector('#easel').scrollIntoView({block: 'center', behavior: 'instant'})"
+        )
         left, top, width, height = page.box("#mask")
         middle = top + height / 2
         page.drag([(left + width * share, middle) for share in (0.2, 0.4, 0.6, 0.8)])
@@ -371,10 +378,8 @@ def test_a_picture_tells_how_it_was_made(opened: Open, tmp_path: Path, pipe: Pip
 def test_adapters_and_controls_are_chosen(opened: Open, tmp_path: Path, pipe: Pipeline) -> None:
     file = saved(tmp_path, 128, 128)
     with opened(errors="") as page:
-        page.evaluate("document.querySelector('#lora-names').value = 'striped'")
-        page.evaluate("document.querySelector('#lora-names').dispatchEvent(new Event('change'))")
-        page.evaluate("document.querySelector('#control-names').value = 'edges'")
-        page.evaluate("document.querySelector('#control-names').dispatchEvent(new Event('change'))")
+        choose(page, "lora-names", "striped")
+        choose(page, "control-names", "edges")
         draw(page, num_inference_steps=3, seed=4)
         page.until("document.querySelector('#stage').dataset.state === 'error'")
         assert (
@@ -495,15 +500,18 @@ def test_everything_can_be_reached_and_has_a_name(opened: Open) -> None:
         assert bare == []
 
 
-@pytest.mark.parametrize("width", [360, 768])
-def test_small_screens_need_no_sideways_scrolling(opened: Open, tmp_path: Path, width: int) -> None:
+@pytest.mark.parametrize("width", [360, 768, 1200])
+def test_no_screen_is_scrolled_sideways(opened: Open, tmp_path: Path, width: int) -> None:
     fits = f"document.documentElement.scrollWidth <= {width}"
     with opened(width=width, height=740) as page:
         assert page.evaluate(fits)
         page.choose("#file", saved(tmp_path))
         page.until("document.querySelector('#ground').naturalWidth === 64")
+        choose(page, "lora-names", "striped")
+        choose(page, "control-names", "edges")
         page.evaluate("document.querySelectorAll('details').forEach((one) => (one.open = true))")
         assert page.evaluate(fits)
+        page.click("#control-list button")
         draw(page, "a red circle " * 20, num_inference_steps=40, num_images_per_prompt=3)
         page.until("document.querySelector('#stage').dataset.state === 'drawing'")
         assert page.evaluate(fits)
