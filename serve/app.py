@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from fastapi import APIRouter, FastAPI, Request
@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from ..engines.errors import LatentrtError, UsageError
 from ..engines.installed import latentrt_version
-from . import a1111, native, openai_images
+from . import a1111, native, openai_images, page_files
 from .access import HEALTH_PATHS, Access, Refusal
 from .answers import Answer, ErrorForm, answer_to
 from .body import BODY_LIMITS, BodyLimits, Message, Receive
@@ -89,6 +89,8 @@ def create_app(server: Server, access: Access, limits: BodyLimits = BODY_LIMITS)
         app.include_router(api.router)
     metrics = Metrics(server)
     server.jobs.watch(log_job)
+    app.include_router(page_files.router)
+    access = replace(access, open_paths=access.open_paths | page_files.PAGE_PATHS)
     _add_health(app, server)
     _add_metrics(app, metrics)
     _describe_bodies(app, server)

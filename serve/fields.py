@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from ..engines.errors import UsageError
-from ..runtime.controls.control import Control
+from ..runtime.controls.control import Control, Mode
 from ..runtime.controls.image_prompt import ImagePrompt
+from ..runtime.controls.preparations import PREPARATIONS
 from ..runtime.pipeline import Pipeline
 from ..runtime.request.parameters import PARAMETERS, check_integer, check_loras
 from ..runtime.sampling.samplers import SAMPLERS
@@ -23,13 +24,13 @@ from .pictures import FORMATS, find_format, read_picture
 
 LONGEST_TEXT = 32_000  # characters of a prompt
 PICTURES = ("image", "mask_image")  # fields that are base64 text, or files of a form
-# What a network has no form for: the output's is `output`, noise is the seed's.
-LEFT_OUT = frozenset({"output_type", "latents"})
 # Fields of the job itself, no part of an order.
 TERMS: Mapping[str, Mapping[str, Any]] = {
     "priority": {"type": "integer", "minimum": -10, "maximum": 10, "default": 0},
     "timeout_s": {"type": "number", "minimum": 0.001, "maximum": 86400},
 }
+# What a network has no form for: the output's is `output`, noise is the seed's, and pictures are no latents.
+LEFT_OUT = frozenset({"output_type", "latents", "denoising_start"})
 _PICTURE = {"type": "string", "contentEncoding": "base64"}
 _SEEDS = {"type": "integer", "minimum": -1, "maximum": 2**64 - 1}
 _OUTPUT: dict[str, Any] = {
@@ -82,6 +83,11 @@ def schema_of(pipe: Pipeline, bounds: Bounds) -> dict[str, Any]:
         "type": "object",
         "additionalProperties": False,
         "properties": {**properties, "output": _OUTPUT, "preview": _PREVIEWS},
+        "dependentRequired": {
+            name: list(needs)
+            for name in properties
+            if (needs := PARAMETERS[name].needs if name in PARAMETERS else ())
+        },
     }
 
 
@@ -97,10 +103,27 @@ def _lora_schema(pipe: Pipeline) -> dict[str, Any]:
 
 def _control_schema(pipe: Pipeline) -> dict[str, Any]:
     names = {"type": "string", "enum": list(pipe.controls.names)}
+    share = {"type": "number", "minimum": 0, "maximum": 1}
     return {
         "type": "object",
         "required": ["model", "image"],
-        "properties": {"model": names, "image": _PICTURE, "strength": {"type": "number", "default": 1.0}},
+        "properties": {
+            "model": names,
+            "image": _PICTURE,
+            "strength": {"type": "number", "default": 1.0},
+            "start": {
+                **share,
+                "default": 0.0,
+                "description": "The share of the steps that it comes in after.",
+            },
+            "end": {**share, "default": 1.0, "description": "The share of the steps that it stays until."},
+            "mode": {"type": "string", "enum": list(get_args(Mode)), "default": "balanced"},
+            "preparation": {
+                "type": "string",
+                "enum": list(PREPARATIONS),
+                "description": "What makes a map of the picture; none where it is one.",
+            },
+        },
     }
 
 
