@@ -96,14 +96,15 @@ class Worker:
     def warm_up(self) -> None:
         """Draw once, so that the first caller does not wait, and measure how many rows a call may have."""
         pictures: Any = pictures_for(self.pipe)
-        least = {"prompt": "", "num_inference_steps": 2, "seed": 0, **pictures}
+        least: dict[str, Any] = {"prompt": "", "num_inference_steps": 2, "seed": 0, **pictures}
         self.pipe.warmup(**pictures)
         steps = self.pipe.shared(least)
         call = next(item for item in steps if isinstance(item, UNetCall))
         if self.rows is None:
             self.rows = rows_that_gain(call)
         began = perf_counter()
-        request = self.pipe(**least).request
+        drawn: Result[Any] = cast("Any", self.pipe)(**least)
+        request = drawn.request
         self.defaults = defaults_of(self.pipe)
         self._pace.feed(request.width * request.height * len(request.table()), perf_counter() - began)
         steps.close()
