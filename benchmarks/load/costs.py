@@ -128,7 +128,7 @@ def measure_cost(name: str, start: Start, kind: Kind, clock: LoadClock, repeats:
 
 def _ends(start: Start, kind: Kind, clock: LoadClock) -> tuple[float, float]:
     """Seconds of a request before its first call, and after the first pause."""
-    steps = start((Request(number=0, kind=kind, due=0.0, seed=0),))
+    steps = start((Request(number=0, kind=kind, due=0.0),))
     began = clock.now()
     begin = paused = None
     for item in steps:
@@ -144,7 +144,7 @@ def _ends(start: Start, kind: Kind, clock: LoadClock) -> tuple[float, float]:
 
 def _line(start: Start, kind: Kind, clock: LoadClock, repeats: int) -> tuple[float, float]:
     """Slope and intercept of a call's seconds over its rows: sizes take turns, and once more before that."""
-    request = Request(number=0, kind=replace(kind, guidance_scale=1.0), due=0.0, seed=0)
+    request = Request(number=0, kind=replace(kind, guidance_scale=1.0), due=0.0)
     steps = start((request,))
     call = next(item for item in steps if isinstance(item, UNetCall))
     taken: dict[int, list[float]] = {rows: [] for rows in _ROWS}

@@ -164,7 +164,7 @@ def time_alone(start: Start, kinds: Sequence[Kind], passes: int, clock: LoadCloc
     for number in range(passes + 1):
         for kind, seconds in zip(kinds, found, strict=True):
             began = clock.now()
-            draw(start, Request(number=number, kind=kind, due=0.0, seed=number))
+            draw(start, Request(number=number, kind=kind, due=0.0))
             seconds.append(clock.now() - began)
     return [seconds[1:] for seconds in found]
 

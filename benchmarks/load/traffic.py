@@ -72,16 +72,14 @@ class Request:
     """One picture that somebody wants.
 
     Attributes:
-        number: in the order of arrival, from 0.
+        number: in the order of arrival, from 0; also the seed of its noise.
         kind: of it.
         due: seconds from the beginning until it arrives; its latency counts from then.
-        seed: of its noise.
     """
 
     number: int
     kind: Kind
     due: float
-    seed: int
 
 
 def mix_of(case: Case, manifest: Manifest) -> tuple[Kind, ...]:
@@ -114,5 +112,5 @@ def arrivals(kinds: Sequence[Kind], per_s: float, seed: int) -> Iterator[Request
     while True:
         due += random.exponential() / per_s
         kind = kinds[random.choice(len(kinds), p=shares)]
-        yield Request(number=number, kind=kind, due=due, seed=int(random.integers(2**31, dtype=np.int64)))
+        yield Request(number=number, kind=kind, due=due)
         number += 1

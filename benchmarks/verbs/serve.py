@@ -64,7 +64,7 @@ class LoadRules:
     batch: int = 8
     rows: int | None = None
     alone: int = 5
-    simulated: int = 1000
+    simulated: int = 3000
     seed: int = SEED
 
     @classmethod
@@ -157,7 +157,7 @@ def drawn_by(pipe: Pipeline, prompt: str) -> Start:
     """Makes generations of a pipeline: of one request, or of several of a kind as one batch."""
 
     def start(requests: Sequence[Request]) -> Generator[Any, None, Any]:
-        seeds = [request.seed for request in requests]
+        seeds = [request.number for request in requests]
         prompts = [prompt] * len(seeds)
         parameters = requests[0].kind.parameters()
         return pipe.shared({"prompt": prompts, "seed": seeds, "output_type": "pil", **parameters})
@@ -166,7 +166,7 @@ def drawn_by(pipe: Pipeline, prompt: str) -> Start:
 
 
 def _first_call(start: Start, kind: Kind) -> UNetCall:
-    steps = start((Request(number=0, kind=kind, due=0.0, seed=0),))
+    steps = start((Request(number=0, kind=kind, due=0.0),))
     with closing(steps):
         return next(item for item in steps if isinstance(item, UNetCall))
 
