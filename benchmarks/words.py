@@ -33,6 +33,7 @@ _SHOWN = (
     *("of_best_gemm", "of_floor", "non_engine_share", "non_engine_s_per_step"),
     *("relative_l2", "psnr_db", "ssim", "over_weights", "growth_per_step", "samples_per_s"),
     *("slope", "intercept", "residual", "peak_rss_gb", "engine_mb", "flop_per_s", "byte_per_s"),
+    *("requests_per_s", "in_time_per_s", "refused", "mean_rows"),
 )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -371,6 +372,31 @@ def controls(call: Call) -> _Measure:
     )
 
 
+@_measures(
+    *("backend", "width", "height", "steps", "threads"),
+    loads=_option(str, "0.6,0.9,1.2", "Shares of what one at a time draws, with commas."),
+    rounds=_option(int, 3, "In which every way has a run at every load.", least=1),
+    requests=_option(int, 100, "That count, of each run.", least=2),
+    jobs=_option(int, 8, "That wait or are drawn at most at a load above 1; one more is refused.", least=1),
+    rows=_option(int | None, None, "Of a shared call of the UNet. Default: measured.", least=1),
+    quick=_option(bool, False, "Few runs, short ones, one at each load.", "--quick"),
+)
+def serve(call: Call) -> _Measure:
+    """Requests that arrive by themselves: drawn one at a time, in equal batches, and in shared steps.
+
+    Mixed ones, in a Poisson process. Latencies count from the moment a request was due. Nothing goes over a
+    network. The same is simulated, with this machine's costs and with those that a GPU might have.
+    """
+    from ..benchmarks.verbs.serve import LoadRules, measure_serve
+
+    own = {name: call.options[name] for name in ("rounds", "requests", "jobs", "rows")}
+    loads = shares(call.options["loads"])
+    rules = LoadRules(loads=loads, **own)
+    if call.quick:
+        rules = LoadRules.quick(loads=loads, jobs=own["jobs"], rows=own["rows"])
+    return partial(measure_serve, call.package, call.task(), call.case(), rules=rules)
+
+
 # ── other verbs ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -486,3 +512,20 @@ def counts(text: str) -> tuple[int, ...]:
             f"the batches are {text!r}", expected="numbers with commas between", fix="Say: --batches 1,2,4,8."
         )
     return tuple(map(int, parts))
+
+
+def shares(text: str) -> tuple[float, ...]:
+    """Finite numbers above 0 in a list with commas. Raises UsageError for anything else."""
+    from ..engines.errors import UsageError
+
+    try:
+        found = tuple(map(float, text.split(",")))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < share < inf for share in found):
+        raise UsageError(
+            f"the loads are {text!r}",
+            expected="numbers above 0 with commas between",
+            fix="Say: --loads 0.6,0.9,1.2.",
+        )
+    return found

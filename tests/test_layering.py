@@ -21,7 +21,7 @@ ARROWS = {
     "runtime": {"engines", "checkpoints", "adapters"},
     "export": {"engines", "checkpoints", "adapters", "runtime"},  # the runtime's tokenizer
     "demo": {"engines", "runtime", "export"},
-    "benchmarks": {"engines", "checkpoints", "adapters", "runtime", "export", "demo"},
+    "benchmarks": {"engines", "checkpoints", "adapters", "runtime", "export", "serve", "demo"},
     "serve": {"engines", "runtime"},
     "cli": {"engines", "checkpoints", "adapters", "runtime", "export", "benchmarks", "serve", "demo"},
 }
@@ -34,7 +34,7 @@ ROOMS: dict[str, list[set[str]]] = {
     "adapters": [{"kinds"}],
     "checkpoints": [{"files"}, {"controls", "graphs"}, {"hub", "precision", "templates"}],
     "export": [{"nets", "pickles"}, {"graphs"}],
-    "benchmarks": [{"sides"}, {"models"}, {"verbs"}, {"gpu", "report"}],
+    "benchmarks": [{"sides", "load"}, {"models"}, {"verbs"}, {"gpu", "report"}],
 }
 # To go: imports that run back between rooms or close a circle.
 BACK_TO_GO = set[tuple[str, str]]()

@@ -17,6 +17,7 @@ from ..verbs.build import TOGETHER
 from ..verbs.cold_start import PARTS
 from ..verbs.controls import IDLE, IN_USE, OUR_CALL, OUR_STEP, WITH_ONE
 from ..verbs.opening import DRAWN, OPENED, PEAK, WRITTEN
+from ..verbs.serve import BATCHED, MIXED, ONE_BY_ONE, SIMULATED
 from ..verbs.throughput import OFFLINE, SINGLE_STREAM, SWEEP
 from .reading import (
     Against,
@@ -39,7 +40,13 @@ _FIGURES = {"waterfall": "one picture, stage by stage", "peers": "ours against p
 _HEAD = ("| what | result | reproduce |", "|---|---|---|")
 # What the short table takes from a document besides latencies: the beginnings of `summaries`' lines.
 _SHORT = ("peak in host memory", "peak on the device", "cold start, whole", "build", "parity", WITH_ONE)
-_EXPLAINED = ("latency", "opening", "adapters", "controls")  # documents that say why rows have no time
+_EXPLAINED = (
+    "latency",
+    "opening",
+    "adapters",
+    "controls",
+    "serve",
+)  # documents that say why rows have no time
 _AFTER = {picture_after(name) for name in FOLLOWED}
 _ROWS = 13  # of the short table, at most
 NOTHING = "Nothing was measured yet: `latentrt bench latency demo`."
@@ -126,6 +133,8 @@ def _section(
             yield _opening(document)
         elif document.benchmark == "adapters" and (table := _adapters(document)):
             yield table
+        elif document.benchmark == "serve":
+            yield from _loads(document)
         if document.benchmark in _EXPLAINED and (missing := _missing(document)):
             yield missing
     lines = [_line(*pair, document) for document in documents for pair in summaries(document)]
@@ -249,6 +258,64 @@ def _files(document: Document) -> dict[tuple[str, str], dict[str, Row]]:
             if row.case["lora"] == lora:
                 found.setdefault((lora, row.side), {})[row.workload] = row
     return found
+
+
+# How the ways of drawing are called, in the order of the table.
+_WAYS_TO_DRAW = {
+    ONE_BY_ONE: "one at a time",
+    BATCHED: "equal requests as one batch",
+    OURS: "shared steps",
+}
+_LOAD_HEAD = ("p50", "p99", "pictures/s", "in time/s", "refused", "UNet calls", "rows a call")
+
+
+def _loads(document: Document) -> Iterator[str]:
+    """A table of what was measured, and one for each cost that was simulated."""
+    measured = [row for row in document.select(MIXED) if row.rounds]
+    if measured:
+        yield _load_table("load, way to draw", measured, _measured_note(document))
+    simulated = [row for row in document.select(SIMULATED) if row.rounds]
+    for cost in dict.fromkeys(row.case["cost"] for row in simulated):
+        rows = [row for row in simulated if row.case["cost"] == cost]
+        yield _load_table(f"simulation ({cost}): load, way to draw", rows, _simulated_note(document, rows[0]))
+
+
+def _load_table(title: str, rows: Sequence[Row], note: str) -> str:
+    head = [title, *_LOAD_HEAD]
+    lines = [_row(head), "|" + "---|" * len(head)]
+    for row in rows:
+        rates = [words.number(figure(row, name)) for name in ("requests_per_s", "in_time_per_s")]
+        calls = [words.number(figure(row, "unet_calls"), 5), words.number(figure(row, "mean_rows"))]
+        cells = [
+            f"{row.case['load']:g}, {_WAYS_TO_DRAW[row.side]}",
+            *(words.seconds(summary(row, name)) for name in ("p50", "p99")),
+            *rates,
+            words.percent(figure(row, "refused")),
+            *calls,
+        ]
+        lines.append(_row(cells))
+    return "\n".join([*lines, "", note])
+
+
+def _measured_note(document: Document) -> str:
+    facts = document.settings
+    return (
+        f"Reproduce: `{_command(document)}`; {facts['rounds']} rounds of {facts['requests']} mixed requests;"
+        f" load 1: {words.number(facts['requests_per_s'])} pictures/s, what it draws one at a time;"
+        f" in time: within {facts['in_time']:g} times what a request takes alone; above load 1 at most"
+        f" {facts['jobs']} jobs are there; at most {facts['rows']} rows in a shared call."
+    )
+
+
+def _simulated_note(document: Document, row: Row) -> str:
+    """What it takes, as pictures of the first kind do."""
+    cost, facts = row.figures["cost"], document.settings
+    fixed, each, begin, end = (f"{1e3 * cost[name]:.3g}" for name in ("fixed", "each", "begin", "decode"))
+    return (
+        f"Simulation with the same scheduler: {facts['simulated']} requests; a call of the UNet with b rows"
+        f" takes {fixed} + {each} b ms, a picture {begin} ms before its first step and {end} ms after its"
+        " last."
+    )
 
 
 def _of_rank(document: Document) -> str:
@@ -505,6 +572,19 @@ def _unused(document: Document, workload: str, side: str, where: str, places: in
         yield workload, f"{words.seconds(summary(own))}; {where} {times}, {differing}"
 
 
+def _under_load(document: Document) -> Lines:
+    """Each way of drawing, at the highest load that is no overload."""
+    rows = [row for row in document.select(MIXED) if row.rounds and row.case["load"] <= 1]
+    highest = max((row.case["load"] for row in rows), default=0)
+    times = [
+        f"{_WAYS_TO_DRAW[row.side]} {words.seconds(summary(row))} [{words.seconds(summary(row, 'p99'))}]"
+        for row in rows
+        if row.case["load"] == highest
+    ]
+    if times:
+        yield f"mixed requests at load {highest:g}, latency p50 [p99]", ", ".join(times)
+
+
 # In the order in which documents are shown.
 _SUMMARIES: Mapping[str, Callable[[Document], Lines]] = {
     "latency": _outside,
@@ -514,6 +594,7 @@ _SUMMARIES: Mapping[str, Callable[[Document], Lines]] = {
     "cold-start": _cold_start,
     "adapters": _with_adapters,
     "controls": _with_controls,
+    "serve": _under_load,
     "build": _build,
     "parity": _parity,
     "export": _export,

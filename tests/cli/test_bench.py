@@ -14,7 +14,7 @@ from latentrt.benchmarks.records import Document, Row, read_document
 from latentrt.benchmarks.sides.contract import Task
 from latentrt.benchmarks.sides.watched import BLOCKS, SETTLED
 from latentrt.benchmarks.verbs import build as build_time
-from latentrt.benchmarks.verbs import latency, memory, parity, scaling, suite, throughput
+from latentrt.benchmarks.verbs import latency, memory, parity, scaling, serve, suite, throughput
 from latentrt.benchmarks.verbs.latency import Sides, silent
 from latentrt.benchmarks.verbs.scaling import AXES
 from latentrt.cli.bench import device_of
@@ -63,6 +63,7 @@ def found(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         (throughput, "measure_throughput"),
         (build_time, "measure_build"),
         (parity, "measure_parity"),
+        (serve, "measure_serve"),
     ):
         monkeypatch.setattr(module, name, measure)
     return asked
@@ -127,6 +128,17 @@ def test_build_and_parity_are_told_everything(bench: Any, found: dict[str, Any])
     assert (found["more"][0].samples, found["more"][0].cases[0].steps) == (5, 3)
 
 
+def test_the_load_test_is_told_everything(bench: Any, found: dict[str, Any]) -> None:
+    options = "--loads 0.5,2 --rounds 4 --requests 50 --jobs 5 --rows 6 --steps 3 --threads 1 --width 64"
+    assert bench("serve", *options.split())[0] == 0
+    rules, case = found["rules"], found["more"][0]
+    assert (rules.loads, rules.rounds, rules.requests, rules.jobs, rules.rows) == ((0.5, 2.0), 4, 50, 5, 6)
+    assert (case.width, case.steps, found["what"].threads) == (64, 3, 1)
+    assert bench("serve", "--quick", "--jobs", "5")[0] == 0
+    assert (found["rules"].jobs, found["rules"].rows, found["rules"].loads) == (5, None, (0.6, 0.9, 1.2))
+    assert found["rules"].requests < rules.requests
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -137,6 +149,10 @@ def test_build_and_parity_are_told_everything(bench: Any, found: dict[str, Any])
         (["scaling", "--axes", "time"], "unknown name 'time'"),
         (["throughput", "--batches", "1,x"], "the batches are '1,x'"),
         (["throughput", "--batches", "0"], "the batches are '0'"),
+        (["serve", "--loads", "0.5,high"], "the loads are '0.5,high'"),
+        (["serve", "--loads", "0"], "the loads are '0'"),
+        (["serve", "--loads", "inf"], "the loads are 'inf'"),
+        (["serve", "--requests", "1"], "'--requests'"),
         (["latency", "no-such-model"], "there is no model 'no-such-model'"),
         (["build", "--nets", "unet,step,unet_whole"], "unknown name 'unet_whole'"),
         (["parity", "--reference", "yardstick"], "'yardstick' cannot be the reference"),
