@@ -18,7 +18,7 @@ from ..engines.errors import CancelledError
 from ..engines.installed import latentrt_version
 from ..runtime.doctor import memory as read_memory
 from . import a1111_answers as answers
-from .a1111_controlnet import SCRIPT
+from .a1111_controlnet import MODULES, SCRIPT, VERSION
 from .a1111_fields import Field, Route, read_flag, read_text, read_values, read_whole
 from .a1111_order import LATENT, Wanted, find_model, read_wanted
 from .a1111_samplers import sampler_list, schedule_list
@@ -32,8 +32,8 @@ from .server import Server
 from .waiting import ended, unless_gone
 from .worker import Worker
 
-_API, _INTERNAL = "/sdapi/v1", "/internal"
-PREFIXES = (f"{_API}/", f"{_INTERNAL}/")
+_API, _INTERNAL, _CONTROLNET = "/sdapi/v1", "/internal", "/controlnet"
+PREFIXES = (f"{_API}/", f"{_INTERNAL}/", f"{_CONTROLNET}/")
 _CLOSED = 499  # for the log alone: the client is gone
 error_form = answers.error_form
 
@@ -216,6 +216,24 @@ async def scripts(request: Request) -> Response:
     """The scripts that a request may have: ControlNet's, where there are controls."""
     names = [SCRIPT] if _worker(request).pipe.controls.names else []
     return JSONResponse({"txt2img": names, "img2img": names})
+
+
+@router.get(f"{_CONTROLNET}/version")
+async def controlnet_version() -> Response:
+    """That of the extension whose units are understood."""
+    return JSONResponse({"version": VERSION})
+
+
+@router.get(f"{_CONTROLNET}/model_list")
+async def controlnet_models(request: Request) -> Response:
+    """The nets that units may name."""
+    return JSONResponse({"model_list": list(_worker(request).pipe.controls.names)})
+
+
+@router.get(f"{_CONTROLNET}/module_list")
+async def controlnet_modules() -> Response:
+    """The preparations that units may name."""
+    return JSONResponse({"module_list": list(MODULES)})
 
 
 @router.get(f"{_API}/memory")

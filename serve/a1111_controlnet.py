@@ -18,6 +18,7 @@ from .pictures import read_picture
 from .refusals import FieldError
 
 SCRIPT = "controlnet"
+VERSION = 3  # of its API
 # What its words mean here; each may be said by its number, too.
 _MODES = {
     "Balanced": "balanced",
@@ -26,7 +27,7 @@ _MODES = {
 }
 _RESIZES = {"Just Resize": "stretch", "Crop and Resize": "crop", "Resize and Fill": "pad"}
 # Its preparations -> ours, and the settings that its two thresholds are.
-_MODULES: dict[str, tuple[str | None, tuple[str, ...]]] = {
+MODULES: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "none": (None, ()),
     "canny": ("canny", ("low", "high")),
     "invert": ("invert", ()),
@@ -171,7 +172,7 @@ def _model(sent: str, pipe: Pipeline) -> str:
 def _preparation(values: Mapping[str, Any]) -> tuple[str | None, dict[str, float]]:
     """What makes the hint; a threshold below 0 stands for the usual one. Raises UsageError."""
     module = values["module"].lower()
-    preparation, names = _MODULES.get(module, (values["module"], ()))
+    preparation, names = MODULES.get(module, (values["module"], ()))
     given = zip(names, (values["threshold_a"], values["threshold_b"]), strict=False)
     settings = {name: value for name, value in given if value >= 0}
     find_preparation(preparation).check(settings)
@@ -187,13 +188,3 @@ def _meaning(name: str, sent: str, words: Mapping[str, str]) -> Any:
             f"{name} is {sent!r:.80}", expected=f"one of {', '.join(words)}", fix="Use one of these."
         )
     return ours
-
-
-def model_list(pipe: Pipeline) -> list[str]:
-    """The nets that units may name."""
-    return list(pipe.controls.names)
-
-
-def module_list() -> list[str]:
-    """The preparations that units may name."""
-    return list(_MODULES)

@@ -292,5 +292,14 @@ def _controls(value: object, pipe: Pipeline) -> list[Control | ImagePrompt]:
         for part in PICTURES:
             if given.get(part) is not None:
                 given[part] = read_picture(given[part], f"{part} of controls")
+        for part in ("mode", "preparation", "resize_mode", "control_type"):
+            if given.get(part) is not None:
+                _text(f"{part} of controls", given[part])
+        if not isinstance(given.get("settings", {}), Mapping):
+            raise UsageError(
+                f"settings of controls is {given['settings']!r:.80}",
+                expected="an object",
+                fix="Change settings, or leave it out.",
+            )
         found.append(kind(**given))
     return found

@@ -17,6 +17,7 @@ from ...engines.spec import CONTROL_TYPE, FEATURE, IMAGE_KEYS, RESIDUAL
 from ..controls.control import Control
 from ..controls.hints import read_hints
 from ..controls.image_prompt import ImagePrompt
+from ..controls.preparations import find_preparation
 from ..loop.job import Loop, SteeringJob
 from ..record import STEERED_BY
 from ..request.request import Request
@@ -142,7 +143,8 @@ class LoadedControls:
     def check(self, controls: Sequence[Control | ImagePrompt]) -> None:
         """Raise UsageError before anything is drawn.
 
-        For a name that was not loaded or is of another kind of control, or a wrong type for a Union.
+        For a name that was not loaded or is of another kind of control, a wrong type for a Union, or a
+        preparation that there is none of or has no such setting.
         """
         check_unions(
             [
@@ -160,6 +162,8 @@ class LoadedControls:
                     expected=f"latentrt.{wanted}",
                     fix=f"Pass latentrt.{wanted}(model={control.model!r}, image=…).",
                 )
+            if isinstance(control, Control):
+                find_preparation(control.preparation).check(control.settings)
 
     def records(self, controls: Sequence[Control | ImagePrompt]) -> list[dict[str, Any]]:
         """What a picture's record would say of these. Raises UsageError as `check` and `job`."""

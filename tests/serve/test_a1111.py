@@ -299,6 +299,9 @@ def test_listed_schedules_are_what_pictures_say(at: Live, pipe: Pipeline) -> Non
 
 def test_controlnet_units_of_its_client(api: webuiapi.WebUIApi, pipe: Pipeline) -> None:
     (net,) = pipe.controls.names
+    assert api.controlnet_version() == 3
+    assert api.controlnet_model_list() == [net]
+    assert {"none", "canny", "tile_resample"} <= set(api.controlnet_module_list())
     unit = webuiapi.ControlNetUnit(
         image=photo(64, 64),
         module="canny",

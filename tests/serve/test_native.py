@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentrt import Pipeline
+from latentrt import Control, Pipeline
 from latentrt.serve.access import allow
 from latentrt.serve.bounds import Bounds
 from latentrt.serve.keys import Keys, keys_of_environment
@@ -38,6 +38,14 @@ def pipe() -> Iterator[Pipeline]:
 def at(pipe: Pipeline) -> Iterator[Live]:
     with live(pipe) as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def controlled() -> Iterator[Live]:
+    with open_demo() as opened:
+        opened.load_control("edges")
+        with live(opened) as made:
+            yield made
 
 
 def draw(at: Live, **fields: Any) -> dict[str, Any]:
@@ -261,6 +269,41 @@ def test_jobs_that_there_are_none_of(at: Live) -> None:
     assert at.client.get(f"/v1/jobs/{job['id']}/images/first").status_code == 400
     assert at.client.get("/v2").status_code == 404
     assert at.client.put("/v1/jobs").status_code == 405
+
+
+CONTROLS: list[tuple[dict[str, Any], str]] = [
+    ({"preparation": "sketch"}, "the preparation is 'sketch'"),
+    ({"preparation": "openpose"}, "takes a net that latentrt does not have"),
+    ({"preparation": ["canny"]}, "preparation of controls is ['canny']"),
+    ({"preparation": "canny", "settings": {"lowest": 1}}, "no setting 'lowest'"),
+    ({"settings": [1]}, "settings of controls is [1]"),
+    ({"strength": "much"}, "control_strength is 'much'"),
+    ({"start": 0.9, "end": 0.1}, "is not before control_end"),
+    ({"mode": 7}, "mode of controls is 7"),
+    ({"resize_mode": 7}, "resize_mode of controls is 7"),
+    ({"image": None}, "a control without image"),
+    ({"size": 7}, "controls is"),
+]
+
+
+@pytest.mark.parametrize(("fields", "words"), CONTROLS)
+def test_odd_controls_are_refused_before_a_step(controlled: Live, fields: dict[str, Any], words: str) -> None:
+    control = {"model": "edges", "image": encoded(photo(64, 64)), **fields}
+    control = {name: value for name, value in control.items() if value is not None}
+    answer = controlled.client.post("/v1/jobs", json={**SMALL, "controls": [control]})
+    assert answer.status_code == 400, answer.text
+    assert words in answer.json()["error"]["found"]
+
+
+def test_a_control_steers(controlled: Live) -> None:
+    control = {"model": "edges", "image": encoded(photo(64, 64)), "preparation": "canny", "strength": 0.8}
+    job = draw(controlled, controls=[control])
+    with open_demo() as alone:
+        alone.load_control("edges")
+        hint = Image.fromarray(np.asarray(photo(64, 64)))
+        steered = Control(model="edges", image=hint, preparation="canny", strength=0.8)
+        wanted = alone(**SMALL, controls=[steered])
+    np.testing.assert_array_equal(pixels(controlled, job), wanted.images[0])
 
 
 def test_a_full_queue_says_when_to_come_again(pipe: Pipeline) -> None:
