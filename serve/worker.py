@@ -187,7 +187,7 @@ class Worker:
                 ending = deadline_passed("ran")
             else:
                 continue
-            for index in running.left:
+            for index in tuple(running.left):  # the thread for files takes out what it has written
                 shared.remove((job.id, index))
             self._end(running, ending)
 

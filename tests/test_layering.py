@@ -40,15 +40,18 @@ ROOMS: dict[str, list[set[str]]] = {
 BACK_TO_GO = set[tuple[str, str]]()
 
 PRINTING = ("sys.stderr", "sys.stdout", "warnings.warn")
-HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir"}
+OF_EXPORT = {"torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir"}
+OF_SERVER = {"fastapi", "starlette", "uvicorn", "multipart", "prometheus_client"}
+HEAVY = OF_EXPORT | OF_SERVER
 MAY_IMPORT = {  # folder or room -> heavy libraries it may import
+    "serve": OF_SERVER,
     "checkpoints/graphs": {"onnx", "onnx_ir"},  # onnx-ir brings onnx along
     "checkpoints/templates": {"onnx", "onnx_ir"},
     "checkpoints/precision": {"onnx_ir"},
     "checkpoints": {"onnx_ir"},
-    "export": HEAVY,
+    "export": OF_EXPORT,
     "demo": {"torch", "diffusers", "transformers"},
-    "benchmarks": HEAVY,
+    "benchmarks": OF_EXPORT,
     "cli": {"torch"},
     # Lowering a graph for one provider takes a graph library, imported on first use.
     "engines/onnxruntime/lowering": {"onnx", "onnx_ir"},
