@@ -74,10 +74,10 @@ def serve(
     """Draw for whoever calls: OpenAI's and AUTOMATIC1111's APIs, jobs with live events, and a page."""
     _check_installed()
     from ..runtime.pipeline import Pipeline
-    from ..serve.access import HEALTH_PATHS, allow, check_exposure
     from ..serve.app import create_app
-    from ..serve.bounds import Bounds
-    from ..serve.keys import join_keys, keys_of_environment, read_keys
+    from ..serve.door.access import HEALTH_PATHS, allow, check_exposure
+    from ..serve.door.keys import join_keys, keys_of_environment, read_keys
+    from ..serve.jobs.bounds import Bounds
     from ..serve.metrics import PATH as METRICS
     from ..serve.run import listen
     from ..serve.run import serve as answer

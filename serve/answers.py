@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..engines.errors import LatentrtError
-from .failure import Failure, type_of
-from .refusals import RefusedError
+from .jobs.failure import Failure, type_of
+from .jobs.refusals import RefusedError
 
 # An error's type, or that of the class it is made of -> status, and OpenAI's word for it.
 _STATUSES: dict[str, tuple[int, str]] = {

@@ -20,15 +20,17 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from ..engines.errors import LatentrtError, UsageError
 from ..engines.installed import latentrt_version
-from . import a1111, native, openai_images, page_files
-from .access import HEALTH_PATHS, Access, Refusal
+from . import native, page_files
+from .a1111 import routes as a1111
 from .answers import Answer, ErrorForm, answer_to
-from .body import BODY_LIMITS, BodyLimits, Message, Receive
-from .failure import Failure
-from .guard import KEY_ID, Application, Guard, Scope, Send
+from .door.access import HEALTH_PATHS, Access, Refusal
+from .door.body import BODY_LIMITS, BodyLimits, Message, Receive
+from .door.guard import KEY_ID, Application, Guard, Scope, Send
+from .jobs.failure import Failure
 from .log_lines import log_job, log_line
 from .metrics import PATH as METRICS
 from .metrics import Metrics
+from .openai import routes as openai
 from .server import Server
 
 _LOG = logging.getLogger(__name__)
@@ -58,9 +60,7 @@ class Api:
 
 
 NATIVE = Api(router=native.router, error_form=native.error_form, prefixes=("/",))
-OPENAI = Api(
-    router=openai_images.router, error_form=openai_images.error_form, prefixes=openai_images.PREFIXES
-)
+OPENAI = Api(router=openai.router, error_form=openai.error_form, prefixes=openai.PREFIXES)
 A1111 = Api(router=a1111.router, error_form=a1111.error_form, prefixes=a1111.PREFIXES)
 APIS = (OPENAI, A1111, NATIVE)  # the first whose prefix fits is a path's
 

@@ -18,9 +18,9 @@ from ..runtime.controls.preparations import PREPARATIONS
 from ..runtime.pipeline import Pipeline
 from ..runtime.request.parameters import PARAMETERS, check_integer, check_loras
 from ..runtime.sampling.samplers import SAMPLERS
-from .bounds import Bounds
+from .jobs.bounds import Bounds
 from .order import Order, Output, Previews, seeds_of
-from .pictures import FORMATS, find_format, read_picture
+from .pictures.exchange import FORMATS, find_format, read_picture
 
 LONGEST_TEXT = 32_000  # characters of a prompt
 PICTURES = ("image", "mask_image")  # fields that are base64 text, or files of a form

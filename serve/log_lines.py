@@ -9,7 +9,7 @@ import json
 import logging
 import re
 
-from .job import Job
+from .jobs.job import Job
 
 _LOG = logging.getLogger(__name__)
 LONGEST = 200  # characters of a value, which strangers may have written

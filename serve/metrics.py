@@ -16,7 +16,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from ..engines.installed import latentrt_version
-from .job import Job
+from .jobs.job import Job
 from .server import Server
 
 PATH = "/metrics"

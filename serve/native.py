@@ -23,9 +23,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ..engines.errors import UsageError
 from .answers import Answer
+from .door.guard import KEY_ID
 from .fields import TERMS, read_order, schema_of, terms_of
-from .guard import KEY_ID
-from .job import Job, Once, StoredPicture
+from .jobs.job import Job, Once, StoredPicture
 from .reading import once_of, read_fields
 from .server import Server
 from .waiting import ended, readings

@@ -13,9 +13,9 @@ from ..runtime.pipeline import Pipeline, Step
 from ..runtime.request.request import Request
 from ..runtime.result import Result
 from ..runtime.second_pass import check_second, draw_larger
-from .bounds import Bounds
-from .job import Work
-from .refusals import TooLargeError
+from .jobs.bounds import Bounds
+from .jobs.job import Work
+from .jobs.refusals import TooLargeError
 
 _SEEDS = 2**32
 

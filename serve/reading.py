@@ -11,7 +11,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 
 from ..engines.errors import UsageError
-from .job import Once
+from .jobs.job import Once
 
 MOST_PARTS = 64  # of a form: no request has as many fields
 LARGEST_TEXT_PART = 2**20  # bytes of a form's field that is no file

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import uvicorn
 
 from ..engines.errors import UsageError
-from .guard import Guard
+from .door.guard import Guard
 from .server import Server
 
 GRACE_S = 30.0  # for jobs that are there when the server is asked to end

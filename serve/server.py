@@ -10,12 +10,12 @@ from typing import Literal
 
 from ..engines.errors import UsageError
 from ..runtime.pipeline import Pipeline
-from .admission import Queue
-from .bounds import Bounds, Clock
-from .job import Job, Once, Submission, Work
-from .jobs import Jobs
+from .jobs.admission import Queue
+from .jobs.bounds import Bounds, Clock
+from .jobs.job import Job, Once, Submission, Work
+from .jobs.pace import Pace
+from .jobs.table import Jobs
 from .order import Order, check_work
-from .pace import Pace
 from .worker import AT_ONCE, Worker
 
 _LOG = logging.getLogger(__name__)

@@ -7,9 +7,9 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any, cast
 
-from .events import EventLog, Reading
-from .job import Job
-from .jobs import Jobs
+from .jobs.events import EventLog, Reading
+from .jobs.job import Job
+from .jobs.table import Jobs
 
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 

@@ -20,13 +20,13 @@ from ..runtime.loop.sharing import Ended, Failed, SharedSteps, Yielded, rows_tha
 from ..runtime.pipeline import Pipeline, Step
 from ..runtime.request.parameters import VARIES
 from ..runtime.result import Result
-from .admission import Queue, deadline_passed
-from .bounds import Clock
-from .job import Job, StoredPicture
-from .jobs import Jobs
+from .jobs.admission import Queue, deadline_passed
+from .jobs.bounds import Clock
+from .jobs.job import Job, StoredPicture
+from .jobs.pace import Pace
+from .jobs.table import Jobs
 from .order import Order
-from .pace import Pace
-from .pictures import write_picture, write_preview
+from .pictures.exchange import write_picture, write_preview
 
 _LOG = logging.getLogger(__name__)
 AT_ONCE = 4  # jobs that run side by side: short ones pass long ones

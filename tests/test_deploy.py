@@ -17,7 +17,7 @@ import pytest
 
 from latentrt.cli.serve import PORT
 from latentrt.serve import run
-from latentrt.serve.guard import Guard
+from latentrt.serve.door.guard import Guard
 from tests.serve.live import live, open_demo
 from tests.test_advice import parses
 

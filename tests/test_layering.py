@@ -34,6 +34,7 @@ ROOMS: dict[str, list[set[str]]] = {
     "adapters": [{"kinds"}],
     "checkpoints": [{"files"}, {"controls", "graphs"}, {"hub", "precision", "templates"}],
     "export": [{"nets", "pickles"}, {"graphs"}],
+    "serve": [{"jobs", "pictures"}, {"door"}, {"a1111", "openai"}],
     "benchmarks": [{"sides", "load"}, {"models"}, {"verbs"}, {"gpu", "report"}],
 }
 # To go: imports that run back between rooms or close a circle.

@@ -13,7 +13,7 @@ from latentrt.benchmarks.process import SideError
 from latentrt.benchmarks.sides.contract import NotAvailableError
 from latentrt.engines import errors
 from latentrt.runtime.pipeline import Pipeline
-from latentrt.serve.refusals import RefusedError
+from latentrt.serve.jobs.refusals import RefusedError
 
 
 def classes() -> dict[str, type[errors.LatentrtError]]:

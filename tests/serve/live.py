@@ -14,10 +14,10 @@ import httpx
 import uvicorn
 
 from latentrt import Pipeline
-from latentrt.serve.access import Access, allow
 from latentrt.serve.app import create_app
-from latentrt.serve.body import BODY_LIMITS, BodyLimits
-from latentrt.serve.bounds import Bounds
+from latentrt.serve.door.access import Access, allow
+from latentrt.serve.door.body import BODY_LIMITS, BodyLimits
+from latentrt.serve.jobs.bounds import Bounds
 from latentrt.serve.run import listen, settings
 from latentrt.serve.server import Options, Server
 

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from latentrt.serve.admission import Queue
-from latentrt.serve.bounds import Bounds
-from latentrt.serve.job import Once, StoredPicture, Submission, Work
-from latentrt.serve.jobs import Jobs
-from latentrt.serve.pace import Pace
+from latentrt.serve.jobs.admission import Queue
+from latentrt.serve.jobs.bounds import Bounds
+from latentrt.serve.jobs.job import Once, StoredPicture, Submission, Work
+from latentrt.serve.jobs.pace import Pace
+from latentrt.serve.jobs.table import Jobs
 
 
 @dataclass

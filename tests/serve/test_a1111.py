@@ -28,14 +28,14 @@ from latentrt.runtime.pictures.write import read_metadata
 from latentrt.runtime.sampling.a1111 import a1111_fields
 from latentrt.runtime.sampling.names import resolve
 from latentrt.runtime.second_pass import enlarge_latent
-from latentrt.serve.a1111_controlnet import UNIT
-from latentrt.serve.a1111_fields import FIELDS, SETTINGS, Route
-from latentrt.serve.a1111_order import read_wanted
-from latentrt.serve.a1111_samplers import choose
-from latentrt.serve.a1111_start import fill_under
-from latentrt.serve.access import allow
+from latentrt.serve.a1111.controlnet import UNIT
+from latentrt.serve.a1111.fields import FIELDS, SETTINGS, Route
+from latentrt.serve.a1111.order import read_wanted
+from latentrt.serve.a1111.samplers import choose
+from latentrt.serve.a1111.start import fill_under
 from latentrt.serve.answers import answer_to
-from latentrt.serve.keys import keys_of_environment
+from latentrt.serve.door.access import allow
+from latentrt.serve.door.keys import keys_of_environment
 from latentrt.serve.server import Options
 from tests.parity_pair import photo
 from tests.serve.live import Live, live, open_demo

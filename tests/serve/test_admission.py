@@ -4,12 +4,11 @@ from typing import Any
 import pytest
 
 from latentrt.engines.errors import CancelledError, NumericError
-from latentrt.serve.admission import Load, Place, deadline_passed
-from latentrt.serve.bounds import Bounds
-from latentrt.serve.job import Once, Submission
-from latentrt.serve.keys import ANYONE
-from latentrt.serve.pace import Pace
-from latentrt.serve.refusals import RefusedError, TooLargeError
+from latentrt.serve.jobs.admission import Load, Place, deadline_passed
+from latentrt.serve.jobs.bounds import Bounds
+from latentrt.serve.jobs.job import ANYONE, Once, Submission
+from latentrt.serve.jobs.pace import Pace
+from latentrt.serve.jobs.refusals import RefusedError, TooLargeError
 from tests.serve.serving import Desk, asked, picture
 
 WIDE = Bounds(jobs=100, input_bytes=10_000, pixel_steps=100_000, owner_share=1)

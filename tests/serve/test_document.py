@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 
 from latentrt import Pipeline
-from latentrt.serve.bounds import Bounds
+from latentrt.serve.jobs.bounds import Bounds
 from tests.serve.live import Live, live, open_demo
 
 schemathesis = pytest.importorskip("schemathesis", reason="there is none for this Python")

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentrt.serve.bounds import Bounds
-from latentrt.serve.events import TERMINAL, Event, EventLog, Kind
+from latentrt.serve.jobs.bounds import Bounds
+from latentrt.serve.jobs.events import TERMINAL, Event, EventLog, Kind
 from tests.serve.serving import SetClock
 
 

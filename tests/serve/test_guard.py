@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from latentrt.engines.errors import UsageError
-from latentrt.serve import access, body, guard
-from latentrt.serve.access import LOOPBACK_HOSTS, Access, allow, check_exposure
-from latentrt.serve.body import BodyLimits
-from latentrt.serve.guard import KEY_ID, Guard
-from latentrt.serve.keys import ANYONE, NO_KEYS, Keys, keys_of_environment
+from latentrt.serve.door import access, body, guard
+from latentrt.serve.door.access import LOOPBACK_HOSTS, Access, allow, check_exposure
+from latentrt.serve.door.body import BodyLimits
+from latentrt.serve.door.guard import KEY_ID, Guard
+from latentrt.serve.door.keys import NO_KEYS, Keys, keys_of_environment
+from latentrt.serve.jobs.job import ANYONE
 from tests.serve.asgi import Client, Inside, Message, run, scope_of
 
 KEY, OTHER = "right-0123456789abcdef", "other-0123456789abcdef"

@@ -10,12 +10,11 @@ from contextlib import suppress
 import pytest
 
 from latentrt.engines.errors import CancelledError, LatentrtError, MemoryLimitError, NumericError
-from latentrt.serve.bounds import Bounds
-from latentrt.serve.events import TERMINAL
-from latentrt.serve.failure import INTERNAL, Failure, without_paths
-from latentrt.serve.job import Job, Once
-from latentrt.serve.jobs import Jobs
-from latentrt.serve.refusals import (
+from latentrt.serve.jobs.bounds import Bounds
+from latentrt.serve.jobs.events import TERMINAL
+from latentrt.serve.jobs.failure import INTERNAL, Failure, without_paths
+from latentrt.serve.jobs.job import Job, Once
+from latentrt.serve.jobs.refusals import (
     DeadlineError,
     GoneError,
     IdempotencyKeyError,
@@ -23,6 +22,7 @@ from latentrt.serve.refusals import (
     UnknownJobError,
     UnknownPictureError,
 )
+from latentrt.serve.jobs.table import Jobs
 from tests.serve.serving import Desk, SetClock, asked, picture
 
 BOUNDS = Bounds(result_seconds=100, result_bytes=1000, records=8)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from latentrt.engines.errors import UsageError
-from latentrt.serve import keys
-from latentrt.serve.keys import LARGEST_KEY_FILE, Keys, join_keys, keys_of_environment, read_keys
+from latentrt.serve.door import keys
+from latentrt.serve.door.keys import LARGEST_KEY_FILE, Keys, join_keys, keys_of_environment, read_keys
 
 ANNA, BERT = "anna-0123456789abcdef", "bert-0123456789abcdef"
 

@@ -13,9 +13,9 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as read_plain
 
 from latentrt import Pipeline
-from latentrt.serve.access import HEALTH_PATHS, allow
-from latentrt.serve.bounds import Bounds
-from latentrt.serve.keys import keys_of_environment
+from latentrt.serve.door.access import HEALTH_PATHS, allow
+from latentrt.serve.door.keys import keys_of_environment
+from latentrt.serve.jobs.bounds import Bounds
 from latentrt.serve.log_lines import LONGEST, log_line
 from latentrt.serve.metrics import PATH
 from tests.serve.live import Live, live, open_demo

@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from latentrt import Control, Pipeline
-from latentrt.serve.access import allow
-from latentrt.serve.bounds import Bounds
-from latentrt.serve.keys import Keys, keys_of_environment
+from latentrt.serve.door.access import allow
+from latentrt.serve.door.keys import Keys, keys_of_environment
+from latentrt.serve.jobs.bounds import Bounds
 from latentrt.serve.server import Options
 from tests.parity_pair import photo
 from tests.serve.live import Live, live, open_demo

@@ -21,10 +21,10 @@ from PIL import Image
 
 from latentrt import Pipeline
 from latentrt.engines.errors import NumericError
-from latentrt.serve.access import allow
-from latentrt.serve.bounds import Bounds
-from latentrt.serve.job import Job
-from latentrt.serve.keys import ANYONE, keys_of_environment
+from latentrt.serve.door.access import allow
+from latentrt.serve.door.keys import keys_of_environment
+from latentrt.serve.jobs.bounds import Bounds
+from latentrt.serve.jobs.job import ANYONE, Job
 from latentrt.serve.server import Options
 from tests.parity_pair import photo
 from tests.serve.live import Live, live, open_demo

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from latentrt import Pipeline
-from latentrt.serve.access import allow
-from latentrt.serve.keys import keys_of_environment
+from latentrt.serve.door.access import allow
+from latentrt.serve.door.keys import keys_of_environment
 from latentrt.serve.page_files import PAGE_FILES, PAGE_PATHS
 from tests.parity_pair import photo
 from tests.serve.chromium import CTRL, SHIFT, Browser, Page, find_chromium

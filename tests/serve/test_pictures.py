@@ -24,23 +24,25 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from latentrt.engines.errors import UsageError
 from latentrt.runtime.pictures.write import read_metadata
-from latentrt.serve import picture_files, picture_limits, pictures
-from latentrt.serve.picture_files import PictureFile, examine
-from latentrt.serve.picture_limits import (
-    PICTURE_LIMITS,
-    PROBLEMS,
-    PictureError,
-    PictureLimits,
-    PictureTooLargeError,
-    Problem,
-)
-from latentrt.serve.pictures import (
+from latentrt.serve.pictures import exchange as pictures
+from latentrt.serve.pictures import files as picture_files
+from latentrt.serve.pictures import limits as picture_limits
+from latentrt.serve.pictures.exchange import (
     FORMATS,
     SentPicture,
     find_format,
     read_picture,
     write_picture,
     write_preview,
+)
+from latentrt.serve.pictures.files import PictureFile, examine
+from latentrt.serve.pictures.limits import (
+    PICTURE_LIMITS,
+    PROBLEMS,
+    PictureError,
+    PictureLimits,
+    PictureTooLargeError,
+    Problem,
 )
 from tests.runtime.picture_files import RGB, SMOOTH, chunk, encoded, png
 
@@ -392,8 +394,8 @@ def test_the_grey_files_are_pictures() -> None:
 MEMORY = """
 import base64, io, resource, sys
 from PIL import Image
-from latentrt.serve.picture_limits import PictureTooLargeError
-from latentrt.serve.pictures import read_picture
+from latentrt.serve.pictures.limits import PictureTooLargeError
+from latentrt.serve.pictures.exchange import read_picture
 small = io.BytesIO()
 Image.new("RGB", (64, 64)).save(small, "PNG")
 read_picture(small.getvalue(), "image")

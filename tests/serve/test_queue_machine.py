@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from latentrt.engines.errors import CancelledError, MemoryLimitError, NumericError
-from latentrt.serve.bounds import Bounds
-from latentrt.serve.events import TERMINAL
-from latentrt.serve.job import Job, Once
-from latentrt.serve.refusals import (
+from latentrt.serve.jobs.bounds import Bounds
+from latentrt.serve.jobs.events import TERMINAL
+from latentrt.serve.jobs.job import Job, Once
+from latentrt.serve.jobs.refusals import (
     GoneError,
     IdempotencyMismatchError,
     RefusedError,

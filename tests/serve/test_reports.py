@@ -75,12 +75,12 @@ from starlette.responses import JSONResponse, Response
 from latentrt import Pipeline
 from latentrt.serve import app as application
 from latentrt.serve import native, worker
-from latentrt.serve.access import allow
 from latentrt.serve.app import Api
-from latentrt.serve.body import BodyLimits
-from latentrt.serve.bounds import Bounds
-from latentrt.serve.guard import KEY_ID
-from latentrt.serve.keys import keys_of_environment
+from latentrt.serve.door.access import allow
+from latentrt.serve.door.body import BodyLimits
+from latentrt.serve.door.guard import KEY_ID
+from latentrt.serve.door.keys import keys_of_environment
+from latentrt.serve.jobs.bounds import Bounds
 from latentrt.serve.order import Order
 from latentrt.serve.server import RESTARTS
 from latentrt.serve.waiting import ended, unless_gone

@@ -20,7 +20,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from latentrt import Pipeline
-from latentrt.serve.bounds import Bounds
+from latentrt.serve.jobs.bounds import Bounds
 from tests.serve.live import Live, live, open_demo
 
 REQUESTS = int(os.environ.get("LATENTRT_SOAK", "5000"))

@@ -13,11 +13,10 @@ import pytest
 from PIL import Image
 
 from latentrt import Pipeline, UsageError
-from latentrt.serve.bounds import Bounds
-from latentrt.serve.job import Job
-from latentrt.serve.keys import ANYONE
+from latentrt.serve.jobs.bounds import Bounds
+from latentrt.serve.jobs.job import ANYONE, Job
+from latentrt.serve.jobs.refusals import RefusedError, TooLargeError
 from latentrt.serve.order import Order, Output, Previews, seeds_of
-from latentrt.serve.refusals import RefusedError, TooLargeError
 from latentrt.serve.server import RESTARTS, Options, Server, UnknownModelError
 
 PROMPT = "a red circle on a blue background"

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
-from ..engines.errors import CancelledError, MemoryLimitError
+from ...engines.errors import CancelledError, MemoryLimitError
 from .bounds import Bounds, Clock
 from .events import EventLog, Terminal
 from .failure import Failure

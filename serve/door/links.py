@@ -12,7 +12,7 @@ import hmac
 import secrets
 from dataclasses import dataclass
 
-from .refusals import UnknownPictureError
+from ..jobs.refusals import UnknownPictureError
 
 LINKS = "/v1/images/linked/"
 _SECRET = secrets.token_bytes(32)

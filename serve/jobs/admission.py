@@ -13,11 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .bounds import Bounds, Clock
-from .job import Job, Submission, Work
-from .jobs import Jobs
-from .keys import ANYONE
+from .job import ANYONE, Job, Submission, Work
 from .pace import Pace
 from .refusals import DeadlineError, RefusedError, TooLargeError
+from .table import Jobs
 
 AMOUNTS = ("jobs", "input_bytes", "pixel_steps")
 

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .picture_limits import (
+from .limits import (
     ANIMATED,
     DAMAGED,
     EMPTY,

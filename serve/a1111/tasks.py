@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from .events import Snapshot
-from .job import Job
-from .refusals import GoneError, UnknownJobError
-from .server import Server
+from ..jobs.events import Snapshot
+from ..jobs.job import Job
+from ..jobs.refusals import GoneError, UnknownJobError
+from ..server import Server
 
 _KNOWN = 1000  # tasks that have ended and are still known to have
 _LEAST = 0.01  # of progress, as clients take 0 for idle

@@ -15,6 +15,7 @@ from .refusals import IdempotencyKeyError
 
 State = Literal["queued", "running", "completed", "failed", "cancelled"]
 KEY_LENGTH = 255
+ANYONE = "anyone"  # the owner where there are no keys, and on open paths
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,14 +19,14 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from ..engines.errors import UsageError
-from ..runtime.pictures.read import from_wide_grey, quiet, upright
-from ..runtime.pictures.write import encode_picture
-from .picture_files import PictureFile, examine
-from .picture_limits import DAMAGED, NO_BASE64, NO_TEXT, PICTURE_LIMITS, TOO_MANY_BYTES, PictureLimits
+from ...engines.errors import UsageError
+from ...runtime.pictures.read import from_wide_grey, quiet, upright
+from ...runtime.pictures.write import encode_picture
+from .files import PictureFile, examine
+from .limits import DAMAGED, NO_BASE64, NO_TEXT, PICTURE_LIMITS, TOO_MANY_BYTES, PictureLimits
 
 if TYPE_CHECKING:
-    from ..runtime.result import Result
+    from ...runtime.result import Result
 
 _DATA_URL = re.compile(r"data:[\w.+/-]{0,100}(?:;[\w.+=-]{1,100}){0,4};base64,", re.ASCII | re.IGNORECASE)
 # By kind, not by Image.open, which has further readers look at it: a JPEG may hold several pictures.

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from ..engines.errors import UsageError
-from ..engines.spec import Array
-from ..runtime.pictures.read import read_image
-from ..runtime.pictures.resize import resize
-from .pictures import read_picture
-from .refusals import UnknownPictureError
+from ...engines.errors import UsageError
+from ...engines.spec import Array
+from ...runtime.pictures.read import read_image
+from ...runtime.pictures.resize import resize
+from ..jobs.refusals import UnknownPictureError
+from ..pictures.exchange import read_picture
 
 _RESIZE = ("default", "crop", "fill")  # resize_mode by its number
 _ORIGINAL, _FILLED = 1, 0  # inpainting_fill
@@ -29,7 +29,7 @@ def read_start(values: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of a pipeline that say what img2img starts from.
 
     Args:
-        values: of `a1111_fields.FIELDS["img2img"]`.
+        values: of `fields.FIELDS["img2img"]`.
 
     Raises:
         UnknownPictureError: there is no picture.

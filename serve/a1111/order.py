@@ -7,18 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..engines.errors import UsageError
-from ..runtime.pipeline import Pipeline
-from ..runtime.request.parameters import check_integer, check_number
-from .a1111_controlnet import read_units
-from .a1111_fields import FIELDS, SETTINGS, Route, read_values
-from .a1111_samplers import Chosen, choose
-from .a1111_start import read_start
-from .job import Work
-from .order import Order, Output, Previews, check_work, seeds_of
-from .pictures import find_format
-from .server import Server
-from .worker import Worker
+from ...engines.errors import UsageError
+from ...runtime.pipeline import Pipeline
+from ...runtime.request.parameters import check_integer, check_number
+from ..jobs.job import Work
+from ..order import Order, Output, Previews, check_work, seeds_of
+from ..pictures.exchange import find_format
+from ..server import Server
+from ..worker import Worker
+from .controlnet import read_units
+from .fields import FIELDS, SETTINGS, Route, read_values
+from .samplers import Chosen, choose
+from .start import read_start
 
 LATENT = "Latent"  # the one upscaler of a second pass
 PREVIEW_EVERY = 5  # steps; there it is 10, of pictures that are drawn one by one

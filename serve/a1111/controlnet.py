@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-from ..engines.errors import UsageError
-from ..runtime.controls.control import Control
-from ..runtime.controls.image_prompt import ImagePrompt
-from ..runtime.controls.preparations import find_preparation
-from ..runtime.pipeline import Pipeline
-from .a1111_fields import Field, odd, read_flag, read_list, read_number, read_object, read_text, read_values
-from .pictures import read_picture
-from .refusals import FieldError
+from ...engines.errors import UsageError
+from ...runtime.controls.control import Control
+from ...runtime.controls.image_prompt import ImagePrompt
+from ...runtime.controls.preparations import find_preparation
+from ...runtime.pipeline import Pipeline
+from ..jobs.refusals import FieldError
+from ..pictures.exchange import read_picture
+from .fields import Field, odd, read_flag, read_list, read_number, read_object, read_text, read_values
 
 SCRIPT = "controlnet"
 VERSION = 3  # of its API

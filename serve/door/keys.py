@@ -15,9 +15,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..engines.errors import UsageError, command
+from ...engines.errors import UsageError, command
 
-ANYONE = "anyone"  # the id of all callers of a server without keys, and of open paths
 SHORTEST_KEY = 16  # characters; a key's id, which logs show, would let shorter ones be found by trying
 LARGEST_KEY_FILE = 64 * 2**10  # bytes
 _KEY = re.compile(rf"[!-~]{{{SHORTEST_KEY},512}}")

@@ -9,17 +9,17 @@ import base64
 import json
 from typing import Any
 
-from ..engines.installed import latentrt_version
-from ..runtime.pictures.infotext import NEGATIVE_PROMPT, PROMPT, parse_infotext
-from ..runtime.pictures.write import read_metadata
-from ..runtime.pipeline import Pipeline
-from .a1111_fields import FIELDS, Route
-from .a1111_order import Wanted, title_of
-from .a1111_tasks import stamp_of
-from .answers import Answer
-from .job import Job, StoredPicture
-from .pictures import picture_bytes
-from .worker import Worker
+from ...engines.installed import latentrt_version
+from ...runtime.pictures.infotext import NEGATIVE_PROMPT, PROMPT, parse_infotext
+from ...runtime.pictures.write import read_metadata
+from ...runtime.pipeline import Pipeline
+from ..answers import Answer
+from ..jobs.job import Job, StoredPicture
+from ..pictures.exchange import picture_bytes
+from ..worker import Worker
+from .fields import FIELDS, Route
+from .order import Wanted, title_of
+from .tasks import stamp_of
 
 _PICTURES = ("init_images", "mask")
 

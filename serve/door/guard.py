@@ -11,11 +11,11 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
+from ..jobs.job import ANYONE
 from . import access as rules
 from .access import Access, Head, Refusal, is_preflight, read_head
 from .body import BODY_LIMITS, Body, BodyLimits, Clock, Message, Receive, refuse_claim
 from .cors import Headers, preflight_answer, readable_by
-from .keys import ANYONE
 
 KEY_ID = "latentrt.key_id"  # where the scope says whose request it is
 

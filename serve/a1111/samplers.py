@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..engines.errors import UsageError
-from ..runtime.sampling.a1111 import spelled_by_a1111
-from ..runtime.sampling.samplers import SAMPLERS
+from ...engines.errors import UsageError
+from ...runtime.sampling.a1111 import spelled_by_a1111
+from ...runtime.sampling.samplers import SAMPLERS
 
 
 @dataclass(frozen=True, kw_only=True)

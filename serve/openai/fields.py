@@ -14,13 +14,13 @@ from typing import Any, Literal, cast
 
 from PIL import Image
 
-from ..engines.errors import UsageError
-from ..runtime.pipeline import Pipeline
-from ..runtime.request.parameters import PARAMETERS, VARIES, check_integer, nearest
-from .bounds import Bounds
-from .fields import LEFT_OUT, TERMS, read_order
-from .order import Order, Previews
-from .pictures import FORMATS, read_picture
+from ...engines.errors import UsageError
+from ...runtime.pipeline import Pipeline
+from ...runtime.request.parameters import PARAMETERS, VARIES, check_integer, nearest
+from ..fields import LEFT_OUT, TERMS, read_order
+from ..jobs.bounds import Bounds
+from ..order import Order, Previews
+from ..pictures.exchange import FORMATS, read_picture
 
 MOST_PARTIAL_IMAGES = 3
 # Without a meaning for these models; clients send them to every server.

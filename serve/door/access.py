@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ..engines.errors import UsageError
+from ...engines.errors import UsageError
 from .keys import NO_KEYS, Keys
 from .links import LINKS
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from ..engines.errors import UsageError
-from .fields import LONGEST_TEXT
-from .refusals import FieldError
+from ...engines.errors import UsageError
+from ..fields import LONGEST_TEXT
+from ..jobs.refusals import FieldError
 
 Route = Literal["txt2img", "img2img"]
 _MOST_TOLD = 50  # names of unknown fields in an answer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..engines.errors import LatentrtError, UsageError
+from ...engines.errors import LatentrtError, UsageError
 
 
 class UnknownJobError(UsageError):

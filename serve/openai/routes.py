@@ -27,21 +27,21 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ..engines.errors import CancelledError, LatentrtError
-from .answers import Answer, answer_to, answer_to_failure
-from .events import Data, Reading
-from .failure import Failure
-from .fields import terms_of
-from .job import Job, Once, StoredPicture
-from .links import Linked, follow
-from .native import PING_S, owner_of, server_of
-from .openai_fields import EDITS, GENERATIONS, RENAMED, VARIATIONS, Asked, Endpoint, order_of, read_asked
-from .picture_files import examine
-from .pictures import FORMATS
-from .reading import once_of, read_fields
-from .refusals import GoneError, UnknownJobError
-from .server import Server, UnknownModelError
-from .waiting import ended, readings, unless_gone
+from ...engines.errors import CancelledError, LatentrtError
+from ..answers import Answer, answer_to, answer_to_failure
+from ..door.links import Linked, follow
+from ..fields import terms_of
+from ..jobs.events import Data, Reading
+from ..jobs.failure import Failure
+from ..jobs.job import Job, Once, StoredPicture
+from ..jobs.refusals import GoneError, UnknownJobError
+from ..native import PING_S, owner_of, server_of
+from ..pictures.exchange import FORMATS
+from ..pictures.files import examine
+from ..reading import once_of, read_fields
+from ..server import Server, UnknownModelError
+from ..waiting import ended, readings, unless_gone
+from .fields import EDITS, GENERATIONS, RENAMED, VARIATIONS, Asked, Endpoint, order_of, read_asked
 
 PREFIXES = ("/v1/images", "/v1/models")
 KEEP = "x-latentrt-on-disconnect"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass
 
-from ..engines.errors import LatentrtError, MemoryLimitError, StorageError
+from ...engines.errors import LatentrtError, MemoryLimitError, StorageError
 from .refusals import DeadlineError, RefusedError
 
 # After these another try may succeed, by itself. A client that tries all others again draws for nothing.

@@ -14,23 +14,23 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
-from ..engines.errors import CancelledError
-from ..engines.installed import latentrt_version
-from ..runtime.doctor import memory as read_memory
-from . import a1111_answers as answers
-from .a1111_controlnet import MODULES, SCRIPT, VERSION
-from .a1111_fields import Field, Route, read_flag, read_text, read_values, read_whole
-from .a1111_order import LATENT, Wanted, find_model, read_wanted
-from .a1111_samplers import sampler_list, schedule_list
-from .a1111_tasks import Desk, job_of, progress_of, task_progress
-from .answers import answer_to_failure
-from .job import Job
-from .native import owner_of, server_of
-from .reading import read_fields
-from .refusals import UnsupportedError
-from .server import Server
-from .waiting import ended, unless_gone
-from .worker import Worker
+from ...engines.errors import CancelledError
+from ...engines.installed import latentrt_version
+from ...runtime.doctor import memory as read_memory
+from ..answers import answer_to_failure
+from ..jobs.job import Job
+from ..jobs.refusals import UnsupportedError
+from ..native import owner_of, server_of
+from ..reading import read_fields
+from ..server import Server
+from ..waiting import ended, unless_gone
+from ..worker import Worker
+from . import answers
+from .controlnet import MODULES, SCRIPT, VERSION
+from .fields import Field, Route, read_flag, read_text, read_values, read_whole
+from .order import LATENT, Wanted, find_model, read_wanted
+from .samplers import sampler_list, schedule_list
+from .tasks import Desk, job_of, progress_of, task_progress
 
 _API, _INTERNAL, _CONTROLNET = "/sdapi/v1", "/internal", "/controlnet"
 PREFIXES = (f"{_API}/", f"{_INTERNAL}/", f"{_CONTROLNET}/")

@@ -1,0 +1,1 @@
+"""The door: who may call, and how much they may send."""
