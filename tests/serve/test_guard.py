@@ -496,7 +496,7 @@ def test_bytes_are_counted_whatever_was_claimed(claim: str | None) -> None:
     assert (client.status, client.read, inside.bodies) == (413, 4, [])
 
 
-def test_a_million_tiny_chunks_are_one_body() -> None:
+def test_a_body_of_tiny_chunks_is_one_body() -> None:
     """Report 40, with the chunks that one connection's buffer would have made of them."""
     size = 2**20
     chunks = itertools.chain(itertools.repeat(b"x", 2**14), itertools.repeat(b"x" * 63, (size - 2**14) // 63))
