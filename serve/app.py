@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -22,6 +22,7 @@ from ..engines.errors import LatentrtError, UsageError
 from ..engines.installed import latentrt_version
 from . import native, page_files
 from .a1111 import routes as a1111
+from .a1111.document import bodies as a1111_bodies
 from .answers import Answer, ErrorForm, answer_to
 from .door.access import HEALTH_PATHS, Access, Refusal
 from .door.body import BODY_LIMITS, BodyLimits, Message, Receive
@@ -31,6 +32,7 @@ from .log_lines import log_job, log_line
 from .metrics import PATH as METRICS
 from .metrics import Metrics
 from .openai import routes as openai
+from .openai.document import bodies as openai_bodies
 from .server import Server
 
 _LOG = logging.getLogger(__name__)
@@ -52,22 +54,39 @@ _HEADERS = [
 
 @dataclass(frozen=True, kw_only=True)
 class Api:
-    """One of the server's APIs: its routes, and the form of errors on paths that begin so."""
+    """One of the server's APIs.
+
+    Attributes:
+        router: its routes.
+        error_form: errors on paths that begin with one of `prefixes`.
+        bodies: path -> the body of its POST in the OpenAPI document, which depends on the models.
+    """
 
     router: APIRouter
     error_form: ErrorForm
     prefixes: tuple[str, ...]
+    bodies: Callable[[Server], Mapping[str, Any]]
 
 
-NATIVE = Api(router=native.router, error_form=native.error_form, prefixes=("/",))
-OPENAI = Api(router=openai.router, error_form=openai.error_form, prefixes=openai.PREFIXES)
-A1111 = Api(router=a1111.router, error_form=a1111.error_form, prefixes=a1111.PREFIXES)
-APIS = (OPENAI, A1111, NATIVE)  # the first whose prefix fits is a path's
+NATIVE = Api(
+    router=native.router,
+    error_form=native.error_form,
+    prefixes=native.PREFIXES,
+    bodies=native.bodies,
+)
+OPENAI = Api(
+    router=openai.router,
+    error_form=openai.error_form,
+    prefixes=("/v1/",),  # what is none of ours there was meant for OpenAI's clients
+    bodies=openai_bodies,
+)
+A1111 = Api(router=a1111.router, error_form=a1111.error_form, prefixes=a1111.PREFIXES, bodies=a1111_bodies)
+APIS = (NATIVE, OPENAI, A1111)  # the first whose prefix fits is a path's
 
 
 def form_of(path: str) -> ErrorForm:
     """The form of errors on a path."""
-    return next(api.error_form for api in APIS if path.startswith(api.prefixes))
+    return next((api.error_form for api in APIS if path.startswith(api.prefixes)), native.error_form)
 
 
 def create_app(server: Server, access: Access, limits: BodyLimits = BODY_LIMITS) -> Guard:
@@ -132,12 +151,14 @@ def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
 
 
 def _describe_bodies(app: FastAPI, server: Server) -> None:
-    """Put the fields of jobs into the document: they are the models', and known when these are open."""
+    """Put the fields of requests into the document: they are the models', and known when these are open."""
     plain = app.openapi
 
     def described() -> dict[str, Any]:
         document = plain()
-        document["paths"]["/v1/jobs"]["post"]["requestBody"] = native.request_body(server)
+        for api in APIS:
+            for path, body in api.bodies(server).items():
+                document["paths"][path]["post"]["requestBody"] = body
         return document
 
     app.openapi = described

@@ -88,7 +88,20 @@ def schema_of(pipe: Pipeline, bounds: Bounds) -> dict[str, Any]:
             for name in properties
             if (needs := PARAMETERS[name].needs if name in PARAMETERS else ())
         },
+        "allOf": [
+            {"not": {"required": [name, other]}}
+            for name in properties
+            if name in PARAMETERS
+            for other in PARAMETERS[name].excludes
+            if other in properties
+        ],
     }
+
+
+def body_of(schemas: Sequence[Mapping[str, Any]], media_types: Sequence[str]) -> dict[str, Any]:
+    """A body for the OpenAPI document: an object of one of so many schemas, one for each model."""
+    schema = schemas[0] if len(schemas) == 1 else {"anyOf": list(schemas)}
+    return {"required": True, "content": {name: {"schema": schema} for name in media_types}}
 
 
 def _lora_schema(pipe: Pipeline) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from ..engines.errors import UsageError
 from .answers import Answer
 from .door.guard import KEY_ID
-from .fields import TERMS, read_order, schema_of, terms_of
+from .fields import TERMS, body_of, read_order, schema_of, terms_of
 from .jobs.job import Job, Once, StoredPicture
 from .reading import once_of, read_fields
 from .server import Server
@@ -36,6 +36,7 @@ LONGEST_WAIT_S = 60.0
 MOST_LISTED = 100
 _WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*(\d{1,4})\s*(?:,|;|$)")
 
+PREFIXES = ("/v1/jobs", "/v1/capabilities")
 router = APIRouter(prefix="/v1", tags=["jobs"])
 
 
@@ -156,16 +157,15 @@ async def capabilities(request: Request) -> Response:
     return JSONResponse({"default": server.models[0], "models": models, "bounds": asdict(server.bounds)})
 
 
-def request_body(server: Server) -> dict[str, Any]:
-    """The body of POST /v1/jobs for the OpenAPI document: what its models have, and what all jobs have."""
+def bodies(server: Server) -> dict[str, Any]:
+    """Bodies of requests for the OpenAPI document: what a model's jobs have, and what all jobs have."""
     of_all = {
         "model": {"type": "string", "description": f"One of {', '.join(server.models)}."},
         **TERMS,
     }
     schemas = [schema_of(worker.pipe, server.bounds) for worker in server.workers.values()]
     whole = [{**schema, "properties": {**schema["properties"], **of_all}} for schema in schemas]
-    schema = whole[0] if len(whole) == 1 else {"anyOf": whole}
-    return {"content": {"application/json": {"schema": schema}}}
+    return {"/v1/jobs": body_of(whole, ("application/json",))}
 
 
 def error_form(answer: Answer) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import uvicorn
 
 from ..engines.errors import UsageError
 from .door.guard import Guard
+from .door.heads import TimedHeads
 from .server import Server
 
 GRACE_S = 30.0  # for jobs that are there when the server is asked to end
@@ -88,7 +89,7 @@ def serve(
 
 
 def settings(app: Guard, closing_s: int = _CLOSING_S) -> uvicorn.Config:
-    """uvicorn's settings: everything that it would leave open has a bound, but the time of a head.
+    """uvicorn's settings: everything that it would leave open has a bound.
 
     Args:
         app: the application.
@@ -96,7 +97,8 @@ def settings(app: Guard, closing_s: int = _CLOSING_S) -> uvicorn.Config:
     """
     return uvicorn.Config(
         app,
-        http="h11",  # of two that uvicorn may find, the one whose heads have a bound
+        http=TimedHeads,
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,

@@ -39,7 +39,14 @@ _LEDGER = {"weights": "weights", "activations": "activations", "io": "in and out
 _FIGURES = {"waterfall": "one picture, stage by stage", "peers": "ours against peers", "roofline": "roofline"}
 _HEAD = ("| what | result | reproduce |", "|---|---|---|")
 # What the short table takes from a document besides latencies: the beginnings of `summaries`' lines.
-_SHORT = ("peak in host memory", "peak on the device", "cold start, whole", "build", "parity", WITH_ONE)
+_SHORT = (
+    "peak in host memory",
+    "peak on the device",
+    "cold start, whole",
+    "build",
+    "parity of pictures",
+    WITH_ONE,
+)
 _EXPLAINED = (
     "latency",
     "opening",
@@ -66,7 +73,7 @@ def full_tables(results: Sequence[Result], figures: Mapping[str, Sequence[str]])
 
 
 def short_table(results: Sequence[Result], link: str = "") -> str:
-    """At most twelve rows: the whole picture or the large nets beside peers, memory, start, build, parity.
+    """A few rows: the whole picture or the large nets beside peers, memory, start, build, parity.
 
     `link`: to the page with all tables.
     """

@@ -14,6 +14,7 @@ from ..fields import LONGEST_TEXT
 from ..jobs.refusals import FieldError
 
 Route = Literal["txt2img", "img2img"]
+API = "/sdapi/v1"  # how paths begin
 _MOST_TOLD = 50  # names of unknown fields in an answer
 
 

@@ -27,13 +27,13 @@ from ..waiting import ended, unless_gone
 from ..worker import Worker
 from . import answers
 from .controlnet import MODULES, SCRIPT, VERSION
-from .fields import Field, Route, read_flag, read_text, read_values, read_whole
+from .fields import API, Field, Route, read_flag, read_text, read_values, read_whole
 from .order import LATENT, Wanted, find_model, read_wanted
 from .samplers import sampler_list, schedule_list
 from .tasks import Desk, job_of, progress_of, task_progress
 
-_API, _INTERNAL, _CONTROLNET = "/sdapi/v1", "/internal", "/controlnet"
-PREFIXES = (f"{_API}/", f"{_INTERNAL}/", f"{_CONTROLNET}/")
+_INTERNAL, _CONTROLNET = "/internal", "/controlnet"
+PREFIXES = (f"{API}/", f"{_INTERNAL}/", f"{_CONTROLNET}/")
 _CLOSED = 499  # for the log alone: the client is gone
 error_form = answers.error_form
 
@@ -57,13 +57,13 @@ def _worker(request: Request) -> Worker:
 # ── drawing ────────────────────────────────────────────────────────────────────────────────────────
 
 
-@router.post(f"{_API}/txt2img")
+@router.post(f"{API}/txt2img")
 async def txt2img(request: Request) -> Response:
     """Draw from a prompt."""
     return await _draw("txt2img", request)
 
 
-@router.post(f"{_API}/img2img")
+@router.post(f"{API}/img2img")
 async def img2img(request: Request) -> Response:
     """Draw from a picture, or what a mask shows of it."""
     return await _draw("img2img", request)
@@ -103,7 +103,7 @@ def _answer(server: Server, route: Route, wanted: Wanted, job: Job) -> Response:
     return JSONResponse(answers.drawn(route, wanted, job, server.find(wanted.order.model)))
 
 
-@router.get(f"{_API}/progress")
+@router.get(f"{API}/progress")
 async def progress(request: Request, skip_current_image: bool = False) -> Response:
     """How far the caller's current job is."""
     server = server_of(request)
@@ -111,14 +111,14 @@ async def progress(request: Request, skip_current_image: bool = False) -> Respon
     return JSONResponse(progress_of(server, job, picture=not skip_current_image))
 
 
-@router.post(f"{_API}/interrupt")
+@router.post(f"{API}/interrupt")
 async def interrupt(request: Request) -> Response:
     """End the caller's current job; finished pictures of it are answered."""
     _interrupt(request)
     return JSONResponse({})
 
 
-@router.post(f"{_API}/skip")
+@router.post(f"{API}/skip")
 async def skip(request: Request) -> Response:
     """Do the same: pictures of one request are drawn side by side."""
     _interrupt(request)
@@ -165,7 +165,7 @@ async def pending(request: Request) -> Response:
 # ── settings and pictures ──────────────────────────────────────────────────────────────────────────
 
 
-@router.get(f"{_API}/options")
+@router.get(f"{API}/options")
 async def options(request: Request) -> Response:
     """The settings, as far as clients ask for them."""
     return JSONResponse(answers.options_of(_worker(request)))
@@ -174,7 +174,7 @@ async def options(request: Request) -> Response:
 _OPTIONS: Mapping[str, Field] = {"sd_model_checkpoint": Field(read=read_text)}
 
 
-@router.post(f"{_API}/options")
+@router.post(f"{API}/options")
 async def choose(request: Request) -> Response:
     """Choose the caller's model. All else is left as it is, as clients send back whatever they got."""
     values, _ = read_values((await read_fields(request))[0], _OPTIONS)
@@ -183,7 +183,7 @@ async def choose(request: Request) -> Response:
     return JSONResponse(None)
 
 
-@router.post(f"{_API}/png-info")
+@router.post(f"{API}/png-info")
 async def png_info(request: Request) -> Response:
     """What a picture says of how it was made."""
     sent, _ = await read_fields(request)
@@ -193,25 +193,25 @@ async def png_info(request: Request) -> Response:
 # ── what there is ──────────────────────────────────────────────────────────────────────────────────
 
 
-@router.get(f"{_API}/sd-models")
+@router.get(f"{API}/sd-models")
 async def models(request: Request) -> Response:
     """The models."""
     return JSONResponse([answers.model_of(worker) for worker in server_of(request).workers.values()])
 
 
-@router.get(f"{_API}/loras")
+@router.get(f"{API}/loras")
 async def loras(request: Request) -> Response:
     """The adapters of the caller's model."""
     return JSONResponse(await run_in_threadpool(answers.loras_of, _worker(request).pipe))
 
 
-@router.get(f"{_API}/embeddings")
+@router.get(f"{API}/embeddings")
 async def embeddings(request: Request) -> Response:
     """The embeddings of the caller's model."""
     return JSONResponse(await run_in_threadpool(answers.embeddings_of, _worker(request).pipe))
 
 
-@router.get(f"{_API}/scripts")
+@router.get(f"{API}/scripts")
 async def scripts(request: Request) -> Response:
     """The scripts that a request may have: ControlNet's, where there are controls."""
     names = [SCRIPT] if _worker(request).pipe.controls.names else []
@@ -236,7 +236,7 @@ async def controlnet_modules() -> Response:
     return JSONResponse({"module_list": list(MODULES)})
 
 
-@router.get(f"{_API}/memory")
+@router.get(f"{API}/memory")
 async def memory() -> Response:
     """The machine's memory in bytes, where its system tells; nothing is measured of a device."""
     found = await run_in_threadpool(read_memory)
@@ -285,12 +285,12 @@ def _refusing(name: str) -> Callable[[], Awaitable[Response]]:
 
 def _add_routes() -> None:
     for name, value in _LISTS.items():
-        router.add_api_route(f"{_API}/{name}", _answering(value), methods=["GET"], description="A list.")
+        router.add_api_route(f"{API}/{name}", _answering(value), methods=["GET"], description="A list.")
     for name in _NOTHING_TO_DO:
         nothing = "What is served was loaded at the start, and stays."
-        router.add_api_route(f"{_API}/{name}", _answering(None), methods=["POST"], description=nothing)
+        router.add_api_route(f"{API}/{name}", _answering(None), methods=["POST"], description=nothing)
     for name in _NOT_HERE:
-        router.add_api_route(f"{_API}/{name}", _refusing(name), methods=["POST"], description="501.")
+        router.add_api_route(f"{API}/{name}", _refusing(name), methods=["POST"], description="501.")
 
 
 _add_routes()

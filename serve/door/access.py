@@ -62,6 +62,7 @@ class Head:
     hosts: tuple[str, ...]
     origins: tuple[str, ...]
     fetch_site: str
+    fetch_mode: str
     content_types: tuple[str, ...]
     lengths: tuple[str, ...]
     key_id: str | None
@@ -157,6 +158,7 @@ def read_head(scope: dict[str, object], headers: Iterable[tuple[bytes, bytes]], 
         hosts=tuple(host.lower() for host in found.get("host", ())),
         origins=tuple(found.get("origin", ())),
         fetch_site=",".join(found.get("sec-fetch-site", ())).lower(),
+        fetch_mode=",".join(found.get("sec-fetch-mode", ())).lower(),
         content_types=tuple(
             value.partition(";")[0].strip().lower() for value in found.get("content-type", ())
         ),
@@ -174,8 +176,9 @@ def refuse_host(head: Head, access: Access) -> Refusal | None:
 
 def refuse_site(head: Head, access: Access) -> Refusal | None:
     """Hold off what a page of another site had its browser send, with or without an Origin."""
-    foreign = "cross-site" in head.fetch_site and not head.listed_origin(access) and not is_link(head)
-    return Refusal(status=403, code="cross_site") if foreign else None
+    foreign = "cross-site" in head.fetch_site and not head.listed_origin(access)
+    open_to_all = is_link(head) or is_visit(head)
+    return Refusal(status=403, code="cross_site") if foreign and not open_to_all else None
 
 
 def refuse_origin(head: Head, access: Access) -> Refusal | None:
@@ -218,6 +221,11 @@ def refuse(head: Head, access: Access) -> Refusal | None:
 def is_link(head: Head) -> bool:
     """Whether a picture's link is followed: it takes the place of a key, and any page may show it."""
     return head.method == "GET" and head.path.startswith(LINKS)
+
+
+def is_visit(head: Head) -> bool:
+    """Whether a person follows a link to the page, from wherever: what the page asks for, it asks itself."""
+    return (head.method, head.path, head.fetch_mode) == ("GET", "/", "navigate")
 
 
 def is_preflight(head: Head, access: Access) -> bool:

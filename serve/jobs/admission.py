@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 
 from .bounds import Bounds, Clock
 from .job import ANYONE, Job, Submission, Work
@@ -134,10 +134,7 @@ class Queue:
     def place(self, name: str) -> Place | None:
         """Where a job waits; None if it does not."""
         with self._lock:
-            for position, (*_, waiting) in enumerate(self._waiting, 1):
-                if waiting == name:
-                    return self._place(position)
-            return None
+            return next((place for entry, place in self._places() if entry.job.id == name), None)
 
     def drain(self) -> None:
         """Refuse all new jobs from now on; those that are there go on."""
@@ -231,17 +228,20 @@ class Queue:
     def _running_left(self) -> int:
         return sum(entry.left for entry in self._there.values() if entry.job.state == "running")
 
-    def _place(self, position: int) -> Place:
-        ahead = sum(self._there[name].left for *_, name in self._waiting[:position])
-        return Place(position=position, eta_s=self._pace.seconds(self._running_left() + ahead))
+    def _places(self) -> Iterator[tuple[_Entry, Place]]:
+        """Who waits, the next first, and where: one pass, however many there are."""
+        left = self._running_left()
+        for position, (*_, name) in enumerate(self._waiting, 1):
+            entry = self._there[name]
+            left += entry.left
+            yield entry, Place(position=position, eta_s=self._pace.seconds(left))
 
     def _tell_places(self) -> None:
         """An event for each waiting job that is at another place than it was told."""
-        for position, (*_, name) in enumerate(self._waiting, 1):
-            entry = self._there[name]
-            if entry.position != position:
-                entry.position = position
-                entry.job.log.append("queued", {"position": position, "eta_s": self._place(position).eta_s})
+        for entry, place in self._places():
+            if entry.position != place.position:
+                entry.position = place.position
+                entry.job.log.append("queued", asdict(place))
 
 
 def deadline_passed(what: str) -> DeadlineError:

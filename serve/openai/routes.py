@@ -43,7 +43,6 @@ from ..server import Server, UnknownModelError
 from ..waiting import ended, readings, unless_gone
 from .fields import EDITS, GENERATIONS, RENAMED, VARIATIONS, Asked, Endpoint, order_of, read_asked
 
-PREFIXES = ("/v1/images", "/v1/models")
 KEEP = "x-latentrt-on-disconnect"
 IGNORED = "x-latentrt-ignored"
 CLIENT_GONE = 499  # for the log; nobody reads the answer

@@ -186,6 +186,17 @@ def test_places_and_estimates_of_those_that_wait() -> None:
     assert desk.queue.place(third.id) == Place(position=3, eta_s=pytest.approx(61))
 
 
+def test_a_move_looks_at_each_that_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(WIDE)
+    for _ in range(100):
+        desk.queue.submit("a", asked())
+    counted: list[int] = []
+    seconds = desk.pace.seconds
+    monkeypatch.setattr(desk.pace, "seconds", lambda left: (counted.append(left), seconds(left))[1])
+    desk.queue.take()
+    assert len(counted) == 99
+
+
 def test_events_tell_of_every_move_in_the_queue() -> None:
     desk = Desk(WIDE)
     desk.pace.feed(100, 1)

@@ -229,6 +229,23 @@ def test_other_origins_may_not(origin: str) -> None:
     assert client.headers.keys() == {"content-length", "x-should-retry", "vary", "connection"}
 
 
+def test_a_link_of_another_site_to_the_page_may_be_followed() -> None:
+    """To the page alone, and by a person: what foreign pages fetch or show in frames of theirs is refused."""
+    site, goes = ("Sec-Fetch-Site", "cross-site"), ("Sec-Fetch-Mode", "navigate")
+    for keys in (NO_KEYS, KEYS):
+        who = allow(keys=keys, open_paths=["/"])
+        assert call(who, [OWN, site, goes], method="GET", path="/")[0].status == 200
+        for headers, method, path in (
+            ([OWN, site, ("Sec-Fetch-Mode", "no-cors")], "GET", "/"),
+            ([OWN, site], "GET", "/"),
+            ([OWN, site, goes], "POST", "/"),
+            ([OWN, site, goes], "GET", "/v1/jobs"),
+            ([OWN, site, goes], "GET", "/static/page.js"),
+        ):
+            assert call(who, headers, method=method, path=path)[0].status == 403
+        assert call(who, [("Host", "evil.example"), site, goes], method="GET", path="/")[0].status == 421
+
+
 def test_two_origins_are_none() -> None:
     for second in (LISTED, "http://localhost:7860"):
         headers = [OWN, ("Origin", LISTED), ("Origin", second)]

@@ -598,6 +598,12 @@ def test_keys(pipe: Pipeline) -> None:
 # ── models ─────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_paths_of_openais_that_are_not_here(client: OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="v1/chat/completions") as caught:
+        client.chat.completions.create(model="demo", messages=[{"role": "user", "content": "a circle"}])
+    assert (caught.value.code, caught.value.type) == ("not_found", "invalid_request_error")
+
+
 def test_models(client: OpenAI) -> None:
     (one,) = client.models.list()
     assert (one.id, one.object, one.owned_by) == ("demo", "model", "latentrt")

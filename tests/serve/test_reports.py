@@ -8,9 +8,15 @@ no.  what happened                            test, without its `test_`s
 3    one abort aborts all later ones          reports.cancels_at_random_moments
 4    memory grows with aborted requests       reports.aborted_uploads_leave_nothing
 5    two at once, one never answered          reports.equal_requests_at_once_each_get_an_answer
+6    a batch changes pictures                 worker.pictures_are_those_of_a_pipeline
 7    wrong seeds are told                     native.pictures_are_those_of_a_pipeline
+8    overlapping calls crash or hang          a1111.many_at_once_have_their_own_pictures
+9    progress shows another's job             a1111.nobody_sees_or_ends_anothers_job
+10   stuck after an exception                 a1111.progress_is_idle_after_a_failure
+11   unknown or empty options fail            a1111.odd_values_are_never_a_failure_of_the_server
 12   an unknown model is silently replaced    native.strict_names_of_models
 13   memory grows with failed requests        reports.failing_requests_leave_nothing
+14   an interrupt ends another's job          a1111.nobody_sees_or_ends_anothers_job
 15   an interrupt gives black pictures        worker.a_running_job_is_cancelled_within_a_step
 16   two jobs of a second share an id         jobs.ten_thousand_ids_of_one_moment_differ_and_have_128_bits
 17   an answer reaches another user           reports.everybody_gets_the_own_answer
@@ -18,8 +24,11 @@ no.  what happened                            test, without its `test_`s
 19   dropped streams crash the server         reports.streams_that_are_dropped
 20   previews and a cancel race               reports.a_cancel_at_every_step_with_previews
 21   a vanished client's pictures are lost    reports.a_job_outlives_its_client
+22   a mask of another kind is ignored        openai.edits_that_are_wrong
 23   cancels from other threads crash         reports.a_storm_of_cancels
 24   refused after it was drawn               native.what_is_wrong_is_refused_before_a_step
+25   the size is ignored                      openai.a_seed_of_the_answer_is_that_of_the_pixels
+26   another form than was asked for          openai.response_formats
 27   DNS rebinding, a forgotten method        reports.foreign_names_on_every_route_and_method
 28   forms of foreign pages                   reports.forms_of_foreign_pages_make_no_job
 29   a library's text leaks an address        pictures.corrupt_files
@@ -37,12 +46,10 @@ no.  what happened                            test, without its `test_`s
 41   slow clients hold sockets                reports.slow_clients
 42   open by default                          process.other_machines_need_a_key
 43   a route without a key                    reports.every_route_needs_a_key
+44   a client asks thrice in vain             openai.a_job_that_fails_is_drawn_once
 45   streams hold up the end                  process.at_sigterm_jobs_end_and_streams_are_told
 46   a traceback in an answer                 reports.an_error_tells_its_request_alone
 ===  =======================================  ==============================================================
-
-6 is that pictures are those of a request alone, which test_worker.py and the mixes of the runtime's tests
-show. 8 to 11, 14, 22, 25, 26 and 44 are about APIs of others, and stand with their tests.
 """
 
 from __future__ import annotations
@@ -76,6 +83,7 @@ from latentrt import Pipeline
 from latentrt.serve import app as application
 from latentrt.serve import native, worker
 from latentrt.serve.app import Api
+from latentrt.serve.door import heads
 from latentrt.serve.door.access import allow
 from latentrt.serve.door.body import BodyLimits
 from latentrt.serve.door.guard import KEY_ID
@@ -193,9 +201,7 @@ def descriptors() -> int:
 
 def test_the_table_names_tests_that_there_are() -> None:
     found = re.findall(r"^(\d+) .* (\w+)\.(\w+)$", __doc__ or "", re.MULTILINE)
-    assert len(found) >= 33
-    numbers = [int(number) for number, _, _ in found]
-    assert numbers == sorted(set(numbers))
+    assert [int(number) for number, _, _ in found] == list(range(1, 47))
     for number, file, name in found:
         source = Path(__file__).with_name(f"test_{file}.py").read_text(encoding="utf-8")
         assert f"def test_{name}(" in source, number
@@ -220,7 +226,7 @@ async def draw(request: Request) -> Response:
 
 def test_a_client_that_leaves_ends_its_job(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Report 1: within two steps, and health is told meanwhile as if nothing was drawn."""
-    api = Api(router=blocking, error_form=native.error_form, prefixes=("/blocking",))
+    api = Api(router=blocking, error_form=native.error_form, prefixes=("/blocking",), bodies=lambda _: {})
     monkeypatch.setattr(application, "APIS", (api, *application.APIS))
     values = {name: SMALL[name] for name in SMALL if name != "seed"}
     with live(pipe) as at, slow_steps(at) as calls:
@@ -631,8 +637,9 @@ def test_many_tiny_chunks(at: Live) -> None:
         assert status_of(sending.recv(4096)) == 202
 
 
-def test_slow_clients(pipe: Pipeline) -> None:
-    """Report 41: heads, bodies and answers that take their time; a proxy is to hold off the first."""
+def test_slow_clients(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Report 41: heads, bodies and answers that take their time."""
+    monkeypatch.setattr(heads, "HEAD_S", 1.0)
     with live(pipe, limits=BodyLimits(seconds=0.5)) as at:
         slow = [connect(at) for _ in range(100)]
         try:
@@ -644,6 +651,8 @@ def test_slow_clients(pipe: Pipeline) -> None:
             it_still_draws(at)
             for one in slow[50:]:
                 assert status_of(one.recv(4096)) == 408
+            for one in slow[:50]:
+                assert one.recv(4096) == b""  # closed
             job = post(at, num_inference_steps=100)
             with connect(at) as reader:  # asks for all and reads nothing
                 reader.sendall(head("GET", f"/v1/jobs/{job}/events") * 20)
@@ -652,6 +661,21 @@ def test_slow_clients(pipe: Pipeline) -> None:
         finally:
             for one in slow:
                 one.close()
+
+
+def test_the_second_head_of_a_connection_has_its_time_too(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heads, "HEAD_S", 0.5)
+    with live(pipe, start=False) as at, connect(at) as one:
+        for _ in range(3):
+            one.sendall(head("GET", "/health/live"))
+            assert status_of(one.recv(4096)) == 200
+            time.sleep(0.3)  # between two heads it is uvicorn's own limit that counts
+        began = time.monotonic()
+        one.sendall(b"GET /health/live HTTP/1.1\r\nHost: loc")
+        assert one.recv(4096) == b""
+        assert time.monotonic() - began < 4  # uvicorn's own are 5 s
 
 
 # ── what fields may not name ───────────────────────────────────────────────────────────────────────
