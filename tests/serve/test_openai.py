@@ -93,6 +93,7 @@ def until(true: Callable[[], Any], seconds: float = 60) -> None:
 
 
 def newest(at: Live) -> Job:
+    until(lambda: at.server.jobs.owned(ANYONE, 1))
     return at.server.jobs.owned(ANYONE, 1)[0]
 
 

@@ -670,7 +670,10 @@ def test_the_second_head_of_a_connection_has_its_time_too(
     with live(pipe, start=False) as at, connect(at) as one:
         for _ in range(3):
             one.sendall(head("GET", "/health/live"))
-            assert status_of(one.recv(4096)) == 200
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += one.recv(4096)
+            assert status_of(answer) == 200
             time.sleep(0.3)  # between two heads it is uvicorn's own limit that counts
         began = time.monotonic()
         one.sendall(b"GET /health/live HTTP/1.1\r\nHost: loc")
