@@ -290,7 +290,13 @@ def _add_routes() -> None:
         nothing = "What is served was loaded at the start, and stays."
         router.add_api_route(f"{API}/{name}", _answering(None), methods=["POST"], description=nothing)
     for name in _NOT_HERE:
-        router.add_api_route(f"{API}/{name}", _refusing(name), methods=["POST"], description="501.")
+        router.add_api_route(
+            f"{API}/{name}",
+            _refusing(name),
+            methods=["POST"],
+            description="There is none of it here.",
+            responses={501: {"description": "Always."}},
+        )
 
 
 _add_routes()

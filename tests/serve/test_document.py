@@ -109,7 +109,11 @@ def test_whatever_is_sent_by_the_document_is_answered(at: Live) -> None:
     def send(case: Any) -> None:
         answer = case.call(headers={"prefer": "wait=5"})
         codes.setdefault(f"{case.method} {case.path}", set()).add(answer.status_code)
-        assert answer.status_code < 500, (case.as_curl_command(), answer.text)
+        told = case.operation.definition.raw["responses"]  # 501 of services of AUTOMATIC1111's
+        assert answer.status_code < 500 or str(answer.status_code) in told, (
+            case.as_curl_command(),
+            answer.text,
+        )
 
     sending = settings(
         max_examples=EXAMPLES,
