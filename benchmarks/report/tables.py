@@ -292,7 +292,7 @@ def _load_table(title: str, rows: Sequence[Row], note: str) -> str:
     lines = [_row(head), "|" + "---|" * len(head)]
     for row in rows:
         rates = [words.number(figure(row, name)) for name in ("requests_per_s", "in_time_per_s")]
-        calls = [words.number(figure(row, "unet_calls"), 5), words.number(figure(row, "mean_rows"))]
+        calls = [words.number(figure(row, "unet_calls"), 4), words.number(figure(row, "mean_rows"))]
         cells = [
             f"{row.case['load']:g}, {_WAYS_TO_DRAW[row.side]}",
             *(words.seconds(summary(row, name)) for name in ("p50", "p99")),
