@@ -11,7 +11,7 @@ NumPy: `latentrt --help` reads it.
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypedDict, TypeVar, cast, get_args
 
@@ -71,7 +71,7 @@ def check_integer(name: str, value: Any, low: int, high: int) -> int:
 
 def check_number(name: str, value: Any, low: float, high: float) -> float:
     """A number from `low` to `high`."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) <= high:
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
         raise UsageError(
             f"{name} is {value!r}", expected=f"a number from {low:g} to {high:g}", fix=f"Change {name}."
         )
@@ -240,15 +240,12 @@ def _check_controls(name: str, value: Any, manifest: "Manifest") -> tuple["Contr
             expected="a list of Control and ImagePrompt",
             fix=f'Pass {name}=[latentrt.Control(model="canny", image="edges.png")].',
         )
-    controls = tuple(cast("list[Control | ImagePrompt]", found))
-    for control in controls:
-        _check_control(control)
-    return controls
+    return tuple(map(_check_control, cast("list[Control | ImagePrompt]", found)))
 
 
-def _check_control(control: "Control | ImagePrompt") -> None:
-    from ..controls.control import Mode
-    from ..controls.image_prompt import ImagePrompt, numbers_of
+def _check_control(control: "Control | ImagePrompt") -> "Control | ImagePrompt":
+    """The same with plain numbers: whole ones and NumPy's would be other types further on."""
+    from ..controls.image_prompt import ImagePrompt
 
     model: object = control.model
     if not isinstance(model, str) or not model:
@@ -257,25 +254,57 @@ def _check_control(control: "Control | ImagePrompt") -> None:
             expected="the name of one that was loaded",
             fix="Load it first: pipe.load_control(FILE) returns its name.",
         )
-    check_number("control_start", control.start, 0.0, 1.0)
-    check_number("control_end", control.end, 0.0, 1.0)
+    share: dict[str, Any] = {
+        "start": check_number("control_start", control.start, 0.0, 1.0),
+        "end": check_number("control_end", control.end, 0.0, 1.0),
+    }
     if control.start >= control.end:
         raise UsageError(
             f"control_start {control.start:g} is not before control_end {control.end:g}",
             expected="a part of the steps",
             fix="Exchange the two.",
         )
-    if isinstance(control, ImagePrompt):
-        for one in numbers_of(control.strength):
-            check_number("ip_adapter_strength", one, -100.0, 100.0)
-        return
-    check_number("control_strength", control.strength, -100.0, 100.0)
+    kind = _check_prompt if isinstance(control, ImagePrompt) else _check_net
+    return replace(control, **share, strength=kind(cast(Any, control)))
+
+
+def _check_prompt(prompt: "ImagePrompt") -> Any:
+    """Its strength."""
+    from ..controls.image_prompt import numbers_of
+
+    for one in numbers_of(prompt.strength):
+        check_number("ip_adapter_strength", one, -100.0, 100.0)
+    if isinstance(prompt.strength, (list, tuple)):
+        raise UsageError(
+            f"ip_adapter_strength is {prompt.strength!r:.80}",
+            expected="a number, or a mapping of down, mid and up",
+            fix="Change ip_adapter_strength.",
+        )
+    return prompt.strength if isinstance(prompt.strength, Mapping) else float(prompt.strength)
+
+
+def _check_net(control: "Control") -> float:
+    """Its strength."""
+    from ..controls.control import Mode
+
+    for name, odd in (("preparation", control.preparation), ("resize_mode", control.resize_mode)):
+        if odd is not None and not isinstance(cast(object, odd), str):
+            raise UsageError(
+                f"control_{name} is {odd!r:.80}", expected="a name", fix=f"Change control_{name}."
+            )
+    if not isinstance(cast(object, control.settings), Mapping):
+        raise UsageError(
+            f"the settings of a control are {control.settings!r:.80}",
+            expected="a mapping of names to values",
+            fix="Leave settings out.",
+        )
     if control.mode not in get_args(Mode):
         raise UsageError(
             f"control_mode is {control.mode!r:.80}",
             expected=f"one of {', '.join(get_args(Mode))}",
             fix="Change control_mode.",
         )
+    return check_number("control_strength", control.strength, -100.0, 100.0)
 
 
 def _read_lora(text: str) -> str | tuple[str, Any]:
