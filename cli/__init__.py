@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from traceback import format_exception
 from types import FrameType
 from typing import Annotated, Any, NoReturn, Protocol, runtime_checkable
 
@@ -180,8 +181,11 @@ class _Remarks(logging.Handler):
     """Prints what the library logs."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """One line; on the stream of this moment, because a progress bar puts its own there."""
+        """One line, and what was raised; on the stream of this moment: a progress bar puts its own there."""
         tell(f"latentrt: {record.getMessage()}")
+        if record.exc_info is not None:
+            for line in "".join(format_exception(*record.exc_info)).splitlines():
+                tell(line)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import json
 from typing import Any, NoReturn, cast
 
 from fastapi import Request
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 
@@ -37,7 +38,7 @@ async def read_fields(request: Request) -> tuple[dict[str, Any], bytes]:
         raise UsageError(
             "a body that is no JSON object", expected='{"prompt": "…"}', fix="Send a JSON object"
         )
-    return cast("dict[str, Any]", sent), body
+    return _whole(cast("dict[str, Any]", sent)), body
 
 
 def once_of(request: Request, body: bytes) -> Once | None:
@@ -50,11 +51,34 @@ def once_of(request: Request, body: bytes) -> Once | None:
     return None if key is None else Once(key=key, body=hashlib.sha256(body).hexdigest())
 
 
+def _whole(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields, if their texts are characters: JSON can write half of one, which nothing can encode.
+
+    Raises:
+        UsageError: an unpaired surrogate, in a name or a value.
+    """
+    left: list[Any] = [fields]
+    while left:
+        one = left.pop()
+        if isinstance(one, dict):
+            left += [*cast("dict[str, Any]", one), *cast("dict[str, Any]", one).values()]
+        elif isinstance(one, list):
+            left += cast("list[Any]", one)
+        elif isinstance(one, str) and not one.isascii() and any("\ud800" <= part <= "\udfff" for part in one):
+            raise UsageError(
+                "a text with half of a character",
+                expected="Unicode without unpaired surrogates",
+                fix="Send whole characters.",
+            )
+    return fields
+
+
 def _no_number(text: str) -> NoReturn:
     raise ValueError(text)
 
 
 async def _form(request: Request) -> tuple[dict[str, Any], bytes]:
+    await request.body()  # the form is read from it, and its end looked for
     try:
         form = await request.form(
             max_files=MOST_PARTS, max_fields=MOST_PARTS, max_part_size=LARGEST_TEXT_PART
@@ -65,6 +89,12 @@ async def _form(request: Request) -> tuple[dict[str, Any], bytes]:
         if type(error).__name__ != "HTTPException":
             raise
         raise UsageError("a damaged form", expected="multipart/form-data", fix="Send it again.") from error
+    if not await _is_closed(request):
+        raise UsageError(
+            "a form that breaks off",
+            expected="a boundary at its end",
+            fix="Send it again.",
+        )
     fields: dict[str, Any] = {}
     digest = hashlib.sha256()
     for name, part in form.multi_items():
@@ -77,7 +107,13 @@ async def _form(request: Request) -> tuple[dict[str, Any], bytes]:
         else:
             fields[name] = [*known, value] if isinstance(known, list) else [known, value]
     await form.close()
-    return fields, digest.digest()
+    return _whole(fields), digest.digest()
+
+
+async def _is_closed(request: Request) -> bool:
+    """Whether a form has its last boundary: its parser takes what there is of a part for the whole."""
+    _, options = parse_options_header(request.headers["content-type"])
+    return b"--" + options[b"boundary"] + b"--" in await request.body()
 
 
 _TEXTS = frozenset({"prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "model"})

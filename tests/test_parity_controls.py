@@ -83,6 +83,24 @@ def test_parts_of_the_steps_and_guess_mode(pair: Steered, start: float, end: flo
     assert psnr(wanted, ours(pair.ours, [5], prompt="a ring", controls=[control], **FAST)) >= BAR
 
 
+def test_a_net_that_averages(pair: Steered, tmp_path: Path) -> None:
+    """As "shuffle": with guidance the rows with the prompt alone are steered, whatever the mode is."""
+    net, reference = pair.nets[0], pair.steered(kind(pair))
+    net.register_to_config(global_pool_conditions=True)
+    try:
+        net.save_pretrained(tmp_path / "averaging")
+        wanted = drawn(reference, [5], prompt="a ring", image=hint(), **FAST)
+    finally:
+        net.register_to_config(global_pool_conditions=False)
+    name = pair.ours.load_control(tmp_path / "averaging")
+    try:
+        found = ours(pair.ours, [5], prompt="a ring", controls=[Control(model=name, image=hint())], **FAST)
+    finally:
+        pair.ours.unload_controls(name)
+    assert psnr(wanted, found) >= BAR
+    assert psnr(wanted, ours(pair.ours, [5], prompt="a ring", **FAST)) < SEEN
+
+
 def test_two_nets(pair: Steered) -> None:
     wanted = drawn(
         pair.steered(kind(pair), 2),

@@ -59,7 +59,9 @@ class Control:
             rows: B, unconditional ones first.
             outputs: R, the skip connections' and the middle block's.
             guided: whether there are unconditional rows.
-            pooled: whether the outputs are averaged over the picture: then "guess" does not grade them.
+            pooled: whether the outputs are averaged over the picture: they are made for the rows with the
+                prompt alone, as "guess" has it, and nothing grades them (diffusers' pipeline does so where
+                its config has `global_pool_conditions`).
         """
         factors = np.full(outputs, self.strength)
         if self.mode == "guess" and not pooled:  # diffusers' ControlNetModel.forward
@@ -67,7 +69,8 @@ class Control:
         elif self.mode in ("prompt", "control"):
             factors *= _SOFT[:outputs]
         scales = np.zeros((steps, rows, outputs), np.float32)
-        first = rows // 2 if guided and self.mode in _CONDITIONAL_ALONE else 0
+        alone = pooled or self.mode in _CONDITIONAL_ALONE
+        first = rows // 2 if guided and alone else 0
         scales[self.on(steps), first:] = factors
         return scales
 

@@ -43,6 +43,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Where Pillow's getexif looks for the orientation.
+_TOLD_BY = ("exif", "raw profile type exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 _TIFF_TILE = (322, 323)  # TIFF 6.0, section 15: TileWidth and TileLength
 _WARNINGS_LOCK = threading.Lock()
 
@@ -182,7 +184,12 @@ def _check_size(image: Image.Image, name: str) -> None:
 def upright(image: Image.Image) -> Image.Image:
     """Like `PIL.ImageOps.exif_transpose`, which also rewrites the metadata, and fails where it cannot."""
     method = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    return image if method is None else image.transpose(method)
+    if method is None:
+        return image
+    turned = image.transpose(method)
+    for name in _TOLD_BY:  # else who makes it upright again would turn it again
+        turned.info.pop(name, None)
+    return turned
 
 
 def _flatten(image: Image.Image, name: str, background: int) -> Pixels:

@@ -71,7 +71,7 @@ def check_integer(name: str, value: Any, low: int, high: int) -> int:
 
 def check_number(name: str, value: Any, low: float, high: float) -> float:
     """A number from `low` to `high`."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= cast(Any, value) <= high:
         raise UsageError(
             f"{name} is {value!r}", expected=f"a number from {low:g} to {high:g}", fix=f"Change {name}."
         )

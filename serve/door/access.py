@@ -53,6 +53,7 @@ class Head:
     Attributes:
         path: as the routes see it; of an absolute target the part behind its authority.
         authority: that of an absolute target; "" where the target is a path.
+        encoded: whether there is a Transfer-Encoding, which says by itself where a body ends.
         key_id: of the key that was sent; None without one, or where it is none of ours.
     """
 
@@ -65,6 +66,7 @@ class Head:
     fetch_mode: str
     content_types: tuple[str, ...]
     lengths: tuple[str, ...]
+    encoded: bool
     key_id: str | None
 
     @property
@@ -163,6 +165,7 @@ def read_head(scope: dict[str, object], headers: Iterable[tuple[bytes, bytes]], 
             value.partition(";")[0].strip().lower() for value in found.get("content-type", ())
         ),
         lengths=tuple(found.get("content-length", ())),
+        encoded="transfer-encoding" in found,
         key_id=keys.owner(_sent_key(found)) if keys else None,
     )
 

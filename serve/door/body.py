@@ -105,6 +105,14 @@ def refuse_claim(head: Head, limits: BodyLimits) -> Refusal | None:
             expected="the body's length in bytes",
             fix="Leave it to the HTTP client.",
         )
+    if head.encoded:  # a proxy may believe the other, and take the rest for a request (RFC 9112, 6.3)
+        return Refusal(
+            status=400,
+            code="content_length",
+            found="a body with Content-Length and Transfer-Encoding",
+            expected="one of them",
+            fix="Leave it to the HTTP client.",
+        )
     return too_large(limits) if int(head.lengths[0]) > limits.size else None
 
 

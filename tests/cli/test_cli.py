@@ -260,6 +260,18 @@ def test_json_behind_two_dashes_is_a_prompt(latentrt: Any) -> None:
     assert err.splitlines()[-1].startswith("error: ")
 
 
+def test_what_was_raised_is_printed_behind_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """A server tells its callers that the log has the reason."""
+    with cli._remarks(logging.WARNING):  # pyright: ignore[reportPrivateUsage]
+        try:
+            raise ZeroDivisionError("of a picture")
+        except ZeroDivisionError:
+            logging.getLogger("latentrt.serve").exception("job %s", "7")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "latentrt: job 7"
+    assert lines[-1] == "ZeroDivisionError: of a picture"
+
+
 def test_what_the_library_logs_is_printed(latentrt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["generate", "red " * 80 + "star", *QUICK, "--prompt-syntax", "plain", "-o", "x.png"]
     for asked in ([], ["--json"]):

@@ -73,6 +73,9 @@ def test_guess_grades_the_outputs_for_the_rows_with_the_prompt() -> None:
     np.testing.assert_allclose(found[0, 2], 0.8 * np.logspace(-1, 0, 13), rtol=1e-6)
     pooled = Control(model="c", image="x", mode="guess").scales(**{**SHAPE, "pooled": True})
     assert (pooled[:, 2:] == 1).all()
+    for mode in ("balanced", "guess"):  # of averaged outputs the prompt's rows alone have any
+        found = Control(model="c", image="x", mode=mode).scales(**{**SHAPE, "pooled": True})
+        np.testing.assert_array_equal(found, pooled)
     alone = Control(model="c", image="x", mode="guess").scales(**{**SHAPE, "guided": False})
     assert alone.any(axis=2).all()
 

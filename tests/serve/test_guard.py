@@ -499,6 +499,16 @@ def test_a_claim_that_is_no_number(claims: list[str]) -> None:
     assert json.loads(client.body)["error"]["code"] == "content_length"
 
 
+def test_two_ways_to_say_where_a_body_ends_are_refused() -> None:
+    """RFC 9112, 6.3: else a proxy may take for a request what is a body here."""
+    both = [("Content-Length", "3"), ("Transfer-Encoding", "chunked")]
+    client, inside = call(allow(), [OWN, *both])
+    assert (client.status, inside.scopes) == (400, [])
+    assert json.loads(client.body)["error"]["code"] == "content_length"
+    assert client.headers["connection"] == "close"
+    assert call(allow(), [OWN, both[1]])[0].status == 200
+
+
 def test_the_same_claim_twice_is_one() -> None:
     headers = [OWN, ("Content-Length", "3"), ("Content-Length", "3")]
     assert call(allow(), headers, client=Client(chunks=[b"abc"]))[0].status == 200

@@ -418,3 +418,50 @@ def test_many_at_once_have_their_own_pictures(at: Live, pipe: Pipeline) -> None:
     for seed in range(12):
         wanted = pipe(**{**SMALL, "seed": seed, "num_inference_steps": 2 + seed % 3}).images[0]
         np.testing.assert_array_equal(found[seed], wanted)
+
+
+# ── bodies that cannot be what was meant ───────────────────────────────────────────────────────────
+
+HALVES = ['{"prompt":"\\ud800"}', '{"prompt":"a","\\ud800":1}', '{"prompt":"a","loras":[{"name":"\\udfff"}]}']
+OF_A1111 = [
+    '{"force_task_id":"\\ud800"}',
+    '{"override_settings":{"\\ud800":1}}',
+    '{"override_settings":{"sd_model_checkpoint":"\\ud800"}}',
+    '{"alwayson_scripts":{"\\ud800":{}}}',
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        *(("/v1/jobs", body) for body in HALVES),
+        *((f"/v1/images/{name}", body) for name in ("generations", "edits") for body in HALVES),
+        *(("/sdapi/v1/txt2img", body) for body in (*HALVES, *OF_A1111)),
+    ],
+)
+def test_half_of_a_character_is_refused(at: Live, path: str, body: str) -> None:
+    before = at.server.jobs.counts().accepted
+    answer = at.client.post(path, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert "half of a character" in answer.text
+    assert at.server.jobs.counts().accepted == before
+
+
+def test_whole_characters_are_not(at: Live) -> None:
+    answer = at.client.post(
+        "/v1/jobs", content='{"prompt":"\\ud83d\\ude00 \\u00e9", "num_inference_steps": 1}'
+    )
+    assert answer.status_code == 202
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/images/edits"])
+def test_a_form_that_breaks_off_is_refused(at: Live, path: str) -> None:
+    part = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na red ci'
+    before = at.server.jobs.counts().accepted
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    answer = at.client.post(path, content=part, headers=headers)
+    assert answer.status_code == 400
+    assert "breaks off" in answer.text
+    assert at.server.jobs.counts().accepted == before
+    whole = at.client.post("/v1/jobs", content=part + b"\r\n--x--\r\n", headers=headers)
+    assert whole.status_code == 202

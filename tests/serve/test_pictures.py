@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps, PngImagePlugin
 
 from latentrt.engines.errors import UsageError
+from latentrt.runtime.pictures.read import read_image
 from latentrt.runtime.pictures.write import read_metadata
 from latentrt.serve.pictures import exchange as pictures
 from latentrt.serve.pictures import files as picture_files
@@ -191,6 +192,17 @@ def test_pictures_are_turned_upright(kind: str, orientation: int) -> None:
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     read = read_picture(data, "image")
     assert (read.size, read.tobytes()) == (expected.size, expected.tobytes())
+    again = read_image(read)  # as a pipeline does
+    np.testing.assert_array_equal(again, np.asarray(expected))
+
+
+def test_what_xmp_says_of_the_orientation_counts_once() -> None:
+    told = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="3"/></x:xmpmeta>'
+    for kind in ("JPEG", "WEBP"):
+        data = encoded(kind, xmp=told, **({"quality": 100} if kind == "JPEG" else {"lossless": True}))
+        stored = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        read = read_image(read_picture(data, "image"))
+        np.testing.assert_array_equal(read, stored[::-1, ::-1])
 
 
 def test_only_the_first_picture_of_a_jpeg_is_looked_at() -> None:
