@@ -18,6 +18,14 @@ _LISTED = 5  # files in a message
 _LONGEST = 255  # characters of a name
 
 
+class NameTakenError(UsageError):
+    """Another adapter or control has the name, which `name` is: the caller may choose a free one."""
+
+    def __init__(self, found: str, *, expected: str, fix: str, name: str) -> None:
+        super().__init__(found, expected=expected, fix=fix)
+        self.name = name
+
+
 def check_folder(folder: str | Path | None) -> None:
     """Raise UsageError for a folder of adapters or embeddings that is none."""
     if folder is None:
@@ -48,8 +56,8 @@ def check_names(names: object, what: str, fix: str) -> list[str]:
 
 
 def check_path(path: object, what: str, expected: str, fix: str) -> None:
-    """Raise UsageError for what is no path, where `what` stands."""
-    if not isinstance(path, (str, Path)):
+    """Raise UsageError for what is no path, or an empty one, where `what` stands."""
+    if not isinstance(path, (str, Path)) or not str(path):
         raise UsageError(f"{what} is {path!r:.100}", expected=expected, fix=fix)
 
 

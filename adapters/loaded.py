@@ -20,7 +20,7 @@ from ..engines.package import Package
 from ..engines.safetensors_format import read_header
 from ..engines.spec import NETS
 from .embeddings import Embedding, embedding_inputs, make_embedding, refuse_name
-from .folder import NamedFiles, check_name, check_names, check_path
+from .folder import NamedFiles, NameTakenError, check_name, check_names, check_path
 from .sets import COMPONENTS, AdapterSet, Strength, check_count
 
 if TYPE_CHECKING:
@@ -126,10 +126,11 @@ class LoadedAdapters:
         with self._lock:
             known = self._loaded.get(name)
             if known is not None and known.sha256 != bound.sha256:
-                raise UsageError(
+                raise NameTakenError(
                     f"another adapter is called {name!r}",
                     expected="a name of its own for each",
                     fix="Pass adapter_name=…, or unload the other one first.",
+                    name=name,
                 )
             self._loaded[name] = bound
         return name

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from ..engines.errors import UsageError
+from .shown import tell
 
 if TYPE_CHECKING:
     from ..runtime.controls.control import Control
@@ -56,7 +57,9 @@ _CONTROL_OPTIONS: Options = {
         "preparation",
         Annotated[
             list[str] | None,
-            Option(help="What makes a map of the picture: canny, invert, threshold, blur, tile, shuffle, …."),
+            Option(
+                help="What makes a map of the picture: canny, invert, blur, tile, …; none for a ready map."
+            ),
         ],
     ),
     "control_type": (
@@ -108,10 +111,12 @@ _PROMPT_OPTIONS: Options = {
         ],
     ),
 }
-_CANNY = Annotated[bool, Option("--canny", help="The same as --control-preparation canny.")]
+_CANNY = Annotated[bool, Option("--canny", help="The same as --control-preparation canny, for one net.")]
+_READY = "none"  # as a preparation, on the command line
 
 Given = Mapping[str, Sequence[Any] | None]
-OpenControls = Callable[["Pipeline"], "list[Control | ImagePrompt]"]
+# Of a pipeline, and of what a picture's record says of its controls (None for a new picture).
+OpenControls = Callable[["Pipeline", object], "list[Control | ImagePrompt]"]
 
 
 def with_control_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -123,8 +128,7 @@ def with_control_options(command: Callable[..., None]) -> Callable[..., None]:
             {field: given.pop(name) for name, (field, _) in options.items()}
             for options in (_CONTROL_OPTIONS, _PROMPT_OPTIONS)
         )
-        if given.pop("canny"):
-            controls["preparation"] = ["canny"]
+        controls["preparation"] = _preparations(controls, canny=bool(given.pop("canny")))
         command(**given, controls=partial(_opened, controls=controls, prompts=prompts))
 
     signature = inspect.signature(command, eval_str=True)
@@ -139,21 +143,68 @@ def with_control_options(command: Callable[..., None]) -> Callable[..., None]:
     return with_options
 
 
-def _opened(pipe: Pipeline, controls: Given, prompts: Given) -> list[Control | ImagePrompt]:
-    """The controls of a command; their nets are loaded."""
+def _preparations(controls: Given, *, canny: bool) -> list[str | None] | None:
+    """What makes a map of each picture; None stands for a ready one. Raises UsageError for odd options."""
+    given = controls["preparation"]
+    if not canny:
+        return [None if one == _READY else one for one in given] if given else None
+    nets = controls["model"] or []
+    if given or len(nets) > 1:
+        raise UsageError(
+            "--canny with --control-preparation" if given else f"--canny with {len(nets)} of --control-net",
+            expected="what makes a map of each picture, said once",
+            fix="Say it for each net, in their order: --control-preparation canny --control-preparation none",
+        )
+    if not nets:
+        raise UsageError(
+            "--canny without --control-net",
+            expected="the net that reads the edges",
+            fix="Pass it too: --control-net FILE",
+        )
+    return ["canny"]
+
+
+def _opened(pipe: Pipeline, steered: object, controls: Given, prompts: Given) -> list[Control | ImagePrompt]:
+    """The controls of a command; their nets are loaded.
+
+    What the options are silent of is as the record `steered` has it, if it has as many of the kind.
+    """
     from ..runtime.controls.control import Control
     from ..runtime.controls.image_prompt import ImagePrompt
+    from ..runtime.recorded_controls import recorded_settings
 
-    asked: list[tuple[type[Control | ImagePrompt], dict[str, Any]]] = [
-        *((Control, one) for one in _each(controls, _CONTROL_OPTIONS)),
-        *((ImagePrompt, one) for one in _each(prompts, _PROMPT_OPTIONS)),
+    kinds: list[tuple[type[Control | ImagePrompt], Given, Options]] = [
+        (Control, controls, _CONTROL_OPTIONS),
+        (ImagePrompt, prompts, _PROMPT_OPTIONS),
     ]
     found: list[Control | ImagePrompt] = []
-    for kind, fields in asked:
-        model, encoder = fields.pop("model"), fields.pop("encoder", None)
-        sees = None if encoder is None else Path(encoder).expanduser()
-        found.append(kind(model=pipe.load_control(_place(model), image_encoder=sees), **fields))
+    names: dict[tuple[str, str | None], str] = {}  # by the net and what it sees through
+    for kind, given, options in kinds:
+        asked = list(_each(given, options))
+        before = recorded_settings(steered, kind)
+        for number, fields in enumerate(asked):
+            net = fields.pop("model"), fields.pop("encoder", None)
+            names[net] = names.get(net) or load_control(pipe, *net)
+            usual = before[number] if len(before) == len(asked) else {}
+            if "preparation" in fields:
+                usual.pop("settings", None)  # another one has others
+            found.append(kind(model=names[net], **{**usual, **fields}))
     return found
+
+
+def load_control(pipe: Pipeline, net: str, encoder: str | None = None) -> str:
+    """Load a control under its name; under one with a number where another one has that."""
+    from ..adapters.folder import NameTakenError
+
+    sees = None if encoder is None else Path(encoder).expanduser()
+    path = os.path.expanduser(net)
+    place = path if os.path.exists(path) else net  # which may be a model of a hub, or one that ships
+    try:
+        return pipe.load_control(place, image_encoder=sees)
+    except NameTakenError as error:
+        free = pipe.controls.free_name(error.name)
+        tell(f"{net} is called {free} here, as another control is called {error.name}")
+        return pipe.load_control(place, free, image_encoder=sees)
 
 
 def _each(given: Given, options: Options) -> Iterator[dict[str, Any]]:
@@ -192,9 +243,3 @@ def _each(given: Given, options: Options) -> Iterator[dict[str, Any]]:
         if several:
             fields |= {field: list(values[field]) for field in ("image", "mask_image") if field in values}
         yield {"model": net, **fields}
-
-
-def _place(net: str) -> str | Path:
-    """The path of what is there; anything else as it is, which may be a model of a hub."""
-    path = Path(os.path.expanduser(net))
-    return path if os.path.exists(path) else net

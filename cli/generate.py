@@ -115,7 +115,7 @@ def generate(
         pipes += [stack.enter_context(open_pipe(name)) for name in names[1:]]
         if "loras" in chosen:
             chosen["loras"] = _loaded(pipes[0], chosen["loras"])
-        if steering := controls(pipes[0]):
+        if steering := controls(pipes[0], None if source is None else _steered(source)):
             chosen["controls"] = steering
         opened = perf_counter() - began
         advance("drawing", 0, 1)
@@ -175,11 +175,12 @@ def _loaded(pipe: Pipeline, loras: list[str | tuple[str, Any]]) -> list[str | tu
 def _load(pipe: Pipeline, path: Path) -> str:
     """Load a file under its name; under one with a number where another file has that."""
     from ..adapters.files import name_of
+    from ..adapters.folder import NameTakenError
 
     name = name_of(path)
     try:
         return pipe.load_lora_weights(path)
-    except UsageError:
+    except NameTakenError:
         free = pipe.adapters.free_name(name)
         tell(f"{path} is called {free} here, as another adapter is called {name}")
         return pipe.load_lora_weights(path, free)
@@ -240,6 +241,15 @@ def _model_of(source: Path) -> str:
         expected="the model that drew it, or the one that shall draw it now",
         fix=f"Pass it: {command('--model', 'MODEL', *given_options(record.get('opened_with')))}",
     )
+
+
+def _steered(source: Path) -> object:
+    """What a picture's record says of its controls."""
+    from ..runtime.pictures.write import read_metadata
+    from ..runtime.record import STEERED_BY
+
+    record = read_metadata(source).record or {}
+    return record.get("base_record", record).get(STEERED_BY)
 
 
 def _on_step(advance: Callable[[str, int, int], None], preview: Path | None) -> Callable[..., None]:

@@ -162,8 +162,7 @@ def _print_report(found: Report, *, as_json: bool) -> None:
         show(f"  {found.channels} input channels{' (inpainting)' if found.channels == 9 else ''}")
     for kind, fits in found.adapters.items():
         widths = [f"{width} numbers in {name}" for name, width in fits.items()] if kind == "embedding" else []
-        when = "" if kind in ("lora", "embedding", "controlnet") else ", once they can be used"
-        show(f"  fits{when}: {kind} for {', '.join(widths) or fits}")
+        show(f"  fits: {kind} for {', '.join(widths) or fits}")
     for note in found.notes:
         show(f"  {note}")
     if found.problem:

@@ -13,6 +13,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from ..engines.errors import UsageError
+from .control import load_control
 from .models import say
 from .progress import progress_bar
 from .shown import show
@@ -104,7 +105,7 @@ def serve(
             pipes = {name: stack.enter_context(open_pipe(model)) for name, model in names.items()}
             for pipe in pipes.values():
                 for file in control or ():
-                    pipe.load_control(file)
+                    load_control(pipe, file)
             server = Server(
                 pipes,
                 Bounds(jobs=queue),

@@ -183,7 +183,7 @@ def open_control_model(
         backend: the name of the one that it is opened for.
         model: that it steers; a ControlNet that is stored as a change of its UNet is completed with it.
         image_encoder: of an IP-Adapter; None is the one beside it.
-        shipped: a folder whose controls are called by name, where no file is called so.
+        shipped: a folder whose controls are called by name; a Path, or "./NAME", is another place.
         advance, note: as in `open_model`.
 
     Raises:
@@ -195,7 +195,7 @@ def open_control_model(
     from ..checkpoints.opened import Options, open_control
 
     asked = str(control)
-    if shipped is not None and not os.path.exists(asked) and asked in os.listdir(shipped):
+    if shipped is not None and isinstance(control, str) and asked in os.listdir(shipped):
         asked = str(shipped / asked)
     return open_control(
         snapshot(locate(asked, progress=_downloading(advance))),

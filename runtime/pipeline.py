@@ -19,7 +19,7 @@ from ..adapters.embeddings import vocabulary_size
 from ..adapters.folder import check_folder
 from ..adapters.loaded import LoadedAdapters
 from ..engines.backend import Place, find_backend
-from ..engines.errors import LatentrtError, UsageError
+from ..engines.errors import UsageError
 from ..engines.installed import latentrt_version
 from ..engines.package import Package
 from ..engines.spec import TEXT_ENCODERS, Array
@@ -27,6 +27,7 @@ from .adapted import ADAPTED_BYTES, Adapted, AdaptedLoops
 from .conditioning import make_conditioning
 from .embeddings import EmbeddingLibrary, Source
 from .loop.calls import Pause, SharedLoop, decoded
+from .loop.denoise import HostLoop
 from .loop.device.cuda_graphs import Graphs
 from .loop.job import (
     NEVER,
@@ -253,7 +254,7 @@ class Pipeline:
         loras: str | Path | None = None,
         embeddings: str | Path | None = None,
         allow_unused: bool = False,
-        open_control: Callable[[Path, Path | None], Package] | None = None,
+        open_control: Callable[[str | Path, Path | None], Package] | None = None,
     ) -> Pipeline:
         """A pipeline over a loop that is open already, and is closed with it.
 
@@ -475,7 +476,7 @@ class Pipeline:
 
     def stream_many(
         self, requests: Iterable[Mapping[str, Any]], *, rows: int = ROWS, at_once: int = ROWS
-    ) -> Generator[tuple[int, Step | Result[Any] | LatentrtError]]:
+    ) -> Generator[tuple[int, Step | Result[Any] | Exception]]:
         """Draw many requests side by side, which share calls of the UNet whatever their parameters are.
 
         Each picture is the one that its request draws alone, to the byte on a CPU. Requests are of any
@@ -488,9 +489,10 @@ class Pipeline:
             at_once: requests that run side by side, at most.
 
         Yields:
-            The number of a request, from 0, and a step of it, or at last its result, or what it raised.
+            The number of a request, from 0, and a step of it, or at last its result, or the exception that
+            it ended with: a LatentrtError, or whatever a picture of its own has raised. The others go on.
         """
-        shared: SharedSteps[Step, Result[Any]] = SharedSteps(rows)
+        shared: SharedSteps[Step, Result[Any]] = SharedSteps(rows, self.row_sizes(rows))
         numbered = enumerate(requests)
         with closing(shared):
             while True:
@@ -504,10 +506,17 @@ class Pipeline:
                         yield number, event.item
                     elif isinstance(event, Ended):
                         yield number, event.value
-                    elif isinstance(event.error, LatentrtError):
-                        yield number, event.error
                     else:
-                        raise event.error
+                        yield number, event.error
+
+    def row_sizes(self, rows: int) -> tuple[int, ...]:
+        """The numbers of rows that shared calls of the UNet have here, up to so many; () for any.
+
+        A device has other plans, and perhaps other roundings, for each number: there it is one of few.
+        """
+        if isinstance(self.loop, HostLoop):
+            return ()
+        return (*(size for size in (2**power for power in range(rows.bit_length())) if size < rows), rows)
 
     def shared(
         self,
@@ -801,7 +810,7 @@ class Pipeline:
 
 def _open_control(
     model: Package,
-    path: Path,
+    path: str | Path,
     image_encoder: Path | None = None,
     options: LoopOptions = _ON_A_CPU,
     shipped: Path | None = None,

@@ -20,18 +20,24 @@ _LOG = logging.getLogger(__name__)
 
 Recorded = Mapping[str, Any]  # of one control, as `Steered.record` has it
 _PICTURES = ("images", "masks")
-# What a record says of a control -> the option of `latentrt generate`, behind "--control" or "--ip-adapter".
-_OPTIONS = {
-    "images": "image",
-    "masks": "mask",
-    "strength": "strength",
-    "start": "start",
-    "end": "end",
-    "mode": "mode",
-    "preparation": "preparation",
-    "control_type": "type",
-    "resize_mode": "resize",
-}
+
+
+def recorded_settings(steered: object, kind: type[Control | ImagePrompt]) -> list[dict[str, Any]]:
+    """How each control of a kind counted, by the names of its fields, without its net and pictures.
+
+    Args:
+        steered: what a picture's record says; None for nothing.
+        kind: `Control` or `ImagePrompt`.
+
+    Raises:
+        UsageError: a record that is none.
+    """
+    names = {item.name for item in fields(kind)} - {"model"}
+    return [
+        {name: value for name, value in one.items() if name in names}
+        for one in _read(steered)
+        if _is_prompt(one) == (kind is ImagePrompt)
+    ]
 
 
 def check_recorded_controls(pipe: Pipeline, steered: object, given: Any) -> None:
@@ -114,36 +120,20 @@ def _tell_of_changes(was: Recorded, now: Recorded) -> None:
 
 
 def _words(recorded: Sequence[Recorded]) -> list[str]:
-    """The options that give all of them again."""
-    prompts = [one for one in recorded if one.get("kind") == "ip-adapter"]
-    nets = [one for one in recorded if one.get("kind") != "ip-adapter"]
-    return [
-        *_options(nets, "--control-net", "--control", Control),
-        *_options(prompts, "--ip-adapter", "--ip-adapter", ImagePrompt),
-    ]
-
-
-def _options(
-    controls: Sequence[Recorded], net: str, prefix: str, kind: type[Control] | type[ImagePrompt]
-) -> list[str]:
-    """Those of one kind; what all have by default is left out, else each has it."""
-    usual = {item.name: item.default for item in fields(kind)}
-    words = [word for _ in controls for word in (net, "FILE")]
-    for name, option in _OPTIONS.items():
-        if name in _PICTURES:
-            values: list[Any] = [_file(one) for control in controls for one in control.get(name, ())]
-        else:
-            values = [control.get(name, usual.get(name)) for control in controls]
-            if all(value == usual.get(name) for value in values) or not _can_be_said(values):
-                continue
-        words += [word for value in values for word in (f"{prefix}-{option}", str(value))]
+    """The options that give nets and pictures again; how they count is taken from the picture."""
+    words: list[str] = []
+    for net, prefix, prompts in (
+        ("--control-net", "--control", False),
+        ("--ip-adapter", "--ip-adapter", True),
+    ):
+        controls = [one for one in recorded if _is_prompt(one) == prompts]
+        words += [word for _ in controls for word in (net, "FILE")]
+        for pictures in _PICTURES:
+            option = f"{prefix}-{pictures.removesuffix('s')}"
+            files = [one.get("name", "FILE") for control in controls for one in control.get(pictures, ())]
+            words += [word for file in files for word in (option, file)]
     return words
 
 
-def _can_be_said(values: Sequence[Any]) -> bool:
-    """Whether options can say them: not strengths of blocks, nor nothing beside something."""
-    return all(isinstance(value, (str, int, float)) for value in values)
-
-
-def _file(picture: Mapping[str, str]) -> str:
-    return picture.get("name", "FILE")
+def _is_prompt(control: Recorded) -> bool:
+    return control.get("kind") == "ip-adapter"

@@ -6,7 +6,8 @@ on by itself, which would draw a picture three times in vain.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ _STATUSES: dict[str, tuple[int, str]] = {
     "unknown_model": (404, "model_not_found"),
     "gone": (410, "gone"),
     "idempotency_mismatch": (422, "idempotency_mismatch"),
+    "never_in_time": (400, "deadline"),
     "field": (422, "invalid_type"),
     "unsupported": (501, "not_implemented"),
     "too_large": (413, "too_large"),
@@ -68,6 +70,12 @@ class Answer:
         """In one text."""
         told = self.failure
         return f"{told.found}; expected {told.expected}. {told.fix}"
+
+
+def told_as(text: str, names: Mapping[str, str]) -> str:
+    """A text with the names that an API has for our parameters; what is quoted was sent, and stays."""
+    ours = "|".join(names)
+    return re.sub(rf"(?<!['\w])(?:{ours})(?!['\w])", lambda found: names[found[0]], text)
 
 
 ErrorForm = Callable[[Answer], dict[str, Any]]

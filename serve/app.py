@@ -17,6 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Match
 
 from ..engines.errors import LatentrtError, UsageError
 from ..engines.installed import latentrt_version
@@ -206,7 +207,21 @@ async def _http(request: Request, error: Exception) -> Response:
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     answer = Answer(status=error.status_code, code=code, failure=failure)
     headers = {**answer.headers, **(error.headers or {})}
+    if error.status_code == 405:  # Starlette names the methods of the path's first route
+        headers["Allow"] = ", ".join(_methods(request))
     return JSONResponse(form_of(request.url.path)(answer), error.status_code, headers=headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """What the path takes, by all of its routes."""
+    return [
+        method
+        for method in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+        if any(
+            route.matches({**request.scope, "method": "GET" if method == "HEAD" else method})[0] is Match.FULL
+            for route in request.app.routes
+        )
+    ]
 
 
 def _refused(path: str, refusal: Refusal) -> bytes:
@@ -236,7 +251,10 @@ class Labelled:
         if scope["type"] != "http":
             await self._application(scope, receive, send)
             return
-        answer = _Labelled(send)
+        asked = scope["method"]
+        answer = _Labelled(send, with_body=asked != "HEAD")
+        if asked == "HEAD":
+            scope = {**scope, "method": "GET"}
         try:
             await self._application(scope, receive, answer.send)
         except Exception:
@@ -245,7 +263,7 @@ class Labelled:
                 raise
             # Starlette has answered, and raises again: uvicorn would close the connection behind the answer.
         finally:
-            self._told(scope["method"], getattr(scope.get("route"), "path", None), answer.status or GONE)
+            self._told(asked, getattr(scope.get("route"), "path", None), answer.status or GONE)
             probe = scope["path"] in HEALTH_PATHS or scope["path"] == METRICS
             _LOG.log(logging.DEBUG if probe else logging.INFO, "%s", answer.line(scope))
 
@@ -253,7 +271,8 @@ class Labelled:
 class _Labelled:
     """One answer on its way."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, *, with_body: bool) -> None:
+        self._with_body = with_body
         self.name, self.status = secrets.token_hex(8), 0
         self._send, self._bytes, self._location, self._began = send, 0, None, time.monotonic()
 
@@ -267,6 +286,8 @@ class _Labelled:
             )
             kept = [header for header in _HEADERS if header[0] not in {name for name, _ in own}]
             message = {**message, "headers": [*own, (REQUEST_ID, self.name.encode()), *kept]}
+        elif not self._with_body:
+            message = {**message, "body": b""}
         self._bytes += len(message.get("body", b""))
         await self._send(message)
 

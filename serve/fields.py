@@ -72,6 +72,7 @@ def schema_of(pipe: Pipeline, bounds: Bounds) -> dict[str, Any]:
         "seed": _SEEDS,
         "image": _PICTURE,
         "mask_image": _PICTURE,
+        "num_inference_steps": {"maximum": bounds.request_steps},
         "num_images_per_prompt": {"type": "integer", "minimum": 1, "maximum": bounds.request_pictures},
         "loras": {"type": "array", "items": _lora_schema(pipe)},
         "controls": {"type": "array", "items": _control_schema(pipe)},

@@ -135,9 +135,12 @@ class _Now(Collector):
         yield _gauge("requests_waiting", "Jobs in the queue.", counts.queued)
         yield _gauge("requests_running", "Jobs that are being drawn.", counts.running)
         yield _gauge("pixel_steps", "Width x height x steps x pictures of these jobs.", load.pixel_steps)
-        pace = server.pace.seconds_per_pixel_step
-        about = "Measured: how long a pixel of a step takes."
-        yield _gauge("seconds_per_pixel_step", about, math.nan if pace is None else pace)
+        about = "Measured: how long a pixel of a step takes, at the model's own size."
+        paces = GaugeMetricFamily("latentrt_seconds_per_pixel_step", about, labels=["model"])
+        for model, pace in server.paces.items():
+            seconds = pace.seconds_per_pixel_step
+            paces.add_metric([model], math.nan if seconds is None else seconds)
+        yield paces
         yield _gauge("ready", "1 where new jobs are taken.", float(server.health == "ready"))
         kept = GaugeMetricFamily("latentrt_bytes", "What is kept in memory.", labels=["kind"])
         kept.add_metric(["results"], server.jobs.kept_bytes)

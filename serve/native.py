@@ -34,7 +34,8 @@ PING_S = 15.0  # proxies close what is silent for longer
 RETRY_MS = 2000
 LONGEST_WAIT_S = 60.0
 MOST_LISTED = 100
-_WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*(\d{1,4})\s*(?:,|;|$)")
+# RFC 7240: preferences in any case, with values that may be quoted, perhaps in several headers.
+_WAIT = re.compile(r'(?:^|,)\s*wait\s*=\s*("?)(\d+)\1\s*(?=[,;]|$)', re.IGNORECASE)
 
 PREFIXES = ("/v1/jobs", "/v1/capabilities")
 router = APIRouter(prefix="/v1", tags=["jobs"])
@@ -58,11 +59,13 @@ async def submit(request: Request) -> Response:
     sent, body = await read_fields(request)
     once = once_of(request, body)
     job = await run_in_threadpool(_submit, server, owner, sent, once)
-    if wait := _WAIT.search(request.headers.get("prefer", "")):
-        job = await ended(server.jobs, job, min(float(wait[1]), LONGEST_WAIT_S))
-    location = f"/v1/jobs/{job.id}"
+    headers = {"location": f"/v1/jobs/{job.id}"}
+    if wait := _WAIT.search(",".join(request.headers.getlist("prefer"))):
+        seconds = min(float(wait[2]), LONGEST_WAIT_S)
+        headers["preference-applied"] = f"wait={seconds:g}"
+        job = await ended(server.jobs, job, seconds)
     status = 200 if job.ended is not None else 202
-    return JSONResponse(record(server, job), status, headers={"location": location})
+    return JSONResponse(record(server, job), status, headers=headers)
 
 
 def _submit(server: Server, owner: str, sent: Mapping[str, Any], once: Once | None) -> Job:

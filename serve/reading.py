@@ -30,15 +30,35 @@ async def read_fields(request: Request) -> tuple[dict[str, Any], bytes]:
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
         return await _form(request)
     body = await request.body()
+    if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
+        raise UsageError(
+            f"a body with Content-Encoding: {encoding[:40]}",
+            expected="JSON as it is",
+            fix="Send it unpacked.",
+        )
+    why = ""
     try:
         sent: Any = json.loads(body or b"{}", parse_constant=_no_number)
-    except (ValueError, RecursionError):
-        sent = None
+    except (ValueError, RecursionError) as error:
+        sent, why = None, f": {_why(error)}"
     if not isinstance(sent, dict):
         raise UsageError(
-            "a body that is no JSON object", expected='{"prompt": "…"}', fix="Send a JSON object"
+            f"a body that is no JSON object{why}", expected='{"prompt": "…"}', fix="Send a JSON object"
         )
     return _whole(cast("dict[str, Any]", sent)), body
+
+
+def _why(error: ValueError | RecursionError) -> str:
+    """What is wrong with a text that is no JSON, without the text."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.lower()} in line {error.lineno}, column {error.colno}"
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, _NoNumberError):
+        return f"{error} is no number of JSON"
+    return "a number has too many digits"  # what Python's `int` refuses
 
 
 def once_of(request: Request, body: bytes) -> Once | None:
@@ -73,8 +93,12 @@ def _whole(fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
+class _NoNumberError(ValueError):
+    """NaN or an infinity, which Python would read."""
+
+
 def _no_number(text: str) -> NoReturn:
-    raise ValueError(text)
+    raise _NoNumberError(text)
 
 
 async def _form(request: Request) -> tuple[dict[str, Any], bytes]:

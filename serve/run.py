@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 import uvicorn
@@ -18,6 +18,7 @@ from .server import Server
 
 GRACE_S = 30.0  # for jobs that are there when the server is asked to end
 _CLOSING_S = 5  # for connections after that: uvicorn would wait for streams for ever
+_HURRIED_S = 2.0  # after a second signal: answers are on their way, whatever a step still takes
 _CONNECTIONS = 512  # more are answered 503 while there is still a file descriptor to say so
 _HEAD_BYTES = 16 * 2**10  # of a request
 _TRIED = 100  # ports after a taken one
@@ -76,7 +77,7 @@ def serve(
 ) -> None:
     """Answer until SIGTERM or SIGINT, and then as long as there are jobs, but not longer than the grace.
 
-    A second signal ends at once. The server has been started.
+    A second signal cancels the jobs: who waits for one is told so. The server has been started.
 
     Args:
         server: what draws.
@@ -117,22 +118,28 @@ class _Uvicorn(uvicorn.Server):
     ) -> None:
         super().__init__(config)
         self._server, self._ready, self._grace_s = server, ready, grace_s
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._signals = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to answer."""
-        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         self._ready()
 
     def handle_exit(self, sig: int, frame: object) -> None:
-        """What a signal does: first jobs end, then connections."""
-        if self._server.queue.draining or sig not in (signal.SIGINT, signal.SIGTERM):
+        """What a signal does: first jobs end, then connections; a second one makes it short."""
+        known = sig in (signal.SIGINT, signal.SIGTERM)
+        steps = (self._end, self._hurry) if known else ()
+        if self._signals >= len(steps):
             self.force_exit = self.should_exit = True
             return
-        self._server.queue.drain()
-        threading.Thread(target=self._end, name="latentrt end").start()
+        threading.Thread(target=steps[self._signals], name="latentrt end", daemon=True).start()
+        self._signals += 1
 
     def _end(self) -> None:
         self._server.end(self._grace_s)
         self.should_exit = True
+
+    def _hurry(self) -> None:
+        self._server.jobs.cancel_all("shutdown")  # `_end` then has nothing to wait for but a step
+        time.sleep(_HURRIED_S)
+        self.force_exit = self.should_exit = True

@@ -76,8 +76,8 @@ class Server:
         self.options = options or Options()
         self.began = now()
         self.jobs = Jobs(self.bounds, now)
-        self.pace = Pace()
-        self.queue = Queue(self.jobs, self.bounds, now, self.pace)
+        self.paces = {name: Pace() for name in models}
+        self.queue = Queue(self.jobs, self.bounds, now, self.paces, self.options.at_once)
         self.now = now
         self.workers = {
             name: Worker(
@@ -85,7 +85,7 @@ class Server:
                 pipe,
                 self.jobs,
                 self.queue,
-                self.pace,
+                self.paces[name],
                 now,
                 rows=self.options.rows,
                 at_once=self.options.at_once,
@@ -136,8 +136,8 @@ class Server:
         """A job for an order that its model draws: everything is checked before it waits.
 
         Raises:
-            LatentrtError: what `Pipeline.request_of` raises for the values, TooLargeError, RefusedError, and
-                what `Queue.submit` raises for a key.
+            LatentrtError: what `Pipeline.request_of` raises for the values, TooLargeError, and what
+                `Queue.submit` raises.
         """
         worker = self.find(order.model)
         passes = order.passes(worker.pipe)

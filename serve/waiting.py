@@ -58,6 +58,7 @@ async def ended(jobs: Jobs, job: Job, timeout: float | None = None) -> Job:
 async def unless_gone(receive: Receive, work: Awaitable[Job], gone: Callable[[], Any]) -> Job | None:
     """The result of `work`, or None after `gone` was called because the connection has closed.
 
+    It is called too where the request's own task is cancelled, as servers do that tell of it so (Ray Serve).
     The body must have been read. (Polling `Request.is_disconnected` never says so behind some middleware.)
     """
 
@@ -72,6 +73,9 @@ async def unless_gone(receive: Receive, work: Awaitable[Job], gone: Callable[[],
             return working.result()
         gone()
         return None
+    except asyncio.CancelledError:
+        gone()
+        raise
     finally:
         for task in (working, leaving):
             task.cancel()

@@ -83,7 +83,7 @@ class Worker:
         self._wake, self._ending = Event(), Event()
         self._running: dict[str, _Running] = {}
         self._lock = Lock()  # of `_running`, which the thread for files looks into
-        self._fed_steps, self._fed_seconds = 0, 0.0
+        self._fed_steps, self._fed_pixel_steps, self._fed_seconds = 0, 0, 0.0
         self._thread: Thread | None = None
         self._writer: ThreadPoolExecutor | None = None
         self.defaults: dict[str, Any] = {}  # of a request, once it is warm
@@ -106,7 +106,8 @@ class Worker:
         drawn: Result[Any] = cast("Any", self.pipe)(**least)
         request = drawn.request
         self.defaults = defaults_of(self.pipe)
-        self._pace.feed(request.width * request.height * len(request.table()), perf_counter() - began)
+        count = len(request.table())
+        self._pace.feed(count, request.width * request.height * count, perf_counter() - began)
         steps.close()
 
     def start(self) -> None:
@@ -136,7 +137,8 @@ class Worker:
 
     def _run(self) -> None:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix=f"latentrt {self.model} files")
-        shared: SharedSteps[Step, Result[Any]] = SharedSteps(self.rows or 1)
+        rows = self.rows or 1
+        shared: SharedSteps[Step, Result[Any]] = SharedSteps(rows, self.pipe.row_sizes(rows))
         try:
             with self._writer, closing(shared):
                 while not (self._ending.is_set() and not self._running):
@@ -210,7 +212,8 @@ class Worker:
         job, order = running.job, running.order
         each = job.submission.work.pixel_steps // len(order.seeds) // job.submission.work.steps
         running.done += each
-        self._fed_steps += each
+        self._fed_steps += 1
+        self._fed_pixel_steps += each
         self._queue.progress(job.id, running.done)
         job.log.step(
             index,
@@ -247,8 +250,8 @@ class Worker:
         """Tell the pace, with all that a picture takes besides its steps."""
         self._fed_seconds += seconds
         if self._fed_seconds >= FED_AFTER_S and self._fed_steps:
-            self._pace.feed(self._fed_steps, self._fed_seconds)
-            self._fed_steps, self._fed_seconds = 0, 0.0
+            self._pace.feed(self._fed_steps, self._fed_pixel_steps, self._fed_seconds)
+            self._fed_steps, self._fed_pixel_steps, self._fed_seconds = 0, 0, 0.0
 
     # ── ends ───────────────────────────────────────────────────────────────────────────────────────────
 

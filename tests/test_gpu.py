@@ -11,13 +11,13 @@ import pytest
 from latentrt.benchmarks.gpu.check import line_of
 from latentrt.benchmarks.gpu.opener import Opener, Scale, backend_opener, collect, why_not
 from latentrt.benchmarks.gpu.plan import BACKENDS
-from latentrt.benchmarks.gpu.sections import build, graphs, parity, picture, placement
+from latentrt.benchmarks.gpu.sections import build, graphs, parity, picture, placement, sharing
 from latentrt.benchmarks.records import Row
 from latentrt.engines.cuda.facts import available
 from latentrt.engines.package import Package
 from tests.runtime.device_bench import package_with_step
 
-REASON, STEPS = available(), (parity, picture, graphs)
+REASON, STEPS = available(), (parity, picture, graphs, sharing)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
 

@@ -14,7 +14,7 @@ from ..records import Row
 from ..skeletons import fill_skeleton
 from .full_size import net, outlived, shapes, whole
 from .opener import Opener, Scale, backend_opener, mebibytes, row_of, why_not
-from .sections import build, graphs, parity, picture, placement
+from .sections import build, graphs, parity, picture, placement, sharing
 from .smoke import environment, smoke
 from .torch_unet import torch_unet
 
@@ -106,6 +106,7 @@ STEPS: Mapping[str, Step] = {
     "placement": Step(run=_with(placement), limit=45, backends=BACKENDS),
     "parity": Step(run=_with(parity), limit=60, backends=BACKENDS),
     "graphs": Step(run=_with(graphs), limit=60, backends=BACKENDS),
+    "sharing": Step(run=_with(sharing), limit=60, backends=BACKENDS),
     "skeleton": Step(run=_skeleton, limit=60),
     "unet": Step(run=_net(), limit=60),
     "whole": Step(run=_with(whole, full=True), limit=90),

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import numpy as np
 
 from ...engines.backends import BACKENDS
 from ...engines.cuda import facts as cuda_facts
 from ...engines.onnxruntime.backend import ONNXRUNTIME
 from ...engines.onnxruntime.tuning.choice import tuned_nets
 from ...engines.profiles import Profile
-from ...engines.spec import TEXT_ENCODERS
+from ...engines.spec import TEXT_ENCODERS, Array
 from ...engines.store.engine_store import EngineStore
 from ...engines.tensorrt.build import built_nets
 from ...runtime.loop.device.programs import input_shapes
+from ...runtime.loop.sharing import Ended, Failed, SharedSteps
+from ...runtime.pipeline import Pipeline, Step
+from ...runtime.result import Result
 from ..case import HOST_NETS, Case, sizes_of
 from ..likeness import psnr
 from ..records import Row
@@ -28,6 +35,7 @@ from .opener import Opened, Opener, Scale, attempt, draw, encoder_inputs, mebiby
 
 SAMPLERS = ("dpmpp_2m", "ddim", "euler_a")  # the last draws noise in every row
 REPLAY_DB = 50.0  # the same kernels in the same order: a few shades by one, where a library sums atomically
+SHARED_ROWS = (2, 4, 8)
 _WARM = 2  # runs: the first is plain, the second is captured
 _REFUSED, _WRONG = "rows are not replayed: ", "from a plain one"  # begin, or are in, the line that says why
 _RUN = {*HOST_NETS, *TEXT_ENCODERS, "step", "vae_encoder"}  # nets that `placement` runs
@@ -155,6 +163,51 @@ def _graphs(sampler: str, plain: Opened, replayed: Opened, scale: Scale) -> Row:
     worst = min(likeness)
     problem, missing = why_not_replayed(worst, replayed)
     return row_of(sampler, {"psnr_db": worst}, [problem] if problem else (), missing=missing)
+
+
+def sharing(opener: Opener, scale: Scale) -> Iterator[Row]:
+    """Requests that share calls of the UNet draw what each draws alone, in calls of as many rows.
+
+    What a row computes must not depend on the others. How far a call of another number of rows is from it,
+    which may have other kernels, is told beside it.
+    """
+    with opener.pipeline() as opened:
+        for rows in SHARED_ROWS:
+            yield attempt(f"{rows} rows", _shared, opened.pipe, scale, rows)
+
+
+def _shared(what: str, pipe: Pipeline, scale: Scale, rows: int) -> Row:
+    cases = [
+        replace(scale.case, sampler=sampler, guidance_scale=guidance, seed=200 + number)
+        for number, (sampler, guidance) in enumerate(product(SAMPLERS, (scale.case.guidance_scale, 1.0)))
+    ]
+    together = _drawn(pipe, cases, rows)
+    alone = [_drawn(pipe, [case], rows)[0] for case in cases]
+    worst = min(map(psnr, together, alone))
+    figures = {
+        "equal": sum(map(np.array_equal, together, alone)),
+        "pictures": len(cases),
+        "psnr_db": worst,
+        "psnr_db_of_other_numbers": min(map(psnr, alone, [draw(pipe, case) for case in cases])),
+    }
+    wrong = f"{worst:.1f} dB between shared and alone, below {REPLAY_DB:g}"
+    return row_of(what, figures, [wrong] if worst < REPLAY_DB else ())
+
+
+def _drawn(pipe: Pipeline, cases: Sequence[Case], rows: int) -> list[Array]:
+    """Pictures (1, H, W, 3) uint8 of cases that share calls, all of so many rows."""
+    shared: SharedSteps[Step, Result[Any]] = SharedSteps(rows, (rows,))
+    found: dict[Hashable, Array] = {}
+    with closing(shared):
+        for number, case in enumerate(cases):
+            shared.add(number, pipe.shared({"prompt": case.prompt, "output_type": "np", **case.parameters}))
+        while len(shared):
+            for event in shared.turn():
+                if isinstance(event, Failed):
+                    raise event.error
+                if isinstance(event, Ended):
+                    found[event.name] = np.asarray(event.value.images)
+    return [found[number] for number in range(len(cases))]
 
 
 def why_not_replayed(likeness: float, opened: Opened, bar: float = REPLAY_DB) -> tuple[str, str]:

@@ -129,6 +129,7 @@ _LINES: Sequence[tuple[str, str, str, Show]] = (
     ("demo picture against the CPU's", "picture", "picture", _decibels),
     ("demo nets against the CPU's", "parity", "", _relative_l2),
     ("demo picture, replayed against plain", "graphs", "", _decibels),
+    ("demo pictures that share calls against alone", "sharing", "", _decibels),
     ("{model} picture, replayed against plain", "whole", "replayed pictures", _decibels),
     ("{model} first picture", "whole", "first picture", _arrival),
     ("{model} picture of 20 steps, replayed", "whole", "replayed pictures", _seconds),

@@ -159,7 +159,8 @@ class ControlFile:
         if widths := config.get("block_out_channels") or config.get("channels"):
             said.append(f"widths {', '.join(map(str, widths))}")
         if self.kind == CONTROLNET:
-            said.append(f"reads a context of {config['cross_attention_dim']} numbers a token")
+            if any(".transformer_blocks." in name for name in self.part.tensors):  # small ones have none
+                said.append(f"reads a context of {config['cross_attention_dim']} numbers a token")
             said.append(
                 f"reads a picture of {config['conditioning_channels']} channels, {self.channel_order}"
             )

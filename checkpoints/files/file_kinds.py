@@ -50,11 +50,16 @@ UNUSABLE_CONTROL = "unusable-control"
 
 _EMBEDDING = "Call it in a prompt: latentrt generate embedding:NAME -m CHECKPOINT --embd-dir {folder}"
 _ADAPTER = "Draw with it and a model that it is made for: latentrt generate PROMPT -m MODEL --lora {file}"
-_CONTROLNET = (
-    "Let it steer a model that it is made for: latentrt generate PROMPT -m MODEL --control-net {file}"
-    " --control-image PICTURE"
-)
-_CONTROL = "It cannot be used yet: use a ControlNet that is whole."
+# Of a control, by its kind.
+STEER = {
+    kind: "Let it steer a model that it is made for: latentrt generate PROMPT -m MODEL"
+    f" {option} {{file}} {picture} PICTURE"
+    for kind, option, picture in (
+        ("controlnet", "--control-net", "--control-image"),
+        ("t2i-adapter", "--t2i-adapter", "--control-image"),
+        ("ip-adapter", "--ip-adapter", "--ip-adapter-image"),
+    )
+}
 _NO_CONTROL = "Use a ControlNet, a T2I-Adapter or an IP-Adapter of features of an image encoder."
 _OTHER = "No other architecture is supported: use a checkpoint of Stable Diffusion 1.x, 2.x or XL."
 _PART = "Use the complete checkpoint; other tools also write its parts alone."
@@ -167,7 +172,9 @@ _WITH_UNET: Mapping[str, FileKind] = {
     r"\b(base_to_ctrl|ctrl_to_base|(enc|dec)_zero_convs_(in|out)|middle_block_in)\b": _no_control(
         "a ControlNet-XS"
     ),
-    r"^control_model\.": FileKind(name="controlnet", what="a ControlNet (original names)", todo=_CONTROLNET),
+    r"^control_model\.": FileKind(
+        name="controlnet", what="a ControlNet (original names)", todo=STEER["controlnet"]
+    ),
     r"^(model\.diffusion_model\.)?double_blocks\.0\.img_attn\.": FileKind(
         name="other", what="Flux, or a relative of it", todo=_OTHER
     ),
@@ -192,7 +199,9 @@ _TRANSFORMERS = (
     r"patchify_proj|head\.modulation|caption_projection|adaln_single|y_embedder|cap_embedder|adaLN_modulation)\b"
 )
 _WITHOUT_UNET: Mapping[str, FileKind] = {
-    r"^lora_controlnet$": FileKind(name="controlnet", what="a control-LoRA (Stability's)", todo=_CONTROL),
+    r"^lora_controlnet$": FileKind(
+        name="controlnet", what="a control-LoRA (Stability's)", todo=STEER["controlnet"]
+    ),
     r"^lllite_unet_": _no_control("a ControlNet-LLLite"),
     r"^(spatial_feat_mapping|seq_proj$)": _no_control("a fuser of T2I-Adapters (CoAdapter)"),
     r"^style_embedding$": _no_control("a style adapter (T2I-Adapter's)"),
@@ -200,20 +209,20 @@ _WITHOUT_UNET: Mapping[str, FileKind] = {
         name="other", what="a ControlNet of another architecture (a diffusion transformer)", todo=_OTHER
     ),
     r"^(task_embedding$|control_add_embedding\.)": FileKind(
-        name="controlnet", what="a ControlNet (Union)", todo=_CONTROL
+        name="controlnet", what="a ControlNet (Union)", todo=STEER["controlnet"]
     ),
     r"^controlnet_cond_embedding\.": FileKind(
-        name="controlnet", what="a ControlNet (diffusers' names)", todo=_CONTROLNET
+        name="controlnet", what="a ControlNet (diffusers' names)", todo=STEER["controlnet"]
     ),
     r"^(input_hint_block|zero_convs)\.": FileKind(
-        name="controlnet", what="a ControlNet (original names)", todo=_CONTROLNET
+        name="controlnet", what="a ControlNet (original names)", todo=STEER["controlnet"]
     ),
     _FACE_ID: _no_control("an IP-Adapter FaceID"),
     r"^(ip_adapter|image_proj(_model)?|adapter_modules)\.|\.to_k_ip\.": FileKind(
-        name="ip-adapter", what="an IP-Adapter", todo=_CONTROL
+        name="ip-adapter", what="an IP-Adapter", todo=STEER["ip-adapter"]
     ),
     r"^(adapter\.)?(body\.\d+\.(block1|resnets|in_conv)\b|.*\.in_conv\.weight$)": FileKind(
-        name="t2i-adapter", what="a T2I-Adapter", todo=_CONTROL
+        name="t2i-adapter", what="a T2I-Adapter", todo=STEER["t2i-adapter"]
     ),
     r"\.hada_w1_": FileKind(name=_LORA, what="a LoRA (LoHa)", todo=_ADAPTER),
     r"\.lokr_w[12]": FileKind(name=_LORA, what="a LoRA (LoKr)", todo=_ADAPTER),

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from ...engines.errors import CheckpointError, command
 from .component import DIFFUSERS, TRANSFORMERS, TensorHeader, read_component, read_headers, read_json
-from .file_kinds import UNUSABLE_CONTROL, FileKind, kind_of_tensors
+from .file_kinds import STEER, UNUSABLE_CONTROL, FileKind, kind_of_tensors
 from .ldm_names import usual_names
 
 _NOT_YET = "It cannot be used alone, or not yet: open a whole checkpoint."
@@ -18,20 +18,16 @@ _PEFT = FileKind(
     what="a PEFT adapter's folder (LoRA)",
     todo="Draw with it and a model that it is made for: latentrt generate PROMPT -m MODEL --lora {file}",
 )
-_STEER = (
-    "Let it steer a model that it is made for: latentrt generate PROMPT -m MODEL --control-net {file}"
-    " --control-image PICTURE"
-)
 _GIVE = "Give it to a checkpoint: latentrt generate PROMPT -m CHECKPOINT"
 # The class in a folder's config.json -> what the folder is.
 _CLASSES: Mapping[str, FileKind] = {
     name: FileKind(name=kind, what=what, todo=todo)
     for name, kind, what, todo in (
-        ("ControlNetModel", "controlnet", "a ControlNet's folder", _STEER),
-        ("ControlNetUnionModel", "controlnet", "a ControlNet's folder (Union)", _NOT_YET),
-        ("ControlNetModel_Union", "controlnet", "a ControlNet's folder (Union)", _NOT_YET),
+        ("ControlNetModel", "controlnet", "a ControlNet's folder", STEER["controlnet"]),
+        ("ControlNetUnionModel", "controlnet", "a ControlNet's folder (Union)", STEER["controlnet"]),
+        ("ControlNetModel_Union", "controlnet", "a ControlNet's folder (Union)", STEER["controlnet"]),
         ("ControlNetXSAdapter", UNUSABLE_CONTROL, "a ControlNet-XS' folder", _NOT_YET),
-        ("T2IAdapter", "t2i-adapter", "a T2I-Adapter's folder", _NOT_YET),
+        ("T2IAdapter", "t2i-adapter", "a T2I-Adapter's folder", STEER["t2i-adapter"]),
         ("MotionAdapter", "animatediff", "a folder of AnimateDiff", _NOT_YET),
         ("AutoencoderKL", "vae", "an autoencoder's folder", f"{_GIVE} --vae {{file}}"),
         ("AutoencoderTiny", "tiny-vae", "a tiny autoencoder's folder", f"{_GIVE} --tiny-vae {{file}}"),

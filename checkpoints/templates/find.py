@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ...engines import spec
 from ...engines.errors import CheckpointError, command
 from ...engines.installed import install_command
+from ..files.file_kinds import STEER
 from ..files.net_reads import net_tensors
 from ..files.source import Source
 from .archive import SHIPPED, Dtype, read_graph, read_index
@@ -123,6 +124,14 @@ def _odd_tensors(
 
 def _refuse(source: Source, component: str, reason: str) -> NoReturn:
     part = source.parts[spec.NETS[component].part]
+    refused = f"{part.folder} ({part.name}) fits no graph that is shipped: {reason}"
+    if STEER.keys() & source.parts.keys():  # it is a control
+        raise CheckpointError(
+            refused,
+            expected="a control of an architecture in circulation: no other is traced",
+            fix="Use one of these. If it is one, pass the folder with its config.json in place of a single"
+            " file: tensors do not say everything.",
+        )
     given = [
         word
         for name, option in (("vae", "--vae"), ("tiny_vae", "--tiny-vae"))
@@ -131,7 +140,7 @@ def _refuse(source: Source, component: str, reason: str) -> NoReturn:
     ]
     export = command("latentrt", "export", source.root, "-o", "PACKAGE", *given)
     raise CheckpointError(
-        f"{part.folder} ({part.name}) fits no graph that is shipped: {reason}",
+        refused,
         expected="an architecture in circulation",
         fix=f"Export it, which traces it with torch ({install_command('cpu,export')}): {export}",
     )

@@ -130,7 +130,7 @@ def _open(source: ImageSource, name: str, files: ExitStack) -> Image.Image:
         )
     path = Path(source)
     if not path.is_file():  # a pipe or a device might never end
-        raise _unreadable(name, source, "no such file")
+        raise _unreadable(name, source, "a folder" if path.is_dir() else "no such file")
     if (size := path.stat().st_size) > MAX_FILE_SIZE:
         raise _unreadable(name, source, f"{size} bytes, more than {MAX_FILE_SIZE}")
     return files.enter_context(closing(Image.open(path, formats=FORMATS)))

@@ -254,15 +254,16 @@ def _check_control(control: "Control | ImagePrompt") -> "Control | ImagePrompt":
             expected="the name of one that was loaded",
             fix="Load it first: pipe.load_control(FILE) returns its name.",
         )
+    what = "ip_adapter" if isinstance(control, ImagePrompt) else "control"
     share: dict[str, Any] = {
-        "start": check_number("control_start", control.start, 0.0, 1.0),
-        "end": check_number("control_end", control.end, 0.0, 1.0),
+        "start": check_number(f"{what}_start", control.start, 0.0, 1.0),
+        "end": check_number(f"{what}_end", control.end, 0.0, 1.0),
     }
     if control.start >= control.end:
         raise UsageError(
-            f"control_start {control.start:g} is not before control_end {control.end:g}",
+            f"{what}_start {control.start:g} is not before {what}_end {control.end:g}",
             expected="a part of the steps",
-            fix="Exchange the two.",
+            fix="Exchange the two." if control.start > control.end else f"Change {what}_end.",
         )
     kind = _check_prompt if isinstance(control, ImagePrompt) else _check_net
     return replace(control, **share, strength=kind(cast(Any, control)))

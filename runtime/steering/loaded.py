@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from difflib import get_close_matches
+from itertools import count
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from ...adapters.folder import check_name, check_names, check_path
+from ...adapters.folder import NameTakenError, check_name, check_names, check_path
 from ...engines.errors import CheckpointError, PackageError, UsageError
 from ...engines.package import Manifest, Package
 from ...engines.spec import CONTROL_TYPE, FEATURE, IMAGE_KEYS, RESIDUAL
@@ -26,6 +28,8 @@ from .ip_adapter import Prompted, image_prompt_job
 from .steered import OpenedControl, Rows
 from .t2i_adapter import SteeredByFeatures
 from .unions import check_unions, joined
+
+_LOG = logging.getLogger(__name__)
 
 _UNET, _CONTROLLED, _PROMPTED = "unet", "unet_controlled", "unet_image_prompt"
 # A kind of controls -> the graph of the UNet that takes it; the last one takes all of them.
@@ -46,7 +50,7 @@ class LoadedControls:
     def __init__(
         self,
         manifest: Manifest,
-        open_package: Callable[[Path, Path | None], Package],
+        open_package: Callable[[str | Path, Path | None], Package],
         open_loop: Callable[[Package], Loop],
         use_unet: Callable[[str], None],
     ) -> None:
@@ -61,6 +65,11 @@ class LoadedControls:
         with self._lock:
             return tuple(self._loaded)
 
+    def free_name(self, name: str) -> str:
+        """The first with a number behind the name that no control has."""
+        taken = set(self.names)
+        return next(one for one in (f"{name}-{number}" for number in count(2)) if one not in taken)
+
     @property
     def kinds(self) -> dict[str, str]:
         """Name -> "controlnet", "t2i-adapter" or "ip-adapter"."""
@@ -73,7 +82,7 @@ class LoadedControls:
         """Open a control, and call it `name`, by default as its file. Returns the name.
 
         Args:
-            path: what to open.
+            path: what to open; a str may be a name that ships.
             name: what to call it.
             image_encoder: of an IP-Adapter; None is the one beside its file.
 
@@ -95,7 +104,7 @@ class LoadedControls:
                 expected="a package of 2026-11-29 or later",
                 fix="Export the checkpoint again: latentrt export CHECKPOINT -o PACKAGE",
             )
-        package = self._open_package(Path(path), None if image_encoder is None else Path(image_encoder))
+        package = self._open_package(path, None if image_encoder is None else Path(image_encoder))
         self._check(package, Path(path))
         with ExitStack() as stack:
             loop = stack.enter_context(closing(self._open_loop(package)))
@@ -108,10 +117,11 @@ class LoadedControls:
                     self._loaded[name] = opened
                     stack.pop_all()
                 elif known.package.manifest.sha256 != opened.package.manifest.sha256:
-                    raise UsageError(
+                    raise NameTakenError(
                         f"another control is called {name!r}",
                         expected="a name of its own for each",
                         fix="Pass name=…, or unload the other one first.",
+                        name=name,
                     )
         return name
 
@@ -157,10 +167,11 @@ class LoadedControls:
             opened = self._find(control.model)
             if isinstance(control, ImagePrompt) != (opened.kind == "ip-adapter"):
                 wanted = "ImagePrompt" if opened.kind == "ip-adapter" else "Control"
+                option = "--ip-adapter" if opened.kind == "ip-adapter" else "--control-net"
                 raise UsageError(
-                    f"{control.model!r} is {_TITLES[opened.kind]}, and this is a {type(control).__name__}",
-                    expected=f"latentrt.{wanted}",
-                    fix=f"Pass latentrt.{wanted}(model={control.model!r}, image=…).",
+                    f"{control.model!r} is {_TITLES[opened.kind]}, and was given as another kind of control",
+                    expected=f"latentrt.{wanted}, or {option} on the command line",
+                    fix=f"Pass latentrt.{wanted}(model={control.model!r}, image=…), or give it to {option}",
                 )
             if isinstance(control, Control):
                 find_preparation(control.preparation).check(control.settings)
@@ -188,6 +199,15 @@ class LoadedControls:
             pictures=len(request.prompts),
         )
         steering = [self._read(one) for one in request.controls]
+        for one in request.controls:
+            if not one.on(rows.schedule)[: rows.steps].any():
+                _LOG.warning(
+                    "%s steers none of the %d steps: from %g to %g of them there is no whole one",
+                    one.model,
+                    rows.steps,
+                    one.start,
+                    one.end,
+                )
         nets = [one for one in steering if isinstance(one, SteeredByNet)]
         job = SteeringJob(
             controlnets=joined([one.job(rows) for one in nets], [one.control for one in nets], rows),

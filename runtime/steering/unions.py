@@ -41,7 +41,7 @@ def union_type(control: Control, manifest: Manifest) -> str | None:
         raise UsageError(
             f"{control.model!r} reads several kinds of pictures, and control_type is {told!r:.50}",
             expected=f"one of {', '.join(types)}",
-            fix=f"Say what the picture is: Control(control_type={types[0]!r}), --control-type {types[0]}",
+            fix=f"Say what the picture is: control_type={types[0]!r} (--control-type {types[0]})",
         )
     return told
 

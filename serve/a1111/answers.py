@@ -13,11 +13,11 @@ from ...engines.installed import latentrt_version
 from ...runtime.pictures.infotext import NEGATIVE_PROMPT, PROMPT, parse_infotext
 from ...runtime.pictures.write import read_metadata
 from ...runtime.pipeline import Pipeline
-from ..answers import Answer
+from ..answers import Answer, told_as
 from ..jobs.job import Job, StoredPicture
 from ..pictures.exchange import picture_bytes
 from ..worker import Worker
-from .fields import FIELDS, Route
+from .fields import FIELDS, THEIR_NAMES, Route
 from .order import Wanted, title_of
 from .tasks import stamp_of
 
@@ -141,5 +141,5 @@ def _parameters(text: str) -> dict[str, str]:
 
 def error_form(answer: Answer) -> dict[str, Any]:
     """An error in the form of this API."""
-    told = answer.failure
-    return {"error": told.type, "detail": answer.message, "body": "", "errors": told.found}
+    message, found = (told_as(text, THEIR_NAMES) for text in (answer.message, answer.failure.found))
+    return {"error": answer.failure.type, "detail": message, "body": "", "errors": found}

@@ -15,6 +15,15 @@ from ..jobs.refusals import FieldError
 
 Route = Literal["txt2img", "img2img"]
 API = "/sdapi/v1"  # how paths begin
+# Our names of parameters, as errors have them -> the fields that they are read from.
+THEIR_NAMES: Mapping[str, str] = {
+    "num_inference_steps": "steps",
+    "guidance_scale": "cfg_scale",
+    "num_images_per_prompt": "batch_size",
+    "mask_image": "mask",
+    "padding_mask_crop": "inpaint_full_res_padding",
+    "clip_skip": "CLIP_stop_at_last_layers",
+}
 _MOST_TOLD = 50  # names of unknown fields in an answer
 
 

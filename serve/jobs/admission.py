@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from .bounds import Bounds, Clock
 from .job import ANYONE, Job, Submission, Work
-from .pace import Pace
-from .refusals import DeadlineError, RefusedError, TooLargeError
+from .pace import Pace, ends
+from .refusals import DeadlineError, NeverInTimeError, RefusedError, TooLargeError
 from .table import Jobs
 
 AMOUNTS = ("jobs", "input_bytes", "pixel_steps")
@@ -60,8 +60,14 @@ class _Entry:
     position: int | None = None  # as its events have told it
 
     @property
-    def left(self) -> int:
-        return max(0, self.job.submission.work.pixel_steps - self.done)
+    def model(self) -> str:
+        return self.job.submission.model
+
+    @property
+    def rounds_left(self) -> int:
+        """Steps of each of its pictures."""
+        work = self.job.submission.work
+        return max(0, work.steps - self.done * work.steps // work.pixel_steps)
 
 
 class Queue:
@@ -71,11 +77,15 @@ class Queue:
         jobs: the table; however its jobs end, the queue knows.
         bounds: how much may be there.
         now: the table's clock.
-        pace: what estimates are made of.
+        paces: of each model, what estimates are made of.
+        at_once: jobs of a model that take turns.
     """
 
-    def __init__(self, jobs: Jobs, bounds: Bounds, now: Clock, pace: Pace) -> None:
-        self._jobs, self._bounds, self._now, self._pace = jobs, bounds, now, pace
+    def __init__(
+        self, jobs: Jobs, bounds: Bounds, now: Clock, paces: Mapping[str, Pace], at_once: int
+    ) -> None:
+        self._jobs, self._bounds, self._now = jobs, bounds, now
+        self._paces, self._at_once = paces, at_once
         self._lock = jobs.lock
         self._there: dict[str, _Entry] = {}
         self._waiting: list[tuple[int, int, str]] = []  # by -priority, then by arrival
@@ -90,6 +100,7 @@ class Queue:
         Raises:
             IdempotencyMismatchError: the key is for another body.
             TooLargeError: it is more than an empty queue takes.
+            NeverInTimeError: its deadline is too early for an empty queue.
             RefusedError: there is no room, no time until its deadline, or the server is about to end.
         """
         with self._lock:
@@ -162,8 +173,8 @@ class Queue:
         """When all that is there may be done, within the bounds of such an answer."""
         with self._lock:
             least, most = self._bounds.retry_after_s
-            estimate = self._pace.seconds(sum(entry.left for entry in self._there.values()))
-            return least if estimate is None else int(min(max(math.ceil(round(estimate, 3)), least), most))
+            last = max((at or 0.0 for _, at in self._done_at()), default=0.0)
+            return int(min(max(math.ceil(round(last, 3)), least), most))
 
     # ── inside, under the lock ──────────────────────────────────────────────────────────────────────────
 
@@ -203,11 +214,24 @@ class Queue:
             )
 
     def _check_deadline(self, submission: Submission) -> None:
-        before = [self._there[name].left for key, _, name in self._waiting if key <= -submission.priority]
-        estimate = self._pace.seconds(self._running_left() + sum(before) + submission.work.pixel_steps)
-        timeout = submission.timeout_s
-        if timeout is not None and estimate is not None and estimate > timeout:
-            found = f"a deadline in {timeout:g} s, when the job would be done in {estimate:.1f} s"
+        timeout, model = submission.timeout_s, submission.model
+        own = submission.work.steps, submission.work
+        alone = self._ends(model, [own])
+        if timeout is None or alone is None:
+            return
+        if alone[0] > timeout:
+            self._refused["deadline"] += 1
+            raise NeverInTimeError(
+                f"a deadline in {timeout:g} s, for a job that takes {alone[0]:.1f} s by itself",
+                expected="a later deadline",
+                fix="Give it more time, or ask for fewer steps or a smaller picture.",
+            )
+        later = {name for key, _, name in self._waiting if key > -submission.priority}
+        before = [entry for entry in self._in_order() if entry.job.id not in later]
+        ahead = [(one.rounds_left, one.job.submission.work) for one in before if one.model == model]
+        last = (self._ends(model, [*ahead, own]) or alone)[-1]
+        if last > timeout:
+            found = f"a deadline in {timeout:g} s, when the job would be done in {last:.1f} s"
             raise self._refusal("deadline", found, "a later deadline")
 
     def _refusal(self, bound: str, found: str, expected: str) -> RefusedError:
@@ -225,16 +249,40 @@ class Queue:
             pixel_steps=int(bounds.pixel_steps * share),
         )
 
-    def _running_left(self) -> int:
-        return sum(entry.left for entry in self._there.values() if entry.job.state == "running")
+    def _in_order(self) -> list[_Entry]:
+        """Who runs, and then who waits, the next first."""
+        running = [entry for entry in self._there.values() if entry.job.state == "running"]
+        return [*running, *(self._there[name] for *_, name in self._waiting)]
 
     def _places(self) -> Iterator[tuple[_Entry, Place]]:
         """Who waits, the next first, and where: one pass, however many there are."""
-        left = self._running_left()
-        for position, (*_, name) in enumerate(self._waiting, 1):
-            entry = self._there[name]
-            left += entry.left
-            yield entry, Place(position=position, eta_s=self._pace.seconds(left))
+        done = self._done_at()
+        waiting = done[len(done) - len(self._waiting) :]
+        for position, (entry, at) in enumerate(waiting, 1):
+            yield entry, Place(position=position, eta_s=at)
+
+    def _done_at(self) -> list[tuple[_Entry, float | None]]:
+        """Who is there, in order, and in how many seconds each is done; None without a pace.
+
+        Jobs wait for those of their own model alone: each model draws in a thread of its own, and what the
+        others' threads cost is in its pace.
+        """
+        there = self._in_order()
+        at: dict[str, float] = {}
+        for model in {entry.model for entry in there}:
+            own = [entry for entry in there if entry.model == model]
+            left = [(entry.rounds_left, entry.job.submission.work) for entry in own]
+            at |= zip((entry.job.id for entry in own), self._ends(model, left) or (), strict=False)
+        return [(entry, at.get(entry.job.id)) for entry in there]
+
+    def _ends(self, model: str, jobs: Sequence[tuple[int, Work]]) -> list[float] | None:
+        """In how many seconds each is done, of jobs of a model with so many rounds left."""
+        pace = self._paces[model]
+        each = [pace.seconds(work.pictures, work.pixel_steps // work.steps) for _, work in jobs]
+        known = [seconds for seconds in each if seconds is not None]
+        if len(known) < len(each):
+            return None
+        return ends([(rounds, one) for (rounds, _), one in zip(jobs, known, strict=True)], self._at_once)
 
     def _tell_places(self) -> None:
         """An event for each waiting job that is at another place than it was told."""

@@ -15,6 +15,10 @@ RETRYABLE = (MemoryLimitError, StorageError, DeadlineError, RefusedError)
 _FOLDER = r"[^\s/\\'\"`;,]+(?: [^\s/\\'\"`;,]+)*[/\\]+"
 _URL = r"(?P<url>\b(?!file:)[a-z][a-z0-9+.-]+://\S+)"
 _PATH = re.compile(rf"{_URL}|(?:\bfile:|\b[A-Za-z]:|~|(?<![\w./\\]))[/\\]+(?=\S)(?:{_FOLDER})*")
+# In the advice of errors: what an option is called beside its parameter, and code.
+_OPTION = re.compile(r" \(--[\w-]+(?: [\w-]+)?\)|,? or --[\w-]+(?: [A-Z]+)?")
+_CODE = re.compile(r"\b(?:pipe|latentrt)\b|--\w|\w\(|=\[")
+_OPERATOR = "Leave it out, or ask who runs this server."
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]+")
 
 
@@ -45,7 +49,7 @@ class Failure:
             type=type_of(type(error)),
             found=without_paths(error.found),
             expected=without_paths(error.expected),
-            fix=without_paths(error.fix),
+            fix=without_paths(for_callers(error.fix)),
             retryable=isinstance(error, RETRYABLE),
         )
 
@@ -67,6 +71,14 @@ def type_of(kind: type[LatentrtError]) -> str:
     """A class's name as a word for programs: `memory_limit` for MemoryLimitError."""
     name = kind.__name__.removesuffix("Error")
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
+def for_callers(fix: str) -> str:
+    """The advice of an error to who sends requests, and has neither this Python nor this command line."""
+    if "start the server" in fix:  # who asks may be who runs it
+        return fix
+    said = _OPTION.sub("", re.sub(r"\bPass (?=\w+=…)", "Send ", fix)).replace("=…", "")
+    return _OPERATOR if _CODE.search(said) else said
 
 
 def without_paths(text: str) -> str:

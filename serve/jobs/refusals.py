@@ -38,6 +38,10 @@ class TooLargeError(UsageError):
     """A job that would be refused by an empty queue too."""
 
 
+class NeverInTimeError(UsageError):
+    """A deadline that an empty server would miss too."""
+
+
 class FieldError(UsageError):
     """A field of another kind than the API has, or one whose mere presence asks for what is not there."""
 

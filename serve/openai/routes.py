@@ -28,7 +28,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ...engines.errors import CancelledError, LatentrtError
-from ..answers import Answer, answer_to, answer_to_failure
+from ..answers import Answer, answer_to, answer_to_failure, told_as
 from ..door.links import Linked, follow
 from ..fields import terms_of
 from ..jobs.events import Data, Reading
@@ -49,7 +49,6 @@ CLIENT_GONE = 499  # for the log; nobody reads the answer
 _MOST_NAMED = 32  # fields, in a header
 _SUFFIXES = {one.media_type: one.suffix for one in FORMATS.values()}
 _KINDS = {one.media_type: name for name, one in FORMATS.items()}
-_OUR_NAMES = re.compile(rf"\b(?:{'|'.join(RENAMED)})\b")
 # Words of errors -> the field that they are about.
 _ABOUT = {**RENAMED, "width": "size", "height": "size", "pixels": "size", "pictures": "n"}
 
@@ -116,8 +115,14 @@ def error_form(answer: Answer, field: str | None = None) -> dict[str, Any]:
     """An error in the form of OpenAI's API; `field` is the one to blame."""
     types = {401: "authentication_error", 429: "rate_limit_error"}
     kind = types.get(answer.status, "server_error" if answer.status >= 500 else "invalid_request_error")
-    message = _OUR_NAMES.sub(lambda found: RENAMED[found[0]], answer.message)
-    return {"error": {"message": message, "type": kind, "param": field, "code": answer.code}}
+    return {
+        "error": {
+            "message": told_as(answer.message, RENAMED),
+            "type": kind,
+            "param": field,
+            "code": answer.code,
+        }
+    }
 
 
 def _refusal(error: LatentrtError, sent: Mapping[str, Any]) -> Response:

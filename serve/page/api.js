@@ -19,6 +19,12 @@ const SILENT = {
   fix: "See whether it still runs, and try again.",
 };
 
+const FORGOTTEN = {
+  found: "The server knows this drawing no longer",
+  expected: "one that was not started again meanwhile, or not long ago",
+  fix: "Draw it again.",
+};
+
 let askForKey = async () => null;
 let asking = null;
 
@@ -93,6 +99,7 @@ export async function* events(job) {
         if (TERMINAL.has(event.kind)) return;
       }
     } catch (error) {
+      if (error instanceof ApiError && error.status === 404) throw new ApiError(FORGOTTEN, 404);
       if (error instanceof ApiError && error.status) throw error;
     }
     yield { id: last, kind: "silent", data: {} };

@@ -17,7 +17,7 @@ from latentrt.benchmarks.case import HOST_NETS, sizes_of
 from latentrt.benchmarks.gpu import sections
 from latentrt.benchmarks.gpu.check import line_of
 from latentrt.benchmarks.gpu.opener import Opener, Scale, collect
-from latentrt.benchmarks.gpu.sections import build, graphs, parity, picture, placement
+from latentrt.benchmarks.gpu.sections import build, graphs, parity, picture, placement, sharing
 from latentrt.benchmarks.records import Row
 from latentrt.benchmarks.verbs import parity as parity_verb
 from latentrt.engines.device import Addresses, Graph, Shapes
@@ -154,6 +154,43 @@ def test_graphs_fail_where_nothing_is_replayed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("latentrt.runtime.loop.device.cuda_graphs.Replay._capture", silent)
     rows = run(graphs, stand_in())
     assert rows[0].reason == "no graph is replayed, and nothing says why"
+
+
+def test_shared_rows() -> None:
+    rows = run(sharing, stand_in())
+    assert [row.workload for row in rows] == ["2 rows", "4 rows", "8 rows"]
+    assert not failures(rows)
+    assert [(row.figures["equal"], row.figures["pictures"]) for row in rows] == [(6, 6)] * 3
+    assert all(row.figures["psnr_db_of_other_numbers"] > 60 for row in rows)
+
+
+def test_sharing_fails_where_rows_are_mixed() -> None:
+    """Each run adds a little of the first row to the others."""
+
+    def mixing(name: str, hungry: Any) -> Any:
+        plain = hungry.bind
+
+        def bind(shapes: Shapes, addresses: Addresses, scratch: int) -> Any:
+            bound = plain(shapes, addresses, scratch)
+            count = int(np.prod(shapes["latent"]))
+            values = np.ctypeslib.as_array((ctypes.c_float * count).from_address(addresses["prediction"]))
+            by_row = values.reshape(shapes["latent"])
+            run, submit = bound.enqueue, bound._net.submit
+
+            def enqueue() -> None:
+                run()
+                submit(lambda: np.add(by_row, 0.3 * by_row[:1], by_row))
+
+            bound.enqueue = enqueue
+            return bound
+
+        if name == "unet":
+            hungry.bind = bind
+        return hungry
+
+    rows = run(sharing, stand_in(wrap=mixing))
+    assert [row.status for row in rows][1:] == ["FAILED"] * 2
+    assert "between shared and alone" in rows[1].reason
 
 
 # ── opening and building ─────────────────────────────────────────────────────────────────────────

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from latentrt import Control, ImagePrompt, UsageError, cli, redraw
 from latentrt.cli.generate import generate
 from latentrt.engines.errors import StorageError
-from latentrt.runtime.model import ADAPTERS, CheckpointOptions
+from latentrt.runtime.model import ADAPTERS, CONTROLS, CheckpointOptions
 from latentrt.runtime.pictures.write import read_metadata
 from latentrt.runtime.pipeline import Pipeline
 
@@ -171,12 +171,15 @@ def test_controls(monkeypatch: pytest.MonkeyPatch) -> None:
     nets = ["a", "--control-net", "edges", "--control-net", "org/depth"]
     words = ["--control-image", "start.png", "--control-strength", "0.5", "--control-strength", "0.25"]
     shares = ["--control-start", "0.1", "--control-end", "0.7", "--control-mode", "guess"]
-    _, parameters = heard(monkeypatch, *nets, *words, *shares, "--control-resize", "pad", "--canny")
+    made = ["--control-preparation", "canny", "--control-preparation", "none"]
+    _, parameters = heard(monkeypatch, *nets, *words, *shares, "--control-resize", "pad", *made)
     both = {"image": "start.png", "start": 0.1, "end": 0.7, "mode": "guess", "resize_mode": "pad"}
     assert parameters["controls"] == [
         Control(model="name of edges", strength=0.5, preparation="canny", **both),
-        Control(model="name of org/depth", strength=0.25, preparation="canny", **both),
+        Control(model="name of org/depth", strength=0.25, **both),
     ]
+    _, parameters = heard(monkeypatch, *nets[:3], *words[:2], "--canny")
+    assert parameters["controls"] == [Control(model="name of edges", image="start.png", preparation="canny")]
     masked = [
         "--control-mask",
         "mask.png",
@@ -221,7 +224,15 @@ def test_image_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     ("words", "error"),
     [
         (["--control-image", "start.png"], "--control-image without --control-net"),
-        (["--canny"], "--control-preparation without --control-net"),
+        (["--canny"], "--canny without --control-net"),
+        (
+            ["--control-net", "a", "--control-image", "b", "--canny", "--control-preparation", "none"],
+            "--canny with --control-preparation",
+        ),
+        (
+            [*["--control-net", "a", "--control-image", "b"] * 2, "--canny"],
+            "--canny with 2 of --control-net",
+        ),
         (["--control-net", "a"], "--control-net without --control-image"),
         (
             ["--control-net", "a", *["--control-image", "start.png"] * 2],
@@ -465,10 +476,41 @@ def test_what_counts_otherwise_than_it_did_is_said(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], folder: Path
 ) -> None:
     run(monkeypatch, "a star", *FAST, *STEERED["edges"], "--control-strength", "0.75", "-o", "first.png")
-    run(monkeypatch, "--from", "first.png", *STEERED["edges"], "-o", "again.png")
+    run(monkeypatch, "--from", "first.png", *STEERED["edges"], "-o", "same.png")
+    assert (folder / "same.png").read_bytes() == (folder / "first.png").read_bytes(), "as the picture has it"
+    other = ["--control-strength", "1"]
+    run(monkeypatch, "--from", "first.png", *STEERED["edges"], *other, "-o", "again.png")
     said = capfd.readouterr().err
     assert "edges steered the picture with strength 0.75, and now with strength 1.0" in said
     assert (folder / "again.png").read_bytes() != (folder / "first.png").read_bytes()
+
+
+def test_nets_of_one_name(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    """Files of two folders that are called alike are two; a folder in the way does not hide what ships."""
+    other = shutil.copytree(CONTROLS["demo"] / "edges", folder / "mine" / "edges")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "controlnet_conditioning_channel_order": "bgr"}))
+    (folder / "edges").mkdir()
+    nets = ["--control-net", "edges", "--control-net", "mine/edges", "--control-net", "edges"]
+    run(monkeypatch, "a star", *FAST, *nets, "--control-image", "start.png", "-o", "three.png")
+    assert "mine/edges is called edges-2 here, as another control is called edges" in capfd.readouterr().err
+    record = read_metadata("three.png").record or {}
+    assert [one["model"] for one in record["steered_by"]] == ["edges", "edges-2", "edges"]
+    words = ["a", *FAST, "--control-net", "./edges", "--control-image", "start.png"]
+    monkeypatch.setattr(sys, "argv", ["latentrt", "generate", *words])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "edges has no weights" in capfd.readouterr().err
+
+
+def test_a_control_of_no_step_says_so(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    late = [*STEERED["edges"], "--control-start", "0.9"]
+    run(monkeypatch, "a star", "--steps", "4", "--threads", "1", "--seed", "3", *late, "-o", "late.png")
+    assert "edges steers none of the 4 steps" in capfd.readouterr().err
 
 
 def test_each_picture_of_a_batch_has_its_own_control(folder: Path) -> None:
@@ -564,6 +606,10 @@ def test_a_file_of_the_folder_is_found_with_its_ending(monkeypatch: pytest.Monke
         (["--lora", "x" * 300], "no adapter is called 'xxx"),
         (["--lora", "x" * 300 + ".safetensors"], "xxx.safetensors is no file"),
         (["--control-net", "x" * 300, "--control-image", "y.png"], "does not exist"),
+        (["--control-net", "", "--control-image", "y.png"], "a control is ''"),
+        (["--control-net", "edges", "--control-image", "."], "control_image '.' cannot be read: a folder"),
+        (["--ip-adapter", "edges", "--ip-adapter-image", "start.png"], "give it to --control-net"),
+        (["--control-net", "likeness", "--control-image", "start.png"], "give it to --ip-adapter"),
         (["--control-net", "~nobody.here/x", "--control-image", "y.png"], "does not exist"),
         (["--fuse-lora", "x.safetensors"], "--fuse-lora (fused=…) was given for"),
         (["--few-steps", "lcm"], "--few-steps (few_steps=…) was given for"),

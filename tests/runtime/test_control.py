@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt import Control, Package
+from latentrt import Control, ImagePrompt, Package
 from latentrt.engines.errors import UsageError
 from latentrt.runtime.model import SHIPPED
 from latentrt.runtime.request.request import make_request
@@ -36,6 +36,24 @@ def test_what_no_control_can_be(fields: dict[str, Any], match: str) -> None:
     control = Control(**{"model": "canny", "image": "edges.png", **fields})
     with pytest.raises(UsageError, match=match):
         make_request(Package.open(SHIPPED["demo"]).manifest, "a house", controls=[control])
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"start": -0.1}, "ip_adapter_start is -0.1"),
+        ({"end": 1.1}, "ip_adapter_end is 1.1"),
+        (
+            {"start": 0.6, "end": 0.4},
+            "ip_adapter_start 0.6 is not before ip_adapter_end 0.4.*Exchange the two",
+        ),
+        ({"start": 0.5, "end": 0.5}, "ip_adapter_start 0.5 is not before .*Change ip_adapter_end"),
+    ],
+)
+def test_what_no_image_prompt_can_be(fields: dict[str, Any], match: str) -> None:
+    prompt = ImagePrompt(**{"model": "plus", "image": "face.png", **fields})
+    with pytest.raises(UsageError, match=match):
+        make_request(Package.open(SHIPPED["demo"]).manifest, "a house", controls=[prompt])
 
 
 def test_balanced_is_one_number() -> None:

@@ -359,13 +359,20 @@ def test_one_is_cancelled_and_one_has_no_time_left(pipe: Pipeline) -> None:
     assert steps.count("drawn") == 4
 
 
-def test_what_is_no_error_of_ours_ends_all(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any, **__: Any) -> Any:
-        raise ZeroDivisionError
+def test_what_is_no_error_of_ours_leaves_the_others_too(pipe: Pipeline) -> None:
+    """A request that is none, and a picture whose own code fails."""
 
-    monkeypatch.setattr(pipe, "_draw", broken)
-    with pytest.raises(ZeroDivisionError):
-        list(pipe.stream_many([{"prompt": PROMPT, **SMALL}]))
+    class Broken(Image.Image):
+        def load(self) -> Any:
+            raise ZeroDivisionError
+
+    good = {"prompt": PROMPT, "num_inference_steps": 2, "seed": 1, **SMALL}
+    picture = Broken()
+    picture._size = (64, 64)
+    found = dict(pipe.stream_many([good, None, {**good, "image": picture}, good]))  # pyright: ignore[reportArgumentType]
+    assert isinstance(found[1], TypeError)
+    assert isinstance(found[2], Exception)
+    np.testing.assert_array_equal(found[0].images, found[3].images)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_requests_are_taken_as_there_is_room(pipe: Pipeline) -> None:
@@ -383,13 +390,23 @@ def test_requests_are_taken_as_there_is_room(pipe: Pipeline) -> None:
     assert taken == [0, 1]
 
 
-def test_a_device_draws_the_same(package: Package, pipe: Pipeline) -> None:
+def test_a_device_draws_the_same(package: Package, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [{**SMALL, **request} for request in REQUESTS[:4]]
+    told: set[tuple[int, ...]] = set()
+    plain = sharing.together
+    monkeypatch.setattr(
+        sharing, "together", lambda calls, sizes: (told.add(tuple(sizes)), plain(calls, sizes))[1]
+    )
     with device_pipeline(package, HostDevice()) as (on_device, _):
+        assert on_device.row_sizes(8) == (1, 2, 4, 8)
+        assert on_device.row_sizes(6) == (1, 2, 4, 6)
+        assert on_device.row_sizes(1) == (1,)
+        assert pipe.row_sizes(8) == ()
         found = dict(on_device.stream_many(requests))
         for number, request in enumerate(requests):
             images = found[number].images  # pyright: ignore[reportAttributeAccessIssue]
             assert np.abs(images.astype(int) - pipe(**request).images).max() <= 1
+    assert told == {(1, 2, 4, 8)}
 
 
 def test_events_have_names() -> None:

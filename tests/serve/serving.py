@@ -49,8 +49,9 @@ class Desk:
     """A table, its queue, pace and clock."""
 
     bounds: Bounds
+    at_once: int = 1
 
     def __post_init__(self) -> None:
         self.clock, self.pace = SetClock(), Pace()
         self.jobs = Jobs(self.bounds, self.clock)
-        self.queue = Queue(self.jobs, self.bounds, self.clock, self.pace)
+        self.queue = Queue(self.jobs, self.bounds, self.clock, {"": self.pace}, self.at_once)

@@ -577,7 +577,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"steps": "many"}, 422, "steps is 'many'"),
     ({"steps": 2.5}, 422, "steps is 2.5"),
     ({"steps": True}, 422, "steps is True"),
-    ({"steps": 0}, 400, "num_inference_steps is 0"),
+    ({"steps": 0}, 400, "steps is 0; expected an integer"),
     ({"steps": 151}, 413, "151 steps"),
     ({"width": 65}, 400, "width is 65"),
     ({"batch_size": 6, "n_iter": 2}, 400, "n_iter * batch_size is 12"),
@@ -830,6 +830,7 @@ def test_the_model_is_each_callers_own_choice(pipe: Pipeline) -> None:
         assert post(mine, "other") == 404
         closed.server.workers["second"] = second = copy(closed.server.workers["demo"])
         second.model = "second"
+        closed.server.paces["second"] = closed.server.paces["demo"]
         assert post(mine, "second [0123456789]") == 200
         assert post(mine, None) == 200
         for headers, name in ((mine, "second"), (other, "demo")):

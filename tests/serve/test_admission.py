@@ -1,15 +1,19 @@
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from latentrt.engines.errors import CancelledError, NumericError
-from latentrt.serve.jobs.admission import Load, Place, deadline_passed
+from latentrt.serve.answers import answer_to
+from latentrt.serve.jobs.admission import Load, Place, Queue, deadline_passed
 from latentrt.serve.jobs.bounds import Bounds
 from latentrt.serve.jobs.job import ANYONE, Once, Submission
-from latentrt.serve.jobs.pace import Pace
-from latentrt.serve.jobs.refusals import RefusedError, TooLargeError
-from tests.serve.serving import Desk, asked, picture
+from latentrt.serve.jobs.pace import Pace, ends
+from latentrt.serve.jobs.refusals import NeverInTimeError, RefusedError, TooLargeError
+from latentrt.serve.jobs.table import Jobs
+from tests.serve.serving import Desk, SetClock, asked, picture
 
 WIDE = Bounds(jobs=100, input_bytes=10_000, pixel_steps=100_000, owner_share=1)
 NUMERIC = NumericError("NaN", expected="numbers", fix="Export again.")
@@ -110,7 +114,7 @@ def test_a_repeated_submission_is_no_new_job_even_where_none_is_taken() -> None:
 
 def test_a_draining_queue_refuses_all_and_goes_on_with_what_is_there() -> None:
     desk = Desk(WIDE)
-    desk.pace.feed(100, 7)
+    desk.pace.feed(1, 100, 7)
     desk.queue.submit("a", asked())
     assert not desk.queue.draining
     desk.queue.drain()
@@ -124,19 +128,59 @@ def test_a_draining_queue_refuses_all_and_goes_on_with_what_is_there() -> None:
 # ── estimates ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_pace_is_an_exponentially_weighted_mean() -> None:
+def test_the_pace_follows_what_is_measured() -> None:
     pace = Pace()
-    assert (pace.seconds_per_pixel_step, pace.seconds(5)) == (None, None)
-    pace.feed(0, 1)
-    pace.feed(5, 0)
+    assert (pace.seconds_per_pixel_step, pace.seconds(1, 5)) == (None, None)
+    pace.feed(0, 0, 1)
+    pace.feed(1, 5, 0)
     assert pace.seconds_per_pixel_step is None
-    pace.feed(100, 1)
-    assert pace.seconds(50) == pytest.approx(0.5)
-    pace.feed(100, 2)
-    assert pace.seconds_per_pixel_step == pytest.approx(0.8 * 0.01 + 0.2 * 0.02)
+    pace.feed(2, 200, 2)
+    assert pace.seconds(1, 50) == pytest.approx(0.5), "pixels alone"
+    pace.feed(1, 100, 2)
+    assert pace.seconds(1, 100) == pytest.approx(0.8 * 1 + 0.2 * 2)
     for _ in range(100):
-        pace.feed(10, 3)
-    assert pace.seconds_per_pixel_step == pytest.approx(0.3)
+        pace.feed(1, 100, 3)
+    assert pace.seconds_per_pixel_step == pytest.approx(0.03)
+
+
+@pytest.mark.parametrize("order", ["tiny first", "mixed"])
+def test_a_large_picture_is_not_told_the_pace_of_tiny_ones(order: str) -> None:
+    """A step of 0.02 s and 0.1 s for 512 x 512: a mean over pixels would tell 64 x 64 six times its pace."""
+    side, tiny = 512**2, 64**2
+
+    def seconds(steps: int, pixel_steps: int) -> float:
+        return 0.02 * steps + 0.1 * pixel_steps / side
+
+    pace = Pace()
+    pace.feed(2, 2 * side, seconds(2, 2 * side))
+    generator = np.random.default_rng(0)
+    for number in range(400):
+        pixels = tiny if order == "tiny first" or number % 2 else side
+        noise = generator.uniform(0.9, 1.1)
+        pace.feed(5, 5 * pixels, noise * seconds(5, 5 * pixels))
+    for pixels in (tiny, side):
+        assert pace.seconds(20, 20 * pixels) == pytest.approx(seconds(20, 20 * pixels), rel=0.25)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 9])
+def test_jobs_that_take_turns_end_as_a_simulation_says(at_once: int) -> None:
+    """Round by round, one after the other."""
+    generator = np.random.default_rng(at_once)
+    for _ in range(50):
+        count = int(generator.integers(0, 9))
+        jobs = [(int(generator.integers(0, 9)), float(generator.uniform(0.1, 1))) for _ in range(count)]
+        now, waiting, running, wanted = 0.0, list(range(len(jobs))), [], [0.0] * len(jobs)
+        left = [rounds for rounds, _ in jobs]
+        while waiting or running:
+            running += [waiting.pop(0) for _ in range(min(at_once - len(running), len(waiting)))]
+            if all(left[one] for one in running):
+                now += sum(jobs[one][1] for one in running)
+                for one in running:
+                    left[one] -= 1
+            for one in running:
+                wanted[one] = now
+            running = [one for one in running if left[one]]
+        assert ends(jobs, at_once) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +192,7 @@ def test_retry_after_is_the_time_of_all_that_is_there_within_bounds(
 ) -> None:
     """Two jobs, of which one runs."""
     desk = Desk(Bounds(jobs=2, owner_share=1))
-    desk.pace.feed(100, seconds_per_step)
+    desk.pace.feed(1, 100, seconds_per_step)
     for _ in range(2):
         desk.queue.submit("a", asked(steps))
     running = desk.queue.take()
@@ -175,7 +219,7 @@ def test_places_and_estimates_of_those_that_wait() -> None:
     desk = Desk(WIDE)
     first, second, third = (desk.queue.submit("a", asked(steps)) for steps in (10, 20, 30))
     assert desk.queue.place(second.id) == Place(position=2, eta_s=None)
-    desk.pace.feed(100, 1)
+    desk.pace.feed(1, 100, 1)
     assert desk.queue.take() is not None
     desk.queue.progress(first.id, 400)
     assert desk.queue.place(first.id) is None
@@ -191,15 +235,14 @@ def test_a_move_looks_at_each_that_waits_once(monkeypatch: pytest.MonkeyPatch) -
     for _ in range(100):
         desk.queue.submit("a", asked())
     counted: list[int] = []
-    seconds = desk.pace.seconds
-    monkeypatch.setattr(desk.pace, "seconds", lambda left: (counted.append(left), seconds(left))[1])
+    monkeypatch.setattr(desk.pace, "seconds", lambda *left: counted.append(left))
     desk.queue.take()
-    assert len(counted) == 99
+    assert len(counted) == 100, "who runs, too"
 
 
 def test_events_tell_of_every_move_in_the_queue() -> None:
     desk = Desk(WIDE)
-    desk.pace.feed(100, 1)
+    desk.pace.feed(1, 100, 1)
     jobs = [desk.queue.submit("a", asked()) for _ in range(3)]
     desk.queue.take()
     desk.jobs.cancel(jobs[1].id, "a")
@@ -220,7 +263,7 @@ def test_events_tell_of_every_move_in_the_queue() -> None:
 def test_a_deadline_that_the_estimate_exceeds_is_refused_at_once() -> None:
     desk = Desk(WIDE)
     assert desk.queue.submit("a", asked(10, timeout_s=0.1)), "no pace is known yet"
-    desk.pace.feed(100, 1)
+    desk.pace.feed(1, 100, 1)
     error = refused(desk, "a", asked(5, timeout_s=14.9))
     assert (error.bound, error.retry_after_s) == ("deadline", 10)
     assert "14.9 s" in error.found
@@ -228,6 +271,38 @@ def test_a_deadline_that_the_estimate_exceeds_is_refused_at_once() -> None:
     assert desk.queue.submit("a", asked(5, timeout_s=15))
     assert refused(desk, "a", asked(5, timeout_s=15)).bound == "deadline"
     assert desk.queue.submit("a", asked(5, timeout_s=5, priority=1)), "it starts before the others"
+
+
+def test_a_deadline_that_no_queue_would_meet_is_refused_for_good() -> None:
+    desk = Desk(WIDE)
+    desk.pace.feed(1, 100, 1)
+    with pytest.raises(NeverInTimeError, match=r"a deadline in 4.9 s, for a job that takes 5.0 s by itself"):
+        desk.queue.submit("a", asked(5, timeout_s=4.9))
+    assert desk.queue.refused == {"deadline": 1}
+    assert answer_to(NeverInTimeError("a", expected="b", fix="c")).status == 400, "no client tries again"
+
+
+def test_a_short_job_does_not_wait_for_the_end_of_long_ones() -> None:
+    desk = Desk(WIDE, at_once=2)
+    desk.pace.feed(1, 100, 1)
+    desk.queue.submit("a", asked(100))
+    desk.queue.take()
+    short = desk.queue.submit("a", asked(5, timeout_s=10))
+    assert desk.queue.place(short.id) == Place(position=1, eta_s=pytest.approx(10)), "they take turns"
+    error = refused(desk, "a", asked(5, timeout_s=14.9))
+    assert "would be done in 20.0 s" in error.found, "when the other short one has ended: 10 and 2 x 5"
+
+
+def test_a_job_waits_for_those_of_its_own_model() -> None:
+    clock = SetClock()
+    paces = {"": Pace(), "other": Pace()}
+    queue = Queue(Jobs(WIDE, clock), WIDE, clock, paces, 1)
+    paces[""].feed(1, 100, 100)
+    paces["other"].feed(1, 100, 1)
+    queue.submit("a", asked(50))
+    job = queue.submit("a", replace(asked(5, timeout_s=6), model="other"))
+    assert queue.place(job.id) == Place(position=2, eta_s=pytest.approx(5))
+    assert queue.retry_after_s() == 120
 
 
 def test_what_waits_past_its_deadline_fails_without_work() -> None:

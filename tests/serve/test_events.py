@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from latentrt.serve.jobs.bounds import Bounds
 from latentrt.serve.jobs.events import TERMINAL, Event, EventLog, Kind
+from latentrt.serve.waiting import unless_gone
 from tests.serve.serving import SetClock
 
 
@@ -305,3 +306,21 @@ def test_threads_that_write_get_numbers_without_holes(clock: SetClock) -> None:
     for thread in threads:
         thread.join()
     assert [event.number for event in log.after(0).events] == list(range(1, 4001))
+
+
+def test_a_cancelled_request_leaves_its_job() -> None:
+    """Ray Serve cancels the task of a request whose client has gone."""
+
+    async def main() -> list[str]:
+        left: list[str] = []
+        work: Any = asyncio.sleep(60)
+        asking = asyncio.ensure_future(
+            unless_gone(lambda: asyncio.sleep(60, {}), work, lambda: left.append("left"))
+        )
+        await asyncio.sleep(0.01)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        return left
+
+    assert asyncio.run(main()) == ["left"]

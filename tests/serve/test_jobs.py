@@ -40,6 +40,9 @@ def jobs(clock: SetClock) -> Jobs:
     return Jobs(BOUNDS, clock)
 
 
+ASK = "Leave it out, or ask who runs this server."
+
+
 def ran(jobs: Jobs, *sizes: int, owner: str = "a", once: Once | None = None) -> str:
     """The id of a job that has completed with pictures of these sizes."""
     name = jobs.add(owner, asked(once=once)).id
@@ -343,6 +346,31 @@ def test_of_an_error_that_is_not_ours_nothing_is_told() -> None:
     """Report 46."""
     assert Failure.of(RuntimeError("/srv/secret")) is INTERNAL
     assert "/" not in str(INTERNAL.record())
+
+
+@pytest.mark.parametrize(
+    ("fix", "told"),
+    [
+        ("Pass image=… (--image), or leave mask_image out.", "Send image, or leave mask_image out."),
+        ("Pass image=…, or --image FILE.", "Send image."),
+        ("Write num_inference_steps=…", "Write num_inference_steps"),
+        ("Leave it out: control_type, or --control-type", "Leave it out: control_type"),
+        (
+            "Say what: control_type='depth' (--control-type depth)",
+            "Say what: control_type='depth'",
+        ),
+        ("Load it first: pipe.load_lora_weights(FILE), --lora FILE, or --lora-dir FOLDER", ASK),
+        ("Export the checkpoint again: latentrt export CHECKPOINT -o PACKAGE", ASK),
+        (
+            "Leave x out, or start the server with --lenient",
+            "Leave x out, or start the server with --lenient",
+        ),
+        ("Use 64 or 72.", "Use 64 or 72."),
+        ("Send base64, one picture a field.", "Send base64, one picture a field."),
+    ],
+)
+def test_advice_is_for_who_sends_requests(fix: str, told: str) -> None:
+    assert Failure.of(NumericError("a", expected="b", fix=fix)).fix == told
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,9 @@ def test_ends_steps_rows_and_pictures_are_counted(at: Live, monkeypatch: pytest.
     assert value(found, "step_seconds_count", model="demo") == len(calls)
     assert value(found, "step_seconds_sum", model="demo") > 0
     assert value(found, "queue_duration_seconds_count") in (3, 4), "one may have been cancelled in the queue"
-    assert value(found, "seconds_per_pixel_step") == at.server.pace.seconds_per_pixel_step
+    assert (
+        value(found, "seconds_per_pixel_step", model="demo") == at.server.paces["demo"].seconds_per_pixel_step
+    )
     assert value(found, "bytes", kind="results") == at.server.jobs.kept_bytes > 0
     assert value(found, "worker_alive", model="demo") == value(found, "ready") == 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 import threading
@@ -240,10 +241,96 @@ def test_what_is_wrong_is_refused_before_a_step(
     assert at.server.jobs.counts().accepted == before
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"nan", b'{"seed": NaN}', b"[" * 100_000, b"\xff"])
-def test_bodies_that_are_no_objects(at: Live, body: bytes) -> None:
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b"[]", ""),
+        (b"null", ""),
+        (b"{", ": expecting property name enclosed in double quotes in line 1, column 2"),
+        (b"nan", ": expecting value in line 1, column 1"),
+        (b'{"seed": NaN}', ": NaN is no number of JSON"),
+        (b'{"seed": -Infinity}', ": -Infinity is no number of JSON"),
+        (b'{"seed": 1' + b"0" * 5000 + b"}", ": a number has too many digits"),
+        (b"[" * 100_000, ": it is nested too deeply"),
+        (b"\xff", ": it is not UTF-8"),
+        (gzip.compress(b"{}", mtime=0), ": it is not UTF-8"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_bodies_that_are_no_objects(at: Live, body: bytes, why: str) -> None:
     answer = at.client.post("/v1/jobs", content=body, headers={"content-type": "application/json"})
-    assert answer.status_code == (202 if body == b"" else 400)
+    assert (answer.status_code, answer.json()["error"]["found"]) == (
+        400,
+        f"a body that is no JSON object{why}",
+    )
+
+
+def test_an_empty_body_asks_for_nothing_special(at: Live) -> None:
+    assert at.client.post("/v1/jobs", content=b"").status_code == 202
+
+
+def test_a_packed_body(at: Live) -> None:
+    headers = {"content-encoding": "gzip"}
+    answer = at.client.post("/v1/jobs", content=gzip.compress(b"{}"), headers=headers)
+    assert (answer.status_code, "Content-Encoding: gzip" in answer.text) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("prefer", "applied"),
+    [
+        (["wait=60"], "wait=60"),
+        (["WAIT = 60"], "wait=60"),
+        (['wait="60"'], "wait=60"),
+        (["respond-async, wait=60; x=1"], "wait=60"),
+        (["return=minimal", "wait=60"], "wait=60"),
+        (["wait=99999"], "wait=60"),
+        (["wait=" + "9" * 400], "wait=60"),
+        (["wait=0"], "wait=0"),
+        (["wait"], None),
+        (["wait=-1"], None),
+        (["wait=soon"], None),
+        (["await=60"], None),
+    ],
+)
+def test_preferences(at: Live, prefer: list[str], applied: str | None) -> None:
+    """RFC 7240, sections 2 and 4.3; the longest wait is a minute."""
+    headers = [("prefer", one) for one in prefer]
+    answer = at.client.post("/v1/jobs", json={**SMALL, "num_inference_steps": 1}, headers=headers)
+    assert answer.headers.get("preference-applied") == applied
+    if applied == "wait=60":
+        assert answer.json()["status"] == "completed"
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/v1/jobs", "GET, HEAD, POST"),
+        ("/v1/jobs/x", "DELETE, GET, HEAD"),
+        ("/v1/images/edits", "POST"),
+        ("/health", "GET, HEAD"),
+        ("/", "GET, HEAD"),
+    ],
+)
+def test_a_wrong_method_is_told_the_right_ones(at: Live, path: str, allowed: str) -> None:
+    answer = at.client.put(path)
+    assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+
+
+def test_head_is_get_without_a_body(at: Live) -> None:
+    job = draw(at)
+    for path in ("/", "/health", "/v1/jobs", "/openapi.json", "/metrics", job["images"][0]["href"]):
+        answer, whole = at.client.head(path), at.client.get(path)
+        assert (answer.status_code, answer.content) == (200, b"")
+        assert answer.headers["content-type"] == whole.headers["content-type"]
+    assert at.client.head("/v1/images/generations").status_code == 405
+    assert at.client.head("/v1/jobs/none").status_code == 404
+
+
+def test_base64_may_have_lines(at: Live) -> None:
+    text = encoded(np.zeros((64, 64, 3), np.uint8))
+    lines = "\r\n".join(text[start : start + 76] for start in range(0, len(text), 76))
+    made = [draw(at, image=one, strength=0.5)["images"][0]["sha256"] for one in (text, lines)]
+    assert made[0] == made[1]
 
 
 def test_a_damaged_form(at: Live) -> None:
@@ -369,7 +456,7 @@ def test_capabilities_have_what_a_model_has_a_use_for(at: Live) -> None:
     assert told["default"] == "demo"
     model = told["models"]["demo"]
     schema = model["schema"]["properties"]
-    assert schema["num_inference_steps"]["maximum"] == 1000
+    assert schema["num_inference_steps"]["maximum"] == at.server.bounds.request_steps == 150
     assert schema["guidance_rescale"] == {
         "type": "number",
         "minimum": 0.0,

@@ -411,6 +411,12 @@ REFUSED: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"timeout_s": 0}, 400, "timeout_s", "timeout_s is 0"),
     ({"loras": ["/etc/x.safetensors"]}, 400, None, "x.safetensors"),
     ({"svg": {"model": "x"}}, 400, "svg", "there is no field 'svg'"),
+    (
+        {"num_images_per_prompt": 2},
+        400,
+        "num_images_per_prompt",
+        "there is no field 'num_images_per_prompt'; expected 'n'",
+    ),
 ]
 
 

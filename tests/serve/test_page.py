@@ -360,6 +360,34 @@ def test_a_painted_mask_is_sent(opened: Open, tmp_path: Path, pipe: Pipeline) ->
         assert not {"image", "mask_image", "strength"} & set(page.sent())
 
 
+def test_a_mask_lies_on_a_turned_photo_as_it_is_seen(opened: Open, tmp_path: Path, pipe: Pipeline) -> None:
+    """A camera's photo that is stored on its side (EXIF 6): shown upright, masked upright, drawn upright."""
+    file = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    gradient = np.add.outer(np.arange(64), np.arange(96)).astype(np.uint8)
+    Image.fromarray(gradient).convert("RGB").save(file, exif=exif, quality=95)
+    with opened() as page:
+        page.choose("#file", file)
+        page.until("document.querySelector('#ground').naturalWidth === 64")
+        page.evaluate(
+            "document.querySelector('#easel').scrollIntoView({block: 'center', behavior: 'instant'})"
+        )
+        left, top, width, height = page.box("#mask")
+        assert width < height, "64 x 96"
+        page.drag([(left + width * share, top + height * 0.25) for share in (0.2, 0.4, 0.6, 0.8)])
+        draw(page, num_inference_steps=4, seed=2, strength=0.9)
+        page.until(DONE)
+        sent = page.sent()
+        mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(sent["mask_image"]))).convert("L"))
+        assert mask.shape == (96, 64)
+        assert mask[24, 20:44].min() == 255, "along the stroke, a quarter below the top"
+        assert mask[48:].max() == 0
+        fields: dict[str, Any] = {"num_inference_steps": 4, "seed": 2, "strength": 0.9}
+        wanted = pipe(PROMPT, image=file, mask_image=Image.fromarray(mask), **fields).images[0]
+        np.testing.assert_array_equal(pixels_on(page), np.asarray(wanted))
+
+
 def test_a_picture_tells_how_it_was_made(opened: Open, tmp_path: Path, pipe: Pipeline) -> None:
     file = tmp_path / "made.png"
     made = pipe(PROMPT, num_inference_steps=5, seed=2**60 + 1, sampler="heun", loras=[("striped", 0.5)])

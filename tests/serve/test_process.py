@@ -99,16 +99,27 @@ def test_after_the_grace_jobs_are_cancelled_and_streams_are_told(tmp_path: Path)
         assert at.process.wait(WAIT_S) == 0
 
 
-def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
+def test_a_second_signal_cancels_and_tells_who_waits(tmp_path: Path) -> None:
     with served(tmp_path, "--grace", "600") as at:
         stream = Stream(at, post(at, **LONG))
+        answers: list[httpx.Response] = []
+
+        def wait() -> None:
+            headers = {"prefer": "wait=60"}
+            answers.append(httpx.post(f"{at.url}/v1/jobs", json=LONG, headers=headers, timeout=WAIT_S))
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        until(lambda: len(at.client.get("/v1/jobs").json()["jobs"]) == 2)
         at.process.send_signal(signal.SIGINT)
         until(lambda: at.client.get("/health/ready").status_code == 503)
         assert at.process.poll() is None
         at.process.send_signal(signal.SIGINT)
-        at.process.wait(20)
-        stream.join(WAIT_S)
-        assert stream.kinds[-1] != "completed"
+        assert at.process.wait(20) == 0
+        for one in (stream, thread):
+            one.join(WAIT_S)
+        assert stream.kinds[-1] == "cancelled"
+        assert (answers[0].status_code, answers[0].json()["status"]) == (200, "cancelled")
 
 
 # ── the end that is not ────────────────────────────────────────────────────────────────────────────

@@ -15,6 +15,7 @@ from latentrt.serve.jobs.job import Job, Once
 from latentrt.serve.jobs.refusals import (
     GoneError,
     IdempotencyMismatchError,
+    NeverInTimeError,
     RefusedError,
     TooLargeError,
     UnknownJobError,
@@ -94,6 +95,10 @@ class QueueMachine(RuleBasedStateMachine):
         except TooLargeError:
             self.expire()
             assert of["steps"] > 30 or of["input_bytes"] > 300
+            return
+        except NeverInTimeError:
+            self.expire()
+            assert of["timeout_s"] is not None
             return
         except RefusedError as error:
             self.expire()
@@ -180,7 +185,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.floats(0.01, 2))
     def measure(self, seconds: float) -> None:
-        self.desk.pace.feed(100, seconds)
+        self.desk.pace.feed(1, 100, seconds)
 
     @precondition(lambda self: len(self.known) > 5)
     @rule()

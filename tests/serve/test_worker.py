@@ -143,7 +143,7 @@ def test_a_running_job_is_cancelled_within_a_step(server: Server) -> None:
 
 
 def test_a_deadline_passes_while_it_runs(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.pace, "seconds", lambda _: None)  # else it is refused at once
+    monkeypatch.setattr(server.paces["demo"], "seconds", lambda *_: None)  # else it is refused at once
     job = server.submit(ANYONE, order(num_inference_steps=150), timeout_s=0.2)
     done = ended(server, job)
     assert done.error is not None
@@ -264,7 +264,7 @@ def test_rows_are_measured_when_it_starts(pipe: Pipeline) -> None:
     server.start()
     try:
         assert server.workers["demo"].rows in (2, 4, 8, 16)
-        assert server.pace.seconds_per_pixel_step is not None
+        assert server.paces["demo"].seconds_per_pixel_step is not None
     finally:
         server.end(0)
 

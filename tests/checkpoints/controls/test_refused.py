@@ -202,6 +202,23 @@ def test_inspect_says_what_it_is(tmp_path: Path) -> None:
     t2i_adapter("light").save_pretrained(folder)
     answer = CliRunner().invoke(app, ["inspect", str(folder)])
     assert "a T2I-Adapter (light) for Stable Diffusion 1.x" in answer.output
+    assert f"--t2i-adapter {folder} --control-image PICTURE" in answer.output
+    assert "cannot be used" not in answer.output
+
+
+@pytest.mark.parametrize(
+    ("option", "tensors"),
+    [
+        ("--control-net", lambda: controlnet("promax").state_dict()),
+        ("--t2i-adapter", lambda: t2i_adapter("light").state_dict()),
+        ("--ip-adapter", lambda: joined(projection("plain", 768), ip_layers(unet_of("sd1")))),
+    ],
+)
+def test_inspect_says_how_a_file_steers(option: str, tensors: Callable[[], Tensors], tmp_path: Path) -> None:
+    path = write(tmp_path / "x.safetensors", tensors())
+    answer = CliRunner().invoke(app, ["inspect", str(path)])
+    assert f" {option} {path} " in answer.output
+    assert "cannot be used" not in answer.output
 
 
 def test_inspect_says_what_is_wrong_with_it(tmp_path: Path) -> None:
