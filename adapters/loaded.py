@@ -97,6 +97,12 @@ class LoadedAdapters:
         with self._lock:
             return tuple(self._loaded)
 
+    @property
+    def usual(self) -> tuple[Lora, ...]:
+        """Those of requests that name none: (name, strength)."""
+        with self._lock:
+            return self._usual
+
     def load(self, path: str | Path, name: str | None = None, *, allow_unused: bool = False) -> str:
         """Read a file and find what it changes; nothing is drawn with it yet.
 

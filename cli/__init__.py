@@ -27,6 +27,7 @@ from .cache import cache
 from .convert import convert
 from .doctor import doctor
 from .export import export
+from .export_triton import export_triton
 from .generate import generate
 from .inspect import inspect, metadata
 from .opened import models
@@ -61,7 +62,7 @@ def _latentrt(  # pyright: ignore[reportUnusedFunction]
 ) -> None: ...
 
 
-for verb in (generate, serve, export, build, models, inspect, metadata, convert, doctor):
+for verb in (generate, serve, export, export_triton, build, models, inspect, metadata, convert, doctor):
     app.command()(verb)
 app.add_typer(bench, name="bench")
 app.add_typer(cache, name="cache")

@@ -82,13 +82,13 @@ def serve(
     from ..serve.metrics import PATH as METRICS
     from ..serve.run import listen
     from ..serve.run import serve as answer
-    from ..serve.server import Options, Server
+    from ..serve.server import Options, Server, named
 
     keys = join_keys([keys_of_environment(KEYS), *([read_keys(key_file)] if key_file else [])])
     check_exposure(host, keys)
     open_paths = (*HEALTH_PATHS, METRICS) if open_metrics else HEALTH_PATHS
     access = allow(hosts=allow_host or (), origins=allow_origin or (), keys=keys, open_paths=open_paths)
-    names = _named(models or ["demo"])
+    names = named(models or ["demo"])
     with ExitStack() as stack:
         listening = stack.enter_context(listen(host, port))
         with progress_bar(enabled=not as_json) as advance:
@@ -141,20 +141,3 @@ def _check_installed() -> None:
             expected="the extra `serve`",
             fix=install_command("serve"),
         )
-
-
-def _named(models: Sequence[str]) -> dict[str, str]:
-    """Name -> model: what stands before the first `=`, else the model's last part."""
-    found: dict[str, str] = {}
-    for text in models:
-        name, equals, model = text.partition("=")
-        if not equals or not name or "/" in name:
-            name, model = Path(text).stem, text
-        if name in found:
-            raise UsageError(
-                f"two models are called {name}",
-                expected="a name for each",
-                fix="Name them: latentrt serve first=MODEL second=MODEL",
-            )
-        found[name] = model
-    return found

@@ -7,8 +7,8 @@
     pipe("a red circle", generator=torch.Generator().manual_seed(7)).images[0].save("circle.png")
 
 Arguments, defaults and output classes are those of diffusers 0.42: `StableDiffusionPipeline`, its Img2Img and
-Inpaint, and the same of XL, in one class; which of them it is, is what is passed. What has no counterpart here
-is refused by name.
+Inpaint, and the same of XL, in one class; which of them it is, is what is passed. What has no counterpart
+here is refused by name.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class LatentrtPipeline:
         Args:
             pretrained_model_name_or_path: as `Pipeline.open` takes it.
             device: "auto", "cpu", "cuda", "cuda:1".
-            options: of `Pipeline.open`; diffusers' `torch_dtype` chooses the arithmetic, as `checkpoint` does.
+            options: of `Pipeline.open`; diffusers' `torch_dtype` chooses the arithmetic as `checkpoint` does.
 
         Raises:
             ModelError, UsageError, BackendError: as `Pipeline.open`.
@@ -188,7 +188,7 @@ class LatentrtPipeline:
 
     def _defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Those of diffusers' calls, where they differ from the model's own."""
-        defaults: dict[str, Any] = {"guidance_scale": 5.0 if self._xl else 7.5}
+        defaults: dict[str, Any] = {"guidance_scale": 5.0 if self._xl else 7.5, "prompt_syntax": "plain"}
         if not {"timesteps", "sigmas"} & given.keys():
             defaults["num_inference_steps"] = _STEPS
         if "mask_image" in given:
@@ -215,7 +215,8 @@ class LatentrtPipeline:
                 fix="Pass as many.",
             )
         scale = self.pipe.package.manifest.latent_scale
-        shape = (count // len(several), request.channels, request.height // scale, request.width // scale)
+        channels = self.pipe.package.manifest.latent_channels
+        shape = (count // len(several), channels, request.height // scale, request.width // scale)
         fresh = all(map(_is_fresh, several)) and len(several) == count
         rng = "torch-cuda" if several[0].device.type == "cuda" else "torch-cpu"
         seeds = [one.initial_seed() for one in several]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from ..engines.errors import UsageError
@@ -195,3 +196,20 @@ class Server:
         self._ended = True
         for worker in self.workers.values():
             worker.end()
+
+
+def named(models: Sequence[str]) -> dict[str, str]:
+    """Name -> model: what stands before the first `=`, else the model's last part. Raises UsageError."""
+    found: dict[str, str] = {}
+    for text in models:
+        name, equals, model = text.partition("=")
+        if not equals or not name or "/" in name:
+            name, model = Path(text).stem, text
+        if name in found:
+            raise UsageError(
+                f"two models are called {name}",
+                expected="a name for each",
+                fix="Name them: latentrt serve first=MODEL second=MODEL",
+            )
+        found[name] = model
+    return found

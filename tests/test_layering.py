@@ -35,6 +35,7 @@ ROOMS: dict[str, list[set[str]]] = {
     "checkpoints": [{"files"}, {"controls", "graphs"}, {"hub", "precision", "templates"}],
     "export": [{"nets", "pickles"}, {"graphs"}],
     "serve": [{"jobs", "pictures"}, {"door"}, {"a1111", "openai"}],
+    "hosts": [{"triton"}],
     "benchmarks": [{"sides", "load"}, {"models"}, {"verbs"}, {"gpu", "report"}],
 }
 # To go: imports that run back between rooms or close a circle.
@@ -51,6 +52,7 @@ MAY_IMPORT = {  # folder or room -> heavy libraries it may import
     "checkpoints/precision": {"onnx_ir"},
     "checkpoints": {"onnx_ir"},
     "export": OF_EXPORT,
+    "hosts": {"torch", "diffusers"},  # of diffusers' own kinds of arguments and answers
     "demo": {"torch", "diffusers", "transformers"},
     "benchmarks": OF_EXPORT,
     "cli": {"torch"},

@@ -78,12 +78,16 @@ def write_repository(model: TritonModel, out: Path) -> Path:
     """
     if not _NAME.fullmatch(model.name):
         raise UsageError(
-            f"the name {model.name!r}", expected="letters, digits, . _ and -", fix="Change it: --name latentrt"
+            f"the name {model.name!r}",
+            expected="letters, digits, . _ and -",
+            fix="Change it: --name latentrt",
         )
     folder = out / model.name
     if folder.exists():
         raise UsageError(
-            f"{folder} is there already", expected="a name of its own", fix="Remove it, or choose another --name"
+            f"{folder} is there already",
+            expected="a name of its own",
+            fix="Remove it, or choose another --name",
         )
     (folder / "1").mkdir(parents=True)
     (folder / "config.pbtxt").write_text(config_of(model), encoding="utf-8")
@@ -105,7 +109,8 @@ def config_of(model: TritonModel) -> str:
         for name, (kind, dims, needed) in INPUTS.items()
     ]
     outputs = [
-        f"{{ name: {_quoted(name)} data_type: {kind} dims: {dims} }}" for name, (kind, dims) in OUTPUTS.items()
+        f"{{ name: {_quoted(name)} data_type: {kind} dims: {dims} }}"
+        for name, (kind, dims) in OUTPUTS.items()
     ]
     parameters = [
         f"parameters {{ key: {_quoted(name)} value: {{ string_value: {_quoted(value)} }} }}"
@@ -139,9 +144,10 @@ def _program_of(model: TritonModel) -> str:
     paths = [path for path in dict.fromkeys(found) if path and Path(path).is_absolute()]
     return f'''"""Draws for Triton; written by `latentrt export-triton`."""
 
-import sys
+import site
 
-sys.path += [path for path in {paths!r} if path not in sys.path]
+for path in {paths!r}:  # Triton's Python looks nowhere by itself
+    site.addsitedir(path)
 
 import triton_python_backend_utils
 from latentrt.hosts.triton.served import Model

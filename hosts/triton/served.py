@@ -100,11 +100,17 @@ class Model:
             for name in INPUTS
             if (tensor := self._utils.get_input_tensor_by_name(request, name)) is not None
         }
-        texts = {name: _text(name, tensors[name]) for name in ("prompt", "negative_prompt") if name in tensors}
-        pictures = {name: _picture(name, tensors[name]) for name in ("image", "mask_image") if name in tensors}
+        texts = {
+            name: _text(name, tensors[name]) for name in ("prompt", "negative_prompt") if name in tensors
+        }
+        pictures = {
+            name: _picture(name, tensors[name]) for name in ("image", "mask_image") if name in tensors
+        }
         written = json.loads(_text("fields", tensors["fields"]) or "{}") if "fields" in tensors else {}
         if not isinstance(written, dict):
-            raise UsageError("fields is no object", expected='{"seed": 7}', fix="Send an object as JSON text.")
+            raise UsageError(
+                "fields is no object", expected='{"seed": 7}', fix="Send an object as JSON text."
+            )
         return {**written, **json.loads(request.parameters() or "{}"), **texts, **pictures}
 
     # ── its answers ────────────────────────────────────────────────────────────────────────────────

@@ -20,6 +20,9 @@ from .remote import Remote, check_url
 MODEL, CATEGORY = "LATENTRT_MODEL", "latentrt"
 OPEN_MODELS = 2
 SEED_MAX = 2**64 - 1
+# What ComfyUI multiplies a LATENT with for the UNet, by the family (comfy/latent_formats.py).
+_SCALE = 0.18215
+_SCALES = {"sdxl": 0.13025, "sdxl-refiner": 0.13025}
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,10 @@ class OpenModel:
         return {
             "required": {"checkpoint": (_checkpoints(),)},
             "optional": {
-                "package": ("STRING", {"default": "", "tooltip": "The path of an exported package, instead."}),
+                "package": (
+                    "STRING",
+                    {"default": "", "tooltip": "The path of an exported package, instead."},
+                ),
                 "device": (["auto", "cpu", "cuda"],),
             },
         }
@@ -167,7 +173,7 @@ class OpenModel:
 
 
 class ServerModel:
-    """A model of a `latentrt serve` on this machine; the address is yours to give, and never comes from a file."""
+    """A model of a `latentrt serve` on this machine."""
 
     CATEGORY, FUNCTION = CATEGORY, "choose"
     RETURN_TYPES, RETURN_NAMES = (MODEL,), ("model",)
@@ -288,8 +294,9 @@ class Sample:
             "height": samples.shape[2] * manifest.latent_scale,
             "width": samples.shape[3] * manifest.latent_scale,
         }
+        scale = _SCALES.get(manifest.family, _SCALE)
         if samples.any() or denoise < 1:
-            start = {"image": samples * manifest.scaling_factor, "strength": denoise}
+            start = {"image": samples * np.float32(scale), "strength": denoise}
         drawn = pipe(
             positive,
             negative_prompt=negative,
@@ -304,7 +311,7 @@ class Sample:
             callback_on_step_end=_callback(steps),
             **start,
         ).images
-        return ({**latent, "samples": torch.from_numpy(drawn / manifest.scaling_factor)},)
+        return ({**latent, "samples": torch.from_numpy(drawn / np.float32(scale))},)
 
 
 class Draw:

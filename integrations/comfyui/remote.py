@@ -35,7 +35,7 @@ class Remote:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
 
     def draw(self, prompt: str, values: dict[str, Any], model: Any) -> tuple[Any, str]:
-        """(N, H, W, 3) uint8, and the parameters' text of the first. Raises ValueError with the server's words."""
+        """(N, H, W, 3) uint8, and the first one's parameters as text. Raises ValueError, in its words."""
         sent = {"prompt": prompt, **values}
         if model.path:
             sent["model"] = model.path
@@ -81,7 +81,7 @@ class Remote:
         headers = {"content-type": "application/json"} if body is not None else {}
         if self._key:
             headers["x-api-key"] = self._key
-        return urllib.request.Request(self._address + path, data=body, headers=headers)
+        return urllib.request.Request(self._address + path, data=body, headers=headers)  # noqa: S310 (checked)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -1,0 +1,45 @@
+"""`latentrt export-triton`: a model repository for NVIDIA's Triton."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+from .shown import show, tell
+
+
+def export_triton(
+    model: Annotated[str, Argument(help="What is served, as `latentrt generate -m` takes it.")],
+    output: Annotated[Path, Option("--output", "-o", help="The repository; it may have other models.")],
+    name: Annotated[str, Option(help="What Triton calls it.")] = "latentrt",
+    device: Annotated[str, Option(help="cpu, or cuda: one instance for each GPU.")] = "cpu",
+    backend: Annotated[str, Option(help="What executes it there.")] = "auto",
+    rows: Annotated[int | None, Option(help="Rows of a call of the UNet. Default: measured.")] = None,
+    instances: Annotated[int, Option(help="On a CPU: how often it is opened.")] = 1,
+    lora_dir: Annotated[Path | None, Option("--lora-dir", help="A folder of adapters.")] = None,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Write a model repository of Triton's, in which one model draws whole pictures."""
+    from ..hosts.triton.repository import TritonModel, write_repository
+
+    kind: Any = device
+    folder = write_repository(
+        TritonModel(
+            model=str(Path(model).resolve()) if Path(model).exists() else model,
+            name=name,
+            device=kind,
+            backend=backend,
+            rows=rows,
+            count=instances,
+            loras=None if lora_dir is None else lora_dir.resolve(),
+        ),
+        output,
+    )
+    if as_json:
+        print(json.dumps({"model": str(folder)}))
+        return
+    show(str(folder))
+    tell(f"serve it: tritonserver --model-repository {output.resolve()} --disable-auto-complete-config")

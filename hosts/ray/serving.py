@@ -1,0 +1,177 @@
+"""The server as an application of Ray Serve: a replica is a whole server, whose requests share steps.
+
+    serve run latentrt.hosts.ray.serving:application                             # the shipped model
+    serve run latentrt.hosts.ray.serving:application models=model.safetensors num_gpus=1 max_replicas=8
+
+Every replica has the HTTP of `latentrt serve`. A job is known to the replica that took it, and Ray chooses
+one for each request: callers wait for their answer (OpenAI's and AUTOMATIC1111's APIs, `Prefer: wait`).
+
+Ray's own ports run whatever they are sent, for anyone (CVE-2023-48022): keep them to a network of your own.
+
+Source: `ray.serve.ingress`, `ray.serve.config.AutoscalingPolicy`, Ray 2.60.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...engines.errors import UsageError
+
+if TYPE_CHECKING:
+    from ...serve.door.guard import Guard
+
+_METRIC = "pixel_steps"  # of what waits and runs in a replica, as its metrics call it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What replicas are.
+
+    Attributes:
+        models: of each replica, as `latentrt serve` takes them, with commas between.
+        device, backend, loras: as there.
+        key_file: of keys that callers need. Ray's proxy listens where Ray was told to, so without it every
+            caller of that address may draw.
+        hosts: names besides this machine's that callers may use, with commas between.
+        rows, at_once, queue: as there; 0 rows are measured.
+        min_replicas, max_replicas: how many there are.
+        pixel_steps: width x height x steps x pictures of what waits and runs: one more replica for each.
+        num_cpus, num_gpus: of each replica.
+        look_s: between two decisions on how many there are.
+        idle_s: after which there are fewer.
+    """
+
+    models: str = "demo"
+    device: str = "auto"
+    backend: str = "auto"
+    loras: str = ""
+    key_file: str = ""
+    hosts: str = ""
+    rows: int = 0
+    at_once: int = 4
+    queue: int = 64
+    min_replicas: int = 1
+    max_replicas: int = 1
+    pixel_steps: float = 20e6
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    look_s: float = 2.0
+    idle_s: float = 300.0
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> Settings:
+        """Texts of a command line, or values. Raises UsageError for a name or a number that is none."""
+        kinds = {item.name: type(item.default) for item in fields(cls)}
+        found: dict[str, Any] = {}
+        for name, value in given.items():
+            if name not in kinds:
+                raise UsageError(
+                    f"there is no setting {name!r:.80}",
+                    expected=f"one of {', '.join(kinds)}",
+                    fix=f"Leave {name:.80} out.",
+                )
+            try:
+                found[name] = kinds[name](value)
+            except (TypeError, ValueError) as error:
+                raise UsageError(
+                    f"{name} is {value!r:.80}", expected="a number", fix=f"Change {name}."
+                ) from error
+        return cls(**found)
+
+
+class Replica:
+    """One server; Ray makes it in a process of its own."""
+
+    def __init__(self, settings: Settings) -> None:
+        from ...runtime.pipeline import Pipeline
+        from ...serve.door.access import allow
+        from ...serve.door.keys import join_keys, read_keys
+        from ...serve.jobs.bounds import Bounds
+        from ...serve.server import Options, Server, named
+
+        keys = join_keys([read_keys(Path(settings.key_file))] if settings.key_file else [])
+        hosts = [name for name in settings.hosts.split(",") if name]
+        self._access = allow(hosts=hosts, keys=keys)
+        with ExitStack() as stack:
+            pipes = {
+                name: stack.enter_context(
+                    Pipeline.open(
+                        model,
+                        device=settings.device,
+                        backend=settings.backend,
+                        loras=settings.loras or None,
+                    )
+                )
+                for name, model in named(settings.models.split(",")).items()
+            }
+            options = Options(rows=settings.rows or None, at_once=settings.at_once)
+            self.server = Server(pipes, Bounds(jobs=settings.queue), options)
+            self.server.start()
+            stack.callback(self.server.end, 0.0)
+            self._closing = stack.pop_all()
+
+    def __serve_build_asgi_app__(self) -> Guard:
+        """What Ray hands requests to."""
+        from ...serve.app import create_app
+
+        return create_app(self.server, self._access)
+
+    def check_health(self) -> None:
+        """Raise where a worker is dead for good, or stuck: Ray then makes another replica."""
+        if self.server.health == "unhealthy":
+            raise RuntimeError("the replica's worker does not draw any more")
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """How much waits and runs here."""
+        return {_METRIC: float(self.server.queue.load.pixel_steps)}
+
+    def __del__(self) -> None:
+        """End; what still runs has had Ray's time to end."""
+        if hasattr(self, "_closing"):
+            self._closing.close()
+
+
+class ByPixelSteps:
+    """How many replicas there are to be, by how much there is to draw: one for each `target` of it."""
+
+    def __init__(self, target: float) -> None:
+        self._target = target
+
+    def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
+        """Ray's `AutoscalingContext` -> the number, and what is kept until the next decision."""
+        there = (context.aggregated_metrics or {}).get(_METRIC, {})
+        return max(1, math.ceil(sum(there.values()) / self._target)), {}
+
+
+def application(arguments: Mapping[str, Any]) -> Any:
+    """The application of such settings, for `serve run` and `ray.serve.run`. Raises UsageError."""
+    from ray import serve
+    from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+
+    settings = Settings.read(arguments)
+    scaling = AutoscalingConfig(
+        min_replicas=settings.min_replicas,
+        max_replicas=settings.max_replicas,
+        upscale_delay_s=settings.look_s,
+        downscale_delay_s=settings.idle_s,
+        metrics_interval_s=settings.look_s / 2,
+        look_back_period_s=settings.look_s,
+        policy=AutoscalingPolicy(
+            policy_function=ByPixelSteps, policy_kwargs={"target": settings.pixel_steps}
+        ),
+    )
+    deployment = serve.deployment(
+        name="latentrt",
+        max_ongoing_requests=2 * settings.queue,  # the queue refuses by itself, and pages look on besides
+        autoscaling_config=scaling,
+        graceful_shutdown_timeout_s=40.0,
+        health_check_period_s=5.0,
+        health_check_timeout_s=30.0,
+        ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
+    )
+    return deployment(serve.ingress()(Replica)).bind(settings)

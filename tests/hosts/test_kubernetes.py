@@ -1,0 +1,153 @@
+"""The manifests: valid by Kubernetes' own schemas, as they are and as the GPU's patches leave them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from latentrt.cli import app
+from latentrt.serve.door.access import HEALTH_PATHS
+from tests.hosts.environment import PYTHON, missing
+from tests.serve.live import live, open_demo
+
+FOLDER = Path(__file__).resolve().parent.parent.parent / "deploy" / "kubernetes"
+VERSION = "1.34"
+
+
+def documents(name: str = "latentrt.yaml") -> dict[str, Any]:
+    """By kind."""
+    return {one["kind"]: one for one in yaml.safe_load_all((FOLDER / name).read_text())}
+
+
+def patched(objects: dict[str, Any]) -> dict[str, Any]:
+    """What kustomize makes of them for GPUs: JSON patches (RFC 6902) that add and replace."""
+    found = copy.deepcopy(objects)
+    kustomization = yaml.safe_load((FOLDER / "gpu" / "kustomization.yaml").read_text())
+    for patch in kustomization["patches"]:
+        target = found[patch["target"]["kind"]]
+        assert target["metadata"]["name"] == patch["target"]["name"]
+        for change in yaml.safe_load(patch["patch"]):
+            *way, last = (part.replace("~1", "/") for part in change["path"].split("/")[1:])
+            place: Any = target
+            for part in way:
+                place = place[int(part)] if isinstance(place, list) else place[part]
+            assert change["op"] in ("add", "replace")
+            if isinstance(place, list) and last == "-":
+                place.append(change["value"])
+            elif isinstance(place, list):
+                place[int(last)] = change["value"]
+            else:
+                assert change["op"] == "add" or last in place, change
+                place[last] = change["value"]
+    return found
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def objects(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return documents() if request.param == "cpu" else patched(documents())
+
+
+def container(objects: dict[str, Any]) -> dict[str, Any]:
+    (one,) = objects["Deployment"]["spec"]["template"]["spec"]["containers"]
+    return one
+
+
+_VALIDATE = """
+import json, sys
+import kubernetes_validate
+for one in json.load(sys.stdin):
+    try:
+        kubernetes_validate.validate(one, sys.argv[1], strict=True)
+    except kubernetes_validate.ValidationError as error:
+        print(one["kind"], error)
+"""
+
+
+def problems(*objects: dict[str, Any]) -> str:
+    """What the schemas have against objects, in the environment that has the schemas (100 MB)."""
+    if reason := missing():
+        pytest.skip(reason)
+    words = [str(PYTHON), "-c", _VALIDATE, VERSION]
+    done = subprocess.run(words, input=json.dumps(objects), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_object_fits_its_schema(objects: dict[str, Any]) -> None:
+    assert set(objects) == {
+        *("Deployment", "Service", "PodDisruptionBudget", "HorizontalPodAutoscaler", "NetworkPolicy")
+    }
+    assert problems(*objects.values()) == ""
+
+
+def test_a_wrong_field_is_found() -> None:
+    one = documents()["Deployment"]
+    one["spec"]["template"]["spec"]["containers"][0]["livenessProb"] = {}
+    assert "livenessProb" in problems(one)
+
+
+def test_it_may_do_nothing_that_it_does_not_need(objects: dict[str, Any]) -> None:
+    pod = objects["Deployment"]["spec"]["template"]["spec"]
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert not pod["automountServiceAccountToken"]
+    rights = container(objects)["securityContext"]
+    assert rights["readOnlyRootFilesystem"]
+    assert not rights["allowPrivilegeEscalation"]
+    assert rights["capabilities"] == {"drop": ["ALL"]}
+    dockerfile = (FOLDER.parent / "Dockerfile").read_text()
+    assert f"USER {pod['securityContext']['runAsUser']}" in dockerfile
+
+
+def test_what_it_writes_has_a_volume(objects: dict[str, Any]) -> None:
+    mounts = {one["name"]: one["mountPath"] for one in container(objects)["volumeMounts"]}
+    volumes = {one["name"] for one in objects["Deployment"]["spec"]["template"]["spec"]["volumes"]}
+    assert set(mounts) == volumes == {"cache", "tmp", "keys"}
+    home = {one["name"]: one["value"] for one in container(objects)["env"]}["HOME"]
+    assert home == mounts["cache"]
+
+
+def test_its_arguments_are_options_of_the_server(objects: dict[str, Any]) -> None:
+    import typer
+
+    verb: Any = typer.main.get_command(app).commands["serve"]  # pyright: ignore
+    options = {name for one in verb.params for name in one.opts}
+    words = container(objects)["args"]
+    assert {word for word in words if word.startswith("--")} <= options
+    assert words[words.index("--key-file") + 1].startswith("/run/latentrt/")
+
+
+def test_probes_ask_for_what_there_is_by_a_name_that_is_answered(objects: dict[str, Any]) -> None:
+    for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
+        probe = container(objects)[kind]["httpGet"]
+        assert probe["path"] in HEALTH_PATHS
+        assert probe["httpHeaders"] == [{"name": "Host", "value": "localhost"}]
+        assert probe["port"] == container(objects)["ports"][0]["name"]
+
+
+def test_there_is_time_to_end(objects: dict[str, Any]) -> None:
+    words = container(objects)["args"]
+    grace = int(words[words.index("--grace") + 1])
+    waits = int(container(objects)["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert (
+        objects["Deployment"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+        >= grace + 5 + waits
+    )
+
+
+def test_it_scales_on_a_metric_of_the_server(objects: dict[str, Any]) -> None:
+    (metric,) = objects["HorizontalPodAutoscaler"]["spec"]["metrics"]
+    with open_demo() as pipe, live(pipe) as at:
+        text = at.client.get("/metrics").text
+    assert f"\n{metric['pods']['metric']['name']} " in text
+    labels = objects["Deployment"]["spec"]["template"]["metadata"]["labels"].items()
+    for kind in ("Service", "PodDisruptionBudget", "NetworkPolicy"):
+        spec = objects[kind]["spec"]
+        selector = spec.get("podSelector") or spec["selector"]
+        assert (selector.get("matchLabels") or selector).items() <= labels

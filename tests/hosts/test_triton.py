@@ -1,0 +1,214 @@
+"""The model repository in a real Triton server on a CPU: pixels, previews, cancels, errors, lost streams."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from latentrt import Pipeline, UsageError
+from latentrt.cli import app
+from latentrt.hosts.triton.repository import TritonModel, config_of, write_repository
+from tests.hosts.environment import PYTHON, missing
+from tests.hosts.triton import Triton, triton
+from tests.serve.live import open_demo
+
+REASON = missing()
+needs_triton = pytest.mark.skipif(bool(REASON), reason=REASON)
+PROMPT = "a red circle on a blue background"
+SMALL = {"width": 64, "height": 64, "num_inference_steps": 4}
+SAMPLERS = ("euler", "euler_a", "dpmpp_2m", "ddim", "heun")
+
+
+# ── what is written ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_command(tmp_path: Path) -> None:
+    words = ["export-triton", "demo", "-o", str(tmp_path), "--name", "small", "--rows", "4"]
+    answer = CliRunner().invoke(app, words)
+    assert answer.exit_code == 0, answer.output
+    config = (tmp_path / "small" / "config.pbtxt").read_text()
+    for words in (
+        'name: "small"',
+        'backend: "python"',
+        "decoupled: true",
+        '"rows" value: { string_value: "4" }',
+    ):
+        assert words in config
+    compile((tmp_path / "small" / "1" / "model.py").read_text(), "model.py", "exec")
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../x", "a b", "x" * 65])
+def test_names_that_triton_would_not_take(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="the name"):
+        write_repository(TritonModel(model="demo", name=name), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_is_not_overwritten(tmp_path: Path) -> None:
+    write_repository(TritonModel(model="demo"), tmp_path)
+    with pytest.raises(UsageError, match="is there already"):
+        write_repository(TritonModel(model="demo"), tmp_path)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "model",
+    [
+        TritonModel(model="demo"),
+        TritonModel(
+            model='a "quoted" \\ näme', device="cuda", backend="tensorrt", rows=8, count=2, loras=Path("/l")
+        ),
+    ],
+)
+def test_the_config_is_one_of_tritons(model: TritonModel) -> None:
+    """Read by the protobuf of NVIDIA's client, which refuses unknown fields and values."""
+    import json
+    import subprocess
+
+    program = """
+import sys, json
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+found = text_format.Parse(sys.stdin.read(), model_config_pb2.ModelConfig())
+parameters = {name: value.string_value for name, value in found.parameters.items()}
+print(json.dumps([found.backend, parameters, found.instance_group[0].count, found.instance_group[0].kind]))
+"""
+    done = subprocess.run([PYTHON, "-c", program], input=config_of(model), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    backend, parameters, count, kind = json.loads(done.stdout)
+    assert (backend, parameters["model"], count) == ("python", model.model, model.count)
+    assert kind == (1 if model.device == "cuda" else 2)
+
+
+# ── a server ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def at(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
+    if REASON:
+        pytest.skip(REASON)
+    folder = tmp_path_factory.mktemp("triton")
+    write_repository(TritonModel(model="demo", rows=8, path=_paths()), folder / "models")
+    with triton(folder / "models", folder) as server:
+        yield server
+
+
+def _paths() -> tuple[str, ...]:
+    """Where the other environment's Python finds its packages."""
+    import json
+    import subprocess
+
+    code = "import json, sys; print(json.dumps([path for path in sys.path if path.endswith('-packages')]))"
+    done = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    return tuple(json.loads(done.stdout))
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Iterator[Pipeline]:
+    with open_demo() as opened:
+        yield opened
+
+
+def alone(pipe: Pipeline, request: dict[str, Any]) -> list[str]:
+    """The hashes of the pictures that a pipeline draws for a request of Triton's."""
+    values = {**request.get("fields", {}), **request.get("parameters", {})}
+    values.pop("preview", None)
+    for name in ("image", "mask_image"):
+        if name in request:
+            values[name] = np.asarray(request[name], np.uint8)
+    if "negative_prompt" in request:
+        values["negative_prompt"] = request["negative_prompt"]
+    images = pipe(request["prompt"], output_type="np", **values).images
+    return [hashlib.sha256(np.ascontiguousarray(one).tobytes()).hexdigest() for one in images]
+
+
+def test_fifty_at_once_have_the_pixels_of_a_pipeline(at: Triton, pipe: Pipeline) -> None:
+    requests: list[dict[str, Any]] = [
+        {
+            "prompt": PROMPT if number % 3 else "a green star on a white background",
+            "fields": {**SMALL, "sampler": SAMPLERS[number % 5], "guidance_scale": (1.0, 4.0)[number % 2]},
+            "parameters": {"seed": number},
+        }
+        for number in range(50)
+    ]
+    requests[0]["negative_prompt"] = "a small yellow star"
+    requests[2]["fields"]["num_images_per_prompt"] = 3
+    found = at.client("draw", stdin=requests)
+    for number, (request, one) in enumerate(zip(requests, found, strict=True)):
+        assert one.get("pictures") == alone(pipe, request), (number, one)
+
+
+def test_a_picture_and_a_mask(at: Triton, pipe: Pipeline) -> None:
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (64, 64, 3)).tolist()
+    mask = np.zeros((64, 64), np.uint8)
+    mask[16:48, 16:48] = 255
+    fields = {**SMALL, "seed": 1}
+    request = {"prompt": PROMPT, "fields": fields, "image": pixels, "mask_image": mask.tolist()}
+    (found,) = at.client("draw", stdin=[request])
+    assert found["pictures"] == alone(pipe, request), found
+
+
+def test_previews_come_before_the_picture(at: Triton) -> None:
+    fields = {**SMALL, "num_inference_steps": 40, "seed": 1, "preview": {"every": 1}}
+    grpc, http = at.client("draw", stdin=[{"prompt": PROMPT, "fields": fields}] * 2)
+    for found in (grpc, http):
+        assert found["kinds"][-1] == "image"
+        assert found["kinds"].count("step") > 10
+        assert "preview" in found["kinds"][: found["kinds"].index("image")]
+    assert grpc["pictures"] == http["pictures"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        ({"prompt": PROMPT, "fields": {**SMALL, "sampler": "fast"}}, "fast"),
+        ({"prompt": PROMPT, "fields": {**SMALL, "width": 60}}, "width is 60"),
+        ({"prompt": PROMPT, "fields": {**SMALL, "stepz": 4}}, "there is no parameter 'stepz'"),
+        ({"prompt": PROMPT, "fields": [1]}, "fields is no object"),
+        ({"prompt": PROMPT, "fields": {**SMALL, "loras": ["/etc/x.safetensors"]}}, "x.safetensors"),
+    ],
+)
+def test_what_is_wrong_is_an_error_with_its_reason(at: Triton, request_: dict[str, Any], words: str) -> None:
+    grpc, http = at.client("draw", stdin=[request_, request_])
+    for found in (grpc, http):
+        assert words in found["error"]
+        assert "/etc" not in found["error"]
+    assert "INVALID_ARGUMENT" in grpc["status"]
+
+
+def idle(at: Triton, seconds: float) -> None:
+    """Nothing waits or runs any more."""
+    end = time.monotonic() + seconds
+    while at.metric("nv_inference_pending_request_count") or at.metric("nv_inference_exec_count") < 0:
+        assert time.monotonic() < end, "requests are left"
+        time.sleep(0.05)
+
+
+def test_who_leaves_is_not_drawn_for(at: Triton, pipe: Pipeline) -> None:
+    """Ten pictures of 150 steps would take minutes: a request behind four of them is answered at once."""
+    long = {"prompt": PROMPT, "fields": {**SMALL, "num_inference_steps": 150, "num_images_per_prompt": 10}}
+    before = at.metric("nv_inference_request_failure", reason="CANCELED")
+    assert at.client("leave", stdin=[long] * 4) == ["step"] * 4
+    began = time.monotonic()
+    request = {"prompt": PROMPT, "fields": {**SMALL, "seed": 5}}
+    (found,) = at.client("draw", stdin=[request])
+    assert found["pictures"] == alone(pipe, request)
+    assert time.monotonic() - began < 20
+    assert at.metric("nv_inference_request_failure", reason="CANCELED") >= before + 4
+
+
+def test_two_hundred_dropped_streams(at: Triton, pipe: Pipeline) -> None:
+    dropped = [{"prompt": PROMPT, "seed": number} for number in range(200)]
+    assert at.client("drop", stdin=dropped) == 200
+    request = {"prompt": PROMPT, "fields": {**SMALL, "seed": 6}}
+    found = at.client("draw", stdin=[request] * 4)
+    assert [one["pictures"] for one in found] == [alone(pipe, request)] * 4
+    assert at.process.poll() is None
