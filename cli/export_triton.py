@@ -43,3 +43,4 @@ def export_triton(
         return
     show(str(folder))
     tell(f"serve it: tritonserver --model-repository {output.resolve()} --disable-auto-complete-config")
+    tell("with latentrt in the Python that stands first in PATH there")

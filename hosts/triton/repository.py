@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,23 @@ PARAMETERS = ("model", "device", "backend", "rows", "loras")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _KINDS: Mapping[Kind, str] = {"cpu": "KIND_CPU", "cuda": "KIND_GPU"}
 
+_PROGRAM = '''"""Draws for Triton; written by `latentrt export-triton`, for a Python that has latentrt."""
+
+import triton_python_backend_utils
+from latentrt.hosts.triton.served import Model
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.model = Model(args, triton_python_backend_utils)
+
+    def execute(self, requests):
+        self.model.take(requests)
+
+    def finalize(self):
+        self.model.end()
+'''
+
 
 @dataclass(frozen=True, kw_only=True)
 class TritonModel:
@@ -50,7 +66,6 @@ class TritonModel:
         rows: of a call of the UNet; None is measured at the start.
         loras: a folder of adapters.
         count: instances, each of which opens the model: one for each GPU, or part of a machine.
-        path: where Python finds this package; None is where it is now. Triton's Python reads no PYTHONPATH.
     """
 
     model: str
@@ -60,7 +75,6 @@ class TritonModel:
     rows: int | None = None
     loras: Path | None = None
     count: int = 1
-    path: tuple[str, ...] | None = None
 
 
 def write_repository(model: TritonModel, out: Path) -> Path:
@@ -91,7 +105,7 @@ def write_repository(model: TritonModel, out: Path) -> Path:
         )
     (folder / "1").mkdir(parents=True)
     (folder / "config.pbtxt").write_text(config_of(model), encoding="utf-8")
-    (folder / "1" / "model.py").write_text(_program_of(model), encoding="utf-8")
+    (folder / "1" / "model.py").write_text(_PROGRAM, encoding="utf-8")
     return folder
 
 
@@ -137,32 +151,6 @@ def config_of(model: TritonModel) -> str:
             "",
         ]
     )
-
-
-def _program_of(model: TritonModel) -> str:
-    found = sys.path if model.path is None else model.path
-    paths = [path for path in dict.fromkeys(found) if path and Path(path).is_absolute()]
-    return f'''"""Draws for Triton; written by `latentrt export-triton`."""
-
-import site
-
-for path in {paths!r}:  # Triton's Python looks nowhere by itself
-    site.addsitedir(path)
-
-import triton_python_backend_utils
-from latentrt.hosts.triton.served import Model
-
-
-class TritonPythonModel:
-    def initialize(self, args):
-        self.model = Model(args, triton_python_backend_utils)
-
-    def execute(self, requests):
-        self.model.take(requests)
-
-    def finalize(self):
-        self.model.end()
-'''
 
 
 def _quoted(text: str) -> str:

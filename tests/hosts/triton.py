@@ -102,6 +102,7 @@ def triton(repository: Path, folder: Path, more: Sequence[str] = ()) -> Iterator
         "LATENTRT_CACHE": str(folder / "cache"),
     }
     variables.pop("PYTHONPATH", None)
+    variables["PATH"] = f"{PYTHON.parent}:{variables['PATH']}"  # where the stub looks for its Python
     with log.open("wb") as output:
         process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=variables, cwd=folder)
     try:
