@@ -223,7 +223,7 @@ class LatentrtPipeline:
         drawn = _latents(several, shape)
         if fresh:
             return {"seed": seeds, "rng": rng}
-        seeds = [_seed(several[index % len(several)]) for index in range(count)]
+        seeds = _seeds(several, count)
         return {"seed": seeds, "rng": rng} | ({} if "image" in values else {"latents": drawn})
 
     def _output(self, images: Any, return_dict: bool) -> Any:
@@ -317,10 +317,13 @@ def _latents(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> A
     return torch.cat(drawn).numpy()
 
 
-def _seed(generator: torch.Generator) -> int:
+def _seeds(generators: Sequence[torch.Generator], count: int) -> list[int]:
+    """One a picture, each of the next generator. They stay as they are: diffusers draws no seeds."""
     import torch
 
-    return int(torch.randint(_SEED_LIMIT, (1,), generator=generator, device=generator.device))
+    copies = [torch.Generator(device=one.device).set_state(one.get_state()) for one in generators]
+    drawn = (copies[index % len(copies)] for index in range(count))
+    return [int(torch.randint(_SEED_LIMIT, (1,), generator=one, device=one.device)) for one in drawn]
 
 
 def _as_tensors(images: Any, wanted: str) -> Any:

@@ -18,7 +18,18 @@ from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
-FOLDERS = ("engines", "runtime", "checkpoints", "adapters", "export", "benchmarks", "serve", "cli", "demo", "hosts")
+FOLDERS = (
+    "engines",
+    "runtime",
+    "checkpoints",
+    "adapters",
+    "export",
+    "benchmarks",
+    "serve",
+    "cli",
+    "demo",
+    "hosts",
+)
 Kind = Literal["load", "lazy", "types"]
 Arrow = tuple[str, str]
 

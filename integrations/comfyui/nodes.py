@@ -190,6 +190,8 @@ class ServerModel:
         return check_url(address) or True
 
     def choose(self, address: str, model: str = "", key: str = "") -> tuple[Model]:
+        if why := check_url(address):
+            raise ValueError(why)
         return (Model(path=model, server=address, key=key),)
 
 
