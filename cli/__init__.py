@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from threading import Timer
 from traceback import format_exception
 from types import FrameType
 from typing import Annotated, Any, NoReturn, Protocol, runtime_checkable
@@ -73,6 +74,10 @@ _READER_GONE = 128 + 13  # what a shell reports of a program that SIGPIPE ended
 class _StoppedError(BaseException):
     """A signal asked to stop. No Exception, so that nobody who wraps a library's errors takes it for one."""
 
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
 
 class _StoppedBySignalError(CancelledError):
     """The same as an error for the user."""
@@ -83,12 +88,21 @@ def _stoppable() -> Generator[None]:
     """Let SIGINT and SIGTERM unwind the block, so that what it was writing is cleaned up."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise _StoppedError(signal.Signals(number).name)
+        raise _StoppedError(number)
 
+    def lost(ignored: Any) -> None:
+        """Python drops what is raised in a finaliser or a callback of C, wherever the signal met it."""
+        if isinstance(ignored.exc_value, _StoppedError):
+            Timer(0.01, os.kill, (os.getpid(), ignored.exc_value.number)).start()
+        else:
+            plain(ignored)
+
+    plain, sys.unraisablehook = sys.unraisablehook, lost
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
+        sys.unraisablehook = plain
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -70,7 +70,7 @@ class LatentrtPipeline:
         """
         dtype = options.pop("torch_dtype", None) or options.pop("dtype", None)
         if dtype is not None:
-            options["checkpoint"] = CheckpointOptions(dtype=_dtype(dtype))
+            options["checkpoint"] = CheckpointOptions(dtype=cast(Any, _dtype(dtype)))
 
         def again(device: str) -> Pipeline:
             return Pipeline.open(pretrained_model_name_or_path, device=device, **options)
@@ -178,13 +178,14 @@ class LatentrtPipeline:
         def after(_: Pipeline, index: int, timestep: float, state: dict[str, Any]) -> dict[str, Any]:
             import torch
 
-            told = callback(self, index, timestep, {"latents": torch.from_numpy(state["latents"])})
+            latents = cast(Any, torch).from_numpy(state["latents"])
+            told = callback(self, index, timestep, {"latents": latents})
             if self._interrupt:
                 stop.set()
             return {"latents": told["latents"].numpy()} if told and "latents" in told else {}
 
-        called = {} if callback is None else {"callback_on_step_end": after, "cancel": stop}
-        return self.pipe(prompt, output_type=output_type, **called, **values).images
+        called: Any = {} if callback is None else {"callback_on_step_end": after, "cancel": stop}
+        return cast(Any, self.pipe)(prompt, output_type=output_type, **called, **values).images
 
     def _defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Those of diffusers' calls, where they differ from the model's own."""
@@ -228,10 +229,12 @@ class LatentrtPipeline:
 
     def _output(self, images: Any, return_dict: bool) -> Any:
         if self._xl:
-            from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput
+            from diffusers.pipelines.stable_diffusion_xl.pipeline_output import (
+                StableDiffusionXLPipelineOutput,
+            )
 
             return StableDiffusionXLPipelineOutput(images=images) if return_dict else (images,)
-        from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+        from diffusers.pipelines.stable_diffusion.pipeline_output import StableDiffusionPipelineOutput
 
         if not return_dict:
             return images, None
@@ -332,4 +335,4 @@ def _as_tensors(images: Any, wanted: str) -> Any:
         return images
     import torch
 
-    return torch.from_numpy(images if wanted == "latent" else images.transpose(0, 3, 1, 2).copy())
+    return cast(Any, torch).from_numpy(images if wanted == "latent" else images.transpose(0, 3, 1, 2).copy())

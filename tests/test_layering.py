@@ -23,7 +23,18 @@ ARROWS = {
     "demo": {"engines", "runtime", "export"},
     "benchmarks": {"engines", "checkpoints", "adapters", "runtime", "export", "serve", "demo"},
     "serve": {"engines", "runtime"},
-    "cli": {"engines", "checkpoints", "adapters", "runtime", "export", "benchmarks", "serve", "demo"},
+    "hosts": {"engines", "runtime", "serve"},
+    "cli": {
+        "engines",
+        "checkpoints",
+        "adapters",
+        "runtime",
+        "export",
+        "benchmarks",
+        "serve",
+        "demo",
+        "hosts",
+    },
 }
 # folder -> its rooms, from the ground up: a room may import from those on lower floors
 ROOMS: dict[str, list[set[str]]] = {
@@ -35,7 +46,7 @@ ROOMS: dict[str, list[set[str]]] = {
     "checkpoints": [{"files"}, {"controls", "graphs"}, {"hub", "precision", "templates"}],
     "export": [{"nets", "pickles"}, {"graphs"}],
     "serve": [{"jobs", "pictures"}, {"door"}, {"a1111", "openai"}],
-    "hosts": [{"triton"}],
+    "hosts": [{"ray", "triton"}],
     "benchmarks": [{"sides", "load"}, {"models"}, {"verbs"}, {"gpu", "report"}],
 }
 # To go: imports that run back between rooms or close a circle.

@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class Draw:
 def rows_of(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows of columns, without what is null in them."""
     columns = {name: list(values) for name, values in batch.items()}
-    count = len(next(iter(columns.values()), []))
+    count = max((len(values) for values in columns.values()), default=0)
     rows = [{name: _plain(values[number]) for name, values in columns.items()} for number in range(count)]
     return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
@@ -135,16 +136,17 @@ def draw_all(
             expected=f"one that ends in {', '.join(READERS)}",
             fix="Check the path.",
         )
-    import ray
-
+    data: Any = import_module("ray.data")
     began, out = time.monotonic(), out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    rows = getattr(ray.data, READERS[source.suffix])(str(source.absolute()))
-    results = rows.repartition(target_num_rows_per_block=BATCH).map_batches(
+    rows = getattr(data, READERS[source.suffix])(str(source.absolute()))
+    # Before the workers start: they may take every CPU, and reading would wait for one for ever.
+    batches = rows.repartition(target_num_rows_per_block=BATCH).materialize()
+    results = batches.map_batches(
         Draw,
         fn_constructor_args=(model, str(out), options),
         batch_size=BATCH,
-        compute=ray.data.ActorPoolStrategy(size=workers),
+        compute=data.ActorPoolStrategy(size=workers),
         num_cpus=num_cpus,
         num_gpus=num_gpus,
         max_restarts=-1,

@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,7 @@ class Settings:
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> Settings:
         """Texts of a command line, or values. Raises UsageError for a name or a number that is none."""
-        kinds = {item.name: type(item.default) for item in fields(cls)}
+        kinds: dict[str, Any] = {item.name: type(item.default) for item in fields(cls)}
         found: dict[str, Any] = {}
         for name, value in given.items():
             if name not in kinds:
@@ -144,24 +145,24 @@ class ByPixelSteps:
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
         """Ray's `AutoscalingContext` -> the number, and what is kept until the next decision."""
-        there = (context.aggregated_metrics or {}).get(_METRIC, {})
+        measured: Mapping[str, Mapping[str, float]] = context.aggregated_metrics or {}
+        there = measured.get(_METRIC, {})
         return max(1, math.ceil(sum(there.values()) / self._target)), {}
 
 
 def application(arguments: Mapping[str, Any]) -> Any:
     """The application of such settings, for `serve run` and `ray.serve.run`. Raises UsageError."""
-    from ray import serve
-    from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
-
+    serve: Any = import_module("ray.serve")
+    config: Any = import_module("ray.serve.config")
     settings = Settings.read(arguments)
-    scaling = AutoscalingConfig(
+    scaling = config.AutoscalingConfig(
         min_replicas=settings.min_replicas,
         max_replicas=settings.max_replicas,
         upscale_delay_s=settings.look_s,
         downscale_delay_s=settings.idle_s,
         metrics_interval_s=settings.look_s / 2,
         look_back_period_s=settings.look_s,
-        policy=AutoscalingPolicy(
+        policy=config.AutoscalingPolicy(
             policy_function=ByPixelSteps, policy_kwargs={"target": settings.pixel_steps}
         ),
     )

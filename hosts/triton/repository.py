@@ -5,7 +5,7 @@
     REPOSITORY/NAME/config.pbtxt      what it takes, gives, and draws with
     REPOSITORY/NAME/1/model.py        a few lines, which call `served.Model`
 
-Source: Triton's `docs/user_guide/model_configuration.md` and `model_repository.md`, release 24.10.
+Source: Triton's user guide, "Model Configuration" and "Model Repository", release 24.10.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class Model:
         pictures = {
             name: _picture(name, tensors[name]) for name in ("image", "mask_image") if name in tensors
         }
-        written = json.loads(_text("fields", tensors["fields"]) or "{}") if "fields" in tensors else {}
+        written: Any = json.loads(_text("fields", tensors["fields"]) or "{}") if "fields" in tensors else {}
         if not isinstance(written, dict):
             raise UsageError(
                 "fields is no object", expected='{"seed": 7}', fix="Send an object as JSON text."

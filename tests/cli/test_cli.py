@@ -335,3 +335,17 @@ def test_the_version(module: str) -> None:
     command = [sys.executable, "-m", module, "--version"]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
     assert done.stdout == f"latentrt {version('latentrt')}\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+def test_a_signal_that_meets_a_finaliser_is_not_lost() -> None:
+    """Python drops what is raised there."""
+
+    class Finalised:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(cli._StoppedError, match="SIGTERM"), cli._stoppable():  # pyright: ignore[reportPrivateUsage]
+        one = Finalised()
+        del one
+        time.sleep(5)

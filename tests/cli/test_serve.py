@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from latentrt import UsageError
-from latentrt.cli.serve import _check_installed, _named, _say_ready  # pyright: ignore[reportPrivateUsage]
+from latentrt.cli.serve import _check_installed, _say_ready  # pyright: ignore[reportPrivateUsage]
 from latentrt.serve.run import listen
+from latentrt.serve.server import named
 
 
 @pytest.fixture
@@ -23,8 +24,8 @@ def taken() -> Iterator[int]:
 
 
 def test_names_of_models() -> None:
-    named = _named(["demo", "folder/model.v2.safetensors", "short=folder/x=y", "folder/x=y", "=z"])
-    assert named == {
+    found = named(["demo", "folder/model.v2.safetensors", "short=folder/x=y", "folder/x=y", "=z"])
+    assert found == {
         "demo": "demo",
         "model.v2": "folder/model.v2.safetensors",
         "short": "folder/x=y",
@@ -32,7 +33,7 @@ def test_names_of_models() -> None:
         "=z": "=z",
     }
     with pytest.raises(UsageError, match="two models are called a; expected a name for each"):
-        _named(["x/a.safetensors", "a=y"])
+        named(["x/a.safetensors", "a=y"])
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

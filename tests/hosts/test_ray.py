@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -33,7 +34,7 @@ REASON = missing()
 needs_ray = pytest.mark.skipif(bool(REASON), reason=REASON)
 PROMPT = "a red circle on a blue background"
 SMALL: dict[str, Any] = {"prompt": PROMPT, "size": "64x64", "num_inference_steps": 4}
-WAIT_S = 120.0
+WAIT_S = 300.0
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +121,14 @@ def served(**settings: Any) -> Iterator[httpx.Client]:
             process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()
+        process.stdout.close()
 
 
 def ask(client: httpx.Client, seed: int, **fields: Any) -> Any:
     answer = client.post("/v1/images/generations", json={**SMALL, "seed": seed, **fields})
-    return answer.status_code, answer.json()
+    ours = answer.headers.get("content-type", "").startswith("application/json")
+    return answer.status_code, answer.json() if ours else answer.text  # of Ray's proxy
 
 
 def pixels(told: Any) -> np.ndarray:
@@ -225,7 +229,7 @@ def test_three_hundred_prompts_whose_workers_and_driver_are_killed(tmp_path: Pat
     first = bulk(source, out, "--workers", "2")
     until(lambda: len(made()) > 30)
     first.kill()  # the driver
-    first.wait()
+    first.communicate()
     until(lambda: not processes("Draw"))
     before = {path: path.stat().st_mtime_ns for path in made()}
     second = bulk(source, out, "--workers", "2")
@@ -235,7 +239,10 @@ def test_three_hundred_prompts_whose_workers_and_driver_are_killed(tmp_path: Pat
             os.kill(found[0], signal.SIGKILL)
     told, errors = second.communicate(timeout=WAIT_S * 2)
     assert second.returncode == 1, errors[-3000:]
-    assert f"{len(before)} there before, 1 failed" in told
+    found = re.search(r"(\d+) drawn, (\d+) there before, 1 failed", told)
+    assert found is not None, told
+    drawn, kept = int(found[1]), int(found[2])  # what a killed worker had drawn of its batch is there, too
+    assert (drawn + kept, kept >= len(before)) == (299, True)
     assert len(made()) == 299
     assert not list(out.rglob("*.part"))
     assert all(path.stat().st_mtime_ns == when for path, when in before.items()), "none is drawn twice"
