@@ -345,7 +345,11 @@ def test_a_signal_that_meets_a_finaliser_is_not_lost() -> None:
         def __del__(self) -> None:
             signal.raise_signal(signal.SIGTERM)
 
-    with pytest.raises(cli._StoppedError, match="SIGTERM"), cli._stoppable():  # pyright: ignore[reportPrivateUsage]
-        one = Finalised()
-        del one
-        time.sleep(5)
+    def meets() -> None:
+        with cli._stoppable():  # pyright: ignore[reportPrivateUsage]
+            one = Finalised()
+            del one
+            time.sleep(5)
+
+    with pytest.raises(cli._StoppedError, match="SIGTERM"):  # pyright: ignore[reportPrivateUsage]
+        meets()
