@@ -151,3 +151,51 @@ def test_it_scales_on_a_metric_of_the_server(objects: dict[str, Any]) -> None:
         spec = objects[kind]["spec"]
         selector = spec.get("podSelector") or spec["selector"]
         assert (selector.get("matchLabels") or selector).items() <= labels
+
+
+# ── KServe ─────────────────────────────────────────────────────────────────────────────────────────
+
+# Of `V1beta1PredictorSpec`, kserve 0.21: what it has besides the fields of a pod, and the types.
+PREDICTOR: dict[str, type] = {
+    "annotations": dict,
+    "canaryTrafficPercent": int,
+    "containerConcurrency": int,
+    "labels": dict,
+    "maxReplicas": int,
+    "minReplicas": int,
+    "scaleMetric": str,
+    "scaleMetricType": str,
+    "scaleTarget": int,
+    "storageUris": list,
+    "timeout": int,
+}
+
+
+def inference_service() -> dict[str, Any]:
+    return yaml.safe_load((FOLDER.parent / "kserve" / "latentrt.yaml").read_text())
+
+
+def as_pod(service: dict[str, Any]) -> dict[str, Any]:
+    """What of a predictor is a pod's, as one."""
+    spec = {name: value for name, value in service["spec"]["predictor"].items() if name not in PREDICTOR}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": service["metadata"], "spec": spec}
+
+
+def test_the_inference_service_fits_its_schema() -> None:
+    service = inference_service()
+    assert (service["apiVersion"], service["kind"]) == ("serving.kserve.io/v1beta1", "InferenceService")
+    assert set(service["spec"]) == {"predictor"}
+    for name, value in service["spec"]["predictor"].items():
+        assert isinstance(value, PREDICTOR.get(name, type(value))), name
+    assert problems(as_pod(service)) == ""
+    service["spec"]["predictor"]["maxReplica"] = 2
+    assert "maxReplica" in problems(as_pod(service)), "it is no field of a pod either"
+
+
+def test_the_inference_service_runs_triton_as_the_tests_do() -> None:
+    (one,) = inference_service()["spec"]["predictor"]["containers"]
+    assert one["name"] == "kserve-container", "what KServe looks for"
+    assert one["args"][0] == "tritonserver"
+    assert "--disable-auto-complete-config" in one["args"]
+    probes = {one[kind]["httpGet"]["path"] for kind in ("readinessProbe", "livenessProbe")}
+    assert probes == {"/v2/health/ready", "/v2/health/live"}
