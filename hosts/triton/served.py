@@ -34,6 +34,7 @@ from ...serve.waiting import readings
 from .repository import INPUTS, PARAMETERS
 
 LOOK_S = 0.05  # between two looks whether a client is still there
+WATCH_S = 1.0  # between two looks at deadlines and the worker
 GRACE_S = 30.0  # for jobs that are there when the model is unloaded
 
 
@@ -65,6 +66,12 @@ class Model:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="latentrt answers", daemon=True)
         self._thread.start()
+        self._watching = asyncio.run_coroutine_threadsafe(self._watch(), self._loop)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_S)
+            self._server.look()
 
     def take(self, requests: list[Any]) -> None:
         """Hand requests over. Each is answered through its own sender, also where it is refused."""
@@ -80,6 +87,7 @@ class Model:
     def end(self) -> None:
         """Let jobs end, and free everything."""
         self._server.end(GRACE_S)
+        self._watching.cancel()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._pipe.close()
