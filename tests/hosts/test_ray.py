@@ -148,6 +148,11 @@ def test_replicas_come_go_and_are_killed(pipe: Pipeline) -> None:
         np.testing.assert_array_equal(pixels(ask(client, 1)[1]), alone(pipe, 1))
         status, told = ask(client, 1, sampler="fast")
         assert (status, "fast" in told["error"]["message"]) == (400, True)
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(
+                "/v1/images/generations", json={**SMALL, "num_inference_steps": 150, "n": 10}, timeout=1.0
+            )
+        until(lambda: 'latentrt_cancelled_total{reason="disconnect"} 1.0' in client.get("/metrics").text, 30)
         assert len(processes("ServeReplica")) == 1
 
         stop, killed = threading.Event(), threading.Event()
