@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
+from ..engines.errors import UsageError
 from .shown import show, tell
 
 
@@ -23,12 +24,22 @@ def export_triton(
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write a model repository of Triton's, in which one model draws whole pictures."""
+    from ..checkpoints.find import here
+    from ..checkpoints.hub.ids import is_hub_id
     from ..hosts.triton.repository import TritonModel, write_repository
+    from ..runtime.model import SHIPPED
 
+    found = None if model in SHIPPED else here(model)
+    if model not in SHIPPED and found is None and not is_hub_id(model):
+        raise UsageError(
+            f"{model[:200] or 'the model'} is not here",
+            expected="a file or folder, a name of `latentrt models`, or a model of a hub",
+            fix="Check the path.",
+        )
     kind: Any = device
     folder = write_repository(
         TritonModel(
-            model=str(Path(model).resolve()) if Path(model).exists() else model,
+            model=model if found is None else str(found.resolve()),
             name=name,
             device=kind,
             backend=backend,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..engines.errors import UsageError
 from ..runtime.loop.denoise import HostLoop
-from ..runtime.model import CheckpointOptions
+from ..runtime.model import SHIPPED, CheckpointOptions, is_package
 from ..runtime.pipeline import Pipeline
 from ..runtime.request.parameters import PARAMETERS, nearest
 
@@ -36,6 +36,16 @@ _OWN = frozenset(
         *("callback_on_step_end_tensor_inputs", "cross_attention_kwargs"),
     }
 )
+# Of `from_pretrained`: what `Pipeline.open` has too, and what needs no counterpart.
+_OPENING = frozenset({"checkpoint", "backend", "threads", "loras", "embeddings", "allow_unused"})
+_NEEDLESS = frozenset(
+    {
+        *("safety_checker", "requires_safety_checker", "feature_extractor", "add_watermarker"),
+        *("variant", "use_safetensors", "local_files_only", "low_cpu_mem_usage", "cache_dir"),
+    }
+)
+# Of a call: what nothing here is like.
+_FOREIGN = frozenset({"prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "ip_adapter_image"})
 _OUTPUTS = {"pil": "pil", "np": "float", "pt": "float", "latent": "latent"}
 _STEPS = 50
 _SEED_LIMIT = 2**63 - 1
@@ -63,17 +73,28 @@ class LatentrtPipeline:
         Args:
             pretrained_model_name_or_path: as `Pipeline.open` takes it.
             device: "auto", "cpu", "cuda", "cuda:1".
-            options: of `Pipeline.open`; diffusers' `torch_dtype` chooses the arithmetic as `checkpoint` does.
+            options: of `Pipeline.open`; diffusers' `torch_dtype` chooses the arithmetic of a checkpoint.
+                What needs no counterpart, such as `safety_checker` and `use_safetensors`, may stay.
 
         Raises:
             ModelError, UsageError, BackendError: as `Pipeline.open`.
         """
-        dtype = options.pop("torch_dtype", None) or options.pop("dtype", None)
-        if dtype is not None:
-            options["checkpoint"] = CheckpointOptions(dtype=cast(Any, _dtype(dtype)))
+        given = {name: value for name, value in options.items() if name not in _NEEDLESS}
+        dtype = given.pop("torch_dtype", None) or given.pop("dtype", None)
+        for name in given:
+            if name not in _OPENING:
+                raise UsageError(
+                    f"the argument {name!r}",
+                    expected=f"one of {', '.join(sorted(_OPENING))}",
+                    fix=f"Leave {name} out.",
+                )
+        place = pretrained_model_name_or_path
+        made = str(place) in SHIPPED or is_package(Path(place))  # its arithmetic is what it was exported in
+        if dtype is not None and not made:
+            given["checkpoint"] = CheckpointOptions(dtype=cast(Any, _dtype(dtype)))
 
         def again(device: str) -> Pipeline:
-            return Pipeline.open(pretrained_model_name_or_path, device=device, **options)
+            return Pipeline.open(place, device=device, **given)
 
         opened = cls(again(device))
         opened._reopen = again
@@ -163,6 +184,7 @@ class LatentrtPipeline:
         values = {**self._defaults(given), **given, **_strength_of_loras(own, self._active())}
         if self._scheduler is not None:
             values["sampler"] = {**self._scheduler.config}
+        values |= {name: _picture(values[name]) for name in ("image", "mask_image") if name in values}
         values |= self._noise(prompt, values, own.get("generator"))
         wanted = own.get("output_type", "pil")
         if wanted not in _OUTPUTS:
@@ -270,7 +292,7 @@ def _refuse(arguments: Mapping[str, Any]) -> None:
     for name in arguments:
         if name in _SAME or name in _OWN:
             continue
-        near = nearest(name, (*_SAME, *_OWN))
+        near = None if name in _FOREIGN else nearest(name, (*_SAME, *_OWN))
         raise UsageError(
             f"the argument {name!r}",
             expected=f"{near!r}" if near else "one that this runtime has a counterpart of",
@@ -290,6 +312,16 @@ def _refuse(arguments: Mapping[str, Any]) -> None:
             expected="scale, of adapters",
             fix="Leave the rest out.",
         )
+
+
+def _picture(given: Any) -> Any:
+    """As `Pipeline` takes it: the only one of a list; a tensor (3, H, W) of 0 to 1 as an array."""
+    one = cast("Sequence[Any]", given)[0] if isinstance(given, (list, tuple)) and len(given) == 1 else given
+    if not hasattr(one, "detach"):
+        return one
+    pixels = one.detach().cpu().float().numpy()
+    pixels = pixels[0] if pixels.ndim == 4 and len(pixels) == 1 else pixels
+    return pixels.transpose(1, 2, 0) if pixels.ndim == 3 else pixels  # (H, W, 3), or (H, W) of a mask
 
 
 def _strength_of_loras(own: Mapping[str, Any], active: Sequence[str]) -> dict[str, Any]:

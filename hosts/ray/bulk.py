@@ -26,6 +26,7 @@ from ...engines.errors import LatentrtError, StorageError, UsageError
 
 READERS = {".jsonl": "read_json", ".json": "read_json", ".csv": "read_csv", ".parquet": "read_parquet"}
 MANIFEST, FAILURES = "manifest.jsonl", "failures.jsonl"
+_TEXTS = frozenset({"prompt", "negative_prompt", "prompt_2", "negative_prompt_2"})  # numbers, too
 BATCH = 8  # requests that share steps, and what is drawn again where a worker dies
 
 
@@ -43,9 +44,12 @@ class Draw:
         rows = rows_of(batch)
         requests = [self._request(row) for row in rows]
         told: dict[int, dict[str, Any]] = {
+            number: failure(error) for number, row in enumerate(rows) if (error := odd(row)) is not None
+        }
+        told |= {
             number: {"path": name, "status": "kept"}
             for number, (name, _) in enumerate(requests)
-            if (self._out / name).exists()
+            if number not in told and (self._out / name).exists()
         }
         left = [number for number in range(len(rows)) if number not in told]
         for place, item in self._pipe.stream_many(requests[number][1] for number in left):
@@ -76,7 +80,21 @@ def rows_of(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     columns = {name: list(values) for name, values in batch.items()}
     count = max((len(values) for values in columns.values()), default=0)
     rows = [{name: _plain(values[number]) for name, values in columns.items()} for number in range(count)]
-    return [{name: value for name, value in row.items() if value is not None} for row in rows]
+    told = [{name: value for name, value in row.items() if value is not None} for row in rows]
+    return [{name: str(value) if name in _TEXTS else value for name, value in row.items()} for row in told]
+
+
+def odd(row: Mapping[str, Any]) -> UsageError | None:
+    """Why a row is no picture of this run; a pipeline says what else is wrong with it."""
+    if "prompt" not in row:
+        return UsageError("a row without a prompt", expected="the column prompt", fix="Fill it in.")
+    if row.get("num_images_per_prompt", 1) != 1:
+        return UsageError(
+            f"num_images_per_prompt is {row['num_images_per_prompt']}",
+            expected="a row for each picture",
+            fix="Write as many rows, each with its seed.",
+        )
+    return None
 
 
 def _plain(value: Any) -> Any:
@@ -136,6 +154,8 @@ def draw_all(
             expected=f"one that ends in {', '.join(READERS)}",
             fix="Check the path.",
         )
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is no folder", expected="a folder for pictures", fix="Choose another one.")
     data: Any = import_module("ray.data")
     began, out = time.monotonic(), out.absolute()
     out.mkdir(parents=True, exist_ok=True)
@@ -188,6 +208,12 @@ def main(words: Sequence[str] | None = None) -> int:
     except LatentrtError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; the same command goes on\n")
+        return 130
+    except Exception as error:  # Ray's, with the traceback of a worker in its text
+        sys.stderr.write(f"error: {str(error).strip().splitlines()[-1]}\n")
+        return 1
     sys.stdout.write(
         f"{done['drawn']} drawn, {done['kept']} there before, {done['failed']} failed;"
         f" {done['pictures_per_second']:.2f} pictures a second\n"

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...engines.errors import UsageError
+from ...serve.server import named
 
 if TYPE_CHECKING:
     from ...serve.door.guard import Guard
@@ -82,7 +83,37 @@ class Settings:
                 raise UsageError(
                     f"{name} is {value!r:.80}", expected="a number", fix=f"Change {name}."
                 ) from error
-        return cls(**found)
+        settings = cls(**found)
+        for name, least in _LEAST.items():
+            if not getattr(settings, name) >= least:
+                raise UsageError(
+                    f"{name} is {getattr(settings, name):g}",
+                    expected=f"{least:g} or more",
+                    fix=f"Change {name}.",
+                )
+        if settings.key_file and not Path(settings.key_file).is_file():
+            raise UsageError(
+                f"key_file is {settings.key_file!r:.200}, which is no file",
+                expected="keys, one a line",
+                fix="Check the path.",
+            )
+        named(settings.models.split(","))
+        return settings
+
+
+# What is less makes no server, or stops Ray's controller.
+_LEAST = {
+    "pixel_steps": 1.0,
+    "rows": 0,
+    "at_once": 1,
+    "queue": 1,
+    "min_replicas": 1,
+    "max_replicas": 1,
+    "num_cpus": 0.0,
+    "num_gpus": 0.0,
+    "look_s": 0.1,
+    "idle_s": 0.0,
+}
 
 
 class Replica:
@@ -93,7 +124,7 @@ class Replica:
         from ...serve.door.access import allow
         from ...serve.door.keys import join_keys, read_keys
         from ...serve.jobs.bounds import Bounds
-        from ...serve.server import Options, Server, named
+        from ...serve.server import Options, Server
 
         keys = join_keys([read_keys(Path(settings.key_file))] if settings.key_file else [])
         hosts = [name for name in settings.hosts.split(",") if name]

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ...engines.errors import UsageError
+from ...engines.backends import BACKENDS
+from ...engines.errors import StorageError, UsageError
 
 Kind = Literal["cpu", "cuda"]
 # Name -> type of Triton's, shape without a batch, and whether it must be sent.
@@ -34,6 +35,7 @@ OUTPUTS: Mapping[str, tuple[str, str]] = {
 }
 PARAMETERS = ("model", "device", "backend", "rows", "loras")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_BACKENDS = ("auto", *BACKENDS)
 _KINDS: Mapping[Kind, str] = {"cpu": "KIND_CPU", "cuda": "KIND_GPU"}
 
 _PROGRAM = '''"""Draws for Triton; written by `latentrt export-triton`, for a Python that has latentrt."""
@@ -88,7 +90,9 @@ def write_repository(model: TritonModel, out: Path) -> Path:
         The model's folder.
 
     Raises:
-        UsageError: a name that Triton would not take, or one that the repository has.
+        UsageError: a name that Triton would not take, or one that the repository has; what no server could
+            start with.
+        StorageError: the folder cannot be written.
     """
     if not _NAME.fullmatch(model.name):
         raise UsageError(
@@ -96,6 +100,7 @@ def write_repository(model: TritonModel, out: Path) -> Path:
             expected="letters, digits, . _ and -",
             fix="Change it: --name latentrt",
         )
+    _check(model)
     folder = out / model.name
     if folder.exists():
         raise UsageError(
@@ -103,10 +108,35 @@ def write_repository(model: TritonModel, out: Path) -> Path:
             expected="a name of its own",
             fix="Remove it, or choose another --name",
         )
-    (folder / "1").mkdir(parents=True)
+    try:
+        (folder / "1").mkdir(parents=True)
+    except OSError as error:
+        raise StorageError(
+            f"{folder} cannot be written ({error.strerror})",
+            expected="a folder for models",
+            fix="Choose another one: -o FOLDER",
+        ) from error
     (folder / "config.pbtxt").write_text(config_of(model), encoding="utf-8")
     (folder / "1" / "model.py").write_text(_PROGRAM, encoding="utf-8")
     return folder
+
+
+def _check(model: TritonModel) -> None:
+    """Raise UsageError for what no server could start with."""
+    for name, value, names in (("device", model.device, _KINDS), ("backend", model.backend, _BACKENDS)):
+        if value not in names:
+            raise UsageError(
+                f"{name} is {value!r:.80}", expected=f"one of {', '.join(names)}", fix=f"Change --{name}"
+            )
+    for option, count in (("instances", model.count), ("rows", 1 if model.rows is None else model.rows)):
+        if count < 1:
+            raise UsageError(f"{option} is {count}", expected="1 or more", fix=f"Change --{option}")
+    if not model.model.strip():
+        raise UsageError("the model's name is empty", expected="a model", fix="Pass one: demo")
+    if model.loras is not None and not model.loras.is_dir():
+        raise UsageError(
+            f"{model.loras} is no folder", expected="a folder of adapters", fix="Check the path."
+        )
 
 
 def config_of(model: TritonModel) -> str:

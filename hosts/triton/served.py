@@ -114,7 +114,12 @@ class Model:
         pictures = {
             name: _picture(name, tensors[name]) for name in ("image", "mask_image") if name in tensors
         }
-        written: Any = json.loads(_text("fields", tensors["fields"]) or "{}") if "fields" in tensors else {}
+        try:
+            written: Any = (
+                json.loads(_text("fields", tensors["fields"]) or "{}") if "fields" in tensors else {}
+            )
+        except (ValueError, RecursionError):
+            written = None
         if not isinstance(written, dict):
             raise UsageError(
                 "fields is no object", expected='{"seed": 7}', fix="Send an object as JSON text."
@@ -228,19 +233,24 @@ def _text(name: str, tensor: Any) -> str:
     if values.size != 1:
         raise UsageError(f"{name} has {values.size} texts", expected="one", fix=f"Send one {name}.")
     value = values[0]
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+    try:
+        return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{name} is not UTF-8", expected="text as UTF-8", fix=f"Encode {name} so."
+        ) from error
 
 
 def _picture(name: str, tensor: Any) -> bytes:
-    """A picture's file of (H, W), (H, W, 3) or (H, W, 4) uint8, which goes the way of all pictures."""
-    try:
-        image = Image.fromarray(np.ascontiguousarray(tensor))
-    except (TypeError, ValueError) as error:
+    """A file of (H, W) or (H, W, 1, 3 or 4) uint8, which goes the way of all pictures."""
+    plain = tensor[..., 0] if tensor.ndim == 3 and tensor.shape[2] == 1 else tensor
+    if plain.ndim not in (2, 3) or not plain.size or (plain.ndim == 3 and plain.shape[2] not in (3, 4)):
         raise UsageError(
             f"{name} is an array of {tensor.shape}",
-            expected="(height, width), with 3 or 4 channels behind, uint8",
+            expected="(height, width, channels) with 1, 3 or 4 channels, or a mask's (height, width)",
             fix=f"Change {name}.",
-        ) from error
+        )
+    image = Image.fromarray(np.ascontiguousarray(plain))
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=0)
     return file.getvalue()

@@ -6,6 +6,7 @@ the model's scaling factor. IMAGE is (B, H, W, 3) float32 from 0 to 1.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
@@ -37,12 +38,12 @@ class Model:
     controls: tuple[Any, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Steering:
     """A control net's file or name, and the picture that it follows."""
 
     name: str
-    image: Any = field(compare=False)
+    image: Any
     strength: float = 1.0
     start: float = 0.0
     end: float = 1.0
@@ -69,10 +70,15 @@ def opened(model: Model) -> Any:
 
 def _named(pipe: Any, path: str) -> str:
     """An adapter's or a control's own name, loaded if it is a file."""
-    name = Path(path).stem
+    name = _name_of(path)
     if name not in pipe.adapters.all_names():
         pipe.load_lora_weights(path, name)
     return name
+
+
+def _name_of(path: str) -> str:
+    """A file's own name, with what tells it from one of the same name in another folder."""
+    return f"{Path(path).stem}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
 
 
 def _controls(pipe: Any, model: Model) -> list[Any]:
@@ -80,7 +86,7 @@ def _controls(pipe: Any, model: Model) -> list[Any]:
 
     made = []
     for one in model.controls:
-        name = Path(one.name).stem
+        name = _name_of(one.name)
         if name not in pipe.controls.names:
             pipe.load_control(one.name, name)
         made.append(
@@ -289,31 +295,39 @@ class Sample:
     ) -> tuple[dict[str, Any]]:
         if model.server:
             raise ValueError("a server draws whole pictures: use the node `latentrt picture`")
+        if "noise_mask" in latent:
+            raise ValueError(
+                "a latent with a noise mask: give picture and mask to the node `latentrt picture`"
+            )
+        if denoise == 0:
+            return (latent,)
         pipe = opened(model)
-        samples = latent["samples"].cpu().numpy().astype(np.float32)  # (B, C, H/8, W/8)
         manifest = pipe.package.manifest
-        start: dict[str, Any] = {
-            "height": samples.shape[2] * manifest.latent_scale,
-            "width": samples.shape[3] * manifest.latent_scale,
+        samples = latent["samples"].cpu().numpy().astype(np.float32)  # (B, C, H/8, W/8)
+        if samples.shape[1] != manifest.latent_channels:
+            raise ValueError(
+                f"a latent of {samples.shape[1]} channels for a model of {manifest.latent_channels}"
+            )
+        scale = np.float32(_SCALES.get(manifest.family, _SCALE))
+        begins = bool(samples.any()) or denoise < 1
+        parameters: dict[str, Any] = {
+            "negative_prompt": negative,
+            "num_inference_steps": steps,
+            "guidance_scale": cfg,
+            "sampler": sampler,
+            "output_type": "latent",
+            "loras": [(_named(pipe, path), strength) for path, strength in model.loras],
+            "controls": _controls(pipe, model) or None,
         }
-        scale = _SCALES.get(manifest.family, _SCALE)
-        if samples.any() or denoise < 1:
-            start = {"image": samples * np.float32(scale), "strength": denoise}
-        drawn = pipe(
-            positive,
-            negative_prompt=negative,
-            seed=seed,
-            num_images_per_prompt=1 if "image" in start else len(samples),
-            num_inference_steps=steps,
-            guidance_scale=cfg,
-            sampler=sampler,
-            output_type="latent",
-            loras=[(_named(pipe, path), strength) for path, strength in model.loras],
-            controls=_controls(pipe, model) or None,
-            callback_on_step_end=_callback(steps),
-            **start,
-        ).images
-        return ({**latent, "samples": torch.from_numpy(drawn / np.float32(scale))},)
+        height, width = (side * manifest.latent_scale for side in samples.shape[2:])
+        drawn: list[Any] = []
+        for number, sample in enumerate(samples):
+            start = {"image": sample[None] * scale, "strength": denoise}
+            more = start if begins else {"height": height, "width": width}
+            callback = _callback(steps)
+            result = pipe(positive, seed=seed + number, callback_on_step_end=callback, **parameters, **more)
+            drawn.append(result.images)
+        return ({**latent, "samples": torch.from_numpy(np.concatenate(drawn) / scale)},)
 
 
 class Draw:
@@ -363,6 +377,10 @@ class Draw:
             "num_images_per_prompt": count,
         }
         if image is not None:
+            if len(image) > 1:
+                raise ValueError(
+                    f"{len(image)} pictures to start from: give one, `count` draws several of it"
+                )
             values |= {"image": _pictures(image)[0], "strength": strength}
         if mask is not None and image is not None:
             values["mask_image"] = _pictures(mask[..., None])[0][..., 0]

@@ -39,8 +39,27 @@ FAST: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 6, "height": 64
 
 @pytest.fixture(scope="module")
 def ours() -> Iterator[LatentrtPipeline]:
-    with LatentrtPipeline.from_pretrained("demo") as opened:
+    usual = {"safety_checker": None, "requires_safety_checker": False, "use_safetensors": True}
+    with LatentrtPipeline.from_pretrained("demo", torch_dtype=torch.float32, **usual) as opened:
         yield opened
+
+
+def test_what_opening_has_no_counterpart_of() -> None:
+    with pytest.raises(UsageError, match="the argument 'device_map'"):
+        LatentrtPipeline.from_pretrained("demo", device_map="balanced")
+
+
+@pytest.mark.parametrize("kind", ["tensor", "tensors", "list"])
+def test_kinds_of_pictures(ours: LatentrtPipeline, kind: str) -> None:
+    image, mask = photo(64, 64), blob(64, 64)
+    pixels = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy()) / 255
+    given = {
+        "tensor": {"image": pixels, "mask_image": torch.from_numpy(np.asarray(mask) / np.float32(255))},
+        "tensors": {"image": pixels[None], "mask_image": [mask]},
+        "list": {"image": [image], "mask_image": [mask]},
+    }[kind]
+    wanted = ours(image=image, mask_image=mask, generator=generator(), **FAST)
+    np.testing.assert_array_equal(pictures(ours(generator=generator(), **given, **FAST)), pictures(wanted))
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +208,7 @@ def test_adapters(ours: LatentrtPipeline) -> None:
     ("arguments", "words"),
     [
         ({"ip_adapter_image": photo(64, 64)}, "the argument 'ip_adapter_image'"),
-        ({"prompt_embeds": torch.zeros(1, 77, 8)}, "the argument 'prompt_embeds'"),
+        ({"prompt_embeds": torch.zeros(1, 77, 8)}, "the argument 'prompt_embeds'.*Leave prompt_embeds out"),
         ({"num_steps": 4}, "expected 'num_inference_steps'"),
         ({"output_type": "tensor"}, "output_type is 'tensor'"),
         ({"cross_attention_kwargs": {"gligen": {}}}, "cross_attention_kwargs with gligen"),

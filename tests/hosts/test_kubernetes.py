@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from latentrt.cli import app
-from latentrt.serve.door.access import HEALTH_PATHS
+from latentrt.serve.door.access import HEALTH_PATHS, allow
 from tests.hosts.environment import PYTHON, missing
 from tests.serve.live import live, open_demo
 
@@ -20,9 +20,18 @@ FOLDER = Path(__file__).resolve().parent.parent.parent / "deploy" / "kubernetes"
 VERSION = "1.34"
 
 
-def documents(name: str = "latentrt.yaml") -> dict[str, Any]:
+def documents() -> dict[str, Any]:
     """By kind."""
-    return {one["kind"]: one for one in yaml.safe_load_all((FOLDER / name).read_text())}
+    return {one["kind"]: one for one in yaml.safe_load_all((FOLDER / "base" / "latentrt.yaml").read_text())}
+
+
+def test_no_kustomization_lies_above_what_it_is_made_of() -> None:
+    """kustomize refuses a folder that has the other one in it."""
+    for path in FOLDER.rglob("kustomization.yaml"):
+        for resource in yaml.safe_load(path.read_text())["resources"]:
+            found = (path.parent / resource).resolve()
+            assert found.exists()
+            assert found not in path.resolve().parents
 
 
 def patched(objects: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +118,7 @@ def test_what_it_writes_has_a_volume(objects: dict[str, Any]) -> None:
     mounts = {one["name"]: one["mountPath"] for one in container(objects)["volumeMounts"]}
     volumes = {one["name"] for one in objects["Deployment"]["spec"]["template"]["spec"]["volumes"]}
     assert set(mounts) == volumes == {"cache", "tmp", "keys"}
-    home = {one["name"]: one["value"] for one in container(objects)["env"]}["HOME"]
+    home = {one["name"]: one.get("value") for one in container(objects)["env"]}["HOME"]
     assert home == mounts["cache"]
 
 
@@ -118,9 +127,21 @@ def test_its_arguments_are_options_of_the_server(objects: dict[str, Any]) -> Non
 
     verb: Any = typer.main.get_command(app).commands["serve"]  # pyright: ignore
     options = {name for one in verb.params for name in one.opts}
-    words = container(objects)["args"]
-    assert {word for word in words if word.startswith("--")} <= options
-    assert words[words.index("--key-file") + 1].startswith("/run/latentrt/")
+    words = [word.partition("=") for word in container(objects)["args"] if word.startswith("--")]
+    assert {name for name, _, _ in words} <= options
+    assert {name: value for name, _, value in words}["--key-file"].startswith("/run/latentrt/")
+
+
+def test_callers_and_prometheus_have_names_that_are_answered(objects: dict[str, Any]) -> None:
+    given = [one.removeprefix("--allow-host=") for one in container(objects)["args"] if "--allow-host" in one]
+    namespace = service = objects["Service"]["metadata"]["name"]
+    domain = f"{service}.{namespace}.svc"
+    assert {service, f"{service}.{namespace}", domain, f"{domain}.cluster.local", "$(POD_IP)"} <= set(given)
+    access = allow(hosts=[name.replace("$(POD_IP)", "10.1.2.3") for name in given])
+    with open_demo() as pipe, live(pipe, access=access, start=False) as at:
+        for host in ("10.1.2.3:7860", domain, f"{domain}.cluster.local", "localhost"):
+            assert at.client.get("/metrics", headers={"host": host}).status_code == 200
+        assert at.client.get("/metrics", headers={"host": "10.9.9.9:7860"}).status_code == 421
 
 
 def test_probes_ask_for_what_there_is_by_a_name_that_is_answered(objects: dict[str, Any]) -> None:
@@ -132,8 +153,9 @@ def test_probes_ask_for_what_there_is_by_a_name_that_is_answered(objects: dict[s
 
 
 def test_there_is_time_to_end(objects: dict[str, Any]) -> None:
-    words = container(objects)["args"]
-    grace = int(words[words.index("--grace") + 1])
+    grace = next(
+        int(one.removeprefix("--grace=")) for one in container(objects)["args"] if one.startswith("--grace")
+    )
     waits = int(container(objects)["lifecycle"]["preStop"]["exec"]["command"][1])
     assert (
         objects["Deployment"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]

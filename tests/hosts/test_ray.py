@@ -25,7 +25,7 @@ import pytest
 from PIL import Image
 
 from latentrt import Pipeline, UsageError
-from latentrt.hosts.ray.bulk import draw_all, name_of, rows_of
+from latentrt.hosts.ray.bulk import draw_all, main, name_of, odd, rows_of
 from latentrt.hosts.ray.serving import ByPixelSteps, Settings
 from tests.hosts.environment import PYTHON, ROOT, missing
 from tests.serve.live import open_demo
@@ -74,6 +74,19 @@ def test_settings_are_texts_or_values() -> None:
         Settings.read({"gpus": 1})
     with pytest.raises(UsageError, match="rows is 'many'"):
         Settings.read({"rows": "many"})
+    for name, value in (
+        ("pixel_steps", 0),
+        ("pixel_steps", "nan"),
+        ("rows", -4),
+        ("at_once", 0),
+        ("queue", 0),
+    ):
+        with pytest.raises(UsageError, match=f"{name} is "):
+            Settings.read({name: value})
+    with pytest.raises(UsageError, match="key_file is 'none', which is no file"):
+        Settings.read({"key_file": "none"})
+    with pytest.raises(UsageError, match="two models are called a"):
+        Settings.read({"models": "a,a"})
 
 
 @pytest.mark.parametrize(
@@ -194,6 +207,13 @@ def test_rows_of_columns() -> None:
     batch = {"prompt": np.array(["a", "b"]), "seed": np.array([1.0, np.nan]), "width": np.array([64, 32])}
     assert rows_of(batch) == [{"prompt": "a", "seed": 1, "width": 64}, {"prompt": "b", "width": 32}]
     assert rows_of({}) == []
+    assert rows_of({"prompt": np.array([7]), "seed": np.array([2.0])}) == [{"prompt": "7", "seed": 2}]
+
+
+def test_rows_that_are_no_pictures() -> None:
+    assert odd({"prompt": "a"}) is None
+    assert "without a prompt" in str(odd({"seed": 1}))
+    assert "num_images_per_prompt is 3" in str(odd({"prompt": "a", "num_images_per_prompt": 3}))
 
 
 def test_names_are_of_what_is_asked_for() -> None:
@@ -207,6 +227,16 @@ def test_files_that_are_none(name: str, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a\n")
     with pytest.raises(UsageError, match="is no file of rows"):
         draw_all(tmp_path / name, tmp_path / "out")
+
+
+def test_errors_are_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    source.write_text('{"prompt": "a"}\n')
+    out.write_text("a file")
+    assert main([str(source), "-o", str(out)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {out} is no folder; expected a folder for pictures. Choose another one.\n"
+    )
 
 
 def bulk(source: Path, out: Path, *words: str) -> subprocess.Popen[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from latentrt import Pipeline, UsageError
+from latentrt import Pipeline, UsageError, cli
 from latentrt.cli import app
 from latentrt.hosts.triton.repository import TritonModel, config_of, write_repository
 from tests.hosts.environment import PYTHON, missing
@@ -48,6 +49,31 @@ def test_the_command(tmp_path: Path) -> None:
 def test_names_that_triton_would_not_take(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="the name"):
         write_repository(TritonModel(model="demo", name=name), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["/no/such/model"], 2, "is not here"),
+        ([""], 2, "is not here"),
+        (["demo", "--device", "tpu"], 2, "device is 'tpu'"),
+        (["demo", "--backend", "nonsense"], 2, "backend is 'nonsense'"),
+        (["demo", "--instances", "0"], 2, "instances is 0"),
+        (["demo", "--rows", "0"], 2, "rows is 0"),
+        (["demo", "--lora-dir", "/no/such"], 2, "is no folder"),
+        (["demo", "-o", "/proc/x"], 7, "cannot be written"),
+    ],
+)
+def test_what_no_server_could_start_with(
+    words: list[str], code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = [] if "-o" in words else ["-o", str(tmp_path / "repository")]
+    monkeypatch.setattr(sys, "argv", ["latentrt", "export-triton", *words, *out])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert (end.value.code, said in capfd.readouterr().err) == (code, True)
     assert not list(tmp_path.iterdir())
 
 
@@ -146,6 +172,20 @@ def test_a_picture_and_a_mask(at: Triton, pipe: Pipeline) -> None:
     assert found["pictures"] == alone(pipe, request), found
 
 
+@pytest.mark.parametrize("shape", [(64, 64, 2), (0, 64, 3), (64, 64, 5)])
+def test_arrays_that_are_no_pictures(at: Triton, shape: tuple[int, ...]) -> None:
+    request = {"prompt": PROMPT, "fields": SMALL, "image": np.zeros(shape).tolist(), "shape": shape}
+    (found,) = at.client("draw", stdin=[request])
+    assert f"image is an array of {shape}" in found["error"]
+
+
+def test_a_grey_picture(at: Triton, pipe: Pipeline) -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (64, 64, 1))
+    request = {"prompt": PROMPT, "fields": {**SMALL, "seed": 1}, "image": grey.tolist()}
+    (found,) = at.client("draw", stdin=[request])
+    assert found["pictures"] == alone(pipe, {**request, "image": grey[..., 0].tolist()})
+
+
 def test_previews_come_before_the_picture(at: Triton) -> None:
     fields = {**SMALL, "num_inference_steps": 40, "seed": 1, "preview": {"every": 1}}
     grpc, http = at.client("draw", stdin=[{"prompt": PROMPT, "fields": fields}] * 2)
@@ -164,6 +204,8 @@ def test_previews_come_before_the_picture(at: Triton) -> None:
         ({"prompt": PROMPT, "fields": {**SMALL, "stepz": 4}}, "there is no parameter 'stepz'"),
         ({"prompt": PROMPT, "fields": [1]}, "fields is no object"),
         ({"prompt": PROMPT, "fields": {**SMALL, "loras": ["/etc/x.safetensors"]}}, "x.safetensors"),
+        ({"prompt": PROMPT, "written": "{nope"}, "fields is no object"),
+        ({"prompt": PROMPT, "written": "[" * 3000}, "fields is no object"),
     ],
 )
 def test_what_is_wrong_is_an_error_with_its_reason(at: Triton, request_: dict[str, Any], words: str) -> None:

@@ -31,12 +31,14 @@ def inputs_of(request: dict[str, Any]) -> list[Any]:
         if name in request:
             made.append(grpcclient.InferInput(name, [1], "BYTES"))
             made[-1].set_data_from_numpy(np.array([request[name].encode()], dtype=object))
-    if "fields" in request:
+    if "fields" in request or "written" in request:
+        text = request.get("written") or json.dumps(request["fields"])
         made.append(grpcclient.InferInput("fields", [1], "BYTES"))
-        made[-1].set_data_from_numpy(np.array([json.dumps(request["fields"]).encode()], dtype=object))
+        made[-1].set_data_from_numpy(np.array([text.encode()], dtype=object))
     for name in ("image", "mask_image"):
         if name in request:
             pixels = np.asarray(request[name], np.uint8)
+            pixels = pixels.reshape(request.get("shape", pixels.shape))
             made.append(grpcclient.InferInput(name, list(pixels.shape), "UINT8"))
             made[-1].set_data_from_numpy(pixels)
     return made
@@ -94,6 +96,8 @@ def by_http(port: int, request: dict[str, Any]) -> dict[str, Any]:
     sent.pop("parameters", None)
     if "fields" in sent:
         sent["fields"] = json.dumps(sent["fields"])
+    if "written" in sent:
+        sent["fields"] = sent.pop("written")
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     body = json.dumps(sent)
     connection.request(
