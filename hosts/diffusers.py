@@ -316,10 +316,11 @@ def _refuse(arguments: Mapping[str, Any]) -> None:
 
 def _picture(given: Any) -> Any:
     """As `Pipeline` takes it: the only one of a list; a tensor (3, H, W) of 0 to 1 as an array."""
-    one = cast("Sequence[Any]", given)[0] if isinstance(given, (list, tuple)) and len(given) == 1 else given
+    several: Sequence[Any] = cast("Sequence[Any]", given) if isinstance(given, (list, tuple)) else (given,)
+    one: Any = several[0] if len(several) == 1 else cast(Any, given)
     if not hasattr(one, "detach"):
         return one
-    pixels = one.detach().cpu().float().numpy()
+    pixels: Any = one.detach().cpu().float().numpy()
     pixels = pixels[0] if pixels.ndim == 4 and len(pixels) == 1 else pixels
     return pixels.transpose(1, 2, 0) if pixels.ndim == 3 else pixels  # (H, W, 3), or (H, W) of a mask
 
