@@ -68,6 +68,7 @@ for verb in (generate, serve, export, export_triton, build, models, inspect, met
 app.add_typer(bench, name="bench")
 app.add_typer(cache, name="cache")
 
+_LOST_S = 5.0  # after a signal: who has not stopped by then has lost it
 _READER_GONE = 128 + 13  # what a shell reports of a program that SIGPIPE ended
 
 
@@ -83,17 +84,27 @@ class _StoppedBySignalError(CancelledError):
     """The same as an error for the user."""
 
 
+def _later(timers: list[Timer], seconds: float, number: int) -> None:
+    """Send a signal again, unless its timer is cancelled."""
+    timers.append(Timer(seconds, os.kill, (os.getpid(), number)))
+    timers[-1].daemon = True
+    timers[-1].start()
+
+
 @contextmanager
 def _stoppable() -> Generator[None]:
     """Let SIGINT and SIGTERM unwind the block, so that what it was writing is cleaned up."""
 
+    again: list[Timer] = []
+
     def stop(number: int, frame: FrameType | None) -> None:
+        _later(again, _LOST_S, number)  # a library may take the error for one of its own
         raise _StoppedError(number)
 
     def lost(ignored: Any) -> None:
         """Python drops what is raised in a finaliser or a callback of C, wherever the signal met it."""
         if isinstance(ignored.exc_value, _StoppedError):
-            Timer(0.01, os.kill, (os.getpid(), ignored.exc_value.number)).start()
+            _later(again, 0.01, ignored.exc_value.number)
         else:
             plain(ignored)
 
@@ -102,6 +113,8 @@ def _stoppable() -> Generator[None]:
     try:
         yield
     finally:
+        for timer in again:
+            timer.cancel()
         sys.unraisablehook = plain
         for number, handler in before.items():
             signal.signal(number, handler)

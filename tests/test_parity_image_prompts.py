@@ -316,7 +316,7 @@ def test_what_is_refused(pair: Prompted, fields: dict[str, Any], match: str) -> 
 
 
 def test_controls_of_another_kind_are_refused(pair: Prompted) -> None:
-    with pytest.raises(UsageError, match=r"'classic' is an IP-Adapter, and this is a Control;"):
+    with pytest.raises(UsageError, match=r"'classic' is an IP-Adapter, and was given as another kind"):
         ours(pair.ours, [1], prompt="a", controls=[Control(model="classic", image=picture())], **FAST)
 
 

@@ -32,6 +32,7 @@ was started. The row `process` of each step has the seconds of its process. Figu
     parity          of each net, as in `latentrt bench parity` against ONNX Runtime on the CPU
     graphs          psnr_db (bar 50) between plain and replayed loops; "not available" with the reason where
                     the loop cannot be captured
+    sharing         psnr_db (bar 50) of pictures that share calls against pictures alone; how many are equal
     skeleton        mib that were written, with the seconds
     unet            of the large model, in the layout `nhwc`: opened; plain and replayed as a graph, with
                     figures as torch's, taken_mib and peak_mib of the device

@@ -96,5 +96,5 @@ def _number(tag: str, text: str) -> float:
         raise UsageError(
             f"the prompt has the strength {text!r:.40} in {tag[:80]}",
             expected=_WANTED,
-            fix="Write a number; an adapter with a colon in its name is called by loras=… (--lora).",
+            fix="Write a number; call an adapter with a colon in its name by --lora or loras=[…].",
         ) from None

@@ -223,7 +223,7 @@ def test_the_plan() -> None:
     named = planned(BACKENDS[:2], ["parity", "smoke"])
     assert named == [("smoke", ORT), ("parity", ORT), ("parity", "tensorrt")]
     assert [name for name, _ in planned(["tensorrt"])] == [
-        *("environment", "build", "picture", "placement", "parity", "graphs")
+        *("environment", "build", "picture", "placement", "parity", "graphs", "sharing")
     ]
 
 

@@ -227,10 +227,13 @@ def test_they_are_small_and_in_half_precision() -> None:
         assert {str(tensor.dtype) for tensor in tensors} == {"float16"}
 
 
-def test_a_file_that_is_called_so_comes_first(
+def test_a_file_that_is_called_so_is_meant_by_its_path(
     pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What ships comes first, as `demo` does among models."""
     (tmp_path / "edges").write_text("no net")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="edges"):
-        pipe.load_control("edges")
+    assert pipe.load_control("edges") == "edges"
+    for path in ("./edges", Path("edges")):
+        with pytest.raises(CheckpointError, match="edges"):
+            pipe.load_control(path, "other")

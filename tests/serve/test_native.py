@@ -326,13 +326,6 @@ def test_head_is_get_without_a_body(at: Live) -> None:
     assert at.client.head("/v1/jobs/none").status_code == 404
 
 
-def test_base64_may_have_lines(at: Live) -> None:
-    text = encoded(np.zeros((64, 64, 3), np.uint8))
-    lines = "\r\n".join(text[start : start + 76] for start in range(0, len(text), 76))
-    made = [draw(at, image=one, strength=0.5)["images"][0]["sha256"] for one in (text, lines)]
-    assert made[0] == made[1]
-
-
 def test_a_damaged_form(at: Live) -> None:
     answer = at.client.post(
         "/v1/jobs", content=b"--x\r\nnothing", headers={"content-type": "multipart/form-data; boundary=y"}
