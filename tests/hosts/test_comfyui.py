@@ -347,3 +347,46 @@ def test_other_addresses_are_refused(package: ModuleType, comfy: Comfy, address:
     with pytest.raises(ValueError, match=r"is no http://127\.0\.0\.1:PORT"):
         kind().choose(address)
     assert kind.VALIDATE_INPUTS("http://127.0.0.1:7860") is True
+
+
+def test_latents_and_pictures_that_nothing_is_drawn_of(package: ModuleType, comfy: Comfy) -> None:
+    sample = package.NODE_CLASS_MAPPINGS["LatentrtSampler"]().sample
+    latent = {"samples": torch.zeros((1, 4, 8, 8))}
+    with pytest.raises(ValueError, match="a latent with a noise mask"):
+        sample(model(package), latent={**latent, "noise_mask": torch.ones((1, 64, 64))}, denoise=1.0, **FAST)
+    with pytest.raises(ValueError, match="a latent of 16 channels for a model of 4"):
+        sample(model(package), latent={"samples": torch.zeros((1, 16, 8, 8))}, denoise=1.0, **FAST)
+    assert sample(model(package), latent=latent, denoise=0.0, **FAST) == (latent,)
+    two = torch.zeros((2, 64, 64, 3))
+    with pytest.raises(ValueError, match="2 pictures to start from"):
+        package.NODE_CLASS_MAPPINGS["LatentrtPicture"]().draw(
+            model(package), width=64, height=64, count=1, image=two, **FAST
+        )
+
+
+def test_a_batch_of_latents_has_a_seed_each(package: ModuleType, comfy: Comfy) -> None:
+    sample = package.NODE_CLASS_MAPPINGS["LatentrtSampler"]().sample
+    (both,) = sample(model(package), latent={"samples": torch.zeros((2, 4, 8, 8))}, denoise=1.0, **FAST)
+    (second,) = sample(
+        model(package), latent={"samples": torch.zeros((1, 4, 8, 8))}, denoise=1.0, **{**FAST, "seed": 8}
+    )
+    assert torch.equal(both["samples"][1:], second["samples"])
+
+
+def test_files_of_one_name_in_two_folders_are_two(package: ModuleType, comfy: Comfy, tmp_path: Path) -> None:
+    first, second = sorted(ADAPTERS["demo"].glob("*.safetensors"))[:2]
+    drawn: list[Any] = []
+    for folder, source in (("a", first), ("b", second)):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / "style.safetensors"
+        path.write_bytes(source.read_bytes())
+        comfy.files["loras"][f"{folder}/style.safetensors"] = path
+        (styled,) = package.NODE_CLASS_MAPPINGS["LatentrtLora"]().add(
+            model(package), f"{folder}/style.safetensors", 1.0
+        )
+        drawn.append(
+            package.NODE_CLASS_MAPPINGS["LatentrtPicture"]().draw(
+                styled, width=64, height=64, count=1, **FAST
+            )
+        )
+    assert not torch.equal(drawn[0][0], drawn[1][0])

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import numpy as np
@@ -25,8 +26,9 @@ import pytest
 from PIL import Image
 
 from latentrt import Pipeline, UsageError
-from latentrt.hosts.ray.bulk import draw_all, main, name_of, odd, rows_of
-from latentrt.hosts.ray.serving import ByPixelSteps, Settings
+from latentrt.engines.errors import StorageError
+from latentrt.hosts.ray.bulk import draw_all, failure, main, name_of, odd, rows_of
+from latentrt.hosts.ray.serving import ByPixelSteps, Replica, Settings
 from tests.hosts.environment import PYTHON, ROOT, missing
 from tests.serve.live import open_demo
 
@@ -227,6 +229,28 @@ def test_files_that_are_none(name: str, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a\n")
     with pytest.raises(UsageError, match="is no file of rows"):
         draw_all(tmp_path / name, tmp_path / "out")
+
+
+def test_a_full_disk_ends_the_run_and_other_errors_are_a_rows() -> None:
+    with pytest.raises(StorageError):
+        failure(StorageError("full", expected="space", fix="Make some."))
+    assert failure(UsageError("a", expected="b", fix="c"))["error"] == "a; expected b. c"
+    assert failure(ZeroDivisionError("secret")) == {
+        "status": "failed",
+        "error": "ZeroDivisionError",
+        "type": "ZeroDivisionError",
+    }
+
+
+@pytest.mark.parametrize("health", ["ready", "unhealthy"])
+def test_a_replica_that_draws_no_more_says_so(health: str) -> None:
+    replica = Replica.__new__(Replica)
+    replica.server = cast(Any, SimpleNamespace(health=health))
+    if health == "ready":
+        replica.check_health()
+        return
+    with pytest.raises(RuntimeError, match="does not draw any more"):
+        replica.check_health()
 
 
 def test_errors_are_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

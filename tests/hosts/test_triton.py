@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from latentrt import Pipeline, UsageError, cli
 from latentrt.cli import app
+from latentrt.hosts.triton import served
 from latentrt.hosts.triton.repository import TritonModel, config_of, write_repository
 from tests.hosts.environment import PYTHON, missing
 from tests.hosts.triton import Triton, triton
@@ -75,6 +76,15 @@ def test_what_no_server_could_start_with(
         cli.main()
     assert (end.value.code, said in capfd.readouterr().err) == (code, True)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("values", "words"), [([b"a", b"b"], "prompt has 2 texts"), ([b"\xff"], "prompt is not UTF-8")]
+)
+def test_texts_that_are_none(values: list[bytes], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        served._text("prompt", np.array(values, dtype=object))  # pyright: ignore[reportPrivateUsage]
+    assert served._text("prompt", np.array(["ä".encode()], dtype=object)) == "ä"  # pyright: ignore[reportPrivateUsage]
 
 
 def test_a_model_is_not_overwritten(tmp_path: Path) -> None:
