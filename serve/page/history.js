@@ -70,8 +70,15 @@ export class History {
   }
 }
 
+/** What an opened database, or a request once its transaction is written, brought. */
 const done = (asked) =>
   new Promise((resolve, reject) => {
-    asked.onsuccess = () => resolve(asked.result);
+    const { transaction } = asked; // null while a database is opened
+    if (transaction) {
+      transaction.oncomplete = () => resolve(asked.result);
+      transaction.onabort = () => reject(transaction.error ?? asked.error);
+    } else {
+      asked.onsuccess = () => resolve(asked.result);
+    }
     asked.onerror = () => reject(asked.error);
   });

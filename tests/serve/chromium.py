@@ -43,6 +43,21 @@ _REPORTS = """
 window.reports = [];
 addEventListener("securitypolicyviolation", ({ violatedDirective }) => reports.push(violatedDirective));
 """
+# The middle of an element that a press would meet, or null while pictures above it still load and move it.
+_STILL = """(async () => {
+    const element = document.querySelector(SELECTOR);
+    const middle = () => {
+        const { left, top, width, height } = element.getBoundingClientRect();
+        return [left + width / 2, top + height / 2];
+    };
+    element.scrollIntoView({ block: "center", behavior: "instant" });
+    const before = middle();
+    await new Promise((resolve) => setTimeout(resolve, 60));
+    const now = middle();
+    const met = document.elementFromPoint(...now);
+    const meant = element.contains(met) || met?.closest("label")?.contains(element);
+    return String(before) === String(now) && meant ? now : null;
+})()"""
 
 
 def find_chromium() -> str | None:
@@ -197,13 +212,9 @@ class Page:
         self.ask("Input.dispatchKeyEvent", type="keyUp", **about)
 
     def click(self, selector: str) -> None:
-        """Click the middle of an element, scrolled to where it can be seen."""
-        quoted = json.dumps(selector)
-        self.evaluate(
-            f"document.querySelector({quoted}).scrollIntoView({{block: 'center', behavior: 'instant'}})"
-        )
-        x, y, width, height = self.box(selector)
-        self.drag([(x + width / 2, y + height / 2)])
+        """Click the middle of an element, where it can be seen, once it lies still and nothing covers it."""
+        x, y = self.until(_STILL.replace("SELECTOR", json.dumps(selector)))
+        self.drag([(x, y)])
 
     def box(self, selector: str) -> tuple[float, float, float, float]:
         """Left, top, width and height of an element on the screen."""
