@@ -397,6 +397,25 @@ def serve(call: Call) -> _Measure:
     return partial(measure_serve, call.package, call.task(), call.case(), rules=rules)
 
 
+@_measures(
+    *("backend", "width", "height", "steps", "threads"),
+    serve=_option(str, "", "Address of a running `latentrt serve` with this model."),
+    triton=_option(str, "", "HTTP address of a running Triton with this model's repository."),
+    ray=_option(str, "", "Address of the application in a running Ray Serve."),
+    rounds=_option(int, 12, "In which every side has a turn with one caller, and one with all.", least=1),
+    requests=_option(int, 10, "Of a turn, by each caller.", least=1),
+    callers=_option(int, 4, "Who ask at once, where there are several.", least=2),
+)
+def hosts(call: Call) -> _Measure:
+    """What a server in between costs, beside the same pictures drawn in this process."""
+    from ..benchmarks.verbs.hosts import HostRules, measure_hosts
+
+    names = {"serve": "latentrt serve", "triton": "Triton", "ray": "Ray Serve"}
+    servers = {name: call.options[option] for option, name in names.items() if call.options[option]}
+    rules = HostRules(**{name: call.options[name] for name in ("rounds", "requests", "callers")})
+    return partial(measure_hosts, call.package, call.task(), call.case(), servers=servers, rules=rules)
+
+
 # ── other verbs ────────────────────────────────────────────────────────────────────────────────────
 
 

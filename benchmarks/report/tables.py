@@ -16,6 +16,7 @@ from ..verbs.adapters import LOADED, STEP, WORKLOADS
 from ..verbs.build import TOGETHER
 from ..verbs.cold_start import PARTS
 from ..verbs.controls import IDLE, IN_USE, OUR_CALL, OUR_STEP, WITH_ONE
+from ..verbs.hosts import ASKED, AT_ONCE
 from ..verbs.opening import DRAWN, OPENED, PEAK, WRITTEN
 from ..verbs.serve import BATCHED, MIXED, ONE_BY_ONE, SIMULATED
 from ..verbs.throughput import OFFLINE, SINGLE_STREAM, SWEEP
@@ -53,6 +54,7 @@ _EXPLAINED = (
     "adapters",
     "controls",
     "serve",
+    "hosts",
 )  # documents that say why rows have no time
 _AFTER = {picture_after(name) for name in FOLLOWED}
 _ROWS = 13  # of the short table, at most
@@ -142,6 +144,8 @@ def _section(
             yield table
         elif document.benchmark == "serve":
             yield from _loads(document)
+        elif document.benchmark == "hosts":
+            yield _hosts(document)
         if document.benchmark in _EXPLAINED and (missing := _missing(document)):
             yield missing
     lines = [_line(*pair, document) for document in documents for pair in summaries(document)]
@@ -302,6 +306,39 @@ def _load_table(title: str, rows: Sequence[Row], note: str) -> str:
         ]
         lines.append(_row(cells))
     return "\n".join([*lines, "", note])
+
+
+def _hosts(document: Document) -> str:
+    """A row for each side: one caller, then several."""
+    callers = document.settings["callers"]
+    head = ["drawn by", "one caller: p50 [p99]", "÷ in process", "pictures/s"]
+    head += [f"{callers} callers: p50 [p99]", "÷ in process", "pictures/s"]
+    lines = [_row(head), "|" + "---|" * len(head)]
+    for side in (OURS, *peers(document)):
+        cells = ["this process" if side == OURS else side]
+        for workload in (ASKED, AT_ONCE):
+            row = next(document.select(workload, side))
+            ratio = words.DASH if side == OURS else _ratio(against(document, row.case, side).get(workload))
+            p50, p99 = (words.seconds(summary(row, name)) for name in ("p50", "p99"))
+            cells += [f"{p50} [{p99}]", ratio, words.number(figure(row, "requests_per_s"))]
+        lines.append(_row(cells))
+    case = words.case(document.rows[0].case)
+    rounds, requests = document.settings["rounds"], document.settings["requests"]
+    turns = f"{rounds} rounds, a turn is {requests} requests of each caller"
+    note = f"{case}; {turns}; callers share calls of the UNet."
+    return "\n".join([*lines, "", f"Reproduce: `{_command(document)}`; {note}"])
+
+
+def _over_http(document: Document) -> Lines:
+    """What each server adds to a request of one caller."""
+    added = [
+        f"{side} {_ratio(against(document, row.case, side).get(ASKED))}"
+        for side in peers(document)
+        for row in document.select(ASKED, side)
+        if row.rounds
+    ]
+    if added:
+        yield "a request to a server ÷ in process", ", ".join(added)
 
 
 def _measured_note(document: Document) -> str:
@@ -602,6 +639,7 @@ _SUMMARIES: Mapping[str, Callable[[Document], Lines]] = {
     "adapters": _with_adapters,
     "controls": _with_controls,
     "serve": _under_load,
+    "hosts": _over_http,
     "build": _build,
     "parity": _parity,
     "export": _export,

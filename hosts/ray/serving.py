@@ -3,16 +3,22 @@
     serve run latentrt.hosts.ray.serving:application                             # the shipped model
     serve run latentrt.hosts.ray.serving:application models=model.safetensors num_gpus=1 max_replicas=8
 
+    serve run latentrt.hosts.ray.serving:application models=one.safetensors,two.safetensors open_at_once=1
+
 Every replica has the HTTP of `latentrt serve`. A job is known to the replica that took it, and Ray chooses
 one for each request: callers wait for their answer (OpenAI's and AUTOMATIC1111's APIs, `Prefer: wait`).
 
 Ray's own ports run whatever they are sent, for anyone (CVE-2023-48022): keep them to a network of your own.
 
-Source: `ray.serve.ingress`, `ray.serve.config.AutoscalingPolicy`, Ray 2.60.
+With `open_at_once` a replica opens models when somebody asks for them, by the header
+`serve_multiplexed_model_id`, and Ray sends requests where their model is open.
+
+Source: `ray.serve.ingress`, `ray.serve.multiplexed`, `ray.serve.config.AutoscalingPolicy`, Ray 2.60.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -20,13 +26,17 @@ from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from ...engines.errors import UsageError
 from ...serve.server import named
 
 if TYPE_CHECKING:
+    from ...serve.door.access import Access
     from ...serve.door.guard import Guard
 
+_MODEL = b"serve_multiplexed_model_id"  # the header that says which, as Ray has it
+_GRACE_S = 30.0  # for the jobs of a model that makes way for another
 _METRIC = "pixel_steps"  # of what waits and runs in a replica, as its metrics call it
 
 
@@ -41,6 +51,7 @@ class Settings:
             caller of that address may draw.
         hosts: names besides this machine's that callers may use, with commas between.
         rows, at_once, queue: as there; 0 rows are measured.
+        open_at_once: models that a replica has open; 0 is all of them, from its start.
         min_replicas, max_replicas: how many there are.
         pixel_steps: width x height x steps x pictures of what waits and runs: one more replica for each.
         num_cpus, num_gpus: of each replica.
@@ -57,6 +68,7 @@ class Settings:
     rows: int = 0
     at_once: int = 4
     queue: int = 64
+    open_at_once: int = 0
     min_replicas: int = 1
     max_replicas: int = 1
     pixel_steps: float = 20e6
@@ -107,6 +119,7 @@ _LEAST = {
     "rows": 0,
     "at_once": 1,
     "queue": 1,
+    "open_at_once": 0,
     "min_replicas": 1,
     "max_replicas": 1,
     "num_cpus": 0.0,
@@ -116,19 +129,19 @@ _LEAST = {
 }
 
 
-class Replica:
-    """One server; Ray makes it in a process of its own."""
+class Opened:
+    """A server of some models, and what answers for it.
 
-    def __init__(self, settings: Settings) -> None:
+    Raises:
+        LatentrtError: a model cannot be opened.
+    """
+
+    def __init__(self, settings: Settings, models: Mapping[str, str], access: Access) -> None:
         from ...runtime.pipeline import Pipeline
-        from ...serve.door.access import allow
-        from ...serve.door.keys import join_keys, read_keys
+        from ...serve.app import create_app
         from ...serve.jobs.bounds import Bounds
         from ...serve.server import Options, Server
 
-        keys = join_keys([read_keys(Path(settings.key_file))] if settings.key_file else [])
-        hosts = [name for name in settings.hosts.split(",") if name]
-        self._access = allow(hosts=hosts, keys=keys)
         with ExitStack() as stack:
             pipes = {
                 name: stack.enter_context(
@@ -139,33 +152,107 @@ class Replica:
                         loras=settings.loras or None,
                     )
                 )
-                for name, model in named(settings.models.split(",")).items()
+                for name, model in models.items()
             }
-            options = Options(rows=settings.rows or None, at_once=settings.at_once)
+            options = Options(
+                rows=settings.rows or None,
+                at_once=settings.at_once,
+                strict_models=settings.open_at_once > 0,  # another one's name must not draw with this
+            )
             self.server = Server(pipes, Bounds(jobs=settings.queue), options)
             self.server.start()
-            stack.callback(self.server.end, 0.0)
+            self.app: Guard = create_app(self.server, access)
             self._closing = stack.pop_all()
 
-    def __serve_build_asgi_app__(self) -> Guard:
-        """What Ray hands requests to."""
-        from ...serve.app import create_app
+    def close(self, grace_s: float) -> None:
+        """End, with so many seconds for what still runs. May be called twice."""
+        self.server.end(grace_s)
+        self._closing.close()
 
-        return create_app(self.server, self._access)
+    def __del__(self) -> None:
+        """What Ray calls, in a thread of its own, for the model that was not asked for the longest."""
+        if hasattr(self, "_closing"):
+            self.close(_GRACE_S)
+
+
+class Replica:
+    """One server, or with `open_at_once` one of each open model; Ray makes it in a process of its own."""
+
+    def __init__(self, settings: Settings) -> None:
+        from ...serve.door.access import allow
+        from ...serve.door.keys import join_keys, read_keys
+
+        keys = join_keys([read_keys(Path(settings.key_file))] if settings.key_file else [])
+        hosts = [name for name in settings.hosts.split(",") if name]
+        self._access = allow(hosts=hosts, keys=keys)
+        self._settings = settings
+        self.models = named(settings.models.split(","))
+        self.open: WeakSet[Opened] = WeakSet()
+        self._all = None if settings.open_at_once else self._opened(self.models)
+
+    def _opened(self, models: Mapping[str, str]) -> Opened:
+        opened = Opened(self._settings, models, self._access)
+        self.open.add(opened)
+        return opened
+
+    async def opened(self, name: str) -> Opened:
+        """One model, opened; `application` has Ray remember the last ones. Raises LatentrtError."""
+        models = {name: self.models[name]}
+        return await asyncio.get_running_loop().run_in_executor(None, self._opened, models)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """What Ray hands requests to."""
+        return self._all.app if self._all else ByModel(self)
 
     def check_health(self) -> None:
         """Raise where a worker is dead for good, or stuck: Ray then makes another replica."""
-        if self.server.health == "unhealthy":
+        if any(opened.server.health == "unhealthy" for opened in list(self.open)):
             raise RuntimeError("the replica's worker does not draw any more")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """How much waits and runs here."""
-        return {_METRIC: float(self.server.queue.load.pixel_steps)}
+        return {_METRIC: float(sum(opened.server.queue.load.pixel_steps for opened in list(self.open)))}
 
     def __del__(self) -> None:
         """End; what still runs has had Ray's time to end."""
-        if hasattr(self, "_closing"):
-            self._closing.close()
+        for opened in list(getattr(self, "open", ())):
+            opened.close(0.0)
+
+
+class ByModel:
+    """The ASGI application of a replica whose models make way for each other."""
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answered by the application of the model that a request names, or of the first one."""
+        if scope["type"] == "lifespan":
+            await self._life(receive, send)
+            return
+        models = self._replica.models
+        names = [value.decode("latin-1") for key, value in scope["headers"] if key == _MODEL]
+        name = names[0] if names else next(iter(models))
+        if name in models:
+            opened = await self._replica.opened(name)
+            await opened.app(scope, receive, send)
+            return
+        from starlette.responses import PlainTextResponse
+
+        text = f"no model {name[:80]!r} is served; expected one of {', '.join(models)}\n"
+        await PlainTextResponse(text, 404)(scope, receive, send)
+
+    async def _life(self, receive: Any, send: Any) -> None:
+        """Look after whatever is open, as each application does where it is alone."""
+        from ...serve.app import LOOK_S
+
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        ends = asyncio.ensure_future(receive())
+        while not (await asyncio.wait({ends}, timeout=LOOK_S))[0]:
+            for opened in list(self._replica.open):
+                opened.server.look()
+        await send({"type": "lifespan.shutdown.complete"})
 
 
 class ByPixelSteps:
@@ -206,4 +293,8 @@ def application(arguments: Mapping[str, Any]) -> Any:
         health_check_timeout_s=30.0,
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
     )
-    return deployment(serve.ingress()(Replica)).bind(settings)
+    replica: Any = Replica
+    if settings.open_at_once:
+        remember = serve.multiplexed(max_num_models_per_replica=settings.open_at_once)
+        replica = type("Replica", (Replica,), {"opened": remember(Replica.opened)})
+    return deployment(serve.ingress()(replica)).bind(settings)

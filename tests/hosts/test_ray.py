@@ -26,9 +26,13 @@ import pytest
 from PIL import Image
 
 from latentrt import Pipeline, UsageError
+from latentrt.benchmarks.verbs.hosts import measure_hosts
 from latentrt.engines.errors import StorageError
 from latentrt.hosts.ray.bulk import draw_all, failure, main, name_of, odd, rows_of
 from latentrt.hosts.ray.serving import ByPixelSteps, Replica, Settings
+from tests.benchmarks.stand_in_side import PACKAGE, TASK
+from tests.benchmarks.test_hosts import CASE as FEW_STEPS
+from tests.benchmarks.test_hosts import ONE_ROUND
 from tests.hosts.environment import PYTHON, ROOT, missing
 from tests.serve.live import open_demo
 
@@ -202,6 +206,44 @@ def test_replicas_come_go_and_are_killed(pipe: Pipeline) -> None:
         np.testing.assert_array_equal(pixels(ask(client, 2)[1]), alone(pipe, 2))
 
 
+@needs_ray
+def test_models_are_opened_for_who_asks_and_make_way(pipe: Pipeline) -> None:
+    """One at a time: a picture that is drawn when its model makes way is finished first."""
+    with served(models="one=demo,two=demo", open_at_once=1) as client, ThreadPoolExecutor(4) as threads:
+
+        def of(name: str, seed: int, **fields: Any) -> httpx.Response:
+            headers = {"serve_multiplexed_model_id": name} if name else {}
+            sent = {**SMALL, "seed": seed, **fields}
+            return client.post("/v1/images/generations", json=sent, headers=headers)
+
+        for name in ("", "one", "two", "one"):
+            answer = of(name, 3)
+            assert answer.status_code == 200
+            assert answer.headers["x-request-id"]
+            np.testing.assert_array_equal(pixels(answer.json()), alone(pipe, 3))
+            models = client.get("/v1/models", headers={"serve_multiplexed_model_id": name or "one"}).json()
+            assert [model["id"] for model in models["data"]] == [name or "one"]
+        long = threads.submit(of, "one", 5, num_inference_steps=60)
+        until(lambda: "latentrt_requests_running 1.0" in client.get("/metrics").text, 30)
+        assert of("two", 4).status_code == 200
+        assert long.result(WAIT_S).status_code == 200, "it had its time to end"
+        np.testing.assert_array_equal(pixels(long.result().json()), alone(pipe, 5, 60))
+        assert of("two", 1, model="one").status_code == 404, "its name may not draw with another"
+        refused = of("three", 1)
+        assert (refused.status_code, refused.text) == (
+            404,
+            "no model 'three' is served; expected one of one, two\n",
+        )
+
+
+@needs_ray
+def test_what_a_replica_costs_is_measured() -> None:
+    with served() as client:
+        servers = {"Ray Serve": str(client.base_url)}
+        found = measure_hosts(PACKAGE, TASK, FEW_STEPS, servers=servers, rules=ONE_ROUND)
+    assert [(row.side, row.status) for row in found.rows] == [("latentrt", "ok"), ("Ray Serve", "ok")] * 2
+
+
 # ── Ray Data ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -245,7 +287,7 @@ def test_a_full_disk_ends_the_run_and_other_errors_are_a_rows() -> None:
 @pytest.mark.parametrize("health", ["ready", "unhealthy"])
 def test_a_replica_that_draws_no_more_says_so(health: str) -> None:
     replica = Replica.__new__(Replica)
-    replica.server = cast(Any, SimpleNamespace(health=health))
+    replica.open = cast(Any, [SimpleNamespace(server=SimpleNamespace(health=health), close=lambda _: None)])
     if health == "ready":
         replica.check_health()
         return

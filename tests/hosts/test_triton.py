@@ -14,9 +14,13 @@ import pytest
 from typer.testing import CliRunner
 
 from latentrt import Pipeline, UsageError, cli
+from latentrt.benchmarks.verbs.hosts import measure_hosts
 from latentrt.cli import app
 from latentrt.hosts.triton import served
 from latentrt.hosts.triton.repository import TritonModel, config_of, write_repository
+from tests.benchmarks.stand_in_side import PACKAGE, TASK
+from tests.benchmarks.test_hosts import CASE as FEW_STEPS
+from tests.benchmarks.test_hosts import ONE_ROUND
 from tests.hosts.environment import PYTHON, missing
 from tests.hosts.triton import Triton, triton
 from tests.serve.live import open_demo
@@ -238,6 +242,12 @@ def test_who_leaves_is_not_drawn_for(at: Triton, pipe: Pipeline) -> None:
     assert found["pictures"] == alone(pipe, request)
     assert time.monotonic() - began < whole / 4
     assert at.metric("nv_inference_pending_request_count") == 0
+
+
+def test_what_it_costs_is_measured(at: Triton) -> None:
+    servers = {"Triton": f"http://127.0.0.1:{at.http}"}
+    found = measure_hosts(PACKAGE, TASK, FEW_STEPS, servers=servers, rules=ONE_ROUND)
+    assert [(row.side, row.status) for row in found.rows] == [("latentrt", "ok"), ("Triton", "ok")] * 2
 
 
 def test_two_hundred_dropped_streams(at: Triton, pipe: Pipeline) -> None:
