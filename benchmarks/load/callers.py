@@ -66,7 +66,7 @@ class Caller:
 
 
 class OpenAICaller(Caller):
-    """Of `latentrt serve`, or of its replicas in Ray Serve: by OpenAI's API, which is one request."""
+    """Asks `latentrt serve`, or its replicas in Ray Serve, by OpenAI's API, which is one request."""
 
     def draw(self, fields: Mapping[str, Any]) -> Array:
         """See `Caller.draw`."""
@@ -77,7 +77,7 @@ class OpenAICaller(Caller):
 
 
 class TritonCaller(Caller):
-    """Of a repository of `latentrt export-triton` in Triton: by `generate_stream`, with its events."""
+    """Asks a repository of `latentrt export-triton` in Triton by `generate_stream`, with its events."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)

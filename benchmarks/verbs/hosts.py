@@ -72,8 +72,7 @@ class InProcess:
 
     def draw(self, fields: Fields) -> Array:
         """See `Host`."""
-        found: Result[Any] = self.pipe(**fields)
-        return np.asarray(found.images[0])
+        return self.pipe(**fields, output_type="np").images[0]
 
     def turn(self, requests: Sequence[Fields], callers: int) -> tuple[float, ...]:
         """See `Host`."""

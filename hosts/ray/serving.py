@@ -237,10 +237,10 @@ class ByModel:
             opened = await self._replica.opened(name)
             await opened.app(scope, receive, send)
             return
-        from starlette.responses import PlainTextResponse
-
         text = f"no model {name[:80]!r} is served; expected one of {', '.join(models)}\n"
-        await PlainTextResponse(text, 404)(scope, receive, send)
+        head = [(b"content-type", b"text/plain; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 404, "headers": head})
+        await send({"type": "http.response.body", "body": text.encode()})
 
     async def _life(self, receive: Any, send: Any) -> None:
         """Look after whatever is open, as each application does where it is alone."""
