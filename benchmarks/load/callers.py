@@ -41,10 +41,9 @@ class Caller:
         raise NotImplementedError
 
     def ask(self, path: str, body: Mapping[str, Any]) -> bytes:
-        """What the server answers to a POST."""
+        """What the server answers to a POST. A connection that it has let go in the meantime is made anew."""
         try:
-            self._connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
-            answer = self._connection.getresponse()
+            answer = self._sent(path, json.dumps(body))
             found = answer.read()
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
@@ -52,6 +51,18 @@ class Caller:
         if answer.status != 200:
             raise self._refused(f"{answer.status} {found[:300].decode(errors='replace')}")
         return found
+
+    def _sent(self, path: str, body: str) -> http.client.HTTPResponse:
+        kept = self._connection.sock is not None
+        try:
+            self._connection.request("POST", path, body, {"content-type": "application/json"})
+            return self._connection.getresponse()
+        except (ConnectionError, http.client.RemoteDisconnected):
+            self._connection.close()
+            if not kept:
+                raise
+        self._connection.request("POST", path, body, {"content-type": "application/json"})
+        return self._connection.getresponse()
 
     def close(self) -> None:
         """End the connection."""

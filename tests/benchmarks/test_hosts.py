@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -29,6 +30,8 @@ from tests.serve.live import live, open_demo
 RULES = HostRules(rounds=2, requests=2, callers=2, warm_up=1)
 ONE_ROUND = replace(RULES, rounds=1)
 CASE = Case.of(PACKAGE.manifest, width=64, height=64, steps=3)
+
+FIELDS = {name: value for name, value in CASE.parameters.items() if name != "num_images_per_prompt"}
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +104,16 @@ def test_a_server_that_refuses_has_no_times(served: str) -> None:
     case = replace(CASE, width=60)
     with closing(OpenAICaller(served)) as caller, pytest.raises(BackendError, match="answers: 400"):
         caller.draw({"prompt": "a", **case.parameters})
+
+
+def test_a_connection_that_the_server_let_go_is_made_anew(served: str) -> None:
+    with closing(OpenAICaller(served)) as caller:
+        caller.draw({"prompt": "a", **FIELDS})
+        sock = caller._connection.sock
+        sock.shutdown(socket.SHUT_RDWR)
+        found = caller.draw({"prompt": "a", **FIELDS})
+        assert found.shape == (64, 64, 3)
+        assert caller._connection.sock is not sock
 
 
 def test_no_server_is_an_error_with_what_to_start() -> None:
