@@ -350,7 +350,13 @@ class LoadedAdapters:
         )
 
     def _shapes(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
-        """The model's weights by component, read once."""
+        """The model's weights by component, read once. Raises AdapterError where they are rounded."""
+        if rounded := self._package.manifest.quantised:
+            raise AdapterError(
+                f"the UNet is in {rounded['format']}, which no adapter changes",
+                expected="a package in fp16 or fp32",
+                fix="Merge it before the UNet is rounded: latentrt export CHECKPOINT -o PACKAGE --lora FILE",
+            )
         with self._lock:
             if not self._targets:
                 parts = {NETS[net].part for net in self._package.manifest.nets if net in NETS}

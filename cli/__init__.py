@@ -32,6 +32,7 @@ from .export_triton import export_triton
 from .generate import generate
 from .inspect import inspect, metadata
 from .opened import models
+from .quantise import quantise
 from .serve import serve
 from .shown import tell
 from .streams import ReaderGoneError, standard_streams
@@ -63,7 +64,19 @@ def _latentrt(  # pyright: ignore[reportUnusedFunction]
 ) -> None: ...
 
 
-for verb in (generate, serve, export, export_triton, build, models, inspect, metadata, convert, doctor):
+for verb in (
+    generate,
+    serve,
+    export,
+    quantise,
+    export_triton,
+    build,
+    models,
+    inspect,
+    metadata,
+    convert,
+    doctor,
+):
     app.command()(verb)
 app.add_typer(bench, name="bench")
 app.add_typer(cache, name="cache")

@@ -191,6 +191,11 @@ def _print_package(package: Package, *, as_json: bool) -> None:
         f"defaults: {defaults.width}x{defaults.height}, {defaults.num_inference_steps} steps of"
         f" {defaults.sampler or manifest.scheduler.get('_class_name')}, guidance {defaults.guidance_scale:g}"
     )
+    if rounded := manifest.quantised:
+        print(
+            f"quantised: the UNet in {rounded['format']}, {len(rounded['rounded'])} products,"
+            f" {len(rounded['left_out'])} left out, relative L2 {rounded['relative_l2']:.2g}"
+        )
     for one in manifest.fused:
         strength, used = _strength(one.strength), f"{one.applied} of {one.total} keys"
         print(f"fused: {one.name} at strength {strength}, {used}, sha256 {one.sha256[:12]}")

@@ -58,6 +58,7 @@ _SINCE_2 = (
     "fused",
     "control",
     "identity",
+    "quantised",
 )
 _EXPORT_AGAIN = "Export the checkpoint again: latentrt export CHECKPOINT -o PACKAGE"
 _MANIFEST_LIMIT = 16 * 2**20  # bytes; SD 1.5's manifest has 60 kB
@@ -213,6 +214,8 @@ class Manifest:
         control: of a package of controls: "kind", and how its picture and outputs are treated.
         identity: of a checkpoint that was opened as it is, what it draws with (sha256, hex), whatever its
             files are called; "" for a package that was exported.
+        quantised: of a package whose UNet is rounded: its "format", the "capability" of the oldest NVIDIA
+            GPUs for it, what was "rounded" and "left_out", and the "relative_l2" to what it was made of.
     """
 
     name: str
@@ -237,6 +240,7 @@ class Manifest:
     control: Mapping[str, Any] = field(default_factory=dict[str, Any])
     producer: str = ""
     identity: str = ""
+    quantised: Mapping[str, Any] = field(default_factory=dict[str, Any])
     files: Mapping[str, FileRecord] = field(default_factory=dict[str, FileRecord])
     schema: int = SCHEMA
 
@@ -253,6 +257,8 @@ class Manifest:
         _require(isinstance(self.max_clip_skip, int) and self.max_clip_skip >= 0, "max_clip_skip")
         _require(isinstance(self.zero_empty_prompt, bool), "zero_empty_prompt")
         _require(isinstance(self.identity, str), "identity")
+        rounded = self.quantised
+        _require(isinstance(rounded, Mapping) and (not rounded or "format" in rounded), "quantised")
         _require(set(self.time_ids) <= set(TIME_IDS), "time_ids")
         _require(set(self.image_latents) <= set(IMAGE_LATENTS), "image_latents")
         for name in ("image_noise", "image_processor"):
@@ -312,7 +318,7 @@ class Manifest:
         """As `manifest.json` stores it."""
         plain = {item.name: getattr(self, item.name) for item in fields(self)}
         # Left out where they say nothing: the sha256 of such packages stays what pictures' records have.
-        for name in ("identity", "fused", "control"):
+        for name in ("identity", "fused", "control", "quantised"):
             if not plain[name]:
                 del plain[name]
         return {

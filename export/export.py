@@ -7,24 +7,23 @@ is traced or verified.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..adapters.fusing import LoraFile, read_fused
-from ..checkpoints.beside import beside, put
 from ..checkpoints.files.open import Checkpoint
 from ..checkpoints.fused import fuse
 from ..checkpoints.precision.islands import Found
 from ..checkpoints.stages import Progress
 from ..checkpoints.templates.archive import DTYPES, SHIPPED, Dtype
 from ..checkpoints.writing import CopiedWeights, Graphs, TemplateGraphs, Verify, write_package
-from ..engines.errors import BackendError, CheckpointError, StorageError, UsageError
+from ..engines.errors import BackendError, CheckpointError, UsageError
 from ..engines.installed import install_command
-from ..engines.package import MANIFEST, NetFile, Package
+from ..engines.package import NetFile, Package
 from ..runtime.prompts.tokenizer import tokenize
+from .target import check_target, complete
 
 if TYPE_CHECKING:
     from .verify import Comparison
@@ -100,13 +99,13 @@ def export_package(
         tiny_vae=tiny_vae,
         prediction_type=prediction_type,
     )
-    _check_target(package, overwrite)
+    check_target(package, overwrite)
     fused = read_fused(source, loras, allow_unused=allow_unused, few_steps=few_steps)
     graphs, lines = _graphs(source, dtype, templates)
     if note is not None:
         for line in (*source.notes, *fused.notes, *lines):
             note(line)
-    with _complete(package, overwrite) as folder:
+    with complete(package, overwrite) as folder:
         source = fuse(source, fused, folder.parent / "merged", dtype, progress)
         write_package(
             source,
@@ -158,31 +157,3 @@ def _verification(source: Checkpoint, dtype: Dtype, report: Callable[[Comparison
                 report(comparison)
 
     return verify
-
-
-def _check_target(package: Path, overwrite: bool) -> None:
-    is_package = (package / MANIFEST).is_file()
-    empty = not package.exists() or (package.is_dir() and not any(package.iterdir()))
-    if not empty and not (is_package and overwrite):
-        raise UsageError(
-            f"{package} {'is a package already' if is_package else 'exists and is no package'}",
-            expected="a folder that does not exist yet, or an empty one",
-            fix=f"{'Pass --overwrite to replace it, or choose' if is_package else 'Choose'} another path.",
-        )
-
-
-@contextmanager
-def _complete(package: Path, overwrite: bool) -> Generator[Path]:
-    """A folder that takes the place of `package` if the block succeeds."""
-    try:
-        package.parent.mkdir(parents=True, exist_ok=True)
-        with beside(package) as folder:
-            yield folder
-            _check_target(package, overwrite)  # once more: minutes have passed
-            put(folder, package, folder)
-    except OSError as error:
-        raise StorageError(
-            f"{package} cannot be written ({error.strerror or error})",
-            expected="a writable folder with room for twice the checkpoint",
-            fix="Free some space, or choose another path.",
-        ) from error

@@ -44,7 +44,7 @@ ROOMS: dict[str, list[set[str]]] = {
     "engines/onnxruntime": [{"lowering"}, {"tuning"}],
     "adapters": [{"kinds"}],
     "checkpoints": [{"files"}, {"controls", "graphs"}, {"hub", "precision", "templates"}],
-    "export": [{"nets", "pickles"}, {"graphs"}],
+    "export": [{"nets", "pickles", "quantised"}, {"graphs"}],
     "serve": [{"jobs", "pictures"}, {"door"}, {"a1111", "openai"}],
     "hosts": [{"ray", "triton"}],
     "benchmarks": [{"sides", "load"}, {"models"}, {"verbs"}, {"gpu", "report"}],

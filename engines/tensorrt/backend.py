@@ -23,6 +23,7 @@ from .build import built_nets, find_engines
 from .flavour import REFITTABLE, Flavour, flavour, installed_version, load
 from .loading import EngineOf
 from .nets import open_entry
+from .preflight import check_capability
 from .refit import rebuild_refittable
 
 _LOG = logging.getLogger(__name__)
@@ -149,12 +150,14 @@ class TensorRTBackend:
         it. `store` is the user's own unless given.
 
         Raises:
-            BackendError: a net has no engine for this library and device, with the command that builds them.
+            BackendError: the device is too old for the package's format, or a net has no engine for this
+                library and device, with the command that builds them.
         """
         row, place = flavour(self.name), store or EngineStore()
         version = installed_version(self.name) or ""
         device = CudaDevice(index)
         try:
+            check_capability(package.manifest, device.facts)
             found = {
                 name: find_engines(package, name, row, version, place, gpu=device.facts) for name in names
             }

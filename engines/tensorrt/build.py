@@ -24,7 +24,7 @@ from ..store.engine_store import BuiltEngine, EngineStore, Entry, Miss, OnProgre
 from ..store.key import ANYWHERE, EngineKey, Target, package_key
 from .builder import BuildOptions, Facts, Job
 from .flavour import Flavour, flavour, installed_version
-from .preflight import Room, check_room, read_room
+from .preflight import Room, check_capability, check_room, read_room
 
 _COMMAND = (sys.executable, "-m", f"{__package__}.builder")
 _TAIL = 1000  # characters of stderr in a message
@@ -259,12 +259,13 @@ def plan_build(
     """What `build_package` would do; nothing is built, and no library is loaded.
 
     Raises:
-        BackendError: the library is missing, or cannot build this here.
+        BackendError: the library is missing, or cannot build this here, or the GPU is too old for it.
         UsageError: an unknown net.
         PackageError: the package's contract or weights file cannot be read.
     """
     row = flavour(backend)
     options.check(row, has_gpu=gpu is not None)
+    check_capability(package.manifest, gpu)
     version = installed_version(backend) or ""
     planned: list[WantedEngine] = []
     for net in built_nets(package, nets):

@@ -1,4 +1,4 @@
-"""Before minutes of building: is there room for it? Refuses only what is certain to fail, with the numbers.
+"""Before minutes of building: is there room, and can this GPU run it? Refuses only what is certain to fail.
 
 A build that fails for want of memory takes long to do so, and may take other programs with it.
 """
@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import MemoryLimitError, StorageError
+from ..cuda.facts import DeviceFacts
+from ..errors import BackendError, MemoryLimitError, StorageError
+from ..package import Manifest
 
 _MIB = 2**20
 _ENGINE_EXTRA = 64 * _MIB  # kernels and tables, beside the weights
@@ -77,6 +79,21 @@ def check_room(net: str, weights: int, room: Room) -> None:
             expected=f"at least {_gb(engine)}: tactics are timed on the device",
             fix="Close what else uses the GPU (nvidia-smi lists it).",
             culprit=net,
+        )
+
+
+def check_capability(manifest: Manifest, gpu: DeviceFacts | None) -> None:
+    """Refuse a rounded package on a GPU without instructions for its format; None is any GPU.
+
+    Raises:
+        BackendError: it is older.
+    """
+    needed = str(manifest.quantised.get("capability", "0.0"))
+    if gpu is not None and gpu.compute_capability < tuple(map(int, needed.split("."))):
+        raise BackendError(
+            f"{manifest.name} is in {manifest.quantised['format']}, and {gpu.name} is {gpu.sm}",
+            expected=f"a GPU of compute capability {needed} or above",
+            fix="Use the package that it was made of, or another format: latentrt quantise --help",
         )
 
 

@@ -1,11 +1,15 @@
 """Is there room: from facts that the tests make up, and from this machine's own."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from latentrt.engines.errors import MemoryLimitError, StorageError
-from latentrt.engines.tensorrt.preflight import Room, check_room, read_room
+from latentrt.engines.errors import BackendError, MemoryLimitError, StorageError
+from latentrt.engines.package import Package
+from latentrt.engines.tensorrt.preflight import Room, check_capability, check_room, read_room
+from latentrt.runtime.model import SHIPPED
+from tests.engines.layout_setting import GPU
 
 GIB = 2**30
 WEIGHTS = 1_624_952_328  # of the UNet of SD 1.5 in fp16
@@ -79,3 +83,17 @@ def test_control_groups_of_version_1(tmp_path: Path) -> None:
     stat = {"memory.limit_in_bytes": "1000", "memory.usage_in_bytes": "2000", "memory.stat": ""}
     write(tmp_path / "cg/memory", stat)
     assert read_room(tmp_path, proc=tmp_path, cgroups=tmp_path / "cg").ram == 0
+
+
+@pytest.mark.parametrize(("capability", "refused"), [((8, 6), True), ((8, 9), False), ((12, 0), False)])
+def test_a_gpu_that_is_too_old_for_a_format(capability: tuple[int, int], refused: bool) -> None:
+    manifest = Package.open(SHIPPED["demo"]).manifest
+    gpu = replace(GPU, compute_capability=capability)
+    check_capability(manifest, gpu)
+    rounded = replace(manifest, quantised={"format": "fp8", "capability": "8.9"})
+    check_capability(rounded, None)
+    if not refused:
+        check_capability(rounded, gpu)
+        return
+    with pytest.raises(BackendError, match=r"is in fp8, and NVIDIA .* is sm_86"):
+        check_capability(rounded, gpu)

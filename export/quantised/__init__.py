@@ -1,0 +1,1 @@
+"""Packages whose products are in eight bits, or whose weights are in four."""
