@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,9 +83,7 @@ class Draw:
             return failure(item)
         path = self._out / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.part")
-        unfinished.write_bytes(item.to_bytes("png"))
-        unfinished.replace(path)  # whole, or not there
+        item.save(path)  # whole, or not there
         return {"path": name, "status": "drawn"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import io
 import json
@@ -27,7 +28,7 @@ from PIL import Image
 
 from latentrt import BackendError, Pipeline, UsageError
 from latentrt.engines.errors import LatentrtError, StorageError
-from latentrt.hosts.ray.bulk import draw_all, failure, main, name_of
+from latentrt.hosts.ray.bulk import Draw, draw_all, failure, main, name_of
 from latentrt.hosts.ray.rows import odd, read_rows
 from latentrt.hosts.ray.serving import ByPixelSteps, Replica, Settings
 from tests.hosts.environment import PYTHON, ROOT, missing
@@ -389,6 +390,21 @@ def test_files_that_are_none(name: str, tmp_path: Path) -> None:
         draw_all(tmp_path / name, tmp_path / "out")
 
 
+def test_a_full_disk_is_said_by_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As data: what Ray raises has an error of ours in its text alone."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    worker = Draw("demo", str(tmp_path), {"device": "cpu"})
+    row = json.dumps({"prompt": PROMPT, "width": 64, "height": 64, "num_inference_steps": 1})
+    monkeypatch.setattr(os, "replace", full)
+    (told,) = map(json.loads, worker({"row": [row]})["result"])
+    assert (told["status"], told["type"]) == ("over", "StorageError")
+    assert "No space left on device" in told["why"]["found"]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_a_full_disk_ends_the_run_and_other_errors_are_a_rows() -> None:
     with pytest.raises(StorageError):
         failure(StorageError("full", expected="space", fix="Make some."))
@@ -490,7 +506,7 @@ def test_three_hundred_prompts_whose_workers_and_driver_are_killed(tmp_path: Pat
     drawn, kept = int(found[1]), int(found[2])  # what a killed worker had drawn of its batch is there, too
     assert (drawn + kept, kept >= len(before)) == (299, True)
     assert len(made()) == 299
-    assert not list(out.rglob("*.part"))
+    assert not list(out.rglob("*.part")), "the lists are whole"
     assert all(path.stat().st_mtime_ns == when for path, when in before.items()), "none is drawn twice"
     manifest = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
     failed = (out / "failures.jsonl").read_text()
